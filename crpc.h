@@ -1,0 +1,8120 @@
+#if defined(CRPC_IMPLEMENTATION) && !defined(_GNU_SOURCE)
+#if defined(_FEATURES_H)
+#error "crpc: include crpc.h first in the file that defines CRPC_IMPLEMENTATION, or add -D_GNU_SOURCE"
+#endif
+#define _GNU_SOURCE 1 /* accept4, pthread_setname_np */
+#endif
+
+/* crpc - remote procedure calls for embedded Linux, in one C header.
+ *
+ * >>manual (being written)
+ */
+#ifndef CRPC_H_INCLUDED
+#define CRPC_H_INCLUDED
+
+/* ======================================================================== */
+/* >>config   what is compiled in, and the limits fixed at compile time     */
+/* ======================================================================== */
+
+#define CRPC_VERSION_MAJOR 0
+#define CRPC_VERSION_MINOR 1
+#define CRPC_VERSION_PATCH 0
+#define CRPC_VERSION "0.1.0"
+
+/* Each toggle is 0 or 1; define it before the include in every file, or with -D. None of them
+ * changes a public struct, so two files that disagree can fail to link but never misbehave. */
+#ifndef CRPC_ENABLE_EPOLL
+#define CRPC_ENABLE_EPOLL 1 /* the epoll poller; 0 leaves poll(2) alone */
+#endif
+#ifndef CRPC_ENABLE_THREADS
+#define CRPC_ENABLE_THREADS 1 /* locks, loop threads, worker pool; 0: one thread uses crpc */
+#endif
+#ifndef CRPC_ENABLE_CLIENT
+#define CRPC_ENABLE_CLIENT 1 /* crpc_channel_* */
+#endif
+#ifndef CRPC_ENABLE_SERVER
+#define CRPC_ENABLE_SERVER 1 /* crpc_server_*, crpc_context_* */
+#endif
+#ifndef CRPC_ENABLE_ZOOKEEPER
+#define CRPC_ENABLE_ZOOKEEPER 1 /* the zookeeper:// registry; needs the ZooKeeper C client */
+#endif
+#ifndef CRPC_ZOOKEEPER_ST
+#define CRPC_ZOOKEEPER_ST 0 /* 1: drive libzookeeper_st from the loop; 0: libzookeeper_mt */
+#endif
+
+/* Linkage of public functions. Predefine it to add a visibility attribute. CRPC_STATIC makes them
+ * private to the file that includes the implementation. */
+#ifndef CRPC_API
+#ifdef CRPC_STATIC
+#if defined(__GNUC__)
+#define CRPC_API static __attribute__((unused))
+#else
+#define CRPC_API static
+#endif
+#else
+#define CRPC_API extern
+#endif
+#endif
+
+/* ======================================================================== */
+/* >>platform   the few standard types the interface is written in          */
+/* ======================================================================== */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define CRPC_MUST_CHECK __attribute__((warn_unused_result))
+#define CRPC_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
+#else
+#define CRPC_MUST_CHECK
+#define CRPC_PRINTF(fmt, args)
+#endif
+
+/* Initialises any crpc struct to "all defaults" in C and in C++: crpc_call call = CRPC_INIT; */
+#ifdef __cplusplus
+#define CRPC_INIT {}
+#else
+#define CRPC_INIT {0}
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* nanopb's types, named here so that the interface does not include pb.h. */
+struct pb_msgdesc_s;
+struct pb_istream_s;
+struct pb_ostream_s;
+struct pb_field_iter_s;
+struct pollfd;
+
+/* ======================================================================== */
+/* >>api-status   result codes, and everything known about a failed call    */
+/* ======================================================================== */
+
+/* Every fallible function returns 0 or one of these. The numbers are crpc's own and the same on
+ * every architecture. Where brpc has a code for the same thing, its number is kept, because it
+ * travels on the wire; 3100 and up are crpc's. New codes are only ever appended. */
+#define CRPC_STATUS_MAP(X)                                                                         \
+    X(OK, 0, "success")                                                                            \
+    X(ENOSERVICE, 1001, "no such service")                                                         \
+    X(ENOMETHOD, 1002, "no such method")                                                           \
+    X(EREQUEST, 1003, "bad request")                                                               \
+    X(EAUTH, 1004, "not authenticated")                                                            \
+    X(ETOOMANYFAILS, 1005, "too many sub-calls failed")                                            \
+    X(EBACKUPREQUEST, 1007, "backup request")                                                      \
+    X(ETIMEDOUT, 1008, "deadline exceeded")                                                        \
+    X(ECONN, 1009, "connection failed or lost")                                                    \
+    X(EHTTP, 1010, "HTTP error")                                                                   \
+    X(EOVERCROWDED, 1011, "too many bytes queued on the connection")                               \
+    X(EEOF, 1014, "end of stream")                                                                 \
+    X(EREJECT, 1018, "rejected by the client's own policy")                                        \
+    X(EINTERNAL, 2001, "internal error of the server")                                             \
+    X(ERESPONSE, 2002, "bad response")                                                             \
+    X(ELOGOFF, 2003, "the server is stopping")                                                     \
+    X(ELIMIT, 2004, "concurrency limit reached")                                                   \
+    X(ECLOSE, 2005, "connection closed on purpose")                                                \
+    X(EINVAL, 3101, "invalid argument")                                                            \
+    X(ENOMEM, 3102, "out of memory")                                                               \
+    X(EDEADLK, 3103, "would wait for itself: synchronous call inside a callback of its loop")      \
+    X(EBUSY, 3104, "already in use")                                                               \
+    X(ECANCELED, 3105, "canceled")                                                                 \
+    X(EPENDING, 3106, "not finished yet")                                                          \
+    X(ENOTFOUND, 3107, "no such id or name")                                                       \
+    X(EGONE, 3108, "the peer is gone")                                                             \
+    X(ESYSTEM, 3109, "a system call failed")                                                       \
+    X(EADDRESS, 3110, "address in use or not available")                                           \
+    X(ERESOLVE, 3111, "host name could not be resolved")                                           \
+    X(ENOPROVIDER, 3112, "no provider is known for the service")                                   \
+    X(EREGISTRY, 3113, "registry not reachable")                                                   \
+    X(EUNSUPPORTED, 3114, "not compiled in or not supported")                                      \
+    X(ECODEC, 3115, "message could not be encoded or decoded")                                     \
+    X(EAPP, 3116, "the service answered with an error of its own: see app_code")                   \
+    X(EABI, 3117, "nanopb or crpc was compiled with other options than this file sees")
+
+/* clang-format off */
+typedef enum crpc_status {
+#define CRPC_STATUS_ENUM_(name, number, text) CRPC_##name = number,
+    CRPC_STATUS_MAP(CRPC_STATUS_ENUM_)
+#undef CRPC_STATUS_ENUM_
+    CRPC_STATUS_LAST_ = 3117
+} crpc_status;
+/* clang-format on */
+
+/* The name of a code ("ETIMEDOUT"), or "E?" if it is none of crpc's. Any thread. */
+CRPC_API const char *crpc_status_name(int status);
+
+/* One phrase that explains a code ("deadline exceeded"). Static storage. Any thread. */
+CRPC_API const char *crpc_status_text(int status);
+
+/* How much of a failed request can have reached the peer. */
+typedef enum crpc_sent {
+    CRPC_SENT_NO = 0,    /* not a byte left this process: it was certainly not executed */
+    CRPC_SENT_MAYBE = 1, /* part of it was handed to the kernel */
+    CRPC_SENT_YES = 2    /* all of it was: it may have been executed */
+} crpc_sent;
+
+#define CRPC_ERROR_TEXT_MAX 256
+#define CRPC_ADDRESS_MAX 112
+
+/* What is known about how a call ended. */
+typedef struct crpc_error {
+    int code;       /* a crpc_status; CRPC_EAPP if the service answered with its own code */
+    int app_code;   /* the service's own code, 0 if there is none */
+    crpc_sent sent; /* of the last attempt */
+    bool remote;    /* the peer said so; false: found on this side */
+    int attempts;   /* how often the call was tried, the first included */
+    char endpoint[CRPC_ADDRESS_MAX]; /* the last provider tried, "" before the first */
+    char text[CRPC_ERROR_TEXT_MAX];  /* service.method, attempt, address, cause, side; never cut
+                                        in the middle of the terminating zero */
+} crpc_error;
+
+/* ======================================================================== */
+/* >>api-version   what was compiled                                        */
+/* ======================================================================== */
+
+/* The version of the compiled implementation, such as "0.1.0": compare with CRPC_VERSION. */
+CRPC_API const char *crpc_version(void);
+
+/* The ZooKeeper driver that was compiled in: "mt", "st" or "none". Any thread. */
+CRPC_API const char *crpc_zookeeper_driver(void);
+
+/* ======================================================================== */
+/* >>api-view   bytes that somebody else owns, and unbounded protobuf fields */
+/* ======================================================================== */
+
+/* A run of bytes that it does not own. As a field of a nanopb message it carries a string or bytes
+ * field of any length (see the manual, MESSAGES). The shape lets nanopb's `{{NULL}, NULL}`
+ * initialise it; use the functions below rather than the members. */
+typedef struct crpc_view {
+    const void *at[1];
+    const void *end;
+} crpc_view;
+
+/* The same for a repeated string or bytes field. To send, point it at an array of crpc_view; a
+ * received one is walked with crpc_views_next, because its elements lie scattered in the frame. */
+typedef struct crpc_views {
+    const void *at[3];
+    const void *end;
+} crpc_views;
+
+/* A view of `size` bytes at `data`. */
+static inline crpc_view crpc_view_of(const void *data, size_t size)
+{
+    crpc_view v;
+    v.at[0] = data;
+    v.end = data ? (const char *)data + size : NULL;
+    return v;
+}
+
+/* Where the bytes of a view begin; not terminated by a zero. NULL if the view is unset. */
+static inline const char *crpc_view_data(crpc_view v)
+{
+    return (const char *)v.at[0];
+}
+
+/* How many bytes a view spans. */
+static inline size_t crpc_view_size(crpc_view v)
+{
+    return v.at[0] ? (size_t)((const char *)v.end - (const char *)v.at[0]) : 0;
+}
+
+/* A view of a zero-terminated string, without the zero. NULL gives an unset view. */
+CRPC_API crpc_view crpc_view_str(const char *text);
+
+/* Whether a view holds exactly the text. */
+CRPC_API bool crpc_view_equal(crpc_view v, const char *text);
+
+/* Copies a view into a char array, zero-terminated, cut to fit. Returns the view's full size. */
+CRPC_API size_t crpc_view_copy(crpc_view v, char *out, size_t out_size);
+
+/* `count` views to be sent as a repeated field; the array must outlive the encoding. */
+CRPC_API crpc_views crpc_views_of(const crpc_view *items, size_t count);
+
+/* Walks a repeated field, sent or received: start with *cursor = NULL; false at the end. */
+CRPC_API bool crpc_views_next(const crpc_views *views, const void **cursor, crpc_view *item);
+
+/* nanopb's callback for messages whose fields are crpc_view or crpc_views: name it in the message's
+ * (nanopb_msgopt).callback_function. Encodes the bytes viewed; on decoding points the view into the
+ * input, which must be a buffer stream. */
+CRPC_API bool crpc_view_field(struct pb_istream_s *in, struct pb_ostream_s *out,
+                              const struct pb_field_iter_s *field);
+
+/* Decodes a message that has views, outside a call: they point into `bytes`, which must stay. (nanopb's
+ * pb_encode encodes one; its pb_decode refuses, because its streams do not say where the bytes are.)
+ * The struct is cleared first if its type has views. CRPC_ECODEC: malformed. Any thread. */
+CRPC_API CRPC_MUST_CHECK int crpc_message_decode(const void *bytes, size_t size,
+                                                 const struct pb_msgdesc_s *desc, void *message,
+                                                 size_t message_size);
+
+/* A user_fields entry of the meta: text that travels beside a request or a reply. */
+typedef struct crpc_field {
+    const char *key;
+    const char *value;
+} crpc_field;
+
+/* ======================================================================== */
+/* >>api-hooks   allocator, log, clock, resolver                            */
+/* ======================================================================== */
+
+typedef enum crpc_log_level {
+    CRPC_LOG_ERROR = 1,
+    CRPC_LOG_WARN = 2,
+    CRPC_LOG_INFO = 3,
+    CRPC_LOG_DEBUG = 4
+} crpc_log_level;
+
+/* Replaces what crpc takes from the system. Set it in crpc_loop_options; everything made from the
+ * loop uses it. Every member may be NULL or 0 for the default. The functions may be called from any
+ * thread that uses the loop, several at once, with or without crpc's locks held: they must not call
+ * crpc. */
+typedef struct crpc_hooks {
+    void *user; /* first argument of every hook */
+    /* realloc with sizes: new_size 0 frees and returns NULL; old_size 0 allocates. Memory must be
+     * aligned for any type. Default: CRPC_REALLOC and CRPC_FREE. */
+    void *(*resize)(void *user, void *ptr, size_t old_size, size_t new_size);
+    /* One line, without a newline. Default: to stderr. */
+    void (*log)(void *user, int level, const char *line);
+    /* Microseconds that never go back. Default: CLOCK_MONOTONIC. */
+    int64_t (*clock_us)(void *user);
+    /* Resolves a host name: writes numeric addresses, separated by commas, as text. Returns 0 or a
+     * crpc_status. Called only from crpc_channel_open and crpc_server_open, _listen. Default:
+     * getaddrinfo, which blocks. */
+    int (*resolve)(void *user, const char *host, char *addresses, size_t size);
+    int log_level; /* lines above it are dropped. 0: CRPC_LOG_WARN. -1: no line at all */
+} crpc_hooks;
+
+/* ======================================================================== */
+/* >>api-loop   the reactor: who drives it, file descriptors, timers        */
+/* ======================================================================== */
+
+typedef struct crpc_loop crpc_loop;
+
+/* Names something that a loop keeps. Never reused while the loop lives, so a stale one is safe:
+ * it names nothing. The value 0 names nothing. */
+typedef struct crpc_id {
+    uint64_t value;
+} crpc_id;
+
+typedef enum crpc_poller {
+    CRPC_POLLER_DEFAULT = 0, /* epoll where it is compiled in, else poll */
+    CRPC_POLLER_EPOLL = 1,
+    CRPC_POLLER_POLL = 2
+} crpc_poller;
+
+typedef struct crpc_loop_options {
+    crpc_poller poller; /* 0: CRPC_POLLER_DEFAULT */
+    crpc_hooks hooks;   /* 0 in a member: its default */
+    /* 1: crpc never starts a thread for this loop; an asynchronous call while nobody drives it is
+     * CRPC_EINVAL. 0: such a call starts the loop's own thread. */
+    int forbid_threads;
+    const char *thread_name; /* of the loop's own thread, cut to 15 characters. NULL: "crpc" */
+    int stack_size;          /* bytes, of the loop's own thread. 0: 256 KiB. -1: the system's */
+    int max_results;         /* finished calls by id that wait to be fetched. 0: 1024. -1: none */
+    int64_t max_bytes;       /* buffers of all connections together. 0: 256 MiB. -1: no limit */
+} crpc_loop_options;
+
+/* Counters of a loop since it was opened, and its present size. */
+typedef struct crpc_loop_stats {
+    const char *poller;         /* "epoll" or "poll": what really runs */
+    uint64_t waits;             /* epoll_wait or poll calls */
+    uint64_t sends;             /* send calls */
+    uint64_t receives;          /* receive calls */
+    uint64_t wakeups;           /* times another thread woke the loop */
+    uint64_t promotions;        /* times a waiting caller took over the driving */
+    uint64_t late_replies;      /* replies to no pending call: late, duplicate or forged */
+    uint64_t bad_frames;        /* connections closed for what they sent */
+    uint64_t calls;             /* calls begun */
+    uint64_t requests;          /* requests received */
+    uint32_t connections;       /* open now, both directions */
+    uint32_t pending;           /* calls not finished or not fetched now */
+    uint32_t watches;           /* file descriptors watched now, crpc's own included */
+    uint64_t memory;            /* bytes held now */
+    uint64_t memory_peak;       /* most bytes ever held */
+} crpc_loop_stats;
+
+/* Makes a loop. NULL options mean the defaults. On failure *loop is NULL. CRPC_EABI: nanopb was
+ * compiled with other options than this program sees. Any thread; the loop is the caller's, to be
+ * closed with crpc_loop_close. */
+CRPC_API CRPC_MUST_CHECK int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options);
+
+/* Stops and frees a loop: joins its own thread, runs what callbacks are still due, frees. Channels
+ * and servers on it must have been closed (their close may have happened in a callback). Not inside
+ * a callback of this loop. NULL is ignored. */
+CRPC_API void crpc_loop_close(crpc_loop *loop);
+
+/* Drives the loop on this thread until crpc_loop_stop. CRPC_EBUSY if another thread runs it,
+ * CRPC_EDEADLK inside a callback of it. */
+CRPC_API CRPC_MUST_CHECK int crpc_loop_run(crpc_loop *loop);
+
+/* Drives the loop once: waits at most timeout_ms (-1: until something happens), handles what is
+ * there, runs callbacks. CRPC_OK also when nothing happened; CRPC_EBUSY and CRPC_EDEADLK as
+ * crpc_loop_run. A program that steps a loop goes on doing so: calls on it start no thread. */
+CRPC_API CRPC_MUST_CHECK int crpc_loop_step(crpc_loop *loop, int timeout_ms);
+
+/* Gives the loop a thread of its own that drives it until crpc_loop_stop or _close. All signals are
+ * blocked there. CRPC_EBUSY if somebody runs it already. */
+CRPC_API CRPC_MUST_CHECK int crpc_loop_start(crpc_loop *loop);
+
+/* Makes crpc_loop_run, or the loop's own thread, return soon. Does not wait. If nobody runs the
+ * loop, the next crpc_loop_run returns at once. Any thread, and a signal handler. */
+CRPC_API void crpc_loop_stop(crpc_loop *loop);
+
+/* A file descriptor that becomes readable when crpc_loop_step(loop, 0) has something to do: put it
+ * into the program's own poll set, beside crpc_loop_timeout. epoll only: -1 with poll. The loop
+ * keeps it. */
+CRPC_API int crpc_loop_fd(crpc_loop *loop);
+
+/* With the poll poller: what to wait for. Fills up to `max` entries and returns how many there are.
+ * Ask again before every wait. Works with epoll too (one entry). */
+CRPC_API size_t crpc_loop_pollfds(crpc_loop *loop, struct pollfd *fds, size_t max);
+
+/* How many milliseconds the program may wait before the next crpc_loop_step is due: 0: now, -1: no
+ * limit. */
+CRPC_API int crpc_loop_timeout(crpc_loop *loop);
+
+/* Runs fn(user) once on the thread that drives the loop. fn never runs before crpc_loop_post
+ * returned on the same thread. CRPC_ENOMEM: it will not run. Any thread. */
+CRPC_API CRPC_MUST_CHECK int crpc_loop_post(crpc_loop *loop, void (*fn)(void *user), void *user);
+
+#define CRPC_READABLE 1u /* data, a connection, end of file, or an error can be read */
+#define CRPC_WRITABLE 2u /* can be written, or has failed */
+
+typedef void (*crpc_watch_fn)(void *user, int fd, unsigned events);
+
+/* Calls fn whenever fd is ready for one of `events`. Level-triggered. The descriptor stays the
+ * program's and must be unwatched before it is closed. Any thread. */
+CRPC_API CRPC_MUST_CHECK int crpc_loop_watch(crpc_loop *loop, int fd, unsigned events,
+                                             crpc_watch_fn fn, void *user, crpc_id *id);
+
+/* Changes what is watched for; 0 pauses. Any thread. CRPC_ENOTFOUND for a stale id. */
+CRPC_API CRPC_MUST_CHECK int crpc_loop_rewatch(crpc_loop *loop, crpc_id id, unsigned events);
+
+/* Ends a watch. A stale id is ignored. From the loop's own callbacks: fn does not run again. From
+ * another thread: it may be running. */
+CRPC_API void crpc_loop_unwatch(crpc_loop *loop, crpc_id id);
+
+typedef void (*crpc_timer_fn)(void *user);
+
+/* Calls fn after delay_ms, never early, then every period_ms (0: only once). Any thread. */
+CRPC_API CRPC_MUST_CHECK int crpc_timer_start(crpc_loop *loop, int64_t delay_ms, int64_t period_ms,
+                                              crpc_timer_fn fn, void *user, crpc_id *id);
+
+/* Ends a timer; a stale id is ignored. As crpc_loop_unwatch. */
+CRPC_API void crpc_timer_stop(crpc_loop *loop, crpc_id id);
+
+/* The loop's present time in microseconds: what crpc_call.deadline_us is compared with. */
+CRPC_API int64_t crpc_loop_now_us(const crpc_loop *loop);
+
+/* Reads the counters. Any thread. */
+CRPC_API void crpc_loop_stats_get(crpc_loop *loop, crpc_loop_stats *stats);
+
+/* ======================================================================== */
+/* >>api-service   tables that describe services; written by protoc-gen-crpc */
+/* ======================================================================== */
+
+typedef struct crpc_context crpc_context; /* one request being served */
+
+/* Runs the handler of one method: picks it from `handlers`, calls it with the right types. */
+typedef int (*crpc_serve_fn)(crpc_context *context, const void *request, void *response,
+                             const void *handlers);
+
+#define CRPC_METHOD_IDEMPOTENT 1u /* may run twice: calls may be retried after they were sent */
+
+/* One method. All pointers must outlive every channel and server that uses the table. */
+typedef struct crpc_method {
+    const char *service;                /* full name with package: "demo.UserService" */
+    const char *name;                   /* "Login" */
+    const struct pb_msgdesc_s *request; /* nanopb descriptors: demo_LoginRequest_fields */
+    const struct pb_msgdesc_s *response;
+    size_t request_size; /* sizeof of the structs */
+    size_t response_size;
+    crpc_serve_fn serve; /* NULL in a table that only calls */
+    unsigned flags;      /* CRPC_METHOD_* */
+    int timeout_ms;      /* default deadline of calls. 0: the channel's. -1: as 0 */
+} crpc_method;
+
+typedef struct crpc_service {
+    const char *name; /* full name with package */
+    const crpc_method *methods;
+    size_t method_count;
+} crpc_service;
+
+/* ======================================================================== */
+/* >>api-channel   the client: calls                                        */
+/* ======================================================================== */
+
+typedef struct crpc_channel crpc_channel;
+typedef struct crpc_call crpc_call;
+
+/* Everything about one call beside its messages: what goes in, and what comes out. It is the
+ * caller's; zero-initialise it (CRPC_INIT) before its first use and crpc_call_reset it after its
+ * last. It may be used for call after call. Every call function takes one last; NULL means
+ * defaults and that nothing but the response is wanted. One call at a time may use it. */
+struct crpc_call {
+    /* --- in ------------------------------------------------------------- */
+    int timeout_ms; /* total, retries included. 0: the method's, else the channel's. -1: as 0 */
+    int64_t deadline_us; /* crpc_loop_now_us time, instead of timeout_ms. 0: unset. -1: as 0 */
+    int retries;         /* further attempts. 0: the channel's. -1: none */
+    int64_t log_id;      /* travels in the meta and into logs. 0: the parent's, else none. -1: is sent
+                            like any other number */
+    const crpc_field *fields; /* user_fields to send; borrowed during the call function */
+    size_t field_count;
+    crpc_view credential;       /* authentication_data to send; borrowed likewise. Unset: the channel's */
+    crpc_view attachment;       /* raw bytes behind the message; borrowed likewise */
+    const crpc_context *parent; /* request on whose behalf: deadline, log and trace ids inherit */
+    /* --- out ------------------------------------------------------------ */
+    crpc_error error;           /* how it ended; error.code equals the returned value */
+    crpc_view reply_attachment; /* raw bytes behind the reply, until crpc_call_reset */
+    int64_t latency_us;         /* from the call function's start to the result */
+    /* --- private -------------------------------------------------------- */
+    void *reserved[6];
+};
+
+/* Releases what a finished call holds: response views and reply_attachment become invalid. What was
+ * put in stays. Also done when the call is used again. */
+CRPC_API void crpc_call_reset(crpc_call *call);
+
+/* Adds a user_fields entry to be sent, copying it: for interceptors. Until the call function
+ * returns. CRPC_EINVAL: outside an interceptor. */
+CRPC_API CRPC_MUST_CHECK int crpc_call_add_field(crpc_call *call, const char *key,
+                                                 const char *value);
+
+/* Finds a user_fields entry of the reply. False if there is none. Valid until crpc_call_reset. */
+CRPC_API bool crpc_call_field(const crpc_call *call, const char *key, crpc_view *value);
+
+/* Sees every call of a channel. Either function may be NULL. */
+typedef struct crpc_client_interceptor {
+    /* Before the request is encoded, on the caller's thread, first to last: may change the call's
+     * inputs and add fields. Other than 0 ends the call with that status; later ones do not see
+     * it, earlier ones' `after` run. */
+    int (*before)(void *user, const crpc_method *method, crpc_call *call);
+    /* When the result is known, last to first, where the result is delivered. */
+    void (*after)(void *user, const crpc_method *method, crpc_call *call, int status);
+    void *user;
+} crpc_client_interceptor;
+
+typedef struct crpc_channel_options {
+    crpc_loop *loop; /* must outlive the channel. NULL: a private loop */
+    crpc_loop_options private_loop; /* of the private loop. 0: defaults */
+    int timeout_ms;         /* default deadline of a call. 0: 1000. -1: the longest, 24 hours */
+    int connect_timeout_ms; /* of one connection attempt. 0: 500. -1: only the call's deadline */
+    int retries;            /* further attempts of a failed call. 0: 2. -1: none */
+    int inflight;           /* calls at a time on one connection. 0: no limit. -1: no limit */
+    int64_t max_body;       /* bytes of a received message. 0: 64 MiB. -1: 2 GiB - 1 */
+    int64_t max_queued;     /* unsent bytes on a connection. 0: 16 MiB. -1: no limit */
+    int registry_timeout_ms; /* how long opening waits for the registry. 0: 3000. -1: not at all */
+    int session_timeout_ms;  /* of the registry session. 0: 15000. -1: as 0 */
+    int must_connect; /* 1: not reaching the registry in that time is an error. 0: open anyway */
+    int short_names;  /* 1: send "Service" instead of "package.Service". 0: full names */
+    const char *credential;          /* sent with every request. NULL: none */
+    const char *registry_credential; /* ZooKeeper digest "user:password". NULL: none */
+    const crpc_client_interceptor *interceptors; /* borrowed while the channel lives */
+    size_t interceptor_count;
+} crpc_channel_options;
+
+/* Opens a channel to a service:
+ *
+ *   tcp://host:port        unix:///path        list://host:port,host:port
+ *   zookeeper://host:port,host:port/root/package.Service
+ *
+ * Options may follow as ?key=value&key=value: timeout_ms, connect_timeout_ms, retries, inflight,
+ * max_body, max_queued, short_names (0 or 1); with zookeeper:// also registry_timeout_ms,
+ * session_timeout_ms, must_connect, group, version. An unknown key is CRPC_EINVAL. They override
+ * `options`, which may be NULL. IPv6 addresses stand in brackets.
+ *
+ * Host names are resolved here, on this thread; connections are made when calls need them. With
+ * zookeeper:// waits for the session and the first list for registry_timeout_ms. CRPC_EREGISTRY: not
+ * reached, and must_connect. `error` (may be NULL) tells in words. Not inside a callback of the
+ * loop if it has to wait (CRPC_EDEADLK). */
+CRPC_API CRPC_MUST_CHECK int crpc_channel_open(crpc_channel **channel, const char *url,
+                                               const crpc_channel_options *options,
+                                               crpc_error *error);
+
+/* Closes a channel: pending calls end with CRPC_ECANCELED (their callbacks run on the loop's thread,
+ * with a private loop before this returns unless it is called from one). Any thread, any callback.
+ * NULL is ignored. */
+CRPC_API void crpc_channel_close(crpc_channel *channel);
+
+/* The loop the channel works on. */
+CRPC_API crpc_loop *crpc_channel_loop(crpc_channel *channel);
+
+/* How many providers the channel knows now. */
+CRPC_API size_t crpc_channel_providers(crpc_channel *channel);
+
+/* Calls and waits for the result. `response` is a zeroed or initialised struct of the method's type;
+ * it is written only on success. If its type has views, `call` must not be NULL. CRPC_EDEADLK inside
+ * a callback of the channel's loop. */
+CRPC_API CRPC_MUST_CHECK int crpc_channel_call(crpc_channel *channel, const crpc_method *method,
+                                               const void *request, void *response,
+                                               crpc_call *call);
+
+typedef void (*crpc_any_fn)(void); /* a function of a type that its receiver knows */
+
+/* The end of an asynchronous call, as the receiver sees it. Everything is valid in the callback
+ * only. */
+typedef struct crpc_done {
+    int status;           /* CRPC_OK or why it failed */
+    const void *response; /* the method's response struct; NULL unless CRPC_OK */
+    crpc_call *call;      /* error, reply attachment, fields, latency */
+    void *user;
+    crpc_any_fn fn; /* as given to crpc_channel_call_async */
+} crpc_done;
+
+typedef void (*crpc_done_fn)(const crpc_done *done);
+
+/* Calls and returns at once; deliver(done) runs exactly once, on the thread that drives the loop, if
+ * CRPC_OK is returned, and never otherwise. `fn` and `user` are handed through: generated code puts
+ * the caller's typed callback there. If nobody drives the loop, its own thread is started (unless
+ * forbid_threads: CRPC_EINVAL). */
+CRPC_API CRPC_MUST_CHECK int crpc_channel_call_async(crpc_channel *channel,
+                                                     const crpc_method *method, const void *request,
+                                                     crpc_done_fn deliver, crpc_any_fn fn,
+                                                     void *user, const crpc_call *call);
+
+/* Calls and returns at once with an id, valid for this channel, by which the result is asked for. */
+CRPC_API CRPC_MUST_CHECK int crpc_channel_begin(crpc_channel *channel, const crpc_method *method,
+                                                const void *request, crpc_id *id,
+                                                const crpc_call *call);
+
+/* CRPC_OK: the call has ended, fetch it. CRPC_EPENDING: not yet. CRPC_ENOTFOUND: fetched, canceled
+ * or never begun. Never waits; drives nothing. */
+CRPC_API CRPC_MUST_CHECK int crpc_channel_poll(crpc_channel *channel, crpc_id id);
+
+/* Waits up to timeout_ms (0: not at all; -1: until its deadline) for the call to end; results as
+ * crpc_channel_poll. If nobody drives the loop, drives it, callbacks included. */
+CRPC_API CRPC_MUST_CHECK int crpc_channel_wait(crpc_channel *channel, crpc_id id, int timeout_ms);
+
+/* Takes the result of an ended call: returns how the call ended and fills `response` on success; the
+ * bytes behind views and attachment move into `call`. CRPC_EPENDING and CRPC_ENOTFOUND as
+ * crpc_channel_poll. The id is spent unless CRPC_EPENDING or CRPC_EINVAL (views and a NULL call). */
+CRPC_API CRPC_MUST_CHECK int crpc_channel_fetch(crpc_channel *channel, crpc_id id, void *response,
+                                                crpc_call *call);
+
+/* Forgets a call by id: a request not yet sent is withdrawn, a reply is dropped. CRPC_ENOTFOUND if
+ * there is none. */
+CRPC_API CRPC_MUST_CHECK int crpc_channel_cancel(crpc_channel *channel, crpc_id id);
+
+/* One-way: sends the request and wants no reply. CRPC_OK: queued; it is sent unless the connection
+ * fails or the deadline passes first. */
+CRPC_API CRPC_MUST_CHECK int crpc_channel_notify(crpc_channel *channel, const crpc_method *method,
+                                                 const void *request, const crpc_call *call);
+
+/* ======================================================================== */
+/* >>api-server   the server: services, requests, replies                   */
+/* ======================================================================== */
+
+typedef struct crpc_server crpc_server;
+
+/* Sees every request of a server before its handler. Either function may be NULL. */
+typedef struct crpc_server_interceptor {
+    /* On the handler's thread, first to last, before the request is decoded. Other than 0 ends the
+     * request with that status. */
+    int (*before)(void *user, crpc_context *context);
+    /* When the reply is ready, last to first, on the thread that finished it. */
+    void (*after)(void *user, crpc_context *context, int status);
+    void *user;
+} crpc_server_interceptor;
+
+typedef struct crpc_server_options {
+    const char *listen; /* tcp://host:port or unix:///path; port 0: any. NULL: crpc_server_listen */
+    const char *registry; /* zookeeper://host:port,.../root to register in. NULL: nowhere */
+    const char *advertise; /* host[:port] to register. NULL: the address that reaches the registry */
+    const char *registry_credential; /* ZooKeeper digest "user:password". NULL: none */
+    const char *group;               /* registered with every service. NULL: none */
+    const char *version;             /* likewise. NULL: none */
+    const char *application;         /* likewise: the program's name. NULL: "crpc" */
+    int weight;              /* registered: share of the calls. 0: 100. -1: 0, none but by name */
+    crpc_loop *loop;         /* must outlive the server. NULL: a private loop */
+    crpc_loop_options loops; /* of the private loop and of the I/O threads. 0: defaults */
+    int io_threads;      /* loops with a thread each for connections. 0: all on the one loop. -1: as 0 */
+    int workers;         /* threads that run handlers. 0: handlers run on the I/O thread. -1: as 0 */
+    int worker_queue;    /* requests waiting for a worker, beyond it ELIMIT. 0: 1024. -1: no limit */
+    int worker_stack;    /* bytes. 0: 256 KiB. -1: the system's */
+    int max_connections; /* beyond it new ones are closed. 0: 1024. -1: no limit */
+    int64_t max_body;    /* bytes of a request. 0: 64 MiB. -1: 2 GiB - 1 */
+    int64_t max_skip;    /* an oversize request up to here gets an error reply. 0: 256 MiB. -1: none */
+    int64_t max_queued;  /* unsent reply bytes on a connection before reading pauses. 0: 4 MiB.
+                            -1: no limit */
+    int idle_timeout_ms; /* closes connections without a request for so long. 0: never. -1: never */
+    int frame_timeout_ms; /* a begun request must be complete in it. 0: 30000. -1: no limit */
+    int drain_ms;         /* how long stopping waits for requests being served. 0: 5000. -1: 0 */
+    int session_timeout_ms;  /* of the registry session. 0: 15000. -1: as 0 */
+    int registry_timeout_ms; /* how long starting waits for the registry. 0: 3000. -1: not at all */
+    int must_connect; /* 1: not reaching the registry in that time fails the start. 0: goes on trying */
+    const crpc_server_interceptor *interceptors; /* borrowed while the server lives */
+    size_t interceptor_count;
+} crpc_server_options;
+
+/* Makes a server and binds options->listen. NULL options mean the defaults. `error` (may be NULL)
+ * tells in words. CRPC_EADDRESS: the address is taken or not this machine's. */
+CRPC_API CRPC_MUST_CHECK int crpc_server_open(crpc_server **server,
+                                              const crpc_server_options *options,
+                                              crpc_error *error);
+
+/* Offers a service. `handlers` is what the table's serve functions expect (generated: a struct of
+ * function pointers); it and `user` must outlive the server. Before the server starts. CRPC_EBUSY: a
+ * service of that name, or that short name, is there already. */
+CRPC_API CRPC_MUST_CHECK int crpc_server_add(crpc_server *server, const crpc_service *service,
+                                             const void *handlers, void *user);
+
+/* Binds a further address. Before the server starts. */
+CRPC_API CRPC_MUST_CHECK int crpc_server_listen(crpc_server *server, const char *url,
+                                                crpc_error *error);
+
+/* Takes over a bound and listening socket, as from a service manager. Closed with the server. */
+CRPC_API CRPC_MUST_CHECK int crpc_server_listen_fd(crpc_server *server, int fd);
+
+/* The address of listener `index` with its real port, as URL text. CRPC_ENOTFOUND past the last. */
+CRPC_API CRPC_MUST_CHECK int crpc_server_address(crpc_server *server, size_t index, char *url,
+                                                 size_t size);
+
+/* Begins to serve: accepts connections, starts io_threads and workers, registers the services. The
+ * loop must be driven by the caller if io_threads is 0; with a private loop, crpc_server_run or
+ * crpc_loop_start(crpc_server_loop(server)) does. */
+CRPC_API CRPC_MUST_CHECK int crpc_server_start(crpc_server *server, crpc_error *error);
+
+/* crpc_server_start if need be, then drives the server's loop until crpc_server_stop has taken
+ * effect or crpc_loop_stop was called on the loop; a stopped server is drained before this returns. */
+CRPC_API CRPC_MUST_CHECK int crpc_server_run(crpc_server *server);
+
+/* Begins to stop: unregisters, closes the listeners, answers new requests with CRPC_ELOGOFF, lets
+ * running ones finish for drain_ms, closes connections. Returns at once. Any thread; from a signal
+ * handler call crpc_loop_stop instead. */
+CRPC_API void crpc_server_stop(crpc_server *server);
+
+/* Stops without waiting longer than drain_ms and frees. Requests still in handlers on other threads
+ * find their peer gone. Not inside a handler (CRPC_EDEADLK is logged and nothing done). NULL is
+ * ignored. */
+CRPC_API void crpc_server_close(crpc_server *server);
+
+/* The loop that accepts connections. */
+CRPC_API crpc_loop *crpc_server_loop(crpc_server *server);
+
+/* Counters of the server's loops, added up. `poller` is that of the accepting loop. */
+CRPC_API void crpc_server_stats_get(crpc_server *server, crpc_loop_stats *stats);
+
+/* --- inside a handler -------------------------------------------------------------------------
+ * A handler gets its context, the decoded request and a zeroed response. It returns
+ *   CRPC_OK       the response is sent,
+ *   CRPC_EPENDING it keeps the context and calls crpc_context_finish later, from any thread,
+ *   crpc_context_fail(...)  an error of its own,
+ *   any other crpc_status   that status is sent.
+ * Request, attachment and fields stay valid until the reply is finished. */
+
+/* Ends the request with the application's own error code: any int but 0, 1-199 and 1000-3999, which
+ * belong to the system and to RPC frameworks. Returns what the handler is to return. With a
+ * forbidden code the caller gets CRPC_EINTERNAL and a text that says so. */
+CRPC_API int crpc_context_fail(crpc_context *context, int app_code, const char *format, ...)
+    CRPC_PRINTF(3, 4);
+
+/* Adds words to a status: `return crpc_context_error(ctx, CRPC_EAUTH, "token expired");` */
+CRPC_API int crpc_context_error(crpc_context *context, int status, const char *format, ...)
+    CRPC_PRINTF(3, 4);
+
+/* Finishes a request whose handler returned CRPC_EPENDING; the context is gone afterwards. `status`
+ * as a handler would return it. CRPC_EGONE: the peer had left; CRPC_OK otherwise. Any thread; may
+ * even run before the handler has returned. */
+CRPC_API int crpc_context_finish(crpc_context *context, int status);
+
+/* The response struct, for deferred replies. */
+CRPC_API void *crpc_context_response(crpc_context *context);
+
+/* Zeroed memory that lives until the reply is finished, for what response views point to. NULL: out of
+ * memory. Not for two threads at once. */
+CRPC_API void *crpc_context_alloc(crpc_context *context, size_t size);
+
+/* The user pointer given to crpc_server_add. */
+CRPC_API void *crpc_context_user(const crpc_context *context);
+
+/* The method being served. */
+CRPC_API const crpc_method *crpc_context_method(const crpc_context *context);
+
+/* Bytes that came behind the request. */
+CRPC_API crpc_view crpc_context_attachment(const crpc_context *context);
+
+/* Bytes to send behind the reply: copied, unless they are (part of) the request's attachment.
+ * Nothing is sent with an error. CRPC_ENOMEM or CRPC_EINVAL (over 2 GiB). */
+CRPC_API CRPC_MUST_CHECK int crpc_context_set_attachment(crpc_context *context, crpc_view bytes);
+
+/* A user_fields entry of the request; false if there is none. */
+CRPC_API bool crpc_context_field(const crpc_context *context, const char *key, crpc_view *value);
+
+/* Adds a user_fields entry to the reply. */
+CRPC_API CRPC_MUST_CHECK int crpc_context_add_field(crpc_context *context, const char *key,
+                                                    const char *value);
+
+/* The request's authentication_data; unset if there is none. */
+CRPC_API crpc_view crpc_context_credential(const crpc_context *context);
+
+/* The caller's log_id, 0 if none. */
+CRPC_API int64_t crpc_context_log_id(const crpc_context *context);
+
+/* Microseconds until the caller gives up; INT64_MAX if it did not say. */
+CRPC_API int64_t crpc_context_remaining_us(const crpc_context *context);
+
+/* The peer's address as text, valid as long as the context. */
+CRPC_API const char *crpc_context_peer(crpc_context *context);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* CRPC_H_INCLUDED */
+
+/* Everything below is the implementation; stop here if you only want to use crpc. */
+
+#if defined(CRPC_IMPLEMENTATION) && !defined(CRPC_IMPLEMENTATION_INCLUDED)
+#define CRPC_IMPLEMENTATION_INCLUDED
+
+/* ======================================================================== */
+/* >>impl-base   system headers, attributes, small arithmetic               */
+/* ======================================================================== */
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+#if CRPC_ENABLE_EPOLL
+#include <sys/epoll.h>
+#endif
+#if CRPC_ENABLE_THREADS
+#include <pthread.h>
+#endif
+
+#if !defined(PB_C99_STATIC_ASSERT) && !defined(__cplusplus) && __STDC_VERSION__ < 201112L
+#define PB_C99_STATIC_ASSERT 1
+#endif
+#include <pb.h>
+#include <pb_decode.h>
+#include <pb_encode.h>
+
+#if defined(PB_BUFFER_ONLY) || defined(PB_WITHOUT_64BIT) || defined(PB_NO_ERRMSG)
+#error "crpc: nanopb must be compiled without PB_BUFFER_ONLY, PB_WITHOUT_64BIT and PB_NO_ERRMSG"
+#endif
+#if !defined(PB_PROTO_HEADER_VERSION) || PB_PROTO_HEADER_VERSION < 40
+#error "crpc: nanopb 0.4.5 or newer is needed"
+#endif
+#if CRPC_ENABLE_ZOOKEEPER && !CRPC_ENABLE_THREADS && !CRPC_ZOOKEEPER_ST
+#error "crpc: without threads ZooKeeper needs CRPC_ZOOKEEPER_ST=1 and libzookeeper_st"
+#endif
+
+#if !defined(CRPC_REALLOC) && !defined(CRPC_FREE)
+#define CRPC_REALLOC(ptr, size) realloc(ptr, size)
+#define CRPC_FREE(ptr) free(ptr)
+#elif !defined(CRPC_REALLOC) || !defined(CRPC_FREE)
+#error "crpc: define CRPC_REALLOC and CRPC_FREE together"
+#endif
+
+/* Private functions: no warning where a toggle leaves one without a caller. */
+#if defined(__GNUC__)
+#define CRPCI_FN static __attribute__((unused))
+#define CRPCI_COLD static __attribute__((unused, cold, noinline))
+#define CRPCI_LIKELY(x) __builtin_expect(!!(x), 1)
+#define CRPCI_UNLIKELY(x) __builtin_expect(!!(x), 0)
+#define CRPCI_WEAK __attribute__((weak))
+#else
+#define CRPCI_FN static
+#define CRPCI_COLD static
+#define CRPCI_LIKELY(x) (x)
+#define CRPCI_UNLIKELY(x) (x)
+#define CRPCI_WEAK
+#endif
+
+#define CRPCI_CONTAINER(ptr, type, member)                                                         \
+    ((type *)(void *)((char *)(ptr)-offsetof(type, member)))
+
+CRPCI_FN size_t crpci_base_min(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+CRPCI_FN int64_t crpci_base_min64(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* An option's value: 0 means the default, -1 the given "none". */
+CRPCI_FN int64_t crpci_base_option(int64_t value, int64_t zero, int64_t none)
+{
+    return value == 0 ? zero : value < 0 ? none : value;
+}
+
+CRPCI_FN uint32_t crpci_base_get32(const uint8_t *p)
+{
+    return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
+}
+
+CRPCI_FN void crpci_base_put32(uint8_t *p, uint32_t v)
+{
+    p[0] = (uint8_t)(v >> 24);
+    p[1] = (uint8_t)(v >> 16);
+    p[2] = (uint8_t)(v >> 8);
+    p[3] = (uint8_t)v;
+}
+
+/* ======================================================================== */
+/* >>impl-thread   locks, condition variables, threads; nothing without them */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_THREADS
+typedef pthread_mutex_t crpci_mutex;
+typedef pthread_cond_t crpci_cond;
+typedef pthread_t crpci_thread;
+
+CRPCI_FN int crpci_thread_mutex_init(crpci_mutex *m)
+{
+    return pthread_mutex_init(m, NULL) ? CRPC_ENOMEM : CRPC_OK;
+}
+
+CRPCI_FN void crpci_thread_mutex_free(crpci_mutex *m)
+{
+    pthread_mutex_destroy(m);
+}
+
+CRPCI_FN void crpci_thread_lock(crpci_mutex *m)
+{
+    pthread_mutex_lock(m);
+}
+
+CRPCI_FN void crpci_thread_unlock(crpci_mutex *m)
+{
+    pthread_mutex_unlock(m);
+}
+
+/* On CLOCK_MONOTONIC, so that a clock set by hand or by NTP moves no deadline. */
+CRPCI_FN int crpci_thread_cond_init(crpci_cond *c)
+{
+    pthread_condattr_t attr;
+    int failed = pthread_condattr_init(&attr);
+    if (!failed) {
+        failed = pthread_condattr_setclock(&attr, CLOCK_MONOTONIC) || pthread_cond_init(c, &attr);
+        pthread_condattr_destroy(&attr);
+    }
+    return failed ? CRPC_ENOMEM : CRPC_OK;
+}
+
+CRPCI_FN void crpci_thread_cond_free(crpci_cond *c)
+{
+    pthread_cond_destroy(c);
+}
+
+CRPCI_FN void crpci_thread_signal(crpci_cond *c)
+{
+    pthread_cond_signal(c);
+}
+
+CRPCI_FN void crpci_thread_broadcast(crpci_cond *c)
+{
+    pthread_cond_broadcast(c);
+}
+
+/* Waits for at most `us` microseconds (negative: no limit); may return early. */
+CRPCI_FN void crpci_thread_wait(crpci_cond *c, crpci_mutex *m, int64_t us)
+{
+    struct timespec ts;
+    if (us < 0) {
+        pthread_cond_wait(c, m);
+        return;
+    }
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    us = crpci_base_min64(us, INT64_C(86400000000));
+    ts.tv_sec += (time_t)(us / 1000000);
+    ts.tv_nsec += (long)(us % 1000000) * 1000;
+    if (ts.tv_nsec >= 1000000000) {
+        ts.tv_sec++;
+        ts.tv_nsec -= 1000000000;
+    }
+    pthread_cond_timedwait(c, m, &ts);
+}
+
+CRPCI_FN crpci_thread crpci_thread_self(void)
+{
+    return pthread_self();
+}
+
+CRPCI_FN bool crpci_thread_is_self(crpci_thread t)
+{
+    return pthread_equal(t, pthread_self()) != 0;
+}
+
+/* Starts a thread with all signals blocked: the program's handlers never run on it.
+ * stack_size: bytes, 0: the system's default. */
+CRPCI_FN int crpci_thread_start(crpci_thread *t, size_t stack_size, void *(*fn)(void *), void *arg)
+{
+    pthread_attr_t attr;
+    sigset_t all, old;
+    int failed;
+    if (pthread_attr_init(&attr))
+        return CRPC_ENOMEM;
+    if (stack_size)
+        pthread_attr_setstacksize(&attr, stack_size);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    failed = pthread_create(t, &attr, fn, arg);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    pthread_attr_destroy(&attr);
+    return failed ? CRPC_ESYSTEM : CRPC_OK;
+}
+
+CRPCI_FN void crpci_thread_join(crpci_thread t)
+{
+    pthread_join(t, NULL);
+}
+
+/* Names the calling thread; the kernel takes 15 characters. */
+CRPCI_FN void crpci_thread_name(const char *name)
+{
+    char text[16];
+    snprintf(text, sizeof text, "%s", name);
+    pthread_setname_np(pthread_self(), text);
+}
+#else
+typedef char crpci_mutex;
+typedef char crpci_cond;
+typedef char crpci_thread;
+
+CRPCI_FN int crpci_thread_mutex_init(crpci_mutex *m)
+{
+    *m = 0;
+    return CRPC_OK;
+}
+
+CRPCI_FN void crpci_thread_mutex_free(crpci_mutex *m)
+{
+    (void)m;
+}
+
+CRPCI_FN void crpci_thread_lock(crpci_mutex *m)
+{
+    (void)m;
+}
+
+CRPCI_FN void crpci_thread_unlock(crpci_mutex *m)
+{
+    (void)m;
+}
+
+CRPCI_FN int crpci_thread_cond_init(crpci_cond *c)
+{
+    *c = 0;
+    return CRPC_OK;
+}
+
+CRPCI_FN void crpci_thread_cond_free(crpci_cond *c)
+{
+    (void)c;
+}
+
+CRPCI_FN void crpci_thread_signal(crpci_cond *c)
+{
+    (void)c;
+}
+
+CRPCI_FN void crpci_thread_broadcast(crpci_cond *c)
+{
+    (void)c;
+}
+
+CRPCI_FN void crpci_thread_wait(crpci_cond *c, crpci_mutex *m, int64_t us)
+{
+    (void)c;
+    (void)m;
+    (void)us;
+}
+
+CRPCI_FN crpci_thread crpci_thread_self(void)
+{
+    return 0;
+}
+
+CRPCI_FN bool crpci_thread_is_self(crpci_thread t)
+{
+    (void)t;
+    return true;
+}
+#endif
+
+/* Reference counts and flags that are touched without a lock; all are 32 bits wide, which every
+ * Linux target does without libatomic. */
+CRPCI_FN void crpci_thread_ref(uint32_t *n)
+{
+    __atomic_fetch_add(n, 1, __ATOMIC_RELAXED);
+}
+
+/* True when the last reference went. */
+CRPCI_FN bool crpci_thread_unref(uint32_t *n)
+{
+    return __atomic_sub_fetch(n, 1, __ATOMIC_ACQ_REL) == 0;
+}
+
+CRPCI_FN uint32_t crpci_thread_load(const uint32_t *n)
+{
+    return __atomic_load_n(n, __ATOMIC_ACQUIRE);
+}
+
+CRPCI_FN void crpci_thread_store(uint32_t *n, uint32_t v)
+{
+    __atomic_store_n(n, v, __ATOMIC_RELEASE);
+}
+
+/* ======================================================================== */
+/* >>impl-status   names and texts of codes                                 */
+/* ======================================================================== */
+
+CRPC_API const char *crpc_version(void)
+{
+    return CRPC_VERSION;
+}
+
+CRPC_API const char *crpc_zookeeper_driver(void)
+{
+    return !CRPC_ENABLE_ZOOKEEPER ? "none" : CRPC_ZOOKEEPER_ST ? "st" : "mt";
+}
+
+CRPC_API const char *crpc_status_name(int status)
+{
+    switch (status) {
+#define CRPCI_STATUS_NAME(name, number, text)                                                      \
+    case number:                                                                                   \
+        return #name;
+        CRPC_STATUS_MAP(CRPCI_STATUS_NAME)
+#undef CRPCI_STATUS_NAME
+    default:
+        return "E?";
+    }
+}
+
+CRPC_API const char *crpc_status_text(int status)
+{
+    switch (status) {
+#define CRPCI_STATUS_TEXT(name, number, text)                                                      \
+    case number:                                                                                   \
+        return text;
+        CRPC_STATUS_MAP(CRPCI_STATUS_TEXT)
+#undef CRPCI_STATUS_TEXT
+    default:
+        return "unknown error";
+    }
+}
+
+/* Numbers that belong to the system (errno of other stacks) and to RPC frameworks; the rest are the
+ * applications'. */
+CRPCI_FN bool crpci_status_reserved(int code)
+{
+    return (code >= 0 && code <= 199) || (code >= 1000 && code <= 3999);
+}
+
+/* Sets an error that happened on this side before any attempt. `error` may be NULL. */
+CRPCI_COLD CRPC_PRINTF(3, 4) int crpci_status_set(crpc_error *error, int code, const char *format,
+                                                  ...)
+{
+    va_list ap;
+    if (!error)
+        return code;
+    memset(error, 0, sizeof *error);
+    error->code = code;
+    va_start(ap, format);
+    vsnprintf(error->text, sizeof error->text, format, ap);
+    va_end(ap);
+    return code;
+}
+
+/* ======================================================================== */
+/* >>impl-heap   memory, log and clock of one loop and all that is made from it */
+/* ======================================================================== */
+
+/* Chunks are the only buffers: one block each, power-of-two sized, reference counted, kept for reuse
+ * by size. A chunk may outlive its loop (a crpc_call can hold one), so it holds the heap. */
+#define CRPCI_CHUNK_MIN 256u
+#define CRPCI_CHUNK_CLASSES 9u /* 256 bytes to 64 KiB; larger ones are never kept */
+#define CRPCI_CHUNK_BIG (CRPCI_CHUNK_MIN << (CRPCI_CHUNK_CLASSES - 1))
+#define CRPCI_HEAP_KEEP (4u << 20) /* bytes kept for reuse */
+
+typedef struct crpci_chunk crpci_chunk;
+typedef struct crpci_heap {
+    crpc_hooks hooks;
+    crpci_mutex lock;
+    uint32_t refs;
+    int64_t limit; /* bytes in chunks, 0: none */
+    int64_t chunk_bytes;
+    int64_t kept_bytes;
+    int64_t bytes;
+    int64_t peak;
+    crpci_chunk *kept[CRPCI_CHUNK_CLASSES];
+} crpci_heap;
+
+struct crpci_chunk {
+    crpci_heap *heap;
+    crpci_chunk *next;
+    uint32_t refs;
+    uint32_t size_class; /* CRPCI_CHUNK_CLASSES: not kept */
+    size_t cap;          /* bytes behind the header */
+};
+
+CRPCI_FN uint8_t *crpci_heap_data(crpci_chunk *c)
+{
+    return (uint8_t *)(c + 1);
+}
+
+CRPCI_FN void *crpci_heap_default_resize(void *user, void *ptr, size_t old_size, size_t new_size)
+{
+    (void)user;
+    (void)old_size;
+    if (new_size)
+        return CRPC_REALLOC(ptr, new_size);
+    CRPC_FREE(ptr);
+    return NULL;
+}
+
+CRPCI_COLD void crpci_heap_default_log(void *user, int level, const char *line)
+{
+    static const char letters[] = "?EWID";
+    (void)user;
+    fprintf(stderr, "crpc %c %s\n", letters[level >= 1 && level <= 4 ? level : 0], line);
+}
+
+CRPCI_FN int64_t crpci_heap_default_clock(void *user)
+{
+    struct timespec ts;
+    (void)user;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (int64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
+}
+
+CRPCI_FN int64_t crpci_heap_now(const crpci_heap *h)
+{
+    return h->hooks.clock_us(h->hooks.user);
+}
+
+CRPCI_COLD CRPC_PRINTF(3, 4) void crpci_heap_log(crpci_heap *h, int level, const char *format, ...)
+{
+    char line[512];
+    va_list ap;
+    if (level > h->hooks.log_level)
+        return;
+    va_start(ap, format);
+    vsnprintf(line, sizeof line, format, ap);
+    va_end(ap);
+    h->hooks.log(h->hooks.user, level, line);
+}
+
+/* Called with the heap locked. */
+CRPCI_FN void *crpci_heap_resize_locked(crpci_heap *h, void *ptr, size_t old_size, size_t new_size)
+{
+    void *out = h->hooks.resize(h->hooks.user, ptr, old_size, new_size);
+    if (out || !new_size) {
+        h->bytes += (int64_t)new_size - (int64_t)old_size;
+        if (h->bytes > h->peak)
+            h->peak = h->bytes;
+    }
+    return out;
+}
+
+/* realloc with sizes; new bytes are zero. On failure NULL, and the old block stays. */
+CRPCI_FN void *crpci_heap_resize(crpci_heap *h, void *ptr, size_t old_size, size_t new_size)
+{
+    void *out;
+    if (!new_size && !ptr)
+        return NULL;
+    crpci_thread_lock(&h->lock);
+    out = crpci_heap_resize_locked(h, ptr, old_size, new_size);
+    crpci_thread_unlock(&h->lock);
+    if (out && new_size > old_size)
+        memset((char *)out + old_size, 0, new_size - old_size);
+    return out;
+}
+
+CRPCI_FN void *crpci_heap_alloc(crpci_heap *h, size_t size)
+{
+    return crpci_heap_resize(h, NULL, 0, size);
+}
+
+CRPCI_FN void crpci_heap_free(crpci_heap *h, void *ptr, size_t size)
+{
+    if (ptr)
+        crpci_heap_resize(h, ptr, size, 0);
+}
+
+CRPCI_FN char *crpci_heap_strndup(crpci_heap *h, const char *text, size_t len)
+{
+    char *copy = (char *)crpci_heap_alloc(h, len + 1);
+    if (copy)
+        memcpy(copy, text, len);
+    return copy;
+}
+
+CRPCI_FN void crpci_heap_strfree(crpci_heap *h, char *text)
+{
+    if (text)
+        crpci_heap_free(h, text, strlen(text) + 1);
+}
+
+CRPCI_FN int crpci_heap_open(crpci_heap **out, const crpc_hooks *hooks, int64_t limit)
+{
+    crpc_hooks k;
+    crpci_heap *h;
+    memset(&k, 0, sizeof k);
+    if (hooks)
+        k = *hooks;
+    if (!k.resize)
+        k.resize = crpci_heap_default_resize;
+    if (!k.log)
+        k.log = crpci_heap_default_log;
+    if (!k.clock_us)
+        k.clock_us = crpci_heap_default_clock;
+    k.log_level = (int)crpci_base_option(k.log_level, CRPC_LOG_WARN, 0);
+    *out = NULL;
+    h = (crpci_heap *)k.resize(k.user, NULL, 0, sizeof *h);
+    if (!h)
+        return CRPC_ENOMEM;
+    memset(h, 0, sizeof *h);
+    h->hooks = k;
+    h->limit = limit;
+    h->refs = 1;
+    h->bytes = h->peak = (int64_t)sizeof *h;
+    if (crpci_thread_mutex_init(&h->lock)) {
+        k.resize(k.user, h, sizeof *h, 0);
+        return CRPC_ENOMEM;
+    }
+    *out = h;
+    return CRPC_OK;
+}
+
+CRPCI_FN void crpci_heap_trim(crpci_heap *h)
+{
+    crpci_chunk *c;
+    unsigned i;
+    for (i = 0; i < CRPCI_CHUNK_CLASSES; i++) {
+        while ((c = h->kept[i]) != NULL) {
+            h->kept[i] = c->next;
+            crpci_heap_resize_locked(h, c, c->cap + sizeof *c, 0);
+        }
+    }
+    h->kept_bytes = 0;
+}
+
+CRPCI_FN void crpci_heap_ref(crpci_heap *h)
+{
+    crpci_thread_ref(&h->refs);
+}
+
+CRPCI_FN void crpci_heap_unref(crpci_heap *h)
+{
+    crpc_hooks k = h->hooks;
+    if (!crpci_thread_unref(&h->refs))
+        return;
+    crpci_heap_trim(h);
+    crpci_thread_mutex_free(&h->lock);
+    k.resize(k.user, h, sizeof *h, 0);
+}
+
+CRPCI_FN unsigned crpci_heap_class(size_t total)
+{
+    unsigned k = 0;
+    while (k < CRPCI_CHUNK_CLASSES && (size_t)CRPCI_CHUNK_MIN << k < total)
+        k++;
+    return k;
+}
+
+/* A chunk with room for at least `size` bytes and one reference; NULL when out of memory or over
+ * the heap's limit. */
+CRPCI_FN crpci_chunk *crpci_heap_chunk(crpci_heap *h, size_t size)
+{
+    unsigned k = crpci_heap_class(size + sizeof(crpci_chunk));
+    size_t total = k < CRPCI_CHUNK_CLASSES ? (size_t)CRPCI_CHUNK_MIN << k
+                                           : size + sizeof(crpci_chunk);
+    crpci_chunk *c = NULL;
+    if (total < size)
+        return NULL;
+    crpci_thread_lock(&h->lock);
+    if (k < CRPCI_CHUNK_CLASSES && h->kept[k]) {
+        c = h->kept[k];
+        h->kept[k] = c->next;
+        h->kept_bytes -= (int64_t)total;
+    } else if (!h->limit || h->chunk_bytes + (int64_t)total <= h->limit) {
+        c = (crpci_chunk *)crpci_heap_resize_locked(h, NULL, 0, total);
+    }
+    if (c)
+        h->chunk_bytes += (int64_t)total;
+    crpci_thread_unlock(&h->lock);
+    if (!c)
+        return NULL;
+    crpci_heap_ref(h);
+    c->heap = h;
+    c->next = NULL;
+    c->refs = 1;
+    c->size_class = k;
+    c->cap = total - sizeof *c;
+    return c;
+}
+
+CRPCI_FN void crpci_heap_chunk_ref(crpci_chunk *c)
+{
+    crpci_thread_ref(&c->refs);
+}
+
+CRPCI_FN void crpci_heap_chunk_unref(crpci_chunk *c)
+{
+    crpci_heap *h;
+    int64_t total;
+    if (!c || !crpci_thread_unref(&c->refs))
+        return;
+    h = c->heap;
+    total = (int64_t)(c->cap + sizeof *c);
+    crpci_thread_lock(&h->lock);
+    h->chunk_bytes -= total;
+    if (c->size_class < CRPCI_CHUNK_CLASSES && h->kept_bytes + total <= CRPCI_HEAP_KEEP) {
+        c->next = h->kept[c->size_class];
+        h->kept[c->size_class] = c;
+        h->kept_bytes += total;
+    } else {
+        crpci_heap_resize_locked(h, c, (size_t)total, 0);
+    }
+    crpci_thread_unlock(&h->lock);
+    crpci_heap_unref(h);
+}
+
+/* ======================================================================== */
+/* >>impl-id   {index, generation} ids for objects that others may outlive  */
+/* ======================================================================== */
+
+typedef struct crpci_id_slot {
+    void *object; /* NULL: free */
+    uint32_t generation;
+    uint32_t next_free; /* index + 1 */
+} crpci_id_slot;
+
+typedef struct crpci_id_table {
+    crpci_id_slot *slots;
+    uint32_t cap;
+    uint32_t used;
+    uint32_t free_head; /* index + 1; first in, first out, so that a number returns late */
+    uint32_t free_tail;
+} crpci_id_table;
+
+CRPCI_FN void crpci_id_release(crpci_id_table *t, uint32_t index)
+{
+    t->slots[index].object = NULL;
+    t->slots[index].next_free = 0;
+    if (t->free_tail)
+        t->slots[t->free_tail - 1].next_free = index + 1;
+    else
+        t->free_head = index + 1;
+    t->free_tail = index + 1;
+}
+
+CRPCI_FN int crpci_id_grow(crpci_id_table *t, crpci_heap *h)
+{
+    uint32_t cap = t->cap ? t->cap * 2 : 16, i;
+    crpci_id_slot *slots;
+    if (cap > (1u << 28))
+        return CRPC_ENOMEM;
+    slots = (crpci_id_slot *)crpci_heap_resize(h, t->slots, t->cap * sizeof *slots,
+                                               cap * sizeof *slots);
+    if (!slots)
+        return CRPC_ENOMEM;
+    t->slots = slots;
+    for (i = t->cap; i < cap; i++)
+        crpci_id_release(t, i);
+    t->cap = cap;
+    return CRPC_OK;
+}
+
+/* Names an object. Ids are never 0. */
+CRPCI_FN int crpci_id_add(crpci_id_table *t, crpci_heap *h, void *object, uint64_t *id)
+{
+    crpci_id_slot *s;
+    uint32_t index;
+    if (!t->free_head && crpci_id_grow(t, h))
+        return CRPC_ENOMEM;
+    index = t->free_head - 1;
+    s = &t->slots[index];
+    t->free_head = s->next_free;
+    if (!t->free_head)
+        t->free_tail = 0;
+    if (++s->generation == 0)
+        s->generation = 1;
+    s->object = object;
+    t->used++;
+    *id = (uint64_t)s->generation << 32 | index;
+    return CRPC_OK;
+}
+
+/* The object of an id, NULL if it is gone. */
+CRPCI_FN void *crpci_id_get(const crpci_id_table *t, uint64_t id)
+{
+    uint32_t index = (uint32_t)id;
+    if (index >= t->cap || t->slots[index].generation != (uint32_t)(id >> 32))
+        return NULL;
+    return t->slots[index].object;
+}
+
+CRPCI_FN void crpci_id_remove(crpci_id_table *t, uint64_t id)
+{
+    if (!crpci_id_get(t, id))
+        return;
+    crpci_id_release(t, (uint32_t)id);
+    t->used--;
+}
+
+CRPCI_FN void crpci_id_free(crpci_id_table *t, crpci_heap *h)
+{
+    crpci_heap_free(h, t->slots, t->cap * sizeof *t->slots);
+    memset(t, 0, sizeof *t);
+}
+
+/* ======================================================================== */
+/* >>impl-list   doubly linked lists through members; an empty link points to itself */
+/* ======================================================================== */
+
+typedef struct crpci_list {
+    struct crpci_list *next;
+    struct crpci_list *prev;
+} crpci_list;
+
+CRPCI_FN void crpci_list_init(crpci_list *l)
+{
+    l->next = l->prev = l;
+}
+
+CRPCI_FN bool crpci_list_empty(const crpci_list *l)
+{
+    return l->next == l;
+}
+
+CRPCI_FN void crpci_list_append(crpci_list *head, crpci_list *item)
+{
+    item->prev = head->prev;
+    item->next = head;
+    head->prev->next = item;
+    head->prev = item;
+}
+
+/* Takes an item out; harmless if it is in no list. */
+CRPCI_FN void crpci_list_remove(crpci_list *item)
+{
+    item->prev->next = item->next;
+    item->next->prev = item->prev;
+    crpci_list_init(item);
+}
+
+/* Moves all items of `from` to the empty `to`. */
+CRPCI_FN void crpci_list_move(crpci_list *to, crpci_list *from)
+{
+    crpci_list_init(to);
+    if (crpci_list_empty(from))
+        return;
+    *to = *from;
+    to->next->prev = to->prev->next = to;
+    crpci_list_init(from);
+}
+
+/* ======================================================================== */
+/* >>impl-url   URLs, their options, percent-encoding                        */
+/* ======================================================================== */
+
+#define CRPCI_URL_MAX 2048u
+
+/* scheme://authority/path?query, split in place in a copy. */
+typedef struct crpci_url {
+    char text[CRPCI_URL_MAX];
+    char *scheme;
+    char *authority; /* "" if there is none */
+    char *path;      /* without the leading slash, "" if there is none; unix: the whole path */
+    char *query;     /* what is left of it, see crpci_url_next */
+} crpci_url;
+
+CRPCI_COLD int crpci_url_parse(crpci_url *u, const char *text, crpc_error *error)
+{
+    size_t len = text ? strlen(text) : 0;
+    char *p;
+    memset(u, 0, sizeof *u);
+    if (!text || len >= sizeof u->text)
+        return crpci_status_set(error, CRPC_EINVAL, "URL of %zu bytes: the limit is %u", len,
+                                CRPCI_URL_MAX - 1);
+    memcpy(u->text, text, len + 1);
+    p = strstr(u->text, "://");
+    if (!p || p == u->text)
+        return crpci_status_set(error, CRPC_EINVAL, "not a URL (scheme://...): \"%.100s\"", text);
+    *p = '\0';
+    u->scheme = u->text;
+    u->authority = p + 3;
+    u->query = strchr(u->authority, '?');
+    if (u->query)
+        *u->query++ = '\0';
+    else
+        u->query = u->text + len;
+    if (strcmp(u->scheme, "unix") == 0) {
+        u->path = u->authority;
+        u->authority = u->text + len;
+        return CRPC_OK;
+    }
+    p = strchr(u->authority, '/');
+    u->path = p ? p + 1 : u->text + len;
+    if (p)
+        *p = '\0';
+    return CRPC_OK;
+}
+
+CRPCI_FN int crpci_url_hex(char c)
+{
+    return c >= '0' && c <= '9'   ? c - '0'
+           : c >= 'a' && c <= 'f' ? c - 'a' + 10
+           : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                  : -1;
+}
+
+/* Decodes %XX and '+' in place; false if a %XX is malformed or stands for a zero byte. */
+CRPCI_FN bool crpci_url_decode(char *text)
+{
+    char *out = text;
+    for (; *text; text++) {
+        int hi, lo;
+        if (*text != '%') {
+            *out++ = *text == '+' ? ' ' : *text;
+            continue;
+        }
+        hi = crpci_url_hex(text[1]);
+        lo = hi < 0 ? -1 : crpci_url_hex(text[2]);
+        if (lo < 0 || (hi == 0 && lo == 0))
+            return false;
+        *out++ = (char)(hi << 4 | lo);
+        text += 2;
+    }
+    *out = '\0';
+    return true;
+}
+
+/* Encodes as Java's URLEncoder does, which Dubbo names its nodes with. Returns the length that was
+ * needed; what does not fit is cut. */
+CRPCI_FN size_t crpci_url_encode(char *out, size_t size, const char *text)
+{
+    static const char digits[] = "0123456789ABCDEF";
+    size_t n = 0;
+    for (; *text; text++) {
+        unsigned char c = (unsigned char)*text;
+        char enc[3];
+        size_t len = 1, i;
+        enc[0] = (char)c;
+        if (c == ' ') {
+            enc[0] = '+';
+        } else if (!((c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+                     strchr(".-*_", c))) {
+            enc[0] = '%';
+            enc[1] = digits[c >> 4];
+            enc[2] = digits[c & 15];
+            len = 3;
+        }
+        for (i = 0; i < len; i++, n++) {
+            if (n + 1 < size)
+                out[n] = enc[i];
+        }
+    }
+    if (size)
+        out[n < size ? n : size - 1] = '\0';
+    return n;
+}
+
+/* Takes the next key=value from the query, decoded. CRPC_EPENDING at the end. */
+CRPCI_FN int crpci_url_next(crpci_url *u, char **key, char **value)
+{
+    char *end;
+    while (*u->query == '&')
+        u->query++;
+    if (!*u->query)
+        return CRPC_EPENDING;
+    *key = u->query;
+    end = strchr(u->query, '&');
+    u->query = end ? end + 1 : u->query + strlen(u->query);
+    if (end)
+        *end = '\0';
+    *value = strchr(*key, '=');
+    if (!*value)
+        return CRPC_EINVAL;
+    *(*value)++ = '\0';
+    return crpci_url_decode(*key) && crpci_url_decode(*value) ? CRPC_OK : CRPC_EINVAL;
+}
+
+/* A whole decimal number between -1 and max. */
+CRPCI_FN bool crpci_url_number(const char *text, int64_t max, int64_t *out)
+{
+    char *end;
+    long long v;
+    errno = 0;
+    v = strtoll(text, &end, 10);
+    if (errno || end == text || *end || v < -1 || v > max)
+        return false;
+    *out = v;
+    return true;
+}
+
+/* ======================================================================== */
+/* >>impl-message   nanopb messages: views, encoding into chunks, decoding  */
+/* ======================================================================== */
+
+CRPC_API crpc_view crpc_view_str(const char *text)
+{
+    return crpc_view_of(text, text ? strlen(text) : 0);
+}
+
+CRPC_API bool crpc_view_equal(crpc_view v, const char *text)
+{
+    size_t n = crpc_view_size(v);
+    return strlen(text) == n && (n == 0 || memcmp(crpc_view_data(v), text, n) == 0);
+}
+
+CRPC_API size_t crpc_view_copy(crpc_view v, char *out, size_t out_size)
+{
+    size_t n = crpc_view_size(v);
+    if (out_size) {
+        size_t fit = crpci_base_min(n, out_size - 1);
+        if (fit)
+            memcpy(out, crpc_view_data(v), fit);
+        out[fit] = '\0';
+    }
+    return n;
+}
+
+CRPC_API crpc_views crpc_views_of(const crpc_view *items, size_t count)
+{
+    crpc_views v;
+    v.at[0] = count ? items : NULL;
+    v.at[1] = v.at[2] = NULL; /* an array; a received field has its tag here */
+    v.end = count ? items + count : NULL;
+    return v;
+}
+
+/* Reads a varint of at most 10 bytes; NULL if it is cut off or too long. */
+CRPCI_FN const uint8_t *crpci_message_varint(const uint8_t *p, const uint8_t *end, uint64_t *value)
+{
+    uint64_t v = 0;
+    unsigned shift = 0;
+    for (; p < end; p++, shift += 7) {
+        if (shift == 63 && *p > 1)
+            return NULL;
+        v |= (uint64_t)(*p & 0x7f) << shift;
+        if (*p < 0x80) {
+            *value = v;
+            return p + 1;
+        }
+    }
+    return NULL;
+}
+
+/* Skips a field's value, the tag having been read; NULL if it is cut off or a group. */
+CRPCI_FN const uint8_t *crpci_message_skip(const uint8_t *p, const uint8_t *end, unsigned wire_type)
+{
+    uint64_t n = 0;
+    switch (wire_type) {
+    case 0:
+        return crpci_message_varint(p, end, &n);
+    case 1:
+        n = 8;
+        break;
+    case 2:
+        p = crpci_message_varint(p, end, &n);
+        break;
+    case 5:
+        n = 4;
+        break;
+    default:
+        return NULL;
+    }
+    return p && n <= (uint64_t)(end - p) ? p + n : NULL;
+}
+
+/* A received field: at[0] to at[2] is the first element, at[1] the tag that the others, up to `end`,
+ * stand behind. */
+CRPC_API bool crpc_views_next(const crpc_views *views, const void **cursor, crpc_view *item)
+{
+    const uint8_t *p = (const uint8_t *)(*cursor ? *cursor : views->at[0]);
+    const uint8_t *end = (const uint8_t *)views->end;
+    uint64_t key = 0, n = 0, tag = (uint64_t)(uintptr_t)views->at[1];
+    if (!p)
+        return false;
+    if (!tag) {
+        if (p >= end)
+            return false;
+        *item = *(const crpc_view *)(const void *)p;
+        *cursor = p + sizeof(crpc_view);
+        return true;
+    }
+    if (!*cursor) {
+        *item = crpc_view_of(p, (size_t)((const uint8_t *)views->at[2] - p));
+        *cursor = views->at[2];
+        return true;
+    }
+    while (p && p < end) {
+        p = crpci_message_varint(p, end, &key);
+        if (p && key == tag) {
+            p = crpci_message_varint(p, end, &n);
+            if (!p || n > (uint64_t)(end - p))
+                return false;
+            *item = crpc_view_of(p, (size_t)n);
+            *cursor = p + n;
+            return true;
+        }
+        p = p ? crpci_message_skip(p, end, (unsigned)(key & 7)) : NULL;
+    }
+    return false;
+}
+
+/* The input stream of every decoding in crpc: bytes in memory, known by its callback. nanopb hands
+ * a view's callback a stream over a stack buffer when a hostile peer sends a number in place of a
+ * string; only a stream of this kind may be pointed into. */
+CRPCI_FN bool crpci_message_read(pb_istream_t *stream, pb_byte_t *buf, size_t count)
+{
+    const pb_byte_t *from = (const pb_byte_t *)stream->state;
+    stream->state = (pb_byte_t *)stream->state + count;
+    if (buf)
+        memcpy(buf, from, count);
+    return true;
+}
+
+CRPCI_FN pb_istream_t crpci_message_stream(const void *bytes, size_t size)
+{
+    pb_istream_t s;
+    union {
+        const void *in;
+        void *out;
+    } cast; /* the state is never written through */
+    memset(&s, 0, sizeof s);
+    cast.in = bytes;
+    s.callback = crpci_message_read;
+    s.state = cast.out;
+    s.bytes_left = size;
+    return s;
+}
+
+CRPCI_FN bool crpci_message_decode_view(pb_istream_t *in, const pb_field_iter_t *field)
+{
+    const uint8_t *start = (const uint8_t *)in->state;
+    size_t n = in->bytes_left;
+    crpc_views *views = (crpc_views *)field->pData;
+    if (in->callback != crpci_message_read)
+        PB_RETURN_ERROR(in, "crpc_view: decode with crpc_message_decode, and bytes, not a number");
+    in->state = (uint8_t *)in->state + n;
+    in->bytes_left = 0;
+    if (PB_HTYPE(field->type) != PB_HTYPE_REPEATED) {
+        *(crpc_view *)field->pData = crpc_view_of(start, n);
+        return true;
+    }
+    if (!views->at[0]) {
+        views->at[0] = start;
+        views->at[1] = (const void *)(uintptr_t)((uint32_t)field->tag << 3 | 2);
+        views->at[2] = start + n;
+    }
+    views->end = start + n;
+    return true;
+}
+
+CRPCI_FN bool crpci_message_encode_view(pb_ostream_t *out, const pb_field_iter_t *field)
+{
+    const crpc_views *views = (const crpc_views *)field->pData;
+    const void *cursor = NULL;
+    crpc_view item;
+    if (PB_HTYPE(field->type) == PB_HTYPE_REPEATED) {
+        while (crpc_views_next(views, &cursor, &item)) {
+            if (!pb_encode_tag_for_field(out, field) ||
+                !pb_encode_string(out, (const pb_byte_t *)crpc_view_data(item),
+                                  crpc_view_size(item)))
+                return false;
+        }
+        return true;
+    }
+    item = *(const crpc_view *)field->pData;
+    if (!item.at[0] && PB_HTYPE(field->type) != PB_HTYPE_REQUIRED)
+        return true;
+    return pb_encode_tag_for_field(out, field) &&
+           pb_encode_string(out, (const pb_byte_t *)crpc_view_data(item), crpc_view_size(item));
+}
+
+CRPC_API bool crpc_view_field(struct pb_istream_s *in, struct pb_ostream_s *out,
+                              const struct pb_field_iter_s *field)
+{
+    bool repeated = PB_HTYPE(field->type) == PB_HTYPE_REPEATED;
+    bool text = PB_LTYPE(field->type) == PB_LTYPE_STRING || PB_LTYPE(field->type) == PB_LTYPE_BYTES;
+    if (!text || PB_HTYPE(field->type) == PB_HTYPE_ONEOF ||
+        field->data_size != (repeated ? sizeof(crpc_views) : sizeof(crpc_view))) {
+        if (in)
+            PB_RETURN_ERROR(in, "crpc_view: only for string and bytes fields outside a oneof");
+        PB_RETURN_ERROR(out, "crpc_view: only for string and bytes fields outside a oneof");
+    }
+    return in ? crpci_message_decode_view(in, field) : crpci_message_encode_view(out, field);
+}
+
+/* Whether a message type holds views, at any depth. Static nanopb structs cannot contain
+ * themselves; the depth is bounded all the same. */
+CRPCI_FN bool crpci_message_has_views(const pb_msgdesc_t *desc, int depth)
+{
+    const pb_msgdesc_t *const *sub;
+    if (desc->field_callback == crpc_view_field)
+        return true;
+    for (sub = desc->submsg_info; depth && *sub; sub++) {
+        if (crpci_message_has_views(*sub, depth - 1))
+            return true;
+    }
+    return false;
+}
+
+#define CRPCI_MESSAGE_DEPTH 16
+
+/* Decodes without clearing: the struct is fresh. *why is set on failure, static text. */
+CRPCI_FN bool crpci_message_decode(const void *bytes, size_t size, const pb_msgdesc_t *desc,
+                                   void *message, const char **why)
+{
+    pb_istream_t in = crpci_message_stream(bytes, size);
+    bool ok = pb_decode(&in, desc, message);
+    if (!ok)
+        *why = PB_GET_ERROR(&in);
+    return ok;
+}
+
+CRPC_API int crpc_message_decode(const void *bytes, size_t size, const struct pb_msgdesc_s *desc,
+                                 void *message, size_t message_size)
+{
+    const char *why;
+    if (crpci_message_has_views(desc, CRPCI_MESSAGE_DEPTH))
+        memset(message, 0, message_size);
+    return crpci_message_decode(bytes, size, desc, message, &why) ? CRPC_OK : CRPC_ECODEC;
+}
+
+/* Encoding goes once, straight into a chunk that grows by doubling: a user's callback runs once. */
+typedef struct crpci_message_out {
+    crpci_heap *heap;
+    crpci_chunk *chunk;
+    size_t len; /* bytes used, what stood before the message included */
+    bool no_memory;
+} crpci_message_out;
+
+CRPCI_FN bool crpci_message_reserve(crpci_message_out *o, size_t more)
+{
+    crpci_chunk *bigger;
+    if (CRPCI_LIKELY(o->chunk->cap - o->len >= more))
+        return true;
+    bigger = o->len + more < o->len
+                 ? NULL
+                 : crpci_heap_chunk(o->heap, o->len + (more > o->len ? more : o->len));
+    if (!bigger) {
+        o->no_memory = true;
+        return false;
+    }
+    memcpy(crpci_heap_data(bigger), crpci_heap_data(o->chunk), o->len);
+    crpci_heap_chunk_unref(o->chunk);
+    o->chunk = bigger;
+    return true;
+}
+
+CRPCI_FN bool crpci_message_write(pb_ostream_t *stream, const pb_byte_t *buf, size_t count)
+{
+    crpci_message_out *o = (crpci_message_out *)stream->state;
+    if (!crpci_message_reserve(o, count))
+        return false;
+    memcpy(crpci_heap_data(o->chunk) + o->len, buf, count);
+    o->len += count;
+    return true;
+}
+
+/* Appends a message. CRPC_ENOMEM or CRPC_ECODEC with *why. */
+CRPCI_FN int crpci_message_encode(crpci_message_out *o, const pb_msgdesc_t *desc,
+                                  const void *message, const char **why)
+{
+    pb_ostream_t out;
+    memset(&out, 0, sizeof out);
+    out.callback = crpci_message_write;
+    out.state = o;
+    out.max_size = INT32_MAX;
+    if (CRPCI_LIKELY(pb_encode(&out, desc, message)))
+        return CRPC_OK;
+    *why = o->no_memory ? "out of memory, or over max_bytes" : PB_GET_ERROR(&out);
+    return o->no_memory ? CRPC_ENOMEM : CRPC_ECODEC;
+}
+
+/* ======================================================================== */
+/* >>impl-frame   the 12 bytes before every message                         */
+/* ======================================================================== */
+
+/* "PRPC", body size, meta size, both big-endian 32 bits; the body is meta, payload, attachment, and
+ * its size does not count these 12 bytes. */
+#define CRPCI_FRAME_HEADER 12u
+
+typedef enum crpci_frame_result {
+    CRPCI_FRAME_NEED, /* more bytes */
+    CRPCI_FRAME_OK,
+    CRPCI_FRAME_BAD /* not this protocol */
+} crpci_frame_result;
+
+CRPCI_FN crpci_frame_result crpci_frame_header(const uint8_t *p, size_t n, uint32_t *body,
+                                               uint32_t *meta)
+{
+    if (memcmp(p, "PRPC", n < 4 ? n : 4) != 0)
+        return CRPCI_FRAME_BAD;
+    if (n < CRPCI_FRAME_HEADER)
+        return CRPCI_FRAME_NEED;
+    *body = crpci_base_get32(p + 4);
+    *meta = crpci_base_get32(p + 8);
+    return *meta <= *body ? CRPCI_FRAME_OK : CRPCI_FRAME_BAD;
+}
+
+/* ======================================================================== */
+/* >>impl-meta   what a message is about: brpc's RpcMeta                    */
+/* ======================================================================== */
+
+/* Written backwards in front of a payload; read by a hand cursor where it has the usual shape, and
+ * by nanopb where it has not. Field numbers are brpc's (baidu_rpc_meta.proto). */
+
+typedef struct crpci_meta {
+    crpc_view service; /* request */
+    crpc_view method;
+    int64_t log_id;
+    int64_t trace_id;
+    int64_t span_id;
+    int64_t parent_span_id;
+    int32_t timeout_ms;
+    int32_t error_code; /* response; 0 also where there is none: success */
+    crpc_view error_text;
+    int64_t correlation_id; /* 0 if there is none */
+    int32_t compress_type;
+    int32_t attachment_size;
+    int32_t content_type;
+    int32_t checksum_type;
+    crpc_view chunk_info; /* set: the peer splits bodies, which nobody but it understands */
+    crpc_view credential;
+    crpc_view stream_settings; /* set: the peer wants a stream */
+    crpc_view raw;             /* all of it, to look user_fields up in */
+} crpci_meta;
+
+/* --- writing: from the payload's start towards lower addresses --------------------------------
+ * so that every length is known when it is due, and nothing is encoded twice. */
+
+typedef struct crpci_meta_writer {
+    uint8_t *p;   /* what was written begins here */
+    uint8_t *low; /* the chunk's headroom begins here */
+} crpci_meta_writer;
+
+/* Callers reserve crpci_meta_bound() bytes; this check only keeps a mistake from corrupting. */
+CRPCI_FN uint8_t *crpci_meta_room(crpci_meta_writer *w, size_t n)
+{
+    if ((size_t)(w->p - w->low) < n)
+        abort();
+    return w->p -= n;
+}
+
+CRPCI_FN void crpci_meta_put_varint(crpci_meta_writer *w, uint64_t v)
+{
+    unsigned n = 1, i;
+    uint64_t rest;
+    uint8_t *p;
+    for (rest = v; rest >= 0x80; rest >>= 7)
+        n++;
+    p = crpci_meta_room(w, n);
+    for (i = 0; i + 1 < n; i++, v >>= 7)
+        p[i] = (uint8_t)(v | 0x80);
+    p[i] = (uint8_t)v;
+}
+
+CRPCI_FN void crpci_meta_put_int(crpci_meta_writer *w, unsigned field, int64_t v)
+{
+    crpci_meta_put_varint(w, (uint64_t)v);
+    crpci_meta_put_varint(w, field << 3);
+}
+
+CRPCI_FN void crpci_meta_put_bytes(crpci_meta_writer *w, unsigned field, const void *data, size_t n)
+{
+    uint8_t *p = crpci_meta_room(w, n);
+    if (n)
+        memcpy(p, data, n);
+    crpci_meta_put_varint(w, n);
+    crpci_meta_put_varint(w, field << 3 | 2);
+}
+
+CRPCI_FN void crpci_meta_put_header(crpci_meta_writer *w, size_t meta_size, size_t rest)
+{
+    uint8_t *p = crpci_meta_room(w, CRPCI_FRAME_HEADER);
+    memcpy(p, "PRPC", 4);
+    crpci_base_put32(p + 4, (uint32_t)(meta_size + rest));
+    crpci_base_put32(p + 8, (uint32_t)meta_size);
+}
+
+/* Zeros of compress_type, correlation_id and error_code are written too: some peers insist. */
+CRPCI_FN void crpci_meta_put_common(crpci_meta_writer *w, const crpci_meta *m)
+{
+    if (m->attachment_size)
+        crpci_meta_put_int(w, 5, m->attachment_size);
+    crpci_meta_put_int(w, 4, m->correlation_id);
+    crpci_meta_put_int(w, 3, m->compress_type);
+}
+
+/* Writes header and request meta before the payload at `payload`. `fields` are encoded user_fields.
+ * `short_name`: the service without its package. Returns where the frame begins. */
+CRPCI_FN uint8_t *crpci_meta_put_request(uint8_t *low, uint8_t *payload, size_t payload_size,
+                                         const crpci_meta *m, crpc_view fields)
+{
+    crpci_meta_writer w;
+    uint8_t *end;
+    w.p = payload;
+    w.low = low;
+    if (crpc_view_size(fields))
+        memcpy(crpci_meta_room(&w, crpc_view_size(fields)), crpc_view_data(fields),
+               crpc_view_size(fields));
+    if (crpc_view_data(m->credential))
+        crpci_meta_put_bytes(&w, 7, crpc_view_data(m->credential), crpc_view_size(m->credential));
+    crpci_meta_put_common(&w, m);
+    end = w.p;
+    if (m->timeout_ms)
+        crpci_meta_put_int(&w, 8, m->timeout_ms);
+    if (m->trace_id) {
+        crpci_meta_put_int(&w, 6, m->parent_span_id);
+        crpci_meta_put_int(&w, 5, m->span_id);
+        crpci_meta_put_int(&w, 4, m->trace_id);
+    }
+    if (m->log_id)
+        crpci_meta_put_int(&w, 3, m->log_id);
+    crpci_meta_put_bytes(&w, 2, crpc_view_data(m->method), crpc_view_size(m->method));
+    crpci_meta_put_bytes(&w, 1, crpc_view_data(m->service), crpc_view_size(m->service));
+    crpci_meta_put_varint(&w, (uint64_t)(end - w.p));
+    crpci_meta_put_varint(&w, 1 << 3 | 2);
+    crpci_meta_put_header(&w, (size_t)(payload - w.p),
+                          payload_size + (size_t)m->attachment_size);
+    return w.p;
+}
+
+/* The same for a reply. */
+CRPCI_FN uint8_t *crpci_meta_put_reply(uint8_t *low, uint8_t *payload, size_t payload_size,
+                                       const crpci_meta *m, crpc_view fields)
+{
+    crpci_meta_writer w;
+    uint8_t *end;
+    w.p = payload;
+    w.low = low;
+    if (crpc_view_size(fields))
+        memcpy(crpci_meta_room(&w, crpc_view_size(fields)), crpc_view_data(fields),
+               crpc_view_size(fields));
+    crpci_meta_put_common(&w, m);
+    end = w.p;
+    if (crpc_view_size(m->error_text))
+        crpci_meta_put_bytes(&w, 2, crpc_view_data(m->error_text), crpc_view_size(m->error_text));
+    crpci_meta_put_int(&w, 1, m->error_code);
+    crpci_meta_put_varint(&w, (uint64_t)(end - w.p));
+    crpci_meta_put_varint(&w, 2 << 3 | 2);
+    crpci_meta_put_header(&w, (size_t)(payload - w.p),
+                          payload_size + (size_t)m->attachment_size);
+    return w.p;
+}
+
+/* Room that header and meta need at most, names, texts and fields of `variable` bytes included:
+ * header, nine varint fields of 11 bytes, tags and lengths. */
+CRPCI_FN size_t crpci_meta_bound(size_t variable)
+{
+    return CRPCI_FRAME_HEADER + 9 * 11 + 6 * 6 + variable;
+}
+
+/* Encodes one user_fields entry (field 9: key 1, value 2) into out, which has
+ * crpci_meta_field_size() bytes. Returns the bytes written. */
+CRPCI_FN size_t crpci_meta_field_size(size_t key, size_t value)
+{
+    return key + value + 3 + 3 * 5;
+}
+
+CRPCI_FN size_t crpci_meta_put_field(uint8_t *out, crpc_view key, crpc_view value)
+{
+    size_t room = crpci_meta_field_size(crpc_view_size(key), crpc_view_size(value)), n;
+    crpci_meta_writer w;
+    w.low = out;
+    w.p = out + room;
+    crpci_meta_put_bytes(&w, 2, crpc_view_data(value), crpc_view_size(value));
+    crpci_meta_put_bytes(&w, 1, crpc_view_data(key), crpc_view_size(key));
+    crpci_meta_put_varint(&w, (uint64_t)(out + room - w.p));
+    crpci_meta_put_varint(&w, 9 << 3 | 2);
+    n = (size_t)(out + room - w.p);
+    memmove(out, w.p, n);
+    return n;
+}
+
+/* --- reading ---------------------------------------------------------------------------------- */
+
+/* One field: its key and either number or bytes. NULL: not of the plain shape. */
+CRPCI_FN const uint8_t *crpci_meta_next(const uint8_t *p, const uint8_t *end, uint64_t *key,
+                                        uint64_t *number, crpc_view *bytes)
+{
+    if (p < end && *p < 0x80) {
+        *key = *p++;
+    } else {
+        p = crpci_message_varint(p, end, key);
+        if (!p)
+            return NULL;
+    }
+    if (*key < 8 || *key >> 3 > 0x1fffffff) /* field number 0 or out of range */
+        return NULL;
+    switch (*key & 7) {
+    case 0:
+        if (p < end && *p < 0x80) {
+            *number = *p;
+            return p + 1;
+        }
+        return crpci_message_varint(p, end, number);
+    case 2:
+        p = crpci_message_varint(p, end, number);
+        if (!p || *number > (uint64_t)(end - p))
+            return NULL;
+        *bytes = crpc_view_of(p, (size_t)*number);
+        return p + *number;
+    default:
+        return crpci_message_skip(p, end, (unsigned)(*key & 7));
+    }
+}
+
+/* Fields that RpcMeta has under another wire type are not of the plain shape. */
+CRPCI_FN bool crpci_meta_read_request(crpc_view sub, crpci_meta *m)
+{
+    const uint8_t *p = (const uint8_t *)crpc_view_data(sub), *end = (const uint8_t *)sub.end;
+    uint64_t key, n = 0;
+    crpc_view v = {{NULL}, NULL};
+    if (crpc_view_data(m->service))
+        return false;
+    while (p < end) {
+        p = crpci_meta_next(p, end, &key, &n, &v);
+        if (!p)
+            return false;
+        switch (key) {
+        case 1 << 3 | 2:
+            m->service = v;
+            break;
+        case 2 << 3 | 2:
+            m->method = v;
+            break;
+        case 3 << 3:
+            m->log_id = (int64_t)n;
+            break;
+        case 4 << 3:
+            m->trace_id = (int64_t)n;
+            break;
+        case 5 << 3:
+            m->span_id = (int64_t)n;
+            break;
+        case 6 << 3:
+            m->parent_span_id = (int64_t)n;
+            break;
+        case 8 << 3:
+            m->timeout_ms = (int32_t)(uint32_t)n;
+            break;
+        default:
+            if (key >> 3 <= 8 && key >> 3 != 7)
+                return false;
+        }
+    }
+    return crpc_view_data(m->service) && crpc_view_data(m->method);
+}
+
+CRPCI_FN bool crpci_meta_read_response(crpc_view sub, crpci_meta *m)
+{
+    const uint8_t *p = (const uint8_t *)crpc_view_data(sub), *end = (const uint8_t *)sub.end;
+    uint64_t key, n = 0;
+    crpc_view v = {{NULL}, NULL};
+    while (p < end) {
+        p = crpci_meta_next(p, end, &key, &n, &v);
+        if (!p)
+            return false;
+        if (key == (1 << 3))
+            m->error_code = (int32_t)(uint32_t)n;
+        else if (key == (2 << 3 | 2))
+            m->error_text = v;
+        else if (key >> 3 <= 2)
+            return false;
+    }
+    return true;
+}
+
+CRPCI_FN bool crpci_meta_read_plain(const uint8_t *p, const uint8_t *end, crpci_meta *m)
+{
+    uint64_t key, n = 0;
+    crpc_view v = {{NULL}, NULL};
+    bool has_response = false;
+    while (p < end) {
+        p = crpci_meta_next(p, end, &key, &n, &v);
+        if (!p)
+            return false;
+        switch (key) {
+        case 1 << 3 | 2:
+            if (!crpci_meta_read_request(v, m))
+                return false;
+            break;
+        case 2 << 3 | 2:
+            if (has_response || !crpci_meta_read_response(v, m))
+                return false;
+            has_response = true;
+            break;
+        case 3 << 3:
+            m->compress_type = (int32_t)(uint32_t)n;
+            break;
+        case 4 << 3:
+            m->correlation_id = (int64_t)n;
+            break;
+        case 5 << 3:
+            m->attachment_size = (int32_t)(uint32_t)n;
+            break;
+        case 6 << 3 | 2:
+            m->chunk_info = v;
+            break;
+        case 7 << 3 | 2:
+            m->credential = v;
+            break;
+        case 8 << 3 | 2:
+            m->stream_settings = v;
+            break;
+        case 9 << 3 | 2:
+            break;
+        case 10 << 3:
+            m->content_type = (int32_t)(uint32_t)n;
+            break;
+        case 11 << 3:
+            m->checksum_type = (int32_t)(uint32_t)n;
+            break;
+        default:
+            if (key >> 3 <= 11)
+                return false;
+        }
+    }
+    return true;
+}
+
+/* nanopb's description of the same, for every other shape and for the self-check. Names of the
+ * objects that PB_BIND defines cannot be static; weak, two copies of crpc can be linked. */
+typedef struct crpci_meta_pb_request {
+    crpc_view service_name;
+    crpc_view method_name;
+    bool has_log_id;
+    int64_t log_id;
+    bool has_trace_id;
+    int64_t trace_id;
+    bool has_span_id;
+    int64_t span_id;
+    bool has_parent_span_id;
+    int64_t parent_span_id;
+    bool has_timeout_ms;
+    int32_t timeout_ms;
+} crpci_meta_pb_request;
+
+typedef struct crpci_meta_pb_response {
+    bool has_error_code;
+    int32_t error_code;
+    crpc_view error_text;
+} crpci_meta_pb_response;
+
+typedef struct crpci_meta_pb {
+    bool has_request;
+    crpci_meta_pb_request request;
+    bool has_response;
+    crpci_meta_pb_response response;
+    bool has_compress_type;
+    int32_t compress_type;
+    bool has_correlation_id;
+    int64_t correlation_id;
+    bool has_attachment_size;
+    int32_t attachment_size;
+    crpc_view chunk_info;
+    crpc_view authentication_data;
+    crpc_view stream_settings;
+    bool has_content_type;
+    int32_t content_type;
+    bool has_checksum_type;
+    int32_t checksum_type;
+} crpci_meta_pb;
+
+/* clang-format off */
+#define CRPCI_META_PB_REQUEST_FIELDLIST(X, a)                                                      \
+    X(a, CALLBACK, REQUIRED, STRING, service_name, 1)                                              \
+    X(a, CALLBACK, REQUIRED, STRING, method_name, 2)                                               \
+    X(a, STATIC, OPTIONAL, INT64, log_id, 3)                                                       \
+    X(a, STATIC, OPTIONAL, INT64, trace_id, 4)                                                     \
+    X(a, STATIC, OPTIONAL, INT64, span_id, 5)                                                      \
+    X(a, STATIC, OPTIONAL, INT64, parent_span_id, 6)                                               \
+    X(a, STATIC, OPTIONAL, INT32, timeout_ms, 8)
+#define CRPCI_META_PB_REQUEST_CALLBACK crpc_view_field
+#define CRPCI_META_PB_REQUEST_DEFAULT NULL
+
+#define CRPCI_META_PB_RESPONSE_FIELDLIST(X, a)                                                     \
+    X(a, STATIC, OPTIONAL, INT32, error_code, 1)                                                   \
+    X(a, CALLBACK, OPTIONAL, STRING, error_text, 2)
+#define CRPCI_META_PB_RESPONSE_CALLBACK crpc_view_field
+#define CRPCI_META_PB_RESPONSE_DEFAULT NULL
+
+#define CRPCI_META_PB_FIELDLIST(X, a)                                                              \
+    X(a, STATIC, OPTIONAL, MESSAGE, request, 1)                                                    \
+    X(a, STATIC, OPTIONAL, MESSAGE, response, 2)                                                   \
+    X(a, STATIC, OPTIONAL, INT32, compress_type, 3)                                                \
+    X(a, STATIC, OPTIONAL, INT64, correlation_id, 4)                                               \
+    X(a, STATIC, OPTIONAL, INT32, attachment_size, 5)                                              \
+    X(a, CALLBACK, OPTIONAL, BYTES, chunk_info, 6)                                                 \
+    X(a, CALLBACK, OPTIONAL, BYTES, authentication_data, 7)                                        \
+    X(a, CALLBACK, OPTIONAL, BYTES, stream_settings, 8)                                            \
+    X(a, STATIC, OPTIONAL, INT32, content_type, 10)                                                \
+    X(a, STATIC, OPTIONAL, INT32, checksum_type, 11)
+#define CRPCI_META_PB_CALLBACK crpc_view_field
+#define CRPCI_META_PB_DEFAULT NULL
+#define crpci_meta_pb_request_MSGTYPE crpci_meta_pb_request
+#define crpci_meta_pb_response_MSGTYPE crpci_meta_pb_response
+/* clang-format on */
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+extern const uint32_t crpci_meta_pb_request_field_info[] CRPCI_WEAK;
+extern const pb_msgdesc_t *const crpci_meta_pb_request_submsg_info[] CRPCI_WEAK;
+extern const pb_msgdesc_t crpci_meta_pb_request_msg CRPCI_WEAK;
+extern const uint32_t crpci_meta_pb_response_field_info[] CRPCI_WEAK;
+extern const pb_msgdesc_t *const crpci_meta_pb_response_submsg_info[] CRPCI_WEAK;
+extern const pb_msgdesc_t crpci_meta_pb_response_msg CRPCI_WEAK;
+extern const uint32_t crpci_meta_pb_field_info[] CRPCI_WEAK;
+extern const pb_msgdesc_t *const crpci_meta_pb_submsg_info[] CRPCI_WEAK;
+extern const pb_msgdesc_t crpci_meta_pb_msg CRPCI_WEAK;
+PB_BIND(CRPCI_META_PB_REQUEST, crpci_meta_pb_request, 2)
+PB_BIND(CRPCI_META_PB_RESPONSE, crpci_meta_pb_response, 2)
+PB_BIND(CRPCI_META_PB, crpci_meta_pb, 2)
+#ifdef __cplusplus
+}
+#endif
+#undef crpci_meta_pb_request_MSGTYPE
+#undef crpci_meta_pb_response_MSGTYPE
+
+CRPCI_COLD bool crpci_meta_read_nanopb(const uint8_t *p, size_t n, crpci_meta *m)
+{
+    crpci_meta_pb pb;
+    const char *why;
+    memset(&pb, 0, sizeof pb);
+    memset(m, 0, sizeof *m);
+    if (!crpci_message_decode(p, n, &crpci_meta_pb_msg, &pb, &why))
+        return false;
+    m->service = pb.request.service_name;
+    m->method = pb.request.method_name;
+    m->log_id = pb.request.log_id;
+    m->trace_id = pb.request.trace_id;
+    m->span_id = pb.request.span_id;
+    m->parent_span_id = pb.request.parent_span_id;
+    m->timeout_ms = pb.request.timeout_ms;
+    m->error_code = pb.response.error_code;
+    m->error_text = pb.response.error_text;
+    m->correlation_id = pb.correlation_id;
+    m->compress_type = pb.compress_type;
+    m->attachment_size = pb.attachment_size;
+    m->content_type = pb.content_type;
+    m->checksum_type = pb.checksum_type;
+    m->chunk_info = pb.chunk_info;
+    m->credential = pb.authentication_data;
+    m->stream_settings = pb.stream_settings;
+    return true;
+}
+
+/* Reads a meta; false if it is none. Its views point into the input. */
+CRPCI_FN bool crpci_meta_read(const uint8_t *p, size_t n, crpci_meta *m)
+{
+    memset(m, 0, sizeof *m);
+    if (!crpci_meta_read_plain(p, p + n, m) && !crpci_meta_read_nanopb(p, n, m))
+        return false;
+    m->raw = crpc_view_of(p, n);
+    return true;
+}
+
+CRPCI_FN bool crpci_meta_bytes_equal(crpc_view v, const char *text, size_t n)
+{
+    return crpc_view_size(v) == n && (n == 0 || memcmp(crpc_view_data(v), text, n) == 0);
+}
+
+/* The value of a user_fields entry; the last one wins, as in a map. */
+CRPCI_FN bool crpci_meta_field(crpc_view raw, const char *key, crpc_view *value)
+{
+    const uint8_t *p = (const uint8_t *)crpc_view_data(raw), *end = (const uint8_t *)raw.end;
+    size_t key_len = strlen(key);
+    bool found = false;
+    while (p && p < end) {
+        uint64_t k = 0, n = 0;
+        crpc_view entry = {{NULL}, NULL}, name, text, v = {{NULL}, NULL};
+        const uint8_t *q, *entry_end;
+        p = crpci_meta_next(p, end, &k, &n, &entry);
+        if (!p || k != (9 << 3 | 2))
+            continue;
+        name = text = crpc_view_of("", 0);
+        entry_end = (const uint8_t *)entry.end;
+        for (q = (const uint8_t *)crpc_view_data(entry); q && q < entry_end;) {
+            q = crpci_meta_next(q, entry_end, &k, &n, &v);
+            if (q && k == (1 << 3 | 2))
+                name = v;
+            else if (q && k == (2 << 3 | 2))
+                text = v;
+        }
+        if (q && crpci_meta_bytes_equal(name, key, key_len)) {
+            *value = text;
+            found = true;
+        }
+    }
+    return found;
+}
+
+/* A nanopb that was compiled with other options than this file sees (PB_FIELD_32BIT, say) reads
+ * descriptors wrongly and without an error. Known bytes, read and written through it, tell. */
+CRPCI_COLD bool crpci_meta_self_check(void)
+{
+    static const uint8_t golden[] = {0x0a, 0x1b, 0x0a, 0x13, 'e',  'x',  'a',  'm',  'p',
+                                     'l',  'e',  '.',  'E',  'c',  'h',  'o',  'S',  'e',
+                                     'r',  'v',  'i',  'c',  'e',  0x12, 0x04, 'E',  'c',
+                                     'h',  'o',  0x18, 0x00, 0x20, 0x01};
+    uint8_t out[sizeof golden + 8];
+    pb_ostream_t stream = pb_ostream_from_buffer(out, sizeof out);
+    crpci_meta_pb pb;
+    crpci_meta m;
+    memset(&pb, 0, sizeof pb);
+    pb.has_request = pb.has_compress_type = pb.has_correlation_id = true;
+    pb.request.service_name = crpc_view_str("example.EchoService");
+    pb.request.method_name = crpc_view_str("Echo");
+    pb.correlation_id = 1;
+    return crpci_meta_read_nanopb(golden, sizeof golden, &m) && m.correlation_id == 1 &&
+           crpc_view_equal(m.service, "example.EchoService") && crpc_view_equal(m.method, "Echo") &&
+           pb_encode(&stream, &crpci_meta_pb_msg, &pb) && stream.bytes_written == sizeof golden &&
+           memcmp(out, golden, sizeof golden) == 0;
+}
+
+/* ======================================================================== */
+/* >>impl-sock   addresses and sockets; knows no loop                        */
+/* ======================================================================== */
+
+typedef struct crpci_addr {
+    union {
+        struct sockaddr any;
+        struct sockaddr_in in4;
+        struct sockaddr_in6 in6;
+        struct sockaddr_un un;
+    } u;
+    socklen_t len;
+} crpci_addr;
+
+/* Splits "host:port" or "[v6]:port"; the host keeps no brackets. */
+CRPCI_FN bool crpci_sock_split(const char *text, char *host, size_t size, unsigned *port)
+{
+    const char *colon = strrchr(text, ':'), *from = text, *to = colon;
+    int64_t n;
+    if (!colon || !crpci_url_number(colon + 1, 65535, &n) || n < 0)
+        return false;
+    if (*text == '[') {
+        if (colon == text || colon[-1] != ']')
+            return false;
+        from++;
+        to--;
+    } else if (memchr(text, ':', (size_t)(colon - text))) {
+        return false; /* an IPv6 address needs brackets */
+    }
+    if ((size_t)(to - from) >= size)
+        return false;
+    memcpy(host, from, (size_t)(to - from));
+    host[to - from] = '\0';
+    *port = (unsigned)n;
+    return true;
+}
+
+/* Reads a numeric "1.2.3.4:80", "[::1]:80" or "unix:/path". */
+CRPCI_FN bool crpci_sock_parse(crpci_addr *a, const char *text)
+{
+    char host[INET6_ADDRSTRLEN];
+    unsigned port;
+    memset(a, 0, sizeof *a);
+    if (strncmp(text, "unix:", 5) == 0) {
+        size_t n = strlen(text + 5);
+        if (n == 0 || n >= sizeof a->u.un.sun_path)
+            return false;
+        a->u.un.sun_family = AF_UNIX;
+        memcpy(a->u.un.sun_path, text + 5, n + 1);
+        a->len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + n + 1);
+        return true;
+    }
+    if (!crpci_sock_split(text, host, sizeof host, &port))
+        return false;
+    if (inet_pton(AF_INET, host, &a->u.in4.sin_addr) == 1) {
+        a->u.in4.sin_family = AF_INET;
+        a->u.in4.sin_port = htons((uint16_t)port);
+        a->len = sizeof a->u.in4;
+        return true;
+    }
+    if (inet_pton(AF_INET6, host, &a->u.in6.sin6_addr) == 1) {
+        a->u.in6.sin6_family = AF_INET6;
+        a->u.in6.sin6_port = htons((uint16_t)port);
+        a->len = sizeof a->u.in6;
+        return true;
+    }
+    return false;
+}
+
+CRPCI_FN void crpci_sock_format(const crpci_addr *a, char *out, size_t size)
+{
+    char host[INET6_ADDRSTRLEN] = "?";
+    if (a->u.any.sa_family == AF_UNIX)
+        snprintf(out, size, "unix:%s",
+                 a->len > offsetof(struct sockaddr_un, sun_path) ? a->u.un.sun_path : "");
+    else if (a->u.any.sa_family == AF_INET6)
+        snprintf(out, size, "[%s]:%u",
+                 inet_ntop(AF_INET6, &a->u.in6.sin6_addr, host, sizeof host),
+                 ntohs(a->u.in6.sin6_port));
+    else
+        snprintf(out, size, "%s:%u", inet_ntop(AF_INET, &a->u.in4.sin_addr, host, sizeof host),
+                 ntohs(a->u.in4.sin_port));
+}
+
+CRPCI_FN void crpci_sock_local(int fd, crpci_addr *a)
+{
+    memset(a, 0, sizeof *a);
+    a->len = sizeof a->u;
+    if (getsockname(fd, &a->u.any, &a->len))
+        a->len = 0;
+}
+
+CRPCI_FN void crpci_sock_peer(int fd, crpci_addr *a)
+{
+    memset(a, 0, sizeof *a);
+    a->len = sizeof a->u;
+    if (getpeername(fd, &a->u.any, &a->len))
+        a->len = 0;
+}
+
+CRPCI_FN void crpci_sock_set(int fd, int level, int option, int value)
+{
+    setsockopt(fd, level, option, &value, sizeof value);
+}
+
+/* What every stream connection gets: no Nagle delay; death noticed although nothing is sent (keepalive
+ * after 60 s) and although something is (user timeout 30 s). */
+CRPCI_FN void crpci_sock_tune(int fd)
+{
+    crpci_sock_set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+    crpci_sock_set(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+#ifdef TCP_KEEPIDLE
+    crpci_sock_set(fd, IPPROTO_TCP, TCP_KEEPIDLE, 60);
+    crpci_sock_set(fd, IPPROTO_TCP, TCP_KEEPINTVL, 10);
+    crpci_sock_set(fd, IPPROTO_TCP, TCP_KEEPCNT, 3);
+#endif
+#ifdef TCP_USER_TIMEOUT
+    crpci_sock_set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, 30000);
+#endif
+}
+
+CRPCI_FN int crpci_sock_open(const crpci_addr *a)
+{
+    int fd = socket(a->u.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd >= 0 && a->u.any.sa_family != AF_UNIX)
+        crpci_sock_tune(fd);
+    return fd;
+}
+
+/* Whether a connection is to itself: dialling a dead port in the ephemeral range can do that. */
+CRPCI_FN bool crpci_sock_is_self(int fd)
+{
+    crpci_addr a, b;
+    crpci_sock_local(fd, &a);
+    crpci_sock_peer(fd, &b);
+    return a.u.any.sa_family != AF_UNIX && a.len && a.len == b.len &&
+           memcmp(&a.u, &b.u, a.len) == 0;
+}
+
+/* A unix socket file that nobody listens on any more is removed; one in use is left alone. */
+CRPCI_COLD void crpci_sock_unlink_stale(const crpci_addr *a)
+{
+    struct stat st;
+    int fd;
+    if (a->u.any.sa_family != AF_UNIX || stat(a->u.un.sun_path, &st) || !S_ISSOCK(st.st_mode))
+        return;
+    fd = crpci_sock_open(a);
+    if (fd < 0)
+        return;
+    if (connect(fd, &a->u.any, a->len) && errno == ECONNREFUSED)
+        unlink(a->u.un.sun_path);
+    close(fd);
+}
+
+/* Binds and listens. -1 and errno on failure. */
+CRPCI_COLD int crpci_sock_listen(const crpci_addr *a)
+{
+    int fd = crpci_sock_open(a), saved;
+    if (fd < 0)
+        return -1;
+    crpci_sock_set(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+    crpci_sock_unlink_stale(a);
+    if (bind(fd, &a->u.any, a->len) == 0 && listen(fd, 1024) == 0)
+        return fd;
+    saved = errno;
+    close(fd);
+    errno = saved;
+    return -1;
+}
+
+/* ======================================================================== */
+/* >>impl-resolver   host names to numeric addresses, on the caller's thread */
+/* ======================================================================== */
+
+CRPCI_COLD int crpci_resolver_system(const char *host, char *out, size_t size)
+{
+    struct addrinfo hints, *list, *i;
+    size_t used = 0;
+    memset(&hints, 0, sizeof hints);
+    hints.ai_socktype = SOCK_STREAM;
+    *out = '\0';
+    if (getaddrinfo(host, NULL, &hints, &list))
+        return CRPC_ERESOLVE;
+    for (i = list; i; i = i->ai_next) {
+        char text[INET6_ADDRSTRLEN];
+        if (getnameinfo(i->ai_addr, i->ai_addrlen, text, sizeof text, NULL, 0, NI_NUMERICHOST) ||
+            strchr(text, '%')) /* a scoped link-local address is of no use elsewhere */
+            continue;
+        if (used + strlen(text) + 2 > size)
+            break;
+        used += (size_t)snprintf(out + used, size - used, "%s%s", used ? "," : "", text);
+    }
+    freeaddrinfo(list);
+    return *out ? CRPC_OK : CRPC_ERESOLVE;
+}
+
+/* Turns "host:port" into a numeric one. Of several addresses the first IPv4 one is taken, else the
+ * first. Numeric input is only normalised. */
+CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out, size_t size,
+                                      crpc_error *error)
+{
+    char host[256], list[1024], *item, *next, *best = NULL;
+    unsigned port;
+    crpci_addr a;
+    int err;
+    if (crpci_sock_parse(&a, text)) {
+        crpci_sock_format(&a, out, size);
+        return CRPC_OK;
+    }
+    if (!crpci_sock_split(text, host, sizeof host, &port) || !*host)
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "\"%.80s\" is not host:port (IPv6 stands in brackets)", text);
+    err = h->hooks.resolve ? h->hooks.resolve(h->hooks.user, host, list, sizeof list)
+                           : crpci_resolver_system(host, list, sizeof list);
+    if (err)
+        return crpci_status_set(error, CRPC_ERESOLVE, "host \"%.80s\" could not be resolved", host);
+    for (item = list; item && *item; item = next) {
+        next = strchr(item, ',');
+        if (next)
+            *next++ = '\0';
+        if (!best || (strchr(best, ':') && !strchr(item, ':')))
+            best = item;
+    }
+    if (best)
+        snprintf(out, size, strchr(best, ':') ? "[%s]:%u" : "%s:%u", best, port);
+    if (!best || !crpci_sock_parse(&a, out))
+        return crpci_status_set(error, CRPC_ERESOLVE,
+                                "host \"%.80s\": the resolver gave no numeric address", host);
+    return CRPC_OK;
+}
+
+/* ======================================================================== */
+/* >>impl-transport   how bytes get through a connected socket               */
+/* ======================================================================== */
+
+/* All but `pending` are called without the loop's lock. Results as of readv and writev: -1 and
+ * EAGAIN when it would block. */
+typedef struct crpci_transport {
+    ssize_t (*readv)(int fd, void *state, struct iovec *iov, int count);
+    ssize_t (*writev)(int fd, void *state, struct iovec *iov, int count);
+    bool (*pending)(void *state);             /* input that the poller does not see */
+    unsigned (*want)(void *state, unsigned);  /* maps what is wanted to what to poll for */
+    bool concurrent_rw;                       /* one thread may read while another writes */
+} crpci_transport;
+
+CRPCI_FN ssize_t crpci_transport_plain_readv(int fd, void *state, struct iovec *iov, int count)
+{
+    struct msghdr m;
+    (void)state;
+    if (count == 1)
+        return recv(fd, iov->iov_base, iov->iov_len, 0);
+    memset(&m, 0, sizeof m);
+    m.msg_iov = iov;
+    m.msg_iovlen = (size_t)count;
+    return recvmsg(fd, &m, 0);
+}
+
+CRPCI_FN ssize_t crpci_transport_plain_writev(int fd, void *state, struct iovec *iov, int count)
+{
+    struct msghdr m;
+    (void)state;
+    if (count == 1)
+        return send(fd, iov->iov_base, iov->iov_len, MSG_NOSIGNAL);
+    memset(&m, 0, sizeof m);
+    m.msg_iov = iov;
+    m.msg_iovlen = (size_t)count;
+    return sendmsg(fd, &m, MSG_NOSIGNAL);
+}
+
+CRPCI_FN bool crpci_transport_plain_pending(void *state)
+{
+    (void)state;
+    return false;
+}
+
+CRPCI_FN unsigned crpci_transport_plain_want(void *state, unsigned events)
+{
+    (void)state;
+    return events;
+}
+
+static const crpci_transport crpci_transport_plain = {
+    crpci_transport_plain_readv, crpci_transport_plain_writev, crpci_transport_plain_pending,
+    crpci_transport_plain_want, true};
+
+/* ======================================================================== */
+/* >>impl-poller   epoll and poll behind four functions                      */
+/* ======================================================================== */
+
+#define CRPCI_POLLER_BATCH 64
+
+/* One registered descriptor. */
+typedef struct crpci_poller_item {
+    int fd;
+    unsigned events; /* registered now; 0: not registered */
+    uint32_t at;     /* poll: index */
+    uint64_t id;     /* reported with its events */
+} crpci_poller_item;
+
+typedef struct crpci_poller_event {
+    uint64_t id;
+    unsigned events;
+} crpci_poller_event;
+
+typedef struct crpci_poller {
+    crpc_poller kind;
+    int epoll_fd;
+    /* poll: what is registered, and the copy that a wait without the lock works on */
+    struct pollfd *fds;
+    crpci_poller_item **items;
+    struct pollfd *snapshot;
+    uint64_t *snapshot_ids;
+    uint32_t count, cap, snapshot_count, snapshot_cap, next;
+} crpci_poller;
+
+CRPCI_FN const char *crpci_poller_name(const crpci_poller *p)
+{
+    return p->kind == CRPC_POLLER_EPOLL ? "epoll" : "poll";
+}
+
+CRPCI_FN int crpci_poller_open(crpci_poller *p, crpc_poller kind)
+{
+    memset(p, 0, sizeof *p);
+    p->epoll_fd = -1;
+    p->kind = CRPC_POLLER_POLL;
+#if CRPC_ENABLE_EPOLL
+    if (kind == CRPC_POLLER_POLL)
+        return CRPC_OK;
+    p->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    p->kind = CRPC_POLLER_EPOLL;
+    return p->epoll_fd < 0 ? CRPC_ESYSTEM : CRPC_OK;
+#else
+    return kind == CRPC_POLLER_EPOLL ? CRPC_EUNSUPPORTED : CRPC_OK;
+#endif
+}
+
+CRPCI_FN void crpci_poller_close(crpci_poller *p, crpci_heap *h)
+{
+    if (p->epoll_fd >= 0)
+        close(p->epoll_fd);
+    crpci_heap_free(h, p->fds, p->cap * sizeof *p->fds);
+    crpci_heap_free(h, p->items, p->cap * sizeof *p->items);
+    crpci_heap_free(h, p->snapshot, p->snapshot_cap * sizeof *p->snapshot);
+    crpci_heap_free(h, p->snapshot_ids, p->snapshot_cap * sizeof *p->snapshot_ids);
+    memset(p, 0, sizeof *p);
+    p->epoll_fd = -1;
+}
+
+#if CRPC_ENABLE_EPOLL
+/* A library that owns the descriptor may have closed it, and the number may name another one by
+ * now: ENOENT and EEXIST are such cases, not errors. */
+CRPCI_FN int crpci_poller_epoll_set(crpci_poller *p, crpci_poller_item *i, unsigned events)
+{
+    struct epoll_event e;
+    memset(&e, 0, sizeof e);
+    e.data.u64 = i->id;
+    e.events = (events & CRPC_READABLE ? (uint32_t)EPOLLIN : 0u) |
+               (events & CRPC_WRITABLE ? (uint32_t)EPOLLOUT : 0u);
+    if (!events) {
+        epoll_ctl(p->epoll_fd, EPOLL_CTL_DEL, i->fd, &e);
+        return CRPC_OK;
+    }
+    if (epoll_ctl(p->epoll_fd, i->events ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, i->fd, &e) == 0)
+        return CRPC_OK;
+    if (errno == ENOENT && epoll_ctl(p->epoll_fd, EPOLL_CTL_ADD, i->fd, &e) == 0)
+        return CRPC_OK;
+    if (errno == EEXIST && epoll_ctl(p->epoll_fd, EPOLL_CTL_MOD, i->fd, &e) == 0)
+        return CRPC_OK;
+    return errno == ENOMEM ? CRPC_ENOMEM : CRPC_ESYSTEM;
+}
+#endif
+
+CRPCI_FN int crpci_poller_poll_grow(crpci_poller *p, crpci_heap *h)
+{
+    uint32_t cap = p->cap ? p->cap * 2 : 16;
+    struct pollfd *fds =
+        (struct pollfd *)crpci_heap_resize(h, p->fds, p->cap * sizeof *fds, cap * sizeof *fds);
+    crpci_poller_item **items;
+    if (!fds)
+        return CRPC_ENOMEM;
+    p->fds = fds;
+    items = (crpci_poller_item **)crpci_heap_resize(h, p->items, p->cap * sizeof *items,
+                                                    cap * sizeof *items);
+    if (!items) {
+        p->fds = (struct pollfd *)crpci_heap_resize(h, fds, cap * sizeof *fds,
+                                                    p->cap * sizeof *fds);
+        if (!p->fds) /* shrinking failed: the larger block is lost to the count, not to use */
+            p->fds = fds;
+        return CRPC_ENOMEM;
+    }
+    p->items = items;
+    p->cap = cap;
+    return CRPC_OK;
+}
+
+CRPCI_FN int crpci_poller_poll_set(crpci_poller *p, crpci_heap *h, crpci_poller_item *i,
+                                   unsigned events)
+{
+    if (!events) {
+        uint32_t last = --p->count;
+        p->fds[i->at] = p->fds[last];
+        p->items[i->at] = p->items[last];
+        p->items[i->at]->at = i->at;
+        return CRPC_OK;
+    }
+    if (!i->events) {
+        if (p->count == p->cap && crpci_poller_poll_grow(p, h))
+            return CRPC_ENOMEM;
+        i->at = p->count++;
+        p->items[i->at] = i;
+    }
+    p->fds[i->at].fd = i->fd;
+    p->fds[i->at].revents = 0;
+    p->fds[i->at].events = (short)((events & CRPC_READABLE ? POLLIN : 0) |
+                                   (events & CRPC_WRITABLE ? POLLOUT : 0));
+    return CRPC_OK;
+}
+
+/* Registers, changes or (events 0) removes an item. Its fd and id may change only while it is
+ * removed. */
+CRPCI_FN int crpci_poller_set(crpci_poller *p, crpci_heap *h, crpci_poller_item *i, unsigned events)
+{
+    int err;
+    if (events == 0 && i->events == 0)
+        return CRPC_OK;
+#if CRPC_ENABLE_EPOLL
+    if (p->kind == CRPC_POLLER_EPOLL)
+        err = crpci_poller_epoll_set(p, i, events);
+    else
+#endif
+        err = crpci_poller_poll_set(p, h, i, events);
+    if (!err)
+        i->events = events;
+    return err;
+}
+
+/* Under the lock, before a wait without it. */
+CRPCI_FN int crpci_poller_prepare(crpci_poller *p, crpci_heap *h)
+{
+    uint32_t i;
+    if (p->kind == CRPC_POLLER_EPOLL)
+        return CRPC_OK;
+    if (p->snapshot_cap < p->cap) {
+        struct pollfd *fds = (struct pollfd *)crpci_heap_resize(
+            h, p->snapshot, p->snapshot_cap * sizeof *fds, p->cap * sizeof *fds);
+        uint64_t *ids;
+        if (!fds)
+            return CRPC_ENOMEM;
+        p->snapshot = fds;
+        ids = (uint64_t *)crpci_heap_resize(h, p->snapshot_ids, p->snapshot_cap * sizeof *ids,
+                                            p->cap * sizeof *ids);
+        if (!ids) {
+            fds = (struct pollfd *)crpci_heap_resize(h, p->snapshot, p->cap * sizeof *fds,
+                                                     p->snapshot_cap * sizeof *fds);
+            if (fds || !p->snapshot_cap)
+                p->snapshot = fds;
+            return CRPC_ENOMEM;
+        }
+        p->snapshot_ids = ids;
+        p->snapshot_cap = p->cap;
+    }
+    for (i = 0; i < p->count; i++) {
+        p->snapshot[i] = p->fds[i];
+        p->snapshot_ids[i] = p->items[i]->id;
+    }
+    p->snapshot_count = p->count;
+    return CRPC_OK;
+}
+
+CRPCI_FN int crpci_poller_ms(int64_t us)
+{
+    return us < 0 ? -1 : us > INT64_C(86400000000) ? 86400000 : (int)((us + 999) / 1000);
+}
+
+/* Waits at most `us` (negative: no limit; rounded up, never early). Without the lock, by one thread
+ * at a time. Events beyond the batch are reported by the next wait; poll goes round so that each
+ * descriptor gets its turn. */
+CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us, crpci_poller_event *out)
+{
+    int n = 0, ready;
+    uint32_t i;
+#if CRPC_ENABLE_EPOLL
+    if (p->kind == CRPC_POLLER_EPOLL) {
+        struct epoll_event e[CRPCI_POLLER_BATCH];
+        n = epoll_wait(p->epoll_fd, e, CRPCI_POLLER_BATCH, crpci_poller_ms(us));
+        for (ready = 0; ready < n; ready++) {
+            uint32_t got = e[ready].events;
+            out[ready].id = e[ready].data.u64;
+            out[ready].events =
+                (got & (uint32_t)(EPOLLIN | EPOLLHUP | EPOLLERR) ? CRPC_READABLE : 0) |
+                (got & (uint32_t)(EPOLLOUT | EPOLLHUP | EPOLLERR) ? CRPC_WRITABLE : 0);
+        }
+        return n < 0 ? 0 : n;
+    }
+#endif
+    ready = poll(p->snapshot, (nfds_t)p->snapshot_count, crpci_poller_ms(us));
+    for (i = 0; ready > 0 && i < p->snapshot_count && n < CRPCI_POLLER_BATCH; i++) {
+        uint32_t k = (p->next + i) % p->snapshot_count;
+        int got = p->snapshot[k].revents;
+        if (!got)
+            continue;
+        ready--;
+        out[n].id = p->snapshot_ids[k];
+        out[n].events = (got & (POLLIN | POLLHUP | POLLERR | POLLNVAL) ? CRPC_READABLE : 0) |
+                        (got & (POLLOUT | POLLHUP | POLLERR | POLLNVAL) ? CRPC_WRITABLE : 0);
+        if (++n == CRPCI_POLLER_BATCH)
+            p->next = k + 1;
+    }
+    return n;
+}
+
+/* ======================================================================== */
+/* >>impl-wake   a descriptor by which another thread ends a wait            */
+/* ======================================================================== */
+
+typedef struct crpci_wake {
+    int read_fd;
+    int write_fd;
+} crpci_wake;
+
+CRPCI_FN int crpci_wake_open(crpci_wake *w)
+{
+    int fds[2];
+    w->read_fd = w->write_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (w->read_fd >= 0)
+        return CRPC_OK;
+    if (errno != ENOSYS || pipe2(fds, O_NONBLOCK | O_CLOEXEC))
+        return CRPC_ESYSTEM;
+    w->read_fd = fds[0];
+    w->write_fd = fds[1];
+    return CRPC_OK;
+}
+
+CRPCI_FN void crpci_wake_close(crpci_wake *w)
+{
+    if (w->read_fd >= 0)
+        close(w->read_fd);
+    if (w->write_fd >= 0 && w->write_fd != w->read_fd)
+        close(w->write_fd);
+    w->read_fd = w->write_fd = -1;
+}
+
+/* Async-signal-safe. A full pipe is as good as one more byte. */
+CRPCI_FN void crpci_wake_kick(const crpci_wake *w)
+{
+    uint64_t one = 1;
+    int saved = errno;
+    ssize_t n = write(w->write_fd, &one, sizeof one);
+    (void)n;
+    errno = saved;
+}
+
+CRPCI_FN void crpci_wake_drain(const crpci_wake *w)
+{
+    uint64_t buf[8];
+    ssize_t n;
+    do {
+        n = read(w->read_fd, buf, sizeof buf);
+    } while (n == (ssize_t)sizeof buf); /* an eventfd gives 8 bytes, a pipe what is there */
+}
+
+/* ======================================================================== */
+/* >>impl-timer   hashed hierarchical timing wheel: O(1) to arm and cancel   */
+/* ======================================================================== */
+
+/* After G. Varghese, T. Lauck: Hashed and Hierarchical Timing Wheels (1987), scheme 7. A tick is a
+ * millisecond, rounded up: no timer is early. Level k has 64 slots of 64^k ticks; the highest bit in
+ * which a timer's tick differs from the present one tells its level. Farther than 2^30 ticks (12
+ * days) it is parked at that distance and put in again. */
+#define CRPCI_TIMER_LEVELS 5
+
+typedef struct crpci_timer crpci_timer;
+struct crpci_timer {
+    crpci_timer *next;
+    crpci_timer **prev; /* what points here; NULL: not armed */
+    int64_t due_us;
+    void (*fn)(crpc_loop *loop, crpci_timer *timer); /* loop locked; may unlock and lock again */
+};
+
+typedef struct crpci_timer_wheel {
+    int64_t tick;       /* all up to here have fired */
+    crpci_timer *fired; /* due, waiting to be run */
+    uint64_t used[CRPCI_TIMER_LEVELS];
+    crpci_timer *slots[CRPCI_TIMER_LEVELS][64];
+} crpci_timer_wheel;
+
+CRPCI_FN void crpci_timer_init(crpci_timer *t, void (*fn)(crpc_loop *, crpci_timer *))
+{
+    memset(t, 0, sizeof *t);
+    t->fn = fn;
+}
+
+CRPCI_FN void crpci_timer_link(crpci_timer **head, crpci_timer *t)
+{
+    t->next = *head;
+    if (t->next)
+        t->next->prev = &t->next;
+    *head = t;
+    t->prev = head;
+}
+
+CRPCI_FN void crpci_timer_cancel(crpci_timer *t)
+{
+    if (!t->prev)
+        return;
+    *t->prev = t->next;
+    if (t->next)
+        t->next->prev = t->prev;
+    t->prev = NULL; /* an emptied slot keeps its bit: the next advance finds it empty */
+}
+
+CRPCI_FN void crpci_timer_insert(crpci_timer_wheel *w, crpci_timer *t)
+{
+    int64_t tick = t->due_us / 1000 + (t->due_us % 1000 > 0);
+    uint64_t differ;
+    unsigned level, slot;
+    if (tick <= w->tick) {
+        crpci_timer_link(&w->fired, t);
+        return;
+    }
+    tick = crpci_base_min64(tick, w->tick + (INT64_C(1) << (6 * CRPCI_TIMER_LEVELS)) -
+                                      (INT64_C(1) << (6 * (CRPCI_TIMER_LEVELS - 1))));
+    differ = (uint64_t)tick ^ (uint64_t)w->tick;
+    level = (63u - (unsigned)__builtin_clzll(differ)) / 6;
+    if (level >= CRPCI_TIMER_LEVELS) /* wraps round the top level: its slot is still unique */
+        level = CRPCI_TIMER_LEVELS - 1;
+    slot = (unsigned)(tick >> (6 * level)) & 63;
+    crpci_timer_link(&w->slots[level][slot], t);
+    w->used[level] |= UINT64_C(1) << slot;
+}
+
+CRPCI_FN void crpci_timer_set(crpci_timer_wheel *w, crpci_timer *t, int64_t due_us)
+{
+    crpci_timer_cancel(t);
+    t->due_us = due_us;
+    crpci_timer_insert(w, t);
+}
+
+/* The tick at which the next used slot begins, INT64_MAX if there is none: no timer is due before
+ * it. */
+CRPCI_FN int64_t crpci_timer_next_slot(const crpci_timer_wheel *w, unsigned *level, unsigned *slot)
+{
+    unsigned k;
+    if (w->fired)
+        return w->tick;
+    for (k = 0; k < CRPCI_TIMER_LEVELS; k++) {
+        unsigned now = (unsigned)(w->tick >> (6 * k)) & 63, ahead;
+        uint64_t bits = w->used[k];
+        bits = now ? bits >> now | bits << (64 - now) : bits;
+        bits &= ~UINT64_C(1); /* the present slot is empty; a cancelled timer left the bit */
+        if (!bits)
+            continue;
+        ahead = (unsigned)__builtin_ctzll(bits);
+        *level = k;
+        *slot = (now + ahead) & 63;
+        return ((w->tick >> (6 * k)) + ahead) << (6 * k);
+    }
+    return INT64_MAX;
+}
+
+/* Moves every timer that is due at `now_us` to w->fired. */
+CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
+{
+    int64_t now = now_us / 1000;
+    while (now > w->tick) {
+        unsigned level = 0, slot = 0;
+        crpci_timer *fired = w->fired, *t;
+        int64_t at;
+        w->fired = NULL;
+        at = crpci_timer_next_slot(w, &level, &slot);
+        w->fired = fired;
+        if (at > now) {
+            w->tick = now;
+            return;
+        }
+        w->tick = at;
+        w->used[level] &= ~(UINT64_C(1) << slot);
+        while ((t = w->slots[level][slot]) != NULL) {
+            crpci_timer_cancel(t);
+            crpci_timer_insert(w, t);
+        }
+    }
+}
+
+/* When the wheel must be advanced next, in microseconds; INT64_MAX: never. */
+CRPCI_FN int64_t crpci_timer_next_us(const crpci_timer_wheel *w)
+{
+    unsigned level, slot;
+    int64_t at = crpci_timer_next_slot(w, &level, &slot);
+    return at == INT64_MAX ? at : at * 1000;
+}
+
+/* ======================================================================== */
+/* >>impl-loop   who drives, who waits, what runs when                       */
+/* ======================================================================== */
+
+/* The rules P1 to P11 of the threads' protocol are named where they are kept. A build that leaves one
+ * out must be caught by the tests. */
+#ifdef CRPCI_MUTANT_P4_HANDOVER
+#define CRPCI_RULE_P4 0
+#else
+#define CRPCI_RULE_P4 1 /* hand over on every way out */
+#endif
+#ifdef CRPCI_MUTANT_P6_KICK
+#define CRPCI_RULE_P6 0
+#else
+#define CRPCI_RULE_P6 1 /* kick a sleeping driver */
+#endif
+#ifdef CRPCI_MUTANT_P7_CLOSE
+#define CRPCI_RULE_P7 0
+#else
+#define CRPCI_RULE_P7 1 /* close a descriptor only when nobody uses it */
+#endif
+
+/* Work queued in a loop. `run` is called with the loop locked and may unlock and lock again. */
+typedef struct crpci_task crpci_task;
+struct crpci_task {
+    crpci_list link;
+    void (*run)(crpc_loop *loop, crpci_task *task);
+};
+
+/* A watched descriptor. */
+typedef struct crpci_watch crpci_watch;
+struct crpci_watch {
+    crpci_poller_item item;
+    void (*fn)(crpc_loop *loop, crpci_watch *watch, unsigned events); /* locked, like a task */
+};
+
+/* A thread that waits for something that the driver will do. Lives on its stack. */
+typedef struct crpci_waiter {
+    crpci_list link;
+    crpci_cond cond; /* initialised while queued */
+    bool queued;
+    bool promoted;
+    bool driving;
+    bool done;
+} crpci_waiter;
+
+struct crpc_loop {
+    crpci_mutex lock;
+    crpci_heap *heap;
+    uint32_t refs;
+    uint32_t stop; /* atomic: set by crpc_loop_stop, in signal handlers too */
+    crpci_wake wake;
+    crpci_watch wake_watch;
+    crpci_poller poller;
+    crpci_timer_wheel timers;
+    crpci_id_table watches;
+    crpci_id_table users; /* the program's timers and watches */
+    crpci_list ready;     /* tasks that run user code: only for an owner, a step, a wait by id */
+    crpci_list resume;    /* internal tasks: input already read */
+    crpci_list dirty;     /* internal tasks: output to be sent */
+    /* who drives */
+    bool driver;   /* somebody steps */
+    bool owned;    /* ... and it is run, _step or the own thread */
+    bool foreign;  /* the program steps it from time to time */
+    bool sleeping; /* the driver waits in the poller, without the lock */
+    bool in_user;  /* the driver runs user code, without the lock */
+    bool kicked;
+    bool step_user; /* the present step runs user code */
+    bool owner_waiting;
+    bool has_thread;
+    bool disposed; /* whoever drives last lets go of it */
+    int64_t wake_at;
+    int64_t last_step;
+    crpci_thread user_thread;
+    crpci_thread thread;
+    crpci_cond owner_cond;
+    crpci_cond io_cond; /* a send ended that somebody waits for */
+    unsigned io_waiters;
+    crpci_list followers;
+    /* upper sections' */
+    crpci_list conns;
+    crpci_list endpoints;
+    crpci_list registries;
+    crpci_id_table calls;
+    uint32_t results;
+    crpci_chunk *spare; /* the receive buffer */
+    size_t spare_pos;
+    uint32_t random;
+    /* options */
+    bool forbid_threads;
+    char thread_name[16];
+    int64_t stack_size;
+    int64_t max_results;
+    crpc_loop_stats stats;
+};
+
+CRPCI_FN void crpci_loop_lock(crpc_loop *l)
+{
+    crpci_thread_lock(&l->lock);
+}
+
+CRPCI_FN void crpci_loop_unlock(crpc_loop *l)
+{
+    crpci_thread_unlock(&l->lock);
+}
+
+CRPCI_FN void crpci_loop_hold(crpc_loop *l)
+{
+    crpci_thread_ref(&l->refs);
+}
+
+CRPCI_COLD void crpci_loop_free(crpc_loop *l)
+{
+    crpci_heap *h = l->heap;
+    crpci_heap_chunk_unref(l->spare);
+    crpci_poller_close(&l->poller, h);
+    crpci_wake_close(&l->wake);
+    crpci_id_free(&l->watches, h);
+    crpci_id_free(&l->users, h);
+    crpci_id_free(&l->calls, h);
+    crpci_thread_cond_free(&l->owner_cond);
+    crpci_thread_cond_free(&l->io_cond);
+    crpci_thread_mutex_free(&l->lock);
+    crpci_heap_free(h, l, sizeof *l);
+    crpci_heap_unref(h);
+}
+
+CRPCI_FN void crpci_loop_release(crpc_loop *l)
+{
+    if (crpci_thread_unref(&l->refs))
+        crpci_loop_free(l);
+}
+
+/* xorshift32, G. Marsaglia: Xorshift RNGs (2003); for jitter, nothing that must be unguessable. */
+CRPCI_FN uint32_t crpci_loop_random(crpc_loop *l)
+{
+    l->random ^= l->random << 13;
+    l->random ^= l->random >> 17;
+    l->random ^= l->random << 5;
+    return l->random;
+}
+
+CRPCI_FN int64_t crpci_loop_now(const crpc_loop *l)
+{
+    return crpci_heap_now(l->heap);
+}
+
+/* P1: whether this thread is inside a callback of the loop. */
+CRPCI_FN bool crpci_loop_in_callback(const crpc_loop *l)
+{
+    return l->in_user && crpci_thread_is_self(l->user_thread);
+}
+
+/* P6: ends the driver's wait, once; also that of a program that polls the loop's descriptor. */
+CRPCI_FN void crpci_loop_kick(crpc_loop *l)
+{
+    if ((l->sleeping || (l->foreign && !l->driver)) && !l->kicked && CRPCI_RULE_P6) {
+        l->kicked = true;
+        l->stats.wakeups++;
+        crpci_wake_kick(&l->wake);
+    }
+}
+
+CRPCI_FN void crpci_loop_task_init(crpci_task *t, void (*run)(crpc_loop *, crpci_task *))
+{
+    crpci_list_init(&t->link);
+    t->run = run;
+}
+
+/* Queues a task that runs user code; once, if it is queued already. */
+CRPCI_FN void crpci_loop_ready(crpc_loop *l, crpci_task *t)
+{
+    if (!crpci_list_empty(&t->link))
+        return;
+    crpci_list_append(&l->ready, &t->link);
+    crpci_loop_kick(l);
+}
+
+/* Queues an internal task on `resume` or `dirty`. */
+CRPCI_FN void crpci_loop_queue(crpci_list *list, crpci_task *t)
+{
+    if (crpci_list_empty(&t->link))
+        crpci_list_append(list, &t->link);
+}
+
+/* User code runs between these two, without the lock. */
+CRPCI_FN void crpci_loop_user_begin(crpc_loop *l)
+{
+    l->in_user = true;
+    l->user_thread = crpci_thread_self();
+    crpci_loop_unlock(l);
+}
+
+CRPCI_FN void crpci_loop_user_end(crpc_loop *l)
+{
+    crpci_loop_lock(l);
+    l->in_user = false;
+}
+
+CRPCI_FN void crpci_loop_run_list(crpc_loop *l, crpci_list *list)
+{
+    crpci_list now;
+    crpci_list_move(&now, list);
+    while (!crpci_list_empty(&now)) {
+        crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
+        crpci_list_remove(&t->link);
+        t->run(l, t);
+    }
+}
+
+/* Runs the user tasks that are queued now; their replies go out in groups. */
+CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
+{
+    crpci_list now;
+    unsigned n = 0;
+    crpci_list_move(&now, &l->ready);
+    while (!crpci_list_empty(&now)) {
+        crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
+        crpci_list_remove(&t->link);
+        t->run(l, t);
+        if (++n % 32 == 0)
+            crpci_loop_run_list(l, &l->dirty);
+    }
+}
+
+CRPCI_FN void crpci_loop_timer_set(crpc_loop *l, crpci_timer *t, int64_t delay_us)
+{
+    int64_t due = crpci_loop_now(l) + (delay_us > 0 ? delay_us : 0);
+    crpci_timer_set(&l->timers, t, due);
+    if (due < l->wake_at)
+        crpci_loop_kick(l);
+}
+
+CRPCI_FN void crpci_loop_timer_cancel(crpc_loop *l, crpci_timer *t)
+{
+    (void)l;
+    crpci_timer_cancel(t);
+}
+
+CRPCI_FN void crpci_loop_run_timers(crpc_loop *l)
+{
+    crpci_timer *due, *t;
+    crpci_timer_advance(&l->timers, crpci_loop_now(l));
+    due = l->timers.fired;
+    if (!due)
+        return;
+    /* One armed again for now by its own function belongs to the next step. */
+    l->timers.fired = NULL;
+    due->prev = &due;
+    while ((t = due) != NULL) {
+        crpci_timer_cancel(t);
+        t->fn(l, t);
+    }
+}
+
+CRPCI_FN void crpci_watch_init(crpci_watch *w, void (*fn)(crpc_loop *, crpci_watch *, unsigned))
+{
+    memset(w, 0, sizeof *w);
+    w->item.fd = -1;
+    w->fn = fn;
+}
+
+/* Watches a descriptor, changes what for, or with events 0 stops: then late events name nothing. */
+CRPCI_FN int crpci_loop_watch_set(crpc_loop *l, crpci_watch *w, int fd, unsigned events)
+{
+    int err = CRPC_OK;
+    if (w->item.events && (w->item.fd != fd || !events)) {
+        crpci_poller_set(&l->poller, l->heap, &w->item, 0);
+        crpci_id_remove(&l->watches, w->item.id);
+        l->stats.watches--;
+    }
+    if (events && events != w->item.events) {
+        bool fresh = !w->item.events;
+        w->item.fd = fd;
+        if (fresh)
+            err = crpci_id_add(&l->watches, l->heap, w, &w->item.id);
+        if (!err) {
+            err = crpci_poller_set(&l->poller, l->heap, &w->item, events);
+            if (err && fresh)
+                crpci_id_remove(&l->watches, w->item.id);
+            else if (fresh)
+                l->stats.watches++;
+        }
+    }
+    if (l->poller.kind == CRPC_POLLER_POLL)
+        crpci_loop_kick(l); /* P6: poll works on a copy */
+    return err;
+}
+
+CRPCI_FN void crpci_loop_on_wake(crpc_loop *l, crpci_watch *w, unsigned events)
+{
+    (void)w;
+    (void)events;
+    crpci_wake_drain(&l->wake);
+    l->kicked = false;
+}
+
+/* How long the poller may wait, in microseconds; negative: no limit. */
+CRPCI_FN int64_t crpci_loop_patience(crpc_loop *l, int64_t until, bool user)
+{
+    int64_t at = crpci_timer_next_us(&l->timers), now;
+    at = crpci_base_min64(at, until);
+    l->wake_at = at;
+    if ((user && !crpci_list_empty(&l->ready)) || !crpci_list_empty(&l->resume) ||
+        !crpci_list_empty(&l->dirty) || (l->owned && crpci_thread_load(&l->stop)))
+        return 0;
+    if (at == INT64_MAX)
+        return -1;
+    now = crpci_loop_now(l);
+    return at > now ? at - now : 0;
+}
+
+/* P5: one step. `until` (INT64_MAX: none) bounds the wait; `user` allows user code. Flushing goes once
+ * over the dirty connections without the lock; one that others dirtied meanwhile keeps the step from
+ * sleeping, which is as good as flushing under the lock and blocks nobody. */
+CRPCI_FN void crpci_loop_step(crpc_loop *l, int64_t until, bool user)
+{
+    crpci_poller_event events[CRPCI_POLLER_BATCH];
+    int64_t patience;
+    int n, i;
+    l->step_user = user;
+    crpci_loop_run_timers(l);
+    crpci_loop_run_list(l, &l->resume);
+    if (user)
+        crpci_loop_run_ready(l);
+    crpci_loop_run_list(l, &l->dirty);
+    patience = crpci_loop_patience(l, until, user);
+    if (crpci_poller_prepare(&l->poller, l->heap))
+        patience = crpci_base_min64(patience < 0 ? 1000 : patience, 1000);
+    l->stats.waits++;
+    l->sleeping = true;
+    crpci_loop_unlock(l);
+    n = crpci_poller_wait(&l->poller, patience, events);
+    crpci_loop_lock(l);
+    l->sleeping = false;
+    for (i = 0; i < n; i++) {
+        crpci_watch *w = (crpci_watch *)crpci_id_get(&l->watches, events[i].id);
+        if (w)
+            w->fn(l, w, events[i].events);
+    }
+    if (user)
+        crpci_loop_run_ready(l);
+    crpci_loop_run_list(l, &l->dirty);
+    l->last_step = crpci_loop_now(l);
+}
+
+/* P4: the driver's way out. */
+CRPCI_FN void crpci_loop_leave(crpc_loop *l)
+{
+    while (!crpci_list_empty(&l->dirty))
+        crpci_loop_run_list(l, &l->dirty);
+    l->driver = false;
+    if (l->owner_waiting) {
+        crpci_thread_signal(&l->owner_cond);
+    } else if (!crpci_list_empty(&l->followers)) {
+        crpci_waiter *w = CRPCI_CONTAINER(l->followers.next, crpci_waiter, link);
+        crpci_list_remove(&w->link);
+        w->queued = false;
+        w->promoted = true;
+        l->driver = true;
+        l->stats.promotions++;
+        crpci_thread_signal(&w->cond);
+    } else if (!crpci_list_empty(&l->ready)) {
+        crpci_loop_kick(l);
+    }
+}
+
+/* Marks what a waiter waits for as done, under the lock: it lives on a stack. */
+CRPCI_FN void crpci_loop_done(crpc_loop *l, crpci_waiter *w)
+{
+    w->done = true;
+    if (w->queued)
+        crpci_thread_signal(&w->cond);
+    else if (w->driving)
+        crpci_loop_kick(l);
+}
+
+CRPCI_FN void crpci_loop_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
+{
+    int64_t us = until == INT64_MAX ? -1 : until - crpci_loop_now(l);
+    if (crpci_thread_cond_init(&w->cond)) {
+        w->done = true; /* no condition variable: give up the wait rather than spin */
+        return;
+    }
+    w->queued = true;
+    crpci_list_append(&l->followers, &w->link);
+    crpci_thread_wait(&w->cond, &l->lock, until != INT64_MAX && us < 0 ? 0 : us);
+    if (w->queued)
+        crpci_list_remove(&w->link);
+    w->queued = false;
+    crpci_thread_cond_free(&w->cond);
+    if (w->promoted) {
+        w->promoted = false;
+        w->driving = true; /* the driver flag stayed set for this thread */
+    }
+}
+
+/* P3: waits, locked, until w->done or the time; drives the loop if nobody does. `user`: as the driver
+ * run callbacks too (P8: a synchronous call never does). */
+CRPCI_FN void crpci_loop_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool user)
+{
+    while (!w->done && (until == INT64_MAX || crpci_loop_now(l) < until)) {
+        if (!w->driving && !l->driver && !l->owned && !l->owner_waiting)
+            l->driver = w->driving = true;
+        if (w->driving)
+            crpci_loop_step(l, until, user);
+        else
+            crpci_loop_follow(l, w, until);
+        if (w->driving && l->owner_waiting) {
+            w->driving = false;
+            crpci_loop_leave(l);
+        }
+    }
+    if (w->driving) {
+        w->driving = false;
+        if (CRPCI_RULE_P4 || !w->done)
+            crpci_loop_leave(l);
+    }
+}
+
+/* P10: a FIN that came while nobody drove is seen before a request is sent into it. */
+CRPCI_FN void crpci_loop_catch_up(crpc_loop *l)
+{
+    if (l->driver || l->owned || l->owner_waiting ||
+        crpci_loop_now(l) - l->last_step < 10000)
+        return;
+    l->driver = true;
+    crpci_loop_step(l, 0, false);
+    crpci_loop_leave(l);
+}
+
+/* P2: whether the caller of a function that queued output should send it itself. */
+CRPCI_FN bool crpci_loop_may_send(const crpc_loop *l)
+{
+    return !l->driver || l->sleeping || (l->in_user && !crpci_thread_is_self(l->user_thread));
+}
+
+/* Becomes the owner, waiting for a driving caller to leave. Locked. */
+CRPCI_FN int crpci_loop_own(crpc_loop *l)
+{
+    if (crpci_loop_in_callback(l))
+        return CRPC_EDEADLK;
+    if (l->owned || l->owner_waiting)
+        return CRPC_EBUSY;
+    l->owner_waiting = true;
+    while (l->driver) {
+        crpci_loop_kick(l);
+        crpci_thread_wait(&l->owner_cond, &l->lock, -1);
+    }
+    l->owner_waiting = false;
+    l->driver = l->owned = true;
+    return CRPC_OK;
+}
+
+/* Ends ownership and, if the loop was disposed of in a callback, lets go of it: unlocks. */
+CRPCI_FN void crpci_loop_disown(crpc_loop *l)
+{
+    bool disposed = l->disposed;
+    l->owned = false;
+    l->disposed = false;
+    crpci_loop_leave(l);
+    crpci_loop_unlock(l);
+    if (disposed)
+        crpci_loop_release(l);
+}
+
+/* Steps as the owner until stopped, and until no callback is due any more. */
+CRPCI_FN void crpci_loop_drive(crpc_loop *l)
+{
+    while (!crpci_thread_load(&l->stop))
+        crpci_loop_step(l, INT64_MAX, true);
+    crpci_thread_store(&l->stop, 0);
+}
+
+#if CRPC_ENABLE_THREADS
+CRPCI_FN void *crpci_loop_thread(void *arg)
+{
+    crpc_loop *l = (crpc_loop *)arg;
+    crpci_thread_name(l->thread_name);
+    crpci_loop_lock(l);
+    /* Ownership was taken by the starter, on this thread's behalf. */
+    while (l->driver)
+        crpci_thread_wait(&l->owner_cond, &l->lock, -1);
+    l->owner_waiting = false;
+    l->driver = l->owned = true;
+    crpci_loop_drive(l);
+    if (l->disposed)
+        pthread_detach(pthread_self());
+    crpci_loop_disown(l);
+    return NULL;
+}
+#endif
+
+/* Starts the loop's own thread. Locked. */
+CRPCI_FN int crpci_loop_start_thread(crpc_loop *l)
+{
+#if CRPC_ENABLE_THREADS
+    int err;
+    if (l->owned || l->owner_waiting || l->has_thread)
+        return CRPC_EBUSY;
+    l->owner_waiting = true; /* the thread becomes the owner as soon as it runs */
+    err = crpci_thread_start(&l->thread, (size_t)l->stack_size, crpci_loop_thread, l);
+    if (err) {
+        l->owner_waiting = false;
+        return err;
+    }
+    l->has_thread = true;
+    crpci_loop_kick(l);
+    return CRPC_OK;
+#else
+    (void)l;
+    return CRPC_EUNSUPPORTED;
+#endif
+}
+
+/* P8: an asynchronous call needs somebody who will run its callback. Locked. */
+CRPCI_FN int crpci_loop_need_owner(crpc_loop *l)
+{
+    if (l->owned || l->foreign || l->owner_waiting || l->has_thread)
+        return CRPC_OK;
+    return l->forbid_threads ? CRPC_EINVAL : crpci_loop_start_thread(l);
+}
+
+/* --- what the program has on the loop: posts, timers, descriptors ------------------------------ */
+
+typedef enum crpci_loop_kind { CRPCI_LOOP_POST, CRPCI_LOOP_TIMER, CRPCI_LOOP_WATCH } crpci_loop_kind;
+
+typedef struct crpci_loop_user {
+    crpci_loop_kind kind;
+    crpci_task task;
+    uint64_t id;
+    void *user;
+    bool running;
+    bool ended; /* while running: to be freed behind it */
+    void (*post)(void *user);
+    crpc_timer_fn on_timer;
+    crpci_timer timer;
+    int64_t period_us;
+    crpc_watch_fn on_event;
+    crpci_watch watch;
+    int fd;
+    unsigned wanted;
+    unsigned got;
+} crpci_loop_user;
+
+CRPCI_FN void crpci_loop_user_end_of(crpc_loop *l, crpci_loop_user *u)
+{
+    crpci_id_remove(&l->users, u->id);
+    crpci_timer_cancel(&u->timer);
+    crpci_loop_watch_set(l, &u->watch, u->fd, 0);
+    crpci_list_remove(&u->task.link);
+    if (u->running)
+        u->ended = true;
+    else
+        crpci_heap_free(l->heap, u, sizeof *u);
+}
+
+CRPCI_FN void crpci_loop_user_free(crpc_loop *l)
+{
+    uint32_t i;
+    for (i = 0; i < l->users.cap; i++) {
+        if (l->users.slots[i].object)
+            crpci_loop_user_end_of(l, (crpci_loop_user *)l->users.slots[i].object);
+    }
+}
+
+CRPCI_FN void crpci_loop_user_run(crpc_loop *l, crpci_task *task)
+{
+    crpci_loop_user *u = CRPCI_CONTAINER(task, crpci_loop_user, task);
+    unsigned got = u->got & u->wanted;
+    u->got = 0;
+    u->running = true;
+    crpci_loop_user_begin(l);
+    if (u->kind == CRPCI_LOOP_POST)
+        u->post(u->user);
+    else if (u->kind == CRPCI_LOOP_TIMER)
+        u->on_timer(u->user);
+    else if (got)
+        u->on_event(u->user, u->fd, got);
+    crpci_loop_user_end(l);
+    u->running = false;
+    if (u->ended)
+        crpci_heap_free(l->heap, u, sizeof *u);
+    else if (u->kind == CRPCI_LOOP_POST || (u->kind == CRPCI_LOOP_TIMER && !u->period_us))
+        crpci_loop_user_end_of(l, u);
+    else if (u->kind == CRPCI_LOOP_WATCH)
+        crpci_loop_watch_set(l, &u->watch, u->fd, u->wanted);
+}
+
+CRPCI_FN void crpci_loop_user_timer(crpc_loop *l, crpci_timer *timer)
+{
+    crpci_loop_user *u = CRPCI_CONTAINER(timer, crpci_loop_user, timer);
+    if (u->period_us) {
+        int64_t now = crpci_loop_now(l), next = timer->due_us + u->period_us;
+        crpci_timer_set(&l->timers, timer, next > now ? next : now + u->period_us);
+    }
+    crpci_loop_ready(l, &u->task);
+}
+
+/* Level-triggered: until its callback can run, the descriptor is not watched, else a driver that may
+ * not run it would spin. */
+CRPCI_FN void crpci_loop_user_event(crpc_loop *l, crpci_watch *watch, unsigned events)
+{
+    crpci_loop_user *u = CRPCI_CONTAINER(watch, crpci_loop_user, watch);
+    u->got |= events;
+    crpci_loop_ready(l, &u->task);
+    if (!l->step_user)
+        crpci_loop_watch_set(l, watch, u->fd, 0);
+}
+
+CRPCI_FN crpci_loop_user *crpci_loop_user_new(crpc_loop *l, crpci_loop_kind kind, void *user)
+{
+    crpci_loop_user *u = (crpci_loop_user *)crpci_heap_alloc(l->heap, sizeof *u);
+    if (!u)
+        return NULL;
+    u->kind = kind;
+    u->user = user;
+    u->fd = -1;
+    crpci_loop_task_init(&u->task, crpci_loop_user_run);
+    crpci_timer_init(&u->timer, crpci_loop_user_timer);
+    crpci_watch_init(&u->watch, crpci_loop_user_event);
+    if (crpci_id_add(&l->users, l->heap, u, &u->id)) {
+        crpci_heap_free(l->heap, u, sizeof *u);
+        return NULL;
+    }
+    return u;
+}
+
+/* --- public ----------------------------------------------------------------------------------- */
+
+CRPCI_FN void crpci_loop_options_set(crpc_loop *l, const crpc_loop_options *o)
+{
+    l->forbid_threads = o->forbid_threads != 0;
+    snprintf(l->thread_name, sizeof l->thread_name, "%s", o->thread_name ? o->thread_name : "crpc");
+    l->stack_size = crpci_base_option(o->stack_size, 256 << 10, 0);
+    l->max_results = crpci_base_option(o->max_results, 1024, 0);
+}
+
+CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
+{
+    crpc_loop_options o;
+    crpci_heap *h;
+    crpc_loop *l;
+    int err;
+    *loop = NULL;
+    memset(&o, 0, sizeof o);
+    if (options)
+        o = *options;
+    if (!crpci_meta_self_check())
+        return CRPC_EABI;
+    err = crpci_heap_open(&h, &o.hooks, crpci_base_option(o.max_bytes, 256 << 20, 0));
+    if (err)
+        return err;
+    l = (crpc_loop *)crpci_heap_alloc(h, sizeof *l);
+    if (!l) {
+        crpci_heap_unref(h);
+        return CRPC_ENOMEM;
+    }
+    l->heap = h;
+    l->refs = 1;
+    l->wake.read_fd = l->wake.write_fd = l->poller.epoll_fd = -1;
+    crpci_list_init(&l->ready);
+    crpci_list_init(&l->resume);
+    crpci_list_init(&l->dirty);
+    crpci_list_init(&l->followers);
+    crpci_list_init(&l->conns);
+    crpci_list_init(&l->endpoints);
+    crpci_list_init(&l->registries);
+    crpci_loop_options_set(l, &o);
+    l->timers.tick = crpci_loop_now(l) / 1000;
+    l->last_step = crpci_loop_now(l);
+    l->random = (uint32_t)((uint64_t)crpci_loop_now(l) ^ (uint64_t)(uintptr_t)l ^
+                           (uint64_t)getpid() * 2654435761u) | 1;
+    err = crpci_thread_mutex_init(&l->lock);
+    err = err ? err : crpci_thread_cond_init(&l->owner_cond);
+    err = err ? err : crpci_thread_cond_init(&l->io_cond);
+    err = err ? err : crpci_poller_open(&l->poller, o.poller);
+    err = err ? err : crpci_wake_open(&l->wake);
+    crpci_watch_init(&l->wake_watch, crpci_loop_on_wake);
+    err = err ? err
+              : crpci_loop_watch_set(l, &l->wake_watch, l->wake.read_fd, CRPC_READABLE);
+    if (err) {
+        crpci_loop_free(l);
+        return err;
+    }
+    *loop = l;
+    return CRPC_OK;
+}
+
+/* Ends a loop from inside one of its own callbacks: the driver lets go of it when it returns. */
+CRPCI_FN void crpci_loop_dispose(crpc_loop *l)
+{
+    l->disposed = true;
+    crpci_thread_store(&l->stop, 1);
+}
+
+CRPC_API void crpc_loop_close(crpc_loop *l)
+{
+    bool joined = false;
+    crpci_thread thread;
+    if (!l)
+        return;
+    crpci_loop_lock(l);
+    if (crpci_loop_in_callback(l)) {
+        crpci_loop_dispose(l);
+        crpci_loop_unlock(l);
+        return;
+    }
+    memset(&thread, 0, sizeof thread);
+    if (l->has_thread) {
+        thread = l->thread;
+        joined = true;
+        crpci_thread_store(&l->stop, 1);
+        crpci_wake_kick(&l->wake);
+    }
+    crpci_loop_unlock(l);
+#if CRPC_ENABLE_THREADS
+    if (joined)
+        crpci_thread_join(thread);
+#endif
+    (void)joined;
+    crpci_loop_lock(l);
+    l->has_thread = false;
+    if (crpci_loop_own(l) == CRPC_OK) {
+        int rounds = 1000; /* callbacks may queue callbacks; not for ever */
+        while (!crpci_list_empty(&l->ready) && rounds--)
+            crpci_loop_run_ready(l);
+        crpci_loop_user_free(l);
+        l->owned = false;
+        crpci_loop_leave(l);
+    }
+    crpci_loop_unlock(l);
+    crpci_loop_release(l);
+}
+
+CRPC_API int crpc_loop_run(crpc_loop *l)
+{
+    int err;
+    crpci_loop_lock(l);
+    err = crpci_loop_own(l);
+    if (err) {
+        crpci_loop_unlock(l);
+        return err;
+    }
+    crpci_loop_drive(l);
+    crpci_loop_disown(l);
+    return CRPC_OK;
+}
+
+CRPC_API int crpc_loop_step(crpc_loop *l, int timeout_ms)
+{
+    int err;
+    crpci_loop_lock(l);
+    l->foreign = true;
+    err = crpci_loop_own(l);
+    if (err) {
+        crpci_loop_unlock(l);
+        return err;
+    }
+    crpci_loop_step(l, timeout_ms < 0 ? INT64_MAX : crpci_loop_now(l) + (int64_t)timeout_ms * 1000,
+                    true);
+    crpci_loop_disown(l);
+    return CRPC_OK;
+}
+
+CRPC_API int crpc_loop_start(crpc_loop *l)
+{
+    int err;
+    crpci_loop_lock(l);
+    err = crpci_loop_start_thread(l);
+    crpci_loop_unlock(l);
+    return err;
+}
+
+CRPC_API void crpc_loop_stop(crpc_loop *l)
+{
+    crpci_thread_store(&l->stop, 1);
+    crpci_wake_kick(&l->wake);
+}
+
+CRPC_API int crpc_loop_fd(crpc_loop *l)
+{
+    crpci_loop_lock(l);
+    l->foreign = true;
+    crpci_loop_unlock(l);
+    return l->poller.epoll_fd;
+}
+
+CRPC_API size_t crpc_loop_pollfds(crpc_loop *l, struct pollfd *fds, size_t max)
+{
+    size_t n = 1, i;
+    crpci_loop_lock(l);
+    l->foreign = true;
+    if (l->poller.kind == CRPC_POLLER_EPOLL) {
+        if (max) {
+            fds->fd = l->poller.epoll_fd;
+            fds->events = POLLIN;
+            fds->revents = 0;
+        }
+    } else {
+        n = l->poller.count;
+        for (i = 0; i < n && i < max; i++)
+            fds[i] = l->poller.fds[i];
+    }
+    crpci_loop_unlock(l);
+    return n;
+}
+
+CRPC_API int crpc_loop_timeout(crpc_loop *l)
+{
+    int ms;
+    crpci_loop_lock(l);
+    l->foreign = true;
+    ms = crpci_poller_ms(crpci_loop_patience(l, INT64_MAX, true));
+    crpci_loop_unlock(l);
+    return ms;
+}
+
+CRPC_API int64_t crpc_loop_now_us(const crpc_loop *l)
+{
+    return crpci_loop_now(l);
+}
+
+CRPC_API void crpc_loop_stats_get(crpc_loop *l, crpc_loop_stats *stats)
+{
+    crpci_loop_lock(l);
+    *stats = l->stats;
+    stats->poller = crpci_poller_name(&l->poller);
+    stats->pending = l->calls.used;
+    crpci_loop_unlock(l);
+    crpci_thread_lock(&l->heap->lock);
+    stats->memory = (uint64_t)l->heap->bytes;
+    stats->memory_peak = (uint64_t)l->heap->peak;
+    crpci_thread_unlock(&l->heap->lock);
+}
+
+CRPC_API int crpc_loop_post(crpc_loop *l, void (*fn)(void *user), void *user)
+{
+    crpci_loop_user *u;
+    crpci_loop_lock(l);
+    u = crpci_loop_user_new(l, CRPCI_LOOP_POST, user);
+    if (u) {
+        u->post = fn;
+        crpci_loop_ready(l, &u->task);
+    }
+    crpci_loop_unlock(l);
+    return u ? CRPC_OK : CRPC_ENOMEM;
+}
+
+CRPC_API int crpc_loop_watch(crpc_loop *l, int fd, unsigned events, crpc_watch_fn fn, void *user,
+                             crpc_id *id)
+{
+    crpci_loop_user *u;
+    int err = CRPC_ENOMEM;
+    id->value = 0;
+    if (fd < 0 || !fn || events & ~(CRPC_READABLE | CRPC_WRITABLE))
+        return CRPC_EINVAL;
+    crpci_loop_lock(l);
+    u = crpci_loop_user_new(l, CRPCI_LOOP_WATCH, user);
+    if (u) {
+        u->fd = fd;
+        u->on_event = fn;
+        u->wanted = events;
+        err = crpci_loop_watch_set(l, &u->watch, fd, events);
+        if (err)
+            crpci_loop_user_end_of(l, u);
+        else
+            id->value = u->id;
+    }
+    crpci_loop_unlock(l);
+    return err;
+}
+
+CRPC_API int crpc_loop_rewatch(crpc_loop *l, crpc_id id, unsigned events)
+{
+    crpci_loop_user *u;
+    int err = CRPC_ENOTFOUND;
+    crpci_loop_lock(l);
+    u = (crpci_loop_user *)crpci_id_get(&l->users, id.value);
+    if (u && u->kind == CRPCI_LOOP_WATCH) {
+        u->wanted = events;
+        err = crpci_loop_watch_set(l, &u->watch, u->fd, events);
+    }
+    crpci_loop_unlock(l);
+    return err;
+}
+
+CRPCI_FN void crpci_loop_user_stop(crpc_loop *l, crpc_id id, crpci_loop_kind kind)
+{
+    crpci_loop_user *u;
+    crpci_loop_lock(l);
+    u = (crpci_loop_user *)crpci_id_get(&l->users, id.value);
+    if (u && u->kind == kind)
+        crpci_loop_user_end_of(l, u);
+    crpci_loop_unlock(l);
+}
+
+CRPC_API void crpc_loop_unwatch(crpc_loop *l, crpc_id id)
+{
+    crpci_loop_user_stop(l, id, CRPCI_LOOP_WATCH);
+}
+
+CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms, crpc_timer_fn fn,
+                              void *user, crpc_id *id)
+{
+    const int64_t longest = INT64_C(3153600000000); /* 100 years */
+    crpci_loop_user *u;
+    id->value = 0;
+    if (!fn || delay_ms < 0 || period_ms < 0 || delay_ms > longest || period_ms > longest)
+        return CRPC_EINVAL;
+    crpci_loop_lock(l);
+    u = crpci_loop_user_new(l, CRPCI_LOOP_TIMER, user);
+    if (u) {
+        u->on_timer = fn;
+        u->period_us = period_ms * 1000;
+        crpci_loop_timer_set(l, &u->timer, delay_ms * 1000);
+        id->value = u->id;
+    }
+    crpci_loop_unlock(l);
+    return u ? CRPC_OK : CRPC_ENOMEM;
+}
+
+CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
+{
+    crpci_loop_user_stop(l, id, CRPCI_LOOP_TIMER);
+}
+
+/* ======================================================================== */
+/* >>impl-conn   one connection: reading and parsing, queueing and sending   */
+/* ======================================================================== */
+
+#define CRPCI_CONN_READ (64u << 10) /* bytes read at a time, and the budget per step */
+#define CRPCI_CONN_FRAMES 128       /* frames handled per step; the rest waits for the next */
+#define CRPCI_CONN_META_MAX (64u << 10) /* of a frame that is refused for its size */
+#define CRPCI_CONN_IOV 64
+
+/* A frame to be sent. It stands at the beginning of its own chunk, before the bytes. */
+typedef struct crpci_out crpci_out;
+struct crpci_out {
+    crpci_out *next;
+    crpci_chunk *chunk; /* holds this struct and the head */
+    const uint8_t *head;
+    size_t head_len;
+    const uint8_t *tail; /* attachment: in tail_chunk, or borrowed if that is NULL */
+    size_t tail_len;
+    crpci_chunk *tail_chunk;
+    size_t sent;   /* bytes handed to the kernel */
+    void *owner;   /* the call that waits for it, NULL: nobody cares any more */
+    struct crpci_conn *conn; /* while queued */
+    bool inflight; /* in a send that runs without the lock */
+    bool queued;
+};
+
+/* A frame that was received. Everything points into the chunk; who keeps it takes a reference. */
+typedef struct crpci_message {
+    crpci_meta meta;
+    const uint8_t *payload;
+    size_t payload_size;
+    const uint8_t *attachment;
+    size_t attachment_size;
+    bool bad_attachment; /* attachment_size is larger than the body: all of it is payload */
+    crpci_chunk *chunk;
+} crpci_message;
+
+typedef struct crpci_conn crpci_conn;
+
+/* What the section above is told. All are called with the loop locked and must not unlock it. */
+typedef struct crpci_conn_events {
+    void (*opened)(crpci_conn *c); /* a dialled connection is up */
+    void (*message)(crpci_conn *c, crpci_message *m);
+    void (*oversize)(crpci_conn *c, const crpci_meta *m, uint64_t body);
+    void (*sent)(crpci_conn *c, crpci_out *out); /* all of a frame left; before it is released */
+    void (*eof)(crpci_conn *c); /* the peer sends no more, it may still read */
+    void (*closed)(crpci_conn *c); /* once, whoever closed it; c->why says why */
+    void (*timer)(crpci_conn *c);
+} crpci_conn_events;
+
+/* The protocol that a connection's bytes are in, by its first ones. */
+typedef struct crpci_protocol {
+    const char *name;
+    crpci_frame_result (*detect)(const uint8_t *p, size_t n);
+} crpci_protocol;
+
+struct crpci_conn {
+    crpci_list link; /* in loop->conns */
+    crpc_loop *loop;
+    crpci_watch watch;
+    crpci_task flush;
+    crpci_task resume;
+    crpci_timer timer;
+    const crpci_transport *io;
+    void *io_state;
+    const crpci_conn_events *up;
+    void *owner;
+    uint32_t refs;
+    uint32_t busy; /* requests being served, or calls waiting for a reply */
+    int fd;
+    int why;       /* crpc_status of the close */
+    int why_errno; /* 0: none */
+    bool connecting, closed, reading, writing, eof, paused, blocked;
+    bool close_when_sent;
+    bool oversize;
+    uint32_t max_body;
+    int64_t max_skip;
+    uint64_t skip;      /* bytes of a refused body still to be dropped */
+    crpci_chunk *rx;    /* a frame that has begun */
+    size_t rx_len;
+    size_t rx_need;     /* read so far at least, then look again */
+    size_t rx_total;    /* 0: the header is not complete */
+    int64_t rx_since;   /* when it began */
+    int64_t frame_timeout_us; /* 0: none */
+    crpci_chunk *left;  /* input over the step's budget */
+    const uint8_t *left_at;
+    size_t left_len;
+    crpci_out *tx_head;
+    crpci_out *tx_tail;
+    int64_t tx_bytes;
+    int64_t active_us; /* last frame */
+};
+
+CRPCI_FN size_t crpci_conn_out_len(const crpci_out *o)
+{
+    return o->head_len + o->tail_len;
+}
+
+CRPCI_FN void crpci_conn_out_free(crpci_out *o)
+{
+    crpci_heap_chunk_unref(o->tail_chunk);
+    crpci_heap_chunk_unref(o->chunk);
+}
+
+CRPCI_COLD const char *crpci_conn_errno_text(int e)
+{
+    switch (e) {
+    case 0:
+        return "closed by the peer";
+    case ECONNREFUSED:
+        return "connection refused";
+    case ECONNRESET:
+    case EPIPE:
+        return "connection reset by the peer";
+    case ETIMEDOUT:
+        return "no answer from the peer's host";
+    case EHOSTUNREACH:
+    case ENETUNREACH:
+        return "host or network unreachable";
+    case EMFILE:
+    case ENFILE:
+        return "too many open files";
+    case ENOENT:
+        return "no such socket file";
+    case EACCES:
+    case EPERM:
+        return "not permitted";
+    case EADDRNOTAVAIL:
+        return "no local port or address available";
+    case EADDRINUSE:
+        return "address already in use";
+    default:
+        return "system error";
+    }
+}
+
+CRPCI_FN void crpci_conn_hold(crpci_conn *c)
+{
+    c->refs++;
+}
+
+CRPCI_FN void crpci_conn_drop(crpci_conn *c)
+{
+    if (--c->refs == 0)
+        crpci_heap_free(c->loop->heap, c, sizeof *c);
+}
+
+/* After a close: gives back what nobody uses any more. */
+CRPCI_FN void crpci_conn_cleanup(crpci_conn *c)
+{
+    crpci_out *o;
+    if (c->reading || c->writing)
+        return; /* P7: whoever uses the descriptor comes here when it is done */
+    while ((o = c->tx_head) != NULL) {
+        c->tx_head = o->next;
+        o->queued = false;
+        crpci_conn_out_free(o);
+    }
+    c->tx_tail = NULL;
+    crpci_heap_chunk_unref(c->rx);
+    crpci_heap_chunk_unref(c->left);
+    c->rx = c->left = NULL;
+    if (c->fd >= 0)
+        close(c->fd);
+    c->fd = -1;
+}
+
+/* Closes at once; queued output is dropped. Safe to call again. */
+CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
+{
+    crpc_loop *l = c->loop;
+    if (c->closed)
+        return;
+    c->closed = true;
+    c->why = why;
+    c->why_errno = why_errno;
+    l->stats.connections--;
+    crpci_loop_watch_set(l, &c->watch, c->fd, 0);
+    crpci_timer_cancel(&c->timer);
+    crpci_list_remove(&c->flush.link);
+    crpci_list_remove(&c->resume.link);
+    crpci_list_remove(&c->link);
+    if (CRPCI_RULE_P7) {
+        if (c->reading || c->writing)
+            shutdown(c->fd, SHUT_RDWR);
+    } else {
+        close(c->fd);
+        c->fd = -1;
+    }
+    c->up->closed(c);
+    crpci_conn_cleanup(c);
+    crpci_conn_drop(c); /* the loop's reference */
+}
+
+CRPCI_FN void crpci_conn_interest(crpci_conn *c)
+{
+    unsigned events = 0;
+    if (c->closed)
+        return;
+    if (!c->connecting && !c->paused && !c->eof)
+        events |= CRPC_READABLE;
+    if (c->connecting || c->blocked)
+        events |= CRPC_WRITABLE;
+    if (crpci_loop_watch_set(c->loop, &c->watch, c->fd, c->io->want(c->io_state, events)))
+        crpci_conn_close(c, CRPC_ENOMEM, 0);
+}
+
+CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
+{
+    if (c->paused == paused || c->closed)
+        return;
+    c->paused = paused;
+    if (!paused && c->left)
+        crpci_loop_queue(&c->loop->resume, &c->resume);
+    crpci_conn_interest(c);
+}
+
+/* --- sending ---------------------------------------------------------------------------------- */
+
+CRPCI_FN int crpci_conn_gather(crpci_conn *c, struct iovec *iov)
+{
+    union {
+        const uint8_t *in;
+        void *out;
+    } cast; /* iovec has no const */
+    crpci_out *o;
+    int n = 0;
+    for (o = c->tx_head; o && n + 2 <= CRPCI_CONN_IOV; o = o->next) {
+        size_t skip = o->sent;
+        if (skip < o->head_len) {
+            cast.in = o->head + skip;
+            iov[n].iov_base = cast.out;
+            iov[n++].iov_len = o->head_len - skip;
+            skip = 0;
+        } else {
+            skip -= o->head_len;
+        }
+        if (o->tail_len) {
+            cast.in = o->tail + skip;
+            iov[n].iov_base = cast.out;
+            iov[n++].iov_len = o->tail_len - skip;
+        }
+        o->inflight = true;
+    }
+    return n;
+}
+
+/* Accounts for `n` sent bytes; frames that are complete leave the queue. */
+CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
+{
+    crpci_out *o;
+    for (o = c->tx_head; o && o->inflight; o = o->next)
+        o->inflight = false;
+    c->tx_bytes -= (int64_t)n;
+    while ((o = c->tx_head) != NULL && (n || crpci_conn_out_len(o) == o->sent)) {
+        size_t step = crpci_base_min(n, crpci_conn_out_len(o) - o->sent);
+        o->sent += step;
+        n -= step;
+        if (o->sent < crpci_conn_out_len(o))
+            break;
+        c->tx_head = o->next;
+        if (!c->tx_head)
+            c->tx_tail = NULL;
+        o->queued = false;
+        c->up->sent(c, o);
+        crpci_conn_out_free(o);
+    }
+    if (c->loop->io_waiters)
+        crpci_thread_broadcast(&c->loop->io_cond);
+}
+
+/* Sends what is queued until the kernel takes no more. Unlocks while sending; others only append
+ * meanwhile. */
+CRPCI_FN void crpci_conn_flush(crpci_conn *c)
+{
+    crpc_loop *l = c->loop;
+    struct iovec iov[CRPCI_CONN_IOV];
+    if (c->writing || c->closed || c->connecting || c->blocked)
+        return;
+    crpci_list_remove(&c->flush.link);
+    crpci_conn_hold(c);
+    c->writing = true;
+    while (c->tx_head && !c->closed) {
+        int count = crpci_conn_gather(c, iov), saved;
+        ssize_t n;
+        l->stats.sends++;
+        crpci_loop_unlock(l);
+        n = c->io->writev(c->fd, c->io_state, iov, count);
+        saved = errno;
+        crpci_loop_lock(l);
+        crpci_conn_advance(c, n > 0 ? (size_t)n : 0);
+        if (n >= 0 || saved == EINTR)
+            continue;
+        if (saved == EAGAIN || saved == EWOULDBLOCK) {
+            c->blocked = true;
+            crpci_conn_interest(c);
+            break;
+        }
+        c->writing = false;
+        crpci_conn_close(c, CRPC_ECONN, saved);
+    }
+    c->writing = false;
+    if (c->closed)
+        crpci_conn_cleanup(c);
+    else if (c->close_when_sent && !c->tx_head)
+        crpci_conn_close(c, CRPC_ECLOSE, 0);
+    crpci_conn_drop(c);
+}
+
+CRPCI_FN void crpci_conn_flush_task(crpc_loop *l, crpci_task *task)
+{
+    (void)l;
+    crpci_conn_flush(CRPCI_CONTAINER(task, crpci_conn, flush));
+}
+
+/* Queues a frame; the connection now owns one reference of its chunk. Sent by whoever drives. */
+CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
+{
+    o->next = NULL;
+    o->sent = 0;
+    o->inflight = false;
+    o->queued = true;
+    o->conn = c;
+    if (c->tx_tail)
+        c->tx_tail->next = o;
+    else
+        c->tx_head = o;
+    c->tx_tail = o;
+    c->tx_bytes += (int64_t)crpci_conn_out_len(o);
+    if (!c->blocked && !c->writing)
+        crpci_loop_queue(&c->loop->dirty, &c->flush);
+}
+
+/* Takes back a frame of which nothing was sent. False if that is too late. */
+CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
+{
+    crpci_out **at = &c->tx_head, *before = NULL;
+    if (!o->queued || o->sent || o->inflight || c->closed)
+        return false;
+    while (*at && *at != o) {
+        before = *at;
+        at = &(*at)->next;
+    }
+    if (!*at)
+        return false;
+    *at = o->next;
+    if (c->tx_tail == o)
+        c->tx_tail = before;
+    c->tx_bytes -= (int64_t)crpci_conn_out_len(o);
+    o->queued = false;
+    crpci_conn_out_free(o);
+    return true;
+}
+
+/* --- receiving -------------------------------------------------------------------------------- */
+
+CRPCI_FN void crpci_conn_bad(crpci_conn *c, const char *what)
+{
+    c->loop->stats.bad_frames++;
+    crpci_heap_log(c->loop->heap, CRPC_LOG_WARN, "connection closed: %s", what);
+    crpci_conn_close(c, CRPC_ERESPONSE, 0);
+}
+
+CRPCI_FN void crpci_conn_deliver(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p)
+{
+    uint32_t body = crpci_base_get32(p + 4), meta = crpci_base_get32(p + 8);
+    const uint8_t *at = p + CRPCI_FRAME_HEADER + meta;
+    crpci_message m;
+    c->active_us = crpci_loop_now(c->loop);
+    if (!crpci_meta_read(p + CRPCI_FRAME_HEADER, meta, &m.meta)) {
+        crpci_conn_bad(c, "the peer's RpcMeta does not decode");
+        return;
+    }
+    if (c->oversize) {
+        c->oversize = false;
+        c->skip = (uint64_t)body - meta;
+        c->up->oversize(c, &m.meta, body);
+        return;
+    }
+    m.chunk = chunk;
+    m.payload = at;
+    m.payload_size = body - meta;
+    m.bad_attachment =
+        m.meta.attachment_size < 0 || (size_t)m.meta.attachment_size > m.payload_size;
+    m.attachment_size = m.bad_attachment ? 0 : (size_t)m.meta.attachment_size;
+    m.payload_size -= m.attachment_size;
+    m.attachment = at + m.payload_size;
+    c->up->message(c, &m);
+}
+
+/* Looks at a header of which `n` bytes are there: sets c->rx_total, or closes. */
+CRPCI_FN bool crpci_conn_header(crpci_conn *c, const uint8_t *p, size_t n)
+{
+    uint32_t body = 0, meta = 0;
+    c->rx_total = 0;
+    switch (crpci_frame_header(p, n, &body, &meta)) {
+    case CRPCI_FRAME_BAD:
+        crpci_conn_bad(c, "the peer does not speak baidu_std");
+        return false;
+    case CRPCI_FRAME_NEED:
+        return true;
+    default:
+        break;
+    }
+    c->rx_total = (size_t)CRPCI_FRAME_HEADER + body;
+    if (body <= c->max_body)
+        return true;
+    if ((int64_t)body > c->max_skip || meta > CRPCI_CONN_META_MAX) {
+        crpci_conn_bad(c, "a body over the limit announced");
+        return false;
+    }
+    c->oversize = true;
+    c->rx_total = (size_t)CRPCI_FRAME_HEADER + meta; /* enough to say who is refused */
+    return true;
+}
+
+/* A chunk for a frame that has begun with `have` bytes. A large one is trusted with its full size only
+ * when a good part of it has come. */
+CRPCI_FN bool crpci_conn_begin(crpci_conn *c, const uint8_t *p, size_t have)
+{
+    size_t want = c->rx_total ? c->rx_total : CRPCI_FRAME_HEADER, cap = want;
+    if (want > CRPCI_CONN_READ && have < CRPCI_CONN_READ / 2)
+        cap = CRPCI_CONN_READ;
+    c->rx = crpci_heap_chunk(c->loop->heap, cap);
+    if (!c->rx) {
+        crpci_conn_close(c, CRPC_ENOMEM, 0);
+        return false;
+    }
+    memcpy(crpci_heap_data(c->rx), p, have);
+    c->rx_since = crpci_loop_now(c->loop);
+    if (c->frame_timeout_us && !c->timer.prev)
+        crpci_loop_timer_set(c->loop, &c->timer, c->frame_timeout_us);
+    c->rx_len = have;
+    c->rx_need = cap;
+    return true;
+}
+
+/* The frame in c->rx has got the bytes that were asked for: ask for more, or deliver it. */
+CRPCI_FN void crpci_conn_rx_full(crpci_conn *c)
+{
+    crpci_chunk *chunk = c->rx, *bigger;
+    uint8_t *p = crpci_heap_data(chunk);
+    if (!c->rx_total && !crpci_conn_header(c, p, c->rx_len))
+        return;
+    if (c->rx_len == c->rx_total) {
+        c->rx = NULL;
+        crpci_conn_deliver(c, chunk, p);
+        crpci_heap_chunk_unref(chunk);
+        return;
+    }
+    if (c->rx_total > chunk->cap) {
+        size_t cap = c->rx_total > CRPCI_CONN_READ && c->rx_len < CRPCI_CONN_READ / 2
+                         ? CRPCI_CONN_READ
+                         : c->rx_total;
+        bigger = crpci_heap_chunk(c->loop->heap, cap);
+        if (!bigger) {
+            crpci_conn_close(c, CRPC_ENOMEM, 0);
+            return;
+        }
+        memcpy(crpci_heap_data(bigger), p, c->rx_len);
+        crpci_heap_chunk_unref(chunk);
+        c->rx = bigger;
+    }
+    c->rx_need = crpci_base_min(c->rx_total, c->rx->cap);
+}
+
+/* Takes one piece of input: a whole frame where it stands, else what goes on with or begins c->rx.
+ * Returns the bytes used. */
+CRPCI_FN size_t crpci_conn_feed_one(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
+{
+    if (c->skip) {
+        n = (size_t)crpci_base_min64((int64_t)n, (int64_t)c->skip);
+        c->skip -= n;
+        return n;
+    }
+    if (c->rx) {
+        n = crpci_base_min(n, c->rx_need - c->rx_len);
+        memcpy(crpci_heap_data(c->rx) + c->rx_len, p, n);
+        c->rx_len += n;
+        if (c->rx_len == c->rx_need)
+            crpci_conn_rx_full(c);
+        return n;
+    }
+    if (!crpci_conn_header(c, p, n))
+        return n;
+    if (c->rx_total && c->rx_total <= n) {
+        n = c->rx_total;
+        crpci_conn_deliver(c, chunk, p);
+        return n;
+    }
+    if (!c->rx_total || c->rx_total > n)
+        n = crpci_conn_begin(c, p, n) ? n : 0;
+    return n;
+}
+
+/* Takes input until the step's budget is used up; the rest waits in c->left. */
+CRPCI_FN void crpci_conn_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
+{
+    int frames = 0;
+    while (n && !c->closed) {
+        size_t used;
+        if (frames++ == CRPCI_CONN_FRAMES || c->paused) {
+            crpci_heap_chunk_ref(chunk);
+            c->left = chunk;
+            c->left_at = p;
+            c->left_len = n;
+            if (!c->paused)
+                crpci_loop_queue(&c->loop->resume, &c->resume);
+            return;
+        }
+        used = crpci_conn_feed_one(c, chunk, p, n);
+        p += used;
+        n -= used;
+    }
+}
+
+/* Goes on with input that was over the budget. False if there is more of it still. */
+CRPCI_FN bool crpci_conn_catch_up(crpci_conn *c)
+{
+    crpci_chunk *chunk = c->left;
+    if (!chunk)
+        return true;
+    if (c->paused)
+        return false;
+    c->left = NULL;
+    crpci_conn_feed(c, chunk, c->left_at, c->left_len);
+    crpci_heap_chunk_unref(chunk);
+    return !c->left;
+}
+
+CRPCI_FN void crpci_conn_resume_task(crpc_loop *l, crpci_task *task)
+{
+    crpci_conn *c = CRPCI_CONTAINER(task, crpci_conn, resume);
+    (void)l;
+    crpci_conn_hold(c);
+    if (!c->closed)
+        crpci_conn_catch_up(c);
+    crpci_conn_drop(c);
+}
+
+/* The loop's receive buffer: one for all connections, because only the driver reads. Frames still
+ * pointed into keep their part of it; the next read goes behind them. */
+CRPCI_FN bool crpci_conn_spare(crpc_loop *l)
+{
+    if (l->spare && crpci_thread_load(&l->spare->refs) == 1)
+        l->spare_pos = 0;
+    if (l->spare && l->spare->cap - l->spare_pos < CRPCI_CONN_READ / 8) {
+        crpci_heap_chunk_unref(l->spare);
+        l->spare = NULL;
+    }
+    if (!l->spare) {
+        l->spare = crpci_heap_chunk(l->heap, CRPCI_CHUNK_BIG - sizeof(crpci_chunk));
+        l->spare_pos = 0;
+    }
+    return l->spare != NULL;
+}
+
+CRPCI_FN void crpci_conn_received(crpci_conn *c, size_t n)
+{
+    crpc_loop *l = c->loop;
+    crpci_chunk *chunk = l->spare;
+    const uint8_t *p = crpci_heap_data(chunk) + l->spare_pos;
+    crpci_heap_chunk_ref(chunk); /* a callee may let go of the spare */
+    if (c->rx) {
+        size_t direct = crpci_base_min(n, c->rx_need - c->rx_len);
+        c->rx_len += direct;
+        n -= direct;
+        if (c->rx_len == c->rx_need)
+            crpci_conn_rx_full(c);
+    }
+    crpci_conn_feed(c, chunk, p, n);
+    crpci_heap_chunk_unref(chunk);
+    if (l->spare == chunk)
+        l->spare_pos += (n + 7) & ~(size_t)7;
+}
+
+CRPCI_FN void crpci_conn_read(crpci_conn *c)
+{
+    crpc_loop *l = c->loop;
+    struct iovec iov[2];
+    int count = 0, saved;
+    ssize_t n;
+    if (!crpci_conn_catch_up(c) || c->closed || c->reading || c->paused || c->eof)
+        return;
+    if (!crpci_conn_spare(l)) {
+        crpci_conn_close(c, CRPC_ENOMEM, 0);
+        return;
+    }
+    if (c->rx) {
+        iov[count].iov_base = crpci_heap_data(c->rx) + c->rx_len;
+        iov[count++].iov_len = c->rx_need - c->rx_len;
+    }
+    iov[count].iov_base = crpci_heap_data(l->spare) + l->spare_pos;
+    iov[count++].iov_len = l->spare->cap - l->spare_pos;
+    l->stats.receives++;
+    c->reading = true;
+    crpci_loop_unlock(l);
+    n = c->io->readv(c->fd, c->io_state, iov, count);
+    saved = errno;
+    crpci_loop_lock(l);
+    c->reading = false;
+    if (c->closed)
+        crpci_conn_cleanup(c);
+    else if (n > 0)
+        crpci_conn_received(c, (size_t)n);
+    else if (n == 0)
+        c->up->eof(c);
+    else if (saved != EAGAIN && saved != EWOULDBLOCK && saved != EINTR)
+        crpci_conn_close(c, CRPC_ECONN, saved);
+}
+
+/* --- opening ---------------------------------------------------------------------------------- */
+
+CRPCI_FN void crpci_conn_connected(crpci_conn *c)
+{
+    int e = 0;
+    socklen_t len = sizeof e;
+    if (getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &e, &len))
+        e = errno;
+    if (!e && crpci_sock_is_self(c->fd))
+        e = ECONNREFUSED;
+    if (e) {
+        crpci_conn_close(c, CRPC_ECONN, e);
+        return;
+    }
+    c->connecting = false;
+    crpci_timer_cancel(&c->timer);
+    crpci_conn_interest(c);
+    if (!c->closed)
+        c->up->opened(c);
+}
+
+CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
+{
+    crpci_conn *c = CRPCI_CONTAINER(w, crpci_conn, watch);
+    (void)l;
+    crpci_conn_hold(c);
+    if (c->connecting) {
+        crpci_conn_connected(c);
+    } else {
+        if (events & CRPC_WRITABLE && c->blocked) {
+            c->blocked = false;
+            crpci_conn_interest(c);
+            crpci_loop_queue(&l->dirty, &c->flush);
+        }
+        if (events & CRPC_READABLE && !c->closed)
+            crpci_conn_read(c);
+    }
+    crpci_conn_drop(c);
+}
+
+CRPCI_FN void crpci_conn_on_timer(crpc_loop *l, crpci_timer *t)
+{
+    crpci_conn *c = CRPCI_CONTAINER(t, crpci_conn, timer);
+    (void)l;
+    crpci_conn_hold(c);
+    c->up->timer(c);
+    crpci_conn_drop(c);
+}
+
+/* Takes over a socket, connected or connecting; on failure it is closed. The loop has a reference
+ * until the connection closes. */
+CRPCI_FN int crpci_conn_new(crpc_loop *l, int fd, bool connecting, const crpci_conn_events *up,
+                            void *owner, crpci_conn **out)
+{
+    crpci_conn *c = (crpci_conn *)crpci_heap_alloc(l->heap, sizeof *c);
+    *out = NULL;
+    if (!c) {
+        close(fd);
+        return CRPC_ENOMEM;
+    }
+    c->loop = l;
+    c->fd = fd;
+    c->refs = 1;
+    c->io = &crpci_transport_plain;
+    c->up = up;
+    c->owner = owner;
+    c->connecting = connecting;
+    c->max_body = INT32_MAX;
+    c->max_skip = 0;
+    c->active_us = crpci_loop_now(l);
+    crpci_watch_init(&c->watch, crpci_conn_event);
+    crpci_loop_task_init(&c->flush, crpci_conn_flush_task);
+    crpci_loop_task_init(&c->resume, crpci_conn_resume_task);
+    crpci_timer_init(&c->timer, crpci_conn_on_timer);
+    crpci_list_append(&l->conns, &c->link);
+    if (crpci_loop_watch_set(l, &c->watch, fd, connecting ? CRPC_WRITABLE : CRPC_READABLE)) {
+        crpci_list_remove(&c->link);
+        close(fd);
+        crpci_heap_free(l->heap, c, sizeof *c);
+        return CRPC_ENOMEM;
+    }
+    l->stats.connections++;
+    *out = c;
+    return CRPC_OK;
+}
+
+/* Begins to connect. CRPC_ECONN with errno in *e if that failed at once. */
+CRPCI_FN int crpci_conn_dial(crpc_loop *l, const crpci_addr *to, const crpci_conn_events *up,
+                             void *owner, crpci_conn **out, int *e)
+{
+    int fd = crpci_sock_open(to);
+    *out = NULL;
+    *e = 0;
+    if (fd < 0) {
+        *e = errno;
+        return CRPC_ECONN;
+    }
+    if (connect(fd, &to->u.any, to->len) && errno != EINPROGRESS) {
+        *e = errno;
+        close(fd);
+        return CRPC_ECONN;
+    }
+    /* Connected at once (a unix socket) or later: the poller reports it writable either way. */
+    return crpci_conn_new(l, fd, true, up, owner, out);
+}
+
+/* What a request passes on to the calls made on its behalf; first member of a crpc_context. */
+typedef struct crpci_origin {
+    int64_t deadline_us; /* INT64_MAX: the caller did not say */
+    int64_t log_id;
+    int64_t trace_id;
+    int64_t span_id;
+} crpci_origin;
+
+typedef struct crpci_provider { char address[CRPC_ADDRESS_MAX]; int weight; } crpci_provider;
+typedef struct crpci_snapshot { uint32_t refs; crpci_heap *heap; size_t size; size_t count; crpci_provider *providers; } crpci_snapshot;
+CRPCI_FN crpci_snapshot *crpci_registry_snapshot(crpci_heap *h, size_t count) { crpci_snapshot *s=(crpci_snapshot*)crpci_heap_alloc(h, sizeof *s + count*sizeof(crpci_provider)); if(!s) return NULL; s->refs=1; s->heap=h; s->size=sizeof *s + count*sizeof(crpci_provider); s->count=count; s->providers=(crpci_provider*)(void*)(s+1); return s; }
+CRPCI_FN void crpci_registry_snapshot_unref(crpci_snapshot *s) { if (s && crpci_thread_unref(&s->refs)) crpci_heap_free(s->heap, s, s->size); }
+typedef void (*crpci_registry_push_fn)(void *user, crpci_snapshot *list);
+typedef void (*crpci_registry_status_fn)(void *user, int status, const char *text);
+typedef struct crpci_registration { const char *service, *address, *group, *version, *application, *methods; int weight; } crpci_registration;
+typedef struct crpci_registry_options { int session_timeout_ms; const char *credential; } crpci_registry_options;
+typedef struct crpci_registry crpci_registry;
+typedef struct crpci_registry_ops { size_t size; unsigned version; int (*enroll)(crpci_registry*, const crpci_registration*, crpci_registry_status_fn, void*, void**); void (*withdraw)(crpci_registry*, void*); int (*subscribe)(crpci_registry*, const char*, const char*, const char*, crpci_registry_push_fn, void*, void**); void (*unsubscribe)(crpci_registry*, void*); void (*close)(crpci_registry*);} crpci_registry_ops;
+struct crpci_registry { const crpci_registry_ops *ops; };
+CRPCI_FN int crpci_registry_open(crpc_loop *l, crpci_url *u, const crpci_registry_options *o, crpci_registry **out, crpc_error *e) { (void)l;(void)o; *out=NULL; return crpci_status_set(e, CRPC_EUNSUPPORTED, "%s", u->scheme);}
+CRPCI_FN void crpci_registry_close(crpci_registry *r) { (void)r; }
+/* ======================================================================== */
+/* >>impl-channel   the client: endpoints, calls, retries, results           */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_CLIENT
+
+#define CRPCI_CHANNEL_LONGEST_MS 86400000 /* no call waits longer than a day */
+#define CRPCI_CHANNEL_TRIED 4
+#define CRPCI_CHANNEL_INLINE 4096 /* attachments up to here are copied behind the message */
+#define CRPCI_CHANNEL_COPY 2048   /* replies up to here are copied out of a shared buffer */
+#define CRPCI_CHANNEL_BACKOFF_MIN 50000
+#define CRPCI_CHANNEL_BACKOFF_MAX 1000000 /* microseconds: a call of default length can wait for it */
+
+/* A reply's user_fields entry that says: error_code is the application's. */
+#define CRPCI_CHANNEL_APP_FIELD "crpc-app"
+
+/* One provider as this loop sees it: one connection, shared by all channels of the loop that ask for
+ * the same options. Lives while a channel lists it or a call uses it. */
+typedef struct crpci_endpoint {
+    crpci_list link;
+    crpc_loop *loop;
+    uint32_t refs;
+    char address[CRPC_ADDRESS_MAX];
+    size_t address_size; /* the zero included */
+    crpci_addr addr;
+    int connect_timeout_ms;
+    uint32_t inflight; /* 0: no limit */
+    uint32_t max_body;
+    int64_t max_queued;
+    crpci_conn *conn;
+    crpci_list waiting; /* calls for a connection or a slot */
+    crpci_list active;  /* calls queued on or sent over conn */
+    uint32_t active_count;
+    crpci_timer timer; /* end of the backoff */
+    int failures;      /* since the last reply */
+    int64_t usable_at; /* 0 or the end of a backoff, of a logoff */
+    int last_errno;
+} crpci_endpoint;
+
+typedef enum crpci_call_kind {
+    CRPCI_CALL_SYNC,
+    CRPCI_CALL_DELIVER,
+    CRPCI_CALL_ID,
+    CRPCI_CALL_NOTIFY
+} crpci_call_kind;
+
+/* An encoded request, able to be framed again and again: what varies goes in front of it. */
+typedef struct crpci_request {
+    crpci_chunk *chunk; /* crpci_out, fields, credential, headroom, payload, small attachment */
+    size_t low;         /* offset of the headroom */
+    size_t payload;     /* offset */
+    size_t payload_size;
+    size_t inline_size; /* attachment behind the payload */
+    crpc_view fields;
+    crpc_view attachment; /* outside the chunk, borrowed */
+    crpci_meta meta;
+} crpci_request;
+
+typedef enum crpci_call_state {
+    CRPCI_CALL_IDLE,
+    CRPCI_CALL_WAITING, /* in endpoint->waiting */
+    CRPCI_CALL_ACTIVE,  /* in endpoint->active */
+    CRPCI_CALL_DONE
+} crpci_call_state;
+
+typedef struct crpci_call {
+    crpci_list link;
+    crpci_list of_channel;
+    crpci_task task;
+    crpci_timer timer;
+    crpc_channel *channel;
+    const crpc_method *method;
+    crpci_call_kind kind;
+    crpci_call_state state;
+    uint64_t id;
+    crpci_request request;
+    crpci_out *out; /* queued on the endpoint's connection; NULL: not */
+    crpci_endpoint *endpoint;
+    int64_t start_us;
+    int64_t deadline_us;
+    int attempts;
+    int max_attempts;
+    crpc_sent sent;
+    const crpci_endpoint *tried[CRPCI_CHANNEL_TRIED];
+    crpci_waiter *waiter;
+    char address[CRPC_ADDRESS_MAX]; /* the last provider tried */
+    crpc_error *error; /* the caller's, or in error_chunk; NULL: not wanted or no memory */
+    crpci_chunk *error_chunk;
+    int status;
+    bool replied;
+    crpci_message reply; /* if replied; holds a reference of its chunk */
+    crpc_done_fn deliver;
+    crpc_any_fn fn;
+    void *user;
+} crpci_call;
+
+struct crpc_channel {
+    crpc_loop *loop;
+    bool private_loop;
+    bool closed;
+    uint32_t refs; /* the program's, and one of each call; under the loop's lock */
+    int timeout_ms;
+    int connect_timeout_ms;
+    int retries;
+    uint32_t inflight;
+    uint32_t max_body;
+    int64_t max_queued;
+    bool short_names;
+    char *credential;
+    const crpc_client_interceptor *interceptors;
+    size_t interceptor_count;
+    crpci_list calls;
+    crpci_endpoint **endpoints;
+    size_t endpoint_count;
+    size_t next; /* round robin */
+    crpci_registry *registry;
+    void *subscription;
+    bool listed; /* the registry has answered */
+    crpci_waiter *list_waiter;
+};
+
+/* --- the caller's crpc_call -------------------------------------------------------------------- */
+
+/* reserved[0] chunk that holds the reply; [1] [2] the reply's meta, to look fields up in; [3] chunk
+ * of the fields that interceptors add, [4] their length; [5] set while interceptors run. */
+enum { CRPCI_CALL_HELD, CRPCI_CALL_RAW, CRPCI_CALL_RAW_END, CRPCI_CALL_ADDED, CRPCI_CALL_ADDED_LEN,
+       CRPCI_CALL_HEAP };
+
+CRPC_API void crpc_call_reset(crpc_call *call)
+{
+    crpci_heap_chunk_unref((crpci_chunk *)call->reserved[CRPCI_CALL_HELD]);
+    crpci_heap_chunk_unref((crpci_chunk *)call->reserved[CRPCI_CALL_ADDED]);
+    memset(call->reserved, 0, sizeof call->reserved);
+    call->reply_attachment = crpc_view_of(NULL, 0);
+}
+
+CRPC_API bool crpc_call_field(const crpc_call *call, const char *key, crpc_view *value)
+{
+    crpc_view raw;
+    raw.at[0] = call->reserved[CRPCI_CALL_RAW];
+    raw.end = call->reserved[CRPCI_CALL_RAW_END];
+    return crpci_meta_field(raw, key, value);
+}
+
+CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *value)
+{
+    crpci_heap *h = (crpci_heap *)call->reserved[CRPCI_CALL_HEAP];
+    crpci_message_out o;
+    if (!h || !key || !value)
+        return CRPC_EINVAL;
+    o.heap = h;
+    o.chunk = (crpci_chunk *)call->reserved[CRPCI_CALL_ADDED];
+    o.len = (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN];
+    o.no_memory = false;
+    if (!o.chunk)
+        o.chunk = crpci_heap_chunk(h, 64);
+    if (!o.chunk)
+        return CRPC_ENOMEM;
+    call->reserved[CRPCI_CALL_ADDED] = o.chunk;
+    if (!crpci_message_reserve(&o, crpci_meta_field_size(strlen(key), strlen(value))))
+        return CRPC_ENOMEM;
+    o.len += crpci_meta_put_field(crpci_heap_data(o.chunk) + o.len, crpc_view_str(key),
+                                  crpc_view_str(value));
+    call->reserved[CRPCI_CALL_ADDED] = o.chunk;
+    call->reserved[CRPCI_CALL_ADDED_LEN] = (void *)(uintptr_t)o.len;
+    return CRPC_OK;
+}
+
+/* Runs the interceptors' `before`; *ran says for how many `after` is due. */
+CRPCI_FN int crpci_channel_before(crpc_channel *ch, const crpc_method *m, crpc_call *call,
+                                  size_t *ran)
+{
+    int err = CRPC_OK;
+    *ran = 0;
+    call->reserved[CRPCI_CALL_HEAP] = ch->loop->heap;
+    while (*ran < ch->interceptor_count && !err) {
+        const crpc_client_interceptor *i = &ch->interceptors[*ran];
+        err = i->before ? i->before(i->user, m, call) : CRPC_OK;
+        if (!err)
+            ++*ran;
+    }
+    call->reserved[CRPCI_CALL_HEAP] = NULL;
+    if (err)
+        crpci_status_set(&call->error, err, "%s.%s: ended by an interceptor: %s (local)",
+                         m->service, m->name, crpc_status_text(err));
+    return err;
+}
+
+CRPCI_FN void crpci_channel_after(crpc_channel *ch, const crpc_method *m, crpc_call *call, int err,
+                                  size_t ran)
+{
+    while (ran--) {
+        const crpc_client_interceptor *i = &ch->interceptors[ran];
+        if (i->after)
+            i->after(i->user, m, call, err);
+    }
+}
+
+/* --- encoding, without the lock ---------------------------------------------------------------- */
+
+CRPCI_FN size_t crpci_channel_fields_size(const crpc_call *call)
+{
+    size_t n = (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN], i;
+    for (i = 0; i < call->field_count; i++)
+        n += crpci_meta_field_size(strlen(call->fields[i].key), strlen(call->fields[i].value));
+    return n;
+}
+
+/* Copies user_fields and credential to the front of the chunk. */
+CRPCI_FN void crpci_channel_put_fields(crpci_message_out *o, const crpc_call *call)
+{
+    crpci_chunk *added = (crpci_chunk *)call->reserved[CRPCI_CALL_ADDED];
+    size_t n = (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN], i;
+    uint8_t *p = crpci_heap_data(o->chunk);
+    for (i = 0; i < call->field_count; i++)
+        o->len += crpci_meta_put_field(p + o->len, crpc_view_str(call->fields[i].key),
+                                       crpc_view_str(call->fields[i].value));
+    if (n)
+        memcpy(p + o->len, crpci_heap_data(added), n);
+    o->len += n;
+}
+
+CRPCI_FN void crpci_channel_meta(const crpc_channel *ch, const crpc_method *m,
+                                 const crpc_call *call, crpci_meta *meta)
+{
+    const char *dot = ch->short_names ? strrchr(m->service, '.') : NULL;
+    memset(meta, 0, sizeof *meta);
+    meta->service = crpc_view_str(dot ? dot + 1 : m->service);
+    meta->method = crpc_view_str(m->name);
+    meta->log_id = call->log_id;
+    if (call->parent) {
+        const crpci_origin *from = (const crpci_origin *)(const void *)call->parent;
+        meta->log_id = meta->log_id ? meta->log_id : from->log_id;
+        meta->trace_id = from->trace_id;
+        meta->parent_span_id = from->span_id;
+        meta->span_id = from->span_id + 1; /* unique enough until spans are recorded */
+    }
+}
+
+CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpc_method *m, const void *request,
+                                  crpc_call *call, bool borrow, crpci_request *r)
+{
+    crpc_view credential = crpc_view_data(call->credential) ? call->credential
+                                                            : crpc_view_str(ch->credential);
+    size_t fields = crpci_channel_fields_size(call), secret = crpc_view_size(credential);
+    size_t room = crpci_meta_bound(strlen(m->service) + strlen(m->name) + fields + secret);
+    size_t attached = crpc_view_size(call->attachment), base;
+    const char *why = "";
+    crpci_message_out o;
+    int err;
+    crpci_channel_meta(ch, m, call, &r->meta);
+    o.heap = ch->loop->heap;
+    o.len = sizeof(crpci_out);
+    o.no_memory = false;
+    o.chunk = crpci_heap_chunk(o.heap, o.len + fields + secret + room + m->request_size + 64);
+    if (!o.chunk)
+        return crpci_status_set(&call->error, CRPC_ENOMEM, "%s.%s: out of memory (local)",
+                                m->service, m->name);
+    crpci_channel_put_fields(&o, call);
+    fields = o.len - sizeof(crpci_out);
+    base = o.len;
+    if (secret)
+        memcpy(crpci_heap_data(o.chunk) + base, crpc_view_data(credential), secret);
+    o.len += secret;
+    r->low = o.len;
+    r->payload = o.len += room;
+    err = crpci_message_encode(&o, m->request, request, &why);
+    r->payload_size = o.len - r->payload;
+    r->inline_size = 0;
+    r->attachment = crpc_view_of(NULL, 0);
+    if (!err && attached && borrow && attached > CRPCI_CHANNEL_INLINE) {
+        r->attachment = call->attachment;
+    } else if (!err && attached) {
+        if (crpci_message_reserve(&o, attached)) {
+            memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(call->attachment), attached);
+            r->inline_size = attached;
+        } else {
+            err = CRPC_ENOMEM;
+            why = "out of memory";
+        }
+    }
+    r->chunk = o.chunk;
+    memset(crpci_heap_data(o.chunk), 0, sizeof(crpci_out));
+    if (!err && r->payload_size + room + attached > INT32_MAX) {
+        err = CRPC_EINVAL;
+        why = "message and attachment are over 2 GiB together";
+    }
+    if (err) {
+        crpci_heap_chunk_unref(o.chunk);
+        return crpci_status_set(&call->error, err, "%s.%s: request not encoded: %s (local)",
+                                m->service, m->name, why);
+    }
+    r->meta.attachment_size = (int32_t)attached;
+    r->fields = crpc_view_of(crpci_heap_data(o.chunk) + sizeof(crpci_out), fields);
+    if (secret)
+        r->meta.credential = crpc_view_of(crpci_heap_data(o.chunk) + base, secret);
+    return CRPC_OK;
+}
+
+/* --- ends of calls ----------------------------------------------------------------------------- */
+
+/* Where the explanation goes; for an asynchronous call memory is taken only when it fails. */
+CRPCI_COLD crpc_error *crpci_call_error(crpci_call *c)
+{
+    if (!c->error && c->kind != CRPCI_CALL_NOTIFY) {
+        c->error_chunk = crpci_heap_chunk(c->channel->loop->heap, sizeof(crpc_error));
+        if (c->error_chunk) {
+            c->error = (crpc_error *)(void *)crpci_heap_data(c->error_chunk);
+            memset(c->error, 0, sizeof *c->error);
+        }
+    }
+    return c->error;
+}
+
+CRPCI_COLD void crpci_call_explain(crpci_call *c, int code, const char *cause)
+{
+    crpc_error *e = crpci_call_error(c);
+    if (!e)
+        return;
+    e->code = code;
+    e->app_code = 0;
+    e->remote = false;
+    e->sent = c->sent;
+    e->attempts = c->attempts;
+    snprintf(e->endpoint, sizeof e->endpoint, "%s", c->endpoint ? c->endpoint->address : "");
+    snprintf(e->text, sizeof e->text, "%s.%s attempt %d/%d%s%s: %s (local)", c->method->service,
+             c->method->name, c->attempts, c->max_attempts, c->endpoint ? " " : "", e->endpoint,
+             cause);
+}
+
+CRPCI_FN void crpci_endpoint_drop(crpci_endpoint *e)
+{
+    crpc_loop *l = e->loop;
+    crpci_conn *c = e->conn;
+    if (--e->refs)
+        return;
+    crpci_list_remove(&e->link);
+    crpci_timer_cancel(&e->timer);
+    e->conn = NULL;
+    if (c) {
+        c->owner = NULL;
+        crpci_conn_close(c, CRPC_ECLOSE, 0);
+        crpci_conn_drop(c);
+    }
+    crpci_heap_free(l->heap, e, sizeof *e);
+}
+
+CRPCI_FN void crpci_channel_drop(crpc_channel *ch)
+{
+    crpc_loop *l = ch->loop;
+    if (--ch->refs)
+        return;
+    crpci_heap_strfree(l->heap, ch->credential);
+    crpci_heap_free(l->heap, ch, sizeof *ch);
+}
+
+/* Lets go of the frame on the connection: takes it back if nothing of it was sent. */
+CRPCI_FN void crpci_call_release_out(crpci_call *c)
+{
+    crpci_out *o = c->out;
+    c->out = NULL;
+    if (o && !crpci_conn_withdraw(o->conn, o))
+        o->owner = NULL;
+}
+
+/* A synchronous caller's attachment must not be read any more when its call returns: what a send of
+ * another thread has of it is waited for, what is left of it is copied. Locked; unlocks to wait. */
+CRPCI_FN void crpci_call_settle(crpc_loop *l, crpci_request *r)
+{
+    crpci_out *o = (crpci_out *)(void *)crpci_heap_data(r->chunk);
+    if (!o->queued || !o->tail_len || o->tail_chunk)
+        return;
+    while (o->queued && o->inflight) {
+        l->io_waiters++;
+        crpci_thread_wait(&l->io_cond, &l->lock, -1);
+        l->io_waiters--;
+    }
+    if (!o->queued)
+        return;
+    o->tail_chunk = crpci_heap_chunk(l->heap, o->tail_len);
+    if (o->tail_chunk) {
+        memcpy(crpci_heap_data(o->tail_chunk), o->tail, o->tail_len);
+        o->tail = crpci_heap_data(o->tail_chunk);
+    } else {
+        crpci_conn_close(o->conn, CRPC_ENOMEM, 0);
+    }
+}
+
+CRPCI_FN void crpci_endpoint_serve_waiting(crpci_endpoint *e);
+
+/* Takes a call off its endpoint. */
+CRPCI_FN void crpci_call_detach(crpci_call *c)
+{
+    crpci_endpoint *e = c->endpoint;
+    if (c->out && (c->out->sent || c->out->inflight))
+        c->sent = CRPC_SENT_MAYBE;
+    crpci_call_release_out(c);
+    crpci_list_remove(&c->link);
+    if (c->state == CRPCI_CALL_ACTIVE) {
+        e->active_count--;
+        if (e->conn)
+            e->conn->busy--;
+    }
+    c->state = CRPCI_CALL_IDLE;
+}
+
+/* Frees an asynchronous call. */
+CRPCI_FN void crpci_call_free(crpci_call *c)
+{
+    crpc_channel *ch = c->channel;
+    crpc_loop *l = ch->loop;
+    crpci_list_remove(&c->of_channel);
+    crpci_timer_cancel(&c->timer);
+    if (c->id)
+        crpci_id_remove(&l->calls, c->id);
+    if (c->kind == CRPCI_CALL_ID)
+        l->results--;
+    if (c->replied)
+        crpci_heap_chunk_unref(c->reply.chunk);
+    crpci_heap_chunk_unref(c->request.chunk);
+    crpci_heap_chunk_unref(c->error_chunk);
+    crpci_heap_free(l->heap, c, sizeof *c);
+    crpci_channel_drop(ch);
+}
+
+/* A small reply is copied out of the receive buffer, which many share; a large one keeps it. */
+CRPCI_FN void crpci_call_own_reply(crpci_heap *h, crpci_message *m)
+{
+    const uint8_t *from = (const uint8_t *)crpc_view_data(m->meta.raw);
+    size_t n = (size_t)(m->attachment + m->attachment_size - from);
+    crpci_chunk *chunk;
+    uint8_t *to;
+    if (n > CRPCI_CHANNEL_COPY || m->chunk->cap < 8 * CRPCI_CHANNEL_COPY)
+        return;
+    chunk = crpci_heap_chunk(h, n);
+    if (!chunk)
+        return; /* it can stay where it is */
+    to = crpci_heap_data(chunk);
+    memcpy(to, from, n);
+    m->payload = to + (m->payload - from);
+    m->attachment = to + (m->attachment - from);
+    if (crpc_view_size(m->meta.error_text))
+        m->meta.error_text =
+            crpc_view_of(to + ((const uint8_t *)crpc_view_data(m->meta.error_text) - from),
+                         crpc_view_size(m->meta.error_text));
+    m->meta.raw = crpc_view_of(to, crpc_view_size(m->meta.raw));
+    crpci_heap_chunk_unref(m->chunk);
+    m->chunk = chunk;
+}
+
+/* The call has ended: whoever waits is told, once. */
+CRPCI_FN void crpci_call_finish(crpci_call *c, int status)
+{
+    crpc_loop *l = c->channel->loop;
+    crpci_endpoint *e = c->endpoint;
+    crpci_call_detach(c);
+    c->endpoint = NULL;
+    c->status = status;
+    c->state = CRPCI_CALL_DONE;
+    crpci_timer_cancel(&c->timer);
+    if (e) {
+        memcpy(c->address, e->address, e->address_size);
+        crpci_endpoint_serve_waiting(e);
+        crpci_endpoint_drop(e);
+    }
+    switch (c->kind) {
+    case CRPCI_CALL_SYNC:
+        break;
+    case CRPCI_CALL_DELIVER:
+        crpci_loop_ready(l, &c->task);
+        return;
+    case CRPCI_CALL_ID:
+        if (c->replied)
+            crpci_call_own_reply(l->heap, &c->reply);
+        crpci_heap_chunk_unref(c->request.chunk);
+        c->request.chunk = NULL;
+        break;
+    case CRPCI_CALL_NOTIFY:
+        crpci_call_free(c);
+        return;
+    }
+    if (c->waiter)
+        crpci_loop_done(l, c->waiter);
+}
+
+/* --- attempts ---------------------------------------------------------------------------------- */
+
+CRPCI_FN bool crpci_call_has_tried(const crpci_call *c, const crpci_endpoint *e)
+{
+    int i;
+    for (i = 0; i < CRPCI_CHANNEL_TRIED; i++) {
+        if (c->tried[i] == e)
+            return true;
+    }
+    return false;
+}
+
+/* Round robin over the providers not tried yet: the first that may be used now, else the one whose
+ * backoff ends first. */
+CRPCI_FN crpci_endpoint *crpci_channel_pick(crpc_channel *ch, const crpci_call *c)
+{
+    int64_t now = crpci_loop_now(ch->loop);
+    crpci_endpoint *best = NULL;
+    size_t i;
+    for (i = 0; i < ch->endpoint_count; i++) {
+        size_t k = (ch->next + i) % ch->endpoint_count;
+        crpci_endpoint *e = ch->endpoints[k];
+        if (crpci_call_has_tried(c, e))
+            continue;
+        if (e->usable_at <= now) {
+            ch->next = k + 1;
+            return e;
+        }
+        if (!best || e->usable_at < best->usable_at)
+            best = e;
+    }
+    return best;
+}
+
+/* A frame that an earlier attempt left on a dying connection may still be being sent: then the next
+ * attempt needs a copy. */
+CRPCI_FN bool crpci_call_own_request(crpci_request *r)
+{
+    crpci_chunk *old = r->chunk, *chunk;
+    size_t n = r->payload + r->payload_size + r->inline_size;
+    uint8_t *from = crpci_heap_data(old), *to;
+    if (CRPCI_LIKELY(!((crpci_out *)(void *)from)->queued))
+        return true;
+    if (crpc_view_data(r->attachment)) /* two frames may not borrow it */
+        return false;
+    chunk = crpci_heap_chunk(old->heap, n);
+    if (!chunk)
+        return false;
+    to = crpci_heap_data(chunk);
+    memcpy(to, from, n);
+    memset(to, 0, sizeof(crpci_out));
+    r->chunk = chunk;
+    r->fields = crpc_view_of(to + sizeof(crpci_out), crpc_view_size(r->fields));
+    if (crpc_view_data(r->meta.credential))
+        r->meta.credential = crpc_view_of(to + sizeof(crpci_out) + crpc_view_size(r->fields),
+                                          crpc_view_size(r->meta.credential));
+    crpci_heap_chunk_unref(old);
+    return true;
+}
+
+/* Puts the call's frame on the endpoint's open connection. CRPC_EOVERCROWDED if there is no room. */
+CRPCI_FN int crpci_call_send(crpci_call *c)
+{
+    crpci_endpoint *e = c->endpoint;
+    crpci_request *r = &c->request;
+    uint8_t *data = crpci_heap_data(r->chunk);
+    crpci_out *o = (crpci_out *)(void *)data;
+    int64_t left = (c->deadline_us - crpci_loop_now(e->loop)) / 1000;
+    r->meta.timeout_ms = (int32_t)(left > 1 ? left : 1);
+    r->meta.correlation_id = c->kind == CRPCI_CALL_NOTIFY ? 0 : (int64_t)c->id;
+    memset(o, 0, sizeof *o);
+    o->head = crpci_meta_put_request(data + r->low, data + r->payload, r->payload_size, &r->meta,
+                                     r->fields);
+    o->head_len = (size_t)(data + r->payload - o->head) + r->payload_size + r->inline_size;
+    o->tail = (const uint8_t *)crpc_view_data(r->attachment);
+    o->tail_len = crpc_view_size(r->attachment);
+    if (e->max_queued && e->conn->tx_bytes + (int64_t)crpci_conn_out_len(o) > e->max_queued)
+        return CRPC_EOVERCROWDED;
+    o->chunk = r->chunk;
+    o->owner = c;
+    crpci_heap_chunk_ref(r->chunk);
+    crpci_list_append(&e->active, &c->link);
+    e->active_count++;
+    e->conn->busy++;
+    c->state = CRPCI_CALL_ACTIVE;
+    c->out = o;
+    crpci_conn_queue(e->conn, o);
+    return CRPC_OK;
+}
+
+CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e);
+CRPCI_FN void crpci_call_attempt(crpci_call *c);
+
+/* An attempt failed. Another one may follow if the request certainly was not executed, or may be
+ * executed twice. `code` and `cause` explain if it is the last. */
+CRPCI_FN void crpci_call_failed(crpci_call *c, int code, const char *cause)
+{
+    crpci_endpoint *e = c->endpoint;
+    bool again;
+    crpci_call_detach(c);
+    again = c->sent == CRPC_SENT_NO || code == CRPC_ELOGOFF ||
+            ((c->method->flags & CRPC_METHOD_IDEMPOTENT) && code == CRPC_ECONN);
+    again = again && c->attempts < c->max_attempts && !c->channel->closed &&
+            crpci_call_own_request(&c->request);
+    crpci_call_explain(c, code, cause);
+    c->tried[(c->attempts - 1) % CRPCI_CHANNEL_TRIED] = e;
+    if (again && crpci_channel_pick(c->channel, c)) {
+        c->endpoint = NULL;
+        crpci_endpoint_drop(e);
+        crpci_call_attempt(c);
+        return;
+    }
+    crpci_call_finish(c, code);
+}
+
+/* Lets the next waiting calls onto the connection, as far as there are slots. */
+CRPCI_FN void crpci_endpoint_serve_waiting(crpci_endpoint *e)
+{
+    while (e->conn && !e->conn->connecting && !e->conn->closed &&
+           !crpci_list_empty(&e->waiting) && (!e->inflight || e->active_count < e->inflight)) {
+        crpci_call *c = CRPCI_CONTAINER(e->waiting.next, crpci_call, link);
+        crpci_list_remove(&c->link);
+        c->state = CRPCI_CALL_IDLE;
+        if (crpci_call_send(c)) {
+            e->refs++; /* the failure lets go of the call's reference */
+            crpci_call_failed(c, CRPC_EOVERCROWDED, "the connection's send queue is full");
+            crpci_endpoint_drop(e);
+            return;
+        }
+    }
+}
+
+/* Picks a provider and sends, or waits for its connection. */
+CRPCI_FN void crpci_call_attempt(crpci_call *c)
+{
+    crpci_endpoint *e = crpci_channel_pick(c->channel, c);
+    c->attempts++;
+    c->sent = CRPC_SENT_NO;
+    if (!e) {
+        crpci_call_explain(c, CRPC_ENOPROVIDER,
+                           c->channel->registry && !c->channel->listed
+                               ? "the registry has not answered yet"
+                               : "no provider is known");
+        crpci_call_finish(c, CRPC_ENOPROVIDER);
+        return;
+    }
+    e->refs++;
+    c->endpoint = e;
+    if (e->conn && !e->conn->connecting && (!e->inflight || e->active_count < e->inflight)) {
+        if (crpci_call_send(c))
+            crpci_call_failed(c, CRPC_EOVERCROWDED, "the connection's send queue is full");
+        return;
+    }
+    if (!e->conn && e->usable_at > crpci_base_min64(c->deadline_us, INT64_MAX - 1)) {
+        crpci_call_failed(c, CRPC_ECONN, crpci_conn_errno_text(e->last_errno));
+        return;
+    }
+    c->state = CRPCI_CALL_WAITING;
+    crpci_list_append(&e->waiting, &c->link);
+    if (!e->conn)
+        crpci_endpoint_dial(e);
+}
+
+/* --- endpoints --------------------------------------------------------------------------------- */
+
+/* Full jitter: the next attempt is somewhere in a window that doubles. */
+CRPCI_FN void crpci_endpoint_back_off(crpci_endpoint *e)
+{
+    int shift = e->failures < 8 ? e->failures : 8;
+    int64_t window = crpci_base_min64((int64_t)CRPCI_CHANNEL_BACKOFF_MIN << shift,
+                                      CRPCI_CHANNEL_BACKOFF_MAX);
+    e->failures++;
+    e->usable_at = crpci_loop_now(e->loop) + (int64_t)(crpci_loop_random(e->loop) %
+                                                      (uint32_t)window);
+}
+
+/* Fails what waited for or was sent over a connection that is gone. */
+CRPCI_FN void crpci_endpoint_fail_calls(crpci_endpoint *e, crpci_list *which, const char *cause)
+{
+    crpci_list now;
+    crpci_list_move(&now, which);
+    while (!crpci_list_empty(&now)) {
+        crpci_call *c = CRPCI_CONTAINER(now.next, crpci_call, link);
+        crpci_call_failed(c, CRPC_ECONN, cause);
+    }
+    (void)e;
+}
+
+CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
+{
+    crpci_endpoint *e = (crpci_endpoint *)conn->owner;
+    char cause[96];
+    crpci_out *o;
+    if (!e)
+        return;
+    e->refs++;
+    snprintf(cause, sizeof cause, "%s%s%s",
+             conn->connecting ? "connecting: " : "connection lost: ",
+             conn->why == CRPC_ECONN     ? crpci_conn_errno_text(conn->why_errno)
+             : conn->why == CRPC_ENOMEM ? "out of memory"
+                                         : crpc_status_text(conn->why),
+             conn->connecting && conn->why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
+    /* What the calls need to know of their frames, before the queue is given up. */
+    for (o = conn->tx_head; o; o = o->next) {
+        crpci_call *c = (crpci_call *)o->owner;
+        if (!c)
+            continue;
+        if (o->sent || o->inflight)
+            c->sent = CRPC_SENT_MAYBE;
+        c->out = NULL;
+        o->owner = NULL;
+    }
+    e->last_errno = conn->why_errno;
+    if (conn->connecting || e->failures)
+        crpci_endpoint_back_off(e);
+    e->conn = NULL;
+    crpci_endpoint_fail_calls(e, &e->active, cause);
+    crpci_endpoint_fail_calls(e, &e->waiting, cause);
+    crpci_conn_drop(conn);
+    crpci_endpoint_drop(e);
+}
+
+CRPCI_FN void crpci_endpoint_on_opened(crpci_conn *conn)
+{
+    crpci_endpoint *e = (crpci_endpoint *)conn->owner;
+    e->usable_at = 0;
+    e->failures++; /* until a reply shows that it is more than a door that opens and shuts */
+    crpci_endpoint_serve_waiting(e);
+}
+
+CRPCI_FN void crpci_endpoint_on_sent(crpci_conn *conn, crpci_out *o)
+{
+    crpci_call *c = (crpci_call *)o->owner;
+    (void)conn;
+    if (!c)
+        return;
+    c->out = NULL;
+    c->sent = CRPC_SENT_YES;
+    if (c->kind == CRPCI_CALL_NOTIFY)
+        crpci_call_finish(c, CRPC_OK);
+}
+
+CRPCI_FN void crpci_endpoint_on_eof(crpci_conn *conn)
+{
+    crpci_conn_close(conn, CRPC_ECONN, 0);
+}
+
+CRPCI_FN void crpci_endpoint_on_conn_timer(crpci_conn *conn)
+{
+    if (conn->connecting)
+        crpci_conn_close(conn, CRPC_ETIMEDOUT, ETIMEDOUT);
+}
+
+/* The call that a reply belongs to: it must be pending on this very connection, and at least begun to
+ * be sent. */
+CRPCI_FN crpci_call *crpci_endpoint_match(crpci_conn *conn, const crpci_meta *m)
+{
+    crpci_call *c = (crpci_call *)crpci_id_get(&conn->loop->calls, (uint64_t)m->correlation_id);
+    if (c && c->state == CRPCI_CALL_ACTIVE && c->endpoint->conn == conn &&
+        (!c->out || c->out->sent || c->out->inflight))
+        return c;
+    if (m->correlation_id) /* 0 is the reply to a one-way call */
+        conn->loop->stats.late_replies++;
+    return NULL;
+}
+
+CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, crpci_message *m)
+{
+    crpci_endpoint *e = (crpci_endpoint *)conn->owner;
+    crpci_call *c = crpci_endpoint_match(conn, &m->meta);
+    if (!c)
+        return;
+    e->failures = 0;
+    c->sent = CRPC_SENT_YES;
+    if (m->meta.error_code == CRPC_ELOGOFF && c->attempts < c->max_attempts &&
+        c->channel->endpoint_count > 1) {
+        e->usable_at = crpci_loop_now(e->loop) + CRPCI_CHANNEL_BACKOFF_MAX;
+        crpci_call_failed(c, CRPC_ELOGOFF, "the server is stopping");
+        return;
+    }
+    c->reply = *m;
+    c->replied = true;
+    crpci_heap_chunk_ref(m->chunk);
+    crpci_call_finish(c, CRPC_OK);
+}
+
+CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_meta *m, uint64_t body)
+{
+    crpci_call *c = crpci_endpoint_match(conn, m);
+    char cause[96];
+    if (!c)
+        return;
+    snprintf(cause, sizeof cause, "reply of %llu bytes is over max_body, %u",
+             (unsigned long long)body, conn->max_body);
+    c->sent = CRPC_SENT_YES;
+    crpci_call_explain(c, CRPC_ERESPONSE, cause);
+    crpci_call_finish(c, CRPC_ERESPONSE);
+}
+
+static const crpci_conn_events crpci_endpoint_events = {
+    crpci_endpoint_on_opened, crpci_endpoint_on_message, crpci_endpoint_on_oversize,
+    crpci_endpoint_on_sent,   crpci_endpoint_on_eof,     crpci_endpoint_on_closed,
+    crpci_endpoint_on_conn_timer};
+
+/* Connects now, or when the backoff is over. */
+CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
+{
+    crpc_loop *l = e->loop;
+    int64_t wait = e->usable_at - crpci_loop_now(l);
+    int err, system_error;
+    if (wait > 0) {
+        if (!e->timer.prev)
+            crpci_loop_timer_set(l, &e->timer, wait);
+        return;
+    }
+    err = crpci_conn_dial(l, &e->addr, &crpci_endpoint_events, e, &e->conn, &system_error);
+    if (err) {
+        char cause[96];
+        e->last_errno = system_error;
+        snprintf(cause, sizeof cause, "connecting: %s",
+                 err == CRPC_ENOMEM ? "out of memory" : crpci_conn_errno_text(system_error));
+        crpci_endpoint_back_off(e);
+        e->refs++;
+        crpci_endpoint_fail_calls(e, &e->waiting, cause);
+        crpci_endpoint_drop(e);
+        return;
+    }
+    crpci_conn_hold(e->conn);
+    e->conn->max_body = e->max_body;
+    e->conn->max_skip = (int64_t)UINT32_MAX; /* the peer is ours to choose: it may be skipped */
+    if (e->connect_timeout_ms > 0)
+        crpci_loop_timer_set(l, &e->conn->timer, (int64_t)e->connect_timeout_ms * 1000);
+}
+
+CRPCI_FN void crpci_endpoint_on_timer(crpc_loop *l, crpci_timer *t)
+{
+    crpci_endpoint *e = CRPCI_CONTAINER(t, crpci_endpoint, timer);
+    (void)l;
+    if (!e->conn && !crpci_list_empty(&e->waiting))
+        crpci_endpoint_dial(e);
+}
+
+/* Finds or makes the loop's endpoint for an address and the channel's options; with a reference. */
+CRPCI_FN int crpci_endpoint_get(const crpc_channel *ch, const char *address, crpci_endpoint **out)
+{
+    crpc_loop *l = ch->loop;
+    crpci_list *i;
+    crpci_endpoint *e;
+    for (i = l->endpoints.next; i != &l->endpoints; i = i->next) {
+        e = CRPCI_CONTAINER(i, crpci_endpoint, link);
+        if (strcmp(e->address, address) == 0 && e->inflight == ch->inflight &&
+            e->max_body == ch->max_body && e->max_queued == ch->max_queued &&
+            e->connect_timeout_ms == ch->connect_timeout_ms) {
+            e->refs++;
+            *out = e;
+            return CRPC_OK;
+        }
+    }
+    e = (crpci_endpoint *)crpci_heap_alloc(l->heap, sizeof *e);
+    if (!e)
+        return CRPC_ENOMEM;
+    if (strlen(address) >= sizeof e->address || !crpci_sock_parse(&e->addr, address)) {
+        crpci_heap_free(l->heap, e, sizeof *e);
+        return CRPC_EINVAL;
+    }
+    e->loop = l;
+    e->refs = 1;
+    e->address_size = strlen(address) + 1; /* parsed, so it fits */
+    memcpy(e->address, address, e->address_size);
+    e->connect_timeout_ms = ch->connect_timeout_ms;
+    e->inflight = ch->inflight;
+    e->max_body = ch->max_body;
+    e->max_queued = ch->max_queued;
+    crpci_list_init(&e->waiting);
+    crpci_list_init(&e->active);
+    crpci_timer_init(&e->timer, crpci_endpoint_on_timer);
+    crpci_list_append(&l->endpoints, &e->link);
+    *out = e;
+    return CRPC_OK;
+}
+
+CRPCI_FN void crpci_channel_drop_endpoints(crpc_channel *ch)
+{
+    size_t i;
+    for (i = 0; i < ch->endpoint_count; i++)
+        crpci_endpoint_drop(ch->endpoints[i]);
+    crpci_heap_free(ch->loop->heap, ch->endpoints, ch->endpoint_count * sizeof *ch->endpoints);
+    ch->endpoints = NULL;
+    ch->endpoint_count = 0;
+}
+
+/* Replaces the channel's providers. Calls under way keep their endpoint until they end. */
+CRPCI_FN int crpci_channel_set_providers(crpc_channel *ch, const crpci_snapshot *list)
+{
+    crpci_heap *h = ch->loop->heap;
+    crpci_endpoint **fresh = NULL;
+    size_t i;
+    if (list->count) {
+        fresh = (crpci_endpoint **)crpci_heap_alloc(h, list->count * sizeof *fresh);
+        if (!fresh)
+            return CRPC_ENOMEM;
+    }
+    for (i = 0; i < list->count; i++) {
+        int err = crpci_endpoint_get(ch, list->providers[i].address, &fresh[i]);
+        if (!err)
+            continue;
+        while (i--)
+            crpci_endpoint_drop(fresh[i]);
+        crpci_heap_free(h, fresh, list->count * sizeof *fresh);
+        return err;
+    }
+    crpci_channel_drop_endpoints(ch);
+    ch->endpoints = fresh;
+    ch->endpoint_count = list->count;
+    ch->next = list->count ? crpci_loop_random(ch->loop) % list->count : 0;
+    return CRPC_OK;
+}
+
+/* --- beginning a call -------------------------------------------------------------------------- */
+
+/* The rest of what a call inherits and is bounded by. Locked. */
+CRPCI_FN void crpci_call_init(crpci_call *c, crpc_channel *ch, const crpc_method *m,
+                              crpci_call_kind kind, const crpc_call *in, const crpci_request *r,
+                              int64_t start, int64_t deadline)
+{
+    int retries = in->retries ? (in->retries < 0 ? 0 : in->retries) : ch->retries;
+    memset(c, 0, sizeof *c);
+    c->channel = ch;
+    c->method = m;
+    c->kind = kind;
+    c->request = *r;
+    c->start_us = start;
+    c->deadline_us = deadline;
+    c->max_attempts = 1 + (retries < 1000 ? retries : 1000);
+    crpci_list_init(&c->link);
+    crpci_list_append(&ch->calls, &c->of_channel);
+    ch->refs++;
+    ch->loop->stats.calls++;
+}
+
+CRPCI_FN int64_t crpci_channel_deadline(const crpc_channel *ch, const crpc_method *m,
+                                        const crpc_call *call, int64_t now)
+{
+    int64_t ms = call->timeout_ms > 0 ? call->timeout_ms
+                 : m->timeout_ms > 0  ? m->timeout_ms
+                                      : ch->timeout_ms;
+    int64_t at = now + crpci_base_min64(ms, CRPCI_CHANNEL_LONGEST_MS) * 1000;
+    if (call->deadline_us > 0)
+        at = crpci_base_min64(call->deadline_us,
+                              now + (int64_t)CRPCI_CHANNEL_LONGEST_MS * 1000);
+    if (call->parent)
+        at = crpci_base_min64(at,
+                              ((const crpci_origin *)(const void *)call->parent)->deadline_us);
+    return at;
+}
+
+/* P2: sends what was queued, unless the driver will before it sleeps. */
+CRPCI_FN void crpci_channel_flush(crpc_loop *l)
+{
+    if (crpci_loop_may_send(l))
+        crpci_loop_run_list(l, &l->dirty);
+}
+
+/* --- results, on the thread that wants them ----------------------------------------------------- */
+
+CRPCI_COLD int crpci_call_remote_error(const crpci_call *c, crpc_error *e)
+{
+    int code = c->reply.meta.error_code;
+    crpc_view mark = {{NULL}, NULL}, text = c->reply.meta.error_text;
+    bool app = !crpci_status_reserved(code);
+    if (crpci_meta_field(c->reply.meta.raw, CRPCI_CHANNEL_APP_FIELD, &mark))
+        app = true;
+    e->code = app ? CRPC_EAPP : code;
+    e->app_code = app ? code : 0;
+    e->remote = true;
+    snprintf(e->text, sizeof e->text, "%s.%s attempt %d/%d %s: %s %d: %.*s (remote)",
+             c->method->service, c->method->name, c->attempts, c->max_attempts, e->endpoint,
+             app ? "application error" : crpc_status_name(code), code,
+             (int)crpci_base_min(crpc_view_size(text), CRPC_ERROR_TEXT_MAX),
+             crpc_view_size(text) ? crpc_view_data(text) : crpc_status_text(e->code));
+    return e->code;
+}
+
+CRPCI_COLD int crpci_call_bad_reply(const crpci_call *c, crpc_error *e, const char *what)
+{
+    e->code = CRPC_ERESPONSE;
+    snprintf(e->text, sizeof e->text, "%s.%s attempt %d/%d %s: reply: %s (local)",
+             c->method->service, c->method->name, c->attempts, c->max_attempts, e->endpoint, what);
+    return CRPC_ERESPONSE;
+}
+
+/* Decodes the reply into `response` and tells `call` everything. The views and the attachment point
+ * into c->reply. */
+CRPCI_FN int crpci_call_result(const crpci_call *c, void *response, crpc_call *call)
+{
+    const crpci_message *m = &c->reply;
+    crpc_error *e = &call->error;
+    const char *why = "";
+    if (!c->replied)
+        return c->status;
+    e->app_code = 0;
+    e->remote = false;
+    e->sent = CRPC_SENT_YES;
+    e->attempts = c->attempts;
+    memcpy(e->endpoint, c->address, strlen(c->address) + 1);
+    call->reserved[CRPCI_CALL_RAW] = (void *)(uintptr_t)crpc_view_data(m->meta.raw);
+    call->reserved[CRPCI_CALL_RAW_END] = (void *)(uintptr_t)m->meta.raw.end;
+    if (CRPCI_UNLIKELY(m->meta.error_code != 0))
+        return crpci_call_remote_error(c, e);
+    if (CRPCI_UNLIKELY(m->bad_attachment))
+        return crpci_call_bad_reply(c, e, "attachment_size is larger than the body");
+    if (CRPCI_UNLIKELY(m->meta.compress_type != 0))
+        return crpci_call_bad_reply(c, e, "compressed, which is not supported");
+    if (crpci_message_has_views(c->method->response, CRPCI_MESSAGE_DEPTH))
+        memset(response, 0, c->method->response_size);
+    if (!crpci_message_decode(m->payload, m->payload_size, c->method->response, response, &why))
+        return crpci_call_bad_reply(c, e, why);
+    e->code = CRPC_OK;
+    e->text[0] = '\0';
+    if (m->attachment_size)
+        call->reply_attachment = crpc_view_of(m->attachment, m->attachment_size);
+    return CRPC_OK;
+}
+
+/* Hands the reply's bytes to the caller if anything points into them. */
+CRPCI_FN void crpci_call_hand_over(crpci_call *c, crpc_call *call)
+{
+    if (c->replied)
+        call->reserved[CRPCI_CALL_HELD] = c->reply.chunk;
+    c->replied = false;
+}
+
+CRPCI_FN void crpci_call_drop_reply(crpci_call *c, crpc_call *call)
+{
+    if (c->replied)
+        crpci_heap_chunk_unref(c->reply.chunk);
+    c->replied = false;
+    call->reserved[CRPCI_CALL_RAW] = call->reserved[CRPCI_CALL_RAW_END] = NULL;
+    call->reply_attachment = crpc_view_of(NULL, 0);
+}
+
+/* --- synchronous ------------------------------------------------------------------------------- */
+
+/* Runs one call to its end: c->status, c->reply. Locked. */
+CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_call *c)
+{
+    crpc_loop *l = ch->loop;
+    crpci_waiter w;
+    memset(&w, 0, sizeof w);
+    c->waiter = &w;
+    if (crpci_id_add(&l->calls, l->heap, c, &c->id)) {
+        crpci_call_explain(c, CRPC_ENOMEM, "out of memory");
+        crpci_call_finish(c, CRPC_ENOMEM);
+    } else {
+        crpci_call_attempt(c);
+    }
+    crpci_channel_flush(l);
+    crpci_loop_wait(l, &w, c->deadline_us, false);
+    c->waiter = NULL;
+    if (c->state != CRPCI_CALL_DONE) {
+        bool jammed = c->state == CRPCI_CALL_ACTIVE && c->endpoint->inflight;
+        crpci_endpoint *e = c->endpoint;
+        bool parked = c->state == CRPCI_CALL_WAITING;
+        e->refs++;
+        if (c->out && (c->out->sent || c->out->inflight))
+            c->sent = CRPC_SENT_MAYBE;
+        crpci_call_explain(c, CRPC_ETIMEDOUT,
+                           parked ? "deadline exceeded while waiting for a connection"
+                                  : "deadline exceeded");
+        crpci_call_finish(c, CRPC_ETIMEDOUT);
+        if (jammed && e->conn) /* its late reply would be taken for the next call's */
+            crpci_conn_close(e->conn, CRPC_ETIMEDOUT, 0);
+        crpci_endpoint_drop(e);
+    }
+    crpci_id_remove(&l->calls, c->id);
+    crpci_list_remove(&c->of_channel);
+}
+
+CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpc_method *m, const void *request,
+                                void *response, crpc_call *call, bool hold)
+{
+    crpc_loop *l = ch->loop;
+    int64_t start = crpci_loop_now(l);
+    crpci_request r;
+    crpci_call c;
+    int err = crpci_channel_encode(ch, m, request, call, true, &r);
+    if (err)
+        return err;
+    crpci_loop_lock(l);
+    if (crpci_loop_in_callback(l) || ch->closed) {
+        err = ch->closed ? CRPC_ECANCELED : CRPC_EDEADLK;
+        crpci_loop_unlock(l);
+        crpci_heap_chunk_unref(r.chunk);
+        return crpci_status_set(&call->error, err, "%s.%s: %s (local)", m->service, m->name,
+                                crpc_status_text(err));
+    }
+    crpci_loop_catch_up(l);
+    crpci_call_init(&c, ch, m, CRPCI_CALL_SYNC, call, &r, start,
+                    crpci_channel_deadline(ch, m, call, start));
+    crpci_loop_task_init(&c.task, NULL);
+    c.error = &call->error;
+    crpci_channel_run(ch, &c);
+    crpci_call_settle(l, &c.request);
+    crpci_channel_drop(ch);
+    crpci_loop_unlock(l);
+    crpci_heap_chunk_unref(c.request.chunk);
+    err = crpci_call_result(&c, response, call);
+    call->error.code = err;
+    call->latency_us = crpci_loop_now(l) - start;
+    if (hold && c.replied) {
+        crpci_call_hand_over(&c, call);
+    } else {
+        crpci_call_drop_reply(&c, call);
+    }
+    return err;
+}
+
+CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const void *request,
+                               void *response, crpc_call *call)
+{
+    bool views = crpci_message_has_views(m->response, CRPCI_MESSAGE_DEPTH), hold = call != NULL;
+    crpc_call local;
+    size_t ran;
+    int err;
+    if (!call) {
+        if (views)
+            return CRPC_EINVAL;
+        memset(&local, 0, sizeof local);
+        call = &local;
+    } else {
+        crpc_call_reset(call);
+    }
+    err = crpci_channel_before(ch, m, call, &ran);
+    if (!err)
+        err = crpci_channel_sync(ch, m, request, response, call, hold);
+    crpci_channel_after(ch, m, call, err, ran);
+    if (!hold)
+        crpc_call_reset(call);
+    return err;
+}
+
+/* --- asynchronous ------------------------------------------------------------------------------ */
+
+CRPCI_FN void crpci_call_on_timer(crpc_loop *l, crpci_timer *t)
+{
+    crpci_call *c = CRPCI_CONTAINER(t, crpci_call, timer);
+    crpci_endpoint *e = c->endpoint;
+    bool jammed = c->state == CRPCI_CALL_ACTIVE && e->inflight,
+         parked = c->state == CRPCI_CALL_WAITING;
+    (void)l;
+    e->refs++;
+    if (c->out && (c->out->sent || c->out->inflight))
+        c->sent = CRPC_SENT_MAYBE;
+    crpci_call_explain(c, CRPC_ETIMEDOUT,
+                       parked ? "deadline exceeded while waiting for a connection"
+                              : "deadline exceeded");
+    crpci_call_finish(c, CRPC_ETIMEDOUT);
+    if (jammed && e->conn) /* its late reply would be taken for the next call's */
+        crpci_conn_close(e->conn, CRPC_ETIMEDOUT, 0);
+    crpci_endpoint_drop(e);
+}
+
+/* Runs a callback with the result. Decoding goes without the lock, into a block of its own. */
+CRPCI_FN void crpci_call_deliver(crpc_loop *l, crpci_task *task)
+{
+    crpci_call *c = CRPCI_CONTAINER(task, crpci_call, task);
+    crpc_channel *ch = c->channel;
+    crpci_chunk *block = NULL;
+    crpc_call call;
+    crpc_done done;
+    if (c->id)
+        crpci_id_remove(&l->calls, c->id);
+    c->id = 0;
+    crpci_loop_user_begin(l);
+    memset(&call, 0, sizeof call);
+    memset(&done, 0, sizeof done);
+    if (c->error)
+        call.error = *c->error;
+    memcpy(call.error.endpoint, c->address, strlen(c->address) + 1);
+    done.status = c->status;
+    if (c->replied) {
+        block = crpci_heap_chunk(l->heap, c->method->response_size);
+        if (block) {
+            done.response = memset(crpci_heap_data(block), 0, c->method->response_size);
+            done.status = crpci_call_result(c, crpci_heap_data(block), &call);
+        } else {
+            done.status = crpci_status_set(&call.error, CRPC_ENOMEM, "%s.%s: out of memory (local)",
+                                           c->method->service, c->method->name);
+        }
+    }
+    call.error.code = done.status;
+    call.latency_us = crpci_loop_now(l) - c->start_us;
+    if (done.status)
+        done.response = NULL;
+    crpci_channel_after(ch, c->method, &call, done.status, ch->interceptor_count);
+    done.call = &call;
+    done.user = c->user;
+    done.fn = c->fn;
+    c->deliver(&done);
+    crpci_heap_chunk_unref(block);
+    crpci_loop_user_end(l);
+    crpci_call_free(c);
+}
+
+/* What all asynchronous forms begin with; on success *out is entered and locked, to be completed,
+ * attempted and unlocked. */
+CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const void *request,
+                                 crpci_call_kind kind, const crpc_call *in, crpci_call **out)
+{
+    crpc_loop *l = ch->loop;
+    int64_t start = crpci_loop_now(l);
+    crpci_request r;
+    crpci_call *c;
+    crpc_call call;
+    size_t ran;
+    int err;
+    memset(&call, 0, sizeof call);
+    if (in)
+        call = *in;
+    memset(call.reserved, 0, sizeof call.reserved);
+    *out = NULL;
+    err = crpci_channel_before(ch, m, &call, &ran);
+    if (!err)
+        err = crpci_channel_encode(ch, m, request, &call, false, &r);
+    if (err) {
+        crpci_channel_after(ch, m, &call, err, ran);
+        crpc_call_reset(&call);
+        return err;
+    }
+    crpci_loop_lock(l);
+    c = NULL;
+    if (ch->closed)
+        err = CRPC_ECANCELED;
+    else if (kind == CRPCI_CALL_ID && l->max_results && (int64_t)l->results >= l->max_results)
+        err = CRPC_ELIMIT;
+    else if (kind != CRPCI_CALL_ID)
+        err = crpci_loop_need_owner(l);
+    if (!err) {
+        c = (crpci_call *)crpci_heap_alloc(l->heap, sizeof *c);
+        err = c ? CRPC_OK : CRPC_ENOMEM;
+    }
+    if (!err) {
+        crpci_call_init(c, ch, m, kind, &call, &r, start,
+                        crpci_channel_deadline(ch, m, &call, start));
+        crpci_loop_task_init(&c->task, crpci_call_deliver);
+        crpci_timer_init(&c->timer, crpci_call_on_timer);
+        if (kind == CRPCI_CALL_ID)
+            l->results++;
+        err = crpci_id_add(&l->calls, l->heap, c, &c->id);
+        if (err)
+            crpci_call_free(c);
+    } else {
+        crpci_heap_chunk_unref(r.chunk);
+    }
+    if (err) {
+        crpci_loop_unlock(l);
+        crpci_channel_after(ch, m, &call, err, ran);
+    } else {
+        *out = c;
+    }
+    crpc_call_reset(&call);
+    return err;
+}
+
+/* Starts what crpci_channel_async entered, and unlocks. The call may end, and be freed, in here. */
+CRPCI_FN void crpci_channel_launch(crpc_loop *l, crpci_call *c)
+{
+    crpci_loop_catch_up(l);
+    crpci_loop_timer_set(l, &c->timer, c->deadline_us - crpci_loop_now(l));
+    crpci_call_attempt(c);
+    crpci_channel_flush(l);
+    crpci_loop_unlock(l);
+}
+
+CRPC_API int crpc_channel_call_async(crpc_channel *ch, const crpc_method *m, const void *request,
+                                     crpc_done_fn deliver, crpc_any_fn fn, void *user,
+                                     const crpc_call *call)
+{
+    crpci_call *c;
+    int err = deliver ? crpci_channel_async(ch, m, request, CRPCI_CALL_DELIVER, call, &c)
+                      : CRPC_EINVAL;
+    if (err)
+        return err;
+    c->deliver = deliver;
+    c->fn = fn;
+    c->user = user;
+    crpci_channel_launch(ch->loop, c);
+    return CRPC_OK;
+}
+
+CRPC_API int crpc_channel_notify(crpc_channel *ch, const crpc_method *m, const void *request,
+                                 const crpc_call *call)
+{
+    crpci_call *c;
+    int err = crpci_channel_async(ch, m, request, CRPCI_CALL_NOTIFY, call, &c);
+    if (!err)
+        crpci_channel_launch(ch->loop, c);
+    return err;
+}
+
+CRPC_API int crpc_channel_begin(crpc_channel *ch, const crpc_method *m, const void *request,
+                                crpc_id *id, const crpc_call *call)
+{
+    crpci_call *c;
+    int err = crpci_channel_async(ch, m, request, CRPCI_CALL_ID, call, &c);
+    id->value = err ? 0 : c->id; /* before anybody can see the request */
+    if (!err)
+        crpci_channel_launch(ch->loop, c);
+    return err;
+}
+
+/* The call of an id, if it is one of the channel's. Locked. */
+CRPCI_FN crpci_call *crpci_channel_find(crpc_channel *ch, crpc_id id)
+{
+    crpci_call *c = (crpci_call *)crpci_id_get(&ch->loop->calls, id.value);
+    return c && c->channel == ch && c->kind == CRPCI_CALL_ID ? c : NULL;
+}
+
+CRPCI_FN int crpci_call_state_status(const crpci_call *c)
+{
+    return !c ? CRPC_ENOTFOUND : c->state == CRPCI_CALL_DONE ? CRPC_OK : CRPC_EPENDING;
+}
+
+CRPC_API int crpc_channel_poll(crpc_channel *ch, crpc_id id)
+{
+    int err;
+    crpci_loop_lock(ch->loop);
+    err = crpci_call_state_status(crpci_channel_find(ch, id));
+    crpci_loop_unlock(ch->loop);
+    return err;
+}
+
+CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
+{
+    crpc_loop *l = ch->loop;
+    crpci_waiter w;
+    crpci_call *c;
+    int err;
+    memset(&w, 0, sizeof w);
+    crpci_loop_lock(l);
+    c = crpci_channel_find(ch, id);
+    err = crpci_call_state_status(c);
+    if (err == CRPC_EPENDING) {
+        int64_t until = timeout_ms < 0 ? INT64_MAX
+                                       : crpci_loop_now(l) + (int64_t)timeout_ms * 1000;
+        if (crpci_loop_in_callback(l) || c->waiter) {
+            err = c->waiter ? CRPC_EBUSY : CRPC_EDEADLK;
+        } else {
+            c->waiter = &w;
+            crpci_loop_wait(l, &w, until, true);
+            c = crpci_channel_find(ch, id); /* may have been fetched or cancelled */
+            if (c)
+                c->waiter = NULL;
+            err = crpci_call_state_status(c);
+        }
+    }
+    crpci_loop_unlock(l);
+    return err;
+}
+
+CRPC_API int crpc_channel_fetch(crpc_channel *ch, crpc_id id, void *response, crpc_call *call)
+{
+    crpc_loop *l = ch->loop;
+    crpc_call local;
+    crpci_call *c;
+    bool hold = call != NULL;
+    int err;
+    crpci_loop_lock(l);
+    c = crpci_channel_find(ch, id);
+    err = crpci_call_state_status(c);
+    if (!err && !call && crpci_message_has_views(c->method->response, CRPCI_MESSAGE_DEPTH))
+        err = CRPC_EINVAL;
+    if (err) {
+        crpci_loop_unlock(l);
+        return err;
+    }
+    crpci_id_remove(&l->calls, c->id); /* from here on it is this thread's alone */
+    c->id = 0;
+    crpci_list_remove(&c->of_channel);
+    crpci_loop_unlock(l);
+    if (!call) {
+        memset(&local, 0, sizeof local);
+        call = &local;
+    } else {
+        crpc_call_reset(call);
+    }
+    memset(&call->error, 0, sizeof call->error);
+    if (c->error)
+        call->error = *c->error;
+    memcpy(call->error.endpoint, c->address, strlen(c->address) + 1);
+    err = crpci_call_result(c, response, call);
+    call->error.code = err;
+    call->latency_us = crpci_loop_now(l) - c->start_us;
+    if (hold)
+        crpci_call_hand_over(c, call);
+    else
+        crpci_call_drop_reply(c, call);
+    crpci_channel_after(ch, c->method, call, err, ch->interceptor_count);
+    crpci_loop_lock(l);
+    crpci_call_free(c);
+    crpci_loop_unlock(l);
+    return err;
+}
+
+CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
+{
+    crpc_loop *l = ch->loop;
+    crpci_call *c;
+    crpci_loop_lock(l);
+    c = crpci_channel_find(ch, id);
+    if (c) {
+        if (c->state != CRPCI_CALL_DONE)
+            crpci_call_finish(c, CRPC_ECANCELED);
+        if (c->waiter)
+            crpci_loop_done(l, c->waiter);
+        crpci_call_free(c);
+    }
+    crpci_loop_unlock(l);
+    return c ? CRPC_OK : CRPC_ENOTFOUND;
+}
+
+/* --- opening and closing ----------------------------------------------------------------------- */
+
+/* The options a URL may carry, and where they go. */
+typedef struct crpci_channel_key {
+    const char *name;
+    int64_t max;
+    size_t offset; /* in crpc_channel_options */
+    bool wide;     /* int64_t, else int */
+} crpci_channel_key;
+
+static const crpci_channel_key crpci_channel_keys[] = {
+    {"timeout_ms", CRPCI_CHANNEL_LONGEST_MS, offsetof(crpc_channel_options, timeout_ms), false},
+    {"connect_timeout_ms", CRPCI_CHANNEL_LONGEST_MS,
+     offsetof(crpc_channel_options, connect_timeout_ms), false},
+    {"retries", 1000, offsetof(crpc_channel_options, retries), false},
+    {"inflight", INT32_MAX, offsetof(crpc_channel_options, inflight), false},
+    {"max_body", INT32_MAX, offsetof(crpc_channel_options, max_body), true},
+    {"max_queued", INT64_MAX, offsetof(crpc_channel_options, max_queued), true},
+    {"short_names", 1, offsetof(crpc_channel_options, short_names), false},
+    {"registry_timeout_ms", CRPCI_CHANNEL_LONGEST_MS,
+     offsetof(crpc_channel_options, registry_timeout_ms), false},
+    {"session_timeout_ms", CRPCI_CHANNEL_LONGEST_MS,
+     offsetof(crpc_channel_options, session_timeout_ms), false},
+    {"must_connect", 1, offsetof(crpc_channel_options, must_connect), false},
+};
+
+CRPCI_COLD bool crpci_channel_option(crpc_channel_options *o, const char *key, const char *value)
+{
+    size_t i;
+    int64_t n;
+    for (i = 0; i < sizeof crpci_channel_keys / sizeof *crpci_channel_keys; i++) {
+        const crpci_channel_key *k = &crpci_channel_keys[i];
+        char *field = (char *)o + k->offset;
+        if (strcmp(key, k->name) != 0)
+            continue;
+        if (!crpci_url_number(value, k->max, &n))
+            return false;
+        if (k->wide) {
+            memcpy(field, &n, sizeof n);
+        } else {
+            int narrow = (int)n;
+            memcpy(field, &narrow, sizeof narrow);
+        }
+        return true;
+    }
+    return false;
+}
+
+typedef struct crpci_channel_where {
+    char group[64];
+    char version[64];
+} crpci_channel_where;
+
+CRPCI_COLD int crpci_channel_read_url(crpci_url *u, crpc_channel_options *o,
+                                      crpci_channel_where *where, crpc_error *error)
+{
+    char *key, *value;
+    int err;
+    memset(where, 0, sizeof *where);
+    while ((err = crpci_url_next(u, &key, &value)) == CRPC_OK) {
+        char *to = strcmp(key, "group") == 0     ? where->group
+                   : strcmp(key, "version") == 0 ? where->version
+                                                 : NULL;
+        if (to && strcmp(u->scheme, "zookeeper") == 0 && strlen(value) < sizeof where->group)
+            memcpy(to, value, strlen(value) + 1);
+        else if (to || !crpci_channel_option(o, key, value))
+            return crpci_status_set(error, CRPC_EINVAL,
+                                    "URL option %.60s=%.60s: not known for %s://, or out of range",
+                                    key, value, u->scheme);
+    }
+    return err == CRPC_EPENDING
+               ? CRPC_OK
+               : crpci_status_set(error, CRPC_EINVAL, "URL options are not key=value&key=value");
+}
+
+CRPCI_COLD void crpci_channel_configure(crpc_channel *ch, const crpc_channel_options *o)
+{
+    ch->timeout_ms =
+        (int)crpci_base_option(o->timeout_ms, 1000, CRPCI_CHANNEL_LONGEST_MS);
+    ch->connect_timeout_ms = (int)crpci_base_option(o->connect_timeout_ms, 500, 0);
+    ch->retries = (int)crpci_base_option(o->retries, 2, 0);
+    ch->inflight = (uint32_t)crpci_base_option(o->inflight, 0, 0);
+    ch->max_body = (uint32_t)crpci_base_min64(
+        crpci_base_option(o->max_body, 64 << 20, INT32_MAX), INT32_MAX);
+    ch->max_queued = crpci_base_option(o->max_queued, 16 << 20, 0);
+    ch->short_names = o->short_names != 0;
+    ch->interceptors = o->interceptors;
+    ch->interceptor_count = o->interceptor_count;
+}
+
+/* tcp://, unix:// and list://: the providers stand in the URL. */
+CRPCI_COLD int crpci_channel_open_static(crpc_channel *ch, crpci_url *u, crpc_error *error)
+{
+    crpci_heap *h = ch->loop->heap;
+    size_t count = 1, n = 0;
+    char *p, *item, *next;
+    crpci_snapshot *list;
+    int err = CRPC_OK;
+    bool many = strcmp(u->scheme, "list") == 0, local = strcmp(u->scheme, "unix") == 0;
+    if (!local && *u->path)
+        return crpci_status_set(error, CRPC_EINVAL, "%s://%.60s/%.60s: a path means nothing here",
+                                u->scheme, u->authority, u->path);
+    for (p = u->authority; many && *p; p++)
+        count += *p == ',';
+    list = crpci_registry_snapshot(h, count);
+    if (!list)
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    for (item = local ? u->path : u->authority; item && !err; item = next) {
+        next = many ? strchr(item, ',') : NULL;
+        if (next)
+            *next++ = '\0';
+        p = list->providers[n].address;
+        if (local && (size_t)snprintf(p, CRPC_ADDRESS_MAX, "unix:%s", item) >= CRPC_ADDRESS_MAX)
+            err = crpci_status_set(error, CRPC_EINVAL, "unix:// path is over %d bytes",
+                                   CRPC_ADDRESS_MAX - 6);
+        else if (!local)
+            err = crpci_resolver_address(h, item, p, CRPC_ADDRESS_MAX, error);
+        n++;
+    }
+    if (!err) {
+        crpci_loop_lock(ch->loop);
+        err = crpci_channel_set_providers(ch, list);
+        crpci_loop_unlock(ch->loop);
+        if (err)
+            crpci_status_set(error, err, err == CRPC_ENOMEM ? "out of memory"
+                                                            : "an address cannot be used");
+    }
+    ch->listed = true;
+    crpci_registry_snapshot_unref(list);
+    return err;
+}
+
+/* A new list from the registry; any thread. */
+CRPCI_FN void crpci_channel_on_list(void *user, crpci_snapshot *list)
+{
+    crpc_channel *ch = (crpc_channel *)user;
+    crpci_loop_lock(ch->loop);
+    if (!ch->closed && crpci_channel_set_providers(ch, list) == CRPC_OK) {
+        ch->listed = true;
+        if (ch->list_waiter)
+            crpci_loop_done(ch->loop, ch->list_waiter);
+    }
+    crpci_loop_unlock(ch->loop);
+}
+
+/* The gate: waits for the session and the first list. */
+CRPCI_COLD int crpci_channel_await_list(crpc_channel *ch, const crpc_channel_options *o,
+                                        const char *service, crpc_error *error)
+{
+    crpc_loop *l = ch->loop;
+    int64_t ms = crpci_base_option(o->registry_timeout_ms, 3000, 0);
+    crpci_waiter w;
+    bool listed;
+    memset(&w, 0, sizeof w);
+    crpci_loop_lock(l);
+    if (!ch->listed && ms) {
+        ch->list_waiter = &w;
+        crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
+        ch->list_waiter = NULL;
+    }
+    listed = ch->listed;
+    crpci_loop_unlock(l);
+    if (listed || !o->must_connect)
+        return CRPC_OK;
+    return crpci_status_set(error, CRPC_EREGISTRY,
+                            "%.80s: the registry did not answer within %d ms", service, (int)ms);
+}
+
+/* zookeeper://servers/root/package.Service */
+CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
+                                           const crpc_channel_options *o,
+                                           const crpci_channel_where *where, crpc_error *error)
+{
+    crpci_registry_options ro;
+    char *service = strrchr(u->path, '/');
+    int err;
+    if (!service || service == u->path || !service[1])
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "%s://%.80s/%.80s: expected /root/package.Service", u->scheme,
+                                u->authority, u->path);
+    *service++ = '\0';
+    memset(&ro, 0, sizeof ro);
+    ro.session_timeout_ms = (int)crpci_base_option(o->session_timeout_ms, 15000, 15000);
+    ro.credential = o->registry_credential;
+    err = crpci_registry_open(ch->loop, u, &ro, &ch->registry, error);
+    if (err)
+        return err;
+    err = ch->registry->ops->subscribe(ch->registry, service, where->group, where->version,
+                                       crpci_channel_on_list, ch, &ch->subscription);
+    if (err)
+        return crpci_status_set(error, err, "%.80s: could not be subscribed to: %s", service,
+                                crpc_status_text(err));
+#if CRPC_ZOOKEEPER_ST && CRPC_ENABLE_THREADS
+    /* The single-threaded client lives in the loop, which somebody must drive. */
+    crpci_loop_lock(ch->loop);
+    if (ch->private_loop)
+        err = crpci_loop_need_owner(ch->loop);
+    crpci_loop_unlock(ch->loop);
+    if (err)
+        return crpci_status_set(error, err, "zookeeper:// needs a loop that is driven: run the loop, "
+                                            "or allow threads");
+#endif
+    return crpci_channel_await_list(ch, o, service, error);
+}
+
+CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
+                               const crpc_channel_options *options, crpc_error *error)
+{
+    crpci_channel_where where;
+    crpc_channel_options o;
+    crpc_channel *ch;
+    crpc_loop *l;
+    crpci_url u;
+    int err;
+    *channel = NULL;
+    memset(&o, 0, sizeof o);
+    if (options)
+        o = *options;
+    err = crpci_url_parse(&u, url, error);
+    err = err ? err : crpci_channel_read_url(&u, &o, &where, error);
+    if (err)
+        return err;
+    l = o.loop;
+    if (!l) {
+        err = crpc_loop_open(&l, &o.private_loop);
+        if (err)
+            return crpci_status_set(error, err, "private loop: %s", crpc_status_text(err));
+    }
+    ch = (crpc_channel *)crpci_heap_alloc(l->heap, sizeof *ch);
+    if (!ch) {
+        if (!o.loop)
+            crpc_loop_close(l);
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    }
+    ch->loop = l;
+    ch->private_loop = !o.loop;
+    ch->refs = 1;
+    crpci_list_init(&ch->calls);
+    crpci_loop_hold(l);
+    crpci_channel_configure(ch, &o);
+    if (o.credential) {
+        ch->credential = crpci_heap_strndup(l->heap, o.credential, strlen(o.credential));
+        if (!ch->credential)
+            err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    }
+    if (err)
+        ;
+    else if (strcmp(u.scheme, "tcp") == 0 || strcmp(u.scheme, "unix") == 0 ||
+             strcmp(u.scheme, "list") == 0)
+        err = crpci_channel_open_static(ch, &u, error);
+    else
+        err = crpci_channel_open_registry(ch, &u, &o, &where, error);
+    if (err) {
+        crpc_channel_close(ch);
+        return err;
+    }
+    *channel = ch;
+    return CRPC_OK;
+}
+
+CRPC_API void crpc_channel_close(crpc_channel *ch)
+{
+    crpc_loop *l;
+    bool private_loop;
+    crpci_list *i, *next;
+    if (!ch)
+        return;
+    l = ch->loop;
+    private_loop = ch->private_loop;
+    crpci_loop_lock(l);
+    ch->closed = true;
+    crpci_loop_unlock(l);
+    if (ch->registry) {
+        if (ch->subscription)
+            ch->registry->ops->unsubscribe(ch->registry, ch->subscription);
+        crpci_registry_close(ch->registry);
+    }
+    crpci_loop_lock(l);
+    ch->registry = NULL;
+    for (i = ch->calls.next; i != &ch->calls; i = next) {
+        crpci_call *c = CRPCI_CONTAINER(i, crpci_call, of_channel);
+        next = i->next;
+        if (c->state == CRPCI_CALL_DONE) {
+            if (c->kind == CRPCI_CALL_ID)
+                crpci_call_free(c);
+            continue;
+        }
+        crpci_call_explain(c, CRPC_ECANCELED, "the channel was closed");
+        crpci_call_finish(c, CRPC_ECANCELED);
+        if (c->kind == CRPCI_CALL_ID && !c->waiter)
+            crpci_call_free(c);
+    }
+    crpci_channel_drop_endpoints(ch);
+    crpci_channel_drop(ch);
+    crpci_loop_unlock(l);
+    if (private_loop)
+        crpc_loop_close(l);
+    crpci_loop_release(l);
+}
+
+CRPC_API crpc_loop *crpc_channel_loop(crpc_channel *ch)
+{
+    return ch->loop;
+}
+
+CRPC_API size_t crpc_channel_providers(crpc_channel *ch)
+{
+    size_t n;
+    crpci_loop_lock(ch->loop);
+    n = ch->endpoint_count;
+    crpci_loop_unlock(ch->loop);
+    return n;
+}
+
+#endif /* CRPC_ENABLE_CLIENT */
+
+/* ======================================================================== */
+/* >>impl-service   finding the method that a request names                  */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_SERVER
+
+typedef struct crpci_service {
+    const crpc_service *table;
+    const char *short_name;
+    const void *handlers;
+    void *user;
+} crpci_service;
+
+typedef struct crpci_service_map {
+    crpci_service *items;
+    size_t count;
+} crpci_service_map;
+
+CRPCI_FN bool crpci_service_named(const char *name, crpc_view v)
+{
+    size_t n = crpc_view_size(v);
+    return strlen(name) == n && memcmp(name, crpc_view_data(v), n) == 0;
+}
+
+/* By its full name, else, without a dot, by its short one. */
+CRPCI_FN const crpci_service *crpci_service_find(const crpci_service_map *map, crpc_view name)
+{
+    size_t i;
+    for (i = 0; i < map->count; i++) {
+        if (crpci_service_named(map->items[i].table->name, name))
+            return &map->items[i];
+    }
+    for (i = 0; i < map->count; i++) {
+        if (crpci_service_named(map->items[i].short_name, name))
+            return &map->items[i];
+    }
+    return NULL;
+}
+
+CRPCI_FN const crpc_method *crpci_service_method(const crpci_service *s, crpc_view name)
+{
+    size_t i;
+    for (i = 0; i < s->table->method_count; i++) {
+        if (crpci_service_named(s->table->methods[i].name, name))
+            return &s->table->methods[i];
+    }
+    return NULL;
+}
+
+/* brpc's rule: an unknown name with a dot is an unknown method, one without an unknown service. */
+CRPCI_FN int crpci_service_lookup(const crpci_service_map *map, const crpci_meta *m,
+                                  const crpci_service **service, const crpc_method **method)
+{
+    size_t n = crpc_view_size(m->service);
+    *method = NULL;
+    *service = n ? crpci_service_find(map, m->service) : NULL;
+    if (!*service)
+        return n && memchr(crpc_view_data(m->service), '.', n) ? CRPC_ENOMETHOD : CRPC_ENOSERVICE;
+    if (crpc_view_size(m->method))
+        *method = crpci_service_method(*service, m->method);
+    return *method ? CRPC_OK : CRPC_ENOMETHOD;
+}
+
+CRPCI_COLD int crpci_service_add(crpci_service_map *map, crpci_heap *h, const crpc_service *table,
+                                 const void *handlers, void *user)
+{
+    const char *dot = strrchr(table->name, '.');
+    const char *short_name = dot ? dot + 1 : table->name;
+    crpci_service *items;
+    size_t i;
+    for (i = 0; i < map->count; i++) {
+        if (strcmp(map->items[i].short_name, short_name) == 0)
+            return CRPC_EBUSY;
+    }
+    items = (crpci_service *)crpci_heap_resize(h, map->items, map->count * sizeof *items,
+                                               (map->count + 1) * sizeof *items);
+    if (!items)
+        return CRPC_ENOMEM;
+    map->items = items;
+    items[map->count].table = table;
+    items[map->count].short_name = short_name;
+    items[map->count].handlers = handlers;
+    items[map->count++].user = user;
+    return CRPC_OK;
+}
+
+/* ======================================================================== */
+/* >>impl-worker   a bounded queue and the threads that empty it             */
+/* ======================================================================== */
+
+typedef struct crpci_worker_pool {
+    crpci_mutex lock;
+    crpci_cond work;
+    crpci_list queue; /* crpci_task; run is called without a lock and loop NULL */
+    int64_t queued;
+    int64_t max_queued; /* 0: no limit */
+    bool stopping;
+    size_t count;
+    crpci_thread *threads;
+} crpci_worker_pool;
+
+CRPCI_FN bool crpci_worker_push(crpci_worker_pool *p, crpci_task *t)
+{
+    bool room;
+    crpci_thread_lock(&p->lock);
+    room = !p->stopping && (!p->max_queued || p->queued < p->max_queued);
+    if (room) {
+        crpci_list_append(&p->queue, &t->link);
+        p->queued++;
+        crpci_thread_signal(&p->work);
+    }
+    crpci_thread_unlock(&p->lock);
+    return room;
+}
+
+#if CRPC_ENABLE_THREADS
+CRPCI_FN void *crpci_worker_thread(void *arg)
+{
+    crpci_worker_pool *p = (crpci_worker_pool *)arg;
+    crpci_thread_name("crpc-worker");
+    crpci_thread_lock(&p->lock);
+    for (;;) {
+        crpci_task *t;
+        if (crpci_list_empty(&p->queue)) {
+            if (p->stopping)
+                break;
+            crpci_thread_wait(&p->work, &p->lock, -1);
+            continue;
+        }
+        t = CRPCI_CONTAINER(p->queue.next, crpci_task, link);
+        crpci_list_remove(&t->link);
+        p->queued--;
+        crpci_thread_unlock(&p->lock);
+        t->run(NULL, t);
+        crpci_thread_lock(&p->lock);
+    }
+    crpci_thread_unlock(&p->lock);
+    return NULL;
+}
+#endif
+
+/* What is queued is still run; then the threads end. */
+CRPCI_COLD void crpci_worker_stop(crpci_worker_pool *p, crpci_heap *h, size_t allocated)
+{
+    if (!allocated)
+        return;
+    crpci_thread_lock(&p->lock);
+    p->stopping = true;
+    crpci_thread_broadcast(&p->work);
+    crpci_thread_unlock(&p->lock);
+#if CRPC_ENABLE_THREADS
+    while (p->count)
+        crpci_thread_join(p->threads[--p->count]);
+#endif
+    crpci_heap_free(h, p->threads, allocated * sizeof *p->threads);
+    crpci_thread_cond_free(&p->work);
+    crpci_thread_mutex_free(&p->lock);
+    p->threads = NULL;
+}
+
+CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t count,
+                                  int64_t max_queued, size_t stack)
+{
+    memset(p, 0, sizeof *p);
+    crpci_list_init(&p->queue);
+    p->max_queued = max_queued;
+#if CRPC_ENABLE_THREADS
+    if (crpci_thread_mutex_init(&p->lock))
+        return CRPC_ENOMEM;
+    if (crpci_thread_cond_init(&p->work)) {
+        crpci_thread_mutex_free(&p->lock);
+        return CRPC_ENOMEM;
+    }
+    p->threads = (crpci_thread *)crpci_heap_alloc(h, count * sizeof *p->threads);
+    if (!p->threads) {
+        crpci_thread_cond_free(&p->work);
+        crpci_thread_mutex_free(&p->lock);
+        return CRPC_ENOMEM;
+    }
+    for (; p->count < count; p->count++) {
+        if (crpci_thread_start(&p->threads[p->count], stack, crpci_worker_thread, p)) {
+            crpci_worker_stop(p, h, count);
+            return CRPC_ESYSTEM;
+        }
+    }
+    return CRPC_OK;
+#else
+    (void)h;
+    (void)count;
+    (void)stack;
+    return CRPC_EUNSUPPORTED;
+#endif
+}
+
+/* ======================================================================== */
+/* >>impl-server   listeners, requests, replies, stopping                    */
+/* ======================================================================== */
+
+#define CRPCI_SERVER_CONN_MAX 4096 /* requests of one connection being served at a time */
+#define CRPCI_SERVER_TICK 10000    /* microseconds between looks at whether draining is done */
+#define CRPCI_SERVER_APP_FIELD "crpc-app"
+
+typedef struct crpci_listener {
+    crpci_list link;
+    crpc_server *server;
+    crpci_watch watch;
+    crpci_timer masked; /* no descriptors left: pause accepting */
+    int fd;
+    char url[CRPC_ADDRESS_MAX + 8];
+    crpci_addr addr;
+} crpci_listener;
+
+typedef struct crpci_enrolment {
+    crpc_server *server;
+    void *handle;
+    bool through;
+} crpci_enrolment;
+
+typedef enum crpci_server_state {
+    CRPCI_SERVER_NEW,
+    CRPCI_SERVER_RUNNING,
+    CRPCI_SERVER_STOPPING,
+    CRPCI_SERVER_STOPPED
+} crpci_server_state;
+
+struct crpc_server {
+    crpc_loop *loop;
+    crpci_heap *heap;
+    bool private_loop;
+    uint32_t refs;        /* atomic: the program's, and one of each request */
+    uint32_t active;      /* atomic: requests being served */
+    uint32_t connections; /* atomic */
+    uint32_t state;       /* atomic crpci_server_state, written under the loop's lock */
+    bool running;         /* crpc_server_run is at work */
+    crpci_list listeners;
+    int reserve_fd; /* given up for a moment to turn a connection away when there are none left */
+    int64_t emfile_logged;
+    crpci_service_map services;
+    crpc_loop **io_loops;
+    size_t io_count;
+    size_t io_next;
+    crpci_worker_pool workers;
+    size_t worker_count;
+    crpci_timer drain;
+    int64_t drain_until;
+    crpci_waiter *waiter; /* for the registry, or for the end of draining */
+    crpci_registry *registry;
+    crpci_enrolment *enrolments;
+    size_t enrolled;
+    char registry_text[CRPC_ERROR_TEXT_MAX];
+    char *registry_url, *advertise, *registry_credential, *group, *version, *application;
+    crpc_server_options options; /* its strings are not to be used */
+};
+
+struct crpc_context {
+    crpci_origin origin; /* first: channels read it */
+    crpci_task task;
+    crpc_server *server;
+    crpc_loop *loop;
+    crpci_conn *conn;
+    crpci_chunk *block; /* holds this, the request and the response */
+    crpci_chunk *extra; /* crpc_context_alloc */
+    crpci_message message;
+    const crpci_service *service;
+    const crpc_method *method;
+    void *request;
+    void *response;
+    size_t intercepted;
+    int app_code;
+    bool worded;
+    char text[CRPC_ERROR_TEXT_MAX];
+    char peer[CRPC_ADDRESS_MAX];
+    crpci_message_out fields;
+    crpc_view attachment;
+    crpci_chunk *attachment_chunk;
+};
+
+/* --- replies ----------------------------------------------------------------------------------- */
+
+/* A reply without a message: an error. */
+CRPCI_COLD void crpci_server_refuse(crpci_conn *conn, int64_t correlation_id, int code,
+                                    const char *text)
+{
+    size_t n = crpci_base_min(strlen(text), CRPC_ERROR_TEXT_MAX);
+    size_t room = crpci_meta_bound(n), size = sizeof(crpci_out) + room;
+    crpci_chunk *chunk = crpci_heap_chunk(conn->loop->heap, size);
+    uint8_t *data;
+    crpci_out *o;
+    crpci_meta m;
+    if (!chunk) {
+        crpci_conn_close(conn, CRPC_ENOMEM, 0);
+        return;
+    }
+    data = crpci_heap_data(chunk);
+    o = (crpci_out *)(void *)data;
+    memset(o, 0, sizeof *o);
+    memset(&m, 0, sizeof m);
+    m.error_code = code;
+    m.error_text = crpc_view_of(text, n);
+    m.correlation_id = correlation_id;
+    o->head = crpci_meta_put_reply(data + sizeof *o, data + size, 0, &m, crpc_view_of(NULL, 0));
+    o->head_len = (size_t)(data + size - o->head);
+    o->chunk = chunk;
+    crpci_conn_queue(conn, o);
+}
+
+/* Builds the reply of a finished request. NULL: out of memory. */
+CRPCI_FN crpci_out *crpci_context_encode(crpc_context *x, int status)
+{
+    crpci_heap *h = x->server->heap;
+    size_t words = status ? strlen(x->text) : 0, base = sizeof(crpci_out) + x->fields.len;
+    size_t room = crpci_meta_bound(words + x->fields.len), payload;
+    const char *why = "";
+    crpci_message_out o;
+    crpci_meta m;
+    crpci_out *out;
+    uint8_t *data;
+    memset(&o, 0, sizeof o);
+    memset(&m, 0, sizeof m);
+    o.heap = h;
+    o.chunk = crpci_heap_chunk(h, base + room + (status ? 0 : x->method->response_size + 64));
+    if (!o.chunk)
+        return NULL;
+    payload = o.len = base + room;
+    if (!status) {
+        int err = crpci_message_encode(&o, x->method->response, x->response, &why);
+        if (!err && o.len - payload + crpc_view_size(x->attachment) + room > INT32_MAX) {
+            err = CRPC_ECODEC;
+            why = "it is over 2 GiB with its attachment";
+        }
+        if (err) {
+            crpci_heap_chunk_unref(o.chunk);
+            snprintf(x->text, sizeof x->text, "the response could not be encoded: %s", why);
+            return crpci_context_encode(x, CRPC_EINTERNAL);
+        }
+        m.attachment_size = (int32_t)crpc_view_size(x->attachment);
+    }
+    data = crpci_heap_data(o.chunk);
+    out = (crpci_out *)(void *)data;
+    memset(out, 0, sizeof *out);
+    if (x->fields.len)
+        memcpy(data + sizeof *out, crpci_heap_data(x->fields.chunk), x->fields.len);
+    m.error_code = status;
+    m.error_text = crpc_view_of(x->text, words);
+    m.correlation_id = x->message.meta.correlation_id;
+    out->head = crpci_meta_put_reply(data + base, data + payload, o.len - payload, &m,
+                                     crpc_view_of(data + sizeof *out, x->fields.len));
+    out->head_len = (size_t)(data + o.len - out->head);
+    out->chunk = o.chunk;
+    if (m.attachment_size) {
+        out->tail = (const uint8_t *)crpc_view_data(x->attachment);
+        out->tail_len = crpc_view_size(x->attachment);
+        out->tail_chunk = x->attachment_chunk;
+        crpci_heap_chunk_ref(out->tail_chunk);
+    }
+    return out;
+}
+
+CRPCI_FN void crpci_server_free(crpc_server *s);
+
+CRPCI_FN void crpci_context_free(crpc_context *x)
+{
+    crpc_server *s = x->server;
+    crpc_loop *l = x->loop;
+    crpci_chunk *extra;
+    while ((extra = x->extra) != NULL) {
+        x->extra = extra->next;
+        crpci_heap_chunk_unref(extra);
+    }
+    crpci_heap_chunk_unref(x->fields.chunk);
+    crpci_heap_chunk_unref(x->attachment_chunk);
+    crpci_heap_chunk_unref(x->message.chunk);
+    crpci_heap_chunk_unref(x->block);
+    __atomic_fetch_sub(&s->active, 1, __ATOMIC_ACQ_REL);
+    crpci_loop_release(l);
+    crpci_server_free(s);
+}
+
+/* What is sent for the status that a handler gave. */
+CRPCI_FN int crpci_context_code(crpc_context *x, int status)
+{
+    if (CRPCI_LIKELY(status == CRPC_OK))
+        return CRPC_OK;
+    if (status == CRPC_EAPP && x->app_code)
+        return x->app_code;
+    if (status > 0 && status <= 199) {
+        snprintf(x->text, sizeof x->text, "the handler returned %d, which is no crpc_status",
+                 status);
+        return CRPC_EINTERNAL;
+    }
+    if (!crpci_status_reserved(status))
+        x->app_code = status;
+    if (!x->worded)
+        snprintf(x->text, sizeof x->text, "%s", crpc_status_text(status));
+    return status;
+}
+
+/* A connection that asked for too much, or whose replies pile up, is read again when both have come
+ * down to half. */
+CRPCI_FN void crpci_server_throttle(crpci_conn *conn)
+{
+    const crpc_server *s = (const crpc_server *)conn->owner;
+    int64_t max = s->options.max_queued;
+    if (!conn->paused &&
+        (conn->busy >= CRPCI_SERVER_CONN_MAX || (max && conn->tx_bytes > max)))
+        crpci_conn_pause(conn, true);
+    else if (conn->paused && conn->busy < CRPCI_SERVER_CONN_MAX / 2 &&
+             (!max || conn->tx_bytes <= max / 2))
+        crpci_conn_pause(conn, false);
+}
+
+/* After the end of input: everything is answered and sent, then closed. */
+CRPCI_FN void crpci_server_close_if_done(crpci_conn *conn)
+{
+    if (!conn->eof || conn->busy || conn->left || conn->closed)
+        return;
+    if (conn->tx_head)
+        conn->close_when_sent = true;
+    else
+        crpci_conn_close(conn, CRPC_ECLOSE, 0);
+}
+
+/* Ends a request: runs what is due, sends the reply, frees the context. Without the lock. */
+CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
+{
+    crpc_server *s = x->server;
+    crpc_loop *l = x->loop;
+    crpci_conn *conn = x->conn;
+    crpci_out *out;
+    bool gone;
+    int code;
+    while (x->intercepted--) {
+        const crpc_server_interceptor *i = &s->options.interceptors[x->intercepted];
+        if (i->after)
+            i->after(i->user, x, status);
+    }
+    code = crpci_context_code(x, status);
+    if (x->app_code && code == x->app_code &&
+        crpc_context_add_field(x, CRPCI_SERVER_APP_FIELD, "1"))
+        crpci_heap_log(s->heap, CRPC_LOG_WARN, "out of memory: application error not marked");
+    out = crpci_context_encode(x, code);
+    crpci_loop_lock(l);
+    gone = conn->closed;
+    conn->busy--;
+    if (!gone && out) {
+        crpci_conn_queue(conn, out);
+        crpci_server_throttle(conn);
+        crpci_server_close_if_done(conn);
+        if (crpci_loop_may_send(l))
+            crpci_loop_run_list(l, &l->dirty);
+    } else if (out) {
+        crpci_conn_out_free(out);
+    } else {
+        crpci_conn_close(conn, CRPC_ENOMEM, 0);
+    }
+    crpci_conn_drop(conn);
+    crpci_loop_unlock(l);
+    crpci_context_free(x);
+    return gone ? CRPC_EGONE : CRPC_OK;
+}
+
+/* --- handlers ---------------------------------------------------------------------------------- */
+
+CRPCI_FN int crpci_context_serve(crpc_context *x)
+{
+    const crpc_server *s = x->server;
+    const crpc_method *m = x->method;
+    const char *why = "";
+    int err = CRPC_OK;
+    if (CRPCI_UNLIKELY(x->origin.deadline_us != INT64_MAX) &&
+        crpci_heap_now(s->heap) >= x->origin.deadline_us)
+        return crpc_context_error(x, CRPC_ETIMEDOUT, "deadline passed before it was executed");
+    if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPED)
+        return CRPC_ELOGOFF;
+    while (x->intercepted < s->options.interceptor_count && !err) {
+        const crpc_server_interceptor *i = &s->options.interceptors[x->intercepted];
+        err = i->before ? i->before(i->user, x) : CRPC_OK;
+        if (!err)
+            x->intercepted++;
+    }
+    if (err)
+        return err;
+    if (!crpci_message_decode(x->message.payload, x->message.payload_size, m->request, x->request,
+                              &why))
+        return crpc_context_error(x, CRPC_EREQUEST, "%s.%s: request does not decode: %s",
+                                  m->service, m->name, why);
+    if (!m->serve)
+        return CRPC_ENOMETHOD;
+    return m->serve(x, x->request, x->response, x->service->handlers);
+}
+
+CRPCI_FN void crpci_context_execute(crpc_context *x)
+{
+    int status = crpci_context_serve(x);
+    if (status != CRPC_EPENDING)
+        crpci_context_complete(x, status);
+}
+
+/* On the I/O thread as a loop's task, on a worker with loop NULL. */
+CRPCI_FN void crpci_context_task(crpc_loop *l, crpci_task *task)
+{
+    crpc_context *x = CRPCI_CONTAINER(task, crpc_context, task);
+    if (l)
+        crpci_loop_user_begin(l);
+    crpci_context_execute(x);
+    if (l)
+        crpci_loop_user_end(l);
+}
+
+/* What crpc cannot serve is refused by name rather than answered wrongly. */
+CRPCI_FN int crpci_server_check(const crpci_message *m, char *text, size_t size)
+{
+    const crpci_meta *meta = &m->meta;
+    *text = '\0';
+    if (m->bad_attachment)
+        snprintf(text, size, "attachment_size %d is larger than the body's %zu bytes",
+                 meta->attachment_size, m->payload_size);
+    else if (meta->compress_type)
+        snprintf(text, size, "compress_type %d is not supported; send uncompressed",
+                 meta->compress_type);
+    else if (meta->content_type)
+        snprintf(text, size, "content_type %d is not supported; send protobuf",
+                 meta->content_type);
+    else if (meta->checksum_type)
+        snprintf(text, size, "checksum_type %d is not supported; send none", meta->checksum_type);
+    else if (crpc_view_data(meta->stream_settings))
+        snprintf(text, size, "streaming is not supported");
+    else if (crpc_view_data(meta->chunk_info))
+        snprintf(text, size, "chunked bodies are not supported; send one frame");
+    return *text ? CRPC_EREQUEST : CRPC_OK;
+}
+
+CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const crpci_message *m,
+                                         const crpci_service *service, const crpc_method *method)
+{
+    const size_t align = 15;
+    size_t at = (sizeof(crpc_context) + align) & ~align;
+    size_t reply_at = (at + method->request_size + align) & ~align;
+    crpci_chunk *block = crpci_heap_chunk(s->heap, reply_at + method->response_size);
+    crpc_context *x;
+    if (!block)
+        return NULL;
+    x = (crpc_context *)(void *)crpci_heap_data(block);
+    memset(x, 0, offsetof(crpc_context, text));
+    x->text[0] = x->peer[0] = '\0';
+    memset(&x->fields, 0, sizeof *x - offsetof(crpc_context, fields));
+    memset((char *)x + at, 0, reply_at + method->response_size - at);
+    x->block = block;
+    x->request = (char *)x + at;
+    x->response = (char *)x + reply_at;
+    x->server = s;
+    x->loop = conn->loop;
+    x->conn = conn;
+    x->message = *m;
+    x->service = service;
+    x->method = method;
+    x->origin.log_id = m->meta.log_id;
+    x->origin.trace_id = m->meta.trace_id;
+    x->origin.span_id = m->meta.span_id;
+    x->origin.deadline_us =
+        m->meta.timeout_ms > 0 ? conn->active_us + (int64_t)m->meta.timeout_ms * 1000 : INT64_MAX;
+    crpci_loop_task_init(&x->task, crpci_context_task);
+    crpci_heap_chunk_ref(m->chunk);
+    crpci_conn_hold(conn);
+    conn->busy++;
+    crpci_loop_hold(x->loop);
+    crpci_thread_ref(&s->refs);
+    crpci_thread_ref(&s->active);
+    return x;
+}
+
+CRPCI_FN void crpci_server_on_message(crpci_conn *conn, crpci_message *m)
+{
+    crpc_server *s = (crpc_server *)conn->owner;
+    const crpci_service *service;
+    const crpc_method *method;
+    crpc_context *x;
+    char text[CRPC_ERROR_TEXT_MAX];
+    int err;
+    conn->loop->stats.requests++;
+    if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
+        crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELOGOFF, "the server is stopping");
+        return;
+    }
+    err = crpci_server_check(m, text, sizeof text);
+    if (!err) {
+        err = crpci_service_lookup(&s->services, &m->meta, &service, &method);
+        if (err)
+            snprintf(text, sizeof text, "no such %s: %.*s.%.*s",
+                     err == CRPC_ENOSERVICE ? "service" : "method",
+                     (int)crpci_base_min(crpc_view_size(m->meta.service), 100),
+                     crpc_view_size(m->meta.service) ? crpc_view_data(m->meta.service) : "",
+                     (int)crpci_base_min(crpc_view_size(m->meta.method), 100),
+                     crpc_view_size(m->meta.method) ? crpc_view_data(m->meta.method) : "");
+    }
+    if (err) {
+        crpci_server_refuse(conn, m->meta.correlation_id, err, text);
+        return;
+    }
+    x = crpci_context_new(s, conn, m, service, method);
+    if (!x) {
+        crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT, "out of memory");
+        return;
+    }
+    if (!s->worker_count) {
+        crpci_loop_ready(conn->loop, &x->task);
+    } else if (!crpci_worker_push(&s->workers, &x->task)) {
+        crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT,
+                            "too many requests wait for a worker (worker_queue)");
+        conn->busy--;
+        crpci_conn_drop(conn);
+        crpci_context_free(x);
+    }
+    crpci_server_throttle(conn);
+}
+
+CRPCI_COLD void crpci_server_on_oversize(crpci_conn *conn, const crpci_meta *m, uint64_t body)
+{
+    char text[128];
+    snprintf(text, sizeof text, "request of %llu bytes is over max_body, %u",
+             (unsigned long long)body, conn->max_body);
+    conn->loop->stats.requests++;
+    crpci_server_refuse(conn, m->correlation_id, CRPC_EREQUEST, text);
+}
+
+CRPCI_FN void crpci_server_on_sent(crpci_conn *conn, crpci_out *o)
+{
+    (void)o;
+    if (conn->paused)
+        crpci_server_throttle(conn);
+}
+
+CRPCI_FN void crpci_server_on_eof(crpci_conn *conn)
+{
+    conn->eof = true;
+    crpci_conn_interest(conn);
+    crpci_server_close_if_done(conn);
+}
+
+CRPCI_FN void crpci_server_on_closed(crpci_conn *conn)
+{
+    crpc_server *s = (crpc_server *)conn->owner;
+    __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
+}
+
+CRPCI_FN void crpci_server_on_opened(crpci_conn *conn)
+{
+    (void)conn;
+}
+
+/* Closes a connection that was idle for too long, or whose request comes too slowly. */
+CRPCI_FN void crpci_server_on_timer(crpci_conn *conn)
+{
+    const crpc_server *s = (const crpc_server *)conn->owner;
+    int64_t now = crpci_loop_now(conn->loop), next = INT64_MAX;
+    int64_t idle = (int64_t)s->options.idle_timeout_ms * 1000;
+    if (conn->rx && conn->frame_timeout_us)
+        next = conn->rx_since + conn->frame_timeout_us;
+    if (idle && !conn->busy && !conn->tx_head && !conn->rx)
+        next = crpci_base_min64(next, conn->active_us + idle);
+    else if (idle)
+        next = crpci_base_min64(next, now + idle);
+    if (next <= now)
+        crpci_conn_close(conn, CRPC_ECLOSE, 0);
+    else if (next != INT64_MAX)
+        crpci_loop_timer_set(conn->loop, &conn->timer, next - now);
+}
+
+static const crpci_conn_events crpci_server_events = {
+    crpci_server_on_opened, crpci_server_on_message, crpci_server_on_oversize,
+    crpci_server_on_sent,   crpci_server_on_eof,     crpci_server_on_closed,
+    crpci_server_on_timer};
+
+/* --- listeners --------------------------------------------------------------------------------- */
+
+/* Hands a new connection to its loop. No loop is locked: two never are at a time. */
+CRPCI_FN void crpci_server_adopt(crpc_server *s, int fd)
+{
+    crpc_loop *l = s->loop;
+    crpci_conn *conn;
+    if (s->io_count) {
+        l = s->io_loops[s->io_next % s->io_count];
+        s->io_next++;
+    }
+    if (s->options.max_connections &&
+        crpci_thread_load(&s->connections) >= (uint32_t)s->options.max_connections) {
+        close(fd);
+        return;
+    }
+    crpci_loop_lock(l);
+    crpci_thread_ref(&s->connections);
+    if (crpci_conn_new(l, fd, false, &crpci_server_events, s, &conn)) {
+        __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
+    } else {
+        conn->max_body = (uint32_t)s->options.max_body;
+        conn->max_skip = s->options.max_skip;
+        conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
+        if (s->options.idle_timeout_ms)
+            crpci_loop_timer_set(l, &conn->timer, (int64_t)s->options.idle_timeout_ms * 1000);
+    }
+    crpci_loop_unlock(l);
+}
+
+/* Out of descriptors: one is kept in reserve to turn the caller away, and accepting pauses, else a
+ * level-triggered listener would spin. */
+CRPCI_COLD void crpci_server_no_descriptors(crpci_listener *n)
+{
+    crpc_server *s = n->server;
+    int64_t now = crpci_loop_now(s->loop);
+    int fd;
+    if (s->reserve_fd >= 0) {
+        close(s->reserve_fd);
+        fd = accept4(n->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        if (fd >= 0)
+            close(fd);
+        s->reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    }
+    crpci_loop_watch_set(s->loop, &n->watch, n->fd, 0);
+    crpci_loop_timer_set(s->loop, &n->masked, 100000);
+    if (now - s->emfile_logged > 1000000) {
+        s->emfile_logged = now;
+        crpci_heap_log(s->heap, CRPC_LOG_WARN, "%s: no file descriptors left, connections wait",
+                       n->url);
+    }
+}
+
+CRPCI_FN void crpci_server_unmask(crpc_loop *l, crpci_timer *t)
+{
+    crpci_listener *n = CRPCI_CONTAINER(t, crpci_listener, masked);
+    if (crpci_loop_watch_set(l, &n->watch, n->fd, CRPC_READABLE))
+        crpci_loop_timer_set(l, t, 100000);
+}
+
+CRPCI_FN void crpci_server_on_accept(crpc_loop *l, crpci_watch *w, unsigned events)
+{
+    crpci_listener *n = CRPCI_CONTAINER(w, crpci_listener, watch);
+    crpc_server *s = n->server;
+    int fds[16], count = 0, i;
+    (void)events;
+    while (count < 16) {
+        int fd = accept4(n->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        if (fd < 0) {
+            if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
+                crpci_server_no_descriptors(n);
+            break;
+        }
+        if (n->addr.u.any.sa_family != AF_UNIX)
+            crpci_sock_tune(fd);
+        fds[count++] = fd;
+    }
+    if (!count)
+        return;
+    crpci_thread_ref(&s->refs);
+    crpci_loop_unlock(l);
+    for (i = 0; i < count; i++)
+        crpci_server_adopt(s, fds[i]);
+    crpci_loop_lock(l);
+    crpci_server_free(s);
+}
+
+CRPCI_COLD int crpci_server_add_listener(crpc_server *s, int fd)
+{
+    crpci_listener *n = (crpci_listener *)crpci_heap_alloc(s->heap, sizeof *n);
+    char text[CRPC_ADDRESS_MAX];
+    if (!n)
+        return CRPC_ENOMEM;
+    n->server = s;
+    n->fd = fd;
+    crpci_sock_local(fd, &n->addr);
+    crpci_sock_format(&n->addr, text, sizeof text);
+    if (n->addr.u.any.sa_family == AF_UNIX)
+        snprintf(n->url, sizeof n->url, "unix://%s", text + 5);
+    else
+        snprintf(n->url, sizeof n->url, "tcp://%s", text);
+    crpci_watch_init(&n->watch, crpci_server_on_accept);
+    crpci_timer_init(&n->masked, crpci_server_unmask);
+    crpci_list_append(&s->listeners, &n->link);
+    return CRPC_OK;
+}
+
+CRPC_API int crpc_server_listen_fd(crpc_server *s, int fd)
+{
+    int flags = fcntl(fd, F_GETFL), on = 0;
+    socklen_t len = sizeof on;
+    if (flags < 0 || getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &on, &len) || !on)
+        return CRPC_EINVAL;
+    if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW)
+        return CRPC_EBUSY;
+    fcntl(fd, F_SETFL, flags | O_NONBLOCK);
+    fcntl(fd, F_SETFD, FD_CLOEXEC);
+    return crpci_server_add_listener(s, fd);
+}
+
+CRPC_API int crpc_server_listen(crpc_server *s, const char *url, crpc_error *error)
+{
+    char text[CRPC_ADDRESS_MAX];
+    crpci_addr addr;
+    crpci_url u;
+    int err, fd, saved;
+    if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW)
+        return crpci_status_set(error, CRPC_EBUSY, "the server has been started");
+    err = crpci_url_parse(&u, url, error);
+    if (err)
+        return err;
+    if (*u.query)
+        return crpci_status_set(error, CRPC_EINVAL, "%.100s: a listener takes no URL options", url);
+    if (strcmp(u.scheme, "unix") == 0) {
+        if ((size_t)snprintf(text, sizeof text, "unix:%s", u.path) >= sizeof text)
+            return crpci_status_set(error, CRPC_EINVAL, "unix:// path is over %d bytes",
+                                    CRPC_ADDRESS_MAX - 6);
+    } else if (strcmp(u.scheme, "tcp") == 0 && !*u.path) {
+        err = crpci_resolver_address(s->heap, u.authority, text, sizeof text, error);
+        if (err)
+            return err;
+    } else {
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "%.100s: expected tcp://host:port or unix:///path", url);
+    }
+    if (!crpci_sock_parse(&addr, text))
+        return crpci_status_set(error, CRPC_EINVAL, "%.100s: not an address", url);
+    fd = crpci_sock_listen(&addr);
+    saved = errno;
+    if (fd < 0) {
+        err = saved == EADDRINUSE || saved == EADDRNOTAVAIL || saved == EACCES || saved == ENOENT
+                  ? CRPC_EADDRESS
+                  : CRPC_ESYSTEM;
+        return crpci_status_set(error, err, "%.100s: cannot listen: %s (errno %d)", url,
+                                crpci_conn_errno_text(saved), saved);
+    }
+    err = crpci_server_add_listener(s, fd);
+    if (err) {
+        close(fd);
+        crpci_status_set(error, err, "out of memory");
+    }
+    return err;
+}
+
+CRPC_API int crpc_server_address(crpc_server *s, size_t index, char *url, size_t size)
+{
+    crpci_list *i;
+    int err = CRPC_ENOTFOUND;
+    crpci_loop_lock(s->loop);
+    for (i = s->listeners.next; i != &s->listeners; i = i->next) {
+        if (index-- == 0) {
+            snprintf(url, size, "%s", CRPCI_CONTAINER(i, crpci_listener, link)->url);
+            err = CRPC_OK;
+            break;
+        }
+    }
+    crpci_loop_unlock(s->loop);
+    return err;
+}
+
+/* Locked. */
+CRPCI_COLD void crpci_server_close_listeners(crpc_server *s)
+{
+    while (!crpci_list_empty(&s->listeners)) {
+        crpci_listener *n = CRPCI_CONTAINER(s->listeners.next, crpci_listener, link);
+        crpci_loop_watch_set(s->loop, &n->watch, n->fd, 0);
+        crpci_timer_cancel(&n->masked);
+        crpci_list_remove(&n->link);
+        close(n->fd);
+        if (n->addr.u.any.sa_family == AF_UNIX)
+            unlink(n->addr.u.un.sun_path);
+        crpci_heap_free(s->heap, n, sizeof *n);
+    }
+}
+
+/* --- opening ----------------------------------------------------------------------------------- */
+
+/* Gives up a reference; the last one frees. */
+CRPCI_FN void crpci_server_free(crpc_server *s)
+{
+    crpci_heap *h = s->heap;
+    if (!crpci_thread_unref(&s->refs))
+        return;
+    crpci_heap_free(h, s->services.items, s->services.count * sizeof *s->services.items);
+    crpci_heap_free(h, s->enrolments, s->enrolled * sizeof *s->enrolments);
+    crpci_heap_strfree(h, s->registry_url);
+    crpci_heap_strfree(h, s->advertise);
+    crpci_heap_strfree(h, s->registry_credential);
+    crpci_heap_strfree(h, s->group);
+    crpci_heap_strfree(h, s->version);
+    crpci_heap_strfree(h, s->application);
+    crpci_heap_free(h, s, sizeof *s);
+    crpci_heap_unref(h);
+}
+
+CRPCI_COLD bool crpci_server_copy(crpci_heap *h, char **to, const char *from)
+{
+    if (from)
+        *to = crpci_heap_strndup(h, from, strlen(from));
+    return !from || *to;
+}
+
+CRPCI_COLD void crpci_server_configure(crpc_server *s, const crpc_server_options *in)
+{
+    crpc_server_options *o = &s->options;
+    *o = *in;
+    o->weight = (int)crpci_base_option(in->weight, 100, 0);
+    o->io_threads = (int)crpci_base_option(in->io_threads, 0, 0);
+    o->workers = (int)crpci_base_option(in->workers, 0, 0);
+    o->worker_queue = (int)crpci_base_option(in->worker_queue, 1024, 0);
+    o->worker_stack = (int)crpci_base_option(in->worker_stack, 256 << 10, 0);
+    o->max_connections = (int)crpci_base_option(in->max_connections, 1024, 0);
+    o->max_body = crpci_base_min64(crpci_base_option(in->max_body, 64 << 20, INT32_MAX), INT32_MAX);
+    o->max_skip = crpci_base_option(in->max_skip, 256 << 20, 0);
+    o->max_queued = crpci_base_option(in->max_queued, 4 << 20, 0);
+    o->idle_timeout_ms = (int)crpci_base_option(in->idle_timeout_ms, 0, 0);
+    o->frame_timeout_ms = (int)crpci_base_option(in->frame_timeout_ms, 30000, 0);
+    o->drain_ms = (int)crpci_base_option(in->drain_ms, 5000, 0);
+    o->session_timeout_ms = (int)crpci_base_option(in->session_timeout_ms, 15000, 15000);
+    o->registry_timeout_ms = (int)crpci_base_option(in->registry_timeout_ms, 3000, 0);
+}
+
+CRPCI_FN void crpci_server_drain_tick(crpc_loop *l, crpci_timer *t);
+
+CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *options,
+                              crpc_error *error)
+{
+    crpc_server_options o;
+    crpc_server *s;
+    crpc_loop *l;
+    int err = CRPC_OK;
+    *server = NULL;
+    memset(&o, 0, sizeof o);
+    if (options)
+        o = *options;
+    l = o.loop;
+    if (!l) {
+        err = crpc_loop_open(&l, &o.loops);
+        if (err)
+            return crpci_status_set(error, err, "private loop: %s", crpc_status_text(err));
+    }
+    s = (crpc_server *)crpci_heap_alloc(l->heap, sizeof *s);
+    if (!s) {
+        if (!o.loop)
+            crpc_loop_close(l);
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    }
+    s->loop = l;
+    s->heap = l->heap;
+    crpci_heap_ref(s->heap);
+    crpci_loop_hold(l);
+    s->private_loop = !o.loop;
+    s->refs = 1;
+    crpci_list_init(&s->listeners);
+    crpci_timer_init(&s->drain, crpci_server_drain_tick);
+    crpci_server_configure(s, &o);
+    s->reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    if (!crpci_server_copy(s->heap, &s->registry_url, o.registry) ||
+        !crpci_server_copy(s->heap, &s->advertise, o.advertise) ||
+        !crpci_server_copy(s->heap, &s->registry_credential, o.registry_credential) ||
+        !crpci_server_copy(s->heap, &s->group, o.group) ||
+        !crpci_server_copy(s->heap, &s->version, o.version) ||
+        !crpci_server_copy(s->heap, &s->application, o.application ? o.application : "crpc"))
+        err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    if (!err && o.listen)
+        err = crpc_server_listen(s, o.listen, error);
+    if (err) {
+        crpc_server_close(s);
+        return err;
+    }
+    *server = s;
+    return CRPC_OK;
+}
+
+CRPC_API int crpc_server_add(crpc_server *s, const crpc_service *service, const void *handlers,
+                             void *user)
+{
+    int err;
+    if (!service || !service->name)
+        return CRPC_EINVAL;
+    crpci_loop_lock(s->loop);
+    err = crpci_thread_load(&s->state) != CRPCI_SERVER_NEW
+              ? CRPC_EBUSY
+              : crpci_service_add(&s->services, s->heap, service, handlers, user);
+    crpci_loop_unlock(s->loop);
+    return err;
+}
+
+/* --- registering ------------------------------------------------------------------------------- */
+
+/* A registration got through, or a try failed; any thread. */
+CRPCI_FN void crpci_server_on_enrolled(void *user, int status, const char *text)
+{
+    crpci_enrolment *e = (crpci_enrolment *)user;
+    crpc_server *s = e->server;
+    size_t i, through = 0;
+    crpci_loop_lock(s->loop);
+    if (!status)
+        e->through = true;
+    else
+        snprintf(s->registry_text, sizeof s->registry_text, "%s", text ? text : "");
+    for (i = 0; i < s->enrolled; i++)
+        through += s->enrolments[i].through;
+    if (through == s->enrolled && s->waiter)
+        crpci_loop_done(s->loop, s->waiter);
+    crpci_loop_unlock(s->loop);
+}
+
+/* The address to register: as advertised, else the first TCP listener's; a host left open is filled
+ * in by the registry with the address that reaches it. */
+CRPCI_COLD int crpci_server_public_address(crpc_server *s, char *out, size_t size,
+                                           crpc_error *error)
+{
+    crpci_addr any = CRPC_INIT;
+    const crpci_listener *n = NULL;
+    crpci_list *i;
+    bool wild = false;
+    unsigned port = 0;
+    for (i = s->listeners.next; i != &s->listeners && !n; i = i->next) {
+        n = CRPCI_CONTAINER(i, crpci_listener, link);
+        if (n->addr.u.any.sa_family == AF_UNIX)
+            n = NULL;
+    }
+    if (n && n->addr.u.any.sa_family == AF_INET) {
+        port = ntohs(n->addr.u.in4.sin_port);
+        wild = n->addr.u.in4.sin_addr.s_addr == htonl(INADDR_ANY);
+    } else if (n) {
+        port = ntohs(n->addr.u.in6.sin6_port);
+        wild = memcmp(&n->addr.u.in6.sin6_addr, &any.u.in6.sin6_addr, 16) == 0;
+    }
+    if (s->advertise) {
+        const char *colon = strrchr(s->advertise, ':'), *bracket = strrchr(s->advertise, ']');
+        bool has_port = colon && (!bracket || colon > bracket);
+        if (!has_port && !n)
+            return crpci_status_set(error, CRPC_EINVAL, "advertise \"%.80s\": no port, and no "
+                                                        "tcp:// listener to take it from",
+                                    s->advertise);
+        if (has_port)
+            snprintf(out, size, "%s", s->advertise);
+        else
+            snprintf(out, size, "%s:%u", s->advertise, port);
+        return CRPC_OK;
+    }
+    if (!n)
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "registry: there is no tcp:// listener to register");
+    if (wild)
+        snprintf(out, size, ":%u", port);
+    else
+        crpci_sock_format(&n->addr, out, size);
+    return CRPC_OK;
+}
+
+CRPCI_COLD void crpci_server_method_names(const crpc_service *table, char *out, size_t size)
+{
+    size_t used = 0, i;
+    *out = '\0';
+    for (i = 0; i < table->method_count && used < size; i++)
+        used += (size_t)snprintf(out + used, size - used, "%s%s", i ? "," : "",
+                                 table->methods[i].name);
+}
+
+CRPCI_COLD int crpci_server_enrol(crpc_server *s, crpc_error *error)
+{
+    char address[CRPC_ADDRESS_MAX], methods[1024];
+    crpci_registry_options ro;
+    crpci_registration what;
+    crpci_url u;
+    size_t i;
+    int err = crpci_server_public_address(s, address, sizeof address, error);
+    err = err ? err : crpci_url_parse(&u, s->registry_url, error);
+    if (err)
+        return err;
+    if (*u.query)
+        return crpci_status_set(error, CRPC_EINVAL, "%.100s: a registry takes no URL options here",
+                                s->registry_url);
+    memset(&ro, 0, sizeof ro);
+    ro.session_timeout_ms = s->options.session_timeout_ms;
+    ro.credential = s->registry_credential;
+    err = crpci_registry_open(s->loop, &u, &ro, &s->registry, error);
+    if (err)
+        return err;
+    s->enrolments = (crpci_enrolment *)crpci_heap_alloc(s->heap,
+                                                        s->services.count * sizeof *s->enrolments);
+    if (!s->enrolments && s->services.count)
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    s->enrolled = s->services.count;
+    memset(&what, 0, sizeof what);
+    what.address = address;
+    what.group = s->group;
+    what.version = s->version;
+    what.application = s->application;
+    what.methods = methods;
+    what.weight = s->options.weight;
+    for (i = 0; i < s->enrolled && !err; i++) {
+        what.service = s->services.items[i].table->name;
+        crpci_server_method_names(s->services.items[i].table, methods, sizeof methods);
+        s->enrolments[i].server = s;
+        err = s->registry->ops->enroll(s->registry, &what, crpci_server_on_enrolled,
+                                       &s->enrolments[i], &s->enrolments[i].handle);
+    }
+    return err ? crpci_status_set(error, err, "%.100s: cannot register: %s", s->registry_url,
+                                  crpc_status_text(err))
+               : CRPC_OK;
+}
+
+/* The gate: waits until all services are registered. */
+CRPCI_COLD int crpci_server_await_enrolment(crpc_server *s, crpc_error *error)
+{
+    crpc_loop *l = s->loop;
+    int64_t ms = s->options.registry_timeout_ms;
+    crpci_waiter w;
+    size_t i, through = 0;
+    memset(&w, 0, sizeof w);
+    crpci_loop_lock(l);
+    for (i = 0; i < s->enrolled; i++)
+        through += s->enrolments[i].through;
+    if (through < s->enrolled && ms && !crpci_loop_in_callback(l)) {
+        s->waiter = &w;
+        crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
+        s->waiter = NULL;
+        for (i = 0, through = 0; i < s->enrolled; i++)
+            through += s->enrolments[i].through;
+    }
+    crpci_loop_unlock(l);
+    if (through == s->enrolled || !s->options.must_connect)
+        return CRPC_OK;
+    return crpci_status_set(error, CRPC_EREGISTRY, "%.80s: not registered within %d ms%s%.100s",
+                            s->registry_url, (int)ms, *s->registry_text ? ": " : "",
+                            s->registry_text);
+}
+
+CRPCI_COLD void crpci_server_withdraw(crpc_server *s)
+{
+    size_t i;
+    for (i = 0; s->registry && i < s->enrolled; i++) {
+        void *handle = s->enrolments[i].handle;
+        s->enrolments[i].handle = NULL;
+        if (handle)
+            s->registry->ops->withdraw(s->registry, handle);
+    }
+}
+
+/* --- starting ---------------------------------------------------------------------------------- */
+
+CRPCI_COLD int crpci_server_start_threads(crpc_server *s, crpc_error *error)
+{
+    size_t want = (size_t)s->options.io_threads;
+    crpc_loop_options lo = s->options.loops;
+    int err = CRPC_OK;
+    lo.hooks = s->heap->hooks;
+    if (!lo.thread_name)
+        lo.thread_name = "crpc-io";
+    if (want) {
+        s->io_loops = (crpc_loop **)crpci_heap_alloc(s->heap, want * sizeof *s->io_loops);
+        if (!s->io_loops)
+            return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    }
+    while (!err && s->io_count < want) {
+        err = crpc_loop_open(&s->io_loops[s->io_count], &lo);
+        if (!err)
+            err = crpc_loop_start(s->io_loops[s->io_count++]);
+    }
+    if (err)
+        return crpci_status_set(error, err, "I/O thread %zu: %s", s->io_count,
+                                crpc_status_text(err));
+    if (s->options.workers) {
+        err = crpci_worker_start(&s->workers, s->heap, (size_t)s->options.workers,
+                                 s->options.worker_queue, (size_t)s->options.worker_stack);
+        if (err)
+            return crpci_status_set(error, err, "workers: %s", crpc_status_text(err));
+        s->worker_count = (size_t)s->options.workers;
+    }
+    return CRPC_OK;
+}
+
+CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
+{
+    crpc_loop *l = s->loop;
+    crpci_list *i;
+    int err;
+    if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW)
+        return crpci_status_set(error, CRPC_EBUSY, "the server has been started already");
+    if (crpci_list_empty(&s->listeners))
+        return crpci_status_set(error, CRPC_EINVAL, "nothing to listen on: set options.listen");
+    err = crpci_server_start_threads(s, error);
+    if (err)
+        return err;
+    crpci_loop_lock(l);
+    crpci_thread_store(&s->state, CRPCI_SERVER_RUNNING);
+    for (i = s->listeners.next; i != &s->listeners && !err; i = i->next) {
+        crpci_listener *n = CRPCI_CONTAINER(i, crpci_listener, link);
+        err = crpci_loop_watch_set(l, &n->watch, n->fd, CRPC_READABLE);
+    }
+    crpci_loop_unlock(l);
+    if (err)
+        return crpci_status_set(error, err, "listening: %s", crpc_status_text(err));
+    if (s->registry_url) {
+        err = crpci_server_enrol(s, error);
+        err = err ? err : crpci_server_await_enrolment(s, error);
+    }
+    return err;
+}
+
+/* --- stopping ---------------------------------------------------------------------------------- */
+
+CRPCI_FN void crpci_server_close_conns(crpc_server *s, crpc_loop *l)
+{
+    crpci_list *i, *next;
+    for (i = l->conns.next; i != &l->conns; i = next) {
+        crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
+        next = i->next;
+        if (c->up == &crpci_server_events && c->owner == s)
+            crpci_conn_close(c, CRPC_ECLOSE, 0);
+    }
+}
+
+/* Whether any of the server's connections on a loop still has output to send. Locked. */
+CRPCI_FN bool crpci_server_has_output(const crpc_server *s, crpc_loop *l)
+{
+    crpci_list *i;
+    for (i = l->conns.next; i != &l->conns; i = i->next) {
+        const crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
+        if (c->up == &crpci_server_events && c->owner == s && (c->tx_head || c->left))
+            return true;
+    }
+    return false;
+}
+
+/* Looks whether the last request is answered; closes when it is, or when time is up. Called with the
+ * server's loop locked; the others are locked one after another without it. */
+CRPCI_FN void crpci_server_drain_tick(crpc_loop *l, crpci_timer *t)
+{
+    crpc_server *s = CRPCI_CONTAINER(t, crpc_server, drain);
+    bool busy = crpci_thread_load(&s->active) > 0 || crpci_server_has_output(s, l);
+    size_t i;
+    if (crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPING)
+        return;
+    crpci_thread_ref(&s->refs);
+    crpci_loop_unlock(l);
+    for (i = 0; i < s->io_count && !busy; i++) {
+        crpci_loop_lock(s->io_loops[i]);
+        busy = crpci_server_has_output(s, s->io_loops[i]);
+        crpci_loop_unlock(s->io_loops[i]);
+    }
+    busy = busy && crpci_loop_now(l) < s->drain_until;
+    for (i = 0; i < s->io_count && !busy; i++) {
+        crpci_loop_lock(s->io_loops[i]);
+        crpci_server_close_conns(s, s->io_loops[i]);
+        crpci_loop_unlock(s->io_loops[i]);
+    }
+    crpci_loop_lock(l);
+    if (busy) {
+        crpci_loop_timer_set(l, t, CRPCI_SERVER_TICK);
+    } else {
+        crpci_server_close_conns(s, l);
+        crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
+        if (s->waiter)
+            crpci_loop_done(l, s->waiter);
+        if (s->running)
+            crpc_loop_stop(l);
+    }
+    crpci_server_free(s);
+}
+
+CRPC_API void crpc_server_stop(crpc_server *s)
+{
+    crpc_loop *l = s->loop;
+    bool first;
+    crpci_loop_lock(l);
+    first = crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPING;
+    if (first) {
+        crpci_thread_store(&s->state, CRPCI_SERVER_STOPPING);
+        s->drain_until = crpci_loop_now(l) + (int64_t)s->options.drain_ms * 1000;
+        crpci_server_close_listeners(s);
+        crpci_loop_timer_set(l, &s->drain, 0);
+    }
+    crpci_loop_unlock(l);
+    if (first)
+        crpci_server_withdraw(s);
+}
+
+/* Waits for the end of draining, driving the loop if nobody does. */
+CRPCI_FN void crpci_server_await_stop(crpc_server *s)
+{
+    crpc_loop *l = s->loop;
+    crpci_waiter w;
+    memset(&w, 0, sizeof w);
+    crpci_loop_lock(l);
+    if (crpci_thread_load(&s->state) == CRPCI_SERVER_STOPPING) {
+        s->waiter = &w;
+        crpci_loop_wait(l, &w, s->drain_until + 1000000, true);
+        s->waiter = NULL;
+    }
+    crpci_loop_unlock(l);
+}
+
+CRPC_API int crpc_server_run(crpc_server *s)
+{
+    crpc_error error;
+    int err = CRPC_OK;
+    if (crpci_thread_load(&s->state) == CRPCI_SERVER_NEW)
+        err = crpc_server_start(s, &error);
+    if (err) {
+        crpci_heap_log(s->heap, CRPC_LOG_ERROR, "%s", error.text);
+        return err;
+    }
+    crpci_loop_lock(s->loop);
+    s->running = crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED;
+    crpci_loop_unlock(s->loop);
+    if (s->running)
+        err = crpc_loop_run(s->loop);
+    s->running = false;
+    if (!err) {
+        crpc_server_stop(s);
+        crpci_server_await_stop(s);
+    }
+    return err;
+}
+
+CRPCI_FN bool crpci_server_in_callback(crpc_server *s)
+{
+    bool in;
+    size_t i;
+    crpci_loop_lock(s->loop);
+    in = crpci_loop_in_callback(s->loop);
+    crpci_loop_unlock(s->loop);
+    for (i = 0; i < s->io_count && !in; i++) {
+        crpci_loop_lock(s->io_loops[i]);
+        in = crpci_loop_in_callback(s->io_loops[i]);
+        crpci_loop_unlock(s->io_loops[i]);
+    }
+#if CRPC_ENABLE_THREADS
+    for (i = 0; i < s->worker_count && !in; i++)
+        in = crpci_thread_is_self(s->workers.threads[i]);
+#endif
+    return in;
+}
+
+CRPC_API void crpc_server_close(crpc_server *s)
+{
+    crpc_loop *l;
+    bool private_loop;
+    size_t i;
+    if (!s)
+        return;
+    if (crpci_server_in_callback(s)) {
+        crpci_heap_log(s->heap, CRPC_LOG_ERROR,
+                       "crpc_server_close inside a handler or callback: nothing done");
+        return;
+    }
+    l = s->loop;
+    private_loop = s->private_loop;
+    crpc_server_stop(s);
+    crpci_server_await_stop(s);
+    crpci_registry_close(s->registry);
+    s->registry = NULL;
+    crpci_loop_lock(l);
+    crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
+    crpci_timer_cancel(&s->drain);
+    crpci_server_close_conns(s, l);
+    crpci_loop_unlock(l);
+    crpci_worker_stop(&s->workers, s->heap, s->worker_count);
+    s->worker_count = 0;
+    for (i = 0; i < s->io_count; i++) {
+        crpci_loop_lock(s->io_loops[i]);
+        crpci_server_close_conns(s, s->io_loops[i]);
+        crpci_loop_unlock(s->io_loops[i]);
+        crpc_loop_close(s->io_loops[i]);
+    }
+    crpci_heap_free(s->heap, s->io_loops, (size_t)s->options.io_threads * sizeof *s->io_loops);
+    s->io_loops = NULL;
+    s->io_count = 0;
+    if (s->reserve_fd >= 0)
+        close(s->reserve_fd);
+    s->reserve_fd = -1;
+    crpci_server_free(s);
+    if (private_loop)
+        crpc_loop_close(l);
+    crpci_loop_release(l);
+}
+
+CRPC_API crpc_loop *crpc_server_loop(crpc_server *s)
+{
+    return s->loop;
+}
+
+CRPC_API void crpc_server_stats_get(crpc_server *s, crpc_loop_stats *stats)
+{
+    size_t i;
+    crpc_loop_stats_get(s->loop, stats);
+    for (i = 0; i < s->io_count; i++) {
+        crpc_loop_stats one;
+        crpc_loop_stats_get(s->io_loops[i], &one);
+        stats->waits += one.waits;
+        stats->sends += one.sends;
+        stats->receives += one.receives;
+        stats->wakeups += one.wakeups;
+        stats->promotions += one.promotions;
+        stats->late_replies += one.late_replies;
+        stats->bad_frames += one.bad_frames;
+        stats->calls += one.calls;
+        stats->requests += one.requests;
+        stats->connections += one.connections;
+        stats->pending += one.pending;
+        stats->watches += one.watches;
+        stats->memory += one.memory;
+        stats->memory_peak += one.memory_peak;
+    }
+}
+
+/* --- the handler's side ------------------------------------------------------------------------ */
+
+CRPC_API int crpc_context_fail(crpc_context *x, int app_code, const char *format, ...)
+{
+    va_list ap;
+    x->worded = true;
+    if (crpci_status_reserved(app_code)) {
+        snprintf(x->text, sizeof x->text,
+                 "the service's error code %d is reserved (0-199, 1000-3999)", app_code);
+        return CRPC_EINTERNAL;
+    }
+    x->app_code = app_code;
+    va_start(ap, format);
+    vsnprintf(x->text, sizeof x->text, format, ap);
+    va_end(ap);
+    return CRPC_EAPP;
+}
+
+CRPC_API int crpc_context_error(crpc_context *x, int status, const char *format, ...)
+{
+    va_list ap;
+    x->worded = true;
+    va_start(ap, format);
+    vsnprintf(x->text, sizeof x->text, format, ap);
+    va_end(ap);
+    return status;
+}
+
+CRPC_API int crpc_context_finish(crpc_context *x, int status)
+{
+    return crpci_context_complete(x, status == CRPC_EPENDING ? CRPC_EINTERNAL : status);
+}
+
+CRPC_API void *crpc_context_response(crpc_context *x)
+{
+    return x->response;
+}
+
+CRPC_API void *crpc_context_alloc(crpc_context *x, size_t size)
+{
+    crpci_chunk *c = crpci_heap_chunk(x->server->heap, size);
+    if (!c)
+        return NULL;
+    c->next = x->extra;
+    x->extra = c;
+    return memset(crpci_heap_data(c), 0, size);
+}
+
+CRPC_API void *crpc_context_user(const crpc_context *x)
+{
+    return x->service->user;
+}
+
+CRPC_API const crpc_method *crpc_context_method(const crpc_context *x)
+{
+    return x->method;
+}
+
+CRPC_API crpc_view crpc_context_attachment(const crpc_context *x)
+{
+    return crpc_view_of(x->message.attachment_size ? x->message.attachment : NULL,
+                        x->message.attachment_size);
+}
+
+CRPC_API int crpc_context_set_attachment(crpc_context *x, crpc_view bytes)
+{
+    const uint8_t *p = (const uint8_t *)crpc_view_data(bytes);
+    const uint8_t *in = x->message.attachment;
+    size_t n = crpc_view_size(bytes);
+    crpci_chunk *chunk = x->message.chunk;
+    if (n > INT32_MAX)
+        return CRPC_EINVAL;
+    if (n && p >= in && p + n <= in + x->message.attachment_size) {
+        crpci_heap_chunk_ref(chunk);
+    } else if (n) {
+        chunk = crpci_heap_chunk(x->server->heap, n);
+        if (!chunk)
+            return CRPC_ENOMEM;
+        memcpy(crpci_heap_data(chunk), p, n);
+        p = crpci_heap_data(chunk);
+    } else {
+        chunk = NULL;
+    }
+    crpci_heap_chunk_unref(x->attachment_chunk);
+    x->attachment_chunk = chunk;
+    x->attachment = crpc_view_of(n ? p : NULL, n);
+    return CRPC_OK;
+}
+
+CRPC_API bool crpc_context_field(const crpc_context *x, const char *key, crpc_view *value)
+{
+    return crpci_meta_field(x->message.meta.raw, key, value);
+}
+
+CRPC_API int crpc_context_add_field(crpc_context *x, const char *key, const char *value)
+{
+    crpci_message_out *o = &x->fields;
+    if (!key || !value)
+        return CRPC_EINVAL;
+    o->heap = x->server->heap;
+    if (!o->chunk)
+        o->chunk = crpci_heap_chunk(o->heap, 64);
+    if (!o->chunk || !crpci_message_reserve(o, crpci_meta_field_size(strlen(key), strlen(value))))
+        return CRPC_ENOMEM;
+    o->len += crpci_meta_put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key),
+                                   crpc_view_str(value));
+    return CRPC_OK;
+}
+
+CRPC_API crpc_view crpc_context_credential(const crpc_context *x)
+{
+    return x->message.meta.credential;
+}
+
+CRPC_API int64_t crpc_context_log_id(const crpc_context *x)
+{
+    return x->origin.log_id;
+}
+
+CRPC_API int64_t crpc_context_remaining_us(const crpc_context *x)
+{
+    return x->origin.deadline_us == INT64_MAX
+               ? INT64_MAX
+               : x->origin.deadline_us - crpci_heap_now(x->server->heap);
+}
+
+CRPC_API const char *crpc_context_peer(crpc_context *x)
+{
+    crpci_addr a;
+    if (x->peer[0])
+        return x->peer;
+    crpci_loop_lock(x->loop);
+    if (x->conn->fd >= 0) {
+        crpci_sock_peer(x->conn->fd, &a);
+        if (a.len)
+            crpci_sock_format(&a, x->peer, sizeof x->peer);
+    }
+    crpci_loop_unlock(x->loop);
+    return x->peer;
+}
+
+#endif /* CRPC_ENABLE_SERVER */
+
+#endif /* CRPC_IMPLEMENTATION */

@@ -1,0 +1,11 @@
+#define CRPC_STATIC
+#define CRPC_IMPLEMENTATION
+#include "crpc.h"
+
+#include "copies.h"
+#include "serve.h"
+
+int copy_static_a(void)
+{
+    return serve_and_call("static copy a");
+}
