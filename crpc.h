@@ -1,3 +1,263 @@
+/* crpc 0.1.0 - remote procedure calls for embedded Linux, in one C header.      MIT or Unlicense
+ *
+ * A program that includes this file offers protobuf services, finds services by name in ZooKeeper
+ * and calls them, over brpc's baidu_std protocol: its peers may be written with crpc, or with brpc,
+ * srpc or one of the Java and Go implementations. It needs nanopb for the messages and, unless it is
+ * switched off, the ZooKeeper C client.
+ *
+ * QUICK START
+ *
+ * In one C file of the program, before any other include:
+ *
+ *     #define CRPC_IMPLEMENTATION
+ *     #include "crpc.h"
+ *
+ * Everywhere else include it without the first line. Stubs are generated from a .proto file:
+ *
+ *     protoc --plugin=protoc-gen-crpc=./protoc-gen-crpc --nanopb_out=. --crpc_out=. echo.proto
+ *     cc -c crpc.c echo.pb.c echo.crpc.c
+ *     cc ... -lprotobuf-nanopb -lzookeeper_mt -lpthread       (-DTHREADED for the first file)
+ *
+ * A server:
+ *
+ * @example server
+ * #include "echo.crpc.h"
+ *
+ * static int echo(crpc_context *context, const example_EchoRequest *request,
+ *                 example_EchoResponse *response)
+ * {
+ *     (void)context;
+ *     response->message = request->message; // a view: valid until the reply is finished
+ *     return CRPC_OK;
+ * }
+ *
+ * int main(void)
+ * {
+ *     static const example_EchoService_handlers handlers = {echo};
+ *     crpc_server_options options = CRPC_INIT;
+ *     crpc_server *server;
+ *     crpc_error error;
+ *     int status;
+ *     options.listen = "tcp://0.0.0.0:8000";
+ *     options.registry = "zookeeper://127.0.0.1:2181/dubbo"; // leave it out for none
+ *     if (crpc_server_open(&server, &options, &error) != CRPC_OK)
+ *         return 1; // error.text says why
+ *     status = crpc_server_add(server, &example_EchoService, &handlers, NULL);
+ *     if (status == CRPC_OK)
+ *         status = crpc_server_run(server);
+ *     crpc_server_close(server);
+ *     return status != CRPC_OK;
+ * }
+ * @end
+ *
+ * A client:
+ *
+ * @example client
+ * #include "echo.crpc.h"
+ * #include <stdio.h>
+ *
+ * int main(void)
+ * {
+ *     const char *url = "zookeeper://127.0.0.1:2181/dubbo/example.EchoService?timeout_ms=200";
+ *     example_EchoRequest request = example_EchoRequest_init_zero;
+ *     example_EchoResponse response = example_EchoResponse_init_zero;
+ *     crpc_call call = CRPC_INIT;
+ *     crpc_channel *channel;
+ *     int status = crpc_channel_open(&channel, url, NULL, &call.error);
+ *     request.message = crpc_view_str("hello");
+ *     if (status == CRPC_OK)
+ *         status = example_EchoService_Echo(channel, &request, &response, &call);
+ *     if (status == CRPC_OK)
+ *         printf("%.*s\n", (int)crpc_view_size(response.message),
+ *                crpc_view_data(response.message));
+ *     else
+ *         printf("%s: %s\n", crpc_status_name(status), call.error.text);
+ *     crpc_call_reset(&call); // from here on response.message points nowhere
+ *     if (channel)
+ *         crpc_channel_close(channel);
+ *     return status != CRPC_OK;
+ * }
+ * @end
+ *
+ * SECTION INDEX  (search for the tag)
+ *
+ *     >>config             what is compiled in, and the limits fixed at compile time
+ *     >>platform           the few standard types the interface is written in
+ *     >>api-status         result codes, and everything known about a failed call
+ *     >>api-version        what was compiled
+ *     >>api-view           bytes that somebody else owns, and unbounded protobuf fields
+ *     >>api-hooks          allocator, log, clock, resolver
+ *     >>api-loop           the reactor: who drives it, file descriptors, timers
+ *     >>api-service        tables that describe services; written by protoc-gen-crpc
+ *     >>api-channel        the client: calls
+ *     >>api-server         the server: services, requests, replies
+ *     >>impl-base          system headers, attributes, small arithmetic
+ *     >>impl-thread        locks, condition variables, threads; nothing without them
+ *     >>impl-status        names and texts of codes
+ *     >>impl-heap          memory, log and clock of one loop and all that is made from it
+ *     >>impl-id            {index, generation} ids for objects that others may outlive
+ *     >>impl-list          doubly linked lists through members; an empty link points to itself
+ *     >>impl-url           URLs, their options, percent-encoding
+ *     >>impl-message       nanopb messages: views, encoding into chunks, decoding
+ *     >>impl-frame         the 12 bytes before every message
+ *     >>impl-meta          what a message is about: brpc's RpcMeta
+ *     >>impl-sock          addresses and sockets; knows no loop
+ *     >>impl-resolver      host names to numeric addresses, on the caller's thread
+ *     >>impl-transport     how bytes get through a connected socket
+ *     >>impl-poller        epoll and poll behind four functions
+ *     >>impl-wake          a descriptor by which another thread ends a wait
+ *     >>impl-timer         hashed hierarchical timing wheel: O(1) to arm and cancel
+ *     >>impl-loop          who drives, who waits, what runs when
+ *     >>impl-conn          one connection: reading and parsing, queueing and sending
+ *     >>impl-registry      lists of providers, node names, what a backend offers
+ *     >>impl-zookeeper     the registry in ZooKeeper, with Dubbo's layout
+ *     >>impl-channel       the client: endpoints, calls, retries, results
+ *     >>impl-service       finding the method that a request names
+ *     >>impl-worker        a bounded queue and the threads that empty it
+ *     >>impl-server        listeners, requests, replies, stopping
+ *
+ * BUILD AND OPTIONS
+ *
+ * The file that defines CRPC_IMPLEMENTATION must include crpc.h first, or be compiled with
+ * -D_GNU_SOURCE. C99 or C++11 and later, gcc or clang, Linux with glibc or musl. nanopb 0.4.5 or newer,
+ * compiled with the options that this file sees; crpc_loop_open finds out if they differ (CRPC_EABI).
+ *
+ *     CRPC_ENABLE_EPOLL      1   0: poll(2) is the only poller
+ *     CRPC_ENABLE_THREADS    1   0: no locks; the whole program uses crpc from one thread
+ *     CRPC_ENABLE_CLIENT     1   0: no channels
+ *     CRPC_ENABLE_SERVER     1   0: no server
+ *     CRPC_ENABLE_ZOOKEEPER  1   0: no zookeeper://, no ZooKeeper client needed
+ *     CRPC_ZOOKEEPER_ST      0   1: libzookeeper_st instead of _mt (compile without -DTHREADED)
+ *     CRPC_STATIC                defined: all functions are static in the file that includes the
+ *                                implementation. It then needs hand-written tables in that file
+ *     CRPC_REALLOC, CRPC_FREE    the default allocator: define both or neither
+ *
+ * CONTRACTS
+ *
+ * Errors. Every fallible function returns CRPC_OK, which is 0, or another crpc_status. Out of memory
+ * is one of them. Output pointers are set to NULL on failure. A failed call explains itself in
+ * crpc_call.error: the text names service, method, attempt, address and cause, and says which side
+ * found it; `sent` says whether the request can have been executed.
+ *
+ * Completion. If an asynchronous call returns CRPC_OK, its callback runs exactly once, on the thread
+ * that drives the loop, never on the caller's stack (but perhaps before the call function has returned
+ * to its thread). If it returns an error, the callback never runs. Closing a channel ends pending
+ * calls with CRPC_ECANCELED.
+ *
+ * Callbacks. Any function may be called in any callback, including the close of the object that called
+ * back. Two cannot wait for themselves and say so: a synchronous call on the same loop (CRPC_EDEADLK),
+ * and crpc_server_close in one of the server's handlers.
+ *
+ * Threads. All functions may be called from any thread unless their comment says otherwise. An object
+ * must not be used while, or after, another thread closes it; that alone is the program's care.
+ *
+ * Ownership. What a function is given it borrows until it returns. What a callback is given is valid
+ * until it returns. A response's views, and reply_attachment, are valid until crpc_call_reset or the
+ * next use of the call. Options and URLs are copied, except hooks, interceptors, service tables and
+ * handlers, which must outlive the object.
+ *
+ * Process. No writable global data, no signal handler, no SIGPIPE, no thread that was not asked for
+ * (the ZooKeeper client has two of its own; an asynchronous call on a loop that nobody drives starts
+ * the loop's, see forbid_threads). Descriptors are close-on-exec. Only CLOCK_MONOTONIC is looked at.
+ * After fork the child must not use what the parent opened.
+ *
+ * Delivery. A call is executed at most once unless its method is idempotent (in the .proto:
+ * `option idempotency_level = IDEMPOTENT;`). Retries happen by themselves only when not a byte of the
+ * request was sent, when the server said it was stopping (CRPC_ELOGOFF), or, idempotent, when the
+ * connection was lost; each goes to a provider not tried yet. CRPC_OK means that the handler has
+ * finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES means that nobody knows.
+ *
+ * LOOPS AND THREADS
+ *
+ * A loop is driven by whoever runs it (crpc_loop_run, _step, _start), and where nobody does, by the
+ * threads that wait in synchronous calls: the first of them polls and reads for the others, and hands
+ * over when its own reply is there. So a synchronous call on a private loop costs one send, one wait
+ * and one receive and wakes no other thread. On a loop with a thread of its own each call is handed to
+ * that thread and back, some microseconds more: for synchronous work give channels no loop, or one
+ * that nobody runs. Callbacks run only where somebody owns the loop, is inside crpc_loop_step, or waits
+ * for a call by id; a synchronous caller never runs them, so that it can hold the program's locks.
+ *
+ * A program with a poll loop of its own asks crpc_loop_pollfds and crpc_loop_timeout before each
+ * wait, and calls crpc_loop_step(loop, 0) after it. It makes its first step before its first
+ * asynchronous call, or sets forbid_threads and does not care.
+ *
+ * MESSAGES
+ *
+ * A message is nanopb's struct. Strings and bytes are char arrays of a fixed size (max_size in the
+ * .options file) or, of any length, views:
+ *
+ *     *                            include:"crpc.h" callback_function:"crpc_view_field"
+ *     example.EchoRequest.message  callback_datatype:"crpc_view"
+ *     example.Names.list           callback_datatype:"crpc_views"
+ *
+ * A view to be sent points at bytes that stay until the call function returns, in a response until the
+ * reply is finished (crpc_context_alloc gives such memory). A received one points into the frame:
+ * nothing is copied. Types with views are cleared before they are decoded. Views do not work inside a
+ * oneof. Outside calls decode with crpc_message_decode; pb_encode encodes.
+ *
+ * Bulk data goes into the attachment: raw bytes behind the message that protobuf never sees.
+ *
+ * WIRE FORMAT
+ *
+ * baidu_std: "PRPC", body size, meta size (32 bits each, big-endian), RpcMeta, message, attachment.
+ *
+ *     RpcMeta field          sent by crpc                      received
+ *     request, response      one of them                       by role; missing response: success
+ *     compress_type          0                                 other than 0: CRPC_EREQUEST
+ *     correlation_id         always                            echoed; absent is 0
+ *     attachment_size        if there is one                   yes
+ *     chunk_info             no                                CRPC_EREQUEST
+ *     authentication_data    if a credential is set, always    crpc_context_credential
+ *     stream_settings        no                                CRPC_EREQUEST
+ *     user_fields            as asked                          yes
+ *     content_type           no                                other than 0: CRPC_EREQUEST
+ *     checksum_type          no                                other than 0: CRPC_EREQUEST
+ *     request: log_id, trace_id, span_id, parent_span_id, timeout_ms (always); request_id is not sent
+ *
+ * One connection per provider carries all calls of a loop, replies in any order; `inflight=1` is for
+ * peers that can answer only one at a time. A service is found by its full name ("package.Service") or
+ * its short one. An application's error code is any number but 0-199 and 1000-3999; the user_fields
+ * entry "crpc-app" marks it, peers that do not set it are told by that range.
+ *
+ * REGISTRY
+ *
+ * Providers register as Dubbo's do: an ephemeral node
+ *     /dubbo/package.Service/providers/<URL-encoded crpc://host:port/package.Service?...>
+ * for each service, and consumers watch that directory. The last list that had an entry stays in use
+ * while ZooKeeper is away, or answers with nothing. A session that expired, or that was cut off for
+ * longer than twice its timeout, is replaced and everything registered again. Calls never wait for
+ * ZooKeeper, except that opening waits registry_timeout_ms for the first answer. The ZooKeeper client is
+ * given numeric addresses only; names are resolved when a channel or a server opens. Its sockets are
+ * not close-on-exec: a program that execs closes them in the child.
+ *
+ * LIMITS AND TRUST
+ *
+ * Bytes from a connection are not trusted: sizes are checked before memory is taken, nothing read can
+ * reach an assertion, nanopb is used without its own allocation. What a peer can make a process hold:
+ * max_body for each connection, max_queued of replies, 4096 requests in service, max_bytes of buffers
+ * for a loop. There is neither encryption nor authentication in this version: keep to trusted networks,
+ * or tunnels. The ZooKeeper server is trusted: its C client aborts on some malformed answers.
+ *
+ *     limit                  default     when it is reached
+ *     timeout_ms             1000 ms     CRPC_ETIMEDOUT
+ *     max_body               64 MiB      request: CRPC_EREQUEST; reply: CRPC_ERESPONSE; skipped
+ *     channel max_queued     16 MiB      CRPC_EOVERCROWDED
+ *     server max_queued      4 MiB       the connection is not read until half is sent
+ *     max_connections        1024        new ones are closed
+ *     worker_queue           1024        CRPC_ELIMIT
+ *     max_results            1024        CRPC_ELIMIT
+ *     max_bytes              256 MiB     CRPC_ENOMEM, or the connection is closed
+ *     URL                    2047 bytes  CRPC_EINVAL
+ *
+ * PORTING
+ *
+ * Linux 2.6.27 and later (accept4, eventfd, epoll_create1). No 64-bit atomics, no unaligned access, no
+ * byte order assumed. With musl threads have small stacks: crpc's own use less than 32 KiB of the 256
+ * that they are given, handlers come on top.
+ *
+ * The licence stands at the end of the file.
+ */
+
 #if defined(CRPC_IMPLEMENTATION) && !defined(_GNU_SOURCE)
 #if defined(_FEATURES_H)
 #error "crpc: include crpc.h first in the file that defines CRPC_IMPLEMENTATION, or add -D_GNU_SOURCE"
@@ -5,10 +265,6 @@
 #define _GNU_SOURCE 1 /* accept4, pthread_setname_np */
 #endif
 
-/* crpc - remote procedure calls for embedded Linux, in one C header.
- *
- * >>manual (being written)
- */
 #ifndef CRPC_H_INCLUDED
 #define CRPC_H_INCLUDED
 
@@ -340,9 +596,9 @@ typedef struct crpc_loop_stats {
  * closed with crpc_loop_close. */
 CRPC_API CRPC_MUST_CHECK int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options);
 
-/* Stops and frees a loop: joins its own thread, runs what callbacks are still due, frees. Channels
- * and servers on it must have been closed (their close may have happened in a callback). Not inside
- * a callback of this loop. NULL is ignored. */
+/* Stops and frees a loop: ends whoever runs it, joins its own thread, runs what callbacks are still
+ * due, frees. Channels and servers on it must have been closed. Inside a callback of the loop it
+ * takes effect when the callback has returned. NULL is ignored. */
 CRPC_API void crpc_loop_close(crpc_loop *loop);
 
 /* Drives the loop on this thread until crpc_loop_stop. CRPC_EBUSY if another thread runs it,
@@ -1342,14 +1598,16 @@ CRPCI_FN crpci_chunk *crpci_heap_chunk(crpci_heap *h, size_t size)
     size_t total = k < CRPCI_CHUNK_CLASSES ? (size_t)CRPCI_CHUNK_MIN << k
                                            : size + sizeof(crpci_chunk);
     crpci_chunk *c = NULL;
+    bool fits;
     if (total < size)
         return NULL;
     crpci_thread_lock(&h->lock);
-    if (k < CRPCI_CHUNK_CLASSES && h->kept[k]) {
+    fits = !h->limit || h->chunk_bytes + (int64_t)total <= h->limit;
+    if (fits && k < CRPCI_CHUNK_CLASSES && h->kept[k]) {
         c = h->kept[k];
         h->kept[k] = c->next;
         h->kept_bytes -= (int64_t)total;
-    } else if (!h->limit || h->chunk_bytes + (int64_t)total <= h->limit) {
+    } else if (fits) {
         c = (crpci_chunk *)crpci_heap_resize_locked(h, NULL, 0, total);
     }
     if (c)
@@ -1660,7 +1918,7 @@ CRPCI_FN bool crpci_url_number(const char *text, int64_t max, int64_t *out)
     long long v;
     errno = 0;
     v = strtoll(text, &end, 10);
-    if (errno || end == text || *end || v < -1 || v > max)
+    if (errno || !((*text >= '0' && *text <= '9') || *text == '-') || *end || v < -1 || v > max)
         return false;
     *out = v;
     return true;
@@ -2564,7 +2822,7 @@ CRPCI_FN void crpci_sock_format(const crpci_addr *a, char *out, size_t size)
 {
     char host[INET6_ADDRSTRLEN] = "?";
     if (a->u.any.sa_family == AF_UNIX)
-        snprintf(out, size, "unix:%s",
+        snprintf(out, size, "unix:%.*s", CRPC_ADDRESS_MAX - 6,
                  a->len > offsetof(struct sockaddr_un, sun_path) ? a->u.un.sun_path : "");
     else if (a->u.any.sa_family == AF_INET6)
         snprintf(out, size, "[%s]:%u",
@@ -3253,6 +3511,7 @@ struct crpc_loop {
     bool step_user; /* the present step runs user code */
     bool owner_waiting;
     bool has_thread;
+    bool joining;  /* crpc_loop_close waits for the own thread, or for who else owns it */
     bool disposed; /* whoever drives last lets go of it */
     int64_t wake_at;
     int64_t last_step;
@@ -3480,232 +3739,6 @@ CRPCI_FN void crpci_loop_on_wake(crpc_loop *l, crpci_watch *w, unsigned events)
     l->kicked = false;
 }
 
-/* How long the poller may wait, in microseconds; negative: no limit. */
-CRPCI_FN int64_t crpci_loop_patience(crpc_loop *l, int64_t until, bool user)
-{
-    int64_t at = crpci_timer_next_us(&l->timers), now;
-    at = crpci_base_min64(at, until);
-    l->wake_at = at;
-    if ((user && !crpci_list_empty(&l->ready)) || !crpci_list_empty(&l->resume) ||
-        !crpci_list_empty(&l->dirty) || (l->owned && crpci_thread_load(&l->stop)))
-        return 0;
-    if (at == INT64_MAX)
-        return -1;
-    now = crpci_loop_now(l);
-    return at > now ? at - now : 0;
-}
-
-/* P5: one step. `until` (INT64_MAX: none) bounds the wait; `user` allows user code. Flushing goes once
- * over the dirty connections without the lock; one that others dirtied meanwhile keeps the step from
- * sleeping, which is as good as flushing under the lock and blocks nobody. */
-CRPCI_FN void crpci_loop_step(crpc_loop *l, int64_t until, bool user)
-{
-    crpci_poller_event events[CRPCI_POLLER_BATCH];
-    int64_t patience;
-    int n, i;
-    l->step_user = user;
-    crpci_loop_run_timers(l);
-    crpci_loop_run_list(l, &l->resume);
-    if (user)
-        crpci_loop_run_ready(l);
-    crpci_loop_run_list(l, &l->dirty);
-    patience = crpci_loop_patience(l, until, user);
-    if (crpci_poller_prepare(&l->poller, l->heap))
-        patience = crpci_base_min64(patience < 0 ? 1000 : patience, 1000);
-    l->stats.waits++;
-    l->sleeping = true;
-    crpci_loop_unlock(l);
-    n = crpci_poller_wait(&l->poller, patience, events);
-    crpci_loop_lock(l);
-    l->sleeping = false;
-    for (i = 0; i < n; i++) {
-        crpci_watch *w = (crpci_watch *)crpci_id_get(&l->watches, events[i].id);
-        if (w)
-            w->fn(l, w, events[i].events);
-    }
-    if (user)
-        crpci_loop_run_ready(l);
-    crpci_loop_run_list(l, &l->dirty);
-    l->last_step = crpci_loop_now(l);
-}
-
-/* P4: the driver's way out. */
-CRPCI_FN void crpci_loop_leave(crpc_loop *l)
-{
-    while (!crpci_list_empty(&l->dirty))
-        crpci_loop_run_list(l, &l->dirty);
-    l->driver = false;
-    if (l->owner_waiting) {
-        crpci_thread_signal(&l->owner_cond);
-    } else if (!crpci_list_empty(&l->followers)) {
-        crpci_waiter *w = CRPCI_CONTAINER(l->followers.next, crpci_waiter, link);
-        crpci_list_remove(&w->link);
-        w->queued = false;
-        w->promoted = true;
-        l->driver = true;
-        l->stats.promotions++;
-        crpci_thread_signal(&w->cond);
-    } else if (!crpci_list_empty(&l->ready)) {
-        crpci_loop_kick(l);
-    }
-}
-
-/* Marks what a waiter waits for as done, under the lock: it lives on a stack. */
-CRPCI_FN void crpci_loop_done(crpc_loop *l, crpci_waiter *w)
-{
-    w->done = true;
-    if (w->queued)
-        crpci_thread_signal(&w->cond);
-    else if (w->driving)
-        crpci_loop_kick(l);
-}
-
-CRPCI_FN void crpci_loop_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
-{
-    int64_t us = until == INT64_MAX ? -1 : until - crpci_loop_now(l);
-    if (crpci_thread_cond_init(&w->cond)) {
-        w->done = true; /* no condition variable: give up the wait rather than spin */
-        return;
-    }
-    w->queued = true;
-    crpci_list_append(&l->followers, &w->link);
-    crpci_thread_wait(&w->cond, &l->lock, until != INT64_MAX && us < 0 ? 0 : us);
-    if (w->queued)
-        crpci_list_remove(&w->link);
-    w->queued = false;
-    crpci_thread_cond_free(&w->cond);
-    if (w->promoted) {
-        w->promoted = false;
-        w->driving = true; /* the driver flag stayed set for this thread */
-    }
-}
-
-/* P3: waits, locked, until w->done or the time; drives the loop if nobody does. `user`: as the driver
- * run callbacks too (P8: a synchronous call never does). */
-CRPCI_FN void crpci_loop_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool user)
-{
-    while (!w->done && (until == INT64_MAX || crpci_loop_now(l) < until)) {
-        if (!w->driving && !l->driver && !l->owned && !l->owner_waiting)
-            l->driver = w->driving = true;
-        if (w->driving)
-            crpci_loop_step(l, until, user);
-        else
-            crpci_loop_follow(l, w, until);
-        if (w->driving && l->owner_waiting) {
-            w->driving = false;
-            crpci_loop_leave(l);
-        }
-    }
-    if (w->driving) {
-        w->driving = false;
-        if (CRPCI_RULE_P4 || !w->done)
-            crpci_loop_leave(l);
-    }
-}
-
-/* P10: a FIN that came while nobody drove is seen before a request is sent into it. */
-CRPCI_FN void crpci_loop_catch_up(crpc_loop *l)
-{
-    if (l->driver || l->owned || l->owner_waiting ||
-        crpci_loop_now(l) - l->last_step < 10000)
-        return;
-    l->driver = true;
-    crpci_loop_step(l, 0, false);
-    crpci_loop_leave(l);
-}
-
-/* P2: whether the caller of a function that queued output should send it itself. */
-CRPCI_FN bool crpci_loop_may_send(const crpc_loop *l)
-{
-    return !l->driver || l->sleeping || (l->in_user && !crpci_thread_is_self(l->user_thread));
-}
-
-/* Becomes the owner, waiting for a driving caller to leave. Locked. */
-CRPCI_FN int crpci_loop_own(crpc_loop *l)
-{
-    if (crpci_loop_in_callback(l))
-        return CRPC_EDEADLK;
-    if (l->owned || l->owner_waiting)
-        return CRPC_EBUSY;
-    l->owner_waiting = true;
-    while (l->driver) {
-        crpci_loop_kick(l);
-        crpci_thread_wait(&l->owner_cond, &l->lock, -1);
-    }
-    l->owner_waiting = false;
-    l->driver = l->owned = true;
-    return CRPC_OK;
-}
-
-/* Ends ownership and, if the loop was disposed of in a callback, lets go of it: unlocks. */
-CRPCI_FN void crpci_loop_disown(crpc_loop *l)
-{
-    bool disposed = l->disposed;
-    l->owned = false;
-    l->disposed = false;
-    crpci_loop_leave(l);
-    crpci_loop_unlock(l);
-    if (disposed)
-        crpci_loop_release(l);
-}
-
-/* Steps as the owner until stopped, and until no callback is due any more. */
-CRPCI_FN void crpci_loop_drive(crpc_loop *l)
-{
-    while (!crpci_thread_load(&l->stop))
-        crpci_loop_step(l, INT64_MAX, true);
-    crpci_thread_store(&l->stop, 0);
-}
-
-#if CRPC_ENABLE_THREADS
-CRPCI_FN void *crpci_loop_thread(void *arg)
-{
-    crpc_loop *l = (crpc_loop *)arg;
-    crpci_thread_name(l->thread_name);
-    crpci_loop_lock(l);
-    /* Ownership was taken by the starter, on this thread's behalf. */
-    while (l->driver)
-        crpci_thread_wait(&l->owner_cond, &l->lock, -1);
-    l->owner_waiting = false;
-    l->driver = l->owned = true;
-    crpci_loop_drive(l);
-    if (l->disposed)
-        pthread_detach(pthread_self());
-    crpci_loop_disown(l);
-    return NULL;
-}
-#endif
-
-/* Starts the loop's own thread. Locked. */
-CRPCI_FN int crpci_loop_start_thread(crpc_loop *l)
-{
-#if CRPC_ENABLE_THREADS
-    int err;
-    if (l->owned || l->owner_waiting || l->has_thread)
-        return CRPC_EBUSY;
-    l->owner_waiting = true; /* the thread becomes the owner as soon as it runs */
-    err = crpci_thread_start(&l->thread, (size_t)l->stack_size, crpci_loop_thread, l);
-    if (err) {
-        l->owner_waiting = false;
-        return err;
-    }
-    l->has_thread = true;
-    crpci_loop_kick(l);
-    return CRPC_OK;
-#else
-    (void)l;
-    return CRPC_EUNSUPPORTED;
-#endif
-}
-
-/* P8: an asynchronous call needs somebody who will run its callback. Locked. */
-CRPCI_FN int crpci_loop_need_owner(crpc_loop *l)
-{
-    if (l->owned || l->foreign || l->owner_waiting || l->has_thread)
-        return CRPC_OK;
-    return l->forbid_threads ? CRPC_EINVAL : crpci_loop_start_thread(l);
-}
-
 /* --- what the program has on the loop: posts, timers, descriptors ------------------------------ */
 
 typedef enum crpci_loop_kind { CRPCI_LOOP_POST, CRPCI_LOOP_TIMER, CRPCI_LOOP_WATCH } crpci_loop_kind;
@@ -3811,6 +3844,250 @@ CRPCI_FN crpci_loop_user *crpci_loop_user_new(crpc_loop *l, crpci_loop_kind kind
     return u;
 }
 
+/* --- driving ---------------------------------------------------------------------------------- */
+
+/* How long the poller may wait, in microseconds; negative: no limit. */
+CRPCI_FN int64_t crpci_loop_patience(crpc_loop *l, int64_t until, bool user)
+{
+    int64_t at = crpci_timer_next_us(&l->timers), now;
+    at = crpci_base_min64(at, until);
+    l->wake_at = at;
+    if ((user && !crpci_list_empty(&l->ready)) || !crpci_list_empty(&l->resume) ||
+        !crpci_list_empty(&l->dirty) || (l->owned && crpci_thread_load(&l->stop)))
+        return 0;
+    if (at == INT64_MAX)
+        return -1;
+    now = crpci_loop_now(l);
+    return at > now ? at - now : 0;
+}
+
+/* P5: one step. `until` (INT64_MAX: none) bounds the wait; `user` allows user code. Flushing goes once
+ * over the dirty connections without the lock; one that others dirtied meanwhile keeps the step from
+ * sleeping, which is as good as flushing under the lock and blocks nobody. */
+CRPCI_FN void crpci_loop_step(crpc_loop *l, int64_t until, bool user)
+{
+    crpci_poller_event events[CRPCI_POLLER_BATCH];
+    int64_t patience;
+    int n, i;
+    l->step_user = user;
+    crpci_loop_run_timers(l);
+    crpci_loop_run_list(l, &l->resume);
+    if (user)
+        crpci_loop_run_ready(l);
+    crpci_loop_run_list(l, &l->dirty);
+    patience = crpci_loop_patience(l, until, user);
+    if (crpci_poller_prepare(&l->poller, l->heap))
+        patience = crpci_base_min64(patience < 0 ? 1000 : patience, 1000);
+    l->stats.waits++;
+    l->sleeping = true;
+    crpci_loop_unlock(l);
+    n = crpci_poller_wait(&l->poller, patience, events);
+    crpci_loop_lock(l);
+    l->sleeping = false;
+    for (i = 0; i < n; i++) {
+        crpci_watch *w = (crpci_watch *)crpci_id_get(&l->watches, events[i].id);
+        if (w)
+            w->fn(l, w, events[i].events);
+    }
+    if (user)
+        crpci_loop_run_ready(l);
+    crpci_loop_run_list(l, &l->dirty);
+    l->last_step = crpci_loop_now(l);
+}
+
+/* P4: the driver's way out. */
+CRPCI_FN void crpci_loop_leave(crpc_loop *l)
+{
+    while (!crpci_list_empty(&l->dirty))
+        crpci_loop_run_list(l, &l->dirty);
+    l->driver = false;
+    if (l->owner_waiting || l->joining) {
+        crpci_thread_broadcast(&l->owner_cond);
+    } else if (!crpci_list_empty(&l->followers)) {
+        crpci_waiter *w = CRPCI_CONTAINER(l->followers.next, crpci_waiter, link);
+        crpci_list_remove(&w->link);
+        w->queued = false;
+        w->promoted = true;
+        l->driver = true;
+        l->stats.promotions++;
+        crpci_thread_signal(&w->cond);
+    } else if (!crpci_list_empty(&l->ready)) {
+        crpci_loop_kick(l);
+    }
+}
+
+/* Marks what a waiter waits for as done, under the lock: it lives on a stack. */
+CRPCI_FN void crpci_loop_done(crpc_loop *l, crpci_waiter *w)
+{
+    w->done = true;
+    if (w->queued)
+        crpci_thread_signal(&w->cond);
+    else if (w->driving)
+        crpci_loop_kick(l);
+}
+
+CRPCI_FN void crpci_loop_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
+{
+    int64_t us = until == INT64_MAX ? -1 : until - crpci_loop_now(l);
+    if (crpci_thread_cond_init(&w->cond)) {
+        w->done = true; /* no condition variable: give up the wait rather than spin */
+        return;
+    }
+    w->queued = true;
+    crpci_list_append(&l->followers, &w->link);
+    crpci_thread_wait(&w->cond, &l->lock, until != INT64_MAX && us < 0 ? 0 : us);
+    if (w->queued)
+        crpci_list_remove(&w->link);
+    w->queued = false;
+    crpci_thread_cond_free(&w->cond);
+    if (w->promoted) {
+        w->promoted = false;
+        w->driving = true; /* the driver flag stayed set for this thread */
+    }
+}
+
+/* P3: waits, locked, until w->done or the time; drives the loop if nobody does. `user`: as the driver
+ * run callbacks too (P8: a synchronous call never does). */
+CRPCI_FN void crpci_loop_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool user)
+{
+    while (!w->done && (until == INT64_MAX || crpci_loop_now(l) < until)) {
+        if (!w->driving && !l->driver && !l->owned && !l->owner_waiting)
+            l->driver = w->driving = true;
+        if (w->driving)
+            crpci_loop_step(l, until, user);
+        else
+            crpci_loop_follow(l, w, until);
+        if (w->driving && l->owner_waiting) {
+            w->driving = false;
+            crpci_loop_leave(l);
+        }
+    }
+    if (w->driving) {
+        w->driving = false;
+        if (CRPCI_RULE_P4 || !w->done)
+            crpci_loop_leave(l);
+    }
+}
+
+/* P10: a FIN that came while nobody drove is seen before a request is sent into it. */
+CRPCI_FN void crpci_loop_catch_up(crpc_loop *l)
+{
+    if (l->driver || l->owned || l->owner_waiting ||
+        crpci_loop_now(l) - l->last_step < 10000)
+        return;
+    l->driver = true;
+    crpci_loop_step(l, 0, false);
+    crpci_loop_leave(l);
+}
+
+/* P2: whether the caller of a function that queued output should send it itself. */
+CRPCI_FN bool crpci_loop_may_send(const crpc_loop *l)
+{
+    return !l->driver || l->sleeping || (l->in_user && !crpci_thread_is_self(l->user_thread));
+}
+
+/* Becomes the owner, waiting for a driving caller to leave. Locked. */
+CRPCI_FN int crpci_loop_own(crpc_loop *l)
+{
+    if (crpci_loop_in_callback(l))
+        return CRPC_EDEADLK;
+    if (l->owned || l->owner_waiting)
+        return CRPC_EBUSY;
+    l->owner_waiting = true;
+    while (l->driver) {
+        crpci_loop_kick(l);
+        crpci_thread_wait(&l->owner_cond, &l->lock, -1);
+    }
+    l->owner_waiting = false;
+    l->driver = l->owned = true;
+    return CRPC_OK;
+}
+
+/* Runs the callbacks that are due, and forgets what the program has on the loop. */
+CRPCI_COLD void crpci_loop_finish(crpc_loop *l)
+{
+    int rounds = 1000; /* callbacks may queue callbacks; not for ever */
+    while (!crpci_list_empty(&l->ready) && rounds--)
+        crpci_loop_run_ready(l);
+    crpci_loop_user_free(l);
+}
+
+/* Ends ownership and, if the loop was disposed of in a callback, lets go of it: unlocks. */
+CRPCI_FN void crpci_loop_disown(crpc_loop *l)
+{
+    bool disposed = l->disposed;
+    if (disposed)
+        crpci_loop_finish(l);
+    l->owned = false;
+    l->disposed = false;
+    crpci_loop_leave(l);
+    crpci_loop_unlock(l);
+    if (disposed)
+        crpci_loop_release(l);
+}
+
+/* Steps as the owner until stopped, and until no callback is due any more. */
+CRPCI_FN void crpci_loop_drive(crpc_loop *l)
+{
+    while (!crpci_thread_load(&l->stop))
+        crpci_loop_step(l, INT64_MAX, true);
+    crpci_thread_store(&l->stop, 0);
+}
+
+#if CRPC_ENABLE_THREADS
+CRPCI_FN void *crpci_loop_thread(void *arg)
+{
+    crpc_loop *l = (crpc_loop *)arg;
+    crpci_thread_name(l->thread_name);
+    crpci_loop_lock(l);
+    /* Ownership was taken by the starter, on this thread's behalf. */
+    while (l->driver)
+        crpci_thread_wait(&l->owner_cond, &l->lock, -1);
+    l->owner_waiting = false;
+    l->driver = l->owned = true;
+    crpci_loop_drive(l);
+    if (!l->joining) { /* stopped, or disposed of in a callback: nobody waits for this thread */
+        pthread_detach(pthread_self());
+        l->has_thread = false;
+    }
+    crpci_loop_disown(l);
+    crpci_loop_release(l);
+    return NULL;
+}
+#endif
+
+/* Starts the loop's own thread. Locked. */
+CRPCI_FN int crpci_loop_start_thread(crpc_loop *l)
+{
+#if CRPC_ENABLE_THREADS
+    int err;
+    if (l->owned || l->owner_waiting || l->has_thread)
+        return CRPC_EBUSY;
+    l->owner_waiting = true; /* the thread becomes the owner as soon as it runs */
+    crpci_loop_hold(l);      /* and keeps the loop until it ends */
+    err = crpci_thread_start(&l->thread, (size_t)l->stack_size, crpci_loop_thread, l);
+    if (err) {
+        l->owner_waiting = false;
+        crpci_loop_release(l);
+        return err;
+    }
+    l->has_thread = true;
+    crpci_loop_kick(l);
+    return CRPC_OK;
+#else
+    (void)l;
+    return CRPC_EUNSUPPORTED;
+#endif
+}
+
+/* P8: an asynchronous call needs somebody who will run its callback. Locked. */
+CRPCI_FN int crpci_loop_need_owner(crpc_loop *l)
+{
+    if (l->owned || l->foreign || l->owner_waiting || l->has_thread)
+        return CRPC_OK;
+    return l->forbid_threads ? CRPC_EINVAL : crpci_loop_start_thread(l);
+}
+
 /* --- public ----------------------------------------------------------------------------------- */
 
 CRPCI_FN void crpci_loop_options_set(crpc_loop *l, const crpc_loop_options *o)
@@ -3881,8 +4158,6 @@ CRPCI_FN void crpci_loop_dispose(crpc_loop *l)
 
 CRPC_API void crpc_loop_close(crpc_loop *l)
 {
-    bool joined = false;
-    crpci_thread thread;
     if (!l)
         return;
     crpci_loop_lock(l);
@@ -3891,26 +4166,22 @@ CRPC_API void crpc_loop_close(crpc_loop *l)
         crpci_loop_unlock(l);
         return;
     }
-    memset(&thread, 0, sizeof thread);
-    if (l->has_thread) {
-        thread = l->thread;
-        joined = true;
+    l->joining = true;
+    while (l->owned || l->owner_waiting) { /* its own thread, or who else runs it */
         crpci_thread_store(&l->stop, 1);
         crpci_wake_kick(&l->wake);
+        crpci_thread_wait(&l->owner_cond, &l->lock, 100000);
     }
-    crpci_loop_unlock(l);
 #if CRPC_ENABLE_THREADS
-    if (joined)
-        crpci_thread_join(thread);
+    if (l->has_thread) {
+        crpci_loop_unlock(l);
+        crpci_thread_join(l->thread);
+        crpci_loop_lock(l);
+        l->has_thread = false;
+    }
 #endif
-    (void)joined;
-    crpci_loop_lock(l);
-    l->has_thread = false;
     if (crpci_loop_own(l) == CRPC_OK) {
-        int rounds = 1000; /* callbacks may queue callbacks; not for ever */
-        while (!crpci_list_empty(&l->ready) && rounds--)
-            crpci_loop_run_ready(l);
-        crpci_loop_user_free(l);
+        crpci_loop_finish(l);
         l->owned = false;
         crpci_loop_leave(l);
     }
@@ -4835,19 +5106,2634 @@ typedef struct crpci_origin {
     int64_t span_id;
 } crpci_origin;
 
-typedef struct crpci_provider { char address[CRPC_ADDRESS_MAX]; int weight; } crpci_provider;
-typedef struct crpci_snapshot { uint32_t refs; crpci_heap *heap; size_t size; size_t count; crpci_provider *providers; } crpci_snapshot;
-CRPCI_FN crpci_snapshot *crpci_registry_snapshot(crpci_heap *h, size_t count) { crpci_snapshot *s=(crpci_snapshot*)crpci_heap_alloc(h, sizeof *s + count*sizeof(crpci_provider)); if(!s) return NULL; s->refs=1; s->heap=h; s->size=sizeof *s + count*sizeof(crpci_provider); s->count=count; s->providers=(crpci_provider*)(void*)(s+1); return s; }
-CRPCI_FN void crpci_registry_snapshot_unref(crpci_snapshot *s) { if (s && crpci_thread_unref(&s->refs)) crpci_heap_free(s->heap, s, s->size); }
+/* ======================================================================== */
+/* >>impl-registry   lists of providers, node names, what a backend offers   */
+/* ======================================================================== */
+
+#define CRPCI_REGISTRY_WEIGHT 100 /* of a provider that does not tell */
+
+/* An instance that offers a service. */
+typedef struct crpci_provider {
+    char address[CRPC_ADDRESS_MAX]; /* numeric: "10.0.0.1:8000", "[::1]:8000" */
+    int weight;                     /* its share of the calls; 0: none */
+    int64_t timestamp_ms;           /* wall clock when it registered; 0: not told */
+} crpci_provider;
+
+/* All providers of a service at one time, sorted by address, each address once. Never changes once
+ * it was handed out, so that readers need no lock. */
+typedef struct crpci_snapshot {
+    uint32_t refs;
+    crpci_heap *heap;
+    size_t size; /* of the block */
+    size_t count;
+    crpci_provider *providers;
+} crpci_snapshot;
+
+/* One block with room for `count` zeroed providers and one reference; NULL when out of memory. */
+CRPCI_FN crpci_snapshot *crpci_registry_snapshot(crpci_heap *h, size_t count)
+{
+    const size_t head = (sizeof(crpci_snapshot) + 15) & ~(size_t)15;
+    crpci_snapshot *s;
+    size_t size;
+    if (count > (SIZE_MAX / 2 - head) / sizeof(crpci_provider))
+        return NULL;
+    size = head + count * sizeof(crpci_provider);
+    s = (crpci_snapshot *)crpci_heap_alloc(h, size);
+    if (!s)
+        return NULL;
+    crpci_heap_ref(h);
+    s->refs = 1;
+    s->heap = h;
+    s->size = size;
+    s->count = count;
+    s->providers = (crpci_provider *)(void *)((char *)s + head);
+    return s;
+}
+
+CRPCI_FN void crpci_registry_snapshot_ref(crpci_snapshot *s)
+{
+    crpci_thread_ref(&s->refs);
+}
+
+/* NULL is ignored. */
+CRPCI_FN void crpci_registry_snapshot_unref(crpci_snapshot *s)
+{
+    crpci_heap *h;
+    if (!s || !crpci_thread_unref(&s->refs))
+        return;
+    h = s->heap;
+    crpci_heap_free(h, s, s->size);
+    crpci_heap_unref(h);
+}
+
+CRPCI_FN bool crpci_registry_snapshot_equal(const crpci_snapshot *a, const crpci_snapshot *b)
+{
+    size_t i;
+    if (a->count != b->count)
+        return false;
+    for (i = 0; i < a->count; i++) {
+        const crpci_provider *p = &a->providers[i], *q = &b->providers[i];
+        if (strcmp(p->address, q->address) != 0 || p->weight != q->weight ||
+            p->timestamp_ms != q->timestamp_ms)
+            return false;
+    }
+    return true;
+}
+
+/* --- what a backend offers ----------------------------------------------------------------------
+ */
+
+/* A new list. On any thread, no lock held; the list is borrowed. */
 typedef void (*crpci_registry_push_fn)(void *user, crpci_snapshot *list);
+
+/* A registration got through (CRPC_OK) or a try failed; tries go on. On any thread, no lock held.
+ */
 typedef void (*crpci_registry_status_fn)(void *user, int status, const char *text);
-typedef struct crpci_registration { const char *service, *address, *group, *version, *application, *methods; int weight; } crpci_registration;
-typedef struct crpci_registry_options { int session_timeout_ms; const char *credential; } crpci_registry_options;
+
+/* What to register. NULL stands for "". Copied. */
+typedef struct crpci_registration {
+    const char *service;
+    const char
+        *address; /* "host:port", host numeric; ":port": the address that reaches the registry */
+    const char *group;
+    const char *version;
+    const char *application;
+    const char *methods; /* "Login,Register" */
+    int weight;
+} crpci_registration;
+
+typedef struct crpci_registry_options {
+    int session_timeout_ms;
+    const char *credential; /* NULL: none */
+} crpci_registry_options;
+
 typedef struct crpci_registry crpci_registry;
-typedef struct crpci_registry_ops { size_t size; unsigned version; int (*enroll)(crpci_registry*, const crpci_registration*, crpci_registry_status_fn, void*, void**); void (*withdraw)(crpci_registry*, void*); int (*subscribe)(crpci_registry*, const char*, const char*, const char*, crpci_registry_push_fn, void*, void**); void (*unsubscribe)(crpci_registry*, void*); void (*close)(crpci_registry*);} crpci_registry_ops;
-struct crpci_registry { const crpci_registry_ops *ops; };
-CRPCI_FN int crpci_registry_open(crpc_loop *l, crpci_url *u, const crpci_registry_options *o, crpci_registry **out, crpc_error *e) { (void)l;(void)o; *out=NULL; return crpci_status_set(e, CRPC_EUNSUPPORTED, "%s", u->scheme);}
-CRPCI_FN void crpci_registry_close(crpci_registry *r) { (void)r; }
+
+/* The functions of a backend. None waits for the network; all are called without the loop's lock,
+ * on any thread, in callbacks too. After `withdraw` or `unsubscribe` has returned, the callback
+ * does not run any more: it is waited for, unless it is this thread that is inside it. `close` ends
+ * what is still registered and subscribed through the handle. */
+typedef struct crpci_registry_ops {
+    size_t size; /* of this struct, and its version: for backends compiled elsewhere */
+    unsigned version;
+    int (*enroll)(crpci_registry *r, const crpci_registration *what,
+                  crpci_registry_status_fn status, void *user, void **handle);
+    void (*withdraw)(crpci_registry *r, void *handle);
+    int (*subscribe)(crpci_registry *r, const char *service, const char *group, const char *version,
+                     crpci_registry_push_fn push, void *user, void **handle);
+    void (*unsubscribe)(crpci_registry *r, void *handle);
+    void (*close)(crpci_registry *r);
+} crpci_registry_ops;
+
+#define CRPCI_REGISTRY_OPS_VERSION 1u
+
+/* An open registry; a backend's own struct begins with it. */
+struct crpci_registry {
+    const crpci_registry_ops *ops;
+};
+
+/* NULL is ignored. */
+CRPCI_FN void crpci_registry_close(crpci_registry *r)
+{
+    if (r)
+        r->ops->close(r);
+}
+
+/* Cuts the service, the last part, off the path of a channel's URL; "" if there is none. */
+CRPCI_FN char *crpci_registry_split(crpci_url *url)
+{
+    char *slash = strrchr(url->path, '/'), *service = url->path;
+    if (slash) {
+        *slash = '\0';
+        return slash + 1;
+    }
+    url->path += strlen(url->path);
+    return service;
+}
+
+/* --- node names: Dubbo's URLs -------------------------------------------------------------------
+ */
+
+/* Text that is measured when it does not fit, as with snprintf. */
+typedef struct crpci_registry_text {
+    char *out;
+    size_t size;
+    size_t len;
+} crpci_registry_text;
+
+CRPCI_FN void crpci_registry_put(crpci_registry_text *t, const char *text)
+{
+    for (; *text; text++, t->len++) {
+        if (t->len + 1 < t->size)
+            t->out[t->len] = *text;
+    }
+    if (t->size)
+        t->out[t->len < t->size ? t->len : t->size - 1] = '\0';
+}
+
+/* `before`, then the value with what would end it encoded, or nothing at all if it is empty. Dubbo
+ * puts values as they are; none of these characters is in one that Dubbo could read back. */
+CRPCI_FN void crpci_registry_put_value(crpci_registry_text *t, const char *before,
+                                       const char *value)
+{
+    if (!value || !*value)
+        return;
+    crpci_registry_put(t, before);
+    for (; *value; value++) {
+        static const char digits[] = "0123456789ABCDEF";
+        unsigned char c = (unsigned char)*value;
+        char text[4];
+        text[0] = (char)c;
+        text[1] = text[2] = text[3] = '\0';
+        if (c <= ' ' || c == 0x7f || strchr("%&=#+?", c)) {
+            text[0] = '%';
+            text[1] = digits[c >> 4];
+            text[2] = digits[c & 15];
+        }
+        crpci_registry_put(t, text);
+    }
+}
+
+/* Writes a provider's URL; parameters in alphabetical order, as Dubbo does. Returns the length that
+ * was needed. */
+CRPCI_FN size_t crpci_registry_url(char *out, size_t size, const crpci_registration *r,
+                                   const char *address, int64_t timestamp_ms, long pid)
+{
+    crpci_registry_text t;
+    char number[24];
+    t.out = out;
+    t.size = size;
+    t.len = 0;
+    crpci_registry_put(&t, "crpc://");
+    crpci_registry_put(&t, address);
+    crpci_registry_put_value(&t, "/", r->service);
+    crpci_registry_put_value(
+        &t, "?application=", r->application && *r->application ? r->application : "crpc");
+    crpci_registry_put(&t, "&category=providers&dynamic=true&enabled=true");
+    crpci_registry_put_value(&t, "&group=", r->group);
+    crpci_registry_put_value(&t, "&interface=", r->service);
+    crpci_registry_put_value(&t, "&methods=", r->methods);
+    snprintf(number, sizeof number, "%ld", pid);
+    crpci_registry_put_value(&t, "&pid=", number);
+    snprintf(number, sizeof number, "%lld", (long long)timestamp_ms);
+    crpci_registry_put_value(&t, "&side=provider&timestamp=", number);
+    crpci_registry_put_value(&t, "&version=", r->version);
+    snprintf(number, sizeof number, "%d", r->weight < 0 ? 0 : r->weight);
+    crpci_registry_put_value(&t, "&weight=", number);
+    return t.len;
+}
+
+/* What the name of a node says. The texts point into the name. */
+typedef struct crpci_registry_node {
+    const char *scheme;
+    char address[CRPC_ADDRESS_MAX]; /* in its one canonical form: equal if it is the same */
+    const char *service;
+    const char *group;
+    const char *version;
+    bool enabled;
+    int weight;
+    int64_t timestamp_ms;
+} crpci_registry_node;
+
+CRPCI_FN void crpci_registry_param(crpci_registry_node *n, const char *key, const char *value)
+{
+    int64_t number;
+    if (strcmp(key, "group") == 0)
+        n->group = value;
+    else if (strcmp(key, "version") == 0)
+        n->version = value;
+    else if (strcmp(key, "interface") == 0)
+        n->service = value;
+    else if (strcmp(key, "enabled") == 0)
+        n->enabled = n->enabled && strcmp(value, "false") != 0;
+    else if (strcmp(key, "disabled") == 0)
+        n->enabled = n->enabled && strcmp(value, "true") != 0;
+    else if (strcmp(key, "weight") == 0 && crpci_url_number(value, 1000000, &number))
+        n->weight = number < 0 ? 0 : (int)number;
+    else if (strcmp(key, "timestamp") == 0 && crpci_url_number(value, INT64_MAX, &number))
+        n->timestamp_ms = number < 0 ? 0 : number;
+}
+
+/* Reads the name of a node, in place. False: it is not a provider's URL with a numeric address. */
+CRPCI_FN bool crpci_registry_parse(crpci_registry_node *n, char *name)
+{
+    char *address, *path, *query, *next, *user;
+    crpci_addr a;
+    memset(n, 0, sizeof *n);
+    n->scheme = name;
+    n->service = n->group = n->version = "";
+    n->enabled = true;
+    n->weight = CRPCI_REGISTRY_WEIGHT;
+    if (!crpci_url_decode(name) || (address = strstr(name, "://")) == NULL || address == name)
+        return false;
+    *address = '\0';
+    address += 3;
+    query = strchr(address, '?');
+    if (query)
+        *query++ = '\0';
+    path = strchr(address, '/');
+    if (path) {
+        *path = '\0';
+        n->service = path + 1;
+    }
+    user = strrchr(address, '@'); /* user:password, which crpc has no use for */
+    if (user)
+        address = user + 1;
+    if (!crpci_sock_parse(&a, address) || a.u.any.sa_family == AF_UNIX ||
+        (a.u.any.sa_family == AF_INET ? a.u.in4.sin_port : a.u.in6.sin6_port) == 0)
+        return false;
+    crpci_sock_format(&a, n->address, sizeof n->address);
+    for (; query && *query; query = next) {
+        char *value;
+        next = strchr(query, '&');
+        if (next)
+            *next++ = '\0';
+        value = strchr(query, '=');
+        if (!value)
+            continue;
+        *value++ = '\0';
+        if (!crpci_url_decode(value))
+            return false;
+        crpci_registry_param(n, query, value);
+    }
+    return true;
+}
+
+/* Whether what a consumer wants ("" or NULL: the plain one, "*": any, or a list "a,b") is what a
+ * provider has. */
+CRPCI_FN bool crpci_registry_match(const char *want, const char *have)
+{
+    size_t n = strlen(have);
+    want = want ? want : "";
+    if (strcmp(want, "*") == 0 || strcmp(want, have) == 0)
+        return true;
+    while (n && want) {
+        if (strncmp(want, have, n) == 0 && (want[n] == ',' || want[n] == '\0'))
+            return true;
+        want = strchr(want, ',');
+        want = want ? want + 1 : NULL;
+    }
+    return false;
+}
+
+/* The providers that a consumer takes from a directory. */
+typedef struct crpci_registry_query {
+    const char *service;
+    const char *group;
+    const char *version;
+} crpci_registry_query;
+
+CRPCI_FN bool crpci_registry_takes(const crpci_registry_query *q, const crpci_registry_node *n)
+{
+    if (strcmp(n->scheme, "crpc") != 0 && strcmp(n->scheme, "brpc") != 0 &&
+        strcmp(n->scheme, "baidu_std") != 0)
+        return false;
+    return n->enabled && (!*n->service || strcmp(n->service, q->service) == 0) &&
+           crpci_registry_match(q->group, n->group) && crpci_registry_match(q->version, n->version);
+}
+
+/* By address; of one address the newest first. */
+CRPCI_FN int crpci_registry_order(const void *a, const void *b)
+{
+    const crpci_provider *p = (const crpci_provider *)a, *q = (const crpci_provider *)b;
+    int c = strcmp(p->address, q->address);
+    if (c)
+        return c;
+    return p->timestamp_ms < q->timestamp_ms ? 1 : p->timestamp_ms > q->timestamp_ms ? -1 : 0;
+}
+
+CRPCI_FN void crpci_registry_sort(crpci_snapshot *s)
+{
+    size_t i, n = 0;
+    if (s->count < 2)
+        return;
+    qsort(s->providers, s->count, sizeof *s->providers, crpci_registry_order);
+    for (i = 0; i < s->count; i++) {
+        if (n && strcmp(s->providers[n - 1].address, s->providers[i].address) == 0)
+            continue; /* an older node of the same address: a process that was there before */
+        if (n != i)
+            s->providers[n] = s->providers[i];
+        n++;
+    }
+    s->count = n;
+}
+
+/* Makes a list of the names in a directory. *bad: how many could not be read. NULL: out of memory.
+ */
+CRPCI_FN crpci_snapshot *crpci_registry_collect(crpci_heap *h, char *const *names, size_t count,
+                                                const crpci_registry_query *q, size_t *bad)
+{
+    size_t i, longest = 0;
+    crpci_snapshot *s;
+    char *text;
+    *bad = 0;
+    for (i = 0; i < count; i++) {
+        size_t n = names[i] ? strlen(names[i]) : 0;
+        longest = n > longest ? n : longest;
+    }
+    s = crpci_registry_snapshot(h, count);
+    text = (char *)crpci_heap_alloc(h, longest + 1);
+    if (!s || !text) {
+        crpci_registry_snapshot_unref(s);
+        crpci_heap_free(h, text, longest + 1);
+        return NULL;
+    }
+    s->count = 0;
+    for (i = 0; i < count; i++) {
+        crpci_registry_node node;
+        crpci_provider *p = &s->providers[s->count];
+        memcpy(text, names[i] ? names[i] : "", names[i] ? strlen(names[i]) + 1 : 1);
+        if (!crpci_registry_parse(&node, text)) {
+            ++*bad;
+            continue;
+        }
+        if (!crpci_registry_takes(q, &node))
+            continue;
+        memcpy(p->address, node.address, sizeof p->address);
+        p->weight = node.weight;
+        p->timestamp_ms = node.timestamp_ms;
+        s->count++;
+    }
+    crpci_heap_free(h, text, longest + 1);
+    crpci_registry_sort(s);
+    return s;
+}
+
+/* ======================================================================== */
+/* >>impl-zookeeper   the registry in ZooKeeper, with Dubbo's layout         */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_ZOOKEEPER
+#if CRPC_ZOOKEEPER_ST && defined(THREADED)
+#error "crpc: CRPC_ZOOKEEPER_ST=1 is for libzookeeper_st, which wants THREADED undefined"
+#endif
+#include <zookeeper/zookeeper.h>
+
+/* A session is shared by all registries of a loop that name the same servers, credential and
+ * timeout. It knows what is wanted: tasks, which are directories to watch and nodes to keep
+ * registered. A link is one handle of the client, from its making to its end; when the client gives
+ * the session up, or ought to, the link is replaced and every task begins anew. crpci_zookeeper_run
+ * sends what is due; answers, session events, timers and callers invoke it. A task has one request
+ * under way at most.
+ *
+ * All of it is guarded by the loop's lock, which is never held while the client is called or calls
+ * back into the upper sections. `busy` marks the one thread that uses or replaces the handle.
+ *
+ * With libzookeeper_mt answers and events come on the client's completion thread, and all that must
+ * happen in time happens there, because nobody may step the loop for hours: reading and pushing
+ * lists, and the replacing of the link with its waiting. The loop's timer paces retries and checks,
+ * and the watchdog: a loss of connection that outlasts two session timeouts ends the session,
+ * because a server without its old data refuses it for ever and never says that it expired. Closing
+ * a handle can block, so the timer only sends a probe; its completion, which comes with an error as
+ * long as no server is there, brings the completion thread to the point where it replaces the link.
+ *
+ * With libzookeeper_st everything happens in crpci_zookeeper_run on the thread that drives the
+ * loop.
+ *
+ * What the client can still call back with must outlive it. Completions hold an op each, and come
+ * exactly once. Watches, which may fire again or never, hold only the link, and say by their path
+ * what they are about. A link that is closed from outside is free of callbacks when zookeeper_close
+ * returns. Closed in one of its own callbacks, libzookeeper_mt frees itself later, on its
+ * completion thread: the link is freed by a destructor of thread-specific data, when that thread
+ * ends. */
+
+#define CRPCI_ZOOKEEPER_PORT           2181
+#define CRPCI_ZOOKEEPER_ROOT           "dubbo"
+#define CRPCI_ZOOKEEPER_TIMEOUT_MS     15000
+#define CRPCI_ZOOKEEPER_TIMEOUT_MAX_MS 3600000   /* a longer one was not granted by a ZooKeeper */
+#define CRPCI_ZOOKEEPER_RETRY_US       1000000   /* after an answer that is no answer */
+#define CRPCI_ZOOKEEPER_REFUSED_US     5000000   /* reads of a directory that may not be created */
+#define CRPCI_ZOOKEEPER_CHECK_US       60000000  /* is the node still there, and ours? */
+#define CRPCI_ZOOKEEPER_REREAD_US      300000000 /* in case a watch was lost */
+#define CRPCI_ZOOKEEPER_BACKOFF_US     30000000  /* longest wait between tries */
+#define CRPCI_ZOOKEEPER_TWIN_US        5000000 /* first wait before stale twins are looked for again */
+#define CRPCI_ZOOKEEPER_TWIN_ROUNDS    5u
+#define CRPCI_ZOOKEEPER_REFUSALS                                                                   \
+    3u /* connections closed without a session: it is not known there */
+
+typedef struct crpci_zookeeper crpci_zookeeper;
+typedef struct crpci_zookeeper_op crpci_zookeeper_op;
+typedef struct crpci_zookeeper_task crpci_zookeeper_task;
+
+/* One handle of the client. */
+typedef struct crpci_zookeeper_link {
+    crpci_zookeeper *session;
+    zhandle_t *zh;
+    crpci_list ops;      /* every op that may still be called back */
+    bool ready;          /* zh may be used */
+    bool authed;         /* the credential is with the client */
+    bool had_session;    /* there is something to lose */
+    bool inside;         /* a callback runs... */
+    crpci_thread thread; /* ... on this thread */
+    int64_t born_us;
+#if !CRPC_ZOOKEEPER_ST
+    pthread_key_t key;
+#endif
+} crpci_zookeeper_link;
+
+struct crpci_zookeeper {
+    crpci_list node; /* in loop->registries */
+    crpc_loop *loop;
+    crpci_heap *heap;
+    uint32_t refs;  /* registries, links, steps */
+    uint32_t users; /* registries: the last one closes the session */
+    uint32_t links; /* not yet free of callbacks */
+    char *authority;
+    char *credential; /* or NULL */
+    int timeout_ms;
+    char *hosts; /* numeric, as the client wants them */
+    crpci_addr *servers;
+    size_t server_count;
+    crpci_cond cond; /* busy, a callback, a link or the wish to live ended */
+    crpci_timer timer;
+    crpci_list tasks;
+    crpci_zookeeper_link *link;
+    bool busy;
+    crpci_thread busy_thread;
+    bool again; /* run once more: something changed while busy */
+    bool closing;
+    bool deferred; /* closed inside a callback: the step that runs it finishes the job */
+    bool connected;
+    bool renew;   /* the link has to be replaced */
+    bool probing; /* a probe is under way */
+    bool warned;
+    int64_t session_id;
+    int negotiated_ms;
+    int64_t lost_us; /* when the connection was lost, 0: it is there, or never was */
+    int64_t probe_us;
+    int64_t renew_us;
+    unsigned refused;  /* connections that were closed without a session, since the loss */
+    unsigned failures; /* links replaced since the last good answer */
+    unsigned turn;     /* which server the next probe asks */
+#if CRPC_ZOOKEEPER_ST
+    crpci_watch watch;
+    unsigned events;
+    int fd;
+    int64_t client_us; /* when the client wants to be called again */
+#endif
+};
+
+typedef enum crpci_zookeeper_step {
+    CRPCI_ZOOKEEPER_IDLE,
+    CRPCI_ZOOKEEPER_LIST,        /* read the directory */
+    CRPCI_ZOOKEEPER_MKDIR,       /* make the directory */
+    CRPCI_ZOOKEEPER_CREATE,      /* create the node */
+    CRPCI_ZOOKEEPER_STAT,        /* whose is it? */
+    CRPCI_ZOOKEEPER_DELETE,      /* remove it: another session's, or with an old address */
+    CRPCI_ZOOKEEPER_TWIN_STAT,   /* whose is another node with the same address? */
+    CRPCI_ZOOKEEPER_TWIN_DELETE, /* remove that one */
+    CRPCI_ZOOKEEPER_GONE,        /* remove the node for good */
+    CRPCI_ZOOKEEPER_PROBE        /* see above */
+} crpci_zookeeper_step;
+
+/* A request, from before it is sent until it is answered. */
+struct crpci_zookeeper_op {
+    crpci_list node; /* in link->ops */
+    crpci_zookeeper_link *link;
+    crpci_zookeeper_task *task; /* NULL: a probe */
+    crpci_zookeeper_step step;
+    char *path;
+    const char *data; /* of a node to create; the task's */
+    int version;
+    bool watch;
+};
+
+typedef struct crpci_zookeeper_answer {
+    int rc;
+    const struct Stat *stat;
+    const struct String_vector *names;
+} crpci_zookeeper_answer;
+
+/* What a kind of task does; all locked, `done` may unlock meanwhile. */
+typedef struct crpci_zookeeper_kind {
+    bool (*prepare)(crpci_zookeeper_task *t, crpci_zookeeper_op *op); /* what to send now */
+    void (*done)(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
+                 const crpci_zookeeper_answer *a);
+    void (*resume)(crpci_zookeeper_task *t, bool fresh); /* connected; fresh: a new session */
+    void (*free)(crpci_zookeeper_task *t);
+} crpci_zookeeper_kind;
+
+struct crpci_zookeeper_task {
+    crpci_list node; /* in session->tasks */
+    const crpci_zookeeper_kind *kind;
+    crpci_zookeeper *session;
+    uint32_t refs;
+    crpci_zookeeper_op *op; /* under way */
+    crpci_zookeeper_step step;
+    int64_t due_us; /* when to send; 0: now */
+    size_t made;    /* MKDIR: length of the part of dir that is tried */
+    char *dir;      /* "/dubbo/demo.UserService/providers" */
+};
+
+/* A callback of the upper sections, and the thread it runs on. */
+typedef struct crpci_zookeeper_caller {
+    bool running;
+    crpci_thread thread;
+} crpci_zookeeper_caller;
+
+typedef struct crpci_zookeeper_dir {
+    crpci_zookeeper_task task;
+    crpci_list subs;
+    uint32_t round; /* of reading */
+    bool again;     /* changed since the read that is under way was sent */
+    bool refused;   /* may not be created */
+    bool bad;       /* it was logged that a name is unreadable */
+    bool failed;    /* it was logged that reading failed */
+} crpci_zookeeper_dir;
+
+typedef struct crpci_zookeeper_registry {
+    crpci_registry base;
+    crpci_zookeeper *session;
+    char *root; /* "/dubbo" */
+} crpci_zookeeper_registry;
+
+typedef struct crpci_zookeeper_sub {
+    crpci_list node; /* in dir->subs */
+    crpci_zookeeper_dir *dir;
+    crpci_zookeeper_registry *owner;
+    uint32_t refs;
+    uint32_t round;
+    crpci_registry_push_fn push;
+    void *user;
+    crpci_zookeeper_caller caller;
+    char *text[3]; /* service, group, version */
+    crpci_registry_query query;
+    crpci_snapshot *last;
+    bool dead;
+    bool stale; /* the last good list stands in for a worse one */
+} crpci_zookeeper_sub;
+
+/* A node to keep registered. */
+typedef struct crpci_zookeeper_reg {
+    crpci_zookeeper_task task;
+    crpci_zookeeper_registry *owner;
+    crpci_registry_status_fn status;
+    void *user;
+    crpci_zookeeper_caller caller;
+    char *text[5];
+    crpci_registration what; /* its texts are `text` */
+    unsigned port;
+    bool auto_host;
+    char host[INET6_ADDRSTRLEN];
+    char address[CRPC_ADDRESS_MAX];
+    int64_t timestamp_ms; /* part of the name: one for life */
+    char *path;           /* of the node; NULL: the address is not known yet */
+    bool tried;           /* it may exist */
+    bool live;            /* it exists and is this session's */
+    bool moving;          /* it is being removed because the address has changed */
+    bool withdrawn;
+    unsigned failures;
+    unsigned fights; /* times the node was another session's in a row */
+    int64_t check_us;
+    int64_t twins_us; /* when to look for stale twins; 0: not at all */
+    unsigned rounds;  /* passes that removed some */
+    bool evicted;     /* this pass did */
+    char *twin;       /* name of the one being looked at */
+    int twin_version;
+} crpci_zookeeper_reg;
+
+/* Every callback of the client ends here: the section's one cycle. Unlocks. */
+static void crpci_zookeeper_leave(crpci_zookeeper_link *link);
+
+/* --- small things -------------------------------------------------------------------------------
+ */
+
+CRPCI_FN int64_t crpci_zookeeper_now(const crpci_zookeeper *s)
+{
+    return crpci_heap_now(s->heap);
+}
+
+/* `us`, give or take so many percent: so that a fleet does not act as one. Locked. */
+CRPCI_FN int64_t crpci_zookeeper_spread(crpci_zookeeper *s, int64_t us, unsigned percent)
+{
+    int64_t part = us / 100 * percent;
+    return us - part + (int64_t)(crpci_loop_random(s->loop) % 1024u) * part / 512;
+}
+
+/* The wait before try number `n` after the first: doubling, random within a factor of two. */
+CRPCI_FN int64_t crpci_zookeeper_backoff(crpci_zookeeper *s, unsigned n)
+{
+    int64_t us = (int64_t)CRPCI_ZOOKEEPER_RETRY_US / 2 << (n < 8 ? n : 8);
+    return crpci_zookeeper_spread(s, crpci_base_min64(us, CRPCI_ZOOKEEPER_BACKOFF_US), 33);
+}
+
+CRPCI_FN void crpci_zookeeper_later(crpci_zookeeper_task *t, int64_t us)
+{
+    t->due_us = crpci_zookeeper_now(t->session) + us;
+}
+
+/* Whether nothing is known about a request's fate. It is sent again when the connection is back. */
+CRPCI_FN bool crpci_zookeeper_lost(int rc)
+{
+    return (rc < 0 && rc > ZAPIERROR && rc != ZUNIMPLEMENTED) || rc == ZSESSIONEXPIRED ||
+           rc == ZCLOSING || rc == ZSESSIONMOVED || rc == ZAUTHFAILED;
+}
+
+CRPCI_FN void crpci_zookeeper_texts_free(crpci_heap *h, char **text, size_t count)
+{
+    size_t i;
+    for (i = 0; i < count; i++)
+        crpci_heap_strfree(h, text[i]);
+}
+
+CRPCI_FN bool crpci_zookeeper_texts_copy(crpci_heap *h, char **text, const char *const *from,
+                                         size_t count)
+{
+    size_t i;
+    for (i = 0; i < count; i++) {
+        text[i] = crpci_heap_strndup(h, from[i] ? from[i] : "", from[i] ? strlen(from[i]) : 0);
+        if (!text[i])
+            return false;
+    }
+    return true;
+}
+
+/* "a/b" on the heap. */
+CRPCI_FN char *crpci_zookeeper_join(crpci_heap *h, const char *a, const char *b)
+{
+    size_t n = strlen(a), m = strlen(b);
+    char *out = (char *)crpci_heap_alloc(h, n + m + 2);
+    if (out) {
+        memcpy(out, a, n);
+        out[n] = '/';
+        memcpy(out + n + 1, b, m);
+    }
+    return out;
+}
+
+/* Whether ZooKeeper takes a text as one part of a path. */
+CRPCI_FN bool crpci_zookeeper_is_part(const char *text, size_t n)
+{
+    size_t i;
+    if (n == 0 || (n == 1 && text[0] == '.') || (n == 2 && text[0] == '.' && text[1] == '.'))
+        return false;
+    for (i = 0; i < n; i++) {
+        if ((unsigned char)text[i] < ' ' || text[i] == 0x7f || text[i] == '/')
+            return false;
+    }
+    return true;
+}
+
+/* --- the servers --------------------------------------------------------------------------------
+ */
+
+CRPCI_FN int crpci_zookeeper_add_server(crpci_zookeeper *s, const char *host, unsigned port)
+{
+    char text[CRPC_ADDRESS_MAX];
+    crpci_addr a, *more;
+    size_t i;
+    snprintf(text, sizeof text, strchr(host, ':') ? "[%s]:%u" : "%s:%u", host, port);
+    if (port == 0 || !crpci_sock_parse(&a, text))
+        return CRPC_ERESOLVE;
+    for (i = 0; i < s->server_count; i++) {
+        if (a.len == s->servers[i].len && memcmp(&a.u, &s->servers[i].u, a.len) == 0)
+            return CRPC_OK;
+    }
+    more = (crpci_addr *)crpci_heap_resize(s->heap, s->servers, s->server_count * sizeof *more,
+                                           (s->server_count + 1) * sizeof *more);
+    if (!more)
+        return CRPC_ENOMEM;
+    s->servers = more;
+    s->servers[s->server_count++] = a;
+    return CRPC_OK;
+}
+
+/* One part of the authority: "host", "host:port", "[v6]", "[v6]:port". A name stands for all of its
+ * addresses. */
+CRPCI_COLD int crpci_zookeeper_resolve_one(crpci_zookeeper *s, const char *item)
+{
+    const char *colon = strrchr(item, ':'), *bracket = strrchr(item, ']');
+    crpci_heap *h = s->heap;
+    char text[300], host[256], list[1024], *one, *next;
+    unsigned port;
+    crpci_addr a;
+    int err, added = CRPC_ERESOLVE;
+    if (!colon || (bracket && colon < bracket))
+        snprintf(text, sizeof text, "%s:%d", item, CRPCI_ZOOKEEPER_PORT);
+    else
+        snprintf(text, sizeof text, "%s", item);
+    if (!crpci_sock_split(text, host, sizeof host, &port) || !*host)
+        return CRPC_EINVAL;
+    if (crpci_sock_parse(&a, text))
+        return crpci_zookeeper_add_server(s, host, port);
+    err = h->hooks.resolve ? h->hooks.resolve(h->hooks.user, host, list, sizeof list)
+                           : crpci_resolver_system(host, list, sizeof list);
+    for (one = err ? NULL : list; one && *one; one = next) {
+        next = strchr(one, ',');
+        if (next)
+            *next++ = '\0';
+        err = crpci_zookeeper_add_server(s, one, port);
+        if (err == CRPC_ENOMEM)
+            return err;
+        added = err ? added : CRPC_OK;
+    }
+    return added;
+}
+
+/* The client gets numbers only: it would resolve names on its own thread whenever it is not
+ * connected, and spin when that fails. */
+CRPCI_COLD int crpci_zookeeper_resolve(crpci_zookeeper *s, crpc_error *error)
+{
+    char item[256] = "";
+    const char *p = s->authority;
+    int result = CRPC_EINVAL;
+    while (*p) {
+        size_t n = strcspn(p, ",");
+        int err = CRPC_EINVAL;
+        if (n && n < sizeof item) {
+            memcpy(item, p, n);
+            item[n] = '\0';
+            err = crpci_zookeeper_resolve_one(s, item);
+        }
+        if (err == CRPC_EINVAL || err == CRPC_ENOMEM)
+            return crpci_status_set(error, err, "zookeeper://%.150s: \"%.40s\" is not host:port%s",
+                                    s->authority, n && n < sizeof item ? item : "",
+                                    err == CRPC_ENOMEM ? ", or out of memory" : "");
+        if (err)
+            crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: host of \"%s\" not resolved", item);
+        else
+            result = CRPC_OK;
+        p += n;
+        p += *p == ',';
+    }
+    return result && *s->authority
+               ? crpci_status_set(error, CRPC_ERESOLVE, "zookeeper://%.150s: no host was resolved",
+                                  s->authority)
+           : result ? crpci_status_set(error, result, "zookeeper:// needs host:port")
+                    : CRPC_OK;
+}
+
+/* One server in the client's notation: IPv6 without brackets. */
+CRPCI_FN int crpci_zookeeper_host(const crpci_addr *a, char *out, size_t size)
+{
+    char ip[INET6_ADDRSTRLEN] = "";
+    bool v6 = a->u.any.sa_family == AF_INET6;
+    if (v6)
+        inet_ntop(AF_INET6, &a->u.in6.sin6_addr, ip, sizeof ip);
+    else
+        inet_ntop(AF_INET, &a->u.in4.sin_addr, ip, sizeof ip);
+    return snprintf(out, size, "%s:%u", ip, ntohs(v6 ? a->u.in6.sin6_port : a->u.in4.sin_port));
+}
+
+/* Shuffles the servers, so that clients spread over them, and lists them for the client. */
+CRPCI_COLD int crpci_zookeeper_make_hosts(crpci_zookeeper *s)
+{
+    const size_t each = INET6_ADDRSTRLEN + 8;
+    size_t size = s->server_count * each, i, n = 0;
+    char *text = (char *)crpci_heap_alloc(s->heap, size);
+    if (!text)
+        return CRPC_ENOMEM;
+    crpci_loop_lock(s->loop);
+    for (i = s->server_count; i > 1; i--) {
+        size_t j = crpci_loop_random(s->loop) % i;
+        crpci_addr swap = s->servers[i - 1];
+        s->servers[i - 1] = s->servers[j];
+        s->servers[j] = swap;
+    }
+    crpci_loop_unlock(s->loop);
+    for (i = 0; i < s->server_count; i++) {
+        if (i)
+            text[n++] = ',';
+        n += (size_t)crpci_zookeeper_host(&s->servers[i], text + n, size - n);
+    }
+    s->hosts = crpci_heap_strndup(s->heap, text, n);
+    crpci_heap_free(s->heap, text, size);
+    return s->hosts ? CRPC_OK : CRPC_ENOMEM;
+}
+
+/* The address of this host on the way to the servers, by asking the routing table: connecting a
+ * datagram socket sends nothing. */
+CRPCI_FN bool crpci_zookeeper_local_host(const crpci_zookeeper *s, char *out, size_t size)
+{
+    size_t i;
+    *out = '\0';
+    for (i = 0; i < s->server_count && !*out; i++) {
+        const crpci_addr *to = &s->servers[i];
+        int fd = socket(to->u.any.sa_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+        crpci_addr a;
+        if (fd < 0)
+            continue;
+        if (connect(fd, &to->u.any, to->len) == 0) {
+            crpci_sock_local(fd, &a);
+            if (a.len && a.u.any.sa_family == AF_INET && a.u.in4.sin_addr.s_addr != INADDR_ANY)
+                inet_ntop(AF_INET, &a.u.in4.sin_addr, out, (socklen_t)size);
+            else if (a.len && a.u.any.sa_family == AF_INET6 &&
+                     !IN6_IS_ADDR_UNSPECIFIED(&a.u.in6.sin6_addr) &&
+                     !IN6_IS_ADDR_LINKLOCAL(&a.u.in6.sin6_addr))
+                inet_ntop(AF_INET6, &a.u.in6.sin6_addr, out, (socklen_t)size);
+        }
+        close(fd);
+    }
+    return *out != '\0';
+}
+
+/* Whether somebody accepts connections at a server. Waits for up to 200 ms. */
+CRPCI_FN bool crpci_zookeeper_reachable(const crpci_addr *to)
+{
+    int fd = socket(to->u.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    int failed = 1;
+    socklen_t len = sizeof failed;
+    struct pollfd p;
+    if (fd < 0)
+        return false;
+    p.fd = fd;
+    p.events = POLLOUT;
+    if (connect(fd, &to->u.any, to->len) == 0)
+        failed = 0;
+    else if (errno != EINPROGRESS || poll(&p, 1, 200) != 1 ||
+             getsockopt(fd, SOL_SOCKET, SO_ERROR, &failed, &len))
+        failed = 1;
+    close(fd);
+    return failed == 0;
+}
+
+/* --- ops, tasks, links: memory ------------------------------------------------------------------
+ */
+
+CRPCI_FN void crpci_zookeeper_task_unref(crpci_zookeeper_task *t)
+{
+    if (--t->refs == 0)
+        t->kind->free(t);
+}
+
+CRPCI_FN crpci_zookeeper_op *crpci_zookeeper_op_new(crpci_zookeeper *s, crpci_zookeeper_task *t,
+                                                    crpci_zookeeper_step step)
+{
+    crpci_zookeeper_op *op = (crpci_zookeeper_op *)crpci_heap_alloc(s->heap, sizeof *op);
+    if (!op)
+        return NULL;
+    op->link = s->link;
+    op->task = t;
+    op->step = step;
+    op->version = -1;
+    if (t)
+        t->refs++;
+    crpci_list_append(&s->link->ops, &op->node);
+    return op;
+}
+
+CRPCI_FN void crpci_zookeeper_op_free(crpci_zookeeper_op *op)
+{
+    crpci_heap *h = op->link->session->heap;
+    crpci_list_remove(&op->node);
+    if (op->task)
+        crpci_zookeeper_task_unref(op->task);
+    crpci_heap_strfree(h, op->path);
+    crpci_heap_free(h, op, sizeof *op);
+}
+
+CRPCI_FN void crpci_zookeeper_task_init(crpci_zookeeper_task *t, const crpci_zookeeper_kind *kind,
+                                        crpci_zookeeper *s, crpci_zookeeper_step step)
+{
+    crpci_list_init(&t->node);
+    t->kind = kind;
+    t->session = s;
+    t->refs = 1;
+    t->step = step;
+}
+
+/* No callback of the link can come any more. What the client did not call back for is freed here.
+ */
+CRPCI_FN void crpci_zookeeper_link_free(crpci_zookeeper_link *link)
+{
+    crpci_zookeeper *s = link->session;
+    while (!crpci_list_empty(&link->ops))
+        crpci_zookeeper_op_free(CRPCI_CONTAINER(link->ops.next, crpci_zookeeper_op, node));
+    crpci_heap_free(s->heap, link, sizeof *link);
+    s->links--;
+    s->refs--; /* never the last: whoever calls this has one */
+    crpci_thread_broadcast(&s->cond);
+}
+
+CRPCI_COLD void crpci_zookeeper_free(crpci_zookeeper *s)
+{
+    crpci_heap *h = s->heap;
+    crpc_loop *l = s->loop;
+    crpci_heap_strfree(h, s->authority);
+    crpci_heap_strfree(h, s->credential);
+    crpci_heap_strfree(h, s->hosts);
+    crpci_heap_free(h, s->servers, s->server_count * sizeof *s->servers);
+    crpci_thread_cond_free(&s->cond);
+    crpci_heap_free(h, s, sizeof *s);
+    crpci_loop_release(l);
+}
+
+/* Unlocks, and lets go of the session. */
+CRPCI_FN void crpci_zookeeper_unlock(crpci_zookeeper *s)
+{
+    bool last = --s->refs == 0;
+    crpci_loop_unlock(s->loop);
+    if (last)
+        crpci_zookeeper_free(s);
+}
+
+/* --- callbacks into the upper sections ----------------------------------------------------------
+ */
+
+CRPCI_FN void crpci_zookeeper_call_begin(crpci_zookeeper *s, crpci_zookeeper_caller *c)
+{
+    c->running = true;
+    c->thread = crpci_thread_self();
+    crpci_loop_unlock(s->loop);
+}
+
+CRPCI_FN void crpci_zookeeper_call_end(crpci_zookeeper *s, crpci_zookeeper_caller *c)
+{
+    crpci_loop_lock(s->loop);
+    c->running = false;
+    crpci_thread_broadcast(&s->cond);
+}
+
+/* Waits until the callback does not run, except on this thread. */
+CRPCI_FN void crpci_zookeeper_call_wait(crpci_zookeeper *s, const crpci_zookeeper_caller *c)
+{
+    while (c->running && !crpci_thread_is_self(c->thread))
+        crpci_thread_wait(&s->cond, &s->loop->lock, -1);
+}
+
+CRPCI_FN void crpci_zookeeper_tell(crpci_zookeeper_reg *reg, int status, const char *text)
+{
+    crpci_zookeeper *s = reg->task.session;
+    if (reg->withdrawn || !reg->status)
+        return;
+    reg->task.refs++;
+    crpci_zookeeper_call_begin(s, &reg->caller);
+    reg->status(reg->user, status, text);
+    crpci_zookeeper_call_end(s, &reg->caller);
+    crpci_zookeeper_task_unref(&reg->task);
+}
+
+CRPCI_FN void crpci_zookeeper_sub_unref(crpci_zookeeper_sub *sub)
+{
+    crpci_heap *h = sub->dir->task.session->heap;
+    if (--sub->refs)
+        return;
+    crpci_registry_snapshot_unref(sub->last);
+    crpci_zookeeper_texts_free(h, sub->text, 3);
+    crpci_zookeeper_task_unref(&sub->dir->task);
+    crpci_heap_free(h, sub, sizeof *sub);
+}
+
+/* Whether a list that was read is news. An empty one never takes the place of a good one: it may
+ * come of a wiped server, of a wrong delete, of providers that all lost their session at once. */
+CRPCI_FN bool crpci_zookeeper_is_news(crpci_zookeeper_sub *sub, const crpci_snapshot *list)
+{
+    if (sub->last && sub->last->count && !list->count) {
+        if (!sub->stale)
+            crpci_heap_log(list->heap, CRPC_LOG_WARN,
+                           "zookeeper: no provider of %s is left; the last %zu known are kept",
+                           sub->query.service, sub->last->count);
+        sub->stale = true;
+        return false;
+    }
+    sub->stale = false;
+    return !sub->last || !crpci_registry_snapshot_equal(sub->last, list);
+}
+
+/* Makes each subscriber's list of what was read and hands it out. Locked; unlocks for the work.
+ * False: out of memory. */
+CRPCI_FN bool crpci_zookeeper_deliver(crpci_zookeeper_dir *dir, char *const *names, size_t count)
+{
+    crpci_zookeeper *s = dir->task.session;
+    uint32_t round = ++dir->round;
+    bool complete = true;
+    for (;;) {
+        crpci_zookeeper_sub *sub = NULL;
+        crpci_snapshot *list;
+        crpci_list *i;
+        size_t bad = 0;
+        for (i = dir->subs.next; i != &dir->subs && !sub; i = i->next) {
+            sub = CRPCI_CONTAINER(i, crpci_zookeeper_sub, node);
+            sub = sub->round != round ? sub : NULL;
+        }
+        if (!sub || s->closing)
+            return complete;
+        sub->round = round;
+        sub->refs++;
+        crpci_loop_unlock(s->loop);
+        list = crpci_registry_collect(s->heap, names, count, &sub->query, &bad);
+        crpci_loop_lock(s->loop);
+        if (bad && !dir->bad)
+            crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s: %zu names are no provider's URL",
+                           dir->task.dir, bad);
+        dir->bad = dir->bad || bad;
+        complete = complete && list;
+        if (list && !sub->dead && crpci_zookeeper_is_news(sub, list)) {
+            crpci_registry_snapshot_unref(sub->last);
+            crpci_registry_snapshot_ref(list);
+            sub->last = list;
+            crpci_zookeeper_call_begin(s, &sub->caller);
+            sub->push(sub->user, list);
+            crpci_zookeeper_call_end(s, &sub->caller);
+        }
+        crpci_registry_snapshot_unref(list);
+        crpci_zookeeper_sub_unref(sub);
+    }
+}
+
+/* --- directories --------------------------------------------------------------------------------
+ */
+
+/* Takes the answer to a MKDIR: goes up while the parent is missing, then down again. 1: the
+ * directory is there. 0: go on. -1: it cannot be made. */
+CRPCI_FN int crpci_zookeeper_made(crpci_zookeeper_task *t, int rc)
+{
+    size_t full = strlen(t->dir);
+    if (rc == ZOK || rc == ZNODEEXISTS) {
+        if (t->made == full)
+            return 1;
+        t->made += 1 + strcspn(t->dir + t->made + 1, "/");
+        return 0;
+    }
+    if (rc != ZNONODE)
+        return -1;
+    while (t->made > 0 && t->dir[--t->made] != '/') {
+    }
+    return t->made ? 0 : -1;
+}
+
+CRPCI_FN bool crpci_zookeeper_dir_prepare(crpci_zookeeper_task *t, crpci_zookeeper_op *op)
+{
+    size_t n = strlen(t->dir);
+    if (t->step != CRPCI_ZOOKEEPER_MKDIR)
+        t->step = CRPCI_ZOOKEEPER_LIST;
+    op->step = t->step;
+    op->watch = true;
+    op->path = crpci_heap_strndup(t->session->heap, t->dir,
+                                  t->step == CRPCI_ZOOKEEPER_MKDIR ? t->made : n);
+    return op->path != NULL;
+}
+
+CRPCI_FN void crpci_zookeeper_dir_changed(crpci_zookeeper_dir *dir)
+{
+    if (dir->task.op)
+        dir->again = true;
+    else
+        dir->task.due_us = 0;
+}
+
+CRPCI_FN void crpci_zookeeper_dir_made(crpci_zookeeper_dir *dir, int rc)
+{
+    crpci_zookeeper_task *t = &dir->task;
+    int made = crpci_zookeeper_made(t, rc);
+    t->due_us = 0;
+    if (!made)
+        return;
+    t->step = CRPCI_ZOOKEEPER_LIST;
+    if (made > 0)
+        return;
+    crpci_heap_log(t->session->heap, CRPC_LOG_WARN,
+                   "zookeeper: %s does not exist and cannot be created (%s): looking for it from "
+                   "time to time",
+                   t->dir, zerror(rc));
+    dir->refused = true;
+    crpci_zookeeper_later(t, crpci_zookeeper_spread(t->session, CRPCI_ZOOKEEPER_REFUSED_US, 20));
+}
+
+CRPCI_FN void crpci_zookeeper_dir_done(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
+                                       const crpci_zookeeper_answer *a)
+{
+    crpci_zookeeper_dir *dir = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
+    crpci_zookeeper *s = t->session;
+    char *const *names = a->names ? a->names->data : NULL;
+    size_t count = a->names && a->names->count > 0 ? (size_t)a->names->count : 0;
+    if (crpci_zookeeper_lost(a->rc)) {
+        crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_RETRY_US, 50));
+        return;
+    }
+    if (op->step == CRPCI_ZOOKEEPER_MKDIR) {
+        crpci_zookeeper_dir_made(dir, a->rc);
+        return;
+    }
+    if (a->rc != ZOK && a->rc != ZNONODE) {
+        if (!dir->failed)
+            crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s cannot be read: %s", t->dir,
+                           zerror(a->rc));
+        dir->failed = true;
+        crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_REFUSED_US, 20));
+        return;
+    }
+    dir->failed = false;
+    if (a->rc == ZOK)
+        crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_REREAD_US, 20));
+    else if (dir->refused)
+        crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_REFUSED_US, 20));
+    else
+        t->due_us = 0;
+    if (a->rc == ZOK) {
+        dir->refused = false;
+    } else if (!dir->refused) {
+        t->step = CRPCI_ZOOKEEPER_MKDIR;
+        t->made = strlen(t->dir);
+    }
+    if (dir->again)
+        t->due_us = 0;
+    dir->again = false;
+    if (!crpci_zookeeper_deliver(dir, names, count))
+        crpci_zookeeper_later(t, CRPCI_ZOOKEEPER_RETRY_US);
+}
+
+CRPCI_FN void crpci_zookeeper_dir_resume(crpci_zookeeper_task *t, bool fresh)
+{
+    (void)fresh;
+    t->step = CRPCI_ZOOKEEPER_LIST;
+    t->due_us = 0;
+    CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->again = false;
+    CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->refused = false;
+}
+
+CRPCI_FN void crpci_zookeeper_dir_free(crpci_zookeeper_task *t)
+{
+    crpci_zookeeper_dir *dir = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
+    crpci_heap *h = t->session->heap;
+    crpci_heap_strfree(h, t->dir);
+    crpci_heap_free(h, dir, sizeof *dir);
+}
+
+static const crpci_zookeeper_kind crpci_zookeeper_dir_kind = {
+    crpci_zookeeper_dir_prepare, crpci_zookeeper_dir_done, crpci_zookeeper_dir_resume,
+    crpci_zookeeper_dir_free};
+
+/* --- registrations ------------------------------------------------------------------------------
+ */
+
+/* Finds the address to register, if it is to be found. *changed: it is another one than before. */
+CRPCI_FN bool crpci_zookeeper_reg_locate(crpci_zookeeper_reg *reg, bool *changed)
+{
+    char host[INET6_ADDRSTRLEN];
+    *changed = false;
+    if (!reg->auto_host)
+        return true;
+    if (!crpci_zookeeper_local_host(reg->task.session, host, sizeof host))
+        return false;
+    *changed = strcmp(host, reg->host) != 0;
+    if (*changed) {
+        memcpy(reg->host, host, sizeof reg->host);
+        snprintf(reg->address, sizeof reg->address, strchr(host, ':') ? "[%s]:%u" : "%s:%u", host,
+                 reg->port);
+    }
+    return true;
+}
+
+/* Names the node. */
+CRPCI_FN bool crpci_zookeeper_reg_name(crpci_zookeeper_reg *reg)
+{
+    crpci_heap *h = reg->task.session->heap;
+    long pid = (long)getpid();
+    size_t url_size =
+        crpci_registry_url(NULL, 0, &reg->what, reg->address, reg->timestamp_ms, pid) + 1;
+    char *url = (char *)crpci_heap_alloc(h, url_size), *name = NULL, *path = NULL;
+    size_t name_size = 0;
+    if (url) {
+        crpci_registry_url(url, url_size, &reg->what, reg->address, reg->timestamp_ms, pid);
+        name_size = crpci_url_encode(NULL, 0, url) + 1;
+        name = (char *)crpci_heap_alloc(h, name_size);
+    }
+    if (name) {
+        crpci_url_encode(name, name_size, url);
+        path = crpci_zookeeper_join(h, reg->task.dir, name);
+    }
+    crpci_heap_free(h, name, name_size);
+    crpci_heap_free(h, url, url_size);
+    if (!path)
+        return false;
+    crpci_heap_strfree(h, reg->path);
+    reg->path = path;
+    reg->tried = false;
+    return true;
+}
+
+/* A try failed for a reason that a new connection does not cure. `status` 0: not to be told. */
+CRPCI_FN void crpci_zookeeper_reg_fail(crpci_zookeeper_reg *reg, int status, const char *why)
+{
+    crpci_zookeeper *s = reg->task.session;
+    char text[CRPC_ERROR_TEXT_MAX];
+    snprintf(text, sizeof text, "registering %.80s at zookeeper://%.80s: %.50s", reg->what.service,
+             s->authority, why);
+    crpci_zookeeper_later(&reg->task, crpci_zookeeper_backoff(s, reg->failures));
+    if (reg->failures++ % 10 == 0)
+        crpci_heap_log(s->heap, CRPC_LOG_WARN, "%s", text);
+    if (status)
+        crpci_zookeeper_tell(reg, status, text);
+}
+
+/* Chooses what to do when nothing is urgent: move, look for twins, or see that the node is there.
+ */
+CRPCI_FN void crpci_zookeeper_reg_choose(crpci_zookeeper_reg *reg)
+{
+    int64_t now = crpci_zookeeper_now(reg->task.session);
+    bool changed;
+    if (crpci_zookeeper_reg_locate(reg, &changed) && changed) {
+        reg->moving = true;
+        reg->live = false;
+        reg->task.step = CRPCI_ZOOKEEPER_DELETE;
+    } else if (reg->twins_us && now >= reg->twins_us) {
+        reg->evicted = false;
+        reg->task.step = CRPCI_ZOOKEEPER_LIST;
+    } else {
+        reg->task.step = CRPCI_ZOOKEEPER_STAT;
+    }
+}
+
+/* Makes sure before a CREATE that the node has a name, the one of the present address. */
+CRPCI_FN bool crpci_zookeeper_reg_ready(crpci_zookeeper_reg *reg)
+{
+    bool changed;
+    if (!crpci_zookeeper_reg_locate(reg, &changed)) {
+        crpci_zookeeper_reg_fail(reg, 0, "no address of this host leads there");
+        return false;
+    }
+    if (changed && reg->tried) { /* it may be there under the old one */
+        reg->moving = true;
+        reg->task.step = CRPCI_ZOOKEEPER_DELETE;
+        return true;
+    }
+    if ((!reg->path || changed) && !crpci_zookeeper_reg_name(reg))
+        return false;
+    reg->tried = true;
+    return true;
+}
+
+/* Takes a registration off the session; the handle's reference goes with it. */
+CRPCI_FN void crpci_zookeeper_reg_drop(crpci_zookeeper_reg *reg)
+{
+    crpci_list_remove(&reg->task.node);
+    crpci_zookeeper_task_unref(&reg->task);
+}
+
+CRPCI_FN bool crpci_zookeeper_reg_prepare(crpci_zookeeper_task *t, crpci_zookeeper_op *op)
+{
+    crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
+    crpci_heap *h = t->session->heap;
+    if (reg->withdrawn && !reg->tried) {
+        crpci_zookeeper_reg_drop(reg);
+        return false;
+    }
+    if (reg->withdrawn)
+        t->step = CRPCI_ZOOKEEPER_GONE;
+    if (t->step == CRPCI_ZOOKEEPER_IDLE)
+        crpci_zookeeper_reg_choose(reg);
+    if (t->step == CRPCI_ZOOKEEPER_CREATE && !crpci_zookeeper_reg_ready(reg))
+        return false;
+    op->step = t->step;
+    op->data = reg->host;
+    if (t->step == CRPCI_ZOOKEEPER_MKDIR)
+        op->path = crpci_heap_strndup(h, t->dir, t->made);
+    else if (t->step == CRPCI_ZOOKEEPER_LIST)
+        op->path = crpci_heap_strndup(h, t->dir, strlen(t->dir));
+    else if (t->step == CRPCI_ZOOKEEPER_TWIN_STAT || t->step == CRPCI_ZOOKEEPER_TWIN_DELETE)
+        op->path = crpci_zookeeper_join(h, t->dir, reg->twin);
+    else
+        op->path = crpci_heap_strndup(h, reg->path, strlen(reg->path));
+    if (t->step == CRPCI_ZOOKEEPER_TWIN_DELETE)
+        op->version = reg->twin_version;
+    return op->path != NULL;
+}
+
+CRPCI_FN void crpci_zookeeper_reg_idle(crpci_zookeeper_reg *reg)
+{
+    reg->task.step = CRPCI_ZOOKEEPER_IDLE;
+    reg->task.due_us =
+        reg->twins_us && reg->twins_us < reg->check_us ? reg->twins_us : reg->check_us;
+}
+
+/* The node exists and is this session's. */
+CRPCI_FN void crpci_zookeeper_reg_mine(crpci_zookeeper_reg *reg)
+{
+    crpci_zookeeper *s = reg->task.session;
+    int64_t now = crpci_zookeeper_now(s);
+    bool news = !reg->live;
+    reg->live = true;
+    reg->failures = reg->fights = 0;
+    reg->check_us = now + crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_CHECK_US, 20);
+    if (news && reg->rounds < CRPCI_ZOOKEEPER_TWIN_ROUNDS)
+        reg->twins_us = reg->twins_us > now ? reg->twins_us : now;
+    crpci_zookeeper_reg_idle(reg);
+    if (!news)
+        return;
+    crpci_heap_log(s->heap, CRPC_LOG_INFO, "zookeeper: registered %s at %s", reg->what.service,
+                   reg->address);
+    crpci_zookeeper_tell(reg, CRPC_OK, "registered");
+}
+
+/* The node is there, but another session's: what a process that died a moment ago with the same
+ * name left, or this one's own before its session expired. It would vanish with that session. */
+CRPCI_FN void crpci_zookeeper_reg_foreign(crpci_zookeeper_reg *reg)
+{
+    reg->live = false;
+    reg->task.step = CRPCI_ZOOKEEPER_DELETE;
+    if (++reg->fights > 3)
+        crpci_zookeeper_later(&reg->task,
+                              crpci_zookeeper_backoff(reg->task.session, reg->fights - 3));
+}
+
+/* Whether a name is that of another node with the registration's address: up to there the two names
+ * are the same. Nodes of other software begin with other schemes. */
+CRPCI_FN bool crpci_zookeeper_is_twin(const crpci_zookeeper_reg *reg, const char *name)
+{
+    const char *own = strrchr(reg->path, '/') + 1;
+    size_t n = crpci_url_encode(NULL, 0, "crpc://") + crpci_url_encode(NULL, 0, reg->address) +
+               crpci_url_encode(NULL, 0, "/");
+    return strncmp(name, own, n) == 0 && strcmp(name, own) != 0;
+}
+
+/* One pass over the directory is over. Passes that remove nodes come ever more rarely: if the other
+ * one is alive, two processes are set up with one address, and no removing will settle that. */
+CRPCI_FN void crpci_zookeeper_reg_pass(crpci_zookeeper_reg *reg)
+{
+    crpci_zookeeper *s = reg->task.session;
+    crpci_heap_strfree(s->heap, reg->twin);
+    reg->twin = NULL;
+    reg->twins_us = 0;
+    if (reg->evicted && ++reg->rounds < CRPCI_ZOOKEEPER_TWIN_ROUNDS)
+        reg->twins_us =
+            crpci_zookeeper_now(s) +
+            crpci_zookeeper_spread(s, (int64_t)CRPCI_ZOOKEEPER_TWIN_US << (reg->rounds - 1), 20);
+    else if (reg->evicted)
+        crpci_heap_log(s->heap, CRPC_LOG_ERROR,
+                       "zookeeper: another process keeps registering %s at %s: it is not removed "
+                       "any more",
+                       reg->what.service, reg->address);
+    reg->evicted = false;
+    crpci_zookeeper_reg_idle(reg);
+}
+
+/* Picks the next twin in the order of names, so that each is looked at once in a pass. */
+CRPCI_FN void crpci_zookeeper_reg_listed(crpci_zookeeper_reg *reg, const crpci_zookeeper_answer *a)
+{
+    crpci_heap *h = reg->task.session->heap;
+    const char *next = NULL;
+    int32_t i;
+    for (i = 0; a->rc == ZOK && a->names && i < a->names->count; i++) {
+        const char *name = a->names->data[i];
+        if (name && (!reg->twin || strcmp(name, reg->twin) > 0) &&
+            (!next || strcmp(name, next) < 0) && crpci_zookeeper_is_twin(reg, name))
+            next = name;
+    }
+    if (next) {
+        char *copy = crpci_heap_strndup(h, next, strlen(next));
+        if (copy) {
+            crpci_heap_strfree(h, reg->twin);
+            reg->twin = copy;
+            reg->task.step = CRPCI_ZOOKEEPER_TWIN_STAT;
+            return;
+        }
+    }
+    crpci_zookeeper_reg_pass(reg);
+}
+
+CRPCI_FN void crpci_zookeeper_reg_twin(crpci_zookeeper_reg *reg, const crpci_zookeeper_op *op,
+                                       const crpci_zookeeper_answer *a)
+{
+    crpci_zookeeper *s = reg->task.session;
+    reg->task.step = CRPCI_ZOOKEEPER_LIST;
+    if (op->step == CRPCI_ZOOKEEPER_TWIN_STAT) {
+        /* Without an owner it was put there by hand, for good. */
+        if (a->rc == ZOK && a->stat->ephemeralOwner != 0 &&
+            a->stat->ephemeralOwner != s->session_id) {
+            reg->twin_version = a->stat->version;
+            reg->task.step = CRPCI_ZOOKEEPER_TWIN_DELETE;
+        }
+    } else if (a->rc == ZOK) {
+        reg->evicted = true;
+        crpci_heap_log(s->heap, reg->rounds ? CRPC_LOG_WARN : CRPC_LOG_INFO,
+                       "zookeeper: removed another session's node of %s at %s", reg->what.service,
+                       reg->address);
+    }
+}
+
+/* The answer to DELETE: the way is free, or somebody was faster. */
+CRPCI_FN void crpci_zookeeper_reg_deleted(crpci_zookeeper_reg *reg)
+{
+    crpci_heap *h = reg->task.session->heap;
+    reg->task.step = CRPCI_ZOOKEEPER_CREATE;
+    if (reg->moving) {
+        crpci_heap_strfree(h, reg->path);
+        reg->path = NULL;
+        reg->tried = reg->moving = false;
+    }
+}
+
+/* A withdrawn registration got an answer, whatever the question was. */
+CRPCI_FN void crpci_zookeeper_reg_gone(crpci_zookeeper_reg *reg, const crpci_zookeeper_op *op,
+                                       int rc)
+{
+    reg->task.step = CRPCI_ZOOKEEPER_GONE;
+    reg->task.due_us = 0;
+    if (op->step == CRPCI_ZOOKEEPER_GONE || !reg->tried) {
+        if (rc != ZOK && rc != ZNONODE)
+            crpci_heap_log(reg->task.session->heap, CRPC_LOG_WARN,
+                           "zookeeper: %s at %s cannot be unregistered: %s", reg->what.service,
+                           reg->address, zerror(rc));
+        crpci_zookeeper_reg_drop(reg);
+    }
+}
+
+CRPCI_FN void crpci_zookeeper_reg_done(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
+                                       const crpci_zookeeper_answer *a)
+{
+    crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
+    crpci_zookeeper *s = t->session;
+    int made;
+    t->due_us = 0;
+    if (crpci_zookeeper_lost(a->rc)) {
+        crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_RETRY_US, 50));
+        if (reg->withdrawn)
+            t->step = CRPCI_ZOOKEEPER_GONE;
+        return;
+    }
+    if (reg->withdrawn) {
+        crpci_zookeeper_reg_gone(reg, op, a->rc);
+    } else if (op->step == CRPCI_ZOOKEEPER_LIST) {
+        crpci_zookeeper_reg_listed(reg, a);
+    } else if (op->step == CRPCI_ZOOKEEPER_TWIN_STAT || op->step == CRPCI_ZOOKEEPER_TWIN_DELETE) {
+        crpci_zookeeper_reg_twin(reg, op, a);
+    } else if (op->step == CRPCI_ZOOKEEPER_MKDIR) {
+        made = crpci_zookeeper_made(t, a->rc);
+        if (made)
+            t->step = CRPCI_ZOOKEEPER_CREATE;
+        if (made < 0)
+            crpci_zookeeper_reg_fail(reg, a->rc == ZNOAUTH ? CRPC_EAUTH : CRPC_EREGISTRY,
+                                     zerror(a->rc));
+    } else if (op->step == CRPCI_ZOOKEEPER_CREATE && a->rc == ZNONODE) {
+        t->step = CRPCI_ZOOKEEPER_MKDIR;
+        t->made = strlen(t->dir);
+    } else if (op->step == CRPCI_ZOOKEEPER_CREATE && a->rc == ZNODEEXISTS) {
+        t->step = CRPCI_ZOOKEEPER_STAT;
+    } else if (op->step == CRPCI_ZOOKEEPER_DELETE && (a->rc == ZOK || a->rc == ZNONODE)) {
+        crpci_zookeeper_reg_deleted(reg);
+    } else if (op->step == CRPCI_ZOOKEEPER_STAT && a->rc == ZNONODE) {
+        reg->live = false;
+        t->step = CRPCI_ZOOKEEPER_CREATE;
+    } else if (a->rc != ZOK) {
+        crpci_zookeeper_reg_fail(reg, a->rc == ZNOAUTH ? CRPC_EAUTH : CRPC_EREGISTRY,
+                                 zerror(a->rc));
+    } else if (op->step == CRPCI_ZOOKEEPER_STAT && a->stat->ephemeralOwner != s->session_id) {
+        crpci_zookeeper_reg_foreign(reg);
+    } else {
+        crpci_zookeeper_reg_mine(reg);
+    }
+}
+
+CRPCI_FN void crpci_zookeeper_reg_resume(crpci_zookeeper_task *t, bool fresh)
+{
+    crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
+    reg->failures = 0;
+    if (fresh)
+        reg->live = false;
+    if (reg->moving)
+        t->step = CRPCI_ZOOKEEPER_DELETE;
+    else
+        t->step = reg->live ? CRPCI_ZOOKEEPER_STAT : CRPCI_ZOOKEEPER_CREATE;
+    if (reg->withdrawn)
+        t->step = CRPCI_ZOOKEEPER_GONE;
+    t->due_us = 0;
+}
+
+CRPCI_FN void crpci_zookeeper_reg_free(crpci_zookeeper_task *t)
+{
+    crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
+    crpci_heap *h = t->session->heap;
+    crpci_zookeeper_texts_free(h, reg->text, 5);
+    crpci_heap_strfree(h, t->dir);
+    crpci_heap_strfree(h, reg->path);
+    crpci_heap_strfree(h, reg->twin);
+    crpci_heap_free(h, reg, sizeof *reg);
+}
+
+static const crpci_zookeeper_kind crpci_zookeeper_reg_kind = {
+    crpci_zookeeper_reg_prepare, crpci_zookeeper_reg_done, crpci_zookeeper_reg_resume,
+    crpci_zookeeper_reg_free};
+
+/* --- what the client calls ----------------------------------------------------------------------
+ */
+
+/* The client's lines come without a word about whose they are, so there is no hook to hand them to;
+ * the session's own lines tell of every loss and return once. */
+CRPCI_FN void crpci_zookeeper_on_log(const char *line)
+{
+    (void)line;
+}
+
+/* Runs on the client's I/O thread, in places with the client's locks held. A refused credential
+ * comes as a session event too. */
+CRPCI_FN void crpci_zookeeper_on_auth(int rc, const void *data)
+{
+    (void)rc;
+    (void)data;
+}
+
+CRPCI_FN void crpci_zookeeper_enter(crpci_zookeeper_link *link)
+{
+    crpci_loop_lock(link->session->loop);
+    link->inside = true;
+    link->thread = crpci_thread_self();
+}
+
+/* The answer to a probe: nobody is there yet. Whoever accepts a connection without giving the
+ * session back has no more idea of it. Only libzookeeper_mt needs to be asked. */
+CRPCI_FN void crpci_zookeeper_probed(crpci_zookeeper *s, crpci_zookeeper_link *link, int rc)
+{
+    s->probing = false;
+    if (rc == ZOK || s->connected || !s->lost_us)
+        return;
+    if (s->server_count) {
+        const crpci_addr *to = &s->servers[s->turn++ % s->server_count];
+        bool accepts;
+        crpci_loop_unlock(s->loop);
+        accepts = crpci_zookeeper_reachable(to);
+        crpci_loop_lock(s->loop);
+        s->refused += accepts;
+    }
+    if (s->closing || s->link != link || zoo_state(link->zh) == ZOO_CONNECTED_STATE)
+        return; /* it came back this moment, and the news of it stand behind this in the queue */
+    s->renew = s->refused >= CRPCI_ZOOKEEPER_REFUSALS ||
+               crpci_zookeeper_now(s) - s->lost_us >= (int64_t)s->negotiated_ms * 2000;
+}
+
+CRPCI_FN void crpci_zookeeper_on_answer(const void *data, int rc, const struct Stat *stat,
+                                        const struct String_vector *names)
+{
+    crpci_zookeeper_op *op = (crpci_zookeeper_op *)(uintptr_t)data;
+    crpci_zookeeper_link *link = op->link;
+    crpci_zookeeper *s = link->session;
+    crpci_zookeeper_answer a;
+    a.rc = rc;
+    a.stat = stat;
+    a.names = names;
+    crpci_zookeeper_enter(link);
+    if (rc == ZOK)
+        s->failures = 0;
+    if (link == s->link && !s->closing) {
+        if (!op->task) {
+            crpci_zookeeper_probed(s, link, rc);
+        } else if (op->task->op == op) {
+            op->task->op = NULL;
+            op->task->kind->done(op->task, op, &a);
+        }
+    }
+    crpci_zookeeper_op_free(op);
+    crpci_zookeeper_leave(link);
+}
+
+CRPCI_FN void crpci_zookeeper_on_string(int rc, const char *value, const void *data)
+{
+    (void)value;
+    crpci_zookeeper_on_answer(data, rc, NULL, NULL);
+}
+
+CRPCI_FN void crpci_zookeeper_on_stat(int rc, const struct Stat *stat, const void *data)
+{
+    crpci_zookeeper_on_answer(data, rc, stat, NULL);
+}
+
+CRPCI_FN void crpci_zookeeper_on_void(int rc, const void *data)
+{
+    crpci_zookeeper_on_answer(data, rc, NULL, NULL);
+}
+
+CRPCI_FN void crpci_zookeeper_on_names(int rc, const struct String_vector *names, const void *data)
+{
+    crpci_zookeeper_on_answer(data, rc, NULL, names);
+}
+
+/* A directory changed, or went. Also called for session events, which the other watcher sees to. */
+CRPCI_FN void crpci_zookeeper_on_change(zhandle_t *zh, int type, int state, const char *path,
+                                        void *context)
+{
+    crpci_zookeeper_link *link = (crpci_zookeeper_link *)context;
+    crpci_zookeeper *s = link->session;
+    crpci_list *i;
+    (void)zh;
+    (void)state;
+    if (type == ZOO_SESSION_EVENT || !path)
+        return;
+    crpci_zookeeper_enter(link);
+    for (i = s->tasks.next; link == s->link && i != &s->tasks; i = i->next) {
+        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
+        if (t->kind == &crpci_zookeeper_dir_kind && strcmp(t->dir, path) == 0)
+            crpci_zookeeper_dir_changed(CRPCI_CONTAINER(t, crpci_zookeeper_dir, task));
+    }
+    crpci_zookeeper_leave(link);
+}
+
+CRPCI_FN void crpci_zookeeper_connected(crpci_zookeeper *s, crpci_zookeeper_link *link, int64_t id,
+                                        int timeout_ms)
+{
+    bool fresh = !link->had_session || id != s->session_id;
+    crpci_list *i;
+    if (timeout_ms <= 0 || timeout_ms > CRPCI_ZOOKEEPER_TIMEOUT_MAX_MS) {
+        crpci_heap_log(s->heap, CRPC_LOG_ERROR, "zookeeper: %s: no ZooKeeper answers there",
+                       s->authority);
+        s->failures += s->failures == 0;
+        s->renew = true;
+        return;
+    }
+    crpci_heap_log(s->heap, s->warned ? CRPC_LOG_WARN : CRPC_LOG_INFO,
+                   "zookeeper: %s: connected, %s session 0x%llx, timeout %d ms", s->authority,
+                   fresh ? "new" : "same", (unsigned long long)id, timeout_ms);
+    s->connected = link->had_session = true;
+    s->warned = false;
+    s->session_id = id;
+    s->negotiated_ms = timeout_ms;
+    s->lost_us = 0;
+    s->refused = 0;
+    for (i = s->tasks.next; i != &s->tasks; i = i->next) {
+        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
+        t->kind->resume(t, fresh);
+    }
+}
+
+CRPCI_FN void crpci_zookeeper_disconnected(crpci_zookeeper *s)
+{
+    int64_t now = crpci_zookeeper_now(s);
+    if (!s->connected)
+        return;
+    crpci_heap_log(s->heap, CRPC_LOG_WARN,
+                   "zookeeper: %s: connection lost; what is known stays in use", s->authority);
+    s->connected = false;
+    s->warned = true;
+    s->lost_us = now;
+    /* When to ask; with libzookeeper_st, which can be seen at work, when to give it up. */
+    s->probe_us = now + (int64_t)s->negotiated_ms * (CRPC_ZOOKEEPER_ST ? 2000 : 250);
+}
+
+CRPCI_FN void crpci_zookeeper_on_session(zhandle_t *zh, int type, int state, const char *path,
+                                         void *context)
+{
+    crpci_zookeeper_link *link = (crpci_zookeeper_link *)context;
+    crpci_zookeeper *s = link->session;
+    int64_t id = 0;
+    int timeout_ms = 0;
+    (void)path;
+    if (type != ZOO_SESSION_EVENT)
+        return;
+    if (state == ZOO_CONNECTED_STATE) {
+        id = zoo_client_id(zh)->client_id;
+        timeout_ms = zoo_recv_timeout(zh);
+    }
+    crpci_zookeeper_enter(link);
+    if (link == s->link && !s->closing) {
+        if (state == ZOO_CONNECTED_STATE || state == ZOO_READONLY_STATE) {
+            crpci_zookeeper_connected(s, link, id, timeout_ms);
+        } else if (state == ZOO_EXPIRED_SESSION_STATE || state == ZOO_AUTH_FAILED_STATE) {
+            bool expired = state == ZOO_EXPIRED_SESSION_STATE;
+            crpci_heap_log(s->heap, expired ? CRPC_LOG_WARN : CRPC_LOG_ERROR, "zookeeper: %s: %s",
+                           s->authority,
+                           expired ? "session expired" : "the credential was refused");
+            s->connected = false;
+            s->warned = true;
+            s->failures += !expired && s->failures == 0;
+            s->renew = true;
+        } else {
+            crpci_zookeeper_disconnected(s);
+        }
+    }
+    crpci_zookeeper_leave(link);
+}
+
+/* --- what calls the client ----------------------------------------------------------------------
+ */
+
+CRPCI_FN int crpci_zookeeper_call(zhandle_t *zh, crpci_zookeeper_op *op)
+{
+    switch (op->step) {
+    case CRPCI_ZOOKEEPER_LIST:
+        return op->watch ? zoo_awget_children(zh, op->path, crpci_zookeeper_on_change, op->link,
+                                              crpci_zookeeper_on_names, op)
+                         : zoo_aget_children(zh, op->path, 0, crpci_zookeeper_on_names, op);
+    case CRPCI_ZOOKEEPER_MKDIR:
+        return zoo_acreate(zh, op->path, "", 0, &ZOO_OPEN_ACL_UNSAFE, 0, crpci_zookeeper_on_string,
+                           op);
+    case CRPCI_ZOOKEEPER_CREATE:
+        return zoo_acreate(zh, op->path, op->data, (int)strlen(op->data), &ZOO_OPEN_ACL_UNSAFE,
+                           ZOO_EPHEMERAL, crpci_zookeeper_on_string, op);
+    case CRPCI_ZOOKEEPER_DELETE:
+    case CRPCI_ZOOKEEPER_TWIN_DELETE:
+    case CRPCI_ZOOKEEPER_GONE:
+        return zoo_adelete(zh, op->path, op->version, crpci_zookeeper_on_void, op);
+    default:
+        return zoo_aexists(zh, op->path, 0, crpci_zookeeper_on_stat, op);
+    }
+}
+
+/* Sends a request. With libzookeeper_mt the op may be answered, and gone, before this returns. */
+CRPCI_FN void crpci_zookeeper_send(crpci_zookeeper *s, crpci_zookeeper_op *op)
+{
+    crpci_zookeeper_task *t = op->task;
+    zhandle_t *zh = op->link->zh;
+    int rc;
+    if (t)
+        t->refs++;
+    crpci_loop_unlock(s->loop);
+    rc = crpci_zookeeper_call(zh, op);
+    crpci_loop_lock(s->loop);
+    if (rc != ZOK) {
+        if (t && t->op == op)
+            t->op = NULL;
+        if (t)
+            crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_RETRY_US, 50));
+        else
+            s->probing = false;
+        /* Out of memory the client may have queued half of it, and still call back: then the op is
+         * left to the link. */
+        if (rc == ZINVALIDSTATE || rc == ZBADARGUMENTS)
+            crpci_zookeeper_op_free(op);
+    }
+    if (t)
+        crpci_zookeeper_task_unref(t);
+}
+
+CRPCI_FN void crpci_zookeeper_issue(crpci_zookeeper *s, crpci_zookeeper_task *t)
+{
+    crpci_zookeeper_op *op;
+    int64_t now = crpci_zookeeper_now(s);
+    t->refs++;
+    op = crpci_zookeeper_op_new(s, t, t->step);
+    if (op)
+        t->op = op; /* `prepare` may call out */
+    if (op && t->kind->prepare(t, op) && s->link == op->link) {
+        crpci_zookeeper_send(s, op);
+    } else {
+        if (t->due_us <= now)
+            crpci_zookeeper_later(t, CRPCI_ZOOKEEPER_RETRY_US);
+        t->op = NULL;
+        if (op)
+            crpci_zookeeper_op_free(op);
+    }
+    crpci_zookeeper_task_unref(t);
+}
+
+CRPCI_FN crpci_zookeeper_task *crpci_zookeeper_next(crpci_zookeeper *s)
+{
+    int64_t now = crpci_zookeeper_now(s);
+    crpci_list *i;
+    for (i = s->tasks.next; i != &s->tasks; i = i->next) {
+        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
+        if (!t->op && t->due_us <= now)
+            return t;
+    }
+    return NULL;
+}
+
+/* The client remembers a credential and sends it with each connection; it takes none between two
+ * tries to connect. Locked. */
+CRPCI_FN void crpci_zookeeper_authenticate(crpci_zookeeper *s)
+{
+    crpci_zookeeper_link *link = s->link;
+    int rc;
+    if (!s->credential || link->authed)
+        return;
+    crpci_loop_unlock(s->loop);
+    rc = zoo_add_auth(link->zh, "digest", s->credential, (int)strlen(s->credential),
+                      crpci_zookeeper_on_auth, NULL);
+    crpci_loop_lock(s->loop);
+    link->authed = rc == ZOK;
+}
+
+/* Makes a new link. Busy; locked, unlocks meanwhile. */
+CRPCI_FN int crpci_zookeeper_connect(crpci_zookeeper *s)
+{
+    crpci_zookeeper_link *link = (crpci_zookeeper_link *)crpci_heap_alloc(s->heap, sizeof *link);
+    s->renew_us = crpci_zookeeper_now(s) + crpci_zookeeper_backoff(s, ++s->failures);
+    if (!link)
+        return CRPC_ENOMEM;
+    crpci_list_init(&link->ops);
+    link->session = s;
+    link->born_us = crpci_zookeeper_now(s);
+    s->refs++;
+    s->links++;
+    s->link = link; /* events may come before the handle is known */
+    crpci_loop_unlock(s->loop);
+    {
+#if !CRPC_ZOOKEEPER_ST
+        sigset_t all, old; /* the client's threads inherit this: none runs the program's handlers */
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &old);
+#endif
+        link->zh = zookeeper_init2(s->hosts, crpci_zookeeper_on_session, s->timeout_ms, NULL, link,
+                                   ZOO_NO_LOG_CLIENTENV, crpci_zookeeper_on_log);
+#if !CRPC_ZOOKEEPER_ST
+        pthread_sigmask(SIG_SETMASK, &old, NULL);
+#endif
+    }
+    if (link->zh)
+        zoo_set_servers_resolution_delay(link->zh, -1);
+    crpci_loop_lock(s->loop);
+    if (!link->zh) {
+        s->link = NULL;
+        crpci_zookeeper_link_free(link);
+        return CRPC_ESYSTEM;
+    }
+    crpci_zookeeper_authenticate(s);
+    link->ready = true;
+    s->again = true;
+    return CRPC_OK;
+}
+
+#if !CRPC_ZOOKEEPER_ST
+/* The completion thread of a link that was closed in its own callback has run its last one. */
+CRPCI_FN void crpci_zookeeper_on_thread_end(void *data)
+{
+    crpci_zookeeper_link *link = (crpci_zookeeper_link *)data;
+    crpci_zookeeper *s = link->session;
+    pthread_key_delete(link->key);
+    crpci_loop_lock(s->loop);
+    s->refs++;
+    crpci_zookeeper_link_free(link);
+    crpci_zookeeper_unlock(s);
+}
+
+/* True: the link will be freed when this thread, its own, ends. Without a key to be had it never
+ * is: nothing else tells when that is safe. */
+CRPCI_FN bool crpci_zookeeper_free_later(crpci_zookeeper_link *link)
+{
+    crpci_zookeeper *s = link->session;
+    if (!link->inside || !crpci_thread_is_self(link->thread))
+        return false;
+    if (pthread_key_create(&link->key, crpci_zookeeper_on_thread_end) == 0) {
+        if (pthread_setspecific(link->key, link) == 0)
+            return true;
+        pthread_key_delete(link->key);
+    }
+    s->links--; /* so that nobody waits for it */
+    return true;
+}
+#endif
+
+/* Closes the link: its session ends at once, if a server can be told, and with it the nodes. Busy;
+ * locked, unlocks meanwhile. */
+CRPCI_FN void crpci_zookeeper_disconnect(crpci_zookeeper *s)
+{
+    crpci_zookeeper_link *link = s->link;
+    bool later = false;
+    crpci_list *i;
+    s->link = NULL;
+    s->connected = s->renew = s->probing = false;
+    s->lost_us = 0;
+    for (i = s->tasks.next; i != &s->tasks; i = i->next)
+        CRPCI_CONTAINER(i, crpci_zookeeper_task, node)->op = NULL;
+    if (!link)
+        return;
+#if CRPC_ZOOKEEPER_ST
+    crpci_loop_watch_set(s->loop, &s->watch, s->fd, 0);
+    s->fd = -1;
+#else
+    later = crpci_zookeeper_free_later(link);
+#endif
+    crpci_loop_unlock(s->loop);
+    zookeeper_close(link->zh);
+    crpci_loop_lock(s->loop);
+    if (!later)
+        crpci_zookeeper_link_free(link);
+}
+
+/* The wait before a session is replaced: short and random at first, so that a fleet that lost its
+ * server does not come back as one. */
+CRPCI_FN int64_t crpci_zookeeper_delay(crpci_zookeeper *s)
+{
+    int64_t most = crpci_base_min64((int64_t)s->timeout_ms * 250, 500000);
+    if (s->failures)
+        return crpci_zookeeper_backoff(s, s->failures);
+    return (int64_t)(crpci_loop_random(s->loop) % 1024u) * most / 1024;
+}
+
+#if CRPC_ZOOKEEPER_ST
+/* Lets the client read, write, and call back. */
+CRPCI_FN void crpci_zookeeper_process(crpci_zookeeper *s)
+{
+    zhandle_t *zh = s->link->zh;
+    unsigned events = s->events;
+    int before, after;
+    s->events = 0;
+    crpci_loop_unlock(s->loop);
+    before = zoo_state(zh);
+    zookeeper_process(zh, (events & CRPC_READABLE ? ZOOKEEPER_READ : 0) |
+                              (events & CRPC_WRITABLE ? ZOOKEEPER_WRITE : 0));
+    after = zoo_state(zh);
+    crpci_loop_lock(s->loop);
+    if (before == ZOO_ASSOCIATING_STATE && after != before && after != ZOO_CONNECTED_STATE)
+        s->refused++;
+}
+
+/* Asks the client what to wait for. An error leaves old values behind, or closed a socket. */
+CRPCI_FN void crpci_zookeeper_interest(crpci_zookeeper *s)
+{
+    zhandle_t *zh = s->link->zh;
+    int fd = -1, want = 0, rc, state;
+    struct timeval tv;
+    unsigned events;
+    tv.tv_sec = 1;
+    tv.tv_usec = 0;
+    crpci_loop_unlock(s->loop);
+    rc = zookeeper_interest(zh, &fd, &want, &tv);
+    state = zoo_state(zh);
+    crpci_loop_lock(s->loop);
+    if (rc == ZINVALIDSTATE)
+        s->renew = s->again = true;
+    if (rc != ZOK)
+        fd = -1;
+    events = fd < 0 ? 0
+                    : (want & ZOOKEEPER_READ ? CRPC_READABLE : 0u) |
+                          (want & ZOOKEEPER_WRITE ? CRPC_WRITABLE : 0u);
+    /* Between sessions the same number may be another socket, of which the poller does not know. */
+    if (state != ZOO_CONNECTED_STATE || fd != s->fd)
+        crpci_loop_watch_set(s->loop, &s->watch, s->fd, 0);
+    if (fd >= 0 && fd != s->fd)
+        fcntl(fd, F_SETFD, FD_CLOEXEC);
+    s->fd = fd;
+    s->client_us = crpci_zookeeper_now(s) + (int64_t)tv.tv_sec * 1000000 + tv.tv_usec;
+    if (events && crpci_loop_watch_set(s->loop, &s->watch, fd, events)) {
+        s->events = events; /* no memory to watch it: look at it from time to time */
+        s->client_us = crpci_zookeeper_now(s) + 100000;
+    }
+}
+#endif
+
+/* Looks after a link without a connection. Busy; locked, unlocks meanwhile. */
+CRPCI_FN void crpci_zookeeper_supervise(crpci_zookeeper *s)
+{
+    int64_t now = crpci_zookeeper_now(s);
+#if CRPC_ZOOKEEPER_ST
+    if (s->link && s->lost_us && !s->connected &&
+        (s->refused >= CRPCI_ZOOKEEPER_REFUSALS || now >= s->probe_us))
+        s->renew = true;
+    if (s->link && s->renew) {
+        crpci_zookeeper_disconnect(s);
+        s->renew_us = crpci_zookeeper_now(s) + crpci_zookeeper_delay(s);
+    }
+#endif
+    if (s->closing)
+        return;
+    if (!s->link) {
+        if (now >= s->renew_us)
+            crpci_zookeeper_connect(s);
+        return;
+    }
+    if (s->connected || !s->link->ready)
+        return;
+    if (!s->link->had_session && !s->warned && now - s->link->born_us >= 2000000) {
+        s->warned = true;
+        crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s: no server has answered yet",
+                       s->authority);
+    }
+#if !CRPC_ZOOKEEPER_ST
+    if (s->lost_us && !s->probing && now >= s->probe_us) {
+        crpci_zookeeper_op *op = crpci_zookeeper_op_new(s, NULL, CRPCI_ZOOKEEPER_PROBE);
+        s->probe_us = now + (int64_t)s->negotiated_ms * 250;
+        if (op)
+            op->path = crpci_heap_strndup(s->heap, "/", 1);
+        if (op && op->path) {
+            s->probing = true;
+            crpci_zookeeper_send(s, op);
+        } else if (op) {
+            crpci_zookeeper_op_free(op);
+        }
+    }
+#endif
+}
+
+/* Sets the timer to what comes next. Locked. */
+CRPCI_FN void crpci_zookeeper_arm(crpci_zookeeper *s)
+{
+    int64_t next = INT64_MAX, now = crpci_zookeeper_now(s);
+    crpci_list *i;
+    for (i = s->tasks.next; s->connected && i != &s->tasks; i = i->next) {
+        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
+        if (!t->op)
+            next = crpci_base_min64(next, t->due_us);
+    }
+    if (!s->link)
+        next = crpci_base_min64(next, s->renew_us);
+    else if (s->lost_us && !s->probing)
+        next = crpci_base_min64(next, s->probe_us);
+    else if (!s->link->had_session && !s->warned)
+        next = crpci_base_min64(next, s->link->born_us + 2000000);
+#if CRPC_ZOOKEEPER_ST
+    if (s->link)
+        next = crpci_base_min64(next, s->client_us);
+#endif
+    if (next != INT64_MAX)
+        crpci_loop_timer_set(s->loop, &s->timer, next - now);
+    else
+        crpci_loop_timer_cancel(s->loop, &s->timer);
+}
+
+/* Ends the session. Locked, unlocks meanwhile; closing was set, nobody is busy. */
+CRPCI_COLD void crpci_zookeeper_shut(crpci_zookeeper *s)
+{
+    bool inside = s->link && s->link->inside && crpci_thread_is_self(s->link->thread);
+    s->busy = true;
+    s->busy_thread = crpci_thread_self();
+    s->deferred = false;
+    crpci_loop_timer_cancel(s->loop, &s->timer);
+    crpci_zookeeper_disconnect(s);
+    while (!crpci_list_empty(&s->tasks)) {
+        crpci_zookeeper_task *t = CRPCI_CONTAINER(s->tasks.next, crpci_zookeeper_task, node);
+        crpci_list_remove(&t->node);
+        crpci_zookeeper_task_unref(t);
+    }
+    s->busy = false;
+    crpci_thread_broadcast(&s->cond);
+    while (s->links && !inside)
+        crpci_thread_wait(&s->cond, &s->loop->lock, -1);
+}
+
+/* Does what is due, unless another thread is at it, which then does it. Locked, unlocks meanwhile.
+ */
+CRPCI_FN void crpci_zookeeper_run(crpci_zookeeper *s)
+{
+    crpci_zookeeper_task *t;
+    s->again = true;
+    if (s->busy || s->closing)
+        return;
+    s->busy = true;
+    s->busy_thread = crpci_thread_self();
+    while (s->again && !s->closing) {
+        s->again = false;
+#if CRPC_ZOOKEEPER_ST
+        if (s->link)
+            crpci_zookeeper_process(s);
+#endif
+        crpci_zookeeper_supervise(s);
+        if (s->connected && s->link && s->link->ready && !s->closing)
+            crpci_zookeeper_authenticate(s);
+        while (s->connected && s->link && s->link->ready && !s->closing &&
+               (t = crpci_zookeeper_next(s)) != NULL)
+            crpci_zookeeper_issue(s, t);
+#if CRPC_ZOOKEEPER_ST
+        if (s->link && !s->closing)
+            crpci_zookeeper_interest(s);
+#endif
+    }
+    if (!s->closing)
+        crpci_zookeeper_arm(s);
+    s->busy = false;
+    crpci_thread_broadcast(&s->cond);
+    if (s->deferred)
+        crpci_zookeeper_shut(s);
+}
+
+#if !CRPC_ZOOKEEPER_ST
+/* Replaces the link, on its own completion thread, which has nothing else to do any more and so can
+ * do the waiting too. Locked, unlocks meanwhile. */
+CRPCI_COLD void crpci_zookeeper_replace(crpci_zookeeper *s, const crpci_zookeeper_link *link)
+{
+    int64_t until;
+    while (s->busy && !s->closing)
+        crpci_thread_wait(&s->cond, &s->loop->lock, -1);
+    if (s->closing || s->link != link)
+        return;
+    s->busy = true;
+    s->busy_thread = crpci_thread_self();
+    crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s: the session is given up for a new one",
+                   s->authority);
+    until = crpci_zookeeper_now(s) + crpci_zookeeper_delay(s);
+    crpci_zookeeper_disconnect(s);
+    while (!s->closing && !s->link) {
+        int64_t left = until - crpci_zookeeper_now(s);
+        if (left > 0) {
+            crpci_thread_wait(&s->cond, &s->loop->lock, left);
+        } else {
+            crpci_zookeeper_connect(s);
+            until = s->renew_us;
+        }
+    }
+    s->busy = false;
+    crpci_thread_broadcast(&s->cond);
+    crpci_zookeeper_run(s);
+}
+#endif
+
+static void crpci_zookeeper_leave(crpci_zookeeper_link *link)
+{
+    crpci_zookeeper *s = link->session;
+    crpc_loop *l = s->loop;
+    crpci_zookeeper_run(s);
+#if !CRPC_ZOOKEEPER_ST
+    if (s->renew && s->link == link)
+        crpci_zookeeper_replace(s, link);
+#endif
+    link->inside = false;
+    crpci_loop_unlock(l);
+}
+
+/* --- what the loop calls ------------------------------------------------------------------------
+ */
+
+CRPCI_FN void crpci_zookeeper_on_timer(crpc_loop *l, crpci_timer *timer)
+{
+    crpci_zookeeper *s = CRPCI_CONTAINER(timer, crpci_zookeeper, timer);
+    s->refs++;
+    crpci_zookeeper_run(s);
+    crpci_zookeeper_unlock(s);
+    crpci_loop_lock(l);
+}
+
+#if CRPC_ZOOKEEPER_ST
+CRPCI_FN void crpci_zookeeper_on_event(crpc_loop *l, crpci_watch *watch, unsigned events)
+{
+    crpci_zookeeper *s = CRPCI_CONTAINER(watch, crpci_zookeeper, watch);
+    s->events |= events;
+    s->refs++;
+    crpci_zookeeper_run(s);
+    crpci_zookeeper_unlock(s);
+    crpci_loop_lock(l);
+}
+#endif
+
+/* Has something done soon: here, or on the thread that drives the loop. */
+CRPCI_FN void crpci_zookeeper_kick(crpci_zookeeper *s)
+{
+#if CRPC_ZOOKEEPER_ST
+    s->again = true;
+    if (!s->busy)
+        crpci_loop_timer_set(s->loop, &s->timer, 0);
+#else
+    crpci_zookeeper_run(s);
+#endif
+}
+
+/* --- the interface ------------------------------------------------------------------------------
+ */
+
+CRPCI_FN char *crpci_zookeeper_dir_path(const crpci_zookeeper_registry *r, const char *service)
+{
+    crpci_heap *h = r->session->heap;
+    char *parent = crpci_zookeeper_join(h, r->root, service), *path = NULL;
+    if (parent)
+        path = crpci_zookeeper_join(h, parent, "providers");
+    crpci_heap_strfree(h, parent);
+    return path;
+}
+
+/* The watched directory of a path, new if there is none; takes the path. */
+CRPCI_FN crpci_zookeeper_dir *crpci_zookeeper_dir_get(crpci_zookeeper *s, char *path)
+{
+    crpci_zookeeper_dir *dir;
+    crpci_list *i;
+    for (i = s->tasks.next; i != &s->tasks; i = i->next) {
+        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
+        if (t->kind == &crpci_zookeeper_dir_kind && strcmp(t->dir, path) == 0) {
+            crpci_heap_strfree(s->heap, path);
+            return CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
+        }
+    }
+    dir = (crpci_zookeeper_dir *)crpci_heap_alloc(s->heap, sizeof *dir);
+    if (!dir) {
+        crpci_heap_strfree(s->heap, path);
+        return NULL;
+    }
+    crpci_zookeeper_task_init(&dir->task, &crpci_zookeeper_dir_kind, s, CRPCI_ZOOKEEPER_LIST);
+    crpci_list_init(&dir->subs);
+    dir->task.dir = path;
+    crpci_list_append(&s->tasks, &dir->task.node);
+    return dir;
+}
+
+CRPCI_FN int crpci_zookeeper_subscribe(crpci_registry *base, const char *service, const char *group,
+                                       const char *version, crpci_registry_push_fn push, void *user,
+                                       void **handle)
+{
+    crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)(void *)base;
+    crpci_zookeeper *s = r->session;
+    const char *text[3];
+    crpci_zookeeper_sub *sub;
+    char *path;
+    *handle = NULL;
+    text[0] = service;
+    text[1] = group;
+    text[2] = version;
+    if (!service || !crpci_zookeeper_is_part(service, strlen(service)))
+        return CRPC_EINVAL;
+    sub = (crpci_zookeeper_sub *)crpci_heap_alloc(s->heap, sizeof *sub);
+    if (!sub)
+        return CRPC_ENOMEM;
+    path = crpci_zookeeper_texts_copy(s->heap, sub->text, text, 3)
+               ? crpci_zookeeper_dir_path(r, service)
+               : NULL;
+    crpci_loop_lock(s->loop);
+    sub->dir = path ? crpci_zookeeper_dir_get(s, path) : NULL;
+    if (!sub->dir) {
+        crpci_loop_unlock(s->loop);
+        crpci_zookeeper_texts_free(s->heap, sub->text, 3);
+        crpci_heap_free(s->heap, sub, sizeof *sub);
+        return CRPC_ENOMEM;
+    }
+    sub->owner = r;
+    sub->refs = 1;
+    sub->push = push;
+    sub->user = user;
+    sub->query.service = sub->text[0];
+    sub->query.group = sub->text[1];
+    sub->query.version = sub->text[2];
+    sub->round = sub->dir->round;
+    sub->dir->task.refs++;
+    crpci_list_append(&sub->dir->subs, &sub->node);
+    *handle = sub;
+    crpci_zookeeper_dir_changed(sub->dir);
+    crpci_zookeeper_kick(s);
+    crpci_loop_unlock(s->loop);
+    return CRPC_OK;
+}
+
+/* Locked. */
+CRPCI_FN void crpci_zookeeper_sub_end(crpci_zookeeper_sub *sub)
+{
+    crpci_zookeeper_dir *dir = sub->dir;
+    crpci_zookeeper *s = dir->task.session;
+    sub->dead = true;
+    crpci_list_remove(&sub->node);
+    crpci_zookeeper_call_wait(s, &sub->caller);
+    if (crpci_list_empty(&dir->subs) && !crpci_list_empty(&dir->task.node)) {
+        crpci_list_remove(&dir->task.node);
+        crpci_zookeeper_task_unref(&dir->task);
+    }
+    crpci_zookeeper_sub_unref(sub);
+}
+
+CRPCI_FN void crpci_zookeeper_unsubscribe(crpci_registry *base, void *handle)
+{
+    crpci_zookeeper *s = ((crpci_zookeeper_registry *)(void *)base)->session;
+    if (!handle)
+        return;
+    crpci_loop_lock(s->loop);
+    crpci_zookeeper_sub_end((crpci_zookeeper_sub *)handle);
+    crpci_loop_unlock(s->loop);
+}
+
+/* Takes over the address of what is to be registered. */
+CRPCI_FN bool crpci_zookeeper_reg_address(crpci_zookeeper_reg *reg, const char *address)
+{
+    crpci_addr a;
+    if (!crpci_sock_split(address, reg->host, sizeof reg->host, &reg->port) || reg->port == 0)
+        return false;
+    reg->auto_host =
+        !*reg->host || strcmp(reg->host, "0.0.0.0") == 0 || strcmp(reg->host, "::") == 0;
+    if (reg->auto_host) {
+        reg->host[0] = '\0';
+        return true;
+    }
+    if (!crpci_sock_parse(&a, address))
+        return false;
+    crpci_sock_format(&a, reg->address, sizeof reg->address);
+    return true;
+}
+
+CRPCI_FN bool crpci_zookeeper_reg_copy(crpci_zookeeper_reg *reg, crpci_heap *h,
+                                       const crpci_registration *what)
+{
+    const char *text[5];
+    text[0] = what->service;
+    text[1] = what->group;
+    text[2] = what->version;
+    text[3] = what->application;
+    text[4] = what->methods;
+    if (!crpci_zookeeper_texts_copy(h, reg->text, text, 5))
+        return false;
+    reg->what.service = reg->text[0];
+    reg->what.group = reg->text[1];
+    reg->what.version = reg->text[2];
+    reg->what.application = reg->text[3];
+    reg->what.methods = reg->text[4];
+    reg->what.weight = what->weight;
+    return true;
+}
+
+CRPCI_FN int crpci_zookeeper_enroll(crpci_registry *base, const crpci_registration *what,
+                                    crpci_registry_status_fn status, void *user, void **handle)
+{
+    crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)(void *)base;
+    crpci_zookeeper *s = r->session;
+    crpci_zookeeper_reg *reg;
+    struct timespec ts;
+    *handle = NULL;
+    if (!what->service || !crpci_zookeeper_is_part(what->service, strlen(what->service)))
+        return CRPC_EINVAL;
+    reg = (crpci_zookeeper_reg *)crpci_heap_alloc(s->heap, sizeof *reg);
+    if (!reg)
+        return CRPC_ENOMEM;
+    crpci_zookeeper_task_init(&reg->task, &crpci_zookeeper_reg_kind, s, CRPCI_ZOOKEEPER_CREATE);
+    if (!what->address || !crpci_zookeeper_reg_address(reg, what->address)) {
+        crpci_zookeeper_reg_free(&reg->task);
+        return CRPC_EINVAL;
+    }
+    reg->task.dir = crpci_zookeeper_dir_path(r, what->service);
+    if (!reg->task.dir || !crpci_zookeeper_reg_copy(reg, s->heap, what)) {
+        crpci_zookeeper_reg_free(&reg->task);
+        return CRPC_ENOMEM;
+    }
+    clock_gettime(CLOCK_REALTIME, &ts); /* people read it; nothing is timed by it */
+    reg->timestamp_ms = (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+    reg->owner = r;
+    reg->status = status;
+    reg->user = user;
+    *handle = reg;
+    crpci_loop_lock(s->loop);
+    crpci_list_append(&s->tasks, &reg->task.node);
+    crpci_zookeeper_kick(s);
+    crpci_loop_unlock(s->loop);
+    return CRPC_OK;
+}
+
+/* Locked. The node is removed after this has returned; with the session's end if that comes first.
+ */
+CRPCI_FN void crpci_zookeeper_reg_end(crpci_zookeeper_reg *reg)
+{
+    crpci_zookeeper *s = reg->task.session;
+    reg->withdrawn = true;
+    reg->owner = NULL;
+    reg->task.refs++;
+    crpci_zookeeper_call_wait(s, &reg->caller);
+    if (s->closing || (!reg->task.op && !reg->tried)) {
+        crpci_zookeeper_reg_drop(reg);
+    } else if (!reg->task.op) {
+        reg->task.step = CRPCI_ZOOKEEPER_GONE;
+        reg->task.due_us = 0;
+        crpci_zookeeper_kick(s);
+    }
+    crpci_zookeeper_task_unref(&reg->task);
+}
+
+CRPCI_FN void crpci_zookeeper_withdraw(crpci_registry *base, void *handle)
+{
+    crpci_zookeeper *s = ((crpci_zookeeper_registry *)(void *)base)->session;
+    if (!handle)
+        return;
+    crpci_loop_lock(s->loop);
+    crpci_zookeeper_reg_end((crpci_zookeeper_reg *)handle);
+    crpci_loop_unlock(s->loop);
+}
+
+/* Ends one thing that is still open through the registry. Locked; false: there is none. */
+CRPCI_FN bool crpci_zookeeper_end_one(crpci_zookeeper *s, const crpci_zookeeper_registry *r)
+{
+    crpci_list *i, *k;
+    for (i = s->tasks.next; i != &s->tasks; i = i->next) {
+        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
+        if (t->kind == &crpci_zookeeper_reg_kind) {
+            crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
+            if (reg->owner == r) {
+                crpci_zookeeper_reg_end(reg);
+                return true;
+            }
+            continue;
+        }
+        for (k = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->subs.next;
+             k != &CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->subs; k = k->next) {
+            crpci_zookeeper_sub *sub = CRPCI_CONTAINER(k, crpci_zookeeper_sub, node);
+            if (sub->owner == r) {
+                crpci_zookeeper_sub_end(sub);
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+/* With libzookeeper_mt and a server that is frozen this can take up to 4.5 s. */
+CRPCI_FN void crpci_zookeeper_close(crpci_registry *base)
+{
+    crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)(void *)base;
+    crpci_zookeeper *s = r->session;
+    crpci_heap *h = s->heap;
+    bool last;
+    crpci_heap_ref(h);
+    crpci_loop_lock(s->loop);
+    last = --s->users == 0;
+    if (last) {
+        s->closing = true;
+        crpci_list_remove(&s->node);
+        crpci_thread_broadcast(&s->cond);
+    }
+    while (crpci_zookeeper_end_one(s, r)) {
+    }
+    if (last && s->busy && CRPC_ZOOKEEPER_ST && crpci_thread_is_self(s->busy_thread)) {
+        s->deferred = true;
+    } else if (last) {
+        while (s->busy)
+            crpci_thread_wait(&s->cond, &s->loop->lock, -1);
+        crpci_zookeeper_shut(s);
+    }
+    crpci_zookeeper_unlock(s);
+    crpci_heap_strfree(h, r->root);
+    crpci_heap_free(h, r, sizeof *r);
+    crpci_heap_unref(h);
+}
+
+static const crpci_registry_ops crpci_zookeeper_ops = {
+    sizeof(crpci_registry_ops), CRPCI_REGISTRY_OPS_VERSION, crpci_zookeeper_enroll,
+    crpci_zookeeper_withdraw,   crpci_zookeeper_subscribe,  crpci_zookeeper_unsubscribe,
+    crpci_zookeeper_close};
+
+/* The session that a registry can share. Locked. */
+CRPCI_FN crpci_zookeeper *crpci_zookeeper_find(crpc_loop *l, const char *authority,
+                                               const char *credential, int timeout_ms)
+{
+    crpci_list *i;
+    for (i = l->registries.next; i != &l->registries; i = i->next) {
+        crpci_zookeeper *s = CRPCI_CONTAINER(i, crpci_zookeeper, node);
+        if (strcmp(s->authority, authority) == 0 && s->timeout_ms == timeout_ms &&
+            strcmp(s->credential ? s->credential : "", credential ? credential : "") == 0)
+            return s;
+    }
+    return NULL;
+}
+
+CRPCI_COLD int crpci_zookeeper_new(crpc_loop *l, const char *authority, const char *credential,
+                                   int timeout_ms, crpci_zookeeper **out, crpc_error *error)
+{
+    crpci_zookeeper *s = (crpci_zookeeper *)crpci_heap_alloc(l->heap, sizeof *s);
+    int err;
+    *out = NULL;
+    if (!s || crpci_thread_cond_init(&s->cond)) {
+        crpci_heap_free(l->heap, s, sizeof *s);
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    }
+    crpci_loop_hold(l);
+    crpci_list_init(&s->node);
+    crpci_list_init(&s->tasks);
+    s->loop = l;
+    s->heap = l->heap;
+    s->refs = 1;
+    s->users = 1;
+    s->timeout_ms = timeout_ms;
+    crpci_timer_init(&s->timer, crpci_zookeeper_on_timer);
+#if CRPC_ZOOKEEPER_ST
+    crpci_watch_init(&s->watch, crpci_zookeeper_on_event);
+    s->fd = -1;
+#endif
+    s->authority = crpci_heap_strndup(s->heap, authority, strlen(authority));
+    if (credential)
+        s->credential = crpci_heap_strndup(s->heap, credential, strlen(credential));
+    if (!s->authority || (credential && !s->credential))
+        err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    else
+        err = crpci_zookeeper_resolve(s, error);
+    if (!err && crpci_zookeeper_make_hosts(s))
+        err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    if (err)
+        crpci_zookeeper_free(s);
+    else
+        *out = s;
+    return err;
+}
+
+/* Joins the session that fits, or begins one. */
+CRPCI_COLD int crpci_zookeeper_join_session(crpc_loop *l, const char *authority,
+                                            const char *credential, int timeout_ms,
+                                            crpci_zookeeper **out, crpc_error *error)
+{
+    crpci_zookeeper *s, *made = NULL;
+    int err = CRPC_OK;
+    crpci_loop_lock(l);
+    s = crpci_zookeeper_find(l, authority, credential, timeout_ms);
+    if (!s) { /* names are resolved without the lock; somebody else may be faster */
+        crpci_loop_unlock(l);
+        err = crpci_zookeeper_new(l, authority, credential, timeout_ms, &made, error);
+        if (err)
+            return err;
+        crpci_loop_lock(l);
+        s = crpci_zookeeper_find(l, authority, credential, timeout_ms);
+    }
+    if (s) {
+        s->refs++;
+        s->users++;
+    } else {
+        s = made;
+        made = NULL;
+        crpci_list_append(&l->registries, &s->node);
+        s->busy = true;
+        s->busy_thread = crpci_thread_self();
+        err = crpci_zookeeper_connect(s);
+        s->failures = 0;
+        s->busy = false;
+        crpci_thread_broadcast(&s->cond);
+        crpci_zookeeper_kick(s);
+    }
+    crpci_loop_unlock(l);
+    if (made)
+        crpci_zookeeper_free(made);
+    *out = s;
+    return err ? crpci_status_set(error, err, "zookeeper://%.150s: the client did not start: %s",
+                                  authority, err == CRPC_ENOMEM ? "out of memory" : strerror(errno))
+               : CRPC_OK;
+}
+
+/* The root of the tree from a URL's path: "dubbo" gives "/dubbo". */
+CRPCI_FN int crpci_zookeeper_root(crpci_heap *h, const char *path, char **out, crpc_error *error)
+{
+    size_t n = strlen(path), at = 0;
+    while (n && path[n - 1] == '/')
+        n--;
+    if (!n) {
+        path = CRPCI_ZOOKEEPER_ROOT;
+        n = strlen(path);
+    }
+    for (at = 0; at < n;) {
+        size_t part = strcspn(path + at, "/");
+        part = part < n - at ? part : n - at;
+        if (!crpci_zookeeper_is_part(path + at, part))
+            return crpci_status_set(error, CRPC_EINVAL, "\"%.100s\" is no path in ZooKeeper", path);
+        at += part + 1;
+    }
+    *out = (char *)crpci_heap_alloc(h, n + 2);
+    if (!*out)
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    **out = '/';
+    memcpy(*out + 1, path, n);
+    return CRPC_OK;
+}
+
+CRPCI_COLD int crpci_zookeeper_open(crpc_loop *l, const crpci_url *url,
+                                    const crpci_registry_options *options, crpci_registry **out,
+                                    crpc_error *error)
+{
+    crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)crpci_heap_alloc(l->heap, sizeof *r);
+    const char *credential = options ? options->credential : NULL;
+    int64_t timeout_ms = crpci_base_option(options ? options->session_timeout_ms : 0,
+                                           CRPCI_ZOOKEEPER_TIMEOUT_MS, CRPCI_ZOOKEEPER_TIMEOUT_MS);
+    int err;
+    if (!r)
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    r->base.ops = &crpci_zookeeper_ops;
+    err = crpci_zookeeper_root(l->heap, url->path, &r->root, error);
+    if (!err)
+        err = crpci_zookeeper_join_session(l, url->authority, credential, (int)timeout_ms,
+                                           &r->session, error);
+    if (err && r->session) {
+        crpci_zookeeper_close(&r->base);
+    } else if (err) {
+        crpci_heap_strfree(l->heap, r->root);
+        crpci_heap_free(l->heap, r, sizeof *r);
+    } else {
+        *out = &r->base;
+    }
+    return err;
+}
+#endif /* CRPC_ENABLE_ZOOKEEPER */
+
+/* Opens the registry of a URL whose path is the root (see crpci_registry_split). Waits for name
+ * resolution, never for the registry itself. Options NULL: defaults. */
+CRPCI_COLD int crpci_registry_open(crpc_loop *l, const crpci_url *url,
+                                   const crpci_registry_options *options, crpci_registry **out,
+                                   crpc_error *error)
+{
+    *out = NULL;
+    if (strcmp(url->scheme, "zookeeper") != 0)
+        return crpci_status_set(error, CRPC_EUNSUPPORTED,
+                                "no registry is known as \"%.40s\"; zookeeper:// is", url->scheme);
+#if CRPC_ENABLE_ZOOKEEPER
+    return crpci_zookeeper_open(l, url, options, out, error);
+#else
+    (void)l;
+    (void)options;
+    return crpci_status_set(error, CRPC_EUNSUPPORTED,
+                            "zookeeper:// is not compiled in: build with CRPC_ENABLE_ZOOKEEPER=1 "
+                            "and link the ZooKeeper C client");
+#endif
+}
+
 /* ======================================================================== */
 /* >>impl-channel   the client: endpoints, calls, retries, results           */
 /* ======================================================================== */
@@ -4948,7 +7834,7 @@ struct crpc_channel {
     crpc_loop *loop;
     bool private_loop;
     bool closed;
-    uint32_t refs; /* the program's, and one of each call; under the loop's lock */
+    uint32_t refs; /* atomic: the program's, and one of each call */
     int timeout_ms;
     int connect_timeout_ms;
     int retries;
@@ -5198,7 +8084,7 @@ CRPCI_FN void crpci_endpoint_drop(crpci_endpoint *e)
 CRPCI_FN void crpci_channel_drop(crpc_channel *ch)
 {
     crpc_loop *l = ch->loop;
-    if (--ch->refs)
+    if (!crpci_thread_unref(&ch->refs))
         return;
     crpci_heap_strfree(l->heap, ch->credential);
     crpci_heap_free(l->heap, ch, sizeof *ch);
@@ -5459,8 +8345,11 @@ CRPCI_FN void crpci_endpoint_serve_waiting(crpci_endpoint *e)
         if (crpci_call_send(c)) {
             e->refs++; /* the failure lets go of the call's reference */
             crpci_call_failed(c, CRPC_EOVERCROWDED, "the connection's send queue is full");
+            if (e->refs == 1) {
+                crpci_endpoint_drop(e);
+                return;
+            }
             crpci_endpoint_drop(e);
-            return;
         }
     }
 }
@@ -5769,7 +8658,7 @@ CRPCI_FN void crpci_call_init(crpci_call *c, crpc_channel *ch, const crpc_method
     c->max_attempts = 1 + (retries < 1000 ? retries : 1000);
     crpci_list_init(&c->link);
     crpci_list_append(&ch->calls, &c->of_channel);
-    ch->refs++;
+    crpci_thread_ref(&ch->refs);
     ch->loop->stats.calls++;
 }
 
@@ -5922,6 +8811,7 @@ CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpc_method *m, const vo
     if (err)
         return err;
     crpci_loop_lock(l);
+    crpci_loop_catch_up(l); /* unlocks: first of all */
     if (crpci_loop_in_callback(l) || ch->closed) {
         err = ch->closed ? CRPC_ECANCELED : CRPC_EDEADLK;
         crpci_loop_unlock(l);
@@ -5929,7 +8819,6 @@ CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpc_method *m, const vo
         return crpci_status_set(&call->error, err, "%s.%s: %s (local)", m->service, m->name,
                                 crpc_status_text(err));
     }
-    crpci_loop_catch_up(l);
     crpci_call_init(&c, ch, m, CRPCI_CALL_SYNC, call, &r, start,
                     crpci_channel_deadline(ch, m, call, start));
     crpci_loop_task_init(&c.task, NULL);
@@ -5954,6 +8843,7 @@ CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const voi
                                void *response, crpc_call *call)
 {
     bool views = crpci_message_has_views(m->response, CRPCI_MESSAGE_DEPTH), hold = call != NULL;
+    crpc_loop *l = ch->loop;
     crpc_call local;
     size_t ran;
     int err;
@@ -5965,12 +8855,17 @@ CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const voi
     } else {
         crpc_call_reset(call);
     }
+    /* Another thread may close the channel meanwhile: both must outlive this call. */
+    crpci_loop_hold(l);
+    crpci_thread_ref(&ch->refs);
     err = crpci_channel_before(ch, m, call, &ran);
     if (!err)
         err = crpci_channel_sync(ch, m, request, response, call, hold);
     crpci_channel_after(ch, m, call, err, ran);
     if (!hold)
         crpc_call_reset(call);
+    crpci_channel_drop(ch);
+    crpci_loop_release(l);
     return err;
 }
 
@@ -6063,6 +8958,7 @@ CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const v
         return err;
     }
     crpci_loop_lock(l);
+    crpci_loop_catch_up(l); /* unlocks: first of all */
     c = NULL;
     if (ch->closed)
         err = CRPC_ECANCELED;
@@ -6100,7 +8996,6 @@ CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const v
 /* Starts what crpci_channel_async entered, and unlocks. The call may end, and be freed, in here. */
 CRPCI_FN void crpci_channel_launch(crpc_loop *l, crpci_call *c)
 {
-    crpci_loop_catch_up(l);
     crpci_loop_timer_set(l, &c->timer, c->deadline_us - crpci_loop_now(l));
     crpci_call_attempt(c);
     crpci_channel_flush(l);
@@ -6172,6 +9067,8 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
     crpci_call *c;
     int err;
     memset(&w, 0, sizeof w);
+    crpci_loop_hold(l); /* another thread may close the channel meanwhile */
+    crpci_thread_ref(&ch->refs);
     crpci_loop_lock(l);
     c = crpci_channel_find(ch, id);
     err = crpci_call_state_status(c);
@@ -6186,10 +9083,12 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
             c = crpci_channel_find(ch, id); /* may have been fetched or cancelled */
             if (c)
                 c->waiter = NULL;
-            err = crpci_call_state_status(c);
+            err = ch->closed ? CRPC_ECANCELED : crpci_call_state_status(c);
         }
     }
     crpci_loop_unlock(l);
+    crpci_channel_drop(ch);
+    crpci_loop_release(l);
     return err;
 }
 
@@ -6432,7 +9331,7 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
     int err;
     if (!service || service == u->path || !service[1])
         return crpci_status_set(error, CRPC_EINVAL,
-                                "%s://%.80s/%.80s: expected /root/package.Service", u->scheme,
+                                "%s://%.80s/%.80s: expected /path/package.Service", u->scheme,
                                 u->authority, u->path);
     *service++ = '\0';
     memset(&ro, 0, sizeof ro);
@@ -6518,7 +9417,7 @@ CRPC_API void crpc_channel_close(crpc_channel *ch)
 {
     crpc_loop *l;
     bool private_loop;
-    crpci_list *i, *next;
+    crpci_list calls;
     if (!ch)
         return;
     l = ch->loop;
@@ -6533,17 +9432,16 @@ CRPC_API void crpc_channel_close(crpc_channel *ch)
     }
     crpci_loop_lock(l);
     ch->registry = NULL;
-    for (i = ch->calls.next; i != &ch->calls; i = next) {
-        crpci_call *c = CRPCI_CONTAINER(i, crpci_call, of_channel);
-        next = i->next;
-        if (c->state == CRPCI_CALL_DONE) {
-            if (c->kind == CRPCI_CALL_ID)
-                crpci_call_free(c);
-            continue;
+    crpci_list_move(&calls, &ch->calls);
+    while (!crpci_list_empty(&calls)) {
+        crpci_call *c = CRPCI_CONTAINER(calls.next, crpci_call, of_channel);
+        bool by_id = c->kind == CRPCI_CALL_ID;
+        crpci_list_remove(&c->of_channel);
+        if (c->state != CRPCI_CALL_DONE) {
+            crpci_call_explain(c, CRPC_ECANCELED, "the channel was closed");
+            crpci_call_finish(c, CRPC_ECANCELED);
         }
-        crpci_call_explain(c, CRPC_ECANCELED, "the channel was closed");
-        crpci_call_finish(c, CRPC_ECANCELED);
-        if (c->kind == CRPCI_CALL_ID && !c->waiter)
+        if (by_id)
             crpci_call_free(c);
     }
     crpci_channel_drop_endpoints(ch);
@@ -7261,7 +10159,10 @@ CRPCI_FN void crpci_server_adopt(crpc_server *s, int fd)
     }
     crpci_loop_lock(l);
     crpci_thread_ref(&s->connections);
-    if (crpci_conn_new(l, fd, false, &crpci_server_events, s, &conn)) {
+    if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
+        close(fd); /* whoever stops looks at the loop's connections after this */
+        __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
+    } else if (crpci_conn_new(l, fd, false, &crpci_server_events, s, &conn)) {
         __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
     } else {
         conn->max_body = (uint32_t)s->options.max_body;
@@ -7863,6 +10764,7 @@ CRPCI_FN void crpci_server_await_stop(crpc_server *s)
 CRPC_API int crpc_server_run(crpc_server *s)
 {
     crpc_error error;
+    bool running;
     int err = CRPC_OK;
     if (crpci_thread_load(&s->state) == CRPCI_SERVER_NEW)
         err = crpc_server_start(s, &error);
@@ -7871,11 +10773,13 @@ CRPC_API int crpc_server_run(crpc_server *s)
         return err;
     }
     crpci_loop_lock(s->loop);
-    s->running = crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED;
+    running = s->running = crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED;
     crpci_loop_unlock(s->loop);
-    if (s->running)
+    if (running)
         err = crpc_loop_run(s->loop);
+    crpci_loop_lock(s->loop);
     s->running = false;
+    crpci_loop_unlock(s->loop);
     if (!err) {
         crpc_server_stop(s);
         crpci_server_await_stop(s);
@@ -8118,3 +11022,53 @@ CRPC_API const char *crpc_context_peer(crpc_context *x)
 #endif /* CRPC_ENABLE_SERVER */
 
 #endif /* CRPC_IMPLEMENTATION */
+
+/*
+ * crpc is available under two licences: choose the one you prefer.
+ *
+ * --------------------------------------------------------------------------------
+ * ALTERNATIVE A - MIT License
+ *
+ * Copyright (c) 2026 the crpc authors
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a copy of
+ * this software and associated documentation files (the "Software"), to deal in
+ * the Software without restriction, including without limitation the rights to
+ * use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies
+ * of the Software, and to permit persons to whom the Software is furnished to do
+ * so, subject to the following conditions:
+ *
+ * The above copyright notice and this permission notice shall be included in all
+ * copies or substantial portions of the Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+ * IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+ * FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+ * AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+ * LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+ * OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+ * SOFTWARE.
+ *
+ * --------------------------------------------------------------------------------
+ * ALTERNATIVE B - Public Domain (www.unlicense.org)
+ *
+ * This is free and unencumbered software released into the public domain.
+ *
+ * Anyone is free to copy, modify, publish, use, compile, sell, or distribute this
+ * software, either in source code form or as a compiled binary, for any purpose,
+ * commercial or non-commercial, and by any means.
+ *
+ * In jurisdictions that recognize copyright laws, the author or authors of this
+ * software dedicate any and all copyright interest in the software to the public
+ * domain. We make this dedication for the benefit of the public at large and to
+ * the detriment of our heirs and successors. We intend this dedication to be an
+ * overt act of relinquishment in perpetuity of all present and future rights to
+ * this software under copyright law.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+ * IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+ * FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+ * AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN
+ * ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION
+ * WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+ */

@@ -223,7 +223,8 @@ class Generate(Case):
               + 'rpc A(M) returns (M);\n/**/ rpc B(M) returns (M); // \n'
               + '/** a */ rpc C(M) returns (M);\n/* // */\nrpc D(M) returns (M);\n}\n',
               self.path('t.proto'))
-        self.generate(['t.proto'], include=[self.dir])
+        files = self.generate(['t.proto'], include=[self.dir])
+        self.assertNotIn('\u202e', files['t.crpc.h'])
         self.compile_all(['t.crpc.c'])
 
 
@@ -391,7 +392,7 @@ class Refused(Case):
             start = '%s: %s: ' % (mark, subject)
             lines = [line for line in text.splitlines() if line.startswith(start)]
             self.assertTrue(lines, '%s\nnot in\n%s' % (start, text))
-            self.assertTrue([line for line in lines if what in line and remedy in line],
+            self.assertTrue([line for line in lines if what in line and remedy in line + '\n'],
                             '%s ... %s\nnot in\n%s' % (what, remedy, '\n'.join(lines)))
 
     def test_streaming(self):
@@ -440,7 +441,8 @@ class Refused(Case):
                     'message Unreached { string never_mind = 1; }\n' + ONE_METHOD, '',
                     ('field sub.Far.name', 'has no bound',
                      "'sub.Far.name max_size:N' in sub/other.options"),
-                    ('field demo.Inner.text', 'has no bound', "'demo.Inner.text max_size:N'"),
+                    ('field demo.Inner.text', 'has no bound', "'demo.Inner.text max_size:N' in "
+                     't.options\n'),  # and no word of a view, which a oneof cannot hold
                     others={'sub/other.proto': 'syntax = "proto3";\npackage sub;\nmessage Far {\n'
                                                '  string name = 1;  //!\n}\n'})
 
@@ -556,6 +558,35 @@ class Refused(Case):
                     VIEW_FILE + '* packed_struct:true\n'
                     'demo.M.view callback_datatype:"crpc_view"\n',
                     ('message demo.M', 'packed', 'remove packed_struct'))
+
+    MANY = 'message Many {  //!\n%s  int32 last = 10;\n}\n' % ''.join(
+        '  repeated string s%d = %d;\n' % (i, i) for i in range(1, 10))
+
+    def test_many_views(self):
+        """nanopb would write a .pb.c that does not compile."""
+        proto = HEAD3 + self.MANY + 'message M {\n  Many many = 1;\n}\n' + ONE_METHOD
+        options = VIEW_FILE + '*.s? callback_datatype:"crpc_views"\n'
+        self.refuse(proto, options,
+                    ('message demo.Many', 'has so many views that nanopb picks too small a '
+                     'descriptor', "write 'demo.Many descriptorsize:DS_2' in t.options"), count=2)
+        write(options + 'demo.M* descriptorsize:DS_2\n', self.path('t.options'))
+        self.generate(['t.proto'], include=[self.dir])
+        self.compile_all(['t.pb.c', 't.crpc.c'])
+
+    def test_many_views_in_arrays(self):
+        proto = HEAD3 + ('message Sub {\n  repeated string s = 1;\n}\n'
+                         'message M {  //!\n  repeated Sub subs = 1;\n  int32 last = 2;\n}\n'
+                         ) + ONE_METHOD
+        options = VIEW_FILE + '*.s callback_datatype:"crpc_views"\ndemo.M.subs max_count:%d\n'
+        self.refuse(proto, options % 130,
+                    ('message demo.M', 'too small', "'demo.M descriptorsize:DS_4'"))
+        passed = 0
+        for count in (1, 2, 7, 8, 9, 10, 11, 12, 100, 120, 126, 127, 128):
+            write(options % count, self.path('t.options'))
+            if self.protoc(['t.proto'], include=[self.dir]).returncode == 0:
+                passed += 1  # and then it must compile
+                self.build('t.o', ['t.pb.c'], ['-c'])
+        self.assertGreater(passed, 5)
 
     def test_pointer(self):
         self.refuse(HEAD2 + 'message M {\n'

@@ -1,0 +1,822 @@
+/* What the tests of the loop, connections, channels and servers share: a service with known
+ * behaviour, a server and a channel in every arrangement of threads, and peers that speak the wire
+ * protocol by hand, so that crpc is not checked against itself. Include it after crpc_test.h. */
+#ifndef CRPC_NET_H_INCLUDED
+#define CRPC_NET_H_INCLUDED
+
+#include "dyn.crpc.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/time.h>
+#include <sys/un.h>
+
+#define NET_PATIENCE 20000 /* milliseconds: what takes longer is taken to be stuck */
+
+/* --- the service ------------------------------------------------------------------------------ */
+
+#define NET_HELD 4096
+
+typedef struct net_service {
+    pthread_mutex_t lock;
+    int calls;               /* handlers begun */
+    int64_t order[NET_HELD]; /* their n, in order */
+    crpc_context *held[NET_HELD];
+    int held_count;
+    int running, peak; /* handlers that sleep at a time */
+} net_service;
+
+CT_FN void net_begin(crpc_context *x, int64_t n)
+{
+    net_service *s = (net_service *)crpc_context_user(x);
+    pthread_mutex_lock(&s->lock);
+    if (s->calls < NET_HELD)
+        s->order[s->calls] = n;
+    s->calls++;
+    pthread_mutex_unlock(&s->lock);
+}
+
+CT_FN int net_calls(net_service *s)
+{
+    int n;
+    pthread_mutex_lock(&s->lock);
+    n = s->calls;
+    pthread_mutex_unlock(&s->lock);
+    return n;
+}
+
+CT_FN int net_held(net_service *s)
+{
+    int n;
+    pthread_mutex_lock(&s->lock);
+    n = s->held_count;
+    pthread_mutex_unlock(&s->lock);
+    return n;
+}
+
+CT_FN int net_add(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    net_service *s = (net_service *)crpc_context_user(x);
+    net_begin(x, in->n);
+    if (in->ms) {
+        pthread_mutex_lock(&s->lock);
+        if (++s->running > s->peak)
+            s->peak = s->running;
+        pthread_mutex_unlock(&s->lock);
+        ct_sleep_ms((int)in->ms);
+        pthread_mutex_lock(&s->lock);
+        s->running--;
+        pthread_mutex_unlock(&s->lock);
+    }
+    out->n = in->n + 1;
+    strcpy(out->tag, in->tag);
+    return CRPC_OK;
+}
+
+/* Sends back what came: views, and the attachment without a copy; n is the attachment's size. */
+CT_FN int net_pass(crpc_context *x, const dyn_Blob *in, dyn_Blob *out)
+{
+    net_begin(x, in->n);
+    *out = *in;
+    out->n = (int64_t)crpc_view_size(crpc_context_attachment(x));
+    return crpc_context_set_attachment(x, crpc_context_attachment(x));
+}
+
+/* Keeps the request: net_take and crpc_context_finish end it. */
+CT_FN int net_defer(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    net_service *s = (net_service *)crpc_context_user(x);
+    net_begin(x, in->n);
+    out->n = in->n + 1;
+    pthread_mutex_lock(&s->lock);
+    assert_true(s->held_count < NET_HELD);
+    s->held[s->held_count++] = x;
+    pthread_mutex_unlock(&s->lock);
+    return CRPC_EPENDING;
+}
+
+/* A kept request, the oldest; NULL if there is none. */
+CT_FN crpc_context *net_take(net_service *s)
+{
+    crpc_context *x = NULL;
+    pthread_mutex_lock(&s->lock);
+    if (s->held_count) {
+        x = s->held[0];
+        memmove(s->held, s->held + 1, (size_t)--s->held_count * sizeof *s->held);
+    }
+    pthread_mutex_unlock(&s->lock);
+    return x;
+}
+
+/* Fails with n as the service's own code, tag as its words. */
+CT_FN int net_fail(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    net_begin(x, in->n);
+    out->n = 1;
+    return crpc_context_fail(x, (int)in->n, "%s", in->tag);
+}
+
+/* Returns n as its status; with tag as words if there are any. */
+CT_FN int net_status(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    net_begin(x, in->n);
+    out->n = 1;
+    return in->tag[0] ? crpc_context_error(x, (int)in->n, "%s", in->tag) : (int)in->n;
+}
+
+/* Tells what came in the meta: log_id in n, credential in tag, remaining time in ms; user_fields "a"
+ * goes back as "b". */
+CT_FN int net_meta(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    crpc_view value;
+    char text[64];
+    int64_t left = crpc_context_remaining_us(x);
+    net_begin(x, in->n);
+    out->n = crpc_context_log_id(x);
+    out->ms = left == INT64_MAX ? -1 : left / 1000;
+    crpc_view_copy(crpc_context_credential(x), out->tag, sizeof out->tag);
+    if (!crpc_context_field(x, "a", &value))
+        return CRPC_OK;
+    crpc_view_copy(value, text, sizeof text);
+    return crpc_context_add_field(x, "b", text);
+}
+
+static const dyn_Echo_handlers net_handlers = {net_add,  net_add,    net_pass, net_defer,
+                                               net_fail, net_status, net_meta, net_add};
+
+CT_FN void net_service_init(net_service *s)
+{
+    memset(s, 0, sizeof *s);
+    pthread_mutex_init(&s->lock, NULL);
+}
+
+/* --- a server and a channel ------------------------------------------------------------------- */
+
+typedef enum net_mode {
+    NET_SHARED,  /* server and channel on one loop, which has a thread */
+    NET_THREAD,  /* a loop with a thread for the server, a private one for the channel */
+    NET_IO,      /* and two I/O threads */
+    NET_WORKERS, /* and two workers instead */
+    NET_MODES
+} net_mode;
+
+static const char *const net_mode_names[] = {"shared", "thread", "io_threads", "workers"};
+
+typedef struct net {
+    crpc_server_options server_options; /* set before net_open, if need be */
+    crpc_channel_options channel_options;
+    const char *listen; /* NULL: tcp://127.0.0.1:0 */
+    const char *query;  /* ?key=value of the channel's URL */
+    net_service service;
+    crpc_loop *loop; /* the server's */
+    crpc_server *server;
+    crpc_channel *channel;
+    char url[160];
+} net;
+
+CT_FN crpc_loop_options net_loop_options(crpc_poller poller)
+{
+    crpc_loop_options o;
+    memset(&o, 0, sizeof o);
+    o.poller = poller;
+    o.hooks = ct_hooks();
+    o.hooks.log_level = -1;
+    return o;
+}
+
+CT_FN crpc_loop *net_loop(crpc_poller poller)
+{
+    crpc_loop_options o = net_loop_options(poller);
+    crpc_loop *l;
+    assert_int_equal(crpc_loop_open(&l, &o), CRPC_OK);
+    return l;
+}
+
+CT_FN void net_open_server(net *n, crpc_poller poller, net_mode mode)
+{
+    crpc_error error;
+    net_service_init(&n->service);
+    n->loop = net_loop(poller);
+    n->server_options.loop = n->loop;
+    n->server_options.loops = net_loop_options(poller);
+    n->server_options.listen = n->listen ? n->listen : "tcp://127.0.0.1:0";
+    if (mode == NET_IO)
+        n->server_options.io_threads = 2;
+    if (mode == NET_WORKERS && !n->server_options.workers)
+        n->server_options.workers = 2;
+    if (crpc_server_open(&n->server, &n->server_options, &error))
+        fail_msg("%s", error.text);
+    assert_int_equal(crpc_server_add(n->server, &dyn_Echo, &net_handlers, &n->service), CRPC_OK);
+    if (crpc_server_start(n->server, &error))
+        fail_msg("%s", error.text);
+    assert_int_equal(crpc_server_address(n->server, 0, n->url, sizeof n->url), CRPC_OK);
+    assert_int_equal(crpc_loop_start(n->loop), CRPC_OK);
+}
+
+CT_FN crpc_channel *net_channel(const char *url, const char *query, crpc_poller poller,
+                                crpc_loop *loop, const crpc_channel_options *options)
+{
+    crpc_channel_options o;
+    crpc_channel *ch;
+    crpc_error error;
+    char text[512];
+    memset(&o, 0, sizeof o);
+    if (options)
+        o = *options;
+    o.loop = loop;
+    o.private_loop = net_loop_options(poller);
+    snprintf(text, sizeof text, "%s%s", url, query ? query : "");
+    if (crpc_channel_open(&ch, text, &o, &error))
+        fail_msg("%s: %s", text, error.text);
+    return ch;
+}
+
+/* Zero-initialise *n, or set its options, before. */
+CT_FN void net_open(net *n, crpc_poller poller, net_mode mode)
+{
+    net_open_server(n, poller, mode);
+    if (!n->channel_options.timeout_ms)
+        n->channel_options.timeout_ms = NET_PATIENCE;
+    n->channel = net_channel(n->url, n->query, poller, mode == NET_SHARED ? n->loop : NULL,
+                             &n->channel_options);
+}
+
+CT_FN void net_close(net *n)
+{
+    crpc_channel_close(n->channel);
+    crpc_server_close(n->server);
+    crpc_loop_close(n->loop);
+    pthread_mutex_destroy(&n->service.lock);
+}
+
+/* The statement that follows runs for each poller, and for each arrangement of threads. */
+#define NET_EACH_POLLER(p) for (p = CRPC_POLLER_EPOLL; p <= CRPC_POLLER_POLL; p = (crpc_poller)(p + 1))
+#define NET_EACH_MODE(m)   for (m = NET_SHARED; m < NET_MODES; m = (net_mode)(m + 1))
+
+CT_FN dyn_Num net_num(int64_t n)
+{
+    dyn_Num num = dyn_Num_init_zero;
+    num.n = n;
+    return num;
+}
+
+/* Calls Add and checks the sum. */
+CT_FN void net_check_add(crpc_channel *ch, int64_t n)
+{
+    dyn_Num in = net_num(n), out = dyn_Num_init_zero;
+    crpc_call call = CRPC_INIT;
+    if (dyn_Echo_Add(ch, &in, &out, &call))
+        fail_msg("%s", call.error.text);
+    assert_int_equal(out.n, n + 1);
+    crpc_call_reset(&call);
+}
+
+/* `size` bytes that tell their place. */
+CT_FN char *net_bytes(size_t size)
+{
+    char *p = (char *)malloc(size + 1);
+    size_t i;
+    for (i = 0; i < size; i++)
+        p[i] = (char)(i * 31 + i / 251);
+    p[size] = '\0';
+    return p;
+}
+
+/* --- the wire, written and read by hand ------------------------------------------------------- */
+
+typedef struct wire {
+    unsigned char *p;
+    size_t n, cap;
+} wire;
+
+CT_FN void wire_put(wire *w, const void *bytes, size_t n)
+{
+    if (w->n + n > w->cap) {
+        w->cap = (w->n + n) * 2;
+        w->p = (unsigned char *)realloc(w->p, w->cap);
+        assert_non_null(w->p);
+    }
+    if (n)
+        memcpy(w->p + w->n, bytes, n);
+    w->n += n;
+}
+
+CT_FN void wire_varint(wire *w, uint64_t v)
+{
+    do {
+        unsigned char c = (unsigned char)((v & 0x7f) | (v > 0x7f ? 0x80 : 0));
+        wire_put(w, &c, 1);
+        v >>= 7;
+    } while (v);
+}
+
+CT_FN void wire_int(wire *w, unsigned field, int64_t v)
+{
+    wire_varint(w, field << 3);
+    wire_varint(w, (uint64_t)v);
+}
+
+CT_FN void wire_bytes(wire *w, unsigned field, const void *bytes, size_t n)
+{
+    wire_varint(w, field << 3 | 2);
+    wire_varint(w, n);
+    wire_put(w, bytes, n);
+}
+
+CT_FN void wire_str(wire *w, unsigned field, const char *text)
+{
+    wire_bytes(w, field, text, strlen(text));
+}
+
+CT_FN void wire_free(wire *w)
+{
+    free(w->p);
+    memset(w, 0, sizeof *w);
+}
+
+CT_FN void wire_be32(wire *w, uint32_t v)
+{
+    unsigned char b[4];
+    b[0] = (unsigned char)(v >> 24);
+    b[1] = (unsigned char)(v >> 16);
+    b[2] = (unsigned char)(v >> 8);
+    b[3] = (unsigned char)v;
+    wire_put(w, b, 4);
+}
+
+/* Header, meta, body. */
+CT_FN void wire_frame(wire *w, const wire *meta, const void *body, size_t n)
+{
+    wire_put(w, "PRPC", 4);
+    wire_be32(w, (uint32_t)(meta->n + n));
+    wire_be32(w, (uint32_t)meta->n);
+    wire_put(w, meta->p, meta->n);
+    wire_put(w, body, n);
+}
+
+typedef struct wire_request_options {
+    int64_t compress, content, checksum, attachment, timeout_ms;
+    int stream, chunk;
+} wire_request_options;
+
+CT_FN void wire_request_body(wire *w, const char *service, const char *method, int64_t id,
+                             const void *body, size_t n, const wire_request_options *o)
+{
+    wire meta = {NULL, 0, 0}, request = {NULL, 0, 0};
+    wire_str(&request, 1, service);
+    wire_str(&request, 2, method);
+    if (o && o->timeout_ms)
+        wire_int(&request, 8, o->timeout_ms);
+    wire_bytes(&meta, 1, request.p, request.n);
+    wire_int(&meta, 3, o ? o->compress : 0);
+    wire_int(&meta, 4, id);
+    if (o && o->attachment)
+        wire_int(&meta, 5, o->attachment);
+    if (o && o->chunk)
+        wire_str(&meta, 6, "\x08\x01");
+    if (o && o->stream)
+        wire_str(&meta, 8, "\x08\x01");
+    if (o && o->content)
+        wire_int(&meta, 10, o->content);
+    if (o && o->checksum)
+        wire_int(&meta, 11, o->checksum);
+    wire_frame(w, &meta, body, n);
+    wire_free(&meta);
+    wire_free(&request);
+}
+
+/* A request of dyn.Echo with a Num. */
+CT_FN void wire_request(wire *w, const char *method, int64_t id, int64_t n, int64_t ms)
+{
+    wire body = {NULL, 0, 0};
+    wire_int(&body, 1, n);
+    wire_int(&body, 2, ms);
+    wire_request_body(w, "dyn.Echo", method, id, body.p, body.n, NULL);
+    wire_free(&body);
+}
+
+/* A good reply with a Num. */
+CT_FN void wire_reply(wire *w, int64_t id, int64_t n)
+{
+    wire meta = {NULL, 0, 0}, response = {NULL, 0, 0}, body = {NULL, 0, 0};
+    wire_int(&response, 1, 0);
+    wire_bytes(&meta, 2, response.p, response.n);
+    wire_int(&meta, 3, 0);
+    wire_int(&meta, 4, id);
+    wire_int(&body, 1, n);
+    wire_frame(w, &meta, body.p, body.n);
+    wire_free(&meta);
+    wire_free(&response);
+    wire_free(&body);
+}
+
+/* An error reply; `mark`: as an application's error. It has a body too, as some peers send. */
+CT_FN void wire_error(wire *w, int64_t id, int64_t code, const char *text, int mark)
+{
+    wire meta = {NULL, 0, 0}, response = {NULL, 0, 0}, body = {NULL, 0, 0}, entry = {NULL, 0, 0};
+    wire_int(&response, 1, code);
+    if (text)
+        wire_str(&response, 2, text);
+    wire_bytes(&meta, 2, response.p, response.n);
+    wire_int(&meta, 4, id);
+    if (mark) {
+        wire_str(&entry, 1, "crpc-app");
+        wire_str(&entry, 2, "1");
+        wire_bytes(&meta, 9, entry.p, entry.n);
+    }
+    wire_int(&body, 1, 4711);
+    wire_frame(w, &meta, body.p, body.n);
+    wire_free(&meta);
+    wire_free(&response);
+    wire_free(&body);
+    wire_free(&entry);
+}
+
+/* A frame as it was read. */
+typedef struct wire_message {
+    int64_t id, code, compress, attachment_size, timeout_ms, log_id, n;
+    bool has_id, has_compress, has_response, has_code, has_request;
+    char text[512], service[128], method[128];
+    unsigned char *body; /* after the meta */
+    size_t body_size;
+    unsigned char *all;
+} wire_message;
+
+CT_FN const unsigned char *wire_get(const unsigned char *p, uint64_t *v)
+{
+    unsigned shift = 0;
+    *v = 0;
+    for (;; p++, shift += 7) {
+        *v |= (uint64_t)(*p & 0x7f) << shift;
+        if (*p < 0x80)
+            return p + 1;
+    }
+}
+
+/* Goes through the fields of a message that is known to be well-formed. level 0: RpcMeta, 1: its
+ * request, 2: its response. */
+CT_FN void wire_walk(wire_message *m, const unsigned char *p, const unsigned char *end, int level)
+{
+    while (p < end) {
+        uint64_t key, v;
+        const unsigned char *bytes = NULL;
+        p = wire_get(p, &key);
+        p = wire_get(p, &v);
+        if ((key & 7) == 2) {
+            bytes = p;
+            p += v;
+        }
+        key = (uint64_t)level * 1000 + (key >> 3);
+        if (key == 1 || key == 2) {
+            *(key == 1 ? &m->has_request : &m->has_response) = true;
+            wire_walk(m, bytes, p, (int)key);
+        } else if (key == 3) {
+            m->compress = (int64_t)v, m->has_compress = true;
+        } else if (key == 4) {
+            m->id = (int64_t)v, m->has_id = true;
+        } else if (key == 5) {
+            m->attachment_size = (int64_t)v;
+        } else if (key == 1001) {
+            snprintf(m->service, sizeof m->service, "%.*s", (int)v, (const char *)bytes);
+        } else if (key == 1002) {
+            snprintf(m->method, sizeof m->method, "%.*s", (int)v, (const char *)bytes);
+        } else if (key == 1003) {
+            m->log_id = (int64_t)v;
+        } else if (key == 1008) {
+            m->timeout_ms = (int64_t)v;
+        } else if (key == 2001) {
+            m->code = (int64_t)v, m->has_code = true;
+        } else if (key == 2002) {
+            snprintf(m->text, sizeof m->text, "%.*s", (int)v, (const char *)bytes);
+        }
+    }
+}
+
+/* Reads exactly n bytes; how many came before the end. -1: an error, ECONNRESET for one. */
+CT_FN ssize_t wire_read(int fd, void *to, size_t n)
+{
+    size_t have = 0;
+    while (have < n) {
+        ssize_t got = recv(fd, (char *)to + have, n - have, 0);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            return -1;
+        if (got == 0)
+            break;
+        have += (size_t)got;
+    }
+    return (ssize_t)have;
+}
+
+/* Reads one frame: 1, 0 at the end of the stream, -1 for an error or a cut frame. Free it. */
+CT_FN int wire_receive(int fd, wire_message *m)
+{
+    unsigned char head[12];
+    uint32_t body, meta;
+    ssize_t n = wire_read(fd, head, 12);
+    memset(m, 0, sizeof *m);
+    if (n != 12)
+        return n == 0 ? 0 : -1;
+    assert_memory_equal(head, "PRPC", 4);
+    body = (uint32_t)head[4] << 24 | (uint32_t)head[5] << 16 | (uint32_t)head[6] << 8 | head[7];
+    meta = (uint32_t)head[8] << 24 | (uint32_t)head[9] << 16 | (uint32_t)head[10] << 8 | head[11];
+    assert_true(meta <= body);
+    m->all = (unsigned char *)malloc(body + 1);
+    if (wire_read(fd, m->all, body) != (ssize_t)body) {
+        free(m->all);
+        m->all = NULL;
+        return -1;
+    }
+    wire_walk(m, m->all, m->all + meta, 0);
+    m->body = m->all + meta;
+    m->body_size = body - meta;
+    if (m->body_size && m->body[0] == 1 << 3) { /* the n of a Num */
+        uint64_t v;
+        wire_get(m->body + 1, &v);
+        m->n = (int64_t)v;
+    }
+    return 1;
+}
+
+CT_FN void wire_done(wire_message *m)
+{
+    free(m->all);
+    m->all = NULL;
+}
+
+CT_FN bool wire_send(int fd, const void *p, size_t n)
+{
+    while (n) {
+        ssize_t sent = send(fd, p, n, MSG_NOSIGNAL);
+        if (sent < 0 && errno == EINTR)
+            continue;
+        if (sent <= 0)
+            return false;
+        p = (const char *)p + sent;
+        n -= (size_t)sent;
+    }
+    return true;
+}
+
+CT_FN bool wire_flush(int fd, wire *w)
+{
+    bool ok = wire_send(fd, w->p, w->n);
+    wire_free(w);
+    return ok;
+}
+
+/* A blocking socket, connected to tcp://127.0.0.1:port or unix:///path; gives up after a while. */
+CT_FN int wire_connect(const char *url)
+{
+    struct timeval patience = {NET_PATIENCE / 1000, 0};
+    int fd, one = 1;
+    if (strncmp(url, "unix://", 7) == 0) {
+        struct sockaddr_un a;
+        memset(&a, 0, sizeof a);
+        a.sun_family = AF_UNIX;
+        strcpy(a.sun_path, url + 7);
+        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        if (connect(fd, (struct sockaddr *)&a, sizeof a))
+            fail_msg("%s: %s", url, strerror(errno));
+    } else {
+        struct sockaddr_in a;
+        memset(&a, 0, sizeof a);
+        a.sin_family = AF_INET;
+        a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        a.sin_port = htons((uint16_t)atoi(strrchr(url, ':') + 1));
+        fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        if (connect(fd, (struct sockaddr *)&a, sizeof a))
+            fail_msg("%s: %s", url, strerror(errno));
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    }
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
+    return fd;
+}
+
+/* Closes with a reset instead of an orderly end. */
+CT_FN void wire_reset(int fd)
+{
+    struct linger hard = {1, 0};
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &hard, sizeof hard);
+    close(fd);
+}
+
+/* --- a server that does what a script says ---------------------------------------------------- */
+
+#define PEER_CONNS 64
+
+typedef struct peer peer;
+/* Handles one connection; `fd` is closed behind it unless it returns false. */
+typedef bool (*peer_fn)(peer *p, int fd, int number);
+
+struct peer {
+    peer_fn fn;
+    void *user;
+    int listen_fd, port;
+    char url[64];
+    pthread_t acceptor;
+    pthread_mutex_t lock;
+    int accepted; /* connections so far */
+    int requests; /* for scripts to count in */
+    int stopping;
+    int fds[PEER_CONNS]; /* -1: closed */
+    pthread_t threads[PEER_CONNS];
+    bool sequential; /* one connection after another, any number of them */
+};
+
+typedef struct peer_conn {
+    peer *p;
+    int fd, number;
+} peer_conn;
+
+CT_FN void *peer_conn_thread(void *arg)
+{
+    peer_conn c = *(peer_conn *)arg;
+    bool ours;
+    free(arg);
+    ours = c.p->fn(c.p, c.fd, c.number);
+    pthread_mutex_lock(&c.p->lock);
+    c.p->fds[c.number % PEER_CONNS] = -1;
+    if (ours)
+        close(c.fd);
+    pthread_mutex_unlock(&c.p->lock);
+    return NULL;
+}
+
+CT_FN void *peer_thread(void *arg)
+{
+    peer *p = (peer *)arg;
+    for (;;) {
+        int fd = accept4(p->listen_fd, NULL, NULL, SOCK_CLOEXEC), one = 1;
+        struct timeval patience = {NET_PATIENCE / 1000, 0};
+        peer_conn *c;
+        if (fd < 0)
+            break;
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
+        pthread_mutex_lock(&p->lock);
+        if (p->stopping) {
+            pthread_mutex_unlock(&p->lock);
+            close(fd);
+            break;
+        }
+        c = (peer_conn *)malloc(sizeof *c);
+        c->p = p;
+        c->fd = fd;
+        c->number = p->accepted++;
+        p->fds[c->number % PEER_CONNS] = fd;
+        if (!p->sequential) {
+            assert_true(c->number < PEER_CONNS);
+            assert_int_equal(pthread_create(&p->threads[c->number], NULL, peer_conn_thread, c), 0);
+        }
+        pthread_mutex_unlock(&p->lock);
+        if (p->sequential)
+            peer_conn_thread(c);
+    }
+    return NULL;
+}
+
+CT_FN void peer_open_on(peer *p, int port, peer_fn fn, void *user)
+{
+    struct sockaddr_in a;
+    socklen_t size = sizeof a;
+    int one = 1, i;
+    bool sequential = p->sequential;
+    memset(p, 0, sizeof *p);
+    p->sequential = sequential;
+    p->fn = fn;
+    p->user = user;
+    for (i = 0; i < PEER_CONNS; i++)
+        p->fds[i] = -1;
+    pthread_mutex_init(&p->lock, NULL);
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET;
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    a.sin_port = htons((uint16_t)port);
+    p->listen_fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    setsockopt(p->listen_fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+    assert_int_equal(bind(p->listen_fd, (struct sockaddr *)&a, sizeof a), 0);
+    assert_int_equal(listen(p->listen_fd, 128), 0);
+    assert_int_equal(getsockname(p->listen_fd, (struct sockaddr *)&a, &size), 0);
+    p->port = ntohs(a.sin_port);
+    snprintf(p->url, sizeof p->url, "tcp://127.0.0.1:%d", p->port);
+    assert_int_equal(pthread_create(&p->acceptor, NULL, peer_thread, p), 0);
+}
+
+CT_FN void peer_open(peer *p, peer_fn fn, void *user)
+{
+    memset(p, 0, sizeof *p);
+    peer_open_on(p, 0, fn, user);
+}
+
+/* Ends it: its connections see the end of the stream. */
+CT_FN void peer_close(peer *p)
+{
+    int i;
+    pthread_mutex_lock(&p->lock);
+    p->stopping = 1;
+    shutdown(p->listen_fd, SHUT_RDWR);
+    for (i = 0; i < PEER_CONNS; i++) {
+        if (p->fds[i] >= 0)
+            shutdown(p->fds[i], SHUT_RDWR);
+    }
+    pthread_mutex_unlock(&p->lock);
+    pthread_join(p->acceptor, NULL);
+    for (i = 0; !p->sequential && i < p->accepted; i++)
+        pthread_join(p->threads[i], NULL);
+    close(p->listen_fd);
+    pthread_mutex_destroy(&p->lock);
+}
+
+CT_FN int peer_accepted(peer *p)
+{
+    int n;
+    pthread_mutex_lock(&p->lock);
+    n = p->accepted;
+    pthread_mutex_unlock(&p->lock);
+    return n;
+}
+
+CT_FN int peer_requests(peer *p)
+{
+    int n;
+    pthread_mutex_lock(&p->lock);
+    n = p->requests;
+    pthread_mutex_unlock(&p->lock);
+    return n;
+}
+
+/* Reads a request and counts it. */
+CT_FN int peer_receive(peer *p, int fd, wire_message *m)
+{
+    int got = wire_receive(fd, m);
+    if (got == 1) {
+        pthread_mutex_lock(&p->lock);
+        p->requests++;
+        pthread_mutex_unlock(&p->lock);
+    }
+    return got;
+}
+
+/* A script: answers every request with n + 1. */
+CT_FN bool peer_adds(peer *p, int fd, int number)
+{
+    wire_message m;
+    (void)number;
+    while (peer_receive(p, fd, &m) == 1) {
+        wire w = {NULL, 0, 0};
+        wire_reply(&w, m.id, m.n + 1);
+        wire_done(&m);
+        if (!wire_flush(fd, &w))
+            break;
+    }
+    return true;
+}
+
+/* A script: reads and never answers. */
+CT_FN bool peer_silent(peer *p, int fd, int number)
+{
+    wire_message m;
+    (void)number;
+    while (peer_receive(p, fd, &m) == 1)
+        wire_done(&m);
+    return true;
+}
+
+/* A script: reads nothing until it is closed. */
+CT_FN bool peer_deaf(peer *p, int fd, int number)
+{
+    struct pollfd wait = {0, 0, 0};
+    (void)number;
+    wait.fd = fd;
+    while (poll(&wait, 1, 10) == 0) {
+        pthread_mutex_lock(&p->lock);
+        if (p->stopping) {
+            pthread_mutex_unlock(&p->lock);
+            break;
+        }
+        pthread_mutex_unlock(&p->lock);
+    }
+    return true;
+}
+
+/* A script: takes one request and closes without an answer. */
+CT_FN bool peer_hangs_up(peer *p, int fd, int number)
+{
+    wire_message m;
+    (void)number;
+    if (peer_receive(p, fd, &m) == 1)
+        wire_done(&m);
+    return true;
+}
+
+#endif /* CRPC_NET_H_INCLUDED */

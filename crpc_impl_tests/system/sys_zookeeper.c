@@ -1,0 +1,1065 @@
+/* The registry against a real ZooKeeper: what stays, comes back and is noticed when providers,
+ * servers, sessions and connections go.
+ * crpc-test-timeout: 600 */
+#define CRPC_IMPLEMENTATION
+#include "../../crpc.h"
+#include "../crpc_test.h"
+#include "../crpc_zk.h"
+
+#include <sys/resource.h>
+
+#define TIMEOUT_MS 1000 /* of sessions */
+#define SOON_MS 1000    /* in which a change has to be seen */
+#define DIR "/test/demo.Echo/providers"
+
+static zk_server server; /* shared by the tests that leave it in order */
+
+/* --- one side: a loop, a registry, what came out of it ------------------------------------------ */
+
+typedef struct side {
+    crpc_loop *loop;
+    crpci_registry *registry;
+    void *sub;
+    void *reg;
+    pthread_mutex_t lock;
+    char list[1024]; /* the last one: "a:1 b:2 " */
+    int pushes;      /* atomic */
+    int status;      /* atomic: the last one told; -1 none */
+    int told_ok;     /* atomic */
+    int lines;       /* atomic: logged */
+    int close_in_push;
+    int unsubscribe_in_push;
+    int withdraw_in_status;
+    int slow_push_ms;
+    int in_push; /* atomic */
+} side;
+
+static void side_log(void *user, int level, const char *line)
+{
+    static int shown = -1;
+    (void)level;
+    (void)user;
+    if (shown < 0)
+        shown = getenv("CRPC_TEST_VERBOSE") != NULL;
+    if (shown)
+        printf("%lld %s\n", (long long)ct_now_ms() % 1000000, line);
+}
+
+/* The hooks have one user pointer, the allocator's: lines are counted for all sides together. */
+static int logged;
+
+static void side_count(void *user, int level, const char *line)
+{
+    __atomic_add_fetch(&logged, 1, __ATOMIC_RELAXED);
+    side_log(user, level, line);
+}
+
+static void on_push(void *user, crpci_snapshot *list)
+{
+    side *s = (side *)user;
+    size_t i, n = 0;
+    __atomic_store_n(&s->in_push, 1, __ATOMIC_SEQ_CST);
+    pthread_mutex_lock(&s->lock);
+    s->list[0] = '\0';
+    for (i = 0; i < list->count && n < sizeof s->list; i++)
+        n += (size_t)snprintf(s->list + n, sizeof s->list - n, "%s ", list->providers[i].address);
+    pthread_mutex_unlock(&s->lock);
+    if (s->slow_push_ms)
+        ct_sleep_ms(s->slow_push_ms);
+    if (s->unsubscribe_in_push) {
+        s->registry->ops->unsubscribe(s->registry, s->sub);
+        s->sub = NULL;
+    }
+    if (s->close_in_push) {
+        crpci_registry_close(s->registry);
+        s->registry = NULL;
+    }
+    __atomic_add_fetch(&s->pushes, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&s->in_push, 0, __ATOMIC_SEQ_CST);
+}
+
+static void on_status(void *user, int status, const char *text)
+{
+    side *s = (side *)user;
+    (void)text;
+    if (s->withdraw_in_status) {
+        s->registry->ops->withdraw(s->registry, s->reg);
+        s->reg = NULL;
+    }
+    __atomic_store_n(&s->status, status, __ATOMIC_SEQ_CST);
+    if (status == CRPC_OK)
+        __atomic_add_fetch(&s->told_ok, 1, __ATOMIC_SEQ_CST);
+}
+
+static void side_loop(side *s, int drive)
+{
+    crpc_loop_options o;
+    memset(s, 0, sizeof *s);
+    memset(&o, 0, sizeof o);
+    s->status = -1;
+    pthread_mutex_init(&s->lock, NULL);
+    o.poller = ct_poller();
+    o.hooks = ct_hooks();
+    o.hooks.log = side_count;
+    o.hooks.log_level = CRPC_LOG_DEBUG;
+    assert_int_equal(crpc_loop_open(&s->loop, &o), CRPC_OK);
+    if (drive)
+        assert_int_equal(crpc_loop_start(s->loop), CRPC_OK);
+}
+
+static crpci_registry *open_registry(crpc_loop *loop, int port, const char *credential)
+{
+    crpci_registry_options o;
+    crpci_registry *r;
+    crpc_error error;
+    crpci_url url;
+    char text[64];
+    memset(&o, 0, sizeof o);
+    o.session_timeout_ms = TIMEOUT_MS;
+    o.credential = credential;
+    snprintf(text, sizeof text, "zookeeper://127.0.0.1:%d/test", port);
+    assert_int_equal(crpci_url_parse(&url, text, &error), CRPC_OK);
+    if (crpci_registry_open(loop, &url, &o, &r, &error))
+        fail_msg("open: %s", error.text);
+    return r;
+}
+
+static void side_open(side *s, int port)
+{
+    side_loop(s, 1);
+    s->registry = open_registry(s->loop, port, NULL);
+}
+
+static void side_subscribe_as(side *s, const char *group, const char *version)
+{
+    assert_int_equal(s->registry->ops->subscribe(s->registry, "demo.Echo", group, version, on_push,
+                                                 s, &s->sub),
+                     CRPC_OK);
+}
+
+static void side_subscribe(side *s)
+{
+    side_subscribe_as(s, NULL, NULL);
+}
+
+static void side_enroll_as(side *s, const char *address, const char *group, const char *version)
+{
+    crpci_registration what;
+    memset(&what, 0, sizeof what);
+    what.service = "demo.Echo";
+    what.address = address;
+    what.group = group;
+    what.version = version;
+    what.methods = "Echo";
+    what.weight = 100;
+    assert_int_equal(s->registry->ops->enroll(s->registry, &what, on_status, s, &s->reg), CRPC_OK);
+}
+
+static void side_enroll(side *s, const char *address)
+{
+    side_enroll_as(s, address, NULL, NULL);
+}
+
+static void side_close(side *s)
+{
+    crpci_registry_close(s->registry);
+    crpc_loop_close(s->loop);
+    pthread_mutex_destroy(&s->lock);
+}
+
+static bool side_has(side *s, const char *list)
+{
+    bool same;
+    pthread_mutex_lock(&s->lock);
+    same = strcmp(s->list, list) == 0;
+    pthread_mutex_unlock(&s->lock);
+    return same;
+}
+
+static int value(int *p)
+{
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);
+}
+
+static void expect_list(side *s, const char *list, int ms)
+{
+    if (!CT_WAIT(value(&s->pushes) > 0 && side_has(s, list), ms))
+        fail_msg("after %d ms the list is \"%s\" instead of \"%s\" (%d pushes)", ms, s->list, list,
+                 value(&s->pushes));
+}
+
+static void expect_ok(side *s, int ms)
+{
+    if (!CT_WAIT(value(&s->status) == CRPC_OK, ms))
+        fail_msg("after %d ms not registered (status %d)", ms, value(&s->status));
+}
+
+/* The session of a side, seen from inside. */
+static int64_t side_session(side *s)
+{
+    crpci_zookeeper *z = ((crpci_zookeeper_registry *)(void *)s->registry)->session;
+    int64_t id;
+    crpci_loop_lock(s->loop);
+    id = z->connected ? z->session_id : 0;
+    crpci_loop_unlock(s->loop);
+    return id;
+}
+
+/* --- what is on the server ---------------------------------------------------------------------- */
+
+static int count_nodes(const zk_server *s)
+{
+    zk_client *c = zk_open(s);
+    zk_names *names = (zk_names *)calloc(1, sizeof *names);
+    int n;
+    zk_children(c, DIR, names);
+    n = names->count;
+    zk_close(c);
+    free(names);
+    return n;
+}
+
+/* Whose the only node is; 0 if there are more or none. */
+static int64_t only_owner(const zk_server *s, const char *address)
+{
+    zk_client *c = zk_open(s);
+    zk_names *names = (zk_names *)calloc(1, sizeof *names);
+    int64_t owner = 0;
+    char path[1200], want[128];
+    zk_children(c, DIR, names);
+    if (names->count == 1) {
+        crpci_url_encode(want, sizeof want, address);
+        snprintf(path, sizeof path, "%s/%s", DIR, names->name[0]);
+        if (!strstr(path, want) || zk_exists(c, path, &owner))
+            owner = 0;
+    }
+    zk_close(c);
+    free(names);
+    return owner;
+}
+
+static void clean(const zk_server *s)
+{
+    zk_client *c = zk_open(s);
+    zk_names *names = (zk_names *)calloc(1, sizeof *names);
+    char path[1200];
+    int i;
+    zk_children(c, DIR, names);
+    for (i = 0; i < names->count; i++) {
+        snprintf(path, sizeof path, "%s/%s", DIR, names->name[i]);
+        zk_delete(c, path);
+    }
+    zk_delete(c, DIR);
+    zk_delete(c, "/test/demo.Echo");
+    zk_delete(c, "/test");
+    zk_close(c);
+    free(names);
+}
+
+static void add_node(const zk_server *s, const char *name)
+{
+    char path[1200];
+    zk_client *c = zk_open(s);
+    size_t n = (size_t)snprintf(path, sizeof path, "%s/", DIR);
+    crpci_url_encode(path + n, sizeof path - n, name);
+    zk_create(c, "/test", "", 0);
+    zk_create(c, "/test/demo.Echo", "", 0);
+    zk_create(c, DIR, "", 0);
+    assert_int_equal(zk_create(c, path, "", 0), ZK_OK);
+    zk_close(c);
+}
+
+/* --- a provider in a process of its own, to be killed ------------------------------------------- */
+
+static int provider_main(int port, const char *address)
+{
+    side s;
+    char c;
+    side_open(&s, port);
+    side_enroll(&s, address);
+    while (read(0, &c, 1) > 0) {
+    }
+    return 0;
+}
+
+static pid_t provider_start(int port, const char *address, int *input)
+{
+    static char self[] = "/proc/self/exe";
+    char word[] = "provider", number[16], copy[64];
+    char *argv[5];
+    snprintf(number, sizeof number, "%d", port);
+    snprintf(copy, sizeof copy, "%s", address);
+    argv[0] = self;
+    argv[1] = word;
+    argv[2] = number;
+    argv[3] = copy;
+    argv[4] = NULL;
+    return zk_spawn(argv, NULL, input);
+}
+
+/* --- tests: providers come and go --------------------------------------------------------------- */
+
+static void it_registers_and_discovers(void **state)
+{
+    side a, b;
+    int64_t owner = 0;
+    zk_client *c;
+    (void)state;
+    clean(&server);
+    side_open(&b, server.port);
+    side_subscribe(&b); /* the directory does not exist yet */
+    expect_list(&b, "", 3000);
+    side_open(&a, server.port);
+    side_enroll(&a, "10.0.0.1:8000");
+    expect_ok(&a, 3000);
+    expect_list(&b, "10.0.0.1:8000 ", SOON_MS);
+    assert_true(only_owner(&server, "10.0.0.1:8000") == side_session(&a));
+    c = zk_open(&server);
+    assert_int_equal(zk_exists(c, DIR, &owner), ZK_OK);
+    assert_true(owner == 0);
+    zk_close(c);
+    assert_int_equal(zk_watches(&server), 1);
+    ct_matrix(a.loop, "register-discover");
+    side_close(&a);
+    side_close(&b);
+}
+
+static void it_sees_a_new_provider_soon(void **state)
+{
+    side a, b, d;
+    (void)state;
+    clean(&server);
+    side_open(&a, server.port);
+    side_enroll(&a, "10.0.0.2:8000");
+    expect_ok(&a, 3000);
+    side_open(&b, server.port);
+    side_subscribe(&b);
+    expect_list(&b, "10.0.0.2:8000 ", 3000);
+    side_open(&d, server.port);
+    side_enroll(&d, "10.0.0.1:8000");
+    expect_list(&b, "10.0.0.1:8000 10.0.0.2:8000 ", 3000);
+    assert_int_equal(value(&b.pushes), 2);
+    /* one that withdraws is gone as soon, and the other stays */
+    a.registry->ops->withdraw(a.registry, a.reg);
+    expect_list(&b, "10.0.0.1:8000 ", SOON_MS);
+    assert_int_equal(zk_watches(&server), 1);
+    ct_matrix(a.loop, "provider-added-withdrawn");
+    side_close(&a);
+    side_close(&d);
+    side_close(&b);
+}
+
+static void it_notices_a_killed_provider(void **state)
+{
+    side a, b;
+    int input;
+    pid_t pid;
+    (void)state;
+    clean(&server);
+    side_open(&a, server.port);
+    side_enroll(&a, "10.0.0.1:8000");
+    side_open(&b, server.port);
+    side_subscribe(&b);
+    pid = provider_start(server.port, "10.0.0.2:8000", &input);
+    expect_list(&b, "10.0.0.1:8000 10.0.0.2:8000 ", 10000);
+    zk_kill(pid, SIGKILL);
+    close(input);
+    expect_list(&b, "10.0.0.1:8000 ", TIMEOUT_MS * 3);
+    /* when the last one goes, it is kept: see the last good list */
+    crpci_registry_close(a.registry);
+    a.registry = NULL;
+    assert_true(CT_WAIT(count_nodes(&server) == 0, SOON_MS));
+    ct_sleep_ms(200);
+    assert_true(side_has(&b, "10.0.0.1:8000 "));
+    ct_matrix(b.loop, "provider-killed");
+    side_close(&a);
+    side_close(&b);
+}
+
+static void it_takes_over_its_own_stale_node(void **state)
+{
+    side b;
+    int input;
+    pid_t pid;
+    int64_t first, second;
+    (void)state;
+    clean(&server);
+    side_open(&b, server.port);
+    side_subscribe(&b);
+    pid = provider_start(server.port, "10.0.0.1:8000", &input);
+    expect_list(&b, "10.0.0.1:8000 ", 10000);
+    first = only_owner(&server, "10.0.0.1:8000");
+    assert_true(first != 0);
+    zk_kill(pid, SIGKILL);
+    close(input);
+    pid = provider_start(server.port, "10.0.0.1:8000", &input);
+    /* exactly one node, of the new process, and it stays when the old session ends */
+    assert_true(CT_WAIT((second = only_owner(&server, "10.0.0.1:8000")) != 0 && second != first,
+                        5000));
+    ct_sleep_ms(TIMEOUT_MS * 3 / 2);
+    assert_true(only_owner(&server, "10.0.0.1:8000") == second);
+    assert_true(side_has(&b, "10.0.0.1:8000 "));
+    ct_matrix(b.loop, "fast-restart");
+    zk_kill(pid, SIGKILL);
+    close(input);
+    side_close(&b);
+}
+
+static void it_is_gone_at_once_when_closed(void **state)
+{
+    side a;
+    int64_t begin, took;
+    (void)state;
+    clean(&server);
+    side_open(&a, server.port);
+    side_enroll(&a, "10.0.0.1:8000");
+    expect_ok(&a, 3000);
+    assert_int_equal(count_nodes(&server), 1);
+    begin = ct_now_ms();
+    crpci_registry_close(a.registry);
+    took = ct_now_ms() - begin;
+    a.registry = NULL;
+    assert_int_equal(count_nodes(&server), 0);
+    assert_true(took < 500);
+    ct_matrix(a.loop, "close-unregisters");
+    side_close(&a);
+}
+
+/* Two live processes with one address: neither may drive the server mad. */
+static void it_gives_up_against_a_live_twin(void **state)
+{
+    side a, b;
+    crpci_zookeeper_reg *reg;
+    int rounds;
+    (void)state;
+    clean(&server);
+    side_open(&a, server.port);
+    side_open(&b, server.port);
+    side_enroll(&a, "10.0.0.1:8000");
+    expect_ok(&a, 3000);
+    ct_sleep_ms(5); /* another timestamp */
+    side_enroll(&b, "10.0.0.1:8000");
+    expect_ok(&b, 3000);
+    assert_true(CT_WAIT(only_owner(&server, "10.0.0.1:8000") == side_session(&b), SOON_MS));
+    /* the check that finds the loss, early */
+    reg = (crpci_zookeeper_reg *)a.reg;
+    crpci_loop_lock(a.loop);
+    reg->task.due_us = reg->check_us = 0;
+    crpci_zookeeper_kick(reg->task.session);
+    crpci_loop_unlock(a.loop);
+    assert_true(CT_WAIT(only_owner(&server, "10.0.0.1:8000") == side_session(&a), 3000));
+    crpci_loop_lock(a.loop);
+    rounds = (int)reg->rounds;
+    crpci_loop_unlock(a.loop);
+    assert_int_equal(rounds, 1);
+    assert_int_equal(value(&a.told_ok), 2);
+    ct_sleep_ms(500);
+    assert_true(only_owner(&server, "10.0.0.1:8000") == side_session(&a));
+    ct_matrix(a.loop, "live-twins");
+    side_close(&a);
+    side_close(&b);
+}
+
+/* The host was left open, and the way to the server changes. */
+static void it_moves_with_its_address(void **state)
+{
+    side a, b;
+    crpci_zookeeper *z;
+    crpci_zookeeper_reg *reg;
+    (void)state;
+    clean(&server);
+    side_open(&b, server.port);
+    side_subscribe(&b);
+    side_open(&a, server.port);
+    side_enroll(&a, ":8000");
+    expect_list(&b, "127.0.0.1:8000 ", 3000);
+    reg = (crpci_zookeeper_reg *)a.reg;
+    z = reg->task.session;
+    crpci_loop_lock(a.loop);
+    assert_true(crpci_sock_parse(&z->servers[0], "[::1]:1")); /* asked for the route only */
+    reg->task.due_us = reg->check_us = 0;
+    crpci_zookeeper_kick(z);
+    crpci_loop_unlock(a.loop);
+    expect_list(&b, "[::1]:8000 ", 3000);
+    assert_int_equal(count_nodes(&server), 1);
+    ct_matrix(a.loop, "address-moves");
+    side_close(&a);
+    side_close(&b);
+}
+
+static void it_takes_what_matches(void **state)
+{
+    side a, b, d;
+    (void)state;
+    clean(&server);
+    add_node(&server, "dubbo://10.0.0.9:1/demo.Echo?interface=demo.Echo");
+    add_node(&server, "crpc://10.0.0.8:1/demo.Echo?interface=demo.Echo&enabled=false");
+    add_node(&server, "crpc://10.0.0.7:1/demo.Echo?interface=demo.Echo&group=g1&version=2.0");
+    add_node(&server, "crpc://[::1]:1/demo.Echo?interface=demo.Echo&weight=7");
+    add_node(&server, "no url at all");
+    side_open(&a, server.port);
+    side_subscribe(&a);
+    expect_list(&a, "[::1]:1 ", 3000);
+    side_open(&b, server.port);
+    side_subscribe_as(&b, "g1", "2.0");
+    expect_list(&b, "10.0.0.7:1 ", 3000);
+    side_open(&d, server.port);
+    side_subscribe_as(&d, "*", "*");
+    expect_list(&d, "10.0.0.7:1 [::1]:1 ", 3000);
+    clean(&server);
+    ct_matrix(a.loop, "group-version-scheme");
+    side_close(&a);
+    side_close(&b);
+    side_close(&d);
+}
+
+/* --- tests: servers and sessions go ------------------------------------------------------------- */
+
+static void it_survives_a_restarted_server(void **state)
+{
+    zk_server s;
+    side a, b, d;
+    int64_t session;
+    int lines;
+    (void)state;
+    zk_start(&s);
+    side_open(&a, s.port);
+    side_enroll(&a, "10.0.0.1:8000");
+    expect_ok(&a, 3000);
+    side_open(&b, s.port);
+    side_subscribe(&b);
+    expect_list(&b, "10.0.0.1:8000 ", 3000);
+    session = side_session(&a);
+    lines = value(&logged);
+    zk_crash(&s);
+    ct_sleep_ms(TIMEOUT_MS / 2);
+    assert_true(side_has(&b, "10.0.0.1:8000 "));
+    zk_launch(&s);
+    assert_true(CT_WAIT(side_session(&a) && side_session(&b), 3000));
+    assert_true(side_session(&a) == session);
+    assert_true(value(&logged) - lines < 10);
+    side_open(&d, s.port);
+    side_enroll(&d, "10.0.0.2:8000");
+    expect_list(&b, "10.0.0.1:8000 10.0.0.2:8000 ", 3000);
+    assert_true(CT_WAIT(zk_watches(&s) == 1, SOON_MS));
+    ct_matrix(a.loop, "server-restart");
+    side_close(&a);
+    side_close(&b);
+    side_close(&d);
+    zk_end(&s);
+}
+
+/* A server without its data refuses the sessions for ever and never calls them expired. */
+static void it_survives_a_wiped_server(void **state)
+{
+    zk_server s;
+    side a, b, d;
+    (void)state;
+    zk_start(&s);
+    side_open(&a, s.port);
+    side_enroll(&a, "10.0.0.1:8000");
+    expect_ok(&a, 3000);
+    side_open(&b, s.port);
+    side_subscribe(&b);
+    expect_list(&b, "10.0.0.1:8000 ", 3000);
+    zk_crash(&s);
+    zk_wipe(&s);
+    zk_launch(&s);
+    assert_true(CT_WAIT(only_owner(&s, "10.0.0.1:8000") != 0, TIMEOUT_MS * 2 + 4000));
+    assert_true(only_owner(&s, "10.0.0.1:8000") == side_session(&a));
+    assert_true(side_has(&b, "10.0.0.1:8000 "));
+    side_open(&d, s.port);
+    side_enroll(&d, "10.0.0.2:8000");
+    expect_list(&b, "10.0.0.1:8000 10.0.0.2:8000 ", TIMEOUT_MS * 2 + 4000);
+    ct_matrix(a.loop, "server-wiped");
+    side_close(&a);
+    side_close(&b);
+    side_close(&d);
+    zk_end(&s);
+}
+
+static void it_survives_expiry(void **state)
+{
+    zk_proxy p;
+    side a, d;
+    int64_t before, after;
+    int pushes;
+    (void)state;
+    clean(&server);
+    zk_proxy_start(&p, server.port);
+    side_open(&a, p.port);
+    side_enroll(&a, "10.0.0.1:8000");
+    side_subscribe(&a);
+    expect_ok(&a, 3000);
+    expect_list(&a, "10.0.0.1:8000 ", 3000);
+    before = side_session(&a);
+    assert_true(only_owner(&server, "10.0.0.1:8000") == before);
+    zk_proxy_set(&p, ZK_PROXY_REFUSE);
+    assert_true(CT_WAIT(count_nodes(&server) == 0, TIMEOUT_MS * 4));
+    pushes = value(&a.pushes);
+    zk_proxy_set(&p, ZK_PROXY_OPEN);
+    assert_true(CT_WAIT((after = only_owner(&server, "10.0.0.1:8000")) != 0, 2000));
+    assert_true(after != before);
+    assert_true(CT_WAIT(side_session(&a) == after, SOON_MS));
+    assert_true(CT_WAIT(value(&a.told_ok) == 2, SOON_MS));
+    assert_true(side_has(&a, "10.0.0.1:8000 "));
+    assert_int_equal(value(&a.pushes), pushes); /* the same node name: the same list */
+    side_open(&d, server.port);
+    side_enroll(&d, "10.0.0.2:8000");
+    expect_list(&a, "10.0.0.1:8000 10.0.0.2:8000 ", 3000);
+    ct_matrix(a.loop, "expired");
+    side_close(&a);
+    side_close(&d);
+    zk_proxy_end(&p);
+}
+
+/* Nobody steps the loop, as with a program that calls once an hour. The single-threaded client lives
+ * in the loop and cannot do without. */
+static void it_works_on_a_loop_that_rests(void **state)
+{
+    zk_proxy p;
+    side a, d;
+    int64_t after;
+    (void)state;
+    clean(&server);
+    zk_proxy_start(&p, server.port);
+    side_loop(&a, CRPC_ZOOKEEPER_ST);
+    a.registry = open_registry(a.loop, p.port, NULL);
+    side_enroll(&a, "10.0.0.1:8000");
+    side_subscribe(&a);
+    expect_list(&a, "10.0.0.1:8000 ", 3000);
+    side_open(&d, server.port);
+    side_enroll(&d, "10.0.0.2:8000");
+    expect_list(&a, "10.0.0.1:8000 10.0.0.2:8000 ", SOON_MS);
+    d.registry->ops->withdraw(d.registry, d.reg);
+    expect_list(&a, "10.0.0.1:8000 ", SOON_MS);
+    zk_proxy_set(&p, ZK_PROXY_REFUSE);
+    assert_true(CT_WAIT(count_nodes(&server) == 0, TIMEOUT_MS * 4));
+    zk_proxy_set(&p, ZK_PROXY_OPEN);
+    assert_true(CT_WAIT((after = only_owner(&server, "10.0.0.1:8000")) != 0, 2000));
+    side_enroll(&d, "10.0.0.3:8000");
+    expect_list(&a, "10.0.0.1:8000 10.0.0.3:8000 ", 3000);
+    ct_matrix(a.loop, "resting-loop");
+    side_close(&a);
+    side_close(&d);
+    zk_proxy_end(&p);
+}
+
+/* Connections are accepted, and closed before there is a session: three of them, and the session is
+ * not known there any more. */
+static void it_gives_up_a_session_that_is_refused(void **state)
+{
+    zk_proxy p;
+    side a;
+    int64_t before, lost, took;
+    (void)state;
+    clean(&server);
+    zk_proxy_start(&p, server.port);
+    side_open(&a, p.port);
+    side_enroll(&a, "10.0.0.1:8000");
+    expect_ok(&a, 3000);
+    before = side_session(&a);
+    zk_proxy_set(&p, ZK_PROXY_CLOSE);
+    lost = ct_now_ms();
+    {
+        crpci_zookeeper *z = ((crpci_zookeeper_registry *)(void *)a.registry)->session;
+        bool given_up = false;
+        while (!given_up && ct_now_ms() - lost < TIMEOUT_MS * 4) {
+            crpci_loop_lock(a.loop);
+            given_up = !z->connected && (!z->link || !z->link->had_session);
+            crpci_loop_unlock(a.loop);
+            ct_sleep_ms(2);
+        }
+        assert_true(given_up);
+    }
+    took = ct_now_ms() - lost;
+    assert_true(took < TIMEOUT_MS * 3 / 2); /* well before the watchdog */
+    zk_proxy_set(&p, ZK_PROXY_OPEN);
+    assert_true(CT_WAIT(side_session(&a) != 0, 5000));
+    assert_true(side_session(&a) != before);
+    assert_true(CT_WAIT(only_owner(&server, "10.0.0.1:8000") == side_session(&a), 3000));
+    ct_matrix(a.loop, "refused-session");
+    side_close(&a);
+    zk_proxy_end(&p);
+}
+
+static double cpu_seconds(void)
+{
+    struct rusage u;
+    getrusage(RUSAGE_SELF, &u);
+    return (double)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) +
+           (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec) / 1e6;
+}
+
+/* Behind a wall that swallows everything, for longer than the watchdog waits: a new session when it
+ * opens; meanwhile no noise and no load. */
+static void it_survives_a_long_outage(void **state)
+{
+    zk_proxy p;
+    side a;
+    int64_t before;
+    double cpu;
+    int lines;
+    (void)state;
+    clean(&server);
+    zk_proxy_start(&p, server.port);
+    side_open(&a, p.port);
+    side_enroll(&a, "10.0.0.1:8000");
+    side_subscribe(&a);
+    expect_ok(&a, 3000);
+    expect_list(&a, "10.0.0.1:8000 ", 3000);
+    before = side_session(&a);
+    lines = value(&logged);
+    cpu = cpu_seconds();
+    zk_proxy_set(&p, ZK_PROXY_STALL);
+    ct_sleep_ms(TIMEOUT_MS * 4);
+    cpu = cpu_seconds() - cpu;
+    if (cpu > 0.1 * TIMEOUT_MS * 4 / 1000)
+        fail_msg("%.2f s of processor time in an outage of %d ms", cpu, TIMEOUT_MS * 4);
+    if (value(&logged) - lines > 8)
+        fail_msg("%d lines in an outage", value(&logged) - lines);
+    assert_true(side_has(&a, "10.0.0.1:8000 "));
+    zk_proxy_set(&p, ZK_PROXY_OPEN);
+    assert_true(CT_WAIT(side_session(&a) != 0, 5000));
+    assert_true(side_session(&a) != before);
+    assert_true(CT_WAIT(only_owner(&server, "10.0.0.1:8000") == side_session(&a), 3000));
+    ct_matrix(a.loop, "long-outage");
+    side_close(&a);
+    zk_proxy_end(&p);
+}
+
+static void it_survives_a_frozen_server(void **state)
+{
+    zk_server s;
+    side a, b, d;
+    int64_t begin, took;
+    (void)state;
+    zk_start(&s);
+    side_open(&a, s.port);
+    side_enroll(&a, "10.0.0.1:8000");
+    side_open(&b, s.port);
+    side_subscribe(&b);
+    expect_ok(&a, 3000);
+    expect_list(&b, "10.0.0.1:8000 ", 3000);
+    zk_freeze(&s);
+    ct_sleep_ms(TIMEOUT_MS * 2);
+    assert_true(side_has(&b, "10.0.0.1:8000 "));
+    zk_thaw(&s);
+    assert_true(CT_WAIT(side_session(&a) && only_owner(&s, "10.0.0.1:8000") == side_session(&a),
+                        6000));
+    side_open(&d, s.port);
+    side_enroll(&d, "10.0.0.2:8000");
+    expect_list(&b, "10.0.0.1:8000 10.0.0.2:8000 ", 6000);
+    /* closing against a frozen server is bounded */
+    zk_freeze(&s);
+    begin = ct_now_ms();
+    side_close(&d);
+    took = ct_now_ms() - begin;
+    if (took > 5000)
+        fail_msg("closing took %lld ms", (long long)took);
+    zk_thaw(&s);
+    ct_matrix(a.loop, "server-frozen");
+    side_close(&a);
+    side_close(&b);
+    zk_end(&s);
+}
+
+static void it_waits_for_a_server_that_starts_late(void **state)
+{
+    zk_server s;
+    side a, b;
+    (void)state;
+    zk_start(&s);
+    zk_crash(&s);
+    side_open(&a, s.port);
+    side_enroll(&a, "10.0.0.1:8000");
+    side_open(&b, s.port);
+    side_subscribe(&b);
+    ct_sleep_ms(2500);
+    assert_int_equal(value(&b.pushes), 0);
+    assert_int_equal(value(&a.status), -1);
+    zk_launch(&s);
+    expect_ok(&a, 3000);
+    expect_list(&b, "10.0.0.1:8000 ", 3000);
+    ct_matrix(a.loop, "late-server");
+    side_close(&a);
+    side_close(&b);
+    zk_end(&s);
+}
+
+/* --- tests: sharing, closing, rights ------------------------------------------------------------ */
+
+static void it_shares_one_session(void **state)
+{
+    side a;
+    crpci_registry *more[9];
+    void *handles[9];
+    side others[9];
+    int i;
+    (void)state;
+    clean(&server);
+    assert_true(CT_WAIT(zk_connections(&server) == 0, 3000));
+    side_open(&a, server.port);
+    side_enroll(&a, "10.0.0.1:8000");
+    expect_ok(&a, 3000);
+    for (i = 0; i < 9; i++) {
+        more[i] = open_registry(a.loop, server.port, NULL);
+        memset(&others[i], 0, sizeof others[i]);
+        pthread_mutex_init(&others[i].lock, NULL);
+        assert_int_equal(more[i]->ops->subscribe(more[i], "demo.Echo", i % 2 ? "*" : NULL, NULL,
+                                                 on_push, &others[i], &handles[i]),
+                         CRPC_OK);
+    }
+    for (i = 0; i < 9; i++)
+        expect_list(&others[i], "10.0.0.1:8000 ", 3000);
+    assert_int_equal(zk_connections(&server), 1);
+    assert_int_equal(zk_watches(&server), 1);
+    assert_true(a.loop->registries.next->next == &a.loop->registries);
+    for (i = 0; i < 9; i++) {
+        if (i % 3)
+            more[i]->ops->unsubscribe(more[i], handles[i]);
+        crpci_registry_close(more[i]); /* ends the rest */
+        pthread_mutex_destroy(&others[i].lock);
+    }
+    ct_sleep_ms(100);
+    assert_true(only_owner(&server, "10.0.0.1:8000") == side_session(&a));
+    ct_matrix(a.loop, "shared-session");
+    side_close(&a);
+}
+
+static void it_may_be_closed_in_its_callbacks(void **state)
+{
+    side a, b, d;
+    (void)state;
+    clean(&server);
+    side_open(&a, server.port);
+    side_enroll(&a, "10.0.0.1:8000");
+    expect_ok(&a, 3000);
+    side_open(&b, server.port);
+    b.unsubscribe_in_push = 1;
+    side_subscribe(&b);
+    assert_true(CT_WAIT(value(&b.pushes) == 1, 3000));
+    side_open(&d, server.port);
+    d.close_in_push = 1;
+    side_subscribe(&d);
+    assert_true(CT_WAIT(value(&d.pushes) == 1, 3000));
+    assert_true(CT_WAIT(zk_connections(&server) <= 2, 3000));
+    side_close(&d);
+    d = b;
+    side_loop(&d, 1);
+    d.registry = open_registry(d.loop, server.port, NULL);
+    d.withdraw_in_status = 1;
+    side_enroll(&d, "10.0.0.2:8000");
+    assert_true(CT_WAIT(value(&d.status) == CRPC_OK, 3000));
+    assert_true(CT_WAIT(count_nodes(&server) == 1, 3000));
+    ct_matrix(a.loop, "close-in-callback");
+    side_close(&a);
+    side_close(&b);
+    side_close(&d);
+    /* a handle closed in its callback frees itself when its thread ends */
+    assert_true(CT_WAIT(ct_alloc_of_test()->live_blocks == 0, 3000));
+}
+
+/* unsubscribe waits for a callback that runs on another thread. */
+static void it_waits_for_a_running_callback(void **state)
+{
+    side a;
+    int i;
+    (void)state;
+    clean(&server);
+    for (i = 0; i < 5; i++) {
+        side_open(&a, server.port);
+        a.slow_push_ms = 150;
+        side_subscribe(&a);
+        assert_true(CT_WAIT(value(&a.in_push), 3000));
+        if (i % 2)
+            a.registry->ops->unsubscribe(a.registry, a.sub);
+        else
+            crpci_registry_close(a.registry);
+        assert_int_equal(value(&a.in_push), 0);
+        assert_int_equal(value(&a.pushes), 1);
+        if (i % 2 == 0)
+            a.registry = NULL;
+        ct_matrix(a.loop, "close-beside-callback");
+        side_close(&a);
+    }
+}
+
+static void it_uses_its_credential(void **state)
+{
+    /* base64(sha1("crpc:secret")) */
+    static const char id[] = "crpc:FJyY554p+37oqvtpy+Mxgpdxwpw=";
+    side a, b;
+    zk_client *c;
+    (void)state;
+    clean(&server);
+    c = zk_open(&server);
+    assert_int_equal(zk_create(c, "/test", "", 0), ZK_OK);
+    assert_int_equal(zk_create(c, "/test/demo.Echo", "", 0), ZK_OK);
+    assert_int_equal(zk_create_as(c, DIR, "", 0, id), ZK_OK);
+    side_open(&b, server.port);
+    side_enroll(&b, "10.0.0.2:8000");
+    assert_true(CT_WAIT(value(&b.status) == CRPC_EAUTH, 3000));
+    side_loop(&a, 1);
+    a.registry = open_registry(a.loop, server.port, "crpc:secret");
+    side_subscribe(&a);
+    side_enroll(&a, "10.0.0.1:8000");
+    expect_ok(&a, 3000);
+    expect_list(&a, "10.0.0.1:8000 ", 3000);
+    ct_matrix(a.loop, "credential");
+    side_close(&b);
+    side_close(&a);
+    zk_delete(c, DIR); /* its parent allows it */
+    zk_close(c);
+    clean(&server);
+}
+
+/* The directory is deleted under a consumer, and made again. */
+static void it_survives_a_deleted_directory(void **state)
+{
+    side a, b;
+    int64_t owner;
+    zk_client *c;
+    (void)state;
+    clean(&server);
+    side_open(&b, server.port);
+    side_subscribe(&b);
+    expect_list(&b, "", 3000);
+    c = zk_open(&server);
+    assert_true(CT_WAIT(zk_exists(c, DIR, &owner) == ZK_OK, SOON_MS));
+    assert_true(CT_WAIT(zk_watches(&server) == 1, SOON_MS));
+    assert_int_equal(zk_delete(c, DIR), ZK_OK);
+    zk_delete(c, "/test/demo.Echo");
+    assert_true(CT_WAIT(zk_exists(c, DIR, &owner) == ZK_OK, SOON_MS));
+    side_open(&a, server.port);
+    side_enroll(&a, "10.0.0.1:8000");
+    expect_list(&b, "10.0.0.1:8000 ", 3000);
+    zk_close(c);
+    ct_matrix(b.loop, "directory-deleted");
+    side_close(&a);
+    side_close(&b);
+}
+
+/* Many changes at once end in the right list, and do not cost a read each. */
+static void it_follows_a_burst(void **state)
+{
+    side b, a[12];
+    char want[512] = "", address[32];
+    int i;
+    (void)state;
+    clean(&server);
+    side_open(&b, server.port);
+    side_subscribe(&b);
+    expect_list(&b, "", 3000);
+    for (i = 0; i < 12; i++) {
+        snprintf(address, sizeof address, "10.0.0.%d:8000", 10 + i);
+        snprintf(want + strlen(want), sizeof want - strlen(want), "%s ", address);
+        side_loop(&a[i], 1);
+        a[i].registry = open_registry(a[i].loop, server.port, NULL);
+        side_enroll(&a[i], address);
+    }
+    expect_list(&b, want, 5000);
+    assert_true(value(&b.pushes) <= 14);
+    for (i = 0; i < 12; i++)
+        side_close(&a[i]);
+    ct_sleep_ms(100);
+    assert_int_not_equal(strlen(b.list), 0); /* the last good one stays */
+    ct_matrix(b.loop, "burst");
+    side_close(&b);
+}
+
+/* Every allocation fails once, and then all after it: an error or a later success, never a leak, a
+ * crash or a hang. */
+static int sweep(const crpc_hooks *hooks, void *user)
+{
+    crpc_loop_options o;
+    crpci_registry_options ro;
+    crpci_registration what;
+    crpci_registry *r = NULL;
+    crpc_loop *loop;
+    crpci_url url;
+    char text[64];
+    void *sub = NULL, *reg = NULL;
+    int err;
+    side *s = (side *)user;
+    memset(&o, 0, sizeof o);
+    memset(&ro, 0, sizeof ro);
+    memset(&what, 0, sizeof what);
+    o.poller = ct_poller();
+    o.hooks = *hooks;
+    o.hooks.log_level = -1;
+    ro.session_timeout_ms = TIMEOUT_MS;
+    s->pushes = 0;
+    s->status = -1;
+    err = crpc_loop_open(&loop, &o);
+    if (err)
+        return err;
+    if (crpc_loop_start(loop))
+        fail_msg("no thread");
+    snprintf(text, sizeof text, "zookeeper://127.0.0.1:%d/test", server.port);
+    crpci_url_parse(&url, text, NULL);
+    err = crpci_registry_open(loop, &url, &ro, &r, NULL);
+    if (!err)
+        err = r->ops->subscribe(r, "demo.Echo", NULL, NULL, on_push, s, &sub);
+    what.service = "demo.Echo";
+    what.address = "10.0.0.1:8000";
+    if (!err)
+        err = r->ops->enroll(r, &what, on_status, s, &reg);
+    if (!err)
+        (void)CT_WAIT(value(&s->pushes) && value(&s->status) == CRPC_OK, 20);
+    if (!err)
+        r->ops->withdraw(r, reg);
+    crpci_registry_close(r);
+    crpc_loop_close(loop);
+    return err;
+}
+
+static void it_survives_want_of_memory(void **state)
+{
+    side s;
+    (void)state;
+    clean(&server);
+    memset(&s, 0, sizeof s);
+    pthread_mutex_init(&s.lock, NULL);
+    assert_true(ct_sweep(sweep, &s) > 20);
+    side_loop(&s, 0);
+    ct_matrix(s.loop, "out-of-memory");
+    crpc_loop_close(s.loop);
+    pthread_mutex_destroy(&s.lock);
+}
+
+int main(int argc, char **argv)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(it_registers_and_discovers),
+        CT_TEST(it_sees_a_new_provider_soon),
+        CT_TEST(it_notices_a_killed_provider),
+        CT_TEST(it_takes_over_its_own_stale_node),
+        CT_TEST(it_is_gone_at_once_when_closed),
+        CT_TEST(it_gives_up_against_a_live_twin),
+        CT_TEST(it_moves_with_its_address),
+        CT_TEST(it_takes_what_matches),
+        CT_TEST(it_survives_a_restarted_server),
+        CT_TEST(it_survives_a_wiped_server),
+        CT_TEST(it_survives_expiry),
+        CT_TEST(it_works_on_a_loop_that_rests),
+        CT_TEST(it_gives_up_a_session_that_is_refused),
+        CT_TEST(it_survives_a_long_outage),
+        CT_TEST(it_survives_a_frozen_server),
+        CT_TEST(it_waits_for_a_server_that_starts_late),
+        CT_TEST(it_shares_one_session),
+        CT_TEST(it_may_be_closed_in_its_callbacks),
+        CT_TEST(it_waits_for_a_running_callback),
+        CT_TEST(it_uses_its_credential),
+        CT_TEST(it_survives_a_deleted_directory),
+        CT_TEST(it_follows_a_burst),
+        CT_TEST(it_survives_want_of_memory),
+    };
+    int failed;
+    if (argc == 4 && strcmp(argv[1], "provider") == 0)
+        return provider_main(atoi(argv[2]), argv[3]);
+    zk_start(&server);
+    failed = CT_RUN(tests);
+    zk_end(&server);
+    return failed;
+}

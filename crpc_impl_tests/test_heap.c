@@ -1,0 +1,447 @@
+/* impl-heap: chunks, accounting, limits, hooks. */
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#include "crpc_test.h"
+
+static crpci_heap *heap_open(int64_t limit)
+{
+    crpc_hooks hooks = ct_hooks();
+    crpci_heap *h;
+    assert_int_equal(crpci_heap_open(&h, &hooks, limit), CRPC_OK);
+    return h;
+}
+
+static void new_bytes_are_zero_and_old_ones_stay(void **state)
+{
+    crpci_heap *h = heap_open(0);
+    uint8_t *p = (uint8_t *)crpci_heap_alloc(h, 10), *q;
+    size_t i;
+    (void)state;
+    assert_non_null(p);
+    for (i = 0; i < 10; i++)
+        assert_int_equal(p[i], 0);
+    memset(p, 7, 10);
+    p = (uint8_t *)crpci_heap_resize(h, p, 10, 30);
+    assert_non_null(p);
+    for (i = 0; i < 30; i++)
+        assert_int_equal(p[i], i < 10 ? 7 : 0);
+    p = (uint8_t *)crpci_heap_resize(h, p, 30, 5);
+    assert_non_null(p);
+    for (i = 0; i < 5; i++)
+        assert_int_equal(p[i], 7);
+    ct_alloc_of_test()->fail_at = ct_alloc_of_test()->calls + 1;
+    q = (uint8_t *)crpci_heap_resize(h, p, 5, 500);
+    assert_null(q);
+    assert_int_equal(p[4], 7); /* the old block is still there */
+    assert_int_equal(crpci_heap_resize(h, p, 5, 0) == NULL, 1);
+    assert_null(crpci_heap_resize(h, NULL, 0, 0));
+    crpci_heap_free(h, NULL, 0);
+    crpci_heap_unref(h);
+}
+
+static void strings_are_copied_and_terminated(void **state)
+{
+    crpci_heap *h = heap_open(0);
+    char *a = crpci_heap_strndup(h, "abcdef", 3), *b = crpci_heap_strndup(h, "", 0);
+    (void)state;
+    assert_string_equal(a, "abc");
+    assert_string_equal(b, "");
+    crpci_heap_strfree(h, a);
+    crpci_heap_strfree(h, b);
+    crpci_heap_strfree(h, NULL);
+    crpci_heap_unref(h);
+}
+
+static void bytes_and_peak_are_the_allocators(void **state)
+{
+    crpci_heap *h = heap_open(0);
+    ct_alloc *a = ct_alloc_of_test();
+    crpci_chunk *c;
+    void *p;
+    int64_t before, peak;
+    (void)state;
+    assert_int_equal(h->bytes, a->live_bytes);
+    before = h->bytes;
+    p = crpci_heap_alloc(h, 1000);
+    assert_int_equal(h->bytes, before + 1000);
+    p = crpci_heap_resize(h, p, 1000, 3000);
+    c = crpci_heap_chunk(h, 100000);
+    assert_int_equal(h->bytes, a->live_bytes);
+    peak = h->bytes;
+    assert_int_equal(h->peak, peak);
+    crpci_heap_chunk_unref(c);
+    crpci_heap_free(h, p, 3000);
+    assert_int_equal(h->bytes, before);
+    assert_int_equal(h->bytes, a->live_bytes);
+    assert_int_equal(h->peak, peak);
+    a->fail_at = a->calls + 1;
+    assert_null(crpci_heap_alloc(h, 50000)); /* what failed does not count */
+    assert_int_equal(h->bytes, before);
+    assert_int_equal(h->peak, peak);
+    crpci_heap_unref(h);
+}
+
+static void chunks_have_room_and_are_writable_to_the_end(void **state)
+{
+    crpci_heap *h = heap_open(0);
+    size_t head = sizeof(crpci_chunk), size;
+    (void)state;
+    for (size = 0; size < 300000; size = size * 5 / 4 + 1) {
+        crpci_chunk *c = crpci_heap_chunk(h, size);
+        size_t total = size + head;
+        assert_non_null(c);
+        assert_true(c->cap >= size);
+        assert_int_equal(c->refs, 1);
+        memset(crpci_heap_data(c), 0x11, c->cap);
+        if (total <= CRPCI_CHUNK_BIG) { /* the least power of two that holds it */
+            assert_int_equal((c->cap + head) & (c->cap + head - 1), 0);
+            assert_true(c->cap + head >= CRPCI_CHUNK_MIN);
+            assert_true(c->cap + head == CRPCI_CHUNK_MIN || (c->cap + head) / 2 < total);
+        } else {
+            assert_int_equal(c->cap, size);
+        }
+        crpci_heap_chunk_unref(c);
+    }
+    crpci_heap_unref(h);
+}
+
+static void class_borders(void **state)
+{
+    unsigned k;
+    (void)state;
+    assert_int_equal(crpci_heap_class(0), 0);
+    for (k = 0; k < CRPCI_CHUNK_CLASSES; k++) {
+        assert_int_equal(crpci_heap_class((size_t)CRPCI_CHUNK_MIN << k), k);
+        assert_int_equal(crpci_heap_class(((size_t)CRPCI_CHUNK_MIN << k) + 1), k + 1);
+    }
+    assert_int_equal(crpci_heap_class(SIZE_MAX), CRPCI_CHUNK_CLASSES);
+    assert_int_equal(CRPCI_CHUNK_BIG, 65536);
+}
+
+static void the_last_reference_frees(void **state)
+{
+    crpci_heap *h = heap_open(0);
+    ct_alloc *a = ct_alloc_of_test();
+    crpci_chunk *c = crpci_heap_chunk(h, 200000), *d;
+    (void)state;
+    assert_int_equal(a->live_blocks, 2);
+    crpci_heap_chunk_ref(c);
+    crpci_heap_chunk_ref(c);
+    crpci_heap_chunk_unref(c);
+    crpci_heap_chunk_unref(c);
+    assert_int_equal(a->live_blocks, 2);
+    assert_int_equal(h->chunk_bytes, 200000 + sizeof(crpci_chunk));
+    crpci_heap_chunk_unref(c); /* too big to be kept */
+    assert_int_equal(a->live_blocks, 1);
+    assert_int_equal(h->chunk_bytes, 0);
+    crpci_heap_chunk_unref(NULL);
+
+    c = crpci_heap_chunk(h, 1000);
+    crpci_heap_chunk_ref(c);
+    crpci_heap_chunk_unref(c);
+    d = crpci_heap_chunk(h, 1000);
+    assert_ptr_not_equal(c, d); /* a chunk in use is not handed out again */
+    crpci_heap_chunk_unref(c);
+    crpci_heap_chunk_unref(d);
+    crpci_heap_unref(h);
+}
+
+/* What a program in its steady state does costs no allocation. */
+static void warm_chunks_come_without_the_allocator(void **state)
+{
+    crpci_heap *h = heap_open(0);
+    crpci_chunk *c[20];
+    long calls = 0;
+    int round, i;
+    (void)state;
+    for (round = 0; round < 50; round++) {
+        for (i = 0; i < 20; i++) {
+            /* every kept class, twice and more */
+            c[i] = crpci_heap_chunk(h, ((size_t)200 << (i % 9)) - (size_t)(round % 7));
+            assert_non_null(c[i]);
+            assert_int_equal(c[i]->refs, 1);
+            assert_ptr_equal(c[i]->heap, h);
+        }
+        for (i = 0; i < 20; i++)
+            crpci_heap_chunk_unref(c[(i * 7 + round) % 20]);
+        if (round == 0)
+            calls = ct_alloc_of_test()->calls;
+        assert_int_equal(ct_alloc_of_test()->calls, calls);
+        assert_int_equal(h->chunk_bytes, 0);
+    }
+    crpci_heap_unref(h);
+}
+
+static void what_is_kept_is_bounded(void **state)
+{
+    enum { MANY = 100 };
+    crpci_heap *h = heap_open(0);
+    crpci_chunk *c[MANY];
+    int i;
+    (void)state;
+    for (i = 0; i < MANY; i++) {
+        c[i] = crpci_heap_chunk(h, 60000);
+        assert_non_null(c[i]);
+    }
+    assert_int_equal(h->chunk_bytes, MANY * 65536);
+    for (i = 0; i < MANY; i++)
+        crpci_heap_chunk_unref(c[i]);
+    assert_int_equal(h->kept_bytes, CRPCI_HEAP_KEEP);
+    assert_int_equal(h->bytes, CRPCI_HEAP_KEEP + sizeof *h);
+    crpci_heap_trim(h);
+    assert_int_equal(h->kept_bytes, 0);
+    assert_int_equal(h->bytes, sizeof *h);
+    assert_int_equal(ct_alloc_of_test()->live_blocks, 1);
+    c[0] = crpci_heap_chunk(h, 60000); /* a trimmed heap goes on working */
+    assert_non_null(c[0]);
+    crpci_heap_chunk_unref(c[0]);
+    crpci_heap_unref(h);
+}
+
+static void limit_holds_and_is_given_back(void **state)
+{
+    crpci_heap *h = heap_open(1024);
+    crpci_chunk *c[5];
+    int i;
+    (void)state;
+    for (i = 0; i < 4; i++) {
+        c[i] = crpci_heap_chunk(h, 100);
+        assert_non_null(c[i]);
+    }
+    assert_null(crpci_heap_chunk(h, 0));
+    assert_null(crpci_heap_chunk(h, 100000));
+    crpci_heap_chunk_unref(c[3]);
+    c[3] = crpci_heap_chunk(h, 100);
+    assert_non_null(c[3]);
+    assert_null(crpci_heap_chunk(h, 100));
+    for (i = 0; i < 4; i++)
+        crpci_heap_chunk_unref(c[i]);
+    /* Kept chunks of one size are no way round the limit. */
+    c[0] = crpci_heap_chunk(h, 900);
+    assert_non_null(c[0]);
+    assert_int_equal(h->chunk_bytes, 1024);
+    assert_null(crpci_heap_chunk(h, 100));
+    assert_int_equal(h->chunk_bytes, 1024);
+    crpci_heap_chunk_unref(c[0]);
+    /* The limit is on chunks alone. */
+    {
+        void *p = crpci_heap_alloc(h, 5000);
+        assert_non_null(p);
+        crpci_heap_free(h, p, 5000);
+    }
+    crpci_heap_unref(h);
+}
+
+static void absurd_sizes_are_refused_before_the_allocator(void **state)
+{
+    crpci_heap *h = heap_open(0);
+    long calls = ct_alloc_of_test()->calls;
+    size_t i;
+    (void)state;
+    for (i = 0; i < sizeof(crpci_chunk); i++)
+        assert_null(crpci_heap_chunk(h, SIZE_MAX - i));
+    assert_int_equal(ct_alloc_of_test()->calls, calls);
+    assert_int_equal(h->chunk_bytes, 0);
+    crpci_heap_unref(h);
+}
+
+static void chunks_outlive_the_heaps_owner(void **state)
+{
+    crpci_heap *h = heap_open(0);
+    crpci_chunk *kept = crpci_heap_chunk(h, 500), *big = crpci_heap_chunk(h, 90000);
+    (void)state;
+    crpci_heap_ref(h);
+    crpci_heap_unref(h);
+    crpci_heap_unref(h);
+    memset(crpci_heap_data(kept), 1, 500);
+    memset(crpci_heap_data(big), 1, 90000);
+    crpci_heap_chunk_unref(big);
+    assert_int_equal(ct_alloc_of_test()->live_blocks, 2);
+    crpci_heap_chunk_unref(kept); /* the heap goes with it; CT_TEST sees what stays */
+    assert_int_equal(ct_alloc_of_test()->live_blocks, 0);
+}
+
+static int chunk_scenario(const crpc_hooks *hooks, void *user)
+{
+    crpci_heap *h;
+    crpci_chunk *a = NULL, *b = NULL;
+    char *s = NULL;
+    int err = crpci_heap_open(&h, hooks, 0);
+    (void)user;
+    if (err) {
+        assert_null(h);
+        return err;
+    }
+    a = crpci_heap_chunk(h, 300);
+    b = a ? crpci_heap_chunk(h, 100000) : NULL;
+    s = b ? crpci_heap_strndup(h, "text", 4) : NULL;
+    assert_int_equal(h->chunk_bytes, (a ? (int64_t)(a->cap + sizeof *a) : 0) +
+                                         (b ? (int64_t)(b->cap + sizeof *b) : 0));
+    err = s ? CRPC_OK : CRPC_ENOMEM;
+    crpci_heap_strfree(h, s);
+    crpci_heap_chunk_unref(a);
+    crpci_heap_chunk_unref(b);
+    crpci_heap_unref(h);
+    return err;
+}
+
+static void out_of_memory_is_an_error(void **state)
+{
+    (void)state;
+    assert_int_equal(ct_sweep(chunk_scenario, NULL), 4);
+}
+
+/* --- hooks -------------------------------------------------------------------------------- */
+
+static char logged[1024];
+static int logged_level, logged_lines;
+
+static void log_hook(void *user, int level, const char *line)
+{
+    assert_ptr_equal(user, ct_alloc_of_test());
+    logged_lines++;
+    logged_level = level;
+    snprintf(logged, sizeof logged, "%s", line);
+}
+
+static int64_t clock_hook(void *user)
+{
+    (void)user;
+    return 123456789;
+}
+
+static int lines_at(int option)
+{
+    crpc_hooks hooks = ct_hooks();
+    crpci_heap *h;
+    int level;
+    hooks.log = log_hook;
+    hooks.log_level = option;
+    assert_int_equal(crpci_heap_open(&h, &hooks, 0), CRPC_OK);
+    logged_lines = 0;
+    for (level = CRPC_LOG_ERROR; level <= CRPC_LOG_DEBUG; level++)
+        crpci_heap_log(h, level, "level %d", level);
+    crpci_heap_unref(h);
+    return logged_lines;
+}
+
+static void log_levels(void **state)
+{
+    (void)state;
+    assert_int_equal(lines_at(0), 2); /* the default: errors and warnings */
+    assert_int_equal(logged_level, CRPC_LOG_WARN);
+    assert_string_equal(logged, "level 2");
+    assert_int_equal(lines_at(-1), 0);
+    assert_int_equal(lines_at(CRPC_LOG_ERROR), 1);
+    assert_int_equal(lines_at(CRPC_LOG_DEBUG), 4);
+}
+
+static void long_lines_are_cut(void **state)
+{
+    crpc_hooks hooks = ct_hooks();
+    crpci_heap *h;
+    char text[2000];
+    (void)state;
+    hooks.log = log_hook;
+    assert_int_equal(crpci_heap_open(&h, &hooks, 0), CRPC_OK);
+    memset(text, 'x', sizeof text);
+    text[sizeof text - 1] = '\0';
+    crpci_heap_log(h, CRPC_LOG_ERROR, "%s", text);
+    assert_int_equal(strlen(logged), 511);
+    crpci_heap_unref(h);
+}
+
+static void default_hooks(void **state)
+{
+    crpci_heap *h;
+    int64_t before, now;
+    void *p;
+    (void)state;
+    assert_int_equal(crpci_heap_open(&h, NULL, 0), CRPC_OK);
+    before = ct_now_us();
+    now = crpci_heap_now(h);
+    assert_true(now >= before && now <= ct_now_us());
+    p = crpci_heap_alloc(h, 100);
+    assert_non_null(p);
+    p = crpci_heap_resize(h, p, 100, 200);
+    assert_non_null(p);
+    crpci_heap_free(h, p, 200);
+    assert_int_equal(h->bytes, sizeof *h);
+    crpci_heap_unref(h);
+}
+
+static void clock_hook_is_asked(void **state)
+{
+    crpc_hooks hooks = ct_hooks();
+    crpci_heap *h;
+    (void)state;
+    hooks.clock_us = clock_hook;
+    assert_int_equal(crpci_heap_open(&h, &hooks, 0), CRPC_OK);
+    assert_int_equal(crpci_heap_now(h), 123456789);
+    crpci_heap_unref(h);
+}
+
+/* --- several threads ---------------------------------------------------------------------- */
+
+static crpci_heap *shared;
+static crpci_chunk *handed;
+
+static void *churn(void *arg)
+{
+    uint64_t random = (uint64_t)(uintptr_t)arg + 1;
+    int i;
+    for (i = 0; i < 4000; i++) {
+        uint64_t r = ct_random_from(&random);
+        crpci_chunk *c = crpci_heap_chunk(shared, (size_t)(r % 3000));
+        if (c) {
+            memset(crpci_heap_data(c), (int)r, 16);
+            crpci_heap_chunk_ref(handed);
+            crpci_heap_chunk_unref(c);
+            crpci_heap_chunk_unref(handed);
+        }
+    }
+    return NULL;
+}
+
+static void threads_share_a_heap(void **state)
+{
+    pthread_t threads[4];
+    uintptr_t i;
+    (void)state;
+    shared = heap_open(0);
+    handed = crpci_heap_chunk(shared, 100);
+    for (i = 0; i < 4; i++)
+        assert_int_equal(pthread_create(&threads[i], NULL, churn, (void *)i), 0);
+    for (i = 0; i < 4; i++)
+        pthread_join(threads[i], NULL);
+    assert_int_equal(handed->refs, 1);
+    assert_int_equal(shared->refs, 2);
+    crpci_heap_chunk_unref(handed);
+    assert_int_equal(shared->chunk_bytes, 0);
+    assert_int_equal(shared->bytes, shared->kept_bytes + (int64_t)sizeof *shared);
+    crpci_heap_unref(shared);
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(new_bytes_are_zero_and_old_ones_stay),
+        CT_TEST(strings_are_copied_and_terminated),
+        CT_TEST(bytes_and_peak_are_the_allocators),
+        CT_TEST(chunks_have_room_and_are_writable_to_the_end),
+        CT_TEST(class_borders),
+        CT_TEST(the_last_reference_frees),
+        CT_TEST(warm_chunks_come_without_the_allocator),
+        CT_TEST(what_is_kept_is_bounded),
+        CT_TEST(limit_holds_and_is_given_back),
+        CT_TEST(absurd_sizes_are_refused_before_the_allocator),
+        CT_TEST(chunks_outlive_the_heaps_owner),
+        CT_TEST(out_of_memory_is_an_error),
+        CT_TEST(log_levels),
+        CT_TEST(long_lines_are_cut),
+        CT_TEST(default_hooks),
+        CT_TEST(clock_hook_is_asked),
+        CT_TEST(threads_share_a_heap),
+    };
+    return CT_RUN(tests);
+}
