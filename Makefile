@@ -168,7 +168,7 @@ $(foreach m,$(MUTANTS),$(eval $(call mutant_rule,$(m))))
 -include $(wildcard $(B)/test/*.d $(B)/system/*.d $(B)/tsan/*.d $(B)/mutant/*/*.d)
 
 .PHONY: build-test build-test-tsan
-build-test: $(UNIT_BIN) $(SYSTEM_BIN) $(if $(findstring check_examples,$(SCRIPTS)),build-examples)
+build-test: $(UNIT_BIN) $(SYSTEM_BIN) $(if $(filter %/check_examples.sh %/wire.py %/syscalls.py,$(SCRIPTS)),build-examples)
 build-test-tsan: $(TSAN_BIN) $(filter-out %/none,$(MUTANT_BIN))
 
 # Builds what can be built, runs it, and counts the rest as failed.

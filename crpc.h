@@ -111,7 +111,9 @@
  *     >>impl-conn          one connection: reading and parsing, queueing and sending
  *     >>impl-registry      lists of providers, node names, what a backend offers
  *     >>impl-zookeeper     the registry in ZooKeeper, with Dubbo's layout
- *     >>impl-channel       the client: endpoints, calls, retries, results
+ *     >>impl-call          what a call takes and gives: request, outcome, the caller's record
+ *     >>impl-endpoint      one provider: its connection, the calls on it, their ends
+ *     >>impl-channel       the client: providers, forms of calls, opening and closing
  *     >>impl-service       finding the method that a request names
  *     >>impl-worker        a bounded queue and the threads that empty it
  *     >>impl-server        listeners, requests, replies, stopping
@@ -892,7 +894,7 @@ typedef struct crpc_server_options {
     int max_connections; /* beyond it new ones are closed. 0: 1024. -1: no limit */
     int64_t max_body;    /* bytes of a request. 0: 64 MiB. -1: 2 GiB - 1 */
     int64_t max_skip;    /* an oversize request up to here gets an error reply. 0: 256 MiB. -1: none */
-    int64_t max_queued;  /* unsent reply bytes on a connection before reading pauses. 0: 4 MiB.
+    int64_t max_queued;  /* memory of a connection's unsent replies before reading pauses. 0: 4 MiB.
                             -1: no limit */
     int idle_timeout_ms; /* closes connections without a request for so long. 0: never. -1: never */
     int frame_timeout_ms; /* a begun request must be complete in it. 0: 30000. -1: no limit */
@@ -2062,6 +2064,17 @@ CRPCI_FN pb_istream_t crpci_message_stream(const void *bytes, size_t size)
     return s;
 }
 
+/* Whether a walk from the last element on finds the one at `start`. It does not where a peer split
+ * the message around them in two, which protobuf would merge. */
+CRPCI_FN bool crpci_message_continues(const crpc_views *views, const uint8_t *start, size_t n)
+{
+    crpc_views walk = *views;
+    const void *cursor = views->end;
+    crpc_view item = {{NULL}, NULL};
+    walk.end = start + n;
+    return crpc_views_next(&walk, &cursor, &item) && crpc_view_data(item) == (const char *)start;
+}
+
 CRPCI_FN bool crpci_message_decode_view(pb_istream_t *in, const pb_field_iter_t *field)
 {
     const uint8_t *start = (const uint8_t *)in->state;
@@ -2079,6 +2092,8 @@ CRPCI_FN bool crpci_message_decode_view(pb_istream_t *in, const pb_field_iter_t 
         views->at[0] = start;
         views->at[1] = (const void *)(uintptr_t)((uint32_t)field->tag << 3 | 2);
         views->at[2] = start + n;
+    } else if (!crpci_message_continues(views, start, n)) {
+        PB_RETURN_ERROR(in, "crpc_views: the message around the field came in two parts");
     }
     views->end = start + n;
     return true;
@@ -2794,7 +2809,7 @@ CRPCI_FN bool crpci_sock_parse(crpci_addr *a, const char *text)
     memset(a, 0, sizeof *a);
     if (strncmp(text, "unix:", 5) == 0) {
         size_t n = strlen(text + 5);
-        if (n == 0 || n >= sizeof a->u.un.sun_path)
+        if (n == 0 || n > CRPC_ADDRESS_MAX - 6) /* what fits sun_path and crpci_sock_format */
             return false;
         a->u.un.sun_family = AF_UNIX;
         memcpy(a->u.un.sun_path, text + 5, n + 1);
@@ -3133,9 +3148,8 @@ CRPCI_FN int crpci_poller_poll_grow(crpci_poller *p, crpci_heap *h)
     items = (crpci_poller_item **)crpci_heap_resize(h, p->items, p->cap * sizeof *items,
                                                     cap * sizeof *items);
     if (!items) {
-        p->fds = (struct pollfd *)crpci_heap_resize(h, fds, cap * sizeof *fds,
-                                                    p->cap * sizeof *fds);
-        if (!p->fds) /* shrinking failed: the larger block is lost to the count, not to use */
+        fds = (struct pollfd *)crpci_heap_resize(h, fds, cap * sizeof *fds, p->cap * sizeof *fds);
+        if (fds || !p->cap)
             p->fds = fds;
         return CRPC_ENOMEM;
     }
@@ -3360,13 +3374,14 @@ CRPCI_FN void crpci_timer_cancel(crpci_timer *t)
     t->prev = NULL; /* an emptied slot keeps its bit: the next advance finds it empty */
 }
 
-CRPCI_FN void crpci_timer_insert(crpci_timer_wheel *w, crpci_timer *t)
+/* Puts a timer into its slot, or into the list at `due` if its tick has come. */
+CRPCI_FN void crpci_timer_insert(crpci_timer_wheel *w, crpci_timer *t, crpci_timer **due)
 {
     int64_t tick = t->due_us / 1000 + (t->due_us % 1000 > 0);
     uint64_t differ;
     unsigned level, slot;
     if (tick <= w->tick) {
-        crpci_timer_link(&w->fired, t);
+        crpci_timer_link(due, t);
         return;
     }
     tick = crpci_base_min64(tick, w->tick + (INT64_C(1) << (6 * CRPCI_TIMER_LEVELS)) -
@@ -3384,7 +3399,7 @@ CRPCI_FN void crpci_timer_set(crpci_timer_wheel *w, crpci_timer *t, int64_t due_
 {
     crpci_timer_cancel(t);
     t->due_us = due_us;
-    crpci_timer_insert(w, t);
+    crpci_timer_insert(w, t, &w->fired);
 }
 
 /* The tick at which the next used slot begins, INT64_MAX if there is none: no timer is due before
@@ -3409,13 +3424,17 @@ CRPCI_FN int64_t crpci_timer_next_slot(const crpci_timer_wheel *w, unsigned *lev
     return INT64_MAX;
 }
 
-/* Moves every timer that is due at `now_us` to w->fired. */
+/* Moves every timer that is due at `now_us` to the end of w->fired: tick by tick, and those of one
+ * tick as they were armed. */
 CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
 {
     int64_t now = now_us / 1000;
+    crpci_timer **end = &w->fired;
+    while (*end)
+        end = &(*end)->next;
     while (now > w->tick) {
         unsigned level = 0, slot = 0;
-        crpci_timer *fired = w->fired, *t;
+        crpci_timer *fired = w->fired, *turned = NULL, *t;
         int64_t at;
         w->fired = NULL;
         at = crpci_timer_next_slot(w, &level, &slot);
@@ -3426,9 +3445,15 @@ CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
         }
         w->tick = at;
         w->used[level] &= ~(UINT64_C(1) << slot);
-        while ((t = w->slots[level][slot]) != NULL) {
+        while ((t = w->slots[level][slot]) != NULL) { /* the last armed is the first in it */
             crpci_timer_cancel(t);
-            crpci_timer_insert(w, t);
+            crpci_timer_link(&turned, t);
+        }
+        while ((t = turned) != NULL) {
+            crpci_timer_cancel(t);
+            crpci_timer_insert(w, t, end);
+            if (*end)
+                end = &(*end)->next;
         }
     }
 }
@@ -3508,9 +3533,11 @@ struct crpc_loop {
     bool sleeping; /* the driver waits in the poller, without the lock */
     bool in_user;  /* the driver runs user code, without the lock */
     bool kicked;
+    bool hurry;     /* what the driver waits for came about before it slept */
     bool step_user; /* the present step runs user code */
     bool owner_waiting;
-    bool has_thread;
+    bool has_thread;  /* one to be joined */
+    bool thread_over; /* it was stopped: it only has to return */
     bool joining;  /* crpc_loop_close waits for the own thread, or for who else owns it */
     bool disposed; /* whoever drives last lets go of it */
     int64_t wake_at;
@@ -3853,7 +3880,7 @@ CRPCI_FN int64_t crpci_loop_patience(crpc_loop *l, int64_t until, bool user)
     at = crpci_base_min64(at, until);
     l->wake_at = at;
     if ((user && !crpci_list_empty(&l->ready)) || !crpci_list_empty(&l->resume) ||
-        !crpci_list_empty(&l->dirty) || (l->owned && crpci_thread_load(&l->stop)))
+        !crpci_list_empty(&l->dirty) || l->hurry || (l->owned && crpci_thread_load(&l->stop)))
         return 0;
     if (at == INT64_MAX)
         return -1;
@@ -3870,6 +3897,7 @@ CRPCI_FN void crpci_loop_step(crpc_loop *l, int64_t until, bool user)
     int64_t patience;
     int n, i;
     l->step_user = user;
+    l->hurry = false;
     crpci_loop_run_timers(l);
     crpci_loop_run_list(l, &l->resume);
     if (user)
@@ -3920,10 +3948,12 @@ CRPCI_FN void crpci_loop_leave(crpc_loop *l)
 CRPCI_FN void crpci_loop_done(crpc_loop *l, crpci_waiter *w)
 {
     w->done = true;
-    if (w->queued)
+    if (w->queued) {
         crpci_thread_signal(&w->cond);
-    else if (w->driving)
+    } else if (w->driving) {
+        l->hurry = true;
         crpci_loop_kick(l);
+    }
 }
 
 CRPCI_FN void crpci_loop_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
@@ -4012,6 +4042,17 @@ CRPCI_COLD void crpci_loop_finish(crpc_loop *l)
     crpci_loop_user_free(l);
 }
 
+/* Joins the own thread if it was stopped; it takes no lock any more. */
+CRPCI_FN void crpci_loop_join(crpc_loop *l)
+{
+#if CRPC_ENABLE_THREADS
+    if (l->thread_over)
+        crpci_thread_join(l->thread);
+#endif
+    if (l->thread_over)
+        l->has_thread = l->thread_over = false;
+}
+
 /* Ends ownership and, if the loop was disposed of in a callback, lets go of it: unlocks. */
 CRPCI_FN void crpci_loop_disown(crpc_loop *l)
 {
@@ -4021,6 +4062,10 @@ CRPCI_FN void crpci_loop_disown(crpc_loop *l)
     l->owned = false;
     l->disposed = false;
     crpci_loop_leave(l);
+    if (l->has_thread && crpci_thread_is_self(l->thread))
+        l->thread_over = true;
+    else if (disposed)
+        crpci_loop_join(l);
     crpci_loop_unlock(l);
     if (disposed)
         crpci_loop_release(l);
@@ -4046,7 +4091,7 @@ CRPCI_FN void *crpci_loop_thread(void *arg)
     l->owner_waiting = false;
     l->driver = l->owned = true;
     crpci_loop_drive(l);
-    if (!l->joining) { /* stopped, or disposed of in a callback: nobody waits for this thread */
+    if (l->disposed) { /* in a callback: nobody waits for this thread */
         pthread_detach(pthread_self());
         l->has_thread = false;
     }
@@ -4061,6 +4106,7 @@ CRPCI_FN int crpci_loop_start_thread(crpc_loop *l)
 {
 #if CRPC_ENABLE_THREADS
     int err;
+    crpci_loop_join(l);
     if (l->owned || l->owner_waiting || l->has_thread)
         return CRPC_EBUSY;
     l->owner_waiting = true; /* the thread becomes the owner as soon as it runs */
@@ -4083,7 +4129,7 @@ CRPCI_FN int crpci_loop_start_thread(crpc_loop *l)
 /* P8: an asynchronous call needs somebody who will run its callback. Locked. */
 CRPCI_FN int crpci_loop_need_owner(crpc_loop *l)
 {
-    if (l->owned || l->foreign || l->owner_waiting || l->has_thread)
+    if (l->owned || l->foreign || l->owner_waiting || (l->has_thread && !l->thread_over))
         return CRPC_OK;
     return l->forbid_threads ? CRPC_EINVAL : crpci_loop_start_thread(l);
 }
@@ -4177,7 +4223,7 @@ CRPC_API void crpc_loop_close(crpc_loop *l)
         crpci_loop_unlock(l);
         crpci_thread_join(l->thread);
         crpci_loop_lock(l);
-        l->has_thread = false;
+        l->has_thread = l->thread_over = false;
     }
 #endif
     if (crpci_loop_own(l) == CRPC_OK) {
@@ -4471,12 +4517,18 @@ struct crpci_conn {
     crpci_out *tx_head;
     crpci_out *tx_tail;
     int64_t tx_bytes;
+    int64_t tx_memory; /* that the queue holds: small frames take more than their bytes */
     int64_t active_us; /* last frame */
 };
 
 CRPCI_FN size_t crpci_conn_out_len(const crpci_out *o)
 {
     return o->head_len + o->tail_len;
+}
+
+CRPCI_FN int64_t crpci_conn_out_memory(const crpci_out *o)
+{
+    return (int64_t)(sizeof *o->chunk + o->chunk->cap + o->tail_len);
 }
 
 CRPCI_FN void crpci_conn_out_free(crpci_out *o)
@@ -4593,8 +4645,10 @@ CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
     if (c->paused == paused || c->closed)
         return;
     c->paused = paused;
-    if (!paused && c->left)
+    if (!paused && c->left) {
         crpci_loop_queue(&c->loop->resume, &c->resume);
+        crpci_loop_kick(c->loop); /* no descriptor tells the driver of input already read */
+    }
     crpci_conn_interest(c);
 }
 
@@ -4645,6 +4699,7 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         if (!c->tx_head)
             c->tx_tail = NULL;
         o->queued = false;
+        c->tx_memory -= crpci_conn_out_memory(o);
         c->up->sent(c, o);
         crpci_conn_out_free(o);
     }
@@ -4710,6 +4765,7 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
         c->tx_head = o;
     c->tx_tail = o;
     c->tx_bytes += (int64_t)crpci_conn_out_len(o);
+    c->tx_memory += crpci_conn_out_memory(o);
     if (!c->blocked && !c->writing)
         crpci_loop_queue(&c->loop->dirty, &c->flush);
 }
@@ -4730,6 +4786,7 @@ CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
     if (c->tx_tail == o)
         c->tx_tail = before;
     c->tx_bytes -= (int64_t)crpci_conn_out_len(o);
+    c->tx_memory -= crpci_conn_out_memory(o);
     o->queued = false;
     crpci_conn_out_free(o);
     return true;
@@ -4811,7 +4868,8 @@ CRPCI_FN bool crpci_conn_begin(crpci_conn *c, const uint8_t *p, size_t have)
     }
     memcpy(crpci_heap_data(c->rx), p, have);
     c->rx_since = crpci_loop_now(c->loop);
-    if (c->frame_timeout_us && !c->timer.prev)
+    if (c->frame_timeout_us &&
+        (!c->timer.prev || c->timer.due_us > c->rx_since + c->frame_timeout_us))
         crpci_loop_timer_set(c->loop, &c->timer, c->frame_timeout_us);
     c->rx_len = have;
     c->rx_need = cap;
@@ -4927,7 +4985,7 @@ CRPCI_FN bool crpci_conn_spare(crpc_loop *l)
 {
     if (l->spare && crpci_thread_load(&l->spare->refs) == 1)
         l->spare_pos = 0;
-    if (l->spare && l->spare->cap - l->spare_pos < CRPCI_CONN_READ / 8) {
+    if (l->spare && l->spare_pos + CRPCI_CONN_READ / 8 > l->spare->cap) {
         crpci_heap_chunk_unref(l->spare);
         l->spare = NULL;
     }
@@ -7735,7 +7793,7 @@ CRPCI_COLD int crpci_registry_open(crpc_loop *l, const crpci_url *url,
 }
 
 /* ======================================================================== */
-/* >>impl-channel   the client: endpoints, calls, retries, results           */
+/* >>impl-call   what a call takes and gives: request, outcome, the caller's record */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_CLIENT
@@ -7902,36 +7960,6 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
     return CRPC_OK;
 }
 
-/* Runs the interceptors' `before`; *ran says for how many `after` is due. */
-CRPCI_FN int crpci_channel_before(crpc_channel *ch, const crpc_method *m, crpc_call *call,
-                                  size_t *ran)
-{
-    int err = CRPC_OK;
-    *ran = 0;
-    call->reserved[CRPCI_CALL_HEAP] = ch->loop->heap;
-    while (*ran < ch->interceptor_count && !err) {
-        const crpc_client_interceptor *i = &ch->interceptors[*ran];
-        err = i->before ? i->before(i->user, m, call) : CRPC_OK;
-        if (!err)
-            ++*ran;
-    }
-    call->reserved[CRPCI_CALL_HEAP] = NULL;
-    if (err)
-        crpci_status_set(&call->error, err, "%s.%s: ended by an interceptor: %s (local)",
-                         m->service, m->name, crpc_status_text(err));
-    return err;
-}
-
-CRPCI_FN void crpci_channel_after(crpc_channel *ch, const crpc_method *m, crpc_call *call, int err,
-                                  size_t ran)
-{
-    while (ran--) {
-        const crpc_client_interceptor *i = &ch->interceptors[ran];
-        if (i->after)
-            i->after(i->user, m, call, err);
-    }
-}
-
 /* --- encoding, without the lock ---------------------------------------------------------------- */
 
 CRPCI_FN size_t crpci_channel_fields_size(const crpc_call *call)
@@ -8033,6 +8061,144 @@ CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpc_method *m, const 
     return CRPC_OK;
 }
 
+/* A frame that an earlier attempt left on a dying connection may still be being sent: then the next
+ * attempt needs a copy. */
+CRPCI_FN bool crpci_call_own_request(crpci_request *r)
+{
+    crpci_chunk *old = r->chunk, *chunk;
+    size_t n = r->payload + r->payload_size + r->inline_size;
+    uint8_t *from = crpci_heap_data(old), *to;
+    if (CRPCI_LIKELY(!((crpci_out *)(void *)from)->queued))
+        return true;
+    if (crpc_view_data(r->attachment)) /* two frames may not borrow it */
+        return false;
+    chunk = crpci_heap_chunk(old->heap, n);
+    if (!chunk)
+        return false;
+    to = crpci_heap_data(chunk);
+    memcpy(to, from, n);
+    memset(to, 0, sizeof(crpci_out));
+    r->chunk = chunk;
+    r->fields = crpc_view_of(to + sizeof(crpci_out), crpc_view_size(r->fields));
+    if (crpc_view_data(r->meta.credential))
+        r->meta.credential = crpc_view_of(to + sizeof(crpci_out) + crpc_view_size(r->fields),
+                                          crpc_view_size(r->meta.credential));
+    crpci_heap_chunk_unref(old);
+    return true;
+}
+
+/* --- results, on the thread that wants them ----------------------------------------------------- */
+
+CRPCI_COLD int crpci_call_remote_error(const crpci_call *c, crpc_error *e)
+{
+    int code = c->reply.meta.error_code;
+    crpc_view mark = {{NULL}, NULL}, text = c->reply.meta.error_text;
+    bool app = !crpci_status_reserved(code);
+    if (crpci_meta_field(c->reply.meta.raw, CRPCI_CHANNEL_APP_FIELD, &mark))
+        app = true;
+    e->code = app ? CRPC_EAPP : code;
+    if (!crpc_view_size(text))
+        text = crpc_view_str(crpc_status_text(e->code));
+    e->app_code = app ? code : 0;
+    e->remote = true;
+    snprintf(e->text, sizeof e->text, "%s.%s attempt %d/%d %s: %s %d: %.*s (remote)",
+             c->method->service, c->method->name, c->attempts, c->max_attempts, e->endpoint,
+             app ? "application error" : crpc_status_name(code), code,
+             (int)crpci_base_min(crpc_view_size(text), CRPC_ERROR_TEXT_MAX), crpc_view_data(text));
+    return e->code;
+}
+
+CRPCI_COLD int crpci_call_bad_reply(const crpci_call *c, crpc_error *e, const char *what)
+{
+    e->code = CRPC_ERESPONSE;
+    snprintf(e->text, sizeof e->text, "%s.%s attempt %d/%d %s: reply: %s (local)",
+             c->method->service, c->method->name, c->attempts, c->max_attempts, e->endpoint, what);
+    return CRPC_ERESPONSE;
+}
+
+/* Decodes the reply into `response` and tells `call` everything. The views and the attachment point
+ * into c->reply. */
+CRPCI_FN int crpci_call_result(const crpci_call *c, void *response, crpc_call *call)
+{
+    const crpci_message *m = &c->reply;
+    crpc_error *e = &call->error;
+    const char *why = "";
+    if (!c->replied)
+        return c->status;
+    e->app_code = 0;
+    e->remote = false;
+    e->sent = CRPC_SENT_YES;
+    e->attempts = c->attempts;
+    memcpy(e->endpoint, c->address, strlen(c->address) + 1);
+    call->reserved[CRPCI_CALL_RAW] = (void *)(uintptr_t)crpc_view_data(m->meta.raw);
+    call->reserved[CRPCI_CALL_RAW_END] = (void *)(uintptr_t)m->meta.raw.end;
+    if (CRPCI_UNLIKELY(m->meta.error_code != 0))
+        return crpci_call_remote_error(c, e);
+    if (CRPCI_UNLIKELY(m->bad_attachment))
+        return crpci_call_bad_reply(c, e, "attachment_size is larger than the body");
+    if (CRPCI_UNLIKELY(m->meta.compress_type != 0))
+        return crpci_call_bad_reply(c, e, "compressed, which is not supported");
+    if (crpci_message_has_views(c->method->response, CRPCI_MESSAGE_DEPTH))
+        memset(response, 0, c->method->response_size);
+    if (!crpci_message_decode(m->payload, m->payload_size, c->method->response, response, &why))
+        return crpci_call_bad_reply(c, e, why);
+    e->code = CRPC_OK;
+    e->text[0] = '\0';
+    if (m->attachment_size)
+        call->reply_attachment = crpc_view_of(m->attachment, m->attachment_size);
+    return CRPC_OK;
+}
+
+/* Hands the reply's bytes to the caller if anything points into them. */
+CRPCI_FN void crpci_call_hand_over(crpci_call *c, crpc_call *call)
+{
+    if (c->replied)
+        call->reserved[CRPCI_CALL_HELD] = c->reply.chunk;
+    c->replied = false;
+}
+
+CRPCI_FN void crpci_call_drop_reply(crpci_call *c, crpc_call *call)
+{
+    if (c->replied)
+        crpci_heap_chunk_unref(c->reply.chunk);
+    c->replied = false;
+    call->reserved[CRPCI_CALL_RAW] = call->reserved[CRPCI_CALL_RAW_END] = NULL;
+    call->reply_attachment = crpc_view_of(NULL, 0);
+}
+
+/* A small reply is copied out of the receive buffer, which many share; a large one keeps it. */
+CRPCI_FN void crpci_call_own_reply(crpci_heap *h, crpci_message *m)
+{
+    const uint8_t *from = (const uint8_t *)crpc_view_data(m->meta.raw);
+    size_t n = (size_t)(m->attachment + m->attachment_size - from);
+    crpci_chunk *chunk;
+    uint8_t *to;
+    if (n > CRPCI_CHANNEL_COPY || m->chunk->cap < 8 * CRPCI_CHANNEL_COPY)
+        return;
+    chunk = crpci_heap_chunk(h, n);
+    if (!chunk)
+        return; /* it can stay where it is */
+    to = crpci_heap_data(chunk);
+    memcpy(to, from, n);
+    m->payload = to + (m->payload - from);
+    m->attachment = to + (m->attachment - from);
+    if (crpc_view_size(m->meta.error_text))
+        m->meta.error_text =
+            crpc_view_of(to + ((const uint8_t *)crpc_view_data(m->meta.error_text) - from),
+                         crpc_view_size(m->meta.error_text));
+    m->meta.raw = crpc_view_of(to, crpc_view_size(m->meta.raw));
+    crpci_heap_chunk_unref(m->chunk);
+    m->chunk = chunk;
+}
+
+#endif /* CRPC_ENABLE_CLIENT */
+
+/* ======================================================================== */
+/* >>impl-endpoint   one provider: its connection, the calls on it, their ends */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_CLIENT
+
 /* --- ends of calls ----------------------------------------------------------------------------- */
 
 /* Where the explanation goes; for an asynchronous call memory is taken only when it fails. */
@@ -8055,13 +8221,13 @@ CRPCI_COLD void crpci_call_explain(crpci_call *c, int code, const char *cause)
         return;
     e->code = code;
     e->app_code = 0;
-    e->remote = false;
+    e->remote = code == CRPC_ELOGOFF; /* only a peer says that */
     e->sent = c->sent;
     e->attempts = c->attempts;
     snprintf(e->endpoint, sizeof e->endpoint, "%s", c->endpoint ? c->endpoint->address : "");
-    snprintf(e->text, sizeof e->text, "%s.%s attempt %d/%d%s%s: %s (local)", c->method->service,
+    snprintf(e->text, sizeof e->text, "%s.%s attempt %d/%d%s%s: %s (%s)", c->method->service,
              c->method->name, c->attempts, c->max_attempts, c->endpoint ? " " : "", e->endpoint,
-             cause);
+             cause, e->remote ? "remote" : "local");
 }
 
 CRPCI_FN void crpci_endpoint_drop(crpci_endpoint *e)
@@ -8159,31 +8325,6 @@ CRPCI_FN void crpci_call_free(crpci_call *c)
     crpci_channel_drop(ch);
 }
 
-/* A small reply is copied out of the receive buffer, which many share; a large one keeps it. */
-CRPCI_FN void crpci_call_own_reply(crpci_heap *h, crpci_message *m)
-{
-    const uint8_t *from = (const uint8_t *)crpc_view_data(m->meta.raw);
-    size_t n = (size_t)(m->attachment + m->attachment_size - from);
-    crpci_chunk *chunk;
-    uint8_t *to;
-    if (n > CRPCI_CHANNEL_COPY || m->chunk->cap < 8 * CRPCI_CHANNEL_COPY)
-        return;
-    chunk = crpci_heap_chunk(h, n);
-    if (!chunk)
-        return; /* it can stay where it is */
-    to = crpci_heap_data(chunk);
-    memcpy(to, from, n);
-    m->payload = to + (m->payload - from);
-    m->attachment = to + (m->attachment - from);
-    if (crpc_view_size(m->meta.error_text))
-        m->meta.error_text =
-            crpc_view_of(to + ((const uint8_t *)crpc_view_data(m->meta.error_text) - from),
-                         crpc_view_size(m->meta.error_text));
-    m->meta.raw = crpc_view_of(to, crpc_view_size(m->meta.raw));
-    crpci_heap_chunk_unref(m->chunk);
-    m->chunk = chunk;
-}
-
 /* The call has ended: whoever waits is told, once. */
 CRPCI_FN void crpci_call_finish(crpci_call *c, int status)
 {
@@ -8251,32 +8392,6 @@ CRPCI_FN crpci_endpoint *crpci_channel_pick(crpc_channel *ch, const crpci_call *
             best = e;
     }
     return best;
-}
-
-/* A frame that an earlier attempt left on a dying connection may still be being sent: then the next
- * attempt needs a copy. */
-CRPCI_FN bool crpci_call_own_request(crpci_request *r)
-{
-    crpci_chunk *old = r->chunk, *chunk;
-    size_t n = r->payload + r->payload_size + r->inline_size;
-    uint8_t *from = crpci_heap_data(old), *to;
-    if (CRPCI_LIKELY(!((crpci_out *)(void *)from)->queued))
-        return true;
-    if (crpc_view_data(r->attachment)) /* two frames may not borrow it */
-        return false;
-    chunk = crpci_heap_chunk(old->heap, n);
-    if (!chunk)
-        return false;
-    to = crpci_heap_data(chunk);
-    memcpy(to, from, n);
-    memset(to, 0, sizeof(crpci_out));
-    r->chunk = chunk;
-    r->fields = crpc_view_of(to + sizeof(crpci_out), crpc_view_size(r->fields));
-    if (crpc_view_data(r->meta.credential))
-        r->meta.credential = crpc_view_of(to + sizeof(crpci_out) + crpc_view_size(r->fields),
-                                          crpc_view_size(r->meta.credential));
-    crpci_heap_chunk_unref(old);
-    return true;
 }
 
 /* Puts the call's frame on the endpoint's open connection. CRPC_EOVERCROWDED if there is no room. */
@@ -8358,6 +8473,11 @@ CRPCI_FN void crpci_endpoint_serve_waiting(crpci_endpoint *e)
 CRPCI_FN void crpci_call_attempt(crpci_call *c)
 {
     crpci_endpoint *e = crpci_channel_pick(c->channel, c);
+    if (crpci_loop_now(c->channel->loop) >= c->deadline_us) { /* nobody wants the answer any more */
+        crpci_call_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before it was sent");
+        crpci_call_finish(c, CRPC_ETIMEDOUT);
+        return;
+    }
     c->attempts++;
     c->sent = CRPC_SENT_NO;
     if (!e) {
@@ -8603,6 +8723,16 @@ CRPCI_FN int crpci_endpoint_get(const crpc_channel *ch, const char *address, crp
     return CRPC_OK;
 }
 
+#endif /* CRPC_ENABLE_CLIENT */
+
+/* ======================================================================== */
+/* >>impl-channel   the client: providers, forms of calls, opening and closing */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_CLIENT
+
+/* --- providers --------------------------------------------------------------------------------- */
+
 CRPCI_FN void crpci_channel_drop_endpoints(crpc_channel *ch)
 {
     size_t i;
@@ -8638,6 +8768,36 @@ CRPCI_FN int crpci_channel_set_providers(crpc_channel *ch, const crpci_snapshot 
     ch->endpoint_count = list->count;
     ch->next = list->count ? crpci_loop_random(ch->loop) % list->count : 0;
     return CRPC_OK;
+}
+
+/* Runs the interceptors' `before`; *ran says for how many `after` is due. */
+CRPCI_FN int crpci_channel_before(crpc_channel *ch, const crpc_method *m, crpc_call *call,
+                                  size_t *ran)
+{
+    int err = CRPC_OK;
+    *ran = 0;
+    call->reserved[CRPCI_CALL_HEAP] = ch->loop->heap;
+    while (*ran < ch->interceptor_count && !err) {
+        const crpc_client_interceptor *i = &ch->interceptors[*ran];
+        err = i->before ? i->before(i->user, m, call) : CRPC_OK;
+        if (!err)
+            ++*ran;
+    }
+    call->reserved[CRPCI_CALL_HEAP] = NULL;
+    if (err)
+        crpci_status_set(&call->error, err, "%s.%s: ended by an interceptor: %s (local)",
+                         m->service, m->name, crpc_status_text(err));
+    return err;
+}
+
+CRPCI_FN void crpci_channel_after(crpc_channel *ch, const crpc_method *m, crpc_call *call, int err,
+                                  size_t ran)
+{
+    while (ran--) {
+        const crpc_client_interceptor *i = &ch->interceptors[ran];
+        if (i->after)
+            i->after(i->user, m, call, err);
+    }
 }
 
 /* --- beginning a call -------------------------------------------------------------------------- */
@@ -8683,84 +8843,6 @@ CRPCI_FN void crpci_channel_flush(crpc_loop *l)
 {
     if (crpci_loop_may_send(l))
         crpci_loop_run_list(l, &l->dirty);
-}
-
-/* --- results, on the thread that wants them ----------------------------------------------------- */
-
-CRPCI_COLD int crpci_call_remote_error(const crpci_call *c, crpc_error *e)
-{
-    int code = c->reply.meta.error_code;
-    crpc_view mark = {{NULL}, NULL}, text = c->reply.meta.error_text;
-    bool app = !crpci_status_reserved(code);
-    if (crpci_meta_field(c->reply.meta.raw, CRPCI_CHANNEL_APP_FIELD, &mark))
-        app = true;
-    e->code = app ? CRPC_EAPP : code;
-    e->app_code = app ? code : 0;
-    e->remote = true;
-    snprintf(e->text, sizeof e->text, "%s.%s attempt %d/%d %s: %s %d: %.*s (remote)",
-             c->method->service, c->method->name, c->attempts, c->max_attempts, e->endpoint,
-             app ? "application error" : crpc_status_name(code), code,
-             (int)crpci_base_min(crpc_view_size(text), CRPC_ERROR_TEXT_MAX),
-             crpc_view_size(text) ? crpc_view_data(text) : crpc_status_text(e->code));
-    return e->code;
-}
-
-CRPCI_COLD int crpci_call_bad_reply(const crpci_call *c, crpc_error *e, const char *what)
-{
-    e->code = CRPC_ERESPONSE;
-    snprintf(e->text, sizeof e->text, "%s.%s attempt %d/%d %s: reply: %s (local)",
-             c->method->service, c->method->name, c->attempts, c->max_attempts, e->endpoint, what);
-    return CRPC_ERESPONSE;
-}
-
-/* Decodes the reply into `response` and tells `call` everything. The views and the attachment point
- * into c->reply. */
-CRPCI_FN int crpci_call_result(const crpci_call *c, void *response, crpc_call *call)
-{
-    const crpci_message *m = &c->reply;
-    crpc_error *e = &call->error;
-    const char *why = "";
-    if (!c->replied)
-        return c->status;
-    e->app_code = 0;
-    e->remote = false;
-    e->sent = CRPC_SENT_YES;
-    e->attempts = c->attempts;
-    memcpy(e->endpoint, c->address, strlen(c->address) + 1);
-    call->reserved[CRPCI_CALL_RAW] = (void *)(uintptr_t)crpc_view_data(m->meta.raw);
-    call->reserved[CRPCI_CALL_RAW_END] = (void *)(uintptr_t)m->meta.raw.end;
-    if (CRPCI_UNLIKELY(m->meta.error_code != 0))
-        return crpci_call_remote_error(c, e);
-    if (CRPCI_UNLIKELY(m->bad_attachment))
-        return crpci_call_bad_reply(c, e, "attachment_size is larger than the body");
-    if (CRPCI_UNLIKELY(m->meta.compress_type != 0))
-        return crpci_call_bad_reply(c, e, "compressed, which is not supported");
-    if (crpci_message_has_views(c->method->response, CRPCI_MESSAGE_DEPTH))
-        memset(response, 0, c->method->response_size);
-    if (!crpci_message_decode(m->payload, m->payload_size, c->method->response, response, &why))
-        return crpci_call_bad_reply(c, e, why);
-    e->code = CRPC_OK;
-    e->text[0] = '\0';
-    if (m->attachment_size)
-        call->reply_attachment = crpc_view_of(m->attachment, m->attachment_size);
-    return CRPC_OK;
-}
-
-/* Hands the reply's bytes to the caller if anything points into them. */
-CRPCI_FN void crpci_call_hand_over(crpci_call *c, crpc_call *call)
-{
-    if (c->replied)
-        call->reserved[CRPCI_CALL_HELD] = c->reply.chunk;
-    c->replied = false;
-}
-
-CRPCI_FN void crpci_call_drop_reply(crpci_call *c, crpc_call *call)
-{
-    if (c->replied)
-        crpci_heap_chunk_unref(c->reply.chunk);
-    c->replied = false;
-    call->reserved[CRPCI_CALL_RAW] = call->reserved[CRPCI_CALL_RAW_END] = NULL;
-    call->reply_attachment = crpc_view_of(NULL, 0);
 }
 
 /* --- synchronous ------------------------------------------------------------------------------- */
@@ -9872,10 +9954,10 @@ CRPCI_FN void crpci_server_throttle(crpci_conn *conn)
     const crpc_server *s = (const crpc_server *)conn->owner;
     int64_t max = s->options.max_queued;
     if (!conn->paused &&
-        (conn->busy >= CRPCI_SERVER_CONN_MAX || (max && conn->tx_bytes > max)))
+        (conn->busy >= CRPCI_SERVER_CONN_MAX || (max && conn->tx_memory > max)))
         crpci_conn_pause(conn, true);
     else if (conn->paused && conn->busy < CRPCI_SERVER_CONN_MAX / 2 &&
-             (!max || conn->tx_bytes <= max / 2))
+             (!max || conn->tx_memory <= max / 2))
         crpci_conn_pause(conn, false);
 }
 
@@ -10050,6 +10132,7 @@ CRPCI_FN void crpci_server_on_message(crpci_conn *conn, crpci_message *m)
     conn->loop->stats.requests++;
     if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
         crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELOGOFF, "the server is stopping");
+        crpci_server_throttle(conn);
         return;
     }
     err = crpci_server_check(m, text, sizeof text);
@@ -10065,6 +10148,7 @@ CRPCI_FN void crpci_server_on_message(crpci_conn *conn, crpci_message *m)
     }
     if (err) {
         crpci_server_refuse(conn, m->meta.correlation_id, err, text);
+        crpci_server_throttle(conn);
         return;
     }
     x = crpci_context_new(s, conn, m, service, method);
@@ -10091,6 +10175,7 @@ CRPCI_COLD void crpci_server_on_oversize(crpci_conn *conn, const crpci_meta *m, 
              (unsigned long long)body, conn->max_body);
     conn->loop->stats.requests++;
     crpci_server_refuse(conn, m->correlation_id, CRPC_EREQUEST, text);
+    crpci_server_throttle(conn);
 }
 
 CRPCI_FN void crpci_server_on_sent(crpci_conn *conn, crpci_out *o)
@@ -10681,13 +10766,16 @@ CRPCI_FN void crpci_server_close_conns(crpc_server *s, crpc_loop *l)
     }
 }
 
-/* Whether any of the server's connections on a loop still has output to send. Locked. */
+/* Whether any of the server's connections on a loop still has output to send, or requests that have
+ * come and were not read: closing would reset it. Locked. */
 CRPCI_FN bool crpci_server_has_output(const crpc_server *s, crpc_loop *l)
 {
     crpci_list *i;
+    char byte;
     for (i = l->conns.next; i != &l->conns; i = i->next) {
         const crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
-        if (c->up == &crpci_server_events && c->owner == s && (c->tx_head || c->left))
+        if (c->up == &crpci_server_events && c->owner == s &&
+            (c->tx_head || c->left || recv(c->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0))
             return true;
     }
     return false;

@@ -12,10 +12,12 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 
 #define NET_PATIENCE 20000 /* milliseconds: what takes longer is taken to be stuck */
 
@@ -735,6 +737,42 @@ CT_FN void peer_close(peer *p)
         pthread_join(p->threads[i], NULL);
     close(p->listen_fd);
     pthread_mutex_destroy(&p->lock);
+}
+
+/* The same as a process of its own; fill in what peer_open_on would keep. */
+CT_FN pid_t peer_fork(peer *p, peer_fn fn)
+{
+    struct sockaddr_in a;
+    socklen_t size = sizeof a;
+    pid_t child;
+    memset(p, 0, sizeof *p);
+    p->sequential = true;
+    p->fn = fn;
+    pthread_mutex_init(&p->lock, NULL);
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET;
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    p->listen_fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_int_equal(bind(p->listen_fd, (struct sockaddr *)&a, sizeof a), 0);
+    assert_int_equal(listen(p->listen_fd, 128), 0);
+    assert_int_equal(getsockname(p->listen_fd, (struct sockaddr *)&a, &size), 0);
+    snprintf(p->url, sizeof p->url, "tcp://127.0.0.1:%d", ntohs(a.sin_port));
+    child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        peer_thread(p);
+        _exit(0);
+    }
+    close(p->listen_fd);
+    return child;
+}
+
+CT_FN void peer_kill(pid_t child)
+{
+    int status;
+    kill(child, SIGKILL);
+    waitpid(child, &status, 0);
 }
 
 CT_FN int peer_accepted(peer *p)

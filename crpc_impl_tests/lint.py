@@ -25,7 +25,14 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Tags that are neither api- nor impl-.
 OTHER_TAGS = {"config", "platform", "changelog", "license"}
 # Further prefixes, less crpci_, of the internal functions of a section: {"zookeeper": ["zk"]}.
-ALIASES = {}
+ALIASES = {
+    "loop": ["watch"],           # a watched descriptor: other sections embed it
+    "call": ["channel"],         # what a channel's calls are encoded with
+    "endpoint": ["call", "channel"],  # the ends of a call on an endpoint
+    "channel": ["call"],
+    "server": ["context"],       # a request being served
+    "zookeeper": ["registry"],   # opens whichever registry a URL names
+}
 # Test files without a section of their own, and what they are for.
 EXTRA_TESTS = {
     "test_api.c": "the public interface as a whole",

@@ -53,9 +53,9 @@ static void zero_and_forged_ids_name_nothing(void **state)
     memset(&t, 0, sizeof t);
     assert_int_equal(crpci_id_add(&t, h, &a, &id), CRPC_OK);
     assert_null(crpci_id_get(&t, 0));
-    assert_null(crpci_id_get(&t, id + 1));                    /* next index, free */
-    assert_null(crpci_id_get(&t, (uint32_t)id));              /* generation 0 */
-    assert_null(crpci_id_get(&t, id + (UINT64_C(1) << 32)));  /* a later generation */
+    assert_null(crpci_id_get(&t, id + 1));                               /* next index, free */
+    assert_null(crpci_id_get(&t, (uint32_t)id));                         /* generation 0 */
+    assert_null(crpci_id_get(&t, id + (UINT64_C(1) << 32)));             /* a later generation */
     assert_null(crpci_id_get(&t, (id & ~UINT64_C(0xffffffff)) | t.cap)); /* just past the table */
     assert_null(crpci_id_get(&t, UINT64_MAX));
     crpci_id_remove(&t, id + (UINT64_C(1) << 32));

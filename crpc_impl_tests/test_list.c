@@ -18,8 +18,9 @@ static const char *text_of(const crpci_list *head)
     for (l = head->next; l != head; l = l->next) {
         assert_ptr_equal(l->prev->next, l);
         assert_ptr_equal(l->next->prev, l);
-        n += (size_t)snprintf(text + n, sizeof text - n, "%d ",
-                              ((const item *)(const void *)((const char *)l - offsetof(item, link)))->number);
+        n += (size_t)snprintf(
+            text + n, sizeof text - n, "%d ",
+            ((const item *)(const void *)((const char *)l - offsetof(item, link)))->number);
     }
     assert_ptr_equal(head->next->prev, head);
     assert_ptr_equal(head->prev->next, head);

@@ -16,7 +16,7 @@ static int watch_setclock(pthread_condattr_t *attr, clockid_t id)
 }
 
 #define CRPC_IMPLEMENTATION
-#define clock_gettime watch_clock_gettime
+#define clock_gettime             watch_clock_gettime
 #define pthread_condattr_setclock watch_setclock
 #include "../crpc.h"
 #undef clock_gettime
@@ -29,8 +29,8 @@ static crpci_mutex lock;
 static crpci_cond cond;
 static int stage;
 
-/* A deadline is measured on the clock that nobody sets: on the wall clock, a step of it (GPS, NTP, a
- * battery that died) would make every timeout fire or none. */
+/* A deadline is measured on the clock that nobody sets: on the wall clock, a step of it (GPS, NTP,
+ * a battery that died) would make every timeout fire or none. */
 static void waits_on_the_monotonic_clock(void **state)
 {
     int64_t start;
@@ -206,12 +206,9 @@ static void references_of_several_threads(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(waits_on_the_monotonic_clock),
-        CT_TEST(waits_are_never_short),
-        CT_TEST(long_waits_are_ended_by_a_signal),
-        CT_TEST(a_new_thread_takes_no_signal),
-        CT_TEST(references_count_to_zero_once),
-        CT_TEST(references_of_several_threads),
+        CT_TEST(waits_on_the_monotonic_clock),     CT_TEST(waits_are_never_short),
+        CT_TEST(long_waits_are_ended_by_a_signal), CT_TEST(a_new_thread_takes_no_signal),
+        CT_TEST(references_count_to_zero_once),    CT_TEST(references_of_several_threads),
     };
     return CT_RUN(tests);
 }

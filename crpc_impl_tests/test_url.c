@@ -174,9 +174,21 @@ static void encoding_into_too_little_room(void **state)
 
 static void numbers(void **state)
 {
-    static const char *const bad[] = {"",    "x",  "1x",  "-2", "--1", "0x10", "1 ",
-                                      " 1",  "+1", "1.5", "-",  "101", "99999999999999999999",
-                                      "\t1", "-99999999999999999999"};
+    static const char *const bad[] = {"",
+                                      "x",
+                                      "1x",
+                                      "-2",
+                                      "--1",
+                                      "0x10",
+                                      "1 ",
+                                      " 1",
+                                      "+1",
+                                      "1.5",
+                                      "-",
+                                      "101",
+                                      "99999999999999999999",
+                                      "\t1",
+                                      "-99999999999999999999"};
     int64_t n;
     size_t i;
     (void)state;

@@ -300,15 +300,20 @@ CT_FN int ts_call(ts_thread *t, crpc_channel *ch, uint32_t how, crpc_call *call,
     return err;
 }
 
-CT_FN crpc_loop *ts_loop(int slot, crpc_poller poller)
+CT_FN crpc_loop *ts_loop_of(int slot, crpc_poller poller, ct_alloc *alloc)
 {
     crpc_loop_options o;
     memset(&o, 0, sizeof o);
     o.poller = poller;
-    o.hooks = ct_hooks();
+    o.hooks = ct_hooks_of(alloc);
     o.hooks.log_level = -1;
     TS_CHECK(crpc_loop_open(&ts_loops[slot], &o) == CRPC_OK);
     return ts_loops[slot];
+}
+
+CT_FN crpc_loop *ts_loop(int slot, crpc_poller poller)
+{
+    return ts_loop_of(slot, poller, ct_alloc_of_test());
 }
 
 CT_FN void ts_loop_close(int slot)
@@ -374,6 +379,23 @@ ssize_t __wrap_recv(int fd, void *p, size_t n, int flags)
     if (ts_before_recv)
         ts_before_recv(fd);
     return __real_recv(fd, p, n, flags);
+}
+
+__attribute__((unused)) static uint32_t ts_dice(uint32_t n);
+
+int __real_pthread_mutex_unlock(pthread_mutex_t *m);
+int __wrap_pthread_mutex_unlock(pthread_mutex_t *m);
+
+/* In every scenario a thread loses the processor now and then just when it has let go of a lock. */
+int __wrap_pthread_mutex_unlock(pthread_mutex_t *m)
+{
+    int failed = __real_pthread_mutex_unlock(m);
+    uint32_t d = ts_dice(1024);
+    if (d == 0)
+        usleep(ts_dice(200));
+    else if (d < 8)
+        sched_yield();
+    return failed;
 }
 
 /* A number below n, of no thread in particular. */

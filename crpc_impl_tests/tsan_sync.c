@@ -2,7 +2,7 @@
  * deadlines that pass while a thread is asked to drive, callers that leave, are cancelled, or lose
  * their channel.
  *
- * crpc-test-flags: -DCRPC_ENABLE_ZOOKEEPER=0 -Wl,--wrap=send,--wrap=sendmsg,--wrap=recv
+ * crpc-test-flags: -DCRPC_ENABLE_ZOOKEEPER=0 -Wl,--wrap=send,--wrap=sendmsg,--wrap=recv,--wrap=pthread_mutex_unlock
  * crpc-test-mutants: P4_HANDOVER
  * crpc-test-timeout: 600
  */
@@ -196,7 +196,9 @@ typedef struct leaving {
     uint32_t cancelled; /* 1: it was */
     /* from the two who call to the one who closes */
     crpc_channel *victim;
-    uint64_t victim_seq[2]; /* 0: the call has ended */
+    uint32_t round;         /* how many channels were opened */
+    uint32_t closed;        /* how many were closed */
+    uint64_t victim_seq[2]; /* of the calls; 0: ended */
     int victim_index[2];
     uint32_t victims_over;
     uint64_t cancels, closes, leaves;
@@ -282,14 +284,16 @@ static void leaving_victim_call(ts_thread *t, leaving *s, int which, crpc_channe
 static void leaving_victim(ts_thread *t)
 {
     leaving *s = (leaving *)t->scenario;
+    uint32_t round = 0;
     TS_SET(&s->victim_index[0], t->index);
     while (ts_take()) {
         bool private_loop = ts_below(t, 3) == 0;
         crpc_channel *ch =
             ts_channel(private_loop ? NULL : s->loop, s->peer->url, (int)ts_below(t, 2));
-        TS_GIVE(&s->victim, ch);
+        s->victim = ch;
+        TS_GIVE(&s->round, ++round);
         leaving_victim_call(t, s, 0, ch);
-        while (TS_TAKE(&s->victim))
+        while (TS_TAKE(&s->closed) != round)
             sched_yield();
     }
     TS_GIVE(&s->victims_over, 1);
@@ -298,13 +302,13 @@ static void leaving_victim(ts_thread *t)
 static void leaving_second_victim(ts_thread *t)
 {
     leaving *s = (leaving *)t->scenario;
-    crpc_channel *ch;
+    uint32_t round = 0;
     TS_SET(&s->victim_index[1], t->index);
     while (!TS_TAKE(&s->victims_over)) {
-        ch = TS_TAKE(&s->victim);
-        if (ch) {
-            leaving_victim_call(t, s, 1, ch);
-            while (TS_TAKE(&s->victim))
+        if (TS_TAKE(&s->round) != round) {
+            round++;
+            leaving_victim_call(t, s, 1, s->victim);
+            while (TS_TAKE(&s->closed) != round)
                 sched_yield();
         }
         sched_yield();
@@ -314,14 +318,15 @@ static void leaving_second_victim(ts_thread *t)
 static void leaving_closer(ts_thread *t)
 {
     leaving *s = (leaving *)t->scenario;
+    uint32_t round = 0;
     TS_SET(&t->doing, "closing");
     while (!TS_GET(&ts_over)) {
-        crpc_channel *ch = TS_TAKE(&s->victim);
         int i;
-        if (!ch) {
+        if (TS_TAKE(&s->round) == round) {
             sched_yield();
             continue;
         }
+        round++;
         for (i = 0; i < 2; i++) {
             uint64_t seq;
             while (!(seq = TS_TAKE(&s->victim_seq[i])) ||
@@ -330,13 +335,13 @@ static void leaving_closer(ts_thread *t)
         }
         if (ts_below(t, 4) == 0)
             usleep(ts_below(t, 100));
-        crpc_channel_close(ch);
+        crpc_channel_close(s->victim);
         for (i = 0; i < 2; i++) {
             while (TS_TAKE(&s->victim_seq[i]))
                 sched_yield();
         }
         s->closes++;
-        TS_GIVE(&s->victim, NULL);
+        TS_GIVE(&s->closed, round);
     }
 }
 

@@ -3,9 +3,10 @@
  *     clang -g -O1 -fsanitize=fuzzer,address,undefined -D_GNU_SOURCE -DCRPC_ENABLE_ZOOKEEPER=0 \
  *         crpc_impl_tests/fuzz/fuzz_meta.c -lprotobuf-nanopb -lpthread
  *
- * gives a fuzzer, and -DCRPC_FUZZ_MAIN without -fsanitize=fuzzer a program that replays the files it
- * is given or, called with `-n COUNT [SEED]`, runs that many mutations of the target's seeds. The
- * unit test of the section runs the latter for a moment. A target aborts when a property fails. */
+ * gives a fuzzer, and -DCRPC_FUZZ_MAIN without -fsanitize=fuzzer a program that replays the files
+ * it is given or, called with `-n COUNT [SEED]`, runs that many mutations of the target's seeds.
+ * The unit test of the section runs the latter for a moment. A target aborts when a property fails.
+ */
 #ifndef CRPC_FUZZ_H_INCLUDED
 #define CRPC_FUZZ_H_INCLUDED
 
@@ -19,7 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define FUZZ_FN static __attribute__((unused))
+#define FUZZ_FN  static __attribute__((unused))
 #define FUZZ_MAX 512 /* bytes of a mutated input */
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -28,6 +29,11 @@ typedef struct fuzz_seed {
     const void *data;
     size_t size;
 } fuzz_seed;
+
+#define FUZZ_SEED(text)                                                                            \
+    {                                                                                              \
+        text, sizeof(text) - 1                                                                     \
+    }
 
 #define FUZZ_REQUIRE(condition)                                                                    \
     do {                                                                                           \
@@ -45,7 +51,8 @@ FUZZ_FN uint32_t fuzz_random(uint64_t *state)
     return (uint32_t)(*state * UINT64_C(2685821657736338717) >> 32);
 }
 
-/* Changes the `size` bytes of `data`, which has room for FUZZ_MAX, a little; returns the new size. */
+/* Changes the `size` bytes of `data`, which has room for FUZZ_MAX, a little; returns the new size.
+ */
 FUZZ_FN size_t fuzz_mutate(uint8_t *data, size_t size, uint64_t *random)
 {
     /* bytes that mean something: tags, continuation bits, small lengths, key of every wire type */

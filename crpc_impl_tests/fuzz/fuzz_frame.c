@@ -23,11 +23,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 }
 
 FUZZ_FN fuzz_seed fuzz_frame_seeds[] = {
-    {"PRPC\0\0\0\x28\0\0\0\x21", 12},
-    {"PRPC\xff\xff\xff\xff\0\0\0\x01", 12},
-    {"PRPC\0\0\0\0\0\0\0\0", 12},
-    {"GET / HTTP/1.1\r\n", 16},
-    {"PRI * HTTP/2.0\r\n", 16},
+    FUZZ_SEED("PRPC\0\0\0\x28\0\0\0\x21"), FUZZ_SEED("PRPC\xff\xff\xff\xff\0\0\0\x01"),
+    FUZZ_SEED("PRPC\0\0\0\0\0\0\0\0"),     FUZZ_SEED("GET / HTTP/1.1\r\n"),
+    FUZZ_SEED("PRI * HTTP/2.0\r\n"),
 };
 
 #ifdef CRPC_FUZZ_MAIN

@@ -13,8 +13,8 @@ FUZZ_FN unsigned long *fuzz_message_count(void)
 FUZZ_FN void fuzz_message_view(crpc_view v, const uint8_t *data, size_t size)
 {
     const uint8_t *p = (const uint8_t *)crpc_view_data(v);
-    FUZZ_REQUIRE(!p || (p >= data && p <= data + size &&
-                        crpc_view_size(v) <= (size_t)(data + size - p)));
+    FUZZ_REQUIRE(!p ||
+                 (p >= data && p <= data + size && crpc_view_size(v) <= (size_t)(data + size - p)));
 }
 
 FUZZ_FN bool fuzz_message_same(crpc_view a, crpc_view b)
@@ -73,10 +73,19 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 }
 
 FUZZ_FN fuzz_seed fuzz_message_seeds[] = {
-    {"\x0a\x03" "abc\x12\x02\x01\x02\x1a\x01" "x\x1a\0\x1a\x03xyz\x20\x96\x01", 20},
-    {"\x1a\x01" "a\x20\x01\x1a\x01" "b\x0a\0\x1a\x01" "c\x2a\x0b\x0a\x01n\x12\x01t\x12\0\x12\x01u", 27},
-    {"\x9a\0\x81\0q\x1a\x81\x80\0r\x35" "1234\x39" "12345678\x1a\0", 25},
-    {"\x2a\x03\x12\x01" "a\x2a\x03\x12\x01" "b\x1a\x01z", 13},
+    FUZZ_SEED("\x0a\x03"
+              "abc\x12\x02\x01\x02\x1a\x01"
+              "x\x1a\0\x1a\x03xyz\x20\x96\x01"),
+    FUZZ_SEED("\x1a\x01"
+              "a\x20\x01\x1a\x01"
+              "b\x0a\0\x1a\x01"
+              "c\x2a\x0b\x0a\x01n\x12\x01t\x12\0\x12\x01u"),
+    FUZZ_SEED("\x9a\0\x81\0q\x1a\x81\x80\0r\x35"
+              "1234\x39"
+              "12345678\x1a\0"),
+    FUZZ_SEED("\x2a\x03\x12\x01"
+              "a\x2a\x03\x12\x01"
+              "b\x1a\x01z"),
 };
 
 #ifdef CRPC_FUZZ_MAIN

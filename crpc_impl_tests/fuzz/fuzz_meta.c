@@ -11,8 +11,7 @@ FUZZ_FN bool fuzz_meta_same(crpc_view a, crpc_view b)
 FUZZ_FN bool fuzz_meta_inside(crpc_view v, const uint8_t *data, size_t size)
 {
     const uint8_t *p = (const uint8_t *)crpc_view_data(v);
-    return !p || (p >= data && p <= data + size &&
-                  crpc_view_size(v) <= (size_t)(data + size - p));
+    return !p || (p >= data && p <= data + size && crpc_view_size(v) <= (size_t)(data + size - p));
 }
 
 FUZZ_FN void fuzz_meta_views(const crpci_meta *m, const uint8_t *data, size_t size)
@@ -76,18 +75,32 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 }
 
 FUZZ_FN fuzz_seed fuzz_meta_seeds[] = {
-    {"\x0a\x1b\x0a\x13" "example.EchoService\x12\x04" "Echo\x18\0\x20\x01", 33},
-    {"\x12\x02\x08\0\x18\0\x20\x01", 8},
-    {"\x12\x0e\x08\xea\x07\x12\x09no method\x18\0\x20\x01", 20},
+    FUZZ_SEED("\x0a\x1b\x0a\x13"
+              "example.EchoService\x12\x04"
+              "Echo\x18\0\x20\x01"),
+    FUZZ_SEED("\x12\x02\x08\0\x18\0\x20\x01"),
+    FUZZ_SEED("\x12\x0e\x08\xea\x07\x12\x09no method\x18\0\x20\x01"),
     /* everything, numbers of every length */
-    {"\x0a\x2c\x0a\x03" "a.B\x12\x01" "C\x18\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01\x20\x80\x80\x01"
-     "\x28\x07\x30\x81\x80\x80\x80\x10\x3a\x03" "rid\x40\xe8\x07\x4d" "1234\x18\x02\x20"
-     "\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01\x28\x05\x3a\x03" "key\x4a\x06\x0a\x01" "k\x12\x01" "v"
-     "\x50\x01\x58\0\x62\0\x68\0", 85},
+    FUZZ_SEED("\x0a\x2c\x0a\x03"
+              "a.B\x12\x01"
+              "C\x18\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01\x20\x80\x80\x01"
+              "\x28\x07\x30\x81\x80\x80\x80\x10\x3a\x03"
+              "rid\x40\xe8\x07\x4d"
+              "1234\x18\x02\x20"
+              "\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01\x28\x05\x3a\x03"
+              "key\x4a\x06\x0a\x01"
+              "k\x12\x01"
+              "v"
+              "\x50\x01\x58\0\x62\0\x68\0"),
     /* a request and a reply in one, as jprotobuf answers; a stream; a chunk */
-    {"\x0a\x07\x0a\x01" "S\x12\x02mm\x12\x04\x08\x05\x12\0\x18\x01\x32\x04\x08\x01\x10\x02\x42\x02\x08\x09"
-     "\xa2\x06\x01z", 35},
-    {"\x4a\x06\x12\x01" "v\x0a\x01" "k\x4a\x03\x0a\x01" "k\x4a\0\x79" "12345678", 24},
+    FUZZ_SEED("\x0a\x07\x0a\x01"
+              "S\x12\x02mm\x12\x04\x08\x05\x12\0\x18\x01\x32\x04\x08\x01\x10\x02\x42\x02\x08\x09"
+              "\xa2\x06\x01z"),
+    FUZZ_SEED("\x4a\x06\x12\x01"
+              "v\x0a\x01"
+              "k\x4a\x03\x0a\x01"
+              "k\x4a\0\x79"
+              "12345678"),
 };
 
 #ifdef CRPC_FUZZ_MAIN

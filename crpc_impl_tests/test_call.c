@@ -1,0 +1,180 @@
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#include "crpc_test.h"
+#include "dyn.crpc.h"
+
+/* Requests as they are framed, without a connection: what is encoded once, and what varies. */
+
+static const crpc_method method = {"dyn.Echo",        "Add", dyn_Num_fields, dyn_Num_fields,
+                                   sizeof(dyn_Num), sizeof(dyn_Num), NULL, 0, 0};
+
+typedef struct fixture {
+    crpc_loop *loop;
+    crpc_channel channel; /* only what encoding looks at */
+} fixture;
+
+static void fixture_open(fixture *f)
+{
+    crpc_loop_options o = CRPC_INIT;
+    memset(f, 0, sizeof *f);
+    o.hooks = ct_hooks();
+    assert_int_equal(crpc_loop_open(&f->loop, &o), CRPC_OK);
+    f->channel.loop = f->loop;
+}
+
+static int frame(crpci_request *r, int64_t id, const uint8_t **at, size_t *size, crpci_meta *m)
+{
+    uint8_t *data = crpci_heap_data(r->chunk);
+    uint32_t body, meta;
+    r->meta.correlation_id = id;
+    *at = crpci_meta_put_request(data + r->low, data + r->payload, r->payload_size, &r->meta,
+                                 r->fields);
+    *size = (size_t)(data + r->payload - *at) + r->payload_size + r->inline_size;
+    assert_int_equal(crpci_frame_header(*at, *size, &body, &meta), CRPCI_FRAME_OK);
+    assert_int_equal(body + CRPCI_FRAME_HEADER, *size + crpc_view_size(r->attachment));
+    return crpci_meta_read(*at + CRPCI_FRAME_HEADER, meta, m);
+}
+
+static void it_frames_a_request_again_and_again(void **state)
+{
+    const crpc_field fields[] = {{"a", "1"}, {"bee", ""}};
+    fixture f;
+    dyn_Num n = dyn_Num_init_zero;
+    crpc_call call = CRPC_INIT;
+    crpci_request r;
+    crpci_meta m;
+    crpc_view value;
+    const uint8_t *first, *second;
+    size_t size;
+    (void)state;
+    fixture_open(&f);
+    n.n = 7;
+    call.log_id = -5;
+    call.fields = fields;
+    call.field_count = 2;
+    call.credential = crpc_view_str("who");
+    call.attachment = crpc_view_str("tail");
+    assert_int_equal(crpci_channel_encode(&f.channel, &method, &n, &call, true, &r), CRPC_OK);
+    assert_true(frame(&r, 1, &first, &size, &m));
+    assert_memory_equal(first + size - 4, "tail", 4);
+    assert_int_equal(m.attachment_size, 4);
+    assert_int_equal(m.log_id, -5);
+    assert_int_equal(m.correlation_id, 1);
+    assert_true(crpc_view_equal(m.service, "dyn.Echo"));
+    assert_true(crpc_view_equal(m.method, "Add"));
+    assert_true(crpc_view_equal(m.credential, "who"));
+    assert_true(crpci_meta_field(m.raw, "a", &value) && crpc_view_equal(value, "1"));
+    assert_true(crpci_meta_field(m.raw, "bee", &value) && crpc_view_size(value) == 0);
+    /* The longest id needs nine bytes more, in front: the payload stays where it is. */
+    assert_true(frame(&r, -1, &second, &size, &m));
+    assert_ptr_equal(second, first - 9);
+    assert_int_equal(m.correlation_id, -1);
+    assert_true(crpc_view_equal(m.credential, "who"));
+    crpci_heap_chunk_unref(r.chunk);
+    crpc_loop_close(f.loop);
+}
+
+static void it_copies_small_attachments_and_borrows_large_ones(void **state)
+{
+    static char bytes[CRPCI_CHANNEL_INLINE + 1];
+    fixture f;
+    dyn_Num n = dyn_Num_init_zero;
+    crpc_call call = CRPC_INIT;
+    crpci_request r;
+    (void)state;
+    fixture_open(&f);
+    call.attachment = crpc_view_of(bytes, sizeof bytes - 1);
+    assert_int_equal(crpci_channel_encode(&f.channel, &method, &n, &call, true, &r), CRPC_OK);
+    assert_int_equal(r.inline_size, sizeof bytes - 1);
+    crpci_heap_chunk_unref(r.chunk);
+    call.attachment = crpc_view_of(bytes, sizeof bytes);
+    assert_int_equal(crpci_channel_encode(&f.channel, &method, &n, &call, true, &r), CRPC_OK);
+    assert_int_equal(r.inline_size, 0);
+    assert_ptr_equal(crpc_view_data(r.attachment), bytes);
+    crpci_heap_chunk_unref(r.chunk);
+    /* An asynchronous call must not: its caller is gone when it is sent. */
+    assert_int_equal(crpci_channel_encode(&f.channel, &method, &n, &call, false, &r), CRPC_OK);
+    assert_int_equal(r.inline_size, sizeof bytes);
+    assert_null(crpc_view_data(r.attachment));
+    crpci_heap_chunk_unref(r.chunk);
+    crpc_loop_close(f.loop);
+}
+
+static void it_copies_a_request_whose_frame_is_still_being_sent(void **state)
+{
+    fixture f;
+    dyn_Num n = dyn_Num_init_zero;
+    crpc_call call = CRPC_INIT;
+    crpci_request r;
+    crpci_chunk *old;
+    crpci_meta m;
+    const uint8_t *at;
+    size_t size;
+    (void)state;
+    fixture_open(&f);
+    n.n = 99;
+    call.credential = crpc_view_str("who");
+    assert_int_equal(crpci_channel_encode(&f.channel, &method, &n, &call, true, &r), CRPC_OK);
+    old = r.chunk;
+    assert_true(crpci_call_own_request(&r));
+    assert_ptr_equal(r.chunk, old); /* nobody sends it: it can be framed where it is */
+    crpci_heap_chunk_ref(old);      /* as a connection's queue has it */
+    ((crpci_out *)(void *)crpci_heap_data(old))->queued = true;
+    assert_true(crpci_call_own_request(&r));
+    assert_ptr_not_equal(r.chunk, old);
+    memset(crpci_heap_data(old) + sizeof(crpci_out), 0xa5, old->cap - sizeof(crpci_out));
+    assert_true(frame(&r, 3, &at, &size, &m));
+    assert_true(crpc_view_equal(m.credential, "who"));
+    assert_int_equal(at[size - 1], 99);
+    crpci_heap_chunk_unref(old);
+    crpci_heap_chunk_unref(r.chunk);
+    crpc_loop_close(f.loop);
+}
+
+static void it_takes_fields_only_from_interceptors(void **state)
+{
+    crpc_call call = CRPC_INIT;
+    (void)state;
+    assert_int_equal(crpc_call_add_field(&call, "k", "v"), CRPC_EINVAL);
+    crpc_call_reset(&call);
+}
+
+static void it_keeps_the_earliest_deadline(void **state)
+{
+    fixture f;
+    crpc_call call = CRPC_INIT;
+    crpc_method m = method;
+    crpci_origin parent = {5000, 11, 12, 13};
+    crpci_meta meta;
+    (void)state;
+    fixture_open(&f);
+    f.channel.timeout_ms = 1000;
+    assert_int_equal(crpci_channel_deadline(&f.channel, &m, &call, 100), 1000100);
+    m.timeout_ms = 7;
+    assert_int_equal(crpci_channel_deadline(&f.channel, &m, &call, 100), 7100);
+    call.timeout_ms = 9;
+    assert_int_equal(crpci_channel_deadline(&f.channel, &m, &call, 100), 9100);
+    call.deadline_us = 300;
+    assert_int_equal(crpci_channel_deadline(&f.channel, &m, &call, 100), 300);
+    call.deadline_us = INT64_MAX;
+    assert_int_equal(crpci_channel_deadline(&f.channel, &m, &call, 100), INT64_C(86400000100));
+    call.parent = (const crpc_context *)(const void *)&parent;
+    assert_int_equal(crpci_channel_deadline(&f.channel, &m, &call, 100), 5000);
+    crpci_channel_meta(&f.channel, &m, &call, &meta);
+    assert_int_equal(meta.log_id, 11);
+    assert_int_equal(meta.trace_id, 12);
+    assert_int_equal(meta.parent_span_id, 13);
+    crpc_loop_close(f.loop);
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(it_frames_a_request_again_and_again),
+        CT_TEST(it_copies_small_attachments_and_borrows_large_ones),
+        CT_TEST(it_copies_a_request_whose_frame_is_still_being_sent),
+        CT_TEST(it_takes_fields_only_from_interceptors),
+        CT_TEST(it_keeps_the_earliest_deadline),
+    };
+    return CT_RUN(tests);
+}
