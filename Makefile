@@ -246,6 +246,12 @@ demo: ## examples against a ZooKeeper of its own: register, find, call, fail ove
 	+@$(SUB) -s build-examples
 	@BUILD=$(CURDIR)/$(B) bash examples/demo.sh
 
+.PHONY: interop
+interop: ## echo with implementations that others wrote, fetched from a network
+	@$(T_DIR)/setup.sh build
+	+@$(SUB) -s build-examples
+	@BUILD=$(CURDIR)/$(B) $(T_DIR)/interop/run.py
+
 # --- install ---------------------------------------------------------------------------------
 
 define PC

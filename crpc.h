@@ -731,6 +731,8 @@ struct crpc_call {
     void *reserved[6];
 };
 
+#if CRPC_ENABLE_CLIENT
+
 /* Releases what a finished call holds: response views and reply_attachment become invalid. What was
  * put in stays. Also done when the call is used again. */
 CRPC_API void crpc_call_reset(crpc_call *call);
@@ -742,6 +744,8 @@ CRPC_API CRPC_MUST_CHECK int crpc_call_add_field(crpc_call *call, const char *ke
 
 /* Finds a user_fields entry of the reply. False if there is none. Valid until crpc_call_reset. */
 CRPC_API bool crpc_call_field(const crpc_call *call, const char *key, crpc_view *value);
+
+#endif /* CRPC_ENABLE_CLIENT */
 
 /* Sees every call of a channel. Either function may be NULL. */
 typedef struct crpc_client_interceptor {
@@ -772,6 +776,8 @@ typedef struct crpc_channel_options {
     const crpc_client_interceptor *interceptors; /* borrowed while the channel lives */
     size_t interceptor_count;
 } crpc_channel_options;
+
+#if CRPC_ENABLE_CLIENT
 
 /* Opens a channel to a service:
  *
@@ -809,6 +815,8 @@ CRPC_API CRPC_MUST_CHECK int crpc_channel_call(crpc_channel *channel, const crpc
                                                const void *request, void *response,
                                                crpc_call *call);
 
+#endif /* CRPC_ENABLE_CLIENT */
+
 typedef void (*crpc_any_fn)(void); /* a function of a type that its receiver knows */
 
 /* The end of an asynchronous call, as the receiver sees it. Everything is valid in the callback
@@ -822,6 +830,8 @@ typedef struct crpc_done {
 } crpc_done;
 
 typedef void (*crpc_done_fn)(const crpc_done *done);
+
+#if CRPC_ENABLE_CLIENT
 
 /* Calls and returns at once; deliver(done) runs exactly once, on the thread that drives the loop, if
  * CRPC_OK is returned, and never otherwise. `fn` and `user` are handed through: generated code puts
@@ -859,6 +869,8 @@ CRPC_API CRPC_MUST_CHECK int crpc_channel_cancel(crpc_channel *channel, crpc_id 
  * fails or the deadline passes first. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_notify(crpc_channel *channel, const crpc_method *method,
                                                  const void *request, const crpc_call *call);
+
+#endif /* CRPC_ENABLE_CLIENT */
 
 /* ======================================================================== */
 /* >>api-server   the server: services, requests, replies                   */
@@ -905,6 +917,8 @@ typedef struct crpc_server_options {
     const crpc_server_interceptor *interceptors; /* borrowed while the server lives */
     size_t interceptor_count;
 } crpc_server_options;
+
+#if CRPC_ENABLE_SERVER
 
 /* Makes a server and binds options->listen. NULL options mean the defaults. `error` (may be NULL)
  * tells in words. CRPC_EADDRESS: the address is taken or not this machine's. */
@@ -1016,6 +1030,8 @@ CRPC_API int64_t crpc_context_remaining_us(const crpc_context *context);
 /* The peer's address as text, valid as long as the context. */
 CRPC_API const char *crpc_context_peer(crpc_context *context);
 
+#endif /* CRPC_ENABLE_SERVER */
+
 #ifdef __cplusplus
 }
 #endif
@@ -1087,13 +1103,11 @@ CRPC_API const char *crpc_context_peer(crpc_context *context);
 #define CRPCI_COLD static __attribute__((unused, cold, noinline))
 #define CRPCI_LIKELY(x) __builtin_expect(!!(x), 1)
 #define CRPCI_UNLIKELY(x) __builtin_expect(!!(x), 0)
-#define CRPCI_WEAK __attribute__((weak))
 #else
 #define CRPCI_FN static
 #define CRPCI_COLD static
 #define CRPCI_LIKELY(x) (x)
 #define CRPCI_UNLIKELY(x) (x)
-#define CRPCI_WEAK
 #endif
 
 #define CRPCI_CONTAINER(ptr, type, member)                                                         \
@@ -2569,8 +2583,7 @@ CRPCI_FN bool crpci_meta_read_plain(const uint8_t *p, const uint8_t *end, crpci_
     return true;
 }
 
-/* nanopb's description of the same, for every other shape and for the self-check. Names of the
- * objects that PB_BIND defines cannot be static; weak, two copies of crpc can be linked. */
+/* nanopb's description of the same, for every other shape and for the self-check. */
 typedef struct crpci_meta_pb_request {
     crpc_view service_name;
     crpc_view method_name;
@@ -2621,14 +2634,10 @@ typedef struct crpci_meta_pb {
     X(a, STATIC, OPTIONAL, INT64, span_id, 5)                                                      \
     X(a, STATIC, OPTIONAL, INT64, parent_span_id, 6)                                               \
     X(a, STATIC, OPTIONAL, INT32, timeout_ms, 8)
-#define CRPCI_META_PB_REQUEST_CALLBACK crpc_view_field
-#define CRPCI_META_PB_REQUEST_DEFAULT NULL
 
 #define CRPCI_META_PB_RESPONSE_FIELDLIST(X, a)                                                     \
     X(a, STATIC, OPTIONAL, INT32, error_code, 1)                                                   \
     X(a, CALLBACK, OPTIONAL, STRING, error_text, 2)
-#define CRPCI_META_PB_RESPONSE_CALLBACK crpc_view_field
-#define CRPCI_META_PB_RESPONSE_DEFAULT NULL
 
 #define CRPCI_META_PB_FIELDLIST(X, a)                                                              \
     X(a, STATIC, OPTIONAL, MESSAGE, request, 1)                                                    \
@@ -2641,30 +2650,31 @@ typedef struct crpci_meta_pb {
     X(a, CALLBACK, OPTIONAL, BYTES, stream_settings, 8)                                            \
     X(a, STATIC, OPTIONAL, INT32, content_type, 10)                                                \
     X(a, STATIC, OPTIONAL, INT32, checksum_type, 11)
-#define CRPCI_META_PB_CALLBACK crpc_view_field
-#define CRPCI_META_PB_DEFAULT NULL
 #define crpci_meta_pb_request_MSGTYPE crpci_meta_pb_request
 #define crpci_meta_pb_response_MSGTYPE crpci_meta_pb_response
 /* clang-format on */
 
-#ifdef __cplusplus
-extern "C" {
-#endif
-extern const uint32_t crpci_meta_pb_request_field_info[] CRPCI_WEAK;
-extern const pb_msgdesc_t *const crpci_meta_pb_request_submsg_info[] CRPCI_WEAK;
-extern const pb_msgdesc_t crpci_meta_pb_request_msg CRPCI_WEAK;
-extern const uint32_t crpci_meta_pb_response_field_info[] CRPCI_WEAK;
-extern const pb_msgdesc_t *const crpci_meta_pb_response_submsg_info[] CRPCI_WEAK;
-extern const pb_msgdesc_t crpci_meta_pb_response_msg CRPCI_WEAK;
-extern const uint32_t crpci_meta_pb_field_info[] CRPCI_WEAK;
-extern const pb_msgdesc_t *const crpci_meta_pb_submsg_info[] CRPCI_WEAK;
-extern const pb_msgdesc_t crpci_meta_pb_msg CRPCI_WEAK;
-PB_BIND(CRPCI_META_PB_REQUEST, crpci_meta_pb_request, 2)
-PB_BIND(CRPCI_META_PB_RESPONSE, crpci_meta_pb_response, 2)
-PB_BIND(CRPCI_META_PB, crpci_meta_pb, 2)
-#ifdef __cplusplus
-}
-#endif
+/* PB_BIND defines objects that others can link to; these are this file's own, because the callback in
+ * them knows the streams of one copy of crpc only. */
+#define CRPCI_META_BIND(LIST, name)                                                                \
+    static const uint32_t name##_field_info[] = {LIST##_FIELDLIST(PB_GEN_FIELD_INFO_2, name) 0};   \
+    static const pb_msgdesc_t *const name##_submsg_info[] = {                                      \
+        LIST##_FIELDLIST(PB_GEN_SUBMSG_INFO, name) NULL};                                          \
+    static const pb_msgdesc_t name##_msg = {                                                       \
+        name##_field_info,                                                                         \
+        name##_submsg_info,                                                                        \
+        NULL,                                                                                      \
+        crpc_view_field,                                                                           \
+        0 LIST##_FIELDLIST(PB_GEN_FIELD_COUNT, name),                                              \
+        0 LIST##_FIELDLIST(PB_GEN_REQ_FIELD_COUNT, name),                                          \
+        0 LIST##_FIELDLIST(PB_GEN_LARGEST_TAG, name)};                                             \
+    LIST##_FIELDLIST(PB_GEN_FIELD_INFO_ASSERT_2, name)
+
+/* clang-format off */
+CRPCI_META_BIND(CRPCI_META_PB_REQUEST, crpci_meta_pb_request)
+CRPCI_META_BIND(CRPCI_META_PB_RESPONSE, crpci_meta_pb_response)
+CRPCI_META_BIND(CRPCI_META_PB, crpci_meta_pb)
+/* clang-format on */
 #undef crpci_meta_pb_request_MSGTYPE
 #undef crpci_meta_pb_response_MSGTYPE
 

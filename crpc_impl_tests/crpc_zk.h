@@ -448,7 +448,8 @@ CT_FN int zk_proxy_listen(int *port)
         close(fd);
         return -1;
     }
-    *port = ntohs(a.sin_port);
+    if (!*port)
+        *port = ntohs(a.sin_port);
     return fd;
 }
 
@@ -537,14 +538,18 @@ CT_FN void *zk_proxy_run(void *arg)
 
 CT_FN void zk_proxy_start(zk_proxy *p, int target)
 {
+    sigset_t all, old; /* so that nobody takes its thread for one of crpc's */
     int i;
     memset(p, 0, sizeof *p);
     p->target = target;
     p->listener = zk_proxy_listen(&p->port);
     for (i = 0; i < ZK_PROXY_MAX; i++)
         p->pair[i][0] = p->pair[i][1] = -1;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
     if (p->listener < 0 || pthread_create(&p->thread, NULL, zk_proxy_run, p))
         fail_msg("no proxy");
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
 }
 
 /* Returns when the new mode is in force. */

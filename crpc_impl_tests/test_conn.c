@@ -311,15 +311,17 @@ static void check_slow_reader(crpc_poller p, const char *method, size_t size)
     crpc_server_options o;
     pump u;
     wire_request_options ro;
-    wire w = {NULL, 0, 0};
+    static char chunk[200000];
+    wire w = {NULL, 0, 0}, in = {NULL, 0, 0};
     char *bytes = net_bytes(size);
-    int fd, flags, i, idle = 0, asked = 0, answered = 0, other;
+    int fd, flags, i, idle = 0, asked = 0, answered = 0, other, small = 65536;
     size_t sent = 0;
     uint64_t memory;
     memset(&o, 0, sizeof o);
     o.max_queued = 1 << 20;
     pump_open(&u, p, WAY_TCP, &o);
     fd = pump_connect(&u, WAY_TCP);
+    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
     flags = fcntl(fd, F_GETFL);
     fcntl(fd, F_SETFL, flags | O_NONBLOCK);
     memset(&ro, 0, sizeof ro);
@@ -356,34 +358,31 @@ static void check_slow_reader(crpc_poller p, const char *method, size_t size)
 
     /* it begins to read: every reply comes, in order */
     while (answered < asked) {
-        wire_message m;
-        char head[12];
         ssize_t n;
+        size_t at = 0;
         if (sent < w.n) {
             n = send(fd, w.p + sent, w.n - sent, MSG_NOSIGNAL);
             sent += n > 0 ? (size_t)n : 0;
         }
         assert_int_equal(crpc_loop_step(u.loop, 0), CRPC_OK);
-        while (answered < asked && recv(fd, head, 12, MSG_PEEK) == 12) {
-            uint32_t body = (uint32_t)(unsigned char)head[4] << 24 |
-                            (uint32_t)(unsigned char)head[5] << 16 |
-                            (uint32_t)(unsigned char)head[6] << 8 | (unsigned char)head[7];
-            size_t have = 0;
-            unsigned char *all = (unsigned char *)malloc(body + 12u);
-            while (have < body + 12u) {
-                n = recv(fd, all + have, body + 12u - have, 0);
-                assert_true(n > 0 || (n < 0 && errno == EAGAIN));
-                have += n > 0 ? (size_t)n : 0;
-                if (n < 0)
-                    assert_int_equal(crpc_loop_step(u.loop, 0), CRPC_OK);
-            }
+        n = recv(fd, chunk, sizeof chunk, 0);
+        assert_true(n > 0 || (n < 0 && errno == EAGAIN));
+        wire_put(&in, chunk, n > 0 ? (size_t)n : 0);
+        while (in.n - at >= 12) {
+            const unsigned char *p0 = in.p + at;
+            size_t body = crpci_base_get32(p0 + 4), meta = crpci_base_get32(p0 + 8);
+            wire_message m;
+            if (in.n - at < body + 12)
+                break;
             memset(&m, 0, sizeof m);
-            wire_walk(&m, all + 12, all + 12 + ((uint32_t)all[8] << 24 | (uint32_t)all[9] << 16 |
-                                                (uint32_t)all[10] << 8 | all[11]), 0);
+            wire_walk(&m, p0 + 12, p0 + 12 + meta, 0);
             assert_int_equal(m.id, ++answered);
-            free(all);
+            at += body + 12;
         }
+        memmove(in.p, in.p + at, in.n - at);
+        in.n -= at;
     }
+    wire_free(&in);
     assert_true(pump_stats(&u).memory_peak < 12u << 20);
     free(bytes);
     wire_free(&w);

@@ -329,8 +329,10 @@ static void expect_field(crpc_view raw, const char *key, const char *value)
     crpc_view v = none;
     bool found = crpci_meta_field(raw, key, &v);
     assert_int_equal(found, value != NULL);
-    if (value)
+    if (value) {
         assert_true(crpc_view_equal(v, value));
+        assert_non_null(crpc_view_data(v)); /* set, though it may be empty */
+    }
 }
 
 static void user_fields_travel_both_ways(void **state)

@@ -303,6 +303,44 @@ static void stale_socket_files(void **state)
     ct_dir_remove(dir);
 }
 
+/* Only what surely nobody listens on is removed: not a server too busy to accept, nor a socket of
+ * another type. */
+static void socket_files_in_use(void **state)
+{
+    ct_dir dir = ct_dir_make();
+    char text[128];
+    struct stat st;
+    crpci_addr a;
+    int fd, fds[16], n = 0, err;
+    (void)state;
+    snprintf(text, sizeof text, "unix:%s/busy", dir.path);
+    assert_true(crpci_sock_parse(&a, text));
+    fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_int_equal(bind(fd, &a.u.any, a.len), 0);
+    assert_int_equal(listen(fd, 0), 0);
+    do {
+        fds[n] = crpci_sock_open(&a);
+        err = connect(fds[n++], &a.u.any, a.len) ? errno : 0;
+    } while (!err && n < 16);
+    assert_int_equal(err, EAGAIN); /* its queue is full */
+    assert_int_equal(listen_on(text, NULL), -1);
+    assert_int_equal(errno, EADDRINUSE);
+    assert_int_equal(stat(a.u.un.sun_path, &st), 0);
+    while (n--)
+        close(fds[n]);
+    close(fd);
+
+    snprintf(text, sizeof text, "unix:%s/datagram", dir.path);
+    assert_true(crpci_sock_parse(&a, text));
+    fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    assert_int_equal(bind(fd, &a.u.any, a.len), 0);
+    assert_int_equal(listen_on(text, NULL), -1);
+    assert_int_equal(errno, EADDRINUSE);
+    assert_int_equal(stat(a.u.un.sun_path, &st), 0);
+    close(fd);
+    ct_dir_remove(dir);
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
@@ -316,6 +354,7 @@ int main(void)
         CT_TEST(listeners),
         CT_TEST(a_connection_to_itself),
         CT_TEST(stale_socket_files),
+        CT_TEST(socket_files_in_use),
     };
     return CT_RUN(tests);
 }

@@ -11,7 +11,8 @@
 
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
-#define CT_TEST_SECONDS 280 /* of one scenario on one poller; the watchdog speaks up much earlier */
+#define CT_TEST_SECONDS 280 /* of one scenario on one poller; the watchdog speaks up much earlier  \
+                             */
 #include "crpc_test.h"
 
 #include <errno.h>
@@ -26,15 +27,15 @@
 
 #define TS_THREADS 32
 #define TS_LONG_MS 30000 /* a deadline that is never meant to pass */
-#define TS_UNSEEN __attribute__((no_sanitize("thread"), unused)) static
+#define TS_UNSEEN  __attribute__((no_sanitize("thread"), unused)) static
 
 /* --- relaxed counters ---------------------------------------------------------------------- */
 
-#define TS_GET(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+#define TS_GET(p)    __atomic_load_n((p), __ATOMIC_RELAXED)
 #define TS_SET(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
 #define TS_ADD(p, n) __atomic_fetch_add((p), (n), __ATOMIC_RELAXED)
 /* These hand something over to another thread. */
-#define TS_TAKE(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+#define TS_TAKE(p)    __atomic_load_n((p), __ATOMIC_ACQUIRE)
 #define TS_GIVE(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
 
 /* --- the message --------------------------------------------------------------------------- */
@@ -55,7 +56,7 @@ typedef struct ts_number {
     X(a, STATIC, SINGULAR, FIXED64, seq, 1)                                                        \
     X(a, STATIC, SINGULAR, UINT32, how, 2)
 #define ts_number_CALLBACK NULL
-#define ts_number_DEFAULT NULL
+#define ts_number_DEFAULT  NULL
 PB_BIND(ts_number, ts_number, AUTO)
 
 static int (*ts_handler)(crpc_context *context, const ts_number *in, ts_number *out);
@@ -68,11 +69,11 @@ static int ts_serve(crpc_context *context, const void *request, void *response,
 }
 
 /* The second may be tried again after it was sent. */
-static const crpc_method ts_methods[] = {
-    {"tsan.Echo", "Echo", &ts_number_msg, &ts_number_msg, sizeof(ts_number), sizeof(ts_number),
-     ts_serve, 0, 0},
-    {"tsan.Echo", "Again", &ts_number_msg, &ts_number_msg, sizeof(ts_number), sizeof(ts_number),
-     ts_serve, CRPC_METHOD_IDEMPOTENT, 0}};
+static const crpc_method ts_methods[] = {{"tsan.Echo", "Echo", &ts_number_msg, &ts_number_msg,
+                                          sizeof(ts_number), sizeof(ts_number), ts_serve, 0, 0},
+                                         {"tsan.Echo", "Again", &ts_number_msg, &ts_number_msg,
+                                          sizeof(ts_number), sizeof(ts_number), ts_serve,
+                                          CRPC_METHOD_IDEMPOTENT, 0}};
 __attribute__((unused)) static const crpc_service ts_service = {"tsan.Echo", ts_methods, 2};
 
 /* --- threads that count -------------------------------------------------------------------- */
@@ -90,9 +91,9 @@ typedef struct ts_thread {
 
 static ts_thread ts_threads[TS_THREADS];
 static int ts_count;
-static int64_t ts_budget;   /* calls left to make */
-static uint64_t ts_steps;   /* what else counts as progress */
-static uint32_t ts_over;    /* the threads without calls of their own shall end */
+static int64_t ts_budget;      /* calls left to make */
+static uint64_t ts_steps;      /* what else counts as progress */
+static uint32_t ts_over;       /* the threads without calls of their own shall end */
 static crpc_loop *ts_loops[8]; /* shown when something hangs */
 
 CT_FN int64_t ts_calls(void)
@@ -116,13 +117,13 @@ TS_UNSEEN void ts_report(void)
     for (i = 0; i < 8; i++) {
         const crpc_loop *l = ts_loops[i];
         if (l)
-            fprintf(stderr,
-                    "  loop %d: driver %d owned %d owner_waiting %d sleeping %d in_user %d kicked %d "
-                    "has_thread %d stop %u ready %d dirty %d resume %d followers %d calls %u\n",
-                    i, l->driver, l->owned, l->owner_waiting, l->sleeping, l->in_user, l->kicked,
-                    l->has_thread, l->stop, l->ready.next != &l->ready, l->dirty.next != &l->dirty,
-                    l->resume.next != &l->resume, l->followers.next != &l->followers,
-                    l->calls.used);
+            fprintf(
+                stderr,
+                "  loop %d: driver %d owned %d owner_waiting %d sleeping %d in_user %d kicked %d "
+                "has_thread %d stop %u ready %d dirty %d resume %d followers %d calls %u\n",
+                i, l->driver, l->owned, l->owner_waiting, l->sleeping, l->in_user, l->kicked,
+                l->has_thread, l->stop, l->ready.next != &l->ready, l->dirty.next != &l->dirty,
+                l->resume.next != &l->resume, l->followers.next != &l->followers, l->calls.used);
     }
 }
 
@@ -153,6 +154,7 @@ TS_UNSEEN uint64_t ts_progress(void)
 }
 
 static const char *ts_scenario;
+static int64_t ts_began;
 static uint32_t ts_watching;
 static pthread_t ts_watchdog_thread;
 
@@ -193,6 +195,7 @@ CT_FN void ts_begin(const char *scenario, int64_t calls)
     memset(ts_loops, 0, sizeof ts_loops);
     ts_count = 0;
     ts_scenario = scenario;
+    ts_began = ct_now_ms();
     ts_budget = calls;
     ts_over = 0;
     ts_watching = 1;
@@ -204,7 +207,8 @@ CT_FN void ts_start(int n, ts_fn fn, void *scenario)
     while (n--) {
         ts_thread *t = &ts_threads[ts_count];
         t->index = ts_count;
-        t->random = ct_seed() * 0x9e3779b97f4a7c15u + (uint64_t)(ts_count + 1) * 0xbf58476d1ce4e5b9u;
+        t->random =
+            ct_seed() * 0x9e3779b97f4a7c15u + (uint64_t)(ts_count + 1) * 0xbf58476d1ce4e5b9u;
         t->random |= 1;
         t->scenario = scenario;
         ts_fns[ts_count++] = fn;
@@ -235,11 +239,12 @@ CT_FN ts_thread ts_end(int64_t calls)
     }
     TS_SET(&ts_watching, 0);
     pthread_join(ts_watchdog_thread, NULL);
-    printf("%s: %llu calls: %llu ok, %llu timeouts, %llu lost connections, %llu canceled, %llu "
-           "application errors\n",
-           ts_scenario, (unsigned long long)sum.calls, (unsigned long long)sum.ok,
-           (unsigned long long)sum.timeouts, (unsigned long long)sum.conn,
-           (unsigned long long)sum.canceled, (unsigned long long)sum.app);
+    printf("%s: %.1f s, %llu calls: %llu ok, %llu timeouts, %llu lost connections, %llu canceled, "
+           "%llu application errors\n",
+           ts_scenario, (double)(ct_now_ms() - ts_began) / 1000, (unsigned long long)sum.calls,
+           (unsigned long long)sum.ok, (unsigned long long)sum.timeouts,
+           (unsigned long long)sum.conn, (unsigned long long)sum.canceled,
+           (unsigned long long)sum.app);
     fflush(stdout);
     TS_CHECK(sum.calls >= (uint64_t)calls);
     TS_CHECK(sum.calls == sum.ok + sum.timeouts + sum.conn + sum.canceled + sum.app);
@@ -412,7 +417,7 @@ TS_UNSEEN uint32_t ts_dice(uint32_t n)
 
 /* --- a peer that echoes, unseen by TSan ------------------------------------------------------ */
 
-#define TS_PEER_CONNS 128
+#define TS_PEER_CONNS  128
 #define TS_PEER_BUFFER (256 << 10)
 
 typedef struct ts_peer {

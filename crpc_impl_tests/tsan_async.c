@@ -1,13 +1,13 @@
 /* Asynchronous calls: callbacks, ids that are polled, waited for, fetched and cancelled, one-way
  * calls, all ending exactly once; and a server with I/O threads, workers and deferred replies.
- *
- * crpc-test-flags: -DCRPC_ENABLE_ZOOKEEPER=0 -Wl,--wrap=send,--wrap=sendmsg,--wrap=recv,--wrap=pthread_mutex_unlock
- * crpc-test-timeout: 600
  */
+/* crpc-test-flags: -DCRPC_ENABLE_ZOOKEEPER=0 -Wl,--wrap=send,--wrap=sendmsg,--wrap=recv */
+/* crpc-test-flags: -Wl,--wrap=pthread_mutex_unlock */
+/* crpc-test-timeout: 600 */
 #include "tsan.h"
 
 #define ASYNC_THREADS 8
-#define ASYNC_SLOTS 32
+#define ASYNC_SLOTS   32
 
 /* One call under way. */
 typedef struct async_slot {
@@ -163,8 +163,8 @@ static void async_caller(ts_thread *t)
         }
         if (!more || !(more = ts_take()))
             continue;
-        other.value = __atomic_exchange_n(&a->post[(t->index + 1) % ASYNC_THREADS].id, 0,
-                                          __ATOMIC_ACQUIRE);
+        other.value =
+            __atomic_exchange_n(&a->post[(t->index + 1) % ASYNC_THREADS].id, 0, __ATOMIC_ACQUIRE);
         if (other.value && crpc_channel_cancel(a->ch, other) == CRPC_OK)
             TS_ADD(&a->other_cancels, 1);
         switch (ts_below(t, 512)) {
@@ -265,12 +265,13 @@ static void exactly_once_poll(void **state)
     async_run(CRPC_POLLER_POLL, false);
 }
 
-/* --- the server's threads ----------------------------------------------------------------------- */
+/* --- the server's threads -----------------------------------------------------------------------
+ */
 
 #define SERVE_FINISHERS 2
-#define SERVE_QUEUE 65536
-#define SERVE_FULL CRPCI_SERVER_CONN_MAX /* requests of a connection; then it is not read */
-#define SERVE_FLOOD (SERVE_FULL + 10)
+#define SERVE_QUEUE     65536
+#define SERVE_FULL      CRPCI_SERVER_CONN_MAX /* requests of a connection; then it is not read */
+#define SERVE_FLOOD     (SERVE_FULL + 10)
 
 typedef struct serving {
     char url[128];
@@ -487,9 +488,8 @@ static void serve_run(crpc_poller poller, int workers)
         ts_loop_close(i);
     }
     sum = ts_end(calls);
-    printf("%llu requests served, %llu of them later, %llu floods\n",
-           (unsigned long long)s->served, (unsigned long long)s->deferred,
-           (unsigned long long)s->floods);
+    printf("%llu requests served, %llu of them later, %llu floods\n", (unsigned long long)s->served,
+           (unsigned long long)s->deferred, (unsigned long long)s->floods);
     TS_CHECK(s->served >= sum.calls && s->deferred > sum.calls / 10 && s->refused == 8);
     TS_CHECK(sum.app > sum.calls / 2000);
     pthread_cond_destroy(&s->more);

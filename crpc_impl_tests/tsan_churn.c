@@ -1,9 +1,10 @@
-/* Everything comes and goes while 16 threads use it: connections, channels, loops and their threads.
- *
- * crpc-test-flags: -DCRPC_ENABLE_ZOOKEEPER=0 -Wl,--wrap=send,--wrap=sendmsg,--wrap=recv,--wrap=pthread_mutex_unlock
- * crpc-test-mutants: P7_CLOSE
- * crpc-test-timeout: 600
+/* Everything comes and goes while 16 threads use it: connections, channels, loops and their
+ * threads.
  */
+/* crpc-test-flags: -DCRPC_ENABLE_ZOOKEEPER=0 -Wl,--wrap=send,--wrap=sendmsg,--wrap=recv */
+/* crpc-test-flags: -Wl,--wrap=pthread_mutex_unlock */
+/* crpc-test-mutants: P7_CLOSE */
+/* crpc-test-timeout: 600 */
 #include "tsan.h"
 
 typedef struct churn {
@@ -144,11 +145,12 @@ static void churn_run(crpc_poller poller)
     ts_join(15, 1);
     ts_loop_close(0);
     ts_before_send = ts_before_recv = NULL;
-    printf("%llu connections dropped, %llu channels, %llu loops, %llu starts, %llu runs, %llu stops, "
-           "%llu posts\n",
-           (unsigned long long)s.peer->drops, (unsigned long long)s.channels,
-           (unsigned long long)s.loops, (unsigned long long)s.starts, (unsigned long long)s.runs,
-           (unsigned long long)s.stops, (unsigned long long)s.posts);
+    printf(
+        "%llu connections dropped, %llu channels, %llu loops, %llu starts, %llu runs, %llu stops, "
+        "%llu posts\n",
+        (unsigned long long)s.peer->drops, (unsigned long long)s.channels,
+        (unsigned long long)s.loops, (unsigned long long)s.starts, (unsigned long long)s.runs,
+        (unsigned long long)s.stops, (unsigned long long)s.posts);
     TS_CHECK(TS_GET(&posted) == s.posts); /* each ran, once */
     TS_CHECK(s.peer->drops > 10 && s.channels > 10 && s.loops > 10);
     TS_CHECK(s.starts > 2 && s.runs > 2 && s.stops > 2);
@@ -169,11 +171,96 @@ static void close_redial_start_stop_poll(void **state)
     churn_run(CRPC_POLLER_POLL);
 }
 
+/* --- an owner wants in while a caller drives
+ * ------------------------------------------------------ */
+
+typedef struct owning {
+    crpc_loop *loop;
+    ts_peer *peer;
+    crpc_channel *ch;
+    uint32_t round; /* the caller calls once in each */
+    uint32_t ended;
+} owning;
+
+static void owning_caller(ts_thread *t)
+{
+    owning *s = (owning *)t->scenario;
+    crpc_call call = CRPC_INIT;
+    uint32_t round = 0;
+    for (;;) {
+        while (TS_TAKE(&s->round) == round && !TS_GET(&ts_over))
+            sched_yield();
+        if (TS_GET(&ts_over))
+            break;
+        round++;
+        TS_CHECK(ts_call(t, s->ch, TS_SILENT, &call, TS_MAY_CANCEL) == CRPC_ECANCELED);
+        TS_GIVE(&s->ended, round);
+    }
+    crpc_call_reset(&call);
+}
+
+/* The caller sleeps in the poller, and nothing but a kick can make it leave. */
+static void owning_run(crpc_poller poller)
+{
+    int64_t until;
+    owning s;
+    uint32_t round;
+    memset(&s, 0, sizeof s);
+    ts_begin("an owner wants in", 0);
+    s.peer = ts_peer_open(true);
+    ts_peer_start(s.peer);
+    s.loop = ts_loop(0, poller);
+    ts_start(1, owning_caller, &s);
+    for (round = 1; round <= 300; round++) {
+        uint64_t posted = 0;
+        s.ch = ts_channel(s.loop, s.peer->url, 0);
+        TS_GIVE(&s.round, round);
+        while (TS_TAKE(&s.peer->silent[0]) != ((uint64_t)1 << 40 | round))
+            sched_yield();
+        if (round % 2)
+            usleep(ts_dice(500)); /* the caller falls asleep */
+        if (round > 150) {        /* from here on the loop counts as stepped by the program */
+            TS_CHECK(crpc_loop_step(s.loop, 0) == CRPC_OK);
+        } else {
+            TS_CHECK(crpc_loop_start(s.loop) == CRPC_OK);
+            TS_CHECK(crpc_loop_post(s.loop, churn_posted, &posted) == CRPC_OK);
+            for (until = ct_now_ms() + 3000; !TS_GET(&posted);) {
+                if (ct_now_ms() > until)
+                    ts_bad("the owner did not get in");
+                usleep(20);
+            }
+            crpc_loop_stop(s.loop);
+        }
+        crpc_channel_close(s.ch);
+        while (TS_TAKE(&s.ended) != round)
+            sched_yield();
+    }
+    TS_SET(&ts_over, 1);
+    ts_join(0, 1);
+    ts_loop_close(0);
+    ts_peer_close(s.peer);
+    ts_end(300);
+}
+
+static void an_owner_gets_in_epoll(void **state)
+{
+    (void)state;
+    owning_run(CRPC_POLLER_EPOLL);
+}
+
+static void an_owner_gets_in_poll(void **state)
+{
+    (void)state;
+    owning_run(CRPC_POLLER_POLL);
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(close_redial_start_stop_epoll),
         CT_TEST(close_redial_start_stop_poll),
+        CT_TEST(an_owner_gets_in_epoll),
+        CT_TEST(an_owner_gets_in_poll),
     };
     return CT_RUN(tests);
 }

@@ -1,11 +1,11 @@
-/* What a loop waits for changes while it waits: interest in descriptors, timers, posts, and sends that
- * block on one thread while another sleeps in the poller. With poll a change needs a kick, because
- * poll works on a copy; with epoll it takes effect by itself.
- *
- * crpc-test-flags: -DCRPC_ENABLE_ZOOKEEPER=0 -Wl,--wrap=send,--wrap=sendmsg,--wrap=recv,--wrap=pthread_mutex_unlock
- * crpc-test-mutants: P6_KICK
- * crpc-test-timeout: 600
+/* What a loop waits for changes while it waits: interest in descriptors, timers, posts, and sends
+ * that block on one thread while another sleeps in the poller. With poll a change needs a kick,
+ * because poll works on a copy; with epoll it takes effect by itself.
  */
+/* crpc-test-flags: -DCRPC_ENABLE_ZOOKEEPER=0 -Wl,--wrap=send,--wrap=sendmsg,--wrap=recv */
+/* crpc-test-flags: -Wl,--wrap=pthread_mutex_unlock */
+/* crpc-test-mutants: P6_KICK */
+/* crpc-test-timeout: 600 */
 #include "tsan.h"
 
 #define POLL_BIG (96 << 10)
@@ -13,8 +13,29 @@
 typedef struct polling {
     crpc_loop *loop;
     crpc_channel *ch;
+    uint32_t rest; /* 1 << POLL_X: those pause, so that they do not keep the loop awake */
     uint64_t changes, timers, posts, big;
 } polling;
+
+enum { POLL_CHANGES, POLL_TIMERS, POLL_POSTS };
+
+/* Pauses if this kind shall. False at the end. */
+static bool poll_go_on(polling *s, int kind)
+{
+    while (TS_GET(&s->rest) & 1u << kind && !TS_GET(&ts_over))
+        usleep(1000);
+    return !TS_GET(&ts_over);
+}
+
+/* Lets only one kind go on, and waits until it has, `n` times. */
+static void poll_only(polling *s, int kind, const uint64_t *count, uint64_t n)
+{
+    uint64_t from;
+    TS_SET(&s->rest, ~(1u << kind));
+    usleep(20000);
+    for (from = TS_GET(count); TS_GET(count) < from + n;)
+        usleep(1000);
+}
 
 /* Spins, then sleeps, until *flag is set: by a callback that nothing else would bring about. */
 static void poll_await(ts_thread *t, uint32_t *flag, const char *what)
@@ -77,7 +98,7 @@ static void poll_watcher(ts_thread *t)
     TS_CHECK(write(fds[1], "x", 1) == 1);
     memset(&w, 0, sizeof w);
     w.loop = s->loop;
-    while (!TS_GET(&ts_over)) {
+    while (poll_go_on(s, POLL_CHANGES)) {
         int rounds = 32;
         TS_CHECK(crpc_loop_watch(s->loop, fds[0], 0, poll_on_event, &w, &w.id) == CRPC_OK);
         while (rounds--) {
@@ -105,7 +126,7 @@ static void poll_timer(ts_thread *t)
 {
     polling *s = (polling *)t->scenario;
     uint32_t fired = 0, never = 0;
-    while (!TS_GET(&ts_over)) {
+    while (poll_go_on(s, POLL_TIMERS)) {
         int64_t ms = ts_below(t, 3), begin = crpc_loop_now_us(s->loop);
         crpc_id id, far;
         TS_CHECK(crpc_timer_start(s->loop, 3600000, 0, poll_on_timer, &never, &far) == CRPC_OK);
@@ -123,7 +144,7 @@ static void poll_poster(ts_thread *t)
 {
     polling *s = (polling *)t->scenario;
     uint32_t ran = 0;
-    while (!TS_GET(&ts_over)) {
+    while (poll_go_on(s, POLL_POSTS)) {
         TS_CHECK(crpc_loop_post(s->loop, poll_on_timer, &ran) == CRPC_OK);
         poll_await(t, &ran, "posted");
         TS_ADD(&s->posts, 1);
@@ -136,7 +157,6 @@ static void poll_poster(ts_thread *t)
 static void poll_owned(crpc_poller poller)
 {
     int64_t calls = ts_calls() / 4;
-    uint64_t changes;
     polling s;
     ts_peer *p;
     memset(&s, 0, sizeof s);
@@ -152,9 +172,10 @@ static void poll_owned(crpc_poller poller)
     ts_start(1, poll_timer, &s);
     ts_start(1, poll_poster, &s);
     ts_join(0, 6);
-    changes = TS_GET(&s.changes); /* and now nothing else keeps the loop awake */
-    while (TS_GET(&s.changes) < changes + 2000)
-        usleep(1000);
+    /* and now nothing else keeps the loop awake */
+    poll_only(&s, POLL_CHANGES, &s.changes, 2000);
+    poll_only(&s, POLL_TIMERS, &s.timers, 100);
+    poll_only(&s, POLL_POSTS, &s.posts, 1000);
     TS_SET(&ts_over, 1);
     ts_join(6, 5);
     crpc_channel_close(s.ch);

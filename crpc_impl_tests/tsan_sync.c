@@ -1,11 +1,11 @@
 /* Threads that call over one loop and drive it in turns: replies that overtake their requests,
  * deadlines that pass while a thread is asked to drive, callers that leave, are cancelled, or lose
  * their channel.
- *
- * crpc-test-flags: -DCRPC_ENABLE_ZOOKEEPER=0 -Wl,--wrap=send,--wrap=sendmsg,--wrap=recv,--wrap=pthread_mutex_unlock
- * crpc-test-mutants: P4_HANDOVER
- * crpc-test-timeout: 600
  */
+/* crpc-test-flags: -DCRPC_ENABLE_ZOOKEEPER=0 -Wl,--wrap=send,--wrap=sendmsg,--wrap=recv */
+/* crpc-test-flags: -Wl,--wrap=pthread_mutex_unlock */
+/* crpc-test-mutants: P4_HANDOVER */
+/* crpc-test-timeout: 600 */
 #include "tsan.h"
 
 /* --- a reply that is there before send returns ----------------------------------------------- */
@@ -185,7 +185,8 @@ static void random_deadlines_poll(void **state)
     deadlines(CRPC_POLLER_POLL);
 }
 
-/* --- one leaves, is cancelled, closes the channel ---------------------------------------------- */
+/* --- one leaves, is cancelled, closes the channel ----------------------------------------------
+ */
 
 typedef struct leaving {
     crpc_loop *loop;
@@ -392,13 +393,97 @@ static void one_leaves_is_cancelled_closes_poll(void **state)
     leaving_run(CRPC_POLLER_POLL, true);
 }
 
+/* --- what is begun gets sent, though nobody drives ----------------------------------------------
+ */
+
+typedef struct beginning {
+    ts_peer *peer;
+    crpc_loop *loop;
+} beginning;
+
+/* Calls and rests, so that most of the time nobody drives. */
+static void beginning_caller(ts_thread *t)
+{
+    beginning *s = (beginning *)t->scenario;
+    crpc_channel *ch = ts_channel(s->loop, s->peer->url, t->index);
+    crpc_call call = CRPC_INIT;
+    while (!TS_GET(&ts_over)) {
+        ts_call(t, ch, TS_ECHO, &call, 0);
+        if (ts_below(t, 4) == 0)
+            usleep(ts_below(t, 300));
+    }
+    crpc_call_reset(&call);
+    crpc_channel_close(ch);
+}
+
+static void beginning_one(ts_thread *t)
+{
+    beginning *s = (beginning *)t->scenario;
+    crpc_channel *ch = ts_channel(s->loop, s->peer->url, t->index);
+    crpc_call call = CRPC_INIT;
+    ts_call(t, ch, TS_ECHO, &call, 0); /* connects */
+    while (ts_take()) {
+        ts_number in = {0, TS_SILENT};
+        int64_t until = ct_now_ms() + (getenv("CRPC_TEST_MUTANT") ? 3000 : 20000);
+        crpc_id id;
+        in.seq = ts_seq(t);
+        TS_CHECK(crpc_channel_begin(ch, ts_methods, &in, &id, NULL) == CRPC_OK);
+        TS_SET(&t->doing, "begun");
+        while (TS_TAKE(&s->peer->silent[t->index]) != in.seq) {
+            if (ct_now_ms() > until)
+                ts_bad("thread %d: a request was begun, but not sent", t->index);
+            sched_yield();
+        }
+        TS_CHECK(crpc_channel_cancel(ch, id) == CRPC_OK);
+        ts_account(t, CRPC_ECANCELED, NULL, TS_MAY_CANCEL);
+    }
+    crpc_call_reset(&call);
+    crpc_channel_close(ch);
+}
+
+static void beginning_run(crpc_poller poller)
+{
+    int64_t calls = ts_calls() / 20;
+    beginning s;
+    ts_begin("begun requests are sent", calls);
+    s.peer = ts_peer_open(true);
+    ts_peer_start(s.peer);
+    s.loop = ts_loop(0, poller);
+    ts_start(3, beginning_one, &s);
+    ts_start(3, beginning_caller, &s);
+    ts_join(0, 3);
+    TS_SET(&ts_over, 1);
+    ts_join(3, 3);
+    ts_loop_close(0);
+    ts_peer_close(s.peer);
+    ts_end(calls);
+}
+
+static void begun_requests_are_sent_epoll(void **state)
+{
+    (void)state;
+    beginning_run(CRPC_POLLER_EPOLL);
+}
+
+static void begun_requests_are_sent_poll(void **state)
+{
+    (void)state;
+    beginning_run(CRPC_POLLER_POLL);
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(a_reply_before_send_returns_epoll),   CT_TEST(a_reply_before_send_returns_poll),
-        CT_TEST(promotion_and_expiry_epoll),          CT_TEST(promotion_and_expiry_poll),
-        CT_TEST(random_deadlines_epoll),              CT_TEST(random_deadlines_poll),
-        CT_TEST(one_leaves_is_cancelled_closes_epoll), CT_TEST(one_leaves_is_cancelled_closes_poll),
+        CT_TEST(a_reply_before_send_returns_epoll),
+        CT_TEST(a_reply_before_send_returns_poll),
+        CT_TEST(promotion_and_expiry_epoll),
+        CT_TEST(promotion_and_expiry_poll),
+        CT_TEST(random_deadlines_epoll),
+        CT_TEST(random_deadlines_poll),
+        CT_TEST(one_leaves_is_cancelled_closes_epoll),
+        CT_TEST(one_leaves_is_cancelled_closes_poll),
+        CT_TEST(begun_requests_are_sent_epoll),
+        CT_TEST(begun_requests_are_sent_poll),
     };
     return CT_RUN(tests);
 }

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -51,6 +52,17 @@ def free_port():
         return s.getsockname()[1]
 
 
+def wait_for(port, seconds=10):
+    """It says that it serves a little before it listens."""
+    for _ in range(seconds * 10):
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return True
+        except OSError:
+            time.sleep(0.1)
+    return False
+
+
 def check_call(port, what, code, *words, options=()):
     """echo_client calls a peer: exit code, and words on either output."""
     done = run(os.path.join(EXAMPLES, "echo_client"), "tcp://127.0.0.1:%d" % port, what,
@@ -65,7 +77,7 @@ def jprotobuf_as_client(java):
     try:
         port = first_line(server).rsplit(":", 1)[-1].strip()
         done = run(*java, "client", "127.0.0.1", port)
-        print(done.stdout, end="")
+        print("jprotobuf calls echo_server: " + done.stdout, end="")
         check(done.returncode == 0 and " passed, 0 failed" in done.stdout,
               "jprotobuf's client: exit %d, %s" % (done.returncode, done.stderr[-600:]))
     finally:
@@ -79,7 +91,8 @@ def jprotobuf_as_server(java):
     server = subprocess.Popen([*java, "server", str(port)], stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
-        check(first_line(server).startswith("serving"), "jprotobuf's server does not start")
+        check(first_line(server).startswith("serving") and wait_for(port),
+              "jprotobuf's server does not start")
         for text in ("hello", "x" * 128, "x" * 100000, "\u4f60\u597d"):
             check_call(port, text, 0, text)
         check_call(port, "hello", 0, "hello", options=("--log-id", "123456789012345"))

@@ -286,6 +286,21 @@ class Names(Case):
         header = self.check('-Qbracket')
         self.assertIn('#include <style.pb.h>', header)
 
+    def test_exclude(self):
+        header = self.generate(['user.proto'], options=['-xcommon/deep.proto'])['user.crpc.h']
+        self.assertNotIn('common/deep', header)
+        self.assertIn('common/types', header)
+
+    def test_options_beside_the_first_file(self):
+        """nanopb looks there for the .options of imports, too."""
+        write('syntax = "proto3";\nmessage Far { string s = 1; }\n', self.path('sub/far.proto'))
+        write('Far.s max_size:8\n', self.path('sub/far.options'))
+        write('syntax = "proto3";\nimport "far.proto";\nservice S { rpc A(Far) returns (Far); }\n',
+              self.path('sub/t.proto'))
+        result = run(['protoc', '--plugin=protoc-gen-crpc=' + PLUGIN, '-I.', '-Isub',
+                      '--crpc_out=.', 'sub/t.proto'], self.dir)
+        self.assertEqual(result.returncode, 0, result.stderr.decode())
+
     def test_options_file_of_another_name(self):
         write(read(PROTOS, 'style.proto'), self.path('style.proto'))
         write(read(PROTOS, 'style.options'), self.path('all.opt'))
@@ -695,6 +710,42 @@ class Refused(Case):
                      'demo_S_Login in t.proto', 'rename one of them'),
                     ('method demo.S.Login_id_tag', 'field demo_S_Login.id', 'rename'),
                     ('method demo.S.Login_fields', 'message demo_S_Login', 'rename'))
+
+    def test_names_collide_with_the_rest_of_nanopb(self):
+        other = ('syntax = "proto2";\npackage demo;\nmessage S_Far {}\n'
+                 'message E { extensions 100 to 200; }\n')
+        self.refuse(HEAD2 + 'import "other.proto";\nmessage M {}\n'
+                    'message S_Do { optional bytes raw = 1; }\n'
+                    'enum S_Kind { Go = 0; }\n'
+                    'extend E { optional int32 S_ext = 100; }\n'
+                    'service S {\n'
+                    '  rpc Far(M) returns (M);  //!\n'
+                    '  rpc Do_raw_t(M) returns (M);  //!\n'
+                    '  rpc Kind_Go(M) returns (M);  //!\n'
+                    '  rpc ext(M) returns (M);  //!\n}\n',
+                    'demo.S_Do.raw max_size:8\n',
+                    ('method demo.S.Far', 'demo_S_Far is also that of message demo_S_Far in '
+                     'other.proto', 'rename'),
+                    ('method demo.S.Do_raw_t', 'also that of field demo_S_Do.raw', 'rename'),
+                    ('method demo.S.Kind_Go', 'also that of enum demo_S_Kind', 'rename'),
+                    ('method demo.S.ext', 'also that of extension demo_S_ext', 'rename'),
+                    others={'other.proto': other})
+
+    def test_names_collide_with_nanopb_s_mapping(self):
+        """With mangled names nanopb maps the full ones by macros."""
+        self.refuse(HEAD3 + 'message Msg {}\nservice demo {\n  rpc Msg(.demo.Msg) '
+                    'returns (.demo.Msg);  //!\n}\n', '* mangle_names:M_STRIP_PACKAGE\n',
+                    ('method demo.demo.Msg', 'its C name demo_Msg is also that of name demo_Msg',
+                     'rename'))
+
+    def test_names_collide_with_an_imported_service(self):
+        self.refuse(HEAD3 + 'import "other.proto";\nmessage M {}\n'
+                    'service S_Do {  //!\n}\n', '* mangle_names:M_STRIP_PACKAGE\n',
+                    ('service demo.S_Do', 'its C name S_Do is also that of method v2.S.Do '
+                     '(other.proto:4)', 'rename'),
+                    others={'other.proto': 'syntax = "proto3";\npackage v2;\nmessage M2 {}\n'
+                                           'service S { rpc Do(M2) returns (M2); }\n',
+                            'other.options': '* mangle_names:M_STRIP_PACKAGE\n'})
 
     def test_names_collide_between_files(self):
         other = ('syntax = "proto3";\npackage v2;\nmessage M2 {}\n'

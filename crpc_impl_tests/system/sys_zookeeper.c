@@ -10,7 +10,7 @@
 
 #define TIMEOUT_MS 1000 /* of sessions */
 #define SOON_MS 1000    /* in which a change has to be seen */
-#define DIR "/test/demo.Echo/providers"
+#define PROVIDERS "/test/demo.Echo/providers"
 
 static zk_server server; /* shared by the tests that leave it in order */
 static int session_ms = TIMEOUT_MS;
@@ -213,7 +213,7 @@ static int count_nodes(const zk_server *s)
     zk_client *c = zk_open(s);
     zk_names *names = (zk_names *)calloc(1, sizeof *names);
     int n;
-    zk_children(c, DIR, names);
+    zk_children(c, PROVIDERS, names);
     n = names->count;
     zk_close(c);
     free(names);
@@ -227,10 +227,10 @@ static int64_t only_owner(const zk_server *s, const char *address)
     zk_names *names = (zk_names *)calloc(1, sizeof *names);
     int64_t owner = 0;
     char path[1200], want[128];
-    zk_children(c, DIR, names);
+    zk_children(c, PROVIDERS, names);
     if (names->count == 1) {
         crpci_url_encode(want, sizeof want, address);
-        snprintf(path, sizeof path, "%s/%s", DIR, names->name[0]);
+        snprintf(path, sizeof path, "%s/%s", PROVIDERS, names->name[0]);
         if (!strstr(path, want) || zk_exists(c, path, &owner))
             owner = 0;
     }
@@ -245,12 +245,12 @@ static void clean(const zk_server *s)
     zk_names *names = (zk_names *)calloc(1, sizeof *names);
     char path[1200];
     int i;
-    zk_children(c, DIR, names);
+    zk_children(c, PROVIDERS, names);
     for (i = 0; i < names->count; i++) {
-        snprintf(path, sizeof path, "%s/%s", DIR, names->name[i]);
+        snprintf(path, sizeof path, "%s/%s", PROVIDERS, names->name[i]);
         zk_delete(c, path);
     }
-    zk_delete(c, DIR);
+    zk_delete(c, PROVIDERS);
     zk_delete(c, "/test/demo.Echo");
     zk_delete(c, "/test");
     zk_close(c);
@@ -261,11 +261,11 @@ static void add_node(const zk_server *s, const char *name)
 {
     char path[1200];
     zk_client *c = zk_open(s);
-    size_t n = (size_t)snprintf(path, sizeof path, "%s/", DIR);
+    size_t n = (size_t)snprintf(path, sizeof path, "%s/", PROVIDERS);
     crpci_url_encode(path + n, sizeof path - n, name);
     zk_create(c, "/test", "", 0);
     zk_create(c, "/test/demo.Echo", "", 0);
-    zk_create(c, DIR, "", 0);
+    zk_create(c, PROVIDERS, "", 0);
     assert_int_equal(zk_create(c, path, "", 0), ZK_OK);
     zk_close(c);
 }
@@ -316,7 +316,7 @@ static void it_registers_and_discovers(void **state)
     expect_list(&b, "10.0.0.1:8000 ", SOON_MS);
     assert_true(only_owner(&server, "10.0.0.1:8000") == side_session(&a));
     c = zk_open(&server);
-    assert_int_equal(zk_exists(c, DIR, &owner), ZK_OK);
+    assert_int_equal(zk_exists(c, PROVIDERS, &owner), ZK_OK);
     assert_true(owner == 0);
     zk_close(c);
     assert_int_equal(zk_watches(&server), 1);
@@ -897,7 +897,7 @@ static void it_uses_its_credential(void **state)
     c = zk_open(&server);
     assert_int_equal(zk_create(c, "/test", "", 0), ZK_OK);
     assert_int_equal(zk_create(c, "/test/demo.Echo", "", 0), ZK_OK);
-    assert_int_equal(zk_create_as(c, DIR, "", 0, id), ZK_OK);
+    assert_int_equal(zk_create_as(c, PROVIDERS, "", 0, id), ZK_OK);
     side_open(&b, server.port);
     side_enroll(&b, "10.0.0.2:8000");
     assert_true(CT_WAIT(value(&b.status) == CRPC_EAUTH, 3000));
@@ -910,7 +910,7 @@ static void it_uses_its_credential(void **state)
     ct_matrix(a.loop, "credential");
     side_close(&b);
     side_close(&a);
-    zk_delete(c, DIR); /* its parent allows it */
+    zk_delete(c, PROVIDERS); /* its parent allows it */
     zk_close(c);
     clean(&server);
 }
@@ -927,11 +927,11 @@ static void it_survives_a_deleted_directory(void **state)
     side_subscribe(&b);
     expect_list(&b, "", 3000);
     c = zk_open(&server);
-    assert_true(CT_WAIT(zk_exists(c, DIR, &owner) == ZK_OK, SOON_MS));
+    assert_true(CT_WAIT(zk_exists(c, PROVIDERS, &owner) == ZK_OK, SOON_MS));
     assert_true(CT_WAIT(zk_watches(&server) == 1, SOON_MS));
-    assert_int_equal(zk_delete(c, DIR), ZK_OK);
+    assert_int_equal(zk_delete(c, PROVIDERS), ZK_OK);
     zk_delete(c, "/test/demo.Echo");
-    assert_true(CT_WAIT(zk_exists(c, DIR, &owner) == ZK_OK, SOON_MS));
+    assert_true(CT_WAIT(zk_exists(c, PROVIDERS, &owner) == ZK_OK, SOON_MS));
     side_open(&a, server.port);
     side_enroll(&a, "10.0.0.1:8000");
     expect_list(&b, "10.0.0.1:8000 ", 3000);
@@ -967,6 +967,78 @@ static void it_follows_a_burst(void **state)
     assert_false(side_has(&b, "")); /* the last good one stays */
     ct_matrix(b.loop, "burst");
     side_close(&b);
+}
+
+/* Whether every thread but this one blocks what a program might handle. */
+static bool others_block_signals(void)
+{
+    char path[64], line[256];
+    bool all = true;
+    struct dirent *e;
+    DIR *tasks = opendir("/proc/self/task");
+    while ((e = readdir(tasks)) != NULL) {
+        unsigned long long blocked = 0;
+        FILE *f;
+        snprintf(path, sizeof path, "/proc/self/task/%.20s/status", e->d_name);
+        f = e->d_name[0] == '.' || atoi(e->d_name) == (int)getpid() ? NULL : fopen(path, "r");
+        while (f && fgets(line, sizeof line, f))
+            sscanf(line, "SigBlk: %llx", &blocked);
+        if (f)
+            fclose(f);
+        if (f && (!(blocked >> (SIGTERM - 1) & 1) || !(blocked >> (SIGUSR1 - 1) & 1) ||
+                  !(blocked >> (SIGPIPE - 1) & 1) || !(blocked >> (SIGALRM - 1) & 1)))
+            all = false;
+    }
+    closedir(tasks);
+    return all;
+}
+
+static int fds_for_exec(void)
+{
+    int fd, n = 0;
+    for (fd = 3; fd < 256; fd++) {
+        int flags = fcntl(fd, F_GETFD);
+        n += flags >= 0 && !(flags & FD_CLOEXEC);
+    }
+    return n;
+}
+
+/* No signal lands on the client's threads, nothing is printed, and of descriptors only those that
+ * libzookeeper_mt hides would be inherited. */
+static void it_leaves_the_process_alone(void **state)
+{
+    zk_proxy p;
+    side a;
+    ct_dir dir = ct_dir_make();
+    char path[80];
+    int before = fds_for_exec(), keep = dup(2), fd;
+    struct stat st;
+    (void)state;
+    clean(&server);
+    snprintf(path, sizeof path, "%s/stderr", dir.path);
+    fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+    fcntl(keep, F_SETFD, FD_CLOEXEC);
+    dup2(fd, 2);
+    zk_proxy_start(&p, server.port);
+    side_open(&a, p.port);
+    side_enroll(&a, "10.0.0.1:8000");
+    expect_ok(&a, 3000);
+    assert_true(others_block_signals());
+    assert_true(fds_for_exec() - before <= (CRPC_ZOOKEEPER_ST ? 0 : 3));
+    zk_proxy_set(&p, ZK_PROXY_REFUSE);
+    ct_sleep_ms(300);
+    zk_proxy_set(&p, ZK_PROXY_OPEN);
+    assert_true(CT_WAIT(side_session(&a) != 0, 3000));
+    assert_true(fds_for_exec() - before <= (CRPC_ZOOKEEPER_ST ? 0 : 3));
+    ct_matrix(a.loop, "process-left-alone");
+    side_close(&a);
+    zk_proxy_end(&p);
+    dup2(keep, 2);
+    close(keep);
+    assert_int_equal(fstat(fd, &st), 0);
+    assert_int_equal(st.st_size, 0);
+    close(fd);
+    ct_dir_remove(dir);
 }
 
 /* Every allocation fails once, and then all after it: an error or a later success, never a leak, a
@@ -1054,6 +1126,7 @@ int main(int argc, char **argv)
         CT_TEST(it_uses_its_credential),
         CT_TEST(it_survives_a_deleted_directory),
         CT_TEST(it_follows_a_burst),
+        CT_TEST(it_leaves_the_process_alone),
         CT_TEST(it_survives_want_of_memory),
     };
     int failed;

@@ -1,0 +1,1457 @@
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#define CT_TEST_SECONDS 120
+#include "crpc_test.h"
+#include "crpc_net.h"
+
+/* Sends one request by hand and returns the reply's code; its words in text. */
+static int64_t ask(int fd, const char *service, const char *method, int64_t id,
+                   const wire_request_options *o, char *text)
+{
+    wire w = {NULL, 0, 0};
+    wire_message m;
+    int64_t code;
+    wire_request_body(&w, service, method, id, "\x08\x05", 2, o);
+    assert_true(wire_flush(fd, &w));
+    assert_int_equal(wire_receive(fd, &m), 1);
+    assert_int_equal(m.id, id);
+    code = m.code;
+    if (code)
+        assert_int_equal(m.body_size, 0);
+    if (text)
+        strcpy(text, m.text);
+    wire_done(&m);
+    return code;
+}
+
+static void names_and_codes_are_brpcs(void **state)
+{
+    static const struct {
+        const char *service, *method;
+        int code;
+        const char *says;
+    } cases[] = {
+        {"dyn.Echo", "Add", 0, ""},
+        {"Echo", "Add", 0, ""},
+        {"dyn.Echo", "add", CRPC_ENOMETHOD, "no such method: dyn.Echo.add"},
+        {"Echo", "Nothing", CRPC_ENOMETHOD, "no such method: Echo.Nothing"},
+        {"dyn.Echo", "", CRPC_ENOMETHOD, "no such method: dyn.Echo."},
+        {"other.Echo", "Add", CRPC_ENOMETHOD, "no such method: other.Echo.Add"},
+        {"dyn", "Add", CRPC_ENOSERVICE, "no such service: dyn.Add"},
+        {"Ech", "Add", CRPC_ENOSERVICE, "no such service: Ech.Add"},
+        {"Echoo", "Add", CRPC_ENOSERVICE, "no such service: Echoo.Add"},
+        {"", "Add", CRPC_ENOSERVICE, "no such service: .Add"},
+        {".Echo", "Add", CRPC_ENOMETHOD, "no such method: .Echo.Add"},
+    };
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        size_t i;
+        char text[512];
+        int fd;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+            assert_int_equal(ask(fd, cases[i].service, cases[i].method, (int64_t)i, NULL, text),
+                             cases[i].code);
+            assert_string_equal(text, cases[i].says);
+        }
+        assert_int_equal(net_calls(&n.service), 2);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+static void services_are_added_once_and_before_the_start(void **state)
+{
+    static const crpc_service same = {"dyn.Echo", NULL, 0}, short_same = {"else.Echo", NULL, 0},
+                              other = {"else.Other", NULL, 0}, late = {"Late", NULL, 0},
+                              nameless = {NULL, NULL, 0};
+    net n;
+    int fd;
+    crpc_server *s;
+    crpc_server_options o;
+    (void)state;
+    memset(&n, 0, sizeof n);
+    memset(&o, 0, sizeof o);
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &same, NULL, NULL), CRPC_EBUSY);
+    assert_int_equal(crpc_server_add(s, &short_same, NULL, NULL), CRPC_EBUSY);
+    assert_int_equal(crpc_server_add(s, &other, NULL, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &nameless, NULL, NULL), CRPC_EINVAL);
+    assert_int_equal(crpc_server_add(s, NULL, NULL, NULL), CRPC_EINVAL);
+    {
+        crpc_error error;
+        assert_int_equal(crpc_server_start(s, &error), CRPC_EINVAL);
+        assert_string_equal(error.text, "nothing to listen on: set options.listen");
+    }
+    crpc_server_close(s);
+    net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
+    assert_int_equal(crpc_server_add(n.server, &late, NULL, NULL), CRPC_EBUSY);
+    assert_int_equal(crpc_server_start(n.server, NULL), CRPC_EBUSY);
+    assert_int_equal(crpc_server_listen(n.server, "tcp://127.0.0.1:0", NULL), CRPC_EBUSY);
+    fd = wire_connect(n.url);
+    assert_int_equal(ask(fd, "Late", "X", 1, NULL, NULL), CRPC_ENOSERVICE);
+    close(fd);
+    net_close(&n);
+}
+
+/* A NULL in the struct of handlers is a method that is not there. */
+static void missing_handlers_are_missing_methods(void **state)
+{
+    static const dyn_Echo_handlers only_add = {net_add, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
+    crpc_server_options o;
+    crpc_server *s;
+    net_service service;
+    char url[160];
+    int fd;
+    (void)state;
+    memset(&o, 0, sizeof o);
+    o.listen = "tcp://127.0.0.1:0";
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    net_service_init(&service);
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &dyn_Echo, &only_add, &service), CRPC_OK);
+    assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+    assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
+    assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+    fd = wire_connect(url);
+    assert_int_equal(ask(fd, "Echo", "Add", 1, NULL, NULL), CRPC_OK);
+    assert_int_equal(ask(fd, "Echo", "Get", 2, NULL, NULL), CRPC_ENOMETHOD);
+    close(fd);
+    crpc_server_close(s);
+}
+
+static void what_is_not_supported_is_refused_by_name(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        net n;
+        wire_request_options o;
+        char text[512];
+        int fd;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, NET_THREAD);
+        fd = wire_connect(n.url);
+        memset(&o, 0, sizeof o);
+        o.compress = 1;
+        assert_int_equal(ask(fd, "Echo", "Add", 1, &o, text), CRPC_EREQUEST);
+        assert_string_equal(text, "compress_type 1 is not supported; send uncompressed");
+        memset(&o, 0, sizeof o);
+        o.content = 1;
+        assert_int_equal(ask(fd, "Echo", "Add", 2, &o, text), CRPC_EREQUEST);
+        assert_string_equal(text, "content_type 1 is not supported; send protobuf");
+        memset(&o, 0, sizeof o);
+        o.checksum = 1;
+        assert_int_equal(ask(fd, "Echo", "Add", 3, &o, text), CRPC_EREQUEST);
+        assert_string_equal(text, "checksum_type 1 is not supported; send none");
+        memset(&o, 0, sizeof o);
+        o.stream = 1;
+        assert_int_equal(ask(fd, "Echo", "Add", 4, &o, text), CRPC_EREQUEST);
+        assert_string_equal(text, "streaming is not supported");
+        memset(&o, 0, sizeof o);
+        o.chunk = 1;
+        assert_int_equal(ask(fd, "Echo", "Add", 5, &o, text), CRPC_EREQUEST);
+        assert_string_equal(text, "chunked bodies are not supported; send one frame");
+        memset(&o, 0, sizeof o);
+        o.attachment = 3;
+        assert_int_equal(ask(fd, "Echo", "Add", 6, &o, text), CRPC_EREQUEST);
+        assert_string_equal(text, "attachment_size 3 is larger than the body's 2 bytes");
+        o.attachment = -1;
+        assert_int_equal(ask(fd, "Echo", "Add", 7, &o, text), CRPC_EREQUEST);
+        o.attachment = 2; /* an empty request with an attachment */
+        assert_int_equal(ask(fd, "Echo", "Add", 8, &o, text), CRPC_OK);
+        o.attachment = 1; /* leaves one byte that is no message */
+        assert_int_equal(ask(fd, "Echo", "Add", 9, &o, text), CRPC_EREQUEST);
+        assert_non_null(strstr(text, "dyn.Echo.Add: request does not decode: "));
+        assert_int_equal(net_calls(&n.service), 1);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+/* --- statuses ---------------------------------------------------------------------------------- */
+
+static void statuses_reach_the_caller(void **state)
+{
+    static const struct {
+        int64_t returned;
+        const char *words;
+        int status, app_code;
+        const char *says;
+    } cases[] = {
+        {CRPC_EAUTH, "token expired", CRPC_EAUTH, 0, "EAUTH 1004: token expired (remote)"},
+        {CRPC_EAUTH, "", CRPC_EAUTH, 0, "EAUTH 1004: not authenticated (remote)"},
+        {CRPC_ELIMIT, "", CRPC_ELIMIT, 0, "ELIMIT 2004: concurrency limit reached (remote)"},
+        {30000, "own", CRPC_EAPP, 30000, "application error 30000: own (remote)"},
+        {-5, "minus", CRPC_EAPP, -5, "application error -5: minus (remote)"},
+        {7, "", CRPC_EINTERNAL, 0, "the handler returned 7, which is no crpc_status (remote)"},
+    };
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        size_t i;
+        int64_t code;
+        dyn_Num in = dyn_Num_init_zero, out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, m);
+        for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+            in.n = cases[i].returned;
+            strcpy(in.tag, cases[i].words);
+            assert_int_equal(dyn_Echo_Status(n.channel, &in, &out, &call), cases[i].status);
+            assert_int_equal(call.error.app_code, cases[i].app_code);
+            assert_true(call.error.remote);
+            if (!strstr(call.error.text, cases[i].says))
+                fail_msg("%s", call.error.text);
+        }
+        /* an application's own codes: what is reserved is refused */
+        strcpy(in.tag, "own words");
+        for (code = -3; code < 5000; code += code > 210 && code < 990 ? 77 : code > 1010 ? 97 : 1) {
+            bool reserved = (code >= 0 && code <= 199) || (code >= 1000 && code <= 3999);
+            in.n = code;
+            assert_int_equal(dyn_Echo_Fail(n.channel, &in, &out, &call),
+                             reserved ? CRPC_EINTERNAL : CRPC_EAPP);
+            assert_int_equal(call.error.app_code, reserved ? 0 : code);
+            assert_non_null(strstr(call.error.text, reserved ? "is reserved" : ": own words"));
+        }
+        crpc_call_reset(&call);
+        net_close(&n);
+    }
+}
+
+/* --- deferred replies --------------------------------------------------------------------------- */
+
+static void *finish_held(void *arg)
+{
+    net_service *s = (net_service *)arg;
+    int i;
+    for (i = 0; i < 10; i++) {
+        crpc_context *x;
+        if (!CT_WAIT(net_held(s) > 0, NET_PATIENCE))
+            return NULL;
+        x = net_take(s);
+        ((dyn_Num *)crpc_context_response(x))->ms = 4711;
+        if (crpc_context_finish(x, CRPC_OK) != CRPC_OK)
+            return NULL;
+    }
+    return s;
+}
+
+static void replies_may_come_later_from_any_thread(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        pthread_t thread;
+        void *all = NULL;
+        int i;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, m);
+        assert_int_equal(pthread_create(&thread, NULL, finish_held, &n.service), 0);
+        for (i = 0; i < 10; i++) {
+            dyn_Num in = net_num(i), out = dyn_Num_init_zero;
+            assert_int_equal(dyn_Echo_Defer(n.channel, &in, &out, NULL), CRPC_OK);
+            assert_int_equal(out.n, i + 1);
+            assert_int_equal(out.ms, 4711);
+        }
+        pthread_join(thread, &all);
+        assert_non_null(all);
+        net_close(&n);
+    }
+}
+
+static int finish_at_once(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    out->n = in->n * 2;
+    assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_OK);
+    return CRPC_EPENDING; /* the context is gone already */
+}
+
+static void a_reply_may_be_finished_before_the_handler_returns(void **state)
+{
+    static dyn_Echo_handlers handlers;
+    crpc_poller p;
+    int workers;
+    (void)state;
+    handlers.Add = finish_at_once;
+    NET_EACH_POLLER(p) for (workers = 0; workers < 2; workers++)
+    {
+        crpc_server_options o;
+        crpc_server *s;
+        crpc_channel *ch;
+        char url[160];
+        int i;
+        memset(&o, 0, sizeof o);
+        o.listen = "tcp://127.0.0.1:0";
+        o.loops = net_loop_options(p);
+        o.workers = workers;
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_add(s, &dyn_Echo, &handlers, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+        assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
+        assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+        ch = net_channel(url, "?timeout_ms=20000", p, NULL, NULL);
+        for (i = 0; i < 50; i++) {
+            dyn_Num in = net_num(i), out = dyn_Num_init_zero;
+            assert_int_equal(dyn_Echo_Add(ch, &in, &out, NULL), CRPC_OK);
+            assert_int_equal(out.n, 2 * i);
+        }
+        crpc_channel_close(ch);
+        crpc_server_close(s);
+    }
+}
+
+static uint32_t server_connections(crpc_server *s)
+{
+    crpc_loop_stats stats;
+    crpc_server_stats_get(s, &stats);
+    return stats.connections;
+}
+
+static void replies_to_peers_that_left(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        crpc_context *x;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = 30;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        wire_request(&w, "Defer", 1, 1, 0);
+        wire_request(&w, "Defer", 2, 2, 0);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(net_held(&n.service) == 2, NET_PATIENCE));
+        wire_reset(fd);
+        assert_true(CT_WAIT(server_connections(n.server) == 0, NET_PATIENCE));
+        x = net_take(&n.service);
+        assert_int_equal(((dyn_Num *)crpc_context_response(x))->n, 2);
+        assert_non_null(crpc_context_alloc(x, 100));
+        assert_string_equal(crpc_context_method(x)->name, "Defer");
+        assert_string_equal(crpc_context_peer(x), "");
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
+        /* the other one outlives the server */
+        x = net_take(&n.service);
+        net_close(&n);
+        assert_int_equal(crpc_context_finish(x, CRPC_EINTERNAL), CRPC_EGONE);
+    }
+}
+
+/* --- the context -------------------------------------------------------------------------------- */
+
+static char *alloc_kept[8];
+
+static int alloc_much(crpc_context *x, const dyn_Blob *in, dyn_Blob *out)
+{
+    static crpc_view items[4];
+    size_t i, k;
+    (void)in;
+    for (i = 0; i < 4; i++) {
+        size_t size = (size_t)1 << (4 + 4 * i);
+        char *p = (char *)crpc_context_alloc(x, size);
+        assert_non_null(p);
+        assert_int_equal((uintptr_t)p % 8, 0);
+        for (k = 0; k < size; k++)
+            assert_int_equal(p[k], 0);
+        memset(p, 'a' + (int)i, size);
+        items[i] = crpc_view_of(p, size);
+        alloc_kept[i] = p;
+    }
+    out->data = items[3];
+    out->items = crpc_views_of(items, 4);
+    return CRPC_OK;
+}
+
+static void context_memory_lives_until_the_reply(void **state)
+{
+    static dyn_Echo_handlers handlers;
+    crpc_server_options o;
+    crpc_server *s;
+    crpc_channel *ch;
+    char url[160];
+    dyn_Blob in = dyn_Blob_init_zero, out = dyn_Blob_init_zero;
+    crpc_call call = CRPC_INIT;
+    const void *cursor = NULL;
+    crpc_view item;
+    size_t i, size = 16;
+    (void)state;
+    handlers.Pass = alloc_much;
+    memset(&o, 0, sizeof o);
+    o.listen = "tcp://127.0.0.1:0";
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &dyn_Echo, &handlers, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+    assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
+    assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+    ch = net_channel(url, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    assert_int_equal(dyn_Echo_Pass(ch, &in, &out, &call), CRPC_OK);
+    for (i = 0; crpc_views_next(&out.items, &cursor, &item); i++, size *= 16) {
+        assert_int_equal(crpc_view_size(item), size);
+        assert_int_equal(crpc_view_data(item)[size - 1], 'a' + (int)i);
+    }
+    assert_int_equal(i, 4);
+    crpc_call_reset(&call);
+    crpc_channel_close(ch);
+    crpc_server_close(s);
+}
+
+static int tell_peer(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    (void)in;
+    snprintf(out->tag, sizeof out->tag, "%s", crpc_context_peer(x));
+    out->n = crpc_context_remaining_us(x) == INT64_MAX;
+    out->ms = crpc_view_data(crpc_context_attachment(x)) == NULL &&
+              crpc_view_data(crpc_context_credential(x)) == NULL &&
+              crpc_context_user(x) == (void *)alloc_kept;
+    return CRPC_OK;
+}
+
+static void the_context_tells_about_the_request(void **state)
+{
+    static dyn_Echo_handlers handlers;
+    crpc_server_options o;
+    crpc_server *s;
+    wire w = {NULL, 0, 0};
+    wire_message m;
+    struct sockaddr_in a;
+    socklen_t size = sizeof a;
+    char url[160], expected[64];
+    int fd;
+    (void)state;
+    handlers.Add = tell_peer;
+    memset(&o, 0, sizeof o);
+    o.listen = "tcp://127.0.0.1:0";
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &dyn_Echo, &handlers, alloc_kept), CRPC_OK);
+    assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+    assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
+    assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+    fd = wire_connect(url);
+    assert_int_equal(getsockname(fd, (struct sockaddr *)&a, &size), 0);
+    snprintf(expected, sizeof expected, "127.0.0.1:%d", ntohs(a.sin_port));
+    wire_request(&w, "Add", 1, 1, 0);
+    assert_true(wire_flush(fd, &w));
+    assert_int_equal(wire_receive(fd, &m), 1);
+    /* n 1, ms 1, tag: the address */
+    assert_int_equal(m.body_size, 4 + 2 + strlen(expected));
+    assert_memory_equal(m.body, "\x08\x01\x10\x01\x1a", 5);
+    assert_memory_equal(m.body + 6, expected, strlen(expected));
+    wire_done(&m);
+    close(fd);
+    crpc_server_close(s);
+}
+
+static char trail[400];
+
+static int server_before(void *user, crpc_context *x)
+{
+    const char *name = (const char *)user;
+    crpc_view value;
+    strcat(trail, name);
+    strcat(trail, "<");
+    if (strcmp(name, "b") == 0)
+        assert_int_equal(crpc_context_add_field(x, "from", "b"), CRPC_OK);
+    if (strcmp(name, "guard") == 0 && !crpc_context_field(x, "pass", &value))
+        return crpc_context_error(x, CRPC_EAUTH, "no pass");
+    return CRPC_OK;
+}
+
+static void server_after(void *user, crpc_context *x, int status)
+{
+    char text[40];
+    (void)x;
+    snprintf(text, sizeof text, "%s%d>", (const char *)user, status);
+    strcat(trail, text);
+}
+
+static void server_interceptors_run_in_order(void **state)
+{
+    static char a[] = "a", b[] = "b", guard[] = "guard", c[] = "c";
+    static const crpc_server_interceptor chain[] = {{server_before, server_after, a},
+                                                    {server_before, NULL, b},
+                                                    {server_before, server_after, guard},
+                                                    {NULL, server_after, c}};
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        dyn_Num in = net_num(CRPC_ELIMIT), out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        crpc_field pass = {"pass", "yes"};
+        crpc_view value;
+        memset(&n, 0, sizeof n);
+        n.server_options.interceptors = chain;
+        n.server_options.interceptor_count = 4;
+        net_open(&n, p, m);
+        trail[0] = '\0';
+        assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_EAUTH);
+        assert_non_null(strstr(call.error.text, "EAUTH 1004: no pass (remote)"));
+        assert_string_equal(trail, "a<b<guard<a1004>");
+        assert_int_equal(net_calls(&n.service), 0);
+        call.fields = &pass;
+        call.field_count = 1;
+        trail[0] = '\0';
+        assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
+        assert_string_equal(trail, "a<b<guard<c0>guard0>a0>");
+        assert_true(crpc_call_field(&call, "from", &value));
+        assert_true(crpc_view_equal(value, "b"));
+        trail[0] = '\0';
+        assert_int_equal(dyn_Echo_Status(n.channel, &in, &out, &call), CRPC_ELIMIT);
+        assert_string_equal(trail, "a<b<guard<c2004>guard2004>a2004>");
+        crpc_call_reset(&call);
+        net_close(&n);
+    }
+}
+
+/* --- workers ------------------------------------------------------------------------------------ */
+
+static void workers_run_handlers_beside_each_other(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        net n;
+        crpc_id ids[4];
+        int i;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, NET_WORKERS);
+        for (i = 0; i < 4; i++) {
+            dyn_Num in = net_num(i);
+            in.ms = 60;
+            assert_int_equal(dyn_Echo_Add_begin(n.channel, &in, &ids[i], NULL), CRPC_OK);
+        }
+        for (i = 0; i < 4; i++) {
+            dyn_Num out = dyn_Num_init_zero;
+            assert_int_equal(crpc_channel_wait(n.channel, ids[i], -1), CRPC_OK);
+            assert_int_equal(dyn_Echo_Add_fetch(n.channel, ids[i], &out, NULL), CRPC_OK);
+            assert_int_equal(out.n, i + 1);
+        }
+        assert_int_equal(n.service.peak, 2);
+        net_close(&n);
+    }
+}
+
+static void a_full_worker_queue_is_said(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message m;
+        int fd, i, good = 0, limited = 0;
+        memset(&n, 0, sizeof n);
+        n.server_options.workers = 1;
+        n.server_options.worker_queue = 3;
+        net_open(&n, p, NET_WORKERS);
+        fd = wire_connect(n.url);
+        wire_request(&w, "Add", 0, 0, 300);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(net_calls(&n.service) == 1, NET_PATIENCE));
+        for (i = 1; i <= 10; i++)
+            wire_request(&w, "Add", i, i, 0);
+        assert_true(wire_flush(fd, &w));
+        for (i = 0; i <= 10; i++) {
+            assert_int_equal(wire_receive(fd, &m), 1);
+            good += m.code == 0;
+            limited += m.code == CRPC_ELIMIT;
+            if (m.code)
+                assert_string_equal(m.text, "too many requests wait for a worker (worker_queue)");
+            wire_done(&m);
+        }
+        assert_int_equal(good, 4);
+        assert_int_equal(limited, 7);
+        assert_int_equal(net_calls(&n.service), 4);
+        net_check_add(n.channel, 1); /* there is room again */
+        close(fd);
+        net_close(&n);
+    }
+}
+
+static void late_requests_are_answered_but_not_run(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message m;
+        wire_request_options o;
+        int fd;
+        memset(&n, 0, sizeof n);
+        memset(&o, 0, sizeof o);
+        n.server_options.workers = 1;
+        net_open(&n, p, NET_WORKERS);
+        fd = wire_connect(n.url);
+        wire_request(&w, "Add", 1, 1, 100);
+        o.timeout_ms = 20;
+        wire_request_body(&w, "dyn.Echo", "Add", 2, "", 0, &o);
+        o.timeout_ms = 60000;
+        wire_request_body(&w, "dyn.Echo", "Add", 3, "", 0, &o);
+        o.timeout_ms = -4;
+        wire_request_body(&w, "dyn.Echo", "Add", 4, "", 0, &o);
+        assert_true(wire_flush(fd, &w));
+        assert_int_equal(wire_receive(fd, &m), 1);
+        assert_int_equal(m.id, 1);
+        assert_int_equal(m.code, 0);
+        wire_done(&m);
+        assert_int_equal(wire_receive(fd, &m), 1);
+        assert_int_equal(m.id, 2);
+        assert_int_equal(m.code, CRPC_ETIMEDOUT);
+        assert_string_equal(m.text, "deadline passed before it was executed");
+        wire_done(&m);
+        assert_int_equal(wire_receive(fd, &m), 1);
+        assert_int_equal(m.code, 0);
+        wire_done(&m);
+        assert_int_equal(wire_receive(fd, &m), 1);
+        assert_int_equal(m.code, 0);
+        wire_done(&m);
+        assert_int_equal(net_calls(&n.service), 3);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+/* --- stopping ----------------------------------------------------------------------------------- */
+
+static void stopping_finishes_what_runs_and_refuses_the_rest(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message got;
+        struct sockaddr_in a;
+        int fd, fresh, tries;
+        bool refused;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        wire_request(&w, "Defer", 1, 1, 0);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        crpc_server_stop(n.server);
+        crpc_server_stop(n.server);
+        /* nobody new is let in; a poll that still sleeps on the listener delays that a little */
+        memset(&a, 0, sizeof a);
+        a.sin_family = AF_INET;
+        a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        a.sin_port = htons((uint16_t)atoi(strrchr(n.url, ':') + 1));
+        for (tries = 0, refused = false; tries < 1000 && !refused; tries++) {
+            fresh = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+            refused = connect(fresh, (struct sockaddr *)&a, sizeof a) != 0 && errno == ECONNREFUSED;
+            close(fresh);
+            ct_sleep_ms(refused ? 0 : 5);
+        }
+        assert_true(refused);
+        wire_request(&w, "Add", 2, 2, 0);
+        assert_true(wire_flush(fd, &w));
+        assert_int_equal(wire_receive(fd, &got), 1);
+        assert_int_equal(got.id, 2);
+        assert_int_equal(got.code, CRPC_ELOGOFF);
+        wire_done(&got);
+        assert_int_equal(crpc_context_finish(net_take(&n.service), CRPC_OK), CRPC_OK);
+        assert_int_equal(wire_receive(fd, &got), 1);
+        assert_int_equal(got.id, 1);
+        assert_int_equal(got.code, 0);
+        wire_done(&got);
+        assert_int_equal(wire_receive(fd, &got), 0); /* and then the end */
+        assert_int_equal(net_calls(&n.service), 1);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+static void draining_is_bounded(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message got;
+        crpc_context *x;
+        int64_t start;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = 80;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        wire_request(&w, "Defer", 1, 1, 0);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        x = net_take(&n.service);
+        start = ct_now_ms();
+        net_close(&n);
+        assert_true(ct_now_ms() - start >= 79);
+        assert_true(ct_now_ms() - start < 10000);
+        assert_int_equal(wire_receive(fd, &got), 0);
+        close(fd);
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
+    }
+}
+
+/* A blocked handler on a worker or on the loop's own thread: closing waits for the thread, not for
+ * ever, and frees nothing that it still uses. */
+static void closing_with_handlers_that_block(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        int fd, i;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = 10;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        for (i = 0; i < 4; i++)
+            wire_request(&w, "Add", i, i, 60);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(net_calls(&n.service) >= 1, NET_PATIENCE));
+        net_close(&n);
+        assert_in_range(n.service.calls, 1, 4);
+        close(fd);
+    }
+}
+
+static void *stop_soon(void *arg)
+{
+    ct_sleep_ms(30);
+    crpc_server_stop((crpc_server *)arg);
+    return NULL;
+}
+
+static crpc_loop *loop_of_signal;
+
+static void on_signal(int number)
+{
+    (void)number;
+    crpc_loop_stop(loop_of_signal);
+}
+
+static void *signal_soon(void *arg)
+{
+    ct_sleep_ms(30);
+    pthread_kill(*(pthread_t *)arg, SIGUSR1);
+    return NULL;
+}
+
+static void run_returns_when_stopped(void **state)
+{
+    crpc_poller p;
+    int how;
+    (void)state;
+    NET_EACH_POLLER(p) for (how = 0; how < 4; how++)
+    {
+        crpc_server_options o;
+        crpc_server *s;
+        net_service service;
+        pthread_t thread, self = pthread_self();
+        char url[160];
+        memset(&o, 0, sizeof o);
+        o.listen = "tcp://127.0.0.1:0";
+        o.loops = net_loop_options(p);
+        o.io_threads = how == 3 ? 2 : 0;
+        net_service_init(&service);
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, &service), CRPC_OK);
+        assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+        assert_int_equal(crpc_server_address(s, 1, url, sizeof url), CRPC_ENOTFOUND);
+        loop_of_signal = crpc_server_loop(s);
+        if (how == 0 || how == 3) {
+            assert_int_equal(pthread_create(&thread, NULL, stop_soon, s), 0);
+        } else if (how == 1) {
+            signal(SIGUSR1, on_signal);
+            assert_int_equal(pthread_create(&thread, NULL, signal_soon, &self), 0);
+        } else {
+            crpc_server_stop(s); /* before it has begun */
+        }
+        assert_int_equal(crpc_server_run(s), CRPC_OK);
+        if (how != 2)
+            pthread_join(thread, NULL);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_EBUSY);
+        crpc_server_close(s);
+        signal(SIGUSR1, SIG_DFL);
+    }
+}
+
+static void closing_in_every_state(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    crpc_server_close(NULL);
+    NET_EACH_POLLER(p)
+    {
+        crpc_server_options o;
+        crpc_server *s;
+        crpc_loop *l = net_loop(p);
+        int64_t start = ct_now_ms();
+        memset(&o, 0, sizeof o);
+        o.loop = l;
+        o.listen = "tcp://127.0.0.1:0";
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        crpc_server_close(s); /* never started */
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+        crpc_server_close(s); /* never driven */
+        o.io_threads = 2;
+        o.workers = 2;
+        o.loops = net_loop_options(p);
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+        crpc_server_stop(s);
+        crpc_server_close(s);
+        assert_true(ct_now_ms() - start < 4000); /* nothing to wait for, so no drain_ms */
+        crpc_loop_close(l);
+    }
+}
+
+static crpc_server *server_of_handler;
+static crpc_channel *nested_channel;
+
+static int closes_its_server(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    (void)x;
+    crpc_server_close(server_of_handler); /* refused, and logged */
+    out->n = in->n + 1;
+    return CRPC_OK;
+}
+
+static void a_handler_cannot_close_its_server(void **state)
+{
+    static dyn_Echo_handlers handlers;
+    crpc_poller p;
+    int how;
+    (void)state;
+    handlers.Add = closes_its_server;
+    NET_EACH_POLLER(p) for (how = 0; how < 3; how++)
+    {
+        crpc_server_options o;
+        crpc_channel *ch;
+        char url[160];
+        memset(&o, 0, sizeof o);
+        o.listen = "tcp://127.0.0.1:0";
+        o.loops = net_loop_options(p);
+        o.io_threads = how == 1;
+        o.workers = how == 2;
+        assert_int_equal(crpc_server_open(&server_of_handler, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_add(server_of_handler, &dyn_Echo, &handlers, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_start(server_of_handler, NULL), CRPC_OK);
+        assert_int_equal(crpc_loop_start(crpc_server_loop(server_of_handler)), CRPC_OK);
+        assert_int_equal(crpc_server_address(server_of_handler, 0, url, sizeof url), CRPC_OK);
+        ch = net_channel(url, "?timeout_ms=20000", p, NULL, NULL);
+        net_check_add(ch, 1);
+        net_check_add(ch, 2);
+        crpc_channel_close(ch);
+        crpc_server_close(server_of_handler);
+    }
+}
+
+/* Connections come in while the server closes. */
+static void *connect_in_a_storm(void *arg)
+{
+    const char *url = (const char *)arg;
+    int i;
+    for (i = 0; i < 400; i++) {
+        struct sockaddr_in a;
+        wire w = {NULL, 0, 0};
+        int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        memset(&a, 0, sizeof a);
+        a.sin_family = AF_INET;
+        a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        a.sin_port = htons((uint16_t)atoi(strrchr(url, ':') + 1));
+        if (connect(fd, (struct sockaddr *)&a, sizeof a) == 0) {
+            wire_request(&w, "Add", i, i, 0);
+            wire_flush(fd, &w);
+            if (i % 2)
+                wire_reset(fd);
+            else
+                close(fd);
+        } else {
+            close(fd);
+            break;
+        }
+    }
+    return NULL;
+}
+
+static void closing_in_a_storm_of_connections(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    int round;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m) for (round = 0; round < 8; round++)
+    {
+        net n;
+        pthread_t threads[2];
+        char url[160];
+        int i;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = round % 2 ? -1 : 20;
+        net_open(&n, p, m);
+        strcpy(url, n.url);
+        for (i = 0; i < 2; i++)
+            assert_int_equal(pthread_create(&threads[i], NULL, connect_in_a_storm, url), 0);
+        ct_sleep_ms(round);
+        net_close(&n);
+        for (i = 0; i < 2; i++)
+            pthread_join(threads[i], NULL);
+    }
+}
+
+/* --- listening ---------------------------------------------------------------------------------- */
+
+static void several_listeners(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        crpc_server_options o;
+        crpc_server *s;
+        crpc_error error;
+        net_service service;
+        ct_dir dir = ct_dir_make();
+        struct stat st;
+        struct sockaddr_in a;
+        char urls[4][160], path[100], unix_url[120];
+        int i, fd = socket(AF_INET, SOCK_STREAM, 0);
+        memset(&o, 0, sizeof o);
+        snprintf(path, sizeof path, "%s/socket", dir.path);
+        snprintf(unix_url, sizeof unix_url, "unix://%s", path);
+        o.listen = "tcp://localhost:0";
+        o.loops = net_loop_options(p);
+        net_service_init(&service);
+        assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_OK);
+        assert_int_equal(crpc_server_listen(s, "tcp://[::1]:0", &error), CRPC_OK);
+        assert_int_equal(crpc_server_listen(s, unix_url, &error), CRPC_OK);
+        assert_int_equal(crpc_server_listen_fd(s, fd), CRPC_EINVAL); /* does not listen */
+        assert_int_equal(crpc_server_listen_fd(s, -1), CRPC_EINVAL);
+        memset(&a, 0, sizeof a);
+        a.sin_family = AF_INET;
+        a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        assert_int_equal(bind(fd, (struct sockaddr *)&a, sizeof a), 0);
+        assert_int_equal(listen(fd, 5), 0);
+        assert_int_equal(crpc_server_listen_fd(s, fd), CRPC_OK);
+        assert_true(fcntl(fd, F_GETFD) & FD_CLOEXEC);
+        assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, &service), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, &error), CRPC_OK);
+        assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
+        for (i = 0; i < 4; i++) {
+            crpc_channel *ch;
+            assert_int_equal(crpc_server_address(s, (size_t)i, urls[i], sizeof urls[i]), CRPC_OK);
+            ch = net_channel(urls[i], "?timeout_ms=20000", p, NULL, NULL);
+            net_check_add(ch, i);
+            crpc_channel_close(ch);
+        }
+        assert_int_equal(crpc_server_address(s, 4, urls[0], sizeof urls[0]), CRPC_ENOTFOUND);
+        assert_memory_equal(urls[0], "tcp://127.0.0.1:", 16);
+        assert_memory_equal(urls[1], "tcp://[::1]:", 12);
+        assert_string_equal(urls[2], unix_url);
+        assert_int_equal(stat(path, &st), 0);
+        crpc_server_close(s);
+        assert_int_equal(stat(path, &st), -1); /* the socket's file is gone */
+        ct_dir_remove(dir);
+    }
+}
+
+static void addresses_that_cannot_be_had_are_explained(void **state)
+{
+    crpc_server_options o;
+    crpc_server *s, *t;
+    crpc_error error;
+    char url[160], says[300];
+    ct_dir dir = ct_dir_make();
+    char unix_url[120], stale[100];
+    int fd;
+    (void)state;
+    memset(&o, 0, sizeof o);
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.listen = "tcp://127.0.0.1:0";
+    assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_OK);
+    assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+    o.listen = url;
+    t = s;
+    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EADDRESS);
+    assert_null(t);
+    snprintf(says, sizeof says, "%.100s: cannot listen: address already in use (errno %d)", url,
+             EADDRINUSE);
+    assert_string_equal(error.text, says);
+    assert_int_equal(crpc_server_open(&t, &o, NULL), CRPC_EADDRESS);
+    o.listen = "tcp://192.0.2.1:80"; /* nobody's, RFC 5737 */
+    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EADDRESS);
+    assert_non_null(strstr(error.text, "no local port or address available"));
+    o.listen = "unix:///nonexistent/dir/socket";
+    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EADDRESS);
+    o.listen = "list://127.0.0.1:1";
+    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EINVAL);
+    assert_string_equal(error.text,
+                        "list://127.0.0.1:1: expected tcp://host:port or unix:///path");
+    o.listen = "tcp://127.0.0.1:0?x=y";
+    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EINVAL);
+    assert_non_null(strstr(error.text, "a listener takes no URL options"));
+    o.listen = "tcp://127.0.0.1";
+    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EINVAL);
+    crpc_server_close(s);
+
+    /* a socket file that is in use is left alone; a stale one is replaced */
+    snprintf(unix_url, sizeof unix_url, "unix://%s/socket", dir.path);
+    o.listen = unix_url;
+    assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_OK);
+    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EADDRESS);
+    fd = wire_connect(unix_url); /* still there */
+    close(fd);
+    crpc_server_close(s);
+    {
+        struct sockaddr_un a;
+        memset(&a, 0, sizeof a);
+        a.sun_family = AF_UNIX;
+        snprintf(stale, sizeof stale, "%s/socket", dir.path);
+        strcpy(a.sun_path, stale);
+        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        assert_int_equal(bind(fd, (struct sockaddr *)&a, sizeof a), 0);
+        close(fd); /* the file stays */
+    }
+    assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_OK);
+    crpc_server_close(s);
+    ct_dir_remove(dir);
+}
+
+/* --- limits ------------------------------------------------------------------------------------- */
+
+static void connections_over_the_limit_are_closed(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        int fds[5], i;
+        char c;
+        memset(&n, 0, sizeof n);
+        n.server_options.max_connections = 3;
+        net_open(&n, p, m);
+        for (i = 0; i < 3; i++) {
+            fds[i] = wire_connect(n.url);
+            assert_int_equal(ask(fds[i], "Echo", "Add", 1, NULL, NULL), 0);
+        }
+        for (i = 3; i < 5; i++) {
+            fds[i] = wire_connect(n.url);
+            assert_true(recv(fds[i], &c, 1, 0) <= 0);
+            close(fds[i]);
+        }
+        assert_int_equal(server_connections(n.server), 3);
+        close(fds[0]);
+        assert_true(CT_WAIT(server_connections(n.server) == 2, NET_PATIENCE));
+        fds[0] = wire_connect(n.url);
+        assert_int_equal(ask(fds[0], "Echo", "Add", 1, NULL, NULL), 0);
+        for (i = 0; i < 3; i++)
+            close(fds[i]);
+        assert_true(CT_WAIT(server_connections(n.server) == 0, NET_PATIENCE));
+        net_close(&n);
+    }
+}
+
+static int log_lines;
+
+static void count_lines(void *user, int level, const char *line)
+{
+    (void)user, (void)level;
+    if (strstr(line, "no file descriptors left"))
+        log_lines++;
+}
+
+/* In a process of its own, whose limit is all used up. */
+static int out_of_descriptors(crpc_poller p)
+{
+    crpc_server_options o;
+    crpc_server *s;
+    crpc_loop *l;
+    crpc_loop_options lo;
+    crpc_loop_stats before, after;
+    net_service service;
+    struct rlimit limit;
+    char url[160];
+    int good, fillers[64], count = 0, client, i;
+    pid_t flood;
+    int64_t until;
+    memset(&o, 0, sizeof o);
+    memset(&lo, 0, sizeof lo);
+    lo.poller = p;
+    lo.hooks.log = count_lines;
+    net_service_init(&service);
+    if (crpc_loop_open(&l, &lo))
+        return 1;
+    o.loop = l;
+    o.listen = "tcp://127.0.0.1:0";
+    if (crpc_server_open(&s, &o, NULL) || crpc_server_add(s, &dyn_Echo, &net_handlers, &service) ||
+        crpc_server_start(s, NULL) || crpc_server_address(s, 0, url, sizeof url))
+        return 2;
+    good = wire_connect(url);
+    for (i = 0; i < 20; i++) {
+        if (crpc_loop_step(l, 1))
+            return 3;
+    }
+    limit.rlim_cur = limit.rlim_max = 40;
+    if (setrlimit(RLIMIT_NOFILE, &limit))
+        return 4;
+    while (count < 64 && (fillers[count] = dup(0)) >= 0)
+        count++;
+    flood = fork();
+    if (flood == 0) {
+        int conns[30];
+        for (i = 0; i < count; i++)
+            close(fillers[i]);
+        for (i = 0; i < 20; i++)
+            conns[i] = wire_connect(url);
+        (void)conns;
+        ct_sleep_ms(100000);
+        _exit(0);
+    }
+    ct_sleep_ms(100);
+    crpc_loop_stats_get(l, &before);
+    for (until = ct_now_ms() + 1000; ct_now_ms() < until;) {
+        if (crpc_loop_step(l, 50))
+            return 5;
+    }
+    crpc_loop_stats_get(l, &after);
+    if (after.waits - before.waits > 300) /* a spin would be a hundred thousand */
+        return 6;
+    if (log_lines < 1 || log_lines > 3)
+        return 7;
+    { /* who is connected is still served */
+        wire w = {NULL, 0, 0};
+        wire_request(&w, "Add", 1, 1, 0);
+        wire_flush(good, &w);
+        for (until = ct_now_ms() + 5000; service.calls < 1 && ct_now_ms() < until;) {
+            if (crpc_loop_step(l, 10))
+                return 8;
+        }
+        if (service.calls != 1)
+            return 9;
+    }
+    kill(flood, SIGKILL);
+    waitpid(flood, NULL, 0);
+    for (i = 0; i < count; i++)
+        close(fillers[i]);
+    client = wire_connect(url); /* and with descriptors free again, everybody */
+    {
+        wire w = {NULL, 0, 0};
+        wire_request(&w, "Add", 1, 1, 0);
+        wire_flush(client, &w);
+        for (until = ct_now_ms() + 10000; service.calls < 2 && ct_now_ms() < until;) {
+            if (crpc_loop_step(l, 10))
+                return 10;
+        }
+        if (service.calls != 2)
+            return 11;
+    }
+    return 0;
+}
+
+static void running_out_of_descriptors_does_not_spin(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        int status;
+        pid_t child = fork();
+        assert_true(child >= 0);
+        if (child == 0)
+            _exit(out_of_descriptors(p));
+        waitpid(child, &status, 0);
+        assert_true(WIFEXITED(status));
+        assert_int_equal(WEXITSTATUS(status), 0);
+    }
+}
+
+/* --- together ----------------------------------------------------------------------------------- */
+
+static void many_servers_and_channels_in_one_process(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        net a, b;
+        crpc_loop *l = net_loop(p);
+        crpc_channel *ch[10];
+        crpc_loop_stats stats;
+        int i, k;
+        memset(&a, 0, sizeof a);
+        memset(&b, 0, sizeof b);
+        net_open(&a, p, NET_THREAD);
+        net_open(&b, p, NET_IO);
+        for (i = 0; i < 10; i++)
+            ch[i] = net_channel(i % 2 ? a.url : b.url, "?timeout_ms=20000", p, i < 5 ? l : NULL,
+                                NULL);
+        for (k = 0; k < 20; k++) {
+            for (i = 0; i < 10; i++)
+                net_check_add(ch[i], i);
+        }
+        assert_int_equal(net_calls(&a.service), 100);
+        assert_int_equal(net_calls(&b.service), 100);
+        crpc_server_stats_get(b.server, &stats);
+        assert_int_equal(stats.requests, 100);
+        assert_int_equal(stats.connections, 3); /* three on the shared loop are one, two private */
+        assert_string_equal(stats.poller, p == CRPC_POLLER_EPOLL ? "epoll" : "poll");
+        assert_true(stats.receives >= 100 && stats.sends >= 100 && stats.memory > 0);
+        assert_true(stats.memory_peak >= stats.memory && stats.watches >= 4 + 3);
+        for (i = 0; i < 10; i++)
+            crpc_channel_close(ch[i]);
+        crpc_loop_close(l);
+        net_close(&a);
+        net_close(&b);
+    }
+}
+
+static void on_inner(void *user, int status, const dyn_Num *response, crpc_call *call)
+{
+    crpc_context *x = (crpc_context *)user;
+    (void)call;
+    if (!status)
+        ((dyn_Num *)crpc_context_response(x))->n = response->n * 10;
+    (void)crpc_context_finish(x, status);
+}
+
+/* n says how: 1 another channel, waiting; 2 its own loop's, without waiting; 3 its own, waiting. */
+static int calls_out(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    dyn_Num inner = net_num(5), got = dyn_Num_init_zero;
+    crpc_call call = CRPC_INIT;
+    crpc_channel *ch = (crpc_channel *)crpc_context_user(x);
+    int status;
+    call.parent = x;
+    call.timeout_ms = NET_PATIENCE;
+    switch (in->n) {
+    case 1:
+        status = dyn_Echo_Meta(nested_channel, &inner, &got, &call);
+        out->n = got.n;
+        out->ms = got.ms;
+        break;
+    case 2:
+        status = dyn_Echo_Add_async(ch, &inner, on_inner, x, &call);
+        return status ? status : CRPC_EPENDING;
+    default:
+        status = dyn_Echo_Add(ch, &inner, &got, &call);
+        break;
+    }
+    crpc_call_reset(&call);
+    return status;
+}
+
+static void handlers_call_other_services(void **state)
+{
+    static dyn_Echo_handlers handlers;
+    crpc_poller p;
+    int workers;
+    (void)state;
+    handlers.Add = calls_out;
+    NET_EACH_POLLER(p) for (workers = 0; workers < 2; workers++)
+    {
+        net back;
+        crpc_loop *l = net_loop(p);
+        crpc_server_options o;
+        crpc_server *s;
+        crpc_channel *own, *ch;
+        dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        char url[160];
+        memset(&back, 0, sizeof back);
+        net_open(&back, p, NET_THREAD);
+        nested_channel = back.channel;
+        own = net_channel(back.url, NULL, p, l, NULL);
+        memset(&o, 0, sizeof o);
+        o.loop = l;
+        o.listen = "tcp://127.0.0.1:0";
+        o.workers = workers;
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_add(s, &dyn_Echo, &handlers, own), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+        assert_int_equal(crpc_loop_start(l), CRPC_OK);
+        assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+        ch = net_channel(url, "?timeout_ms=20000", p, NULL, NULL);
+        /* the deadline and the log_id go along */
+        call.log_id = 12345;
+        call.timeout_ms = 3000;
+        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_OK);
+        assert_int_equal(out.n, 12345);
+        assert_in_range(out.ms, 1, 3000);
+        in.n = 2;
+        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_OK);
+        assert_int_equal(out.n, 60);
+        in.n = 3;
+        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), workers ? CRPC_OK : CRPC_EDEADLK);
+        crpc_call_reset(&call);
+        crpc_channel_close(ch);
+        crpc_channel_close(own);
+        crpc_server_close(s);
+        crpc_loop_close(l);
+        net_close(&back);
+    }
+}
+
+/* --- out of memory ------------------------------------------------------------------------------ */
+
+typedef struct server_plan {
+    crpc_poller poller;
+    int workers;
+} server_plan;
+
+static int server_scenario(const crpc_hooks *hooks, void *user)
+{
+    const server_plan *plan = (const server_plan *)user;
+    static net_service service;
+    crpc_server_options o;
+    crpc_server *s;
+    crpc_error error;
+    wire w = {NULL, 0, 0};
+    wire_message m;
+    wire_request_options ro;
+    char url[160], *bytes = net_bytes(9000);
+    int fd, status, i, got = 0, flags;
+    int64_t until;
+    memset(&o, 0, sizeof o);
+    memset(&ro, 0, sizeof ro);
+    o.loops.hooks = *hooks;
+    o.loops.hooks.log_level = -1;
+    o.loops.poller = plan->poller;
+    o.workers = plan->workers;
+    o.listen = "tcp://127.0.0.1:0";
+    o.drain_ms = 1000;
+    net_service_init(&service);
+    status = crpc_server_open(&s, &o, &error);
+    if (status) {
+        free(bytes);
+        return status;
+    }
+    status = crpc_server_add(s, &dyn_Echo, &net_handlers, &service);
+    status = status ? status : crpc_server_start(s, &error);
+    if (status) {
+        crpc_server_close(s);
+        free(bytes);
+        return status;
+    }
+    assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+    fd = wire_connect(url);
+    flags = fcntl(fd, F_GETFL);
+    wire_request(&w, "Add", 1, 1, 0);
+    wire_request(&w, "Nothing", 2, 1, 0);
+    wire_request(&w, "Meta", 3, 1, 0);
+    ro.attachment = 9000;
+    wire_request_body(&w, "dyn.Echo", "Pass", 4, bytes, 9000, &ro);
+    wire_send(fd, w.p, 30);
+    for (i = 0; i < 3; i++)
+        assert_int_equal(crpc_loop_step(crpc_server_loop(s), 0), CRPC_OK);
+    wire_send(fd, w.p + 30, w.n - 30);
+    wire_free(&w);
+    /* every request gets a reply, or the connection ends */
+    for (until = ct_now_ms() + NET_PATIENCE; got < 4;) {
+        char c;
+        ssize_t n;
+        assert_int_equal(crpc_loop_step(crpc_server_loop(s), 1), CRPC_OK);
+        fcntl(fd, F_SETFL, flags | O_NONBLOCK);
+        n = recv(fd, &c, 1, MSG_PEEK);
+        fcntl(fd, F_SETFL, flags);
+        if (n < 0 && errno == EAGAIN) {
+            if (ct_now_ms() > until)
+                fail_msg("poller %d, %d workers: no reply and no end", (int)plan->poller, plan->workers);
+            continue;
+        }
+        if (n <= 0 || wire_receive(fd, &m) != 1) {
+            status = CRPC_ENOMEM;
+            break;
+        }
+        if (m.code == CRPC_ELIMIT || m.code == CRPC_EINTERNAL || m.code == CRPC_ENOMEM)
+            status = CRPC_ENOMEM;
+        else
+            assert_true(m.code == 0 || m.code == CRPC_ENOMETHOD);
+        wire_done(&m);
+        got++;
+    }
+    close(fd);
+    crpc_server_close(s);
+    free(bytes);
+    return status;
+}
+
+static void servers_survive_being_out_of_memory(void **state)
+{
+    server_plan plan;
+    (void)state;
+    NET_EACH_POLLER(plan.poller) for (plan.workers = 0; plan.workers < 2; plan.workers++)
+        assert_true(ct_sweep(server_scenario, &plan) > 10);
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(names_and_codes_are_brpcs),
+        CT_TEST(services_are_added_once_and_before_the_start),
+        CT_TEST(missing_handlers_are_missing_methods),
+        CT_TEST(what_is_not_supported_is_refused_by_name),
+        CT_TEST(statuses_reach_the_caller),
+        CT_TEST(replies_may_come_later_from_any_thread),
+        CT_TEST(a_reply_may_be_finished_before_the_handler_returns),
+        CT_TEST(replies_to_peers_that_left),
+        CT_TEST(context_memory_lives_until_the_reply),
+        CT_TEST(the_context_tells_about_the_request),
+        CT_TEST(server_interceptors_run_in_order),
+        CT_TEST(workers_run_handlers_beside_each_other),
+        CT_TEST(a_full_worker_queue_is_said),
+        CT_TEST(late_requests_are_answered_but_not_run),
+        CT_TEST(stopping_finishes_what_runs_and_refuses_the_rest),
+        CT_TEST(draining_is_bounded),
+        CT_TEST(closing_with_handlers_that_block),
+        CT_TEST(run_returns_when_stopped),
+        CT_TEST(closing_in_every_state),
+        CT_TEST(a_handler_cannot_close_its_server),
+        CT_TEST(closing_in_a_storm_of_connections),
+        CT_TEST(several_listeners),
+        CT_TEST(addresses_that_cannot_be_had_are_explained),
+        CT_TEST(connections_over_the_limit_are_closed),
+        CT_TEST(running_out_of_descriptors_does_not_spin),
+        CT_TEST(many_servers_and_channels_in_one_process),
+        CT_TEST(handlers_call_other_services),
+        CT_TEST(servers_survive_being_out_of_memory),
+    };
+    return CT_RUN(tests);
+}
