@@ -2,8 +2,8 @@
  *
  * A program that includes this file offers protobuf services, finds services by name in ZooKeeper
  * and calls them, over brpc's baidu_std protocol: its peers may be written with crpc, or with brpc,
- * srpc or one of the Java and Go implementations. It needs nanopb for the messages and, unless it is
- * switched off, the ZooKeeper C client.
+ * srpc or one of the Java and Go implementations. It needs nanopb for the messages and, unless it
+ * is switched off, the ZooKeeper C client.
  *
  * QUICK START
  *
@@ -121,8 +121,9 @@
  * BUILD AND OPTIONS
  *
  * The file that defines CRPC_IMPLEMENTATION must include crpc.h first, or be compiled with
- * -D_GNU_SOURCE. C99 or C++11 and later, gcc or clang, Linux with glibc or musl. nanopb 0.4.5 or newer,
- * compiled with the options that this file sees; crpc_loop_open finds out if they differ (CRPC_EABI).
+ * -D_GNU_SOURCE. C99 or C++11 and later, gcc or clang, Linux with glibc or musl. nanopb 0.4.5 or
+ * newer, compiled with the options that this file sees; crpc_loop_open finds out if they differ
+ * (CRPC_EABI).
  *
  *     CRPC_ENABLE_EPOLL      1   0: poll(2) is the only poller
  *     CRPC_ENABLE_THREADS    1   0: no locks; the whole program uses crpc from one thread
@@ -136,48 +137,50 @@
  *
  * CONTRACTS
  *
- * Errors. Every fallible function returns CRPC_OK, which is 0, or another crpc_status. Out of memory
- * is one of them. Output pointers are set to NULL on failure. A failed call explains itself in
- * crpc_call.error: the text names service, method, attempt, address and cause, and says which side
- * found it; `sent` says whether the request can have been executed.
+ * Errors. Every fallible function returns CRPC_OK, which is 0, or another crpc_status. Out of
+ * memory is one of them. Output pointers are set to NULL on failure. A failed call explains itself
+ * in crpc_call.error: the text names service, method, attempt, address and cause, and says which
+ * side found it; `sent` says whether the request can have been executed.
  *
- * Completion. If an asynchronous call returns CRPC_OK, its callback runs exactly once, on the thread
- * that drives the loop, never on the caller's stack (but perhaps before the call function has returned
- * to its thread). If it returns an error, the callback never runs. Closing a channel ends pending
- * calls with CRPC_ECANCELED.
+ * Completion. If an asynchronous call returns CRPC_OK, its callback runs exactly once, on the
+ * thread that drives the loop, never on the caller's stack (but perhaps before the call function
+ * has returned to its thread). If it returns an error, the callback never runs. Closing a channel
+ * ends pending calls with CRPC_ECANCELED.
  *
- * Callbacks. Any function may be called in any callback, including the close of the object that called
- * back. Two cannot wait for themselves and say so: a synchronous call on the same loop (CRPC_EDEADLK),
- * and crpc_server_close in one of the server's handlers.
+ * Callbacks. Any function may be called in any callback, including the close of the object that
+ * called back. Two cannot wait for themselves and say so: a synchronous call on the same loop
+ * (CRPC_EDEADLK), and crpc_server_close in one of the server's handlers.
  *
- * Threads. All functions may be called from any thread unless their comment says otherwise. An object
- * must not be used while, or after, another thread closes it; that alone is the program's care.
+ * Threads. All functions may be called from any thread unless their comment says otherwise. An
+ * object must not be used while, or after, another thread closes it; that alone is the program's
+ * care.
  *
- * Ownership. What a function is given it borrows until it returns. What a callback is given is valid
- * until it returns. A response's views, and reply_attachment, are valid until crpc_call_reset or the
- * next use of the call. Options and URLs are copied, except hooks, interceptors, service tables and
- * handlers, which must outlive the object.
+ * Ownership. What a function is given it borrows until it returns. What a callback is given is
+ * valid until it returns. A response's views, and reply_attachment, are valid until crpc_call_reset
+ * or the next use of the call. Options and URLs are copied, except hooks, interceptors, service
+ * tables and handlers, which must outlive the object.
  *
  * Process. No writable global data, no signal handler, no SIGPIPE, no thread that was not asked for
- * (the ZooKeeper client has two of its own; an asynchronous call on a loop that nobody drives starts
- * the loop's, see forbid_threads). Descriptors are close-on-exec. Only CLOCK_MONOTONIC is looked at.
- * After fork the child must not use what the parent opened.
+ * (the ZooKeeper client has two of its own; an asynchronous call on a loop that nobody drives
+ * starts the loop's, see forbid_threads). Descriptors are close-on-exec. Only CLOCK_MONOTONIC is
+ * looked at. After fork the child must not use what the parent opened.
  *
  * Delivery. A call is executed at most once unless its method is idempotent (in the .proto:
- * `option idempotency_level = IDEMPOTENT;`). Retries happen by themselves only when not a byte of the
- * request was sent, when the server said it was stopping (CRPC_ELOGOFF), or, idempotent, when the
- * connection was lost; each goes to a provider not tried yet. CRPC_OK means that the handler has
- * finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES means that nobody knows.
+ * `option idempotency_level = IDEMPOTENT;`). Retries happen by themselves only when not a byte of
+ * the request was sent, when the server said it was stopping (CRPC_ELOGOFF), or, idempotent, when
+ * the connection was lost; each goes to a provider not tried yet. CRPC_OK means that the handler
+ * has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES means that nobody knows.
  *
  * LOOPS AND THREADS
  *
  * A loop is driven by whoever runs it (crpc_loop_run, _step, _start), and where nobody does, by the
- * threads that wait in synchronous calls: the first of them polls and reads for the others, and hands
- * over when its own reply is there. So a synchronous call on a private loop costs one send, one wait
- * and one receive and wakes no other thread. On a loop with a thread of its own each call is handed to
- * that thread and back, some microseconds more: for synchronous work give channels no loop, or one
- * that nobody runs. Callbacks run only where somebody owns the loop, is inside crpc_loop_step, or waits
- * for a call by id; a synchronous caller never runs them, so that it can hold the program's locks.
+ * threads that wait in synchronous calls: the first of them polls and reads for the others, and
+ * hands over when its own reply is there. So a synchronous call on a private loop costs one send,
+ * one wait and one receive and wakes no other thread. On a loop with a thread of its own each call
+ * is handed to that thread and back, some microseconds more: for synchronous work give channels no
+ * loop, or one that nobody runs. Callbacks run only where somebody owns the loop, is inside
+ * crpc_loop_step, or waits for a call by id; a synchronous caller never runs them, so that it can
+ * hold the program's locks.
  *
  * A program with a poll loop of its own asks crpc_loop_pollfds and crpc_loop_timeout before each
  * wait, and calls crpc_loop_step(loop, 0) after it. It makes its first step before its first
@@ -192,10 +195,10 @@
  *     example.EchoRequest.message  callback_datatype:"crpc_view"
  *     example.Names.list           callback_datatype:"crpc_views"
  *
- * A view to be sent points at bytes that stay until the call function returns, in a response until the
- * reply is finished (crpc_context_alloc gives such memory). A received one points into the frame:
- * nothing is copied. Types with views are cleared before they are decoded. Views do not work inside a
- * oneof. Outside calls decode with crpc_message_decode; pb_encode encodes.
+ * A view to be sent points at bytes that stay until the call function returns, in a response until
+ * the reply is finished (crpc_context_alloc gives such memory). A received one points into the
+ * frame: nothing is copied. Types with views are cleared before they are decoded. Views do not work
+ * inside a oneof. Outside calls decode with crpc_message_decode; pb_encode encodes.
  *
  * Bulk data goes into the attachment: raw bytes behind the message that protobuf never sees.
  *
@@ -214,31 +217,34 @@
  *     user_fields            as asked                          yes
  *     content_type           no                                other than 0: CRPC_EREQUEST
  *     checksum_type          no                                other than 0: CRPC_EREQUEST
- *     request: log_id, trace_id, span_id, parent_span_id, timeout_ms (always); request_id is not sent
+ *     request: log_id, trace_id, span_id, parent_span_id, timeout_ms (always); request_id is not
+ * sent
  *
- * One connection per provider carries all calls of a loop, replies in any order; `inflight=1` is for
- * peers that can answer only one at a time. A service is found by its full name ("package.Service") or
- * its short one. An application's error code is any number but 0-199 and 1000-3999; the user_fields
- * entry "crpc-app" marks it, peers that do not set it are told by that range.
+ * One connection per provider carries all calls of a loop, replies in any order; `inflight=1` is
+ * for peers that can answer only one at a time. A service is found by its full name
+ * ("package.Service") or its short one. An application's error code is any number but 0-199 and
+ * 1000-3999; the user_fields entry "crpc-app" marks it, peers that do not set it are told by that
+ * range.
  *
  * REGISTRY
  *
  * Providers register as Dubbo's do: an ephemeral node
  *     /dubbo/package.Service/providers/<URL-encoded crpc://host:port/package.Service?...>
- * for each service, and consumers watch that directory. The last list that had an entry stays in use
- * while ZooKeeper is away, or answers with nothing. A session that expired, or that was cut off for
- * longer than twice its timeout, is replaced and everything registered again. Calls never wait for
- * ZooKeeper, except that opening waits registry_timeout_ms for the first answer. The ZooKeeper client is
- * given numeric addresses only; names are resolved when a channel or a server opens. Its sockets are
- * not close-on-exec: a program that execs closes them in the child.
+ * for each service, and consumers watch that directory. The last list that had an entry stays in
+ * use while ZooKeeper is away, or answers with nothing. A session that expired, or that was cut off
+ * for longer than twice its timeout, is replaced and everything registered again. Calls never wait
+ * for ZooKeeper, except that opening waits registry_timeout_ms for the first answer. The ZooKeeper
+ * client is given numeric addresses only; names are resolved when a channel or a server opens. Its
+ * sockets are not close-on-exec: a program that execs closes them in the child.
  *
  * LIMITS AND TRUST
  *
- * Bytes from a connection are not trusted: sizes are checked before memory is taken, nothing read can
- * reach an assertion, nanopb is used without its own allocation. What a peer can make a process hold:
- * max_body for each connection, max_queued of replies, 4096 requests in service, max_bytes of buffers
- * for a loop. There is neither encryption nor authentication in this version: keep to trusted networks,
- * or tunnels. The ZooKeeper server is trusted: its C client aborts on some malformed answers.
+ * Bytes from a connection are not trusted: sizes are checked before memory is taken, nothing read
+ * can reach an assertion, nanopb is used without its own allocation. What a peer can make a process
+ * hold: max_body for each connection, max_queued of replies, 4096 requests in service, max_bytes of
+ * buffers for a loop. There is neither encryption nor authentication in this version: keep to
+ * trusted networks, or tunnels. The ZooKeeper server is trusted: its C client aborts on some
+ * malformed answers.
  *
  *     limit                  default     when it is reached
  *     timeout_ms             1000 ms     CRPC_ETIMEDOUT
@@ -253,16 +259,16 @@
  *
  * PORTING
  *
- * Linux 2.6.27 and later (accept4, eventfd, epoll_create1). No 64-bit atomics, no unaligned access, no
- * byte order assumed. With musl threads have small stacks: crpc's own use less than 32 KiB of the 256
- * that they are given, handlers come on top.
+ * Linux 2.6.27 and later (accept4, eventfd, epoll_create1). No 64-bit atomics, no unaligned access,
+ * no byte order assumed. With musl threads have small stacks: crpc's own use less than 32 KiB of
+ * the 256 that they are given, handlers come on top.
  *
  * The licence stands at the end of the file.
  */
 
 #if defined(CRPC_IMPLEMENTATION) && !defined(_GNU_SOURCE)
 #if defined(_FEATURES_H)
-#error "crpc: include crpc.h first in the file that defines CRPC_IMPLEMENTATION, or add -D_GNU_SOURCE"
+#error "crpc: where CRPC_IMPLEMENTATION is defined, include crpc.h first or use -D_GNU_SOURCE"
 #endif
 #define _GNU_SOURCE 1 /* accept4, pthread_setname_np */
 #endif
@@ -500,9 +506,10 @@ CRPC_API bool crpc_views_next(const crpc_views *views, const void **cursor, crpc
 CRPC_API bool crpc_view_field(struct pb_istream_s *in, struct pb_ostream_s *out,
                               const struct pb_field_iter_s *field);
 
-/* Decodes a message that has views, outside a call: they point into `bytes`, which must stay. (nanopb's
- * pb_encode encodes one; its pb_decode refuses, because its streams do not say where the bytes are.)
- * The struct is cleared first if its type has views. CRPC_ECODEC: malformed. Any thread. */
+/* Decodes a message that has views, outside a call: they point into `bytes`, which must stay.
+ * (nanopb's pb_encode encodes one; its pb_decode refuses, because its streams do not say where the
+ * bytes are.) The struct is cleared first if its type has views. CRPC_ECODEC: malformed. Any
+ * thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_message_decode(const void *bytes, size_t size,
                                                  const struct pb_msgdesc_s *desc, void *message,
                                                  size_t message_size);
@@ -716,11 +723,11 @@ struct crpc_call {
     int timeout_ms; /* total, retries included. 0: the method's, else the channel's. -1: as 0 */
     int64_t deadline_us; /* crpc_loop_now_us time, instead of timeout_ms. 0: unset. -1: as 0 */
     int retries;         /* further attempts. 0: the channel's. -1: none */
-    int64_t log_id;      /* travels in the meta and into logs. 0: the parent's, else none. -1: is sent
+    int64_t log_id;      /* travels in the meta and into logs. 0: the parent's, else none. -1: sent
                             like any other number */
     const crpc_field *fields; /* user_fields to send; borrowed during the call function */
     size_t field_count;
-    crpc_view credential;       /* authentication_data to send; borrowed likewise. Unset: the channel's */
+    crpc_view credential;       /* authentication_data, borrowed likewise. Unset: the channel's */
     crpc_view attachment;       /* raw bytes behind the message; borrowed likewise */
     const crpc_context *parent; /* request on whose behalf: deadline, log and trace ids inherit */
     /* --- out ------------------------------------------------------------ */
@@ -790,16 +797,16 @@ typedef struct crpc_channel_options {
  * `options`, which may be NULL. IPv6 addresses stand in brackets.
  *
  * Host names are resolved here, on this thread; connections are made when calls need them. With
- * zookeeper:// waits for the session and the first list for registry_timeout_ms. CRPC_EREGISTRY: not
- * reached, and must_connect. `error` (may be NULL) tells in words. Not inside a callback of the
+ * zookeeper:// waits for the session and the first list for registry_timeout_ms. CRPC_EREGISTRY:
+ * not reached, and must_connect. `error` (may be NULL) tells in words. Not inside a callback of the
  * loop if it has to wait (CRPC_EDEADLK). */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_open(crpc_channel **channel, const char *url,
                                                const crpc_channel_options *options,
                                                crpc_error *error);
 
-/* Closes a channel: pending calls end with CRPC_ECANCELED (their callbacks run on the loop's thread,
- * with a private loop before this returns unless it is called from one). Any thread, any callback.
- * NULL is ignored. */
+/* Closes a channel: pending calls end with CRPC_ECANCELED (their callbacks run on the loop's
+ * thread, with a private loop before this returns unless it is called from one). Any thread, any
+ * callback. NULL is ignored. */
 CRPC_API void crpc_channel_close(crpc_channel *channel);
 
 /* The loop the channel works on. */
@@ -808,9 +815,9 @@ CRPC_API crpc_loop *crpc_channel_loop(crpc_channel *channel);
 /* How many providers the channel knows now. */
 CRPC_API size_t crpc_channel_providers(crpc_channel *channel);
 
-/* Calls and waits for the result. `response` is a zeroed or initialised struct of the method's type;
- * it is written only on success. If its type has views, `call` must not be NULL. CRPC_EDEADLK inside
- * a callback of the channel's loop. */
+/* Calls and waits for the result. `response` is a zeroed or initialised struct of the method's
+ * type; it is written only on success. If its type has views, `call` must not be NULL. CRPC_EDEADLK
+ * inside a callback of the channel's loop. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_call(crpc_channel *channel, const crpc_method *method,
                                                const void *request, void *response,
                                                crpc_call *call);
@@ -833,16 +840,17 @@ typedef void (*crpc_done_fn)(const crpc_done *done);
 
 #if CRPC_ENABLE_CLIENT
 
-/* Calls and returns at once; deliver(done) runs exactly once, on the thread that drives the loop, if
- * CRPC_OK is returned, and never otherwise. `fn` and `user` are handed through: generated code puts
- * the caller's typed callback there. If nobody drives the loop, its own thread is started (unless
- * forbid_threads: CRPC_EINVAL). */
+/* Calls and returns at once; deliver(done) runs exactly once, on the thread that drives the loop,
+ * if CRPC_OK is returned, and never otherwise. `fn` and `user` are handed through: generated code
+ * puts the caller's typed callback there. If nobody drives the loop, its own thread is started
+ * (unless forbid_threads: CRPC_EINVAL). */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_call_async(crpc_channel *channel,
                                                      const crpc_method *method, const void *request,
                                                      crpc_done_fn deliver, crpc_any_fn fn,
                                                      void *user, const crpc_call *call);
 
-/* Calls and returns at once with an id, valid for this channel, by which the result is asked for. */
+/* Calls and returns at once with an id, valid for this channel, by which the result is asked
+ * for. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_begin(crpc_channel *channel, const crpc_method *method,
                                                 const void *request, crpc_id *id,
                                                 const crpc_call *call);
@@ -855,9 +863,10 @@ CRPC_API CRPC_MUST_CHECK int crpc_channel_poll(crpc_channel *channel, crpc_id id
  * crpc_channel_poll. If nobody drives the loop, drives it, callbacks included. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_wait(crpc_channel *channel, crpc_id id, int timeout_ms);
 
-/* Takes the result of an ended call: returns how the call ended and fills `response` on success; the
- * bytes behind views and attachment move into `call`. CRPC_EPENDING and CRPC_ENOTFOUND as
- * crpc_channel_poll. The id is spent unless CRPC_EPENDING or CRPC_EINVAL (views and a NULL call). */
+/* Takes the result of an ended call: returns how the call ended and fills `response` on success;
+ * the bytes behind views and attachment move into `call`. CRPC_EPENDING and CRPC_ENOTFOUND as
+ * crpc_channel_poll. The id is spent unless CRPC_EPENDING or CRPC_EINVAL (views and a NULL
+ * call). */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_fetch(crpc_channel *channel, crpc_id id, void *response,
                                                 crpc_call *call);
 
@@ -891,7 +900,7 @@ typedef struct crpc_server_interceptor {
 typedef struct crpc_server_options {
     const char *listen; /* tcp://host:port or unix:///path; port 0: any. NULL: crpc_server_listen */
     const char *registry; /* zookeeper://host:port,.../root to register in. NULL: nowhere */
-    const char *advertise; /* host[:port] to register. NULL: the address that reaches the registry */
+    const char *advertise; /* host[:port] to register. NULL: what reaches the registry */
     const char *registry_credential; /* ZooKeeper digest "user:password". NULL: none */
     const char *group;               /* registered with every service. NULL: none */
     const char *version;             /* likewise. NULL: none */
@@ -899,13 +908,13 @@ typedef struct crpc_server_options {
     int weight;              /* registered: share of the calls. 0: 100. -1: 0, none but by name */
     crpc_loop *loop;         /* must outlive the server. NULL: a private loop */
     crpc_loop_options loops; /* of the private loop and of the I/O threads. 0: defaults */
-    int io_threads;      /* loops with a thread each for connections. 0: all on the one loop. -1: as 0 */
-    int workers;         /* threads that run handlers. 0: handlers run on the I/O thread. -1: as 0 */
-    int worker_queue;    /* requests waiting for a worker, beyond it ELIMIT. 0: 1024. -1: no limit */
+    int io_threads;      /* loops with a thread each for connections. 0: all on one loop. -1: as 0 */
+    int workers;         /* threads that run handlers. 0: they run on the I/O thread. -1: as 0 */
+    int worker_queue;    /* requests waiting for one, beyond it ELIMIT. 0: 1024. -1: no limit */
     int worker_stack;    /* bytes. 0: 256 KiB. -1: the system's */
     int max_connections; /* beyond it new ones are closed. 0: 1024. -1: no limit */
     int64_t max_body;    /* bytes of a request. 0: 64 MiB. -1: 2 GiB - 1 */
-    int64_t max_skip;    /* an oversize request up to here gets an error reply. 0: 256 MiB. -1: none */
+    int64_t max_skip;    /* an oversize request up to here is answered. 0: 256 MiB. -1: none */
     int64_t max_queued;  /* memory of a connection's unsent replies before reading pauses. 0: 4 MiB.
                             -1: no limit */
     int idle_timeout_ms; /* closes connections without a request for so long. 0: never. -1: never */
@@ -913,7 +922,7 @@ typedef struct crpc_server_options {
     int drain_ms;         /* how long stopping waits for requests being served. 0: 5000. -1: 0 */
     int session_timeout_ms;  /* of the registry session. 0: 15000. -1: as 0 */
     int registry_timeout_ms; /* how long starting waits for the registry. 0: 3000. -1: not at all */
-    int must_connect; /* 1: not reaching the registry in that time fails the start. 0: goes on trying */
+    int must_connect; /* 1: not reaching the registry in time fails the start. 0: goes on trying */
     const crpc_server_interceptor *interceptors; /* borrowed while the server lives */
     size_t interceptor_count;
 } crpc_server_options;
@@ -927,8 +936,8 @@ CRPC_API CRPC_MUST_CHECK int crpc_server_open(crpc_server **server,
                                               crpc_error *error);
 
 /* Offers a service. `handlers` is what the table's serve functions expect (generated: a struct of
- * function pointers); it and `user` must outlive the server. Before the server starts. CRPC_EBUSY: a
- * service of that name, or that short name, is there already. */
+ * function pointers); it and `user` must outlive the server. Before the server starts. CRPC_EBUSY:
+ * a service of that name, or that short name, is there already. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_add(crpc_server *server, const crpc_service *service,
                                              const void *handlers, void *user);
 
@@ -949,7 +958,8 @@ CRPC_API CRPC_MUST_CHECK int crpc_server_address(crpc_server *server, size_t ind
 CRPC_API CRPC_MUST_CHECK int crpc_server_start(crpc_server *server, crpc_error *error);
 
 /* crpc_server_start if need be, then drives the server's loop until crpc_server_stop has taken
- * effect or crpc_loop_stop was called on the loop; a stopped server is drained before this returns. */
+ * effect or crpc_loop_stop was called on the loop; a stopped server is drained before this
+ * returns. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_run(crpc_server *server);
 
 /* Begins to stop: unregisters, closes the listeners, answers new requests with CRPC_ELOGOFF, lets
@@ -994,8 +1004,8 @@ CRPC_API int crpc_context_finish(crpc_context *context, int status);
 /* The response struct, for deferred replies. */
 CRPC_API void *crpc_context_response(crpc_context *context);
 
-/* Zeroed memory that lives until the reply is finished, for what response views point to. NULL: out of
- * memory. Not for two threads at once. */
+/* Zeroed memory that lives until the reply is finished, for what response views point to. NULL: out
+ * of memory. Not for two threads at once. */
 CRPC_API void *crpc_context_alloc(crpc_context *context, size_t size);
 
 /* The user pointer given to crpc_server_add. */
@@ -1413,8 +1423,8 @@ CRPCI_COLD CRPC_PRINTF(3, 4) int crpci_status_set(crpc_error *error, int code, c
 /* >>impl-heap   memory, log and clock of one loop and all that is made from it */
 /* ======================================================================== */
 
-/* Chunks are the only buffers: one block each, power-of-two sized, reference counted, kept for reuse
- * by size. A chunk may outlive its loop (a crpc_call can hold one), so it holds the heap. */
+/* Chunks are the only buffers: one block each, power-of-two sized, reference counted, kept for
+ * reuse by size. A chunk may outlive its loop (a crpc_call can hold one), so it holds the heap. */
 #define CRPCI_CHUNK_MIN 256u
 #define CRPCI_CHUNK_CLASSES 9u /* 256 bytes to 64 KiB; larger ones are never kept */
 #define CRPCI_CHUNK_BIG (CRPCI_CHUNK_MIN << (CRPCI_CHUNK_CLASSES - 1))
@@ -2015,8 +2025,8 @@ CRPCI_FN const uint8_t *crpci_message_skip(const uint8_t *p, const uint8_t *end,
     return p && n <= (uint64_t)(end - p) ? p + n : NULL;
 }
 
-/* A received field: at[0] to at[2] is the first element, at[1] the tag that the others, up to `end`,
- * stand behind. */
+/* A received field: at[0] to at[2] is the first element, at[1] the tag that the others, up to
+ * `end`, stand behind. */
 CRPC_API bool crpc_views_next(const crpc_views *views, const void **cursor, crpc_view *item)
 {
     const uint8_t *p = (const uint8_t *)(*cursor ? *cursor : views->at[0]);
@@ -2654,8 +2664,8 @@ typedef struct crpci_meta_pb {
 #define crpci_meta_pb_response_MSGTYPE crpci_meta_pb_response
 /* clang-format on */
 
-/* PB_BIND defines objects that others can link to; these are this file's own, because the callback in
- * them knows the streams of one copy of crpc only. */
+/* PB_BIND defines objects that others can link to; these are this file's own, because the callback
+ * in them knows the streams of one copy of crpc only. */
 #define CRPCI_META_BIND(LIST, name)                                                                \
     static const uint32_t name##_field_info[] = {LIST##_FIELDLIST(PB_GEN_FIELD_INFO_2, name) 0};   \
     static const pb_msgdesc_t *const name##_submsg_info[] = {                                      \
@@ -2879,8 +2889,8 @@ CRPCI_FN void crpci_sock_set(int fd, int level, int option, int value)
     setsockopt(fd, level, option, &value, sizeof value);
 }
 
-/* What every stream connection gets: no Nagle delay; death noticed although nothing is sent (keepalive
- * after 60 s) and although something is (user timeout 30 s). */
+/* What every stream connection gets: no Nagle delay; death noticed although nothing is sent
+ * (keepalive after 60 s) and although something is (user timeout 30 s). */
 CRPCI_FN void crpci_sock_tune(int fd)
 {
     crpci_sock_set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
@@ -3209,37 +3219,43 @@ CRPCI_FN int crpci_poller_set(crpci_poller *p, crpci_heap *h, crpci_poller_item 
     return err;
 }
 
-/* Under the lock, before a wait without it. */
+CRPCI_FN int crpci_poller_snapshot_grow(crpci_poller *p, crpci_heap *h)
+{
+    struct pollfd *fds = (struct pollfd *)crpci_heap_resize(
+        h, p->snapshot, p->snapshot_cap * sizeof *fds, p->cap * sizeof *fds);
+    uint64_t *ids;
+    if (!fds)
+        return CRPC_ENOMEM;
+    p->snapshot = fds;
+    ids = (uint64_t *)crpci_heap_resize(h, p->snapshot_ids, p->snapshot_cap * sizeof *ids,
+                                        p->cap * sizeof *ids);
+    if (!ids) {
+        fds = (struct pollfd *)crpci_heap_resize(h, p->snapshot, p->cap * sizeof *fds,
+                                                 p->snapshot_cap * sizeof *fds);
+        if (fds || !p->snapshot_cap)
+            p->snapshot = fds;
+        return CRPC_ENOMEM;
+    }
+    p->snapshot_ids = ids;
+    p->snapshot_cap = p->cap;
+    return CRPC_OK;
+}
+
+/* Under the lock, before a wait without it. Out of memory, those that fit are waited for. */
 CRPCI_FN int crpci_poller_prepare(crpci_poller *p, crpci_heap *h)
 {
+    int err = CRPC_OK;
     uint32_t i;
     if (p->kind == CRPC_POLLER_EPOLL)
         return CRPC_OK;
-    if (p->snapshot_cap < p->cap) {
-        struct pollfd *fds = (struct pollfd *)crpci_heap_resize(
-            h, p->snapshot, p->snapshot_cap * sizeof *fds, p->cap * sizeof *fds);
-        uint64_t *ids;
-        if (!fds)
-            return CRPC_ENOMEM;
-        p->snapshot = fds;
-        ids = (uint64_t *)crpci_heap_resize(h, p->snapshot_ids, p->snapshot_cap * sizeof *ids,
-                                            p->cap * sizeof *ids);
-        if (!ids) {
-            fds = (struct pollfd *)crpci_heap_resize(h, p->snapshot, p->cap * sizeof *fds,
-                                                     p->snapshot_cap * sizeof *fds);
-            if (fds || !p->snapshot_cap)
-                p->snapshot = fds;
-            return CRPC_ENOMEM;
-        }
-        p->snapshot_ids = ids;
-        p->snapshot_cap = p->cap;
-    }
-    for (i = 0; i < p->count; i++) {
+    if (p->snapshot_cap < p->cap)
+        err = crpci_poller_snapshot_grow(p, h);
+    p->snapshot_count = p->count < p->snapshot_cap ? p->count : p->snapshot_cap;
+    for (i = 0; i < p->snapshot_count; i++) {
         p->snapshot[i] = p->fds[i];
         p->snapshot_ids[i] = p->items[i]->id;
     }
-    p->snapshot_count = p->count;
-    return CRPC_OK;
+    return err;
 }
 
 CRPCI_FN int crpci_poller_ms(int64_t us)
@@ -3339,8 +3355,8 @@ CRPCI_FN void crpci_wake_drain(const crpci_wake *w)
 /* ======================================================================== */
 
 /* After G. Varghese, T. Lauck: Hashed and Hierarchical Timing Wheels (1987), scheme 7. A tick is a
- * millisecond, rounded up: no timer is early. Level k has 64 slots of 64^k ticks; the highest bit in
- * which a timer's tick differs from the present one tells its level. Farther than 2^30 ticks (12
+ * millisecond, rounded up: no timer is early. Level k has 64 slots of 64^k ticks; the highest bit
+ * in which a timer's tick differs from the present one tells its level. Farther than 2^30 ticks (12
  * days) it is parked at that distance and put in again. */
 #define CRPCI_TIMER_LEVELS 5
 
@@ -3480,8 +3496,8 @@ CRPCI_FN int64_t crpci_timer_next_us(const crpci_timer_wheel *w)
 /* >>impl-loop   who drives, who waits, what runs when                       */
 /* ======================================================================== */
 
-/* The rules P1 to P11 of the threads' protocol are named where they are kept. A build that leaves one
- * out must be caught by the tests. */
+/* The rules P1 to P11 of the threads' protocol are named where they are kept. A build that leaves
+ * one out must be caught by the tests. */
 #ifdef CRPCI_MUTANT_P4_HANDOVER
 #define CRPCI_RULE_P4 0
 #else
@@ -3776,9 +3792,14 @@ CRPCI_FN void crpci_loop_on_wake(crpc_loop *l, crpci_watch *w, unsigned events)
     l->kicked = false;
 }
 
-/* --- what the program has on the loop: posts, timers, descriptors ------------------------------ */
+/* --- what the program has on the loop: posts, timers, descriptors
+ * ------------------------------ */
 
-typedef enum crpci_loop_kind { CRPCI_LOOP_POST, CRPCI_LOOP_TIMER, CRPCI_LOOP_WATCH } crpci_loop_kind;
+typedef enum crpci_loop_kind {
+    CRPCI_LOOP_POST,
+    CRPCI_LOOP_TIMER,
+    CRPCI_LOOP_WATCH
+} crpci_loop_kind;
 
 typedef struct crpci_loop_user {
     crpci_loop_kind kind;
@@ -3852,8 +3873,8 @@ CRPCI_FN void crpci_loop_user_timer(crpc_loop *l, crpci_timer *timer)
     crpci_loop_ready(l, &u->task);
 }
 
-/* Level-triggered: until its callback can run, the descriptor is not watched, else a driver that may
- * not run it would spin. */
+/* Level-triggered: until its callback can run, the descriptor is not watched, else a driver that
+ * may not run it would spin. */
 CRPCI_FN void crpci_loop_user_event(crpc_loop *l, crpci_watch *watch, unsigned events)
 {
     crpci_loop_user *u = CRPCI_CONTAINER(watch, crpci_loop_user, watch);
@@ -3898,9 +3919,9 @@ CRPCI_FN int64_t crpci_loop_patience(crpc_loop *l, int64_t until, bool user)
     return at > now ? at - now : 0;
 }
 
-/* P5: one step. `until` (INT64_MAX: none) bounds the wait; `user` allows user code. Flushing goes once
- * over the dirty connections without the lock; one that others dirtied meanwhile keeps the step from
- * sleeping, which is as good as flushing under the lock and blocks nobody. */
+/* P5: one step. `until` (INT64_MAX: none) bounds the wait; `user` allows user code. Flushing goes
+ * once over the dirty connections without the lock; one that others dirtied meanwhile keeps the
+ * step from sleeping, which is as good as flushing under the lock and blocks nobody. */
 CRPCI_FN void crpci_loop_step(crpc_loop *l, int64_t until, bool user)
 {
     crpci_poller_event events[CRPCI_POLLER_BATCH];
@@ -3986,8 +4007,8 @@ CRPCI_FN void crpci_loop_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
     }
 }
 
-/* P3: waits, locked, until w->done or the time; drives the loop if nobody does. `user`: as the driver
- * run callbacks too (P8: a synchronous call never does). */
+/* P3: waits, locked, until w->done or the time; drives the loop if nobody does. `user`: as the
+ * driver run callbacks too (P8: a synchronous call never does). */
 CRPCI_FN void crpci_loop_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool user)
 {
     while (!w->done && (until == INT64_MAX || crpci_loop_now(l) < until)) {
@@ -4197,6 +4218,7 @@ CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
     crpci_watch_init(&l->wake_watch, crpci_loop_on_wake);
     err = err ? err
               : crpci_loop_watch_set(l, &l->wake_watch, l->wake.read_fd, CRPC_READABLE);
+    err = err ? err : crpci_poller_prepare(&l->poller, h);
     if (err) {
         crpci_loop_free(l);
         return err;
@@ -4864,8 +4886,8 @@ CRPCI_FN bool crpci_conn_header(crpci_conn *c, const uint8_t *p, size_t n)
     return true;
 }
 
-/* A chunk for a frame that has begun with `have` bytes. A large one is trusted with its full size only
- * when a good part of it has come. */
+/* A chunk for a frame that has begun with `have` bytes. A large one is trusted with its full size
+ * only when a good part of it has come. */
 CRPCI_FN bool crpci_conn_begin(crpci_conn *c, const uint8_t *p, size_t have)
 {
     size_t want = c->rx_total ? c->rx_total : CRPCI_FRAME_HEADER, cap = want;
@@ -5614,7 +5636,7 @@ CRPCI_FN crpci_snapshot *crpci_registry_collect(crpci_heap *h, char *const *name
 #define CRPCI_ZOOKEEPER_CHECK_US       60000000  /* is the node still there, and ours? */
 #define CRPCI_ZOOKEEPER_REREAD_US      300000000 /* in case a watch was lost */
 #define CRPCI_ZOOKEEPER_BACKOFF_US     30000000  /* longest wait between tries */
-#define CRPCI_ZOOKEEPER_TWIN_US        5000000 /* first wait before stale twins are looked for again */
+#define CRPCI_ZOOKEEPER_TWIN_US        5000000 /* first wait before looking again for stale twins */
 #define CRPCI_ZOOKEEPER_TWIN_ROUNDS    5u
 #define CRPCI_ZOOKEEPER_REFUSALS                                                                   \
     3u /* connections closed without a session: it is not known there */
@@ -7813,13 +7835,13 @@ CRPCI_COLD int crpci_registry_open(crpc_loop *l, const crpci_url *url,
 #define CRPCI_CHANNEL_INLINE 4096 /* attachments up to here are copied behind the message */
 #define CRPCI_CHANNEL_COPY 2048   /* replies up to here are copied out of a shared buffer */
 #define CRPCI_CHANNEL_BACKOFF_MIN 50000
-#define CRPCI_CHANNEL_BACKOFF_MAX 1000000 /* microseconds: a call of default length can wait for it */
+#define CRPCI_CHANNEL_BACKOFF_MAX 1000000 /* microseconds: an ordinary call can wait for it */
 
 /* A reply's user_fields entry that says: error_code is the application's. */
 #define CRPCI_CHANNEL_APP_FIELD "crpc-app"
 
-/* One provider as this loop sees it: one connection, shared by all channels of the loop that ask for
- * the same options. Lives while a channel lists it or a call uses it. */
+/* One provider as this loop sees it: one connection, shared by all channels of the loop that ask
+ * for the same options. Lives while a channel lists it or a call uses it. */
 typedef struct crpci_endpoint {
     crpci_list link;
     crpc_loop *loop;
@@ -7923,7 +7945,8 @@ struct crpc_channel {
     crpci_waiter *list_waiter;
 };
 
-/* --- the caller's crpc_call -------------------------------------------------------------------- */
+/* --- the caller's crpc_call
+ * -------------------------------------------------------------------- */
 
 /* reserved[0] chunk that holds the reply; [1] [2] the reply's meta, to look fields up in; [3] chunk
  * of the fields that interceptors add, [4] their length; [5] set while interceptors run. */
@@ -7970,7 +7993,8 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
     return CRPC_OK;
 }
 
-/* --- encoding, without the lock ---------------------------------------------------------------- */
+/* --- encoding, without the lock
+ * ---------------------------------------------------------------- */
 
 CRPCI_FN size_t crpci_channel_fields_size(const crpc_call *call)
 {
@@ -8097,7 +8121,8 @@ CRPCI_FN bool crpci_call_own_request(crpci_request *r)
     return true;
 }
 
-/* --- results, on the thread that wants them ----------------------------------------------------- */
+/* --- results, on the thread that wants them
+ * ----------------------------------------------------- */
 
 CRPCI_COLD int crpci_call_remote_error(const crpci_call *c, crpc_error *e)
 {
@@ -8209,7 +8234,8 @@ CRPCI_FN void crpci_call_own_reply(crpci_heap *h, crpci_message *m)
 
 #if CRPC_ENABLE_CLIENT
 
-/* --- ends of calls ----------------------------------------------------------------------------- */
+/* --- ends of calls
+ * ----------------------------------------------------------------------------- */
 
 /* Where the explanation goes; for an asynchronous call memory is taken only when it fails. */
 CRPCI_COLD crpc_error *crpci_call_error(crpci_call *c)
@@ -8370,7 +8396,8 @@ CRPCI_FN void crpci_call_finish(crpci_call *c, int status)
         crpci_loop_done(l, c->waiter);
 }
 
-/* --- attempts ---------------------------------------------------------------------------------- */
+/* --- attempts
+ * ---------------------------------------------------------------------------------- */
 
 CRPCI_FN bool crpci_call_has_tried(const crpci_call *c, const crpci_endpoint *e)
 {
@@ -8404,7 +8431,8 @@ CRPCI_FN crpci_endpoint *crpci_channel_pick(crpc_channel *ch, const crpci_call *
     return best;
 }
 
-/* Puts the call's frame on the endpoint's open connection. CRPC_EOVERCROWDED if there is no room. */
+/* Puts the call's frame on the endpoint's open connection. CRPC_EOVERCROWDED if there is no
+ * room. */
 CRPCI_FN int crpci_call_send(crpci_call *c)
 {
     crpci_endpoint *e = c->endpoint;
@@ -8515,7 +8543,8 @@ CRPCI_FN void crpci_call_attempt(crpci_call *c)
         crpci_endpoint_dial(e);
 }
 
-/* --- endpoints --------------------------------------------------------------------------------- */
+/* --- endpoints
+ * --------------------------------------------------------------------------------- */
 
 /* Full jitter: the next attempt is somewhere in a window that doubles. */
 CRPCI_FN void crpci_endpoint_back_off(crpci_endpoint *e)
@@ -8605,8 +8634,8 @@ CRPCI_FN void crpci_endpoint_on_conn_timer(crpci_conn *conn)
         crpci_conn_close(conn, CRPC_ETIMEDOUT, ETIMEDOUT);
 }
 
-/* The call that a reply belongs to: it must be pending on this very connection, and at least begun to
- * be sent. */
+/* The call that a reply belongs to: it must be pending on this very connection, and at least begun
+ * to be sent. */
 CRPCI_FN crpci_call *crpci_endpoint_match(crpci_conn *conn, const crpci_meta *m)
 {
     crpci_call *c = (crpci_call *)crpci_id_get(&conn->loop->calls, (uint64_t)m->correlation_id);
@@ -8741,7 +8770,8 @@ CRPCI_FN int crpci_endpoint_get(const crpc_channel *ch, const char *address, crp
 
 #if CRPC_ENABLE_CLIENT
 
-/* --- providers --------------------------------------------------------------------------------- */
+/* --- providers
+ * --------------------------------------------------------------------------------- */
 
 CRPCI_FN void crpci_channel_drop_endpoints(crpc_channel *ch)
 {
@@ -8810,7 +8840,8 @@ CRPCI_FN void crpci_channel_after(crpc_channel *ch, const crpc_method *m, crpc_c
     }
 }
 
-/* --- beginning a call -------------------------------------------------------------------------- */
+/* --- beginning a call
+ * -------------------------------------------------------------------------- */
 
 /* The rest of what a call inherits and is bounded by. Locked. */
 CRPCI_FN void crpci_call_init(crpci_call *c, crpc_channel *ch, const crpc_method *m,
@@ -8855,7 +8886,8 @@ CRPCI_FN void crpci_channel_flush(crpc_loop *l)
         crpci_loop_run_list(l, &l->dirty);
 }
 
-/* --- synchronous ------------------------------------------------------------------------------- */
+/* --- synchronous
+ * ------------------------------------------------------------------------------- */
 
 /* Runs one call to its end: c->status, c->reply. Locked. */
 CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_call *c)
@@ -8961,7 +8993,8 @@ CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const voi
     return err;
 }
 
-/* --- asynchronous ------------------------------------------------------------------------------ */
+/* --- asynchronous
+ * ------------------------------------------------------------------------------ */
 
 CRPCI_FN void crpci_call_on_timer(crpc_loop *l, crpci_timer *t)
 {
@@ -9245,7 +9278,8 @@ CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
     return c ? CRPC_OK : CRPC_ENOTFOUND;
 }
 
-/* --- opening and closing ----------------------------------------------------------------------- */
+/* --- opening and closing
+ * ----------------------------------------------------------------------- */
 
 /* The options a URL may carry, and where they go. */
 typedef struct crpci_channel_key {
@@ -9444,8 +9478,8 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
         err = crpci_loop_need_owner(ch->loop);
     crpci_loop_unlock(ch->loop);
     if (err)
-        return crpci_status_set(error, err, "zookeeper:// needs a loop that is driven: run the loop, "
-                                            "or allow threads");
+        return crpci_status_set(error, err, "zookeeper:// needs a loop that is driven: run it, or "
+                                            "allow threads");
 #endif
     return crpci_channel_await_list(ch, o, service, error);
 }
@@ -9837,7 +9871,8 @@ struct crpc_context {
     crpci_chunk *attachment_chunk;
 };
 
-/* --- replies ----------------------------------------------------------------------------------- */
+/* --- replies
+ * ----------------------------------------------------------------------------------- */
 
 /* A reply without a message: an error. */
 CRPCI_COLD void crpci_server_refuse(crpci_conn *conn, int64_t correlation_id, int code,
@@ -10021,7 +10056,8 @@ CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
     return gone ? CRPC_EGONE : CRPC_OK;
 }
 
-/* --- handlers ---------------------------------------------------------------------------------- */
+/* --- handlers
+ * ---------------------------------------------------------------------------------- */
 
 CRPCI_FN int crpci_context_serve(crpc_context *x)
 {
@@ -10236,7 +10272,8 @@ static const crpci_conn_events crpci_server_events = {
     crpci_server_on_sent,   crpci_server_on_eof,     crpci_server_on_closed,
     crpci_server_on_timer};
 
-/* --- listeners --------------------------------------------------------------------------------- */
+/* --- listeners
+ * --------------------------------------------------------------------------------- */
 
 /* Hands a new connection to its loop. No loop is locked: two never are at a time. */
 CRPCI_FN void crpci_server_adopt(crpc_server *s, int fd)
@@ -10434,7 +10471,8 @@ CRPCI_COLD void crpci_server_close_listeners(crpc_server *s)
     }
 }
 
-/* --- opening ----------------------------------------------------------------------------------- */
+/* --- opening
+ * ----------------------------------------------------------------------------------- */
 
 /* Gives up a reference; the last one frees. */
 CRPCI_FN void crpci_server_free(crpc_server *s)
@@ -10547,7 +10585,8 @@ CRPC_API int crpc_server_add(crpc_server *s, const crpc_service *service, const 
     return err;
 }
 
-/* --- registering ------------------------------------------------------------------------------- */
+/* --- registering
+ * ------------------------------------------------------------------------------- */
 
 /* A registration got through, or a try failed; any thread. */
 CRPCI_FN void crpci_server_on_enrolled(void *user, int status, const char *text)
@@ -10702,7 +10741,8 @@ CRPCI_COLD void crpci_server_withdraw(crpc_server *s)
     }
 }
 
-/* --- starting ---------------------------------------------------------------------------------- */
+/* --- starting
+ * ---------------------------------------------------------------------------------- */
 
 CRPCI_COLD int crpci_server_start_threads(crpc_server *s, crpc_error *error)
 {
@@ -10763,7 +10803,8 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
     return err;
 }
 
-/* --- stopping ---------------------------------------------------------------------------------- */
+/* --- stopping
+ * ---------------------------------------------------------------------------------- */
 
 CRPCI_FN void crpci_server_close_conns(crpc_server *s, crpc_loop *l)
 {
@@ -10791,8 +10832,8 @@ CRPCI_FN bool crpci_server_has_output(const crpc_server *s, crpc_loop *l)
     return false;
 }
 
-/* Looks whether the last request is answered; closes when it is, or when time is up. Called with the
- * server's loop locked; the others are locked one after another without it. */
+/* Looks whether the last request is answered; closes when it is, or when time is up. Called with
+ * the server's loop locked; the others are locked one after another without it. */
 CRPCI_FN void crpci_server_drain_tick(crpc_loop *l, crpci_timer *t)
 {
     crpc_server *s = CRPCI_CONTAINER(t, crpc_server, drain);
@@ -10976,7 +11017,8 @@ CRPC_API void crpc_server_stats_get(crpc_server *s, crpc_loop_stats *stats)
     }
 }
 
-/* --- the handler's side ------------------------------------------------------------------------ */
+/* --- the handler's side
+ * ------------------------------------------------------------------------ */
 
 CRPC_API int crpc_context_fail(crpc_context *x, int app_code, const char *format, ...)
 {

@@ -276,6 +276,8 @@ def names(tree):
 def section_names(tree):
     """Internal functions begin with crpci_<section>_."""
     for name, _, line, _ in tree.functions():
+        if name.isupper():
+            continue    # a macro that is used at file scope looks like a function
         tag = tree.section_of(line)[1].replace("impl-", "", 1)
         allowed = [tag.replace("-", "_")] + ALIASES.get(tag, [])
         if not name.startswith("crpc_") and not name.startswith(
