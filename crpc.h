@@ -908,7 +908,7 @@ typedef struct crpc_server_options {
     int weight;              /* registered: share of the calls. 0: 100. -1: 0, none but by name */
     crpc_loop *loop;         /* must outlive the server. NULL: a private loop */
     crpc_loop_options loops; /* of the private loop and of the I/O threads. 0: defaults */
-    int io_threads;      /* loops with a thread each for connections. 0: all on one loop. -1: as 0 */
+    int io_threads;      /* loops, a thread each, for connections. 0: all on one loop. -1: as 0 */
     int workers;         /* threads that run handlers. 0: they run on the I/O thread. -1: as 0 */
     int worker_queue;    /* requests waiting for one, beyond it ELIMIT. 0: 1024. -1: no limit */
     int worker_stack;    /* bytes. 0: 256 KiB. -1: the system's */
@@ -5329,18 +5329,6 @@ CRPCI_FN void crpci_registry_close(crpci_registry *r)
         r->ops->close(r);
 }
 
-/* Cuts the service, the last part, off the path of a channel's URL; "" if there is none. */
-CRPCI_FN char *crpci_registry_split(crpci_url *url)
-{
-    char *slash = strrchr(url->path, '/'), *service = url->path;
-    if (slash) {
-        *slash = '\0';
-        return slash + 1;
-    }
-    url->path += strlen(url->path);
-    return service;
-}
-
 /* --- node names: Dubbo's URLs -------------------------------------------------------------------
  */
 
@@ -5620,12 +5608,12 @@ CRPCI_FN crpci_snapshot *crpci_registry_collect(crpci_heap *h, char *const *name
  * With libzookeeper_st everything happens in crpci_zookeeper_run on the thread that drives the
  * loop.
  *
- * What the client can still call back with must outlive it. Completions hold an op each, and come
- * exactly once. Watches, which may fire again or never, hold only the link, and say by their path
- * what they are about. A link that is closed from outside is free of callbacks when zookeeper_close
- * returns. Closed in one of its own callbacks, libzookeeper_mt frees itself later, on its
- * completion thread: the link is freed by a destructor of thread-specific data, when that thread
- * ends. */
+ * What the client can still call back with must outlive it. Completions hold an op each; those that
+ * never come, because the handle was closed at the wrong moment, are freed with the link. Watches,
+ * which may fire again or never, hold only the link, and say by their path what they are about. A
+ * link that is closed from outside is free of callbacks when zookeeper_close returns. Closed in one
+ * of its own callbacks, libzookeeper_mt frees itself later, on its completion thread: the link is
+ * freed by a destructor of thread-specific data, when that thread ends. */
 
 #define CRPCI_ZOOKEEPER_PORT           2181
 #define CRPCI_ZOOKEEPER_ROOT           "dubbo"
@@ -5699,7 +5687,8 @@ struct crpci_zookeeper {
     crpci_watch watch;
     unsigned events;
     int fd;
-    int64_t client_us; /* when the client wants to be called again */
+    int64_t client_us;  /* when the client wants to be called again */
+    int64_t refused_us; /* when the next refusal counts */
 #endif
 };
 
@@ -5845,6 +5834,20 @@ CRPCI_FN int64_t crpci_zookeeper_backoff(crpci_zookeeper *s, unsigned n)
 {
     int64_t us = (int64_t)CRPCI_ZOOKEEPER_RETRY_US / 2 << (n < 8 ? n : 8);
     return crpci_zookeeper_spread(s, crpci_base_min64(us, CRPCI_ZOOKEEPER_BACKOFF_US), 33);
+}
+
+/* How long a lost connection may stay lost. */
+CRPCI_FN int64_t crpci_zookeeper_patience(const crpci_zookeeper *s)
+{
+    return (int64_t)s->negotiated_ms * 2000;
+}
+
+/* How often it is looked at meanwhile: not so often that a server which takes its time to start,
+ * and closes connections until then, looks like one that refuses. */
+CRPCI_FN int64_t crpci_zookeeper_pace(const crpci_zookeeper *s)
+{
+    int64_t us = (int64_t)s->negotiated_ms * 250;
+    return us > 1000000 ? us : 1000000;
 }
 
 CRPCI_FN void crpci_zookeeper_later(crpci_zookeeper_task *t, int64_t us)
@@ -6778,7 +6781,7 @@ CRPCI_FN void crpci_zookeeper_probed(crpci_zookeeper *s, crpci_zookeeper_link *l
     if (s->closing || s->link != link || zoo_state(link->zh) == ZOO_CONNECTED_STATE)
         return; /* it came back this moment, and the news of it stand behind this in the queue */
     s->renew = s->refused >= CRPCI_ZOOKEEPER_REFUSALS ||
-               crpci_zookeeper_now(s) - s->lost_us >= (int64_t)s->negotiated_ms * 2000;
+               crpci_zookeeper_now(s) - s->lost_us >= crpci_zookeeper_patience(s);
 }
 
 CRPCI_FN void crpci_zookeeper_on_answer(const void *data, int rc, const struct Stat *stat,
@@ -6885,7 +6888,10 @@ CRPCI_FN void crpci_zookeeper_disconnected(crpci_zookeeper *s)
     s->warned = true;
     s->lost_us = now;
     /* When to ask; with libzookeeper_st, which can be seen at work, when to give it up. */
-    s->probe_us = now + (int64_t)s->negotiated_ms * (CRPC_ZOOKEEPER_ST ? 2000 : 250);
+    s->probe_us = now + (CRPC_ZOOKEEPER_ST ? crpci_zookeeper_patience(s) : crpci_zookeeper_pace(s));
+#if CRPC_ZOOKEEPER_ST
+    s->refused_us = now + crpci_zookeeper_pace(s);
+#endif
 }
 
 CRPCI_FN void crpci_zookeeper_on_session(zhandle_t *zh, int type, int state, const char *path,
@@ -7118,6 +7124,12 @@ CRPCI_FN void crpci_zookeeper_disconnect(crpci_zookeeper *s)
         crpci_zookeeper_link_free(link);
 }
 
+CRPCI_COLD void crpci_zookeeper_log_renewal(crpci_zookeeper *s)
+{
+    crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s: the session is given up for a new one",
+                   s->authority);
+}
+
 /* The wait before a session is replaced: short and random at first, so that a fleet that lost its
  * server does not come back as one. */
 CRPCI_FN int64_t crpci_zookeeper_delay(crpci_zookeeper *s)
@@ -7136,14 +7148,21 @@ CRPCI_FN void crpci_zookeeper_process(crpci_zookeeper *s)
     unsigned events = s->events;
     int before, after;
     s->events = 0;
+    /* From here on the client may close its socket at any time, and the number may become somebody
+     * else's: it is not watched until the client says anew what it waits for. */
+    crpci_loop_watch_set(s->loop, &s->watch, s->fd, 0);
     crpci_loop_unlock(s->loop);
     before = zoo_state(zh);
     zookeeper_process(zh, (events & CRPC_READABLE ? ZOOKEEPER_READ : 0) |
                               (events & CRPC_WRITABLE ? ZOOKEEPER_WRITE : 0));
     after = zoo_state(zh);
     crpci_loop_lock(s->loop);
-    if (before == ZOO_ASSOCIATING_STATE && after != before && after != ZOO_CONNECTED_STATE)
+    /* The client tries again within milliseconds; a server that is starting does as much. */
+    if (before == ZOO_ASSOCIATING_STATE && after != before && after != ZOO_CONNECTED_STATE &&
+        s->lost_us && crpci_zookeeper_now(s) >= s->refused_us) {
         s->refused++;
+        s->refused_us = crpci_zookeeper_now(s) + crpci_zookeeper_pace(s);
+    }
 }
 
 /* Asks the client what to wait for. An error leaves old values behind, or closed a socket. */
@@ -7166,10 +7185,7 @@ CRPCI_FN void crpci_zookeeper_interest(crpci_zookeeper *s)
     events = fd < 0 ? 0
                     : (want & ZOOKEEPER_READ ? CRPC_READABLE : 0u) |
                           (want & ZOOKEEPER_WRITE ? CRPC_WRITABLE : 0u);
-    /* Between sessions the same number may be another socket, of which the poller does not know. */
-    if (state != ZOO_CONNECTED_STATE || fd != s->fd)
-        crpci_loop_watch_set(s->loop, &s->watch, s->fd, 0);
-    if (fd >= 0 && fd != s->fd)
+    if (fd >= 0 && (fd != s->fd || state != ZOO_CONNECTED_STATE))
         fcntl(fd, F_SETFD, FD_CLOEXEC);
     s->fd = fd;
     s->client_us = crpci_zookeeper_now(s) + (int64_t)tv.tv_sec * 1000000 + tv.tv_usec;
@@ -7189,6 +7205,7 @@ CRPCI_FN void crpci_zookeeper_supervise(crpci_zookeeper *s)
         (s->refused >= CRPCI_ZOOKEEPER_REFUSALS || now >= s->probe_us))
         s->renew = true;
     if (s->link && s->renew) {
+        crpci_zookeeper_log_renewal(s);
         crpci_zookeeper_disconnect(s);
         s->renew_us = crpci_zookeeper_now(s) + crpci_zookeeper_delay(s);
     }
@@ -7210,7 +7227,7 @@ CRPCI_FN void crpci_zookeeper_supervise(crpci_zookeeper *s)
 #if !CRPC_ZOOKEEPER_ST
     if (s->lost_us && !s->probing && now >= s->probe_us) {
         crpci_zookeeper_op *op = crpci_zookeeper_op_new(s, NULL, CRPCI_ZOOKEEPER_PROBE);
-        s->probe_us = now + (int64_t)s->negotiated_ms * 250;
+        s->probe_us = now + crpci_zookeeper_pace(s);
         if (op)
             op->path = crpci_heap_strndup(s->heap, "/", 1);
         if (op && op->path) {
@@ -7316,8 +7333,7 @@ CRPCI_COLD void crpci_zookeeper_replace(crpci_zookeeper *s, const crpci_zookeepe
         return;
     s->busy = true;
     s->busy_thread = crpci_thread_self();
-    crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s: the session is given up for a new one",
-                   s->authority);
+    crpci_zookeeper_log_renewal(s);
     until = crpci_zookeeper_now(s) + crpci_zookeeper_delay(s);
     crpci_zookeeper_disconnect(s);
     while (!s->closing && !s->link) {
@@ -7803,8 +7819,8 @@ CRPCI_COLD int crpci_zookeeper_open(crpc_loop *l, const crpci_url *url,
 }
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
-/* Opens the registry of a URL whose path is the root (see crpci_registry_split). Waits for name
- * resolution, never for the registry itself. Options NULL: defaults. */
+/* Opens the registry of a URL whose path is the root of the tree. Waits for name resolution, never
+ * for the registry itself. Options NULL: defaults. */
 CRPCI_COLD int crpci_registry_open(crpc_loop *l, const crpci_url *url,
                                    const crpci_registry_options *options, crpci_registry **out,
                                    crpc_error *error)

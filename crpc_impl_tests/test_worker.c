@@ -1,0 +1,222 @@
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#include "crpc_test.h"
+
+#include <pthread.h>
+
+typedef struct job {
+    crpci_task task;
+    int number;
+} job;
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static int order[4096], ran, running, most, gate_open;
+
+static void reset(bool open)
+{
+    ran = running = most = 0;
+    gate_open = open;
+}
+
+/* Runs as soon as the gate is open. */
+static void run(crpc_loop *loop, crpci_task *task)
+{
+    job *j = CRPCI_CONTAINER(task, job, task);
+    assert_null(loop);
+    pthread_mutex_lock(&lock);
+    if (++running > most)
+        most = running;
+    pthread_cond_broadcast(&changed);
+    while (!gate_open)
+        pthread_cond_wait(&changed, &lock);
+    order[ran++] = j->number;
+    running--;
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&lock);
+}
+
+static int get(const int *what)
+{
+    int value;
+    pthread_mutex_lock(&lock);
+    value = *what;
+    pthread_mutex_unlock(&lock);
+    return value;
+}
+
+static void open_gate(void)
+{
+    pthread_mutex_lock(&lock);
+    gate_open = 1;
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&lock);
+}
+
+static crpci_heap *heap(void)
+{
+    crpc_hooks hooks = ct_hooks();
+    crpci_heap *h;
+    assert_int_equal(crpci_heap_open(&h, &hooks, 0), CRPC_OK);
+    return h;
+}
+
+static job jobs[4096];
+
+static crpci_task *job_of(int number)
+{
+    crpci_loop_task_init(&jobs[number].task, run);
+    jobs[number].number = number;
+    return &jobs[number].task;
+}
+
+static void one_worker_keeps_the_order(void **state)
+{
+    crpci_heap *h = heap();
+    crpci_worker_pool pool;
+    int i;
+    (void)state;
+    reset(true);
+    assert_int_equal(crpci_worker_start(&pool, h, 1, 0, 65536), CRPC_OK);
+    for (i = 0; i < 1000; i++)
+        assert_true(crpci_worker_push(&pool, job_of(i)));
+    crpci_worker_stop(&pool, h, 1); /* what is queued is still run */
+    assert_int_equal(ran, 1000);
+    for (i = 0; i < 1000; i++)
+        assert_int_equal(order[i], i);
+    crpci_heap_unref(h);
+}
+
+static void all_workers_work(void **state)
+{
+    crpci_heap *h = heap();
+    crpci_worker_pool pool;
+    int i;
+    (void)state;
+    reset(false);
+    assert_int_equal(crpci_worker_start(&pool, h, 4, 0, 65536), CRPC_OK);
+    for (i = 0; i < 10; i++)
+        assert_true(crpci_worker_push(&pool, job_of(i)));
+    assert_true(CT_WAIT(get(&running) == 4, 20000));
+    ct_sleep_ms(20);
+    assert_int_equal(get(&running), 4);
+    open_gate();
+    assert_true(CT_WAIT(get(&ran) == 10, 20000));
+    assert_int_equal(most, 4);
+    crpci_worker_stop(&pool, h, 4);
+    crpci_heap_unref(h);
+}
+
+static void the_queue_is_bounded(void **state)
+{
+    crpci_heap *h = heap();
+    crpci_worker_pool pool;
+    int i, pushed = 0;
+    (void)state;
+    reset(false);
+    assert_int_equal(crpci_worker_start(&pool, h, 1, 5, 65536), CRPC_OK);
+    assert_true(crpci_worker_push(&pool, job_of(0)));
+    assert_true(CT_WAIT(get(&running) == 1, 20000)); /* in work: not in the queue any more */
+    for (i = 1; i <= 10; i++)
+        pushed += crpci_worker_push(&pool, job_of(i));
+    assert_int_equal(pushed, 5);
+    open_gate();
+    assert_true(CT_WAIT(get(&ran) == 6, 20000));
+    assert_true(crpci_worker_push(&pool, job_of(11)));
+    crpci_worker_stop(&pool, h, 1);
+    assert_int_equal(ran, 7);
+    assert_int_equal(order[6], 11);
+    crpci_heap_unref(h);
+}
+
+static void nothing_is_taken_after_the_stop(void **state)
+{
+    crpci_worker_pool pool;
+    crpci_heap *h = heap();
+    (void)state;
+    reset(true);
+    assert_int_equal(crpci_worker_start(&pool, h, 2, 0, 65536), CRPC_OK);
+    pool.stopping = true;
+    assert_false(crpci_worker_push(&pool, job_of(1)));
+    crpci_worker_stop(&pool, h, 2);
+    crpci_worker_stop(&pool, h, 0); /* of a pool that was never started: nothing */
+    assert_int_equal(ran, 0);
+    crpci_heap_unref(h);
+}
+
+typedef struct pusher {
+    crpci_worker_pool *pool;
+    int from;
+} pusher;
+
+static void *push_many(void *arg)
+{
+    pusher *p = (pusher *)arg;
+    int i;
+    for (i = 0; i < 1000; i++)
+        crpci_worker_push(p->pool, job_of(p->from + i));
+    return NULL;
+}
+
+static void many_threads_may_push(void **state)
+{
+    crpci_heap *h = heap();
+    crpci_worker_pool pool;
+    pusher p[4];
+    pthread_t threads[4];
+    static unsigned char seen[4096];
+    int i, last[4] = {-1, -1, -1, -1};
+    (void)state;
+    reset(true);
+    memset(seen, 0, sizeof seen);
+    assert_int_equal(crpci_worker_start(&pool, h, 1, 0, 0), CRPC_OK);
+    for (i = 0; i < 4; i++) {
+        p[i].pool = &pool;
+        p[i].from = i * 1000;
+        assert_int_equal(pthread_create(&threads[i], NULL, push_many, &p[i]), 0);
+    }
+    for (i = 0; i < 4; i++)
+        pthread_join(threads[i], NULL);
+    crpci_worker_stop(&pool, h, 1);
+    assert_int_equal(ran, 4000);
+    for (i = 0; i < 4000; i++) {
+        assert_int_equal(seen[order[i]]++, 0);
+        assert_true(order[i] > last[order[i] / 1000]); /* in the order of each thread */
+        last[order[i] / 1000] = order[i];
+    }
+    crpci_heap_unref(h);
+}
+
+static int start_scenario(const crpc_hooks *hooks, void *user)
+{
+    crpci_worker_pool pool;
+    crpci_heap *h;
+    int err = crpci_heap_open(&h, hooks, 0);
+    (void)user;
+    if (err)
+        return err;
+    err = crpci_worker_start(&pool, h, 2, 0, 65536);
+    if (!err)
+        crpci_worker_stop(&pool, h, 2);
+    crpci_heap_unref(h);
+    return err;
+}
+
+static void starting_survives_being_out_of_memory(void **state)
+{
+    (void)state;
+    assert_int_equal(ct_sweep(start_scenario, NULL), 2);
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(one_worker_keeps_the_order),
+        CT_TEST(all_workers_work),
+        CT_TEST(the_queue_is_bounded),
+        CT_TEST(nothing_is_taken_after_the_stop),
+        CT_TEST(many_threads_may_push),
+        CT_TEST(starting_survives_being_out_of_memory),
+    };
+    return CT_RUN(tests);
+}
