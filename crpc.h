@@ -3960,6 +3960,8 @@ CRPCI_FN void crpci_loop_leave(crpc_loop *l)
     while (!crpci_list_empty(&l->dirty))
         crpci_loop_run_list(l, &l->dirty);
     l->driver = false;
+    if (!crpci_list_empty(&l->ready))
+        crpci_loop_kick(l); /* a program that polls the loop's descriptor has to step it */
     if (l->owner_waiting || l->joining) {
         crpci_thread_broadcast(&l->owner_cond);
     } else if (!crpci_list_empty(&l->followers)) {
@@ -3970,8 +3972,6 @@ CRPCI_FN void crpci_loop_leave(crpc_loop *l)
         l->driver = true;
         l->stats.promotions++;
         crpci_thread_signal(&w->cond);
-    } else if (!crpci_list_empty(&l->ready)) {
-        crpci_loop_kick(l);
     }
 }
 
@@ -4100,6 +4100,15 @@ CRPCI_FN void crpci_loop_disown(crpc_loop *l)
     crpci_loop_unlock(l);
     if (disposed)
         crpci_loop_release(l);
+}
+
+/* Unlocks after a wait that ran callbacks: one of them may have disposed of the loop. */
+CRPCI_FN void crpci_loop_unlock_driver(crpc_loop *l)
+{
+    if (l->disposed && crpci_loop_own(l) == CRPC_OK)
+        crpci_loop_disown(l);
+    else
+        crpci_loop_unlock(l);
 }
 
 /* Steps as the owner until stopped, and until no callback is due any more. */
@@ -4293,6 +4302,7 @@ CRPC_API int crpc_loop_step(crpc_loop *l, int timeout_ms)
     }
     crpci_loop_step(l, timeout_ms < 0 ? INT64_MAX : crpci_loop_now(l) + (int64_t)timeout_ms * 1000,
                     true);
+    crpci_thread_store(&l->stop, 0); /* it ended this step, not all to come */
     crpci_loop_disown(l);
     return CRPC_OK;
 }
@@ -4527,7 +4537,7 @@ struct crpci_conn {
     const crpci_conn_events *up;
     void *owner;
     uint32_t refs;
-    uint32_t busy; /* requests being served, or calls waiting for a reply */
+    uint32_t busy; /* requests being served */
     int fd;
     int why;       /* crpc_status of the close */
     int why_errno; /* 0: none */
@@ -8350,11 +8360,8 @@ CRPCI_FN void crpci_call_detach(crpci_call *c)
         c->sent = CRPC_SENT_MAYBE;
     crpci_call_release_out(c);
     crpci_list_remove(&c->link);
-    if (c->state == CRPCI_CALL_ACTIVE) {
+    if (c->state == CRPCI_CALL_ACTIVE)
         e->active_count--;
-        if (e->conn)
-            e->conn->busy--;
-    }
     c->state = CRPCI_CALL_IDLE;
 }
 
@@ -8471,7 +8478,6 @@ CRPCI_FN int crpci_call_send(crpci_call *c)
     crpci_heap_chunk_ref(r->chunk);
     crpci_list_append(&e->active, &c->link);
     e->active_count++;
-    e->conn->busy++;
     c->state = CRPCI_CALL_ACTIVE;
     c->out = o;
     crpci_conn_queue(e->conn, o);
@@ -9227,7 +9233,7 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
             err = ch->closed ? CRPC_ECANCELED : crpci_call_state_status(c);
         }
     }
-    crpci_loop_unlock(l);
+    crpci_loop_unlock_driver(l);
     crpci_channel_drop(ch);
     crpci_loop_release(l);
     return err;
@@ -10913,7 +10919,7 @@ CRPCI_FN void crpci_server_await_stop(crpc_server *s)
         crpci_loop_wait(l, &w, s->drain_until + 1000000, true);
         s->waiter = NULL;
     }
-    crpci_loop_unlock(l);
+    crpci_loop_unlock_driver(l);
 }
 
 CRPC_API int crpc_server_run(crpc_server *s)

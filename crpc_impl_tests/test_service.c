@@ -28,10 +28,11 @@ typedef struct fixture {
 
 static void fixture_open(fixture *f)
 {
+    static char user[] = "user";
     crpc_hooks hooks = ct_hooks();
     memset(f, 0, sizeof *f);
     assert_int_equal(crpci_heap_open(&f->heap, &hooks, 0), CRPC_OK);
-    assert_int_equal(crpci_service_add(&f->map, f->heap, &service_a, "handlers", "user"), CRPC_OK);
+    assert_int_equal(crpci_service_add(&f->map, f->heap, &service_a, "handlers", user), CRPC_OK);
     assert_int_equal(crpci_service_add(&f->map, f->heap, &service_b, NULL, NULL), CRPC_OK);
     assert_int_equal(crpci_service_add(&f->map, f->heap, &service_none, NULL, NULL), CRPC_OK);
 }

@@ -731,6 +731,12 @@ class Refused(Case):
                     ('method demo.S.ext', 'also that of extension demo_S_ext', 'rename'),
                     others={'other.proto': other})
 
+    def test_names_collide_with_short_enum_names(self):
+        self.refuse(HEAD3 + 'message M {}\nenum Kind { S_Do = 0; }\n'
+                    'service S {\n  rpc Do(M) returns (M);  //!\n}\n', '* long_names:false\n',
+                    ('method demo.S.Do', 'its C name demo_S_Do is also that of enum demo_Kind',
+                     'rename'))
+
     def test_names_collide_with_nanopb_s_mapping(self):
         """With mangled names nanopb maps the full ones by macros."""
         self.refuse(HEAD3 + 'message Msg {}\nservice demo {\n  rpc Msg(.demo.Msg) '
