@@ -865,10 +865,10 @@ CRPC_API CRPC_MUST_CHECK int crpc_channel_wait(crpc_channel *channel, crpc_id id
 
 /* Takes the result of an ended call: returns how the call ended and fills `response` on success;
  * the bytes behind views and attachment move into `call`. CRPC_EPENDING and CRPC_ENOTFOUND as
- * crpc_channel_poll. The id is spent unless CRPC_EPENDING or CRPC_EINVAL (views and a NULL
- * call). */
-CRPC_API CRPC_MUST_CHECK int crpc_channel_fetch(crpc_channel *channel, crpc_id id, void *response,
-                                                crpc_call *call);
+ * crpc_channel_poll. The id is spent unless CRPC_EPENDING or CRPC_EINVAL (views and a NULL call, or
+ * the id of another method's call). */
+CRPC_API CRPC_MUST_CHECK int crpc_channel_fetch(crpc_channel *channel, const crpc_method *method,
+                                                crpc_id id, void *response, crpc_call *call);
 
 /* Forgets a call by id: a request not yet sent is withdrawn, a reply is dropped. CRPC_ENOTFOUND if
  * there is none. */
@@ -9239,7 +9239,8 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
     return err;
 }
 
-CRPC_API int crpc_channel_fetch(crpc_channel *ch, crpc_id id, void *response, crpc_call *call)
+CRPC_API int crpc_channel_fetch(crpc_channel *ch, const crpc_method *m, crpc_id id, void *response,
+                                crpc_call *call)
 {
     crpc_loop *l = ch->loop;
     crpc_call local;
@@ -9249,7 +9250,8 @@ CRPC_API int crpc_channel_fetch(crpc_channel *ch, crpc_id id, void *response, cr
     crpci_loop_lock(l);
     c = crpci_channel_find(ch, id);
     err = crpci_call_state_status(c);
-    if (!err && !call && crpci_message_has_views(c->method->response, CRPCI_MESSAGE_DEPTH))
+    if (!err && (c->method != m ||
+                 (!call && crpci_message_has_views(m->response, CRPCI_MESSAGE_DEPTH))))
         err = CRPC_EINVAL;
     if (err) {
         crpci_loop_unlock(l);

@@ -103,6 +103,8 @@ static void it_calls_in_all_forms(void **state)
         assert_true(id.value != 0);
         assert_int_equal(crpc_channel_wait(n.channel, id, -1), CRPC_OK);
         assert_int_equal(crpc_channel_poll(n.channel, id), CRPC_OK);
+        assert_int_equal(crpc_channel_fetch(n.channel, &dyn_Echo.methods[1], id, &out, NULL),
+                         CRPC_EINVAL); /* of another method: the struct may not fit */
         assert_int_equal(dyn_Echo_Add_fetch(n.channel, id, &out, NULL), CRPC_OK);
         assert_int_equal(out.n, 42);
         assert_int_equal(crpc_channel_poll(n.channel, id), CRPC_ENOTFOUND);

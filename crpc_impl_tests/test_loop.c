@@ -575,6 +575,7 @@ static void only_the_given_clock_counts(void **state)
     peer silent;
     dyn_Num in = net_num(1);
     crpc_id id;
+    int i;
     (void)state;
     peer_open(&silent, peer_silent, NULL);
     o.hooks.clock_us = fake_clock;
@@ -585,6 +586,8 @@ static void only_the_given_clock_counts(void **state)
     co.timeout_ms = 3600000;
     assert_int_equal(crpc_channel_open(&ch, silent.url, &co, NULL), CRPC_OK);
     assert_int_equal(dyn_Echo_Add_begin(ch, &in, &id, NULL), CRPC_OK);
+    for (i = 0; i < 10000 && peer_requests(&silent) == 0; i++)
+        assert_int_equal(crpc_loop_step(l, 1), CRPC_OK);
     step_fake(l, fake_now + INT64_C(3599000000));
     assert_int_equal(crpc_channel_poll(ch, id), CRPC_EPENDING);
     step_fake(l, fake_now + 999000);
@@ -889,7 +892,8 @@ static void a_foreign_loop_drives_it_in_one_thread(void **state)
         child = peer_fork(&adds, peer_adds);
         l = net_loop(p);
         assert_true(p == CRPC_POLLER_POLL || crpc_loop_fd(l) >= 0);
-        ch = net_channel(adds.url, "?timeout_ms=20000", p, l, NULL);
+        ch = net_channel(adds.url, "?timeout_ms=3000", p, l, NULL);
+        foreign_turn(l, 0); /* from now on it is known to be driven: calls start no thread */
         foreign_done = 0;
         until = ct_now_ms() + 60000;
         while (foreign_done < 10000 && ct_now_ms() < until) {

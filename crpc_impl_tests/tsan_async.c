@@ -104,7 +104,7 @@ static bool async_look(ts_thread *t, async *a, async_slot *s, unsigned may)
     default:
         memset(&out, 0, sizeof out);
         TS_SET(&t->doing, "crpc_channel_fetch");
-        err = crpc_channel_fetch(a->ch, s->id, &out, NULL);
+        err = crpc_channel_fetch(a->ch, ts_methods, s->id, &out, NULL);
         if (err == CRPC_EPENDING)
             return false;
         TS_CHECK(err != CRPC_OK || out.seq == s->seq);

@@ -241,7 +241,7 @@ static void leaving_waiter(ts_thread *t)
         TS_GIVE(&s->id, id.value);
         err = crpc_channel_wait(s->shared, id, -1);
         TS_CHECK(err == CRPC_ENOTFOUND);
-        TS_CHECK(crpc_channel_fetch(s->shared, id, &out, NULL) == CRPC_ENOTFOUND);
+        TS_CHECK(crpc_channel_fetch(s->shared, ts_methods, id, &out, NULL) == CRPC_ENOTFOUND);
         TS_SET(&t->doing, "handing over");
         while (!TS_TAKE(&s->cancelled))
             sched_yield();

@@ -76,10 +76,12 @@ int crpc_channel_begin(crpc_channel *channel, const crpc_method *method, const v
     return 13;
 }
 
-int crpc_channel_fetch(crpc_channel *channel, crpc_id id, void *response, crpc_call *call)
+int crpc_channel_fetch(crpc_channel *channel, const crpc_method *method, crpc_id id, void *response,
+                       crpc_call *call)
 {
     seen.function = "fetch";
     seen.channel = channel;
+    seen.method = method;
     seen.id = id;
     seen.response = response;
     seen.call = call;
@@ -231,6 +233,7 @@ static int check_client(void)
     EXPECT(seen.method == &demo_UserService.methods[3] && seen.request == &request);
     EXPECT(demo_UserService_register_fetch(channel, id, &session, &call) == 14);
     EXPECT(strcmp(seen.function, "fetch") == 0 && seen.id.value == 99);
+    EXPECT(strcmp(seen.method->name, "register") == 0);
     EXPECT(seen.response == &session && seen.call == &call);
     EXPECT(demo_UserService_register_notify(channel, &request, &call) == 15);
     EXPECT(strcmp(seen.function, "notify") == 0 && seen.request == &request);

@@ -128,7 +128,7 @@ int demo_UserService_Login_begin(crpc_channel *channel, const demo_LoginRequest 
 int demo_UserService_Login_fetch(crpc_channel *channel, crpc_id id, demo_LoginResponse *response,
                                  crpc_call *call)
 {
-    return crpc_channel_fetch(channel, id, response, call);
+    return crpc_channel_fetch(channel, &demo_UserService_methods[0], id, response, call);
 }
 
 int demo_UserService_Login_notify(crpc_channel *channel, const demo_LoginRequest *request,
@@ -169,7 +169,7 @@ int demo_UserService_Balance_begin(crpc_channel *channel, const common_Account *
 int demo_UserService_Balance_fetch(crpc_channel *channel, crpc_id id, common_Money *response,
                                    crpc_call *call)
 {
-    return crpc_channel_fetch(channel, id, response, call);
+    return crpc_channel_fetch(channel, &demo_UserService_methods[1], id, response, call);
 }
 
 int demo_UserService_Balance_notify(crpc_channel *channel, const common_Account *request,
@@ -210,7 +210,7 @@ int demo_UserService_Logout_begin(crpc_channel *channel, const google_protobuf_E
 int demo_UserService_Logout_fetch(crpc_channel *channel, crpc_id id,
                                   google_protobuf_Empty *response, crpc_call *call)
 {
-    return crpc_channel_fetch(channel, id, response, call);
+    return crpc_channel_fetch(channel, &demo_UserService_methods[2], id, response, call);
 }
 
 int demo_UserService_Logout_notify(crpc_channel *channel, const google_protobuf_Empty *request,
@@ -252,7 +252,7 @@ int demo_UserService_register_begin(crpc_channel *channel, const demo_LoginReque
 int demo_UserService_register_fetch(crpc_channel *channel, crpc_id id,
                                     demo_LoginResponse_Session *response, crpc_call *call)
 {
-    return crpc_channel_fetch(channel, id, response, call);
+    return crpc_channel_fetch(channel, &demo_UserService_methods[3], id, response, call);
 }
 
 int demo_UserService_register_notify(crpc_channel *channel, const demo_LoginRequest *request,
@@ -299,7 +299,7 @@ int demo_UserService_AMethodWhoseNameIsLongEnoughToBreakEveryLineOfItsPrototype_
 int demo_UserService_AMethodWhoseNameIsLongEnoughToBreakEveryLineOfItsPrototype_fetch(
     crpc_channel *channel, crpc_id id, common_very_deep_DetailedAnswer *response, crpc_call *call)
 {
-    return crpc_channel_fetch(channel, id, response, call);
+    return crpc_channel_fetch(channel, &demo_UserService_methods[4], id, response, call);
 }
 
 int demo_UserService_AMethodWhoseNameIsLongEnoughToBreakEveryLineOfItsPrototype_notify(
