@@ -5293,8 +5293,8 @@ typedef void (*crpci_registry_status_fn)(void *user, int status, const char *tex
 /* What to register. NULL stands for "". Copied. */
 typedef struct crpci_registration {
     const char *service;
-    const char
-        *address; /* "host:port", host numeric; ":port": the address that reaches the registry */
+    const char *address; /* "host:port", host numeric; ":port": the address that reaches the
+                          * registry; "0.0.0.0:port": the IPv4 address that does */
     const char *group;
     const char *version;
     const char *application;
@@ -5803,6 +5803,7 @@ typedef struct crpci_zookeeper_reg {
     crpci_registration what; /* its texts are `text` */
     unsigned port;
     bool auto_host;
+    bool v4; /* ... and the listener takes no IPv6 */
     char host[INET6_ADDRSTRLEN];
     char address[CRPC_ADDRESS_MAX];
     int64_t timestamp_ms; /* part of the name: one for life */
@@ -6044,15 +6045,17 @@ CRPCI_COLD int crpci_zookeeper_make_hosts(crpci_zookeeper *s)
     return s->hosts ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* The address of this host on the way to the servers, by asking the routing table: connecting a
- * datagram socket sends nothing. */
-CRPCI_FN bool crpci_zookeeper_local_host(const crpci_zookeeper *s, char *out, size_t size)
+/* The address of this host on the way to the servers (v4: an IPv4 one), by asking the routing table:
+ * connecting a datagram socket sends nothing. */
+CRPCI_FN bool crpci_zookeeper_local_host(const crpci_zookeeper *s, bool v4, char *out, size_t size)
 {
     size_t i;
     *out = '\0';
     for (i = 0; i < s->server_count && !*out; i++) {
         const crpci_addr *to = &s->servers[i];
-        int fd = socket(to->u.any.sa_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+        int fd = v4 && to->u.any.sa_family != AF_INET
+                     ? -1
+                     : socket(to->u.any.sa_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
         crpci_addr a;
         if (fd < 0)
             continue;
@@ -6407,7 +6410,7 @@ CRPCI_FN bool crpci_zookeeper_reg_locate(crpci_zookeeper_reg *reg, bool *changed
     *changed = false;
     if (!reg->auto_host)
         return true;
-    if (!crpci_zookeeper_local_host(reg->task.session, host, sizeof host))
+    if (!crpci_zookeeper_local_host(reg->task.session, reg->v4, host, sizeof host))
         return false;
     *changed = strcmp(host, reg->host) != 0;
     if (*changed) {
@@ -6472,6 +6475,8 @@ CRPCI_FN void crpci_zookeeper_reg_choose(crpci_zookeeper_reg *reg)
         reg->task.step = CRPCI_ZOOKEEPER_DELETE;
     } else if (reg->twins_us && now >= reg->twins_us) {
         reg->evicted = false;
+        crpci_heap_strfree(reg->task.session->heap, reg->twin); /* a pass that was cut off */
+        reg->twin = NULL;
         reg->task.step = CRPCI_ZOOKEEPER_LIST;
     } else {
         reg->task.step = CRPCI_ZOOKEEPER_STAT;
@@ -6500,6 +6505,8 @@ CRPCI_FN bool crpci_zookeeper_reg_ready(crpci_zookeeper_reg *reg)
 /* Takes a registration off the session; the handle's reference goes with it. */
 CRPCI_FN void crpci_zookeeper_reg_drop(crpci_zookeeper_reg *reg)
 {
+    if (crpci_list_empty(&reg->task.node))
+        return; /* the session ended meanwhile, and dropped everything */
     crpci_list_remove(&reg->task.node);
     crpci_zookeeper_task_unref(&reg->task);
 }
@@ -6727,7 +6734,8 @@ CRPCI_FN void crpci_zookeeper_reg_resume(crpci_zookeeper_task *t, bool fresh)
     if (reg->moving)
         t->step = CRPCI_ZOOKEEPER_DELETE;
     else
-        t->step = reg->live ? CRPCI_ZOOKEEPER_STAT : CRPCI_ZOOKEEPER_CREATE;
+        t->step = reg->live ? CRPCI_ZOOKEEPER_IDLE : CRPCI_ZOOKEEPER_CREATE;
+    reg->check_us = 0; /* the way there may be another one, with another address */
     if (reg->withdrawn)
         t->step = CRPCI_ZOOKEEPER_GONE;
     t->due_us = 0;
@@ -7037,13 +7045,15 @@ CRPCI_FN void crpci_zookeeper_authenticate(crpci_zookeeper *s)
     link->authed = rc == ZOK;
 }
 
-/* Makes a new link. Busy; locked, unlocks meanwhile. */
-CRPCI_FN int crpci_zookeeper_connect(crpci_zookeeper *s)
+/* Makes a new link, or fails: the client wants memory, and a host that has an IPv6 address but no
+ * IPv4 address yet is told by getaddrinfo that an IPv4 server is none. Busy; locked, unlocks
+ * meanwhile. */
+CRPCI_FN void crpci_zookeeper_connect(crpci_zookeeper *s)
 {
     crpci_zookeeper_link *link = (crpci_zookeeper_link *)crpci_heap_alloc(s->heap, sizeof *link);
     s->renew_us = crpci_zookeeper_now(s) + crpci_zookeeper_backoff(s, ++s->failures);
     if (!link)
-        return CRPC_ENOMEM;
+        return;
     crpci_list_init(&link->ops);
     link->session = s;
     link->born_us = crpci_zookeeper_now(s);
@@ -7069,12 +7079,15 @@ CRPCI_FN int crpci_zookeeper_connect(crpci_zookeeper *s)
     if (!link->zh) {
         s->link = NULL;
         crpci_zookeeper_link_free(link);
-        return CRPC_ESYSTEM;
+        if (!s->warned)
+            crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s: the client does not start yet",
+                           s->authority);
+        s->warned = true;
+        return;
     }
     crpci_zookeeper_authenticate(s);
     link->ready = true;
     s->again = true;
-    return CRPC_OK;
 }
 
 #if !CRPC_ZOOKEEPER_ST
@@ -7524,8 +7537,8 @@ CRPCI_FN bool crpci_zookeeper_reg_address(crpci_zookeeper_reg *reg, const char *
     crpci_addr a;
     if (!crpci_sock_split(address, reg->host, sizeof reg->host, &reg->port) || reg->port == 0)
         return false;
-    reg->auto_host =
-        !*reg->host || strcmp(reg->host, "0.0.0.0") == 0 || strcmp(reg->host, "::") == 0;
+    reg->v4 = strcmp(reg->host, "0.0.0.0") == 0;
+    reg->auto_host = !*reg->host || reg->v4 || strcmp(reg->host, "::") == 0;
     if (reg->auto_host) {
         reg->host[0] = '\0';
         return true;
@@ -7741,10 +7754,10 @@ CRPCI_COLD int crpci_zookeeper_join_session(crpc_loop *l, const char *authority,
                                             crpci_zookeeper **out, crpc_error *error)
 {
     crpci_zookeeper *s, *made = NULL;
-    int err = CRPC_OK;
     crpci_loop_lock(l);
     s = crpci_zookeeper_find(l, authority, credential, timeout_ms);
     if (!s) { /* names are resolved without the lock; somebody else may be faster */
+        int err;
         crpci_loop_unlock(l);
         err = crpci_zookeeper_new(l, authority, credential, timeout_ms, &made, error);
         if (err)
@@ -7761,7 +7774,7 @@ CRPCI_COLD int crpci_zookeeper_join_session(crpc_loop *l, const char *authority,
         crpci_list_append(&l->registries, &s->node);
         s->busy = true;
         s->busy_thread = crpci_thread_self();
-        err = crpci_zookeeper_connect(s);
+        crpci_zookeeper_connect(s); /* if that fails it is tried again, as later on */
         s->failures = 0;
         s->busy = false;
         crpci_thread_broadcast(&s->cond);
@@ -7771,9 +7784,7 @@ CRPCI_COLD int crpci_zookeeper_join_session(crpc_loop *l, const char *authority,
     if (made)
         crpci_zookeeper_free(made);
     *out = s;
-    return err ? crpci_status_set(error, err, "zookeeper://%.150s: the client did not start: %s",
-                                  authority, err == CRPC_ENOMEM ? "out of memory" : strerror(errno))
-               : CRPC_OK;
+    return CRPC_OK;
 }
 
 /* The root of the tree from a URL's path: "dubbo" gives "/dubbo". */
@@ -7817,9 +7828,7 @@ CRPCI_COLD int crpci_zookeeper_open(crpc_loop *l, const crpci_url *url,
     if (!err)
         err = crpci_zookeeper_join_session(l, url->authority, credential, (int)timeout_ms,
                                            &r->session, error);
-    if (err && r->session) {
-        crpci_zookeeper_close(&r->base);
-    } else if (err) {
+    if (err) {
         crpci_heap_strfree(l->heap, r->root);
         crpci_heap_free(l->heap, r, sizeof *r);
     } else {
@@ -9458,7 +9467,8 @@ CRPCI_COLD int crpci_channel_await_list(crpc_channel *ch, const crpc_channel_opt
     bool listed;
     memset(&w, 0, sizeof w);
     crpci_loop_lock(l);
-    if (!ch->listed && ms) {
+    /* libzookeeper_st would bring it on this thread, which waits. */
+    if (!ch->listed && ms && !(CRPC_ZOOKEEPER_ST && crpci_loop_in_callback(l))) {
         ch->list_waiter = &w;
         crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
         ch->list_waiter = NULL;
@@ -10669,7 +10679,7 @@ CRPCI_COLD int crpci_server_public_address(crpc_server *s, char *out, size_t siz
         return crpci_status_set(error, CRPC_EINVAL,
                                 "registry: there is no tcp:// listener to register");
     if (wild)
-        snprintf(out, size, ":%u", port);
+        snprintf(out, size, "%s:%u", n->addr.u.any.sa_family == AF_INET ? "0.0.0.0" : "", port);
     else
         crpci_sock_format(&n->addr, out, size);
     return CRPC_OK;
@@ -10735,6 +10745,7 @@ CRPCI_COLD int crpci_server_await_enrolment(crpc_server *s, crpc_error *error)
     int64_t ms = s->options.registry_timeout_ms;
     crpci_waiter w;
     size_t i, through = 0;
+    int err = CRPC_OK;
     memset(&w, 0, sizeof w);
     crpci_loop_lock(l);
     for (i = 0; i < s->enrolled; i++)
@@ -10746,12 +10757,12 @@ CRPCI_COLD int crpci_server_await_enrolment(crpc_server *s, crpc_error *error)
         for (i = 0, through = 0; i < s->enrolled; i++)
             through += s->enrolments[i].through;
     }
+    if (through < s->enrolled && s->options.must_connect)
+        err = crpci_status_set(error, CRPC_EREGISTRY, "%.80s: not registered within %d ms%s%.100s",
+                               s->registry_url, (int)ms, *s->registry_text ? ": " : "",
+                               s->registry_text);
     crpci_loop_unlock(l);
-    if (through == s->enrolled || !s->options.must_connect)
-        return CRPC_OK;
-    return crpci_status_set(error, CRPC_EREGISTRY, "%.80s: not registered within %d ms%s%.100s",
-                            s->registry_url, (int)ms, *s->registry_text ? ": " : "",
-                            s->registry_text);
+    return err;
 }
 
 CRPCI_COLD void crpci_server_withdraw(crpc_server *s)
@@ -10902,11 +10913,14 @@ CRPC_API void crpc_server_stop(crpc_server *s)
         crpci_thread_store(&s->state, CRPCI_SERVER_STOPPING);
         s->drain_until = crpci_loop_now(l) + (int64_t)s->options.drain_ms * 1000;
         crpci_server_close_listeners(s);
-        crpci_loop_timer_set(l, &s->drain, 0);
     }
     crpci_loop_unlock(l);
-    if (first)
-        crpci_server_withdraw(s);
+    if (!first)
+        return;
+    crpci_server_withdraw(s);
+    crpci_loop_lock(l); /* not before: another thread may close the server when it is drained */
+    crpci_loop_timer_set(l, &s->drain, 0);
+    crpci_loop_unlock(l);
 }
 
 /* Waits for the end of draining, driving the loop if nobody does. */

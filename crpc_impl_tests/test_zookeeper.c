@@ -142,7 +142,7 @@ static void it_finds_its_own_address(void **state)
     char host[INET6_ADDRSTRLEN];
     (void)state;
     assert_int_equal(session(loop, "127.0.0.1", &s, NULL), CRPC_OK);
-    assert_true(crpci_zookeeper_local_host(s, host, sizeof host));
+    assert_true(crpci_zookeeper_local_host(s, false, host, sizeof host));
     assert_string_equal(host, "127.0.0.1");
     crpci_zookeeper_free(s);
     crpc_loop_close(loop);
