@@ -953,8 +953,9 @@ CRPC_API CRPC_MUST_CHECK int crpc_server_address(crpc_server *server, size_t ind
                                                  size_t size);
 
 /* Begins to serve: accepts connections, starts io_threads and workers, registers the services. The
- * loop must be driven by the caller if io_threads is 0; with a private loop, crpc_server_run or
- * crpc_loop_start(crpc_server_loop(server)) does. */
+ * server's loop, which accepts, must be driven by the caller, also where there are io_threads:
+ * crpc_server_run or crpc_loop_start(crpc_server_loop(server)) does. One that failed to start is to
+ * be closed. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_start(crpc_server *server, crpc_error *error);
 
 /* crpc_server_start if need be, then drives the server's loop until crpc_server_stop has taken
@@ -967,9 +968,9 @@ CRPC_API CRPC_MUST_CHECK int crpc_server_run(crpc_server *server);
  * handler call crpc_loop_stop instead. */
 CRPC_API void crpc_server_stop(crpc_server *server);
 
-/* Stops without waiting longer than drain_ms and frees. Requests still in handlers on other threads
- * find their peer gone. Not inside a handler (CRPC_EDEADLK is logged and nothing done). NULL is
- * ignored. */
+/* Stops without waiting longer than drain_ms for replies, then for handlers on workers and I/O
+ * threads to return, and frees. Requests finished later find their peer gone. Not inside a handler
+ * or callback (that is logged and nothing done). NULL is ignored. */
 CRPC_API void crpc_server_close(crpc_server *server);
 
 /* The loop that accepts connections. */
@@ -3556,6 +3557,8 @@ struct crpc_loop {
     bool driver;   /* somebody steps */
     bool owned;    /* ... and it is run, _step or the own thread */
     bool foreign;  /* the program steps it from time to time */
+    bool foreign_stale;  /* it was given poll descriptors that have changed since */
+    int64_t foreign_at;  /* it was told to wait until then; 0: it will ask again before it waits */
     bool sleeping; /* the driver waits in the poller, without the lock */
     bool in_user;  /* the driver runs user code, without the lock */
     bool kicked;
@@ -3568,6 +3571,8 @@ struct crpc_loop {
     bool disposed; /* whoever drives last lets go of it */
     int64_t wake_at;
     int64_t last_step;
+    int64_t now; /* the clock when it was last looked at, see crpci_loop_time */
+    bool fresh;  /* ... since when neither a wait nor user code can have taken time */
     crpci_thread user_thread;
     crpci_thread thread;
     crpci_cond owner_cond;
@@ -3642,6 +3647,17 @@ CRPCI_FN int64_t crpci_loop_now(const crpc_loop *l)
     return crpci_heap_now(l->heap);
 }
 
+/* Locked: the time, for what need not be exact to the microsecond. The clock is looked at once after
+ * each wait and each run of user code, and at the beginning of each call. */
+CRPCI_FN int64_t crpci_loop_time(crpc_loop *l)
+{
+    if (!l->fresh) {
+        l->now = crpci_loop_now(l);
+        l->fresh = true;
+    }
+    return l->now;
+}
+
 /* P1: whether this thread is inside a callback of the loop. */
 CRPCI_FN bool crpci_loop_in_callback(const crpc_loop *l)
 {
@@ -3684,6 +3700,7 @@ CRPCI_FN void crpci_loop_queue(crpci_list *list, crpci_task *t)
 CRPCI_FN void crpci_loop_user_begin(crpc_loop *l)
 {
     l->in_user = true;
+    l->fresh = false;
     l->user_thread = crpci_thread_self();
     crpci_loop_unlock(l);
 }
@@ -3691,7 +3708,7 @@ CRPCI_FN void crpci_loop_user_begin(crpc_loop *l)
 CRPCI_FN void crpci_loop_user_end(crpc_loop *l)
 {
     crpci_loop_lock(l);
-    l->in_user = false;
+    l->in_user = l->fresh = false;
 }
 
 CRPCI_FN void crpci_loop_run_list(crpc_loop *l, crpci_list *list)
@@ -3720,12 +3737,16 @@ CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
     }
 }
 
-CRPCI_FN void crpci_loop_timer_set(crpc_loop *l, crpci_timer *t, int64_t delay_us)
+CRPCI_FN void crpci_loop_timer_at(crpc_loop *l, crpci_timer *t, int64_t due)
 {
-    int64_t due = crpci_loop_now(l) + (delay_us > 0 ? delay_us : 0);
     crpci_timer_set(&l->timers, t, due);
     if (due < l->wake_at)
         crpci_loop_kick(l);
+}
+
+CRPCI_FN void crpci_loop_timer_set(crpc_loop *l, crpci_timer *t, int64_t delay_us)
+{
+    crpci_loop_timer_at(l, t, crpci_loop_now(l) + (delay_us > 0 ? delay_us : 0));
 }
 
 CRPCI_FN void crpci_loop_timer_cancel(crpc_loop *l, crpci_timer *t)
@@ -3737,7 +3758,7 @@ CRPCI_FN void crpci_loop_timer_cancel(crpc_loop *l, crpci_timer *t)
 CRPCI_FN void crpci_loop_run_timers(crpc_loop *l)
 {
     crpci_timer *due, *t;
-    crpci_timer_advance(&l->timers, crpci_loop_now(l));
+    crpci_timer_advance(&l->timers, crpci_loop_time(l));
     due = l->timers.fired;
     if (!due)
         return;
@@ -3779,8 +3800,10 @@ CRPCI_FN int crpci_loop_watch_set(crpc_loop *l, crpci_watch *w, int fd, unsigned
                 l->stats.watches++;
         }
     }
-    if (l->poller.kind == CRPC_POLLER_POLL)
+    if (l->poller.kind == CRPC_POLLER_POLL) {
+        l->foreign_stale = l->foreign_at != 0;
         crpci_loop_kick(l); /* P6: poll works on a copy */
+    }
     return err;
 }
 
@@ -3911,11 +3934,12 @@ CRPCI_FN int64_t crpci_loop_patience(crpc_loop *l, int64_t until, bool user)
     at = crpci_base_min64(at, until);
     l->wake_at = at;
     if ((user && !crpci_list_empty(&l->ready)) || !crpci_list_empty(&l->resume) ||
-        !crpci_list_empty(&l->dirty) || l->hurry || (l->owned && crpci_thread_load(&l->stop)))
+        !crpci_list_empty(&l->dirty) || l->hurry || l->owner_waiting ||
+        (l->owned && crpci_thread_load(&l->stop)))
         return 0;
     if (at == INT64_MAX)
         return -1;
-    now = crpci_loop_now(l);
+    now = crpci_loop_time(l);
     return at > now ? at - now : 0;
 }
 
@@ -3939,10 +3963,12 @@ CRPCI_FN void crpci_loop_step(crpc_loop *l, int64_t until, bool user)
         patience = crpci_base_min64(patience < 0 ? 1000 : patience, 1000);
     l->stats.waits++;
     l->sleeping = true;
+    l->fresh = false;
     crpci_loop_unlock(l);
     n = crpci_poller_wait(&l->poller, patience, events);
     crpci_loop_lock(l);
     l->sleeping = false;
+    l->last_step = crpci_loop_time(l);
     for (i = 0; i < n; i++) {
         crpci_watch *w = (crpci_watch *)crpci_id_get(&l->watches, events[i].id);
         if (w)
@@ -3951,7 +3977,13 @@ CRPCI_FN void crpci_loop_step(crpc_loop *l, int64_t until, bool user)
     if (user)
         crpci_loop_run_ready(l);
     crpci_loop_run_list(l, &l->dirty);
-    l->last_step = crpci_loop_now(l);
+}
+
+/* Whether what a program with its own poll loop waits for has changed while a caller drove. */
+CRPCI_FN bool crpci_loop_foreign_due(const crpc_loop *l)
+{
+    return l->foreign && (l->foreign_stale || !crpci_list_empty(&l->resume) ||
+                          crpci_timer_next_us(&l->timers) < l->foreign_at);
 }
 
 /* P4: the driver's way out. */
@@ -3959,7 +3991,7 @@ CRPCI_FN void crpci_loop_leave(crpc_loop *l)
 {
     while (!crpci_list_empty(&l->dirty))
         crpci_loop_run_list(l, &l->dirty);
-    l->driver = false;
+    l->driver = l->fresh = false;
     if (!crpci_list_empty(&l->ready))
         crpci_loop_kick(l); /* a program that polls the loop's descriptor has to step it */
     if (l->owner_waiting || l->joining) {
@@ -3995,6 +4027,7 @@ CRPCI_FN void crpci_loop_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
         return;
     }
     w->queued = true;
+    l->fresh = false;
     crpci_list_append(&l->followers, &w->link);
     crpci_thread_wait(&w->cond, &l->lock, until != INT64_MAX && us < 0 ? 0 : us);
     if (w->queued)
@@ -4011,7 +4044,7 @@ CRPCI_FN void crpci_loop_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
  * driver run callbacks too (P8: a synchronous call never does). */
 CRPCI_FN void crpci_loop_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool user)
 {
-    while (!w->done && (until == INT64_MAX || crpci_loop_now(l) < until)) {
+    while (!w->done && (until == INT64_MAX || crpci_loop_time(l) < until)) {
         if (!w->driving && !l->driver && !l->owned && !l->owner_waiting)
             l->driver = w->driving = true;
         if (w->driving)
@@ -4033,8 +4066,7 @@ CRPCI_FN void crpci_loop_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool
 /* P10: a FIN that came while nobody drove is seen before a request is sent into it. */
 CRPCI_FN void crpci_loop_catch_up(crpc_loop *l)
 {
-    if (l->driver || l->owned || l->owner_waiting ||
-        crpci_loop_now(l) - l->last_step < 10000)
+    if (l->driver || l->owned || l->owner_waiting || crpci_loop_time(l) - l->last_step < 10000)
         return;
     l->driver = true;
     crpci_loop_step(l, 0, false);
@@ -4295,6 +4327,8 @@ CRPC_API int crpc_loop_step(crpc_loop *l, int timeout_ms)
     int err;
     crpci_loop_lock(l);
     l->foreign = true;
+    l->foreign_stale = false; /* it asks again before it waits */
+    l->foreign_at = 0;
     err = crpci_loop_own(l);
     if (err) {
         crpci_loop_unlock(l);
@@ -4356,6 +4390,7 @@ CRPC_API int crpc_loop_timeout(crpc_loop *l)
     crpci_loop_lock(l);
     l->foreign = true;
     ms = crpci_poller_ms(crpci_loop_patience(l, INT64_MAX, true));
+    l->foreign_at = l->wake_at;
     crpci_loop_unlock(l);
     return ms;
 }
@@ -4419,6 +4454,8 @@ CRPC_API int crpc_loop_rewatch(crpc_loop *l, crpc_id id, unsigned events)
 {
     crpci_loop_user *u;
     int err = CRPC_ENOTFOUND;
+    if (events & ~(CRPC_READABLE | CRPC_WRITABLE))
+        return CRPC_EINVAL;
     crpci_loop_lock(l);
     u = (crpci_loop_user *)crpci_id_get(&l->users, id.value);
     if (u && u->kind == CRPCI_LOOP_WATCH) {
@@ -4477,6 +4514,7 @@ CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
 #define CRPCI_CONN_FRAMES 128       /* frames handled per step; the rest waits for the next */
 #define CRPCI_CONN_META_MAX (64u << 10) /* of a frame that is refused for its size */
 #define CRPCI_CONN_IOV 64
+#define CRPCI_CONN_ROUNDS 16 /* sends in a row, if somebody drives who can go on */
 
 /* A frame to be sent. It stands at the beginning of its own chunk, before the bytes. */
 typedef struct crpci_out crpci_out;
@@ -4553,6 +4591,7 @@ struct crpci_conn {
     size_t rx_total;    /* 0: the header is not complete */
     int64_t rx_since;   /* when it began */
     int64_t frame_timeout_us; /* 0: none */
+    int64_t linger_bytes;     /* close_when_sent: tx_bytes when the timer was set */
     crpci_chunk *left;  /* input over the step's budget */
     const uint8_t *left_at;
     size_t left_len;
@@ -4687,6 +4726,7 @@ CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
     if (c->paused == paused || c->closed)
         return;
     c->paused = paused;
+    c->rx_since = crpci_loop_now(c->loop); /* a pause is not the peer's slowness */
     if (!paused && c->left) {
         crpci_loop_queue(&c->loop->resume, &c->resume);
         crpci_loop_kick(c->loop); /* no descriptor tells the driver of input already read */
@@ -4742,7 +4782,8 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
             c->tx_tail = NULL;
         o->queued = false;
         c->tx_memory -= crpci_conn_out_memory(o);
-        c->up->sent(c, o);
+        if (!c->closed) /* else its owner was told, and may be gone */
+            c->up->sent(c, o);
         crpci_conn_out_free(o);
     }
     if (c->loop->io_waiters)
@@ -4755,14 +4796,22 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
 {
     crpc_loop *l = c->loop;
     struct iovec iov[CRPCI_CONN_IOV];
+    int rounds = 0;
     if (c->writing || c->closed || c->connecting || c->blocked)
         return;
     crpci_list_remove(&c->flush.link);
     crpci_conn_hold(c);
     c->writing = true;
     while (c->tx_head && !c->closed) {
-        int count = crpci_conn_gather(c, iov), saved;
+        int count = 0, saved;
         ssize_t n;
+        if (rounds++ >= CRPCI_CONN_ROUNDS && l->driver) {
+            /* Others append as fast as it sends: nobody is to be kept here by them. */
+            crpci_loop_queue(&l->dirty, &c->flush);
+            crpci_loop_kick(l);
+            break;
+        }
+        count = crpci_conn_gather(c, iov);
         l->stats.sends++;
         crpci_loop_unlock(l);
         n = c->io->writev(c->fd, c->io_state, iov, count);
@@ -4848,7 +4897,7 @@ CRPCI_FN void crpci_conn_deliver(crpci_conn *c, crpci_chunk *chunk, const uint8_
     uint32_t body = crpci_base_get32(p + 4), meta = crpci_base_get32(p + 8);
     const uint8_t *at = p + CRPCI_FRAME_HEADER + meta;
     crpci_message m;
-    c->active_us = crpci_loop_now(c->loop);
+    c->active_us = crpci_loop_time(c->loop);
     if (!crpci_meta_read(p + CRPCI_FRAME_HEADER, meta, &m.meta)) {
         crpci_conn_bad(c, "the peer's RpcMeta does not decode");
         return;
@@ -7892,6 +7941,7 @@ typedef struct crpci_endpoint {
     crpci_list waiting; /* calls for a connection or a slot */
     crpci_list active;  /* calls queued on or sent over conn */
     uint32_t active_count;
+    bool serving;      /* crpci_endpoint_serve_waiting is at work */
     crpci_timer timer; /* end of the backoff */
     int failures;      /* since the last reply */
     int64_t usable_at; /* 0 or the end of a backoff, of a logoff */
@@ -7934,7 +7984,6 @@ typedef struct crpci_call {
     crpci_call_kind kind;
     crpci_call_state state;
     uint64_t id;
-    crpci_request request;
     crpci_out *out; /* queued on the endpoint's connection; NULL: not */
     crpci_endpoint *endpoint;
     int64_t start_us;
@@ -7944,15 +7993,16 @@ typedef struct crpci_call {
     crpc_sent sent;
     const crpci_endpoint *tried[CRPCI_CHANNEL_TRIED];
     crpci_waiter *waiter;
-    char address[CRPC_ADDRESS_MAX]; /* the last provider tried */
     crpc_error *error; /* the caller's, or in error_chunk; NULL: not wanted or no memory */
     crpci_chunk *error_chunk;
     int status;
     bool replied;
-    crpci_message reply; /* if replied; holds a reference of its chunk */
     crpc_done_fn deliver;
     crpc_any_fn fn;
     void *user;
+    char address[CRPC_ADDRESS_MAX]; /* the last provider tried; from here on not cleared */
+    crpci_request request;
+    crpci_message reply; /* if replied; holds a reference of its chunk */
 } crpci_call;
 
 struct crpc_channel {
@@ -8428,6 +8478,21 @@ CRPCI_FN void crpci_call_finish(crpci_call *c, int status)
         crpci_loop_done(l, c->waiter);
 }
 
+/* The deadline has passed. A late reply on a connection with few slots would be taken for the next
+ * call's: such a connection is closed first, so that no waiting call is put on it. */
+CRPCI_FN void crpci_call_expire(crpci_call *c)
+{
+    crpci_endpoint *e = c->endpoint;
+    bool active = c->state == CRPCI_CALL_ACTIVE, parked = c->state == CRPCI_CALL_WAITING;
+    crpci_call_detach(c);
+    crpci_call_explain(c, CRPC_ETIMEDOUT,
+                       parked ? "deadline exceeded while waiting for a connection"
+                              : "deadline exceeded");
+    if (active && e->inflight && c->sent != CRPC_SENT_NO && e->conn)
+        crpci_conn_close(e->conn, CRPC_ETIMEDOUT, 0);
+    crpci_call_finish(c, CRPC_ETIMEDOUT);
+}
+
 /* --- attempts
  * ---------------------------------------------------------------------------------- */
 
@@ -8445,7 +8510,7 @@ CRPCI_FN bool crpci_call_has_tried(const crpci_call *c, const crpci_endpoint *e)
  * backoff ends first. */
 CRPCI_FN crpci_endpoint *crpci_channel_pick(crpc_channel *ch, const crpci_call *c)
 {
-    int64_t now = crpci_loop_now(ch->loop);
+    int64_t now = crpci_loop_time(ch->loop);
     crpci_endpoint *best = NULL;
     size_t i;
     for (i = 0; i < ch->endpoint_count; i++) {
@@ -8471,7 +8536,7 @@ CRPCI_FN int crpci_call_send(crpci_call *c)
     crpci_request *r = &c->request;
     uint8_t *data = crpci_heap_data(r->chunk);
     crpci_out *o = (crpci_out *)(void *)data;
-    int64_t left = (c->deadline_us - crpci_loop_now(e->loop)) / 1000;
+    int64_t left = (c->deadline_us - crpci_loop_time(e->loop)) / 1000;
     r->meta.timeout_ms = (int32_t)(left > 1 ? left : 1);
     r->meta.correlation_id = c->kind == CRPCI_CALL_NOTIFY ? 0 : (int64_t)c->id;
     memset(o, 0, sizeof *o);
@@ -8521,21 +8586,20 @@ CRPCI_FN void crpci_call_failed(crpci_call *c, int code, const char *cause)
 /* Lets the next waiting calls onto the connection, as far as there are slots. */
 CRPCI_FN void crpci_endpoint_serve_waiting(crpci_endpoint *e)
 {
+    if (e->serving) /* a call that failed below: the turn goes on there, not deeper in the stack */
+        return;
+    e->serving = true;
+    e->refs++; /* a failure lets go of the call's reference */
     while (e->conn && !e->conn->connecting && !e->conn->closed &&
            !crpci_list_empty(&e->waiting) && (!e->inflight || e->active_count < e->inflight)) {
         crpci_call *c = CRPCI_CONTAINER(e->waiting.next, crpci_call, link);
         crpci_list_remove(&c->link);
         c->state = CRPCI_CALL_IDLE;
-        if (crpci_call_send(c)) {
-            e->refs++; /* the failure lets go of the call's reference */
+        if (crpci_call_send(c))
             crpci_call_failed(c, CRPC_EOVERCROWDED, "the connection's send queue is full");
-            if (e->refs == 1) {
-                crpci_endpoint_drop(e);
-                return;
-            }
-            crpci_endpoint_drop(e);
-        }
     }
+    e->serving = false;
+    crpci_endpoint_drop(e);
 }
 
 /* Picks a provider and sends, or waits for its connection. */
@@ -8603,6 +8667,7 @@ CRPCI_FN void crpci_endpoint_fail_calls(crpci_endpoint *e, crpci_list *which, co
 CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
 {
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
+    bool connecting = conn->connecting;
     char cause[96];
     crpci_out *o;
     if (!e)
@@ -8628,8 +8693,11 @@ CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
     if (conn->connecting || e->failures)
         crpci_endpoint_back_off(e);
     e->conn = NULL;
+    if (connecting) /* first: a call of `active` may come to wait for the next connection */
+        crpci_endpoint_fail_calls(e, &e->waiting, cause);
     crpci_endpoint_fail_calls(e, &e->active, cause);
-    crpci_endpoint_fail_calls(e, &e->waiting, cause);
+    if (!e->conn && !crpci_list_empty(&e->waiting)) /* they waited for a slot: not their failure */
+        crpci_endpoint_dial(e);
     crpci_conn_drop(conn);
     crpci_endpoint_drop(e);
 }
@@ -8874,17 +8942,17 @@ CRPCI_FN void crpci_channel_after(crpc_channel *ch, const crpc_method *m, crpc_c
 /* --- beginning a call
  * -------------------------------------------------------------------------- */
 
-/* The rest of what a call inherits and is bounded by. Locked. */
+/* The rest of what a call inherits and is bounded by; its request is there. Locked. */
 CRPCI_FN void crpci_call_init(crpci_call *c, crpc_channel *ch, const crpc_method *m,
-                              crpci_call_kind kind, const crpc_call *in, const crpci_request *r,
-                              int64_t start, int64_t deadline)
+                              crpci_call_kind kind, const crpc_call *in, int64_t start,
+                              int64_t deadline)
 {
     int retries = in->retries ? (in->retries < 0 ? 0 : in->retries) : ch->retries;
-    memset(c, 0, sizeof *c);
+    memset(c, 0, offsetof(crpci_call, address));
+    c->address[0] = '\0';
     c->channel = ch;
     c->method = m;
     c->kind = kind;
-    c->request = *r;
     c->start_us = start;
     c->deadline_us = deadline;
     c->max_attempts = 1 + (retries < 1000 ? retries : 1000);
@@ -8908,6 +8976,16 @@ CRPCI_FN int64_t crpci_channel_deadline(const crpc_channel *ch, const crpc_metho
         at = crpci_base_min64(at,
                               ((const crpci_origin *)(const void *)call->parent)->deadline_us);
     return at;
+}
+
+/* Locks for a call that began at `start`, and lets the loop catch up, which unlocks meanwhile. */
+CRPCI_FN void crpci_channel_enter(crpc_loop *l, int64_t start)
+{
+    crpci_loop_lock(l);
+    if (start > l->now)
+        l->now = start;
+    l->fresh = true;
+    crpci_loop_catch_up(l);
 }
 
 /* P2: sends what was queued, unless the driver will before it sleeps. */
@@ -8937,19 +9015,8 @@ CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_call *c)
     crpci_loop_wait(l, &w, c->deadline_us, false);
     c->waiter = NULL;
     if (c->state != CRPCI_CALL_DONE) {
-        bool jammed = c->state == CRPCI_CALL_ACTIVE && c->endpoint->inflight;
-        crpci_endpoint *e = c->endpoint;
-        bool parked = c->state == CRPCI_CALL_WAITING;
-        e->refs++;
-        if (c->out && (c->out->sent || c->out->inflight))
-            c->sent = CRPC_SENT_MAYBE;
-        crpci_call_explain(c, CRPC_ETIMEDOUT,
-                           parked ? "deadline exceeded while waiting for a connection"
-                                  : "deadline exceeded");
-        crpci_call_finish(c, CRPC_ETIMEDOUT);
-        if (jammed && e->conn) /* its late reply would be taken for the next call's */
-            crpci_conn_close(e->conn, CRPC_ETIMEDOUT, 0);
-        crpci_endpoint_drop(e);
+        crpci_call_expire(c);
+        crpci_channel_flush(l); /* the next call for its slot */
     }
     crpci_id_remove(&l->calls, c->id);
     crpci_list_remove(&c->of_channel);
@@ -8960,21 +9027,19 @@ CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpc_method *m, const vo
 {
     crpc_loop *l = ch->loop;
     int64_t start = crpci_loop_now(l);
-    crpci_request r;
     crpci_call c;
-    int err = crpci_channel_encode(ch, m, request, call, true, &r);
+    int err = crpci_channel_encode(ch, m, request, call, true, &c.request);
     if (err)
         return err;
-    crpci_loop_lock(l);
-    crpci_loop_catch_up(l); /* unlocks: first of all */
+    crpci_channel_enter(l, start);
     if (crpci_loop_in_callback(l) || ch->closed) {
         err = ch->closed ? CRPC_ECANCELED : CRPC_EDEADLK;
         crpci_loop_unlock(l);
-        crpci_heap_chunk_unref(r.chunk);
+        crpci_heap_chunk_unref(c.request.chunk);
         return crpci_status_set(&call->error, err, "%s.%s: %s (local)", m->service, m->name,
                                 crpc_status_text(err));
     }
-    crpci_call_init(&c, ch, m, CRPCI_CALL_SYNC, call, &r, start,
+    crpci_call_init(&c, ch, m, CRPCI_CALL_SYNC, call, start,
                     crpci_channel_deadline(ch, m, call, start));
     crpci_loop_task_init(&c.task, NULL);
     c.error = &call->error;
@@ -9029,21 +9094,8 @@ CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const voi
 
 CRPCI_FN void crpci_call_on_timer(crpc_loop *l, crpci_timer *t)
 {
-    crpci_call *c = CRPCI_CONTAINER(t, crpci_call, timer);
-    crpci_endpoint *e = c->endpoint;
-    bool jammed = c->state == CRPCI_CALL_ACTIVE && e->inflight,
-         parked = c->state == CRPCI_CALL_WAITING;
     (void)l;
-    e->refs++;
-    if (c->out && (c->out->sent || c->out->inflight))
-        c->sent = CRPC_SENT_MAYBE;
-    crpci_call_explain(c, CRPC_ETIMEDOUT,
-                       parked ? "deadline exceeded while waiting for a connection"
-                              : "deadline exceeded");
-    crpci_call_finish(c, CRPC_ETIMEDOUT);
-    if (jammed && e->conn) /* its late reply would be taken for the next call's */
-        crpci_conn_close(e->conn, CRPC_ETIMEDOUT, 0);
-    crpci_endpoint_drop(e);
+    crpci_call_expire(CRPCI_CONTAINER(t, crpci_call, timer));
 }
 
 /* Runs a callback with the result. Decoding goes without the lock, into a block of its own. */
@@ -9105,16 +9157,19 @@ CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const v
         call = *in;
     memset(call.reserved, 0, sizeof call.reserved);
     *out = NULL;
+    crpci_loop_hold(l); /* an interceptor may close the channel */
+    crpci_thread_ref(&ch->refs);
     err = crpci_channel_before(ch, m, &call, &ran);
     if (!err)
         err = crpci_channel_encode(ch, m, request, &call, false, &r);
     if (err) {
         crpci_channel_after(ch, m, &call, err, ran);
         crpc_call_reset(&call);
+        crpci_channel_drop(ch);
+        crpci_loop_release(l);
         return err;
     }
-    crpci_loop_lock(l);
-    crpci_loop_catch_up(l); /* unlocks: first of all */
+    crpci_channel_enter(l, start);
     c = NULL;
     if (ch->closed)
         err = CRPC_ECANCELED;
@@ -9127,7 +9182,8 @@ CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const v
         err = c ? CRPC_OK : CRPC_ENOMEM;
     }
     if (!err) {
-        crpci_call_init(c, ch, m, kind, &call, &r, start,
+        c->request = r;
+        crpci_call_init(c, ch, m, kind, &call, start,
                         crpci_channel_deadline(ch, m, &call, start));
         crpci_loop_task_init(&c->task, crpci_call_deliver);
         crpci_timer_init(&c->timer, crpci_call_on_timer);
@@ -9146,16 +9202,21 @@ CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const v
         *out = c;
     }
     crpc_call_reset(&call);
+    crpci_channel_drop(ch); /* not the last where the loop is locked: the call has one */
+    crpci_loop_release(l);
     return err;
 }
 
 /* Starts what crpci_channel_async entered, and unlocks. The call may end, and be freed, in here. */
 CRPCI_FN void crpci_channel_launch(crpc_loop *l, crpci_call *c)
 {
-    crpci_loop_timer_set(l, &c->timer, c->deadline_us - crpci_loop_now(l));
+    crpci_loop_hold(l); /* its callback may close the channel before this returns */
+    crpci_loop_timer_at(l, &c->timer, c->deadline_us);
     crpci_call_attempt(c);
     crpci_channel_flush(l);
+    l->fresh = false;
     crpci_loop_unlock(l);
+    crpci_loop_release(l);
 }
 
 CRPC_API int crpc_channel_call_async(crpc_channel *ch, const crpc_method *m, const void *request,
@@ -9269,6 +9330,7 @@ CRPC_API int crpc_channel_fetch(crpc_channel *ch, const crpc_method *m, crpc_id 
     crpci_id_remove(&l->calls, c->id); /* from here on it is this thread's alone */
     c->id = 0;
     crpci_list_remove(&c->of_channel);
+    crpci_loop_hold(l); /* an interceptor may close the channel */
     crpci_loop_unlock(l);
     if (!call) {
         memset(&local, 0, sizeof local);
@@ -9291,6 +9353,7 @@ CRPC_API int crpc_channel_fetch(crpc_channel *ch, const crpc_method *m, crpc_id 
     crpci_loop_lock(l);
     crpci_call_free(c);
     crpci_loop_unlock(l);
+    crpci_loop_release(l);
     return err;
 }
 
@@ -9306,6 +9369,7 @@ CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
         if (c->waiter)
             crpci_loop_done(l, c->waiter);
         crpci_call_free(c);
+        crpci_channel_flush(l); /* the next call for its slot */
     }
     crpci_loop_unlock(l);
     return c ? CRPC_OK : CRPC_ENOTFOUND;
@@ -9606,6 +9670,7 @@ CRPC_API void crpc_channel_close(crpc_channel *ch)
     }
     crpci_channel_drop_endpoints(ch);
     crpci_channel_drop(ch);
+    crpci_channel_flush(l); /* calls of other channels for the slots */
     crpci_loop_unlock(l);
     if (private_loop)
         crpc_loop_close(l);
@@ -10045,10 +10110,14 @@ CRPCI_FN void crpci_server_close_if_done(crpci_conn *conn)
 {
     if (!conn->eof || conn->busy || conn->left || conn->closed)
         return;
-    if (conn->tx_head)
-        conn->close_when_sent = true;
-    else
+    if (!conn->tx_head) {
         crpci_conn_close(conn, CRPC_ECLOSE, 0);
+    } else if (!conn->close_when_sent) {
+        conn->close_when_sent = true;
+        conn->linger_bytes = conn->tx_bytes; /* a peer that reads nothing for so long is closed */
+        if (conn->frame_timeout_us)
+            crpci_loop_timer_set(conn->loop, &conn->timer, conn->frame_timeout_us);
+    }
 }
 
 /* Ends a request: runs what is due, sends the reply, frees the context. Without the lock. */
@@ -10289,8 +10358,12 @@ CRPCI_FN void crpci_server_on_timer(crpci_conn *conn)
     const crpc_server *s = (const crpc_server *)conn->owner;
     int64_t now = crpci_loop_now(conn->loop), next = INT64_MAX;
     int64_t idle = (int64_t)s->options.idle_timeout_ms * 1000;
-    if (conn->rx && conn->frame_timeout_us)
-        next = conn->rx_since + conn->frame_timeout_us;
+    bool stuck = conn->close_when_sent && conn->tx_bytes == conn->linger_bytes;
+    conn->linger_bytes = conn->tx_bytes;
+    if (conn->rx && conn->frame_timeout_us && !conn->close_when_sent)
+        next = (conn->paused ? now : conn->rx_since) + conn->frame_timeout_us;
+    if (conn->close_when_sent && conn->frame_timeout_us)
+        next = stuck ? now : now + conn->frame_timeout_us;
     if (idle && !conn->busy && !conn->tx_head && !conn->rx)
         next = crpci_base_min64(next, conn->active_us + idle);
     else if (idle)
@@ -10815,7 +10888,7 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
     crpc_loop *l = s->loop;
     crpci_list *i;
     int err;
-    if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW)
+    if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW || s->io_loops)
         return crpci_status_set(error, CRPC_EBUSY, "the server has been started already");
     if (crpci_list_empty(&s->listeners))
         return crpci_status_set(error, CRPC_EINVAL, "nothing to listen on: set options.listen");

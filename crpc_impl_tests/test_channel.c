@@ -427,6 +427,115 @@ static void the_deadline_is_total_and_kept(void **state)
     }
 }
 
+/* Reads nothing until user is set, then goes on as a good peer would; the first request's attachment
+ * must have come whole. */
+static bool peer_late_reader(peer *p, int fd, int number)
+{
+    wire_message m;
+    (void)number;
+    if (!CT_WAIT(__atomic_load_n((int *)p->user, __ATOMIC_SEQ_CST), NET_PATIENCE))
+        return true;
+    if (peer_receive(p, fd, &m) == 1) {
+        size_t size = (size_t)m.attachment_size, i, wrong = 0;
+        char *bytes = net_bytes(size);
+        for (i = 0; i < size; i++)
+            wrong += m.body[m.body_size - size + i] != (unsigned char)bytes[i];
+        __atomic_store_n((int *)p->user, wrong ? -1 : 2, __ATOMIC_SEQ_CST);
+        free(bytes);
+        wire_done(&m);
+    }
+    return peer_adds(p, fd, number);
+}
+
+/* What was partly sent when the deadline passed is sent to its end, for the sake of what follows on
+ * the connection; but not out of the caller's memory. */
+static void a_request_cut_by_its_deadline_goes_out_whole(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        const size_t size = 12 << 20;
+        int go = 0;
+        peer late;
+        crpc_channel *ch;
+        char *bytes = net_bytes(size);
+        dyn_Blob in = dyn_Blob_init_zero, out = dyn_Blob_init_zero;
+        crpc_call call = CRPC_INIT;
+        peer_open(&late, peer_late_reader, &go);
+        ch = net_channel(late.url, "?timeout_ms=20000", p, NULL, NULL);
+        call.timeout_ms = 60;
+        call.attachment = view_at(bytes, size);
+        assert_int_equal(dyn_Echo_Pass(ch, &in, &out, &call), CRPC_ETIMEDOUT);
+        assert_int_equal(call.error.sent, CRPC_SENT_MAYBE);
+        memset(bytes, 0, size);
+        free(bytes);
+        __atomic_store_n(&go, 1, __ATOMIC_SEQ_CST);
+        net_check_add(ch, 1);
+        assert_int_equal(__atomic_load_n(&go, __ATOMIC_SEQ_CST), 2);
+        assert_int_equal(peer_accepted(&late), 1);
+        crpc_call_reset(&call);
+        crpc_channel_close(ch);
+        peer_close(&late);
+    }
+}
+
+/* Attempts and waiting for connections are part of the time. */
+static void retries_do_not_outlast_the_deadline(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        char list[2000] = "list://", one[64];
+        int fds[4], fillers[4][4], i, k;
+        crpc_channel *ch;
+        dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        int64_t start;
+        for (i = 0; i < 4; i++) { /* four listeners that drop the SYN */
+            struct sockaddr_in a;
+            socklen_t size = sizeof a;
+            fds[i] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+            memset(&a, 0, sizeof a);
+            a.sin_family = AF_INET;
+            a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+            assert_int_equal(bind(fds[i], (struct sockaddr *)&a, sizeof a), 0);
+            assert_int_equal(listen(fds[i], 0), 0);
+            assert_int_equal(getsockname(fds[i], (struct sockaddr *)&a, &size), 0);
+            for (k = 0; k < 4; k++) {
+                fillers[i][k] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+                connect(fillers[i][k], (struct sockaddr *)&a, sizeof a);
+            }
+            snprintf(one, sizeof one, "%s127.0.0.1:%d", i ? "," : "", ntohs(a.sin_port));
+            strcat(list, one);
+        }
+        ct_sleep_ms(20);
+        ch = net_channel(list, "?connect_timeout_ms=60&retries=10", p, NULL, NULL);
+        call.timeout_ms = 150; /* the third attempt is not over */
+        start = ct_now_ms();
+        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
+        assert_true(ct_now_ms() - start >= 149);
+        assert_true(ct_now_ms() - start < 10000);
+        assert_in_range(call.error.attempts, 1, 3);
+        assert_int_equal(call.error.sent, CRPC_SENT_NO);
+        crpc_channel_close(ch);
+        ch = net_channel(list, "?connect_timeout_ms=60&retries=10&timeout_ms=20000", p, NULL, NULL);
+        call.timeout_ms = 0; /* each is tried once, and that is all */
+        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ECONN);
+        assert_int_equal(call.error.attempts, 4);
+        assert_non_null(strstr(call.error.text, "attempt 4/11"));
+        assert_non_null(strstr(call.error.text, "(connect_timeout_ms) (local)"));
+        crpc_channel_close(ch);
+        crpc_call_reset(&call);
+        for (i = 0; i < 4; i++) {
+            for (k = 0; k < 4; k++)
+                close(fillers[i][k]);
+            close(fds[i]);
+        }
+    }
+}
+
 static void many_deadlines_at_once(void **state)
 {
     crpc_poller p;
@@ -1457,6 +1566,42 @@ static void ids_finish_while_others_drive(void **state)
     }
     crpc_channel_close(ch);
     peer_close(&adds);
+}
+
+/* Small results are kept apart from the buffer they came in, which others go on using. */
+static void results_keep_their_bytes(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        net n;
+        crpc_id ids[20];
+        char text[20][40];
+        int i;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, NET_THREAD);
+        for (i = 0; i < 20; i++) {
+            dyn_Blob in = dyn_Blob_init_zero;
+            crpc_call call = CRPC_INIT;
+            snprintf(text[i], sizeof text[i], "the bytes of number %d", i);
+            in.data = crpc_view_str(text[i]);
+            call.attachment = crpc_view_str(text[i]);
+            assert_int_equal(dyn_Echo_Pass_begin(n.channel, &in, &ids[i], &call), CRPC_OK);
+            assert_int_equal(crpc_channel_wait(n.channel, ids[i], -1), CRPC_OK);
+        }
+        for (i = 0; i < 3000; i++)
+            net_check_add(n.channel, i);
+        for (i = 0; i < 20; i++) {
+            dyn_Blob out = dyn_Blob_init_zero;
+            crpc_call call = CRPC_INIT;
+            assert_int_equal(dyn_Echo_Pass_fetch(n.channel, ids[i], &out, &call), CRPC_OK);
+            assert_true(crpc_view_equal(out.data, text[i]));
+            assert_true(crpc_view_equal(call.reply_attachment, text[i]));
+            crpc_call_reset(&call);
+        }
+        net_close(&n);
+    }
 }
 
 /* --- closing ---------------------------------------------------------------------------------- */
@@ -2507,6 +2652,8 @@ int main(void)
         CT_TEST(a_response_with_views_needs_a_call),
         CT_TEST(a_call_keeps_its_reply_after_the_channel),
         CT_TEST(the_deadline_is_total_and_kept),
+        CT_TEST(a_request_cut_by_its_deadline_goes_out_whole),
+        CT_TEST(retries_do_not_outlast_the_deadline),
         CT_TEST(many_deadlines_at_once),
         CT_TEST(which_deadline_applies),
         CT_TEST(a_passed_deadline_sends_nothing),
@@ -2528,6 +2675,7 @@ int main(void)
         CT_TEST(ids_are_polled_waited_for_fetched_and_cancelled),
         CT_TEST(finished_results_are_bounded),
         CT_TEST(ids_finish_while_others_drive),
+        CT_TEST(results_keep_their_bytes),
         CT_TEST(closing_cancels_every_form_once),
         CT_TEST(closing_with_calls_that_wait_for_a_slot),
         CT_TEST(closing_inside_a_callback),

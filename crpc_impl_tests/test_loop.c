@@ -520,10 +520,8 @@ static void step_fake(crpc_loop *l, int64_t us)
  * would wrap. */
 static void timers_follow_the_given_clock(void **state)
 {
-    static const int64_t starts[] = {0,
-                                     INT64_C(2147483000) * 1000,
-                                     INT64_C(4294967000) * 1000,
-                                     INT64_C(281474976000000)};
+    static const int64_t starts[] = {0, 123, INT64_C(2147483000) * 1000 + 999,
+                                     INT64_C(4294967000) * 1000 + 1, INT64_C(281474976000000)};
     static const int64_t delays[] = {0,    1,    63,     64,      65,      4095,      4096,
                                      5000, 9999, 262143, 262144,  1000000, 16777216,  86400000,
                                      INT64_C(1073741823), INT64_C(1073741825),
@@ -556,7 +554,7 @@ static void timers_follow_the_given_clock(void **state)
                 /* the program may not sleep past it */
                 assert_in_range(crpc_loop_timeout(l), 0, 1);
             }
-            step_fake(l, due);
+            step_fake(l, (due + 999) / 1000 * 1000);
             assert_int_equal(counts[k], 1);
         }
         assert_int_equal(never, 0);

@@ -1,0 +1,135 @@
+/* crpc_client: synchronous calls drive the channel's loop themselves; asynchronous ones have a
+ * callback each, run by crpc_loop_step on the main thread. */
+#include "bench.h"
+
+#include "crpc.h"
+
+#include "echo.crpc.h"
+
+typedef struct conn {
+    crpc_loop *loop;
+    crpc_channel *channel;
+    crpc_call *calls; /* one for each slot; made for the life of the conn, as a program would */
+} conn;
+
+static void must(int status, const crpc_error *error)
+{
+    if (status != CRPC_OK) {
+        bench_die("crpc: %s: %s", crpc_status_name(status), error ? error->text : "");
+    }
+}
+
+static conn *open_url(crpc_loop *loop, const char *url)
+{
+    conn *c = (conn *)calloc(1, sizeof *c);
+    crpc_channel_options options = CRPC_INIT;
+    crpc_loop_options loop_options = CRPC_INIT;
+    crpc_error error = CRPC_INIT;
+    loop_options.forbid_threads = 1;
+    if (!loop) {
+        must(crpc_loop_open(&loop, &loop_options), NULL);
+    }
+    options.loop = c->loop = loop;
+    options.timeout_ms = 10000;
+    must(crpc_channel_open(&c->channel, url, &options, &error), &error);
+    if (bench_asynchronous()) { /* its first step says that the program drives the loop */
+        must(crpc_loop_step(c->loop, 0), NULL);
+    }
+    c->calls = (crpc_call *)calloc(bench_is("threads") ? BENCH_SLOTS : 1, sizeof *c->calls);
+    return c;
+}
+
+static void *open_conn(int port)
+{
+    char url[64];
+    snprintf(url, sizeof url, "tcp://127.0.0.1:%d", port);
+    return open_url(NULL, url);
+}
+
+static void close_conn(void *conn_)
+{
+    conn *c = (conn *)conn_;
+    crpc_channel_close(c->channel);
+    crpc_loop_close(c->loop);
+    free(c->calls);
+    free(c);
+}
+
+/* All on one loop. Channels on one loop share a connection if they agree about its options. */
+static void *open_idle(int port, int number)
+{
+    static crpc_loop *loop;
+    crpc_loop_options options = CRPC_INIT;
+    char url[80];
+    if (!loop) {
+        must(crpc_loop_open(&loop, &options), NULL);
+    }
+    snprintf(url, sizeof url, "tcp://127.0.0.1:%d?connect_timeout_ms=%d", port, 5000 + number);
+    return open_url(loop, url);
+}
+
+static void *open_list(int port, int count)
+{
+    char url[2048] = "list://", *at = url + strlen(url);
+    for (int i = 0; i < count; i++) {
+        at += snprintf(at, (size_t)(url + sizeof url - at), "%s127.0.0.1:%d", i ? "," : "",
+                       port + i);
+    }
+    return open_url(NULL, url);
+}
+
+static crpc_call *call_of(conn *c, int slot)
+{
+    return &c->calls[bench_is("threads") ? slot : 0];
+}
+
+static void call(void *conn_, int slot)
+{
+    conn *c = (conn *)conn_;
+    crpc_call *options = call_of(c, slot);
+    bench_Echo request = bench_Echo_init_zero, response = bench_Echo_init_zero;
+    request.text = crpc_view_of(bench_payload(slot), bench.size);
+    must(bench_EchoService_Call(c->channel, &request, &response, options), &options->error);
+    bench_check(slot, crpc_view_data(response.text), crpc_view_size(response.text));
+}
+
+static void attach(void *conn_, int slot)
+{
+    conn *c = (conn *)conn_;
+    crpc_call *options = call_of(c, slot);
+    bench_Echo request = bench_Echo_init_zero, response = bench_Echo_init_zero;
+    request.text = crpc_view_str("attached");
+    options->attachment = crpc_view_of(bench_payload(slot), bench.size);
+    must(bench_EchoService_Call(c->channel, &request, &response, options), &options->error);
+    bench_check(slot, crpc_view_data(options->reply_attachment),
+                crpc_view_size(options->reply_attachment));
+}
+
+static void done(void *user, int status, const bench_Echo *response, crpc_call *options)
+{
+    must(status, &options->error);
+    bench_end((int)(intptr_t)user, crpc_view_data(response->text),
+              crpc_view_size(response->text));
+}
+
+static void start(void *conn_, int slot)
+{
+    conn *c = (conn *)conn_;
+    bench_Echo request = bench_Echo_init_zero;
+    request.text = crpc_view_of(bench_payload(slot), bench.size);
+    must(bench_EchoService_Call_async(c->channel, &request, done, (void *)(intptr_t)slot, NULL),
+         NULL);
+}
+
+static void poll_conn(void *conn_, bool wait)
+{
+    conn *c = (conn *)conn_;
+    must(crpc_loop_step(c->loop, wait ? -1 : 0), NULL);
+}
+
+int main(int argc, char **argv)
+{
+    static const bench_peer peer = {open_conn, close_conn, call, attach,    start,
+                                    poll_conn, true,       open_idle, open_list};
+    return bench_main(&peer, argc, argv);
+}
