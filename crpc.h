@@ -806,7 +806,8 @@ CRPC_API CRPC_MUST_CHECK int crpc_channel_open(crpc_channel **channel, const cha
 
 /* Closes a channel: pending calls end with CRPC_ECANCELED (their callbacks run on the loop's
  * thread, with a private loop before this returns unless it is called from one). Any thread, any
- * callback. NULL is ignored. */
+ * callback. With zookeeper:// the last one of a loop to close can take up to 4.5 s if the server is
+ * frozen. NULL is ignored. */
 CRPC_API void crpc_channel_close(crpc_channel *channel);
 
 /* The loop the channel works on. */
@@ -3967,7 +3968,7 @@ CRPCI_FN void crpci_loop_step(crpc_loop *l, int64_t until, bool user)
     crpci_loop_unlock(l);
     n = crpci_poller_wait(&l->poller, patience, events);
     crpci_loop_lock(l);
-    l->sleeping = false;
+    l->sleeping = l->fresh = false; /* a caller may have looked at the clock meanwhile */
     l->last_step = crpci_loop_time(l);
     for (i = 0; i < n; i++) {
         crpci_watch *w = (crpci_watch *)crpci_id_get(&l->watches, events[i].id);
@@ -3989,10 +3990,11 @@ CRPCI_FN bool crpci_loop_foreign_due(const crpc_loop *l)
 /* P4: the driver's way out. */
 CRPCI_FN void crpci_loop_leave(crpc_loop *l)
 {
-    while (!crpci_list_empty(&l->dirty))
-        crpci_loop_run_list(l, &l->dirty);
+    do {
+        crpci_loop_run_list(l, &l->dirty); /* again only where nobody comes after */
+    } while (!crpci_list_empty(&l->dirty) && !l->owner_waiting && crpci_list_empty(&l->followers));
     l->driver = l->fresh = false;
-    if (!crpci_list_empty(&l->ready))
+    if (!crpci_list_empty(&l->ready) || crpci_loop_foreign_due(l))
         crpci_loop_kick(l); /* a program that polls the loop's descriptor has to step it */
     if (l->owner_waiting || l->joining) {
         crpci_thread_broadcast(&l->owner_cond);
@@ -4091,7 +4093,7 @@ CRPCI_FN int crpci_loop_own(crpc_loop *l)
         crpci_loop_kick(l);
         crpci_thread_wait(&l->owner_cond, &l->lock, -1);
     }
-    l->owner_waiting = false;
+    l->owner_waiting = l->fresh = false;
     l->driver = l->owned = true;
     return CRPC_OK;
 }
@@ -4389,6 +4391,7 @@ CRPC_API int crpc_loop_timeout(crpc_loop *l)
     int ms;
     crpci_loop_lock(l);
     l->foreign = true;
+    l->fresh = false;
     ms = crpci_poller_ms(crpci_loop_patience(l, INT64_MAX, true));
     l->foreign_at = l->wake_at;
     crpci_loop_unlock(l);
@@ -5684,6 +5687,7 @@ CRPCI_FN crpci_snapshot *crpci_registry_collect(crpci_heap *h, char *const *name
 #define CRPCI_ZOOKEEPER_REREAD_US      300000000 /* in case a watch was lost */
 #define CRPCI_ZOOKEEPER_BACKOFF_US     30000000  /* longest wait between tries */
 #define CRPCI_ZOOKEEPER_TWIN_US        5000000 /* first wait before looking again for stale twins */
+#define CRPCI_ZOOKEEPER_LINGER_US      200000 /* closing waits for answers */
 #define CRPCI_ZOOKEEPER_TWIN_ROUNDS    5u
 #define CRPCI_ZOOKEEPER_REFUSALS                                                                   \
     3u /* connections closed without a session: it is not known there */
@@ -5813,7 +5817,6 @@ typedef struct crpci_zookeeper_dir {
     crpci_zookeeper_task task;
     crpci_list subs;
     uint32_t round; /* of reading */
-    bool again;     /* changed since the read that is under way was sent */
     bool refused;   /* may not be created */
     bool bad;       /* it was logged that a name is unreadable */
     bool failed;    /* it was logged that reading failed */
@@ -6361,9 +6364,7 @@ CRPCI_FN bool crpci_zookeeper_dir_prepare(crpci_zookeeper_task *t, crpci_zookeep
 
 CRPCI_FN void crpci_zookeeper_dir_changed(crpci_zookeeper_dir *dir)
 {
-    if (dir->task.op)
-        dir->again = true;
-    else
+    if (!dir->task.op) /* else the answer will show it: events come before what they tell of */
         dir->task.due_us = 0;
 }
 
@@ -6421,9 +6422,6 @@ CRPCI_FN void crpci_zookeeper_dir_done(crpci_zookeeper_task *t, const crpci_zook
         t->step = CRPCI_ZOOKEEPER_MKDIR;
         t->made = strlen(t->dir);
     }
-    if (dir->again)
-        t->due_us = 0;
-    dir->again = false;
     if (!crpci_zookeeper_deliver(dir, names, count))
         crpci_zookeeper_later(t, CRPCI_ZOOKEEPER_RETRY_US);
 }
@@ -6433,7 +6431,6 @@ CRPCI_FN void crpci_zookeeper_dir_resume(crpci_zookeeper_task *t, bool fresh)
     (void)fresh;
     t->step = CRPCI_ZOOKEEPER_LIST;
     t->due_us = 0;
-    CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->again = false;
     CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->refused = false;
 }
 
@@ -6873,6 +6870,8 @@ CRPCI_FN void crpci_zookeeper_on_answer(const void *data, int rc, const struct S
         }
     }
     crpci_zookeeper_op_free(op);
+    if (s->closing)
+        crpci_thread_broadcast(&s->cond);
     crpci_zookeeper_leave(link);
 }
 
@@ -7342,10 +7341,19 @@ CRPCI_FN void crpci_zookeeper_arm(crpci_zookeeper *s)
 CRPCI_COLD void crpci_zookeeper_shut(crpci_zookeeper *s)
 {
     bool inside = s->link && s->link->inside && crpci_thread_is_self(s->link->thread);
+#if !CRPC_ZOOKEEPER_ST
+    int64_t until = crpci_zookeeper_now(s) + CRPCI_ZOOKEEPER_LINGER_US;
+#endif
     s->busy = true;
     s->busy_thread = crpci_thread_self();
     s->deferred = false;
     crpci_loop_timer_cancel(s->loop, &s->timer);
+#if !CRPC_ZOOKEEPER_ST
+    /* What the client is not done with when it is closed, it never frees. */
+    while (s->connected && !inside && !crpci_list_empty(&s->link->ops) &&
+           crpci_zookeeper_now(s) < until)
+        crpci_thread_wait(&s->cond, &s->loop->lock, until - crpci_zookeeper_now(s));
+#endif
     crpci_zookeeper_disconnect(s);
     while (!crpci_list_empty(&s->tasks)) {
         crpci_zookeeper_task *t = CRPCI_CONTAINER(s->tasks.next, crpci_zookeeper_task, node);
@@ -9020,6 +9028,7 @@ CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_call *c)
     }
     crpci_id_remove(&l->calls, c->id);
     crpci_list_remove(&c->of_channel);
+    l->fresh = false; /* the next to come may come much later */
 }
 
 CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpc_method *m, const void *request,
@@ -9034,6 +9043,7 @@ CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpc_method *m, const vo
     crpci_channel_enter(l, start);
     if (crpci_loop_in_callback(l) || ch->closed) {
         err = ch->closed ? CRPC_ECANCELED : CRPC_EDEADLK;
+        l->fresh = false;
         crpci_loop_unlock(l);
         crpci_heap_chunk_unref(c.request.chunk);
         return crpci_status_set(&call->error, err, "%s.%s: %s (local)", m->service, m->name,
@@ -9528,17 +9538,22 @@ CRPCI_COLD int crpci_channel_await_list(crpc_channel *ch, const crpc_channel_opt
     crpc_loop *l = ch->loop;
     int64_t ms = crpci_base_option(o->registry_timeout_ms, 3000, 0);
     crpci_waiter w;
-    bool listed;
+    bool listed, stuck;
     memset(&w, 0, sizeof w);
     crpci_loop_lock(l);
-    /* libzookeeper_st would bring it on this thread, which waits. */
-    if (!ch->listed && ms && !(CRPC_ZOOKEEPER_ST && crpci_loop_in_callback(l))) {
+    stuck = ms && crpci_loop_in_callback(l); /* libzookeeper_st works on the thread that would wait */
+    if (!ch->listed && ms && !stuck) {
         ch->list_waiter = &w;
         crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
         ch->list_waiter = NULL;
     }
     listed = ch->listed;
     crpci_loop_unlock(l);
+    if (stuck && !listed)
+        return crpci_status_set(error, CRPC_EDEADLK,
+                                "%.80s: opened inside a callback of its loop, which must not wait: "
+                                "registry_timeout_ms can be -1",
+                                service);
     if (listed || !o->must_connect)
         return CRPC_OK;
     return crpci_status_set(error, CRPC_EREGISTRY,

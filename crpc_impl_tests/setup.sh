@@ -1,6 +1,6 @@
 #!/bin/bash
 # Sees to the Debian packages that a purpose needs: setup.sh PURPOSE...
-# Purposes: build demo test tsan lint matrix all. Missing packages are installed when that is
+# Purposes: build demo test tsan lint matrix bench all; bench-PEER is one peer of the bench. Missing packages are installed when that is
 # possible without asking (as root, or with a sudo that wants no password); else the one command to
 # run is printed and the exit status is 1. Says nothing when there is nothing to do.
 set -u
@@ -15,6 +15,20 @@ server="zookeeper default-jre-headless libslf4j-java"
 test="g++ binutils libcmocka-dev libzookeeper-st2 strace python3-kazoo iproute2 util-linux"
 lint="g++ clang clang-format universal-ctags binutils git libzookeeper-st2"
 
+# bench PEER: what one peer of `make bench` needs.
+bench() {
+    case $1 in
+        floor | crpc) ;;
+        tirpc) echo libtirpc-dev rpcsvc-proto pkg-config ;;
+        zmq) echo libzmq3-dev ;;
+        nng) echo libnng-dev ;;
+        thrift) echo thrift-compiler libthrift-c-glib-dev pkg-config ;;
+        grpc) echo g++ libgrpc++-dev protobuf-compiler-grpc libprotobuf-dev pkg-config ;;
+        capnp) echo g++ capnproto libcapnp-dev pkg-config ;;
+        *) return 1 ;;
+    esac
+}
+
 need=
 for purpose in "${@:-all}"; do
     case $purpose in
@@ -23,6 +37,13 @@ for purpose in "${@:-all}"; do
         test) need+=" $build $server $test" ;;
         tsan) need+=" $build $server $test" ;;
         lint | matrix) need+=" $build $lint" ;;
+        bench) need+=" $build binutils $(for p in tirpc zmq nng thrift grpc capnp; do bench $p; done)" ;;
+        bench-*)
+            need+=" $build binutils $(bench "${purpose#bench-}")" || {
+                echo "setup.sh: no peer '${purpose#bench-}'" >&2
+                exit 2
+            }
+            ;;
         all) need+=" $build $server $test $lint" ;;
         *)
             echo "setup.sh: no purpose '$purpose'" >&2
