@@ -45,7 +45,8 @@ SUB = $(MAKE) --no-print-directory $(if $(findstring -j,$(MAKEFLAGS)),,-j$(JOBS)
 
 .PHONY: help
 help: ## this list
-	@awk -F' ## ' '/^[a-z-]+:.* ## / { sub(/:.*/, "", $$1); printf "make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F' ## ' '/^[a-z-]+:.* ## / { sub(/:.*/, "", $$1); printf "make %-14s %s\n", $$1, $$2 }' \
+	  Makefile bench/bench.mk
 
 .PHONY: setup
 setup: ## install the Debian packages that all of this needs
@@ -251,6 +252,8 @@ interop: ## echo with implementations that others wrote, fetched from a network
 	@$(T_DIR)/setup.sh build
 	+@$(SUB) -s build-examples
 	@BUILD=$(CURDIR)/$(B) $(T_DIR)/interop/run.py
+
+include bench/bench.mk
 
 # --- install ---------------------------------------------------------------------------------
 

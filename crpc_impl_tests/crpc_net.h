@@ -132,8 +132,8 @@ CT_FN int net_status(crpc_context *x, const dyn_Num *in, dyn_Num *out)
     return in->tag[0] ? crpc_context_error(x, (int)in->n, "%s", in->tag) : (int)in->n;
 }
 
-/* Tells what came in the meta: log_id in n, credential in tag, remaining time in ms; user_fields "a"
- * goes back as "b". */
+/* Tells what came in the meta: log_id in n, credential in tag, remaining time in ms; user_fields
+ * "a" goes back as "b". */
 CT_FN int net_meta(crpc_context *x, const dyn_Num *in, dyn_Num *out)
 {
     crpc_view value;
@@ -258,8 +258,9 @@ CT_FN void net_close(net *n)
 }
 
 /* The statement that follows runs for each poller, and for each arrangement of threads. */
-#define NET_EACH_POLLER(p) for (p = CRPC_POLLER_EPOLL; p <= CRPC_POLLER_POLL; p = (crpc_poller)(p + 1))
-#define NET_EACH_MODE(m)   for (m = NET_SHARED; m < NET_MODES; m = (net_mode)(m + 1))
+#define NET_EACH_POLLER(p)                                                                         \
+    for (p = CRPC_POLLER_EPOLL; p <= CRPC_POLLER_POLL; p = (crpc_poller)(p + 1))
+#define NET_EACH_MODE(m) for (m = NET_SHARED; m < NET_MODES; m = (net_mode)(m + 1))
 
 CT_FN dyn_Num net_num(int64_t n)
 {

@@ -4,7 +4,8 @@
 #include "crpc_test.h"
 #include "crpc_net.h"
 
-/* --- a server that this thread steps, so that what arrives when is certain --------------------- */
+/* --- a server that this thread steps, so that what arrives when is certain ---------------------
+ */
 
 typedef struct pump {
     crpc_loop *loop;
@@ -471,7 +472,8 @@ static void a_flooder_starves_nobody(void **state)
     }
 }
 
-/* --- what is refused --------------------------------------------------------------------------- */
+/* --- what is refused ---------------------------------------------------------------------------
+ */
 
 static void oversize_requests_get_an_answer(void **state)
 {
@@ -540,7 +542,7 @@ static void absurd_sizes_close_and_allocate_nothing(void **state)
     static const unsigned char absurd[][12] = {
         {'P', 'R', 'P', 'C', 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 10},
         {'P', 'R', 'P', 'C', 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff},
-        {'P', 'R', 'P', 'C', 0x20, 0, 0, 0, 0, 0, 0, 10},  /* 512 MiB: over max_skip */
+        {'P', 'R', 'P', 'C', 0x20, 0, 0, 0, 0, 0, 0, 10},   /* 512 MiB: over max_skip */
         {'P', 'R', 'P', 'C', 0x08, 0, 0, 0, 0x01, 0, 0, 0}, /* 128 MiB with a meta of 16 MiB */
     };
     crpc_poller p;
@@ -582,14 +584,19 @@ static void rubbish_closes(void **state)
         const char *bytes;
         size_t size;
     } rubbish[] = {
-        {"GET / HTTP/1.1\r\n\r\n", 18}, {"X", 1},  {"PRPX", 4}, {"PRX", 3},
-        {"\0\0\0\0", 4},                {"PPRPC", 5}, {"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 24},
-        {"PRPC\0\0\0\4\0\0\0\5", 12},                     /* the meta larger than the body */
-        {"PRPC\0\0\0\4\0\0\0\4\x0a\xff\xff\xff", 16},     /* a length that is cut off */
-        {"PRPC\0\0\0\4\0\0\0\4\x0a\x7f\x0a\x01", 16},     /* longer than the meta */
-        {"PRPC\0\0\0\2\0\0\0\2\x0a\0", 14},               /* a request without its names */
-        {"PRPC\0\0\0\2\0\0\0\2\x0b\0", 14},               /* a group */
-        {"PRPC\0\0\0\2\0\0\0\2\0\0", 14},                 /* field number 0 */
+        {"GET / HTTP/1.1\r\n\r\n", 18},
+        {"X", 1},
+        {"PRPX", 4},
+        {"PRX", 3},
+        {"\0\0\0\0", 4},
+        {"PPRPC", 5},
+        {"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 24},
+        {"PRPC\0\0\0\4\0\0\0\5", 12},                 /* the meta larger than the body */
+        {"PRPC\0\0\0\4\0\0\0\4\x0a\xff\xff\xff", 16}, /* a length that is cut off */
+        {"PRPC\0\0\0\4\0\0\0\4\x0a\x7f\x0a\x01", 16}, /* longer than the meta */
+        {"PRPC\0\0\0\2\0\0\0\2\x0a\0", 14},           /* a request without its names */
+        {"PRPC\0\0\0\2\0\0\0\2\x0b\0", 14},           /* a group */
+        {"PRPC\0\0\0\2\0\0\0\2\0\0", 14},             /* field number 0 */
     };
     crpc_poller p;
     (void)state;
@@ -668,7 +675,8 @@ static void rubbish_from_a_server_fails_the_call(void **state)
     }
 }
 
-/* --- ends -------------------------------------------------------------------------------------- */
+/* --- ends --------------------------------------------------------------------------------------
+ */
 
 static void half_closed_connections_get_their_replies(void **state)
 {
@@ -808,7 +816,8 @@ static void resets_in_the_middle_of_replies(void **state)
     assert_true(after.sa_handler == SIG_DFL && before.sa_handler == SIG_DFL);
 }
 
-/* --- time -------------------------------------------------------------------------------------- */
+/* --- time --------------------------------------------------------------------------------------
+ */
 
 static void slow_frames_and_idle_connections_are_closed(void **state)
 {
@@ -897,7 +906,8 @@ static void connections_in_use_are_not_idle(void **state)
     }
 }
 
-/* --- the client's side of the same -------------------------------------------------------------- */
+/* --- the client's side of the same --------------------------------------------------------------
+ */
 
 /* Replies cut at a place that moves on with each, two of them at a time. */
 static bool peer_cuts(peer *p, int fd, int number)

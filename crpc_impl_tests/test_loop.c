@@ -34,7 +34,8 @@ static void stop_loop(void *user)
     crpc_loop_stop((crpc_loop *)user);
 }
 
-/* --- who drives -------------------------------------------------------------------------------- */
+/* --- who drives --------------------------------------------------------------------------------
+ */
 
 static void it_says_what_runs(void **state)
 {
@@ -245,7 +246,8 @@ static void its_own_thread(void **state)
     crpc_loop_close(l);
 }
 
-/* --- posts ------------------------------------------------------------------------------------- */
+/* --- posts -------------------------------------------------------------------------------------
+ */
 
 static char post_order[64];
 
@@ -330,7 +332,8 @@ static void other_threads_wake_it(void **state)
     }
 }
 
-/* --- timers ------------------------------------------------------------------------------------ */
+/* --- timers ------------------------------------------------------------------------------------
+ */
 
 typedef struct timing {
     int64_t due_us;
@@ -499,7 +502,8 @@ static void ids_keep_their_kind(void **state)
     close(fds[1]);
 }
 
-/* --- a clock of one's own ---------------------------------------------------------------------- */
+/* --- a clock of one's own ----------------------------------------------------------------------
+ */
 
 static int64_t fake_now;
 
@@ -522,9 +526,22 @@ static void timers_follow_the_given_clock(void **state)
 {
     static const int64_t starts[] = {0, 123, INT64_C(2147483000) * 1000 + 999,
                                      INT64_C(4294967000) * 1000 + 1, INT64_C(281474976000000)};
-    static const int64_t delays[] = {0,    1,    63,     64,      65,      4095,      4096,
-                                     5000, 9999, 262143, 262144,  1000000, 16777216,  86400000,
-                                     INT64_C(1073741823), INT64_C(1073741825),
+    static const int64_t delays[] = {0,
+                                     1,
+                                     63,
+                                     64,
+                                     65,
+                                     4095,
+                                     4096,
+                                     5000,
+                                     9999,
+                                     262143,
+                                     262144,
+                                     1000000,
+                                     16777216,
+                                     86400000,
+                                     INT64_C(1073741823),
+                                     INT64_C(1073741825),
                                      INT64_C(40000000000)};
     crpc_poller p;
     size_t i, k;
@@ -598,14 +615,16 @@ static void only_the_given_clock_counts(void **state)
     peer_close(&silent);
 }
 
-/* --- watches ----------------------------------------------------------------------------------- */
+/* --- watches -----------------------------------------------------------------------------------
+ */
 
 typedef struct watcher {
     crpc_loop *loop;
     crpc_id id, other;
     int fd, count;
     unsigned events;
-    int how; /* 1: unwatches and closes, 2: reads all, 3: rewatches for nothing, 4: unwatches other */
+    int how; /* 1: unwatches and closes, 2: reads all, 3: rewatches for nothing, 4: unwatches other
+              */
 } watcher;
 
 static void on_watch(void *user, int fd, unsigned events)
@@ -850,7 +869,8 @@ static void changes_reach_a_sleeping_loop(void **state)
     }
 }
 
-/* --- inside another loop ----------------------------------------------------------------------- */
+/* --- inside another loop -----------------------------------------------------------------------
+ */
 
 static int foreign_done;
 
@@ -991,7 +1011,8 @@ static void another_thread_wakes_a_foreign_loop(void **state)
     }
 }
 
-/* --- closing ----------------------------------------------------------------------------------- */
+/* --- closing -----------------------------------------------------------------------------------
+ */
 
 static void post_more(void *user)
 {
@@ -1036,7 +1057,8 @@ static void closing_runs_what_is_due_once(void **state)
     }
 }
 
-/* --- hooks ------------------------------------------------------------------------------------- */
+/* --- hooks -------------------------------------------------------------------------------------
+ */
 
 typedef struct hooked {
     int lines, level, allocations;

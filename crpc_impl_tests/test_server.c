@@ -178,7 +178,8 @@ static void what_is_not_supported_is_refused_by_name(void **state)
     }
 }
 
-/* --- statuses ---------------------------------------------------------------------------------- */
+/* --- statuses ----------------------------------------------------------------------------------
+ */
 
 static void statuses_reach_the_caller(void **state)
 {
@@ -218,7 +219,7 @@ static void statuses_reach_the_caller(void **state)
         }
         /* an application's own codes: what is reserved is refused */
         strcpy(in.tag, "own words");
-        for (code = -3; code < 5000; code += code > 210 && code < 990 ? 77 : code > 1010 ? 97 : 1) {
+        for (code = -3; code<5000; code += code> 210 && code < 990 ? 77 : code > 1010 ? 97 : 1) {
             bool reserved = (code >= 0 && code <= 199) || (code >= 1000 && code <= 3999);
             in.n = code;
             assert_int_equal(dyn_Echo_Fail(n.channel, &in, &out, &call),
@@ -231,7 +232,8 @@ static void statuses_reach_the_caller(void **state)
     }
 }
 
-/* --- deferred replies --------------------------------------------------------------------------- */
+/* --- deferred replies ---------------------------------------------------------------------------
+ */
 
 static void *finish_held(void *arg)
 {
@@ -357,7 +359,8 @@ static void replies_to_peers_that_left(void **state)
     }
 }
 
-/* --- the context -------------------------------------------------------------------------------- */
+/* --- the context --------------------------------------------------------------------------------
+ */
 
 static char *alloc_kept[8];
 
@@ -527,7 +530,8 @@ static void server_interceptors_run_in_order(void **state)
     }
 }
 
-/* --- workers ------------------------------------------------------------------------------------ */
+/* --- workers ------------------------------------------------------------------------------------
+ */
 
 static void workers_run_handlers_beside_each_other(void **state)
 {
@@ -639,7 +643,8 @@ static void late_requests_are_answered_but_not_run(void **state)
     }
 }
 
-/* --- stopping ----------------------------------------------------------------------------------- */
+/* --- stopping -----------------------------------------------------------------------------------
+ */
 
 static void stopping_finishes_what_runs_and_refuses_the_rest(void **state)
 {
@@ -936,7 +941,8 @@ static void closing_in_a_storm_of_connections(void **state)
     }
 }
 
-/* --- listening ---------------------------------------------------------------------------------- */
+/* --- listening ----------------------------------------------------------------------------------
+ */
 
 static void several_listeners(void **state)
 {
@@ -1022,8 +1028,7 @@ static void addresses_that_cannot_be_had_are_explained(void **state)
     assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EADDRESS);
     o.listen = "list://127.0.0.1:1";
     assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EINVAL);
-    assert_string_equal(error.text,
-                        "list://127.0.0.1:1: expected tcp://host:port or unix:///path");
+    assert_string_equal(error.text, "list://127.0.0.1:1: expected tcp://host:port or unix:///path");
     o.listen = "tcp://127.0.0.1:0?x=y";
     assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EINVAL);
     assert_non_null(strstr(error.text, "a listener takes no URL options"));
@@ -1054,7 +1059,8 @@ static void addresses_that_cannot_be_had_are_explained(void **state)
     ct_dir_remove(dir);
 }
 
-/* --- limits ------------------------------------------------------------------------------------- */
+/* --- limits -------------------------------------------------------------------------------------
+ */
 
 static void connections_over_the_limit_are_closed(void **state)
 {
@@ -1178,7 +1184,8 @@ static int out_of_descriptors(crpc_poller p, const char *listen_url)
     waitpid(flood, NULL, 0);
     for (i = 0; i < count; i++)
         close(fillers[i]);
-    for (until = ct_now_ms() + 1000; ct_now_ms() < until;) { /* those who gave up are cleared away */
+    for (until = ct_now_ms() + 1000;
+         ct_now_ms() < until;) { /* those who gave up are cleared away */
         if (crpc_loop_step(l, 10))
             return 12;
     }
@@ -1219,7 +1226,8 @@ static void running_out_of_descriptors_does_not_spin(void **state)
     }
 }
 
-/* --- together ----------------------------------------------------------------------------------- */
+/* --- together -----------------------------------------------------------------------------------
+ */
 
 static void many_servers_and_channels_in_one_process(void **state)
 {
@@ -1237,8 +1245,8 @@ static void many_servers_and_channels_in_one_process(void **state)
         net_open(&a, p, NET_THREAD);
         net_open(&b, p, NET_IO);
         for (i = 0; i < 10; i++)
-            ch[i] = net_channel(i % 2 ? a.url : b.url, "?timeout_ms=20000", p, i < 5 ? l : NULL,
-                                NULL);
+            ch[i] =
+                net_channel(i % 2 ? a.url : b.url, "?timeout_ms=20000", p, i < 5 ? l : NULL, NULL);
         for (k = 0; k < 20; k++) {
             for (i = 0; i < 10; i++)
                 net_check_add(ch[i], i);
@@ -1345,7 +1353,8 @@ static void handlers_call_other_services(void **state)
     }
 }
 
-/* --- out of memory ------------------------------------------------------------------------------ */
+/* --- out of memory ------------------------------------------------------------------------------
+ */
 
 typedef struct server_plan {
     crpc_poller poller;
@@ -1409,7 +1418,8 @@ static int server_scenario(const crpc_hooks *hooks, void *user)
         fcntl(fd, F_SETFL, flags);
         if (n < 0 && errno == EAGAIN) {
             if (ct_now_ms() > until)
-                fail_msg("poller %d, %d workers: no reply and no end", (int)plan->poller, plan->workers);
+                fail_msg("poller %d, %d workers: no reply and no end", (int)plan->poller,
+                         plan->workers);
             continue;
         }
         if (n <= 0 || wire_receive(fd, &m) != 1) {
@@ -1433,7 +1443,8 @@ static void servers_survive_being_out_of_memory(void **state)
 {
     server_plan plan;
     (void)state;
-    NET_EACH_POLLER(plan.poller) for (plan.workers = 0; plan.workers < 2; plan.workers++)
+    NET_EACH_POLLER(plan.poller)
+    for (plan.workers = 0; plan.workers < 2; plan.workers++)
         assert_true(ct_sweep(server_scenario, &plan) > 10);
 }
 

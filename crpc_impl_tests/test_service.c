@@ -43,8 +43,8 @@ static void fixture_close(fixture *f)
     crpci_heap_unref(f->heap);
 }
 
-static int look_up(fixture *f, const char *service, const char *method,
-                   const crpci_service **found, const crpc_method **m)
+static int look_up(fixture *f, const char *service, const char *method, const crpci_service **found,
+                   const crpc_method **m)
 {
     crpci_meta meta;
     memset(&meta, 0, sizeof meta);
@@ -172,8 +172,10 @@ static void adding_survives_being_out_of_memory(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(names_are_found_full_first_then_short), CT_TEST(what_is_not_there_has_brpcs_codes),
-        CT_TEST(names_are_bytes),                       CT_TEST(short_names_are_unique),
+        CT_TEST(names_are_found_full_first_then_short),
+        CT_TEST(what_is_not_there_has_brpcs_codes),
+        CT_TEST(names_are_bytes),
+        CT_TEST(short_names_are_unique),
         CT_TEST(adding_survives_being_out_of_memory),
     };
     return CT_RUN(tests);

@@ -211,12 +211,9 @@ static void starting_survives_being_out_of_memory(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(one_worker_keeps_the_order),
-        CT_TEST(all_workers_work),
-        CT_TEST(the_queue_is_bounded),
-        CT_TEST(nothing_is_taken_after_the_stop),
-        CT_TEST(many_threads_may_push),
-        CT_TEST(starting_survives_being_out_of_memory),
+        CT_TEST(one_worker_keeps_the_order), CT_TEST(all_workers_work),
+        CT_TEST(the_queue_is_bounded),       CT_TEST(nothing_is_taken_after_the_stop),
+        CT_TEST(many_threads_may_push),      CT_TEST(starting_survives_being_out_of_memory),
     };
     return CT_RUN(tests);
 }
