@@ -2322,6 +2322,10 @@ CRPCI_FN void crpci_meta_put_varint(crpci_meta_writer *w, uint64_t v)
     unsigned n = 1, i;
     uint64_t rest;
     uint8_t *p;
+    if (CRPCI_LIKELY(v < 0x80)) {
+        *crpci_meta_room(w, 1) = (uint8_t)v;
+        return;
+    }
     for (rest = v; rest >= 0x80; rest >>= 7)
         n++;
     p = crpci_meta_room(w, n);
@@ -6859,7 +6863,7 @@ CRPCI_FN void crpci_zookeeper_on_answer(const void *data, int rc, const struct S
     a.stat = stat;
     a.names = names;
     crpci_zookeeper_enter(link);
-    if (rc == ZOK)
+    if (!crpci_zookeeper_lost(rc))
         s->failures = 0;
     if (link == s->link && !s->closing) {
         if (!op->task) {
@@ -7992,7 +7996,8 @@ typedef struct crpci_call {
     crpci_call_kind kind;
     crpci_call_state state;
     uint64_t id;
-    crpci_out *out; /* queued on the endpoint's connection; NULL: not */
+    crpci_chunk *block; /* holds this and the response struct, unless it is on a caller's stack */
+    crpci_out *out;     /* queued on the endpoint's connection; NULL: not */
     crpci_endpoint *endpoint;
     int64_t start_us;
     int64_t deadline_us;
@@ -8012,6 +8017,8 @@ typedef struct crpci_call {
     crpci_request request;
     crpci_message reply; /* if replied; holds a reference of its chunk */
 } crpci_call;
+
+#define CRPCI_CALL_SIZE ((sizeof(crpci_call) + 15) & ~(size_t)15)
 
 struct crpc_channel {
     crpc_loop *loop;
@@ -8447,7 +8454,7 @@ CRPCI_FN void crpci_call_free(crpci_call *c)
         crpci_heap_chunk_unref(c->reply.chunk);
     crpci_heap_chunk_unref(c->request.chunk);
     crpci_heap_chunk_unref(c->error_chunk);
-    crpci_heap_free(l->heap, c, sizeof *c);
+    crpci_heap_chunk_unref(c->block);
     crpci_channel_drop(ch);
 }
 
@@ -9108,12 +9115,12 @@ CRPCI_FN void crpci_call_on_timer(crpc_loop *l, crpci_timer *t)
     crpci_call_expire(CRPCI_CONTAINER(t, crpci_call, timer));
 }
 
-/* Runs a callback with the result. Decoding goes without the lock, into a block of its own. */
+/* Runs a callback with the result. Decoding goes without the lock, into the call's own chunk. */
 CRPCI_FN void crpci_call_deliver(crpc_loop *l, crpci_task *task)
 {
     crpci_call *c = CRPCI_CONTAINER(task, crpci_call, task);
     crpc_channel *ch = c->channel;
-    crpci_chunk *block = NULL;
+    void *response = (char *)c + CRPCI_CALL_SIZE;
     crpc_call call;
     crpc_done done;
     if (c->id)
@@ -9127,25 +9134,18 @@ CRPCI_FN void crpci_call_deliver(crpc_loop *l, crpci_task *task)
     memcpy(call.error.endpoint, c->address, strlen(c->address) + 1);
     done.status = c->status;
     if (c->replied) {
-        block = crpci_heap_chunk(l->heap, c->method->response_size);
-        if (block) {
-            done.response = memset(crpci_heap_data(block), 0, c->method->response_size);
-            done.status = crpci_call_result(c, crpci_heap_data(block), &call);
-        } else {
-            done.status = crpci_status_set(&call.error, CRPC_ENOMEM, "%s.%s: out of memory (local)",
-                                           c->method->service, c->method->name);
-        }
+        memset(response, 0, c->method->response_size);
+        done.status = crpci_call_result(c, response, &call);
     }
     call.error.code = done.status;
     call.latency_us = crpci_loop_now(l) - c->start_us;
-    if (done.status)
-        done.response = NULL;
+    if (!done.status)
+        done.response = response;
     crpci_channel_after(ch, c->method, &call, done.status, ch->interceptor_count);
     done.call = &call;
     done.user = c->user;
     done.fn = c->fn;
     c->deliver(&done);
-    crpci_heap_chunk_unref(block);
     crpci_loop_user_end(l);
     crpci_call_free(c);
 }
@@ -9158,6 +9158,7 @@ CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const v
     crpc_loop *l = ch->loop;
     int64_t start = crpci_loop_now(l);
     crpci_request r;
+    crpci_chunk *block = NULL;
     crpci_call *c;
     crpc_call call;
     size_t ran;
@@ -9188,13 +9189,15 @@ CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const v
     else if (kind != CRPCI_CALL_ID)
         err = crpci_loop_need_owner(l);
     if (!err) {
-        c = (crpci_call *)crpci_heap_alloc(l->heap, sizeof *c);
-        err = c ? CRPC_OK : CRPC_ENOMEM;
+        block = crpci_heap_chunk(l->heap, CRPCI_CALL_SIZE + m->response_size);
+        err = block ? CRPC_OK : CRPC_ENOMEM;
     }
     if (!err) {
+        c = (crpci_call *)(void *)crpci_heap_data(block);
         c->request = r;
         crpci_call_init(c, ch, m, kind, &call, start,
                         crpci_channel_deadline(ch, m, &call, start));
+        c->block = block;
         crpci_loop_task_init(&c->task, crpci_call_deliver);
         crpci_timer_init(&c->timer, crpci_call_on_timer);
         if (kind == CRPCI_CALL_ID)

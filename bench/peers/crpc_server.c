@@ -1,5 +1,6 @@
 /* crpc_server [LISTENERS]: answers with the text and the attachment of the request. Serves on one
  * thread; with LISTENERS > 1 at that many consecutive ports. */
+#define CRPC_IMPLEMENTATION
 #include "crpc.h"
 
 #include "echo.crpc.h"

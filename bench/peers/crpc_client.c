@@ -1,10 +1,11 @@
 /* crpc_client: synchronous calls drive the channel's loop themselves; asynchronous ones have a
  * callback each, run by crpc_loop_step on the main thread. */
-#include "bench.h"
-
+#define CRPC_IMPLEMENTATION
 #include "crpc.h"
 
 #include "echo.crpc.h"
+
+#include "bench.h"
 
 typedef struct conn {
     crpc_loop *loop;
@@ -68,14 +69,20 @@ static void *open_idle(int port, int number)
     return open_url(loop, url);
 }
 
+/* A URL cannot name a thousand providers: the list comes as one from a registry does. */
 static void *open_list(int port, int count)
 {
-    char url[2048] = "list://", *at = url + strlen(url);
+    conn *c = (conn *)open_conn(port);
+    crpci_snapshot *list = crpci_registry_snapshot(c->loop->heap, (size_t)count);
     for (int i = 0; i < count; i++) {
-        at += snprintf(at, (size_t)(url + sizeof url - at), "%s127.0.0.1:%d", i ? "," : "",
-                       port + i);
+        snprintf(list->providers[i].address, CRPC_ADDRESS_MAX, "127.0.0.1:%d", port + i);
     }
-    return open_url(NULL, url);
+    crpci_channel_on_list(c->channel, list);
+    crpci_registry_snapshot_unref(list);
+    if (crpc_channel_providers(c->channel) != (size_t)count) {
+        bench_die("the channel did not take the list");
+    }
+    return c;
 }
 
 static crpc_call *call_of(conn *c, int slot)

@@ -1,0 +1,92 @@
+# `make bench`: programs of all peers that the system has packages for, and bench/run.py. Included
+# by the Makefile at the top.
+
+BENCH := $(B)/bench
+BENCH_PEERS := floor crpc tirpc zmq $(if $(QUICK),,nng thrift grpc capnp)
+BENCH_CFLAGS := -O2 -std=gnu11 -Wall -Wextra -I. -Ibench/peers -I$(BENCH)/gen
+BENCH_CXXFLAGS := -O2 -std=c++17 -Wall -Wextra -I. -Ibench/peers -I$(BENCH)/gen
+BENCH_LIBS := -lpthread
+
+# A peer consists of PEER_server and PEER_client, made from the sources of these names and of what is
+# generated from the peer's definition of the echo.
+BENCH_GEN = $(BENCH)/gen
+
+.PHONY: bench build-bench
+bench: ## crpc beside other RPC systems and raw sockets: build/bench/report.html; QUICK=1: some of it
+	@$(T_DIR)/setup.sh build
+	+@peers=; for p in $(BENCH_PEERS); do \
+	    $(T_DIR)/setup.sh bench-$$p && peers="$$peers $$p"; done; \
+	  $(SUB) -k build-bench BENCH_PEERS="$$peers" || true
+	@bench/run.py --build $(BENCH) $(if $(QUICK),--quick)
+
+build-bench: $(foreach p,$(BENCH_PEERS),$(BENCH)/$(p)_server $(BENCH)/$(p)_client)
+
+# The old program goes first: one that no longer compiles must not be measured.
+define bench_cc
+	@mkdir -p $(@D)
+	@rm -f $@
+	@echo "  cc      $@"
+	$(Q)$(CC) $(BENCH_CFLAGS) $(1) $(filter %.c,$^) -o $@ $(2) $(BENCH_LIBS)
+endef
+define bench_cxx
+	@mkdir -p $(@D)
+	@rm -f $@
+	@echo "  c++     $@"
+	$(Q)$(CXX) $(BENCH_CXXFLAGS) $(1) $(filter %.cc,$^) -o $@ $(2) $(BENCH_LIBS)
+endef
+define bench_generate
+	@mkdir -p $(@D)
+	@echo "  gen     $<"
+	$(Q)cd $(BENCH_GEN) && cp $(abspath $<) . && $(1)
+endef
+
+$(BENCH)/%: bench/bench.mk bench/peers/bench.h
+
+$(BENCH)/floor_%: bench/peers/floor_%.c bench/peers/bench.h
+	$(bench_cc)
+
+BENCH_CRPC := $(BENCH_GEN)/echo.crpc.c $(BENCH_GEN)/echo.pb.c
+$(BENCH_CRPC) &: bench/peers/echo.proto bench/peers/echo.options protoc-gen-crpc
+	@mkdir -p $(@D)
+	@echo "  protoc  $<"
+	$(Q)cd bench/peers && protoc -I. -I$(NANOPB_PROTO) \
+	  --plugin=protoc-gen-crpc=$(CURDIR)/protoc-gen-crpc \
+	  --nanopb_out=$(CURDIR)/$(@D) --crpc_out=$(CURDIR)/$(@D) echo.proto
+$(BENCH)/crpc_%: bench/peers/crpc_%.c $(BENCH_CRPC) bench/peers/bench.h crpc.h
+	$(call bench_cc,$(FLAGS_none),$(LIBS_none))
+
+BENCH_TIRPC := $(BENCH_GEN)/tirpc_xdr.c $(BENCH_GEN)/tirpc_svc.c
+$(BENCH_TIRPC) &: bench/peers/tirpc.x
+	$(call bench_generate,rm -f tirpc.h tirpc_xdr.c tirpc_svc.c && \
+	  rpcgen -h -o tirpc.h tirpc.x && rpcgen -c -o tirpc_xdr.c tirpc.x && \
+	  rpcgen -m -o tirpc_svc.c tirpc.x)
+$(BENCH)/tirpc_server: bench/peers/tirpc_server.c $(BENCH_TIRPC)
+	$(call bench_cc,-w $(shell pkg-config --cflags libtirpc),-ltirpc)
+$(BENCH)/tirpc_client: bench/peers/tirpc_client.c $(BENCH_GEN)/tirpc_xdr.c bench/peers/bench.h
+	$(call bench_cc,-w $(shell pkg-config --cflags libtirpc),-ltirpc)
+
+$(BENCH)/zmq_%: bench/peers/zmq_%.c bench/peers/bench.h
+	$(call bench_cc,,-lzmq)
+
+$(BENCH)/nng_%: bench/peers/nng_%.c bench/peers/bench.h
+	$(call bench_cc,,-lnng)
+
+$(BENCH_GEN)/gen-c_glib/echo.c: bench/peers/thrift.thrift
+	$(call bench_generate,thrift --gen c_glib thrift.thrift)
+# The c_glib directory: what it generates includes its headers by their bare names.
+$(BENCH)/thrift_%: bench/peers/thrift_%.c $(BENCH_GEN)/gen-c_glib/echo.c bench/peers/bench.h
+	$(call bench_cc,-Wno-unused-parameter -Wno-deprecated-declarations -Wno-unused-variable \
+	  -Wno-unused-function -I$(BENCH_GEN)/gen-c_glib $(shell pkg-config --cflags thrift_c_glib) \
+	  $(BENCH_GEN)/gen-c_glib/thrift_bench_types.c,$(shell pkg-config --libs thrift_c_glib))
+
+BENCH_GRPC := $(BENCH_GEN)/echo.pb.cc $(BENCH_GEN)/echo.grpc.pb.cc
+$(BENCH_GRPC) &: bench/peers/echo.proto
+	$(call bench_generate,protoc --plugin=protoc-gen-grpc=$$(command -v grpc_cpp_plugin) \
+	  --cpp_out=. --grpc_out=. echo.proto)
+$(BENCH)/grpc_%: bench/peers/grpc_%.cc $(BENCH_GRPC) bench/peers/bench.h
+	$(call bench_cxx,,-lgrpc++ -lgrpc -lgpr -lprotobuf)
+
+$(BENCH_GEN)/capnp.capnp.c++: bench/peers/capnp.capnp
+	$(call bench_generate,capnp compile -oc++ capnp.capnp)
+$(BENCH)/capnp_%: bench/peers/capnp_%.cc $(BENCH_GEN)/capnp.capnp.c++ bench/peers/bench.h
+	$(call bench_cxx,$(BENCH_GEN)/capnp.capnp.c++,-lcapnp-rpc -lcapnp -lkj-async -lkj)

@@ -1,0 +1,200 @@
+/* What instructions.py counts: echo calls of 32 bytes, in a fixed number.
+ *
+ *   instructions serve PATH          an echo server on a unix socket, until SIGTERM
+ *   instructions sync PATH N         N calls, one after another, to such a server
+ *   instructions both PATH N DEPTH   N calls, DEPTH under way at a time, to a server in this very
+ *                                    process
+ *
+ * With `both` one thread steps the client's loop and the server's loop in turn, so nothing depends
+ * on the scheduler: every step finds all that the other side has sent. The counter is told to look
+ * only into client_turn, or only into server_turn. A synchronous call drives its loop by itself,
+ * and needs a server elsewhere. */
+#define CRPC_IMPLEMENTATION
+#include "crpc.h"
+
+#include "echo.crpc.h"
+
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define TEXT "thirty-two bytes of text to echo" /* a payload of 34 bytes */
+
+static void must(int status, const char *what)
+{
+    if (status != CRPC_OK) {
+        fprintf(stderr, "instructions: %s: %s\n", what, crpc_status_text(status));
+        exit(1);
+    }
+}
+
+/* Costs what the real clock costs, and goes on by a microsecond each time: what a timer wheel does
+ * must not depend on how fast the machine is. Both loops read it. */
+static int64_t clock_us(void *user)
+{
+    static int64_t now = 1000000;
+    struct timespec ts;
+
+    (void)user;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return ++now;
+}
+
+static int echo(crpc_context *context, const example_EchoRequest *request,
+                example_EchoResponse *response)
+{
+    (void)context;
+    response->message = request->message;
+    return CRPC_OK;
+}
+
+static const example_EchoService_handlers handlers = {echo};
+
+static crpc_server *open_server(const char *url, crpc_loop *loop)
+{
+    crpc_server_options options = CRPC_INIT;
+    crpc_server *server = NULL;
+
+    options.listen = url;
+    options.loop = loop;
+    must(crpc_server_open(&server, &options, NULL), url);
+    must(crpc_server_add(server, &example_EchoService, &handlers, NULL), "adding the service");
+    must(crpc_server_start(server, NULL), "starting");
+    return server;
+}
+
+/* --- a server of its own ---------------------------------------------------------------------- */
+
+static crpc_loop *loop_to_stop;
+
+static void on_signal(int signo)
+{
+    (void)signo;
+    crpc_loop_stop(loop_to_stop);
+}
+
+static void serve(const char *url)
+{
+    crpc_server *server = open_server(url, NULL);
+
+    loop_to_stop = crpc_server_loop(server);
+    signal(SIGTERM, on_signal);
+    puts("ready");
+    fflush(stdout);
+    must(crpc_server_run(server), "running");
+    signal(SIGTERM, SIG_IGN);
+    crpc_server_close(server);
+}
+
+static void call_sync(const char *url, long n)
+{
+    example_EchoRequest request = example_EchoRequest_init_zero;
+    example_EchoResponse response = example_EchoResponse_init_zero;
+    crpc_channel_options options = CRPC_INIT;
+    crpc_call call = CRPC_INIT;
+    crpc_channel *channel = NULL;
+
+    options.private_loop.hooks.clock_us = clock_us;
+    must(crpc_channel_open(&channel, url, &options, &call.error), url);
+    request.message = crpc_view_of(TEXT, sizeof TEXT - 1);
+    while (n-- > 0) {
+        must(example_EchoService_Echo(channel, &request, &response, &call), call.error.text);
+        if (crpc_view_size(response.message) != sizeof TEXT - 1) {
+            must(CRPC_ERESPONSE, "a wrong reply");
+        }
+    }
+    crpc_call_reset(&call);
+    crpc_channel_close(channel);
+}
+
+/* --- both in one thread ----------------------------------------------------------------------- */
+
+static crpc_channel *both_channel;
+static long calls_left;
+static long calls_under_way;
+
+static void begin(void);
+
+static void on_reply(void *user, int status, const example_EchoResponse *response, crpc_call *call)
+{
+    (void)user;
+    must(status, call->error.text);
+    if (crpc_view_size(response->message) != sizeof TEXT - 1) {
+        must(CRPC_ERESPONSE, "a wrong reply");
+    }
+    calls_under_way--;
+    if (calls_left > 0) {
+        begin();
+    }
+}
+
+static void begin(void)
+{
+    example_EchoRequest request = example_EchoRequest_init_zero;
+
+    request.message = crpc_view_of(TEXT, sizeof TEXT - 1);
+    calls_left--;
+    calls_under_way++;
+    must(example_EchoService_Echo_async(both_channel, &request, on_reply, NULL, NULL), "a call");
+}
+
+/* Not static, not inlined: instructions.py tells the counter these names. */
+void client_turn(crpc_loop *loop);
+void server_turn(crpc_loop *loop);
+
+__attribute__((noinline)) void client_turn(crpc_loop *loop)
+{
+    must(crpc_loop_step(loop, 0), "the client's step");
+}
+
+__attribute__((noinline)) void server_turn(crpc_loop *loop)
+{
+    must(crpc_loop_step(loop, 0), "the server's step");
+}
+
+static void call_both(const char *url, long n, long depth)
+{
+    crpc_loop_options options = CRPC_INIT;
+    crpc_channel_options channel_options = CRPC_INIT;
+    crpc_loop *client = NULL, *servers = NULL;
+    crpc_server *server;
+
+    options.forbid_threads = 1;
+    options.hooks.clock_us = clock_us;
+    must(crpc_loop_open(&client, &options), "a loop");
+    must(crpc_loop_open(&servers, &options), "a loop");
+    server = open_server(url, servers);
+    channel_options.loop = client;
+    channel_options.timeout_ms = 3600000;
+    must(crpc_channel_open(&both_channel, url, &channel_options, NULL), url);
+    must(crpc_loop_step(client, 0), "a step"); /* from now on the program drives it */
+    calls_left = n;
+    while (depth-- > 0) {
+        begin();
+    }
+    while (calls_under_way > 0) {
+        client_turn(client);
+        server_turn(servers);
+    }
+    crpc_channel_close(both_channel);
+    crpc_server_close(server);
+    crpc_loop_close(client);
+    crpc_loop_close(servers);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc == 3 && !strcmp(argv[1], "serve")) {
+        serve(argv[2]);
+    } else if (argc == 4 && !strcmp(argv[1], "sync")) {
+        call_sync(argv[2], atol(argv[3]));
+    } else if (argc == 5 && !strcmp(argv[1], "both")) {
+        call_both(argv[2], atol(argv[3]), atol(argv[4]));
+    } else {
+        fprintf(stderr, "usage: instructions serve URL | sync URL N | both URL N DEPTH\n");
+        return 2;
+    }
+    return 0;
+}
