@@ -577,7 +577,7 @@ typedef struct crpc_loop_options {
     int forbid_threads;
     const char *thread_name; /* of the loop's own thread, cut to 15 characters. NULL: "crpc" */
     int stack_size;          /* bytes, of the loop's own thread. 0: 256 KiB. -1: the system's */
-    int max_results;         /* finished calls by id that wait to be fetched. 0: 1024. -1: none */
+    int max_results;         /* calls by id begun and not yet fetched. 0: 1024. -1: no limit */
     int64_t max_bytes;       /* buffers of all connections together. 0: 256 MiB. -1: no limit */
 } crpc_loop_options;
 
@@ -650,7 +650,8 @@ CRPC_API CRPC_MUST_CHECK int crpc_loop_post(crpc_loop *loop, void (*fn)(void *us
 typedef void (*crpc_watch_fn)(void *user, int fd, unsigned events);
 
 /* Calls fn whenever fd is ready for one of `events`. Level-triggered. The descriptor stays the
- * program's and must be unwatched before it is closed. Any thread. */
+ * program's and must be unwatched before it is closed. CRPC_EBUSY: it is watched already. Any
+ * thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_loop_watch(crpc_loop *loop, int fd, unsigned events,
                                              crpc_watch_fn fn, void *user, crpc_id *id);
 
@@ -760,7 +761,8 @@ typedef struct crpc_client_interceptor {
      * inputs and add fields. Other than 0 ends the call with that status; later ones do not see
      * it, earlier ones' `after` run. */
     int (*before)(void *user, const crpc_method *method, crpc_call *call);
-    /* When the result is known, last to first, where the result is delivered. */
+    /* When the result is known, last to first, where it is delivered; so not for one-way calls and
+     * ids that are cancelled, never fetched, or dropped with the channel. */
     void (*after)(void *user, const crpc_method *method, crpc_call *call, int status);
     void *user;
 } crpc_client_interceptor;
@@ -850,8 +852,9 @@ CRPC_API CRPC_MUST_CHECK int crpc_channel_call_async(crpc_channel *channel,
                                                      crpc_done_fn deliver, crpc_any_fn fn,
                                                      void *user, const crpc_call *call);
 
-/* Calls and returns at once with an id, valid for this channel, by which the result is asked
- * for. */
+/* Calls and returns at once with an id, valid for this channel, by which the result is asked for.
+ * If nobody drives the loop, its own thread is started; with forbid_threads it is crpc_channel_wait
+ * that drives it. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_begin(crpc_channel *channel, const crpc_method *method,
                                                 const void *request, crpc_id *id,
                                                 const crpc_call *call);
@@ -1453,9 +1456,12 @@ struct crpci_chunk {
     size_t cap;          /* bytes behind the header */
 };
 
+/* The bytes are aligned for any type, also where the struct's size alone would not do that. */
+#define CRPCI_CHUNK_HEADER ((sizeof(crpci_chunk) + 15) & ~(size_t)15)
+
 CRPCI_FN uint8_t *crpci_heap_data(crpci_chunk *c)
 {
-    return (uint8_t *)(c + 1);
+    return (uint8_t *)c + CRPCI_CHUNK_HEADER;
 }
 
 CRPCI_FN void *crpci_heap_default_resize(void *user, void *ptr, size_t old_size, size_t new_size)
@@ -1589,7 +1595,7 @@ CRPCI_FN void crpci_heap_trim(crpci_heap *h)
     for (i = 0; i < CRPCI_CHUNK_CLASSES; i++) {
         while ((c = h->kept[i]) != NULL) {
             h->kept[i] = c->next;
-            crpci_heap_resize_locked(h, c, c->cap + sizeof *c, 0);
+            crpci_heap_resize_locked(h, c, c->cap + CRPCI_CHUNK_HEADER, 0);
         }
     }
     h->kept_bytes = 0;
@@ -1622,9 +1628,9 @@ CRPCI_FN unsigned crpci_heap_class(size_t total)
  * the heap's limit. */
 CRPCI_FN crpci_chunk *crpci_heap_chunk(crpci_heap *h, size_t size)
 {
-    unsigned k = crpci_heap_class(size + sizeof(crpci_chunk));
+    unsigned k = crpci_heap_class(size + CRPCI_CHUNK_HEADER);
     size_t total = k < CRPCI_CHUNK_CLASSES ? (size_t)CRPCI_CHUNK_MIN << k
-                                           : size + sizeof(crpci_chunk);
+                                           : size + CRPCI_CHUNK_HEADER;
     crpci_chunk *c = NULL;
     bool fits;
     if (total < size)
@@ -1648,7 +1654,7 @@ CRPCI_FN crpci_chunk *crpci_heap_chunk(crpci_heap *h, size_t size)
     c->next = NULL;
     c->refs = 1;
     c->size_class = k;
-    c->cap = total - sizeof *c;
+    c->cap = total - CRPCI_CHUNK_HEADER;
     return c;
 }
 
@@ -1664,7 +1670,7 @@ CRPCI_FN void crpci_heap_chunk_unref(crpci_chunk *c)
     if (!c || !crpci_thread_unref(&c->refs))
         return;
     h = c->heap;
-    total = (int64_t)(c->cap + sizeof *c);
+    total = (int64_t)(c->cap + CRPCI_CHUNK_HEADER);
     crpci_thread_lock(&h->lock);
     h->chunk_bytes -= total;
     if (c->size_class < CRPCI_CHUNK_CLASSES && h->kept_bytes + total <= CRPCI_HEAP_KEEP) {
@@ -3652,8 +3658,8 @@ CRPCI_FN int64_t crpci_loop_now(const crpc_loop *l)
     return crpci_heap_now(l->heap);
 }
 
-/* Locked: the time, for what need not be exact to the microsecond. The clock is looked at once after
- * each wait and each run of user code, and at the beginning of each call. */
+/* Locked: the time, for what need not be exact to the microsecond. The clock is looked at once
+ * after each wait and each run of user code, and at the beginning of each call. */
 CRPCI_FN int64_t crpci_loop_time(crpc_loop *l)
 {
     if (!l->fresh) {
@@ -4433,6 +4439,17 @@ CRPC_API int crpc_loop_post(crpc_loop *l, void (*fn)(void *user), void *user)
     return u ? CRPC_OK : CRPC_ENOMEM;
 }
 
+CRPCI_FN bool crpci_loop_user_watches(const crpc_loop *l, int fd)
+{
+    uint32_t i;
+    for (i = 0; i < l->users.cap; i++) {
+        const crpci_loop_user *u = (const crpci_loop_user *)l->users.slots[i].object;
+        if (u && u->kind == CRPCI_LOOP_WATCH && u->fd == fd)
+            return true;
+    }
+    return false;
+}
+
 CRPC_API int crpc_loop_watch(crpc_loop *l, int fd, unsigned events, crpc_watch_fn fn, void *user,
                              crpc_id *id)
 {
@@ -4442,6 +4459,10 @@ CRPC_API int crpc_loop_watch(crpc_loop *l, int fd, unsigned events, crpc_watch_f
     if (fd < 0 || !fn || events & ~(CRPC_READABLE | CRPC_WRITABLE))
         return CRPC_EINVAL;
     crpci_loop_lock(l);
+    if (crpci_loop_user_watches(l, fd)) { /* epoll knows a descriptor once */
+        crpci_loop_unlock(l);
+        return CRPC_EBUSY;
+    }
     u = crpci_loop_user_new(l, CRPCI_LOOP_WATCH, user);
     if (u) {
         u->fd = fd;
@@ -4616,7 +4637,7 @@ CRPCI_FN size_t crpci_conn_out_len(const crpci_out *o)
 
 CRPCI_FN int64_t crpci_conn_out_memory(const crpci_out *o)
 {
-    return (int64_t)(sizeof *o->chunk + o->chunk->cap + o->tail_len);
+    return (int64_t)(CRPCI_CHUNK_HEADER + o->chunk->cap + o->tail_len);
 }
 
 CRPCI_FN void crpci_conn_out_free(crpci_out *o)
@@ -5088,7 +5109,7 @@ CRPCI_FN bool crpci_conn_spare(crpc_loop *l)
         l->spare = NULL;
     }
     if (!l->spare) {
-        l->spare = crpci_heap_chunk(l->heap, CRPCI_CHUNK_BIG - sizeof(crpci_chunk));
+        l->spare = crpci_heap_chunk(l->heap, CRPCI_CHUNK_BIG - CRPCI_CHUNK_HEADER);
         l->spare_pos = 0;
     }
     return l->spare != NULL;
@@ -6101,7 +6122,7 @@ CRPCI_COLD int crpci_zookeeper_make_hosts(crpci_zookeeper *s)
     return s->hosts ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* The address of this host on the way to the servers (v4: an IPv4 one), by asking the routing table:
+/* The address of this host (v4: an IPv4 one) on the way to the servers, asked of the routing table:
  * connecting a datagram socket sends nothing. */
 CRPCI_FN bool crpci_zookeeper_local_host(const crpci_zookeeper *s, bool v4, char *out, size_t size)
 {
@@ -7958,6 +7979,7 @@ typedef struct crpci_endpoint {
     int failures;      /* since the last reply */
     int64_t usable_at; /* 0 or the end of a backoff, of a logoff */
     int last_errno;
+    bool refused; /* the last connection was not lost but never came about */
 } crpci_endpoint;
 
 typedef enum crpci_call_kind {
@@ -8231,7 +8253,7 @@ CRPCI_COLD int crpci_call_remote_error(const crpci_call *c, crpc_error *e)
     bool app = !crpci_status_reserved(code);
     if (crpci_meta_field(c->reply.meta.raw, CRPCI_CHANNEL_APP_FIELD, &mark))
         app = true;
-    e->code = app ? CRPC_EAPP : code;
+    e->code = app ? CRPC_EAPP : code == CRPC_EPENDING ? CRPC_ERESPONSE : code;
     if (!crpc_view_size(text))
         text = crpc_view_str(crpc_status_text(e->code));
     e->app_code = app ? code : 0;
@@ -8543,6 +8565,13 @@ CRPCI_FN crpci_endpoint *crpci_channel_pick(crpc_channel *ch, const crpci_call *
     return best;
 }
 
+/* A one-way call ends when it is sent; but where a peer answers one at a time, the next has to wait
+ * for its reply all the same. */
+CRPCI_FN bool crpci_call_unanswered(const crpci_call *c)
+{
+    return c->kind == CRPCI_CALL_NOTIFY && !c->endpoint->inflight;
+}
+
 /* Puts the call's frame on the endpoint's open connection. CRPC_EOVERCROWDED if there is no
  * room. */
 CRPCI_FN int crpci_call_send(crpci_call *c)
@@ -8553,7 +8582,7 @@ CRPCI_FN int crpci_call_send(crpci_call *c)
     crpci_out *o = (crpci_out *)(void *)data;
     int64_t left = (c->deadline_us - crpci_loop_time(e->loop)) / 1000;
     r->meta.timeout_ms = (int32_t)(left > 1 ? left : 1);
-    r->meta.correlation_id = c->kind == CRPCI_CALL_NOTIFY ? 0 : (int64_t)c->id;
+    r->meta.correlation_id = crpci_call_unanswered(c) ? 0 : (int64_t)c->id;
     memset(o, 0, sizeof *o);
     o->head = crpci_meta_put_request(data + r->low, data + r->payload, r->payload_size, &r->meta,
                                      r->fields);
@@ -8589,6 +8618,8 @@ CRPCI_FN void crpci_call_failed(crpci_call *c, int code, const char *cause)
             crpci_call_own_request(&c->request);
     crpci_call_explain(c, code, cause);
     c->tried[(c->attempts - 1) % CRPCI_CHANNEL_TRIED] = e;
+    if (again && code == CRPC_ECONN && !e->refused && !crpci_channel_pick(c->channel, c))
+        memset(c->tried, 0, sizeof c->tried); /* only the connection was stale */
     if (again && crpci_channel_pick(c->channel, c)) {
         c->endpoint = NULL;
         crpci_endpoint_drop(e);
@@ -8705,6 +8736,7 @@ CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
         o->owner = NULL;
     }
     e->last_errno = conn->why_errno;
+    e->refused = conn->connecting;
     if (conn->connecting || e->failures)
         crpci_endpoint_back_off(e);
     e->conn = NULL;
@@ -8733,7 +8765,7 @@ CRPCI_FN void crpci_endpoint_on_sent(crpci_conn *conn, crpci_out *o)
         return;
     c->out = NULL;
     c->sent = CRPC_SENT_YES;
-    if (c->kind == CRPCI_CALL_NOTIFY)
+    if (crpci_call_unanswered(c))
         crpci_call_finish(c, CRPC_OK);
 }
 
@@ -8814,6 +8846,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
     if (err) {
         char cause[96];
         e->last_errno = system_error;
+        e->refused = true;
         snprintf(cause, sizeof cause, "connecting: %s",
                  err == CRPC_ENOMEM ? "out of memory" : crpci_conn_errno_text(system_error));
         crpci_endpoint_back_off(e);
@@ -9186,7 +9219,7 @@ CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const v
         err = CRPC_ECANCELED;
     else if (kind == CRPCI_CALL_ID && l->max_results && (int64_t)l->results >= l->max_results)
         err = CRPC_ELIMIT;
-    else if (kind != CRPCI_CALL_ID)
+    else if (kind != CRPCI_CALL_ID || !l->forbid_threads) /* else crpc_channel_wait drives */
         err = crpci_loop_need_owner(l);
     if (!err) {
         block = crpci_heap_chunk(l->heap, CRPCI_CALL_SIZE + m->response_size);
@@ -9544,7 +9577,7 @@ CRPCI_COLD int crpci_channel_await_list(crpc_channel *ch, const crpc_channel_opt
     bool listed, stuck;
     memset(&w, 0, sizeof w);
     crpci_loop_lock(l);
-    stuck = ms && crpci_loop_in_callback(l); /* libzookeeper_st works on the thread that would wait */
+    stuck = ms && crpci_loop_in_callback(l); /* libzookeeper_st works on this very thread */
     if (!ch->listed && ms && !stuck) {
         ch->list_waiter = &w;
         crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
@@ -9919,6 +9952,7 @@ typedef struct crpci_listener {
     crpci_watch watch;
     crpci_timer masked; /* no descriptors left: pause accepting */
     int fd;
+    bool given; /* by the program: a socket's file is not ours to remove */
     char url[CRPC_ADDRESS_MAX + 8];
     crpci_addr addr;
 } crpci_listener;
@@ -10376,12 +10410,16 @@ CRPCI_FN void crpci_server_on_timer(crpci_conn *conn)
     const crpc_server *s = (const crpc_server *)conn->owner;
     int64_t now = crpci_loop_now(conn->loop), next = INT64_MAX;
     int64_t idle = (int64_t)s->options.idle_timeout_ms * 1000;
-    bool stuck = conn->close_when_sent && conn->tx_bytes == conn->linger_bytes;
-    conn->linger_bytes = conn->tx_bytes;
-    if (conn->rx && conn->frame_timeout_us && !conn->close_when_sent)
+    if (conn->close_when_sent && conn->frame_timeout_us) {
+        if (conn->tx_bytes == conn->linger_bytes)
+            crpci_conn_close(conn, CRPC_ECLOSE, 0);
+        else
+            crpci_loop_timer_set(conn->loop, &conn->timer, conn->frame_timeout_us);
+        conn->linger_bytes = conn->tx_bytes;
+        return;
+    }
+    if (conn->rx && conn->frame_timeout_us)
         next = (conn->paused ? now : conn->rx_since) + conn->frame_timeout_us;
-    if (conn->close_when_sent && conn->frame_timeout_us)
-        next = stuck ? now : now + conn->frame_timeout_us;
     if (idle && !conn->busy && !conn->tx_head && !conn->rx)
         next = crpci_base_min64(next, conn->active_us + idle);
     else if (idle)
@@ -10488,7 +10526,7 @@ CRPCI_FN void crpci_server_on_accept(crpc_loop *l, crpci_watch *w, unsigned even
     crpci_server_free(s);
 }
 
-CRPCI_COLD int crpci_server_add_listener(crpc_server *s, int fd)
+CRPCI_COLD int crpci_server_add_listener(crpc_server *s, int fd, bool given)
 {
     crpci_listener *n = (crpci_listener *)crpci_heap_alloc(s->heap, sizeof *n);
     char text[CRPC_ADDRESS_MAX];
@@ -10496,6 +10534,7 @@ CRPCI_COLD int crpci_server_add_listener(crpc_server *s, int fd)
         return CRPC_ENOMEM;
     n->server = s;
     n->fd = fd;
+    n->given = given;
     crpci_sock_local(fd, &n->addr);
     crpci_sock_format(&n->addr, text, sizeof text);
     if (n->addr.u.any.sa_family == AF_UNIX)
@@ -10518,7 +10557,7 @@ CRPC_API int crpc_server_listen_fd(crpc_server *s, int fd)
         return CRPC_EBUSY;
     fcntl(fd, F_SETFL, flags | O_NONBLOCK);
     fcntl(fd, F_SETFD, FD_CLOEXEC);
-    return crpci_server_add_listener(s, fd);
+    return crpci_server_add_listener(s, fd, true);
 }
 
 CRPC_API int crpc_server_listen(crpc_server *s, const char *url, crpc_error *error)
@@ -10557,7 +10596,7 @@ CRPC_API int crpc_server_listen(crpc_server *s, const char *url, crpc_error *err
         return crpci_status_set(error, err, "%.100s: cannot listen: %s (errno %d)", url,
                                 crpci_conn_errno_text(saved), saved);
     }
-    err = crpci_server_add_listener(s, fd);
+    err = crpci_server_add_listener(s, fd, false);
     if (err) {
         close(fd);
         crpci_status_set(error, err, "out of memory");
@@ -10590,7 +10629,7 @@ CRPCI_COLD void crpci_server_close_listeners(crpc_server *s)
         crpci_timer_cancel(&n->masked);
         crpci_list_remove(&n->link);
         close(n->fd);
-        if (n->addr.u.any.sa_family == AF_UNIX)
+        if (n->addr.u.any.sa_family == AF_UNIX && !n->given)
             unlink(n->addr.u.un.sun_path);
         crpci_heap_free(s->heap, n, sizeof *n);
     }
@@ -11077,22 +11116,26 @@ CRPCI_FN bool crpci_server_in_callback(crpc_server *s)
 CRPC_API void crpc_server_close(crpc_server *s)
 {
     crpc_loop *l;
-    bool private_loop;
+    bool private_loop, started;
     size_t i;
     if (!s)
         return;
-    if (crpci_server_in_callback(s)) {
+    started = crpci_thread_load(&s->state) != CRPCI_SERVER_NEW;
+    if (started && crpci_server_in_callback(s)) {
         crpci_heap_log(s->heap, CRPC_LOG_ERROR,
                        "crpc_server_close inside a handler or callback: nothing done");
         return;
     }
     l = s->loop;
     private_loop = s->private_loop;
-    crpc_server_stop(s);
-    crpci_server_await_stop(s);
+    if (started) {
+        crpc_server_stop(s);
+        crpci_server_await_stop(s);
+    }
     crpci_registry_close(s->registry);
     s->registry = NULL;
     crpci_loop_lock(l);
+    crpci_server_close_listeners(s);
     crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
     crpci_timer_cancel(&s->drain);
     crpci_server_close_conns(s, l);

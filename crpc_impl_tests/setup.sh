@@ -22,7 +22,7 @@ bench() {
         tirpc) echo libtirpc-dev rpcsvc-proto pkg-config ;;
         zmq) echo libzmq3-dev ;;
         nng) echo libnng-dev ;;
-        thrift) echo thrift-compiler libthrift-c-glib-dev pkg-config ;;
+        thrift) echo thrift-compiler libthrift-c-glib-dev libglib2.0-dev pkg-config ;;
         grpc) echo g++ libgrpc++-dev protobuf-compiler-grpc libprotobuf-dev pkg-config ;;
         capnp) echo g++ capnproto libcapnp-dev pkg-config ;;
         *) return 1 ;;
