@@ -7274,6 +7274,8 @@ CRPCI_FN void crpci_zookeeper_interest(crpci_zookeeper *s)
     rc = zookeeper_interest(zh, &fd, &want, &tv);
     state = zoo_state(zh);
     crpci_loop_lock(s->loop);
+    if (state != ZOO_CONNECTED_STATE && state != ZOO_READONLY_STATE)
+        crpci_zookeeper_disconnected(s); /* found by a send, it is told by no event */
     if (rc == ZINVALIDSTATE)
         s->renew = s->again = true;
     if (rc != ZOK)

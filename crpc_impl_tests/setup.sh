@@ -12,7 +12,8 @@ build="gcc libc6-dev make libnanopb-dev nanopb protobuf-compiler python3 python3
 server="zookeeper default-jre-headless libslf4j-java"
 # libzookeeper-st2 is enough for the single-threaded driver: its -dev package conflicts with the
 # other one and holds the same headers.
-test="g++ binutils libcmocka-dev libzookeeper-st2 strace python3-kazoo iproute2 util-linux"
+# libprotobuf-dev: google/protobuf/*.proto, which the tests of the generator import.
+test="g++ binutils libcmocka-dev libprotobuf-dev libzookeeper-st2 strace python3-kazoo iproute2 util-linux"
 lint="g++ clang clang-format universal-ctags binutils git libzookeeper-st2"
 
 # bench PEER: what one peer of `make bench` needs.

@@ -665,6 +665,39 @@ static void it_works_on_a_loop_that_rests(void **state)
     zk_proxy_end(&p);
 }
 
+/* The connection is gone, and it is a request that finds out, not the wait for input. */
+static void it_notices_a_loss_when_it_sends(void **state)
+{
+    int64_t until;
+    zk_proxy p;
+    side a;
+    (void)state;
+    clean(&server);
+    zk_proxy_start(&p, server.port);
+    side_loop(&a, 0);
+    a.registry = open_registry(a.loop, p.port, NULL);
+    side_enroll(&a, "10.0.0.1:8000");
+    until = ct_now_ms() + LATE_MS;
+    while (value(&a.status) != CRPC_OK && ct_now_ms() < until)
+        assert_int_equal(crpc_loop_step(a.loop, 20), CRPC_OK);
+    expect_ok(&a, 0);
+    zk_proxy_set(&p, ZK_PROXY_REFUSE);
+    side_subscribe(&a);
+    ct_sleep_ms(5); /* so that it is due, and sent, before the step looks at the descriptors */
+    until = ct_now_ms() + LATE_MS;
+    while (side_session(&a) && ct_now_ms() < until)
+        assert_int_equal(crpc_loop_step(a.loop, 20), CRPC_OK);
+    assert_true(side_session(&a) == 0);
+    zk_proxy_set(&p, ZK_PROXY_OPEN);
+    until = ct_now_ms() + LATE_MS;
+    while (!side_has(&a, "10.0.0.1:8000 ") && ct_now_ms() < until)
+        assert_int_equal(crpc_loop_step(a.loop, 20), CRPC_OK);
+    expect_list(&a, "10.0.0.1:8000 ", 0);
+    ct_matrix(a.loop, "loss-found-by-sending");
+    side_close(&a);
+    zk_proxy_end(&p);
+}
+
 /* Waits until a side has given its session up; after how many milliseconds, -1: it has not. */
 static int64_t given_up_after(side *s, int ms)
 {
@@ -1197,6 +1230,7 @@ int main(int argc, char **argv)
         CT_TEST(it_survives_a_wiped_server),
         CT_TEST(it_survives_expiry),
         CT_TEST(it_works_on_a_loop_that_rests),
+        CT_TEST(it_notices_a_loss_when_it_sends),
         CT_TEST(it_gives_up_a_session_that_is_refused),
         CT_TEST(it_gives_up_a_session_that_is_lost_too_long),
         CT_TEST(it_may_be_closed_while_it_replaces_its_session),
