@@ -3826,8 +3826,7 @@ CRPCI_FN void crpci_loop_on_wake(crpc_loop *l, crpci_watch *w, unsigned events)
     l->kicked = false;
 }
 
-/* --- what the program has on the loop: posts, timers, descriptors
- * ------------------------------ */
+/* --- what the program has on the loop: posts, timers, descriptors ----------------------------- */
 
 typedef enum crpci_loop_kind {
     CRPCI_LOOP_POST,
@@ -5357,14 +5356,13 @@ CRPCI_FN bool crpci_registry_snapshot_equal(const crpci_snapshot *a, const crpci
     return true;
 }
 
-/* --- what a backend offers ----------------------------------------------------------------------
- */
+/* --- what a backend offers -------------------------------------------------------------------- */
 
 /* A new list. On any thread, no lock held; the list is borrowed. */
 typedef void (*crpci_registry_push_fn)(void *user, crpci_snapshot *list);
 
-/* A registration got through (CRPC_OK) or a try failed; tries go on. On any thread, no lock held.
- */
+/* A registration got through (CRPC_OK) or a try failed; tries go on. On any thread,
+ * no lock held. */
 typedef void (*crpci_registry_status_fn)(void *user, int status, const char *text);
 
 /* What to register. NULL stands for "". Copied. */
@@ -5416,8 +5414,7 @@ CRPCI_FN void crpci_registry_close(crpci_registry *r)
         r->ops->close(r);
 }
 
-/* --- node names: Dubbo's URLs -------------------------------------------------------------------
- */
+/* --- node names: Dubbo's URLs ----------------------------------------------------------------- */
 
 /* Text that is measured when it does not fit, as with snprintf. */
 typedef struct crpci_registry_text {
@@ -5623,8 +5620,8 @@ CRPCI_FN void crpci_registry_sort(crpci_snapshot *s)
     s->count = n;
 }
 
-/* Makes a list of the names in a directory. *bad: how many could not be read. NULL: out of memory.
- */
+/* Makes a list of the names in a directory. *bad: how many could not be read. NULL:
+ * out of memory. */
 CRPCI_FN crpci_snapshot *crpci_registry_collect(crpci_heap *h, char *const *names, size_t count,
                                                 const crpci_registry_query *q, size_t *bad)
 {
@@ -5902,8 +5899,7 @@ typedef struct crpci_zookeeper_reg {
 /* Every callback of the client ends here: the section's one cycle. Unlocks. */
 static void crpci_zookeeper_leave(crpci_zookeeper_link *link);
 
-/* --- small things -------------------------------------------------------------------------------
- */
+/* --- small things ----------------------------------------------------------------------------- */
 
 CRPCI_FN int64_t crpci_zookeeper_now(const crpci_zookeeper *s)
 {
@@ -5995,8 +5991,7 @@ CRPCI_FN bool crpci_zookeeper_is_part(const char *text, size_t n)
     return true;
 }
 
-/* --- the servers --------------------------------------------------------------------------------
- */
+/* --- the servers ------------------------------------------------------------------------------ */
 
 CRPCI_FN int crpci_zookeeper_add_server(crpci_zookeeper *s, const char *host, unsigned port)
 {
@@ -6170,8 +6165,7 @@ CRPCI_FN bool crpci_zookeeper_reachable(const crpci_addr *to)
     return failed == 0;
 }
 
-/* --- ops, tasks, links: memory ------------------------------------------------------------------
- */
+/* --- ops, tasks, links: memory ---------------------------------------------------------------- */
 
 CRPCI_FN void crpci_zookeeper_task_unref(crpci_zookeeper_task *t)
 {
@@ -6215,8 +6209,8 @@ CRPCI_FN void crpci_zookeeper_task_init(crpci_zookeeper_task *t, const crpci_zoo
     t->step = step;
 }
 
-/* No callback of the link can come any more. What the client did not call back for is freed here.
- */
+/* No callback of the link can come any more. What the client did not call back for
+ * is freed here. */
 CRPCI_FN void crpci_zookeeper_link_free(crpci_zookeeper_link *link)
 {
     crpci_zookeeper *s = link->session;
@@ -6250,8 +6244,7 @@ CRPCI_FN void crpci_zookeeper_unlock(crpci_zookeeper *s)
         crpci_zookeeper_free(s);
 }
 
-/* --- callbacks into the upper sections ----------------------------------------------------------
- */
+/* --- callbacks into the upper sections -------------------------------------------------------- */
 
 CRPCI_FN void crpci_zookeeper_call_begin(crpci_zookeeper *s, crpci_zookeeper_caller *c)
 {
@@ -6354,8 +6347,7 @@ CRPCI_FN bool crpci_zookeeper_deliver(crpci_zookeeper_dir *dir, char *const *nam
     }
 }
 
-/* --- directories --------------------------------------------------------------------------------
- */
+/* --- directories ------------------------------------------------------------------------------ */
 
 /* Takes the answer to a MKDIR: goes up while the parent is missing, then down again. 1: the
  * directory is there. 0: go on. -1: it cannot be made. */
@@ -6471,8 +6463,7 @@ static const crpci_zookeeper_kind crpci_zookeeper_dir_kind = {
     crpci_zookeeper_dir_prepare, crpci_zookeeper_dir_done, crpci_zookeeper_dir_resume,
     crpci_zookeeper_dir_free};
 
-/* --- registrations ------------------------------------------------------------------------------
- */
+/* --- registrations ---------------------------------------------------------------------------- */
 
 /* Finds the address to register, if it is to be found. *changed: it is another one than before. */
 CRPCI_FN bool crpci_zookeeper_reg_locate(crpci_zookeeper_reg *reg, bool *changed)
@@ -6534,8 +6525,8 @@ CRPCI_FN void crpci_zookeeper_reg_fail(crpci_zookeeper_reg *reg, int status, con
         crpci_zookeeper_tell(reg, status, text);
 }
 
-/* Chooses what to do when nothing is urgent: move, look for twins, or see that the node is there.
- */
+/* Chooses what to do when nothing is urgent: move, look for twins, or see that the
+ * node is there. */
 CRPCI_FN void crpci_zookeeper_reg_choose(crpci_zookeeper_reg *reg)
 {
     int64_t now = crpci_zookeeper_now(reg->task.session);
@@ -6827,8 +6818,7 @@ static const crpci_zookeeper_kind crpci_zookeeper_reg_kind = {
     crpci_zookeeper_reg_prepare, crpci_zookeeper_reg_done, crpci_zookeeper_reg_resume,
     crpci_zookeeper_reg_free};
 
-/* --- what the client calls ----------------------------------------------------------------------
- */
+/* --- what the client calls -------------------------------------------------------------------- */
 
 /* The client's lines come without a word about whose they are, so there is no hook to hand them to;
  * the session's own lines tell of every loss and return once. */
@@ -7019,8 +7009,7 @@ CRPCI_FN void crpci_zookeeper_on_session(zhandle_t *zh, int type, int state, con
     crpci_zookeeper_leave(link);
 }
 
-/* --- what calls the client ----------------------------------------------------------------------
- */
+/* --- what calls the client -------------------------------------------------------------------- */
 
 CRPCI_FN int crpci_zookeeper_call(zhandle_t *zh, crpci_zookeeper_op *op)
 {
@@ -7393,8 +7382,8 @@ CRPCI_COLD void crpci_zookeeper_shut(crpci_zookeeper *s)
         crpci_thread_wait(&s->cond, &s->loop->lock, -1);
 }
 
-/* Does what is due, unless another thread is at it, which then does it. Locked, unlocks meanwhile.
- */
+/* Does what is due, unless another thread is at it, which then does it.
+ * Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zookeeper_run(crpci_zookeeper *s)
 {
     crpci_zookeeper_task *t;
@@ -7471,8 +7460,7 @@ static void crpci_zookeeper_leave(crpci_zookeeper_link *link)
     crpci_loop_unlock(l);
 }
 
-/* --- what the loop calls ------------------------------------------------------------------------
- */
+/* --- what the loop calls ---------------------------------------------------------------------- */
 
 CRPCI_FN void crpci_zookeeper_on_timer(crpc_loop *l, crpci_timer *timer)
 {
@@ -7507,8 +7495,7 @@ CRPCI_FN void crpci_zookeeper_kick(crpci_zookeeper *s)
 #endif
 }
 
-/* --- the interface ------------------------------------------------------------------------------
- */
+/* --- the interface ---------------------------------------------------------------------------- */
 
 CRPCI_FN char *crpci_zookeeper_dir_path(const crpci_zookeeper_registry *r, const char *service)
 {
@@ -7689,8 +7676,8 @@ CRPCI_FN int crpci_zookeeper_enroll(crpci_registry *base, const crpci_registrati
     return CRPC_OK;
 }
 
-/* Locked. The node is removed after this has returned; with the session's end if that comes first.
- */
+/* Locked. The node is removed after this has returned; with the session's end if
+ * that comes first. */
 CRPCI_FN void crpci_zookeeper_reg_end(crpci_zookeeper_reg *reg)
 {
     crpci_zookeeper *s = reg->task.session;
@@ -8069,8 +8056,7 @@ struct crpc_channel {
     crpci_waiter *list_waiter;
 };
 
-/* --- the caller's crpc_call
- * -------------------------------------------------------------------- */
+/* --- the caller's crpc_call ------------------------------------------------------------------- */
 
 /* reserved[0] chunk that holds the reply; [1] [2] the reply's meta, to look fields up in; [3] chunk
  * of the fields that interceptors add, [4] their length; [5] set while interceptors run. */
@@ -8117,8 +8103,7 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
     return CRPC_OK;
 }
 
-/* --- encoding, without the lock
- * ---------------------------------------------------------------- */
+/* --- encoding, without the lock --------------------------------------------------------------- */
 
 CRPCI_FN size_t crpci_channel_fields_size(const crpc_call *call)
 {
@@ -8245,8 +8230,7 @@ CRPCI_FN bool crpci_call_own_request(crpci_request *r)
     return true;
 }
 
-/* --- results, on the thread that wants them
- * ----------------------------------------------------- */
+/* --- results, on the thread that wants them --------------------------------------------------- */
 
 CRPCI_COLD int crpci_call_remote_error(const crpci_call *c, crpc_error *e)
 {
@@ -8358,8 +8342,7 @@ CRPCI_FN void crpci_call_own_reply(crpci_heap *h, crpci_message *m)
 
 #if CRPC_ENABLE_CLIENT
 
-/* --- ends of calls
- * ----------------------------------------------------------------------------- */
+/* --- ends of calls ---------------------------------------------------------------------------- */
 
 /* Where the explanation goes; for an asynchronous call memory is taken only when it fails. */
 CRPCI_COLD crpc_error *crpci_call_error(crpci_call *c)
@@ -8532,8 +8515,7 @@ CRPCI_FN void crpci_call_expire(crpci_call *c)
     crpci_call_finish(c, CRPC_ETIMEDOUT);
 }
 
-/* --- attempts
- * ---------------------------------------------------------------------------------- */
+/* --- attempts --------------------------------------------------------------------------------- */
 
 CRPCI_FN bool crpci_call_has_tried(const crpci_call *c, const crpci_endpoint *e)
 {
@@ -8686,8 +8668,7 @@ CRPCI_FN void crpci_call_attempt(crpci_call *c)
         crpci_endpoint_dial(e);
 }
 
-/* --- endpoints
- * --------------------------------------------------------------------------------- */
+/* --- endpoints -------------------------------------------------------------------------------- */
 
 /* Full jitter: the next attempt is somewhere in a window that doubles. */
 CRPCI_FN void crpci_endpoint_back_off(crpci_endpoint *e)
@@ -8919,8 +8900,7 @@ CRPCI_FN int crpci_endpoint_get(const crpc_channel *ch, const char *address, crp
 
 #if CRPC_ENABLE_CLIENT
 
-/* --- providers
- * --------------------------------------------------------------------------------- */
+/* --- providers -------------------------------------------------------------------------------- */
 
 CRPCI_FN void crpci_channel_drop_endpoints(crpc_channel *ch)
 {
@@ -8989,8 +8969,7 @@ CRPCI_FN void crpci_channel_after(crpc_channel *ch, const crpc_method *m, crpc_c
     }
 }
 
-/* --- beginning a call
- * -------------------------------------------------------------------------- */
+/* --- beginning a call ------------------------------------------------------------------------- */
 
 /* The rest of what a call inherits and is bounded by; its request is there. Locked. */
 CRPCI_FN void crpci_call_init(crpci_call *c, crpc_channel *ch, const crpc_method *m,
@@ -9045,8 +9024,7 @@ CRPCI_FN void crpci_channel_flush(crpc_loop *l)
         crpci_loop_run_list(l, &l->dirty);
 }
 
-/* --- synchronous
- * ------------------------------------------------------------------------------- */
+/* --- synchronous ------------------------------------------------------------------------------ */
 
 /* Runs one call to its end: c->status, c->reply. Locked. */
 CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_call *c)
@@ -9141,8 +9119,7 @@ CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const voi
     return err;
 }
 
-/* --- asynchronous
- * ------------------------------------------------------------------------------ */
+/* --- asynchronous ----------------------------------------------------------------------------- */
 
 CRPCI_FN void crpci_call_on_timer(crpc_loop *l, crpci_timer *t)
 {
@@ -9423,8 +9400,7 @@ CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
     return c ? CRPC_OK : CRPC_ENOTFOUND;
 }
 
-/* --- opening and closing
- * ----------------------------------------------------------------------- */
+/* --- opening and closing ---------------------------------------------------------------------- */
 
 /* The options a URL may carry, and where they go. */
 typedef struct crpci_channel_key {
@@ -10024,8 +10000,7 @@ struct crpc_context {
     crpci_chunk *attachment_chunk;
 };
 
-/* --- replies
- * ----------------------------------------------------------------------------------- */
+/* --- replies ---------------------------------------------------------------------------------- */
 
 /* A reply without a message: an error. */
 CRPCI_COLD void crpci_server_refuse(crpci_conn *conn, int64_t correlation_id, int code,
@@ -10213,8 +10188,7 @@ CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
     return gone ? CRPC_EGONE : CRPC_OK;
 }
 
-/* --- handlers
- * ---------------------------------------------------------------------------------- */
+/* --- handlers --------------------------------------------------------------------------------- */
 
 CRPCI_FN int crpci_context_serve(crpc_context *x)
 {
@@ -10437,8 +10411,7 @@ static const crpci_conn_events crpci_server_events = {
     crpci_server_on_sent,   crpci_server_on_eof,     crpci_server_on_closed,
     crpci_server_on_timer};
 
-/* --- listeners
- * --------------------------------------------------------------------------------- */
+/* --- listeners -------------------------------------------------------------------------------- */
 
 /* Hands a new connection to its loop. No loop is locked: two never are at a time. */
 CRPCI_FN void crpci_server_adopt(crpc_server *s, int fd)
@@ -10637,8 +10610,7 @@ CRPCI_COLD void crpci_server_close_listeners(crpc_server *s)
     }
 }
 
-/* --- opening
- * ----------------------------------------------------------------------------------- */
+/* --- opening ---------------------------------------------------------------------------------- */
 
 /* Gives up a reference; the last one frees. */
 CRPCI_FN void crpci_server_free(crpc_server *s)
@@ -10751,8 +10723,7 @@ CRPC_API int crpc_server_add(crpc_server *s, const crpc_service *service, const 
     return err;
 }
 
-/* --- registering
- * ------------------------------------------------------------------------------- */
+/* --- registering ------------------------------------------------------------------------------ */
 
 /* A registration got through, or a try failed; any thread. */
 CRPCI_FN void crpci_server_on_enrolled(void *user, int status, const char *text)
@@ -10908,8 +10879,7 @@ CRPCI_COLD void crpci_server_withdraw(crpc_server *s)
     }
 }
 
-/* --- starting
- * ---------------------------------------------------------------------------------- */
+/* --- starting --------------------------------------------------------------------------------- */
 
 CRPCI_COLD int crpci_server_start_threads(crpc_server *s, crpc_error *error)
 {
@@ -10970,8 +10940,7 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
     return err;
 }
 
-/* --- stopping
- * ---------------------------------------------------------------------------------- */
+/* --- stopping --------------------------------------------------------------------------------- */
 
 CRPCI_FN void crpci_server_close_conns(crpc_server *s, crpc_loop *l)
 {
@@ -11191,8 +11160,7 @@ CRPC_API void crpc_server_stats_get(crpc_server *s, crpc_loop_stats *stats)
     }
 }
 
-/* --- the handler's side
- * ------------------------------------------------------------------------ */
+/* --- the handler's side ----------------------------------------------------------------------- */
 
 CRPC_API int crpc_context_fail(crpc_context *x, int app_code, const char *format, ...)
 {

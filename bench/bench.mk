@@ -4,7 +4,7 @@
 BENCH := $(B)/bench
 BENCH_PEERS := floor crpc tirpc zmq $(if $(QUICK),,nng thrift grpc capnp)
 BENCH_CFLAGS := -O2 -std=gnu11 -Wall -Wextra -I. -Ibench/peers -I$(BENCH)/gen
-BENCH_CXXFLAGS := -O2 -std=c++17 -Wall -Wextra -I. -Ibench/peers -I$(BENCH)/gen
+BENCH_CXXFLAGS := -O2 -Wl,--as-needed -std=c++17 -Wall -Wextra -I. -Ibench/peers -I$(BENCH)/gen
 BENCH_LIBS := -lpthread
 
 # A peer consists of PEER_server and PEER_client, made from the sources of these names and of what is
@@ -17,7 +17,7 @@ bench: ## crpc beside other RPC systems and raw sockets: build/bench/report.html
 	+@peers=; for p in $(BENCH_PEERS); do \
 	    $(T_DIR)/setup.sh bench-$$p && peers="$$peers $$p"; done; \
 	  $(SUB) -k build-bench BENCH_PEERS="$$peers" || true
-	@bench/run.py --build $(BENCH) $(if $(QUICK),--quick)
+	@bench/run.py --build $(BENCH) $(if $(QUICK),--quick --budget 36)
 
 build-bench: $(foreach p,$(BENCH_PEERS),$(BENCH)/$(p)_server $(BENCH)/$(p)_client)
 
@@ -71,20 +71,20 @@ $(BENCH)/zmq_%: bench/peers/zmq_%.c bench/peers/bench.h
 $(BENCH)/nng_%: bench/peers/nng_%.c bench/peers/bench.h
 	$(call bench_cc,,-lnng)
 
-$(BENCH_GEN)/gen-c_glib/echo.c: bench/peers/thrift.thrift
+$(BENCH_GEN)/gen-c_glib/bench_echo.c: bench/peers/thrift.thrift
 	$(call bench_generate,thrift --gen c_glib thrift.thrift)
-# The c_glib directory: what it generates includes its headers by their bare names.
-$(BENCH)/thrift_%: bench/peers/thrift_%.c $(BENCH_GEN)/gen-c_glib/echo.c bench/peers/bench.h
-	$(call bench_cc,-Wno-unused-parameter -Wno-deprecated-declarations -Wno-unused-variable \
+$(BENCH)/thrift_%: bench/peers/thrift_%.c $(BENCH_GEN)/gen-c_glib/bench_echo.c bench/peers/bench.h
+	$(call bench_cc,-Wno-cast-function-type -Wno-unused-parameter -Wno-deprecated-declarations -Wno-unused-variable \
 	  -Wno-unused-function -I$(BENCH_GEN)/gen-c_glib $(shell pkg-config --cflags thrift_c_glib) \
-	  $(BENCH_GEN)/gen-c_glib/thrift_bench_types.c,$(shell pkg-config --libs thrift_c_glib))
+	  $(BENCH_GEN)/gen-c_glib/bench_thrift_types.c,$(shell pkg-config --libs thrift_c_glib))
 
-BENCH_GRPC := $(BENCH_GEN)/echo.pb.cc $(BENCH_GEN)/echo.grpc.pb.cc
+# In a directory of its own: nanopb's header has the same name.
+BENCH_GRPC := $(BENCH_GEN)/grpc/echo.pb.cc $(BENCH_GEN)/grpc/echo.grpc.pb.cc
 $(BENCH_GRPC) &: bench/peers/echo.proto
 	$(call bench_generate,protoc --plugin=protoc-gen-grpc=$$(command -v grpc_cpp_plugin) \
-	  --cpp_out=. --grpc_out=. echo.proto)
+	  --cpp_out=grpc --grpc_out=grpc echo.proto)
 $(BENCH)/grpc_%: bench/peers/grpc_%.cc $(BENCH_GRPC) bench/peers/bench.h
-	$(call bench_cxx,,-lgrpc++ -lgrpc -lgpr -lprotobuf)
+	$(call bench_cxx,-I$(BENCH_GEN)/grpc,$(shell pkg-config --libs grpc++ protobuf) -labsl_synchronization)
 
 $(BENCH_GEN)/capnp.capnp.c++: bench/peers/capnp.capnp
 	$(call bench_generate,capnp compile -oc++ capnp.capnp)

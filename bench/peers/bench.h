@@ -26,7 +26,6 @@
 #define _GNU_SOURCE 1
 #endif
 #include <arpa/inet.h>
-#include <dirent.h>
 #include <errno.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
@@ -167,53 +166,41 @@ static double bench_percentile_us(const bench_histogram *h, double share)
 /* --- what the server takes -------------------------------------------------------------------- */
 
 typedef struct bench_usage {
-    int64_t time_ns, cpu_ns; /* of all its threads */
+    int64_t time_ns, cpu_ns; /* of all its threads, those that have ended included */
     long rss_kb, anon_kb, threads;
 } bench_usage;
 
-static long bench_proc_kb(const char *file, const char *key)
+static long bench_proc(const char *file, const char *key)
 {
     char path[64], line[256];
-    long kb = 0;
+    long value = 0;
     snprintf(path, sizeof path, "/proc/%d/%s", bench.pid, file);
     FILE *f = fopen(path, "r");
     while (f && fgets(line, sizeof line, f)) {
         if (strncmp(line, key, strlen(key)) == 0) {
-            kb = strtol(line + strlen(key), NULL, 10);
+            value = strtol(line + strlen(key), NULL, 10);
         }
     }
     if (f) {
         fclose(f);
     }
-    return kb;
+    return value;
 }
 
 static bench_usage bench_usage_now(bool memory)
 {
     bench_usage u;
-    char path[300];
+    struct timespec cpu;
+    clockid_t clock;
     memset(&u, 0, sizeof u);
-    snprintf(path, sizeof path, "/proc/%d/task", bench.pid);
-    DIR *dir = opendir(path);
-    if (!dir) {
+    if (clock_getcpuclockid(bench.pid, &clock) != 0 || clock_gettime(clock, &cpu) != 0) {
         bench_die("the server is gone");
     }
-    for (struct dirent *e; (e = readdir(dir)) != NULL;) {
-        long long ns = 0;
-        snprintf(path, sizeof path, "/proc/%d/task/%s/schedstat", bench.pid, e->d_name);
-        FILE *f = e->d_name[0] == '.' ? NULL : fopen(path, "r");
-        if (f && fscanf(f, "%lld", &ns) == 1) {
-            u.cpu_ns += ns;
-            u.threads++;
-        }
-        if (f) {
-            fclose(f);
-        }
-    }
-    closedir(dir);
+    u.cpu_ns = (int64_t)cpu.tv_sec * 1000000000 + cpu.tv_nsec;
     if (memory) {
-        u.rss_kb = bench_proc_kb("smaps_rollup", "Rss:");
-        u.anon_kb = bench_proc_kb("smaps_rollup", "Anonymous:");
+        u.rss_kb = bench_proc("smaps_rollup", "Rss:");
+        u.anon_kb = bench_proc("smaps_rollup", "Anonymous:");
+        u.threads = bench_proc("status", "Threads:");
     }
     u.time_ns = bench_now();
     return u;

@@ -94,9 +94,9 @@ static void call(void *conn_, int slot)
 {
     conn *c = (conn *)conn_;
     crpc_call *options = call_of(c, slot);
-    bench_Echo request = bench_Echo_init_zero, response = bench_Echo_init_zero;
+    wire_Echo request = wire_Echo_init_zero, response = wire_Echo_init_zero;
     request.text = crpc_view_of(bench_payload(slot), bench.size);
-    must(bench_EchoService_Call(c->channel, &request, &response, options), &options->error);
+    must(wire_EchoService_Call(c->channel, &request, &response, options), &options->error);
     bench_check(slot, crpc_view_data(response.text), crpc_view_size(response.text));
 }
 
@@ -104,15 +104,15 @@ static void attach(void *conn_, int slot)
 {
     conn *c = (conn *)conn_;
     crpc_call *options = call_of(c, slot);
-    bench_Echo request = bench_Echo_init_zero, response = bench_Echo_init_zero;
+    wire_Echo request = wire_Echo_init_zero, response = wire_Echo_init_zero;
     request.text = crpc_view_str("attached");
     options->attachment = crpc_view_of(bench_payload(slot), bench.size);
-    must(bench_EchoService_Call(c->channel, &request, &response, options), &options->error);
+    must(wire_EchoService_Call(c->channel, &request, &response, options), &options->error);
     bench_check(slot, crpc_view_data(options->reply_attachment),
                 crpc_view_size(options->reply_attachment));
 }
 
-static void done(void *user, int status, const bench_Echo *response, crpc_call *options)
+static void done(void *user, int status, const wire_Echo *response, crpc_call *options)
 {
     must(status, &options->error);
     bench_end((int)(intptr_t)user, crpc_view_data(response->text),
@@ -122,9 +122,9 @@ static void done(void *user, int status, const bench_Echo *response, crpc_call *
 static void start(void *conn_, int slot)
 {
     conn *c = (conn *)conn_;
-    bench_Echo request = bench_Echo_init_zero;
+    wire_Echo request = wire_Echo_init_zero;
     request.text = crpc_view_of(bench_payload(slot), bench.size);
-    must(bench_EchoService_Call_async(c->channel, &request, done, (void *)(intptr_t)slot, NULL),
+    must(wire_EchoService_Call_async(c->channel, &request, done, (void *)(intptr_t)slot, NULL),
          NULL);
 }
 

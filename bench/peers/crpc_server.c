@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static int echo(crpc_context *context, const bench_Echo *request, bench_Echo *response)
+static int echo(crpc_context *context, const wire_Echo *request, wire_Echo *response)
 {
     response->text = request->text;
     return crpc_context_set_attachment(context, crpc_context_attachment(context));
@@ -37,12 +37,12 @@ static int open_server(crpc_server **server, int count)
 
 int main(int argc, char **argv)
 {
-    static const bench_EchoService_handlers handlers = {echo};
+    static const wire_EchoService_handlers handlers = {echo};
     crpc_server *server;
     char url[CRPC_ADDRESS_MAX];
     int status = open_server(&server, argc > 1 ? atoi(argv[1]) : 1);
     if (status == CRPC_OK) {
-        status = crpc_server_add(server, &bench_EchoService, &handlers, NULL);
+        status = crpc_server_add(server, &wire_EchoService, &handlers, NULL);
     }
     if (status == CRPC_OK) {
         status = crpc_server_start(server, NULL);

@@ -14,13 +14,13 @@ namespace
 struct Call {
     grpc::ClientContext context;
     grpc::Status status;
-    bench::Echo response;
-    std::unique_ptr<grpc::ClientAsyncResponseReader<bench::Echo>> reader;
+    wire::Echo response;
+    std::unique_ptr<grpc::ClientAsyncResponseReader<wire::Echo>> reader;
     int slot;
 };
 
 struct Conn {
-    std::unique_ptr<bench::EchoService::Stub> stub;
+    std::unique_ptr<wire::EchoService::Stub> stub;
     grpc::CompletionQueue queue;
 };
 
@@ -29,7 +29,7 @@ void *open_conn(int port)
     grpc::ChannelArguments arguments;
     arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1); // a connection of its own
     Conn *c = new Conn;
-    c->stub = bench::EchoService::NewStub(
+    c->stub = wire::EchoService::NewStub(
         grpc::CreateCustomChannel("127.0.0.1:" + std::to_string(port),
                                   grpc::InsecureChannelCredentials(), arguments));
     return c;
@@ -40,9 +40,9 @@ void close_conn(void *conn)
     delete static_cast<Conn *>(conn);
 }
 
-bench::Echo request_of(int slot)
+wire::Echo request_of(int slot)
 {
-    bench::Echo request;
+    wire::Echo request;
     request.set_text(bench_payload(slot), bench.size);
     return request;
 }
@@ -57,7 +57,7 @@ void must(const grpc::Status &status)
 void call(void *conn, int slot)
 {
     grpc::ClientContext context;
-    bench::Echo response;
+    wire::Echo response;
     must(static_cast<Conn *>(conn)->stub->Call(&context, request_of(slot), &response));
     bench_check(slot, response.text().data(), response.text().size());
 }

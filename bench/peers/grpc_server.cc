@@ -8,10 +8,10 @@
 #include <cstring>
 #include <memory>
 
-class SyncService final : public bench::EchoService::Service
+class SyncService final : public wire::EchoService::Service
 {
-    grpc::Status Call(grpc::ServerContext *, const bench::Echo *request,
-                      bench::Echo *response) override
+    grpc::Status Call(grpc::ServerContext *, const wire::Echo *request,
+                      wire::Echo *response) override
     {
         response->set_text(request->text());
         return grpc::Status::OK;
@@ -22,7 +22,7 @@ class SyncService final : public bench::EchoService::Service
 class Request
 {
   public:
-    Request(bench::EchoService::AsyncService *service, grpc::ServerCompletionQueue *queue)
+    Request(wire::EchoService::AsyncService *service, grpc::ServerCompletionQueue *queue)
         : service_(service), queue_(queue), writer_(&context_)
     {
         service_->RequestCall(&context_, &request_, &writer_, queue_, queue_, this);
@@ -41,11 +41,11 @@ class Request
     }
 
   private:
-    bench::EchoService::AsyncService *service_;
+    wire::EchoService::AsyncService *service_;
     grpc::ServerCompletionQueue *queue_;
     grpc::ServerContext context_;
-    bench::Echo request_, response_;
-    grpc::ServerAsyncResponseWriter<bench::Echo> writer_;
+    wire::Echo request_, response_;
+    grpc::ServerAsyncResponseWriter<wire::Echo> writer_;
     bool finished_ = false;
 };
 
@@ -54,7 +54,7 @@ int main(int argc, char **argv)
     bool async = argc > 1 && strcmp(argv[1], "cq") == 0;
     int port = 0;
     SyncService sync_service;
-    bench::EchoService::AsyncService async_service;
+    wire::EchoService::AsyncService async_service;
     grpc::ServerBuilder builder;
     std::unique_ptr<grpc::ServerCompletionQueue> queue;
 

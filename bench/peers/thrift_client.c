@@ -6,7 +6,7 @@
 #include <thrift/c_glib/transport/thrift_framed_transport.h>
 #include <thrift/c_glib/transport/thrift_socket.h>
 
-#include "gen-c_glib/echo.h"
+#include "bench_echo.h"
 
 typedef struct conn {
     void *socket, *transport, *protocol, *client;
@@ -26,7 +26,7 @@ static void *open_conn(int port)
     c->socket = g_object_new(THRIFT_TYPE_SOCKET, "hostname", "127.0.0.1", "port", port, NULL);
     c->transport = g_object_new(THRIFT_TYPE_FRAMED_TRANSPORT, "transport", c->socket, NULL);
     c->protocol = g_object_new(THRIFT_TYPE_BINARY_PROTOCOL, "transport", c->transport, NULL);
-    c->client = g_object_new(TYPE_BENCH_ECHO_CLIENT, "input_protocol", c->protocol,
+    c->client = g_object_new(BENCH_TYPE_ECHO_CLIENT, "input_protocol", c->protocol,
                              "output_protocol", c->protocol, NULL);
     for (int i = 0; !thrift_transport_open(THRIFT_TRANSPORT(c->transport), &error); i++) {
         if (i == 100) {

@@ -8,19 +8,20 @@
 
 #include <netinet/in.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
-#include "gen-c_glib/echo.h"
+#include "bench_echo.h"
 
 /* GObject's long way of overriding one method. */
 typedef struct {
-    BenchEchoHandler parent;
+    benchEchoHandler parent;
 } BenchHandler;
 typedef struct {
-    BenchEchoHandlerClass parent;
+    benchEchoHandlerClass parent;
 } BenchHandlerClass;
-G_DEFINE_TYPE(BenchHandler, bench_handler, TYPE_BENCH_ECHO_HANDLER)
+G_DEFINE_TYPE(BenchHandler, bench_handler, BENCH_TYPE_ECHO_HANDLER)
 
-static gboolean call(BenchEchoIf *self, gchar **result, const gchar *text, GError **error)
+static gboolean call(benchEchoIf *self, gchar **result, const gchar *text, GError **error)
 {
     (void)self;
     (void)error;
@@ -34,9 +35,9 @@ static void bench_handler_init(BenchHandler *self)
     (void)self;
 }
 
-static void bench_handler_class_init(BenchHandlerClass *class)
+static void bench_handler_class_init(BenchHandlerClass *class_)
 {
-    class->parent.call = call;
+    class_->parent.call = call;
 }
 
 /* The library does not tell which port it was given. */
@@ -57,7 +58,7 @@ int main(void)
     int port = free_port();
     GError *error = NULL;
     void *handler = g_object_new(bench_handler_get_type(), NULL);
-    void *processor = g_object_new(TYPE_BENCH_ECHO_PROCESSOR, "handler", handler, NULL);
+    void *processor = g_object_new(BENCH_TYPE_ECHO_PROCESSOR, "handler", handler, NULL);
     void *socket = g_object_new(THRIFT_TYPE_SERVER_SOCKET, "port", port, NULL);
     void *server = g_object_new(
         THRIFT_TYPE_SIMPLE_SERVER, "processor", processor, "server_transport", socket,
