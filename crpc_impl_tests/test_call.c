@@ -22,6 +22,24 @@ static void fixture_open(fixture *f)
     f->channel.loop = f->loop;
 }
 
+static void fixture_close(fixture *f)
+{
+    while (f->channel.methods) {
+        crpci_call_method *m = f->channel.methods;
+        f->channel.methods = m->next;
+        crpci_heap_free(f->loop->heap, m, m->size);
+    }
+    crpc_loop_close(f->loop);
+}
+
+/* Behind `front` bytes of the caller's. */
+static int encode(fixture *f, const dyn_Num *n, crpc_call *call, bool borrow, size_t front,
+                  crpci_request *r)
+{
+    return crpci_channel_encode(&f->channel, crpci_channel_method(&f->channel, &method), n, call,
+                                borrow, front, r);
+}
+
 static int frame(crpci_request *r, int64_t id, const uint8_t **at, size_t *size, crpci_meta *m)
 {
     uint8_t *data = crpci_heap_data(r->chunk);
@@ -54,7 +72,7 @@ static void it_frames_a_request_again_and_again(void **state)
     call.field_count = 2;
     call.credential = crpc_view_str("who");
     call.attachment = crpc_view_str("tail");
-    assert_int_equal(crpci_channel_encode(&f.channel, &method, &n, &call, true, &r), CRPC_OK);
+    assert_int_equal(encode(&f, &n, &call, true, 0, &r), CRPC_OK);
     assert_true(frame(&r, 1, &first, &size, &m));
     assert_memory_equal(first + size - 4, "tail", 4);
     assert_int_equal(m.attachment_size, 4);
@@ -71,7 +89,7 @@ static void it_frames_a_request_again_and_again(void **state)
     assert_int_equal(m.correlation_id, -1);
     assert_true(crpc_view_equal(m.credential, "who"));
     crpci_heap_chunk_unref(r.chunk);
-    crpc_loop_close(f.loop);
+    fixture_close(&f);
 }
 
 static void it_copies_small_attachments_and_borrows_large_ones(void **state)
@@ -84,23 +102,23 @@ static void it_copies_small_attachments_and_borrows_large_ones(void **state)
     (void)state;
     fixture_open(&f);
     call.attachment = crpc_view_of(bytes, sizeof bytes - 1);
-    assert_int_equal(crpci_channel_encode(&f.channel, &method, &n, &call, true, &r), CRPC_OK);
+    assert_int_equal(encode(&f, &n, &call, true, 0, &r), CRPC_OK);
     assert_int_equal(r.inline_size, sizeof bytes - 1);
     crpci_heap_chunk_unref(r.chunk);
     call.attachment = crpc_view_of(bytes, sizeof bytes);
-    assert_int_equal(crpci_channel_encode(&f.channel, &method, &n, &call, true, &r), CRPC_OK);
+    assert_int_equal(encode(&f, &n, &call, true, 0, &r), CRPC_OK);
     assert_int_equal(r.inline_size, 0);
     assert_ptr_equal(crpc_view_data(r.attachment), bytes);
     crpci_heap_chunk_unref(r.chunk);
     /* An asynchronous call must not: its caller is gone when it is sent. */
-    assert_int_equal(crpci_channel_encode(&f.channel, &method, &n, &call, false, &r), CRPC_OK);
+    assert_int_equal(encode(&f, &n, &call, false, 0, &r), CRPC_OK);
     assert_int_equal(r.inline_size, sizeof bytes);
     assert_null(crpc_view_data(r.attachment));
     crpci_heap_chunk_unref(r.chunk);
-    crpc_loop_close(f.loop);
+    fixture_close(&f);
 }
 
-static void it_copies_a_request_whose_frame_is_still_being_sent(void **state)
+static void copy_while_sent(size_t front)
 {
     fixture f;
     dyn_Num n = dyn_Num_init_zero;
@@ -110,25 +128,31 @@ static void it_copies_a_request_whose_frame_is_still_being_sent(void **state)
     crpci_meta m;
     const uint8_t *at;
     size_t size;
-    (void)state;
     fixture_open(&f);
     n.n = 99;
     call.credential = crpc_view_str("who");
-    assert_int_equal(crpci_channel_encode(&f.channel, &method, &n, &call, true, &r), CRPC_OK);
+    assert_int_equal(encode(&f, &n, &call, true, front, &r), CRPC_OK);
     old = r.chunk;
     assert_true(crpci_call_own_request(&r));
     assert_ptr_equal(r.chunk, old); /* nobody sends it: it can be framed where it is */
     crpci_heap_chunk_ref(old);      /* as a connection's queue has it */
-    ((crpci_out *)(void *)crpci_heap_data(old))->queued = true;
+    crpci_call_frame(&r)->queued = true;
     assert_true(crpci_call_own_request(&r));
     assert_ptr_not_equal(r.chunk, old);
-    memset(crpci_heap_data(old) + sizeof(crpci_out), 0xa5, old->cap - sizeof(crpci_out));
+    memset(crpci_heap_data(old), 0xa5, old->cap);
     assert_true(frame(&r, 3, &at, &size, &m));
     assert_true(crpc_view_equal(m.credential, "who"));
     assert_int_equal(at[size - 1], 99);
     crpci_heap_chunk_unref(old);
     crpci_heap_chunk_unref(r.chunk);
-    crpc_loop_close(f.loop);
+    fixture_close(&f);
+}
+
+static void it_copies_a_request_whose_frame_is_still_being_sent(void **state)
+{
+    (void)state;
+    copy_while_sent(0);
+    copy_while_sent(208);
 }
 
 static void it_takes_fields_only_from_interceptors(void **state)
@@ -160,11 +184,11 @@ static void it_keeps_the_earliest_deadline(void **state)
     assert_int_equal(crpci_channel_deadline(&f.channel, &m, &call, 100), INT64_C(86400000100));
     call.parent = (const crpc_context *)(const void *)&parent;
     assert_int_equal(crpci_channel_deadline(&f.channel, &m, &call, 100), 5000);
-    crpci_channel_meta(&f.channel, &m, &call, &meta);
+    crpci_channel_meta(crpci_channel_method(&f.channel, &m), &call, &meta);
     assert_int_equal(meta.log_id, 11);
     assert_int_equal(meta.trace_id, 12);
     assert_int_equal(meta.parent_span_id, 13);
-    crpc_loop_close(f.loop);
+    fixture_close(&f);
 }
 
 int main(void)

@@ -113,6 +113,45 @@ static void golden_vectors_are_plain(void **state)
     assert_true(crpci_meta_read_plain(golden_error + 12, golden_error + 12 + 0x14, &m));
 }
 
+/* What crpc itself sends is taken by the shortcut; anything beside it is not. */
+static void usual_shapes_take_the_shortcut(void **state)
+{
+    uint8_t room[64], *frame, other[0x21];
+    crpc_view names = crpci_meta_put_names(room, 19 + 4 + 12, crpc_view_str("example.EchoService"),
+                                           crpc_view_str("Echo"));
+    crpci_meta m, out;
+    size_t n;
+    (void)state;
+    assert_int_equal(crpc_view_size(names), 0x1b);
+    assert_memory_equal(crpc_view_data(names), golden_request + 14, 0x1b);
+    assert_true(crpci_meta_read_usual(golden_request + 12, 0x21, names, &m));
+    assert_true(m.named && m.correlation_id == 1 && m.timeout_ms == 0);
+    assert_null(crpc_view_data(m.service));
+    assert_false(crpci_meta_read_usual(golden_request + 12, 0x21, crpc_view_of(NULL, 0), &m));
+    assert_true(crpci_meta_read_usual(golden_reply + 12, 8, crpc_view_of(NULL, 0), &m));
+    assert_true(!m.named && m.correlation_id == 1 && m.error_code == 0);
+    assert_false(crpci_meta_read_usual(golden_error + 12, 0x14, names, &m));
+    for (n = 0; n < 0x21; n++)
+        assert_false(crpci_meta_read_usual(golden_request + 12, n, names, &m));
+    for (n = 0; n < 0x20; n++) { /* all but the last byte, which is the correlation id */
+        memcpy(other, golden_request + 12, sizeof other);
+        other[n] ^= 1;
+        assert_false(crpci_meta_read_usual(other, sizeof other, names, &m));
+    }
+    memset(&out, 0, sizeof out);
+    out.names = names;
+    out.timeout_ms = 3000;
+    out.correlation_id = INT64_C(0x500000007);
+    n = put(crpci_meta_put_request, &out, none, "", 0x1b, &frame);
+    assert_true(crpci_meta_read_usual(frame + 12, n - 12, names, &m));
+    assert_true(m.named && m.timeout_ms == 3000 && m.correlation_id == INT64_C(0x500000007));
+    out.log_id = 1;
+    n = put(crpci_meta_put_request, &out, none, "", 0x1b, &frame);
+    assert_false(crpci_meta_read_usual(frame + 12, n - 12, names, &m));
+    assert_true(crpci_meta_read(frame + 12, n - 12, &m));
+    assert_true(crpc_view_equal(m.service, "example.EchoService") && !m.named);
+}
+
 static void nanopb_is_the_one_of_the_header(void **state)
 {
     (void)state;
@@ -597,7 +636,7 @@ static void every_prefix(void **state)
 
 static void cursor_and_nanopb_agree(void **state)
 {
-    unsigned long before[2];
+    unsigned long before[3];
     (void)state;
     memcpy(before, fuzz_meta_counts(), sizeof before);
     fuzz_run(LLVMFuzzerTestOneInput, fuzz_meta_seeds,
@@ -605,6 +644,7 @@ static void cursor_and_nanopb_agree(void **state)
     /* a good part is accepted, else this proves nothing; some of it by nanopb alone */
     assert_true(fuzz_meta_counts()[0] - before[0] > 30000);
     assert_true(fuzz_meta_counts()[1] - before[1] > fuzz_meta_counts()[0] - before[0] + 100);
+    assert_true(fuzz_meta_counts()[2] - before[2] > 100);
 }
 
 int main(void)
@@ -613,6 +653,7 @@ int main(void)
         CT_TEST(golden_vectors_encode),
         CT_TEST(golden_vectors_decode),
         CT_TEST(golden_vectors_are_plain),
+        CT_TEST(usual_shapes_take_the_shortcut),
         CT_TEST(nanopb_is_the_one_of_the_header),
         CT_TEST(every_value_comes_back),
         CT_TEST(random_metas_come_back),

@@ -39,36 +39,36 @@ static void fixture_open(fixture *f)
 
 static void fixture_close(fixture *f)
 {
-    crpci_heap_free(f->heap, f->map.items, f->map.count * sizeof *f->map.items);
+    crpci_service_free(&f->map, f->heap);
     crpci_heap_unref(f->heap);
 }
 
-static int look_up(fixture *f, const char *service, const char *method, const crpci_service **found,
-                   const crpc_method **m)
+static int look_up(fixture *f, const char *service, const char *method,
+                   const crpci_service_method **m)
 {
     crpci_meta meta;
     memset(&meta, 0, sizeof meta);
     meta.service = crpc_view_str(service);
     meta.method = crpc_view_str(method);
-    return crpci_service_lookup(&f->map, &meta, found, m);
+    return crpci_service_lookup(&f->map, &meta, m);
 }
 
 static void names_are_found_full_first_then_short(void **state)
 {
     fixture f;
-    const crpci_service *s;
-    const crpc_method *m;
+    const crpci_service_method *m;
     (void)state;
     fixture_open(&f);
-    assert_int_equal(look_up(&f, "pkg.sub.A", "Two", &s, &m), CRPC_OK);
-    assert_ptr_equal(m, &a_methods[1]);
-    assert_ptr_equal(s->table, &service_a);
-    assert_string_equal(s->user, "user");
-    assert_string_equal(s->handlers, "handlers");
-    assert_int_equal(look_up(&f, "A", "OneMore", &s, &m), CRPC_OK);
-    assert_ptr_equal(m, &a_methods[2]);
-    assert_int_equal(look_up(&f, "B", "One", &s, &m), CRPC_OK);
-    assert_ptr_equal(m, &b_methods[0]);
+    assert_int_equal(look_up(&f, "pkg.sub.A", "Two", &m), CRPC_OK);
+    assert_ptr_equal(m->method, &a_methods[1]);
+    assert_string_equal(m->user, "user");
+    assert_string_equal(m->handlers, "handlers");
+    assert_int_equal(crpc_view_size(m->names), 2 + 9 + 2 + 3);
+    assert_memory_equal(crpc_view_data(m->names), "\x0a\x09pkg.sub.A\x12\x03Two", 16);
+    assert_int_equal(look_up(&f, "A", "OneMore", &m), CRPC_OK);
+    assert_ptr_equal(m->method, &a_methods[2]);
+    assert_int_equal(look_up(&f, "B", "One", &m), CRPC_OK);
+    assert_ptr_equal(m->method, &b_methods[0]);
     fixture_close(&f);
 }
 
@@ -91,9 +91,8 @@ static void what_is_not_there_has_brpcs_codes(void **state)
     (void)state;
     fixture_open(&f);
     for (i = 0; i < sizeof cases / sizeof *cases; i++) {
-        const crpci_service *s = NULL;
-        const crpc_method *m = &a_methods[0];
-        int code = look_up(&f, cases[i].service, cases[i].method, &s, &m);
+        const crpci_service_method *m = f.map.items[0].methods;
+        int code = look_up(&f, cases[i].service, cases[i].method, &m);
         if (code != cases[i].code || m)
             fail_msg("%s.%s: %s", cases[i].service, cases[i].method, crpc_status_name(code));
     }
@@ -105,25 +104,24 @@ static void names_are_bytes(void **state)
 {
     fixture f;
     ct_guard service = ct_guard_make("pkg.sub.A", 9), method = ct_guard_make("One", 3);
-    const crpci_service *s;
-    const crpc_method *m;
+    const crpci_service_method *m;
     crpci_meta meta;
     (void)state;
     fixture_open(&f);
     memset(&meta, 0, sizeof meta);
     meta.service = crpc_view_of(service.data, 9);
     meta.method = crpc_view_of(method.data, 3);
-    assert_int_equal(crpci_service_lookup(&f.map, &meta, &s, &m), CRPC_OK);
-    assert_ptr_equal(m, &a_methods[0]);
+    assert_int_equal(crpci_service_lookup(&f.map, &meta, &m), CRPC_OK);
+    assert_ptr_equal(m->method, &a_methods[0]);
     meta.method = crpc_view_of("One\0", 4);
-    assert_int_equal(crpci_service_lookup(&f.map, &meta, &s, &m), CRPC_ENOMETHOD);
+    assert_int_equal(crpci_service_lookup(&f.map, &meta, &m), CRPC_ENOMETHOD);
     meta.method = crpc_view_of("One", 3);
     meta.service = crpc_view_of("A\0", 2);
-    assert_int_equal(crpci_service_lookup(&f.map, &meta, &s, &m), CRPC_ENOSERVICE);
+    assert_int_equal(crpci_service_lookup(&f.map, &meta, &m), CRPC_ENOSERVICE);
     meta.service = crpc_view_of("A\0.", 3);
-    assert_int_equal(crpci_service_lookup(&f.map, &meta, &s, &m), CRPC_ENOMETHOD);
+    assert_int_equal(crpci_service_lookup(&f.map, &meta, &m), CRPC_ENOMETHOD);
     meta.service = crpc_view_of(NULL, 0);
-    assert_int_equal(crpci_service_lookup(&f.map, &meta, &s, &m), CRPC_ENOSERVICE);
+    assert_int_equal(crpci_service_lookup(&f.map, &meta, &m), CRPC_ENOSERVICE);
     fixture_close(&f);
     ct_guard_free(service);
     ct_guard_free(method);
@@ -158,7 +156,7 @@ static int add_scenario(const crpc_hooks *hooks, void *user)
         assert_int_equal(map.count, err ? 1 : 2);
         assert_ptr_equal(map.items[0].table, &service_a);
     }
-    crpci_heap_free(h, map.items, map.count * sizeof *map.items);
+    crpci_service_free(&map, h);
     crpci_heap_unref(h);
     return err;
 }
@@ -166,7 +164,7 @@ static int add_scenario(const crpc_hooks *hooks, void *user)
 static void adding_survives_being_out_of_memory(void **state)
 {
     (void)state;
-    assert_int_equal(ct_sweep(add_scenario, NULL), 3);
+    assert_int_equal(ct_sweep(add_scenario, NULL), 5);
 }
 
 int main(void)

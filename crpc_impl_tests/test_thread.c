@@ -199,7 +199,7 @@ static void references_of_several_threads(void **state)
         assert_int_equal(crpci_thread_start(&t[i], 0, count_down, NULL), CRPC_OK);
     for (i = 0; i < 4; i++)
         crpci_thread_join(t[i]);
-    assert_int_equal(crpci_thread_load(&counter), 0);
+    assert_true(crpci_thread_load(&counter) <= 1); /* the last one need not write it down */
     assert_int_equal(last_ones, 1);
 }
 

@@ -24,11 +24,37 @@ FUZZ_FN void fuzz_meta_views(const crpci_meta *m, const uint8_t *data, size_t si
     FUZZ_REQUIRE(fuzz_meta_inside(m->stream_settings, data, size));
 }
 
-/* How often either reader accepted: a test sees from it that the mutations are not all rubbish. */
+/* How often the cursor, nanopb and the shortcut accepted: a test sees from it that the mutations are
+ * not all rubbish. */
 FUZZ_FN unsigned long *fuzz_meta_counts(void)
 {
-    static unsigned long counts[2];
+    static unsigned long counts[3];
     return counts;
+}
+
+/* What the shortcut takes has to mean the same to nanopb, and nothing else besides. */
+FUZZ_FN void fuzz_meta_usual(const uint8_t *data, size_t size, bool full, const crpci_meta *nanopb)
+{
+    static const char service[] = "example.EchoService", method[] = "Echo";
+    uint8_t room[sizeof service + sizeof method + 12];
+    crpc_view names = crpci_meta_put_names(room, sizeof room, crpc_view_str(service),
+                                           crpc_view_str(method));
+    crpci_meta m, rest;
+    if (!crpci_meta_read_usual(data, size, names, &m))
+        return;
+    fuzz_meta_counts()[2]++;
+    FUZZ_REQUIRE(full);
+    FUZZ_REQUIRE(m.raw.at[0] == data && crpc_view_size(m.raw) == size);
+    FUZZ_REQUIRE(m.correlation_id == nanopb->correlation_id);
+    FUZZ_REQUIRE(m.timeout_ms == nanopb->timeout_ms);
+    FUZZ_REQUIRE(m.named == crpc_view_equal(nanopb->service, service));
+    FUZZ_REQUIRE(m.named == crpc_view_equal(nanopb->method, method));
+    rest = *nanopb;
+    rest.service = rest.method = crpc_view_of(NULL, 0);
+    rest.correlation_id = 0;
+    rest.timeout_ms = 0;
+    memset(&m, 0, sizeof m);
+    FUZZ_REQUIRE(memcmp(&rest, &m, sizeof m) == 0);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -41,6 +67,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     full = crpci_meta_read_nanopb(data, size, &nanopb);
     fuzz_meta_counts()[0] += plain;
     fuzz_meta_counts()[1] += full;
+    fuzz_meta_usual(data, size, full, &nanopb);
     if (plain) {
         FUZZ_REQUIRE(full);
         FUZZ_REQUIRE(fuzz_meta_same(cursor.service, nanopb.service));
