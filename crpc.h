@@ -4672,6 +4672,8 @@ CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
 #define CRPCI_CONN_FRAMES 128       /* frames handled per step; the rest waits for the next */
 #define CRPCI_CONN_META_MAX (64u << 10) /* of a frame that is refused for its size */
 #define CRPCI_CONN_IOV 64
+#define CRPCI_CONN_SHORT 512 /* frames up to here are copied together */
+#define CRPCI_CONN_FLAT 8192
 #define CRPCI_CONN_ROUNDS 16 /* sends in a row, if somebody drives who can go on */
 
 /* A frame to be sent. It stands at the beginning of its own chunk, before the bytes. */
@@ -4896,32 +4898,55 @@ CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
 
 /* --- sending ---------------------------------------------------------------------------------- */
 
-CRPCI_FN int crpci_conn_gather(crpci_conn *c, struct iovec *iov)
+/* What one send takes: the kernel spends more on a piece than a copy of a short one costs. */
+typedef struct crpci_conn_batch {
+    struct iovec iov[CRPCI_CONN_IOV];
+    int count;
+    size_t used;
+    uint8_t flat[CRPCI_CONN_FLAT];
+} crpci_conn_batch;
+
+CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n)
 {
     union {
         const uint8_t *in;
         void *out;
     } cast; /* iovec has no const */
+    cast.in = p;
+    b->iov[b->count].iov_base = cast.out;
+    b->iov[b->count++].iov_len = n;
+}
+
+/* Adds a short frame as a copy, behind another one where that is possible. */
+CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t n)
+{
+    uint8_t *to = b->flat + b->used;
+    struct iovec *last = b->count ? &b->iov[b->count - 1] : NULL;
+    memcpy(to, p, n);
+    b->used += n;
+    if (last && (uint8_t *)last->iov_base + last->iov_len == to)
+        last->iov_len += n;
+    else
+        crpci_conn_add(b, to, n);
+}
+
+CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
+{
+    bool alone = !c->tx_head->next;
     crpci_out *o;
-    int n = 0;
-    for (o = c->tx_head; o && n + 2 <= CRPCI_CONN_IOV; o = o->next) {
-        size_t skip = o->sent;
-        if (skip < o->head_len) {
-            cast.in = o->head + skip;
-            iov[n].iov_base = cast.out;
-            iov[n++].iov_len = o->head_len - skip;
-            skip = 0;
-        } else {
-            skip -= o->head_len;
-        }
-        if (o->tail_len) {
-            cast.in = o->tail + skip;
-            iov[n].iov_base = cast.out;
-            iov[n++].iov_len = o->tail_len - skip;
-        }
+    b->count = 0;
+    b->used = 0;
+    for (o = c->tx_head; o && b->count + 2 <= CRPCI_CONN_IOV; o = o->next) {
+        size_t skip = o->sent, head = skip < o->head_len ? o->head_len - skip : 0;
+        if (head && head <= CRPCI_CONN_SHORT && !alone && head <= CRPCI_CONN_FLAT - b->used)
+            crpci_conn_add_copy(b, o->head + skip, head);
+        else if (head)
+            crpci_conn_add(b, o->head + skip, head);
+        if (o->tail_len)
+            crpci_conn_add(b, o->tail + (head ? 0 : skip - o->head_len),
+                           o->tail_len - (head ? 0 : skip - o->head_len));
         o->inflight = true;
     }
-    return n;
 }
 
 /* Accounts for `n` sent bytes; frames that are complete leave the queue. */
@@ -4955,7 +4980,7 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
 CRPCI_FN void crpci_conn_flush(crpci_conn *c)
 {
     crpc_loop *l = c->loop;
-    struct iovec iov[CRPCI_CONN_IOV];
+    crpci_conn_batch batch;
     int rounds = 0;
     if (c->writing || c->closed || c->connecting || c->blocked)
         return;
@@ -4963,7 +4988,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
     crpci_conn_hold(c);
     c->writing = true;
     while (c->tx_head && !c->closed) {
-        int count = 0, saved;
+        int saved;
         ssize_t n;
         if (rounds++ >= CRPCI_CONN_ROUNDS && l->driver) {
             /* Others append as fast as it sends: nobody is to be kept here by them. */
@@ -4971,10 +4996,10 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
             crpci_loop_kick(l);
             break;
         }
-        count = crpci_conn_gather(c, iov);
+        crpci_conn_gather(c, &batch);
         l->stats.sends++;
         crpci_loop_unlock(l);
-        n = c->io->writev(c->fd, c->io_state, iov, count);
+        n = c->io->writev(c->fd, c->io_state, batch.iov, batch.count);
         saved = errno;
         crpci_loop_lock(l);
         crpci_conn_advance(c, n > 0 ? (size_t)n : 0);
