@@ -545,7 +545,7 @@ typedef struct crpc_hooks {
     /* Microseconds that never go back. Default: CLOCK_MONOTONIC. */
     int64_t (*clock_us)(void *user);
     /* Resolves a host name: writes numeric addresses, separated by commas, as text. Returns 0 or a
-     * crpc_status. Called only from crpc_channel_open and crpc_server_open, _listen. Default:
+     * crpc_status. Called only from crpc_channel_open, crpc_server_open, _listen and _start. Default:
      * getaddrinfo, which blocks. */
     int (*resolve)(void *user, const char *host, char *addresses, size_t size);
     int log_level; /* lines above it are dropped. 0: CRPC_LOG_WARN. -1: no line at all */
@@ -909,7 +909,7 @@ typedef struct crpc_server_options {
     const char *group;               /* registered with every service. NULL: none */
     const char *version;             /* likewise. NULL: none */
     const char *application;         /* likewise: the program's name. NULL: "crpc" */
-    int weight;              /* registered: share of the calls. 0: 100. -1: 0, none but by name */
+    int weight; /* registered, for consumers that weigh; crpc's do not yet. 0: 100. -1: 0 */
     crpc_loop *loop;         /* must outlive the server. NULL: a private loop */
     crpc_loop_options loops; /* of the private loop and of the I/O threads. 0: defaults */
     int io_threads;      /* loops, a thread each, for connections. 0: all on one loop. -1: as 0 */
@@ -3054,6 +3054,18 @@ CRPCI_FN int crpci_sock_open(const crpci_addr *a)
     if (fd >= 0 && a->u.any.sa_family != AF_UNIX)
         crpci_sock_tune(fd);
     return fd;
+}
+
+/* Whether an address, as text, is this host's to itself. */
+CRPCI_FN bool crpci_sock_is_loopback(const char *text)
+{
+    static const char *const begins[] = {"127.", "[::1]", "::1:", "[::ffff:127.", "::ffff:127."};
+    size_t i;
+    for (i = 0; i < sizeof begins / sizeof *begins; i++) {
+        if (strncmp(text, begins[i], strlen(begins[i])) == 0)
+            return true;
+    }
+    return false;
 }
 
 /* Whether a connection is to itself: dialling a dead port in the ephemeral range can do that. */
@@ -5517,8 +5529,9 @@ CRPCI_FN bool crpci_registry_snapshot_equal(const crpci_snapshot *a, const crpci
 
 /* --- what a backend offers -------------------------------------------------------------------- */
 
-/* A new list. On any thread, no lock held; the list is borrowed. */
-typedef void (*crpci_registry_push_fn)(void *user, crpci_snapshot *list);
+/* A new list. On any thread, no lock held; the list is borrowed. Other than 0: it was not taken, and
+ * is to be offered again. */
+typedef int (*crpci_registry_push_fn)(void *user, crpci_snapshot *list);
 
 /* A registration got through (CRPC_OK) or a try failed; tries go on. On any thread,
  * no lock held. */
@@ -5862,6 +5875,7 @@ CRPCI_FN crpci_snapshot *crpci_registry_collect(crpci_heap *h, char *const *name
 #define CRPCI_ZOOKEEPER_ROOT           "dubbo"
 #define CRPCI_ZOOKEEPER_TIMEOUT_MS     15000
 #define CRPCI_ZOOKEEPER_TIMEOUT_MAX_MS 3600000   /* a longer one was not granted by a ZooKeeper */
+#define CRPCI_ZOOKEEPER_TIMEOUT_MIN_MS 200       /* a sixtieth of it paces the client's dialling */
 #define CRPCI_ZOOKEEPER_RETRY_US       1000000   /* after an answer that is no answer */
 #define CRPCI_ZOOKEEPER_REFUSED_US     5000000   /* reads of a directory that may not be created */
 #define CRPCI_ZOOKEEPER_CHECK_US       60000000  /* is the node still there, and ours? */
@@ -6101,7 +6115,8 @@ CRPCI_FN void crpci_zookeeper_later(crpci_zookeeper_task *t, int64_t us)
 /* Whether nothing is known about a request's fate. It is sent again when the connection is back. */
 CRPCI_FN bool crpci_zookeeper_lost(int rc)
 {
-    return (rc < 0 && rc > ZAPIERROR && rc != ZUNIMPLEMENTED) || rc == ZSESSIONEXPIRED ||
+    return (rc < 0 && rc > ZAPIERROR && rc != ZUNIMPLEMENTED && rc != ZBADARGUMENTS) ||
+           rc == ZSESSIONEXPIRED ||
            rc == ZCLOSING || rc == ZSESSIONMOVED || rc == ZAUTHFAILED;
 }
 
@@ -6238,8 +6253,23 @@ CRPCI_COLD int crpci_zookeeper_resolve(crpci_zookeeper *s, crpc_error *error)
                     : CRPC_OK;
 }
 
+/* Whether IPv4 servers are written as IPv6 ones. The client has getaddrinfo look at its list
+ * whenever it is not connected; with glibc that fails for an IPv4 address, however numeric, while
+ * the host has an IPv6 address but lost its IPv4 one, and the client spins. */
+CRPCI_FN bool crpci_zookeeper_maps_v4(void)
+{
+#ifdef __GLIBC__
+    int fd = socket(AF_INET6, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (fd >= 0)
+        close(fd);
+    return fd >= 0;
+#else
+    return false;
+#endif
+}
+
 /* One server in the client's notation: IPv6 without brackets. */
-CRPCI_FN int crpci_zookeeper_host(const crpci_addr *a, char *out, size_t size)
+CRPCI_FN int crpci_zookeeper_host(const crpci_addr *a, bool map, char *out, size_t size)
 {
     char ip[INET6_ADDRSTRLEN] = "";
     bool v6 = a->u.any.sa_family == AF_INET6;
@@ -6247,7 +6277,8 @@ CRPCI_FN int crpci_zookeeper_host(const crpci_addr *a, char *out, size_t size)
         inet_ntop(AF_INET6, &a->u.in6.sin6_addr, ip, sizeof ip);
     else
         inet_ntop(AF_INET, &a->u.in4.sin_addr, ip, sizeof ip);
-    return snprintf(out, size, "%s:%u", ip, ntohs(v6 ? a->u.in6.sin6_port : a->u.in4.sin_port));
+    return snprintf(out, size, "%s%s:%u", map && !v6 ? "::ffff:" : "", ip,
+                    ntohs(v6 ? a->u.in6.sin6_port : a->u.in4.sin_port));
 }
 
 /* Shuffles the servers, so that clients spread over them, and lists them for the client. */
@@ -6256,6 +6287,7 @@ CRPCI_COLD int crpci_zookeeper_make_hosts(crpci_zookeeper *s)
     const size_t each = INET6_ADDRSTRLEN + 8;
     size_t size = s->server_count * each, i, n = 0;
     char *text = (char *)crpci_heap_alloc(s->heap, size);
+    bool map = crpci_zookeeper_maps_v4();
     if (!text)
         return CRPC_ENOMEM;
     crpci_loop_lock(s->loop);
@@ -6269,7 +6301,7 @@ CRPCI_COLD int crpci_zookeeper_make_hosts(crpci_zookeeper *s)
     for (i = 0; i < s->server_count; i++) {
         if (i)
             text[n++] = ',';
-        n += (size_t)crpci_zookeeper_host(&s->servers[i], text + n, size - n);
+        n += (size_t)crpci_zookeeper_host(&s->servers[i], map, text + n, size - n);
     }
     s->hosts = crpci_heap_strndup(s->heap, text, n);
     crpci_heap_free(s->heap, text, size);
@@ -6494,12 +6526,16 @@ CRPCI_FN bool crpci_zookeeper_deliver(crpci_zookeeper_dir *dir, char *const *nam
         dir->bad = dir->bad || bad;
         complete = complete && list;
         if (list && !sub->dead && crpci_zookeeper_is_news(sub, list)) {
-            crpci_registry_snapshot_unref(sub->last);
-            crpci_registry_snapshot_ref(list);
-            sub->last = list;
+            bool taken;
             crpci_zookeeper_call_begin(s, &sub->caller);
-            sub->push(sub->user, list);
+            taken = sub->push(sub->user, list) == CRPC_OK;
             crpci_zookeeper_call_end(s, &sub->caller);
+            complete = complete && taken;
+            if (taken) {
+                crpci_registry_snapshot_unref(sub->last);
+                crpci_registry_snapshot_ref(list);
+                sub->last = list;
+            }
         }
         crpci_registry_snapshot_unref(list);
         crpci_zookeeper_sub_unref(sub);
@@ -7266,6 +7302,13 @@ CRPCI_FN void crpci_zookeeper_authenticate(crpci_zookeeper *s)
     link->authed = rc == ZOK;
 }
 
+/* Whether requests may be sent, with the credential before them. */
+CRPCI_FN bool crpci_zookeeper_may_issue(const crpci_zookeeper *s)
+{
+    return s->connected && s->link && s->link->ready && !s->closing &&
+           (!s->credential || s->link->authed);
+}
+
 /* Makes a new link, or fails: the client wants memory, and a host that has an IPv6 address but no
  * IPv4 address yet is told by getaddrinfo that an IPv4 server is none. Busy; locked, unlocks
  * meanwhile. */
@@ -7426,8 +7469,11 @@ CRPCI_FN void crpci_zookeeper_interest(crpci_zookeeper *s)
         crpci_zookeeper_disconnected(s); /* found by a send, it is told by no event */
     if (rc == ZINVALIDSTATE)
         s->renew = s->again = true;
-    if (rc != ZOK)
+    if (rc != ZOK) {
         fd = -1;
+        if (state == ZOO_CONNECTED_STATE) /* a ping failed: only reading or writing makes it see */
+            s->events = CRPC_READABLE | CRPC_WRITABLE;
+    }
     events = fd < 0 ? 0
                     : (want & ZOOKEEPER_READ ? CRPC_READABLE : 0u) |
                           (want & ZOOKEEPER_WRITE ? CRPC_WRITABLE : 0u);
@@ -7491,11 +7537,13 @@ CRPCI_FN void crpci_zookeeper_arm(crpci_zookeeper *s)
 {
     int64_t next = INT64_MAX, now = crpci_zookeeper_now(s);
     crpci_list *i;
-    for (i = s->tasks.next; s->connected && i != &s->tasks; i = i->next) {
+    for (i = s->tasks.next; crpci_zookeeper_may_issue(s) && i != &s->tasks; i = i->next) {
         crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
         if (!t->op)
             next = crpci_base_min64(next, t->due_us);
     }
+    if (s->connected && s->credential && s->link && !s->link->authed)
+        next = now + CRPCI_ZOOKEEPER_RETRY_US / 10;
     if (!s->link)
         next = crpci_base_min64(next, s->renew_us);
     else if (s->lost_us && !s->probing)
@@ -7560,8 +7608,7 @@ CRPCI_FN void crpci_zookeeper_run(crpci_zookeeper *s)
         crpci_zookeeper_supervise(s);
         if (s->connected && s->link && s->link->ready && !s->closing)
             crpci_zookeeper_authenticate(s);
-        while (s->connected && s->link && s->link->ready && !s->closing &&
-               (t = crpci_zookeeper_next(s)) != NULL)
+        while (crpci_zookeeper_may_issue(s) && (t = crpci_zookeeper_next(s)) != NULL)
             crpci_zookeeper_issue(s, t);
 #if CRPC_ZOOKEEPER_ST
         if (s->link && !s->closing)
@@ -7824,6 +7871,11 @@ CRPCI_FN int crpci_zookeeper_enroll(crpci_registry *base, const crpci_registrati
     }
     clock_gettime(CLOCK_REALTIME, &ts); /* people read it; nothing is timed by it */
     reg->timestamp_ms = (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+    if (!reg->auto_host && crpci_sock_is_loopback(reg->address) &&
+        !crpci_sock_is_loopback(s->hosts))
+        crpci_heap_log(s->heap, CRPC_LOG_WARN,
+                       "zookeeper: %s is registered at %s, which other hosts cannot reach",
+                       what->service, reg->address);
     reg->owner = r;
     reg->status = status;
     reg->user = user;
@@ -8053,6 +8105,8 @@ CRPCI_COLD int crpci_zookeeper_open(crpc_loop *l, const crpci_url *url,
     int err;
     if (!r)
         return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    if (timeout_ms < CRPCI_ZOOKEEPER_TIMEOUT_MIN_MS)
+        timeout_ms = CRPCI_ZOOKEEPER_TIMEOUT_MIN_MS;
     r->base.ops = &crpci_zookeeper_ops;
     err = crpci_zookeeper_root(l->heap, url->path, &r->root, error);
     if (!err)
@@ -9781,16 +9835,23 @@ CRPCI_COLD int crpci_channel_open_static(crpc_channel *ch, crpci_url *u, crpc_er
 }
 
 /* A new list from the registry; any thread. */
-CRPCI_FN void crpci_channel_on_list(void *user, crpci_snapshot *list)
+CRPCI_FN int crpci_channel_on_list(void *user, crpci_snapshot *list)
 {
     crpc_channel *ch = (crpc_channel *)user;
+    int err = CRPC_OK;
     crpci_loop_lock(ch->loop);
-    if (!ch->closed && crpci_channel_set_providers(ch, list) == CRPC_OK) {
+    if (!ch->closed)
+        err = crpci_channel_set_providers(ch, list);
+    if (!ch->closed && !err) {
         ch->listed = true;
         if (ch->list_waiter)
             crpci_loop_done(ch->loop, ch->list_waiter);
     }
     crpci_loop_unlock(ch->loop);
+    if (err)
+        crpci_heap_log(list->heap, CRPC_LOG_WARN, "a list of %zu providers was not taken: %s",
+                       list->count, crpc_status_text(err));
+    return err;
 }
 
 /* The gate: waits for the session and the first list. */

@@ -51,10 +51,16 @@ static void expect_hosts(const char *authority, size_t count, const char *const 
     crpc_loop *loop = loop_with(NULL);
     crpci_zookeeper *s;
     crpc_error error;
-    size_t i, n = 1;
+    size_t i, n = 1, cut = 0;
+    char *mapped;
     const char *p;
     if (session(loop, authority, &s, &error))
         fail_msg("%s: %s", authority, error.text);
+    while ((mapped = strstr(s->hosts, "::ffff:")) != NULL) { /* see crpci_zookeeper_maps_v4 */
+        assert_true(crpci_zookeeper_maps_v4());
+        memmove(mapped, mapped + 7, strlen(mapped + 7) + 1);
+        cut += 7;
+    }
     for (p = s->hosts; *p; p++)
         n += *p == ',';
     if (n != count || s->server_count != count)
@@ -67,6 +73,7 @@ static void expect_hosts(const char *authority, size_t count, const char *const 
         if (!p)
             fail_msg("%s gives %s without %s", authority, s->hosts, parts[i]);
     }
+    memset(s->hosts + strlen(s->hosts), 'x', cut); /* the block is freed by its length */
     crpci_zookeeper_free(s);
     crpc_loop_close(loop);
 }
@@ -125,7 +132,7 @@ static void it_shuffles_servers(void **state)
     for (i = 0; i < 400; i++) {
         crpci_zookeeper *s;
         assert_int_equal(session(loop, "10.0.0.0,10.0.0.1,10.0.0.2,10.0.0.3", &s, NULL), CRPC_OK);
-        first[s->hosts[7] - '0']++;
+        first[strchr(s->hosts, '.')[5] - '0']++; /* 10.0.0.N */
         crpci_zookeeper_free(s);
     }
     for (i = 0; i < 4; i++) {
@@ -297,7 +304,7 @@ static void it_tells_lost_from_refused(void **state)
                                ZINVALIDSTATE,   ZCLOSING,              ZSESSIONMOVED,
                                ZSYSTEMERROR,    ZRUNTIMEINCONSISTENCY, ZMARSHALLINGERROR};
     static const int answers[] = {ZOK,     ZNONODE,      ZNODEEXISTS, ZNOAUTH,
-                                  ZBADVERSION, ZNOTREADONLY, ZINVALIDACL, ZNOCHILDRENFOREPHEMERALS};
+                                  ZBADARGUMENTS, ZUNIMPLEMENTED, ZBADVERSION, ZNOTREADONLY, ZINVALIDACL, ZNOCHILDRENFOREPHEMERALS};
     size_t i;
     (void)state;
     for (i = 0; i < sizeof lost / sizeof *lost; i++)
@@ -382,10 +389,11 @@ static void it_waits_with_jitter_and_bounds(void **state)
 
 /* --- the interface without a server ------------------------------------------------------------- */
 
-static void on_push(void *user, crpci_snapshot *list)
+static int on_push(void *user, crpci_snapshot *list)
 {
     (void)user;
     (void)list;
+    return CRPC_OK;
 }
 
 static void on_status(void *user, int status, const char *text)

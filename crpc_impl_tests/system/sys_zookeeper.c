@@ -34,6 +34,7 @@ typedef struct side {
     int unsubscribe_in_push;
     int withdraw_in_status;
     int slow_push_ms;
+    int refuse_pushes;
     int in_push; /* atomic */
 } side;
 
@@ -57,10 +58,14 @@ static void side_count(void *user, int level, const char *line)
     side_log(user, level, line);
 }
 
-static void on_push(void *user, crpci_snapshot *list)
+static int on_push(void *user, crpci_snapshot *list)
 {
     side *s = (side *)user;
     size_t i, n = 0;
+    if (s->refuse_pushes) {
+        s->refuse_pushes--;
+        return CRPC_ENOMEM;
+    }
     __atomic_store_n(&s->in_push, 1, __ATOMIC_SEQ_CST);
     pthread_mutex_lock(&s->lock);
     s->list[0] = '\0';
@@ -79,6 +84,7 @@ static void on_push(void *user, crpci_snapshot *list)
     }
     __atomic_add_fetch(&s->pushes, 1, __ATOMIC_SEQ_CST);
     __atomic_store_n(&s->in_push, 0, __ATOMIC_SEQ_CST);
+    return CRPC_OK;
 }
 
 static void on_status(void *user, int status, const char *text)
@@ -698,6 +704,55 @@ static void it_notices_a_loss_when_it_sends(void **state)
     zk_proxy_end(&p);
 }
 
+/* Nobody drove the loop when the connection was reset, and a ping is the first to find out. */
+static void it_notices_a_loss_when_it_pings(void **state)
+{
+    int64_t until;
+    zk_proxy p;
+    side a;
+    int steps = 0;
+    (void)state;
+    clean(&server);
+    zk_proxy_start(&p, server.port);
+    side_loop(&a, 0);
+    session_ms = 6000;
+    a.registry = open_registry(a.loop, p.port, NULL);
+    session_ms = TIMEOUT_MS;
+    side_enroll(&a, "10.0.0.1:8000");
+    until = ct_now_ms() + LATE_MS;
+    while (value(&a.status) != CRPC_OK && ct_now_ms() < until)
+        assert_int_equal(crpc_loop_step(a.loop, 20), CRPC_OK);
+    expect_ok(&a, 0);
+    until = ct_now_ms() + 300; /* what is under way has to be answered, else there is no ping */
+    while (ct_now_ms() < until)
+        assert_int_equal(crpc_loop_step(a.loop, 20), CRPC_OK);
+    zk_proxy_set(&p, ZK_PROXY_REFUSE);
+    ct_sleep_ms(2300); /* over a third of the timeout, under two */
+    for (; side_session(&a) && steps < 50; steps++)
+        assert_int_equal(crpc_loop_step(a.loop, 20), CRPC_OK);
+    assert_true(side_session(&a) == 0);
+    ct_matrix(a.loop, "loss-found-by-pinging");
+    side_close(&a);
+    zk_proxy_end(&p);
+}
+
+/* A consumer that had no memory for a list is offered it again. */
+static void it_offers_a_list_again(void **state)
+{
+    side a;
+    (void)state;
+    clean(&server);
+    add_node(&server, "crpc://10.0.0.8:1/demo.Echo?interface=demo.Echo");
+    side_loop(&a, 1);
+    a.refuse_pushes = 2;
+    a.registry = open_registry(a.loop, server.port, NULL);
+    side_subscribe(&a);
+    expect_list(&a, "10.0.0.8:1 ", LATE_MS);
+    ct_matrix(a.loop, "list-not-taken");
+    side_close(&a);
+    clean(&server);
+}
+
 /* Waits until a side has given its session up; after how many milliseconds, -1: it has not. */
 static int64_t given_up_after(side *s, int ms)
 {
@@ -806,6 +861,34 @@ static double cpu_seconds(void)
     getrusage(RUSAGE_SELF, &u);
     return (double)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) +
            (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec) / 1e6;
+}
+
+/* The host loses its IPv4 address and keeps an IPv6 one, as when a lease ends; only loopback is left
+ * to reach the server by. Run by netns.sh, in a network of its own. */
+static void it_outlives_its_ipv4_address(void **state)
+{
+    zk_proxy p;
+    side a;
+    double cpu;
+    (void)state;
+    clean(&server);
+    zk_proxy_start(&p, server.port);
+    side_open(&a, p.port);
+    side_enroll(&a, "10.0.0.1:8000");
+    expect_ok(&a, LATE_MS);
+    assert_int_equal(system("ip addr del 10.77.0.1/24 dev crpc0"), 0);
+    zk_proxy_set(&p, ZK_PROXY_REFUSE);
+    cpu = cpu_seconds();
+    assert_true(given_up_after(&a, LATE_MS) > 0); /* the watchdog is at work */
+    ct_sleep_ms(1000);
+    cpu = cpu_seconds() - cpu;
+    if (cpu > 1)
+        fail_msg("%.2f s of processor time", cpu);
+    zk_proxy_set(&p, ZK_PROXY_OPEN);
+    assert_true(CT_WAIT(side_session(&a) != 0, LATE_MS));
+    assert_true(CT_WAIT(only_owner(&server, "10.0.0.1:8000") == side_session(&a), LATE_MS));
+    side_close(&a);
+    zk_proxy_end(&p);
 }
 
 /* Behind a wall that swallows everything, for longer than the watchdog waits: a new session when it
@@ -1231,6 +1314,8 @@ int main(int argc, char **argv)
         CT_TEST(it_survives_expiry),
         CT_TEST(it_works_on_a_loop_that_rests),
         CT_TEST(it_notices_a_loss_when_it_sends),
+        CT_TEST(it_notices_a_loss_when_it_pings),
+        CT_TEST(it_offers_a_list_again),
         CT_TEST(it_gives_up_a_session_that_is_refused),
         CT_TEST(it_gives_up_a_session_that_is_lost_too_long),
         CT_TEST(it_may_be_closed_while_it_replaces_its_session),
@@ -1246,11 +1331,12 @@ int main(int argc, char **argv)
         CT_TEST(it_leaves_the_process_alone),
         CT_TEST(it_survives_want_of_memory),
     };
+    static const struct CMUnitTest apart[] = {CT_TEST(it_outlives_its_ipv4_address)};
     int failed;
     if (argc == 4 && strcmp(argv[1], "provider") == 0)
         return provider_main(atoi(argv[2]), argv[3]);
     zk_start(&server);
-    failed = CT_RUN(tests);
+    failed = getenv("CRPC_TEST_NETNS") ? CT_RUN(apart) : CT_RUN(tests);
     zk_end(&server);
     return failed;
 }
