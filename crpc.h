@@ -12,7 +12,8 @@
  *     #define CRPC_IMPLEMENTATION
  *     #include "crpc.h"
  *
- * Everywhere else include it without the first line. Stubs are generated from a .proto file:
+ * Everywhere else include it without the first line. Stubs are generated from a .proto file; here
+ * from examples/echo/echo.proto, whose .options file makes its strings views (see MESSAGES):
  *
  *     protoc --plugin=protoc-gen-crpc=./protoc-gen-crpc --nanopb_out=. --crpc_out=. echo.proto
  *     cc -c crpc.c echo.pb.c echo.crpc.c
@@ -126,7 +127,8 @@
  * (CRPC_EABI).
  *
  *     CRPC_ENABLE_EPOLL      1   0: poll(2) is the only poller
- *     CRPC_ENABLE_THREADS    1   0: no locks; the whole program uses crpc from one thread
+ *     CRPC_ENABLE_THREADS    1   0: no locks; the whole program uses crpc from one thread, and
+ *                                ZooKeeper only by libzookeeper_st: CRPC_ZOOKEEPER_ST=1
  *     CRPC_ENABLE_CLIENT     1   0: no channels
  *     CRPC_ENABLE_SERVER     1   0: no server
  *     CRPC_ENABLE_ZOOKEEPER  1   0: no zookeeper://, no ZooKeeper client needed
@@ -148,12 +150,15 @@
  * ends pending calls with CRPC_ECANCELED.
  *
  * Callbacks. Any function may be called in any callback, including the close of the object that
- * called back. Two cannot wait for themselves and say so: a synchronous call on the same loop
- * (CRPC_EDEADLK), and crpc_server_close in one of the server's handlers.
+ * called back; what would wait for itself says so (CRPC_EDEADLK): a synchronous call on the same
+ * loop.
  *
  * Threads. All functions may be called from any thread unless their comment says otherwise. An
  * object must not be used while, or after, another thread closes it; that alone is the program's
  * care.
+ *
+ * Arguments. A pointer is not NULL unless the comment says so. In options a value below -1 counts as
+ * -1.
  *
  * Ownership. What a function is given it borrows until it returns. What a callback is given is
  * valid until it returns. A response's views, and reply_attachment, are valid until crpc_call_reset
@@ -168,7 +173,7 @@
  * Delivery. A call is executed at most once unless its method is idempotent (in the .proto:
  * `option idempotency_level = IDEMPOTENT;`). Retries happen by themselves only when not a byte of
  * the request was sent, when the server said it was stopping (CRPC_ELOGOFF), or, idempotent, when
- * the connection was lost; each goes to a provider not tried yet. CRPC_OK means that the handler
+ * the connection was lost; each goes to a provider other than the last eight tried. CRPC_OK means that the handler
  * has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES means that nobody knows.
  *
  * LOOPS AND THREADS
@@ -180,11 +185,12 @@
  * is handed to that thread and back, some microseconds more: for synchronous work give channels no
  * loop, or one that nobody runs. Callbacks run only where somebody owns the loop, is inside
  * crpc_loop_step, or waits for a call by id; a synchronous caller never runs them, so that it can
- * hold the program's locks.
+ * hold the program's locks. Handlers are callbacks: a synchronous call to a server on the very loop
+ * that it drives gets no answer.
  *
  * A program with a poll loop of its own asks crpc_loop_pollfds and crpc_loop_timeout before each
- * wait, and calls crpc_loop_step(loop, 0) after it. It makes its first step before its first
- * asynchronous call, or sets forbid_threads and does not care.
+ * wait, and calls crpc_loop_step(loop, 0) after it. It makes its first step, or asks one of the two,
+ * before its first asynchronous call: from then on no thread is started for the loop.
  *
  * MESSAGES
  *
@@ -217,8 +223,7 @@
  *     user_fields            as asked                          yes
  *     content_type           no                                other than 0: CRPC_EREQUEST
  *     checksum_type          no                                other than 0: CRPC_EREQUEST
- *     request: log_id, trace_id, span_id, parent_span_id, timeout_ms (always); request_id is not
- * sent
+ *     request: log_id, trace_id, span_id, parent_span_id, timeout_ms (always); no request_id
  *
  * One connection per provider carries all calls of a loop, replies in any order; `inflight=1` is
  * for peers that can answer only one at a time. A service is found by its full name
@@ -230,7 +235,8 @@
  *
  * Providers register as Dubbo's do: an ephemeral node
  *     /dubbo/package.Service/providers/<URL-encoded crpc://host:port/package.Service?...>
- * for each service, and consumers watch that directory. The last list that had an entry stays in
+ * for each service, and consumers watch that directory. A channel takes the providers whose group and
+ * version are those of its URL: unset means none, `*` any, `a,b` either. The last list that had an entry stays in
  * use while ZooKeeper is away, or answers with nothing. A session that expired, or that was cut off
  * for longer than twice its timeout, is replaced and everything registered again. Calls never wait
  * for ZooKeeper, except that opening waits registry_timeout_ms for the first answer. The ZooKeeper
@@ -249,7 +255,7 @@
  *     limit                  default     when it is reached
  *     timeout_ms             1000 ms     CRPC_ETIMEDOUT
  *     max_body               64 MiB      request: CRPC_EREQUEST; reply: CRPC_ERESPONSE; skipped
- *     channel max_queued     16 MiB      CRPC_EOVERCROWDED
+ *     channel max_queued     16 MiB      CRPC_EOVERCROWDED, also for one request that is larger
  *     server max_queued      4 MiB       the connection is not read until half is sent
  *     max_connections        1024        new ones are closed
  *     worker_queue           1024        CRPC_ELIMIT
@@ -624,7 +630,8 @@ CRPC_API CRPC_MUST_CHECK int crpc_loop_step(crpc_loop *loop, int timeout_ms);
 CRPC_API CRPC_MUST_CHECK int crpc_loop_start(crpc_loop *loop);
 
 /* Makes crpc_loop_run, or the loop's own thread, return soon. Does not wait. If nobody runs the
- * loop, the next crpc_loop_run returns at once. Any thread, and a signal handler. */
+ * loop, the next crpc_loop_run returns at once; a thread that is started later does not care. Any
+ * thread, and a signal handler. */
 CRPC_API void crpc_loop_stop(crpc_loop *loop);
 
 /* A file descriptor that becomes readable when crpc_loop_step(loop, 0) has something to do: put it
@@ -664,7 +671,8 @@ CRPC_API void crpc_loop_unwatch(crpc_loop *loop, crpc_id id);
 
 typedef void (*crpc_timer_fn)(void *user);
 
-/* Calls fn after delay_ms, never early, then every period_ms (0: only once). Any thread. */
+/* Calls fn after delay_ms, never early, then every period_ms (0: only once). `id` may be NULL: it
+ * cannot be stopped then, but by closing the loop. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_timer_start(crpc_loop *loop, int64_t delay_ms, int64_t period_ms,
                                               crpc_timer_fn fn, void *user, crpc_id *id);
 
@@ -723,7 +731,7 @@ struct crpc_call {
     /* --- in ------------------------------------------------------------- */
     int timeout_ms; /* total, retries included. 0: the method's, else the channel's. -1: as 0 */
     int64_t deadline_us; /* crpc_loop_now_us time, instead of timeout_ms. 0: unset. -1: as 0 */
-    int retries;         /* further attempts. 0: the channel's. -1: none */
+    int retries;         /* further attempts, up to 16. 0: the channel's. -1: none */
     int64_t log_id;      /* travels in the meta and into logs. 0: the parent's, else none. -1: sent
                             like any other number */
     const crpc_field *fields; /* user_fields to send; borrowed during the call function */
@@ -772,7 +780,7 @@ typedef struct crpc_channel_options {
     crpc_loop_options private_loop; /* of the private loop. 0: defaults */
     int timeout_ms;         /* default deadline of a call. 0: 1000. -1: the longest, 24 hours */
     int connect_timeout_ms; /* of one connection attempt. 0: 500. -1: only the call's deadline */
-    int retries;            /* further attempts of a failed call. 0: 2. -1: none */
+    int retries;            /* further attempts of a failed call, up to 16. 0: 2. -1: none */
     int inflight;           /* calls at a time on one connection. 0: no limit. -1: no limit */
     int64_t max_body;       /* bytes of a received message. 0: 64 MiB. -1: 2 GiB - 1 */
     int64_t max_queued;     /* unsent bytes on a connection. 0: 16 MiB. -1: no limit */
@@ -819,7 +827,7 @@ CRPC_API crpc_loop *crpc_channel_loop(crpc_channel *channel);
 CRPC_API size_t crpc_channel_providers(crpc_channel *channel);
 
 /* Calls and waits for the result. `response` is a zeroed or initialised struct of the method's
- * type; it is written only on success. If its type has views, `call` must not be NULL. CRPC_EDEADLK
+ * type; after an error its contents are not defined. If its type has views, `call` must not be NULL. CRPC_EDEADLK
  * inside a callback of the channel's loop. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_call(crpc_channel *channel, const crpc_method *method,
                                                const void *request, void *response,
@@ -864,12 +872,14 @@ CRPC_API CRPC_MUST_CHECK int crpc_channel_begin(crpc_channel *channel, const crp
 CRPC_API CRPC_MUST_CHECK int crpc_channel_poll(crpc_channel *channel, crpc_id id);
 
 /* Waits up to timeout_ms (0: not at all; -1: until its deadline) for the call to end; results as
- * crpc_channel_poll. If nobody drives the loop, drives it, callbacks included. */
+ * crpc_channel_poll, and CRPC_EBUSY (another thread waits for it), CRPC_EDEADLK (inside a callback
+ * of the loop), CRPC_ECANCELED (the channel was closed meanwhile). If nobody drives the loop, drives
+ * it, callbacks included. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_wait(crpc_channel *channel, crpc_id id, int timeout_ms);
 
 /* Takes the result of an ended call: returns how the call ended and fills `response` on success;
  * the bytes behind views and attachment move into `call`. CRPC_EPENDING and CRPC_ENOTFOUND as
- * crpc_channel_poll. The id is spent unless CRPC_EPENDING or CRPC_EINVAL (views and a NULL call, or
+ * crpc_channel_poll, unless call->error.remote: then the peer said so. The id is spent unless CRPC_EPENDING or CRPC_EINVAL (views and a NULL call, or
  * the id of another method's call). */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_fetch(crpc_channel *channel, const crpc_method *method,
                                                 crpc_id id, void *response, crpc_call *call);
@@ -894,7 +904,7 @@ typedef struct crpc_server crpc_server;
 /* Sees every request of a server before its handler. Either function may be NULL. */
 typedef struct crpc_server_interceptor {
     /* On the handler's thread, first to last, before the request is decoded. Other than 0 ends the
-     * request with that status. */
+     * request with that status, as if a handler had returned it. */
     int (*before)(void *user, crpc_context *context);
     /* When the reply is ready, last to first, on the thread that finished it. */
     void (*after)(void *user, crpc_context *context, int status);
@@ -903,13 +913,16 @@ typedef struct crpc_server_interceptor {
 
 typedef struct crpc_server_options {
     const char *listen; /* tcp://host:port or unix:///path; port 0: any. NULL: crpc_server_listen */
-    const char *registry; /* zookeeper://host:port,.../root to register in. NULL: nowhere */
-    const char *advertise; /* host[:port] to register. NULL: what reaches the registry */
+    const char *registry; /* zookeeper://host:port,...[/root] to register in; without a root in
+                             /dubbo. NULL: nowhere */
+    const char *advertise; /* host[:port] to register, resolved when starting. NULL: the address of
+                              this host that reaches the registry, unless a listener has its own */
     const char *registry_credential; /* ZooKeeper digest "user:password". NULL: none */
     const char *group;               /* registered with every service. NULL: none */
     const char *version;             /* likewise. NULL: none */
     const char *application;         /* likewise: the program's name. NULL: "crpc" */
-    int weight; /* registered, for consumers that weigh; crpc's do not yet. 0: 100. -1: 0 */
+    int weight; /* registered, up to 1000000, for consumers that weigh; this version's channels do
+                   not. 0: 100. -1: 0 */
     crpc_loop *loop;         /* must outlive the server. NULL: a private loop */
     crpc_loop_options loops; /* of the private loop and of the I/O threads. 0: defaults */
     int io_threads;      /* loops, a thread each, for connections. 0: all on one loop. -1: as 0 */
@@ -927,7 +940,8 @@ typedef struct crpc_server_options {
     int session_timeout_ms;  /* of the registry session. 0: 15000. -1: as 0 */
     int registry_timeout_ms; /* how long starting waits for the registry. 0: 3000. -1: not at all */
     int must_connect; /* 1: not reaching the registry in time fails the start. 0: goes on trying */
-    const crpc_server_interceptor *interceptors; /* borrowed while the server lives */
+    const crpc_server_interceptor *interceptors; /* borrowed until the server is closed and its last
+                                                    deferred request finished */
     size_t interceptor_count;
 } crpc_server_options;
 
@@ -952,7 +966,8 @@ CRPC_API CRPC_MUST_CHECK int crpc_server_listen(crpc_server *server, const char 
 /* Takes over a bound and listening socket, as from a service manager. Closed with the server. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_listen_fd(crpc_server *server, int fd);
 
-/* The address of listener `index` with its real port, as URL text. CRPC_ENOTFOUND past the last. */
+/* The address of listener `index` with its real port, as URL text. CRPC_ENOTFOUND past the last.
+ * CRPC_EINVAL: it does not fit; CRPC_ADDRESS_MAX + 8 bytes are always enough. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_address(crpc_server *server, size_t index, char *url,
                                                  size_t size);
 
@@ -973,8 +988,9 @@ CRPC_API CRPC_MUST_CHECK int crpc_server_run(crpc_server *server);
 CRPC_API void crpc_server_stop(crpc_server *server);
 
 /* Stops without waiting longer than drain_ms for replies, then for handlers on workers and I/O
- * threads to return, and frees. Requests finished later find their peer gone. Not inside a handler
- * or callback (that is logged and nothing done). NULL is ignored. */
+ * threads to return, and frees. Requests finished later find their peer gone. In a handler or a
+ * callback it does not wait: the server stops, and is freed by its loop when it has; the program
+ * lets go of it at once, also of one that crpc_server_run runs. NULL is ignored. */
 CRPC_API void crpc_server_close(crpc_server *server);
 
 /* The loop that accepts connections. */
@@ -1002,8 +1018,9 @@ CRPC_API int crpc_context_error(crpc_context *context, int status, const char *f
     CRPC_PRINTF(3, 4);
 
 /* Finishes a request whose handler returned CRPC_EPENDING; the context is gone afterwards. `status`
- * as a handler would return it. CRPC_EGONE: the peer had left; CRPC_OK otherwise. Any thread; may
- * even run before the handler has returned. */
+ * as a handler would return it. CRPC_EGONE: the connection is broken or closed, nothing is sent;
+ * CRPC_OK otherwise. A peer that only ended its side in order still gets its reply, and its
+ * connection stays until then. Any thread; may even run before the handler has returned. */
 CRPC_API int crpc_context_finish(crpc_context *context, int status);
 
 /* The response struct, for deferred replies. */
@@ -3150,7 +3167,9 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
     }
     if (!crpci_sock_split(text, host, sizeof host, &port) || !*host)
         return crpci_status_set(error, CRPC_EINVAL,
-                                "\"%.80s\" is not host:port (IPv6 stands in brackets)", text);
+                                "\"%.80s\" is not host:port, with a port up to 65535 (IPv6 stands in "
+                                "brackets)",
+                                text);
     err = h->hooks.resolve ? h->hooks.resolve(h->hooks.user, host, list, sizeof list)
                            : crpci_resolver_system(host, list, sizeof list);
     if (err)
@@ -3894,7 +3913,7 @@ CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
 CRPCI_FN void crpci_loop_timer_at(crpc_loop *l, crpci_timer *t, int64_t due)
 {
     crpci_timer_set(&l->timers, t, due);
-    if (due < l->wake_at)
+    if (due < (l->driver ? l->wake_at : l->foreign_at)) /* until when somebody sleeps */
         crpci_loop_kick(l);
 }
 
@@ -4198,6 +4217,7 @@ CRPCI_FN void crpci_loop_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
  * driver run callbacks too (P8: a synchronous call never does). */
 CRPCI_FN void crpci_loop_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool user)
 {
+    l->fresh = false; /* encoding, or whoever looked last, may have been long ago */
     while (!w->done && (until == INT64_MAX || crpci_loop_time(l) < until)) {
         if (!w->driving && !l->driver && !l->owned && !l->owner_waiting)
             l->driver = w->driving = true;
@@ -4335,6 +4355,7 @@ CRPCI_FN int crpci_loop_start_thread(crpc_loop *l)
     crpci_loop_join(l);
     if (l->owned || l->owner_waiting || l->has_thread)
         return CRPC_EBUSY;
+    crpci_thread_store(&l->stop, 0); /* one from before was not meant for it */
     l->owner_waiting = true; /* the thread becomes the owner as soon as it runs */
     crpci_loop_hold(l);      /* and keeps the loop until it ends */
     err = crpci_thread_start(&l->thread, (size_t)l->stack_size, crpci_loop_thread, l);
@@ -4364,7 +4385,7 @@ CRPCI_FN int crpci_loop_need_owner(crpc_loop *l)
 
 CRPCI_FN void crpci_loop_options_set(crpc_loop *l, const crpc_loop_options *o)
 {
-    l->forbid_threads = o->forbid_threads != 0;
+    l->forbid_threads = o->forbid_threads || !CRPC_ENABLE_THREADS;
     snprintf(l->thread_name, sizeof l->thread_name, "%s", o->thread_name ? o->thread_name : "crpc");
     l->stack_size = crpci_base_option(o->stack_size, 256 << 10, 0);
     l->max_results = crpci_base_option(o->max_results, 1024, 0);
@@ -4523,6 +4544,8 @@ CRPC_API size_t crpc_loop_pollfds(crpc_loop *l, struct pollfd *fds, size_t max)
     size_t n = 1, i;
     crpci_loop_lock(l);
     l->foreign = true;
+    if (!l->foreign_at)
+        l->foreign_at = INT64_MAX; /* from here on it has to be told of changes */
     if (l->poller.kind == CRPC_POLLER_EPOLL) {
         if (max) {
             fds->fd = l->poller.epoll_fd;
@@ -4571,6 +4594,8 @@ CRPC_API void crpc_loop_stats_get(crpc_loop *l, crpc_loop_stats *stats)
 CRPC_API int crpc_loop_post(crpc_loop *l, void (*fn)(void *user), void *user)
 {
     crpci_loop_user *u;
+    if (!fn)
+        return CRPC_EINVAL;
     crpci_loop_lock(l);
     u = crpci_loop_user_new(l, CRPCI_LOOP_POST, user);
     if (u) {
@@ -4656,6 +4681,8 @@ CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms,
 {
     const int64_t longest = INT64_C(3153600000000); /* 100 years */
     crpci_loop_user *u;
+    crpc_id unwanted;
+    id = id ? id : &unwanted;
     id->value = 0;
     if (!fn || delay_ms < 0 || period_ms < 0 || delay_ms > longest || period_ms > longest)
         return CRPC_EINVAL;
@@ -5062,7 +5089,7 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
 CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
 {
     crpci_out **at = &c->tx_head, *before = NULL;
-    if (!o->queued || o->sent || o->inflight || c->closed)
+    if (!o->queued || o->sent || o->inflight)
         return false;
     while (*at && *at != o) {
         before = *at;
@@ -5089,6 +5116,15 @@ CRPCI_FN void crpci_conn_bad(crpci_conn *c, const char *what)
     crpci_conn_close(c, CRPC_ERESPONSE, 0);
 }
 
+/* A frame has begun whose end is not there: it has a time to come in. */
+CRPCI_FN void crpci_conn_begun(crpci_conn *c)
+{
+    c->rx_since = crpci_loop_now(c->loop);
+    if (c->frame_timeout_us &&
+        (!c->timer.prev || c->timer.due_us > c->rx_since + c->frame_timeout_us))
+        crpci_loop_timer_set(c->loop, &c->timer, c->frame_timeout_us);
+}
+
 CRPCI_FN void crpci_conn_deliver(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p)
 {
     uint32_t body = crpci_base_get32(p + 4), meta = crpci_base_get32(p + 8);
@@ -5103,6 +5139,7 @@ CRPCI_FN void crpci_conn_deliver(crpci_conn *c, crpci_chunk *chunk, const uint8_
     if (c->oversize) {
         c->oversize = false;
         c->skip = (uint64_t)body - meta;
+        crpci_conn_begun(c);
         c->up->oversize(c, &m.meta, body);
         return;
     }
@@ -5156,10 +5193,7 @@ CRPCI_FN bool crpci_conn_begin(crpci_conn *c, const uint8_t *p, size_t have)
         return false;
     }
     memcpy(crpci_heap_data(c->rx), p, have);
-    c->rx_since = crpci_loop_now(c->loop);
-    if (c->frame_timeout_us &&
-        (!c->timer.prev || c->timer.due_us > c->rx_since + c->frame_timeout_us))
-        crpci_loop_timer_set(c->loop, &c->timer, c->frame_timeout_us);
+    crpci_conn_begun(c);
     c->rx_len = have;
     c->rx_need = cap;
     return true;
@@ -8150,7 +8184,8 @@ CRPCI_COLD int crpci_registry_open(crpc_loop *l, const crpci_url *url,
 #if CRPC_ENABLE_CLIENT
 
 #define CRPCI_CHANNEL_LONGEST_MS 86400000 /* no call waits longer than a day */
-#define CRPCI_CHANNEL_TRIED 4
+#define CRPCI_CHANNEL_TRIED 8
+#define CRPCI_CHANNEL_RETRIES 16 /* an attempt that fails at once is made inside of the last one */
 #define CRPCI_CHANNEL_INLINE 4096 /* attachments up to here are copied behind the message */
 #define CRPCI_CHANNEL_COPY 2048   /* replies up to here are copied out of a shared buffer */
 #define CRPCI_CHANNEL_BACKOFF_MIN 50000
@@ -8271,6 +8306,7 @@ struct crpc_channel {
     int64_t max_queued;
     bool short_names;
     char *credential;
+    char *where; /* what is looked up in the registry, for people; NULL: nothing */
     const crpc_client_interceptor *interceptors;
     size_t interceptor_count;
     crpci_list calls;
@@ -8667,6 +8703,7 @@ CRPCI_FN void crpci_channel_drop(crpc_channel *ch)
         crpci_heap_free(l->heap, m, m->size);
     }
     crpci_heap_strfree(l->heap, ch->credential);
+    crpci_heap_strfree(l->heap, ch->where);
     crpci_heap_free(l->heap, ch, sizeof *ch);
     crpci_loop_release(l);
 }
@@ -8773,18 +8810,26 @@ CRPCI_FN void crpci_call_finish(crpci_call *c, int status)
         crpci_loop_done(l, c->waiter);
 }
 
-/* The deadline has passed. A late reply on a connection with few slots would be taken for the next
- * call's: such a connection is closed first, so that no waiting call is put on it. */
-CRPCI_FN void crpci_call_expire(crpci_call *c)
+/* Takes a call off before its reply came. The peer is still at work on it, and where it has few
+ * slots the next call is not to be put on top, nor to take the late reply for its own: such a
+ * connection is closed. */
+CRPCI_FN void crpci_call_abandon(crpci_call *c, int why)
 {
     crpci_endpoint *e = c->endpoint;
-    bool active = c->state == CRPCI_CALL_ACTIVE, parked = c->state == CRPCI_CALL_WAITING;
+    bool active = c->state == CRPCI_CALL_ACTIVE;
     crpci_call_detach(c);
+    if (active && e->inflight && c->sent != CRPC_SENT_NO && e->conn)
+        crpci_conn_close(e->conn, why, 0);
+}
+
+/* The deadline has passed. */
+CRPCI_FN void crpci_call_expire(crpci_call *c)
+{
+    bool parked = c->state == CRPCI_CALL_WAITING;
+    crpci_call_abandon(c, CRPC_ETIMEDOUT);
     crpci_call_explain(c, CRPC_ETIMEDOUT,
                        parked ? "deadline exceeded while waiting for a connection"
                               : "deadline exceeded");
-    if (active && e->inflight && c->sent != CRPC_SENT_NO && e->conn)
-        crpci_conn_close(e->conn, CRPC_ETIMEDOUT, 0);
     crpci_call_finish(c, CRPC_ETIMEDOUT);
 }
 
@@ -8793,7 +8838,7 @@ CRPCI_FN void crpci_call_expire(crpci_call *c)
 CRPCI_FN bool crpci_call_has_tried(const crpci_call *c, const crpci_endpoint *e)
 {
     int i;
-    for (i = 0; i < CRPCI_CHANNEL_TRIED; i++) {
+    for (i = 0; i < c->attempts && i < CRPCI_CHANNEL_TRIED; i++) {
         if (c->tried[i] == e)
             return true;
     }
@@ -8879,11 +8924,25 @@ CRPCI_FN void crpci_call_failed(crpci_call *c, int code, const char *cause)
         memset(c->tried, 0, sizeof c->tried); /* only the connection was stale */
     if (again && crpci_channel_pick(c->channel, c)) {
         c->endpoint = NULL;
+        crpci_endpoint_serve_waiting(e);
         crpci_endpoint_drop(e);
         crpci_call_attempt(c);
         return;
     }
     crpci_call_finish(c, code);
+}
+
+/* Its frame did not fit into the connection's queue; an empty one it never will. */
+CRPCI_COLD void crpci_call_overcrowded(crpci_call *c)
+{
+    const crpci_endpoint *e = c->endpoint;
+    char cause[120];
+    snprintf(cause, sizeof cause, "%s: %lld bytes are queued, max_queued is %lld",
+             e->conn->tx_bytes ? "the connection's send queue is full" : "the request is too large",
+             (long long)e->conn->tx_bytes, (long long)e->max_queued);
+    if (!e->conn->tx_bytes)
+        c->max_attempts = c->attempts;
+    crpci_call_failed(c, CRPC_EOVERCROWDED, cause);
 }
 
 /* Lets the next waiting calls onto the connection, as far as there are slots. */
@@ -8899,10 +8958,22 @@ CRPCI_FN void crpci_endpoint_serve_waiting(crpci_endpoint *e)
         crpci_list_remove(&c->link);
         c->state = CRPCI_CALL_IDLE;
         if (crpci_call_send(c))
-            crpci_call_failed(c, CRPC_EOVERCROWDED, "the connection's send queue is full");
+            crpci_call_overcrowded(c);
     }
     e->serving = false;
     crpci_endpoint_drop(e);
+}
+
+CRPCI_COLD void crpci_call_orphaned(crpci_call *c)
+{
+    const crpc_channel *ch = c->channel;
+    char cause[CRPC_ERROR_TEXT_MAX];
+    snprintf(cause, sizeof cause, "%s%.180s",
+             ch->registry && !ch->listed ? "the registry has not answered yet about "
+                                         : "no provider is known at ",
+             ch->where ? ch->where : "the channel's URL");
+    crpci_call_explain(c, CRPC_ENOPROVIDER, cause);
+    crpci_call_finish(c, CRPC_ENOPROVIDER);
 }
 
 /* Picks a provider and sends, or waits for its connection. */
@@ -8917,18 +8988,14 @@ CRPCI_FN void crpci_call_attempt(crpci_call *c)
     c->attempts++;
     c->sent = CRPC_SENT_NO;
     if (!e) {
-        crpci_call_explain(c, CRPC_ENOPROVIDER,
-                           c->channel->registry && !c->channel->listed
-                               ? "the registry has not answered yet"
-                               : "no provider is known");
-        crpci_call_finish(c, CRPC_ENOPROVIDER);
+        crpci_call_orphaned(c);
         return;
     }
     e->refs++;
     c->endpoint = e;
     if (e->conn && !e->conn->connecting && (!e->inflight || e->active_count < e->inflight)) {
         if (crpci_call_send(c))
-            crpci_call_failed(c, CRPC_EOVERCROWDED, "the connection's send queue is full");
+            crpci_call_overcrowded(c);
         return;
     }
     if (!e->conn && e->usable_at > crpci_base_min64(c->deadline_us, INT64_MAX - 1)) {
@@ -8971,7 +9038,7 @@ CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
     bool connecting = conn->connecting;
     char cause[96];
-    crpci_out *o;
+    crpci_out *o, *after;
     if (!e)
         return;
     e->refs++;
@@ -8982,14 +9049,16 @@ CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
                                          : crpc_status_text(conn->why),
              conn->connecting && conn->why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
     /* What the calls need to know of their frames, before the queue is given up. */
-    for (o = conn->tx_head; o; o = o->next) {
+    for (o = conn->tx_head; o; o = after) {
         crpci_call *c = (crpci_call *)o->owner;
+        after = o->next;
         if (!c)
             continue;
         if (o->sent || o->inflight)
             c->sent = CRPC_SENT_MAYBE;
         c->out = NULL;
         o->owner = NULL;
+        crpci_conn_withdraw(conn, o);
     }
     e->last_errno = conn->why_errno;
     e->refused = conn->connecting;
@@ -9275,7 +9344,7 @@ CRPCI_FN void crpci_call_init(crpci_call *c, crpc_channel *ch, const crpci_call_
     c->kind = kind;
     c->start_us = start;
     c->deadline_us = crpci_channel_deadline(ch, k->method, in, start);
-    c->max_attempts = 1 + (retries < 1000 ? retries : 1000);
+    c->max_attempts = 1 + (retries < CRPCI_CHANNEL_RETRIES ? retries : CRPCI_CHANNEL_RETRIES);
     crpci_list_init(&c->link);
     crpci_list_append(&ch->calls, &c->of_channel);
     ch->loop->stats.calls++;
@@ -9647,12 +9716,12 @@ CRPC_API int crpc_channel_fetch(crpc_channel *ch, const crpc_method *m, crpc_id 
     crpci_loop_lock(l);
     c = crpci_channel_find(ch, id);
     err = crpci_call_state_status(c);
-    if (!err && (c->method != m ||
-                 (!call && crpci_message_has_views(m->response, CRPCI_MESSAGE_DEPTH))))
+    if (!err && (c->method != m || (!call && c->response->views)))
         err = CRPC_EINVAL;
     if (err) {
         crpci_loop_unlock(l);
-        return err;
+        return crpci_status_set(call ? &call->error : NULL, err, "%s.%s: fetching: %s (local)",
+                                m->service, m->name, crpc_status_text(err));
     }
     crpci_id_remove(&l->calls, c->id); /* from here on it is this thread's alone */
     c->id = 0;
@@ -9691,8 +9760,10 @@ CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
     crpci_loop_lock(l);
     c = crpci_channel_find(ch, id);
     if (c) {
-        if (c->state != CRPCI_CALL_DONE)
+        if (c->state != CRPCI_CALL_DONE) {
+            crpci_call_abandon(c, CRPC_ECANCELED);
             crpci_call_finish(c, CRPC_ECANCELED);
+        }
         if (c->waiter)
             crpci_loop_done(l, c->waiter);
         crpci_call_free(c);
@@ -9716,7 +9787,7 @@ static const crpci_channel_key crpci_channel_keys[] = {
     {"timeout_ms", CRPCI_CHANNEL_LONGEST_MS, offsetof(crpc_channel_options, timeout_ms), false},
     {"connect_timeout_ms", CRPCI_CHANNEL_LONGEST_MS,
      offsetof(crpc_channel_options, connect_timeout_ms), false},
-    {"retries", 1000, offsetof(crpc_channel_options, retries), false},
+    {"retries", CRPCI_CHANNEL_RETRIES, offsetof(crpc_channel_options, retries), false},
     {"inflight", INT32_MAX, offsetof(crpc_channel_options, inflight), false},
     {"max_body", INT32_MAX, offsetof(crpc_channel_options, max_body), true},
     {"max_queued", INT64_MAX, offsetof(crpc_channel_options, max_queued), true},
@@ -9886,11 +9957,18 @@ CRPCI_COLD int crpci_channel_await_list(crpc_channel *ch, const crpc_channel_opt
 /* zookeeper://servers/root/package.Service */
 CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
                                            const crpc_channel_options *o,
-                                           const crpci_channel_where *where, crpc_error *error)
+                                           const crpci_channel_where *which, crpc_error *error)
 {
     crpci_registry_options ro;
-    char *service = strrchr(u->path, '/');
+    char *service = strrchr(u->path, '/'), where[320];
     int err;
+    if (strcmp(u->scheme, "zookeeper") != 0)
+        return crpci_status_set(error, CRPC_EUNSUPPORTED,
+                                "%.40s:// is not known: tcp, unix, list and zookeeper are",
+                                u->scheme);
+    snprintf(where, sizeof where, "/%.120s (group \"%.63s\", version \"%.63s\")", u->path, which->group,
+             which->version);
+    ch->where = crpci_heap_strndup(ch->loop->heap, where, strlen(where));
     if (!service || service == u->path || !service[1])
         return crpci_status_set(error, CRPC_EINVAL,
                                 "%s://%.80s/%.80s: expected /path/package.Service", u->scheme,
@@ -9902,7 +9980,7 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
     err = crpci_registry_open(ch->loop, u, &ro, &ch->registry, error);
     if (err)
         return err;
-    err = ch->registry->ops->subscribe(ch->registry, service, where->group, where->version,
+    err = ch->registry->ops->subscribe(ch->registry, service, which->group, which->version,
                                        crpci_channel_on_list, ch, &ch->subscription);
     if (err)
         return crpci_status_set(error, err, "%.80s: could not be subscribed to: %s", service,
@@ -10000,6 +10078,7 @@ CRPC_API void crpc_channel_close(crpc_channel *ch)
         bool by_id = c->kind == CRPCI_CALL_ID;
         crpci_list_remove(&c->of_channel);
         if (c->state != CRPCI_CALL_DONE) {
+            crpci_call_abandon(c, CRPC_ECANCELED);
             crpci_call_explain(c, CRPC_ECANCELED, "the channel was closed");
             crpci_call_finish(c, CRPC_ECANCELED);
         }
@@ -10188,7 +10267,8 @@ typedef struct crpci_worker_pool {
     crpci_cond work;
     crpci_list queue; /* crpci_task; run is called without a lock and loop NULL */
     int64_t queued;
-    int64_t max_queued; /* 0: no limit */
+    int64_t max_queued; /* beside what idle workers are about to take; 0: no limit */
+    int64_t idle;
     bool stopping;
     size_t count;
     crpci_thread *threads;
@@ -10198,7 +10278,7 @@ CRPCI_FN bool crpci_worker_push(crpci_worker_pool *p, crpci_task *t)
 {
     bool room;
     crpci_thread_lock(&p->lock);
-    room = !p->stopping && (!p->max_queued || p->queued < p->max_queued);
+    room = !p->stopping && (!p->max_queued || p->queued < p->max_queued + p->idle);
     if (room) {
         crpci_list_append(&p->queue, &t->link);
         p->queued++;
@@ -10219,7 +10299,9 @@ CRPCI_FN void *crpci_worker_thread(void *arg)
         if (crpci_list_empty(&p->queue)) {
             if (p->stopping)
                 break;
+            p->idle++;
             crpci_thread_wait(&p->work, &p->lock, -1);
+            p->idle--;
             continue;
         }
         t = CRPCI_CONTAINER(p->queue.next, crpci_task, link);
@@ -10328,6 +10410,8 @@ struct crpc_server {
     uint32_t connections; /* atomic */
     uint32_t state;       /* atomic crpci_server_state, written under the loop's lock */
     bool running;         /* crpc_server_run is at work */
+    bool close_later;     /* closed in a callback: done when it is drained, by close_task */
+    crpci_task close_task;
     crpci_list listeners;
     int reserve_fd; /* given up for a moment to turn a connection away when there are none left */
     int64_t emfile_logged;
@@ -10587,6 +10671,22 @@ CRPCI_FN void crpci_server_close_if_done(crpci_conn *conn)
     }
 }
 
+/* Ends a request when the server, and with it the program's part of it, may be gone. */
+CRPCI_COLD int crpci_context_too_late(crpc_context *x)
+{
+    crpc_server *s = x->server;
+    crpc_loop *l = x->loop;
+    crpci_conn *conn = x->conn;
+    bool last;
+    crpci_context_free(x);
+    crpci_loop_lock(l);
+    last = crpci_server_end(conn);
+    crpci_loop_unlock(l);
+    if (last)
+        crpci_server_let_go(s, l);
+    return CRPC_EGONE;
+}
+
 /* Ends a request: runs what is due, sends the reply, frees the context. Without the lock. */
 CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
 {
@@ -10596,6 +10696,8 @@ CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
     crpci_out *out;
     bool gone, last;
     int code;
+    if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) == CRPCI_SERVER_STOPPED))
+        return crpci_context_too_late(x);
     while (x->intercepted) {
         const crpc_server_interceptor *i = &s->options.interceptors[--x->intercepted];
         if (i->after)
@@ -10839,9 +10941,9 @@ CRPCI_FN void crpci_server_on_timer(crpci_conn *conn)
         conn->linger_bytes = conn->tx_bytes;
         return;
     }
-    if (conn->rx && conn->frame_timeout_us)
+    if ((conn->rx || conn->skip) && conn->frame_timeout_us)
         next = (conn->paused ? now : conn->rx_since) + conn->frame_timeout_us;
-    if (idle && !conn->busy && !conn->tx_head && !conn->rx)
+    if (idle && !conn->busy && !conn->tx_head && !conn->rx && !conn->skip)
         next = crpci_base_min64(next, conn->active_us + idle);
     else if (idle)
         next = crpci_base_min64(next, now + idle);
@@ -10963,7 +11065,9 @@ CRPCI_COLD int crpci_server_add_listener(crpc_server *s, int fd, bool given)
         snprintf(n->url, sizeof n->url, "tcp://%s", text);
     crpci_watch_init(&n->watch, crpci_server_on_accept);
     crpci_timer_init(&n->masked, crpci_server_unmask);
+    crpci_loop_lock(s->loop);
     crpci_list_append(&s->listeners, &n->link);
+    crpci_loop_unlock(s->loop);
     return CRPC_OK;
 }
 
@@ -11014,7 +11118,9 @@ CRPC_API int crpc_server_listen(crpc_server *s, const char *url, crpc_error *err
                   ? CRPC_EADDRESS
                   : CRPC_ESYSTEM;
         return crpci_status_set(error, err, "%.100s: cannot listen: %s (errno %d)", url,
-                                crpci_conn_errno_text(saved), saved);
+                                saved == ENOENT ? "no such directory"
+                                                : crpci_conn_errno_text(saved),
+                                saved);
     }
     err = crpci_server_add_listener(s, fd, false);
     if (err) {
@@ -11031,8 +11137,10 @@ CRPC_API int crpc_server_address(crpc_server *s, size_t index, char *url, size_t
     crpci_loop_lock(s->loop);
     for (i = s->listeners.next; i != &s->listeners; i = i->next) {
         if (index-- == 0) {
-            snprintf(url, size, "%s", CRPCI_CONTAINER(i, crpci_listener, link)->url);
-            err = CRPC_OK;
+            const char *text = CRPCI_CONTAINER(i, crpci_listener, link)->url;
+            err = strlen(text) < size ? CRPC_OK : CRPC_EINVAL;
+            if (size)
+                snprintf(url, size, "%s", err ? "" : text);
             break;
         }
     }
@@ -11086,7 +11194,7 @@ CRPCI_COLD void crpci_server_configure(crpc_server *s, const crpc_server_options
 {
     crpc_server_options *o = &s->options;
     *o = *in;
-    o->weight = (int)crpci_base_option(in->weight, 100, 0);
+    o->weight = (int)crpci_base_min64(crpci_base_option(in->weight, 100, 0), 1000000);
     o->io_threads = (int)crpci_base_option(in->io_threads, 0, 0);
     o->workers = (int)crpci_base_option(in->workers, 0, 0);
     o->worker_queue = (int)crpci_base_option(in->worker_queue, 1024, 0);
@@ -11103,6 +11211,7 @@ CRPCI_COLD void crpci_server_configure(crpc_server *s, const crpc_server_options
 }
 
 CRPCI_FN void crpci_server_drain_tick(crpc_loop *l, crpci_timer *t);
+CRPCI_FN void crpci_server_close_task(crpc_loop *l, crpci_task *task);
 
 CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *options,
                               crpc_error *error)
@@ -11135,6 +11244,7 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     s->refs = 1;
     crpci_list_init(&s->listeners);
     crpci_timer_init(&s->drain, crpci_server_drain_tick);
+    crpci_loop_task_init(&s->close_task, crpci_server_close_task);
     crpci_server_configure(s, &o);
     s->reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     if (!crpci_server_copy(s->heap, &s->registry_url, o.registry) ||
@@ -11195,9 +11305,11 @@ CRPCI_COLD int crpci_server_public_address(crpc_server *s, char *out, size_t siz
 {
     crpci_addr any = CRPC_INIT;
     const crpci_listener *n = NULL;
+    char text[CRPCI_URL_MAX];
     crpci_list *i;
     bool wild = false;
     unsigned port = 0;
+    int err;
     for (i = s->listeners.next; i != &s->listeners && !n; i = i->next) {
         n = CRPCI_CONTAINER(i, crpci_listener, link);
         if (n->addr.u.any.sa_family == AF_UNIX)
@@ -11218,10 +11330,14 @@ CRPCI_COLD int crpci_server_public_address(crpc_server *s, char *out, size_t siz
                                                         "tcp:// listener to take it from",
                                     s->advertise);
         if (has_port)
-            snprintf(out, size, "%s", s->advertise);
+            snprintf(text, sizeof text, "%s", s->advertise);
         else
-            snprintf(out, size, "%s:%u", s->advertise, port);
-        return CRPC_OK;
+            snprintf(text, sizeof text, "%s:%u", s->advertise, port);
+        err = crpci_resolver_address(s->heap, text, out, size, error);
+        return err ? crpci_status_set(error, err, "advertise \"%.80s\" is not host[:port], or cannot "
+                                                  "be resolved (IPv6 stands in brackets)",
+                                      s->advertise)
+                   : CRPC_OK;
     }
     if (!n)
         return crpci_status_set(error, CRPC_EINVAL,
@@ -11332,6 +11448,8 @@ CRPCI_COLD int crpci_server_start_threads(crpc_server *s, crpc_error *error)
     crpc_loop_options lo = s->options.loops;
     int err = CRPC_OK;
     lo.hooks = s->heap->hooks;
+    if (!lo.hooks.log_level)
+        lo.hooks.log_level = -1;
     if (!lo.thread_name)
         lo.thread_name = "crpc-io";
     if (want) {
@@ -11407,7 +11525,7 @@ CRPCI_FN bool crpci_server_has_output(const crpc_server *s, crpc_loop *l)
     for (i = l->conns.next; i != &l->conns; i = i->next) {
         const crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
         if (c->up == &crpci_server_events && c->owner == s &&
-            (c->tx_head || c->left || recv(c->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0))
+            (c->tx_head || c->left || c->rx || c->skip || recv(c->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0))
             return true;
     }
     return false;
@@ -11429,6 +11547,7 @@ CRPCI_FN void crpci_server_drain_tick(crpc_loop *l, crpci_timer *t)
         busy = crpci_server_has_output(s, s->io_loops[i]);
         crpci_loop_unlock(s->io_loops[i]);
     }
+    busy = busy || crpci_thread_load(&s->active) > 0; /* one that was let in at the last moment */
     busy = busy && crpci_loop_now(l) < s->drain_until;
     for (i = 0; i < s->io_count && !busy; i++) {
         crpci_loop_lock(s->io_loops[i]);
@@ -11445,6 +11564,8 @@ CRPCI_FN void crpci_server_drain_tick(crpc_loop *l, crpci_timer *t)
             crpci_loop_done(l, s->waiter);
         if (s->running)
             crpc_loop_stop(l);
+        if (s->close_later)
+            crpci_loop_ready(l, &s->close_task);
     }
     crpci_server_free(s);
 }
@@ -11486,8 +11607,9 @@ CRPCI_FN void crpci_server_await_stop(crpc_server *s)
 
 CRPC_API int crpc_server_run(crpc_server *s)
 {
+    crpc_loop *l = s->loop;
     crpc_error error;
-    bool running;
+    bool running, closed;
     int err = CRPC_OK;
     if (crpci_thread_load(&s->state) == CRPCI_SERVER_NEW)
         err = crpc_server_start(s, &error);
@@ -11495,18 +11617,23 @@ CRPC_API int crpc_server_run(crpc_server *s)
         crpci_heap_log(s->heap, CRPC_LOG_ERROR, "%s", error.text);
         return err;
     }
-    crpci_loop_lock(s->loop);
+    crpci_loop_hold(l); /* a callback may close the server, and with it the loop */
+    crpci_thread_ref(&s->refs);
+    crpci_loop_lock(l);
     running = s->running = crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED;
-    crpci_loop_unlock(s->loop);
+    crpci_loop_unlock(l);
     if (running)
-        err = crpc_loop_run(s->loop);
-    crpci_loop_lock(s->loop);
+        err = crpc_loop_run(l);
+    crpci_loop_lock(l);
     s->running = false;
-    crpci_loop_unlock(s->loop);
-    if (!err) {
+    closed = s->close_later;
+    crpci_loop_unlock(l);
+    if (!err && !closed) {
         crpc_server_stop(s);
         crpci_server_await_stop(s);
     }
+    crpci_server_free(s);
+    crpci_loop_release(l);
     return err;
 }
 
@@ -11529,25 +11656,12 @@ CRPCI_FN bool crpci_server_in_callback(crpc_server *s)
     return in;
 }
 
-CRPC_API void crpc_server_close(crpc_server *s)
+/* What is left of closing when the server is stopped; in a callback of the loop at most. */
+CRPCI_COLD void crpci_server_dismantle(crpc_server *s)
 {
-    crpc_loop *l;
-    bool private_loop, started;
+    crpc_loop *l = s->loop;
+    bool private_loop = s->private_loop;
     size_t i;
-    if (!s)
-        return;
-    started = crpci_thread_load(&s->state) != CRPCI_SERVER_NEW;
-    if (started && crpci_server_in_callback(s)) {
-        crpci_heap_log(s->heap, CRPC_LOG_ERROR,
-                       "crpc_server_close inside a handler or callback: nothing done");
-        return;
-    }
-    l = s->loop;
-    private_loop = s->private_loop;
-    if (started) {
-        crpc_server_stop(s);
-        crpci_server_await_stop(s);
-    }
     crpci_registry_close(s->registry);
     s->registry = NULL;
     crpci_loop_lock(l);
@@ -11574,6 +11688,36 @@ CRPC_API void crpc_server_close(crpc_server *s)
     if (private_loop)
         crpc_loop_close(l);
     crpci_loop_release(l);
+}
+
+CRPCI_FN void crpci_server_close_task(crpc_loop *l, crpci_task *task)
+{
+    crpci_loop_user_begin(l);
+    crpci_server_dismantle(CRPCI_CONTAINER(task, crpc_server, close_task));
+    crpci_loop_user_end(l);
+}
+
+CRPC_API void crpc_server_close(crpc_server *s)
+{
+    bool started;
+    if (!s)
+        return;
+    started = crpci_thread_load(&s->state) != CRPCI_SERVER_NEW;
+    if (started && crpci_server_in_callback(s)) { /* which must not wait for itself */
+        crpc_loop *l = s->loop;
+        crpci_loop_lock(l);
+        s->close_later = true;
+        if (crpci_thread_load(&s->state) == CRPCI_SERVER_STOPPED)
+            crpci_loop_ready(l, &s->close_task);
+        crpci_loop_unlock(l);
+        crpc_server_stop(s);
+        return;
+    }
+    if (started) {
+        crpc_server_stop(s);
+        crpci_server_await_stop(s);
+    }
+    crpci_server_dismantle(s);
 }
 
 CRPC_API crpc_loop *crpc_server_loop(crpc_server *s)

@@ -51,6 +51,7 @@ static void on_blob(void *user, int status, const dyn_Blob *response, crpc_call 
     pthread_mutex_lock(&d->lock);
     d->count++;
     d->status = status;
+    d->error = call->error;
     if (!status) {
         d->size = crpc_view_size(response->data) + crpc_view_size(call->reply_attachment);
         d->bytes = (char *)malloc(d->size + 1);
@@ -1058,7 +1059,7 @@ static void local_errors_are_explained(void **state)
         ch = net_channel(silent.url, "?max_queued=4500", p, NULL, NULL);
         call.attachment = view_at(bytes, 5000);
         assert_int_equal(dyn_Echo_Pass(ch, &bin, &bout, &call), CRPC_EOVERCROWDED);
-        assert_non_null(strstr(call.error.text, "send queue is full (local)"));
+        assert_non_null(strstr(call.error.text, "the request is too large: 0 bytes are queued, max_queued is 4500"));
         assert_int_equal(call.error.sent, CRPC_SENT_NO);
         crpc_channel_close(ch);
         free(bytes);
@@ -1212,6 +1213,102 @@ static void when_all_say_logoff_the_error_is_theirs(void **state)
     crpc_channel_close(ch);
     peer_close(&one);
     peer_close(&two);
+}
+
+/* A peer that keeps its connection while it stops: who waits for a slot there moves on too. */
+static void logoff_frees_the_slot(void **state)
+{
+    peer going, good;
+    crpc_channel *ch;
+    char list[128];
+    crpc_id ids[8];
+    int i;
+    (void)state;
+    peer_open(&going, peer_says_logoff, NULL);
+    peer_open(&good, peer_adds, NULL);
+    snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", going.port, good.port);
+    ch = net_channel(list, "?timeout_ms=600000&inflight=1", CRPC_POLLER_DEFAULT, NULL, NULL);
+    for (i = 0; i < 8; i++) {
+        dyn_Num in = net_num(i);
+        assert_int_equal(dyn_Echo_Add_begin(ch, &in, &ids[i], NULL), CRPC_OK);
+    }
+    for (i = 0; i < 8; i++) { /* long before the deadline */
+        dyn_Num out = dyn_Num_init_zero;
+        assert_int_equal(crpc_channel_wait(ch, ids[i], NET_PATIENCE), CRPC_OK);
+        assert_int_equal(dyn_Echo_Add_fetch(ch, ids[i], &out, NULL), CRPC_OK);
+        assert_int_equal(out.n, i + 1);
+    }
+    crpc_channel_close(ch);
+    peer_close(&going);
+    peer_close(&good);
+}
+
+/* The peer is still at work on a call that was cancelled: with one slot nothing is put on top. */
+static void cancelling_does_not_free_the_peer(void **state)
+{
+    peer silent;
+    crpc_channel *ch;
+    crpc_id first, second;
+    dyn_Num in = net_num(1);
+    (void)state;
+    peer_open(&silent, peer_silent, NULL);
+    ch = net_channel(silent.url, "?timeout_ms=600000&inflight=1", CRPC_POLLER_DEFAULT, NULL, NULL);
+    assert_int_equal(dyn_Echo_Add_begin(ch, &in, &first, NULL), CRPC_OK);
+    assert_true(CT_WAIT(peer_requests(&silent) == 1, NET_PATIENCE));
+    assert_int_equal(dyn_Echo_Add_begin(ch, &in, &second, NULL), CRPC_OK);
+    assert_int_equal(crpc_channel_cancel(ch, first), CRPC_OK);
+    assert_true(CT_WAIT(peer_requests(&silent) == 2, NET_PATIENCE));
+    assert_int_equal(peer_accepted(&silent), 2); /* on a connection of its own */
+    crpc_channel_close(ch);
+    peer_close(&silent);
+}
+
+/* Part of a request is on its way when the channel is closed: it may have been executed. */
+static void closing_tells_what_was_sent(void **state)
+{
+    peer deaf;
+    done_log d;
+    crpc_channel *ch;
+    crpc_loop_stats stats;
+    char *bytes = net_bytes(12 << 20);
+    dyn_Blob in = dyn_Blob_init_zero;
+    (void)state;
+    done_init(&d);
+    peer_open(&deaf, peer_deaf, NULL);
+    ch = net_channel(deaf.url, "?timeout_ms=600000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    in.data = view_at(bytes, 12 << 20);
+    assert_int_equal(dyn_Echo_Pass_async(ch, &in, on_blob, &d, NULL), CRPC_OK);
+    do {
+        ct_sleep_ms(1);
+        crpc_loop_stats_get(crpc_channel_loop(ch), &stats);
+    } while (stats.sends < 2); /* the first has ended */
+    crpc_channel_close(ch);
+    assert_int_equal(done_count(&d), 1);
+    assert_int_equal(d.status, CRPC_ECANCELED);
+    assert_int_equal(d.error.sent, CRPC_SENT_MAYBE);
+    free(bytes);
+    peer_close(&deaf);
+}
+
+/* A stop from before anybody ran the loop does not keep its thread from completing calls. */
+static void an_early_stop_loses_no_call(void **state)
+{
+    peer adds;
+    done_log d;
+    crpc_loop *l = net_loop(CRPC_POLLER_DEFAULT);
+    crpc_channel *ch;
+    dyn_Num in = net_num(1);
+    (void)state;
+    done_init(&d);
+    peer_open(&adds, peer_adds, NULL);
+    ch = net_channel(adds.url, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, l, NULL);
+    crpc_loop_stop(l);
+    assert_int_equal(dyn_Echo_Add_async(ch, &in, on_num, &d, NULL), CRPC_OK);
+    assert_true(CT_WAIT(done_count(&d) == 1, NET_PATIENCE));
+    assert_int_equal(d.status, CRPC_OK);
+    crpc_channel_close(ch);
+    crpc_loop_close(l);
+    peer_close(&adds);
 }
 
 /* Takes each request, counts it, and loses the connection. */
@@ -2207,11 +2304,11 @@ static void bad_urls_are_explained(void **state)
         {"127.0.0.1:80", "not a URL (scheme://...): \"127.0.0.1:80\""},
         {"://x", "not a URL"},
         {"tcp://", "is not host:port"},
-        {"tcp://localhost", "\"localhost\" is not host:port (IPv6 stands in brackets)"},
+        {"tcp://localhost", "\"localhost\" is not host:port, with a port up to 65535 (IPv6 stands in brackets)"},
         {"tcp://1.2.3.4:99999", "\"1.2.3.4:99999\" is not host:port"},
         {"tcp://1.2.3.4:x", "is not host:port"},
         {"tcp://1.2.3.4:-1", "is not host:port"},
-        {"tcp://::1:80", "is not host:port (IPv6 stands in brackets)"},
+        {"tcp://::1:80", "is not host:port, with a port up to 65535 (IPv6 stands in brackets)"},
         {"tcp://[::1:80", "is not host:port"},
         {"tcp://:80", "is not host:port"},
         {"tcp://1.2.3.4:80/path", "tcp://1.2.3.4:80/path: a path means nothing here"},
@@ -2661,6 +2758,10 @@ int main(void)
         CT_TEST(long_error_texts_are_cut),
         CT_TEST(another_provider_is_tried_only_when_that_is_safe),
         CT_TEST(when_all_say_logoff_the_error_is_theirs),
+        CT_TEST(logoff_frees_the_slot),
+        CT_TEST(cancelling_does_not_free_the_peer),
+        CT_TEST(closing_tells_what_was_sent),
+        CT_TEST(an_early_stop_loses_no_call),
         CT_TEST(a_lost_reply_is_executed_once),
         CT_TEST(providers_take_turns),
         CT_TEST(the_send_queue_has_a_limit),

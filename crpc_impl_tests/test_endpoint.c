@@ -122,9 +122,11 @@ static void it_is_picked_in_turn(void **state)
     e[2]->usable_at = INT64_MAX - 2;
     assert_ptr_equal(crpci_channel_pick(ch, &c), e[2]);
     c.tried[0] = e[2];
+    c.attempts = 1;
     assert_ptr_equal(crpci_channel_pick(ch, &c), e[0]);
     c.tried[1] = e[0];
     c.tried[2] = e[1];
+    c.attempts = 3;
     assert_null(crpci_channel_pick(ch, &c));
     crpc_channel_close(ch);
     crpc_loop_close(l);

@@ -988,6 +988,82 @@ static void *post_one(void *arg)
     return crpc_loop_post(q->loop, tick, q->count) ? NULL : arg;
 }
 
+static int late_fired;
+
+static void on_late(void *user)
+{
+    (void)user;
+    late_fired++;
+}
+
+static void *set_a_timer(void *arg)
+{
+    crpc_loop *l = (crpc_loop *)arg;
+    ct_sleep_ms(100); /* the program is in its poll */
+    assert_int_equal(crpc_timer_start(l, 50, 0, on_late, NULL, NULL), CRPC_OK);
+    return NULL;
+}
+
+/* A caller has driven the loop and gone; then another thread's timer is due before the program, which
+ * waits for nothing in particular, would look. */
+static void another_threads_timer_wakes_a_foreign_loop(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer silent;
+        crpc_loop *l = net_loop(p);
+        crpc_channel *ch;
+        crpc_call call = CRPC_INIT;
+        dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+        pthread_t t;
+        int turns = 0;
+        peer_open(&silent, peer_silent, NULL);
+        ch = net_channel(silent.url, "", p, l, NULL);
+        assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
+        call.timeout_ms = 20;
+        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
+        late_fired = 0;
+        assert_int_equal(pthread_create(&t, NULL, set_a_timer, l), 0);
+        while (!late_fired && turns++ < 20)
+            foreign_turn(l, NET_PATIENCE); /* one that is not woken lasts so long */
+        pthread_join(t, NULL);
+        assert_int_equal(late_fired, 1);
+        assert_true(turns < 20);
+        crpc_channel_close(ch);
+        crpc_loop_close(l);
+        peer_close(&silent);
+    }
+}
+
+/* The program was told long ago how long to wait, and waits for a call by id instead. */
+static void a_wait_looks_at_the_clock(void **state)
+{
+    peer silent;
+    crpc_loop *l = net_loop(CRPC_POLLER_DEFAULT);
+    crpc_channel *ch;
+    dyn_Num in = net_num(1);
+    crpc_id id;
+    int64_t begin;
+    int i;
+    (void)state;
+    peer_open(&silent, peer_silent, NULL);
+    assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
+    ch = net_channel(silent.url, "?timeout_ms=600000", CRPC_POLLER_DEFAULT, l, NULL);
+    assert_int_equal(dyn_Echo_Add_begin(ch, &in, &id, NULL), CRPC_OK);
+    for (i = 0; i < 20; i++)
+        assert_int_equal(crpc_loop_step(l, 5), CRPC_OK);
+    crpc_loop_timeout(l);
+    ct_sleep_ms(2500);
+    begin = ct_now_ms();
+    assert_int_equal(crpc_channel_wait(ch, id, 50), CRPC_EPENDING);
+    assert_true(ct_now_ms() - begin < 2000);
+    crpc_channel_close(ch);
+    crpc_loop_close(l);
+    peer_close(&silent);
+}
+
 static void another_thread_wakes_a_foreign_loop(void **state)
 {
     crpc_poller p;
@@ -1198,6 +1274,8 @@ int main(void)
         CT_TEST(many_descriptors_all_get_their_turn),
         CT_TEST(changes_reach_a_sleeping_loop),
         CT_TEST(a_foreign_loop_drives_it_in_one_thread),
+        CT_TEST(another_threads_timer_wakes_a_foreign_loop),
+        CT_TEST(a_wait_looks_at_the_clock),
         CT_TEST(the_timeout_is_that_of_the_next_timer),
         CT_TEST(another_thread_wakes_a_foreign_loop),
         CT_TEST(closing_runs_what_is_due_once),
