@@ -157,8 +157,8 @@
  * object must not be used while, or after, another thread closes it; that alone is the program's
  * care.
  *
- * Arguments. A pointer is not NULL unless the comment says so. In options a value below -1 counts as
- * -1.
+ * Arguments. A pointer is not NULL unless the comment says so. In options a value below -1 counts
+ * as -1.
  *
  * Ownership. What a function is given it borrows until it returns. What a callback is given is
  * valid until it returns. A response's views, and reply_attachment, are valid until crpc_call_reset
@@ -173,8 +173,9 @@
  * Delivery. A call is executed at most once unless its method is idempotent (in the .proto:
  * `option idempotency_level = IDEMPOTENT;`). Retries happen by themselves only when not a byte of
  * the request was sent, when the server said it was stopping (CRPC_ELOGOFF), or, idempotent, when
- * the connection was lost; each goes to a provider other than the last eight tried. CRPC_OK means that the handler
- * has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES means that nobody knows.
+ * the connection was lost; each goes to a provider other than the last eight tried. CRPC_OK means
+ * that the handler has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES means that nobody
+ * knows.
  *
  * LOOPS AND THREADS
  *
@@ -189,8 +190,8 @@
  * that it drives gets no answer.
  *
  * A program with a poll loop of its own asks crpc_loop_pollfds and crpc_loop_timeout before each
- * wait, and calls crpc_loop_step(loop, 0) after it. It makes its first step, or asks one of the two,
- * before its first asynchronous call: from then on no thread is started for the loop.
+ * wait, and calls crpc_loop_step(loop, 0) after it. It makes its first step, or asks one of the
+ * two, before its first asynchronous call: from then on no thread is started for the loop.
  *
  * MESSAGES
  *
@@ -235,13 +236,14 @@
  *
  * Providers register as Dubbo's do: an ephemeral node
  *     /dubbo/package.Service/providers/<URL-encoded crpc://host:port/package.Service?...>
- * for each service, and consumers watch that directory. A channel takes the providers whose group and
- * version are those of its URL: unset means none, `*` any, `a,b` either. The last list that had an entry stays in
- * use while ZooKeeper is away, or answers with nothing. A session that expired, or that was cut off
- * for longer than twice its timeout, is replaced and everything registered again. Calls never wait
- * for ZooKeeper, except that opening waits registry_timeout_ms for the first answer. The ZooKeeper
- * client is given numeric addresses only; names are resolved when a channel or a server opens. Its
- * sockets are not close-on-exec: a program that execs closes them in the child.
+ * for each service, and consumers watch that directory. A channel takes the providers whose group
+ * and version are those of its URL: unset means none, `*` any, `a,b` either. The last list that
+ * had an entry stays in use while ZooKeeper is away, or answers with nothing. A session that
+ * expired, or that was cut off for longer than twice its timeout, is replaced and everything
+ * registered again. Calls never wait for ZooKeeper, except that opening waits registry_timeout_ms
+ * for the first answer. The ZooKeeper client is given numeric addresses only; names are resolved
+ * when a channel or a server opens. Its sockets are not close-on-exec: a program that execs closes
+ * them in the child.
  *
  * LIMITS AND TRUST
  *
@@ -551,8 +553,8 @@ typedef struct crpc_hooks {
     /* Microseconds that never go back. Default: CLOCK_MONOTONIC. */
     int64_t (*clock_us)(void *user);
     /* Resolves a host name: writes numeric addresses, separated by commas, as text. Returns 0 or a
-     * crpc_status. Called only from crpc_channel_open, crpc_server_open, _listen and _start. Default:
-     * getaddrinfo, which blocks. */
+     * crpc_status. Called only from crpc_channel_open, crpc_server_open, _listen and _start.
+     * Default: getaddrinfo, which blocks. */
     int (*resolve)(void *user, const char *host, char *addresses, size_t size);
     int log_level; /* lines above it are dropped. 0: CRPC_LOG_WARN. -1: no line at all */
 } crpc_hooks;
@@ -827,8 +829,8 @@ CRPC_API crpc_loop *crpc_channel_loop(crpc_channel *channel);
 CRPC_API size_t crpc_channel_providers(crpc_channel *channel);
 
 /* Calls and waits for the result. `response` is a zeroed or initialised struct of the method's
- * type; after an error its contents are not defined. If its type has views, `call` must not be NULL. CRPC_EDEADLK
- * inside a callback of the channel's loop. */
+ * type; after an error its contents are not defined. If its type has views, `call` must not be
+ * NULL. CRPC_EDEADLK inside a callback of the channel's loop. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_call(crpc_channel *channel, const crpc_method *method,
                                                const void *request, void *response,
                                                crpc_call *call);
@@ -873,14 +875,14 @@ CRPC_API CRPC_MUST_CHECK int crpc_channel_poll(crpc_channel *channel, crpc_id id
 
 /* Waits up to timeout_ms (0: not at all; -1: until its deadline) for the call to end; results as
  * crpc_channel_poll, and CRPC_EBUSY (another thread waits for it), CRPC_EDEADLK (inside a callback
- * of the loop), CRPC_ECANCELED (the channel was closed meanwhile). If nobody drives the loop, drives
- * it, callbacks included. */
+ * of the loop), CRPC_ECANCELED (the channel was closed meanwhile). If nobody drives the loop,
+ * drives it, callbacks included. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_wait(crpc_channel *channel, crpc_id id, int timeout_ms);
 
 /* Takes the result of an ended call: returns how the call ended and fills `response` on success;
  * the bytes behind views and attachment move into `call`. CRPC_EPENDING and CRPC_ENOTFOUND as
- * crpc_channel_poll, unless call->error.remote: then the peer said so. The id is spent unless CRPC_EPENDING or CRPC_EINVAL (views and a NULL call, or
- * the id of another method's call). */
+ * crpc_channel_poll, unless call->error.remote: then the peer said so. The id is spent unless
+ * CRPC_EPENDING or CRPC_EINVAL (views and a NULL call, or the id of another method's call). */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_fetch(crpc_channel *channel, const crpc_method *method,
                                                 crpc_id id, void *response, crpc_call *call);
 
@@ -3167,8 +3169,8 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
     }
     if (!crpci_sock_split(text, host, sizeof host, &port) || !*host)
         return crpci_status_set(error, CRPC_EINVAL,
-                                "\"%.80s\" is not host:port, with a port up to 65535 (IPv6 stands in "
-                                "brackets)",
+                                "\"%.80s\" is not host:port, with a port up to 65535 (IPv6 stands "
+                                "in brackets)",
                                 text);
     err = h->hooks.resolve ? h->hooks.resolve(h->hooks.user, host, list, sizeof list)
                            : crpci_resolver_system(host, list, sizeof list);
@@ -5563,8 +5565,8 @@ CRPCI_FN bool crpci_registry_snapshot_equal(const crpci_snapshot *a, const crpci
 
 /* --- what a backend offers -------------------------------------------------------------------- */
 
-/* A new list. On any thread, no lock held; the list is borrowed. Other than 0: it was not taken, and
- * is to be offered again. */
+/* A new list. On any thread, no lock held; the list is borrowed. Other than 0: it was not taken,
+ * and is to be offered again. */
 typedef int (*crpci_registry_push_fn)(void *user, crpci_snapshot *list);
 
 /* A registration got through (CRPC_OK) or a try failed; tries go on. On any thread,
@@ -9966,8 +9968,8 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
         return crpci_status_set(error, CRPC_EUNSUPPORTED,
                                 "%.40s:// is not known: tcp, unix, list and zookeeper are",
                                 u->scheme);
-    snprintf(where, sizeof where, "/%.120s (group \"%.63s\", version \"%.63s\")", u->path, which->group,
-             which->version);
+    snprintf(where, sizeof where, "/%.120s (group \"%.63s\", version \"%.63s\")", u->path,
+             which->group, which->version);
     ch->where = crpci_heap_strndup(ch->loop->heap, where, strlen(where));
     if (!service || service == u->path || !service[1])
         return crpci_status_set(error, CRPC_EINVAL,
@@ -11334,8 +11336,8 @@ CRPCI_COLD int crpci_server_public_address(crpc_server *s, char *out, size_t siz
         else
             snprintf(text, sizeof text, "%s:%u", s->advertise, port);
         err = crpci_resolver_address(s->heap, text, out, size, error);
-        return err ? crpci_status_set(error, err, "advertise \"%.80s\" is not host[:port], or cannot "
-                                                  "be resolved (IPv6 stands in brackets)",
+        return err ? crpci_status_set(error, err, "advertise \"%.80s\" is not host[:port], or "
+                                                  "cannot be resolved (IPv6 stands in brackets)",
                                       s->advertise)
                    : CRPC_OK;
     }
@@ -11525,7 +11527,8 @@ CRPCI_FN bool crpci_server_has_output(const crpc_server *s, crpc_loop *l)
     for (i = l->conns.next; i != &l->conns; i = i->next) {
         const crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
         if (c->up == &crpci_server_events && c->owner == s &&
-            (c->tx_head || c->left || c->rx || c->skip || recv(c->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0))
+            (c->tx_head || c->left || c->rx || c->skip ||
+             recv(c->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0))
             return true;
     }
     return false;

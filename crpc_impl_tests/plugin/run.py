@@ -82,14 +82,16 @@ class Case(unittest.TestCase):
     def path(self, *parts):
         return os.path.join(self.dir, *parts)
 
-    def protoc(self, files, out='out', options=(), include=(PROTOS,), cwd=None):
+    def protoc(self, files, out='out', options=(), include=(PROTOS,), cwd=None, nanopb=True):
         """Runs protoc with nanopb's plugin and ours, both with the same options."""
         os.makedirs(self.path(out), exist_ok=True)
         command = ['protoc', '--plugin=protoc-gen-crpc=' + PLUGIN]
         command += ['-I' + path for path in include]
         for option in ['-I' + path for path in include] + ['-q'] + list(options):
-            command += ['--nanopb_opt=' + option, '--crpc_opt=' + option]
-        command += ['--nanopb_out=' + self.path(out), '--crpc_out=' + self.path(out)]
+            command += ['--nanopb_opt=' + option] if nanopb else []
+            command += ['--crpc_opt=' + option]
+        command += ['--nanopb_out=' + self.path(out)] if nanopb else []
+        command += ['--crpc_out=' + self.path(out)]
         return run(command + list(files), cwd=cwd or self.dir)
 
     def generate(self, files, **arguments):
@@ -377,13 +379,15 @@ ONE_METHOD = 'message Ack {}\nservice S { rpc Do(M) returns (Ack); }\n'
 class Refused(Case):
     """In each .proto below, a comment //! ends the line that is to be named."""
 
-    def refuse(self, proto, options, *expected, others=None, parameters=(), count=None, files=None):
+    def refuse(self, proto, options, *expected, others=None, parameters=(), count=None, files=None,
+               nanopb=True):
         """Each expected is (subject, what is wrong, remedy), in the order of the //! marks."""
         write(proto, self.path('t.proto'))
         write(options, self.path('t.options'))
         for name, text in (others or {}).items():
             write(text, self.path(name))
-        result = self.protoc(files or ['t.proto'], include=[self.dir], options=parameters)
+        result = self.protoc(files or ['t.proto'], include=[self.dir], options=parameters,
+                             nanopb=nanopb)
         text = result.stderr.decode()
         self.assertNotEqual(result.returncode, 0, text)
         self.assertNotIn('Traceback', text)
@@ -521,6 +525,16 @@ class Refused(Case):
                     ('field demo.M.text', 'a view in a oneof would be lost',
                      "write 'demo.M.text max_size:N' in t.options, or no_unions:true for the oneof "
                      'demo.M.o'))
+
+    def test_groups(self):
+        self.refuse('syntax = "proto2";\npackage demo;\nmessage M {\n'
+                    '  optional group Part = 1 {  //!\n    optional int32 n = 1;\n  }\n'
+                    '  message Inner {\n'
+                    '    repeated group Deep = 2 {  //!\n      optional int32 n = 1;\n    }\n'
+                    '  }\n}\nservice S {\n  rpc Do(M) returns (M);\n}\n', '',
+                    ('demo.M.part', 'groups are not supported', 'make it a message'),
+                    ('demo.M.Inner.deep', 'groups are not supported', 'make it a message'),
+                    nanopb=False)  # which ends with a traceback
 
     def test_oneof_without_union_is_fine(self):
         write(HEAD3 + 'message M {\n  oneof o {\n    string text = 1;\n    int32 number = 2;\n'
