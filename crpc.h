@@ -1453,11 +1453,21 @@ CRPCI_COLD CRPC_PRINTF(3, 4) int crpci_status_set(crpc_error *error, int code, c
 /* Chunks are the only buffers: one block each, power-of-two sized, reference counted, kept for
  * reuse by size. A chunk may outlive its loop (a crpc_call can hold one), so it holds the heap. */
 #define CRPCI_CHUNK_MIN 256u
-#define CRPCI_CHUNK_CLASSES 9u /* 256 bytes to 64 KiB; larger ones are never kept */
+#define CRPCI_CHUNK_CLASSES 10u /* 256 bytes to 128 KiB; larger ones are never kept */
 #define CRPCI_CHUNK_BIG (CRPCI_CHUNK_MIN << (CRPCI_CHUNK_CLASSES - 1))
-#define CRPCI_HEAP_KEEP (4u << 20) /* bytes kept for reuse */
+#define CRPCI_HEAP_KEEP (256u << 10) /* bytes of each size that are kept without asking */
 
 typedef struct crpci_chunk crpci_chunk;
+/* Chunks of one size. There are to be, in use and kept, half as many again as were in use at a time
+ * of late: so a steady load finds each again, and what a burst took goes when lighter work follows
+ * it. */
+typedef struct crpci_heap_class {
+    crpci_chunk *kept;
+    uint32_t kept_count;
+    uint32_t used;
+    uint64_t recent; /* the most that were in use, fading; times 2^16 */
+} crpci_heap_class;
+
 typedef struct crpci_heap {
     crpc_hooks hooks;
     crpci_mutex lock;
@@ -1467,7 +1477,7 @@ typedef struct crpci_heap {
     int64_t kept_bytes;
     int64_t bytes;
     int64_t peak;
-    crpci_chunk *kept[CRPCI_CHUNK_CLASSES];
+    crpci_heap_class classes[CRPCI_CHUNK_CLASSES];
 } crpci_heap;
 
 struct crpci_chunk {
@@ -1615,8 +1625,8 @@ CRPCI_FN void crpci_heap_trim(crpci_heap *h)
     crpci_chunk *c;
     unsigned i;
     for (i = 0; i < CRPCI_CHUNK_CLASSES; i++) {
-        while ((c = h->kept[i]) != NULL) {
-            h->kept[i] = c->next;
+        while ((c = h->classes[i].kept) != NULL) {
+            h->classes[i].kept = c->next;
             crpci_heap_resize_locked(h, c, c->cap + CRPCI_CHUNK_HEADER, 0);
         }
     }
@@ -1651,34 +1661,68 @@ CRPCI_FN void crpci_heap_unref(crpci_heap *h)
     crpci_heap_unlock_unref(h);
 }
 
-CRPCI_FN unsigned crpci_heap_class(size_t total)
+/* CRPCI_CHUNK_CLASSES: larger than any. */
+CRPCI_FN unsigned crpci_heap_class_of(size_t total)
 {
-    unsigned k = 0;
-    while (k < CRPCI_CHUNK_CLASSES && (size_t)CRPCI_CHUNK_MIN << k < total)
-        k++;
-    return k;
+    if (total <= CRPCI_CHUNK_MIN)
+        return 0;
+    if (total > CRPCI_CHUNK_BIG)
+        return CRPCI_CHUNK_CLASSES;
+    return 32u - (unsigned)__builtin_clz((unsigned)(total - 1) / CRPCI_CHUNK_MIN);
+}
+
+/* A chunk of a class, from those that were kept if there is one. Locked. */
+CRPCI_FN crpci_chunk *crpci_heap_take(crpci_heap *h, crpci_heap_class *k, size_t total)
+{
+    crpci_chunk *c = k->kept;
+    if (CRPCI_LIKELY(c != NULL)) {
+        k->kept = c->next;
+        k->kept_count--;
+        h->kept_bytes -= (int64_t)total;
+    } else {
+        c = (crpci_chunk *)crpci_heap_resize_locked(h, NULL, 0, total);
+    }
+    if (c && (uint64_t)++k->used << 16 > k->recent)
+        k->recent = (uint64_t)k->used << 16;
+    return c;
+}
+
+/* Takes a chunk of a class back. Locked. */
+CRPCI_FN void crpci_heap_give(crpci_heap *h, crpci_heap_class *k, crpci_chunk *c, size_t total)
+{
+    uint64_t enough;
+    k->recent -= k->recent >> 16; /* to a third in as many chunks */
+    enough = (k->recent + k->recent / 2) >> 16;
+    k->used--;
+    c->next = k->kept;
+    k->kept = c;
+    k->kept_count++;
+    h->kept_bytes += (int64_t)total;
+    while (CRPCI_UNLIKELY(k->used + k->kept_count > enough) &&
+           k->kept_count * total > CRPCI_HEAP_KEEP) {
+        c = k->kept;
+        k->kept = c->next;
+        k->kept_count--;
+        h->kept_bytes -= (int64_t)total;
+        crpci_heap_resize_locked(h, c, total, 0);
+    }
 }
 
 /* A chunk with room for at least `size` bytes and one reference; NULL when out of memory or over
  * the heap's limit. */
 CRPCI_FN crpci_chunk *crpci_heap_chunk(crpci_heap *h, size_t size)
 {
-    unsigned k = crpci_heap_class(size + CRPCI_CHUNK_HEADER);
+    unsigned k = crpci_heap_class_of(size + CRPCI_CHUNK_HEADER);
     size_t total = k < CRPCI_CHUNK_CLASSES ? (size_t)CRPCI_CHUNK_MIN << k
                                            : size + CRPCI_CHUNK_HEADER;
     crpci_chunk *c = NULL;
-    bool fits;
     if (total < size)
         return NULL;
     crpci_thread_lock(&h->lock);
-    fits = !h->limit || h->chunk_bytes + (int64_t)total <= h->limit;
-    if (fits && k < CRPCI_CHUNK_CLASSES && h->kept[k]) {
-        c = h->kept[k];
-        h->kept[k] = c->next;
-        h->kept_bytes -= (int64_t)total;
-    } else if (fits) {
-        c = (crpci_chunk *)crpci_heap_resize_locked(h, NULL, 0, total);
-    }
+    if (!h->limit || h->chunk_bytes + (int64_t)total <= h->limit)
+        c = k < CRPCI_CHUNK_CLASSES
+                ? crpci_heap_take(h, &h->classes[k], total)
+                : (crpci_chunk *)crpci_heap_resize_locked(h, NULL, 0, total);
     if (c) {
         h->chunk_bytes += (int64_t)total;
         h->refs++;
@@ -1710,13 +1754,10 @@ CRPCI_FN void crpci_heap_chunk_unref(crpci_chunk *c)
     total = (int64_t)(c->cap + CRPCI_CHUNK_HEADER);
     crpci_thread_lock(&h->lock);
     h->chunk_bytes -= total;
-    if (c->size_class < CRPCI_CHUNK_CLASSES && h->kept_bytes + total <= CRPCI_HEAP_KEEP) {
-        c->next = h->kept[c->size_class];
-        h->kept[c->size_class] = c;
-        h->kept_bytes += total;
-    } else {
+    if (c->size_class < CRPCI_CHUNK_CLASSES)
+        crpci_heap_give(h, &h->classes[c->size_class], c, (size_t)total);
+    else
         crpci_heap_resize_locked(h, c, (size_t)total, 0);
-    }
     crpci_heap_unlock_unref(h);
 }
 
@@ -4709,7 +4750,8 @@ CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
 /* >>impl-conn   one connection: reading and parsing, queueing and sending   */
 /* ======================================================================== */
 
-#define CRPCI_CONN_READ (64u << 10) /* bytes read at a time, and the budget per step */
+#define CRPCI_CONN_READ ((64u << 10) - CRPCI_CHUNK_HEADER) /* bytes read at a time, and the budget
+                                                            * per step */
 #define CRPCI_CONN_FRAMES 128       /* frames handled per step; the rest waits for the next */
 #define CRPCI_CONN_META_MAX (64u << 10) /* of a frame that is refused for its size */
 #define CRPCI_CONN_IOV 64
@@ -5315,7 +5357,7 @@ CRPCI_FN bool crpci_conn_spare(crpc_loop *l)
         l->spare = NULL;
     }
     if (!l->spare) {
-        l->spare = crpci_heap_chunk(l->heap, CRPCI_CHUNK_BIG - CRPCI_CHUNK_HEADER);
+        l->spare = crpci_heap_chunk(l->heap, CRPCI_CONN_READ);
         l->spare_pos = 0;
     }
     return l->spare != NULL;

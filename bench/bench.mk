@@ -90,3 +90,53 @@ $(BENCH_GEN)/capnp.capnp.c++: bench/peers/capnp.capnp
 	$(call bench_generate,capnp compile -oc++ capnp.capnp)
 $(BENCH)/capnp_%: bench/peers/capnp_%.cc $(BENCH_GEN)/capnp.capnp.c++ bench/peers/bench.h
 	$(call bench_cxx,$(BENCH_GEN)/capnp.capnp.c++,-lcapnp-rpc -lcapnp -lkj-async -lkj)
+
+# --- load generator, instruction counts, footprint, allocations -----------------------------------
+# Programs around the examples' echo service, compiled as a user would.
+
+comma := ,
+BENCH_ECHO := $(GEN)/examples/echo/echo
+BENCH_ECHO_C := $(BENCH_ECHO).pb.c $(BENCH_ECHO).crpc.c
+define bench_echo
+	@mkdir -p $(@D)
+	@rm -f $@
+	@echo "  cc      $@"
+	$(Q)$(CC) -O2 -g -std=gnu99 -Wall -Wextra $(FLAGS_none) -I. -I$(dir $(BENCH_ECHO)) $(1) \
+	  $(filter %.c,$^) -o $@ $(2) $(LIBS_none)
+endef
+BENCH_DEPS := $(BENCH_ECHO_C) $(BENCH_ECHO).pb.h $(BENCH_ECHO).crpc.h crpc.h bench/bench.mk
+$(BENCH)/instructions: bench/instructions.c $(BENCH_DEPS)
+	$(call bench_echo)
+$(BENCH)/footprint: bench/footprint.c $(BENCH_DEPS)
+	$(call bench_echo)
+$(BENCH)/allocs: bench/allocs.c $(BENCH_DEPS)
+	$(call bench_echo,,-Wl$(comma)--wrap=malloc$(comma)--wrap=calloc$(comma)--wrap=realloc)
+$(BENCH)/crpc_press: bench/press/crpc_press.c bench/press/hist.h crpc.h bench/bench.mk
+	@mkdir -p $(@D)
+	@rm -f $@
+	@echo "  cc      $@"
+	$(Q)$(CC) -O2 -std=gnu99 -Wall -Wextra $(FLAGS_none) -I. $< -o $@ $(LIBS_none) -lm
+$(BENCH)/hist_test: bench/press/hist_test.c bench/press/hist.h
+	@mkdir -p $(@D)
+	$(Q)$(CC) -O1 -g -std=gnu99 -Wall -Wextra -fsanitize=address,undefined $< -o $@ -lm
+
+.PHONY: press
+press: $(BENCH)/crpc_press ## build/bench/crpc_press, a load generator for any baidu_std server
+
+.PHONY: instructions
+instructions: ## instructions of a call against bench/baseline; 3 % more fail; UPDATE=1 keeps the new ones
+	@$(T_DIR)/setup.sh instructions
+	+@$(SUB) $(BENCH)/instructions
+	@bench/instructions.py $(if $(UPDATE),--update) $(BENCH)/instructions
+
+.PHONY: size
+size: ## code, data and memory against bench/baseline and ceilings; UPDATE=1 keeps the new ones
+	@$(T_DIR)/setup.sh size
+	+@$(SUB) $(BENCH)/footprint $(B)/examples/echo_server
+	@bench/footprint.py $(if $(UPDATE),--update) --build $(B) --jobs $(JOBS)
+
+.PHONY: allocs
+allocs: ## that calls allocate nothing once warm, on either side and in every form
+	@$(T_DIR)/setup.sh build
+	+@$(SUB) $(BENCH)/allocs
+	@$(BENCH)/allocs

@@ -1,8 +1,9 @@
 #!/bin/bash
 # Sees to the Debian packages that a purpose needs: setup.sh PURPOSE...
-# Purposes: build demo test tsan lint matrix bench all; bench-PEER is one peer of the bench. Missing packages are installed when that is
-# possible without asking (as root, or with a sudo that wants no password); else the one command to
-# run is printed and the exit status is 1. Says nothing when there is nothing to do.
+# Purposes: build demo test tsan lint matrix bench instructions size all; bench-PEER is one peer of
+# the bench. Missing packages are installed when that is possible without asking (as root, or with a
+# sudo that wants no password); else the one command to run is printed and the exit status is 1. Says
+# nothing when there is nothing to do.
 set -u
 export LC_ALL=C # sort and comm must agree
 
@@ -38,6 +39,9 @@ for purpose in "${@:-all}"; do
         test) need+=" $build $server $test" ;;
         tsan) need+=" $build $server $test" ;;
         lint | matrix) need+=" $build $lint" ;;
+        instructions) need+=" $build binutils valgrind" ;;
+        size) need+=" $build binutils musl-tools gcc-arm-linux-gnueabihf libc6-dev-armhf-cross
+                     gcc-mips-linux-gnu libc6-dev-mips-cross" ;;
         bench) need+=" $build binutils $(for p in tirpc zmq nng thrift grpc capnp; do bench $p; done)" ;;
         bench-*)
             need+=" $build binutils $(bench "${purpose#bench-}")" || {

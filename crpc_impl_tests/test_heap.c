@@ -65,7 +65,7 @@ static void bytes_and_peak_are_the_allocators(void **state)
     p = crpci_heap_alloc(h, 1000);
     assert_int_equal(h->bytes, before + 1000);
     p = crpci_heap_resize(h, p, 1000, 3000);
-    c = crpci_heap_chunk(h, 100000);
+    c = crpci_heap_chunk(h, 200000);
     assert_int_equal(h->bytes, a->live_bytes);
     peak = h->bytes;
     assert_int_equal(h->peak, peak);
@@ -109,13 +109,13 @@ static void class_borders(void **state)
 {
     unsigned k;
     (void)state;
-    assert_int_equal(crpci_heap_class(0), 0);
+    assert_int_equal(crpci_heap_class_of(0), 0);
     for (k = 0; k < CRPCI_CHUNK_CLASSES; k++) {
-        assert_int_equal(crpci_heap_class((size_t)CRPCI_CHUNK_MIN << k), k);
-        assert_int_equal(crpci_heap_class(((size_t)CRPCI_CHUNK_MIN << k) + 1), k + 1);
+        assert_int_equal(crpci_heap_class_of((size_t)CRPCI_CHUNK_MIN << k), k);
+        assert_int_equal(crpci_heap_class_of(((size_t)CRPCI_CHUNK_MIN << k) + 1), k + 1);
     }
-    assert_int_equal(crpci_heap_class(SIZE_MAX), CRPCI_CHUNK_CLASSES);
-    assert_int_equal(CRPCI_CHUNK_BIG, 65536);
+    assert_int_equal(crpci_heap_class_of(SIZE_MAX), CRPCI_CHUNK_CLASSES);
+    assert_int_equal(CRPCI_CHUNK_BIG, 131072);
 }
 
 static void the_last_reference_frees(void **state)
@@ -174,9 +174,10 @@ static void warm_chunks_come_without_the_allocator(void **state)
 
 static void what_is_kept_is_bounded(void **state)
 {
-    enum { MANY = 100 };
+    enum { MANY = 100, FEW = 10 };
     crpci_heap *h = heap_open(0);
     crpci_chunk *c[MANY];
+    int64_t burst;
     int i;
     (void)state;
     for (i = 0; i < MANY; i++) {
@@ -186,8 +187,24 @@ static void what_is_kept_is_bounded(void **state)
     assert_int_equal(h->chunk_bytes, MANY * 65536);
     for (i = 0; i < MANY; i++)
         crpci_heap_chunk_unref(c[i]);
-    assert_int_equal(h->kept_bytes, CRPCI_HEAP_KEEP);
-    assert_int_equal(h->bytes, CRPCI_HEAP_KEEP + sizeof *h);
+    /* what was in use at a time is found again */
+    burst = h->kept_bytes;
+    assert_int_equal(burst, MANY * 65536);
+    assert_int_equal(h->bytes, burst + (int64_t)sizeof *h);
+    for (i = 0; i < MANY; i++)
+        c[i] = crpci_heap_chunk(h, 60000);
+    assert_int_equal(h->kept_bytes, 0);
+    assert_int_equal(h->bytes, burst + (int64_t)sizeof *h);
+    for (i = 0; i < MANY; i++)
+        crpci_heap_chunk_unref(c[i]);
+    /* and goes when less is needed for long */
+    for (i = 0; i < 400000; i++) {
+        crpci_chunk *one = crpci_heap_chunk(h, 60000);
+        assert_non_null(one);
+        crpci_heap_chunk_unref(one);
+    }
+    assert_true(h->kept_bytes <= (int64_t)CRPCI_HEAP_KEEP + FEW * 65536);
+    assert_int_equal(h->bytes, h->kept_bytes + (int64_t)sizeof *h);
     crpci_heap_trim(h);
     assert_int_equal(h->kept_bytes, 0);
     assert_int_equal(h->bytes, sizeof *h);
@@ -248,13 +265,13 @@ static void absurd_sizes_are_refused_before_the_allocator(void **state)
 static void chunks_outlive_the_heaps_owner(void **state)
 {
     crpci_heap *h = heap_open(0);
-    crpci_chunk *kept = crpci_heap_chunk(h, 500), *big = crpci_heap_chunk(h, 90000);
+    crpci_chunk *kept = crpci_heap_chunk(h, 500), *big = crpci_heap_chunk(h, 190000);
     (void)state;
     crpci_heap_ref(h);
     crpci_heap_unref(h);
     crpci_heap_unref(h);
     memset(crpci_heap_data(kept), 1, 500);
-    memset(crpci_heap_data(big), 1, 90000);
+    memset(crpci_heap_data(big), 1, 190000);
     crpci_heap_chunk_unref(big);
     assert_int_equal(ct_alloc_of_test()->live_blocks, 2);
     crpci_heap_chunk_unref(kept); /* the heap goes with it; CT_TEST sees what stays */
