@@ -173,7 +173,7 @@
  * Delivery. A call is executed at most once unless its method is idempotent (in the .proto:
  * `option idempotency_level = IDEMPOTENT;`). Retries happen by themselves only when not a byte of
  * the request was sent, when the server said it was stopping (CRPC_ELOGOFF), or, idempotent, when
- * the connection was lost; each goes to a provider other than the last eight tried. CRPC_OK means
+ * the connection was lost; each goes to a provider other than the last four tried. CRPC_OK means
  * that the handler has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES means that nobody
  * knows.
  *
@@ -8228,7 +8228,7 @@ CRPCI_COLD int crpci_registry_open(crpc_loop *l, const crpci_url *url,
 #if CRPC_ENABLE_CLIENT
 
 #define CRPCI_CHANNEL_LONGEST_MS 86400000 /* no call waits longer than a day */
-#define CRPCI_CHANNEL_TRIED 8
+#define CRPCI_CHANNEL_TRIED 4
 #define CRPCI_CHANNEL_RETRIES 16 /* an attempt that fails at once is made inside of the last one */
 #define CRPCI_CHANNEL_INLINE 4096 /* attachments up to here are copied behind the message */
 #define CRPCI_CHANNEL_COPY 2048   /* replies up to here are copied out of a shared buffer */
@@ -8290,8 +8290,23 @@ typedef struct crpci_request {
     size_t inline_size; /* attachment behind the payload */
     crpc_view fields;
     crpc_view attachment; /* outside the chunk, borrowed */
-    crpci_meta meta;
+    crpc_view names;      /* as in a crpci_meta, and so on */
+    crpc_view credential;
+    int64_t log_id, trace_id, span_id, parent_span_id;
 } crpci_request;
+
+/* What is kept of a crpci_message that answers a call; holds a reference of the chunk. */
+typedef struct crpci_reply {
+    crpci_chunk *chunk;
+    crpc_view raw; /* the meta */
+    crpc_view error_text;
+    const uint8_t *payload; /* the attachment stands behind it */
+    size_t payload_size;
+    size_t attachment_size;
+    int32_t error_code;
+    int32_t compress_type;
+    bool bad_attachment;
+} crpci_reply;
 
 typedef enum crpci_call_state {
     CRPCI_CALL_IDLE,
@@ -8332,7 +8347,7 @@ typedef struct crpci_call {
     size_t address_size;
     char address[CRPC_ADDRESS_MAX]; /* the last provider tried */
     crpci_request request;
-    crpci_message reply; /* if replied; holds a reference of its chunk */
+    crpci_reply reply; /* if replied */
 } crpci_call;
 
 #define CRPCI_CALL_SIZE ((sizeof(crpci_call) + 15) & ~(size_t)15)
@@ -8464,18 +8479,16 @@ CRPCI_FN const crpci_call_method *crpci_channel_method(crpc_channel *ch, const c
     return CRPCI_LIKELY(k != NULL) ? k : crpci_channel_learn(ch, m);
 }
 
-CRPCI_FN void crpci_channel_meta(const crpci_call_method *k, const crpc_call *call,
-                                 crpci_meta *meta)
+CRPCI_FN void crpci_channel_inherit(const crpc_call *call, crpci_request *r)
 {
-    memset(meta, 0, sizeof *meta);
-    meta->names = k->names;
-    meta->log_id = call->log_id;
+    r->log_id = call->log_id;
+    r->trace_id = r->span_id = r->parent_span_id = 0;
     if (call->parent) {
         const crpci_origin *from = (const crpci_origin *)(const void *)call->parent;
-        meta->log_id = meta->log_id ? meta->log_id : from->log_id;
-        meta->trace_id = from->trace_id;
-        meta->parent_span_id = from->span_id;
-        meta->span_id = from->span_id + 1; /* unique enough until spans are recorded */
+        r->log_id = r->log_id ? r->log_id : from->log_id;
+        r->trace_id = from->trace_id;
+        r->parent_span_id = from->span_id;
+        r->span_id = from->span_id + 1; /* unique enough until spans are recorded */
     }
 }
 
@@ -8498,7 +8511,8 @@ CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpci_call_method *k, 
     const char *why = "";
     crpci_message_out o;
     int err;
-    crpci_channel_meta(k, call, &r->meta);
+    crpci_channel_inherit(call, r);
+    r->names = k->names;
     o.heap = ch->loop->heap;
     o.len = base;
     o.no_memory = false;
@@ -8540,11 +8554,29 @@ CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpci_call_method *k, 
                                 m->service, m->name, why);
     }
     memset(crpci_call_frame(r), 0, sizeof(crpci_out));
-    r->meta.attachment_size = (int32_t)attached;
     r->fields = crpc_view_of(crpci_heap_data(o.chunk) + base, fields);
-    if (secret)
-        r->meta.credential = crpc_view_of(crpci_heap_data(o.chunk) + base + fields, secret);
+    r->credential = crpc_view_of(secret ? crpci_heap_data(o.chunk) + base + fields : NULL, secret);
     return CRPC_OK;
+}
+
+/* Writes header and meta in front of the encoded request; returns where the frame begins. */
+CRPCI_FN uint8_t *crpci_call_head(const crpci_request *r, int64_t correlation_id,
+                                  int32_t timeout_ms)
+{
+    uint8_t *data = crpci_heap_data(r->chunk);
+    crpci_meta m;
+    memset(&m, 0, sizeof m);
+    m.names = r->names;
+    m.credential = r->credential;
+    m.log_id = r->log_id;
+    m.trace_id = r->trace_id;
+    m.span_id = r->span_id;
+    m.parent_span_id = r->parent_span_id;
+    m.attachment_size = (int32_t)(r->inline_size + crpc_view_size(r->attachment));
+    m.correlation_id = correlation_id;
+    m.timeout_ms = timeout_ms;
+    return crpci_meta_put_request(data + r->low, data + r->payload, r->payload_size, &m,
+                                  r->fields);
 }
 
 /* A frame that an earlier attempt left on a dying connection may still be being sent: then the next
@@ -8569,9 +8601,9 @@ CRPCI_FN bool crpci_call_own_request(crpci_request *r)
     r->payload -= r->front;
     r->front = 0;
     r->fields = crpc_view_of(to + sizeof(crpci_out), crpc_view_size(r->fields));
-    if (crpc_view_data(r->meta.credential))
-        r->meta.credential = crpc_view_of(to + sizeof(crpci_out) + crpc_view_size(r->fields),
-                                          crpc_view_size(r->meta.credential));
+    if (crpc_view_data(r->credential))
+        r->credential = crpc_view_of(to + sizeof(crpci_out) + crpc_view_size(r->fields),
+                                     crpc_view_size(r->credential));
     crpci_heap_chunk_unref(old);
     return true;
 }
@@ -8580,10 +8612,10 @@ CRPCI_FN bool crpci_call_own_request(crpci_request *r)
 
 CRPCI_COLD int crpci_call_remote_error(const crpci_call *c, crpc_error *e)
 {
-    int code = c->reply.meta.error_code;
-    crpc_view mark = {{NULL}, NULL}, text = c->reply.meta.error_text;
+    int code = c->reply.error_code;
+    crpc_view mark = {{NULL}, NULL}, text = c->reply.error_text;
     bool app = !crpci_status_reserved(code);
-    if (crpci_meta_field(c->reply.meta.raw, CRPCI_CHANNEL_APP_FIELD, &mark))
+    if (crpci_meta_field(c->reply.raw, CRPCI_CHANNEL_APP_FIELD, &mark))
         app = true;
     e->code = app ? CRPC_EAPP : code == CRPC_EPENDING ? CRPC_ERESPONSE : code;
     if (!crpc_view_size(text))
@@ -8609,7 +8641,7 @@ CRPCI_COLD int crpci_call_bad_reply(const crpci_call *c, crpc_error *e, const ch
  * into c->reply. */
 CRPCI_FN int crpci_call_result(const crpci_call *c, void *response, crpc_call *call)
 {
-    const crpci_message *m = &c->reply;
+    const crpci_reply *m = &c->reply;
     crpc_error *e = &call->error;
     const char *why = "";
     if (!c->replied)
@@ -8619,13 +8651,13 @@ CRPCI_FN int crpci_call_result(const crpci_call *c, void *response, crpc_call *c
     e->sent = CRPC_SENT_YES;
     e->attempts = c->attempts;
     memcpy(e->endpoint, c->address, c->address_size);
-    call->reserved[CRPCI_CALL_RAW] = (void *)(uintptr_t)crpc_view_data(m->meta.raw);
-    call->reserved[CRPCI_CALL_RAW_END] = (void *)(uintptr_t)m->meta.raw.end;
-    if (CRPCI_UNLIKELY(m->meta.error_code != 0))
+    call->reserved[CRPCI_CALL_RAW] = (void *)(uintptr_t)crpc_view_data(m->raw);
+    call->reserved[CRPCI_CALL_RAW_END] = (void *)(uintptr_t)m->raw.end;
+    if (CRPCI_UNLIKELY(m->error_code != 0))
         return crpci_call_remote_error(c, e);
     if (CRPCI_UNLIKELY(m->bad_attachment))
         return crpci_call_bad_reply(c, e, "attachment_size is larger than the body");
-    if (CRPCI_UNLIKELY(m->meta.compress_type != 0))
+    if (CRPCI_UNLIKELY(m->compress_type != 0))
         return crpci_call_bad_reply(c, e, "compressed, which is not supported");
     if (c->response->views || c->response->clear)
         memset(response, 0, c->response->size);
@@ -8634,7 +8666,7 @@ CRPCI_FN int crpci_call_result(const crpci_call *c, void *response, crpc_call *c
     e->code = CRPC_OK;
     e->text[0] = '\0';
     if (m->attachment_size)
-        call->reply_attachment = crpc_view_of(m->attachment, m->attachment_size);
+        call->reply_attachment = crpc_view_of(m->payload + m->payload_size, m->attachment_size);
     return CRPC_OK;
 }
 
@@ -8656,28 +8688,26 @@ CRPCI_FN void crpci_call_drop_reply(crpci_call *c, crpc_call *call)
 }
 
 /* A small reply is copied out of the receive buffer, which many share; a large one keeps it. */
-CRPCI_FN void crpci_call_own_reply(crpci_heap *h, crpci_message *m)
+CRPCI_FN void crpci_call_own_reply(crpci_heap *h, crpci_reply *r)
 {
-    const uint8_t *from = (const uint8_t *)crpc_view_data(m->meta.raw);
-    size_t n = (size_t)(m->attachment + m->attachment_size - from);
+    const uint8_t *from = (const uint8_t *)crpc_view_data(r->raw);
+    size_t n = (size_t)(r->payload - from) + r->payload_size + r->attachment_size;
     crpci_chunk *chunk;
     uint8_t *to;
-    if (n > CRPCI_CHANNEL_COPY || m->chunk->cap < 8 * CRPCI_CHANNEL_COPY)
+    if (n > CRPCI_CHANNEL_COPY || r->chunk->cap < 8 * CRPCI_CHANNEL_COPY)
         return;
     chunk = crpci_heap_chunk(h, n);
     if (!chunk)
         return; /* it can stay where it is */
     to = crpci_heap_data(chunk);
     memcpy(to, from, n);
-    m->payload = to + (m->payload - from);
-    m->attachment = to + (m->attachment - from);
-    if (crpc_view_size(m->meta.error_text))
-        m->meta.error_text =
-            crpc_view_of(to + ((const uint8_t *)crpc_view_data(m->meta.error_text) - from),
-                         crpc_view_size(m->meta.error_text));
-    m->meta.raw = crpc_view_of(to, crpc_view_size(m->meta.raw));
-    crpci_heap_chunk_unref(m->chunk);
-    m->chunk = chunk;
+    r->payload = to + (r->payload - from);
+    if (crpc_view_size(r->error_text))
+        r->error_text = crpc_view_of(to + ((const uint8_t *)crpc_view_data(r->error_text) - from),
+                                     crpc_view_size(r->error_text));
+    r->raw = crpc_view_of(to, crpc_view_size(r->raw));
+    crpci_heap_chunk_unref(r->chunk);
+    r->chunk = chunk;
 }
 
 #endif /* CRPC_ENABLE_CLIENT */
@@ -8927,11 +8957,9 @@ CRPCI_FN int crpci_call_send(crpci_call *c)
     uint8_t *data = crpci_heap_data(r->chunk);
     crpci_out *o = crpci_call_frame(r);
     int64_t left = (c->deadline_us - crpci_loop_time(e->loop)) / 1000;
-    r->meta.timeout_ms = (int32_t)(left > 1 ? left : 1);
-    r->meta.correlation_id = crpci_call_unanswered(c) ? 0 : (int64_t)c->id;
     memset(o, 0, sizeof *o);
-    o->head = crpci_meta_put_request(data + r->low, data + r->payload, r->payload_size, &r->meta,
-                                     r->fields);
+    o->head = crpci_call_head(r, crpci_call_unanswered(c) ? 0 : (int64_t)c->id,
+                              (int32_t)(left > 1 ? left : 1));
     o->head_len = (size_t)(data + r->payload - o->head) + r->payload_size + r->inline_size;
     o->tail = (const uint8_t *)crpc_view_data(r->attachment);
     o->tail_len = crpc_view_size(r->attachment);
@@ -9176,7 +9204,15 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, crpci_message *m)
         crpci_call_failed(c, CRPC_ELOGOFF, "the server is stopping");
         return;
     }
-    c->reply = *m;
+    c->reply.chunk = m->chunk;
+    c->reply.raw = m->meta.raw;
+    c->reply.error_text = m->meta.error_text;
+    c->reply.payload = m->payload;
+    c->reply.payload_size = m->payload_size;
+    c->reply.attachment_size = m->attachment_size;
+    c->reply.error_code = m->meta.error_code;
+    c->reply.compress_type = m->meta.compress_type;
+    c->reply.bad_attachment = m->bad_attachment;
     c->replied = true;
     crpci_heap_chunk_ref(m->chunk);
     crpci_call_finish(c, CRPC_OK);

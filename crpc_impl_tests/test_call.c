@@ -44,9 +44,7 @@ static int frame(crpci_request *r, int64_t id, const uint8_t **at, size_t *size,
 {
     uint8_t *data = crpci_heap_data(r->chunk);
     uint32_t body, meta;
-    r->meta.correlation_id = id;
-    *at = crpci_meta_put_request(data + r->low, data + r->payload, r->payload_size, &r->meta,
-                                 r->fields);
+    *at = crpci_call_head(r, id, 0);
     *size = (size_t)(data + r->payload - *at) + r->payload_size + r->inline_size;
     assert_int_equal(crpci_frame_header(*at, *size, &body, &meta), CRPCI_FRAME_OK);
     assert_int_equal(body + CRPCI_FRAME_HEADER, *size + crpc_view_size(r->attachment));
@@ -169,7 +167,7 @@ static void it_keeps_the_earliest_deadline(void **state)
     crpc_call call = CRPC_INIT;
     crpc_method m = method;
     crpci_origin parent = {5000, 11, 12, 13};
-    crpci_meta meta;
+    crpci_request r;
     (void)state;
     fixture_open(&f);
     f.channel.timeout_ms = 1000;
@@ -184,10 +182,10 @@ static void it_keeps_the_earliest_deadline(void **state)
     assert_int_equal(crpci_channel_deadline(&f.channel, &m, &call, 100), INT64_C(86400000100));
     call.parent = (const crpc_context *)(const void *)&parent;
     assert_int_equal(crpci_channel_deadline(&f.channel, &m, &call, 100), 5000);
-    crpci_channel_meta(crpci_channel_method(&f.channel, &m), &call, &meta);
-    assert_int_equal(meta.log_id, 11);
-    assert_int_equal(meta.trace_id, 12);
-    assert_int_equal(meta.parent_span_id, 13);
+    crpci_channel_inherit(&call, &r);
+    assert_int_equal(r.log_id, 11);
+    assert_int_equal(r.trace_id, 12);
+    assert_int_equal(r.parent_span_id, 13);
     fixture_close(&f);
 }
 
