@@ -189,6 +189,10 @@
  * hold the program's locks. Handlers are callbacks: a synchronous call to a server on the very loop
  * that it drives gets no answer.
  *
+ * What a callback sends, calls as well as replies, goes out together when the callbacks of a step
+ * have returned; what other threads or the program's own code send goes out at once, a send each.
+ * Who begins many calls at a time does so in a callback: crpc_loop_post.
+ *
  * A program with a poll loop of its own asks crpc_loop_pollfds and crpc_loop_timeout before each
  * wait, and calls crpc_loop_step(loop, 0) after it. It makes its first step, or asks one of the
  * two, before its first asynchronous call: from then on no thread is started for the loop.
