@@ -106,7 +106,7 @@ UNIT_SRC := $(sort $(call select,$(wildcard $(T_DIR)/test_*.c)))
 SYSTEM_SRC := $(sort $(call select,$(wildcard $(T_DIR)/system/sys_*.c)))
 TSAN_SRC := $(sort $(call select,$(wildcard $(T_DIR)/tsan_*.c)))
 SCRIPTS := $(sort $(call select,$(wildcard $(T_DIR)/plugin/run.py $(T_DIR)/check_*.sh \
-  $(T_DIR)/check_*.py $(T_DIR)/system/*.sh $(T_DIR)/system/*.py)))
+  $(T_DIR)/check_*.py $(T_DIR)/system/*.sh $(T_DIR)/system/*.py bench/press/*_test.py)))
 # Helpers that scripts share begin with an underscore.
 SCRIPTS := $(foreach s,$(SCRIPTS),$(if $(filter _%,$(notdir $(s))),,$(s)))
 
@@ -169,6 +169,7 @@ $(foreach m,$(MUTANTS),$(eval $(call mutant_rule,$(m))))
 -include $(wildcard $(B)/test/*.d $(B)/system/*.d $(B)/tsan/*.d $(B)/mutant/*/*.d)
 
 .PHONY: build-test build-test-tsan
+build-test: $(if $(filter %/netns.sh,$(SCRIPTS)),$(B)/system/sys_zookeeper.mt $(B)/system/sys_zookeeper.st)
 build-test: $(UNIT_BIN) $(SYSTEM_BIN) $(if $(filter %/check_examples.sh %/wire.py %/syscalls.py,$(SCRIPTS)),build-examples)
 build-test-tsan: $(TSAN_BIN) $(filter-out %/none,$(MUTANT_BIN))
 
@@ -211,7 +212,7 @@ generated: $(TEST_GEN_H) $(foreach g,$(EXAMPLE_GEN),$(g).pb.h $(g).crpc.h)
 # examples/DIR/NAME.c with a main becomes build/examples/NAME, compiled the way a user would: with
 # what the .proto files of its directory give and the directory's files that have no main.
 
-EXAMPLE_CFLAGS ?= -O2 -Wall -Wextra -Werror
+EXAMPLE_CFLAGS ?= -O2 -Wall -Wextra -Werror -ffunction-sections -fdata-sections -Wl,--gc-sections
 EXAMPLES_WITHOUT_ZOOKEEPER := echo embedded_loop hand_table# these need nothing but libc at run time
 EXAMPLE_SRC := $(wildcard examples/*/*.c)
 EXAMPLE_MAIN := $(if $(EXAMPLE_SRC),$(shell grep -lw '^int main' $(EXAMPLE_SRC)))

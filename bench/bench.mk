@@ -3,7 +3,7 @@
 
 BENCH := $(B)/bench
 BENCH_PEERS := floor crpc tirpc zmq $(if $(QUICK),,nng thrift grpc capnp)
-BENCH_CFLAGS := -O2 -std=gnu11 -Wall -Wextra -I. -Ibench/peers -I$(BENCH)/gen
+BENCH_CFLAGS := -O2 -std=gnu11 -ffunction-sections -fdata-sections -Wl,--gc-sections -Wall -Wextra -I. -Ibench/peers -I$(BENCH)/gen
 BENCH_CXXFLAGS := -O2 -Wl,--as-needed -std=c++17 -Wall -Wextra -I. -Ibench/peers -I$(BENCH)/gen
 BENCH_LIBS := -lpthread
 
@@ -119,6 +119,9 @@ $(BENCH)/crpc_press: bench/press/crpc_press.c bench/press/hist.h crpc.h bench/be
 $(BENCH)/hist_test: bench/press/hist_test.c bench/press/hist.h
 	@mkdir -p $(@D)
 	$(Q)$(CC) -O1 -g -std=gnu99 -Wall -Wextra -fsanitize=address,undefined $< -o $@ -lm
+
+build-test: $(if $(filter %/press_test.py,$(SCRIPTS)),$(BENCH)/crpc_press $(BENCH)/hist_test \
+  build-examples)
 
 .PHONY: press
 press: $(BENCH)/crpc_press ## build/bench/crpc_press, a load generator for any baidu_std server

@@ -141,7 +141,7 @@ class Footprint:
     def idle(self, program, name):
         """Pages of a server that waits for its first connection: the least of a few runs."""
         figures = {}
-        for _ in range(3):
+        for _ in range(12):
             with tempfile.TemporaryDirectory() as directory:
                 server = subprocess.Popen([program, "unix://%s/s" % directory],
                                           stdout=subprocess.PIPE)

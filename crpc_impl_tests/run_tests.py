@@ -87,7 +87,7 @@ class Run:
         if self.mutant:
             return "%s -%s" % (self.name, self.mutant)
         if self.script:     # told apart by their directory: plugin/run
-            return os.path.splitext(os.path.relpath(self.path, HERE))[0]
+            return os.path.splitext(os.path.relpath(self.path, HERE))[0].replace("../", "")
         return self.name
 
     def timeout(self):
