@@ -1457,7 +1457,7 @@ CRPCI_COLD CRPC_PRINTF(3, 4) int crpci_status_set(crpc_error *error, int code, c
 /* Chunks are the only buffers: one block each, power-of-two sized, reference counted, kept for
  * reuse by size. A chunk may outlive its loop (a crpc_call can hold one), so it holds the heap. */
 #define CRPCI_CHUNK_MIN 256u
-#define CRPCI_CHUNK_CLASSES 10u /* 256 bytes to 128 KiB; larger ones are never kept */
+#define CRPCI_CHUNK_CLASSES 14u /* 256 bytes to 2 MiB; larger ones are never kept */
 #define CRPCI_CHUNK_BIG (CRPCI_CHUNK_MIN << (CRPCI_CHUNK_CLASSES - 1))
 #define CRPCI_HEAP_KEEP (256u << 10) /* bytes of each size that are kept without asking */
 

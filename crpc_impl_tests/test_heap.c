@@ -65,7 +65,7 @@ static void bytes_and_peak_are_the_allocators(void **state)
     p = crpci_heap_alloc(h, 1000);
     assert_int_equal(h->bytes, before + 1000);
     p = crpci_heap_resize(h, p, 1000, 3000);
-    c = crpci_heap_chunk(h, 200000);
+    c = crpci_heap_chunk(h, 3000000);
     assert_int_equal(h->bytes, a->live_bytes);
     peak = h->bytes;
     assert_int_equal(h->peak, peak);
@@ -115,14 +115,14 @@ static void class_borders(void **state)
         assert_int_equal(crpci_heap_class_of(((size_t)CRPCI_CHUNK_MIN << k) + 1), k + 1);
     }
     assert_int_equal(crpci_heap_class_of(SIZE_MAX), CRPCI_CHUNK_CLASSES);
-    assert_int_equal(CRPCI_CHUNK_BIG, 131072);
+    assert_int_equal(CRPCI_CHUNK_BIG, 2097152);
 }
 
 static void the_last_reference_frees(void **state)
 {
     crpci_heap *h = heap_open(0);
     ct_alloc *a = ct_alloc_of_test();
-    crpci_chunk *c = crpci_heap_chunk(h, 200000), *d;
+    crpci_chunk *c = crpci_heap_chunk(h, 3000000), *d;
     (void)state;
     assert_int_equal(a->live_blocks, 2);
     crpci_heap_chunk_ref(c);
@@ -130,7 +130,7 @@ static void the_last_reference_frees(void **state)
     crpci_heap_chunk_unref(c);
     crpci_heap_chunk_unref(c);
     assert_int_equal(a->live_blocks, 2);
-    assert_int_equal(h->chunk_bytes, 200000 + sizeof(crpci_chunk));
+    assert_int_equal(h->chunk_bytes, 3000000 + sizeof(crpci_chunk));
     crpci_heap_chunk_unref(c); /* too big to be kept */
     assert_int_equal(a->live_blocks, 1);
     assert_int_equal(h->chunk_bytes, 0);
@@ -265,13 +265,13 @@ static void absurd_sizes_are_refused_before_the_allocator(void **state)
 static void chunks_outlive_the_heaps_owner(void **state)
 {
     crpci_heap *h = heap_open(0);
-    crpci_chunk *kept = crpci_heap_chunk(h, 500), *big = crpci_heap_chunk(h, 190000);
+    crpci_chunk *kept = crpci_heap_chunk(h, 500), *big = crpci_heap_chunk(h, 3000000);
     (void)state;
     crpci_heap_ref(h);
     crpci_heap_unref(h);
     crpci_heap_unref(h);
     memset(crpci_heap_data(kept), 1, 500);
-    memset(crpci_heap_data(big), 1, 190000);
+    memset(crpci_heap_data(big), 1, 3000000);
     crpci_heap_chunk_unref(big);
     assert_int_equal(ct_alloc_of_test()->live_blocks, 2);
     crpci_heap_chunk_unref(kept); /* the heap goes with it; CT_TEST sees what stays */
