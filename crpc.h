@@ -254,9 +254,9 @@
  * Bytes from a connection are not trusted: sizes are checked before memory is taken, nothing read
  * can reach an assertion, nanopb is used without its own allocation. What a peer can make a process
  * hold: max_body for each connection, max_queued of replies, 4096 requests in service, max_bytes of
- * buffers for a loop. There is neither encryption nor authentication in this version: keep to
- * trusted networks, or tunnels. The ZooKeeper server is trusted: its C client aborts on some
- * malformed answers.
+ * buffers in use for a loop (each I/O thread has one). There is neither encryption nor
+ * authentication in this version: keep to trusted networks, or tunnels. The ZooKeeper server is
+ * trusted: its C client aborts on some malformed answers.
  *
  *     limit                  default     when it is reached
  *     timeout_ms             1000 ms     CRPC_ETIMEDOUT
@@ -590,7 +590,9 @@ typedef struct crpc_loop_options {
     const char *thread_name; /* of the loop's own thread, cut to 15 characters. NULL: "crpc" */
     int stack_size;          /* bytes, of the loop's own thread. 0: 256 KiB. -1: the system's */
     int max_results;         /* calls by id begun and not yet fetched. 0: 1024. -1: no limit */
-    int64_t max_bytes;       /* buffers of all connections together. 0: 256 MiB. -1: no limit */
+    /* Buffers in use, of all connections together; with I/O threads, of each thread's. Free buffers
+     * kept for reuse come on top. 0: 256 MiB. -1: no limit. */
+    int64_t max_bytes;
 } crpc_loop_options;
 
 /* Counters of a loop since it was opened, and its present size. */
@@ -8557,7 +8559,7 @@ CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpci_call_method *k, 
         return crpci_status_set(&call->error, err, "%s.%s: request not encoded: %s (local)",
                                 m->service, m->name, why);
     }
-    memset(crpci_call_frame(r), 0, sizeof(crpci_out));
+    crpci_call_frame(r)->queued = false; /* sending sets the rest */
     r->fields = crpc_view_of(crpci_heap_data(o.chunk) + base, fields);
     r->credential = crpc_view_of(secret ? crpci_heap_data(o.chunk) + base + fields : NULL, secret);
     return CRPC_OK;
