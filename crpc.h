@@ -750,7 +750,7 @@ struct crpc_call {
     /* --- out ------------------------------------------------------------ */
     crpc_error error;           /* how it ended; error.code equals the returned value */
     crpc_view reply_attachment; /* raw bytes behind the reply, until crpc_call_reset */
-    int64_t latency_us;         /* from the call function's start to the result */
+    int64_t latency_us;         /* from the call function's start to the reply's arrival */
     /* --- private -------------------------------------------------------- */
     void *reserved[6];
 };
@@ -1519,17 +1519,34 @@ CRPCI_COLD void crpci_heap_default_log(void *user, int level, const char *line)
     fprintf(stderr, "crpc %c %s\n", letters[level >= 1 && level <= 4 ? level : 0], line);
 }
 
+CRPCI_FN int64_t crpci_heap_micros(const struct timespec *ts)
+{
+    return (int64_t)ts->tv_sec * 1000000 + (int32_t)ts->tv_nsec / 1000;
+}
+
 CRPCI_FN int64_t crpci_heap_default_clock(void *user)
 {
     struct timespec ts;
     (void)user;
     clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (int64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
+    return crpci_heap_micros(&ts);
 }
 
 CRPCI_FN int64_t crpci_heap_now(const crpci_heap *h)
 {
     return h->hooks.clock_us(h->hooks.user);
+}
+
+/* The same clock at the kernel's last tick: up to some milliseconds behind, never ahead. To read a
+ * counter of the processor takes longer than all else that is done before a deadline is looked at,
+ * above all in a virtual machine. */
+CRPCI_FN int64_t crpci_heap_rough_now(const crpci_heap *h)
+{
+    struct timespec ts;
+    if (h->hooks.clock_us != crpci_heap_default_clock)
+        return crpci_heap_now(h);
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &ts);
+    return crpci_heap_micros(&ts);
 }
 
 CRPCI_COLD CRPC_PRINTF(3, 4) void crpci_heap_log(crpci_heap *h, int level, const char *format, ...)
@@ -2227,6 +2244,7 @@ typedef struct crpci_message_out {
     crpci_heap *heap;
     crpci_chunk *chunk;
     size_t len; /* bytes used, what stood before the message included */
+    bool lent;  /* the chunk is somebody's who keeps it if it becomes too small */
     bool no_memory;
 } crpci_message_out;
 
@@ -2243,8 +2261,10 @@ CRPCI_FN bool crpci_message_reserve(crpci_message_out *o, size_t more)
         return false;
     }
     memcpy(crpci_heap_data(bigger), crpci_heap_data(o->chunk), o->len);
-    crpci_heap_chunk_unref(o->chunk);
+    if (!o->lent)
+        crpci_heap_chunk_unref(o->chunk);
     o->chunk = bigger;
+    o->lent = false;
     return true;
 }
 
@@ -2443,26 +2463,28 @@ CRPCI_FN crpci_frame_result crpci_frame_header(const uint8_t *p, size_t n, uint3
  * by nanopb where it has not. Field numbers are brpc's (baidu_rpc_meta.proto). */
 
 typedef struct crpci_meta {
+    crpc_view raw;          /* read: all of it, to look user_fields up in */
+    int64_t correlation_id; /* 0 if there is none */
+    int32_t timeout_ms;     /* request */
+    int32_t attachment_size;
+    /* Read: one of the two usual shapes. Of a request, service and method are those that were
+     * expected; a reply says success. Nothing that follows is set then, nor would be but to 0. */
+    bool usual;
+    int32_t error_code; /* response; 0 also where there is none: success */
+    int32_t compress_type;
+    int32_t content_type;
+    int32_t checksum_type;
     crpc_view names;   /* request to be written: service and method, encoded; unset: as below */
     crpc_view service; /* request */
     crpc_view method;
-    bool named; /* request read: service and method are those that were expected, and unset here */
     int64_t log_id;
     int64_t trace_id;
     int64_t span_id;
     int64_t parent_span_id;
-    int32_t timeout_ms;
-    int32_t error_code; /* response; 0 also where there is none: success */
     crpc_view error_text;
-    int64_t correlation_id; /* 0 if there is none */
-    int32_t compress_type;
-    int32_t attachment_size;
-    int32_t content_type;
-    int32_t checksum_type;
     crpc_view chunk_info; /* set: the peer splits bodies, which nobody but it understands */
     crpc_view credential;
     crpc_view stream_settings; /* set: the peer wants a stream */
-    crpc_view raw;             /* all of it, to look user_fields up in */
 } crpci_meta;
 
 /* --- writing: from the payload's start towards lower addresses --------------------------------
@@ -2775,18 +2797,21 @@ CRPCI_FN bool crpci_meta_last_varint(const uint8_t *p, const uint8_t *end, int64
 }
 
 /* The two shapes that nearly all frames between crpc's own have, each byte as written above: a
- * successful reply; and a request for the expected method (`names`), with or without timeout_ms.
- * False: read it in full. */
+ * request for the method of these `names`, with or without timeout_ms; and, where `names` is set but
+ * empty, a successful reply. False: read it in full. */
 CRPCI_FN bool crpci_meta_read_usual(const uint8_t *p, size_t n, crpc_view names, crpci_meta *m)
 {
     const uint8_t *end = p + n, *sub_end;
     size_t size = crpc_view_size(names);
     uint64_t timeout = 0;
-    memset(m, 0, sizeof *m);
     m->raw = crpc_view_of(p, n);
-    if (n > 7 && memcmp(p, "\x12\x02\x08\x00\x18\x00\x20", 7) == 0)
-        return crpci_meta_last_varint(p + 7, end, &m->correlation_id);
-    if (!size || n < size + 6 || p[0] != (1 << 3 | 2) || p[1] < size || p[1] >= 0x80 ||
+    m->timeout_ms = m->attachment_size = 0;
+    m->usual = true;
+    if (!size)
+        return crpc_view_data(names) && n > 7 &&
+               memcmp(p, "\x12\x02\x08\x00\x18\x00\x20", 7) == 0 &&
+               crpci_meta_last_varint(p + 7, end, &m->correlation_id);
+    if (n < size + 6 || p[0] != (1 << 3 | 2) || p[1] < size || p[1] >= 0x80 ||
         (size_t)p[1] + 6 > n || memcmp(p + 2, crpc_view_data(names), size) != 0)
         return false;
     sub_end = p + 2 + p[1];
@@ -2794,7 +2819,6 @@ CRPCI_FN bool crpci_meta_read_usual(const uint8_t *p, size_t n, crpc_view names,
     if (p != sub_end && (*p != 8 << 3 || crpci_message_varint(p + 1, sub_end, &timeout) != sub_end))
         return false;
     m->timeout_ms = (int32_t)(uint32_t)timeout;
-    m->named = true;
     return memcmp(sub_end, "\x18\x00\x20", 3) == 0 &&
            crpci_meta_last_varint(sub_end + 3, end, &m->correlation_id);
 }
@@ -3737,6 +3761,9 @@ CRPCI_FN int64_t crpci_timer_next_us(const crpci_timer_wheel *w)
 #define CRPCI_RULE_P7 1 /* close a descriptor only when nobody uses it */
 #endif
 
+/* How far off, in microseconds, a timer is that a rough look at the clock is good enough for. */
+#define CRPCI_LOOP_SOON 50000
+
 /* Work queued in a loop. `run` is called with the loop locked and may unlock and lock again. */
 typedef struct crpci_task crpci_task;
 struct crpci_task {
@@ -3880,6 +3907,25 @@ CRPCI_FN int64_t crpci_loop_time(crpc_loop *l)
     return l->now;
 }
 
+/* The same where some milliseconds late are no harm. */
+CRPCI_FN int64_t crpci_loop_rough_time(crpc_loop *l)
+{
+    if (!l->fresh) {
+        int64_t now = crpci_heap_rough_now(l->heap);
+        l->now = now > l->now ? now : l->now;
+    }
+    return l->now;
+}
+
+/* Microseconds until `at`, which may be INT64_MAX; 0: it has come. */
+CRPCI_FN int64_t crpci_loop_left(crpc_loop *l, int64_t at)
+{
+    int64_t now = crpci_loop_rough_time(l);
+    if (at < now + CRPCI_LOOP_SOON)
+        now = crpci_loop_time(l);
+    return at > now ? at - now : 0;
+}
+
 /* P1: whether this thread is inside a callback of the loop. */
 CRPCI_FN bool crpci_loop_in_callback(const crpc_loop *l)
 {
@@ -3980,6 +4026,8 @@ CRPCI_FN void crpci_loop_timer_cancel(crpc_loop *l, crpci_timer *t)
 CRPCI_FN void crpci_loop_run_timers(crpc_loop *l)
 {
     crpci_timer *due, *t;
+    if (crpci_loop_left(l, crpci_timer_next_us(&l->timers)))
+        return;
     crpci_timer_advance(&l->timers, crpci_loop_time(l));
     due = l->timers.fired;
     if (!due)
@@ -4151,17 +4199,14 @@ CRPCI_FN crpci_loop_user *crpci_loop_user_new(crpc_loop *l, crpci_loop_kind kind
 /* How long the poller may wait, in microseconds; negative: no limit. */
 CRPCI_FN int64_t crpci_loop_patience(crpc_loop *l, int64_t until, bool user)
 {
-    int64_t at = crpci_timer_next_us(&l->timers), now;
+    int64_t at = crpci_timer_next_us(&l->timers);
     at = crpci_base_min64(at, until);
     l->wake_at = at;
     if ((user && !crpci_list_empty(&l->ready)) || !crpci_list_empty(&l->resume) ||
         !crpci_list_empty(&l->dirty) || l->hurry || l->owner_waiting ||
         (l->owned && crpci_thread_load(&l->stop)))
         return 0;
-    if (at == INT64_MAX)
-        return -1;
-    now = crpci_loop_time(l);
-    return at > now ? at - now : 0;
+    return at == INT64_MAX ? -1 : crpci_loop_left(l, at);
 }
 
 /* P5: one step. `until` (INT64_MAX: none) bounds the wait; `user` allows user code. Flushing goes
@@ -4267,7 +4312,7 @@ CRPCI_FN void crpci_loop_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
 CRPCI_FN void crpci_loop_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool user)
 {
     l->fresh = false; /* encoding, or whoever looked last, may have been long ago */
-    while (!w->done && (until == INT64_MAX || crpci_loop_time(l) < until)) {
+    while (!w->done && crpci_loop_left(l, until)) {
         if (!w->driving && !l->driver && !l->owned && !l->owner_waiting)
             l->driver = w->driving = true;
         if (w->driving)
@@ -4289,7 +4334,7 @@ CRPCI_FN void crpci_loop_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool
 /* P10: a FIN that came while nobody drove is seen before a request is sent into it. */
 CRPCI_FN void crpci_loop_catch_up(crpc_loop *l)
 {
-    if (l->driver || l->owned || l->owner_waiting || crpci_loop_time(l) - l->last_step < 10000)
+    if (l->driver || l->owned || l->owner_waiting || crpci_loop_rough_time(l) - l->last_step < 10000)
         return;
     l->driver = true;
     crpci_loop_step(l, 0, false);
@@ -4776,7 +4821,7 @@ struct crpci_out {
     size_t tail_len;
     crpci_chunk *tail_chunk;
     size_t sent;   /* bytes handed to the kernel */
-    void *owner;   /* the call that waits for it, NULL: nobody cares any more */
+    void *owner;   /* the call that waits for it, and has the chunk; NULL: the chunk is its own */
     struct crpci_conn *conn; /* while queued */
     bool inflight; /* in a send that runs without the lock */
     bool queued;
@@ -4849,7 +4894,7 @@ struct crpci_conn {
     int64_t tx_bytes;
     int64_t tx_memory; /* that the queue holds: small frames take more than their bytes */
     int64_t active_us; /* last frame */
-    crpc_view expect;  /* the names that the next request is likely to have... */
+    crpc_view expect;  /* the names that the next request is likely to have, "" for replies... */
     const void *expected; /* ... and the upper section's word for them */
 };
 
@@ -4866,7 +4911,15 @@ CRPCI_FN int64_t crpci_conn_out_memory(const crpci_out *o)
 CRPCI_FN void crpci_conn_out_free(crpci_out *o)
 {
     crpci_heap_chunk_unref(o->tail_chunk);
-    crpci_heap_chunk_unref(o->chunk);
+    if (!o->owner)
+        crpci_heap_chunk_unref(o->chunk);
+}
+
+/* A frame that can no longer be taken back outlives the call that owned it. */
+CRPCI_FN void crpci_conn_out_orphan(crpci_out *o)
+{
+    o->owner = NULL;
+    crpci_heap_chunk_ref(o->chunk);
 }
 
 CRPCI_COLD const char *crpci_conn_errno_text(int e)
@@ -5041,6 +5094,7 @@ CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
 /* Accounts for `n` sent bytes; frames that are complete leave the queue. */
 CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
 {
+    crpci_chunk *chunk, *tail;
     crpci_out *o;
     for (o = c->tx_head; o && o->inflight; o = o->next)
         o->inflight = false;
@@ -5056,9 +5110,12 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
             c->tx_tail = NULL;
         o->queued = false;
         c->tx_memory -= crpci_conn_out_memory(o);
+        chunk = o->owner ? NULL : o->chunk;
+        tail = o->tail_chunk;
         if (!c->closed) /* else its owner was told, and may be gone */
-            c->up->sent(c, o);
-        crpci_conn_out_free(o);
+            c->up->sent(c, o); /* and an owner may go with the frame */
+        crpci_heap_chunk_unref(tail);
+        crpci_heap_chunk_unref(chunk);
     }
     if (c->loop->io_waiters)
         crpci_thread_broadcast(&c->loop->io_cond);
@@ -5116,7 +5173,8 @@ CRPCI_FN void crpci_conn_flush_task(crpc_loop *l, crpci_task *task)
     crpci_conn_flush(CRPCI_CONTAINER(task, crpci_conn, flush));
 }
 
-/* Queues a frame; the connection now owns one reference of its chunk. Sent by whoever drives. */
+/* Queues a frame; if it has no owner, the connection now has its reference of the chunk. Sent by
+ * whoever drives. */
 CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
 {
     o->next = NULL;
@@ -8287,7 +8345,7 @@ typedef struct crpci_call_method {
 
 /* An encoded request, able to be framed again and again: what varies goes in front of it. */
 typedef struct crpci_request {
-    crpci_chunk *chunk; /* a call, if it has its own; crpci_out, fields, credential, headroom,
+    crpci_chunk *chunk; /* an asynchronous call, perhaps; crpci_out, fields, credential, headroom,
                          * payload, small attachment */
     size_t front;       /* offset of the crpci_out */
     size_t low;         /* offset of the headroom */
@@ -8304,8 +8362,8 @@ typedef struct crpci_request {
 /* What is kept of a crpci_message that answers a call; holds a reference of the chunk. */
 typedef struct crpci_reply {
     crpci_chunk *chunk;
-    crpc_view raw; /* the meta */
-    crpc_view error_text;
+    crpc_view raw;          /* the meta */
+    crpc_view error_text;   /* if there is an error_code */
     const uint8_t *payload; /* the attachment stands behind it */
     size_t payload_size;
     size_t attachment_size;
@@ -8335,11 +8393,11 @@ typedef struct crpci_call {
     crpci_out *out;     /* queued on the endpoint's connection; NULL: not */
     crpci_endpoint *endpoint;
     int64_t start_us;
+    int64_t end_us; /* if it has ended */
     int64_t deadline_us;
     int attempts;
     int max_attempts;
     crpc_sent sent;
-    const crpci_endpoint *tried[CRPCI_CHANNEL_TRIED];
     crpci_waiter *waiter;
     crpc_error *error; /* the caller's, or in error_chunk; NULL: not wanted or no memory */
     crpci_chunk *error_chunk;
@@ -8348,8 +8406,9 @@ typedef struct crpci_call {
     crpc_done_fn deliver;
     crpc_any_fn fn;
     void *user;
-    crpci_chunk *block; /* holds this and the response struct, unless it is on a caller's stack;
-                         * mostly that of the request too; from here on not cleared */
+    crpci_chunk *block; /* holds this and the response struct, NULL: it is on a caller's stack;
+                         * mostly the request's chunk too */
+    const crpci_endpoint *tried[CRPCI_CHANNEL_TRIED]; /* by the last attempts that failed */
     size_t address_size;
     char address[CRPC_ADDRESS_MAX]; /* the last provider tried */
     crpci_request request;
@@ -8362,7 +8421,8 @@ struct crpc_channel {
     crpc_loop *loop;
     bool private_loop;
     bool closed;
-    uint32_t refs; /* atomic: the program's, and one of each call */
+    uint32_t refs; /* atomic: the program's, of synchronous calls, and one of all others */
+    size_t pending; /* asynchronous calls: begun, and not freed */
     int timeout_ms;
     int connect_timeout_ms;
     int retries;
@@ -8417,7 +8477,7 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
     o.heap = h;
     o.chunk = (crpci_chunk *)call->reserved[CRPCI_CALL_ADDED];
     o.len = (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN];
-    o.no_memory = false;
+    o.lent = o.no_memory = false;
     if (!o.chunk)
         o.chunk = crpci_heap_chunk(h, 64);
     if (!o.chunk)
@@ -8434,26 +8494,26 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
 
 /* --- encoding, without the lock --------------------------------------------------------------- */
 
-CRPCI_FN size_t crpci_channel_fields_size(const crpc_call *call)
+/* The user_fields that a call sends: its own, and `added` bytes of interceptors'. */
+CRPCI_FN size_t crpci_channel_fields_size(const crpc_call *call, size_t added)
 {
-    size_t n = (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN], i;
+    size_t n = added, i;
     for (i = 0; i < call->field_count; i++)
         n += crpci_meta_field_size(strlen(call->fields[i].key), strlen(call->fields[i].value));
     return n;
 }
 
-/* Copies user_fields and credential to the front of the chunk. */
-CRPCI_FN void crpci_channel_put_fields(crpci_message_out *o, const crpc_call *call)
+/* Copies them to the front of the chunk. */
+CRPCI_FN void crpci_channel_put_fields(crpci_message_out *o, const crpc_call *call, size_t added)
 {
-    crpci_chunk *added = (crpci_chunk *)call->reserved[CRPCI_CALL_ADDED];
-    size_t n = (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN], i;
     uint8_t *p = crpci_heap_data(o->chunk);
+    size_t i;
     for (i = 0; i < call->field_count; i++)
         o->len += crpci_meta_put_field(p + o->len, crpc_view_str(call->fields[i].key),
                                        crpc_view_str(call->fields[i].value));
-    if (n)
-        memcpy(p + o->len, crpci_heap_data(added), n);
-    o->len += n;
+    if (added)
+        memcpy(p + o->len, crpci_heap_data((crpci_chunk *)call->reserved[CRPCI_CALL_ADDED]), added);
+    o->len += added;
 }
 
 CRPCI_COLD crpci_call_method *crpci_channel_learn(crpc_channel *ch, const crpc_method *m)
@@ -8506,12 +8566,15 @@ CRPCI_FN crpci_out *crpci_call_frame(const crpci_request *r)
 /* Encodes a request behind `front` bytes that are the caller's. `borrow`: a large attachment stays
  * where it is. */
 CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpci_call_method *k, const void *request,
-                                  crpc_call *call, bool borrow, size_t front, crpci_request *r)
+                                  const crpc_call *call, bool borrow, size_t front,
+                                  crpci_request *r, crpc_error *error)
 {
     const crpc_method *m = k->method;
     crpc_view credential = crpc_view_data(call->credential) ? call->credential
                                                             : crpc_view_str(ch->credential);
-    size_t fields = crpci_channel_fields_size(call), secret = crpc_view_size(credential);
+    size_t added = ch->interceptor_count ? (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN]
+                                         : 0; /* else it may be left from another channel's */
+    size_t fields = crpci_channel_fields_size(call, added), secret = crpc_view_size(credential);
     size_t room = crpci_meta_bound(crpc_view_size(k->names) + fields + secret);
     size_t attached = crpc_view_size(call->attachment), base = front + sizeof(crpci_out);
     const char *why = "";
@@ -8521,13 +8584,13 @@ CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpci_call_method *k, 
     r->names = k->names;
     o.heap = ch->loop->heap;
     o.len = base;
-    o.no_memory = false;
+    o.lent = o.no_memory = false;
     o.chunk = crpci_heap_chunk(o.heap, base + fields + secret + room + m->request_size + 64);
     if (!o.chunk)
-        return crpci_status_set(&call->error, CRPC_ENOMEM, "%s.%s: out of memory (local)",
-                                m->service, m->name);
+        return crpci_status_set(error, CRPC_ENOMEM, "%s.%s: out of memory (local)", m->service,
+                                m->name);
     if (fields)
-        crpci_channel_put_fields(&o, call);
+        crpci_channel_put_fields(&o, call, added);
     fields = o.len - base;
     if (secret)
         memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(credential), secret);
@@ -8556,8 +8619,8 @@ CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpci_call_method *k, 
     }
     if (CRPCI_UNLIKELY(err)) {
         crpci_heap_chunk_unref(o.chunk);
-        return crpci_status_set(&call->error, err, "%s.%s: request not encoded: %s (local)",
-                                m->service, m->name, why);
+        return crpci_status_set(error, err, "%s.%s: request not encoded: %s (local)", m->service,
+                                m->name, why);
     }
     crpci_call_frame(r)->queued = false; /* sending sets the rest */
     r->fields = crpc_view_of(crpci_heap_data(o.chunk) + base, fields);
@@ -8570,8 +8633,7 @@ CRPCI_FN uint8_t *crpci_call_head(const crpci_request *r, int64_t correlation_id
                                   int32_t timeout_ms)
 {
     uint8_t *data = crpci_heap_data(r->chunk);
-    crpci_meta m;
-    memset(&m, 0, sizeof m);
+    crpci_meta m; /* what a request has of it */
     m.names = r->names;
     m.credential = r->credential;
     m.log_id = r->log_id;
@@ -8581,14 +8643,16 @@ CRPCI_FN uint8_t *crpci_call_head(const crpci_request *r, int64_t correlation_id
     m.attachment_size = (int32_t)(r->inline_size + crpc_view_size(r->attachment));
     m.correlation_id = correlation_id;
     m.timeout_ms = timeout_ms;
+    m.compress_type = 0;
     return crpci_meta_put_request(data + r->low, data + r->payload, r->payload_size, &m,
                                   r->fields);
 }
 
 /* A frame that an earlier attempt left on a dying connection may still be being sent: then the next
  * attempt needs a copy. */
-CRPCI_FN bool crpci_call_own_request(crpci_request *r)
+CRPCI_FN bool crpci_call_own_request(crpci_call *c)
 {
+    crpci_request *r = &c->request;
     crpci_chunk *old = r->chunk, *chunk;
     size_t n = r->payload + r->payload_size + r->inline_size - r->front;
     uint8_t *from = (uint8_t *)crpci_call_frame(r), *to;
@@ -8610,8 +8674,17 @@ CRPCI_FN bool crpci_call_own_request(crpci_request *r)
     if (crpc_view_data(r->credential))
         r->credential = crpc_view_of(to + sizeof(crpci_out) + crpc_view_size(r->fields),
                                      crpc_view_size(r->credential));
-    crpci_heap_chunk_unref(old);
+    if (old != c->block)
+        crpci_heap_chunk_unref(old);
     return true;
+}
+
+/* Lets go of the request's bytes, unless the call stands among them. */
+CRPCI_FN void crpci_call_drop_request(crpci_call *c)
+{
+    if (c->request.chunk != c->block)
+        crpci_heap_chunk_unref(c->request.chunk);
+    c->request.chunk = NULL;
 }
 
 /* --- results, on the thread that wants them --------------------------------------------------- */
@@ -8708,7 +8781,7 @@ CRPCI_FN void crpci_call_own_reply(crpci_heap *h, crpci_reply *r)
     to = crpci_heap_data(chunk);
     memcpy(to, from, n);
     r->payload = to + (r->payload - from);
-    if (crpc_view_size(r->error_text))
+    if (r->error_code && crpc_view_size(r->error_text))
         r->error_text = crpc_view_of(to + ((const uint8_t *)crpc_view_data(r->error_text) - from),
                                      crpc_view_size(r->error_text));
     r->raw = crpc_view_of(to, crpc_view_size(r->raw));
@@ -8794,7 +8867,7 @@ CRPCI_FN void crpci_call_release_out(crpci_call *c)
     crpci_out *o = c->out;
     c->out = NULL;
     if (o && !crpci_conn_withdraw(o->conn, o))
-        o->owner = NULL;
+        crpci_conn_out_orphan(o);
 }
 
 /* A synchronous caller's attachment must not be read any more when its call returns: what a send of
@@ -8848,10 +8921,11 @@ CRPCI_FN void crpci_call_free(crpci_call *c)
         l->results--;
     if (c->replied)
         crpci_heap_chunk_unref(c->reply.chunk);
-    crpci_heap_chunk_unref(c->request.chunk);
+    crpci_call_drop_request(c);
     crpci_heap_chunk_unref(c->error_chunk);
     crpci_heap_chunk_unref(c->block);
-    crpci_channel_drop(ch);
+    if (--ch->pending == 0)
+        crpci_channel_drop(ch);
 }
 
 /* The call has ended: whoever waits is told, once. */
@@ -8863,6 +8937,7 @@ CRPCI_FN void crpci_call_finish(crpci_call *c, int status)
     c->endpoint = NULL;
     c->status = status;
     c->state = CRPCI_CALL_DONE;
+    c->end_us = crpci_loop_time(l);
     crpci_timer_cancel(&c->timer);
     if (e) {
         memcpy(c->address, e->address, e->address_size);
@@ -8879,8 +8954,7 @@ CRPCI_FN void crpci_call_finish(crpci_call *c, int status)
     case CRPCI_CALL_ID:
         if (c->replied)
             crpci_call_own_reply(l->heap, &c->reply);
-        crpci_heap_chunk_unref(c->request.chunk);
-        c->request.chunk = NULL;
+        crpci_call_drop_request(c);
         break;
     case CRPCI_CALL_NOTIFY:
         crpci_call_free(c);
@@ -8929,7 +9003,7 @@ CRPCI_FN bool crpci_call_has_tried(const crpci_call *c, const crpci_endpoint *e)
  * backoff ends first. */
 CRPCI_FN crpci_endpoint *crpci_channel_pick(crpc_channel *ch, const crpci_call *c)
 {
-    int64_t now = crpci_loop_time(ch->loop);
+    int64_t now = crpci_loop_rough_time(ch->loop);
     crpci_endpoint *best = NULL;
     size_t i;
     for (i = 0; i < ch->endpoint_count; i++) {
@@ -8962,8 +9036,7 @@ CRPCI_FN int crpci_call_send(crpci_call *c)
     crpci_request *r = &c->request;
     uint8_t *data = crpci_heap_data(r->chunk);
     crpci_out *o = crpci_call_frame(r);
-    int64_t left = (c->deadline_us - crpci_loop_time(e->loop)) / 1000;
-    memset(o, 0, sizeof *o);
+    int64_t left = (c->deadline_us - crpci_loop_rough_time(e->loop)) / 1000;
     o->head = crpci_call_head(r, crpci_call_unanswered(c) ? 0 : (int64_t)c->id,
                               (int32_t)(left > 1 ? left : 1));
     o->head_len = (size_t)(data + r->payload - o->head) + r->payload_size + r->inline_size;
@@ -8972,8 +9045,8 @@ CRPCI_FN int crpci_call_send(crpci_call *c)
     if (e->max_queued && e->conn->tx_bytes + (int64_t)crpci_conn_out_len(o) > e->max_queued)
         return CRPC_EOVERCROWDED;
     o->chunk = r->chunk;
+    o->tail_chunk = NULL;
     o->owner = c;
-    crpci_heap_chunk_ref(r->chunk);
     crpci_list_append(&e->active, &c->link);
     e->active_count++;
     c->state = CRPCI_CALL_ACTIVE;
@@ -8995,7 +9068,7 @@ CRPCI_FN void crpci_call_failed(crpci_call *c, int code, const char *cause)
     again = c->sent == CRPC_SENT_NO || code == CRPC_ELOGOFF ||
             ((c->method->flags & CRPC_METHOD_IDEMPOTENT) && code == CRPC_ECONN);
     again = again && c->attempts < c->max_attempts && !c->channel->closed &&
-            crpci_call_own_request(&c->request);
+            crpci_call_own_request(c);
     crpci_call_explain(c, code, cause);
     c->tried[(c->attempts - 1) % CRPCI_CHANNEL_TRIED] = e;
     if (again && code == CRPC_ECONN && !e->refused && !crpci_channel_pick(c->channel, c))
@@ -9058,7 +9131,7 @@ CRPCI_COLD void crpci_call_orphaned(crpci_call *c)
 CRPCI_FN void crpci_call_attempt(crpci_call *c)
 {
     crpci_endpoint *e = crpci_channel_pick(c->channel, c);
-    if (crpci_loop_now(c->channel->loop) >= c->deadline_us) { /* nobody wants the answer any more */
+    if (crpci_loop_rough_time(c->channel->loop) >= c->deadline_us) { /* nobody wants the answer any more */
         crpci_call_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before it was sent");
         crpci_call_finish(c, CRPC_ETIMEDOUT);
         return;
@@ -9135,8 +9208,8 @@ CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
         if (o->sent || o->inflight)
             c->sent = CRPC_SENT_MAYBE;
         c->out = NULL;
-        o->owner = NULL;
-        crpci_conn_withdraw(conn, o);
+        if (!crpci_conn_withdraw(conn, o))
+            crpci_conn_out_orphan(o);
     }
     e->last_errno = conn->why_errno;
     e->refused = conn->connecting;
@@ -9204,20 +9277,23 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, crpci_message *m)
         return;
     e->failures = 0;
     c->sent = CRPC_SENT_YES;
-    if (m->meta.error_code == CRPC_ELOGOFF && c->attempts < c->max_attempts &&
-        c->channel->endpoint_count > 1) {
-        e->usable_at = crpci_loop_now(e->loop) + CRPCI_CHANNEL_BACKOFF_MAX;
-        crpci_call_failed(c, CRPC_ELOGOFF, "the server is stopping");
-        return;
+    c->reply.error_code = c->reply.compress_type = 0;
+    if (!m->meta.usual) {
+        if (m->meta.error_code == CRPC_ELOGOFF && c->attempts < c->max_attempts &&
+            c->channel->endpoint_count > 1) {
+            e->usable_at = crpci_loop_now(e->loop) + CRPCI_CHANNEL_BACKOFF_MAX;
+            crpci_call_failed(c, CRPC_ELOGOFF, "the server is stopping");
+            return;
+        }
+        c->reply.error_code = m->meta.error_code;
+        c->reply.error_text = m->meta.error_text;
+        c->reply.compress_type = m->meta.compress_type;
     }
     c->reply.chunk = m->chunk;
     c->reply.raw = m->meta.raw;
-    c->reply.error_text = m->meta.error_text;
     c->reply.payload = m->payload;
     c->reply.payload_size = m->payload_size;
     c->reply.attachment_size = m->attachment_size;
-    c->reply.error_code = m->meta.error_code;
-    c->reply.compress_type = m->meta.compress_type;
     c->reply.bad_attachment = m->bad_attachment;
     c->replied = true;
     crpci_heap_chunk_ref(m->chunk);
@@ -9268,6 +9344,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
     }
     crpci_conn_hold(e->conn);
     e->conn->max_body = e->max_body;
+    e->conn->expect = crpc_view_of("", 0);
     e->conn->max_skip = (int64_t)UINT32_MAX; /* the peer is ours to choose: it may be skipped */
     if (e->connect_timeout_ms > 0)
         crpci_loop_timer_set(l, &e->conn->timer, (int64_t)e->connect_timeout_ms * 1000);
@@ -9421,7 +9498,18 @@ CRPCI_FN void crpci_call_init(crpci_call *c, crpc_channel *ch, const crpci_call_
                               crpci_call_kind kind, const crpc_call *in, int64_t start)
 {
     int retries = in->retries ? (in->retries < 0 ? 0 : in->retries) : ch->retries;
-    memset(c, 0, offsetof(crpci_call, block));
+    c->state = CRPCI_CALL_IDLE;
+    c->id = 0;
+    c->out = NULL;
+    c->endpoint = NULL;
+    c->attempts = 0;
+    c->sent = CRPC_SENT_NO;
+    c->waiter = NULL;
+    c->timer.prev = NULL;
+    c->error = NULL;
+    c->error_chunk = NULL;
+    c->status = CRPC_OK;
+    c->replied = false;
     c->address[0] = '\0';
     c->address_size = 1;
     c->channel = ch;
@@ -9442,6 +9530,8 @@ CRPCI_FN void crpci_channel_enter(crpc_loop *l, int64_t start)
     crpci_loop_lock(l);
     if (start > l->now)
         l->now = start;
+    l->fresh = false; /* encoding may have taken a while */
+    crpci_loop_rough_time(l);
     l->fresh = true;
     crpci_loop_catch_up(l);
 }
@@ -9487,7 +9577,7 @@ CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_call_method *k, co
     crpc_loop *l = ch->loop;
     int64_t start = crpci_loop_now(l);
     crpci_call c;
-    int err = crpci_channel_encode(ch, k, request, call, true, 0, &c.request);
+    int err = crpci_channel_encode(ch, k, request, call, true, 0, &c.request, &call->error);
     if (err)
         return err;
     crpci_channel_enter(l, start);
@@ -9499,6 +9589,7 @@ CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_call_method *k, co
         return crpci_status_set(&call->error, err, "%s.%s: %s (local)", m->service, m->name,
                                 crpc_status_text(err));
     }
+    c.block = NULL;
     crpci_call_init(&c, ch, k, CRPCI_CALL_SYNC, call, start);
     crpci_loop_task_init(&c.task, NULL);
     c.error = &call->error;
@@ -9508,7 +9599,7 @@ CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_call_method *k, co
     crpci_heap_chunk_unref(c.request.chunk);
     err = crpci_call_result(&c, response, call);
     call->error.code = err;
-    call->latency_us = crpci_loop_now(l) - start;
+    call->latency_us = c.end_us - start;
     if (hold && c.replied)
         crpci_call_hand_over(&c, call);
     else
@@ -9585,7 +9676,7 @@ CRPCI_FN void crpci_call_deliver(crpc_loop *l, crpci_task *task)
     done.status = c->replied ? crpci_call_result(c, response, &call) : c->status;
     done.response = done.status ? NULL : response;
     call.error.code = done.status;
-    call.latency_us = crpci_loop_now(l) - c->start_us;
+    call.latency_us = c->end_us - c->start_us;
     crpci_channel_after(ch, c->method, &call, done.status, ch->interceptor_count);
     done.call = &call;
     done.user = c->user;
@@ -9623,8 +9714,6 @@ CRPCI_FN crpci_call *crpci_call_place(crpc_loop *l, crpci_call_kind kind, const 
     crpci_call *c;
     if (kind == CRPCI_CALL_ID && r->payload_size + r->inline_size > CRPCI_CHANNEL_INLINE)
         block = crpci_heap_chunk(l->heap, CRPCI_CALL_SIZE + response_size);
-    else
-        crpci_heap_chunk_ref(block);
     if (!block)
         return NULL;
     c = (crpci_call *)(void *)crpci_heap_data(block);
@@ -9633,57 +9722,81 @@ CRPCI_FN crpci_call *crpci_call_place(crpc_loop *l, crpci_call_kind kind, const 
     return c;
 }
 
+/* Enters a call whose request is encoded: on success *out is locked, to be completed, launched. On
+ * failure the request is gone and nothing is locked. */
+CRPCI_FN int crpci_channel_put(crpc_channel *ch, const crpci_call_method *k, crpci_call_kind kind,
+                               const crpc_call *in, const crpci_request *r, int64_t start,
+                               crpci_call **out)
+{
+    crpc_loop *l = ch->loop;
+    crpci_call *c;
+    int err;
+    crpci_channel_enter(l, start);
+    err = crpci_channel_admit(ch, kind);
+    c = err ? NULL : crpci_call_place(l, kind, r, k->response.size);
+    if (CRPCI_UNLIKELY(!c)) {
+        crpci_loop_unlock(l);
+        crpci_heap_chunk_unref(r->chunk);
+        return err ? err : CRPC_ENOMEM;
+    }
+    crpci_call_init(c, ch, k, kind, in, start);
+    crpci_loop_task_init(&c->task, crpci_call_deliver);
+    crpci_timer_init(&c->timer, crpci_call_on_timer);
+    l->results += kind == CRPCI_CALL_ID;
+    if (ch->pending++ == 0)
+        crpci_thread_ref(&ch->refs);
+    if (CRPCI_UNLIKELY(crpci_id_add(&l->calls, l->heap, c, &c->id))) {
+        crpci_call_free(c);
+        crpci_loop_unlock(l);
+        return CRPC_ENOMEM;
+    }
+    *out = c;
+    return CRPC_OK;
+}
+
+/* The same with interceptors, which may change what is asked for. */
+CRPCI_FN int crpci_channel_put_intercepted(crpc_channel *ch, const crpci_call_method *k,
+                                           const void *request, crpci_call_kind kind,
+                                           const crpc_call *in, int64_t start, crpci_call **out)
+{
+    crpci_request r;
+    crpc_call call;
+    size_t ran;
+    int err;
+    call = *in;
+    memset(call.reserved, 0, sizeof call.reserved);
+    crpci_thread_ref(&ch->refs); /* an interceptor may close the channel */
+    err = crpci_channel_before(ch, k->method, &call, &ran);
+    err = err ? err
+              : crpci_channel_encode(ch, k, request, &call, false, crpci_call_front(&k->response),
+                                     &r, NULL);
+    err = err ? err : crpci_channel_put(ch, k, kind, &call, &r, start, out);
+    if (err)
+        crpci_channel_after(ch, k->method, &call, err, ran);
+    crpc_call_reset(&call);
+    crpci_channel_drop(ch);
+    return err;
+}
+
 /* What all asynchronous forms begin with; on success *out is entered and locked, to be completed,
  * attempted and unlocked. */
 CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const void *request,
                                  crpci_call_kind kind, const crpc_call *in, crpci_call **out)
 {
-    crpc_loop *l = ch->loop;
-    int64_t start = crpci_loop_now(l);
+    static const crpc_call defaults = CRPC_INIT;
+    int64_t start = crpci_loop_now(ch->loop);
     const crpci_call_method *k;
     crpci_request r;
-    crpci_call *c;
-    crpc_call call;
-    size_t ran = 0;
     int err;
-    crpci_call_clear(&call);
-    if (in)
-        call = *in;
-    memset(call.reserved, 0, sizeof call.reserved);
     *out = NULL;
-    crpci_thread_ref(&ch->refs); /* an interceptor may close the channel; then the call's */
+    in = in ? in : &defaults;
     k = crpci_channel_method(ch, m);
-    err = k ? crpci_channel_before(ch, m, &call, &ran) : CRPC_ENOMEM;
-    if (!err)
-        err = crpci_channel_encode(ch, k, request, &call, false, crpci_call_front(&k->response),
-                                   &r);
-    if (!err) {
-        crpci_channel_enter(l, start);
-        err = crpci_channel_admit(ch, kind);
-        c = err ? NULL : crpci_call_place(l, kind, &r, k->response.size);
-        if (c) {
-            crpci_call_init(c, ch, k, kind, &call, start);
-            crpci_loop_task_init(&c->task, crpci_call_deliver);
-            crpci_timer_init(&c->timer, crpci_call_on_timer);
-            l->results += kind == CRPCI_CALL_ID;
-            err = crpci_id_add(&l->calls, l->heap, c, &c->id);
-            if (!err) {
-                crpc_call_reset(&call);
-                *out = c;
-                return CRPC_OK;
-            }
-            crpci_thread_ref(&ch->refs);
-            crpci_call_free(c);
-        }
-        err = err ? err : CRPC_ENOMEM;
-        crpci_loop_unlock(l);
-        if (!c)
-            crpci_heap_chunk_unref(r.chunk);
-    }
-    crpci_channel_after(ch, m, &call, err, ran);
-    crpc_call_reset(&call);
-    crpci_channel_drop(ch);
-    return err;
+    if (CRPCI_UNLIKELY(!k))
+        return CRPC_ENOMEM;
+    if (ch->interceptor_count)
+        return crpci_channel_put_intercepted(ch, k, request, kind, in, start, out);
+    err = crpci_channel_encode(ch, k, request, in, false, crpci_call_front(&k->response), &r, NULL);
+    return err ? err : crpci_channel_put(ch, k, kind, in, &r, start, out);
 }
 
 /* Starts what crpci_channel_async entered, and unlocks. The call may end, and be freed, in here. */
@@ -9826,7 +9939,7 @@ CRPC_API int crpc_channel_fetch(crpc_channel *ch, const crpc_method *m, crpc_id 
     memcpy(call->error.endpoint, c->address, c->address_size);
     err = crpci_call_result(c, response, call);
     call->error.code = err;
-    call->latency_us = crpci_loop_now(l) - c->start_us;
+    call->latency_us = c->end_us - c->start_us;
     if (hold)
         crpci_call_hand_over(c, call);
     else
@@ -10535,9 +10648,15 @@ struct crpc_context {
     char *text; /* says more than the status; in `extra` */
     char *peer; /* likewise */
     crpci_message_out fields;
-    crpc_view attachment;
+    crpc_view attachment; /* of the reply */
     crpci_chunk *attachment_chunk;
-    crpci_message message; /* from here on not cleared */
+    crpc_view credential;
+    crpci_chunk *chunk; /* the request's bytes; from here on not cleared */
+    crpc_view raw;      /* its meta */
+    int64_t correlation_id;
+    const uint8_t *payload; /* the request's attachment stands behind it */
+    size_t payload_size;
+    size_t attachment_size;
 };
 
 /* --- replies ---------------------------------------------------------------------------------- */
@@ -10618,9 +10737,8 @@ CRPCI_FN crpci_out *crpci_context_encode(crpc_context *x, int status)
     o.heap = x->loop->heap;
     o.no_memory = false;
     o.chunk = x->block;
-    if (CRPCI_LIKELY(x->block->cap >= front + head)) {
-        crpci_heap_chunk_ref(x->block);
-    } else {
+    o.lent = x->block->cap >= front + head;
+    if (CRPCI_UNLIKELY(!o.lent)) {
         front = 0;
         o.chunk = crpci_heap_chunk(o.heap, head + (status ? 0 : x->method->response.size + 64));
     }
@@ -10630,32 +10748,35 @@ CRPCI_FN crpci_out *crpci_context_encode(crpc_context *x, int status)
     if (!status) {
         int err = crpci_context_encode_response(x, &o, payload, room);
         if (CRPCI_UNLIKELY(err)) {
-            crpci_heap_chunk_unref(o.chunk);
+            if (!o.lent)
+                crpci_heap_chunk_unref(o.chunk);
             return crpci_context_encode(x, err);
         }
     }
-    memset(&m, 0, sizeof m);
-    if (!status)
-        m.attachment_size = (int32_t)crpc_view_size(x->attachment);
+    m.attachment_size = status ? 0 : (int32_t)crpc_view_size(x->attachment);
+    m.compress_type = 0;
     data = crpci_heap_data(o.chunk) + front;
     out = (crpci_out *)(void *)data;
-    memset(out, 0, sizeof *out);
     if (x->fields.len)
         memcpy(data + sizeof *out, crpci_heap_data(x->fields.chunk), x->fields.len);
     m.error_code = status;
     m.error_text = crpc_view_of(text, words);
-    m.correlation_id = x->message.meta.correlation_id;
+    m.correlation_id = x->correlation_id;
     out->head = crpci_meta_put_reply(data + sizeof *out + x->fields.len, data + head,
                                      o.len - payload, &m,
                                      crpc_view_of(data + sizeof *out, x->fields.len));
     out->head_len = (size_t)(data + head + (o.len - payload) - out->head);
     out->chunk = o.chunk;
+    out->owner = NULL; /* the chunk is the frame's */
+    out->tail = (const uint8_t *)crpc_view_data(x->attachment);
+    out->tail_len = (size_t)m.attachment_size;
+    out->tail_chunk = NULL;
     if (m.attachment_size) {
-        out->tail = (const uint8_t *)crpc_view_data(x->attachment);
-        out->tail_len = crpc_view_size(x->attachment);
         out->tail_chunk = x->attachment_chunk;
         crpci_heap_chunk_ref(out->tail_chunk);
     }
+    if (o.lent) /* the context goes before the reply is sent, and its block with the reply */
+        x->block = NULL;
     return out;
 }
 
@@ -10670,7 +10791,7 @@ CRPCI_FN void crpci_context_free(crpc_context *x)
     }
     crpci_heap_chunk_unref(x->fields.chunk);
     crpci_heap_chunk_unref(x->attachment_chunk);
-    crpci_heap_chunk_unref(x->message.chunk);
+    crpci_heap_chunk_unref(x->chunk);
     crpci_heap_chunk_unref(x->block);
 }
 
@@ -10826,7 +10947,7 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
     const char *why = "";
     int err = CRPC_OK;
     if (CRPCI_UNLIKELY(x->origin.deadline_us != INT64_MAX) &&
-        crpci_heap_now(s->heap) >= x->origin.deadline_us)
+        crpci_heap_rough_now(s->heap) >= x->origin.deadline_us)
         return crpc_context_error(x, CRPC_ETIMEDOUT, "deadline passed before it was executed");
     if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPED)
         return CRPC_ELOGOFF;
@@ -10838,8 +10959,7 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
     }
     if (err)
         return err;
-    if (!crpci_message_decode(x->message.payload, x->message.payload_size, &x->method->request,
-                              x->request, &why))
+    if (!crpci_message_decode(x->payload, x->payload_size, &x->method->request, x->request, &why))
         return crpc_context_error(x, CRPC_EREQUEST, "%s.%s: request does not decode: %s",
                                   m->service, m->name, why);
     if (!m->serve)
@@ -10902,7 +11022,7 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     if (!block)
         return NULL;
     x = (crpc_context *)(void *)crpci_heap_data(block);
-    memset(x, 0, offsetof(crpc_context, message));
+    memset(x, 0, offsetof(crpc_context, chunk));
     memset((char *)x + at, 0, reply_at - at);
     x->block = block;
     x->request = (char *)x + at;
@@ -10911,11 +11031,19 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     x->server = s;
     x->loop = conn->loop;
     x->conn = conn;
-    x->message = *m;
+    x->chunk = m->chunk;
+    x->raw = m->meta.raw;
+    x->correlation_id = m->meta.correlation_id;
+    x->payload = m->payload;
+    x->payload_size = m->payload_size;
+    x->attachment_size = m->attachment_size;
     x->method = method;
-    x->origin.log_id = m->meta.log_id;
-    x->origin.trace_id = m->meta.trace_id;
-    x->origin.span_id = m->meta.span_id;
+    if (!m->meta.usual) {
+        x->credential = m->meta.credential;
+        x->origin.log_id = m->meta.log_id;
+        x->origin.trace_id = m->meta.trace_id;
+        x->origin.span_id = m->meta.span_id;
+    }
     x->origin.deadline_us =
         m->meta.timeout_ms > 0 ? conn->active_us + (int64_t)m->meta.timeout_ms * 1000 : INT64_MAX;
     crpci_loop_task_init(&x->task, crpci_context_task);
@@ -10931,8 +11059,8 @@ CRPCI_FN const crpci_service_method *crpci_server_method(crpc_server *s, crpci_c
     const crpci_service_method *method = (const crpci_service_method *)conn->expected;
     char text[CRPC_ERROR_TEXT_MAX];
     int err;
-    if (CRPCI_LIKELY(m->meta.named))
-        return method; /* in the usual shape there is nothing else to refuse */
+    if (CRPCI_LIKELY(m->meta.usual))
+        return method; /* and in this shape there is nothing to refuse */
     err = crpci_server_check(m, text, sizeof text);
     if (!err) {
         err = crpci_service_lookup(&s->services, &m->meta, &method);
@@ -11894,19 +12022,19 @@ CRPC_API const crpc_method *crpc_context_method(const crpc_context *x)
 
 CRPC_API crpc_view crpc_context_attachment(const crpc_context *x)
 {
-    return crpc_view_of(x->message.attachment_size ? x->message.attachment : NULL,
-                        x->message.attachment_size);
+    return crpc_view_of(x->attachment_size ? x->payload + x->payload_size : NULL,
+                        x->attachment_size);
 }
 
 CRPC_API int crpc_context_set_attachment(crpc_context *x, crpc_view bytes)
 {
     const uint8_t *p = (const uint8_t *)crpc_view_data(bytes);
-    const uint8_t *in = x->message.attachment;
+    const uint8_t *in = x->payload + x->payload_size;
     size_t n = crpc_view_size(bytes);
-    crpci_chunk *chunk = x->message.chunk;
+    crpci_chunk *chunk = x->chunk;
     if (n > INT32_MAX)
         return CRPC_EINVAL;
-    if (n && p >= in && p + n <= in + x->message.attachment_size) {
+    if (n && p >= in && p + n <= in + x->attachment_size) {
         crpci_heap_chunk_ref(chunk);
     } else if (n) {
         chunk = crpci_heap_chunk(x->loop->heap, n);
@@ -11925,7 +12053,7 @@ CRPC_API int crpc_context_set_attachment(crpc_context *x, crpc_view bytes)
 
 CRPC_API bool crpc_context_field(const crpc_context *x, const char *key, crpc_view *value)
 {
-    return crpci_meta_field(x->message.meta.raw, key, value);
+    return crpci_meta_field(x->raw, key, value);
 }
 
 CRPC_API int crpc_context_add_field(crpc_context *x, const char *key, const char *value)
@@ -11945,7 +12073,7 @@ CRPC_API int crpc_context_add_field(crpc_context *x, const char *key, const char
 
 CRPC_API crpc_view crpc_context_credential(const crpc_context *x)
 {
-    return x->message.meta.credential;
+    return x->credential;
 }
 
 CRPC_API int64_t crpc_context_log_id(const crpc_context *x)

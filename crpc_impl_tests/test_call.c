@@ -37,7 +37,7 @@ static int encode(fixture *f, const dyn_Num *n, crpc_call *call, bool borrow, si
                   crpci_request *r)
 {
     return crpci_channel_encode(&f->channel, crpci_channel_method(&f->channel, &method), n, call,
-                                borrow, front, r);
+                                borrow, front, r, &call->error);
 }
 
 static int frame(crpci_request *r, int64_t id, const uint8_t **at, size_t *size, crpci_meta *m)
@@ -116,41 +116,47 @@ static void it_copies_small_attachments_and_borrows_large_ones(void **state)
     fixture_close(&f);
 }
 
-static void copy_while_sent(size_t front)
+/* `block`: the call stands in the chunk, which is its own then. */
+static void copy_while_sent(size_t front, bool block)
 {
     fixture f;
     dyn_Num n = dyn_Num_init_zero;
     crpc_call call = CRPC_INIT;
-    crpci_request r;
+    crpci_call c;
     crpci_chunk *old;
     crpci_meta m;
     const uint8_t *at;
     size_t size;
     fixture_open(&f);
     n.n = 99;
+    memset(&c, 0, sizeof c);
     call.credential = crpc_view_str("who");
-    assert_int_equal(encode(&f, &n, &call, true, front, &r), CRPC_OK);
-    old = r.chunk;
-    assert_true(crpci_call_own_request(&r));
-    assert_ptr_equal(r.chunk, old); /* nobody sends it: it can be framed where it is */
-    crpci_heap_chunk_ref(old);      /* as a connection's queue has it */
-    crpci_call_frame(&r)->queued = true;
-    assert_true(crpci_call_own_request(&r));
-    assert_ptr_not_equal(r.chunk, old);
+    assert_int_equal(encode(&f, &n, &call, true, front, &c.request), CRPC_OK);
+    old = c.request.chunk;
+    c.block = block ? old : NULL;
+    assert_true(crpci_call_own_request(&c));
+    assert_ptr_equal(c.request.chunk, old); /* nobody sends it: it can be framed where it is */
+    crpci_heap_chunk_ref(old);              /* as the frame that cannot be taken back has it */
+    crpci_call_frame(&c.request)->queued = true;
+    assert_true(crpci_call_own_request(&c));
+    assert_ptr_not_equal(c.request.chunk, old);
+    assert_int_equal(old->refs, block ? 2 : 1);
     memset(crpci_heap_data(old), 0xa5, old->cap);
-    assert_true(frame(&r, 3, &at, &size, &m));
+    assert_true(frame(&c.request, 3, &at, &size, &m));
     assert_true(crpc_view_equal(m.credential, "who"));
     assert_int_equal(at[size - 1], 99);
     crpci_heap_chunk_unref(old);
-    crpci_heap_chunk_unref(r.chunk);
+    crpci_call_drop_request(&c);
+    assert_null(c.request.chunk);
+    crpci_heap_chunk_unref(c.block);
     fixture_close(&f);
 }
 
 static void it_copies_a_request_whose_frame_is_still_being_sent(void **state)
 {
     (void)state;
-    copy_while_sent(0);
-    copy_while_sent(208);
+    copy_while_sent(0, false);
+    copy_while_sent(208, true);
 }
 
 static void it_takes_fields_only_from_interceptors(void **state)

@@ -119,17 +119,21 @@ static void usual_shapes_take_the_shortcut(void **state)
     uint8_t room[64], *frame, other[0x21];
     crpc_view names = crpci_meta_put_names(room, 19 + 4 + 12, crpc_view_str("example.EchoService"),
                                            crpc_view_str("Echo"));
+    crpc_view replies = crpc_view_of("", 0);
     crpci_meta m, out;
     size_t n;
     (void)state;
     assert_int_equal(crpc_view_size(names), 0x1b);
     assert_memory_equal(crpc_view_data(names), golden_request + 14, 0x1b);
     assert_true(crpci_meta_read_usual(golden_request + 12, 0x21, names, &m));
-    assert_true(m.named && m.correlation_id == 1 && m.timeout_ms == 0);
-    assert_null(crpc_view_data(m.service));
+    assert_true(m.usual && m.correlation_id == 1 && m.timeout_ms == 0);
     assert_false(crpci_meta_read_usual(golden_request + 12, 0x21, crpc_view_of(NULL, 0), &m));
-    assert_true(crpci_meta_read_usual(golden_reply + 12, 8, crpc_view_of(NULL, 0), &m));
-    assert_true(!m.named && m.correlation_id == 1 && m.error_code == 0);
+    assert_false(crpci_meta_read_usual(golden_request + 12, 0x21, replies, &m));
+    assert_true(crpci_meta_read_usual(golden_reply + 12, 8, replies, &m));
+    assert_true(m.usual && m.correlation_id == 1);
+    assert_false(crpci_meta_read_usual(golden_reply + 12, 8, names, &m));
+    assert_false(crpci_meta_read_usual(golden_reply + 12, 8, crpc_view_of(NULL, 0), &m));
+    assert_false(crpci_meta_read_usual(golden_error + 12, 0x14, replies, &m));
     assert_false(crpci_meta_read_usual(golden_error + 12, 0x14, names, &m));
     for (n = 0; n < 0x21; n++)
         assert_false(crpci_meta_read_usual(golden_request + 12, n, names, &m));
@@ -144,12 +148,12 @@ static void usual_shapes_take_the_shortcut(void **state)
     out.correlation_id = INT64_C(0x500000007);
     n = put(crpci_meta_put_request, &out, none, "", 0x1b, &frame);
     assert_true(crpci_meta_read_usual(frame + 12, n - 12, names, &m));
-    assert_true(m.named && m.timeout_ms == 3000 && m.correlation_id == INT64_C(0x500000007));
+    assert_true(m.usual && m.timeout_ms == 3000 && m.correlation_id == INT64_C(0x500000007));
     out.log_id = 1;
     n = put(crpci_meta_put_request, &out, none, "", 0x1b, &frame);
     assert_false(crpci_meta_read_usual(frame + 12, n - 12, names, &m));
     assert_true(crpci_meta_read(frame + 12, n - 12, &m));
-    assert_true(crpc_view_equal(m.service, "example.EchoService") && !m.named);
+    assert_true(crpc_view_equal(m.service, "example.EchoService") && !m.usual);
 }
 
 static void nanopb_is_the_one_of_the_header(void **state)
