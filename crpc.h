@@ -750,7 +750,8 @@ struct crpc_call {
     /* --- out ------------------------------------------------------------ */
     crpc_error error;           /* how it ended; error.code equals the returned value */
     crpc_view reply_attachment; /* raw bytes behind the reply, until crpc_call_reset */
-    int64_t latency_us;         /* from the call function's start to the reply's arrival */
+    int64_t latency_us;         /* from the call function's start to the reply's arrival; if begun
+                                   in a callback, up to some milliseconds of the callbacks more */
     /* --- private -------------------------------------------------------- */
     void *reserved[6];
 };
@@ -1268,6 +1269,12 @@ CRPCI_FN bool crpci_thread_is_self(crpci_thread t)
     return pthread_equal(t, pthread_self()) != 0;
 }
 
+/* The calling thread as a number other than 0: Linux's pthread_t is one, or a pointer. */
+CRPCI_FN uintptr_t crpci_thread_tag(void)
+{
+    return (uintptr_t)pthread_self();
+}
+
 /* Starts a thread with all signals blocked: the program's handlers never run on it.
  * stack_size: bytes, 0: the system's default. */
 CRPCI_FN int crpci_thread_start(crpci_thread *t, size_t stack_size, void *(*fn)(void *), void *arg)
@@ -1363,6 +1370,11 @@ CRPCI_FN bool crpci_thread_is_self(crpci_thread t)
     (void)t;
     return true;
 }
+
+CRPCI_FN uintptr_t crpci_thread_tag(void)
+{
+    return 1;
+}
 #endif
 
 /* Reference counts and flags that are touched without a lock; all are 32 bits wide, which every
@@ -1370,6 +1382,11 @@ CRPCI_FN bool crpci_thread_is_self(crpci_thread t)
 CRPCI_FN void crpci_thread_ref(uint32_t *n)
 {
     __atomic_fetch_add(n, 1, __ATOMIC_RELAXED);
+}
+
+CRPCI_FN void crpci_thread_add(uint32_t *n, uint32_t count)
+{
+    __atomic_fetch_add(n, count, __ATOMIC_ACQ_REL);
 }
 
 /* True when the last reference went. Nobody else can take or give one up while there is but the
@@ -2189,19 +2206,17 @@ CRPCI_FN bool crpci_message_read(pb_istream_t *stream, pb_byte_t *buf, size_t co
     return true;
 }
 
-CRPCI_FN pb_istream_t crpci_message_stream(const void *bytes, size_t size)
+CRPCI_FN void crpci_message_stream(pb_istream_t *s, const void *bytes, size_t size)
 {
-    pb_istream_t s;
     union {
         const void *in;
         void *out;
     } cast; /* the state is never written through */
-    memset(&s, 0, sizeof s);
     cast.in = bytes;
-    s.callback = crpci_message_read;
-    s.state = cast.out;
-    s.bytes_left = size;
-    return s;
+    s->callback = crpci_message_read;
+    s->state = cast.out;
+    s->bytes_left = size;
+    s->errmsg = NULL;
 }
 
 /* Whether a walk from the last element on finds the one at `start`. It does not where a peer split
@@ -2395,8 +2410,10 @@ CRPCI_FN crpci_message_type crpci_message_type_of(const pb_msgdesc_t *desc, size
 CRPCI_FN bool crpci_message_decode(const void *bytes, size_t size, const crpci_message_type *type,
                                    void *message, const char **why)
 {
-    pb_istream_t in = crpci_message_stream(bytes, size);
-    bool ok = pb_decode_ex(&in, type->desc, message, type->clear ? PB_DECODE_NOINIT : 0);
+    pb_istream_t in;
+    bool ok;
+    crpci_message_stream(&in, bytes, size);
+    ok = pb_decode_ex(&in, type->desc, message, type->clear ? PB_DECODE_NOINIT : 0);
     if (CRPCI_UNLIKELY(!ok))
         *why = PB_GET_ERROR(&in);
     return ok;
@@ -3682,6 +3699,8 @@ CRPCI_FN int64_t crpci_timer_next_slot(const crpci_timer_wheel *w, unsigned *lev
     unsigned k;
     if (w->fired)
         return w->tick;
+    if (!(w->used[0] | w->used[1] | w->used[2] | w->used[3] | w->used[4]))
+        return INT64_MAX;
     for (k = 0; k < CRPCI_TIMER_LEVELS; k++) {
         unsigned now = (unsigned)(w->tick >> (6 * k)) & 63, ahead;
         uint64_t bits = w->used[k];
@@ -3763,6 +3782,7 @@ CRPCI_FN int64_t crpci_timer_next_us(const crpci_timer_wheel *w)
 
 /* How far off, in microseconds, a timer is that a rough look at the clock is good enough for. */
 #define CRPCI_LOOP_SOON 50000
+#define CRPCI_LOOP_SHARES 256u
 
 /* Work queued in a loop. `run` is called with the loop locked and may unlock and lock again. */
 typedef struct crpci_task crpci_task;
@@ -3822,7 +3842,8 @@ struct crpc_loop {
     int64_t last_step;
     int64_t now; /* the clock when it was last looked at, see crpci_loop_time */
     bool fresh;  /* ... since when neither a wait nor user code can have taken time */
-    crpci_thread user_thread;
+    uintptr_t user_thread; /* atomic: a crpci_thread_tag, 0: none; who finds its own is in_user */
+    int64_t user_now;      /* that thread's alone: the clock when it was last looked at */
     crpci_thread thread;
     crpci_cond owner_cond;
     crpci_cond io_cond; /* a send ended that somebody waits for */
@@ -3836,6 +3857,7 @@ struct crpc_loop {
     uint32_t results;
     crpci_chunk *spare; /* the receive buffer */
     size_t spare_pos;
+    uint32_t spare_refs; /* references of it that are counted already, to be given away */
     uint32_t random;
     /* options */
     bool forbid_threads;
@@ -3860,10 +3882,48 @@ CRPCI_FN void crpci_loop_hold(crpc_loop *l)
     crpci_thread_ref(&l->refs);
 }
 
+/* A reference of bytes just received, locked. Of the receive buffer, which every message takes one
+ * of, they are counted in advance: that spares the locked arithmetic. */
+CRPCI_FN void crpci_loop_share(crpc_loop *l, crpci_chunk *c)
+{
+    if (c != l->spare) {
+        crpci_heap_chunk_ref(c);
+        return;
+    }
+    if (!l->spare_refs) {
+        l->spare_refs = CRPCI_LOOP_SHARES;
+        crpci_thread_add(&c->refs, CRPCI_LOOP_SHARES);
+    }
+    l->spare_refs--;
+}
+
+/* Gives it back, locked; anywhere else crpci_heap_chunk_unref does. NULL is ignored. */
+CRPCI_FN void crpci_loop_unshare(crpc_loop *l, crpci_chunk *c)
+{
+    if (c && c == l->spare)
+        l->spare_refs++;
+    else
+        crpci_heap_chunk_unref(c);
+}
+
+CRPCI_FN bool crpci_loop_spare_alone(const crpc_loop *l)
+{
+    return crpci_thread_load(&l->spare->refs) == 1 + l->spare_refs;
+}
+
+CRPCI_FN void crpci_loop_drop_spare(crpc_loop *l)
+{
+    if (l->spare_refs)
+        crpci_thread_add(&l->spare->refs, 0 - l->spare_refs);
+    crpci_heap_chunk_unref(l->spare);
+    l->spare = NULL;
+    l->spare_refs = 0;
+}
+
 CRPCI_COLD void crpci_loop_free(crpc_loop *l)
 {
     crpci_heap *h = l->heap;
-    crpci_heap_chunk_unref(l->spare);
+    crpci_loop_drop_spare(l);
     crpci_poller_close(&l->poller, h);
     crpci_wake_close(&l->wake);
     crpci_id_free(&l->watches, h);
@@ -3926,10 +3986,21 @@ CRPCI_FN int64_t crpci_loop_left(crpc_loop *l, int64_t at)
     return at > now ? at - now : 0;
 }
 
-/* P1: whether this thread is inside a callback of the loop. */
+/* P1: whether this thread is inside a callback of the loop; needs no lock. */
 CRPCI_FN bool crpci_loop_in_callback(const crpc_loop *l)
 {
-    return l->in_user && crpci_thread_is_self(l->user_thread);
+    return __atomic_load_n(&l->user_thread, __ATOMIC_RELAXED) == crpci_thread_tag();
+}
+
+/* When a call begins, without the lock. Callbacks, which may begin many in a row, look at the clock
+ * again only when its rough one has gone on. */
+CRPCI_FN int64_t crpci_loop_start_time(crpc_loop *l)
+{
+    if (!crpci_loop_in_callback(l))
+        return crpci_loop_now(l);
+    if (crpci_heap_rough_now(l->heap) > l->user_now)
+        l->user_now = crpci_loop_now(l);
+    return l->user_now;
 }
 
 /* P6: ends the driver's wait, once; also that of a program that polls the loop's descriptor. */
@@ -3969,13 +4040,15 @@ CRPCI_FN void crpci_loop_user_begin(crpc_loop *l)
 {
     l->in_user = true;
     l->fresh = false;
-    l->user_thread = crpci_thread_self();
+    l->user_now = l->now;
+    __atomic_store_n(&l->user_thread, crpci_thread_tag(), __ATOMIC_RELAXED);
     crpci_loop_unlock(l);
 }
 
 CRPCI_FN void crpci_loop_user_end(crpc_loop *l)
 {
     crpci_loop_lock(l);
+    __atomic_store_n(&l->user_thread, 0, __ATOMIC_RELAXED);
     l->in_user = l->fresh = false;
 }
 
@@ -4344,7 +4417,7 @@ CRPCI_FN void crpci_loop_catch_up(crpc_loop *l)
 /* P2: whether the caller of a function that queued output should send it itself. */
 CRPCI_FN bool crpci_loop_may_send(const crpc_loop *l)
 {
-    return !l->driver || l->sleeping || (l->in_user && !crpci_thread_is_self(l->user_thread));
+    return !l->driver || l->sleeping || (l->in_user && !crpci_loop_in_callback(l));
 }
 
 /* Becomes the owner, waiting for a driving caller to leave. Locked. */
@@ -5414,12 +5487,10 @@ CRPCI_FN void crpci_conn_resume_task(crpc_loop *l, crpci_task *task)
  * pointed into keep their part of it; the next read goes behind them. */
 CRPCI_FN bool crpci_conn_spare(crpc_loop *l)
 {
-    if (l->spare && crpci_thread_load(&l->spare->refs) == 1)
+    if (l->spare && crpci_loop_spare_alone(l))
         l->spare_pos = 0;
-    if (l->spare && l->spare_pos + CRPCI_CONN_READ / 8 > l->spare->cap) {
-        crpci_heap_chunk_unref(l->spare);
-        l->spare = NULL;
-    }
+    if (l->spare && l->spare_pos + CRPCI_CONN_READ / 8 > l->spare->cap)
+        crpci_loop_drop_spare(l);
     if (!l->spare) {
         l->spare = crpci_heap_chunk(l->heap, CRPCI_CONN_READ);
         l->spare_pos = 0;
@@ -5432,7 +5503,7 @@ CRPCI_FN void crpci_conn_received(crpci_conn *c, size_t n)
     crpc_loop *l = c->loop;
     crpci_chunk *chunk = l->spare;
     const uint8_t *p = crpci_heap_data(chunk) + l->spare_pos;
-    crpci_heap_chunk_ref(chunk); /* a callee may let go of the spare */
+    crpci_loop_share(l, chunk); /* a callee may let go of the spare */
     if (c->rx) {
         size_t direct = crpci_base_min(n, c->rx_need - c->rx_len);
         c->rx_len += direct;
@@ -5441,7 +5512,7 @@ CRPCI_FN void crpci_conn_received(crpci_conn *c, size_t n)
             crpci_conn_rx_full(c);
     }
     crpci_conn_feed(c, chunk, p, n);
-    crpci_heap_chunk_unref(chunk);
+    crpci_loop_unshare(l, chunk);
     if (l->spare == chunk)
         l->spare_pos += (n + 7) & ~(size_t)7;
 }
@@ -8920,7 +8991,7 @@ CRPCI_FN void crpci_call_free(crpci_call *c)
     if (c->kind == CRPCI_CALL_ID)
         l->results--;
     if (c->replied)
-        crpci_heap_chunk_unref(c->reply.chunk);
+        crpci_loop_unshare(l, c->reply.chunk);
     crpci_call_drop_request(c);
     crpci_heap_chunk_unref(c->error_chunk);
     crpci_heap_chunk_unref(c->block);
@@ -9296,7 +9367,7 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, crpci_message *m)
     c->reply.attachment_size = m->attachment_size;
     c->reply.bad_attachment = m->bad_attachment;
     c->replied = true;
-    crpci_heap_chunk_ref(m->chunk);
+    crpci_loop_share(conn->loop, m->chunk);
     crpci_call_finish(c, CRPC_OK);
 }
 
@@ -9525,13 +9596,15 @@ CRPCI_FN void crpci_call_init(crpci_call *c, crpc_channel *ch, const crpci_call_
 }
 
 /* Locks for a call that began at `start`, and lets the loop catch up, which unlocks meanwhile. */
-CRPCI_FN void crpci_channel_enter(crpc_loop *l, int64_t start)
+CRPCI_FN void crpci_channel_enter(const crpc_channel *ch, int64_t start, const crpci_request *r)
 {
+    crpc_loop *l = ch->loop;
     crpci_loop_lock(l);
     if (start > l->now)
         l->now = start;
-    l->fresh = false; /* encoding may have taken a while */
-    crpci_loop_rough_time(l);
+    l->fresh = false;
+    if (ch->interceptor_count || r->payload_size > CRPCI_CHANNEL_INLINE)
+        crpci_loop_rough_time(l); /* what was done since may have taken a while */
     l->fresh = true;
     crpci_loop_catch_up(l);
 }
@@ -9580,7 +9653,7 @@ CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_call_method *k, co
     int err = crpci_channel_encode(ch, k, request, call, true, 0, &c.request, &call->error);
     if (err)
         return err;
-    crpci_channel_enter(l, start);
+    crpci_channel_enter(ch, start, &c.request);
     if (crpci_loop_in_callback(l) || ch->closed) {
         err = ch->closed ? CRPC_ECANCELED : CRPC_EDEADLK;
         l->fresh = false;
@@ -9607,12 +9680,24 @@ CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_call_method *k, co
     return err;
 }
 
-/* An inherited error text or result would be the last call's. */
+/* As CRPC_INIT, but for the rest of the texts; without a call of memset or the string instructions
+ * that stand for one, which take longer than a whole argument's worth of stores. */
 CRPCI_FN void crpci_call_clear(crpc_call *call)
 {
-    memset(call, 0, offsetof(crpc_call, error) + offsetof(crpc_error, endpoint) + 1);
-    call->error.text[0] = '\0';
-    memset(&call->reply_attachment, 0, sizeof *call - offsetof(crpc_call, reply_attachment));
+    crpc_error *e = &call->error;
+    size_t i;
+    call->timeout_ms = call->retries = 0;
+    call->deadline_us = call->log_id = call->latency_us = 0;
+    call->fields = NULL;
+    call->field_count = 0;
+    call->credential = call->attachment = call->reply_attachment = crpc_view_of(NULL, 0);
+    call->parent = NULL;
+    e->code = e->app_code = e->attempts = 0;
+    e->sent = CRPC_SENT_NO;
+    e->remote = false;
+    e->endpoint[0] = e->text[0] = '\0';
+    for (i = 0; i < sizeof call->reserved / sizeof *call->reserved; i++)
+        call->reserved[i] = NULL;
 }
 
 CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const void *request,
@@ -9731,7 +9816,7 @@ CRPCI_FN int crpci_channel_put(crpc_channel *ch, const crpci_call_method *k, crp
     crpc_loop *l = ch->loop;
     crpci_call *c;
     int err;
-    crpci_channel_enter(l, start);
+    crpci_channel_enter(ch, start, r);
     err = crpci_channel_admit(ch, kind);
     c = err ? NULL : crpci_call_place(l, kind, r, k->response.size);
     if (CRPCI_UNLIKELY(!c)) {
@@ -9784,7 +9869,7 @@ CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const v
                                  crpci_call_kind kind, const crpc_call *in, crpci_call **out)
 {
     static const crpc_call defaults = CRPC_INIT;
-    int64_t start = crpci_loop_now(ch->loop);
+    int64_t start = crpci_loop_start_time(ch->loop);
     const crpci_call_method *k;
     crpci_request r;
     int err;
@@ -10651,7 +10736,7 @@ struct crpc_context {
     crpc_view attachment; /* of the reply */
     crpci_chunk *attachment_chunk;
     crpc_view credential;
-    crpci_chunk *chunk; /* the request's bytes; from here on not cleared */
+    crpci_chunk *chunk; /* the request's bytes */
     crpc_view raw;      /* its meta */
     int64_t correlation_id;
     const uint8_t *payload; /* the request's attachment stands behind it */
@@ -10894,17 +10979,22 @@ CRPCI_COLD int crpci_context_too_late(crpc_context *x)
     return CRPC_EGONE;
 }
 
-/* Ends a request: runs what is due, sends the reply, frees the context. Without the lock. */
-CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
+/* What a request leaves behind when its context is gone. */
+typedef struct crpci_server_end_of {
+    crpc_server *server;
+    crpc_loop *loop;
+    crpci_conn *conn;
+    crpci_out *reply;   /* NULL: there was no memory for one */
+    crpci_chunk *bytes; /* of the request */
+} crpci_server_end_of;
+
+/* Ends a request but for sending: runs what is due, encodes the reply, frees the context. Without
+ * the lock. */
+CRPCI_FN crpci_server_end_of crpci_context_conclude(crpc_context *x, int status)
 {
-    crpc_server *s = x->server;
-    crpc_loop *l = x->loop;
-    crpci_conn *conn = x->conn;
-    crpci_out *out;
-    bool gone, last;
+    const crpc_server *s = x->server;
+    crpci_server_end_of end;
     int code;
-    if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) == CRPCI_SERVER_STOPPED))
-        return crpci_context_too_late(x);
     while (x->intercepted) {
         const crpc_server_interceptor *i = &s->options.interceptors[--x->intercepted];
         if (i->after)
@@ -10914,27 +11004,54 @@ CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
     if (x->app_code && code == x->app_code &&
         crpc_context_add_field(x, CRPCI_SERVER_APP_FIELD, "1"))
         crpci_heap_log(s->heap, CRPC_LOG_WARN, "out of memory: application error not marked");
-    out = crpci_context_encode(x, code);
+    end.server = x->server;
+    end.loop = x->loop;
+    end.conn = x->conn;
+    end.bytes = x->chunk;
+    end.reply = crpci_context_encode(x, code);
+    x->chunk = NULL;
     crpci_context_free(x);
-    crpci_loop_lock(l);
-    gone = conn->closed;
+    return end;
+}
+
+/* Queues the reply, locked; it is sent by whoever does so next. True: crpci_server_let_go is due. */
+CRPCI_FN bool crpci_server_reply(const crpci_server_end_of *end)
+{
+    crpci_conn *conn = end->conn;
+    bool last;
+    crpci_loop_unshare(end->loop, end->bytes);
     crpci_conn_hold(conn);
     last = crpci_server_end(conn);
-    if (!gone && out) {
-        crpci_conn_queue(conn, out);
+    if (conn->closed) {
+        if (end->reply)
+            crpci_conn_out_free(end->reply);
+    } else if (end->reply) {
+        crpci_conn_queue(conn, end->reply);
         crpci_server_throttle(conn);
         crpci_server_close_if_done(conn);
-        if (crpci_loop_may_send(l))
-            crpci_loop_run_list(l, &l->dirty);
-    } else if (out) {
-        crpci_conn_out_free(out);
     } else {
         crpci_conn_close(conn, CRPC_ENOMEM, 0);
     }
     crpci_conn_drop(conn);
-    crpci_loop_unlock(l);
+    return last;
+}
+
+/* Ends a request on any thread, without the lock. */
+CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
+{
+    crpci_server_end_of end;
+    bool gone, last;
+    if (CRPCI_UNLIKELY(crpci_thread_load(&x->server->state) == CRPCI_SERVER_STOPPED))
+        return crpci_context_too_late(x);
+    end = crpci_context_conclude(x, status);
+    crpci_loop_lock(end.loop);
+    gone = end.conn->closed;
+    last = crpci_server_reply(&end);
+    if (crpci_loop_may_send(end.loop))
+        crpci_loop_run_list(end.loop, &end.loop->dirty);
+    crpci_loop_unlock(end.loop);
     if (last)
-        crpci_server_let_go(s, l);
+        crpci_server_let_go(end.server, end.loop);
     return gone ? CRPC_EGONE : CRPC_OK;
 }
 
@@ -10967,22 +11084,39 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
     return m->serve(x, x->request, x->response, x->method->handlers);
 }
 
-CRPCI_FN void crpci_context_execute(crpc_context *x)
+/* On the I/O thread, as a task of the loop: what the handler is to send goes under the lock that is
+ * taken behind it. */
+CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
 {
-    int status = crpci_context_serve(x);
-    if (status != CRPC_EPENDING)
-        crpci_context_complete(x, status);
+    crpci_server_end_of end;
+    int status;
+    bool now = false;
+    crpci_loop_user_begin(l);
+    status = crpci_context_serve(x);
+    if (CRPCI_UNLIKELY(status != CRPC_EPENDING &&
+                       crpci_thread_load(&x->server->state) == CRPCI_SERVER_STOPPED)) {
+        crpci_context_too_late(x);
+    } else if (status != CRPC_EPENDING) {
+        end = crpci_context_conclude(x, status);
+        now = true;
+    }
+    crpci_loop_user_end(l);
+    if (now && crpci_server_reply(&end))
+        crpci_server_let_go(end.server, l); /* the loop is at work for it: not the last reference */
 }
 
-/* On the I/O thread as a loop's task, on a worker with loop NULL. */
+/* On a worker loop is NULL. */
 CRPCI_FN void crpci_context_task(crpc_loop *l, crpci_task *task)
 {
     crpc_context *x = CRPCI_CONTAINER(task, crpc_context, task);
-    if (l)
-        crpci_loop_user_begin(l);
-    crpci_context_execute(x);
-    if (l)
-        crpci_loop_user_end(l);
+    int status;
+    if (l) {
+        crpci_context_run(l, x);
+        return;
+    }
+    status = crpci_context_serve(x);
+    if (status != CRPC_EPENDING)
+        crpci_context_complete(x, status);
 }
 
 /* What crpc cannot serve is refused by name rather than answered wrongly. */
@@ -11022,8 +11156,14 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     if (!block)
         return NULL;
     x = (crpc_context *)(void *)crpci_heap_data(block);
-    memset(x, 0, offsetof(crpc_context, chunk));
     memset((char *)x + at, 0, reply_at - at);
+    memset(&x->fields, 0, sizeof x->fields);
+    x->intercepted = 0;
+    x->app_code = 0;
+    x->extra = x->attachment_chunk = NULL;
+    x->text = x->peer = NULL;
+    x->attachment = x->credential = crpc_view_of(NULL, 0);
+    x->origin.log_id = x->origin.trace_id = x->origin.span_id = 0;
     x->block = block;
     x->request = (char *)x + at;
     x->response = (char *)x + response_at;
@@ -11047,7 +11187,7 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     x->origin.deadline_us =
         m->meta.timeout_ms > 0 ? conn->active_us + (int64_t)m->meta.timeout_ms * 1000 : INT64_MAX;
     crpci_loop_task_init(&x->task, crpci_context_task);
-    crpci_heap_chunk_ref(m->chunk);
+    crpci_loop_share(conn->loop, m->chunk);
     crpci_server_begin(s, conn);
     return x;
 }
