@@ -132,6 +132,8 @@
  *     CRPC_ENABLE_CLIENT     1   0: no channels
  *     CRPC_ENABLE_SERVER     1   0: no server
  *     CRPC_ENABLE_ZOOKEEPER  1   0: no zookeeper://, no ZooKeeper client needed
+ *     CRPC_ENABLE_RESOLVER   1   0: host names only by crpc_hooks.resolve: a static program without
+ *                                getaddrinfo is some 15 KiB smaller
  *     CRPC_ZOOKEEPER_ST      0   1: libzookeeper_st instead of _mt (compile without -DTHREADED)
  *     CRPC_STATIC                defined: all functions are static in the file that includes the
  *                                implementation. It then needs hand-written tables in that file
@@ -313,6 +315,9 @@
 #endif
 #ifndef CRPC_ENABLE_ZOOKEEPER
 #define CRPC_ENABLE_ZOOKEEPER 1 /* the zookeeper:// registry; needs the ZooKeeper C client */
+#endif
+#ifndef CRPC_ENABLE_RESOLVER
+#define CRPC_ENABLE_RESOLVER 1 /* host names by getaddrinfo; 0: numeric addresses, or a hook */
 #endif
 #ifndef CRPC_ZOOKEEPER_ST
 #define CRPC_ZOOKEEPER_ST 0 /* 1: drive libzookeeper_st from the loop; 0: libzookeeper_mt */
@@ -1091,7 +1096,6 @@ CRPC_API const char *crpc_context_peer(crpc_context *context);
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -1107,6 +1111,9 @@ CRPC_API const char *crpc_context_peer(crpc_context *context);
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
+#if CRPC_ENABLE_RESOLVER
+#include <netdb.h>
+#endif
 #if CRPC_ENABLE_EPOLL
 #include <sys/epoll.h>
 #endif
@@ -1421,30 +1428,36 @@ CRPC_API const char *crpc_zookeeper_driver(void)
     return !CRPC_ENABLE_ZOOKEEPER ? "none" : CRPC_ZOOKEEPER_ST ? "st" : "mt";
 }
 
+/* The name of a code, with its text behind the terminating zero: one string is smaller than two
+ * switches, or an array of pointers, which is also data to be relocated. NULL: not a code. */
+CRPCI_COLD const char *crpci_status_words(int status)
+{
+#define CRPCI_STATUS_NUMBER(name, number, text) number,
+#define CRPCI_STATUS_WORDS(name, number, text) #name "\0" text "\0"
+    static const uint16_t numbers[] = {CRPC_STATUS_MAP(CRPCI_STATUS_NUMBER)};
+    const char *words = CRPC_STATUS_MAP(CRPCI_STATUS_WORDS);
+#undef CRPCI_STATUS_NUMBER
+#undef CRPCI_STATUS_WORDS
+    size_t i;
+    for (i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        if (numbers[i] == status)
+            return words;
+        words += strlen(words) + 1;
+        words += strlen(words) + 1;
+    }
+    return NULL;
+}
+
 CRPC_API const char *crpc_status_name(int status)
 {
-    switch (status) {
-#define CRPCI_STATUS_NAME(name, number, text)                                                      \
-    case number:                                                                                   \
-        return #name;
-        CRPC_STATUS_MAP(CRPCI_STATUS_NAME)
-#undef CRPCI_STATUS_NAME
-    default:
-        return "E?";
-    }
+    const char *words = crpci_status_words(status);
+    return words ? words : "E?";
 }
 
 CRPC_API const char *crpc_status_text(int status)
 {
-    switch (status) {
-#define CRPCI_STATUS_TEXT(name, number, text)                                                      \
-    case number:                                                                                   \
-        return text;
-        CRPC_STATUS_MAP(CRPCI_STATUS_TEXT)
-#undef CRPCI_STATUS_TEXT
-    default:
-        return "unknown error";
-    }
+    const char *words = crpci_status_words(status);
+    return words ? words + strlen(words) + 1 : "unknown error";
 }
 
 /* Numbers that belong to the system (errno of other stacks) and to RPC frameworks; the rest are the
@@ -2814,8 +2827,8 @@ CRPCI_FN bool crpci_meta_last_varint(const uint8_t *p, const uint8_t *end, int64
 }
 
 /* The two shapes that nearly all frames between crpc's own have, each byte as written above: a
- * request for the method of these `names`, with or without timeout_ms; and, where `names` is set but
- * empty, a successful reply. False: read it in full. */
+ * request for the method of these `names`, with or without timeout_ms; and, where `names` is set
+ * but empty, a successful reply. False: read it in full. */
 CRPCI_FN bool crpci_meta_read_usual(const uint8_t *p, size_t n, crpc_view names, crpci_meta *m)
 {
     const uint8_t *end = p + n, *sub_end;
@@ -3220,6 +3233,7 @@ CRPCI_COLD int crpci_sock_listen(const crpci_addr *a)
 /* >>impl-resolver   host names to numeric addresses, on the caller's thread */
 /* ======================================================================== */
 
+#if CRPC_ENABLE_RESOLVER
 CRPCI_COLD int crpci_resolver_system(const char *host, char *out, size_t size)
 {
     struct addrinfo hints, *list, *i;
@@ -3230,9 +3244,14 @@ CRPCI_COLD int crpci_resolver_system(const char *host, char *out, size_t size)
     if (getaddrinfo(host, NULL, &hints, &list))
         return CRPC_ERESOLVE;
     for (i = list; i; i = i->ai_next) {
+        const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)(const void *)i->ai_addr;
+        const struct sockaddr_in *in4 = (const struct sockaddr_in *)(const void *)i->ai_addr;
         char text[INET6_ADDRSTRLEN];
-        if (getnameinfo(i->ai_addr, i->ai_addrlen, text, sizeof text, NULL, 0, NI_NUMERICHOST) ||
-            strchr(text, '%')) /* a scoped link-local address is of no use elsewhere */
+        if (i->ai_family == AF_INET6 && in6->sin6_scope_id)
+            continue; /* a link-local address is of no use elsewhere */
+        if (!inet_ntop(i->ai_family,
+                       i->ai_family == AF_INET6 ? (const void *)&in6->sin6_addr : &in4->sin_addr,
+                       text, sizeof text))
             continue;
         if (used + strlen(text) + 2 > size)
             break;
@@ -3240,6 +3259,23 @@ CRPCI_COLD int crpci_resolver_system(const char *host, char *out, size_t size)
     }
     freeaddrinfo(list);
     return *out ? CRPC_OK : CRPC_ERESOLVE;
+}
+#endif
+
+/* Numeric addresses of a host, separated by commas. */
+CRPCI_COLD int crpci_resolver_names(crpci_heap *h, const char *host, char *out, size_t size)
+{
+    if (h->hooks.resolve)
+        return h->hooks.resolve(h->hooks.user, host, out, size);
+#if CRPC_ENABLE_RESOLVER
+    return crpci_resolver_system(host, out, size);
+#else
+    crpci_heap_log(h, CRPC_LOG_ERROR, "%s: crpc was built with CRPC_ENABLE_RESOLVER=0: give a "
+                                      "numeric address, or a resolve hook", host);
+    (void)out;
+    (void)size;
+    return CRPC_ERESOLVE;
+#endif
 }
 
 /* Turns "host:port" into a numeric one. Of several addresses the first IPv4 one is taken, else the
@@ -3260,8 +3296,7 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
                                 "\"%.80s\" is not host:port, with a port up to 65535 (IPv6 stands "
                                 "in brackets)",
                                 text);
-    err = h->hooks.resolve ? h->hooks.resolve(h->hooks.user, host, list, sizeof list)
-                           : crpci_resolver_system(host, list, sizeof list);
+    err = crpci_resolver_names(h, host, list, sizeof list);
     if (err)
         return crpci_status_set(error, CRPC_ERESOLVE, "host \"%.80s\" could not be resolved", host);
     for (item = list; item && *item; item = next) {
@@ -4407,7 +4442,8 @@ CRPCI_FN void crpci_loop_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool
 /* P10: a FIN that came while nobody drove is seen before a request is sent into it. */
 CRPCI_FN void crpci_loop_catch_up(crpc_loop *l)
 {
-    if (l->driver || l->owned || l->owner_waiting || crpci_loop_rough_time(l) - l->last_step < 10000)
+    if (l->driver || l->owned || l->owner_waiting ||
+        crpci_loop_rough_time(l) - l->last_step < 10000)
         return;
     l->driver = true;
     crpci_loop_step(l, 0, false);
@@ -6419,8 +6455,7 @@ CRPCI_COLD int crpci_zookeeper_resolve_one(crpci_zookeeper *s, const char *item)
         return CRPC_EINVAL;
     if (crpci_sock_parse(&a, text))
         return crpci_zookeeper_add_server(s, host, port);
-    err = h->hooks.resolve ? h->hooks.resolve(h->hooks.user, host, list, sizeof list)
-                           : crpci_resolver_system(host, list, sizeof list);
+    err = crpci_resolver_names(h, host, list, sizeof list);
     for (one = err ? NULL : list; one && *one; one = next) {
         next = strchr(one, ',');
         if (next)
@@ -9202,7 +9237,7 @@ CRPCI_COLD void crpci_call_orphaned(crpci_call *c)
 CRPCI_FN void crpci_call_attempt(crpci_call *c)
 {
     crpci_endpoint *e = crpci_channel_pick(c->channel, c);
-    if (crpci_loop_rough_time(c->channel->loop) >= c->deadline_us) { /* nobody wants the answer any more */
+    if (crpci_loop_rough_time(c->channel->loop) >= c->deadline_us) { /* nobody wants an answer */
         crpci_call_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before it was sent");
         crpci_call_finish(c, CRPC_ETIMEDOUT);
         return;
@@ -9680,22 +9715,30 @@ CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_call_method *k, co
     return err;
 }
 
-/* As CRPC_INIT, but for the rest of the texts; without a call of memset or the string instructions
- * that stand for one, which take longer than a whole argument's worth of stores. */
+/* As CRPC_INIT what goes in; without a call of memset or the string instructions that stand for
+ * one, which take longer than these few stores. */
+CRPCI_FN void crpci_call_clear_in(crpc_call *call)
+{
+    call->timeout_ms = call->retries = 0;
+    call->deadline_us = call->log_id = 0;
+    call->fields = NULL;
+    call->field_count = 0;
+    call->credential = call->attachment = crpc_view_of(NULL, 0);
+    call->parent = NULL;
+}
+
+/* The same of all but the rest of the texts. */
 CRPCI_FN void crpci_call_clear(crpc_call *call)
 {
     crpc_error *e = &call->error;
     size_t i;
-    call->timeout_ms = call->retries = 0;
-    call->deadline_us = call->log_id = call->latency_us = 0;
-    call->fields = NULL;
-    call->field_count = 0;
-    call->credential = call->attachment = call->reply_attachment = crpc_view_of(NULL, 0);
-    call->parent = NULL;
+    crpci_call_clear_in(call);
     e->code = e->app_code = e->attempts = 0;
     e->sent = CRPC_SENT_NO;
     e->remote = false;
     e->endpoint[0] = e->text[0] = '\0';
+    call->reply_attachment = crpc_view_of(NULL, 0);
+    call->latency_us = 0;
     for (i = 0; i < sizeof call->reserved / sizeof *call->reserved; i++)
         call->reserved[i] = NULL;
 }
@@ -9848,8 +9891,8 @@ CRPCI_FN int crpci_channel_put_intercepted(crpc_channel *ch, const crpci_call_me
     crpc_call call;
     size_t ran;
     int err;
-    call = *in;
-    memset(call.reserved, 0, sizeof call.reserved);
+    crpci_call_clear(&call);
+    memcpy(&call, in, offsetof(crpc_call, error));
     crpci_thread_ref(&ch->refs); /* an interceptor may close the channel */
     err = crpci_channel_before(ch, k->method, &call, &ran);
     err = err ? err
@@ -9868,14 +9911,14 @@ CRPCI_FN int crpci_channel_put_intercepted(crpc_channel *ch, const crpci_call_me
 CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const void *request,
                                  crpci_call_kind kind, const crpc_call *in, crpci_call **out)
 {
-    static const crpc_call defaults = CRPC_INIT;
     int64_t start = crpci_loop_start_time(ch->loop);
-    const crpci_call_method *k;
+    const crpci_call_method *k = crpci_channel_method(ch, m);
+    crpc_call defaults;
     crpci_request r;
     int err;
     *out = NULL;
+    crpci_call_clear_in(&defaults);
     in = in ? in : &defaults;
-    k = crpci_channel_method(ch, m);
     if (CRPCI_UNLIKELY(!k))
         return CRPC_ENOMEM;
     if (ch->interceptor_count)
@@ -11014,7 +11057,7 @@ CRPCI_FN crpci_server_end_of crpci_context_conclude(crpc_context *x, int status)
     return end;
 }
 
-/* Queues the reply, locked; it is sent by whoever does so next. True: crpci_server_let_go is due. */
+/* Queues the reply, locked; whoever sends next sends it. True: crpci_server_let_go is due. */
 CRPCI_FN bool crpci_server_reply(const crpci_server_end_of *end)
 {
     crpci_conn *conn = end->conn;

@@ -11,7 +11,8 @@ code      `size`'s text (code and constants) of an object that holds nothing but
           without tables for unwinding. What of it a program does not use, --gc-sections removes.
 nanopb    the three objects of the system's library, which Debian compiles with -O2; for other
           processors there is none to look at, and about 8 KB at -Os on thumb2.
-server    examples/echo/echo_server.c, linked statically with musl: the stripped file.
+server    examples/echo/echo_server.c, linked statically with musl, without a resolver of names: the
+          stripped file.
 memory    of that, of the usual build, and of connections and calls, with what malloc adds.
 
 A figure fails if it is over its ceiling, or more than 3 % over baseline/size.json; the latter only
@@ -116,7 +117,8 @@ class Footprint:
         generated = os.path.join(self.build, "gen", "examples", "echo")
         library = "/usr/lib/%s-linux-gnu/libprotobuf-nanopb.a" % platform.machine()
         run(["musl-gcc", "-Os", "-static", "-fno-asynchronous-unwind-tables", "-ffunction-sections",
-             "-fdata-sections", "-DCRPC_ENABLE_ZOOKEEPER=0", "-DCRPC_ENABLE_CLIENT=0", "-I" + ROOT,
+             "-fdata-sections", "-DCRPC_ENABLE_ZOOKEEPER=0", "-DCRPC_ENABLE_CLIENT=0",
+             "-DCRPC_ENABLE_RESOLVER=0", "-I" + ROOT,
              "-I" + self.include, "-I" + generated,
              os.path.join(ROOT, "examples", "echo", "echo_server.c")] +
             sorted(glob.glob(os.path.join(generated, "*.c"))) +

@@ -142,17 +142,23 @@ def measure(build, peer, scenario, seconds, cores, rate):
     return json.loads(done.stdout)
 
 
-def footprint(build, peer, cores):
-    """What a server takes that nobody has called yet, and what it needs on disk."""
-    command, _, environment = programs(build, peer)
-    server = Server(command, environment, cores[0])
+def idle(command, environment, core):
+    """(RSS, anonymous memory, threads) of a server that nobody has called yet."""
+    server = Server(command, environment, core)
     try:
-        time.sleep(0.1)
+        time.sleep(0.05)
         with open("/proc/%d/smaps_rollup" % server.pid) as f:
             kb = dict(re.findall(r"^(\w+): +(\d+) kB", f.read(), re.M))
-        threads = len(os.listdir("/proc/%d/task" % server.pid))
+        return int(kb["Rss"]), int(kb["Anonymous"]), len(os.listdir("/proc/%d/task" % server.pid))
     finally:
         server.stop()
+
+
+def footprint(build, peer, cores):
+    """What a server takes, and what it needs on disk. How many pages of libc the kernel maps around
+    those that are used differs from start to start: the least of a few is the server's own."""
+    command, _, environment = programs(build, peer)
+    rss, anonymous, threads = min(idle(command, environment, cores[0]) for _ in range(8))
     stripped = command[0] + ".stripped"
     subprocess.run(["strip", "-o", stripped, command[0]], check=True)
     size = os.path.getsize(stripped)
@@ -161,8 +167,7 @@ def footprint(build, peer, cores):
     for name, path in re.findall(r"(\S+) => (/\S+)", needs):
         if not re.match(r"lib(c|m|pthread|dl|rt)\.so", name):
             size += os.path.getsize(path)
-    return {"rss_kb": int(kb["Rss"]), "anon_kb": int(kb["Anonymous"]), "threads": threads,
-            "disk_kb": size // 1024}
+    return {"rss_kb": rss, "anon_kb": anonymous, "threads": threads, "disk_kb": size // 1024}
 
 
 class Bench:
