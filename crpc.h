@@ -9792,7 +9792,6 @@ typedef struct crpci_node {
     crpci_breaker breaker;
     uint32_t refs;
     bool kept;        /* while lists are exchanged: the new one has it too */
-    int index;        /* in the channel's list, -1: no longer */
     uint32_t weight;  /* when it is warm */
     int64_t warmup_us;
     int64_t since_us; /* when it began to serve, in the loop's time */
@@ -10560,12 +10559,12 @@ CRPCI_FN void crpci_call_detach(crpci_call *c)
 }
 
 /* Whether more providers are out than may be. */
-CRPCI_COLD bool crpci_channel_too_many_out(const crpc_channel *ch, int64_t now)
+CRPCI_COLD bool crpci_channel_too_many_out(const crpc_channel *ch)
 {
     size_t i, out = 0;
     for (i = 0; i < ch->node_count; i++) {
         const crpci_node *n = CRPCI_CONTAINER(ch->nodes[i], crpci_node, balance);
-        out += crpci_breaker_open(&n->breaker, &ch->breaker, now);
+        out += crpci_breaker_ejected(&n->breaker);
     }
     return out * 100 > ch->node_count * ch->ejected_percent;
 }
@@ -10581,14 +10580,15 @@ CRPCI_FN void crpci_call_end_attempt(crpci_call *c, crpci_breaker_outcome outcom
         return;
     c->node = NULL;
     now = crpci_loop_time(l);
-    latency = outcome == CRPCI_BREAKER_IGNORE ? -1 : now - c->attempt_us;
-    if (n->index >= 0)
-        crpci_balance_end(&ch->balance, (size_t)n->index, outcome == CRPCI_BREAKER_OK, latency, now);
-    else
-        n->balance.active--;
+    latency = now - c->attempt_us;
+    crpci_balance_node_end(&ch->balance, &n->balance, outcome != CRPCI_BREAKER_ERROR,
+                           outcome == CRPCI_BREAKER_IGNORE && latency < n->balance.latency
+                               ? n->balance.latency /* one that was cut short says nothing */
+                               : latency,
+                           now);
     if (ch->breaker.error_percent &&
         crpci_breaker_end(&n->breaker, &ch->breaker, outcome, latency, now, crpci_loop_random(l)) &&
-        crpci_channel_too_many_out(ch, now))
+        crpci_channel_too_many_out(ch))
         crpci_breaker_reset(&n->breaker);
     if (outcome == CRPCI_BREAKER_OK && ch->budgeted)
         crpci_limiter_budget_earn(&ch->budget);
@@ -10937,7 +10937,7 @@ CRPCI_FN void crpci_call_go(crpci_call *c, crpci_node *n)
     n->refs++;
     c->node = n;
     c->attempt_us = c->attempts == 1 ? c->start_us : crpci_loop_rough_time(ch->loop);
-    crpci_balance_begin(&ch->balance, (size_t)n->index, c->attempt_us);
+    crpci_balance_node_begin(&ch->balance, &n->balance, c->attempt_us);
     if (ch->breaker.error_percent)
         crpci_breaker_begin(&n->breaker, &ch->breaker, c->attempt_us);
     if (e->conn && !e->conn->connecting && (!e->inflight || e->active_count < e->inflight)) {
@@ -11189,8 +11189,11 @@ CRPCI_COLD void crpci_call_back_again(crpc_loop *l, crpci_timer *t)
 CRPCI_COLD void crpci_call_back_off(crpci_call *c, int status)
 {
     crpc_channel *ch = c->channel;
-    if (c->replied)
+    crpc_error *e = c->replied ? crpci_call_error(c) : NULL;
+    if (c->replied) {
+        status = e ? crpci_call_remote_error(c, e) : CRPC_ERESPONSE;
         crpci_loop_unshare(ch->loop, c->reply.chunk);
+    }
     c->replied = false;
     if (c->policy.retries > 1 && !ch->closed && crpci_call_own_request(c)) {
         c->policy.retries--;
@@ -11519,10 +11522,8 @@ CRPCI_FN void crpci_channel_unlist(crpci_balance_node **nodes, size_t count)
         crpci_node *n = CRPCI_CONTAINER(nodes[i], crpci_node, balance);
         bool kept = n->kept;
         n->kept = false;
-        if (kept) /* the reference is the new list's */
-            continue;
-        n->index = -1;
-        crpci_node_drop(n);
+        if (!kept) /* else the reference is the new list's */
+            crpci_node_drop(n);
     }
 }
 
@@ -11593,24 +11594,25 @@ CRPCI_FN void crpci_channel_note(crpci_node *n, const crpci_provider *p, int64_t
 }
 
 /* Chooses which of a list this channel uses: all, or the `max_nodes` of them that a hash of address
- * and process puts first. Marks them. */
-CRPCI_FN size_t crpci_channel_choose(const crpc_channel *ch, const crpci_snapshot *list, bool *chosen)
+ * and channel puts first. Without memory for that all: more connections, but nothing is lost. */
+CRPCI_FN void crpci_channel_choose(const crpc_channel *ch, const crpci_snapshot *list, bool *chosen)
 {
-    const char **addresses;
-    size_t i;
-    memset(chosen, 1, list->count * sizeof *chosen);
-    if (!ch->max_nodes || list->count <= ch->max_nodes)
-        return list->count;
-    addresses = (const char **)crpci_heap_alloc(ch->loop->heap, list->count * sizeof *addresses);
-    if (!addresses)
-        return list->count; /* all of them: more connections than wanted, but nothing is lost */
-    for (i = 0; i < list->count; i++)
-        addresses[i] = list->providers[i].address;
-    i = crpci_balance_subset(ch->loop->heap, addresses, list->count, ch->max_nodes, ch->seed,
-                             chosen);
-    crpci_heap_free(ch->loop->heap, (void *)(uintptr_t)addresses,
-                    list->count * sizeof *addresses);
-    return i;
+    crpci_heap *h = ch->loop->heap;
+    crpci_balance_choice *choices = NULL;
+    size_t i, n;
+    if (ch->max_nodes && list->count > ch->max_nodes)
+        choices = (crpci_balance_choice *)crpci_heap_alloc(h, list->count * sizeof *choices);
+    for (i = 0; i < list->count; i++) {
+        chosen[i] = !choices;
+        if (choices)
+            crpci_balance_choice_init(&choices[i], i, list->providers[i].address, ch->seed);
+    }
+    if (!choices)
+        return;
+    n = crpci_balance_subset(choices, list->count, ch->max_nodes);
+    for (i = 0; i < n; i++)
+        chosen[choices[i].index] = true;
+    crpci_heap_free(h, choices, list->count * sizeof *choices);
 }
 
 /* Whether an address is among the new nodes: in a sorted list it would be the last. */
@@ -11663,7 +11665,7 @@ CRPCI_FN int crpci_channel_make_nodes(crpc_channel *ch, const crpci_snapshot *li
 CRPCI_FN int crpci_channel_set_providers(crpc_channel *ch, const crpci_snapshot *list)
 {
     crpci_heap *h = ch->loop->heap;
-    size_t room = list->count + 1, old_room = ch->node_room, old_count = ch->node_count, n = 0, i;
+    size_t room = list->count + 1, old_room = ch->node_room, old_count = ch->node_count, n = 0;
     bool *chosen = (bool *)crpci_heap_alloc(h, room), sorted = true;
     crpci_balance_node **old = ch->nodes;
     crpci_balance_node **fresh = (crpci_balance_node **)crpci_heap_alloc(h, room * sizeof *fresh);
@@ -11682,8 +11684,6 @@ CRPCI_FN int crpci_channel_set_providers(crpc_channel *ch, const crpci_snapshot 
     ch->node_count = n;
     ch->node_room = room;
     ch->sorted = sorted;
-    for (i = 0; i < n; i++)
-        crpci_channel_node(ch, i)->index = (int)i;
     err = crpci_balance_reset(&ch->balance, h, fresh, n);
     ch->reweigh_at = crpci_loop_now(ch->loop);
     crpci_channel_unlist(old, old_count); /* last: their connections may close, and calls move on */
@@ -12484,6 +12484,7 @@ CRPCI_COLD int crpci_channel_open_static(crpc_channel *ch, crpci_url *u, crpc_er
         next = many ? strchr(item, ',') : NULL;
         if (next)
             *next++ = '\0';
+        list->providers[n].weight = CRPCI_REGISTRY_WEIGHT;
         p = list->providers[n].address;
         if (local && (size_t)snprintf(p, CRPC_ADDRESS_MAX, "unix:%s", item) >= CRPC_ADDRESS_MAX)
             err = crpci_status_set(error, CRPC_EINVAL, "unix:// path is over %d bytes",

@@ -183,7 +183,7 @@ static int fleet_answer(crpc_context *x, const dyn_Num *in, dyn_Num *out)
         return CRPC_EINTERNAL;
     case FLEET_REFUSES:
         net_begin(x, in->n);
-        return crpc_context_fail(x, 7, "not today");
+        return crpc_context_fail(x, 5007, "not today");
     default:
         net_begin(x, in->n);
         out->n = in->n + 1;
@@ -440,7 +440,7 @@ static void broadcast_reaches_everyone(void **state)
         fleet_mood_set(&f.peers[2], FLEET_REFUSES);
         r = fleet_call(&f, form, false, 1, NULL);
         assert_int_equal(r.status, CRPC_EAPP); /* no failure is too many, unless that was said */
-        assert_int_equal(r.error.app_code, 7);
+        assert_int_equal(r.error.app_code, 5007);
         policy.fail_percent = 20;
         call.policy = &policy;
         r = fleet_call(&f, form, false, 1, &call);
@@ -848,6 +848,7 @@ static void equal_keys_go_to_one_provider(void **state)
         call.key = crpc_view_str(key);
         for (i = 0; i < 3; i++) {
             fleet_result r = fleet_call(&f, FORM_SYNC, false, i, &call);
+            assert_int_equal(r.status, CRPC_OK);
             assert_true(by_key < 0 || by_key == r.out.ms);
             by_key = r.out.ms;
             r = fleet_call(&f, FORM_ASYNC, false, k + 1, NULL);
