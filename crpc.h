@@ -839,8 +839,8 @@ typedef struct crpc_client_interceptor {
 typedef struct crpc_method_options {
     const char *method; /* "Login" */
     crpc_policy policy; /* 0 in a member: the channel's */
-    int hash_field;     /* number of the request's field that is the key of lb=hash. 0: the channel's.
-                           -1: none */
+    int hash_field; /* number of the request's field that is the key of lb=hash. 0: the channel's.
+                       -1: none */
     /* Degrading: what stands for a reply when a call has failed, but not by an application's error.
      * `fallback` fills the cleared response and returns CRPC_OK, or the status to return; it runs
      * where the result is delivered, and what its views point to must outlive the call. Without it,
@@ -877,30 +877,31 @@ typedef struct crpc_channel_options {
     int forks;              /* as in crpc_policy. 0: 2. -1: all */
     int fail_percent;       /* as in crpc_policy. 0: none. -1: none */
     int hash_field;         /* as in crpc_method_options. 0: none. -1: none */
-    int max_endpoints;      /* providers that this channel uses of a longer list, chosen by a hash that
-                               differs from process to process. 0: all. -1: all */
-    /* Retries that may be made without successes: each takes one of them, each success gives a tenth
-     * back; so a dead fleet is not stormed. What a stopping server or a connection that had gone
-     * stale costs is not counted. 0: 10. -1: no limit */
+    int max_endpoints; /* providers that this channel uses of a longer list, chosen by a hash that
+                          differs from channel to channel. 0: all. -1: all */
+    /* Retries that may be made without successes: each takes one of them, each success gives a
+     * tenth back; so a dead fleet is not stormed. What a stopping server or a connection that had
+     * gone stale costs is not counted. 0: 10. -1: no limit */
     int retry_budget;
     int failback_ms;  /* between the tries of a failed call. 0: 5000. -1: as 0 */
-    int failback_max; /* such calls waiting at a time, beyond it they are dropped. 0: 100. -1: none */
+    int failback_max; /* such calls waiting at a time; more are dropped. 0: 100. -1: none */
     /* Told of each that is given up, on the thread that drives the loop. NULL: it is logged. */
     void (*failback_dropped)(void *user, const crpc_method *method, const crpc_error *error);
     void *failback_user;
-    /* The breaker takes a provider whose calls fail out of the choice for a time, lets one call try
-     * it, and then gives it its share back step by step. Timeouts and lost connections count as
-     * failures, an application's errors as successes; CRPC_ELIMIT and cancelled calls as neither. */
+    /* The breaker takes a provider whose calls fail out of the choice for a time, lets one call
+     * try it, and then gives it its share back step by step. Timeouts and lost connections count as
+     * failures, an application's errors as successes; CRPC_ELIMIT and cancelled calls as
+     * neither. */
     int breaker;            /* 1: use it. 0: no */
     int breaker_percent;    /* failures that open it. 0: 50. -1: as 0 */
     int breaker_requests;   /* so many calls at least have to be seen. 0: 20. -1: 1 */
     int breaker_window_ms;  /* in this time. 0: 10000. -1: as 0 */
     int breaker_slow_ms;    /* slower replies count as slow. 0: none does. -1: none does */
     int breaker_slow_percent; /* slow replies that open it. 0: 50. -1: as 0 */
-    int breaker_open_ms;    /* first time out; doubles when it fails again soon. 0: 1000. -1: as 0 */
+    int breaker_open_ms; /* the first time; doubles when it fails soon again. 0: 1000. -1: as 0 */
     int breaker_open_max_ms; /* 0: 30000. -1: as 0 */
     int breaker_ramp_ms;    /* until it has all of its share again. 0: 5000. -1: at once */
-    int breaker_eject_percent; /* of the providers that may be out at a time. 0: 50. -1: all of them */
+    int breaker_eject_percent; /* of the providers that may be out at a time. 0: 50. -1: 100 */
 } crpc_channel_options;
 
 #if CRPC_ENABLE_CLIENT
@@ -910,10 +911,10 @@ typedef struct crpc_channel_options {
  *   tcp://host:port        unix:///path        list://host:port,host:port
  *   zookeeper://host:port,host:port/root/package.Service
  *
- * Options may follow as ?key=value&key=value: the numbers among crpc_channel_options by their names,
- * lb and cluster by the words beside crpc_balancer and crpc_cluster, with a registry also group and
- * version. An unknown key is CRPC_EINVAL. They override `options`, which may be NULL. IPv6 addresses
- * stand in brackets.
+ * Options may follow as ?key=value&key=value: the numbers among crpc_channel_options by their
+ * names, lb and cluster by the words beside crpc_balancer and crpc_cluster, with a registry also
+ * group and version. An unknown key is CRPC_EINVAL. They override `options`, which may be NULL. IPv6
+ * addresses stand in brackets.
  *
  * Host names are resolved here, on this thread; connections are made when calls need them. With
  * zookeeper:// waits for the session and the first list for registry_timeout_ms. CRPC_EREGISTRY:
@@ -10049,7 +10050,9 @@ CRPCI_FN void crpci_channel_apply(crpci_policy *to, const crpc_policy *p)
     if (p->forks)
         to->forks = p->forks < 0 ? 0 : p->forks;
     if (p->fail_percent)
-        to->fail_percent = (uint8_t)crpci_base_min64(p->fail_percent < 0 ? 0 : p->fail_percent, 100);
+        to->fail_percent = (uint8_t)(p->fail_percent < 0     ? 0
+                                     : p->fail_percent > 100 ? 100
+                                                             : p->fail_percent);
 }
 
 CRPCI_COLD void crpci_channel_refine(crpci_policy *to, const crpc_call *in)
@@ -10485,7 +10488,7 @@ CRPCI_FN void crpci_endpoint_leave(crpci_endpoint *e)
     crpci_endpoint_drop(e);
 }
 
-CRPCI_FN void crpci_node_drop(crpci_node *n)
+CRPCI_FN void crpci_endpoint_drop_node(crpci_node *n)
 {
     crpci_endpoint *e = n->endpoint;
     if (--n->refs)
@@ -10592,7 +10595,7 @@ CRPCI_FN void crpci_call_end_attempt(crpci_call *c, crpci_breaker_outcome outcom
         crpci_breaker_reset(&n->breaker);
     if (outcome == CRPCI_BREAKER_OK && ch->budgeted)
         crpci_limiter_budget_earn(&ch->budget);
-    crpci_node_drop(n);
+    crpci_endpoint_drop_node(n);
 }
 
 /* Frees an asynchronous call. */
@@ -10776,17 +10779,21 @@ CRPCI_COLD void crpci_channel_reweigh(crpc_channel *ch, int64_t now)
 CRPCI_FN crpci_node *crpci_channel_pick(crpc_channel *ch, const crpci_call *c)
 {
     crpci_choice x;
-    uint32_t random = crpci_loop_random(ch->loop);
-    uint64_t key = c->key ? c->key : random;
+    uint32_t random;
+    uint64_t key;
     int i;
+    if (ch->node_count <= 1) /* nothing to choose, nor to take out */
+        return ch->node_count && !crpci_call_has_tried(c, crpci_channel_node(ch, 0)->endpoint)
+                   ? crpci_channel_node(ch, 0)
+                   : NULL;
+    random = crpci_loop_random(ch->loop);
+    key = c->key ? c->key : random;
     x.channel = ch;
     x.call = c;
     x.now = crpci_loop_rough_time(ch->loop);
     x.strict = ch->breaker.error_percent != 0;
     if (CRPCI_UNLIKELY(x.now >= ch->reweigh_at))
         crpci_channel_reweigh(ch, x.now);
-    if (CRPCI_UNLIKELY(!ch->node_count))
-        return NULL;
     i = crpci_balance_pick(&ch->balance, key, random, x.now, crpci_channel_usable, &x);
     if (i < 0 && x.strict) { /* all are out: then none is */
         x.strict = false;
@@ -11208,8 +11215,8 @@ CRPCI_COLD void crpci_call_back_off(crpci_call *c, int status)
     crpci_loop_ready(ch->loop, &c->task);
 }
 
-/* A FAILBACK call has failed: what is to be done later is put aside. True: the call itself, which is
- * one that was put aside before, goes on. */
+/* A FAILBACK call has failed: what is to be done later is put aside. True: the call itself, which
+ * is one that was put aside before, goes on. */
 CRPCI_COLD bool crpci_call_retry_later(crpci_call *c, int status)
 {
     crpc_channel *ch = c->channel;
@@ -11463,8 +11470,8 @@ CRPCI_FN void crpci_endpoint_on_timer(crpc_loop *l, crpci_timer *t)
         crpci_endpoint_dial(e);
 }
 
-/* Finds or makes the loop's endpoint for an address and the channel's options, with a reference that
- * wants its connection. */
+/* Finds or makes the loop's endpoint for an address and the channel's options, with a reference
+ * that wants its connection. */
 CRPCI_FN int crpci_endpoint_get(const crpc_channel *ch, const char *address, crpci_endpoint **out)
 {
     crpc_loop *l = ch->loop;
@@ -11523,7 +11530,7 @@ CRPCI_FN void crpci_channel_unlist(crpci_balance_node **nodes, size_t count)
         bool kept = n->kept;
         n->kept = false;
         if (!kept) /* else the reference is the new list's */
-            crpci_node_drop(n);
+            crpci_endpoint_drop_node(n);
     }
 }
 
@@ -11536,7 +11543,7 @@ CRPCI_COLD void crpci_channel_unmake(crpci_balance_node **nodes, size_t count)
         bool kept = n->kept;
         n->kept = false;
         if (!kept)
-            crpci_node_drop(n);
+            crpci_endpoint_drop_node(n);
     }
 }
 
@@ -11583,7 +11590,8 @@ CRPCI_FN int64_t crpci_channel_wall_ms(void)
 }
 
 /* What a provider says of itself; times by the wall clock, which both sides are to keep. */
-CRPCI_FN void crpci_channel_note(crpci_node *n, const crpci_provider *p, int64_t now, int64_t wall_ms)
+CRPCI_FN void crpci_channel_note(crpci_node *n, const crpci_provider *p, int64_t now,
+                                 int64_t wall_ms)
 {
     n->weight = (uint32_t)p->weight;
     n->warmup_us = (int64_t)p->warmup_ms * 1000;
@@ -11616,8 +11624,8 @@ CRPCI_FN void crpci_channel_choose(const crpc_channel *ch, const crpci_snapshot 
 }
 
 /* Whether an address is among the new nodes: in a sorted list it would be the last. */
-CRPCI_FN bool crpci_channel_is_double(crpci_balance_node *const *nodes, size_t n, const char *address,
-                                      bool sorted)
+CRPCI_FN bool crpci_channel_is_double(crpci_balance_node *const *nodes, size_t n,
+                                      const char *address, bool sorted)
 {
     size_t i;
     for (i = n; i; i--) {
@@ -11660,8 +11668,8 @@ CRPCI_FN int crpci_channel_make_nodes(crpc_channel *ch, const crpci_snapshot *li
     return err;
 }
 
-/* Replaces the channel's providers; those that stay keep what is known of them. Calls under way keep
- * their endpoint until they end. Locked. */
+/* Replaces the channel's providers; those that stay keep what is known of them. Calls under way
+ * keep their endpoint until they end. Locked. */
 CRPCI_FN int crpci_channel_set_providers(crpc_channel *ch, const crpci_snapshot *list)
 {
     crpci_heap *h = ch->loop->heap;
@@ -11816,7 +11824,7 @@ CRPCI_FN void crpci_channel_flush(crpc_loop *l)
         crpci_loop_run_list(l, &l->dirty);
 }
 
-/* A backup request is due, or the deadline has passed, which a synchronous caller sees to itself. */
+/* A backup request is due, or the deadline has passed, which a synchronous caller sees to. */
 CRPCI_FN void crpci_call_on_timer(crpc_loop *l, crpci_timer *t)
 {
     crpci_call *c = CRPCI_CONTAINER(t, crpci_call, timer);
@@ -12297,7 +12305,8 @@ typedef struct crpci_channel_key {
     const char *words; /* NULL: a number; else the first of these means 1 */
 } crpci_channel_key;
 
-#define CRPCI_CHANNEL_KEY(name, max, wide) {#name, max, offsetof(crpc_channel_options, name), wide, NULL}
+#define CRPCI_CHANNEL_KEY(name, max, wide)                                                         \
+    {#name, max, offsetof(crpc_channel_options, name), wide, NULL}
 #define CRPCI_CHANNEL_MS(name) CRPCI_CHANNEL_KEY(name, CRPCI_CHANNEL_LONGEST_MS, false)
 
 static const crpci_channel_key crpci_channel_keys[] = {
