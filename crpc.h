@@ -798,6 +798,10 @@ struct crpc_call {
     const crpc_policy *policy;  /* borrowed likewise; goes before timeout_ms and retries above.
                                    NULL: the method's */
     crpc_view key; /* lb=hash: equal keys go to the same provider. Unset: the hash_field's */
+    /* Names the request to servers that keep replies (crpc_server_options.replay_entries): of
+     * several with one id, 64 bytes at most, one is executed. Unset: none, unless request_ids */
+    crpc_view request_id;
+    crpc_view order_key; /* servers execute requests of one key in turn. Unset: none */
     /* --- out ------------------------------------------------------------ */
     crpc_error error;           /* how it ended; error.code equals the returned value */
     crpc_view reply_attachment; /* raw bytes behind the reply, until crpc_call_reset */
@@ -883,6 +887,9 @@ typedef struct crpc_channel_options {
      * tenth back; so a dead fleet is not stormed. What a stopping server or a connection that had
      * gone stale costs is not counted. 0: 10. -1: no limit */
     int retry_budget;
+    /* 1: every call gets a request id, and is sent again to its provider if the connection is lost,
+     * also where the method is not idempotent: for servers that keep replies. 0: no */
+    int request_ids;
     int failback_ms;  /* between the tries of a failed call. 0: 5000. -1: as 0 */
     int failback_max; /* such calls waiting at a time; more are dropped. 0: 100. -1: none */
     /* Told of each that is given up, on the thread that drives the loop. NULL: it is logged. */
@@ -913,8 +920,8 @@ typedef struct crpc_channel_options {
  *
  * Options may follow as ?key=value&key=value: the numbers among crpc_channel_options by their
  * names, lb and cluster by the words beside crpc_balancer and crpc_cluster, with a registry also
- * group and version. An unknown key is CRPC_EINVAL. They override `options`, which may be NULL. IPv6
- * addresses stand in brackets.
+ * group and version. An unknown key is CRPC_EINVAL. They override `options`, which may be NULL.
+ * IPv6 addresses stand in brackets.
  *
  * Host names are resolved here, on this thread; connections are made when calls need them. With
  * zookeeper:// waits for the session and the first list for registry_timeout_ms. CRPC_EREGISTRY:
@@ -9758,6 +9765,9 @@ CRPCI_COLD int crpci_registry_open(crpc_loop *l, const crpci_url *url,
 
 /* A reply's user_fields entry that says: error_code is the application's. */
 #define CRPCI_CHANNEL_APP_FIELD "crpc-app"
+/* A request's that name it, and the requests that are executed in turn. */
+#define CRPCI_CHANNEL_ID_FIELD    "crpc-rid"
+#define CRPCI_CHANNEL_ORDER_FIELD "crpc-key"
 
 /* One provider as this loop sees it: one connection, shared by all channels of the loop that ask
  * for the same options. */
@@ -9844,6 +9854,7 @@ typedef struct crpci_request {
     crpc_view names;      /* as in a crpci_meta, and so on */
     crpc_view credential;
     int64_t log_id, trace_id, span_id, parent_span_id;
+    bool identified; /* its provider executes it once, however often it comes */
 } crpci_request;
 
 /* What is kept of a crpci_message that answers a call; holds a reference of the chunk. */
@@ -9947,7 +9958,9 @@ struct crpc_channel {
     size_t node_room;  /* of the array */
     bool sorted;       /* the nodes are, by address */
     size_t max_nodes;  /* 0: all that are listed */
-    uint64_t seed;     /* which of them, if not all */
+    uint64_t seed;     /* which of them, if not all; and of request ids */
+    bool request_ids;
+    uint32_t last_request; /* atomic */
     int64_t reweigh_at; /* when the weights of warming providers are due, INT64_MAX: none is */
     crpci_breaker_options breaker;
     size_t ejected_percent; /* that may be out at a time */
@@ -10013,26 +10026,52 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
 
 /* --- encoding, without the lock --------------------------------------------------------------- */
 
-/* The user_fields that a call sends: its own, and `added` bytes of interceptors'. */
-CRPCI_FN size_t crpci_channel_fields_size(const crpc_call *call, size_t added)
+/* The user_fields that a call sends: its own, `added` bytes of interceptors', and what it is named
+ * by. */
+CRPCI_FN size_t crpci_channel_fields_size(const crpc_call *call, size_t added, crpc_view id)
 {
     size_t n = added, i;
     for (i = 0; i < call->field_count; i++)
         n += crpci_meta_field_size(strlen(call->fields[i].key), strlen(call->fields[i].value));
+    if (crpc_view_data(id))
+        n += crpci_meta_field_size(sizeof CRPCI_CHANNEL_ID_FIELD, crpc_view_size(id));
+    if (crpc_view_data(call->order_key))
+        n += crpci_meta_field_size(sizeof CRPCI_CHANNEL_ORDER_FIELD,
+                                   crpc_view_size(call->order_key));
     return n;
 }
 
-/* Copies them to the front of the chunk. */
-CRPCI_FN void crpci_channel_put_fields(crpci_message_out *o, const crpc_call *call, size_t added)
+CRPCI_FN void crpci_channel_put_field(crpci_message_out *o, const char *key, crpc_view value)
 {
-    uint8_t *p = crpci_heap_data(o->chunk);
+    o->len += crpci_meta_put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
+}
+
+/* Copies them to the front of the chunk. */
+CRPCI_FN void crpci_channel_put_fields(crpci_message_out *o, const crpc_call *call, size_t added,
+                                       crpc_view id)
+{
     size_t i;
     for (i = 0; i < call->field_count; i++)
-        o->len += crpci_meta_put_field(p + o->len, crpc_view_str(call->fields[i].key),
-                                       crpc_view_str(call->fields[i].value));
+        crpci_channel_put_field(o, call->fields[i].key, crpc_view_str(call->fields[i].value));
     if (added)
-        memcpy(p + o->len, crpci_heap_data((crpci_chunk *)call->reserved[CRPCI_CALL_ADDED]), added);
+        memcpy(crpci_heap_data(o->chunk) + o->len,
+               crpci_heap_data((crpci_chunk *)call->reserved[CRPCI_CALL_ADDED]), added);
     o->len += added;
+    if (crpc_view_data(id))
+        crpci_channel_put_field(o, CRPCI_CHANNEL_ID_FIELD, id);
+    if (crpc_view_data(call->order_key))
+        crpci_channel_put_field(o, CRPCI_CHANNEL_ORDER_FIELD, call->order_key);
+}
+
+/* The call's own id, or one that no other call has, written to `text`. */
+CRPCI_FN crpc_view crpci_channel_id(crpc_channel *ch, const crpc_call *call, char text[17])
+{
+    if (CRPCI_LIKELY(!ch->request_ids) || crpc_view_data(call->request_id))
+        return call->request_id;
+    snprintf(text, 17, "%016llx",
+             (unsigned long long)crpci_balance_mix(
+                 ch->seed + __atomic_add_fetch(&ch->last_request, 1, __ATOMIC_RELAXED)));
+    return crpc_view_of(text, 16);
 }
 
 /* A policy's words over those it does not know of. */
@@ -10162,7 +10201,9 @@ CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpci_call_method *k, 
                                                             : crpc_view_str(ch->credential);
     size_t added = ch->interceptor_count ? (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN]
                                          : 0; /* else it may be left from another channel's */
-    size_t fields = crpci_channel_fields_size(call, added), secret = crpc_view_size(credential);
+    char id_text[17];
+    crpc_view id = crpci_channel_id(ch, call, id_text);
+    size_t fields = crpci_channel_fields_size(call, added, id), secret = crpc_view_size(credential);
     size_t room = crpci_meta_bound(crpc_view_size(k->names) + fields + secret);
     size_t attached = crpc_view_size(call->attachment), base = front + sizeof(crpci_out);
     const char *why = "";
@@ -10170,6 +10211,7 @@ CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpci_call_method *k, 
     int err;
     crpci_channel_inherit(call, r);
     r->names = k->names;
+    r->identified = crpc_view_data(id) != NULL;
     o.heap = ch->loop->heap;
     o.len = base;
     o.lent = o.no_memory = false;
@@ -10178,7 +10220,7 @@ CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpci_call_method *k, 
         return crpci_status_set(error, CRPC_ENOMEM, "%s.%s: out of memory (local)", m->service,
                                 m->name);
     if (fields)
-        crpci_channel_put_fields(&o, call, added);
+        crpci_channel_put_fields(&o, call, added, id);
     fields = o.len - base;
     if (secret)
         memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(credential), secret);
@@ -10724,6 +10766,17 @@ CRPCI_FN crpci_node *crpci_channel_node(const crpc_channel *ch, size_t i)
     return CRPCI_CONTAINER(ch->nodes[i], crpci_node, balance);
 }
 
+/* The node of an endpoint, NULL if it is no longer listed. */
+CRPCI_COLD crpci_node *crpci_channel_node_of(const crpc_channel *ch, const crpci_endpoint *e)
+{
+    size_t i;
+    for (i = 0; i < ch->node_count; i++) {
+        if (crpci_channel_node(ch, i)->endpoint == e)
+            return crpci_channel_node(ch, i);
+    }
+    return NULL;
+}
+
 typedef struct crpci_choice {
     crpc_channel *channel;
     const crpci_call *call;
@@ -10846,8 +10899,9 @@ CRPCI_FN void crpci_call_go(crpci_call *c, crpci_node *n);
  * or may be executed twice. */
 CRPCI_FN bool crpci_call_may_retry(crpci_call *c, int code)
 {
+    bool twice = (c->method->flags & CRPC_METHOD_IDEMPOTENT) || c->request.identified;
     bool harmless = c->sent == CRPC_SENT_NO || code == CRPC_ELOGOFF ||
-                    ((c->method->flags & CRPC_METHOD_IDEMPOTENT) && code == CRPC_ECONN);
+                    (twice && code == CRPC_ECONN);
     return harmless && c->attempts < c->max_attempts && !c->channel->closed &&
            crpci_loop_rough_time(c->channel->loop) < c->deadline_us && crpci_call_own_request(c);
 }
@@ -10864,6 +10918,11 @@ CRPCI_FN void crpci_call_failed(crpci_call *c, int code, const char *cause)
     crpci_call_end_attempt(c, code == CRPC_ECONN ? CRPCI_BREAKER_ERROR : CRPCI_BREAKER_IGNORE);
     again = crpci_call_may_retry(c, code);
     crpci_call_explain(c, code, cause);
+    if (again && c->sent != CRPC_SENT_NO && code == CRPC_ECONN &&
+        !(c->method->flags & CRPC_METHOD_IDEMPOTENT)) {
+        n = crpci_channel_node_of(ch, e); /* who may have executed it knows */
+        again = stale = false;
+    }
     c->tried[(c->attempts - 1) % CRPCI_CHANNEL_TRIED] = e;
     if (again)
         n = crpci_channel_pick(ch, c);
@@ -11920,6 +11979,7 @@ CRPCI_FN void crpci_call_clear_in(crpc_call *call)
     call->fields = NULL;
     call->field_count = 0;
     call->credential = call->attachment = call->key = crpc_view_of(NULL, 0);
+    call->request_id = call->order_key = crpc_view_of(NULL, 0);
     call->parent = NULL;
     call->policy = NULL;
 }
@@ -12329,6 +12389,7 @@ static const crpci_channel_key crpci_channel_keys[] = {
     CRPCI_CHANNEL_KEY(hash_field, 0x1fffffff, false),
     CRPCI_CHANNEL_KEY(max_endpoints, INT32_MAX, false),
     CRPCI_CHANNEL_KEY(retry_budget, INT32_MAX, false),
+    CRPCI_CHANNEL_KEY(request_ids, 1, false),
     CRPCI_CHANNEL_MS(failback_ms),
     CRPCI_CHANNEL_KEY(failback_max, INT32_MAX, false),
     CRPCI_CHANNEL_KEY(breaker, 1, false),
@@ -12463,6 +12524,7 @@ CRPCI_COLD void crpci_channel_configure(crpc_channel *ch, const crpc_channel_opt
     ch->max_nodes = (size_t)crpci_base_option(o->max_endpoints, 0, 0);
     ch->seed = (uint64_t)crpci_loop_random(ch->loop) << 32 | crpci_loop_random(ch->loop);
     ch->reweigh_at = INT64_MAX;
+    ch->request_ids = o->request_ids > 0;
     ch->budgeted = o->retry_budget >= 0;
     crpci_limiter_budget_init(&ch->budget, (uint32_t)crpci_base_option(o->retry_budget, 10, 0), 1);
     ch->failback_us = crpci_base_option(o->failback_ms, 5000, 5000) * 1000;

@@ -749,6 +749,82 @@ static void a_failed_call_can_be_degraded(void **state)
     }
 }
 
+/* What a request of the script below was named, each time it came. */
+typedef struct named {
+    char id[4][80], key[80];
+    int count;
+} named;
+
+/* A script: the first connection takes a request and is closed; later ones answer. */
+static bool peer_forgets(peer *p, int fd, int number)
+{
+    named *names = (named *)p->user;
+    wire_message m;
+    while (peer_receive(p, fd, &m) == 1) {
+        crpc_view meta = crpc_view_of(m.all, (size_t)(m.body - m.all)), value;
+        wire w = {NULL, 0, 0};
+        if (names->count < 4 && crpci_meta_field(meta, "crpc-rid", &value))
+            crpc_view_copy(value, names->id[names->count], sizeof names->id[0]);
+        if (crpci_meta_field(meta, "crpc-key", &value))
+            crpc_view_copy(value, names->key, sizeof names->key);
+        names->count++;
+        wire_reply(&w, m.id, m.n + 1);
+        wire_done(&m);
+        if (number == 0) {
+            wire_free(&w);
+            return true;
+        }
+        if (!wire_flush(fd, &w))
+            break;
+    }
+    return true;
+}
+
+/* A request with an id goes to its provider again when the connection was lost, with that id; one
+ * without does not, unless its method is idempotent. */
+static void a_named_request_is_sent_again_to_its_provider(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        crpc_call call = CRPC_INIT;
+        fleet_result r;
+        named names;
+        fleet f;
+        peer p;
+        memset(&f, 0, sizeof f);
+        memset(&names, 0, sizeof names);
+        peer_open(&p, peer_forgets, &names);
+        f.channel = net_channel(p.url, "?request_ids=1&timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL,
+                                NULL);
+        r = fleet_call(&f, form, false, 4, NULL);
+        assert_int_equal(r.status, CRPC_OK);
+        assert_int_equal(r.out.n, 5);
+        assert_int_equal(names.count, 2);
+        assert_int_equal(strlen(names.id[0]), 16);
+        assert_string_equal(names.id[0], names.id[1]);
+        call.request_id = crpc_view_str("order 17");
+        call.order_key = crpc_view_str("customer 4");
+        assert_int_equal(fleet_call(&f, form, false, 4, &call).status, CRPC_OK);
+        assert_string_equal(names.id[2], "order 17");
+        assert_string_equal(names.key, "customer 4");
+        assert_int_equal(fleet_call(&f, form, false, 4, NULL).status, CRPC_OK);
+        assert_string_not_equal(names.id[3], names.id[1]);
+        crpc_channel_close(f.channel);
+        peer_close(&p);
+
+        memset(&names, 0, sizeof names);
+        peer_open(&p, peer_forgets, &names);
+        f.channel = net_channel(p.url, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+        r = fleet_call(&f, form, false, 4, NULL);
+        assert_int_equal(r.status, CRPC_ECONN);
+        assert_int_equal(names.count, 1);
+        assert_string_equal(names.id[0], "");
+        crpc_channel_close(f.channel);
+        peer_close(&p);
+    }
+}
+
 /* --- the list --------------------------------------------------------------------------------- */
 
 /* As a registry pushes it; weight 0 leaves a peer out. */
@@ -917,6 +993,7 @@ int main(void)
         CT_TEST(the_breaker_takes_a_provider_out_and_lets_it_back),
         CT_TEST(the_breaker_does_not_eject_everyone),
         CT_TEST(a_failed_call_can_be_degraded),
+        CT_TEST(a_named_request_is_sent_again_to_its_provider),
         CT_TEST(weights_share_out_the_calls),
         CT_TEST(a_removed_provider_finishes_its_calls),
         CT_TEST(equal_keys_go_to_one_provider),
