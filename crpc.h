@@ -5093,10 +5093,12 @@ CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
  * holds (most replies a second) x (time of a reply when nothing queues) calls; the limit is a
  * little above that product of two measured numbers, by 6 to 30 per cent: more while it does no
  * harm, so as to find out whether the server can do more. How fast a reply is when nothing queues
- * is measured anew at times, with fewer calls let in. Two things are done otherwise than in brpc:
+ * is measured anew at times, with fewer calls let in. Three things are done otherwise than in brpc:
  * - The time without a queue, if first measured in an overload, is too long. So it is measured anew
  *   soon after the start, and soon again as long as each time gives much less; and if calls are
  *   being refused anyway only half as many are let in then, not nine tenths.
+ * - The most replies a second fade faster while calls are refused: then it is the server that has
+ *   become slower, and not the clients quieter.
  * - A limit that nobody came up to while replies were fast is not lowered: few calls are no sign
  *   of a weak server, and what comes after a quiet time would be refused for nothing.
  */
@@ -5183,9 +5185,11 @@ CRPCI_FN void crpci_limiter_auto_plan(crpci_limiter_auto *a, int64_t now_us)
     a->anew_us = now_us + wait + (int64_t)((uint64_t)wait * draw >> 32);
 }
 
-/* What a full window says of the server. */
+/* What a full window says of the server. The most replies a second are forgotten slowly, since few
+ * may only mean that few calls came; sooner if some were refused. */
 CRPCI_FN void crpci_limiter_auto_learn(crpci_limiter_auto *a, int64_t avg_us, int64_t qps)
 {
+    int64_t part = a->refused ? 20 : 100;
     if (!a->free_us) {
         a->free_us = avg_us;
         a->soon = !a->free_was || avg_us < a->free_was - a->free_was / 5;
@@ -5193,7 +5197,7 @@ CRPCI_FN void crpci_limiter_auto_learn(crpci_limiter_auto *a, int64_t avg_us, in
         a->free_us = (avg_us + a->free_us * 9) / 10;
     }
     a->free_us = a->free_us > 0 ? a->free_us : 1;
-    a->qps = qps >= a->qps ? qps : (qps + a->qps * 99) / 100;
+    a->qps = qps >= a->qps ? qps : a->qps - (a->qps - qps) / part;
 }
 
 CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
@@ -5406,7 +5410,7 @@ CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options 
     uint64_t calls = 0, errors = 0, slows = 0;
     crpci_breaker_slice *s;
     unsigned i;
-    if (slice - b->slice >= CRPCI_BREAKER_SLICES)
+    if (slice - b->slice >= CRPCI_BREAKER_SLICES || b->slice - slice > 1) /* other options */
         b->slice = slice - CRPCI_BREAKER_SLICES;
     while (b->slice < slice)
         memset(&b->slices[++b->slice & (CRPCI_BREAKER_SLICES - 1)], 0, sizeof *s);
