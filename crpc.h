@@ -109,6 +109,9 @@
  *     >>impl-wake          a descriptor by which another thread ends a wait
  *     >>impl-timer         hashed hierarchical timing wheel: O(1) to arm and cancel
  *     >>impl-loop          who drives, who waits, what runs when
+ *     >>impl-limiter       how much is let through: rates, retries, calls at a time
+ *     >>impl-breaker       a provider that fails gets no calls, then one, then more
+ *     >>impl-balance       which provider a call goes to
  *     >>impl-conn          one connection: reading and parsing, queueing and sending
  *     >>impl-registry      lists of providers, node names, what a backend offers
  *     >>impl-zookeeper     the registry in ZooKeeper, with Dubbo's layout
@@ -4934,6 +4937,1259 @@ CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms,
 CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
 {
     crpci_loop_user_stop(l, id, CRPCI_LOOP_TIMER);
+}
+
+/* ======================================================================== */
+/* >>impl-limiter   how much is let through: rates, retries, calls at a time */
+/* ======================================================================== */
+
+/* A token bucket in the form of the generic cell rate algorithm: what was taken and has not come
+ * back yet is a debt, counted in millionths of a token, so that a microsecond pays back exactly
+ * per_second of them and nothing is ever rounded. All zero it limits nothing. */
+#define CRPCI_LIMITER_TOKEN INT64_C(1000000)
+#define CRPCI_LIMITER_MOST (INT64_C(1) << 40) /* of either number: products stay within 62 bits */
+
+typedef struct crpci_limiter_bucket {
+    int64_t per_second; /* 0: no limit */
+    int64_t most;       /* the debt there may be after a taking */
+    int64_t clear_us;   /* after this time no debt is left */
+    int64_t debt;
+    int64_t at_us;
+} crpci_limiter_bucket;
+
+/* per_second below 1: no limit. burst below 1: one second's worth. */
+CRPCI_FN void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_second, int64_t burst)
+{
+    memset(b, 0, sizeof *b);
+    if (per_second < 1)
+        return;
+    b->per_second = crpci_base_min64(per_second, CRPCI_LIMITER_MOST);
+    burst = crpci_base_min64(burst < 1 ? b->per_second : burst, CRPCI_LIMITER_MOST);
+    b->most = burst * CRPCI_LIMITER_TOKEN;
+    b->clear_us = b->most / b->per_second + 1;
+    b->at_us = INT64_MIN / 2;
+}
+
+/* One token, if there is one. */
+CRPCI_FN bool crpci_limiter_bucket_take(crpci_limiter_bucket *b, int64_t now_us)
+{
+    int64_t passed = now_us - b->at_us;
+    if (!b->per_second)
+        return true;
+    if (passed > 0) { /* a clock that steps back pays nothing back */
+        b->debt = passed < b->clear_us ? b->debt - passed * b->per_second : 0;
+        b->debt = b->debt > 0 ? b->debt : 0;
+        b->at_us = now_us;
+    }
+    if (b->debt + CRPCI_LIMITER_TOKEN > b->most)
+        return false;
+    b->debt += CRPCI_LIMITER_TOKEN;
+    return true;
+}
+
+/* What retries are paid from: each costs a token, each success brings some tenths of one. However
+ * many calls fail, no more retries are made than there were tokens, and a share of the successes
+ * later on. */
+typedef struct crpci_limiter_budget {
+    uint64_t tenths;
+    uint64_t most;
+    uint32_t earn;
+} crpci_limiter_budget;
+
+CRPCI_FN void crpci_limiter_budget_init(crpci_limiter_budget *b, uint32_t tokens,
+                                        uint32_t earn_tenths)
+{
+    b->tenths = b->most = (uint64_t)tokens * 10;
+    b->earn = earn_tenths;
+}
+
+CRPCI_FN bool crpci_limiter_budget_spend(crpci_limiter_budget *b)
+{
+    if (b->tenths < 10)
+        return false;
+    b->tenths -= 10;
+    return true;
+}
+
+/* A call has succeeded. */
+CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
+{
+    b->tenths += b->earn;
+    if (b->tenths > b->most)
+        b->tenths = b->most;
+}
+
+/* The limit of calls in service that brpc calls "auto". By Little's law a server that is just busy
+ * holds (most replies a second) x (time of a reply when nothing queues) calls; the limit is a
+ * little above that product of two measured numbers, by 6 to 30 per cent: more while it does no
+ * harm, so as to find out whether the server can do more. How fast a reply is when nothing queues
+ * is measured anew at times, with fewer calls let in. Two things are done otherwise than in brpc:
+ * - The time without a queue, if first measured in an overload, is too long. So it is measured anew
+ *   soon after the start, and soon again as long as each time gives much less; and if calls are
+ *   being refused anyway only half as many are let in then, not nine tenths.
+ * - A limit that nobody came up to while replies were fast is not lowered: few calls are no sign
+ *   of a weak server, and what comes after a quiet time would be refused for nothing.
+ */
+#define CRPCI_LIMITER_SAMPLES 200        /* end a window */
+#define CRPCI_LIMITER_SAMPLES_LEAST 100  /* fewer in all of CRPCI_LIMITER_WINDOW_US say nothing */
+#define CRPCI_LIMITER_SAMPLE_US 100      /* samples are at least so far apart */
+#define CRPCI_LIMITER_WINDOW_US 1000000
+#define CRPCI_LIMITER_ANEW_US 25000000   /* to twice this, between two measurings */
+#define CRPCI_LIMITER_ANEW_SOON_US 2000000
+#define CRPCI_LIMITER_EXPLORE_LEAST 6    /* per cent */
+#define CRPCI_LIMITER_EXPLORE_MOST 30
+#define CRPCI_LIMITER_EXPLORE_STEP 2
+#define CRPCI_LIMITER_LATENCY_MOST 60000000          /* longer ones count as this */
+#define CRPCI_LIMITER_QPS_MOST INT64_C(1000000000)   /* a million a second, in thousandths */
+
+typedef struct crpci_limiter_auto {
+    uint32_t least;
+    uint32_t limit;
+    uint32_t active;   /* in service */
+    uint32_t peak;     /* the most of them in this window */
+    uint32_t ok;       /* of this window's samples */
+    uint32_t failed;
+    uint32_t replies;  /* all successes of this window, samples or not */
+    bool refused;      /* somebody was, in this window */
+    bool soon;         /* the time without a queue may still be far too long */
+    uint8_t explore;   /* per cent */
+    int64_t sum_us;    /* of the samples' latencies */
+    int64_t window_us; /* when this window began; 0: none has */
+    int64_t sample_us; /* when the last sample was taken */
+    int64_t free_us;   /* latency without a queue, 0: not measured */
+    int64_t free_was;  /* before it was measured anew */
+    int64_t qps;       /* the most replies a second, fading; in thousandths */
+    int64_t anew_us;   /* when to measure free_us anew; 0: not planned */
+    int64_t drained_us; /* being measured: the queue is gone by then. 0: not */
+} crpci_limiter_auto;
+
+/* The limit starts at `start` and is never below `least`; both are 1 at least. */
+CRPCI_FN void crpci_limiter_auto_init(crpci_limiter_auto *a, uint32_t least, uint32_t start)
+{
+    memset(a, 0, sizeof *a);
+    a->least = least ? least : 1;
+    a->limit = start > a->least ? start : a->least;
+    a->explore = CRPCI_LIMITER_EXPLORE_MOST;
+    a->soon = true;
+}
+
+CRPCI_FN uint32_t crpci_limiter_auto_limit(const crpci_limiter_auto *a)
+{
+    return a->limit;
+}
+
+/* Lets a call in, which must then leave; or says false. */
+CRPCI_FN bool crpci_limiter_auto_enter(crpci_limiter_auto *a)
+{
+    if (a->active >= a->limit) {
+        a->refused = true;
+        return false;
+    }
+    if (++a->active > a->peak)
+        a->peak = a->active;
+    return true;
+}
+
+CRPCI_FN void crpci_limiter_auto_window(crpci_limiter_auto *a, int64_t now_us)
+{
+    a->peak = a->active;
+    a->ok = a->failed = a->replies = 0;
+    a->refused = false;
+    a->sum_us = 0;
+    a->window_us = now_us;
+}
+
+CRPCI_FN void crpci_limiter_auto_set(crpci_limiter_auto *a, int64_t limit)
+{
+    limit = crpci_base_min64(limit, INT32_MAX);
+    a->limit = limit > (int64_t)a->least ? (uint32_t)limit : a->least;
+}
+
+/* Plans the next measuring, at a time that differs from one server to the next. */
+CRPCI_FN void crpci_limiter_auto_plan(crpci_limiter_auto *a, int64_t now_us)
+{
+    int64_t wait = a->soon ? CRPCI_LIMITER_ANEW_SOON_US : CRPCI_LIMITER_ANEW_US;
+    uint32_t draw = (uint32_t)now_us * 2654435769u; /* Knuth's multiplicative hash */
+    a->anew_us = now_us + wait + (int64_t)((uint64_t)wait * draw >> 32);
+}
+
+/* What a full window says of the server. */
+CRPCI_FN void crpci_limiter_auto_learn(crpci_limiter_auto *a, int64_t avg_us, int64_t qps)
+{
+    if (!a->free_us) {
+        a->free_us = avg_us;
+        a->soon = !a->free_was || avg_us < a->free_was - a->free_was / 5;
+    } else if (avg_us < a->free_us) {
+        a->free_us = (avg_us + a->free_us * 9) / 10;
+    }
+    a->free_us = a->free_us > 0 ? a->free_us : 1;
+    a->qps = qps >= a->qps ? qps : (qps + a->qps * 99) / 100;
+}
+
+CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
+{
+    int64_t passed = now_us > a->window_us ? now_us - a->window_us : 1;
+    int64_t avg_us = (a->sum_us + a->ok - 1) / a->ok; /* the failures' time counts too */
+    int64_t qps = crpci_base_min64((int64_t)a->replies * 1000000000 / passed,
+                                   CRPCI_LIMITER_QPS_MOST);
+    int64_t percent, limit;
+    bool quick;
+    avg_us = crpci_base_min64(avg_us, CRPCI_LIMITER_LATENCY_MOST);
+    crpci_limiter_auto_learn(a, avg_us, qps);
+    quick = avg_us * 100 <= a->free_us * (100 + CRPCI_LIMITER_EXPLORE_LEAST);
+    if (!a->anew_us)
+        crpci_limiter_auto_plan(a, now_us);
+    if (now_us >= a->anew_us) {
+        percent = a->refused ? 50 : 90;
+        a->drained_us = now_us + avg_us * 2;
+    } else {
+        if (quick || qps * (100 + CRPCI_LIMITER_EXPLORE_LEAST) <= a->qps * 100)
+            a->explore = (uint8_t)(a->explore + CRPCI_LIMITER_EXPLORE_STEP);
+        else
+            a->explore = (uint8_t)(a->explore - CRPCI_LIMITER_EXPLORE_STEP);
+        if (a->explore > CRPCI_LIMITER_EXPLORE_MOST)
+            a->explore = CRPCI_LIMITER_EXPLORE_MOST;
+        if (a->explore < CRPCI_LIMITER_EXPLORE_LEAST)
+            a->explore = CRPCI_LIMITER_EXPLORE_LEAST;
+        percent = 100 + a->explore;
+    }
+    /* both factors are below 2^30, so this is below 2^60 */
+    limit = (a->free_us * a->qps / 1000 * percent + 99999999) / 100000000;
+    if (limit < (int64_t)a->limit && a->peak < a->limit && avg_us * 2 <= a->free_us * 3)
+        return; /* nobody came up to it, and nothing queued */
+    crpci_limiter_auto_set(a, limit);
+}
+
+/* A call has left. ok: it was served well; latency_us: how long that took, -1 if it says nothing
+ * (what was refused for another reason, or cancelled). */
+CRPCI_FN void crpci_limiter_auto_leave(crpci_limiter_auto *a, bool ok, int64_t latency_us,
+                                       int64_t now_us)
+{
+    if (a->active)
+        a->active--;
+    if (latency_us < 0)
+        return;
+    a->replies += ok;
+    if (now_us - a->sample_us < CRPCI_LIMITER_SAMPLE_US && a->window_us)
+        return;
+    a->sample_us = now_us;
+    if (a->drained_us) {
+        if (now_us < a->drained_us)
+            return;
+        a->drained_us = a->anew_us = 0;
+        a->free_was = a->free_us;
+        a->free_us = 0;
+        crpci_limiter_auto_window(a, now_us);
+    }
+    if (!a->window_us)
+        crpci_limiter_auto_window(a, now_us);
+    a->sum_us += crpci_base_min64(latency_us, CRPCI_LIMITER_LATENCY_MOST);
+    if (ok)
+        a->ok++;
+    else
+        a->failed++;
+    if (a->ok + a->failed < CRPCI_LIMITER_SAMPLES && now_us - a->window_us < CRPCI_LIMITER_WINDOW_US)
+        return;
+    if (a->ok && a->ok + a->failed >= CRPCI_LIMITER_SAMPLES_LEAST)
+        crpci_limiter_auto_adjust(a, now_us);
+    else if (a->ok + a->failed >= CRPCI_LIMITER_SAMPLES_LEAST)
+        crpci_limiter_auto_set(a, a->limit / 2);
+    crpci_limiter_auto_window(a, now_us);
+}
+
+/* ======================================================================== */
+/* >>impl-breaker   a provider that fails gets no calls, then one, then more */
+/* ======================================================================== */
+
+/* Closed: outcomes are counted over the last window_us, in slices. When of at least min_requests
+ * too many were errors, or slow, it opens. Open: no calls, for a time. Then the next call is a
+ * probe: while it is under way there is no other. If it succeeds the breaker closes, and the share
+ * of calls that is let through grows from a tenth to all within ramp_us; if it fails, or is slow
+ * where that counts, the breaker opens again, for twice as long.
+ *
+ * The end of a call that began before the breaker last opened or closed says nothing: what was sent
+ * before a trip must neither decide a probe nor fill the window of a provider that is back. */
+#define CRPCI_BREAKER_SLICES 8
+#define CRPCI_BREAKER_AGAIN_US 30000000 /* trips so soon after a closing: open twice as long */
+#define CRPCI_BREAKER_LOST_US 30000000  /* and open_max_us: no probe takes so long */
+#define CRPCI_BREAKER_RAMP_PERCENT 10   /* where the ramp begins */
+
+typedef struct crpci_breaker_options {
+    int error_percent;    /* opens when so many are errors. 0: no breaker; over 100: never */
+    int min_requests;     /* fewer in a window say nothing; 0: 1 */
+    int64_t window_us;
+    int64_t slow_us;      /* a call that takes so long is slow. 0: latency does not count */
+    int slow_percent;     /* opens when so many are slow. 0: latency does not count */
+    int64_t open_us;      /* the first time */
+    int64_t open_max_us;  /* where doubling ends; below open_us: at open_us */
+    int64_t ramp_us;      /* 0: all calls at once */
+} crpci_breaker_options;
+
+typedef enum {
+    CRPCI_BREAKER_OK,
+    CRPCI_BREAKER_ERROR,
+    CRPCI_BREAKER_IGNORE /* says nothing of the provider: cancelled, over a limit */
+} crpci_breaker_outcome;
+
+typedef enum {
+    CRPCI_BREAKER_CLOSED, /* all zero: so it starts */
+    CRPCI_BREAKER_OPEN,
+    CRPCI_BREAKER_PROBING
+} crpci_breaker_state;
+
+typedef struct crpci_breaker_slice {
+    uint32_t calls, errors, slow;
+} crpci_breaker_slice;
+
+typedef struct crpci_breaker {
+    crpci_breaker_state state;
+    uint32_t active;  /* calls under way */
+    int64_t since_us; /* when it last opened or closed */
+    int64_t until_us; /* open: when a probe may go; probing: when that one is given up */
+    int64_t open_us;  /* how long it was open the last time; 0: it never was */
+    int64_t slice;    /* number of the newest slice */
+    crpci_breaker_slice slices[CRPCI_BREAKER_SLICES];
+} crpci_breaker;
+
+CRPCI_FN void crpci_breaker_init(crpci_breaker *b)
+{
+    memset(b, 0, sizeof *b);
+}
+
+/* Closed at once, with all calls let through and nothing counted. */
+CRPCI_FN void crpci_breaker_reset(crpci_breaker *b)
+{
+    b->state = CRPCI_BREAKER_CLOSED;
+    b->open_us = 0;
+    memset(b->slices, 0, sizeof b->slices);
+}
+
+/* It lets no call through now, or has let one through as a probe and waits: for the share of
+ * providers that are taken out. */
+CRPCI_FN bool crpci_breaker_ejected(const crpci_breaker *b)
+{
+    return b->state != CRPCI_BREAKER_CLOSED;
+}
+
+CRPCI_FN int64_t crpci_breaker_open_most(const crpci_breaker_options *o)
+{
+    return o->open_max_us > o->open_us ? o->open_max_us : o->open_us;
+}
+
+/* True: it must not be picked now. */
+CRPCI_FN bool crpci_breaker_open(const crpci_breaker *b, const crpci_breaker_options *o,
+                                 int64_t now_us)
+{
+    if (CRPCI_LIKELY(b->state == CRPCI_BREAKER_CLOSED) || o->error_percent <= 0)
+        return false;
+    return now_us < b->until_us;
+}
+
+/* False: it is being restored, and this draw is not within the share of calls that it gets. */
+CRPCI_FN bool crpci_breaker_ramped(const crpci_breaker *b, const crpci_breaker_options *o,
+                                   int64_t now_us, uint32_t random)
+{
+    int64_t passed = now_us - b->since_us;
+    uint64_t share;
+    if (CRPCI_LIKELY(!b->open_us) || b->state != CRPCI_BREAKER_CLOSED || o->error_percent <= 0 ||
+        passed >= o->ramp_us)
+        return true;
+    share = passed > 0 ? (uint64_t)passed * (1u << 16) / (uint64_t)o->ramp_us : 0;
+    share = ((1u << 16) * CRPCI_BREAKER_RAMP_PERCENT + share * (100 - CRPCI_BREAKER_RAMP_PERCENT)) /
+            100;
+    return random >> 16 < share;
+}
+
+/* A call goes to it. It may do so while the breaker is open, where no other provider is left. */
+CRPCI_FN void crpci_breaker_begin(crpci_breaker *b, const crpci_breaker_options *o, int64_t now_us)
+{
+    b->active++;
+    if (b->state == CRPCI_BREAKER_CLOSED || o->error_percent <= 0 ||
+        crpci_breaker_open(b, o, now_us))
+        return;
+    b->state = CRPCI_BREAKER_PROBING;
+    b->until_us = now_us + crpci_breaker_open_most(o) + CRPCI_BREAKER_LOST_US;
+}
+
+CRPCI_FN void crpci_breaker_trip(crpci_breaker *b, const crpci_breaker_options *o, bool again,
+                                 int64_t now_us, uint32_t random)
+{
+    int64_t most = crpci_breaker_open_most(o);
+    if (!again || !b->open_us)
+        b->open_us = o->open_us;
+    else
+        b->open_us = b->open_us > most / 2 ? most : b->open_us * 2;
+    b->open_us = b->open_us > 0 ? b->open_us : 1;
+    b->state = CRPCI_BREAKER_OPEN;
+    b->since_us = now_us;
+    /* three quarters of it to all of it, so that not all clients probe together */
+    b->until_us = now_us + b->open_us - (int64_t)((uint64_t)(b->open_us / 4) * (random >> 16) >> 16);
+}
+
+/* Counts a call in the newest slice, empties those that are past, and says whether there are too
+ * many bad ones. */
+CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options *o, bool error,
+                                  bool slow, int64_t now_us)
+{
+    int64_t width = o->window_us / CRPCI_BREAKER_SLICES;
+    int64_t slice = now_us / (width > 0 ? width : 1);
+    uint64_t calls = 0, errors = 0, slows = 0;
+    crpci_breaker_slice *s;
+    unsigned i;
+    if (slice - b->slice >= CRPCI_BREAKER_SLICES)
+        b->slice = slice - CRPCI_BREAKER_SLICES;
+    while (b->slice < slice)
+        memset(&b->slices[++b->slice & (CRPCI_BREAKER_SLICES - 1)], 0, sizeof *s);
+    s = &b->slices[b->slice & (CRPCI_BREAKER_SLICES - 1)];
+    s->calls++;
+    s->errors += error;
+    s->slow += slow;
+    for (i = 0; i < CRPCI_BREAKER_SLICES; i++) {
+        calls += b->slices[i].calls;
+        errors += b->slices[i].errors;
+        slows += b->slices[i].slow;
+    }
+    if (calls < (uint64_t)(o->min_requests > 0 ? o->min_requests : 1))
+        return false;
+    return errors * 100 >= calls * (uint64_t)o->error_percent ||
+           (slows && slows * 100 >= calls * (uint64_t)o->slow_percent);
+}
+
+/* A call that began has ended. latency_us: since its begin. True: the breaker has just opened, also
+ * because a probe failed; the caller sees to it that not too many are, with crpci_breaker_reset. */
+CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o,
+                                crpci_breaker_outcome outcome, int64_t latency_us, int64_t now_us,
+                                uint32_t random)
+{
+    bool alone = b->active <= 1; /* then it is the probe, from wherever the latency was measured */
+    bool old = now_us - latency_us < b->since_us;
+    bool slow = o->slow_us > 0 && o->slow_percent > 0 && latency_us >= o->slow_us;
+    if (b->active)
+        b->active--;
+    if (o->error_percent <= 0 || b->state == CRPCI_BREAKER_OPEN)
+        return false;
+    if (b->state == CRPCI_BREAKER_CLOSED) {
+        if (old || outcome == CRPCI_BREAKER_IGNORE ||
+            !crpci_breaker_count(b, o, outcome == CRPCI_BREAKER_ERROR, slow, now_us))
+            return false;
+        crpci_breaker_trip(b, o, now_us - b->since_us < CRPCI_BREAKER_AGAIN_US, now_us, random);
+        return true;
+    }
+    if (old && !alone)
+        return false;
+    if (outcome == CRPCI_BREAKER_IGNORE) { /* the next call is the probe */
+        b->state = CRPCI_BREAKER_OPEN;
+        b->until_us = now_us;
+        return false;
+    }
+    if (outcome == CRPCI_BREAKER_ERROR || slow) {
+        crpci_breaker_trip(b, o, true, now_us, random);
+        return true;
+    }
+    b->state = CRPCI_BREAKER_CLOSED;
+    b->since_us = now_us;
+    memset(b->slices, 0, sizeof b->slices);
+    return false;
+}
+
+/* ======================================================================== */
+/* >>impl-balance   which provider a call goes to                            */
+/* ======================================================================== */
+
+/* Every kind has a choice of its own, in constant time or in that of a heap. If what it chooses
+ * cannot be used it chooses again, a few times, and then looks at all providers: so a pick fails
+ * only if no provider can be used. Weight 0 is drained: taken only if there is nothing else.
+ *
+ *   random                uniformly
+ *   weighted random       by weight
+ *   round robin           in the order of the list
+ *   weighted round robin  each has a turn every 1/weight of virtual time; the first turn at random
+ *   least active          fewest calls under way per weight; among equals by weighted round robin,
+ *                         which is, where weights are equal, who was taken longest ago
+ *   consistent hash       160 points each on a ring; weights are ignored
+ *   p2c                   the better of two: latency x (calls under way + 1) / weight
+ *
+ * A turn is 2^52 / weight long and virtual time wraps, so times are compared by their difference.*/
+#define CRPCI_BALANCE_TURN (INT64_C(1) << 52)
+#define CRPCI_BALANCE_CATCH_UP_BITS 60 /* of virtual time, till those behind are looked after */
+#define CRPCI_BALANCE_TRIES 8
+#define CRPCI_BALANCE_POINTS 160
+#define CRPCI_BALANCE_INDEX_BITS 20 /* of a point on the ring; above them the hash */
+#define CRPCI_BALANCE_MOST (1u << CRPCI_BALANCE_INDEX_BITS) /* providers */
+#define CRPCI_BALANCE_WALK 64       /* points looked at along the ring */
+#define CRPCI_BALANCE_HALF_US 6931472 /* a latency counts half after so long: e^(-t / 10 s) */
+#define CRPCI_BALANCE_LATENCY_MOST (1 << 25) /* 33 s */
+
+typedef enum crpci_balance_kind {
+    CRPCI_BALANCE_RANDOM,
+    CRPCI_BALANCE_WEIGHTED_RANDOM,
+    CRPCI_BALANCE_ROUND_ROBIN,
+    CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
+    CRPCI_BALANCE_LEAST_ACTIVE,
+    CRPCI_BALANCE_CONSISTENT_HASH,
+    CRPCI_BALANCE_P2C
+} crpci_balance_kind;
+
+/* A provider, as its channel's balancer sees it. All zero but for address and weight when it is
+ * first put into a list; then it may go and come again. In one balancer at a time. */
+typedef struct crpci_balance_node {
+    const char *address;
+    uint32_t weight; /* 0: drained. Changed by crpci_balance_reweigh while in a list */
+    uint32_t active; /* calls under way */
+    uint32_t index;  /* in the list */
+    uint32_t at;     /* position in the heap + 1, 0: not in it */
+    uint64_t hash;   /* of the address */
+    uint64_t length; /* of its turn */
+    uint64_t turn;   /* virtual time of the next one */
+    int64_t latency; /* in microseconds, peaks at once and fading; 0: never measured */
+    int64_t latency_us; /* as of when */
+} crpci_balance_node;
+
+typedef struct crpci_balance {
+    crpci_balance_kind kind;
+    bool started;   /* a pick has brought its random number: not every client begins alike */
+    uint32_t salt;
+    uint32_t next;  /* round robin */
+    uint32_t heaped;
+    uint32_t shift; /* a point's hash without so many bits is its bucket */
+    size_t count;
+    void *memory;
+    size_t size; /* of it */
+    /* In that memory; all NULL: there was none, picks are uniform. Then by kind. */
+    crpci_balance_node **nodes;
+    uint64_t *sums;    /* Fenwick tree of the weights: sums[i - 1] is of (i & -i) nodes up to i */
+    uint32_t *heap;    /* indices, by crpci_balance_before */
+    uint64_t *ring;    /* points in their order */
+    uint32_t *buckets; /* where in the ring each bucket ends */
+    uint64_t total;    /* of the weights */
+    uint64_t now;      /* virtual time */
+    int64_t latency;   /* of all providers, a slow average, times 64 */
+} crpci_balance;
+
+typedef bool (*crpci_balance_usable_fn)(void *user, size_t index);
+
+/* The end of splitmix64 (S. Vigna): every bit of the argument changes half of the result's. */
+CRPCI_FN uint64_t crpci_balance_mix(uint64_t x)
+{
+    x ^= x >> 30;
+    x *= UINT64_C(0xbf58476d1ce4e5b9);
+    x ^= x >> 27;
+    x *= UINT64_C(0x94d049bb133111eb);
+    return x ^ x >> 31;
+}
+
+/* FNV-1a, mixed; equal on every machine. */
+CRPCI_FN uint64_t crpci_balance_hash(const void *bytes, size_t n)
+{
+    const uint8_t *p = (const uint8_t *)bytes;
+    uint64_t h = UINT64_C(0xcbf29ce484222325);
+    size_t i;
+    for (i = 0; i < n; i++)
+        h = (h ^ p[i]) * UINT64_C(0x100000001b3);
+    return crpci_balance_mix(h);
+}
+
+/* More random numbers from one. */
+CRPCI_FN uint64_t crpci_balance_draw(uint64_t *state)
+{
+    *state += UINT64_C(0x9e3779b97f4a7c15);
+    return crpci_balance_mix(*state);
+}
+
+CRPCI_FN size_t crpci_balance_below(uint64_t *state, size_t n)
+{
+    return (size_t)((crpci_balance_draw(state) >> 32) * (uint64_t)n >> 32);
+}
+
+/* Dubbo's weight of a provider that has just started: grows in proportion to its time, from 1. */
+CRPCI_FN uint32_t crpci_balance_warm(uint32_t weight, int64_t uptime_ms, int64_t warmup_ms)
+{
+    uint64_t w;
+    if (!weight || uptime_ms >= warmup_ms || warmup_ms <= 0)
+        return weight;
+    if (uptime_ms <= 0)
+        return 1;
+    while (warmup_ms > INT32_MAX) {
+        warmup_ms /= 2;
+        uptime_ms /= 2;
+    }
+    w = (uint64_t)uptime_ms * weight / (uint64_t)warmup_ms;
+    return w < 1 ? 1 : w > weight ? weight : (uint32_t)w;
+}
+
+/* A provider that may become one of a client's subset. */
+typedef struct crpci_balance_choice {
+    uint64_t rank;
+    size_t index; /* for the caller */
+} crpci_balance_choice;
+
+CRPCI_FN void crpci_balance_choice_init(crpci_balance_choice *c, size_t index, const char *address,
+                                        uint64_t seed)
+{
+    c->rank = crpci_balance_mix(crpci_balance_hash(address, strlen(address)) ^
+                                crpci_balance_mix(seed));
+    c->index = index;
+}
+
+CRPCI_FN void crpci_balance_choice_sift(crpci_balance_choice *c, size_t n, size_t i)
+{
+    crpci_balance_choice moved = c[i];
+    size_t child;
+    while ((child = 2 * i + 1) < n) {
+        child += child + 1 < n && c[child + 1].rank < c[child].rank;
+        if (moved.rank <= c[child].rank)
+            break;
+        c[i] = c[child];
+        i = child;
+    }
+    c[i] = moved;
+}
+
+/* Rendezvous: puts the `max` choices of the highest rank first, in no order, and returns how many
+ * there are. Each client with a seed of its own has a subset of its own, and a provider that comes
+ * or goes changes one place of it. O(count log max). */
+CRPCI_FN size_t crpci_balance_subset(crpci_balance_choice *choices, size_t count, size_t max)
+{
+    size_t i;
+    if (!max || count <= max)
+        return max ? count : 0;
+    for (i = max / 2; i-- > 0;)
+        crpci_balance_choice_sift(choices, max, i);
+    for (i = max; i < count; i++) {
+        crpci_balance_choice c = choices[i];
+        if (c.rank <= choices[0].rank)
+            continue;
+        choices[i] = choices[0];
+        choices[0] = c;
+        crpci_balance_choice_sift(choices, max, 0);
+    }
+    return max;
+}
+
+CRPCI_FN int crpci_balance_open(crpci_balance *b, crpci_balance_kind kind)
+{
+    memset(b, 0, sizeof *b);
+    b->kind = kind;
+    return CRPC_OK;
+}
+
+CRPCI_FN void crpci_balance_close(crpci_balance *b, crpci_heap *h)
+{
+    crpci_heap_free(h, b->memory, b->size);
+    memset(b, 0, sizeof *b);
+}
+
+/* --- turns, and the heap of the kinds that go by them */
+
+CRPCI_FN bool crpci_balance_turns(const crpci_balance *b)
+{
+    return b->kind == CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN || b->kind == CRPCI_BALANCE_LEAST_ACTIVE;
+}
+
+/* Whether x is to be taken before y. Neither has weight 0. */
+CRPCI_FN bool crpci_balance_before(const crpci_balance *b, const crpci_balance_node *x,
+                                   const crpci_balance_node *y)
+{
+    if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE) {
+        uint64_t busy = (uint64_t)x->active * y->weight, other = (uint64_t)y->active * x->weight;
+        if (busy != other)
+            return busy < other;
+    }
+    return (int64_t)(x->turn - y->turn) < 0;
+}
+
+CRPCI_FN void crpci_balance_place(crpci_balance *b, uint32_t at, uint32_t index)
+{
+    b->heap[at] = index;
+    b->nodes[index]->at = at + 1;
+}
+
+/* Restores the heap after the node at a position has changed. */
+CRPCI_FN void crpci_balance_sift(crpci_balance *b, uint32_t at)
+{
+    uint32_t index = b->heap[at], child;
+    const crpci_balance_node *n = b->nodes[index];
+    while (at && crpci_balance_before(b, n, b->nodes[b->heap[(at - 1) / 2]])) {
+        crpci_balance_place(b, at, b->heap[(at - 1) / 2]);
+        at = (at - 1) / 2;
+    }
+    while ((child = 2 * at + 1) < b->heaped) {
+        if (child + 1 < b->heaped &&
+            crpci_balance_before(b, b->nodes[b->heap[child + 1]], b->nodes[b->heap[child]]))
+            child++;
+        if (!crpci_balance_before(b, b->nodes[b->heap[child]], n))
+            break;
+        crpci_balance_place(b, at, b->heap[child]);
+        at = child;
+    }
+    crpci_balance_place(b, at, index);
+}
+
+/* The first turn: anywhere within its length, so that equals do not come in a row. */
+CRPCI_FN void crpci_balance_first_turn(crpci_balance *b, crpci_balance_node *n)
+{
+    n->turn = b->now + crpci_balance_mix(n->hash ^ b->salt) % n->length;
+}
+
+/* Its weight has changed, or it comes into the list: the next turn comes no later than it would
+ * have, and no later than the new length demands. */
+CRPCI_FN void crpci_balance_retime(crpci_balance *b, crpci_balance_node *n)
+{
+    int64_t ahead = (int64_t)(n->turn - b->now);
+    bool fresh = !n->length;
+    n->length = n->weight ? (uint64_t)CRPCI_BALANCE_TURN / n->weight : 0;
+    if (!n->weight)
+        return;
+    if (fresh || ahead > CRPCI_BALANCE_TURN || ahead < -CRPCI_BALANCE_TURN)
+        crpci_balance_first_turn(b, n);
+    else if (ahead > (int64_t)n->length)
+        n->turn = b->now + n->length;
+}
+
+/* Who is behind comes to the present: no two times may be so far apart that the sign of their
+ * difference is wrong. The heap stays one, since the order of no two turns around. */
+CRPCI_FN void crpci_balance_catch_up(crpci_balance *b)
+{
+    uint32_t at;
+    for (at = 0; at < b->heaped; at++) {
+        crpci_balance_node *n = b->nodes[b->heap[at]];
+        if ((int64_t)(n->turn - b->now) < 0)
+            n->turn = b->now;
+    }
+}
+
+/* It has its turn now; the next is one length later. Who could not be used for a while gets one
+ * turn at once and not all that it missed. */
+CRPCI_FN void crpci_balance_take(crpci_balance *b, crpci_balance_node *n)
+{
+    uint64_t was = b->now;
+    if ((int64_t)(n->turn - b->now) >= 0)
+        b->now = n->turn;
+    else
+        b->now++; /* by one, so that those who are taken late keep their order */
+    n->turn = b->now + n->length;
+    crpci_balance_sift(b, n->at - 1);
+    if ((was ^ b->now) >> CRPCI_BALANCE_CATCH_UP_BITS)
+        crpci_balance_catch_up(b);
+}
+
+CRPCI_FN void crpci_balance_heap_out(crpci_balance *b, crpci_balance_node *n)
+{
+    uint32_t at = n->at - 1, last = b->heap[--b->heaped];
+    n->at = 0;
+    if (at == b->heaped)
+        return;
+    crpci_balance_place(b, at, last);
+    crpci_balance_sift(b, at);
+}
+
+CRPCI_FN void crpci_balance_heap_in(crpci_balance *b, crpci_balance_node *n)
+{
+    crpci_balance_place(b, b->heaped++, n->index);
+    crpci_balance_sift(b, n->at - 1);
+}
+
+/* --- the ring */
+
+/* The points of a node's hash in the upper bits, its index in the lower. */
+CRPCI_FN uint64_t crpci_balance_point(const crpci_balance_node *n, unsigned k)
+{
+    uint64_t state = n->hash + k * UINT64_C(0x9e3779b97f4a7c15);
+    return crpci_balance_draw(&state) >> CRPCI_BALANCE_INDEX_BITS << CRPCI_BALANCE_INDEX_BITS |
+           n->index;
+}
+
+/* Sorts all points by their upper bits into buckets of about four, directly to their places, and
+ * then each among its neighbours. */
+CRPCI_FN void crpci_balance_ring_build(crpci_balance *b)
+{
+    size_t points = b->count * CRPCI_BALANCE_POINTS, i, j;
+    size_t buckets = (size_t)1 << (64 - b->shift);
+    unsigned k;
+    for (i = 0; i < b->count; i++) {
+        for (k = 0; k < CRPCI_BALANCE_POINTS; k++)
+            b->buckets[crpci_balance_point(b->nodes[i], k) >> b->shift]++;
+    }
+    for (i = 0, j = 0; i < buckets; i++) { /* from how many it has to where it begins */
+        size_t has = b->buckets[i];
+        b->buckets[i] = (uint32_t)j;
+        j += has;
+    }
+    for (i = 0; i < b->count; i++) {
+        for (k = 0; k < CRPCI_BALANCE_POINTS; k++) {
+            uint64_t point = crpci_balance_point(b->nodes[i], k);
+            b->ring[b->buckets[point >> b->shift]++] = point;
+        }
+    }
+    for (i = 1; i < points; i++) {
+        uint64_t point = b->ring[i];
+        for (j = i; j && b->ring[j - 1] > point; j--)
+            b->ring[j] = b->ring[j - 1];
+        b->ring[j] = point;
+    }
+}
+
+/* The first point at or after a hash; one past the last is the first again. */
+CRPCI_FN size_t crpci_balance_ring_find(const crpci_balance *b, uint64_t hash)
+{
+    size_t bucket = (size_t)(hash >> b->shift);
+    size_t i = bucket ? b->buckets[bucket - 1] : 0;
+    while (i < b->buckets[bucket] && b->ring[i] < hash)
+        i++;
+    return i < b->count * CRPCI_BALANCE_POINTS ? i : 0;
+}
+
+/* --- lists */
+
+CRPCI_FN void crpci_balance_sums_add(crpci_balance *b, size_t i, uint64_t by)
+{
+    for (i++; i <= b->count; i += i & (0 - i))
+        b->sums[i - 1] += by; /* modulo 2^64, so that it can be a reduction */
+}
+
+/* The node in whose share of the weight line a number below the total falls. */
+CRPCI_FN size_t crpci_balance_sums_find(const crpci_balance *b, uint64_t offset)
+{
+    size_t i = 0, step = 1;
+    while (step <= b->count / 2)
+        step *= 2;
+    for (; step; step /= 2) {
+        if (i + step <= b->count && b->sums[i + step - 1] <= offset) {
+            i += step;
+            offset -= b->sums[i - 1];
+        }
+    }
+    return i;
+}
+
+/* How many buckets there are for so many points, as the bits of a hash that choose one. */
+CRPCI_FN unsigned crpci_balance_bucket_bits(size_t count)
+{
+    unsigned bits = 1;
+    while (count * CRPCI_BALANCE_POINTS >> (bits + 2))
+        bits++;
+    return bits;
+}
+
+/* How much memory a list takes. */
+CRPCI_FN size_t crpci_balance_bytes(const crpci_balance *b, size_t count)
+{
+    size_t each = sizeof *b->nodes;
+    if (!count)
+        return 0;
+    if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
+        each += sizeof *b->sums;
+    if (crpci_balance_turns(b))
+        each += sizeof *b->heap;
+    if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH)
+        return count * (each + CRPCI_BALANCE_POINTS * sizeof *b->ring) +
+               (sizeof *b->buckets << crpci_balance_bucket_bits(count));
+    return count * each;
+}
+
+/* Where everything goes in it: what is aligned to 8 bytes comes first. */
+CRPCI_FN void crpci_balance_layout(crpci_balance *b)
+{
+    uint8_t *at = (uint8_t *)b->memory;
+    memset(at, 0, b->size);
+    if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM) {
+        b->sums = (uint64_t *)(void *)at;
+        at += b->count * sizeof *b->sums;
+    } else if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH) {
+        unsigned bits = crpci_balance_bucket_bits(b->count);
+        b->shift = 64 - bits;
+        b->ring = (uint64_t *)(void *)at;
+        at += b->count * CRPCI_BALANCE_POINTS * sizeof *b->ring;
+        b->buckets = (uint32_t *)(void *)at;
+        at += sizeof *b->buckets << bits;
+    }
+    b->nodes = (crpci_balance_node **)(void *)at;
+    at += b->count * sizeof *b->nodes;
+    if (crpci_balance_turns(b))
+        b->heap = (uint32_t *)(void *)at;
+}
+
+/* Memory for a list of b->count; what there is stays if it does. */
+CRPCI_FN int crpci_balance_reserve(crpci_balance *b, crpci_heap *h)
+{
+    bool many = b->count > CRPCI_BALANCE_MOST;
+    size_t size = many ? 0 : crpci_balance_bytes(b, b->count);
+    b->nodes = NULL;
+    if (size > b->size || size < b->size / 4) {
+        crpci_heap_free(h, b->memory, b->size);
+        b->size = 0;
+        b->memory = size ? crpci_heap_alloc(h, size) : NULL;
+        b->size = b->memory ? size : 0;
+    }
+    if (many || b->size < size)
+        return CRPC_ENOMEM;
+    if (size)
+        crpci_balance_layout(b);
+    return CRPC_OK;
+}
+
+/* A new list. The nodes are kept, not the array; one that was in the list before keeps its
+ * statistics, and one that is in it no more is not looked at again. CRPC_ENOMEM: picks go on,
+ * uniformly over the new list. */
+CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_node **nodes,
+                                 size_t count)
+{
+    size_t i;
+    b->count = count;
+    b->heaped = 0;
+    b->total = 0;
+    if (b->next >= count)
+        b->next = 0;
+    if (crpci_balance_reserve(b, h))
+        return CRPC_ENOMEM;
+    for (i = 0; i < count; i++) {
+        crpci_balance_node *n = nodes[i];
+        b->nodes[i] = n;
+        n->index = (uint32_t)i;
+        n->at = 0;
+        if (!n->hash)
+            n->hash = crpci_balance_hash(n->address, strlen(n->address));
+        b->total += n->weight;
+        crpci_balance_retime(b, n);
+        if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
+            crpci_balance_sums_add(b, i, n->weight);
+        if (crpci_balance_turns(b) && n->weight)
+            crpci_balance_heap_in(b, n);
+    }
+    if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH && count)
+        crpci_balance_ring_build(b);
+    return CRPC_OK;
+}
+
+/* The weight of a node of the list changes. */
+CRPCI_FN void crpci_balance_reweigh(crpci_balance *b, size_t i, uint32_t weight)
+{
+    crpci_balance_node *n;
+    uint64_t more;
+    if (!b->nodes || i >= b->count || b->nodes[i]->weight == weight)
+        return;
+    n = b->nodes[i];
+    more = (uint64_t)weight - n->weight; /* modulo 2^64 */
+    n->weight = weight;
+    b->total += more;
+    crpci_balance_retime(b, n);
+    if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
+        crpci_balance_sums_add(b, i, more);
+    if (!crpci_balance_turns(b))
+        return;
+    if (!weight)
+        crpci_balance_heap_out(b, n);
+    else if (!n->at)
+        crpci_balance_heap_in(b, n);
+    else
+        crpci_balance_sift(b, n->at - 1);
+}
+
+/* --- picking */
+
+typedef struct crpci_balance_query {
+    uint64_t key;
+    uint64_t state; /* of the random numbers */
+    int64_t now_us;
+    crpci_balance_usable_fn usable;
+    void *user;
+} crpci_balance_query;
+
+CRPCI_FN bool crpci_balance_usable(const crpci_balance_query *q, size_t i)
+{
+    return !q->usable || q->usable(q->user, i);
+}
+
+/* Usable and not drained. */
+CRPCI_FN bool crpci_balance_fit(const crpci_balance *b, const crpci_balance_query *q, size_t i)
+{
+    return (!b->nodes || b->nodes[i]->weight) && crpci_balance_usable(q, i);
+}
+
+/* One of all that can be used, by weight or uniformly: of those that are drained, or the others. */
+CRPCI_FN int crpci_balance_scan(const crpci_balance *b, crpci_balance_query *q, bool weighted,
+                                bool drained)
+{
+    uint64_t total = 0;
+    int chosen = -1;
+    size_t i;
+    for (i = 0; i < b->count; i++) {
+        uint32_t weight = b->nodes ? b->nodes[i]->weight : 1;
+        if ((weight == 0) != drained || !crpci_balance_usable(q, i))
+            continue;
+        weight = weighted ? weight : 1;
+        total += weight;
+        if (crpci_balance_draw(&q->state) % total < weight)
+            chosen = (int)i;
+    }
+    return chosen;
+}
+
+CRPCI_FN int crpci_balance_pick_random(const crpci_balance *b, crpci_balance_query *q)
+{
+    int tries;
+    for (tries = 0; tries < CRPCI_BALANCE_TRIES; tries++) {
+        size_t i = crpci_balance_below(&q->state, b->count);
+        if (crpci_balance_fit(b, q, i))
+            return (int)i;
+    }
+    return crpci_balance_scan(b, q, false, false);
+}
+
+CRPCI_FN int crpci_balance_pick_weighted(const crpci_balance *b, crpci_balance_query *q)
+{
+    int tries;
+    for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->total; tries++) {
+        size_t i = crpci_balance_sums_find(b, crpci_balance_draw(&q->state) % b->total);
+        if (crpci_balance_usable(q, i))
+            return (int)i;
+    }
+    return crpci_balance_scan(b, q, true, false);
+}
+
+CRPCI_FN int crpci_balance_pick_next(crpci_balance *b, const crpci_balance_query *q)
+{
+    size_t tries;
+    for (tries = 0; tries < b->count; tries++) {
+        uint32_t i = b->next;
+        b->next = i + 1 < b->count ? i + 1 : 0;
+        if (crpci_balance_fit(b, q, i))
+            return (int)i;
+    }
+    return -1;
+}
+
+/* Who comes first in the heap. Who cannot be used loses its turn. */
+CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, const crpci_balance_query *q)
+{
+    crpci_balance_node *best = NULL;
+    int tries;
+    size_t i;
+    for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->heaped; tries++) {
+        crpci_balance_node *n = b->nodes[b->heap[0]];
+        bool usable = crpci_balance_usable(q, n->index);
+        crpci_balance_take(b, n);
+        if (usable)
+            return (int)n->index;
+    }
+    for (i = 0; i < b->count; i++) {
+        crpci_balance_node *n = b->nodes[i];
+        if (n->weight && (!best || crpci_balance_before(b, n, best)) && crpci_balance_usable(q, i))
+            best = n;
+    }
+    if (!best)
+        return -1;
+    crpci_balance_take(b, best);
+    return (int)best->index;
+}
+
+/* The first that can be used from the key's place on the ring on. Where hardly any can, the one
+ * whose address and key together hash to the most: as constant, but each must be looked at. */
+CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balance_query *q)
+{
+    uint64_t hash = crpci_balance_mix(q->key), most = 0;
+    size_t points = b->count * CRPCI_BALANCE_POINTS, i, last = b->count;
+    size_t at = crpci_balance_ring_find(
+        b, hash >> CRPCI_BALANCE_INDEX_BITS << CRPCI_BALANCE_INDEX_BITS);
+    int tries, chosen = -1;
+    for (tries = 0; tries < CRPCI_BALANCE_WALK; tries++) {
+        i = (size_t)(b->ring[at] & ((1u << CRPCI_BALANCE_INDEX_BITS) - 1));
+        if (i != last && crpci_balance_fit(b, q, i))
+            return (int)i;
+        last = i;
+        at = at + 1 < points ? at + 1 : 0;
+    }
+    for (i = 0; i < b->count; i++) {
+        uint64_t rank = crpci_balance_mix(b->nodes[i]->hash ^ hash);
+        if ((chosen < 0 || rank > most) && crpci_balance_fit(b, q, i)) {
+            chosen = (int)i;
+            most = rank;
+        }
+    }
+    return chosen;
+}
+
+/* --- p2c: what a call costs there */
+
+/* What is left of a latency after some time: half of it each CRPCI_BALANCE_HALF_US, and straight
+ * lines between. */
+CRPCI_FN int64_t crpci_balance_fade(int64_t latency, int64_t passed_us)
+{
+    if (passed_us <= 0)
+        return latency;
+    if (passed_us >= CRPCI_BALANCE_HALF_US) {
+        if (passed_us >= 32 * (int64_t)CRPCI_BALANCE_HALF_US)
+            return 0;
+        latency >>= passed_us / CRPCI_BALANCE_HALF_US;
+        passed_us %= CRPCI_BALANCE_HALF_US;
+    }
+    return latency - latency * passed_us / (2 * CRPCI_BALANCE_HALF_US);
+}
+
+/* Who was never measured gets one call at once, and no more before that one has ended. */
+CRPCI_FN uint64_t crpci_balance_cost(const crpci_balance_node *n, int64_t now_us)
+{
+    uint64_t active = n->active < (1u << 20) ? n->active : 1u << 20;
+    uint64_t latency = CRPCI_BALANCE_LATENCY_MOST;
+    if (!n->latency && !n->active)
+        return 0;
+    if (n->latency)
+        latency = (uint64_t)crpci_balance_fade(n->latency, now_us - n->latency_us) + 1;
+    return (latency * (active + 1) << 16) / n->weight;
+}
+
+/* Takes a latency up at once and down slowly: a peak is believed, a single quick reply is not. */
+CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_node *n, bool ok,
+                                    int64_t latency, int64_t now_us)
+{
+    int64_t faded = crpci_balance_fade(n->latency, now_us - n->latency_us);
+    latency = latency > 1 ? latency : 1;
+    if (ok) {
+        b->latency += b->latency ? latency - b->latency / 64 : latency * 64;
+    } else { /* to fail quickly must not attract calls */
+        int64_t usual = b->latency / 64 > n->latency ? b->latency / 64 : n->latency;
+        latency = latency > 2 * usual ? latency : 2 * usual;
+    }
+    latency = crpci_base_min64(latency, CRPCI_BALANCE_LATENCY_MOST);
+    if (latency < n->latency)
+        latency = faded + latency - crpci_balance_fade(latency, now_us - n->latency_us);
+    n->latency = latency > 1 ? latency : 1;
+    n->latency_us = now_us;
+}
+
+CRPCI_FN int crpci_balance_better(const crpci_balance *b, size_t i, size_t j, int64_t now_us)
+{
+    return (int)(crpci_balance_cost(b->nodes[j], now_us) < crpci_balance_cost(b->nodes[i], now_us)
+                     ? j
+                     : i);
+}
+
+/* Two of all that can be used, each pair as likely; the better one. */
+CRPCI_FN int crpci_balance_scan_two(const crpci_balance *b, crpci_balance_query *q)
+{
+    size_t two[2] = {0, 0}, seen = 0, i, place;
+    for (i = 0; i < b->count; i++) {
+        if (!crpci_balance_fit(b, q, i))
+            continue;
+        place = seen < 2 ? seen : crpci_balance_below(&q->state, seen + 1);
+        if (place < 2)
+            two[place] = i;
+        seen++;
+    }
+    if (seen < 2)
+        return seen ? (int)two[0] : -1;
+    return crpci_balance_better(b, two[0], two[1], q->now_us);
+}
+
+CRPCI_FN int crpci_balance_pick_two(const crpci_balance *b, crpci_balance_query *q)
+{
+    size_t first = 0, second;
+    int tries;
+    for (tries = 0; tries < CRPCI_BALANCE_TRIES; tries++) {
+        first = crpci_balance_below(&q->state, b->count);
+        if (crpci_balance_fit(b, q, first))
+            break;
+    }
+    if (tries == CRPCI_BALANCE_TRIES)
+        return crpci_balance_scan_two(b, q);
+    for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->count > 1; tries++) {
+        second = first + 1 + crpci_balance_below(&q->state, b->count - 1);
+        second -= second < b->count ? 0 : b->count;
+        if (crpci_balance_fit(b, q, second))
+            return crpci_balance_better(b, first, second, q->now_us);
+    }
+    return (int)first;
+}
+
+/* --- the whole */
+
+/* With the first pick a random number comes: each client begins elsewhere. */
+CRPCI_FN void crpci_balance_start(crpci_balance *b, uint32_t random)
+{
+    size_t i;
+    b->started = true;
+    b->salt = random;
+    b->next = random % (uint32_t)b->count;
+    if (!b->nodes || !crpci_balance_turns(b))
+        return;
+    b->heaped = 0;
+    for (i = 0; i < b->count; i++) {
+        if (!b->nodes[i]->weight)
+            continue;
+        crpci_balance_first_turn(b, b->nodes[i]);
+        crpci_balance_heap_in(b, b->nodes[i]);
+    }
+}
+
+/* The index of the provider for a call, -1: none can be used. key: for the consistent hash alone;
+ * any number, it is mixed. usable may be NULL. */
+CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random, int64_t now_us,
+                                crpci_balance_usable_fn usable, void *user)
+{
+    crpci_balance_query q;
+    int i;
+    if (!b->count)
+        return -1;
+    if (!b->started)
+        crpci_balance_start(b, random);
+    q.key = key;
+    q.state = random;
+    q.now_us = now_us;
+    q.usable = usable;
+    q.user = user;
+    if (!b->nodes || b->kind == CRPCI_BALANCE_RANDOM)
+        i = crpci_balance_pick_random(b, &q);
+    else if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
+        i = crpci_balance_pick_weighted(b, &q);
+    else if (b->kind == CRPCI_BALANCE_ROUND_ROBIN)
+        i = crpci_balance_pick_next(b, &q);
+    else if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH)
+        i = crpci_balance_pick_hashed(b, &q);
+    else if (b->kind == CRPCI_BALANCE_P2C)
+        i = crpci_balance_pick_two(b, &q);
+    else
+        i = crpci_balance_pick_turn(b, &q);
+    return i >= 0 ? i : crpci_balance_scan(b, &q, false, true);
+}
+
+/* Whether a node is in the present list. */
+CRPCI_FN bool crpci_balance_has(const crpci_balance *b, const crpci_balance_node *n)
+{
+    return b->nodes && n->index < b->count && b->nodes[n->index] == n;
+}
+
+/* A call goes to a node. */
+CRPCI_FN void crpci_balance_node_begin(crpci_balance *b, crpci_balance_node *n, int64_t now_us)
+{
+    (void)now_us;
+    n->active++;
+    if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, n) && n->at)
+        crpci_balance_sift(b, n->at - 1);
+}
+
+/* It has ended. The node need not be in the list any more. */
+CRPCI_FN void crpci_balance_node_end(crpci_balance *b, crpci_balance_node *n, bool ok,
+                                     int64_t latency_us, int64_t now_us)
+{
+    if (n->active)
+        n->active--;
+    if (b->kind == CRPCI_BALANCE_P2C)
+        crpci_balance_measure(b, n, ok, latency_us, now_us);
+    else if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, n) && n->at)
+        crpci_balance_sift(b, n->at - 1);
+}
+
+CRPCI_FN void crpci_balance_begin(crpci_balance *b, size_t i, int64_t now_us)
+{
+    if (b->nodes && i < b->count)
+        crpci_balance_node_begin(b, b->nodes[i], now_us);
+}
+
+CRPCI_FN void crpci_balance_end(crpci_balance *b, size_t i, bool ok, int64_t latency_us,
+                                int64_t now_us)
+{
+    if (b->nodes && i < b->count)
+        crpci_balance_node_end(b, b->nodes[i], ok, latency_us, now_us);
 }
 
 /* ======================================================================== */
