@@ -122,6 +122,7 @@
  *     >>impl-worker        a bounded queue and the threads that empty it
  *     >>impl-order         requests of one key, one after another
  *     >>impl-replay        replies kept for requests that come again
+ *     >>impl-quota         what a method and a client may ask of a server
  *     >>impl-server        listeners, requests, replies, stopping
  *
  * BUILD AND OPTIONS
@@ -933,6 +934,18 @@ typedef struct crpc_server_interceptor {
     void *user;
 } crpc_server_interceptor;
 
+/* What a method may take of a server; the first entry that names it counts. What is over it is
+ * answered with CRPC_ELIMIT, undecoded. */
+typedef struct crpc_method_limit {
+    const char *service; /* full name. NULL: any */
+    const char *method;  /* NULL: any; each has a limit of its own */
+    int max_concurrency; /* requests in service at a time. 0: no limit. -1: no limit */
+    int adaptive;        /* 1: as many as it can serve without queueing, which is measured as brpc
+                            does ("auto"), beginning with 40, never under `workers`. 0: not */
+    int rate;            /* requests a second. 0: no limit. -1: no limit */
+    int burst;           /* requests at once after a pause. 0: as rate. -1: as rate */
+} crpc_method_limit;
+
 typedef struct crpc_server_options {
     const char *listen; /* tcp://host:port or unix:///path; port 0: any. NULL: crpc_server_listen */
     const char *registry; /* zookeeper://host:port,...[/root] to register in; without a root in
@@ -965,6 +978,11 @@ typedef struct crpc_server_options {
     int64_t max_skip;    /* an oversize request up to here is answered. 0: 256 MiB. -1: none */
     int64_t max_queued;  /* memory of a connection's unsent replies before reading pauses. 0: 4 MiB.
                             -1: no limit */
+    const crpc_method_limit *limits; /* borrowed until crpc_server_start has returned */
+    size_t limit_count;
+    int rate_per_client;  /* requests a second of all connections from an IP address; those by unix
+                             sockets count as one's. 0: no limit. -1: no limit */
+    int burst_per_client; /* at once after a pause. 0: as rate_per_client. -1: as rate_per_client */
     /* The replies to requests with the user_fields entry "crpc-rid", an id of up to 64 bytes that no
      * other call to the method has, are kept: one that comes again is not executed but gets the
      * same reply, after interceptors have let it through. If all entries execute it is executed,
@@ -6263,6 +6281,7 @@ struct crpci_conn {
     void *io_state;
     const crpci_conn_events *up;
     void *owner;
+    void *client; /* the upper section's word for the peer; NULL: none */
     uint32_t refs;
     uint32_t busy; /* requests being served */
     int fd;
@@ -11740,6 +11759,7 @@ typedef struct crpci_service_method {
     crpc_view names; /* as crpci_meta_put_names writes them; their bytes stand behind the methods */
     crpci_message_type request;
     crpci_message_type response;
+    void *quota; /* the upper section's; NULL: none */
 } crpci_service_method;
 
 typedef struct crpci_service {
@@ -12014,19 +12034,9 @@ typedef struct crpci_order {
     int64_t max_waiting; /* 0: no limit */
 } crpci_order;
 
-/* FNV-1a, G. Fowler, L. C. Noll, K.-P. Vo: The FNV Non-Cryptographic Hash Algorithm (2012). */
-CRPCI_FN uint64_t crpci_order_hash(uint64_t seed, crpc_view v)
-{
-    const uint8_t *p = (const uint8_t *)crpc_view_data(v), *end = (const uint8_t *)v.end;
-    uint64_t h = UINT64_C(14695981039346656037) ^ seed;
-    for (; p < end; p++)
-        h = (h ^ *p) * UINT64_C(1099511628211);
-    return h;
-}
-
 CRPCI_FN crpci_list *crpci_order_bucket(const crpci_order *o, const crpci_order_item *i)
 {
-    return &o->buckets[(i->key ^ i->key >> 32) % CRPCI_ORDER_BUCKETS];
+    return &o->buckets[i->key % CRPCI_ORDER_BUCKETS];
 }
 
 CRPCI_COLD int crpci_order_open(crpci_order *o, crpci_heap *h, int64_t max_waiting)
@@ -12123,11 +12133,10 @@ typedef struct crpci_replay {
     int64_t bytes; /* of replies and entries */
     int64_t max_bytes;
     int64_t keep_us;
-    uint64_t seed;
 } crpci_replay;
 
 CRPCI_COLD int crpci_replay_open(crpci_replay *r, crpci_heap *h, size_t entries, int64_t max_bytes,
-                                 int64_t keep_us, uint64_t seed)
+                                 int64_t keep_us)
 {
     size_t i;
     memset(r, 0, sizeof *r);
@@ -12135,7 +12144,6 @@ CRPCI_COLD int crpci_replay_open(crpci_replay *r, crpci_heap *h, size_t entries,
     r->max = entries;
     r->max_bytes = max_bytes;
     r->keep_us = keep_us;
-    r->seed = seed;
     crpci_list_init(&r->age);
     for (r->bucket_count = 16; r->bucket_count < entries;) {
         if (r->bucket_count == CRPCI_REPLAY_BUCKETS_MAX)
@@ -12180,12 +12188,18 @@ CRPCI_FN void crpci_replay_expire(crpci_replay *r, int64_t now)
         crpci_replay_evict(r);
 }
 
+CRPCI_FN uint64_t crpci_replay_hash(const void *method, crpc_view id)
+{
+    return crpci_balance_mix(crpci_balance_hash(crpc_view_data(id), crpc_view_size(id)) ^
+                             (uint64_t)(uintptr_t)method);
+}
+
 /* The request of a method with an id, of up to CRPCI_REPLAY_ID_MAX bytes. NULL: it is new. */
 CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *method, crpc_view id,
                                                int64_t now)
 {
-    uint64_t hash = crpci_order_hash(r->seed ^ (uint64_t)(uintptr_t)method, id);
-    crpci_list *bucket = &r->buckets[(hash ^ hash >> 32) & (r->bucket_count - 1)], *i;
+    uint64_t hash = crpci_replay_hash(method, id);
+    crpci_list *bucket = &r->buckets[hash & (r->bucket_count - 1)], *i;
     size_t n = crpc_view_size(id);
     crpci_replay_expire(r, now);
     for (i = bucket->next; i != bucket; i = i->next) {
@@ -12201,7 +12215,7 @@ CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *meth
  * that there is room for execute as well. */
 CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *method, crpc_view id)
 {
-    uint64_t hash = crpci_order_hash(r->seed ^ (uint64_t)(uintptr_t)method, id);
+    uint64_t hash = crpci_replay_hash(method, id);
     crpci_replay_entry *e;
     while (r->count >= r->max || r->bytes + (int64_t)sizeof *e > r->max_bytes) {
         if (!crpci_replay_evict(r))
@@ -12216,7 +12230,7 @@ CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *metho
     memcpy(e->id, crpc_view_data(id), e->id_size);
     crpci_list_init(&e->age);
     crpci_list_init(&e->waiting);
-    crpci_list_append(&r->buckets[(hash ^ hash >> 32) & (r->bucket_count - 1)], &e->link);
+    crpci_list_append(&r->buckets[hash & (r->bucket_count - 1)], &e->link);
     r->count++;
     r->bytes += (int64_t)sizeof *e;
     return e;
@@ -12277,6 +12291,157 @@ CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, int code, const crpc_view
         to += crpc_view_size(part[i]);
     }
     return c;
+}
+
+/* ======================================================================== */
+/* >>impl-quota   what a method and a client may ask of a server            */
+/* ======================================================================== */
+
+#define CRPCI_QUOTA_START 40u       /* requests at a time that an adaptive limit begins with */
+#define CRPCI_QUOTA_BUCKETS 256u
+#define CRPCI_QUOTA_IDLE_MAX 1024u  /* clients without a connection that are remembered */
+
+/* Of one method. Not locked by itself; all zero it limits nothing. */
+typedef struct crpci_quota {
+    uint32_t max; /* requests in service; 0: no limit */
+    uint32_t active;
+    bool adaptive;
+    crpci_limiter_auto limiter;
+    crpci_limiter_bucket bucket;
+} crpci_quota;
+
+CRPCI_COLD void crpci_quota_init(crpci_quota *q, const crpc_method_limit *l, uint32_t least)
+{
+    memset(q, 0, sizeof *q);
+    q->max = l->max_concurrency > 0 ? (uint32_t)l->max_concurrency : 0;
+    q->adaptive = l->adaptive > 0;
+    crpci_limiter_auto_init(&q->limiter, least, CRPCI_QUOTA_START);
+    crpci_limiter_bucket_init(&q->bucket, l->rate, l->burst);
+}
+
+/* NULL: a request is let in and must then leave; else why it is not. */
+CRPCI_FN const char *crpci_quota_enter(crpci_quota *q, int64_t now_us)
+{
+    if (q->max && q->active >= q->max)
+        return "too many requests of the method are being served (max_concurrency)";
+    if (q->adaptive && !crpci_limiter_auto_enter(&q->limiter))
+        return "too many requests of the method are being served (adaptive)";
+    if (!crpci_limiter_bucket_take(&q->bucket, now_us)) {
+        if (q->adaptive)
+            crpci_limiter_auto_leave(&q->limiter, false, -1, now_us);
+        return "too many requests of the method in a second (rate)";
+    }
+    q->active++;
+    return NULL;
+}
+
+/* latency_us: how long it took since it came; -1: that says nothing. */
+CRPCI_FN void crpci_quota_leave(crpci_quota *q, bool ok, int64_t latency_us, int64_t now_us)
+{
+    q->active--;
+    if (q->adaptive)
+        crpci_limiter_auto_leave(&q->limiter, ok, latency_us, now_us);
+}
+
+/* All connections from one host. */
+typedef struct crpci_quota_client {
+    crpci_list link; /* in its bucket */
+    crpci_list idle; /* without connections: behind those that have been so for longer */
+    uint32_t connections;
+    uint8_t host[16];
+    crpci_limiter_bucket bucket;
+} crpci_quota_client;
+
+/* Not locked by itself. A client is known as long as it has connections, and then until there are
+ * many who left after it: coming again brings no new tokens. */
+typedef struct crpci_quota_clients {
+    crpci_heap *heap;
+    crpci_list *buckets; /* NULL: clients are not limited */
+    crpci_list idle;
+    size_t idle_count;
+    int64_t rate;
+    int64_t burst;
+} crpci_quota_clients;
+
+CRPCI_COLD int crpci_quota_open(crpci_quota_clients *c, crpci_heap *h, int64_t rate, int64_t burst)
+{
+    size_t i;
+    memset(c, 0, sizeof *c);
+    c->heap = h;
+    c->rate = rate;
+    c->burst = burst;
+    crpci_list_init(&c->idle);
+    c->buckets = (crpci_list *)crpci_heap_alloc(h, CRPCI_QUOTA_BUCKETS * sizeof *c->buckets);
+    for (i = 0; c->buckets && i < CRPCI_QUOTA_BUCKETS; i++)
+        crpci_list_init(&c->buckets[i]);
+    return c->buckets ? CRPC_OK : CRPC_ENOMEM;
+}
+
+CRPCI_FN void crpci_quota_forget(crpci_quota_clients *c)
+{
+    crpci_quota_client *k = CRPCI_CONTAINER(c->idle.next, crpci_quota_client, idle);
+    crpci_list_remove(&k->idle);
+    crpci_list_remove(&k->link);
+    crpci_heap_free(c->heap, k, sizeof *k);
+    c->idle_count--;
+}
+
+CRPCI_COLD void crpci_quota_close(crpci_quota_clients *c)
+{
+    while (c->buckets && !crpci_list_empty(&c->idle))
+        crpci_quota_forget(c);
+    crpci_heap_free(c->heap, c->buckets, CRPCI_QUOTA_BUCKETS * sizeof *c->buckets);
+    c->buckets = NULL;
+}
+
+/* The address without the port; an IPv4 one as IPv6 has it. Unix sockets are one client. */
+CRPCI_FN void crpci_quota_host(uint8_t host[16], const crpci_addr *a)
+{
+    memset(host, 0, 16);
+    if (a->u.any.sa_family == AF_INET6) {
+        memcpy(host, &a->u.in6.sin6_addr, 16);
+    } else if (a->u.any.sa_family == AF_INET) {
+        host[10] = host[11] = 0xff;
+        memcpy(host + 12, &a->u.in4.sin_addr, 4);
+    }
+}
+
+/* Whose connection it is, which is to be given back. NULL: out of memory. */
+CRPCI_FN crpci_quota_client *crpci_quota_connect(crpci_quota_clients *c, const crpci_addr *a)
+{
+    crpci_quota_client *k;
+    crpci_list *bucket, *i;
+    uint8_t host[16];
+    crpci_quota_host(host, a);
+    bucket = &c->buckets[crpci_balance_hash(host, 16) % CRPCI_QUOTA_BUCKETS];
+    for (i = bucket->next; i != bucket; i = i->next) {
+        k = CRPCI_CONTAINER(i, crpci_quota_client, link);
+        if (memcmp(k->host, host, 16) != 0)
+            continue;
+        if (!k->connections++) {
+            crpci_list_remove(&k->idle);
+            c->idle_count--;
+        }
+        return k;
+    }
+    k = (crpci_quota_client *)crpci_heap_alloc(c->heap, sizeof *k);
+    if (!k)
+        return NULL;
+    memcpy(k->host, host, 16);
+    k->connections = 1;
+    crpci_limiter_bucket_init(&k->bucket, c->rate, c->burst);
+    crpci_list_init(&k->idle);
+    crpci_list_append(bucket, &k->link);
+    return k;
+}
+
+CRPCI_FN void crpci_quota_disconnect(crpci_quota_clients *c, crpci_quota_client *k)
+{
+    if (--k->connections)
+        return;
+    crpci_list_append(&c->idle, &k->idle);
+    if (++c->idle_count > CRPCI_QUOTA_IDLE_MAX)
+        crpci_quota_forget(c);
 }
 
 /* ======================================================================== */
@@ -12344,6 +12509,9 @@ struct crpc_server {
     bool workers_over;
     crpci_order order; /* buckets NULL: no request had a key yet */
     crpci_replay replay;
+    crpci_quota *quotas; /* of methods */
+    size_t quota_count;
+    crpci_quota_clients clients;
     uint64_t replayed, unremembered;
     crpci_timer drain; /* the end of being lame, then looks at whether draining is done */
     int64_t drain_until;
@@ -12356,7 +12524,7 @@ struct crpc_server {
     crpc_server_options options; /* its strings are not to be used */
 };
 
-/* What is kept of a request that is ordered or may come again; in its context's memory. */
+/* What is kept of a request that is limited, ordered, or may come again; in its context's memory. */
 typedef struct crpci_guard {
     crpc_context *context;
     bool ordered;
@@ -12365,6 +12533,8 @@ typedef struct crpci_guard {
     crpci_replay_entry *entry; /* it is the first with that id */
     bool repeats;              /* it has come before: answered with `reply`, if that was kept */
     crpci_chunk *reply;
+    crpci_quota *quota; /* that it has entered */
+    int64_t since;
 } crpci_guard;
 
 struct crpc_context {
@@ -12658,7 +12828,7 @@ CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
     crpc_server *s = x->server;
     crpci_guard *g = NULL;
     int err = CRPC_OK;
-    if (of->ordered || crpc_view_size(of->id)) {
+    if (of->ordered || of->quota || crpc_view_size(of->id)) {
         g = (crpci_guard *)crpc_context_alloc(x, sizeof *g);
         if (!g)
             return "out of memory";
@@ -12779,15 +12949,28 @@ CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_out *out)
     return crpci_replay_copy(x->server->heap, m.error_code, part);
 }
 
+/* `served`: 1: well, 0: not, -1: it says nothing of the server. */
+CRPCI_COLD void crpci_guard_quit(crpc_server *s, crpci_guard *g, int served)
+{
+    int64_t now = g->quota ? crpci_heap_now(s->heap) : 0;
+    if (!g->quota)
+        return;
+    crpci_thread_lock(&s->guard);
+    crpci_quota_leave(g->quota, served > 0, served < 0 ? -1 : now - g->since, now);
+    crpci_thread_unlock(&s->guard);
+    g->quota = NULL;
+}
+
 /* At the end of a guarded request: its reply is kept, and goes to those who wait for the same; the
  * turn goes on. `out` is its reply, or NULL. No lock is held. */
-CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_out *out)
+CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_out *out, int served)
 {
     crpc_server *s = x->server;
     crpci_guard *g = x->guard;
     crpci_chunk *reply = g->entry && out ? crpci_guard_copy(x, out) : NULL;
     crpci_list waiting;
     crpci_list_init(&waiting);
+    crpci_guard_quit(s, g, served);
     if (g->entry) {
         crpci_thread_lock(&s->guard);
         crpci_replay_finish(&s->replay, g->entry, reply, crpci_heap_rough_now(s->heap), &waiting);
@@ -12825,7 +13008,7 @@ CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
     } else {
         out = crpci_context_encode(x, code);
     }
-    crpci_guard_end(x, out);
+    crpci_guard_end(x, out, x->guard->repeats ? -1 : !code || x->app_code);
     return out;
 }
 
@@ -12839,7 +13022,7 @@ CRPCI_COLD int crpci_context_too_late(crpc_context *x)
     crpci_conn *conn = x->conn;
     bool last;
     if (x->guard)
-        crpci_guard_end(x, NULL);
+        crpci_guard_end(x, NULL, -1);
     crpci_context_free(x);
     crpci_loop_lock(l);
     last = crpci_server_end(conn);
@@ -13105,11 +13288,11 @@ CRPCI_COLD bool crpci_server_look(crpc_server *s, crpci_conn *conn, const crpci_
     if (fields && s->options.ordered >= 0 &&
         crpci_meta_field(m->raw, CRPCI_SERVER_KEY_FIELD, &key)) {
         g->ordered = true;
-        g->order.key = crpci_order_hash(s->replay.seed, key);
+        g->order.key = crpci_balance_hash(crpc_view_data(key), crpc_view_size(key));
     } else if (s->options.ordered > 0) {
         g->ordered = true;
         g->order.of = conn;
-        g->order.key = (uint64_t)(uintptr_t)conn * UINT64_C(0x9e3779b97f4a7c15);
+        g->order.key = crpci_balance_mix((uint64_t)(uintptr_t)conn);
     }
     if (!fields || !s->replay.buckets ||
         !crpci_meta_field(m->raw, CRPCI_SERVER_ID_FIELD, &g->id) ||
@@ -13119,27 +13302,52 @@ CRPCI_COLD bool crpci_server_look(crpc_server *s, crpci_conn *conn, const crpci_
     return false;
 }
 
+/* Whether a request is within the limits of its client and its method. Returns why not, or NULL. */
+CRPCI_COLD const char *crpci_server_limit(crpc_server *s, const crpci_conn *conn, crpci_quota *q,
+                                          crpci_guard *g)
+{
+    crpci_quota_client *client = (crpci_quota_client *)conn->client;
+    const char *why = NULL;
+    if (!client && !q)
+        return NULL;
+    g->since = conn->active_us;
+    crpci_thread_lock(&s->guard);
+    if (client && !crpci_limiter_bucket_take(&client->bucket, g->since))
+        why = "too many requests of this client in a second (rate_per_client)";
+    else if (q)
+        why = crpci_quota_enter(q, g->since);
+    crpci_thread_unlock(&s->guard);
+    g->quota = why ? NULL : q;
+    return why;
+}
+
 /* Takes a request in, or refuses it. */
 CRPCI_FN void crpci_server_admit(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                  const crpci_service_method *method)
 {
     bool guarded = s->guarded || (!m->meta.usual && m->meta.fields);
-    const char *why = "out of memory";
-    crpc_context *x;
+    const char *why = NULL;
+    crpc_context *x = NULL;
     crpci_guard g;
-    if (CRPCI_UNLIKELY(guarded) && !crpci_server_look(s, conn, &m->meta, &g))
-        return;
-    x = crpci_context_new(s, conn, m, method);
-    if (CRPCI_UNLIKELY(guarded && x)) {
-        why = crpci_guard_start(x, &g);
-    } else if (x && !s->worker_count) {
-        crpci_loop_ready(conn->loop, &x->task);
-        return;
-    } else if (x) {
-        why = crpci_worker_push(&s->workers, &x->task) ? NULL : CRPCI_SERVER_CROWDED;
+    if (CRPCI_UNLIKELY(guarded)) {
+        if (!crpci_server_look(s, conn, &m->meta, &g))
+            return;
+        why = crpci_server_limit(s, conn, (crpci_quota *)method->quota, &g);
     }
-    if (!why)
+    if (CRPCI_LIKELY(!why)) {
+        x = crpci_context_new(s, conn, m, method);
+        why = x ? NULL : "out of memory";
+    }
+    if (x && CRPCI_UNLIKELY(guarded))
+        why = crpci_guard_start(x, &g);
+    else if (x && !s->worker_count)
+        crpci_loop_ready(conn->loop, &x->task);
+    else if (x && !crpci_worker_push(&s->workers, &x->task))
+        why = CRPCI_SERVER_CROWDED;
+    if (CRPCI_LIKELY(!why))
         return;
+    if (guarded)
+        crpci_guard_quit(s, &g, -1);
     crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT, why);
     if (x)
         crpci_context_reject(x);
@@ -13192,7 +13400,24 @@ CRPCI_FN void crpci_server_on_eof(crpci_conn *conn)
 CRPCI_FN void crpci_server_on_closed(crpci_conn *conn)
 {
     crpc_server *s = (crpc_server *)conn->owner;
+    if (conn->client) {
+        crpci_thread_lock(&s->guard);
+        crpci_quota_disconnect(&s->clients, (crpci_quota_client *)conn->client);
+        crpci_thread_unlock(&s->guard);
+        conn->client = NULL;
+    }
     __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
+}
+
+/* Finds out whose a new connection is. False: out of memory. */
+CRPCI_COLD bool crpci_server_know(crpc_server *s, crpci_conn *conn)
+{
+    crpci_addr a;
+    crpci_sock_peer(conn->fd, &a);
+    crpci_thread_lock(&s->guard);
+    conn->client = crpci_quota_connect(&s->clients, &a);
+    crpci_thread_unlock(&s->guard);
+    return conn->client != NULL;
 }
 
 CRPCI_FN void crpci_server_on_opened(crpci_conn *conn)
@@ -13260,6 +13485,8 @@ CRPCI_FN void crpci_server_adopt(crpc_server *s, int fd)
         conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
         if (s->options.idle_timeout_ms)
             crpci_loop_timer_set(l, &conn->timer, (int64_t)s->options.idle_timeout_ms * 1000);
+        if (s->clients.buckets && !crpci_server_know(s, conn))
+            crpci_conn_close(conn, CRPC_ENOMEM, 0);
     }
     crpci_loop_unlock(l);
 }
@@ -13447,6 +13674,8 @@ CRPCI_FN void crpci_server_free(crpc_server *s)
     crpci_service_free(&s->services, h);
     crpci_replay_close(&s->replay);
     crpci_order_close(&s->order, h);
+    crpci_quota_close(&s->clients);
+    crpci_heap_free(h, s->quotas, s->quota_count * sizeof *s->quotas);
     crpci_thread_mutex_free(&s->guard);
     crpci_heap_free(h, s->enrolments, s->enrolled * sizeof *s->enrolments);
     crpci_heap_strfree(h, s->registry_url);
@@ -13493,19 +13722,20 @@ CRPCI_COLD void crpci_server_configure(crpc_server *s, const crpc_server_options
     o->replay_entries = (int)crpci_base_option(in->replay_entries, 0, 0);
     o->replay_ms = (int)crpci_base_option(in->replay_ms, 60000, 0);
     o->replay_bytes = crpci_base_option(in->replay_bytes, 4 << 20, INT64_MAX);
-    s->guarded = o->ordered > 0;
+    s->guarded = o->ordered > 0 || o->rate_per_client > 0;
 }
 
-/* What the guard needs from the start. */
+/* What is needed from the start to remember requests and to know clients. */
 CRPCI_COLD int crpci_server_prepare(crpc_server *s)
 {
-    crpc_server_options *o = &s->options;
-    uint64_t seed = (uint64_t)crpci_loop_random(s->loop) << 32 | crpci_loop_random(s->loop);
-    s->replay.seed = seed;
-    if (!o->replay_entries)
-        return CRPC_OK;
-    return crpci_replay_open(&s->replay, s->heap, (size_t)o->replay_entries, o->replay_bytes,
-                             (int64_t)o->replay_ms * 1000, seed);
+    const crpc_server_options *o = &s->options;
+    int err = CRPC_OK;
+    if (o->replay_entries)
+        err = crpci_replay_open(&s->replay, s->heap, (size_t)o->replay_entries, o->replay_bytes,
+                                (int64_t)o->replay_ms * 1000);
+    if (!err && o->rate_per_client > 0)
+        err = crpci_quota_open(&s->clients, s->heap, o->rate_per_client, o->burst_per_client);
+    return err;
 }
 
 CRPCI_FN void crpci_server_drain_tick(crpc_loop *l, crpci_timer *t);
@@ -13743,6 +13973,70 @@ CRPCI_COLD void crpci_server_withdraw(crpc_server *s)
 
 /* --- starting --------------------------------------------------------------------------------- */
 
+CRPCI_COLD bool crpci_server_limits(const crpc_method_limit *l, const crpc_method *m,
+                                    const char *service)
+{
+    return (!l->service || strcmp(l->service, service) == 0) &&
+           (!l->method || strcmp(l->method, m->name) == 0);
+}
+
+/* Gives each method its quota; with NULL only counts those that have one. */
+CRPCI_COLD size_t crpci_server_share(crpc_server *s, crpci_quota *quotas)
+{
+    const crpc_server_options *o = &s->options;
+    size_t i, k, n = 0, of;
+    for (i = 0; i < s->services.count; i++) {
+        const crpci_service *v = &s->services.items[i];
+        for (k = 0; k < v->table->method_count; k++) {
+            for (of = 0; of < o->limit_count; of++) {
+                if (crpci_server_limits(&o->limits[of], &v->table->methods[k], v->table->name))
+                    break;
+            }
+            if (of == o->limit_count)
+                continue;
+            if (quotas) {
+                crpci_quota_init(&quotas[n], &o->limits[of], (uint32_t)o->workers);
+                v->methods[k].quota = &quotas[n];
+            }
+            n++;
+        }
+    }
+    return n;
+}
+
+/* A limit that names nothing is a mistake. */
+CRPCI_COLD int crpci_server_check_limit(const crpc_server *s, const crpc_method_limit *l,
+                                        crpc_error *error)
+{
+    size_t i, k;
+    for (i = 0; i < s->services.count; i++) {
+        const crpc_service *table = s->services.items[i].table;
+        for (k = 0; k < table->method_count; k++) {
+            if (crpci_server_limits(l, &table->methods[k], table->name))
+                return CRPC_OK;
+        }
+    }
+    return crpci_status_set(error, CRPC_EINVAL, "a limit is for %.80s.%.80s, which is not offered",
+                            l->service ? l->service : "*", l->method ? l->method : "*");
+}
+
+CRPCI_COLD int crpci_server_start_limits(crpc_server *s, crpc_error *error)
+{
+    size_t i;
+    int err = CRPC_OK;
+    for (i = 0; i < s->options.limit_count && !err; i++)
+        err = crpci_server_check_limit(s, &s->options.limits[i], error);
+    if (err || !s->options.limit_count || s->quotas)
+        return err;
+    s->quota_count = crpci_server_share(s, NULL);
+    s->quotas = (crpci_quota *)crpci_heap_alloc(s->heap, s->quota_count * sizeof *s->quotas);
+    if (!s->quotas)
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    crpci_server_share(s, s->quotas);
+    s->guarded = true;
+    return CRPC_OK;
+}
+
 CRPCI_COLD int crpci_server_start_threads(crpc_server *s, crpc_error *error)
 {
     size_t want = (size_t)s->options.io_threads;
@@ -13785,7 +14079,8 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
         return crpci_status_set(error, CRPC_EBUSY, "the server has been started already");
     if (crpci_list_empty(&s->listeners))
         return crpci_status_set(error, CRPC_EINVAL, "nothing to listen on: set options.listen");
-    err = crpci_server_start_threads(s, error);
+    err = crpci_server_start_limits(s, error);
+    err = err ? err : crpci_server_start_threads(s, error);
     if (err)
         return err;
     crpci_loop_lock(l);
