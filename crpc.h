@@ -120,6 +120,9 @@
  *     >>impl-channel       the client: providers, forms of calls, opening and closing
  *     >>impl-service       finding the method that a request names
  *     >>impl-worker        a bounded queue and the threads that empty it
+ *     >>impl-order         requests of one key, one after another
+ *     >>impl-replay        replies kept for requests that come again
+ *     >>impl-quota         what a method and a client may ask of a server
  *     >>impl-server        listeners, requests, replies, stopping
  *
  * BUILD AND OPTIONS
@@ -615,6 +618,9 @@ typedef struct crpc_loop_stats {
     uint64_t bad_frames;        /* connections closed for what they sent */
     uint64_t calls;             /* calls begun */
     uint64_t requests;          /* requests received */
+    uint64_t limited;           /* of these, refused with CRPC_ELIMIT before they were served */
+    uint64_t replayed;          /* and by crpc_server_stats_get: answered with an earlier reply */
+    uint64_t unremembered;      /* likewise: could not be noted when they came first */
     uint32_t connections;       /* open now, both directions */
     uint32_t pending;           /* calls not finished or not fetched now */
     uint32_t watches;           /* file descriptors watched now, crpc's own included */
@@ -1028,6 +1034,18 @@ typedef struct crpc_server_interceptor {
     void *user;
 } crpc_server_interceptor;
 
+/* What a method may take of a server; the first entry that names it counts. What is over it is
+ * answered with CRPC_ELIMIT, undecoded. */
+typedef struct crpc_method_limit {
+    const char *service; /* full name. NULL: any */
+    const char *method;  /* NULL: any; each has a limit of its own */
+    int max_concurrency; /* requests in service at a time. 0: no limit. -1: no limit */
+    int adaptive;        /* 1: as many as it can serve without queueing, which is measured as brpc
+                            does ("auto"), beginning with 40, never under `workers`. 0: not */
+    int rate;            /* requests a second. 0: no limit. -1: no limit */
+    int burst;           /* requests at once after a pause. 0: as rate. -1: as rate */
+} crpc_method_limit;
+
 typedef struct crpc_server_options {
     const char *listen; /* tcp://host:port or unix:///path; port 0: any. NULL: crpc_server_listen */
     const char *registry; /* zookeeper://host:port,...[/root] to register in; without a root in
@@ -1040,20 +1058,44 @@ typedef struct crpc_server_options {
     const char *application;         /* likewise: the program's name. NULL: "crpc" */
     int weight; /* registered, up to 1000000, for consumers that weigh; this version's channels do
                    not. 0: 100. -1: 0 */
+    int warmup_ms; /* registered: how long consumers raise the weight, from 1 to all of it. 0: none.
+                      -1: none */
     crpc_loop *loop;         /* must outlive the server. NULL: a private loop */
     crpc_loop_options loops; /* of the private loop and of the I/O threads. 0: defaults */
     int io_threads;      /* loops, a thread each, for connections. 0: all on one loop. -1: as 0 */
     int workers;         /* threads that run handlers. 0: they run on the I/O thread. -1: as 0 */
     int worker_queue;    /* requests waiting for one, beyond it ELIMIT. 0: 1024. -1: no limit */
     int worker_stack;    /* bytes. 0: 256 KiB. -1: the system's */
+    /* Requests of the same key run one after another, in the order they came: the next begins when
+     * the reply of the one before is ready, on whatever thread. The key is the user_fields entry
+     * "crpc-key" of the request. 0: others run as they come. 1: those without a key run in the
+     * order of their connection. -1: keys are ignored. At most worker_queue wait for their turn. */
+    int ordered;
+    int max_concurrency; /* requests in service at a time, deferred and waiting ones included;
+                            beyond it ELIMIT. 0: 8192 for each I/O thread. -1: no limit */
     int max_connections; /* beyond it new ones are closed. 0: 1024. -1: no limit */
     int64_t max_body;    /* bytes of a request. 0: 64 MiB. -1: 2 GiB - 1 */
     int64_t max_skip;    /* an oversize request up to here is answered. 0: 256 MiB. -1: none */
     int64_t max_queued;  /* memory of a connection's unsent replies before reading pauses. 0: 4 MiB.
                             -1: no limit */
+    const crpc_method_limit *limits; /* borrowed until crpc_server_start has returned */
+    size_t limit_count;
+    int rate_per_client;  /* requests a second of all connections from an IP address; those by unix
+                             sockets count as one's. 0: no limit. -1: no limit */
+    int burst_per_client; /* at once after a pause. 0: as rate_per_client. -1: as rate_per_client */
+    /* The replies to requests with the user_fields entry "crpc-rid", an id of up to 64 bytes that no
+     * other call to the method has, are kept: one that comes again is not executed but gets the
+     * same reply, after interceptors have let it through. If all entries execute it is executed,
+     * and counted as unremembered. A reply that takes more than a quarter of replay_bytes is not
+     * kept, and repeated requests fail with EINTERNAL. */
+    int replay_entries;   /* requests to be remembered. 0: off. -1: off */
+    int replay_ms;        /* how long after their end. 0: 60000. -1: 0 */
+    int64_t replay_bytes; /* memory for them and their replies. 0: 4 MiB. -1: no limit */
     int idle_timeout_ms; /* closes connections without a request for so long. 0: never. -1: never */
     int frame_timeout_ms; /* a begun request must be complete in it. 0: 30000. -1: no limit */
-    int drain_ms;         /* how long stopping waits for requests being served. 0: 5000. -1: 0 */
+    int lame_ms;  /* how long stopping goes on serving after it has unregistered, for consumers that
+                     do not know yet. 0: 1000 with a registry, else none. -1: none */
+    int drain_ms; /* how long stopping then waits for requests being served. 0: 5000. -1: 0 */
     int session_timeout_ms;  /* of the registry session. 0: 15000. -1: as 0 */
     int registry_timeout_ms; /* how long starting waits for the registry. 0: 3000. -1: not at all */
     int must_connect; /* 1: not reaching the registry in time fails the start. 0: goes on trying */
@@ -1099,12 +1141,13 @@ CRPC_API CRPC_MUST_CHECK int crpc_server_start(crpc_server *server, crpc_error *
  * returns. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_run(crpc_server *server);
 
-/* Begins to stop: unregisters, closes the listeners, answers new requests with CRPC_ELOGOFF, lets
- * running ones finish for drain_ms, closes connections. Returns at once. Any thread; from a signal
- * handler call crpc_loop_stop instead. */
+/* Begins to stop: unregisters and goes on serving for lame_ms; then closes the listeners, answers
+ * new requests with CRPC_ELOGOFF and lets running ones finish for drain_ms; then closes
+ * connections. Returns at once; called again it does nothing. Any thread; from a signal handler
+ * call crpc_loop_stop instead. */
 CRPC_API void crpc_server_stop(crpc_server *server);
 
-/* Stops without waiting longer than drain_ms for replies, then for handlers on workers and I/O
+/* Stops, waiting lame_ms and at most drain_ms for replies, then for handlers on workers and I/O
  * threads to return, and frees. Requests finished later find their peer gone. In a handler or a
  * callback it does not wait: the server stops, and is freed by its loop when it has; the program
  * lets go of it at once, also of one that crpc_server_run runs. NULL is ignored. */
@@ -2603,6 +2646,7 @@ typedef struct crpci_meta {
     /* Read: one of the two usual shapes. Of a request, service and method are those that were
      * expected; a reply says success. Nothing that follows is set then, nor would be but to 0. */
     bool usual;
+    bool fields;        /* it may have user_fields */
     int32_t error_code; /* response; 0 also where there is none: success */
     int32_t compress_type;
     int32_t content_type;
@@ -2904,6 +2948,7 @@ CRPCI_FN bool crpci_meta_read_plain(const uint8_t *p, const uint8_t *end, crpci_
             m->stream_settings = v;
             break;
         case 9 << 3 | 2:
+            m->fields = true;
             break;
         case 10 << 3:
             m->content_type = (int32_t)(uint32_t)n;
@@ -3086,8 +3131,11 @@ CRPCI_COLD bool crpci_meta_read_nanopb(const uint8_t *p, size_t n, crpci_meta *m
 CRPCI_FN bool crpci_meta_read(const uint8_t *p, size_t n, crpci_meta *m)
 {
     memset(m, 0, sizeof *m);
-    if (!crpci_meta_read_plain(p, p + n, m) && !crpci_meta_read_nanopb(p, n, m))
-        return false;
+    if (!crpci_meta_read_plain(p, p + n, m)) {
+        if (!crpci_meta_read_nanopb(p, n, m))
+            return false;
+        m->fields = true; /* nanopb was not asked */
+    }
     m->raw = crpc_view_of(p, n);
     return true;
 }
@@ -6337,6 +6385,7 @@ struct crpci_conn {
     void *io_state;
     const crpci_conn_events *up;
     void *owner;
+    void *client; /* the upper section's word for the peer; NULL: none */
     uint32_t refs;
     uint32_t busy; /* requests being served */
     int fd;
@@ -7157,6 +7206,7 @@ typedef struct crpci_registration {
     const char *application;
     const char *methods; /* "Login,Register" */
     int weight;
+    int warmup_ms; /* 0: none */
 } crpci_registration;
 
 typedef struct crpci_registry_options {
@@ -7262,6 +7312,8 @@ CRPCI_FN size_t crpci_registry_url(char *out, size_t size, const crpci_registrat
     snprintf(number, sizeof number, "%lld", (long long)timestamp_ms);
     crpci_registry_put_value(&t, "&side=provider&timestamp=", number);
     crpci_registry_put_value(&t, "&version=", r->version);
+    snprintf(number, sizeof number, "%d", r->warmup_ms);
+    crpci_registry_put_value(&t, "&warmup=", r->warmup_ms > 0 ? number : NULL);
     snprintf(number, sizeof number, "%d", r->weight < 0 ? 0 : r->weight);
     crpci_registry_put_value(&t, "&weight=", number);
     return t.len;
@@ -9452,6 +9504,7 @@ CRPCI_FN bool crpci_zookeeper_reg_copy(crpci_zookeeper_reg *reg, crpci_heap *h,
     reg->what.application = reg->text[3];
     reg->what.methods = reg->text[4];
     reg->what.weight = what->weight;
+    reg->what.warmup_ms = what->warmup_ms;
     return true;
 }
 
@@ -12802,6 +12855,7 @@ typedef struct crpci_service_method {
     crpc_view names; /* as crpci_meta_put_names writes them; their bytes stand behind the methods */
     crpci_message_type request;
     crpci_message_type response;
+    void *quota; /* the upper section's; NULL: none */
 } crpci_service_method;
 
 typedef struct crpci_service {
@@ -12953,11 +13007,13 @@ typedef struct crpci_worker_pool {
     crpci_thread *threads;
 } crpci_worker_pool;
 
-CRPCI_FN bool crpci_worker_push(crpci_worker_pool *p, crpci_task *t)
+/* `admitted`: it was let in before, and is not to be turned away now. */
+CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_task *t, bool admitted)
 {
     bool room;
     crpci_thread_lock(&p->lock);
-    room = !p->stopping && (!p->max_queued || p->queued < p->max_queued + p->idle);
+    room = admitted || !p->max_queued || p->queued < p->max_queued + p->idle;
+    room = room && !p->stopping;
     if (room) {
         crpci_list_append(&p->queue, &t->link);
         p->queued++;
@@ -12965,6 +13021,11 @@ CRPCI_FN bool crpci_worker_push(crpci_worker_pool *p, crpci_task *t)
     }
     crpci_thread_unlock(&p->lock);
     return room;
+}
+
+CRPCI_FN bool crpci_worker_push(crpci_worker_pool *p, crpci_task *t)
+{
+    return crpci_worker_put(p, t, false);
 }
 
 #if CRPC_ENABLE_THREADS
@@ -13049,12 +13110,447 @@ CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t co
 }
 
 /* ======================================================================== */
+/* >>impl-order   requests of one key, one after another                    */
+/* ======================================================================== */
+
+#define CRPCI_ORDER_BUCKETS 64u
+
+/* A request with a key. The first of its key may run; the others wait behind it. */
+typedef struct crpci_order_item {
+    crpci_list link;  /* the first: in its bucket; the others: in the first's queue */
+    crpci_list queue; /* of the first: who waits, in order */
+    const void *of;   /* whose order it is: a connection's; NULL: everybody's */
+    uint64_t key;     /* a hash: that two texts have the same one does not happen */
+} crpci_order_item;
+
+/* Not locked by itself. */
+typedef struct crpci_order {
+    crpci_list *buckets;
+    int64_t waiting;
+    int64_t max_waiting; /* 0: no limit */
+} crpci_order;
+
+CRPCI_FN crpci_list *crpci_order_bucket(const crpci_order *o, const crpci_order_item *i)
+{
+    return &o->buckets[i->key % CRPCI_ORDER_BUCKETS];
+}
+
+CRPCI_COLD int crpci_order_open(crpci_order *o, crpci_heap *h, int64_t max_waiting)
+{
+    unsigned i;
+    o->waiting = 0;
+    o->max_waiting = max_waiting;
+    o->buckets = (crpci_list *)crpci_heap_alloc(h, CRPCI_ORDER_BUCKETS * sizeof *o->buckets);
+    for (i = 0; o->buckets && i < CRPCI_ORDER_BUCKETS; i++)
+        crpci_list_init(&o->buckets[i]);
+    return o->buckets ? CRPC_OK : CRPC_ENOMEM;
+}
+
+CRPCI_COLD void crpci_order_close(crpci_order *o, crpci_heap *h)
+{
+    crpci_heap_free(h, o->buckets, CRPCI_ORDER_BUCKETS * sizeof *o->buckets);
+    o->buckets = NULL;
+}
+
+/* CRPC_OK: it is the first of its key and may run. CRPC_EPENDING: it waits for its turn.
+ * CRPC_ELIMIT: too many wait; it is not in. */
+CRPCI_FN int crpci_order_enter(crpci_order *o, crpci_order_item *item)
+{
+    crpci_list *bucket = crpci_order_bucket(o, item), *i;
+    crpci_list_init(&item->queue);
+    for (i = bucket->next; i != bucket; i = i->next) {
+        crpci_order_item *first = CRPCI_CONTAINER(i, crpci_order_item, link);
+        if (first->key != item->key || first->of != item->of)
+            continue;
+        if (o->max_waiting && o->waiting >= o->max_waiting)
+            return CRPC_ELIMIT;
+        crpci_list_append(&first->queue, &item->link);
+        o->waiting++;
+        return CRPC_EPENDING;
+    }
+    crpci_list_append(bucket, &item->link);
+    return CRPC_OK;
+}
+
+/* The first of a key is done. Returns whose turn it is; NULL: nobody waits. */
+CRPCI_FN crpci_order_item *crpci_order_leave(crpci_order *o, crpci_order_item *item)
+{
+    crpci_order_item *next;
+    crpci_list_remove(&item->link);
+    if (crpci_list_empty(&item->queue))
+        return NULL;
+    next = CRPCI_CONTAINER(item->queue.next, crpci_order_item, link);
+    crpci_list_remove(&next->link);
+    crpci_list_move(&next->queue, &item->queue);
+    crpci_list_append(crpci_order_bucket(o, next), &next->link);
+    o->waiting--;
+    return next;
+}
+
+/* ======================================================================== */
+/* >>impl-replay   replies kept for requests that come again                */
+/* ======================================================================== */
+
+#define CRPCI_REPLAY_ID_MAX 64
+#define CRPCI_REPLAY_BUCKETS_MAX 4096u
+
+/* What a reply consists of but for its correlation id, in one chunk; the bytes stand behind it in
+ * this order. */
+typedef struct crpci_replay_reply {
+    int code;
+    size_t text;
+    size_t fields;
+    size_t payload;
+    size_t attachment;
+} crpci_replay_reply;
+
+/* A request that executes, or has executed. */
+typedef struct crpci_replay_entry {
+    crpci_list link;    /* in its bucket */
+    crpci_list age;     /* finished: behind those that finished before it */
+    crpci_list waiting; /* not finished: links of those who want the same reply */
+    const void *method;
+    uint64_t hash;
+    int64_t until; /* finished: forgotten then */
+    bool finished;
+    crpci_chunk *reply; /* finished: a crpci_replay_reply; NULL: there was no room for it */
+    size_t id_size;
+    char id[CRPCI_REPLAY_ID_MAX];
+} crpci_replay_entry;
+
+/* Not locked by itself. */
+typedef struct crpci_replay {
+    crpci_heap *heap;
+    crpci_list *buckets;
+    size_t bucket_count; /* a power of two */
+    crpci_list age;
+    size_t count;
+    size_t max;
+    int64_t bytes; /* of replies and entries */
+    int64_t max_bytes;
+    int64_t keep_us;
+} crpci_replay;
+
+CRPCI_COLD int crpci_replay_open(crpci_replay *r, crpci_heap *h, size_t entries, int64_t max_bytes,
+                                 int64_t keep_us)
+{
+    size_t i;
+    memset(r, 0, sizeof *r);
+    r->heap = h;
+    r->max = entries;
+    r->max_bytes = max_bytes;
+    r->keep_us = keep_us;
+    crpci_list_init(&r->age);
+    for (r->bucket_count = 16; r->bucket_count < entries;) {
+        if (r->bucket_count == CRPCI_REPLAY_BUCKETS_MAX)
+            break;
+        r->bucket_count *= 2;
+    }
+    r->buckets = (crpci_list *)crpci_heap_alloc(h, r->bucket_count * sizeof *r->buckets);
+    for (i = 0; r->buckets && i < r->bucket_count; i++)
+        crpci_list_init(&r->buckets[i]);
+    return r->buckets ? CRPC_OK : CRPC_ENOMEM;
+}
+
+CRPCI_FN int64_t crpci_replay_size(const crpci_chunk *reply)
+{
+    return reply ? (int64_t)(CRPCI_CHUNK_HEADER + reply->cap) : 0;
+}
+
+/* Forgets a request; who waits for it must have been taken away. */
+CRPCI_FN void crpci_replay_forget(crpci_replay *r, crpci_replay_entry *e)
+{
+    r->count--;
+    r->bytes -= (int64_t)sizeof *e + crpci_replay_size(e->reply);
+    crpci_list_remove(&e->link);
+    crpci_list_remove(&e->age);
+    crpci_heap_chunk_unref(e->reply);
+    crpci_heap_free(r->heap, e, sizeof *e);
+}
+
+/* Forgets the one that finished first. False: all that are left execute. */
+CRPCI_FN bool crpci_replay_evict(crpci_replay *r)
+{
+    if (crpci_list_empty(&r->age))
+        return false;
+    crpci_replay_forget(r, CRPCI_CONTAINER(r->age.next, crpci_replay_entry, age));
+    return true;
+}
+
+CRPCI_FN void crpci_replay_expire(crpci_replay *r, int64_t now)
+{
+    while (!crpci_list_empty(&r->age) &&
+           CRPCI_CONTAINER(r->age.next, crpci_replay_entry, age)->until <= now)
+        crpci_replay_evict(r);
+}
+
+CRPCI_FN uint64_t crpci_replay_hash(const void *method, crpc_view id)
+{
+    return crpci_balance_mix(crpci_balance_hash(crpc_view_data(id), crpc_view_size(id)) ^
+                             (uint64_t)(uintptr_t)method);
+}
+
+/* The request of a method with an id, of up to CRPCI_REPLAY_ID_MAX bytes. NULL: it is new. */
+CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *method, crpc_view id,
+                                               int64_t now)
+{
+    uint64_t hash = crpci_replay_hash(method, id);
+    crpci_list *bucket = &r->buckets[hash & (r->bucket_count - 1)], *i;
+    size_t n = crpc_view_size(id);
+    crpci_replay_expire(r, now);
+    for (i = bucket->next; i != bucket; i = i->next) {
+        crpci_replay_entry *e = CRPCI_CONTAINER(i, crpci_replay_entry, link);
+        if (e->hash == hash && e->method == method && e->id_size == n &&
+            memcmp(e->id, crpc_view_data(id), n) == 0)
+            return e;
+    }
+    return NULL;
+}
+
+/* Notes that a new one executes. NULL: it will not be remembered, for there is no memory, or all
+ * that there is room for execute as well. */
+CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *method, crpc_view id)
+{
+    uint64_t hash = crpci_replay_hash(method, id);
+    crpci_replay_entry *e;
+    while (r->count >= r->max || r->bytes + (int64_t)sizeof *e > r->max_bytes) {
+        if (!crpci_replay_evict(r))
+            return NULL;
+    }
+    e = (crpci_replay_entry *)crpci_heap_alloc(r->heap, sizeof *e);
+    if (!e)
+        return NULL;
+    e->method = method;
+    e->hash = hash;
+    e->id_size = crpc_view_size(id);
+    memcpy(e->id, crpc_view_data(id), e->id_size);
+    crpci_list_init(&e->age);
+    crpci_list_init(&e->waiting);
+    crpci_list_append(&r->buckets[hash & (r->bucket_count - 1)], &e->link);
+    r->count++;
+    r->bytes += (int64_t)sizeof *e;
+    return e;
+}
+
+/* It has executed: its reply is kept, with a reference of its own, if it takes no more than a
+ * quarter of the room; that it has executed is kept in any case. Moves who waits to `waiting`. */
+CRPCI_FN void crpci_replay_finish(crpci_replay *r, crpci_replay_entry *e, crpci_chunk *reply,
+                                  int64_t now, crpci_list *waiting)
+{
+    crpci_list_move(waiting, &e->waiting);
+    crpci_replay_expire(r, now);
+    if (crpci_replay_size(reply) > r->max_bytes / 4)
+        reply = NULL;
+    while (reply && r->bytes + crpci_replay_size(reply) > r->max_bytes) {
+        if (!crpci_replay_evict(r))
+            reply = NULL;
+    }
+    if (reply)
+        crpci_heap_chunk_ref(reply);
+    r->bytes += crpci_replay_size(reply);
+    e->reply = reply;
+    e->finished = true;
+    e->until = now + r->keep_us;
+    crpci_list_append(&r->age, &e->age);
+}
+
+CRPCI_COLD void crpci_replay_close(crpci_replay *r)
+{
+    while (r->buckets && crpci_replay_evict(r)) {
+    }
+    crpci_heap_free(r->heap, r->buckets, r->bucket_count * sizeof *r->buckets);
+    r->buckets = NULL;
+}
+
+/* Copies what a reply consists of. NULL: out of memory. */
+CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, int code, const crpc_view part[4])
+{
+    size_t size = sizeof(crpci_replay_reply), i;
+    crpci_replay_reply *r;
+    crpci_chunk *c;
+    uint8_t *to;
+    for (i = 0; i < 4; i++)
+        size += crpc_view_size(part[i]);
+    c = crpci_heap_chunk(h, size);
+    if (!c)
+        return NULL;
+    r = (crpci_replay_reply *)(void *)crpci_heap_data(c);
+    to = (uint8_t *)(r + 1);
+    r->code = code;
+    r->text = crpc_view_size(part[0]);
+    r->fields = crpc_view_size(part[1]);
+    r->payload = crpc_view_size(part[2]);
+    r->attachment = crpc_view_size(part[3]);
+    for (i = 0; i < 4; i++) {
+        if (crpc_view_size(part[i]))
+            memcpy(to, crpc_view_data(part[i]), crpc_view_size(part[i]));
+        to += crpc_view_size(part[i]);
+    }
+    return c;
+}
+
+/* ======================================================================== */
+/* >>impl-quota   what a method and a client may ask of a server            */
+/* ======================================================================== */
+
+#define CRPCI_QUOTA_START 40u       /* requests at a time that an adaptive limit begins with */
+#define CRPCI_QUOTA_BUCKETS 256u
+#define CRPCI_QUOTA_IDLE_MAX 1024u  /* clients without a connection that are remembered */
+
+/* Of one method. Not locked by itself; all zero it limits nothing. */
+typedef struct crpci_quota {
+    uint32_t max; /* requests in service; 0: no limit */
+    uint32_t active;
+    bool adaptive;
+    crpci_limiter_auto limiter;
+    crpci_limiter_bucket bucket;
+} crpci_quota;
+
+CRPCI_COLD void crpci_quota_init(crpci_quota *q, const crpc_method_limit *l, uint32_t least)
+{
+    memset(q, 0, sizeof *q);
+    q->max = l->max_concurrency > 0 ? (uint32_t)l->max_concurrency : 0;
+    q->adaptive = l->adaptive > 0;
+    crpci_limiter_auto_init(&q->limiter, least, CRPCI_QUOTA_START);
+    crpci_limiter_bucket_init(&q->bucket, l->rate, l->burst);
+}
+
+/* NULL: a request is let in and must then leave; else why it is not. */
+CRPCI_FN const char *crpci_quota_enter(crpci_quota *q, int64_t now_us)
+{
+    if (q->max && q->active >= q->max)
+        return "too many requests of the method are being served (max_concurrency)";
+    if (q->adaptive && !crpci_limiter_auto_enter(&q->limiter))
+        return "too many requests of the method are being served (adaptive)";
+    if (!crpci_limiter_bucket_take(&q->bucket, now_us)) {
+        if (q->adaptive)
+            crpci_limiter_auto_leave(&q->limiter, false, -1, now_us);
+        return "too many requests of the method in a second (rate)";
+    }
+    q->active++;
+    return NULL;
+}
+
+/* latency_us: how long it took since it came; -1: that says nothing. */
+CRPCI_FN void crpci_quota_leave(crpci_quota *q, bool ok, int64_t latency_us, int64_t now_us)
+{
+    q->active--;
+    if (q->adaptive)
+        crpci_limiter_auto_leave(&q->limiter, ok, latency_us, now_us);
+}
+
+/* All connections from one host. */
+typedef struct crpci_quota_client {
+    crpci_list link; /* in its bucket */
+    crpci_list idle; /* without connections: behind those that have been so for longer */
+    uint32_t connections;
+    uint8_t host[16];
+    crpci_limiter_bucket bucket;
+} crpci_quota_client;
+
+/* Not locked by itself. A client is known as long as it has connections, and then until there are
+ * many who left after it: coming again brings no new tokens. */
+typedef struct crpci_quota_clients {
+    crpci_heap *heap;
+    crpci_list *buckets; /* NULL: clients are not limited */
+    crpci_list idle;
+    size_t idle_count;
+    int64_t rate;
+    int64_t burst;
+} crpci_quota_clients;
+
+CRPCI_COLD int crpci_quota_open(crpci_quota_clients *c, crpci_heap *h, int64_t rate, int64_t burst)
+{
+    size_t i;
+    memset(c, 0, sizeof *c);
+    c->heap = h;
+    c->rate = rate;
+    c->burst = burst;
+    crpci_list_init(&c->idle);
+    c->buckets = (crpci_list *)crpci_heap_alloc(h, CRPCI_QUOTA_BUCKETS * sizeof *c->buckets);
+    for (i = 0; c->buckets && i < CRPCI_QUOTA_BUCKETS; i++)
+        crpci_list_init(&c->buckets[i]);
+    return c->buckets ? CRPC_OK : CRPC_ENOMEM;
+}
+
+CRPCI_FN void crpci_quota_forget(crpci_quota_clients *c)
+{
+    crpci_quota_client *k = CRPCI_CONTAINER(c->idle.next, crpci_quota_client, idle);
+    crpci_list_remove(&k->idle);
+    crpci_list_remove(&k->link);
+    crpci_heap_free(c->heap, k, sizeof *k);
+    c->idle_count--;
+}
+
+CRPCI_COLD void crpci_quota_close(crpci_quota_clients *c)
+{
+    while (c->buckets && !crpci_list_empty(&c->idle))
+        crpci_quota_forget(c);
+    crpci_heap_free(c->heap, c->buckets, CRPCI_QUOTA_BUCKETS * sizeof *c->buckets);
+    c->buckets = NULL;
+}
+
+/* The address without the port; an IPv4 one as IPv6 has it. Unix sockets are one client. */
+CRPCI_FN void crpci_quota_host(uint8_t host[16], const crpci_addr *a)
+{
+    memset(host, 0, 16);
+    if (a->u.any.sa_family == AF_INET6) {
+        memcpy(host, &a->u.in6.sin6_addr, 16);
+    } else if (a->u.any.sa_family == AF_INET) {
+        host[10] = host[11] = 0xff;
+        memcpy(host + 12, &a->u.in4.sin_addr, 4);
+    }
+}
+
+/* Whose connection it is, which is to be given back. NULL: out of memory. */
+CRPCI_FN crpci_quota_client *crpci_quota_connect(crpci_quota_clients *c, const crpci_addr *a)
+{
+    crpci_quota_client *k;
+    crpci_list *bucket, *i;
+    uint8_t host[16];
+    crpci_quota_host(host, a);
+    bucket = &c->buckets[crpci_balance_hash(host, 16) % CRPCI_QUOTA_BUCKETS];
+    for (i = bucket->next; i != bucket; i = i->next) {
+        k = CRPCI_CONTAINER(i, crpci_quota_client, link);
+        if (memcmp(k->host, host, 16) != 0)
+            continue;
+        if (!k->connections++) {
+            crpci_list_remove(&k->idle);
+            c->idle_count--;
+        }
+        return k;
+    }
+    k = (crpci_quota_client *)crpci_heap_alloc(c->heap, sizeof *k);
+    if (!k)
+        return NULL;
+    memcpy(k->host, host, 16);
+    k->connections = 1;
+    crpci_limiter_bucket_init(&k->bucket, c->rate, c->burst);
+    crpci_list_init(&k->idle);
+    crpci_list_append(bucket, &k->link);
+    return k;
+}
+
+CRPCI_FN void crpci_quota_disconnect(crpci_quota_clients *c, crpci_quota_client *k)
+{
+    if (--k->connections)
+        return;
+    crpci_list_append(&c->idle, &k->idle);
+    if (++c->idle_count > CRPCI_QUOTA_IDLE_MAX)
+        crpci_quota_forget(c);
+}
+
+/* ======================================================================== */
 /* >>impl-server   listeners, requests, replies, stopping                    */
 /* ======================================================================== */
 
 #define CRPCI_SERVER_CONN_MAX 4096 /* requests of one connection being served at a time */
+#define CRPCI_SERVER_MAX_SERVING 8192u /* requests of one loop being served, unless told */
 #define CRPCI_SERVER_TICK 10000    /* microseconds between looks at whether draining is done */
+#define CRPCI_SERVER_CROWDED "too many requests wait for a worker (worker_queue)"
 #define CRPCI_SERVER_APP_FIELD "crpc-app"
+#define CRPCI_SERVER_ID_FIELD "crpc-rid"
+#define CRPCI_SERVER_KEY_FIELD "crpc-key"
 
 typedef struct crpci_listener {
     crpci_list link;
@@ -13076,6 +13572,7 @@ typedef struct crpci_enrolment {
 typedef enum crpci_server_state {
     CRPCI_SERVER_NEW,
     CRPCI_SERVER_RUNNING,
+    CRPCI_SERVER_LAME, /* unregistered, but serves */
     CRPCI_SERVER_STOPPING,
     CRPCI_SERVER_STOPPED
 } crpci_server_state;
@@ -13085,7 +13582,9 @@ struct crpc_server {
     crpci_heap *heap;
     bool private_loop;
     uint32_t refs;        /* atomic: the program's, and one of each request */
-    uint32_t active;      /* atomic: requests being served */
+    uint32_t active;      /* atomic: connections with requests being served */
+    uint32_t serving;     /* requests being served; atomic with I/O threads, else under the lock */
+    uint32_t max_serving;
     uint32_t connections; /* atomic */
     uint32_t state;       /* atomic crpci_server_state, written under the loop's lock */
     bool running;         /* crpc_server_run is at work */
@@ -13100,7 +13599,17 @@ struct crpc_server {
     size_t io_next;
     crpci_worker_pool workers;
     size_t worker_count;
-    crpci_timer drain;
+    bool guarded;      /* all requests, not only those with user_fields, go through the guard */
+    crpci_mutex guard; /* of what follows; may be taken under a loop's lock, and is the last but the
+                        * workers' and the heap's */
+    bool workers_over;
+    crpci_order order; /* buckets NULL: no request had a key yet */
+    crpci_replay replay;
+    crpci_quota *quotas; /* of methods */
+    size_t quota_count;
+    crpci_quota_clients clients;
+    uint64_t replayed, unremembered;
+    crpci_timer drain; /* the end of being lame, then looks at whether draining is done */
     int64_t drain_until;
     crpci_waiter *waiter; /* for the registry, or for the end of draining */
     crpci_registry *registry;
@@ -13111,6 +13620,19 @@ struct crpc_server {
     crpc_server_options options; /* its strings are not to be used */
 };
 
+/* What is kept of a request that is limited, ordered, or may come again; in its context's memory. */
+typedef struct crpci_guard {
+    crpc_context *context;
+    bool ordered;
+    crpci_order_item order;
+    crpc_view id;              /* unset: it is not one that may come again */
+    crpci_replay_entry *entry; /* it is the first with that id */
+    bool repeats;              /* it has come before: answered with `reply`, if that was kept */
+    crpci_chunk *reply;
+    crpci_quota *quota; /* that it has entered */
+    int64_t since;
+} crpci_guard;
+
 struct crpc_context {
     crpci_origin origin; /* first: channels read it */
     crpci_task task;
@@ -13119,6 +13641,7 @@ struct crpc_context {
     crpci_conn *conn;
     crpci_chunk *block; /* holds this, the request, the response, and the reply if that is short */
     crpci_chunk *extra; /* crpc_context_alloc */
+    crpci_guard *guard; /* NULL: nothing of the kind */
     const crpci_service_method *method;
     void *request;
     void *response;
@@ -13141,31 +13664,54 @@ struct crpc_context {
 
 /* --- replies ---------------------------------------------------------------------------------- */
 
-/* A reply without a message: an error. */
-CRPCI_COLD void crpci_server_refuse(crpci_conn *conn, int64_t correlation_id, int code,
-                                    const char *text)
+/* A reply made of ready parts. Its attachment's chunk is the caller's business. NULL: out of
+ * memory. */
+CRPCI_COLD crpci_out *crpci_server_frame(crpci_heap *h, int64_t correlation_id,
+                                         const crpci_replay_reply *r, const void *bytes)
 {
-    size_t n = crpci_base_min(strlen(text), CRPC_ERROR_TEXT_MAX);
-    size_t room = crpci_meta_bound(n), size = sizeof(crpci_out) + room;
-    crpci_chunk *chunk = crpci_heap_chunk(conn->loop->heap, size);
+    const uint8_t *text = (const uint8_t *)bytes, *fields = text + r->text;
+    const uint8_t *payload = fields + r->fields;
+    size_t head = sizeof(crpci_out) + crpci_meta_bound(r->text + r->fields);
+    crpci_chunk *chunk = crpci_heap_chunk(h, head + r->payload);
     uint8_t *data;
     crpci_out *o;
     crpci_meta m;
-    if (!chunk) {
-        crpci_conn_close(conn, CRPC_ENOMEM, 0);
-        return;
-    }
+    if (!chunk)
+        return NULL;
     data = crpci_heap_data(chunk);
     o = (crpci_out *)(void *)data;
     memset(o, 0, sizeof *o);
     memset(&m, 0, sizeof m);
-    m.error_code = code;
-    m.error_text = crpc_view_of(text, n);
+    m.error_code = r->code;
+    m.error_text = crpc_view_of(text, r->text);
     m.correlation_id = correlation_id;
-    o->head = crpci_meta_put_reply(data + sizeof *o, data + size, 0, &m, crpc_view_of(NULL, 0));
-    o->head_len = (size_t)(data + size - o->head);
+    m.attachment_size = (int32_t)r->attachment;
+    if (r->payload)
+        memcpy(data + head, payload, r->payload);
+    o->head = crpci_meta_put_reply(data + sizeof *o, data + head, r->payload, &m,
+                                   crpc_view_of(r->fields ? fields : NULL, r->fields));
+    o->head_len = (size_t)(data + head + r->payload - o->head);
     o->chunk = chunk;
-    crpci_conn_queue(conn, o);
+    o->tail = payload + r->payload;
+    o->tail_len = r->attachment;
+    return o;
+}
+
+/* A reply without a message: an error. */
+CRPCI_COLD void crpci_server_refuse(crpci_conn *conn, int64_t correlation_id, int code,
+                                    const char *text)
+{
+    crpci_replay_reply r;
+    crpci_out *o;
+    memset(&r, 0, sizeof r);
+    r.code = code;
+    r.text = crpci_base_min(strlen(text), CRPC_ERROR_TEXT_MAX);
+    o = crpci_server_frame(conn->loop->heap, correlation_id, &r, text);
+    conn->loop->stats.limited += code == CRPC_ELIMIT;
+    if (o)
+        crpci_conn_queue(conn, o);
+    else
+        crpci_conn_close(conn, CRPC_ENOMEM, 0);
 }
 
 /* Words for an error; without them, or memory for them, it has those of its status. */
@@ -13275,9 +13821,18 @@ CRPCI_FN void crpci_context_free(crpc_context *x)
     crpci_heap_chunk_unref(x->block);
 }
 
+CRPCI_FN void crpci_server_count(crpc_server *s, uint32_t by)
+{
+    if (s->options.io_threads)
+        crpci_thread_add(&s->serving, by);
+    else
+        s->serving += by;
+}
+
 /* A connection with requests in service keeps itself, its loop and the server. Locked. */
 CRPCI_FN void crpci_server_begin(crpc_server *s, crpci_conn *conn)
 {
+    crpci_server_count(s, 1);
     if (conn->busy++)
         return;
     crpci_conn_hold(conn);
@@ -13289,6 +13844,7 @@ CRPCI_FN void crpci_server_begin(crpc_server *s, crpci_conn *conn)
 /* True: it was the last one, and crpci_server_let_go is due when the loop is unlocked. */
 CRPCI_FN bool crpci_server_end(crpci_conn *conn)
 {
+    crpci_server_count((crpc_server *)conn->owner, (uint32_t)-1);
     if (--conn->busy)
         return false;
     crpci_conn_drop(conn);
@@ -13358,6 +13914,202 @@ CRPCI_FN void crpci_server_close_if_done(crpci_conn *conn)
     }
 }
 
+/* --- requests that wait for their turn, or have come before ------------------------------------ */
+
+CRPCI_FN int crpci_context_complete(crpc_context *x, int status);
+
+/* Has a request run, now or when its turn comes. Returns why not, or NULL. Locked. */
+CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
+{
+    crpc_server *s = x->server;
+    crpci_guard *g = NULL;
+    int err = CRPC_OK;
+    if (of->ordered || of->quota || crpc_view_size(of->id)) {
+        g = (crpci_guard *)crpc_context_alloc(x, sizeof *g);
+        if (!g)
+            return "out of memory";
+        *g = *of;
+        g->context = x;
+    }
+    x->guard = g;
+    crpci_thread_lock(&s->guard);
+    if (of->ordered && !s->order.buckets)
+        err = crpci_order_open(&s->order, s->heap, s->options.worker_queue);
+    if (!err && of->ordered)
+        err = crpci_order_enter(&s->order, &g->order);
+    if (!err && !s->worker_count) {
+        crpci_loop_ready(x->loop, &x->task);
+    } else if (!err && !crpci_worker_push(&s->workers, &x->task)) {
+        err = CRPC_ELIMIT;
+        if (of->ordered) /* nobody can wait behind it yet */
+            crpci_order_leave(&s->order, &g->order);
+    }
+    crpci_thread_unlock(&s->guard);
+    return err && err != CRPC_EPENDING ? CRPCI_SERVER_CROWDED : NULL;
+}
+
+/* Has a request run that was let in before. False: the server is closed. No lock is held. */
+CRPCI_COLD bool crpci_guard_resume(crpc_context *x)
+{
+    crpc_server *s = x->server;
+    bool ok;
+    if (s->options.workers) {
+        crpci_thread_lock(&s->guard); /* else the workers could go meanwhile */
+        ok = !s->workers_over && crpci_worker_put(&s->workers, &x->task, true);
+        crpci_thread_unlock(&s->guard);
+        return ok;
+    }
+    crpci_loop_lock(x->loop);
+    ok = crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPED; /* else nobody may drive the loop */
+    if (ok)
+        crpci_loop_ready(x->loop, &x->task);
+    crpci_loop_unlock(x->loop);
+    return ok;
+}
+
+CRPCI_COLD crpc_context *crpci_guard_leave(crpc_server *s, crpci_guard *g)
+{
+    crpci_order_item *next;
+    crpci_thread_lock(&s->guard);
+    next = crpci_order_leave(&s->order, &g->order);
+    crpci_thread_unlock(&s->guard);
+    g->ordered = false;
+    return next ? CRPCI_CONTAINER(next, crpci_guard, order)->context : NULL;
+}
+
+/* Gives the turn to who waits for it. */
+CRPCI_COLD void crpci_guard_pass(crpc_server *s, crpci_guard *g)
+{
+    crpc_context *x = crpci_guard_leave(s, g);
+    while (x && !crpci_guard_resume(x)) {
+        crpc_context *next = crpci_guard_leave(s, x->guard);
+        crpci_context_complete(x, CRPC_ELOGOFF);
+        x = next;
+    }
+}
+
+/* The status of a request that executed before. */
+CRPCI_COLD int crpci_guard_status(crpc_context *x)
+{
+    crpci_guard *g = x->guard;
+    g->repeats = true;
+    if (!g->reply)
+        return crpc_context_error(x, CRPC_EINTERNAL, "executed before, but its reply was not kept");
+    return ((const crpci_replay_reply *)(const void *)crpci_heap_data(g->reply))->code;
+}
+
+/* Runs the handler of a request, unless it has come before. After CRPC_EPENDING x may be gone. */
+CRPCI_COLD int crpci_guard_serve(crpc_context *x)
+{
+    crpc_server *s = x->server;
+    crpci_guard *g = x->guard;
+    crpci_replay_entry *e = NULL;
+    bool waits = false;
+    if (crpc_view_size(g->id)) {
+        crpci_thread_lock(&s->guard);
+        e = crpci_replay_find(&s->replay, x->method, g->id, crpci_heap_rough_now(s->heap));
+        waits = e && !e->finished;
+        if (!e) {
+            g->entry = crpci_replay_add(&s->replay, x->method, g->id);
+            s->unremembered += !g->entry;
+        } else if (waits) {
+            crpci_list_append(&e->waiting, &x->task.link);
+        } else if (e->reply) {
+            g->reply = e->reply;
+            crpci_heap_chunk_ref(g->reply);
+        }
+        s->replayed += e != NULL;
+        crpci_thread_unlock(&s->guard);
+    }
+    if (waits)
+        return CRPC_EPENDING;
+    if (e)
+        return crpci_guard_status(x);
+    return x->method->method->serve(x, x->request, x->response, x->method->handlers);
+}
+
+/* Copies what the reply of a request consists of. NULL: out of memory. */
+CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_out *out)
+{
+    const uint8_t *meta = out->head + CRPCI_FRAME_HEADER;
+    size_t size = crpci_base_get32(out->head + 8);
+    crpc_view part[4];
+    crpci_meta m;
+    if (!crpci_meta_read(meta, size, &m))
+        return NULL;
+    part[0] = m.error_text;
+    part[1] = x->fields.len ? crpc_view_of(crpci_heap_data(x->fields.chunk), x->fields.len)
+                            : crpc_view_of(NULL, 0);
+    part[2] = crpc_view_of(meta + size, out->head_len - CRPCI_FRAME_HEADER - size);
+    part[3] = crpc_view_of(out->tail, out->tail_len);
+    return crpci_replay_copy(x->server->heap, m.error_code, part);
+}
+
+/* `served`: 1: well, 0: not, -1: it says nothing of the server. */
+CRPCI_COLD void crpci_guard_quit(crpc_server *s, crpci_guard *g, int served)
+{
+    int64_t now = g->quota ? crpci_heap_now(s->heap) : 0;
+    if (!g->quota)
+        return;
+    crpci_thread_lock(&s->guard);
+    crpci_quota_leave(g->quota, served > 0, served < 0 ? -1 : now - g->since, now);
+    crpci_thread_unlock(&s->guard);
+    g->quota = NULL;
+}
+
+/* At the end of a guarded request: its reply is kept, and goes to those who wait for the same; the
+ * turn goes on. `out` is its reply, or NULL. No lock is held. */
+CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_out *out, int served)
+{
+    crpc_server *s = x->server;
+    crpci_guard *g = x->guard;
+    crpci_chunk *reply = g->entry && out ? crpci_guard_copy(x, out) : NULL;
+    crpci_list waiting;
+    crpci_list_init(&waiting);
+    crpci_guard_quit(s, g, served);
+    if (g->entry) {
+        crpci_thread_lock(&s->guard);
+        crpci_replay_finish(&s->replay, g->entry, reply, crpci_heap_rough_now(s->heap), &waiting);
+        crpci_thread_unlock(&s->guard);
+    }
+    while (!crpci_list_empty(&waiting)) {
+        crpci_task *t = CRPCI_CONTAINER(waiting.next, crpci_task, link);
+        crpc_context *w = CRPCI_CONTAINER(t, crpc_context, task);
+        crpci_list_remove(&t->link);
+        w->guard->reply = reply;
+        if (reply)
+            crpci_heap_chunk_ref(reply);
+        crpci_context_complete(w, crpci_guard_status(w));
+    }
+    crpci_heap_chunk_unref(reply);
+    crpci_heap_chunk_unref(g->reply);
+    g->reply = NULL;
+    if (g->ordered)
+        crpci_guard_pass(s, g);
+}
+
+/* crpci_context_encode, of a guarded request. */
+CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
+{
+    crpci_chunk *reply = x->guard->repeats ? x->guard->reply : NULL;
+    crpci_out *out;
+    if (reply) {
+        const crpci_replay_reply *r =
+            (const crpci_replay_reply *)(const void *)crpci_heap_data(reply);
+        out = crpci_server_frame(x->loop->heap, x->correlation_id, r, r + 1);
+        if (out && out->tail_len) {
+            out->tail_chunk = reply;
+            crpci_heap_chunk_ref(reply);
+        }
+    } else {
+        out = crpci_context_encode(x, code);
+    }
+    crpci_guard_end(x, out, x->guard->repeats ? -1 : !code || x->app_code);
+    return out;
+}
+
+/* --- the end of a request ---------------------------------------------------------------------- */
+
 /* Ends a request when the server, and with it the program's part of it, may be gone. */
 CRPCI_COLD int crpci_context_too_late(crpc_context *x)
 {
@@ -13365,6 +14117,8 @@ CRPCI_COLD int crpci_context_too_late(crpc_context *x)
     crpc_loop *l = x->loop;
     crpci_conn *conn = x->conn;
     bool last;
+    if (x->guard)
+        crpci_guard_end(x, NULL, -1);
     crpci_context_free(x);
     crpci_loop_lock(l);
     last = crpci_server_end(conn);
@@ -13403,7 +14157,8 @@ CRPCI_FN crpci_server_end_of crpci_context_conclude(crpc_context *x, int status)
     end.loop = x->loop;
     end.conn = x->conn;
     end.bytes = x->chunk;
-    end.reply = crpci_context_encode(x, code);
+    end.reply = CRPCI_LIKELY(!x->guard) ? crpci_context_encode(x, code)
+                                        : crpci_guard_encode(x, code);
     x->chunk = NULL;
     crpci_context_free(x);
     return end;
@@ -13476,6 +14231,8 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
                                   m->service, m->name, why);
     if (!m->serve)
         return CRPC_ENOMETHOD;
+    if (CRPCI_UNLIKELY(x->guard != NULL))
+        return crpci_guard_serve(x);
     return m->serve(x, x->request, x->response, x->method->handlers);
 }
 
@@ -13553,6 +14310,7 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     x = (crpc_context *)(void *)crpci_heap_data(block);
     memset((char *)x + at, 0, reply_at - at);
     memset(&x->fields, 0, sizeof x->fields);
+    x->guard = NULL;
     x->intercepted = 0;
     x->app_code = 0;
     x->extra = x->attachment_chunk = NULL;
@@ -13616,11 +14374,85 @@ CRPCI_FN const crpci_service_method *crpci_server_method(crpc_server *s, crpci_c
     return method;
 }
 
+/* What a request's meta says about its order and about coming again. False: it was refused. */
+CRPCI_COLD bool crpci_server_look(crpc_server *s, crpci_conn *conn, const crpci_meta *m,
+                                  crpci_guard *g)
+{
+    bool fields = !m->usual && m->fields;
+    crpc_view key;
+    memset(g, 0, sizeof *g);
+    if (fields && s->options.ordered >= 0 &&
+        crpci_meta_field(m->raw, CRPCI_SERVER_KEY_FIELD, &key)) {
+        g->ordered = true;
+        g->order.key = crpci_balance_hash(crpc_view_data(key), crpc_view_size(key));
+    } else if (s->options.ordered > 0) {
+        g->ordered = true;
+        g->order.of = conn;
+        g->order.key = crpci_balance_mix((uint64_t)(uintptr_t)conn);
+    }
+    if (!fields || !s->replay.buckets ||
+        !crpci_meta_field(m->raw, CRPCI_SERVER_ID_FIELD, &g->id) ||
+        crpc_view_size(g->id) <= CRPCI_REPLAY_ID_MAX)
+        return true;
+    crpci_server_refuse(conn, m->correlation_id, CRPC_EREQUEST, "crpc-rid is over 64 bytes");
+    return false;
+}
+
+/* Whether a request is within the limits of its client and its method. Returns why not, or NULL. */
+CRPCI_COLD const char *crpci_server_limit(crpc_server *s, const crpci_conn *conn, crpci_quota *q,
+                                          crpci_guard *g)
+{
+    crpci_quota_client *client = (crpci_quota_client *)conn->client;
+    const char *why = NULL;
+    if (!client && !q)
+        return NULL;
+    g->since = conn->active_us;
+    crpci_thread_lock(&s->guard);
+    if (client && !crpci_limiter_bucket_take(&client->bucket, g->since))
+        why = "too many requests of this client in a second (rate_per_client)";
+    else if (q)
+        why = crpci_quota_enter(q, g->since);
+    crpci_thread_unlock(&s->guard);
+    g->quota = why ? NULL : q;
+    return why;
+}
+
+/* Takes a request in, or refuses it. */
+CRPCI_FN void crpci_server_admit(crpc_server *s, crpci_conn *conn, const crpci_message *m,
+                                 const crpci_service_method *method)
+{
+    bool guarded = s->guarded || (!m->meta.usual && m->meta.fields);
+    const char *why = NULL;
+    crpc_context *x = NULL;
+    crpci_guard g;
+    if (CRPCI_UNLIKELY(guarded)) {
+        if (!crpci_server_look(s, conn, &m->meta, &g))
+            return;
+        why = crpci_server_limit(s, conn, (crpci_quota *)method->quota, &g);
+    }
+    if (CRPCI_LIKELY(!why)) {
+        x = crpci_context_new(s, conn, m, method);
+        why = x ? NULL : "out of memory";
+    }
+    if (x && CRPCI_UNLIKELY(guarded))
+        why = crpci_guard_start(x, &g);
+    else if (x && !s->worker_count)
+        crpci_loop_ready(conn->loop, &x->task);
+    else if (x && !crpci_worker_push(&s->workers, &x->task))
+        why = CRPCI_SERVER_CROWDED;
+    if (CRPCI_LIKELY(!why))
+        return;
+    if (guarded)
+        crpci_guard_quit(s, &g, -1);
+    crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT, why);
+    if (x)
+        crpci_context_reject(x);
+}
+
 CRPCI_FN void crpci_server_on_message(crpci_conn *conn, crpci_message *m)
 {
     crpc_server *s = (crpc_server *)conn->owner;
     const crpci_service_method *method;
-    crpc_context *x;
     conn->loop->stats.requests++;
     if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING)) {
         crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELOGOFF, "the server is stopping");
@@ -13628,15 +14460,11 @@ CRPCI_FN void crpci_server_on_message(crpci_conn *conn, crpci_message *m)
         return;
     }
     method = crpci_server_method(s, conn, m);
-    x = method ? crpci_context_new(s, conn, m, method) : NULL;
-    if (method && !x) {
-        crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT, "out of memory");
-    } else if (method && !s->worker_count) {
-        crpci_loop_ready(conn->loop, &x->task);
-    } else if (method && !crpci_worker_push(&s->workers, &x->task)) {
+    if (method && CRPCI_UNLIKELY(crpci_thread_load(&s->serving) >= s->max_serving)) {
         crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT,
-                            "too many requests wait for a worker (worker_queue)");
-        crpci_context_reject(x);
+                            "too many requests are being served (max_concurrency)");
+    } else if (method) {
+        crpci_server_admit(s, conn, m, method);
     }
     crpci_server_throttle(conn);
 }
@@ -13668,7 +14496,24 @@ CRPCI_FN void crpci_server_on_eof(crpci_conn *conn)
 CRPCI_FN void crpci_server_on_closed(crpci_conn *conn)
 {
     crpc_server *s = (crpc_server *)conn->owner;
+    if (conn->client) {
+        crpci_thread_lock(&s->guard);
+        crpci_quota_disconnect(&s->clients, (crpci_quota_client *)conn->client);
+        crpci_thread_unlock(&s->guard);
+        conn->client = NULL;
+    }
     __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
+}
+
+/* Finds out whose a new connection is. False: out of memory. */
+CRPCI_COLD bool crpci_server_know(crpc_server *s, crpci_conn *conn)
+{
+    crpci_addr a;
+    crpci_sock_peer(conn->fd, &a);
+    crpci_thread_lock(&s->guard);
+    conn->client = crpci_quota_connect(&s->clients, &a);
+    crpci_thread_unlock(&s->guard);
+    return conn->client != NULL;
 }
 
 CRPCI_FN void crpci_server_on_opened(crpci_conn *conn)
@@ -13736,6 +14581,8 @@ CRPCI_FN void crpci_server_adopt(crpc_server *s, int fd)
         conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
         if (s->options.idle_timeout_ms)
             crpci_loop_timer_set(l, &conn->timer, (int64_t)s->options.idle_timeout_ms * 1000);
+        if (s->clients.buckets && !crpci_server_know(s, conn))
+            crpci_conn_close(conn, CRPC_ENOMEM, 0);
     }
     crpci_loop_unlock(l);
 }
@@ -13921,6 +14768,11 @@ CRPCI_FN void crpci_server_free(crpc_server *s)
     if (!crpci_thread_unref(&s->refs))
         return;
     crpci_service_free(&s->services, h);
+    crpci_replay_close(&s->replay);
+    crpci_order_close(&s->order, h);
+    crpci_quota_close(&s->clients);
+    crpci_heap_free(h, s->quotas, s->quota_count * sizeof *s->quotas);
+    crpci_thread_mutex_free(&s->guard);
     crpci_heap_free(h, s->enrolments, s->enrolled * sizeof *s->enrolments);
     crpci_heap_strfree(h, s->registry_url);
     crpci_heap_strfree(h, s->advertise);
@@ -13944,6 +14796,7 @@ CRPCI_COLD void crpci_server_configure(crpc_server *s, const crpc_server_options
     crpc_server_options *o = &s->options;
     *o = *in;
     o->weight = (int)crpci_base_min64(crpci_base_option(in->weight, 100, 0), 1000000);
+    o->warmup_ms = (int)crpci_base_option(in->warmup_ms, 0, 0);
     o->io_threads = (int)crpci_base_option(in->io_threads, 0, 0);
     o->workers = (int)crpci_base_option(in->workers, 0, 0);
     o->worker_queue = (int)crpci_base_option(in->worker_queue, 1024, 0);
@@ -13954,9 +14807,31 @@ CRPCI_COLD void crpci_server_configure(crpc_server *s, const crpc_server_options
     o->max_queued = crpci_base_option(in->max_queued, 4 << 20, 0);
     o->idle_timeout_ms = (int)crpci_base_option(in->idle_timeout_ms, 0, 0);
     o->frame_timeout_ms = (int)crpci_base_option(in->frame_timeout_ms, 30000, 0);
+    o->lame_ms = (int)crpci_base_option(in->lame_ms, in->registry ? 1000 : 0, 0);
     o->drain_ms = (int)crpci_base_option(in->drain_ms, 5000, 0);
     o->session_timeout_ms = (int)crpci_base_option(in->session_timeout_ms, 15000, 15000);
     o->registry_timeout_ms = (int)crpci_base_option(in->registry_timeout_ms, 3000, 0);
+    o->max_concurrency = (int)crpci_base_option(in->max_concurrency, 0, INT32_MAX);
+    s->max_serving = o->max_concurrency
+                         ? (uint32_t)o->max_concurrency
+                         : CRPCI_SERVER_MAX_SERVING * (uint32_t)(o->io_threads ? o->io_threads : 1);
+    o->replay_entries = (int)crpci_base_option(in->replay_entries, 0, 0);
+    o->replay_ms = (int)crpci_base_option(in->replay_ms, 60000, 0);
+    o->replay_bytes = crpci_base_option(in->replay_bytes, 4 << 20, INT64_MAX);
+    s->guarded = o->ordered > 0 || o->rate_per_client > 0;
+}
+
+/* What is needed from the start to remember requests and to know clients. */
+CRPCI_COLD int crpci_server_prepare(crpc_server *s)
+{
+    const crpc_server_options *o = &s->options;
+    int err = CRPC_OK;
+    if (o->replay_entries)
+        err = crpci_replay_open(&s->replay, s->heap, (size_t)o->replay_entries, o->replay_bytes,
+                                (int64_t)o->replay_ms * 1000);
+    if (!err && o->rate_per_client > 0)
+        err = crpci_quota_open(&s->clients, s->heap, o->rate_per_client, o->burst_per_client);
+    return err;
 }
 
 CRPCI_FN void crpci_server_drain_tick(crpc_loop *l, crpci_timer *t);
@@ -13980,7 +14855,8 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
             return crpci_status_set(error, err, "private loop: %s", crpc_status_text(err));
     }
     s = (crpc_server *)crpci_heap_alloc(l->heap, sizeof *s);
-    if (!s) {
+    if (!s || crpci_thread_mutex_init(&s->guard)) {
+        crpci_heap_free(l->heap, s, sizeof *s);
         if (!o.loop)
             crpc_loop_close(l);
         return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
@@ -14001,7 +14877,8 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
         !crpci_server_copy(s->heap, &s->registry_credential, o.registry_credential) ||
         !crpci_server_copy(s->heap, &s->group, o.group) ||
         !crpci_server_copy(s->heap, &s->version, o.version) ||
-        !crpci_server_copy(s->heap, &s->application, o.application ? o.application : "crpc"))
+        !crpci_server_copy(s->heap, &s->application, o.application ? o.application : "crpc") ||
+        crpci_server_prepare(s))
         err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     if (!err && o.listen)
         err = crpc_server_listen(s, o.listen, error);
@@ -14139,6 +15016,7 @@ CRPCI_COLD int crpci_server_enrol(crpc_server *s, crpc_error *error)
     what.application = s->application;
     what.methods = methods;
     what.weight = s->options.weight;
+    what.warmup_ms = s->options.warmup_ms;
     for (i = 0; i < s->enrolled && !err; i++) {
         what.service = s->services.items[i].table->name;
         crpci_server_method_names(s->services.items[i].table, methods, sizeof methods);
@@ -14191,6 +15069,70 @@ CRPCI_COLD void crpci_server_withdraw(crpc_server *s)
 
 /* --- starting --------------------------------------------------------------------------------- */
 
+CRPCI_COLD bool crpci_server_limits(const crpc_method_limit *l, const crpc_method *m,
+                                    const char *service)
+{
+    return (!l->service || strcmp(l->service, service) == 0) &&
+           (!l->method || strcmp(l->method, m->name) == 0);
+}
+
+/* Gives each method its quota; with NULL only counts those that have one. */
+CRPCI_COLD size_t crpci_server_share(crpc_server *s, crpci_quota *quotas)
+{
+    const crpc_server_options *o = &s->options;
+    size_t i, k, n = 0, of;
+    for (i = 0; i < s->services.count; i++) {
+        const crpci_service *v = &s->services.items[i];
+        for (k = 0; k < v->table->method_count; k++) {
+            for (of = 0; of < o->limit_count; of++) {
+                if (crpci_server_limits(&o->limits[of], &v->table->methods[k], v->table->name))
+                    break;
+            }
+            if (of == o->limit_count)
+                continue;
+            if (quotas) {
+                crpci_quota_init(&quotas[n], &o->limits[of], (uint32_t)o->workers);
+                v->methods[k].quota = &quotas[n];
+            }
+            n++;
+        }
+    }
+    return n;
+}
+
+/* A limit that names nothing is a mistake. */
+CRPCI_COLD int crpci_server_check_limit(const crpc_server *s, const crpc_method_limit *l,
+                                        crpc_error *error)
+{
+    size_t i, k;
+    for (i = 0; i < s->services.count; i++) {
+        const crpc_service *table = s->services.items[i].table;
+        for (k = 0; k < table->method_count; k++) {
+            if (crpci_server_limits(l, &table->methods[k], table->name))
+                return CRPC_OK;
+        }
+    }
+    return crpci_status_set(error, CRPC_EINVAL, "a limit is for %.80s.%.80s, which is not offered",
+                            l->service ? l->service : "*", l->method ? l->method : "*");
+}
+
+CRPCI_COLD int crpci_server_start_limits(crpc_server *s, crpc_error *error)
+{
+    size_t i;
+    int err = CRPC_OK;
+    for (i = 0; i < s->options.limit_count && !err; i++)
+        err = crpci_server_check_limit(s, &s->options.limits[i], error);
+    if (err || !s->options.limit_count || s->quotas)
+        return err;
+    s->quota_count = crpci_server_share(s, NULL);
+    s->quotas = (crpci_quota *)crpci_heap_alloc(s->heap, s->quota_count * sizeof *s->quotas);
+    if (!s->quotas)
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    crpci_server_share(s, s->quotas);
+    s->guarded = true;
+    return CRPC_OK;
+}
+
 CRPCI_COLD int crpci_server_start_threads(crpc_server *s, crpc_error *error)
 {
     size_t want = (size_t)s->options.io_threads;
@@ -14233,7 +15175,8 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
         return crpci_status_set(error, CRPC_EBUSY, "the server has been started already");
     if (crpci_list_empty(&s->listeners))
         return crpci_status_set(error, CRPC_EINVAL, "nothing to listen on: set options.listen");
-    err = crpci_server_start_threads(s, error);
+    err = crpci_server_start_limits(s, error);
+    err = err ? err : crpci_server_start_threads(s, error);
     if (err)
         return err;
     crpci_loop_lock(l);
@@ -14248,6 +15191,11 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
     if (s->registry_url) {
         err = crpci_server_enrol(s, error);
         err = err ? err : crpci_server_await_enrolment(s, error);
+    }
+    if (err) {
+        crpci_loop_lock(l);
+        s->options.lame_ms = 0; /* it is only to be closed */
+        crpci_loop_unlock(l);
     }
     return err;
 }
@@ -14281,15 +15229,25 @@ CRPCI_FN bool crpci_server_has_output(const crpc_server *s, crpc_loop *l)
     return false;
 }
 
+/* From here on new requests are refused. Locked. */
+CRPCI_FN void crpci_server_drain(crpc_server *s)
+{
+    crpci_thread_store(&s->state, CRPCI_SERVER_STOPPING);
+    crpci_server_close_listeners(s);
+}
+
 /* Looks whether the last request is answered; closes when it is, or when time is up. Called with
  * the server's loop locked; the others are locked one after another without it. */
 CRPCI_FN void crpci_server_drain_tick(crpc_loop *l, crpci_timer *t)
 {
     crpc_server *s = CRPCI_CONTAINER(t, crpc_server, drain);
-    bool busy = crpci_thread_load(&s->active) > 0 || crpci_server_has_output(s, l);
+    bool busy;
     size_t i;
+    if (crpci_thread_load(&s->state) == CRPCI_SERVER_LAME)
+        crpci_server_drain(s);
     if (crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPING)
         return;
+    busy = crpci_thread_load(&s->active) > 0 || crpci_server_has_output(s, l);
     crpci_thread_ref(&s->refs);
     crpci_loop_unlock(l);
     for (i = 0; i < s->io_count && !busy; i++) {
@@ -14323,31 +15281,36 @@ CRPCI_FN void crpci_server_drain_tick(crpc_loop *l, crpci_timer *t)
 CRPC_API void crpc_server_stop(crpc_server *s)
 {
     crpc_loop *l = s->loop;
-    bool first;
+    int64_t lame_until;
+    uint32_t state;
     crpci_loop_lock(l);
-    first = crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPING;
-    if (first) {
-        crpci_thread_store(&s->state, CRPCI_SERVER_STOPPING);
-        s->drain_until = crpci_loop_now(l) + (int64_t)s->options.drain_ms * 1000;
-        crpci_server_close_listeners(s);
-    }
+    state = crpci_thread_load(&s->state);
+    lame_until = crpci_loop_now(l);
+    if (state == CRPCI_SERVER_RUNNING)
+        lame_until += (int64_t)s->options.lame_ms * 1000;
+    if (state <= CRPCI_SERVER_RUNNING)
+        s->drain_until = lame_until + (int64_t)s->options.drain_ms * 1000;
+    if (state == CRPCI_SERVER_RUNNING && s->options.lame_ms)
+        crpci_thread_store(&s->state, CRPCI_SERVER_LAME);
+    else if (state <= CRPCI_SERVER_RUNNING)
+        crpci_server_drain(s);
     crpci_loop_unlock(l);
-    if (!first)
+    if (state > CRPCI_SERVER_RUNNING)
         return;
     crpci_server_withdraw(s);
     crpci_loop_lock(l); /* not before: another thread may close the server when it is drained */
-    crpci_loop_timer_set(l, &s->drain, 0);
+    crpci_loop_timer_at(l, &s->drain, lame_until);
     crpci_loop_unlock(l);
 }
 
-/* Waits for the end of draining, driving the loop if nobody does. */
+/* Waits for the end of stopping, driving the loop if nobody does. */
 CRPCI_FN void crpci_server_await_stop(crpc_server *s)
 {
     crpc_loop *l = s->loop;
     crpci_waiter w;
     memset(&w, 0, sizeof w);
     crpci_loop_lock(l);
-    if (crpci_thread_load(&s->state) == CRPCI_SERVER_STOPPING) {
+    if (crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED) {
         s->waiter = &w;
         crpci_loop_wait(l, &w, s->drain_until + 1000000, true);
         s->waiter = NULL;
@@ -14420,6 +15383,9 @@ CRPCI_COLD void crpci_server_dismantle(crpc_server *s)
     crpci_timer_cancel(&s->drain);
     crpci_server_close_conns(s, l);
     crpci_loop_unlock(l);
+    crpci_thread_lock(&s->guard);
+    s->workers_over = true; /* a request that is finished later has no next one run */
+    crpci_thread_unlock(&s->guard);
     crpci_worker_stop(&s->workers, s->heap, s->worker_count);
     s->worker_count = 0;
     for (i = 0; i < s->io_count; i++) {
@@ -14491,12 +15457,17 @@ CRPC_API void crpc_server_stats_get(crpc_server *s, crpc_loop_stats *stats)
         stats->bad_frames += one.bad_frames;
         stats->calls += one.calls;
         stats->requests += one.requests;
+        stats->limited += one.limited;
         stats->connections += one.connections;
         stats->pending += one.pending;
         stats->watches += one.watches;
         stats->memory += one.memory;
         stats->memory_peak += one.memory_peak;
     }
+    crpci_thread_lock(&s->guard);
+    stats->replayed = s->replayed;
+    stats->unremembered = s->unremembered;
+    crpci_thread_unlock(&s->guard);
 }
 
 /* --- the handler's side ----------------------------------------------------------------------- */
