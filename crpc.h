@@ -889,6 +889,11 @@ typedef struct crpc_channel_options {
     int hash_field;         /* as in crpc_method_options. 0: none. -1: none */
     int max_endpoints; /* providers that this channel uses of a longer list, chosen by a hash that
                           differs from channel to channel. 0: all. -1: all */
+    int allow_empty; /* 1: an empty list of the registry is believed, and calls fail with
+                        CRPC_ENOPROVIDER. 0: the last list that had an entry is used on */
+    int stale_ttl_ms; /* after the registry has not confirmed a list for so long, a provider of it that
+                         cannot be reached is dialled once a minute. 0: 600000. -1: as any other */
+    const char *application; /* this program's name, for who looks at the registry. NULL: "crpc" */
     /* Retries that may be made without successes: each takes one of them, each success gives a
      * tenth back; so a dead fleet is not stormed. What a stopping server or a connection that had
      * gone stale costs is not counted. 0: 10. -1: no limit */
@@ -10439,6 +10444,7 @@ CRPCI_COLD int crpci_registry_open(crpc_loop *l, const crpci_url *url,
 #define CRPCI_CHANNEL_INLINE 4096 /* attachments up to here are copied behind the message */
 #define CRPCI_CHANNEL_COPY 2048   /* replies up to here are copied out of a shared buffer */
 #define CRPCI_CHANNEL_REWEIGH 1000000 /* microseconds between new weights of warming providers */
+#define CRPCI_CHANNEL_AGED 60000000 /* microseconds between tries of who may be gone for good */
 #define CRPCI_CHANNEL_BACKOFF_MIN 50000
 #define CRPCI_CHANNEL_BACKOFF_MAX 1000000 /* microseconds: an ordinary call can wait for it */
 
@@ -10470,6 +10476,7 @@ typedef struct crpci_endpoint {
     crpci_timer timer; /* end of the backoff */
     int failures;      /* since the last reply */
     int64_t usable_at; /* 0 or the end of a backoff, of a logoff */
+    int64_t dialled_at;
     int last_errno;
     bool refused; /* the last connection was not lost but never came about */
 } crpci_endpoint;
@@ -10640,6 +10647,8 @@ struct crpc_channel {
     uint64_t seed;     /* which of them, if not all; and of request ids */
     bool request_ids;
     uint32_t last_request; /* atomic */
+    int64_t stale_at;   /* since when the list is, INT64_MAX: it is not */
+    int64_t stale_ttl_us;
     int64_t reweigh_at; /* when the weights of warming providers are due, INT64_MAX: none is */
     crpci_breaker_options breaker;
     size_t ejected_percent; /* that may be out at a time */
@@ -11664,6 +11673,16 @@ CRPCI_COLD void crpci_call_orphaned(crpci_call *c)
     crpci_call_finish(c, CRPC_ENOPROVIDER);
 }
 
+/* A provider that cannot be reached, of a list that nobody has confirmed for long, is not dialled
+ * for ever: it may be gone. */
+CRPCI_FN void crpci_channel_age(const crpc_channel *ch, crpci_endpoint *e)
+{
+    int64_t now = crpci_loop_rough_time(ch->loop);
+    if (e->failures && ch->stale_at <= now - ch->stale_ttl_us &&
+        e->usable_at < e->dialled_at + CRPCI_CHANNEL_AGED)
+        e->usable_at = e->dialled_at + CRPCI_CHANNEL_AGED;
+}
+
 /* Sends to a provider, or waits for its connection. */
 CRPCI_FN void crpci_call_go(crpci_call *c, crpci_node *n)
 {
@@ -11690,6 +11709,8 @@ CRPCI_FN void crpci_call_go(crpci_call *c, crpci_node *n)
             crpci_call_overcrowded(c);
         return;
     }
+    if (!e->conn)
+        crpci_channel_age(ch, e);
     if (!e->conn && e->usable_at > crpci_base_min64(c->deadline_us, INT64_MAX - 1)) {
         crpci_call_failed(c, CRPC_ECONN, crpci_conn_errno_text(e->last_errno));
         return;
@@ -12179,6 +12200,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
             crpci_loop_timer_set(l, &e->timer, wait);
         return;
     }
+    e->dialled_at = crpci_loop_now(l);
     err = crpci_conn_dial(l, &e->addr, &crpci_endpoint_events, e, &e->conn, &system_error);
     if (err) {
         char cause[96];
@@ -13069,6 +13091,8 @@ static const crpci_channel_key crpci_channel_keys[] = {
     CRPCI_CHANNEL_KEY(max_endpoints, INT32_MAX, false),
     CRPCI_CHANNEL_KEY(retry_budget, INT32_MAX, false),
     CRPCI_CHANNEL_KEY(request_ids, 1, false),
+    CRPCI_CHANNEL_KEY(allow_empty, 1, false),
+    CRPCI_CHANNEL_MS(stale_ttl_ms),
     CRPCI_CHANNEL_MS(failback_ms),
     CRPCI_CHANNEL_KEY(failback_max, INT32_MAX, false),
     CRPCI_CHANNEL_KEY(breaker, 1, false),
@@ -13204,6 +13228,8 @@ CRPCI_COLD void crpci_channel_configure(crpc_channel *ch, const crpc_channel_opt
     ch->seed = (uint64_t)crpci_loop_random(ch->loop) << 32 | crpci_loop_random(ch->loop);
     ch->reweigh_at = INT64_MAX;
     ch->request_ids = o->request_ids > 0;
+    ch->stale_at = INT64_MAX;
+    ch->stale_ttl_us = crpci_base_option(o->stale_ttl_ms, 600000, INT64_MAX / 4000) * 1000;
     ch->budgeted = o->retry_budget >= 0;
     crpci_limiter_budget_init(&ch->budget, (uint32_t)crpci_base_option(o->retry_budget, 10, 0), 1);
     ch->failback_us = crpci_base_option(o->failback_ms, 5000, 5000) * 1000;
@@ -13265,6 +13291,10 @@ CRPCI_FN int crpci_channel_on_list(void *user, crpci_snapshot *list)
     if (!ch->closed)
         err = crpci_channel_set_providers(ch, list);
     if (!ch->closed && !err) {
+        if (!list->stale)
+            ch->stale_at = INT64_MAX;
+        else if (ch->stale_at == INT64_MAX)
+            ch->stale_at = crpci_loop_now(ch->loop);
         ch->listed = true;
         if (ch->list_waiter)
             crpci_loop_done(ch->loop, ch->list_waiter);
@@ -13329,6 +13359,7 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
     memset(&ro, 0, sizeof ro);
     ro.session_timeout_ms = (int)crpci_base_option(o->session_timeout_ms, 15000, 15000);
     ro.credential = o->registry_credential;
+    ro.application = o->application;
     ro.register_consumer = true;
     err = crpci_registry_open(ch->loop, u, &ro, &ch->registry, error);
     if (err)
@@ -13337,6 +13368,8 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
     q.service = service;
     q.group = which->group;
     q.version = which->version;
+    q.application = o->application;
+    q.allow_empty = o->allow_empty > 0;
     err = ch->registry->ops->subscribe(ch->registry, &q, crpci_channel_on_list, ch,
                                        &ch->subscription);
     if (err)

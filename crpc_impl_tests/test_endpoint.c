@@ -956,6 +956,53 @@ static void max_endpoints_bounds_connections(void **state)
     fleet_close(&f);
 }
 
+/* Of a list that the registry does not confirm any more, who cannot be reached is dialled once a
+ * minute after a time; a list that is fresh again ends that. */
+static void an_aged_provider_is_dialled_rarely(void **state)
+{
+    crpc_channel_options o = CRPC_INIT;
+    crpci_snapshot *list;
+    crpci_endpoint *e;
+    fleet f;
+    int64_t now;
+    int i, dials = 0;
+    (void)state;
+    o.private_loop = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.private_loop.hooks.clock_us = fake_clock;
+    fake_now = 1000000;
+    memset(&f, 0, sizeof f);
+    assert_int_equal(crpc_channel_open(&f.channel, "tcp://127.0.0.1:9?stale_ttl_ms=30000&retries=-1",
+                                       &o, NULL),
+                     CRPC_OK);
+    e = first_endpoint(f.channel->loop);
+    list = crpci_registry_snapshot(f.channel->loop->heap, 1);
+    assert_non_null(list);
+    strcpy(list->providers[0].address, "127.0.0.1:9");
+    list->providers[0].weight = 100;
+    list->stale = true;
+    assert_int_equal(crpci_channel_on_list(f.channel, list), CRPC_OK);
+    for (i = 0; i < 400; i++) { /* ten minutes, a call each 1.5 s */
+        now = e->dialled_at;
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_ECONN);
+        if (fake_now > 31000000)
+            dials += e->dialled_at != now;
+        fake_now += 1500000;
+    }
+    assert_in_range(dials, 8, 10);
+    list->stale = false;
+    assert_int_equal(crpci_channel_on_list(f.channel, list), CRPC_OK);
+    for (i = 0, dials = 0; i < 20; i++) {
+        now = e->dialled_at;
+        e->usable_at = 0;
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_ECONN);
+        dials += e->dialled_at != now;
+        fake_now += 1500000;
+    }
+    assert_int_equal(dials, 20);
+    crpci_registry_snapshot_unref(list);
+    crpc_channel_close(f.channel);
+}
+
 static void wrong_policies_are_refused(void **state)
 {
     static const char *const bad[] = {"lb=best", "lb=", "cluster=fail", "breaker=2", "forks=x",
@@ -998,6 +1045,7 @@ int main(void)
         CT_TEST(a_removed_provider_finishes_its_calls),
         CT_TEST(equal_keys_go_to_one_provider),
         CT_TEST(max_endpoints_bounds_connections),
+        CT_TEST(an_aged_provider_is_dialled_rarely),
         CT_TEST(wrong_policies_are_refused),
     };
     return CT_RUN(tests);
