@@ -891,8 +891,9 @@ typedef struct crpc_channel_options {
                           differs from channel to channel. 0: all. -1: all */
     int allow_empty; /* 1: an empty list of the registry is believed, and calls fail with
                         CRPC_ENOPROVIDER. 0: the last list that had an entry is used on */
-    int stale_ttl_ms; /* after the registry has not confirmed a list for so long, a provider of it that
-                         cannot be reached is dialled once a minute. 0: 600000. -1: as any other */
+    int stale_ttl_ms; /* after the registry has not confirmed a list for so long, a provider of it
+                         that cannot be reached is dialled once a minute. 0: 600000. -1: as any
+                         other */
     const char *application; /* this program's name, for who looks at the registry. NULL: "crpc" */
     /* Retries that may be made without successes: each takes one of them, each success gives a
      * tenth back; so a dead fleet is not stormed. What a stopping server or a connection that had
@@ -10444,6 +10445,7 @@ CRPCI_COLD int crpci_registry_open(crpc_loop *l, const crpci_url *url,
 #define CRPCI_CHANNEL_INLINE 4096 /* attachments up to here are copied behind the message */
 #define CRPCI_CHANNEL_COPY 2048   /* replies up to here are copied out of a shared buffer */
 #define CRPCI_CHANNEL_REWEIGH 1000000 /* microseconds between new weights of warming providers */
+#define CRPCI_CHANNEL_DEAD 3         /* connections in a row that did not come about */
 #define CRPCI_CHANNEL_AGED 60000000 /* microseconds between tries of who may be gone for good */
 #define CRPCI_CHANNEL_BACKOFF_MIN 50000
 #define CRPCI_CHANNEL_BACKOFF_MAX 1000000 /* microseconds: an ordinary call can wait for it */
@@ -10644,6 +10646,9 @@ struct crpc_channel {
     size_t node_room;  /* of the array */
     bool sorted;       /* the nodes are, by address */
     size_t max_nodes;  /* 0: all that are listed */
+    crpci_snapshot *list; /* with max_nodes: to choose from again... */
+    bool choose_again;    /* ... because one of the chosen cannot be reached */
+    int64_t chosen_at;
     uint64_t seed;     /* which of them, if not all; and of request ids */
     bool request_ids;
     uint32_t last_request; /* atomic */
@@ -11594,6 +11599,12 @@ CRPCI_FN bool crpci_call_may_retry(crpci_call *c, int code)
            crpci_loop_rough_time(c->channel->loop) < c->deadline_us && crpci_call_own_request(c);
 }
 
+/* It could not be reached several times in a row. */
+CRPCI_FN bool crpci_endpoint_is_dead(const crpci_endpoint *e)
+{
+    return e->refused && !e->conn && e->failures >= CRPCI_CHANNEL_DEAD;
+}
+
 /* An attempt failed. `code` and `cause` explain if it was the last. */
 CRPCI_FN void crpci_call_failed(crpci_call *c, int code, const char *cause)
 {
@@ -11612,6 +11623,7 @@ CRPCI_FN void crpci_call_failed(crpci_call *c, int code, const char *cause)
         again = stale = false;
     }
     c->tried[(c->attempts - 1) % CRPCI_CHANNEL_TRIED] = e;
+    ch->choose_again = ch->choose_again || (ch->max_nodes && crpci_endpoint_is_dead(e));
     if (again)
         n = crpci_channel_pick(ch, c);
     if (again && !n && stale) {
@@ -12367,7 +12379,7 @@ CRPCI_FN void crpci_channel_choose(const crpc_channel *ch, const crpci_snapshot 
 {
     crpci_heap *h = ch->loop->heap;
     crpci_balance_choice *choices = NULL;
-    size_t i, n;
+    size_t i, n, hint = 0;
     if (ch->max_nodes && list->count > ch->max_nodes)
         choices = (crpci_balance_choice *)crpci_heap_alloc(h, list->count * sizeof *choices);
     for (i = 0; i < list->count; i++) {
@@ -12377,6 +12389,11 @@ CRPCI_FN void crpci_channel_choose(const crpc_channel *ch, const crpci_snapshot 
     }
     if (!choices)
         return;
+    for (i = 0; i < list->count; i++) {
+        crpci_node *node = crpci_channel_find_node(ch, list->providers[i].address, &hint);
+        if (node && crpci_endpoint_is_dead(node->endpoint))
+            choices[i].rank = 0; /* only if there is no other */
+    }
     n = crpci_balance_subset(choices, list->count, ch->max_nodes);
     for (i = 0; i < n; i++)
         chosen[choices[i].index] = true;
@@ -12459,10 +12476,23 @@ CRPCI_FN int crpci_channel_set_providers(crpc_channel *ch, const crpci_snapshot 
     return err;
 }
 
+/* Of a list of which only a part is used, others are chosen for those that cannot be reached. */
+CRPCI_COLD void crpci_channel_choose_again(crpc_channel *ch)
+{
+    int64_t now = crpci_loop_now(ch->loop);
+    if (!ch->list || now < ch->chosen_at + CRPCI_CHANNEL_REWEIGH)
+        return;
+    ch->choose_again = false;
+    ch->chosen_at = now;
+    crpci_channel_set_providers(ch, ch->list); /* without memory it stays as it is */
+}
+
 CRPCI_FN void crpci_channel_drop_nodes(crpc_channel *ch)
 {
     crpci_balance_node **old = ch->nodes;
     size_t count = ch->node_count;
+    crpci_registry_snapshot_unref(ch->list);
+    ch->list = NULL;
     ch->nodes = NULL;
     ch->node_count = 0;
     crpci_balance_reset(&ch->balance, ch->loop->heap, NULL, 0);
@@ -12613,6 +12643,8 @@ CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_call *c)
     } else {
         if (c->backup_us < c->deadline_us)
             crpci_loop_timer_at(l, &c->timer, c->backup_us);
+        if (CRPCI_UNLIKELY(ch->choose_again))
+            crpci_channel_choose_again(ch);
         crpci_call_attempt(c);
     }
     crpci_channel_flush(l);
@@ -12888,6 +12920,8 @@ CRPCI_FN void crpci_channel_launch(crpc_loop *l, crpci_call *c)
     if (send)
         crpci_loop_hold(l); /* unlocked to send: its callback may close the channel meanwhile */
     crpci_loop_timer_at(l, &c->timer, crpci_base_min64(c->backup_us, c->deadline_us));
+    if (CRPCI_UNLIKELY(c->channel->choose_again))
+        crpci_channel_choose_again(c->channel);
     crpci_call_attempt(c);
     crpci_channel_flush(l);
     l->fresh = false;
@@ -13290,6 +13324,11 @@ CRPCI_FN int crpci_channel_on_list(void *user, crpci_snapshot *list)
     crpci_loop_lock(ch->loop);
     if (!ch->closed)
         err = crpci_channel_set_providers(ch, list);
+    if (!ch->closed && !err && ch->max_nodes) {
+        crpci_registry_snapshot_ref(list);
+        crpci_registry_snapshot_unref(ch->list);
+        ch->list = list;
+    }
     if (!ch->closed && !err) {
         if (!list->stale)
             ch->stale_at = INT64_MAX;

@@ -249,11 +249,29 @@ static void fleet_open(fleet *f, int count, const char *query, const crpc_channe
     f->channel = net_channel(url, query, CRPC_POLLER_DEFAULT, NULL, options);
 }
 
+/* Whether everything that was sent has been read, served and, where it was kept, let go. */
+static bool fleet_is_quiet(fleet *f)
+{
+    crpc_loop_stats s;
+    int i;
+    fleet_release(f);
+    for (i = 0; i < f->count; i++) {
+        if (!f->peers[i].server)
+            continue;
+        crpc_server_stats_get(f->peers[i].server, &s);
+        if (s.connections)
+            return false;
+    }
+    return true;
+}
+
 static void fleet_close(fleet *f)
 {
     int i;
-    fleet_release(f);
+    for (i = 0; i < f->count; i++)
+        fleet_mood_set(&f->peers[i], FLEET_WELL);
     crpc_channel_close(f->channel);
+    assert_true(CT_WAIT(fleet_is_quiet(f), NET_PATIENCE));
     for (i = 0; i < f->count; i++)
         fleet_peer_close(&f->peers[i]);
 }
@@ -953,6 +971,23 @@ static void max_endpoints_bounds_connections(void **state)
         assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
     crpc_loop_stats_get(crpc_channel_loop(f.channel), &s);
     assert_int_equal(s.connections, 2);
+    for (i = 0; i < 6; i++) { /* those that are used die: others take their places */
+        if (net_calls(&f.peers[i].service))
+            fleet_peer_close(&f.peers[i]);
+    }
+    for (i = 0; i < NET_PATIENCE; i += 5) {
+        if (fleet_call(&f, FORM_SYNC, false, i, NULL).status == CRPC_OK)
+            break;
+        ct_sleep_ms(5);
+    }
+    for (i = 0; i < NET_PATIENCE && s.connections != 2; i += 5) {
+        fleet_call(&f, FORM_SYNC, false, i, NULL);
+        crpc_loop_stats_get(crpc_channel_loop(f.channel), &s);
+        ct_sleep_ms(5);
+    }
+    for (i = 0; i < 10; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    assert_int_equal(crpc_channel_providers(f.channel), 2);
     fleet_close(&f);
 }
 
