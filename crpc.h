@@ -175,15 +175,16 @@
  *
  * Process. No writable global data, no signal handler, no SIGPIPE, no thread that was not asked for
  * (the ZooKeeper client has two of its own; an asynchronous call on a loop that nobody drives
- * starts the loop's, see forbid_threads). Descriptors are close-on-exec. Only CLOCK_MONOTONIC is
- * looked at. After fork the child must not use what the parent opened.
+ * starts the loop's, see forbid_threads). Descriptors are close-on-exec. Times are those of
+ * CLOCK_MONOTONIC; the wall clock says only how old a provider is that is warming up. After fork
+ * the child must not use what the parent opened.
  *
  * Delivery. A call is executed at most once unless its method is idempotent (in the .proto:
  * `option idempotency_level = IDEMPOTENT;`). Retries happen by themselves only when not a byte of
  * the request was sent, when the server said it was stopping (CRPC_ELOGOFF), or, idempotent, when
- * the connection was lost; each goes to a provider other than the last four tried. CRPC_OK means
- * that the handler has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES means that nobody
- * knows.
+ * the connection was lost; each goes to a provider other than the last four tried. A request with
+ * an id (request_ids) goes to its provider again, which executes it once. CRPC_OK means that the
+ * handler has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES means that nobody knows.
  *
  * LOOPS AND THREADS
  *
@@ -256,6 +257,28 @@
  * for the first answer. The ZooKeeper client is given numeric addresses only; names are resolved
  * when a channel or a server opens. Its sockets are not close-on-exec: a program that execs closes
  * them in the child.
+ *
+ * CALLING POLICY
+ *
+ * What a channel makes of its providers is set for the channel (options, or its URL), for a method
+ * (crpc_method_options) and for a call (crpc_policy), the nearest word counting:
+ *
+ *     zookeeper://zk:2181/dubbo/demo.User?lb=la&retries=1&breaker=1&backup_ms=50
+ *
+ * The balancer (crpc_balancer) chooses for each attempt; a provider with weight 0 is taken only if
+ * there is no other, one that registered a warm-up time gets a share that grows in it (Dubbo's
+ * formula), one whose connections fail rests for up to a second, one that said it was stopping for a
+ * second. The cluster policy (crpc_cluster) says what a failure leads to. All attempts of a call
+ * share its one deadline, and all retries of a channel its budget (retry_budget). The breaker takes
+ * providers out that fail, at most half of them, and never the last that could be asked. What is
+ * left of a call that has failed for good is the method's fallback. A backup request goes to one
+ * more provider when an idempotent call has waited backup_ms; whoever answers first has answered.
+ *
+ *     graceful stop   a server unregisters, serves on for lame_ms, then refuses with CRPC_ELOGOFF,
+ *                     finishes what it has, and closes at drain_ms. Channels leave it meanwhile, and
+ *                     keep their connection to it until their last call there has ended.
+ *     registry away   calls go on with the last list; see stale_ttl_ms, allow_empty
+ *     long lists      max_endpoints chooses a part of them, another one for each channel
  *
  * LIMITS AND TRUST
  *
