@@ -2431,10 +2431,13 @@ static void handlers_call_other_services(void **state)
 typedef struct server_plan {
     crpc_poller poller;
     int workers;
+    bool guarded; /* the requests are limited, in order, and may come again */
 } server_plan;
 
 static int server_scenario(const crpc_hooks *hooks, void *user)
 {
+    static const crpc_method_limit limit = {NULL, NULL, 100, 1, 100000, 0};
+    static const char *const fields[] = {"crpc-key", "k", "crpc-rid", "i", NULL};
     const server_plan *plan = (const server_plan *)user;
     static net_service service;
     crpc_server_options o;
@@ -2454,6 +2457,13 @@ static int server_scenario(const crpc_hooks *hooks, void *user)
     o.workers = plan->workers;
     o.listen = "tcp://127.0.0.1:0";
     o.drain_ms = 1000;
+    if (plan->guarded) {
+        o.limits = &limit;
+        o.limit_count = 1;
+        o.rate_per_client = 100000;
+        o.replay_entries = 10;
+        o.ordered = 1;
+    }
     net_service_init(&service);
     status = crpc_server_open(&s, &o, &error);
     if (status) {
@@ -2473,6 +2483,10 @@ static int server_scenario(const crpc_hooks *hooks, void *user)
     wire_request(&w, "Add", 1, 1, 0);
     wire_request(&w, "Nothing", 2, 1, 0);
     wire_request(&w, "Meta", 3, 1, 0);
+    if (plan->guarded) {
+        put_request(&w, "Add", 5, "\x08\x01", 2, 0, fields);
+        put_request(&w, "Add", 6, "\x08\x01", 2, 0, fields);
+    }
     ro.attachment = 9000;
     wire_request_body(&w, "dyn.Echo", "Pass", 4, bytes, 9000, &ro);
     wire_send(fd, w.p, 30);
@@ -2481,7 +2495,7 @@ static int server_scenario(const crpc_hooks *hooks, void *user)
     wire_send(fd, w.p + 30, w.n - 30);
     wire_free(&w);
     /* every request gets a reply, or the connection ends */
-    for (until = ct_now_ms() + NET_PATIENCE; got < 4;) {
+    for (until = ct_now_ms() + NET_PATIENCE; got < (plan->guarded ? 6 : 4);) {
         char c;
         ssize_t n;
         assert_int_equal(crpc_loop_step(crpc_server_loop(s), 1), CRPC_OK);
@@ -2516,8 +2530,12 @@ static void servers_survive_being_out_of_memory(void **state)
     server_plan plan;
     (void)state;
     NET_EACH_POLLER(plan.poller)
-    for (plan.workers = 0; plan.workers < 2; plan.workers++)
+    for (plan.workers = 0; plan.workers < 2; plan.workers++) {
+        plan.guarded = false;
         assert_true(ct_sweep(server_scenario, &plan) > 10);
+        plan.guarded = true;
+        assert_true(ct_sweep(server_scenario, &plan) > 20);
+    }
 }
 
 int main(void)
