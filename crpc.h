@@ -250,10 +250,14 @@
  * Providers register as Dubbo's do: an ephemeral node
  *     /dubbo/package.Service/providers/<URL-encoded crpc://host:port/package.Service?...>
  * for each service, and consumers watch that directory. A channel takes the providers whose group
- * and version are those of its URL: unset means none, `*` any, `a,b` either. The last list that
- * had an entry stays in use while ZooKeeper is away, or answers with nothing. A session that
- * expired, or that was cut off for longer than twice its timeout, is replaced and everything
- * registered again. Calls never wait for ZooKeeper, except that opening waits registry_timeout_ms
+ * and version are those of its URL: unset means none, `*` any, `a,b` either. Nodes beside it, in
+ * `configurators`, change providers at run time as they do with Dubbo:
+ *     override://10.0.0.1:8000/package.Service?weight=200     or disabled=true, warmup=60000
+ * with 0.0.0.0 for all; an address without a port is that of one consumer, which alone obeys. The
+ * consumers are listed in `consumers`. The last list that had an entry stays in use while ZooKeeper
+ * is away, or answers with nothing. A session that expired, or that was cut off for longer than
+ * twice its timeout, is replaced and everything registered again; so is a node that somebody
+ * removed. Calls never wait for ZooKeeper, except that opening waits registry_timeout_ms
  * for the first answer. The ZooKeeper client is given numeric addresses only; names are resolved
  * when a channel or a server opens. Its sockets are not close-on-exec: a program that execs closes
  * them in the child.
@@ -7256,8 +7260,8 @@ typedef struct crpci_registry_query {
     const char *service;
     const char *group;
     const char *version;
-    const char *application; /* the consumer's */
-    bool allow_empty;        /* an empty list, read without a fault, takes the place of a good one */
+    const char *application; /* the consumer's; "": the registry option */
+    bool allow_empty; /* an empty list, read without a fault, takes the place of a good one */
 } crpci_registry_query;
 
 /* All 0: defaults. */
@@ -9941,7 +9945,7 @@ CRPCI_FN void crpci_zookeeper_kick(crpci_zookeeper *s)
 
 /* --- the interface ---------------------------------------------------------------------------- */
 
-/* "/root/service/category" */
+/* Of a service: "providers", or another category beside it. */
 CRPCI_FN char *crpci_zookeeper_dir_path(const crpci_zookeeper_registry *r, const char *service,
                                         const char *category)
 {
