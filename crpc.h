@@ -92,6 +92,7 @@
  *     >>api-service        tables that describe services; written by protoc-gen-crpc
  *     >>api-channel        the client: calls
  *     >>api-server         the server: services, requests, replies
+ *     >>api-coordination   nodes, configuration, locks and elections in ZooKeeper
  *     >>impl-base          system headers, attributes, small arithmetic
  *     >>impl-thread        locks, condition variables, threads; nothing without them
  *     >>impl-status        names and texts of codes
@@ -115,6 +116,7 @@
  *     >>impl-conn          one connection: reading and parsing, queueing and sending
  *     >>impl-registry      lists of providers, node names, what a backend offers
  *     >>impl-zookeeper     the registry in ZooKeeper, with Dubbo's layout
+ *     >>impl-coordination  nodes, configuration, locks and elections on a session
  *     >>impl-call          what a call takes and gives: request, outcome, the caller's record
  *     >>impl-endpoint      one provider: its connection, the calls on it, their ends
  *     >>impl-channel       the client: providers, forms of calls, opening and closing
@@ -446,14 +448,17 @@ struct pollfd;
     X(EUNSUPPORTED, 3114, "not compiled in or not supported")                                      \
     X(ECODEC, 3115, "message could not be encoded or decoded")                                     \
     X(EAPP, 3116, "the service answered with an error of its own: see app_code")                   \
-    X(EABI, 3117, "nanopb or crpc was compiled with other options than this file sees")
+    X(EABI, 3117, "nanopb or crpc was compiled with other options than this file sees")            \
+    X(EEXISTS, 3130, "exists already")                                                             \
+    X(EVERSION, 3131, "has another version")                                                       \
+    X(ENOTEMPTY, 3132, "has children")
 
 /* clang-format off */
 typedef enum crpc_status {
 #define CRPC_STATUS_ENUM_(name, number, text) CRPC_##name = number,
     CRPC_STATUS_MAP(CRPC_STATUS_ENUM_)
 #undef CRPC_STATUS_ENUM_
-    CRPC_STATUS_LAST_ = 3117
+    CRPC_STATUS_LAST_ = 3132
 } crpc_status;
 /* clang-format on */
 
@@ -1256,6 +1261,286 @@ CRPC_API int64_t crpc_context_remaining_us(const crpc_context *context);
 CRPC_API const char *crpc_context_peer(crpc_context *context);
 
 #endif /* CRPC_ENABLE_SERVER */
+
+/* ======================================================================== */
+/* >>api-coordination   nodes, configuration, locks and elections in ZooKeeper */
+/* ======================================================================== */
+
+/* What the fleet agrees on, kept in ZooKeeper (manual, COORDINATION). Paths are below the root that
+ * the registry's URL names; a slash in front changes nothing, and "" is the root itself. */
+typedef struct crpc_registry crpc_registry;
+
+/* How much of the registry is left. */
+typedef enum crpc_registry_state {
+    CRPC_REGISTRY_CONNECTING = 0, /* no session yet, or not again */
+    CRPC_REGISTRY_CONNECTED = 1,
+    CRPC_REGISTRY_SUSPENDED = 2, /* the connection is lost; the session may be alive */
+    CRPC_REGISTRY_LOST = 3       /* the session is over, and with it its ephemeral nodes */
+} crpc_registry_state;
+
+/* Tells of a new state, on the thread that drives the loop; of several in a row perhaps only the
+ * last. `session` is the number of the session that is or was: with another one than before,
+ * ephemeral nodes have to be made again. */
+typedef void (*crpc_registry_state_fn)(void *user, crpc_registry_state state, int64_t session);
+
+typedef struct crpc_registry_options {
+    crpc_loop_options private_loop; /* of the private loop. 0: defaults */
+    const char *credential;         /* ZooKeeper digest "user:password". NULL: none */
+    crpc_registry_state_fn on_state; /* NULL: none */
+    void *user;                      /* its first argument */
+    int session_timeout_ms;  /* silence after which the server ends the session. 0: 15000. -1: as
+                                0 */
+    int registry_timeout_ms; /* how long opening waits for the session. 0: 3000. -1: not at all */
+    int must_connect; /* 1: no session in time fails the opening. 0: goes on trying */
+} crpc_registry_options;
+
+#define CRPC_NODE_EPHEMERAL  1u /* goes with the session that made it */
+#define CRPC_NODE_SEQUENTIAL 2u /* a growing number of ten digits is put behind the name */
+#define CRPC_NODE_PARENTS    4u /* makes what is missing above it; not among several operations */
+#define CRPC_NODE_PRIVATE    8u /* for the credential's identity alone; else for everybody */
+
+#define CRPC_NODE_BYTES_MAX 1000000 /* data of a node; of several operations together */
+#define CRPC_NODE_OPS_MAX 100       /* operations at once */
+#define CRPC_NODE_ANY (-1)          /* as a version: whichever it has */
+
+typedef enum crpc_node_verb {
+    CRPC_NODE_CREATE = 1,
+    CRPC_NODE_GET = 2,
+    CRPC_NODE_SET = 3,
+    CRPC_NODE_DELETE = 4,
+    CRPC_NODE_EXISTS = 5,
+    CRPC_NODE_CHILDREN = 6,
+    CRPC_NODE_CHECK = 7, /* only among several operations */
+    CRPC_NODE_FIRST = 8  /* the first in the queue of a lock or an election */
+} crpc_node_verb;
+
+/* One operation; made by the functions below. What it points at is copied when it is begun. */
+typedef struct crpc_node_op {
+    crpc_node_verb verb;
+    const char *path;
+    crpc_view data;
+    int32_t version; /* as ZooKeeper counts: 0: never written since it was made. -1: any */
+    unsigned flags;  /* CRPC_NODE_* of a node to create */
+} crpc_node_op;
+
+/* What ZooKeeper knows of a node. */
+typedef struct crpc_node_stat {
+    int64_t created;  /* the transaction that made it: the czxid */
+    int64_t modified; /* the one that wrote it last: the mzxid */
+    int32_t version;  /* how often it was written */
+    int32_t size;     /* bytes of data */
+    int32_t children;
+    bool ephemeral;
+    bool mine; /* it is ephemeral and of the present session */
+} crpc_node_stat;
+
+/* How one of several operations ended. */
+typedef struct crpc_node_part {
+    int status;          /* CRPC_ECANCELED: another one failed, see crpc_node.failed */
+    const char *path;    /* as in crpc_node */
+    crpc_node_stat stat; /* of a node that was written */
+} crpc_node_part;
+
+/* How operations ended. Filled by crpc_registry_call it is the caller's: zero-initialise it
+ * (CRPC_INIT) before its first use and crpc_node_reset it after its last. */
+typedef struct crpc_node {
+    /* code as returned; `sent` says whether the server can have done it; remote: the server said
+     * so, and app_code is its own number, such as -101; the text names operation and path. */
+    crpc_error error;
+    const char *path;            /* of the node, below the root; a created one's real name */
+    crpc_view data;              /* GET and FIRST: all of it; unset if it has none */
+    const char *const *children; /* CHILDREN: their names, in no order */
+    size_t child_count;
+    crpc_node_stat stat;         /* GET, SET, EXISTS, FIRST */
+    const crpc_node_part *parts; /* of several operations, one each, if the server answered */
+    size_t part_count;
+    size_t failed; /* of several: which one failed */
+    void *reserved[2];
+} crpc_node;
+
+/* The end of an operation, on the thread that drives the loop; `node` is valid in the callback
+ * only. */
+typedef void (*crpc_node_fn)(void *user, const crpc_node *node);
+
+static inline crpc_node_op crpc_node_op_of(crpc_node_verb verb, const char *path, int32_t version)
+{
+    crpc_node_op op;
+    op.verb = verb;
+    op.path = path;
+    op.data = crpc_view_of(NULL, 0);
+    op.version = version;
+    op.flags = 0;
+    return op;
+}
+
+/* Makes a node. CRPC_EEXISTS; CRPC_ENOTFOUND: its parent is missing. Unset data: none. */
+static inline crpc_node_op crpc_node_create(const char *path, crpc_view data, unsigned flags)
+{
+    crpc_node_op op = crpc_node_op_of(CRPC_NODE_CREATE, path, CRPC_NODE_ANY);
+    op.data = data;
+    op.flags = flags;
+    return op;
+}
+
+/* Reads a node. CRPC_ENOTFOUND. */
+static inline crpc_node_op crpc_node_get(const char *path)
+{
+    return crpc_node_op_of(CRPC_NODE_GET, path, CRPC_NODE_ANY);
+}
+
+/* Writes a node that exists. CRPC_ENOTFOUND; CRPC_EVERSION: it has another version. */
+static inline crpc_node_op crpc_node_set(const char *path, crpc_view data, int32_t version)
+{
+    crpc_node_op op = crpc_node_op_of(CRPC_NODE_SET, path, version);
+    op.data = data;
+    return op;
+}
+
+/* Removes a node without children. CRPC_ENOTFOUND, CRPC_EVERSION, CRPC_ENOTEMPTY. */
+static inline crpc_node_op crpc_node_delete(const char *path, int32_t version)
+{
+    return crpc_node_op_of(CRPC_NODE_DELETE, path, version);
+}
+
+/* Looks whether a node is there: CRPC_OK or CRPC_ENOTFOUND. */
+static inline crpc_node_op crpc_node_exists(const char *path)
+{
+    return crpc_node_op_of(CRPC_NODE_EXISTS, path, CRPC_NODE_ANY);
+}
+
+/* Lists the names below a node. CRPC_ENOTFOUND. */
+static inline crpc_node_op crpc_node_children(const char *path)
+{
+    return crpc_node_op_of(CRPC_NODE_CHILDREN, path, CRPC_NODE_ANY);
+}
+
+/* Among several operations: fails all of them unless the node is there, with this version. */
+static inline crpc_node_op crpc_node_check(const char *path, int32_t version)
+{
+    return crpc_node_op_of(CRPC_NODE_CHECK, path, version);
+}
+
+/* Who leads the election at a path, or has the lock: data is what it said of itself, stat.created
+ * its token. CRPC_ENOTFOUND: nobody. */
+static inline crpc_node_op crpc_node_first(const char *path)
+{
+    return crpc_node_op_of(CRPC_NODE_FIRST, path, CRPC_NODE_ANY);
+}
+
+/* The value of a watched node: now, and after each change; of several in a row perhaps only the
+ * last. exists false: it is not there, or not any more. Valid in the callback only. */
+typedef void (*crpc_config_fn)(void *user, crpc_view value, int32_t version, bool exists);
+
+typedef struct crpc_lock crpc_lock;
+
+/* CRPC_OK: the lock is held; `token` is larger than that of every earlier holder, to be given to
+ * whatever the lock protects. CRPC_EGONE: it was held, and is not any more. Anything else: the
+ * attempt has failed. On the thread that drives the loop. */
+typedef void (*crpc_lock_fn)(void *user, int status, int64_t token);
+
+typedef struct crpc_election crpc_election;
+
+/* This process begins (with its token, larger than those of earlier leaders) or ceases to lead. On
+ * the thread that drives the loop. */
+typedef void (*crpc_election_fn)(void *user, bool leader, int64_t token);
+
+#if CRPC_ENABLE_ZOOKEEPER
+
+/* Opens zookeeper://host:port,...[/root]; without a root paths are ZooKeeper's own. The URL may end
+ * in ?session_timeout_ms=N and the like, which override the options. The session is shared with
+ * channels, servers and registries of the loop that name the same servers, credential and timeout.
+ * With loop NULL it gets a private one, whose thread is started by the first thing that has a
+ * callback; any other loop must outlive the registry, and is driven by the program or by waiting
+ * calls. Resolves names, and waits up to registry_timeout_ms for the session. NULL options mean the
+ * defaults; `error` (may be NULL) tells in words. CRPC_EREGISTRY: must_connect, and no session in
+ * time. */
+CRPC_API CRPC_MUST_CHECK int crpc_registry_open(crpc_registry **registry, crpc_loop *loop,
+                                                const char *url,
+                                                const crpc_registry_options *options,
+                                                crpc_error *error);
+
+/* Ends all that was begun through it: operations with CRPC_ECANCELED, their callbacks run later;
+ * watches; locks are released and elections left, but their handles still have to be closed. If
+ * nothing else shares the session it ends, and ephemeral nodes are gone. Can take 4.5 s if the
+ * server is frozen. NULL is ignored. Any thread. */
+CRPC_API void crpc_registry_close(crpc_registry *registry);
+
+/* The loop it works on. */
+CRPC_API crpc_loop *crpc_registry_loop(crpc_registry *registry);
+
+/* The number of the present session; 0: there is no connection. Any thread. */
+CRPC_API int64_t crpc_registry_session(crpc_registry *registry);
+
+/* Does one operation, or several as one transaction (CREATE, SET, DELETE and CHECK: all or none),
+ * and waits for the end. `node` may be NULL. timeout_ms 0: 5000; -1: 24 hours. What is not sent
+ * when the connection is lost waits for the next one, what only reads is asked again. CRPC_ECONN:
+ * no connection in time (sent NO), or it was lost before the answer (MAYBE); CRPC_ETIMEDOUT: no
+ * answer in time (MAYBE); CRPC_EDEADLK inside a callback of the loop; CRPC_EINVAL, with a text.
+ * Drives the loop if nobody does, but runs no callbacks. Any thread. */
+CRPC_API CRPC_MUST_CHECK int crpc_registry_call(crpc_registry *registry, const crpc_node_op *ops,
+                                                size_t count, int timeout_ms, crpc_node *node);
+
+/* The same without waiting: fn(user, node) runs exactly once if CRPC_OK is returned, and never
+ * otherwise. CRPC_ELIMIT: 1000 are under way. Operations that one thread begins are sent in their
+ * order. */
+CRPC_API CRPC_MUST_CHECK int crpc_registry_call_async(crpc_registry *registry,
+                                                      const crpc_node_op *ops, size_t count,
+                                                      int timeout_ms, crpc_node_fn fn, void *user);
+
+/* Frees what crpc_registry_call put into a node; its views and texts become invalid. */
+CRPC_API void crpc_node_reset(crpc_node *node);
+
+/* Follows the value of a node, which need not exist. No change is lost by reconnecting or by a new
+ * session; while there is no connection the last value stands. */
+CRPC_API CRPC_MUST_CHECK int crpc_config_watch(crpc_registry *registry, const char *path,
+                                               crpc_config_fn fn, void *user, crpc_id *id);
+
+/* Ends it; a stale id is ignored. From the loop's own callbacks: fn does not run again. From
+ * another thread: it may be running. */
+CRPC_API void crpc_config_unwatch(crpc_registry *registry, crpc_id id);
+
+/* Makes a handle for the lock at a path, whose node and parents are made when needed; does not
+ * acquire it. `who` (may be NULL, copied) is put into its nodes for people to read. */
+CRPC_API CRPC_MUST_CHECK int crpc_lock_open(crpc_lock **lock, crpc_registry *registry,
+                                            const char *path, const char *who, crpc_lock_fn fn,
+                                            void *user);
+
+/* Joins the queue for the lock, which is first come, first served. fn tells the end: CRPC_OK,
+ * CRPC_ETIMEDOUT (another has it), CRPC_ECONN (the registry was not reachable), CRPC_EAUTH,
+ * CRPC_ECANCELED (released or closed meanwhile). timeout_ms 0: fails at once if it is not free; -1:
+ * no limit. A new session means a new place in the queue. CRPC_EBUSY: it is held, or being
+ * acquired, or the end of that was not told yet. Any thread. */
+CRPC_API CRPC_MUST_CHECK int crpc_lock_acquire(crpc_lock *lock, int timeout_ms);
+
+/* For how many microseconds the lock is certainly still this one's, going by the server's last
+ * answer; 0: not. Work that takes longer needs the token. Renewed all the time while the server can
+ * be reached. Any thread. */
+CRPC_API int64_t crpc_lock_lease_us(crpc_lock *lock);
+
+/* Gives up the lock, or the attempt, at once from this process's view; the node is removed as soon
+ * as the server can be reached. Nothing if there is neither. Any thread. */
+CRPC_API void crpc_lock_release(crpc_lock *lock);
+
+/* Releases the lock and frees the handle; fn as with crpc_config_unwatch. NULL is ignored. */
+CRPC_API void crpc_lock_close(crpc_lock *lock);
+
+/* Becomes a candidate at a path, after those that are there already, until it is closed; also with
+ * each new session. `who` (may be unset, copied) is what crpc_node_first tells others. */
+CRPC_API CRPC_MUST_CHECK int crpc_election_open(crpc_election **election, crpc_registry *registry,
+                                                const char *path, crpc_view who,
+                                                crpc_election_fn fn, void *user);
+
+/* As crpc_lock_lease_us: how long this process certainly leads; 0: it does not. */
+CRPC_API int64_t crpc_election_lease_us(crpc_election *election);
+
+/* Steps back behind all other candidates; with none it will lead again, with a new token. */
+CRPC_API void crpc_election_resign(crpc_election *election);
+
+/* Leaves the election and frees the handle; fn as with crpc_config_unwatch, so it is not told of
+ * this end. NULL is ignored. */
+CRPC_API void crpc_election_close(crpc_election *election);
+
+#endif /* CRPC_ENABLE_ZOOKEEPER */
 
 #ifdef __cplusplus
 }
@@ -8101,8 +8386,21 @@ typedef enum crpci_zookeeper_step {
     CRPCI_ZOOKEEPER_TWIN_STAT,   /* whose is another node with the same address? */
     CRPCI_ZOOKEEPER_TWIN_DELETE, /* remove that one */
     CRPCI_ZOOKEEPER_GONE,        /* remove the node for good */
-    CRPCI_ZOOKEEPER_PROBE        /* see above */
+    CRPCI_ZOOKEEPER_PROBE,       /* see above */
+    CRPCI_ZOOKEEPER_ADD,         /* create a node of any kind */
+    CRPCI_ZOOKEEPER_GET,         /* read a node */
+    CRPCI_ZOOKEEPER_WATCH,       /* the same, to hear of its end */
+    CRPCI_ZOOKEEPER_SET,         /* write a node */
+    CRPCI_ZOOKEEPER_MULTI        /* several of these at once */
 } crpci_zookeeper_step;
+
+/* What zoo_amulti fills in while it waits: one block. */
+typedef struct crpci_zookeeper_multi {
+    size_t size; /* of the block */
+    int count;
+    zoo_op_t *ops;
+    zoo_op_result_t *results;
+} crpci_zookeeper_multi;
 
 /* A request, from before it is sent until it is answered. */
 struct crpci_zookeeper_op {
@@ -8111,24 +8409,37 @@ struct crpci_zookeeper_op {
     crpci_zookeeper_task *task; /* NULL: a probe */
     crpci_zookeeper_step step;
     char *path;
-    const char *data; /* of a node to create; the task's */
+    const char *data; /* of a node to create or write; the task's */
+    int size;         /* of it; CREATE takes its length */
     int version;
+    int flags;    /* ADD: the client's */
+    bool creator; /* ADD: for the session's identity alone */
     bool watch;
+    crpci_zookeeper_multi *multi;
+    int64_t sent_us; /* when it was given to the client: the server had it no earlier */
 };
 
 typedef struct crpci_zookeeper_answer {
     int rc;
     const struct Stat *stat;
     const struct String_vector *names;
+    const char *text; /* the path of a node that was created, or a node's bytes */
+    int size;         /* of the bytes; negative: none */
 } crpci_zookeeper_answer;
 
-/* What a kind of task does; all locked, `done` may unlock meanwhile. */
+/* What a kind of task does; all locked, `done` may unlock meanwhile. The last three may be NULL;
+ * they, and `resume`, take no task off the session but their own. */
 typedef struct crpci_zookeeper_kind {
     bool (*prepare)(crpci_zookeeper_task *t, crpci_zookeeper_op *op); /* what to send now */
     void (*done)(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
                  const crpci_zookeeper_answer *a);
     void (*resume)(crpci_zookeeper_task *t, bool fresh); /* connected; fresh: a new session */
     void (*free)(crpci_zookeeper_task *t);
+    void (*changed)(crpci_zookeeper_task *t, const char *path, bool gone); /* a watch fired */
+    /* The connection is lost; over: the session too, and what is under way gets no answer. */
+    void (*lost)(crpci_zookeeper_task *t, bool over);
+    /* The client did not take a request, or (not ZINVALIDSTATE) perhaps it did. */
+    void (*unsent)(crpci_zookeeper_task *t, const crpci_zookeeper_op *op, int rc);
 } crpci_zookeeper_kind;
 
 struct crpci_zookeeper_task {
@@ -8505,6 +8816,8 @@ CRPCI_FN void crpci_zookeeper_op_free(crpci_zookeeper_op *op)
     if (op->task)
         crpci_zookeeper_task_unref(op->task);
     crpci_heap_strfree(h, op->path);
+    if (op->multi)
+        crpci_heap_free(h, op->multi, op->multi->size);
     crpci_heap_free(h, op, sizeof *op);
 }
 
@@ -8792,6 +9105,13 @@ CRPCI_FN void crpci_zookeeper_dir_resume(crpci_zookeeper_task *t, bool fresh)
     crpci_zookeeper_dir_changed(dir);
 }
 
+CRPCI_FN void crpci_zookeeper_dir_fired(crpci_zookeeper_task *t, const char *path, bool gone)
+{
+    (void)gone;
+    if (strcmp(t->dir, path) == 0)
+        crpci_zookeeper_dir_changed(CRPCI_CONTAINER(t, crpci_zookeeper_dir, task));
+}
+
 CRPCI_FN void crpci_zookeeper_dir_free(crpci_zookeeper_task *t)
 {
     crpci_zookeeper_dir *dir = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
@@ -8805,7 +9125,7 @@ CRPCI_FN void crpci_zookeeper_dir_free(crpci_zookeeper_task *t)
 
 static const crpci_zookeeper_kind crpci_zookeeper_dir_kind = {
     crpci_zookeeper_dir_prepare, crpci_zookeeper_dir_done, crpci_zookeeper_dir_resume,
-    crpci_zookeeper_dir_free};
+    crpci_zookeeper_dir_free, crpci_zookeeper_dir_fired, NULL, NULL};
 
 /* --- registrations ---------------------------------------------------------------------------- */
 
@@ -9203,9 +9523,17 @@ CRPCI_FN void crpci_zookeeper_reg_free(crpci_zookeeper_task *t)
     crpci_heap_free(h, reg, sizeof *reg);
 }
 
+CRPCI_FN void crpci_zookeeper_reg_fired(crpci_zookeeper_task *t, const char *path, bool gone)
+{
+    crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
+    if (gone && reg->path && strcmp(reg->path, path) == 0)
+        crpci_zookeeper_reg_removed(reg);
+}
+
 static const crpci_zookeeper_kind crpci_zookeeper_reg_kind = {
-    crpci_zookeeper_reg_prepare, crpci_zookeeper_reg_done, crpci_zookeeper_reg_resume,
-    crpci_zookeeper_reg_free};
+    crpci_zookeeper_reg_prepare, crpci_zookeeper_reg_done,  crpci_zookeeper_reg_resume,
+    crpci_zookeeper_reg_free,    crpci_zookeeper_reg_fired, NULL,
+    NULL};
 
 /* --- what the client calls -------------------------------------------------------------------- */
 
@@ -9287,25 +9615,20 @@ CRPCI_FN void crpci_zookeeper_probed(crpci_zookeeper *s, crpci_zookeeper_link *l
                crpci_zookeeper_now(s) - s->lost_us >= crpci_zookeeper_patience(s);
 }
 
-CRPCI_FN void crpci_zookeeper_on_answer(const void *data, int rc, const struct Stat *stat,
-                                        const struct String_vector *names)
+CRPCI_FN void crpci_zookeeper_on_answer(const void *data, const crpci_zookeeper_answer *a)
 {
     crpci_zookeeper_op *op = (crpci_zookeeper_op *)(uintptr_t)data;
     crpci_zookeeper_link *link = op->link;
     crpci_zookeeper *s = link->session;
-    crpci_zookeeper_answer a;
-    a.rc = rc;
-    a.stat = stat;
-    a.names = names;
     crpci_zookeeper_enter(link);
-    if (!crpci_zookeeper_lost(rc))
+    if (!crpci_zookeeper_lost(a->rc))
         s->failures = 0;
     if (link == s->link && !s->closing) {
         if (!op->task) {
-            crpci_zookeeper_probed(s, link, rc);
+            crpci_zookeeper_probed(s, link, a->rc);
         } else if (op->task->op == op) {
             op->task->op = NULL;
-            op->task->kind->done(op->task, op, &a);
+            op->task->kind->done(op->task, op, a);
         }
     }
     crpci_zookeeper_op_free(op);
@@ -9314,29 +9637,44 @@ CRPCI_FN void crpci_zookeeper_on_answer(const void *data, int rc, const struct S
     crpci_zookeeper_leave(link);
 }
 
+CRPCI_FN void crpci_zookeeper_on_data(int rc, const char *bytes, int size, const struct Stat *stat,
+                                      const void *data)
+{
+    crpci_zookeeper_answer a;
+    memset(&a, 0, sizeof a);
+    a.rc = rc;
+    a.stat = stat;
+    a.text = bytes;
+    a.size = size;
+    crpci_zookeeper_on_answer(data, &a);
+}
+
 CRPCI_FN void crpci_zookeeper_on_string(int rc, const char *value, const void *data)
 {
-    (void)value;
-    crpci_zookeeper_on_answer(data, rc, NULL, NULL);
+    crpci_zookeeper_on_data(rc, value, 0, NULL, data);
 }
 
 CRPCI_FN void crpci_zookeeper_on_stat(int rc, const struct Stat *stat, const void *data)
 {
-    crpci_zookeeper_on_answer(data, rc, stat, NULL);
+    crpci_zookeeper_on_data(rc, NULL, 0, stat, data);
 }
 
 CRPCI_FN void crpci_zookeeper_on_void(int rc, const void *data)
 {
-    crpci_zookeeper_on_answer(data, rc, NULL, NULL);
+    crpci_zookeeper_on_data(rc, NULL, 0, NULL, data);
 }
 
 CRPCI_FN void crpci_zookeeper_on_names(int rc, const struct String_vector *names, const void *data)
 {
-    crpci_zookeeper_on_answer(data, rc, NULL, names);
+    crpci_zookeeper_answer a;
+    memset(&a, 0, sizeof a);
+    a.rc = rc;
+    a.names = names;
+    crpci_zookeeper_on_answer(data, &a);
 }
 
-/* A directory changed, or went, or a node of this session did. Also called for session events,
- * which the other watcher sees to. */
+/* Something that is watched changed, or went. Also called for session events, which the other
+ * watcher sees to. */
 CRPCI_FN void crpci_zookeeper_on_change(zhandle_t *zh, int type, int state, const char *path,
                                         void *context)
 {
@@ -9350,14 +9688,8 @@ CRPCI_FN void crpci_zookeeper_on_change(zhandle_t *zh, int type, int state, cons
     crpci_zookeeper_enter(link);
     for (i = s->tasks.next; link == s->link && i != &s->tasks; i = i->next) {
         crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
-        if (t->kind == &crpci_zookeeper_dir_kind) {
-            if (strcmp(t->dir, path) == 0)
-                crpci_zookeeper_dir_changed(CRPCI_CONTAINER(t, crpci_zookeeper_dir, task));
-        } else {
-            crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
-            if (type == ZOO_DELETED_EVENT && reg->path && strcmp(reg->path, path) == 0)
-                crpci_zookeeper_reg_removed(reg);
-        }
+        if (t->kind->changed)
+            t->kind->changed(t, path, type == ZOO_DELETED_EVENT);
     }
     crpci_zookeeper_leave(link);
 }
@@ -9389,6 +9721,17 @@ CRPCI_FN void crpci_zookeeper_connected(crpci_zookeeper *s, crpci_zookeeper_link
     }
 }
 
+CRPCI_FN void crpci_zookeeper_tell_lost(crpci_zookeeper *s, bool over)
+{
+    crpci_list *i, *next;
+    for (i = s->tasks.next; i != &s->tasks; i = next) {
+        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
+        next = i->next;
+        if (t->kind->lost)
+            t->kind->lost(t, over);
+    }
+}
+
 CRPCI_FN void crpci_zookeeper_disconnected(crpci_zookeeper *s)
 {
     int64_t now = crpci_zookeeper_now(s);
@@ -9404,6 +9747,7 @@ CRPCI_FN void crpci_zookeeper_disconnected(crpci_zookeeper *s)
 #if CRPC_ZOOKEEPER_ST
     s->refused_us = now + crpci_zookeeper_pace(s);
 #endif
+    crpci_zookeeper_tell_lost(s, false);
 }
 
 CRPCI_FN void crpci_zookeeper_on_session(zhandle_t *zh, int type, int state, const char *path,
@@ -9433,6 +9777,7 @@ CRPCI_FN void crpci_zookeeper_on_session(zhandle_t *zh, int type, int state, con
             s->warned = true;
             s->failures += !expired && s->failures == 0;
             s->renew = true;
+            crpci_zookeeper_tell_lost(s, true);
         } else {
             crpci_zookeeper_disconnected(s);
         }
@@ -9459,10 +9804,22 @@ CRPCI_FN int crpci_zookeeper_call(zhandle_t *zh, crpci_zookeeper_op *op)
     case CRPCI_ZOOKEEPER_TWIN_DELETE:
     case CRPCI_ZOOKEEPER_GONE:
         return zoo_adelete(zh, op->path, op->version, crpci_zookeeper_on_void, op);
+    case CRPCI_ZOOKEEPER_ADD:
+        return zoo_acreate(zh, op->path, op->data, op->size,
+                           op->creator ? &ZOO_CREATOR_ALL_ACL : &ZOO_OPEN_ACL_UNSAFE, op->flags,
+                           crpci_zookeeper_on_string, op);
+    case CRPCI_ZOOKEEPER_GET:
+    case CRPCI_ZOOKEEPER_WATCH:
+        return zoo_awget(zh, op->path, op->watch ? crpci_zookeeper_on_change : NULL, op->link,
+                         crpci_zookeeper_on_data, op);
+    case CRPCI_ZOOKEEPER_SET:
+        return zoo_aset(zh, op->path, op->data, op->size, op->version, crpci_zookeeper_on_stat, op);
+    case CRPCI_ZOOKEEPER_MULTI:
+        return zoo_amulti(zh, op->multi->count, op->multi->ops, op->multi->results,
+                          crpci_zookeeper_on_void, op);
     default:
-        return op->watch ? zoo_awexists(zh, op->path, crpci_zookeeper_on_change, op->link,
-                                        crpci_zookeeper_on_stat, op)
-                         : zoo_aexists(zh, op->path, 0, crpci_zookeeper_on_stat, op);
+        return zoo_awexists(zh, op->path, op->watch ? crpci_zookeeper_on_change : NULL, op->link,
+                            crpci_zookeeper_on_stat, op);
     }
 }
 
@@ -9474,16 +9831,20 @@ CRPCI_FN void crpci_zookeeper_send(crpci_zookeeper *s, crpci_zookeeper_op *op)
     int rc;
     if (t)
         t->refs++;
+    op->sent_us = crpci_zookeeper_now(s);
     crpci_loop_unlock(s->loop);
     rc = crpci_zookeeper_call(zh, op);
     crpci_loop_lock(s->loop);
     if (rc != ZOK) {
-        if (t && t->op == op)
+        bool mine = t && t->op == op;
+        if (mine)
             t->op = NULL;
         if (t)
             crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_RETRY_US, 50));
         else
             s->probing = false;
+        if (mine && t->kind->unsent)
+            t->kind->unsent(t, op, rc);
         /* Out of memory the client may have queued half of it, and still call back: then the op is
          * left to the link. */
         if (rc == ZINVALIDSTATE || rc == ZBADARGUMENTS)
@@ -9632,6 +9993,7 @@ CRPCI_FN void crpci_zookeeper_disconnect(crpci_zookeeper *s)
     s->link = NULL;
     s->connected = s->renew = s->probing = false;
     s->lost_us = 0;
+    crpci_zookeeper_tell_lost(s, true);
     for (i = s->tasks.next; i != &s->tasks; i = i->next)
         CRPCI_CONTAINER(i, crpci_zookeeper_task, node)->op = NULL;
     if (!link)
@@ -10238,6 +10600,8 @@ CRPCI_FN bool crpci_zookeeper_end_one(crpci_zookeeper *s, const crpci_zookeeper_
             }
             continue;
         }
+        if (t->kind != &crpci_zookeeper_dir_kind)
+            continue;
         for (k = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->subs.next;
              k != &CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->subs; k = k->next) {
             crpci_zookeeper_sub *sub = CRPCI_CONTAINER(k, crpci_zookeeper_sub, base.node);
@@ -10459,6 +10823,1933 @@ CRPCI_COLD int crpci_registry_open(crpc_loop *l, const crpci_url *url,
                             "and link the ZooKeeper C client");
 #endif
 }
+
+/* ======================================================================== */
+/* >>impl-coordination   nodes, configuration, locks and elections on a session */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_ZOOKEEPER
+
+/* Every operation, watch, lock and candidate is a task of the session, with one request under way
+ * at most, like what the registry itself does there. Answers and events come on the thread that
+ * runs the client; what the program is to hear of them is left in the item, whose loop task tells
+ * it on the thread that drives the loop. Deadlines and leases are timers of the loop.
+ *
+ * An item is referred to by the session as long as it is in its list of tasks, by each of its
+ * requests, by its queued loop task, and by the handle of a lock or election. Whoever refers to an
+ * item from outside of the session also refers to the session, so that it outlives the item. */
+
+#define CRPCI_COORDINATION_TIMEOUT_MS 5000
+#define CRPCI_COORDINATION_LONGEST_MS 86400000
+#define CRPCI_COORDINATION_OPEN_MS    3000
+#define CRPCI_COORDINATION_PENDING    1000u
+#define CRPCI_COORDINATION_PATH       4096u
+#define CRPCI_COORDINATION_MARK       "-lock-" /* before the number, as in Curator's recipes */
+
+typedef struct crpci_coordination_item crpci_coordination_item;
+struct crpci_coordination_item {
+    crpci_zookeeper_task task;
+    crpci_list node;      /* in owner->items */
+    crpc_registry *owner; /* NULL: ended */
+    crpci_task ready;
+    crpci_timer timer;
+    void (*tell)(crpci_coordination_item *item); /* runs user code; locked, unlocks meanwhile */
+    void *user;
+};
+
+/* What the program and an open registry hear of the session. */
+typedef struct crpci_coordination_gate {
+    crpci_coordination_item item;
+    crpc_registry_state state;
+    int64_t session;
+    bool news;
+    crpc_registry_state_fn fn;
+    crpci_waiter *waiter;
+} crpci_coordination_gate;
+
+/* An operation, or several as one. */
+typedef struct crpci_coordination_op {
+    crpci_coordination_item item;
+    crpc_node_fn fn;
+    crpci_waiter *waiter; /* of a synchronous one */
+    crpc_node_op *ops;    /* in a block, with all that they point at; paths are ZooKeeper's own */
+    size_t count;
+    size_t block_size;
+    size_t root; /* length of what paths have in front */
+    char *first; /* FIRST: the node that was found */
+    bool finished;
+    crpc_node result;
+} crpci_coordination_op;
+
+typedef struct crpci_coordination_config {
+    crpci_coordination_item item; /* item.task.dir is the node */
+    crpc_config_fn fn;
+    crpci_chunk *value; /* the bytes; NULL: it does not exist, or was not read yet */
+    size_t size;
+    struct Stat stat;
+    bool known;
+    bool news;
+    bool refused; /* it was logged that it cannot be read */
+} crpci_coordination_config;
+
+/* A place in the queue for a lock or for the lead; item.task.dir is the directory. */
+typedef struct crpci_coordination_queue {
+    crpci_coordination_item item;
+    bool election;
+    bool closed; /* the handle is */
+    bool wanted; /* to be in the queue */
+    bool leave;  /* the node that there is has to go first */
+    bool doubt;  /* nodes with the id may exist whose creation got no answer */
+    bool held;
+    bool once;        /* fail unless it is free now */
+    bool asked;       /* an attempt whose end was not told */
+    bool told;        /* the program knows that it is held... */
+    int outcome;      /* of the attempt, if it failed */
+    int64_t told_token; /* ... with this one */
+    int64_t token;
+    int64_t lease_us; /* until when it is held for certain */
+    unsigned failures;
+    char id[48];
+    char *path;   /* of the own node; NULL: there is none, or it is not known */
+    char *before; /* the one before it, which is watched; or a second one of its own */
+    char *who;
+    size_t who_size;
+    crpc_lock_fn on_lock;
+    crpc_election_fn on_election;
+} crpci_coordination_queue;
+
+struct crpc_lock {
+    crpci_coordination_queue queue;
+};
+
+struct crpc_election {
+    crpci_coordination_queue queue;
+};
+
+struct crpc_registry {
+    crpc_loop *loop;
+    bool private_loop;
+    crpci_registry *base;
+    crpci_zookeeper *session;
+    char *root; /* "/app", or "" */
+    crpci_list items;
+    crpci_id_table configs;
+    uint32_t pending; /* operations */
+};
+
+/* --- items ------------------------------------------------------------------------------------ */
+
+CRPCI_FN crpci_coordination_item *crpci_coordination_item_of(crpci_zookeeper_task *t)
+{
+    return CRPCI_CONTAINER(t, crpci_coordination_item, task);
+}
+
+CRPCI_FN void crpci_coordination_run(crpc_loop *l, crpci_task *task)
+{
+    crpci_coordination_item *item = CRPCI_CONTAINER(task, crpci_coordination_item, ready);
+    crpci_zookeeper *s = item->task.session;
+    item->tell(item);
+    crpci_zookeeper_task_unref(&item->task);
+    crpci_zookeeper_unlock(s);
+    crpci_loop_lock(l);
+}
+
+/* Has the program told, on the thread that drives the loop. */
+CRPCI_FN void crpci_coordination_ready(crpci_coordination_item *item)
+{
+    if (!crpci_list_empty(&item->ready.link))
+        return;
+    item->task.refs++;
+    item->task.session->refs++;
+    crpci_loop_ready(item->task.session->loop, &item->ready);
+}
+
+CRPCI_FN void crpci_coordination_no_timer(crpc_loop *l, crpci_timer *timer)
+{
+    (void)l;
+    (void)timer;
+}
+
+/* A new item of `size` zeroed bytes, not yet on its session. NULL: out of memory. */
+CRPCI_FN void *crpci_coordination_item_new(crpc_registry *r, size_t size,
+                                           const crpci_zookeeper_kind *kind,
+                                           void (*tell)(crpci_coordination_item *))
+{
+    crpci_coordination_item *item =
+        (crpci_coordination_item *)crpci_heap_alloc(r->session->heap, size);
+    if (!item)
+        return NULL;
+    crpci_zookeeper_task_init(&item->task, kind, r->session, CRPCI_ZOOKEEPER_IDLE);
+    crpci_list_init(&item->node);
+    crpci_loop_task_init(&item->ready, crpci_coordination_run);
+    crpci_timer_init(&item->timer, crpci_coordination_no_timer);
+    item->tell = tell;
+    return item;
+}
+
+/* Locked. */
+CRPCI_FN void crpci_coordination_item_add(crpc_registry *r, crpci_coordination_item *item)
+{
+    item->owner = r;
+    crpci_list_append(&r->items, &item->node);
+    crpci_list_append(&r->session->tasks, &item->task.node);
+}
+
+/* Nobody asks for it any more. */
+CRPCI_FN void crpci_coordination_item_end(crpci_coordination_item *item)
+{
+    item->owner = NULL;
+    crpci_list_remove(&item->node);
+    crpci_loop_timer_cancel(item->task.session->loop, &item->timer);
+}
+
+/* Takes it off the session, whose reference goes. */
+CRPCI_FN void crpci_coordination_item_drop(crpci_coordination_item *item)
+{
+    if (crpci_list_empty(&item->task.node))
+        return;
+    crpci_list_remove(&item->task.node);
+    crpci_zookeeper_task_unref(&item->task);
+}
+
+/* Has the session look at its tasks soon, from where the client must not be called. */
+CRPCI_FN void crpci_coordination_soon(crpci_zookeeper *s)
+{
+    s->again = true;
+    if (!s->busy)
+        crpci_loop_timer_set(s->loop, &s->timer, 0);
+}
+
+/* --- paths and numbers ------------------------------------------------------------------------ */
+
+/* Whether a path below the root can be a node's. A sequential one may end in a slash: then the
+ * number is all of its name. */
+CRPCI_FN bool crpci_coordination_path_ok(const char *path, bool sequential)
+{
+    size_t n;
+    if (!path || strlen(path) > CRPCI_COORDINATION_PATH)
+        return false;
+    path += *path == '/';
+    while (*path) {
+        n = strcspn(path, "/");
+        if (!crpci_zookeeper_is_part(path, n))
+            return false;
+        path += n;
+        if (*path == '/' && !*++path)
+            return sequential;
+    }
+    return true;
+}
+
+/* Writes ZooKeeper's own path of one below the root, which has room for both, and returns its
+ * length; with NULL it is only measured. */
+CRPCI_FN size_t crpci_coordination_full(char *out, const char *root, const char *path)
+{
+    size_t n = strlen(root), m;
+    path += *path == '/';
+    m = strlen(path);
+    if (!n && !m) {
+        if (out)
+            memcpy(out, "/", 2);
+        return 1;
+    }
+    if (out) {
+        memcpy(out, root, n);
+        out[n] = '/';
+        memcpy(out + n + (m != 0), path, m + 1);
+    }
+    return n + (m != 0) + m;
+}
+
+/* The same on the heap. */
+CRPCI_FN char *crpci_coordination_path(crpci_heap *h, const char *root, const char *path)
+{
+    char *out = (char *)crpci_heap_alloc(h, crpci_coordination_full(NULL, root, path) + 1);
+    if (out)
+        crpci_coordination_full(out, root, path);
+    return out;
+}
+
+/* Back again, for the program. */
+CRPCI_FN const char *crpci_coordination_relative(const char *full, size_t root)
+{
+    full += root;
+    return full + (*full == '/');
+}
+
+/* The number of a node in a queue, which ZooKeeper has written with "%010d"; it goes on from
+ * 2147483647 with -2147483648. False: the node is none of a queue. */
+CRPCI_FN bool crpci_coordination_number(const char *name, int32_t *number)
+{
+    const char *at = NULL, *next = name;
+    int64_t v = 0;
+    size_t digits = 0;
+    bool negative;
+    while ((next = strstr(next, CRPCI_COORDINATION_MARK)) != NULL)
+        at = next++;
+    if (!at)
+        return false;
+    at += strlen(CRPCI_COORDINATION_MARK);
+    negative = *at == '-';
+    for (at += negative; *at >= '0' && *at <= '9' && digits < 11; at++, digits++)
+        v = v * 10 + (*at - '0');
+    v = negative ? -v : v;
+    if (*at || (digits != 10 && !(negative && digits == 9)) || v > INT32_MAX || v < INT32_MIN)
+        return false;
+    *number = (int32_t)v;
+    return true;
+}
+
+/* Whether `a` was given out before `b`, going by the shorter way round. */
+CRPCI_FN bool crpci_coordination_earlier(int32_t a, int32_t b)
+{
+    return (uint32_t)a - (uint32_t)b > UINT32_C(0x80000000);
+}
+
+/* A queue as one contender sees it; the names are those of the list. */
+typedef struct crpci_coordination_place {
+    const char *first;  /* of all */
+    const char *own;    /* the earliest that begins with the id */
+    const char *again;  /* another one that does */
+    const char *before; /* the last before the own one */
+} crpci_coordination_place;
+
+/* The earliest, or with `latest` the last, before a node. NULL as the node: of all. */
+CRPCI_FN const char *crpci_coordination_pick(char *const *names, size_t count, const char *id,
+                                             const char *than, bool latest)
+{
+    const char *best = NULL;
+    int32_t bound = 0, number, found = 0;
+    size_t i;
+    if (than)
+        crpci_coordination_number(than, &bound);
+    for (i = 0; i < count; i++) {
+        if (!names[i] || !crpci_coordination_number(names[i], &number) ||
+            strncmp(names[i], id, strlen(id)) != 0 ||
+            (than && !crpci_coordination_earlier(number, bound)))
+            continue;
+        if (!best || crpci_coordination_earlier(number, found) != latest) {
+            best = names[i];
+            found = number;
+        }
+    }
+    return best;
+}
+
+CRPCI_FN void crpci_coordination_look(crpci_coordination_place *p, char *const *names, size_t count,
+                                      const char *id)
+{
+    size_t i;
+    memset(p, 0, sizeof *p);
+    p->first = crpci_coordination_pick(names, count, "", NULL, false);
+    if (!*id)
+        return;
+    p->own = crpci_coordination_pick(names, count, id, NULL, false);
+    if (!p->own)
+        return;
+    p->before = crpci_coordination_pick(names, count, "", p->own, true);
+    for (i = 0; i < count; i++) {
+        if (names[i] && names[i] != p->own && strncmp(names[i], id, strlen(id)) == 0)
+            p->again = names[i];
+    }
+}
+
+/* What the client's codes are called here. */
+CRPCI_FN int crpci_coordination_status(int rc)
+{
+    switch (rc) {
+    case ZOK:
+        return CRPC_OK;
+    case ZNONODE:
+        return CRPC_ENOTFOUND;
+    case ZNODEEXISTS:
+        return CRPC_EEXISTS;
+    case ZBADVERSION:
+        return CRPC_EVERSION;
+    case ZNOTEMPTY:
+        return CRPC_ENOTEMPTY;
+    case ZNOAUTH:
+    case ZINVALIDACL:
+        return CRPC_EAUTH;
+    case ZBADARGUMENTS:
+    case ZNOCHILDRENFOREPHEMERALS:
+        return CRPC_EINVAL;
+    case ZUNIMPLEMENTED:
+        return CRPC_EUNSUPPORTED;
+    default:
+        return crpci_zookeeper_lost(rc) ? CRPC_ECONN : CRPC_EINTERNAL;
+    }
+}
+
+/* --- the state of the session ----------------------------------------------------------------- */
+
+CRPCI_FN void crpci_coordination_gate_set(crpci_coordination_gate *g, crpc_registry_state state)
+{
+    int64_t session = g->item.task.session->session_id;
+    if (state == g->state && (state != CRPC_REGISTRY_CONNECTED || session == g->session))
+        return;
+    g->state = state;
+    if (state == CRPC_REGISTRY_CONNECTED) {
+        g->session = session;
+        if (g->waiter)
+            crpci_loop_done(g->item.task.session->loop, g->waiter);
+    }
+    g->news = g->fn != NULL;
+    if (g->news)
+        crpci_coordination_ready(&g->item);
+}
+
+CRPCI_FN void crpci_coordination_gate_tell(crpci_coordination_item *item)
+{
+    crpci_coordination_gate *g = CRPCI_CONTAINER(item, crpci_coordination_gate, item);
+    crpc_loop *l = item->task.session->loop;
+    while (g->news && item->owner) {
+        crpc_registry_state state = g->state;
+        int64_t session = g->session;
+        g->news = false;
+        crpci_loop_user_begin(l);
+        g->fn(item->user, state, session);
+        crpci_loop_user_end(l);
+    }
+}
+
+/* It only listens. */
+CRPCI_FN bool crpci_coordination_gate_prepare(crpci_zookeeper_task *t, crpci_zookeeper_op *op)
+{
+    (void)op;
+    t->due_us = INT64_MAX;
+    return false;
+}
+
+CRPCI_FN void crpci_coordination_gate_done(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
+                                           const crpci_zookeeper_answer *a)
+{
+    (void)t;
+    (void)op;
+    (void)a;
+}
+
+CRPCI_FN void crpci_coordination_gate_resume(crpci_zookeeper_task *t, bool fresh)
+{
+    crpci_coordination_item *item = crpci_coordination_item_of(t);
+    (void)fresh;
+    crpci_coordination_gate_set(CRPCI_CONTAINER(item, crpci_coordination_gate, item),
+                                CRPC_REGISTRY_CONNECTED);
+}
+
+CRPCI_FN void crpci_coordination_gate_lost(crpci_zookeeper_task *t, bool over)
+{
+    crpci_coordination_item *item = crpci_coordination_item_of(t);
+    crpci_coordination_gate *g = CRPCI_CONTAINER(item, crpci_coordination_gate, item);
+    if (g->state != CRPC_REGISTRY_CONNECTING)
+        crpci_coordination_gate_set(g, over ? CRPC_REGISTRY_LOST : CRPC_REGISTRY_SUSPENDED);
+}
+
+CRPCI_FN void crpci_coordination_gate_free(crpci_zookeeper_task *t)
+{
+    crpci_coordination_item *item = crpci_coordination_item_of(t);
+    crpci_heap_free(t->session->heap, item, sizeof(crpci_coordination_gate));
+}
+
+static const crpci_zookeeper_kind crpci_coordination_gate_kind = {
+    crpci_coordination_gate_prepare, crpci_coordination_gate_done, crpci_coordination_gate_resume,
+    crpci_coordination_gate_free,    NULL,                         crpci_coordination_gate_lost,
+    NULL};
+
+/* --- operations: what goes in ----------------------------------------------------------------- */
+
+CRPCI_FN crpci_coordination_op *crpci_coordination_op_of(crpci_zookeeper_task *t)
+{
+    crpci_coordination_item *item = crpci_coordination_item_of(t);
+    return CRPCI_CONTAINER(item, crpci_coordination_op, item);
+}
+
+CRPCI_FN const char *crpci_coordination_verb(crpc_node_verb verb)
+{
+    static const char words[][10] = {"?",      "create", "get",      "set",   "delete",
+                                     "exists", "list",   "check",    "first of"};
+    return words[verb >= CRPC_NODE_CREATE && verb <= CRPC_NODE_FIRST ? verb : 0];
+}
+
+/* Whether an operation can be one of `count`. */
+CRPCI_FN bool crpci_coordination_allowed(const crpc_node_op *o, size_t count)
+{
+    const unsigned all = CRPC_NODE_EPHEMERAL | CRPC_NODE_SEQUENTIAL | CRPC_NODE_PARENTS |
+                         CRPC_NODE_PRIVATE;
+    if (o->verb < CRPC_NODE_CREATE || o->verb > CRPC_NODE_FIRST || o->version < -1 ||
+        (o->flags && (o->verb != CRPC_NODE_CREATE || o->flags & ~all)))
+        return false;
+    if (count == 1)
+        return o->verb != CRPC_NODE_CHECK;
+    return (o->verb == CRPC_NODE_CREATE && !(o->flags & CRPC_NODE_PARENTS)) ||
+           o->verb == CRPC_NODE_SET || o->verb == CRPC_NODE_DELETE || o->verb == CRPC_NODE_CHECK;
+}
+
+/* Looks at operations before anything is done. *size: of a block that holds copies. */
+CRPCI_COLD int crpci_coordination_check(const crpc_registry *r, const crpc_node_op *ops,
+                                        size_t count, size_t *size, crpc_error *error)
+{
+    size_t i, bytes = 0;
+    *size = 0;
+    if (!ops || count == 0 || count > CRPC_NODE_OPS_MAX)
+        return crpci_status_set(error, CRPC_EINVAL, "%zu operations: 1 to %d can be done at once",
+                                ops ? count : 0, CRPC_NODE_OPS_MAX);
+    for (i = 0; i < count; i++) {
+        const crpc_node_op *o = &ops[i];
+        const char *verb = crpci_coordination_verb(o->verb);
+        size_t n = crpc_view_size(o->data);
+        if (!crpci_coordination_allowed(o, count))
+            return crpci_status_set(error, CRPC_EINVAL, "operation %zu (%s): %s", i, verb,
+                                    o->verb == CRPC_NODE_CHECK ? "check needs others beside it"
+                                    : count > 1 ? "not possible among several, or bad flags"
+                                                : "no such operation, or bad flags or version");
+        if (!crpci_coordination_path_ok(o->path, (o->flags & CRPC_NODE_SEQUENTIAL) != 0))
+            return crpci_status_set(error, CRPC_EINVAL, "%s \"%.100s\": no path in ZooKeeper", verb,
+                                    o->path ? o->path : "");
+        if (n > CRPC_NODE_BYTES_MAX || bytes > CRPC_NODE_BYTES_MAX - n)
+            return crpci_status_set(error, CRPC_EINVAL, "%s \"%.100s\": over %d bytes of data",
+                                    verb, o->path, CRPC_NODE_BYTES_MAX);
+        bytes += n;
+        *size += sizeof *o + crpci_coordination_full(NULL, r->root, o->path) + 1 + n;
+    }
+    return CRPC_OK;
+}
+
+CRPCI_FN void crpci_coordination_copy(crpci_coordination_op *c, const char *root,
+                                      const crpc_node_op *ops)
+{
+    char *at = (char *)(c->ops + c->count);
+    size_t i;
+    for (i = 0; i < c->count; i++) {
+        size_t n = crpc_view_size(ops[i].data);
+        c->ops[i] = ops[i];
+        c->ops[i].path = at;
+        at += crpci_coordination_full(at, root, ops[i].path) + 1;
+        if (n)
+            memcpy(at, crpc_view_data(ops[i].data), n);
+        c->ops[i].data = crpc_view_of(at, n);
+        at += n;
+    }
+}
+
+CRPCI_FN crpci_zookeeper_step crpci_coordination_step(const crpci_coordination_op *c)
+{
+    static const uint8_t steps[] = {
+        CRPCI_ZOOKEEPER_IDLE, CRPCI_ZOOKEEPER_ADD,  CRPCI_ZOOKEEPER_GET,
+        CRPCI_ZOOKEEPER_SET,  CRPCI_ZOOKEEPER_GONE, CRPCI_ZOOKEEPER_STAT,
+        CRPCI_ZOOKEEPER_LIST, CRPCI_ZOOKEEPER_IDLE, CRPCI_ZOOKEEPER_LIST};
+    return c->count > 1 ? CRPCI_ZOOKEEPER_MULTI : (crpci_zookeeper_step)steps[c->ops[0].verb];
+}
+
+/* Whether doing it twice is not the same as doing it once. */
+CRPCI_FN bool crpci_coordination_writes(crpci_zookeeper_step step)
+{
+    return step == CRPCI_ZOOKEEPER_ADD || step == CRPCI_ZOOKEEPER_SET ||
+           step == CRPCI_ZOOKEEPER_GONE || step == CRPCI_ZOOKEEPER_MULTI;
+}
+
+/* What zoo_amulti wants to be given and to have kept. */
+CRPCI_FN crpci_zookeeper_multi *crpci_coordination_multi(const crpci_coordination_op *c)
+{
+    const size_t each = sizeof(zoo_op_t) + sizeof(zoo_op_result_t) + sizeof(struct Stat);
+    const size_t head = (sizeof(crpci_zookeeper_multi) + 15) & ~(size_t)15;
+    size_t size = head + c->count * each, i;
+    crpci_zookeeper_multi *m;
+    struct Stat *stats;
+    char *names;
+    for (i = 0; i < c->count; i++)
+        size += strlen(c->ops[i].path) + 16; /* the number of a sequential one */
+    m = (crpci_zookeeper_multi *)crpci_heap_alloc(c->item.task.session->heap, size);
+    if (!m)
+        return NULL;
+    m->size = size;
+    m->count = (int)c->count;
+    stats = (struct Stat *)(void *)((char *)m + head); /* the most aligned come first */
+    m->ops = (zoo_op_t *)(void *)(stats + c->count);
+    m->results = (zoo_op_result_t *)(void *)(m->ops + c->count);
+    names = (char *)(m->results + c->count);
+    for (i = 0; i < c->count; i++) {
+        const crpc_node_op *o = &c->ops[i];
+        const char *data = crpc_view_data(o->data);
+        int n = (int)crpc_view_size(o->data), room = (int)strlen(o->path) + 16;
+        if (o->verb == CRPC_NODE_CREATE)
+            zoo_create_op_init(&m->ops[i], o->path, data, n,
+                               o->flags & CRPC_NODE_PRIVATE ? &ZOO_CREATOR_ALL_ACL
+                                                            : &ZOO_OPEN_ACL_UNSAFE,
+                               (int)(o->flags & 3u), names, room);
+        else if (o->verb == CRPC_NODE_SET)
+            zoo_set_op_init(&m->ops[i], o->path, data, n, o->version, &stats[i]);
+        else if (o->verb == CRPC_NODE_DELETE)
+            zoo_delete_op_init(&m->ops[i], o->path, o->version);
+        else
+            zoo_check_op_init(&m->ops[i], o->path, o->version);
+        names += room;
+    }
+    return m;
+}
+
+/* --- operations: what comes out --------------------------------------------------------------- */
+
+CRPCI_FN void crpci_coordination_stat(const crpci_zookeeper *s, crpc_node_stat *out,
+                                      const struct Stat *stat)
+{
+    out->created = stat->czxid;
+    out->modified = stat->mzxid;
+    out->version = stat->version;
+    out->size = stat->dataLength;
+    out->children = stat->numChildren;
+    out->ephemeral = stat->ephemeralOwner != 0;
+    out->mine = stat->ephemeralOwner != 0 && stat->ephemeralOwner == s->session_id;
+}
+
+/* Takes memory from a block that was measured before. */
+CRPCI_FN char *crpci_coordination_put(char **at, const char *bytes, size_t size)
+{
+    char *out = *at;
+    if (size)
+        memcpy(out, bytes, size);
+    *at += size;
+    return out;
+}
+
+CRPCI_FN void crpci_coordination_put_parts(crpci_coordination_op *c, crpc_node_part *parts,
+                                           char **at, const crpci_zookeeper_multi *m, int rc)
+{
+    size_t i;
+    bool found = false;
+    for (i = 0; i < c->count; i++) {
+        const zoo_op_result_t *from = &m->results[i];
+        bool guilty = rc != ZOK && !found && from->err == rc;
+        const char *path = rc == ZOK && c->ops[i].verb == CRPC_NODE_CREATE && from->value
+                               ? from->value
+                               : c->ops[i].path;
+        path = crpci_coordination_relative(path, c->root);
+        memset(&parts[i], 0, sizeof parts[i]);
+        parts[i].status = rc == ZOK ? CRPC_OK
+                          : guilty  ? crpci_coordination_status(rc)
+                                    : CRPC_ECANCELED;
+        parts[i].path = crpci_coordination_put(at, path, strlen(path) + 1);
+        if (rc == ZOK && c->ops[i].verb == CRPC_NODE_SET && from->stat)
+            crpci_coordination_stat(c->item.task.session, &parts[i].stat, from->stat);
+        if (guilty)
+            c->result.failed = i;
+        found = found || guilty;
+    }
+    c->result.parts = parts;
+    c->result.part_count = c->count;
+}
+
+/* Copies all that the answer says into one chunk, because the client's own is gone soon. False: out
+ * of memory. `op` and `a` are NULL if there was no answer. */
+CRPCI_FN bool crpci_coordination_keep(crpci_coordination_op *c, const crpci_zookeeper_op *op,
+                                      const crpci_zookeeper_answer *a)
+{
+    const char *path = a && op->step == CRPCI_ZOOKEEPER_ADD && a->text ? a->text
+                       : c->first                                      ? c->first
+                                                                       : c->ops[0].path;
+    bool reads = a && op->step == CRPCI_ZOOKEEPER_GET && a->rc == ZOK && a->size >= 0 && a->text;
+    bool many = a && op->multi && !crpci_zookeeper_lost(a->rc);
+    size_t names = a && a->rc == ZOK && a->names ? (size_t)a->names->count : 0, size, i;
+    crpci_chunk *chunk;
+    const char **list;
+    char *at;
+    path = crpci_coordination_relative(path, c->root);
+    size = strlen(path) + 1 + (reads ? (size_t)a->size : 0) + names * sizeof *list;
+    for (i = 0; i < names; i++)
+        size += strlen(a->names->data[i]) + 1;
+    for (i = 0; many && i < c->count; i++)
+        size += sizeof(crpc_node_part) + strlen(c->ops[i].path) + 16;
+    chunk = crpci_heap_chunk(c->item.task.session->heap, size);
+    if (!chunk)
+        return false;
+    c->result.reserved[0] = chunk;
+    list = (const char **)(void *)crpci_heap_data(chunk);
+    at = (char *)(list + names);
+    if (many) {
+        at = (char *)crpci_heap_data(chunk) + c->count * sizeof(crpc_node_part);
+        crpci_coordination_put_parts(c, (crpc_node_part *)(void *)crpci_heap_data(chunk), &at,
+                                     op->multi, a->rc);
+    }
+    for (i = 0; i < names; i++)
+        list[i] = crpci_coordination_put(&at, a->names->data[i], strlen(a->names->data[i]) + 1);
+    c->result.children = names ? list : NULL;
+    c->result.child_count = names;
+    c->result.path = crpci_coordination_put(&at, path, strlen(path) + 1);
+    if (reads)
+        c->result.data = crpc_view_of(crpci_coordination_put(&at, a->text, (size_t)a->size),
+                                      (size_t)a->size);
+    if (a && a->rc == ZOK && a->stat)
+        crpci_coordination_stat(c->item.task.session, &c->result.stat, a->stat);
+    return true;
+}
+
+/* The end of an operation. Without an answer `op` and `a` are NULL. */
+CRPCI_FN void crpci_coordination_finish(crpci_coordination_op *c, int code, crpc_sent sent,
+                                        const crpci_zookeeper_op *op,
+                                        const crpci_zookeeper_answer *a)
+{
+    crpci_zookeeper *s = c->item.task.session;
+    crpc_error *e = &c->result.error;
+    const crpc_node_op *o = &c->ops[0];
+    bool kept;
+    if (c->finished)
+        return;
+    c->finished = true;
+    c->result.path = "";
+    kept = crpci_coordination_keep(c, op, a);
+    if (!kept)
+        code = code ? code : CRPC_ENOMEM;
+    if (kept && c->result.part_count)
+        o = &c->ops[c->result.failed];
+    if (code)
+        crpci_status_set(e, code, "%s \"%.100s\" at zookeeper://%.60s: %s (%s)",
+                         crpci_coordination_verb(o->verb),
+                         crpci_coordination_relative(o->path, c->root), s->authority,
+                         crpc_status_text(code),
+                         sent == CRPC_SENT_YES     ? "remote"
+                         : sent == CRPC_SENT_MAYBE ? "local; it may have been done"
+                                                   : "local; nothing was sent");
+    e->sent = sent;
+    e->remote = sent == CRPC_SENT_YES && kept;
+    e->app_code = a ? a->rc : 0;
+    e->attempts = 1;
+    snprintf(e->endpoint, sizeof e->endpoint, "%s", s->authority);
+    if (c->item.owner)
+        c->item.owner->pending--;
+    crpci_coordination_item_end(&c->item);
+    if (c->waiter)
+        crpci_loop_done(s->loop, c->waiter);
+    else
+        crpci_coordination_ready(&c->item);
+    crpci_coordination_item_drop(&c->item);
+}
+
+CRPCI_FN void crpci_coordination_op_tell(crpci_coordination_item *item)
+{
+    crpci_coordination_op *c = CRPCI_CONTAINER(item, crpci_coordination_op, item);
+    crpc_loop *l = item->task.session->loop;
+    crpci_loop_user_begin(l);
+    c->fn(item->user, &c->result);
+    crpci_loop_user_end(l);
+}
+
+CRPCI_FN void crpci_coordination_op_timer(crpc_loop *l, crpci_timer *timer)
+{
+    crpci_coordination_item *item = CRPCI_CONTAINER(timer, crpci_coordination_item, timer);
+    crpci_coordination_op *c = CRPCI_CONTAINER(item, crpci_coordination_op, item);
+    bool under_way = item->task.op != NULL;
+    (void)l;
+    crpci_coordination_finish(c, under_way ? CRPC_ETIMEDOUT : CRPC_ECONN,
+                              under_way && item->task.step != CRPCI_ZOOKEEPER_MKDIR
+                                  ? CRPC_SENT_MAYBE
+                                  : CRPC_SENT_NO,
+                              NULL, NULL);
+}
+
+/* --- operations: the task --------------------------------------------------------------------- */
+
+CRPCI_FN bool crpci_coordination_op_prepare(crpci_zookeeper_task *t, crpci_zookeeper_op *op)
+{
+    crpci_coordination_op *c = crpci_coordination_op_of(t);
+    const crpc_node_op *o = &c->ops[0];
+    const char *path = t->step == CRPCI_ZOOKEEPER_MKDIR               ? t->dir
+                       : c->first && t->step == CRPCI_ZOOKEEPER_GET ? c->first
+                                                                      : o->path;
+    op->step = t->step;
+    op->data = crpc_view_data(o->data);
+    op->size = (int)crpc_view_size(o->data);
+    op->version = o->version;
+    op->flags = (int)(o->flags & 3u); /* the client's numbers are the same */
+    op->creator = (o->flags & CRPC_NODE_PRIVATE) != 0;
+    if (t->step == CRPCI_ZOOKEEPER_MULTI) {
+        op->multi = crpci_coordination_multi(c);
+        return op->multi != NULL;
+    }
+    op->path = crpci_heap_strndup(t->session->heap, path,
+                                  t->step == CRPCI_ZOOKEEPER_MKDIR ? t->made : strlen(path));
+    return op->path != NULL;
+}
+
+/* The answers of FIRST: a list, then what the first of it holds. */
+CRPCI_FN void crpci_coordination_first(crpci_coordination_op *c, const crpci_zookeeper_op *op,
+                                       const crpci_zookeeper_answer *a)
+{
+    crpci_zookeeper_task *t = &c->item.task;
+    crpci_coordination_place p;
+    bool listed = op->step == CRPCI_ZOOKEEPER_LIST;
+    crpci_heap_strfree(t->session->heap, listed ? c->first : NULL);
+    c->first = listed ? NULL : c->first;
+    if (a->rc == ZOK && listed && a->names) {
+        crpci_coordination_look(&p, a->names->data, (size_t)a->names->count, "");
+        if (p.first) {
+            c->first = crpci_zookeeper_join(t->session->heap, c->ops[0].path, p.first);
+            t->step = CRPCI_ZOOKEEPER_GET;
+            if (!c->first)
+                crpci_coordination_finish(c, CRPC_ENOMEM, CRPC_SENT_MAYBE, NULL, NULL);
+            return;
+        }
+    }
+    if (a->rc == ZNONODE && !listed)
+        t->step = CRPCI_ZOOKEEPER_LIST; /* it has gone meanwhile: who comes next? */
+    else if (listed && a->rc == ZOK)
+        crpci_coordination_finish(c, CRPC_ENOTFOUND, CRPC_SENT_YES, NULL, NULL);
+    else
+        crpci_coordination_finish(c, crpci_coordination_status(a->rc), CRPC_SENT_YES, op, a);
+}
+
+CRPCI_FN void crpci_coordination_op_done(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
+                                         const crpci_zookeeper_answer *a)
+{
+    crpci_coordination_op *c = crpci_coordination_op_of(t);
+    int made = -1;
+    if (c->finished)
+        return;
+    if (crpci_zookeeper_lost(a->rc)) {
+        if (crpci_coordination_writes(op->step))
+            crpci_coordination_finish(c, CRPC_ECONN, CRPC_SENT_MAYBE, NULL, NULL);
+        else
+            crpci_zookeeper_later(t, CRPCI_ZOOKEEPER_RETRY_US);
+        return;
+    }
+    t->due_us = 0;
+    if (c->ops[0].verb == CRPC_NODE_FIRST) {
+        crpci_coordination_first(c, op, a);
+        return;
+    }
+    if (op->step == CRPCI_ZOOKEEPER_ADD && a->rc == ZNONODE && t->dir) {
+        t->step = CRPCI_ZOOKEEPER_MKDIR;
+        t->made = strlen(t->dir);
+        return;
+    }
+    if (op->step == CRPCI_ZOOKEEPER_MKDIR)
+        made = crpci_zookeeper_made(t, a->rc);
+    if (made > 0)
+        t->step = CRPCI_ZOOKEEPER_ADD;
+    if (made < 0)
+        crpci_coordination_finish(c, crpci_coordination_status(a->rc), CRPC_SENT_YES, op, a);
+}
+
+CRPCI_FN void crpci_coordination_op_resume(crpci_zookeeper_task *t, bool fresh)
+{
+    (void)fresh;
+    t->due_us = 0;
+}
+
+CRPCI_FN void crpci_coordination_op_lost(crpci_zookeeper_task *t, bool over)
+{
+    if (over && t->op && crpci_coordination_writes(t->step))
+        crpci_coordination_finish(crpci_coordination_op_of(t), CRPC_ECONN, CRPC_SENT_MAYBE, NULL,
+                                  NULL);
+}
+
+CRPCI_FN void crpci_coordination_op_unsent(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
+                                           int rc)
+{
+    crpci_coordination_op *c = crpci_coordination_op_of(t);
+    if (rc == ZBADARGUMENTS)
+        crpci_coordination_finish(c, CRPC_EINVAL, CRPC_SENT_NO, NULL, NULL);
+    else if (rc != ZINVALIDSTATE && crpci_coordination_writes(op->step))
+        crpci_coordination_finish(c, CRPC_ENOMEM, CRPC_SENT_MAYBE, NULL, NULL);
+}
+
+CRPCI_FN void crpci_coordination_op_free(crpci_zookeeper_task *t)
+{
+    crpci_coordination_op *c = crpci_coordination_op_of(t);
+    crpci_heap *h = t->session->heap;
+    crpci_heap_chunk_unref((crpci_chunk *)c->result.reserved[0]);
+    crpci_heap_free(h, c->ops, c->block_size);
+    crpci_heap_strfree(h, c->first);
+    crpci_heap_strfree(h, t->dir);
+    crpci_heap_free(h, c, sizeof *c);
+}
+
+static const crpci_zookeeper_kind crpci_coordination_op_kind = {
+    crpci_coordination_op_prepare, crpci_coordination_op_done, crpci_coordination_op_resume,
+    crpci_coordination_op_free,    NULL,                       crpci_coordination_op_lost,
+    crpci_coordination_op_unsent};
+
+CRPCI_FN int crpci_coordination_op_new(crpc_registry *r, const crpc_node_op *ops, size_t count,
+                                       crpci_coordination_op **out, crpc_error *error)
+{
+    crpci_heap *h = r->session->heap;
+    crpci_coordination_op *c;
+    size_t size;
+    int err = crpci_coordination_check(r, ops, count, &size, error);
+    *out = NULL;
+    if (err)
+        return err;
+    c = (crpci_coordination_op *)crpci_coordination_item_new(
+        r, sizeof *c, &crpci_coordination_op_kind, crpci_coordination_op_tell);
+    if (!c)
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    crpci_timer_init(&c->item.timer, crpci_coordination_op_timer);
+    c->root = strlen(r->root);
+    c->count = count;
+    c->block_size = size;
+    c->ops = (crpc_node_op *)crpci_heap_alloc(h, size);
+    if (c->ops) {
+        const char *slash;
+        crpci_coordination_copy(c, r->root, ops);
+        c->item.task.step = crpci_coordination_step(c);
+        slash = strrchr(c->ops[0].path, '/');
+        if (c->ops[0].flags & CRPC_NODE_PARENTS && slash != c->ops[0].path) {
+            c->item.task.dir =
+                crpci_heap_strndup(h, c->ops[0].path, (size_t)(slash - c->ops[0].path));
+            err = c->item.task.dir ? CRPC_OK : CRPC_ENOMEM;
+        }
+    }
+    if (!c->ops || err) {
+        crpci_coordination_op_free(&c->item.task);
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    }
+    *out = c;
+    return CRPC_OK;
+}
+
+/* Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_coordination_op_begin(crpc_registry *r, crpci_coordination_op *c,
+                                          int timeout_ms)
+{
+    int64_t ms = crpci_base_option(timeout_ms, CRPCI_COORDINATION_TIMEOUT_MS,
+                                   CRPCI_COORDINATION_LONGEST_MS);
+    r->pending++;
+    crpci_coordination_item_add(r, &c->item);
+    crpci_loop_timer_set(r->loop, &c->item.timer, ms * 1000);
+    crpci_zookeeper_kick(r->session);
+}
+
+CRPC_API void crpc_node_reset(crpc_node *node)
+{
+    crpci_chunk *chunk = (crpci_chunk *)node->reserved[0];
+    memset(node, 0, sizeof *node);
+    crpci_heap_chunk_unref(chunk);
+}
+
+CRPC_API int crpc_registry_call(crpc_registry *r, const crpc_node_op *ops, size_t count,
+                                int timeout_ms, crpc_node *node)
+{
+    crpci_zookeeper *s = r->session;
+    crpc_loop *l = r->loop;
+    crpci_coordination_op *c;
+    crpci_waiter w;
+    int err;
+    if (node)
+        crpc_node_reset(node);
+    memset(&w, 0, sizeof w);
+    err = crpci_coordination_op_new(r, ops, count, &c, node ? &node->error : NULL);
+    if (err)
+        return err;
+    crpci_loop_lock(l);
+    if (crpci_loop_in_callback(l)) {
+        crpci_coordination_op_free(&c->item.task);
+        crpci_loop_unlock(l);
+        return crpci_status_set(node ? &node->error : NULL, CRPC_EDEADLK,
+                                "crpc_registry_call inside a callback of its loop");
+    }
+    c->waiter = &w;
+    c->item.task.refs++;
+    s->refs++; /* another thread may close the registry meanwhile */
+    crpci_coordination_op_begin(r, c, timeout_ms);
+    crpci_loop_wait(l, &w, INT64_MAX, false);
+    crpci_coordination_finish(c, CRPC_ECANCELED, CRPC_SENT_MAYBE, NULL, NULL);
+    c->waiter = NULL;
+    err = c->result.error.code;
+    if (node) {
+        *node = c->result;
+        c->result.reserved[0] = NULL;
+    }
+    crpci_zookeeper_task_unref(&c->item.task);
+    crpci_zookeeper_unlock(s);
+    return err;
+}
+
+CRPC_API int crpc_registry_call_async(crpc_registry *r, const crpc_node_op *ops, size_t count,
+                                      int timeout_ms, crpc_node_fn fn, void *user)
+{
+    crpci_coordination_op *c;
+    int err = fn ? crpci_coordination_op_new(r, ops, count, &c, NULL) : CRPC_EINVAL;
+    if (err)
+        return err;
+    c->fn = fn;
+    c->item.user = user;
+    crpci_loop_lock(r->loop);
+    if (r->pending >= CRPCI_COORDINATION_PENDING)
+        err = CRPC_ELIMIT;
+    else if (r->private_loop)
+        err = crpci_loop_need_owner(r->loop);
+    if (err)
+        crpci_coordination_op_free(&c->item.task);
+    else
+        crpci_coordination_op_begin(r, c, timeout_ms);
+    crpci_loop_unlock(r->loop);
+    return err;
+}
+
+/* --- configuration ---------------------------------------------------------------------------- */
+
+CRPCI_FN crpci_coordination_config *crpci_coordination_config_of(crpci_zookeeper_task *t)
+{
+    crpci_coordination_item *item = crpci_coordination_item_of(t);
+    return CRPCI_CONTAINER(item, crpci_coordination_config, item);
+}
+
+/* Reads the node, or, while there is none, looks for it; either sets a watch. */
+CRPCI_FN bool crpci_coordination_config_prepare(crpci_zookeeper_task *t, crpci_zookeeper_op *op)
+{
+    if (t->step != CRPCI_ZOOKEEPER_STAT)
+        t->step = CRPCI_ZOOKEEPER_GET;
+    op->step = t->step;
+    op->watch = true;
+    op->path = crpci_heap_strndup(t->session->heap, t->dir, strlen(t->dir));
+    return op->path != NULL;
+}
+
+/* Takes what was read; `stat` NULL: it does not exist. False: out of memory. */
+CRPCI_FN bool crpci_coordination_config_take(crpci_coordination_config *c, const struct Stat *stat,
+                                             const char *bytes, size_t size)
+{
+    crpci_chunk *value = NULL;
+    if (c->known && !stat == !c->value &&
+        (!stat || (stat->czxid == c->stat.czxid && stat->mzxid == c->stat.mzxid &&
+                   size == c->size && memcmp(bytes, crpci_heap_data(c->value), size) == 0)))
+        return true;
+    if (stat) {
+        value = crpci_heap_chunk(c->item.task.session->heap, size);
+        if (!value)
+            return false;
+        memcpy(crpci_heap_data(value), bytes, size);
+        c->stat = *stat;
+    }
+    crpci_heap_chunk_unref(c->value);
+    c->value = value;
+    c->size = size;
+    c->known = c->news = true;
+    crpci_coordination_ready(&c->item);
+    return true;
+}
+
+CRPCI_FN void crpci_coordination_config_done(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
+                                             const crpci_zookeeper_answer *a)
+{
+    crpci_coordination_config *c = crpci_coordination_config_of(t);
+    crpci_zookeeper *s = t->session;
+    bool gone = a->rc == ZNONODE, reads = op->step == CRPCI_ZOOKEEPER_GET, taken = true;
+    t->step = CRPCI_ZOOKEEPER_GET;
+    if (crpci_zookeeper_lost(a->rc)) {
+        crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_RETRY_US, 50));
+        return;
+    }
+    if (a->rc != ZOK && !gone) {
+        if (!c->refused)
+            crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s cannot be read: %s", t->dir,
+                           zerror(a->rc));
+        c->refused = true;
+        crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_REFUSED_US, 20));
+        return;
+    }
+    c->refused = false;
+    t->due_us = 0;
+    if (gone && reads) {
+        t->step = CRPCI_ZOOKEEPER_STAT; /* which leaves a watch also where nothing is */
+        return;
+    }
+    if (!gone && !reads)
+        return; /* it was made meanwhile */
+    if (gone)
+        taken = crpci_coordination_config_take(c, NULL, NULL, 0);
+    else if (a->size > 0 && a->text)
+        taken = crpci_coordination_config_take(c, a->stat, a->text, (size_t)a->size);
+    else
+        taken = crpci_coordination_config_take(c, a->stat, "", 0);
+    crpci_zookeeper_later(t, taken ? crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_REREAD_US, 20)
+                                   : CRPCI_ZOOKEEPER_RETRY_US);
+}
+
+/* Read anew after each connection: what happened meanwhile may have told nobody. */
+CRPCI_FN void crpci_coordination_config_resume(crpci_zookeeper_task *t, bool fresh)
+{
+    (void)fresh;
+    t->step = CRPCI_ZOOKEEPER_GET;
+    t->due_us = 0;
+}
+
+CRPCI_FN void crpci_coordination_config_changed(crpci_zookeeper_task *t, const char *path,
+                                                bool gone)
+{
+    (void)gone;
+    if (!t->op && strcmp(t->dir, path) == 0) { /* else the answer will show it */
+        t->step = CRPCI_ZOOKEEPER_GET;
+        t->due_us = 0;
+    }
+}
+
+CRPCI_FN void crpci_coordination_config_free(crpci_zookeeper_task *t)
+{
+    crpci_coordination_config *c = crpci_coordination_config_of(t);
+    crpci_heap *h = t->session->heap;
+    crpci_heap_chunk_unref(c->value);
+    crpci_heap_strfree(h, t->dir);
+    crpci_heap_free(h, c, sizeof *c);
+}
+
+static const crpci_zookeeper_kind crpci_coordination_config_kind = {
+    crpci_coordination_config_prepare, crpci_coordination_config_done,
+    crpci_coordination_config_resume,  crpci_coordination_config_free,
+    crpci_coordination_config_changed, NULL,
+    NULL};
+
+CRPCI_FN void crpci_coordination_config_tell(crpci_coordination_item *item)
+{
+    crpci_coordination_config *c = CRPCI_CONTAINER(item, crpci_coordination_config, item);
+    crpc_loop *l = item->task.session->loop;
+    while (c->news && item->owner) {
+        crpci_chunk *value = c->value;
+        crpc_view view = value ? crpc_view_of(crpci_heap_data(value), c->size)
+                               : crpc_view_of(NULL, 0);
+        int32_t version = value ? c->stat.version : 0;
+        c->news = false;
+        if (value)
+            crpci_heap_chunk_ref(value);
+        crpci_loop_user_begin(l);
+        c->fn(item->user, view, version, value != NULL);
+        crpci_heap_chunk_unref(value);
+        crpci_loop_user_end(l);
+    }
+}
+
+CRPC_API int crpc_config_watch(crpc_registry *r, const char *path, crpc_config_fn fn, void *user,
+                               crpc_id *id)
+{
+    crpci_heap *h = r->session->heap;
+    crpci_coordination_config *c;
+    int err = CRPC_OK;
+    id->value = 0;
+    if (!fn || !crpci_coordination_path_ok(path, false))
+        return CRPC_EINVAL;
+    c = (crpci_coordination_config *)crpci_coordination_item_new(
+        r, sizeof *c, &crpci_coordination_config_kind, crpci_coordination_config_tell);
+    if (!c)
+        return CRPC_ENOMEM;
+    c->fn = fn;
+    c->item.user = user;
+    c->item.task.dir = crpci_coordination_path(h, r->root, path);
+    crpci_loop_lock(r->loop);
+    if (!c->item.task.dir)
+        err = CRPC_ENOMEM;
+    else if (r->private_loop)
+        err = crpci_loop_need_owner(r->loop);
+    err = err ? err : crpci_id_add(&r->configs, h, c, &id->value);
+    if (err) {
+        crpci_coordination_config_free(&c->item.task);
+    } else {
+        crpci_coordination_item_add(r, &c->item);
+        crpci_zookeeper_kick(r->session);
+    }
+    crpci_loop_unlock(r->loop);
+    return err;
+}
+
+CRPC_API void crpc_config_unwatch(crpc_registry *r, crpc_id id)
+{
+    crpci_coordination_config *c;
+    crpci_loop_lock(r->loop);
+    c = (crpci_coordination_config *)crpci_id_get(&r->configs, id.value);
+    if (c) {
+        crpci_id_remove(&r->configs, id.value);
+        crpci_coordination_item_end(&c->item);
+        crpci_coordination_item_drop(&c->item);
+    }
+    crpci_loop_unlock(r->loop);
+}
+
+/* --- queues: locks and elections --------------------------------------------------------------
+ * Each contender has an ephemeral sequential node; the lowest number is first and holds, every
+ * other one watches the node before its own, so that an end wakes one contender. The name carries
+ * an id, by which a node is found again whose creation got no answer. (Apache ZooKeeper's recipes,
+ * with the protection of Curator, whose names these are too.)
+ *
+ * What is held is held under a lease: the server, which ends a session when it has heard nothing
+ * for the session's timeout, had every answered request after it was sent. So a request every
+ * quarter of the timeout proves the session alive for the whole of it; a tenth is kept back. When
+ * the lease runs out, whatever the reason, the lock is lost here before anybody else can have it
+ * there. If the session turns out to have lived on, its node is removed all the same. */
+
+CRPCI_FN crpci_coordination_queue *crpci_coordination_queue_of(crpci_zookeeper_task *t)
+{
+    crpci_coordination_item *item = crpci_coordination_item_of(t);
+    return CRPCI_CONTAINER(item, crpci_coordination_queue, item);
+}
+
+CRPCI_FN void crpci_coordination_set(crpci_coordination_queue *q, char **text, char *value)
+{
+    crpci_heap_strfree(q->item.task.session->heap, *text);
+    *text = value;
+}
+
+/* Chooses what to do from what is known; nothing while a request is under way, whose answer comes
+ * back here. */
+CRPCI_FN void crpci_coordination_queue_next(crpci_coordination_queue *q)
+{
+    crpci_zookeeper_task *t = &q->item.task;
+    if (t->op)
+        return;
+    crpci_coordination_set(q, &q->before, NULL);
+    if (q->leave && !q->path && !q->doubt)
+        q->leave = false;
+    t->due_us = 0;
+    if (q->leave)
+        t->step = q->path ? CRPCI_ZOOKEEPER_GONE : CRPCI_ZOOKEEPER_LIST;
+    else if (!q->wanted)
+        t->step = CRPCI_ZOOKEEPER_IDLE;
+    else if (q->path)
+        t->step = q->held ? CRPCI_ZOOKEEPER_STAT : CRPCI_ZOOKEEPER_LIST;
+    else
+        t->step = q->doubt ? CRPCI_ZOOKEEPER_LIST : CRPCI_ZOOKEEPER_ADD;
+    if (t->step == CRPCI_ZOOKEEPER_IDLE && q->item.owner)
+        t->due_us = INT64_MAX;
+}
+
+/* It is not held any more. */
+CRPCI_FN void crpci_coordination_lose(crpci_coordination_queue *q)
+{
+    if (!q->held)
+        return;
+    q->held = false;
+    q->lease_us = 0;
+    q->leave = true;
+    q->wanted = q->election && !q->closed && q->wanted;
+    if (q->asked && !q->outcome)
+        q->outcome = CRPC_EGONE; /* before the program heard of it */
+    crpci_loop_timer_cancel(q->item.task.session->loop, &q->item.timer);
+    crpci_coordination_ready(&q->item);
+}
+
+/* An attempt ends without success. */
+CRPCI_FN void crpci_coordination_give_up(crpci_coordination_queue *q, int status)
+{
+    q->wanted = false;
+    q->leave = true;
+    if (q->asked && !q->outcome)
+        q->outcome = status;
+    crpci_loop_timer_cancel(q->item.task.session->loop, &q->item.timer);
+    crpci_coordination_ready(&q->item);
+}
+
+/* The lease has run out, or the time of an attempt. */
+CRPCI_FN void crpci_coordination_queue_timer(crpc_loop *l, crpci_timer *timer)
+{
+    crpci_coordination_item *item = CRPCI_CONTAINER(timer, crpci_coordination_item, timer);
+    crpci_coordination_queue *q = CRPCI_CONTAINER(item, crpci_coordination_queue, item);
+    crpci_zookeeper *s = item->task.session;
+    (void)l;
+    if (q->held) {
+        crpci_heap_log(s->heap, CRPC_LOG_WARN,
+                       "zookeeper: %s: no sign of the session for too long: it is held no more",
+                       item->task.dir);
+        crpci_coordination_lose(q);
+    } else {
+        crpci_coordination_give_up(q, s->connected ? CRPC_ETIMEDOUT : CRPC_ECONN);
+    }
+    crpci_coordination_queue_next(q);
+    crpci_coordination_soon(s);
+}
+
+/* An answer that a new connection does not cure. */
+CRPCI_FN void crpci_coordination_queue_fail(crpci_coordination_queue *q, int rc)
+{
+    crpci_zookeeper_task *t = &q->item.task;
+    crpci_zookeeper *s = t->session;
+    int64_t wait = crpci_zookeeper_backoff(s, q->failures);
+    if (q->failures++ % 10 == 0)
+        crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s: %s", t->dir, zerror(rc));
+    if (q->leave && q->failures > 10) { /* it will go with the session */
+        crpci_coordination_set(q, &q->path, NULL);
+        q->doubt = false;
+    } else if (!q->election && q->wanted) {
+        crpci_coordination_give_up(q, crpci_coordination_status(rc));
+    }
+    crpci_coordination_queue_next(q);
+    if (t->due_us != INT64_MAX)
+        crpci_zookeeper_later(t, wait);
+}
+
+/* The directory was read. */
+CRPCI_FN void crpci_coordination_listed(crpci_coordination_queue *q,
+                                        const crpci_zookeeper_answer *a)
+{
+    crpci_zookeeper_task *t = &q->item.task;
+    crpci_heap *h = t->session->heap;
+    size_t count = a->rc == ZOK && a->names ? (size_t)a->names->count : 0;
+    crpci_coordination_place p;
+    const char *other;
+    crpci_coordination_look(&p, count ? a->names->data : NULL, count, q->id);
+    other = p.again ? p.again : p.before;
+    crpci_coordination_set(q, &q->path, p.own ? crpci_zookeeper_join(h, t->dir, p.own) : NULL);
+    if (!p.own) {
+        q->doubt = q->doubt && !q->leave;
+        crpci_coordination_queue_next(q);
+        if (q->wanted && !q->leave)
+            t->step = CRPCI_ZOOKEEPER_ADD; /* under the same id while there is doubt */
+        return;
+    }
+    if (q->wanted && !q->leave && q->once && p.before)
+        crpci_coordination_give_up(q, CRPC_ETIMEDOUT);
+    q->doubt = q->doubt || !q->path; /* no memory for its name: it is looked for again */
+    crpci_coordination_queue_next(q);
+    if (!q->path)
+        crpci_zookeeper_later(t, CRPCI_ZOOKEEPER_RETRY_US);
+    if (!q->wanted || q->leave || !q->path)
+        return;
+    t->step = CRPCI_ZOOKEEPER_STAT;
+    if (!other)
+        return;
+    q->before = crpci_zookeeper_join(h, t->dir, other);
+    t->step = !q->before ? CRPCI_ZOOKEEPER_LIST
+              : p.again  ? CRPCI_ZOOKEEPER_TWIN_DELETE
+                         : CRPCI_ZOOKEEPER_WATCH;
+    if (!q->before)
+        crpci_zookeeper_later(t, CRPCI_ZOOKEEPER_RETRY_US);
+}
+
+/* The own node is the first, and there: it is held, or held on. */
+CRPCI_FN void crpci_coordination_granted(crpci_coordination_queue *q, const crpci_zookeeper_op *op,
+                                         const struct Stat *stat)
+{
+    crpci_zookeeper_task *t = &q->item.task;
+    crpci_zookeeper *s = t->session;
+    int64_t until = op->sent_us + (int64_t)s->negotiated_ms * 900, now = crpci_zookeeper_now(s);
+    if (q->leave || !q->wanted)
+        return;
+    t->step = CRPCI_ZOOKEEPER_STAT;
+    crpci_zookeeper_later(t, (int64_t)s->negotiated_ms * 250);
+    if (until <= now)
+        return;
+    q->lease_us = until;
+    crpci_loop_timer_set(s->loop, &q->item.timer, until - now);
+    if (q->held)
+        return;
+    q->held = true;
+    q->once = false;
+    q->failures = 0;
+    q->token = stat->czxid;
+    crpci_coordination_ready(&q->item);
+}
+
+/* The own node is gone, though nobody here removed it. */
+CRPCI_FN void crpci_coordination_vanished(crpci_coordination_queue *q)
+{
+    crpci_heap_log(q->item.task.session->heap, CRPC_LOG_WARN,
+                   "zookeeper: %s: its node was removed by somebody else", q->item.task.dir);
+    crpci_coordination_set(q, &q->path, NULL);
+    crpci_coordination_lose(q);
+    crpci_coordination_queue_next(q);
+}
+
+CRPCI_FN bool crpci_coordination_queue_prepare(crpci_zookeeper_task *t, crpci_zookeeper_op *op)
+{
+    crpci_coordination_queue *q = crpci_coordination_queue_of(t);
+    crpci_zookeeper *s = t->session;
+    crpci_heap *h = s->heap;
+    op->step = t->step;
+    op->watch = t->step == CRPCI_ZOOKEEPER_WATCH;
+    op->data = q->who;
+    op->size = (int)q->who_size - 1;
+    op->flags = ZOO_EPHEMERAL_SEQUENTIAL;
+    if (t->step == CRPCI_ZOOKEEPER_IDLE) {
+        t->due_us = INT64_MAX;
+        if (!q->item.owner)
+            crpci_coordination_item_drop(&q->item);
+        return false;
+    }
+    if (t->step == CRPCI_ZOOKEEPER_LIST) {
+        op->watch = false;
+        op->path = crpci_heap_strndup(h, t->dir, strlen(t->dir));
+    } else if (t->step == CRPCI_ZOOKEEPER_MKDIR) {
+        op->path = crpci_heap_strndup(h, t->dir, t->made);
+    } else if (t->step == CRPCI_ZOOKEEPER_ADD) {
+        char name[sizeof q->id + sizeof CRPCI_COORDINATION_MARK];
+        uint64_t session = (uint64_t)s->session_id;
+        uint32_t now = (uint32_t)crpci_zookeeper_now(s);
+        if (!q->doubt) /* in the shape of a UUID: some readers look for that */
+            snprintf(q->id, sizeof q->id, "_c_%08x-%04x-%04x-%04x-%04x%08x",
+                     (unsigned)(session >> 32), (unsigned)(session >> 16 & 0xffff),
+                     (unsigned)(session & 0xffff), (unsigned)(now >> 16),
+                     (unsigned)(now & 0xffff), (unsigned)crpci_loop_random(s->loop));
+        snprintf(name, sizeof name, "%s%s", q->id, CRPCI_COORDINATION_MARK);
+        op->path = crpci_zookeeper_join(h, t->dir, name);
+    } else {
+        const char *path = t->step == CRPCI_ZOOKEEPER_WATCH ||
+                                   t->step == CRPCI_ZOOKEEPER_TWIN_DELETE
+                               ? q->before
+                               : q->path;
+        op->path = crpci_heap_strndup(h, path, strlen(path));
+    }
+    return op->path != NULL;
+}
+
+CRPCI_FN void crpci_coordination_added(crpci_coordination_queue *q, const crpci_zookeeper_answer *a)
+{
+    crpci_zookeeper_task *t = &q->item.task;
+    if (a->rc == ZNONODE) {
+        t->step = CRPCI_ZOOKEEPER_MKDIR;
+        t->made = strlen(t->dir);
+        return;
+    }
+    if (a->rc != ZOK) {
+        crpci_coordination_queue_fail(q, a->rc);
+        return;
+    }
+    q->path = crpci_heap_strndup(t->session->heap, a->text, strlen(a->text));
+    q->doubt = q->doubt || !q->path;
+    crpci_coordination_queue_next(q);
+}
+
+CRPCI_FN void crpci_coordination_answered(crpci_coordination_queue *q, const crpci_zookeeper_op *op,
+                                          const crpci_zookeeper_answer *a)
+{
+    crpci_zookeeper_task *t = &q->item.task;
+    bool good = a->rc == ZOK || a->rc == ZNONODE;
+    int made = 0;
+    switch (op->step) {
+    case CRPCI_ZOOKEEPER_MKDIR:
+        made = crpci_zookeeper_made(t, a->rc);
+        if (made < 0)
+            crpci_coordination_queue_fail(q, a->rc);
+        else if (made)
+            t->step = CRPCI_ZOOKEEPER_ADD;
+        return;
+    case CRPCI_ZOOKEEPER_ADD:
+        crpci_coordination_added(q, a);
+        return;
+    default:
+        break;
+    }
+    if (!good) {
+        crpci_coordination_queue_fail(q, a->rc);
+    } else if (op->step == CRPCI_ZOOKEEPER_LIST) {
+        crpci_coordination_listed(q, a);
+    } else if (op->step == CRPCI_ZOOKEEPER_WATCH && a->rc == ZOK) {
+        t->step = CRPCI_ZOOKEEPER_LIST; /* when the watch fires; in case it was lost, some time */
+        crpci_zookeeper_later(t,
+                              crpci_zookeeper_spread(t->session, CRPCI_ZOOKEEPER_CHECK_US, 20));
+    } else if (op->step == CRPCI_ZOOKEEPER_STAT) {
+        if (a->rc == ZOK && a->stat->ephemeralOwner == t->session->session_id)
+            crpci_coordination_granted(q, op, a->stat);
+        else
+            crpci_coordination_vanished(q);
+    } else {
+        if (op->step == CRPCI_ZOOKEEPER_GONE)
+            crpci_coordination_set(q, &q->path, NULL);
+        crpci_coordination_queue_next(q);
+    }
+}
+
+CRPCI_FN void crpci_coordination_queue_done(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
+                                            const crpci_zookeeper_answer *a)
+{
+    crpci_coordination_queue *q = crpci_coordination_queue_of(t);
+    t->due_us = 0;
+    if (!crpci_zookeeper_lost(a->rc)) {
+        crpci_coordination_answered(q, op, a);
+        if ((q->leave || !q->wanted) &&
+            (a->rc == ZOK || a->rc == ZNONODE || a->rc == ZNODEEXISTS))
+            crpci_coordination_queue_next(q); /* released meanwhile: first of all the node goes */
+        return;
+    }
+    q->doubt = q->doubt || op->step == CRPCI_ZOOKEEPER_ADD;
+    crpci_coordination_queue_next(q);
+    if (t->due_us != INT64_MAX)
+        crpci_zookeeper_later(t,
+                              crpci_zookeeper_spread(t->session, CRPCI_ZOOKEEPER_RETRY_US, 50));
+}
+
+/* The session is over, and every node with it. */
+CRPCI_FN void crpci_coordination_queue_over(crpci_coordination_queue *q)
+{
+    crpci_coordination_lose(q);
+    crpci_coordination_set(q, &q->path, NULL);
+    q->doubt = q->leave = false;
+}
+
+CRPCI_FN void crpci_coordination_queue_resume(crpci_zookeeper_task *t, bool fresh)
+{
+    crpci_coordination_queue *q = crpci_coordination_queue_of(t);
+    q->failures = 0;
+    if (fresh)
+        crpci_coordination_queue_over(q);
+    crpci_coordination_queue_next(q);
+}
+
+CRPCI_FN void crpci_coordination_queue_lost(crpci_zookeeper_task *t, bool over)
+{
+    crpci_coordination_queue *q = crpci_coordination_queue_of(t);
+    if (!over)
+        return; /* the lease goes on */
+    crpci_coordination_queue_over(q);
+    if (!q->item.owner && !t->op)
+        crpci_coordination_item_drop(&q->item);
+}
+
+/* Somebody left the queue. */
+CRPCI_FN void crpci_coordination_queue_changed(crpci_zookeeper_task *t, const char *path, bool gone)
+{
+    crpci_coordination_queue *q = crpci_coordination_queue_of(t);
+    (void)gone;
+    if (!t->op && t->step == CRPCI_ZOOKEEPER_LIST && q->before && strcmp(q->before, path) == 0)
+        t->due_us = 0;
+}
+
+CRPCI_FN void crpci_coordination_queue_unsent(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
+                                              int rc)
+{
+    crpci_coordination_queue *q = crpci_coordination_queue_of(t);
+    int64_t due = t->due_us;
+    q->doubt = q->doubt || (op->step == CRPCI_ZOOKEEPER_ADD && rc != ZINVALIDSTATE);
+    crpci_coordination_queue_next(q);
+    t->due_us = due > t->due_us ? due : t->due_us;
+}
+
+CRPCI_FN void crpci_coordination_queue_free(crpci_zookeeper_task *t)
+{
+    crpci_coordination_queue *q = crpci_coordination_queue_of(t);
+    crpci_heap *h = t->session->heap;
+    crpci_heap_strfree(h, q->path);
+    crpci_heap_strfree(h, q->before);
+    crpci_heap_free(h, q->who, q->who_size);
+    crpci_heap_strfree(h, t->dir);
+    crpci_heap_free(h, q, sizeof *q);
+}
+
+static const crpci_zookeeper_kind crpci_coordination_queue_kind = {
+    crpci_coordination_queue_prepare, crpci_coordination_queue_done,
+    crpci_coordination_queue_resume,  crpci_coordination_queue_free,
+    crpci_coordination_queue_changed, crpci_coordination_queue_lost,
+    crpci_coordination_queue_unsent};
+
+CRPCI_FN void crpci_coordination_queue_say(crpci_coordination_queue *q, int status, int64_t token)
+{
+    crpc_loop *l = q->item.task.session->loop;
+    crpci_loop_user_begin(l);
+    if (q->election)
+        q->on_election(q->item.user, status == CRPC_OK, token);
+    else
+        q->on_lock(q->item.user, status, token);
+    crpci_loop_user_end(l);
+}
+
+/* An end is told before the next beginning, even if both came before the program was asked. */
+CRPCI_FN void crpci_coordination_queue_tell(crpci_coordination_item *item)
+{
+    crpci_coordination_queue *q = CRPCI_CONTAINER(item, crpci_coordination_queue, item);
+    while (!q->closed) {
+        if (q->told && (!q->held || q->token != q->told_token)) {
+            q->told = false;
+            crpci_coordination_queue_say(q, CRPC_EGONE, q->told_token);
+        } else if (q->held && !q->told) {
+            q->told = true;
+            q->asked = false;
+            q->told_token = q->token;
+            crpci_coordination_queue_say(q, CRPC_OK, q->token);
+        } else if (q->asked && q->outcome) {
+            int status = q->outcome;
+            q->asked = false;
+            q->outcome = 0;
+            crpci_coordination_queue_say(q, status, 0);
+        } else {
+            return;
+        }
+    }
+}
+
+/* Leaves the queue, or with `again` goes to its end. Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_coordination_queue_leave(crpci_coordination_queue *q, bool again)
+{
+    crpci_coordination_lose(q);
+    if (again)
+        q->leave = true;
+    else
+        crpci_coordination_give_up(q, CRPC_ECANCELED);
+    crpci_coordination_queue_next(q);
+    if (!q->item.task.session->closing)
+        crpci_zookeeper_kick(q->item.task.session);
+}
+
+/* What remains is the session's: to remove the node. */
+CRPCI_FN void crpci_coordination_queue_end(crpci_coordination_queue *q)
+{
+    crpci_zookeeper_task *t = &q->item.task;
+    q->wanted = false;
+    crpci_coordination_item_end(&q->item);
+    if (t->session->closing || (!t->op && !q->path && !q->doubt))
+        crpci_coordination_item_drop(&q->item);
+}
+
+CRPCI_FN int crpci_coordination_queue_new(crpc_registry *r, const char *path, crpc_view who,
+                                          crpci_coordination_queue **out)
+{
+    crpci_heap *h = r->session->heap;
+    crpci_coordination_queue *q;
+    *out = NULL;
+    if (!crpci_coordination_path_ok(path, false) || !path[*path == '/'] ||
+        crpc_view_size(who) > CRPC_NODE_BYTES_MAX)
+        return CRPC_EINVAL;
+    q = (crpci_coordination_queue *)crpci_coordination_item_new(
+        r, sizeof *q, &crpci_coordination_queue_kind, crpci_coordination_queue_tell);
+    if (!q)
+        return CRPC_ENOMEM;
+    crpci_timer_init(&q->item.timer, crpci_coordination_queue_timer);
+    q->item.task.due_us = INT64_MAX;
+    q->item.task.dir = crpci_coordination_path(h, r->root, path);
+    q->who_size = crpc_view_size(who) + 1; /* a block of no bytes is none */
+    q->who = (char *)crpci_heap_alloc(h, q->who_size);
+    if (!q->item.task.dir || !q->who) {
+        crpci_coordination_queue_free(&q->item.task);
+        return CRPC_ENOMEM;
+    }
+    if (q->who_size > 1)
+        memcpy(q->who, crpc_view_data(who), q->who_size - 1);
+    *out = q;
+    return CRPC_OK;
+}
+
+/* Puts it on the session; the handle is the caller's. */
+CRPCI_FN int crpci_coordination_queue_open(crpc_registry *r, crpci_coordination_queue *q)
+{
+    int err = CRPC_OK;
+    crpci_loop_lock(r->loop);
+    if (r->private_loop)
+        err = crpci_loop_need_owner(r->loop);
+    if (err) {
+        crpci_coordination_queue_free(&q->item.task);
+    } else {
+        q->item.task.refs++;
+        r->session->refs++;
+        crpci_coordination_item_add(r, &q->item);
+        crpci_coordination_queue_next(q);
+        crpci_zookeeper_kick(r->session);
+    }
+    crpci_loop_unlock(r->loop);
+    return err;
+}
+
+CRPCI_FN void crpci_coordination_queue_close(crpci_coordination_queue *q)
+{
+    crpci_zookeeper *s = q->item.task.session;
+    crpci_loop_lock(s->loop);
+    q->closed = true;
+    if (q->item.owner) {
+        crpci_coordination_queue_leave(q, false);
+        crpci_coordination_queue_end(q);
+    }
+    crpci_zookeeper_task_unref(&q->item.task);
+    crpci_zookeeper_unlock(s);
+}
+
+CRPCI_FN int64_t crpci_coordination_lease(crpci_coordination_queue *q)
+{
+    crpci_zookeeper *s = q->item.task.session;
+    int64_t left;
+    crpci_loop_lock(s->loop);
+    left = q->held ? q->lease_us - crpci_zookeeper_now(s) : 0;
+    crpci_loop_unlock(s->loop);
+    return left > 0 ? left : 0;
+}
+
+CRPC_API int crpc_lock_open(crpc_lock **lock, crpc_registry *r, const char *path, const char *who,
+                            crpc_lock_fn fn, void *user)
+{
+    crpci_coordination_queue *q = NULL;
+    int err = fn ? crpci_coordination_queue_new(r, path, crpc_view_str(who), &q) : CRPC_EINVAL;
+    *lock = NULL;
+    if (err)
+        return err;
+    q->on_lock = fn;
+    q->item.user = user;
+    err = crpci_coordination_queue_open(r, q);
+    *lock = err ? NULL : CRPCI_CONTAINER(q, crpc_lock, queue);
+    return err;
+}
+
+CRPC_API int crpc_lock_acquire(crpc_lock *lock, int timeout_ms)
+{
+    crpci_coordination_queue *q = &lock->queue;
+    crpci_zookeeper *s = q->item.task.session;
+    int err = CRPC_OK;
+    crpci_loop_lock(s->loop);
+    if (!q->item.owner)
+        err = CRPC_ECANCELED;
+    else if (q->wanted || q->asked || q->told)
+        err = CRPC_EBUSY;
+    if (!err) {
+        int64_t ms = timeout_ms ? timeout_ms : CRPCI_COORDINATION_TIMEOUT_MS;
+        q->wanted = q->asked = true;
+        q->once = timeout_ms == 0;
+        q->outcome = 0;
+        q->failures = 0;
+        if (ms > 0)
+            crpci_loop_timer_set(s->loop, &q->item.timer, ms * 1000);
+        crpci_coordination_queue_next(q);
+        crpci_zookeeper_kick(s);
+    }
+    crpci_loop_unlock(s->loop);
+    return err;
+}
+
+CRPC_API int64_t crpc_lock_lease_us(crpc_lock *lock)
+{
+    return crpci_coordination_lease(&lock->queue);
+}
+
+CRPC_API void crpc_lock_release(crpc_lock *lock)
+{
+    crpci_coordination_queue *q = &lock->queue;
+    crpc_loop *l = q->item.task.session->loop;
+    crpci_loop_lock(l);
+    if (q->item.owner && (q->wanted || q->told)) {
+        q->told = false;
+        if (q->asked && !q->outcome)
+            q->outcome = CRPC_ECANCELED;
+        crpci_coordination_queue_leave(q, false);
+    }
+    crpci_loop_unlock(l);
+}
+
+CRPC_API void crpc_lock_close(crpc_lock *lock)
+{
+    if (lock)
+        crpci_coordination_queue_close(&lock->queue);
+}
+
+CRPC_API int crpc_election_open(crpc_election **election, crpc_registry *r, const char *path,
+                                crpc_view who, crpc_election_fn fn, void *user)
+{
+    crpci_coordination_queue *q = NULL;
+    int err = fn ? crpci_coordination_queue_new(r, path, who, &q) : CRPC_EINVAL;
+    *election = NULL;
+    if (err)
+        return err;
+    q->on_election = fn;
+    q->item.user = user;
+    q->election = q->wanted = true;
+    err = crpci_coordination_queue_open(r, q);
+    *election = err ? NULL : CRPCI_CONTAINER(q, crpc_election, queue);
+    return err;
+}
+
+CRPC_API int64_t crpc_election_lease_us(crpc_election *election)
+{
+    return crpci_coordination_lease(&election->queue);
+}
+
+CRPC_API void crpc_election_resign(crpc_election *election)
+{
+    crpci_coordination_queue *q = &election->queue;
+    crpc_loop *l = q->item.task.session->loop;
+    crpci_loop_lock(l);
+    if (q->item.owner)
+        crpci_coordination_queue_leave(q, true);
+    crpci_loop_unlock(l);
+}
+
+CRPC_API void crpc_election_close(crpc_election *election)
+{
+    if (election)
+        crpci_coordination_queue_close(&election->queue);
+}
+
+/* --- the registry ----------------------------------------------------------------------------- */
+
+/* Takes over the options that the URL names. */
+CRPCI_COLD int crpci_coordination_options(crpci_url *u, crpc_registry_options *o, crpc_error *error)
+{
+    char *key, *value;
+    int64_t n;
+    int err;
+    while ((err = crpci_url_next(u, &key, &value)) == CRPC_OK) {
+        int *to = strcmp(key, "session_timeout_ms") == 0    ? &o->session_timeout_ms
+                  : strcmp(key, "registry_timeout_ms") == 0 ? &o->registry_timeout_ms
+                  : strcmp(key, "must_connect") == 0        ? &o->must_connect
+                                                            : NULL;
+        if (!to || !crpci_url_number(value, CRPCI_COORDINATION_LONGEST_MS, &n))
+            return crpci_status_set(error, CRPC_EINVAL,
+                                    "URL option %.60s=%.60s: not known here, or out of range", key,
+                                    value);
+        *to = (int)n;
+    }
+    return err == CRPC_EPENDING
+               ? CRPC_OK
+               : crpci_status_set(error, CRPC_EINVAL, "URL options are not key=value&key=value");
+}
+
+/* The gate: puts the listener on the session and waits for that. */
+CRPCI_COLD int crpci_coordination_await(crpc_registry *r, const crpc_registry_options *o,
+                                        crpc_error *error)
+{
+    crpc_loop *l = r->loop;
+    int64_t ms = crpci_base_option(o->registry_timeout_ms, CRPCI_COORDINATION_OPEN_MS, 0);
+    crpci_coordination_gate *g;
+    bool connected, stuck;
+    crpci_waiter w;
+    int err = CRPC_OK;
+    memset(&w, 0, sizeof w);
+    g = (crpci_coordination_gate *)crpci_coordination_item_new(
+        r, sizeof *g, &crpci_coordination_gate_kind, crpci_coordination_gate_tell);
+    if (!g)
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    g->fn = o->on_state;
+    g->item.user = o->user;
+    g->item.task.due_us = INT64_MAX;
+    crpci_loop_lock(l);
+    crpci_coordination_item_add(r, &g->item);
+    if (r->session->connected)
+        crpci_coordination_gate_set(g, CRPC_REGISTRY_CONNECTED);
+    if (r->private_loop && (o->on_state || CRPC_ZOOKEEPER_ST)) /* a client that lives in the loop */
+        err = crpci_loop_need_owner(l);
+    stuck = ms && crpci_loop_in_callback(l);
+    if (!err && ms && !stuck && g->state != CRPC_REGISTRY_CONNECTED) {
+        g->waiter = &w;
+        crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
+        g->waiter = NULL;
+    }
+    connected = g->state == CRPC_REGISTRY_CONNECTED;
+    crpci_loop_unlock(l);
+    if (err)
+        return crpci_status_set(error, err, "the private loop needs a thread, which is forbidden");
+    if (stuck && !connected)
+        return crpci_status_set(error, CRPC_EDEADLK,
+                                "opened inside a callback of its loop, which must not wait: "
+                                "registry_timeout_ms can be -1");
+    if (connected || !o->must_connect)
+        return CRPC_OK;
+    return crpci_status_set(error, CRPC_EREGISTRY, "zookeeper://%.100s: no session within %d ms",
+                            r->session->authority, (int)ms);
+}
+
+CRPCI_COLD int crpci_coordination_join(crpc_registry *r, crpci_url *u,
+                                       const crpc_registry_options *o, crpc_error *error)
+{
+    crpci_heap *h = r->loop->heap;
+    crpci_registry_options ro;
+    int err;
+    if (u->path[strspn(u->path, "/")]) {
+        err = crpci_zookeeper_root(h, u->path, &r->root, error);
+    } else {
+        r->root = crpci_heap_strndup(h, "", 0);
+        err = r->root ? CRPC_OK : crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    }
+    memset(&ro, 0, sizeof ro);
+    ro.session_timeout_ms = o->session_timeout_ms;
+    ro.credential = o->credential;
+    err = err ? err : crpci_zookeeper_open(r->loop, u, &ro, &r->base, error);
+    if (err)
+        return err;
+    r->session = ((crpci_zookeeper_registry *)(void *)r->base)->session;
+    return crpci_coordination_await(r, o, error);
+}
+
+CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const char *url,
+                                const crpc_registry_options *options, crpc_error *error)
+{
+    crpc_registry_options o;
+    bool private_loop = !loop;
+    crpc_registry *r;
+    crpci_url u;
+    int err;
+    *registry = NULL;
+    memset(&o, 0, sizeof o);
+    if (options)
+        o = *options;
+    err = crpci_url_parse(&u, url, error);
+    if (!err && strcmp(u.scheme, "zookeeper") != 0)
+        err = crpci_status_set(error, CRPC_EUNSUPPORTED, "%.40s:// is not known: zookeeper is",
+                               u.scheme);
+    err = err ? err : crpci_coordination_options(&u, &o, error);
+    if (err)
+        return err;
+    if (private_loop) {
+        err = crpc_loop_open(&loop, &o.private_loop);
+        if (err)
+            return crpci_status_set(error, err, "private loop: %s", crpc_status_text(err));
+    }
+    r = (crpc_registry *)crpci_heap_alloc(loop->heap, sizeof *r);
+    if (!r) {
+        if (private_loop)
+            crpc_loop_close(loop);
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    }
+    r->loop = loop;
+    r->private_loop = private_loop;
+    crpci_list_init(&r->items);
+    crpci_loop_hold(loop);
+    err = crpci_coordination_join(r, &u, &o, error);
+    if (err) {
+        crpc_registry_close(r);
+        return err;
+    }
+    *registry = r;
+    return CRPC_OK;
+}
+
+/* Ends whatever was begun. Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_coordination_end(crpc_registry *r)
+{
+    while (!crpci_list_empty(&r->items)) {
+        crpci_coordination_item *item =
+            CRPCI_CONTAINER(r->items.next, crpci_coordination_item, node);
+        crpci_zookeeper_task *t = &item->task;
+        if (t->kind == &crpci_coordination_op_kind) {
+            bool may = t->op && crpci_coordination_writes(t->step);
+            crpci_coordination_finish(crpci_coordination_op_of(t), CRPC_ECANCELED,
+                                      may ? CRPC_SENT_MAYBE : CRPC_SENT_NO, NULL, NULL);
+        } else if (t->kind == &crpci_coordination_queue_kind) {
+            crpci_coordination_queue *q = crpci_coordination_queue_of(t);
+            t->refs++; /* its handle may be closed meanwhile */
+            q->told = q->told && q->election;
+            crpci_coordination_queue_leave(q, false);
+            crpci_coordination_queue_end(q);
+            crpci_zookeeper_task_unref(t);
+        } else {
+            crpci_coordination_item_end(item);
+            crpci_coordination_item_drop(item);
+        }
+    }
+}
+
+CRPC_API void crpc_registry_close(crpc_registry *r)
+{
+    crpc_loop *l;
+    bool private_loop;
+    if (!r)
+        return;
+    l = r->loop;
+    private_loop = r->private_loop;
+    crpci_loop_lock(l);
+    crpci_coordination_end(r);
+    crpci_loop_unlock(l);
+    crpci_registry_close(r->base);
+    crpci_id_free(&r->configs, l->heap);
+    crpci_heap_strfree(l->heap, r->root);
+    crpci_heap_free(l->heap, r, sizeof *r);
+    if (private_loop)
+        crpc_loop_close(l);
+    crpci_loop_release(l);
+}
+
+CRPC_API crpc_loop *crpc_registry_loop(crpc_registry *r)
+{
+    return r->loop;
+}
+
+CRPC_API int64_t crpc_registry_session(crpc_registry *r)
+{
+    int64_t id;
+    crpci_loop_lock(r->loop);
+    id = r->session->connected ? r->session->session_id : 0;
+    crpci_loop_unlock(r->loop);
+    return id;
+}
+
+#endif /* CRPC_ENABLE_ZOOKEEPER */
 
 /* ======================================================================== */
 /* >>impl-call   what a call takes and gives: request, outcome, the caller's record */

@@ -46,6 +46,9 @@ static const struct known {
     {CRPC_ECODEC, 3115, "ECODEC"},
     {CRPC_EAPP, 3116, "EAPP"},
     {CRPC_EABI, 3117, "EABI"},
+    {CRPC_EEXISTS, 3130, "EEXISTS"},
+    {CRPC_EVERSION, 3131, "EVERSION"},
+    {CRPC_ENOTEMPTY, 3132, "ENOTEMPTY"},
 };
 #define KNOWN (sizeof known / sizeof known[0])
 
