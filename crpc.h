@@ -273,16 +273,16 @@
  *
  * The balancer (crpc_balancer) chooses for each attempt; a provider with weight 0 is taken only if
  * there is no other, one that registered a warm-up time gets a share that grows in it (Dubbo's
- * formula), one whose connections fail rests for up to a second, one that said it was stopping for a
- * second. The cluster policy (crpc_cluster) says what a failure leads to. All attempts of a call
+ * formula), one whose connections fail rests for up to a second, one that said it was stopping for
+ * a second. The cluster policy (crpc_cluster) says what a failure leads to. All attempts of a call
  * share its one deadline, and all retries of a channel its budget (retry_budget). The breaker takes
  * providers out that fail, at most half of them, and never the last that could be asked. What is
  * left of a call that has failed for good is the method's fallback. A backup request goes to one
  * more provider when an idempotent call has waited backup_ms; whoever answers first has answered.
  *
  *     graceful stop   a server unregisters, serves on for lame_ms, then refuses with CRPC_ELOGOFF,
- *                     finishes what it has, and closes at drain_ms. Channels leave it meanwhile, and
- *                     keep their connection to it until their last call there has ended.
+ *                     finishes what it has, and closes at drain_ms. Channels leave it meanwhile,
+ *                     and keep their connection to it until their last call there has ended.
  *     registry away   calls go on with the last list; see stale_ttl_ms, allow_empty
  *     long lists      max_endpoints chooses a part of them, another one for each channel
  *
@@ -15577,7 +15577,9 @@ CRPCI_COLD void crpci_channel_configure(crpc_channel *ch, const crpc_channel_opt
     ch->method_count = o->method_count;
     ch->hash_field = o->hash_field < 0 ? 0 : o->hash_field;
     ch->max_nodes = (size_t)crpci_base_option(o->max_endpoints, 0, 0);
+    crpci_loop_lock(ch->loop);
     ch->seed = (uint64_t)crpci_loop_random(ch->loop) << 32 | crpci_loop_random(ch->loop);
+    crpci_loop_unlock(ch->loop);
     ch->reweigh_at = INT64_MAX;
     ch->request_ids = o->request_ids > 0;
     ch->stale_at = INT64_MAX;
