@@ -59,7 +59,7 @@ struct consumer {
     int rate, seconds, concurrency, work_us;
     pending *places, *free;
     int64_t start_us, last_ok_us, max_gap_us;
-    uint64_t seq, sent, ok, failed, attempts, duplicates;
+    uint64_t seq, due, sent, ok, failed, attempts, duplicates;
     uint64_t ok_before, failed_before; /* when the last line was printed */
     int lines;
     row providers[ROWS], codes[ROWS];
@@ -181,14 +181,15 @@ static void on_tick(void *user, int fd, unsigned events)
 {
     consumer *c = (consumer *)user;
     int64_t now = now_us();
-    uint64_t due = due_by(c, now), ticks;
+    uint64_t ticks;
     int n;
 
     (void)events;
     if (read(fd, &ticks, sizeof ticks) < 0) {
         return; /* not due yet */
     }
-    while (c->rate > 0 && c->free && c->sent < due) {
+    c->due = due_by(c, now);
+    while (c->rate > 0 && c->free && c->sent < c->due) {
         begin_call(c, c->start_us + (int64_t)(c->sent * 1000000 / (uint64_t)c->rate));
     }
     for (n = 0; c->rate == 0 && c->free && n < c->concurrency; n++) {
@@ -204,11 +205,11 @@ static void on_tick(void *user, int fd, unsigned events)
 
 /* ---- the result ------------------------------------------------------------------------------ */
 
-static void print_result(const consumer *c, uint64_t due)
+static void print_result(const consumer *c)
 {
     printf("{\"sent\":%llu,\"ok\":%llu,\"failed\":%llu,\"unsent\":%llu",
            (unsigned long long)c->sent, (unsigned long long)c->ok, (unsigned long long)c->failed,
-           (unsigned long long)(due > c->sent ? due - c->sent : 0));
+           (unsigned long long)(c->due > c->sent ? c->due - c->sent : 0));
     print_rows("by_code", c->codes);
     print_rows("by_provider", c->providers);
     printf(",\"attempts\":%llu,\"duplicates\":%llu", (unsigned long long)c->attempts,
@@ -270,7 +271,6 @@ static int open_clock(void)
 static int call_for_a_while(consumer *c, int clock)
 {
     crpc_id watch = CRPC_INIT;
-    uint64_t due;
     int status = crpc_loop_watch(c->loop, clock, CRPC_READABLE, on_tick, c, &watch);
 
     c->start_us = c->last_ok_us = now_us();
@@ -278,14 +278,13 @@ static int call_for_a_while(consumer *c, int clock)
         status = crpc_loop_run(c->loop); /* until the time is over, or a signal */
     }
     crpc_loop_unwatch(c->loop, watch);
-    due = due_by(c, now_us());
     count_gap(c, now_us());
     c->seconds = 0; /* no further call; those under way end, by their deadline at the latest */
     while (status == CRPC_OK && c->ok + c->failed < c->sent) {
         status = crpc_loop_step(c->loop, 10);
     }
     if (status == CRPC_OK) {
-        print_result(c, due);
+        print_result(c);
     }
     return status;
 }
