@@ -937,6 +937,8 @@ typedef struct crpc_server_options {
     const char *application;         /* likewise: the program's name. NULL: "crpc" */
     int weight; /* registered, up to 1000000, for consumers that weigh; this version's channels do
                    not. 0: 100. -1: 0 */
+    int warmup_ms; /* registered: how long consumers raise the weight, from 1 to all of it. 0: none.
+                      -1: none */
     crpc_loop *loop;         /* must outlive the server. NULL: a private loop */
     crpc_loop_options loops; /* of the private loop and of the I/O threads. 0: defaults */
     int io_threads;      /* loops, a thread each, for connections. 0: all on one loop. -1: as 0 */
@@ -950,7 +952,9 @@ typedef struct crpc_server_options {
                             -1: no limit */
     int idle_timeout_ms; /* closes connections without a request for so long. 0: never. -1: never */
     int frame_timeout_ms; /* a begun request must be complete in it. 0: 30000. -1: no limit */
-    int drain_ms;         /* how long stopping waits for requests being served. 0: 5000. -1: 0 */
+    int lame_ms;  /* how long stopping goes on serving after it has unregistered, for consumers that
+                     do not know yet. 0: 1000 with a registry, else none. -1: none */
+    int drain_ms; /* how long stopping then waits for requests being served. 0: 5000. -1: 0 */
     int session_timeout_ms;  /* of the registry session. 0: 15000. -1: as 0 */
     int registry_timeout_ms; /* how long starting waits for the registry. 0: 3000. -1: not at all */
     int must_connect; /* 1: not reaching the registry in time fails the start. 0: goes on trying */
@@ -996,12 +1000,13 @@ CRPC_API CRPC_MUST_CHECK int crpc_server_start(crpc_server *server, crpc_error *
  * returns. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_run(crpc_server *server);
 
-/* Begins to stop: unregisters, closes the listeners, answers new requests with CRPC_ELOGOFF, lets
- * running ones finish for drain_ms, closes connections. Returns at once. Any thread; from a signal
- * handler call crpc_loop_stop instead. */
+/* Begins to stop: unregisters and goes on serving for lame_ms; then closes the listeners, answers
+ * new requests with CRPC_ELOGOFF and lets running ones finish for drain_ms; then closes
+ * connections. Returns at once; called again it does nothing. Any thread; from a signal handler
+ * call crpc_loop_stop instead. */
 CRPC_API void crpc_server_stop(crpc_server *server);
 
-/* Stops without waiting longer than drain_ms for replies, then for handlers on workers and I/O
+/* Stops, waiting lame_ms and at most drain_ms for replies, then for handlers on workers and I/O
  * threads to return, and frees. Requests finished later find their peer gone. In a handler or a
  * callback it does not wait: the server stops, and is freed by its loop when it has; the program
  * lets go of it at once, also of one that crpc_server_run runs. NULL is ignored. */
@@ -5796,6 +5801,7 @@ typedef struct crpci_registration {
     const char *application;
     const char *methods; /* "Login,Register" */
     int weight;
+    int warmup_ms; /* 0: none */
 } crpci_registration;
 
 typedef struct crpci_registry_options {
@@ -5901,6 +5907,8 @@ CRPCI_FN size_t crpci_registry_url(char *out, size_t size, const crpci_registrat
     snprintf(number, sizeof number, "%lld", (long long)timestamp_ms);
     crpci_registry_put_value(&t, "&side=provider&timestamp=", number);
     crpci_registry_put_value(&t, "&version=", r->version);
+    snprintf(number, sizeof number, "%d", r->warmup_ms);
+    crpci_registry_put_value(&t, "&warmup=", r->warmup_ms > 0 ? number : NULL);
     snprintf(number, sizeof number, "%d", r->weight < 0 ? 0 : r->weight);
     crpci_registry_put_value(&t, "&weight=", number);
     return t.len;
@@ -8091,6 +8099,7 @@ CRPCI_FN bool crpci_zookeeper_reg_copy(crpci_zookeeper_reg *reg, crpci_heap *h,
     reg->what.application = reg->text[3];
     reg->what.methods = reg->text[4];
     reg->what.weight = what->weight;
+    reg->what.warmup_ms = what->warmup_ms;
     return true;
 }
 
@@ -10724,6 +10733,7 @@ typedef struct crpci_enrolment {
 typedef enum crpci_server_state {
     CRPCI_SERVER_NEW,
     CRPCI_SERVER_RUNNING,
+    CRPCI_SERVER_LAME, /* unregistered, but serves */
     CRPCI_SERVER_STOPPING,
     CRPCI_SERVER_STOPPED
 } crpci_server_state;
@@ -10748,7 +10758,7 @@ struct crpc_server {
     size_t io_next;
     crpci_worker_pool workers;
     size_t worker_count;
-    crpci_timer drain;
+    crpci_timer drain; /* the end of being lame, then looks at whether draining is done */
     int64_t drain_until;
     crpci_waiter *waiter; /* for the registry, or for the end of draining */
     crpci_registry *registry;
@@ -11592,6 +11602,7 @@ CRPCI_COLD void crpci_server_configure(crpc_server *s, const crpc_server_options
     crpc_server_options *o = &s->options;
     *o = *in;
     o->weight = (int)crpci_base_min64(crpci_base_option(in->weight, 100, 0), 1000000);
+    o->warmup_ms = (int)crpci_base_option(in->warmup_ms, 0, 0);
     o->io_threads = (int)crpci_base_option(in->io_threads, 0, 0);
     o->workers = (int)crpci_base_option(in->workers, 0, 0);
     o->worker_queue = (int)crpci_base_option(in->worker_queue, 1024, 0);
@@ -11602,6 +11613,7 @@ CRPCI_COLD void crpci_server_configure(crpc_server *s, const crpc_server_options
     o->max_queued = crpci_base_option(in->max_queued, 4 << 20, 0);
     o->idle_timeout_ms = (int)crpci_base_option(in->idle_timeout_ms, 0, 0);
     o->frame_timeout_ms = (int)crpci_base_option(in->frame_timeout_ms, 30000, 0);
+    o->lame_ms = (int)crpci_base_option(in->lame_ms, in->registry ? 1000 : 0, 0);
     o->drain_ms = (int)crpci_base_option(in->drain_ms, 5000, 0);
     o->session_timeout_ms = (int)crpci_base_option(in->session_timeout_ms, 15000, 15000);
     o->registry_timeout_ms = (int)crpci_base_option(in->registry_timeout_ms, 3000, 0);
@@ -11787,6 +11799,7 @@ CRPCI_COLD int crpci_server_enrol(crpc_server *s, crpc_error *error)
     what.application = s->application;
     what.methods = methods;
     what.weight = s->options.weight;
+    what.warmup_ms = s->options.warmup_ms;
     for (i = 0; i < s->enrolled && !err; i++) {
         what.service = s->services.items[i].table->name;
         crpci_server_method_names(s->services.items[i].table, methods, sizeof methods);
@@ -11897,6 +11910,11 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
         err = crpci_server_enrol(s, error);
         err = err ? err : crpci_server_await_enrolment(s, error);
     }
+    if (err) {
+        crpci_loop_lock(l);
+        s->options.lame_ms = 0; /* it is only to be closed */
+        crpci_loop_unlock(l);
+    }
     return err;
 }
 
@@ -11929,15 +11947,25 @@ CRPCI_FN bool crpci_server_has_output(const crpc_server *s, crpc_loop *l)
     return false;
 }
 
+/* From here on new requests are refused. Locked. */
+CRPCI_FN void crpci_server_drain(crpc_server *s)
+{
+    crpci_thread_store(&s->state, CRPCI_SERVER_STOPPING);
+    crpci_server_close_listeners(s);
+}
+
 /* Looks whether the last request is answered; closes when it is, or when time is up. Called with
  * the server's loop locked; the others are locked one after another without it. */
 CRPCI_FN void crpci_server_drain_tick(crpc_loop *l, crpci_timer *t)
 {
     crpc_server *s = CRPCI_CONTAINER(t, crpc_server, drain);
-    bool busy = crpci_thread_load(&s->active) > 0 || crpci_server_has_output(s, l);
+    bool busy;
     size_t i;
+    if (crpci_thread_load(&s->state) == CRPCI_SERVER_LAME)
+        crpci_server_drain(s);
     if (crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPING)
         return;
+    busy = crpci_thread_load(&s->active) > 0 || crpci_server_has_output(s, l);
     crpci_thread_ref(&s->refs);
     crpci_loop_unlock(l);
     for (i = 0; i < s->io_count && !busy; i++) {
@@ -11971,31 +11999,36 @@ CRPCI_FN void crpci_server_drain_tick(crpc_loop *l, crpci_timer *t)
 CRPC_API void crpc_server_stop(crpc_server *s)
 {
     crpc_loop *l = s->loop;
-    bool first;
+    int64_t lame_until;
+    uint32_t state;
     crpci_loop_lock(l);
-    first = crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPING;
-    if (first) {
-        crpci_thread_store(&s->state, CRPCI_SERVER_STOPPING);
-        s->drain_until = crpci_loop_now(l) + (int64_t)s->options.drain_ms * 1000;
-        crpci_server_close_listeners(s);
-    }
+    state = crpci_thread_load(&s->state);
+    lame_until = crpci_loop_now(l);
+    if (state == CRPCI_SERVER_RUNNING)
+        lame_until += (int64_t)s->options.lame_ms * 1000;
+    if (state <= CRPCI_SERVER_RUNNING)
+        s->drain_until = lame_until + (int64_t)s->options.drain_ms * 1000;
+    if (state == CRPCI_SERVER_RUNNING && s->options.lame_ms)
+        crpci_thread_store(&s->state, CRPCI_SERVER_LAME);
+    else if (state <= CRPCI_SERVER_RUNNING)
+        crpci_server_drain(s);
     crpci_loop_unlock(l);
-    if (!first)
+    if (state > CRPCI_SERVER_RUNNING)
         return;
     crpci_server_withdraw(s);
     crpci_loop_lock(l); /* not before: another thread may close the server when it is drained */
-    crpci_loop_timer_set(l, &s->drain, 0);
+    crpci_loop_timer_at(l, &s->drain, lame_until);
     crpci_loop_unlock(l);
 }
 
-/* Waits for the end of draining, driving the loop if nobody does. */
+/* Waits for the end of stopping, driving the loop if nobody does. */
 CRPCI_FN void crpci_server_await_stop(crpc_server *s)
 {
     crpc_loop *l = s->loop;
     crpci_waiter w;
     memset(&w, 0, sizeof w);
     crpci_loop_lock(l);
-    if (crpci_thread_load(&s->state) == CRPCI_SERVER_STOPPING) {
+    if (crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED) {
         s->waiter = &w;
         crpci_loop_wait(l, &w, s->drain_until + 1000000, true);
         s->waiter = NULL;

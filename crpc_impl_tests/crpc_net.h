@@ -175,6 +175,7 @@ typedef struct net {
     crpc_channel_options channel_options;
     const char *listen; /* NULL: tcp://127.0.0.1:0 */
     const char *query;  /* ?key=value of the channel's URL */
+    int64_t (*clock_us)(void *user); /* of the server's loops; NULL: the system's */
     net_service service;
     crpc_loop *loop; /* the server's */
     crpc_server *server;
@@ -202,9 +203,11 @@ CT_FN crpc_loop *net_loop(crpc_poller poller)
 
 CT_FN void net_open_server(net *n, crpc_poller poller, net_mode mode)
 {
+    crpc_loop_options o = net_loop_options(poller);
     crpc_error error;
+    o.hooks.clock_us = n->clock_us;
     net_service_init(&n->service);
-    n->loop = net_loop(poller);
+    assert_int_equal(crpc_loop_open(&n->loop, &o), CRPC_OK);
     n->server_options.loop = n->loop;
     n->server_options.loops = net_loop_options(poller);
     n->server_options.listen = n->listen ? n->listen : "tcp://127.0.0.1:0";

@@ -78,6 +78,12 @@ static void it_leaves_out_what_is_empty(void **state)
     crpci_registry_url(url, sizeof url, &r, "[::1]:1", 5, 7);
     assert_string_equal(url, "crpc://[::1]:1/S?application=crpc&category=providers&dynamic=true"
                              "&enabled=true&interface=S&pid=7&side=provider&timestamp=5&weight=0");
+    r.version = "1";
+    r.warmup_ms = 60000;
+    crpci_registry_url(url, sizeof url, &r, "[::1]:1", 5, 7);
+    assert_string_equal(url, "crpc://[::1]:1/S?application=crpc&category=providers&dynamic=true"
+                             "&enabled=true&interface=S&pid=7&side=provider&timestamp=5&version=1"
+                             "&warmup=60000&weight=0");
 }
 
 static void it_measures_what_does_not_fit(void **state)

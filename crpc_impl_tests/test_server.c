@@ -697,6 +697,123 @@ static void stopping_finishes_what_runs_and_refuses_the_rest(void **state)
     }
 }
 
+static uint32_t clock_ahead_s; /* atomic */
+
+static int64_t clock_ahead(void *user)
+{
+    (void)user;
+    return ct_now_us() + (int64_t)__atomic_load_n(&clock_ahead_s, __ATOMIC_SEQ_CST) * 1000000;
+}
+
+static void nothing(void *user)
+{
+    (void)user;
+}
+
+/* Puts the server's clock forward and has its loop look at it. */
+static void time_passes(crpc_loop *l, uint32_t seconds)
+{
+    __atomic_add_fetch(&clock_ahead_s, seconds, __ATOMIC_SEQ_CST);
+    assert_int_equal(crpc_loop_post(l, nothing, NULL), CRPC_OK);
+}
+
+static bool can_connect(const char *url)
+{
+    struct sockaddr_in a;
+    bool can;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET;
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    a.sin_port = htons((uint16_t)atoi(strrchr(url, ':') + 1));
+    can = connect(fd, (struct sockaddr *)&a, sizeof a) == 0;
+    close(fd);
+    return can;
+}
+
+static void *close_net(void *arg)
+{
+    net_close((net *)arg);
+    return NULL;
+}
+
+/* Serving goes on for the first 1000 s, then new requests are refused for another 1000 s though
+ * somebody goes on sending them, then it is over though one was not finished. */
+static void stopping_serves_then_refuses_then_closes(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message got;
+        pthread_t closer;
+        crpc_context *x;
+        int fd, fresh;
+        memset(&n, 0, sizeof n);
+        n.clock_us = clock_ahead;
+        n.server_options.lame_ms = n.server_options.drain_ms = 1000000;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        wire_request(&w, "Defer", 1, 1, 0);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        x = net_take(&n.service);
+        crpc_server_stop(n.server);
+        time_passes(n.loop, 900);
+        crpc_server_stop(n.server); /* begins nothing anew */
+        assert_int_equal(ask(fd, "Echo", "Add", 2, NULL, NULL), CRPC_OK);
+        fresh = wire_connect(n.url);
+        assert_int_equal(ask(fresh, "Echo", "Add", 3, NULL, NULL), CRPC_OK);
+        time_passes(n.loop, 100);
+        assert_true(CT_WAIT(!can_connect(n.url), NET_PATIENCE));
+        assert_int_equal(ask(fresh, "Echo", "Add", 4, NULL, NULL), CRPC_ELOGOFF);
+        time_passes(n.loop, 900);
+        assert_int_equal(ask(fresh, "Echo", "Add", 5, NULL, NULL), CRPC_ELOGOFF);
+        assert_int_equal(pthread_create(&closer, NULL, close_net, &n), 0);
+        assert_int_equal(ask(fresh, "Echo", "Add", 6, NULL, NULL), CRPC_ELOGOFF); /* it waits */
+        __atomic_add_fetch(&clock_ahead_s, 100, __ATOMIC_SEQ_CST);
+        assert_int_equal(wire_receive(fd, &got), 0);
+        assert_int_equal(wire_receive(fresh, &got), 0);
+        pthread_join(closer, NULL);
+        assert_int_equal(n.service.calls, 3);
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
+        close(fd);
+        close(fresh);
+    }
+}
+
+/* Who closes a server waits for it, driving the loop if nobody does; but with nothing to drain not
+ * for drain_ms. */
+static void closing_waits_for_the_end_of_serving(void **state)
+{
+    crpc_poller p;
+    int how;
+    (void)state;
+    NET_EACH_POLLER(p) for (how = 0; how < 3; how++)
+    {
+        crpc_server_options o;
+        crpc_server *s;
+        crpc_loop *l = net_loop(p);
+        int64_t start;
+        memset(&o, 0, sizeof o);
+        o.loop = l;
+        o.loops = net_loop_options(p);
+        o.listen = "tcp://127.0.0.1:0";
+        o.lame_ms = how == 2 ? -1 : 60;
+        o.io_threads = how == 1 ? 2 : 0;
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+        start = ct_now_ms();
+        crpc_server_close(s);
+        assert_true(how == 2 || ct_now_ms() - start >= 59);
+        assert_true(ct_now_ms() - start < 4000); /* of the 5000 of drain_ms */
+        crpc_loop_close(l);
+    }
+}
+
 static void draining_is_bounded(void **state)
 {
     crpc_poller p;
@@ -1625,6 +1742,8 @@ int main(void)
         CT_TEST(a_full_worker_queue_is_said),
         CT_TEST(late_requests_are_answered_but_not_run),
         CT_TEST(stopping_finishes_what_runs_and_refuses_the_rest),
+        CT_TEST(stopping_serves_then_refuses_then_closes),
+        CT_TEST(closing_waits_for_the_end_of_serving),
         CT_TEST(draining_is_bounded),
         CT_TEST(closing_with_handlers_that_block),
         CT_TEST(run_returns_when_stopped),
