@@ -14,11 +14,14 @@
  *   --delay-ms N         each reply comes so much later. Without workers a timer sends it, so that
  *                        the loop goes on; a worker sleeps. SIGUSR1 switches the delay off and on
  *   --fail-percent N     so many of the calls are answered with the application's error 10001
+ *   --lame-ms N          how long stopping goes on serving after it has left the registry, for
+ * those who have not heard of it yet; default 1000, without a registry 0
  *   --drain-ms N         how long stopping waits for requests being served; default 5000
  *   --session-ms N       registry session: how long a crashed provider stays listed; default 15000
  *
- * SIGTERM or SIGINT stops it in order: it leaves the registry, finishes what it serves, and prints
- * how many requests it executed and how many of them not for the first time:
+ * SIGTERM or SIGINT stops it in order: it leaves the registry, goes on serving for --lame-ms,
+ * finishes what it serves, and prints how many requests it executed, and how many of them not for
+ * the first time:
  *
  *   end a requests 12345 repeated 0
  *
@@ -243,6 +246,9 @@ static bool parse_option(provider *p, const char *name, const char *value)
         good = parse_number(value, INT_MAX, &p->delay_ms);
     } else if (strcmp(name, "--fail-percent") == 0) {
         good = parse_number(value, 100, &p->fail_percent);
+    } else if (strcmp(name, "--lame-ms") == 0) {
+        good = parse_number(value, INT_MAX, &o->lame_ms);
+        o->lame_ms = o->lame_ms == 0 ? -1 : o->lame_ms;
     } else if (strcmp(name, "--drain-ms") == 0) {
         good = parse_number(value, INT_MAX, &o->drain_ms);
         o->drain_ms = o->drain_ms == 0 ? -1 : o->drain_ms;
