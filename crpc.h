@@ -109,6 +109,9 @@
  *     >>impl-wake          a descriptor by which another thread ends a wait
  *     >>impl-timer         hashed hierarchical timing wheel: O(1) to arm and cancel
  *     >>impl-loop          who drives, who waits, what runs when
+ *     >>impl-limiter       how much is let through: rates, retries, calls at a time
+ *     >>impl-breaker       a provider that fails gets no calls, then one, then more
+ *     >>impl-balance       which provider a call goes to
  *     >>impl-conn          one connection: reading and parsing, queueing and sending
  *     >>impl-registry      lists of providers, node names, what a backend offers
  *     >>impl-zookeeper     the registry in ZooKeeper, with Dubbo's layout
@@ -117,6 +120,8 @@
  *     >>impl-channel       the client: providers, forms of calls, opening and closing
  *     >>impl-service       finding the method that a request names
  *     >>impl-worker        a bounded queue and the threads that empty it
+ *     >>impl-order         requests of one key, one after another
+ *     >>impl-replay        replies kept for requests that come again
  *     >>impl-server        listeners, requests, replies, stopping
  *
  * BUILD AND OPTIONS
@@ -612,6 +617,9 @@ typedef struct crpc_loop_stats {
     uint64_t bad_frames;        /* connections closed for what they sent */
     uint64_t calls;             /* calls begun */
     uint64_t requests;          /* requests received */
+    uint64_t limited;           /* of these, refused with CRPC_ELIMIT before they were served */
+    uint64_t replayed;          /* and by crpc_server_stats_get: answered with an earlier reply */
+    uint64_t unremembered;      /* likewise: could not be noted when they came first */
     uint32_t connections;       /* open now, both directions */
     uint32_t pending;           /* calls not finished or not fetched now */
     uint32_t watches;           /* file descriptors watched now, crpc's own included */
@@ -945,11 +953,26 @@ typedef struct crpc_server_options {
     int workers;         /* threads that run handlers. 0: they run on the I/O thread. -1: as 0 */
     int worker_queue;    /* requests waiting for one, beyond it ELIMIT. 0: 1024. -1: no limit */
     int worker_stack;    /* bytes. 0: 256 KiB. -1: the system's */
+    /* Requests of the same key run one after another, in the order they came: the next begins when
+     * the reply of the one before is ready, on whatever thread. The key is the user_fields entry
+     * "crpc-key" of the request. 0: others run as they come. 1: those without a key run in the
+     * order of their connection. -1: keys are ignored. At most worker_queue wait for their turn. */
+    int ordered;
+    int max_concurrency; /* requests in service at a time, deferred and waiting ones included;
+                            beyond it ELIMIT. 0: 8192 for each I/O thread. -1: no limit */
     int max_connections; /* beyond it new ones are closed. 0: 1024. -1: no limit */
     int64_t max_body;    /* bytes of a request. 0: 64 MiB. -1: 2 GiB - 1 */
     int64_t max_skip;    /* an oversize request up to here is answered. 0: 256 MiB. -1: none */
     int64_t max_queued;  /* memory of a connection's unsent replies before reading pauses. 0: 4 MiB.
                             -1: no limit */
+    /* The replies to requests with the user_fields entry "crpc-rid", an id of up to 64 bytes that no
+     * other call to the method has, are kept: one that comes again is not executed but gets the
+     * same reply, after interceptors have let it through. If all entries execute it is executed,
+     * and counted as unremembered. A reply that takes more than a quarter of replay_bytes is not
+     * kept, and repeated requests fail with EINTERNAL. */
+    int replay_entries;   /* requests to be remembered. 0: off. -1: off */
+    int replay_ms;        /* how long after their end. 0: 60000. -1: 0 */
+    int64_t replay_bytes; /* memory for them and their replies. 0: 4 MiB. -1: no limit */
     int idle_timeout_ms; /* closes connections without a request for so long. 0: never. -1: never */
     int frame_timeout_ms; /* a begun request must be complete in it. 0: 30000. -1: no limit */
     int lame_ms;  /* how long stopping goes on serving after it has unregistered, for consumers that
@@ -2505,6 +2528,7 @@ typedef struct crpci_meta {
     /* Read: one of the two usual shapes. Of a request, service and method are those that were
      * expected; a reply says success. Nothing that follows is set then, nor would be but to 0. */
     bool usual;
+    bool fields;        /* it may have user_fields */
     int32_t error_code; /* response; 0 also where there is none: success */
     int32_t compress_type;
     int32_t content_type;
@@ -2806,6 +2830,7 @@ CRPCI_FN bool crpci_meta_read_plain(const uint8_t *p, const uint8_t *end, crpci_
             m->stream_settings = v;
             break;
         case 9 << 3 | 2:
+            m->fields = true;
             break;
         case 10 << 3:
             m->content_type = (int32_t)(uint32_t)n;
@@ -2988,8 +3013,11 @@ CRPCI_COLD bool crpci_meta_read_nanopb(const uint8_t *p, size_t n, crpci_meta *m
 CRPCI_FN bool crpci_meta_read(const uint8_t *p, size_t n, crpci_meta *m)
 {
     memset(m, 0, sizeof *m);
-    if (!crpci_meta_read_plain(p, p + n, m) && !crpci_meta_read_nanopb(p, n, m))
-        return false;
+    if (!crpci_meta_read_plain(p, p + n, m)) {
+        if (!crpci_meta_read_nanopb(p, n, m))
+            return false;
+        m->fields = true; /* nanopb was not asked */
+    }
     m->raw = crpc_view_of(p, n);
     return true;
 }
@@ -4909,6 +4937,1259 @@ CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms,
 CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
 {
     crpci_loop_user_stop(l, id, CRPCI_LOOP_TIMER);
+}
+
+/* ======================================================================== */
+/* >>impl-limiter   how much is let through: rates, retries, calls at a time */
+/* ======================================================================== */
+
+/* A token bucket in the form of the generic cell rate algorithm: what was taken and has not come
+ * back yet is a debt, counted in millionths of a token, so that a microsecond pays back exactly
+ * per_second of them and nothing is ever rounded. All zero it limits nothing. */
+#define CRPCI_LIMITER_TOKEN INT64_C(1000000)
+#define CRPCI_LIMITER_MOST (INT64_C(1) << 40) /* of either number: products stay within 62 bits */
+
+typedef struct crpci_limiter_bucket {
+    int64_t per_second; /* 0: no limit */
+    int64_t most;       /* the debt there may be after a taking */
+    int64_t clear_us;   /* after this time no debt is left */
+    int64_t debt;
+    int64_t at_us;
+} crpci_limiter_bucket;
+
+/* per_second below 1: no limit. burst below 1: one second's worth. */
+CRPCI_FN void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_second, int64_t burst)
+{
+    memset(b, 0, sizeof *b);
+    if (per_second < 1)
+        return;
+    b->per_second = crpci_base_min64(per_second, CRPCI_LIMITER_MOST);
+    burst = crpci_base_min64(burst < 1 ? b->per_second : burst, CRPCI_LIMITER_MOST);
+    b->most = burst * CRPCI_LIMITER_TOKEN;
+    b->clear_us = b->most / b->per_second + 1;
+    b->at_us = INT64_MIN / 2;
+}
+
+/* One token, if there is one. */
+CRPCI_FN bool crpci_limiter_bucket_take(crpci_limiter_bucket *b, int64_t now_us)
+{
+    int64_t passed = now_us - b->at_us;
+    if (!b->per_second)
+        return true;
+    if (passed > 0) { /* a clock that steps back pays nothing back */
+        b->debt = passed < b->clear_us ? b->debt - passed * b->per_second : 0;
+        b->debt = b->debt > 0 ? b->debt : 0;
+        b->at_us = now_us;
+    }
+    if (b->debt + CRPCI_LIMITER_TOKEN > b->most)
+        return false;
+    b->debt += CRPCI_LIMITER_TOKEN;
+    return true;
+}
+
+/* What retries are paid from: each costs a token, each success brings some tenths of one. However
+ * many calls fail, no more retries are made than there were tokens, and a share of the successes
+ * later on. */
+typedef struct crpci_limiter_budget {
+    uint64_t tenths;
+    uint64_t most;
+    uint32_t earn;
+} crpci_limiter_budget;
+
+CRPCI_FN void crpci_limiter_budget_init(crpci_limiter_budget *b, uint32_t tokens,
+                                        uint32_t earn_tenths)
+{
+    b->tenths = b->most = (uint64_t)tokens * 10;
+    b->earn = earn_tenths;
+}
+
+CRPCI_FN bool crpci_limiter_budget_spend(crpci_limiter_budget *b)
+{
+    if (b->tenths < 10)
+        return false;
+    b->tenths -= 10;
+    return true;
+}
+
+/* A call has succeeded. */
+CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
+{
+    b->tenths += b->earn;
+    if (b->tenths > b->most)
+        b->tenths = b->most;
+}
+
+/* The limit of calls in service that brpc calls "auto". By Little's law a server that is just busy
+ * holds (most replies a second) x (time of a reply when nothing queues) calls; the limit is a
+ * little above that product of two measured numbers, by 6 to 30 per cent: more while it does no
+ * harm, so as to find out whether the server can do more. How fast a reply is when nothing queues
+ * is measured anew at times, with fewer calls let in. Two things are done otherwise than in brpc:
+ * - The time without a queue, if first measured in an overload, is too long. So it is measured anew
+ *   soon after the start, and soon again as long as each time gives much less; and if calls are
+ *   being refused anyway only half as many are let in then, not nine tenths.
+ * - A limit that nobody came up to while replies were fast is not lowered: few calls are no sign
+ *   of a weak server, and what comes after a quiet time would be refused for nothing.
+ */
+#define CRPCI_LIMITER_SAMPLES 200        /* end a window */
+#define CRPCI_LIMITER_SAMPLES_LEAST 100  /* fewer in all of CRPCI_LIMITER_WINDOW_US say nothing */
+#define CRPCI_LIMITER_SAMPLE_US 100      /* samples are at least so far apart */
+#define CRPCI_LIMITER_WINDOW_US 1000000
+#define CRPCI_LIMITER_ANEW_US 25000000   /* to twice this, between two measurings */
+#define CRPCI_LIMITER_ANEW_SOON_US 2000000
+#define CRPCI_LIMITER_EXPLORE_LEAST 6    /* per cent */
+#define CRPCI_LIMITER_EXPLORE_MOST 30
+#define CRPCI_LIMITER_EXPLORE_STEP 2
+#define CRPCI_LIMITER_LATENCY_MOST 60000000          /* longer ones count as this */
+#define CRPCI_LIMITER_QPS_MOST INT64_C(1000000000)   /* a million a second, in thousandths */
+
+typedef struct crpci_limiter_auto {
+    uint32_t least;
+    uint32_t limit;
+    uint32_t active;   /* in service */
+    uint32_t peak;     /* the most of them in this window */
+    uint32_t ok;       /* of this window's samples */
+    uint32_t failed;
+    uint32_t replies;  /* all successes of this window, samples or not */
+    bool refused;      /* somebody was, in this window */
+    bool soon;         /* the time without a queue may still be far too long */
+    uint8_t explore;   /* per cent */
+    int64_t sum_us;    /* of the samples' latencies */
+    int64_t window_us; /* when this window began; 0: none has */
+    int64_t sample_us; /* when the last sample was taken */
+    int64_t free_us;   /* latency without a queue, 0: not measured */
+    int64_t free_was;  /* before it was measured anew */
+    int64_t qps;       /* the most replies a second, fading; in thousandths */
+    int64_t anew_us;   /* when to measure free_us anew; 0: not planned */
+    int64_t drained_us; /* being measured: the queue is gone by then. 0: not */
+} crpci_limiter_auto;
+
+/* The limit starts at `start` and is never below `least`; both are 1 at least. */
+CRPCI_FN void crpci_limiter_auto_init(crpci_limiter_auto *a, uint32_t least, uint32_t start)
+{
+    memset(a, 0, sizeof *a);
+    a->least = least ? least : 1;
+    a->limit = start > a->least ? start : a->least;
+    a->explore = CRPCI_LIMITER_EXPLORE_MOST;
+    a->soon = true;
+}
+
+CRPCI_FN uint32_t crpci_limiter_auto_limit(const crpci_limiter_auto *a)
+{
+    return a->limit;
+}
+
+/* Lets a call in, which must then leave; or says false. */
+CRPCI_FN bool crpci_limiter_auto_enter(crpci_limiter_auto *a)
+{
+    if (a->active >= a->limit) {
+        a->refused = true;
+        return false;
+    }
+    if (++a->active > a->peak)
+        a->peak = a->active;
+    return true;
+}
+
+CRPCI_FN void crpci_limiter_auto_window(crpci_limiter_auto *a, int64_t now_us)
+{
+    a->peak = a->active;
+    a->ok = a->failed = a->replies = 0;
+    a->refused = false;
+    a->sum_us = 0;
+    a->window_us = now_us;
+}
+
+CRPCI_FN void crpci_limiter_auto_set(crpci_limiter_auto *a, int64_t limit)
+{
+    limit = crpci_base_min64(limit, INT32_MAX);
+    a->limit = limit > (int64_t)a->least ? (uint32_t)limit : a->least;
+}
+
+/* Plans the next measuring, at a time that differs from one server to the next. */
+CRPCI_FN void crpci_limiter_auto_plan(crpci_limiter_auto *a, int64_t now_us)
+{
+    int64_t wait = a->soon ? CRPCI_LIMITER_ANEW_SOON_US : CRPCI_LIMITER_ANEW_US;
+    uint32_t draw = (uint32_t)now_us * 2654435769u; /* Knuth's multiplicative hash */
+    a->anew_us = now_us + wait + (int64_t)((uint64_t)wait * draw >> 32);
+}
+
+/* What a full window says of the server. */
+CRPCI_FN void crpci_limiter_auto_learn(crpci_limiter_auto *a, int64_t avg_us, int64_t qps)
+{
+    if (!a->free_us) {
+        a->free_us = avg_us;
+        a->soon = !a->free_was || avg_us < a->free_was - a->free_was / 5;
+    } else if (avg_us < a->free_us) {
+        a->free_us = (avg_us + a->free_us * 9) / 10;
+    }
+    a->free_us = a->free_us > 0 ? a->free_us : 1;
+    a->qps = qps >= a->qps ? qps : (qps + a->qps * 99) / 100;
+}
+
+CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
+{
+    int64_t passed = now_us > a->window_us ? now_us - a->window_us : 1;
+    int64_t avg_us = (a->sum_us + a->ok - 1) / a->ok; /* the failures' time counts too */
+    int64_t qps = crpci_base_min64((int64_t)a->replies * 1000000000 / passed,
+                                   CRPCI_LIMITER_QPS_MOST);
+    int64_t percent, limit;
+    bool quick;
+    avg_us = crpci_base_min64(avg_us, CRPCI_LIMITER_LATENCY_MOST);
+    crpci_limiter_auto_learn(a, avg_us, qps);
+    quick = avg_us * 100 <= a->free_us * (100 + CRPCI_LIMITER_EXPLORE_LEAST);
+    if (!a->anew_us)
+        crpci_limiter_auto_plan(a, now_us);
+    if (now_us >= a->anew_us) {
+        percent = a->refused ? 50 : 90;
+        a->drained_us = now_us + avg_us * 2;
+    } else {
+        if (quick || qps * (100 + CRPCI_LIMITER_EXPLORE_LEAST) <= a->qps * 100)
+            a->explore = (uint8_t)(a->explore + CRPCI_LIMITER_EXPLORE_STEP);
+        else
+            a->explore = (uint8_t)(a->explore - CRPCI_LIMITER_EXPLORE_STEP);
+        if (a->explore > CRPCI_LIMITER_EXPLORE_MOST)
+            a->explore = CRPCI_LIMITER_EXPLORE_MOST;
+        if (a->explore < CRPCI_LIMITER_EXPLORE_LEAST)
+            a->explore = CRPCI_LIMITER_EXPLORE_LEAST;
+        percent = 100 + a->explore;
+    }
+    /* both factors are below 2^30, so this is below 2^60 */
+    limit = (a->free_us * a->qps / 1000 * percent + 99999999) / 100000000;
+    if (limit < (int64_t)a->limit && a->peak < a->limit && avg_us * 2 <= a->free_us * 3)
+        return; /* nobody came up to it, and nothing queued */
+    crpci_limiter_auto_set(a, limit);
+}
+
+/* A call has left. ok: it was served well; latency_us: how long that took, -1 if it says nothing
+ * (what was refused for another reason, or cancelled). */
+CRPCI_FN void crpci_limiter_auto_leave(crpci_limiter_auto *a, bool ok, int64_t latency_us,
+                                       int64_t now_us)
+{
+    if (a->active)
+        a->active--;
+    if (latency_us < 0)
+        return;
+    a->replies += ok;
+    if (now_us - a->sample_us < CRPCI_LIMITER_SAMPLE_US && a->window_us)
+        return;
+    a->sample_us = now_us;
+    if (a->drained_us) {
+        if (now_us < a->drained_us)
+            return;
+        a->drained_us = a->anew_us = 0;
+        a->free_was = a->free_us;
+        a->free_us = 0;
+        crpci_limiter_auto_window(a, now_us);
+    }
+    if (!a->window_us)
+        crpci_limiter_auto_window(a, now_us);
+    a->sum_us += crpci_base_min64(latency_us, CRPCI_LIMITER_LATENCY_MOST);
+    if (ok)
+        a->ok++;
+    else
+        a->failed++;
+    if (a->ok + a->failed < CRPCI_LIMITER_SAMPLES && now_us - a->window_us < CRPCI_LIMITER_WINDOW_US)
+        return;
+    if (a->ok && a->ok + a->failed >= CRPCI_LIMITER_SAMPLES_LEAST)
+        crpci_limiter_auto_adjust(a, now_us);
+    else if (a->ok + a->failed >= CRPCI_LIMITER_SAMPLES_LEAST)
+        crpci_limiter_auto_set(a, a->limit / 2);
+    crpci_limiter_auto_window(a, now_us);
+}
+
+/* ======================================================================== */
+/* >>impl-breaker   a provider that fails gets no calls, then one, then more */
+/* ======================================================================== */
+
+/* Closed: outcomes are counted over the last window_us, in slices. When of at least min_requests
+ * too many were errors, or slow, it opens. Open: no calls, for a time. Then the next call is a
+ * probe: while it is under way there is no other. If it succeeds the breaker closes, and the share
+ * of calls that is let through grows from a tenth to all within ramp_us; if it fails, or is slow
+ * where that counts, the breaker opens again, for twice as long.
+ *
+ * The end of a call that began before the breaker last opened or closed says nothing: what was sent
+ * before a trip must neither decide a probe nor fill the window of a provider that is back. */
+#define CRPCI_BREAKER_SLICES 8
+#define CRPCI_BREAKER_AGAIN_US 30000000 /* trips so soon after a closing: open twice as long */
+#define CRPCI_BREAKER_LOST_US 30000000  /* and open_max_us: no probe takes so long */
+#define CRPCI_BREAKER_RAMP_PERCENT 10   /* where the ramp begins */
+
+typedef struct crpci_breaker_options {
+    int error_percent;    /* opens when so many are errors. 0: no breaker; over 100: never */
+    int min_requests;     /* fewer in a window say nothing; 0: 1 */
+    int64_t window_us;
+    int64_t slow_us;      /* a call that takes so long is slow. 0: latency does not count */
+    int slow_percent;     /* opens when so many are slow. 0: latency does not count */
+    int64_t open_us;      /* the first time */
+    int64_t open_max_us;  /* where doubling ends; below open_us: at open_us */
+    int64_t ramp_us;      /* 0: all calls at once */
+} crpci_breaker_options;
+
+typedef enum {
+    CRPCI_BREAKER_OK,
+    CRPCI_BREAKER_ERROR,
+    CRPCI_BREAKER_IGNORE /* says nothing of the provider: cancelled, over a limit */
+} crpci_breaker_outcome;
+
+typedef enum {
+    CRPCI_BREAKER_CLOSED, /* all zero: so it starts */
+    CRPCI_BREAKER_OPEN,
+    CRPCI_BREAKER_PROBING
+} crpci_breaker_state;
+
+typedef struct crpci_breaker_slice {
+    uint32_t calls, errors, slow;
+} crpci_breaker_slice;
+
+typedef struct crpci_breaker {
+    crpci_breaker_state state;
+    uint32_t active;  /* calls under way */
+    int64_t since_us; /* when it last opened or closed */
+    int64_t until_us; /* open: when a probe may go; probing: when that one is given up */
+    int64_t open_us;  /* how long it was open the last time; 0: it never was */
+    int64_t slice;    /* number of the newest slice */
+    crpci_breaker_slice slices[CRPCI_BREAKER_SLICES];
+} crpci_breaker;
+
+CRPCI_FN void crpci_breaker_init(crpci_breaker *b)
+{
+    memset(b, 0, sizeof *b);
+}
+
+/* Closed at once, with all calls let through and nothing counted. */
+CRPCI_FN void crpci_breaker_reset(crpci_breaker *b)
+{
+    b->state = CRPCI_BREAKER_CLOSED;
+    b->open_us = 0;
+    memset(b->slices, 0, sizeof b->slices);
+}
+
+/* It lets no call through now, or has let one through as a probe and waits: for the share of
+ * providers that are taken out. */
+CRPCI_FN bool crpci_breaker_ejected(const crpci_breaker *b)
+{
+    return b->state != CRPCI_BREAKER_CLOSED;
+}
+
+CRPCI_FN int64_t crpci_breaker_open_most(const crpci_breaker_options *o)
+{
+    return o->open_max_us > o->open_us ? o->open_max_us : o->open_us;
+}
+
+/* True: it must not be picked now. */
+CRPCI_FN bool crpci_breaker_open(const crpci_breaker *b, const crpci_breaker_options *o,
+                                 int64_t now_us)
+{
+    if (CRPCI_LIKELY(b->state == CRPCI_BREAKER_CLOSED) || o->error_percent <= 0)
+        return false;
+    return now_us < b->until_us;
+}
+
+/* False: it is being restored, and this draw is not within the share of calls that it gets. */
+CRPCI_FN bool crpci_breaker_ramped(const crpci_breaker *b, const crpci_breaker_options *o,
+                                   int64_t now_us, uint32_t random)
+{
+    int64_t passed = now_us - b->since_us;
+    uint64_t share;
+    if (CRPCI_LIKELY(!b->open_us) || b->state != CRPCI_BREAKER_CLOSED || o->error_percent <= 0 ||
+        passed >= o->ramp_us)
+        return true;
+    share = passed > 0 ? (uint64_t)passed * (1u << 16) / (uint64_t)o->ramp_us : 0;
+    share = ((1u << 16) * CRPCI_BREAKER_RAMP_PERCENT + share * (100 - CRPCI_BREAKER_RAMP_PERCENT)) /
+            100;
+    return random >> 16 < share;
+}
+
+/* A call goes to it. It may do so while the breaker is open, where no other provider is left. */
+CRPCI_FN void crpci_breaker_begin(crpci_breaker *b, const crpci_breaker_options *o, int64_t now_us)
+{
+    b->active++;
+    if (b->state == CRPCI_BREAKER_CLOSED || o->error_percent <= 0 ||
+        crpci_breaker_open(b, o, now_us))
+        return;
+    b->state = CRPCI_BREAKER_PROBING;
+    b->until_us = now_us + crpci_breaker_open_most(o) + CRPCI_BREAKER_LOST_US;
+}
+
+CRPCI_FN void crpci_breaker_trip(crpci_breaker *b, const crpci_breaker_options *o, bool again,
+                                 int64_t now_us, uint32_t random)
+{
+    int64_t most = crpci_breaker_open_most(o);
+    if (!again || !b->open_us)
+        b->open_us = o->open_us;
+    else
+        b->open_us = b->open_us > most / 2 ? most : b->open_us * 2;
+    b->open_us = b->open_us > 0 ? b->open_us : 1;
+    b->state = CRPCI_BREAKER_OPEN;
+    b->since_us = now_us;
+    /* three quarters of it to all of it, so that not all clients probe together */
+    b->until_us = now_us + b->open_us - (int64_t)((uint64_t)(b->open_us / 4) * (random >> 16) >> 16);
+}
+
+/* Counts a call in the newest slice, empties those that are past, and says whether there are too
+ * many bad ones. */
+CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options *o, bool error,
+                                  bool slow, int64_t now_us)
+{
+    int64_t width = o->window_us / CRPCI_BREAKER_SLICES;
+    int64_t slice = now_us / (width > 0 ? width : 1);
+    uint64_t calls = 0, errors = 0, slows = 0;
+    crpci_breaker_slice *s;
+    unsigned i;
+    if (slice - b->slice >= CRPCI_BREAKER_SLICES)
+        b->slice = slice - CRPCI_BREAKER_SLICES;
+    while (b->slice < slice)
+        memset(&b->slices[++b->slice & (CRPCI_BREAKER_SLICES - 1)], 0, sizeof *s);
+    s = &b->slices[b->slice & (CRPCI_BREAKER_SLICES - 1)];
+    s->calls++;
+    s->errors += error;
+    s->slow += slow;
+    for (i = 0; i < CRPCI_BREAKER_SLICES; i++) {
+        calls += b->slices[i].calls;
+        errors += b->slices[i].errors;
+        slows += b->slices[i].slow;
+    }
+    if (calls < (uint64_t)(o->min_requests > 0 ? o->min_requests : 1))
+        return false;
+    return errors * 100 >= calls * (uint64_t)o->error_percent ||
+           (slows && slows * 100 >= calls * (uint64_t)o->slow_percent);
+}
+
+/* A call that began has ended. latency_us: since its begin. True: the breaker has just opened, also
+ * because a probe failed; the caller sees to it that not too many are, with crpci_breaker_reset. */
+CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o,
+                                crpci_breaker_outcome outcome, int64_t latency_us, int64_t now_us,
+                                uint32_t random)
+{
+    bool alone = b->active <= 1; /* then it is the probe, from wherever the latency was measured */
+    bool old = now_us - latency_us < b->since_us;
+    bool slow = o->slow_us > 0 && o->slow_percent > 0 && latency_us >= o->slow_us;
+    if (b->active)
+        b->active--;
+    if (o->error_percent <= 0 || b->state == CRPCI_BREAKER_OPEN)
+        return false;
+    if (b->state == CRPCI_BREAKER_CLOSED) {
+        if (old || outcome == CRPCI_BREAKER_IGNORE ||
+            !crpci_breaker_count(b, o, outcome == CRPCI_BREAKER_ERROR, slow, now_us))
+            return false;
+        crpci_breaker_trip(b, o, now_us - b->since_us < CRPCI_BREAKER_AGAIN_US, now_us, random);
+        return true;
+    }
+    if (old && !alone)
+        return false;
+    if (outcome == CRPCI_BREAKER_IGNORE) { /* the next call is the probe */
+        b->state = CRPCI_BREAKER_OPEN;
+        b->until_us = now_us;
+        return false;
+    }
+    if (outcome == CRPCI_BREAKER_ERROR || slow) {
+        crpci_breaker_trip(b, o, true, now_us, random);
+        return true;
+    }
+    b->state = CRPCI_BREAKER_CLOSED;
+    b->since_us = now_us;
+    memset(b->slices, 0, sizeof b->slices);
+    return false;
+}
+
+/* ======================================================================== */
+/* >>impl-balance   which provider a call goes to                            */
+/* ======================================================================== */
+
+/* Every kind has a choice of its own, in constant time or in that of a heap. If what it chooses
+ * cannot be used it chooses again, a few times, and then looks at all providers: so a pick fails
+ * only if no provider can be used. Weight 0 is drained: taken only if there is nothing else.
+ *
+ *   random                uniformly
+ *   weighted random       by weight
+ *   round robin           in the order of the list
+ *   weighted round robin  each has a turn every 1/weight of virtual time; the first turn at random
+ *   least active          fewest calls under way per weight; among equals by weighted round robin,
+ *                         which is, where weights are equal, who was taken longest ago
+ *   consistent hash       160 points each on a ring; weights are ignored
+ *   p2c                   the better of two: latency x (calls under way + 1) / weight
+ *
+ * A turn is 2^52 / weight long and virtual time wraps, so times are compared by their difference.*/
+#define CRPCI_BALANCE_TURN (INT64_C(1) << 52)
+#define CRPCI_BALANCE_CATCH_UP_BITS 60 /* of virtual time, till those behind are looked after */
+#define CRPCI_BALANCE_TRIES 8
+#define CRPCI_BALANCE_POINTS 160
+#define CRPCI_BALANCE_INDEX_BITS 20 /* of a point on the ring; above them the hash */
+#define CRPCI_BALANCE_MOST (1u << CRPCI_BALANCE_INDEX_BITS) /* providers */
+#define CRPCI_BALANCE_WALK 64       /* points looked at along the ring */
+#define CRPCI_BALANCE_HALF_US 6931472 /* a latency counts half after so long: e^(-t / 10 s) */
+#define CRPCI_BALANCE_LATENCY_MOST (1 << 25) /* 33 s */
+
+typedef enum crpci_balance_kind {
+    CRPCI_BALANCE_RANDOM,
+    CRPCI_BALANCE_WEIGHTED_RANDOM,
+    CRPCI_BALANCE_ROUND_ROBIN,
+    CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
+    CRPCI_BALANCE_LEAST_ACTIVE,
+    CRPCI_BALANCE_CONSISTENT_HASH,
+    CRPCI_BALANCE_P2C
+} crpci_balance_kind;
+
+/* A provider, as its channel's balancer sees it. All zero but for address and weight when it is
+ * first put into a list; then it may go and come again. In one balancer at a time. */
+typedef struct crpci_balance_node {
+    const char *address;
+    uint32_t weight; /* 0: drained. Changed by crpci_balance_reweigh while in a list */
+    uint32_t active; /* calls under way */
+    uint32_t index;  /* in the list */
+    uint32_t at;     /* position in the heap + 1, 0: not in it */
+    uint64_t hash;   /* of the address */
+    uint64_t length; /* of its turn */
+    uint64_t turn;   /* virtual time of the next one */
+    int64_t latency; /* in microseconds, peaks at once and fading; 0: never measured */
+    int64_t latency_us; /* as of when */
+} crpci_balance_node;
+
+typedef struct crpci_balance {
+    crpci_balance_kind kind;
+    bool started;   /* a pick has brought its random number: not every client begins alike */
+    uint32_t salt;
+    uint32_t next;  /* round robin */
+    uint32_t heaped;
+    uint32_t shift; /* a point's hash without so many bits is its bucket */
+    size_t count;
+    void *memory;
+    size_t size; /* of it */
+    /* In that memory; all NULL: there was none, picks are uniform. Then by kind. */
+    crpci_balance_node **nodes;
+    uint64_t *sums;    /* Fenwick tree of the weights: sums[i - 1] is of (i & -i) nodes up to i */
+    uint32_t *heap;    /* indices, by crpci_balance_before */
+    uint64_t *ring;    /* points in their order */
+    uint32_t *buckets; /* where in the ring each bucket ends */
+    uint64_t total;    /* of the weights */
+    uint64_t now;      /* virtual time */
+    int64_t latency;   /* of all providers, a slow average, times 64 */
+} crpci_balance;
+
+typedef bool (*crpci_balance_usable_fn)(void *user, size_t index);
+
+/* The end of splitmix64 (S. Vigna): every bit of the argument changes half of the result's. */
+CRPCI_FN uint64_t crpci_balance_mix(uint64_t x)
+{
+    x ^= x >> 30;
+    x *= UINT64_C(0xbf58476d1ce4e5b9);
+    x ^= x >> 27;
+    x *= UINT64_C(0x94d049bb133111eb);
+    return x ^ x >> 31;
+}
+
+/* FNV-1a, mixed; equal on every machine. */
+CRPCI_FN uint64_t crpci_balance_hash(const void *bytes, size_t n)
+{
+    const uint8_t *p = (const uint8_t *)bytes;
+    uint64_t h = UINT64_C(0xcbf29ce484222325);
+    size_t i;
+    for (i = 0; i < n; i++)
+        h = (h ^ p[i]) * UINT64_C(0x100000001b3);
+    return crpci_balance_mix(h);
+}
+
+/* More random numbers from one. */
+CRPCI_FN uint64_t crpci_balance_draw(uint64_t *state)
+{
+    *state += UINT64_C(0x9e3779b97f4a7c15);
+    return crpci_balance_mix(*state);
+}
+
+CRPCI_FN size_t crpci_balance_below(uint64_t *state, size_t n)
+{
+    return (size_t)((crpci_balance_draw(state) >> 32) * (uint64_t)n >> 32);
+}
+
+/* Dubbo's weight of a provider that has just started: grows in proportion to its time, from 1. */
+CRPCI_FN uint32_t crpci_balance_warm(uint32_t weight, int64_t uptime_ms, int64_t warmup_ms)
+{
+    uint64_t w;
+    if (!weight || uptime_ms >= warmup_ms || warmup_ms <= 0)
+        return weight;
+    if (uptime_ms <= 0)
+        return 1;
+    while (warmup_ms > INT32_MAX) {
+        warmup_ms /= 2;
+        uptime_ms /= 2;
+    }
+    w = (uint64_t)uptime_ms * weight / (uint64_t)warmup_ms;
+    return w < 1 ? 1 : w > weight ? weight : (uint32_t)w;
+}
+
+/* A provider that may become one of a client's subset. */
+typedef struct crpci_balance_choice {
+    uint64_t rank;
+    size_t index; /* for the caller */
+} crpci_balance_choice;
+
+CRPCI_FN void crpci_balance_choice_init(crpci_balance_choice *c, size_t index, const char *address,
+                                        uint64_t seed)
+{
+    c->rank = crpci_balance_mix(crpci_balance_hash(address, strlen(address)) ^
+                                crpci_balance_mix(seed));
+    c->index = index;
+}
+
+CRPCI_FN void crpci_balance_choice_sift(crpci_balance_choice *c, size_t n, size_t i)
+{
+    crpci_balance_choice moved = c[i];
+    size_t child;
+    while ((child = 2 * i + 1) < n) {
+        child += child + 1 < n && c[child + 1].rank < c[child].rank;
+        if (moved.rank <= c[child].rank)
+            break;
+        c[i] = c[child];
+        i = child;
+    }
+    c[i] = moved;
+}
+
+/* Rendezvous: puts the `max` choices of the highest rank first, in no order, and returns how many
+ * there are. Each client with a seed of its own has a subset of its own, and a provider that comes
+ * or goes changes one place of it. O(count log max). */
+CRPCI_FN size_t crpci_balance_subset(crpci_balance_choice *choices, size_t count, size_t max)
+{
+    size_t i;
+    if (!max || count <= max)
+        return max ? count : 0;
+    for (i = max / 2; i-- > 0;)
+        crpci_balance_choice_sift(choices, max, i);
+    for (i = max; i < count; i++) {
+        crpci_balance_choice c = choices[i];
+        if (c.rank <= choices[0].rank)
+            continue;
+        choices[i] = choices[0];
+        choices[0] = c;
+        crpci_balance_choice_sift(choices, max, 0);
+    }
+    return max;
+}
+
+CRPCI_FN int crpci_balance_open(crpci_balance *b, crpci_balance_kind kind)
+{
+    memset(b, 0, sizeof *b);
+    b->kind = kind;
+    return CRPC_OK;
+}
+
+CRPCI_FN void crpci_balance_close(crpci_balance *b, crpci_heap *h)
+{
+    crpci_heap_free(h, b->memory, b->size);
+    memset(b, 0, sizeof *b);
+}
+
+/* --- turns, and the heap of the kinds that go by them */
+
+CRPCI_FN bool crpci_balance_turns(const crpci_balance *b)
+{
+    return b->kind == CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN || b->kind == CRPCI_BALANCE_LEAST_ACTIVE;
+}
+
+/* Whether x is to be taken before y. Neither has weight 0. */
+CRPCI_FN bool crpci_balance_before(const crpci_balance *b, const crpci_balance_node *x,
+                                   const crpci_balance_node *y)
+{
+    if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE) {
+        uint64_t busy = (uint64_t)x->active * y->weight, other = (uint64_t)y->active * x->weight;
+        if (busy != other)
+            return busy < other;
+    }
+    return (int64_t)(x->turn - y->turn) < 0;
+}
+
+CRPCI_FN void crpci_balance_place(crpci_balance *b, uint32_t at, uint32_t index)
+{
+    b->heap[at] = index;
+    b->nodes[index]->at = at + 1;
+}
+
+/* Restores the heap after the node at a position has changed. */
+CRPCI_FN void crpci_balance_sift(crpci_balance *b, uint32_t at)
+{
+    uint32_t index = b->heap[at], child;
+    const crpci_balance_node *n = b->nodes[index];
+    while (at && crpci_balance_before(b, n, b->nodes[b->heap[(at - 1) / 2]])) {
+        crpci_balance_place(b, at, b->heap[(at - 1) / 2]);
+        at = (at - 1) / 2;
+    }
+    while ((child = 2 * at + 1) < b->heaped) {
+        if (child + 1 < b->heaped &&
+            crpci_balance_before(b, b->nodes[b->heap[child + 1]], b->nodes[b->heap[child]]))
+            child++;
+        if (!crpci_balance_before(b, b->nodes[b->heap[child]], n))
+            break;
+        crpci_balance_place(b, at, b->heap[child]);
+        at = child;
+    }
+    crpci_balance_place(b, at, index);
+}
+
+/* The first turn: anywhere within its length, so that equals do not come in a row. */
+CRPCI_FN void crpci_balance_first_turn(crpci_balance *b, crpci_balance_node *n)
+{
+    n->turn = b->now + crpci_balance_mix(n->hash ^ b->salt) % n->length;
+}
+
+/* Its weight has changed, or it comes into the list: the next turn comes no later than it would
+ * have, and no later than the new length demands. */
+CRPCI_FN void crpci_balance_retime(crpci_balance *b, crpci_balance_node *n)
+{
+    int64_t ahead = (int64_t)(n->turn - b->now);
+    bool fresh = !n->length;
+    n->length = n->weight ? (uint64_t)CRPCI_BALANCE_TURN / n->weight : 0;
+    if (!n->weight)
+        return;
+    if (fresh || ahead > CRPCI_BALANCE_TURN || ahead < -CRPCI_BALANCE_TURN)
+        crpci_balance_first_turn(b, n);
+    else if (ahead > (int64_t)n->length)
+        n->turn = b->now + n->length;
+}
+
+/* Who is behind comes to the present: no two times may be so far apart that the sign of their
+ * difference is wrong. The heap stays one, since the order of no two turns around. */
+CRPCI_FN void crpci_balance_catch_up(crpci_balance *b)
+{
+    uint32_t at;
+    for (at = 0; at < b->heaped; at++) {
+        crpci_balance_node *n = b->nodes[b->heap[at]];
+        if ((int64_t)(n->turn - b->now) < 0)
+            n->turn = b->now;
+    }
+}
+
+/* It has its turn now; the next is one length later. Who could not be used for a while gets one
+ * turn at once and not all that it missed. */
+CRPCI_FN void crpci_balance_take(crpci_balance *b, crpci_balance_node *n)
+{
+    uint64_t was = b->now;
+    if ((int64_t)(n->turn - b->now) >= 0)
+        b->now = n->turn;
+    else
+        b->now++; /* by one, so that those who are taken late keep their order */
+    n->turn = b->now + n->length;
+    crpci_balance_sift(b, n->at - 1);
+    if ((was ^ b->now) >> CRPCI_BALANCE_CATCH_UP_BITS)
+        crpci_balance_catch_up(b);
+}
+
+CRPCI_FN void crpci_balance_heap_out(crpci_balance *b, crpci_balance_node *n)
+{
+    uint32_t at = n->at - 1, last = b->heap[--b->heaped];
+    n->at = 0;
+    if (at == b->heaped)
+        return;
+    crpci_balance_place(b, at, last);
+    crpci_balance_sift(b, at);
+}
+
+CRPCI_FN void crpci_balance_heap_in(crpci_balance *b, crpci_balance_node *n)
+{
+    crpci_balance_place(b, b->heaped++, n->index);
+    crpci_balance_sift(b, n->at - 1);
+}
+
+/* --- the ring */
+
+/* The points of a node's hash in the upper bits, its index in the lower. */
+CRPCI_FN uint64_t crpci_balance_point(const crpci_balance_node *n, unsigned k)
+{
+    uint64_t state = n->hash + k * UINT64_C(0x9e3779b97f4a7c15);
+    return crpci_balance_draw(&state) >> CRPCI_BALANCE_INDEX_BITS << CRPCI_BALANCE_INDEX_BITS |
+           n->index;
+}
+
+/* Sorts all points by their upper bits into buckets of about four, directly to their places, and
+ * then each among its neighbours. */
+CRPCI_FN void crpci_balance_ring_build(crpci_balance *b)
+{
+    size_t points = b->count * CRPCI_BALANCE_POINTS, i, j;
+    size_t buckets = (size_t)1 << (64 - b->shift);
+    unsigned k;
+    for (i = 0; i < b->count; i++) {
+        for (k = 0; k < CRPCI_BALANCE_POINTS; k++)
+            b->buckets[crpci_balance_point(b->nodes[i], k) >> b->shift]++;
+    }
+    for (i = 0, j = 0; i < buckets; i++) { /* from how many it has to where it begins */
+        size_t has = b->buckets[i];
+        b->buckets[i] = (uint32_t)j;
+        j += has;
+    }
+    for (i = 0; i < b->count; i++) {
+        for (k = 0; k < CRPCI_BALANCE_POINTS; k++) {
+            uint64_t point = crpci_balance_point(b->nodes[i], k);
+            b->ring[b->buckets[point >> b->shift]++] = point;
+        }
+    }
+    for (i = 1; i < points; i++) {
+        uint64_t point = b->ring[i];
+        for (j = i; j && b->ring[j - 1] > point; j--)
+            b->ring[j] = b->ring[j - 1];
+        b->ring[j] = point;
+    }
+}
+
+/* The first point at or after a hash; one past the last is the first again. */
+CRPCI_FN size_t crpci_balance_ring_find(const crpci_balance *b, uint64_t hash)
+{
+    size_t bucket = (size_t)(hash >> b->shift);
+    size_t i = bucket ? b->buckets[bucket - 1] : 0;
+    while (i < b->buckets[bucket] && b->ring[i] < hash)
+        i++;
+    return i < b->count * CRPCI_BALANCE_POINTS ? i : 0;
+}
+
+/* --- lists */
+
+CRPCI_FN void crpci_balance_sums_add(crpci_balance *b, size_t i, uint64_t by)
+{
+    for (i++; i <= b->count; i += i & (0 - i))
+        b->sums[i - 1] += by; /* modulo 2^64, so that it can be a reduction */
+}
+
+/* The node in whose share of the weight line a number below the total falls. */
+CRPCI_FN size_t crpci_balance_sums_find(const crpci_balance *b, uint64_t offset)
+{
+    size_t i = 0, step = 1;
+    while (step <= b->count / 2)
+        step *= 2;
+    for (; step; step /= 2) {
+        if (i + step <= b->count && b->sums[i + step - 1] <= offset) {
+            i += step;
+            offset -= b->sums[i - 1];
+        }
+    }
+    return i;
+}
+
+/* How many buckets there are for so many points, as the bits of a hash that choose one. */
+CRPCI_FN unsigned crpci_balance_bucket_bits(size_t count)
+{
+    unsigned bits = 1;
+    while (count * CRPCI_BALANCE_POINTS >> (bits + 2))
+        bits++;
+    return bits;
+}
+
+/* How much memory a list takes. */
+CRPCI_FN size_t crpci_balance_bytes(const crpci_balance *b, size_t count)
+{
+    size_t each = sizeof *b->nodes;
+    if (!count)
+        return 0;
+    if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
+        each += sizeof *b->sums;
+    if (crpci_balance_turns(b))
+        each += sizeof *b->heap;
+    if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH)
+        return count * (each + CRPCI_BALANCE_POINTS * sizeof *b->ring) +
+               (sizeof *b->buckets << crpci_balance_bucket_bits(count));
+    return count * each;
+}
+
+/* Where everything goes in it: what is aligned to 8 bytes comes first. */
+CRPCI_FN void crpci_balance_layout(crpci_balance *b)
+{
+    uint8_t *at = (uint8_t *)b->memory;
+    memset(at, 0, b->size);
+    if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM) {
+        b->sums = (uint64_t *)(void *)at;
+        at += b->count * sizeof *b->sums;
+    } else if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH) {
+        unsigned bits = crpci_balance_bucket_bits(b->count);
+        b->shift = 64 - bits;
+        b->ring = (uint64_t *)(void *)at;
+        at += b->count * CRPCI_BALANCE_POINTS * sizeof *b->ring;
+        b->buckets = (uint32_t *)(void *)at;
+        at += sizeof *b->buckets << bits;
+    }
+    b->nodes = (crpci_balance_node **)(void *)at;
+    at += b->count * sizeof *b->nodes;
+    if (crpci_balance_turns(b))
+        b->heap = (uint32_t *)(void *)at;
+}
+
+/* Memory for a list of b->count; what there is stays if it does. */
+CRPCI_FN int crpci_balance_reserve(crpci_balance *b, crpci_heap *h)
+{
+    bool many = b->count > CRPCI_BALANCE_MOST;
+    size_t size = many ? 0 : crpci_balance_bytes(b, b->count);
+    b->nodes = NULL;
+    if (size > b->size || size < b->size / 4) {
+        crpci_heap_free(h, b->memory, b->size);
+        b->size = 0;
+        b->memory = size ? crpci_heap_alloc(h, size) : NULL;
+        b->size = b->memory ? size : 0;
+    }
+    if (many || b->size < size)
+        return CRPC_ENOMEM;
+    if (size)
+        crpci_balance_layout(b);
+    return CRPC_OK;
+}
+
+/* A new list. The nodes are kept, not the array; one that was in the list before keeps its
+ * statistics, and one that is in it no more is not looked at again. CRPC_ENOMEM: picks go on,
+ * uniformly over the new list. */
+CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_node **nodes,
+                                 size_t count)
+{
+    size_t i;
+    b->count = count;
+    b->heaped = 0;
+    b->total = 0;
+    if (b->next >= count)
+        b->next = 0;
+    if (crpci_balance_reserve(b, h))
+        return CRPC_ENOMEM;
+    for (i = 0; i < count; i++) {
+        crpci_balance_node *n = nodes[i];
+        b->nodes[i] = n;
+        n->index = (uint32_t)i;
+        n->at = 0;
+        if (!n->hash)
+            n->hash = crpci_balance_hash(n->address, strlen(n->address));
+        b->total += n->weight;
+        crpci_balance_retime(b, n);
+        if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
+            crpci_balance_sums_add(b, i, n->weight);
+        if (crpci_balance_turns(b) && n->weight)
+            crpci_balance_heap_in(b, n);
+    }
+    if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH && count)
+        crpci_balance_ring_build(b);
+    return CRPC_OK;
+}
+
+/* The weight of a node of the list changes. */
+CRPCI_FN void crpci_balance_reweigh(crpci_balance *b, size_t i, uint32_t weight)
+{
+    crpci_balance_node *n;
+    uint64_t more;
+    if (!b->nodes || i >= b->count || b->nodes[i]->weight == weight)
+        return;
+    n = b->nodes[i];
+    more = (uint64_t)weight - n->weight; /* modulo 2^64 */
+    n->weight = weight;
+    b->total += more;
+    crpci_balance_retime(b, n);
+    if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
+        crpci_balance_sums_add(b, i, more);
+    if (!crpci_balance_turns(b))
+        return;
+    if (!weight)
+        crpci_balance_heap_out(b, n);
+    else if (!n->at)
+        crpci_balance_heap_in(b, n);
+    else
+        crpci_balance_sift(b, n->at - 1);
+}
+
+/* --- picking */
+
+typedef struct crpci_balance_query {
+    uint64_t key;
+    uint64_t state; /* of the random numbers */
+    int64_t now_us;
+    crpci_balance_usable_fn usable;
+    void *user;
+} crpci_balance_query;
+
+CRPCI_FN bool crpci_balance_usable(const crpci_balance_query *q, size_t i)
+{
+    return !q->usable || q->usable(q->user, i);
+}
+
+/* Usable and not drained. */
+CRPCI_FN bool crpci_balance_fit(const crpci_balance *b, const crpci_balance_query *q, size_t i)
+{
+    return (!b->nodes || b->nodes[i]->weight) && crpci_balance_usable(q, i);
+}
+
+/* One of all that can be used, by weight or uniformly: of those that are drained, or the others. */
+CRPCI_FN int crpci_balance_scan(const crpci_balance *b, crpci_balance_query *q, bool weighted,
+                                bool drained)
+{
+    uint64_t total = 0;
+    int chosen = -1;
+    size_t i;
+    for (i = 0; i < b->count; i++) {
+        uint32_t weight = b->nodes ? b->nodes[i]->weight : 1;
+        if ((weight == 0) != drained || !crpci_balance_usable(q, i))
+            continue;
+        weight = weighted ? weight : 1;
+        total += weight;
+        if (crpci_balance_draw(&q->state) % total < weight)
+            chosen = (int)i;
+    }
+    return chosen;
+}
+
+CRPCI_FN int crpci_balance_pick_random(const crpci_balance *b, crpci_balance_query *q)
+{
+    int tries;
+    for (tries = 0; tries < CRPCI_BALANCE_TRIES; tries++) {
+        size_t i = crpci_balance_below(&q->state, b->count);
+        if (crpci_balance_fit(b, q, i))
+            return (int)i;
+    }
+    return crpci_balance_scan(b, q, false, false);
+}
+
+CRPCI_FN int crpci_balance_pick_weighted(const crpci_balance *b, crpci_balance_query *q)
+{
+    int tries;
+    for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->total; tries++) {
+        size_t i = crpci_balance_sums_find(b, crpci_balance_draw(&q->state) % b->total);
+        if (crpci_balance_usable(q, i))
+            return (int)i;
+    }
+    return crpci_balance_scan(b, q, true, false);
+}
+
+CRPCI_FN int crpci_balance_pick_next(crpci_balance *b, const crpci_balance_query *q)
+{
+    size_t tries;
+    for (tries = 0; tries < b->count; tries++) {
+        uint32_t i = b->next;
+        b->next = i + 1 < b->count ? i + 1 : 0;
+        if (crpci_balance_fit(b, q, i))
+            return (int)i;
+    }
+    return -1;
+}
+
+/* Who comes first in the heap. Who cannot be used loses its turn. */
+CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, const crpci_balance_query *q)
+{
+    crpci_balance_node *best = NULL;
+    int tries;
+    size_t i;
+    for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->heaped; tries++) {
+        crpci_balance_node *n = b->nodes[b->heap[0]];
+        bool usable = crpci_balance_usable(q, n->index);
+        crpci_balance_take(b, n);
+        if (usable)
+            return (int)n->index;
+    }
+    for (i = 0; i < b->count; i++) {
+        crpci_balance_node *n = b->nodes[i];
+        if (n->weight && (!best || crpci_balance_before(b, n, best)) && crpci_balance_usable(q, i))
+            best = n;
+    }
+    if (!best)
+        return -1;
+    crpci_balance_take(b, best);
+    return (int)best->index;
+}
+
+/* The first that can be used from the key's place on the ring on. Where hardly any can, the one
+ * whose address and key together hash to the most: as constant, but each must be looked at. */
+CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balance_query *q)
+{
+    uint64_t hash = crpci_balance_mix(q->key), most = 0;
+    size_t points = b->count * CRPCI_BALANCE_POINTS, i, last = b->count;
+    size_t at = crpci_balance_ring_find(
+        b, hash >> CRPCI_BALANCE_INDEX_BITS << CRPCI_BALANCE_INDEX_BITS);
+    int tries, chosen = -1;
+    for (tries = 0; tries < CRPCI_BALANCE_WALK; tries++) {
+        i = (size_t)(b->ring[at] & ((1u << CRPCI_BALANCE_INDEX_BITS) - 1));
+        if (i != last && crpci_balance_fit(b, q, i))
+            return (int)i;
+        last = i;
+        at = at + 1 < points ? at + 1 : 0;
+    }
+    for (i = 0; i < b->count; i++) {
+        uint64_t rank = crpci_balance_mix(b->nodes[i]->hash ^ hash);
+        if ((chosen < 0 || rank > most) && crpci_balance_fit(b, q, i)) {
+            chosen = (int)i;
+            most = rank;
+        }
+    }
+    return chosen;
+}
+
+/* --- p2c: what a call costs there */
+
+/* What is left of a latency after some time: half of it each CRPCI_BALANCE_HALF_US, and straight
+ * lines between. */
+CRPCI_FN int64_t crpci_balance_fade(int64_t latency, int64_t passed_us)
+{
+    if (passed_us <= 0)
+        return latency;
+    if (passed_us >= CRPCI_BALANCE_HALF_US) {
+        if (passed_us >= 32 * (int64_t)CRPCI_BALANCE_HALF_US)
+            return 0;
+        latency >>= passed_us / CRPCI_BALANCE_HALF_US;
+        passed_us %= CRPCI_BALANCE_HALF_US;
+    }
+    return latency - latency * passed_us / (2 * CRPCI_BALANCE_HALF_US);
+}
+
+/* Who was never measured gets one call at once, and no more before that one has ended. */
+CRPCI_FN uint64_t crpci_balance_cost(const crpci_balance_node *n, int64_t now_us)
+{
+    uint64_t active = n->active < (1u << 20) ? n->active : 1u << 20;
+    uint64_t latency = CRPCI_BALANCE_LATENCY_MOST;
+    if (!n->latency && !n->active)
+        return 0;
+    if (n->latency)
+        latency = (uint64_t)crpci_balance_fade(n->latency, now_us - n->latency_us) + 1;
+    return (latency * (active + 1) << 16) / n->weight;
+}
+
+/* Takes a latency up at once and down slowly: a peak is believed, a single quick reply is not. */
+CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_node *n, bool ok,
+                                    int64_t latency, int64_t now_us)
+{
+    int64_t faded = crpci_balance_fade(n->latency, now_us - n->latency_us);
+    latency = latency > 1 ? latency : 1;
+    if (ok) {
+        b->latency += b->latency ? latency - b->latency / 64 : latency * 64;
+    } else { /* to fail quickly must not attract calls */
+        int64_t usual = b->latency / 64 > n->latency ? b->latency / 64 : n->latency;
+        latency = latency > 2 * usual ? latency : 2 * usual;
+    }
+    latency = crpci_base_min64(latency, CRPCI_BALANCE_LATENCY_MOST);
+    if (latency < n->latency)
+        latency = faded + latency - crpci_balance_fade(latency, now_us - n->latency_us);
+    n->latency = latency > 1 ? latency : 1;
+    n->latency_us = now_us;
+}
+
+CRPCI_FN int crpci_balance_better(const crpci_balance *b, size_t i, size_t j, int64_t now_us)
+{
+    return (int)(crpci_balance_cost(b->nodes[j], now_us) < crpci_balance_cost(b->nodes[i], now_us)
+                     ? j
+                     : i);
+}
+
+/* Two of all that can be used, each pair as likely; the better one. */
+CRPCI_FN int crpci_balance_scan_two(const crpci_balance *b, crpci_balance_query *q)
+{
+    size_t two[2] = {0, 0}, seen = 0, i, place;
+    for (i = 0; i < b->count; i++) {
+        if (!crpci_balance_fit(b, q, i))
+            continue;
+        place = seen < 2 ? seen : crpci_balance_below(&q->state, seen + 1);
+        if (place < 2)
+            two[place] = i;
+        seen++;
+    }
+    if (seen < 2)
+        return seen ? (int)two[0] : -1;
+    return crpci_balance_better(b, two[0], two[1], q->now_us);
+}
+
+CRPCI_FN int crpci_balance_pick_two(const crpci_balance *b, crpci_balance_query *q)
+{
+    size_t first = 0, second;
+    int tries;
+    for (tries = 0; tries < CRPCI_BALANCE_TRIES; tries++) {
+        first = crpci_balance_below(&q->state, b->count);
+        if (crpci_balance_fit(b, q, first))
+            break;
+    }
+    if (tries == CRPCI_BALANCE_TRIES)
+        return crpci_balance_scan_two(b, q);
+    for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->count > 1; tries++) {
+        second = first + 1 + crpci_balance_below(&q->state, b->count - 1);
+        second -= second < b->count ? 0 : b->count;
+        if (crpci_balance_fit(b, q, second))
+            return crpci_balance_better(b, first, second, q->now_us);
+    }
+    return (int)first;
+}
+
+/* --- the whole */
+
+/* With the first pick a random number comes: each client begins elsewhere. */
+CRPCI_FN void crpci_balance_start(crpci_balance *b, uint32_t random)
+{
+    size_t i;
+    b->started = true;
+    b->salt = random;
+    b->next = random % (uint32_t)b->count;
+    if (!b->nodes || !crpci_balance_turns(b))
+        return;
+    b->heaped = 0;
+    for (i = 0; i < b->count; i++) {
+        if (!b->nodes[i]->weight)
+            continue;
+        crpci_balance_first_turn(b, b->nodes[i]);
+        crpci_balance_heap_in(b, b->nodes[i]);
+    }
+}
+
+/* The index of the provider for a call, -1: none can be used. key: for the consistent hash alone;
+ * any number, it is mixed. usable may be NULL. */
+CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random, int64_t now_us,
+                                crpci_balance_usable_fn usable, void *user)
+{
+    crpci_balance_query q;
+    int i;
+    if (!b->count)
+        return -1;
+    if (!b->started)
+        crpci_balance_start(b, random);
+    q.key = key;
+    q.state = random;
+    q.now_us = now_us;
+    q.usable = usable;
+    q.user = user;
+    if (!b->nodes || b->kind == CRPCI_BALANCE_RANDOM)
+        i = crpci_balance_pick_random(b, &q);
+    else if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
+        i = crpci_balance_pick_weighted(b, &q);
+    else if (b->kind == CRPCI_BALANCE_ROUND_ROBIN)
+        i = crpci_balance_pick_next(b, &q);
+    else if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH)
+        i = crpci_balance_pick_hashed(b, &q);
+    else if (b->kind == CRPCI_BALANCE_P2C)
+        i = crpci_balance_pick_two(b, &q);
+    else
+        i = crpci_balance_pick_turn(b, &q);
+    return i >= 0 ? i : crpci_balance_scan(b, &q, false, true);
+}
+
+/* Whether a node is in the present list. */
+CRPCI_FN bool crpci_balance_has(const crpci_balance *b, const crpci_balance_node *n)
+{
+    return b->nodes && n->index < b->count && b->nodes[n->index] == n;
+}
+
+/* A call goes to a node. */
+CRPCI_FN void crpci_balance_node_begin(crpci_balance *b, crpci_balance_node *n, int64_t now_us)
+{
+    (void)now_us;
+    n->active++;
+    if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, n) && n->at)
+        crpci_balance_sift(b, n->at - 1);
+}
+
+/* It has ended. The node need not be in the list any more. */
+CRPCI_FN void crpci_balance_node_end(crpci_balance *b, crpci_balance_node *n, bool ok,
+                                     int64_t latency_us, int64_t now_us)
+{
+    if (n->active)
+        n->active--;
+    if (b->kind == CRPCI_BALANCE_P2C)
+        crpci_balance_measure(b, n, ok, latency_us, now_us);
+    else if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, n) && n->at)
+        crpci_balance_sift(b, n->at - 1);
+}
+
+CRPCI_FN void crpci_balance_begin(crpci_balance *b, size_t i, int64_t now_us)
+{
+    if (b->nodes && i < b->count)
+        crpci_balance_node_begin(b, b->nodes[i], now_us);
+}
+
+CRPCI_FN void crpci_balance_end(crpci_balance *b, size_t i, bool ok, int64_t latency_us,
+                                int64_t now_us)
+{
+    if (b->nodes && i < b->count)
+        crpci_balance_node_end(b, b->nodes[i], ok, latency_us, now_us);
 }
 
 /* ======================================================================== */
@@ -10610,11 +11891,13 @@ typedef struct crpci_worker_pool {
     crpci_thread *threads;
 } crpci_worker_pool;
 
-CRPCI_FN bool crpci_worker_push(crpci_worker_pool *p, crpci_task *t)
+/* `admitted`: it was let in before, and is not to be turned away now. */
+CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_task *t, bool admitted)
 {
     bool room;
     crpci_thread_lock(&p->lock);
-    room = !p->stopping && (!p->max_queued || p->queued < p->max_queued + p->idle);
+    room = admitted || !p->max_queued || p->queued < p->max_queued + p->idle;
+    room = room && !p->stopping;
     if (room) {
         crpci_list_append(&p->queue, &t->link);
         p->queued++;
@@ -10622,6 +11905,11 @@ CRPCI_FN bool crpci_worker_push(crpci_worker_pool *p, crpci_task *t)
     }
     crpci_thread_unlock(&p->lock);
     return room;
+}
+
+CRPCI_FN bool crpci_worker_push(crpci_worker_pool *p, crpci_task *t)
+{
+    return crpci_worker_put(p, t, false);
 }
 
 #if CRPC_ENABLE_THREADS
@@ -10706,12 +11994,302 @@ CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t co
 }
 
 /* ======================================================================== */
+/* >>impl-order   requests of one key, one after another                    */
+/* ======================================================================== */
+
+#define CRPCI_ORDER_BUCKETS 64u
+
+/* A request with a key. The first of its key may run; the others wait behind it. */
+typedef struct crpci_order_item {
+    crpci_list link;  /* the first: in its bucket; the others: in the first's queue */
+    crpci_list queue; /* of the first: who waits, in order */
+    const void *of;   /* whose order it is: a connection's; NULL: everybody's */
+    uint64_t key;     /* a hash: that two texts have the same one does not happen */
+} crpci_order_item;
+
+/* Not locked by itself. */
+typedef struct crpci_order {
+    crpci_list *buckets;
+    int64_t waiting;
+    int64_t max_waiting; /* 0: no limit */
+} crpci_order;
+
+/* FNV-1a, G. Fowler, L. C. Noll, K.-P. Vo: The FNV Non-Cryptographic Hash Algorithm (2012). */
+CRPCI_FN uint64_t crpci_order_hash(uint64_t seed, crpc_view v)
+{
+    const uint8_t *p = (const uint8_t *)crpc_view_data(v), *end = (const uint8_t *)v.end;
+    uint64_t h = UINT64_C(14695981039346656037) ^ seed;
+    for (; p < end; p++)
+        h = (h ^ *p) * UINT64_C(1099511628211);
+    return h;
+}
+
+CRPCI_FN crpci_list *crpci_order_bucket(const crpci_order *o, const crpci_order_item *i)
+{
+    return &o->buckets[(i->key ^ i->key >> 32) % CRPCI_ORDER_BUCKETS];
+}
+
+CRPCI_COLD int crpci_order_open(crpci_order *o, crpci_heap *h, int64_t max_waiting)
+{
+    unsigned i;
+    o->waiting = 0;
+    o->max_waiting = max_waiting;
+    o->buckets = (crpci_list *)crpci_heap_alloc(h, CRPCI_ORDER_BUCKETS * sizeof *o->buckets);
+    for (i = 0; o->buckets && i < CRPCI_ORDER_BUCKETS; i++)
+        crpci_list_init(&o->buckets[i]);
+    return o->buckets ? CRPC_OK : CRPC_ENOMEM;
+}
+
+CRPCI_COLD void crpci_order_close(crpci_order *o, crpci_heap *h)
+{
+    crpci_heap_free(h, o->buckets, CRPCI_ORDER_BUCKETS * sizeof *o->buckets);
+    o->buckets = NULL;
+}
+
+/* CRPC_OK: it is the first of its key and may run. CRPC_EPENDING: it waits for its turn.
+ * CRPC_ELIMIT: too many wait; it is not in. */
+CRPCI_FN int crpci_order_enter(crpci_order *o, crpci_order_item *item)
+{
+    crpci_list *bucket = crpci_order_bucket(o, item), *i;
+    crpci_list_init(&item->queue);
+    for (i = bucket->next; i != bucket; i = i->next) {
+        crpci_order_item *first = CRPCI_CONTAINER(i, crpci_order_item, link);
+        if (first->key != item->key || first->of != item->of)
+            continue;
+        if (o->max_waiting && o->waiting >= o->max_waiting)
+            return CRPC_ELIMIT;
+        crpci_list_append(&first->queue, &item->link);
+        o->waiting++;
+        return CRPC_EPENDING;
+    }
+    crpci_list_append(bucket, &item->link);
+    return CRPC_OK;
+}
+
+/* The first of a key is done. Returns whose turn it is; NULL: nobody waits. */
+CRPCI_FN crpci_order_item *crpci_order_leave(crpci_order *o, crpci_order_item *item)
+{
+    crpci_order_item *next;
+    crpci_list_remove(&item->link);
+    if (crpci_list_empty(&item->queue))
+        return NULL;
+    next = CRPCI_CONTAINER(item->queue.next, crpci_order_item, link);
+    crpci_list_remove(&next->link);
+    crpci_list_move(&next->queue, &item->queue);
+    crpci_list_append(crpci_order_bucket(o, next), &next->link);
+    o->waiting--;
+    return next;
+}
+
+/* ======================================================================== */
+/* >>impl-replay   replies kept for requests that come again                */
+/* ======================================================================== */
+
+#define CRPCI_REPLAY_ID_MAX 64
+#define CRPCI_REPLAY_BUCKETS_MAX 4096u
+
+/* What a reply consists of but for its correlation id, in one chunk; the bytes stand behind it in
+ * this order. */
+typedef struct crpci_replay_reply {
+    int code;
+    size_t text;
+    size_t fields;
+    size_t payload;
+    size_t attachment;
+} crpci_replay_reply;
+
+/* A request that executes, or has executed. */
+typedef struct crpci_replay_entry {
+    crpci_list link;    /* in its bucket */
+    crpci_list age;     /* finished: behind those that finished before it */
+    crpci_list waiting; /* not finished: links of those who want the same reply */
+    const void *method;
+    uint64_t hash;
+    int64_t until; /* finished: forgotten then */
+    bool finished;
+    crpci_chunk *reply; /* finished: a crpci_replay_reply; NULL: there was no room for it */
+    size_t id_size;
+    char id[CRPCI_REPLAY_ID_MAX];
+} crpci_replay_entry;
+
+/* Not locked by itself. */
+typedef struct crpci_replay {
+    crpci_heap *heap;
+    crpci_list *buckets;
+    size_t bucket_count; /* a power of two */
+    crpci_list age;
+    size_t count;
+    size_t max;
+    int64_t bytes; /* of replies and entries */
+    int64_t max_bytes;
+    int64_t keep_us;
+    uint64_t seed;
+} crpci_replay;
+
+CRPCI_COLD int crpci_replay_open(crpci_replay *r, crpci_heap *h, size_t entries, int64_t max_bytes,
+                                 int64_t keep_us, uint64_t seed)
+{
+    size_t i;
+    memset(r, 0, sizeof *r);
+    r->heap = h;
+    r->max = entries;
+    r->max_bytes = max_bytes;
+    r->keep_us = keep_us;
+    r->seed = seed;
+    crpci_list_init(&r->age);
+    for (r->bucket_count = 16; r->bucket_count < entries;) {
+        if (r->bucket_count == CRPCI_REPLAY_BUCKETS_MAX)
+            break;
+        r->bucket_count *= 2;
+    }
+    r->buckets = (crpci_list *)crpci_heap_alloc(h, r->bucket_count * sizeof *r->buckets);
+    for (i = 0; r->buckets && i < r->bucket_count; i++)
+        crpci_list_init(&r->buckets[i]);
+    return r->buckets ? CRPC_OK : CRPC_ENOMEM;
+}
+
+CRPCI_FN int64_t crpci_replay_size(const crpci_chunk *reply)
+{
+    return reply ? (int64_t)(CRPCI_CHUNK_HEADER + reply->cap) : 0;
+}
+
+/* Forgets a request; who waits for it must have been taken away. */
+CRPCI_FN void crpci_replay_forget(crpci_replay *r, crpci_replay_entry *e)
+{
+    r->count--;
+    r->bytes -= (int64_t)sizeof *e + crpci_replay_size(e->reply);
+    crpci_list_remove(&e->link);
+    crpci_list_remove(&e->age);
+    crpci_heap_chunk_unref(e->reply);
+    crpci_heap_free(r->heap, e, sizeof *e);
+}
+
+/* Forgets the one that finished first. False: all that are left execute. */
+CRPCI_FN bool crpci_replay_evict(crpci_replay *r)
+{
+    if (crpci_list_empty(&r->age))
+        return false;
+    crpci_replay_forget(r, CRPCI_CONTAINER(r->age.next, crpci_replay_entry, age));
+    return true;
+}
+
+CRPCI_FN void crpci_replay_expire(crpci_replay *r, int64_t now)
+{
+    while (!crpci_list_empty(&r->age) &&
+           CRPCI_CONTAINER(r->age.next, crpci_replay_entry, age)->until <= now)
+        crpci_replay_evict(r);
+}
+
+/* The request of a method with an id, of up to CRPCI_REPLAY_ID_MAX bytes. NULL: it is new. */
+CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *method, crpc_view id,
+                                               int64_t now)
+{
+    uint64_t hash = crpci_order_hash(r->seed ^ (uint64_t)(uintptr_t)method, id);
+    crpci_list *bucket = &r->buckets[(hash ^ hash >> 32) & (r->bucket_count - 1)], *i;
+    size_t n = crpc_view_size(id);
+    crpci_replay_expire(r, now);
+    for (i = bucket->next; i != bucket; i = i->next) {
+        crpci_replay_entry *e = CRPCI_CONTAINER(i, crpci_replay_entry, link);
+        if (e->hash == hash && e->method == method && e->id_size == n &&
+            memcmp(e->id, crpc_view_data(id), n) == 0)
+            return e;
+    }
+    return NULL;
+}
+
+/* Notes that a new one executes. NULL: it will not be remembered, for there is no memory, or all
+ * that there is room for execute as well. */
+CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *method, crpc_view id)
+{
+    uint64_t hash = crpci_order_hash(r->seed ^ (uint64_t)(uintptr_t)method, id);
+    crpci_replay_entry *e;
+    while (r->count >= r->max || r->bytes + (int64_t)sizeof *e > r->max_bytes) {
+        if (!crpci_replay_evict(r))
+            return NULL;
+    }
+    e = (crpci_replay_entry *)crpci_heap_alloc(r->heap, sizeof *e);
+    if (!e)
+        return NULL;
+    e->method = method;
+    e->hash = hash;
+    e->id_size = crpc_view_size(id);
+    memcpy(e->id, crpc_view_data(id), e->id_size);
+    crpci_list_init(&e->age);
+    crpci_list_init(&e->waiting);
+    crpci_list_append(&r->buckets[(hash ^ hash >> 32) & (r->bucket_count - 1)], &e->link);
+    r->count++;
+    r->bytes += (int64_t)sizeof *e;
+    return e;
+}
+
+/* It has executed: its reply is kept, with a reference of its own, if it takes no more than a
+ * quarter of the room; that it has executed is kept in any case. Moves who waits to `waiting`. */
+CRPCI_FN void crpci_replay_finish(crpci_replay *r, crpci_replay_entry *e, crpci_chunk *reply,
+                                  int64_t now, crpci_list *waiting)
+{
+    crpci_list_move(waiting, &e->waiting);
+    crpci_replay_expire(r, now);
+    if (crpci_replay_size(reply) > r->max_bytes / 4)
+        reply = NULL;
+    while (reply && r->bytes + crpci_replay_size(reply) > r->max_bytes) {
+        if (!crpci_replay_evict(r))
+            reply = NULL;
+    }
+    if (reply)
+        crpci_heap_chunk_ref(reply);
+    r->bytes += crpci_replay_size(reply);
+    e->reply = reply;
+    e->finished = true;
+    e->until = now + r->keep_us;
+    crpci_list_append(&r->age, &e->age);
+}
+
+CRPCI_COLD void crpci_replay_close(crpci_replay *r)
+{
+    while (r->buckets && crpci_replay_evict(r)) {
+    }
+    crpci_heap_free(r->heap, r->buckets, r->bucket_count * sizeof *r->buckets);
+    r->buckets = NULL;
+}
+
+/* Copies what a reply consists of. NULL: out of memory. */
+CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, int code, const crpc_view part[4])
+{
+    size_t size = sizeof(crpci_replay_reply), i;
+    crpci_replay_reply *r;
+    crpci_chunk *c;
+    uint8_t *to;
+    for (i = 0; i < 4; i++)
+        size += crpc_view_size(part[i]);
+    c = crpci_heap_chunk(h, size);
+    if (!c)
+        return NULL;
+    r = (crpci_replay_reply *)(void *)crpci_heap_data(c);
+    to = (uint8_t *)(r + 1);
+    r->code = code;
+    r->text = crpc_view_size(part[0]);
+    r->fields = crpc_view_size(part[1]);
+    r->payload = crpc_view_size(part[2]);
+    r->attachment = crpc_view_size(part[3]);
+    for (i = 0; i < 4; i++) {
+        if (crpc_view_size(part[i]))
+            memcpy(to, crpc_view_data(part[i]), crpc_view_size(part[i]));
+        to += crpc_view_size(part[i]);
+    }
+    return c;
+}
+
+/* ======================================================================== */
 /* >>impl-server   listeners, requests, replies, stopping                    */
 /* ======================================================================== */
 
 #define CRPCI_SERVER_CONN_MAX 4096 /* requests of one connection being served at a time */
+#define CRPCI_SERVER_MAX_SERVING 8192u /* requests of one loop being served, unless told */
 #define CRPCI_SERVER_TICK 10000    /* microseconds between looks at whether draining is done */
+#define CRPCI_SERVER_CROWDED "too many requests wait for a worker (worker_queue)"
 #define CRPCI_SERVER_APP_FIELD "crpc-app"
+#define CRPCI_SERVER_ID_FIELD "crpc-rid"
+#define CRPCI_SERVER_KEY_FIELD "crpc-key"
 
 typedef struct crpci_listener {
     crpci_list link;
@@ -10743,7 +12321,9 @@ struct crpc_server {
     crpci_heap *heap;
     bool private_loop;
     uint32_t refs;        /* atomic: the program's, and one of each request */
-    uint32_t active;      /* atomic: requests being served */
+    uint32_t active;      /* atomic: connections with requests being served */
+    uint32_t serving;     /* requests being served; atomic with I/O threads, else under the lock */
+    uint32_t max_serving;
     uint32_t connections; /* atomic */
     uint32_t state;       /* atomic crpci_server_state, written under the loop's lock */
     bool running;         /* crpc_server_run is at work */
@@ -10758,6 +12338,13 @@ struct crpc_server {
     size_t io_next;
     crpci_worker_pool workers;
     size_t worker_count;
+    bool guarded;      /* all requests, not only those with user_fields, go through the guard */
+    crpci_mutex guard; /* of what follows; may be taken under a loop's lock, and is the last but the
+                        * workers' and the heap's */
+    bool workers_over;
+    crpci_order order; /* buckets NULL: no request had a key yet */
+    crpci_replay replay;
+    uint64_t replayed, unremembered;
     crpci_timer drain; /* the end of being lame, then looks at whether draining is done */
     int64_t drain_until;
     crpci_waiter *waiter; /* for the registry, or for the end of draining */
@@ -10769,6 +12356,17 @@ struct crpc_server {
     crpc_server_options options; /* its strings are not to be used */
 };
 
+/* What is kept of a request that is ordered or may come again; in its context's memory. */
+typedef struct crpci_guard {
+    crpc_context *context;
+    bool ordered;
+    crpci_order_item order;
+    crpc_view id;              /* unset: it is not one that may come again */
+    crpci_replay_entry *entry; /* it is the first with that id */
+    bool repeats;              /* it has come before: answered with `reply`, if that was kept */
+    crpci_chunk *reply;
+} crpci_guard;
+
 struct crpc_context {
     crpci_origin origin; /* first: channels read it */
     crpci_task task;
@@ -10777,6 +12375,7 @@ struct crpc_context {
     crpci_conn *conn;
     crpci_chunk *block; /* holds this, the request, the response, and the reply if that is short */
     crpci_chunk *extra; /* crpc_context_alloc */
+    crpci_guard *guard; /* NULL: nothing of the kind */
     const crpci_service_method *method;
     void *request;
     void *response;
@@ -10799,31 +12398,54 @@ struct crpc_context {
 
 /* --- replies ---------------------------------------------------------------------------------- */
 
-/* A reply without a message: an error. */
-CRPCI_COLD void crpci_server_refuse(crpci_conn *conn, int64_t correlation_id, int code,
-                                    const char *text)
+/* A reply made of ready parts. Its attachment's chunk is the caller's business. NULL: out of
+ * memory. */
+CRPCI_COLD crpci_out *crpci_server_frame(crpci_heap *h, int64_t correlation_id,
+                                         const crpci_replay_reply *r, const void *bytes)
 {
-    size_t n = crpci_base_min(strlen(text), CRPC_ERROR_TEXT_MAX);
-    size_t room = crpci_meta_bound(n), size = sizeof(crpci_out) + room;
-    crpci_chunk *chunk = crpci_heap_chunk(conn->loop->heap, size);
+    const uint8_t *text = (const uint8_t *)bytes, *fields = text + r->text;
+    const uint8_t *payload = fields + r->fields;
+    size_t head = sizeof(crpci_out) + crpci_meta_bound(r->text + r->fields);
+    crpci_chunk *chunk = crpci_heap_chunk(h, head + r->payload);
     uint8_t *data;
     crpci_out *o;
     crpci_meta m;
-    if (!chunk) {
-        crpci_conn_close(conn, CRPC_ENOMEM, 0);
-        return;
-    }
+    if (!chunk)
+        return NULL;
     data = crpci_heap_data(chunk);
     o = (crpci_out *)(void *)data;
     memset(o, 0, sizeof *o);
     memset(&m, 0, sizeof m);
-    m.error_code = code;
-    m.error_text = crpc_view_of(text, n);
+    m.error_code = r->code;
+    m.error_text = crpc_view_of(text, r->text);
     m.correlation_id = correlation_id;
-    o->head = crpci_meta_put_reply(data + sizeof *o, data + size, 0, &m, crpc_view_of(NULL, 0));
-    o->head_len = (size_t)(data + size - o->head);
+    m.attachment_size = (int32_t)r->attachment;
+    if (r->payload)
+        memcpy(data + head, payload, r->payload);
+    o->head = crpci_meta_put_reply(data + sizeof *o, data + head, r->payload, &m,
+                                   crpc_view_of(r->fields ? fields : NULL, r->fields));
+    o->head_len = (size_t)(data + head + r->payload - o->head);
     o->chunk = chunk;
-    crpci_conn_queue(conn, o);
+    o->tail = payload + r->payload;
+    o->tail_len = r->attachment;
+    return o;
+}
+
+/* A reply without a message: an error. */
+CRPCI_COLD void crpci_server_refuse(crpci_conn *conn, int64_t correlation_id, int code,
+                                    const char *text)
+{
+    crpci_replay_reply r;
+    crpci_out *o;
+    memset(&r, 0, sizeof r);
+    r.code = code;
+    r.text = crpci_base_min(strlen(text), CRPC_ERROR_TEXT_MAX);
+    o = crpci_server_frame(conn->loop->heap, correlation_id, &r, text);
+    conn->loop->stats.limited += code == CRPC_ELIMIT;
+    if (o)
+        crpci_conn_queue(conn, o);
+    else
+        crpci_conn_close(conn, CRPC_ENOMEM, 0);
 }
 
 /* Words for an error; without them, or memory for them, it has those of its status. */
@@ -10933,9 +12555,18 @@ CRPCI_FN void crpci_context_free(crpc_context *x)
     crpci_heap_chunk_unref(x->block);
 }
 
+CRPCI_FN void crpci_server_count(crpc_server *s, uint32_t by)
+{
+    if (s->options.io_threads)
+        crpci_thread_add(&s->serving, by);
+    else
+        s->serving += by;
+}
+
 /* A connection with requests in service keeps itself, its loop and the server. Locked. */
 CRPCI_FN void crpci_server_begin(crpc_server *s, crpci_conn *conn)
 {
+    crpci_server_count(s, 1);
     if (conn->busy++)
         return;
     crpci_conn_hold(conn);
@@ -10947,6 +12578,7 @@ CRPCI_FN void crpci_server_begin(crpc_server *s, crpci_conn *conn)
 /* True: it was the last one, and crpci_server_let_go is due when the loop is unlocked. */
 CRPCI_FN bool crpci_server_end(crpci_conn *conn)
 {
+    crpci_server_count((crpc_server *)conn->owner, (uint32_t)-1);
     if (--conn->busy)
         return false;
     crpci_conn_drop(conn);
@@ -11016,6 +12648,189 @@ CRPCI_FN void crpci_server_close_if_done(crpci_conn *conn)
     }
 }
 
+/* --- requests that wait for their turn, or have come before ------------------------------------ */
+
+CRPCI_FN int crpci_context_complete(crpc_context *x, int status);
+
+/* Has a request run, now or when its turn comes. Returns why not, or NULL. Locked. */
+CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
+{
+    crpc_server *s = x->server;
+    crpci_guard *g = NULL;
+    int err = CRPC_OK;
+    if (of->ordered || crpc_view_size(of->id)) {
+        g = (crpci_guard *)crpc_context_alloc(x, sizeof *g);
+        if (!g)
+            return "out of memory";
+        *g = *of;
+        g->context = x;
+    }
+    x->guard = g;
+    crpci_thread_lock(&s->guard);
+    if (of->ordered && !s->order.buckets)
+        err = crpci_order_open(&s->order, s->heap, s->options.worker_queue);
+    if (!err && of->ordered)
+        err = crpci_order_enter(&s->order, &g->order);
+    if (!err && !s->worker_count) {
+        crpci_loop_ready(x->loop, &x->task);
+    } else if (!err && !crpci_worker_push(&s->workers, &x->task)) {
+        err = CRPC_ELIMIT;
+        if (of->ordered) /* nobody can wait behind it yet */
+            crpci_order_leave(&s->order, &g->order);
+    }
+    crpci_thread_unlock(&s->guard);
+    return err && err != CRPC_EPENDING ? CRPCI_SERVER_CROWDED : NULL;
+}
+
+/* Has a request run that was let in before. False: the server is closed. No lock is held. */
+CRPCI_COLD bool crpci_guard_resume(crpc_context *x)
+{
+    crpc_server *s = x->server;
+    bool ok;
+    if (s->options.workers) {
+        crpci_thread_lock(&s->guard); /* else the workers could go meanwhile */
+        ok = !s->workers_over && crpci_worker_put(&s->workers, &x->task, true);
+        crpci_thread_unlock(&s->guard);
+        return ok;
+    }
+    crpci_loop_lock(x->loop);
+    ok = crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPED; /* else nobody may drive the loop */
+    if (ok)
+        crpci_loop_ready(x->loop, &x->task);
+    crpci_loop_unlock(x->loop);
+    return ok;
+}
+
+CRPCI_COLD crpc_context *crpci_guard_leave(crpc_server *s, crpci_guard *g)
+{
+    crpci_order_item *next;
+    crpci_thread_lock(&s->guard);
+    next = crpci_order_leave(&s->order, &g->order);
+    crpci_thread_unlock(&s->guard);
+    g->ordered = false;
+    return next ? CRPCI_CONTAINER(next, crpci_guard, order)->context : NULL;
+}
+
+/* Gives the turn to who waits for it. */
+CRPCI_COLD void crpci_guard_pass(crpc_server *s, crpci_guard *g)
+{
+    crpc_context *x = crpci_guard_leave(s, g);
+    while (x && !crpci_guard_resume(x)) {
+        crpc_context *next = crpci_guard_leave(s, x->guard);
+        crpci_context_complete(x, CRPC_ELOGOFF);
+        x = next;
+    }
+}
+
+/* The status of a request that executed before. */
+CRPCI_COLD int crpci_guard_status(crpc_context *x)
+{
+    crpci_guard *g = x->guard;
+    g->repeats = true;
+    if (!g->reply)
+        return crpc_context_error(x, CRPC_EINTERNAL, "executed before, but its reply was not kept");
+    return ((const crpci_replay_reply *)(const void *)crpci_heap_data(g->reply))->code;
+}
+
+/* Runs the handler of a request, unless it has come before. After CRPC_EPENDING x may be gone. */
+CRPCI_COLD int crpci_guard_serve(crpc_context *x)
+{
+    crpc_server *s = x->server;
+    crpci_guard *g = x->guard;
+    crpci_replay_entry *e = NULL;
+    bool waits = false;
+    if (crpc_view_size(g->id)) {
+        crpci_thread_lock(&s->guard);
+        e = crpci_replay_find(&s->replay, x->method, g->id, crpci_heap_rough_now(s->heap));
+        waits = e && !e->finished;
+        if (!e) {
+            g->entry = crpci_replay_add(&s->replay, x->method, g->id);
+            s->unremembered += !g->entry;
+        } else if (waits) {
+            crpci_list_append(&e->waiting, &x->task.link);
+        } else if (e->reply) {
+            g->reply = e->reply;
+            crpci_heap_chunk_ref(g->reply);
+        }
+        s->replayed += e != NULL;
+        crpci_thread_unlock(&s->guard);
+    }
+    if (waits)
+        return CRPC_EPENDING;
+    if (e)
+        return crpci_guard_status(x);
+    return x->method->method->serve(x, x->request, x->response, x->method->handlers);
+}
+
+/* Copies what the reply of a request consists of. NULL: out of memory. */
+CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_out *out)
+{
+    const uint8_t *meta = out->head + CRPCI_FRAME_HEADER;
+    size_t size = crpci_base_get32(out->head + 8);
+    crpc_view part[4];
+    crpci_meta m;
+    if (!crpci_meta_read(meta, size, &m))
+        return NULL;
+    part[0] = m.error_text;
+    part[1] = x->fields.len ? crpc_view_of(crpci_heap_data(x->fields.chunk), x->fields.len)
+                            : crpc_view_of(NULL, 0);
+    part[2] = crpc_view_of(meta + size, out->head_len - CRPCI_FRAME_HEADER - size);
+    part[3] = crpc_view_of(out->tail, out->tail_len);
+    return crpci_replay_copy(x->server->heap, m.error_code, part);
+}
+
+/* At the end of a guarded request: its reply is kept, and goes to those who wait for the same; the
+ * turn goes on. `out` is its reply, or NULL. No lock is held. */
+CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_out *out)
+{
+    crpc_server *s = x->server;
+    crpci_guard *g = x->guard;
+    crpci_chunk *reply = g->entry && out ? crpci_guard_copy(x, out) : NULL;
+    crpci_list waiting;
+    crpci_list_init(&waiting);
+    if (g->entry) {
+        crpci_thread_lock(&s->guard);
+        crpci_replay_finish(&s->replay, g->entry, reply, crpci_heap_rough_now(s->heap), &waiting);
+        crpci_thread_unlock(&s->guard);
+    }
+    while (!crpci_list_empty(&waiting)) {
+        crpci_task *t = CRPCI_CONTAINER(waiting.next, crpci_task, link);
+        crpc_context *w = CRPCI_CONTAINER(t, crpc_context, task);
+        crpci_list_remove(&t->link);
+        w->guard->reply = reply;
+        if (reply)
+            crpci_heap_chunk_ref(reply);
+        crpci_context_complete(w, crpci_guard_status(w));
+    }
+    crpci_heap_chunk_unref(reply);
+    crpci_heap_chunk_unref(g->reply);
+    g->reply = NULL;
+    if (g->ordered)
+        crpci_guard_pass(s, g);
+}
+
+/* crpci_context_encode, of a guarded request. */
+CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
+{
+    crpci_chunk *reply = x->guard->repeats ? x->guard->reply : NULL;
+    crpci_out *out;
+    if (reply) {
+        const crpci_replay_reply *r =
+            (const crpci_replay_reply *)(const void *)crpci_heap_data(reply);
+        out = crpci_server_frame(x->loop->heap, x->correlation_id, r, r + 1);
+        if (out && out->tail_len) {
+            out->tail_chunk = reply;
+            crpci_heap_chunk_ref(reply);
+        }
+    } else {
+        out = crpci_context_encode(x, code);
+    }
+    crpci_guard_end(x, out);
+    return out;
+}
+
+/* --- the end of a request ---------------------------------------------------------------------- */
+
 /* Ends a request when the server, and with it the program's part of it, may be gone. */
 CRPCI_COLD int crpci_context_too_late(crpc_context *x)
 {
@@ -11023,6 +12838,8 @@ CRPCI_COLD int crpci_context_too_late(crpc_context *x)
     crpc_loop *l = x->loop;
     crpci_conn *conn = x->conn;
     bool last;
+    if (x->guard)
+        crpci_guard_end(x, NULL);
     crpci_context_free(x);
     crpci_loop_lock(l);
     last = crpci_server_end(conn);
@@ -11061,7 +12878,8 @@ CRPCI_FN crpci_server_end_of crpci_context_conclude(crpc_context *x, int status)
     end.loop = x->loop;
     end.conn = x->conn;
     end.bytes = x->chunk;
-    end.reply = crpci_context_encode(x, code);
+    end.reply = CRPCI_LIKELY(!x->guard) ? crpci_context_encode(x, code)
+                                        : crpci_guard_encode(x, code);
     x->chunk = NULL;
     crpci_context_free(x);
     return end;
@@ -11134,6 +12952,8 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
                                   m->service, m->name, why);
     if (!m->serve)
         return CRPC_ENOMETHOD;
+    if (CRPCI_UNLIKELY(x->guard != NULL))
+        return crpci_guard_serve(x);
     return m->serve(x, x->request, x->response, x->method->handlers);
 }
 
@@ -11211,6 +13031,7 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     x = (crpc_context *)(void *)crpci_heap_data(block);
     memset((char *)x + at, 0, reply_at - at);
     memset(&x->fields, 0, sizeof x->fields);
+    x->guard = NULL;
     x->intercepted = 0;
     x->app_code = 0;
     x->extra = x->attachment_chunk = NULL;
@@ -11274,11 +13095,60 @@ CRPCI_FN const crpci_service_method *crpci_server_method(crpc_server *s, crpci_c
     return method;
 }
 
+/* What a request's meta says about its order and about coming again. False: it was refused. */
+CRPCI_COLD bool crpci_server_look(crpc_server *s, crpci_conn *conn, const crpci_meta *m,
+                                  crpci_guard *g)
+{
+    bool fields = !m->usual && m->fields;
+    crpc_view key;
+    memset(g, 0, sizeof *g);
+    if (fields && s->options.ordered >= 0 &&
+        crpci_meta_field(m->raw, CRPCI_SERVER_KEY_FIELD, &key)) {
+        g->ordered = true;
+        g->order.key = crpci_order_hash(s->replay.seed, key);
+    } else if (s->options.ordered > 0) {
+        g->ordered = true;
+        g->order.of = conn;
+        g->order.key = (uint64_t)(uintptr_t)conn * UINT64_C(0x9e3779b97f4a7c15);
+    }
+    if (!fields || !s->replay.buckets ||
+        !crpci_meta_field(m->raw, CRPCI_SERVER_ID_FIELD, &g->id) ||
+        crpc_view_size(g->id) <= CRPCI_REPLAY_ID_MAX)
+        return true;
+    crpci_server_refuse(conn, m->correlation_id, CRPC_EREQUEST, "crpc-rid is over 64 bytes");
+    return false;
+}
+
+/* Takes a request in, or refuses it. */
+CRPCI_FN void crpci_server_admit(crpc_server *s, crpci_conn *conn, const crpci_message *m,
+                                 const crpci_service_method *method)
+{
+    bool guarded = s->guarded || (!m->meta.usual && m->meta.fields);
+    const char *why = "out of memory";
+    crpc_context *x;
+    crpci_guard g;
+    if (CRPCI_UNLIKELY(guarded) && !crpci_server_look(s, conn, &m->meta, &g))
+        return;
+    x = crpci_context_new(s, conn, m, method);
+    if (CRPCI_UNLIKELY(guarded && x)) {
+        why = crpci_guard_start(x, &g);
+    } else if (x && !s->worker_count) {
+        crpci_loop_ready(conn->loop, &x->task);
+        return;
+    } else if (x) {
+        why = crpci_worker_push(&s->workers, &x->task) ? NULL : CRPCI_SERVER_CROWDED;
+    }
+    if (!why)
+        return;
+    crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT, why);
+    if (x)
+        crpci_context_reject(x);
+}
+
 CRPCI_FN void crpci_server_on_message(crpci_conn *conn, crpci_message *m)
 {
     crpc_server *s = (crpc_server *)conn->owner;
     const crpci_service_method *method;
-    crpc_context *x;
     conn->loop->stats.requests++;
     if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING)) {
         crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELOGOFF, "the server is stopping");
@@ -11286,15 +13156,11 @@ CRPCI_FN void crpci_server_on_message(crpci_conn *conn, crpci_message *m)
         return;
     }
     method = crpci_server_method(s, conn, m);
-    x = method ? crpci_context_new(s, conn, m, method) : NULL;
-    if (method && !x) {
-        crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT, "out of memory");
-    } else if (method && !s->worker_count) {
-        crpci_loop_ready(conn->loop, &x->task);
-    } else if (method && !crpci_worker_push(&s->workers, &x->task)) {
+    if (method && CRPCI_UNLIKELY(crpci_thread_load(&s->serving) >= s->max_serving)) {
         crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT,
-                            "too many requests wait for a worker (worker_queue)");
-        crpci_context_reject(x);
+                            "too many requests are being served (max_concurrency)");
+    } else if (method) {
+        crpci_server_admit(s, conn, m, method);
     }
     crpci_server_throttle(conn);
 }
@@ -11579,6 +13445,9 @@ CRPCI_FN void crpci_server_free(crpc_server *s)
     if (!crpci_thread_unref(&s->refs))
         return;
     crpci_service_free(&s->services, h);
+    crpci_replay_close(&s->replay);
+    crpci_order_close(&s->order, h);
+    crpci_thread_mutex_free(&s->guard);
     crpci_heap_free(h, s->enrolments, s->enrolled * sizeof *s->enrolments);
     crpci_heap_strfree(h, s->registry_url);
     crpci_heap_strfree(h, s->advertise);
@@ -11617,6 +13486,26 @@ CRPCI_COLD void crpci_server_configure(crpc_server *s, const crpc_server_options
     o->drain_ms = (int)crpci_base_option(in->drain_ms, 5000, 0);
     o->session_timeout_ms = (int)crpci_base_option(in->session_timeout_ms, 15000, 15000);
     o->registry_timeout_ms = (int)crpci_base_option(in->registry_timeout_ms, 3000, 0);
+    o->max_concurrency = (int)crpci_base_option(in->max_concurrency, 0, INT32_MAX);
+    s->max_serving = o->max_concurrency
+                         ? (uint32_t)o->max_concurrency
+                         : CRPCI_SERVER_MAX_SERVING * (uint32_t)(o->io_threads ? o->io_threads : 1);
+    o->replay_entries = (int)crpci_base_option(in->replay_entries, 0, 0);
+    o->replay_ms = (int)crpci_base_option(in->replay_ms, 60000, 0);
+    o->replay_bytes = crpci_base_option(in->replay_bytes, 4 << 20, INT64_MAX);
+    s->guarded = o->ordered > 0;
+}
+
+/* What the guard needs from the start. */
+CRPCI_COLD int crpci_server_prepare(crpc_server *s)
+{
+    crpc_server_options *o = &s->options;
+    uint64_t seed = (uint64_t)crpci_loop_random(s->loop) << 32 | crpci_loop_random(s->loop);
+    s->replay.seed = seed;
+    if (!o->replay_entries)
+        return CRPC_OK;
+    return crpci_replay_open(&s->replay, s->heap, (size_t)o->replay_entries, o->replay_bytes,
+                             (int64_t)o->replay_ms * 1000, seed);
 }
 
 CRPCI_FN void crpci_server_drain_tick(crpc_loop *l, crpci_timer *t);
@@ -11640,7 +13529,8 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
             return crpci_status_set(error, err, "private loop: %s", crpc_status_text(err));
     }
     s = (crpc_server *)crpci_heap_alloc(l->heap, sizeof *s);
-    if (!s) {
+    if (!s || crpci_thread_mutex_init(&s->guard)) {
+        crpci_heap_free(l->heap, s, sizeof *s);
         if (!o.loop)
             crpc_loop_close(l);
         return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
@@ -11661,7 +13551,8 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
         !crpci_server_copy(s->heap, &s->registry_credential, o.registry_credential) ||
         !crpci_server_copy(s->heap, &s->group, o.group) ||
         !crpci_server_copy(s->heap, &s->version, o.version) ||
-        !crpci_server_copy(s->heap, &s->application, o.application ? o.application : "crpc"))
+        !crpci_server_copy(s->heap, &s->application, o.application ? o.application : "crpc") ||
+        crpci_server_prepare(s))
         err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     if (!err && o.listen)
         err = crpc_server_listen(s, o.listen, error);
@@ -12101,6 +13992,9 @@ CRPCI_COLD void crpci_server_dismantle(crpc_server *s)
     crpci_timer_cancel(&s->drain);
     crpci_server_close_conns(s, l);
     crpci_loop_unlock(l);
+    crpci_thread_lock(&s->guard);
+    s->workers_over = true; /* a request that is finished later has no next one run */
+    crpci_thread_unlock(&s->guard);
     crpci_worker_stop(&s->workers, s->heap, s->worker_count);
     s->worker_count = 0;
     for (i = 0; i < s->io_count; i++) {
@@ -12172,12 +14066,17 @@ CRPC_API void crpc_server_stats_get(crpc_server *s, crpc_loop_stats *stats)
         stats->bad_frames += one.bad_frames;
         stats->calls += one.calls;
         stats->requests += one.requests;
+        stats->limited += one.limited;
         stats->connections += one.connections;
         stats->pending += one.pending;
         stats->watches += one.watches;
         stats->memory += one.memory;
         stats->memory_peak += one.memory_peak;
     }
+    crpci_thread_lock(&s->guard);
+    stats->replayed = s->replayed;
+    stats->unremembered = s->unremembered;
+    crpci_thread_unlock(&s->guard);
 }
 
 /* --- the handler's side ----------------------------------------------------------------------- */

@@ -1,0 +1,149 @@
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#include "crpc_test.h"
+
+static crpci_heap *heap(void)
+{
+    crpc_hooks hooks = ct_hooks();
+    crpci_heap *h;
+    assert_int_equal(crpci_heap_open(&h, &hooks, 0), CRPC_OK);
+    return h;
+}
+
+static crpci_order_item item(uint64_t key, const void *of)
+{
+    crpci_order_item i;
+    memset(&i, 0, sizeof i);
+    i.key = key;
+    i.of = of;
+    return i;
+}
+
+static void one_of_a_key_at_a_time(void **state)
+{
+    crpci_heap *h = heap();
+    crpci_order o;
+    crpci_order_item a[3], b, c;
+    int i, conn;
+    (void)state;
+    for (i = 0; i < 3; i++)
+        a[i] = item(7, NULL);
+    b = item(7 + CRPCI_ORDER_BUCKETS, NULL); /* the same bucket */
+    c = item(7, &conn);                      /* a connection's */
+    assert_int_equal(crpci_order_open(&o, h, 0), CRPC_OK);
+    assert_int_equal(crpci_order_enter(&o, &a[0]), CRPC_OK);
+    assert_int_equal(crpci_order_enter(&o, &a[1]), CRPC_EPENDING);
+    assert_int_equal(crpci_order_enter(&o, &b), CRPC_OK);
+    assert_int_equal(crpci_order_enter(&o, &c), CRPC_OK);
+    assert_int_equal(crpci_order_enter(&o, &a[2]), CRPC_EPENDING);
+    assert_int_equal(o.waiting, 2);
+    assert_ptr_equal(crpci_order_leave(&o, &b), NULL);
+    assert_ptr_equal(crpci_order_leave(&o, &a[0]), &a[1]);
+    assert_int_equal(crpci_order_enter(&o, &a[0]), CRPC_EPENDING); /* at the end */
+    assert_ptr_equal(crpci_order_leave(&o, &a[1]), &a[2]);
+    assert_ptr_equal(crpci_order_leave(&o, &a[2]), &a[0]);
+    assert_ptr_equal(crpci_order_leave(&o, &a[0]), NULL);
+    assert_ptr_equal(crpci_order_leave(&o, &c), NULL);
+    assert_int_equal(o.waiting, 0);
+    assert_int_equal(crpci_order_enter(&o, &a[1]), CRPC_OK);
+    assert_ptr_equal(crpci_order_leave(&o, &a[1]), NULL);
+    crpci_order_close(&o, h);
+    crpci_heap_unref(h);
+}
+
+static void who_waits_is_bounded(void **state)
+{
+    crpci_heap *h = heap();
+    crpci_order o;
+    crpci_order_item a[4], b;
+    int i;
+    (void)state;
+    for (i = 0; i < 4; i++)
+        a[i] = item(1, NULL);
+    b = item(2, NULL);
+    assert_int_equal(crpci_order_open(&o, h, 2), CRPC_OK);
+    assert_int_equal(crpci_order_enter(&o, &a[0]), CRPC_OK);
+    assert_int_equal(crpci_order_enter(&o, &a[1]), CRPC_EPENDING);
+    assert_int_equal(crpci_order_enter(&o, &a[2]), CRPC_EPENDING);
+    assert_int_equal(crpci_order_enter(&o, &a[3]), CRPC_ELIMIT);
+    assert_int_equal(crpci_order_enter(&o, &b), CRPC_OK); /* which need not wait */
+    assert_ptr_equal(crpci_order_leave(&o, &a[0]), &a[1]);
+    assert_int_equal(crpci_order_enter(&o, &a[3]), CRPC_EPENDING);
+    assert_ptr_equal(crpci_order_leave(&o, &a[1]), &a[2]);
+    assert_ptr_equal(crpci_order_leave(&o, &a[2]), &a[3]);
+    assert_ptr_equal(crpci_order_leave(&o, &a[3]), NULL);
+    crpci_order_close(&o, h);
+    crpci_heap_unref(h);
+}
+
+/* Against a model: for each key who came, in order. */
+static void it_keeps_the_order_of_many(void **state)
+{
+    enum { KEYS = 9, ITEMS = 400 };
+    static crpci_order_item items[ITEMS];
+    crpci_order_item *runs[KEYS];
+    int queue[KEYS][ITEMS], head[KEYS], tail[KEYS], came = 0, left = 0, k;
+    crpci_heap *h = heap();
+    crpci_order o;
+    (void)state;
+    memset(runs, 0, sizeof runs);
+    memset(head, 0, sizeof head);
+    memset(tail, 0, sizeof tail);
+    assert_int_equal(crpci_order_open(&o, h, 0), CRPC_OK);
+    while (left < ITEMS) {
+        k = (int)(ct_random() % KEYS);
+        if (came < ITEMS && ct_random() % 2) {
+            items[came] = item((uint64_t)k * CRPCI_ORDER_BUCKETS, NULL); /* all in one bucket */
+            assert_int_equal(crpci_order_enter(&o, &items[came]), runs[k] ? CRPC_EPENDING : CRPC_OK);
+            runs[k] = runs[k] ? runs[k] : &items[came];
+            queue[k][tail[k]++] = came++;
+        } else if (runs[k]) {
+            assert_ptr_equal(runs[k], &items[queue[k][head[k]++]]);
+            runs[k] = crpci_order_leave(&o, runs[k]);
+            assert_int_equal(runs[k] != NULL, head[k] < tail[k]);
+            left++;
+        }
+    }
+    assert_int_equal(o.waiting, 0);
+    crpci_order_close(&o, h);
+    crpci_heap_unref(h);
+}
+
+static void hashes_are_fnv(void **state)
+{
+    (void)state; /* the published values of the 64-bit FNV-1a */
+    assert_true(crpci_order_hash(0, crpc_view_str("")) == UINT64_C(0xcbf29ce484222325));
+    assert_true(crpci_order_hash(0, crpc_view_str("a")) == UINT64_C(0xaf63dc4c8601ec8c));
+    assert_true(crpci_order_hash(0, crpc_view_str("foobar")) == UINT64_C(0x85944171f73967e8));
+    assert_true(crpci_order_hash(1, crpc_view_str("a")) != crpci_order_hash(0, crpc_view_str("a")));
+}
+
+static int open_scenario(const crpc_hooks *hooks, void *user)
+{
+    crpci_order o;
+    crpci_heap *h;
+    int err = crpci_heap_open(&h, hooks, 0);
+    (void)user;
+    if (err)
+        return err;
+    err = crpci_order_open(&o, h, 0);
+    crpci_order_close(&o, h);
+    crpci_heap_unref(h);
+    return err;
+}
+
+static void opening_survives_being_out_of_memory(void **state)
+{
+    (void)state;
+    assert_int_equal(ct_sweep(open_scenario, NULL), 2);
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(one_of_a_key_at_a_time),     CT_TEST(who_waits_is_bounded),
+        CT_TEST(it_keeps_the_order_of_many), CT_TEST(hashes_are_fnv),
+        CT_TEST(opening_survives_being_out_of_memory),
+    };
+    return CT_RUN(tests);
+}

@@ -1,0 +1,259 @@
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#include "crpc_test.h"
+
+#define SECOND 1000000
+static const int method_a, method_b; /* their addresses are what counts */
+
+static crpci_heap *heap(void)
+{
+    crpc_hooks hooks = ct_hooks();
+    crpci_heap *h;
+    assert_int_equal(crpci_heap_open(&h, &hooks, 0), CRPC_OK);
+    return h;
+}
+
+static crpci_chunk *reply_of(crpci_heap *h, int code, size_t payload)
+{
+    crpc_view part[4] = {{{NULL}, NULL}, {{NULL}, NULL}, {{NULL}, NULL}, {{NULL}, NULL}};
+    char *bytes = (char *)calloc(1, payload + 1);
+    crpci_chunk *c;
+    part[2] = crpc_view_of(bytes, payload);
+    c = crpci_replay_copy(h, code, part);
+    free(bytes);
+    return c;
+}
+
+static int code_of(const crpci_replay_entry *e)
+{
+    return ((crpci_replay_reply *)(void *)crpci_heap_data(e->reply))->code;
+}
+
+/* Runs a new request to its end. */
+static void execute(crpci_replay *r, const void *method, const char *id, int code, size_t payload,
+                    int64_t now)
+{
+    crpci_replay_entry *e;
+    crpci_chunk *c = reply_of(r->heap, code, payload);
+    crpci_list waiting;
+    assert_null(crpci_replay_find(r, method, crpc_view_str(id), now));
+    e = crpci_replay_add(r, method, crpc_view_str(id));
+    assert_non_null(e);
+    assert_non_null(c);
+    crpci_replay_finish(r, e, c, now, &waiting);
+    assert_true(crpci_list_empty(&waiting));
+    crpci_heap_chunk_unref(c);
+}
+
+static crpci_replay_entry *find(crpci_replay *r, const void *method, const char *id, int64_t now)
+{
+    return crpci_replay_find(r, method, crpc_view_str(id), now);
+}
+
+static void it_knows_what_has_come(void **state)
+{
+    crpci_heap *h = heap();
+    crpci_replay r;
+    (void)state;
+    assert_int_equal(crpci_replay_open(&r, h, 10, 1 << 20, SECOND, 1), CRPC_OK);
+    execute(&r, &method_a, "id", 11, 10, 0);
+    execute(&r, &method_b, "id", 22, 10, 0); /* methods do not mix */
+    execute(&r, &method_a, "id2", 33, 10, 0);
+    execute(&r, &method_a, "i", 44, 10, 0);
+    assert_int_equal(code_of(find(&r, &method_a, "id", 1)), 11);
+    assert_int_equal(code_of(find(&r, &method_b, "id", 1)), 22);
+    assert_int_equal(code_of(find(&r, &method_a, "id2", 1)), 33);
+    assert_int_equal(code_of(find(&r, &method_a, "i", 1)), 44);
+    assert_null(find(&r, &method_b, "id2", 1));
+    assert_int_equal(r.count, 4);
+    crpci_replay_close(&r);
+    crpci_heap_unref(h);
+}
+
+static void the_parts_of_a_reply_are_copied(void **state)
+{
+    crpci_heap *h = heap();
+    char words[] = "words", fields[] = "fields", payload[] = "payload", attachment[] = "attached";
+    const char *bytes;
+    crpc_view part[4];
+    crpci_replay_reply *r;
+    crpci_chunk *c;
+    (void)state;
+    part[0] = crpc_view_str(words);
+    part[1] = crpc_view_str(fields);
+    part[2] = crpc_view_str(payload);
+    part[3] = crpc_view_str(attachment);
+    c = crpci_replay_copy(h, 5, part);
+    words[0] = fields[0] = payload[0] = attachment[0] = '?';
+    r = (crpci_replay_reply *)(void *)crpci_heap_data(c);
+    bytes = (const char *)(r + 1);
+    assert_int_equal(r->code, 5);
+    assert_int_equal(r->text, 5);
+    assert_int_equal(r->fields, 6);
+    assert_int_equal(r->payload, 7);
+    assert_int_equal(r->attachment, 8);
+    assert_memory_equal(bytes, "wordsfieldspayloadattached", 26);
+    crpci_heap_chunk_unref(c);
+    crpci_heap_unref(h);
+}
+
+static void who_waits_is_given_back_in_order(void **state)
+{
+    crpci_heap *h = heap();
+    crpci_replay r;
+    crpci_replay_entry *e;
+    crpci_list waiting, link[3];
+    int i;
+    (void)state;
+    assert_int_equal(crpci_replay_open(&r, h, 10, 1 << 20, SECOND, 1), CRPC_OK);
+    e = crpci_replay_add(&r, &method_a, crpc_view_str("id"));
+    for (i = 0; i < 3; i++) {
+        assert_ptr_equal(find(&r, &method_a, "id", INT64_C(1) << 50), e); /* however long it takes */
+        assert_false(e->finished);
+        crpci_list_append(&e->waiting, &link[i]);
+    }
+    crpci_replay_finish(&r, e, NULL, 0, &waiting);
+    assert_ptr_equal(waiting.next, &link[0]);
+    assert_ptr_equal(link[0].next, &link[1]);
+    assert_ptr_equal(link[1].next, &link[2]);
+    assert_ptr_equal(link[2].next, &waiting);
+    assert_true(find(&r, &method_a, "id", 1)->finished);
+    assert_null(find(&r, &method_a, "id", 1)->reply);
+    crpci_replay_close(&r);
+    crpci_heap_unref(h);
+}
+
+static void the_oldest_finished_go_first(void **state)
+{
+    crpci_heap *h = heap();
+    crpci_replay r;
+    crpci_replay_entry *running[4];
+    crpci_list waiting;
+    char id[16];
+    int i;
+    (void)state;
+    assert_int_equal(crpci_replay_open(&r, h, 4, 1 << 20, SECOND, 1), CRPC_OK);
+    running[0] = crpci_replay_add(&r, &method_a, crpc_view_str("first"));
+    for (i = 0; i < 6; i++) {
+        snprintf(id, sizeof id, "%d", i);
+        execute(&r, &method_a, id, i + 1, 10, i);
+    }
+    assert_int_equal(r.count, 4);
+    assert_non_null(find(&r, &method_a, "first", 10)); /* older, but executes */
+    assert_null(find(&r, &method_a, "2", 10));
+    for (i = 3; i < 6; i++) {
+        snprintf(id, sizeof id, "%d", i);
+        assert_int_equal(code_of(find(&r, &method_a, id, 10)), i + 1);
+    }
+    for (i = 1; i < 4; i++) {
+        snprintf(id, sizeof id, "r%d", i);
+        running[i] = crpci_replay_add(&r, &method_a, crpc_view_str(id));
+        assert_non_null(running[i]);
+    }
+    assert_null(crpci_replay_add(&r, &method_a, crpc_view_str("r4"))); /* all execute */
+    assert_int_equal(r.count, 4);
+    crpci_replay_finish(&r, running[2], NULL, 10, &waiting);
+    assert_non_null(crpci_replay_add(&r, &method_a, crpc_view_str("r4")));
+    assert_null(find(&r, &method_a, "r2", 10));
+    running[2] = find(&r, &method_a, "r4", 10);
+    for (i = 0; i < 4; i++)
+        crpci_replay_finish(&r, running[i], NULL, 10, &waiting);
+    crpci_replay_close(&r);
+    crpci_heap_unref(h);
+}
+
+static void they_are_forgotten_in_time(void **state)
+{
+    crpci_heap *h = heap();
+    crpci_replay r;
+    (void)state;
+    assert_int_equal(crpci_replay_open(&r, h, 10, 1 << 20, SECOND, 1), CRPC_OK);
+    execute(&r, &method_a, "1", 1, 10, 5);
+    execute(&r, &method_a, "2", 2, 10, 500000);
+    assert_non_null(find(&r, &method_a, "1", SECOND + 4));
+    assert_null(find(&r, &method_a, "1", SECOND + 5));
+    assert_int_equal(r.count, 1);
+    assert_non_null(find(&r, &method_a, "2", SECOND + 5));
+    assert_null(find(&r, &method_a, "2", 2 * SECOND));
+    assert_int_equal(r.count, 0);
+    assert_int_equal(r.bytes, 0);
+    crpci_replay_close(&r);
+    crpci_heap_unref(h);
+}
+
+static void memory_is_bounded(void **state)
+{
+    crpci_heap *h = heap();
+    crpci_replay r;
+    char id[16];
+    int i, found = 0;
+    (void)state;
+    assert_int_equal(crpci_replay_open(&r, h, 1000, 64 << 10, SECOND, 1), CRPC_OK);
+    for (i = 0; i < 100; i++) {
+        snprintf(id, sizeof id, "%d", i);
+        execute(&r, &method_a, id, 1, ct_random() % 12000, 0);
+        assert_true(r.bytes <= 64 << 10);
+        assert_true(find(&r, &method_a, id, 0)->reply != NULL);
+    }
+    for (i = 0; i < 100; i++) {
+        snprintf(id, sizeof id, "%d", i);
+        found += find(&r, &method_a, id, 0) != NULL;
+    }
+    assert_in_range(found, 2, 99);
+    execute(&r, &method_a, "large", 1, 20000, 0); /* over a quarter: only that it executed is kept */
+    assert_true(find(&r, &method_a, "large", 0)->finished);
+    assert_null(find(&r, &method_a, "large", 0)->reply);
+    for (i = 0; crpci_replay_add(&r, &method_b, crpc_view_str(id)); i++)
+        snprintf(id, sizeof id, "x%d", i);
+    assert_in_range(i, 50, 999); /* entries count too */
+    assert_true(r.bytes <= 64 << 10);
+    for (found = 0; found < (int)r.bucket_count; found++) {
+        while (!crpci_list_empty(&r.buckets[found]))
+            crpci_replay_forget(&r, CRPCI_CONTAINER(r.buckets[found].next, crpci_replay_entry, link));
+    }
+    assert_int_equal(r.bytes, 0);
+    crpci_replay_close(&r);
+    crpci_heap_unref(h);
+}
+
+static int scenario(const crpc_hooks *hooks, void *user)
+{
+    crpci_replay r;
+    crpci_replay_entry *e;
+    crpci_list waiting;
+    crpci_chunk *c;
+    crpci_heap *h;
+    int err = crpci_heap_open(&h, hooks, 0);
+    (void)user;
+    if (err)
+        return err;
+    err = crpci_replay_open(&r, h, 10, 1 << 20, SECOND, 1);
+    if (!err) {
+        e = crpci_replay_add(&r, &method_a, crpc_view_str("id"));
+        c = reply_of(h, 1, 10);
+        err = e && c ? CRPC_OK : CRPC_ENOMEM;
+        if (e)
+            crpci_replay_finish(&r, e, c, 0, &waiting);
+        crpci_heap_chunk_unref(c);
+    }
+    crpci_replay_close(&r);
+    crpci_heap_unref(h);
+    return err;
+}
+
+static void it_survives_being_out_of_memory(void **state)
+{
+    (void)state;
+    assert_int_equal(ct_sweep(scenario, NULL), 4);
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(it_knows_what_has_come),           CT_TEST(the_parts_of_a_reply_are_copied),
+        CT_TEST(who_waits_is_given_back_in_order), CT_TEST(the_oldest_finished_go_first),
+        CT_TEST(they_are_forgotten_in_time),       CT_TEST(memory_is_bounded),
+        CT_TEST(it_survives_being_out_of_memory),
+    };
+    return CT_RUN(tests);
+}
