@@ -6992,12 +6992,14 @@ typedef struct crpci_origin {
 /* >>impl-registry   lists of providers, node names, what a backend offers   */
 /* ======================================================================== */
 
-#define CRPCI_REGISTRY_WEIGHT 100 /* of a provider that does not tell */
+#define CRPCI_REGISTRY_WEIGHT     100 /* of a provider that does not tell */
+#define CRPCI_REGISTRY_WEIGHT_MAX 1000000
 
 /* An instance that offers a service. */
 typedef struct crpci_provider {
     char address[CRPC_ADDRESS_MAX]; /* numeric: "10.0.0.1:8000", "[::1]:8000" */
     int weight;                     /* its share of the calls; 0: none */
+    int warmup_ms;                  /* after timestamp_ms, in which its share rises; 0: none */
     int64_t timestamp_ms;           /* wall clock when it registered; 0: not told */
 } crpci_provider;
 
@@ -7007,6 +7009,7 @@ typedef struct crpci_snapshot {
     uint32_t refs;
     crpci_heap *heap;
     size_t size; /* of the block */
+    bool stale;  /* the last good list; the registry says otherwise by now, or is away */
     size_t count;
     crpci_provider *providers;
 } crpci_snapshot;
@@ -7051,15 +7054,26 @@ CRPCI_FN void crpci_registry_snapshot_unref(crpci_snapshot *s)
 CRPCI_FN bool crpci_registry_snapshot_equal(const crpci_snapshot *a, const crpci_snapshot *b)
 {
     size_t i;
-    if (a->count != b->count)
+    if (a->count != b->count || a->stale != b->stale)
         return false;
     for (i = 0; i < a->count; i++) {
         const crpci_provider *p = &a->providers[i], *q = &b->providers[i];
         if (strcmp(p->address, q->address) != 0 || p->weight != q->weight ||
-            p->timestamp_ms != q->timestamp_ms)
+            p->warmup_ms != q->warmup_ms || p->timestamp_ms != q->timestamp_ms)
             return false;
     }
     return true;
+}
+
+/* The same list, called stale. NULL: out of memory. */
+CRPCI_FN crpci_snapshot *crpci_registry_snapshot_stale(const crpci_snapshot *from)
+{
+    crpci_snapshot *s = crpci_registry_snapshot(from->heap, from->count);
+    if (!s)
+        return NULL;
+    memcpy(s->providers, from->providers, from->count * sizeof *s->providers);
+    s->stale = true;
+    return s;
 }
 
 /* --- what a backend offers -------------------------------------------------------------------- */
@@ -7085,9 +7099,21 @@ typedef struct crpci_registration {
     int warmup_ms; /* 0: none */
 } crpci_registration;
 
+/* The providers that a consumer wants. NULL stands for "". Copied. */
+typedef struct crpci_registry_query {
+    const char *service;
+    const char *group;
+    const char *version;
+    const char *application; /* the consumer's */
+    bool allow_empty;        /* an empty list, read without a fault, takes the place of a good one */
+} crpci_registry_query;
+
+/* All 0: defaults. */
 typedef struct crpci_registry_options {
     int session_timeout_ms;
-    const char *credential; /* NULL: none */
+    const char *credential;  /* NULL: none */
+    const char *application; /* the program's name, for people and overrides. NULL: "crpc" */
+    bool register_consumer;  /* subscriptions are registered too, so that people see them */
 } crpci_registry_options;
 
 typedef struct crpci_registry crpci_registry;
@@ -7102,13 +7128,13 @@ typedef struct crpci_registry_ops {
     int (*enroll)(crpci_registry *r, const crpci_registration *what,
                   crpci_registry_status_fn status, void *user, void **handle);
     void (*withdraw)(crpci_registry *r, void *handle);
-    int (*subscribe)(crpci_registry *r, const char *service, const char *group, const char *version,
+    int (*subscribe)(crpci_registry *r, const crpci_registry_query *what,
                      crpci_registry_push_fn push, void *user, void **handle);
     void (*unsubscribe)(crpci_registry *r, void *handle);
     void (*close)(crpci_registry *r);
 } crpci_registry_ops;
 
-#define CRPCI_REGISTRY_OPS_VERSION 1u
+#define CRPCI_REGISTRY_OPS_VERSION 2u
 
 /* An open registry; a backend's own struct begins with it. */
 struct crpci_registry {
@@ -7195,6 +7221,31 @@ CRPCI_FN size_t crpci_registry_url(char *out, size_t size, const crpci_registrat
     return t.len;
 }
 
+/* Writes a consumer's URL likewise; `host` is an address without a port. */
+CRPCI_FN size_t crpci_registry_consumer_url(char *out, size_t size, const crpci_registration *r,
+                                            const char *host, int64_t timestamp_ms, long pid)
+{
+    crpci_registry_text t;
+    char number[24];
+    t.out = out;
+    t.size = size;
+    t.len = 0;
+    crpci_registry_put(&t, "consumer://");
+    crpci_registry_put(&t, host);
+    crpci_registry_put_value(&t, "/", r->service);
+    crpci_registry_put_value(
+        &t, "?application=", r->application && *r->application ? r->application : "crpc");
+    crpci_registry_put(&t, "&category=consumers&check=false");
+    crpci_registry_put_value(&t, "&group=", r->group);
+    crpci_registry_put_value(&t, "&interface=", r->service);
+    snprintf(number, sizeof number, "%ld", pid);
+    crpci_registry_put_value(&t, "&pid=", number);
+    snprintf(number, sizeof number, "%lld", (long long)timestamp_ms);
+    crpci_registry_put_value(&t, "&side=consumer&timestamp=", number);
+    crpci_registry_put_value(&t, "&version=", r->version);
+    return t.len;
+}
+
 /* What the name of a node says. The texts point into the name. */
 typedef struct crpci_registry_node {
     const char *scheme;
@@ -7202,10 +7253,23 @@ typedef struct crpci_registry_node {
     const char *service;
     const char *group;
     const char *version;
-    bool enabled;
+    const char *application;
+    bool enabled;  /* not enabled=false: it is no provider at all */
+    bool disabled; /* disabled=true, which can be overridden */
     int weight;
+    int warmup_ms;
     int64_t timestamp_ms;
 } crpci_registry_node;
+
+/* A number that is not negative, or -1, which counts as 0. False, and nothing changed: none. */
+CRPCI_FN bool crpci_registry_number(const char *value, int64_t max, int *out)
+{
+    int64_t number;
+    if (!crpci_url_number(value, max, &number))
+        return false;
+    *out = number < 0 ? 0 : (int)number;
+    return true;
+}
 
 CRPCI_FN void crpci_registry_param(crpci_registry_node *n, const char *key, const char *value)
 {
@@ -7216,59 +7280,91 @@ CRPCI_FN void crpci_registry_param(crpci_registry_node *n, const char *key, cons
         n->version = value;
     else if (strcmp(key, "interface") == 0)
         n->service = value;
+    else if (strcmp(key, "application") == 0)
+        n->application = value;
     else if (strcmp(key, "enabled") == 0)
         n->enabled = n->enabled && strcmp(value, "false") != 0;
     else if (strcmp(key, "disabled") == 0)
-        n->enabled = n->enabled && strcmp(value, "true") != 0;
-    else if (strcmp(key, "weight") == 0 && crpci_url_number(value, 1000000, &number))
-        n->weight = number < 0 ? 0 : (int)number;
+        n->disabled = n->disabled || strcmp(value, "true") == 0;
+    else if (strcmp(key, "weight") == 0)
+        (void)crpci_registry_number(value, CRPCI_REGISTRY_WEIGHT_MAX, &n->weight);
+    else if (strcmp(key, "warmup") == 0)
+        (void)crpci_registry_number(value, INT32_MAX, &n->warmup_ms);
     else if (strcmp(key, "timestamp") == 0 && crpci_url_number(value, INT64_MAX, &number))
         n->timestamp_ms = number < 0 ? 0 : number;
 }
 
-/* Reads the name of a node, in place. False: it is not a provider's URL with a numeric address. */
-CRPCI_FN bool crpci_registry_parse(crpci_registry_node *n, char *name)
+/* Takes a URL apart, in place. False: it is none. What is missing is "". */
+CRPCI_FN bool crpci_registry_split(char *url, char **address, char **service, char **query)
 {
-    char *address, *path, *query, *next, *user;
-    crpci_addr a;
-    memset(n, 0, sizeof *n);
-    n->scheme = name;
-    n->service = n->group = n->version = "";
-    n->enabled = true;
-    n->weight = CRPCI_REGISTRY_WEIGHT;
-    if (!crpci_url_decode(name) || (address = strstr(name, "://")) == NULL || address == name)
+    char *path, *user;
+    if ((*address = strstr(url, "://")) == NULL || *address == url)
         return false;
-    *address = '\0';
-    address += 3;
-    query = strchr(address, '?');
-    if (query)
-        *query++ = '\0';
-    path = strchr(address, '/');
+    **address = '\0';
+    *service = *query = *address;
+    *address += 3;
+    path = strchr(*address, '?');
     if (path) {
         *path = '\0';
-        n->service = path + 1;
+        *query = path + 1;
     }
-    user = strrchr(address, '@'); /* user:password, which crpc has no use for */
+    path = strchr(*address, '/');
+    if (path) {
+        *path = '\0';
+        *service = path + 1;
+    }
+    user = strrchr(*address, '@'); /* user:password, which crpc has no use for */
     if (user)
-        address = user + 1;
+        *address = user + 1;
+    return true;
+}
+
+/* Takes the next key=value of a query, the value decoded. 1: here it is; 0: the end; -1: a value
+ * is malformed. */
+CRPCI_FN int crpci_registry_next(char **query, char **key, char **value)
+{
+    while (**query) {
+        char *end = strchr(*query, '&');
+        *key = *query;
+        *query = end ? end + 1 : *query + strlen(*query);
+        if (end)
+            *end = '\0';
+        *value = strchr(*key, '=');
+        if (!*value)
+            continue;
+        *(*value)++ = '\0';
+        return crpci_url_decode(*value) ? 1 : -1;
+    }
+    return 0;
+}
+
+/* Reads a provider's URL, in place. False: it is none, or its address is not numeric. */
+CRPCI_FN bool crpci_registry_read(crpci_registry_node *n, char *url)
+{
+    char *address, *service, *query, *key, *value;
+    crpci_addr a;
+    int more;
+    memset(n, 0, sizeof *n);
+    n->group = n->version = n->application = "";
+    n->enabled = true;
+    n->weight = CRPCI_REGISTRY_WEIGHT;
+    if (!crpci_registry_split(url, &address, &service, &query))
+        return false;
+    n->scheme = url;
+    n->service = service;
     if (!crpci_sock_parse(&a, address) || a.u.any.sa_family == AF_UNIX ||
         (a.u.any.sa_family == AF_INET ? a.u.in4.sin_port : a.u.in6.sin6_port) == 0)
         return false;
     crpci_sock_format(&a, n->address, sizeof n->address);
-    for (; query && *query; query = next) {
-        char *value;
-        next = strchr(query, '&');
-        if (next)
-            *next++ = '\0';
-        value = strchr(query, '=');
-        if (!value)
-            continue;
-        *value++ = '\0';
-        if (!crpci_url_decode(value))
-            return false;
-        crpci_registry_param(n, query, value);
-    }
-    return true;
+    while ((more = crpci_registry_next(&query, &key, &value)) > 0)
+        crpci_registry_param(n, key, value);
+    return more == 0;
+}
+
+/* Reads the name of a node, in place: a URL encoded once more. */
+CRPCI_FN bool crpci_registry_parse(crpci_registry_node *n, char *name)
+{
+    return crpci_url_decode(name) && crpci_registry_read(n, name);
 }
 
 /* Whether what a consumer wants ("" or NULL: the plain one, "*": any, or a list "a,b") is what a
@@ -7288,13 +7384,6 @@ CRPCI_FN bool crpci_registry_match(const char *want, const char *have)
     return false;
 }
 
-/* The providers that a consumer takes from a directory. */
-typedef struct crpci_registry_query {
-    const char *service;
-    const char *group;
-    const char *version;
-} crpci_registry_query;
-
 CRPCI_FN bool crpci_registry_takes(const crpci_registry_query *q, const crpci_registry_node *n)
 {
     if (strcmp(n->scheme, "crpc") != 0 && strcmp(n->scheme, "brpc") != 0 &&
@@ -7303,6 +7392,195 @@ CRPCI_FN bool crpci_registry_takes(const crpci_registry_query *q, const crpci_re
     return n->enabled && (!*n->service || strcmp(n->service, q->service) == 0) &&
            crpci_registry_match(q->group, n->group) && crpci_registry_match(q->version, n->version);
 }
+
+/* --- overrides: what an operator changes at run time ------------------------------------------ */
+
+/* One of Dubbo's override:// URLs. Its texts are the block's. */
+typedef struct crpci_registry_rule {
+    const char *name; /* of the node */
+    char host[INET6_ADDRSTRLEN + 2]; /* canonical, IPv6 in brackets; "": any */
+    unsigned port;                   /* 0: any */
+    bool here; /* the host is this consumer's, as where no port is given: any provider */
+    const char *service, *group, *version, *application; /* "": any */
+    int64_t priority;
+    int weight, warmup_ms, disabled; /* -1: left as it is */
+} crpci_registry_rule;
+
+/* Those of a directory, in the order in which they are applied. Never changes. */
+typedef struct crpci_registry_rules {
+    uint32_t refs;
+    crpci_heap *heap;
+    size_t size; /* of the block */
+    size_t count;
+    crpci_registry_rule *rules;
+} crpci_registry_rules;
+
+CRPCI_FN void crpci_registry_rules_unref(crpci_registry_rules *r)
+{
+    crpci_heap *h;
+    if (!r || !crpci_thread_unref(&r->refs))
+        return;
+    h = r->heap;
+    crpci_heap_free(h, r, r->size);
+    crpci_heap_unref(h);
+}
+
+/* Any host, and "host" without a port, are 0.0.0.0:0 and host:0. */
+CRPCI_FN bool crpci_registry_rule_address(crpci_registry_rule *r, const char *address)
+{
+    const char *colon = strrchr(address, ':'), *bracket = strrchr(address, ']');
+    char text[CRPC_ADDRESS_MAX];
+    crpci_addr a;
+    int n = snprintf(text, sizeof text, "%s%s", address,
+                     !colon || (bracket && colon < bracket) ? ":0" : "");
+    if (n < 0 || (size_t)n >= sizeof text || !crpci_sock_parse(&a, text) ||
+        a.u.any.sa_family == AF_UNIX)
+        return false;
+    r->port = ntohs(a.u.any.sa_family == AF_INET ? a.u.in4.sin_port : a.u.in6.sin6_port);
+    crpci_sock_format(&a, text, sizeof text);
+    *strrchr(text, ':') = '\0';
+    if (strcmp(text, "0.0.0.0") == 0 || strcmp(text, "[::]") == 0)
+        *text = '\0';
+    memcpy(r->host, text, sizeof r->host);
+    r->host[sizeof r->host - 1] = '\0';
+    return true;
+}
+
+/* False: it is not understood. A condition that crpc does not know is one: without it the rule
+ * would hit more providers than it was meant for. */
+CRPCI_FN bool crpci_registry_rule_param(crpci_registry_rule *r, bool *enabled, const char *key,
+                                        const char *value)
+{
+    if (strcmp(key, "group") == 0)
+        r->group = strcmp(value, "*") == 0 ? "" : value;
+    else if (strcmp(key, "version") == 0)
+        r->version = strcmp(value, "*") == 0 ? "" : value;
+    else if (strcmp(key, "application") == 0)
+        r->application = strcmp(value, "*") == 0 ? "" : value;
+    else if (strcmp(key, "interface") == 0)
+        r->service = strcmp(value, "*") == 0 ? "" : value;
+    else if (strcmp(key, "enabled") == 0)
+        *enabled = strcmp(value, "false") != 0;
+    else if (strcmp(key, "disabled") == 0)
+        r->disabled = strcmp(value, "true") == 0;
+    else if (strcmp(key, "providerAddresses") == 0 || *key == '~')
+        return !*value || strcmp(value, "*") == 0;
+    else if (strcmp(key, "priority") == 0)
+        return crpci_url_number(value, INT32_MAX, &r->priority);
+    else if (strcmp(key, "weight") == 0)
+        return crpci_registry_number(value, CRPCI_REGISTRY_WEIGHT_MAX, &r->weight);
+    else if (strcmp(key, "warmup") == 0)
+        return crpci_registry_number(value, INT32_MAX, &r->warmup_ms);
+    return true;
+}
+
+/* Reads the name of a node, in place. 1: a rule; 0: one that changes nothing here; -1: none.
+ * `host`: this consumer's, as the rule would write it. */
+CRPCI_FN int crpci_registry_rule_read(crpci_registry_rule *r, char *name, const char *host)
+{
+    char *address, *service, *query, *key, *value;
+    bool enabled = true;
+    int more;
+    memset(r, 0, sizeof *r);
+    r->group = r->version = r->application = "";
+    r->weight = r->warmup_ms = r->disabled = -1;
+    if (!crpci_url_decode(name) || !crpci_registry_split(name, &address, &service, &query) ||
+        strcmp(name, "override") != 0 || !crpci_registry_rule_address(r, address))
+        return -1;
+    r->service = strcmp(service, "*") == 0 ? "" : service;
+    while ((more = crpci_registry_next(&query, &key, &value)) > 0) {
+        if (!crpci_registry_rule_param(r, &enabled, key, value))
+            return -1;
+    }
+    if (more < 0)
+        return -1;
+    r->here = *r->host && !r->port;
+    return enabled && !(r->here && strcmp(r->host, host) != 0) &&
+           !(r->weight < 0 && r->warmup_ms < 0 && r->disabled < 0);
+}
+
+/* Dubbo's: any host before a certain one; then by priority, the highest last. */
+CRPCI_FN int crpci_registry_rule_order(const void *a, const void *b)
+{
+    const crpci_registry_rule *p = (const crpci_registry_rule *)a;
+    const crpci_registry_rule *q = (const crpci_registry_rule *)b;
+    int c = strcmp(p->host, q->host);
+    if (!c)
+        c = p->priority < q->priority ? -1 : p->priority > q->priority;
+    return c ? c : strcmp(p->name, q->name);
+}
+
+/* Reads a directory of overrides. *bad: how many were not understood. NULL: out of memory. */
+CRPCI_FN crpci_registry_rules *crpci_registry_rules_read(crpci_heap *h, char *const *names,
+                                                         size_t count, const char *host,
+                                                         size_t *bad)
+{
+    const size_t head = (sizeof(crpci_registry_rules) + 15) & ~(size_t)15;
+    size_t size = head + count * sizeof(crpci_registry_rule), i;
+    crpci_registry_rules *r;
+    char *text;
+    *bad = 0;
+    for (i = 0; i < count; i++)
+        size += names[i] ? strlen(names[i]) + 1 : 1;
+    r = (crpci_registry_rules *)crpci_heap_alloc(h, size);
+    if (!r)
+        return NULL;
+    crpci_heap_ref(h);
+    r->refs = 1;
+    r->heap = h;
+    r->size = size;
+    r->rules = (crpci_registry_rule *)(void *)((char *)r + head);
+    text = (char *)(r->rules + count);
+    for (i = 0; i < count; i++) {
+        size_t n = names[i] ? strlen(names[i]) + 1 : 1;
+        int kind;
+        memcpy(text, names[i] ? names[i] : "", n);
+        kind = crpci_registry_rule_read(&r->rules[r->count], text, host);
+        r->rules[r->count].name = names[i];
+        *bad += kind < 0;
+        r->count += kind > 0;
+        text += n;
+    }
+    if (r->count)
+        qsort(r->rules, r->count, sizeof *r->rules, crpci_registry_rule_order);
+    for (i = 0; i < r->count; i++)
+        r->rules[i].name = NULL; /* borrowed, for the order of those that say the same */
+    return r;
+}
+
+CRPCI_FN bool crpci_registry_rule_fits(const crpci_registry_rule *r, const crpci_registry_query *q,
+                                       const crpci_registry_node *n)
+{
+    size_t len = strlen(r->host);
+    const char *colon = strrchr(n->address, ':');
+    if (len && !r->here &&
+        (len != (size_t)(colon - n->address) || memcmp(r->host, n->address, len) != 0))
+        return false;
+    if (r->port && r->port != (unsigned)strtoul(colon + 1, NULL, 10))
+        return false;
+    return (!*r->service || strcmp(r->service, q->service) == 0) &&
+           (!*r->group || strcmp(r->group, n->group) == 0) &&
+           (!*r->version || strcmp(r->version, n->version) == 0) &&
+           (!*r->application || strcmp(r->application, n->application) == 0 ||
+            (q->application && strcmp(r->application, q->application) == 0));
+}
+
+/* Changes a provider as the rules (NULL: none) say. */
+CRPCI_FN void crpci_registry_rules_apply(const crpci_registry_rules *rules,
+                                         const crpci_registry_query *q, crpci_registry_node *n)
+{
+    size_t i;
+    for (i = 0; rules && i < rules->count; i++) {
+        const crpci_registry_rule *r = &rules->rules[i];
+        if (!crpci_registry_rule_fits(r, q, n))
+            continue;
+        n->weight = r->weight < 0 ? n->weight : r->weight;
+        n->warmup_ms = r->warmup_ms < 0 ? n->warmup_ms : r->warmup_ms;
+        n->disabled = r->disabled < 0 ? n->disabled : r->disabled != 0;
+    }
+}
+
+/* --- lists from names ------------------------------------------------------------------------- */
 
 /* By address; of one address the newest first. */
 CRPCI_FN int crpci_registry_order(const void *a, const void *b)
@@ -7330,10 +7608,11 @@ CRPCI_FN void crpci_registry_sort(crpci_snapshot *s)
     s->count = n;
 }
 
-/* Makes a list of the names in a directory. *bad: how many could not be read. NULL:
- * out of memory. */
+/* Makes a list of the names in a directory, as changed by the rules (NULL: none). *bad: how many
+ * could not be read. NULL: out of memory. */
 CRPCI_FN crpci_snapshot *crpci_registry_collect(crpci_heap *h, char *const *names, size_t count,
-                                                const crpci_registry_query *q, size_t *bad)
+                                                const crpci_registry_query *q,
+                                                const crpci_registry_rules *rules, size_t *bad)
 {
     size_t i, longest = 0;
     crpci_snapshot *s;
@@ -7361,14 +7640,179 @@ CRPCI_FN crpci_snapshot *crpci_registry_collect(crpci_heap *h, char *const *name
         }
         if (!crpci_registry_takes(q, &node))
             continue;
+        crpci_registry_rules_apply(rules, q, &node);
+        if (node.disabled)
+            continue;
         memcpy(p->address, node.address, sizeof p->address);
         p->weight = node.weight;
+        p->warmup_ms = node.warmup_ms;
         p->timestamp_ms = node.timestamp_ms;
         s->count++;
     }
     crpci_heap_free(h, text, longest + 1);
     crpci_registry_sort(s);
     return s;
+}
+
+/* --- subscribers ------------------------------------------------------------------------------ */
+
+CRPCI_FN void crpci_registry_texts_free(crpci_heap *h, char **text, size_t count)
+{
+    size_t i;
+    for (i = 0; i < count; i++)
+        crpci_heap_strfree(h, text[i]);
+}
+
+CRPCI_FN bool crpci_registry_texts_copy(crpci_heap *h, char **text, const char *const *from,
+                                        size_t count)
+{
+    size_t i;
+    for (i = 0; i < count; i++) {
+        text[i] = crpci_heap_strndup(h, from[i] ? from[i] : "", from[i] ? strlen(from[i]) : 0);
+        if (!text[i])
+            return false;
+    }
+    return true;
+}
+
+/* A callback of the upper sections, and the thread it runs on. */
+typedef struct crpci_registry_caller {
+    bool running;
+    crpci_thread thread;
+} crpci_registry_caller;
+
+/* The callback runs between these two, without the loop's lock. */
+CRPCI_FN void crpci_registry_call_begin(crpc_loop *l, crpci_registry_caller *c)
+{
+    c->running = true;
+    c->thread = crpci_thread_self();
+    crpci_loop_unlock(l);
+}
+
+CRPCI_FN void crpci_registry_call_end(crpc_loop *l, crpci_cond *cond, crpci_registry_caller *c)
+{
+    crpci_loop_lock(l);
+    c->running = false;
+    crpci_thread_broadcast(cond);
+}
+
+/* Waits until the callback does not run, except on this thread. */
+CRPCI_FN void crpci_registry_call_wait(crpc_loop *l, crpci_cond *cond,
+                                       const crpci_registry_caller *c)
+{
+    while (c->running && !crpci_thread_is_self(c->thread))
+        crpci_thread_wait(cond, &l->lock, -1);
+}
+
+/* A subscription; a backend's own struct begins with it. The loop's lock guards it. */
+typedef struct crpci_registry_sub {
+    crpci_list node; /* the backend's */
+    crpc_loop *loop;
+    crpci_cond *cond; /* the backend's: signalled when the callback has returned */
+    uint32_t refs;
+    crpci_registry_push_fn push;
+    void *user;
+    crpci_registry_caller caller;
+    char *text[4];
+    crpci_registry_query query; /* its texts are `text` */
+    crpci_snapshot *last;       /* the list it has */
+    bool dead;                  /* ended: nothing is pushed any more */
+    bool warned;                /* it was logged that the last good list is kept */
+} crpci_registry_sub;
+
+/* False: out of memory; crpci_registry_sub_clear either way. */
+CRPCI_FN bool crpci_registry_sub_init(crpci_registry_sub *sub, crpc_loop *l, crpci_cond *cond,
+                                      const crpci_registry_query *q, crpci_registry_push_fn push,
+                                      void *user)
+{
+    const char *text[4];
+    text[0] = q->service;
+    text[1] = q->group;
+    text[2] = q->version;
+    text[3] = q->application;
+    crpci_list_init(&sub->node);
+    sub->loop = l;
+    sub->cond = cond;
+    sub->refs = 1;
+    sub->push = push;
+    sub->user = user;
+    if (!crpci_registry_texts_copy(l->heap, sub->text, text, 4))
+        return false;
+    sub->query.service = sub->text[0];
+    sub->query.group = sub->text[1];
+    sub->query.version = sub->text[2];
+    sub->query.application = sub->text[3];
+    sub->query.allow_empty = q->allow_empty;
+    return true;
+}
+
+CRPCI_FN void crpci_registry_sub_clear(crpci_registry_sub *sub)
+{
+    crpci_registry_snapshot_unref(sub->last);
+    crpci_registry_texts_free(sub->loop->heap, sub->text, 4);
+}
+
+/* Takes a subscriber off, and waits for its callback unless this is inside it. */
+CRPCI_FN void crpci_registry_sub_end(crpci_registry_sub *sub)
+{
+    sub->dead = true;
+    crpci_list_remove(&sub->node);
+    crpci_registry_call_wait(sub->loop, sub->cond, &sub->caller);
+}
+
+/* Unlocks for the callback. False: the list was not taken. */
+CRPCI_FN bool crpci_registry_push(crpci_registry_sub *sub, crpci_snapshot *list)
+{
+    bool taken;
+    if (sub->caller.running)
+        return false; /* by a callback of its own: the list has to wait */
+    crpci_registry_snapshot_ref(list);
+    crpci_registry_call_begin(sub->loop, &sub->caller);
+    taken = sub->push(sub->user, list) == CRPC_OK;
+    crpci_registry_call_end(sub->loop, sub->cond, &sub->caller);
+    if (taken) {
+        crpci_registry_snapshot_unref(sub->last);
+        sub->last = list;
+    } else {
+        crpci_registry_snapshot_unref(list);
+    }
+    return taken;
+}
+
+/* Tells a subscriber, once, that its list is stale. Locked, unlocks meanwhile. False: it was not
+ * told, for want of memory. */
+CRPCI_FN bool crpci_registry_age(crpci_registry_sub *sub)
+{
+    crpci_snapshot *list;
+    bool taken;
+    if (sub->dead || !sub->last || !sub->last->count || sub->last->stale)
+        return true;
+    list = crpci_registry_snapshot_stale(sub->last);
+    taken = list && crpci_registry_push(sub, list);
+    crpci_registry_snapshot_unref(list);
+    return taken;
+}
+
+/* Hands a subscriber a list that was read, if it is news. An empty one takes the place of a good
+ * one only where that is allowed and everything could be read: it may come of a wiped server, of a
+ * wrong delete, of providers that all lost their session at once. Locked, unlocks meanwhile. False:
+ * it was not taken, and is to be offered again. */
+CRPCI_FN bool crpci_registry_offer(crpci_registry_sub *sub, crpci_snapshot *list, bool whole)
+{
+    if (sub->dead)
+        return true;
+    if (sub->last && sub->last->count && !list->count && !(sub->query.allow_empty && whole)) {
+        if (!sub->warned)
+            crpci_heap_log(list->heap, CRPC_LOG_WARN,
+                           "registry: no provider of %s is left; the last %zu known are kept",
+                           sub->query.service, sub->last->count);
+        sub->warned = true;
+        return crpci_registry_age(sub);
+    }
+    sub->warned = false;
+    if (sub->last && crpci_registry_snapshot_equal(sub->last, list))
+        return true;
+    return crpci_registry_push(sub, list);
 }
 
 /* ======================================================================== */
@@ -7417,6 +7861,7 @@ CRPCI_FN crpci_snapshot *crpci_registry_collect(crpci_heap *h, char *const *name
 #define CRPCI_ZOOKEEPER_RETRY_US       1000000   /* after an answer that is no answer */
 #define CRPCI_ZOOKEEPER_REFUSED_US     5000000   /* reads of a directory that may not be created */
 #define CRPCI_ZOOKEEPER_CHECK_US       60000000  /* is the node still there, and ours? */
+#define CRPCI_ZOOKEEPER_BACK_US        500000    /* before a node that was removed is made again */
 #define CRPCI_ZOOKEEPER_REREAD_US      300000000 /* in case a watch was lost */
 #define CRPCI_ZOOKEEPER_BACKOFF_US     30000000  /* longest wait between tries */
 #define CRPCI_ZOOKEEPER_TWIN_US        5000000 /* first wait before looking again for stale twins */
@@ -7468,10 +7913,12 @@ struct crpci_zookeeper {
     bool closing;
     bool deferred; /* closed inside a callback: the step that runs it finishes the job */
     bool connected;
+    bool aged;    /* what was read was called stale, since the loss */
     bool renew;   /* the link has to be replaced */
     bool probing; /* a probe is under way */
     bool warned;
     int64_t session_id;
+    int64_t stamp_ms; /* the last consumer's: no two are the same */
     int negotiated_ms;
     int64_t lost_us; /* when the connection was lost, 0: it is there, or never was */
     int64_t probe_us;
@@ -7540,16 +7987,16 @@ struct crpci_zookeeper_task {
     char *dir;      /* "/dubbo/demo.UserService/providers" */
 };
 
-/* A callback of the upper sections, and the thread it runs on. */
-typedef struct crpci_zookeeper_caller {
-    bool running;
-    crpci_thread thread;
-} crpci_zookeeper_caller;
-
+/* A directory to watch: one of providers, or the one of overrides that goes with it. */
 typedef struct crpci_zookeeper_dir {
     crpci_zookeeper_task task;
+    struct crpci_zookeeper_dir *rules;     /* of providers: where the overrides are */
+    struct crpci_zookeeper_dir *providers; /* of overrides: whose; NULL: nobody's any more */
+    crpci_registry_rules *overrides;       /* of providers: as read last, or NULL */
+    bool ruled; /* of providers: overrides were looked for; until then it is not read */
     crpci_list subs;
     uint32_t round; /* of reading */
+    bool aged;      /* all was called stale in this round of the session's */
     bool refused;   /* may not be created */
     bool bad;       /* it was logged that a name is unreadable */
     bool failed;    /* it was logged that reading failed */
@@ -7559,31 +8006,28 @@ typedef struct crpci_zookeeper_registry {
     crpci_registry base;
     crpci_zookeeper *session;
     char *root; /* "/dubbo" */
+    char *application;
+    bool register_consumer;
 } crpci_zookeeper_registry;
 
+typedef struct crpci_zookeeper_reg crpci_zookeeper_reg;
+
 typedef struct crpci_zookeeper_sub {
-    crpci_list node; /* in dir->subs */
+    crpci_registry_sub base;
     crpci_zookeeper_dir *dir;
     crpci_zookeeper_registry *owner;
-    uint32_t refs;
+    crpci_zookeeper_reg *consumer; /* NULL: not registered as one */
     uint32_t round;
-    crpci_registry_push_fn push;
-    void *user;
-    crpci_zookeeper_caller caller;
-    char *text[3]; /* service, group, version */
-    crpci_registry_query query;
-    crpci_snapshot *last;
-    bool dead;
-    bool stale; /* the last good list stands in for a worse one */
 } crpci_zookeeper_sub;
 
 /* A node to keep registered. */
-typedef struct crpci_zookeeper_reg {
+struct crpci_zookeeper_reg {
     crpci_zookeeper_task task;
     crpci_zookeeper_registry *owner;
     crpci_registry_status_fn status;
     void *user;
-    crpci_zookeeper_caller caller;
+    crpci_registry_caller caller;
+    bool consumer; /* not a provider */
     char *text[5];
     crpci_registration what; /* its texts are `text` */
     unsigned port;
@@ -7605,7 +8049,7 @@ typedef struct crpci_zookeeper_reg {
     bool evicted;     /* this pass did */
     char *twin;       /* name of the one being looked at */
     int twin_version;
-} crpci_zookeeper_reg;
+};
 
 /* Every callback of the client ends here: the section's one cycle. Unlocks. */
 static void crpci_zookeeper_leave(crpci_zookeeper_link *link);
@@ -7656,25 +8100,6 @@ CRPCI_FN bool crpci_zookeeper_lost(int rc)
     return (rc < 0 && rc > ZAPIERROR && rc != ZUNIMPLEMENTED && rc != ZBADARGUMENTS) ||
            rc == ZSESSIONEXPIRED ||
            rc == ZCLOSING || rc == ZSESSIONMOVED || rc == ZAUTHFAILED;
-}
-
-CRPCI_FN void crpci_zookeeper_texts_free(crpci_heap *h, char **text, size_t count)
-{
-    size_t i;
-    for (i = 0; i < count; i++)
-        crpci_heap_strfree(h, text[i]);
-}
-
-CRPCI_FN bool crpci_zookeeper_texts_copy(crpci_heap *h, char **text, const char *const *from,
-                                         size_t count)
-{
-    size_t i;
-    for (i = 0; i < count; i++) {
-        text[i] = crpci_heap_strndup(h, from[i] ? from[i] : "", from[i] ? strlen(from[i]) : 0);
-        if (!text[i])
-            return false;
-    }
-    return true;
 }
 
 /* "a/b" on the heap. */
@@ -7974,109 +8399,84 @@ CRPCI_FN void crpci_zookeeper_unlock(crpci_zookeeper *s)
 
 /* --- callbacks into the upper sections -------------------------------------------------------- */
 
-CRPCI_FN void crpci_zookeeper_call_begin(crpci_zookeeper *s, crpci_zookeeper_caller *c)
-{
-    c->running = true;
-    c->thread = crpci_thread_self();
-    crpci_loop_unlock(s->loop);
-}
-
-CRPCI_FN void crpci_zookeeper_call_end(crpci_zookeeper *s, crpci_zookeeper_caller *c)
-{
-    crpci_loop_lock(s->loop);
-    c->running = false;
-    crpci_thread_broadcast(&s->cond);
-}
-
-/* Waits until the callback does not run, except on this thread. */
-CRPCI_FN void crpci_zookeeper_call_wait(crpci_zookeeper *s, const crpci_zookeeper_caller *c)
-{
-    while (c->running && !crpci_thread_is_self(c->thread))
-        crpci_thread_wait(&s->cond, &s->loop->lock, -1);
-}
-
 CRPCI_FN void crpci_zookeeper_tell(crpci_zookeeper_reg *reg, int status, const char *text)
 {
     crpci_zookeeper *s = reg->task.session;
     if (reg->withdrawn || !reg->status)
         return;
     reg->task.refs++;
-    crpci_zookeeper_call_begin(s, &reg->caller);
+    crpci_registry_call_begin(s->loop, &reg->caller);
     reg->status(reg->user, status, text);
-    crpci_zookeeper_call_end(s, &reg->caller);
+    crpci_registry_call_end(s->loop, &s->cond, &reg->caller);
     crpci_zookeeper_task_unref(&reg->task);
 }
 
 CRPCI_FN void crpci_zookeeper_sub_unref(crpci_zookeeper_sub *sub)
 {
-    crpci_heap *h = sub->dir->task.session->heap;
-    if (--sub->refs)
+    crpci_heap *h = sub->base.loop->heap;
+    if (--sub->base.refs)
         return;
-    crpci_registry_snapshot_unref(sub->last);
-    crpci_zookeeper_texts_free(h, sub->text, 3);
+    crpci_registry_sub_clear(&sub->base);
     crpci_zookeeper_task_unref(&sub->dir->task);
     crpci_heap_free(h, sub, sizeof *sub);
 }
 
-/* Whether a list that was read is news. An empty one never takes the place of a good one: it may
- * come of a wiped server, of a wrong delete, of providers that all lost their session at once. */
-CRPCI_FN bool crpci_zookeeper_is_news(crpci_zookeeper_sub *sub, const crpci_snapshot *list)
+/* A subscriber that has not been served in this round, with a reference; NULL: none is left. */
+CRPCI_FN crpci_zookeeper_sub *crpci_zookeeper_next_sub(crpci_zookeeper_dir *dir, uint32_t round)
 {
-    if (sub->last && sub->last->count && !list->count) {
-        if (!sub->stale)
-            crpci_heap_log(list->heap, CRPC_LOG_WARN,
-                           "zookeeper: no provider of %s is left; the last %zu known are kept",
-                           sub->query.service, sub->last->count);
-        sub->stale = true;
-        return false;
+    crpci_list *i;
+    for (i = dir->subs.next; i != &dir->subs && !dir->task.session->closing; i = i->next) {
+        crpci_zookeeper_sub *sub = CRPCI_CONTAINER(i, crpci_zookeeper_sub, base.node);
+        if (sub->round != round) {
+            sub->round = round;
+            sub->base.refs++;
+            return sub;
+        }
     }
-    sub->stale = false;
-    return !sub->last || !crpci_registry_snapshot_equal(sub->last, list);
+    return NULL;
 }
 
-/* Makes each subscriber's list of what was read and hands it out. Locked; unlocks for the work.
- * False: out of memory. */
-CRPCI_FN bool crpci_zookeeper_deliver(crpci_zookeeper_dir *dir, char *const *names, size_t count)
+/* Makes each subscriber's list of what was read and hands it out. `found`: the directory exists.
+ * Locked; unlocks for the work. False: out of memory. */
+CRPCI_FN bool crpci_zookeeper_deliver(crpci_zookeeper_dir *dir, char *const *names, size_t count,
+                                      bool found)
 {
     crpci_zookeeper *s = dir->task.session;
+    crpci_registry_rules *rules = dir->overrides;
     uint32_t round = ++dir->round;
+    crpci_zookeeper_sub *sub;
     bool complete = true;
-    for (;;) {
-        crpci_zookeeper_sub *sub = NULL;
+    if (rules)
+        crpci_thread_ref(&rules->refs);
+    while ((sub = crpci_zookeeper_next_sub(dir, round)) != NULL) {
         crpci_snapshot *list;
-        crpci_list *i;
         size_t bad = 0;
-        for (i = dir->subs.next; i != &dir->subs && !sub; i = i->next) {
-            sub = CRPCI_CONTAINER(i, crpci_zookeeper_sub, node);
-            sub = sub->round != round ? sub : NULL;
-        }
-        if (!sub || s->closing)
-            return complete;
-        sub->round = round;
-        sub->refs++;
         crpci_loop_unlock(s->loop);
-        list = crpci_registry_collect(s->heap, names, count, &sub->query, &bad);
+        list = crpci_registry_collect(s->heap, names, count, &sub->base.query, rules, &bad);
         crpci_loop_lock(s->loop);
         if (bad && !dir->bad)
             crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s: %zu names are no provider's URL",
                            dir->task.dir, bad);
         dir->bad = dir->bad || bad;
-        complete = complete && list;
-        if (list && !sub->dead && crpci_zookeeper_is_news(sub, list)) {
-            bool taken;
-            crpci_zookeeper_call_begin(s, &sub->caller);
-            taken = sub->push(sub->user, list) == CRPC_OK;
-            crpci_zookeeper_call_end(s, &sub->caller);
-            complete = complete && taken;
-            if (taken) {
-                crpci_registry_snapshot_unref(sub->last);
-                crpci_registry_snapshot_ref(list);
-                sub->last = list;
-            }
-        }
+        complete = list && crpci_registry_offer(&sub->base, list, found && !bad) && complete;
         crpci_registry_snapshot_unref(list);
         crpci_zookeeper_sub_unref(sub);
     }
+    crpci_registry_rules_unref(rules);
+    return complete;
+}
+
+/* Calls the lists made of a directory stale. Locked, unlocks meanwhile. False: out of memory. */
+CRPCI_FN bool crpci_zookeeper_age_dir(crpci_zookeeper_dir *dir)
+{
+    uint32_t round = ++dir->round;
+    crpci_zookeeper_sub *sub;
+    bool complete = true;
+    while ((sub = crpci_zookeeper_next_sub(dir, round)) != NULL) {
+        complete = crpci_registry_age(&sub->base) && complete;
+        crpci_zookeeper_sub_unref(sub);
+    }
+    return complete;
 }
 
 /* --- directories ------------------------------------------------------------------------------ */
@@ -8111,10 +8511,26 @@ CRPCI_FN bool crpci_zookeeper_dir_prepare(crpci_zookeeper_task *t, crpci_zookeep
     return op->path != NULL;
 }
 
+/* A directory is to be read; one of providers not before the overrides are known, so that a
+ * provider which is switched off is never seen. */
 CRPCI_FN void crpci_zookeeper_dir_changed(crpci_zookeeper_dir *dir)
 {
     if (!dir->task.op) /* else the answer will show it: events come before what they tell of */
-        dir->task.due_us = 0;
+        dir->task.due_us = dir->providers || dir->ruled ? 0 : INT64_MAX;
+}
+
+/* The overrides of a directory are known, or cannot be. Takes `rules`; NULL: they stay. */
+CRPCI_FN void crpci_zookeeper_ruled(crpci_zookeeper_dir *dir, crpci_registry_rules *rules)
+{
+    bool first = !dir->ruled, change = rules && (rules->count || (dir->overrides &&
+                                                                  dir->overrides->count));
+    if (rules) {
+        crpci_registry_rules_unref(dir->overrides);
+        dir->overrides = rules;
+    }
+    dir->ruled = true;
+    if (first || change)
+        crpci_zookeeper_dir_changed(dir);
 }
 
 CRPCI_FN void crpci_zookeeper_dir_made(crpci_zookeeper_dir *dir, int rc)
@@ -8135,6 +8551,45 @@ CRPCI_FN void crpci_zookeeper_dir_made(crpci_zookeeper_dir *dir, int rc)
     crpci_zookeeper_later(t, crpci_zookeeper_spread(t->session, CRPCI_ZOOKEEPER_REFUSED_US, 20));
 }
 
+/* Makes rules of what was read. Locked; unlocks for the work. False: out of memory. */
+CRPCI_FN bool crpci_zookeeper_dir_rules(crpci_zookeeper_dir *dir, char *const *names, size_t count)
+{
+    crpci_zookeeper *s = dir->task.session;
+    char ip[INET6_ADDRSTRLEN], host[INET6_ADDRSTRLEN + 2];
+    crpci_registry_rules *rules;
+    size_t bad = 0;
+    crpci_loop_unlock(s->loop);
+    crpci_zookeeper_local_host(s, false, ip, sizeof ip);
+    snprintf(host, sizeof host, strchr(ip, ':') ? "[%s]" : "%s", ip);
+    rules = crpci_registry_rules_read(s->heap, names, count, host, &bad);
+    crpci_loop_lock(s->loop);
+    if (bad && !dir->bad)
+        crpci_heap_log(s->heap, CRPC_LOG_WARN,
+                       "zookeeper: %s: %zu names are no override that is understood", dir->task.dir,
+                       bad);
+    dir->bad = dir->bad || bad;
+    if (rules && dir->providers)
+        crpci_zookeeper_ruled(dir->providers, rules);
+    else
+        crpci_registry_rules_unref(rules);
+    return rules != NULL;
+}
+
+/* The directory cannot be read: what was read before stays in use. */
+CRPCI_FN void crpci_zookeeper_dir_failed(crpci_zookeeper_dir *dir, int rc)
+{
+    crpci_zookeeper *s = dir->task.session;
+    if (!dir->failed)
+        crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s cannot be read: %s", dir->task.dir,
+                       zerror(rc));
+    dir->failed = true;
+    crpci_zookeeper_later(&dir->task, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_REFUSED_US, 20));
+    if (dir->providers)
+        crpci_zookeeper_ruled(dir->providers, NULL);
+    else if (!crpci_zookeeper_age_dir(dir))
+        crpci_zookeeper_later(&dir->task, CRPCI_ZOOKEEPER_RETRY_US);
+}
+
 CRPCI_FN void crpci_zookeeper_dir_done(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
                                        const crpci_zookeeper_answer *a)
 {
@@ -8151,11 +8606,7 @@ CRPCI_FN void crpci_zookeeper_dir_done(crpci_zookeeper_task *t, const crpci_zook
         return;
     }
     if (a->rc != ZOK && a->rc != ZNONODE) {
-        if (!dir->failed)
-            crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s cannot be read: %s", t->dir,
-                           zerror(a->rc));
-        dir->failed = true;
-        crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_REFUSED_US, 20));
+        crpci_zookeeper_dir_failed(dir, a->rc);
         return;
     }
     dir->failed = false;
@@ -8171,22 +8622,27 @@ CRPCI_FN void crpci_zookeeper_dir_done(crpci_zookeeper_task *t, const crpci_zook
         t->step = CRPCI_ZOOKEEPER_MKDIR;
         t->made = strlen(t->dir);
     }
-    if (!crpci_zookeeper_deliver(dir, names, count))
+    if (dir->providers ? !crpci_zookeeper_dir_rules(dir, names, count)
+                       : !crpci_zookeeper_deliver(dir, names, count, a->rc == ZOK))
         crpci_zookeeper_later(t, CRPCI_ZOOKEEPER_RETRY_US);
 }
 
 CRPCI_FN void crpci_zookeeper_dir_resume(crpci_zookeeper_task *t, bool fresh)
 {
+    crpci_zookeeper_dir *dir = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
     (void)fresh;
     t->step = CRPCI_ZOOKEEPER_LIST;
-    t->due_us = 0;
-    CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->refused = false;
+    dir->refused = false;
+    crpci_zookeeper_dir_changed(dir);
 }
 
 CRPCI_FN void crpci_zookeeper_dir_free(crpci_zookeeper_task *t)
 {
     crpci_zookeeper_dir *dir = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
     crpci_heap *h = t->session->heap;
+    if (dir->rules)
+        crpci_zookeeper_task_unref(&dir->rules->task);
+    crpci_registry_rules_unref(dir->overrides);
     crpci_heap_strfree(h, t->dir);
     crpci_heap_free(h, dir, sizeof *dir);
 }
@@ -8207,25 +8663,32 @@ CRPCI_FN bool crpci_zookeeper_reg_locate(crpci_zookeeper_reg *reg, bool *changed
     if (!crpci_zookeeper_local_host(reg->task.session, reg->v4, host, sizeof host))
         return false;
     *changed = strcmp(host, reg->host) != 0;
-    if (*changed) {
-        memcpy(reg->host, host, sizeof reg->host);
+    if (!*changed)
+        return true;
+    memcpy(reg->host, host, sizeof reg->host);
+    if (reg->consumer)
+        snprintf(reg->address, sizeof reg->address, strchr(host, ':') ? "[%s]" : "%s", host);
+    else
         snprintf(reg->address, sizeof reg->address, strchr(host, ':') ? "[%s]:%u" : "%s:%u", host,
                  reg->port);
-    }
     return true;
+}
+
+CRPCI_FN size_t crpci_zookeeper_reg_url(const crpci_zookeeper_reg *reg, char *out, size_t size)
+{
+    return (reg->consumer ? crpci_registry_consumer_url : crpci_registry_url)(
+        out, size, &reg->what, reg->address, reg->timestamp_ms, (long)getpid());
 }
 
 /* Names the node. */
 CRPCI_FN bool crpci_zookeeper_reg_name(crpci_zookeeper_reg *reg)
 {
     crpci_heap *h = reg->task.session->heap;
-    long pid = (long)getpid();
-    size_t url_size =
-        crpci_registry_url(NULL, 0, &reg->what, reg->address, reg->timestamp_ms, pid) + 1;
+    size_t url_size = crpci_zookeeper_reg_url(reg, NULL, 0) + 1;
     char *url = (char *)crpci_heap_alloc(h, url_size), *name = NULL, *path = NULL;
     size_t name_size = 0;
     if (url) {
-        crpci_registry_url(url, url_size, &reg->what, reg->address, reg->timestamp_ms, pid);
+        crpci_zookeeper_reg_url(reg, url, url_size);
         name_size = crpci_url_encode(NULL, 0, url) + 1;
         name = (char *)crpci_heap_alloc(h, name_size);
     }
@@ -8248,8 +8711,8 @@ CRPCI_FN void crpci_zookeeper_reg_fail(crpci_zookeeper_reg *reg, int status, con
 {
     crpci_zookeeper *s = reg->task.session;
     char text[CRPC_ERROR_TEXT_MAX];
-    snprintf(text, sizeof text, "registering %.80s at zookeeper://%.80s: %.50s", reg->what.service,
-             s->authority, why);
+    snprintf(text, sizeof text, "registering %s%.70s at zookeeper://%.70s: %.50s",
+             reg->consumer ? "as a consumer of " : "", reg->what.service, s->authority, why);
     crpci_zookeeper_later(&reg->task, crpci_zookeeper_backoff(s, reg->failures));
     if (reg->failures++ % 10 == 0)
         crpci_heap_log(s->heap, CRPC_LOG_WARN, "%s", text);
@@ -8321,6 +8784,7 @@ CRPCI_FN bool crpci_zookeeper_reg_prepare(crpci_zookeeper_task *t, crpci_zookeep
         return false;
     op->step = t->step;
     op->data = reg->host;
+    op->watch = t->step == CRPCI_ZOOKEEPER_STAT && !reg->consumer;
     if (t->step == CRPCI_ZOOKEEPER_MKDIR)
         op->path = crpci_heap_strndup(h, t->dir, t->made);
     else if (t->step == CRPCI_ZOOKEEPER_LIST)
@@ -8341,30 +8805,55 @@ CRPCI_FN void crpci_zookeeper_reg_idle(crpci_zookeeper_reg *reg)
         reg->twins_us && reg->twins_us < reg->check_us ? reg->twins_us : reg->check_us;
 }
 
-/* The node exists and is this session's. */
-CRPCI_FN void crpci_zookeeper_reg_mine(crpci_zookeeper_reg *reg)
+/* The node exists and is this session's. `watched`: its end will be told of; if not, it is looked
+ * at once more, with a watch. */
+CRPCI_FN void crpci_zookeeper_reg_mine(crpci_zookeeper_reg *reg, bool watched)
 {
     crpci_zookeeper *s = reg->task.session;
     int64_t now = crpci_zookeeper_now(s);
     bool news = !reg->live;
     reg->live = true;
     reg->failures = reg->fights = 0;
-    reg->check_us = now + crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_CHECK_US, 20);
-    if (news && reg->rounds < CRPCI_ZOOKEEPER_TWIN_ROUNDS)
+    reg->check_us = now;
+    if (watched || reg->consumer)
+        reg->check_us += crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_CHECK_US, 20);
+    if (news && !reg->consumer && reg->rounds < CRPCI_ZOOKEEPER_TWIN_ROUNDS)
         reg->twins_us = reg->twins_us > now ? reg->twins_us : now;
     crpci_zookeeper_reg_idle(reg);
     if (!news)
         return;
-    crpci_heap_log(s->heap, CRPC_LOG_INFO, "zookeeper: registered %s at %s", reg->what.service,
-                   reg->address);
+    crpci_heap_log(s->heap, reg->consumer ? CRPC_LOG_DEBUG : CRPC_LOG_INFO,
+                   "zookeeper: registered %s%s at %s", reg->consumer ? "as a consumer of " : "",
+                   reg->what.service, reg->address);
     crpci_zookeeper_tell(reg, CRPC_OK, "registered");
 }
 
+/* A timestamp that no other consumer of the session has: it is what tells their names apart. */
+CRPCI_FN int64_t crpci_zookeeper_stamp(crpci_zookeeper *s)
+{
+    struct timespec ts;
+    int64_t ms;
+    clock_gettime(CLOCK_REALTIME, &ts); /* people read it; nothing is timed by it */
+    ms = (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+    s->stamp_ms = ms > s->stamp_ms ? ms : s->stamp_ms + 1;
+    return s->stamp_ms;
+}
+
 /* The node is there, but another session's: what a process that died a moment ago with the same
- * name left, or this one's own before its session expired. It would vanish with that session. */
+ * name left, or this one's own before its session expired. It would vanish with that session. A
+ * consumer, whose name says nothing to anybody, takes another. */
 CRPCI_FN void crpci_zookeeper_reg_foreign(crpci_zookeeper_reg *reg)
 {
+    crpci_zookeeper *s = reg->task.session;
     reg->live = false;
+    if (reg->consumer) {
+        crpci_heap_strfree(s->heap, reg->path);
+        reg->path = NULL;
+        reg->tried = false;
+        reg->timestamp_ms = crpci_zookeeper_stamp(s) + crpci_loop_random(s->loop) % 1000u;
+        reg->task.step = CRPCI_ZOOKEEPER_CREATE;
+        return;
+    }
     reg->task.step = CRPCI_ZOOKEEPER_DELETE;
     if (++reg->fights > 3)
         crpci_zookeeper_later(&reg->task,
@@ -8515,8 +9004,20 @@ CRPCI_FN void crpci_zookeeper_reg_done(crpci_zookeeper_task *t, const crpci_zook
     } else if (op->step == CRPCI_ZOOKEEPER_STAT && a->stat->ephemeralOwner != s->session_id) {
         crpci_zookeeper_reg_foreign(reg);
     } else {
-        crpci_zookeeper_reg_mine(reg);
+        crpci_zookeeper_reg_mine(reg, op->watch);
     }
+}
+
+/* Somebody removed the node. That may have been a whole tree: not all its providers come back in
+ * the same moment. */
+CRPCI_FN void crpci_zookeeper_reg_removed(crpci_zookeeper_reg *reg)
+{
+    crpci_zookeeper *s = reg->task.session;
+    if (!reg->live || reg->withdrawn || reg->moving)
+        return;
+    reg->check_us = crpci_zookeeper_now(s) + crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_BACK_US, 90);
+    if (!reg->task.op && reg->task.step == CRPCI_ZOOKEEPER_IDLE)
+        crpci_zookeeper_reg_idle(reg);
 }
 
 CRPCI_FN void crpci_zookeeper_reg_resume(crpci_zookeeper_task *t, bool fresh)
@@ -8539,7 +9040,7 @@ CRPCI_FN void crpci_zookeeper_reg_free(crpci_zookeeper_task *t)
 {
     crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
     crpci_heap *h = t->session->heap;
-    crpci_zookeeper_texts_free(h, reg->text, 5);
+    crpci_registry_texts_free(h, reg->text, 5);
     crpci_heap_strfree(h, t->dir);
     crpci_heap_strfree(h, reg->path);
     crpci_heap_strfree(h, reg->twin);
@@ -8574,6 +9075,39 @@ CRPCI_FN void crpci_zookeeper_enter(crpci_zookeeper_link *link)
     link->thread = crpci_thread_self();
 }
 
+/* What was read is called stale when the registry has been away for as long as a session lasts:
+ * from then on anything can have happened there. Locked, unlocks meanwhile; where lists are
+ * delivered, so that the two never meet. */
+CRPCI_FN bool crpci_zookeeper_is_old(const crpci_zookeeper *s)
+{
+    return !s->aged && !s->connected && s->lost_us &&
+           crpci_zookeeper_now(s) - s->lost_us >= (int64_t)s->negotiated_ms * 1000;
+}
+
+CRPCI_FN void crpci_zookeeper_age(crpci_zookeeper *s)
+{
+    crpci_list *i;
+    bool complete = true;
+    for (i = s->tasks.next; i != &s->tasks; i = i->next) {
+        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
+        if (t->kind == &crpci_zookeeper_dir_kind)
+            CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->aged = false;
+    }
+    for (i = s->tasks.next; i != &s->tasks && !s->closing;) {
+        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
+        crpci_zookeeper_dir *dir = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
+        i = i->next;
+        if (t->kind != &crpci_zookeeper_dir_kind || dir->aged)
+            continue;
+        dir->aged = true;
+        t->refs++;
+        complete = crpci_zookeeper_age_dir(dir) && complete;
+        crpci_zookeeper_task_unref(t);
+        i = s->tasks.next; /* anything can have come and gone */
+    }
+    s->aged = complete;
+}
+
 /* The answer to a probe: nobody is there yet. Whoever accepts a connection without giving the
  * session back has no more idea of it. Only libzookeeper_mt needs to be asked. */
 CRPCI_FN void crpci_zookeeper_probed(crpci_zookeeper *s, crpci_zookeeper_link *link, int rc)
@@ -8581,7 +9115,9 @@ CRPCI_FN void crpci_zookeeper_probed(crpci_zookeeper *s, crpci_zookeeper_link *l
     s->probing = false;
     if (rc == ZOK || s->connected || !s->lost_us)
         return;
-    if (s->server_count) {
+    if (crpci_zookeeper_is_old(s))
+        crpci_zookeeper_age(s);
+    if (s->server_count && !s->closing) {
         const crpci_addr *to = &s->servers[s->turn++ % s->server_count];
         bool accepts;
         crpci_loop_unlock(s->loop);
@@ -8643,7 +9179,8 @@ CRPCI_FN void crpci_zookeeper_on_names(int rc, const struct String_vector *names
     crpci_zookeeper_on_answer(data, rc, NULL, names);
 }
 
-/* A directory changed, or went. Also called for session events, which the other watcher sees to. */
+/* A directory changed, or went, or a node of this session did. Also called for session events,
+ * which the other watcher sees to. */
 CRPCI_FN void crpci_zookeeper_on_change(zhandle_t *zh, int type, int state, const char *path,
                                         void *context)
 {
@@ -8657,8 +9194,14 @@ CRPCI_FN void crpci_zookeeper_on_change(zhandle_t *zh, int type, int state, cons
     crpci_zookeeper_enter(link);
     for (i = s->tasks.next; link == s->link && i != &s->tasks; i = i->next) {
         crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
-        if (t->kind == &crpci_zookeeper_dir_kind && strcmp(t->dir, path) == 0)
-            crpci_zookeeper_dir_changed(CRPCI_CONTAINER(t, crpci_zookeeper_dir, task));
+        if (t->kind == &crpci_zookeeper_dir_kind) {
+            if (strcmp(t->dir, path) == 0)
+                crpci_zookeeper_dir_changed(CRPCI_CONTAINER(t, crpci_zookeeper_dir, task));
+        } else {
+            crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
+            if (type == ZOO_DELETED_EVENT && reg->path && strcmp(reg->path, path) == 0)
+                crpci_zookeeper_reg_removed(reg);
+        }
     }
     crpci_zookeeper_leave(link);
 }
@@ -8679,7 +9222,7 @@ CRPCI_FN void crpci_zookeeper_connected(crpci_zookeeper *s, crpci_zookeeper_link
                    "zookeeper: %s: connected, %s session 0x%llx, timeout %d ms", s->authority,
                    fresh ? "new" : "same", (unsigned long long)id, timeout_ms);
     s->connected = link->had_session = true;
-    s->warned = false;
+    s->warned = s->aged = false;
     s->session_id = id;
     s->negotiated_ms = timeout_ms;
     s->lost_us = 0;
@@ -8761,7 +9304,9 @@ CRPCI_FN int crpci_zookeeper_call(zhandle_t *zh, crpci_zookeeper_op *op)
     case CRPCI_ZOOKEEPER_GONE:
         return zoo_adelete(zh, op->path, op->version, crpci_zookeeper_on_void, op);
     default:
-        return zoo_aexists(zh, op->path, 0, crpci_zookeeper_on_stat, op);
+        return op->watch ? zoo_awexists(zh, op->path, crpci_zookeeper_on_change, op->link,
+                                        crpci_zookeeper_on_stat, op)
+                         : zoo_aexists(zh, op->path, 0, crpci_zookeeper_on_stat, op);
     }
 }
 
@@ -9033,7 +9578,9 @@ CRPCI_FN void crpci_zookeeper_supervise(crpci_zookeeper *s)
     if (s->link && s->lost_us && !s->connected &&
         (s->refused >= CRPCI_ZOOKEEPER_REFUSALS || now >= s->probe_us))
         s->renew = true;
-    if (s->link && s->renew) {
+    if (crpci_zookeeper_is_old(s) || (s->link && s->renew && !s->aged))
+        crpci_zookeeper_age(s);
+    if (s->link && s->renew && !s->closing) {
         crpci_zookeeper_log_renewal(s);
         crpci_zookeeper_disconnect(s);
         s->renew_us = crpci_zookeeper_now(s) + crpci_zookeeper_delay(s);
@@ -9166,6 +9713,8 @@ CRPCI_FN void crpci_zookeeper_run(crpci_zookeeper *s)
 CRPCI_COLD void crpci_zookeeper_replace(crpci_zookeeper *s, const crpci_zookeeper_link *link)
 {
     int64_t until;
+    if (!s->aged)
+        crpci_zookeeper_age(s);
     while (s->busy && !s->closing)
         crpci_thread_wait(&s->cond, &s->loop->lock, -1);
     if (s->closing || s->link != link)
@@ -9240,29 +9789,23 @@ CRPCI_FN void crpci_zookeeper_kick(crpci_zookeeper *s)
 
 /* --- the interface ---------------------------------------------------------------------------- */
 
-CRPCI_FN char *crpci_zookeeper_dir_path(const crpci_zookeeper_registry *r, const char *service)
+/* "/root/service/category" */
+CRPCI_FN char *crpci_zookeeper_dir_path(const crpci_zookeeper_registry *r, const char *service,
+                                        const char *category)
 {
     crpci_heap *h = r->session->heap;
     char *parent = crpci_zookeeper_join(h, r->root, service), *path = NULL;
     if (parent)
-        path = crpci_zookeeper_join(h, parent, "providers");
+        path = crpci_zookeeper_join(h, parent, category);
     crpci_heap_strfree(h, parent);
     return path;
 }
 
-/* The watched directory of a path, new if there is none; takes the path. */
-CRPCI_FN crpci_zookeeper_dir *crpci_zookeeper_dir_get(crpci_zookeeper *s, char *path)
+/* Takes the path; NULL, too, for want of memory. */
+CRPCI_FN crpci_zookeeper_dir *crpci_zookeeper_dir_new(crpci_zookeeper *s, char *path)
 {
-    crpci_zookeeper_dir *dir;
-    crpci_list *i;
-    for (i = s->tasks.next; i != &s->tasks; i = i->next) {
-        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
-        if (t->kind == &crpci_zookeeper_dir_kind && strcmp(t->dir, path) == 0) {
-            crpci_heap_strfree(s->heap, path);
-            return CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
-        }
-    }
-    dir = (crpci_zookeeper_dir *)crpci_heap_alloc(s->heap, sizeof *dir);
+    crpci_zookeeper_dir *dir =
+        path ? (crpci_zookeeper_dir *)crpci_heap_alloc(s->heap, sizeof *dir) : NULL;
     if (!dir) {
         crpci_heap_strfree(s->heap, path);
         return NULL;
@@ -9270,80 +9813,57 @@ CRPCI_FN crpci_zookeeper_dir *crpci_zookeeper_dir_get(crpci_zookeeper *s, char *
     crpci_zookeeper_task_init(&dir->task, &crpci_zookeeper_dir_kind, s, CRPCI_ZOOKEEPER_LIST);
     crpci_list_init(&dir->subs);
     dir->task.dir = path;
+    return dir;
+}
+
+/* The watched directory of a service's providers, new if there is none, and then with that of its
+ * overrides. */
+CRPCI_FN crpci_zookeeper_dir *crpci_zookeeper_dir_get(const crpci_zookeeper_registry *r,
+                                                      const char *service)
+{
+    crpci_zookeeper *s = r->session;
+    char *path = crpci_zookeeper_dir_path(r, service, "providers");
+    crpci_zookeeper_dir *dir;
+    crpci_list *i;
+    for (i = s->tasks.next; path && i != &s->tasks; i = i->next) {
+        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
+        if (t->kind == &crpci_zookeeper_dir_kind && strcmp(t->dir, path) == 0) {
+            crpci_heap_strfree(s->heap, path);
+            return CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
+        }
+    }
+    dir = crpci_zookeeper_dir_new(s, path);
+    if (!dir)
+        return NULL;
+    path = crpci_zookeeper_dir_path(r, service, "configurators");
+    dir->rules = crpci_zookeeper_dir_new(s, path);
+    if (!dir->rules) {
+        crpci_zookeeper_task_unref(&dir->task);
+        return NULL;
+    }
+    dir->rules->providers = dir;
+    dir->rules->task.refs++;
+    crpci_list_append(&s->tasks, &dir->rules->task.node);
     crpci_list_append(&s->tasks, &dir->task.node);
     return dir;
 }
 
-CRPCI_FN int crpci_zookeeper_subscribe(crpci_registry *base, const char *service, const char *group,
-                                       const char *version, crpci_registry_push_fn push, void *user,
-                                       void **handle)
+/* Nobody wants to know of a directory any more. */
+CRPCI_FN void crpci_zookeeper_dir_end(crpci_zookeeper_dir *dir)
 {
-    crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)(void *)base;
-    crpci_zookeeper *s = r->session;
-    const char *text[3];
-    crpci_zookeeper_sub *sub;
-    char *path;
-    *handle = NULL;
-    text[0] = service;
-    text[1] = group;
-    text[2] = version;
-    if (!service || !crpci_zookeeper_is_part(service, strlen(service)))
-        return CRPC_EINVAL;
-    sub = (crpci_zookeeper_sub *)crpci_heap_alloc(s->heap, sizeof *sub);
-    if (!sub)
-        return CRPC_ENOMEM;
-    path = crpci_zookeeper_texts_copy(s->heap, sub->text, text, 3)
-               ? crpci_zookeeper_dir_path(r, service)
-               : NULL;
-    crpci_loop_lock(s->loop);
-    sub->dir = path ? crpci_zookeeper_dir_get(s, path) : NULL;
-    if (!sub->dir) {
-        crpci_loop_unlock(s->loop);
-        crpci_zookeeper_texts_free(s->heap, sub->text, 3);
-        crpci_heap_free(s->heap, sub, sizeof *sub);
-        return CRPC_ENOMEM;
-    }
-    sub->owner = r;
-    sub->refs = 1;
-    sub->push = push;
-    sub->user = user;
-    sub->query.service = sub->text[0];
-    sub->query.group = sub->text[1];
-    sub->query.version = sub->text[2];
-    sub->round = sub->dir->round;
-    sub->dir->task.refs++;
-    crpci_list_append(&sub->dir->subs, &sub->node);
-    *handle = sub;
-    crpci_zookeeper_dir_changed(sub->dir);
-    crpci_zookeeper_kick(s);
-    crpci_loop_unlock(s->loop);
-    return CRPC_OK;
-}
-
-/* Locked. */
-CRPCI_FN void crpci_zookeeper_sub_end(crpci_zookeeper_sub *sub)
-{
-    crpci_zookeeper_dir *dir = sub->dir;
-    crpci_zookeeper *s = dir->task.session;
-    sub->dead = true;
-    crpci_list_remove(&sub->node);
-    crpci_zookeeper_call_wait(s, &sub->caller);
-    if (crpci_list_empty(&dir->subs) && !crpci_list_empty(&dir->task.node)) {
-        crpci_list_remove(&dir->task.node);
-        crpci_zookeeper_task_unref(&dir->task);
-    }
-    crpci_zookeeper_sub_unref(sub);
-}
-
-CRPCI_FN void crpci_zookeeper_unsubscribe(crpci_registry *base, void *handle)
-{
-    crpci_zookeeper *s = ((crpci_zookeeper_registry *)(void *)base)->session;
-    if (!handle)
+    crpci_zookeeper_dir *rules = dir->rules;
+    if (crpci_list_empty(&dir->task.node))
         return;
-    crpci_loop_lock(s->loop);
-    crpci_zookeeper_sub_end((crpci_zookeeper_sub *)handle);
-    crpci_loop_unlock(s->loop);
+    rules->providers = NULL;
+    if (!crpci_list_empty(&rules->task.node)) {
+        crpci_list_remove(&rules->task.node);
+        crpci_zookeeper_task_unref(&rules->task);
+    }
+    crpci_list_remove(&dir->task.node);
+    crpci_zookeeper_task_unref(&dir->task);
 }
+
+/* --- registering ------------------------------------------------------------------------------ */
 
 /* Takes over the address of what is to be registered. */
 CRPCI_FN bool crpci_zookeeper_reg_address(crpci_zookeeper_reg *reg, const char *address)
@@ -9372,16 +9892,34 @@ CRPCI_FN bool crpci_zookeeper_reg_copy(crpci_zookeeper_reg *reg, crpci_heap *h,
     text[2] = what->version;
     text[3] = what->application;
     text[4] = what->methods;
-    if (!crpci_zookeeper_texts_copy(h, reg->text, text, 5))
+    if (!crpci_registry_texts_copy(h, reg->text, text, 5))
         return false;
+    reg->what = *what;
+    reg->what.address = NULL;
     reg->what.service = reg->text[0];
     reg->what.group = reg->text[1];
     reg->what.version = reg->text[2];
     reg->what.application = reg->text[3];
     reg->what.methods = reg->text[4];
-    reg->what.weight = what->weight;
-    reg->what.warmup_ms = what->warmup_ms;
     return true;
+}
+
+/* A node to be, not begun; without an address and a timestamp yet. NULL: out of memory. */
+CRPCI_FN crpci_zookeeper_reg *crpci_zookeeper_reg_new(crpci_zookeeper_registry *r,
+                                                      const crpci_registration *what,
+                                                      const char *category)
+{
+    crpci_zookeeper *s = r->session;
+    crpci_zookeeper_reg *reg = (crpci_zookeeper_reg *)crpci_heap_alloc(s->heap, sizeof *reg);
+    if (!reg)
+        return NULL;
+    crpci_zookeeper_task_init(&reg->task, &crpci_zookeeper_reg_kind, s, CRPCI_ZOOKEEPER_CREATE);
+    reg->task.dir = crpci_zookeeper_dir_path(r, what->service, category);
+    if (!reg->task.dir || !crpci_zookeeper_reg_copy(reg, s->heap, what)) {
+        crpci_zookeeper_reg_free(&reg->task);
+        return NULL;
+    }
+    return reg;
 }
 
 CRPCI_FN int crpci_zookeeper_enroll(crpci_registry *base, const crpci_registration *what,
@@ -9394,18 +9932,12 @@ CRPCI_FN int crpci_zookeeper_enroll(crpci_registry *base, const crpci_registrati
     *handle = NULL;
     if (!what->service || !crpci_zookeeper_is_part(what->service, strlen(what->service)))
         return CRPC_EINVAL;
-    reg = (crpci_zookeeper_reg *)crpci_heap_alloc(s->heap, sizeof *reg);
+    reg = crpci_zookeeper_reg_new(r, what, "providers");
     if (!reg)
         return CRPC_ENOMEM;
-    crpci_zookeeper_task_init(&reg->task, &crpci_zookeeper_reg_kind, s, CRPCI_ZOOKEEPER_CREATE);
     if (!what->address || !crpci_zookeeper_reg_address(reg, what->address)) {
         crpci_zookeeper_reg_free(&reg->task);
         return CRPC_EINVAL;
-    }
-    reg->task.dir = crpci_zookeeper_dir_path(r, what->service);
-    if (!reg->task.dir || !crpci_zookeeper_reg_copy(reg, s->heap, what)) {
-        crpci_zookeeper_reg_free(&reg->task);
-        return CRPC_ENOMEM;
     }
     clock_gettime(CLOCK_REALTIME, &ts); /* people read it; nothing is timed by it */
     reg->timestamp_ms = (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
@@ -9433,7 +9965,7 @@ CRPCI_FN void crpci_zookeeper_reg_end(crpci_zookeeper_reg *reg)
     reg->withdrawn = true;
     reg->owner = NULL;
     reg->task.refs++;
-    crpci_zookeeper_call_wait(s, &reg->caller);
+    crpci_registry_call_wait(s->loop, &s->cond, &reg->caller);
     if (s->closing || (!reg->task.op && !reg->tried)) {
         crpci_zookeeper_reg_drop(reg);
     } else if (!reg->task.op) {
@@ -9442,6 +9974,88 @@ CRPCI_FN void crpci_zookeeper_reg_end(crpci_zookeeper_reg *reg)
         crpci_zookeeper_kick(s);
     }
     crpci_zookeeper_task_unref(&reg->task);
+}
+
+/* --- subscribing ------------------------------------------------------------------------------ */
+
+/* Registers a subscriber among the consumers, where people look for them. Not begun yet. */
+CRPCI_FN bool crpci_zookeeper_consume(crpci_zookeeper_sub *sub)
+{
+    crpci_zookeeper_registry *r = sub->owner;
+    crpci_registration what;
+    memset(&what, 0, sizeof what);
+    what.service = sub->base.query.service;
+    what.group = sub->base.query.group;
+    what.version = sub->base.query.version;
+    what.application = sub->base.query.application;
+    sub->consumer = crpci_zookeeper_reg_new(r, &what, "consumers");
+    if (!sub->consumer)
+        return false;
+    sub->consumer->consumer = sub->consumer->auto_host = true;
+    return true;
+}
+
+CRPCI_FN int crpci_zookeeper_subscribe(crpci_registry *base, const crpci_registry_query *what,
+                                       crpci_registry_push_fn push, void *user, void **handle)
+{
+    crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)(void *)base;
+    crpci_zookeeper *s = r->session;
+    crpci_registry_query q = *what;
+    crpci_zookeeper_sub *sub;
+    bool ok;
+    *handle = NULL;
+    if (!q.service || !crpci_zookeeper_is_part(q.service, strlen(q.service)))
+        return CRPC_EINVAL;
+    sub = (crpci_zookeeper_sub *)crpci_heap_alloc(s->heap, sizeof *sub);
+    if (!sub)
+        return CRPC_ENOMEM;
+    sub->owner = r;
+    q.application = q.application && *q.application ? q.application : r->application;
+    ok = crpci_registry_sub_init(&sub->base, s->loop, &s->cond, &q, push, user) &&
+         (!r->register_consumer || crpci_zookeeper_consume(sub));
+    crpci_loop_lock(s->loop);
+    sub->dir = ok ? crpci_zookeeper_dir_get(r, q.service) : NULL;
+    if (!sub->dir) {
+        crpci_loop_unlock(s->loop);
+        if (sub->consumer)
+            crpci_zookeeper_reg_free(&sub->consumer->task);
+        crpci_registry_sub_clear(&sub->base);
+        crpci_heap_free(s->heap, sub, sizeof *sub);
+        return CRPC_ENOMEM;
+    }
+    sub->round = sub->dir->round;
+    sub->dir->task.refs++;
+    crpci_list_append(&sub->dir->subs, &sub->base.node);
+    *handle = sub;
+    crpci_zookeeper_dir_changed(sub->dir);
+    if (sub->consumer) {
+        sub->consumer->timestamp_ms = crpci_zookeeper_stamp(s);
+        crpci_list_append(&s->tasks, &sub->consumer->task.node);
+    }
+    crpci_zookeeper_kick(s);
+    crpci_loop_unlock(s->loop);
+    return CRPC_OK;
+}
+
+/* Locked. */
+CRPCI_FN void crpci_zookeeper_sub_end(crpci_zookeeper_sub *sub)
+{
+    crpci_registry_sub_end(&sub->base);
+    if (crpci_list_empty(&sub->dir->subs))
+        crpci_zookeeper_dir_end(sub->dir);
+    if (sub->consumer)
+        crpci_zookeeper_reg_end(sub->consumer);
+    crpci_zookeeper_sub_unref(sub);
+}
+
+CRPCI_FN void crpci_zookeeper_unsubscribe(crpci_registry *base, void *handle)
+{
+    crpci_zookeeper *s = ((crpci_zookeeper_registry *)(void *)base)->session;
+    if (!handle)
+        return;
+    crpci_loop_lock(s->loop);
+    crpci_zookeeper_sub_end((crpci_zookeeper_sub *)handle);
+    crpci_loop_unlock(s->loop);
 }
 
 CRPCI_FN void crpci_zookeeper_withdraw(crpci_registry *base, void *handle)
@@ -9470,7 +10084,7 @@ CRPCI_FN bool crpci_zookeeper_end_one(crpci_zookeeper *s, const crpci_zookeeper_
         }
         for (k = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->subs.next;
              k != &CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->subs; k = k->next) {
-            crpci_zookeeper_sub *sub = CRPCI_CONTAINER(k, crpci_zookeeper_sub, node);
+            crpci_zookeeper_sub *sub = CRPCI_CONTAINER(k, crpci_zookeeper_sub, base.node);
             if (sub->owner == r) {
                 crpci_zookeeper_sub_end(sub);
                 return true;
@@ -9505,6 +10119,7 @@ CRPCI_FN void crpci_zookeeper_close(crpci_registry *base)
         crpci_zookeeper_shut(s);
     }
     crpci_zookeeper_unlock(s);
+    crpci_heap_strfree(h, r->application);
     crpci_heap_strfree(h, r->root);
     crpci_heap_free(h, r, sizeof *r);
     crpci_heap_unref(h);
@@ -9638,6 +10253,7 @@ CRPCI_COLD int crpci_zookeeper_open(crpc_loop *l, const crpci_url *url,
 {
     crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)crpci_heap_alloc(l->heap, sizeof *r);
     const char *credential = options ? options->credential : NULL;
+    const char *application = options && options->application ? options->application : "";
     int64_t timeout_ms = crpci_base_option(options ? options->session_timeout_ms : 0,
                                            CRPCI_ZOOKEEPER_TIMEOUT_MS, CRPCI_ZOOKEEPER_TIMEOUT_MS);
     int err;
@@ -9646,11 +10262,18 @@ CRPCI_COLD int crpci_zookeeper_open(crpc_loop *l, const crpci_url *url,
     if (timeout_ms < CRPCI_ZOOKEEPER_TIMEOUT_MIN_MS)
         timeout_ms = CRPCI_ZOOKEEPER_TIMEOUT_MIN_MS;
     r->base.ops = &crpci_zookeeper_ops;
+    r->register_consumer = options && options->register_consumer;
     err = crpci_zookeeper_root(l->heap, url->path, &r->root, error);
+    if (!err) {
+        r->application = crpci_heap_strndup(l->heap, application, strlen(application));
+        if (!r->application)
+            err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    }
     if (!err)
         err = crpci_zookeeper_join_session(l, url->authority, credential, (int)timeout_ms,
                                            &r->session, error);
     if (err) {
+        crpci_heap_strfree(l->heap, r->application);
         crpci_heap_strfree(l->heap, r->root);
         crpci_heap_free(l->heap, r, sizeof *r);
     } else {
@@ -11577,6 +12200,7 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
                                            const crpci_channel_where *which, crpc_error *error)
 {
     crpci_registry_options ro;
+    crpci_registry_query q;
     char *service = strrchr(u->path, '/'), where[320];
     int err;
     if (strcmp(u->scheme, "zookeeper") != 0)
@@ -11594,11 +12218,16 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
     memset(&ro, 0, sizeof ro);
     ro.session_timeout_ms = (int)crpci_base_option(o->session_timeout_ms, 15000, 15000);
     ro.credential = o->registry_credential;
+    ro.register_consumer = true;
     err = crpci_registry_open(ch->loop, u, &ro, &ch->registry, error);
     if (err)
         return err;
-    err = ch->registry->ops->subscribe(ch->registry, service, which->group, which->version,
-                                       crpci_channel_on_list, ch, &ch->subscription);
+    memset(&q, 0, sizeof q);
+    q.service = service;
+    q.group = which->group;
+    q.version = which->version;
+    err = ch->registry->ops->subscribe(ch->registry, &q, crpci_channel_on_list, ch,
+                                       &ch->subscription);
     if (err)
         return crpci_status_set(error, err, "%.80s: could not be subscribed to: %s", service,
                                 crpc_status_text(err));

@@ -66,6 +66,22 @@ static void it_names_a_node_as_dubbo_would(void **state)
     assert_string_equal(name, GOLDEN);
 }
 
+static void it_names_a_consumer_as_dubbo_would(void **state)
+{
+    crpci_registration r = golden_registration();
+    char url[512];
+    size_t n = crpci_registry_consumer_url(url, sizeof url, &r, "[::1]", 1700000000000, 42);
+    (void)state;
+    assert_int_equal(n, strlen(url));
+    assert_string_equal(url, "consumer://[::1]/demo.Echo?application=my%20app&category=consumers"
+                             "&check=false&group=g1&interface=demo.Echo&pid=42&side=consumer"
+                             "&timestamp=1700000000000&version=1.0.0");
+    r.application = r.group = r.version = NULL;
+    crpci_registry_consumer_url(url, sizeof url, &r, "10.0.0.1", 5, 7);
+    assert_string_equal(url, "consumer://10.0.0.1/demo.Echo?application=crpc&category=consumers"
+                             "&check=false&interface=demo.Echo&pid=7&side=consumer&timestamp=5");
+}
+
 static void it_leaves_out_what_is_empty(void **state)
 {
     crpci_registration r;
@@ -176,7 +192,15 @@ static void it_has_defaults(void **state)
     assert_string_equal(n.address, "[::1]:1");
     assert_int_equal(n.weight, 100);
     assert_true(n.timestamp_ms == 0);
+    assert_true(n.enabled);
+    assert_true(n.disabled);
+    assert_int_equal(n.warmup_ms, 0);
+    ct_guard_free(g);
+    assert_true(parse(&n, "crpc://10.0.0.1:1/S?enabled=false&enabled=true&warmup=600000&application=a", &g));
     assert_false(n.enabled);
+    assert_false(n.disabled);
+    assert_int_equal(n.warmup_ms, 600000);
+    assert_string_equal(n.application, "a");
     ct_guard_free(g);
 }
 
@@ -261,16 +285,16 @@ static crpci_snapshot *collect(crpci_heap *h, const char *const *urls, size_t co
     crpci_snapshot *s;
     char *names[16];
     size_t i;
+    memset(&q, 0, sizeof q);
     q.service = "S";
     q.group = group;
-    q.version = NULL;
     for (i = 0; i < count; i++) {
         size_t n = urls[i] ? crpci_url_encode(NULL, 0, urls[i]) + 1 : 0;
         names[i] = n ? (char *)malloc(n) : NULL;
         if (n)
             crpci_url_encode(names[i], n, urls[i]);
     }
-    s = crpci_registry_collect(h, names, count, &q, bad);
+    s = crpci_registry_collect(h, names, count, &q, NULL, bad);
     for (i = 0; i < count; i++)
         free(names[i]);
     return s;
@@ -286,6 +310,7 @@ static void it_lists_each_address_once(void **state)
         "dubbo://10.0.0.3:1/S?interface=S",
         "crpc://10.0.0.4:1/S?interface=Other",
         "crpc://10.0.0.5:1/S?interface=S&enabled=false",
+        "crpc://10.0.0.7:1/S?interface=S&disabled=true",
         "crpc://10.0.0.6:1/S?interface=S&group=g",
         "baidu_std://[::1]:1/S",
         "nonsense",
@@ -313,6 +338,264 @@ static void it_lists_each_address_once(void **state)
     assert_int_equal(s->count, 0);
     crpci_registry_snapshot_unref(s);
     crpci_heap_unref(h);
+}
+
+/* --- overrides ---------------------------------------------------------------------------------- */
+
+/* Reads rules, applies them to the provider crpc://10.0.0.1:80/S (group g, version 1, application a)
+ * and says what became of it: "weight warmup" or "off". */
+static const char *overridden(crpci_heap *h, const char *const *urls, size_t count, size_t *bad)
+{
+    static char out[64];
+    char provider[] = "crpc://10.0.0.1:80/S?interface=S&group=g&version=1&application=a&weight=7";
+    crpci_registry_rules *rules;
+    crpci_registry_query q;
+    crpci_registry_node n;
+    char *names[8];
+    size_t i;
+    memset(&q, 0, sizeof q);
+    q.service = "S";
+    q.application = "consumer";
+    for (i = 0; i < count; i++) {
+        size_t size = crpci_url_encode(NULL, 0, urls[i]) + 1;
+        names[i] = (char *)malloc(size);
+        crpci_url_encode(names[i], size, urls[i]);
+    }
+    rules = crpci_registry_rules_read(h, names, count, "10.0.0.9", bad);
+    for (i = 0; i < count; i++)
+        free(names[i]);
+    if (!rules)
+        return NULL;
+    assert_true(crpci_registry_read(&n, provider));
+    crpci_registry_rules_apply(rules, &q, &n);
+    crpci_registry_rules_unref(rules);
+    snprintf(out, sizeof out, n.disabled ? "off" : "%d %d", n.weight, n.warmup_ms);
+    return out;
+}
+
+static void it_overrides_what_it_fits(void **state)
+{
+    static const struct {
+        const char *url, *outcome;
+    } rules[] = {
+        {"override://0.0.0.0/S?category=configurators&dynamic=false&enabled=true&weight=200",
+         "200 0"},
+        {"override://[::]/S?weight=200", "200 0"},
+        {"override://0.0.0.0/S?weight=-1", "0 0"},
+        {"override://0.0.0.0/S?warmup=5000", "7 5000"},
+        {"override://0.0.0.0/S?disabled=true", "off"},
+        {"override://0.0.0.0/*?disabled=true", "off"},
+        {"override://0.0.0.0?disabled=true", "off"},
+        {"override://u:p@10.0.0.1:80/S?disabled=true", "off"},
+        {"override://0.0.0.0:80/S?disabled=true", "off"},
+        {"override://0.0.0.0/S?disabled=true&enabled=false", "7 0"},
+        {"override://0.0.0.0/S?disabled=true&interface=S&group=g&version=1&application=a", "off"},
+        {"override://0.0.0.0/S?disabled=true&application=consumer", "off"},
+        {"override://0.0.0.0/S?disabled=true&group=*&version=*&application=*", "off"},
+        {"override://10.0.0.9/S?disabled=true", "off"}, /* at this consumer */
+        {"override://0.0.0.0:81/S?disabled=true", "7 0"},
+        {"override://10.0.0.1:8/S?disabled=true", "7 0"},
+        {"override://10.0.0.1/S?disabled=true", "7 0"}, /* at another consumer */
+        {"override://10.0.0.11:80/S?disabled=true", "7 0"},
+        {"override://[::1]:80/S?disabled=true", "7 0"},
+        {"override://0.0.0.0/T?disabled=true", "7 0"},
+        {"override://0.0.0.0/S?disabled=true&interface=T", "7 0"},
+        {"override://0.0.0.0/S?disabled=true&group=h", "7 0"},
+        {"override://0.0.0.0/S?disabled=true&version=2", "7 0"},
+        {"override://0.0.0.0/S?disabled=true&application=b", "7 0"},
+        {"override://0.0.0.0/S?timeout=5&loadbalance=random", "7 0"},
+    };
+    crpci_heap *h = heap(NULL);
+    size_t i, bad;
+    (void)state;
+    for (i = 0; i < sizeof rules / sizeof *rules; i++) {
+        const char *out = overridden(h, &rules[i].url, 1, &bad);
+        if (!out || bad || strcmp(out, rules[i].outcome) != 0)
+            fail_msg("%s: %s, not %s (bad: %zu)", rules[i].url, out, rules[i].outcome, bad);
+    }
+    crpci_heap_unref(h);
+}
+
+static void it_applies_overrides_in_dubbos_order(void **state)
+{
+    static const struct {
+        const char *urls[3], *outcome;
+    } rules[] = {
+        {{"override://10.0.0.1:80/S?weight=1", "override://0.0.0.0/S?weight=2",
+          "override://0.0.0.0/S?warmup=3"},
+         "1 3"},
+        {{"override://0.0.0.0/S?weight=1&priority=2", "override://0.0.0.0/S?weight=2&priority=1",
+          "override://0.0.0.0/S?weight=3"},
+         "1 0"},
+        {{"override://10.0.0.1:80/S?weight=1", "override://0.0.0.0/S?weight=2&priority=9",
+          "override://0.0.0.0/S?disabled=true"},
+         "off"},
+        {{"override://10.0.0.1:80/S?disabled=false", "override://0.0.0.0/S?weight=2",
+          "override://0.0.0.0/S?disabled=true"},
+         "2 0"},
+    };
+    static const int orders[6][3] = {{0, 1, 2}, {0, 2, 1}, {1, 0, 2},
+                                     {1, 2, 0}, {2, 0, 1}, {2, 1, 0}};
+    crpci_heap *h = heap(NULL);
+    size_t i, k, bad;
+    (void)state;
+    for (i = 0; i < sizeof rules / sizeof *rules; i++) {
+        for (k = 0; k < 6; k++) {
+            const char *urls[3], *out;
+            int n;
+            for (n = 0; n < 3; n++)
+                urls[n] = rules[i].urls[orders[k][n]];
+            out = overridden(h, urls, 3, &bad);
+            if (strcmp(out, rules[i].outcome) != 0)
+                fail_msg("rules %zu, order %zu: %s, not %s", i, k, out, rules[i].outcome);
+        }
+    }
+    crpci_heap_unref(h);
+}
+
+static void it_skips_what_is_no_override(void **state)
+{
+    static const char *const bad_ones[] = {
+        "",
+        "override",
+        "override://",
+        "override:///S?weight=1",
+        "override://host.name/S?weight=1",
+        "override://10.0.0.1:x/S?weight=1",
+        "override://10.0.0.1:70000/S?weight=1",
+        "override://::1/S?weight=1",
+        "override://unix:/x?weight=1",
+        "override://0.0.0.0/S?weight=heavy",
+        "override://0.0.0.0/S?weight=1&warmup=-7",
+        "override://0.0.0.0/S?weight=1&priority=high",
+        "override://0.0.0.0/S?weight=1&providerAddresses=10.0.0.1:80",
+        "override://0.0.0.0/S?weight=1&~zone=b",
+        "override://0.0.0.0/S?weight=1&group=%2",
+        "absent://0.0.0.0/S?weight=1",
+        "crpc://10.0.0.1:80/S?weight=1",
+    };
+    crpci_heap *h = heap(NULL);
+    size_t i, bad;
+    (void)state;
+    for (i = 0; i < sizeof bad_ones / sizeof *bad_ones; i++) {
+        const char *urls[2], *out;
+        urls[0] = bad_ones[i];
+        urls[1] = "override://0.0.0.0/S?weight=9";
+        out = overridden(h, urls, 2, &bad);
+        if (strcmp(out, "9 0") != 0 || bad != 1)
+            fail_msg("\"%s\": %s, %zu bad", bad_ones[i], out, bad);
+    }
+    crpci_heap_unref(h);
+}
+
+/* --- subscribers -------------------------------------------------------------------------------- */
+
+static char lines[2048]; /* what was logged */
+
+static void on_line(void *user, int level, const char *line)
+{
+    size_t n = strlen(lines);
+    (void)user;
+    (void)level;
+    snprintf(lines + n, sizeof lines - n, "%s\n", line);
+}
+
+/* What was pushed, one word for each list: its count, and "s" if it is stale. */
+static char pushed[64];
+static bool refuse;
+
+static int on_push(void *user, crpci_snapshot *list)
+{
+    size_t n = strlen(pushed);
+    (void)user;
+    if (refuse)
+        return CRPC_ENOMEM;
+    snprintf(pushed + n, sizeof pushed - n, "%zu%s ", list->count, list->stale ? "s" : "");
+    return CRPC_OK;
+}
+
+static void expect_pushed(const char *what)
+{
+    assert_string_equal(pushed, what);
+    pushed[0] = '\0';
+}
+
+static void it_keeps_the_last_good_list(void **state)
+{
+    crpci_snapshot *none, *one, *same, *two;
+    crpc_loop_options o;
+    crpc_loop *loop;
+    crpci_registry_query q;
+    crpci_registry_sub sub;
+    crpci_cond cond;
+    int round;
+    (void)state;
+    memset(&o, 0, sizeof o);
+    o.hooks = ct_hooks();
+    o.hooks.log = on_line;
+    assert_int_equal(crpc_loop_open(&loop, &o), CRPC_OK);
+    assert_int_equal(crpci_thread_cond_init(&cond), CRPC_OK);
+    none = crpci_registry_snapshot(loop->heap, 0);
+    one = crpci_registry_snapshot(loop->heap, 1);
+    same = crpci_registry_snapshot(loop->heap, 1);
+    two = crpci_registry_snapshot(loop->heap, 2);
+    memset(&q, 0, sizeof q);
+    q.service = "S";
+    for (round = 0; round < 2; round++) {
+        q.allow_empty = round == 1;
+        pushed[0] = lines[0] = '\0';
+        memset(&sub, 0, sizeof sub);
+        assert_true(crpci_registry_sub_init(&sub, loop, &cond, &q, on_push, NULL));
+        crpci_loop_lock(loop);
+        assert_true(crpci_registry_age(&sub)); /* nothing to be called stale yet */
+        assert_true(crpci_registry_offer(&sub, none, false));
+        expect_pushed("0 "); /* the first is news, empty or not */
+        assert_true(crpci_registry_offer(&sub, none, true));
+        expect_pushed("");
+        refuse = true;
+        assert_false(crpci_registry_offer(&sub, one, true));
+        refuse = false;
+        assert_true(crpci_registry_offer(&sub, one, true));
+        expect_pushed("1 ");
+        assert_true(crpci_registry_offer(&sub, same, true));
+        expect_pushed("");
+        assert_true(crpci_registry_offer(&sub, two, true));
+        expect_pushed("2 ");
+        assert_string_equal(lines, "");
+        assert_true(crpci_registry_offer(&sub, none, false)); /* something was unreadable */
+        expect_pushed("2s ");
+        assert_non_null(strstr(lines, "no provider of S is left"));
+        lines[0] = '\0';
+        assert_true(crpci_registry_offer(&sub, none, false)); /* said once, pushed once */
+        assert_true(crpci_registry_age(&sub));
+        expect_pushed("");
+        assert_string_equal(lines, "");
+        assert_true(crpci_registry_offer(&sub, none, true));
+        expect_pushed(q.allow_empty ? "0 " : "");
+        assert_true(crpci_registry_offer(&sub, two, true)); /* good again */
+        expect_pushed("2 ");
+        refuse = true;
+        assert_false(crpci_registry_age(&sub));
+        refuse = false;
+        assert_true(crpci_registry_age(&sub));
+        expect_pushed("2s ");
+        assert_true(crpci_registry_offer(&sub, two, true));
+        expect_pushed("2 ");
+        assert_true(crpci_registry_offer(&sub, none, false)); /* and again after it was good */
+        assert_non_null(strstr(lines, "no provider of S is left"));
+        expect_pushed("2s ");
+        crpci_registry_sub_end(&sub);
+        assert_true(crpci_registry_offer(&sub, one, true));
+        expect_pushed("");
+        crpci_loop_unlock(loop);
+        crpci_registry_sub_clear(&sub);
+    }
+    crpci_registry_snapshot_unref(none);
+    crpci_registry_snapshot_unref(one);
+    crpci_registry_snapshot_unref(same);
+    crpci_registry_snapshot_unref(two);
+    crpci_thread_cond_free(&cond);
+    crpc_loop_close(loop);
 }
 
 /* --- lists -------------------------------------------------------------------------------------- */
@@ -356,6 +639,13 @@ static void it_tells_lists_apart(void **state)
     b->providers[0].timestamp_ms = 1;
     assert_false(crpci_registry_snapshot_equal(a, b));
     b->providers[0].timestamp_ms = 0;
+    b->providers[0].warmup_ms = 1;
+    assert_false(crpci_registry_snapshot_equal(a, b));
+    b->providers[0].warmup_ms = 0;
+    b->stale = true;
+    assert_false(crpci_registry_snapshot_equal(a, b));
+    b->stale = false;
+    assert_true(crpci_registry_snapshot_equal(a, b));
     b->providers[0].address[0] = 'x';
     assert_false(crpci_registry_snapshot_equal(a, b));
     crpci_registry_snapshot_unref(a);
@@ -413,6 +703,7 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(it_names_a_node_as_dubbo_would),
+        CT_TEST(it_names_a_consumer_as_dubbo_would),
         CT_TEST(it_leaves_out_what_is_empty),
         CT_TEST(it_measures_what_does_not_fit),
         CT_TEST(it_reads_what_it_writes),
@@ -423,6 +714,10 @@ int main(void)
         CT_TEST(it_reads_cut_and_changed_names_safely),
         CT_TEST(it_matches_groups_and_versions),
         CT_TEST(it_lists_each_address_once),
+        CT_TEST(it_overrides_what_it_fits),
+        CT_TEST(it_applies_overrides_in_dubbos_order),
+        CT_TEST(it_skips_what_is_no_override),
+        CT_TEST(it_keeps_the_last_good_list),
         CT_TEST(it_counts_references),
         CT_TEST(it_refuses_what_overflows),
         CT_TEST(it_tells_lists_apart),

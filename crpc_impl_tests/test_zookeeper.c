@@ -313,39 +313,6 @@ static void it_tells_lost_from_refused(void **state)
         assert_false(crpci_zookeeper_lost(answers[i]));
 }
 
-static void it_keeps_the_last_good_list(void **state)
-{
-    crpc_loop *loop = loop_with(NULL);
-    crpci_heap *h = loop->heap;
-    crpci_snapshot *none = crpci_registry_snapshot(h, 0), *one = crpci_registry_snapshot(h, 1);
-    crpci_snapshot *same = crpci_registry_snapshot(h, 1), *two = crpci_registry_snapshot(h, 2);
-    crpci_zookeeper_sub sub;
-    (void)state;
-    memset(&sub, 0, sizeof sub);
-    sub.query.service = "S";
-    assert_true(crpci_zookeeper_is_news(&sub, none)); /* the first is news, empty or not */
-    sub.last = none;
-    assert_false(crpci_zookeeper_is_news(&sub, none));
-    assert_true(crpci_zookeeper_is_news(&sub, one));
-    sub.last = one;
-    assert_false(crpci_zookeeper_is_news(&sub, same));
-    assert_true(crpci_zookeeper_is_news(&sub, two));
-    assert_string_equal(lines, "");
-    assert_false(crpci_zookeeper_is_news(&sub, none));
-    assert_non_null(strstr(lines, "no provider of S is left"));
-    lines[0] = '\0';
-    assert_false(crpci_zookeeper_is_news(&sub, none)); /* said once */
-    assert_string_equal(lines, "");
-    assert_false(crpci_zookeeper_is_news(&sub, same));
-    assert_false(crpci_zookeeper_is_news(&sub, none)); /* and again after it was good */
-    assert_non_null(strstr(lines, "no provider of S is left"));
-    crpci_registry_snapshot_unref(none);
-    crpci_registry_snapshot_unref(one);
-    crpci_registry_snapshot_unref(same);
-    crpci_registry_snapshot_unref(two);
-    crpc_loop_close(loop);
-}
-
 /* --- waits -------------------------------------------------------------------------------------- */
 
 static void it_waits_with_jitter_and_bounds(void **state)
@@ -407,6 +374,8 @@ static int use(const crpc_hooks *hooks, void *user)
 {
     crpc_loop *loop = loop_with(hooks);
     crpci_registry *r = NULL, *again = NULL;
+    crpci_registry_options o;
+    crpci_registry_query q;
     crpci_registration what;
     crpci_url url;
     char text[64];
@@ -416,12 +385,18 @@ static int use(const crpc_hooks *hooks, void *user)
         return CRPC_ENOMEM;
     snprintf(text, sizeof text, "zookeeper://127.0.0.1:%d", *(int *)user);
     crpci_url_parse(&url, text, NULL);
-    err = crpci_registry_open(loop, &url, NULL, &r, NULL);
+    memset(&o, 0, sizeof o);
+    memset(&q, 0, sizeof q);
+    o.register_consumer = true;
+    q.service = "S";
+    err = crpci_registry_open(loop, &url, &o, &r, NULL);
     err = err ? err : crpci_registry_open(loop, &url, NULL, &again, NULL);
     if (!err)
-        err = r->ops->subscribe(r, "S", "g", "1", on_push, NULL, &sub);
+        err = again->ops->subscribe(again, &q, on_push, NULL, &sub);
+    q.group = "g";
+    q.version = "1";
     if (!err)
-        err = again->ops->subscribe(again, "S", NULL, NULL, on_push, NULL, &sub);
+        err = r->ops->subscribe(r, &q, on_push, NULL, &sub);
     memset(&what, 0, sizeof what);
     what.service = "S";
     what.address = ":80";
@@ -449,6 +424,7 @@ static void it_refuses_what_cannot_be_a_node(void **state)
     static const char *const bad[] = {"", ".", "..", "a/b", "a\nb", NULL};
     crpc_loop *loop = loop_with(NULL);
     crpci_registration what;
+    crpci_registry_query q;
     crpci_registry *r;
     crpci_url url;
     void *handle = loop;
@@ -457,13 +433,14 @@ static void it_refuses_what_cannot_be_a_node(void **state)
     assert_int_equal(crpci_url_parse(&url, "zookeeper://127.0.0.1:1/root", NULL), CRPC_OK);
     assert_int_equal(crpci_registry_open(loop, &url, NULL, &r, NULL), CRPC_OK);
     memset(&what, 0, sizeof what);
+    memset(&q, 0, sizeof q);
     for (i = 0; i < sizeof bad / sizeof *bad; i++) {
         what.service = bad[i];
         what.address = ":80";
         assert_int_equal(r->ops->enroll(r, &what, NULL, NULL, &handle), CRPC_EINVAL);
         assert_null(handle);
-        assert_int_equal(r->ops->subscribe(r, bad[i], NULL, NULL, on_push, NULL, &handle),
-                         CRPC_EINVAL);
+        q.service = bad[i];
+        assert_int_equal(r->ops->subscribe(r, &q, on_push, NULL, &handle), CRPC_EINVAL);
     }
     what.service = "S";
     what.address = NULL;
@@ -499,6 +476,7 @@ static void it_shares_what_is_the_same(void **state)
     for (i = 0; i < sizeof others / sizeof *others; i++) {
         crpci_registry_options o;
         crpci_zookeeper *a, *b;
+        memset(&o, 0, sizeof o);
         o.session_timeout_ms = others[i].timeout_ms;
         o.credential = others[i].credential;
         assert_int_equal(crpci_url_parse(&url, others[i].url, NULL), CRPC_OK);
@@ -526,7 +504,6 @@ int main(void)
         CT_TEST(it_takes_addresses),
         CT_TEST(it_knows_a_twin),
         CT_TEST(it_tells_lost_from_refused),
-        CT_TEST(it_keeps_the_last_good_list),
         CT_TEST(it_waits_with_jitter_and_bounds),
         CT_TEST(it_leaves_nothing_behind),
         CT_TEST(it_refuses_what_cannot_be_a_node),

@@ -12,7 +12,13 @@
 #define TIMEOUT_MS 1000 /* of sessions */
 #define SOON_MS 1000    /* in which a change is seen when the machine is not busy... */
 #define LATE_MS 20000   /* ... and when it is: nothing but a fault takes longer */
-#define PROVIDERS "/test/demo.Echo/providers"
+#define SERVICE "/test/demo.Echo"
+#define PROVIDERS SERVICE "/providers"
+#define OVERRIDES SERVICE "/configurators"
+#define CONSUMERS SERVICE "/consumers"
+
+/* Of the server: a consumer watches two directories, a provider its own node. */
+#define WATCHES(consumers, providers) (2 * (consumers) + (providers))
 
 static zk_server server; /* shared by the tests that leave it in order */
 static int session_ms = TIMEOUT_MS;
@@ -26,6 +32,8 @@ typedef struct side {
     void *reg;
     pthread_mutex_t lock;
     char list[1024]; /* the last one: "a:1 b:2 " */
+    char weights[256]; /* of the last one: "100 50 " */
+    int stale;         /* atomic: the last one is */
     int pushes;      /* atomic */
     int status;      /* atomic: the last one told; -1 none */
     int told_ok;     /* atomic */
@@ -69,8 +77,13 @@ static int on_push(void *user, crpci_snapshot *list)
     __atomic_store_n(&s->in_push, 1, __ATOMIC_SEQ_CST);
     pthread_mutex_lock(&s->lock);
     s->list[0] = '\0';
-    for (i = 0; i < list->count && n < sizeof s->list; i++)
+    s->weights[0] = '\0';
+    for (i = 0; i < list->count && n < sizeof s->list; i++) {
+        size_t w = strlen(s->weights);
         n += (size_t)snprintf(s->list + n, sizeof s->list - n, "%s ", list->providers[i].address);
+        snprintf(s->weights + w, sizeof s->weights - w, "%d ", list->providers[i].weight);
+    }
+    __atomic_store_n(&s->stale, list->stale, __ATOMIC_SEQ_CST);
     pthread_mutex_unlock(&s->lock);
     if (s->slow_push_ms)
         ct_sleep_ms(s->slow_push_ms);
@@ -126,6 +139,8 @@ static crpci_registry *open_registry(crpc_loop *loop, int port, const char *cred
     memset(&o, 0, sizeof o);
     o.session_timeout_ms = session_ms;
     o.credential = credential;
+    o.application = "tests";
+    o.register_consumer = true;
     snprintf(text, sizeof text, "zookeeper://127.0.0.1:%d/test", port);
     assert_int_equal(crpci_url_parse(&url, text, &error), CRPC_OK);
     if (crpci_registry_open(loop, &url, &o, &r, &error))
@@ -139,11 +154,20 @@ static void side_open(side *s, int port)
     s->registry = open_registry(s->loop, port, NULL);
 }
 
+static void side_subscribe_with(side *s, const char *group, const char *version, bool allow_empty)
+{
+    crpci_registry_query q;
+    memset(&q, 0, sizeof q);
+    q.service = "demo.Echo";
+    q.group = group;
+    q.version = version;
+    q.allow_empty = allow_empty;
+    assert_int_equal(s->registry->ops->subscribe(s->registry, &q, on_push, s, &s->sub), CRPC_OK);
+}
+
 static void side_subscribe_as(side *s, const char *group, const char *version)
 {
-    assert_int_equal(s->registry->ops->subscribe(s->registry, "demo.Echo", group, version, on_push,
-                                                 s, &s->sub),
-                     CRPC_OK);
+    side_subscribe_with(s, group, version, false);
 }
 
 static void side_subscribe(side *s)
@@ -197,6 +221,28 @@ static void expect_list(side *s, const char *list, int ms)
                  value(&s->pushes));
 }
 
+static bool side_weighs(side *s, const char *weights)
+{
+    bool same;
+    pthread_mutex_lock(&s->lock);
+    same = strcmp(s->weights, weights) == 0;
+    pthread_mutex_unlock(&s->lock);
+    return same;
+}
+
+static void expect_weights(side *s, const char *weights)
+{
+    if (!CT_WAIT(side_weighs(s, weights), LATE_MS))
+        fail_msg("the weights of \"%s\" are \"%s\" instead of \"%s\"", s->list, s->weights,
+                 weights);
+}
+
+static void expect_stale(side *s, int stale)
+{
+    if (!CT_WAIT(value(&s->stale) == stale, LATE_MS))
+        fail_msg("the list is %s", stale ? "not called stale" : "still called stale");
+}
+
 static void expect_ok(side *s, int ms)
 {
     if (!CT_WAIT(value(&s->status) == CRPC_OK, ms))
@@ -216,16 +262,21 @@ static int64_t side_session(side *s)
 
 /* --- what is on the server ---------------------------------------------------------------------- */
 
-static int count_nodes(const zk_server *s)
+static int count_in(const zk_server *s, const char *directory)
 {
     zk_client *c = zk_open(s);
     zk_names *names = (zk_names *)calloc(1, sizeof *names);
     int n;
-    zk_children(c, PROVIDERS, names);
+    zk_children(c, directory, names);
     n = names->count;
     zk_close(c);
     free(names);
     return n;
+}
+
+static int count_nodes(const zk_server *s)
+{
+    return count_in(s, PROVIDERS);
 }
 
 /* Whose the only node is; 0 if there are more or none. */
@@ -247,35 +298,62 @@ static int64_t only_owner(const zk_server *s, const char *address)
     return owner;
 }
 
-static void clean(const zk_server *s)
+static void clear_directory(zk_client *c, const char *directory)
 {
-    zk_client *c = zk_open(s);
     zk_names *names = (zk_names *)calloc(1, sizeof *names);
     char path[1200];
     int i;
-    zk_children(c, PROVIDERS, names);
+    zk_children(c, directory, names);
     for (i = 0; i < names->count; i++) {
-        snprintf(path, sizeof path, "%s/%s", PROVIDERS, names->name[i]);
+        snprintf(path, sizeof path, "%s/%s", directory, names->name[i]);
         zk_delete(c, path);
     }
-    zk_delete(c, PROVIDERS);
-    zk_delete(c, "/test/demo.Echo");
+    zk_delete(c, directory);
+    free(names);
+}
+
+static void clear_service(zk_client *c)
+{
+    clear_directory(c, PROVIDERS);
+    clear_directory(c, OVERRIDES);
+    clear_directory(c, CONSUMERS);
+    zk_delete(c, SERVICE);
+}
+
+static void clean(const zk_server *s)
+{
+    zk_client *c = zk_open(s);
+    clear_service(c);
     zk_delete(c, "/test");
     zk_close(c);
-    free(names);
+}
+
+static void add_to(const zk_server *s, const char *directory, const char *name)
+{
+    char path[1200];
+    zk_client *c = zk_open(s);
+    size_t n = (size_t)snprintf(path, sizeof path, "%s/", directory);
+    crpci_url_encode(path + n, sizeof path - n, name);
+    zk_create(c, "/test", "", 0);
+    zk_create(c, SERVICE, "", 0);
+    zk_create(c, directory, "", 0);
+    assert_int_equal(zk_create(c, path, "", 0), ZK_OK);
+    zk_close(c);
+}
+
+static void remove_from(const zk_server *s, const char *directory, const char *name)
+{
+    char path[1200];
+    zk_client *c = zk_open(s);
+    size_t n = (size_t)snprintf(path, sizeof path, "%s/", directory);
+    crpci_url_encode(path + n, sizeof path - n, name);
+    assert_int_equal(zk_delete(c, path), ZK_OK);
+    zk_close(c);
 }
 
 static void add_node(const zk_server *s, const char *name)
 {
-    char path[1200];
-    zk_client *c = zk_open(s);
-    size_t n = (size_t)snprintf(path, sizeof path, "%s/", PROVIDERS);
-    crpci_url_encode(path + n, sizeof path - n, name);
-    zk_create(c, "/test", "", 0);
-    zk_create(c, "/test/demo.Echo", "", 0);
-    zk_create(c, PROVIDERS, "", 0);
-    assert_int_equal(zk_create(c, path, "", 0), ZK_OK);
-    zk_close(c);
+    add_to(s, PROVIDERS, name);
 }
 
 /* --- a provider in a process of its own, to be killed ------------------------------------------- */
@@ -327,7 +405,7 @@ static void it_registers_and_discovers(void **state)
     assert_int_equal(zk_exists(c, PROVIDERS, &owner), ZK_OK);
     assert_true(owner == 0);
     zk_close(c);
-    assert_int_equal(zk_watches(&server), 1);
+    assert_true(CT_WAIT(zk_watches(&server) == WATCHES(1, 1), LATE_MS));
     ct_matrix(a.loop, "register-discover");
     side_close(&a);
     side_close(&b);
@@ -361,7 +439,7 @@ static void it_sees_a_new_provider_soon(void **state)
     }
     print_message("seen after %d ms\n", (int)best);
     assert_true(best < SOON_MS);
-    assert_int_equal(zk_watches(&server), 1);
+    assert_true(CT_WAIT(zk_watches(&server) == WATCHES(1, 1), LATE_MS));
     ct_matrix(a.loop, "provider-added-withdrawn");
     side_close(&a);
     side_close(&d);
@@ -567,7 +645,7 @@ static void it_survives_a_restarted_server(void **state)
     side_open(&d, s.port);
     side_enroll(&d, "10.0.0.2:8000");
     expect_list(&b, "10.0.0.1:8000 10.0.0.2:8000 ", LATE_MS);
-    assert_true(CT_WAIT(zk_watches(&s) == 1, LATE_MS));
+    assert_true(CT_WAIT(zk_watches(&s) == WATCHES(1, 2), LATE_MS));
     ct_matrix(a.loop, "server-restart");
     side_close(&a);
     side_close(&b);
@@ -992,6 +1070,7 @@ static void it_shares_one_session(void **state)
 {
     side a;
     crpci_registry *more[9];
+    crpci_registry_query q;
     void *handles[9];
     side others[9];
     int i;
@@ -1005,14 +1084,17 @@ static void it_shares_one_session(void **state)
         more[i] = open_registry(a.loop, server.port, NULL);
         memset(&others[i], 0, sizeof others[i]);
         pthread_mutex_init(&others[i].lock, NULL);
-        assert_int_equal(more[i]->ops->subscribe(more[i], "demo.Echo", i % 2 ? "*" : NULL, NULL,
-                                                 on_push, &others[i], &handles[i]),
+        memset(&q, 0, sizeof q);
+        q.service = "demo.Echo";
+        q.group = i % 2 ? "*" : NULL;
+        assert_int_equal(more[i]->ops->subscribe(more[i], &q, on_push, &others[i], &handles[i]),
                          CRPC_OK);
     }
     for (i = 0; i < 9; i++)
         expect_list(&others[i], "10.0.0.1:8000 ", LATE_MS);
     assert_int_equal(zk_connections(&server), 1);
-    assert_int_equal(zk_watches(&server), 1);
+    assert_true(CT_WAIT(zk_watches(&server) == WATCHES(1, 1), LATE_MS));
+    assert_true(CT_WAIT(count_in(&server, CONSUMERS) == 9, LATE_MS));
     assert_true(a.loop->registries.next->next == &a.loop->registries);
     for (i = 0; i < 9; i++) {
         if (i % 3)
@@ -1020,7 +1102,7 @@ static void it_shares_one_session(void **state)
         crpci_registry_close(more[i]); /* ends the rest */
         pthread_mutex_destroy(&others[i].lock);
     }
-    ct_sleep_ms(100);
+    assert_true(CT_WAIT(count_in(&server, CONSUMERS) == 0, LATE_MS));
     assert_true(only_owner(&server, "10.0.0.1:8000") == side_session(&a));
     ct_matrix(a.loop, "shared-session");
     side_close(&a);
@@ -1125,10 +1207,10 @@ static void it_survives_a_deleted_directory(void **state)
     expect_list(&b, "", LATE_MS);
     c = zk_open(&server);
     assert_true(CT_WAIT(zk_exists(c, PROVIDERS, &owner) == ZK_OK, LATE_MS));
-    assert_true(CT_WAIT(zk_watches(&server) == 1, LATE_MS));
-    assert_int_equal(zk_delete(c, PROVIDERS), ZK_OK);
-    zk_delete(c, "/test/demo.Echo");
+    assert_true(CT_WAIT(zk_watches(&server) == WATCHES(1, 0), LATE_MS));
+    clear_service(c);
     assert_true(CT_WAIT(zk_exists(c, PROVIDERS, &owner) == ZK_OK, LATE_MS));
+    assert_true(CT_WAIT(zk_exists(c, OVERRIDES, &owner) == ZK_OK, LATE_MS));
     side_open(&a, server.port);
     side_enroll(&a, "10.0.0.1:8000");
     expect_list(&b, "10.0.0.1:8000 ", LATE_MS);
@@ -1245,6 +1327,7 @@ static int sweep(const crpc_hooks *hooks, void *user)
     crpc_loop_options o;
     crpci_registry_options ro;
     crpci_registration what;
+    crpci_registry_query q;
     crpci_registry *r = NULL;
     crpc_loop *loop;
     crpci_url url;
@@ -1254,7 +1337,10 @@ static int sweep(const crpc_hooks *hooks, void *user)
     side *s = (side *)user;
     memset(&o, 0, sizeof o);
     memset(&ro, 0, sizeof ro);
+    memset(&q, 0, sizeof q);
     memset(&what, 0, sizeof what);
+    q.service = "demo.Echo";
+    ro.register_consumer = true;
     o.poller = ct_poller();
     o.hooks = *hooks;
     o.hooks.log_level = -1;
@@ -1270,7 +1356,7 @@ static int sweep(const crpc_hooks *hooks, void *user)
     crpci_url_parse(&url, text, NULL);
     err = crpci_registry_open(loop, &url, &ro, &r, NULL);
     if (!err)
-        err = r->ops->subscribe(r, "demo.Echo", NULL, NULL, on_push, s, &sub);
+        err = r->ops->subscribe(r, &q, on_push, s, &sub);
     what.service = "demo.Echo";
     what.address = "10.0.0.1:8000";
     if (!err)
