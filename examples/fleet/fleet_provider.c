@@ -13,6 +13,7 @@
  *   --workers N          threads that run handlers; default 0: they run on the loop
  *   --delay-ms N         each reply comes so much later. Without workers a timer sends it, so that
  *                        the loop goes on; a worker sleeps. SIGUSR1 switches the delay off and on
+ *   --max-concurrency N  requests in service at a time; beyond it callers get ELIMIT; default 8192
  *   --fail-percent N     so many of the calls are answered with the application's error 10001
  *   --lame-ms N          how long stopping goes on serving after it has left the registry, for
  * those who have not heard of it yet; default 1000, without a registry 0
@@ -242,6 +243,8 @@ static bool parse_option(provider *p, const char *name, const char *value)
         o->weight = o->weight == 0 ? -1 : o->weight; /* in options 0 is the default */
     } else if (strcmp(name, "--workers") == 0) {
         good = parse_number(value, 1024, &o->workers);
+    } else if (strcmp(name, "--max-concurrency") == 0) {
+        good = parse_number(value, INT_MAX, &o->max_concurrency);
     } else if (strcmp(name, "--delay-ms") == 0) {
         good = parse_number(value, INT_MAX, &p->delay_ms);
     } else if (strcmp(name, "--fail-percent") == 0) {
