@@ -122,6 +122,7 @@
  *     >>impl-worker        a bounded queue and the threads that empty it
  *     >>impl-order         requests of one key, one after another
  *     >>impl-replay        replies kept for requests that come again
+ *     >>impl-quota         what a method and a client may ask of a server
  *     >>impl-server        listeners, requests, replies, stopping
  *
  * BUILD AND OPTIONS
@@ -744,6 +745,46 @@ typedef struct crpc_service {
 typedef struct crpc_channel crpc_channel;
 typedef struct crpc_call crpc_call;
 
+/* How a channel chooses among the providers that can be used. None fails while one is usable. */
+typedef enum crpc_balancer {
+    CRPC_BALANCER_DEFAULT = 0,       /* CRPC_BALANCER_WEIGHTED_ROUND_ROBIN */
+    CRPC_BALANCER_RANDOM = 1,        /* lb=random: each as often as another */
+    CRPC_BALANCER_WEIGHTED_RANDOM = 2,      /* lb=wrandom: by weight */
+    CRPC_BALANCER_ROUND_ROBIN = 3,          /* lb=rr */
+    CRPC_BALANCER_WEIGHTED_ROUND_ROBIN = 4, /* lb=wrr: smoothly by weight */
+    CRPC_BALANCER_LEAST_ACTIVE = 5,         /* lb=la: fewest calls of this channel under way */
+    CRPC_BALANCER_CONSISTENT_HASH = 6,      /* lb=hash: by crpc_call.key or hash_field */
+    CRPC_BALANCER_P2C = 7 /* lb=p2c: of two at random the one with less latency times calls */
+} crpc_balancer;
+
+/* What is made of the providers for one call; Dubbo's cluster modes. */
+typedef enum crpc_cluster {
+    CRPC_CLUSTER_DEFAULT = 0,  /* CRPC_CLUSTER_FAILOVER */
+    CRPC_CLUSTER_FAILOVER = 1, /* cluster=failover: `retries` more attempts, on other providers */
+    CRPC_CLUSTER_FAILFAST = 2, /* cluster=failfast: one attempt */
+    CRPC_CLUSTER_FAILSAFE = 3, /* cluster=failsafe: one attempt; a failure is logged and gives an
+                                  empty response */
+    CRPC_CLUSTER_FAILBACK = 4, /* cluster=failback: as failsafe, and the request is sent again in
+                                  the background, `retries` times, see failback_max */
+    CRPC_CLUSTER_FORKING = 5,  /* cluster=forking: `forks` providers at once, the first success
+                                  counts, the others are cancelled */
+    CRPC_CLUSTER_BROADCAST = 6 /* cluster=broadcast: every provider; fails if more than fail_percent
+                                  of them did */
+} crpc_cluster;
+
+/* How calls are made: of a call, of a method, of a channel; what the first leaves at 0 is the
+ * next one's. Retries, forks and backup requests never execute anything twice that is not
+ * idempotent: see Delivery; FORKING and BROADCAST ask for just that and are the caller's word. */
+typedef struct crpc_policy {
+    crpc_cluster cluster; /* 0: CRPC_CLUSTER_DEFAULT */
+    int timeout_ms;   /* total, of all attempts. 0: the method's, else 1000. -1: as 0 */
+    int retries;      /* further attempts, up to 16. 0: 2. -1: none */
+    int backup_ms;    /* an idempotent call without a reply after so long is sent to one more
+                         provider, and the first reply counts. 0: never. -1: never */
+    int forks;        /* providers that a forking call goes to. 0: 2. -1: all */
+    int fail_percent; /* of a broadcast's providers that may fail, 100 at most. 0: none. -1: none */
+} crpc_policy;
+
 /* Everything about one call beside its messages: what goes in, and what comes out. It is the
  * caller's; zero-initialise it (CRPC_INIT) before its first use and crpc_call_reset it after its
  * last. It may be used for call after call. Every call function takes one last; NULL means
@@ -760,6 +801,13 @@ struct crpc_call {
     crpc_view credential;       /* authentication_data, borrowed likewise. Unset: the channel's */
     crpc_view attachment;       /* raw bytes behind the message; borrowed likewise */
     const crpc_context *parent; /* request on whose behalf: deadline, log and trace ids inherit */
+    const crpc_policy *policy;  /* borrowed likewise; goes before timeout_ms and retries above.
+                                   NULL: the method's */
+    crpc_view key; /* lb=hash: equal keys go to the same provider. Unset: the hash_field's */
+    /* Names the request to servers that keep replies (crpc_server_options.replay_entries): of
+     * several with one id, 64 bytes at most, one is executed. Unset: none, unless request_ids */
+    crpc_view request_id;
+    crpc_view order_key; /* servers execute requests of one key in turn. Unset: none */
     /* --- out ------------------------------------------------------------ */
     crpc_error error;           /* how it ended; error.code equals the returned value */
     crpc_view reply_attachment; /* raw bytes behind the reply, until crpc_call_reset */
@@ -797,6 +845,22 @@ typedef struct crpc_client_interceptor {
     void *user;
 } crpc_client_interceptor;
 
+/* What is peculiar to one method of a channel. Borrowed while the channel lives. */
+typedef struct crpc_method_options {
+    const char *method; /* "Login" */
+    crpc_policy policy; /* 0 in a member: the channel's */
+    int hash_field; /* number of the request's field that is the key of lb=hash. 0: the channel's.
+                       -1: none */
+    /* Degrading: what stands for a reply when a call has failed, but not by an application's error.
+     * `fallback` fills the cleared response and returns CRPC_OK, or the status to return; it runs
+     * where the result is delivered, and what its views point to must outlive the call. Without it,
+     * `canned` is decoded: an encoded response, which must outlive the channel. */
+    int (*fallback)(void *user, const crpc_method *method, const crpc_error *error, void *response);
+    void *user;
+    crpc_view canned;
+    int degraded; /* 1: always, without calling at all. 0: only when a call has failed */
+} crpc_method_options;
+
 typedef struct crpc_channel_options {
     crpc_loop *loop; /* must outlive the channel. NULL: a private loop */
     crpc_loop_options private_loop; /* of the private loop. 0: defaults */
@@ -814,6 +878,43 @@ typedef struct crpc_channel_options {
     const char *registry_credential; /* ZooKeeper digest "user:password". NULL: none */
     const crpc_client_interceptor *interceptors; /* borrowed while the channel lives */
     size_t interceptor_count;
+    const crpc_method_options *methods; /* borrowed while the channel lives */
+    size_t method_count;
+    /* --- providers and policies ----------------------------------------- */
+    crpc_balancer balancer; /* 0: CRPC_BALANCER_DEFAULT */
+    crpc_cluster cluster;   /* 0: CRPC_CLUSTER_DEFAULT */
+    int backup_ms;          /* as in crpc_policy. 0: never. -1: never */
+    int forks;              /* as in crpc_policy. 0: 2. -1: all */
+    int fail_percent;       /* as in crpc_policy. 0: none. -1: none */
+    int hash_field;         /* as in crpc_method_options. 0: none. -1: none */
+    int max_endpoints; /* providers that this channel uses of a longer list, chosen by a hash that
+                          differs from channel to channel. 0: all. -1: all */
+    /* Retries that may be made without successes: each takes one of them, each success gives a
+     * tenth back; so a dead fleet is not stormed. What a stopping server or a connection that had
+     * gone stale costs is not counted. 0: 10. -1: no limit */
+    int retry_budget;
+    /* 1: every call gets a request id, and is sent again to its provider if the connection is lost,
+     * also where the method is not idempotent: for servers that keep replies. 0: no */
+    int request_ids;
+    int failback_ms;  /* between the tries of a failed call. 0: 5000. -1: as 0 */
+    int failback_max; /* such calls waiting at a time; more are dropped. 0: 100. -1: none */
+    /* Told of each that is given up, on the thread that drives the loop. NULL: it is logged. */
+    void (*failback_dropped)(void *user, const crpc_method *method, const crpc_error *error);
+    void *failback_user;
+    /* The breaker takes a provider whose calls fail out of the choice for a time, lets one call
+     * try it, and then gives it its share back step by step. Timeouts and lost connections count as
+     * failures, an application's errors as successes; CRPC_ELIMIT and cancelled calls as
+     * neither. */
+    int breaker;            /* 1: use it. 0: no */
+    int breaker_percent;    /* failures that open it. 0: 50. -1: as 0 */
+    int breaker_requests;   /* so many calls at least have to be seen. 0: 20. -1: 1 */
+    int breaker_window_ms;  /* in this time. 0: 10000. -1: as 0 */
+    int breaker_slow_ms;    /* slower replies count as slow. 0: none does. -1: none does */
+    int breaker_slow_percent; /* slow replies that open it. 0: 50. -1: as 0 */
+    int breaker_open_ms; /* the first time; doubles when it fails soon again. 0: 1000. -1: as 0 */
+    int breaker_open_max_ms; /* 0: 30000. -1: as 0 */
+    int breaker_ramp_ms;    /* until it has all of its share again. 0: 5000. -1: at once */
+    int breaker_eject_percent; /* of the providers that may be out at a time. 0: 50. -1: 100 */
 } crpc_channel_options;
 
 #if CRPC_ENABLE_CLIENT
@@ -823,10 +924,10 @@ typedef struct crpc_channel_options {
  *   tcp://host:port        unix:///path        list://host:port,host:port
  *   zookeeper://host:port,host:port/root/package.Service
  *
- * Options may follow as ?key=value&key=value: timeout_ms, connect_timeout_ms, retries, inflight,
- * max_body, max_queued, short_names (0 or 1); with zookeeper:// also registry_timeout_ms,
- * session_timeout_ms, must_connect, group, version. An unknown key is CRPC_EINVAL. They override
- * `options`, which may be NULL. IPv6 addresses stand in brackets.
+ * Options may follow as ?key=value&key=value: the numbers among crpc_channel_options by their
+ * names, lb and cluster by the words beside crpc_balancer and crpc_cluster, with a registry also
+ * group and version. An unknown key is CRPC_EINVAL. They override `options`, which may be NULL.
+ * IPv6 addresses stand in brackets.
  *
  * Host names are resolved here, on this thread; connections are made when calls need them. With
  * zookeeper:// waits for the session and the first list for registry_timeout_ms. CRPC_EREGISTRY:
@@ -933,6 +1034,18 @@ typedef struct crpc_server_interceptor {
     void *user;
 } crpc_server_interceptor;
 
+/* What a method may take of a server; the first entry that names it counts. What is over it is
+ * answered with CRPC_ELIMIT, undecoded. */
+typedef struct crpc_method_limit {
+    const char *service; /* full name. NULL: any */
+    const char *method;  /* NULL: any; each has a limit of its own */
+    int max_concurrency; /* requests in service at a time. 0: no limit. -1: no limit */
+    int adaptive;        /* 1: as many as it can serve without queueing, which is measured as brpc
+                            does ("auto"), beginning with 40, never under `workers`. 0: not */
+    int rate;            /* requests a second. 0: no limit. -1: no limit */
+    int burst;           /* requests at once after a pause. 0: as rate. -1: as rate */
+} crpc_method_limit;
+
 typedef struct crpc_server_options {
     const char *listen; /* tcp://host:port or unix:///path; port 0: any. NULL: crpc_server_listen */
     const char *registry; /* zookeeper://host:port,...[/root] to register in; without a root in
@@ -965,6 +1078,11 @@ typedef struct crpc_server_options {
     int64_t max_skip;    /* an oversize request up to here is answered. 0: 256 MiB. -1: none */
     int64_t max_queued;  /* memory of a connection's unsent replies before reading pauses. 0: 4 MiB.
                             -1: no limit */
+    const crpc_method_limit *limits; /* borrowed until crpc_server_start has returned */
+    size_t limit_count;
+    int rate_per_client;  /* requests a second of all connections from an IP address; those by unix
+                             sockets count as one's. 0: no limit. -1: no limit */
+    int burst_per_client; /* at once after a pause. 0: as rate_per_client. -1: as rate_per_client */
     /* The replies to requests with the user_fields entry "crpc-rid", an id of up to 64 bytes that no
      * other call to the method has, are kept: one that comes again is not executed but gets the
      * same reply, after interceptors have let it through. If all entries execute it is executed,
@@ -5023,10 +5141,12 @@ CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
  * holds (most replies a second) x (time of a reply when nothing queues) calls; the limit is a
  * little above that product of two measured numbers, by 6 to 30 per cent: more while it does no
  * harm, so as to find out whether the server can do more. How fast a reply is when nothing queues
- * is measured anew at times, with fewer calls let in. Two things are done otherwise than in brpc:
+ * is measured anew at times, with fewer calls let in. Three things are done otherwise than in brpc:
  * - The time without a queue, if first measured in an overload, is too long. So it is measured anew
  *   soon after the start, and soon again as long as each time gives much less; and if calls are
  *   being refused anyway only half as many are let in then, not nine tenths.
+ * - The most replies a second fade faster while calls are refused: then it is the server that has
+ *   become slower, and not the clients quieter.
  * - A limit that nobody came up to while replies were fast is not lowered: few calls are no sign
  *   of a weak server, and what comes after a quiet time would be refused for nothing.
  */
@@ -5113,9 +5233,11 @@ CRPCI_FN void crpci_limiter_auto_plan(crpci_limiter_auto *a, int64_t now_us)
     a->anew_us = now_us + wait + (int64_t)((uint64_t)wait * draw >> 32);
 }
 
-/* What a full window says of the server. */
+/* What a full window says of the server. The most replies a second are forgotten slowly, since few
+ * may only mean that few calls came; sooner if some were refused. */
 CRPCI_FN void crpci_limiter_auto_learn(crpci_limiter_auto *a, int64_t avg_us, int64_t qps)
 {
+    int64_t part = a->refused ? 20 : 100;
     if (!a->free_us) {
         a->free_us = avg_us;
         a->soon = !a->free_was || avg_us < a->free_was - a->free_was / 5;
@@ -5123,7 +5245,7 @@ CRPCI_FN void crpci_limiter_auto_learn(crpci_limiter_auto *a, int64_t avg_us, in
         a->free_us = (avg_us + a->free_us * 9) / 10;
     }
     a->free_us = a->free_us > 0 ? a->free_us : 1;
-    a->qps = qps >= a->qps ? qps : (qps + a->qps * 99) / 100;
+    a->qps = qps >= a->qps ? qps : a->qps - (a->qps - qps) / part;
 }
 
 CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
@@ -5336,7 +5458,7 @@ CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options 
     uint64_t calls = 0, errors = 0, slows = 0;
     crpci_breaker_slice *s;
     unsigned i;
-    if (slice - b->slice >= CRPCI_BREAKER_SLICES)
+    if (slice - b->slice >= CRPCI_BREAKER_SLICES || b->slice - slice > 1) /* other options */
         b->slice = slice - CRPCI_BREAKER_SLICES;
     while (b->slice < slice)
         memset(&b->slices[++b->slice & (CRPCI_BREAKER_SLICES - 1)], 0, sizeof *s);
@@ -6263,6 +6385,7 @@ struct crpci_conn {
     void *io_state;
     const crpci_conn_events *up;
     void *owner;
+    void *client; /* the upper section's word for the peer; NULL: none */
     uint32_t refs;
     uint32_t busy; /* requests being served */
     int fd;
@@ -10315,18 +10438,23 @@ CRPCI_COLD int crpci_registry_open(crpc_loop *l, const crpci_url *url,
 #define CRPCI_CHANNEL_RETRIES 16 /* an attempt that fails at once is made inside of the last one */
 #define CRPCI_CHANNEL_INLINE 4096 /* attachments up to here are copied behind the message */
 #define CRPCI_CHANNEL_COPY 2048   /* replies up to here are copied out of a shared buffer */
+#define CRPCI_CHANNEL_REWEIGH 1000000 /* microseconds between new weights of warming providers */
 #define CRPCI_CHANNEL_BACKOFF_MIN 50000
 #define CRPCI_CHANNEL_BACKOFF_MAX 1000000 /* microseconds: an ordinary call can wait for it */
 
 /* A reply's user_fields entry that says: error_code is the application's. */
 #define CRPCI_CHANNEL_APP_FIELD "crpc-app"
+/* A request's that name it, and the requests that are executed in turn. */
+#define CRPCI_CHANNEL_ID_FIELD    "crpc-rid"
+#define CRPCI_CHANNEL_ORDER_FIELD "crpc-key"
 
 /* One provider as this loop sees it: one connection, shared by all channels of the loop that ask
- * for the same options. Lives while a channel lists it or a call uses it. */
+ * for the same options. */
 typedef struct crpci_endpoint {
     crpci_list link;
     crpc_loop *loop;
     uint32_t refs;
+    uint32_t users; /* references that want its connection too: crpci_nodes */
     char address[CRPC_ADDRESS_MAX];
     size_t address_size; /* the zero included */
     crpci_addr addr;
@@ -10346,12 +10474,37 @@ typedef struct crpci_endpoint {
     bool refused; /* the last connection was not lost but never came about */
 } crpci_endpoint;
 
+/* One provider of one channel: its part in the choice. Lives while it is listed or an attempt uses
+ * it. */
+typedef struct crpci_node {
+    crpci_balance_node balance;
+    crpci_endpoint *endpoint;
+    crpci_breaker breaker;
+    uint32_t refs;
+    bool kept;        /* while lists are exchanged: the new one has it too */
+    uint32_t weight;  /* when it is warm */
+    int64_t warmup_us;
+    int64_t since_us; /* when it began to serve, in the loop's time */
+} crpci_node;
+
 typedef enum crpci_call_kind {
     CRPCI_CALL_SYNC,
     CRPCI_CALL_DELIVER,
     CRPCI_CALL_ID,
-    CRPCI_CALL_NOTIFY
+    CRPCI_CALL_NOTIFY,
+    CRPCI_CALL_PART, /* one of several attempts at the same time; its parent is one of the above */
+    CRPCI_CALL_BACK  /* a failed call that is tried again in the background */
 } crpci_call_kind;
+
+/* A policy without zeros. */
+typedef struct crpci_policy {
+    uint8_t cluster;
+    uint8_t retries;
+    uint8_t fail_percent;
+    int timeout_ms; /* 0: the method's or the channel's */
+    int backup_ms;  /* 0: none */
+    int forks;      /* 0: all */
+} crpci_policy;
 
 /* What a channel knows of a method since its first call. */
 typedef struct crpci_call_method {
@@ -10360,6 +10513,10 @@ typedef struct crpci_call_method {
     size_t size; /* of this with the names */
     crpc_view names;
     crpci_message_type response;
+    crpci_policy policy;
+    bool plain;                         /* one attempt at a time, at most again after failures */
+    uint32_t hash_field;                /* 0: none */
+    const crpc_method_options *options; /* NULL: none */
 } crpci_call_method;
 
 /* An encoded request, able to be framed again and again: what varies goes in front of it. */
@@ -10376,6 +10533,7 @@ typedef struct crpci_request {
     crpc_view names;      /* as in a crpci_meta, and so on */
     crpc_view credential;
     int64_t log_id, trace_id, span_id, parent_span_id;
+    bool identified; /* its provider executes it once, however often it comes */
 } crpci_request;
 
 /* What is kept of a crpci_message that answers a call; holds a reference of the chunk. */
@@ -10405,17 +10563,24 @@ typedef struct crpci_call {
     crpci_timer timer;
     crpc_channel *channel;
     const crpc_method *method;
-    const crpci_message_type *response;
+    const crpci_call_method *known;
     crpci_call_kind kind;
     crpci_call_state state;
     uint64_t id;
     crpci_out *out;     /* queued on the endpoint's connection; NULL: not */
-    crpci_endpoint *endpoint;
+    crpci_endpoint *endpoint; /* of this attempt, or the last; a reference */
+    crpci_node *node;         /* of this attempt, NULL: it has ended */
     int64_t start_us;
+    int64_t attempt_us;
     int64_t end_us; /* if it has ended */
     int64_t deadline_us;
+    int64_t backup_us; /* when a backup request is due; INT64_MAX: never */
+    uint64_t key;      /* for lb=hash */
+    struct crpci_call *parent; /* of a part */
+    struct crpci_group *group; /* its parts, NULL: none */
     int attempts;
     int max_attempts;
+    crpci_policy policy;
     crpc_sent sent;
     crpci_waiter *waiter;
     crpc_error *error; /* the caller's, or in error_chunk; NULL: not wanted or no memory */
@@ -10428,13 +10593,22 @@ typedef struct crpci_call {
     crpci_chunk *block; /* holds this and the response struct, NULL: it is on a caller's stack;
                          * mostly the request's chunk too */
     const crpci_endpoint *tried[CRPCI_CHANNEL_TRIED]; /* by the last attempts that failed */
-    size_t address_size;
-    char address[CRPC_ADDRESS_MAX]; /* the last provider tried */
     crpci_request request;
     crpci_reply reply; /* if replied */
 } crpci_call;
 
 #define CRPCI_CALL_SIZE ((sizeof(crpci_call) + 15) & ~(size_t)15)
+
+/* Attempts of one call that go on at the same time, each a call of its own. */
+typedef struct crpci_group {
+    crpci_list parts; /* those that have ended too: nobody is tried twice */
+    uint32_t open;    /* under way */
+    uint32_t failed;
+    bool all;      /* wait for every one of them; else the first success will do */
+    bool starting; /* more are being begun: none of them is the last */
+    int status;    /* of the last failure */
+    crpci_endpoint *from; /* of the reply that counts; a reference */
+} crpci_group;
 
 struct crpc_channel {
     crpc_loop *loop;
@@ -10442,22 +10616,40 @@ struct crpc_channel {
     bool closed;
     uint32_t refs; /* atomic: the program's, of synchronous calls, and one of all others */
     size_t pending; /* asynchronous calls: begun, and not freed */
-    int timeout_ms;
     int connect_timeout_ms;
-    int retries;
+    crpci_policy policy;
     uint32_t inflight;
     uint32_t max_body;
     int64_t max_queued;
     bool short_names;
+    int hash_field;
+    const crpc_method_options *method_options;
+    size_t method_count;
     char *credential;
     char *where; /* what is looked up in the registry, for people; NULL: nothing */
     const crpc_client_interceptor *interceptors;
     size_t interceptor_count;
     crpci_list calls;
     crpci_call_method *methods; /* atomic: read without the lock; they stay */
-    crpci_endpoint **endpoints;
-    size_t endpoint_count;
-    size_t next; /* round robin */
+    crpci_balance balance;
+    crpci_balance_node **nodes; /* each in a crpci_node */
+    size_t node_count;
+    size_t node_room;  /* of the array */
+    bool sorted;       /* the nodes are, by address */
+    size_t max_nodes;  /* 0: all that are listed */
+    uint64_t seed;     /* which of them, if not all; and of request ids */
+    bool request_ids;
+    uint32_t last_request; /* atomic */
+    int64_t reweigh_at; /* when the weights of warming providers are due, INT64_MAX: none is */
+    crpci_breaker_options breaker;
+    size_t ejected_percent; /* that may be out at a time */
+    bool budgeted;
+    crpci_limiter_budget budget;
+    size_t failbacks; /* waiting */
+    size_t max_failbacks;
+    int64_t failback_us;
+    void (*failback_dropped)(void *user, const crpc_method *method, const crpc_error *error);
+    void *failback_user;
     crpci_registry *registry;
     void *subscription;
     bool listed; /* the registry has answered */
@@ -10513,26 +10705,120 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
 
 /* --- encoding, without the lock --------------------------------------------------------------- */
 
-/* The user_fields that a call sends: its own, and `added` bytes of interceptors'. */
-CRPCI_FN size_t crpci_channel_fields_size(const crpc_call *call, size_t added)
+/* The user_fields that a call sends: its own, `added` bytes of interceptors', and what it is named
+ * by. */
+CRPCI_FN size_t crpci_channel_fields_size(const crpc_call *call, size_t added, crpc_view id)
 {
     size_t n = added, i;
     for (i = 0; i < call->field_count; i++)
         n += crpci_meta_field_size(strlen(call->fields[i].key), strlen(call->fields[i].value));
+    if (crpc_view_data(id))
+        n += crpci_meta_field_size(sizeof CRPCI_CHANNEL_ID_FIELD, crpc_view_size(id));
+    if (crpc_view_data(call->order_key))
+        n += crpci_meta_field_size(sizeof CRPCI_CHANNEL_ORDER_FIELD,
+                                   crpc_view_size(call->order_key));
     return n;
 }
 
-/* Copies them to the front of the chunk. */
-CRPCI_FN void crpci_channel_put_fields(crpci_message_out *o, const crpc_call *call, size_t added)
+CRPCI_FN void crpci_channel_put_field(crpci_message_out *o, const char *key, crpc_view value)
 {
-    uint8_t *p = crpci_heap_data(o->chunk);
+    o->len += crpci_meta_put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
+}
+
+/* Copies them to the front of the chunk. */
+CRPCI_FN void crpci_channel_put_fields(crpci_message_out *o, const crpc_call *call, size_t added,
+                                       crpc_view id)
+{
     size_t i;
     for (i = 0; i < call->field_count; i++)
-        o->len += crpci_meta_put_field(p + o->len, crpc_view_str(call->fields[i].key),
-                                       crpc_view_str(call->fields[i].value));
+        crpci_channel_put_field(o, call->fields[i].key, crpc_view_str(call->fields[i].value));
     if (added)
-        memcpy(p + o->len, crpci_heap_data((crpci_chunk *)call->reserved[CRPCI_CALL_ADDED]), added);
+        memcpy(crpci_heap_data(o->chunk) + o->len,
+               crpci_heap_data((crpci_chunk *)call->reserved[CRPCI_CALL_ADDED]), added);
     o->len += added;
+    if (crpc_view_data(id))
+        crpci_channel_put_field(o, CRPCI_CHANNEL_ID_FIELD, id);
+    if (crpc_view_data(call->order_key))
+        crpci_channel_put_field(o, CRPCI_CHANNEL_ORDER_FIELD, call->order_key);
+}
+
+/* The call's own id, or one that no other call has, written to `text`. */
+CRPCI_FN crpc_view crpci_channel_id(crpc_channel *ch, const crpc_call *call, char text[17])
+{
+    if (CRPCI_LIKELY(!ch->request_ids) || crpc_view_data(call->request_id))
+        return call->request_id;
+    snprintf(text, 17, "%016llx",
+             (unsigned long long)crpci_balance_mix(
+                 ch->seed + __atomic_add_fetch(&ch->last_request, 1, __ATOMIC_RELAXED)));
+    return crpc_view_of(text, 16);
+}
+
+/* A policy's words over those it does not know of. */
+CRPCI_FN void crpci_channel_apply(crpci_policy *to, const crpc_policy *p)
+{
+    if (p->cluster)
+        to->cluster = (uint8_t)p->cluster;
+    if (p->timeout_ms > 0)
+        to->timeout_ms = p->timeout_ms;
+    if (p->retries)
+        to->retries = (uint8_t)crpci_base_min64(p->retries < 0 ? 0 : p->retries,
+                                                CRPCI_CHANNEL_RETRIES);
+    if (p->backup_ms)
+        to->backup_ms = p->backup_ms < 0 ? 0 : p->backup_ms;
+    if (p->forks)
+        to->forks = p->forks < 0 ? 0 : p->forks;
+    if (p->fail_percent)
+        to->fail_percent = (uint8_t)(p->fail_percent < 0     ? 0
+                                     : p->fail_percent > 100 ? 100
+                                                             : p->fail_percent);
+}
+
+CRPCI_COLD void crpci_channel_refine(crpci_policy *to, const crpc_call *in)
+{
+    crpc_policy own;
+    memset(&own, 0, sizeof own);
+    own.timeout_ms = in->timeout_ms;
+    own.retries = in->retries;
+    crpci_channel_apply(to, &own);
+    if (in->policy)
+        crpci_channel_apply(to, in->policy);
+}
+
+/* The key of lb=hash in an encoded request: a hash of the last field of that number, as it stands
+ * there. 0: it has none. */
+CRPCI_COLD uint64_t crpci_channel_field_key(const crpci_request *r, uint32_t field)
+{
+    const uint8_t *p = crpci_heap_data(r->chunk) + r->payload, *end = p + r->payload_size;
+    uint64_t key = 0, tag = 0;
+    while (p && p < end) {
+        const uint8_t *value = crpci_message_varint(p, end, &tag);
+        p = value ? crpci_message_skip(value, end, (unsigned)(tag & 7)) : NULL;
+        if (p && tag >> 3 == field)
+            key = crpci_balance_hash(value, (size_t)(p - value));
+    }
+    return key;
+}
+
+/* What calls of a method begin with. */
+CRPCI_COLD void crpci_channel_learn_options(const crpc_channel *ch, crpci_call_method *k)
+{
+    const crpc_method *m = k->method;
+    size_t i;
+    k->policy = ch->policy;
+    k->hash_field = (uint32_t)ch->hash_field;
+    if (m->timeout_ms > 0)
+        k->policy.timeout_ms = m->timeout_ms;
+    for (i = 0; i < ch->method_count; i++) {
+        const crpc_method_options *o = &ch->method_options[i];
+        if (!o->method || strcmp(o->method, m->name) != 0)
+            continue;
+        k->options = o;
+        crpci_channel_apply(&k->policy, &o->policy);
+        if (o->hash_field)
+            k->hash_field = o->hash_field < 0 ? 0 : (uint32_t)o->hash_field;
+    }
+    k->plain = k->policy.cluster <= CRPC_CLUSTER_FAILFAST && !k->policy.backup_ms &&
+               !(k->options && k->options->degraded);
 }
 
 CRPCI_COLD crpci_call_method *crpci_channel_learn(crpc_channel *ch, const crpc_method *m)
@@ -10548,6 +10834,7 @@ CRPCI_COLD crpci_call_method *crpci_channel_learn(crpc_channel *ch, const crpc_m
     k->size = sizeof *k + room;
     k->names = crpci_meta_put_names((uint8_t *)(k + 1), room, service, name);
     k->response = crpci_message_type_of(m->response, m->response_size);
+    crpci_channel_learn_options(ch, k);
     crpci_loop_lock(ch->loop);
     k->next = ch->methods; /* perhaps a second one of the same method: that does no harm */
     __atomic_store_n(&ch->methods, k, __ATOMIC_RELEASE);
@@ -10593,7 +10880,9 @@ CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpci_call_method *k, 
                                                             : crpc_view_str(ch->credential);
     size_t added = ch->interceptor_count ? (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN]
                                          : 0; /* else it may be left from another channel's */
-    size_t fields = crpci_channel_fields_size(call, added), secret = crpc_view_size(credential);
+    char id_text[17];
+    crpc_view id = crpci_channel_id(ch, call, id_text);
+    size_t fields = crpci_channel_fields_size(call, added, id), secret = crpc_view_size(credential);
     size_t room = crpci_meta_bound(crpc_view_size(k->names) + fields + secret);
     size_t attached = crpc_view_size(call->attachment), base = front + sizeof(crpci_out);
     const char *why = "";
@@ -10601,6 +10890,7 @@ CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpci_call_method *k, 
     int err;
     crpci_channel_inherit(call, r);
     r->names = k->names;
+    r->identified = crpc_view_data(id) != NULL;
     o.heap = ch->loop->heap;
     o.len = base;
     o.lent = o.no_memory = false;
@@ -10609,7 +10899,7 @@ CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpci_call_method *k, 
         return crpci_status_set(error, CRPC_ENOMEM, "%s.%s: out of memory (local)", m->service,
                                 m->name);
     if (fields)
-        crpci_channel_put_fields(&o, call, added);
+        crpci_channel_put_fields(&o, call, added, id);
     fields = o.len - base;
     if (secret)
         memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(credential), secret);
@@ -10667,34 +10957,49 @@ CRPCI_FN uint8_t *crpci_call_head(const crpci_request *r, int64_t correlation_id
                                   r->fields);
 }
 
+/* Copies an encoded request to `front` of a chunk that has room for it. What it borrows is not
+ * copied. */
+CRPCI_FN void crpci_call_copy_request(crpci_request *to, const crpci_request *from,
+                                      crpci_chunk *chunk, size_t front)
+{
+    const uint8_t *bytes = (const uint8_t *)crpci_call_frame(from);
+    size_t n = from->payload + from->payload_size + from->inline_size - from->front;
+    uint8_t *at = crpci_heap_data(chunk) + front;
+    *to = *from;
+    memcpy(at, bytes, n);
+    to->chunk = chunk;
+    to->front = front;
+    to->low = from->low - from->front + front;
+    to->payload = from->payload - from->front + front;
+    crpci_call_frame(to)->queued = false;
+    at += sizeof(crpci_out);
+    to->fields = crpc_view_of(at, crpc_view_size(from->fields));
+    if (crpc_view_data(from->credential))
+        to->credential = crpc_view_of(at + crpc_view_size(from->fields),
+                                      crpc_view_size(from->credential));
+}
+
+CRPCI_FN size_t crpci_call_request_size(const crpci_request *r)
+{
+    return r->payload + r->payload_size + r->inline_size - r->front;
+}
+
 /* A frame that an earlier attempt left on a dying connection may still be being sent: then the next
  * attempt needs a copy. */
 CRPCI_FN bool crpci_call_own_request(crpci_call *c)
 {
-    crpci_request *r = &c->request;
-    crpci_chunk *old = r->chunk, *chunk;
-    size_t n = r->payload + r->payload_size + r->inline_size - r->front;
-    uint8_t *from = (uint8_t *)crpci_call_frame(r), *to;
+    crpci_request *r = &c->request, old = *r;
+    crpci_chunk *chunk;
     if (CRPCI_LIKELY(!crpci_call_frame(r)->queued))
         return true;
     if (crpc_view_data(r->attachment)) /* two frames may not borrow it */
         return false;
-    chunk = crpci_heap_chunk(old->heap, n);
+    chunk = crpci_heap_chunk(r->chunk->heap, crpci_call_request_size(r));
     if (!chunk)
         return false;
-    to = crpci_heap_data(chunk);
-    memcpy(to, from, n);
-    memset(to, 0, sizeof(crpci_out));
-    r->chunk = chunk;
-    r->low -= r->front;
-    r->payload -= r->front;
-    r->front = 0;
-    r->fields = crpc_view_of(to + sizeof(crpci_out), crpc_view_size(r->fields));
-    if (crpc_view_data(r->credential))
-        r->credential = crpc_view_of(to + sizeof(crpci_out) + crpc_view_size(r->fields),
-                                     crpc_view_size(r->credential));
-    if (old != c->block)
-        crpci_heap_chunk_unref(old);
+    crpci_call_copy_request(r, &old, chunk, 0);
+    if (old.chunk != c->block)
+        crpci_heap_chunk_unref(old.chunk);
     return true;
 }
 
@@ -10737,8 +11042,9 @@ CRPCI_COLD int crpci_call_bad_reply(const crpci_call *c, crpc_error *e, const ch
 
 /* Decodes the reply into `response` and tells `call` everything. The views and the attachment point
  * into c->reply. */
-CRPCI_FN int crpci_call_result(const crpci_call *c, void *response, crpc_call *call)
+CRPCI_FN int crpci_call_decode(const crpci_call *c, void *response, crpc_call *call)
 {
+    const crpci_message_type *type = &c->known->response;
     const crpci_reply *m = &c->reply;
     crpc_error *e = &call->error;
     const char *why = "";
@@ -10748,7 +11054,6 @@ CRPCI_FN int crpci_call_result(const crpci_call *c, void *response, crpc_call *c
     e->remote = false;
     e->sent = CRPC_SENT_YES;
     e->attempts = c->attempts;
-    memcpy(e->endpoint, c->address, c->address_size);
     call->reserved[CRPCI_CALL_RAW] = (void *)(uintptr_t)crpc_view_data(m->raw);
     call->reserved[CRPCI_CALL_RAW_END] = (void *)(uintptr_t)m->raw.end;
     if (CRPCI_UNLIKELY(m->error_code != 0))
@@ -10757,15 +11062,47 @@ CRPCI_FN int crpci_call_result(const crpci_call *c, void *response, crpc_call *c
         return crpci_call_bad_reply(c, e, "attachment_size is larger than the body");
     if (CRPCI_UNLIKELY(m->compress_type != 0))
         return crpci_call_bad_reply(c, e, "compressed, which is not supported");
-    if (c->response->views || c->response->clear)
-        memset(response, 0, c->response->size);
-    if (!crpci_message_decode(m->payload, m->payload_size, c->response, response, &why))
+    if (type->views || type->clear)
+        memset(response, 0, type->size);
+    if (!crpci_message_decode(m->payload, m->payload_size, type, response, &why))
         return crpci_call_bad_reply(c, e, why);
     e->code = CRPC_OK;
     e->text[0] = '\0';
     if (m->attachment_size)
         call->reply_attachment = crpc_view_of(m->payload + m->payload_size, m->attachment_size);
     return CRPC_OK;
+}
+
+/* What stands for the reply of a call that failed: what the method's options say, or nothing at all
+ * where the caller wants that. Otherwise the failure. */
+CRPCI_COLD int crpci_call_degrade(const crpci_call *c, void *response, crpc_call *call, int status)
+{
+    const crpc_method_options *o = c->known->options;
+    const crpci_message_type *type = &c->known->response;
+    const char *why = "";
+    if (status == CRPC_EAPP || status == CRPC_ECANCELED)
+        return status;
+    call->reply_attachment = crpc_view_of(NULL, 0);
+    if (o && (o->fallback || crpc_view_data(o->canned))) {
+        memset(response, 0, type->size);
+        if (o->fallback)
+            return o->fallback(o->user, c->method, &call->error, response);
+        if (crpci_message_decode(crpc_view_data(o->canned), crpc_view_size(o->canned), type,
+                                 response, &why))
+            return CRPC_OK;
+        return crpci_call_bad_reply(c, &call->error, why);
+    }
+    if (c->policy.cluster != CRPC_CLUSTER_FAILSAFE && c->policy.cluster != CRPC_CLUSTER_FAILBACK)
+        return status;
+    crpci_heap_log(c->channel->loop->heap, CRPC_LOG_WARN, "%s", call->error.text);
+    memset(response, 0, type->size);
+    return CRPC_OK;
+}
+
+CRPCI_FN int crpci_call_result(const crpci_call *c, void *response, crpc_call *call)
+{
+    int status = crpci_call_decode(c, response, call);
+    return CRPCI_LIKELY(!status) ? status : crpci_call_degrade(c, response, call, status);
 }
 
 /* Hands the reply's bytes to the caller if anything points into them. */
@@ -10821,6 +11158,7 @@ CRPCI_FN void crpci_call_own_reply(crpci_heap *h, crpci_reply *r)
 /* Where the explanation goes; for an asynchronous call memory is taken only when it fails. */
 CRPCI_COLD crpc_error *crpci_call_error(crpci_call *c)
 {
+    c = c->parent ? c->parent : c;
     if (!c->error && c->kind != CRPCI_CALL_NOTIFY) {
         c->error_chunk = crpci_heap_chunk(c->channel->loop->heap, sizeof(crpc_error));
         if (c->error_chunk) {
@@ -10847,21 +11185,37 @@ CRPCI_COLD void crpci_call_explain(crpci_call *c, int code, const char *cause)
              cause, e->remote ? "remote" : "local");
 }
 
+/* NULL is ignored. */
 CRPCI_FN void crpci_endpoint_drop(crpci_endpoint *e)
 {
-    crpc_loop *l = e->loop;
+    if (e && --e->refs == 0)
+        crpci_heap_free(e->loop->heap, e, sizeof *e);
+}
+
+/* Gives up a reference that wanted the connection: with the last one it is closed. */
+CRPCI_FN void crpci_endpoint_leave(crpci_endpoint *e)
+{
     crpci_conn *c = e->conn;
-    if (--e->refs)
-        return;
-    crpci_list_remove(&e->link);
-    crpci_timer_cancel(&e->timer);
-    e->conn = NULL;
-    if (c) {
-        c->owner = NULL;
-        crpci_conn_close(c, CRPC_ECLOSE, 0);
-        crpci_conn_drop(c);
+    if (--e->users == 0) {
+        crpci_list_remove(&e->link);
+        crpci_timer_cancel(&e->timer);
+        e->conn = NULL;
+        if (c) {
+            c->owner = NULL;
+            crpci_conn_close(c, CRPC_ECLOSE, 0);
+            crpci_conn_drop(c);
+        }
     }
-    crpci_heap_free(l->heap, e, sizeof *e);
+    crpci_endpoint_drop(e);
+}
+
+CRPCI_FN void crpci_endpoint_drop_node(crpci_node *n)
+{
+    crpci_endpoint *e = n->endpoint;
+    if (--n->refs)
+        return;
+    crpci_heap_free(e->loop->heap, n, sizeof *n);
+    crpci_endpoint_leave(e);
 }
 
 CRPCI_FN void crpci_channel_drop(crpc_channel *ch)
@@ -10874,6 +11228,7 @@ CRPCI_FN void crpci_channel_drop(crpc_channel *ch)
         ch->methods = m->next;
         crpci_heap_free(l->heap, m, m->size);
     }
+    crpci_balance_close(&ch->balance, l->heap);
     crpci_heap_strfree(l->heap, ch->credential);
     crpci_heap_strfree(l->heap, ch->where);
     crpci_heap_free(l->heap, ch, sizeof *ch);
@@ -10927,6 +11282,43 @@ CRPCI_FN void crpci_call_detach(crpci_call *c)
     c->state = CRPCI_CALL_IDLE;
 }
 
+/* Whether more providers are out than may be. */
+CRPCI_COLD bool crpci_channel_too_many_out(const crpc_channel *ch)
+{
+    size_t i, out = 0;
+    for (i = 0; i < ch->node_count; i++) {
+        const crpci_node *n = CRPCI_CONTAINER(ch->nodes[i], crpci_node, balance);
+        out += crpci_breaker_ejected(&n->breaker);
+    }
+    return out * 100 > ch->node_count * ch->ejected_percent;
+}
+
+/* An attempt has ended: balancer, breaker and budget are told, once. */
+CRPCI_FN void crpci_call_end_attempt(crpci_call *c, crpci_breaker_outcome outcome)
+{
+    crpc_channel *ch = c->channel;
+    crpc_loop *l = ch->loop;
+    crpci_node *n = c->node;
+    int64_t now, latency;
+    if (!n)
+        return;
+    c->node = NULL;
+    now = crpci_loop_time(l);
+    latency = now - c->attempt_us;
+    crpci_balance_node_end(&ch->balance, &n->balance, outcome != CRPCI_BREAKER_ERROR,
+                           outcome == CRPCI_BREAKER_IGNORE && latency < n->balance.latency
+                               ? n->balance.latency /* one that was cut short says nothing */
+                               : latency,
+                           now);
+    if (ch->breaker.error_percent &&
+        crpci_breaker_end(&n->breaker, &ch->breaker, outcome, latency, now, crpci_loop_random(l)) &&
+        crpci_channel_too_many_out(ch))
+        crpci_breaker_reset(&n->breaker);
+    if (outcome == CRPCI_BREAKER_OK && ch->budgeted)
+        crpci_limiter_budget_earn(&ch->budget);
+    crpci_endpoint_drop_node(n);
+}
+
 /* Frees an asynchronous call. */
 CRPCI_FN void crpci_call_free(crpci_call *c)
 {
@@ -10940,11 +11332,35 @@ CRPCI_FN void crpci_call_free(crpci_call *c)
         l->results--;
     if (c->replied)
         crpci_loop_unshare(l, c->reply.chunk);
+    crpci_endpoint_drop(c->endpoint);
     crpci_call_drop_request(c);
     crpci_heap_chunk_unref(c->error_chunk);
     crpci_heap_chunk_unref(c->block);
     if (--ch->pending == 0)
         crpci_channel_drop(ch);
+}
+
+/* Takes a call off before its reply came. The peer is still at work on it, and where it has few
+ * slots the next call is not to be put on top, nor to take the late reply for its own: such a
+ * connection is closed. */
+CRPCI_FN void crpci_call_abandon(crpci_call *c, int why)
+{
+    crpci_endpoint *e = c->endpoint;
+    bool active = c->state == CRPCI_CALL_ACTIVE;
+    crpci_call_detach(c);
+    crpci_call_end_attempt(c, why == CRPC_ETIMEDOUT ? CRPCI_BREAKER_ERROR : CRPCI_BREAKER_IGNORE);
+    if (active && e->inflight && c->sent != CRPC_SENT_NO && e->conn)
+        crpci_conn_close(e->conn, why, 0);
+}
+
+CRPCI_COLD void crpci_call_part_done(crpci_call *part, int status);
+CRPCI_COLD void crpci_call_drop_group(crpci_call *c);
+CRPCI_COLD bool crpci_call_retry_later(crpci_call *c, int status);
+
+/* Whether the call got what it is for. */
+CRPCI_FN bool crpci_call_succeeded(const crpci_call *c)
+{
+    return c->replied && c->reply.error_code == 0;
 }
 
 /* The call has ended: whoever waits is told, once. */
@@ -10953,17 +11369,18 @@ CRPCI_FN void crpci_call_finish(crpci_call *c, int status)
     crpc_loop *l = c->channel->loop;
     crpci_endpoint *e = c->endpoint;
     crpci_call_detach(c);
-    c->endpoint = NULL;
+    crpci_call_end_attempt(c, CRPCI_BREAKER_IGNORE);
     c->status = status;
     c->state = CRPCI_CALL_DONE;
     c->end_us = crpci_loop_time(l);
     crpci_timer_cancel(&c->timer);
-    if (e) {
-        memcpy(c->address, e->address, e->address_size);
-        c->address_size = e->address_size;
+    if (e)
         crpci_endpoint_serve_waiting(e);
-        crpci_endpoint_drop(e);
-    }
+    if (CRPCI_UNLIKELY(c->group != NULL))
+        crpci_call_drop_group(c);
+    if (CRPCI_UNLIKELY(c->policy.cluster == CRPC_CLUSTER_FAILBACK) && !crpci_call_succeeded(c) &&
+        crpci_call_retry_later(c, status))
+        return;
     switch (c->kind) {
     case CRPCI_CALL_SYNC:
         break;
@@ -10975,24 +11392,19 @@ CRPCI_FN void crpci_call_finish(crpci_call *c, int status)
             crpci_call_own_reply(l->heap, &c->reply);
         crpci_call_drop_request(c);
         break;
+    case CRPCI_CALL_BACK:
+        c->channel->failbacks--;
+        crpci_call_free(c);
+        return;
     case CRPCI_CALL_NOTIFY:
         crpci_call_free(c);
+        return;
+    case CRPCI_CALL_PART:
+        crpci_call_part_done(c, status);
         return;
     }
     if (c->waiter)
         crpci_loop_done(l, c->waiter);
-}
-
-/* Takes a call off before its reply came. The peer is still at work on it, and where it has few
- * slots the next call is not to be put on top, nor to take the late reply for its own: such a
- * connection is closed. */
-CRPCI_FN void crpci_call_abandon(crpci_call *c, int why)
-{
-    crpci_endpoint *e = c->endpoint;
-    bool active = c->state == CRPCI_CALL_ACTIVE;
-    crpci_call_detach(c);
-    if (active && e->inflight && c->sent != CRPC_SENT_NO && e->conn)
-        crpci_conn_close(e->conn, why, 0);
 }
 
 /* The deadline has passed. */
@@ -11006,7 +11418,17 @@ CRPCI_FN void crpci_call_expire(crpci_call *c)
     crpci_call_finish(c, CRPC_ETIMEDOUT);
 }
 
-/* --- attempts --------------------------------------------------------------------------------- */
+/* --- choosing a provider ---------------------------------------------------------------------- */
+
+CRPCI_COLD bool crpci_call_parts_tried(const crpci_group *g, const crpci_endpoint *e)
+{
+    const crpci_list *i;
+    for (i = g->parts.next; i != &g->parts; i = i->next) {
+        if (CRPCI_CONTAINER(i, const crpci_call, of_channel)->endpoint == e)
+            return true;
+    }
+    return false;
+}
 
 CRPCI_FN bool crpci_call_has_tried(const crpci_call *c, const crpci_endpoint *e)
 {
@@ -11015,30 +11437,105 @@ CRPCI_FN bool crpci_call_has_tried(const crpci_call *c, const crpci_endpoint *e)
         if (c->tried[i] == e)
             return true;
     }
-    return false;
+    return c->group && crpci_call_parts_tried(c->group, e);
 }
 
-/* Round robin over the providers not tried yet: the first that may be used now, else the one whose
- * backoff ends first. */
-CRPCI_FN crpci_endpoint *crpci_channel_pick(crpc_channel *ch, const crpci_call *c)
+CRPCI_FN crpci_node *crpci_channel_node(const crpc_channel *ch, size_t i)
 {
-    int64_t now = crpci_loop_rough_time(ch->loop);
-    crpci_endpoint *best = NULL;
+    return CRPCI_CONTAINER(ch->nodes[i], crpci_node, balance);
+}
+
+/* The node of an endpoint, NULL if it is no longer listed. */
+CRPCI_COLD crpci_node *crpci_channel_node_of(const crpc_channel *ch, const crpci_endpoint *e)
+{
     size_t i;
-    for (i = 0; i < ch->endpoint_count; i++) {
-        size_t k = (ch->next + i) % ch->endpoint_count;
-        crpci_endpoint *e = ch->endpoints[k];
-        if (crpci_call_has_tried(c, e))
-            continue;
-        if (e->usable_at <= now) {
-            ch->next = k + 1;
-            return e;
-        }
-        if (!best || e->usable_at < best->usable_at)
-            best = e;
+    for (i = 0; i < ch->node_count; i++) {
+        if (crpci_channel_node(ch, i)->endpoint == e)
+            return crpci_channel_node(ch, i);
+    }
+    return NULL;
+}
+
+typedef struct crpci_choice {
+    crpc_channel *channel;
+    const crpci_call *call;
+    int64_t now;
+    bool strict; /* leave out what the breaker has taken out */
+} crpci_choice;
+
+CRPCI_FN bool crpci_channel_usable(void *user, size_t i)
+{
+    const crpci_choice *x = (const crpci_choice *)user;
+    crpc_channel *ch = x->channel;
+    const crpci_node *n = crpci_channel_node(ch, i);
+    if (n->endpoint->usable_at > x->now)
+        return false;
+    if (x->strict && (crpci_breaker_open(&n->breaker, &ch->breaker, x->now) ||
+                      !crpci_breaker_ramped(&n->breaker, &ch->breaker, x->now,
+                                            crpci_loop_random(ch->loop))))
+        return false;
+    return !crpci_call_has_tried(x->call, n->endpoint);
+}
+
+/* None may be used now: of those not tried yet the one whose backoff ends first. */
+CRPCI_COLD crpci_node *crpci_channel_last_resort(const crpc_channel *ch, const crpci_call *c)
+{
+    crpci_node *best = NULL;
+    size_t i;
+    for (i = 0; i < ch->node_count; i++) {
+        crpci_node *n = crpci_channel_node(ch, i);
+        if (!crpci_call_has_tried(c, n->endpoint) &&
+            (!best || n->endpoint->usable_at < best->endpoint->usable_at))
+            best = n;
     }
     return best;
 }
+
+/* Providers that began to serve a short time ago get a share that grows. */
+CRPCI_COLD void crpci_channel_reweigh(crpc_channel *ch, int64_t now)
+{
+    size_t i;
+    ch->reweigh_at = INT64_MAX;
+    for (i = 0; i < ch->node_count; i++) {
+        crpci_node *n = crpci_channel_node(ch, i);
+        crpci_balance_reweigh(&ch->balance, i,
+                              crpci_balance_warm(n->weight, (now - n->since_us) / 1000,
+                                                 n->warmup_us / 1000));
+        if (now - n->since_us < n->warmup_us)
+            ch->reweigh_at = now + CRPCI_CHANNEL_REWEIGH;
+    }
+}
+
+/* A provider not tried yet by this call: as the balancer says, or one that can be used at all, or
+ * whose backoff ends first. NULL: there is none. */
+CRPCI_FN crpci_node *crpci_channel_pick(crpc_channel *ch, const crpci_call *c)
+{
+    crpci_choice x;
+    uint32_t random;
+    uint64_t key;
+    int i;
+    if (ch->node_count <= 1) /* nothing to choose, nor to take out */
+        return ch->node_count && !crpci_call_has_tried(c, crpci_channel_node(ch, 0)->endpoint)
+                   ? crpci_channel_node(ch, 0)
+                   : NULL;
+    random = crpci_loop_random(ch->loop);
+    key = c->key ? c->key : random;
+    x.channel = ch;
+    x.call = c;
+    x.now = crpci_loop_rough_time(ch->loop);
+    x.strict = ch->breaker.error_percent != 0;
+    if (CRPCI_UNLIKELY(x.now >= ch->reweigh_at))
+        crpci_channel_reweigh(ch, x.now);
+    i = crpci_balance_pick(&ch->balance, key, random, x.now, crpci_channel_usable, &x);
+    if (i < 0 && x.strict) { /* all are out: then none is */
+        x.strict = false;
+        i = crpci_balance_pick(&ch->balance, key, random, x.now, crpci_channel_usable, &x);
+    }
+    return CRPCI_LIKELY(i >= 0) ? crpci_channel_node(ch, (size_t)i)
+                                : crpci_channel_last_resort(ch, c);
+}
+
+/* --- attempts --------------------------------------------------------------------------------- */
 
 /* A one-way call ends when it is sent; but where a peer answers one at a time, the next has to wait
  * for its reply all the same. */
@@ -11075,31 +11572,52 @@ CRPCI_FN int crpci_call_send(crpci_call *c)
 }
 
 CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e);
-CRPCI_FN void crpci_call_attempt(crpci_call *c);
+CRPCI_FN void crpci_call_go(crpci_call *c, crpci_node *n);
 
-/* An attempt failed. Another one may follow if the request certainly was not executed, or may be
- * executed twice. `code` and `cause` explain if it is the last. */
+/* Whether a failed attempt may be followed by another: if the request certainly was not executed,
+ * or may be executed twice. */
+CRPCI_FN bool crpci_call_may_retry(crpci_call *c, int code)
+{
+    bool twice = (c->method->flags & CRPC_METHOD_IDEMPOTENT) || c->request.identified;
+    bool harmless = c->sent == CRPC_SENT_NO || code == CRPC_ELOGOFF ||
+                    (twice && code == CRPC_ECONN);
+    return harmless && c->attempts < c->max_attempts && !c->channel->closed &&
+           crpci_loop_rough_time(c->channel->loop) < c->deadline_us && crpci_call_own_request(c);
+}
+
+/* An attempt failed. `code` and `cause` explain if it was the last. */
 CRPCI_FN void crpci_call_failed(crpci_call *c, int code, const char *cause)
 {
+    crpc_channel *ch = c->channel;
     crpci_endpoint *e = c->endpoint;
-    bool again;
+    bool again, stale = code == CRPC_ECONN && !e->refused; /* perhaps only the connection was */
+    bool free_of_charge = code == CRPC_ELOGOFF || (stale && c->sent == CRPC_SENT_NO);
+    crpci_node *n = NULL;
     crpci_call_detach(c);
-    again = c->sent == CRPC_SENT_NO || code == CRPC_ELOGOFF ||
-            ((c->method->flags & CRPC_METHOD_IDEMPOTENT) && code == CRPC_ECONN);
-    again = again && c->attempts < c->max_attempts && !c->channel->closed &&
-            crpci_call_own_request(c);
+    crpci_call_end_attempt(c, code == CRPC_ECONN ? CRPCI_BREAKER_ERROR : CRPCI_BREAKER_IGNORE);
+    again = crpci_call_may_retry(c, code);
     crpci_call_explain(c, code, cause);
-    c->tried[(c->attempts - 1) % CRPCI_CHANNEL_TRIED] = e;
-    if (again && code == CRPC_ECONN && !e->refused && !crpci_channel_pick(c->channel, c))
-        memset(c->tried, 0, sizeof c->tried); /* only the connection was stale */
-    if (again && crpci_channel_pick(c->channel, c)) {
-        c->endpoint = NULL;
-        crpci_endpoint_serve_waiting(e);
-        crpci_endpoint_drop(e);
-        crpci_call_attempt(c);
-        return;
+    if (again && c->sent != CRPC_SENT_NO && code == CRPC_ECONN &&
+        !(c->method->flags & CRPC_METHOD_IDEMPOTENT)) {
+        n = crpci_channel_node_of(ch, e); /* who may have executed it knows */
+        again = stale = false;
     }
-    crpci_call_finish(c, code);
+    c->tried[(c->attempts - 1) % CRPCI_CHANNEL_TRIED] = e;
+    if (again)
+        n = crpci_channel_pick(ch, c);
+    if (again && !n && stale) {
+        memset(c->tried, 0, sizeof c->tried);
+        n = crpci_channel_pick(ch, c);
+    }
+    if (n && (free_of_charge || !ch->budgeted || crpci_limiter_budget_spend(&ch->budget))) {
+        crpci_endpoint_serve_waiting(e);
+        crpci_call_go(c, n);
+    } else if (c->group && c->group->open) {
+        c->group->status = code; /* a backup request is under way: its reply will do */
+        crpci_endpoint_serve_waiting(e);
+    } else {
+        crpci_call_finish(c, code);
+    }
 }
 
 /* Its frame did not fit into the connection's queue; an empty one it never will. */
@@ -11118,8 +11636,8 @@ CRPCI_COLD void crpci_call_overcrowded(crpci_call *c)
 /* Lets the next waiting calls onto the connection, as far as there are slots. */
 CRPCI_FN void crpci_endpoint_serve_waiting(crpci_endpoint *e)
 {
-    if (e->serving) /* a call that failed below: the turn goes on there, not deeper in the stack */
-        return;
+    if (e->serving || crpci_list_empty(&e->waiting))
+        return; /* serving: a call that failed below, and the turn goes on there */
     e->serving = true;
     e->refs++; /* a failure lets go of the call's reference */
     while (e->conn && !e->conn->connecting && !e->conn->closed &&
@@ -11146,23 +11664,27 @@ CRPCI_COLD void crpci_call_orphaned(crpci_call *c)
     crpci_call_finish(c, CRPC_ENOPROVIDER);
 }
 
-/* Picks a provider and sends, or waits for its connection. */
-CRPCI_FN void crpci_call_attempt(crpci_call *c)
+/* Sends to a provider, or waits for its connection. */
+CRPCI_FN void crpci_call_go(crpci_call *c, crpci_node *n)
 {
-    crpci_endpoint *e = crpci_channel_pick(c->channel, c);
-    if (crpci_loop_rough_time(c->channel->loop) >= c->deadline_us) { /* nobody wants an answer */
-        crpci_call_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before it was sent");
-        crpci_call_finish(c, CRPC_ETIMEDOUT);
-        return;
-    }
+    crpc_channel *ch = c->channel;
+    crpci_endpoint *e;
     c->attempts++;
     c->sent = CRPC_SENT_NO;
-    if (!e) {
+    if (CRPCI_UNLIKELY(!n)) {
         crpci_call_orphaned(c);
         return;
     }
+    e = n->endpoint;
     e->refs++;
+    crpci_endpoint_drop(c->endpoint);
     c->endpoint = e;
+    n->refs++;
+    c->node = n;
+    c->attempt_us = c->attempts == 1 ? c->start_us : crpci_loop_rough_time(ch->loop);
+    crpci_balance_node_begin(&ch->balance, &n->balance, c->attempt_us);
+    if (ch->breaker.error_percent)
+        crpci_breaker_begin(&n->breaker, &ch->breaker, c->attempt_us);
     if (e->conn && !e->conn->connecting && (!e->inflight || e->active_count < e->inflight)) {
         if (crpci_call_send(c))
             crpci_call_overcrowded(c);
@@ -11176,6 +11698,296 @@ CRPCI_FN void crpci_call_attempt(crpci_call *c)
     crpci_list_append(&e->waiting, &c->link);
     if (!e->conn)
         crpci_endpoint_dial(e);
+}
+
+/* --- several attempts at a time --------------------------------------------------------------- */
+
+/* Frees the parts of a call, and cancels those under way. */
+CRPCI_COLD void crpci_call_drop_group(crpci_call *c)
+{
+    crpci_group *g = c->group;
+    crpc_loop *l = c->channel->loop;
+    c->group = NULL;
+    while (!crpci_list_empty(&g->parts)) {
+        crpci_call *part = CRPCI_CONTAINER(g->parts.next, crpci_call, of_channel);
+        crpci_endpoint *e = part->endpoint;
+        crpci_list_remove(&part->of_channel);
+        if (part->state != CRPCI_CALL_DONE)
+            crpci_call_abandon(part, c->status == CRPC_ETIMEDOUT ? CRPC_ETIMEDOUT : CRPC_ECANCELED);
+        if (part->replied)
+            crpci_loop_unshare(l, part->reply.chunk);
+        if (e)
+            crpci_endpoint_serve_waiting(e);
+        crpci_id_remove(&l->calls, part->id);
+        crpci_endpoint_drop(e);
+        crpci_call_drop_request(part);
+        crpci_heap_chunk_unref(part->block);
+    }
+    crpci_endpoint_drop(g->from);
+    crpci_heap_free(l->heap, g, sizeof *g);
+}
+
+/* The call ends if its parts have decided it. */
+CRPCI_COLD void crpci_call_settle_group(crpci_call *c)
+{
+    crpci_group *g = c->group;
+    size_t all = 0;
+    const crpci_list *i;
+    if (g->starting || (g->all && g->open))
+        return;
+    for (i = g->parts.next; i != &g->parts; i = i->next)
+        all++;
+    if (c->replied && g->all && g->failed * 100 > all * c->policy.fail_percent) {
+        crpci_loop_unshare(c->channel->loop, c->reply.chunk);
+        c->replied = false; /* too many failed: that is the result */
+    }
+    if (c->replied) {
+        if (c->state != CRPCI_CALL_IDLE) /* it was quicker than the call's own attempt */
+            crpci_call_abandon(c, CRPC_ECANCELED);
+        crpci_endpoint_drop(c->endpoint);
+        c->endpoint = g->from;
+        g->from = NULL;
+        crpci_call_finish(c, CRPC_OK);
+    } else if (!g->open && c->state == CRPCI_CALL_IDLE) {
+        crpci_call_finish(c, g->status);
+    }
+}
+
+CRPCI_COLD void crpci_call_part_done(crpci_call *part, int status)
+{
+    crpci_call *c = part->parent;
+    crpci_group *g = c->group;
+    crpc_error *e;
+    g->open--;
+    if (crpci_call_succeeded(part)) {
+        if (!c->replied) {
+            g->from = part->endpoint;
+            part->endpoint->refs++;
+            c->reply = part->reply;
+            c->replied = true;
+            part->replied = false;
+        }
+    } else {
+        g->failed++;
+        e = part->replied ? crpci_call_error(c) : NULL;
+        if (e) {
+            e->sent = CRPC_SENT_YES;
+            e->attempts = part->attempts;
+            memcpy(e->endpoint, part->endpoint->address, part->endpoint->address_size);
+        }
+        g->status = e ? crpci_call_remote_error(part, e) : part->replied ? CRPC_ERESPONSE : status;
+    }
+    crpci_call_settle_group(c);
+}
+
+/* A further attempt of a call, with a copy of its request. NULL: out of memory. */
+CRPCI_COLD crpci_call *crpci_call_part(crpci_call *c)
+{
+    crpc_loop *l = c->channel->loop;
+    crpci_chunk *chunk = crpci_heap_chunk(l->heap,
+                                          CRPCI_CALL_SIZE + crpci_call_request_size(&c->request));
+    crpci_call *part;
+    if (!chunk)
+        return NULL;
+    part = (crpci_call *)(void *)crpci_heap_data(chunk);
+    *part = *c;
+    crpci_call_copy_request(&part->request, &c->request, chunk, CRPCI_CALL_SIZE);
+    part->kind = CRPCI_CALL_PART;
+    part->state = CRPCI_CALL_IDLE;
+    part->policy.cluster = CRPC_CLUSTER_FAILFAST;
+    part->block = chunk;
+    part->parent = c;
+    part->group = NULL;
+    part->out = NULL;
+    part->endpoint = NULL;
+    part->node = NULL;
+    part->waiter = NULL;
+    part->error = NULL;
+    part->error_chunk = NULL;
+    part->replied = false;
+    part->attempts = 0;
+    part->max_attempts = 1;
+    part->id = 0;
+    crpci_list_init(&part->link);
+    crpci_list_init(&part->of_channel);
+    crpci_loop_task_init(&part->task, NULL);
+    part->timer.prev = NULL;
+    if (crpci_id_add(&l->calls, l->heap, part, &part->id)) {
+        crpci_heap_chunk_unref(chunk);
+        return NULL;
+    }
+    return part;
+}
+
+CRPCI_COLD bool crpci_call_need_group(crpci_call *c, bool all)
+{
+    if (c->group)
+        return true;
+    c->group = (crpci_group *)crpci_heap_alloc(c->channel->loop->heap, sizeof *c->group);
+    if (!c->group)
+        return false;
+    crpci_list_init(&c->group->parts);
+    c->group->all = all;
+    c->group->status = CRPC_ENOMEM;
+    return true;
+}
+
+/* Sends the call to up to `n` more providers. False: there was none. */
+CRPCI_COLD bool crpci_call_branch(crpci_call *c, size_t n)
+{
+    crpci_group *g = c->group;
+    bool any = false;
+    g->starting = true;
+    for (; n; n--) {
+        crpci_node *node = crpci_channel_pick(c->channel, c);
+        crpci_call *part = node ? crpci_call_part(c) : NULL;
+        if (!part)
+            break;
+        any = true;
+        crpci_list_append(&g->parts, &part->of_channel);
+        g->open++;
+        crpci_call_go(part, node);
+    }
+    g->starting = false;
+    return any;
+}
+
+/* FORKING and BROADCAST: no attempt of the call's own. */
+CRPCI_COLD void crpci_call_spread(crpci_call *c)
+{
+    bool all = c->policy.cluster == CRPC_CLUSTER_BROADCAST;
+    size_t n = all || !c->policy.forks ? c->channel->node_count : (size_t)c->policy.forks;
+    if (!crpci_call_need_group(c, all)) {
+        crpci_call_explain(c, CRPC_ENOMEM, "out of memory");
+        crpci_call_finish(c, CRPC_ENOMEM);
+        return;
+    }
+    if (crpci_call_branch(c, n))
+        crpci_call_settle_group(c);
+    else if (c->channel->node_count)
+        crpci_call_finish(c, CRPC_ENOMEM);
+    else
+        crpci_call_orphaned(c);
+}
+
+/* No reply yet: one more provider is asked. Without memory or another provider the call goes on as
+ * it was. */
+CRPCI_COLD void crpci_call_back_up(crpci_call *c)
+{
+    c->backup_us = INT64_MAX;
+    if (c->state == CRPCI_CALL_DONE || !c->endpoint || !crpci_call_need_group(c, false))
+        return;
+    c->tried[(c->attempts - 1) % CRPCI_CHANNEL_TRIED] = c->endpoint;
+    if (crpci_call_branch(c, 1))
+        crpci_call_settle_group(c);
+}
+
+/* The first attempts of a call. */
+CRPCI_FN void crpci_call_attempt(crpci_call *c)
+{
+    if (crpci_loop_rough_time(c->channel->loop) >= c->deadline_us) { /* nobody wants an answer */
+        crpci_call_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before it was sent");
+        crpci_call_finish(c, CRPC_ETIMEDOUT);
+    } else if (CRPCI_UNLIKELY(c->known->options && c->known->options->degraded)) {
+        crpci_call_explain(c, CRPC_EREJECT, "degraded by the method's options");
+        crpci_call_finish(c, CRPC_EREJECT);
+    } else if (CRPCI_UNLIKELY(c->policy.cluster >= CRPC_CLUSTER_FORKING)) {
+        crpci_call_spread(c);
+    } else {
+        crpci_call_go(c, crpci_channel_pick(c->channel, c));
+    }
+}
+
+/* --- failback --------------------------------------------------------------------------------- */
+
+/* Tells the program, on the loop, of a call that is given up. */
+CRPCI_COLD void crpci_call_dropped(crpc_loop *l, crpci_task *task)
+{
+    crpci_call *c = CRPCI_CONTAINER(task, crpci_call, task);
+    const crpc_channel *ch = c->channel;
+    crpc_error unknown;
+    memset(&unknown, 0, sizeof unknown);
+    unknown.code = c->status;
+    crpci_loop_user_begin(l);
+    if (ch->failback_dropped)
+        ch->failback_dropped(ch->failback_user, c->method, c->error ? c->error : &unknown);
+    else
+        crpci_heap_log(l->heap, CRPC_LOG_WARN, "given up: %s", c->error ? c->error->text : "");
+    crpci_loop_user_end(l);
+    crpci_call_free(c);
+}
+
+CRPCI_COLD void crpci_call_back_again(crpc_loop *l, crpci_timer *t)
+{
+    crpci_call *c = CRPCI_CONTAINER(t, crpci_call, timer);
+    if (c->state == CRPCI_CALL_IDLE) { /* it has waited long enough */
+        c->start_us = crpci_loop_time(l);
+        c->deadline_us = c->start_us + (int64_t)c->policy.timeout_ms * 1000;
+        crpci_loop_timer_at(l, &c->timer, c->deadline_us);
+        crpci_call_go(c, crpci_channel_pick(c->channel, c));
+    } else {
+        crpci_call_expire(c);
+    }
+}
+
+/* A background try has failed: the next one, or the end. */
+CRPCI_COLD void crpci_call_back_off(crpci_call *c, int status)
+{
+    crpc_channel *ch = c->channel;
+    crpc_error *e = c->replied ? crpci_call_error(c) : NULL;
+    if (c->replied) {
+        status = e ? crpci_call_remote_error(c, e) : CRPC_ERESPONSE;
+        crpci_loop_unshare(ch->loop, c->reply.chunk);
+    }
+    c->replied = false;
+    if (c->policy.retries > 1 && !ch->closed && crpci_call_own_request(c)) {
+        c->policy.retries--;
+        c->attempts = 0;
+        c->state = CRPCI_CALL_IDLE;
+        crpci_loop_timer_set(ch->loop, &c->timer, ch->failback_us);
+        return;
+    }
+    c->status = status;
+    ch->failbacks--;
+    c->policy.cluster = CRPC_CLUSTER_FAILFAST;
+    crpci_loop_ready(ch->loop, &c->task);
+}
+
+/* A FAILBACK call has failed: what is to be done later is put aside. True: the call itself, which
+ * is one that was put aside before, goes on. */
+CRPCI_COLD bool crpci_call_retry_later(crpci_call *c, int status)
+{
+    crpc_channel *ch = c->channel;
+    crpc_loop *l = ch->loop;
+    crpci_call *back;
+    int code = c->replied ? c->reply.error_code : status;
+    if (c->kind == CRPCI_CALL_BACK) {
+        crpci_call_back_off(c, status);
+        return true;
+    }
+    if (c->kind == CRPCI_CALL_PART || ch->closed || status == CRPC_ECANCELED ||
+        !c->policy.retries || !crpci_status_reserved(code))
+        return false;
+    if (ch->failbacks >= ch->max_failbacks) {
+        crpci_heap_log(l->heap, CRPC_LOG_WARN, "%s.%s: dropped: %zu failed calls wait already "
+                                               "(failback_max)",
+                       c->method->service, c->method->name, ch->failbacks);
+        return false;
+    }
+    back = crpci_call_part(c);
+    if (!back)
+        return false;
+    back->kind = CRPCI_CALL_BACK;
+    back->policy = c->policy;
+    back->parent = NULL;
+    crpci_list_append(&ch->calls, &back->of_channel);
+    crpci_loop_task_init(&back->task, crpci_call_dropped);
+    crpci_timer_init(&back->timer, crpci_call_back_again);
+    ch->failbacks++;
+    if (ch->pending++ == 0)
+        crpci_thread_ref(&ch->refs);
+    crpci_loop_timer_set(l, &back->timer, ch->failback_us);
+    return false;
 }
 
 /* --- endpoints -------------------------------------------------------------------------------- */
@@ -11288,6 +12100,23 @@ CRPCI_FN crpci_call *crpci_endpoint_match(crpci_conn *conn, const crpci_meta *m)
     return NULL;
 }
 
+/* What a reply tells the breaker: an application's error is a service that works, a refusal of what
+ * was asked says nothing about the provider. */
+CRPCI_FN crpci_breaker_outcome crpci_endpoint_outcome(int code)
+{
+    if (CRPCI_LIKELY(code == 0))
+        return CRPCI_BREAKER_OK;
+    switch (code) {
+    case CRPC_EINTERNAL:
+    case CRPC_ERESPONSE:
+    case CRPC_ETIMEDOUT:
+    case CRPC_EOVERCROWDED:
+        return CRPCI_BREAKER_ERROR;
+    default:
+        return crpci_status_reserved(code) ? CRPCI_BREAKER_IGNORE : CRPCI_BREAKER_OK;
+    }
+}
+
 CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, crpci_message *m)
 {
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
@@ -11298,9 +12127,10 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, crpci_message *m)
     c->sent = CRPC_SENT_YES;
     c->reply.error_code = c->reply.compress_type = 0;
     if (!m->meta.usual) {
-        if (m->meta.error_code == CRPC_ELOGOFF && c->attempts < c->max_attempts &&
-            c->channel->endpoint_count > 1) {
+        if (m->meta.error_code == CRPC_ELOGOFF)
             e->usable_at = crpci_loop_now(e->loop) + CRPCI_CHANNEL_BACKOFF_MAX;
+        if (m->meta.error_code == CRPC_ELOGOFF && c->attempts < c->max_attempts &&
+            c->channel->node_count > 1) {
             crpci_call_failed(c, CRPC_ELOGOFF, "the server is stopping");
             return;
         }
@@ -11316,6 +12146,7 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, crpci_message *m)
     c->reply.bad_attachment = m->bad_attachment;
     c->replied = true;
     crpci_loop_share(conn->loop, m->chunk);
+    crpci_call_end_attempt(c, crpci_endpoint_outcome(c->reply.error_code));
     crpci_call_finish(c, CRPC_OK);
 }
 
@@ -11377,7 +12208,8 @@ CRPCI_FN void crpci_endpoint_on_timer(crpc_loop *l, crpci_timer *t)
         crpci_endpoint_dial(e);
 }
 
-/* Finds or makes the loop's endpoint for an address and the channel's options; with a reference. */
+/* Finds or makes the loop's endpoint for an address and the channel's options, with a reference
+ * that wants its connection. */
 CRPCI_FN int crpci_endpoint_get(const crpc_channel *ch, const char *address, crpci_endpoint **out)
 {
     crpc_loop *l = ch->loop;
@@ -11389,6 +12221,7 @@ CRPCI_FN int crpci_endpoint_get(const crpc_channel *ch, const char *address, crp
             e->max_body == ch->max_body && e->max_queued == ch->max_queued &&
             e->connect_timeout_ms == ch->connect_timeout_ms) {
             e->refs++;
+            e->users++;
             *out = e;
             return CRPC_OK;
         }
@@ -11401,7 +12234,7 @@ CRPCI_FN int crpci_endpoint_get(const crpc_channel *ch, const char *address, crp
         return CRPC_EINVAL;
     }
     e->loop = l;
-    e->refs = 1;
+    e->refs = e->users = 1;
     e->address_size = strlen(address) + 1; /* parsed, so it fits */
     memcpy(e->address, address, e->address_size);
     e->connect_timeout_ms = ch->connect_timeout_ms;
@@ -11426,41 +12259,194 @@ CRPCI_FN int crpci_endpoint_get(const crpc_channel *ch, const char *address, crp
 
 /* --- providers -------------------------------------------------------------------------------- */
 
-CRPCI_FN void crpci_channel_drop_endpoints(crpc_channel *ch)
+/* Takes a list of nodes out of use. */
+CRPCI_FN void crpci_channel_unlist(crpci_balance_node **nodes, size_t count)
 {
     size_t i;
-    for (i = 0; i < ch->endpoint_count; i++)
-        crpci_endpoint_drop(ch->endpoints[i]);
-    crpci_heap_free(ch->loop->heap, ch->endpoints, ch->endpoint_count * sizeof *ch->endpoints);
-    ch->endpoints = NULL;
-    ch->endpoint_count = 0;
+    for (i = 0; i < count; i++) {
+        crpci_node *n = CRPCI_CONTAINER(nodes[i], crpci_node, balance);
+        bool kept = n->kept;
+        n->kept = false;
+        if (!kept) /* else the reference is the new list's */
+            crpci_endpoint_drop_node(n);
+    }
 }
 
-/* Replaces the channel's providers. Calls under way keep their endpoint until they end. */
+/* Undoes a new list that cannot be completed. */
+CRPCI_COLD void crpci_channel_unmake(crpci_balance_node **nodes, size_t count)
+{
+    size_t i;
+    for (i = 0; i < count; i++) {
+        crpci_node *n = CRPCI_CONTAINER(nodes[i], crpci_node, balance);
+        bool kept = n->kept;
+        n->kept = false;
+        if (!kept)
+            crpci_endpoint_drop_node(n);
+    }
+}
+
+/* The present node of an address. Lists of a registry are sorted; `hint` is where the last one was
+ * found, and the next is mostly the next. */
+CRPCI_FN crpci_node *crpci_channel_find_node(const crpc_channel *ch, const char *address,
+                                             size_t *hint)
+{
+    size_t i;
+    for (i = 0; i < ch->node_count; i++) {
+        size_t k = *hint + i < ch->node_count ? *hint + i : *hint + i - ch->node_count;
+        crpci_node *n = crpci_channel_node(ch, k);
+        int order = strcmp(n->endpoint->address, address);
+        if (order == 0) {
+            *hint = k + 1;
+            return n;
+        }
+        if (order > 0 && ch->sorted && k >= *hint)
+            break; /* it would have stood before */
+    }
+    return NULL;
+}
+
+CRPCI_FN int crpci_channel_new_node(crpc_channel *ch, const char *address, crpci_node **out)
+{
+    crpci_node *n = (crpci_node *)crpci_heap_alloc(ch->loop->heap, sizeof *n);
+    int err = n ? crpci_endpoint_get(ch, address, &n->endpoint) : CRPC_ENOMEM;
+    if (err) {
+        crpci_heap_free(ch->loop->heap, n, sizeof *n);
+        return err;
+    }
+    n->refs = 1;
+    n->balance.address = n->endpoint->address;
+    crpci_breaker_init(&n->breaker);
+    *out = n;
+    return CRPC_OK;
+}
+
+CRPCI_FN int64_t crpci_channel_wall_ms(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_REALTIME, &ts);
+    return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+/* What a provider says of itself; times by the wall clock, which both sides are to keep. */
+CRPCI_FN void crpci_channel_note(crpci_node *n, const crpci_provider *p, int64_t now,
+                                 int64_t wall_ms)
+{
+    n->weight = (uint32_t)p->weight;
+    n->warmup_us = (int64_t)p->warmup_ms * 1000;
+    n->since_us = now;
+    if (p->timestamp_ms && p->timestamp_ms < wall_ms)
+        n->since_us -= crpci_base_min64(wall_ms - p->timestamp_ms, INT64_C(1) << 40) * 1000;
+    n->balance.weight = crpci_balance_warm(n->weight, (now - n->since_us) / 1000, p->warmup_ms);
+}
+
+/* Chooses which of a list this channel uses: all, or the `max_nodes` of them that a hash of address
+ * and channel puts first. Without memory for that all: more connections, but nothing is lost. */
+CRPCI_FN void crpci_channel_choose(const crpc_channel *ch, const crpci_snapshot *list, bool *chosen)
+{
+    crpci_heap *h = ch->loop->heap;
+    crpci_balance_choice *choices = NULL;
+    size_t i, n;
+    if (ch->max_nodes && list->count > ch->max_nodes)
+        choices = (crpci_balance_choice *)crpci_heap_alloc(h, list->count * sizeof *choices);
+    for (i = 0; i < list->count; i++) {
+        chosen[i] = !choices;
+        if (choices)
+            crpci_balance_choice_init(&choices[i], i, list->providers[i].address, ch->seed);
+    }
+    if (!choices)
+        return;
+    n = crpci_balance_subset(choices, list->count, ch->max_nodes);
+    for (i = 0; i < n; i++)
+        chosen[choices[i].index] = true;
+    crpci_heap_free(h, choices, list->count * sizeof *choices);
+}
+
+/* Whether an address is among the new nodes: in a sorted list it would be the last. */
+CRPCI_FN bool crpci_channel_is_double(crpci_balance_node *const *nodes, size_t n,
+                                      const char *address, bool sorted)
+{
+    size_t i;
+    for (i = n; i; i--) {
+        int order = strcmp(nodes[i - 1]->address, address);
+        if (order == 0)
+            return true;
+        if (order < 0 && sorted)
+            return false;
+    }
+    return false;
+}
+
+/* Makes the nodes of a list, of which `chosen` are wanted; those that there are go on. On failure
+ * *count says how many there are already. */
+CRPCI_FN int crpci_channel_make_nodes(crpc_channel *ch, const crpci_snapshot *list,
+                                      const bool *chosen, crpci_balance_node **fresh, size_t *count,
+                                      bool *sorted)
+{
+    int64_t now = crpci_loop_now(ch->loop), wall = crpci_channel_wall_ms();
+    size_t i, n = 0, hint = 0;
+    int err = CRPC_OK;
+    *sorted = true;
+    for (i = 0; i < list->count && !err; i++) {
+        const crpci_provider *p = &list->providers[i];
+        crpci_node *node;
+        if (!chosen[i] || crpci_channel_is_double(fresh, n, p->address, *sorted))
+            continue;
+        node = crpci_channel_find_node(ch, p->address, &hint);
+        if (node)
+            node->kept = true;
+        else
+            err = crpci_channel_new_node(ch, p->address, &node);
+        if (err)
+            break;
+        *sorted = *sorted && (!n || strcmp(fresh[n - 1]->address, p->address) < 0);
+        crpci_channel_note(node, p, now, wall);
+        fresh[n++] = &node->balance;
+    }
+    *count = n;
+    return err;
+}
+
+/* Replaces the channel's providers; those that stay keep what is known of them. Calls under way
+ * keep their endpoint until they end. Locked. */
 CRPCI_FN int crpci_channel_set_providers(crpc_channel *ch, const crpci_snapshot *list)
 {
     crpci_heap *h = ch->loop->heap;
-    crpci_endpoint **fresh = NULL;
-    size_t i;
-    if (list->count) {
-        fresh = (crpci_endpoint **)crpci_heap_alloc(h, list->count * sizeof *fresh);
-        if (!fresh)
-            return CRPC_ENOMEM;
+    size_t room = list->count + 1, old_room = ch->node_room, old_count = ch->node_count, n = 0;
+    bool *chosen = (bool *)crpci_heap_alloc(h, room), sorted = true;
+    crpci_balance_node **old = ch->nodes;
+    crpci_balance_node **fresh = (crpci_balance_node **)crpci_heap_alloc(h, room * sizeof *fresh);
+    int err = chosen && fresh ? CRPC_OK : CRPC_ENOMEM;
+    if (!err) {
+        crpci_channel_choose(ch, list, chosen);
+        err = crpci_channel_make_nodes(ch, list, chosen, fresh, &n, &sorted);
     }
-    for (i = 0; i < list->count; i++) {
-        int err = crpci_endpoint_get(ch, list->providers[i].address, &fresh[i]);
-        if (!err)
-            continue;
-        while (i--)
-            crpci_endpoint_drop(fresh[i]);
-        crpci_heap_free(h, fresh, list->count * sizeof *fresh);
+    crpci_heap_free(h, chosen, room);
+    if (err) {
+        crpci_channel_unmake(fresh, n);
+        crpci_heap_free(h, fresh, room * sizeof *fresh);
         return err;
     }
-    crpci_channel_drop_endpoints(ch);
-    ch->endpoints = fresh;
-    ch->endpoint_count = list->count;
-    ch->next = list->count ? crpci_loop_random(ch->loop) % list->count : 0;
-    return CRPC_OK;
+    ch->nodes = fresh;
+    ch->node_count = n;
+    ch->node_room = room;
+    ch->sorted = sorted;
+    err = crpci_balance_reset(&ch->balance, h, fresh, n);
+    ch->reweigh_at = crpci_loop_now(ch->loop);
+    crpci_channel_unlist(old, old_count); /* last: their connections may close, and calls move on */
+    crpci_heap_free(h, old, old_room * sizeof *old);
+    return err;
+}
+
+CRPCI_FN void crpci_channel_drop_nodes(crpc_channel *ch)
+{
+    crpci_balance_node **old = ch->nodes;
+    size_t count = ch->node_count;
+    ch->nodes = NULL;
+    ch->node_count = 0;
+    crpci_balance_reset(&ch->balance, ch->loop->heap, NULL, 0);
+    crpci_channel_unlist(old, count);
+    crpci_heap_free(ch->loop->heap, old, ch->node_room * sizeof *old);
+    ch->node_room = 0;
 }
 
 /* Runs the interceptors' `before`; *ran says for how many `after` is due. */
@@ -11495,12 +12481,10 @@ CRPCI_FN void crpci_channel_after(crpc_channel *ch, const crpc_method *m, crpc_c
 
 /* --- beginning a call ------------------------------------------------------------------------- */
 
-CRPCI_FN int64_t crpci_channel_deadline(const crpc_channel *ch, const crpc_method *m,
-                                        const crpc_call *call, int64_t now)
+CRPCI_FN int64_t crpci_channel_deadline(const crpci_policy *policy, const crpc_call *call,
+                                        int64_t now)
 {
-    int64_t ms = call->timeout_ms > 0 ? call->timeout_ms
-                 : m->timeout_ms > 0  ? m->timeout_ms
-                                      : ch->timeout_ms;
+    int64_t ms = policy->timeout_ms;
     int64_t at = now + crpci_base_min64(ms, CRPCI_CHANNEL_LONGEST_MS) * 1000;
     if (call->deadline_us > 0)
         at = crpci_base_min64(call->deadline_us,
@@ -11516,7 +12500,6 @@ CRPCI_FN int64_t crpci_channel_deadline(const crpc_channel *ch, const crpc_metho
 CRPCI_FN void crpci_call_init(crpci_call *c, crpc_channel *ch, const crpci_call_method *k,
                               crpci_call_kind kind, const crpc_call *in, int64_t start)
 {
-    int retries = in->retries ? (in->retries < 0 ? 0 : in->retries) : ch->retries;
     c->state = CRPCI_CALL_IDLE;
     c->id = 0;
     c->out = NULL;
@@ -11529,15 +12512,30 @@ CRPCI_FN void crpci_call_init(crpci_call *c, crpc_channel *ch, const crpci_call_
     c->error_chunk = NULL;
     c->status = CRPC_OK;
     c->replied = false;
-    c->address[0] = '\0';
-    c->address_size = 1;
+    c->node = NULL;
+    c->parent = NULL;
+    c->group = NULL;
     c->channel = ch;
     c->method = k->method;
-    c->response = &k->response;
+    c->known = k;
     c->kind = kind;
+    c->policy = k->policy;
+    if (CRPCI_UNLIKELY(in->policy || in->timeout_ms > 0 || in->retries))
+        crpci_channel_refine(&c->policy, in);
     c->start_us = start;
-    c->deadline_us = crpci_channel_deadline(ch, k->method, in, start);
-    c->max_attempts = 1 + (retries < CRPCI_CHANNEL_RETRIES ? retries : CRPCI_CHANNEL_RETRIES);
+    c->deadline_us = crpci_channel_deadline(&c->policy, in, start);
+    c->backup_us = INT64_MAX;
+    if (CRPCI_UNLIKELY(c->policy.backup_ms && kind != CRPCI_CALL_NOTIFY &&
+                       (k->method->flags & CRPC_METHOD_IDEMPOTENT)))
+        c->backup_us = start + (int64_t)c->policy.backup_ms * 1000;
+    c->key = crpc_view_size(in->key)
+                 ? crpci_balance_hash(crpc_view_data(in->key), crpc_view_size(in->key))
+                 : 0;
+    if (CRPCI_UNLIKELY(k->hash_field && !c->key))
+        c->key = crpci_channel_field_key(&c->request, k->hash_field);
+    c->max_attempts = 1;
+    if (c->policy.cluster == CRPC_CLUSTER_FAILOVER)
+        c->max_attempts += c->policy.retries;
     crpci_list_init(&c->link);
     crpci_list_append(&ch->calls, &c->of_channel);
     ch->loop->stats.calls++;
@@ -11564,6 +12562,20 @@ CRPCI_FN void crpci_channel_flush(crpc_loop *l)
         crpci_loop_run_list(l, &l->dirty);
 }
 
+/* A backup request is due, or the deadline has passed, which a synchronous caller sees to. */
+CRPCI_FN void crpci_call_on_timer(crpc_loop *l, crpci_timer *t)
+{
+    crpci_call *c = CRPCI_CONTAINER(t, crpci_call, timer);
+    int64_t now = crpci_loop_time(l);
+    if (c->backup_us <= now && now < c->deadline_us) {
+        if (c->kind != CRPCI_CALL_SYNC)
+            crpci_loop_timer_at(l, t, c->deadline_us);
+        crpci_call_back_up(c);
+    } else if (c->kind != CRPCI_CALL_SYNC) {
+        crpci_call_expire(c);
+    }
+}
+
 /* --- synchronous ------------------------------------------------------------------------------ */
 
 /* Runs one call to its end: c->status, c->reply. Locked. */
@@ -11577,6 +12589,8 @@ CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_call *c)
         crpci_call_explain(c, CRPC_ENOMEM, "out of memory");
         crpci_call_finish(c, CRPC_ENOMEM);
     } else {
+        if (c->backup_us < c->deadline_us)
+            crpci_loop_timer_at(l, &c->timer, c->backup_us);
         crpci_call_attempt(c);
     }
     crpci_channel_flush(l);
@@ -11586,6 +12600,11 @@ CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_call *c)
         crpci_call_expire(c);
         crpci_channel_flush(l); /* the next call for its slot */
     }
+    if (c->endpoint)
+        memcpy(c->error->endpoint, c->endpoint->address, c->endpoint->address_size);
+    else
+        c->error->endpoint[0] = '\0';
+    crpci_endpoint_drop(c->endpoint);
     crpci_id_remove(&l->calls, c->id);
     crpci_list_remove(&c->of_channel);
     l->fresh = false; /* the next to come may come much later */
@@ -11598,7 +12617,8 @@ CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_call_method *k, co
     crpc_loop *l = ch->loop;
     int64_t start = crpci_loop_now(l);
     crpci_call c;
-    int err = crpci_channel_encode(ch, k, request, call, true, 0, &c.request, &call->error);
+    bool borrow = k->plain && !call->policy; /* two frames cannot have the caller's bytes */
+    int err = crpci_channel_encode(ch, k, request, call, borrow, 0, &c.request, &call->error);
     if (err)
         return err;
     crpci_channel_enter(ch, start, &c.request);
@@ -11613,6 +12633,7 @@ CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_call_method *k, co
     c.block = NULL;
     crpci_call_init(&c, ch, k, CRPCI_CALL_SYNC, call, start);
     crpci_loop_task_init(&c.task, NULL);
+    crpci_timer_init(&c.timer, crpci_call_on_timer);
     c.error = &call->error;
     crpci_channel_run(ch, &c);
     crpci_call_settle(l, &c.request);
@@ -11636,8 +12657,10 @@ CRPCI_FN void crpci_call_clear_in(crpc_call *call)
     call->deadline_us = call->log_id = 0;
     call->fields = NULL;
     call->field_count = 0;
-    call->credential = call->attachment = crpc_view_of(NULL, 0);
+    call->credential = call->attachment = call->key = crpc_view_of(NULL, 0);
+    call->request_id = call->order_key = crpc_view_of(NULL, 0);
     call->parent = NULL;
+    call->policy = NULL;
 }
 
 /* The same of all but the rest of the texts. */
@@ -11690,11 +12713,6 @@ CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const voi
 
 /* --- asynchronous ----------------------------------------------------------------------------- */
 
-CRPCI_FN void crpci_call_on_timer(crpc_loop *l, crpci_timer *t)
-{
-    (void)l;
-    crpci_call_expire(CRPCI_CONTAINER(t, crpci_call, timer));
-}
 
 /* Runs a callback with the result. Decoding goes without the lock, into the call's own chunk. */
 CRPCI_FN void crpci_call_deliver(crpc_loop *l, crpci_task *task)
@@ -11711,10 +12729,11 @@ CRPCI_FN void crpci_call_deliver(crpc_loop *l, crpci_task *task)
     crpci_call_clear(&call);
     if (c->error)
         call.error = *c->error;
-    memcpy(call.error.endpoint, c->address, c->address_size);
-    if (c->replied && !c->response->views && !c->response->clear)
-        memset(response, 0, c->response->size);
-    done.status = c->replied ? crpci_call_result(c, response, &call) : c->status;
+    if (c->endpoint)
+        memcpy(call.error.endpoint, c->endpoint->address, c->endpoint->address_size);
+    if (c->replied && !c->known->response.views && !c->known->response.clear)
+        memset(response, 0, c->known->response.size);
+    done.status = crpci_call_result(c, response, &call);
     done.response = done.status ? NULL : response;
     call.error.code = done.status;
     call.latency_us = c->end_us - c->start_us;
@@ -11846,7 +12865,7 @@ CRPCI_FN void crpci_channel_launch(crpc_loop *l, crpci_call *c)
     bool send = crpci_loop_may_send(l);
     if (send)
         crpci_loop_hold(l); /* unlocked to send: its callback may close the channel meanwhile */
-    crpci_loop_timer_at(l, &c->timer, c->deadline_us);
+    crpci_loop_timer_at(l, &c->timer, crpci_base_min64(c->backup_us, c->deadline_us));
     crpci_call_attempt(c);
     crpci_channel_flush(l);
     l->fresh = false;
@@ -11956,7 +12975,7 @@ CRPC_API int crpc_channel_fetch(crpc_channel *ch, const crpc_method *m, crpc_id 
     crpci_loop_lock(l);
     c = crpci_channel_find(ch, id);
     err = crpci_call_state_status(c);
-    if (!err && (c->method != m || (!call && c->response->views)))
+    if (!err && (c->method != m || (!call && c->known->response.views)))
         err = CRPC_EINVAL;
     if (err) {
         crpci_loop_unlock(l);
@@ -11977,7 +12996,8 @@ CRPC_API int crpc_channel_fetch(crpc_channel *ch, const crpc_method *m, crpc_id 
     memset(&call->error, 0, sizeof call->error);
     if (c->error)
         call->error = *c->error;
-    memcpy(call->error.endpoint, c->address, c->address_size);
+    if (c->endpoint)
+        memcpy(call->error.endpoint, c->endpoint->address, c->endpoint->address_size);
     err = crpci_call_result(c, response, call);
     call->error.code = err;
     call->latency_us = c->end_us - c->start_us;
@@ -12019,25 +13039,63 @@ CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
 typedef struct crpci_channel_key {
     const char *name;
     int64_t max;
-    size_t offset; /* in crpc_channel_options */
-    bool wide;     /* int64_t, else int */
+    size_t offset;     /* in crpc_channel_options */
+    bool wide;         /* int64_t, else int */
+    const char *words; /* NULL: a number; else the first of these means 1 */
 } crpci_channel_key;
 
+#define CRPCI_CHANNEL_KEY(name, max, wide)                                                         \
+    {#name, max, offsetof(crpc_channel_options, name), wide, NULL}
+#define CRPCI_CHANNEL_MS(name) CRPCI_CHANNEL_KEY(name, CRPCI_CHANNEL_LONGEST_MS, false)
+
 static const crpci_channel_key crpci_channel_keys[] = {
-    {"timeout_ms", CRPCI_CHANNEL_LONGEST_MS, offsetof(crpc_channel_options, timeout_ms), false},
-    {"connect_timeout_ms", CRPCI_CHANNEL_LONGEST_MS,
-     offsetof(crpc_channel_options, connect_timeout_ms), false},
-    {"retries", CRPCI_CHANNEL_RETRIES, offsetof(crpc_channel_options, retries), false},
-    {"inflight", INT32_MAX, offsetof(crpc_channel_options, inflight), false},
-    {"max_body", INT32_MAX, offsetof(crpc_channel_options, max_body), true},
-    {"max_queued", INT64_MAX, offsetof(crpc_channel_options, max_queued), true},
-    {"short_names", 1, offsetof(crpc_channel_options, short_names), false},
-    {"registry_timeout_ms", CRPCI_CHANNEL_LONGEST_MS,
-     offsetof(crpc_channel_options, registry_timeout_ms), false},
-    {"session_timeout_ms", CRPCI_CHANNEL_LONGEST_MS,
-     offsetof(crpc_channel_options, session_timeout_ms), false},
-    {"must_connect", 1, offsetof(crpc_channel_options, must_connect), false},
+    CRPCI_CHANNEL_MS(timeout_ms),
+    CRPCI_CHANNEL_MS(connect_timeout_ms),
+    CRPCI_CHANNEL_KEY(retries, CRPCI_CHANNEL_RETRIES, false),
+    CRPCI_CHANNEL_KEY(inflight, INT32_MAX, false),
+    CRPCI_CHANNEL_KEY(max_body, INT32_MAX, true),
+    CRPCI_CHANNEL_KEY(max_queued, INT64_MAX, true),
+    CRPCI_CHANNEL_KEY(short_names, 1, false),
+    CRPCI_CHANNEL_MS(registry_timeout_ms),
+    CRPCI_CHANNEL_MS(session_timeout_ms),
+    CRPCI_CHANNEL_KEY(must_connect, 1, false),
+    {"lb", 0, offsetof(crpc_channel_options, balancer), false, "random,wrandom,rr,wrr,la,hash,p2c"},
+    {"cluster", 0, offsetof(crpc_channel_options, cluster), false,
+     "failover,failfast,failsafe,failback,forking,broadcast"},
+    CRPCI_CHANNEL_MS(backup_ms),
+    CRPCI_CHANNEL_KEY(forks, INT32_MAX, false),
+    CRPCI_CHANNEL_KEY(fail_percent, 100, false),
+    CRPCI_CHANNEL_KEY(hash_field, 0x1fffffff, false),
+    CRPCI_CHANNEL_KEY(max_endpoints, INT32_MAX, false),
+    CRPCI_CHANNEL_KEY(retry_budget, INT32_MAX, false),
+    CRPCI_CHANNEL_KEY(request_ids, 1, false),
+    CRPCI_CHANNEL_MS(failback_ms),
+    CRPCI_CHANNEL_KEY(failback_max, INT32_MAX, false),
+    CRPCI_CHANNEL_KEY(breaker, 1, false),
+    CRPCI_CHANNEL_KEY(breaker_percent, 100, false),
+    CRPCI_CHANNEL_KEY(breaker_requests, INT32_MAX, false),
+    CRPCI_CHANNEL_MS(breaker_window_ms),
+    CRPCI_CHANNEL_MS(breaker_slow_ms),
+    CRPCI_CHANNEL_KEY(breaker_slow_percent, 100, false),
+    CRPCI_CHANNEL_MS(breaker_open_ms),
+    CRPCI_CHANNEL_MS(breaker_open_max_ms),
+    CRPCI_CHANNEL_MS(breaker_ramp_ms),
+    CRPCI_CHANNEL_KEY(breaker_eject_percent, 100, false),
 };
+
+/* Which of the words, separated by commas, this is, counted from 1; 0: none. */
+CRPCI_COLD int64_t crpci_channel_word(const char *words, const char *value)
+{
+    size_t n = strlen(value);
+    int64_t i;
+    for (i = 1; words; i++) {
+        if (n && strncmp(words, value, n) == 0 && (words[n] == ',' || words[n] == '\0'))
+            return i;
+        words = strchr(words, ',');
+        words = words ? words + 1 : NULL;
+    }
+    return 0;
+}
 
 CRPCI_COLD bool crpci_channel_option(crpc_channel_options *o, const char *key, const char *value)
 {
@@ -12048,7 +13106,8 @@ CRPCI_COLD bool crpci_channel_option(crpc_channel_options *o, const char *key, c
         char *field = (char *)o + k->offset;
         if (strcmp(key, k->name) != 0)
             continue;
-        if (!crpci_url_number(value, k->max, &n))
+        n = k->words ? crpci_channel_word(k->words, value) : 0;
+        if (k->words ? !n : !crpci_url_number(value, k->max, &n))
             return false;
         if (k->wide) {
             memcpy(field, &n, sizeof n);
@@ -12059,6 +13118,21 @@ CRPCI_COLD bool crpci_channel_option(crpc_channel_options *o, const char *key, c
         return true;
     }
     return false;
+}
+
+CRPCI_COLD int crpci_channel_open_balance(crpc_channel *ch, crpc_balancer balancer)
+{
+    static const uint8_t kinds[] = {CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
+                                    CRPCI_BALANCE_RANDOM,
+                                    CRPCI_BALANCE_WEIGHTED_RANDOM,
+                                    CRPCI_BALANCE_ROUND_ROBIN,
+                                    CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
+                                    CRPCI_BALANCE_LEAST_ACTIVE,
+                                    CRPCI_BALANCE_CONSISTENT_HASH,
+                                    CRPCI_BALANCE_P2C};
+    if ((unsigned)balancer >= sizeof kinds)
+        return CRPC_EINVAL;
+    return crpci_balance_open(&ch->balance, (crpci_balance_kind)kinds[balancer]);
 }
 
 typedef struct crpci_channel_where {
@@ -12088,12 +13162,34 @@ CRPCI_COLD int crpci_channel_read_url(crpci_url *u, crpc_channel_options *o,
                : crpci_status_set(error, CRPC_EINVAL, "URL options are not key=value&key=value");
 }
 
+CRPCI_COLD void crpci_channel_configure_breaker(crpc_channel *ch, const crpc_channel_options *o)
+{
+    crpci_breaker_options *b = &ch->breaker;
+    if (o->breaker <= 0)
+        return;
+    b->error_percent = (int)crpci_base_min64(crpci_base_option(o->breaker_percent, 50, 50), 100);
+    b->min_requests = (int)crpci_base_option(o->breaker_requests, 20, 1);
+    b->window_us = crpci_base_option(o->breaker_window_ms, 10000, 10000) * 1000;
+    b->slow_us = crpci_base_option(o->breaker_slow_ms, 0, 0) * 1000;
+    b->slow_percent = (int)crpci_base_option(o->breaker_slow_percent, 50, 50);
+    b->open_us = crpci_base_option(o->breaker_open_ms, 1000, 1000) * 1000;
+    b->open_max_us = crpci_base_option(o->breaker_open_max_ms, 30000, 30000) * 1000;
+    b->ramp_us = crpci_base_option(o->breaker_ramp_ms, 5000, 0) * 1000;
+    ch->ejected_percent = (size_t)crpci_base_option(o->breaker_eject_percent, 50, 100);
+}
+
 CRPCI_COLD void crpci_channel_configure(crpc_channel *ch, const crpc_channel_options *o)
 {
-    ch->timeout_ms =
-        (int)crpci_base_option(o->timeout_ms, 1000, CRPCI_CHANNEL_LONGEST_MS);
+    crpc_policy policy;
+    memset(&policy, 0, sizeof policy);
+    policy.cluster = o->cluster ? o->cluster : CRPC_CLUSTER_FAILOVER;
+    policy.timeout_ms = (int)crpci_base_option(o->timeout_ms, 1000, CRPCI_CHANNEL_LONGEST_MS);
+    policy.retries = o->retries ? o->retries : 2;
+    policy.backup_ms = o->backup_ms;
+    policy.forks = o->forks ? o->forks : 2;
+    policy.fail_percent = o->fail_percent;
+    crpci_channel_apply(&ch->policy, &policy);
     ch->connect_timeout_ms = (int)crpci_base_option(o->connect_timeout_ms, 500, 0);
-    ch->retries = (int)crpci_base_option(o->retries, 2, 0);
     ch->inflight = (uint32_t)crpci_base_option(o->inflight, 0, 0);
     ch->max_body = (uint32_t)crpci_base_min64(
         crpci_base_option(o->max_body, 64 << 20, INT32_MAX), INT32_MAX);
@@ -12101,6 +13197,20 @@ CRPCI_COLD void crpci_channel_configure(crpc_channel *ch, const crpc_channel_opt
     ch->short_names = o->short_names != 0;
     ch->interceptors = o->interceptors;
     ch->interceptor_count = o->interceptor_count;
+    ch->method_options = o->methods;
+    ch->method_count = o->method_count;
+    ch->hash_field = o->hash_field < 0 ? 0 : o->hash_field;
+    ch->max_nodes = (size_t)crpci_base_option(o->max_endpoints, 0, 0);
+    ch->seed = (uint64_t)crpci_loop_random(ch->loop) << 32 | crpci_loop_random(ch->loop);
+    ch->reweigh_at = INT64_MAX;
+    ch->request_ids = o->request_ids > 0;
+    ch->budgeted = o->retry_budget >= 0;
+    crpci_limiter_budget_init(&ch->budget, (uint32_t)crpci_base_option(o->retry_budget, 10, 0), 1);
+    ch->failback_us = crpci_base_option(o->failback_ms, 5000, 5000) * 1000;
+    ch->max_failbacks = (size_t)crpci_base_option(o->failback_max, 100, 0);
+    ch->failback_dropped = o->failback_dropped;
+    ch->failback_user = o->failback_user;
+    crpci_channel_configure_breaker(ch, o);
 }
 
 /* tcp://, unix:// and list://: the providers stand in the URL. */
@@ -12124,6 +13234,7 @@ CRPCI_COLD int crpci_channel_open_static(crpc_channel *ch, crpci_url *u, crpc_er
         next = many ? strchr(item, ',') : NULL;
         if (next)
             *next++ = '\0';
+        list->providers[n].weight = CRPCI_REGISTRY_WEIGHT;
         p = list->providers[n].address;
         if (local && (size_t)snprintf(p, CRPC_ADDRESS_MAX, "unix:%s", item) >= CRPC_ADDRESS_MAX)
             err = crpci_status_set(error, CRPC_EINVAL, "unix:// path is over %d bytes",
@@ -12279,7 +13390,10 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     crpci_list_init(&ch->calls);
     crpci_loop_hold(l);
     crpci_channel_configure(ch, &o);
-    if (o.credential) {
+    err = crpci_channel_open_balance(ch, o.balancer);
+    if (err)
+        crpci_status_set(error, err, "balancer: %s", crpc_status_text(err));
+    if (!err && o.credential) {
         ch->credential = crpci_heap_strndup(l->heap, o.credential, strlen(o.credential));
         if (!ch->credential)
             err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
@@ -12331,7 +13445,7 @@ CRPC_API void crpc_channel_close(crpc_channel *ch)
         if (by_id)
             crpci_call_free(c);
     }
-    crpci_channel_drop_endpoints(ch);
+    crpci_channel_drop_nodes(ch);
     crpci_channel_drop(ch);
     crpci_channel_flush(l); /* calls of other channels for the slots */
     crpci_loop_unlock(l);
@@ -12348,7 +13462,7 @@ CRPC_API size_t crpc_channel_providers(crpc_channel *ch)
 {
     size_t n;
     crpci_loop_lock(ch->loop);
-    n = ch->endpoint_count;
+    n = ch->node_count;
     crpci_loop_unlock(ch->loop);
     return n;
 }
@@ -12369,6 +13483,7 @@ typedef struct crpci_service_method {
     crpc_view names; /* as crpci_meta_put_names writes them; their bytes stand behind the methods */
     crpci_message_type request;
     crpci_message_type response;
+    void *quota; /* the upper section's; NULL: none */
 } crpci_service_method;
 
 typedef struct crpci_service {
@@ -12643,19 +13758,9 @@ typedef struct crpci_order {
     int64_t max_waiting; /* 0: no limit */
 } crpci_order;
 
-/* FNV-1a, G. Fowler, L. C. Noll, K.-P. Vo: The FNV Non-Cryptographic Hash Algorithm (2012). */
-CRPCI_FN uint64_t crpci_order_hash(uint64_t seed, crpc_view v)
-{
-    const uint8_t *p = (const uint8_t *)crpc_view_data(v), *end = (const uint8_t *)v.end;
-    uint64_t h = UINT64_C(14695981039346656037) ^ seed;
-    for (; p < end; p++)
-        h = (h ^ *p) * UINT64_C(1099511628211);
-    return h;
-}
-
 CRPCI_FN crpci_list *crpci_order_bucket(const crpci_order *o, const crpci_order_item *i)
 {
-    return &o->buckets[(i->key ^ i->key >> 32) % CRPCI_ORDER_BUCKETS];
+    return &o->buckets[i->key % CRPCI_ORDER_BUCKETS];
 }
 
 CRPCI_COLD int crpci_order_open(crpci_order *o, crpci_heap *h, int64_t max_waiting)
@@ -12752,11 +13857,10 @@ typedef struct crpci_replay {
     int64_t bytes; /* of replies and entries */
     int64_t max_bytes;
     int64_t keep_us;
-    uint64_t seed;
 } crpci_replay;
 
 CRPCI_COLD int crpci_replay_open(crpci_replay *r, crpci_heap *h, size_t entries, int64_t max_bytes,
-                                 int64_t keep_us, uint64_t seed)
+                                 int64_t keep_us)
 {
     size_t i;
     memset(r, 0, sizeof *r);
@@ -12764,7 +13868,6 @@ CRPCI_COLD int crpci_replay_open(crpci_replay *r, crpci_heap *h, size_t entries,
     r->max = entries;
     r->max_bytes = max_bytes;
     r->keep_us = keep_us;
-    r->seed = seed;
     crpci_list_init(&r->age);
     for (r->bucket_count = 16; r->bucket_count < entries;) {
         if (r->bucket_count == CRPCI_REPLAY_BUCKETS_MAX)
@@ -12809,12 +13912,18 @@ CRPCI_FN void crpci_replay_expire(crpci_replay *r, int64_t now)
         crpci_replay_evict(r);
 }
 
+CRPCI_FN uint64_t crpci_replay_hash(const void *method, crpc_view id)
+{
+    return crpci_balance_mix(crpci_balance_hash(crpc_view_data(id), crpc_view_size(id)) ^
+                             (uint64_t)(uintptr_t)method);
+}
+
 /* The request of a method with an id, of up to CRPCI_REPLAY_ID_MAX bytes. NULL: it is new. */
 CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *method, crpc_view id,
                                                int64_t now)
 {
-    uint64_t hash = crpci_order_hash(r->seed ^ (uint64_t)(uintptr_t)method, id);
-    crpci_list *bucket = &r->buckets[(hash ^ hash >> 32) & (r->bucket_count - 1)], *i;
+    uint64_t hash = crpci_replay_hash(method, id);
+    crpci_list *bucket = &r->buckets[hash & (r->bucket_count - 1)], *i;
     size_t n = crpc_view_size(id);
     crpci_replay_expire(r, now);
     for (i = bucket->next; i != bucket; i = i->next) {
@@ -12830,7 +13939,7 @@ CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *meth
  * that there is room for execute as well. */
 CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *method, crpc_view id)
 {
-    uint64_t hash = crpci_order_hash(r->seed ^ (uint64_t)(uintptr_t)method, id);
+    uint64_t hash = crpci_replay_hash(method, id);
     crpci_replay_entry *e;
     while (r->count >= r->max || r->bytes + (int64_t)sizeof *e > r->max_bytes) {
         if (!crpci_replay_evict(r))
@@ -12845,7 +13954,7 @@ CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *metho
     memcpy(e->id, crpc_view_data(id), e->id_size);
     crpci_list_init(&e->age);
     crpci_list_init(&e->waiting);
-    crpci_list_append(&r->buckets[(hash ^ hash >> 32) & (r->bucket_count - 1)], &e->link);
+    crpci_list_append(&r->buckets[hash & (r->bucket_count - 1)], &e->link);
     r->count++;
     r->bytes += (int64_t)sizeof *e;
     return e;
@@ -12906,6 +14015,157 @@ CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, int code, const crpc_view
         to += crpc_view_size(part[i]);
     }
     return c;
+}
+
+/* ======================================================================== */
+/* >>impl-quota   what a method and a client may ask of a server            */
+/* ======================================================================== */
+
+#define CRPCI_QUOTA_START 40u       /* requests at a time that an adaptive limit begins with */
+#define CRPCI_QUOTA_BUCKETS 256u
+#define CRPCI_QUOTA_IDLE_MAX 1024u  /* clients without a connection that are remembered */
+
+/* Of one method. Not locked by itself; all zero it limits nothing. */
+typedef struct crpci_quota {
+    uint32_t max; /* requests in service; 0: no limit */
+    uint32_t active;
+    bool adaptive;
+    crpci_limiter_auto limiter;
+    crpci_limiter_bucket bucket;
+} crpci_quota;
+
+CRPCI_COLD void crpci_quota_init(crpci_quota *q, const crpc_method_limit *l, uint32_t least)
+{
+    memset(q, 0, sizeof *q);
+    q->max = l->max_concurrency > 0 ? (uint32_t)l->max_concurrency : 0;
+    q->adaptive = l->adaptive > 0;
+    crpci_limiter_auto_init(&q->limiter, least, CRPCI_QUOTA_START);
+    crpci_limiter_bucket_init(&q->bucket, l->rate, l->burst);
+}
+
+/* NULL: a request is let in and must then leave; else why it is not. */
+CRPCI_FN const char *crpci_quota_enter(crpci_quota *q, int64_t now_us)
+{
+    if (q->max && q->active >= q->max)
+        return "too many requests of the method are being served (max_concurrency)";
+    if (q->adaptive && !crpci_limiter_auto_enter(&q->limiter))
+        return "too many requests of the method are being served (adaptive)";
+    if (!crpci_limiter_bucket_take(&q->bucket, now_us)) {
+        if (q->adaptive)
+            crpci_limiter_auto_leave(&q->limiter, false, -1, now_us);
+        return "too many requests of the method in a second (rate)";
+    }
+    q->active++;
+    return NULL;
+}
+
+/* latency_us: how long it took since it came; -1: that says nothing. */
+CRPCI_FN void crpci_quota_leave(crpci_quota *q, bool ok, int64_t latency_us, int64_t now_us)
+{
+    q->active--;
+    if (q->adaptive)
+        crpci_limiter_auto_leave(&q->limiter, ok, latency_us, now_us);
+}
+
+/* All connections from one host. */
+typedef struct crpci_quota_client {
+    crpci_list link; /* in its bucket */
+    crpci_list idle; /* without connections: behind those that have been so for longer */
+    uint32_t connections;
+    uint8_t host[16];
+    crpci_limiter_bucket bucket;
+} crpci_quota_client;
+
+/* Not locked by itself. A client is known as long as it has connections, and then until there are
+ * many who left after it: coming again brings no new tokens. */
+typedef struct crpci_quota_clients {
+    crpci_heap *heap;
+    crpci_list *buckets; /* NULL: clients are not limited */
+    crpci_list idle;
+    size_t idle_count;
+    int64_t rate;
+    int64_t burst;
+} crpci_quota_clients;
+
+CRPCI_COLD int crpci_quota_open(crpci_quota_clients *c, crpci_heap *h, int64_t rate, int64_t burst)
+{
+    size_t i;
+    memset(c, 0, sizeof *c);
+    c->heap = h;
+    c->rate = rate;
+    c->burst = burst;
+    crpci_list_init(&c->idle);
+    c->buckets = (crpci_list *)crpci_heap_alloc(h, CRPCI_QUOTA_BUCKETS * sizeof *c->buckets);
+    for (i = 0; c->buckets && i < CRPCI_QUOTA_BUCKETS; i++)
+        crpci_list_init(&c->buckets[i]);
+    return c->buckets ? CRPC_OK : CRPC_ENOMEM;
+}
+
+CRPCI_FN void crpci_quota_forget(crpci_quota_clients *c)
+{
+    crpci_quota_client *k = CRPCI_CONTAINER(c->idle.next, crpci_quota_client, idle);
+    crpci_list_remove(&k->idle);
+    crpci_list_remove(&k->link);
+    crpci_heap_free(c->heap, k, sizeof *k);
+    c->idle_count--;
+}
+
+CRPCI_COLD void crpci_quota_close(crpci_quota_clients *c)
+{
+    while (c->buckets && !crpci_list_empty(&c->idle))
+        crpci_quota_forget(c);
+    crpci_heap_free(c->heap, c->buckets, CRPCI_QUOTA_BUCKETS * sizeof *c->buckets);
+    c->buckets = NULL;
+}
+
+/* The address without the port; an IPv4 one as IPv6 has it. Unix sockets are one client. */
+CRPCI_FN void crpci_quota_host(uint8_t host[16], const crpci_addr *a)
+{
+    memset(host, 0, 16);
+    if (a->u.any.sa_family == AF_INET6) {
+        memcpy(host, &a->u.in6.sin6_addr, 16);
+    } else if (a->u.any.sa_family == AF_INET) {
+        host[10] = host[11] = 0xff;
+        memcpy(host + 12, &a->u.in4.sin_addr, 4);
+    }
+}
+
+/* Whose connection it is, which is to be given back. NULL: out of memory. */
+CRPCI_FN crpci_quota_client *crpci_quota_connect(crpci_quota_clients *c, const crpci_addr *a)
+{
+    crpci_quota_client *k;
+    crpci_list *bucket, *i;
+    uint8_t host[16];
+    crpci_quota_host(host, a);
+    bucket = &c->buckets[crpci_balance_hash(host, 16) % CRPCI_QUOTA_BUCKETS];
+    for (i = bucket->next; i != bucket; i = i->next) {
+        k = CRPCI_CONTAINER(i, crpci_quota_client, link);
+        if (memcmp(k->host, host, 16) != 0)
+            continue;
+        if (!k->connections++) {
+            crpci_list_remove(&k->idle);
+            c->idle_count--;
+        }
+        return k;
+    }
+    k = (crpci_quota_client *)crpci_heap_alloc(c->heap, sizeof *k);
+    if (!k)
+        return NULL;
+    memcpy(k->host, host, 16);
+    k->connections = 1;
+    crpci_limiter_bucket_init(&k->bucket, c->rate, c->burst);
+    crpci_list_init(&k->idle);
+    crpci_list_append(bucket, &k->link);
+    return k;
+}
+
+CRPCI_FN void crpci_quota_disconnect(crpci_quota_clients *c, crpci_quota_client *k)
+{
+    if (--k->connections)
+        return;
+    crpci_list_append(&c->idle, &k->idle);
+    if (++c->idle_count > CRPCI_QUOTA_IDLE_MAX)
+        crpci_quota_forget(c);
 }
 
 /* ======================================================================== */
@@ -12973,6 +14233,9 @@ struct crpc_server {
     bool workers_over;
     crpci_order order; /* buckets NULL: no request had a key yet */
     crpci_replay replay;
+    crpci_quota *quotas; /* of methods */
+    size_t quota_count;
+    crpci_quota_clients clients;
     uint64_t replayed, unremembered;
     crpci_timer drain; /* the end of being lame, then looks at whether draining is done */
     int64_t drain_until;
@@ -12985,7 +14248,7 @@ struct crpc_server {
     crpc_server_options options; /* its strings are not to be used */
 };
 
-/* What is kept of a request that is ordered or may come again; in its context's memory. */
+/* What is kept of a request that is limited, ordered, or may come again; in its context's memory. */
 typedef struct crpci_guard {
     crpc_context *context;
     bool ordered;
@@ -12994,6 +14257,8 @@ typedef struct crpci_guard {
     crpci_replay_entry *entry; /* it is the first with that id */
     bool repeats;              /* it has come before: answered with `reply`, if that was kept */
     crpci_chunk *reply;
+    crpci_quota *quota; /* that it has entered */
+    int64_t since;
 } crpci_guard;
 
 struct crpc_context {
@@ -13287,7 +14552,7 @@ CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
     crpc_server *s = x->server;
     crpci_guard *g = NULL;
     int err = CRPC_OK;
-    if (of->ordered || crpc_view_size(of->id)) {
+    if (of->ordered || of->quota || crpc_view_size(of->id)) {
         g = (crpci_guard *)crpc_context_alloc(x, sizeof *g);
         if (!g)
             return "out of memory";
@@ -13408,15 +14673,28 @@ CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_out *out)
     return crpci_replay_copy(x->server->heap, m.error_code, part);
 }
 
+/* `served`: 1: well, 0: not, -1: it says nothing of the server. */
+CRPCI_COLD void crpci_guard_quit(crpc_server *s, crpci_guard *g, int served)
+{
+    int64_t now = g->quota ? crpci_heap_now(s->heap) : 0;
+    if (!g->quota)
+        return;
+    crpci_thread_lock(&s->guard);
+    crpci_quota_leave(g->quota, served > 0, served < 0 ? -1 : now - g->since, now);
+    crpci_thread_unlock(&s->guard);
+    g->quota = NULL;
+}
+
 /* At the end of a guarded request: its reply is kept, and goes to those who wait for the same; the
  * turn goes on. `out` is its reply, or NULL. No lock is held. */
-CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_out *out)
+CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_out *out, int served)
 {
     crpc_server *s = x->server;
     crpci_guard *g = x->guard;
     crpci_chunk *reply = g->entry && out ? crpci_guard_copy(x, out) : NULL;
     crpci_list waiting;
     crpci_list_init(&waiting);
+    crpci_guard_quit(s, g, served);
     if (g->entry) {
         crpci_thread_lock(&s->guard);
         crpci_replay_finish(&s->replay, g->entry, reply, crpci_heap_rough_now(s->heap), &waiting);
@@ -13454,7 +14732,7 @@ CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
     } else {
         out = crpci_context_encode(x, code);
     }
-    crpci_guard_end(x, out);
+    crpci_guard_end(x, out, x->guard->repeats ? -1 : !code || x->app_code);
     return out;
 }
 
@@ -13468,7 +14746,7 @@ CRPCI_COLD int crpci_context_too_late(crpc_context *x)
     crpci_conn *conn = x->conn;
     bool last;
     if (x->guard)
-        crpci_guard_end(x, NULL);
+        crpci_guard_end(x, NULL, -1);
     crpci_context_free(x);
     crpci_loop_lock(l);
     last = crpci_server_end(conn);
@@ -13734,11 +15012,11 @@ CRPCI_COLD bool crpci_server_look(crpc_server *s, crpci_conn *conn, const crpci_
     if (fields && s->options.ordered >= 0 &&
         crpci_meta_field(m->raw, CRPCI_SERVER_KEY_FIELD, &key)) {
         g->ordered = true;
-        g->order.key = crpci_order_hash(s->replay.seed, key);
+        g->order.key = crpci_balance_hash(crpc_view_data(key), crpc_view_size(key));
     } else if (s->options.ordered > 0) {
         g->ordered = true;
         g->order.of = conn;
-        g->order.key = (uint64_t)(uintptr_t)conn * UINT64_C(0x9e3779b97f4a7c15);
+        g->order.key = crpci_balance_mix((uint64_t)(uintptr_t)conn);
     }
     if (!fields || !s->replay.buckets ||
         !crpci_meta_field(m->raw, CRPCI_SERVER_ID_FIELD, &g->id) ||
@@ -13748,27 +15026,52 @@ CRPCI_COLD bool crpci_server_look(crpc_server *s, crpci_conn *conn, const crpci_
     return false;
 }
 
+/* Whether a request is within the limits of its client and its method. Returns why not, or NULL. */
+CRPCI_COLD const char *crpci_server_limit(crpc_server *s, const crpci_conn *conn, crpci_quota *q,
+                                          crpci_guard *g)
+{
+    crpci_quota_client *client = (crpci_quota_client *)conn->client;
+    const char *why = NULL;
+    if (!client && !q)
+        return NULL;
+    g->since = conn->active_us;
+    crpci_thread_lock(&s->guard);
+    if (client && !crpci_limiter_bucket_take(&client->bucket, g->since))
+        why = "too many requests of this client in a second (rate_per_client)";
+    else if (q)
+        why = crpci_quota_enter(q, g->since);
+    crpci_thread_unlock(&s->guard);
+    g->quota = why ? NULL : q;
+    return why;
+}
+
 /* Takes a request in, or refuses it. */
 CRPCI_FN void crpci_server_admit(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                  const crpci_service_method *method)
 {
     bool guarded = s->guarded || (!m->meta.usual && m->meta.fields);
-    const char *why = "out of memory";
-    crpc_context *x;
+    const char *why = NULL;
+    crpc_context *x = NULL;
     crpci_guard g;
-    if (CRPCI_UNLIKELY(guarded) && !crpci_server_look(s, conn, &m->meta, &g))
-        return;
-    x = crpci_context_new(s, conn, m, method);
-    if (CRPCI_UNLIKELY(guarded && x)) {
-        why = crpci_guard_start(x, &g);
-    } else if (x && !s->worker_count) {
-        crpci_loop_ready(conn->loop, &x->task);
-        return;
-    } else if (x) {
-        why = crpci_worker_push(&s->workers, &x->task) ? NULL : CRPCI_SERVER_CROWDED;
+    if (CRPCI_UNLIKELY(guarded)) {
+        if (!crpci_server_look(s, conn, &m->meta, &g))
+            return;
+        why = crpci_server_limit(s, conn, (crpci_quota *)method->quota, &g);
     }
-    if (!why)
+    if (CRPCI_LIKELY(!why)) {
+        x = crpci_context_new(s, conn, m, method);
+        why = x ? NULL : "out of memory";
+    }
+    if (x && CRPCI_UNLIKELY(guarded))
+        why = crpci_guard_start(x, &g);
+    else if (x && !s->worker_count)
+        crpci_loop_ready(conn->loop, &x->task);
+    else if (x && !crpci_worker_push(&s->workers, &x->task))
+        why = CRPCI_SERVER_CROWDED;
+    if (CRPCI_LIKELY(!why))
         return;
+    if (guarded)
+        crpci_guard_quit(s, &g, -1);
     crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT, why);
     if (x)
         crpci_context_reject(x);
@@ -13821,7 +15124,24 @@ CRPCI_FN void crpci_server_on_eof(crpci_conn *conn)
 CRPCI_FN void crpci_server_on_closed(crpci_conn *conn)
 {
     crpc_server *s = (crpc_server *)conn->owner;
+    if (conn->client) {
+        crpci_thread_lock(&s->guard);
+        crpci_quota_disconnect(&s->clients, (crpci_quota_client *)conn->client);
+        crpci_thread_unlock(&s->guard);
+        conn->client = NULL;
+    }
     __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
+}
+
+/* Finds out whose a new connection is. False: out of memory. */
+CRPCI_COLD bool crpci_server_know(crpc_server *s, crpci_conn *conn)
+{
+    crpci_addr a;
+    crpci_sock_peer(conn->fd, &a);
+    crpci_thread_lock(&s->guard);
+    conn->client = crpci_quota_connect(&s->clients, &a);
+    crpci_thread_unlock(&s->guard);
+    return conn->client != NULL;
 }
 
 CRPCI_FN void crpci_server_on_opened(crpci_conn *conn)
@@ -13889,6 +15209,8 @@ CRPCI_FN void crpci_server_adopt(crpc_server *s, int fd)
         conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
         if (s->options.idle_timeout_ms)
             crpci_loop_timer_set(l, &conn->timer, (int64_t)s->options.idle_timeout_ms * 1000);
+        if (s->clients.buckets && !crpci_server_know(s, conn))
+            crpci_conn_close(conn, CRPC_ENOMEM, 0);
     }
     crpci_loop_unlock(l);
 }
@@ -14076,6 +15398,8 @@ CRPCI_FN void crpci_server_free(crpc_server *s)
     crpci_service_free(&s->services, h);
     crpci_replay_close(&s->replay);
     crpci_order_close(&s->order, h);
+    crpci_quota_close(&s->clients);
+    crpci_heap_free(h, s->quotas, s->quota_count * sizeof *s->quotas);
     crpci_thread_mutex_free(&s->guard);
     crpci_heap_free(h, s->enrolments, s->enrolled * sizeof *s->enrolments);
     crpci_heap_strfree(h, s->registry_url);
@@ -14122,19 +15446,20 @@ CRPCI_COLD void crpci_server_configure(crpc_server *s, const crpc_server_options
     o->replay_entries = (int)crpci_base_option(in->replay_entries, 0, 0);
     o->replay_ms = (int)crpci_base_option(in->replay_ms, 60000, 0);
     o->replay_bytes = crpci_base_option(in->replay_bytes, 4 << 20, INT64_MAX);
-    s->guarded = o->ordered > 0;
+    s->guarded = o->ordered > 0 || o->rate_per_client > 0;
 }
 
-/* What the guard needs from the start. */
+/* What is needed from the start to remember requests and to know clients. */
 CRPCI_COLD int crpci_server_prepare(crpc_server *s)
 {
-    crpc_server_options *o = &s->options;
-    uint64_t seed = (uint64_t)crpci_loop_random(s->loop) << 32 | crpci_loop_random(s->loop);
-    s->replay.seed = seed;
-    if (!o->replay_entries)
-        return CRPC_OK;
-    return crpci_replay_open(&s->replay, s->heap, (size_t)o->replay_entries, o->replay_bytes,
-                             (int64_t)o->replay_ms * 1000, seed);
+    const crpc_server_options *o = &s->options;
+    int err = CRPC_OK;
+    if (o->replay_entries)
+        err = crpci_replay_open(&s->replay, s->heap, (size_t)o->replay_entries, o->replay_bytes,
+                                (int64_t)o->replay_ms * 1000);
+    if (!err && o->rate_per_client > 0)
+        err = crpci_quota_open(&s->clients, s->heap, o->rate_per_client, o->burst_per_client);
+    return err;
 }
 
 CRPCI_FN void crpci_server_drain_tick(crpc_loop *l, crpci_timer *t);
@@ -14372,6 +15697,70 @@ CRPCI_COLD void crpci_server_withdraw(crpc_server *s)
 
 /* --- starting --------------------------------------------------------------------------------- */
 
+CRPCI_COLD bool crpci_server_limits(const crpc_method_limit *l, const crpc_method *m,
+                                    const char *service)
+{
+    return (!l->service || strcmp(l->service, service) == 0) &&
+           (!l->method || strcmp(l->method, m->name) == 0);
+}
+
+/* Gives each method its quota; with NULL only counts those that have one. */
+CRPCI_COLD size_t crpci_server_share(crpc_server *s, crpci_quota *quotas)
+{
+    const crpc_server_options *o = &s->options;
+    size_t i, k, n = 0, of;
+    for (i = 0; i < s->services.count; i++) {
+        const crpci_service *v = &s->services.items[i];
+        for (k = 0; k < v->table->method_count; k++) {
+            for (of = 0; of < o->limit_count; of++) {
+                if (crpci_server_limits(&o->limits[of], &v->table->methods[k], v->table->name))
+                    break;
+            }
+            if (of == o->limit_count)
+                continue;
+            if (quotas) {
+                crpci_quota_init(&quotas[n], &o->limits[of], (uint32_t)o->workers);
+                v->methods[k].quota = &quotas[n];
+            }
+            n++;
+        }
+    }
+    return n;
+}
+
+/* A limit that names nothing is a mistake. */
+CRPCI_COLD int crpci_server_check_limit(const crpc_server *s, const crpc_method_limit *l,
+                                        crpc_error *error)
+{
+    size_t i, k;
+    for (i = 0; i < s->services.count; i++) {
+        const crpc_service *table = s->services.items[i].table;
+        for (k = 0; k < table->method_count; k++) {
+            if (crpci_server_limits(l, &table->methods[k], table->name))
+                return CRPC_OK;
+        }
+    }
+    return crpci_status_set(error, CRPC_EINVAL, "a limit is for %.80s.%.80s, which is not offered",
+                            l->service ? l->service : "*", l->method ? l->method : "*");
+}
+
+CRPCI_COLD int crpci_server_start_limits(crpc_server *s, crpc_error *error)
+{
+    size_t i;
+    int err = CRPC_OK;
+    for (i = 0; i < s->options.limit_count && !err; i++)
+        err = crpci_server_check_limit(s, &s->options.limits[i], error);
+    if (err || !s->options.limit_count || s->quotas)
+        return err;
+    s->quota_count = crpci_server_share(s, NULL);
+    s->quotas = (crpci_quota *)crpci_heap_alloc(s->heap, s->quota_count * sizeof *s->quotas);
+    if (!s->quotas)
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    crpci_server_share(s, s->quotas);
+    s->guarded = true;
+    return CRPC_OK;
+}
+
 CRPCI_COLD int crpci_server_start_threads(crpc_server *s, crpc_error *error)
 {
     size_t want = (size_t)s->options.io_threads;
@@ -14414,7 +15803,8 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
         return crpci_status_set(error, CRPC_EBUSY, "the server has been started already");
     if (crpci_list_empty(&s->listeners))
         return crpci_status_set(error, CRPC_EINVAL, "nothing to listen on: set options.listen");
-    err = crpci_server_start_threads(s, error);
+    err = crpci_server_start_limits(s, error);
+    err = err ? err : crpci_server_start_threads(s, error);
     if (err)
         return err;
     crpci_loop_lock(l);

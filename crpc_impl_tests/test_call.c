@@ -167,6 +167,66 @@ static void it_takes_fields_only_from_interceptors(void **state)
     crpc_call_reset(&call);
 }
 
+/* Of a call that begins at 100. */
+static int64_t deadline(const crpc_channel *ch, const crpc_method *m, const crpc_call *call)
+{
+    crpci_call_method k;
+    memset(&k, 0, sizeof k);
+    k.method = m;
+    crpci_channel_learn_options(ch, &k);
+    crpci_channel_refine(&k.policy, call);
+    return crpci_channel_deadline(&k.policy, call, 100);
+}
+
+/* The call's words go before the method's options, those before the table's, those before the
+ * channel's. */
+static void it_takes_the_nearest_policy(void **state)
+{
+    crpc_method_options options[2];
+    crpc_method m = method;
+    crpc_policy own = CRPC_INIT;
+    crpc_call call = CRPC_INIT;
+    crpci_call_method k;
+    fixture f;
+    (void)state;
+    fixture_open(&f);
+    memset(options, 0, sizeof options);
+    memset(&k, 0, sizeof k);
+    f.channel.policy.cluster = CRPC_CLUSTER_FAILOVER;
+    f.channel.policy.retries = 2;
+    f.channel.policy.timeout_ms = 1000;
+    f.channel.method_options = options;
+    f.channel.method_count = 2;
+    options[0].method = "Other";
+    options[0].policy.retries = 9;
+    options[1].method = m.name;
+    options[1].policy.cluster = CRPC_CLUSTER_FORKING;
+    options[1].policy.forks = 3;
+    options[1].policy.retries = -1;
+    k.method = &m;
+    crpci_channel_learn_options(&f.channel, &k);
+    assert_ptr_equal(k.options, &options[1]);
+    assert_false(k.plain);
+    assert_int_equal(k.policy.cluster, CRPC_CLUSTER_FORKING);
+    assert_int_equal(k.policy.forks, 3);
+    assert_int_equal(k.policy.retries, 0);
+    assert_int_equal(k.policy.timeout_ms, 1000);
+    call.retries = 5;
+    own.cluster = CRPC_CLUSTER_FAILFAST;
+    own.forks = -1;
+    own.fail_percent = 1000;
+    call.policy = &own;
+    crpci_channel_refine(&k.policy, &call);
+    assert_int_equal(k.policy.cluster, CRPC_CLUSTER_FAILFAST);
+    assert_int_equal(k.policy.retries, 5);
+    assert_int_equal(k.policy.forks, 0); /* all */
+    assert_int_equal(k.policy.fail_percent, 100);
+    own.retries = 99;
+    crpci_channel_refine(&k.policy, &call);
+    assert_int_equal(k.policy.retries, CRPCI_CHANNEL_RETRIES);
+    fixture_close(&f);
+}
+
 static void it_keeps_the_earliest_deadline(void **state)
 {
     fixture f;
@@ -176,18 +236,18 @@ static void it_keeps_the_earliest_deadline(void **state)
     crpci_request r;
     (void)state;
     fixture_open(&f);
-    f.channel.timeout_ms = 1000;
-    assert_int_equal(crpci_channel_deadline(&f.channel, &m, &call, 100), 1000100);
+    f.channel.policy.timeout_ms = 1000;
+    assert_int_equal(deadline(&f.channel, &m, &call), 1000100);
     m.timeout_ms = 7;
-    assert_int_equal(crpci_channel_deadline(&f.channel, &m, &call, 100), 7100);
+    assert_int_equal(deadline(&f.channel, &m, &call), 7100);
     call.timeout_ms = 9;
-    assert_int_equal(crpci_channel_deadline(&f.channel, &m, &call, 100), 9100);
+    assert_int_equal(deadline(&f.channel, &m, &call), 9100);
     call.deadline_us = 300;
-    assert_int_equal(crpci_channel_deadline(&f.channel, &m, &call, 100), 300);
+    assert_int_equal(deadline(&f.channel, &m, &call), 300);
     call.deadline_us = INT64_MAX;
-    assert_int_equal(crpci_channel_deadline(&f.channel, &m, &call, 100), INT64_C(86400000100));
+    assert_int_equal(deadline(&f.channel, &m, &call), INT64_C(86400000100));
     call.parent = (const crpc_context *)(const void *)&parent;
-    assert_int_equal(crpci_channel_deadline(&f.channel, &m, &call, 100), 5000);
+    assert_int_equal(deadline(&f.channel, &m, &call), 5000);
     crpci_channel_inherit(&call, &r);
     assert_int_equal(r.log_id, 11);
     assert_int_equal(r.trace_id, 12);
@@ -202,6 +262,7 @@ int main(void)
         CT_TEST(it_copies_small_attachments_and_borrows_large_ones),
         CT_TEST(it_copies_a_request_whose_frame_is_still_being_sent),
         CT_TEST(it_takes_fields_only_from_interceptors),
+        CT_TEST(it_takes_the_nearest_policy),
         CT_TEST(it_keeps_the_earliest_deadline),
     };
     return CT_RUN(tests);

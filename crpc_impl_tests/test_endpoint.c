@@ -31,7 +31,7 @@ static void it_is_shared_by_channels_that_ask_for_the_same(void **state)
     assert_int_equal(crpc_channel_open(&a, "tcp://127.0.0.1:9", &o, NULL), CRPC_OK);
     assert_int_equal(crpc_channel_open(&b, "list://127.0.0.1:9,127.0.0.1:10", &o, NULL), CRPC_OK);
     assert_int_equal(count(&l->endpoints), 2);
-    assert_int_equal(first_endpoint(l)->refs, 2);
+    assert_int_equal(first_endpoint(l)->users, 2);
     assert_int_equal(crpc_channel_open(&c, "tcp://127.0.0.1:9?inflight=1", &o, NULL), CRPC_OK);
     assert_int_equal(count(&l->endpoints), 3);
     crpc_channel_close(a);
@@ -89,6 +89,13 @@ static void it_backs_off_with_full_jitter(void **state)
     crpc_loop_close(l);
 }
 
+static crpci_endpoint *pick(crpc_channel *ch, const crpci_call *c)
+{
+    crpci_node *n = crpci_channel_pick(ch, c);
+    assert_non_null(n);
+    return n->endpoint;
+}
+
 /* Round robin, each in turn; one that backs off is passed over while another is usable, and all
  * backing off, the one that is soonest usable is taken. */
 static void it_is_picked_in_turn(void **state)
@@ -105,25 +112,25 @@ static void it_is_picked_in_turn(void **state)
     lo.hooks = ct_hooks();
     assert_int_equal(crpc_loop_open(&l, &lo), CRPC_OK);
     o.loop = l;
-    assert_int_equal(crpc_channel_open(&ch, "list://127.0.0.1:9,127.0.0.1:10,127.0.0.1:11", &o,
+    assert_int_equal(crpc_channel_open(&ch, "list://127.0.0.1:9,127.0.0.1:10,127.0.0.1:11?lb=rr", &o,
                                        NULL),
                      CRPC_OK);
     for (i = 0; i < 3; i++)
-        e[i] = crpci_channel_pick(ch, &c);
+        e[i] = pick(ch, &c);
     assert_ptr_not_equal(e[0], e[1]);
     assert_ptr_not_equal(e[1], e[2]);
     assert_ptr_not_equal(e[0], e[2]);
     for (i = 0; i < 30; i++)
-        assert_ptr_equal(crpci_channel_pick(ch, &c), e[i % 3]);
+        assert_ptr_equal(pick(ch, &c), e[i % 3]);
     e[1]->usable_at = INT64_MAX;
     for (i = 0; i < 30; i++)
-        assert_ptr_not_equal(crpci_channel_pick(ch, &c), e[1]);
+        assert_ptr_not_equal(pick(ch, &c), e[1]);
     e[0]->usable_at = INT64_MAX - 1;
     e[2]->usable_at = INT64_MAX - 2;
-    assert_ptr_equal(crpci_channel_pick(ch, &c), e[2]);
+    assert_ptr_equal(pick(ch, &c), e[2]);
     c.tried[0] = e[2];
     c.attempts = 1;
-    assert_ptr_equal(crpci_channel_pick(ch, &c), e[0]);
+    assert_ptr_equal(pick(ch, &c), e[0]);
     c.tried[1] = e[0];
     c.tried[2] = e[1];
     c.attempts = 3;
@@ -132,12 +139,866 @@ static void it_is_picked_in_turn(void **state)
     crpc_loop_close(l);
 }
 
+/* --- several providers ------------------------------------------------------------------------ */
+
+#define FLEET_MAX 6
+
+typedef enum fleet_mood {
+    FLEET_WELL,
+    FLEET_SILENT, /* keeps the request */
+    FLEET_BROKEN, /* CRPC_EINTERNAL */
+    FLEET_REFUSES /* an application's error */
+} fleet_mood;
+
+typedef struct fleet_peer {
+    net_service service; /* first: net_begin takes the user pointer for one */
+    int mood;            /* atomic fleet_mood */
+    int index;
+    crpc_loop *loop;
+    crpc_server *server;
+    char address[CRPC_ADDRESS_MAX]; /* host:port */
+} fleet_peer;
+
+typedef struct fleet {
+    int count;
+    fleet_peer peers[FLEET_MAX];
+    crpc_channel *channel;
+} fleet;
+
+static void fleet_mood_set(fleet_peer *p, fleet_mood mood)
+{
+    __atomic_store_n(&p->mood, mood, __ATOMIC_SEQ_CST);
+}
+
+/* Answers with its own index in ms. */
+static int fleet_answer(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    fleet_peer *p = (fleet_peer *)crpc_context_user(x);
+    switch (__atomic_load_n(&p->mood, __ATOMIC_SEQ_CST)) {
+    case FLEET_SILENT:
+        out->ms = p->index;
+        return net_defer(x, in, out);
+    case FLEET_BROKEN:
+        net_begin(x, in->n);
+        return CRPC_EINTERNAL;
+    case FLEET_REFUSES:
+        net_begin(x, in->n);
+        return crpc_context_fail(x, 5007, "not today");
+    default:
+        net_begin(x, in->n);
+        out->n = in->n + 1;
+        out->ms = p->index;
+        return CRPC_OK;
+    }
+}
+
+static const dyn_Echo_handlers fleet_handlers = {fleet_answer, fleet_answer, net_pass,
+                                                 fleet_answer, net_fail,     net_status,
+                                                 net_meta,     net_add};
+
+static void fleet_peer_open(fleet_peer *p, int index, const char *listen)
+{
+    crpc_server_options o = CRPC_INIT;
+    char url[160];
+    net_service_init(&p->service);
+    p->index = index;
+    p->loop = net_loop(CRPC_POLLER_DEFAULT);
+    o.loop = p->loop;
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.listen = listen;
+    assert_int_equal(crpc_server_open(&p->server, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(p->server, &dyn_Echo, &fleet_handlers, p), CRPC_OK);
+    assert_int_equal(crpc_server_start(p->server, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_address(p->server, 0, url, sizeof url), CRPC_OK);
+    assert_true(strlen(url) < sizeof p->address);
+    memcpy(p->address, url + 6, strlen(url + 6) + 1);
+    assert_int_equal(crpc_loop_start(p->loop), CRPC_OK);
+}
+
+static void fleet_release(fleet *f)
+{
+    crpc_context *x;
+    int i;
+    for (i = 0; i < f->count; i++) {
+        while (f->peers[i].server && (x = net_take(&f->peers[i].service)) != NULL)
+            crpc_context_finish(x, CRPC_OK);
+    }
+}
+
+static void fleet_peer_close(fleet_peer *p)
+{
+    if (!p->server)
+        return;
+    crpc_server_close(p->server);
+    crpc_loop_close(p->loop);
+    pthread_mutex_destroy(&p->service.lock);
+    p->server = NULL;
+}
+
+static void fleet_open(fleet *f, int count, const char *query, const crpc_channel_options *options)
+{
+    char url[512] = "list://";
+    int i;
+    memset(f, 0, sizeof *f);
+    f->count = count;
+    for (i = 0; i < count; i++) {
+        fleet_peer_open(&f->peers[i], i, "tcp://127.0.0.1:0");
+        strcat(url, i ? "," : "");
+        strcat(url, f->peers[i].address);
+    }
+    f->channel = net_channel(url, query, CRPC_POLLER_DEFAULT, NULL, options);
+}
+
+static void fleet_close(fleet *f)
+{
+    int i;
+    fleet_release(f);
+    crpc_channel_close(f->channel);
+    for (i = 0; i < f->count; i++)
+        fleet_peer_close(&f->peers[i]);
+}
+
+static int fleet_calls(fleet *f)
+{
+    int i, n = 0;
+    for (i = 0; i < f->count; i++)
+        n += net_calls(&f->peers[i].service);
+    return n;
+}
+
+/* --- a call in each of its forms -------------------------------------------------------------- */
+
+typedef enum fleet_form { FORM_SYNC, FORM_ASYNC, FORM_ID, FORMS } fleet_form;
+
+typedef struct fleet_result {
+    int status;
+    dyn_Num out;
+    crpc_error error;
+    int done; /* atomic */
+} fleet_result;
+
+static void fleet_done(void *user, int status, const dyn_Num *response, crpc_call *call)
+{
+    fleet_result *r = (fleet_result *)user;
+    r->status = status;
+    if (response)
+        r->out = *response;
+    r->error = call->error;
+    __atomic_store_n(&r->done, 1, __ATOMIC_SEQ_CST);
+}
+
+/* Get is idempotent, Add is not. */
+static fleet_result fleet_call(fleet *f, fleet_form form, bool idempotent, int64_t n,
+                               const crpc_call *in)
+{
+    dyn_Num request = net_num(n);
+    crpc_call call = CRPC_INIT;
+    fleet_result r;
+    crpc_id id;
+    memset(&r, 0, sizeof r);
+    if (in)
+        call = *in;
+    if (form == FORM_SYNC) {
+        r.status = (idempotent ? dyn_Echo_Get : dyn_Echo_Add)(f->channel, &request, &r.out, &call);
+        r.error = call.error;
+    } else if (form == FORM_ASYNC) {
+        assert_int_equal((idempotent ? dyn_Echo_Get_async
+                                     : dyn_Echo_Add_async)(f->channel, &request, fleet_done, &r, in),
+                         CRPC_OK);
+        assert_true(CT_WAIT(__atomic_load_n(&r.done, __ATOMIC_SEQ_CST), NET_PATIENCE));
+    } else {
+        assert_int_equal((idempotent ? dyn_Echo_Get_begin : dyn_Echo_Add_begin)(f->channel, &request,
+                                                                               &id, in),
+                         CRPC_OK);
+        assert_int_equal(crpc_channel_wait(f->channel, id, -1), CRPC_OK);
+        r.status = (idempotent ? dyn_Echo_Get_fetch : dyn_Echo_Add_fetch)(f->channel, id, &r.out,
+                                                                         &call);
+        r.error = call.error;
+    }
+    assert_int_equal(r.error.code, r.status);
+    crpc_call_reset(&call);
+    return r;
+}
+
+static uint32_t fleet_pending(fleet *f)
+{
+    crpc_loop_stats s;
+    crpc_loop_stats_get(crpc_channel_loop(f->channel), &s);
+    return s.pending;
+}
+
+/* --- cluster policies ------------------------------------------------------------------------- */
+
+static void forking_takes_the_first_success(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        fleet_result r;
+        int i;
+        fleet_open(&f, 4, "?cluster=forking&forks=-1&timeout_ms=20000", NULL);
+        fleet_mood_set(&f.peers[0], FLEET_SILENT);
+        fleet_mood_set(&f.peers[1], FLEET_BROKEN);
+        fleet_mood_set(&f.peers[2], FLEET_REFUSES);
+        for (i = 0; i < 4; i++) {
+            r = fleet_call(&f, form, false, i, NULL);
+            assert_int_equal(r.status, CRPC_OK);
+            assert_int_equal(r.out.n, i + 1);
+            assert_int_equal(r.out.ms, 3);
+            assert_string_equal(r.error.endpoint, f.peers[3].address);
+            assert_int_equal(fleet_pending(&f), 0);
+        }
+        assert_int_equal(net_calls(&f.peers[3].service), 4);
+        fleet_close(&f);
+        fleet_open(&f, 4, "?cluster=forking&timeout_ms=20000", NULL);
+        for (i = 0; i < 10; i++)
+            assert_int_equal(fleet_call(&f, form, false, i, NULL).status, CRPC_OK);
+        assert_true(fleet_calls(&f) > 10); /* one that was not sent yet is withdrawn */
+        assert_true(fleet_calls(&f) <= 20);
+        fleet_close(&f);
+    }
+}
+
+static void forking_fails_when_all_have_failed(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        fleet_result r;
+        fleet_open(&f, 3, "?cluster=forking&forks=-1&timeout_ms=20000", NULL);
+        fleet_mood_set(&f.peers[0], FLEET_BROKEN);
+        fleet_mood_set(&f.peers[1], FLEET_BROKEN);
+        fleet_peer_close(&f.peers[2]);
+        r = fleet_call(&f, form, false, 1, NULL);
+        assert_true(r.status == CRPC_EINTERNAL || r.status == CRPC_ECONN);
+        assert_non_null(strstr(r.error.text, "dyn.Echo.Add"));
+        assert_int_equal(net_calls(&f.peers[0].service), 1);
+        assert_int_equal(net_calls(&f.peers[1].service), 1);
+        assert_int_equal(fleet_pending(&f), 0);
+        fleet_close(&f);
+    }
+}
+
+static void forks_are_cancelled_with_their_call(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        fleet_result r;
+        fleet_open(&f, 3, "?cluster=forking&forks=2&timeout_ms=50", NULL);
+        fleet_mood_set(&f.peers[0], FLEET_SILENT);
+        fleet_mood_set(&f.peers[1], FLEET_SILENT);
+        fleet_mood_set(&f.peers[2], FLEET_SILENT);
+        r = fleet_call(&f, form, false, 1, NULL);
+        assert_int_equal(r.status, CRPC_ETIMEDOUT);
+        assert_int_equal(fleet_pending(&f), 0);
+        fleet_close(&f);
+    }
+}
+
+/* Closed while forks are under way: the callback says so, and nothing is left. */
+static void forks_end_with_their_channel(void **state)
+{
+    fleet f;
+    fleet_result r;
+    dyn_Num request = net_num(1);
+    crpc_id id;
+    (void)state;
+    memset(&r, 0, sizeof r);
+    fleet_open(&f, 2, "?cluster=forking&timeout_ms=20000", NULL);
+    fleet_mood_set(&f.peers[0], FLEET_SILENT);
+    fleet_mood_set(&f.peers[1], FLEET_SILENT);
+    assert_int_equal(dyn_Echo_Add_async(f.channel, &request, fleet_done, &r, NULL), CRPC_OK);
+    assert_int_equal(dyn_Echo_Add_begin(f.channel, &request, &id, NULL), CRPC_OK);
+    assert_true(CT_WAIT(net_held(&f.peers[0].service) == 2 && net_held(&f.peers[1].service) == 2,
+                        NET_PATIENCE));
+    assert_int_equal(crpc_channel_cancel(f.channel, id), CRPC_OK);
+    crpc_channel_close(f.channel);
+    f.channel = NULL;
+    assert_int_equal(r.done, 1);
+    assert_int_equal(r.status, CRPC_ECANCELED);
+    fleet_close(&f);
+}
+
+static void broadcast_reaches_everyone(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        fleet_result r;
+        crpc_call call = CRPC_INIT;
+        crpc_policy policy = CRPC_INIT;
+        int i;
+        fleet_open(&f, 5, "?cluster=broadcast&timeout_ms=20000", NULL);
+        r = fleet_call(&f, form, false, 1, NULL);
+        assert_int_equal(r.status, CRPC_OK);
+        assert_int_equal(r.out.n, 2);
+        fleet_mood_set(&f.peers[2], FLEET_REFUSES);
+        r = fleet_call(&f, form, false, 1, NULL);
+        assert_int_equal(r.status, CRPC_EAPP); /* no failure is too many, unless that was said */
+        assert_int_equal(r.error.app_code, 5007);
+        policy.fail_percent = 20;
+        call.policy = &policy;
+        r = fleet_call(&f, form, false, 1, &call);
+        assert_int_equal(r.status, CRPC_OK); /* one in five may fail */
+        assert_int_equal(r.out.n, 2);
+        fleet_mood_set(&f.peers[4], FLEET_BROKEN);
+        r = fleet_call(&f, form, false, 1, &call);
+        assert_int_not_equal(r.status, CRPC_OK);
+        for (i = 0; i < 5; i++)
+            assert_int_equal(net_calls(&f.peers[i].service), 4);
+        assert_int_equal(fleet_pending(&f), 0);
+        fleet_close(&f);
+    }
+}
+
+static void failfast_tries_once_and_failover_goes_on(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        fleet_result r;
+        crpc_policy policy = CRPC_INIT;
+        crpc_call call = CRPC_INIT;
+        int i, failed = 0;
+        fleet_open(&f, 2, "?lb=rr&timeout_ms=20000", NULL);
+        fleet_peer_close(&f.peers[0]);
+        policy.cluster = CRPC_CLUSTER_FAILFAST;
+        call.policy = &policy;
+        for (i = 0; i < 2; i++) {
+            r = fleet_call(&f, form, false, i, &call);
+            assert_int_equal(r.error.attempts, 1);
+            failed += r.status == CRPC_ECONN;
+        }
+        assert_int_equal(failed, 1);
+        for (i = 0; i < 8; i++)
+            assert_int_equal(fleet_call(&f, form, false, i, NULL).status, CRPC_OK);
+        fleet_close(&f);
+    }
+}
+
+static void failsafe_swallows_failures(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        fleet_result r;
+        fleet_open(&f, 1, "?cluster=failsafe&timeout_ms=20000", NULL);
+        fleet_mood_set(&f.peers[0], FLEET_BROKEN);
+        r = fleet_call(&f, form, false, 5, NULL);
+        assert_int_equal(r.status, CRPC_OK);
+        assert_int_equal(r.out.n, 0);
+        assert_non_null(strstr(r.error.text, "EINTERNAL"));
+        fleet_mood_set(&f.peers[0], FLEET_REFUSES); /* that is an answer */
+        assert_int_equal(fleet_call(&f, form, false, 5, NULL).status, CRPC_EAPP);
+        fleet_mood_set(&f.peers[0], FLEET_WELL);
+        assert_int_equal(fleet_call(&f, form, false, 5, NULL).out.n, 6);
+        fleet_close(&f);
+    }
+}
+
+typedef struct given_up {
+    int count;
+    int code;
+} given_up;
+
+static void on_given_up(void *user, const crpc_method *method, const crpc_error *error)
+{
+    given_up *g = (given_up *)user;
+    assert_string_equal(method->name, "Add");
+    g->code = error->code;
+    __atomic_add_fetch(&g->count, 1, __ATOMIC_SEQ_CST);
+}
+
+/* The request is sent again in the background until it gets through, or is given up. */
+static void failback_goes_on_in_the_background(void **state)
+{
+    crpc_channel_options o = CRPC_INIT;
+    given_up dropped = {0, 0};
+    fleet f;
+    int i;
+    (void)state;
+    o.failback_dropped = on_given_up;
+    o.failback_user = &dropped;
+    fleet_open(&f, 1, "?cluster=failback&failback_ms=20&retries=3&failback_max=4&timeout_ms=20000",
+               &o);
+    assert_int_equal(crpc_loop_start(crpc_channel_loop(f.channel)), CRPC_OK);
+    fleet_mood_set(&f.peers[0], FLEET_BROKEN);
+    assert_int_equal(fleet_call(&f, FORM_SYNC, false, 40, NULL).status, CRPC_OK);
+    assert_true(CT_WAIT(net_calls(&f.peers[0].service) >= 2, NET_PATIENCE)); /* and again */
+    fleet_mood_set(&f.peers[0], FLEET_WELL);
+    assert_true(CT_WAIT(fleet_pending(&f) == 0, NET_PATIENCE));
+    assert_int_equal(dropped.count, 0);
+    assert_int_equal(f.peers[0].service.order[net_calls(&f.peers[0].service) - 1], 40);
+    i = net_calls(&f.peers[0].service);
+    fleet_mood_set(&f.peers[0], FLEET_BROKEN);
+    assert_int_equal(fleet_call(&f, FORM_ASYNC, false, 41, NULL).status, CRPC_OK);
+    assert_true(CT_WAIT(__atomic_load_n(&dropped.count, __ATOMIC_SEQ_CST) == 1, NET_PATIENCE));
+    assert_int_equal(net_calls(&f.peers[0].service), i + 4); /* the call, and three retries */
+    assert_int_equal(dropped.code, CRPC_EINTERNAL);
+    fleet_close(&f);
+}
+
+/* No more wait than may, and those that wait when the channel closes are given up. */
+static void failback_is_bounded(void **state)
+{
+    crpc_channel_options o = CRPC_INIT;
+    given_up dropped = {0, 0};
+    fleet f;
+    int i;
+    (void)state;
+    o.failback_dropped = on_given_up;
+    o.failback_user = &dropped;
+    fleet_open(&f, 1, "?cluster=failback&failback_ms=600000&failback_max=3&timeout_ms=20000", &o);
+    fleet_mood_set(&f.peers[0], FLEET_BROKEN);
+    for (i = 0; i < 5; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    assert_int_equal(fleet_pending(&f), 3);
+    crpc_channel_close(f.channel);
+    f.channel = NULL;
+    assert_int_equal(dropped.count, 3);
+    assert_int_equal(dropped.code, CRPC_ECANCELED);
+    assert_int_equal(net_calls(&f.peers[0].service), 5);
+    fleet_close(&f);
+}
+
+/* A silent provider costs backup_ms; the other's reply counts. Never for what may not run twice. */
+static void a_backup_request_is_sent_for_idempotent_calls(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        fleet_result r;
+        int i, silent = 0;
+        fleet_open(&f, 2, "?backup_ms=30&lb=rr&timeout_ms=20000", NULL);
+        fleet_mood_set(&f.peers[0], FLEET_SILENT);
+        for (i = 0; i < 4; i++) {
+            r = fleet_call(&f, form, true, i, NULL);
+            assert_int_equal(r.status, CRPC_OK);
+            assert_int_equal(r.out.n, i + 1);
+            assert_int_equal(r.out.ms, 1);
+            assert_string_equal(r.error.endpoint, f.peers[1].address);
+        }
+        assert_true(CT_WAIT((silent = net_calls(&f.peers[0].service)) > 0, NET_PATIENCE));
+        assert_int_equal(net_calls(&f.peers[1].service), 4);
+        assert_int_equal(fleet_pending(&f), 0);
+        fleet_close(&f);
+
+        fleet_open(&f, 2, "?backup_ms=10&timeout_ms=100", NULL);
+        fleet_mood_set(&f.peers[0], FLEET_SILENT);
+        fleet_mood_set(&f.peers[1], FLEET_SILENT);
+        assert_int_equal(fleet_call(&f, form, false, 1, NULL).status, CRPC_ETIMEDOUT);
+        assert_true(CT_WAIT(fleet_calls(&f) == 1, NET_PATIENCE));
+        fleet_close(&f);
+    }
+}
+
+/* A first attempt that fails while the backup request is under way: that one's reply is waited
+ * for. */
+static void a_backup_request_outlives_the_first_attempt(void **state)
+{
+    fleet f;
+    fleet_result r;
+    dyn_Num request = net_num(6);
+    crpc_context *x;
+    (void)state;
+    memset(&r, 0, sizeof r);
+    fleet_open(&f, 2, "?backup_ms=20&retries=-1&timeout_ms=20000", NULL);
+    fleet_mood_set(&f.peers[0], FLEET_SILENT);
+    fleet_mood_set(&f.peers[1], FLEET_SILENT);
+    assert_int_equal(dyn_Echo_Get_async(f.channel, &request, fleet_done, &r, NULL), CRPC_OK);
+    assert_true(CT_WAIT(net_held(&f.peers[0].service) == 1 && net_held(&f.peers[1].service) == 1,
+                        NET_PATIENCE));
+    x = net_take(&f.peers[0].service);
+    crpc_context_finish(x, CRPC_EINTERNAL);
+    ct_sleep_ms(30);
+    if (!__atomic_load_n(&r.done, __ATOMIC_SEQ_CST)) { /* it was the backup request's, or lost */
+        x = net_take(&f.peers[1].service);
+        crpc_context_finish(x, CRPC_OK);
+    }
+    assert_true(CT_WAIT(__atomic_load_n(&r.done, __ATOMIC_SEQ_CST), NET_PATIENCE));
+    fleet_close(&f);
+}
+
+/* --- budget, breaker, degrading --------------------------------------------------------------- */
+
+/* Where everything fails, retries end with the budget. */
+static void a_dead_fleet_is_not_stormed(void **state)
+{
+    fleet f;
+    int i, attempts = 0;
+    (void)state;
+    fleet_open(&f, 3, "?retries=2&timeout_ms=20000&connect_timeout_ms=1000", NULL);
+    for (i = 0; i < 3; i++)
+        fleet_peer_close(&f.peers[i]);
+    for (i = 0; i < 200; i++) {
+        crpc_call call = CRPC_INIT;
+        fleet_result r;
+        call.timeout_ms = 5000;
+        r = fleet_call(&f, FORM_SYNC, true, i, &call);
+        assert_int_equal(r.status, CRPC_ECONN);
+        attempts += r.error.attempts;
+        if (i > 20 && i % 20)
+            crpci_channel_node(f.channel, 0)->endpoint->usable_at = 0; /* do not wait for backoffs */
+        if (attempts > 60 && i > 30)
+            break;
+    }
+    assert_true(attempts <= i + 1 + 10);
+    fleet_close(&f);
+}
+
+/* Taken out after the documented number of failures; one call tries it; it comes back. */
+static void the_breaker_takes_a_provider_out_and_lets_it_back(void **state)
+{
+    fleet f;
+    int i, before;
+    (void)state;
+    fleet_open(&f, 2, "?lb=rr&breaker=1&breaker_requests=10&breaker_open_ms=200&breaker_ramp_ms=-1"
+                      "&retries=-1&timeout_ms=20000", NULL);
+    fleet_mood_set(&f.peers[0], FLEET_BROKEN);
+    for (i = 0; i < 20; i++)
+        fleet_call(&f, FORM_SYNC, false, i, NULL);
+    before = net_calls(&f.peers[0].service);
+    assert_int_equal(before, 10);
+    for (i = 0; i < 10; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    fleet_mood_set(&f.peers[0], FLEET_WELL);
+    for (i = 0; i < NET_PATIENCE && net_calls(&f.peers[0].service) < before + 5; i++) {
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+        ct_sleep_ms(1);
+    }
+    assert_true(net_calls(&f.peers[0].service) >= before + 5);
+    fleet_close(&f);
+}
+
+/* All of them out is none of them out, and the last half never goes. */
+static void the_breaker_does_not_eject_everyone(void **state)
+{
+    fleet f;
+    int i;
+    (void)state;
+    fleet_open(&f, 4, "?lb=rr&breaker=1&breaker_requests=5&breaker_open_ms=60000&retries=-1"
+                      "&timeout_ms=20000", NULL);
+    for (i = 0; i < 4; i++)
+        fleet_mood_set(&f.peers[i], FLEET_BROKEN);
+    for (i = 0; i < 100; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_EINTERNAL);
+    assert_int_equal(fleet_calls(&f), 100); /* each was tried on the wire */
+    for (i = 0; i < 4; i++)
+        fleet_mood_set(&f.peers[i], FLEET_WELL);
+    for (i = 0; i < 20; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    fleet_close(&f);
+}
+
+static int stand_in(void *user, const crpc_method *method, const crpc_error *error, void *response)
+{
+    dyn_Num *out = (dyn_Num *)response;
+    assert_string_equal(method->name, "Add");
+    assert_int_equal(out->n, 0);
+    out->n = error->code;
+    ++*(int *)user;
+    return CRPC_OK;
+}
+
+static void a_failed_call_can_be_degraded(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        crpc_method_options methods[2];
+        crpc_channel_options o = CRPC_INIT;
+        fleet_result r;
+        int used = 0;
+        fleet f;
+        memset(methods, 0, sizeof methods);
+        methods[0].method = "Add";
+        methods[0].fallback = stand_in;
+        methods[0].user = &used;
+        methods[1].method = "Get";
+        methods[1].canned = crpc_view_of("\x08\x2a", 2); /* n = 42 */
+        o.methods = methods;
+        o.method_count = 2;
+        fleet_open(&f, 1, "?timeout_ms=20000", &o);
+        fleet_mood_set(&f.peers[0], FLEET_BROKEN);
+        r = fleet_call(&f, form, false, 1, NULL);
+        assert_int_equal(r.status, CRPC_OK);
+        assert_int_equal(r.out.n, CRPC_EINTERNAL);
+        assert_int_equal(used, 1);
+        r = fleet_call(&f, form, true, 1, NULL);
+        assert_int_equal(r.status, CRPC_OK);
+        assert_int_equal(r.out.n, 42);
+        fleet_mood_set(&f.peers[0], FLEET_REFUSES); /* the service's own word stands */
+        assert_int_equal(fleet_call(&f, form, false, 1, NULL).status, CRPC_EAPP);
+        fleet_mood_set(&f.peers[0], FLEET_WELL);
+        assert_int_equal(fleet_call(&f, form, false, 1, NULL).out.n, 2);
+        assert_int_equal(used, 1);
+        fleet_close(&f);
+        methods[1].degraded = 1;
+        fleet_open(&f, 1, "?timeout_ms=20000", &o);
+        assert_int_equal(fleet_call(&f, form, true, 1, NULL).out.n, 42);
+        assert_int_equal(fleet_calls(&f), 0);
+        fleet_close(&f);
+    }
+}
+
+/* What a request of the script below was named, each time it came. */
+typedef struct named {
+    char id[4][80], key[80];
+    int count;
+} named;
+
+/* A script: the first connection takes a request and is closed; later ones answer. */
+static bool peer_forgets(peer *p, int fd, int number)
+{
+    named *names = (named *)p->user;
+    wire_message m;
+    while (peer_receive(p, fd, &m) == 1) {
+        crpc_view meta = crpc_view_of(m.all, (size_t)(m.body - m.all)), value;
+        wire w = {NULL, 0, 0};
+        if (names->count < 4 && crpci_meta_field(meta, "crpc-rid", &value))
+            crpc_view_copy(value, names->id[names->count], sizeof names->id[0]);
+        if (crpci_meta_field(meta, "crpc-key", &value))
+            crpc_view_copy(value, names->key, sizeof names->key);
+        names->count++;
+        wire_reply(&w, m.id, m.n + 1);
+        wire_done(&m);
+        if (number == 0) {
+            wire_free(&w);
+            return true;
+        }
+        if (!wire_flush(fd, &w))
+            break;
+    }
+    return true;
+}
+
+/* A request with an id goes to its provider again when the connection was lost, with that id; one
+ * without does not, unless its method is idempotent. */
+static void a_named_request_is_sent_again_to_its_provider(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        crpc_call call = CRPC_INIT;
+        fleet_result r;
+        named names;
+        fleet f;
+        peer p;
+        memset(&f, 0, sizeof f);
+        memset(&names, 0, sizeof names);
+        peer_open(&p, peer_forgets, &names);
+        f.channel = net_channel(p.url, "?request_ids=1&timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL,
+                                NULL);
+        r = fleet_call(&f, form, false, 4, NULL);
+        assert_int_equal(r.status, CRPC_OK);
+        assert_int_equal(r.out.n, 5);
+        assert_int_equal(names.count, 2);
+        assert_int_equal(strlen(names.id[0]), 16);
+        assert_string_equal(names.id[0], names.id[1]);
+        call.request_id = crpc_view_str("order 17");
+        call.order_key = crpc_view_str("customer 4");
+        assert_int_equal(fleet_call(&f, form, false, 4, &call).status, CRPC_OK);
+        assert_string_equal(names.id[2], "order 17");
+        assert_string_equal(names.key, "customer 4");
+        assert_int_equal(fleet_call(&f, form, false, 4, NULL).status, CRPC_OK);
+        assert_string_not_equal(names.id[3], names.id[1]);
+        crpc_channel_close(f.channel);
+        peer_close(&p);
+
+        memset(&names, 0, sizeof names);
+        peer_open(&p, peer_forgets, &names);
+        f.channel = net_channel(p.url, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+        r = fleet_call(&f, form, false, 4, NULL);
+        assert_int_equal(r.status, CRPC_ECONN);
+        assert_int_equal(names.count, 1);
+        assert_string_equal(names.id[0], "");
+        crpc_channel_close(f.channel);
+        peer_close(&p);
+    }
+}
+
+/* --- the list --------------------------------------------------------------------------------- */
+
+/* As a registry pushes it; weight 0 leaves a peer out. */
+static void fleet_list(fleet *f, const int *weights)
+{
+    crpci_snapshot *list = crpci_registry_snapshot(f->channel->loop->heap, (size_t)f->count);
+    size_t n = 0;
+    int i;
+    assert_non_null(list);
+    for (i = 0; i < f->count; i++) {
+        if (weights[i] < 0)
+            continue;
+        snprintf(list->providers[n].address, CRPC_ADDRESS_MAX, "%s", f->peers[i].address);
+        list->providers[n++].weight = weights[i];
+    }
+    list->count = n;
+    crpci_registry_sort(list);
+    assert_int_equal(crpci_channel_on_list(f->channel, list), CRPC_OK);
+    crpci_registry_snapshot_unref(list);
+}
+
+static void weights_share_out_the_calls(void **state)
+{
+    static const int weights[] = {50, 150, 0}, others[] = {100, -1, 100};
+    fleet f;
+    int i;
+    (void)state;
+    fleet_open(&f, 3, "?timeout_ms=20000", NULL);
+    fleet_list(&f, weights);
+    assert_int_equal(crpc_channel_providers(f.channel), 3);
+    for (i = 0; i < 80; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    assert_in_range(net_calls(&f.peers[0].service), 19, 21);
+    assert_in_range(net_calls(&f.peers[1].service), 59, 61);
+    assert_int_equal(net_calls(&f.peers[2].service), 0);
+    fleet_list(&f, others);
+    assert_int_equal(crpc_channel_providers(f.channel), 2);
+    for (i = 0; i < 40; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    assert_in_range(net_calls(&f.peers[2].service), 19, 21);
+    fleet_close(&f);
+}
+
+/* A provider that is no longer listed keeps its connection until its last call has ended. */
+static void a_removed_provider_finishes_its_calls(void **state)
+{
+    static const int without[] = {-1, 100};
+    fleet f;
+    fleet_result r;
+    dyn_Num request = net_num(8);
+    crpc_context *x;
+    crpc_loop_stats s;
+    (void)state;
+    memset(&r, 0, sizeof r);
+    fleet_open(&f, 2, "?lb=rr&timeout_ms=20000", NULL);
+    fleet_mood_set(&f.peers[0], FLEET_SILENT);
+    fleet_mood_set(&f.peers[1], FLEET_SILENT);
+    assert_int_equal(dyn_Echo_Add_async(f.channel, &request, fleet_done, &r, NULL), CRPC_OK);
+    assert_true(CT_WAIT(fleet_calls(&f) == 1, NET_PATIENCE));
+    if (net_held(&f.peers[0].service) == 0) { /* the other one was asked first: once more */
+        fleet_result second;
+        memset(&second, 0, sizeof second);
+        crpc_context_finish(net_take(&f.peers[1].service), CRPC_OK);
+        assert_true(CT_WAIT(__atomic_load_n(&r.done, __ATOMIC_SEQ_CST), NET_PATIENCE));
+        memset(&r, 0, sizeof r);
+        assert_int_equal(dyn_Echo_Add_async(f.channel, &request, fleet_done, &r, NULL), CRPC_OK);
+        assert_true(CT_WAIT(net_held(&f.peers[0].service) == 1, NET_PATIENCE));
+    }
+    fleet_list(&f, without);
+    fleet_mood_set(&f.peers[1], FLEET_WELL);
+    net_check_add(f.channel, 3);
+    assert_int_equal(r.done, 0);
+    x = net_take(&f.peers[0].service);
+    assert_non_null(x);
+    assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_OK);
+    assert_true(CT_WAIT(__atomic_load_n(&r.done, __ATOMIC_SEQ_CST), NET_PATIENCE));
+    assert_int_equal(r.status, CRPC_OK);
+    assert_int_equal(r.out.n, 9);
+    crpc_server_stats_get(f.peers[0].server, &s);
+    assert_true(CT_WAIT((crpc_server_stats_get(f.peers[0].server, &s), s.connections == 0),
+                        NET_PATIENCE));
+    fleet_close(&f);
+}
+
+/* Equal keys go to one provider, whether given or taken from the request. */
+static void equal_keys_go_to_one_provider(void **state)
+{
+    fleet f;
+    int i, k, used[4] = {0, 0, 0, 0};
+    (void)state;
+    fleet_open(&f, 4, "?lb=hash&hash_field=1&timeout_ms=20000", NULL);
+    for (k = 0; k < 40; k++) {
+        char key[16];
+        crpc_call call = CRPC_INIT;
+        int64_t by_key = -1, by_field = -1;
+        snprintf(key, sizeof key, "key %d", k);
+        call.key = crpc_view_str(key);
+        for (i = 0; i < 3; i++) {
+            fleet_result r = fleet_call(&f, FORM_SYNC, false, i, &call);
+            assert_int_equal(r.status, CRPC_OK);
+            assert_true(by_key < 0 || by_key == r.out.ms);
+            by_key = r.out.ms;
+            r = fleet_call(&f, FORM_ASYNC, false, k + 1, NULL);
+            assert_true(by_field < 0 || by_field == r.out.ms);
+            by_field = r.out.ms;
+        }
+        used[by_key]++;
+    }
+    for (i = 0; i < 4; i++)
+        assert_true(used[i] > 0);
+    fleet_close(&f);
+}
+
+/* Of a long list a few are used, and no more connections made. */
+static void max_endpoints_bounds_connections(void **state)
+{
+    static const int all[] = {100, 100, 100, 100, 100, 100};
+    crpc_loop_stats s;
+    fleet f;
+    int i;
+    (void)state;
+    fleet_open(&f, 6, "?max_endpoints=2&lb=rr&timeout_ms=20000", NULL);
+    fleet_list(&f, all);
+    assert_int_equal(crpc_channel_providers(f.channel), 2);
+    for (i = 0; i < 30; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    crpc_loop_stats_get(crpc_channel_loop(f.channel), &s);
+    assert_int_equal(s.connections, 2);
+    fleet_close(&f);
+}
+
+static void wrong_policies_are_refused(void **state)
+{
+    static const char *const bad[] = {"lb=best", "lb=", "cluster=fail", "breaker=2", "forks=x",
+                                      "fail_percent=101", "lb=3"};
+    crpc_channel *ch;
+    crpc_error error;
+    char url[80];
+    size_t i;
+    (void)state;
+    for (i = 0; i < sizeof bad / sizeof *bad; i++) {
+        snprintf(url, sizeof url, "tcp://127.0.0.1:9?%s", bad[i]);
+        assert_int_equal(crpc_channel_open(&ch, url, NULL, &error), CRPC_EINVAL);
+        assert_non_null(strstr(error.text, "URL option"));
+    }
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(it_is_shared_by_channels_that_ask_for_the_same),
         CT_TEST(it_backs_off_with_full_jitter),
         CT_TEST(it_is_picked_in_turn),
+        CT_TEST(forking_takes_the_first_success),
+        CT_TEST(forking_fails_when_all_have_failed),
+        CT_TEST(forks_are_cancelled_with_their_call),
+        CT_TEST(forks_end_with_their_channel),
+        CT_TEST(broadcast_reaches_everyone),
+        CT_TEST(failfast_tries_once_and_failover_goes_on),
+        CT_TEST(failsafe_swallows_failures),
+        CT_TEST(failback_goes_on_in_the_background),
+        CT_TEST(failback_is_bounded),
+        CT_TEST(a_backup_request_is_sent_for_idempotent_calls),
+        CT_TEST(a_backup_request_outlives_the_first_attempt),
+        CT_TEST(a_dead_fleet_is_not_stormed),
+        CT_TEST(the_breaker_takes_a_provider_out_and_lets_it_back),
+        CT_TEST(the_breaker_does_not_eject_everyone),
+        CT_TEST(a_failed_call_can_be_degraded),
+        CT_TEST(a_named_request_is_sent_again_to_its_provider),
+        CT_TEST(weights_share_out_the_calls),
+        CT_TEST(a_removed_provider_finishes_its_calls),
+        CT_TEST(equal_keys_go_to_one_provider),
+        CT_TEST(max_endpoints_bounds_connections),
+        CT_TEST(wrong_policies_are_refused),
     };
     return CT_RUN(tests);
 }

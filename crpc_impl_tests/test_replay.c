@@ -55,7 +55,7 @@ static void it_knows_what_has_come(void **state)
     crpci_heap *h = heap();
     crpci_replay r;
     (void)state;
-    assert_int_equal(crpci_replay_open(&r, h, 10, 1 << 20, SECOND, 1), CRPC_OK);
+    assert_int_equal(crpci_replay_open(&r, h, 10, 1 << 20, SECOND), CRPC_OK);
     execute(&r, &method_a, "id", 11, 10, 0);
     execute(&r, &method_b, "id", 22, 10, 0); /* methods do not mix */
     execute(&r, &method_a, "id2", 33, 10, 0);
@@ -105,7 +105,7 @@ static void who_waits_is_given_back_in_order(void **state)
     crpci_list waiting, link[3];
     int i;
     (void)state;
-    assert_int_equal(crpci_replay_open(&r, h, 10, 1 << 20, SECOND, 1), CRPC_OK);
+    assert_int_equal(crpci_replay_open(&r, h, 10, 1 << 20, SECOND), CRPC_OK);
     e = crpci_replay_add(&r, &method_a, crpc_view_str("id"));
     for (i = 0; i < 3; i++) {
         assert_ptr_equal(find(&r, &method_a, "id", INT64_C(1) << 50), e); /* however long it takes */
@@ -132,7 +132,7 @@ static void the_oldest_finished_go_first(void **state)
     char id[16];
     int i;
     (void)state;
-    assert_int_equal(crpci_replay_open(&r, h, 4, 1 << 20, SECOND, 1), CRPC_OK);
+    assert_int_equal(crpci_replay_open(&r, h, 4, 1 << 20, SECOND), CRPC_OK);
     running[0] = crpci_replay_add(&r, &method_a, crpc_view_str("first"));
     for (i = 0; i < 6; i++) {
         snprintf(id, sizeof id, "%d", i);
@@ -167,7 +167,7 @@ static void they_are_forgotten_in_time(void **state)
     crpci_heap *h = heap();
     crpci_replay r;
     (void)state;
-    assert_int_equal(crpci_replay_open(&r, h, 10, 1 << 20, SECOND, 1), CRPC_OK);
+    assert_int_equal(crpci_replay_open(&r, h, 10, 1 << 20, SECOND), CRPC_OK);
     execute(&r, &method_a, "1", 1, 10, 5);
     execute(&r, &method_a, "2", 2, 10, 500000);
     assert_non_null(find(&r, &method_a, "1", SECOND + 4));
@@ -188,7 +188,7 @@ static void memory_is_bounded(void **state)
     char id[16];
     int i, found = 0;
     (void)state;
-    assert_int_equal(crpci_replay_open(&r, h, 1000, 64 << 10, SECOND, 1), CRPC_OK);
+    assert_int_equal(crpci_replay_open(&r, h, 1000, 64 << 10, SECOND), CRPC_OK);
     for (i = 0; i < 100; i++) {
         snprintf(id, sizeof id, "%d", i);
         execute(&r, &method_a, id, 1, ct_random() % 12000, 0);
@@ -227,7 +227,7 @@ static int scenario(const crpc_hooks *hooks, void *user)
     (void)user;
     if (err)
         return err;
-    err = crpci_replay_open(&r, h, 10, 1 << 20, SECOND, 1);
+    err = crpci_replay_open(&r, h, 10, 1 << 20, SECOND);
     if (!err) {
         e = crpci_replay_add(&r, &method_a, crpc_view_str("id"));
         c = reply_of(h, 1, 10);

@@ -78,6 +78,7 @@ static void *open_list(int port, int count)
     crpci_snapshot *list = crpci_registry_snapshot(c->loop->heap, (size_t)count);
     for (int i = 0; i < count; i++) {
         snprintf(list->providers[i].address, CRPC_ADDRESS_MAX, "127.0.0.1:%d", port + i);
+        list->providers[i].weight = 100;
     }
     crpci_channel_on_list(c->channel, list);
     crpci_registry_snapshot_unref(list);
