@@ -52,14 +52,6 @@ def environment():
     return env
 
 
-def knows(keys):
-    """Whether this build's channels know these URL options."""
-    run = subprocess.run([os.path.join(PROGRAMS, "fleet_consumer"), "tcp://127.0.0.1:1?" + keys,
-                          "--seconds", "1", "--rate", "1", "--json"], env=environment(),
-                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-    return "EINVAL" not in run.stderr
-
-
 def await_true(seconds, condition, what):
     """What the condition gives as soon as it is true."""
     end = time.monotonic() + seconds
@@ -471,8 +463,6 @@ class Quorum(Scenario):
 
 class Policy(Scenario):
     def slow_one(self, options):
-        if not knows(options):
-            self.skipTest("channels of this build do not know " + options)
         fleet = self.fleet("--delay-ms", 0, names="ac")
         slow = self.provider("slow", "--delay-ms", 2000).ready()
         slow.signal(signal.SIGUSR1)         # fast at first
@@ -481,6 +471,7 @@ class Policy(Scenario):
         before = self.each_has_traffic(consumer, ("a", "c", "slow"))
         slow.signal(signal.SIGUSR1)
         limit = 10 * before.p99_ms + 50
+        # within two seconds begins one that is good: that one, and what it takes until it is told
         second = consumer.await_second(3.2, lambda s: s.p99_ms < limit and s.failed <= 5 and
                                        s.ok > 450, "the p99 recovers")
         self.assertLess(second.by.get("slow", 0), 20)
@@ -496,13 +487,12 @@ class Policy(Scenario):
         self.slow_one("lb=la")
 
     def test_slow_provider_and_breaker(self):
-        self.slow_one("breaker=1")
+        # the longer the window, the longer a good past outweighs the failures
+        self.slow_one("breaker=1&breaker_window_ms=1000")
 
     def test_retry_budget(self):
         """Providers that read a request and close: every call fails, and repeating each of them
         would triple the load on what is broken already."""
-        if not knows("lb=la"):
-            self.skipTest("this build has no retry budget")
         closing = [Closing() for _ in range(3)]
         for peer in closing:
             self.addCleanup(peer.close)
