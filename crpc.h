@@ -928,8 +928,9 @@ typedef struct crpc_channel_options {
                          other */
     const char *application; /* this program's name, for who looks at the registry. NULL: "crpc" */
     /* Retries that may be made without successes: each takes one of them, each success gives a
-     * tenth back; so a dead fleet is not stormed. What a stopping server or a connection that had
-     * gone stale costs is not counted. 0: 10. -1: no limit */
+     * tenth back; so a dead fleet is not stormed. Not counted are those that go to a provider which
+     * has replied over its present connection, and what a stopping server or a connection that had
+     * gone stale costs. 0: 10. -1: no limit */
     int retry_budget;
     /* 1: every call gets a request id, and is sent again to its provider if the connection is lost,
      * also where the method is not idempotent: for servers that keep replies. 0: no */
@@ -13923,13 +13924,18 @@ CRPCI_FN bool crpci_endpoint_is_dead(const crpci_endpoint *e)
     return e->refused && !e->conn && e->failures >= CRPCI_CHANNEL_DEAD;
 }
 
+/* It has replied over its present connection: what goes there is no storm on the dead. */
+CRPCI_FN bool crpci_endpoint_is_proven(const crpci_endpoint *e)
+{
+    return e->conn && !e->conn->connecting && !e->failures;
+}
+
 /* An attempt failed. `code` and `cause` explain if it was the last. */
 CRPCI_FN void crpci_call_failed(crpci_call *c, int code, const char *cause)
 {
     crpc_channel *ch = c->channel;
     crpci_endpoint *e = c->endpoint;
     bool again, stale = code == CRPC_ECONN && !e->refused; /* perhaps only the connection was */
-    bool free_of_charge = code == CRPC_ELOGOFF || (stale && c->sent == CRPC_SENT_NO);
     crpci_node *n = NULL;
     crpci_call_detach(c);
     crpci_call_end_attempt(c, code == CRPC_ECONN ? CRPCI_BREAKER_ERROR : CRPCI_BREAKER_IGNORE);
@@ -13948,7 +13954,8 @@ CRPCI_FN void crpci_call_failed(crpci_call *c, int code, const char *cause)
         memset(c->tried, 0, sizeof c->tried);
         n = crpci_channel_pick(ch, c);
     }
-    if (n && (free_of_charge || !ch->budgeted || crpci_limiter_budget_spend(&ch->budget))) {
+    if (n && (code == CRPC_ELOGOFF || crpci_endpoint_is_proven(n->endpoint) || !ch->budgeted ||
+              (stale && c->sent == CRPC_SENT_NO) || crpci_limiter_budget_spend(&ch->budget))) {
         crpci_endpoint_serve_waiting(e);
         crpci_call_go(c, n);
     } else if (c->group && c->group->open) {
