@@ -5391,8 +5391,9 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
 #define CRPCI_BALANCE_INDEX_BITS 20 /* of a point on the ring; above them the hash */
 #define CRPCI_BALANCE_MOST (1u << CRPCI_BALANCE_INDEX_BITS) /* providers */
 #define CRPCI_BALANCE_WALK 64       /* points looked at along the ring */
-#define CRPCI_BALANCE_HALF_US 6931472 /* a latency counts half after so long: e^(-t / 10 s) */
-#define CRPCI_BALANCE_LATENCY_MOST (1 << 25) /* 33 s */
+#define CRPCI_BALANCE_HALF_BITS 23 /* a latency counts half after 2^23 us: e^(-t / 12 s) */
+#define CRPCI_BALANCE_LATENCY_BITS 8 /* of it, below a microsecond: else small steps were lost */
+#define CRPCI_BALANCE_LATENCY_MOST (INT64_C(1) << (25 + CRPCI_BALANCE_LATENCY_BITS)) /* 33 s */
 
 typedef enum crpci_balance_kind {
     CRPCI_BALANCE_RANDOM,
@@ -5415,7 +5416,7 @@ typedef struct crpci_balance_node {
     uint64_t hash;   /* of the address */
     uint64_t length; /* of its turn */
     uint64_t turn;   /* virtual time of the next one */
-    int64_t latency; /* in microseconds, peaks at once and fading; 0: never measured */
+    int64_t latency; /* in 1/256 us, peaks at once and fading; 0: never measured */
     int64_t latency_us; /* as of when */
 } crpci_balance_node;
 
@@ -5437,7 +5438,7 @@ typedef struct crpci_balance {
     uint32_t *buckets; /* where in the ring each bucket ends */
     uint64_t total;    /* of the weights */
     uint64_t now;      /* virtual time */
-    int64_t latency;   /* of all providers, a slow average, times 64 */
+    int64_t latency;   /* of all providers, a slow average, in 1/256 us */
 } crpci_balance;
 
 typedef bool (*crpci_balance_usable_fn)(void *user, size_t index);
@@ -5637,10 +5638,10 @@ CRPCI_FN void crpci_balance_catch_up(crpci_balance *b)
 CRPCI_FN void crpci_balance_take(crpci_balance *b, crpci_balance_node *n)
 {
     uint64_t was = b->now;
-    if ((int64_t)(n->turn - b->now) >= 0)
+    if ((int64_t)(n->turn - b->now) > 0)
         b->now = n->turn;
     else
-        b->now++; /* by one, so that those who are taken late keep their order */
+        b->now++; /* no two are taken at one time, so that equals come again in this order */
     n->turn = b->now + n->length;
     crpci_balance_sift(b, n->at - 1);
     if ((was ^ b->now) >> CRPCI_BALANCE_CATCH_UP_BITS)
@@ -5985,19 +5986,18 @@ CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balan
 
 /* --- p2c: what a call costs there */
 
-/* What is left of a latency after some time: half of it each CRPCI_BALANCE_HALF_US, and straight
- * lines between. */
+/* What is left of a latency after some time. Between one halving and the next a parabola serves for
+ * 2^-x, to 0.4 per cent: 1 - 0.675 x + 0.175 x^2. */
 CRPCI_FN int64_t crpci_balance_fade(int64_t latency, int64_t passed_us)
 {
+    int64_t halvings = passed_us >> CRPCI_BALANCE_HALF_BITS;
+    int64_t x = passed_us & ((1 << CRPCI_BALANCE_HALF_BITS) - 1);
     if (passed_us <= 0)
         return latency;
-    if (passed_us >= CRPCI_BALANCE_HALF_US) {
-        if (passed_us >= 32 * (int64_t)CRPCI_BALANCE_HALF_US)
-            return 0;
-        latency >>= passed_us / CRPCI_BALANCE_HALF_US;
-        passed_us %= CRPCI_BALANCE_HALF_US;
-    }
-    return latency - latency * passed_us / (2 * CRPCI_BALANCE_HALF_US);
+    if (halvings > 62)
+        return 0;
+    x = x * (5662310 - (1468006 * x >> CRPCI_BALANCE_HALF_BITS)) >> CRPCI_BALANCE_HALF_BITS;
+    return (latency >> halvings) * ((1 << CRPCI_BALANCE_HALF_BITS) - x) >> CRPCI_BALANCE_HALF_BITS;
 }
 
 /* Who was never measured gets one call at once, and no more before that one has ended. */
@@ -6009,25 +6009,30 @@ CRPCI_FN uint64_t crpci_balance_cost(const crpci_balance_node *n, int64_t now_us
         return 0;
     if (n->latency)
         latency = (uint64_t)crpci_balance_fade(n->latency, now_us - n->latency_us) + 1;
-    return (latency * (active + 1) << 16) / n->weight;
+    return (latency * (active + 1) << 8) / n->weight; /* below 2^63 */
 }
 
 /* Takes a latency up at once and down slowly: a peak is believed, a single quick reply is not. */
 CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_node *n, bool ok,
-                                    int64_t latency, int64_t now_us)
+                                    int64_t latency_us, int64_t now_us)
 {
-    int64_t faded = crpci_balance_fade(n->latency, now_us - n->latency_us);
-    latency = latency > 1 ? latency : 1;
+    int64_t most = CRPCI_BALANCE_LATENCY_MOST, above;
+    int64_t latency = crpci_base_min64(latency_us > 1 ? latency_us : 1,
+                                       most >> CRPCI_BALANCE_LATENCY_BITS)
+                      << CRPCI_BALANCE_LATENCY_BITS;
     if (ok) {
-        b->latency += b->latency ? latency - b->latency / 64 : latency * 64;
+        b->latency += b->latency ? (latency - b->latency) / 64 : latency;
     } else { /* to fail quickly must not attract calls */
-        int64_t usual = b->latency / 64 > n->latency ? b->latency / 64 : n->latency;
-        latency = latency > 2 * usual ? latency : 2 * usual;
+        int64_t usual = b->latency > n->latency ? b->latency : n->latency;
+        latency = crpci_base_min64(latency > 2 * usual ? latency : 2 * usual, most);
     }
-    latency = crpci_base_min64(latency, CRPCI_BALANCE_LATENCY_MOST);
-    if (latency < n->latency)
-        latency = faded + latency - crpci_balance_fade(latency, now_us - n->latency_us);
-    n->latency = latency > 1 ? latency : 1;
+    above = n->latency - latency;
+    if (above > 0) {
+        latency += crpci_balance_fade(above, now_us - n->latency_us);
+        if (latency == n->latency)
+            return; /* too soon for a step: the time goes on to be counted */
+    }
+    n->latency = latency;
     n->latency_us = now_us;
 }
 
@@ -6052,7 +6057,8 @@ CRPCI_FN int crpci_balance_scan_two(const crpci_balance *b, crpci_balance_query 
     }
     if (seen < 2)
         return seen ? (int)two[0] : -1;
-    return crpci_balance_better(b, two[0], two[1], q->now_us);
+    place = crpci_balance_below(&q->state, 2); /* of two as good either is taken */
+    return crpci_balance_better(b, two[place], two[1 - place], q->now_us);
 }
 
 CRPCI_FN int crpci_balance_pick_two(const crpci_balance *b, crpci_balance_query *q)
