@@ -5002,36 +5002,36 @@ CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
  * - A limit that nobody came up to while replies were fast is not lowered: few calls are no sign
  *   of a weak server, and what comes after a quiet time would be refused for nothing.
  */
-#define CRPCI_LIMITER_SAMPLES 200        /* end a window */
-#define CRPCI_LIMITER_SAMPLES_LEAST 100  /* fewer in all of CRPCI_LIMITER_WINDOW_US say nothing */
-#define CRPCI_LIMITER_SAMPLE_US 100      /* samples are at least so far apart */
+#define CRPCI_LIMITER_SAMPLES 200       /* end a window */
+#define CRPCI_LIMITER_SAMPLES_LEAST 100 /* fewer in all of CRPCI_LIMITER_WINDOW_US say nothing */
+#define CRPCI_LIMITER_SAMPLE_US 100     /* samples are at least so far apart */
 #define CRPCI_LIMITER_WINDOW_US 1000000
-#define CRPCI_LIMITER_ANEW_US 25000000   /* to twice this, between two measurings */
+#define CRPCI_LIMITER_ANEW_US 25000000 /* to twice this, between two measurings */
 #define CRPCI_LIMITER_ANEW_SOON_US 2000000
-#define CRPCI_LIMITER_EXPLORE_LEAST 6    /* per cent */
+#define CRPCI_LIMITER_EXPLORE_LEAST 6 /* per cent */
 #define CRPCI_LIMITER_EXPLORE_MOST 30
 #define CRPCI_LIMITER_EXPLORE_STEP 2
-#define CRPCI_LIMITER_LATENCY_MOST 60000000          /* longer ones count as this */
-#define CRPCI_LIMITER_QPS_MOST INT64_C(1000000000)   /* a million a second, in thousandths */
+#define CRPCI_LIMITER_LATENCY_MOST 60000000        /* longer ones count as this */
+#define CRPCI_LIMITER_QPS_MOST INT64_C(1000000000) /* a million a second, in thousandths */
 
 typedef struct crpci_limiter_auto {
     uint32_t least;
     uint32_t limit;
-    uint32_t active;   /* in service */
-    uint32_t peak;     /* the most of them in this window */
-    uint32_t ok;       /* of this window's samples */
+    uint32_t active; /* in service */
+    uint32_t peak;   /* the most of them in this window */
+    uint32_t ok;     /* of this window's samples */
     uint32_t failed;
-    uint32_t replies;  /* all successes of this window, samples or not */
-    bool refused;      /* somebody was, in this window */
-    bool soon;         /* the time without a queue may still be far too long */
-    uint8_t explore;   /* per cent */
-    int64_t sum_us;    /* of the samples' latencies */
-    int64_t window_us; /* when this window began; 0: none has */
-    int64_t sample_us; /* when the last sample was taken */
-    int64_t free_us;   /* latency without a queue, 0: not measured */
-    int64_t free_was;  /* before it was measured anew */
-    int64_t qps;       /* the most replies a second, fading; in thousandths */
-    int64_t anew_us;   /* when to measure free_us anew; 0: not planned */
+    uint32_t replies;   /* all successes of this window, samples or not */
+    bool refused;       /* somebody was, in this window */
+    bool soon;          /* the time without a queue may still be far too long */
+    uint8_t explore;    /* per cent */
+    int64_t sum_us;     /* of the samples' latencies */
+    int64_t window_us;  /* when this window began; 0: none has */
+    int64_t sample_us;  /* when the last sample was taken */
+    int64_t free_us;    /* latency without a queue, 0: not measured */
+    int64_t free_was;   /* before it was measured anew */
+    int64_t qps;        /* the most replies a second, fading; in thousandths */
+    int64_t anew_us;    /* when to measure free_us anew; 0: not planned */
     int64_t drained_us; /* being measured: the queue is gone by then. 0: not */
 } crpci_limiter_auto;
 
@@ -5104,8 +5104,8 @@ CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
 {
     int64_t passed = now_us > a->window_us ? now_us - a->window_us : 1;
     int64_t avg_us = (a->sum_us + a->ok - 1) / a->ok; /* the failures' time counts too */
-    int64_t qps = crpci_base_min64((int64_t)a->replies * 1000000000 / passed,
-                                   CRPCI_LIMITER_QPS_MOST);
+    int64_t qps =
+        crpci_base_min64((int64_t)a->replies * 1000000000 / passed, CRPCI_LIMITER_QPS_MOST);
     int64_t percent, limit;
     bool quick;
     avg_us = crpci_base_min64(avg_us, CRPCI_LIMITER_LATENCY_MOST);
@@ -5162,7 +5162,8 @@ CRPCI_FN void crpci_limiter_auto_leave(crpci_limiter_auto *a, bool ok, int64_t l
         a->ok++;
     else
         a->failed++;
-    if (a->ok + a->failed < CRPCI_LIMITER_SAMPLES && now_us - a->window_us < CRPCI_LIMITER_WINDOW_US)
+    if (a->ok + a->failed < CRPCI_LIMITER_SAMPLES &&
+        now_us - a->window_us < CRPCI_LIMITER_WINDOW_US)
         return;
     if (a->ok && a->ok + a->failed >= CRPCI_LIMITER_SAMPLES_LEAST)
         crpci_limiter_auto_adjust(a, now_us);
@@ -5189,14 +5190,14 @@ CRPCI_FN void crpci_limiter_auto_leave(crpci_limiter_auto *a, bool ok, int64_t l
 #define CRPCI_BREAKER_RAMP_PERCENT 10   /* where the ramp begins */
 
 typedef struct crpci_breaker_options {
-    int error_percent;    /* opens when so many are errors. 0: no breaker; over 100: never */
-    int min_requests;     /* fewer in a window say nothing; 0: 1 */
+    int error_percent; /* opens when so many are errors. 0: no breaker; over 100: never */
+    int min_requests;  /* fewer in a window say nothing; 0: 1 */
     int64_t window_us;
-    int64_t slow_us;      /* a call that takes so long is slow. 0: latency does not count */
-    int slow_percent;     /* opens when so many are slow. 0: latency does not count */
-    int64_t open_us;      /* the first time */
-    int64_t open_max_us;  /* where doubling ends; below open_us: at open_us */
-    int64_t ramp_us;      /* 0: all calls at once */
+    int64_t slow_us;     /* a call that takes so long is slow. 0: latency does not count */
+    int slow_percent;    /* opens when so many are slow. 0: latency does not count */
+    int64_t open_us;     /* the first time */
+    int64_t open_max_us; /* where doubling ends; below open_us: at open_us */
+    int64_t ramp_us;     /* 0: all calls at once */
 } crpci_breaker_options;
 
 typedef enum {
@@ -5297,7 +5298,8 @@ CRPCI_FN void crpci_breaker_trip(crpci_breaker *b, const crpci_breaker_options *
     b->state = CRPCI_BREAKER_OPEN;
     b->since_us = now_us;
     /* three quarters of it to all of it, so that not all clients probe together */
-    b->until_us = now_us + b->open_us - (int64_t)((uint64_t)(b->open_us / 4) * (random >> 16) >> 16);
+    b->until_us =
+        now_us + b->open_us - (int64_t)((uint64_t)(b->open_us / 4) * (random >> 16) >> 16);
 }
 
 /* Counts a call in the newest slice, empties those that are past, and says whether there are too
@@ -5390,8 +5392,8 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
 #define CRPCI_BALANCE_POINTS 160
 #define CRPCI_BALANCE_INDEX_BITS 20 /* of a point on the ring; above them the hash */
 #define CRPCI_BALANCE_MOST (1u << CRPCI_BALANCE_INDEX_BITS) /* providers */
-#define CRPCI_BALANCE_WALK 64       /* points looked at along the ring */
-#define CRPCI_BALANCE_HALF_BITS 23 /* a latency counts half after 2^23 us: e^(-t / 12 s) */
+#define CRPCI_BALANCE_WALK 64                               /* points looked at along the ring */
+#define CRPCI_BALANCE_HALF_BITS 23   /* a latency counts half after 2^23 us: e^(-t / 12 s) */
 #define CRPCI_BALANCE_LATENCY_BITS 8 /* of it, below a microsecond: else small steps were lost */
 #define CRPCI_BALANCE_LATENCY_MOST (INT64_C(1) << (25 + CRPCI_BALANCE_LATENCY_BITS)) /* 33 s */
 
@@ -5409,22 +5411,22 @@ typedef enum crpci_balance_kind {
  * first put into a list; then it may go and come again. In one balancer at a time. */
 typedef struct crpci_balance_node {
     const char *address;
-    uint32_t weight; /* 0: drained. Changed by crpci_balance_reweigh while in a list */
-    uint32_t active; /* calls under way */
-    uint32_t index;  /* in the list */
-    uint32_t at;     /* position in the heap + 1, 0: not in it */
-    uint64_t hash;   /* of the address */
-    uint64_t length; /* of its turn */
-    uint64_t turn;   /* virtual time of the next one */
-    int64_t latency; /* in 1/256 us, peaks at once and fading; 0: never measured */
+    uint32_t weight;    /* 0: drained. Changed by crpci_balance_reweigh while in a list */
+    uint32_t active;    /* calls under way */
+    uint32_t index;     /* in the list */
+    uint32_t at;        /* position in the heap + 1, 0: not in it */
+    uint64_t hash;      /* of the address */
+    uint64_t length;    /* of its turn */
+    uint64_t turn;      /* virtual time of the next one */
+    int64_t latency;    /* in 1/256 us, peaks at once and fading; 0: never measured */
     int64_t latency_us; /* as of when */
 } crpci_balance_node;
 
 typedef struct crpci_balance {
     crpci_balance_kind kind;
-    bool started;   /* a pick has brought its random number: not every client begins alike */
+    bool started; /* a pick has brought its random number: not every client begins alike */
     uint32_t salt;
-    uint32_t next;  /* round robin */
+    uint32_t next; /* round robin */
     uint32_t heaped;
     uint32_t shift; /* a point's hash without so many bits is its bucket */
     size_t count;
@@ -5501,8 +5503,8 @@ typedef struct crpci_balance_choice {
 CRPCI_FN void crpci_balance_choice_init(crpci_balance_choice *c, size_t index, const char *address,
                                         uint64_t seed)
 {
-    c->rank = crpci_balance_mix(crpci_balance_hash(address, strlen(address)) ^
-                                crpci_balance_mix(seed));
+    c->rank =
+        crpci_balance_mix(crpci_balance_hash(address, strlen(address)) ^ crpci_balance_mix(seed));
     c->index = index;
 }
 
@@ -5964,8 +5966,8 @@ CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balan
 {
     uint64_t hash = crpci_balance_mix(q->key), most = 0;
     size_t points = b->count * CRPCI_BALANCE_POINTS, i, last = b->count;
-    size_t at = crpci_balance_ring_find(
-        b, hash >> CRPCI_BALANCE_INDEX_BITS << CRPCI_BALANCE_INDEX_BITS);
+    size_t at =
+        crpci_balance_ring_find(b, hash >> CRPCI_BALANCE_INDEX_BITS << CRPCI_BALANCE_INDEX_BITS);
     int tries, chosen = -1;
     for (tries = 0; tries < CRPCI_BALANCE_WALK; tries++) {
         i = (size_t)(b->ring[at] & ((1u << CRPCI_BALANCE_INDEX_BITS) - 1));
@@ -6017,9 +6019,9 @@ CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_node *n, boo
                                     int64_t latency_us, int64_t now_us)
 {
     int64_t most = CRPCI_BALANCE_LATENCY_MOST, above;
-    int64_t latency = crpci_base_min64(latency_us > 1 ? latency_us : 1,
-                                       most >> CRPCI_BALANCE_LATENCY_BITS)
-                      << CRPCI_BALANCE_LATENCY_BITS;
+    int64_t latency =
+        crpci_base_min64(latency_us > 1 ? latency_us : 1, most >> CRPCI_BALANCE_LATENCY_BITS)
+        << CRPCI_BALANCE_LATENCY_BITS;
     if (ok) {
         b->latency += b->latency ? (latency - b->latency) / 64 : latency;
     } else { /* to fail quickly must not attract calls */

@@ -1,5 +1,5 @@
-/* impl-balance: who is picked how often, against what arithmetic says; lists that change; picks when
- * few can be used. Seeds are fixed, so a result that is unlikely is unlikely for ever. */
+/* impl-balance: who is picked how often, against what arithmetic says; lists that change; picks
+ * when few can be used. Seeds are fixed, so a result that is unlikely is unlikely for ever. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -9,12 +9,9 @@
 #define MS INT64_C(1000)
 
 static const crpci_balance_kind kinds[KINDS] = {
-    CRPCI_BALANCE_RANDOM,
-    CRPCI_BALANCE_WEIGHTED_RANDOM,
-    CRPCI_BALANCE_ROUND_ROBIN,
-    CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
-    CRPCI_BALANCE_LEAST_ACTIVE,
-    CRPCI_BALANCE_CONSISTENT_HASH,
+    CRPCI_BALANCE_RANDOM,       CRPCI_BALANCE_WEIGHTED_RANDOM,
+    CRPCI_BALANCE_ROUND_ROBIN,  CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
+    CRPCI_BALANCE_LEAST_ACTIVE, CRPCI_BALANCE_CONSISTENT_HASH,
     CRPCI_BALANCE_P2C,
 };
 
@@ -342,7 +339,8 @@ static void equal_turns(void **state)
     (void)state;
     for (kind = 0; kind < 2; kind++) {
         int i, k;
-        fleet_open(kind ? CRPCI_BALANCE_LEAST_ACTIVE : CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN, 500, NULL);
+        fleet_open(kind ? CRPCI_BALANCE_LEAST_ACTIVE : CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN, 500,
+                   NULL);
         memset(last, 0, sizeof last);
         for (i = 0; i < 500; i++) {
             order[i] = pick();
@@ -510,7 +508,7 @@ static void latencies_peak_and_fade(void **state)
     for (k = 0; k < 8389; k++)
         one_call(0, true, 1000);
     assert_in_range(latency_of(0), 45000, 46500); /* half of what it was above */
-    for (k = 0; k < 8389; k++) { /* also in steps too small to be seen */
+    for (k = 0; k < 8389; k++) {                  /* also in steps too small to be seen */
         int j;
         for (j = 0; j < 20; j++) {
             f.now_us -= 950;
@@ -538,8 +536,8 @@ static int64_t about_1_ms(void)
     return 800 + (int64_t)crpci_balance_below(&f.seed, 401);
 }
 
-/* A provider that has become ten times slower has few calls; when it is well again it gets its share
- * back; a new one gets one call, and its share when that has ended. */
+/* A provider that has become ten times slower has few calls; when it is well again it gets its
+ * share back; a new one gets one call, and its share when that has ended. */
 static void a_slow_provider_is_left_alone_and_comes_back(void **state)
 {
     long counts[10];
@@ -659,7 +657,8 @@ static void only_its_keys_move(void **state)
     fleet_close();
 }
 
-/* With hardly one in a hundred usable the same key still goes to the same, and they share evenly. */
+/* With hardly one in a hundred usable the same key still goes to the same, and they share evenly.
+ */
 static void keys_when_few_are_usable(void **state)
 {
     static long counts[1000];
@@ -841,7 +840,8 @@ static void no_burst_after_an_absence(void **state)
     (void)state;
     for (kind = 0; kind < 2; kind++) {
         int k, count = 0;
-        fleet_open(kind ? CRPCI_BALANCE_LEAST_ACTIVE : CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN, 10, NULL);
+        fleet_open(kind ? CRPCI_BALANCE_LEAST_ACTIVE : CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN, 10,
+                   NULL);
         f.down[5] = true;
         for (k = 0; k < 100000; k++)
             assert_int_not_equal(pick(), 5);
@@ -1275,10 +1275,11 @@ static void a_subset_is_stable(void **state)
 }
 
 /* 200 clients choose 8 of 1000 providers each. How many clients a provider has is a binomial number
- * with mean 1.6 if the choices are independent and uniform. Then more than 9 clients occur somewhere
- * among 1000 providers with probability 1000 x P(B(200, 0.008) > 9) = 0.006, and the shares of
- * providers with 0, 1, 2, .. clients are those of that distribution. With 20 times as many clients
- * the mean is 32, its standard deviation 5.6: five of those above it is 1.9 of the mean. */
+ * with mean 1.6 if the choices are independent and uniform. Then more than 9 clients occur
+ * somewhere among 1000 providers with probability 1000 x P(B(200, 0.008) > 9) = 0.006, and the
+ * shares of providers with 0, 1, 2, .. clients are those of that distribution. With 20 times as
+ * many clients the mean is 32, its standard deviation 5.6: five of those above it is 1.9 of the
+ * mean. */
 static void subsets_are_spread_evenly(void **state)
 {
     static crpci_balance_choice choices[1000];
