@@ -60,7 +60,8 @@ static void it_trips_at_the_documented_count(void **state)
                 assert_int_equal(tripped, expected);
                 assert_int_equal(crpci_breaker_open(&b, &o, now), expected);
                 assert_int_equal(crpci_breaker_ejected(&b), expected);
-                assert_true(crpci_breaker_ramped(&b, &o, now, UINT32_MAX)); /* none without a trip */
+                assert_true(
+                    crpci_breaker_ramped(&b, &o, now, UINT32_MAX)); /* none without a trip */
             }
         }
     }
@@ -166,7 +167,8 @@ static void slow_calls_trip_too(void **state)
         bool slow = i >= 2, tripped;
         crpci_breaker_begin(&b, &o, now);
         now += slow ? 100 * MS : 100 * MS - 1;
-        tripped = crpci_breaker_end(&b, &o, CRPCI_BREAKER_OK, slow ? 100 * MS : 100 * MS - 1, now, 0);
+        tripped =
+            crpci_breaker_end(&b, &o, CRPCI_BREAKER_OK, slow ? 100 * MS : 100 * MS - 1, now, 0);
         assert_int_equal(tripped, i == 9); /* 8 of 10 */
     }
     now += SECOND;
@@ -357,7 +359,8 @@ static void late_ends_say_nothing(void **state)
         assert_false(crpci_breaker_ejected(&b));
         for (n = 0; n < 38; n++) {
             now += MS;
-            assert_false(crpci_breaker_end(&b, &o, CRPCI_BREAKER_ERROR, now - tripped + SECOND, now, 0));
+            assert_false(
+                crpci_breaker_end(&b, &o, CRPCI_BREAKER_ERROR, now - tripped + SECOND, now, 0));
         }
         assert_int_equal(b.active, 0);
     }

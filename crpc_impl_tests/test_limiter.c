@@ -73,7 +73,8 @@ static void nothing_is_lost_to_rounding(void **state)
 
 static void bucket_defaults_and_extremes(void **state)
 {
-    static const int64_t huge[] = {INT64_MAX, INT64_MAX / 2, INT64_C(1) << 40, (INT64_C(1) << 40) + 1};
+    static const int64_t huge[] = {INT64_MAX, INT64_MAX / 2, INT64_C(1) << 40,
+                                   (INT64_C(1) << 40) + 1};
     crpci_limiter_bucket b;
     size_t i, j;
     int n;
@@ -209,7 +210,8 @@ typedef struct sim {
 static int64_t sim_draw(sim *s, int64_t mean, int percent)
 {
     int64_t range = mean * percent / 50 + 1;
-    return mean - mean * percent / 100 + (int64_t)((ct_random_from(&s->seed) >> 16) % (uint64_t)range);
+    return mean - mean * percent / 100 +
+           (int64_t)((ct_random_from(&s->seed) >> 16) % (uint64_t)range);
 }
 
 static void sim_init(sim *s, int capacity, int64_t service_us)
@@ -304,7 +306,7 @@ static void the_limit_finds_the_capacity(void **state)
 {
     static const struct {
         int capacity, service_us, spread;
-    } servers[] = {{1, 1000, 20}, {4, 1000, 20}, {8, 2000, 20}, {8, 10000, 20},
+    } servers[] = {{1, 1000, 20},   {4, 1000, 20},   {8, 2000, 20},    {8, 10000, 20},
                    {8, 10000, 100}, {32, 10000, 20}, {128, 100000, 50}};
     size_t i;
     (void)state;
@@ -426,7 +428,8 @@ static void failures(void **state)
         crpci_limiter_auto_leave(&a, true, 1000, now += 333);
         crpci_limiter_auto_leave(&a, i % 13 != 0, 1000, now += 334);
     }
-    assert_int_equal(crpci_limiter_auto_limit(&a), 4); /* 3 x 1.3, and a bit less for the failures */
+    assert_int_equal(crpci_limiter_auto_limit(&a),
+                     4); /* 3 x 1.3, and a bit less for the failures */
 }
 
 static void entering_and_leaving(void **state)
