@@ -173,7 +173,7 @@
  * Ownership. What a function is given it borrows until it returns. What a callback is given is
  * valid until it returns. A response's views, and reply_attachment, are valid until crpc_call_reset
  * or the next use of the call. Options and URLs are copied, except hooks, interceptors, service
- * tables and handlers, which must outlive the object.
+ * tables and handlers, which must outlive the object, and limits of methods (until the start).
  *
  * Process. No writable global data, no signal handler, no SIGPIPE, no thread that was not asked for
  * (the ZooKeeper client has two of its own; an asynchronous call on a loop that nobody drives
@@ -185,8 +185,9 @@
  * `option idempotency_level = IDEMPOTENT;`). Retries happen by themselves only when not a byte of
  * the request was sent, when the server said it was stopping (CRPC_ELOGOFF), or, idempotent, when
  * the connection was lost; each goes to a provider other than the last four tried. A request with
- * an id (request_ids) goes to its provider again, which executes it once. CRPC_OK means that the
- * handler has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES means that nobody knows.
+ * an id (request_ids) goes to its provider again; a server with replay_entries executes such a
+ * request once, however often it comes. CRPC_OK means that the handler has finished. CRPC_ETIMEDOUT
+ * with sent == CRPC_SENT_YES means that nobody knows.
  *
  * LOOPS AND THREADS
  *
@@ -245,7 +246,8 @@
  * for peers that can answer only one at a time. A service is found by its full name
  * ("package.Service") or its short one. An application's error code is any number but 0-199 and
  * 1000-3999; the user_fields entry "crpc-app" marks it, peers that do not set it are told by that
- * range.
+ * range. In a request "crpc-key" is the key of its order (crpc_server_options.ordered), "crpc-rid"
+ * an id by which it is known when it comes again (replay_entries); any peer may send them.
  *
  * REGISTRY
  *
@@ -290,8 +292,9 @@
  *
  * Bytes from a connection are not trusted: sizes are checked before memory is taken, nothing read
  * can reach an assertion, nanopb is used without its own allocation. What a peer can make a process
- * hold: max_body for each connection, max_queued of replies, 4096 requests in service, max_bytes of
- * buffers in use for a loop (each I/O thread has one). There is neither encryption nor
+ * hold: max_body for each connection, max_queued of replies, 4096 requests in service (all together
+ * max_concurrency), max_bytes of buffers in use for a loop (each I/O thread has one). What is over
+ * a limit of the server's is answered before it is decoded. There is neither encryption nor
  * authentication in this version: keep to trusted networks, or tunnels. The ZooKeeper server is
  * trusted: its C client aborts on some malformed answers.
  *
@@ -302,6 +305,9 @@
  *     server max_queued      4 MiB       the connection is not read until half is sent
  *     max_connections        1024        new ones are closed
  *     worker_queue           1024        CRPC_ELIMIT
+ *     max_concurrency        8192        CRPC_ELIMIT; for each I/O thread
+ *     limits, rate_per_client  none      CRPC_ELIMIT
+ *     replay_bytes           4 MiB       the oldest replies are forgotten
  *     max_results            1024        CRPC_ELIMIT
  *     max_bytes              256 MiB     CRPC_ENOMEM, or the connection is closed
  *     URL                    2047 bytes  CRPC_EINVAL
@@ -1122,11 +1128,11 @@ typedef struct crpc_server_options {
     int rate_per_client;  /* requests a second of all connections from an IP address; those by unix
                              sockets count as one's. 0: no limit. -1: no limit */
     int burst_per_client; /* at once after a pause. 0: as rate_per_client. -1: as rate_per_client */
-    /* The replies to requests with the user_fields entry "crpc-rid", an id of up to 64 bytes that no
-     * other call to the method has, are kept: one that comes again is not executed but gets the
-     * same reply, after interceptors have let it through. If all entries execute it is executed,
-     * and counted as unremembered. A reply that takes more than a quarter of replay_bytes is not
-     * kept, and repeated requests fail with EINTERNAL. */
+    /* The replies to requests with a user_fields entry "crpc-rid", an id of up to 64 bytes that no
+     * other call to the method has, are kept. A request that comes again is not executed but gets
+     * the same reply, after interceptors have let it through. If all entries execute it is
+     * executed, and counted as unremembered. A reply that takes more than a quarter of replay_bytes
+     * is not kept, and repeated requests fail with EINTERNAL. */
     int replay_entries;   /* requests to be remembered. 0: off. -1: off */
     int replay_ms;        /* how long after their end. 0: 60000. -1: 0 */
     int64_t replay_bytes; /* memory for them and their replies. 0: 4 MiB. -1: no limit */
@@ -16655,7 +16661,7 @@ struct crpc_server {
     crpc_server_options options; /* its strings are not to be used */
 };
 
-/* What is kept of a request that is limited, ordered, or may come again; in its context's memory. */
+/* What is kept of a request that is limited, ordered, or may come again. Its context's memory. */
 typedef struct crpci_guard {
     crpc_context *context;
     bool ordered;
@@ -16949,12 +16955,12 @@ CRPCI_FN void crpci_server_close_if_done(crpci_conn *conn)
     }
 }
 
-/* --- requests that wait for their turn, or have come before ------------------------------------ */
+/* --- requests that wait for their turn, or have come before ----------------------------------- */
 
 CRPCI_FN int crpci_context_complete(crpc_context *x, int status);
 
 /* Has a request run, now or when its turn comes. Returns why not, or NULL. Locked. */
-CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
+CRPCI_COLD const char *crpci_server_guard_start(crpc_context *x, const crpci_guard *of)
 {
     crpc_server *s = x->server;
     crpci_guard *g = NULL;
@@ -16984,7 +16990,7 @@ CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
 }
 
 /* Has a request run that was let in before. False: the server is closed. No lock is held. */
-CRPCI_COLD bool crpci_guard_resume(crpc_context *x)
+CRPCI_COLD bool crpci_server_guard_resume(crpc_context *x)
 {
     crpc_server *s = x->server;
     bool ok;
@@ -17002,7 +17008,7 @@ CRPCI_COLD bool crpci_guard_resume(crpc_context *x)
     return ok;
 }
 
-CRPCI_COLD crpc_context *crpci_guard_leave(crpc_server *s, crpci_guard *g)
+CRPCI_COLD crpc_context *crpci_server_guard_leave(crpc_server *s, crpci_guard *g)
 {
     crpci_order_item *next;
     crpci_thread_lock(&s->guard);
@@ -17013,18 +17019,18 @@ CRPCI_COLD crpc_context *crpci_guard_leave(crpc_server *s, crpci_guard *g)
 }
 
 /* Gives the turn to who waits for it. */
-CRPCI_COLD void crpci_guard_pass(crpc_server *s, crpci_guard *g)
+CRPCI_COLD void crpci_server_guard_pass(crpc_server *s, crpci_guard *g)
 {
-    crpc_context *x = crpci_guard_leave(s, g);
-    while (x && !crpci_guard_resume(x)) {
-        crpc_context *next = crpci_guard_leave(s, x->guard);
+    crpc_context *x = crpci_server_guard_leave(s, g);
+    while (x && !crpci_server_guard_resume(x)) {
+        crpc_context *next = crpci_server_guard_leave(s, x->guard);
         crpci_context_complete(x, CRPC_ELOGOFF);
         x = next;
     }
 }
 
 /* The status of a request that executed before. */
-CRPCI_COLD int crpci_guard_status(crpc_context *x)
+CRPCI_COLD int crpci_server_guard_status(crpc_context *x)
 {
     crpci_guard *g = x->guard;
     g->repeats = true;
@@ -17034,7 +17040,7 @@ CRPCI_COLD int crpci_guard_status(crpc_context *x)
 }
 
 /* Runs the handler of a request, unless it has come before. After CRPC_EPENDING x may be gone. */
-CRPCI_COLD int crpci_guard_serve(crpc_context *x)
+CRPCI_COLD int crpci_server_guard_serve(crpc_context *x)
 {
     crpc_server *s = x->server;
     crpci_guard *g = x->guard;
@@ -17059,12 +17065,12 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
     if (waits)
         return CRPC_EPENDING;
     if (e)
-        return crpci_guard_status(x);
+        return crpci_server_guard_status(x);
     return x->method->method->serve(x, x->request, x->response, x->method->handlers);
 }
 
 /* Copies what the reply of a request consists of. NULL: out of memory. */
-CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_out *out)
+CRPCI_COLD crpci_chunk *crpci_server_guard_copy(crpc_context *x, const crpci_out *out)
 {
     const uint8_t *meta = out->head + CRPCI_FRAME_HEADER;
     size_t size = crpci_base_get32(out->head + 8);
@@ -17081,7 +17087,7 @@ CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_out *out)
 }
 
 /* `served`: 1: well, 0: not, -1: it says nothing of the server. */
-CRPCI_COLD void crpci_guard_quit(crpc_server *s, crpci_guard *g, int served)
+CRPCI_COLD void crpci_server_guard_quit(crpc_server *s, crpci_guard *g, int served)
 {
     int64_t now = g->quota ? crpci_heap_now(s->heap) : 0;
     if (!g->quota)
@@ -17094,14 +17100,14 @@ CRPCI_COLD void crpci_guard_quit(crpc_server *s, crpci_guard *g, int served)
 
 /* At the end of a guarded request: its reply is kept, and goes to those who wait for the same; the
  * turn goes on. `out` is its reply, or NULL. No lock is held. */
-CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_out *out, int served)
+CRPCI_COLD void crpci_server_guard_end(crpc_context *x, const crpci_out *out, int served)
 {
     crpc_server *s = x->server;
     crpci_guard *g = x->guard;
-    crpci_chunk *reply = g->entry && out ? crpci_guard_copy(x, out) : NULL;
+    crpci_chunk *reply = g->entry && out ? crpci_server_guard_copy(x, out) : NULL;
     crpci_list waiting;
     crpci_list_init(&waiting);
-    crpci_guard_quit(s, g, served);
+    crpci_server_guard_quit(s, g, served);
     if (g->entry) {
         crpci_thread_lock(&s->guard);
         crpci_replay_finish(&s->replay, g->entry, reply, crpci_heap_rough_now(s->heap), &waiting);
@@ -17114,17 +17120,17 @@ CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_out *out, int serve
         w->guard->reply = reply;
         if (reply)
             crpci_heap_chunk_ref(reply);
-        crpci_context_complete(w, crpci_guard_status(w));
+        crpci_context_complete(w, crpci_server_guard_status(w));
     }
     crpci_heap_chunk_unref(reply);
     crpci_heap_chunk_unref(g->reply);
     g->reply = NULL;
     if (g->ordered)
-        crpci_guard_pass(s, g);
+        crpci_server_guard_pass(s, g);
 }
 
 /* crpci_context_encode, of a guarded request. */
-CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
+CRPCI_COLD crpci_out *crpci_server_guard_encode(crpc_context *x, int code)
 {
     crpci_chunk *reply = x->guard->repeats ? x->guard->reply : NULL;
     crpci_out *out;
@@ -17139,11 +17145,11 @@ CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
     } else {
         out = crpci_context_encode(x, code);
     }
-    crpci_guard_end(x, out, x->guard->repeats ? -1 : !code || x->app_code);
+    crpci_server_guard_end(x, out, x->guard->repeats ? -1 : !code || x->app_code);
     return out;
 }
 
-/* --- the end of a request ---------------------------------------------------------------------- */
+/* --- the end of a request --------------------------------------------------------------------- */
 
 /* Ends a request when the server, and with it the program's part of it, may be gone. */
 CRPCI_COLD int crpci_context_too_late(crpc_context *x)
@@ -17153,7 +17159,7 @@ CRPCI_COLD int crpci_context_too_late(crpc_context *x)
     crpci_conn *conn = x->conn;
     bool last;
     if (x->guard)
-        crpci_guard_end(x, NULL, -1);
+        crpci_server_guard_end(x, NULL, -1);
     crpci_context_free(x);
     crpci_loop_lock(l);
     last = crpci_server_end(conn);
@@ -17193,7 +17199,7 @@ CRPCI_FN crpci_server_end_of crpci_context_conclude(crpc_context *x, int status)
     end.conn = x->conn;
     end.bytes = x->chunk;
     end.reply = CRPCI_LIKELY(!x->guard) ? crpci_context_encode(x, code)
-                                        : crpci_guard_encode(x, code);
+                                        : crpci_server_guard_encode(x, code);
     x->chunk = NULL;
     crpci_context_free(x);
     return end;
@@ -17267,7 +17273,7 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
     if (!m->serve)
         return CRPC_ENOMETHOD;
     if (CRPCI_UNLIKELY(x->guard != NULL))
-        return crpci_guard_serve(x);
+        return crpci_server_guard_serve(x);
     return m->serve(x, x->request, x->response, x->method->handlers);
 }
 
@@ -17470,7 +17476,7 @@ CRPCI_FN void crpci_server_admit(crpc_server *s, crpci_conn *conn, const crpci_m
         why = x ? NULL : "out of memory";
     }
     if (x && CRPCI_UNLIKELY(guarded))
-        why = crpci_guard_start(x, &g);
+        why = crpci_server_guard_start(x, &g);
     else if (x && !s->worker_count)
         crpci_loop_ready(conn->loop, &x->task);
     else if (x && !crpci_worker_push(&s->workers, &x->task))
@@ -17478,7 +17484,7 @@ CRPCI_FN void crpci_server_admit(crpc_server *s, crpci_conn *conn, const crpci_m
     if (CRPCI_LIKELY(!why))
         return;
     if (guarded)
-        crpci_guard_quit(s, &g, -1);
+        crpci_server_guard_quit(s, &g, -1);
     crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT, why);
     if (x)
         crpci_context_reject(x);
