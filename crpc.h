@@ -1576,6 +1576,7 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -7570,6 +7571,8 @@ typedef struct crpci_registry_options {
     const char *credential;  /* NULL: none */
     const char *application; /* the program's name, for people and overrides. NULL: "crpc" */
     bool register_consumer;  /* subscriptions are registered too, so that people see them */
+    const char *cache;       /* file for the last good lists; NULL: none */
+    int cache_interval_ms;   /* between two writes of it. 0: 60000. -1: none */
 } crpci_registry_options;
 
 typedef struct crpci_registry crpci_registry;
@@ -7845,7 +7848,7 @@ CRPCI_FN bool crpci_registry_takes(const crpci_registry_query *q, const crpci_re
     if (strcmp(n->scheme, "crpc") != 0 && strcmp(n->scheme, "brpc") != 0 &&
         strcmp(n->scheme, "baidu_std") != 0)
         return false;
-    return n->enabled && (!*n->service || strcmp(n->service, q->service) == 0) &&
+    return n->enabled && (!*n->service || !*q->service || strcmp(n->service, q->service) == 0) &&
            crpci_registry_match(q->group, n->group) && crpci_registry_match(q->version, n->version);
 }
 
@@ -8271,6 +8274,393 @@ CRPCI_FN bool crpci_registry_offer(crpci_registry_sub *sub, crpci_snapshot *list
     return crpci_registry_push(sub, list);
 }
 
+/* --- the cache file --------------------------------------------------------------------------- */
+
+/* What directories held, in a file, so that a program can start while its registry is away:
+ *
+ *     crpc-cache 1
+ *     D zookeeper://10.0.0.1:2181/dubbo/demo.Echo/providers
+ *     N crpc%3A%2F%2F10.0.0.2%3A8000%2Fdemo.Echo%3F...
+ *     C 0123abcd
+ *
+ * The last line is the CRC-32 of all before it. A file in which anything is wrong is as good as
+ * none. It is replaced as a whole, by renaming, and several programs, or loops of one, may share
+ * it: each leaves what others wrote. */
+#define CRPCI_REGISTRY_CACHE_HEAD "crpc-cache 1\n"
+#define CRPCI_REGISTRY_CACHE_MAX  (1u << 20) /* bytes of a file */
+#define CRPCI_REGISTRY_CACHE_MS   60000
+
+typedef struct crpci_registry_entry {
+    crpci_list node;
+    char *key;  /* a directory */
+    char *text; /* its names, each ended by a newline */
+    bool own;   /* read by this program, not found in the file */
+} crpci_registry_entry;
+
+typedef struct crpci_registry_cache {
+    crpci_heap *heap;
+    crpci_list entries;
+    char *path;
+    int64_t interval_us;
+    int64_t written_us; /* 0: not by this object yet */
+    bool dirty;         /* something is to be written */
+    bool writing;
+    bool failed; /* it was logged that it cannot be written */
+} crpci_registry_cache;
+
+CRPCI_FN uint32_t crpci_registry_crc(const char *data, size_t n)
+{
+    uint32_t crc = 0xffffffffu;
+    for (; n; n--) {
+        int k;
+        crc ^= (unsigned char)*data++;
+        for (k = 0; k < 8; k++)
+            crc = crc >> 1 ^ (0xedb88320u & (0u - (crc & 1)));
+    }
+    return ~crc;
+}
+
+/* False: out of memory; crpci_registry_cache_clear either way. */
+CRPCI_COLD bool crpci_registry_cache_init(crpci_registry_cache *c, crpci_heap *h, const char *path,
+                                          int interval_ms)
+{
+    memset(c, 0, sizeof *c);
+    c->heap = h;
+    crpci_list_init(&c->entries);
+    c->interval_us = crpci_base_option(interval_ms, CRPCI_REGISTRY_CACHE_MS, 0) * 1000;
+    c->path = crpci_heap_strndup(h, path, strlen(path));
+    return c->path != NULL;
+}
+
+CRPCI_COLD void crpci_registry_cache_drop(crpci_registry_cache *c, crpci_registry_entry *e)
+{
+    crpci_list_remove(&e->node);
+    crpci_heap_strfree(c->heap, e->key);
+    crpci_heap_strfree(c->heap, e->text);
+    crpci_heap_free(c->heap, e, sizeof *e);
+}
+
+CRPCI_COLD void crpci_registry_cache_clear(crpci_registry_cache *c)
+{
+    while (!crpci_list_empty(&c->entries))
+        crpci_registry_cache_drop(c,
+                                  CRPCI_CONTAINER(c->entries.next, crpci_registry_entry, node));
+    crpci_heap_strfree(c->heap, c->path);
+    c->path = NULL;
+}
+
+CRPCI_FN crpci_registry_entry *crpci_registry_cache_find(const crpci_registry_cache *c,
+                                                         const char *key)
+{
+    crpci_list *i;
+    for (i = c->entries.next; i != &c->entries; i = i->next) {
+        crpci_registry_entry *e = CRPCI_CONTAINER(i, crpci_registry_entry, node);
+        if (strcmp(e->key, key) == 0)
+            return e;
+    }
+    return NULL;
+}
+
+/* Sets what a directory holds. False: out of memory, and nothing changed. */
+CRPCI_COLD bool crpci_registry_cache_set(crpci_registry_cache *c, const char *key, size_t key_len,
+                                         const char *text, size_t len, bool own)
+{
+    char *name = crpci_heap_strndup(c->heap, key, key_len), *copy = NULL;
+    crpci_registry_entry *e = name ? crpci_registry_cache_find(c, name) : NULL;
+    bool fresh = name && !e && len, ok;
+    if (e && strlen(e->text) == len && memcmp(e->text, text, len) == 0) {
+        e->own = e->own || own;
+        crpci_heap_strfree(c->heap, name);
+        return true;
+    }
+    if (fresh)
+        e = (crpci_registry_entry *)crpci_heap_alloc(c->heap, sizeof *e);
+    if (e)
+        copy = crpci_heap_strndup(c->heap, text, len);
+    ok = name && (copy || (!e && !len)); /* of nothing there is nothing to be kept */
+    if (copy) {
+        crpci_heap_strfree(c->heap, e->text);
+        e->text = copy;
+        e->own = own;
+        c->dirty = true;
+    }
+    if (copy && fresh) {
+        e->key = name;
+        crpci_list_append(&c->entries, &e->node);
+        return true;
+    }
+    if (fresh)
+        crpci_heap_free(c->heap, e, sizeof *e);
+    crpci_heap_strfree(c->heap, name);
+    return ok;
+}
+
+/* Takes the names that a directory holds. */
+CRPCI_COLD bool crpci_registry_cache_put(crpci_registry_cache *c, const char *key,
+                                         char *const *names, size_t count)
+{
+    size_t size = 1, n = 0, i;
+    char *text;
+    bool ok;
+    for (i = 0; i < count; i++)
+        size += strlen(names[i]) + 1;
+    text = (char *)crpci_heap_alloc(c->heap, size);
+    if (!text)
+        return false;
+    for (i = 0; i < count; i++) {
+        size_t len = strlen(names[i]);
+        if (!len || memchr(names[i], '\n', len))
+            continue;
+        memcpy(text + n, names[i], len);
+        text[n + len] = '\n';
+        n += len + 1;
+    }
+    ok = crpci_registry_cache_set(c, key, strlen(key), text, n, true);
+    crpci_heap_free(c->heap, text, size);
+    return ok;
+}
+
+/* Names out of the cache, in one block. */
+typedef struct crpci_registry_names {
+    size_t size; /* of the block at `name` */
+    size_t count;
+    char **name;
+} crpci_registry_names;
+
+/* Empty: nothing is known, or out of memory. */
+CRPCI_COLD void crpci_registry_cache_get(const crpci_registry_cache *c, const char *key,
+                                         crpci_registry_names *out)
+{
+    const crpci_registry_entry *e = crpci_registry_cache_find(c, key);
+    size_t count = 0, len = e ? strlen(e->text) : 0, i;
+    char *p;
+    memset(out, 0, sizeof *out);
+    for (i = 0; i < len; i++)
+        count += e->text[i] == '\n';
+    out->size = count * sizeof *out->name + len + 1;
+    out->name = count ? (char **)crpci_heap_alloc(c->heap, out->size) : NULL;
+    if (!out->name)
+        return;
+    p = (char *)(out->name + count);
+    memcpy(p, e->text, len);
+    for (; out->count < count; out->count++, p++) {
+        out->name[out->count] = p;
+        p = strchr(p, '\n');
+        *p = '\0';
+    }
+}
+
+CRPCI_COLD void crpci_registry_names_free(crpci_heap *h, crpci_registry_names *n)
+{
+    crpci_heap_free(h, n->name, n->size);
+    n->name = NULL;
+    n->count = 0;
+}
+
+/* The file's text, and the size of its block; `own`: without what was found in the file, but with
+ * what is empty, so that it replaces what the file has. NULL: out of memory. */
+CRPCI_COLD char *crpci_registry_cache_format(const crpci_registry_cache *c, bool own, size_t *size)
+{
+    size_t need = sizeof CRPCI_REGISTRY_CACHE_HEAD + 16, n;
+    crpci_list *i;
+    char *out, *p;
+    for (i = c->entries.next; i != &c->entries; i = i->next) {
+        const crpci_registry_entry *e = CRPCI_CONTAINER(i, crpci_registry_entry, node);
+        need += strlen(e->key) + 3;
+        for (p = e->text; *p; p++)
+            need += *p == '\n' ? 3 : 1;
+    }
+    out = (char *)crpci_heap_alloc(c->heap, need);
+    if (!out)
+        return NULL;
+    n = (size_t)snprintf(out, need, "%s", CRPCI_REGISTRY_CACHE_HEAD);
+    for (i = c->entries.next; i != &c->entries; i = i->next) {
+        const crpci_registry_entry *e = CRPCI_CONTAINER(i, crpci_registry_entry, node);
+        if (own ? !e->own : !*e->text)
+            continue;
+        n += (size_t)snprintf(out + n, need - n, "D %s\n", e->key);
+        for (p = e->text; *p; p += strcspn(p, "\n") + 1)
+            n += (size_t)snprintf(out + n, need - n, "N %.*s\n", (int)strcspn(p, "\n"), p);
+    }
+    n += (size_t)snprintf(out + n, need - n, "C %08x\n", (unsigned)crpci_registry_crc(out, n));
+    memset(out + n, 0, need - n);
+    *size = need;
+    return out;
+}
+
+/* Takes all of a file's text, or, if anything is wrong with it, nothing: false. Or out of memory:
+ * then perhaps not all of it. */
+CRPCI_COLD bool crpci_registry_cache_parse(crpci_registry_cache *c, const char *text, size_t len)
+{
+    const size_t head = sizeof CRPCI_REGISTRY_CACHE_HEAD - 1, tail = 11; /* "C 0123abcd\n" */
+    const char *p = text + head, *end;
+    char crc[16];
+    if (len < head + tail || memcmp(text, CRPCI_REGISTRY_CACHE_HEAD, head) != 0 ||
+        memchr(text, '\0', len))
+        return false;
+    end = text + len - tail;
+    snprintf(crc, sizeof crc, "C %08x\n", (unsigned)crpci_registry_crc(text, len - tail));
+    if (memcmp(end, crc, tail) != 0 || end[-1] != '\n')
+        return false;
+    while (p < end) {
+        size_t key_len = strcspn(p, "\n"), n = 0;
+        const char *key = p + 2;
+        char *names;
+        bool ok;
+        if (key_len < 3 || memcmp(p, "D ", 2) != 0)
+            return false; /* the sum is right: somebody else's format */
+        p += key_len + 1;
+        names = (char *)crpci_heap_alloc(c->heap, (size_t)(end - p) + 1);
+        while (names && end - p > 2 && memcmp(p, "N ", 2) == 0) {
+            size_t line = strcspn(p, "\n") + 1;
+            memcpy(names + n, p + 2, line - 2);
+            n += line - 2;
+            p += line;
+        }
+        ok = names && crpci_registry_cache_set(c, key, key_len - 2, names, n, false);
+        crpci_heap_free(c->heap, names, (size_t)(end - (key + key_len - 1)) + 1);
+        if (!ok)
+            return false;
+    }
+    return true;
+}
+
+/* The bytes of a file, ended by a zero byte, and the size of the block. NULL: it cannot be read, or
+ * is larger than `max`. */
+CRPCI_COLD char *crpci_registry_file(crpci_heap *h, const char *path, size_t max, size_t *size)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    size_t n = 0;
+    ssize_t got = 1;
+    struct stat st;
+    char *out = NULL;
+    if (fd < 0)
+        return NULL;
+    if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size >= 0 &&
+        (uint64_t)st.st_size <= max) {
+        *size = (size_t)st.st_size + 1;
+        out = (char *)crpci_heap_alloc(h, *size);
+    }
+    while (out && n + 1 < *size && got > 0) {
+        got = read(fd, out + n, *size - 1 - n);
+        if (got < 0 && errno == EINTR)
+            got = 1;
+        else if (got > 0)
+            n += (size_t)got;
+    }
+    close(fd);
+    if (out && (got < 0 || n + 1 != *size)) { /* it shrank meanwhile: not to be had in one piece */
+        crpci_heap_free(h, out, *size);
+        out = NULL;
+    }
+    return out;
+}
+
+CRPCI_COLD void crpci_registry_cache_load(crpci_registry_cache *c)
+{
+    size_t size;
+    char *text = crpci_registry_file(c->heap, c->path, CRPCI_REGISTRY_CACHE_MAX, &size);
+    if (text && !crpci_registry_cache_parse(c, text, size - 1))
+        crpci_heap_log(c->heap, CRPC_LOG_WARN, "registry: the cache %.200s is damaged: not used",
+                       c->path);
+    crpci_heap_free(c->heap, text, text ? size : 0);
+    c->dirty = false;
+}
+
+/* Opens the temporary file, which whoever writes holds a lock of. -1: no, or another one does. */
+CRPCI_COLD int crpci_registry_cache_lock(const char *path)
+{
+    int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+    struct stat a, b;
+    if (fd < 0)
+        return -1;
+    if ((flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) && fstat(fd, &a) == 0 &&
+        stat(path, &b) == 0 && a.st_ino == b.st_ino && a.st_dev == b.st_dev)
+        return fd;
+    close(fd); /* or it was renamed between opening and locking: it is the real file now */
+    errno = EWOULDBLOCK;
+    return -1;
+}
+
+CRPCI_COLD bool crpci_registry_cache_replace(int fd, const char *temp, const char *path,
+                                             const char *text, size_t len)
+{
+    size_t n = 0;
+    if (ftruncate(fd, 0))
+        return false;
+    while (n < len) {
+        ssize_t put = write(fd, text + n, len - n);
+        if (put < 0 && errno != EINTR)
+            return false;
+        n += put > 0 ? (size_t)put : 0;
+    }
+    return fsync(fd) == 0 && rename(temp, path) == 0;
+}
+
+/* Writes `mine`, which is what crpci_registry_cache_format gave, and what else is in the file. Waits
+ * for the disk; no lock is held. False: not now. */
+CRPCI_COLD bool crpci_registry_cache_write(crpci_heap *h, const char *path, const char *mine)
+{
+    crpci_registry_cache all;
+    char temp[1024], *text = NULL;
+    size_t size = 0;
+    bool ok = false;
+    int fd;
+    if (snprintf(temp, sizeof temp, "%s.tmp", path) >= (int)sizeof temp)
+        return false;
+    fd = crpci_registry_cache_lock(temp);
+    if (fd < 0)
+        return false;
+    if (crpci_registry_cache_init(&all, h, path, 0)) {
+        crpci_registry_cache_load(&all);
+        ok = crpci_registry_cache_parse(&all, mine, strlen(mine));
+        if (ok && all.dirty) {
+            text = crpci_registry_cache_format(&all, false, &size);
+            if (text && strlen(text) <= CRPCI_REGISTRY_CACHE_MAX)
+                ok = crpci_registry_cache_replace(fd, temp, path, text, strlen(text));
+            else /* too much of others' */
+                ok = text && strlen(mine) <= CRPCI_REGISTRY_CACHE_MAX &&
+                     crpci_registry_cache_replace(fd, temp, path, mine, strlen(mine));
+        } else {
+            unlink(temp);
+        }
+    }
+    crpci_registry_cache_clear(&all);
+    crpci_heap_free(h, text, size);
+    close(fd);
+    return ok;
+}
+
+/* When it is to be written next; INT64_MAX: there is nothing new. */
+CRPCI_FN int64_t crpci_registry_cache_due(const crpci_registry_cache *c)
+{
+    if (!c->path || !c->dirty || c->writing)
+        return INT64_MAX;
+    return c->written_us ? c->written_us + c->interval_us : 0;
+}
+
+/* Writes what is new. Locked, unlocks meanwhile; `cond` is signalled at the end. */
+CRPCI_COLD void crpci_registry_cache_save(crpci_registry_cache *c, crpc_loop *l, crpci_cond *cond)
+{
+    size_t size = 0;
+    char *mine = crpci_registry_cache_format(c, true, &size);
+    bool ok;
+    c->dirty = false;
+    c->writing = true;
+    crpci_loop_unlock(l);
+    ok = mine && crpci_registry_cache_write(c->heap, c->path, mine);
+    crpci_heap_free(c->heap, mine, size);
+    if (!ok && !c->failed)
+        crpci_heap_log(c->heap, CRPC_LOG_WARN, "registry: the cache %.200s is not written now: %s",
+                       c->path, strerror(errno));
+    crpci_loop_lock(l);
+    c->failed = !ok;
+    c->dirty = c->dirty || !ok;
+    c->writing = false;
+    c->written_us = crpci_loop_now(l);
+    crpci_thread_broadcast(cond);
+}
+
 /* ======================================================================== */
 /* >>impl-zookeeper   the registry in ZooKeeper, with Dubbo's layout         */
 /* ======================================================================== */
@@ -8357,6 +8747,7 @@ struct crpci_zookeeper {
     char *credential; /* or NULL */
     int timeout_ms;
     char *hosts; /* numeric, as the client wants them */
+    crpci_registry_cache cache;
     crpci_addr *servers;
     size_t server_count;
     crpci_cond cond; /* busy, a callback, a link or the wish to live ended */
@@ -8866,6 +9257,7 @@ CRPCI_COLD void crpci_zookeeper_free(crpci_zookeeper *s)
     crpci_heap_strfree(h, s->authority);
     crpci_heap_strfree(h, s->credential);
     crpci_heap_strfree(h, s->hosts);
+    crpci_registry_cache_clear(&s->cache);
     crpci_heap_free(h, s->servers, s->server_count * sizeof *s->servers);
     crpci_thread_cond_free(&s->cond);
     crpci_heap_free(h, s, sizeof *s);
@@ -8961,6 +9353,54 @@ CRPCI_FN bool crpci_zookeeper_age_dir(crpci_zookeeper_dir *dir)
         crpci_zookeeper_sub_unref(sub);
     }
     return complete;
+}
+
+/* --- the cache file --------------------------------------------------------------------------- */
+
+/* A directory's name there: on the heap. */
+CRPCI_COLD char *crpci_zookeeper_key(const crpci_zookeeper *s, const char *dir)
+{
+    size_t size = strlen("zookeeper://") + strlen(s->authority) + strlen(dir) + 1;
+    char *key = (char *)crpci_heap_alloc(s->heap, size);
+    if (key)
+        snprintf(key, size, "zookeeper://%s%s", s->authority, dir);
+    return key;
+}
+
+/* Takes what was read into the cache; of providers only if there is one: what stands there is to be
+ * of use. */
+CRPCI_COLD void crpci_zookeeper_remember(crpci_zookeeper_dir *dir, char *const *names, size_t count)
+{
+    crpci_zookeeper *s = dir->task.session;
+    crpci_registry_query any;
+    crpci_snapshot *list = NULL;
+    size_t bad;
+    char *key;
+    if (!s->cache.path)
+        return;
+    memset(&any, 0, sizeof any);
+    any.service = "";
+    any.group = any.version = "*";
+    if (!dir->providers) {
+        crpci_loop_unlock(s->loop);
+        list = crpci_registry_collect(s->heap, names, count, &any, NULL, &bad);
+        crpci_loop_lock(s->loop);
+        if (!list || !list->count) {
+            crpci_registry_snapshot_unref(list);
+            return;
+        }
+    }
+    key = crpci_zookeeper_key(s, dir->task.dir);
+    if (key)
+        (void)crpci_registry_cache_put(&s->cache, key, names, count);
+    crpci_heap_strfree(s->heap, key);
+    crpci_registry_snapshot_unref(list);
+}
+
+CRPCI_FN void crpci_zookeeper_save(crpci_zookeeper *s)
+{
+    if (!s->closing && crpci_registry_cache_due(&s->cache) <= crpci_zookeeper_now(s))
+        crpci_registry_cache_save(&s->cache, s->loop, &s->cond);
 }
 
 /* --- directories ------------------------------------------------------------------------------ */
@@ -9106,6 +9546,8 @@ CRPCI_FN void crpci_zookeeper_dir_done(crpci_zookeeper_task *t, const crpci_zook
         t->step = CRPCI_ZOOKEEPER_MKDIR;
         t->made = strlen(t->dir);
     }
+    if (a->rc == ZOK)
+        crpci_zookeeper_remember(dir, names, count);
     if (dir->providers ? !crpci_zookeeper_dir_rules(dir, names, count)
                        : !crpci_zookeeper_deliver(dir, names, count, a->rc == ZOK))
         crpci_zookeeper_later(t, CRPCI_ZOOKEEPER_RETRY_US);
@@ -10171,6 +10613,7 @@ CRPCI_FN void crpci_zookeeper_arm(crpci_zookeeper *s)
     if (s->link)
         next = crpci_base_min64(next, s->client_us);
 #endif
+    next = crpci_base_min64(next, crpci_registry_cache_due(&s->cache));
     if (next != INT64_MAX)
         crpci_loop_timer_set(s->loop, &s->timer, next - now);
     else
@@ -10280,6 +10723,7 @@ static void crpci_zookeeper_leave(crpci_zookeeper_link *link)
 #if !CRPC_ZOOKEEPER_ST
     if (s->renew && s->link == link)
         crpci_zookeeper_replace(s, link);
+    crpci_zookeeper_save(s); /* here, not in the loop: it takes a while */
 #endif
     link->inside = false;
     crpci_loop_unlock(l);
@@ -10292,6 +10736,7 @@ CRPCI_FN void crpci_zookeeper_on_timer(crpc_loop *l, crpci_timer *timer)
     crpci_zookeeper *s = CRPCI_CONTAINER(timer, crpci_zookeeper, timer);
     s->refs++;
     crpci_zookeeper_run(s);
+    crpci_zookeeper_save(s);
     crpci_zookeeper_unlock(s);
     crpci_loop_lock(l);
 }
@@ -10528,6 +10973,44 @@ CRPCI_FN bool crpci_zookeeper_consume(crpci_zookeeper_sub *sub)
     return true;
 }
 
+/* Gives a new subscriber what the cache knows, as a stale list, if the registry is not there to be
+ * asked. Nobody else knows of the subscriber yet. */
+CRPCI_COLD void crpci_zookeeper_recall(crpci_zookeeper_sub *sub)
+{
+    crpci_zookeeper_registry *r = sub->owner;
+    crpci_zookeeper *s = r->session;
+    static const char *const categories[2] = {"providers", "configurators"};
+    crpci_registry_names names[2];
+    crpci_registry_rules *rules;
+    crpci_snapshot *list;
+    size_t bad, i;
+    for (i = 0; i < 2; i++) {
+        char *path = crpci_zookeeper_dir_path(r, sub->base.query.service, categories[i]);
+        char *key = path ? crpci_zookeeper_key(s, path) : NULL;
+        memset(&names[i], 0, sizeof names[i]);
+        crpci_loop_lock(s->loop);
+        if (key && !s->connected)
+            crpci_registry_cache_get(&s->cache, key, &names[i]);
+        crpci_loop_unlock(s->loop);
+        crpci_heap_strfree(s->heap, key);
+        crpci_heap_strfree(s->heap, path);
+    }
+    rules = crpci_registry_rules_read(s->heap, names[1].name, names[1].count, "", &bad);
+    list = rules ? crpci_registry_collect(s->heap, names[0].name, names[0].count, &sub->base.query,
+                                          rules, &bad)
+                 : NULL;
+    if (list && list->count) {
+        list->stale = true;
+        crpci_loop_lock(s->loop);
+        (void)crpci_registry_push(&sub->base, list);
+        crpci_loop_unlock(s->loop);
+    }
+    crpci_registry_snapshot_unref(list);
+    crpci_registry_rules_unref(rules);
+    for (i = 0; i < 2; i++)
+        crpci_registry_names_free(s->heap, &names[i]);
+}
+
 CRPCI_FN int crpci_zookeeper_subscribe(crpci_registry *base, const crpci_registry_query *what,
                                        crpci_registry_push_fn push, void *user, void **handle)
 {
@@ -10546,6 +11029,8 @@ CRPCI_FN int crpci_zookeeper_subscribe(crpci_registry *base, const crpci_registr
     q.application = q.application && *q.application ? q.application : r->application;
     ok = crpci_registry_sub_init(&sub->base, s->loop, &s->cond, &q, push, user) &&
          (!r->register_consumer || crpci_zookeeper_consume(sub));
+    if (ok && s->cache.path)
+        crpci_zookeeper_recall(sub);
     crpci_loop_lock(s->loop);
     sub->dir = ok ? crpci_zookeeper_dir_get(r, q.service) : NULL;
     if (!sub->dir) {
@@ -10649,8 +11134,10 @@ CRPCI_FN void crpci_zookeeper_close(crpci_registry *base)
     if (last && s->busy && CRPC_ZOOKEEPER_ST && crpci_thread_is_self(s->busy_thread)) {
         s->deferred = true;
     } else if (last) {
-        while (s->busy)
+        while (s->busy || s->cache.writing)
             crpci_thread_wait(&s->cond, &s->loop->lock, -1);
+        if (crpci_registry_cache_due(&s->cache) != INT64_MAX) /* earlier than else, but the last */
+            crpci_registry_cache_save(&s->cache, s->loop, &s->cond);
         crpci_zookeeper_shut(s);
     }
     crpci_zookeeper_unlock(s);
@@ -10665,24 +11152,33 @@ static const crpci_registry_ops crpci_zookeeper_ops = {
     crpci_zookeeper_withdraw,   crpci_zookeeper_subscribe,  crpci_zookeeper_unsubscribe,
     crpci_zookeeper_close};
 
+CRPCI_FN bool crpci_zookeeper_same(const char *a, const char *b)
+{
+    return strcmp(a ? a : "", b ? b : "") == 0;
+}
+
 /* The session that a registry can share. Locked. */
 CRPCI_FN crpci_zookeeper *crpci_zookeeper_find(crpc_loop *l, const char *authority,
-                                               const char *credential, int timeout_ms)
+                                               const crpci_registry_options *o)
 {
     crpci_list *i;
     for (i = l->registries.next; i != &l->registries; i = i->next) {
         crpci_zookeeper *s = CRPCI_CONTAINER(i, crpci_zookeeper, node);
-        if (strcmp(s->authority, authority) == 0 && s->timeout_ms == timeout_ms &&
-            strcmp(s->credential ? s->credential : "", credential ? credential : "") == 0)
+        if (strcmp(s->authority, authority) == 0 && s->timeout_ms == o->session_timeout_ms &&
+            crpci_zookeeper_same(s->credential, o->credential) &&
+            crpci_zookeeper_same(s->cache.path, o->cache))
             return s;
     }
     return NULL;
 }
 
-CRPCI_COLD int crpci_zookeeper_new(crpc_loop *l, const char *authority, const char *credential,
-                                   int timeout_ms, crpci_zookeeper **out, crpc_error *error)
+CRPCI_COLD int crpci_zookeeper_new(crpc_loop *l, const char *authority,
+                                   const crpci_registry_options *o, crpci_zookeeper **out,
+                                   crpc_error *error)
 {
     crpci_zookeeper *s = (crpci_zookeeper *)crpci_heap_alloc(l->heap, sizeof *s);
+    const char *credential = o->credential;
+    bool cached = true;
     int err;
     *out = NULL;
     if (!s || crpci_thread_cond_init(&s->cond)) {
@@ -10696,7 +11192,9 @@ CRPCI_COLD int crpci_zookeeper_new(crpc_loop *l, const char *authority, const ch
     s->heap = l->heap;
     s->refs = 1;
     s->users = 1;
-    s->timeout_ms = timeout_ms;
+    s->timeout_ms = o->session_timeout_ms;
+    s->cache.heap = s->heap;
+    crpci_list_init(&s->cache.entries);
     crpci_timer_init(&s->timer, crpci_zookeeper_on_timer);
 #if CRPC_ZOOKEEPER_ST
     crpci_watch_init(&s->watch, crpci_zookeeper_on_event);
@@ -10705,12 +11203,16 @@ CRPCI_COLD int crpci_zookeeper_new(crpc_loop *l, const char *authority, const ch
     s->authority = crpci_heap_strndup(s->heap, authority, strlen(authority));
     if (credential)
         s->credential = crpci_heap_strndup(s->heap, credential, strlen(credential));
-    if (!s->authority || (credential && !s->credential))
+    if (o->cache)
+        cached = crpci_registry_cache_init(&s->cache, s->heap, o->cache, o->cache_interval_ms);
+    if (!s->authority || (credential && !s->credential) || !cached)
         err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     else
         err = crpci_zookeeper_resolve(s, error);
     if (!err && crpci_zookeeper_make_hosts(s))
         err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    if (!err && o->cache)
+        crpci_registry_cache_load(&s->cache);
     if (err)
         crpci_zookeeper_free(s);
     else
@@ -10720,20 +11222,20 @@ CRPCI_COLD int crpci_zookeeper_new(crpc_loop *l, const char *authority, const ch
 
 /* Joins the session that fits, or begins one. */
 CRPCI_COLD int crpci_zookeeper_join_session(crpc_loop *l, const char *authority,
-                                            const char *credential, int timeout_ms,
-                                            crpci_zookeeper **out, crpc_error *error)
+                                            const crpci_registry_options *o, crpci_zookeeper **out,
+                                            crpc_error *error)
 {
     crpci_zookeeper *s, *made = NULL;
     crpci_loop_lock(l);
-    s = crpci_zookeeper_find(l, authority, credential, timeout_ms);
+    s = crpci_zookeeper_find(l, authority, o);
     if (!s) { /* names are resolved without the lock; somebody else may be faster */
         int err;
         crpci_loop_unlock(l);
-        err = crpci_zookeeper_new(l, authority, credential, timeout_ms, &made, error);
+        err = crpci_zookeeper_new(l, authority, o, &made, error);
         if (err)
             return err;
         crpci_loop_lock(l);
-        s = crpci_zookeeper_find(l, authority, credential, timeout_ms);
+        s = crpci_zookeeper_find(l, authority, o);
     }
     if (s) {
         s->refs++;
@@ -10787,26 +11289,28 @@ CRPCI_COLD int crpci_zookeeper_open(crpc_loop *l, const crpci_url *url,
                                     crpc_error *error)
 {
     crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)crpci_heap_alloc(l->heap, sizeof *r);
-    const char *credential = options ? options->credential : NULL;
-    const char *application = options && options->application ? options->application : "";
-    int64_t timeout_ms = crpci_base_option(options ? options->session_timeout_ms : 0,
-                                           CRPCI_ZOOKEEPER_TIMEOUT_MS, CRPCI_ZOOKEEPER_TIMEOUT_MS);
+    crpci_registry_options o;
     int err;
     if (!r)
         return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    if (timeout_ms < CRPCI_ZOOKEEPER_TIMEOUT_MIN_MS)
-        timeout_ms = CRPCI_ZOOKEEPER_TIMEOUT_MIN_MS;
+    memset(&o, 0, sizeof o);
+    if (options)
+        o = *options;
+    o.application = o.application ? o.application : "";
+    o.session_timeout_ms = (int)crpci_base_option(o.session_timeout_ms, CRPCI_ZOOKEEPER_TIMEOUT_MS,
+                                                  CRPCI_ZOOKEEPER_TIMEOUT_MS);
+    if (o.session_timeout_ms < CRPCI_ZOOKEEPER_TIMEOUT_MIN_MS)
+        o.session_timeout_ms = CRPCI_ZOOKEEPER_TIMEOUT_MIN_MS;
     r->base.ops = &crpci_zookeeper_ops;
-    r->register_consumer = options && options->register_consumer;
+    r->register_consumer = o.register_consumer;
     err = crpci_zookeeper_root(l->heap, url->path, &r->root, error);
     if (!err) {
-        r->application = crpci_heap_strndup(l->heap, application, strlen(application));
+        r->application = crpci_heap_strndup(l->heap, o.application, strlen(o.application));
         if (!r->application)
             err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     }
     if (!err)
-        err = crpci_zookeeper_join_session(l, url->authority, credential, (int)timeout_ms,
-                                           &r->session, error);
+        err = crpci_zookeeper_join_session(l, url->authority, &o, &r->session, error);
     if (err) {
         crpci_heap_strfree(l->heap, r->application);
         crpci_heap_strfree(l->heap, r->root);
@@ -15675,6 +16179,8 @@ CRPCI_FN int crpci_channel_on_list(void *user, crpci_snapshot *list)
             ch->stale_at = INT64_MAX;
         else if (ch->stale_at == INT64_MAX)
             ch->stale_at = crpci_loop_now(ch->loop);
+    }
+    if (!ch->closed && !err && !list->stale) { /* a stale one is from a cache: no answer yet */
         ch->listed = true;
         if (ch->list_waiter)
             crpci_loop_done(ch->loop, ch->list_waiter);

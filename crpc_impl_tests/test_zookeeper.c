@@ -41,7 +41,10 @@ static crpc_loop *loop_with(const crpc_hooks *hooks)
 /* A session that was not begun. */
 static int session(crpc_loop *loop, const char *authority, crpci_zookeeper **s, crpc_error *error)
 {
-    return crpci_zookeeper_new(loop, authority, NULL, 4000, s, error);
+    crpci_registry_options o;
+    memset(&o, 0, sizeof o);
+    o.session_timeout_ms = 4000;
+    return crpci_zookeeper_new(loop, authority, &o, s, error);
 }
 
 /* --- servers ------------------------------------------------------------------------------------ */
@@ -456,15 +459,17 @@ static void it_refuses_what_cannot_be_a_node(void **state)
 static void it_shares_what_is_the_same(void **state)
 {
     static const struct {
-        const char *url, *credential;
+        const char *url, *credential, *cache;
         int timeout_ms;
         bool same;
     } others[] = {
-        {"zookeeper://127.0.0.1:1/a", NULL, 0, true},
-        {"zookeeper://127.0.0.1:1/b/c", NULL, 15000, true}, /* another root is another directory */
-        {"zookeeper://127.0.0.1:1/a", "u:p", 0, false},
-        {"zookeeper://127.0.0.1:1/a", NULL, 4000, false},
-        {"zookeeper://127.0.0.1:2/a", NULL, 0, false},
+        {"zookeeper://127.0.0.1:1/a", NULL, NULL, 0, true},
+        /* another root is another directory */
+        {"zookeeper://127.0.0.1:1/b/c", NULL, NULL, 15000, true},
+        {"zookeeper://127.0.0.1:1/a", "u:p", NULL, 0, false},
+        {"zookeeper://127.0.0.1:1/a", NULL, NULL, 4000, false},
+        {"zookeeper://127.0.0.1:1/a", NULL, "/nowhere/cache", 0, false},
+        {"zookeeper://127.0.0.1:2/a", NULL, NULL, 0, false},
     };
     crpc_loop *loop = loop_with(NULL);
     crpci_registry *first, *r;
@@ -479,6 +484,7 @@ static void it_shares_what_is_the_same(void **state)
         memset(&o, 0, sizeof o);
         o.session_timeout_ms = others[i].timeout_ms;
         o.credential = others[i].credential;
+        o.cache = others[i].cache;
         assert_int_equal(crpci_url_parse(&url, others[i].url, NULL), CRPC_OK);
         assert_int_equal(crpci_registry_open(loop, &url, &o, &r, NULL), CRPC_OK);
         a = ((crpci_zookeeper_registry *)(void *)first)->session;

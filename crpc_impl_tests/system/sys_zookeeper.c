@@ -23,6 +23,7 @@
 
 static zk_server server; /* shared by the tests that leave it in order */
 static int session_ms = TIMEOUT_MS;
+static const char *cache; /* for the registries opened next */
 
 /* --- one side: a loop, a registry, what came out of it ------------------------------------------ */
 
@@ -142,6 +143,8 @@ static crpci_registry *open_registry(crpc_loop *loop, int port, const char *cred
     o.credential = credential;
     o.application = "tests";
     o.register_consumer = true;
+    o.cache = cache;
+    o.cache_interval_ms = -1;
     snprintf(text, sizeof text, "zookeeper://127.0.0.1:%d/test", port);
     assert_int_equal(crpci_url_parse(&url, text, &error), CRPC_OK);
     if (crpci_registry_open(loop, &url, &o, &r, &error))
@@ -1217,6 +1220,51 @@ static void it_waits_for_a_server_that_starts_late(void **state)
     zk_end(&s);
 }
 
+/* A program begins while no server is there, with what an earlier one knew. */
+static void it_starts_from_its_cache(void **state)
+{
+    static const char *const off = "override://10.0.0.3:8000/demo.Echo?disabled=true";
+    ct_dir dir = ct_dir_make();
+    char path[128];
+    zk_proxy p;
+    side a, b;
+    (void)state;
+    clean(&server);
+    snprintf(path, sizeof path, "%s/cache", dir.path);
+    zk_proxy_start(&p, server.port);
+    add_node(&server, "crpc://10.0.0.1:8000/demo.Echo?interface=demo.Echo");
+    add_node(&server, "crpc://10.0.0.2:8000/demo.Echo?interface=demo.Echo&group=g");
+    add_node(&server, "crpc://10.0.0.3:8000/demo.Echo?interface=demo.Echo");
+    add_to(&server, OVERRIDES, off);
+    cache = path;
+    side_open(&a, p.port);
+    side_subscribe(&a);
+    expect_list(&a, "10.0.0.1:8000 ", LATE_MS);
+    assert_true(CT_WAIT(access(path, F_OK) == 0, LATE_MS));
+    side_close(&a);
+    zk_proxy_set(&p, ZK_PROXY_REFUSE);
+    side_open(&a, p.port);
+    side_subscribe(&a);
+    assert_int_equal(value(&a.pushes), 1); /* at once */
+    assert_true(side_has(&a, "10.0.0.1:8000 "));
+    assert_true(value(&a.stale));
+    side_open(&b, p.port);
+    side_subscribe_as(&b, "g", NULL);
+    assert_true(side_has(&b, "10.0.0.2:8000 "));
+    add_node(&server, "crpc://10.0.0.4:8000/demo.Echo?interface=demo.Echo");
+    zk_proxy_set(&p, ZK_PROXY_OPEN);
+    expect_list(&a, "10.0.0.1:8000 10.0.0.4:8000 ", LATE_MS);
+    expect_stale(&a, 0);
+    expect_stale(&b, 0);
+    ct_matrix(a.loop, "cache");
+    side_close(&a);
+    side_close(&b);
+    cache = NULL;
+    zk_proxy_end(&p);
+    ct_dir_remove(dir);
+    clean(&server);
+}
+
 /* --- tests: sharing, closing, rights ------------------------------------------------------------ */
 
 static void it_shares_one_session(void **state)
@@ -1599,6 +1647,7 @@ int main(int argc, char **argv)
         CT_TEST(it_survives_a_long_outage),
         CT_TEST(it_survives_a_frozen_server),
         CT_TEST(it_waits_for_a_server_that_starts_late),
+        CT_TEST(it_starts_from_its_cache),
         CT_TEST(it_shares_one_session),
         CT_TEST(it_may_be_closed_in_its_callbacks),
         CT_TEST(it_waits_for_a_running_callback),
