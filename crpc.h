@@ -800,8 +800,8 @@ typedef enum crpc_cluster {
     CRPC_CLUSTER_DEFAULT = 0,  /* CRPC_CLUSTER_FAILOVER */
     CRPC_CLUSTER_FAILOVER = 1, /* cluster=failover: `retries` more attempts, on other providers */
     CRPC_CLUSTER_FAILFAST = 2, /* cluster=failfast: one attempt */
-    CRPC_CLUSTER_FAILSAFE = 3, /* cluster=failsafe: one attempt; a failure is logged and gives an
-                                  empty response */
+    CRPC_CLUSTER_FAILSAFE = 3, /* cluster=failsafe: one attempt; a failure, other than the
+                                  application's, is logged and gives an empty response */
     CRPC_CLUSTER_FAILBACK = 4, /* cluster=failback: as failsafe, and the request is sent again in
                                   the background, `retries` times, see failback_max */
     CRPC_CLUSTER_FORKING = 5,  /* cluster=forking: `forks` providers at once, the first success
@@ -933,6 +933,8 @@ typedef struct crpc_channel_options {
                          that cannot be reached is dialled once a minute. 0: 600000. -1: as any
                          other */
     const char *application; /* this program's name, for who looks at the registry. NULL: "crpc" */
+    const char *cache; /* file in which the registry's last good lists are kept, so that this program
+                          can start while the registry is away. Of this process alone. NULL: none */
     /* Retries that may be made without successes: each takes one of them, each success gives a
      * tenth back; so a dead fleet is not stormed. Not counted are those that go to a provider which
      * has replied over its present connection, and what a stopping server or a connection that had
@@ -14588,6 +14590,7 @@ CRPCI_COLD void crpci_call_drop_group(crpci_call *c)
         crpci_call *part = CRPCI_CONTAINER(g->parts.next, crpci_call, of_channel);
         crpci_endpoint *e = part->endpoint;
         crpci_list_remove(&part->of_channel);
+        c->attempts += part->attempts;
         if (part->state != CRPCI_CALL_DONE)
             crpci_call_abandon(part, c->status == CRPC_ETIMEDOUT ? CRPC_ETIMEDOUT : CRPC_ECANCELED);
         if (part->replied)
@@ -16039,7 +16042,14 @@ CRPCI_COLD int crpci_channel_open_balance(crpc_channel *ch, crpc_balancer balanc
 typedef struct crpci_channel_where {
     char group[64];
     char version[64];
+    char cache[256];
 } crpci_channel_where;
+
+/* Whether the providers are looked up rather than named in the URL. */
+CRPCI_COLD bool crpci_channel_has_registry(const char *scheme)
+{
+    return strcmp(scheme, "tcp") != 0 && strcmp(scheme, "unix") != 0 && strcmp(scheme, "list") != 0;
+}
 
 CRPCI_COLD int crpci_channel_read_url(crpci_url *u, crpc_channel_options *o,
                                       crpci_channel_where *where, crpc_error *error)
@@ -16048,10 +16058,13 @@ CRPCI_COLD int crpci_channel_read_url(crpci_url *u, crpc_channel_options *o,
     int err;
     memset(where, 0, sizeof *where);
     while ((err = crpci_url_next(u, &key, &value)) == CRPC_OK) {
+        bool cache = strcmp(key, "cache") == 0;
         char *to = strcmp(key, "group") == 0     ? where->group
                    : strcmp(key, "version") == 0 ? where->version
+                   : cache                       ? where->cache
                                                  : NULL;
-        if (to && strcmp(u->scheme, "zookeeper") == 0 && strlen(value) < sizeof where->group)
+        if (to && crpci_channel_has_registry(u->scheme) &&
+            strlen(value) < (cache ? sizeof where->cache : sizeof where->group))
             memcpy(to, value, strlen(value) + 1);
         else if (to || !crpci_channel_option(o, key, value))
             return crpci_status_set(error, CRPC_EINVAL,
@@ -16247,6 +16260,7 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
     ro.credential = o->registry_credential;
     ro.application = o->application;
     ro.register_consumer = true;
+    ro.cache = *which->cache ? which->cache : o->cache;
     err = crpci_registry_open(ch->loop, u, &ro, &ch->registry, error);
     if (err)
         return err;
@@ -16319,8 +16333,7 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     }
     if (err)
         ;
-    else if (strcmp(u.scheme, "tcp") == 0 || strcmp(u.scheme, "unix") == 0 ||
-             strcmp(u.scheme, "list") == 0)
+    else if (!crpci_channel_has_registry(u.scheme))
         err = crpci_channel_open_static(ch, &u, error);
     else
         err = crpci_channel_open_registry(ch, &u, &o, &where, error);
