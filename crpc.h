@@ -115,6 +115,7 @@
  *     >>impl-balance       which provider a call goes to
  *     >>impl-conn          one connection: reading and parsing, queueing and sending
  *     >>impl-registry      lists of providers, node names, what a backend offers
+ *     >>impl-filereg       the registry in a file
  *     >>impl-zookeeper     the registry in ZooKeeper, with Dubbo's layout
  *     >>impl-coordination  nodes, configuration, locks and elections on a session
  *     >>impl-call          what a call takes and gives: request, outcome, the caller's record
@@ -8599,8 +8600,8 @@ CRPCI_COLD bool crpci_registry_cache_replace(int fd, const char *temp, const cha
     return fsync(fd) == 0 && rename(temp, path) == 0;
 }
 
-/* Writes `mine`, which is what crpci_registry_cache_format gave, and what else is in the file. Waits
- * for the disk; no lock is held. False: not now. */
+/* Writes `mine`, which is what crpci_registry_cache_format gave, and what else is in the file.
+ * Waits for the disk; no lock is held. False: not now. */
 CRPCI_COLD bool crpci_registry_cache_write(crpci_heap *h, const char *path, const char *mine)
 {
     crpci_registry_cache all;
@@ -8661,6 +8662,424 @@ CRPCI_COLD void crpci_registry_cache_save(crpci_registry_cache *c, crpc_loop *l,
     c->writing = false;
     c->written_us = crpci_loop_now(l);
     crpci_thread_broadcast(cond);
+}
+
+/* --- backends without a server ---------------------------------------------------------------- */
+
+/* What those have in common: subscribers, a timer, an end. A backend's own struct begins with it.
+ * The loop's lock guards it. */
+typedef struct crpci_registry_local crpci_registry_local;
+struct crpci_registry_local {
+    crpci_registry base;
+    crpc_loop *loop;
+    uint32_t refs;
+    crpci_cond cond; /* a callback has returned */
+    crpci_timer timer;
+    crpci_list subs;
+    uint32_t round; /* of serving */
+    bool closing;
+    void (*free)(crpci_registry_local *r); /* unlocked */
+};
+
+typedef struct crpci_registry_member {
+    crpci_registry_sub base;
+    uint32_t round;
+    int64_t due_us;     /* until then an empty first list is not worth telling */
+    int64_t query_us;   /* multicast: when to ask next */
+    unsigned questions; /* multicast: left to be asked */
+} crpci_registry_member;
+
+CRPCI_COLD bool crpci_registry_local_init(crpci_registry_local *r, const crpci_registry_ops *ops,
+                                          crpc_loop *l, void (*on_timer)(crpc_loop *, crpci_timer *),
+                                          void (*free_fn)(crpci_registry_local *))
+{
+    if (crpci_thread_cond_init(&r->cond))
+        return false;
+    r->base.ops = ops;
+    r->loop = l;
+    r->refs = 1;
+    r->free = free_fn;
+    crpci_timer_init(&r->timer, on_timer);
+    crpci_list_init(&r->subs);
+    crpci_loop_hold(l);
+    return true;
+}
+
+/* Unlocks, and lets go of the registry. */
+CRPCI_FN void crpci_registry_local_unlock(crpci_registry_local *r)
+{
+    crpc_loop *l = r->loop;
+    bool last = --r->refs == 0;
+    crpci_loop_unlock(l);
+    if (last) {
+        crpci_thread_cond_free(&r->cond);
+        r->free(r);
+        crpci_loop_release(l);
+    }
+}
+
+/* Not listed yet. NULL: out of memory. */
+CRPCI_FN crpci_registry_member *crpci_registry_member_new(crpci_registry_local *r,
+                                                          const crpci_registry_query *q,
+                                                          crpci_registry_push_fn push, void *user)
+{
+    crpci_registry_member *m =
+        (crpci_registry_member *)crpci_heap_alloc(r->loop->heap, sizeof *m);
+    if (m && !crpci_registry_sub_init(&m->base, r->loop, &r->cond, q, push, user)) {
+        crpci_registry_sub_clear(&m->base);
+        crpci_heap_free(r->loop->heap, m, sizeof *m);
+        return NULL;
+    }
+    return m;
+}
+
+CRPCI_FN void crpci_registry_member_unref(crpci_registry_member *m)
+{
+    crpci_heap *h = m->base.loop->heap;
+    if (--m->base.refs)
+        return;
+    crpci_registry_sub_clear(&m->base);
+    crpci_heap_free(h, m, sizeof *m);
+}
+
+CRPCI_FN void crpci_registry_local_unsubscribe(crpci_registry *base, void *handle)
+{
+    crpci_registry_local *r = (crpci_registry_local *)(void *)base;
+    crpci_registry_member *m = (crpci_registry_member *)handle;
+    if (!handle)
+        return;
+    crpci_loop_lock(r->loop);
+    crpci_registry_sub_end(&m->base);
+    crpci_registry_member_unref(m);
+    crpci_loop_unlock(r->loop);
+}
+
+/* Ends what is subscribed. Locked. */
+CRPCI_FN void crpci_registry_local_shut(crpci_registry_local *r)
+{
+    r->closing = true;
+    crpci_loop_timer_cancel(r->loop, &r->timer);
+    while (!crpci_list_empty(&r->subs)) {
+        crpci_registry_member *m =
+            CRPCI_CONTAINER(r->subs.next, crpci_registry_member, base.node);
+        crpci_registry_sub_end(&m->base);
+        crpci_registry_member_unref(m);
+    }
+}
+
+/* Hands one subscriber its part. Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_registry_member_serve(crpci_registry_member *m, char *const *names,
+                                          size_t count, bool whole)
+{
+    crpc_loop *l = m->base.loop;
+    crpci_snapshot *list;
+    size_t bad = 0;
+    crpci_loop_unlock(l);
+    list = crpci_registry_collect(l->heap, names, count, &m->base.query, NULL, &bad);
+    crpci_loop_lock(l);
+    if (list && (list->count || m->base.last || crpci_loop_now(l) >= m->due_us))
+        (void)crpci_registry_offer(&m->base, list, whole && !bad);
+    crpci_registry_snapshot_unref(list);
+}
+
+/* Hands every subscriber what it wants of the names, or, with NULL, calls their lists stale. Locked,
+ * unlocks meanwhile. */
+CRPCI_FN void crpci_registry_local_serve(crpci_registry_local *r, const crpci_registry_names *names,
+                                         bool whole)
+{
+    uint32_t round = ++r->round;
+    crpci_list *i;
+    for (i = r->subs.next; i != &r->subs && !r->closing;) {
+        crpci_registry_member *m = CRPCI_CONTAINER(i, crpci_registry_member, base.node);
+        i = i->next;
+        if (m->round == round)
+            continue;
+        m->round = round;
+        m->base.refs++;
+        if (names)
+            crpci_registry_member_serve(m, names->name, names->count, whole);
+        else
+            (void)crpci_registry_age(&m->base);
+        crpci_registry_member_unref(m);
+        i = r->subs.next; /* anything can have come and gone */
+    }
+}
+
+/* ======================================================================== */
+/* >>impl-filereg   the registry in a file                                   */
+/* ======================================================================== */
+
+/* A line for each provider:
+ *
+ *     host:port [weight=N] [warmup_ms=N] [group=G] [version=V] [service=S]     # comment
+ *
+ * hosts numeric, as nothing may resolve names while a loop runs. The file is looked at once a
+ * second, when the loop is driven; nothing is ever written. */
+#define CRPCI_FILEREG_PERIOD_US 1000000
+#define CRPCI_FILEREG_MAX       (1u << 20)
+
+typedef struct crpci_filereg {
+    crpci_registry_local of;
+    char *path;
+    struct stat seen; /* when it was read last; zeroes: to be read anyway */
+    bool again;       /* it can have changed within the same tick of its clock */
+    size_t bad;       /* lines that were logged as unreadable, and the first of them */
+    size_t bad_line;
+} crpci_filereg;
+
+/* What a file gave. */
+typedef struct crpci_filereg_text {
+    crpci_registry_names names;
+    size_t bad;
+    size_t bad_line; /* the first of them */
+} crpci_filereg_text;
+
+/* One line, in place, as a URL into `out`. False: it is none. */
+CRPCI_FN bool crpci_filereg_line(char *line, char *out, size_t size)
+{
+    static const char blank[] = " \t\r";
+    const char *address, *service = "", *weight = "", *warmup = "", *group = "", *version = "";
+    char *save = NULL, *word = strtok_r(line, blank, &save);
+    crpci_registry_text t;
+    crpci_addr a;
+    int n;
+    address = word;
+    while ((word = strtok_r(NULL, blank, &save)) != NULL) {
+        char *value = strchr(word, '=');
+        if (!value)
+            return false;
+        *value++ = '\0';
+        if (strcmp(word, "weight") == 0 && crpci_registry_number(value, 1000000, &n))
+            weight = value;
+        else if (strcmp(word, "warmup_ms") == 0 && crpci_registry_number(value, INT32_MAX, &n))
+            warmup = value;
+        else if (strcmp(word, "group") == 0)
+            group = value;
+        else if (strcmp(word, "version") == 0)
+            version = value;
+        else if (strcmp(word, "service") == 0)
+            service = value;
+        else
+            return false;
+    }
+    if (!crpci_sock_parse(&a, address) || a.u.any.sa_family == AF_UNIX ||
+        (a.u.any.sa_family == AF_INET ? a.u.in4.sin_port : a.u.in6.sin6_port) == 0)
+        return false;
+    t.out = out;
+    t.size = size;
+    t.len = 0;
+    crpci_registry_put(&t, "crpc://");
+    crpci_registry_put(&t, address);
+    crpci_registry_put(&t, "/?side=provider");
+    crpci_registry_put_value(&t, "&interface=", service);
+    crpci_registry_put_value(&t, "&group=", group);
+    crpci_registry_put_value(&t, "&version=", version);
+    crpci_registry_put_value(&t, "&weight=", weight);
+    crpci_registry_put_value(&t, "&warmup=", warmup);
+    return t.len < size;
+}
+
+/* Reads a text, in place. False: out of memory. */
+CRPCI_FN bool crpci_filereg_parse(crpci_heap *h, char *text, crpci_filereg_text *out)
+{
+    size_t lines = 1, len = strlen(text), number = 0, used = 0;
+    crpci_registry_names *names = &out->names;
+    char *p, *next, *pool, url[1024];
+    memset(out, 0, sizeof *out);
+    for (p = text; *p; p++)
+        lines += *p == '\n';
+    /* each line grows by what a URL needs, and threefold, twice */
+    names->size = lines * (sizeof *names->name + 256) + 9 * len;
+    names->name = (char **)crpci_heap_alloc(h, names->size);
+    if (!names->name)
+        return false;
+    pool = (char *)(names->name + lines);
+    for (p = text; p; p = next) {
+        next = strchr(p, '\n');
+        if (next)
+            *next++ = '\0';
+        number++;
+        p[strcspn(p, "#")] = '\0';
+        if (!p[strspn(p, " \t\r")])
+            continue;
+        if (!crpci_filereg_line(p, url, sizeof url)) {
+            out->bad_line = out->bad++ ? out->bad_line : number;
+            continue;
+        }
+        names->name[names->count++] = pool + used;
+        used += crpci_url_encode(pool + used, lines * 256 + 9 * len - used, url) + 1;
+    }
+    return true;
+}
+
+/* Reads the file. 1: here it is, empty if it does not exist; 0: it cannot be read; -1: out of
+ * memory. */
+CRPCI_FN int crpci_filereg_read(const crpci_filereg *r, crpci_filereg_text *out)
+{
+    crpci_heap *h = r->of.loop->heap;
+    size_t size = 0;
+    char *text;
+    bool ok;
+    memset(out, 0, sizeof *out);
+    errno = 0;
+    text = crpci_registry_file(h, r->path, CRPCI_FILEREG_MAX, &size);
+    if (!text)
+        return errno == ENOENT;
+    ok = crpci_filereg_parse(h, text, out);
+    crpci_heap_free(h, text, size);
+    return ok ? 1 : -1;
+}
+
+/* Says, when that has changed, which lines are no good. Locked. */
+CRPCI_FN void crpci_filereg_note(crpci_filereg *r, const crpci_filereg_text *text)
+{
+    if (text->bad && (text->bad != r->bad || text->bad_line != r->bad_line))
+        crpci_heap_log(r->of.loop->heap, CRPC_LOG_WARN,
+                       "registry: %.200s: %zu lines are not \"host:port key=value ...\" with a "
+                       "numeric host, the first of them line %zu",
+                       r->path, text->bad, text->bad_line);
+    r->bad = text->bad;
+    r->bad_line = text->bad_line;
+}
+
+CRPCI_FN bool crpci_filereg_same(const struct stat *a, const struct stat *b)
+{
+    return a->st_ino == b->st_ino && a->st_dev == b->st_dev && a->st_size == b->st_size &&
+           a->st_mtim.tv_sec == b->st_mtim.tv_sec && a->st_mtim.tv_nsec == b->st_mtim.tv_nsec;
+}
+
+/* Looks whether the file has changed. Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_filereg_look(crpci_filereg *r)
+{
+    crpci_filereg_text text;
+    struct stat st;
+    bool same;
+    int got;
+    crpci_loop_unlock(r->of.loop);
+    if (stat(r->path, &st)) {
+        memset(&st, 0, sizeof st);
+        st.st_size = -1; /* missing: another state than never looked at */
+    }
+    crpci_loop_lock(r->of.loop);
+    same = crpci_filereg_same(&st, &r->seen);
+    if ((same && !r->again) || r->of.closing)
+        return;
+    r->again = !same;
+    r->seen = st;
+    crpci_loop_unlock(r->of.loop);
+    got = crpci_filereg_read(r, &text);
+    crpci_loop_lock(r->of.loop);
+    if (got > 0) {
+        crpci_filereg_note(r, &text);
+        crpci_registry_local_serve(&r->of, &text.names, text.bad == 0);
+    } else {
+        memset(&r->seen, 0, sizeof r->seen);
+        if (got == 0)
+            crpci_registry_local_serve(&r->of, NULL, false);
+    }
+    crpci_registry_names_free(r->of.loop->heap, &text.names);
+}
+
+CRPCI_FN void crpci_filereg_on_timer(crpc_loop *l, crpci_timer *timer)
+{
+    crpci_filereg *r = CRPCI_CONTAINER(timer, crpci_filereg, of.timer);
+    r->of.refs++;
+    crpci_filereg_look(r);
+    if (!r->of.closing && !crpci_list_empty(&r->of.subs))
+        crpci_loop_timer_set(l, &r->of.timer, CRPCI_FILEREG_PERIOD_US);
+    crpci_registry_local_unlock(&r->of);
+    crpci_loop_lock(l);
+}
+
+CRPCI_FN int crpci_filereg_enroll(crpci_registry *base, const crpci_registration *what,
+                                  crpci_registry_status_fn status, void *user, void **handle)
+{
+    (void)base;
+    (void)what;
+    (void)status;
+    (void)user;
+    *handle = NULL;
+    return CRPC_EUNSUPPORTED;
+}
+
+CRPCI_FN void crpci_filereg_withdraw(crpci_registry *base, void *handle)
+{
+    (void)base;
+    (void)handle;
+}
+
+/* Reads the file on the caller's thread, so that the list is there when this returns. */
+CRPCI_FN int crpci_filereg_subscribe(crpci_registry *base, const crpci_registry_query *what,
+                                     crpci_registry_push_fn push, void *user, void **handle)
+{
+    crpci_filereg *r = (crpci_filereg *)(void *)base;
+    crpc_loop *l = r->of.loop;
+    crpci_registry_member *m = crpci_registry_member_new(&r->of, what, push, user);
+    crpci_filereg_text text;
+    *handle = NULL;
+    if (!m)
+        return CRPC_ENOMEM;
+    if (crpci_filereg_read(r, &text) < 0) {
+        crpci_registry_member_unref(m);
+        return CRPC_ENOMEM;
+    }
+    crpci_loop_lock(l);
+    crpci_filereg_note(r, &text);
+    crpci_registry_member_serve(m, text.names.name, text.names.count, text.bad == 0);
+    crpci_list_append(&r->of.subs, &m->base.node);
+    memset(&r->seen, 0, sizeof r->seen); /* the file may have changed since */
+    crpci_loop_timer_set(l, &r->of.timer, CRPCI_FILEREG_PERIOD_US);
+    *handle = m;
+    crpci_loop_unlock(l);
+    crpci_registry_names_free(l->heap, &text.names);
+    return CRPC_OK;
+}
+
+CRPCI_FN void crpci_filereg_free(crpci_registry_local *base)
+{
+    crpci_filereg *r = (crpci_filereg *)(void *)base;
+    crpci_heap *h = base->loop->heap;
+    crpci_heap_strfree(h, r->path);
+    crpci_heap_free(h, r, sizeof *r);
+}
+
+CRPCI_FN void crpci_filereg_close(crpci_registry *base)
+{
+    crpci_registry_local *r = (crpci_registry_local *)(void *)base;
+    crpci_loop_lock(r->loop);
+    crpci_registry_local_shut(r);
+    crpci_registry_local_unlock(r);
+}
+
+static const crpci_registry_ops crpci_filereg_ops = {
+    sizeof(crpci_registry_ops), CRPCI_REGISTRY_OPS_VERSION,       crpci_filereg_enroll,
+    crpci_filereg_withdraw,     crpci_filereg_subscribe,          crpci_registry_local_unsubscribe,
+    crpci_filereg_close};
+
+/* file:///path */
+CRPCI_COLD int crpci_filereg_open(crpc_loop *l, const crpci_url *url, crpci_registry **out,
+                                  crpc_error *error)
+{
+    size_t n = strlen(url->path);
+    crpci_filereg *r;
+    if (*url->authority || !n)
+        return crpci_status_set(error, CRPC_EINVAL, "file://%.60s/%.60s: expected file:///path",
+                                url->authority, url->path);
+    r = (crpci_filereg *)crpci_heap_alloc(l->heap, sizeof *r);
+    if (r)
+        r->path = (char *)crpci_heap_alloc(l->heap, n + 2);
+    if (!r || !r->path ||
+        !crpci_registry_local_init(&r->of, &crpci_filereg_ops, l, crpci_filereg_on_timer,
+                                   crpci_filereg_free)) {
+        if (r)
+            crpci_heap_strfree(l->heap, r->path);
+        crpci_heap_free(l->heap, r, sizeof *r);
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    }
+    r->path[0] = '/';
+    memcpy(r->path + 1, url->path, n);
+    *out = &r->of.base;
+    return CRPC_OK;
 }
 
 /* ======================================================================== */
@@ -11331,9 +11750,13 @@ CRPCI_COLD int crpci_registry_open(crpc_loop *l, const crpci_url *url,
                                    crpc_error *error)
 {
     *out = NULL;
+    if (strcmp(url->scheme, "file") == 0)
+        return crpci_filereg_open(l, url, out, error);
     if (strcmp(url->scheme, "zookeeper") != 0)
         return crpci_status_set(error, CRPC_EUNSUPPORTED,
-                                "no registry is known as \"%.40s\"; zookeeper:// is", url->scheme);
+                                "no registry is known as \"%.40s\"; zookeeper://, multicast:// and "
+                                "file:// are",
+                                url->scheme);
 #if CRPC_ENABLE_ZOOKEEPER
     return crpci_zookeeper_open(l, url, options, out, error);
 #else
@@ -16040,9 +16463,10 @@ CRPCI_COLD int crpci_channel_open_balance(crpc_channel *ch, crpc_balancer balanc
 }
 
 typedef struct crpci_channel_where {
-    char group[64];
-    char version[64];
-    char cache[256];
+    char group[128];
+    char version[128];
+    char service[128]; /* file:// only: elsewhere it stands in the path */
+    char cache[256];   /* zookeeper:// only */
 } crpci_channel_where;
 
 /* Whether the providers are looked up rather than named in the URL. */
@@ -16051,20 +16475,34 @@ CRPCI_COLD bool crpci_channel_has_registry(const char *scheme)
     return strcmp(scheme, "tcp") != 0 && strcmp(scheme, "unix") != 0 && strcmp(scheme, "list") != 0;
 }
 
+/* Where a URL option of those goes, and how much fits; NULL: it is none of them, or not of this
+ * scheme. */
+CRPCI_COLD char *crpci_channel_place(crpci_channel_where *where, const char *scheme,
+                                     const char *key, size_t *size)
+{
+    *size = sizeof where->group;
+    if (!crpci_channel_has_registry(scheme))
+        return NULL;
+    if (strcmp(scheme, "zookeeper") == 0 && strcmp(key, "cache") == 0) {
+        *size = sizeof where->cache;
+        return where->cache;
+    }
+    return strcmp(key, "group") == 0     ? where->group
+           : strcmp(key, "version") == 0 ? where->version
+           : strcmp(scheme, "file") == 0 && strcmp(key, "service") == 0 ? where->service
+                                                                        : NULL;
+}
+
 CRPCI_COLD int crpci_channel_read_url(crpci_url *u, crpc_channel_options *o,
                                       crpci_channel_where *where, crpc_error *error)
 {
     char *key, *value;
+    size_t size;
     int err;
     memset(where, 0, sizeof *where);
     while ((err = crpci_url_next(u, &key, &value)) == CRPC_OK) {
-        bool cache = strcmp(key, "cache") == 0;
-        char *to = strcmp(key, "group") == 0     ? where->group
-                   : strcmp(key, "version") == 0 ? where->version
-                   : cache                       ? where->cache
-                                                 : NULL;
-        if (to && crpci_channel_has_registry(u->scheme) &&
-            strlen(value) < (cache ? sizeof where->cache : sizeof where->group))
+        char *to = crpci_channel_place(where, u->scheme, key, &size);
+        if (to && strlen(value) < size)
             memcpy(to, value, strlen(value) + 1);
         else if (to || !crpci_channel_option(o, key, value))
             return crpci_status_set(error, CRPC_EINVAL,
@@ -16241,20 +16679,26 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
 {
     crpci_registry_options ro;
     crpci_registry_query q;
-    char *service = strrchr(u->path, '/'), where[320];
+    char *slash = strrchr(u->path, '/'), where[320];
+    const char *service = slash ? slash + 1 : u->path;
+    bool file = strcmp(u->scheme, "file") == 0, multicast = strcmp(u->scheme, "multicast") == 0;
     int err;
-    if (strcmp(u->scheme, "zookeeper") != 0)
+    if (strcmp(u->scheme, "zookeeper") != 0 && !file && !multicast)
         return crpci_status_set(error, CRPC_EUNSUPPORTED,
-                                "%.40s:// is not known: tcp, unix, list and zookeeper are",
+                                "%.40s:// is not known: tcp, unix, list, file, multicast and "
+                                "zookeeper are",
                                 u->scheme);
     snprintf(where, sizeof where, "/%.120s (group \"%.63s\", version \"%.63s\")", u->path,
              which->group, which->version);
     ch->where = crpci_heap_strndup(ch->loop->heap, where, strlen(where));
-    if (!service || service == u->path || !service[1])
+    if (file)
+        service = which->service;
+    else if (!*service || slash == u->path || (!slash && !multicast))
         return crpci_status_set(error, CRPC_EINVAL,
                                 "%s://%.80s/%.80s: expected /path/package.Service", u->scheme,
                                 u->authority, u->path);
-    *service++ = '\0';
+    else if (slash)
+        *slash = '\0';
     memset(&ro, 0, sizeof ro);
     ro.session_timeout_ms = (int)crpci_base_option(o->session_timeout_ms, 15000, 15000);
     ro.credential = o->registry_credential;
