@@ -934,8 +934,9 @@ typedef struct crpc_channel_options {
                          that cannot be reached is dialled once a minute. 0: 600000. -1: as any
                          other */
     const char *application; /* this program's name, for who looks at the registry. NULL: "crpc" */
-    const char *cache; /* file in which the registry's last good lists are kept, so that this program
-                          can start while the registry is away. Of this process alone. NULL: none */
+    const char *cache; /* file in which the registry's last good lists are kept, so that this
+                          program can start while the registry is away. Of this process alone. NULL:
+                          none */
     /* Retries that may be made without successes: each takes one of them, each success gives a
      * tenth back; so a dead fleet is not stormed. Not counted are those that go to a provider which
      * has replied over its present connection, and what a stopping server or a connection that had

@@ -1038,6 +1038,55 @@ static void an_aged_provider_is_dialled_rarely(void **state)
     crpc_channel_close(f.channel);
 }
 
+/* A flood of providers and changes: the list stays right, and nothing piles up. */
+static void a_flood_of_changes_is_followed(void **state)
+{
+    enum { MANY = 2000, CHANGES = 1000, CHURN = 20 };
+    static const char *const balancers[] = {"wrr", "rr", "wrandom", "la", "p2c"};
+    crpc_channel_options o = CRPC_INIT;
+    crpc_loop_stats before, after;
+    crpci_call c;
+    size_t b;
+    (void)state;
+    memset(&c, 0, sizeof c);
+    o.private_loop = net_loop_options(CRPC_POLLER_DEFAULT);
+    for (b = 0; b < sizeof balancers / sizeof *balancers; b++) {
+        crpc_channel *ch;
+        uint32_t dice = 12345;
+        char url[80];
+        int i, k;
+        snprintf(url, sizeof url, "tcp://127.0.0.1:9?lb=%s", balancers[b]);
+        assert_int_equal(crpc_channel_open(&ch, url, &o, NULL), CRPC_OK);
+        memset(&before, 0, sizeof before);
+        for (i = 0; i < CHANGES / (int)(sizeof balancers / sizeof *balancers); i++) {
+            crpci_snapshot *list = crpci_registry_snapshot(ch->loop->heap, MANY);
+            const crpci_node *n;
+            assert_non_null(list);
+            for (k = 0; k < MANY; k++) {
+                /* 20 of them change their address, their weight, or both */
+                uint32_t generation = k < CHURN ? (dice = dice * 1664525 + 1013904223) >> 20 : 0;
+                snprintf(list->providers[k].address, CRPC_ADDRESS_MAX, "10.%d.%u.%u:8000", k >> 8,
+                         generation & 255, (unsigned)k & 255);
+                list->providers[k].weight = 1 + (int)(generation >> 8);
+            }
+            crpci_registry_sort(list);
+            assert_int_equal(list->count, MANY);
+            assert_int_equal(crpci_channel_on_list(ch, list), CRPC_OK);
+            assert_int_equal(crpc_channel_providers(ch), MANY);
+            for (k = 0; k < MANY; k += 97)
+                assert_string_equal(crpci_channel_node(ch, (size_t)k)->endpoint->address,
+                                    list->providers[k].address);
+            n = crpci_channel_pick(ch, &c);
+            assert_non_null(n);
+            assert_ptr_equal(crpci_channel_node(ch, n->balance.index), n);
+            crpci_registry_snapshot_unref(list);
+            crpc_loop_stats_get(ch->loop, i == 2 ? &before : &after);
+        }
+        assert_true(after.memory <= before.memory + before.memory / 50);
+        crpc_channel_close(ch);
+    }
+}
+
 static void wrong_policies_are_refused(void **state)
 {
     static const char *const bad[] = {"lb=best", "lb=", "cluster=fail", "breaker=2", "forks=x",
@@ -1081,6 +1130,7 @@ int main(void)
         CT_TEST(equal_keys_go_to_one_provider),
         CT_TEST(max_endpoints_bounds_connections),
         CT_TEST(an_aged_provider_is_dialled_rarely),
+        CT_TEST(a_flood_of_changes_is_followed),
         CT_TEST(wrong_policies_are_refused),
     };
     return CT_RUN(tests);
