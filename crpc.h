@@ -5047,43 +5047,45 @@ CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
  * holds (most replies a second) x (time of a reply when nothing queues) calls; the limit is a
  * little above that product of two measured numbers, by 6 to 30 per cent: more while it does no
  * harm, so as to find out whether the server can do more. How fast a reply is when nothing queues
- * is measured anew at times, with fewer calls let in. Two things are done otherwise than in brpc:
+ * is measured anew at times, with fewer calls let in. Three things are done otherwise than in brpc:
  * - The time without a queue, if first measured in an overload, is too long. So it is measured anew
  *   soon after the start, and soon again as long as each time gives much less; and if calls are
  *   being refused anyway only half as many are let in then, not nine tenths.
+ * - The most replies a second fade faster while calls are refused: then it is the server that has
+ *   become slower, and not the clients quieter.
  * - A limit that nobody came up to while replies were fast is not lowered: few calls are no sign
  *   of a weak server, and what comes after a quiet time would be refused for nothing.
  */
-#define CRPCI_LIMITER_SAMPLES 200        /* end a window */
-#define CRPCI_LIMITER_SAMPLES_LEAST 100  /* fewer in all of CRPCI_LIMITER_WINDOW_US say nothing */
-#define CRPCI_LIMITER_SAMPLE_US 100      /* samples are at least so far apart */
+#define CRPCI_LIMITER_SAMPLES 200       /* end a window */
+#define CRPCI_LIMITER_SAMPLES_LEAST 100 /* fewer in all of CRPCI_LIMITER_WINDOW_US say nothing */
+#define CRPCI_LIMITER_SAMPLE_US 100     /* samples are at least so far apart */
 #define CRPCI_LIMITER_WINDOW_US 1000000
-#define CRPCI_LIMITER_ANEW_US 25000000   /* to twice this, between two measurings */
+#define CRPCI_LIMITER_ANEW_US 25000000 /* to twice this, between two measurings */
 #define CRPCI_LIMITER_ANEW_SOON_US 2000000
-#define CRPCI_LIMITER_EXPLORE_LEAST 6    /* per cent */
+#define CRPCI_LIMITER_EXPLORE_LEAST 6 /* per cent */
 #define CRPCI_LIMITER_EXPLORE_MOST 30
 #define CRPCI_LIMITER_EXPLORE_STEP 2
-#define CRPCI_LIMITER_LATENCY_MOST 60000000          /* longer ones count as this */
-#define CRPCI_LIMITER_QPS_MOST INT64_C(1000000000)   /* a million a second, in thousandths */
+#define CRPCI_LIMITER_LATENCY_MOST 60000000        /* longer ones count as this */
+#define CRPCI_LIMITER_QPS_MOST INT64_C(1000000000) /* a million a second, in thousandths */
 
 typedef struct crpci_limiter_auto {
     uint32_t least;
     uint32_t limit;
-    uint32_t active;   /* in service */
-    uint32_t peak;     /* the most of them in this window */
-    uint32_t ok;       /* of this window's samples */
+    uint32_t active; /* in service */
+    uint32_t peak;   /* the most of them in this window */
+    uint32_t ok;     /* of this window's samples */
     uint32_t failed;
-    uint32_t replies;  /* all successes of this window, samples or not */
-    bool refused;      /* somebody was, in this window */
-    bool soon;         /* the time without a queue may still be far too long */
-    uint8_t explore;   /* per cent */
-    int64_t sum_us;    /* of the samples' latencies */
-    int64_t window_us; /* when this window began; 0: none has */
-    int64_t sample_us; /* when the last sample was taken */
-    int64_t free_us;   /* latency without a queue, 0: not measured */
-    int64_t free_was;  /* before it was measured anew */
-    int64_t qps;       /* the most replies a second, fading; in thousandths */
-    int64_t anew_us;   /* when to measure free_us anew; 0: not planned */
+    uint32_t replies;   /* all successes of this window, samples or not */
+    bool refused;       /* somebody was, in this window */
+    bool soon;          /* the time without a queue may still be far too long */
+    uint8_t explore;    /* per cent */
+    int64_t sum_us;     /* of the samples' latencies */
+    int64_t window_us;  /* when this window began; 0: none has */
+    int64_t sample_us;  /* when the last sample was taken */
+    int64_t free_us;    /* latency without a queue, 0: not measured */
+    int64_t free_was;   /* before it was measured anew */
+    int64_t qps;        /* the most replies a second, fading; in thousandths */
+    int64_t anew_us;    /* when to measure free_us anew; 0: not planned */
     int64_t drained_us; /* being measured: the queue is gone by then. 0: not */
 } crpci_limiter_auto;
 
@@ -5137,9 +5139,11 @@ CRPCI_FN void crpci_limiter_auto_plan(crpci_limiter_auto *a, int64_t now_us)
     a->anew_us = now_us + wait + (int64_t)((uint64_t)wait * draw >> 32);
 }
 
-/* What a full window says of the server. */
+/* What a full window says of the server. The most replies a second are forgotten slowly, since few
+ * may only mean that few calls came; sooner if some were refused. */
 CRPCI_FN void crpci_limiter_auto_learn(crpci_limiter_auto *a, int64_t avg_us, int64_t qps)
 {
+    int64_t part = a->refused ? 20 : 100;
     if (!a->free_us) {
         a->free_us = avg_us;
         a->soon = !a->free_was || avg_us < a->free_was - a->free_was / 5;
@@ -5147,15 +5151,15 @@ CRPCI_FN void crpci_limiter_auto_learn(crpci_limiter_auto *a, int64_t avg_us, in
         a->free_us = (avg_us + a->free_us * 9) / 10;
     }
     a->free_us = a->free_us > 0 ? a->free_us : 1;
-    a->qps = qps >= a->qps ? qps : (qps + a->qps * 99) / 100;
+    a->qps = qps >= a->qps ? qps : a->qps - (a->qps - qps) / part;
 }
 
 CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
 {
     int64_t passed = now_us > a->window_us ? now_us - a->window_us : 1;
     int64_t avg_us = (a->sum_us + a->ok - 1) / a->ok; /* the failures' time counts too */
-    int64_t qps = crpci_base_min64((int64_t)a->replies * 1000000000 / passed,
-                                   CRPCI_LIMITER_QPS_MOST);
+    int64_t qps =
+        crpci_base_min64((int64_t)a->replies * 1000000000 / passed, CRPCI_LIMITER_QPS_MOST);
     int64_t percent, limit;
     bool quick;
     avg_us = crpci_base_min64(avg_us, CRPCI_LIMITER_LATENCY_MOST);
@@ -5212,7 +5216,8 @@ CRPCI_FN void crpci_limiter_auto_leave(crpci_limiter_auto *a, bool ok, int64_t l
         a->ok++;
     else
         a->failed++;
-    if (a->ok + a->failed < CRPCI_LIMITER_SAMPLES && now_us - a->window_us < CRPCI_LIMITER_WINDOW_US)
+    if (a->ok + a->failed < CRPCI_LIMITER_SAMPLES &&
+        now_us - a->window_us < CRPCI_LIMITER_WINDOW_US)
         return;
     if (a->ok && a->ok + a->failed >= CRPCI_LIMITER_SAMPLES_LEAST)
         crpci_limiter_auto_adjust(a, now_us);
@@ -5239,14 +5244,14 @@ CRPCI_FN void crpci_limiter_auto_leave(crpci_limiter_auto *a, bool ok, int64_t l
 #define CRPCI_BREAKER_RAMP_PERCENT 10   /* where the ramp begins */
 
 typedef struct crpci_breaker_options {
-    int error_percent;    /* opens when so many are errors. 0: no breaker; over 100: never */
-    int min_requests;     /* fewer in a window say nothing; 0: 1 */
+    int error_percent; /* opens when so many are errors. 0: no breaker; over 100: never */
+    int min_requests;  /* fewer in a window say nothing; 0: 1 */
     int64_t window_us;
-    int64_t slow_us;      /* a call that takes so long is slow. 0: latency does not count */
-    int slow_percent;     /* opens when so many are slow. 0: latency does not count */
-    int64_t open_us;      /* the first time */
-    int64_t open_max_us;  /* where doubling ends; below open_us: at open_us */
-    int64_t ramp_us;      /* 0: all calls at once */
+    int64_t slow_us;     /* a call that takes so long is slow. 0: latency does not count */
+    int slow_percent;    /* opens when so many are slow. 0: latency does not count */
+    int64_t open_us;     /* the first time */
+    int64_t open_max_us; /* where doubling ends; below open_us: at open_us */
+    int64_t ramp_us;     /* 0: all calls at once */
 } crpci_breaker_options;
 
 typedef enum {
@@ -5347,7 +5352,8 @@ CRPCI_FN void crpci_breaker_trip(crpci_breaker *b, const crpci_breaker_options *
     b->state = CRPCI_BREAKER_OPEN;
     b->since_us = now_us;
     /* three quarters of it to all of it, so that not all clients probe together */
-    b->until_us = now_us + b->open_us - (int64_t)((uint64_t)(b->open_us / 4) * (random >> 16) >> 16);
+    b->until_us =
+        now_us + b->open_us - (int64_t)((uint64_t)(b->open_us / 4) * (random >> 16) >> 16);
 }
 
 /* Counts a call in the newest slice, empties those that are past, and says whether there are too
@@ -5360,7 +5366,7 @@ CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options 
     uint64_t calls = 0, errors = 0, slows = 0;
     crpci_breaker_slice *s;
     unsigned i;
-    if (slice - b->slice >= CRPCI_BREAKER_SLICES)
+    if (slice - b->slice >= CRPCI_BREAKER_SLICES || b->slice - slice > 1) /* other options */
         b->slice = slice - CRPCI_BREAKER_SLICES;
     while (b->slice < slice)
         memset(&b->slices[++b->slice & (CRPCI_BREAKER_SLICES - 1)], 0, sizeof *s);
@@ -5440,9 +5446,10 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
 #define CRPCI_BALANCE_POINTS 160
 #define CRPCI_BALANCE_INDEX_BITS 20 /* of a point on the ring; above them the hash */
 #define CRPCI_BALANCE_MOST (1u << CRPCI_BALANCE_INDEX_BITS) /* providers */
-#define CRPCI_BALANCE_WALK 64       /* points looked at along the ring */
-#define CRPCI_BALANCE_HALF_US 6931472 /* a latency counts half after so long: e^(-t / 10 s) */
-#define CRPCI_BALANCE_LATENCY_MOST (1 << 25) /* 33 s */
+#define CRPCI_BALANCE_WALK 64                               /* points looked at along the ring */
+#define CRPCI_BALANCE_HALF_BITS 23   /* a latency counts half after 2^23 us: e^(-t / 12 s) */
+#define CRPCI_BALANCE_LATENCY_BITS 8 /* of it, below a microsecond: else small steps were lost */
+#define CRPCI_BALANCE_LATENCY_MOST (INT64_C(1) << (25 + CRPCI_BALANCE_LATENCY_BITS)) /* 33 s */
 
 typedef enum crpci_balance_kind {
     CRPCI_BALANCE_RANDOM,
@@ -5458,22 +5465,22 @@ typedef enum crpci_balance_kind {
  * first put into a list; then it may go and come again. In one balancer at a time. */
 typedef struct crpci_balance_node {
     const char *address;
-    uint32_t weight; /* 0: drained. Changed by crpci_balance_reweigh while in a list */
-    uint32_t active; /* calls under way */
-    uint32_t index;  /* in the list */
-    uint32_t at;     /* position in the heap + 1, 0: not in it */
-    uint64_t hash;   /* of the address */
-    uint64_t length; /* of its turn */
-    uint64_t turn;   /* virtual time of the next one */
-    int64_t latency; /* in microseconds, peaks at once and fading; 0: never measured */
+    uint32_t weight;    /* 0: drained. Changed by crpci_balance_reweigh while in a list */
+    uint32_t active;    /* calls under way */
+    uint32_t index;     /* in the list */
+    uint32_t at;        /* position in the heap + 1, 0: not in it */
+    uint64_t hash;      /* of the address */
+    uint64_t length;    /* of its turn */
+    uint64_t turn;      /* virtual time of the next one */
+    int64_t latency;    /* in 1/256 us, peaks at once and fading; 0: never measured */
     int64_t latency_us; /* as of when */
 } crpci_balance_node;
 
 typedef struct crpci_balance {
     crpci_balance_kind kind;
-    bool started;   /* a pick has brought its random number: not every client begins alike */
+    bool started; /* a pick has brought its random number: not every client begins alike */
     uint32_t salt;
-    uint32_t next;  /* round robin */
+    uint32_t next; /* round robin */
     uint32_t heaped;
     uint32_t shift; /* a point's hash without so many bits is its bucket */
     size_t count;
@@ -5487,7 +5494,7 @@ typedef struct crpci_balance {
     uint32_t *buckets; /* where in the ring each bucket ends */
     uint64_t total;    /* of the weights */
     uint64_t now;      /* virtual time */
-    int64_t latency;   /* of all providers, a slow average, times 64 */
+    int64_t latency;   /* of all providers, a slow average, in 1/256 us */
 } crpci_balance;
 
 typedef bool (*crpci_balance_usable_fn)(void *user, size_t index);
@@ -5550,8 +5557,8 @@ typedef struct crpci_balance_choice {
 CRPCI_FN void crpci_balance_choice_init(crpci_balance_choice *c, size_t index, const char *address,
                                         uint64_t seed)
 {
-    c->rank = crpci_balance_mix(crpci_balance_hash(address, strlen(address)) ^
-                                crpci_balance_mix(seed));
+    c->rank =
+        crpci_balance_mix(crpci_balance_hash(address, strlen(address)) ^ crpci_balance_mix(seed));
     c->index = index;
 }
 
@@ -5687,10 +5694,10 @@ CRPCI_FN void crpci_balance_catch_up(crpci_balance *b)
 CRPCI_FN void crpci_balance_take(crpci_balance *b, crpci_balance_node *n)
 {
     uint64_t was = b->now;
-    if ((int64_t)(n->turn - b->now) >= 0)
+    if ((int64_t)(n->turn - b->now) > 0)
         b->now = n->turn;
     else
-        b->now++; /* by one, so that those who are taken late keep their order */
+        b->now++; /* no two are taken at one time, so that equals come again in this order */
     n->turn = b->now + n->length;
     crpci_balance_sift(b, n->at - 1);
     if ((was ^ b->now) >> CRPCI_BALANCE_CATCH_UP_BITS)
@@ -6013,8 +6020,8 @@ CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balan
 {
     uint64_t hash = crpci_balance_mix(q->key), most = 0;
     size_t points = b->count * CRPCI_BALANCE_POINTS, i, last = b->count;
-    size_t at = crpci_balance_ring_find(
-        b, hash >> CRPCI_BALANCE_INDEX_BITS << CRPCI_BALANCE_INDEX_BITS);
+    size_t at =
+        crpci_balance_ring_find(b, hash >> CRPCI_BALANCE_INDEX_BITS << CRPCI_BALANCE_INDEX_BITS);
     int tries, chosen = -1;
     for (tries = 0; tries < CRPCI_BALANCE_WALK; tries++) {
         i = (size_t)(b->ring[at] & ((1u << CRPCI_BALANCE_INDEX_BITS) - 1));
@@ -6035,19 +6042,18 @@ CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balan
 
 /* --- p2c: what a call costs there */
 
-/* What is left of a latency after some time: half of it each CRPCI_BALANCE_HALF_US, and straight
- * lines between. */
+/* What is left of a latency after some time. Between one halving and the next a parabola serves for
+ * 2^-x, to 0.4 per cent: 1 - 0.675 x + 0.175 x^2. */
 CRPCI_FN int64_t crpci_balance_fade(int64_t latency, int64_t passed_us)
 {
+    int64_t halvings = passed_us >> CRPCI_BALANCE_HALF_BITS;
+    int64_t x = passed_us & ((1 << CRPCI_BALANCE_HALF_BITS) - 1);
     if (passed_us <= 0)
         return latency;
-    if (passed_us >= CRPCI_BALANCE_HALF_US) {
-        if (passed_us >= 32 * (int64_t)CRPCI_BALANCE_HALF_US)
-            return 0;
-        latency >>= passed_us / CRPCI_BALANCE_HALF_US;
-        passed_us %= CRPCI_BALANCE_HALF_US;
-    }
-    return latency - latency * passed_us / (2 * CRPCI_BALANCE_HALF_US);
+    if (halvings > 62)
+        return 0;
+    x = x * (5662310 - (1468006 * x >> CRPCI_BALANCE_HALF_BITS)) >> CRPCI_BALANCE_HALF_BITS;
+    return (latency >> halvings) * ((1 << CRPCI_BALANCE_HALF_BITS) - x) >> CRPCI_BALANCE_HALF_BITS;
 }
 
 /* Who was never measured gets one call at once, and no more before that one has ended. */
@@ -6059,25 +6065,30 @@ CRPCI_FN uint64_t crpci_balance_cost(const crpci_balance_node *n, int64_t now_us
         return 0;
     if (n->latency)
         latency = (uint64_t)crpci_balance_fade(n->latency, now_us - n->latency_us) + 1;
-    return (latency * (active + 1) << 16) / n->weight;
+    return (latency * (active + 1) << 8) / n->weight; /* below 2^63 */
 }
 
 /* Takes a latency up at once and down slowly: a peak is believed, a single quick reply is not. */
 CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_node *n, bool ok,
-                                    int64_t latency, int64_t now_us)
+                                    int64_t latency_us, int64_t now_us)
 {
-    int64_t faded = crpci_balance_fade(n->latency, now_us - n->latency_us);
-    latency = latency > 1 ? latency : 1;
+    int64_t most = CRPCI_BALANCE_LATENCY_MOST, above;
+    int64_t latency =
+        crpci_base_min64(latency_us > 1 ? latency_us : 1, most >> CRPCI_BALANCE_LATENCY_BITS)
+        << CRPCI_BALANCE_LATENCY_BITS;
     if (ok) {
-        b->latency += b->latency ? latency - b->latency / 64 : latency * 64;
+        b->latency += b->latency ? (latency - b->latency) / 64 : latency;
     } else { /* to fail quickly must not attract calls */
-        int64_t usual = b->latency / 64 > n->latency ? b->latency / 64 : n->latency;
-        latency = latency > 2 * usual ? latency : 2 * usual;
+        int64_t usual = b->latency > n->latency ? b->latency : n->latency;
+        latency = crpci_base_min64(latency > 2 * usual ? latency : 2 * usual, most);
     }
-    latency = crpci_base_min64(latency, CRPCI_BALANCE_LATENCY_MOST);
-    if (latency < n->latency)
-        latency = faded + latency - crpci_balance_fade(latency, now_us - n->latency_us);
-    n->latency = latency > 1 ? latency : 1;
+    above = n->latency - latency;
+    if (above > 0) {
+        latency += crpci_balance_fade(above, now_us - n->latency_us);
+        if (latency == n->latency)
+            return; /* too soon for a step: the time goes on to be counted */
+    }
+    n->latency = latency;
     n->latency_us = now_us;
 }
 
@@ -6102,7 +6113,8 @@ CRPCI_FN int crpci_balance_scan_two(const crpci_balance *b, crpci_balance_query 
     }
     if (seen < 2)
         return seen ? (int)two[0] : -1;
-    return crpci_balance_better(b, two[0], two[1], q->now_us);
+    place = crpci_balance_below(&q->state, 2); /* of two as good either is taken */
+    return crpci_balance_better(b, two[place], two[1 - place], q->now_us);
 }
 
 CRPCI_FN int crpci_balance_pick_two(const crpci_balance *b, crpci_balance_query *q)

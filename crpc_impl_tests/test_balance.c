@@ -1,0 +1,1354 @@
+/* impl-balance: who is picked how often, against what arithmetic says; lists that change; picks
+ * when few can be used. Seeds are fixed, so a result that is unlikely is unlikely for ever. */
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#include "crpc_test.h"
+
+#define MOST 2000
+#define KINDS 7
+#define MS INT64_C(1000)
+
+static const crpci_balance_kind kinds[KINDS] = {
+    CRPCI_BALANCE_RANDOM,       CRPCI_BALANCE_WEIGHTED_RANDOM,
+    CRPCI_BALANCE_ROUND_ROBIN,  CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
+    CRPCI_BALANCE_LEAST_ACTIVE, CRPCI_BALANCE_CONSISTENT_HASH,
+    CRPCI_BALANCE_P2C,
+};
+
+/* A balancer and providers for it; the list holds the first `n`, or whatever a test puts there. */
+typedef struct fleet {
+    crpci_heap *heap;
+    crpci_balance b;
+    crpci_balance_node nodes[MOST];
+    crpci_balance_node *list[MOST];
+    char addresses[MOST][24];
+    bool down[MOST]; /* by index in the list */
+    long asked;      /* whether one is usable */
+    size_t n;
+    uint64_t seed;
+    int64_t now_us;
+} fleet;
+
+static fleet f; /* 200 KB: not for a stack */
+
+static void fleet_open(crpci_balance_kind kind, size_t n, const uint32_t *weights)
+{
+    crpc_hooks hooks = ct_hooks();
+    size_t i;
+    memset(&f, 0, sizeof f);
+    f.seed = 424242;
+    f.now_us = 1000000000;
+    f.n = n;
+    assert_int_equal(crpci_heap_open(&f.heap, &hooks, 0), CRPC_OK);
+    assert_int_equal(crpci_balance_open(&f.b, kind), CRPC_OK);
+    for (i = 0; i < MOST; i++) {
+        snprintf(f.addresses[i], sizeof f.addresses[i], "10.0.%u.%u:8000", (unsigned)i / 250,
+                 (unsigned)i % 250);
+        f.nodes[i].address = f.addresses[i];
+        f.nodes[i].weight = weights && i < n ? weights[i] : 100;
+        f.list[i] = &f.nodes[i];
+    }
+    assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, n), CRPC_OK);
+}
+
+static void fleet_close(void)
+{
+    crpci_balance_close(&f.b, f.heap);
+    crpci_heap_unref(f.heap);
+}
+
+static uint32_t draw(void)
+{
+    return (uint32_t)(ct_random_from(&f.seed) >> 32);
+}
+
+static bool usable(void *user, size_t i)
+{
+    fleet *fl = (fleet *)user;
+    assert_true(i < fl->n);
+    fl->asked++;
+    return !fl->down[i];
+}
+
+static int pick_key(uint64_t key)
+{
+    int i = crpci_balance_pick(&f.b, key, draw(), f.now_us, usable, &f);
+    assert_true(i >= -1 && i < (int)f.n);
+    assert_true(i < 0 || !f.down[i]);
+    return i;
+}
+
+static int pick(void)
+{
+    return pick_key(ct_random_from(&f.seed));
+}
+
+/* What must hold of the heap and the sums after any change. */
+static void check(void)
+{
+    uint64_t total = 0;
+    uint32_t at, weighty = 0;
+    size_t i;
+    for (i = 0; i < f.n; i++) {
+        assert_ptr_equal(f.b.nodes[i], f.list[i]);
+        assert_int_equal(f.list[i]->index, i);
+        assert_true(crpci_balance_has(&f.b, f.list[i]));
+        total += f.list[i]->weight;
+        weighty += f.list[i]->weight != 0;
+        if (f.b.sums && total)
+            assert_int_equal(crpci_balance_sums_find(&f.b, total - 1) <= i, true);
+        if (f.b.sums && f.list[i]->weight)
+            assert_int_equal(crpci_balance_sums_find(&f.b, total - 1), i);
+    }
+    assert_true(f.b.total == total);
+    if (!f.b.heap)
+        return;
+    assert_int_equal(f.b.heaped, weighty);
+    for (at = 0; at < f.b.heaped; at++) {
+        const crpci_balance_node *n = f.list[f.b.heap[at]];
+        assert_int_equal(n->at, at + 1);
+        assert_true(n->weight != 0);
+        assert_true((int64_t)(n->turn - f.b.now) <= CRPCI_BALANCE_TURN);
+        if (at)
+            assert_false(crpci_balance_before(&f.b, n, f.list[f.b.heap[(at - 1) / 2]]));
+    }
+}
+
+/* Chi-square of counts against expected shares (in any unit), as a test at four standard
+ * deviations: (x2 - df)^2 <= 16 x 2 df. */
+static void assert_shares(const long *counts, const uint64_t *shares, size_t n)
+{
+    double x2 = 0, total = 0, all = 0;
+    size_t i, df = 0;
+    for (i = 0; i < n; i++) {
+        total += (double)shares[i];
+        all += (double)counts[i];
+    }
+    for (i = 0; i < n; i++) {
+        double expected = all * (double)shares[i] / total, d = (double)counts[i] - expected;
+        if (!shares[i]) {
+            assert_int_equal(counts[i], 0);
+            continue;
+        }
+        assert_true(expected >= 5); /* else the test of the test is at fault */
+        x2 += d * d / expected;
+        df++;
+    }
+    df -= 1;
+    if (x2 > (double)df && (x2 - (double)df) * (x2 - (double)df) > 32.0 * (double)df)
+        fail_msg("chi-square %.1f with %d degrees of freedom", x2, (int)df);
+}
+
+/* --- hash, warm-up ------------------------------------------------------------------------- */
+
+/* Computed by another program. FNV-1a's own vectors are in them: mix(0x85944171f73967e8) is that of
+ * "foobar". A machine of any byte order must have these. */
+static void hash_golden_vectors(void **state)
+{
+    uint8_t all[256];
+    int i;
+    (void)state;
+    for (i = 0; i < 256; i++)
+        all[i] = (uint8_t)i;
+    assert_true(crpci_balance_hash("", 0) == UINT64_C(0xf52a15e9a9b5e89b));
+    assert_true(crpci_balance_hash("a", 1) == UINT64_C(0x02c0bdbf481420f8));
+    assert_true(crpci_balance_hash("foobar", 6) == UINT64_C(0x404da9e3b74078c2));
+    assert_true(crpci_balance_hash("foobar", 6) == crpci_balance_mix(UINT64_C(0x85944171f73967e8)));
+    assert_true(crpci_balance_hash("10.0.0.1:8000", 13) == UINT64_C(0x9201c0cea293f846));
+    assert_true(crpci_balance_hash(all, 256) == UINT64_C(0xef2687f0d4371fe2));
+    /* the first number of splitmix64 from 0 */
+    assert_true(crpci_balance_mix(UINT64_C(0x9e3779b97f4a7c15)) == UINT64_C(0xe220a8397b1dcdaf));
+}
+
+/* Any bit of the input that is turned turns each bit of the output half of the time. */
+static void hash_avalanche(void **state)
+{
+    enum { ROUNDS = 2000, BYTES = 13 };
+    static long turned[BYTES * 8][64];
+    uint64_t seed = 5;
+    int round, in, out;
+    (void)state;
+    memset(turned, 0, sizeof turned);
+    for (round = 0; round < ROUNDS; round++) {
+        uint8_t bytes[BYTES];
+        uint64_t h;
+        for (in = 0; in < BYTES; in++)
+            bytes[in] = (uint8_t)(ct_random_from(&seed) >> 40);
+        h = crpci_balance_hash(bytes, BYTES);
+        for (in = 0; in < BYTES * 8; in++) {
+            uint64_t other;
+            bytes[in / 8] ^= (uint8_t)(1 << in % 8);
+            other = crpci_balance_hash(bytes, BYTES) ^ h;
+            bytes[in / 8] ^= (uint8_t)(1 << in % 8);
+            for (out = 0; out < 64; out++)
+                turned[in][out] += (long)(other >> out & 1);
+        }
+    }
+    for (in = 0; in < BYTES * 8; in++) { /* standard deviation: sqrt(2000) / 2 = 22.4 */
+        for (out = 0; out < 64; out++)
+            assert_in_range(turned[in][out], ROUNDS / 2 - 130, ROUNDS / 2 + 130);
+    }
+}
+
+static void warm_up(void **state)
+{
+    uint32_t was = 0;
+    int64_t t;
+    (void)state;
+    /* Dubbo's own examples: 10 minutes, weight 100 */
+    assert_int_equal(crpci_balance_warm(100, -1, 600000), 1);
+    assert_int_equal(crpci_balance_warm(100, 0, 600000), 1);
+    assert_int_equal(crpci_balance_warm(100, 1, 600000), 1);
+    assert_int_equal(crpci_balance_warm(100, 60000, 600000), 10);
+    assert_int_equal(crpci_balance_warm(100, 300000, 600000), 50);
+    assert_int_equal(crpci_balance_warm(100, 599999, 600000), 99);
+    assert_int_equal(crpci_balance_warm(100, 600000, 600000), 100);
+    assert_int_equal(crpci_balance_warm(100, INT64_MAX, 600000), 100);
+    assert_int_equal(crpci_balance_warm(100, 5, 0), 100);
+    assert_int_equal(crpci_balance_warm(100, -5, -1), 100);
+    assert_int_equal(crpci_balance_warm(0, 5, 10), 0);
+    assert_int_equal(crpci_balance_warm(1, 5, 10), 1);
+    assert_in_range(crpci_balance_warm(UINT32_MAX, INT64_MAX / 2, INT64_MAX), UINT32_MAX / 2 - 2,
+                    UINT32_MAX / 2 + 2);
+    assert_int_equal(crpci_balance_warm(UINT32_MAX, 1, 2), UINT32_MAX / 2);
+    for (t = -10; t < 700; t++) {
+        uint32_t w = crpci_balance_warm(37, t, 600);
+        assert_true(w >= was && w >= 1 && w <= 37);
+        was = w;
+    }
+}
+
+/* --- who is picked how often --------------------------------------------------------------- */
+
+static const uint32_t weights[] = {1, 2, 3, 50, 100, 100, 7, 400, 33, 1000};
+#define WEIGHTS (sizeof weights / sizeof weights[0])
+#define WEIGHTS_SUM 1696
+
+static void random_is_uniform(void **state)
+{
+    static const size_t sizes[] = {2, 3, 10, 64, 1000};
+    static long counts[MOST];
+    static uint64_t shares[MOST];
+    size_t s, i;
+    long k;
+    (void)state;
+    for (s = 0; s < sizeof sizes / sizeof sizes[0]; s++) {
+        fleet_open(CRPCI_BALANCE_RANDOM, sizes[s], NULL);
+        memset(counts, 0, sizeof counts);
+        for (i = 0; i < sizes[s]; i++)
+            shares[i] = 1;
+        for (k = 0; k < 100000; k++)
+            counts[pick()]++;
+        assert_int_equal(f.asked, 100000);
+        assert_shares(counts, shares, sizes[s]);
+        fleet_close();
+    }
+}
+
+static void weighted_random_is_by_weight(void **state)
+{
+    long counts[WEIGHTS] = {0};
+    uint64_t shares[WEIGHTS];
+    size_t i;
+    long k;
+    (void)state;
+    fleet_open(CRPCI_BALANCE_WEIGHTED_RANDOM, WEIGHTS, weights);
+    for (i = 0; i < WEIGHTS; i++)
+        shares[i] = weights[i];
+    for (k = 0; k < 200000; k++)
+        counts[pick()]++;
+    assert_int_equal(f.asked, 200000);
+    assert_shares(counts, shares, WEIGHTS);
+    /* and by changed weights, among them one that fills 32 bits and one that is drained */
+    crpci_balance_reweigh(&f.b, 0, UINT32_MAX);
+    crpci_balance_reweigh(&f.b, 1, UINT32_MAX / 2);
+    crpci_balance_reweigh(&f.b, 2, 0);
+    for (i = 3; i < WEIGHTS; i++)
+        crpci_balance_reweigh(&f.b, i, UINT32_MAX / 16 * (uint32_t)i);
+    check();
+    memset(counts, 0, sizeof counts);
+    for (k = 0; k < 200000; k++)
+        counts[pick()]++;
+    for (i = 0; i < WEIGHTS; i++)
+        shares[i] = f.nodes[i].weight;
+    assert_shares(counts, shares, WEIGHTS);
+    fleet_close();
+}
+
+static void round_robin_takes_turns(void **state)
+{
+    int first, k;
+    (void)state;
+    fleet_open(CRPCI_BALANCE_ROUND_ROBIN, 7, NULL);
+    first = pick();
+    for (k = 1; k < 1000; k++)
+        assert_int_equal(pick(), (first + k) % 7);
+    /* who is down is left out, and the others go on in turn, each as often */
+    f.down[3] = f.down[4] = true;
+    {
+        static const int rest[] = {0, 1, 2, 5, 6};
+        long counts[7] = {0};
+        for (k = 0; k < 1000; k++)
+            counts[pick()]++;
+        for (k = 0; k < 5; k++)
+            assert_int_equal(counts[rest[k]], 200);
+    }
+    fleet_close();
+}
+
+/* Each has its share to within one call, at the end of each round of as many calls as the weights
+ * sum up to; and between two of its turns no more calls go elsewhere than its weight demands. */
+static void weighted_round_robin_is_exact_and_smooth(void **state)
+{
+    static const crpci_balance_kind both[] = {CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
+                                              CRPCI_BALANCE_LEAST_ACTIVE};
+    size_t kind;
+    (void)state;
+    for (kind = 0; kind < 2; kind++) { /* one call at a time, least active is the same */
+        long counts[WEIGHTS] = {0}, last[WEIGHTS] = {0}, k;
+        size_t i;
+        int round;
+        fleet_open(both[kind], WEIGHTS, weights);
+        for (k = 1; k <= 20L * WEIGHTS_SUM; k++) {
+            int at = pick();
+            assert_true(!counts[at] ||
+                        k - last[at] <= WEIGHTS_SUM / (long)weights[at] + (long)WEIGHTS);
+            counts[at]++;
+            last[at] = k;
+            crpci_balance_begin(&f.b, (size_t)at, f.now_us);
+            crpci_balance_end(&f.b, (size_t)at, true, MS, f.now_us);
+            if (k % WEIGHTS_SUM)
+                continue;
+            round = (int)(k / WEIGHTS_SUM);
+            for (i = 0; i < WEIGHTS; i++)
+                assert_in_range(counts[i], (long)weights[i] * round - 1,
+                                (long)weights[i] * round + 1);
+        }
+        assert_int_equal(f.asked, 20L * WEIGHTS_SUM);
+        check();
+        fleet_close();
+    }
+}
+
+/* Equal weights: all have their turn before one has the next. */
+static void equal_turns(void **state)
+{
+    static int order[MOST];
+    static long last[MOST];
+    int kind;
+    (void)state;
+    for (kind = 0; kind < 2; kind++) {
+        int i, k;
+        fleet_open(kind ? CRPCI_BALANCE_LEAST_ACTIVE : CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN, 500,
+                   NULL);
+        memset(last, 0, sizeof last);
+        for (i = 0; i < 500; i++) {
+            order[i] = pick();
+            assert_int_equal(last[order[i]]++, 0);
+        }
+        for (k = 0; k < 5000; k++)
+            assert_int_equal(pick(), order[k % 500]);
+        fleet_close();
+    }
+}
+
+/* Many calls under way, which end at random: at each pick nobody has fewer for its weight. */
+static void least_active_has_the_fewest(void **state)
+{
+    static int under_way[500];
+    size_t equal;
+    (void)state;
+    for (equal = 0; equal < 2; equal++) {
+        int count = 0, k;
+        fleet_open(CRPCI_BALANCE_LEAST_ACTIVE, WEIGHTS, equal ? NULL : weights);
+        for (k = 0; k < 50000; k++) {
+            if (count < 400 && (count < 300 || (ct_random_from(&f.seed) >> 40 & 1))) {
+                int at = pick();
+                size_t i;
+                for (i = 0; i < f.n; i++)
+                    assert_true((uint64_t)f.nodes[at].active * f.nodes[i].weight <=
+                                (uint64_t)f.nodes[i].active * f.nodes[at].weight);
+                crpci_balance_begin(&f.b, (size_t)at, f.now_us);
+                under_way[count++] = at;
+            } else {
+                size_t which = crpci_balance_below(&f.seed, (size_t)count);
+                crpci_balance_end(&f.b, (size_t)under_way[which], true, MS, f.now_us);
+                under_way[which] = under_way[--count];
+            }
+            if (k % 1000 == 0)
+                check();
+        }
+        fleet_close();
+    }
+}
+
+/* Among equals it is the one that was taken longest ago, however long one was busy in between. */
+static void least_active_ties(void **state)
+{
+    static uint64_t taken[32];
+    uint64_t clock = 0;
+    int busy[16], count = 0, k;
+    (void)state;
+    fleet_open(CRPCI_BALANCE_LEAST_ACTIVE, 32, NULL);
+    for (k = 0; k < 32; k++)
+        taken[pick()] = ++clock;
+    for (k = 0; k < 100000; k++) {
+        if (count < 16 && (ct_random_from(&f.seed) >> 40 & 3)) {
+            int at = pick();
+            size_t i;
+            for (i = 0; i < 32; i++)
+                assert_true(f.nodes[i].active || taken[at] <= taken[i]);
+            taken[at] = ++clock;
+            crpci_balance_begin(&f.b, (size_t)at, f.now_us);
+            busy[count++] = at;
+        } else if (count) {
+            size_t which = crpci_balance_below(&f.seed, (size_t)count);
+            crpci_balance_end(&f.b, (size_t)busy[which], true, MS, f.now_us);
+            busy[which] = busy[--count];
+        }
+    }
+    fleet_close();
+}
+
+/* Two different of n, each pair as likely, the better of them: the best but r of n is picked in
+ * 2 (n - 1 - r) of n (n - 1) cases. */
+static void p2c_takes_the_better_of_two(void **state)
+{
+    enum { N = 20 };
+    long counts[N] = {0};
+    uint64_t shares[N];
+    size_t i;
+    long k;
+    (void)state;
+    fleet_open(CRPCI_BALANCE_P2C, N, NULL);
+    for (k = 0; k < 100000; k++) /* nothing measured: uniform */
+        counts[pick()]++;
+    for (i = 0; i < N; i++)
+        shares[i] = 1;
+    assert_shares(counts, shares, N);
+    for (i = 0; i < N; i++) {
+        crpci_balance_begin(&f.b, i, f.now_us);
+        crpci_balance_end(&f.b, i, true, (int64_t)(1000 + 10 * i), f.now_us);
+        shares[i] = N - 1 - i;
+    }
+    memset(counts, 0, sizeof counts);
+    f.asked = 0;
+    for (k = 0; k < 100000; k++)
+        counts[pick()]++;
+    assert_int_equal(f.asked, 200000);
+    assert_shares(counts, shares, N);
+    for (i = 0; i < N; i++) { /* by weight: now the last is the best */
+        crpci_balance_reweigh(&f.b, i, (uint32_t)(100 + 10 * i));
+        shares[i] = i;
+    }
+    memset(counts, 0, sizeof counts);
+    for (k = 0; k < 100000; k++)
+        counts[pick()]++;
+    assert_shares(counts, shares, N);
+    for (i = 0; i < N; i++) { /* by calls under way: again the first */
+        for (k = 0; k < (long)i; k++)
+            crpci_balance_begin(&f.b, i, f.now_us);
+        shares[i] = N - 1 - i;
+    }
+    memset(counts, 0, sizeof counts);
+    for (k = 0; k < 100000; k++)
+        counts[pick()]++;
+    assert_shares(counts, shares, N);
+    fleet_close();
+}
+
+/* --- p2c: latencies ------------------------------------------------------------------------ */
+
+static void fading(void **state)
+{
+    /* 2^20 x 2^-k/8 */
+    static const int64_t eighths[] = {1048576, 961548, 881744, 808563, 741455,
+                                      679918,  623487, 571740, 524288};
+    int64_t t, was = 1 << 20;
+    int k;
+    (void)state;
+    assert_int_equal(crpci_balance_fade(1 << 20, 0), 1 << 20);
+    assert_int_equal(crpci_balance_fade(1 << 20, -5), 1 << 20);
+    for (k = 0; k <= 8; k++)
+        assert_in_range(crpci_balance_fade(1 << 20, (int64_t)k << 20), eighths[k] * 995 / 1000,
+                        eighths[k] * 1005 / 1000);
+    for (k = 0; k <= 20; k++)
+        assert_int_equal(crpci_balance_fade(1 << 20, (int64_t)k << 23), 1 << (20 - k));
+    assert_int_equal(crpci_balance_fade(CRPCI_BALANCE_LATENCY_MOST, INT64_MAX), 0);
+    for (t = 0; t < 300000000; t += 9973) {
+        int64_t v = crpci_balance_fade(1 << 20, t);
+        assert_true(v <= was && was - v < (1 << 20) / 900);
+        was = v;
+    }
+}
+
+static int64_t latency_of(size_t i)
+{
+    return f.nodes[i].latency >> CRPCI_BALANCE_LATENCY_BITS;
+}
+
+static void one_call(size_t i, bool ok, int64_t latency)
+{
+    crpci_balance_begin(&f.b, i, f.now_us);
+    f.now_us += latency;
+    crpci_balance_end(&f.b, i, ok, latency, f.now_us);
+}
+
+static void latencies_peak_and_fade(void **state)
+{
+    int k;
+    (void)state;
+    fleet_open(CRPCI_BALANCE_P2C, 3, NULL);
+    one_call(0, true, 1000);
+    assert_int_equal(latency_of(0), 1000);
+    one_call(0, true, 90000); /* at once */
+    assert_int_equal(latency_of(0), 90000);
+    one_call(0, true, 1000); /* slowly down */
+    assert_in_range(latency_of(0), 89900, 90000);
+    for (k = 0; k < 8389; k++)
+        one_call(0, true, 1000);
+    assert_in_range(latency_of(0), 45000, 46500); /* half of what it was above */
+    for (k = 0; k < 8389; k++) {                  /* also in steps too small to be seen */
+        int j;
+        for (j = 0; j < 20; j++) {
+            f.now_us -= 950;
+            one_call(0, true, 1000);
+        }
+    }
+    assert_in_range(latency_of(0), 23000, 24500);
+    for (k = 0; k < 100000; k++)
+        one_call(0, true, 1000);
+    assert_in_range(latency_of(0), 1000, 1010);
+    one_call(1, false, 10); /* to fail quickly is not to be quick */
+    assert_true(latency_of(1) > latency_of(0) / 2);
+    for (k = 0; k < 100; k++)
+        one_call(1, false, 10);
+    assert_int_equal(f.nodes[1].latency, CRPCI_BALANCE_LATENCY_MOST);
+    one_call(2, true, INT64_MAX / 4);
+    assert_int_equal(f.nodes[2].latency, CRPCI_BALANCE_LATENCY_MOST);
+    one_call(2, false, -7);
+    assert_true(latency_of(2) >= 1);
+    fleet_close();
+}
+
+static int64_t about_1_ms(void)
+{
+    return 800 + (int64_t)crpci_balance_below(&f.seed, 401);
+}
+
+/* A provider that has become ten times slower has few calls; when it is well again it gets its
+ * share back; a new one gets one call, and its share when that has ended. */
+static void a_slow_provider_is_left_alone_and_comes_back(void **state)
+{
+    long counts[10];
+    int k, phase;
+    (void)state;
+    fleet_open(CRPCI_BALANCE_P2C, 10, NULL);
+    for (phase = 0; phase < 3; phase++) {
+        memset(counts, 0, sizeof counts);
+        if (phase == 2) { /* well again: after a minute all is as before */
+            for (k = 0; k < 60000; k++)
+                one_call((size_t)pick(), true, about_1_ms());
+        }
+        for (k = 0; k < 20000; k++) {
+            int i = pick();
+            counts[i]++;
+            one_call((size_t)i, true, about_1_ms() * (phase == 1 && i == 4 ? 10 : 1));
+        }
+        if (phase == 1)
+            assert_true(counts[4] < 200);
+        else
+            assert_in_range(counts[4], 1000, 3000);
+    }
+    f.n = 11;
+    assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 11), CRPC_OK);
+    memset(counts, 0, sizeof counts);
+    for (k = 0; k < 1000; k++) {
+        int i = pick();
+        crpci_balance_begin(&f.b, (size_t)i, f.now_us);
+        if (i != 10)
+            crpci_balance_end(&f.b, (size_t)i, true, 1000, f.now_us);
+    }
+    assert_int_equal(f.nodes[10].active, 1);
+    fleet_close();
+}
+
+/* --- consistent hash ----------------------------------------------------------------------- */
+
+/* 10 providers, 100,000 keys: the most loaded has less than 1.25 of the mean. */
+static void keys_are_spread_evenly(void **state)
+{
+    long counts[10] = {0};
+    int k;
+    size_t i;
+    (void)state;
+    fleet_open(CRPCI_BALANCE_CONSISTENT_HASH, 10, NULL);
+    for (k = 0; k < 100000; k++) /* keys as bad as numbers can be */
+        counts[pick_key((uint64_t)k)]++;
+    assert_int_equal(f.asked, 100000);
+    for (i = 0; i < 10; i++)
+        assert_in_range(counts[i], 7500, 12500);
+    memset(counts, 0, sizeof counts);
+    for (k = 0; k < 100000; k++) {
+        char key[24];
+        int n = snprintf(key, sizeof key, "user-%d", k);
+        counts[pick_key(crpci_balance_hash(key, (size_t)n))]++;
+    }
+    for (i = 0; i < 10; i++)
+        assert_in_range(counts[i], 7500, 12500);
+    fleet_close();
+}
+
+/* Computed by another program: a client of any byte order, version or list order picks these. */
+static void golden_keys(void **state)
+{
+    static const uint64_t keys[] = {0, 1, 2, 3, 42, 1000, 0xdeadbeef, UINT64_MAX};
+    static const int expected[] = {9, 9, 3, 1, 7, 8, 2, 9};
+    static const int users[] = {7, 7, 2, 1, 3, 7, 8, 8};
+    int i, round;
+    (void)state;
+    fleet_open(CRPCI_BALANCE_CONSISTENT_HASH, 10, NULL);
+    for (round = 0; round < 2; round++) {
+        for (i = 0; i < 8; i++) {
+            char key[24];
+            int n = snprintf(key, sizeof key, "user-%d", i);
+            assert_ptr_equal(f.list[pick_key(keys[i])], &f.nodes[expected[i]]);
+            assert_ptr_equal(f.list[pick_key(crpci_balance_hash(key, (size_t)n))],
+                             &f.nodes[users[i]]);
+        }
+        for (i = 0; i < 10; i++) /* the list in another order */
+            f.list[i] = &f.nodes[(i * 7 + 3) % 10];
+        assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 10), CRPC_OK);
+    }
+    fleet_close();
+}
+
+/* Whether it leaves the list or only cannot be used: its keys move, and no other. */
+static void only_its_keys_move(void **state)
+{
+    static crpci_balance_node *before[100000];
+    long moved[2] = {0, 0};
+    int k, gone;
+    size_t i;
+    (void)state;
+    fleet_open(CRPCI_BALANCE_CONSISTENT_HASH, 10, NULL);
+    for (k = 0; k < 100000; k++)
+        before[k] = f.list[pick_key((uint64_t)k)];
+    for (gone = 0; gone < 2; gone++) {
+        if (gone) {
+            f.down[3] = false;
+            f.n = 9;
+            for (i = 3; i < 9; i++)
+                f.list[i] = &f.nodes[i + 1];
+            assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 9), CRPC_OK);
+        } else {
+            f.down[3] = true;
+        }
+        for (k = 0; k < 100000; k++) {
+            crpci_balance_node *n = f.list[pick_key((uint64_t)k)];
+            if (before[k] == &f.nodes[3])
+                moved[gone]++;
+            else
+                assert_ptr_equal(n, before[k]);
+        }
+    }
+    assert_in_range(moved[0], 7500, 12500);
+    assert_int_equal(moved[0], moved[1]);
+    fleet_close();
+}
+
+/* With hardly one in a hundred usable the same key still goes to the same, and they share evenly.
+ */
+static void keys_when_few_are_usable(void **state)
+{
+    static long counts[1000];
+    uint64_t shares[10];
+    long few[10];
+    int k;
+    size_t i;
+    (void)state;
+    fleet_open(CRPCI_BALANCE_CONSISTENT_HASH, 1000, NULL);
+    for (i = 0; i < 1000; i++)
+        f.down[i] = i % 100 != 7;
+    memset(counts, 0, sizeof counts);
+    for (k = 0; k < 5000; k++) {
+        int at = pick_key((uint64_t)k);
+        assert_int_equal(pick_key((uint64_t)k), at);
+        counts[at]++;
+    }
+    for (i = 0; i < 10; i++) {
+        few[i] = counts[i * 100 + 7];
+        shares[i] = 1;
+        assert_in_range(few[i], 200, 800);
+    }
+    (void)shares;
+    fleet_close();
+}
+
+/* The ring is in order, and the place of any hash is the one that a search finds. */
+static void the_ring(void **state)
+{
+    static const size_t sizes[] = {1, 2, 3, 7, 50, 2000};
+    size_t s, i, k;
+    (void)state;
+    for (s = 0; s < sizeof sizes / sizeof sizes[0]; s++) {
+        size_t points = sizes[s] * CRPCI_BALANCE_POINTS;
+        static long has[MOST];
+        memset(has, 0, sizeof has);
+        fleet_open(CRPCI_BALANCE_CONSISTENT_HASH, sizes[s], NULL);
+        for (i = 0; i < points; i++) {
+            assert_true(!i || f.b.ring[i - 1] < f.b.ring[i]);
+            has[f.b.ring[i] & (CRPCI_BALANCE_MOST - 1)]++;
+        }
+        for (i = 0; i < sizes[s]; i++)
+            assert_int_equal(has[i], CRPCI_BALANCE_POINTS);
+        for (k = 0; k < 20000; k++) {
+            uint64_t hash = k == 0 ? 0 : k == 1 ? UINT64_MAX : ct_random_from(&f.seed);
+            size_t at;
+            if (k > 1 && k % 3)
+                hash = f.b.ring[k % points] + k % 3 - 1;
+            at = crpci_balance_ring_find(&f.b, hash);
+            assert_true(at < points);
+            if (hash > f.b.ring[points - 1])
+                assert_int_equal(at, 0);
+            else
+                assert_true(f.b.ring[at] >= hash && (!at || f.b.ring[at - 1] < hash));
+        }
+        fleet_close();
+    }
+}
+
+/* --- when some cannot be used -------------------------------------------------------------- */
+
+/* Whatever is up or down: while one is usable one is picked, and one that is drained only if
+ * nothing else is. */
+static void a_pick_never_fails_while_one_is_usable(void **state)
+{
+    static const size_t sizes[] = {1, 2, 3, 5, 17, 64, 200};
+    size_t kind, s;
+    (void)state;
+    for (kind = 0; kind < KINDS; kind++) {
+        for (s = 0; s < sizeof sizes / sizeof sizes[0]; s++) {
+            int round;
+            fleet_open(kinds[kind], sizes[s], NULL);
+            for (round = 0; round < 400; round++) {
+                size_t i, up = 0, weighty = 0;
+                unsigned share = (unsigned)(ct_random_from(&f.seed) >> 40) % 101;
+                unsigned drained = (unsigned)(ct_random_from(&f.seed) >> 40) % 101;
+                int k;
+                for (i = 0; i < sizes[s]; i++) {
+                    f.down[i] = (unsigned)(ct_random_from(&f.seed) >> 40) % 100 >= share;
+                    crpci_balance_reweigh(
+                        &f.b, i,
+                        (unsigned)(ct_random_from(&f.seed) >> 40) % 100 >= drained ? 100 : 0);
+                    up += !f.down[i];
+                    weighty += !f.down[i] && f.nodes[i].weight;
+                }
+                if (round % 4 == 0) { /* just one */
+                    size_t one = crpci_balance_below(&f.seed, sizes[s]);
+                    for (i = 0; i < sizes[s]; i++)
+                        f.down[i] = i != one;
+                    up = 1;
+                    weighty = f.nodes[one].weight != 0;
+                }
+                check();
+                for (k = 0; k < 5; k++) {
+                    int at = pick();
+                    assert_int_equal(at >= 0, up > 0);
+                    assert_true(at < 0 || !weighty || f.nodes[at].weight);
+                    if (at >= 0 && k % 2) {
+                        crpci_balance_begin(&f.b, (size_t)at, f.now_us);
+                        f.now_us += 777;
+                        if (k == 3)
+                            crpci_balance_end(&f.b, (size_t)at, true, 777, f.now_us);
+                    }
+                }
+                check();
+            }
+            fleet_close();
+        }
+    }
+}
+
+/* One call of ten goes to a provider of weight 0 if only such are left, whichever kind it is. */
+static void only_drained_ones_are_left(void **state)
+{
+    size_t kind, i;
+    (void)state;
+    for (kind = 0; kind < KINDS; kind++) {
+        long counts[10] = {0};
+        uint64_t shares[10];
+        int k;
+        fleet_open(kinds[kind], 10, NULL);
+        for (i = 0; i < 10; i++) {
+            crpci_balance_reweigh(&f.b, i, 0);
+            shares[i] = 1;
+        }
+        for (k = 0; k < 20000; k++)
+            counts[pick()]++;
+        assert_shares(counts, shares, 10);
+        crpci_balance_reweigh(&f.b, 6, 1);
+        for (k = 0; k < 100; k++)
+            assert_int_equal(pick(), 6);
+        fleet_close();
+    }
+}
+
+/* Those that are usable share the calls as if the others were not there, also when so few are that
+ * all must be looked at. */
+static void the_usable_share_as_if_alone(void **state)
+{
+    static const int keep[] = {1, 2, 50}; /* one in so many is usable */
+    static long counts[MOST];
+    size_t kind, s, i;
+    (void)state;
+    for (kind = 0; kind < KINDS; kind++) {
+        if (kinds[kind] == CRPCI_BALANCE_CONSISTENT_HASH)
+            continue;
+        for (s = 0; s < 3; s++) {
+            long few[500], k;
+            uint64_t shares[500];
+            size_t n = 0;
+            bool exact = kinds[kind] == CRPCI_BALANCE_ROUND_ROBIN ||
+                         kinds[kind] == CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN ||
+                         kinds[kind] == CRPCI_BALANCE_LEAST_ACTIVE;
+            fleet_open(kinds[kind], 500, NULL);
+            for (i = 0; i < 500; i++)
+                f.down[i] = i % (size_t)keep[s] != 0;
+            memset(counts, 0, sizeof counts);
+            for (k = 0; k < 50000; k++)
+                counts[pick()]++;
+            for (i = 0; i < 500; i++) {
+                if (f.down[i])
+                    continue;
+                few[n] = counts[i];
+                shares[n++] = 1;
+            }
+            if (!exact)
+                assert_shares(few, shares, n);
+            for (i = 0; i < n && exact; i++)
+                assert_in_range(few[i], 50000 / (long)n - 1, 50000 / (long)n + 1);
+            fleet_close();
+        }
+    }
+}
+
+/* A provider that could not be used for long does not make up for it. */
+static void no_burst_after_an_absence(void **state)
+{
+    int kind;
+    (void)state;
+    for (kind = 0; kind < 2; kind++) {
+        int k, count = 0;
+        fleet_open(kind ? CRPCI_BALANCE_LEAST_ACTIVE : CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN, 10,
+                   NULL);
+        f.down[5] = true;
+        for (k = 0; k < 100000; k++)
+            assert_int_not_equal(pick(), 5);
+        f.down[5] = false;
+        for (k = 0; k < 1000; k++)
+            count += pick() == 5;
+        assert_in_range(count, 99, 101);
+        for (k = 0; k < 10; k++) /* all others were unusable: nor do they */
+            f.down[k] = k != 5;
+        for (k = 0; k < 100000; k++)
+            assert_int_equal(pick(), 5);
+        memset(f.down, 0, sizeof f.down);
+        for (k = 0, count = 0; k < 1000; k++)
+            count += pick() == 5;
+        assert_in_range(count, 98, 102);
+        fleet_close();
+    }
+}
+
+/* --- cost ---------------------------------------------------------------------------------- */
+
+/* With all of 2,000 usable one provider is looked at, or two; and the heap's comparisons are those
+ * of its height. Counted, not timed. */
+static void a_pick_looks_at_few(void **state)
+{
+    size_t kind;
+    (void)state;
+    for (kind = 0; kind < KINDS; kind++) {
+        int k;
+        fleet_open(kinds[kind], 2000, NULL);
+        for (k = 0; k < 10000; k++) {
+            int at = pick();
+            crpci_balance_begin(&f.b, (size_t)at, f.now_us);
+            if (k % 3)
+                crpci_balance_end(&f.b, (size_t)at, true, MS, f.now_us);
+        }
+        assert_int_equal(f.asked, kinds[kind] == CRPCI_BALANCE_P2C ? 20000 : 10000);
+        check();
+        fleet_close();
+    }
+}
+
+/* --- lists that change --------------------------------------------------------------------- */
+
+/* Providers come, go, change their weight and their state in any order, calls begin and end, also
+ * on providers that have left: what is picked is in the list, nobody's calls are lost count of,
+ * and all that must hold of the heap and the sums does. */
+static void churn(void **state)
+{
+    static struct {
+        crpci_balance_node *node;
+        int64_t begin;
+    } calls[300];
+    static uint32_t active[MOST];
+    size_t kind;
+    (void)state;
+    for (kind = 0; kind < KINDS; kind++) {
+        int step, under_way = 0;
+        size_t i;
+        fleet_open(kinds[kind], 20, NULL);
+        memset(active, 0, sizeof active);
+        for (step = 0; step < 20000; step++) {
+            uint64_t r = ct_random_from(&f.seed) >> 16;
+            f.now_us += (int64_t)(r % 5000);
+            if (r % 97 == 0) { /* another list, from the first 60 of them */
+                f.n = 0;
+                for (i = 0; i < 60; i++) {
+                    if (!f.nodes[i].address || (ct_random_from(&f.seed) >> 40) % 3)
+                        continue;
+                    f.list[f.n++] = &f.nodes[i];
+                }
+                memset(f.down, 0, sizeof f.down);
+                assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, f.n), CRPC_OK);
+                check();
+            } else if (r % 11 == 0 && f.n) {
+                static const uint32_t some[] = {0, 1, 7, 100, 100, 5000, UINT32_MAX};
+                crpci_balance_reweigh(&f.b, (r >> 20) % f.n, some[(r >> 10) % 7]);
+            } else if (r % 13 == 0 && f.n) {
+                f.down[(r >> 20) % f.n] ^= true;
+            } else if (r % 2 && under_way < 300) {
+                int at = pick();
+                for (i = 0; i < f.n && at < 0; i++)
+                    assert_true(f.down[i]);
+                if (at < 0)
+                    continue;
+                calls[under_way].node = f.list[at];
+                calls[under_way++].begin = f.now_us;
+                crpci_balance_begin(&f.b, (size_t)at, f.now_us);
+                active[f.list[at] - f.nodes]++;
+            } else if (under_way) {
+                size_t which = (r >> 20) % (size_t)under_way;
+                crpci_balance_node *n = calls[which].node;
+                crpci_balance_node_end(&f.b, n, (r >> 19 & 7) != 0, f.now_us - calls[which].begin,
+                                       f.now_us);
+                active[n - f.nodes]--;
+                calls[which] = calls[--under_way];
+            }
+            if (step % 50 == 0)
+                check();
+        }
+        for (i = 0; i < 60; i++)
+            assert_int_equal(f.nodes[i].active, active[i]);
+        fleet_close();
+    }
+}
+
+/* What was learnt of a provider is there when it is in the next list too, or in a later one. */
+static void statistics_survive(void **state)
+{
+    crpci_balance_node *n = &f.nodes[1];
+    long counts[4] = {0};
+    uint64_t turn;
+    int k;
+    (void)state;
+    fleet_open(CRPCI_BALANCE_P2C, 3, NULL);
+    crpci_balance_begin(&f.b, 1, f.now_us);
+    one_call(1, true, 5000);
+    f.list[1] = &f.nodes[3];
+    assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 3), CRPC_OK);
+    assert_false(crpci_balance_has(&f.b, n));
+    f.list[0] = n;
+    assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 3), CRPC_OK);
+    assert_true(crpci_balance_has(&f.b, n));
+    assert_int_equal(n->active, 1);
+    assert_int_equal(n->latency, 5000 << CRPCI_BALANCE_LATENCY_BITS);
+    fleet_close();
+    /* a list that is read again and again disturbs no turns */
+    fleet_open(CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN, 4, NULL);
+    for (k = 0; k < 4000; k++) {
+        turn = n->turn;
+        assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 4), CRPC_OK);
+        if (k)
+            assert_true(n->turn == turn);
+        counts[pick()]++;
+    }
+    for (k = 0; k < 4; k++)
+        assert_int_equal(counts[k], 1000);
+    fleet_close();
+}
+
+/* Nor does a weight that changes a little each second, as in a warm-up: the shares follow it. */
+static void reweighing_in_a_warm_up(void **state)
+{
+    int kind;
+    (void)state;
+    for (kind = 0; kind < 2; kind++) {
+        long counts[4] = {0};
+        int second, k, expected = 0;
+        fleet_open(kind ? CRPCI_BALANCE_LEAST_ACTIVE : CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN, 4, NULL);
+        for (second = 0; second < 600; second++) {
+            uint32_t w = crpci_balance_warm(100, second * 1000, 600000);
+            crpci_balance_reweigh(&f.b, 0, w);
+            for (k = 0; k < 1000; k++) {
+                int at = pick();
+                counts[at]++;
+                crpci_balance_begin(&f.b, (size_t)at, f.now_us);
+                crpci_balance_end(&f.b, (size_t)at, true, MS, f.now_us);
+            }
+            expected += 1000 * (int)w / (300 + (int)w);
+        }
+        assert_in_range(counts[0], expected * 99 / 100, expected * 101 / 100);
+        for (k = 1; k < 4; k++)
+            assert_in_range(counts[k], (600000 - expected) / 3 * 99 / 100,
+                            (600000 - expected) / 3 * 101 / 100);
+        fleet_close();
+    }
+}
+
+/* --- borders of numbers -------------------------------------------------------------------- */
+
+/* Virtual time crosses the end of its 64 bits, and each place where those behind are looked after,
+ * and nothing is to be seen of it. */
+static void virtual_time_wraps(void **state)
+{
+    static const uint64_t from[] = {UINT64_MAX - (UINT64_C(1) << 53), (UINT64_C(1) << 63) - 99,
+                                    (UINT64_C(1) << 60) - (UINT64_C(1) << 50), 0};
+    size_t s, i;
+    (void)state;
+    for (s = 0; s < 4; s++) {
+        int kind;
+        for (kind = 0; kind < 2; kind++) {
+            long counts[WEIGHTS] = {0}, k;
+            fleet_open(kind ? CRPCI_BALANCE_LEAST_ACTIVE : CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
+                       WEIGHTS, weights);
+            f.b.now = from[s];
+            for (k = 0; k < 10L * WEIGHTS_SUM; k++)
+                counts[pick()]++;
+            for (i = 0; i < WEIGHTS; i++)
+                assert_in_range(counts[i], 10L * weights[i] - 1, 10L * weights[i] + 1);
+            check();
+            fleet_close();
+        }
+    }
+    { /* busy while the time goes round several times, then taken as any other */
+        int k, count = 0;
+        uint32_t ones[3] = {1, 1, 1};
+        uint64_t rounds = 0, was;
+        fleet_open(CRPCI_BALANCE_LEAST_ACTIVE, 3, ones);
+        crpci_balance_begin(&f.b, 2, f.now_us);
+        for (k = 0; k < 40000; k++) {
+            was = f.b.now;
+            assert_int_not_equal(pick(), 2);
+            rounds += f.b.now < was;
+        }
+        assert_true(rounds >= 2);
+        check();
+        crpci_balance_end(&f.b, 2, true, MS, f.now_us);
+        for (k = 0; k < 300; k++)
+            count += pick() == 2;
+        assert_in_range(count, 99, 101);
+        fleet_close();
+    }
+}
+
+static void extremes(void **state)
+{
+    size_t kind;
+    (void)state;
+    for (kind = 0; kind < KINDS; kind++) {
+        uint32_t odd[4] = {UINT32_MAX, 1, UINT32_MAX, 0};
+        int k;
+        fleet_open(kinds[kind], 4, odd);
+        for (k = 0; k < 10000; k++) {
+            int at = pick();
+            assert_true(at >= 0 && at < 3);
+            crpci_balance_begin(&f.b, (size_t)at, f.now_us);
+            if (k % 3 == 0)
+                crpci_balance_end(&f.b, (size_t)at, k % 2 != 0, INT64_MAX / 2, INT64_MAX / 2);
+        }
+        f.nodes[0].active = f.nodes[1].active = UINT32_MAX - 1;
+        for (k = 0; k < 100; k++)
+            assert_true(pick() >= 0);
+        crpci_balance_reweigh(&f.b, 4, 1); /* not in the list: nothing happens */
+        crpci_balance_begin(&f.b, 4, f.now_us);
+        crpci_balance_end(&f.b, 4, true, 1, f.now_us);
+        f.n = 0;
+        assert_int_equal(crpci_balance_reset(&f.b, f.heap, NULL, 0), CRPC_OK);
+        assert_int_equal(pick(), -1);
+        crpci_balance_begin(&f.b, 0, f.now_us);
+        f.n = 1;
+        assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 1), CRPC_OK);
+        assert_int_equal(crpci_balance_pick(&f.b, 1, 1, 1, NULL, NULL), 0); /* all are usable */
+        f.n = 0;
+        fleet_close();
+        assert_int_equal(f.b.size, 0);
+    }
+}
+
+/* A fleet that starts together does not fall upon one provider. */
+static void clients_begin_elsewhere(void **state)
+{
+    size_t kind;
+    (void)state;
+    for (kind = 0; kind < KINDS; kind++) {
+        long counts[20] = {0};
+        uint64_t shares[20], seed = 77;
+        int client;
+        size_t i;
+        for (i = 0; i < 20; i++)
+            shares[i] = 1;
+        for (client = 0; client < 4000; client++) {
+            if (client % 100 == 0) {
+                if (client)
+                    fleet_close();
+                fleet_open(kinds[kind], 20, NULL);
+            }
+            f.b.started = false; /* as good as another client */
+            f.seed = ct_random_from(&seed);
+            counts[pick()]++;
+        }
+        fleet_close();
+        if (kinds[kind] != CRPCI_BALANCE_CONSISTENT_HASH)
+            assert_shares(counts, shares, 20);
+    }
+}
+
+/* --- memory -------------------------------------------------------------------------------- */
+
+/* Without memory picks go on, uniformly over the new list; the next list may find some again. */
+static int out_of_memory_scenario(const crpc_hooks *hooks, void *user)
+{
+    crpci_balance_kind kind = *(crpci_balance_kind *)user;
+    static crpci_balance_node nodes[40];
+    crpci_balance_node *list[40];
+    char addresses[40][16];
+    crpci_heap *h;
+    crpci_balance b;
+    int status, worst = CRPC_OK;
+    size_t n, i;
+    if (crpci_heap_open(&h, hooks, 0))
+        return CRPC_ENOMEM;
+    assert_int_equal(crpci_balance_open(&b, kind), CRPC_OK);
+    memset(nodes, 0, sizeof nodes);
+    for (i = 0; i < 40; i++) {
+        snprintf(addresses[i], sizeof addresses[i], "h%d:1", (int)i);
+        nodes[i].address = addresses[i];
+        nodes[i].weight = 100;
+        list[i] = &nodes[i];
+    }
+    for (n = 2; n <= 40; n += 19) {
+        long counts[40] = {0};
+        uint64_t shares[40], seed = 3;
+        int k;
+        status = crpci_balance_reset(&b, h, list, n);
+        assert_true(status == CRPC_OK || status == CRPC_ENOMEM);
+        worst = status ? status : worst;
+        for (k = 0; k < 4000; k++) {
+            int at = crpci_balance_pick(&b, ct_random_from(&seed),
+                                        (uint32_t)(ct_random_from(&seed) >> 32), k, NULL, NULL);
+            assert_true(at >= 0 && at < (int)n);
+            counts[at]++;
+            crpci_balance_begin(&b, (size_t)at, k);
+            crpci_balance_end(&b, (size_t)at, true, 1000, k);
+            crpci_balance_node_begin(&b, &nodes[at], k); /* these know their node */
+            crpci_balance_node_end(&b, &nodes[at], true, 1000, k);
+            assert_int_equal(nodes[at].active, 0);
+        }
+        crpci_balance_reweigh(&b, 0, 50);
+        crpci_balance_reweigh(&b, 0, 100);
+        for (i = 0; i < n; i++)
+            shares[i] = 1;
+        if (status)
+            assert_shares(counts, shares, n);
+    }
+    crpci_balance_close(&b, h);
+    crpci_heap_unref(h);
+    return worst;
+}
+
+static void out_of_memory(void **state)
+{
+    size_t kind;
+    (void)state;
+    for (kind = 0; kind < KINDS; kind++)
+        assert_true(ct_sweep(out_of_memory_scenario, (void *)&kinds[kind]) >= 3);
+}
+
+/* A list as long as the last one needs no memory, and so cannot fail; a much shorter one gives some
+ * back. */
+static void memory_is_used_again(void **state)
+{
+    size_t kind;
+    (void)state;
+    for (kind = 0; kind < KINDS; kind++) {
+        long calls;
+        size_t size;
+        int k;
+        fleet_open(kinds[kind], 100, NULL);
+        calls = ct_alloc_of_test()->calls;
+        size = f.b.size;
+        for (k = 0; k < 10; k++)
+            assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, (size_t)(90 + k)), CRPC_OK);
+        assert_int_equal(ct_alloc_of_test()->calls, calls);
+        assert_int_equal(f.b.size, size);
+        assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 3), CRPC_OK);
+        assert_true(f.b.size < size / 10);
+        fleet_close();
+    }
+    /* more than there can be */
+    fleet_open(CRPCI_BALANCE_CONSISTENT_HASH, 2, NULL);
+    assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, (size_t)CRPCI_BALANCE_MOST + 1),
+                     CRPC_ENOMEM);
+    assert_true(crpci_balance_pick(&f.b, 1, 1, 1, NULL, NULL) >= 0);
+    fleet_close();
+}
+
+/* --- subsets ------------------------------------------------------------------------------- */
+
+static size_t subset_of(crpci_balance_choice *choices, size_t n, size_t max, uint64_t seed)
+{
+    size_t i;
+    for (i = 0; i < n; i++)
+        crpci_balance_choice_init(&choices[i], i, f.addresses[i], seed);
+    return crpci_balance_subset(choices, n, max);
+}
+
+/* The highest ranks, against a plain search; all if there are no more. */
+static void a_subset_is_the_highest_ranks(void **state)
+{
+    static crpci_balance_choice all[200], chosen[200];
+    size_t n, max, i, j;
+    (void)state;
+    fleet_open(CRPCI_BALANCE_RANDOM, 1, NULL);
+    for (n = 0; n < 200; n += 7) {
+        for (max = 0; max < 60; max += n % 3 + 1) {
+            size_t got, above;
+            for (i = 0; i < n; i++)
+                crpci_balance_choice_init(&all[i], i, f.addresses[i], n * 1000 + max);
+            got = subset_of(chosen, n, max, n * 1000 + max);
+            assert_int_equal(got, n < max ? n : max);
+            for (i = 0; i < got; i++) {
+                above = 0;
+                for (j = 0; j < n; j++)
+                    above += all[j].rank > chosen[i].rank;
+                assert_true(above < max);
+                assert_true(all[chosen[i].index].rank == chosen[i].rank);
+                for (j = 0; j < i; j++)
+                    assert_true(chosen[j].index != chosen[i].index);
+            }
+        }
+    }
+    fleet_close();
+}
+
+/* A provider that goes is replaced by one other; the rest stays, in whatever order the list is. */
+static void a_subset_is_stable(void **state)
+{
+    static crpci_balance_choice choices[1000];
+    uint64_t seed;
+    (void)state;
+    fleet_open(CRPCI_BALANCE_RANDOM, 1, NULL);
+    for (seed = 0; seed < 100; seed++) {
+        bool in[1000] = {false};
+        size_t i, gone, kept = 0;
+        assert_int_equal(subset_of(choices, 1000, 8, seed), 8);
+        for (i = 0; i < 8; i++)
+            in[choices[i].index] = true;
+        gone = choices[3].index;
+        for (i = 0; i < 999; i++) { /* without it, and backwards */
+            size_t index = 999 - i - (999 - i <= gone);
+            crpci_balance_choice_init(&choices[i], index, f.addresses[index], seed);
+        }
+        assert_int_equal(crpci_balance_subset(choices, 999, 8), 8);
+        for (i = 0; i < 8; i++) {
+            assert_true(choices[i].index != gone);
+            kept += in[choices[i].index];
+        }
+        assert_int_equal(kept, 7);
+    }
+    fleet_close();
+}
+
+/* 200 clients choose 8 of 1000 providers each. How many clients a provider has is a binomial number
+ * with mean 1.6 if the choices are independent and uniform. Then more than 9 clients occur
+ * somewhere among 1000 providers with probability 1000 x P(B(200, 0.008) > 9) = 0.006, and the
+ * shares of providers with 0, 1, 2, .. clients are those of that distribution. With 20 times as
+ * many clients the mean is 32, its standard deviation 5.6: five of those above it is 1.9 of the
+ * mean. */
+static void subsets_are_spread_evenly(void **state)
+{
+    static crpci_balance_choice choices[1000];
+    static int users[1000];
+    /* 1e6 x C(200, k) x 0.008^k x 0.992^(200 - k), for k = 0 to 5 and the rest */
+    static const uint64_t binomial[] = {200602, 323551, 259624, 138187, 54885, 17351, 5802};
+    long has[7] = {0};
+    uint64_t client;
+    size_t i;
+    int most = 0;
+    (void)state;
+    fleet_open(CRPCI_BALANCE_RANDOM, 1, NULL);
+    memset(users, 0, sizeof users);
+    for (client = 0; client < 4000; client++) {
+        assert_int_equal(subset_of(choices, 1000, 8, client), 8);
+        for (i = 0; i < 8; i++)
+            users[choices[i].index]++;
+        if (client != 199)
+            continue;
+        for (i = 0; i < 1000; i++) {
+            assert_true(users[i] <= 9);
+            has[users[i] < 6 ? users[i] : 6]++;
+        }
+        assert_shares(has, binomial, 7);
+    }
+    for (i = 0; i < 1000; i++)
+        most = users[i] > most ? users[i] : most;
+    assert_true(most <= 32 + 5 * 57 / 10);
+    fleet_close();
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(hash_golden_vectors),
+        CT_TEST(hash_avalanche),
+        CT_TEST(warm_up),
+        CT_TEST(random_is_uniform),
+        CT_TEST(weighted_random_is_by_weight),
+        CT_TEST(round_robin_takes_turns),
+        CT_TEST(weighted_round_robin_is_exact_and_smooth),
+        CT_TEST(equal_turns),
+        CT_TEST(least_active_has_the_fewest),
+        CT_TEST(least_active_ties),
+        CT_TEST(p2c_takes_the_better_of_two),
+        CT_TEST(fading),
+        CT_TEST(latencies_peak_and_fade),
+        CT_TEST(a_slow_provider_is_left_alone_and_comes_back),
+        CT_TEST(keys_are_spread_evenly),
+        CT_TEST(golden_keys),
+        CT_TEST(only_its_keys_move),
+        CT_TEST(keys_when_few_are_usable),
+        CT_TEST(the_ring),
+        CT_TEST(a_pick_never_fails_while_one_is_usable),
+        CT_TEST(only_drained_ones_are_left),
+        CT_TEST(the_usable_share_as_if_alone),
+        CT_TEST(no_burst_after_an_absence),
+        CT_TEST(a_pick_looks_at_few),
+        CT_TEST(churn),
+        CT_TEST(statistics_survive),
+        CT_TEST(reweighing_in_a_warm_up),
+        CT_TEST(virtual_time_wraps),
+        CT_TEST(extremes),
+        CT_TEST(clients_begin_elsewhere),
+        CT_TEST(out_of_memory),
+        CT_TEST(memory_is_used_again),
+        CT_TEST(a_subset_is_the_highest_ranks),
+        CT_TEST(a_subset_is_stable),
+        CT_TEST(subsets_are_spread_evenly),
+    };
+    return CT_RUN(tests);
+}
