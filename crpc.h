@@ -17923,34 +17923,42 @@ CRPCI_FN void crpci_server_close_if_done(crpci_conn *conn)
 
 CRPCI_FN int crpci_context_complete(crpc_context *x, int status);
 
+/* Has a request run. False: too many wait. Locked. */
+CRPCI_COLD bool crpci_server_guard_dispatch(crpc_server *s, crpc_context *x)
+{
+    if (s->worker_count)
+        return crpci_worker_push(&s->workers, &x->task);
+    crpci_loop_ready(x->loop, &x->task);
+    return true;
+}
+
 /* Has a request run, now or when its turn comes. Returns why not, or NULL. Locked. */
 CRPCI_COLD const char *crpci_server_guard_start(crpc_context *x, const crpci_guard *of)
 {
     crpc_server *s = x->server;
-    crpci_guard *g = NULL;
+    crpci_guard *g;
     int err = CRPC_OK;
-    if (of->ordered || of->quota || crpc_view_size(of->id)) {
-        g = (crpci_guard *)crpc_context_alloc(x, sizeof *g);
-        if (!g)
-            return "out of memory";
-        *g = *of;
-        g->context = x;
-    }
-    x->guard = g;
+    if (!of->ordered && !of->quota && !crpc_view_size(of->id))
+        return crpci_server_guard_dispatch(s, x) ? NULL : CRPCI_SERVER_CROWDED;
+    x->guard = g = (crpci_guard *)crpc_context_alloc(x, sizeof *g);
+    if (!g)
+        return "out of memory";
+    *g = *of;
+    g->context = x;
+    if (!g->ordered)
+        return crpci_server_guard_dispatch(s, x) ? NULL : CRPCI_SERVER_CROWDED;
     crpci_thread_lock(&s->guard);
-    if (of->ordered && !s->order.buckets)
+    if (!s->order.buckets)
         err = crpci_order_open(&s->order, s->heap, s->options.worker_queue);
-    if (!err && of->ordered)
-        err = crpci_order_enter(&s->order, &g->order);
-    if (!err && !s->worker_count) {
-        crpci_loop_ready(x->loop, &x->task);
-    } else if (!err && !crpci_worker_push(&s->workers, &x->task)) {
+    err = err ? err : crpci_order_enter(&s->order, &g->order);
+    if (!err && !crpci_server_guard_dispatch(s, x)) {
+        crpci_order_leave(&s->order, &g->order); /* nobody can wait behind it yet */
         err = CRPC_ELIMIT;
-        if (of->ordered) /* nobody can wait behind it yet */
-            crpci_order_leave(&s->order, &g->order);
     }
     crpci_thread_unlock(&s->guard);
-    return err && err != CRPC_EPENDING ? CRPCI_SERVER_CROWDED : NULL;
+    return !err || err == CRPC_EPENDING ? NULL
+           : err == CRPC_ENOMEM         ? "out of memory"
+                                        : CRPCI_SERVER_CROWDED;
 }
 
 /* Has a request run that was let in before. False: the server is closed. No lock is held. */

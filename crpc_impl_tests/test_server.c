@@ -785,6 +785,52 @@ static void stopping_serves_then_refuses_then_closes(void **state)
     }
 }
 
+static void *run_server(void *arg)
+{
+    assert_int_equal(crpc_server_run((crpc_server *)arg), CRPC_OK);
+    return NULL;
+}
+
+/* As on SIGTERM: the loop is told to stop, and crpc_server_run sees to the rest. */
+static void run_serves_on_when_its_loop_was_stopped(void **state)
+{
+    crpc_poller p;
+    int io_threads;
+    (void)state;
+    NET_EACH_POLLER(p) for (io_threads = 0; io_threads < 3; io_threads += 2)
+    {
+        crpc_server_options o;
+        crpc_server *s;
+        net_service service;
+        pthread_t runner;
+        char url[160];
+        int fd;
+        memset(&o, 0, sizeof o);
+        o.listen = "tcp://127.0.0.1:0";
+        o.loops = net_loop_options(p);
+        o.loops.hooks.clock_us = clock_ahead;
+        o.io_threads = io_threads;
+        o.lame_ms = 1000000;
+        net_service_init(&service);
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, &service), CRPC_OK);
+        assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+        assert_int_equal(pthread_create(&runner, NULL, run_server, s), 0);
+        fd = wire_connect(url);
+        assert_int_equal(ask(fd, "Echo", "Add", 1, NULL, NULL), CRPC_OK);
+        crpc_loop_stop(crpc_server_loop(s));
+        assert_true(CT_WAIT(crpci_thread_load(&s->state) == CRPCI_SERVER_LAME, NET_PATIENCE));
+        assert_int_equal(ask(fd, "Echo", "Add", 2, NULL, NULL), CRPC_OK);
+        close(fd);
+        fd = wire_connect(url);
+        assert_int_equal(ask(fd, "Echo", "Add", 3, NULL, NULL), CRPC_OK);
+        time_passes(crpc_server_loop(s), 1000);
+        pthread_join(runner, NULL);
+        close(fd);
+        crpc_server_close(s);
+    }
+}
+
 /* Who closes a server waits for it, driving the loop if nobody does; but with nothing to drain not
  * for drain_ms. */
 static void closing_waits_for_the_end_of_serving(void **state)
@@ -2557,6 +2603,7 @@ int main(void)
         CT_TEST(late_requests_are_answered_but_not_run),
         CT_TEST(stopping_finishes_what_runs_and_refuses_the_rest),
         CT_TEST(stopping_serves_then_refuses_then_closes),
+        CT_TEST(run_serves_on_when_its_loop_was_stopped),
         CT_TEST(closing_waits_for_the_end_of_serving),
         CT_TEST(draining_is_bounded),
         CT_TEST(closing_with_handlers_that_block),
