@@ -289,6 +289,31 @@
  *     registry away   calls go on with the last list; see stale_ttl_ms, allow_empty
  *     long lists      max_endpoints chooses a part of them, another one for each channel
  *
+ * COORDINATION
+ *
+ * A program can use the registry's session for what a fleet has to agree on: crpc_registry_open
+ * gives nodes of ZooKeeper to read and write, crpc_config_watch follows a value, crpc_lock_* and
+ * crpc_election_* are queues in which one is first. Callbacks run on the thread that drives the
+ * loop, so a loop that the program opened has to be driven; crpc_registry_call waits instead.
+ *
+ *     what             connection lost                 session over (new one by itself)
+ *     an operation     not sent: waits until its       the same
+ *                      deadline; sent: CRPC_ECONN
+ *                      and MAYBE, reads are repeated
+ *     ephemeral node   stays                           gone, and not made again
+ *     crpc_config_*    the last value stands; then     the same
+ *                      it is read anew
+ *     lock, waiting    keeps its place                 a new place, at the end
+ *     lock, held       held for the rest of its lease  CRPC_EGONE, at the latest then
+ *     leader           likewise                        told, then a candidate again
+ *
+ * The lease ends nine tenths of the session's timeout after the last request that was answered, so
+ * before the server can give the lock to another; it is renewed every quarter. But no callback
+ * reaches a process that is stopped or starved, and what it sent long ago may arrive late: where
+ * two at a time would do harm, send the token with each request and have the receiver refuse one
+ * that is smaller than the largest it has seen. Locks are shared with Curator's InterProcessMutex,
+ * elections with its LeaderSelector: the nodes have the same names.
+ *
  * LIMITS AND TRUST
  *
  * Bytes from a connection are not trusted: sizes are checked before memory is taken, nothing read
