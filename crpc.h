@@ -1398,6 +1398,7 @@ typedef struct crpc_node {
  * only. */
 typedef void (*crpc_node_fn)(void *user, const crpc_node *node);
 
+/* What to do with the node at a path. */
 static inline crpc_node_op crpc_node_op_of(crpc_node_verb verb, const char *path, int32_t version)
 {
     crpc_node_op op;
