@@ -7877,8 +7877,8 @@ CRPCI_FN void crpci_multicast_on_event(crpc_loop *l, crpci_watch *watch, unsigne
             continue;
         if (r->ignored++ == 0)
             crpci_heap_log(r->of.loop->heap, CRPC_LOG_WARN,
-                           "multicast: a datagram that makes no sense, or one too many, is ignored, "
-                           "as others will be");
+                           "multicast: a datagram that makes no sense, or one too many, is "
+                           "ignored, as others will be");
     }
     crpci_multicast_arm(r);
 }
