@@ -1111,6 +1111,7 @@ CRPC_API const char *crpc_context_peer(crpc_context *context);
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <sys/eventfd.h>
 #include <sys/file.h>
 #include <sys/socket.h>
@@ -3994,6 +3995,21 @@ CRPCI_FN uint32_t crpci_loop_random(crpc_loop *l)
     return l->random;
 }
 
+/* Of devices with one image that start together the clock may differ by microseconds, and the rest
+ * not at all: the kernel's random bytes for this process, and a mix by which every bit counts. */
+CRPCI_FN uint32_t crpci_loop_seed(uint64_t what)
+{
+    const void *bytes = (const void *)(uintptr_t)getauxval(AT_RANDOM);
+    uint32_t seed = 0;
+    if (bytes)
+        memcpy(&seed, bytes, sizeof seed);
+    seed ^= (uint32_t)what ^ (uint32_t)(what >> 32);
+    seed = (seed ^ seed >> 16) * 0x85ebca6bu; /* MurmurHash3's finalizer */
+    seed = (seed ^ seed >> 13) * 0xc2b2ae35u;
+    seed ^= seed >> 16;
+    return seed ? seed : 1;
+}
+
 CRPCI_FN int64_t crpci_loop_now(const crpc_loop *l)
 {
     return crpci_heap_now(l->heap);
@@ -4635,8 +4651,8 @@ CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
     crpci_loop_options_set(l, &o);
     l->timers.tick = crpci_loop_now(l) / 1000;
     l->last_step = crpci_loop_now(l);
-    l->random = (uint32_t)((uint64_t)crpci_loop_now(l) ^ (uint64_t)(uintptr_t)l ^
-                           (uint64_t)getpid() * 2654435761u) | 1;
+    l->random = crpci_loop_seed((uint64_t)crpci_loop_now(l) ^ (uint64_t)(uintptr_t)l ^
+                                (uint64_t)getpid() * 2654435761u);
     err = crpci_thread_mutex_init(&l->lock);
     err = err ? err : crpci_thread_cond_init(&l->owner_cond);
     err = err ? err : crpci_thread_cond_init(&l->io_cond);
@@ -5837,6 +5853,7 @@ typedef struct crpci_registry_options {
     bool register_consumer;  /* subscriptions are registered too, so that people see them */
     const char *cache;       /* file for the last good lists; NULL: none */
     int cache_interval_ms;   /* between two writes of it. 0: 60000. -1: none */
+    int spread_ms;           /* in which a fleet comes back to a registry. 0: 2000. -1: none */
     const char *interface;   /* multicast: its name or IPv4 address. NULL: by the routing table */
     int announce_ms;         /* multicast: between two announcements. 0: 5000. -1: as 0 */
 } crpci_registry_options;
@@ -8028,12 +8045,13 @@ static const crpci_registry_ops crpci_multicast_ops = {
     crpci_multicast_withdraw,   crpci_multicast_subscribe,  crpci_registry_local_unsubscribe,
     crpci_multicast_close};
 
-/* multicast://224.5.6.7:port */
+/* multicast://224.5.6.7:port, with ?interface=name-or-address behind it if need be */
 CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
                                     const crpci_registry_options *options, crpci_registry **out,
                                     crpc_error *error)
 {
     const char *interface = options ? options->interface : NULL;
+    char named[64];
     struct ip_mreqn which;
     crpci_addr group;
     crpci_multicast *r;
@@ -8044,6 +8062,15 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
                                 "multicast://%.60s: expected an address from 224.0.0.0 to "
                                 "239.255.255.255, and a port",
                                 url->authority);
+    if (*url->query) { /* a server hands it on, a channel has taken it out */
+        if (strncmp(url->query, "interface=", 10) != 0 || strchr(url->query, '&') ||
+            (size_t)snprintf(named, sizeof named, "%s", url->query + 10) >= sizeof named ||
+            !crpci_url_decode(named))
+            return crpci_status_set(error, CRPC_EINVAL,
+                                    "multicast://%.60s?%.60s: interface= is the only option",
+                                    url->authority, url->query);
+        interface = named;
+    }
     if (!crpci_multicast_interface(interface, &which))
         return crpci_status_set(error, CRPC_EADDRESS, "multicast: there is no interface \"%.40s\"",
                                 interface);
@@ -8119,6 +8146,7 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
 
 #define CRPCI_ZOOKEEPER_PORT           2181
 #define CRPCI_ZOOKEEPER_ROOT           "dubbo"
+#define CRPCI_ZOOKEEPER_SPREAD_MS      2000
 #define CRPCI_ZOOKEEPER_TIMEOUT_MS     15000
 #define CRPCI_ZOOKEEPER_TIMEOUT_MAX_MS 3600000   /* a longer one was not granted by a ZooKeeper */
 #define CRPCI_ZOOKEEPER_TIMEOUT_MIN_MS 200       /* a sixtieth of it paces the client's dialling */
@@ -8164,6 +8192,7 @@ struct crpci_zookeeper {
     char *authority;
     char *credential; /* or NULL */
     int timeout_ms;
+    int64_t spread_us;
     char *hosts; /* numeric, as the client wants them */
     crpci_registry_cache cache;
     crpci_addr *servers;
@@ -8261,6 +8290,7 @@ typedef struct crpci_zookeeper_dir {
     bool ruled; /* of providers: overrides were looked for; until then it is not read */
     crpci_list subs;
     uint32_t round; /* of reading */
+    bool read;      /* it was, once */
     bool aged;      /* all was called stale in this round of the session's */
     bool refused;   /* may not be created */
     bool bad;       /* it was logged that a name is unreadable */
@@ -8338,6 +8368,13 @@ CRPCI_FN int64_t crpci_zookeeper_backoff(crpci_zookeeper *s, unsigned n)
 {
     int64_t us = (int64_t)CRPCI_ZOOKEEPER_RETRY_US / 2 << (n < 8 ? n : 8);
     return crpci_zookeeper_spread(s, crpci_base_min64(us, CRPCI_ZOOKEEPER_BACKOFF_US), 33);
+}
+
+/* A moment within the spread, or half a short session. Locked. */
+CRPCI_FN int64_t crpci_zookeeper_scatter(crpci_zookeeper *s)
+{
+    int64_t most = crpci_base_min64((int64_t)s->timeout_ms * 500, s->spread_us);
+    return (int64_t)(crpci_loop_random(s->loop) % 4096u) * most / 4096;
 }
 
 /* How long a lost connection may stay lost. */
@@ -8924,6 +8961,7 @@ CRPCI_FN void crpci_zookeeper_dir_done(crpci_zookeeper_task *t, const crpci_zook
         return;
     }
     dir->failed = false;
+    dir->read = true;
     if (a->rc == ZOK)
         crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_REREAD_US, 20));
     else if (dir->refused)
@@ -8946,10 +8984,14 @@ CRPCI_FN void crpci_zookeeper_dir_done(crpci_zookeeper_task *t, const crpci_zook
 CRPCI_FN void crpci_zookeeper_dir_resume(crpci_zookeeper_task *t, bool fresh)
 {
     crpci_zookeeper_dir *dir = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
-    (void)fresh;
     t->step = CRPCI_ZOOKEEPER_LIST;
     dir->refused = false;
-    crpci_zookeeper_dir_changed(dir);
+    /* In the same session the watches tell of what was missed: to read anyway is the net below
+     * them, and no reason for all to do so in the same moment. */
+    if (fresh || !dir->read)
+        crpci_zookeeper_dir_changed(dir);
+    else
+        crpci_zookeeper_later(t, crpci_zookeeper_scatter(t->session));
 }
 
 CRPCI_FN void crpci_zookeeper_dir_free(crpci_zookeeper_task *t)
@@ -9346,10 +9388,12 @@ CRPCI_FN void crpci_zookeeper_reg_resume(crpci_zookeeper_task *t, bool fresh)
         t->step = CRPCI_ZOOKEEPER_DELETE;
     else
         t->step = reg->live ? CRPCI_ZOOKEEPER_IDLE : CRPCI_ZOOKEEPER_CREATE;
-    reg->check_us = 0; /* the way there may be another one, with another address */
     if (reg->withdrawn)
         t->step = CRPCI_ZOOKEEPER_GONE;
     t->due_us = 0;
+    reg->check_us = 0; /* the way there may be another one, with another address */
+    if (t->step == CRPCI_ZOOKEEPER_IDLE)
+        crpci_zookeeper_later(t, crpci_zookeeper_scatter(t->session));
 }
 
 CRPCI_FN void crpci_zookeeper_reg_free(crpci_zookeeper_task *t)
@@ -9815,14 +9859,11 @@ CRPCI_COLD void crpci_zookeeper_log_renewal(crpci_zookeeper *s)
                    s->authority);
 }
 
-/* The wait before a session is replaced: short and random at first, so that a fleet that lost its
- * server does not come back as one. */
+/* The wait before a session is replaced: random at first, so that a fleet that lost its server does
+ * not come back as one. */
 CRPCI_FN int64_t crpci_zookeeper_delay(crpci_zookeeper *s)
 {
-    int64_t most = crpci_base_min64((int64_t)s->timeout_ms * 250, 500000);
-    if (s->failures)
-        return crpci_zookeeper_backoff(s, s->failures);
-    return (int64_t)(crpci_loop_random(s->loop) % 1024u) * most / 1024;
+    return s->failures ? crpci_zookeeper_backoff(s, s->failures) : crpci_zookeeper_scatter(s);
 }
 
 #if CRPC_ZOOKEEPER_ST
@@ -10532,6 +10573,7 @@ CRPCI_COLD int crpci_zookeeper_new(crpc_loop *l, const char *authority,
     s->refs = 1;
     s->users = 1;
     s->timeout_ms = o->session_timeout_ms;
+    s->spread_us = crpci_base_option(o->spread_ms, CRPCI_ZOOKEEPER_SPREAD_MS, 0) * 1000;
     s->cache.heap = s->heap;
     crpci_list_init(&s->cache.entries);
     crpci_timer_init(&s->timer, crpci_zookeeper_on_timer);
@@ -12448,20 +12490,22 @@ CRPCI_COLD bool crpci_channel_option(crpc_channel_options *o, const char *key, c
 typedef struct crpci_channel_where {
     char group[128];
     char version[128];
-    char service[128]; /* file:// only: elsewhere it stands in the path */
+    char service[128];   /* file:// only: elsewhere it stands in the path */
+    char interface[128]; /* multicast:// only */
 } crpci_channel_where;
 
 /* Where a URL option of those goes; NULL: it is none of them, or not of this scheme. */
 CRPCI_COLD char *crpci_channel_place(crpci_channel_where *where, const char *scheme,
                                      const char *key)
 {
-    bool file = strcmp(scheme, "file") == 0;
-    if (!file && strcmp(scheme, "zookeeper") != 0 && strcmp(scheme, "multicast") != 0)
+    bool file = strcmp(scheme, "file") == 0, multicast = strcmp(scheme, "multicast") == 0;
+    if (!file && !multicast && strcmp(scheme, "zookeeper") != 0)
         return NULL;
-    return strcmp(key, "group") == 0             ? where->group
-           : strcmp(key, "version") == 0         ? where->version
-           : file && strcmp(key, "service") == 0 ? where->service
-                                                 : NULL;
+    return strcmp(key, "group") == 0                    ? where->group
+           : strcmp(key, "version") == 0                ? where->version
+           : file && strcmp(key, "service") == 0        ? where->service
+           : multicast && strcmp(key, "interface") == 0 ? where->interface
+                                                        : NULL;
 }
 
 CRPCI_COLD int crpci_channel_read_url(crpci_url *u, crpc_channel_options *o,
@@ -12621,6 +12665,7 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
     ro.session_timeout_ms = (int)crpci_base_option(o->session_timeout_ms, 15000, 15000);
     ro.credential = o->registry_credential;
     ro.register_consumer = true;
+    ro.interface = which->interface;
     err = crpci_registry_open(ch->loop, u, &ro, &ch->registry, error);
     if (err)
         return err;
@@ -14087,7 +14132,7 @@ CRPCI_COLD int crpci_server_enrol(crpc_server *s, crpc_error *error)
     err = err ? err : crpci_url_parse(&u, s->registry_url, error);
     if (err)
         return err;
-    if (*u.query)
+    if (*u.query && strcmp(u.scheme, "multicast") != 0)
         return crpci_status_set(error, CRPC_EINVAL, "%.100s: a registry takes no URL options here",
                                 s->registry_url);
     memset(&ro, 0, sizeof ro);

@@ -467,6 +467,9 @@ static void it_refuses_what_cannot_be(void **state)
         {"multicast://224.5.6.7:0", NULL, CRPC_EINVAL},
         {"multicast://[ff02::1]:1", NULL, CRPC_EINVAL},
         {"multicast://name:1", NULL, CRPC_EINVAL},
+        {"multicast://224.5.6.7:1234?interface=lo&x=y", NULL, CRPC_EINVAL},
+        {"multicast://224.5.6.7:1234?weight=5", NULL, CRPC_EINVAL},
+        {"multicast://224.5.6.7:1234?interface=no%20such", NULL, CRPC_EADDRESS},
         {"multicast://224.5.6.7:1234", "no such one", CRPC_EADDRESS},
         {"multicast://224.5.6.7:1234", "192.0.2.1", CRPC_EADDRESS},
     };
@@ -510,6 +513,45 @@ static void it_refuses_what_cannot_be(void **state)
     a.r->ops->withdraw(a.r, NULL);
     a.r->ops->unsubscribe(a.r, NULL);
     close_side(&a);
+}
+
+/* A server and a channel find each other, by the name of the interface. */
+static void it_serves_channels(void **state)
+{
+    crpc_server_options so;
+    crpc_loop_options lo;
+    crpc_channel_options co;
+    crpc_channel *ch;
+    crpc_server *server;
+    crpc_error error;
+    char url[160];
+    static const crpc_service service = {"demo.Echo", NULL, 0};
+    int i;
+    (void)state;
+    memset(&so, 0, sizeof so);
+    memset(&lo, 0, sizeof lo);
+    memset(&co, 0, sizeof co);
+    snprintf(url, sizeof url, "multicast://%s?interface=lo", group);
+    so.listen = "tcp://127.0.0.1:0";
+    so.registry = url;
+    lo.hooks = co.private_loop.hooks = ct_hooks();
+    assert_int_equal(crpc_loop_open(&so.loop, &lo), CRPC_OK);
+    assert_int_equal(crpc_loop_start(so.loop), CRPC_OK);
+    if (crpc_server_open(&server, &so, &error))
+        fail_msg("%s", error.text);
+    assert_int_equal(crpc_server_add(server, &service, NULL, NULL), CRPC_OK);
+    if (crpc_server_start(server, &error))
+        fail_msg("%s", error.text);
+    snprintf(url, sizeof url, "multicast://%s/demo.Echo?interface=lo&registry_timeout_ms=20000",
+             group);
+    if (crpc_channel_open(&ch, url, &co, &error))
+        fail_msg("%s", error.text);
+    for (i = 0; i < 100 && crpc_channel_providers(ch) == 0; i++)
+        assert_int_equal(crpc_loop_step(crpc_channel_loop(ch), 100), CRPC_OK);
+    assert_int_equal(crpc_channel_providers(ch), 1);
+    crpc_channel_close(ch);
+    crpc_server_close(server);
+    crpc_loop_close(so.loop);
 }
 
 static int scenario(const crpc_hooks *hooks, void *user)
@@ -562,6 +604,7 @@ int main(void)
         CT_TEST(it_is_no_amplifier),
         CT_TEST(it_may_be_closed_in_its_callbacks),
         CT_TEST(it_refuses_what_cannot_be),
+        CT_TEST(it_serves_channels),
         CT_TEST(it_survives_want_of_memory),
     };
     clock_of_test = 5000000;
