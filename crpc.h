@@ -116,6 +116,7 @@
  *     >>impl-conn          one connection: reading and parsing, queueing and sending
  *     >>impl-registry      lists of providers, node names, what a backend offers
  *     >>impl-filereg       the registry in a file
+ *     >>impl-multicast     the registry that is nowhere: providers announce themselves
  *     >>impl-zookeeper     the registry in ZooKeeper, with Dubbo's layout
  *     >>impl-coordination  nodes, configuration, locks and elections on a session
  *     >>impl-call          what a call takes and gives: request, outcome, the caller's record
@@ -1597,6 +1598,7 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <net/if.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -1605,6 +1607,7 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <sys/eventfd.h>
 #include <sys/file.h>
 #include <sys/socket.h>
@@ -4493,6 +4496,21 @@ CRPCI_FN uint32_t crpci_loop_random(crpc_loop *l)
     return l->random;
 }
 
+/* Of devices with one image that start together the clock may differ by microseconds, and the rest
+ * not at all: the kernel's random bytes for this process, and a mix by which every bit counts. */
+CRPCI_FN uint32_t crpci_loop_seed(uint64_t what)
+{
+    const void *bytes = (const void *)(uintptr_t)getauxval(AT_RANDOM);
+    uint32_t seed = 0;
+    if (bytes)
+        memcpy(&seed, bytes, sizeof seed);
+    seed ^= (uint32_t)what ^ (uint32_t)(what >> 32);
+    seed = (seed ^ seed >> 16) * 0x85ebca6bu; /* MurmurHash3's finalizer */
+    seed = (seed ^ seed >> 13) * 0xc2b2ae35u;
+    seed ^= seed >> 16;
+    return seed ? seed : 1;
+}
+
 CRPCI_FN int64_t crpci_loop_now(const crpc_loop *l)
 {
     return crpci_heap_now(l->heap);
@@ -5134,8 +5152,8 @@ CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
     crpci_loop_options_set(l, &o);
     l->timers.tick = crpci_loop_now(l) / 1000;
     l->last_step = crpci_loop_now(l);
-    l->random = (uint32_t)((uint64_t)crpci_loop_now(l) ^ (uint64_t)(uintptr_t)l ^
-                           (uint64_t)getpid() * 2654435761u) | 1;
+    l->random = crpci_loop_seed((uint64_t)crpci_loop_now(l) ^ (uint64_t)(uintptr_t)l ^
+                                (uint64_t)getpid() * 2654435761u);
     err = crpci_thread_mutex_init(&l->lock);
     err = err ? err : crpci_thread_cond_init(&l->owner_cond);
     err = err ? err : crpci_thread_cond_init(&l->io_cond);
@@ -7603,6 +7621,9 @@ typedef struct crpci_registry_options {
     bool register_consumer;  /* subscriptions are registered too, so that people see them */
     const char *cache;       /* file for the last good lists; NULL: none */
     int cache_interval_ms;   /* between two writes of it. 0: 60000. -1: none */
+    int spread_ms;           /* in which a fleet comes back to a registry. 0: 2000. -1: none */
+    const char *interface;   /* multicast: its name or IPv4 address. NULL: by the routing table */
+    int announce_ms;         /* multicast: between two announcements. 0: 5000. -1: as 0 */
 } crpci_registry_options;
 
 typedef struct crpci_registry crpci_registry;
@@ -8717,7 +8738,8 @@ typedef struct crpci_registry_member {
 } crpci_registry_member;
 
 CRPCI_COLD bool crpci_registry_local_init(crpci_registry_local *r, const crpci_registry_ops *ops,
-                                          crpc_loop *l, void (*on_timer)(crpc_loop *, crpci_timer *),
+                                          crpc_loop *l,
+                                          void (*on_timer)(crpc_loop *, crpci_timer *),
                                           void (*free_fn)(crpci_registry_local *))
 {
     if (crpci_thread_cond_init(&r->cond))
@@ -8809,8 +8831,8 @@ CRPCI_FN void crpci_registry_member_serve(crpci_registry_member *m, char *const 
     crpci_registry_snapshot_unref(list);
 }
 
-/* Hands every subscriber what it wants of the names, or, with NULL, calls their lists stale. Locked,
- * unlocks meanwhile. */
+/* Hands every subscriber what it wants of the names, or, with NULL, calls their lists stale.
+ * Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_registry_local_serve(crpci_registry_local *r, const crpci_registry_names *names,
                                          bool whole)
 {
@@ -9110,6 +9132,751 @@ CRPCI_COLD int crpci_filereg_open(crpc_loop *l, const crpci_url *url, crpci_regi
 }
 
 /* ======================================================================== */
+/* >>impl-multicast   the registry that is nowhere: providers announce themselves */
+/* ======================================================================== */
+
+/* Datagrams of one line, as Dubbo's multicast registry sends them:
+ *
+ *     register crpc://10.0.0.1:8000/demo.Echo?...&ttl=15000     here I am: at once, every interval,
+ *                                                               and when somebody asks
+ *     unregister crpc://...                                     I am going
+ *     subscribe consumer://10.0.0.9/demo.Echo?...               who is there?
+ *
+ * A provider that is not heard of for its ttl (in milliseconds) is gone. What others send is not
+ * trusted: what makes no sense is counted and forgotten, what nobody here wants is not kept, and of
+ * what is kept there is a bound. All of it happens on the loop, under its lock, as a datagram is
+ * sent and received without waiting; while nobody drives the loop nothing is announced. */
+#define CRPCI_MULTICAST_INTERVAL_MS 5000
+#define CRPCI_MULTICAST_TTL         3u    /* intervals */
+#define CRPCI_MULTICAST_TTL_MIN_MS  1000  /* that is believed */
+#define CRPCI_MULTICAST_TTL_MAX_MS  600000
+#define CRPCI_MULTICAST_SIZE        1400u /* bytes of a datagram */
+#define CRPCI_MULTICAST_MAX         1024u /* providers of all services */
+#define CRPCI_MULTICAST_BATCH       16u   /* datagrams read in one step */
+#define CRPCI_MULTICAST_ANSWER_US   100000  /* in which all answer a question */
+#define CRPCI_MULTICAST_QUIET_US    500000  /* between two announcements of one */
+#define CRPCI_MULTICAST_GATHER_US   10000   /* changes are told together */
+#define CRPCI_MULTICAST_FIRST_US    1000000 /* no answer until then: nobody is there */
+#define CRPCI_MULTICAST_TICK_US     1000000
+#define CRPCI_MULTICAST_GRACE_US    2000000 /* to be heard again after the loop has rested */
+
+/* A provider that was heard of. */
+typedef struct crpci_multicast_peer {
+    crpci_list node;
+    char *name;  /* its URL, encoded once more */
+    char *text;  /* its URL, taken apart: */
+    size_t size; /* of the text */
+    crpci_registry_node is;
+    int64_t expires_us;
+} crpci_multicast_peer;
+
+typedef struct crpci_multicast {
+    crpci_registry_local of;
+    int fd;
+    crpci_watch watch;
+    crpci_addr group;
+    struct ip_mreqn which; /* interface */
+    int64_t interval_us;
+    crpci_list peers;
+    size_t peer_count;
+    crpci_list regs;
+    int64_t serve_us; /* when to tell of changes; 0: there are none */
+    int64_t tick_us;  /* when this was looked after last */
+    uint32_t ignored; /* datagrams that made no sense */
+    bool failed;      /* it was logged that nothing can be sent */
+} crpci_multicast;
+
+/* A service that is offered here. */
+typedef struct crpci_multicast_reg {
+    crpci_list node;
+    crpci_multicast *owner;
+    uint32_t refs;
+    crpci_registry_status_fn status;
+    void *user;
+    crpci_registry_caller caller;
+    char *text[5];
+    crpci_registration what; /* its texts are `text` */
+    unsigned port;
+    bool auto_host;
+    bool ended;
+    char address[CRPC_ADDRESS_MAX];
+    int64_t timestamp_ms;
+    int64_t due_us;
+    int64_t sent_us;
+    int told; /* status that was told last; -1: none */
+} crpci_multicast_reg;
+
+/* --- the socket ------------------------------------------------------------------------------- */
+
+/* `interface`: the address of one, its name, or NULL: where the routing table says. */
+CRPCI_COLD bool crpci_multicast_interface(const char *interface, struct ip_mreqn *out)
+{
+    memset(out, 0, sizeof *out);
+    if (!interface || !*interface || inet_pton(AF_INET, interface, &out->imr_address) == 1)
+        return true;
+    out->imr_ifindex = (int)if_nametoindex(interface);
+    return out->imr_ifindex != 0;
+}
+
+CRPCI_FN bool crpci_multicast_is_chosen(const struct ip_mreqn *which)
+{
+    return which->imr_ifindex != 0 || which->imr_address.s_addr != 0;
+}
+
+/* A socket that is in the group. -1 and errno. */
+CRPCI_COLD int crpci_multicast_socket(const crpci_addr *group, struct ip_mreqn *which)
+{
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), saved;
+    if (fd < 0)
+        return -1;
+    which->imr_multiaddr = group->u.in4.sin_addr;
+    crpci_sock_set(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+    crpci_sock_set(fd, IPPROTO_IP, IP_MULTICAST_LOOP, 1);
+    crpci_sock_set(fd, IPPROTO_IP, IP_MULTICAST_TTL, 1);
+    if (bind(fd, &group->u.any, group->len) == 0 &&
+        (!crpci_multicast_is_chosen(which) ||
+         setsockopt(fd, IPPROTO_IP, IP_MULTICAST_IF, which, sizeof *which) == 0) &&
+        setsockopt(fd, IPPROTO_IP, IP_ADD_MEMBERSHIP, which, sizeof *which) == 0)
+        return fd;
+    saved = errno;
+    close(fd);
+    errno = saved;
+    return -1;
+}
+
+/* The address that datagrams to the group are sent from, and by which others reach this host. */
+CRPCI_FN bool crpci_multicast_host(const crpci_multicast *r, char *out, size_t size)
+{
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    crpci_addr a;
+    *out = '\0';
+    if (fd < 0)
+        return false;
+    if (crpci_multicast_is_chosen(&r->which))
+        (void)setsockopt(fd, IPPROTO_IP, IP_MULTICAST_IF, &r->which, sizeof r->which);
+    if (connect(fd, &r->group.u.any, r->group.len) == 0) {
+        crpci_sock_local(fd, &a);
+        if (a.len && a.u.in4.sin_addr.s_addr != htonl(INADDR_ANY))
+            inet_ntop(AF_INET, &a.u.in4.sin_addr, out, (socklen_t)size);
+    }
+    close(fd);
+    return *out != '\0';
+}
+
+/* Locked. */
+CRPCI_FN bool crpci_multicast_send(crpci_multicast *r, const char *text)
+{
+    size_t n = strlen(text);
+    bool ok = sendto(r->fd, text, n, MSG_NOSIGNAL, &r->group.u.any, r->group.len) == (ssize_t)n;
+    if (!ok && !r->failed)
+        crpci_heap_log(r->of.loop->heap, CRPC_LOG_WARN, "multicast: nothing can be sent: %s",
+                       strerror(errno));
+    r->failed = !ok;
+    return ok;
+}
+
+/* --- what is heard ---------------------------------------------------------------------------- */
+
+CRPCI_FN void crpci_multicast_changed(crpci_multicast *r)
+{
+    if (!r->serve_us)
+        r->serve_us = crpci_loop_now(r->of.loop) + CRPCI_MULTICAST_GATHER_US;
+}
+
+CRPCI_FN void crpci_multicast_forget(crpci_multicast *r, crpci_multicast_peer *p)
+{
+    crpci_heap *h = r->of.loop->heap;
+    crpci_list_remove(&p->node);
+    r->peer_count--;
+    crpci_heap_strfree(h, p->name);
+    crpci_heap_free(h, p->text, p->size);
+    crpci_heap_free(h, p, sizeof *p);
+}
+
+/* The peer that is the same provider, perhaps before it was started anew. */
+CRPCI_FN crpci_multicast_peer *crpci_multicast_find(const crpci_multicast *r,
+                                                    const crpci_registry_node *n)
+{
+    crpci_list *i;
+    for (i = r->peers.next; i != &r->peers; i = i->next) {
+        crpci_multicast_peer *p = CRPCI_CONTAINER(i, crpci_multicast_peer, node);
+        if (strcmp(p->is.address, n->address) == 0 && strcmp(p->is.service, n->service) == 0 &&
+            strcmp(p->is.group, n->group) == 0 && strcmp(p->is.version, n->version) == 0)
+            return p;
+    }
+    return NULL;
+}
+
+CRPCI_FN bool crpci_multicast_wanted(const crpci_multicast *r, const crpci_registry_node *n)
+{
+    crpci_list *i;
+    for (i = r->of.subs.next; i != &r->of.subs; i = i->next) {
+        if (crpci_registry_takes(
+                &CRPCI_CONTAINER(i, crpci_registry_member, base.node)->base.query, n))
+            return true;
+    }
+    return false;
+}
+
+/* For how long a URL is good, in microseconds. */
+CRPCI_FN int64_t crpci_multicast_ttl(const char *url)
+{
+    const char *at = strstr(url, "&ttl=");
+    char *end;
+    long ms = at ? strtol(at + 5, &end, 10) : 0;
+    if (ms <= 0)
+        ms = (long)CRPCI_MULTICAST_INTERVAL_MS * (long)CRPCI_MULTICAST_TTL;
+    ms = ms < CRPCI_MULTICAST_TTL_MIN_MS ? CRPCI_MULTICAST_TTL_MIN_MS : ms;
+    ms = ms > CRPCI_MULTICAST_TTL_MAX_MS ? CRPCI_MULTICAST_TTL_MAX_MS : ms;
+    return (int64_t)ms * 1000;
+}
+
+/* Whether somebody can be reached by an address at all. */
+CRPCI_FN bool crpci_multicast_is_host(const char *address)
+{
+    crpci_addr a;
+    if (!crpci_sock_parse(&a, address))
+        return false;
+    if (a.u.any.sa_family == AF_INET6)
+        return !IN6_IS_ADDR_MULTICAST(&a.u.in6.sin6_addr) &&
+               !IN6_IS_ADDR_UNSPECIFIED(&a.u.in6.sin6_addr);
+    return ntohl(a.u.in4.sin_addr.s_addr) >> 28 < 14 && a.u.in4.sin_addr.s_addr != 0;
+}
+
+/* Keeps what a URL says; `old`: what it takes the place of, or NULL. */
+CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, crpci_multicast_peer *old)
+{
+    crpci_heap *h = r->of.loop->heap;
+    crpci_multicast_peer *p = (crpci_multicast_peer *)crpci_heap_alloc(h, sizeof *p);
+    size_t size = crpci_url_encode(NULL, 0, url) + 1;
+    char *name = (char *)crpci_heap_alloc(h, size);
+    size_t len = strlen(url) + 1;
+    if (p)
+        p->text = (char *)crpci_heap_alloc(h, len);
+    if (!p || !name || !p->text) { /* it will be announced again */
+        crpci_heap_free(h, name, size);
+        if (p)
+            crpci_heap_free(h, p->text, len);
+        crpci_heap_free(h, p, sizeof *p);
+        return;
+    }
+    crpci_url_encode(name, size, url);
+    p->name = name;
+    p->size = len;
+    memcpy(p->text, url, len);
+    (void)crpci_registry_read(&p->is, p->text); /* it was read before */
+    p->expires_us = crpci_loop_now(r->of.loop) + crpci_multicast_ttl(url);
+    if (old)
+        crpci_multicast_forget(r, old);
+    crpci_list_append(&r->peers, &p->node);
+    r->peer_count++;
+    crpci_multicast_changed(r);
+}
+
+/* A provider announces itself, or says that it is going. False: that made no sense. */
+CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool going)
+{
+    char text[CRPCI_MULTICAST_SIZE + 1], name[3 * CRPCI_MULTICAST_SIZE + 1];
+    crpci_registry_node n;
+    crpci_multicast_peer *old;
+    memcpy(text, url, strlen(url) + 1);
+    if (!crpci_registry_read(&n, text) || !*n.service || !crpci_multicast_is_host(n.address))
+        return false;
+    old = crpci_multicast_find(r, &n);
+    if (old && old->is.timestamp_ms > n.timestamp_ms)
+        return true; /* late: it has been started anew since */
+    if (going) {
+        if (old) {
+            crpci_multicast_forget(r, old);
+            crpci_multicast_changed(r);
+        }
+        return true;
+    }
+    crpci_url_encode(name, sizeof name, url);
+    if (old && strcmp(old->name, name) == 0)
+        old->expires_us = crpci_loop_now(r->of.loop) + crpci_multicast_ttl(url);
+    else if (crpci_multicast_wanted(r, &n)) {
+        if (!old && r->peer_count >= CRPCI_MULTICAST_MAX)
+            return false;
+        crpci_multicast_keep(r, url, old);
+    }
+    return true;
+}
+
+/* Somebody asks for a service: those who offer it answer, not all in the same moment, and not more
+ * often than is good for the network. */
+CRPCI_FN bool crpci_multicast_asked(crpci_multicast *r, const char *url)
+{
+    char text[CRPCI_MULTICAST_SIZE + 1], *address, *service, *query;
+    int64_t now = crpci_loop_now(r->of.loop);
+    crpci_list *i;
+    memcpy(text, url, strlen(url) + 1);
+    if (!crpci_registry_split(text, &address, &service, &query) || !*service)
+        return false;
+    for (i = r->regs.next; i != &r->regs; i = i->next) {
+        crpci_multicast_reg *reg = CRPCI_CONTAINER(i, crpci_multicast_reg, node);
+        int64_t at = now + (int64_t)(crpci_loop_random(r->of.loop) % CRPCI_MULTICAST_ANSWER_US);
+        if (strcmp(service, "*") != 0 && strcmp(service, reg->what.service) != 0)
+            continue;
+        if (at < reg->sent_us + CRPCI_MULTICAST_QUIET_US)
+            at = reg->sent_us + CRPCI_MULTICAST_QUIET_US;
+        if (at < reg->due_us)
+            reg->due_us = at;
+    }
+    return true;
+}
+
+/* One datagram; `size` as the network said, also of what did not fit. False: it made no sense. */
+CRPCI_FN bool crpci_multicast_take(crpci_multicast *r, char *text, size_t size)
+{
+    if (size > CRPCI_MULTICAST_SIZE || memchr(text, '\0', size))
+        return false;
+    while (size && (text[size - 1] == '\n' || text[size - 1] == '\r' || text[size - 1] == ' '))
+        size--;
+    text[size] = '\0';
+    if (strncmp(text, "register ", 9) == 0)
+        return crpci_multicast_heard(r, text + 9, false);
+    if (strncmp(text, "unregister ", 11) == 0)
+        return crpci_multicast_heard(r, text + 11, true);
+    if (strncmp(text, "subscribe ", 10) == 0)
+        return crpci_multicast_asked(r, text + 10);
+    return false;
+}
+
+/* --- what is said ----------------------------------------------------------------------------- */
+
+/* Finds the address to announce. */
+CRPCI_FN bool crpci_multicast_locate(crpci_multicast_reg *reg)
+{
+    char host[INET_ADDRSTRLEN];
+    if (!reg->auto_host)
+        return true;
+    if (!crpci_multicast_host(reg->owner, host, sizeof host))
+        return false;
+    snprintf(reg->address, sizeof reg->address, "%s:%u", host, reg->port);
+    return true;
+}
+
+/* "register URL"; without the methods if it is too long with them. False: too long. */
+CRPCI_FN bool crpci_multicast_write(const crpci_multicast_reg *reg, const char *verb, char *out,
+                                    size_t size)
+{
+    crpci_registration what = reg->what;
+    size_t head = (size_t)snprintf(out, size, "%s ", verb), n;
+    int64_t ttl_ms = reg->owner->interval_us / 1000 * CRPCI_MULTICAST_TTL;
+    int round;
+    for (round = 0; round < 2; round++) {
+        n = head + crpci_registry_url(out + head, size - head, &what, reg->address,
+                                      reg->timestamp_ms, (long)getpid());
+        if (n < size)
+            n += (size_t)snprintf(out + n, size - n, "&ttl=%lld", (long long)ttl_ms);
+        if (n < size)
+            return true;
+        what.methods = "";
+    }
+    return false;
+}
+
+CRPCI_FN void crpci_multicast_reg_unref(crpci_multicast_reg *reg)
+{
+    crpci_heap *h = reg->owner->of.loop->heap;
+    if (--reg->refs)
+        return;
+    crpci_registry_texts_free(h, reg->text, 5);
+    crpci_heap_free(h, reg, sizeof *reg);
+}
+
+/* Locked, unlocks for the callback. */
+CRPCI_FN void crpci_multicast_tell(crpci_multicast_reg *reg, int status, const char *text)
+{
+    crpci_multicast *r = reg->owner;
+    if (reg->told == status || reg->ended || reg->caller.running)
+        return;
+    reg->told = status;
+    if (!reg->status)
+        return;
+    crpci_registry_call_begin(r->of.loop, &reg->caller);
+    reg->status(reg->user, status, text);
+    crpci_registry_call_end(r->of.loop, &r->of.cond, &reg->caller);
+}
+
+/* Locked, unlocks for the callback. */
+CRPCI_FN void crpci_multicast_announce(crpci_multicast_reg *reg)
+{
+    crpci_multicast *r = reg->owner;
+    char text[CRPCI_MULTICAST_SIZE + 1];
+    uint32_t part = (uint32_t)(r->interval_us / 4);
+    bool ok;
+    reg->sent_us = crpci_loop_now(r->of.loop);
+    reg->due_us = reg->sent_us + r->interval_us - part / 2 +
+                  (int64_t)(crpci_loop_random(r->of.loop) % (part + 1));
+    ok = crpci_multicast_locate(reg) &&
+         crpci_multicast_write(reg, "register", text, sizeof text) && crpci_multicast_send(r, text);
+    reg->refs++;
+    crpci_multicast_tell(reg, ok ? CRPC_OK : CRPC_EREGISTRY,
+                         ok ? "announced" : "no datagram can be sent to the group");
+    crpci_multicast_reg_unref(reg);
+}
+
+CRPCI_FN void crpci_multicast_ask(crpci_multicast *r, crpci_registry_member *m)
+{
+    char text[CRPCI_MULTICAST_SIZE + 1], host[INET_ADDRSTRLEN];
+    const char head[] = "subscribe ";
+    const size_t at = sizeof head - 1;
+    crpci_registration what;
+    memset(&what, 0, sizeof what);
+    what.service = m->base.query.service;
+    what.group = m->base.query.group;
+    what.version = m->base.query.version;
+    what.application = m->base.query.application;
+    if (!crpci_multicast_host(r, host, sizeof host))
+        snprintf(host, sizeof host, "0.0.0.0");
+    memcpy(text, head, sizeof head);
+    if (crpci_registry_consumer_url(text + at, sizeof text - at, &what, host, 0, (long)getpid()) <
+        sizeof text - at)
+        (void)crpci_multicast_send(r, text);
+}
+
+/* --- the clockwork ---------------------------------------------------------------------------- */
+
+CRPCI_FN void crpci_multicast_arm(crpci_multicast *r)
+{
+    int64_t now = crpci_loop_now(r->of.loop), next = now + CRPCI_MULTICAST_TICK_US;
+    crpci_list *i;
+    if (r->of.closing)
+        return;
+    if (r->serve_us)
+        next = crpci_base_min64(next, r->serve_us);
+    for (i = r->regs.next; i != &r->regs; i = i->next)
+        next = crpci_base_min64(next, CRPCI_CONTAINER(i, crpci_multicast_reg, node)->due_us);
+    for (i = r->of.subs.next; i != &r->of.subs; i = i->next) {
+        crpci_registry_member *m = CRPCI_CONTAINER(i, crpci_registry_member, base.node);
+        if (m->questions)
+            next = crpci_base_min64(next, m->query_us);
+        if (!m->base.last && !r->serve_us)
+            next = crpci_base_min64(next, m->due_us);
+    }
+    crpci_loop_timer_set(r->of.loop, &r->of.timer, next - now);
+}
+
+/* Who was not heard of for too long is gone. After the loop has rested that says nothing: what was
+ * sent meanwhile is not read yet, or was lost; so everybody is asked, and given time to answer. */
+CRPCI_FN void crpci_multicast_expire(crpci_multicast *r, int64_t now)
+{
+    bool rested = now - r->tick_us > 3 * (int64_t)CRPCI_MULTICAST_TICK_US;
+    crpci_list *i;
+    r->tick_us = now;
+    for (i = r->peers.next; i != &r->peers;) {
+        crpci_multicast_peer *p = CRPCI_CONTAINER(i, crpci_multicast_peer, node);
+        i = i->next;
+        if (rested && p->expires_us < now + CRPCI_MULTICAST_GRACE_US)
+            p->expires_us = now + CRPCI_MULTICAST_GRACE_US;
+        if (now < p->expires_us)
+            continue;
+        crpci_multicast_forget(r, p);
+        crpci_multicast_changed(r);
+    }
+    for (i = r->of.subs.next; rested && i != &r->of.subs; i = i->next) {
+        crpci_registry_member *m = CRPCI_CONTAINER(i, crpci_registry_member, base.node);
+        m->query_us = now;
+        m->questions = 2;
+    }
+}
+
+/* Tells of changes. Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
+{
+    crpci_heap *h = r->of.loop->heap;
+    crpci_registry_names names;
+    crpci_list *i;
+    size_t text = 0;
+    char *p;
+    memset(&names, 0, sizeof names);
+    for (i = r->peers.next; i != &r->peers; i = i->next)
+        text += strlen(CRPCI_CONTAINER(i, crpci_multicast_peer, node)->name) + 1;
+    names.size = r->peer_count * sizeof *names.name + text + 1;
+    names.name = (char **)crpci_heap_alloc(h, names.size);
+    if (!names.name)
+        return; /* serve_us stays: tried again at the next tick */
+    p = (char *)(names.name + r->peer_count);
+    for (i = r->peers.next; i != &r->peers; i = i->next) {
+        const char *name = CRPCI_CONTAINER(i, crpci_multicast_peer, node)->name;
+        size_t n = strlen(name) + 1;
+        memcpy(p, name, n);
+        names.name[names.count++] = p;
+        p += n;
+    }
+    r->serve_us = 0;
+    crpci_registry_local_serve(&r->of, &names, true);
+    crpci_registry_names_free(h, &names);
+}
+
+/* Does what is due. Locked, unlocks for callbacks. */
+CRPCI_FN void crpci_multicast_run(crpci_multicast *r)
+{
+    int64_t now = crpci_loop_now(r->of.loop);
+    crpci_list *i;
+    crpci_multicast_expire(r, now);
+    for (i = r->of.subs.next; i != &r->of.subs; i = i->next) {
+        crpci_registry_member *m = CRPCI_CONTAINER(i, crpci_registry_member, base.node);
+        if (m->questions && m->query_us <= now) {
+            m->query_us = now + CRPCI_MULTICAST_FIRST_US / 2;
+            m->questions--;
+            crpci_multicast_ask(r, m);
+        }
+        if (!m->base.last && m->due_us <= now) /* nobody has answered: that is news too */
+            crpci_multicast_changed(r);
+    }
+    for (i = r->regs.next; i != &r->regs && !r->of.closing;) {
+        crpci_multicast_reg *reg = CRPCI_CONTAINER(i, crpci_multicast_reg, node);
+        i = i->next;
+        if (reg->due_us > now)
+            continue;
+        crpci_multicast_announce(reg);
+        i = r->regs.next; /* anything can have come and gone */
+    }
+    if (r->serve_us && r->serve_us <= now && !r->of.closing)
+        crpci_multicast_serve(r);
+}
+
+CRPCI_FN void crpci_multicast_on_timer(crpc_loop *l, crpci_timer *timer)
+{
+    crpci_multicast *r = CRPCI_CONTAINER(timer, crpci_multicast, of.timer);
+    r->of.refs++;
+    crpci_multicast_run(r);
+    crpci_multicast_arm(r);
+    crpci_registry_local_unlock(&r->of);
+    crpci_loop_lock(l);
+}
+
+CRPCI_FN void crpci_multicast_on_event(crpc_loop *l, crpci_watch *watch, unsigned events)
+{
+    crpci_multicast *r = CRPCI_CONTAINER(watch, crpci_multicast, watch);
+    unsigned n;
+    (void)l;
+    (void)events;
+    for (n = 0; n < CRPCI_MULTICAST_BATCH; n++) {
+        char text[CRPCI_MULTICAST_SIZE + 1];
+        ssize_t got = recv(r->fd, text, CRPCI_MULTICAST_SIZE, MSG_DONTWAIT | MSG_TRUNC);
+        if (got < 0)
+            break;
+        if (crpci_multicast_take(r, text, (size_t)got))
+            continue;
+        if (r->ignored++ == 0)
+            crpci_heap_log(r->of.loop->heap, CRPC_LOG_WARN,
+                           "multicast: a datagram that makes no sense, or one too many, is "
+                           "ignored, as others will be");
+    }
+    crpci_multicast_arm(r);
+}
+
+/* --- the interface ---------------------------------------------------------------------------- */
+
+/* Takes over what is to be registered. */
+CRPCI_FN int crpci_multicast_reg_init(crpci_multicast_reg *reg, const crpci_registration *what,
+                                      crpci_heap *h)
+{
+    char text[CRPCI_MULTICAST_SIZE + 1], host[INET6_ADDRSTRLEN];
+    const char *from[5];
+    crpci_addr a;
+    if (!what->service || !*what->service || !what->address ||
+        !crpci_sock_split(what->address, host, sizeof host, &reg->port) || !reg->port)
+        return CRPC_EINVAL;
+    reg->auto_host = !*host || strcmp(host, "0.0.0.0") == 0 || strcmp(host, "::") == 0;
+    if (!reg->auto_host) {
+        if (!crpci_sock_parse(&a, what->address))
+            return CRPC_EINVAL;
+        crpci_sock_format(&a, reg->address, sizeof reg->address);
+    }
+    from[0] = what->service;
+    from[1] = what->group;
+    from[2] = what->version;
+    from[3] = what->application;
+    from[4] = what->methods;
+    if (!crpci_registry_texts_copy(h, reg->text, from, 5))
+        return CRPC_ENOMEM;
+    reg->what = *what;
+    reg->what.service = reg->text[0];
+    reg->what.group = reg->text[1];
+    reg->what.version = reg->text[2];
+    reg->what.application = reg->text[3];
+    reg->what.methods = reg->text[4];
+    reg->what.address = NULL;
+    /* with the longest address, and the longer verb, it must fit a datagram */
+    if (reg->auto_host)
+        snprintf(reg->address, sizeof reg->address, "255.255.255.255:65535");
+    return crpci_multicast_write(reg, "unregister", text, sizeof text) ? CRPC_OK : CRPC_EINVAL;
+}
+
+CRPCI_FN int crpci_multicast_enroll(crpci_registry *base, const crpci_registration *what,
+                                    crpci_registry_status_fn status, void *user, void **handle)
+{
+    crpci_multicast *r = (crpci_multicast *)(void *)base;
+    crpc_loop *l = r->of.loop;
+    crpci_multicast_reg *reg = (crpci_multicast_reg *)crpci_heap_alloc(l->heap, sizeof *reg);
+    struct timespec ts;
+    int err;
+    *handle = NULL;
+    if (!reg)
+        return CRPC_ENOMEM;
+    clock_gettime(CLOCK_REALTIME, &ts); /* it goes into the URL; nothing is timed by it */
+    reg->timestamp_ms = (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+    reg->owner = r;
+    reg->refs = 1;
+    reg->status = status;
+    reg->user = user;
+    reg->told = -1;
+    crpci_list_init(&reg->node);
+    err = crpci_multicast_reg_init(reg, what, l->heap);
+    if (err) {
+        crpci_multicast_reg_unref(reg);
+        return err;
+    }
+    crpci_loop_lock(l);
+    reg->due_us = crpci_loop_now(l);
+    crpci_list_append(&r->regs, &reg->node);
+    *handle = reg;
+    crpci_multicast_arm(r);
+    crpci_loop_unlock(l);
+    return CRPC_OK;
+}
+
+/* Locked. */
+CRPCI_FN void crpci_multicast_reg_end(crpci_multicast_reg *reg)
+{
+    crpci_multicast *r = reg->owner;
+    char text[CRPCI_MULTICAST_SIZE + 1];
+    reg->ended = true;
+    crpci_list_remove(&reg->node);
+    if (reg->told == CRPC_OK && crpci_multicast_write(reg, "unregister", text, sizeof text))
+        (void)crpci_multicast_send(r, text);
+    crpci_registry_call_wait(r->of.loop, &r->of.cond, &reg->caller);
+    crpci_multicast_reg_unref(reg);
+}
+
+CRPCI_FN void crpci_multicast_withdraw(crpci_registry *base, void *handle)
+{
+    crpci_multicast *r = (crpci_multicast *)(void *)base;
+    if (!handle)
+        return;
+    crpci_loop_lock(r->of.loop);
+    crpci_multicast_reg_end((crpci_multicast_reg *)handle);
+    crpci_loop_unlock(r->of.loop);
+}
+
+CRPCI_FN int crpci_multicast_subscribe(crpci_registry *base, const crpci_registry_query *what,
+                                       crpci_registry_push_fn push, void *user, void **handle)
+{
+    crpci_multicast *r = (crpci_multicast *)(void *)base;
+    crpc_loop *l = r->of.loop;
+    crpci_registry_member *m;
+    *handle = NULL;
+    if (!what->service || !*what->service)
+        return CRPC_EINVAL;
+    m = crpci_registry_member_new(&r->of, what, push, user);
+    if (!m)
+        return CRPC_ENOMEM;
+    crpci_loop_lock(l);
+    m->query_us = crpci_loop_now(l);
+    m->due_us = m->query_us + CRPCI_MULTICAST_FIRST_US;
+    m->questions = 2; /* a datagram can be lost */
+    crpci_list_append(&r->of.subs, &m->base.node);
+    *handle = m;
+    if (r->peer_count)
+        crpci_multicast_changed(r);
+    crpci_multicast_arm(r);
+    crpci_loop_unlock(l);
+    return CRPC_OK;
+}
+
+CRPCI_FN void crpci_multicast_free(crpci_registry_local *base)
+{
+    crpci_multicast *r = (crpci_multicast *)(void *)base;
+    while (!crpci_list_empty(&r->peers))
+        crpci_multicast_forget(r, CRPCI_CONTAINER(r->peers.next, crpci_multicast_peer, node));
+    if (r->fd >= 0)
+        close(r->fd);
+    crpci_heap_free(base->loop->heap, r, sizeof *r);
+}
+
+CRPCI_FN void crpci_multicast_close(crpci_registry *base)
+{
+    crpci_multicast *r = (crpci_multicast *)(void *)base;
+    crpci_loop_lock(r->of.loop);
+    while (!crpci_list_empty(&r->regs))
+        crpci_multicast_reg_end(CRPCI_CONTAINER(r->regs.next, crpci_multicast_reg, node));
+    crpci_registry_local_shut(&r->of);
+    crpci_loop_watch_set(r->of.loop, &r->watch, r->fd, 0);
+    crpci_registry_local_unlock(&r->of);
+}
+
+static const crpci_registry_ops crpci_multicast_ops = {
+    sizeof(crpci_registry_ops), CRPCI_REGISTRY_OPS_VERSION, crpci_multicast_enroll,
+    crpci_multicast_withdraw,   crpci_multicast_subscribe,  crpci_registry_local_unsubscribe,
+    crpci_multicast_close};
+
+/* multicast://224.5.6.7:port, with ?interface=name-or-address behind it if need be */
+CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
+                                    const crpci_registry_options *options, crpci_registry **out,
+                                    crpc_error *error)
+{
+    const char *interface = options ? options->interface : NULL;
+    char named[64];
+    struct ip_mreqn which;
+    crpci_addr group;
+    crpci_multicast *r;
+    int fd, err;
+    if (!crpci_sock_parse(&group, url->authority) || group.u.any.sa_family != AF_INET ||
+        ntohl(group.u.in4.sin_addr.s_addr) >> 28 != 14 || group.u.in4.sin_port == 0)
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "multicast://%.60s: expected an address from 224.0.0.0 to "
+                                "239.255.255.255, and a port",
+                                url->authority);
+    if (*url->query) { /* a server hands it on, a channel has taken it out */
+        if (strncmp(url->query, "interface=", 10) != 0 || strchr(url->query, '&') ||
+            (size_t)snprintf(named, sizeof named, "%s", url->query + 10) >= sizeof named ||
+            !crpci_url_decode(named))
+            return crpci_status_set(error, CRPC_EINVAL,
+                                    "multicast://%.60s?%.60s: interface= is the only option",
+                                    url->authority, url->query);
+        interface = named;
+    }
+    if (!crpci_multicast_interface(interface, &which))
+        return crpci_status_set(error, CRPC_EADDRESS, "multicast: there is no interface \"%.40s\"",
+                                interface);
+    fd = crpci_multicast_socket(&group, &which);
+    if (fd < 0)
+        return crpci_status_set(error, CRPC_EADDRESS, "multicast://%.60s: %s", url->authority,
+                                strerror(errno));
+    r = (crpci_multicast *)crpci_heap_alloc(l->heap, sizeof *r);
+    if (!r || !crpci_registry_local_init(&r->of, &crpci_multicast_ops, l, crpci_multicast_on_timer,
+                                         crpci_multicast_free)) {
+        crpci_heap_free(l->heap, r, sizeof *r);
+        close(fd);
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    }
+    r->fd = fd;
+    r->group = group;
+    r->which = which;
+    r->interval_us =
+        crpci_base_option(options ? options->announce_ms : 0, CRPCI_MULTICAST_INTERVAL_MS,
+                          CRPCI_MULTICAST_INTERVAL_MS) * 1000;
+    crpci_list_init(&r->peers);
+    crpci_list_init(&r->regs);
+    crpci_watch_init(&r->watch, crpci_multicast_on_event);
+    crpci_loop_lock(l);
+    r->tick_us = crpci_loop_now(l);
+    err = crpci_loop_watch_set(l, &r->watch, fd, CRPC_READABLE);
+    if (!err) {
+        crpci_loop_unlock(l);
+        *out = &r->of.base;
+        return CRPC_OK;
+    }
+    crpci_registry_local_unlock(&r->of);
+    return crpci_status_set(error, err, "multicast: %s", crpc_status_text(err));
+}
+
+/* ======================================================================== */
 /* >>impl-zookeeper   the registry in ZooKeeper, with Dubbo's layout         */
 /* ======================================================================== */
 
@@ -9149,6 +9916,7 @@ CRPCI_COLD int crpci_filereg_open(crpc_loop *l, const crpci_url *url, crpci_regi
 
 #define CRPCI_ZOOKEEPER_PORT           2181
 #define CRPCI_ZOOKEEPER_ROOT           "dubbo"
+#define CRPCI_ZOOKEEPER_SPREAD_MS      2000
 #define CRPCI_ZOOKEEPER_TIMEOUT_MS     15000
 #define CRPCI_ZOOKEEPER_TIMEOUT_MAX_MS 3600000   /* a longer one was not granted by a ZooKeeper */
 #define CRPCI_ZOOKEEPER_TIMEOUT_MIN_MS 200       /* a sixtieth of it paces the client's dialling */
@@ -9194,6 +9962,7 @@ struct crpci_zookeeper {
     char *authority;
     char *credential; /* or NULL */
     int timeout_ms;
+    int64_t spread_us;
     char *hosts; /* numeric, as the client wants them */
     crpci_registry_cache cache;
     crpci_addr *servers;
@@ -9317,6 +10086,7 @@ typedef struct crpci_zookeeper_dir {
     bool ruled; /* of providers: overrides were looked for; until then it is not read */
     crpci_list subs;
     uint32_t round; /* of reading */
+    bool read;      /* it was, once */
     bool aged;      /* all was called stale in this round of the session's */
     bool refused;   /* may not be created */
     bool bad;       /* it was logged that a name is unreadable */
@@ -9394,6 +10164,13 @@ CRPCI_FN int64_t crpci_zookeeper_backoff(crpci_zookeeper *s, unsigned n)
 {
     int64_t us = (int64_t)CRPCI_ZOOKEEPER_RETRY_US / 2 << (n < 8 ? n : 8);
     return crpci_zookeeper_spread(s, crpci_base_min64(us, CRPCI_ZOOKEEPER_BACKOFF_US), 33);
+}
+
+/* A moment within the spread, or half a short session. Locked. */
+CRPCI_FN int64_t crpci_zookeeper_scatter(crpci_zookeeper *s)
+{
+    int64_t most = crpci_base_min64((int64_t)s->timeout_ms * 500, s->spread_us);
+    return (int64_t)(crpci_loop_random(s->loop) % 4096u) * most / 4096;
 }
 
 /* How long a lost connection may stay lost. */
@@ -9982,6 +10759,7 @@ CRPCI_FN void crpci_zookeeper_dir_done(crpci_zookeeper_task *t, const crpci_zook
         return;
     }
     dir->failed = false;
+    dir->read = true;
     if (a->rc == ZOK)
         crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_REREAD_US, 20));
     else if (dir->refused)
@@ -10004,10 +10782,14 @@ CRPCI_FN void crpci_zookeeper_dir_done(crpci_zookeeper_task *t, const crpci_zook
 CRPCI_FN void crpci_zookeeper_dir_resume(crpci_zookeeper_task *t, bool fresh)
 {
     crpci_zookeeper_dir *dir = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
-    (void)fresh;
     t->step = CRPCI_ZOOKEEPER_LIST;
     dir->refused = false;
-    crpci_zookeeper_dir_changed(dir);
+    /* In the same session the watches tell of what was missed: to read anyway is the net below
+     * them, and no reason for all to do so in the same moment. */
+    if (fresh || !dir->read)
+        crpci_zookeeper_dir_changed(dir);
+    else
+        crpci_zookeeper_later(t, crpci_zookeeper_scatter(t->session));
 }
 
 CRPCI_FN void crpci_zookeeper_dir_fired(crpci_zookeeper_task *t, const char *path, bool gone)
@@ -10411,10 +11193,12 @@ CRPCI_FN void crpci_zookeeper_reg_resume(crpci_zookeeper_task *t, bool fresh)
         t->step = CRPCI_ZOOKEEPER_DELETE;
     else
         t->step = reg->live ? CRPCI_ZOOKEEPER_IDLE : CRPCI_ZOOKEEPER_CREATE;
-    reg->check_us = 0; /* the way there may be another one, with another address */
     if (reg->withdrawn)
         t->step = CRPCI_ZOOKEEPER_GONE;
     t->due_us = 0;
+    reg->check_us = 0; /* the way there may be another one, with another address */
+    if (t->step == CRPCI_ZOOKEEPER_IDLE)
+        crpci_zookeeper_later(t, crpci_zookeeper_scatter(t->session));
 }
 
 CRPCI_FN void crpci_zookeeper_reg_free(crpci_zookeeper_task *t)
@@ -10922,14 +11706,11 @@ CRPCI_COLD void crpci_zookeeper_log_renewal(crpci_zookeeper *s)
                    s->authority);
 }
 
-/* The wait before a session is replaced: short and random at first, so that a fleet that lost its
- * server does not come back as one. */
+/* The wait before a session is replaced: random at first, so that a fleet that lost its server does
+ * not come back as one. */
 CRPCI_FN int64_t crpci_zookeeper_delay(crpci_zookeeper *s)
 {
-    int64_t most = crpci_base_min64((int64_t)s->timeout_ms * 250, 500000);
-    if (s->failures)
-        return crpci_zookeeper_backoff(s, s->failures);
-    return (int64_t)(crpci_loop_random(s->loop) % 1024u) * most / 1024;
+    return s->failures ? crpci_zookeeper_backoff(s, s->failures) : crpci_zookeeper_scatter(s);
 }
 
 #if CRPC_ZOOKEEPER_ST
@@ -11641,6 +12422,7 @@ CRPCI_COLD int crpci_zookeeper_new(crpc_loop *l, const char *authority,
     s->refs = 1;
     s->users = 1;
     s->timeout_ms = o->session_timeout_ms;
+    s->spread_us = crpci_base_option(o->spread_ms, CRPCI_ZOOKEEPER_SPREAD_MS, 0) * 1000;
     s->cache.heap = s->heap;
     crpci_list_init(&s->cache.entries);
     crpci_timer_init(&s->timer, crpci_zookeeper_on_timer);
@@ -11779,6 +12561,8 @@ CRPCI_COLD int crpci_registry_open(crpc_loop *l, const crpci_url *url,
     *out = NULL;
     if (strcmp(url->scheme, "file") == 0)
         return crpci_filereg_open(l, url, out, error);
+    if (strcmp(url->scheme, "multicast") == 0)
+        return crpci_multicast_open(l, url, options, out, error);
     if (strcmp(url->scheme, "zookeeper") != 0)
         return crpci_status_set(error, CRPC_EUNSUPPORTED,
                                 "no registry is known as \"%.40s\"; zookeeper://, multicast:// and "
@@ -16492,13 +17276,19 @@ CRPCI_COLD int crpci_channel_open_balance(crpc_channel *ch, crpc_balancer balanc
 typedef struct crpci_channel_where {
     char group[128];
     char version[128];
+<<<<<<< HEAD
     char service[128]; /* file:// only: elsewhere it stands in the path */
     char cache[256];   /* zookeeper:// only */
+=======
+    char service[128];   /* file:// only: elsewhere it stands in the path */
+    char interface[128]; /* multicast:// only */
+>>>>>>> registry
 } crpci_channel_where;
 
 /* Whether the providers are looked up rather than named in the URL. */
 CRPCI_COLD bool crpci_channel_has_registry(const char *scheme)
 {
+<<<<<<< HEAD
     return strcmp(scheme, "tcp") != 0 && strcmp(scheme, "unix") != 0 && strcmp(scheme, "list") != 0;
 }
 
@@ -16518,6 +17308,16 @@ CRPCI_COLD char *crpci_channel_place(crpci_channel_where *where, const char *sch
            : strcmp(key, "version") == 0 ? where->version
            : strcmp(scheme, "file") == 0 && strcmp(key, "service") == 0 ? where->service
                                                                         : NULL;
+=======
+    bool file = strcmp(scheme, "file") == 0, multicast = strcmp(scheme, "multicast") == 0;
+    if (!file && !multicast && strcmp(scheme, "zookeeper") != 0)
+        return NULL;
+    return strcmp(key, "group") == 0                    ? where->group
+           : strcmp(key, "version") == 0                ? where->version
+           : file && strcmp(key, "service") == 0        ? where->service
+           : multicast && strcmp(key, "interface") == 0 ? where->interface
+                                                        : NULL;
+>>>>>>> registry
 }
 
 CRPCI_COLD int crpci_channel_read_url(crpci_url *u, crpc_channel_options *o,
@@ -16731,7 +17531,11 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
     ro.credential = o->registry_credential;
     ro.application = o->application;
     ro.register_consumer = true;
+<<<<<<< HEAD
     ro.cache = *which->cache ? which->cache : o->cache;
+=======
+    ro.interface = which->interface;
+>>>>>>> registry
     err = crpci_registry_open(ch->loop, u, &ro, &ch->registry, error);
     if (err)
         return err;
@@ -19034,7 +19838,7 @@ CRPCI_COLD int crpci_server_enrol(crpc_server *s, crpc_error *error)
     err = err ? err : crpci_url_parse(&u, s->registry_url, error);
     if (err)
         return err;
-    if (*u.query)
+    if (*u.query && strcmp(u.scheme, "multicast") != 0)
         return crpci_status_set(error, CRPC_EINVAL, "%.100s: a registry takes no URL options here",
                                 s->registry_url);
     memset(&ro, 0, sizeof ro);
