@@ -17276,19 +17276,14 @@ CRPCI_COLD int crpci_channel_open_balance(crpc_channel *ch, crpc_balancer balanc
 typedef struct crpci_channel_where {
     char group[128];
     char version[128];
-<<<<<<< HEAD
-    char service[128]; /* file:// only: elsewhere it stands in the path */
-    char cache[256];   /* zookeeper:// only */
-=======
     char service[128];   /* file:// only: elsewhere it stands in the path */
     char interface[128]; /* multicast:// only */
->>>>>>> registry
+    char cache[256];     /* zookeeper:// only */
 } crpci_channel_where;
 
 /* Whether the providers are looked up rather than named in the URL. */
 CRPCI_COLD bool crpci_channel_has_registry(const char *scheme)
 {
-<<<<<<< HEAD
     return strcmp(scheme, "tcp") != 0 && strcmp(scheme, "unix") != 0 && strcmp(scheme, "list") != 0;
 }
 
@@ -17304,20 +17299,13 @@ CRPCI_COLD char *crpci_channel_place(crpci_channel_where *where, const char *sch
         *size = sizeof where->cache;
         return where->cache;
     }
+    if (strcmp(scheme, "file") == 0 && strcmp(key, "service") == 0)
+        return where->service;
+    if (strcmp(scheme, "multicast") == 0 && strcmp(key, "interface") == 0)
+        return where->interface;
     return strcmp(key, "group") == 0     ? where->group
            : strcmp(key, "version") == 0 ? where->version
-           : strcmp(scheme, "file") == 0 && strcmp(key, "service") == 0 ? where->service
-                                                                        : NULL;
-=======
-    bool file = strcmp(scheme, "file") == 0, multicast = strcmp(scheme, "multicast") == 0;
-    if (!file && !multicast && strcmp(scheme, "zookeeper") != 0)
-        return NULL;
-    return strcmp(key, "group") == 0                    ? where->group
-           : strcmp(key, "version") == 0                ? where->version
-           : file && strcmp(key, "service") == 0        ? where->service
-           : multicast && strcmp(key, "interface") == 0 ? where->interface
-                                                        : NULL;
->>>>>>> registry
+                                         : NULL;
 }
 
 CRPCI_COLD int crpci_channel_read_url(crpci_url *u, crpc_channel_options *o,
@@ -17531,11 +17519,8 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
     ro.credential = o->registry_credential;
     ro.application = o->application;
     ro.register_consumer = true;
-<<<<<<< HEAD
     ro.cache = *which->cache ? which->cache : o->cache;
-=======
     ro.interface = which->interface;
->>>>>>> registry
     err = crpci_registry_open(ch->loop, u, &ro, &ch->registry, error);
     if (err)
         return err;
