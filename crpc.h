@@ -6510,8 +6510,8 @@ CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balan
 
 /* --- p2c: what a call costs there */
 
-/* What is left of a latency after some time. Between one halving and the next a parabola serves for
- * 2^-x, to 0.4 per cent: 1 - 0.675 x + 0.175 x^2. */
+/* What is left of a latency after some time, rounded up. Between one halving and the next a parabola
+ * serves for 2^-x, to 0.4 per cent: 1 - 0.675 x + 0.175 x^2. */
 CRPCI_FN int64_t crpci_balance_fade(int64_t latency, int64_t passed_us)
 {
     int64_t halvings = passed_us >> CRPCI_BALANCE_HALF_BITS;
@@ -6520,8 +6520,9 @@ CRPCI_FN int64_t crpci_balance_fade(int64_t latency, int64_t passed_us)
         return latency;
     if (halvings > 62)
         return 0;
+    latency >>= halvings;
     x = x * (5662310 - (1468006 * x >> CRPCI_BALANCE_HALF_BITS)) >> CRPCI_BALANCE_HALF_BITS;
-    return (latency >> halvings) * ((1 << CRPCI_BALANCE_HALF_BITS) - x) >> CRPCI_BALANCE_HALF_BITS;
+    return latency - (latency * x >> CRPCI_BALANCE_HALF_BITS);
 }
 
 /* Who was never measured gets one call at once, and no more before that one has ended. */
@@ -6554,7 +6555,7 @@ CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_node *n, boo
     if (above > 0) {
         latency += crpci_balance_fade(above, now_us - n->latency_us);
         if (latency == n->latency)
-            return; /* too soon for a step: the time goes on to be counted */
+            return; /* too soon for any step: the time that passes is kept for the next */
     }
     n->latency = latency;
     n->latency_us = now_us;

@@ -239,6 +239,12 @@ static void closed_open_probe_closed(void **state)
         assert_false(crpci_breaker_end(&b, &o, CRPCI_BREAKER_OK, 300 * MS, now, 0));
         assert_false(crpci_breaker_open(&b, &o, now));
         assert_false(crpci_breaker_ejected(&b));
+        {
+            int i; /* the window begins anew: the tenth call trips, not the first */
+            for (i = 0; i < 9; i++)
+                assert_false(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+            assert_true(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+        }
     }
 }
 

@@ -490,6 +490,36 @@ static void windows(void **state)
     assert_in_range(a.qps, 99000000, 101000000); /* all replies count, samples or not */
 }
 
+/* When it is measured anew how long a reply takes, fewer are let in, what was in the queue is
+ * waited for, and only then samples are taken. */
+static void measuring_anew(void **state)
+{
+    crpci_limiter_auto a;
+    int64_t now = 1, drained;
+    int i;
+    (void)state;
+    crpci_limiter_auto_init(&a, 1, 40);
+    for (i = 0; !a.drained_us; i++) { /* always 40 and one refused, 10 ms each: 4000 a second */
+        assert_true(i < 20000);
+        while (crpci_limiter_auto_enter(&a))
+            continue;
+        crpci_limiter_auto_leave(&a, true, 10000, now += 250);
+    }
+    assert_in_range(now, 2000000, 4100000);
+    assert_int_equal(crpci_limiter_auto_limit(&a), 20); /* half of what is known */
+    drained = a.drained_us;
+    assert_int_equal(drained, now + 20000);
+    while (now + 250 < drained) {
+        crpci_limiter_auto_leave(&a, true, 10000, now += 250);
+        assert_int_equal(a.ok, 0);
+    }
+    assert_int_equal(a.free_us, 10000);
+    for (i = 0; i < 205; i++)
+        crpci_limiter_auto_leave(&a, true, 4000, now += 250);
+    assert_int_equal(a.free_us, 4000);
+    assert_true(a.anew_us <= now + 2 * CRPCI_LIMITER_ANEW_SOON_US); /* much less: soon once more */
+}
+
 /* Whatever it is told, nothing overflows and the limit stays one. */
 static void limit_extremes(void **state)
 {
@@ -531,6 +561,7 @@ int main(void)
         CT_TEST(failures),
         CT_TEST(entering_and_leaving),
         CT_TEST(windows),
+        CT_TEST(measuring_anew),
         CT_TEST(limit_extremes),
     };
     return CT_RUN(tests);
