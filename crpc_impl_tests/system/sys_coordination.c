@@ -122,6 +122,20 @@ static int call(side *s, crpc_node_op op, crpc_node *out)
     return crpc_registry_call(s->registry, &op, 1, LATE_MS, out);
 }
 
+/* Whether a request of the session is with the client: the single-threaded one is given it by the
+ * thread that drives the loop, a moment later. */
+static bool under_way(side *s)
+{
+    crpci_zookeeper *z = s->registry->session;
+    crpci_list *i;
+    bool found = false;
+    crpci_loop_lock(s->loop);
+    for (i = z->tasks.next; i != &z->tasks; i = i->next)
+        found = found || CRPCI_CONTAINER(i, crpci_zookeeper_task, node)->op;
+    crpci_loop_unlock(s->loop);
+    return found;
+}
+
 static crpc_view text(const char *t)
 {
     return crpc_view_str(t);
@@ -447,6 +461,7 @@ static void it_says_what_became_of_an_operation(void **state)
     assert_int_equal(n.error.sent, CRPC_SENT_MAYBE);
     /* sent, and the connection is cut; what only reads is asked again */
     assert_int_equal(crpc_registry_call_async(a.registry, &op, 1, LATE_MS, on_done, &a), CRPC_OK);
+    assert_true(CT_WAIT(under_way(&a), LATE_MS));
     zk_proxy_set(&p, ZK_PROXY_REFUSE);
     assert_true(CT_WAIT(value(&a.done) == 2, LATE_MS));
     assert_int_equal(a.status, CRPC_ECONN);
@@ -456,6 +471,7 @@ static void it_says_what_became_of_an_operation(void **state)
     assert_int_equal(err, CRPC_OK);
     zk_proxy_set(&p, ZK_PROXY_STALL);
     assert_int_equal(crpc_registry_call_async(a.registry, &read, 1, LATE_MS, on_done, &a), CRPC_OK);
+    assert_true(CT_WAIT(under_way(&a), LATE_MS));
     zk_proxy_set(&p, ZK_PROXY_REFUSE);
     ct_sleep_ms(100);
     zk_proxy_set(&p, ZK_PROXY_OPEN);
