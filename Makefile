@@ -170,7 +170,7 @@ $(foreach m,$(MUTANTS),$(eval $(call mutant_rule,$(m))))
 
 .PHONY: build-test build-test-tsan
 build-test: $(if $(filter %/netns.sh,$(SCRIPTS)),$(B)/system/sys_zookeeper.mt $(B)/system/sys_zookeeper.st)
-build-test: $(UNIT_BIN) $(SYSTEM_BIN) $(if $(filter %/check_examples.sh %/wire.py %/syscalls.py,$(SCRIPTS)),build-examples)
+build-test: $(UNIT_BIN) $(SYSTEM_BIN) $(if $(filter %/check_examples.sh %/coordination.sh %/wire.py %/syscalls.py,$(SCRIPTS)),build-examples)
 build-test-tsan: $(TSAN_BIN) $(filter-out %/none,$(MUTANT_BIN))
 
 # Builds what can be built, runs it, and counts the rest as failed.
