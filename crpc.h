@@ -312,8 +312,8 @@
  * before the server can give the lock to another; it is renewed every quarter. But no callback
  * reaches a process that is stopped or starved, and what it sent long ago may arrive late: where
  * two at a time would do harm, send the token with each request and have the receiver refuse one
- * that is smaller than the largest it has seen. Locks are shared with Curator's InterProcessMutex,
- * elections with its LeaderSelector: the nodes have the same names.
+ * that is smaller than the largest it has seen. The nodes are named as Curator's recipes name
+ * theirs (InterProcessMutex, LeaderSelector).
  *
  * LIMITS AND TRUST
  *
@@ -1399,7 +1399,7 @@ typedef struct crpc_node {
  * only. */
 typedef void (*crpc_node_fn)(void *user, const crpc_node *node);
 
-/* What to do with the node at a path. */
+/* An operation without data and flags; the functions below are easier to read. */
 static inline crpc_node_op crpc_node_op_of(crpc_node_verb verb, const char *path, int32_t version)
 {
     crpc_node_op op;
@@ -12634,6 +12634,7 @@ typedef struct crpci_coordination_op {
     size_t root; /* length of what paths have in front */
     char *first; /* FIRST: the node that was found */
     bool finished;
+    int64_t deadline_us;
     crpc_node result;
 } crpci_coordination_op;
 
@@ -12829,8 +12830,20 @@ CRPCI_FN char *crpci_coordination_path(crpci_heap *h, const char *root, const ch
 /* Back again, for the program. */
 CRPCI_FN const char *crpci_coordination_relative(const char *full, size_t root)
 {
-    full += root;
+    if (strlen(full) >= root) /* a server that answers nonsense is not believed */
+        full += root;
     return full + (*full == '/');
+}
+
+/* How many names an answer brings, and each of them. */
+CRPCI_FN size_t crpci_coordination_names(const crpci_zookeeper_answer *a)
+{
+    return a->rc == ZOK && a->names && a->names->count > 0 ? (size_t)a->names->count : 0;
+}
+
+CRPCI_FN const char *crpci_coordination_name(const crpci_zookeeper_answer *a, size_t i)
+{
+    return a->names->data[i] ? a->names->data[i] : "";
 }
 
 /* The number of a node in a queue, which ZooKeeper has written with "%010d"; it goes on from
@@ -13205,14 +13218,14 @@ CRPCI_FN bool crpci_coordination_keep(crpci_coordination_op *c, const crpci_zook
                                                                        : c->ops[0].path;
     bool reads = a && op->step == CRPCI_ZOOKEEPER_GET && a->rc == ZOK && a->size >= 0 && a->text;
     bool many = a && op->multi && !crpci_zookeeper_lost(a->rc);
-    size_t names = a && a->rc == ZOK && a->names ? (size_t)a->names->count : 0, size, i;
+    size_t names = a ? crpci_coordination_names(a) : 0, size, i;
     crpci_chunk *chunk;
     const char **list;
     char *at;
     path = crpci_coordination_relative(path, c->root);
     size = strlen(path) + 1 + (reads ? (size_t)a->size : 0) + names * sizeof *list;
     for (i = 0; i < names; i++)
-        size += strlen(a->names->data[i]) + 1;
+        size += strlen(crpci_coordination_name(a, i)) + 1;
     for (i = 0; many && i < c->count; i++)
         size += sizeof(crpc_node_part) + strlen(c->ops[i].path) + 16;
     chunk = crpci_heap_chunk(c->item.task.session->heap, size);
@@ -13226,8 +13239,10 @@ CRPCI_FN bool crpci_coordination_keep(crpci_coordination_op *c, const crpci_zook
         crpci_coordination_put_parts(c, (crpc_node_part *)(void *)crpci_heap_data(chunk), &at,
                                      op->multi, a->rc);
     }
-    for (i = 0; i < names; i++)
-        list[i] = crpci_coordination_put(&at, a->names->data[i], strlen(a->names->data[i]) + 1);
+    for (i = 0; i < names; i++) {
+        const char *name = crpci_coordination_name(a, i);
+        list[i] = crpci_coordination_put(&at, name, strlen(name) + 1);
+    }
     c->result.children = names ? list : NULL;
     c->result.child_count = names;
     c->result.path = crpci_coordination_put(&at, path, strlen(path) + 1);
@@ -13335,8 +13350,8 @@ CRPCI_FN void crpci_coordination_first(crpci_coordination_op *c, const crpci_zoo
     bool listed = op->step == CRPCI_ZOOKEEPER_LIST;
     crpci_heap_strfree(t->session->heap, listed ? c->first : NULL);
     c->first = listed ? NULL : c->first;
-    if (a->rc == ZOK && listed && a->names) {
-        crpci_coordination_look(&p, a->names->data, (size_t)a->names->count, "");
+    if (listed && crpci_coordination_names(a)) {
+        crpci_coordination_look(&p, a->names->data, crpci_coordination_names(a), "");
         if (p.first) {
             c->first = crpci_zookeeper_join(t->session->heap, c->ops[0].path, p.first);
             t->step = CRPCI_ZOOKEEPER_GET;
@@ -13469,8 +13484,9 @@ CRPCI_FN void crpci_coordination_op_begin(crpc_registry *r, crpci_coordination_o
     int64_t ms = crpci_base_option(timeout_ms, CRPCI_COORDINATION_TIMEOUT_MS,
                                    CRPCI_COORDINATION_LONGEST_MS);
     r->pending++;
+    c->deadline_us = crpci_loop_now(r->loop) + ms * 1000;
     crpci_coordination_item_add(r, &c->item);
-    crpci_loop_timer_set(r->loop, &c->item.timer, ms * 1000);
+    crpci_loop_timer_at(r->loop, &c->item.timer, c->deadline_us);
     crpci_zookeeper_kick(r->session);
 }
 
@@ -13506,8 +13522,9 @@ CRPC_API int crpc_registry_call(crpc_registry *r, const crpc_node_op *ops, size_
     c->item.task.refs++;
     s->refs++; /* another thread may close the registry meanwhile */
     crpci_coordination_op_begin(r, c, timeout_ms);
-    crpci_loop_wait(l, &w, INT64_MAX, false);
-    crpci_coordination_finish(c, CRPC_ECANCELED, CRPC_SENT_MAYBE, NULL, NULL);
+    crpci_loop_wait(l, &w, c->deadline_us, false);
+    if (!c->finished) /* whoever drives the loop has not come to its timers */
+        crpci_coordination_op_timer(l, &c->item.timer);
     c->waiter = NULL;
     err = c->result.error.code;
     if (node) {
@@ -13835,7 +13852,7 @@ CRPCI_FN void crpci_coordination_listed(crpci_coordination_queue *q,
 {
     crpci_zookeeper_task *t = &q->item.task;
     crpci_heap *h = t->session->heap;
-    size_t count = a->rc == ZOK && a->names ? (size_t)a->names->count : 0;
+    size_t count = crpci_coordination_names(a);
     crpci_coordination_place p;
     const char *other;
     crpci_coordination_look(&p, count ? a->names->data : NULL, count, q->id);
@@ -13955,7 +13972,8 @@ CRPCI_FN void crpci_coordination_added(crpci_coordination_queue *q, const crpci_
         crpci_coordination_queue_fail(q, a->rc);
         return;
     }
-    q->path = crpci_heap_strndup(t->session->heap, a->text, strlen(a->text));
+    if (a->text)
+        q->path = crpci_heap_strndup(t->session->heap, a->text, strlen(a->text));
     q->doubt = q->doubt || !q->path;
     crpci_coordination_queue_next(q);
 }
@@ -13985,8 +14003,7 @@ CRPCI_FN void crpci_coordination_answered(crpci_coordination_queue *q, const crp
     } else if (op->step == CRPCI_ZOOKEEPER_LIST) {
         crpci_coordination_listed(q, a);
     } else if (op->step == CRPCI_ZOOKEEPER_WATCH && a->rc == ZOK) {
-        t->step = CRPCI_ZOOKEEPER_LIST; /* when the watch fires; in case it was lost, some time */
-        crpci_zookeeper_later(t,
+        crpci_zookeeper_later(t, /* in case the watch is lost */
                               crpci_zookeeper_spread(t->session, CRPCI_ZOOKEEPER_CHECK_US, 20));
     } else if (op->step == CRPCI_ZOOKEEPER_STAT) {
         if (a->rc == ZOK && a->stat->ephemeralOwner == t->session->session_id)
@@ -14051,8 +14068,10 @@ CRPCI_FN void crpci_coordination_queue_changed(crpci_zookeeper_task *t, const ch
 {
     crpci_coordination_queue *q = crpci_coordination_queue_of(t);
     (void)gone;
-    if (!t->op && t->step == CRPCI_ZOOKEEPER_LIST && q->before && strcmp(q->before, path) == 0)
+    if (!t->op && t->step == CRPCI_ZOOKEEPER_WATCH && strcmp(q->before, path) == 0) {
+        t->step = CRPCI_ZOOKEEPER_LIST;
         t->due_us = 0;
+    }
 }
 
 CRPCI_FN void crpci_coordination_queue_unsent(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,

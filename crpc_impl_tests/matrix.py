@@ -203,7 +203,8 @@ class Matrix:
 
     def add_objects(self):
         """With a toggle off the object is smaller and does without what it stands for."""
-        absent = {"no-epoll": (r"epoll_", ""), "no-zookeeper": (r"zoo|deallocate_", ""),
+        absent = {"no-epoll": (r"epoll_", ""),
+                  "no-zookeeper": (r"zoo|deallocate_", r"crpc_(registry|config|lock|election)_"),
                   "no-threads": (r"pthread_", ""), "bare": (r"zoo|deallocate_|epoll_|pthread_", ""),
                   "no-server": ("", r"crpc_server_"), "no-client": ("", r"crpc_channel_")}
 
