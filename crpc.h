@@ -268,6 +268,12 @@
  * when a channel or a server opens. Its sockets are not close-on-exec: a program that execs closes
  * them in the child.
  *
+ * Two registries need no server. multicast://224.5.6.7:port: providers announce themselves every
+ * few seconds and say when they go, in Dubbo's datagrams; what is not heard of for a while is gone.
+ * Loops have to be driven for it. file:///path, for consumers: a line for each provider,
+ *     10.0.0.1:8000 weight=50 group=g version=1 service=package.Service    # and the like
+ * read again when it changes.
+ *
  * CALLING POLICY
  *
  * What a channel makes of its providers is set for the channel (options, or its URL), for a method
@@ -998,14 +1004,16 @@ typedef struct crpc_channel_options {
  *
  *   tcp://host:port        unix:///path        list://host:port,host:port
  *   zookeeper://host:port,host:port/root/package.Service
+ *   multicast://224.5.6.7:port/package.Service    file:///path
  *
  * Options may follow as ?key=value&key=value: the numbers among crpc_channel_options by their
  * names, lb and cluster by the words beside crpc_balancer and crpc_cluster, with a registry also
- * group and version. An unknown key is CRPC_EINVAL. They override `options`, which may be NULL.
+ * group and version, with zookeeper:// cache, with multicast:// interface (a name or an address),
+ * with file:// service. An unknown key is CRPC_EINVAL. They override `options`, which may be NULL.
  * IPv6 addresses stand in brackets.
  *
  * Host names are resolved here, on this thread; connections are made when calls need them. With
- * zookeeper:// waits for the session and the first list for registry_timeout_ms. CRPC_EREGISTRY:
+ * a registry waits for the session and the first list for registry_timeout_ms. CRPC_EREGISTRY:
  * not reached, and must_connect. `error` (may be NULL) tells in words. Not inside a callback of the
  * loop if it has to wait (CRPC_EDEADLK). */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_open(crpc_channel **channel, const char *url,
@@ -1124,15 +1132,15 @@ typedef struct crpc_method_limit {
 typedef struct crpc_server_options {
     const char *listen; /* tcp://host:port or unix:///path; port 0: any. NULL: crpc_server_listen */
     const char *registry; /* zookeeper://host:port,...[/root] to register in; without a root in
-                             /dubbo. NULL: nowhere */
+                             /dubbo. Or multicast://224.5.6.7:port. NULL: nowhere */
     const char *advertise; /* host[:port] to register, resolved when starting. NULL: the address of
                               this host that reaches the registry, unless a listener has its own */
     const char *registry_credential; /* ZooKeeper digest "user:password". NULL: none */
     const char *group;               /* registered with every service. NULL: none */
     const char *version;             /* likewise. NULL: none */
     const char *application;         /* likewise: the program's name. NULL: "crpc" */
-    int weight; /* registered, up to 1000000, for consumers that weigh; this version's channels do
-                   not. 0: 100. -1: 0 */
+    int weight; /* registered, up to 1000000: the share of calls. 0: 100. -1: 0, which is none as
+                   long as there is another provider */
     int warmup_ms; /* registered: how long consumers raise the weight, from 1 to all of it. 0: none.
                       -1: none */
     crpc_loop *loop;         /* must outlive the server. NULL: a private loop */
@@ -6510,8 +6518,8 @@ CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balan
 
 /* --- p2c: what a call costs there */
 
-/* What is left of a latency after some time, rounded up. Between one halving and the next a parabola
- * serves for 2^-x, to 0.4 per cent: 1 - 0.675 x + 0.175 x^2. */
+/* What is left of a latency after some time, rounded up. Between one halving and the next a
+ * parabola serves for 2^-x, to 0.4 per cent: 1 - 0.675 x + 0.175 x^2. */
 CRPCI_FN int64_t crpci_balance_fade(int64_t latency, int64_t passed_us)
 {
     int64_t halvings = passed_us >> CRPCI_BALANCE_HALF_BITS;
