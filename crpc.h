@@ -257,6 +257,12 @@
  * when a channel or a server opens. Its sockets are not close-on-exec: a program that execs closes
  * them in the child.
  *
+ * Two registries need no server. file:///path has a line for each provider,
+ *     10.0.0.1:8000 weight=100 warmup_ms=60000 group=g version=1 service=package.Service  # comment
+ * with all but the address left out at will, and is read again when it changes. With
+ * multicast://224.5.6.7:1234 providers announce themselves every five seconds, and are gone after
+ * fifteen without; what is heard is believed, so it is for networks in which all can be trusted.
+ *
  * LIMITS AND TRUST
  *
  * Bytes from a connection are not trusted: sizes are checked before memory is taken, nothing read
@@ -820,11 +826,13 @@ typedef struct crpc_channel_options {
  *
  *   tcp://host:port        unix:///path        list://host:port,host:port
  *   zookeeper://host:port,host:port/root/package.Service
+ *   file:///path           multicast://224.5.6.7:port/package.Service
  *
  * Options may follow as ?key=value&key=value: timeout_ms, connect_timeout_ms, retries, inflight,
- * max_body, max_queued, short_names (0 or 1); with zookeeper:// also registry_timeout_ms,
- * session_timeout_ms, must_connect, group, version. An unknown key is CRPC_EINVAL. They override
- * `options`, which may be NULL. IPv6 addresses stand in brackets.
+ * max_body, max_queued, short_names (0 or 1); with the last three also registry_timeout_ms,
+ * session_timeout_ms, must_connect, group, version; with file:// service, else all lines are
+ * taken; with multicast:// interface, its name or address. An unknown key is CRPC_EINVAL. They
+ * override `options`, which may be NULL. IPv6 addresses stand in brackets.
  *
  * Host names are resolved here, on this thread; connections are made when calls need them. With
  * zookeeper:// waits for the session and the first list for registry_timeout_ms. CRPC_EREGISTRY:
@@ -934,7 +942,8 @@ typedef struct crpc_server_interceptor {
 typedef struct crpc_server_options {
     const char *listen; /* tcp://host:port or unix:///path; port 0: any. NULL: crpc_server_listen */
     const char *registry; /* zookeeper://host:port,...[/root] to register in; without a root in
-                             /dubbo. NULL: nowhere */
+                             /dubbo. Or multicast://224.5.6.7:port[?interface=eth0].
+                             NULL: nowhere */
     const char *advertise; /* host[:port] to register, resolved when starting. NULL: the address of
                               this host that reaches the registry, unless a listener has its own */
     const char *registry_credential; /* ZooKeeper digest "user:password". NULL: none */
@@ -12681,7 +12690,7 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
 #if CRPC_ZOOKEEPER_ST && CRPC_ENABLE_THREADS
     /* The single-threaded client lives in the loop, which somebody must drive. */
     crpci_loop_lock(ch->loop);
-    if (ch->private_loop)
+    if (ch->private_loop && !file && !multicast)
         err = crpci_loop_need_owner(ch->loop);
     crpci_loop_unlock(ch->loop);
     if (err)
