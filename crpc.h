@@ -268,11 +268,12 @@
  * when a channel or a server opens. Its sockets are not close-on-exec: a program that execs closes
  * them in the child.
  *
- * Two registries need no server. multicast://224.5.6.7:port: providers announce themselves every
- * few seconds and say when they go, in Dubbo's datagrams; what is not heard of for a while is gone.
- * Loops have to be driven for it. file:///path, for consumers: a line for each provider,
- *     10.0.0.1:8000 weight=50 group=g version=1 service=package.Service    # and the like
- * read again when it changes.
+ * Two registries need no server. file:///path has a line for each provider,
+ *     10.0.0.1:8000 weight=100 warmup_ms=60000 group=g version=1 service=package.Service  # comment
+ * with all but the address left out at will, and is read again when it changes. With
+ * multicast://224.5.6.7:1234 providers announce themselves every five seconds, and are gone after
+ * fifteen without; what is heard is believed, so it is for networks in which all can be trusted.
+ * Loops have to be driven for both.
  *
  * CALLING POLICY
  *
@@ -1132,7 +1133,8 @@ typedef struct crpc_method_limit {
 typedef struct crpc_server_options {
     const char *listen; /* tcp://host:port or unix:///path; port 0: any. NULL: crpc_server_listen */
     const char *registry; /* zookeeper://host:port,...[/root] to register in; without a root in
-                             /dubbo. Or multicast://224.5.6.7:port. NULL: nowhere */
+                             /dubbo. Or multicast://224.5.6.7:port[?interface=eth0].
+                             NULL: nowhere */
     const char *advertise; /* host[:port] to register, resolved when starting. NULL: the address of
                               this host that reaches the registry, unless a listener has its own */
     const char *registry_credential; /* ZooKeeper digest "user:password". NULL: none */
@@ -17566,7 +17568,7 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
 #if CRPC_ZOOKEEPER_ST && CRPC_ENABLE_THREADS
     /* The single-threaded client lives in the loop, which somebody must drive. */
     crpci_loop_lock(ch->loop);
-    if (ch->private_loop)
+    if (ch->private_loop && !file && !multicast)
         err = crpci_loop_need_owner(ch->loop);
     crpci_loop_unlock(ch->loop);
     if (err)
