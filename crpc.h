@@ -14655,9 +14655,9 @@ CRPCI_FN void crpci_call_finish(crpci_call *c, int status)
         crpci_endpoint_serve_waiting(e);
     if (CRPCI_UNLIKELY(c->group != NULL))
         crpci_call_drop_group(c);
-    if (CRPCI_UNLIKELY(c->policy.cluster == CRPC_CLUSTER_FAILBACK) && !crpci_call_succeeded(c) &&
-        crpci_call_retry_later(c, status))
-        return;
+    if (CRPCI_UNLIKELY(c->policy.cluster == CRPC_CLUSTER_FAILBACK) &&
+        (status || (c->replied && !crpci_call_succeeded(c))) && crpci_call_retry_later(c, status))
+        return; /* not without a reply alone: a one-way call has none */
     switch (c->kind) {
     case CRPCI_CALL_SYNC:
         break;

@@ -645,6 +645,20 @@ static void a_backup_request_outlives_the_first_attempt(void **state)
     fleet_close(&f);
 }
 
+/* A one-way request that was sent has not failed: nothing is put aside. */
+static void a_one_way_call_is_not_sent_again(void **state)
+{
+    dyn_Num request = net_num(3);
+    fleet f;
+    (void)state;
+    fleet_open(&f, 1, "?cluster=failback&failback_ms=1&retries=1&timeout_ms=20000", NULL);
+    assert_int_equal(dyn_Echo_Add_notify(f.channel, &request, NULL), CRPC_OK);
+    assert_true(CT_WAIT(net_calls(&f.peers[0].service) >= 1 && fleet_pending(&f) == 0,
+                        NET_PATIENCE));
+    assert_int_equal(net_calls(&f.peers[0].service), 1);
+    fleet_close(&f);
+}
+
 /* --- budget, breaker, degrading --------------------------------------------------------------- */
 
 /* Where everything fails, retries end with the budget. */
@@ -1132,6 +1146,7 @@ int main(void)
         CT_TEST(an_aged_provider_is_dialled_rarely),
         CT_TEST(a_flood_of_changes_is_followed),
         CT_TEST(wrong_policies_are_refused),
+        CT_TEST(a_one_way_call_is_not_sent_again),
     };
     return CT_RUN(tests);
 }
