@@ -489,7 +489,7 @@ typedef enum crpc_sent {
 typedef struct crpc_error {
     int code;       /* a crpc_status; CRPC_EAPP if the service answered with its own code */
     int app_code;   /* the service's own code, 0 if there is none */
-    crpc_sent sent; /* of the last attempt */
+    crpc_sent sent; /* of all attempts together, but for those that a stopping server refused */
     bool remote;    /* the peer said so; false: found on this side */
     int attempts;   /* how often the call was tried, the first included */
     char endpoint[CRPC_ADDRESS_MAX]; /* the last provider tried, "" before the first */
@@ -13853,7 +13853,8 @@ typedef struct crpci_call {
     int attempts;
     int max_attempts;
     crpci_policy policy;
-    crpc_sent sent;
+    crpc_sent sent;   /* of this attempt */
+    crpc_sent before; /* the most of those that failed, but for what a stopping server refused */
     crpci_waiter *waiter;
     crpc_error *error; /* the caller's, or in error_chunk; NULL: not wanted or no memory */
     crpci_chunk *error_chunk;
@@ -14454,7 +14455,7 @@ CRPCI_COLD void crpci_call_explain(crpci_call *c, int code, const char *cause)
     e->code = code;
     e->app_code = 0;
     e->remote = code == CRPC_ELOGOFF; /* only a peer says that */
-    e->sent = c->sent;
+    e->sent = c->sent > c->before ? c->sent : c->before;
     e->attempts = c->attempts;
     snprintf(e->endpoint, sizeof e->endpoint, "%s", c->endpoint ? c->endpoint->address : "");
     snprintf(e->text, sizeof e->text, "%s.%s attempt %d/%d%s%s: %s (%s)", c->method->service,
@@ -14884,10 +14885,12 @@ CRPCI_FN void crpci_call_failed(crpci_call *c, int code, const char *cause)
     crpci_call_detach(c);
     crpci_call_end_attempt(c, code == CRPC_ECONN ? CRPCI_BREAKER_ERROR : CRPCI_BREAKER_IGNORE);
     again = crpci_call_may_retry(c, code);
+    if (code != CRPC_ELOGOFF && c->sent > c->before)
+        c->before = c->sent;
     crpci_call_explain(c, code, cause);
-    if (again && c->sent != CRPC_SENT_NO && code == CRPC_ECONN &&
-        !(c->method->flags & CRPC_METHOD_IDEMPOTENT)) {
-        n = crpci_channel_node_of(ch, e); /* who may have executed it knows */
+    if (again && c->before != CRPC_SENT_NO && !(c->method->flags & CRPC_METHOD_IDEMPOTENT)) {
+        /* who may have executed it knows, and nobody else; not if it refuses to say */
+        n = code == CRPC_ELOGOFF ? NULL : crpci_channel_node_of(ch, e);
         again = stale = false;
     }
     c->tried[(c->attempts - 1) % CRPCI_CHANNEL_TRIED] = e;
@@ -15110,6 +15113,7 @@ CRPCI_COLD crpci_call *crpci_call_part(crpci_call *c)
     part->replied = false;
     part->attempts = 0;
     part->max_attempts = 1;
+    part->sent = part->before = CRPC_SENT_NO;
     part->id = 0;
     crpci_list_init(&part->link);
     crpci_list_init(&part->of_channel);
@@ -15827,7 +15831,7 @@ CRPCI_FN void crpci_call_init(crpci_call *c, crpc_channel *ch, const crpci_call_
     c->out = NULL;
     c->endpoint = NULL;
     c->attempts = 0;
-    c->sent = CRPC_SENT_NO;
+    c->sent = c->before = CRPC_SENT_NO;
     c->waiter = NULL;
     c->timer.prev = NULL;
     c->error = NULL;

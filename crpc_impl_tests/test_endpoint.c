@@ -659,6 +659,52 @@ static void a_one_way_call_is_not_sent_again(void **state)
     fleet_close(&f);
 }
 
+/* A script: takes one request, and nobody answers there any more. */
+static bool peer_dies(peer *p, int fd, int number)
+{
+    wire_message m;
+    (void)number;
+    if (peer_receive(p, fd, &m) == 1)
+        wire_done(&m);
+    shutdown(p->listen_fd, SHUT_RDWR);
+    return true;
+}
+
+/* Who may have executed a request with an id is gone: nobody else executes it too. */
+static void a_named_request_goes_nowhere_else(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        char url[160];
+        fleet_result r;
+        peer first, other;
+        fleet f;
+        int i;
+        memset(&f, 0, sizeof f);
+        peer_open(&first, peer_dies, NULL);
+        peer_open(&other, peer_adds, NULL);
+        snprintf(url, sizeof url, "list://127.0.0.1:%d,127.0.0.1:%d", first.port, other.port);
+        f.channel = net_channel(url, "?request_ids=1&lb=rr&timeout_ms=20000", CRPC_POLLER_DEFAULT,
+                                NULL, NULL);
+        for (i = 0; i < 2; i++) {
+            int before = peer_requests(&other);
+            r = fleet_call(&f, form, false, 1, NULL);
+            if (peer_requests(&first))
+                break;
+            assert_int_equal(r.status, CRPC_OK);
+            assert_int_equal(peer_requests(&other), before + 1);
+        }
+        assert_int_equal(peer_requests(&first), 1);
+        assert_int_equal(peer_requests(&other), i);
+        assert_int_equal(r.status, CRPC_ECONN);
+        assert_int_not_equal(r.error.sent, CRPC_SENT_NO); /* the first attempt's */
+        crpc_channel_close(f.channel);
+        peer_close(&first);
+        peer_close(&other);
+    }
+}
+
 /* --- budget, breaker, degrading --------------------------------------------------------------- */
 
 /* Where everything fails, retries end with the budget. */
@@ -1147,6 +1193,7 @@ int main(void)
         CT_TEST(a_flood_of_changes_is_followed),
         CT_TEST(wrong_policies_are_refused),
         CT_TEST(a_one_way_call_is_not_sent_again),
+        CT_TEST(a_named_request_goes_nowhere_else),
     };
     return CT_RUN(tests);
 }
