@@ -13878,7 +13878,7 @@ typedef struct crpci_group {
     uint32_t open;    /* under way */
     uint32_t failed;
     bool all;      /* wait for every one of them; else the first success will do */
-    bool starting; /* more are being begun: none of them is the last */
+    bool starting; /* more are being begun, or all being ended: none of them is the last */
     int status;    /* of the last failure */
     crpci_endpoint *from; /* of the reply that counts; a reference */
 } crpci_group;
@@ -14449,7 +14449,8 @@ CRPCI_COLD crpc_error *crpci_call_error(crpci_call *c)
 
 CRPCI_COLD void crpci_call_explain(crpci_call *c, int code, const char *cause)
 {
-    crpc_error *e = crpci_call_error(c);
+    bool late = c->parent && c->parent->state == CRPCI_CALL_DONE; /* that is explained already */
+    crpc_error *e = late ? NULL : crpci_call_error(c);
     if (!e)
         return;
     e->code = code;
@@ -15012,7 +15013,7 @@ CRPCI_COLD void crpci_call_drop_group(crpci_call *c)
 {
     crpci_group *g = c->group;
     crpc_loop *l = c->channel->loop;
-    c->group = NULL;
+    g->starting = true; /* a connection that closes may end others of them: that decides nothing */
     while (!crpci_list_empty(&g->parts)) {
         crpci_call *part = CRPCI_CONTAINER(g->parts.next, crpci_call, of_channel);
         crpci_endpoint *e = part->endpoint;
@@ -15029,6 +15030,7 @@ CRPCI_COLD void crpci_call_drop_group(crpci_call *c)
         crpci_call_drop_request(part);
         crpci_heap_chunk_unref(part->block);
     }
+    c->group = NULL;
     crpci_endpoint_drop(g->from);
     crpci_heap_free(l->heap, g, sizeof *g);
 }

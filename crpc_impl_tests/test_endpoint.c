@@ -705,6 +705,54 @@ static void a_named_request_goes_nowhere_else(void **state)
     }
 }
 
+/* Calls of others end where a call's forks are cancelled, and end one of these forks. */
+static void forks_can_fail_while_they_are_cancelled(void **state)
+{
+    crpc_policy forking = CRPC_INIT;
+    crpc_call in = CRPC_INIT;
+    dyn_Num request = net_num(1);
+    fleet_result mine, other;
+    crpci_endpoint *e[3];
+    fleet f;
+    crpc_loop *l;
+    int i;
+    (void)state;
+    memset(&mine, 0, sizeof mine);
+    memset(&other, 0, sizeof other);
+    fleet_open(&f, 3, "?lb=rr&inflight=2&timeout_ms=20000", NULL);
+    l = crpc_channel_loop(f.channel);
+    for (i = 0; i < 3; i++) {
+        fleet_mood_set(&f.peers[i], FLEET_SILENT);
+        e[i] = crpci_channel_node(f.channel, (size_t)i)->endpoint;
+    }
+    crpci_loop_lock(l);
+    f.channel->balance.started = true; /* the first is next */
+    assert_true(crpci_sock_parse(&e[1]->addr, "unix:/nonexistent/socket")); /* fails at once */
+    e[1]->usable_at = crpci_loop_now(l) + INT64_C(10000000);
+    crpci_loop_unlock(l);
+    assert_int_equal(dyn_Echo_Get_async(f.channel, &request, fleet_done, &other, NULL), CRPC_OK);
+    assert_true(CT_WAIT(net_held(&f.peers[0].service) == 1, NET_PATIENCE));
+    forking.cluster = CRPC_CLUSTER_FORKING;
+    forking.forks = -1;
+    in.policy = &forking;
+    crpci_loop_lock(l);
+    f.channel->balance.next = 0;
+    crpci_loop_unlock(l);
+    assert_int_equal(dyn_Echo_Add_async(f.channel, &request, fleet_done, &mine, &in), CRPC_OK);
+    assert_true(CT_WAIT(net_held(&f.peers[0].service) == 2 && net_held(&f.peers[2].service) == 1,
+                        NET_PATIENCE));
+    crpci_loop_lock(l);
+    e[1]->usable_at = 0; /* and its timer has not run yet */
+    e[2]->usable_at = INT64_MAX;
+    crpci_loop_unlock(l);
+    crpc_context_finish(net_take(&f.peers[2].service), CRPC_OK);
+    assert_true(CT_WAIT(__atomic_load_n(&mine.done, __ATOMIC_SEQ_CST), NET_PATIENCE));
+    assert_int_equal(mine.status, CRPC_OK);
+    assert_string_equal(mine.error.text, "");
+    assert_int_equal(mine.error.attempts, 3);
+    fleet_close(&f);
+}
+
 /* --- budget, breaker, degrading --------------------------------------------------------------- */
 
 /* Where everything fails, retries end with the budget. */
@@ -1194,6 +1242,7 @@ int main(void)
         CT_TEST(wrong_policies_are_refused),
         CT_TEST(a_one_way_call_is_not_sent_again),
         CT_TEST(a_named_request_goes_nowhere_else),
+        CT_TEST(forks_can_fail_while_they_are_cancelled),
     };
     return CT_RUN(tests);
 }
