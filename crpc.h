@@ -15021,6 +15021,8 @@ CRPCI_COLD void crpci_call_drop_group(crpci_call *c)
         c->attempts += part->attempts;
         if (part->state != CRPCI_CALL_DONE)
             crpci_call_abandon(part, c->status == CRPC_ETIMEDOUT ? CRPC_ETIMEDOUT : CRPC_ECANCELED);
+        if (part->sent > c->before)
+            c->before = part->sent;
         if (part->replied)
             crpci_loop_unshare(l, part->reply.chunk);
         if (e)
@@ -15031,6 +15033,10 @@ CRPCI_COLD void crpci_call_drop_group(crpci_call *c)
         crpci_heap_chunk_unref(part->block);
     }
     c->group = NULL;
+    if (c->error) {
+        c->error->attempts = c->attempts;
+        c->error->sent = c->sent > c->before ? c->sent : c->before;
+    }
     crpci_endpoint_drop(g->from);
     crpci_heap_free(l->heap, g, sizeof *g);
 }
@@ -15166,17 +15172,14 @@ CRPCI_COLD void crpci_call_spread(crpci_call *c)
 {
     bool all = c->policy.cluster == CRPC_CLUSTER_BROADCAST;
     size_t n = all || !c->policy.forks ? c->channel->node_count : (size_t)c->policy.forks;
-    if (!crpci_call_need_group(c, all)) {
+    if (!c->channel->node_count) {
+        crpci_call_orphaned(c);
+    } else if (crpci_call_need_group(c, all) && crpci_call_branch(c, n)) {
+        crpci_call_settle_group(c);
+    } else {
         crpci_call_explain(c, CRPC_ENOMEM, "out of memory");
         crpci_call_finish(c, CRPC_ENOMEM);
-        return;
     }
-    if (crpci_call_branch(c, n))
-        crpci_call_settle_group(c);
-    else if (c->channel->node_count)
-        crpci_call_finish(c, CRPC_ENOMEM);
-    else
-        crpci_call_orphaned(c);
 }
 
 /* No reply yet: one more provider is asked. Without memory or another provider the call goes on as
@@ -15930,10 +15933,8 @@ CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_call *c)
         crpci_call_expire(c);
         crpci_channel_flush(l); /* the next call for its slot */
     }
-    if (c->endpoint)
+    if (c->endpoint) /* else its failure was explained, perhaps by one of several attempts */
         memcpy(c->error->endpoint, c->endpoint->address, c->endpoint->address_size);
-    else
-        c->error->endpoint[0] = '\0';
     crpci_endpoint_drop(c->endpoint);
     crpci_id_remove(&l->calls, c->id);
     crpci_list_remove(&c->of_channel);

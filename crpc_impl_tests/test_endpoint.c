@@ -705,6 +705,34 @@ static void a_named_request_goes_nowhere_else(void **state)
     }
 }
 
+/* What is said of forks that failed: how many there were, and whether they can have been
+ * executed. */
+static void failed_forks_are_explained(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        fleet_result r;
+        fleet_open(&f, 2, "?cluster=forking&timeout_ms=300", NULL);
+        fleet_mood_set(&f.peers[0], FLEET_SILENT);
+        fleet_mood_set(&f.peers[1], FLEET_SILENT);
+        r = fleet_call(&f, form, false, 1, NULL);
+        assert_int_equal(r.status, CRPC_ETIMEDOUT);
+        assert_int_equal(r.error.attempts, 2);
+        if (fleet_calls(&f))
+            assert_int_equal(r.error.sent, CRPC_SENT_YES);
+        fleet_mood_set(&f.peers[0], FLEET_BROKEN);
+        fleet_peer_close(&f.peers[1]);
+        r = fleet_call(&f, form, false, 1, NULL);
+        assert_true(r.status == CRPC_EINTERNAL || r.status == CRPC_ECONN);
+        assert_int_equal(r.error.attempts, 2);
+        assert_int_equal(r.error.sent, CRPC_SENT_YES);
+        assert_string_not_equal(r.error.endpoint, "");
+        fleet_close(&f);
+    }
+}
+
 /* Calls of others end where a call's forks are cancelled, and end one of these forks. */
 static void forks_can_fail_while_they_are_cancelled(void **state)
 {
@@ -1242,6 +1270,7 @@ int main(void)
         CT_TEST(wrong_policies_are_refused),
         CT_TEST(a_one_way_call_is_not_sent_again),
         CT_TEST(a_named_request_goes_nowhere_else),
+        CT_TEST(failed_forks_are_explained),
         CT_TEST(forks_can_fail_while_they_are_cancelled),
     };
     return CT_RUN(tests);
