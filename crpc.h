@@ -15436,6 +15436,7 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, crpci_message *m)
     if (!c)
         return;
     e->failures = 0;
+    crpci_call_detach(c); /* with the end of its attempt the connection may be closed */
     c->sent = CRPC_SENT_YES;
     c->reply.error_code = c->reply.compress_type = 0;
     if (!m->meta.usual) {

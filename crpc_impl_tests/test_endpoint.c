@@ -781,6 +781,58 @@ static void forks_can_fail_while_they_are_cancelled(void **state)
     fleet_close(&f);
 }
 
+/* A script: reads a little, answers what its user says at the time it says, and reads no more. */
+static bool peer_answers_early(peer *p, int fd, int number)
+{
+    crpc_id *id = (crpc_id *)p->user;
+    wire w = {NULL, 0, 0};
+    char some[100];
+    (void)number;
+    if (recv(fd, some, sizeof some, 0) <= 0)
+        return true;
+    pthread_mutex_lock(&p->lock);
+    p->requests++;
+    pthread_mutex_unlock(&p->lock);
+    while (!__atomic_load_n(&id->value, __ATOMIC_SEQ_CST))
+        ct_sleep_ms(1);
+    wire_reply(&w, (int64_t)id->value, 7);
+    wire_flush(fd, &w);
+    return peer_deaf(p, fd, number);
+}
+
+/* The last reply of a provider that is not listed any more comes while its request is still being
+ * sent. */
+static void a_removed_provider_answers_early(void **state)
+{
+    crpc_id id, told = {0};
+    crpc_call call = CRPC_INIT;
+    dyn_Num request = net_num(1), out = net_num(0);
+    crpci_snapshot *list;
+    crpc_channel *ch;
+    char *bulk = (char *)calloc(1, 8 << 20);
+    peer p;
+    (void)state;
+    assert_non_null(bulk);
+    peer_open(&p, peer_answers_early, &told);
+    ch = net_channel(p.url, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    call.attachment = crpc_view_of(bulk, 8 << 20);
+    assert_int_equal(dyn_Echo_Add_begin(ch, &request, &id, &call), CRPC_OK);
+    free(bulk);
+    assert_true(CT_WAIT(peer_requests(&p) == 1, NET_PATIENCE));
+    list = crpci_registry_snapshot(ch->loop->heap, 1);
+    assert_non_null(list);
+    strcpy(list->providers[0].address, "127.0.0.1:9");
+    assert_int_equal(crpci_channel_on_list(ch, list), CRPC_OK);
+    crpci_registry_snapshot_unref(list);
+    __atomic_store_n(&told.value, id.value, __ATOMIC_SEQ_CST);
+    assert_int_equal(crpc_channel_wait(ch, id, -1), CRPC_OK);
+    assert_int_equal(dyn_Echo_Add_fetch(ch, id, &out, &call), CRPC_OK);
+    assert_int_equal(out.n, 7);
+    crpc_call_reset(&call);
+    crpc_channel_close(ch); /* nothing is left: CT_TEST */
+    peer_close(&p);
+}
+
 /* --- budget, breaker, degrading --------------------------------------------------------------- */
 
 /* Where everything fails, retries end with the budget. */
@@ -1272,6 +1324,7 @@ int main(void)
         CT_TEST(a_named_request_goes_nowhere_else),
         CT_TEST(failed_forks_are_explained),
         CT_TEST(forks_can_fail_while_they_are_cancelled),
+        CT_TEST(a_removed_provider_answers_early),
     };
     return CT_RUN(tests);
 }
