@@ -6627,13 +6627,13 @@ CRPCI_FN void crpci_balance_node_begin(crpci_balance *b, crpci_balance_node *n, 
         crpci_balance_sift(b, n->at - 1);
 }
 
-/* It has ended. The node need not be in the list any more. */
+/* It has ended. The node need not be in the list any more. latency_us -1: it says nothing. */
 CRPCI_FN void crpci_balance_node_end(crpci_balance *b, crpci_balance_node *n, bool ok,
                                      int64_t latency_us, int64_t now_us)
 {
     if (n->active)
         n->active--;
-    if (b->kind == CRPCI_BALANCE_P2C)
+    if (b->kind == CRPCI_BALANCE_P2C && latency_us >= 0)
         crpci_balance_measure(b, n, ok, latency_us, now_us);
     else if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, n) && n->at)
         crpci_balance_sift(b, n->at - 1);
@@ -14584,11 +14584,13 @@ CRPCI_FN void crpci_call_end_attempt(crpci_call *c, crpci_breaker_outcome outcom
     c->node = NULL;
     now = crpci_loop_time(l);
     latency = now - c->attempt_us;
-    crpci_balance_node_end(&ch->balance, &n->balance, outcome != CRPCI_BREAKER_ERROR,
-                           outcome == CRPCI_BREAKER_IGNORE && latency < n->balance.latency
-                               ? n->balance.latency /* one that was cut short says nothing */
-                               : latency,
-                           now);
+    crpci_balance_node_end(
+        &ch->balance, &n->balance, outcome != CRPCI_BREAKER_ERROR,
+        outcome == CRPCI_BREAKER_IGNORE &&
+                latency < n->balance.latency >> CRPCI_BALANCE_LATENCY_BITS
+            ? -1 /* cut short: that says nothing */
+            : latency,
+        now);
     if (ch->breaker.error_percent &&
         crpci_breaker_end(&n->breaker, &ch->breaker, outcome, latency, now, crpci_loop_random(l)) &&
         crpci_channel_too_many_out(ch))

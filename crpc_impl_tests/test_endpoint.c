@@ -833,6 +833,34 @@ static void a_removed_provider_answers_early(void **state)
     peer_close(&p);
 }
 
+/* A call that was cancelled says of its provider that it takes at least so long, no more. */
+static void a_cancelled_call_is_not_a_slow_one(void **state)
+{
+    dyn_Num request = net_num(1);
+    crpc_id id;
+    fleet f;
+    int i, k;
+    (void)state;
+    fleet_open(&f, 2, "?lb=p2c&timeout_ms=20000", NULL);
+    for (i = 0; i < 50; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, true, i, NULL).status, CRPC_OK);
+    for (i = 0; i < 2; i++)
+        fleet_mood_set(&f.peers[i], FLEET_SILENT);
+    for (k = 0; k < 5; k++) {
+        int64_t before[2], start = crpc_loop_now_us(crpc_channel_loop(f.channel)), most, now;
+        for (i = 0; i < 2; i++)
+            before[i] = crpci_channel_node(f.channel, (size_t)i)->balance.latency / 256;
+        assert_int_equal(dyn_Echo_Get_begin(f.channel, &request, &id, NULL), CRPC_OK);
+        assert_int_equal(crpc_channel_cancel(f.channel, id), CRPC_OK);
+        most = crpc_loop_now_us(crpc_channel_loop(f.channel)) - start;
+        for (i = 0; i < 2; i++) {
+            now = crpci_channel_node(f.channel, (size_t)i)->balance.latency / 256;
+            assert_true(now <= (before[i] > most ? before[i] : most));
+        }
+    }
+    fleet_close(&f);
+}
+
 /* --- budget, breaker, degrading --------------------------------------------------------------- */
 
 /* Where everything fails, retries end with the budget. */
@@ -1325,6 +1353,7 @@ int main(void)
         CT_TEST(failed_forks_are_explained),
         CT_TEST(forks_can_fail_while_they_are_cancelled),
         CT_TEST(a_removed_provider_answers_early),
+        CT_TEST(a_cancelled_call_is_not_a_slow_one),
     };
     return CT_RUN(tests);
 }
