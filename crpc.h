@@ -15280,7 +15280,7 @@ CRPCI_COLD bool crpci_call_retry_later(crpci_call *c, int status)
         return true;
     }
     if (c->kind == CRPCI_CALL_PART || ch->closed || status == CRPC_ECANCELED ||
-        !c->policy.retries || !crpci_status_reserved(code))
+        status == CRPC_EREJECT || !c->policy.retries || !crpci_status_reserved(code))
         return false;
     if (ch->failbacks >= ch->max_failbacks) {
         crpci_heap_log(l->heap, CRPC_LOG_WARN, "%s.%s: dropped: %zu failed calls wait already "

@@ -659,6 +659,26 @@ static void a_one_way_call_is_not_sent_again(void **state)
     fleet_close(&f);
 }
 
+/* What a method's options forbid is not sent in the background either. */
+static void a_degraded_method_is_never_called(void **state)
+{
+    crpc_method_options method = CRPC_INIT;
+    crpc_channel_options o = CRPC_INIT;
+    fleet_form form;
+    (void)state;
+    method.method = "Add";
+    method.degraded = 1;
+    o.methods = &method;
+    o.method_count = 1;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        fleet_open(&f, 1, "?cluster=failback&failback_ms=1&timeout_ms=20000", &o);
+        assert_int_equal(fleet_call(&f, form, false, 1, NULL).status, CRPC_OK);
+        assert_int_equal(f.channel->failbacks, 0);
+        fleet_close(&f);
+    }
+}
+
 /* A script: takes one request, and nobody answers there any more. */
 static bool peer_dies(peer *p, int fd, int number)
 {
@@ -1349,6 +1369,7 @@ int main(void)
         CT_TEST(a_flood_of_changes_is_followed),
         CT_TEST(wrong_policies_are_refused),
         CT_TEST(a_one_way_call_is_not_sent_again),
+        CT_TEST(a_degraded_method_is_never_called),
         CT_TEST(a_named_request_goes_nowhere_else),
         CT_TEST(failed_forks_are_explained),
         CT_TEST(forks_can_fail_while_they_are_cancelled),
