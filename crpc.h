@@ -15249,12 +15249,13 @@ CRPCI_COLD void crpci_call_back_off(crpci_call *c, int status)
 {
     crpc_channel *ch = c->channel;
     crpc_error *e = c->replied ? crpci_call_error(c) : NULL;
+    bool answered = c->replied && !crpci_status_reserved(c->reply.error_code);
     if (c->replied) {
         status = e ? crpci_call_remote_error(c, e) : CRPC_ERESPONSE;
         crpci_loop_unshare(ch->loop, c->reply.chunk);
     }
     c->replied = false;
-    if (c->policy.retries > 1 && !ch->closed && crpci_call_own_request(c)) {
+    if (c->policy.retries > 1 && !answered && !ch->closed && crpci_call_own_request(c)) {
         c->policy.retries--;
         c->attempts = 0;
         c->state = CRPCI_CALL_IDLE;

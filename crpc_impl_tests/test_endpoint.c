@@ -679,6 +679,27 @@ static void a_degraded_method_is_never_called(void **state)
     }
 }
 
+/* The service's own word ends the tries: it was executed. */
+static void failback_ends_with_an_applications_error(void **state)
+{
+    crpc_channel_options o = CRPC_INIT;
+    given_up dropped = {0, 0};
+    fleet f;
+    (void)state;
+    o.failback_dropped = on_given_up;
+    o.failback_user = &dropped;
+    fleet_open(&f, 1, "?cluster=failback&failback_ms=50&retries=5&timeout_ms=20000", &o);
+    assert_int_equal(crpc_loop_start(crpc_channel_loop(f.channel)), CRPC_OK);
+    fleet_mood_set(&f.peers[0], FLEET_BROKEN);
+    assert_int_equal(fleet_call(&f, FORM_SYNC, false, 1, NULL).status, CRPC_OK);
+    fleet_mood_set(&f.peers[0], FLEET_REFUSES);
+    assert_true(CT_WAIT(fleet_pending(&f) == 0, NET_PATIENCE));
+    assert_int_equal(dropped.count, 1);
+    assert_int_equal(dropped.code, CRPC_EAPP);
+    assert_true(net_calls(&f.peers[0].service) < 6);
+    fleet_close(&f);
+}
+
 /* A script: takes one request, and nobody answers there any more. */
 static bool peer_dies(peer *p, int fd, int number)
 {
@@ -1370,6 +1391,7 @@ int main(void)
         CT_TEST(wrong_policies_are_refused),
         CT_TEST(a_one_way_call_is_not_sent_again),
         CT_TEST(a_degraded_method_is_never_called),
+        CT_TEST(failback_ends_with_an_applications_error),
         CT_TEST(a_named_request_goes_nowhere_else),
         CT_TEST(failed_forks_are_explained),
         CT_TEST(forks_can_fail_while_they_are_cancelled),
