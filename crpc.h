@@ -178,7 +178,8 @@
  *
  * Process. No writable global data, no signal handler, no SIGPIPE, no thread that was not asked for
  * (the ZooKeeper client has two of its own; an asynchronous call on a loop that nobody drives
- * starts the loop's, see forbid_threads). Descriptors are close-on-exec. Times are those of
+ * starts the loop's, see forbid_threads, and so does a call that cluster=failback is to make again).
+ * Descriptors are close-on-exec. Times are those of
  * CLOCK_MONOTONIC; the wall clock says only how old a provider is that is warming up. After fork
  * the child must not use what the parent opened.
  *
@@ -15302,6 +15303,7 @@ CRPCI_COLD bool crpci_call_retry_later(crpci_call *c, int status)
     if (ch->pending++ == 0)
         crpci_thread_ref(&ch->refs);
     crpci_loop_timer_set(l, &back->timer, ch->failback_us);
+    crpci_loop_need_owner(l); /* without a thread it waits until somebody drives */
     return false;
 }
 

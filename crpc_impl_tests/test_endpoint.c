@@ -700,6 +700,18 @@ static void failback_ends_with_an_applications_error(void **state)
     fleet_close(&f);
 }
 
+/* Also where the program only ever makes synchronous calls. */
+static void failback_needs_nobody_to_drive(void **state)
+{
+    fleet f;
+    (void)state;
+    fleet_open(&f, 1, "?cluster=failback&failback_ms=1&retries=1&timeout_ms=20000", NULL);
+    fleet_mood_set(&f.peers[0], FLEET_BROKEN);
+    assert_int_equal(fleet_call(&f, FORM_SYNC, false, 1, NULL).status, CRPC_OK);
+    assert_true(CT_WAIT(net_calls(&f.peers[0].service) == 2, 2000));
+    fleet_close(&f);
+}
+
 /* A script: takes one request, and nobody answers there any more. */
 static bool peer_dies(peer *p, int fd, int number)
 {
@@ -1392,6 +1404,7 @@ int main(void)
         CT_TEST(a_one_way_call_is_not_sent_again),
         CT_TEST(a_degraded_method_is_never_called),
         CT_TEST(failback_ends_with_an_applications_error),
+        CT_TEST(failback_needs_nobody_to_drive),
         CT_TEST(a_named_request_goes_nowhere_else),
         CT_TEST(failed_forks_are_explained),
         CT_TEST(forks_can_fail_while_they_are_cancelled),
