@@ -15123,6 +15123,7 @@ CRPCI_COLD crpci_call *crpci_call_part(crpci_call *c)
     part->error_chunk = NULL;
     part->replied = false;
     part->attempts = 0;
+    part->start_us = crpci_loop_time(l); /* what the call has waited is not its provider's */
     part->max_attempts = 1;
     part->sent = part->before = CRPC_SENT_NO;
     part->id = 0;

@@ -914,6 +914,31 @@ static void a_cancelled_call_is_not_a_slow_one(void **state)
     fleet_close(&f);
 }
 
+/* The time of a backup request is its own: the first attempt's silence is not its provider's. */
+static void a_backup_request_has_its_own_time(void **state)
+{
+    dyn_Num request = net_num(6);
+    const crpci_call *c, *part;
+    fleet_result r;
+    fleet f;
+    crpc_loop *l;
+    (void)state;
+    memset(&r, 0, sizeof r);
+    fleet_open(&f, 2, "?backup_ms=20&timeout_ms=20000", NULL);
+    l = crpc_channel_loop(f.channel);
+    fleet_mood_set(&f.peers[0], FLEET_SILENT);
+    fleet_mood_set(&f.peers[1], FLEET_SILENT);
+    assert_int_equal(dyn_Echo_Get_async(f.channel, &request, fleet_done, &r, NULL), CRPC_OK);
+    assert_true(CT_WAIT(net_held(&f.peers[0].service) == 1 && net_held(&f.peers[1].service) == 1,
+                        NET_PATIENCE));
+    crpci_loop_lock(l);
+    c = CRPCI_CONTAINER(f.channel->calls.next, const crpci_call, of_channel);
+    part = CRPCI_CONTAINER(c->group->parts.next, const crpci_call, of_channel);
+    assert_true(part->attempt_us >= c->start_us + 20000);
+    crpci_loop_unlock(l);
+    fleet_close(&f);
+}
+
 /* --- budget, breaker, degrading --------------------------------------------------------------- */
 
 /* Where everything fails, retries end with the budget. */
@@ -1410,6 +1435,7 @@ int main(void)
         CT_TEST(forks_can_fail_while_they_are_cancelled),
         CT_TEST(a_removed_provider_answers_early),
         CT_TEST(a_cancelled_call_is_not_a_slow_one),
+        CT_TEST(a_backup_request_has_its_own_time),
     };
     return CT_RUN(tests);
 }
