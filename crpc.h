@@ -16617,6 +16617,10 @@ CRPCI_COLD int crpci_channel_open_static(crpc_channel *ch, crpci_url *u, crpc_er
     if (!err) {
         crpci_loop_lock(ch->loop);
         err = crpci_channel_set_providers(ch, list);
+        if (!err && ch->max_nodes) {
+            crpci_registry_snapshot_ref(list);
+            ch->list = list;
+        }
         crpci_loop_unlock(ch->loop);
         if (err)
             crpci_status_set(error, err, err == CRPC_ENOMEM ? "out of memory"

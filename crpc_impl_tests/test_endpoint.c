@@ -1285,6 +1285,27 @@ static void max_endpoints_bounds_connections(void **state)
     fleet_close(&f);
 }
 
+/* Of the providers in a URL too. */
+static void max_endpoints_of_a_url_are_chosen_again(void **state)
+{
+    fleet f;
+    int i, status = CRPC_ECONN;
+    (void)state;
+    fleet_open(&f, 4, "?max_endpoints=2&lb=rr&timeout_ms=20000", NULL);
+    for (i = 0; i < 10; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    for (i = 0; i < 4; i++) {
+        if (net_calls(&f.peers[i].service))
+            fleet_peer_close(&f.peers[i]);
+    }
+    for (i = 0; i < 5000 && status; i += 5) {
+        status = fleet_call(&f, FORM_SYNC, false, i, NULL).status;
+        ct_sleep_ms(5);
+    }
+    assert_int_equal(status, CRPC_OK);
+    fleet_close(&f);
+}
+
 /* Of a list that the registry does not confirm any more, who cannot be reached is dialled once a
  * minute after a time; a list that is fresh again ends that. */
 static void an_aged_provider_is_dialled_rarely(void **state)
@@ -1436,6 +1457,7 @@ int main(void)
         CT_TEST(a_removed_provider_answers_early),
         CT_TEST(a_cancelled_call_is_not_a_slow_one),
         CT_TEST(a_backup_request_has_its_own_time),
+        CT_TEST(max_endpoints_of_a_url_are_chosen_again),
     };
     return CT_RUN(tests);
 }
