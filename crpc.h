@@ -15653,9 +15653,10 @@ CRPCI_FN void crpci_channel_note(crpci_node *n, const crpci_provider *p, int64_t
 {
     n->weight = (uint32_t)p->weight;
     n->warmup_us = (int64_t)p->warmup_ms * 1000;
-    n->since_us = now;
+    if (!n->kept)
+        n->since_us = now;
     if (p->timestamp_ms && p->timestamp_ms < wall_ms)
-        n->since_us -= crpci_base_min64(wall_ms - p->timestamp_ms, INT64_C(1) << 40) * 1000;
+        n->since_us = now - crpci_base_min64(wall_ms - p->timestamp_ms, INT64_C(1) << 40) * 1000;
     n->balance.weight = crpci_balance_warm(n->weight, (now - n->since_us) / 1000, p->warmup_ms);
 }
 

@@ -1306,6 +1306,32 @@ static void max_endpoints_of_a_url_are_chosen_again(void **state)
     fleet_close(&f);
 }
 
+/* A provider that does not say when it started warms up once, however often the list changes. */
+static void a_list_does_not_begin_a_warm_up_again(void **state)
+{
+    crpc_channel_options o = CRPC_INIT;
+    crpci_snapshot *list;
+    crpc_channel *ch;
+    int i;
+    (void)state;
+    o.private_loop = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.private_loop.hooks.clock_us = fake_clock;
+    fake_now = 1000000;
+    assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, NULL), CRPC_OK);
+    list = crpci_registry_snapshot(ch->loop->heap, 1);
+    assert_non_null(list);
+    strcpy(list->providers[0].address, "127.0.0.1:9");
+    list->providers[0].weight = 100;
+    list->providers[0].warmup_ms = 10000;
+    for (i = 0; i < 10; i++) {
+        assert_int_equal(crpci_channel_on_list(ch, list), CRPC_OK);
+        fake_now += 1000000;
+    }
+    assert_in_range(crpci_channel_node(ch, 0)->balance.weight, 89, 91);
+    crpci_registry_snapshot_unref(list);
+    crpc_channel_close(ch);
+}
+
 /* Of a list that the registry does not confirm any more, who cannot be reached is dialled once a
  * minute after a time; a list that is fresh again ends that. */
 static void an_aged_provider_is_dialled_rarely(void **state)
@@ -1458,6 +1484,7 @@ int main(void)
         CT_TEST(a_cancelled_call_is_not_a_slow_one),
         CT_TEST(a_backup_request_has_its_own_time),
         CT_TEST(max_endpoints_of_a_url_are_chosen_again),
+        CT_TEST(a_list_does_not_begin_a_warm_up_again),
     };
     return CT_RUN(tests);
 }
