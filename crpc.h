@@ -179,7 +179,8 @@
  *
  * Process. No writable global data, no signal handler, no SIGPIPE, no thread that was not asked for
  * (the ZooKeeper client has two of its own; an asynchronous call on a loop that nobody drives
- * starts the loop's, see forbid_threads). Descriptors are close-on-exec. Times are those of
+ * starts the loop's, see forbid_threads, and so does a call that cluster=failback is to make again).
+ * Descriptors are close-on-exec. Times are those of
  * CLOCK_MONOTONIC; the wall clock says only how old a provider is that is warming up. After fork
  * the child must not use what the parent opened.
  *
@@ -522,7 +523,7 @@ typedef enum crpc_sent {
 typedef struct crpc_error {
     int code;       /* a crpc_status; CRPC_EAPP if the service answered with its own code */
     int app_code;   /* the service's own code, 0 if there is none */
-    crpc_sent sent; /* of the last attempt */
+    crpc_sent sent; /* of all attempts together, but for those that a stopping server refused */
     bool remote;    /* the peer said so; false: found on this side */
     int attempts;   /* how often the call was tried, the first included */
     char endpoint[CRPC_ADDRESS_MAX]; /* the last provider tried, "" before the first */
@@ -6682,13 +6683,13 @@ CRPCI_FN void crpci_balance_node_begin(crpci_balance *b, crpci_balance_node *n, 
         crpci_balance_sift(b, n->at - 1);
 }
 
-/* It has ended. The node need not be in the list any more. */
+/* It has ended. The node need not be in the list any more. latency_us -1: it says nothing. */
 CRPCI_FN void crpci_balance_node_end(crpci_balance *b, crpci_balance_node *n, bool ok,
                                      int64_t latency_us, int64_t now_us)
 {
     if (n->active)
         n->active--;
-    if (b->kind == CRPCI_BALANCE_P2C)
+    if (b->kind == CRPCI_BALANCE_P2C && latency_us >= 0)
         crpci_balance_measure(b, n, ok, latency_us, now_us);
     else if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, n) && n->at)
         crpci_balance_sift(b, n->at - 1);
@@ -14693,7 +14694,8 @@ typedef struct crpci_call {
     int attempts;
     int max_attempts;
     crpci_policy policy;
-    crpc_sent sent;
+    crpc_sent sent;   /* of this attempt */
+    crpc_sent before; /* the most of those that failed, but for what a stopping server refused */
     crpci_waiter *waiter;
     crpc_error *error; /* the caller's, or in error_chunk; NULL: not wanted or no memory */
     crpci_chunk *error_chunk;
@@ -14717,7 +14719,7 @@ typedef struct crpci_group {
     uint32_t open;    /* under way */
     uint32_t failed;
     bool all;      /* wait for every one of them; else the first success will do */
-    bool starting; /* more are being begun: none of them is the last */
+    bool starting; /* more are being begun, or all being ended: none of them is the last */
     int status;    /* of the last failure */
     crpci_endpoint *from; /* of the reply that counts; a reference */
 } crpci_group;
@@ -15288,13 +15290,14 @@ CRPCI_COLD crpc_error *crpci_call_error(crpci_call *c)
 
 CRPCI_COLD void crpci_call_explain(crpci_call *c, int code, const char *cause)
 {
-    crpc_error *e = crpci_call_error(c);
+    bool late = c->parent && c->parent->state == CRPCI_CALL_DONE; /* that is explained already */
+    crpc_error *e = late ? NULL : crpci_call_error(c);
     if (!e)
         return;
     e->code = code;
     e->app_code = 0;
     e->remote = code == CRPC_ELOGOFF; /* only a peer says that */
-    e->sent = c->sent;
+    e->sent = c->sent > c->before ? c->sent : c->before;
     e->attempts = c->attempts;
     snprintf(e->endpoint, sizeof e->endpoint, "%s", c->endpoint ? c->endpoint->address : "");
     snprintf(e->text, sizeof e->text, "%s.%s attempt %d/%d%s%s: %s (%s)", c->method->service,
@@ -15422,11 +15425,13 @@ CRPCI_FN void crpci_call_end_attempt(crpci_call *c, crpci_breaker_outcome outcom
     c->node = NULL;
     now = crpci_loop_time(l);
     latency = now - c->attempt_us;
-    crpci_balance_node_end(&ch->balance, &n->balance, outcome != CRPCI_BREAKER_ERROR,
-                           outcome == CRPCI_BREAKER_IGNORE && latency < n->balance.latency
-                               ? n->balance.latency /* one that was cut short says nothing */
-                               : latency,
-                           now);
+    crpci_balance_node_end(
+        &ch->balance, &n->balance, outcome != CRPCI_BREAKER_ERROR,
+        outcome == CRPCI_BREAKER_IGNORE &&
+                latency < n->balance.latency >> CRPCI_BALANCE_LATENCY_BITS
+            ? -1 /* cut short: that says nothing */
+            : latency,
+        now);
     if (ch->breaker.error_percent &&
         crpci_breaker_end(&n->breaker, &ch->breaker, outcome, latency, now, crpci_loop_random(l)) &&
         crpci_channel_too_many_out(ch))
@@ -15495,9 +15500,9 @@ CRPCI_FN void crpci_call_finish(crpci_call *c, int status)
         crpci_endpoint_serve_waiting(e);
     if (CRPCI_UNLIKELY(c->group != NULL))
         crpci_call_drop_group(c);
-    if (CRPCI_UNLIKELY(c->policy.cluster == CRPC_CLUSTER_FAILBACK) && !crpci_call_succeeded(c) &&
-        crpci_call_retry_later(c, status))
-        return;
+    if (CRPCI_UNLIKELY(c->policy.cluster == CRPC_CLUSTER_FAILBACK) &&
+        (status || (c->replied && !crpci_call_succeeded(c))) && crpci_call_retry_later(c, status))
+        return; /* not without a reply alone: a one-way call has none */
     switch (c->kind) {
     case CRPCI_CALL_SYNC:
         break;
@@ -15724,10 +15729,12 @@ CRPCI_FN void crpci_call_failed(crpci_call *c, int code, const char *cause)
     crpci_call_detach(c);
     crpci_call_end_attempt(c, code == CRPC_ECONN ? CRPCI_BREAKER_ERROR : CRPCI_BREAKER_IGNORE);
     again = crpci_call_may_retry(c, code);
+    if (code != CRPC_ELOGOFF && c->sent > c->before)
+        c->before = c->sent;
     crpci_call_explain(c, code, cause);
-    if (again && c->sent != CRPC_SENT_NO && code == CRPC_ECONN &&
-        !(c->method->flags & CRPC_METHOD_IDEMPOTENT)) {
-        n = crpci_channel_node_of(ch, e); /* who may have executed it knows */
+    if (again && c->before != CRPC_SENT_NO && !(c->method->flags & CRPC_METHOD_IDEMPOTENT)) {
+        /* who may have executed it knows, and nobody else; not if it refuses to say */
+        n = code == CRPC_ELOGOFF ? NULL : crpci_channel_node_of(ch, e);
         again = stale = false;
     }
     c->tried[(c->attempts - 1) % CRPCI_CHANNEL_TRIED] = e;
@@ -15849,7 +15856,7 @@ CRPCI_COLD void crpci_call_drop_group(crpci_call *c)
 {
     crpci_group *g = c->group;
     crpc_loop *l = c->channel->loop;
-    c->group = NULL;
+    g->starting = true; /* a connection that closes may end others of them: that decides nothing */
     while (!crpci_list_empty(&g->parts)) {
         crpci_call *part = CRPCI_CONTAINER(g->parts.next, crpci_call, of_channel);
         crpci_endpoint *e = part->endpoint;
@@ -15857,6 +15864,8 @@ CRPCI_COLD void crpci_call_drop_group(crpci_call *c)
         c->attempts += part->attempts;
         if (part->state != CRPCI_CALL_DONE)
             crpci_call_abandon(part, c->status == CRPC_ETIMEDOUT ? CRPC_ETIMEDOUT : CRPC_ECANCELED);
+        if (part->sent > c->before)
+            c->before = part->sent;
         if (part->replied)
             crpci_loop_unshare(l, part->reply.chunk);
         if (e)
@@ -15865,6 +15874,11 @@ CRPCI_COLD void crpci_call_drop_group(crpci_call *c)
         crpci_endpoint_drop(e);
         crpci_call_drop_request(part);
         crpci_heap_chunk_unref(part->block);
+    }
+    c->group = NULL;
+    if (c->error) {
+        c->error->attempts = c->attempts;
+        c->error->sent = c->sent > c->before ? c->sent : c->before;
     }
     crpci_endpoint_drop(g->from);
     crpci_heap_free(l->heap, g, sizeof *g);
@@ -15949,7 +15963,9 @@ CRPCI_COLD crpci_call *crpci_call_part(crpci_call *c)
     part->error_chunk = NULL;
     part->replied = false;
     part->attempts = 0;
+    part->start_us = crpci_loop_time(l); /* what the call has waited is not its provider's */
     part->max_attempts = 1;
+    part->sent = part->before = CRPC_SENT_NO;
     part->id = 0;
     crpci_list_init(&part->link);
     crpci_list_init(&part->of_channel);
@@ -16000,17 +16016,14 @@ CRPCI_COLD void crpci_call_spread(crpci_call *c)
 {
     bool all = c->policy.cluster == CRPC_CLUSTER_BROADCAST;
     size_t n = all || !c->policy.forks ? c->channel->node_count : (size_t)c->policy.forks;
-    if (!crpci_call_need_group(c, all)) {
+    if (!c->channel->node_count) {
+        crpci_call_orphaned(c);
+    } else if (crpci_call_need_group(c, all) && crpci_call_branch(c, n)) {
+        crpci_call_settle_group(c);
+    } else {
         crpci_call_explain(c, CRPC_ENOMEM, "out of memory");
         crpci_call_finish(c, CRPC_ENOMEM);
-        return;
     }
-    if (crpci_call_branch(c, n))
-        crpci_call_settle_group(c);
-    else if (c->channel->node_count)
-        crpci_call_finish(c, CRPC_ENOMEM);
-    else
-        crpci_call_orphaned(c);
 }
 
 /* No reply yet: one more provider is asked. Without memory or another provider the call goes on as
@@ -16078,12 +16091,13 @@ CRPCI_COLD void crpci_call_back_off(crpci_call *c, int status)
 {
     crpc_channel *ch = c->channel;
     crpc_error *e = c->replied ? crpci_call_error(c) : NULL;
+    bool answered = c->replied && !crpci_status_reserved(c->reply.error_code);
     if (c->replied) {
         status = e ? crpci_call_remote_error(c, e) : CRPC_ERESPONSE;
         crpci_loop_unshare(ch->loop, c->reply.chunk);
     }
     c->replied = false;
-    if (c->policy.retries > 1 && !ch->closed && crpci_call_own_request(c)) {
+    if (c->policy.retries > 1 && !answered && !ch->closed && crpci_call_own_request(c)) {
         c->policy.retries--;
         c->attempts = 0;
         c->state = CRPCI_CALL_IDLE;
@@ -16109,7 +16123,7 @@ CRPCI_COLD bool crpci_call_retry_later(crpci_call *c, int status)
         return true;
     }
     if (c->kind == CRPCI_CALL_PART || ch->closed || status == CRPC_ECANCELED ||
-        !c->policy.retries || !crpci_status_reserved(code))
+        status == CRPC_EREJECT || !c->policy.retries || !crpci_status_reserved(code))
         return false;
     if (ch->failbacks >= ch->max_failbacks) {
         crpci_heap_log(l->heap, CRPC_LOG_WARN, "%s.%s: dropped: %zu failed calls wait already "
@@ -16130,6 +16144,7 @@ CRPCI_COLD bool crpci_call_retry_later(crpci_call *c, int status)
     if (ch->pending++ == 0)
         crpci_thread_ref(&ch->refs);
     crpci_loop_timer_set(l, &back->timer, ch->failback_us);
+    crpci_loop_need_owner(l); /* without a thread it waits until somebody drives */
     return false;
 }
 
@@ -16267,6 +16282,7 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, crpci_message *m)
     if (!c)
         return;
     e->failures = 0;
+    crpci_call_detach(c); /* with the end of its attempt the connection may be closed */
     c->sent = CRPC_SENT_YES;
     c->reply.error_code = c->reply.compress_type = 0;
     if (!m->meta.usual) {
@@ -16477,9 +16493,10 @@ CRPCI_FN void crpci_channel_note(crpci_node *n, const crpci_provider *p, int64_t
 {
     n->weight = (uint32_t)p->weight;
     n->warmup_us = (int64_t)p->warmup_ms * 1000;
-    n->since_us = now;
+    if (!n->kept)
+        n->since_us = now;
     if (p->timestamp_ms && p->timestamp_ms < wall_ms)
-        n->since_us -= crpci_base_min64(wall_ms - p->timestamp_ms, INT64_C(1) << 40) * 1000;
+        n->since_us = now - crpci_base_min64(wall_ms - p->timestamp_ms, INT64_C(1) << 40) * 1000;
     n->balance.weight = crpci_balance_warm(n->weight, (now - n->since_us) / 1000, p->warmup_ms);
 }
 
@@ -16667,7 +16684,7 @@ CRPCI_FN void crpci_call_init(crpci_call *c, crpc_channel *ch, const crpci_call_
     c->out = NULL;
     c->endpoint = NULL;
     c->attempts = 0;
-    c->sent = CRPC_SENT_NO;
+    c->sent = c->before = CRPC_SENT_NO;
     c->waiter = NULL;
     c->timer.prev = NULL;
     c->error = NULL;
@@ -16764,10 +16781,8 @@ CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_call *c)
         crpci_call_expire(c);
         crpci_channel_flush(l); /* the next call for its slot */
     }
-    if (c->endpoint)
+    if (c->endpoint) /* else its failure was explained, perhaps by one of several attempts */
         memcpy(c->error->endpoint, c->endpoint->address, c->endpoint->address_size);
-    else
-        c->error->endpoint[0] = '\0';
     crpci_endpoint_drop(c->endpoint);
     crpci_id_remove(&l->calls, c->id);
     crpci_list_remove(&c->of_channel);
@@ -17447,6 +17462,10 @@ CRPCI_COLD int crpci_channel_open_static(crpc_channel *ch, crpci_url *u, crpc_er
     if (!err) {
         crpci_loop_lock(ch->loop);
         err = crpci_channel_set_providers(ch, list);
+        if (!err && ch->max_nodes) {
+            crpci_registry_snapshot_ref(list);
+            ch->list = list;
+        }
         crpci_loop_unlock(ch->loop);
         if (err)
             crpci_status_set(error, err, err == CRPC_ENOMEM ? "out of memory"

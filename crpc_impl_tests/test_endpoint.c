@@ -645,6 +645,300 @@ static void a_backup_request_outlives_the_first_attempt(void **state)
     fleet_close(&f);
 }
 
+/* A one-way request that was sent has not failed: nothing is put aside. */
+static void a_one_way_call_is_not_sent_again(void **state)
+{
+    dyn_Num request = net_num(3);
+    fleet f;
+    (void)state;
+    fleet_open(&f, 1, "?cluster=failback&failback_ms=1&retries=1&timeout_ms=20000", NULL);
+    assert_int_equal(dyn_Echo_Add_notify(f.channel, &request, NULL), CRPC_OK);
+    assert_true(CT_WAIT(net_calls(&f.peers[0].service) >= 1 && fleet_pending(&f) == 0,
+                        NET_PATIENCE));
+    assert_int_equal(net_calls(&f.peers[0].service), 1);
+    fleet_close(&f);
+}
+
+/* What a method's options forbid is not sent in the background either. */
+static void a_degraded_method_is_never_called(void **state)
+{
+    crpc_method_options method = CRPC_INIT;
+    crpc_channel_options o = CRPC_INIT;
+    fleet_form form;
+    (void)state;
+    method.method = "Add";
+    method.degraded = 1;
+    o.methods = &method;
+    o.method_count = 1;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        fleet_open(&f, 1, "?cluster=failback&failback_ms=1&timeout_ms=20000", &o);
+        assert_int_equal(fleet_call(&f, form, false, 1, NULL).status, CRPC_OK);
+        assert_int_equal(f.channel->failbacks, 0);
+        fleet_close(&f);
+    }
+}
+
+/* The service's own word ends the tries: it was executed. */
+static void failback_ends_with_an_applications_error(void **state)
+{
+    crpc_channel_options o = CRPC_INIT;
+    given_up dropped = {0, 0};
+    fleet f;
+    (void)state;
+    o.failback_dropped = on_given_up;
+    o.failback_user = &dropped;
+    fleet_open(&f, 1, "?cluster=failback&failback_ms=50&retries=5&timeout_ms=20000", &o);
+    assert_int_equal(crpc_loop_start(crpc_channel_loop(f.channel)), CRPC_OK);
+    fleet_mood_set(&f.peers[0], FLEET_BROKEN);
+    assert_int_equal(fleet_call(&f, FORM_SYNC, false, 1, NULL).status, CRPC_OK);
+    fleet_mood_set(&f.peers[0], FLEET_REFUSES);
+    assert_true(CT_WAIT(fleet_pending(&f) == 0, NET_PATIENCE));
+    assert_int_equal(dropped.count, 1);
+    assert_int_equal(dropped.code, CRPC_EAPP);
+    assert_true(net_calls(&f.peers[0].service) < 6);
+    fleet_close(&f);
+}
+
+/* Also where the program only ever makes synchronous calls. */
+static void failback_needs_nobody_to_drive(void **state)
+{
+    fleet f;
+    (void)state;
+    fleet_open(&f, 1, "?cluster=failback&failback_ms=1&retries=1&timeout_ms=20000", NULL);
+    fleet_mood_set(&f.peers[0], FLEET_BROKEN);
+    assert_int_equal(fleet_call(&f, FORM_SYNC, false, 1, NULL).status, CRPC_OK);
+    assert_true(CT_WAIT(net_calls(&f.peers[0].service) == 2, 2000));
+    fleet_close(&f);
+}
+
+/* A script: takes one request, and nobody answers there any more. */
+static bool peer_dies(peer *p, int fd, int number)
+{
+    wire_message m;
+    (void)number;
+    if (peer_receive(p, fd, &m) == 1)
+        wire_done(&m);
+    shutdown(p->listen_fd, SHUT_RDWR);
+    return true;
+}
+
+/* Who may have executed a request with an id is gone: nobody else executes it too. */
+static void a_named_request_goes_nowhere_else(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        char url[160];
+        fleet_result r;
+        peer first, other;
+        fleet f;
+        int i;
+        memset(&f, 0, sizeof f);
+        peer_open(&first, peer_dies, NULL);
+        peer_open(&other, peer_adds, NULL);
+        snprintf(url, sizeof url, "list://127.0.0.1:%d,127.0.0.1:%d", first.port, other.port);
+        f.channel = net_channel(url, "?request_ids=1&lb=rr&timeout_ms=20000", CRPC_POLLER_DEFAULT,
+                                NULL, NULL);
+        for (i = 0; i < 2; i++) {
+            int before = peer_requests(&other);
+            r = fleet_call(&f, form, false, 1, NULL);
+            if (peer_requests(&first))
+                break;
+            assert_int_equal(r.status, CRPC_OK);
+            assert_int_equal(peer_requests(&other), before + 1);
+        }
+        assert_int_equal(peer_requests(&first), 1);
+        assert_int_equal(peer_requests(&other), i);
+        assert_int_equal(r.status, CRPC_ECONN);
+        assert_int_not_equal(r.error.sent, CRPC_SENT_NO); /* the first attempt's */
+        crpc_channel_close(f.channel);
+        peer_close(&first);
+        peer_close(&other);
+    }
+}
+
+/* What is said of forks that failed: how many there were, and whether they can have been
+ * executed. */
+static void failed_forks_are_explained(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        fleet_result r;
+        fleet_open(&f, 2, "?cluster=forking&timeout_ms=300", NULL);
+        fleet_mood_set(&f.peers[0], FLEET_SILENT);
+        fleet_mood_set(&f.peers[1], FLEET_SILENT);
+        r = fleet_call(&f, form, false, 1, NULL);
+        assert_int_equal(r.status, CRPC_ETIMEDOUT);
+        assert_int_equal(r.error.attempts, 2);
+        if (fleet_calls(&f))
+            assert_int_equal(r.error.sent, CRPC_SENT_YES);
+        fleet_mood_set(&f.peers[0], FLEET_BROKEN);
+        fleet_peer_close(&f.peers[1]);
+        r = fleet_call(&f, form, false, 1, NULL);
+        assert_true(r.status == CRPC_EINTERNAL || r.status == CRPC_ECONN);
+        assert_int_equal(r.error.attempts, 2);
+        assert_int_equal(r.error.sent, CRPC_SENT_YES);
+        assert_string_not_equal(r.error.endpoint, "");
+        fleet_close(&f);
+    }
+}
+
+/* Calls of others end where a call's forks are cancelled, and end one of these forks. */
+static void forks_can_fail_while_they_are_cancelled(void **state)
+{
+    crpc_policy forking = CRPC_INIT;
+    crpc_call in = CRPC_INIT;
+    dyn_Num request = net_num(1);
+    fleet_result mine, other;
+    crpci_endpoint *e[3];
+    fleet f;
+    crpc_loop *l;
+    int i;
+    (void)state;
+    memset(&mine, 0, sizeof mine);
+    memset(&other, 0, sizeof other);
+    fleet_open(&f, 3, "?lb=rr&inflight=2&timeout_ms=20000", NULL);
+    l = crpc_channel_loop(f.channel);
+    for (i = 0; i < 3; i++) {
+        fleet_mood_set(&f.peers[i], FLEET_SILENT);
+        e[i] = crpci_channel_node(f.channel, (size_t)i)->endpoint;
+    }
+    crpci_loop_lock(l);
+    f.channel->balance.started = true; /* the first is next */
+    assert_true(crpci_sock_parse(&e[1]->addr, "unix:/nonexistent/socket")); /* fails at once */
+    e[1]->usable_at = crpci_loop_now(l) + INT64_C(10000000);
+    crpci_loop_unlock(l);
+    assert_int_equal(dyn_Echo_Get_async(f.channel, &request, fleet_done, &other, NULL), CRPC_OK);
+    assert_true(CT_WAIT(net_held(&f.peers[0].service) == 1, NET_PATIENCE));
+    forking.cluster = CRPC_CLUSTER_FORKING;
+    forking.forks = -1;
+    in.policy = &forking;
+    crpci_loop_lock(l);
+    f.channel->balance.next = 0;
+    crpci_loop_unlock(l);
+    assert_int_equal(dyn_Echo_Add_async(f.channel, &request, fleet_done, &mine, &in), CRPC_OK);
+    assert_true(CT_WAIT(net_held(&f.peers[0].service) == 2 && net_held(&f.peers[2].service) == 1,
+                        NET_PATIENCE));
+    crpci_loop_lock(l);
+    e[1]->usable_at = 0; /* and its timer has not run yet */
+    e[2]->usable_at = INT64_MAX;
+    crpci_loop_unlock(l);
+    crpc_context_finish(net_take(&f.peers[2].service), CRPC_OK);
+    assert_true(CT_WAIT(__atomic_load_n(&mine.done, __ATOMIC_SEQ_CST), NET_PATIENCE));
+    assert_int_equal(mine.status, CRPC_OK);
+    assert_string_equal(mine.error.text, "");
+    assert_int_equal(mine.error.attempts, 3);
+    fleet_close(&f);
+}
+
+/* A script: reads a little, answers what its user says at the time it says, and reads no more. */
+static bool peer_answers_early(peer *p, int fd, int number)
+{
+    crpc_id *id = (crpc_id *)p->user;
+    wire w = {NULL, 0, 0};
+    char some[100];
+    (void)number;
+    if (recv(fd, some, sizeof some, 0) <= 0)
+        return true;
+    pthread_mutex_lock(&p->lock);
+    p->requests++;
+    pthread_mutex_unlock(&p->lock);
+    while (!__atomic_load_n(&id->value, __ATOMIC_SEQ_CST))
+        ct_sleep_ms(1);
+    wire_reply(&w, (int64_t)id->value, 7);
+    wire_flush(fd, &w);
+    return peer_deaf(p, fd, number);
+}
+
+/* The last reply of a provider that is not listed any more comes while its request is still being
+ * sent. */
+static void a_removed_provider_answers_early(void **state)
+{
+    crpc_id id, told = {0};
+    crpc_call call = CRPC_INIT;
+    dyn_Num request = net_num(1), out = net_num(0);
+    crpci_snapshot *list;
+    crpc_channel *ch;
+    char *bulk = (char *)calloc(1, 8 << 20);
+    peer p;
+    (void)state;
+    assert_non_null(bulk);
+    peer_open(&p, peer_answers_early, &told);
+    ch = net_channel(p.url, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    call.attachment = crpc_view_of(bulk, 8 << 20);
+    assert_int_equal(dyn_Echo_Add_begin(ch, &request, &id, &call), CRPC_OK);
+    free(bulk);
+    assert_true(CT_WAIT(peer_requests(&p) == 1, NET_PATIENCE));
+    list = crpci_registry_snapshot(ch->loop->heap, 1);
+    assert_non_null(list);
+    strcpy(list->providers[0].address, "127.0.0.1:9");
+    assert_int_equal(crpci_channel_on_list(ch, list), CRPC_OK);
+    crpci_registry_snapshot_unref(list);
+    __atomic_store_n(&told.value, id.value, __ATOMIC_SEQ_CST);
+    assert_int_equal(crpc_channel_wait(ch, id, -1), CRPC_OK);
+    assert_int_equal(dyn_Echo_Add_fetch(ch, id, &out, &call), CRPC_OK);
+    assert_int_equal(out.n, 7);
+    crpc_call_reset(&call);
+    crpc_channel_close(ch); /* nothing is left: CT_TEST */
+    peer_close(&p);
+}
+
+/* A call that was cancelled says of its provider that it takes at least so long, no more. */
+static void a_cancelled_call_is_not_a_slow_one(void **state)
+{
+    dyn_Num request = net_num(1);
+    crpc_id id;
+    fleet f;
+    int i, k;
+    (void)state;
+    fleet_open(&f, 2, "?lb=p2c&timeout_ms=20000", NULL);
+    for (i = 0; i < 50; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, true, i, NULL).status, CRPC_OK);
+    for (i = 0; i < 2; i++)
+        fleet_mood_set(&f.peers[i], FLEET_SILENT);
+    for (k = 0; k < 5; k++) {
+        int64_t before[2], start = crpc_loop_now_us(crpc_channel_loop(f.channel)), most, now;
+        for (i = 0; i < 2; i++)
+            before[i] = crpci_channel_node(f.channel, (size_t)i)->balance.latency / 256;
+        assert_int_equal(dyn_Echo_Get_begin(f.channel, &request, &id, NULL), CRPC_OK);
+        assert_int_equal(crpc_channel_cancel(f.channel, id), CRPC_OK);
+        most = crpc_loop_now_us(crpc_channel_loop(f.channel)) - start;
+        for (i = 0; i < 2; i++) {
+            now = crpci_channel_node(f.channel, (size_t)i)->balance.latency / 256;
+            assert_true(now <= (before[i] > most ? before[i] : most));
+        }
+    }
+    fleet_close(&f);
+}
+
+/* The time of a backup request is its own: the first attempt's silence is not its provider's. */
+static void a_backup_request_has_its_own_time(void **state)
+{
+    dyn_Num request = net_num(6);
+    const crpci_call *c, *part;
+    fleet_result r;
+    fleet f;
+    crpc_loop *l;
+    (void)state;
+    memset(&r, 0, sizeof r);
+    fleet_open(&f, 2, "?backup_ms=20&timeout_ms=20000", NULL);
+    l = crpc_channel_loop(f.channel);
+    fleet_mood_set(&f.peers[0], FLEET_SILENT);
+    fleet_mood_set(&f.peers[1], FLEET_SILENT);
+    assert_int_equal(dyn_Echo_Get_async(f.channel, &request, fleet_done, &r, NULL), CRPC_OK);
+    assert_true(CT_WAIT(net_held(&f.peers[0].service) == 1 && net_held(&f.peers[1].service) == 1,
+                        NET_PATIENCE));
+    crpci_loop_lock(l);
+    c = CRPCI_CONTAINER(f.channel->calls.next, const crpci_call, of_channel);
+    part = CRPCI_CONTAINER(c->group->parts.next, const crpci_call, of_channel);
+    assert_true(part->attempt_us >= c->start_us + 20000);
+    crpci_loop_unlock(l);
+    fleet_close(&f);
+}
+
 /* --- budget, breaker, degrading --------------------------------------------------------------- */
 
 /* Where everything fails, retries end with the budget. */
@@ -991,6 +1285,53 @@ static void max_endpoints_bounds_connections(void **state)
     fleet_close(&f);
 }
 
+/* Of the providers in a URL too. */
+static void max_endpoints_of_a_url_are_chosen_again(void **state)
+{
+    fleet f;
+    int i, status = CRPC_ECONN;
+    (void)state;
+    fleet_open(&f, 4, "?max_endpoints=2&lb=rr&timeout_ms=20000", NULL);
+    for (i = 0; i < 10; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    for (i = 0; i < 4; i++) {
+        if (net_calls(&f.peers[i].service))
+            fleet_peer_close(&f.peers[i]);
+    }
+    for (i = 0; i < 5000 && status; i += 5) {
+        status = fleet_call(&f, FORM_SYNC, false, i, NULL).status;
+        ct_sleep_ms(5);
+    }
+    assert_int_equal(status, CRPC_OK);
+    fleet_close(&f);
+}
+
+/* A provider that does not say when it started warms up once, however often the list changes. */
+static void a_list_does_not_begin_a_warm_up_again(void **state)
+{
+    crpc_channel_options o = CRPC_INIT;
+    crpci_snapshot *list;
+    crpc_channel *ch;
+    int i;
+    (void)state;
+    o.private_loop = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.private_loop.hooks.clock_us = fake_clock;
+    fake_now = 1000000;
+    assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, NULL), CRPC_OK);
+    list = crpci_registry_snapshot(ch->loop->heap, 1);
+    assert_non_null(list);
+    strcpy(list->providers[0].address, "127.0.0.1:9");
+    list->providers[0].weight = 100;
+    list->providers[0].warmup_ms = 10000;
+    for (i = 0; i < 10; i++) {
+        assert_int_equal(crpci_channel_on_list(ch, list), CRPC_OK);
+        fake_now += 1000000;
+    }
+    assert_in_range(crpci_channel_node(ch, 0)->balance.weight, 89, 91);
+    crpci_registry_snapshot_unref(list);
+    crpc_channel_close(ch);
+}
+
 /* Of a list that the registry does not confirm any more, who cannot be reached is dialled once a
  * minute after a time; a list that is fresh again ends that. */
 static void an_aged_provider_is_dialled_rarely(void **state)
@@ -1132,6 +1473,18 @@ int main(void)
         CT_TEST(an_aged_provider_is_dialled_rarely),
         CT_TEST(a_flood_of_changes_is_followed),
         CT_TEST(wrong_policies_are_refused),
+        CT_TEST(a_one_way_call_is_not_sent_again),
+        CT_TEST(a_degraded_method_is_never_called),
+        CT_TEST(failback_ends_with_an_applications_error),
+        CT_TEST(failback_needs_nobody_to_drive),
+        CT_TEST(a_named_request_goes_nowhere_else),
+        CT_TEST(failed_forks_are_explained),
+        CT_TEST(forks_can_fail_while_they_are_cancelled),
+        CT_TEST(a_removed_provider_answers_early),
+        CT_TEST(a_cancelled_call_is_not_a_slow_one),
+        CT_TEST(a_backup_request_has_its_own_time),
+        CT_TEST(max_endpoints_of_a_url_are_chosen_again),
+        CT_TEST(a_list_does_not_begin_a_warm_up_again),
     };
     return CT_RUN(tests);
 }
