@@ -179,10 +179,9 @@
  *
  * Process. No writable global data, no signal handler, no SIGPIPE, no thread that was not asked for
  * (the ZooKeeper client has two of its own; an asynchronous call on a loop that nobody drives
- * starts the loop's, see forbid_threads, and so does a call that cluster=failback is to make again).
- * Descriptors are close-on-exec. Times are those of
- * CLOCK_MONOTONIC; the wall clock says only how old a provider is that is warming up. After fork
- * the child must not use what the parent opened.
+ * starts the loop's, see forbid_threads, and so does one that cluster=failback is to make again).
+ * Descriptors are close-on-exec. Times are those of CLOCK_MONOTONIC; the wall clock says only how
+ * old a provider is that is warming up. After fork the child must not use what the parent opened.
  *
  * Delivery. A call is executed at most once unless its method is idempotent (in the .proto:
  * `option idempotency_level = IDEMPOTENT;`). Retries happen by themselves only when not a byte of
