@@ -4,6 +4,8 @@
  *   instructions sync PATH N         N calls, one after another, to such a server
  *   instructions both PATH N DEPTH   N calls, DEPTH under way at a time, to a server in this very
  *                                    process
+ *   instructions pick LB COUNT N     N choices among COUNT providers, each with its beginning and
+ *                                    end of a call, without the call
  *
  * With `both` one thread steps the client's loop and the server's loop in turn, so nothing depends
  * on the scheduler: every step finds all that the other side has sent. The counter is told to look
@@ -184,16 +186,61 @@ static void call_both(const char *url, long n, long depth)
     crpc_loop_close(servers);
 }
 
+/* --- choosing a provider ----------------------------------------------------------------------- */
+
+void pick_turn(crpc_channel *channel, const crpci_call *call);
+
+__attribute__((noinline)) void pick_turn(crpc_channel *channel, const crpci_call *call)
+{
+    crpci_node *node = crpci_channel_pick(channel, call);
+
+    must(node ? CRPC_OK : CRPC_ENOPROVIDER, "a choice");
+    crpci_balance_node_begin(&channel->balance, &node->balance, 1);
+    crpci_balance_node_end(&channel->balance, &node->balance, true, 100, 101);
+}
+
+static void pick(const char *lb, long count, long n)
+{
+    crpc_channel_options options = CRPC_INIT;
+    crpc_channel *channel = NULL;
+    crpci_snapshot *list;
+    crpci_call call;
+    char url[80];
+    long i;
+
+    options.private_loop.hooks.clock_us = clock_us;
+    snprintf(url, sizeof url, "tcp://127.0.0.1:9?lb=%s", lb);
+    must(crpc_channel_open(&channel, url, &options, NULL), url);
+    list = crpci_registry_snapshot(channel->loop->heap, (size_t)count);
+    must(list ? CRPC_OK : CRPC_ENOMEM, "a list");
+    for (i = 0; i < count; i++) {
+        snprintf(list->providers[i].address, CRPC_ADDRESS_MAX, "10.1.%ld.%ld:8000", i / 256, i % 256);
+        list->providers[i].weight = 50 + (int)(i * 7 % 101);
+    }
+    crpci_registry_sort(list);
+    must(crpci_channel_on_list(channel, list), "the list");
+    crpci_registry_snapshot_unref(list);
+    memset(&call, 0, sizeof call);
+    for (i = 0; i < n; i++) {
+        call.key = (uint64_t)(i + 1) * 0x9e3779b97f4a7c15u;
+        pick_turn(channel, &call);
+    }
+    crpc_channel_close(channel);
+}
+
 int main(int argc, char **argv)
 {
     if (argc == 3 && !strcmp(argv[1], "serve")) {
         serve(argv[2]);
     } else if (argc == 4 && !strcmp(argv[1], "sync")) {
         call_sync(argv[2], atol(argv[3]));
+    } else if (argc == 5 && !strcmp(argv[1], "pick")) {
+        pick(argv[2], atol(argv[3]), atol(argv[4]));
     } else if (argc == 5 && !strcmp(argv[1], "both")) {
         call_both(argv[2], atol(argv[3]), atol(argv[4]));
     } else {
-        fprintf(stderr, "usage: instructions serve URL | sync URL N | both URL N DEPTH\n");
+        fprintf(stderr, "usage: instructions serve URL | sync URL N | both URL N DEPTH | "
+                        "pick LB COUNT N\n");
         return 2;
     }
     return 0;

@@ -36,6 +36,9 @@ CASES = {
     "server, one at a time": (1000, ["both", "URL", "N", "1"], "server_turn"),
     "server, pipelined": (3200, ["both", "URL", "N", str(DEPTH)], "server_turn"),
 }
+# A choice of a provider costs about the same among few and many.
+CASES.update({"choice, lb=%s of %d" % (lb, count): (8000, ["pick", lb, str(count), "N"], "pick_turn")
+              for lb in ("wrr", "rr", "wrandom", "la", "hash", "p2c") for count in (10, 2000)})
 
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
