@@ -142,6 +142,7 @@
  *     CRPC_ENABLE_CLIENT     1   0: no channels
  *     CRPC_ENABLE_SERVER     1   0: no server
  *     CRPC_ENABLE_ZOOKEEPER  1   0: no zookeeper://, no ZooKeeper client needed
+ *     CRPC_ENABLE_SERVERLESS 1   0: no file://, no multicast://
  *     CRPC_ENABLE_RESOLVER   1   0: host names only by crpc_hooks.resolve: a static program without
  *                                getaddrinfo is some 15 KiB smaller
  *     CRPC_ZOOKEEPER_ST      0   1: libzookeeper_st instead of _mt (compile without -DTHREADED)
@@ -390,6 +391,9 @@
 #endif
 #ifndef CRPC_ENABLE_ZOOKEEPER
 #define CRPC_ENABLE_ZOOKEEPER 1 /* the zookeeper:// registry; needs the ZooKeeper C client */
+#endif
+#ifndef CRPC_ENABLE_SERVERLESS
+#define CRPC_ENABLE_SERVERLESS 1 /* the registries file:// and multicast://, which need no server */
 #endif
 #ifndef CRPC_ENABLE_RESOLVER
 #define CRPC_ENABLE_RESOLVER 1 /* host names by getaddrinfo; 0: numeric addresses, or a hook */
@@ -8869,6 +8873,8 @@ CRPCI_FN void crpci_registry_local_serve(crpci_registry_local *r, const crpci_re
 /* >>impl-filereg   the registry in a file                                   */
 /* ======================================================================== */
 
+#if CRPC_ENABLE_SERVERLESS
+
 /* A line for each provider:
  *
  *     host:port [weight=N] [warmup_ms=N] [group=G] [version=V] [service=S]     # comment
@@ -9142,9 +9148,13 @@ CRPCI_COLD int crpci_filereg_open(crpc_loop *l, const crpci_url *url, crpci_regi
     return CRPC_OK;
 }
 
+#endif /* CRPC_ENABLE_SERVERLESS */
+
 /* ======================================================================== */
 /* >>impl-multicast   the registry that is nowhere: providers announce themselves */
 /* ======================================================================== */
+
+#if CRPC_ENABLE_SERVERLESS
 
 /* Datagrams of one line, as Dubbo's multicast registry sends them:
  *
@@ -9886,6 +9896,8 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
     crpci_registry_local_unlock(&r->of);
     return crpci_status_set(error, err, "multicast: %s", crpc_status_text(err));
 }
+
+#endif /* CRPC_ENABLE_SERVERLESS */
 
 /* ======================================================================== */
 /* >>impl-zookeeper   the registry in ZooKeeper, with Dubbo's layout         */
@@ -12570,10 +12582,12 @@ CRPCI_COLD int crpci_registry_open(crpc_loop *l, const crpci_url *url,
                                    crpc_error *error)
 {
     *out = NULL;
+#if CRPC_ENABLE_SERVERLESS
     if (strcmp(url->scheme, "file") == 0)
         return crpci_filereg_open(l, url, out, error);
     if (strcmp(url->scheme, "multicast") == 0)
         return crpci_multicast_open(l, url, options, out, error);
+#endif
     if (strcmp(url->scheme, "zookeeper") != 0)
         return crpci_status_set(error, CRPC_EUNSUPPORTED,
                                 "no registry is known as \"%.40s\"; zookeeper://, multicast:// and "

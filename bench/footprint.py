@@ -45,8 +45,8 @@ TARGETS = {
     "mips": ("mips-linux-gnu-gcc", [], "mips-linux-gnu-"),
 }
 FEATURES = {
-    "client": ["-DCRPC_ENABLE_SERVER=0", "-DCRPC_ENABLE_ZOOKEEPER=0"],
-    "client and server": ["-DCRPC_ENABLE_ZOOKEEPER=0"],
+    "client": ["-DCRPC_ENABLE_SERVER=0", "-DCRPC_ENABLE_ZOOKEEPER=0", "-DCRPC_ENABLE_SERVERLESS=0"],
+    "client and server": ["-DCRPC_ENABLE_ZOOKEEPER=0", "-DCRPC_ENABLE_SERVERLESS=0"],
     "everything": ["-DTHREADED"],
 }
 
@@ -118,7 +118,7 @@ class Footprint:
         library = "/usr/lib/%s-linux-gnu/libprotobuf-nanopb.a" % platform.machine()
         run(["musl-gcc", "-Os", "-static", "-fno-asynchronous-unwind-tables", "-ffunction-sections",
              "-fdata-sections", "-DCRPC_ENABLE_ZOOKEEPER=0", "-DCRPC_ENABLE_CLIENT=0",
-             "-DCRPC_ENABLE_RESOLVER=0", "-I" + ROOT,
+             "-DCRPC_ENABLE_RESOLVER=0", "-DCRPC_ENABLE_SERVERLESS=0", "-I" + ROOT,
              "-I" + self.include, "-I" + generated,
              os.path.join(ROOT, "examples", "echo", "echo_server.c")] +
             sorted(glob.glob(os.path.join(generated, "*.c"))) +
