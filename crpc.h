@@ -15595,7 +15595,8 @@ typedef struct crpci_choice {
     crpc_channel *channel;
     const crpci_call *call;
     int64_t now;
-    bool strict; /* leave out what the breaker has taken out */
+    uint32_t random; /* one for the whole choice: a node is asked about twice, perhaps */
+    bool strict;     /* leave out what the breaker has taken out */
 } crpci_choice;
 
 CRPCI_FN bool crpci_channel_usable(void *user, size_t i)
@@ -15607,7 +15608,7 @@ CRPCI_FN bool crpci_channel_usable(void *user, size_t i)
         return false;
     if (x->strict && (crpci_breaker_open(&n->breaker, &ch->breaker, x->now) ||
                       !crpci_breaker_ramped(&n->breaker, &ch->breaker, x->now,
-                                            crpci_loop_random(ch->loop))))
+                                            x->random ^ (uint32_t)n->balance.hash)))
         return false;
     return !crpci_call_has_tried(x->call, n->endpoint);
 }
@@ -15658,6 +15659,7 @@ CRPCI_FN crpci_node *crpci_channel_pick(crpc_channel *ch, const crpci_call *c)
     x.channel = ch;
     x.call = c;
     x.now = crpci_loop_rough_time(ch->loop);
+    x.random = random;
     x.strict = ch->breaker.error_percent != 0;
     if (CRPCI_UNLIKELY(x.now >= ch->reweigh_at))
         crpci_channel_reweigh(ch, x.now);
