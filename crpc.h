@@ -5979,6 +5979,7 @@ typedef struct crpci_balance {
     int64_t latency;   /* of all providers, a slow average, in 1/256 us */
 } crpci_balance;
 
+/* Whether a provider can be used. It may be asked twice in one pick, and must say the same. */
 typedef bool (*crpci_balance_usable_fn)(void *user, size_t index);
 
 /* The end of splitmix64 (S. Vigna): every bit of the argument changes half of the result's. */
@@ -6484,6 +6485,8 @@ CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, const crpci_balance_query
         crpci_balance_take(b, n);
         if (usable)
             return (int)n->index;
+        if (n->at == 1) /* least active, and so first again */
+            break;
     }
     for (i = 0; i < b->count; i++) {
         crpci_balance_node *n = b->nodes[i];
@@ -6524,8 +6527,8 @@ CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balan
 
 /* --- p2c: what a call costs there */
 
-/* What is left of a latency after some time, rounded up. Between one halving and the next a
- * parabola serves for 2^-x, to 0.4 per cent: 1 - 0.675 x + 0.175 x^2. */
+/* What is left of a latency after some time, rounded up. Between two halvings a parabola serves for
+ * 2^-x, to 0.4 per cent: 1 - 0.675 x + 0.175 x^2. */
 CRPCI_FN int64_t crpci_balance_fade(int64_t latency, int64_t passed_us)
 {
     int64_t halvings = passed_us >> CRPCI_BALANCE_HALF_BITS;
@@ -6686,7 +6689,8 @@ CRPCI_FN void crpci_balance_node_begin(crpci_balance *b, crpci_balance_node *n, 
         crpci_balance_sift(b, n->at - 1);
 }
 
-/* It has ended. The node need not be in the list any more. latency_us -1: it says nothing. */
+/* It has ended. latency_us: since its begin, -1 if that says nothing (cancelled, over a limit). The
+ * node need not be in the list any more. */
 CRPCI_FN void crpci_balance_node_end(crpci_balance *b, crpci_balance_node *n, bool ok,
                                      int64_t latency_us, int64_t now_us)
 {
@@ -6698,6 +6702,7 @@ CRPCI_FN void crpci_balance_node_end(crpci_balance *b, crpci_balance_node *n, bo
         crpci_balance_sift(b, n->at - 1);
 }
 
+/* The same for the node of an index; nothing where it is not known because memory was short. */
 CRPCI_FN void crpci_balance_begin(crpci_balance *b, size_t i, int64_t now_us)
 {
     if (b->nodes && i < b->count)
