@@ -775,6 +775,8 @@ static void failed_forks_are_explained(void **state)
         assert_int_equal(r.error.attempts, 2);
         if (fleet_calls(&f))
             assert_int_equal(r.error.sent, CRPC_SENT_YES);
+        fleet_close(&f);
+        fleet_open(&f, 2, "?cluster=forking&timeout_ms=20000", NULL);
         fleet_mood_set(&f.peers[0], FLEET_BROKEN);
         fleet_peer_close(&f.peers[1]);
         r = fleet_call(&f, form, false, 1, NULL);
