@@ -13878,6 +13878,7 @@ typedef struct crpci_group {
     crpci_list parts; /* those that have ended too: nobody is tried twice */
     uint32_t open;    /* under way */
     uint32_t failed;
+    size_t lost;   /* could not be begun: no memory */
     bool all;      /* wait for every one of them; else the first success will do */
     bool starting; /* more are being begun, or all being ended: none of them is the last */
     int status;    /* of the last failure */
@@ -15048,13 +15049,13 @@ CRPCI_COLD void crpci_call_drop_group(crpci_call *c)
 CRPCI_COLD void crpci_call_settle_group(crpci_call *c)
 {
     crpci_group *g = c->group;
-    size_t all = 0;
+    size_t all = g->lost;
     const crpci_list *i;
     if (g->starting || (g->all && g->open))
         return;
     for (i = g->parts.next; i != &g->parts; i = i->next)
         all++;
-    if (c->replied && g->all && g->failed * 100 > all * c->policy.fail_percent) {
+    if (c->replied && g->all && (g->failed + g->lost) * 100 > all * (size_t)c->policy.fail_percent) {
         crpci_loop_unshare(c->channel->loop, c->reply.chunk);
         c->replied = false; /* too many failed: that is the result */
     }
@@ -15160,6 +15161,10 @@ CRPCI_COLD bool crpci_call_branch(crpci_call *c, size_t n)
     for (; n; n--) {
         crpci_node *node = crpci_channel_pick(c->channel, c);
         crpci_call *part = node ? crpci_call_part(c) : NULL;
+        if (!part && node && g->all) {
+            g->lost = n;
+            crpci_call_explain(c, CRPC_ENOMEM, "out of memory");
+        }
         if (!part)
             break;
         any = true;
