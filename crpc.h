@@ -15060,12 +15060,15 @@ CRPCI_COLD void crpci_call_settle_group(crpci_call *c)
         c->replied = false; /* too many failed: that is the result */
     }
     if (c->replied) {
+        crpci_endpoint *own = c->endpoint;
         if (c->state != CRPCI_CALL_IDLE) /* it was quicker than the call's own attempt */
             crpci_call_abandon(c, CRPC_ECANCELED);
-        crpci_endpoint_drop(c->endpoint);
         c->endpoint = g->from;
         g->from = NULL;
         crpci_call_finish(c, CRPC_OK);
+        if (own) /* whose slot is free */
+            crpci_endpoint_serve_waiting(own);
+        crpci_endpoint_drop(own);
     } else if (!g->open && c->state == CRPCI_CALL_IDLE) {
         crpci_call_finish(c, g->status);
     }
