@@ -14908,8 +14908,10 @@ CRPCI_FN void crpci_call_failed(crpci_call *c, int code, const char *cause)
     }
     if (n && (code == CRPC_ELOGOFF || crpci_endpoint_is_proven(n->endpoint) || !ch->budgeted ||
               (stale && c->sent == CRPC_SENT_NO) || crpci_limiter_budget_spend(&ch->budget))) {
-        crpci_endpoint_serve_waiting(e);
+        e->refs++; /* first this: what fails below may end the call, if it is nowhere */
         crpci_call_go(c, n);
+        crpci_endpoint_serve_waiting(e);
+        crpci_endpoint_drop(e);
     } else if (c->group && c->group->open) {
         c->group->status = code; /* a backup request is under way: its reply will do */
         crpci_endpoint_serve_waiting(e);
