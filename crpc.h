@@ -184,7 +184,8 @@
  * the child must not use what the parent opened.
  *
  * Delivery. A call is executed at most once unless its method is idempotent (in the .proto:
- * `option idempotency_level = IDEMPOTENT;`). Retries happen by themselves only when not a byte of
+ * `option idempotency_level = IDEMPOTENT;`) or its cluster policy is to send it more often (failback,
+ * forking, broadcast). Retries happen by themselves only when not a byte of
  * the request was sent, when the server said it was stopping (CRPC_ELOGOFF), or, idempotent, when
  * the connection was lost; each goes to a provider other than the last four tried. A request with
  * an id (request_ids) goes to its provider again; a server with replay_entries executes such a
@@ -813,8 +814,8 @@ typedef enum crpc_cluster {
 } crpc_cluster;
 
 /* How calls are made: of a call, of a method, of a channel; what the first leaves at 0 is the
- * next one's. Retries, forks and backup requests never execute anything twice that is not
- * idempotent: see Delivery; FORKING and BROADCAST ask for just that and are the caller's word. */
+ * next one's. Retries and backup requests never execute anything twice that is not idempotent: see
+ * Delivery; FAILBACK, FORKING and BROADCAST ask for just that and are the caller's word. */
 typedef struct crpc_policy {
     crpc_cluster cluster; /* 0: CRPC_CLUSTER_DEFAULT */
     int timeout_ms;   /* total, of all attempts. 0: the method's, else 1000. -1: as 0 */
@@ -947,8 +948,10 @@ typedef struct crpc_channel_options {
      * also where the method is not idempotent: for servers that keep replies. 0: no */
     int request_ids;
     int failback_ms;  /* between the tries of a failed call. 0: 5000. -1: as 0 */
-    int failback_max; /* such calls waiting at a time; more are dropped. 0: 100. -1: none */
-    /* Told of each that is given up, on the thread that drives the loop. NULL: it is logged. */
+    int failback_max; /* such calls waiting at a time; more are dropped, and logged. 0: 100. -1:
+                         none */
+    /* Told of each that waited and is given up, on the thread that drives the loop. NULL: it is
+     * logged. */
     void (*failback_dropped)(void *user, const crpc_method *method, const crpc_error *error);
     void *failback_user;
     /* The breaker takes a provider whose calls fail out of the choice for a time, lets one call
