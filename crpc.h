@@ -178,19 +178,18 @@
  *
  * Process. No writable global data, no signal handler, no SIGPIPE, no thread that was not asked for
  * (the ZooKeeper client has two of its own; an asynchronous call on a loop that nobody drives
- * starts the loop's, see forbid_threads, and so does a call that cluster=failback is to make again).
- * Descriptors are close-on-exec. Times are those of
- * CLOCK_MONOTONIC; the wall clock says only how old a provider is that is warming up. After fork
- * the child must not use what the parent opened.
+ * starts the loop's, see forbid_threads, as does one that cluster=failback is to send again).
+ * Descriptors are close-on-exec. Times are those of CLOCK_MONOTONIC; the wall clock says only how
+ * old a provider is that is warming up. After fork the child must not use what the parent opened.
  *
  * Delivery. A call is executed at most once unless its method is idempotent (in the .proto:
- * `option idempotency_level = IDEMPOTENT;`) or its cluster policy is to send it more often (failback,
- * forking, broadcast). Retries happen by themselves only when not a byte of
- * the request was sent, when the server said it was stopping (CRPC_ELOGOFF), or, idempotent, when
- * the connection was lost; each goes to a provider other than the last four tried. A request with
- * an id (request_ids) goes to its provider again; a server with replay_entries executes such a
- * request once, however often it comes. CRPC_OK means that the handler has finished. CRPC_ETIMEDOUT
- * with sent == CRPC_SENT_YES means that nobody knows.
+ * `option idempotency_level = IDEMPOTENT;`) or its cluster policy sends it again (failback,
+ * forking, broadcast). Retries happen by themselves only when not a byte of the request was sent,
+ * when the server said it was stopping (CRPC_ELOGOFF), or, idempotent, when the connection was
+ * lost; each goes to a provider other than the last four tried. A request with an id (request_ids)
+ * goes to its provider again; a server with replay_entries executes such a request once, however
+ * often it comes. CRPC_OK means that the handler has finished. CRPC_ETIMEDOUT with sent ==
+ * CRPC_SENT_YES means that nobody knows.
  *
  * LOOPS AND THREADS
  *
@@ -15060,7 +15059,8 @@ CRPCI_COLD void crpci_call_settle_group(crpci_call *c)
         return;
     for (i = g->parts.next; i != &g->parts; i = i->next)
         all++;
-    if (c->replied && g->all && (g->failed + g->lost) * 100 > all * (size_t)c->policy.fail_percent) {
+    if (c->replied && g->all &&
+        (g->failed + g->lost) * 100 > all * (size_t)c->policy.fail_percent) {
         crpci_loop_unshare(c->channel->loop, c->reply.chunk);
         c->replied = false; /* too many failed: that is the result */
     }
