@@ -180,17 +180,18 @@
  *
  * Process. No writable global data, no signal handler, no SIGPIPE, no thread that was not asked for
  * (the ZooKeeper client has two of its own; an asynchronous call on a loop that nobody drives
- * starts the loop's, see forbid_threads, and so does one that cluster=failback is to make again).
+ * starts the loop's, see forbid_threads, as does one that cluster=failback is to send again).
  * Descriptors are close-on-exec. Times are those of CLOCK_MONOTONIC; the wall clock says only how
  * old a provider is that is warming up. After fork the child must not use what the parent opened.
  *
  * Delivery. A call is executed at most once unless its method is idempotent (in the .proto:
- * `option idempotency_level = IDEMPOTENT;`). Retries happen by themselves only when not a byte of
- * the request was sent, when the server said it was stopping (CRPC_ELOGOFF), or, idempotent, when
- * the connection was lost; each goes to a provider other than the last four tried. A request with
- * an id (request_ids) goes to its provider again; a server with replay_entries executes such a
- * request once, however often it comes. CRPC_OK means that the handler has finished. CRPC_ETIMEDOUT
- * with sent == CRPC_SENT_YES means that nobody knows.
+ * `option idempotency_level = IDEMPOTENT;`) or its cluster policy sends it again (failback,
+ * forking, broadcast). Retries happen by themselves only when not a byte of the request was sent,
+ * when the server said it was stopping (CRPC_ELOGOFF), or, idempotent, when the connection was
+ * lost; each goes to a provider other than the last four tried. A request with an id (request_ids)
+ * goes to its provider again; a server with replay_entries executes such a request once, however
+ * often it comes. CRPC_OK means that the handler has finished. CRPC_ETIMEDOUT with sent ==
+ * CRPC_SENT_YES means that nobody knows.
  *
  * LOOPS AND THREADS
  *
@@ -849,8 +850,8 @@ typedef enum crpc_cluster {
 } crpc_cluster;
 
 /* How calls are made: of a call, of a method, of a channel; what the first leaves at 0 is the
- * next one's. Retries, forks and backup requests never execute anything twice that is not
- * idempotent: see Delivery; FORKING and BROADCAST ask for just that and are the caller's word. */
+ * next one's. Retries and backup requests never execute anything twice that is not idempotent: see
+ * Delivery; FAILBACK, FORKING and BROADCAST ask for just that and are the caller's word. */
 typedef struct crpc_policy {
     crpc_cluster cluster; /* 0: CRPC_CLUSTER_DEFAULT */
     int timeout_ms;   /* total, of all attempts. 0: the method's, else 1000. -1: as 0 */
@@ -983,8 +984,10 @@ typedef struct crpc_channel_options {
      * also where the method is not idempotent: for servers that keep replies. 0: no */
     int request_ids;
     int failback_ms;  /* between the tries of a failed call. 0: 5000. -1: as 0 */
-    int failback_max; /* such calls waiting at a time; more are dropped. 0: 100. -1: none */
-    /* Told of each that is given up, on the thread that drives the loop. NULL: it is logged. */
+    int failback_max; /* such calls waiting at a time; more are dropped, and logged. 0: 100. -1:
+                         none */
+    /* Told of each that waited and is given up, on the thread that drives the loop. NULL: it is
+     * logged. */
     void (*failback_dropped)(void *user, const crpc_method *method, const crpc_error *error);
     void *failback_user;
     /* The breaker takes a provider whose calls fail out of the choice for a time, lets one call
@@ -14736,6 +14739,7 @@ typedef struct crpci_group {
     crpci_list parts; /* those that have ended too: nobody is tried twice */
     uint32_t open;    /* under way */
     uint32_t failed;
+    size_t lost;   /* could not be begun: no memory */
     bool all;      /* wait for every one of them; else the first success will do */
     bool starting; /* more are being begun, or all being ended: none of them is the last */
     int status;    /* of the last failure */
@@ -15767,8 +15771,10 @@ CRPCI_FN void crpci_call_failed(crpci_call *c, int code, const char *cause)
     }
     if (n && (code == CRPC_ELOGOFF || crpci_endpoint_is_proven(n->endpoint) || !ch->budgeted ||
               (stale && c->sent == CRPC_SENT_NO) || crpci_limiter_budget_spend(&ch->budget))) {
-        crpci_endpoint_serve_waiting(e);
+        e->refs++; /* first this: what fails below may end the call, if it is nowhere */
         crpci_call_go(c, n);
+        crpci_endpoint_serve_waiting(e);
+        crpci_endpoint_drop(e);
     } else if (c->group && c->group->open) {
         c->group->status = code; /* a backup request is under way: its reply will do */
         crpci_endpoint_serve_waiting(e);
@@ -15908,23 +15914,27 @@ CRPCI_COLD void crpci_call_drop_group(crpci_call *c)
 CRPCI_COLD void crpci_call_settle_group(crpci_call *c)
 {
     crpci_group *g = c->group;
-    size_t all = 0;
+    size_t all = g->lost;
     const crpci_list *i;
     if (g->starting || (g->all && g->open))
         return;
     for (i = g->parts.next; i != &g->parts; i = i->next)
         all++;
-    if (c->replied && g->all && g->failed * 100 > all * c->policy.fail_percent) {
+    if (c->replied && g->all &&
+        (g->failed + g->lost) * 100 > all * (size_t)c->policy.fail_percent) {
         crpci_loop_unshare(c->channel->loop, c->reply.chunk);
         c->replied = false; /* too many failed: that is the result */
     }
     if (c->replied) {
+        crpci_endpoint *own = c->endpoint;
         if (c->state != CRPCI_CALL_IDLE) /* it was quicker than the call's own attempt */
             crpci_call_abandon(c, CRPC_ECANCELED);
-        crpci_endpoint_drop(c->endpoint);
         c->endpoint = g->from;
         g->from = NULL;
         crpci_call_finish(c, CRPC_OK);
+        if (own) /* whose slot is free */
+            crpci_endpoint_serve_waiting(own);
+        crpci_endpoint_drop(own);
     } else if (!g->open && c->state == CRPCI_CALL_IDLE) {
         crpci_call_finish(c, g->status);
     }
@@ -16020,6 +16030,10 @@ CRPCI_COLD bool crpci_call_branch(crpci_call *c, size_t n)
     for (; n; n--) {
         crpci_node *node = crpci_channel_pick(c->channel, c);
         crpci_call *part = node ? crpci_call_part(c) : NULL;
+        if (!part && node && g->all) {
+            g->lost = n;
+            crpci_call_explain(c, CRPC_ENOMEM, "out of memory");
+        }
         if (!part)
             break;
         any = true;

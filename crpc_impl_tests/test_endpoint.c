@@ -775,6 +775,8 @@ static void failed_forks_are_explained(void **state)
         assert_int_equal(r.error.attempts, 2);
         if (fleet_calls(&f))
             assert_int_equal(r.error.sent, CRPC_SENT_YES);
+        fleet_close(&f);
+        fleet_open(&f, 2, "?cluster=forking&timeout_ms=20000", NULL);
         fleet_mood_set(&f.peers[0], FLEET_BROKEN);
         fleet_peer_close(&f.peers[1]);
         r = fleet_call(&f, form, false, 1, NULL);
@@ -936,6 +938,32 @@ static void a_backup_request_has_its_own_time(void **state)
     part = CRPCI_CONTAINER(c->group->parts.next, const crpci_call, of_channel);
     assert_true(part->attempt_us >= c->start_us + 20000);
     crpci_loop_unlock(l);
+    fleet_close(&f);
+}
+
+/* Some of a broadcast's requests cannot be made: then not everybody was reached. */
+static void broadcast_without_memory_is_no_success(void **state)
+{
+    crpci_heap *h;
+    int k, failed = 0;
+    fleet f;
+    (void)state;
+    fleet_open(&f, 5, "?cluster=broadcast&timeout_ms=20000", NULL);
+    h = f.channel->loop->heap;
+    assert_int_equal(fleet_call(&f, FORM_SYNC, false, 1, NULL).status, CRPC_OK);
+    for (k = 1; k <= 30; k++) {
+        int before = fleet_calls(&f);
+        fleet_result r;
+        h->limit = h->chunk_bytes + k * 512;
+        r = fleet_call(&f, FORM_SYNC, false, 1, NULL);
+        h->limit = 0;
+        failed += r.status != CRPC_OK;
+        if (r.status == CRPC_OK)
+            assert_int_equal(fleet_calls(&f), before + 5);
+        else
+            assert_string_not_equal(r.error.text, "");
+    }
+    assert_in_range(failed, 2, 29);
     fleet_close(&f);
 }
 
@@ -1485,6 +1513,7 @@ int main(void)
         CT_TEST(a_backup_request_has_its_own_time),
         CT_TEST(max_endpoints_of_a_url_are_chosen_again),
         CT_TEST(a_list_does_not_begin_a_warm_up_again),
+        CT_TEST(broadcast_without_memory_is_no_success),
     };
     return CT_RUN(tests);
 }
