@@ -14897,7 +14897,7 @@ CRPCI_FN crpc_view crpci_channel_id(crpc_channel *ch, const crpc_call *call, cha
 /* A policy's words over those it does not know of. */
 CRPCI_FN void crpci_channel_apply(crpci_policy *to, const crpc_policy *p)
 {
-    if (p->cluster)
+    if (p->cluster && (unsigned)p->cluster <= CRPC_CLUSTER_BROADCAST)
         to->cluster = (uint8_t)p->cluster;
     if (p->timeout_ms > 0)
         to->timeout_ms = p->timeout_ms;
@@ -17666,9 +17666,11 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     crpci_list_init(&ch->calls);
     crpci_loop_hold(l);
     crpci_channel_configure(ch, &o);
-    err = crpci_channel_open_balance(ch, o.balancer);
+    err = (unsigned)o.cluster > CRPC_CLUSTER_BROADCAST ? CRPC_EINVAL
+                                                       : crpci_channel_open_balance(ch, o.balancer);
     if (err)
-        crpci_status_set(error, err, "balancer: %s", crpc_status_text(err));
+        crpci_status_set(error, err, "cluster %d, balancer %d: %s", (int)o.cluster, (int)o.balancer,
+                         crpc_status_text(err));
     if (!err && o.credential) {
         ch->credential = crpci_heap_strndup(l->heap, o.credential, strlen(o.credential));
         if (!ch->credential)

@@ -1460,11 +1460,18 @@ static void wrong_policies_are_refused(void **state)
 {
     static const char *const bad[] = {"lb=best", "lb=", "cluster=fail", "breaker=2", "forks=x",
                                       "fail_percent=101", "lb=3"};
+    crpc_channel_options o = CRPC_INIT;
     crpc_channel *ch;
     crpc_error error;
     char url[80];
     size_t i;
     (void)state;
+    o.cluster = (crpc_cluster)7;
+    assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, &error), CRPC_EINVAL);
+    assert_non_null(strstr(error.text, "cluster 7"));
+    o.cluster = CRPC_CLUSTER_DEFAULT;
+    o.balancer = (crpc_balancer)8;
+    assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, &error), CRPC_EINVAL);
     for (i = 0; i < sizeof bad / sizeof *bad; i++) {
         snprintf(url, sizeof url, "tcp://127.0.0.1:9?%s", bad[i]);
         assert_int_equal(crpc_channel_open(&ch, url, NULL, &error), CRPC_EINVAL);
