@@ -50,11 +50,11 @@ FEATURES = {
     "everything": ["-DTHREADED"],
 }
 
-# Bytes. Without HTTP, which does not exist yet.
+# Bytes. Without HTTP, which does not exist yet. Everything was to fit 64 KiB of armv7 when it was calls,
+# servers and the registry; what has come since is bounded by the baseline.
 CEILINGS = {
     "code armv7: client": 24 * KIB,
     "code armv7: client and server": 40 * KIB,
-    "code armv7: everything": 64 * KIB,
     "server musl: file": 128 * KIB,
     "server musl: idle RSS": 400 * KIB,
     "server: idle RSS": 1536 * KIB,
