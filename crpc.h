@@ -15566,9 +15566,9 @@ CRPCI_FN void crpci_call_expire(crpci_call *c)
 
 CRPCI_COLD bool crpci_call_parts_tried(const crpci_group *g, const crpci_endpoint *e)
 {
-    const crpci_list *i;
+    crpci_list *i;
     for (i = g->parts.next; i != &g->parts; i = i->next) {
-        if (CRPCI_CONTAINER(i, const crpci_call, of_channel)->endpoint == e)
+        if (CRPCI_CONTAINER(i, crpci_call, of_channel)->endpoint == e)
             return true;
     }
     return false;
@@ -17347,9 +17347,10 @@ CRPCI_COLD int crpci_channel_open_balance(crpc_channel *ch, crpc_balancer balanc
                                     CRPCI_BALANCE_LEAST_ACTIVE,
                                     CRPCI_BALANCE_CONSISTENT_HASH,
                                     CRPCI_BALANCE_P2C};
-    if ((unsigned)balancer >= sizeof kinds)
+    int64_t which = (int64_t)balancer; /* as a number: C++ takes an enum's range for granted */
+    if (which < 0 || which > CRPC_BALANCER_P2C)
         return CRPC_EINVAL;
-    return crpci_balance_open(&ch->balance, (crpci_balance_kind)kinds[balancer]);
+    return crpci_balance_open(&ch->balance, (crpci_balance_kind)kinds[which]);
 }
 
 typedef struct crpci_channel_where {
