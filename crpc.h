@@ -3014,6 +3014,12 @@ CRPCI_FN crpci_frame_result crpci_frame_header(const uint8_t *p, size_t n, uint3
 /* Written backwards in front of a payload; read by a hand cursor where it has the usual shape, and
  * by nanopb where it has not. Field numbers are brpc's (baidu_rpc_meta.proto). */
 
+/* crpc's own user_fields: of a reply whose error_code is the application's; of a request, what
+ * names it and the key of its order. */
+#define CRPCI_META_APP_FIELD "crpc-app"
+#define CRPCI_META_ID_FIELD  "crpc-rid"
+#define CRPCI_META_KEY_FIELD "crpc-key"
+
 typedef struct crpci_meta {
     crpc_view raw;          /* read: all of it, to look user_fields up in */
     int64_t correlation_id; /* 0 if there is none */
@@ -14575,12 +14581,6 @@ CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 #define CRPCI_CHANNEL_BACKOFF_MIN 50000
 #define CRPCI_CHANNEL_BACKOFF_MAX 1000000 /* microseconds: an ordinary call can wait for it */
 
-/* A reply's user_fields entry that says: error_code is the application's. */
-#define CRPCI_CHANNEL_APP_FIELD "crpc-app"
-/* A request's that name it, and the requests that are executed in turn. */
-#define CRPCI_CHANNEL_ID_FIELD    "crpc-rid"
-#define CRPCI_CHANNEL_ORDER_FIELD "crpc-key"
-
 /* One provider as this loop sees it: one connection, shared by all channels of the loop that ask
  * for the same options. */
 typedef struct crpci_endpoint {
@@ -14854,9 +14854,9 @@ CRPCI_FN size_t crpci_channel_fields_size(const crpc_call *call, size_t added, c
     for (i = 0; i < call->field_count; i++)
         n += crpci_meta_field_size(strlen(call->fields[i].key), strlen(call->fields[i].value));
     if (crpc_view_data(id))
-        n += crpci_meta_field_size(sizeof CRPCI_CHANNEL_ID_FIELD, crpc_view_size(id));
+        n += crpci_meta_field_size(sizeof CRPCI_META_ID_FIELD, crpc_view_size(id));
     if (crpc_view_data(call->order_key))
-        n += crpci_meta_field_size(sizeof CRPCI_CHANNEL_ORDER_FIELD,
+        n += crpci_meta_field_size(sizeof CRPCI_META_KEY_FIELD,
                                    crpc_view_size(call->order_key));
     return n;
 }
@@ -14878,9 +14878,9 @@ CRPCI_FN void crpci_channel_put_fields(crpci_message_out *o, const crpc_call *ca
                crpci_heap_data((crpci_chunk *)call->reserved[CRPCI_CALL_ADDED]), added);
     o->len += added;
     if (crpc_view_data(id))
-        crpci_channel_put_field(o, CRPCI_CHANNEL_ID_FIELD, id);
+        crpci_channel_put_field(o, CRPCI_META_ID_FIELD, id);
     if (crpc_view_data(call->order_key))
-        crpci_channel_put_field(o, CRPCI_CHANNEL_ORDER_FIELD, call->order_key);
+        crpci_channel_put_field(o, CRPCI_META_KEY_FIELD, call->order_key);
 }
 
 /* The call's own id, or one that no other call has, written to `text`. */
@@ -15159,7 +15159,7 @@ CRPCI_COLD int crpci_call_remote_error(const crpci_call *c, crpc_error *e)
     int code = c->reply.error_code;
     crpc_view mark = {{NULL}, NULL}, text = c->reply.error_text;
     bool app = !crpci_status_reserved(code);
-    if (crpci_meta_field(c->reply.raw, CRPCI_CHANNEL_APP_FIELD, &mark))
+    if (crpci_meta_field(c->reply.raw, CRPCI_META_APP_FIELD, &mark))
         app = true;
     e->code = app ? CRPC_EAPP : code == CRPC_EPENDING ? CRPC_ERESPONSE : code;
     if (!crpc_view_size(text))
@@ -18454,9 +18454,6 @@ CRPCI_FN void crpci_quota_disconnect(crpci_quota_clients *c, crpci_quota_client 
 #define CRPCI_SERVER_MAX_SERVING 8192u /* requests of one loop being served, unless told */
 #define CRPCI_SERVER_TICK 10000    /* microseconds between looks at whether draining is done */
 #define CRPCI_SERVER_CROWDED "too many requests wait for a worker (worker_queue)"
-#define CRPCI_SERVER_APP_FIELD "crpc-app"
-#define CRPCI_SERVER_ID_FIELD "crpc-rid"
-#define CRPCI_SERVER_KEY_FIELD "crpc-key"
 
 typedef struct crpci_listener {
     crpci_list link;
@@ -19065,7 +19062,7 @@ CRPCI_FN crpci_server_end_of crpci_context_conclude(crpc_context *x, int status)
     }
     code = crpci_context_code(x, status);
     if (x->app_code && code == x->app_code &&
-        crpc_context_add_field(x, CRPCI_SERVER_APP_FIELD, "1"))
+        crpc_context_add_field(x, CRPCI_META_APP_FIELD, "1"))
         crpci_heap_log(s->heap, CRPC_LOG_WARN, "out of memory: application error not marked");
     end.server = x->server;
     end.loop = x->loop;
@@ -19296,7 +19293,7 @@ CRPCI_COLD bool crpci_server_look(crpc_server *s, crpci_conn *conn, const crpci_
     crpc_view key;
     memset(g, 0, sizeof *g);
     if (fields && s->options.ordered >= 0 &&
-        crpci_meta_field(m->raw, CRPCI_SERVER_KEY_FIELD, &key)) {
+        crpci_meta_field(m->raw, CRPCI_META_KEY_FIELD, &key)) {
         g->ordered = true;
         g->order.key = crpci_balance_hash(crpc_view_data(key), crpc_view_size(key));
     } else if (s->options.ordered > 0) {
@@ -19305,7 +19302,7 @@ CRPCI_COLD bool crpci_server_look(crpc_server *s, crpci_conn *conn, const crpci_
         g->order.key = crpci_balance_mix((uint64_t)(uintptr_t)conn);
     }
     if (!fields || !s->replay.buckets ||
-        !crpci_meta_field(m->raw, CRPCI_SERVER_ID_FIELD, &g->id) ||
+        !crpci_meta_field(m->raw, CRPCI_META_ID_FIELD, &g->id) ||
         crpc_view_size(g->id) <= CRPCI_REPLAY_ID_MAX)
         return true;
     crpci_server_refuse(conn, m->correlation_id, CRPC_EREQUEST, "crpc-rid is over 64 bytes");
