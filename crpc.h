@@ -6760,8 +6760,7 @@ typedef struct crpci_message {
     crpci_meta meta;
     const uint8_t *payload;
     size_t payload_size;
-    const uint8_t *attachment;
-    size_t attachment_size;
+    size_t attachment_size; /* it follows the payload */
     bool bad_attachment; /* attachment_size is larger than the body: all of it is payload */
     crpci_chunk *chunk;
 } crpci_message;
@@ -7187,7 +7186,6 @@ CRPCI_FN void crpci_conn_deliver(crpci_conn *c, crpci_chunk *chunk, const uint8_
         m.meta.attachment_size < 0 || (size_t)m.meta.attachment_size > m.payload_size;
     m.attachment_size = m.bad_attachment ? 0 : (size_t)m.meta.attachment_size;
     m.payload_size -= m.attachment_size;
-    m.attachment = at + m.payload_size;
     c->up->message(c, &m);
 }
 
@@ -15310,6 +15308,12 @@ CRPCI_COLD crpc_error *crpci_call_error(crpci_call *c)
     return c->error;
 }
 
+/* How far any attempt of a call came. */
+CRPCI_FN crpc_sent crpci_call_sent(const crpci_call *c)
+{
+    return c->sent > c->before ? c->sent : c->before;
+}
+
 CRPCI_COLD void crpci_call_explain(crpci_call *c, int code, const char *cause)
 {
     bool late = c->parent && c->parent->state == CRPCI_CALL_DONE; /* that is explained already */
@@ -15319,7 +15323,7 @@ CRPCI_COLD void crpci_call_explain(crpci_call *c, int code, const char *cause)
     e->code = code;
     e->app_code = 0;
     e->remote = code == CRPC_ELOGOFF; /* only a peer says that */
-    e->sent = c->sent > c->before ? c->sent : c->before;
+    e->sent = crpci_call_sent(c);
     e->attempts = c->attempts;
     snprintf(e->endpoint, sizeof e->endpoint, "%s", c->endpoint ? c->endpoint->address : "");
     snprintf(e->text, sizeof e->text, "%s.%s attempt %d/%d%s%s: %s (%s)", c->method->service,
@@ -15424,14 +15428,17 @@ CRPCI_FN void crpci_call_detach(crpci_call *c)
     c->state = CRPCI_CALL_IDLE;
 }
 
+CRPCI_FN crpci_node *crpci_channel_node(const crpc_channel *ch, size_t i)
+{
+    return CRPCI_CONTAINER(ch->nodes[i], crpci_node, balance);
+}
+
 /* Whether more providers are out than may be. */
 CRPCI_COLD bool crpci_channel_too_many_out(const crpc_channel *ch)
 {
     size_t i, out = 0;
-    for (i = 0; i < ch->node_count; i++) {
-        const crpci_node *n = CRPCI_CONTAINER(ch->nodes[i], crpci_node, balance);
-        out += crpci_breaker_ejected(&n->breaker);
-    }
+    for (i = 0; i < ch->node_count; i++)
+        out += crpci_breaker_ejected(&crpci_channel_node(ch, i)->breaker);
     return out * 100 > ch->node_count * ch->ejected_percent;
 }
 
@@ -15582,11 +15589,6 @@ CRPCI_FN bool crpci_call_has_tried(const crpci_call *c, const crpci_endpoint *e)
             return true;
     }
     return c->group && crpci_call_parts_tried(c->group, e);
-}
-
-CRPCI_FN crpci_node *crpci_channel_node(const crpc_channel *ch, size_t i)
-{
-    return CRPCI_CONTAINER(ch->nodes[i], crpci_node, balance);
 }
 
 /* The node of an endpoint, NULL if it is no longer listed. */
@@ -15904,7 +15906,7 @@ CRPCI_COLD void crpci_call_drop_group(crpci_call *c)
     c->group = NULL;
     if (c->error) {
         c->error->attempts = c->attempts;
-        c->error->sent = c->sent > c->before ? c->sent : c->before;
+        c->error->sent = crpci_call_sent(c);
     }
     crpci_endpoint_drop(g->from);
     crpci_heap_free(l->heap, g, sizeof *g);
@@ -16196,7 +16198,7 @@ CRPCI_FN void crpci_endpoint_back_off(crpci_endpoint *e)
 }
 
 /* Fails what waited for or was sent over a connection that is gone. */
-CRPCI_FN void crpci_endpoint_fail_calls(crpci_endpoint *e, crpci_list *which, const char *cause)
+CRPCI_FN void crpci_endpoint_fail_calls(crpci_list *which, const char *cause)
 {
     crpci_list now;
     crpci_list_move(&now, which);
@@ -16204,7 +16206,6 @@ CRPCI_FN void crpci_endpoint_fail_calls(crpci_endpoint *e, crpci_list *which, co
         crpci_call *c = CRPCI_CONTAINER(now.next, crpci_call, link);
         crpci_call_failed(c, CRPC_ECONN, cause);
     }
-    (void)e;
 }
 
 CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
@@ -16240,8 +16241,8 @@ CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
         crpci_endpoint_back_off(e);
     e->conn = NULL;
     if (connecting) /* first: a call of `active` may come to wait for the next connection */
-        crpci_endpoint_fail_calls(e, &e->waiting, cause);
-    crpci_endpoint_fail_calls(e, &e->active, cause);
+        crpci_endpoint_fail_calls(&e->waiting, cause);
+    crpci_endpoint_fail_calls(&e->active, cause);
     if (!e->conn && !crpci_list_empty(&e->waiting)) /* they waited for a slot: not their failure */
         crpci_endpoint_dial(e);
     crpci_conn_drop(conn);
@@ -16382,7 +16383,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
                  err == CRPC_ENOMEM ? "out of memory" : crpci_conn_errno_text(system_error));
         crpci_endpoint_back_off(e);
         e->refs++;
-        crpci_endpoint_fail_calls(e, &e->waiting, cause);
+        crpci_endpoint_fail_calls(&e->waiting, cause);
         crpci_endpoint_drop(e);
         return;
     }
