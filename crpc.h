@@ -119,9 +119,14 @@
  *     >>impl-multicast     the registry that is nowhere: providers announce themselves
  *     >>impl-zookeeper     the registry in ZooKeeper, with Dubbo's layout
  *     >>impl-coordination  nodes, configuration, locks and elections on a session
- *     >>impl-call          what a call takes and gives: request, outcome, the caller's record
- *     >>impl-endpoint      one provider: its connection, the calls on it, their ends
- *     >>impl-channel       the client: providers, forms of calls, opening and closing
+ *     >>impl-request       a method as a channel knows it, and an encoded request
+ *     >>impl-reply         a reply: kept, decoded, handed to the caller
+ *     >>impl-endpoint      one provider: its connection and the attempts on it
+ *     >>impl-providers     the providers of a channel, and the choice among them
+ *     >>impl-attempt       a pending call: one attempt after another, and its end
+ *     >>impl-cluster       several attempts at a time, and tries in the background
+ *     >>impl-channel       the forms of calls, and closing
+ *     >>impl-opening       URLs and options of a channel, its directory
  *     >>impl-service       finding the method that a request names
  *     >>impl-worker        a bounded queue and the threads that empty it
  *     >>impl-order         requests of one key, one after another
@@ -143,6 +148,8 @@
  *     CRPC_ENABLE_SERVER     1   0: no server
  *     CRPC_ENABLE_ZOOKEEPER  1   0: no zookeeper://, no ZooKeeper client needed
  *     CRPC_ENABLE_SERVERLESS 1   0: no file://, no multicast://
+ *     CRPC_ENABLE_POLICY     1   0: of the calling policies only weighted round robin, failover,
+ *                                failfast and deadlines
  *     CRPC_ENABLE_RESOLVER   1   0: host names only by crpc_hooks.resolve: a static program without
  *                                getaddrinfo is some 15 KiB smaller
  *     CRPC_ZOOKEEPER_ST      0   1: libzookeeper_st instead of _mt (compile without -DTHREADED)
@@ -395,6 +402,9 @@
 #endif
 #ifndef CRPC_ENABLE_SERVERLESS
 #define CRPC_ENABLE_SERVERLESS 1 /* the registries file:// and multicast://, which need no server */
+#endif
+#ifndef CRPC_ENABLE_POLICY
+#define CRPC_ENABLE_POLICY 1 /* 0: weighted round robin, failover and failfast, deadlines alone */
 #endif
 #ifndef CRPC_ENABLE_RESOLVER
 #define CRPC_ENABLE_RESOLVER 1 /* host names by getaddrinfo; 0: numeric addresses, or a hook */
@@ -5454,6 +5464,13 @@ CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
     crpci_loop_user_stop(l, id, CRPCI_LOOP_TIMER);
 }
 
+/* What the end of an attempt says about its provider: to balancer and breaker. */
+typedef enum crpci_outcome {
+    CRPCI_OUTCOME_OK,
+    CRPCI_OUTCOME_ERROR,
+    CRPCI_OUTCOME_IGNORE /* nothing: cancelled, over a limit */
+} crpci_outcome;
+
 /* ======================================================================== */
 /* >>impl-limiter   how much is let through: rates, retries, calls at a time */
 /* ======================================================================== */
@@ -5746,12 +5763,6 @@ typedef struct crpci_breaker_options {
 } crpci_breaker_options;
 
 typedef enum {
-    CRPCI_BREAKER_OK,
-    CRPCI_BREAKER_ERROR,
-    CRPCI_BREAKER_IGNORE /* says nothing of the provider: cancelled, over a limit */
-} crpci_breaker_outcome;
-
-typedef enum {
     CRPCI_BREAKER_CLOSED, /* all zero: so it starts */
     CRPCI_BREAKER_OPEN,
     CRPCI_BREAKER_PROBING
@@ -5879,7 +5890,7 @@ CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options 
 /* A call that began has ended. latency_us: since its begin. True: the breaker has just opened, also
  * because a probe failed; the caller sees to it that not too many are, with crpci_breaker_reset. */
 CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o,
-                                crpci_breaker_outcome outcome, int64_t latency_us, int64_t now_us,
+                                crpci_outcome outcome, int64_t latency_us, int64_t now_us,
                                 uint32_t random)
 {
     bool alone = b->active <= 1; /* then it is the probe, from wherever the latency was measured */
@@ -5890,20 +5901,20 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
     if (o->error_percent <= 0 || b->state == CRPCI_BREAKER_OPEN)
         return false;
     if (b->state == CRPCI_BREAKER_CLOSED) {
-        if (old || outcome == CRPCI_BREAKER_IGNORE ||
-            !crpci_breaker_count(b, o, outcome == CRPCI_BREAKER_ERROR, slow, now_us))
+        if (old || outcome == CRPCI_OUTCOME_IGNORE ||
+            !crpci_breaker_count(b, o, outcome == CRPCI_OUTCOME_ERROR, slow, now_us))
             return false;
         crpci_breaker_trip(b, o, now_us - b->since_us < CRPCI_BREAKER_AGAIN_US, now_us, random);
         return true;
     }
     if (old && !alone)
         return false;
-    if (outcome == CRPCI_BREAKER_IGNORE) { /* the next call is the probe */
+    if (outcome == CRPCI_OUTCOME_IGNORE) { /* the next call is the probe */
         b->state = CRPCI_BREAKER_OPEN;
         b->until_us = now_us;
         return false;
     }
-    if (outcome == CRPCI_BREAKER_ERROR || slow) {
+    if (outcome == CRPCI_OUTCOME_ERROR || slow) {
         crpci_breaker_trip(b, o, true, now_us, random);
         return true;
     }
@@ -14563,72 +14574,19 @@ CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
 /* ======================================================================== */
-/* >>impl-call   what a call takes and gives: request, outcome, the caller's record */
+/* >>impl-request   a method as a channel knows it, and an encoded request  */
 /* ======================================================================== */
+
+/* Encoding runs on the caller's thread, without the loop's lock. The result can be framed again and
+ * again, because what differs from attempt to attempt is written in front of it. */
 
 #if CRPC_ENABLE_CLIENT
 
-#define CRPCI_CHANNEL_LONGEST_MS 86400000 /* no call waits longer than a day */
-#define CRPCI_CHANNEL_TRIED 4
-#define CRPCI_CHANNEL_RETRIES 16 /* an attempt that fails at once is made inside of the last one */
-#define CRPCI_CHANNEL_INLINE 4096 /* attachments up to here are copied behind the message */
-#define CRPCI_CHANNEL_COPY 2048   /* replies up to here are copied out of a shared buffer */
-#define CRPCI_CHANNEL_REWEIGH 1000000 /* microseconds between new weights of warming providers */
-#define CRPCI_CHANNEL_DEAD 3         /* connections in a row that did not come about */
-#define CRPCI_CHANNEL_AGED 60000000 /* microseconds between tries of who may be gone for good */
-#define CRPCI_CHANNEL_BACKOFF_MIN 50000
-#define CRPCI_CHANNEL_BACKOFF_MAX 1000000 /* microseconds: an ordinary call can wait for it */
+#define CRPCI_REQUEST_LONGEST_MS 86400000 /* no call waits longer than a day */
+#define CRPCI_REQUEST_RETRIES 16   /* attempts that fail at once nest: this bounds the stack */
+#define CRPCI_REQUEST_INLINE  4096 /* attachments up to this size are copied behind the message */
 
-/* One provider as this loop sees it: one connection, shared by all channels of the loop that ask
- * for the same options. */
-typedef struct crpci_endpoint {
-    crpci_list link;
-    crpc_loop *loop;
-    uint32_t refs;
-    uint32_t users; /* references that want its connection too: crpci_nodes */
-    char address[CRPC_ADDRESS_MAX];
-    size_t address_size; /* the zero included */
-    crpci_addr addr;
-    int connect_timeout_ms;
-    uint32_t inflight; /* 0: no limit */
-    uint32_t max_body;
-    int64_t max_queued;
-    crpci_conn *conn;
-    crpci_list waiting; /* calls for a connection or a slot */
-    crpci_list active;  /* calls queued on or sent over conn */
-    uint32_t active_count;
-    bool serving;      /* crpci_endpoint_serve_waiting is at work */
-    crpci_timer timer; /* end of the backoff */
-    int failures;      /* since the last reply */
-    int64_t usable_at; /* 0 or the end of a backoff, of a logoff */
-    int64_t dialled_at;
-    int last_errno;
-    bool refused; /* the last connection was not lost but never came about */
-} crpci_endpoint;
-
-/* One provider of one channel: its part in the choice. Lives while it is listed or an attempt uses
- * it. */
-typedef struct crpci_node {
-    crpci_balance_node balance;
-    crpci_endpoint *endpoint;
-    crpci_breaker breaker;
-    uint32_t refs;
-    bool kept;        /* while lists are exchanged: the new one has it too */
-    uint32_t weight;  /* when it is warm */
-    int64_t warmup_us;
-    int64_t since_us; /* when it began to serve, in the loop's time */
-} crpci_node;
-
-typedef enum crpci_call_kind {
-    CRPCI_CALL_SYNC,
-    CRPCI_CALL_DELIVER,
-    CRPCI_CALL_ID,
-    CRPCI_CALL_NOTIFY,
-    CRPCI_CALL_PART, /* one of several attempts at the same time; its parent is one of the above */
-    CRPCI_CALL_BACK  /* a failed call that is tried again in the background */
-} crpci_call_kind;
-
-/* A policy without zeros. */
+/* A policy in which every member has its final value. */
 typedef struct crpci_policy {
     uint8_t cluster;
     uint8_t retries;
@@ -14638,169 +14596,63 @@ typedef struct crpci_policy {
     int forks;      /* 0: all */
 } crpci_policy;
 
-/* What a channel knows of a method since its first call. */
-typedef struct crpci_call_method {
-    struct crpci_call_method *next;
+/* What a channel keeps about a method from its first call on. */
+typedef struct crpci_method {
+    struct crpci_method *next;
     const crpc_method *method;
-    size_t size; /* of this with the names */
-    crpc_view names;
+    size_t size;      /* of this struct with the encoded names behind it */
+    crpc_view names;  /* service and method, encoded for the meta */
     crpci_message_type response;
     crpci_policy policy;
-    bool plain;                         /* one attempt at a time, at most again after failures */
+    bool plain;                         /* never two attempts at a time, never degraded */
     uint32_t hash_field;                /* 0: none */
     const crpc_method_options *options; /* NULL: none */
-} crpci_call_method;
+} crpci_method;
 
-/* An encoded request, able to be framed again and again: what varies goes in front of it. */
+/* What all requests of a channel have in common. */
+typedef struct crpci_request_source {
+    crpc_loop *loop;
+    char *credential; /* NULL: none */
+    bool short_names;
+    bool intercepted; /* interceptors may have added fields */
+    bool ids;         /* every request gets an id */
+    int hash_field;   /* 0: none */
+    uint64_t seed;
+    uint32_t last_id; /* atomic */
+    crpci_policy policy;
+    const crpc_method_options *options;
+    size_t option_count;
+    crpci_method *methods; /* atomic: read without the lock; entries are only ever added */
+} crpci_request_source;
+
+/* An encoded request. Its chunk holds, in this order: perhaps a pending call (`front` bytes), the
+ * crpci_out, user_fields, credential, headroom for header and meta, message, small attachment. */
 typedef struct crpci_request {
-    crpci_chunk *chunk; /* an asynchronous call, perhaps; crpci_out, fields, credential, headroom,
-                         * payload, small attachment */
+    crpci_chunk *chunk;
     size_t front;       /* offset of the crpci_out */
     size_t low;         /* offset of the headroom */
-    size_t payload;     /* offset */
+    size_t payload;     /* offset of the message */
     size_t payload_size;
-    size_t inline_size; /* attachment behind the payload */
+    size_t inline_size; /* attachment behind the message */
     crpc_view fields;
-    crpc_view attachment; /* outside the chunk, borrowed */
-    crpc_view names;      /* as in a crpci_meta, and so on */
+    crpc_view attachment; /* outside the chunk, borrowed from the caller */
+    crpc_view names;      /* this and the rest as in crpci_meta */
     crpc_view credential;
     int64_t log_id, trace_id, span_id, parent_span_id;
-    bool identified; /* its provider executes it once, however often it comes */
+    bool identified; /* it has an id: a server that keeps replies executes it once */
 } crpci_request;
-
-/* What is kept of a crpci_message that answers a call; holds a reference of the chunk. */
-typedef struct crpci_reply {
-    crpci_chunk *chunk;
-    crpc_view raw;          /* the meta */
-    crpc_view error_text;   /* if there is an error_code */
-    const uint8_t *payload; /* the attachment stands behind it */
-    size_t payload_size;
-    size_t attachment_size;
-    int32_t error_code;
-    int32_t compress_type;
-    bool bad_attachment;
-} crpci_reply;
-
-typedef enum crpci_call_state {
-    CRPCI_CALL_IDLE,
-    CRPCI_CALL_WAITING, /* in endpoint->waiting */
-    CRPCI_CALL_ACTIVE,  /* in endpoint->active */
-    CRPCI_CALL_DONE
-} crpci_call_state;
-
-typedef struct crpci_call {
-    crpci_list link;
-    crpci_list of_channel;
-    crpci_task task;
-    crpci_timer timer;
-    crpc_channel *channel;
-    const crpc_method *method;
-    const crpci_call_method *known;
-    crpci_call_kind kind;
-    crpci_call_state state;
-    uint64_t id;
-    crpci_out *out;     /* queued on the endpoint's connection; NULL: not */
-    crpci_endpoint *endpoint; /* of this attempt, or the last; a reference */
-    crpci_node *node;         /* of this attempt, NULL: it has ended */
-    int64_t start_us;
-    int64_t attempt_us;
-    int64_t end_us; /* if it has ended */
-    int64_t deadline_us;
-    int64_t backup_us; /* when a backup request is due; INT64_MAX: never */
-    uint64_t key;      /* for lb=hash */
-    struct crpci_call *parent; /* of a part */
-    struct crpci_group *group; /* its parts, NULL: none */
-    int attempts;
-    int max_attempts;
-    crpci_policy policy;
-    crpc_sent sent;   /* of this attempt */
-    crpc_sent before; /* the most of those that failed, but for what a stopping server refused */
-    crpci_waiter *waiter;
-    crpc_error *error; /* the caller's, or in error_chunk; NULL: not wanted or no memory */
-    crpci_chunk *error_chunk;
-    int status;
-    bool replied;
-    crpc_done_fn deliver;
-    crpc_any_fn fn;
-    void *user;
-    crpci_chunk *block; /* holds this and the response struct, NULL: it is on a caller's stack;
-                         * mostly the request's chunk too */
-    const crpci_endpoint *tried[CRPCI_CHANNEL_TRIED]; /* by the last attempts that failed */
-    crpci_request request;
-    crpci_reply reply; /* if replied */
-} crpci_call;
-
-#define CRPCI_CALL_SIZE ((sizeof(crpci_call) + 15) & ~(size_t)15)
-
-/* Attempts of one call that go on at the same time, each a call of its own. */
-typedef struct crpci_group {
-    crpci_list parts; /* those that have ended too: nobody is tried twice */
-    uint32_t open;    /* under way */
-    uint32_t failed;
-    size_t lost;   /* could not be begun: no memory */
-    bool all;      /* wait for every one of them; else the first success will do */
-    bool starting; /* more are being begun, or all being ended: none of them is the last */
-    int status;    /* of the last failure */
-    crpci_endpoint *from; /* of the reply that counts; a reference */
-} crpci_group;
-
-struct crpc_channel {
-    crpc_loop *loop;
-    bool private_loop;
-    bool closed;
-    uint32_t refs; /* atomic: the program's, of synchronous calls, and one of all others */
-    size_t pending; /* asynchronous calls: begun, and not freed */
-    int connect_timeout_ms;
-    crpci_policy policy;
-    uint32_t inflight;
-    uint32_t max_body;
-    int64_t max_queued;
-    bool short_names;
-    int hash_field;
-    const crpc_method_options *method_options;
-    size_t method_count;
-    char *credential;
-    char *where; /* what is looked up in the registry, for people; NULL: nothing */
-    const crpc_client_interceptor *interceptors;
-    size_t interceptor_count;
-    crpci_list calls;
-    crpci_call_method *methods; /* atomic: read without the lock; they stay */
-    crpci_balance balance;
-    crpci_balance_node **nodes; /* each in a crpci_node */
-    size_t node_count;
-    size_t node_room;  /* of the array */
-    bool sorted;       /* the nodes are, by address */
-    size_t max_nodes;  /* 0: all that are listed */
-    crpci_snapshot *list; /* with max_nodes: to choose from again... */
-    bool choose_again;    /* ... because one of the chosen cannot be reached */
-    int64_t chosen_at;
-    uint64_t seed;     /* which of them, if not all; and of request ids */
-    bool request_ids;
-    uint32_t last_request; /* atomic */
-    int64_t stale_at;   /* since when the list is, INT64_MAX: it is not */
-    int64_t stale_ttl_us;
-    int64_t reweigh_at; /* when the weights of warming providers are due, INT64_MAX: none is */
-    crpci_breaker_options breaker;
-    size_t ejected_percent; /* that may be out at a time */
-    bool budgeted;
-    crpci_limiter_budget budget;
-    size_t failbacks; /* waiting */
-    size_t max_failbacks;
-    int64_t failback_us;
-    void (*failback_dropped)(void *user, const crpc_method *method, const crpc_error *error);
-    void *failback_user;
-    crpci_registry *registry;
-    void *subscription;
-    bool listed; /* the registry has answered */
-    crpci_waiter *list_waiter;
-};
 
 /* --- the caller's crpc_call ------------------------------------------------------------------- */
 
-/* reserved[0] chunk that holds the reply; [1] [2] the reply's meta, to look fields up in; [3] chunk
- * of the fields that interceptors add, [4] their length; [5] set while interceptors run. */
-enum { CRPCI_CALL_HELD, CRPCI_CALL_RAW, CRPCI_CALL_RAW_END, CRPCI_CALL_ADDED, CRPCI_CALL_ADDED_LEN,
-       CRPCI_CALL_HEAP };
+/* What crpc_call.reserved holds. */
+enum {
+    CRPCI_CALL_HELD,      /* chunk of the reply that response views point into */
+    CRPCI_CALL_RAW,       /* the reply's meta, to find fields in, ... */
+    CRPCI_CALL_RAW_END,   /* ... and its end */
+    CRPCI_CALL_ADDED,     /* chunk of the fields that interceptors add, ... */
+    CRPCI_CALL_ADDED_LEN, /* ... and how many bytes they are */
+    CRPCI_CALL_HEAP       /* set only while interceptors run */
+};
 
 CRPC_API void crpc_call_reset(crpc_call *call)
 {
@@ -14842,11 +14694,139 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
     return CRPC_OK;
 }
 
-/* --- encoding, without the lock --------------------------------------------------------------- */
+/* Does for the inputs what CRPC_INIT does. Single stores, because for these few bytes a call of
+ * memset, or the string instructions that compilers put in its place, take longer. */
+CRPCI_FN void crpci_request_clear_inputs(crpc_call *call)
+{
+    call->timeout_ms = call->retries = 0;
+    call->deadline_us = call->log_id = 0;
+    call->fields = NULL;
+    call->field_count = 0;
+    call->credential = call->attachment = call->key = crpc_view_of(NULL, 0);
+    call->request_id = call->order_key = crpc_view_of(NULL, 0);
+    call->parent = NULL;
+    call->policy = NULL;
+}
 
-/* The user_fields that a call sends: its own, `added` bytes of interceptors', and what it is named
- * by. */
-CRPCI_FN size_t crpci_channel_fields_size(const crpc_call *call, size_t added, crpc_view id)
+/* The same for the whole call; of the two texts only the first byte is cleared. */
+CRPCI_FN void crpci_request_clear_call(crpc_call *call)
+{
+    crpc_error *e = &call->error;
+    size_t i;
+    crpci_request_clear_inputs(call);
+    e->code = e->app_code = e->attempts = 0;
+    e->sent = CRPC_SENT_NO;
+    e->remote = false;
+    e->endpoint[0] = e->text[0] = '\0';
+    call->reply_attachment = crpc_view_of(NULL, 0);
+    call->latency_us = 0;
+    for (i = 0; i < sizeof call->reserved / sizeof *call->reserved; i++)
+        call->reserved[i] = NULL;
+}
+
+/* --- methods ---------------------------------------------------------------------------------- */
+
+/* Writes those members of `p` that are set over the ones in `to`. */
+CRPCI_FN void crpci_request_apply_policy(crpci_policy *to, const crpc_policy *p)
+{
+    if (p->cluster && (unsigned)p->cluster <= CRPC_CLUSTER_BROADCAST)
+        to->cluster = (uint8_t)p->cluster;
+    if (p->timeout_ms > 0)
+        to->timeout_ms = p->timeout_ms;
+    if (p->retries)
+        to->retries = (uint8_t)crpci_base_min64(p->retries < 0 ? 0 : p->retries,
+                                                CRPCI_REQUEST_RETRIES);
+    if (p->backup_ms)
+        to->backup_ms = p->backup_ms < 0 ? 0 : p->backup_ms;
+    if (p->forks)
+        to->forks = p->forks < 0 ? 0 : p->forks;
+    if (p->fail_percent)
+        to->fail_percent = (uint8_t)(p->fail_percent < 0     ? 0
+                                     : p->fail_percent > 100 ? 100
+                                                             : p->fail_percent);
+}
+
+/* Applies what a call asks for itself. */
+CRPCI_COLD void crpci_request_call_policy(crpci_policy *to, const crpc_call *in)
+{
+    crpc_policy own;
+    memset(&own, 0, sizeof own);
+    own.timeout_ms = in->timeout_ms;
+    own.retries = in->retries;
+    crpci_request_apply_policy(to, &own);
+    if (in->policy)
+        crpci_request_apply_policy(to, in->policy);
+}
+
+/* Works out the settings of a method: the channel's, the table's timeout, the method's options. */
+CRPCI_COLD void crpci_request_method_settings(const crpci_request_source *s, crpci_method *k)
+{
+    const crpc_method *m = k->method;
+    size_t i;
+    k->policy = s->policy;
+    k->hash_field = (uint32_t)s->hash_field;
+    if (m->timeout_ms > 0)
+        k->policy.timeout_ms = m->timeout_ms;
+    for (i = 0; i < s->option_count; i++) {
+        const crpc_method_options *o = &s->options[i];
+        if (!o->method || strcmp(o->method, m->name) != 0)
+            continue;
+        k->options = o;
+        crpci_request_apply_policy(&k->policy, &o->policy);
+        if (o->hash_field)
+            k->hash_field = o->hash_field < 0 ? 0 : (uint32_t)o->hash_field;
+    }
+    k->plain = k->policy.cluster <= CRPC_CLUSTER_FAILFAST && !k->policy.backup_ms &&
+               !(k->options && k->options->degraded);
+}
+
+/* Makes the entry of a method that is called for the first time. NULL: out of memory. */
+CRPCI_COLD crpci_method *crpci_request_add_method(crpci_request_source *s, const crpc_method *m)
+{
+    const char *dot = s->short_names ? strrchr(m->service, '.') : NULL;
+    crpc_view service = crpc_view_str(dot ? dot + 1 : m->service), name = crpc_view_str(m->name);
+    size_t room = crpc_view_size(service) + crpc_view_size(name) + 12;
+    crpci_method *k = (crpci_method *)crpci_heap_alloc(s->loop->heap, sizeof *k + room);
+    if (!k)
+        return NULL;
+    k->method = m;
+    k->size = sizeof *k + room;
+    k->names = crpci_meta_put_names((uint8_t *)(k + 1), room, service, name);
+    k->response = crpci_message_type_of(m->response, m->response_size);
+    crpci_request_method_settings(s, k);
+    crpci_loop_lock(s->loop);
+    k->next = s->methods; /* two threads may both add a method: lookups find either entry */
+    __atomic_store_n(&s->methods, k, __ATOMIC_RELEASE);
+    crpci_loop_unlock(s->loop);
+    return k;
+}
+
+/* Finds or makes the entry of a method. NULL: out of memory. Any thread, without the lock. */
+CRPCI_FN const crpci_method *crpci_request_find_method(crpci_request_source *s,
+                                                       const crpc_method *m)
+{
+    const crpci_method *k = __atomic_load_n(&s->methods, __ATOMIC_ACQUIRE);
+    while (k && k->method != m)
+        k = k->next;
+    return CRPCI_LIKELY(k != NULL) ? k : crpci_request_add_method(s, m);
+}
+
+CRPCI_COLD void crpci_request_source_free(crpci_request_source *s)
+{
+    crpci_heap *h = s->loop->heap;
+    while (s->methods) {
+        crpci_method *m = s->methods;
+        s->methods = m->next;
+        crpci_heap_free(h, m, m->size);
+    }
+    crpci_heap_strfree(h, s->credential);
+}
+
+/* --- encoding --------------------------------------------------------------------------------- */
+
+/* Counts the bytes of the user_fields that a call sends: its own, `added` bytes of interceptors,
+ * its id and its order key. */
+CRPCI_FN size_t crpci_request_fields_size(const crpc_call *call, size_t added, crpc_view id)
 {
     size_t n = added, i;
     for (i = 0; i < call->field_count; i++)
@@ -14859,73 +14839,43 @@ CRPCI_FN size_t crpci_channel_fields_size(const crpc_call *call, size_t added, c
     return n;
 }
 
-CRPCI_FN void crpci_channel_put_field(crpci_message_out *o, const char *key, crpc_view value)
+CRPCI_FN void crpci_request_put_field(crpci_message_out *o, const char *key, crpc_view value)
 {
     o->len += crpci_meta_put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
 }
 
-/* Copies them to the front of the chunk. */
-CRPCI_FN void crpci_channel_put_fields(crpci_message_out *o, const crpc_call *call, size_t added,
+/* Writes what crpci_request_fields_size counted. */
+CRPCI_FN void crpci_request_put_fields(crpci_message_out *o, const crpc_call *call, size_t added,
                                        crpc_view id)
 {
     size_t i;
     for (i = 0; i < call->field_count; i++)
-        crpci_channel_put_field(o, call->fields[i].key, crpc_view_str(call->fields[i].value));
+        crpci_request_put_field(o, call->fields[i].key, crpc_view_str(call->fields[i].value));
     if (added)
         memcpy(crpci_heap_data(o->chunk) + o->len,
                crpci_heap_data((crpci_chunk *)call->reserved[CRPCI_CALL_ADDED]), added);
     o->len += added;
     if (crpc_view_data(id))
-        crpci_channel_put_field(o, CRPCI_META_ID_FIELD, id);
+        crpci_request_put_field(o, CRPCI_META_ID_FIELD, id);
     if (crpc_view_data(call->order_key))
-        crpci_channel_put_field(o, CRPCI_META_KEY_FIELD, call->order_key);
+        crpci_request_put_field(o, CRPCI_META_KEY_FIELD, call->order_key);
 }
 
-/* The call's own id, or one that no other call has, written to `text`. */
-CRPCI_FN crpc_view crpci_channel_id(crpc_channel *ch, const crpc_call *call, char text[17])
+/* Gives the request's id: the call's own, or a new one written to `text` if the channel wants ids,
+ * else none. */
+CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *call, char text[17])
 {
-    if (CRPCI_LIKELY(!ch->request_ids) || crpc_view_data(call->request_id))
+    if (CRPCI_LIKELY(!s->ids) || crpc_view_data(call->request_id))
         return call->request_id;
     snprintf(text, 17, "%016llx",
              (unsigned long long)crpci_balance_mix(
-                 ch->seed + __atomic_add_fetch(&ch->last_request, 1, __ATOMIC_RELAXED)));
+                 s->seed + __atomic_add_fetch(&s->last_id, 1, __ATOMIC_RELAXED)));
     return crpc_view_of(text, 16);
 }
 
-/* A policy's words over those it does not know of. */
-CRPCI_FN void crpci_channel_apply(crpci_policy *to, const crpc_policy *p)
-{
-    if (p->cluster && (unsigned)p->cluster <= CRPC_CLUSTER_BROADCAST)
-        to->cluster = (uint8_t)p->cluster;
-    if (p->timeout_ms > 0)
-        to->timeout_ms = p->timeout_ms;
-    if (p->retries)
-        to->retries = (uint8_t)crpci_base_min64(p->retries < 0 ? 0 : p->retries,
-                                                CRPCI_CHANNEL_RETRIES);
-    if (p->backup_ms)
-        to->backup_ms = p->backup_ms < 0 ? 0 : p->backup_ms;
-    if (p->forks)
-        to->forks = p->forks < 0 ? 0 : p->forks;
-    if (p->fail_percent)
-        to->fail_percent = (uint8_t)(p->fail_percent < 0     ? 0
-                                     : p->fail_percent > 100 ? 100
-                                                             : p->fail_percent);
-}
-
-CRPCI_COLD void crpci_channel_refine(crpci_policy *to, const crpc_call *in)
-{
-    crpc_policy own;
-    memset(&own, 0, sizeof own);
-    own.timeout_ms = in->timeout_ms;
-    own.retries = in->retries;
-    crpci_channel_apply(to, &own);
-    if (in->policy)
-        crpci_channel_apply(to, in->policy);
-}
-
-/* The key of lb=hash in an encoded request: a hash of the last field of that number, as it stands
- * there. 0: it has none. */
-CRPCI_COLD uint64_t crpci_channel_field_key(const crpci_request *r, uint32_t field)
+/* The key of lb=hash in an encoded message: a hash of the bytes of the last field with that
+ * number. 0: the message has none. */
+CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t field)
 {
     const uint8_t *p = crpci_heap_data(r->chunk) + r->payload, *end = p + r->payload_size;
     uint64_t key = 0, tag = 0;
@@ -14938,59 +14888,8 @@ CRPCI_COLD uint64_t crpci_channel_field_key(const crpci_request *r, uint32_t fie
     return key;
 }
 
-/* What calls of a method begin with. */
-CRPCI_COLD void crpci_channel_learn_options(const crpc_channel *ch, crpci_call_method *k)
-{
-    const crpc_method *m = k->method;
-    size_t i;
-    k->policy = ch->policy;
-    k->hash_field = (uint32_t)ch->hash_field;
-    if (m->timeout_ms > 0)
-        k->policy.timeout_ms = m->timeout_ms;
-    for (i = 0; i < ch->method_count; i++) {
-        const crpc_method_options *o = &ch->method_options[i];
-        if (!o->method || strcmp(o->method, m->name) != 0)
-            continue;
-        k->options = o;
-        crpci_channel_apply(&k->policy, &o->policy);
-        if (o->hash_field)
-            k->hash_field = o->hash_field < 0 ? 0 : (uint32_t)o->hash_field;
-    }
-    k->plain = k->policy.cluster <= CRPC_CLUSTER_FAILFAST && !k->policy.backup_ms &&
-               !(k->options && k->options->degraded);
-}
-
-CRPCI_COLD crpci_call_method *crpci_channel_learn(crpc_channel *ch, const crpc_method *m)
-{
-    const char *dot = ch->short_names ? strrchr(m->service, '.') : NULL;
-    crpc_view service = crpc_view_str(dot ? dot + 1 : m->service), name = crpc_view_str(m->name);
-    size_t room = crpc_view_size(service) + crpc_view_size(name) + 12;
-    crpci_call_method *k =
-        (crpci_call_method *)crpci_heap_alloc(ch->loop->heap, sizeof *k + room);
-    if (!k)
-        return NULL;
-    k->method = m;
-    k->size = sizeof *k + room;
-    k->names = crpci_meta_put_names((uint8_t *)(k + 1), room, service, name);
-    k->response = crpci_message_type_of(m->response, m->response_size);
-    crpci_channel_learn_options(ch, k);
-    crpci_loop_lock(ch->loop);
-    k->next = ch->methods; /* perhaps a second one of the same method: that does no harm */
-    __atomic_store_n(&ch->methods, k, __ATOMIC_RELEASE);
-    crpci_loop_unlock(ch->loop);
-    return k;
-}
-
-/* NULL: out of memory. */
-CRPCI_FN const crpci_call_method *crpci_channel_method(crpc_channel *ch, const crpc_method *m)
-{
-    const crpci_call_method *k = __atomic_load_n(&ch->methods, __ATOMIC_ACQUIRE);
-    while (k && k->method != m)
-        k = k->next;
-    return CRPCI_LIKELY(k != NULL) ? k : crpci_channel_learn(ch, m);
-}
-
-CRPCI_FN void crpci_channel_inherit(const crpc_call *call, crpci_request *r)
+/* Log and trace ids: the call's, else those of the request on whose behalf it is made. */
+CRPCI_FN void crpci_request_inherit(const crpc_call *call, crpci_request *r)
 {
     r->log_id = call->log_id;
     r->trace_id = r->span_id = r->parent_span_id = 0;
@@ -15003,34 +14902,35 @@ CRPCI_FN void crpci_channel_inherit(const crpc_call *call, crpci_request *r)
     }
 }
 
-CRPCI_FN crpci_out *crpci_call_frame(const crpci_request *r)
+/* The frame inside the request's chunk. */
+CRPCI_FN crpci_out *crpci_request_frame(const crpci_request *r)
 {
     return (crpci_out *)(void *)(crpci_heap_data(r->chunk) + r->front);
 }
 
-/* Encodes a request behind `front` bytes that are the caller's. `borrow`: a large attachment stays
- * where it is. */
-CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpci_call_method *k, const void *request,
-                                  const crpc_call *call, bool borrow, size_t front,
-                                  crpci_request *r, crpc_error *error)
+/* Encodes a request and leaves `front` bytes before it to the caller. With `borrow` a large
+ * attachment is not copied. On failure nothing is held, and `error` (may be NULL) says why. */
+CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k,
+                                  const void *request, const crpc_call *call, bool borrow,
+                                  size_t front, crpci_request *r, crpc_error *error)
 {
     const crpc_method *m = k->method;
     crpc_view credential = crpc_view_data(call->credential) ? call->credential
-                                                            : crpc_view_str(ch->credential);
-    size_t added = ch->interceptor_count ? (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN]
-                                         : 0; /* else it may be left from another channel's */
+                                                            : crpc_view_str(s->credential);
+    /* Without interceptors the length may be left from a call on another channel. */
+    size_t added = s->intercepted ? (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN] : 0;
     char id_text[17];
-    crpc_view id = crpci_channel_id(ch, call, id_text);
-    size_t fields = crpci_channel_fields_size(call, added, id), secret = crpc_view_size(credential);
+    crpc_view id = crpci_request_id(s, call, id_text);
+    size_t fields = crpci_request_fields_size(call, added, id), secret = crpc_view_size(credential);
     size_t room = crpci_meta_bound(crpc_view_size(k->names) + fields + secret);
     size_t attached = crpc_view_size(call->attachment), base = front + sizeof(crpci_out);
     const char *why = "";
     crpci_message_out o;
     int err;
-    crpci_channel_inherit(call, r);
+    crpci_request_inherit(call, r);
     r->names = k->names;
     r->identified = crpc_view_data(id) != NULL;
-    o.heap = ch->loop->heap;
+    o.heap = s->loop->heap;
     o.len = base;
     o.lent = o.no_memory = false;
     o.chunk = crpci_heap_chunk(o.heap, base + fields + secret + room + m->request_size + 64);
@@ -15038,7 +14938,7 @@ CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpci_call_method *k, 
         return crpci_status_set(error, CRPC_ENOMEM, "%s.%s: out of memory (local)", m->service,
                                 m->name);
     if (fields)
-        crpci_channel_put_fields(&o, call, added, id);
+        crpci_request_put_fields(&o, call, added, id);
     fields = o.len - base;
     if (secret)
         memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(credential), secret);
@@ -15049,7 +14949,7 @@ CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpci_call_method *k, 
     r->payload_size = o.len - r->payload;
     r->inline_size = 0;
     r->attachment = crpc_view_of(NULL, 0);
-    if (!err && attached && borrow && attached > CRPCI_CHANNEL_INLINE) {
+    if (!err && attached && borrow && attached > CRPCI_REQUEST_INLINE) {
         r->attachment = call->attachment;
     } else if (!err && attached) {
         if (crpci_message_reserve(&o, attached)) {
@@ -15070,18 +14970,18 @@ CRPCI_FN int crpci_channel_encode(crpc_channel *ch, const crpci_call_method *k, 
         return crpci_status_set(error, err, "%s.%s: request not encoded: %s (local)", m->service,
                                 m->name, why);
     }
-    crpci_call_frame(r)->queued = false; /* sending sets the rest */
+    crpci_request_frame(r)->queued = false; /* sending sets the other members */
     r->fields = crpc_view_of(crpci_heap_data(o.chunk) + base, fields);
     r->credential = crpc_view_of(secret ? crpci_heap_data(o.chunk) + base + fields : NULL, secret);
     return CRPC_OK;
 }
 
-/* Writes header and meta in front of the encoded request; returns where the frame begins. */
-CRPCI_FN uint8_t *crpci_call_head(const crpci_request *r, int64_t correlation_id,
-                                  int32_t timeout_ms)
+/* Writes header and meta in front of the encoded message. Returns where the frame begins. */
+CRPCI_FN uint8_t *crpci_request_head(const crpci_request *r, int64_t correlation_id,
+                                     int32_t timeout_ms)
 {
     uint8_t *data = crpci_heap_data(r->chunk);
-    crpci_meta m; /* what a request has of it */
+    crpci_meta m; /* only the members that a request has are set */
     m.names = r->names;
     m.credential = r->credential;
     m.log_id = r->log_id;
@@ -15096,21 +14996,27 @@ CRPCI_FN uint8_t *crpci_call_head(const crpci_request *r, int64_t correlation_id
                                   r->fields);
 }
 
-/* Copies an encoded request to `front` of a chunk that has room for it. What it borrows is not
- * copied. */
-CRPCI_FN void crpci_call_copy_request(crpci_request *to, const crpci_request *from,
-                                      crpci_chunk *chunk, size_t front)
+/* --- copies and the end ----------------------------------------------------------------------- */
+
+/* How many bytes a copy of the request takes. */
+CRPCI_FN size_t crpci_request_size(const crpci_request *r)
 {
-    const uint8_t *bytes = (const uint8_t *)crpci_call_frame(from);
-    size_t n = from->payload + from->payload_size + from->inline_size - from->front;
+    return r->payload + r->payload_size + r->inline_size - r->front;
+}
+
+/* Copies a request to offset `front` of a chunk that has room for it. A borrowed attachment stays
+ * borrowed. */
+CRPCI_FN void crpci_request_copy(crpci_request *to, const crpci_request *from, crpci_chunk *chunk,
+                                 size_t front)
+{
     uint8_t *at = crpci_heap_data(chunk) + front;
     *to = *from;
-    memcpy(at, bytes, n);
+    memcpy(at, crpci_request_frame(from), crpci_request_size(from));
     to->chunk = chunk;
     to->front = front;
     to->low = from->low - from->front + front;
     to->payload = from->payload - from->front + front;
-    crpci_call_frame(to)->queued = false;
+    crpci_request_frame(to)->queued = false;
     at += sizeof(crpci_out);
     to->fields = crpc_view_of(at, crpc_view_size(from->fields));
     if (crpc_view_data(from->credential))
@@ -15118,283 +15024,41 @@ CRPCI_FN void crpci_call_copy_request(crpci_request *to, const crpci_request *fr
                                       crpc_view_size(from->credential));
 }
 
-CRPCI_FN size_t crpci_call_request_size(const crpci_request *r)
+/* Makes the request ready for another attempt. The frame of the last one may still be in a send on
+ * a dying connection; then the request moves to a chunk of its own. `block` is the chunk that the
+ * pending call itself is in, whose reference stays. False: out of memory, or the attachment is
+ * borrowed, which two frames cannot be at a time. */
+CRPCI_FN bool crpci_request_renew(crpci_request *r, const crpci_chunk *block)
 {
-    return r->payload + r->payload_size + r->inline_size - r->front;
-}
-
-/* A frame that an earlier attempt left on a dying connection may still be being sent: then the next
- * attempt needs a copy. */
-CRPCI_FN bool crpci_call_own_request(crpci_call *c)
-{
-    crpci_request *r = &c->request, old = *r;
+    crpci_request old = *r;
     crpci_chunk *chunk;
-    if (CRPCI_LIKELY(!crpci_call_frame(r)->queued))
+    if (CRPCI_LIKELY(!crpci_request_frame(r)->queued))
         return true;
-    if (crpc_view_data(r->attachment)) /* two frames may not borrow it */
+    if (crpc_view_data(r->attachment))
         return false;
-    chunk = crpci_heap_chunk(r->chunk->heap, crpci_call_request_size(r));
+    chunk = crpci_heap_chunk(r->chunk->heap, crpci_request_size(r));
     if (!chunk)
         return false;
-    crpci_call_copy_request(r, &old, chunk, 0);
-    if (old.chunk != c->block)
+    crpci_request_copy(r, &old, chunk, 0);
+    if (old.chunk != block)
         crpci_heap_chunk_unref(old.chunk);
     return true;
 }
 
-/* Lets go of the request's bytes, unless the call stands among them. */
-CRPCI_FN void crpci_call_drop_request(crpci_call *c)
+/* Gives up the request's bytes, unless the pending call stands among them. */
+CRPCI_FN void crpci_request_drop(crpci_request *r, const crpci_chunk *block)
 {
-    if (c->request.chunk != c->block)
-        crpci_heap_chunk_unref(c->request.chunk);
-    c->request.chunk = NULL;
+    if (r->chunk != block)
+        crpci_heap_chunk_unref(r->chunk);
+    r->chunk = NULL;
 }
 
-/* --- results, on the thread that wants them --------------------------------------------------- */
-
-CRPCI_COLD int crpci_call_remote_error(const crpci_call *c, crpc_error *e)
+/* Makes sure that nobody reads a borrowed attachment any more, so that the synchronous call can
+ * return: waits for a send that another thread is making, and copies what is still unsent. Locked;
+ * unlocks to wait. */
+CRPCI_FN void crpci_request_settle(crpc_loop *l, crpci_request *r)
 {
-    int code = c->reply.error_code;
-    crpc_view mark = {{NULL}, NULL}, text = c->reply.error_text;
-    bool app = !crpci_status_reserved(code);
-    if (crpci_meta_field(c->reply.raw, CRPCI_META_APP_FIELD, &mark))
-        app = true;
-    e->code = app ? CRPC_EAPP : code == CRPC_EPENDING ? CRPC_ERESPONSE : code;
-    if (!crpc_view_size(text))
-        text = crpc_view_str(crpc_status_text(e->code));
-    e->app_code = app ? code : 0;
-    e->remote = true;
-    snprintf(e->text, sizeof e->text, "%s.%s attempt %d/%d %s: %s %d: %.*s (remote)",
-             c->method->service, c->method->name, c->attempts, c->max_attempts, e->endpoint,
-             app ? "application error" : crpc_status_name(code), code,
-             (int)crpci_base_min(crpc_view_size(text), CRPC_ERROR_TEXT_MAX), crpc_view_data(text));
-    return e->code;
-}
-
-CRPCI_COLD int crpci_call_bad_reply(const crpci_call *c, crpc_error *e, const char *what)
-{
-    e->code = CRPC_ERESPONSE;
-    snprintf(e->text, sizeof e->text, "%s.%s attempt %d/%d %s: reply: %s (local)",
-             c->method->service, c->method->name, c->attempts, c->max_attempts, e->endpoint, what);
-    return CRPC_ERESPONSE;
-}
-
-/* Decodes the reply into `response` and tells `call` everything. The views and the attachment point
- * into c->reply. */
-CRPCI_FN int crpci_call_decode(const crpci_call *c, void *response, crpc_call *call)
-{
-    const crpci_message_type *type = &c->known->response;
-    const crpci_reply *m = &c->reply;
-    crpc_error *e = &call->error;
-    const char *why = "";
-    if (!c->replied)
-        return c->status;
-    e->app_code = 0;
-    e->remote = false;
-    e->sent = CRPC_SENT_YES;
-    e->attempts = c->attempts;
-    call->reserved[CRPCI_CALL_RAW] = (void *)(uintptr_t)crpc_view_data(m->raw);
-    call->reserved[CRPCI_CALL_RAW_END] = (void *)(uintptr_t)m->raw.end;
-    if (CRPCI_UNLIKELY(m->error_code != 0))
-        return crpci_call_remote_error(c, e);
-    if (CRPCI_UNLIKELY(m->bad_attachment))
-        return crpci_call_bad_reply(c, e, "attachment_size is larger than the body");
-    if (CRPCI_UNLIKELY(m->compress_type != 0))
-        return crpci_call_bad_reply(c, e, "compressed, which is not supported");
-    if (type->views || type->clear)
-        memset(response, 0, type->size);
-    if (!crpci_message_decode(m->payload, m->payload_size, type, response, &why))
-        return crpci_call_bad_reply(c, e, why);
-    e->code = CRPC_OK;
-    e->text[0] = '\0';
-    if (m->attachment_size)
-        call->reply_attachment = crpc_view_of(m->payload + m->payload_size, m->attachment_size);
-    return CRPC_OK;
-}
-
-/* What stands for the reply of a call that failed: what the method's options say, or nothing at all
- * where the caller wants that. Otherwise the failure. */
-CRPCI_COLD int crpci_call_degrade(const crpci_call *c, void *response, crpc_call *call, int status)
-{
-    const crpc_method_options *o = c->known->options;
-    const crpci_message_type *type = &c->known->response;
-    const char *why = "";
-    if (status == CRPC_EAPP || status == CRPC_ECANCELED)
-        return status;
-    call->reply_attachment = crpc_view_of(NULL, 0);
-    if (o && (o->fallback || crpc_view_data(o->canned))) {
-        memset(response, 0, type->size);
-        if (o->fallback)
-            return o->fallback(o->user, c->method, &call->error, response);
-        if (crpci_message_decode(crpc_view_data(o->canned), crpc_view_size(o->canned), type,
-                                 response, &why))
-            return CRPC_OK;
-        return crpci_call_bad_reply(c, &call->error, why);
-    }
-    if (c->policy.cluster != CRPC_CLUSTER_FAILSAFE && c->policy.cluster != CRPC_CLUSTER_FAILBACK)
-        return status;
-    crpci_heap_log(c->channel->loop->heap, CRPC_LOG_WARN, "%s", call->error.text);
-    memset(response, 0, type->size);
-    return CRPC_OK;
-}
-
-CRPCI_FN int crpci_call_result(const crpci_call *c, void *response, crpc_call *call)
-{
-    int status = crpci_call_decode(c, response, call);
-    return CRPCI_LIKELY(!status) ? status : crpci_call_degrade(c, response, call, status);
-}
-
-/* Hands the reply's bytes to the caller if anything points into them. */
-CRPCI_FN void crpci_call_hand_over(crpci_call *c, crpc_call *call)
-{
-    if (c->replied)
-        call->reserved[CRPCI_CALL_HELD] = c->reply.chunk;
-    c->replied = false;
-}
-
-CRPCI_FN void crpci_call_drop_reply(crpci_call *c, crpc_call *call)
-{
-    if (c->replied)
-        crpci_heap_chunk_unref(c->reply.chunk);
-    c->replied = false;
-    call->reserved[CRPCI_CALL_RAW] = call->reserved[CRPCI_CALL_RAW_END] = NULL;
-    call->reply_attachment = crpc_view_of(NULL, 0);
-}
-
-/* A small reply is copied out of the receive buffer, which many share; a large one keeps it. */
-CRPCI_FN void crpci_call_own_reply(crpci_heap *h, crpci_reply *r)
-{
-    const uint8_t *from = (const uint8_t *)crpc_view_data(r->raw);
-    size_t n = (size_t)(r->payload - from) + r->payload_size + r->attachment_size;
-    crpci_chunk *chunk;
-    uint8_t *to;
-    if (n > CRPCI_CHANNEL_COPY || r->chunk->cap < 8 * CRPCI_CHANNEL_COPY)
-        return;
-    chunk = crpci_heap_chunk(h, n);
-    if (!chunk)
-        return; /* it can stay where it is */
-    to = crpci_heap_data(chunk);
-    memcpy(to, from, n);
-    r->payload = to + (r->payload - from);
-    if (r->error_code && crpc_view_size(r->error_text))
-        r->error_text = crpc_view_of(to + ((const uint8_t *)crpc_view_data(r->error_text) - from),
-                                     crpc_view_size(r->error_text));
-    r->raw = crpc_view_of(to, crpc_view_size(r->raw));
-    crpci_heap_chunk_unref(r->chunk);
-    r->chunk = chunk;
-}
-
-#endif /* CRPC_ENABLE_CLIENT */
-
-/* ======================================================================== */
-/* >>impl-endpoint   one provider: its connection, the calls on it, their ends */
-/* ======================================================================== */
-
-#if CRPC_ENABLE_CLIENT
-
-/* --- ends of calls ---------------------------------------------------------------------------- */
-
-/* Where the explanation goes; for an asynchronous call memory is taken only when it fails. */
-CRPCI_COLD crpc_error *crpci_call_error(crpci_call *c)
-{
-    c = c->parent ? c->parent : c;
-    if (!c->error && c->kind != CRPCI_CALL_NOTIFY) {
-        c->error_chunk = crpci_heap_chunk(c->channel->loop->heap, sizeof(crpc_error));
-        if (c->error_chunk) {
-            c->error = (crpc_error *)(void *)crpci_heap_data(c->error_chunk);
-            memset(c->error, 0, sizeof *c->error);
-        }
-    }
-    return c->error;
-}
-
-/* How far any attempt of a call came. */
-CRPCI_FN crpc_sent crpci_call_sent(const crpci_call *c)
-{
-    return c->sent > c->before ? c->sent : c->before;
-}
-
-CRPCI_COLD void crpci_call_explain(crpci_call *c, int code, const char *cause)
-{
-    bool late = c->parent && c->parent->state == CRPCI_CALL_DONE; /* that is explained already */
-    crpc_error *e = late ? NULL : crpci_call_error(c);
-    if (!e)
-        return;
-    e->code = code;
-    e->app_code = 0;
-    e->remote = code == CRPC_ELOGOFF; /* only a peer says that */
-    e->sent = crpci_call_sent(c);
-    e->attempts = c->attempts;
-    snprintf(e->endpoint, sizeof e->endpoint, "%s", c->endpoint ? c->endpoint->address : "");
-    snprintf(e->text, sizeof e->text, "%s.%s attempt %d/%d%s%s: %s (%s)", c->method->service,
-             c->method->name, c->attempts, c->max_attempts, c->endpoint ? " " : "", e->endpoint,
-             cause, e->remote ? "remote" : "local");
-}
-
-/* NULL is ignored. */
-CRPCI_FN void crpci_endpoint_drop(crpci_endpoint *e)
-{
-    if (e && --e->refs == 0)
-        crpci_heap_free(e->loop->heap, e, sizeof *e);
-}
-
-/* Gives up a reference that wanted the connection: with the last one it is closed. */
-CRPCI_FN void crpci_endpoint_leave(crpci_endpoint *e)
-{
-    crpci_conn *c = e->conn;
-    if (--e->users == 0) {
-        crpci_list_remove(&e->link);
-        crpci_timer_cancel(&e->timer);
-        e->conn = NULL;
-        if (c) {
-            c->owner = NULL;
-            crpci_conn_close(c, CRPC_ECLOSE, 0);
-            crpci_conn_drop(c);
-        }
-    }
-    crpci_endpoint_drop(e);
-}
-
-CRPCI_FN void crpci_endpoint_drop_node(crpci_node *n)
-{
-    crpci_endpoint *e = n->endpoint;
-    if (--n->refs)
-        return;
-    crpci_heap_free(e->loop->heap, n, sizeof *n);
-    crpci_endpoint_leave(e);
-}
-
-CRPCI_FN void crpci_channel_drop(crpc_channel *ch)
-{
-    crpc_loop *l = ch->loop;
-    if (!crpci_thread_unref(&ch->refs))
-        return;
-    while (ch->methods) {
-        crpci_call_method *m = ch->methods;
-        ch->methods = m->next;
-        crpci_heap_free(l->heap, m, m->size);
-    }
-    crpci_balance_close(&ch->balance, l->heap);
-    crpci_heap_strfree(l->heap, ch->credential);
-    crpci_heap_strfree(l->heap, ch->where);
-    crpci_heap_free(l->heap, ch, sizeof *ch);
-    crpci_loop_release(l);
-}
-
-/* Lets go of the frame on the connection: takes it back if nothing of it was sent. */
-CRPCI_FN void crpci_call_release_out(crpci_call *c)
-{
-    crpci_out *o = c->out;
-    c->out = NULL;
-    if (o && !crpci_conn_withdraw(o->conn, o))
-        crpci_conn_out_orphan(o);
-}
-
-/* A synchronous caller's attachment must not be read any more when its call returns: what a send of
- * another thread has of it is waited for, what is left of it is copied. Locked; unlocks to wait. */
-CRPCI_FN void crpci_call_settle(crpc_loop *l, crpci_request *r)
-{
-    crpci_out *o = crpci_call_frame(r);
+    crpci_out *o = crpci_request_frame(r);
     if (!o->queued || !o->tail_len || o->tail_chunk)
         return;
     while (o->queued && o->inflight) {
@@ -15413,860 +15077,454 @@ CRPCI_FN void crpci_call_settle(crpc_loop *l, crpci_request *r)
     }
 }
 
-CRPCI_FN void crpci_endpoint_serve_waiting(crpci_endpoint *e);
+#endif /* CRPC_ENABLE_CLIENT */
 
-/* Takes a call off its endpoint. */
-CRPCI_FN void crpci_call_detach(crpci_call *c)
+/* ======================================================================== */
+/* >>impl-reply   a reply: kept, decoded, handed to the caller              */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_CLIENT
+
+#define CRPCI_REPLY_COPY 2048 /* replies up to this size are copied out of a shared buffer */
+
+/* What is kept of the message that answers a call. */
+typedef struct crpci_reply {
+    crpci_chunk *chunk;     /* holds a reference; NULL: there is no reply */
+    crpc_view raw;          /* the meta */
+    crpc_view error_text;   /* if there is an error_code */
+    const uint8_t *payload; /* the attachment stands behind it */
+    size_t payload_size;
+    size_t attachment_size;
+    int32_t error_code;
+    int32_t compress_type;
+    bool bad_attachment;
+} crpci_reply;
+
+/* Keeps a message as the reply; takes a reference of its chunk. Locked. */
+CRPCI_FN void crpci_reply_take(crpci_reply *r, crpc_loop *l, const crpci_message *m)
 {
-    crpci_endpoint *e = c->endpoint;
-    if (c->out && (c->out->sent || c->out->inflight))
-        c->sent = CRPC_SENT_MAYBE;
-    crpci_call_release_out(c);
-    crpci_list_remove(&c->link);
-    if (c->state == CRPCI_CALL_ACTIVE)
-        e->active_count--;
-    c->state = CRPCI_CALL_IDLE;
+    r->error_code = r->compress_type = 0;
+    if (!m->meta.usual) {
+        r->error_code = m->meta.error_code;
+        r->error_text = m->meta.error_text;
+        r->compress_type = m->meta.compress_type;
+    }
+    r->chunk = m->chunk;
+    r->raw = m->meta.raw;
+    r->payload = m->payload;
+    r->payload_size = m->payload_size;
+    r->attachment_size = m->attachment_size;
+    r->bad_attachment = m->bad_attachment;
+    crpci_loop_share(l, m->chunk);
 }
 
-CRPCI_FN crpci_node *crpci_channel_node(const crpc_channel *ch, size_t i)
+/* Gives up a reply that nobody wants. Locked. */
+CRPCI_FN void crpci_reply_drop(crpci_reply *r, crpc_loop *l)
 {
-    return CRPCI_CONTAINER(ch->nodes[i], crpci_node, balance);
+    if (r->chunk)
+        crpci_loop_unshare(l, r->chunk);
+    r->chunk = NULL;
 }
 
-/* Whether more providers are out than may be. */
-CRPCI_COLD bool crpci_channel_too_many_out(const crpc_channel *ch)
+/* Whether the call got what it was made for. */
+CRPCI_FN bool crpci_reply_succeeded(const crpci_reply *r)
 {
-    size_t i, out = 0;
-    for (i = 0; i < ch->node_count; i++)
-        out += crpci_breaker_ejected(&crpci_channel_node(ch, i)->breaker);
-    return out * 100 > ch->node_count * ch->ejected_percent;
+    return r->chunk && r->error_code == 0;
 }
 
-/* An attempt has ended: balancer, breaker and budget are told, once. */
-CRPCI_FN void crpci_call_end_attempt(crpci_call *c, crpci_breaker_outcome outcome)
+/* Copies a small reply out of the receive buffer, which many replies share; a large one keeps its
+ * part of the buffer. */
+CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
 {
-    crpc_channel *ch = c->channel;
-    crpc_loop *l = ch->loop;
-    crpci_node *n = c->node;
-    int64_t now, latency;
-    if (!n)
+    const uint8_t *from = (const uint8_t *)crpc_view_data(r->raw);
+    size_t n = (size_t)(r->payload - from) + r->payload_size + r->attachment_size;
+    crpci_chunk *chunk;
+    uint8_t *to;
+    if (n > CRPCI_REPLY_COPY || r->chunk->cap < 8 * CRPCI_REPLY_COPY)
         return;
-    c->node = NULL;
-    now = crpci_loop_time(l);
-    latency = now - c->attempt_us;
-    crpci_balance_node_end(
-        &ch->balance, &n->balance, outcome != CRPCI_BREAKER_ERROR,
-        outcome == CRPCI_BREAKER_IGNORE &&
-                latency < n->balance.latency >> CRPCI_BALANCE_LATENCY_BITS
-            ? -1 /* cut short: that says nothing */
-            : latency,
-        now);
-    if (ch->breaker.error_percent &&
-        crpci_breaker_end(&n->breaker, &ch->breaker, outcome, latency, now, crpci_loop_random(l)) &&
-        crpci_channel_too_many_out(ch))
-        crpci_breaker_reset(&n->breaker);
-    if (outcome == CRPCI_BREAKER_OK && ch->budgeted)
-        crpci_limiter_budget_earn(&ch->budget);
-    crpci_endpoint_drop_node(n);
+    chunk = crpci_heap_chunk(h, n);
+    if (!chunk)
+        return; /* out of memory: it stays where it is */
+    to = crpci_heap_data(chunk);
+    memcpy(to, from, n);
+    r->payload = to + (r->payload - from);
+    if (r->error_code && crpc_view_size(r->error_text))
+        r->error_text = crpc_view_of(to + ((const uint8_t *)crpc_view_data(r->error_text) - from),
+                                     crpc_view_size(r->error_text));
+    r->raw = crpc_view_of(to, crpc_view_size(r->raw));
+    crpci_heap_chunk_unref(r->chunk);
+    r->chunk = chunk;
 }
 
-/* Frees an asynchronous call. */
-CRPCI_FN void crpci_call_free(crpci_call *c)
+/* --- on the thread that wants the result, without the lock ------------------------------------ */
+
+/* Explains a reply that carries an error. Returns the status of the call. e->endpoint is set. */
+CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method *m,
+                                        int attempts, crpc_error *e)
 {
-    crpc_channel *ch = c->channel;
-    crpc_loop *l = ch->loop;
-    crpci_list_remove(&c->of_channel);
-    crpci_timer_cancel(&c->timer);
-    if (c->id)
-        crpci_id_remove(&l->calls, c->id);
-    if (c->kind == CRPCI_CALL_ID)
-        l->results--;
-    if (c->replied)
-        crpci_loop_unshare(l, c->reply.chunk);
-    crpci_endpoint_drop(c->endpoint);
-    crpci_call_drop_request(c);
-    crpci_heap_chunk_unref(c->error_chunk);
-    crpci_heap_chunk_unref(c->block);
-    if (--ch->pending == 0)
-        crpci_channel_drop(ch);
+    int code = r->error_code;
+    crpc_view mark = {{NULL}, NULL}, text = r->error_text;
+    bool app = !crpci_status_reserved(code);
+    if (crpci_meta_field(r->raw, CRPCI_META_APP_FIELD, &mark))
+        app = true;
+    e->code = app ? CRPC_EAPP : code == CRPC_EPENDING ? CRPC_ERESPONSE : code;
+    if (!crpc_view_size(text))
+        text = crpc_view_str(crpc_status_text(e->code));
+    e->app_code = app ? code : 0;
+    e->remote = true;
+    snprintf(e->text, sizeof e->text, "%s.%s attempt %d %s: %s %d: %.*s (remote)", m->service,
+             m->name, attempts, e->endpoint,
+             app ? "application error" : crpc_status_name(code), code,
+             (int)crpci_base_min(crpc_view_size(text), CRPC_ERROR_TEXT_MAX), crpc_view_data(text));
+    return e->code;
 }
 
-/* Takes a call off before its reply came. The peer is still at work on it, and where it has few
- * slots the next call is not to be put on top, nor to take the late reply for its own: such a
- * connection is closed. */
-CRPCI_FN void crpci_call_abandon(crpci_call *c, int why)
+CRPCI_COLD int crpci_reply_malformed(const crpc_method *m, int attempts, crpc_error *e,
+                                     const char *what)
 {
-    crpci_endpoint *e = c->endpoint;
-    bool active = c->state == CRPCI_CALL_ACTIVE;
-    crpci_call_detach(c);
-    crpci_call_end_attempt(c, why == CRPC_ETIMEDOUT ? CRPCI_BREAKER_ERROR : CRPCI_BREAKER_IGNORE);
-    if (active && e->inflight && c->sent != CRPC_SENT_NO && e->conn)
-        crpci_conn_close(e->conn, why, 0);
+    e->code = CRPC_ERESPONSE;
+    snprintf(e->text, sizeof e->text, "%s.%s attempt %d %s: reply: %s (local)", m->service,
+             m->name, attempts, e->endpoint, what);
+    return CRPC_ERESPONSE;
 }
 
-CRPCI_COLD void crpci_call_part_done(crpci_call *part, int status);
-CRPCI_COLD void crpci_call_drop_group(crpci_call *c);
-CRPCI_COLD bool crpci_call_retry_later(crpci_call *c, int status);
-
-/* Whether the call got what it is for. */
-CRPCI_FN bool crpci_call_succeeded(const crpci_call *c)
+/* Decodes a reply into `response` and fills the outputs of `call`. Views and the attachment point
+ * into the reply's chunk. */
+CRPCI_FN int crpci_reply_decode(const crpci_reply *r, const crpci_method *k, int attempts,
+                                void *response, crpc_call *call)
 {
-    return c->replied && c->reply.error_code == 0;
-}
-
-/* The call has ended: whoever waits is told, once. */
-CRPCI_FN void crpci_call_finish(crpci_call *c, int status)
-{
-    crpc_loop *l = c->channel->loop;
-    crpci_endpoint *e = c->endpoint;
-    crpci_call_detach(c);
-    crpci_call_end_attempt(c, CRPCI_BREAKER_IGNORE);
-    c->status = status;
-    c->state = CRPCI_CALL_DONE;
-    c->end_us = crpci_loop_time(l);
-    crpci_timer_cancel(&c->timer);
-    if (e)
-        crpci_endpoint_serve_waiting(e);
-    if (CRPCI_UNLIKELY(c->group != NULL))
-        crpci_call_drop_group(c);
-    if (CRPCI_UNLIKELY(c->policy.cluster == CRPC_CLUSTER_FAILBACK) &&
-        (status || (c->replied && !crpci_call_succeeded(c))) && crpci_call_retry_later(c, status))
-        return; /* not without a reply alone: a one-way call has none */
-    switch (c->kind) {
-    case CRPCI_CALL_SYNC:
-        break;
-    case CRPCI_CALL_DELIVER:
-        crpci_loop_ready(l, &c->task);
-        return;
-    case CRPCI_CALL_ID:
-        if (c->replied)
-            crpci_call_own_reply(l->heap, &c->reply);
-        crpci_call_drop_request(c);
-        break;
-    case CRPCI_CALL_BACK:
-        c->channel->failbacks--;
-        crpci_call_free(c);
-        return;
-    case CRPCI_CALL_NOTIFY:
-        crpci_call_free(c);
-        return;
-    case CRPCI_CALL_PART:
-        crpci_call_part_done(c, status);
-        return;
-    }
-    if (c->waiter)
-        crpci_loop_done(l, c->waiter);
-}
-
-/* The deadline has passed. */
-CRPCI_FN void crpci_call_expire(crpci_call *c)
-{
-    bool parked = c->state == CRPCI_CALL_WAITING;
-    crpci_call_abandon(c, CRPC_ETIMEDOUT);
-    crpci_call_explain(c, CRPC_ETIMEDOUT,
-                       parked ? "deadline exceeded while waiting for a connection"
-                              : "deadline exceeded");
-    crpci_call_finish(c, CRPC_ETIMEDOUT);
-}
-
-/* --- choosing a provider ---------------------------------------------------------------------- */
-
-CRPCI_COLD bool crpci_call_parts_tried(const crpci_group *g, const crpci_endpoint *e)
-{
-    crpci_list *i;
-    for (i = g->parts.next; i != &g->parts; i = i->next) {
-        if (CRPCI_CONTAINER(i, crpci_call, of_channel)->endpoint == e)
-            return true;
-    }
-    return false;
-}
-
-CRPCI_FN bool crpci_call_has_tried(const crpci_call *c, const crpci_endpoint *e)
-{
-    int i;
-    for (i = 0; i < c->attempts && i < CRPCI_CHANNEL_TRIED; i++) {
-        if (c->tried[i] == e)
-            return true;
-    }
-    return c->group && crpci_call_parts_tried(c->group, e);
-}
-
-/* The node of an endpoint, NULL if it is no longer listed. */
-CRPCI_COLD crpci_node *crpci_channel_node_of(const crpc_channel *ch, const crpci_endpoint *e)
-{
-    size_t i;
-    for (i = 0; i < ch->node_count; i++) {
-        if (crpci_channel_node(ch, i)->endpoint == e)
-            return crpci_channel_node(ch, i);
-    }
-    return NULL;
-}
-
-typedef struct crpci_choice {
-    crpc_channel *channel;
-    const crpci_call *call;
-    int64_t now;
-    uint32_t random; /* one for the whole choice: a node is asked about twice, perhaps */
-    bool strict;     /* leave out what the breaker has taken out */
-} crpci_choice;
-
-CRPCI_FN bool crpci_channel_usable(void *user, size_t i)
-{
-    const crpci_choice *x = (const crpci_choice *)user;
-    crpc_channel *ch = x->channel;
-    const crpci_node *n = crpci_channel_node(ch, i);
-    if (n->endpoint->usable_at > x->now)
-        return false;
-    if (x->strict && (crpci_breaker_open(&n->breaker, &ch->breaker, x->now) ||
-                      !crpci_breaker_ramped(&n->breaker, &ch->breaker, x->now,
-                                            x->random ^ (uint32_t)n->balance.hash)))
-        return false;
-    return !crpci_call_has_tried(x->call, n->endpoint);
-}
-
-/* None may be used now: of those not tried yet the one whose backoff ends first. */
-CRPCI_COLD crpci_node *crpci_channel_last_resort(const crpc_channel *ch, const crpci_call *c)
-{
-    crpci_node *best = NULL;
-    size_t i;
-    for (i = 0; i < ch->node_count; i++) {
-        crpci_node *n = crpci_channel_node(ch, i);
-        if (!crpci_call_has_tried(c, n->endpoint) &&
-            (!best || n->endpoint->usable_at < best->endpoint->usable_at))
-            best = n;
-    }
-    return best;
-}
-
-/* Providers that began to serve a short time ago get a share that grows. */
-CRPCI_COLD void crpci_channel_reweigh(crpc_channel *ch, int64_t now)
-{
-    size_t i;
-    ch->reweigh_at = INT64_MAX;
-    for (i = 0; i < ch->node_count; i++) {
-        crpci_node *n = crpci_channel_node(ch, i);
-        crpci_balance_reweigh(&ch->balance, i,
-                              crpci_balance_warm(n->weight, (now - n->since_us) / 1000,
-                                                 n->warmup_us / 1000));
-        if (now - n->since_us < n->warmup_us)
-            ch->reweigh_at = now + CRPCI_CHANNEL_REWEIGH;
-    }
-}
-
-/* A provider not tried yet by this call: as the balancer says, or one that can be used at all, or
- * whose backoff ends first. NULL: there is none. */
-CRPCI_FN crpci_node *crpci_channel_pick(crpc_channel *ch, const crpci_call *c)
-{
-    crpci_choice x;
-    uint32_t random;
-    uint64_t key;
-    int i;
-    if (ch->node_count <= 1) /* nothing to choose, nor to take out */
-        return ch->node_count && !crpci_call_has_tried(c, crpci_channel_node(ch, 0)->endpoint)
-                   ? crpci_channel_node(ch, 0)
-                   : NULL;
-    random = crpci_loop_random(ch->loop);
-    key = c->key ? c->key : random;
-    x.channel = ch;
-    x.call = c;
-    x.now = crpci_loop_rough_time(ch->loop);
-    x.random = random;
-    x.strict = ch->breaker.error_percent != 0;
-    if (CRPCI_UNLIKELY(x.now >= ch->reweigh_at))
-        crpci_channel_reweigh(ch, x.now);
-    i = crpci_balance_pick(&ch->balance, key, random, x.now, crpci_channel_usable, &x);
-    if (i < 0 && x.strict) { /* all are out: then none is */
-        x.strict = false;
-        i = crpci_balance_pick(&ch->balance, key, random, x.now, crpci_channel_usable, &x);
-    }
-    return CRPCI_LIKELY(i >= 0) ? crpci_channel_node(ch, (size_t)i)
-                                : crpci_channel_last_resort(ch, c);
-}
-
-/* --- attempts --------------------------------------------------------------------------------- */
-
-/* A one-way call ends when it is sent; but where a peer answers one at a time, the next has to wait
- * for its reply all the same. */
-CRPCI_FN bool crpci_call_unanswered(const crpci_call *c)
-{
-    return c->kind == CRPCI_CALL_NOTIFY && !c->endpoint->inflight;
-}
-
-/* Puts the call's frame on the endpoint's open connection. CRPC_EOVERCROWDED if there is no
- * room. */
-CRPCI_FN int crpci_call_send(crpci_call *c)
-{
-    crpci_endpoint *e = c->endpoint;
-    crpci_request *r = &c->request;
-    uint8_t *data = crpci_heap_data(r->chunk);
-    crpci_out *o = crpci_call_frame(r);
-    int64_t left = (c->deadline_us - crpci_loop_rough_time(e->loop)) / 1000;
-    o->head = crpci_call_head(r, crpci_call_unanswered(c) ? 0 : (int64_t)c->id,
-                              (int32_t)(left > 1 ? left : 1));
-    o->head_len = (size_t)(data + r->payload - o->head) + r->payload_size + r->inline_size;
-    o->tail = (const uint8_t *)crpc_view_data(r->attachment);
-    o->tail_len = crpc_view_size(r->attachment);
-    if (e->max_queued && e->conn->tx_bytes + (int64_t)crpci_conn_out_len(o) > e->max_queued)
-        return CRPC_EOVERCROWDED;
-    o->chunk = r->chunk;
-    o->tail_chunk = NULL;
-    o->owner = c;
-    crpci_list_append(&e->active, &c->link);
-    e->active_count++;
-    c->state = CRPCI_CALL_ACTIVE;
-    c->out = o;
-    crpci_conn_queue(e->conn, o);
+    const crpci_message_type *type = &k->response;
+    crpc_error *e = &call->error;
+    const char *why = "";
+    e->app_code = 0;
+    e->remote = false;
+    e->sent = CRPC_SENT_YES;
+    e->attempts = attempts;
+    call->reserved[CRPCI_CALL_RAW] = (void *)(uintptr_t)crpc_view_data(r->raw);
+    call->reserved[CRPCI_CALL_RAW_END] = (void *)(uintptr_t)r->raw.end;
+    if (CRPCI_UNLIKELY(r->error_code != 0))
+        return crpci_reply_remote_error(r, k->method, attempts, e);
+    if (CRPCI_UNLIKELY(r->bad_attachment))
+        return crpci_reply_malformed(k->method, attempts, e,
+                                     "attachment_size is larger than the body");
+    if (CRPCI_UNLIKELY(r->compress_type != 0))
+        return crpci_reply_malformed(k->method, attempts, e, "compressed, which is not supported");
+    if (type->views || type->clear)
+        memset(response, 0, type->size);
+    if (!crpci_message_decode(r->payload, r->payload_size, type, response, &why))
+        return crpci_reply_malformed(k->method, attempts, e, why);
+    e->code = CRPC_OK;
+    e->text[0] = '\0';
+    if (r->attachment_size)
+        call->reply_attachment = crpc_view_of(r->payload + r->payload_size, r->attachment_size);
     return CRPC_OK;
 }
 
-CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e);
-CRPCI_FN void crpci_call_go(crpci_call *c, crpci_node *n);
-
-/* Whether a failed attempt may be followed by another: if the request certainly was not executed,
- * or may be executed twice. */
-CRPCI_FN bool crpci_call_may_retry(crpci_call *c, int code)
+/* Gives the reply's chunk to the caller: views, attachment and fields point into it until
+ * crpc_call_reset. */
+CRPCI_FN void crpci_reply_hand_over(crpci_reply *r, crpc_call *call)
 {
-    bool twice = (c->method->flags & CRPC_METHOD_IDEMPOTENT) || c->request.identified;
-    bool harmless = c->sent == CRPC_SENT_NO || code == CRPC_ELOGOFF ||
-                    (twice && code == CRPC_ECONN);
-    return harmless && c->attempts < c->max_attempts && !c->channel->closed &&
-           crpci_loop_rough_time(c->channel->loop) < c->deadline_us && crpci_call_own_request(c);
+    if (r->chunk)
+        call->reserved[CRPCI_CALL_HELD] = r->chunk;
+    r->chunk = NULL;
 }
 
-/* It could not be reached several times in a row. */
+/* Ends the life of what crpci_reply_decode made `call` point to. */
+CRPCI_FN void crpci_reply_release(crpci_reply *r, crpc_call *call)
+{
+    if (r->chunk)
+        crpci_heap_chunk_unref(r->chunk);
+    r->chunk = NULL;
+    call->reserved[CRPCI_CALL_RAW] = call->reserved[CRPCI_CALL_RAW_END] = NULL;
+    call->reply_attachment = crpc_view_of(NULL, 0);
+}
+
+#endif /* CRPC_ENABLE_CLIENT */
+
+/* ======================================================================== */
+/* >>impl-endpoint   one provider: its connection and the attempts on it    */
+/* ======================================================================== */
+
+/* An endpoint belongs to a loop: all channels of the loop that want the same address with the same
+ * options share it. Everything here is called with the loop locked. */
+
+#if CRPC_ENABLE_CLIENT
+
+#define CRPCI_ENDPOINT_DEAD        3       /* failed dials in a row */
+#define CRPCI_ENDPOINT_BACKOFF_MIN 50000   /* microseconds */
+#define CRPCI_ENDPOINT_BACKOFF_MAX 1000000 /* microseconds: an ordinary call can wait for it */
+
+/* What must be equal for an endpoint to be shared. */
+typedef struct crpci_endpoint_options {
+    int connect_timeout_ms; /* 0: only the call's deadline */
+    uint32_t inflight;      /* requests at a time; 0: no limit */
+    uint32_t max_body;
+    int64_t max_queued; /* 0: no limit */
+} crpci_endpoint_options;
+
+typedef struct crpci_endpoint crpci_endpoint;
+
+typedef enum crpci_attempt_state {
+    CRPCI_ATTEMPT_IDLE,
+    CRPCI_ATTEMPT_WAITING, /* in endpoint->waiting */
+    CRPCI_ATTEMPT_ACTIVE,  /* in endpoint->active */
+    CRPCI_ATTEMPT_DONE     /* its call has ended */
+} crpci_attempt_state;
+
+/* One try on one provider, as the endpoint sees it. First member of a pending call, which makes one
+ * attempt after another with it. */
+typedef struct crpci_attempt {
+    crpci_list link;
+    crpci_attempt_state state;
+    bool one_way; /* ends when it is sent, unless the endpoint answers few at a time */
+    crpc_sent sent;
+    uint64_t id;              /* in loop->calls; the frame's correlation id */
+    crpci_out *out;           /* queued on the connection; NULL: not */
+    crpci_endpoint *endpoint; /* of this attempt, or the last; a reference */
+    int64_t deadline_us;
+    crpci_request request;
+    crpci_reply reply;
+} crpci_attempt;
+
+/* What the attempt section is told. A function may end the attempt and free its call. */
+typedef struct crpci_endpoint_events {
+    /* It could not be sent, or its connection is gone. `cause` explains. */
+    void (*failed)(crpci_attempt *a, int code, const char *cause);
+    void (*replied)(crpci_attempt *a, const crpci_message *m);
+    void (*sent)(crpci_attempt *a); /* all of a frame that needs no reply has left */
+    void (*oversize)(crpci_attempt *a, const char *cause);
+} crpci_endpoint_events;
+
+struct crpci_endpoint {
+    crpci_list link; /* in loop->endpoints */
+    crpc_loop *loop;
+    const crpci_endpoint_events *events;
+    uint32_t refs;
+    uint32_t users; /* references that want its connection too: members of channels */
+    char address[CRPC_ADDRESS_MAX];
+    size_t address_size; /* the terminating zero included */
+    crpci_addr addr;
+    crpci_endpoint_options options;
+    crpci_conn *conn;
+    crpci_list waiting; /* attempts that wait for a connection or a slot */
+    crpci_list active;  /* attempts queued on or sent over conn */
+    uint32_t active_count;
+    bool serving;      /* crpci_endpoint_serve_waiting is on the stack */
+    bool refused;      /* the last connection was never established */
+    crpci_timer timer; /* end of the backoff */
+    int failures;      /* dials and connections since the last reply */
+    int64_t usable_at; /* end of a backoff, or of the rest after ELOGOFF; 0: usable */
+    int64_t dialled_at;
+    int last_errno;
+};
+
+/* NULL is ignored. */
+CRPCI_FN void crpci_endpoint_drop(crpci_endpoint *e)
+{
+    if (e && --e->refs == 0)
+        crpci_heap_free(e->loop->heap, e, sizeof *e);
+}
+
+/* Gives up a reference that wanted the connection: the last one closes it. */
+CRPCI_FN void crpci_endpoint_leave(crpci_endpoint *e)
+{
+    crpci_conn *c = e->conn;
+    if (--e->users == 0) {
+        crpci_list_remove(&e->link);
+        crpci_timer_cancel(&e->timer);
+        e->conn = NULL;
+        if (c) {
+            c->owner = NULL;
+            crpci_conn_close(c, CRPC_ECLOSE, 0);
+            crpci_conn_drop(c);
+        }
+    }
+    crpci_endpoint_drop(e);
+}
+
+/* Whether it could not be reached several times in a row. */
 CRPCI_FN bool crpci_endpoint_is_dead(const crpci_endpoint *e)
 {
-    return e->refused && !e->conn && e->failures >= CRPCI_CHANNEL_DEAD;
+    return e->refused && !e->conn && e->failures >= CRPCI_ENDPOINT_DEAD;
 }
 
-/* It has replied over its present connection: what goes there is no storm on the dead. */
+/* Whether it has replied over its present connection. A retry to such a provider cannot storm a
+ * dead one, so it is not charged to the retry budget. */
 CRPCI_FN bool crpci_endpoint_is_proven(const crpci_endpoint *e)
 {
     return e->conn && !e->conn->connecting && !e->failures;
 }
 
-/* An attempt failed. `code` and `cause` explain if it was the last. */
-CRPCI_FN void crpci_call_failed(crpci_call *c, int code, const char *cause)
+/* Whether an attempt can be sent now. */
+CRPCI_FN bool crpci_endpoint_has_slot(const crpci_endpoint *e)
 {
-    crpc_channel *ch = c->channel;
-    crpci_endpoint *e = c->endpoint;
-    bool again, stale = code == CRPC_ECONN && !e->refused; /* perhaps only the connection was */
-    crpci_node *n = NULL;
-    crpci_call_detach(c);
-    crpci_call_end_attempt(c, code == CRPC_ECONN ? CRPCI_BREAKER_ERROR : CRPCI_BREAKER_IGNORE);
-    again = crpci_call_may_retry(c, code);
-    if (code != CRPC_ELOGOFF && c->sent > c->before)
-        c->before = c->sent;
-    crpci_call_explain(c, code, cause);
-    if (again && c->before != CRPC_SENT_NO && !(c->method->flags & CRPC_METHOD_IDEMPOTENT)) {
-        /* who may have executed it knows, and nobody else; not if it refuses to say */
-        n = code == CRPC_ELOGOFF ? NULL : crpci_channel_node_of(ch, e);
-        again = stale = false;
-    }
-    c->tried[(c->attempts - 1) % CRPCI_CHANNEL_TRIED] = e;
-    ch->choose_again = ch->choose_again || (ch->max_nodes && crpci_endpoint_is_dead(e));
-    if (again)
-        n = crpci_channel_pick(ch, c);
-    if (again && !n && stale) {
-        memset(c->tried, 0, sizeof c->tried);
-        n = crpci_channel_pick(ch, c);
-    }
-    if (n && (code == CRPC_ELOGOFF || crpci_endpoint_is_proven(n->endpoint) || !ch->budgeted ||
-              (stale && c->sent == CRPC_SENT_NO) || crpci_limiter_budget_spend(&ch->budget))) {
-        e->refs++; /* first this: what fails below may end the call, if it is nowhere */
-        crpci_call_go(c, n);
-        crpci_endpoint_serve_waiting(e);
-        crpci_endpoint_drop(e);
-    } else if (c->group && c->group->open) {
-        c->group->status = code; /* a backup request is under way: its reply will do */
-        crpci_endpoint_serve_waiting(e);
-    } else {
-        crpci_call_finish(c, code);
-    }
+    return e->conn && !e->conn->connecting && !e->conn->closed &&
+           (!e->options.inflight || e->active_count < e->options.inflight);
 }
 
-/* Its frame did not fit into the connection's queue; an empty one it never will. */
-CRPCI_COLD void crpci_call_overcrowded(crpci_call *c)
+/* --- attempts --------------------------------------------------------------------------------- */
+
+/* Whether the attempt ends with the sending of its frame. Where a peer answers few at a time its
+ * slot stays taken until the reply, also for a one-way call. */
+CRPCI_FN bool crpci_endpoint_unanswered(const crpci_attempt *a)
 {
-    const crpci_endpoint *e = c->endpoint;
+    return a->one_way && !a->endpoint->options.inflight;
+}
+
+/* Takes an attempt off its endpoint. A frame of which nothing was sent is withdrawn; any other
+ * stays in the connection's queue on its own. */
+CRPCI_FN void crpci_endpoint_detach(crpci_attempt *a)
+{
+    crpci_out *o = a->out;
+    if (o && (o->sent || o->inflight))
+        a->sent = CRPC_SENT_MAYBE;
+    a->out = NULL;
+    if (o && !crpci_conn_withdraw(o->conn, o))
+        crpci_conn_out_orphan(o);
+    crpci_list_remove(&a->link);
+    if (a->state == CRPCI_ATTEMPT_ACTIVE)
+        a->endpoint->active_count--;
+    a->state = CRPCI_ATTEMPT_IDLE;
+}
+
+/* Fails an attempt whose frame does not fit into the connection's queue. */
+CRPCI_COLD void crpci_endpoint_overcrowded(crpci_attempt *a)
+{
+    const crpci_endpoint *e = a->endpoint;
     char cause[120];
     snprintf(cause, sizeof cause, "%s: %lld bytes are queued, max_queued is %lld",
              e->conn->tx_bytes ? "the connection's send queue is full" : "the request is too large",
-             (long long)e->conn->tx_bytes, (long long)e->max_queued);
-    if (!e->conn->tx_bytes)
-        c->max_attempts = c->attempts;
-    crpci_call_failed(c, CRPC_EOVERCROWDED, cause);
+             (long long)e->conn->tx_bytes, (long long)e->options.max_queued);
+    e->events->failed(a, CRPC_EOVERCROWDED, cause);
 }
 
-/* Lets the next waiting calls onto the connection, as far as there are slots. */
+/* Puts the attempt's frame on the open connection, or fails it if the queue has no room. The
+ * request's remaining time is stamped here, where it begins its way. */
+CRPCI_FN void crpci_endpoint_send(crpci_endpoint *e, crpci_attempt *a)
+{
+    crpci_request *r = &a->request;
+    uint8_t *data = crpci_heap_data(r->chunk);
+    crpci_out *o = crpci_request_frame(r);
+    int64_t left = (a->deadline_us - crpci_loop_rough_time(e->loop)) / 1000;
+    o->head = crpci_request_head(r, crpci_endpoint_unanswered(a) ? 0 : (int64_t)a->id,
+                                 (int32_t)(left > 1 ? left : 1));
+    o->head_len = (size_t)(data + r->payload - o->head) + r->payload_size + r->inline_size;
+    o->tail = (const uint8_t *)crpc_view_data(r->attachment);
+    o->tail_len = crpc_view_size(r->attachment);
+    if (e->options.max_queued &&
+        e->conn->tx_bytes + (int64_t)crpci_conn_out_len(o) > e->options.max_queued) {
+        crpci_endpoint_overcrowded(a);
+        return;
+    }
+    o->chunk = r->chunk;
+    o->tail_chunk = NULL;
+    o->owner = a;
+    crpci_list_append(&e->active, &a->link);
+    e->active_count++;
+    a->state = CRPCI_ATTEMPT_ACTIVE;
+    a->out = o;
+    crpci_conn_queue(e->conn, o);
+}
+
+/* Lets waiting attempts onto the connection, as far as there are slots. An attempt that fails in
+ * here may bring its call back here: the outer turn goes on then. */
 CRPCI_FN void crpci_endpoint_serve_waiting(crpci_endpoint *e)
 {
     if (e->serving || crpci_list_empty(&e->waiting))
-        return; /* serving: a call that failed below, and the turn goes on there */
+        return;
     e->serving = true;
-    e->refs++; /* a failure lets go of the call's reference */
-    while (e->conn && !e->conn->connecting && !e->conn->closed &&
-           !crpci_list_empty(&e->waiting) && (!e->inflight || e->active_count < e->inflight)) {
-        crpci_call *c = CRPCI_CONTAINER(e->waiting.next, crpci_call, link);
-        crpci_list_remove(&c->link);
-        c->state = CRPCI_CALL_IDLE;
-        if (crpci_call_send(c))
-            crpci_call_overcrowded(c);
+    e->refs++; /* a failing attempt gives up its reference */
+    while (!crpci_list_empty(&e->waiting) && crpci_endpoint_has_slot(e)) {
+        crpci_attempt *a = CRPCI_CONTAINER(e->waiting.next, crpci_attempt, link);
+        crpci_list_remove(&a->link);
+        a->state = CRPCI_ATTEMPT_IDLE;
+        crpci_endpoint_send(e, a);
     }
     e->serving = false;
     crpci_endpoint_drop(e);
 }
 
-CRPCI_COLD void crpci_call_orphaned(crpci_call *c)
-{
-    const crpc_channel *ch = c->channel;
-    char cause[CRPC_ERROR_TEXT_MAX];
-    snprintf(cause, sizeof cause, "%s%.180s",
-             ch->registry && !ch->listed ? "the registry has not answered yet about "
-                                         : "no provider is known at ",
-             ch->where ? ch->where : "the channel's URL");
-    crpci_call_explain(c, CRPC_ENOPROVIDER, cause);
-    crpci_call_finish(c, CRPC_ENOPROVIDER);
-}
-
-/* A provider that cannot be reached, of a list that nobody has confirmed for long, is not dialled
- * for ever: it may be gone. */
-CRPCI_FN void crpci_channel_age(const crpc_channel *ch, crpci_endpoint *e)
-{
-    int64_t now = crpci_loop_rough_time(ch->loop);
-    if (e->failures && ch->stale_at <= now - ch->stale_ttl_us &&
-        e->usable_at < e->dialled_at + CRPCI_CHANNEL_AGED)
-        e->usable_at = e->dialled_at + CRPCI_CHANNEL_AGED;
-}
-
-/* Sends to a provider, or waits for its connection. */
-CRPCI_FN void crpci_call_go(crpci_call *c, crpci_node *n)
-{
-    crpc_channel *ch = c->channel;
-    crpci_endpoint *e;
-    c->attempts++;
-    c->sent = CRPC_SENT_NO;
-    if (CRPCI_UNLIKELY(!n)) {
-        crpci_call_orphaned(c);
-        return;
-    }
-    e = n->endpoint;
-    e->refs++;
-    crpci_endpoint_drop(c->endpoint);
-    c->endpoint = e;
-    n->refs++;
-    c->node = n;
-    c->attempt_us = c->attempts == 1 ? c->start_us : crpci_loop_rough_time(ch->loop);
-    crpci_balance_node_begin(&ch->balance, &n->balance, c->attempt_us);
-    if (ch->breaker.error_percent)
-        crpci_breaker_begin(&n->breaker, &ch->breaker, c->attempt_us);
-    if (e->conn && !e->conn->connecting && (!e->inflight || e->active_count < e->inflight)) {
-        if (crpci_call_send(c))
-            crpci_call_overcrowded(c);
-        return;
-    }
-    if (!e->conn)
-        crpci_channel_age(ch, e);
-    if (!e->conn && e->usable_at > crpci_base_min64(c->deadline_us, INT64_MAX - 1)) {
-        crpci_call_failed(c, CRPC_ECONN, crpci_conn_errno_text(e->last_errno));
-        return;
-    }
-    c->state = CRPCI_CALL_WAITING;
-    crpci_list_append(&e->waiting, &c->link);
-    if (!e->conn)
-        crpci_endpoint_dial(e);
-}
-
-/* --- several attempts at a time --------------------------------------------------------------- */
-
-/* Frees the parts of a call, and cancels those under way. */
-CRPCI_COLD void crpci_call_drop_group(crpci_call *c)
-{
-    crpci_group *g = c->group;
-    crpc_loop *l = c->channel->loop;
-    g->starting = true; /* a connection that closes may end others of them: that decides nothing */
-    while (!crpci_list_empty(&g->parts)) {
-        crpci_call *part = CRPCI_CONTAINER(g->parts.next, crpci_call, of_channel);
-        crpci_endpoint *e = part->endpoint;
-        crpci_list_remove(&part->of_channel);
-        c->attempts += part->attempts;
-        if (part->state != CRPCI_CALL_DONE)
-            crpci_call_abandon(part, c->status == CRPC_ETIMEDOUT ? CRPC_ETIMEDOUT : CRPC_ECANCELED);
-        if (part->sent > c->before)
-            c->before = part->sent;
-        if (part->replied)
-            crpci_loop_unshare(l, part->reply.chunk);
-        if (e)
-            crpci_endpoint_serve_waiting(e);
-        crpci_id_remove(&l->calls, part->id);
-        crpci_endpoint_drop(e);
-        crpci_call_drop_request(part);
-        crpci_heap_chunk_unref(part->block);
-    }
-    c->group = NULL;
-    if (c->error) {
-        c->error->attempts = c->attempts;
-        c->error->sent = crpci_call_sent(c);
-    }
-    crpci_endpoint_drop(g->from);
-    crpci_heap_free(l->heap, g, sizeof *g);
-}
-
-/* The call ends if its parts have decided it. */
-CRPCI_COLD void crpci_call_settle_group(crpci_call *c)
-{
-    crpci_group *g = c->group;
-    size_t all = g->lost;
-    const crpci_list *i;
-    if (g->starting || (g->all && g->open))
-        return;
-    for (i = g->parts.next; i != &g->parts; i = i->next)
-        all++;
-    if (c->replied && g->all &&
-        (g->failed + g->lost) * 100 > all * (size_t)c->policy.fail_percent) {
-        crpci_loop_unshare(c->channel->loop, c->reply.chunk);
-        c->replied = false; /* too many failed: that is the result */
-    }
-    if (c->replied) {
-        crpci_endpoint *own = c->endpoint;
-        if (c->state != CRPCI_CALL_IDLE) /* it was quicker than the call's own attempt */
-            crpci_call_abandon(c, CRPC_ECANCELED);
-        c->endpoint = g->from;
-        g->from = NULL;
-        crpci_call_finish(c, CRPC_OK);
-        if (own) /* whose slot is free */
-            crpci_endpoint_serve_waiting(own);
-        crpci_endpoint_drop(own);
-    } else if (!g->open && c->state == CRPCI_CALL_IDLE) {
-        crpci_call_finish(c, g->status);
-    }
-}
-
-CRPCI_COLD void crpci_call_part_done(crpci_call *part, int status)
-{
-    crpci_call *c = part->parent;
-    crpci_group *g = c->group;
-    crpc_error *e;
-    g->open--;
-    if (crpci_call_succeeded(part)) {
-        if (!c->replied) {
-            g->from = part->endpoint;
-            part->endpoint->refs++;
-            c->reply = part->reply;
-            c->replied = true;
-            part->replied = false;
-        }
-    } else {
-        g->failed++;
-        e = part->replied ? crpci_call_error(c) : NULL;
-        if (e) {
-            e->sent = CRPC_SENT_YES;
-            e->attempts = part->attempts;
-            memcpy(e->endpoint, part->endpoint->address, part->endpoint->address_size);
-        }
-        g->status = e ? crpci_call_remote_error(part, e) : part->replied ? CRPC_ERESPONSE : status;
-    }
-    crpci_call_settle_group(c);
-}
-
-/* A further attempt of a call, with a copy of its request. NULL: out of memory. */
-CRPCI_COLD crpci_call *crpci_call_part(crpci_call *c)
-{
-    crpc_loop *l = c->channel->loop;
-    crpci_chunk *chunk = crpci_heap_chunk(l->heap,
-                                          CRPCI_CALL_SIZE + crpci_call_request_size(&c->request));
-    crpci_call *part;
-    if (!chunk)
-        return NULL;
-    part = (crpci_call *)(void *)crpci_heap_data(chunk);
-    *part = *c;
-    crpci_call_copy_request(&part->request, &c->request, chunk, CRPCI_CALL_SIZE);
-    part->kind = CRPCI_CALL_PART;
-    part->state = CRPCI_CALL_IDLE;
-    part->policy.cluster = CRPC_CLUSTER_FAILFAST;
-    part->block = chunk;
-    part->parent = c;
-    part->group = NULL;
-    part->out = NULL;
-    part->endpoint = NULL;
-    part->node = NULL;
-    part->waiter = NULL;
-    part->error = NULL;
-    part->error_chunk = NULL;
-    part->replied = false;
-    part->attempts = 0;
-    part->start_us = crpci_loop_time(l); /* what the call has waited is not its provider's */
-    part->max_attempts = 1;
-    part->sent = part->before = CRPC_SENT_NO;
-    part->id = 0;
-    crpci_list_init(&part->link);
-    crpci_list_init(&part->of_channel);
-    crpci_loop_task_init(&part->task, NULL);
-    part->timer.prev = NULL;
-    if (crpci_id_add(&l->calls, l->heap, part, &part->id)) {
-        crpci_heap_chunk_unref(chunk);
-        return NULL;
-    }
-    return part;
-}
-
-CRPCI_COLD bool crpci_call_need_group(crpci_call *c, bool all)
-{
-    if (c->group)
-        return true;
-    c->group = (crpci_group *)crpci_heap_alloc(c->channel->loop->heap, sizeof *c->group);
-    if (!c->group)
-        return false;
-    crpci_list_init(&c->group->parts);
-    c->group->all = all;
-    c->group->status = CRPC_ENOMEM;
-    return true;
-}
-
-/* Sends the call to up to `n` more providers. False: there was none. */
-CRPCI_COLD bool crpci_call_branch(crpci_call *c, size_t n)
-{
-    crpci_group *g = c->group;
-    bool any = false;
-    g->starting = true;
-    for (; n; n--) {
-        crpci_node *node = crpci_channel_pick(c->channel, c);
-        crpci_call *part = node ? crpci_call_part(c) : NULL;
-        if (!part && node && g->all) {
-            g->lost = n;
-            crpci_call_explain(c, CRPC_ENOMEM, "out of memory");
-        }
-        if (!part)
-            break;
-        any = true;
-        crpci_list_append(&g->parts, &part->of_channel);
-        g->open++;
-        crpci_call_go(part, node);
-    }
-    g->starting = false;
-    return any;
-}
-
-/* FORKING and BROADCAST: no attempt of the call's own. */
-CRPCI_COLD void crpci_call_spread(crpci_call *c)
-{
-    bool all = c->policy.cluster == CRPC_CLUSTER_BROADCAST;
-    size_t n = all || !c->policy.forks ? c->channel->node_count : (size_t)c->policy.forks;
-    if (!c->channel->node_count) {
-        crpci_call_orphaned(c);
-    } else if (crpci_call_need_group(c, all) && crpci_call_branch(c, n)) {
-        crpci_call_settle_group(c);
-    } else {
-        crpci_call_explain(c, CRPC_ENOMEM, "out of memory");
-        crpci_call_finish(c, CRPC_ENOMEM);
-    }
-}
-
-/* No reply yet: one more provider is asked. Without memory or another provider the call goes on as
- * it was. */
-CRPCI_COLD void crpci_call_back_up(crpci_call *c)
-{
-    c->backup_us = INT64_MAX;
-    if (c->state == CRPCI_CALL_DONE || !c->endpoint || !crpci_call_need_group(c, false))
-        return;
-    c->tried[(c->attempts - 1) % CRPCI_CHANNEL_TRIED] = c->endpoint;
-    if (crpci_call_branch(c, 1))
-        crpci_call_settle_group(c);
-}
-
-/* The first attempts of a call. */
-CRPCI_FN void crpci_call_attempt(crpci_call *c)
-{
-    if (crpci_loop_rough_time(c->channel->loop) >= c->deadline_us) { /* nobody wants an answer */
-        crpci_call_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before it was sent");
-        crpci_call_finish(c, CRPC_ETIMEDOUT);
-    } else if (CRPCI_UNLIKELY(c->known->options && c->known->options->degraded)) {
-        crpci_call_explain(c, CRPC_EREJECT, "degraded by the method's options");
-        crpci_call_finish(c, CRPC_EREJECT);
-    } else if (CRPCI_UNLIKELY(c->policy.cluster >= CRPC_CLUSTER_FORKING)) {
-        crpci_call_spread(c);
-    } else {
-        crpci_call_go(c, crpci_channel_pick(c->channel, c));
-    }
-}
-
-/* --- failback --------------------------------------------------------------------------------- */
-
-/* Tells the program, on the loop, of a call that is given up. */
-CRPCI_COLD void crpci_call_dropped(crpc_loop *l, crpci_task *task)
-{
-    crpci_call *c = CRPCI_CONTAINER(task, crpci_call, task);
-    const crpc_channel *ch = c->channel;
-    crpc_error unknown;
-    memset(&unknown, 0, sizeof unknown);
-    unknown.code = c->status;
-    crpci_loop_user_begin(l);
-    if (ch->failback_dropped)
-        ch->failback_dropped(ch->failback_user, c->method, c->error ? c->error : &unknown);
-    else
-        crpci_heap_log(l->heap, CRPC_LOG_WARN, "given up: %s", c->error ? c->error->text : "");
-    crpci_loop_user_end(l);
-    crpci_call_free(c);
-}
-
-CRPCI_COLD void crpci_call_back_again(crpc_loop *l, crpci_timer *t)
-{
-    crpci_call *c = CRPCI_CONTAINER(t, crpci_call, timer);
-    if (c->state == CRPCI_CALL_IDLE) { /* it has waited long enough */
-        c->start_us = crpci_loop_time(l);
-        c->deadline_us = c->start_us + (int64_t)c->policy.timeout_ms * 1000;
-        crpci_loop_timer_at(l, &c->timer, c->deadline_us);
-        crpci_call_go(c, crpci_channel_pick(c->channel, c));
-    } else {
-        crpci_call_expire(c);
-    }
-}
-
-/* A background try has failed: the next one, or the end. */
-CRPCI_COLD void crpci_call_back_off(crpci_call *c, int status)
-{
-    crpc_channel *ch = c->channel;
-    crpc_error *e = c->replied ? crpci_call_error(c) : NULL;
-    bool answered = c->replied && !crpci_status_reserved(c->reply.error_code);
-    if (c->replied) {
-        status = e ? crpci_call_remote_error(c, e) : CRPC_ERESPONSE;
-        crpci_loop_unshare(ch->loop, c->reply.chunk);
-    }
-    c->replied = false;
-    if (c->policy.retries > 1 && !answered && !ch->closed && crpci_call_own_request(c)) {
-        c->policy.retries--;
-        c->attempts = 0;
-        c->state = CRPCI_CALL_IDLE;
-        crpci_loop_timer_set(ch->loop, &c->timer, ch->failback_us);
-        return;
-    }
-    c->status = status;
-    ch->failbacks--;
-    c->policy.cluster = CRPC_CLUSTER_FAILFAST;
-    crpci_loop_ready(ch->loop, &c->task);
-}
-
-/* A FAILBACK call has failed: what is to be done later is put aside. True: the call itself, which
- * is one that was put aside before, goes on. */
-CRPCI_COLD bool crpci_call_retry_later(crpci_call *c, int status)
-{
-    crpc_channel *ch = c->channel;
-    crpc_loop *l = ch->loop;
-    crpci_call *back;
-    int code = c->replied ? c->reply.error_code : status;
-    if (c->kind == CRPCI_CALL_BACK) {
-        crpci_call_back_off(c, status);
-        return true;
-    }
-    if (c->kind == CRPCI_CALL_PART || ch->closed || status == CRPC_ECANCELED ||
-        status == CRPC_EREJECT || !c->policy.retries || !crpci_status_reserved(code))
-        return false;
-    if (ch->failbacks >= ch->max_failbacks) {
-        crpci_heap_log(l->heap, CRPC_LOG_WARN, "%s.%s: dropped: %zu failed calls wait already "
-                                               "(failback_max)",
-                       c->method->service, c->method->name, ch->failbacks);
-        return false;
-    }
-    back = crpci_call_part(c);
-    if (!back)
-        return false;
-    back->kind = CRPCI_CALL_BACK;
-    back->policy = c->policy;
-    back->parent = NULL;
-    crpci_list_append(&ch->calls, &back->of_channel);
-    crpci_loop_task_init(&back->task, crpci_call_dropped);
-    crpci_timer_init(&back->timer, crpci_call_back_again);
-    ch->failbacks++;
-    if (ch->pending++ == 0)
-        crpci_thread_ref(&ch->refs);
-    crpci_loop_timer_set(l, &back->timer, ch->failback_us);
-    crpci_loop_need_owner(l); /* without a thread it waits until somebody drives */
-    return false;
-}
-
-/* --- endpoints -------------------------------------------------------------------------------- */
-
-/* Full jitter: the next attempt is somewhere in a window that doubles. */
-CRPCI_FN void crpci_endpoint_back_off(crpci_endpoint *e)
-{
-    int shift = e->failures < 8 ? e->failures : 8;
-    int64_t window = crpci_base_min64((int64_t)CRPCI_CHANNEL_BACKOFF_MIN << shift,
-                                      CRPCI_CHANNEL_BACKOFF_MAX);
-    e->failures++;
-    e->usable_at = crpci_loop_now(e->loop) + (int64_t)(crpci_loop_random(e->loop) %
-                                                      (uint32_t)window);
-}
-
-/* Fails what waited for or was sent over a connection that is gone. */
-CRPCI_FN void crpci_endpoint_fail_calls(crpci_list *which, const char *cause)
+/* Fails all attempts of a list, but not those that come back to the endpoint meanwhile. */
+CRPCI_FN void crpci_endpoint_fail_all(crpci_endpoint *e, crpci_list *which, const char *cause)
 {
     crpci_list now;
     crpci_list_move(&now, which);
-    while (!crpci_list_empty(&now)) {
-        crpci_call *c = CRPCI_CONTAINER(now.next, crpci_call, link);
-        crpci_call_failed(c, CRPC_ECONN, cause);
-    }
+    while (!crpci_list_empty(&now))
+        e->events->failed(CRPCI_CONTAINER(now.next, crpci_attempt, link), CRPC_ECONN, cause);
 }
 
-CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
+/* The attempt that a reply belongs to: pending on this very connection, and sent at least in
+ * part. NULL: the reply is late, doubled or forged. */
+CRPCI_FN crpci_attempt *crpci_endpoint_match(crpci_conn *conn, const crpci_meta *m)
 {
-    crpci_endpoint *e = (crpci_endpoint *)conn->owner;
-    bool connecting = conn->connecting;
-    char cause[96];
-    crpci_out *o, *after;
-    if (!e)
-        return;
-    e->refs++;
-    snprintf(cause, sizeof cause, "%s%s%s",
-             conn->connecting ? "connecting: " : "connection lost: ",
-             conn->why == CRPC_ECONN     ? crpci_conn_errno_text(conn->why_errno)
-             : conn->why == CRPC_ENOMEM ? "out of memory"
-                                         : crpc_status_text(conn->why),
-             conn->connecting && conn->why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
-    /* What the calls need to know of their frames, before the queue is given up. */
-    for (o = conn->tx_head; o; o = after) {
-        crpci_call *c = (crpci_call *)o->owner;
-        after = o->next;
-        if (!c)
-            continue;
-        if (o->sent || o->inflight)
-            c->sent = CRPC_SENT_MAYBE;
-        c->out = NULL;
-        if (!crpci_conn_withdraw(conn, o))
-            crpci_conn_out_orphan(o);
-    }
-    e->last_errno = conn->why_errno;
-    e->refused = conn->connecting;
-    if (conn->connecting || e->failures)
-        crpci_endpoint_back_off(e);
-    e->conn = NULL;
-    if (connecting) /* first: a call of `active` may come to wait for the next connection */
-        crpci_endpoint_fail_calls(&e->waiting, cause);
-    crpci_endpoint_fail_calls(&e->active, cause);
-    if (!e->conn && !crpci_list_empty(&e->waiting)) /* they waited for a slot: not their failure */
-        crpci_endpoint_dial(e);
-    crpci_conn_drop(conn);
-    crpci_endpoint_drop(e);
+    crpci_attempt *a =
+        (crpci_attempt *)crpci_id_get(&conn->loop->calls, (uint64_t)m->correlation_id);
+    if (a && a->state == CRPCI_ATTEMPT_ACTIVE && a->endpoint->conn == conn &&
+        (!a->out || a->out->sent || a->out->inflight))
+        return a;
+    if (m->correlation_id) /* replies to one-way calls carry 0 */
+        conn->loop->stats.late_replies++;
+    return NULL;
+}
+
+/* --- the connection --------------------------------------------------------------------------- */
+
+/* Chooses when to dial again: somewhere in a window that doubles with each failure ("full jitter"),
+ * so that the clients of a provider that comes back do not all dial at once. */
+CRPCI_FN void crpci_endpoint_back_off(crpci_endpoint *e)
+{
+    int shift = e->failures < 8 ? e->failures : 8;
+    int64_t window = crpci_base_min64((int64_t)CRPCI_ENDPOINT_BACKOFF_MIN << shift,
+                                      CRPCI_ENDPOINT_BACKOFF_MAX);
+    e->failures++;
+    e->usable_at = crpci_loop_now(e->loop) + (int64_t)(crpci_loop_random(e->loop) %
+                                                      (uint32_t)window);
 }
 
 CRPCI_FN void crpci_endpoint_on_opened(crpci_conn *conn)
 {
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
     e->usable_at = 0;
-    e->failures++; /* until a reply shows that it is more than a door that opens and shuts */
+    e->failures++; /* a peer that accepts and then closes has failed, until a reply comes */
     crpci_endpoint_serve_waiting(e);
+}
+
+CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, crpci_message *m)
+{
+    crpci_endpoint *e = (crpci_endpoint *)conn->owner;
+    crpci_attempt *a = crpci_endpoint_match(conn, &m->meta);
+    if (!a)
+        return;
+    e->failures = 0;
+    if (!m->meta.usual && m->meta.error_code == CRPC_ELOGOFF)
+        e->usable_at = crpci_loop_now(e->loop) + CRPCI_ENDPOINT_BACKOFF_MAX;
+    crpci_endpoint_detach(a);
+    a->sent = CRPC_SENT_YES;
+    e->events->replied(a, m);
+}
+
+CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_meta *m, uint64_t body)
+{
+    crpci_attempt *a = crpci_endpoint_match(conn, m);
+    char cause[96];
+    if (!a)
+        return;
+    snprintf(cause, sizeof cause, "reply of %llu bytes is over max_body, %u",
+             (unsigned long long)body, conn->max_body);
+    a->sent = CRPC_SENT_YES;
+    a->endpoint->events->oversize(a, cause);
 }
 
 CRPCI_FN void crpci_endpoint_on_sent(crpci_conn *conn, crpci_out *o)
 {
-    crpci_call *c = (crpci_call *)o->owner;
+    crpci_attempt *a = (crpci_attempt *)o->owner;
     (void)conn;
-    if (!c)
+    if (!a)
         return;
-    c->out = NULL;
-    c->sent = CRPC_SENT_YES;
-    if (crpci_call_unanswered(c))
-        crpci_call_finish(c, CRPC_OK);
+    a->out = NULL;
+    a->sent = CRPC_SENT_YES;
+    if (crpci_endpoint_unanswered(a))
+        a->endpoint->events->sent(a);
 }
 
 CRPCI_FN void crpci_endpoint_on_eof(crpci_conn *conn)
@@ -16280,84 +15538,56 @@ CRPCI_FN void crpci_endpoint_on_conn_timer(crpci_conn *conn)
         crpci_conn_close(conn, CRPC_ETIMEDOUT, ETIMEDOUT);
 }
 
-/* The call that a reply belongs to: it must be pending on this very connection, and at least begun
- * to be sent. */
-CRPCI_FN crpci_call *crpci_endpoint_match(crpci_conn *conn, const crpci_meta *m)
+/* Notes how far the frames of a closing connection came, before its queue is given up. */
+CRPCI_FN void crpci_endpoint_disown_frames(crpci_conn *conn)
 {
-    crpci_call *c = (crpci_call *)crpci_id_get(&conn->loop->calls, (uint64_t)m->correlation_id);
-    if (c && c->state == CRPCI_CALL_ACTIVE && c->endpoint->conn == conn &&
-        (!c->out || c->out->sent || c->out->inflight))
-        return c;
-    if (m->correlation_id) /* 0 is the reply to a one-way call */
-        conn->loop->stats.late_replies++;
-    return NULL;
-}
-
-/* What a reply tells the breaker: an application's error is a service that works, a refusal of what
- * was asked says nothing about the provider. */
-CRPCI_FN crpci_breaker_outcome crpci_endpoint_outcome(int code)
-{
-    if (CRPCI_LIKELY(code == 0))
-        return CRPCI_BREAKER_OK;
-    switch (code) {
-    case CRPC_EINTERNAL:
-    case CRPC_ERESPONSE:
-    case CRPC_ETIMEDOUT:
-    case CRPC_EOVERCROWDED:
-        return CRPCI_BREAKER_ERROR;
-    default:
-        return crpci_status_reserved(code) ? CRPCI_BREAKER_IGNORE : CRPCI_BREAKER_OK;
+    crpci_out *o, *after;
+    for (o = conn->tx_head; o; o = after) {
+        crpci_attempt *a = (crpci_attempt *)o->owner;
+        after = o->next;
+        if (!a)
+            continue;
+        if (o->sent || o->inflight)
+            a->sent = CRPC_SENT_MAYBE;
+        a->out = NULL;
+        if (!crpci_conn_withdraw(conn, o))
+            crpci_conn_out_orphan(o);
     }
 }
 
-CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, crpci_message *m)
+/* Dialling is one cycle: a dial fails attempts, which may dial again; the events of the connection
+ * lead back to it. */
+CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e);
+
+CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
 {
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
-    crpci_call *c = crpci_endpoint_match(conn, &m->meta);
-    if (!c)
-        return;
-    e->failures = 0;
-    crpci_call_detach(c); /* with the end of its attempt the connection may be closed */
-    c->sent = CRPC_SENT_YES;
-    c->reply.error_code = c->reply.compress_type = 0;
-    if (!m->meta.usual) {
-        if (m->meta.error_code == CRPC_ELOGOFF)
-            e->usable_at = crpci_loop_now(e->loop) + CRPCI_CHANNEL_BACKOFF_MAX;
-        if (m->meta.error_code == CRPC_ELOGOFF && c->attempts < c->max_attempts &&
-            c->channel->node_count > 1) {
-            crpci_call_failed(c, CRPC_ELOGOFF, "the server is stopping");
-            return;
-        }
-        c->reply.error_code = m->meta.error_code;
-        c->reply.error_text = m->meta.error_text;
-        c->reply.compress_type = m->meta.compress_type;
-    }
-    c->reply.chunk = m->chunk;
-    c->reply.raw = m->meta.raw;
-    c->reply.payload = m->payload;
-    c->reply.payload_size = m->payload_size;
-    c->reply.attachment_size = m->attachment_size;
-    c->reply.bad_attachment = m->bad_attachment;
-    c->replied = true;
-    crpci_loop_share(conn->loop, m->chunk);
-    crpci_call_end_attempt(c, crpci_endpoint_outcome(c->reply.error_code));
-    crpci_call_finish(c, CRPC_OK);
-}
-
-CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_meta *m, uint64_t body)
-{
-    crpci_call *c = crpci_endpoint_match(conn, m);
+    bool connecting = conn->connecting;
     char cause[96];
-    if (!c)
+    if (!e)
         return;
-    snprintf(cause, sizeof cause, "reply of %llu bytes is over max_body, %u",
-             (unsigned long long)body, conn->max_body);
-    c->sent = CRPC_SENT_YES;
-    crpci_call_explain(c, CRPC_ERESPONSE, cause);
-    crpci_call_finish(c, CRPC_ERESPONSE);
+    e->refs++;
+    snprintf(cause, sizeof cause, "%s%s%s", connecting ? "connecting: " : "connection lost: ",
+             conn->why == CRPC_ECONN    ? crpci_conn_errno_text(conn->why_errno)
+             : conn->why == CRPC_ENOMEM ? "out of memory"
+                                        : crpc_status_text(conn->why),
+             connecting && conn->why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
+    crpci_endpoint_disown_frames(conn);
+    e->last_errno = conn->why_errno;
+    e->refused = connecting;
+    if (connecting || e->failures)
+        crpci_endpoint_back_off(e);
+    e->conn = NULL;
+    if (connecting) /* before the active ones, which may come to wait for the next connection */
+        crpci_endpoint_fail_all(e, &e->waiting, cause);
+    crpci_endpoint_fail_all(e, &e->active, cause);
+    if (!e->conn && !crpci_list_empty(&e->waiting)) /* they waited for a slot: no failure */
+        crpci_endpoint_dial(e);
+    crpci_conn_drop(conn);
+    crpci_endpoint_drop(e);
 }
 
-static const crpci_conn_events crpci_endpoint_events = {
+static const crpci_conn_events crpci_endpoint_conn_events = {
     crpci_endpoint_on_opened, crpci_endpoint_on_message, crpci_endpoint_on_oversize,
     crpci_endpoint_on_sent,   crpci_endpoint_on_eof,     crpci_endpoint_on_closed,
     crpci_endpoint_on_conn_timer};
@@ -16374,7 +15604,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
         return;
     }
     e->dialled_at = crpci_loop_now(l);
-    err = crpci_conn_dial(l, &e->addr, &crpci_endpoint_events, e, &e->conn, &system_error);
+    err = crpci_conn_dial(l, &e->addr, &crpci_endpoint_conn_events, e, &e->conn, &system_error);
     if (err) {
         char cause[96];
         e->last_errno = system_error;
@@ -16383,16 +15613,16 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
                  err == CRPC_ENOMEM ? "out of memory" : crpci_conn_errno_text(system_error));
         crpci_endpoint_back_off(e);
         e->refs++;
-        crpci_endpoint_fail_calls(&e->waiting, cause);
+        crpci_endpoint_fail_all(e, &e->waiting, cause);
         crpci_endpoint_drop(e);
         return;
     }
     crpci_conn_hold(e->conn);
-    e->conn->max_body = e->max_body;
+    e->conn->max_body = e->options.max_body;
     e->conn->expect = crpc_view_of("", 0);
-    e->conn->max_skip = (int64_t)UINT32_MAX; /* the peer is ours to choose: it may be skipped */
-    if (e->connect_timeout_ms > 0)
-        crpci_loop_timer_set(l, &e->conn->timer, (int64_t)e->connect_timeout_ms * 1000);
+    e->conn->max_skip = (int64_t)UINT32_MAX; /* we chose this peer: any reply may be skipped */
+    if (e->options.connect_timeout_ms > 0)
+        crpci_loop_timer_set(l, &e->conn->timer, (int64_t)e->options.connect_timeout_ms * 1000);
 }
 
 CRPCI_FN void crpci_endpoint_on_timer(crpc_loop *l, crpci_timer *t)
@@ -16403,18 +15633,51 @@ CRPCI_FN void crpci_endpoint_on_timer(crpc_loop *l, crpci_timer *t)
         crpci_endpoint_dial(e);
 }
 
-/* Finds or makes the loop's endpoint for an address and the channel's options, with a reference
- * that wants its connection. */
-CRPCI_FN int crpci_endpoint_get(const crpc_channel *ch, const char *address, crpci_endpoint **out)
+/* Sends an attempt, or lets it wait for a connection or a slot; dials if there is no connection. */
+CRPCI_FN void crpci_endpoint_submit(crpci_endpoint *e, crpci_attempt *a)
 {
-    crpc_loop *l = ch->loop;
+    if (CRPCI_LIKELY(crpci_endpoint_has_slot(e))) {
+        crpci_endpoint_send(e, a);
+        return;
+    }
+    if (!e->conn && e->usable_at > crpci_base_min64(a->deadline_us, INT64_MAX - 1)) {
+        e->events->failed(a, CRPC_ECONN, crpci_conn_errno_text(e->last_errno));
+        return;
+    }
+    a->state = CRPCI_ATTEMPT_WAITING;
+    crpci_list_append(&e->waiting, &a->link);
+    if (!e->conn)
+        crpci_endpoint_dial(e);
+}
+
+/* After a sent attempt was detached without its reply: the peer still works on it. Where it has few
+ * slots the next request must neither go on top nor take the late reply for its own, so the
+ * connection is closed. */
+CRPCI_FN void crpci_endpoint_give_up_slot(crpci_attempt *a, int why)
+{
+    crpci_endpoint *e = a->endpoint;
+    if (e->options.inflight && a->sent != CRPC_SENT_NO && e->conn)
+        crpci_conn_close(e->conn, why, 0);
+}
+
+CRPCI_FN bool crpci_endpoint_same_options(const crpci_endpoint_options *a,
+                                          const crpci_endpoint_options *b)
+{
+    return a->inflight == b->inflight && a->max_body == b->max_body &&
+           a->max_queued == b->max_queued && a->connect_timeout_ms == b->connect_timeout_ms;
+}
+
+/* Finds or makes the loop's endpoint for an address, with a reference that wants its
+ * connection. CRPC_EINVAL: not a numeric address. */
+CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
+                                const crpci_endpoint_options *options,
+                                const crpci_endpoint_events *events, crpci_endpoint **out)
+{
     crpci_list *i;
     crpci_endpoint *e;
     for (i = l->endpoints.next; i != &l->endpoints; i = i->next) {
         e = CRPCI_CONTAINER(i, crpci_endpoint, link);
-        if (strcmp(e->address, address) == 0 && e->inflight == ch->inflight &&
-            e->max_body == ch->max_body && e->max_queued == ch->max_queued &&
-            e->connect_timeout_ms == ch->connect_timeout_ms) {
+        if (strcmp(e->address, address) == 0 && crpci_endpoint_same_options(&e->options, options)) {
             e->refs++;
             e->users++;
             *out = e;
@@ -16429,13 +15692,11 @@ CRPCI_FN int crpci_endpoint_get(const crpc_channel *ch, const char *address, crp
         return CRPC_EINVAL;
     }
     e->loop = l;
+    e->events = events;
     e->refs = e->users = 1;
-    e->address_size = strlen(address) + 1; /* parsed, so it fits */
+    e->address_size = strlen(address) + 1;
     memcpy(e->address, address, e->address_size);
-    e->connect_timeout_ms = ch->connect_timeout_ms;
-    e->inflight = ch->inflight;
-    e->max_body = ch->max_body;
-    e->max_queued = ch->max_queued;
+    e->options = *options;
     crpci_list_init(&e->waiting);
     crpci_list_init(&e->active);
     crpci_timer_init(&e->timer, crpci_endpoint_on_timer);
@@ -16447,128 +15708,221 @@ CRPCI_FN int crpci_endpoint_get(const crpc_channel *ch, const char *address, crp
 #endif /* CRPC_ENABLE_CLIENT */
 
 /* ======================================================================== */
-/* >>impl-channel   the client: providers, forms of calls, opening and closing */
+/* >>impl-providers   the providers of a channel, and the choice among them */
 /* ======================================================================== */
+
+/* A channel's list of providers as it stands now; each member joins one endpoint with its share in
+ * the choice. Everything here is called with the loop locked. */
 
 #if CRPC_ENABLE_CLIENT
 
-/* --- providers -------------------------------------------------------------------------------- */
+#define CRPCI_PROVIDERS_REWEIGH 1000000 /* microseconds between new weights of warming providers */
+#define CRPCI_PROVIDERS_TRIED 4 /* providers that a retry avoids */
+#define CRPCI_PROVIDERS_STALE_REDIAL 60000000 /* microseconds between dials of a stale provider */
 
-/* Takes a list of nodes out of use. */
-CRPCI_FN void crpci_channel_unlist(crpci_balance_node **nodes, size_t count)
+/* One provider of one channel. Lives while it is listed or an attempt uses it. */
+typedef struct crpci_member {
+    crpci_balance_node balance;
+    crpci_endpoint *endpoint;
+#if CRPC_ENABLE_POLICY
+    crpci_breaker breaker;
+#endif
+    uint32_t refs;
+    bool kept;        /* while lists are exchanged: it is in the new list too */
+    uint32_t weight;  /* when it is warm */
+    int64_t warmup_us;
+    int64_t since_us; /* when it began to serve, in the loop's time */
+} crpci_member;
+
+typedef struct crpci_pending_call crpci_pending_call;
+typedef struct crpci_group crpci_group; /* attempts of one call at the same time */
+
+typedef struct crpci_providers {
+    crpc_loop *loop;
+    const crpci_endpoint_events *events;
+    bool (*in_group)(const crpci_group *g, const crpci_endpoint *e); /* a part was there */
+    crpci_endpoint_options endpoint;
+    crpci_balance balance;
+    crpci_balance_node **members; /* each in a crpci_member */
+    size_t count;
+    size_t room;        /* of the array */
+    bool sorted;        /* by address */
+    int64_t stale_at;   /* since when nobody has confirmed the list; INT64_MAX: it is confirmed */
+    int64_t stale_ttl_us;
+#if CRPC_ENABLE_POLICY
+    size_t max;           /* members that are used of a longer list; 0: all */
+    crpci_snapshot *list; /* with max: the whole list, to choose from again */
+    bool choose_again;    /* one of the chosen cannot be reached */
+    int64_t chosen_at;
+    uint64_t seed;      /* of the choice of members */
+    int64_t reweigh_at; /* when weights of warming members are due; INT64_MAX: none is warming */
+    crpci_breaker_options breaker; /* error_percent 0: off */
+    size_t ejected_percent;        /* of the members that may be ejected at a time */
+#endif
+} crpci_providers;
+
+CRPCI_FN crpci_member *crpci_providers_at(const crpci_providers *p, size_t i)
 {
-    size_t i;
-    for (i = 0; i < count; i++) {
-        crpci_node *n = CRPCI_CONTAINER(nodes[i], crpci_node, balance);
-        bool kept = n->kept;
-        n->kept = false;
-        if (!kept) /* else the reference is the new list's */
-            crpci_endpoint_drop_node(n);
-    }
+    return CRPCI_CONTAINER(p->members[i], crpci_member, balance);
 }
 
-/* Undoes a new list that cannot be completed. */
-CRPCI_COLD void crpci_channel_unmake(crpci_balance_node **nodes, size_t count)
+/* Gives up a reference; the last one also leaves the endpoint. */
+CRPCI_FN void crpci_providers_drop(crpci_member *m)
 {
-    size_t i;
-    for (i = 0; i < count; i++) {
-        crpci_node *n = CRPCI_CONTAINER(nodes[i], crpci_node, balance);
-        bool kept = n->kept;
-        n->kept = false;
-        if (!kept)
-            crpci_endpoint_drop_node(n);
-    }
+    crpci_endpoint *e = m->endpoint;
+    if (--m->refs)
+        return;
+    crpci_heap_free(e->loop->heap, m, sizeof *m);
+    crpci_endpoint_leave(e);
 }
 
-/* The present node of an address. Lists of a registry are sorted; `hint` is where the last one was
- * found, and the next is mostly the next. */
-CRPCI_FN crpci_node *crpci_channel_find_node(const crpc_channel *ch, const char *address,
-                                             size_t *hint)
+/* The member of an endpoint. NULL: it is no longer listed. */
+CRPCI_COLD crpci_member *crpci_providers_of(const crpci_providers *p, const crpci_endpoint *e)
 {
     size_t i;
-    for (i = 0; i < ch->node_count; i++) {
-        size_t k = *hint + i < ch->node_count ? *hint + i : *hint + i - ch->node_count;
-        crpci_node *n = crpci_channel_node(ch, k);
-        int order = strcmp(n->endpoint->address, address);
-        if (order == 0) {
-            *hint = k + 1;
-            return n;
-        }
-        if (order > 0 && ch->sorted && k >= *hint)
-            break; /* it would have stood before */
+    for (i = 0; i < p->count; i++) {
+        if (crpci_providers_at(p, i)->endpoint == e)
+            return crpci_providers_at(p, i);
     }
     return NULL;
 }
 
-CRPCI_FN int crpci_channel_new_node(crpc_channel *ch, const char *address, crpci_node **out)
+/* --- lists ------------------------------------------------------------------------------------ */
+
+/* Drops the members of an array, except those that are kept. */
+CRPCI_FN void crpci_providers_unlist(crpci_balance_node **members, size_t count)
 {
-    crpci_node *n = (crpci_node *)crpci_heap_alloc(ch->loop->heap, sizeof *n);
-    int err = n ? crpci_endpoint_get(ch, address, &n->endpoint) : CRPC_ENOMEM;
+    size_t i;
+    for (i = 0; i < count; i++) {
+        crpci_member *m = CRPCI_CONTAINER(members[i], crpci_member, balance);
+        bool kept = m->kept;
+        m->kept = false;
+        if (!kept) /* else its reference belongs to the other array */
+            crpci_providers_drop(m);
+    }
+}
+
+/* The present member with an address. Lists of a registry are sorted: `hint` is the place behind
+ * the last one that was found, where the next mostly stands. */
+CRPCI_FN crpci_member *crpci_providers_find(const crpci_providers *p, const char *address,
+                                            size_t *hint)
+{
+    size_t i;
+    for (i = 0; i < p->count; i++) {
+        size_t k = *hint + i < p->count ? *hint + i : *hint + i - p->count;
+        crpci_member *m = crpci_providers_at(p, k);
+        int order = strcmp(m->endpoint->address, address);
+        if (order == 0) {
+            *hint = k + 1;
+            return m;
+        }
+        if (order > 0 && p->sorted && k >= *hint)
+            break; /* it would have stood before this one */
+    }
+    return NULL;
+}
+
+CRPCI_FN int crpci_providers_new_member(crpci_providers *p, const char *address, crpci_member **out)
+{
+    crpci_heap *h = p->loop->heap;
+    crpci_member *m = (crpci_member *)crpci_heap_alloc(h, sizeof *m);
+    int err = m ? crpci_endpoint_get(p->loop, address, &p->endpoint, p->events, &m->endpoint)
+                : CRPC_ENOMEM;
     if (err) {
-        crpci_heap_free(ch->loop->heap, n, sizeof *n);
+        crpci_heap_free(h, m, sizeof *m);
         return err;
     }
-    n->refs = 1;
-    n->balance.address = n->endpoint->address;
-    crpci_breaker_init(&n->breaker);
-    *out = n;
+    m->refs = 1;
+    m->balance.address = m->endpoint->address;
+#if CRPC_ENABLE_POLICY
+    crpci_breaker_init(&m->breaker);
+#endif
+    *out = m;
     return CRPC_OK;
 }
 
-CRPCI_FN int64_t crpci_channel_wall_ms(void)
+#if CRPC_ENABLE_POLICY
+
+CRPCI_FN int64_t crpci_providers_wall_ms(void)
 {
     struct timespec ts;
     clock_gettime(CLOCK_REALTIME, &ts);
     return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
 }
 
-/* What a provider says of itself; times by the wall clock, which both sides are to keep. */
-CRPCI_FN void crpci_channel_note(crpci_node *n, const crpci_provider *p, int64_t now,
-                                 int64_t wall_ms)
+/* Takes over what the registry says about a provider. Its start time is wall clock, which both
+ * hosts are expected to keep. */
+CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p, int64_t now,
+                                       int64_t wall_ms)
 {
-    n->weight = (uint32_t)p->weight;
-    n->warmup_us = (int64_t)p->warmup_ms * 1000;
-    if (!n->kept)
-        n->since_us = now;
+    m->weight = (uint32_t)p->weight;
+    m->warmup_us = (int64_t)p->warmup_ms * 1000;
+    if (!m->kept)
+        m->since_us = now;
     if (p->timestamp_ms && p->timestamp_ms < wall_ms)
-        n->since_us = now - crpci_base_min64(wall_ms - p->timestamp_ms, INT64_C(1) << 40) * 1000;
-    n->balance.weight = crpci_balance_warm(n->weight, (now - n->since_us) / 1000, p->warmup_ms);
+        m->since_us = now - crpci_base_min64(wall_ms - p->timestamp_ms, INT64_C(1) << 40) * 1000;
+    m->balance.weight = crpci_balance_warm(m->weight, (now - m->since_us) / 1000, p->warmup_ms);
 }
 
-/* Chooses which of a list this channel uses: all, or the `max_nodes` of them that a hash of address
- * and channel puts first. Without memory for that all: more connections, but nothing is lost. */
-CRPCI_FN void crpci_channel_choose(const crpc_channel *ch, const crpci_snapshot *list, bool *chosen)
+/* Marks which entries of a list this channel uses: all, or the `max` that a hash of address and
+ * channel puts first, with those that cannot be reached last. Without memory it uses all: more
+ * connections, but nothing is lost. */
+CRPCI_FN void crpci_providers_choose_members(const crpci_providers *p, const crpci_snapshot *list,
+                                             bool *chosen)
 {
-    crpci_heap *h = ch->loop->heap;
+    crpci_heap *h = p->loop->heap;
     crpci_balance_choice *choices = NULL;
     size_t i, n, hint = 0;
-    if (ch->max_nodes && list->count > ch->max_nodes)
+    if (p->max && list->count > p->max)
         choices = (crpci_balance_choice *)crpci_heap_alloc(h, list->count * sizeof *choices);
     for (i = 0; i < list->count; i++) {
         chosen[i] = !choices;
         if (choices)
-            crpci_balance_choice_init(&choices[i], i, list->providers[i].address, ch->seed);
+            crpci_balance_choice_init(&choices[i], i, list->providers[i].address, p->seed);
     }
     if (!choices)
         return;
     for (i = 0; i < list->count; i++) {
-        crpci_node *node = crpci_channel_find_node(ch, list->providers[i].address, &hint);
-        if (node && crpci_endpoint_is_dead(node->endpoint))
-            choices[i].rank = 0; /* only if there is no other */
+        crpci_member *m = crpci_providers_find(p, list->providers[i].address, &hint);
+        if (m && crpci_endpoint_is_dead(m->endpoint))
+            choices[i].rank = 0;
     }
-    n = crpci_balance_subset(choices, list->count, ch->max_nodes);
+    n = crpci_balance_subset(choices, list->count, p->max);
     for (i = 0; i < n; i++)
         chosen[choices[i].index] = true;
     crpci_heap_free(h, choices, list->count * sizeof *choices);
 }
 
-/* Whether an address is among the new nodes: in a sorted list it would be the last. */
-CRPCI_FN bool crpci_channel_is_double(crpci_balance_node *const *nodes, size_t n,
-                                      const char *address, bool sorted)
+#else
+
+CRPCI_FN int64_t crpci_providers_wall_ms(void)
+{
+    return 0;
+}
+
+CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p, int64_t now,
+                                       int64_t wall_ms)
+{
+    (void)now, (void)wall_ms;
+    m->balance.weight = (uint32_t)p->weight;
+}
+
+CRPCI_FN void crpci_providers_choose_members(const crpci_providers *p, const crpci_snapshot *list,
+                                             bool *chosen)
+{
+    (void)p;
+    memset(chosen, true, list->count);
+}
+
+#endif /* CRPC_ENABLE_POLICY */
+
+/* Whether an address is among the new members already: in a sorted list it would be the last. */
+CRPCI_FN bool crpci_providers_is_double(crpci_balance_node *const *members, size_t n,
+                                        const char *address, bool sorted)
 {
     size_t i;
     for (i = n; i; i--) {
-        int order = strcmp(nodes[i - 1]->address, address);
+        int order = strcmp(members[i - 1]->address, address);
         if (order == 0)
             return true;
         if (order < 0 && sorted)
@@ -16577,91 +15931,1169 @@ CRPCI_FN bool crpci_channel_is_double(crpci_balance_node *const *nodes, size_t n
     return false;
 }
 
-/* Makes the nodes of a list, of which `chosen` are wanted; those that there are go on. On failure
- * *count says how many there are already. */
-CRPCI_FN int crpci_channel_make_nodes(crpc_channel *ch, const crpci_snapshot *list,
-                                      const bool *chosen, crpci_balance_node **fresh, size_t *count,
-                                      bool *sorted)
+/* Fills `fresh` with the members of a list, of which `chosen` are wanted; members that exist are
+ * kept. On failure *count says how many there are already. */
+CRPCI_FN int crpci_providers_make(crpci_providers *p, const crpci_snapshot *list,
+                                  const bool *chosen, crpci_balance_node **fresh, size_t *count,
+                                  bool *sorted)
 {
-    int64_t now = crpci_loop_now(ch->loop), wall = crpci_channel_wall_ms();
+    int64_t now = crpci_loop_now(p->loop), wall = crpci_providers_wall_ms();
     size_t i, n = 0, hint = 0;
     int err = CRPC_OK;
     *sorted = true;
     for (i = 0; i < list->count && !err; i++) {
-        const crpci_provider *p = &list->providers[i];
-        crpci_node *node;
-        if (!chosen[i] || crpci_channel_is_double(fresh, n, p->address, *sorted))
+        const crpci_provider *provider = &list->providers[i];
+        crpci_member *m;
+        if (!chosen[i] || crpci_providers_is_double(fresh, n, provider->address, *sorted))
             continue;
-        node = crpci_channel_find_node(ch, p->address, &hint);
-        if (node)
-            node->kept = true;
+        m = crpci_providers_find(p, provider->address, &hint);
+        if (m)
+            m->kept = true;
         else
-            err = crpci_channel_new_node(ch, p->address, &node);
+            err = crpci_providers_new_member(p, provider->address, &m);
         if (err)
             break;
-        *sorted = *sorted && (!n || strcmp(fresh[n - 1]->address, p->address) < 0);
-        crpci_channel_note(node, p, now, wall);
-        fresh[n++] = &node->balance;
+        *sorted = *sorted && (!n || strcmp(fresh[n - 1]->address, provider->address) < 0);
+        crpci_providers_describe(m, provider, now, wall);
+        fresh[n++] = &m->balance;
     }
     *count = n;
     return err;
 }
 
-/* Replaces the channel's providers; those that stay keep what is known of them. Calls under way
- * keep their endpoint until they end. Locked. */
-CRPCI_FN int crpci_channel_set_providers(crpc_channel *ch, const crpci_snapshot *list)
+/* Replaces the list. Providers that stay keep what is known about them; calls under way keep their
+ * endpoint until they end. On failure nothing has changed, unless the balancer had no memory. */
+CRPCI_FN int crpci_providers_set(crpci_providers *p, const crpci_snapshot *list)
 {
-    crpci_heap *h = ch->loop->heap;
-    size_t room = list->count + 1, old_room = ch->node_room, old_count = ch->node_count, n = 0;
+    crpci_heap *h = p->loop->heap;
+    size_t room = list->count + 1, old_room = p->room, old_count = p->count, n = 0;
     bool *chosen = (bool *)crpci_heap_alloc(h, room), sorted = true;
-    crpci_balance_node **old = ch->nodes;
+    crpci_balance_node **old = p->members;
     crpci_balance_node **fresh = (crpci_balance_node **)crpci_heap_alloc(h, room * sizeof *fresh);
     int err = chosen && fresh ? CRPC_OK : CRPC_ENOMEM;
     if (!err) {
-        crpci_channel_choose(ch, list, chosen);
-        err = crpci_channel_make_nodes(ch, list, chosen, fresh, &n, &sorted);
+        crpci_providers_choose_members(p, list, chosen);
+        err = crpci_providers_make(p, list, chosen, fresh, &n, &sorted);
     }
     crpci_heap_free(h, chosen, room);
     if (err) {
-        crpci_channel_unmake(fresh, n);
+        crpci_providers_unlist(fresh, n);
         crpci_heap_free(h, fresh, room * sizeof *fresh);
         return err;
     }
-    ch->nodes = fresh;
-    ch->node_count = n;
-    ch->node_room = room;
-    ch->sorted = sorted;
-    err = crpci_balance_reset(&ch->balance, h, fresh, n);
-    ch->reweigh_at = crpci_loop_now(ch->loop);
-    crpci_channel_unlist(old, old_count); /* last: their connections may close, and calls move on */
+    p->members = fresh;
+    p->count = n;
+    p->room = room;
+    p->sorted = sorted;
+    err = crpci_balance_reset(&p->balance, h, fresh, n);
+#if CRPC_ENABLE_POLICY
+    p->reweigh_at = crpci_loop_now(p->loop);
+#endif
+    crpci_providers_unlist(old, old_count); /* last: connections may close, and their calls move */
     crpci_heap_free(h, old, old_room * sizeof *old);
     return err;
 }
 
-/* Of a list of which only a part is used, others are chosen for those that cannot be reached. */
-CRPCI_COLD void crpci_channel_choose_again(crpc_channel *ch)
+/* A new list from a URL or a registry; keeps it whole if only a part of it is used. */
+CRPCI_FN int crpci_providers_update(crpci_providers *p, crpci_snapshot *list)
 {
-    int64_t now = crpci_loop_now(ch->loop);
-    if (!ch->list || now < ch->chosen_at + CRPCI_CHANNEL_REWEIGH)
-        return;
-    ch->choose_again = false;
-    ch->chosen_at = now;
-    crpci_channel_set_providers(ch, ch->list); /* without memory it stays as it is */
+    int err = crpci_providers_set(p, list);
+    if (err)
+        return err;
+#if CRPC_ENABLE_POLICY
+    if (p->max) {
+        crpci_registry_snapshot_ref(list);
+        crpci_registry_snapshot_unref(p->list);
+        p->list = list;
+    }
+#endif
+    if (!list->stale)
+        p->stale_at = INT64_MAX;
+    else if (p->stale_at == INT64_MAX)
+        p->stale_at = crpci_loop_now(p->loop);
+    return CRPC_OK;
 }
 
-CRPCI_FN void crpci_channel_drop_nodes(crpc_channel *ch)
+/* Before a call: where only a part of the list is used and one of it cannot be reached, chooses
+ * again, at most once a second. */
+CRPCI_FN void crpci_providers_refresh(crpci_providers *p)
 {
-    crpci_balance_node **old = ch->nodes;
-    size_t count = ch->node_count;
-    crpci_registry_snapshot_unref(ch->list);
-    ch->list = NULL;
-    ch->nodes = NULL;
-    ch->node_count = 0;
-    crpci_balance_reset(&ch->balance, ch->loop->heap, NULL, 0);
-    crpci_channel_unlist(old, count);
-    crpci_heap_free(ch->loop->heap, old, ch->node_room * sizeof *old);
-    ch->node_room = 0;
+#if CRPC_ENABLE_POLICY
+    int64_t now;
+    if (CRPCI_LIKELY(!p->choose_again))
+        return;
+    now = crpci_loop_now(p->loop);
+    if (!p->list || now < p->chosen_at + CRPCI_PROVIDERS_REWEIGH)
+        return;
+    p->choose_again = false;
+    p->chosen_at = now;
+    crpci_providers_set(p, p->list); /* without memory the old choice stays */
+#else
+    (void)p;
+#endif
 }
+
+CRPCI_FN void crpci_providers_clear(crpci_providers *p)
+{
+    crpci_balance_node **old = p->members;
+    size_t count = p->count;
+#if CRPC_ENABLE_POLICY
+    crpci_registry_snapshot_unref(p->list);
+    p->list = NULL;
+#endif
+    p->members = NULL;
+    p->count = 0;
+    crpci_balance_reset(&p->balance, p->loop->heap, NULL, 0);
+    crpci_providers_unlist(old, count);
+    crpci_heap_free(p->loop->heap, old, p->room * sizeof *old);
+    p->room = 0;
+}
+
+/* --- attempts --------------------------------------------------------------------------------- */
+
+/* Tells balancer and breaker that an attempt on a provider begins, and takes a reference. */
+CRPCI_FN void crpci_providers_begin(crpci_providers *p, crpci_member *m, int64_t now)
+{
+    m->refs++;
+    crpci_balance_node_begin(&p->balance, &m->balance, now);
+#if CRPC_ENABLE_POLICY
+    if (p->breaker.error_percent)
+        crpci_breaker_begin(&m->breaker, &p->breaker, now);
+#endif
+}
+
+#if CRPC_ENABLE_POLICY
+
+/* Whether more providers are ejected than may be. */
+CRPCI_COLD bool crpci_providers_too_many_out(const crpci_providers *p)
+{
+    size_t i, out = 0;
+    for (i = 0; i < p->count; i++)
+        out += crpci_breaker_ejected(&crpci_providers_at(p, i)->breaker);
+    return out * 100 > p->count * p->ejected_percent;
+}
+
+#endif /* CRPC_ENABLE_POLICY */
+
+/* Tells balancer and breaker how the attempt ended, and gives up the reference. */
+CRPCI_FN void crpci_providers_end(crpci_providers *p, crpci_member *m, crpci_outcome outcome,
+                                  int64_t latency, int64_t now)
+{
+    crpci_balance_node_end(
+        &p->balance, &m->balance, outcome != CRPCI_OUTCOME_ERROR,
+        outcome == CRPCI_OUTCOME_IGNORE &&
+                latency < m->balance.latency >> CRPCI_BALANCE_LATENCY_BITS
+            ? -1 /* cut short: that says nothing about the provider's speed */
+            : latency,
+        now);
+#if CRPC_ENABLE_POLICY
+    if (p->breaker.error_percent &&
+        crpci_breaker_end(&m->breaker, &p->breaker, outcome, latency, now,
+                          crpci_loop_random(p->loop)) &&
+        crpci_providers_too_many_out(p))
+        crpci_breaker_reset(&m->breaker);
+#endif
+    crpci_providers_drop(m);
+}
+
+/* Before a dial: a provider that cannot be reached, in a list that nobody has confirmed for long,
+ * may be gone for good, so it is dialled only once a minute. */
+CRPCI_FN void crpci_providers_age(const crpci_providers *p, crpci_endpoint *e)
+{
+    int64_t now = crpci_loop_rough_time(p->loop);
+    if (e->failures && p->stale_at <= now - p->stale_ttl_us &&
+        e->usable_at < e->dialled_at + CRPCI_PROVIDERS_STALE_REDIAL)
+        e->usable_at = e->dialled_at + CRPCI_PROVIDERS_STALE_REDIAL;
+}
+
+/* --- choosing --------------------------------------------------------------------------------- */
+
+/* What a choice leaves out. */
+typedef struct crpci_tried {
+    int attempts; /* made so far */
+    int max_attempts;
+    const crpci_endpoint *last[CRPCI_PROVIDERS_TRIED]; /* where the last failed attempts were */
+} crpci_tried;
+
+typedef struct crpci_choice {
+    const crpci_providers *providers;
+    const crpci_tried *tried;
+    const crpci_group *group;
+    int64_t now;
+    uint32_t random; /* the same for the whole choice, because a member may be asked about twice */
+    bool strict;     /* leave out what the breaker has ejected */
+} crpci_choice;
+
+/* Whether the call has been to an endpoint, by itself or by one of its parts. */
+CRPCI_FN bool crpci_providers_has_tried(const crpci_choice *x, const crpci_endpoint *e)
+{
+    int i;
+    for (i = 0; i < x->tried->attempts && i < CRPCI_PROVIDERS_TRIED; i++) {
+        if (x->tried->last[i] == e)
+            return true;
+    }
+    return x->group && x->providers->in_group(x->group, e);
+}
+
+/* Whether a member can be chosen now; the balancer asks. */
+CRPCI_FN bool crpci_providers_usable(void *user, size_t i)
+{
+    const crpci_choice *x = (const crpci_choice *)user;
+    const crpci_member *m = crpci_providers_at(x->providers, i);
+    if (m->endpoint->usable_at > x->now)
+        return false;
+#if CRPC_ENABLE_POLICY
+    if (x->strict && (crpci_breaker_open(&m->breaker, &x->providers->breaker, x->now) ||
+                      !crpci_breaker_ramped(&m->breaker, &x->providers->breaker, x->now,
+                                            x->random ^ (uint32_t)m->balance.hash)))
+        return false;
+#endif
+    return !crpci_providers_has_tried(x, m->endpoint);
+}
+
+/* None can be used now: of those not tried yet, the one whose backoff ends first. */
+CRPCI_COLD crpci_member *crpci_providers_last_resort(const crpci_choice *x)
+{
+    const crpci_providers *p = x->providers;
+    crpci_member *best = NULL;
+    size_t i;
+    for (i = 0; i < p->count; i++) {
+        crpci_member *m = crpci_providers_at(p, i);
+        if (!crpci_providers_has_tried(x, m->endpoint) &&
+            (!best || m->endpoint->usable_at < best->endpoint->usable_at))
+            best = m;
+    }
+    return best;
+}
+
+#if CRPC_ENABLE_POLICY
+
+/* Gives providers that began to serve a short time ago their growing share. */
+CRPCI_COLD void crpci_providers_reweigh(crpci_providers *p, int64_t now)
+{
+    size_t i;
+    p->reweigh_at = INT64_MAX;
+    for (i = 0; i < p->count; i++) {
+        crpci_member *m = crpci_providers_at(p, i);
+        crpci_balance_reweigh(&p->balance, i,
+                              crpci_balance_warm(m->weight, (now - m->since_us) / 1000,
+                                                 m->warmup_us / 1000));
+        if (now - m->since_us < m->warmup_us)
+            p->reweigh_at = now + CRPCI_PROVIDERS_REWEIGH;
+    }
+}
+
+#endif /* CRPC_ENABLE_POLICY */
+
+/* Chooses a provider that the call has not tried: the balancer's choice, else one that the breaker
+ * has ejected, else the one whose backoff ends first. NULL: all have been tried. `key` 0: none. */
+CRPCI_FN crpci_member *crpci_providers_pick(crpci_providers *p, const crpci_tried *tried,
+                                            const crpci_group *group, uint64_t key)
+{
+    crpci_choice x;
+    int i;
+    x.providers = p;
+    x.tried = tried;
+    x.group = group;
+    if (p->count <= 1)
+        return p->count && !crpci_providers_has_tried(&x, crpci_providers_at(p, 0)->endpoint)
+                   ? crpci_providers_at(p, 0)
+                   : NULL;
+    x.random = crpci_loop_random(p->loop);
+    x.now = crpci_loop_rough_time(p->loop);
+    key = key ? key : x.random;
+#if CRPC_ENABLE_POLICY
+    x.strict = p->breaker.error_percent != 0;
+    if (CRPCI_UNLIKELY(x.now >= p->reweigh_at))
+        crpci_providers_reweigh(p, x.now);
+#else
+    x.strict = false;
+#endif
+    i = crpci_balance_pick(&p->balance, key, x.random, x.now, crpci_providers_usable, &x);
+    if (i < 0 && x.strict) { /* all usable ones are ejected: then none is */
+        x.strict = false;
+        i = crpci_balance_pick(&p->balance, key, x.random, x.now, crpci_providers_usable, &x);
+    }
+    return CRPCI_LIKELY(i >= 0) ? crpci_providers_at(p, (size_t)i)
+                                : crpci_providers_last_resort(&x);
+}
+
+#endif /* CRPC_ENABLE_CLIENT */
+
+/* ======================================================================== */
+/* >>impl-attempt   a pending call: one attempt after another, and its end  */
+/* ======================================================================== */
+
+/* A pending call is the loop's record of a call that a program has made. It makes one attempt at a
+ * time; what needs several at once, or later tries, is the cluster section's. The struct of the
+ * channel stands here because every attempt reads it; members are grouped by the section that they
+ * belong to. Everything here is called with the loop locked. */
+
+#if CRPC_ENABLE_CLIENT
+
+typedef enum crpci_call_kind {
+    CRPCI_CALL_SYNC,
+    CRPCI_CALL_DELIVER, /* ends with a callback */
+    CRPCI_CALL_ID,      /* ends with a result to be fetched */
+    CRPCI_CALL_NOTIFY,  /* one-way */
+    CRPCI_CALL_PART,    /* one of several attempts at a time; its parent is one of the above */
+    CRPCI_CALL_FAILBACK /* a failed call that is tried again in the background */
+} crpci_call_kind;
+
+/* How the cluster section takes part. NULL in a channel: one attempt at a time is all there is. */
+typedef struct crpci_cluster_ops {
+    void (*begin)(crpci_pending_call *c);  /* makes the first attempts of a FORKING or BROADCAST */
+    void (*backup)(crpci_pending_call *c); /* a backup request is due */
+    bool (*leaves_open)(crpci_group *g, int status); /* parts under way will decide the call */
+    void (*part_ended)(crpci_pending_call *part, int status);
+    void (*drop_parts)(crpci_pending_call *c);
+    bool (*retry_later)(crpci_pending_call *c, int status); /* true: c itself goes on */
+} crpci_cluster_ops;
+
+struct crpc_channel {
+    crpc_loop *loop;
+    bool private_loop;
+    bool closed;
+    uint32_t refs;  /* atomic: the program's, of synchronous calls, and one of all others */
+    size_t pending; /* asynchronous calls that are not freed */
+    crpci_list calls;
+    crpci_request_source requests;
+    crpci_providers providers;
+    const crpci_cluster_ops *cluster;
+    const crpc_client_interceptor *interceptors;
+    size_t interceptor_count;
+#if CRPC_ENABLE_POLICY
+    struct {
+        bool limited;
+        crpci_limiter_budget tokens;
+    } budget; /* of retries */
+    struct {
+        size_t waiting;
+        size_t max;
+        int64_t pause_us; /* between tries */
+        void (*dropped)(void *user, const crpc_method *method, const crpc_error *error);
+        void *user;
+    } failback;
+#endif
+    struct {
+        char *where; /* what is looked up, for texts; NULL: the providers stand in the URL */
+        crpci_registry *registry;
+        void *subscription;
+        bool listed; /* a list has come */
+        crpci_waiter *waiter;
+    } directory;
+};
+
+struct crpci_pending_call {
+    crpci_attempt attempt; /* first: the loop's table of calls points to it */
+    crpci_list of_channel; /* in channel->calls, or in the group of a part's parent */
+    crpci_task task;
+    crpci_timer timer; /* the next of backup request and deadline */
+    crpc_channel *channel;
+    const crpci_method *method;
+    crpci_call_kind kind;
+    crpci_policy policy;
+    crpci_member *member; /* of the present attempt; NULL: it has ended */
+    int64_t start_us;
+    int64_t attempt_us; /* when the present attempt began */
+    int64_t end_us;     /* if the call has ended */
+    int64_t backup_us;  /* when a backup request is due; INT64_MAX: never */
+    uint64_t key;       /* for lb=hash; 0: none */
+    crpci_pending_call *parent; /* of a part */
+    crpci_group *group;         /* its parts; NULL: none */
+    crpc_sent before; /* the most that failed attempts sent, but for those refused by ELOGOFF */
+    crpci_waiter *waiter;
+    crpc_error *error; /* the caller's, or in error_chunk; NULL: not wanted, or no memory */
+    crpci_chunk *error_chunk;
+    int status;
+    crpc_done_fn deliver;
+    crpc_any_fn fn;
+    void *user;
+    crpci_chunk *block; /* holds this struct and the response; mostly the request's chunk too. NULL:
+                         * this struct is on a caller's stack */
+    crpci_tried tried;
+};
+
+#define CRPCI_PENDING_SIZE ((sizeof(crpci_pending_call) + 15) & ~(size_t)15)
+
+CRPCI_FN crpci_pending_call *crpci_attempt_call(crpci_attempt *a)
+{
+    return CRPCI_CONTAINER(a, crpci_pending_call, attempt);
+}
+
+/* Gives up a reference of a channel; the last one frees it. */
+CRPCI_FN void crpci_attempt_drop_channel(crpc_channel *ch)
+{
+    crpc_loop *l = ch->loop;
+    if (!crpci_thread_unref(&ch->refs))
+        return;
+    crpci_request_source_free(&ch->requests);
+    crpci_balance_close(&ch->providers.balance, l->heap);
+    crpci_heap_strfree(l->heap, ch->directory.where);
+    crpci_heap_free(l->heap, ch, sizeof *ch);
+    crpci_loop_release(l);
+}
+
+/* --- explaining ------------------------------------------------------------------------------- */
+
+/* Where the explanation of a failure goes. An asynchronous call takes memory for it only now. */
+CRPCI_COLD crpc_error *crpci_attempt_error(crpci_pending_call *c)
+{
+    c = c->parent ? c->parent : c;
+    if (!c->error && c->kind != CRPCI_CALL_NOTIFY) {
+        c->error_chunk = crpci_heap_chunk(c->channel->loop->heap, sizeof(crpc_error));
+        if (c->error_chunk) {
+            c->error = (crpc_error *)(void *)crpci_heap_data(c->error_chunk);
+            memset(c->error, 0, sizeof *c->error);
+        }
+    }
+    return c->error;
+}
+
+/* The most that any attempt of the call has sent. */
+CRPCI_FN crpc_sent crpci_attempt_sent(const crpci_pending_call *c)
+{
+    return c->attempt.sent > c->before ? c->attempt.sent : c->before;
+}
+
+/* Writes why the present attempt failed. A part whose parent has ended explains nothing. */
+CRPCI_COLD void crpci_attempt_explain(crpci_pending_call *c, int code, const char *cause)
+{
+    const crpci_endpoint *at = c->attempt.endpoint;
+    const crpc_method *m = c->method->method;
+    bool late = c->parent && c->parent->attempt.state == CRPCI_ATTEMPT_DONE;
+    crpc_error *e = late ? NULL : crpci_attempt_error(c);
+    if (!e)
+        return;
+    e->code = code;
+    e->app_code = 0;
+    e->remote = code == CRPC_ELOGOFF; /* only a peer says that */
+    e->sent = crpci_attempt_sent(c);
+    e->attempts = c->tried.attempts;
+    snprintf(e->endpoint, sizeof e->endpoint, "%s", at ? at->address : "");
+    snprintf(e->text, sizeof e->text, "%s.%s attempt %d%s%s: %s (%s)", m->service, m->name,
+             c->tried.attempts, at ? " " : "", e->endpoint, cause,
+             e->remote ? "remote" : "local");
+}
+
+/* --- ends ------------------------------------------------------------------------------------- */
+
+/* Tells balancer, breaker and budget how the present attempt ended, once. */
+CRPCI_FN void crpci_attempt_end(crpci_pending_call *c, crpci_outcome outcome)
+{
+    crpc_channel *ch = c->channel;
+    crpci_member *m = c->member;
+    int64_t now;
+    if (!m)
+        return;
+    c->member = NULL;
+    now = crpci_loop_time(ch->loop);
+#if CRPC_ENABLE_POLICY
+    if (outcome == CRPCI_OUTCOME_OK && ch->budget.limited)
+        crpci_limiter_budget_earn(&ch->budget.tokens);
+#endif
+    crpci_providers_end(&ch->providers, m, outcome, now - c->attempt_us, now);
+}
+
+/* Frees an asynchronous call. */
+CRPCI_FN void crpci_attempt_free(crpci_pending_call *c)
+{
+    crpc_channel *ch = c->channel;
+    crpc_loop *l = ch->loop;
+    crpci_list_remove(&c->of_channel);
+    crpci_timer_cancel(&c->timer);
+    if (c->attempt.id)
+        crpci_id_remove(&l->calls, c->attempt.id);
+    if (c->kind == CRPCI_CALL_ID)
+        l->results--;
+    crpci_reply_drop(&c->attempt.reply, l);
+    crpci_endpoint_drop(c->attempt.endpoint);
+    crpci_request_drop(&c->attempt.request, c->block);
+    crpci_heap_chunk_unref(c->error_chunk);
+    crpci_heap_chunk_unref(c->block);
+    if (--ch->pending == 0)
+        crpci_attempt_drop_channel(ch);
+}
+
+/* Gives up the present attempt before its reply came. */
+CRPCI_FN void crpci_attempt_abandon(crpci_pending_call *c, int why)
+{
+    bool active = c->attempt.state == CRPCI_ATTEMPT_ACTIVE;
+    crpci_endpoint_detach(&c->attempt);
+    crpci_attempt_end(c, why == CRPC_ETIMEDOUT ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_IGNORE);
+    if (active)
+        crpci_endpoint_give_up_slot(&c->attempt, why);
+}
+
+/* Ends the call: whoever waits for it is told, once. */
+CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
+{
+    const crpci_cluster_ops *cluster = c->channel->cluster;
+    crpc_loop *l = c->channel->loop;
+    crpci_endpoint *e = c->attempt.endpoint;
+    crpci_endpoint_detach(&c->attempt);
+    crpci_attempt_end(c, CRPCI_OUTCOME_IGNORE);
+    c->status = status;
+    c->attempt.state = CRPCI_ATTEMPT_DONE;
+    c->end_us = crpci_loop_time(l);
+    crpci_timer_cancel(&c->timer);
+    if (e)
+        crpci_endpoint_serve_waiting(e);
+    if (CRPCI_UNLIKELY(c->group != NULL))
+        cluster->drop_parts(c);
+    /* A one-way call has no reply but has not failed. */
+    if (CRPCI_UNLIKELY(c->policy.cluster == CRPC_CLUSTER_FAILBACK) && cluster &&
+        (status || (c->attempt.reply.chunk && !crpci_reply_succeeded(&c->attempt.reply))) &&
+        cluster->retry_later(c, status))
+        return;
+    switch (c->kind) {
+    case CRPCI_CALL_SYNC:
+        break;
+    case CRPCI_CALL_DELIVER:
+        crpci_loop_ready(l, &c->task);
+        return;
+    case CRPCI_CALL_ID:
+        if (c->attempt.reply.chunk)
+            crpci_reply_unshare(&c->attempt.reply, l->heap);
+        crpci_request_drop(&c->attempt.request, c->block);
+        break;
+    case CRPCI_CALL_NOTIFY:
+        crpci_attempt_free(c);
+        return;
+    case CRPCI_CALL_PART:
+    case CRPCI_CALL_FAILBACK:
+        cluster->part_ended(c, status);
+        return;
+    }
+    if (c->waiter)
+        crpci_loop_done(l, c->waiter);
+}
+
+CRPCI_FN void crpci_attempt_expire(crpci_pending_call *c)
+{
+    bool parked = c->attempt.state == CRPCI_ATTEMPT_WAITING;
+    crpci_attempt_abandon(c, CRPC_ETIMEDOUT);
+    crpci_attempt_explain(c, CRPC_ETIMEDOUT,
+                          parked ? "deadline exceeded while waiting for a connection"
+                                 : "deadline exceeded");
+    crpci_attempt_finish(c, CRPC_ETIMEDOUT);
+}
+
+/* Ends a call that has nobody to be sent to. */
+CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
+{
+    const crpc_channel *ch = c->channel;
+    char cause[CRPC_ERROR_TEXT_MAX];
+    snprintf(cause, sizeof cause, "%s%.180s",
+             ch->directory.registry && !ch->directory.listed
+                 ? "the registry has not answered yet about "
+                 : "no provider is known at ",
+             ch->directory.where ? ch->directory.where : "the channel's URL");
+    crpci_attempt_explain(c, CRPC_ENOPROVIDER, cause);
+    crpci_attempt_finish(c, CRPC_ENOPROVIDER);
+}
+
+/* --- attempts --------------------------------------------------------------------------------- */
+
+CRPCI_FN crpci_member *crpci_attempt_pick(const crpci_pending_call *c)
+{
+    return crpci_providers_pick(&c->channel->providers, &c->tried, c->group, c->key);
+}
+
+CRPCI_FN void crpci_attempt_mark_tried(crpci_pending_call *c)
+{
+    c->tried.last[(c->tried.attempts - 1) % CRPCI_PROVIDERS_TRIED] = c->attempt.endpoint;
+}
+
+/* Makes an attempt on a member; NULL ends the call. The call may be over, and an asynchronous one
+ * freed, when this returns. */
+CRPCI_FN void crpci_attempt_start(crpci_pending_call *c, crpci_member *m)
+{
+    crpc_channel *ch = c->channel;
+    crpci_endpoint *e;
+    c->tried.attempts++;
+    c->attempt.sent = CRPC_SENT_NO;
+    if (CRPCI_UNLIKELY(!m)) {
+        crpci_attempt_no_provider(c);
+        return;
+    }
+    e = m->endpoint;
+    e->refs++;
+    crpci_endpoint_drop(c->attempt.endpoint);
+    c->attempt.endpoint = e;
+    c->member = m;
+    c->attempt_us = c->tried.attempts == 1 ? c->start_us : crpci_loop_rough_time(ch->loop);
+    crpci_providers_begin(&ch->providers, m, c->attempt_us);
+    if (!e->conn)
+        crpci_providers_age(&ch->providers, e);
+    crpci_endpoint_submit(e, &c->attempt);
+}
+
+/* Whether another attempt is allowed: the request was certainly not executed, or may be executed
+ * twice; and there are attempts, time and a request left. */
+CRPCI_FN bool crpci_attempt_may_retry(crpci_pending_call *c, int code)
+{
+    bool twice = (c->method->method->flags & CRPC_METHOD_IDEMPOTENT) ||
+                 c->attempt.request.identified;
+    bool harmless = c->attempt.sent == CRPC_SENT_NO || code == CRPC_ELOGOFF ||
+                    (twice && code == CRPC_ECONN);
+    return harmless && c->tried.attempts < c->tried.max_attempts && !c->channel->closed &&
+           crpci_loop_rough_time(c->channel->loop) < c->attempt.deadline_us &&
+           crpci_request_renew(&c->attempt.request, c->block);
+}
+
+/* Chooses where a failed attempt is made again. NULL: nowhere. `stale`: perhaps only the connection
+ * was dead, not the provider. */
+CRPCI_FN crpci_member *crpci_attempt_next(crpci_pending_call *c, int code, bool stale)
+{
+    crpc_channel *ch = c->channel;
+    crpci_member *m;
+    /* A request with an id may have been executed, and only its provider can know: it has kept the
+     * reply. If that refuses to say, nobody can. */
+    if (c->before != CRPC_SENT_NO && !(c->method->method->flags & CRPC_METHOD_IDEMPOTENT))
+        return code == CRPC_ELOGOFF ? NULL
+                                    : crpci_providers_of(&ch->providers, c->attempt.endpoint);
+    m = crpci_attempt_pick(c);
+    if (!m && stale) {
+        memset(c->tried.last, 0, sizeof c->tried.last);
+        m = crpci_attempt_pick(c);
+    }
+    return m;
+}
+
+/* Whether the retry budget lets an attempt on a member through. Free of charge are: what a stopping
+ * server refused, a provider that has proven itself, a connection that had gone stale. */
+CRPCI_FN bool crpci_attempt_affordable(crpci_pending_call *c, const crpci_member *m, int code,
+                                       bool stale)
+{
+#if CRPC_ENABLE_POLICY
+    crpc_channel *ch = c->channel;
+    return code == CRPC_ELOGOFF || crpci_endpoint_is_proven(m->endpoint) || !ch->budget.limited ||
+           (stale && c->attempt.sent == CRPC_SENT_NO) ||
+           crpci_limiter_budget_spend(&ch->budget.tokens);
+#else
+    (void)c, (void)m, (void)code, (void)stale;
+    return true;
+#endif
+}
+
+/* The present attempt has failed: makes the next one, or ends the call with `code` and `cause`. */
+CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause)
+{
+    crpci_pending_call *c = crpci_attempt_call(a);
+    crpc_channel *ch = c->channel;
+    crpci_endpoint *e = a->endpoint;
+    bool again, stale = code == CRPC_ECONN && !e->refused;
+    crpci_member *m;
+    if (code == CRPC_EOVERCROWDED && !e->conn->tx_bytes)
+        c->tried.max_attempts = c->tried.attempts; /* it does not even fit into an empty queue */
+    crpci_endpoint_detach(a);
+    crpci_attempt_end(c, code == CRPC_ECONN ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_IGNORE);
+    again = crpci_attempt_may_retry(c, code);
+    if (code != CRPC_ELOGOFF && a->sent > c->before)
+        c->before = a->sent;
+    crpci_attempt_explain(c, code, cause);
+    crpci_attempt_mark_tried(c);
+#if CRPC_ENABLE_POLICY
+    ch->providers.choose_again =
+        ch->providers.choose_again || (ch->providers.max && crpci_endpoint_is_dead(e));
+#endif
+    stale = stale && (c->before == CRPC_SENT_NO ||
+                      (c->method->method->flags & CRPC_METHOD_IDEMPOTENT));
+    m = again ? crpci_attempt_next(c, code, stale) : NULL;
+    if (m && crpci_attempt_affordable(c, m, code, stale)) {
+        e->refs++; /* the new attempt may end the call, and with it the last reference */
+        crpci_attempt_start(c, m);
+        crpci_endpoint_serve_waiting(e);
+        crpci_endpoint_drop(e);
+    } else if (c->group && ch->cluster->leaves_open(c->group, code)) {
+        crpci_endpoint_serve_waiting(e);
+    } else {
+        crpci_attempt_finish(c, code);
+    }
+}
+
+/* What a reply says about the provider: an application's error shows a service that works, a
+ * refusal of what was asked says nothing. */
+CRPCI_FN crpci_outcome crpci_attempt_outcome(int code)
+{
+    if (CRPCI_LIKELY(code == 0))
+        return CRPCI_OUTCOME_OK;
+    switch (code) {
+    case CRPC_EINTERNAL:
+    case CRPC_ERESPONSE:
+    case CRPC_ETIMEDOUT:
+    case CRPC_EOVERCROWDED:
+        return CRPCI_OUTCOME_ERROR;
+    default:
+        return crpci_status_reserved(code) ? CRPCI_OUTCOME_IGNORE : CRPCI_OUTCOME_OK;
+    }
+}
+
+CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
+{
+    crpci_pending_call *c = crpci_attempt_call(a);
+    if (!m->meta.usual && m->meta.error_code == CRPC_ELOGOFF &&
+        c->tried.attempts < c->tried.max_attempts && c->channel->providers.count > 1) {
+        crpci_attempt_failed(a, CRPC_ELOGOFF, "the server is stopping");
+        return;
+    }
+    crpci_reply_take(&a->reply, c->channel->loop, m);
+    crpci_attempt_end(c, crpci_attempt_outcome(a->reply.error_code));
+    crpci_attempt_finish(c, CRPC_OK);
+}
+
+CRPCI_FN void crpci_attempt_on_sent(crpci_attempt *a)
+{
+    crpci_attempt_finish(crpci_attempt_call(a), CRPC_OK);
+}
+
+CRPCI_COLD void crpci_attempt_on_oversize(crpci_attempt *a, const char *cause)
+{
+    crpci_pending_call *c = crpci_attempt_call(a);
+    crpci_attempt_explain(c, CRPC_ERESPONSE, cause);
+    crpci_attempt_finish(c, CRPC_ERESPONSE);
+}
+
+static const crpci_endpoint_events crpci_attempt_events = {
+    crpci_attempt_failed, crpci_attempt_replied, crpci_attempt_on_sent, crpci_attempt_on_oversize};
+
+/* Makes the first attempt, or what the cluster policy makes in its place. */
+CRPCI_FN void crpci_attempt_begin(crpci_pending_call *c)
+{
+    const crpc_method_options *o = c->method->options;
+    crpci_providers_refresh(&c->channel->providers);
+    if (crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us) {
+        crpci_attempt_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before it was sent");
+        crpci_attempt_finish(c, CRPC_ETIMEDOUT);
+    } else if (CRPCI_UNLIKELY(o && o->degraded)) {
+        crpci_attempt_explain(c, CRPC_EREJECT, "degraded by the method's options");
+        crpci_attempt_finish(c, CRPC_EREJECT);
+    } else if (CRPCI_UNLIKELY(c->policy.cluster >= CRPC_CLUSTER_FORKING) && c->channel->cluster) {
+        c->channel->cluster->begin(c);
+    } else {
+        crpci_attempt_start(c, crpci_attempt_pick(c));
+    }
+}
+
+/* A backup request is due, or the deadline has passed. A synchronous caller watches its deadline by
+ * itself. */
+CRPCI_FN void crpci_attempt_on_timer(crpc_loop *l, crpci_timer *t)
+{
+    crpci_pending_call *c = CRPCI_CONTAINER(t, crpci_pending_call, timer);
+    int64_t now = crpci_loop_time(l);
+    if (c->backup_us <= now && now < c->attempt.deadline_us) {
+        if (c->kind != CRPCI_CALL_SYNC)
+            crpci_loop_timer_at(l, t, c->attempt.deadline_us);
+        c->channel->cluster->backup(c);
+    } else if (c->kind != CRPCI_CALL_SYNC) {
+        crpci_attempt_expire(c);
+    }
+}
+
+/* --- results, on the thread that wants them, without the lock --------------------------------- */
+
+/* What stands for the reply of a failed call: the method's fallback or canned response, or an empty
+ * response where the cluster policy hides failures. Otherwise the failure stays. */
+CRPCI_COLD int crpci_attempt_degrade(const crpci_pending_call *c, void *response, crpc_call *call,
+                                     int status)
+{
+#if CRPC_ENABLE_POLICY
+    const crpc_method_options *o = c->method->options;
+    const crpci_message_type *type = &c->method->response;
+    const char *why = "";
+    if (status == CRPC_EAPP || status == CRPC_ECANCELED)
+        return status;
+    call->reply_attachment = crpc_view_of(NULL, 0);
+    if (o && (o->fallback || crpc_view_data(o->canned))) {
+        memset(response, 0, type->size);
+        if (o->fallback)
+            return o->fallback(o->user, c->method->method, &call->error, response);
+        if (crpci_message_decode(crpc_view_data(o->canned), crpc_view_size(o->canned), type,
+                                 response, &why))
+            return CRPC_OK;
+        return crpci_reply_malformed(c->method->method, c->tried.attempts, &call->error, why);
+    }
+    if (c->policy.cluster != CRPC_CLUSTER_FAILSAFE && c->policy.cluster != CRPC_CLUSTER_FAILBACK)
+        return status;
+    crpci_heap_log(c->channel->loop->heap, CRPC_LOG_WARN, "%s", call->error.text);
+    memset(response, 0, type->size);
+    return CRPC_OK;
+#else
+    (void)c, (void)response, (void)call;
+    return status;
+#endif
+}
+
+/* Gives an ended call's result: fills `response` and the outputs of `call`, which has the
+ * explanation already if the call failed here. */
+CRPCI_FN int crpci_attempt_result(const crpci_pending_call *c, void *response, crpc_call *call)
+{
+    const crpci_reply *r = &c->attempt.reply;
+    int status =
+        r->chunk ? crpci_reply_decode(r, c->method, c->tried.attempts, response, call) : c->status;
+    return CRPCI_LIKELY(!status) ? status : crpci_attempt_degrade(c, response, call, status);
+}
+
+#endif /* CRPC_ENABLE_CLIENT */
+
+/* ======================================================================== */
+/* >>impl-cluster   several attempts at a time, and tries in the background */
+/* ======================================================================== */
+
+/* FORKING, BROADCAST and backup requests give a call a group of parts: pending calls with one
+ * attempt each and a copy of the request. FAILBACK puts a copy of a failed call aside. Everything
+ * here is called with the loop locked. */
+
+#if CRPC_ENABLE_CLIENT && CRPC_ENABLE_POLICY
+
+struct crpci_group {
+    crpci_list parts; /* ended ones too, so that no provider is asked twice */
+    uint32_t open;    /* under way */
+    uint32_t failed;
+    size_t lost;   /* could not be begun for want of memory */
+    bool all;      /* wait for every part; else the first success decides */
+    bool starting; /* parts are being begun, or all being ended: none of them decides */
+    int status;    /* of the last failure */
+    crpci_endpoint *from; /* of the reply that counts; a reference */
+};
+
+CRPCI_COLD bool crpci_cluster_tried(const crpci_group *g, const crpci_endpoint *e)
+{
+    crpci_list *i;
+    for (i = g->parts.next; i != &g->parts; i = i->next) {
+        if (CRPCI_CONTAINER(i, crpci_pending_call, of_channel)->attempt.endpoint == e)
+            return true;
+    }
+    return false;
+}
+
+/* The call's own attempt has failed for good while a backup request is under way. */
+CRPCI_COLD bool crpci_cluster_leaves_open(crpci_group *g, int status)
+{
+    if (!g->open)
+        return false;
+    g->status = status;
+    return true;
+}
+
+/* Frees the parts of a call, and cancels those under way. */
+CRPCI_COLD void crpci_cluster_drop_parts(crpci_pending_call *c)
+{
+    crpci_group *g = c->group;
+    crpc_loop *l = c->channel->loop;
+    g->starting = true; /* a connection that closes may end other parts: they decide nothing now */
+    while (!crpci_list_empty(&g->parts)) {
+        crpci_pending_call *part =
+            CRPCI_CONTAINER(g->parts.next, crpci_pending_call, of_channel);
+        crpci_attempt *a = &part->attempt;
+        crpci_list_remove(&part->of_channel);
+        c->tried.attempts += part->tried.attempts;
+        if (a->state != CRPCI_ATTEMPT_DONE)
+            crpci_attempt_abandon(part,
+                                  c->status == CRPC_ETIMEDOUT ? CRPC_ETIMEDOUT : CRPC_ECANCELED);
+        if (a->sent > c->before)
+            c->before = a->sent;
+        crpci_reply_drop(&a->reply, l);
+        if (a->endpoint)
+            crpci_endpoint_serve_waiting(a->endpoint);
+        crpci_id_remove(&l->calls, a->id);
+        crpci_endpoint_drop(a->endpoint);
+        crpci_request_drop(&a->request, part->block);
+        crpci_heap_chunk_unref(part->block);
+    }
+    c->group = NULL;
+    if (c->error) {
+        c->error->attempts = c->tried.attempts;
+        c->error->sent = crpci_attempt_sent(c);
+    }
+    crpci_endpoint_drop(g->from);
+    crpci_heap_free(l->heap, g, sizeof *g);
+}
+
+/* Ends the call with a part's reply, which came before that of its own attempt. */
+CRPCI_COLD void crpci_cluster_succeed(crpci_pending_call *c)
+{
+    crpci_endpoint *own = c->attempt.endpoint;
+    if (c->attempt.state != CRPCI_ATTEMPT_IDLE)
+        crpci_attempt_abandon(c, CRPC_ECANCELED);
+    c->attempt.endpoint = c->group->from;
+    c->group->from = NULL;
+    crpci_attempt_finish(c, CRPC_OK);
+    if (own) /* its slot is free */
+        crpci_endpoint_serve_waiting(own);
+    crpci_endpoint_drop(own);
+}
+
+/* Ends the call if its parts have decided it. */
+CRPCI_COLD void crpci_cluster_settle(crpci_pending_call *c)
+{
+    crpci_group *g = c->group;
+    size_t all = g->lost;
+    const crpci_list *i;
+    if (g->starting || (g->all && g->open))
+        return;
+    for (i = g->parts.next; i != &g->parts; i = i->next)
+        all++;
+    if (g->all && (g->failed + g->lost) * 100 > all * (size_t)c->policy.fail_percent)
+        crpci_reply_drop(&c->attempt.reply, c->channel->loop); /* too many failed */
+    if (c->attempt.reply.chunk)
+        crpci_cluster_succeed(c);
+    else if (!g->open && c->attempt.state == CRPCI_ATTEMPT_IDLE)
+        crpci_attempt_finish(c, g->status);
+}
+
+/* A part has failed: keeps why, for the case that the call fails too. */
+CRPCI_COLD void crpci_cluster_part_failed(crpci_pending_call *part, int status)
+{
+    const crpci_attempt *a = &part->attempt;
+    crpci_pending_call *c = part->parent;
+    crpc_error *e = a->reply.chunk ? crpci_attempt_error(c) : NULL;
+    c->group->failed++;
+    if (e) {
+        e->sent = CRPC_SENT_YES;
+        e->attempts = part->tried.attempts;
+        memcpy(e->endpoint, a->endpoint->address, a->endpoint->address_size);
+    }
+    c->group->status =
+        e ? crpci_reply_remote_error(&a->reply, part->method->method, part->tried.attempts, e)
+          : a->reply.chunk ? CRPC_ERESPONSE
+                           : status;
+}
+
+CRPCI_COLD void crpci_cluster_part_ended(crpci_pending_call *part, int status)
+{
+    crpci_pending_call *c = part->parent;
+    if (part->kind == CRPCI_CALL_FAILBACK) { /* with success; failures go to retry_later */
+        part->channel->failback.waiting--;
+        crpci_attempt_free(part);
+        return;
+    }
+    c->group->open--;
+    if (!crpci_reply_succeeded(&part->attempt.reply)) {
+        crpci_cluster_part_failed(part, status);
+    } else if (!c->attempt.reply.chunk) {
+        c->group->from = part->attempt.endpoint;
+        c->group->from->refs++;
+        c->attempt.reply = part->attempt.reply;
+        part->attempt.reply.chunk = NULL;
+    }
+    crpci_cluster_settle(c);
+}
+
+/* Makes a further attempt of a call, with a copy of its request. NULL: out of memory. */
+CRPCI_COLD crpci_pending_call *crpci_cluster_part(crpci_pending_call *c)
+{
+    crpc_loop *l = c->channel->loop;
+    crpci_chunk *chunk = crpci_heap_chunk(
+        l->heap, CRPCI_PENDING_SIZE + crpci_request_size(&c->attempt.request));
+    crpci_pending_call *part;
+    crpci_attempt *a;
+    if (!chunk)
+        return NULL;
+    part = (crpci_pending_call *)(void *)crpci_heap_data(chunk);
+    memset(part, 0, sizeof *part);
+    a = &part->attempt;
+    crpci_list_init(&a->link);
+    a->sent = CRPC_SENT_NO;
+    a->deadline_us = c->attempt.deadline_us;
+    crpci_request_copy(&a->request, &c->attempt.request, chunk, CRPCI_PENDING_SIZE);
+    crpci_list_init(&part->of_channel);
+    crpci_loop_task_init(&part->task, NULL);
+    part->channel = c->channel;
+    part->method = c->method;
+    part->kind = CRPCI_CALL_PART;
+    part->policy = c->policy;
+    part->policy.cluster = CRPC_CLUSTER_FAILFAST;
+    part->start_us = crpci_loop_time(l); /* the provider is not charged for the call's wait */
+    part->backup_us = INT64_MAX;
+    part->key = c->key;
+    part->parent = c;
+    part->tried.max_attempts = 1;
+    part->before = CRPC_SENT_NO;
+    part->block = chunk;
+    if (crpci_id_add(&l->calls, l->heap, part, &a->id)) {
+        crpci_heap_chunk_unref(chunk);
+        return NULL;
+    }
+    return part;
+}
+
+CRPCI_COLD bool crpci_cluster_need_group(crpci_pending_call *c, bool all)
+{
+    if (c->group)
+        return true;
+    c->group = (crpci_group *)crpci_heap_alloc(c->channel->loop->heap, sizeof *c->group);
+    if (!c->group)
+        return false;
+    crpci_list_init(&c->group->parts);
+    c->group->all = all;
+    c->group->status = CRPC_ENOMEM;
+    return true;
+}
+
+/* Sends the call to up to `n` more providers. False: there was none. */
+CRPCI_COLD bool crpci_cluster_branch(crpci_pending_call *c, size_t n)
+{
+    crpci_group *g = c->group;
+    bool any = false;
+    g->starting = true;
+    for (; n; n--) {
+        crpci_member *m = crpci_attempt_pick(c);
+        crpci_pending_call *part = m ? crpci_cluster_part(c) : NULL;
+        if (!part && m && g->all) {
+            g->lost = n;
+            crpci_attempt_explain(c, CRPC_ENOMEM, "out of memory");
+        }
+        if (!part)
+            break;
+        any = true;
+        crpci_list_append(&g->parts, &part->of_channel);
+        g->open++;
+        crpci_attempt_start(part, m);
+    }
+    g->starting = false;
+    return any;
+}
+
+/* FORKING and BROADCAST: the call makes no attempt of its own. */
+CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
+{
+    bool all = c->policy.cluster == CRPC_CLUSTER_BROADCAST;
+    size_t count = c->channel->providers.count;
+    size_t n = all || !c->policy.forks ? count : (size_t)c->policy.forks;
+    if (!count) {
+        crpci_attempt_no_provider(c);
+    } else if (crpci_cluster_need_group(c, all) && crpci_cluster_branch(c, n)) {
+        crpci_cluster_settle(c);
+    } else {
+        crpci_attempt_explain(c, CRPC_ENOMEM, "out of memory");
+        crpci_attempt_finish(c, CRPC_ENOMEM);
+    }
+}
+
+/* Backup request: asks one more provider. Without memory or another provider the call goes on as it
+ * was. */
+CRPCI_COLD void crpci_cluster_backup(crpci_pending_call *c)
+{
+    c->backup_us = INT64_MAX;
+    if (c->attempt.state == CRPCI_ATTEMPT_DONE || !c->attempt.endpoint ||
+        !crpci_cluster_need_group(c, false))
+        return;
+    crpci_attempt_mark_tried(c);
+    if (crpci_cluster_branch(c, 1))
+        crpci_cluster_settle(c);
+}
+
+/* --- failback --------------------------------------------------------------------------------- */
+
+/* Tells the program of a call that is given up. */
+CRPCI_COLD void crpci_cluster_failback_dropped(crpc_loop *l, crpci_task *task)
+{
+    crpci_pending_call *c = CRPCI_CONTAINER(task, crpci_pending_call, task);
+    const crpc_channel *ch = c->channel;
+    crpc_error unknown;
+    memset(&unknown, 0, sizeof unknown);
+    unknown.code = c->status;
+    crpci_loop_user_begin(l);
+    if (ch->failback.dropped)
+        ch->failback.dropped(ch->failback.user, c->method->method, c->error ? c->error : &unknown);
+    else
+        crpci_heap_log(l->heap, CRPC_LOG_WARN, "given up: %s", c->error ? c->error->text : "");
+    crpci_loop_user_end(l);
+    crpci_attempt_free(c);
+}
+
+/* The pause before a try is over, or a try has not been answered in time. */
+CRPCI_COLD void crpci_cluster_failback_timer(crpc_loop *l, crpci_timer *t)
+{
+    crpci_pending_call *c = CRPCI_CONTAINER(t, crpci_pending_call, timer);
+    if (c->attempt.state == CRPCI_ATTEMPT_IDLE) {
+        c->start_us = crpci_loop_time(l);
+        c->attempt.deadline_us = c->start_us + (int64_t)c->policy.timeout_ms * 1000;
+        crpci_loop_timer_at(l, &c->timer, c->attempt.deadline_us);
+        crpci_attempt_start(c, crpci_attempt_pick(c));
+    } else {
+        crpci_attempt_expire(c);
+    }
+}
+
+/* A background try has failed: pauses before the next one, or gives the call up. */
+CRPCI_COLD void crpci_cluster_failback_failed(crpci_pending_call *c, int status)
+{
+    crpc_channel *ch = c->channel;
+    crpci_reply *r = &c->attempt.reply;
+    crpc_error *e = r->chunk ? crpci_attempt_error(c) : NULL;
+    bool answered = r->chunk && !crpci_status_reserved(r->error_code);
+    if (r->chunk)
+        status = e ? crpci_reply_remote_error(r, c->method->method, c->tried.attempts, e)
+                   : CRPC_ERESPONSE;
+    crpci_reply_drop(r, ch->loop);
+    if (c->policy.retries > 1 && !answered && !ch->closed &&
+        crpci_request_renew(&c->attempt.request, c->block)) {
+        c->policy.retries--;
+        c->tried.attempts = 0;
+        c->attempt.state = CRPCI_ATTEMPT_IDLE;
+        crpci_loop_timer_set(ch->loop, &c->timer, ch->failback.pause_us);
+        return;
+    }
+    c->status = status;
+    ch->failback.waiting--;
+    c->policy.cluster = CRPC_CLUSTER_FAILFAST;
+    crpci_loop_ready(ch->loop, &c->task);
+}
+
+/* A FAILBACK call has failed: puts a copy aside that is sent later. True: the call is such a copy
+ * itself, and goes on. */
+CRPCI_COLD bool crpci_cluster_retry_later(crpci_pending_call *c, int status)
+{
+    crpc_channel *ch = c->channel;
+    crpc_loop *l = ch->loop;
+    crpci_pending_call *back;
+    int code = c->attempt.reply.chunk ? c->attempt.reply.error_code : status;
+    if (c->kind == CRPCI_CALL_FAILBACK) {
+        crpci_cluster_failback_failed(c, status);
+        return true;
+    }
+    if (c->kind == CRPCI_CALL_PART || ch->closed || status == CRPC_ECANCELED ||
+        status == CRPC_EREJECT || !c->policy.retries || !crpci_status_reserved(code))
+        return false;
+    if (ch->failback.waiting >= ch->failback.max) {
+        crpci_heap_log(l->heap, CRPC_LOG_WARN, "%s.%s: dropped: %zu failed calls wait already "
+                                               "(failback_max)",
+                       c->method->method->service, c->method->method->name, ch->failback.waiting);
+        return false;
+    }
+    back = crpci_cluster_part(c);
+    if (!back)
+        return false;
+    back->kind = CRPCI_CALL_FAILBACK;
+    back->policy = c->policy;
+    back->parent = NULL;
+    crpci_list_append(&ch->calls, &back->of_channel);
+    crpci_loop_task_init(&back->task, crpci_cluster_failback_dropped);
+    crpci_timer_init(&back->timer, crpci_cluster_failback_timer);
+    ch->failback.waiting++;
+    if (ch->pending++ == 0)
+        crpci_thread_ref(&ch->refs);
+    crpci_loop_timer_set(l, &back->timer, ch->failback.pause_us);
+    crpci_loop_need_owner(l); /* where threads are forbidden it waits until somebody drives */
+    return false;
+}
+
+static const crpci_cluster_ops crpci_cluster_all = {
+    crpci_cluster_begin,      crpci_cluster_backup,     crpci_cluster_leaves_open,
+    crpci_cluster_part_ended, crpci_cluster_drop_parts, crpci_cluster_retry_later};
+
+#endif /* CRPC_ENABLE_CLIENT && CRPC_ENABLE_POLICY */
+
+/* ======================================================================== */
+/* >>impl-channel   the forms of calls, and closing                         */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_CLIENT
+
+/* --- interceptors ----------------------------------------------------------------------------- */
 
 /* Runs the interceptors' `before`; *ran says for how many `after` is due. */
 CRPCI_FN int crpci_channel_before(crpc_channel *ch, const crpc_method *m, crpc_call *call,
@@ -16699,45 +17131,47 @@ CRPCI_FN int64_t crpci_channel_deadline(const crpci_policy *policy, const crpc_c
                                         int64_t now)
 {
     int64_t ms = policy->timeout_ms;
-    int64_t at = now + crpci_base_min64(ms, CRPCI_CHANNEL_LONGEST_MS) * 1000;
+    int64_t at = now + crpci_base_min64(ms, CRPCI_REQUEST_LONGEST_MS) * 1000;
     if (call->deadline_us > 0)
         at = crpci_base_min64(call->deadline_us,
-                              now + (int64_t)CRPCI_CHANNEL_LONGEST_MS * 1000);
+                              now + (int64_t)CRPCI_REQUEST_LONGEST_MS * 1000);
     if (call->parent)
         at = crpci_base_min64(at,
                               ((const crpci_origin *)(const void *)call->parent)->deadline_us);
     return at;
 }
 
-/* The rest of what a call inherits and is bounded by; its request is there. A reference of the
- * channel goes with it. Locked. */
-CRPCI_FN void crpci_call_init(crpci_call *c, crpc_channel *ch, const crpci_call_method *k,
-                              crpci_call_kind kind, const crpc_call *in, int64_t start)
+/* Fills a pending call whose request is encoded, and lists it in the channel. Single stores,
+ * because clearing the whole struct takes longer. Locked. */
+CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
+                                      const crpci_method *k, crpci_call_kind kind,
+                                      const crpc_call *in, int64_t start)
 {
-    c->state = CRPCI_CALL_IDLE;
-    c->id = 0;
-    c->out = NULL;
-    c->endpoint = NULL;
-    c->attempts = 0;
-    c->sent = c->before = CRPC_SENT_NO;
-    c->waiter = NULL;
+    crpci_attempt *a = &c->attempt;
+    crpci_list_init(&a->link);
+    a->state = CRPCI_ATTEMPT_IDLE;
+    a->one_way = kind == CRPCI_CALL_NOTIFY;
+    a->sent = c->before = CRPC_SENT_NO;
+    a->id = 0;
+    a->out = NULL;
+    a->endpoint = NULL;
+    a->reply.chunk = NULL;
     c->timer.prev = NULL;
+    c->channel = ch;
+    c->method = k;
+    c->kind = kind;
+    c->member = NULL;
+    c->parent = NULL;
+    c->group = NULL;
+    c->waiter = NULL;
     c->error = NULL;
     c->error_chunk = NULL;
     c->status = CRPC_OK;
-    c->replied = false;
-    c->node = NULL;
-    c->parent = NULL;
-    c->group = NULL;
-    c->channel = ch;
-    c->method = k->method;
-    c->known = k;
-    c->kind = kind;
     c->policy = k->policy;
     if (CRPCI_UNLIKELY(in->policy || in->timeout_ms > 0 || in->retries))
-        crpci_channel_refine(&c->policy, in);
+        crpci_request_call_policy(&c->policy, in);
     c->start_us = start;
-    c->deadline_us = crpci_channel_deadline(&c->policy, in, start);
+    a->deadline_us = crpci_channel_deadline(&c->policy, in, start);
     c->backup_us = INT64_MAX;
     if (CRPCI_UNLIKELY(c->policy.backup_ms && kind != CRPCI_CALL_NOTIFY &&
                        (k->method->flags & CRPC_METHOD_IDEMPOTENT)))
@@ -16746,16 +17180,17 @@ CRPCI_FN void crpci_call_init(crpci_call *c, crpc_channel *ch, const crpci_call_
                  ? crpci_balance_hash(crpc_view_data(in->key), crpc_view_size(in->key))
                  : 0;
     if (CRPCI_UNLIKELY(k->hash_field && !c->key))
-        c->key = crpci_channel_field_key(&c->request, k->hash_field);
-    c->max_attempts = 1;
+        c->key = crpci_request_hash_key(&a->request, k->hash_field);
+    c->tried.attempts = 0;
+    c->tried.max_attempts = 1;
     if (c->policy.cluster == CRPC_CLUSTER_FAILOVER)
-        c->max_attempts += c->policy.retries;
-    crpci_list_init(&c->link);
+        c->tried.max_attempts += c->policy.retries;
     crpci_list_append(&ch->calls, &c->of_channel);
     ch->loop->stats.calls++;
 }
 
-/* Locks for a call that began at `start`, and lets the loop catch up, which unlocks meanwhile. */
+/* Locks for a call that began at `start`, and lets the loop catch up, which unlocks meanwhile. The
+ * start serves as the loop's time, unless interceptors or a large message may have taken long. */
 CRPCI_FN void crpci_channel_enter(const crpc_channel *ch, int64_t start, const crpci_request *r)
 {
     crpc_loop *l = ch->loop;
@@ -16763,150 +17198,108 @@ CRPCI_FN void crpci_channel_enter(const crpc_channel *ch, int64_t start, const c
     if (start > l->now)
         l->now = start;
     l->fresh = false;
-    if (ch->interceptor_count || r->payload_size > CRPCI_CHANNEL_INLINE)
-        crpci_loop_rough_time(l); /* what was done since may have taken a while */
+    if (ch->interceptor_count || r->payload_size > CRPCI_REQUEST_INLINE)
+        crpci_loop_rough_time(l);
     l->fresh = true;
     crpci_loop_catch_up(l);
 }
 
-/* P2: sends what was queued, unless the driver will before it sleeps. */
+/* Rule P2: sends what was queued, unless a driver will do so before it sleeps. */
 CRPCI_FN void crpci_channel_flush(crpc_loop *l)
 {
     if (crpci_loop_may_send(l))
         crpci_loop_run_list(l, &l->dirty);
 }
 
-/* A backup request is due, or the deadline has passed, which a synchronous caller sees to. */
-CRPCI_FN void crpci_call_on_timer(crpc_loop *l, crpci_timer *t)
-{
-    crpci_call *c = CRPCI_CONTAINER(t, crpci_call, timer);
-    int64_t now = crpci_loop_time(l);
-    if (c->backup_us <= now && now < c->deadline_us) {
-        if (c->kind != CRPCI_CALL_SYNC)
-            crpci_loop_timer_at(l, t, c->deadline_us);
-        crpci_call_back_up(c);
-    } else if (c->kind != CRPCI_CALL_SYNC) {
-        crpci_call_expire(c);
-    }
-}
-
 /* --- synchronous ------------------------------------------------------------------------------ */
 
-/* Runs one call to its end: c->status, c->reply. Locked. */
-CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_call *c)
+/* Runs one call to its end. Locked. */
+CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_pending_call *c)
 {
     crpc_loop *l = ch->loop;
+    crpci_attempt *a = &c->attempt;
     crpci_waiter w;
     memset(&w, 0, sizeof w);
     c->waiter = &w;
-    if (crpci_id_add(&l->calls, l->heap, c, &c->id)) {
-        crpci_call_explain(c, CRPC_ENOMEM, "out of memory");
-        crpci_call_finish(c, CRPC_ENOMEM);
+    if (crpci_id_add(&l->calls, l->heap, c, &a->id)) {
+        crpci_attempt_explain(c, CRPC_ENOMEM, "out of memory");
+        crpci_attempt_finish(c, CRPC_ENOMEM);
     } else {
-        if (c->backup_us < c->deadline_us)
+        if (c->backup_us < a->deadline_us)
             crpci_loop_timer_at(l, &c->timer, c->backup_us);
-        if (CRPCI_UNLIKELY(ch->choose_again))
-            crpci_channel_choose_again(ch);
-        crpci_call_attempt(c);
+        crpci_attempt_begin(c);
     }
     crpci_channel_flush(l);
-    crpci_loop_wait(l, &w, c->deadline_us, false);
+    crpci_loop_wait(l, &w, a->deadline_us, false);
     c->waiter = NULL;
-    if (c->state != CRPCI_CALL_DONE) {
-        crpci_call_expire(c);
+    if (a->state != CRPCI_ATTEMPT_DONE) {
+        crpci_attempt_expire(c);
         crpci_channel_flush(l); /* the next call for its slot */
     }
-    if (c->endpoint) /* else its failure was explained, perhaps by one of several attempts */
-        memcpy(c->error->endpoint, c->endpoint->address, c->endpoint->address_size);
-    crpci_endpoint_drop(c->endpoint);
-    crpci_id_remove(&l->calls, c->id);
+    if (a->endpoint) /* else no attempt of its own was made, and the parts have explained */
+        memcpy(c->error->endpoint, a->endpoint->address, a->endpoint->address_size);
+    crpci_endpoint_drop(a->endpoint);
+    crpci_id_remove(&l->calls, a->id);
     crpci_list_remove(&c->of_channel);
-    l->fresh = false; /* the next to come may come much later */
+    l->fresh = false; /* the next caller may come much later */
 }
 
-CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_call_method *k, const void *request,
+/* Makes the call on the caller's stack. `hold`: the result may point into the reply's bytes. */
+CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_method *k, const void *request,
                                 void *response, crpc_call *call, bool hold)
 {
     const crpc_method *m = k->method;
     crpc_loop *l = ch->loop;
     int64_t start = crpci_loop_now(l);
-    crpci_call c;
-    bool borrow = k->plain && !call->policy; /* two frames cannot have the caller's bytes */
-    int err = crpci_channel_encode(ch, k, request, call, borrow, 0, &c.request, &call->error);
+    crpci_pending_call c;
+    crpci_attempt *a = &c.attempt;
+    bool borrow = k->plain && !call->policy; /* two frames at a time cannot share the bytes */
+    int err = crpci_request_encode(&ch->requests, k, request, call, borrow, 0, &a->request,
+                                   &call->error);
     if (err)
         return err;
-    crpci_channel_enter(ch, start, &c.request);
+    crpci_channel_enter(ch, start, &a->request);
     if (crpci_loop_in_callback(l) || ch->closed) {
         err = ch->closed ? CRPC_ECANCELED : CRPC_EDEADLK;
         l->fresh = false;
         crpci_loop_unlock(l);
-        crpci_heap_chunk_unref(c.request.chunk);
+        crpci_heap_chunk_unref(a->request.chunk);
         return crpci_status_set(&call->error, err, "%s.%s: %s (local)", m->service, m->name,
                                 crpc_status_text(err));
     }
     c.block = NULL;
-    crpci_call_init(&c, ch, k, CRPCI_CALL_SYNC, call, start);
+    crpci_channel_init_call(&c, ch, k, CRPCI_CALL_SYNC, call, start);
     crpci_loop_task_init(&c.task, NULL);
-    crpci_timer_init(&c.timer, crpci_call_on_timer);
+    crpci_timer_init(&c.timer, crpci_attempt_on_timer);
     c.error = &call->error;
     crpci_channel_run(ch, &c);
-    crpci_call_settle(l, &c.request);
+    crpci_request_settle(l, &a->request);
     crpci_loop_unlock(l);
-    crpci_heap_chunk_unref(c.request.chunk);
-    err = crpci_call_result(&c, response, call);
+    crpci_heap_chunk_unref(a->request.chunk);
+    err = crpci_attempt_result(&c, response, call);
     call->error.code = err;
     call->latency_us = c.end_us - start;
-    if (hold && c.replied)
-        crpci_call_hand_over(&c, call);
+    if (hold && a->reply.chunk)
+        crpci_reply_hand_over(&a->reply, call);
     else
-        crpci_call_drop_reply(&c, call);
+        crpci_reply_release(&a->reply, call);
     return err;
-}
-
-/* As CRPC_INIT what goes in; without a call of memset or the string instructions that stand for
- * one, which take longer than these few stores. */
-CRPCI_FN void crpci_call_clear_in(crpc_call *call)
-{
-    call->timeout_ms = call->retries = 0;
-    call->deadline_us = call->log_id = 0;
-    call->fields = NULL;
-    call->field_count = 0;
-    call->credential = call->attachment = call->key = crpc_view_of(NULL, 0);
-    call->request_id = call->order_key = crpc_view_of(NULL, 0);
-    call->parent = NULL;
-    call->policy = NULL;
-}
-
-/* The same of all but the rest of the texts. */
-CRPCI_FN void crpci_call_clear(crpc_call *call)
-{
-    crpc_error *e = &call->error;
-    size_t i;
-    crpci_call_clear_in(call);
-    e->code = e->app_code = e->attempts = 0;
-    e->sent = CRPC_SENT_NO;
-    e->remote = false;
-    e->endpoint[0] = e->text[0] = '\0';
-    call->reply_attachment = crpc_view_of(NULL, 0);
-    call->latency_us = 0;
-    for (i = 0; i < sizeof call->reserved / sizeof *call->reserved; i++)
-        call->reserved[i] = NULL;
 }
 
 CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const void *request,
                                void *response, crpc_call *call)
 {
-    const crpci_call_method *k;
+    const crpci_method *k;
     bool hold = call != NULL;
     crpc_call local;
     size_t ran;
     int err;
     crpci_thread_ref(&ch->refs); /* another thread may close the channel meanwhile */
-    k = crpci_channel_method(ch, m);
+    k = crpci_request_find_method(&ch->requests, m);
     if (hold)
         crpc_call_reset(call);
     else
-        crpci_call_clear(&local);
+        crpci_request_clear_call(&local);
     err = !k ? CRPC_ENOMEM : !hold && k->response.views ? CRPC_EINVAL : CRPC_OK;
     if (CRPCI_UNLIKELY(err)) {
         if (hold)
@@ -16921,49 +17314,56 @@ CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const voi
         if (!hold)
             crpc_call_reset(call);
     }
-    crpci_channel_drop(ch);
+    crpci_attempt_drop_channel(ch);
     return err;
 }
 
 /* --- asynchronous ----------------------------------------------------------------------------- */
 
-
-/* Runs a callback with the result. Decoding goes without the lock, into the call's own chunk. */
-CRPCI_FN void crpci_call_deliver(crpc_loop *l, crpci_task *task)
+/* What crpc_call and crpc_done tell about an ended asynchronous call, before its result. */
+CRPCI_FN void crpci_channel_copy_error(const crpci_pending_call *c, crpc_error *to)
 {
-    crpci_call *c = CRPCI_CONTAINER(task, crpci_call, task);
+    const crpci_endpoint *e = c->attempt.endpoint;
+    if (c->error)
+        *to = *c->error;
+    if (e)
+        memcpy(to->endpoint, e->address, e->address_size);
+}
+
+/* Runs a callback with the result. Decodes without the lock, into the call's own chunk. */
+CRPCI_FN void crpci_channel_deliver(crpc_loop *l, crpci_task *task)
+{
+    crpci_pending_call *c = CRPCI_CONTAINER(task, crpci_pending_call, task);
+    const crpci_message_type *type = &c->method->response;
     crpc_channel *ch = c->channel;
-    void *response = (char *)c + CRPCI_CALL_SIZE;
+    void *response = (char *)c + CRPCI_PENDING_SIZE;
     crpc_call call;
     crpc_done done;
-    if (c->id)
-        crpci_id_remove(&l->calls, c->id);
-    c->id = 0;
+    if (c->attempt.id)
+        crpci_id_remove(&l->calls, c->attempt.id);
+    c->attempt.id = 0;
     crpci_loop_user_begin(l);
-    crpci_call_clear(&call);
-    if (c->error)
-        call.error = *c->error;
-    if (c->endpoint)
-        memcpy(call.error.endpoint, c->endpoint->address, c->endpoint->address_size);
-    if (c->replied && !c->known->response.views && !c->known->response.clear)
-        memset(response, 0, c->known->response.size);
-    done.status = crpci_call_result(c, response, &call);
+    crpci_request_clear_call(&call);
+    crpci_channel_copy_error(c, &call.error);
+    if (c->attempt.reply.chunk && !type->views && !type->clear)
+        memset(response, 0, type->size);
+    done.status = crpci_attempt_result(c, response, &call);
     done.response = done.status ? NULL : response;
     call.error.code = done.status;
     call.latency_us = c->end_us - c->start_us;
-    crpci_channel_after(ch, c->method, &call, done.status, ch->interceptor_count);
+    crpci_channel_after(ch, c->method->method, &call, done.status, ch->interceptor_count);
     done.call = &call;
     done.user = c->user;
     done.fn = c->fn;
     c->deliver(&done);
     crpci_loop_user_end(l);
-    crpci_call_free(c);
+    crpci_attempt_free(c);
 }
 
-/* Where an asynchronous call and its response stand in the chunk of its request. */
-CRPCI_FN size_t crpci_call_front(const crpci_message_type *response)
+/* How many bytes an asynchronous call and its response take in the chunk of its request. */
+CRPCI_FN size_t crpci_channel_front(const crpci_message_type *response)
 {
-    return CRPCI_CALL_SIZE + ((response->size + 15) & ~(size_t)15);
+    return CRPCI_PENDING_SIZE + ((response->size + 15) & ~(size_t)15);
 }
 
 /* Whether one more asynchronous call may begin. Locked. */
@@ -16975,52 +17375,52 @@ CRPCI_FN int crpci_channel_admit(crpc_channel *ch, crpci_call_kind kind)
     if (kind == CRPCI_CALL_ID && l->max_results && (int64_t)l->results >= l->max_results)
         return CRPC_ELIMIT;
     if (kind == CRPCI_CALL_ID && l->forbid_threads)
-        return CRPC_OK; /* crpc_channel_wait drives */
+        return CRPC_OK; /* crpc_channel_wait drives the loop */
     return crpci_loop_need_owner(l);
 }
 
-/* Puts a call into its request's chunk; that of a result that may not be fetched for long into one
- * of its own, if the request is large. NULL: out of memory. */
-CRPCI_FN crpci_call *crpci_call_place(crpc_loop *l, crpci_call_kind kind, const crpci_request *r,
-                                      size_t response_size)
+/* Puts a call into its request's chunk. A result may stay unfetched for long, so if the request is
+ * large the call gets a chunk of its own. NULL: out of memory. */
+CRPCI_FN crpci_pending_call *crpci_channel_place(crpc_loop *l, crpci_call_kind kind,
+                                                 const crpci_request *r, size_t response_size)
 {
     crpci_chunk *block = r->chunk;
-    crpci_call *c;
-    if (kind == CRPCI_CALL_ID && r->payload_size + r->inline_size > CRPCI_CHANNEL_INLINE)
-        block = crpci_heap_chunk(l->heap, CRPCI_CALL_SIZE + response_size);
+    crpci_pending_call *c;
+    if (kind == CRPCI_CALL_ID && r->payload_size + r->inline_size > CRPCI_REQUEST_INLINE)
+        block = crpci_heap_chunk(l->heap, CRPCI_PENDING_SIZE + response_size);
     if (!block)
         return NULL;
-    c = (crpci_call *)(void *)crpci_heap_data(block);
-    c->request = *r;
+    c = (crpci_pending_call *)(void *)crpci_heap_data(block);
+    c->attempt.request = *r;
     c->block = block;
     return c;
 }
 
-/* Enters a call whose request is encoded: on success *out is locked, to be completed, launched. On
- * failure the request is gone and nothing is locked. */
-CRPCI_FN int crpci_channel_put(crpc_channel *ch, const crpci_call_method *k, crpci_call_kind kind,
+/* Enters a call whose request is encoded. On success *out is to be completed and launched, and the
+ * loop is locked. On failure the request is gone and nothing is locked. */
+CRPCI_FN int crpci_channel_put(crpc_channel *ch, const crpci_method *k, crpci_call_kind kind,
                                const crpc_call *in, const crpci_request *r, int64_t start,
-                               crpci_call **out)
+                               crpci_pending_call **out)
 {
     crpc_loop *l = ch->loop;
-    crpci_call *c;
+    crpci_pending_call *c;
     int err;
     crpci_channel_enter(ch, start, r);
     err = crpci_channel_admit(ch, kind);
-    c = err ? NULL : crpci_call_place(l, kind, r, k->response.size);
+    c = err ? NULL : crpci_channel_place(l, kind, r, k->response.size);
     if (CRPCI_UNLIKELY(!c)) {
         crpci_loop_unlock(l);
         crpci_heap_chunk_unref(r->chunk);
         return err ? err : CRPC_ENOMEM;
     }
-    crpci_call_init(c, ch, k, kind, in, start);
-    crpci_loop_task_init(&c->task, crpci_call_deliver);
-    crpci_timer_init(&c->timer, crpci_call_on_timer);
+    crpci_channel_init_call(c, ch, k, kind, in, start);
+    crpci_loop_task_init(&c->task, crpci_channel_deliver);
+    crpci_timer_init(&c->timer, crpci_attempt_on_timer);
     l->results += kind == CRPCI_CALL_ID;
     if (ch->pending++ == 0)
         crpci_thread_ref(&ch->refs);
-    if (CRPCI_UNLIKELY(crpci_id_add(&l->calls, l->heap, c, &c->id))) {
-        crpci_call_free(c);
+    if (CRPCI_UNLIKELY(crpci_id_add(&l->calls, l->heap, c, &c->attempt.id))) {
+        crpci_attempt_free(c);
         crpci_loop_unlock(l);
         return CRPC_ENOMEM;
     }
@@ -17028,61 +17428,62 @@ CRPCI_FN int crpci_channel_put(crpc_channel *ch, const crpci_call_method *k, crp
     return CRPC_OK;
 }
 
-/* The same with interceptors, which may change what is asked for. */
-CRPCI_FN int crpci_channel_put_intercepted(crpc_channel *ch, const crpci_call_method *k,
+/* The same with interceptors, which may change the call's inputs. */
+CRPCI_FN int crpci_channel_put_intercepted(crpc_channel *ch, const crpci_method *k,
                                            const void *request, crpci_call_kind kind,
-                                           const crpc_call *in, int64_t start, crpci_call **out)
+                                           const crpc_call *in, int64_t start,
+                                           crpci_pending_call **out)
 {
     crpci_request r;
     crpc_call call;
     size_t ran;
     int err;
-    crpci_call_clear(&call);
+    crpci_request_clear_call(&call);
     memcpy(&call, in, offsetof(crpc_call, error));
     crpci_thread_ref(&ch->refs); /* an interceptor may close the channel */
     err = crpci_channel_before(ch, k->method, &call, &ran);
     err = err ? err
-              : crpci_channel_encode(ch, k, request, &call, false, crpci_call_front(&k->response),
-                                     &r, NULL);
+              : crpci_request_encode(&ch->requests, k, request, &call, false,
+                                     crpci_channel_front(&k->response), &r, NULL);
     err = err ? err : crpci_channel_put(ch, k, kind, &call, &r, start, out);
     if (err)
         crpci_channel_after(ch, k->method, &call, err, ran);
     crpc_call_reset(&call);
-    crpci_channel_drop(ch);
+    crpci_attempt_drop_channel(ch);
     return err;
 }
 
-/* What all asynchronous forms begin with; on success *out is entered and locked, to be completed,
- * attempted and unlocked. */
+/* Begins any asynchronous form. On success *out is to be completed and launched, and the loop is
+ * locked. */
 CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const void *request,
-                                 crpci_call_kind kind, const crpc_call *in, crpci_call **out)
+                                 crpci_call_kind kind, const crpc_call *in,
+                                 crpci_pending_call **out)
 {
     int64_t start = crpci_loop_start_time(ch->loop);
-    const crpci_call_method *k = crpci_channel_method(ch, m);
+    const crpci_method *k = crpci_request_find_method(&ch->requests, m);
     crpc_call defaults;
     crpci_request r;
     int err;
     *out = NULL;
-    crpci_call_clear_in(&defaults);
+    crpci_request_clear_inputs(&defaults);
     in = in ? in : &defaults;
     if (CRPCI_UNLIKELY(!k))
         return CRPC_ENOMEM;
     if (ch->interceptor_count)
         return crpci_channel_put_intercepted(ch, k, request, kind, in, start, out);
-    err = crpci_channel_encode(ch, k, request, in, false, crpci_call_front(&k->response), &r, NULL);
+    err = crpci_request_encode(&ch->requests, k, request, in, false,
+                               crpci_channel_front(&k->response), &r, NULL);
     return err ? err : crpci_channel_put(ch, k, kind, in, &r, start, out);
 }
 
-/* Starts what crpci_channel_async entered, and unlocks. The call may end, and be freed, in here. */
-CRPCI_FN void crpci_channel_launch(crpc_loop *l, crpci_call *c)
+/* Makes the first attempt and unlocks. The call may end, and be freed, in here. */
+CRPCI_FN void crpci_channel_launch(crpc_loop *l, crpci_pending_call *c)
 {
     bool send = crpci_loop_may_send(l);
     if (send)
-        crpci_loop_hold(l); /* unlocked to send: its callback may close the channel meanwhile */
-    crpci_loop_timer_at(l, &c->timer, crpci_base_min64(c->backup_us, c->deadline_us));
-    if (CRPCI_UNLIKELY(c->channel->choose_again))
-        crpci_channel_choose_again(c->channel);
-    crpci_call_attempt(c);
+        crpci_loop_hold(l); /* sending unlocks: a callback may close the channel meanwhile */
+    crpci_loop_timer_at(l, &c->timer, crpci_base_min64(c->backup_us, c->attempt.deadline_us));
+    crpci_attempt_begin(c);
     crpci_channel_flush(l);
     l->fresh = false;
     crpci_loop_unlock(l);
@@ -17094,7 +17495,7 @@ CRPC_API int crpc_channel_call_async(crpc_channel *ch, const crpc_method *m, con
                                      crpc_done_fn deliver, crpc_any_fn fn, void *user,
                                      const crpc_call *call)
 {
-    crpci_call *c;
+    crpci_pending_call *c;
     int err = deliver ? crpci_channel_async(ch, m, request, CRPCI_CALL_DELIVER, call, &c)
                       : CRPC_EINVAL;
     if (err)
@@ -17109,41 +17510,45 @@ CRPC_API int crpc_channel_call_async(crpc_channel *ch, const crpc_method *m, con
 CRPC_API int crpc_channel_notify(crpc_channel *ch, const crpc_method *m, const void *request,
                                  const crpc_call *call)
 {
-    crpci_call *c;
+    crpci_pending_call *c;
     int err = crpci_channel_async(ch, m, request, CRPCI_CALL_NOTIFY, call, &c);
     if (!err)
         crpci_channel_launch(ch->loop, c);
     return err;
 }
 
+/* --- results by id ---------------------------------------------------------------------------- */
+
 CRPC_API int crpc_channel_begin(crpc_channel *ch, const crpc_method *m, const void *request,
                                 crpc_id *id, const crpc_call *call)
 {
-    crpci_call *c;
+    crpci_pending_call *c;
     int err = crpci_channel_async(ch, m, request, CRPCI_CALL_ID, call, &c);
-    id->value = err ? 0 : c->id; /* before anybody can see the request */
+    id->value = err ? 0 : c->attempt.id; /* before anybody can see the request */
     if (!err)
         crpci_channel_launch(ch->loop, c);
     return err;
 }
 
 /* The call of an id, if it is one of the channel's. Locked. */
-CRPCI_FN crpci_call *crpci_channel_find(crpc_channel *ch, crpc_id id)
+CRPCI_FN crpci_pending_call *crpci_channel_find(crpc_channel *ch, crpc_id id)
 {
-    crpci_call *c = (crpci_call *)crpci_id_get(&ch->loop->calls, id.value);
+    crpci_pending_call *c = (crpci_pending_call *)crpci_id_get(&ch->loop->calls, id.value);
     return c && c->channel == ch && c->kind == CRPCI_CALL_ID ? c : NULL;
 }
 
-CRPCI_FN int crpci_call_state_status(const crpci_call *c)
+CRPCI_FN int crpci_channel_status(const crpci_pending_call *c)
 {
-    return !c ? CRPC_ENOTFOUND : c->state == CRPCI_CALL_DONE ? CRPC_OK : CRPC_EPENDING;
+    return !c                                        ? CRPC_ENOTFOUND
+           : c->attempt.state == CRPCI_ATTEMPT_DONE ? CRPC_OK
+                                                     : CRPC_EPENDING;
 }
 
 CRPC_API int crpc_channel_poll(crpc_channel *ch, crpc_id id)
 {
     int err;
     crpci_loop_lock(ch->loop);
-    err = crpci_call_state_status(crpci_channel_find(ch, id));
+    err = crpci_channel_status(crpci_channel_find(ch, id));
     crpci_loop_unlock(ch->loop);
     return err;
 }
@@ -17152,14 +17557,14 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
 {
     crpc_loop *l = ch->loop;
     crpci_waiter w;
-    crpci_call *c;
+    crpci_pending_call *c;
     int err;
     memset(&w, 0, sizeof w);
     crpci_loop_hold(l); /* another thread may close the channel meanwhile */
     crpci_thread_ref(&ch->refs);
     crpci_loop_lock(l);
     c = crpci_channel_find(ch, id);
-    err = crpci_call_state_status(c);
+    err = crpci_channel_status(c);
     if (err == CRPC_EPENDING) {
         int64_t until = timeout_ms < 0 ? INT64_MAX
                                        : crpci_loop_now(l) + (int64_t)timeout_ms * 1000;
@@ -17168,14 +17573,14 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
         } else {
             c->waiter = &w;
             crpci_loop_wait(l, &w, until, true);
-            c = crpci_channel_find(ch, id); /* may have been fetched or cancelled */
+            c = crpci_channel_find(ch, id); /* it may have been fetched or cancelled */
             if (c)
                 c->waiter = NULL;
-            err = ch->closed ? CRPC_ECANCELED : crpci_call_state_status(c);
+            err = ch->closed ? CRPC_ECANCELED : crpci_channel_status(c);
         }
     }
     crpci_loop_unlock_driver(l);
-    crpci_channel_drop(ch);
+    crpci_attempt_drop_channel(ch);
     crpci_loop_release(l);
     return err;
 }
@@ -17185,21 +17590,21 @@ CRPC_API int crpc_channel_fetch(crpc_channel *ch, const crpc_method *m, crpc_id 
 {
     crpc_loop *l = ch->loop;
     crpc_call local;
-    crpci_call *c;
+    crpci_pending_call *c;
     bool hold = call != NULL;
     int err;
     crpci_loop_lock(l);
     c = crpci_channel_find(ch, id);
-    err = crpci_call_state_status(c);
-    if (!err && (c->method != m || (!call && c->known->response.views)))
+    err = crpci_channel_status(c);
+    if (!err && (c->method->method != m || (!call && c->method->response.views)))
         err = CRPC_EINVAL;
     if (err) {
         crpci_loop_unlock(l);
         return crpci_status_set(call ? &call->error : NULL, err, "%s.%s: fetching: %s (local)",
                                 m->service, m->name, crpc_status_text(err));
     }
-    crpci_id_remove(&l->calls, c->id); /* from here on it is this thread's alone */
-    c->id = 0;
+    crpci_id_remove(&l->calls, c->attempt.id); /* from here on the call is this thread's alone */
+    c->attempt.id = 0;
     crpci_list_remove(&c->of_channel);
     crpci_loop_hold(l); /* an interceptor may close the channel */
     crpci_loop_unlock(l);
@@ -17210,20 +17615,17 @@ CRPC_API int crpc_channel_fetch(crpc_channel *ch, const crpc_method *m, crpc_id 
         crpc_call_reset(call);
     }
     memset(&call->error, 0, sizeof call->error);
-    if (c->error)
-        call->error = *c->error;
-    if (c->endpoint)
-        memcpy(call->error.endpoint, c->endpoint->address, c->endpoint->address_size);
-    err = crpci_call_result(c, response, call);
+    crpci_channel_copy_error(c, &call->error);
+    err = crpci_attempt_result(c, response, call);
     call->error.code = err;
     call->latency_us = c->end_us - c->start_us;
     if (hold)
-        crpci_call_hand_over(c, call);
+        crpci_reply_hand_over(&c->attempt.reply, call);
     else
-        crpci_call_drop_reply(c, call);
-    crpci_channel_after(ch, c->method, call, err, ch->interceptor_count);
+        crpci_reply_release(&c->attempt.reply, call);
+    crpci_channel_after(ch, m, call, err, ch->interceptor_count);
     crpci_loop_lock(l);
-    crpci_call_free(c);
+    crpci_attempt_free(c);
     crpci_loop_unlock(l);
     crpci_loop_release(l);
     return err;
@@ -17232,77 +17634,146 @@ CRPC_API int crpc_channel_fetch(crpc_channel *ch, const crpc_method *m, crpc_id 
 CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
 {
     crpc_loop *l = ch->loop;
-    crpci_call *c;
+    crpci_pending_call *c;
     crpci_loop_lock(l);
     c = crpci_channel_find(ch, id);
     if (c) {
-        if (c->state != CRPCI_CALL_DONE) {
-            crpci_call_abandon(c, CRPC_ECANCELED);
-            crpci_call_finish(c, CRPC_ECANCELED);
+        if (c->attempt.state != CRPCI_ATTEMPT_DONE) {
+            crpci_attempt_abandon(c, CRPC_ECANCELED);
+            crpci_attempt_finish(c, CRPC_ECANCELED);
         }
         if (c->waiter)
             crpci_loop_done(l, c->waiter);
-        crpci_call_free(c);
+        crpci_attempt_free(c);
         crpci_channel_flush(l); /* the next call for its slot */
     }
     crpci_loop_unlock(l);
     return c ? CRPC_OK : CRPC_ENOTFOUND;
 }
 
-/* --- opening and closing ---------------------------------------------------------------------- */
+/* --- closing ---------------------------------------------------------------------------------- */
+
+/* Ends every call of the channel with CRPC_ECANCELED. Locked. */
+CRPCI_FN void crpci_channel_cancel_all(crpc_channel *ch)
+{
+    crpci_list calls;
+    crpci_list_move(&calls, &ch->calls);
+    while (!crpci_list_empty(&calls)) {
+        crpci_pending_call *c = CRPCI_CONTAINER(calls.next, crpci_pending_call, of_channel);
+        bool by_id = c->kind == CRPCI_CALL_ID;
+        crpci_list_remove(&c->of_channel);
+        if (c->attempt.state != CRPCI_ATTEMPT_DONE) {
+            crpci_attempt_abandon(c, CRPC_ECANCELED);
+            crpci_attempt_explain(c, CRPC_ECANCELED, "the channel was closed");
+            crpci_attempt_finish(c, CRPC_ECANCELED);
+        }
+        if (by_id)
+            crpci_attempt_free(c);
+    }
+}
+
+CRPC_API void crpc_channel_close(crpc_channel *ch)
+{
+    crpc_loop *l;
+    bool private_loop;
+    if (!ch)
+        return;
+    l = ch->loop;
+    private_loop = ch->private_loop;
+    crpci_loop_lock(l);
+    ch->closed = true;
+    crpci_loop_unlock(l);
+    if (ch->directory.registry) {
+        if (ch->directory.subscription)
+            ch->directory.registry->ops->unsubscribe(ch->directory.registry,
+                                                     ch->directory.subscription);
+        crpci_registry_close(ch->directory.registry);
+    }
+    crpci_loop_lock(l);
+    ch->directory.registry = NULL;
+    crpci_channel_cancel_all(ch);
+    crpci_providers_clear(&ch->providers);
+    crpci_attempt_drop_channel(ch);
+    crpci_channel_flush(l); /* calls of other channels for the slots */
+    crpci_loop_unlock(l);
+    if (private_loop)
+        crpc_loop_close(l);
+}
+
+CRPC_API crpc_loop *crpc_channel_loop(crpc_channel *ch)
+{
+    return ch->loop;
+}
+
+CRPC_API size_t crpc_channel_providers(crpc_channel *ch)
+{
+    size_t n;
+    crpci_loop_lock(ch->loop);
+    n = ch->providers.count;
+    crpci_loop_unlock(ch->loop);
+    return n;
+}
+
+#endif /* CRPC_ENABLE_CLIENT */
+
+/* ======================================================================== */
+/* >>impl-opening   URLs and options of a channel, its directory            */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_CLIENT
 
 /* The options a URL may carry, and where they go. */
-typedef struct crpci_channel_key {
+typedef struct crpci_opening_key {
     const char *name;
     int64_t max;
     size_t offset;     /* in crpc_channel_options */
     bool wide;         /* int64_t, else int */
     const char *words; /* NULL: a number; else the first of these means 1 */
-} crpci_channel_key;
+} crpci_opening_key;
 
-#define CRPCI_CHANNEL_KEY(name, max, wide)                                                         \
+#define CRPCI_OPENING_KEY(name, max, wide)                                                         \
     {#name, max, offsetof(crpc_channel_options, name), wide, NULL}
-#define CRPCI_CHANNEL_MS(name) CRPCI_CHANNEL_KEY(name, CRPCI_CHANNEL_LONGEST_MS, false)
+#define CRPCI_OPENING_MS(name) CRPCI_OPENING_KEY(name, CRPCI_REQUEST_LONGEST_MS, false)
 
-static const crpci_channel_key crpci_channel_keys[] = {
-    CRPCI_CHANNEL_MS(timeout_ms),
-    CRPCI_CHANNEL_MS(connect_timeout_ms),
-    CRPCI_CHANNEL_KEY(retries, CRPCI_CHANNEL_RETRIES, false),
-    CRPCI_CHANNEL_KEY(inflight, INT32_MAX, false),
-    CRPCI_CHANNEL_KEY(max_body, INT32_MAX, true),
-    CRPCI_CHANNEL_KEY(max_queued, INT64_MAX, true),
-    CRPCI_CHANNEL_KEY(short_names, 1, false),
-    CRPCI_CHANNEL_MS(registry_timeout_ms),
-    CRPCI_CHANNEL_MS(session_timeout_ms),
-    CRPCI_CHANNEL_KEY(must_connect, 1, false),
+static const crpci_opening_key crpci_opening_keys[] = {
+    CRPCI_OPENING_MS(timeout_ms),
+    CRPCI_OPENING_MS(connect_timeout_ms),
+    CRPCI_OPENING_KEY(retries, CRPCI_REQUEST_RETRIES, false),
+    CRPCI_OPENING_KEY(inflight, INT32_MAX, false),
+    CRPCI_OPENING_KEY(max_body, INT32_MAX, true),
+    CRPCI_OPENING_KEY(max_queued, INT64_MAX, true),
+    CRPCI_OPENING_KEY(short_names, 1, false),
+    CRPCI_OPENING_MS(registry_timeout_ms),
+    CRPCI_OPENING_MS(session_timeout_ms),
+    CRPCI_OPENING_KEY(must_connect, 1, false),
     {"lb", 0, offsetof(crpc_channel_options, balancer), false, "random,wrandom,rr,wrr,la,hash,p2c"},
     {"cluster", 0, offsetof(crpc_channel_options, cluster), false,
      "failover,failfast,failsafe,failback,forking,broadcast"},
-    CRPCI_CHANNEL_MS(backup_ms),
-    CRPCI_CHANNEL_KEY(forks, INT32_MAX, false),
-    CRPCI_CHANNEL_KEY(fail_percent, 100, false),
-    CRPCI_CHANNEL_KEY(hash_field, 0x1fffffff, false),
-    CRPCI_CHANNEL_KEY(max_endpoints, INT32_MAX, false),
-    CRPCI_CHANNEL_KEY(retry_budget, INT32_MAX, false),
-    CRPCI_CHANNEL_KEY(request_ids, 1, false),
-    CRPCI_CHANNEL_KEY(allow_empty, 1, false),
-    CRPCI_CHANNEL_MS(stale_ttl_ms),
-    CRPCI_CHANNEL_MS(failback_ms),
-    CRPCI_CHANNEL_KEY(failback_max, INT32_MAX, false),
-    CRPCI_CHANNEL_KEY(breaker, 1, false),
-    CRPCI_CHANNEL_KEY(breaker_percent, 100, false),
-    CRPCI_CHANNEL_KEY(breaker_requests, INT32_MAX, false),
-    CRPCI_CHANNEL_MS(breaker_window_ms),
-    CRPCI_CHANNEL_MS(breaker_slow_ms),
-    CRPCI_CHANNEL_KEY(breaker_slow_percent, 100, false),
-    CRPCI_CHANNEL_MS(breaker_open_ms),
-    CRPCI_CHANNEL_MS(breaker_open_max_ms),
-    CRPCI_CHANNEL_MS(breaker_ramp_ms),
-    CRPCI_CHANNEL_KEY(breaker_eject_percent, 100, false),
+    CRPCI_OPENING_MS(backup_ms),
+    CRPCI_OPENING_KEY(forks, INT32_MAX, false),
+    CRPCI_OPENING_KEY(fail_percent, 100, false),
+    CRPCI_OPENING_KEY(hash_field, 0x1fffffff, false),
+    CRPCI_OPENING_KEY(max_endpoints, INT32_MAX, false),
+    CRPCI_OPENING_KEY(retry_budget, INT32_MAX, false),
+    CRPCI_OPENING_KEY(request_ids, 1, false),
+    CRPCI_OPENING_KEY(allow_empty, 1, false),
+    CRPCI_OPENING_MS(stale_ttl_ms),
+    CRPCI_OPENING_MS(failback_ms),
+    CRPCI_OPENING_KEY(failback_max, INT32_MAX, false),
+    CRPCI_OPENING_KEY(breaker, 1, false),
+    CRPCI_OPENING_KEY(breaker_percent, 100, false),
+    CRPCI_OPENING_KEY(breaker_requests, INT32_MAX, false),
+    CRPCI_OPENING_MS(breaker_window_ms),
+    CRPCI_OPENING_MS(breaker_slow_ms),
+    CRPCI_OPENING_KEY(breaker_slow_percent, 100, false),
+    CRPCI_OPENING_MS(breaker_open_ms),
+    CRPCI_OPENING_MS(breaker_open_max_ms),
+    CRPCI_OPENING_MS(breaker_ramp_ms),
+    CRPCI_OPENING_KEY(breaker_eject_percent, 100, false),
 };
 
 /* Which of the words, separated by commas, this is, counted from 1; 0: none. */
-CRPCI_COLD int64_t crpci_channel_word(const char *words, const char *value)
+CRPCI_COLD int64_t crpci_opening_word(const char *words, const char *value)
 {
     size_t n = strlen(value);
     int64_t i;
@@ -17315,16 +17786,16 @@ CRPCI_COLD int64_t crpci_channel_word(const char *words, const char *value)
     return 0;
 }
 
-CRPCI_COLD bool crpci_channel_option(crpc_channel_options *o, const char *key, const char *value)
+CRPCI_COLD bool crpci_opening_option(crpc_channel_options *o, const char *key, const char *value)
 {
     size_t i;
     int64_t n;
-    for (i = 0; i < sizeof crpci_channel_keys / sizeof *crpci_channel_keys; i++) {
-        const crpci_channel_key *k = &crpci_channel_keys[i];
+    for (i = 0; i < sizeof crpci_opening_keys / sizeof *crpci_opening_keys; i++) {
+        const crpci_opening_key *k = &crpci_opening_keys[i];
         char *field = (char *)o + k->offset;
         if (strcmp(key, k->name) != 0)
             continue;
-        n = k->words ? crpci_channel_word(k->words, value) : 0;
+        n = k->words ? crpci_opening_word(k->words, value) : 0;
         if (k->words ? !n : !crpci_url_number(value, k->max, &n))
             return false;
         if (k->wide) {
@@ -17338,7 +17809,7 @@ CRPCI_COLD bool crpci_channel_option(crpc_channel_options *o, const char *key, c
     return false;
 }
 
-CRPCI_COLD int crpci_channel_open_balance(crpc_channel *ch, crpc_balancer balancer)
+CRPCI_COLD int crpci_opening_balance(crpc_channel *ch, crpc_balancer balancer)
 {
     static const uint8_t kinds[] = {CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
                                     CRPCI_BALANCE_RANDOM,
@@ -17351,30 +17822,30 @@ CRPCI_COLD int crpci_channel_open_balance(crpc_channel *ch, crpc_balancer balanc
     int64_t which = (int64_t)balancer; /* as a number: C++ takes an enum's range for granted */
     if (which < 0 || which > CRPC_BALANCER_P2C)
         return CRPC_EINVAL;
-    return crpci_balance_open(&ch->balance, (crpci_balance_kind)kinds[which]);
+    return crpci_balance_open(&ch->providers.balance, (crpci_balance_kind)kinds[which]);
 }
 
-typedef struct crpci_channel_where {
+typedef struct crpci_opening_query {
     char group[128];
     char version[128];
     char service[128];   /* file:// only: elsewhere it stands in the path */
     char interface[128]; /* multicast:// only */
     char cache[256];     /* zookeeper:// only */
-} crpci_channel_where;
+} crpci_opening_query;
 
 /* Whether the providers are looked up rather than named in the URL. */
-CRPCI_COLD bool crpci_channel_has_registry(const char *scheme)
+CRPCI_COLD bool crpci_opening_has_registry(const char *scheme)
 {
     return strcmp(scheme, "tcp") != 0 && strcmp(scheme, "unix") != 0 && strcmp(scheme, "list") != 0;
 }
 
 /* Where a URL option of those goes, and how much fits; NULL: it is none of them, or not of this
  * scheme. */
-CRPCI_COLD char *crpci_channel_place(crpci_channel_where *where, const char *scheme,
+CRPCI_COLD char *crpci_opening_place(crpci_opening_query *where, const char *scheme,
                                      const char *key, size_t *size)
 {
     *size = sizeof where->group;
-    if (!crpci_channel_has_registry(scheme))
+    if (!crpci_opening_has_registry(scheme))
         return NULL;
     if (strcmp(scheme, "zookeeper") == 0 && strcmp(key, "cache") == 0) {
         *size = sizeof where->cache;
@@ -17389,18 +17860,18 @@ CRPCI_COLD char *crpci_channel_place(crpci_channel_where *where, const char *sch
                                          : NULL;
 }
 
-CRPCI_COLD int crpci_channel_read_url(crpci_url *u, crpc_channel_options *o,
-                                      crpci_channel_where *where, crpc_error *error)
+CRPCI_COLD int crpci_opening_read_url(crpci_url *u, crpc_channel_options *o,
+                                      crpci_opening_query *where, crpc_error *error)
 {
     char *key, *value;
     size_t size;
     int err;
     memset(where, 0, sizeof *where);
     while ((err = crpci_url_next(u, &key, &value)) == CRPC_OK) {
-        char *to = crpci_channel_place(where, u->scheme, key, &size);
+        char *to = crpci_opening_place(where, u->scheme, key, &size);
         if (to && strlen(value) < size)
             memcpy(to, value, strlen(value) + 1);
-        else if (to || !crpci_channel_option(o, key, value))
+        else if (to || !crpci_opening_option(o, key, value))
             return crpci_status_set(error, CRPC_EINVAL,
                                     "URL option %.60s=%.60s: not known for %s://, or out of range",
                                     key, value, u->scheme);
@@ -17410,9 +17881,11 @@ CRPCI_COLD int crpci_channel_read_url(crpci_url *u, crpc_channel_options *o,
                : crpci_status_set(error, CRPC_EINVAL, "URL options are not key=value&key=value");
 }
 
-CRPCI_COLD void crpci_channel_configure_breaker(crpc_channel *ch, const crpc_channel_options *o)
+#if CRPC_ENABLE_POLICY
+
+CRPCI_COLD void crpci_opening_breaker(crpci_providers *p, const crpc_channel_options *o)
 {
-    crpci_breaker_options *b = &ch->breaker;
+    crpci_breaker_options *b = &p->breaker;
     if (o->breaker <= 0)
         return;
     b->error_percent = (int)crpci_base_min64(crpci_base_option(o->breaker_percent, 50, 50), 100);
@@ -17423,50 +17896,89 @@ CRPCI_COLD void crpci_channel_configure_breaker(crpc_channel *ch, const crpc_cha
     b->open_us = crpci_base_option(o->breaker_open_ms, 1000, 1000) * 1000;
     b->open_max_us = crpci_base_option(o->breaker_open_max_ms, 30000, 30000) * 1000;
     b->ramp_us = crpci_base_option(o->breaker_ramp_ms, 5000, 0) * 1000;
-    ch->ejected_percent = (size_t)crpci_base_option(o->breaker_eject_percent, 50, 100);
+    p->ejected_percent = (size_t)crpci_base_option(o->breaker_eject_percent, 50, 100);
 }
 
-CRPCI_COLD void crpci_channel_configure(crpc_channel *ch, const crpc_channel_options *o)
+#endif /* CRPC_ENABLE_POLICY */
+
+CRPCI_COLD void crpci_opening_policy(crpci_policy *to, const crpc_channel_options *o)
 {
     crpc_policy policy;
     memset(&policy, 0, sizeof policy);
     policy.cluster = o->cluster ? o->cluster : CRPC_CLUSTER_FAILOVER;
-    policy.timeout_ms = (int)crpci_base_option(o->timeout_ms, 1000, CRPCI_CHANNEL_LONGEST_MS);
+    policy.timeout_ms = (int)crpci_base_option(o->timeout_ms, 1000, CRPCI_REQUEST_LONGEST_MS);
     policy.retries = o->retries ? o->retries : 2;
     policy.backup_ms = o->backup_ms;
     policy.forks = o->forks ? o->forks : 2;
     policy.fail_percent = o->fail_percent;
-    crpci_channel_apply(&ch->policy, &policy);
-    ch->connect_timeout_ms = (int)crpci_base_option(o->connect_timeout_ms, 500, 0);
-    ch->inflight = (uint32_t)crpci_base_option(o->inflight, 0, 0);
-    ch->max_body = (uint32_t)crpci_base_min64(
+    crpci_request_apply_policy(to, &policy);
+}
+
+CRPCI_COLD uint64_t crpci_opening_seed(crpc_loop *l)
+{
+    uint64_t seed;
+    crpci_loop_lock(l);
+    seed = (uint64_t)crpci_loop_random(l) << 32 | crpci_loop_random(l);
+    crpci_loop_unlock(l);
+    return seed;
+}
+
+CRPCI_COLD void crpci_opening_requests(crpci_request_source *s, const crpc_channel_options *o,
+                                       uint64_t seed)
+{
+    crpci_opening_policy(&s->policy, o);
+    s->short_names = o->short_names != 0;
+    s->intercepted = o->interceptor_count != 0;
+    s->ids = o->request_ids > 0;
+    s->seed = seed;
+    s->hash_field = o->hash_field < 0 ? 0 : o->hash_field;
+    s->options = o->methods;
+    s->option_count = o->method_count;
+}
+
+CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_options *o,
+                                        uint64_t seed)
+{
+    p->events = &crpci_attempt_events;
+    p->endpoint.connect_timeout_ms = (int)crpci_base_option(o->connect_timeout_ms, 500, 0);
+    p->endpoint.inflight = (uint32_t)crpci_base_option(o->inflight, 0, 0);
+    p->endpoint.max_body = (uint32_t)crpci_base_min64(
         crpci_base_option(o->max_body, 64 << 20, INT32_MAX), INT32_MAX);
-    ch->max_queued = crpci_base_option(o->max_queued, 16 << 20, 0);
-    ch->short_names = o->short_names != 0;
+    p->endpoint.max_queued = crpci_base_option(o->max_queued, 16 << 20, 0);
+    p->stale_at = INT64_MAX;
+    p->stale_ttl_us = crpci_base_option(o->stale_ttl_ms, 600000, INT64_MAX / 4000) * 1000;
+#if CRPC_ENABLE_POLICY
+    p->max = (size_t)crpci_base_option(o->max_endpoints, 0, 0);
+    p->seed = seed;
+    p->reweigh_at = INT64_MAX;
+    crpci_opening_breaker(p, o);
+#else
+    (void)seed;
+#endif
+}
+
+CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, const crpc_channel_options *o)
+{
+    uint64_t seed = crpci_opening_seed(ch->loop);
+    crpci_opening_requests(&ch->requests, o, seed);
+    crpci_opening_providers(&ch->providers, o, seed);
     ch->interceptors = o->interceptors;
     ch->interceptor_count = o->interceptor_count;
-    ch->method_options = o->methods;
-    ch->method_count = o->method_count;
-    ch->hash_field = o->hash_field < 0 ? 0 : o->hash_field;
-    ch->max_nodes = (size_t)crpci_base_option(o->max_endpoints, 0, 0);
-    crpci_loop_lock(ch->loop);
-    ch->seed = (uint64_t)crpci_loop_random(ch->loop) << 32 | crpci_loop_random(ch->loop);
-    crpci_loop_unlock(ch->loop);
-    ch->reweigh_at = INT64_MAX;
-    ch->request_ids = o->request_ids > 0;
-    ch->stale_at = INT64_MAX;
-    ch->stale_ttl_us = crpci_base_option(o->stale_ttl_ms, 600000, INT64_MAX / 4000) * 1000;
-    ch->budgeted = o->retry_budget >= 0;
-    crpci_limiter_budget_init(&ch->budget, (uint32_t)crpci_base_option(o->retry_budget, 10, 0), 1);
-    ch->failback_us = crpci_base_option(o->failback_ms, 5000, 5000) * 1000;
-    ch->max_failbacks = (size_t)crpci_base_option(o->failback_max, 100, 0);
-    ch->failback_dropped = o->failback_dropped;
-    ch->failback_user = o->failback_user;
-    crpci_channel_configure_breaker(ch, o);
+#if CRPC_ENABLE_POLICY
+    ch->cluster = &crpci_cluster_all;
+    ch->providers.in_group = crpci_cluster_tried;
+    ch->budget.limited = o->retry_budget >= 0;
+    crpci_limiter_budget_init(&ch->budget.tokens,
+                              (uint32_t)crpci_base_option(o->retry_budget, 10, 0), 1);
+    ch->failback.pause_us = crpci_base_option(o->failback_ms, 5000, 5000) * 1000;
+    ch->failback.max = (size_t)crpci_base_option(o->failback_max, 100, 0);
+    ch->failback.dropped = o->failback_dropped;
+    ch->failback.user = o->failback_user;
+#endif
 }
 
 /* tcp://, unix:// and list://: the providers stand in the URL. */
-CRPCI_COLD int crpci_channel_open_static(crpc_channel *ch, crpci_url *u, crpc_error *error)
+CRPCI_COLD int crpci_opening_static(crpc_channel *ch, crpci_url *u, crpc_error *error)
 {
     crpci_heap *h = ch->loop->heap;
     size_t count = 1, n = 0;
@@ -17497,44 +18009,29 @@ CRPCI_COLD int crpci_channel_open_static(crpc_channel *ch, crpci_url *u, crpc_er
     }
     if (!err) {
         crpci_loop_lock(ch->loop);
-        err = crpci_channel_set_providers(ch, list);
-        if (!err && ch->max_nodes) {
-            crpci_registry_snapshot_ref(list);
-            ch->list = list;
-        }
+        err = crpci_providers_update(&ch->providers, list);
         crpci_loop_unlock(ch->loop);
         if (err)
             crpci_status_set(error, err, err == CRPC_ENOMEM ? "out of memory"
                                                             : "an address cannot be used");
     }
-    ch->listed = true;
+    ch->directory.listed = true;
     crpci_registry_snapshot_unref(list);
     return err;
 }
 
 /* A new list from the registry; any thread. */
-CRPCI_FN int crpci_channel_on_list(void *user, crpci_snapshot *list)
+CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
 {
     crpc_channel *ch = (crpc_channel *)user;
     int err = CRPC_OK;
     crpci_loop_lock(ch->loop);
     if (!ch->closed)
-        err = crpci_channel_set_providers(ch, list);
-    if (!ch->closed && !err && ch->max_nodes) {
-        crpci_registry_snapshot_ref(list);
-        crpci_registry_snapshot_unref(ch->list);
-        ch->list = list;
-    }
-    if (!ch->closed && !err) {
-        if (!list->stale)
-            ch->stale_at = INT64_MAX;
-        else if (ch->stale_at == INT64_MAX)
-            ch->stale_at = crpci_loop_now(ch->loop);
-    }
-    if (!ch->closed && !err && !list->stale) { /* a stale one is from a cache: no answer yet */
-        ch->listed = true;
-        if (ch->list_waiter)
-            crpci_loop_done(ch->loop, ch->list_waiter);
+        err = crpci_providers_update(&ch->providers, list);
+    if (!ch->closed && !err && !list->stale) { /* a stale list is a cache's, not an answer */
+        ch->directory.listed = true;
+        if (ch->directory.waiter)
+            crpci_loop_done(ch->loop, ch->directory.waiter);
     }
     crpci_loop_unlock(ch->loop);
     if (err)
@@ -17544,7 +18041,7 @@ CRPCI_FN int crpci_channel_on_list(void *user, crpci_snapshot *list)
 }
 
 /* The gate: waits for the session and the first list. */
-CRPCI_COLD int crpci_channel_await_list(crpc_channel *ch, const crpc_channel_options *o,
+CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_options *o,
                                         const char *service, crpc_error *error)
 {
     crpc_loop *l = ch->loop;
@@ -17554,12 +18051,12 @@ CRPCI_COLD int crpci_channel_await_list(crpc_channel *ch, const crpc_channel_opt
     memset(&w, 0, sizeof w);
     crpci_loop_lock(l);
     stuck = ms && crpci_loop_in_callback(l); /* libzookeeper_st works on this very thread */
-    if (!ch->listed && ms && !stuck) {
-        ch->list_waiter = &w;
+    if (!ch->directory.listed && ms && !stuck) {
+        ch->directory.waiter = &w;
         crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
-        ch->list_waiter = NULL;
+        ch->directory.waiter = NULL;
     }
-    listed = ch->listed;
+    listed = ch->directory.listed;
     crpci_loop_unlock(l);
     if (stuck && !listed)
         return crpci_status_set(error, CRPC_EDEADLK,
@@ -17573,9 +18070,9 @@ CRPCI_COLD int crpci_channel_await_list(crpc_channel *ch, const crpc_channel_opt
 }
 
 /* zookeeper://servers/root/package.Service */
-CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
+CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
                                            const crpc_channel_options *o,
-                                           const crpci_channel_where *which, crpc_error *error)
+                                           const crpci_opening_query *which, crpc_error *error)
 {
     crpci_registry_options ro;
     crpci_registry_query q;
@@ -17590,7 +18087,7 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
                                 u->scheme);
     snprintf(where, sizeof where, "/%.120s (group \"%.63s\", version \"%.63s\")", u->path,
              which->group, which->version);
-    ch->where = crpci_heap_strndup(ch->loop->heap, where, strlen(where));
+    ch->directory.where = crpci_heap_strndup(ch->loop->heap, where, strlen(where));
     if (file)
         service = which->service;
     else if (!*service || slash == u->path || (!slash && !multicast))
@@ -17606,7 +18103,7 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
     ro.register_consumer = true;
     ro.cache = *which->cache ? which->cache : o->cache;
     ro.interface = which->interface;
-    err = crpci_registry_open(ch->loop, u, &ro, &ch->registry, error);
+    err = crpci_registry_open(ch->loop, u, &ro, &ch->directory.registry, error);
     if (err)
         return err;
     memset(&q, 0, sizeof q);
@@ -17615,8 +18112,8 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
     q.version = which->version;
     q.application = o->application;
     q.allow_empty = o->allow_empty > 0;
-    err = ch->registry->ops->subscribe(ch->registry, &q, crpci_channel_on_list, ch,
-                                       &ch->subscription);
+    err = ch->directory.registry->ops->subscribe(ch->directory.registry, &q, crpci_opening_on_list,
+                                                 ch, &ch->directory.subscription);
     if (err)
         return crpci_status_set(error, err, "%.80s: could not be subscribed to: %s", service,
                                 crpc_status_text(err));
@@ -17630,13 +18127,13 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
         return crpci_status_set(error, err, "zookeeper:// needs a loop that is driven: run it, or "
                                             "allow threads");
 #endif
-    return crpci_channel_await_list(ch, o, service, error);
+    return crpci_opening_await_list(ch, o, service, error);
 }
 
 CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
                                const crpc_channel_options *options, crpc_error *error)
 {
-    crpci_channel_where where;
+    crpci_opening_query where;
     crpc_channel_options o;
     crpc_channel *ch;
     crpc_loop *l;
@@ -17647,7 +18144,7 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     if (options)
         o = *options;
     err = crpci_url_parse(&u, url, error);
-    err = err ? err : crpci_channel_read_url(&u, &o, &where, error);
+    err = err ? err : crpci_opening_read_url(&u, &o, &where, error);
     if (err)
         return err;
     l = o.loop;
@@ -17662,28 +18159,28 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
             crpc_loop_close(l);
         return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     }
-    ch->loop = l;
+    ch->loop = ch->requests.loop = ch->providers.loop = l;
     ch->private_loop = !o.loop;
     ch->refs = 1;
     crpci_list_init(&ch->calls);
     crpci_loop_hold(l);
-    crpci_channel_configure(ch, &o);
+    crpci_opening_configure(ch, &o);
     err = (unsigned)o.cluster > CRPC_CLUSTER_BROADCAST ? CRPC_EINVAL
-                                                       : crpci_channel_open_balance(ch, o.balancer);
+                                                       : crpci_opening_balance(ch, o.balancer);
     if (err)
         crpci_status_set(error, err, "cluster %d, balancer %d: %s", (int)o.cluster, (int)o.balancer,
                          crpc_status_text(err));
     if (!err && o.credential) {
-        ch->credential = crpci_heap_strndup(l->heap, o.credential, strlen(o.credential));
-        if (!ch->credential)
+        ch->requests.credential = crpci_heap_strndup(l->heap, o.credential, strlen(o.credential));
+        if (!ch->requests.credential)
             err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     }
     if (err)
         ;
-    else if (!crpci_channel_has_registry(u.scheme))
-        err = crpci_channel_open_static(ch, &u, error);
+    else if (!crpci_opening_has_registry(u.scheme))
+        err = crpci_opening_static(ch, &u, error);
     else
-        err = crpci_channel_open_registry(ch, &u, &o, &where, error);
+        err = crpci_opening_directory(ch, &u, &o, &where, error);
     if (err) {
         crpc_channel_close(ch);
         return err;
@@ -17691,61 +18188,6 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     *channel = ch;
     return CRPC_OK;
 }
-
-CRPC_API void crpc_channel_close(crpc_channel *ch)
-{
-    crpc_loop *l;
-    bool private_loop;
-    crpci_list calls;
-    if (!ch)
-        return;
-    l = ch->loop;
-    private_loop = ch->private_loop;
-    crpci_loop_lock(l);
-    ch->closed = true;
-    crpci_loop_unlock(l);
-    if (ch->registry) {
-        if (ch->subscription)
-            ch->registry->ops->unsubscribe(ch->registry, ch->subscription);
-        crpci_registry_close(ch->registry);
-    }
-    crpci_loop_lock(l);
-    ch->registry = NULL;
-    crpci_list_move(&calls, &ch->calls);
-    while (!crpci_list_empty(&calls)) {
-        crpci_call *c = CRPCI_CONTAINER(calls.next, crpci_call, of_channel);
-        bool by_id = c->kind == CRPCI_CALL_ID;
-        crpci_list_remove(&c->of_channel);
-        if (c->state != CRPCI_CALL_DONE) {
-            crpci_call_abandon(c, CRPC_ECANCELED);
-            crpci_call_explain(c, CRPC_ECANCELED, "the channel was closed");
-            crpci_call_finish(c, CRPC_ECANCELED);
-        }
-        if (by_id)
-            crpci_call_free(c);
-    }
-    crpci_channel_drop_nodes(ch);
-    crpci_channel_drop(ch);
-    crpci_channel_flush(l); /* calls of other channels for the slots */
-    crpci_loop_unlock(l);
-    if (private_loop)
-        crpc_loop_close(l);
-}
-
-CRPC_API crpc_loop *crpc_channel_loop(crpc_channel *ch)
-{
-    return ch->loop;
-}
-
-CRPC_API size_t crpc_channel_providers(crpc_channel *ch)
-{
-    size_t n;
-    crpci_loop_lock(ch->loop);
-    n = ch->node_count;
-    crpci_loop_unlock(ch->loop);
-    return n;
-}
-
 #endif /* CRPC_ENABLE_CLIENT */
 
 /* ======================================================================== */

@@ -188,15 +188,16 @@ static void call_both(const char *url, long n, long depth)
 
 /* --- choosing a provider ----------------------------------------------------------------------- */
 
-void pick_turn(crpc_channel *channel, const crpci_call *call);
+void pick_turn(const crpci_pending_call *call);
 
-__attribute__((noinline)) void pick_turn(crpc_channel *channel, const crpci_call *call)
+__attribute__((noinline)) void pick_turn(const crpci_pending_call *call)
 {
-    crpci_node *node = crpci_channel_pick(channel, call);
+    crpci_balance *balance = &call->channel->providers.balance;
+    crpci_member *node = crpci_attempt_pick(call);
 
     must(node ? CRPC_OK : CRPC_ENOPROVIDER, "a choice");
-    crpci_balance_node_begin(&channel->balance, &node->balance, 1);
-    crpci_balance_node_end(&channel->balance, &node->balance, true, 100, 101);
+    crpci_balance_node_begin(balance, &node->balance, 1);
+    crpci_balance_node_end(balance, &node->balance, true, 100, 101);
 }
 
 static void pick(const char *lb, long count, long n)
@@ -204,7 +205,7 @@ static void pick(const char *lb, long count, long n)
     crpc_channel_options options = CRPC_INIT;
     crpc_channel *channel = NULL;
     crpci_snapshot *list;
-    crpci_call call;
+    crpci_pending_call call;
     char url[80];
     long i;
 
@@ -218,12 +219,13 @@ static void pick(const char *lb, long count, long n)
         list->providers[i].weight = 50 + (int)(i * 7 % 101);
     }
     crpci_registry_sort(list);
-    must(crpci_channel_on_list(channel, list), "the list");
+    must(crpci_opening_on_list(channel, list), "the list");
     crpci_registry_snapshot_unref(list);
     memset(&call, 0, sizeof call);
+    call.channel = channel;
     for (i = 0; i < n; i++) {
         call.key = (uint64_t)(i + 1) * 0x9e3779b97f4a7c15u;
-        pick_turn(channel, &call);
+        pick_turn(&call);
     }
     crpc_channel_close(channel);
 }

@@ -27,9 +27,6 @@ OTHER_TAGS = {"config", "platform", "changelog", "license"}
 # Further prefixes, less crpci_, of the internal functions of a section: {"zookeeper": ["zk"]}.
 ALIASES = {
     "loop": ["watch"],           # a watched descriptor: other sections embed it
-    "call": ["channel"],         # what a channel's calls are encoded with
-    "endpoint": ["call", "channel"],  # the ends of a call on an endpoint
-    "channel": ["call"],
     "server": ["context"],       # a request being served
     "zookeeper": ["registry"],   # opens whichever registry a URL names
 }

@@ -24,7 +24,7 @@ static const int64_t starts_us[] = {0, 12345, (INT64_C(1) << 32) - 17, (INT64_C(
 #define STARTS (sizeof starts_us / sizeof starts_us[0])
 
 /* A call of 1 ms that ends at *now; what crpci_breaker_end says. random: the longest opening. */
-static bool call(crpci_breaker *b, const crpci_breaker_options *o, crpci_breaker_outcome outcome,
+static bool call(crpci_breaker *b, const crpci_breaker_options *o, crpci_outcome outcome,
                  int64_t *now)
 {
     crpci_breaker_begin(b, o, *now);
@@ -35,7 +35,7 @@ static bool call(crpci_breaker *b, const crpci_breaker_options *o, crpci_breaker
 static void fail_until_open(crpci_breaker *b, const crpci_breaker_options *o, int64_t *now)
 {
     int n = 0;
-    while (!call(b, o, CRPCI_BREAKER_ERROR, now))
+    while (!call(b, o, CRPCI_OUTCOME_ERROR, now))
         assert_true(++n < 1000);
     assert_true(crpci_breaker_open(b, o, *now));
 }
@@ -55,7 +55,7 @@ static void it_trips_at_the_documented_count(void **state)
             crpci_breaker_init(&b);
             for (i = 0; i < 10; i++) {
                 bool error = (bits >> i & 1) != 0;
-                bool tripped = call(&b, &o, error ? CRPCI_BREAKER_ERROR : CRPCI_BREAKER_OK, &now);
+                bool tripped = call(&b, &o, error ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_OK, &now);
                 bool expected = i == 9 && __builtin_popcount((unsigned)bits) >= 5;
                 assert_int_equal(tripped, expected);
                 assert_int_equal(crpci_breaker_open(&b, &o, now), expected);
@@ -77,10 +77,10 @@ static void a_share_of_many_calls(void **state)
     (void)state;
     crpci_breaker_init(&b);
     for (i = 0; i < 100; i++)
-        assert_false(call(&b, &o, CRPCI_BREAKER_OK, &now));
+        assert_false(call(&b, &o, CRPCI_OUTCOME_OK, &now));
     for (i = 0; i < 99; i++)
-        assert_false(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
-    assert_true(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+        assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
+    assert_true(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
 }
 
 static void ignored_outcomes_do_not_count(void **state)
@@ -92,10 +92,10 @@ static void ignored_outcomes_do_not_count(void **state)
     (void)state;
     crpci_breaker_init(&b);
     for (i = 0; i < 9; i++)
-        assert_false(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+        assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
     for (i = 0; i < 1000; i++)
-        assert_false(call(&b, &o, CRPCI_BREAKER_IGNORE, &now));
-    assert_true(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+        assert_false(call(&b, &o, CRPCI_OUTCOME_IGNORE, &now));
+    assert_true(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
 }
 
 /* What is older than the window is forgotten, slice by slice, and nothing younger is. */
@@ -113,9 +113,9 @@ static void the_window_rolls(void **state)
             bool tripped;
             crpci_breaker_init(&b);
             for (i = 0; i < 9; i++)
-                assert_false(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+                assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
             now += gap;
-            tripped = call(&b, &o, CRPCI_BREAKER_ERROR, &now);
+            tripped = call(&b, &o, CRPCI_OUTCOME_ERROR, &now);
             assert_int_equal(tripped, gap < 8 * SECOND - 10 * MS);
         }
     }
@@ -125,7 +125,7 @@ static void the_window_rolls(void **state)
         int i;
         crpci_breaker_init(&b);
         for (i = 0; i < 1000; i++) {
-            assert_false(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+            assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
             now += SECOND;
         }
     }
@@ -141,16 +141,16 @@ static void a_window_of_another_length(void **state)
     (void)state;
     crpci_breaker_init(&b);
     for (i = 0; i < 9; i++)
-        assert_false(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+        assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
     o.window_us *= 10;
     for (i = 0; i < 9; i++)
-        assert_false(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+        assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
     now += 81 * SECOND;
     for (i = 0; i < 9; i++)
-        assert_false(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+        assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
     o.window_us = 0; /* nonsense: as if it were as short as can be */
     for (i = 0; i < 100; i++)
-        assert_false(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+        assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
 }
 
 static void slow_calls_trip_too(void **state)
@@ -168,13 +168,13 @@ static void slow_calls_trip_too(void **state)
         crpci_breaker_begin(&b, &o, now);
         now += slow ? 100 * MS : 100 * MS - 1;
         tripped =
-            crpci_breaker_end(&b, &o, CRPCI_BREAKER_OK, slow ? 100 * MS : 100 * MS - 1, now, 0);
+            crpci_breaker_end(&b, &o, CRPCI_OUTCOME_OK, slow ? 100 * MS : 100 * MS - 1, now, 0);
         assert_int_equal(tripped, i == 9); /* 8 of 10 */
     }
     now += SECOND;
     crpci_breaker_begin(&b, &o, now); /* a slow probe has failed */
     now += SECOND;
-    assert_true(crpci_breaker_end(&b, &o, CRPCI_BREAKER_OK, SECOND, now, 0));
+    assert_true(crpci_breaker_end(&b, &o, CRPCI_OUTCOME_OK, SECOND, now, 0));
     assert_true(crpci_breaker_open(&b, &o, now));
     /* switched off by either number, latency does not count */
     for (i = 0; i < 2; i++) {
@@ -185,7 +185,7 @@ static void slow_calls_trip_too(void **state)
         for (n = 0; n < 100; n++) {
             crpci_breaker_begin(&b, &o, now);
             now += SECOND;
-            assert_false(crpci_breaker_end(&b, &o, CRPCI_BREAKER_OK, SECOND, now, 0));
+            assert_false(crpci_breaker_end(&b, &o, CRPCI_OUTCOME_OK, SECOND, now, 0));
         }
     }
 }
@@ -200,21 +200,21 @@ static void off_it_does_nothing(void **state)
     o.error_percent = 0;
     memset(&b, 0, sizeof b); /* zeroed is as good as initialised */
     for (i = 0; i < 1000; i++) {
-        assert_false(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+        assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
         assert_false(crpci_breaker_open(&b, &o, now));
     }
     o.error_percent = 101; /* latency alone */
     for (i = 0; i < 1000; i++)
-        assert_false(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+        assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
     o.error_percent = 50;
     o.min_requests = 0;
     crpci_breaker_init(&b);
-    assert_true(call(&b, &o, CRPCI_BREAKER_ERROR, &now)); /* the first */
+    assert_true(call(&b, &o, CRPCI_OUTCOME_ERROR, &now)); /* the first */
     assert_true(crpci_breaker_open(&b, &o, now));
     o.error_percent = 0; /* switched off while open */
     assert_false(crpci_breaker_open(&b, &o, now));
     assert_true(crpci_breaker_ramped(&b, &o, now, UINT32_MAX));
-    assert_false(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+    assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
 }
 
 /* Open to the microsecond; then one probe and no second; its success closes. */
@@ -236,14 +236,14 @@ static void closed_open_probe_closed(void **state)
         assert_true(crpci_breaker_open(&b, &o, now));
         assert_true(crpci_breaker_open(&b, &o, now + 5 * SECOND));
         now += 300 * MS;
-        assert_false(crpci_breaker_end(&b, &o, CRPCI_BREAKER_OK, 300 * MS, now, 0));
+        assert_false(crpci_breaker_end(&b, &o, CRPCI_OUTCOME_OK, 300 * MS, now, 0));
         assert_false(crpci_breaker_open(&b, &o, now));
         assert_false(crpci_breaker_ejected(&b));
         {
             int i; /* the window begins anew: the tenth call trips, not the first */
             for (i = 0; i < 9; i++)
-                assert_false(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
-            assert_true(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+                assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
+            assert_true(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
         }
     }
 }
@@ -262,19 +262,19 @@ static void openings_double_and_start_over(void **state)
         assert_true(crpci_breaker_open(&b, &o, now + expected[i] * SECOND - 1));
         assert_false(crpci_breaker_open(&b, &o, now + expected[i] * SECOND));
         now += expected[i] * SECOND;
-        assert_true(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+        assert_true(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
     }
     /* a trip within 30 s of the last closing goes on with the doubling */
     crpci_breaker_init(&b);
     fail_until_open(&b, &o, &now);
     now += SECOND;
-    assert_false(call(&b, &o, CRPCI_BREAKER_OK, &now));
+    assert_false(call(&b, &o, CRPCI_OUTCOME_OK, &now));
     now += 29 * SECOND;
     fail_until_open(&b, &o, &now);
     assert_true(crpci_breaker_open(&b, &o, now + 2 * SECOND - 1));
     assert_false(crpci_breaker_open(&b, &o, now + 2 * SECOND));
     now += 2 * SECOND;
-    assert_false(call(&b, &o, CRPCI_BREAKER_OK, &now));
+    assert_false(call(&b, &o, CRPCI_OUTCOME_OK, &now));
     now += 30 * SECOND; /* and one later starts over */
     fail_until_open(&b, &o, &now);
     assert_true(crpci_breaker_open(&b, &o, now + SECOND - 1));
@@ -282,7 +282,7 @@ static void openings_double_and_start_over(void **state)
     /* a longest time below the first is the first */
     o.open_max_us = 0;
     now += SECOND;
-    assert_true(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+    assert_true(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
     assert_true(crpci_breaker_open(&b, &o, now + SECOND - 1));
     assert_false(crpci_breaker_open(&b, &o, now + SECOND));
 }
@@ -301,7 +301,7 @@ static void openings_are_jittered(void **state)
         int64_t now = 5 * SECOND;
         crpci_breaker_init(&b);
         crpci_breaker_begin(&b, &o, now);
-        assert_true(crpci_breaker_end(&b, &o, CRPCI_BREAKER_ERROR, 0, now, draws[i]));
+        assert_true(crpci_breaker_end(&b, &o, CRPCI_OUTCOME_ERROR, 0, now, draws[i]));
         assert_true(crpci_breaker_open(&b, &o, now + expected[i] - 10));
         assert_false(crpci_breaker_open(&b, &o, now + expected[i] + 10));
     }
@@ -317,10 +317,10 @@ static void a_probe_without_an_answer(void **state)
     crpci_breaker_init(&b);
     fail_until_open(&b, &o, &now);
     now += SECOND;
-    assert_false(call(&b, &o, CRPCI_BREAKER_IGNORE, &now));
+    assert_false(call(&b, &o, CRPCI_OUTCOME_IGNORE, &now));
     assert_false(crpci_breaker_open(&b, &o, now));
     assert_true(crpci_breaker_ejected(&b));
-    assert_false(call(&b, &o, CRPCI_BREAKER_OK, &now));
+    assert_false(call(&b, &o, CRPCI_OUTCOME_OK, &now));
     assert_false(crpci_breaker_ejected(&b));
     /* one whose end nobody tells is given up */
     fail_until_open(&b, &o, &now);
@@ -332,7 +332,7 @@ static void a_probe_without_an_answer(void **state)
     crpci_breaker_begin(&b, &o, now);
     assert_true(crpci_breaker_open(&b, &o, now));
     now += MS;
-    assert_false(crpci_breaker_end(&b, &o, CRPCI_BREAKER_OK, MS, now, 0));
+    assert_false(crpci_breaker_end(&b, &o, CRPCI_OUTCOME_OK, MS, now, 0));
     assert_false(crpci_breaker_ejected(&b));
 }
 
@@ -345,7 +345,7 @@ static void late_ends_say_nothing(void **state)
     int i;
     (void)state;
     for (i = 0; i < 2; i++) {
-        crpci_breaker_outcome late = i ? CRPCI_BREAKER_OK : CRPCI_BREAKER_ERROR;
+        crpci_outcome late = i ? CRPCI_OUTCOME_OK : CRPCI_OUTCOME_ERROR;
         int n;
         crpci_breaker_init(&b);
         for (n = 0; n < 40; n++)
@@ -361,12 +361,12 @@ static void late_ends_say_nothing(void **state)
         assert_false(crpci_breaker_end(&b, &o, late, now - tripped + SECOND, now, 0));
         assert_true(crpci_breaker_open(&b, &o, now));
         now += 10 * MS;
-        assert_false(crpci_breaker_end(&b, &o, CRPCI_BREAKER_OK, 20 * MS, now, 0));
+        assert_false(crpci_breaker_end(&b, &o, CRPCI_OUTCOME_OK, 20 * MS, now, 0));
         assert_false(crpci_breaker_ejected(&b));
         for (n = 0; n < 38; n++) {
             now += MS;
             assert_false(
-                crpci_breaker_end(&b, &o, CRPCI_BREAKER_ERROR, now - tripped + SECOND, now, 0));
+                crpci_breaker_end(&b, &o, CRPCI_OUTCOME_ERROR, now - tripped + SECOND, now, 0));
         }
         assert_int_equal(b.active, 0);
     }
@@ -375,7 +375,7 @@ static void late_ends_say_nothing(void **state)
     now += 2 * SECOND;
     crpci_breaker_begin(&b, &o, now);
     now += MS;
-    assert_false(crpci_breaker_end(&b, &o, CRPCI_BREAKER_OK, 50 * SECOND, now, 0));
+    assert_false(crpci_breaker_end(&b, &o, CRPCI_OUTCOME_OK, 50 * SECOND, now, 0));
     assert_false(crpci_breaker_ejected(&b));
 }
 
@@ -390,7 +390,7 @@ static void forced_calls(void **state)
     fail_until_open(&b, &o, &now);
     until = now + SECOND;
     while (now + MS < until) {
-        assert_false(call(&b, &o, now / MS % 2 ? CRPCI_BREAKER_OK : CRPCI_BREAKER_ERROR, &now));
+        assert_false(call(&b, &o, now / MS % 2 ? CRPCI_OUTCOME_OK : CRPCI_OUTCOME_ERROR, &now));
         assert_int_equal(crpci_breaker_open(&b, &o, now), now < until);
     }
     now = until;
@@ -398,9 +398,9 @@ static void forced_calls(void **state)
     crpci_breaker_begin(&b, &o, now);
     crpci_breaker_begin(&b, &o, now + MS);
     now += 2 * MS;
-    assert_false(crpci_breaker_end(&b, &o, CRPCI_BREAKER_OK, MS, now, 0));
+    assert_false(crpci_breaker_end(&b, &o, CRPCI_OUTCOME_OK, MS, now, 0));
     assert_false(crpci_breaker_ejected(&b));
-    assert_false(crpci_breaker_end(&b, &o, CRPCI_BREAKER_ERROR, 2 * MS, now, 0));
+    assert_false(crpci_breaker_end(&b, &o, CRPCI_OUTCOME_ERROR, 2 * MS, now, 0));
     assert_false(crpci_breaker_ejected(&b));
 }
 
@@ -415,7 +415,7 @@ static void traffic_is_restored_gradually(void **state)
     fail_until_open(&b, &o, &now);
     assert_true(crpci_breaker_ramped(&b, &o, now, UINT32_MAX)); /* open: that is for _open to say */
     now += SECOND;
-    assert_false(call(&b, &o, CRPCI_BREAKER_OK, &now));
+    assert_false(call(&b, &o, CRPCI_OUTCOME_OK, &now));
     for (passed = 0; passed <= 5 * SECOND; passed += 10 * MS) {
         int64_t in = 0, expected = 1000 * 10 / 100 + 1000 * 90 * passed / (5 * SECOND) / 100;
         uint32_t i;
@@ -446,8 +446,8 @@ static void reset_closes_at_once(void **state)
     assert_false(crpci_breaker_open(&b, &o, now));
     assert_true(crpci_breaker_ramped(&b, &o, now, UINT32_MAX));
     for (i = 0; i < 9; i++)
-        assert_false(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
-    assert_true(call(&b, &o, CRPCI_BREAKER_ERROR, &now));
+        assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
+    assert_true(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
     assert_true(crpci_breaker_open(&b, &o, now + SECOND - 1)); /* nor does the time double */
     assert_false(crpci_breaker_open(&b, &o, now + SECOND));
 }
@@ -482,8 +482,8 @@ static void any_sequence(void **state)
                 probes += probe;
             } else if (under_way) {
                 int which = (int)((draw >> 33) % (uint64_t)under_way);
-                crpci_breaker_outcome outcome =
-                    healthy ? CRPCI_BREAKER_OK : (crpci_breaker_outcome)((draw >> 40) % 3);
+                crpci_outcome outcome =
+                    healthy ? CRPCI_OUTCOME_OK : (crpci_outcome)((draw >> 40) % 3);
                 crpci_breaker_end(&b, &o, outcome, now - calls[which].begin, now, (uint32_t)draw);
                 probes -= calls[which].probe;
                 calls[which] = calls[--under_way];
@@ -494,7 +494,7 @@ static void any_sequence(void **state)
         }
         assert_false(crpci_breaker_ejected(&b)); /* 500 steps of 100 ms after it was healed */
         for (i = 0; i < under_way; i++)
-            crpci_breaker_end(&b, &o, CRPCI_BREAKER_OK, now - calls[i].begin, now, 0);
+            crpci_breaker_end(&b, &o, CRPCI_OUTCOME_OK, now - calls[i].begin, now, 0);
         assert_int_equal(b.active, 0);
     }
 }

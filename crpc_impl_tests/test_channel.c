@@ -524,7 +524,7 @@ static void retries_do_not_outlast_the_deadline(void **state)
         call.timeout_ms = 0; /* each is tried once, and that is all */
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ECONN);
         assert_int_equal(call.error.attempts, 4);
-        assert_non_null(strstr(call.error.text, "attempt 4/11"));
+        assert_non_null(strstr(call.error.text, "attempt 4"));
         assert_non_null(strstr(call.error.text, "(connect_timeout_ms) (local)"));
         crpc_channel_close(ch);
         crpc_call_reset(&call);
@@ -980,7 +980,7 @@ static void remote_errors_are_mapped_and_explained(void **state)
             char golden[1400];
             done_log d;
             crpc_id id;
-            snprintf(golden, sizeof golden, "dyn.Echo.Add attempt 1/3 %s: %s", errs.url + 6,
+            snprintf(golden, sizeof golden, "dyn.Echo.Add attempt 1 %s: %s", errs.url + 6,
                      c->says);
             assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), c->status);
             assert_string_equal(call.error.text, golden);
@@ -1030,20 +1030,20 @@ static void local_errors_are_explained(void **state)
         ch = net_channel(url, NULL, p, NULL, NULL);
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ECONN);
         snprintf(golden, sizeof golden,
-                 "dyn.Echo.Add attempt 1/3 %s: connecting: connection refused (local)", url + 6);
+                 "dyn.Echo.Add attempt 1 %s: connecting: connection refused (local)", url + 6);
         assert_string_equal(call.error.text, golden);
         assert_string_equal(call.error.endpoint, url + 6);
         crpc_channel_close(ch);
 
         ch = net_channel("unix:///nonexistent/x", NULL, p, NULL, NULL);
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ECONN);
-        assert_string_equal(call.error.text, "dyn.Echo.Add attempt 1/3 unix:/nonexistent/x: "
+        assert_string_equal(call.error.text, "dyn.Echo.Add attempt 1 unix:/nonexistent/x: "
                                              "connecting: no such socket file (local)");
         crpc_channel_close(ch);
 
         ch = net_channel(silent.url, "?timeout_ms=30&retries=5", p, NULL, NULL);
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
-        snprintf(golden, sizeof golden, "dyn.Echo.Add attempt 1/6 %s: deadline exceeded (local)",
+        snprintf(golden, sizeof golden, "dyn.Echo.Add attempt 1 %s: deadline exceeded (local)",
                  silent.url + 6);
         assert_string_equal(call.error.text, golden);
         crpc_channel_close(ch);
@@ -1051,7 +1051,7 @@ static void local_errors_are_explained(void **state)
         ch = net_channel(hangs.url, "?timeout_ms=20000&retries=0", p, NULL, NULL);
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ECONN);
         snprintf(golden, sizeof golden,
-                 "dyn.Echo.Add attempt 1/3 %s: connection lost: closed by the peer (local)",
+                 "dyn.Echo.Add attempt 1 %s: connection lost: closed by the peer (local)",
                  hangs.url + 6);
         assert_string_equal(call.error.text, golden);
         crpc_channel_close(ch);

@@ -59,7 +59,7 @@ static void it_backs_off_with_full_jitter(void **state)
     crpc_channel *ch;
     crpc_loop *l;
     crpci_endpoint *e;
-    int64_t window = CRPCI_CHANNEL_BACKOFF_MIN;
+    int64_t window = CRPCI_ENDPOINT_BACKOFF_MIN;
     int failures, i;
     (void)state;
     lo.hooks = ct_hooks();
@@ -83,15 +83,17 @@ static void it_backs_off_with_full_jitter(void **state)
         }
         assert_true(longest > window * 9 / 10);
         assert_true(shortest < window / 10);
-        window = crpci_base_min64(window * 2, CRPCI_CHANNEL_BACKOFF_MAX);
+        window = crpci_base_min64(window * 2, CRPCI_ENDPOINT_BACKOFF_MAX);
     }
     crpc_channel_close(ch);
     crpc_loop_close(l);
 }
 
-static crpci_endpoint *pick(crpc_channel *ch, const crpci_call *c)
+static crpci_endpoint *pick(crpc_channel *ch, crpci_pending_call *c)
 {
-    crpci_node *n = crpci_channel_pick(ch, c);
+    crpci_member *n;
+    c->channel = ch;
+    n = crpci_attempt_pick(c);
     assert_non_null(n);
     return n->endpoint;
 }
@@ -104,7 +106,7 @@ static void it_is_picked_in_turn(void **state)
     crpc_loop_options lo = CRPC_INIT;
     crpc_channel *ch;
     crpc_loop *l;
-    crpci_call c;
+    crpci_pending_call c;
     crpci_endpoint *e[3];
     size_t i;
     (void)state;
@@ -128,13 +130,13 @@ static void it_is_picked_in_turn(void **state)
     e[0]->usable_at = INT64_MAX - 1;
     e[2]->usable_at = INT64_MAX - 2;
     assert_ptr_equal(pick(ch, &c), e[2]);
-    c.tried[0] = e[2];
-    c.attempts = 1;
+    c.tried.last[0] = e[2];
+    c.tried.attempts = 1;
     assert_ptr_equal(pick(ch, &c), e[0]);
-    c.tried[1] = e[0];
-    c.tried[2] = e[1];
-    c.attempts = 3;
-    assert_null(crpci_channel_pick(ch, &c));
+    c.tried.last[1] = e[0];
+    c.tried.last[2] = e[1];
+    c.tried.attempts = 3;
+    assert_null(crpci_attempt_pick(&c));
     crpc_channel_close(ch);
     crpc_loop_close(l);
 }
@@ -674,7 +676,7 @@ static void a_degraded_method_is_never_called(void **state)
         fleet f;
         fleet_open(&f, 1, "?cluster=failback&failback_ms=1&timeout_ms=20000", &o);
         assert_int_equal(fleet_call(&f, form, false, 1, NULL).status, CRPC_OK);
-        assert_int_equal(f.channel->failbacks, 0);
+        assert_int_equal(f.channel->failback.waiting, 0);
         fleet_close(&f);
     }
 }
@@ -806,10 +808,10 @@ static void forks_can_fail_while_they_are_cancelled(void **state)
     l = crpc_channel_loop(f.channel);
     for (i = 0; i < 3; i++) {
         fleet_mood_set(&f.peers[i], FLEET_SILENT);
-        e[i] = crpci_channel_node(f.channel, (size_t)i)->endpoint;
+        e[i] = crpci_providers_at(&f.channel->providers, (size_t)i)->endpoint;
     }
     crpci_loop_lock(l);
-    f.channel->balance.started = true; /* the first is next */
+    f.channel->providers.balance.started = true; /* the first is next */
     assert_true(crpci_sock_parse(&e[1]->addr, "unix:/nonexistent/socket")); /* fails at once */
     e[1]->usable_at = crpci_loop_now(l) + INT64_C(10000000);
     crpci_loop_unlock(l);
@@ -819,7 +821,7 @@ static void forks_can_fail_while_they_are_cancelled(void **state)
     forking.forks = -1;
     in.policy = &forking;
     crpci_loop_lock(l);
-    f.channel->balance.next = 0;
+    f.channel->providers.balance.next = 0;
     crpci_loop_unlock(l);
     assert_int_equal(dyn_Echo_Add_async(f.channel, &request, fleet_done, &mine, &in), CRPC_OK);
     assert_true(CT_WAIT(net_held(&f.peers[0].service) == 2 && net_held(&f.peers[2].service) == 1,
@@ -877,7 +879,7 @@ static void a_removed_provider_answers_early(void **state)
     list = crpci_registry_snapshot(ch->loop->heap, 1);
     assert_non_null(list);
     strcpy(list->providers[0].address, "127.0.0.1:9");
-    assert_int_equal(crpci_channel_on_list(ch, list), CRPC_OK);
+    assert_int_equal(crpci_opening_on_list(ch, list), CRPC_OK);
     crpci_registry_snapshot_unref(list);
     __atomic_store_n(&told.value, id.value, __ATOMIC_SEQ_CST);
     assert_int_equal(crpc_channel_wait(ch, id, -1), CRPC_OK);
@@ -904,12 +906,12 @@ static void a_cancelled_call_is_not_a_slow_one(void **state)
     for (k = 0; k < 5; k++) {
         int64_t before[2], start = crpc_loop_now_us(crpc_channel_loop(f.channel)), most, now;
         for (i = 0; i < 2; i++)
-            before[i] = crpci_channel_node(f.channel, (size_t)i)->balance.latency / 256;
+            before[i] = crpci_providers_at(&f.channel->providers, (size_t)i)->balance.latency / 256;
         assert_int_equal(dyn_Echo_Get_begin(f.channel, &request, &id, NULL), CRPC_OK);
         assert_int_equal(crpc_channel_cancel(f.channel, id), CRPC_OK);
         most = crpc_loop_now_us(crpc_channel_loop(f.channel)) - start;
         for (i = 0; i < 2; i++) {
-            now = crpci_channel_node(f.channel, (size_t)i)->balance.latency / 256;
+            now = crpci_providers_at(&f.channel->providers, (size_t)i)->balance.latency / 256;
             assert_true(now <= (before[i] > most ? before[i] : most));
         }
     }
@@ -920,7 +922,7 @@ static void a_cancelled_call_is_not_a_slow_one(void **state)
 static void a_backup_request_has_its_own_time(void **state)
 {
     dyn_Num request = net_num(6);
-    const crpci_call *c, *part;
+    const crpci_pending_call *c, *part;
     fleet_result r;
     fleet f;
     crpc_loop *l;
@@ -934,8 +936,8 @@ static void a_backup_request_has_its_own_time(void **state)
     assert_true(CT_WAIT(net_held(&f.peers[0].service) == 1 && net_held(&f.peers[1].service) == 1,
                         NET_PATIENCE));
     crpci_loop_lock(l);
-    c = CRPCI_CONTAINER(f.channel->calls.next, const crpci_call, of_channel);
-    part = CRPCI_CONTAINER(c->group->parts.next, const crpci_call, of_channel);
+    c = CRPCI_CONTAINER(f.channel->calls.next, const crpci_pending_call, of_channel);
+    part = CRPCI_CONTAINER(c->group->parts.next, const crpci_pending_call, of_channel);
     assert_true(part->attempt_us >= c->start_us + 20000);
     crpci_loop_unlock(l);
     fleet_close(&f);
@@ -986,7 +988,7 @@ static void a_dead_fleet_is_not_stormed(void **state)
         assert_int_equal(r.status, CRPC_ECONN);
         attempts += r.error.attempts;
         if (i > 20 && i % 20)
-            crpci_channel_node(f.channel, 0)->endpoint->usable_at = 0; /* do not wait for backoffs */
+            crpci_providers_at(&f.channel->providers, 0)->endpoint->usable_at = 0; /* do not wait for backoffs */
         if (attempts > 60 && i > 30)
             break;
     }
@@ -1182,7 +1184,7 @@ static void fleet_list(fleet *f, const int *weights)
     }
     list->count = n;
     crpci_registry_sort(list);
-    assert_int_equal(crpci_channel_on_list(f->channel, list), CRPC_OK);
+    assert_int_equal(crpci_opening_on_list(f->channel, list), CRPC_OK);
     crpci_registry_snapshot_unref(list);
 }
 
@@ -1352,10 +1354,10 @@ static void a_list_does_not_begin_a_warm_up_again(void **state)
     list->providers[0].weight = 100;
     list->providers[0].warmup_ms = 10000;
     for (i = 0; i < 10; i++) {
-        assert_int_equal(crpci_channel_on_list(ch, list), CRPC_OK);
+        assert_int_equal(crpci_opening_on_list(ch, list), CRPC_OK);
         fake_now += 1000000;
     }
-    assert_in_range(crpci_channel_node(ch, 0)->balance.weight, 89, 91);
+    assert_in_range(crpci_providers_at(&ch->providers, 0)->balance.weight, 89, 91);
     crpci_registry_snapshot_unref(list);
     crpc_channel_close(ch);
 }
@@ -1384,7 +1386,7 @@ static void an_aged_provider_is_dialled_rarely(void **state)
     strcpy(list->providers[0].address, "127.0.0.1:9");
     list->providers[0].weight = 100;
     list->stale = true;
-    assert_int_equal(crpci_channel_on_list(f.channel, list), CRPC_OK);
+    assert_int_equal(crpci_opening_on_list(f.channel, list), CRPC_OK);
     for (i = 0; i < 400; i++) { /* ten minutes, a call each 1.5 s */
         now = e->dialled_at;
         assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_ECONN);
@@ -1394,7 +1396,7 @@ static void an_aged_provider_is_dialled_rarely(void **state)
     }
     assert_in_range(dials, 8, 10);
     list->stale = false;
-    assert_int_equal(crpci_channel_on_list(f.channel, list), CRPC_OK);
+    assert_int_equal(crpci_opening_on_list(f.channel, list), CRPC_OK);
     for (i = 0, dials = 0; i < 20; i++) {
         now = e->dialled_at;
         e->usable_at = 0;
@@ -1414,7 +1416,7 @@ static void a_flood_of_changes_is_followed(void **state)
     static const char *const balancers[] = {"wrr", "rr", "wrandom", "la", "p2c"};
     crpc_channel_options o = CRPC_INIT;
     crpc_loop_stats before, after;
-    crpci_call c;
+    crpci_pending_call c;
     size_t b;
     (void)state;
     memset(&c, 0, sizeof c);
@@ -1429,7 +1431,7 @@ static void a_flood_of_changes_is_followed(void **state)
         memset(&before, 0, sizeof before);
         for (i = 0; i < CHANGES / (int)(sizeof balancers / sizeof *balancers); i++) {
             crpci_snapshot *list = crpci_registry_snapshot(ch->loop->heap, MANY);
-            const crpci_node *n;
+            const crpci_member *n;
             assert_non_null(list);
             for (k = 0; k < MANY; k++) {
                 /* 20 of them change their address, their weight, or both */
@@ -1440,14 +1442,15 @@ static void a_flood_of_changes_is_followed(void **state)
             }
             crpci_registry_sort(list);
             assert_int_equal(list->count, MANY);
-            assert_int_equal(crpci_channel_on_list(ch, list), CRPC_OK);
+            assert_int_equal(crpci_opening_on_list(ch, list), CRPC_OK);
             assert_int_equal(crpc_channel_providers(ch), MANY);
             for (k = 0; k < MANY; k += 97)
-                assert_string_equal(crpci_channel_node(ch, (size_t)k)->endpoint->address,
+                assert_string_equal(crpci_providers_at(&ch->providers, (size_t)k)->endpoint->address,
                                     list->providers[k].address);
-            n = crpci_channel_pick(ch, &c);
+            c.channel = ch;
+            n = crpci_attempt_pick(&c);
             assert_non_null(n);
-            assert_ptr_equal(crpci_channel_node(ch, n->balance.index), n);
+            assert_ptr_equal(crpci_providers_at(&ch->providers, n->balance.index), n);
             crpci_registry_snapshot_unref(list);
             crpc_loop_stats_get(ch->loop, i == 2 ? &before : &after);
         }

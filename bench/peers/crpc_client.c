@@ -80,7 +80,7 @@ static void *open_list(int port, int count)
         snprintf(list->providers[i].address, CRPC_ADDRESS_MAX, "127.0.0.1:%d", port + i);
         list->providers[i].weight = 100;
     }
-    crpci_channel_on_list(c->channel, list);
+    crpci_opening_on_list(c->channel, list);
     crpci_registry_snapshot_unref(list);
     if (crpc_channel_providers(c->channel) != (size_t)count) {
         bench_die("the channel did not take the list");

@@ -19,14 +19,14 @@ static void fixture_open(fixture *f)
     memset(f, 0, sizeof *f);
     o.hooks = ct_hooks();
     assert_int_equal(crpc_loop_open(&f->loop, &o), CRPC_OK);
-    f->channel.loop = f->loop;
+    f->channel.loop = f->channel.requests.loop = f->loop;
 }
 
 static void fixture_close(fixture *f)
 {
-    while (f->channel.methods) {
-        crpci_call_method *m = f->channel.methods;
-        f->channel.methods = m->next;
+    while (f->channel.requests.methods) {
+        crpci_method *m = f->channel.requests.methods;
+        f->channel.requests.methods = m->next;
         crpci_heap_free(f->loop->heap, m, m->size);
     }
     crpc_loop_close(f->loop);
@@ -36,7 +36,7 @@ static void fixture_close(fixture *f)
 static int encode(fixture *f, const dyn_Num *n, crpc_call *call, bool borrow, size_t front,
                   crpci_request *r)
 {
-    return crpci_channel_encode(&f->channel, crpci_channel_method(&f->channel, &method), n, call,
+    return crpci_request_encode(&f->channel.requests, crpci_request_find_method(&f->channel.requests, &method), n, call,
                                 borrow, front, r, &call->error);
 }
 
@@ -44,7 +44,7 @@ static int frame(crpci_request *r, int64_t id, const uint8_t **at, size_t *size,
 {
     uint8_t *data = crpci_heap_data(r->chunk);
     uint32_t body, meta;
-    *at = crpci_call_head(r, id, 0);
+    *at = crpci_request_head(r, id, 0);
     *size = (size_t)(data + r->payload - *at) + r->payload_size + r->inline_size;
     assert_int_equal(crpci_frame_header(*at, *size, &body, &meta), CRPCI_FRAME_OK);
     assert_int_equal(body + CRPCI_FRAME_HEADER, *size + crpc_view_size(r->attachment));
@@ -92,7 +92,7 @@ static void it_frames_a_request_again_and_again(void **state)
 
 static void it_copies_small_attachments_and_borrows_large_ones(void **state)
 {
-    static char bytes[CRPCI_CHANNEL_INLINE + 1];
+    static char bytes[CRPCI_REQUEST_INLINE + 1];
     fixture f;
     dyn_Num n = dyn_Num_init_zero;
     crpc_call call = CRPC_INIT;
@@ -122,7 +122,7 @@ static void copy_while_sent(size_t front, bool block)
     fixture f;
     dyn_Num n = dyn_Num_init_zero;
     crpc_call call = CRPC_INIT;
-    crpci_call c;
+    crpci_pending_call c;
     crpci_chunk *old;
     crpci_meta m;
     const uint8_t *at;
@@ -131,23 +131,23 @@ static void copy_while_sent(size_t front, bool block)
     n.n = 99;
     memset(&c, 0, sizeof c);
     call.credential = crpc_view_str("who");
-    assert_int_equal(encode(&f, &n, &call, true, front, &c.request), CRPC_OK);
-    old = c.request.chunk;
+    assert_int_equal(encode(&f, &n, &call, true, front, &c.attempt.request), CRPC_OK);
+    old = c.attempt.request.chunk;
     c.block = block ? old : NULL;
-    assert_true(crpci_call_own_request(&c));
-    assert_ptr_equal(c.request.chunk, old); /* nobody sends it: it can be framed where it is */
+    assert_true(crpci_request_renew(&c.attempt.request, c.block));
+    assert_ptr_equal(c.attempt.request.chunk, old); /* nobody sends it: it can be framed where it is */
     crpci_heap_chunk_ref(old);              /* as the frame that cannot be taken back has it */
-    crpci_call_frame(&c.request)->queued = true;
-    assert_true(crpci_call_own_request(&c));
-    assert_ptr_not_equal(c.request.chunk, old);
+    crpci_request_frame(&c.attempt.request)->queued = true;
+    assert_true(crpci_request_renew(&c.attempt.request, c.block));
+    assert_ptr_not_equal(c.attempt.request.chunk, old);
     assert_int_equal(old->refs, block ? 2 : 1);
     memset(crpci_heap_data(old), 0xa5, old->cap);
-    assert_true(frame(&c.request, 3, &at, &size, &m));
+    assert_true(frame(&c.attempt.request, 3, &at, &size, &m));
     assert_true(crpc_view_equal(m.credential, "who"));
     assert_int_equal(at[size - 1], 99);
     crpci_heap_chunk_unref(old);
-    crpci_call_drop_request(&c);
-    assert_null(c.request.chunk);
+    crpci_request_drop(&c.attempt.request, c.block);
+    assert_null(c.attempt.request.chunk);
     crpci_heap_chunk_unref(c.block);
     fixture_close(&f);
 }
@@ -170,11 +170,11 @@ static void it_takes_fields_only_from_interceptors(void **state)
 /* Of a call that begins at 100. */
 static int64_t deadline(const crpc_channel *ch, const crpc_method *m, const crpc_call *call)
 {
-    crpci_call_method k;
+    crpci_method k;
     memset(&k, 0, sizeof k);
     k.method = m;
-    crpci_channel_learn_options(ch, &k);
-    crpci_channel_refine(&k.policy, call);
+    crpci_request_method_settings(&ch->requests, &k);
+    crpci_request_call_policy(&k.policy, call);
     return crpci_channel_deadline(&k.policy, call, 100);
 }
 
@@ -186,17 +186,17 @@ static void it_takes_the_nearest_policy(void **state)
     crpc_method m = method;
     crpc_policy own = CRPC_INIT;
     crpc_call call = CRPC_INIT;
-    crpci_call_method k;
+    crpci_method k;
     fixture f;
     (void)state;
     fixture_open(&f);
     memset(options, 0, sizeof options);
     memset(&k, 0, sizeof k);
-    f.channel.policy.cluster = CRPC_CLUSTER_FAILOVER;
-    f.channel.policy.retries = 2;
-    f.channel.policy.timeout_ms = 1000;
-    f.channel.method_options = options;
-    f.channel.method_count = 2;
+    f.channel.requests.policy.cluster = CRPC_CLUSTER_FAILOVER;
+    f.channel.requests.policy.retries = 2;
+    f.channel.requests.policy.timeout_ms = 1000;
+    f.channel.requests.options = options;
+    f.channel.requests.option_count = 2;
     options[0].method = "Other";
     options[0].policy.retries = 9;
     options[1].method = m.name;
@@ -204,7 +204,7 @@ static void it_takes_the_nearest_policy(void **state)
     options[1].policy.forks = 3;
     options[1].policy.retries = -1;
     k.method = &m;
-    crpci_channel_learn_options(&f.channel, &k);
+    crpci_request_method_settings(&f.channel.requests, &k);
     assert_ptr_equal(k.options, &options[1]);
     assert_false(k.plain);
     assert_int_equal(k.policy.cluster, CRPC_CLUSTER_FORKING);
@@ -216,14 +216,14 @@ static void it_takes_the_nearest_policy(void **state)
     own.forks = -1;
     own.fail_percent = 1000;
     call.policy = &own;
-    crpci_channel_refine(&k.policy, &call);
+    crpci_request_call_policy(&k.policy, &call);
     assert_int_equal(k.policy.cluster, CRPC_CLUSTER_FAILFAST);
     assert_int_equal(k.policy.retries, 5);
     assert_int_equal(k.policy.forks, 0); /* all */
     assert_int_equal(k.policy.fail_percent, 100);
     own.retries = 99;
-    crpci_channel_refine(&k.policy, &call);
-    assert_int_equal(k.policy.retries, CRPCI_CHANNEL_RETRIES);
+    crpci_request_call_policy(&k.policy, &call);
+    assert_int_equal(k.policy.retries, CRPCI_REQUEST_RETRIES);
     fixture_close(&f);
 }
 
@@ -236,7 +236,7 @@ static void it_keeps_the_earliest_deadline(void **state)
     crpci_request r;
     (void)state;
     fixture_open(&f);
-    f.channel.policy.timeout_ms = 1000;
+    f.channel.requests.policy.timeout_ms = 1000;
     assert_int_equal(deadline(&f.channel, &m, &call), 1000100);
     m.timeout_ms = 7;
     assert_int_equal(deadline(&f.channel, &m, &call), 7100);
@@ -248,7 +248,7 @@ static void it_keeps_the_earliest_deadline(void **state)
     assert_int_equal(deadline(&f.channel, &m, &call), INT64_C(86400000100));
     call.parent = (const crpc_context *)(const void *)&parent;
     assert_int_equal(deadline(&f.channel, &m, &call), 5000);
-    crpci_channel_inherit(&call, &r);
+    crpci_request_inherit(&call, &r);
     assert_int_equal(r.log_id, 11);
     assert_int_equal(r.trace_id, 12);
     assert_int_equal(r.parent_span_id, 13);
