@@ -30,7 +30,6 @@ ALIASES = {
     "call": ["channel"],         # what a channel's calls are encoded with
     "endpoint": ["call", "channel"],  # the ends of a call on an endpoint
     "channel": ["call"],
-    "server": ["context"],       # a request being served
     "zookeeper": ["registry"],   # opens whichever registry a URL names
 }
 # Test files without a section of their own, and what they are for.
