@@ -132,7 +132,12 @@
  *     >>impl-order         requests of one key, one after another
  *     >>impl-replay        replies kept for requests that come again
  *     >>impl-quota         what a method and a client may ask of a server
- *     >>impl-server        listeners, requests, replies, stopping
+ *     >>impl-context       one request in service: its handler, its reply, its end
+ *     >>impl-guard         requests that are limited, keep an order, or come again
+ *     >>impl-intake        what a server's connections bring: taken in, or refused
+ *     >>impl-listener      sockets that accept, and who gets the new connections
+ *     >>impl-enrolment     the services of a server in a registry
+ *     >>impl-lifecycle     opening a server, starting, draining, closing
  *
  * BUILD AND OPTIONS
  *
@@ -18890,94 +18895,83 @@ CRPCI_FN void crpci_quota_disconnect(crpci_quota_clients *c, crpci_quota_client 
 }
 
 /* ======================================================================== */
-/* >>impl-server   listeners, requests, replies, stopping                    */
+/* >>impl-context   one request in service: its handler, its reply, its end */
 /* ======================================================================== */
 
-#define CRPCI_SERVER_CONN_MAX 4096 /* requests of one connection being served at a time */
-#define CRPCI_SERVER_MAX_SERVING 8192u /* requests of one loop being served, unless told */
-#define CRPCI_SERVER_TICK 10000    /* microseconds between looks at whether draining is done */
-#define CRPCI_SERVER_CROWDED "too many requests wait for a worker (worker_queue)"
+#define CRPCI_CONTEXT_CONN_MAX 4096 /* requests of one connection in service at a time */
 
-typedef struct crpci_listener {
-    crpci_list link;
-    crpc_server *server;
-    crpci_watch watch;
-    crpci_timer masked; /* no descriptors left: pause accepting */
-    int fd;
-    bool given; /* by the program: a socket's file is not ours to remove */
-    char url[CRPC_ADDRESS_MAX + 8];
-    crpci_addr addr;
-} crpci_listener;
-
-typedef struct crpci_enrolment {
-    crpc_server *server;
-    void *handle;
-    bool through;
-} crpci_enrolment;
-
+/* NEW may be configured; LAME is unregistered, but serves; STOPPING refuses new requests. */
 typedef enum crpci_server_state {
     CRPCI_SERVER_NEW,
     CRPCI_SERVER_RUNNING,
-    CRPCI_SERVER_LAME, /* unregistered, but serves */
+    CRPCI_SERVER_LAME,
     CRPCI_SERVER_STOPPING,
     CRPCI_SERVER_STOPPED
 } crpci_server_state;
 
+/* What the guard does for a request that has one. Called without the loop's lock. */
+typedef struct crpci_context_guard {
+    int (*serve)(crpc_context *x); /* in place of the handler; after CRPC_EPENDING x may be gone */
+    crpci_out *(*encode)(crpc_context *x, int code); /* in place of crpci_context_encode */
+    void (*end)(crpc_context *x, const crpci_out *out, int served); /* out NULL: no reply */
+} crpci_context_guard;
+
+/* Each nested struct belongs to the section of its name. */
 struct crpc_server {
     crpc_loop *loop;
     crpci_heap *heap;
-    bool private_loop;
-    uint32_t refs;        /* atomic: the program's, and one of each request */
-    uint32_t active;      /* atomic: connections with requests being served */
-    uint32_t serving;     /* requests being served; atomic with I/O threads, else under the lock */
+    uint32_t refs;    /* atomic: the program's, and one of each connection with requests */
+    uint32_t state;   /* atomic crpci_server_state, written under the loop's lock */
+    uint32_t active;  /* atomic: connections with requests in service */
+    uint32_t serving; /* requests in service; atomic with I/O threads, else under the lock */
     uint32_t max_serving;
     uint32_t connections; /* atomic */
-    uint32_t state;       /* atomic crpci_server_state, written under the loop's lock */
-    bool running;         /* crpc_server_run is at work */
-    bool close_later;     /* closed in a callback: done when it is drained, by close_task */
-    crpci_task close_task;
-    crpci_list listeners;
-    int reserve_fd; /* given up for a moment to turn a connection away when there are none left */
-    int64_t emfile_logged;
+    bool private_loop;
+    void (*destroy)(crpc_server *s); /* lifecycle's: the last reference has gone */
     crpci_service_map services;
-    crpc_loop **io_loops;
-    size_t io_count;
-    size_t io_next;
     crpci_worker_pool workers;
     size_t worker_count;
-    bool guarded;      /* all requests, not only those with user_fields, go through the guard */
-    crpci_mutex guard; /* of what follows; may be taken under a loop's lock, and is the last but the
-                        * workers' and the heap's */
-    bool workers_over;
-    crpci_order order; /* buckets NULL: no request had a key yet */
-    crpci_replay replay;
-    crpci_quota *quotas; /* of methods */
-    size_t quota_count;
-    crpci_quota_clients clients;
-    uint64_t replayed, unremembered;
-    crpci_timer drain; /* the end of being lame, then looks at whether draining is done */
-    int64_t drain_until;
-    crpci_waiter *waiter; /* for the registry, or for the end of draining */
-    crpci_registry *registry;
-    crpci_enrolment *enrolments;
-    size_t enrolled;
-    char registry_text[CRPC_ERROR_TEXT_MAX];
-    char *registry_url, *advertise, *registry_credential, *group, *version, *application;
+    struct {
+        crpc_loop **loops;
+        size_t count;
+        size_t next;
+    } io;
+    struct {
+        const crpci_context_guard *ops;
+        bool all;          /* all requests, not only those with user_fields, go through the guard */
+        crpci_mutex lock;  /* of what follows; may be taken under a loop's lock, and is the last but
+                            * the workers' and the heap's */
+        bool over;         /* the workers are stopping: nothing is handed to them any more */
+        crpci_order order; /* buckets NULL: no request had a key yet */
+        crpci_replay replay;
+        crpci_quota *quotas; /* of methods */
+        size_t quota_count;
+        crpci_quota_clients clients;
+        uint64_t replayed, unremembered;
+    } guard;
+    struct {
+        crpci_list list;
+        int reserve_fd; /* closed for a moment to turn a connection away when none are left */
+        int64_t emfile_logged;
+    } listener;
+    struct {
+        crpci_registry *registry;
+        struct crpci_enrolment *items; /* one a service */
+        size_t count;
+        crpci_waiter *waiter; /* crpc_server_start waits for all of them */
+        char text[CRPC_ERROR_TEXT_MAX];
+        char *url, *credential, *advertise, *group, *version, *application;
+    } enrolment;
+    struct {
+        crpci_timer timer; /* the end of being lame, then whether draining is done */
+        int64_t until;
+        crpci_waiter *waiter;
+        bool running;     /* crpc_server_run is at work */
+        bool close_later; /* closed in a callback: close_task does it when the server is drained */
+        crpci_task close_task;
+    } drain;
     crpc_server_options options; /* its strings are not to be used */
 };
-
-/* What is kept of a request that is limited, ordered, or may come again. Its context's memory. */
-typedef struct crpci_guard {
-    crpc_context *context;
-    bool ordered;
-    crpci_order_item order;
-    crpc_view id;              /* unset: it is not one that may come again */
-    crpci_replay_entry *entry; /* it is the first with that id */
-    bool repeats;              /* it has come before: answered with `reply`, if that was kept */
-    crpci_chunk *reply;
-    crpci_quota *quota; /* that it has entered */
-    int64_t since;
-} crpci_guard;
 
 struct crpc_context {
     crpci_origin origin; /* first: channels read it */
@@ -18987,7 +18981,7 @@ struct crpc_context {
     crpci_conn *conn;
     crpci_chunk *block; /* holds this, the request, the response, and the reply if that is short */
     crpci_chunk *extra; /* crpc_context_alloc */
-    crpci_guard *guard; /* NULL: nothing of the kind */
+    struct crpci_guard *guard; /* NULL: nothing of the kind */
     const crpci_service_method *method;
     void *request;
     void *response;
@@ -19008,12 +19002,10 @@ struct crpc_context {
     size_t attachment_size;
 };
 
-/* --- replies ---------------------------------------------------------------------------------- */
-
 /* A reply made of ready parts. Its attachment's chunk is the caller's business. NULL: out of
  * memory. */
-CRPCI_COLD crpci_out *crpci_server_frame(crpci_heap *h, int64_t correlation_id,
-                                         const crpci_replay_reply *r, const void *bytes)
+CRPCI_COLD crpci_out *crpci_context_frame(crpci_heap *h, int64_t correlation_id,
+                                          const crpci_replay_reply *r, const void *bytes)
 {
     const uint8_t *text = (const uint8_t *)bytes, *fields = text + r->text;
     const uint8_t *payload = fields + r->fields;
@@ -19044,15 +19036,15 @@ CRPCI_COLD crpci_out *crpci_server_frame(crpci_heap *h, int64_t correlation_id,
 }
 
 /* A reply without a message: an error. */
-CRPCI_COLD void crpci_server_refuse(crpci_conn *conn, int64_t correlation_id, int code,
-                                    const char *text)
+CRPCI_COLD void crpci_context_refuse(crpci_conn *conn, int64_t correlation_id, int code,
+                                     const char *text)
 {
     crpci_replay_reply r;
     crpci_out *o;
     memset(&r, 0, sizeof r);
     r.code = code;
     r.text = crpci_base_min(strlen(text), CRPC_ERROR_TEXT_MAX);
-    o = crpci_server_frame(conn->loop->heap, correlation_id, &r, text);
+    o = crpci_context_frame(conn->loop->heap, correlation_id, &r, text);
     conn->loop->stats.limited += code == CRPC_ELIMIT;
     if (o)
         crpci_conn_queue(conn, o);
@@ -19060,9 +19052,19 @@ CRPCI_COLD void crpci_server_refuse(crpci_conn *conn, int64_t correlation_id, in
         crpci_conn_close(conn, CRPC_ENOMEM, 0);
 }
 
+CRPC_API void *crpc_context_alloc(crpc_context *x, size_t size)
+{
+    crpci_chunk *c = crpci_heap_chunk(x->loop->heap, size);
+    if (!c)
+        return NULL;
+    c->next = x->extra;
+    x->extra = c;
+    return memset(crpci_heap_data(c), 0, size);
+}
+
 /* Words for an error; without them, or memory for them, it has those of its status. */
-CRPCI_COLD CRPC_PRINTF(2, 0) void crpci_context_vword(crpc_context *x, const char *format,
-                                                      va_list ap)
+CRPCI_COLD CRPC_PRINTF(2, 0) void crpci_context_vexplain(crpc_context *x, const char *format,
+                                                         va_list ap)
 {
     if (!x->text)
         x->text = (char *)crpc_context_alloc(x, CRPC_ERROR_TEXT_MAX);
@@ -19070,12 +19072,51 @@ CRPCI_COLD CRPC_PRINTF(2, 0) void crpci_context_vword(crpc_context *x, const cha
         vsnprintf(x->text, CRPC_ERROR_TEXT_MAX, format, ap);
 }
 
-CRPCI_COLD CRPC_PRINTF(2, 3) void crpci_context_word(crpc_context *x, const char *format, ...)
+CRPCI_COLD CRPC_PRINTF(2, 3) void crpci_context_explain(crpc_context *x, const char *format, ...)
 {
     va_list ap;
     va_start(ap, format);
-    crpci_context_vword(x, format, ap);
+    crpci_context_vexplain(x, format, ap);
     va_end(ap);
+}
+
+CRPC_API int crpc_context_fail(crpc_context *x, int app_code, const char *format, ...)
+{
+    va_list ap;
+    if (crpci_status_reserved(app_code)) {
+        crpci_context_explain(x, "the service's error code %d is reserved (0-199, 1000-3999)",
+                              app_code);
+        return CRPC_EINTERNAL;
+    }
+    x->app_code = app_code;
+    va_start(ap, format);
+    crpci_context_vexplain(x, format, ap);
+    va_end(ap);
+    return CRPC_EAPP;
+}
+
+CRPC_API int crpc_context_error(crpc_context *x, int status, const char *format, ...)
+{
+    va_list ap;
+    va_start(ap, format);
+    crpci_context_vexplain(x, format, ap);
+    va_end(ap);
+    return status;
+}
+
+CRPC_API int crpc_context_add_field(crpc_context *x, const char *key, const char *value)
+{
+    crpci_message_out *o = &x->fields;
+    if (!key || !value)
+        return CRPC_EINVAL;
+    o->heap = x->loop->heap;
+    if (!o->chunk)
+        o->chunk = crpci_heap_chunk(o->heap, 64);
+    if (!o->chunk || !crpci_message_reserve(o, crpci_meta_field_size(strlen(key), strlen(value))))
+        return CRPC_ENOMEM;
+    o->len += crpci_meta_put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key),
+                                   crpc_view_str(value));
+    return CRPC_OK;
 }
 
 /* Encodes the response behind `payload`. On failure the caller is told that. */
@@ -19084,13 +19125,12 @@ CRPCI_FN int crpci_context_encode_response(crpc_context *x, crpci_message_out *o
 {
     const char *why = "";
     int err = crpci_message_encode(o, x->method->response.desc, x->response, &why);
-    if (CRPCI_LIKELY(!err) &&
-        o->len - payload + crpc_view_size(x->attachment) + room > INT32_MAX) {
+    if (CRPCI_LIKELY(!err) && o->len - payload + crpc_view_size(x->attachment) + room > INT32_MAX) {
         err = CRPC_ECODEC;
         why = "it is over 2 GiB with its attachment";
     }
     if (err)
-        crpci_context_word(x, "the response could not be encoded: %s", why);
+        crpci_context_explain(x, "the response could not be encoded: %s", why);
     return err ? CRPC_EINTERNAL : CRPC_OK;
 }
 
@@ -19134,9 +19174,9 @@ CRPCI_FN crpci_out *crpci_context_encode(crpc_context *x, int status)
     m.error_code = status;
     m.error_text = crpc_view_of(text, words);
     m.correlation_id = x->correlation_id;
-    out->head = crpci_meta_put_reply(data + sizeof *out + x->fields.len, data + head,
-                                     o.len - payload, &m,
-                                     crpc_view_of(data + sizeof *out, x->fields.len));
+    out->head =
+        crpci_meta_put_reply(data + sizeof *out + x->fields.len, data + head, o.len - payload, &m,
+                             crpc_view_of(data + sizeof *out, x->fields.len));
     out->head_len = (size_t)(data + head + (o.len - payload) - out->head);
     out->chunk = o.chunk;
     out->owner = NULL; /* the chunk is the frame's */
@@ -19152,8 +19192,6 @@ CRPCI_FN crpci_out *crpci_context_encode(crpc_context *x, int status)
     return out;
 }
 
-CRPCI_FN void crpci_server_free(crpc_server *s);
-
 CRPCI_FN void crpci_context_free(crpc_context *x)
 {
     crpci_chunk *extra;
@@ -19167,7 +19205,9 @@ CRPCI_FN void crpci_context_free(crpc_context *x)
     crpci_heap_chunk_unref(x->block);
 }
 
-CRPCI_FN void crpci_server_count(crpc_server *s, uint32_t by)
+/* --- requests in service ---------------------------------------------------------------------- */
+
+CRPCI_FN void crpci_context_count(crpc_server *s, uint32_t by)
 {
     if (s->options.io_threads)
         crpci_thread_add(&s->serving, by);
@@ -19176,9 +19216,9 @@ CRPCI_FN void crpci_server_count(crpc_server *s, uint32_t by)
 }
 
 /* A connection with requests in service keeps itself, its loop and the server. Locked. */
-CRPCI_FN void crpci_server_begin(crpc_server *s, crpci_conn *conn)
+CRPCI_FN void crpci_context_begin(crpc_server *s, crpci_conn *conn)
 {
-    crpci_server_count(s, 1);
+    crpci_context_count(s, 1);
     if (conn->busy++)
         return;
     crpci_conn_hold(conn);
@@ -19187,21 +19227,28 @@ CRPCI_FN void crpci_server_begin(crpc_server *s, crpci_conn *conn)
     crpci_thread_ref(&s->active);
 }
 
-/* True: it was the last one, and crpci_server_let_go is due when the loop is unlocked. */
-CRPCI_FN bool crpci_server_end(crpci_conn *conn)
+/* True: it was the last one, and crpci_context_release is due when the loop is unlocked. */
+CRPCI_FN bool crpci_context_end(crpci_conn *conn)
 {
-    crpci_server_count((crpc_server *)conn->owner, (uint32_t)-1);
+    crpci_context_count((crpc_server *)conn->owner, (uint32_t)-1);
     if (--conn->busy)
         return false;
     crpci_conn_drop(conn);
     return true;
 }
 
-CRPCI_FN void crpci_server_let_go(crpc_server *s, crpc_loop *l)
+/* Gives up a reference; the last one frees. No lock is held, unless it is not the last. */
+CRPCI_FN void crpci_context_drop_server(crpc_server *s)
+{
+    if (crpci_thread_unref(&s->refs))
+        s->destroy(s);
+}
+
+CRPCI_FN void crpci_context_release(crpc_server *s, crpc_loop *l)
 {
     __atomic_fetch_sub(&s->active, 1, __ATOMIC_ACQ_REL);
     crpci_loop_release(l);
-    crpci_server_free(s);
+    crpci_context_drop_server(s);
 }
 
 /* Lets go of a request that nobody will serve. Locked: the loop is at work for the server, so these
@@ -19211,42 +19258,25 @@ CRPCI_COLD void crpci_context_reject(crpc_context *x)
     crpc_server *s = x->server;
     crpci_conn *conn = x->conn;
     crpci_context_free(x);
-    if (crpci_server_end(conn))
-        crpci_server_let_go(s, conn->loop);
-}
-
-/* What is sent for the status that a handler gave. */
-CRPCI_FN int crpci_context_code(crpc_context *x, int status)
-{
-    if (CRPCI_LIKELY(status == CRPC_OK))
-        return CRPC_OK;
-    if (status == CRPC_EAPP && x->app_code)
-        return x->app_code;
-    if (status > 0 && status <= 199) {
-        crpci_context_word(x, "the handler returned %d, which is no crpc_status", status);
-        return CRPC_EINTERNAL;
-    }
-    if (!crpci_status_reserved(status))
-        x->app_code = status;
-    return status;
+    if (crpci_context_end(conn))
+        crpci_context_release(s, conn->loop);
 }
 
 /* A connection that asked for too much, or whose replies pile up, is read again when both have come
  * down to half. */
-CRPCI_FN void crpci_server_throttle(crpci_conn *conn)
+CRPCI_FN void crpci_context_throttle(crpci_conn *conn)
 {
     const crpc_server *s = (const crpc_server *)conn->owner;
     int64_t max = s->options.max_queued;
-    if (!conn->paused &&
-        (conn->busy >= CRPCI_SERVER_CONN_MAX || (max && conn->tx_memory > max)))
+    if (!conn->paused && (conn->busy >= CRPCI_CONTEXT_CONN_MAX || (max && conn->tx_memory > max)))
         crpci_conn_pause(conn, true);
-    else if (conn->paused && conn->busy < CRPCI_SERVER_CONN_MAX / 2 &&
+    else if (conn->paused && conn->busy < CRPCI_CONTEXT_CONN_MAX / 2 &&
              (!max || conn->tx_memory <= max / 2))
         crpci_conn_pause(conn, false);
 }
 
 /* After the end of input: everything is answered and sent, then closed. */
-CRPCI_FN void crpci_server_close_if_done(crpci_conn *conn)
+CRPCI_FN void crpci_context_close_if_done(crpci_conn *conn)
 {
     if (!conn->eof || conn->busy || conn->left || conn->closed)
         return;
@@ -19260,209 +19290,23 @@ CRPCI_FN void crpci_server_close_if_done(crpci_conn *conn)
     }
 }
 
-/* --- requests that wait for their turn, or have come before ----------------------------------- */
-
-CRPCI_FN int crpci_context_complete(crpc_context *x, int status);
-
-/* Has a request run. False: too many wait. Locked. */
-CRPCI_COLD bool crpci_server_guard_dispatch(crpc_server *s, crpc_context *x)
-{
-    if (s->worker_count)
-        return crpci_worker_push(&s->workers, &x->task);
-    crpci_loop_ready(x->loop, &x->task);
-    return true;
-}
-
-/* Has a request run, now or when its turn comes. Returns why not, or NULL. Locked. */
-CRPCI_COLD const char *crpci_server_guard_start(crpc_context *x, const crpci_guard *of)
-{
-    crpc_server *s = x->server;
-    crpci_guard *g;
-    int err = CRPC_OK;
-    if (!of->ordered && !of->quota && !crpc_view_size(of->id))
-        return crpci_server_guard_dispatch(s, x) ? NULL : CRPCI_SERVER_CROWDED;
-    x->guard = g = (crpci_guard *)crpc_context_alloc(x, sizeof *g);
-    if (!g)
-        return "out of memory";
-    *g = *of;
-    g->context = x;
-    if (!g->ordered)
-        return crpci_server_guard_dispatch(s, x) ? NULL : CRPCI_SERVER_CROWDED;
-    crpci_thread_lock(&s->guard);
-    if (!s->order.buckets)
-        err = crpci_order_open(&s->order, s->heap, s->options.worker_queue);
-    err = err ? err : crpci_order_enter(&s->order, &g->order);
-    if (!err && !crpci_server_guard_dispatch(s, x)) {
-        crpci_order_leave(&s->order, &g->order); /* nobody can wait behind it yet */
-        err = CRPC_ELIMIT;
-    }
-    crpci_thread_unlock(&s->guard);
-    return !err || err == CRPC_EPENDING ? NULL
-           : err == CRPC_ENOMEM         ? "out of memory"
-                                        : CRPCI_SERVER_CROWDED;
-}
-
-/* Has a request run that was let in before. False: the server is closed. No lock is held. */
-CRPCI_COLD bool crpci_server_guard_resume(crpc_context *x)
-{
-    crpc_server *s = x->server;
-    bool ok;
-    if (s->options.workers) {
-        crpci_thread_lock(&s->guard); /* else the workers could go meanwhile */
-        ok = !s->workers_over && crpci_worker_put(&s->workers, &x->task, true);
-        crpci_thread_unlock(&s->guard);
-        return ok;
-    }
-    crpci_loop_lock(x->loop);
-    ok = crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPED; /* else nobody may drive the loop */
-    if (ok)
-        crpci_loop_ready(x->loop, &x->task);
-    crpci_loop_unlock(x->loop);
-    return ok;
-}
-
-CRPCI_COLD crpc_context *crpci_server_guard_leave(crpc_server *s, crpci_guard *g)
-{
-    crpci_order_item *next;
-    crpci_thread_lock(&s->guard);
-    next = crpci_order_leave(&s->order, &g->order);
-    crpci_thread_unlock(&s->guard);
-    g->ordered = false;
-    return next ? CRPCI_CONTAINER(next, crpci_guard, order)->context : NULL;
-}
-
-/* Gives the turn to who waits for it. */
-CRPCI_COLD void crpci_server_guard_pass(crpc_server *s, crpci_guard *g)
-{
-    crpc_context *x = crpci_server_guard_leave(s, g);
-    while (x && !crpci_server_guard_resume(x)) {
-        crpc_context *next = crpci_server_guard_leave(s, x->guard);
-        crpci_context_complete(x, CRPC_ELOGOFF);
-        x = next;
-    }
-}
-
-/* The status of a request that executed before. */
-CRPCI_COLD int crpci_server_guard_status(crpc_context *x)
-{
-    crpci_guard *g = x->guard;
-    g->repeats = true;
-    if (!g->reply)
-        return crpc_context_error(x, CRPC_EINTERNAL, "executed before, but its reply was not kept");
-    return ((const crpci_replay_reply *)(const void *)crpci_heap_data(g->reply))->code;
-}
-
-/* Runs the handler of a request, unless it has come before. After CRPC_EPENDING x may be gone. */
-CRPCI_COLD int crpci_server_guard_serve(crpc_context *x)
-{
-    crpc_server *s = x->server;
-    crpci_guard *g = x->guard;
-    crpci_replay_entry *e = NULL;
-    bool waits = false;
-    if (crpc_view_size(g->id)) {
-        crpci_thread_lock(&s->guard);
-        e = crpci_replay_find(&s->replay, x->method, g->id, crpci_heap_rough_now(s->heap));
-        waits = e && !e->finished;
-        if (!e) {
-            g->entry = crpci_replay_add(&s->replay, x->method, g->id);
-            s->unremembered += !g->entry;
-        } else if (waits) {
-            crpci_list_append(&e->waiting, &x->task.link);
-        } else if (e->reply) {
-            g->reply = e->reply;
-            crpci_heap_chunk_ref(g->reply);
-        }
-        s->replayed += e != NULL;
-        crpci_thread_unlock(&s->guard);
-    }
-    if (waits)
-        return CRPC_EPENDING;
-    if (e)
-        return crpci_server_guard_status(x);
-    return x->method->method->serve(x, x->request, x->response, x->method->handlers);
-}
-
-/* Copies what the reply of a request consists of. NULL: out of memory. */
-CRPCI_COLD crpci_chunk *crpci_server_guard_copy(crpc_context *x, const crpci_out *out)
-{
-    const uint8_t *meta = out->head + CRPCI_FRAME_HEADER;
-    size_t size = crpci_base_get32(out->head + 8);
-    crpc_view part[4];
-    crpci_meta m;
-    if (!crpci_meta_read(meta, size, &m))
-        return NULL;
-    part[0] = m.error_text;
-    part[1] = x->fields.len ? crpc_view_of(crpci_heap_data(x->fields.chunk), x->fields.len)
-                            : crpc_view_of(NULL, 0);
-    part[2] = crpc_view_of(meta + size, out->head_len - CRPCI_FRAME_HEADER - size);
-    part[3] = crpc_view_of(out->tail, out->tail_len);
-    return crpci_replay_copy(x->server->heap, m.error_code, part);
-}
-
-/* `served`: 1: well, 0: not, -1: it says nothing of the server. */
-CRPCI_COLD void crpci_server_guard_quit(crpc_server *s, crpci_guard *g, int served)
-{
-    int64_t now = g->quota ? crpci_heap_now(s->heap) : 0;
-    if (!g->quota)
-        return;
-    crpci_thread_lock(&s->guard);
-    crpci_quota_leave(g->quota, served > 0, served < 0 ? -1 : now - g->since, now);
-    crpci_thread_unlock(&s->guard);
-    g->quota = NULL;
-}
-
-/* At the end of a guarded request: its reply is kept, and goes to those who wait for the same; the
- * turn goes on. `out` is its reply, or NULL. No lock is held. */
-CRPCI_COLD void crpci_server_guard_end(crpc_context *x, const crpci_out *out, int served)
-{
-    crpc_server *s = x->server;
-    crpci_guard *g = x->guard;
-    crpci_chunk *reply = g->entry && out ? crpci_server_guard_copy(x, out) : NULL;
-    crpci_list waiting;
-    crpci_list_init(&waiting);
-    crpci_server_guard_quit(s, g, served);
-    if (g->entry) {
-        crpci_thread_lock(&s->guard);
-        crpci_replay_finish(&s->replay, g->entry, reply, crpci_heap_rough_now(s->heap), &waiting);
-        crpci_thread_unlock(&s->guard);
-    }
-    while (!crpci_list_empty(&waiting)) {
-        crpci_task *t = CRPCI_CONTAINER(waiting.next, crpci_task, link);
-        crpc_context *w = CRPCI_CONTAINER(t, crpc_context, task);
-        crpci_list_remove(&t->link);
-        w->guard->reply = reply;
-        if (reply)
-            crpci_heap_chunk_ref(reply);
-        crpci_context_complete(w, crpci_server_guard_status(w));
-    }
-    crpci_heap_chunk_unref(reply);
-    crpci_heap_chunk_unref(g->reply);
-    g->reply = NULL;
-    if (g->ordered)
-        crpci_server_guard_pass(s, g);
-}
-
-/* crpci_context_encode, of a guarded request. */
-CRPCI_COLD crpci_out *crpci_server_guard_encode(crpc_context *x, int code)
-{
-    crpci_chunk *reply = x->guard->repeats ? x->guard->reply : NULL;
-    crpci_out *out;
-    if (reply) {
-        const crpci_replay_reply *r =
-            (const crpci_replay_reply *)(const void *)crpci_heap_data(reply);
-        out = crpci_server_frame(x->loop->heap, x->correlation_id, r, r + 1);
-        if (out && out->tail_len) {
-            out->tail_chunk = reply;
-            crpci_heap_chunk_ref(reply);
-        }
-    } else {
-        out = crpci_context_encode(x, code);
-    }
-    crpci_server_guard_end(x, out, x->guard->repeats ? -1 : !code || x->app_code);
-    return out;
-}
-
 /* --- the end of a request --------------------------------------------------------------------- */
+
+/* What is sent for the status that a handler gave. */
+CRPCI_FN int crpci_context_code(crpc_context *x, int status)
+{
+    if (CRPCI_LIKELY(status == CRPC_OK))
+        return CRPC_OK;
+    if (status == CRPC_EAPP && x->app_code)
+        return x->app_code;
+    if (status > 0 && status <= 199) {
+        crpci_context_explain(x, "the handler returned %d, which is no crpc_status", status);
+        return CRPC_EINTERNAL;
+    }
+    if (!crpci_status_reserved(status))
+        x->app_code = status;
+    return status;
+}
 
 /* Ends a request when the server, and with it the program's part of it, may be gone. */
 CRPCI_COLD int crpci_context_too_late(crpc_context *x)
@@ -19472,31 +19316,31 @@ CRPCI_COLD int crpci_context_too_late(crpc_context *x)
     crpci_conn *conn = x->conn;
     bool last;
     if (x->guard)
-        crpci_server_guard_end(x, NULL, -1);
+        s->guard.ops->end(x, NULL, -1);
     crpci_context_free(x);
     crpci_loop_lock(l);
-    last = crpci_server_end(conn);
+    last = crpci_context_end(conn);
     crpci_loop_unlock(l);
     if (last)
-        crpci_server_let_go(s, l);
+        crpci_context_release(s, l);
     return CRPC_EGONE;
 }
 
 /* What a request leaves behind when its context is gone. */
-typedef struct crpci_server_end_of {
+typedef struct crpci_context_outcome {
     crpc_server *server;
     crpc_loop *loop;
     crpci_conn *conn;
     crpci_out *reply;   /* NULL: there was no memory for one */
     crpci_chunk *bytes; /* of the request */
-} crpci_server_end_of;
+} crpci_context_outcome;
 
 /* Ends a request but for sending: runs what is due, encodes the reply, frees the context. Without
  * the lock. */
-CRPCI_FN crpci_server_end_of crpci_context_conclude(crpc_context *x, int status)
+CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int status)
 {
     const crpc_server *s = x->server;
-    crpci_server_end_of end;
+    crpci_context_outcome end;
     int code;
     while (x->intercepted) {
         const crpc_server_interceptor *i = &s->options.interceptors[--x->intercepted];
@@ -19504,35 +19348,34 @@ CRPCI_FN crpci_server_end_of crpci_context_conclude(crpc_context *x, int status)
             i->after(i->user, x, status);
     }
     code = crpci_context_code(x, status);
-    if (x->app_code && code == x->app_code &&
-        crpc_context_add_field(x, CRPCI_META_APP_FIELD, "1"))
+    if (x->app_code && code == x->app_code && crpc_context_add_field(x, CRPCI_META_APP_FIELD, "1"))
         crpci_heap_log(s->heap, CRPC_LOG_WARN, "out of memory: application error not marked");
     end.server = x->server;
     end.loop = x->loop;
     end.conn = x->conn;
     end.bytes = x->chunk;
-    end.reply = CRPCI_LIKELY(!x->guard) ? crpci_context_encode(x, code)
-                                        : crpci_server_guard_encode(x, code);
+    end.reply =
+        CRPCI_LIKELY(!x->guard) ? crpci_context_encode(x, code) : s->guard.ops->encode(x, code);
     x->chunk = NULL;
     crpci_context_free(x);
     return end;
 }
 
-/* Queues the reply, locked; whoever sends next sends it. True: crpci_server_let_go is due. */
-CRPCI_FN bool crpci_server_reply(const crpci_server_end_of *end)
+/* Queues the reply, locked; whoever sends next sends it. True: crpci_context_release is due. */
+CRPCI_FN bool crpci_context_reply(const crpci_context_outcome *end)
 {
     crpci_conn *conn = end->conn;
     bool last;
     crpci_loop_unshare(end->loop, end->bytes);
     crpci_conn_hold(conn);
-    last = crpci_server_end(conn);
+    last = crpci_context_end(conn);
     if (conn->closed) {
         if (end->reply)
             crpci_conn_out_free(end->reply);
     } else if (end->reply) {
         crpci_conn_queue(conn, end->reply);
-        crpci_server_throttle(conn);
-        crpci_server_close_if_done(conn);
+        crpci_context_throttle(conn);
+        crpci_context_close_if_done(conn);
     } else {
         crpci_conn_close(conn, CRPC_ENOMEM, 0);
     }
@@ -19543,19 +19386,19 @@ CRPCI_FN bool crpci_server_reply(const crpci_server_end_of *end)
 /* Ends a request on any thread, without the lock. */
 CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
 {
-    crpci_server_end_of end;
+    crpci_context_outcome end;
     bool gone, last;
     if (CRPCI_UNLIKELY(crpci_thread_load(&x->server->state) == CRPCI_SERVER_STOPPED))
         return crpci_context_too_late(x);
     end = crpci_context_conclude(x, status);
     crpci_loop_lock(end.loop);
     gone = end.conn->closed;
-    last = crpci_server_reply(&end);
+    last = crpci_context_reply(&end);
     if (crpci_loop_may_send(end.loop))
         crpci_loop_run_list(end.loop, &end.loop->dirty);
     crpci_loop_unlock(end.loop);
     if (last)
-        crpci_server_let_go(end.server, end.loop);
+        crpci_context_release(end.server, end.loop);
     return gone ? CRPC_EGONE : CRPC_OK;
 }
 
@@ -19586,7 +19429,7 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
     if (!m->serve)
         return CRPC_ENOMETHOD;
     if (CRPCI_UNLIKELY(x->guard != NULL))
-        return crpci_server_guard_serve(x);
+        return s->guard.ops->serve(x);
     return m->serve(x, x->request, x->response, x->method->handlers);
 }
 
@@ -19594,7 +19437,7 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
  * taken behind it. */
 CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
 {
-    crpci_server_end_of end;
+    crpci_context_outcome end;
     int status;
     bool now = false;
     crpci_loop_user_begin(l);
@@ -19607,8 +19450,8 @@ CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
         now = true;
     }
     crpci_loop_user_end(l);
-    if (now && crpci_server_reply(&end))
-        crpci_server_let_go(end.server, l); /* the loop is at work for it: not the last reference */
+    if (now && crpci_context_reply(&end))
+        crpci_context_release(end.server, l); /* the loop works for it: not the last reference */
 }
 
 /* On a worker loop is NULL. */
@@ -19625,29 +19468,6 @@ CRPCI_FN void crpci_context_task(crpc_loop *l, crpci_task *task)
         crpci_context_complete(x, status);
 }
 
-/* What crpc cannot serve is refused by name rather than answered wrongly. */
-CRPCI_FN int crpci_server_check(const crpci_message *m, char *text, size_t size)
-{
-    const crpci_meta *meta = &m->meta;
-    *text = '\0';
-    if (m->bad_attachment)
-        snprintf(text, size, "attachment_size %d is larger than the body's %zu bytes",
-                 meta->attachment_size, m->payload_size);
-    else if (meta->compress_type)
-        snprintf(text, size, "compress_type %d is not supported; send uncompressed",
-                 meta->compress_type);
-    else if (meta->content_type)
-        snprintf(text, size, "content_type %d is not supported; send protobuf",
-                 meta->content_type);
-    else if (meta->checksum_type)
-        snprintf(text, size, "checksum_type %d is not supported; send none", meta->checksum_type);
-    else if (crpc_view_data(meta->stream_settings))
-        snprintf(text, size, "streaming is not supported");
-    else if (crpc_view_data(meta->chunk_info))
-        snprintf(text, size, "chunked bodies are not supported; send one frame");
-    return *text ? CRPC_EREQUEST : CRPC_OK;
-}
-
 CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                          const crpci_service_method *method)
 {
@@ -19655,9 +19475,9 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     size_t at = (sizeof(crpc_context) + align) & ~align;
     size_t response_at = (at + method->request.size + align) & ~align;
     size_t reply_at = (response_at + method->response.size + align) & ~align;
-    crpci_chunk *block = crpci_heap_chunk(conn->loop->heap, reply_at + sizeof(crpci_out) +
-                                                                crpci_meta_bound(64) +
-                                                                method->response.size);
+    crpci_chunk *block =
+        crpci_heap_chunk(conn->loop->heap, reply_at + sizeof(crpci_out) + crpci_meta_bound(64) +
+                                               method->response.size);
     crpc_context *x;
     if (!block)
         return NULL;
@@ -19695,1160 +19515,11 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
         m->meta.timeout_ms > 0 ? conn->active_us + (int64_t)m->meta.timeout_ms * 1000 : INT64_MAX;
     crpci_loop_task_init(&x->task, crpci_context_task);
     crpci_loop_share(conn->loop, m->chunk);
-    crpci_server_begin(s, conn);
+    crpci_context_begin(s, conn);
     return x;
 }
 
-/* The method of a request. On failure it has been refused by name: NULL. */
-CRPCI_FN const crpci_service_method *crpci_server_method(crpc_server *s, crpci_conn *conn,
-                                                         const crpci_message *m)
-{
-    const crpci_service_method *method = (const crpci_service_method *)conn->expected;
-    char text[CRPC_ERROR_TEXT_MAX];
-    int err;
-    if (CRPCI_LIKELY(m->meta.usual))
-        return method; /* and in this shape there is nothing to refuse */
-    err = crpci_server_check(m, text, sizeof text);
-    if (!err) {
-        err = crpci_service_lookup(&s->services, &m->meta, &method);
-        if (err)
-            snprintf(text, sizeof text, "no such %s: %.*s.%.*s",
-                     err == CRPC_ENOSERVICE ? "service" : "method",
-                     (int)crpci_base_min(crpc_view_size(m->meta.service), 100),
-                     crpc_view_size(m->meta.service) ? crpc_view_data(m->meta.service) : "",
-                     (int)crpci_base_min(crpc_view_size(m->meta.method), 100),
-                     crpc_view_size(m->meta.method) ? crpc_view_data(m->meta.method) : "");
-    }
-    if (err) {
-        crpci_server_refuse(conn, m->meta.correlation_id, err, text);
-        return NULL;
-    }
-    conn->expect = method->names;
-    conn->expected = method;
-    return method;
-}
-
-/* What a request's meta says about its order and about coming again. False: it was refused. */
-CRPCI_COLD bool crpci_server_look(crpc_server *s, crpci_conn *conn, const crpci_meta *m,
-                                  crpci_guard *g)
-{
-    bool fields = !m->usual && m->fields;
-    crpc_view key;
-    memset(g, 0, sizeof *g);
-    if (fields && s->options.ordered >= 0 &&
-        crpci_meta_field(m->raw, CRPCI_META_KEY_FIELD, &key)) {
-        g->ordered = true;
-        g->order.key = crpci_balance_hash(crpc_view_data(key), crpc_view_size(key));
-    } else if (s->options.ordered > 0) {
-        g->ordered = true;
-        g->order.of = conn;
-        g->order.key = crpci_balance_mix((uint64_t)(uintptr_t)conn);
-    }
-    if (!fields || !s->replay.buckets ||
-        !crpci_meta_field(m->raw, CRPCI_META_ID_FIELD, &g->id) ||
-        crpc_view_size(g->id) <= CRPCI_REPLAY_ID_MAX)
-        return true;
-    crpci_server_refuse(conn, m->correlation_id, CRPC_EREQUEST, "crpc-rid is over 64 bytes");
-    return false;
-}
-
-/* Whether a request is within the limits of its client and its method. Returns why not, or NULL. */
-CRPCI_COLD const char *crpci_server_limit(crpc_server *s, const crpci_conn *conn, crpci_quota *q,
-                                          crpci_guard *g)
-{
-    crpci_quota_client *client = (crpci_quota_client *)conn->client;
-    const char *why = NULL;
-    if (!client && !q)
-        return NULL;
-    g->since = conn->active_us;
-    crpci_thread_lock(&s->guard);
-    if (client && !crpci_limiter_bucket_take(&client->bucket, g->since))
-        why = "too many requests of this client in a second (rate_per_client)";
-    else if (q)
-        why = crpci_quota_enter(q, g->since);
-    crpci_thread_unlock(&s->guard);
-    g->quota = why ? NULL : q;
-    return why;
-}
-
-/* Takes a request in, or refuses it. */
-CRPCI_FN void crpci_server_admit(crpc_server *s, crpci_conn *conn, const crpci_message *m,
-                                 const crpci_service_method *method)
-{
-    bool guarded = s->guarded || (!m->meta.usual && m->meta.fields);
-    const char *why = NULL;
-    crpc_context *x = NULL;
-    crpci_guard g;
-    if (CRPCI_UNLIKELY(guarded)) {
-        if (!crpci_server_look(s, conn, &m->meta, &g))
-            return;
-        why = crpci_server_limit(s, conn, (crpci_quota *)method->quota, &g);
-    }
-    if (CRPCI_LIKELY(!why)) {
-        x = crpci_context_new(s, conn, m, method);
-        why = x ? NULL : "out of memory";
-    }
-    if (x && CRPCI_UNLIKELY(guarded))
-        why = crpci_server_guard_start(x, &g);
-    else if (x && !s->worker_count)
-        crpci_loop_ready(conn->loop, &x->task);
-    else if (x && !crpci_worker_push(&s->workers, &x->task))
-        why = CRPCI_SERVER_CROWDED;
-    if (CRPCI_LIKELY(!why))
-        return;
-    if (guarded)
-        crpci_server_guard_quit(s, &g, -1);
-    crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT, why);
-    if (x)
-        crpci_context_reject(x);
-}
-
-CRPCI_FN void crpci_server_on_message(crpci_conn *conn, crpci_message *m)
-{
-    crpc_server *s = (crpc_server *)conn->owner;
-    const crpci_service_method *method;
-    conn->loop->stats.requests++;
-    if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING)) {
-        crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELOGOFF, "the server is stopping");
-        crpci_server_throttle(conn);
-        return;
-    }
-    method = crpci_server_method(s, conn, m);
-    if (method && CRPCI_UNLIKELY(crpci_thread_load(&s->serving) >= s->max_serving)) {
-        crpci_server_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT,
-                            "too many requests are being served (max_concurrency)");
-    } else if (method) {
-        crpci_server_admit(s, conn, m, method);
-    }
-    crpci_server_throttle(conn);
-}
-
-CRPCI_COLD void crpci_server_on_oversize(crpci_conn *conn, const crpci_meta *m, uint64_t body)
-{
-    char text[128];
-    snprintf(text, sizeof text, "request of %llu bytes is over max_body, %u",
-             (unsigned long long)body, conn->max_body);
-    conn->loop->stats.requests++;
-    crpci_server_refuse(conn, m->correlation_id, CRPC_EREQUEST, text);
-    crpci_server_throttle(conn);
-}
-
-CRPCI_FN void crpci_server_on_sent(crpci_conn *conn, crpci_out *o)
-{
-    (void)o;
-    if (conn->paused)
-        crpci_server_throttle(conn);
-}
-
-CRPCI_FN void crpci_server_on_eof(crpci_conn *conn)
-{
-    conn->eof = true;
-    crpci_conn_interest(conn);
-    crpci_server_close_if_done(conn);
-}
-
-CRPCI_FN void crpci_server_on_closed(crpci_conn *conn)
-{
-    crpc_server *s = (crpc_server *)conn->owner;
-    if (conn->client) {
-        crpci_thread_lock(&s->guard);
-        crpci_quota_disconnect(&s->clients, (crpci_quota_client *)conn->client);
-        crpci_thread_unlock(&s->guard);
-        conn->client = NULL;
-    }
-    __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
-}
-
-/* Finds out whose a new connection is. False: out of memory. */
-CRPCI_COLD bool crpci_server_know(crpc_server *s, crpci_conn *conn)
-{
-    crpci_addr a;
-    crpci_sock_peer(conn->fd, &a);
-    crpci_thread_lock(&s->guard);
-    conn->client = crpci_quota_connect(&s->clients, &a);
-    crpci_thread_unlock(&s->guard);
-    return conn->client != NULL;
-}
-
-CRPCI_FN void crpci_server_on_opened(crpci_conn *conn)
-{
-    (void)conn;
-}
-
-/* Closes a connection that was idle for too long, or whose request comes too slowly. */
-CRPCI_FN void crpci_server_on_timer(crpci_conn *conn)
-{
-    const crpc_server *s = (const crpc_server *)conn->owner;
-    int64_t now = crpci_loop_now(conn->loop), next = INT64_MAX;
-    int64_t idle = (int64_t)s->options.idle_timeout_ms * 1000;
-    if (conn->close_when_sent && conn->frame_timeout_us) {
-        if (conn->tx_bytes == conn->linger_bytes)
-            crpci_conn_close(conn, CRPC_ECLOSE, 0);
-        else
-            crpci_loop_timer_set(conn->loop, &conn->timer, conn->frame_timeout_us);
-        conn->linger_bytes = conn->tx_bytes;
-        return;
-    }
-    if ((conn->rx || conn->skip) && conn->frame_timeout_us)
-        next = (conn->paused ? now : conn->rx_since) + conn->frame_timeout_us;
-    if (idle && !conn->busy && !conn->tx_head && !conn->rx && !conn->skip)
-        next = crpci_base_min64(next, conn->active_us + idle);
-    else if (idle)
-        next = crpci_base_min64(next, now + idle);
-    if (next <= now)
-        crpci_conn_close(conn, CRPC_ECLOSE, 0);
-    else if (next != INT64_MAX)
-        crpci_loop_timer_set(conn->loop, &conn->timer, next - now);
-}
-
-static const crpci_conn_events crpci_server_events = {
-    crpci_server_on_opened, crpci_server_on_message, crpci_server_on_oversize,
-    crpci_server_on_sent,   crpci_server_on_eof,     crpci_server_on_closed,
-    crpci_server_on_timer};
-
-/* --- listeners -------------------------------------------------------------------------------- */
-
-/* Hands a new connection to its loop. No loop is locked: two never are at a time. */
-CRPCI_FN void crpci_server_adopt(crpc_server *s, int fd)
-{
-    crpc_loop *l = s->loop;
-    crpci_conn *conn;
-    if (s->io_count) {
-        l = s->io_loops[s->io_next % s->io_count];
-        s->io_next++;
-    }
-    if (s->options.max_connections &&
-        crpci_thread_load(&s->connections) >= (uint32_t)s->options.max_connections) {
-        close(fd);
-        return;
-    }
-    crpci_loop_lock(l);
-    crpci_thread_ref(&s->connections);
-    if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
-        close(fd); /* whoever stops looks at the loop's connections after this */
-        __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
-    } else if (crpci_conn_new(l, fd, false, &crpci_server_events, s, &conn)) {
-        __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
-    } else {
-        conn->max_body = (uint32_t)s->options.max_body;
-        conn->max_skip = s->options.max_skip;
-        conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
-        if (s->options.idle_timeout_ms)
-            crpci_loop_timer_set(l, &conn->timer, (int64_t)s->options.idle_timeout_ms * 1000);
-        if (s->clients.buckets && !crpci_server_know(s, conn))
-            crpci_conn_close(conn, CRPC_ENOMEM, 0);
-    }
-    crpci_loop_unlock(l);
-}
-
-/* Out of descriptors: one is kept in reserve to turn the caller away, and accepting pauses, else a
- * level-triggered listener would spin. */
-CRPCI_COLD void crpci_server_no_descriptors(crpci_listener *n)
-{
-    crpc_server *s = n->server;
-    int64_t now = crpci_loop_now(s->loop);
-    int fd;
-    if (s->reserve_fd >= 0) {
-        close(s->reserve_fd);
-        fd = accept4(n->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
-        if (fd >= 0)
-            close(fd);
-        s->reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    }
-    crpci_loop_watch_set(s->loop, &n->watch, n->fd, 0);
-    crpci_loop_timer_set(s->loop, &n->masked, 100000);
-    if (now - s->emfile_logged > 1000000) {
-        s->emfile_logged = now;
-        crpci_heap_log(s->heap, CRPC_LOG_WARN, "%s: no file descriptors left, connections wait",
-                       n->url);
-    }
-}
-
-CRPCI_FN void crpci_server_unmask(crpc_loop *l, crpci_timer *t)
-{
-    crpci_listener *n = CRPCI_CONTAINER(t, crpci_listener, masked);
-    if (crpci_loop_watch_set(l, &n->watch, n->fd, CRPC_READABLE))
-        crpci_loop_timer_set(l, t, 100000);
-}
-
-CRPCI_FN void crpci_server_on_accept(crpc_loop *l, crpci_watch *w, unsigned events)
-{
-    crpci_listener *n = CRPCI_CONTAINER(w, crpci_listener, watch);
-    crpc_server *s = n->server;
-    int fds[16], count = 0, i;
-    (void)events;
-    while (count < 16) {
-        int fd = accept4(n->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
-        if (fd < 0) {
-            if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
-                crpci_server_no_descriptors(n);
-            break;
-        }
-        if (n->addr.u.any.sa_family != AF_UNIX)
-            crpci_sock_tune(fd);
-        fds[count++] = fd;
-    }
-    if (!count)
-        return;
-    crpci_thread_ref(&s->refs);
-    crpci_loop_unlock(l);
-    for (i = 0; i < count; i++)
-        crpci_server_adopt(s, fds[i]);
-    crpci_loop_lock(l);
-    crpci_server_free(s);
-}
-
-CRPCI_COLD int crpci_server_add_listener(crpc_server *s, int fd, bool given)
-{
-    crpci_listener *n = (crpci_listener *)crpci_heap_alloc(s->heap, sizeof *n);
-    char text[CRPC_ADDRESS_MAX];
-    if (!n)
-        return CRPC_ENOMEM;
-    n->server = s;
-    n->fd = fd;
-    n->given = given;
-    crpci_sock_local(fd, &n->addr);
-    crpci_sock_format(&n->addr, text, sizeof text);
-    if (n->addr.u.any.sa_family == AF_UNIX)
-        snprintf(n->url, sizeof n->url, "unix://%s", text + 5);
-    else
-        snprintf(n->url, sizeof n->url, "tcp://%s", text);
-    crpci_watch_init(&n->watch, crpci_server_on_accept);
-    crpci_timer_init(&n->masked, crpci_server_unmask);
-    crpci_loop_lock(s->loop);
-    crpci_list_append(&s->listeners, &n->link);
-    crpci_loop_unlock(s->loop);
-    return CRPC_OK;
-}
-
-CRPC_API int crpc_server_listen_fd(crpc_server *s, int fd)
-{
-    int flags = fcntl(fd, F_GETFL), on = 0;
-    socklen_t len = sizeof on;
-    if (flags < 0 || getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &on, &len) || !on)
-        return CRPC_EINVAL;
-    if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW)
-        return CRPC_EBUSY;
-    fcntl(fd, F_SETFL, flags | O_NONBLOCK);
-    fcntl(fd, F_SETFD, FD_CLOEXEC);
-    return crpci_server_add_listener(s, fd, true);
-}
-
-CRPC_API int crpc_server_listen(crpc_server *s, const char *url, crpc_error *error)
-{
-    char text[CRPC_ADDRESS_MAX];
-    crpci_addr addr;
-    crpci_url u;
-    int err, fd, saved;
-    if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW)
-        return crpci_status_set(error, CRPC_EBUSY, "the server has been started");
-    err = crpci_url_parse(&u, url, error);
-    if (err)
-        return err;
-    if (*u.query)
-        return crpci_status_set(error, CRPC_EINVAL, "%.100s: a listener takes no URL options", url);
-    if (strcmp(u.scheme, "unix") == 0) {
-        if ((size_t)snprintf(text, sizeof text, "unix:%s", u.path) >= sizeof text)
-            return crpci_status_set(error, CRPC_EINVAL, "unix:// path is over %d bytes",
-                                    CRPC_ADDRESS_MAX - 6);
-    } else if (strcmp(u.scheme, "tcp") == 0 && !*u.path) {
-        err = crpci_resolver_address(s->heap, u.authority, text, sizeof text, error);
-        if (err)
-            return err;
-    } else {
-        return crpci_status_set(error, CRPC_EINVAL,
-                                "%.100s: expected tcp://host:port or unix:///path", url);
-    }
-    if (!crpci_sock_parse(&addr, text))
-        return crpci_status_set(error, CRPC_EINVAL, "%.100s: not an address", url);
-    fd = crpci_sock_listen(&addr);
-    saved = errno;
-    if (fd < 0) {
-        err = saved == EADDRINUSE || saved == EADDRNOTAVAIL || saved == EACCES || saved == ENOENT
-                  ? CRPC_EADDRESS
-                  : CRPC_ESYSTEM;
-        return crpci_status_set(error, err, "%.100s: cannot listen: %s (errno %d)", url,
-                                saved == ENOENT ? "no such directory"
-                                                : crpci_conn_errno_text(saved),
-                                saved);
-    }
-    err = crpci_server_add_listener(s, fd, false);
-    if (err) {
-        close(fd);
-        crpci_status_set(error, err, "out of memory");
-    }
-    return err;
-}
-
-CRPC_API int crpc_server_address(crpc_server *s, size_t index, char *url, size_t size)
-{
-    crpci_list *i;
-    int err = CRPC_ENOTFOUND;
-    crpci_loop_lock(s->loop);
-    for (i = s->listeners.next; i != &s->listeners; i = i->next) {
-        if (index-- == 0) {
-            const char *text = CRPCI_CONTAINER(i, crpci_listener, link)->url;
-            err = strlen(text) < size ? CRPC_OK : CRPC_EINVAL;
-            if (size)
-                snprintf(url, size, "%s", err ? "" : text);
-            break;
-        }
-    }
-    crpci_loop_unlock(s->loop);
-    return err;
-}
-
-/* Locked. */
-CRPCI_COLD void crpci_server_close_listeners(crpc_server *s)
-{
-    while (!crpci_list_empty(&s->listeners)) {
-        crpci_listener *n = CRPCI_CONTAINER(s->listeners.next, crpci_listener, link);
-        crpci_loop_watch_set(s->loop, &n->watch, n->fd, 0);
-        crpci_timer_cancel(&n->masked);
-        crpci_list_remove(&n->link);
-        close(n->fd);
-        if (n->addr.u.any.sa_family == AF_UNIX && !n->given)
-            unlink(n->addr.u.un.sun_path);
-        crpci_heap_free(s->heap, n, sizeof *n);
-    }
-}
-
-/* --- opening ---------------------------------------------------------------------------------- */
-
-/* Gives up a reference; the last one frees. */
-CRPCI_FN void crpci_server_free(crpc_server *s)
-{
-    crpci_heap *h = s->heap;
-    if (!crpci_thread_unref(&s->refs))
-        return;
-    crpci_service_free(&s->services, h);
-    crpci_replay_close(&s->replay);
-    crpci_order_close(&s->order, h);
-    crpci_quota_close(&s->clients);
-    crpci_heap_free(h, s->quotas, s->quota_count * sizeof *s->quotas);
-    crpci_thread_mutex_free(&s->guard);
-    crpci_heap_free(h, s->enrolments, s->enrolled * sizeof *s->enrolments);
-    crpci_heap_strfree(h, s->registry_url);
-    crpci_heap_strfree(h, s->advertise);
-    crpci_heap_strfree(h, s->registry_credential);
-    crpci_heap_strfree(h, s->group);
-    crpci_heap_strfree(h, s->version);
-    crpci_heap_strfree(h, s->application);
-    crpci_heap_free(h, s, sizeof *s);
-    crpci_heap_unref(h);
-}
-
-CRPCI_COLD bool crpci_server_copy(crpci_heap *h, char **to, const char *from)
-{
-    if (from)
-        *to = crpci_heap_strndup(h, from, strlen(from));
-    return !from || *to;
-}
-
-CRPCI_COLD void crpci_server_configure(crpc_server *s, const crpc_server_options *in)
-{
-    crpc_server_options *o = &s->options;
-    *o = *in;
-    o->weight = (int)crpci_base_min64(crpci_base_option(in->weight, 100, 0), 1000000);
-    o->warmup_ms = (int)crpci_base_option(in->warmup_ms, 0, 0);
-    o->io_threads = (int)crpci_base_option(in->io_threads, 0, 0);
-    o->workers = (int)crpci_base_option(in->workers, 0, 0);
-    o->worker_queue = (int)crpci_base_option(in->worker_queue, 1024, 0);
-    o->worker_stack = (int)crpci_base_option(in->worker_stack, 256 << 10, 0);
-    o->max_connections = (int)crpci_base_option(in->max_connections, 1024, 0);
-    o->max_body = crpci_base_min64(crpci_base_option(in->max_body, 64 << 20, INT32_MAX), INT32_MAX);
-    o->max_skip = crpci_base_option(in->max_skip, 256 << 20, 0);
-    o->max_queued = crpci_base_option(in->max_queued, 4 << 20, 0);
-    o->idle_timeout_ms = (int)crpci_base_option(in->idle_timeout_ms, 0, 0);
-    o->frame_timeout_ms = (int)crpci_base_option(in->frame_timeout_ms, 30000, 0);
-    o->lame_ms = (int)crpci_base_option(in->lame_ms, in->registry ? 1000 : 0, 0);
-    o->drain_ms = (int)crpci_base_option(in->drain_ms, 5000, 0);
-    o->session_timeout_ms = (int)crpci_base_option(in->session_timeout_ms, 15000, 15000);
-    o->registry_timeout_ms = (int)crpci_base_option(in->registry_timeout_ms, 3000, 0);
-    o->max_concurrency = (int)crpci_base_option(in->max_concurrency, 0, INT32_MAX);
-    s->max_serving = o->max_concurrency
-                         ? (uint32_t)o->max_concurrency
-                         : CRPCI_SERVER_MAX_SERVING * (uint32_t)(o->io_threads ? o->io_threads : 1);
-    o->replay_entries = (int)crpci_base_option(in->replay_entries, 0, 0);
-    o->replay_ms = (int)crpci_base_option(in->replay_ms, 60000, 0);
-    o->replay_bytes = crpci_base_option(in->replay_bytes, 4 << 20, INT64_MAX);
-    s->guarded = o->ordered > 0 || o->rate_per_client > 0;
-}
-
-/* What is needed from the start to remember requests and to know clients. */
-CRPCI_COLD int crpci_server_prepare(crpc_server *s)
-{
-    const crpc_server_options *o = &s->options;
-    int err = CRPC_OK;
-    if (o->replay_entries)
-        err = crpci_replay_open(&s->replay, s->heap, (size_t)o->replay_entries, o->replay_bytes,
-                                (int64_t)o->replay_ms * 1000);
-    if (!err && o->rate_per_client > 0)
-        err = crpci_quota_open(&s->clients, s->heap, o->rate_per_client, o->burst_per_client);
-    return err;
-}
-
-CRPCI_FN void crpci_server_drain_tick(crpc_loop *l, crpci_timer *t);
-CRPCI_FN void crpci_server_close_task(crpc_loop *l, crpci_task *task);
-
-CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *options,
-                              crpc_error *error)
-{
-    crpc_server_options o;
-    crpc_server *s;
-    crpc_loop *l;
-    int err = CRPC_OK;
-    *server = NULL;
-    memset(&o, 0, sizeof o);
-    if (options)
-        o = *options;
-    l = o.loop;
-    if (!l) {
-        err = crpc_loop_open(&l, &o.loops);
-        if (err)
-            return crpci_status_set(error, err, "private loop: %s", crpc_status_text(err));
-    }
-    s = (crpc_server *)crpci_heap_alloc(l->heap, sizeof *s);
-    if (!s || crpci_thread_mutex_init(&s->guard)) {
-        crpci_heap_free(l->heap, s, sizeof *s);
-        if (!o.loop)
-            crpc_loop_close(l);
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    }
-    s->loop = l;
-    s->heap = l->heap;
-    crpci_heap_ref(s->heap);
-    crpci_loop_hold(l);
-    s->private_loop = !o.loop;
-    s->refs = 1;
-    crpci_list_init(&s->listeners);
-    crpci_timer_init(&s->drain, crpci_server_drain_tick);
-    crpci_loop_task_init(&s->close_task, crpci_server_close_task);
-    crpci_server_configure(s, &o);
-    s->reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    if (!crpci_server_copy(s->heap, &s->registry_url, o.registry) ||
-        !crpci_server_copy(s->heap, &s->advertise, o.advertise) ||
-        !crpci_server_copy(s->heap, &s->registry_credential, o.registry_credential) ||
-        !crpci_server_copy(s->heap, &s->group, o.group) ||
-        !crpci_server_copy(s->heap, &s->version, o.version) ||
-        !crpci_server_copy(s->heap, &s->application, o.application ? o.application : "crpc") ||
-        crpci_server_prepare(s))
-        err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    if (!err && o.listen)
-        err = crpc_server_listen(s, o.listen, error);
-    if (err) {
-        crpc_server_close(s);
-        return err;
-    }
-    *server = s;
-    return CRPC_OK;
-}
-
-CRPC_API int crpc_server_add(crpc_server *s, const crpc_service *service, const void *handlers,
-                             void *user)
-{
-    int err;
-    if (!service || !service->name)
-        return CRPC_EINVAL;
-    crpci_loop_lock(s->loop);
-    err = crpci_thread_load(&s->state) != CRPCI_SERVER_NEW
-              ? CRPC_EBUSY
-              : crpci_service_add(&s->services, s->heap, service, handlers, user);
-    crpci_loop_unlock(s->loop);
-    return err;
-}
-
-/* --- registering ------------------------------------------------------------------------------ */
-
-/* A registration got through, or a try failed; any thread. */
-CRPCI_FN void crpci_server_on_enrolled(void *user, int status, const char *text)
-{
-    crpci_enrolment *e = (crpci_enrolment *)user;
-    crpc_server *s = e->server;
-    size_t i, through = 0;
-    crpci_loop_lock(s->loop);
-    if (!status)
-        e->through = true;
-    else
-        snprintf(s->registry_text, sizeof s->registry_text, "%s", text ? text : "");
-    for (i = 0; i < s->enrolled; i++)
-        through += s->enrolments[i].through;
-    if (through == s->enrolled && s->waiter)
-        crpci_loop_done(s->loop, s->waiter);
-    crpci_loop_unlock(s->loop);
-}
-
-/* The address to register: as advertised, else the first TCP listener's; a host left open is filled
- * in by the registry with the address that reaches it. */
-CRPCI_COLD int crpci_server_public_address(crpc_server *s, char *out, size_t size,
-                                           crpc_error *error)
-{
-    crpci_addr any = CRPC_INIT;
-    const crpci_listener *n = NULL;
-    char text[CRPCI_URL_MAX];
-    crpci_list *i;
-    bool wild = false;
-    unsigned port = 0;
-    int err;
-    for (i = s->listeners.next; i != &s->listeners && !n; i = i->next) {
-        n = CRPCI_CONTAINER(i, crpci_listener, link);
-        if (n->addr.u.any.sa_family == AF_UNIX)
-            n = NULL;
-    }
-    if (n && n->addr.u.any.sa_family == AF_INET) {
-        port = ntohs(n->addr.u.in4.sin_port);
-        wild = n->addr.u.in4.sin_addr.s_addr == htonl(INADDR_ANY);
-    } else if (n) {
-        port = ntohs(n->addr.u.in6.sin6_port);
-        wild = memcmp(&n->addr.u.in6.sin6_addr, &any.u.in6.sin6_addr, 16) == 0;
-    }
-    if (s->advertise) {
-        const char *colon = strrchr(s->advertise, ':'), *bracket = strrchr(s->advertise, ']');
-        bool has_port = colon && (!bracket || colon > bracket);
-        if (!has_port && !n)
-            return crpci_status_set(error, CRPC_EINVAL, "advertise \"%.80s\": no port, and no "
-                                                        "tcp:// listener to take it from",
-                                    s->advertise);
-        if (has_port)
-            snprintf(text, sizeof text, "%s", s->advertise);
-        else
-            snprintf(text, sizeof text, "%s:%u", s->advertise, port);
-        err = crpci_resolver_address(s->heap, text, out, size, error);
-        return err ? crpci_status_set(error, err, "advertise \"%.80s\" is not host[:port], or "
-                                                  "cannot be resolved (IPv6 stands in brackets)",
-                                      s->advertise)
-                   : CRPC_OK;
-    }
-    if (!n)
-        return crpci_status_set(error, CRPC_EINVAL,
-                                "registry: there is no tcp:// listener to register");
-    if (wild)
-        snprintf(out, size, "%s:%u", n->addr.u.any.sa_family == AF_INET ? "0.0.0.0" : "", port);
-    else
-        crpci_sock_format(&n->addr, out, size);
-    return CRPC_OK;
-}
-
-CRPCI_COLD void crpci_server_method_names(const crpc_service *table, char *out, size_t size)
-{
-    size_t used = 0, i;
-    *out = '\0';
-    for (i = 0; i < table->method_count && used < size; i++)
-        used += (size_t)snprintf(out + used, size - used, "%s%s", i ? "," : "",
-                                 table->methods[i].name);
-}
-
-CRPCI_COLD int crpci_server_enrol(crpc_server *s, crpc_error *error)
-{
-    char address[CRPC_ADDRESS_MAX], methods[1024];
-    crpci_registry_options ro;
-    crpci_registration what;
-    crpci_url u;
-    size_t i;
-    int err = crpci_server_public_address(s, address, sizeof address, error);
-    err = err ? err : crpci_url_parse(&u, s->registry_url, error);
-    if (err)
-        return err;
-    if (*u.query && strcmp(u.scheme, "multicast") != 0)
-        return crpci_status_set(error, CRPC_EINVAL, "%.100s: a registry takes no URL options here",
-                                s->registry_url);
-    memset(&ro, 0, sizeof ro);
-    ro.session_timeout_ms = s->options.session_timeout_ms;
-    ro.credential = s->registry_credential;
-    err = crpci_registry_open(s->loop, &u, &ro, &s->registry, error);
-    if (err)
-        return err;
-    s->enrolments = (crpci_enrolment *)crpci_heap_alloc(s->heap,
-                                                        s->services.count * sizeof *s->enrolments);
-    if (!s->enrolments && s->services.count)
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    s->enrolled = s->services.count;
-    memset(&what, 0, sizeof what);
-    what.address = address;
-    what.group = s->group;
-    what.version = s->version;
-    what.application = s->application;
-    what.methods = methods;
-    what.weight = s->options.weight;
-    what.warmup_ms = s->options.warmup_ms;
-    for (i = 0; i < s->enrolled && !err; i++) {
-        what.service = s->services.items[i].table->name;
-        crpci_server_method_names(s->services.items[i].table, methods, sizeof methods);
-        s->enrolments[i].server = s;
-        err = s->registry->ops->enroll(s->registry, &what, crpci_server_on_enrolled,
-                                       &s->enrolments[i], &s->enrolments[i].handle);
-    }
-    return err ? crpci_status_set(error, err, "%.100s: cannot register: %s", s->registry_url,
-                                  crpc_status_text(err))
-               : CRPC_OK;
-}
-
-/* The gate: waits until all services are registered. */
-CRPCI_COLD int crpci_server_await_enrolment(crpc_server *s, crpc_error *error)
-{
-    crpc_loop *l = s->loop;
-    int64_t ms = s->options.registry_timeout_ms;
-    crpci_waiter w;
-    size_t i, through = 0;
-    int err = CRPC_OK;
-    memset(&w, 0, sizeof w);
-    crpci_loop_lock(l);
-    for (i = 0; i < s->enrolled; i++)
-        through += s->enrolments[i].through;
-    if (through < s->enrolled && ms && !crpci_loop_in_callback(l)) {
-        s->waiter = &w;
-        crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
-        s->waiter = NULL;
-        for (i = 0, through = 0; i < s->enrolled; i++)
-            through += s->enrolments[i].through;
-    }
-    if (through < s->enrolled && s->options.must_connect)
-        err = crpci_status_set(error, CRPC_EREGISTRY, "%.80s: not registered within %d ms%s%.100s",
-                               s->registry_url, (int)ms, *s->registry_text ? ": " : "",
-                               s->registry_text);
-    crpci_loop_unlock(l);
-    return err;
-}
-
-CRPCI_COLD void crpci_server_withdraw(crpc_server *s)
-{
-    size_t i;
-    for (i = 0; s->registry && i < s->enrolled; i++) {
-        void *handle = s->enrolments[i].handle;
-        s->enrolments[i].handle = NULL;
-        if (handle)
-            s->registry->ops->withdraw(s->registry, handle);
-    }
-}
-
-/* --- starting --------------------------------------------------------------------------------- */
-
-CRPCI_COLD bool crpci_server_limits(const crpc_method_limit *l, const crpc_method *m,
-                                    const char *service)
-{
-    return (!l->service || strcmp(l->service, service) == 0) &&
-           (!l->method || strcmp(l->method, m->name) == 0);
-}
-
-/* Gives each method its quota; with NULL only counts those that have one. */
-CRPCI_COLD size_t crpci_server_share(crpc_server *s, crpci_quota *quotas)
-{
-    const crpc_server_options *o = &s->options;
-    size_t i, k, n = 0, of;
-    for (i = 0; i < s->services.count; i++) {
-        const crpci_service *v = &s->services.items[i];
-        for (k = 0; k < v->table->method_count; k++) {
-            for (of = 0; of < o->limit_count; of++) {
-                if (crpci_server_limits(&o->limits[of], &v->table->methods[k], v->table->name))
-                    break;
-            }
-            if (of == o->limit_count)
-                continue;
-            if (quotas) {
-                crpci_quota_init(&quotas[n], &o->limits[of], (uint32_t)o->workers);
-                v->methods[k].quota = &quotas[n];
-            }
-            n++;
-        }
-    }
-    return n;
-}
-
-/* A limit that names nothing is a mistake. */
-CRPCI_COLD int crpci_server_check_limit(const crpc_server *s, const crpc_method_limit *l,
-                                        crpc_error *error)
-{
-    size_t i, k;
-    for (i = 0; i < s->services.count; i++) {
-        const crpc_service *table = s->services.items[i].table;
-        for (k = 0; k < table->method_count; k++) {
-            if (crpci_server_limits(l, &table->methods[k], table->name))
-                return CRPC_OK;
-        }
-    }
-    return crpci_status_set(error, CRPC_EINVAL, "a limit is for %.80s.%.80s, which is not offered",
-                            l->service ? l->service : "*", l->method ? l->method : "*");
-}
-
-CRPCI_COLD int crpci_server_start_limits(crpc_server *s, crpc_error *error)
-{
-    size_t i;
-    int err = CRPC_OK;
-    for (i = 0; i < s->options.limit_count && !err; i++)
-        err = crpci_server_check_limit(s, &s->options.limits[i], error);
-    if (err || !s->options.limit_count || s->quotas)
-        return err;
-    s->quota_count = crpci_server_share(s, NULL);
-    s->quotas = (crpci_quota *)crpci_heap_alloc(s->heap, s->quota_count * sizeof *s->quotas);
-    if (!s->quotas)
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    crpci_server_share(s, s->quotas);
-    s->guarded = true;
-    return CRPC_OK;
-}
-
-CRPCI_COLD int crpci_server_start_threads(crpc_server *s, crpc_error *error)
-{
-    size_t want = (size_t)s->options.io_threads;
-    crpc_loop_options lo = s->options.loops;
-    int err = CRPC_OK;
-    lo.hooks = s->heap->hooks;
-    if (!lo.hooks.log_level)
-        lo.hooks.log_level = -1;
-    if (!lo.thread_name)
-        lo.thread_name = "crpc-io";
-    if (want) {
-        s->io_loops = (crpc_loop **)crpci_heap_alloc(s->heap, want * sizeof *s->io_loops);
-        if (!s->io_loops)
-            return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    }
-    while (!err && s->io_count < want) {
-        err = crpc_loop_open(&s->io_loops[s->io_count], &lo);
-        if (!err)
-            err = crpc_loop_start(s->io_loops[s->io_count++]);
-    }
-    if (err)
-        return crpci_status_set(error, err, "I/O thread %zu: %s", s->io_count,
-                                crpc_status_text(err));
-    if (s->options.workers) {
-        err = crpci_worker_start(&s->workers, s->heap, (size_t)s->options.workers,
-                                 s->options.worker_queue, (size_t)s->options.worker_stack);
-        if (err)
-            return crpci_status_set(error, err, "workers: %s", crpc_status_text(err));
-        s->worker_count = (size_t)s->options.workers;
-    }
-    return CRPC_OK;
-}
-
-CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
-{
-    crpc_loop *l = s->loop;
-    crpci_list *i;
-    int err;
-    if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW || s->io_loops)
-        return crpci_status_set(error, CRPC_EBUSY, "the server has been started already");
-    if (crpci_list_empty(&s->listeners))
-        return crpci_status_set(error, CRPC_EINVAL, "nothing to listen on: set options.listen");
-    err = crpci_server_start_limits(s, error);
-    err = err ? err : crpci_server_start_threads(s, error);
-    if (err)
-        return err;
-    crpci_loop_lock(l);
-    crpci_thread_store(&s->state, CRPCI_SERVER_RUNNING);
-    for (i = s->listeners.next; i != &s->listeners && !err; i = i->next) {
-        crpci_listener *n = CRPCI_CONTAINER(i, crpci_listener, link);
-        err = crpci_loop_watch_set(l, &n->watch, n->fd, CRPC_READABLE);
-    }
-    crpci_loop_unlock(l);
-    if (err)
-        return crpci_status_set(error, err, "listening: %s", crpc_status_text(err));
-    if (s->registry_url) {
-        err = crpci_server_enrol(s, error);
-        err = err ? err : crpci_server_await_enrolment(s, error);
-    }
-    if (err) {
-        crpci_loop_lock(l);
-        s->options.lame_ms = 0; /* it is only to be closed */
-        crpci_loop_unlock(l);
-    }
-    return err;
-}
-
-/* --- stopping --------------------------------------------------------------------------------- */
-
-CRPCI_FN void crpci_server_close_conns(crpc_server *s, crpc_loop *l)
-{
-    crpci_list *i, *next;
-    for (i = l->conns.next; i != &l->conns; i = next) {
-        crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
-        next = i->next;
-        if (c->up == &crpci_server_events && c->owner == s)
-            crpci_conn_close(c, CRPC_ECLOSE, 0);
-    }
-}
-
-/* Whether any of the server's connections on a loop still has output to send, or requests that have
- * come and were not read: closing would reset it. Locked. */
-CRPCI_FN bool crpci_server_has_output(const crpc_server *s, crpc_loop *l)
-{
-    crpci_list *i;
-    char byte;
-    for (i = l->conns.next; i != &l->conns; i = i->next) {
-        const crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
-        if (c->up == &crpci_server_events && c->owner == s &&
-            (c->tx_head || c->left || c->rx || c->skip ||
-             recv(c->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0))
-            return true;
-    }
-    return false;
-}
-
-/* From here on new requests are refused. Locked. */
-CRPCI_FN void crpci_server_drain(crpc_server *s)
-{
-    crpci_thread_store(&s->state, CRPCI_SERVER_STOPPING);
-    crpci_server_close_listeners(s);
-}
-
-/* Looks whether the last request is answered; closes when it is, or when time is up. Called with
- * the server's loop locked; the others are locked one after another without it. */
-CRPCI_FN void crpci_server_drain_tick(crpc_loop *l, crpci_timer *t)
-{
-    crpc_server *s = CRPCI_CONTAINER(t, crpc_server, drain);
-    bool busy;
-    size_t i;
-    if (crpci_thread_load(&s->state) == CRPCI_SERVER_LAME)
-        crpci_server_drain(s);
-    if (crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPING)
-        return;
-    busy = crpci_thread_load(&s->active) > 0 || crpci_server_has_output(s, l);
-    crpci_thread_ref(&s->refs);
-    crpci_loop_unlock(l);
-    for (i = 0; i < s->io_count && !busy; i++) {
-        crpci_loop_lock(s->io_loops[i]);
-        busy = crpci_server_has_output(s, s->io_loops[i]);
-        crpci_loop_unlock(s->io_loops[i]);
-    }
-    busy = busy || crpci_thread_load(&s->active) > 0; /* one that was let in at the last moment */
-    busy = busy && crpci_loop_now(l) < s->drain_until;
-    for (i = 0; i < s->io_count && !busy; i++) {
-        crpci_loop_lock(s->io_loops[i]);
-        crpci_server_close_conns(s, s->io_loops[i]);
-        crpci_loop_unlock(s->io_loops[i]);
-    }
-    crpci_loop_lock(l);
-    if (busy) {
-        crpci_loop_timer_set(l, t, CRPCI_SERVER_TICK);
-    } else {
-        crpci_server_close_conns(s, l);
-        crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
-        if (s->waiter)
-            crpci_loop_done(l, s->waiter);
-        if (s->running)
-            crpc_loop_stop(l);
-        if (s->close_later)
-            crpci_loop_ready(l, &s->close_task);
-    }
-    crpci_server_free(s);
-}
-
-CRPC_API void crpc_server_stop(crpc_server *s)
-{
-    crpc_loop *l = s->loop;
-    int64_t lame_until;
-    uint32_t state;
-    crpci_loop_lock(l);
-    state = crpci_thread_load(&s->state);
-    lame_until = crpci_loop_now(l);
-    if (state == CRPCI_SERVER_RUNNING)
-        lame_until += (int64_t)s->options.lame_ms * 1000;
-    if (state <= CRPCI_SERVER_RUNNING)
-        s->drain_until = lame_until + (int64_t)s->options.drain_ms * 1000;
-    if (state == CRPCI_SERVER_RUNNING && s->options.lame_ms)
-        crpci_thread_store(&s->state, CRPCI_SERVER_LAME);
-    else if (state <= CRPCI_SERVER_RUNNING)
-        crpci_server_drain(s);
-    crpci_loop_unlock(l);
-    if (state > CRPCI_SERVER_RUNNING)
-        return;
-    crpci_server_withdraw(s);
-    crpci_loop_lock(l); /* not before: another thread may close the server when it is drained */
-    crpci_loop_timer_at(l, &s->drain, lame_until);
-    crpci_loop_unlock(l);
-}
-
-/* Waits for the end of stopping, driving the loop if nobody does. */
-CRPCI_FN void crpci_server_await_stop(crpc_server *s)
-{
-    crpc_loop *l = s->loop;
-    crpci_waiter w;
-    memset(&w, 0, sizeof w);
-    crpci_loop_lock(l);
-    if (crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED) {
-        s->waiter = &w;
-        crpci_loop_wait(l, &w, s->drain_until + 1000000, true);
-        s->waiter = NULL;
-    }
-    crpci_loop_unlock_driver(l);
-}
-
-CRPC_API int crpc_server_run(crpc_server *s)
-{
-    crpc_loop *l = s->loop;
-    crpc_error error;
-    bool running, closed;
-    int err = CRPC_OK;
-    if (crpci_thread_load(&s->state) == CRPCI_SERVER_NEW)
-        err = crpc_server_start(s, &error);
-    if (err) {
-        crpci_heap_log(s->heap, CRPC_LOG_ERROR, "%s", error.text);
-        return err;
-    }
-    crpci_loop_hold(l); /* a callback may close the server, and with it the loop */
-    crpci_thread_ref(&s->refs);
-    crpci_loop_lock(l);
-    running = s->running = crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED;
-    crpci_loop_unlock(l);
-    if (running)
-        err = crpc_loop_run(l);
-    crpci_loop_lock(l);
-    s->running = false;
-    closed = s->close_later;
-    crpci_loop_unlock(l);
-    if (!err && !closed) {
-        crpc_server_stop(s);
-        crpci_server_await_stop(s);
-    }
-    crpci_server_free(s);
-    crpci_loop_release(l);
-    return err;
-}
-
-CRPCI_FN bool crpci_server_in_callback(crpc_server *s)
-{
-    bool in;
-    size_t i;
-    crpci_loop_lock(s->loop);
-    in = crpci_loop_in_callback(s->loop);
-    crpci_loop_unlock(s->loop);
-    for (i = 0; i < s->io_count && !in; i++) {
-        crpci_loop_lock(s->io_loops[i]);
-        in = crpci_loop_in_callback(s->io_loops[i]);
-        crpci_loop_unlock(s->io_loops[i]);
-    }
-#if CRPC_ENABLE_THREADS
-    for (i = 0; i < s->worker_count && !in; i++)
-        in = crpci_thread_is_self(s->workers.threads[i]);
-#endif
-    return in;
-}
-
-/* What is left of closing when the server is stopped; in a callback of the loop at most. */
-CRPCI_COLD void crpci_server_dismantle(crpc_server *s)
-{
-    crpc_loop *l = s->loop;
-    bool private_loop = s->private_loop;
-    size_t i;
-    crpci_registry_close(s->registry);
-    s->registry = NULL;
-    crpci_loop_lock(l);
-    crpci_server_close_listeners(s);
-    crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
-    crpci_timer_cancel(&s->drain);
-    crpci_server_close_conns(s, l);
-    crpci_loop_unlock(l);
-    crpci_thread_lock(&s->guard);
-    s->workers_over = true; /* a request that is finished later has no next one run */
-    crpci_thread_unlock(&s->guard);
-    crpci_worker_stop(&s->workers, s->heap, s->worker_count);
-    s->worker_count = 0;
-    for (i = 0; i < s->io_count; i++) {
-        crpci_loop_lock(s->io_loops[i]);
-        crpci_server_close_conns(s, s->io_loops[i]);
-        crpci_loop_unlock(s->io_loops[i]);
-        crpc_loop_close(s->io_loops[i]);
-    }
-    crpci_heap_free(s->heap, s->io_loops, (size_t)s->options.io_threads * sizeof *s->io_loops);
-    s->io_loops = NULL;
-    s->io_count = 0;
-    if (s->reserve_fd >= 0)
-        close(s->reserve_fd);
-    s->reserve_fd = -1;
-    crpci_server_free(s);
-    if (private_loop)
-        crpc_loop_close(l);
-    crpci_loop_release(l);
-}
-
-CRPCI_FN void crpci_server_close_task(crpc_loop *l, crpci_task *task)
-{
-    crpci_loop_user_begin(l);
-    crpci_server_dismantle(CRPCI_CONTAINER(task, crpc_server, close_task));
-    crpci_loop_user_end(l);
-}
-
-CRPC_API void crpc_server_close(crpc_server *s)
-{
-    bool started;
-    if (!s)
-        return;
-    started = crpci_thread_load(&s->state) != CRPCI_SERVER_NEW;
-    if (started && crpci_server_in_callback(s)) { /* which must not wait for itself */
-        crpc_loop *l = s->loop;
-        crpci_loop_lock(l);
-        s->close_later = true;
-        if (crpci_thread_load(&s->state) == CRPCI_SERVER_STOPPED)
-            crpci_loop_ready(l, &s->close_task);
-        crpci_loop_unlock(l);
-        crpc_server_stop(s);
-        return;
-    }
-    if (started) {
-        crpc_server_stop(s);
-        crpci_server_await_stop(s);
-    }
-    crpci_server_dismantle(s);
-}
-
-CRPC_API crpc_loop *crpc_server_loop(crpc_server *s)
-{
-    return s->loop;
-}
-
-CRPC_API void crpc_server_stats_get(crpc_server *s, crpc_loop_stats *stats)
-{
-    size_t i;
-    crpc_loop_stats_get(s->loop, stats);
-    for (i = 0; i < s->io_count; i++) {
-        crpc_loop_stats one;
-        crpc_loop_stats_get(s->io_loops[i], &one);
-        stats->waits += one.waits;
-        stats->sends += one.sends;
-        stats->receives += one.receives;
-        stats->wakeups += one.wakeups;
-        stats->promotions += one.promotions;
-        stats->late_replies += one.late_replies;
-        stats->bad_frames += one.bad_frames;
-        stats->calls += one.calls;
-        stats->requests += one.requests;
-        stats->limited += one.limited;
-        stats->connections += one.connections;
-        stats->pending += one.pending;
-        stats->watches += one.watches;
-        stats->memory += one.memory;
-        stats->memory_peak += one.memory_peak;
-    }
-    crpci_thread_lock(&s->guard);
-    stats->replayed = s->replayed;
-    stats->unremembered = s->unremembered;
-    crpci_thread_unlock(&s->guard);
-}
-
 /* --- the handler's side ----------------------------------------------------------------------- */
-
-CRPC_API int crpc_context_fail(crpc_context *x, int app_code, const char *format, ...)
-{
-    va_list ap;
-    if (crpci_status_reserved(app_code)) {
-        crpci_context_word(x, "the service's error code %d is reserved (0-199, 1000-3999)",
-                           app_code);
-        return CRPC_EINTERNAL;
-    }
-    x->app_code = app_code;
-    va_start(ap, format);
-    crpci_context_vword(x, format, ap);
-    va_end(ap);
-    return CRPC_EAPP;
-}
-
-CRPC_API int crpc_context_error(crpc_context *x, int status, const char *format, ...)
-{
-    va_list ap;
-    va_start(ap, format);
-    crpci_context_vword(x, format, ap);
-    va_end(ap);
-    return status;
-}
 
 CRPC_API int crpc_context_finish(crpc_context *x, int status)
 {
@@ -20858,16 +19529,6 @@ CRPC_API int crpc_context_finish(crpc_context *x, int status)
 CRPC_API void *crpc_context_response(crpc_context *x)
 {
     return x->response;
-}
-
-CRPC_API void *crpc_context_alloc(crpc_context *x, size_t size)
-{
-    crpci_chunk *c = crpci_heap_chunk(x->loop->heap, size);
-    if (!c)
-        return NULL;
-    c->next = x->extra;
-    x->extra = c;
-    return memset(crpci_heap_data(c), 0, size);
 }
 
 CRPC_API void *crpc_context_user(const crpc_context *x)
@@ -20916,21 +19577,6 @@ CRPC_API bool crpc_context_field(const crpc_context *x, const char *key, crpc_vi
     return crpci_meta_field(x->raw, key, value);
 }
 
-CRPC_API int crpc_context_add_field(crpc_context *x, const char *key, const char *value)
-{
-    crpci_message_out *o = &x->fields;
-    if (!key || !value)
-        return CRPC_EINVAL;
-    o->heap = x->loop->heap;
-    if (!o->chunk)
-        o->chunk = crpci_heap_chunk(o->heap, 64);
-    if (!o->chunk || !crpci_message_reserve(o, crpci_meta_field_size(strlen(key), strlen(value))))
-        return CRPC_ENOMEM;
-    o->len += crpci_meta_put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key),
-                                   crpc_view_str(value));
-    return CRPC_OK;
-}
-
 CRPC_API crpc_view crpc_context_credential(const crpc_context *x)
 {
     return x->credential;
@@ -20963,6 +19609,1434 @@ CRPC_API const char *crpc_context_peer(crpc_context *x)
     }
     crpci_loop_unlock(x->loop);
     return x->peer;
+}
+
+/* ======================================================================== */
+/* >>impl-guard   requests that are limited, keep an order, or come again   */
+/* ======================================================================== */
+
+#define CRPCI_GUARD_CROWDED "too many requests wait for a worker (worker_queue)"
+
+/* What is kept of a request that is limited, ordered, or may come again. Its context's memory. */
+typedef struct crpci_guard {
+    crpc_context *context;
+    bool ordered;
+    crpci_order_item order;
+    crpc_view id;              /* unset: it is not one that may come again */
+    crpci_replay_entry *entry; /* it is the first with that id */
+    bool repeats;              /* it has come before: answered with `reply`, if that was kept */
+    crpci_chunk *reply;
+    crpci_quota *quota; /* that it has entered */
+    int64_t since;
+} crpci_guard;
+
+/* Has a request run. False: too many wait. Locked. */
+CRPCI_COLD bool crpci_guard_dispatch(crpc_server *s, crpc_context *x)
+{
+    if (s->worker_count)
+        return crpci_worker_push(&s->workers, &x->task);
+    crpci_loop_ready(x->loop, &x->task);
+    return true;
+}
+
+/* Has a request run, now or when its turn comes. Returns why not, or NULL. Locked. */
+CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
+{
+    crpc_server *s = x->server;
+    crpci_guard *g;
+    int err = CRPC_OK;
+    if (!of->ordered && !of->quota && !crpc_view_size(of->id))
+        return crpci_guard_dispatch(s, x) ? NULL : CRPCI_GUARD_CROWDED;
+    x->guard = g = (crpci_guard *)crpc_context_alloc(x, sizeof *g);
+    if (!g)
+        return "out of memory";
+    *g = *of;
+    g->context = x;
+    if (!g->ordered)
+        return crpci_guard_dispatch(s, x) ? NULL : CRPCI_GUARD_CROWDED;
+    crpci_thread_lock(&s->guard.lock);
+    if (!s->guard.order.buckets)
+        err = crpci_order_open(&s->guard.order, s->heap, s->options.worker_queue);
+    err = err ? err : crpci_order_enter(&s->guard.order, &g->order);
+    if (!err && !crpci_guard_dispatch(s, x)) {
+        crpci_order_leave(&s->guard.order, &g->order); /* nobody can wait behind it yet */
+        err = CRPC_ELIMIT;
+    }
+    crpci_thread_unlock(&s->guard.lock);
+    return !err || err == CRPC_EPENDING ? NULL
+           : err == CRPC_ENOMEM         ? "out of memory"
+                                        : CRPCI_GUARD_CROWDED;
+}
+
+/* Has a request run that was let in before. False: the server is closed. No lock is held. */
+CRPCI_COLD bool crpci_guard_resume(crpc_context *x)
+{
+    crpc_server *s = x->server;
+    bool ok;
+    if (s->options.workers) {
+        crpci_thread_lock(&s->guard.lock); /* else the workers could go meanwhile */
+        ok = !s->guard.over && crpci_worker_put(&s->workers, &x->task, true);
+        crpci_thread_unlock(&s->guard.lock);
+        return ok;
+    }
+    crpci_loop_lock(x->loop);
+    ok = crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPED; /* else nobody may drive the loop */
+    if (ok)
+        crpci_loop_ready(x->loop, &x->task);
+    crpci_loop_unlock(x->loop);
+    return ok;
+}
+
+CRPCI_COLD crpc_context *crpci_guard_leave(crpc_server *s, crpci_guard *g)
+{
+    crpci_order_item *next;
+    crpci_thread_lock(&s->guard.lock);
+    next = crpci_order_leave(&s->guard.order, &g->order);
+    crpci_thread_unlock(&s->guard.lock);
+    g->ordered = false;
+    return next ? CRPCI_CONTAINER(next, crpci_guard, order)->context : NULL;
+}
+
+/* Gives the turn to who waits for it. */
+CRPCI_COLD void crpci_guard_pass(crpc_server *s, crpci_guard *g)
+{
+    crpc_context *x = crpci_guard_leave(s, g);
+    while (x && !crpci_guard_resume(x)) {
+        crpc_context *next = crpci_guard_leave(s, x->guard);
+        crpci_context_complete(x, CRPC_ELOGOFF);
+        x = next;
+    }
+}
+
+/* The status of a request that executed before. */
+CRPCI_COLD int crpci_guard_status(crpc_context *x)
+{
+    crpci_guard *g = x->guard;
+    g->repeats = true;
+    if (!g->reply)
+        return crpc_context_error(x, CRPC_EINTERNAL, "executed before, but its reply was not kept");
+    return ((const crpci_replay_reply *)(const void *)crpci_heap_data(g->reply))->code;
+}
+
+/* Runs the handler of a request, unless it has come before. After CRPC_EPENDING x may be gone. */
+CRPCI_COLD int crpci_guard_serve(crpc_context *x)
+{
+    crpc_server *s = x->server;
+    crpci_guard *g = x->guard;
+    crpci_replay_entry *e = NULL;
+    bool waits = false;
+    if (crpc_view_size(g->id)) {
+        crpci_thread_lock(&s->guard.lock);
+        e = crpci_replay_find(&s->guard.replay, x->method, g->id, crpci_heap_rough_now(s->heap));
+        waits = e && !e->finished;
+        if (!e) {
+            g->entry = crpci_replay_add(&s->guard.replay, x->method, g->id);
+            s->guard.unremembered += !g->entry;
+        } else if (waits) {
+            crpci_list_append(&e->waiting, &x->task.link);
+        } else if (e->reply) {
+            g->reply = e->reply;
+            crpci_heap_chunk_ref(g->reply);
+        }
+        s->guard.replayed += e != NULL;
+        crpci_thread_unlock(&s->guard.lock);
+    }
+    if (waits)
+        return CRPC_EPENDING;
+    if (e)
+        return crpci_guard_status(x);
+    return x->method->method->serve(x, x->request, x->response, x->method->handlers);
+}
+
+/* Copies what the reply of a request consists of. NULL: out of memory. */
+CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_out *out)
+{
+    const uint8_t *meta = out->head + CRPCI_FRAME_HEADER;
+    size_t size = crpci_base_get32(out->head + 8);
+    crpc_view part[4];
+    crpci_meta m;
+    if (!crpci_meta_read(meta, size, &m))
+        return NULL;
+    part[0] = m.error_text;
+    part[1] = x->fields.len ? crpc_view_of(crpci_heap_data(x->fields.chunk), x->fields.len)
+                            : crpc_view_of(NULL, 0);
+    part[2] = crpc_view_of(meta + size, out->head_len - CRPCI_FRAME_HEADER - size);
+    part[3] = crpc_view_of(out->tail, out->tail_len);
+    return crpci_replay_copy(x->server->heap, m.error_code, part);
+}
+
+/* `served`: 1: well, 0: not, -1: it says nothing of the server. */
+CRPCI_COLD void crpci_guard_quit(crpc_server *s, crpci_guard *g, int served)
+{
+    int64_t now = g->quota ? crpci_heap_now(s->heap) : 0;
+    if (!g->quota)
+        return;
+    crpci_thread_lock(&s->guard.lock);
+    crpci_quota_leave(g->quota, served > 0, served < 0 ? -1 : now - g->since, now);
+    crpci_thread_unlock(&s->guard.lock);
+    g->quota = NULL;
+}
+
+/* At the end of a guarded request: its reply is kept, and goes to those who wait for the same; the
+ * turn goes on. `out` is its reply, or NULL. No lock is held. */
+CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_out *out, int served)
+{
+    crpc_server *s = x->server;
+    crpci_guard *g = x->guard;
+    crpci_chunk *reply = g->entry && out ? crpci_guard_copy(x, out) : NULL;
+    crpci_list waiting;
+    crpci_list_init(&waiting);
+    crpci_guard_quit(s, g, served);
+    if (g->entry) {
+        crpci_thread_lock(&s->guard.lock);
+        crpci_replay_finish(&s->guard.replay, g->entry, reply, crpci_heap_rough_now(s->heap),
+                            &waiting);
+        crpci_thread_unlock(&s->guard.lock);
+    }
+    while (!crpci_list_empty(&waiting)) {
+        crpci_task *t = CRPCI_CONTAINER(waiting.next, crpci_task, link);
+        crpc_context *w = CRPCI_CONTAINER(t, crpc_context, task);
+        crpci_list_remove(&t->link);
+        w->guard->reply = reply;
+        if (reply)
+            crpci_heap_chunk_ref(reply);
+        crpci_context_complete(w, crpci_guard_status(w));
+    }
+    crpci_heap_chunk_unref(reply);
+    crpci_heap_chunk_unref(g->reply);
+    g->reply = NULL;
+    if (g->ordered)
+        crpci_guard_pass(s, g);
+}
+
+/* crpci_context_encode, of a guarded request. */
+CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
+{
+    crpci_chunk *reply = x->guard->repeats ? x->guard->reply : NULL;
+    crpci_out *out;
+    if (reply) {
+        const crpci_replay_reply *r =
+            (const crpci_replay_reply *)(const void *)crpci_heap_data(reply);
+        out = crpci_context_frame(x->loop->heap, x->correlation_id, r, r + 1);
+        if (out && out->tail_len) {
+            out->tail_chunk = reply;
+            crpci_heap_chunk_ref(reply);
+        }
+    } else {
+        out = crpci_context_encode(x, code);
+    }
+    crpci_guard_end(x, out, x->guard->repeats ? -1 : !code || x->app_code);
+    return out;
+}
+
+static const crpci_context_guard crpci_guard_ops = {crpci_guard_serve, crpci_guard_encode,
+                                                    crpci_guard_end};
+
+/* --- admission -------------------------------------------------------------------------------- */
+
+/* What a request's meta says about its order and about coming again. False: it was refused. */
+CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpci_meta *m,
+                                    crpci_guard *g)
+{
+    bool fields = !m->usual && m->fields;
+    crpc_view key;
+    memset(g, 0, sizeof *g);
+    if (fields && s->options.ordered >= 0 && crpci_meta_field(m->raw, CRPCI_META_KEY_FIELD, &key)) {
+        g->ordered = true;
+        g->order.key = crpci_balance_hash(crpc_view_data(key), crpc_view_size(key));
+    } else if (s->options.ordered > 0) {
+        g->ordered = true;
+        g->order.of = conn;
+        g->order.key = crpci_balance_mix((uint64_t)(uintptr_t)conn);
+    }
+    if (!fields || !s->guard.replay.buckets ||
+        !crpci_meta_field(m->raw, CRPCI_META_ID_FIELD, &g->id) ||
+        crpc_view_size(g->id) <= CRPCI_REPLAY_ID_MAX)
+        return true;
+    crpci_context_refuse(conn, m->correlation_id, CRPC_EREQUEST, "crpc-rid is over 64 bytes");
+    return false;
+}
+
+/* Whether a request is within the limits of its client and its method. Returns why not, or NULL. */
+CRPCI_COLD const char *crpci_guard_limit(crpc_server *s, const crpci_conn *conn, crpci_quota *q,
+                                         crpci_guard *g)
+{
+    crpci_quota_client *client = (crpci_quota_client *)conn->client;
+    const char *why = NULL;
+    if (!client && !q)
+        return NULL;
+    g->since = conn->active_us;
+    crpci_thread_lock(&s->guard.lock);
+    if (client && !crpci_limiter_bucket_take(&client->bucket, g->since))
+        why = "too many requests of this client in a second (rate_per_client)";
+    else if (q)
+        why = crpci_quota_enter(q, g->since);
+    crpci_thread_unlock(&s->guard.lock);
+    g->quota = why ? NULL : q;
+    return why;
+}
+
+/* Finds out whose a new connection is. False: out of memory. */
+CRPCI_COLD bool crpci_guard_connect(crpc_server *s, crpci_conn *conn)
+{
+    crpci_addr a;
+    crpci_sock_peer(conn->fd, &a);
+    crpci_thread_lock(&s->guard.lock);
+    conn->client = crpci_quota_connect(&s->guard.clients, &a);
+    crpci_thread_unlock(&s->guard.lock);
+    return conn->client != NULL;
+}
+
+/* Gives back what crpci_guard_connect took. Locked. */
+CRPCI_COLD void crpci_guard_disconnect(crpc_server *s, crpci_conn *conn)
+{
+    crpci_thread_lock(&s->guard.lock);
+    crpci_quota_disconnect(&s->guard.clients, (crpci_quota_client *)conn->client);
+    crpci_thread_unlock(&s->guard.lock);
+    conn->client = NULL;
+}
+
+/* --- opening ---------------------------------------------------------------------------------- */
+
+CRPCI_COLD bool crpci_guard_limit_matches(const crpc_method_limit *l, const crpc_method *m,
+                                          const char *service)
+{
+    return (!l->service || strcmp(l->service, service) == 0) &&
+           (!l->method || strcmp(l->method, m->name) == 0);
+}
+
+/* Gives each method its quota; with NULL only counts those that have one. */
+CRPCI_COLD size_t crpci_guard_share_quotas(crpc_server *s, crpci_quota *quotas)
+{
+    const crpc_server_options *o = &s->options;
+    size_t i, k, n = 0, of;
+    for (i = 0; i < s->services.count; i++) {
+        const crpci_service *v = &s->services.items[i];
+        for (k = 0; k < v->table->method_count; k++) {
+            for (of = 0; of < o->limit_count; of++) {
+                if (crpci_guard_limit_matches(&o->limits[of], &v->table->methods[k],
+                                              v->table->name))
+                    break;
+            }
+            if (of == o->limit_count)
+                continue;
+            if (quotas) {
+                crpci_quota_init(&quotas[n], &o->limits[of], (uint32_t)o->workers);
+                v->methods[k].quota = &quotas[n];
+            }
+            n++;
+        }
+    }
+    return n;
+}
+
+/* A limit that applies to no method is a mistake of the program. */
+CRPCI_COLD int crpci_guard_check_limit(const crpc_server *s, size_t index, crpc_error *error)
+{
+    const crpc_method_limit *l = &s->options.limits[index];
+    size_t i, k;
+    for (i = 0; i < s->services.count; i++) {
+        const crpc_service *table = s->services.items[i].table;
+        for (k = 0; k < table->method_count; k++) {
+            if (crpci_guard_limit_matches(l, &table->methods[k], table->name))
+                return CRPC_OK;
+        }
+    }
+    if (!l->service)
+        return crpci_status_set(error, CRPC_EINVAL, "limits[%zu] names method %.80s, which no "
+                                                    "service of this server has",
+                                index, l->method ? l->method : "*");
+    return crpci_status_set(error, CRPC_EINVAL,
+                            "limits[%zu] names %.80s.%.80s, which this server does not have", index,
+                            l->service, l->method ? l->method : "*");
+}
+
+CRPCI_COLD int crpci_guard_start_limits(crpc_server *s, crpc_error *error)
+{
+    size_t i;
+    int err = CRPC_OK;
+    for (i = 0; i < s->options.limit_count && !err; i++)
+        err = crpci_guard_check_limit(s, i, error);
+    if (err || !s->options.limit_count || s->guard.quotas)
+        return err;
+    s->guard.quota_count = crpci_guard_share_quotas(s, NULL);
+    s->guard.quotas =
+        (crpci_quota *)crpci_heap_alloc(s->heap, s->guard.quota_count * sizeof *s->guard.quotas);
+    if (!s->guard.quotas)
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    crpci_guard_share_quotas(s, s->guard.quotas);
+    s->guard.all = true;
+    return CRPC_OK;
+}
+
+/* What is needed from the start to remember requests and to know clients. */
+CRPCI_COLD int crpci_guard_open(crpc_server *s)
+{
+    const crpc_server_options *o = &s->options;
+    int err = CRPC_OK;
+    if (o->replay_entries)
+        err = crpci_replay_open(&s->guard.replay, s->heap, (size_t)o->replay_entries,
+                                o->replay_bytes, (int64_t)o->replay_ms * 1000);
+    if (!err && o->rate_per_client > 0)
+        err = crpci_quota_open(&s->guard.clients, s->heap, o->rate_per_client, o->burst_per_client);
+    return err;
+}
+
+CRPCI_COLD void crpci_guard_close(crpc_server *s)
+{
+    crpci_replay_close(&s->guard.replay);
+    crpci_order_close(&s->guard.order, s->heap);
+    crpci_quota_close(&s->guard.clients);
+    crpci_heap_free(s->heap, s->guard.quotas, s->guard.quota_count * sizeof *s->guard.quotas);
+    crpci_thread_mutex_free(&s->guard.lock);
+}
+
+/* ======================================================================== */
+/* >>impl-intake   what a server's connections bring: taken in, or refused  */
+/* ======================================================================== */
+
+/* What crpc cannot serve is refused by name rather than answered wrongly. */
+CRPCI_FN int crpci_intake_check(const crpci_message *m, char *text, size_t size)
+{
+    const crpci_meta *meta = &m->meta;
+    *text = '\0';
+    if (m->bad_attachment)
+        snprintf(text, size, "attachment_size %d is larger than the body's %zu bytes",
+                 meta->attachment_size, m->payload_size);
+    else if (meta->compress_type)
+        snprintf(text, size, "compress_type %d is not supported; send uncompressed",
+                 meta->compress_type);
+    else if (meta->content_type)
+        snprintf(text, size, "content_type %d is not supported; send protobuf", meta->content_type);
+    else if (meta->checksum_type)
+        snprintf(text, size, "checksum_type %d is not supported; send none", meta->checksum_type);
+    else if (crpc_view_data(meta->stream_settings))
+        snprintf(text, size, "streaming is not supported");
+    else if (crpc_view_data(meta->chunk_info))
+        snprintf(text, size, "chunked bodies are not supported; send one frame");
+    return *text ? CRPC_EREQUEST : CRPC_OK;
+}
+
+/* The method of a request. On failure it has been refused by name: NULL. */
+CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_conn *conn,
+                                                         const crpci_message *m)
+{
+    const crpci_service_method *method = (const crpci_service_method *)conn->expected;
+    char text[CRPC_ERROR_TEXT_MAX];
+    int err;
+    if (CRPCI_LIKELY(m->meta.usual))
+        return method; /* and in this shape there is nothing to refuse */
+    err = crpci_intake_check(m, text, sizeof text);
+    if (!err) {
+        err = crpci_service_lookup(&s->services, &m->meta, &method);
+        if (err)
+            snprintf(text, sizeof text, "no such %s: %.*s.%.*s",
+                     err == CRPC_ENOSERVICE ? "service" : "method",
+                     (int)crpci_base_min(crpc_view_size(m->meta.service), 100),
+                     crpc_view_size(m->meta.service) ? crpc_view_data(m->meta.service) : "",
+                     (int)crpci_base_min(crpc_view_size(m->meta.method), 100),
+                     crpc_view_size(m->meta.method) ? crpc_view_data(m->meta.method) : "");
+    }
+    if (err) {
+        crpci_context_refuse(conn, m->meta.correlation_id, err, text);
+        return NULL;
+    }
+    conn->expect = method->names;
+    conn->expected = method;
+    return method;
+}
+
+/* Takes a request in, or refuses it. */
+CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_message *m,
+                                 const crpci_service_method *method)
+{
+    bool guarded = s->guard.all || (!m->meta.usual && m->meta.fields);
+    const char *why = NULL;
+    crpc_context *x = NULL;
+    crpci_guard g;
+    if (CRPCI_UNLIKELY(guarded)) {
+        if (!crpci_guard_inspect(s, conn, &m->meta, &g))
+            return;
+        why = crpci_guard_limit(s, conn, (crpci_quota *)method->quota, &g);
+    }
+    if (CRPCI_LIKELY(!why)) {
+        x = crpci_context_new(s, conn, m, method);
+        why = x ? NULL : "out of memory";
+    }
+    if (x && CRPCI_UNLIKELY(guarded))
+        why = crpci_guard_start(x, &g);
+    else if (x && !s->worker_count)
+        crpci_loop_ready(conn->loop, &x->task);
+    else if (x && !crpci_worker_push(&s->workers, &x->task))
+        why = CRPCI_GUARD_CROWDED;
+    if (CRPCI_LIKELY(!why))
+        return;
+    if (guarded)
+        crpci_guard_quit(s, &g, -1);
+    crpci_context_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT, why);
+    if (x)
+        crpci_context_reject(x);
+}
+
+CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, crpci_message *m)
+{
+    crpc_server *s = (crpc_server *)conn->owner;
+    const crpci_service_method *method;
+    conn->loop->stats.requests++;
+    if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING)) {
+        crpci_context_refuse(conn, m->meta.correlation_id, CRPC_ELOGOFF, "the server is stopping");
+        crpci_context_throttle(conn);
+        return;
+    }
+    method = crpci_intake_method(s, conn, m);
+    if (method && CRPCI_UNLIKELY(crpci_thread_load(&s->serving) >= s->max_serving)) {
+        crpci_context_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT,
+                             "too many requests are being served (max_concurrency)");
+    } else if (method) {
+        crpci_intake_admit(s, conn, m, method);
+    }
+    crpci_context_throttle(conn);
+}
+
+CRPCI_COLD void crpci_intake_on_oversize(crpci_conn *conn, const crpci_meta *m, uint64_t body)
+{
+    char text[128];
+    snprintf(text, sizeof text, "request of %llu bytes is over max_body, %u",
+             (unsigned long long)body, conn->max_body);
+    conn->loop->stats.requests++;
+    crpci_context_refuse(conn, m->correlation_id, CRPC_EREQUEST, text);
+    crpci_context_throttle(conn);
+}
+
+CRPCI_FN void crpci_intake_on_sent(crpci_conn *conn, crpci_out *o)
+{
+    (void)o;
+    if (conn->paused)
+        crpci_context_throttle(conn);
+}
+
+CRPCI_FN void crpci_intake_on_eof(crpci_conn *conn)
+{
+    conn->eof = true;
+    crpci_conn_interest(conn);
+    crpci_context_close_if_done(conn);
+}
+
+CRPCI_FN void crpci_intake_on_closed(crpci_conn *conn)
+{
+    crpc_server *s = (crpc_server *)conn->owner;
+    if (conn->client)
+        crpci_guard_disconnect(s, conn);
+    __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
+}
+
+CRPCI_FN void crpci_intake_on_opened(crpci_conn *conn)
+{
+    (void)conn;
+}
+
+/* Closes a connection that was idle for too long, or whose request comes too slowly. */
+CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
+{
+    const crpc_server *s = (const crpc_server *)conn->owner;
+    int64_t now = crpci_loop_now(conn->loop), next = INT64_MAX;
+    int64_t idle = (int64_t)s->options.idle_timeout_ms * 1000;
+    if (conn->close_when_sent && conn->frame_timeout_us) {
+        if (conn->tx_bytes == conn->linger_bytes)
+            crpci_conn_close(conn, CRPC_ECLOSE, 0);
+        else
+            crpci_loop_timer_set(conn->loop, &conn->timer, conn->frame_timeout_us);
+        conn->linger_bytes = conn->tx_bytes;
+        return;
+    }
+    if ((conn->rx || conn->skip) && conn->frame_timeout_us)
+        next = (conn->paused ? now : conn->rx_since) + conn->frame_timeout_us;
+    if (idle && !conn->busy && !conn->tx_head && !conn->rx && !conn->skip)
+        next = crpci_base_min64(next, conn->active_us + idle);
+    else if (idle)
+        next = crpci_base_min64(next, now + idle);
+    if (next <= now)
+        crpci_conn_close(conn, CRPC_ECLOSE, 0);
+    else if (next != INT64_MAX)
+        crpci_loop_timer_set(conn->loop, &conn->timer, next - now);
+}
+
+static const crpci_conn_events crpci_intake_events = {
+    crpci_intake_on_opened, crpci_intake_on_message, crpci_intake_on_oversize, crpci_intake_on_sent,
+    crpci_intake_on_eof,    crpci_intake_on_closed,  crpci_intake_on_timer};
+
+CRPCI_FN void crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
+{
+    crpci_list *i, *next;
+    for (i = l->conns.next; i != &l->conns; i = next) {
+        crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
+        next = i->next;
+        if (c->up == &crpci_intake_events && c->owner == s)
+            crpci_conn_close(c, CRPC_ECLOSE, 0);
+    }
+}
+
+/* Whether any of the server's connections on a loop still has output to send, or requests that have
+ * come and were not read: closing would reset it. Locked. */
+CRPCI_FN bool crpci_intake_has_output(const crpc_server *s, crpc_loop *l)
+{
+    crpci_list *i;
+    char byte;
+    for (i = l->conns.next; i != &l->conns; i = i->next) {
+        const crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
+        if (c->up == &crpci_intake_events && c->owner == s &&
+            (c->tx_head || c->left || c->rx || c->skip ||
+             recv(c->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0))
+            return true;
+    }
+    return false;
+}
+
+/* ======================================================================== */
+/* >>impl-listener   sockets that accept, and who gets the new connections  */
+/* ======================================================================== */
+
+typedef struct crpci_listener {
+    crpci_list link;
+    crpc_server *server;
+    crpci_watch watch;
+    crpci_timer masked; /* no descriptors left: pause accepting */
+    int fd;
+    bool given; /* by the program: a socket's file is not ours to remove */
+    char url[CRPC_ADDRESS_MAX + 8];
+    crpci_addr addr;
+} crpci_listener;
+
+/* Hands a new connection to its loop. No loop is locked: two never are at a time. */
+CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
+{
+    crpc_loop *l = s->loop;
+    crpci_conn *conn;
+    if (s->io.count) {
+        l = s->io.loops[s->io.next % s->io.count];
+        s->io.next++;
+    }
+    if (s->options.max_connections &&
+        crpci_thread_load(&s->connections) >= (uint32_t)s->options.max_connections) {
+        close(fd);
+        return;
+    }
+    crpci_loop_lock(l);
+    crpci_thread_ref(&s->connections);
+    if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
+        close(fd); /* whoever stops looks at the loop's connections after this */
+        __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
+    } else if (crpci_conn_new(l, fd, false, &crpci_intake_events, s, &conn)) {
+        __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
+    } else {
+        conn->max_body = (uint32_t)s->options.max_body;
+        conn->max_skip = s->options.max_skip;
+        conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
+        if (s->options.idle_timeout_ms)
+            crpci_loop_timer_set(l, &conn->timer, (int64_t)s->options.idle_timeout_ms * 1000);
+        if (s->guard.clients.buckets && !crpci_guard_connect(s, conn))
+            crpci_conn_close(conn, CRPC_ENOMEM, 0);
+    }
+    crpci_loop_unlock(l);
+}
+
+/* Out of descriptors: one is kept in reserve to turn the caller away, and accepting pauses, else a
+ * level-triggered listener would spin. */
+CRPCI_COLD void crpci_listener_no_descriptors(crpci_listener *n)
+{
+    crpc_server *s = n->server;
+    int64_t now = crpci_loop_now(s->loop);
+    int fd;
+    if (s->listener.reserve_fd >= 0) {
+        close(s->listener.reserve_fd);
+        fd = accept4(n->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        if (fd >= 0)
+            close(fd);
+        s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    }
+    crpci_loop_watch_set(s->loop, &n->watch, n->fd, 0);
+    crpci_loop_timer_set(s->loop, &n->masked, 100000);
+    if (now - s->listener.emfile_logged > 1000000) {
+        s->listener.emfile_logged = now;
+        crpci_heap_log(s->heap, CRPC_LOG_WARN, "%s: no file descriptors left, connections wait",
+                       n->url);
+    }
+}
+
+CRPCI_FN void crpci_listener_unmask(crpc_loop *l, crpci_timer *t)
+{
+    crpci_listener *n = CRPCI_CONTAINER(t, crpci_listener, masked);
+    if (crpci_loop_watch_set(l, &n->watch, n->fd, CRPC_READABLE))
+        crpci_loop_timer_set(l, t, 100000);
+}
+
+CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned events)
+{
+    crpci_listener *n = CRPCI_CONTAINER(w, crpci_listener, watch);
+    crpc_server *s = n->server;
+    int fds[16], count = 0, i;
+    (void)events;
+    while (count < 16) {
+        int fd = accept4(n->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        if (fd < 0) {
+            if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
+                crpci_listener_no_descriptors(n);
+            break;
+        }
+        if (n->addr.u.any.sa_family != AF_UNIX)
+            crpci_sock_tune(fd);
+        fds[count++] = fd;
+    }
+    if (!count)
+        return;
+    crpci_thread_ref(&s->refs);
+    crpci_loop_unlock(l);
+    for (i = 0; i < count; i++)
+        crpci_listener_adopt(s, fds[i]);
+    crpci_loop_lock(l);
+    crpci_context_drop_server(s);
+}
+
+CRPCI_COLD int crpci_listener_add(crpc_server *s, int fd, bool given)
+{
+    crpci_listener *n = (crpci_listener *)crpci_heap_alloc(s->heap, sizeof *n);
+    char text[CRPC_ADDRESS_MAX];
+    if (!n)
+        return CRPC_ENOMEM;
+    n->server = s;
+    n->fd = fd;
+    n->given = given;
+    crpci_sock_local(fd, &n->addr);
+    crpci_sock_format(&n->addr, text, sizeof text);
+    if (n->addr.u.any.sa_family == AF_UNIX)
+        snprintf(n->url, sizeof n->url, "unix://%s", text + 5);
+    else
+        snprintf(n->url, sizeof n->url, "tcp://%s", text);
+    crpci_watch_init(&n->watch, crpci_listener_on_accept);
+    crpci_timer_init(&n->masked, crpci_listener_unmask);
+    crpci_loop_lock(s->loop);
+    crpci_list_append(&s->listener.list, &n->link);
+    crpci_loop_unlock(s->loop);
+    return CRPC_OK;
+}
+
+CRPC_API int crpc_server_listen_fd(crpc_server *s, int fd)
+{
+    int flags = fcntl(fd, F_GETFL), on = 0;
+    socklen_t len = sizeof on;
+    if (flags < 0 || getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &on, &len) || !on)
+        return CRPC_EINVAL;
+    if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW)
+        return CRPC_EBUSY;
+    fcntl(fd, F_SETFL, flags | O_NONBLOCK);
+    fcntl(fd, F_SETFD, FD_CLOEXEC);
+    return crpci_listener_add(s, fd, true);
+}
+
+CRPC_API int crpc_server_listen(crpc_server *s, const char *url, crpc_error *error)
+{
+    char text[CRPC_ADDRESS_MAX];
+    crpci_addr addr;
+    crpci_url u;
+    int err, fd, saved;
+    if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW)
+        return crpci_status_set(error, CRPC_EBUSY, "the server has been started");
+    err = crpci_url_parse(&u, url, error);
+    if (err)
+        return err;
+    if (*u.query)
+        return crpci_status_set(error, CRPC_EINVAL, "%.100s: a listener takes no URL options", url);
+    if (strcmp(u.scheme, "unix") == 0) {
+        if ((size_t)snprintf(text, sizeof text, "unix:%s", u.path) >= sizeof text)
+            return crpci_status_set(error, CRPC_EINVAL, "unix:// path is over %d bytes",
+                                    CRPC_ADDRESS_MAX - 6);
+    } else if (strcmp(u.scheme, "tcp") == 0 && !*u.path) {
+        err = crpci_resolver_address(s->heap, u.authority, text, sizeof text, error);
+        if (err)
+            return err;
+    } else {
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "%.100s: expected tcp://host:port or unix:///path", url);
+    }
+    if (!crpci_sock_parse(&addr, text))
+        return crpci_status_set(error, CRPC_EINVAL, "%.100s: not an address", url);
+    fd = crpci_sock_listen(&addr);
+    saved = errno;
+    if (fd < 0) {
+        err = saved == EADDRINUSE || saved == EADDRNOTAVAIL || saved == EACCES || saved == ENOENT
+                  ? CRPC_EADDRESS
+                  : CRPC_ESYSTEM;
+        return crpci_status_set(
+            error, err, "%.100s: cannot listen: %s (errno %d)", url,
+            saved == ENOENT ? "no such directory" : crpci_conn_errno_text(saved), saved);
+    }
+    err = crpci_listener_add(s, fd, false);
+    if (err) {
+        close(fd);
+        crpci_status_set(error, err, "out of memory");
+    }
+    return err;
+}
+
+CRPC_API int crpc_server_address(crpc_server *s, size_t index, char *url, size_t size)
+{
+    crpci_list *i;
+    int err = CRPC_ENOTFOUND;
+    crpci_loop_lock(s->loop);
+    for (i = s->listener.list.next; i != &s->listener.list; i = i->next) {
+        if (index-- == 0) {
+            const char *text = CRPCI_CONTAINER(i, crpci_listener, link)->url;
+            err = strlen(text) < size ? CRPC_OK : CRPC_EINVAL;
+            if (size)
+                snprintf(url, size, "%s", err ? "" : text);
+            break;
+        }
+    }
+    crpci_loop_unlock(s->loop);
+    return err;
+}
+
+/* Begins to accept. Locked. */
+CRPCI_COLD int crpci_listener_start(crpc_server *s)
+{
+    crpci_list *i;
+    int err = CRPC_OK;
+    for (i = s->listener.list.next; i != &s->listener.list && !err; i = i->next) {
+        crpci_listener *n = CRPCI_CONTAINER(i, crpci_listener, link);
+        err = crpci_loop_watch_set(s->loop, &n->watch, n->fd, CRPC_READABLE);
+    }
+    return err;
+}
+
+/* Locked. */
+CRPCI_COLD void crpci_listener_close_all(crpc_server *s)
+{
+    while (!crpci_list_empty(&s->listener.list)) {
+        crpci_listener *n = CRPCI_CONTAINER(s->listener.list.next, crpci_listener, link);
+        crpci_loop_watch_set(s->loop, &n->watch, n->fd, 0);
+        crpci_timer_cancel(&n->masked);
+        crpci_list_remove(&n->link);
+        close(n->fd);
+        if (n->addr.u.any.sa_family == AF_UNIX && !n->given)
+            unlink(n->addr.u.un.sun_path);
+        crpci_heap_free(s->heap, n, sizeof *n);
+    }
+}
+
+/* ======================================================================== */
+/* >>impl-enrolment   the services of a server in a registry                */
+/* ======================================================================== */
+
+typedef struct crpci_enrolment {
+    crpc_server *server;
+    void *handle;
+    bool through;
+} crpci_enrolment;
+
+/* A registration got through, or a try failed; any thread. */
+CRPCI_FN void crpci_enrolment_on_status(void *user, int status, const char *text)
+{
+    crpci_enrolment *e = (crpci_enrolment *)user;
+    crpc_server *s = e->server;
+    size_t i, through = 0;
+    crpci_loop_lock(s->loop);
+    if (!status)
+        e->through = true;
+    else
+        snprintf(s->enrolment.text, sizeof s->enrolment.text, "%s", text ? text : "");
+    for (i = 0; i < s->enrolment.count; i++)
+        through += s->enrolment.items[i].through;
+    if (through == s->enrolment.count && s->enrolment.waiter)
+        crpci_loop_done(s->loop, s->enrolment.waiter);
+    crpci_loop_unlock(s->loop);
+}
+
+/* The address to register: as advertised, else the first TCP listener's; a host left open is filled
+ * in by the registry with the address that reaches it. */
+CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, crpc_error *error)
+{
+    crpci_addr any = CRPC_INIT;
+    const crpci_listener *n = NULL;
+    char text[CRPCI_URL_MAX];
+    crpci_list *i;
+    bool wild = false;
+    unsigned port = 0;
+    int err;
+    for (i = s->listener.list.next; i != &s->listener.list && !n; i = i->next) {
+        n = CRPCI_CONTAINER(i, crpci_listener, link);
+        if (n->addr.u.any.sa_family == AF_UNIX)
+            n = NULL;
+    }
+    if (n && n->addr.u.any.sa_family == AF_INET) {
+        port = ntohs(n->addr.u.in4.sin_port);
+        wild = n->addr.u.in4.sin_addr.s_addr == htonl(INADDR_ANY);
+    } else if (n) {
+        port = ntohs(n->addr.u.in6.sin6_port);
+        wild = memcmp(&n->addr.u.in6.sin6_addr, &any.u.in6.sin6_addr, 16) == 0;
+    }
+    if (s->enrolment.advertise) {
+        const char *colon = strrchr(s->enrolment.advertise, ':'),
+                   *bracket = strrchr(s->enrolment.advertise, ']');
+        bool has_port = colon && (!bracket || colon > bracket);
+        if (!has_port && !n)
+            return crpci_status_set(error, CRPC_EINVAL,
+                                    "advertise \"%.80s\": no port, and no "
+                                    "tcp:// listener to take it from",
+                                    s->enrolment.advertise);
+        if (has_port)
+            snprintf(text, sizeof text, "%s", s->enrolment.advertise);
+        else
+            snprintf(text, sizeof text, "%s:%u", s->enrolment.advertise, port);
+        err = crpci_resolver_address(s->heap, text, out, size, error);
+        return err ? crpci_status_set(error, err,
+                                      "advertise \"%.80s\" is not host[:port], or "
+                                      "cannot be resolved (IPv6 stands in brackets)",
+                                      s->enrolment.advertise)
+                   : CRPC_OK;
+    }
+    if (!n)
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "registry: there is no tcp:// listener to register");
+    if (wild)
+        snprintf(out, size, "%s:%u", n->addr.u.any.sa_family == AF_INET ? "0.0.0.0" : "", port);
+    else
+        crpci_sock_format(&n->addr, out, size);
+    return CRPC_OK;
+}
+
+CRPCI_COLD void crpci_enrolment_method_names(const crpc_service *table, char *out, size_t size)
+{
+    size_t used = 0, i;
+    *out = '\0';
+    for (i = 0; i < table->method_count && used < size; i++)
+        used +=
+            (size_t)snprintf(out + used, size - used, "%s%s", i ? "," : "", table->methods[i].name);
+}
+
+CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
+{
+    char address[CRPC_ADDRESS_MAX], methods[1024];
+    crpci_registry_options ro;
+    crpci_registration what;
+    crpci_url u;
+    size_t i;
+    int err = crpci_enrolment_address(s, address, sizeof address, error);
+    err = err ? err : crpci_url_parse(&u, s->enrolment.url, error);
+    if (err)
+        return err;
+    if (*u.query && strcmp(u.scheme, "multicast") != 0)
+        return crpci_status_set(error, CRPC_EINVAL, "%.100s: a registry takes no URL options here",
+                                s->enrolment.url);
+    memset(&ro, 0, sizeof ro);
+    ro.session_timeout_ms = s->options.session_timeout_ms;
+    ro.credential = s->enrolment.credential;
+    err = crpci_registry_open(s->loop, &u, &ro, &s->enrolment.registry, error);
+    if (err)
+        return err;
+    s->enrolment.items = (crpci_enrolment *)crpci_heap_alloc(
+        s->heap, s->services.count * sizeof *s->enrolment.items);
+    if (!s->enrolment.items && s->services.count)
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    s->enrolment.count = s->services.count;
+    memset(&what, 0, sizeof what);
+    what.address = address;
+    what.group = s->enrolment.group;
+    what.version = s->enrolment.version;
+    what.application = s->enrolment.application;
+    what.methods = methods;
+    what.weight = s->options.weight;
+    what.warmup_ms = s->options.warmup_ms;
+    for (i = 0; i < s->enrolment.count && !err; i++) {
+        what.service = s->services.items[i].table->name;
+        crpci_enrolment_method_names(s->services.items[i].table, methods, sizeof methods);
+        s->enrolment.items[i].server = s;
+        err = s->enrolment.registry->ops->enroll(s->enrolment.registry, &what,
+                                                 crpci_enrolment_on_status, &s->enrolment.items[i],
+                                                 &s->enrolment.items[i].handle);
+    }
+    return err ? crpci_status_set(error, err, "%.100s: cannot register: %s", s->enrolment.url,
+                                  crpc_status_text(err))
+               : CRPC_OK;
+}
+
+/* The gate: waits until all services are registered. */
+CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
+{
+    crpc_loop *l = s->loop;
+    int64_t ms = s->options.registry_timeout_ms;
+    crpci_waiter w;
+    size_t i, through = 0;
+    int err = CRPC_OK;
+    memset(&w, 0, sizeof w);
+    crpci_loop_lock(l);
+    for (i = 0; i < s->enrolment.count; i++)
+        through += s->enrolment.items[i].through;
+    if (through < s->enrolment.count && ms && !crpci_loop_in_callback(l)) {
+        s->enrolment.waiter = &w;
+        crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
+        s->enrolment.waiter = NULL;
+        for (i = 0, through = 0; i < s->enrolment.count; i++)
+            through += s->enrolment.items[i].through;
+    }
+    if (through < s->enrolment.count && s->options.must_connect)
+        err = crpci_status_set(error, CRPC_EREGISTRY, "%.80s: not registered within %d ms%s%.100s",
+                               s->enrolment.url, (int)ms, *s->enrolment.text ? ": " : "",
+                               s->enrolment.text);
+    crpci_loop_unlock(l);
+    return err;
+}
+
+CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
+{
+    size_t i;
+    for (i = 0; s->enrolment.registry && i < s->enrolment.count; i++) {
+        void *handle = s->enrolment.items[i].handle;
+        s->enrolment.items[i].handle = NULL;
+        if (handle)
+            s->enrolment.registry->ops->withdraw(s->enrolment.registry, handle);
+    }
+}
+
+/* ======================================================================== */
+/* >>impl-lifecycle   opening a server, starting, draining, closing         */
+/* ======================================================================== */
+
+#define CRPCI_LIFECYCLE_MAX_SERVING 8192u /* requests of one loop in service, unless told */
+#define CRPCI_LIFECYCLE_TICK        10000 /* microseconds until draining is looked at again */
+
+/* --- stopping --------------------------------------------------------------------------------- */
+
+/* From here on new requests are refused. Locked. */
+CRPCI_FN void crpci_lifecycle_drain(crpc_server *s)
+{
+    crpci_thread_store(&s->state, CRPCI_SERVER_STOPPING);
+    crpci_listener_close_all(s);
+}
+
+/* Looks whether the last request is answered; closes when it is, or when time is up. Called with
+ * the server's loop locked; the others are locked one after another without it. */
+CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
+{
+    crpc_server *s = CRPCI_CONTAINER(t, crpc_server, drain.timer);
+    bool busy;
+    size_t i;
+    if (crpci_thread_load(&s->state) == CRPCI_SERVER_LAME)
+        crpci_lifecycle_drain(s);
+    if (crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPING)
+        return;
+    busy = crpci_thread_load(&s->active) > 0 || crpci_intake_has_output(s, l);
+    crpci_thread_ref(&s->refs);
+    crpci_loop_unlock(l);
+    for (i = 0; i < s->io.count && !busy; i++) {
+        crpci_loop_lock(s->io.loops[i]);
+        busy = crpci_intake_has_output(s, s->io.loops[i]);
+        crpci_loop_unlock(s->io.loops[i]);
+    }
+    busy = busy || crpci_thread_load(&s->active) > 0; /* one that was let in at the last moment */
+    busy = busy && crpci_loop_now(l) < s->drain.until;
+    for (i = 0; i < s->io.count && !busy; i++) {
+        crpci_loop_lock(s->io.loops[i]);
+        crpci_intake_close_conns(s, s->io.loops[i]);
+        crpci_loop_unlock(s->io.loops[i]);
+    }
+    crpci_loop_lock(l);
+    if (busy) {
+        crpci_loop_timer_set(l, t, CRPCI_LIFECYCLE_TICK);
+    } else {
+        crpci_intake_close_conns(s, l);
+        crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
+        if (s->drain.waiter)
+            crpci_loop_done(l, s->drain.waiter);
+        if (s->drain.running)
+            crpc_loop_stop(l);
+        if (s->drain.close_later)
+            crpci_loop_ready(l, &s->drain.close_task);
+    }
+    crpci_context_drop_server(s);
+}
+
+CRPC_API void crpc_server_stop(crpc_server *s)
+{
+    crpc_loop *l = s->loop;
+    int64_t lame_until;
+    uint32_t state;
+    crpci_loop_lock(l);
+    state = crpci_thread_load(&s->state);
+    lame_until = crpci_loop_now(l);
+    if (state == CRPCI_SERVER_RUNNING)
+        lame_until += (int64_t)s->options.lame_ms * 1000;
+    if (state <= CRPCI_SERVER_RUNNING)
+        s->drain.until = lame_until + (int64_t)s->options.drain_ms * 1000;
+    if (state == CRPCI_SERVER_RUNNING && s->options.lame_ms)
+        crpci_thread_store(&s->state, CRPCI_SERVER_LAME);
+    else if (state <= CRPCI_SERVER_RUNNING)
+        crpci_lifecycle_drain(s);
+    crpci_loop_unlock(l);
+    if (state > CRPCI_SERVER_RUNNING)
+        return;
+    crpci_enrolment_withdraw(s);
+    crpci_loop_lock(l); /* not before: another thread may close the server when it is drained */
+    crpci_loop_timer_at(l, &s->drain.timer, lame_until);
+    crpci_loop_unlock(l);
+}
+
+/* Waits for the end of stopping, driving the loop if nobody does. */
+CRPCI_FN void crpci_lifecycle_await_stop(crpc_server *s)
+{
+    crpc_loop *l = s->loop;
+    crpci_waiter w;
+    memset(&w, 0, sizeof w);
+    crpci_loop_lock(l);
+    if (crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED) {
+        s->drain.waiter = &w;
+        crpci_loop_wait(l, &w, s->drain.until + 1000000, true);
+        s->drain.waiter = NULL;
+    }
+    crpci_loop_unlock_driver(l);
+}
+
+/* --- closing ---------------------------------------------------------------------------------- */
+
+/* Frees what is left when the last reference has gone. */
+CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
+{
+    crpci_heap *h = s->heap;
+    crpci_service_free(&s->services, h);
+    crpci_guard_close(s);
+    crpci_heap_free(h, s->enrolment.items, s->enrolment.count * sizeof *s->enrolment.items);
+    crpci_heap_strfree(h, s->enrolment.url);
+    crpci_heap_strfree(h, s->enrolment.advertise);
+    crpci_heap_strfree(h, s->enrolment.credential);
+    crpci_heap_strfree(h, s->enrolment.group);
+    crpci_heap_strfree(h, s->enrolment.version);
+    crpci_heap_strfree(h, s->enrolment.application);
+    crpci_heap_free(h, s, sizeof *s);
+    crpci_heap_unref(h);
+}
+
+CRPCI_FN bool crpci_lifecycle_in_callback(crpc_server *s)
+{
+    bool in;
+    size_t i;
+    crpci_loop_lock(s->loop);
+    in = crpci_loop_in_callback(s->loop);
+    crpci_loop_unlock(s->loop);
+    for (i = 0; i < s->io.count && !in; i++) {
+        crpci_loop_lock(s->io.loops[i]);
+        in = crpci_loop_in_callback(s->io.loops[i]);
+        crpci_loop_unlock(s->io.loops[i]);
+    }
+#if CRPC_ENABLE_THREADS
+    for (i = 0; i < s->worker_count && !in; i++)
+        in = crpci_thread_is_self(s->workers.threads[i]);
+#endif
+    return in;
+}
+
+/* What is left of closing when the server is stopped; in a callback of the loop at most. */
+CRPCI_COLD void crpci_lifecycle_dismantle(crpc_server *s)
+{
+    crpc_loop *l = s->loop;
+    bool private_loop = s->private_loop;
+    size_t i;
+    crpci_registry_close(s->enrolment.registry);
+    s->enrolment.registry = NULL;
+    crpci_loop_lock(l);
+    crpci_listener_close_all(s);
+    crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
+    crpci_timer_cancel(&s->drain.timer);
+    crpci_intake_close_conns(s, l);
+    crpci_loop_unlock(l);
+    crpci_thread_lock(&s->guard.lock);
+    s->guard.over = true; /* a request that is finished later has no next one run */
+    crpci_thread_unlock(&s->guard.lock);
+    crpci_worker_stop(&s->workers, s->heap, s->worker_count);
+    s->worker_count = 0;
+    for (i = 0; i < s->io.count; i++) {
+        crpci_loop_lock(s->io.loops[i]);
+        crpci_intake_close_conns(s, s->io.loops[i]);
+        crpci_loop_unlock(s->io.loops[i]);
+        crpc_loop_close(s->io.loops[i]);
+    }
+    crpci_heap_free(s->heap, s->io.loops, (size_t)s->options.io_threads * sizeof *s->io.loops);
+    s->io.loops = NULL;
+    s->io.count = 0;
+    if (s->listener.reserve_fd >= 0)
+        close(s->listener.reserve_fd);
+    s->listener.reserve_fd = -1;
+    crpci_context_drop_server(s);
+    if (private_loop)
+        crpc_loop_close(l);
+    crpci_loop_release(l);
+}
+
+CRPCI_FN void crpci_lifecycle_close_task(crpc_loop *l, crpci_task *task)
+{
+    crpci_loop_user_begin(l);
+    crpci_lifecycle_dismantle(CRPCI_CONTAINER(task, crpc_server, drain.close_task));
+    crpci_loop_user_end(l);
+}
+
+CRPC_API void crpc_server_close(crpc_server *s)
+{
+    bool started;
+    if (!s)
+        return;
+    started = crpci_thread_load(&s->state) != CRPCI_SERVER_NEW;
+    if (started && crpci_lifecycle_in_callback(s)) { /* which must not wait for itself */
+        crpc_loop *l = s->loop;
+        crpci_loop_lock(l);
+        s->drain.close_later = true;
+        if (crpci_thread_load(&s->state) == CRPCI_SERVER_STOPPED)
+            crpci_loop_ready(l, &s->drain.close_task);
+        crpci_loop_unlock(l);
+        crpc_server_stop(s);
+        return;
+    }
+    if (started) {
+        crpc_server_stop(s);
+        crpci_lifecycle_await_stop(s);
+    }
+    crpci_lifecycle_dismantle(s);
+}
+
+/* --- opening and starting -----------------------------------------------------------------------
+ */
+
+CRPCI_COLD bool crpci_lifecycle_copy(crpci_heap *h, char **to, const char *from)
+{
+    if (from)
+        *to = crpci_heap_strndup(h, from, strlen(from));
+    return !from || *to;
+}
+
+CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_options *in)
+{
+    crpc_server_options *o = &s->options;
+    *o = *in;
+    o->weight = (int)crpci_base_min64(crpci_base_option(in->weight, 100, 0), 1000000);
+    o->warmup_ms = (int)crpci_base_option(in->warmup_ms, 0, 0);
+    o->io_threads = (int)crpci_base_option(in->io_threads, 0, 0);
+    o->workers = (int)crpci_base_option(in->workers, 0, 0);
+    o->worker_queue = (int)crpci_base_option(in->worker_queue, 1024, 0);
+    o->worker_stack = (int)crpci_base_option(in->worker_stack, 256 << 10, 0);
+    o->max_connections = (int)crpci_base_option(in->max_connections, 1024, 0);
+    o->max_body = crpci_base_min64(crpci_base_option(in->max_body, 64 << 20, INT32_MAX), INT32_MAX);
+    o->max_skip = crpci_base_option(in->max_skip, 256 << 20, 0);
+    o->max_queued = crpci_base_option(in->max_queued, 4 << 20, 0);
+    o->idle_timeout_ms = (int)crpci_base_option(in->idle_timeout_ms, 0, 0);
+    o->frame_timeout_ms = (int)crpci_base_option(in->frame_timeout_ms, 30000, 0);
+    o->lame_ms = (int)crpci_base_option(in->lame_ms, in->registry ? 1000 : 0, 0);
+    o->drain_ms = (int)crpci_base_option(in->drain_ms, 5000, 0);
+    o->session_timeout_ms = (int)crpci_base_option(in->session_timeout_ms, 15000, 15000);
+    o->registry_timeout_ms = (int)crpci_base_option(in->registry_timeout_ms, 3000, 0);
+    o->max_concurrency = (int)crpci_base_option(in->max_concurrency, 0, INT32_MAX);
+    s->max_serving = o->max_concurrency ? (uint32_t)o->max_concurrency
+                                        : CRPCI_LIFECYCLE_MAX_SERVING *
+                                              (uint32_t)(o->io_threads ? o->io_threads : 1);
+    o->replay_entries = (int)crpci_base_option(in->replay_entries, 0, 0);
+    o->replay_ms = (int)crpci_base_option(in->replay_ms, 60000, 0);
+    o->replay_bytes = crpci_base_option(in->replay_bytes, 4 << 20, INT64_MAX);
+    s->guard.all = o->ordered > 0 || o->rate_per_client > 0;
+}
+
+CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *options,
+                              crpc_error *error)
+{
+    crpc_server_options o;
+    crpc_server *s;
+    crpc_loop *l;
+    int err = CRPC_OK;
+    *server = NULL;
+    memset(&o, 0, sizeof o);
+    if (options)
+        o = *options;
+    l = o.loop;
+    if (!l) {
+        err = crpc_loop_open(&l, &o.loops);
+        if (err)
+            return crpci_status_set(error, err, "private loop: %s", crpc_status_text(err));
+    }
+    s = (crpc_server *)crpci_heap_alloc(l->heap, sizeof *s);
+    if (!s || crpci_thread_mutex_init(&s->guard.lock)) {
+        crpci_heap_free(l->heap, s, sizeof *s);
+        if (!o.loop)
+            crpc_loop_close(l);
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    }
+    s->loop = l;
+    s->heap = l->heap;
+    crpci_heap_ref(s->heap);
+    crpci_loop_hold(l);
+    s->private_loop = !o.loop;
+    s->refs = 1;
+    s->destroy = crpci_lifecycle_free;
+    s->guard.ops = &crpci_guard_ops;
+    crpci_list_init(&s->listener.list);
+    crpci_timer_init(&s->drain.timer, crpci_lifecycle_drain_tick);
+    crpci_loop_task_init(&s->drain.close_task, crpci_lifecycle_close_task);
+    crpci_lifecycle_configure(s, &o);
+    s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    if (!crpci_lifecycle_copy(s->heap, &s->enrolment.url, o.registry) ||
+        !crpci_lifecycle_copy(s->heap, &s->enrolment.advertise, o.advertise) ||
+        !crpci_lifecycle_copy(s->heap, &s->enrolment.credential, o.registry_credential) ||
+        !crpci_lifecycle_copy(s->heap, &s->enrolment.group, o.group) ||
+        !crpci_lifecycle_copy(s->heap, &s->enrolment.version, o.version) ||
+        !crpci_lifecycle_copy(s->heap, &s->enrolment.application,
+                              o.application ? o.application : "crpc") ||
+        crpci_guard_open(s))
+        err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    if (!err && o.listen)
+        err = crpc_server_listen(s, o.listen, error);
+    if (err) {
+        crpc_server_close(s);
+        return err;
+    }
+    *server = s;
+    return CRPC_OK;
+}
+
+CRPC_API int crpc_server_add(crpc_server *s, const crpc_service *service, const void *handlers,
+                             void *user)
+{
+    int err;
+    if (!service || !service->name)
+        return CRPC_EINVAL;
+    crpci_loop_lock(s->loop);
+    err = crpci_thread_load(&s->state) != CRPCI_SERVER_NEW
+              ? CRPC_EBUSY
+              : crpci_service_add(&s->services, s->heap, service, handlers, user);
+    crpci_loop_unlock(s->loop);
+    return err;
+}
+
+CRPCI_COLD int crpci_lifecycle_start_threads(crpc_server *s, crpc_error *error)
+{
+    size_t want = (size_t)s->options.io_threads;
+    crpc_loop_options lo = s->options.loops;
+    int err = CRPC_OK;
+    lo.hooks = s->heap->hooks;
+    if (!lo.hooks.log_level)
+        lo.hooks.log_level = -1;
+    if (!lo.thread_name)
+        lo.thread_name = "crpc-io";
+    if (want) {
+        s->io.loops = (crpc_loop **)crpci_heap_alloc(s->heap, want * sizeof *s->io.loops);
+        if (!s->io.loops)
+            return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    }
+    while (!err && s->io.count < want) {
+        err = crpc_loop_open(&s->io.loops[s->io.count], &lo);
+        if (!err)
+            err = crpc_loop_start(s->io.loops[s->io.count++]);
+    }
+    if (err)
+        return crpci_status_set(error, err, "I/O thread %zu: %s", s->io.count,
+                                crpc_status_text(err));
+    if (s->options.workers) {
+        err = crpci_worker_start(&s->workers, s->heap, (size_t)s->options.workers,
+                                 s->options.worker_queue, (size_t)s->options.worker_stack);
+        if (err)
+            return crpci_status_set(error, err, "workers: %s", crpc_status_text(err));
+        s->worker_count = (size_t)s->options.workers;
+    }
+    return CRPC_OK;
+}
+
+CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
+{
+    crpc_loop *l = s->loop;
+    int err;
+    if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW || s->io.loops)
+        return crpci_status_set(error, CRPC_EBUSY, "the server has been started already");
+    if (crpci_list_empty(&s->listener.list))
+        return crpci_status_set(error, CRPC_EINVAL, "nothing to listen on: set options.listen");
+    err = crpci_guard_start_limits(s, error);
+    err = err ? err : crpci_lifecycle_start_threads(s, error);
+    if (err)
+        return err;
+    crpci_loop_lock(l);
+    crpci_thread_store(&s->state, CRPCI_SERVER_RUNNING);
+    err = crpci_listener_start(s);
+    crpci_loop_unlock(l);
+    if (err)
+        return crpci_status_set(error, err, "listening: %s", crpc_status_text(err));
+    if (s->enrolment.url) {
+        err = crpci_enrolment_start(s, error);
+        err = err ? err : crpci_enrolment_await(s, error);
+    }
+    if (err) {
+        crpci_loop_lock(l);
+        s->options.lame_ms = 0; /* it is only to be closed */
+        crpci_loop_unlock(l);
+    }
+    return err;
+}
+
+CRPC_API int crpc_server_run(crpc_server *s)
+{
+    crpc_loop *l = s->loop;
+    crpc_error error;
+    bool running, closed;
+    int err = CRPC_OK;
+    if (crpci_thread_load(&s->state) == CRPCI_SERVER_NEW)
+        err = crpc_server_start(s, &error);
+    if (err) {
+        crpci_heap_log(s->heap, CRPC_LOG_ERROR, "%s", error.text);
+        return err;
+    }
+    crpci_loop_hold(l); /* a callback may close the server, and with it the loop */
+    crpci_thread_ref(&s->refs);
+    crpci_loop_lock(l);
+    running = s->drain.running = crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED;
+    crpci_loop_unlock(l);
+    if (running)
+        err = crpc_loop_run(l);
+    crpci_loop_lock(l);
+    s->drain.running = false;
+    closed = s->drain.close_later;
+    crpci_loop_unlock(l);
+    if (!err && !closed) {
+        crpc_server_stop(s);
+        crpci_lifecycle_await_stop(s);
+    }
+    crpci_context_drop_server(s);
+    crpci_loop_release(l);
+    return err;
+}
+
+CRPC_API crpc_loop *crpc_server_loop(crpc_server *s)
+{
+    return s->loop;
+}
+
+CRPC_API void crpc_server_stats_get(crpc_server *s, crpc_loop_stats *stats)
+{
+    size_t i;
+    crpc_loop_stats_get(s->loop, stats);
+    for (i = 0; i < s->io.count; i++) {
+        crpc_loop_stats one;
+        crpc_loop_stats_get(s->io.loops[i], &one);
+        stats->waits += one.waits;
+        stats->sends += one.sends;
+        stats->receives += one.receives;
+        stats->wakeups += one.wakeups;
+        stats->promotions += one.promotions;
+        stats->late_replies += one.late_replies;
+        stats->bad_frames += one.bad_frames;
+        stats->calls += one.calls;
+        stats->requests += one.requests;
+        stats->limited += one.limited;
+        stats->connections += one.connections;
+        stats->pending += one.pending;
+        stats->watches += one.watches;
+        stats->memory += one.memory;
+        stats->memory_peak += one.memory_peak;
+    }
+    crpci_thread_lock(&s->guard.lock);
+    stats->replayed = s->guard.replayed;
+    stats->unremembered = s->guard.unremembered;
+    crpci_thread_unlock(&s->guard.lock);
 }
 
 #endif /* CRPC_ENABLE_SERVER */

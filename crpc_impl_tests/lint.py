@@ -27,7 +27,6 @@ OTHER_TAGS = {"config", "platform", "changelog", "license"}
 # Further prefixes, less crpci_, of the internal functions of a section: {"zookeeper": ["zk"]}.
 ALIASES = {
     "loop": ["watch"],           # a watched descriptor: other sections embed it
-    "server": ["context"],       # a request being served
     "zookeeper": ["registry"],   # opens whichever registry a URL names
 }
 # Test files without a section of their own, and what they are for.

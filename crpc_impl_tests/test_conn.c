@@ -82,7 +82,7 @@ static int pump_connect(pump *u, way w)
     if (w == WAY_PAIR) {
         assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
         fcntl(fds[1], F_SETFL, O_NONBLOCK);
-        crpci_server_adopt(u->server, fds[1]);
+        crpci_listener_adopt(u->server, fds[1]);
         setsockopt(fds[0], SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
         fd = fds[0];
     } else {

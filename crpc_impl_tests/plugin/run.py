@@ -980,7 +980,7 @@ class RoundTrip(Case):
         self.generate(['views.proto'])
         write('#define CRPC_IMPLEMENTATION\n#include "crpc.h"\n', self.path('out/crpc.c'))
         sources = ['crpc.c', 'views.pb.c', os.path.join(HERE, 'roundtrip.c')]
-        if section_exists('impl-channel') and section_exists('impl-server'):
+        if section_exists('impl-channel') and section_exists('impl-lifecycle'):
             sources.append('views.crpc.c')  # it must link once everything is there
         self.program = self.build('roundtrip', sources, [
             '-Wno-unused-function', '-DCRPC_ENABLE_ZOOKEEPER=0',
