@@ -158,6 +158,51 @@ CT_FN void net_service_init(net_service *s)
     pthread_mutex_init(&s->lock, NULL);
 }
 
+/* --- the time ----------------------------------------------------------------------------------- */
+
+/* What the loops of a server take for the time; one server at a time. */
+typedef enum net_time {
+    NET_TIME_SYSTEM,
+    NET_TIME_RUNS,  /* as the system's, plus what net_time_add adds */
+    NET_TIME_STANDS /* only net_time_add moves it, until net_close makes it run: a server that drains
+                     * asks a timer whether the last request has ended, and would never close */
+} net_time;
+
+/* Atomic, and of 32 bits for the sake of small targets. */
+static CT_UNUSED uint32_t net_time_added_ms;
+static CT_UNUSED uint32_t net_time_since_ms; /* the system's time when it began to run. 0: stands */
+
+CT_FN int64_t net_clock_us(void *user)
+{
+    uint32_t since = __atomic_load_n(&net_time_since_ms, __ATOMIC_SEQ_CST);
+    uint32_t ran = since ? (uint32_t)ct_now_ms() - since : 0;
+    (void)user;
+    return INT64_C(1000000000) +
+           ((int64_t)__atomic_load_n(&net_time_added_ms, __ATOMIC_SEQ_CST) + ran) * 1000;
+}
+
+CT_FN void net_time_add(uint32_t ms)
+{
+    __atomic_add_fetch(&net_time_added_ms, ms, __ATOMIC_SEQ_CST);
+}
+
+/* The time runs from here on, if it does not yet. */
+CT_FN void net_time_run(void)
+{
+    uint32_t stands = 0, now = (uint32_t)ct_now_ms();
+    __atomic_compare_exchange_n(&net_time_since_ms, &stands, now ? now : UINT32_MAX, 0,
+                                __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
+
+/* Begins anew; before a loop has net_clock_us as its clock. */
+CT_FN void net_time_begin(net_time time)
+{
+    __atomic_store_n(&net_time_added_ms, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&net_time_since_ms, 0, __ATOMIC_SEQ_CST);
+    if (time == NET_TIME_RUNS)
+        net_time_run();
+}
+
 /* --- a server and a channel ------------------------------------------------------------------- */
 
 typedef enum net_mode {
@@ -175,7 +220,7 @@ typedef struct net {
     crpc_channel_options channel_options;
     const char *listen; /* NULL: tcp://127.0.0.1:0 */
     const char *query;  /* ?key=value of the channel's URL */
-    int64_t (*clock_us)(void *user); /* of the server's loops; NULL: the system's */
+    net_time time;
     net_service service;
     crpc_loop *loop; /* the server's */
     crpc_server *server;
@@ -205,7 +250,10 @@ CT_FN void net_open_server(net *n, crpc_poller poller, net_mode mode)
 {
     crpc_loop_options o = net_loop_options(poller);
     crpc_error error;
-    o.hooks.clock_us = n->clock_us;
+    if (n->time) {
+        net_time_begin(n->time);
+        o.hooks.clock_us = net_clock_us;
+    }
     net_service_init(&n->service);
     assert_int_equal(crpc_loop_open(&n->loop, &o), CRPC_OK);
     n->server_options.loop = n->loop;
@@ -254,6 +302,8 @@ CT_FN void net_open(net *n, crpc_poller poller, net_mode mode)
 
 CT_FN void net_close(net *n)
 {
+    if (n->time)
+        net_time_run();
     crpc_channel_close(n->channel);
     crpc_server_close(n->server);
     crpc_loop_close(n->loop);

@@ -697,14 +697,6 @@ static void stopping_finishes_what_runs_and_refuses_the_rest(void **state)
     }
 }
 
-static uint32_t clock_ahead_s; /* atomic */
-
-static int64_t clock_ahead(void *user)
-{
-    (void)user;
-    return ct_now_us() + (int64_t)__atomic_load_n(&clock_ahead_s, __ATOMIC_SEQ_CST) * 1000000;
-}
-
 static void nothing(void *user)
 {
     (void)user;
@@ -713,7 +705,7 @@ static void nothing(void *user)
 /* Puts the server's clock forward and has its loop look at it. */
 static void time_passes(crpc_loop *l, uint32_t seconds)
 {
-    __atomic_add_fetch(&clock_ahead_s, seconds, __ATOMIC_SEQ_CST);
+    net_time_add(seconds * 1000);
     assert_int_equal(crpc_loop_post(l, nothing, NULL), CRPC_OK);
 }
 
@@ -753,7 +745,7 @@ static void stopping_serves_then_refuses_then_closes(void **state)
         crpc_context *x;
         int fd, fresh;
         memset(&n, 0, sizeof n);
-        n.clock_us = clock_ahead;
+        n.time = NET_TIME_RUNS;
         n.server_options.lame_ms = n.server_options.drain_ms = 1000000;
         net_open(&n, p, m);
         fd = wire_connect(n.url);
@@ -774,7 +766,7 @@ static void stopping_serves_then_refuses_then_closes(void **state)
         assert_int_equal(ask(fresh, "Echo", "Add", 5, NULL, NULL), CRPC_ELOGOFF);
         assert_int_equal(pthread_create(&closer, NULL, close_net, &n), 0);
         assert_int_equal(ask(fresh, "Echo", "Add", 6, NULL, NULL), CRPC_ELOGOFF); /* it waits */
-        __atomic_add_fetch(&clock_ahead_s, 100, __ATOMIC_SEQ_CST);
+        net_time_add(100000);
         assert_int_equal(wire_receive(fd, &got), 0);
         assert_int_equal(wire_receive(fresh, &got), 0);
         pthread_join(closer, NULL);
@@ -808,7 +800,8 @@ static void run_serves_on_when_its_loop_was_stopped(void **state)
         memset(&o, 0, sizeof o);
         o.listen = "tcp://127.0.0.1:0";
         o.loops = net_loop_options(p);
-        o.loops.hooks.clock_us = clock_ahead;
+        o.loops.hooks.clock_us = net_clock_us;
+        net_time_begin(NET_TIME_RUNS);
         o.io_threads = io_threads;
         o.lame_ms = 1000000;
         net_service_init(&service);
@@ -889,6 +882,34 @@ static void draining_is_bounded(void **state)
         net_close(&n);
         assert_true(ct_now_ms() - start < 15000);
         assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
+    }
+}
+
+/* The tests' own clock stands still when its server is closed with a request that is being served:
+ * the server must see the end of it all the same. */
+static void closing_ends_though_the_clock_stood(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        crpc_context *x;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.time = NET_TIME_STANDS;
+        n.server_options.drain_ms = 30;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        wire_request(&w, "Defer", 1, 1, 0);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        x = net_take(&n.service);
+        net_close(&n);
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
+        close(fd);
     }
 }
 
@@ -1688,15 +1709,6 @@ static void a_limit_of_nothing_is_an_error(void **state)
     crpc_server_close(s);
 }
 
-static uint32_t clock_ms; /* atomic */
-
-/* Stands still but for what a test adds. */
-static int64_t clock_stands(void *user)
-{
-    (void)user;
-    return INT64_C(1000000000) + (int64_t)__atomic_load_n(&clock_ms, __ATOMIC_SEQ_CST) * 1000;
-}
-
 /* How many of `count` garbage requests are let in. */
 static int let_in(int fd, const char *method, int count, const char *says)
 {
@@ -1724,7 +1736,7 @@ static void methods_have_rates(void **state)
         int fd;
         net n;
         memset(&n, 0, sizeof n);
-        n.clock_us = clock_stands;
+        n.time = NET_TIME_STANDS;
         n.server_options.limits = limits;
         n.server_options.limit_count = 2;
         net_open(&n, p, m);
@@ -1732,10 +1744,10 @@ static void methods_have_rates(void **state)
         assert_int_equal(let_in(fd, "Add", 5, says), 3);
         assert_int_equal(let_in(fd, "Fail", 3, says), 1);
         assert_int_equal(let_in(fd, "Pass", 3, says), 1); /* each method its own */
-        __atomic_add_fetch(&clock_ms, 500, __ATOMIC_SEQ_CST);
+        net_time_add(500);
         assert_int_equal(let_in(fd, "Add", 3, says), 1);
         assert_int_equal(let_in(fd, "Fail", 3, says), 0);
-        __atomic_add_fetch(&clock_ms, 100000, __ATOMIC_SEQ_CST);
+        net_time_add(100000);
         assert_int_equal(let_in(fd, "Add", 5, says), 3);
         close(fd);
         net_close(&n);
@@ -1769,7 +1781,7 @@ static void clients_have_rates(void **state)
         int a, b, c;
         net n;
         memset(&n, 0, sizeof n);
-        n.clock_us = clock_stands;
+        n.time = NET_TIME_STANDS;
         n.server_options.rate_per_client = 1;
         n.server_options.burst_per_client = 4;
         net_open(&n, p, m);
@@ -1784,7 +1796,7 @@ static void clients_have_rates(void **state)
         assert_true(CT_WAIT(server_connections(n.server) == 1, NET_PATIENCE));
         a = connect_from(n.url, "127.0.0.1"); /* known still */
         assert_int_equal(let_in(a, "Add", 2, says), 0);
-        __atomic_add_fetch(&clock_ms, 2000, __ATOMIC_SEQ_CST);
+        net_time_add(2000);
         assert_int_equal(let_in(a, "Add", 4, says), 2);
         close(a);
         close(c);
@@ -1805,7 +1817,7 @@ static void adaptive_limits_adapt(void **state)
         int fd, i;
         net n;
         memset(&n, 0, sizeof n);
-        n.clock_us = clock_stands;
+        n.time = NET_TIME_STANDS;
         n.server_options.limits = limits;
         n.server_options.limit_count = 1;
         net_open(&n, p, m);
@@ -1817,7 +1829,7 @@ static void adaptive_limits_adapt(void **state)
         let_go(&n, fd, 40, CRPC_EINTERNAL); /* at one time: one sample */
         for (i = 0; i < 199; i++) {
             hold(&n, fd, 1, NULL);
-            __atomic_add_fetch(&clock_ms, 2, __ATOMIC_SEQ_CST);
+            net_time_add(2);
             let_go(&n, fd, 1, CRPC_EINTERNAL);
         }
         hold(&n, fd, 20, NULL);
@@ -2032,7 +2044,7 @@ static void what_is_remembered_is_bounded(void **state)
     int fd;
     (void)state;
     memset(&n, 0, sizeof n);
-    n.clock_us = clock_stands;
+    n.time = NET_TIME_STANDS;
     n.server_options.replay_entries = 2;
     n.server_options.replay_ms = 1000;
     net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
@@ -2045,7 +2057,7 @@ static void what_is_remembered_is_bounded(void **state)
     assert_int_equal(net_calls(&n.service), 3);
     assert_int_equal(ask_again(fd, "Add", "1", NULL), CRPC_OK);
     assert_int_equal(net_calls(&n.service), 4);
-    __atomic_add_fetch(&clock_ms, 1000, __ATOMIC_SEQ_CST);
+    net_time_add(1000);
     assert_int_equal(ask_again(fd, "Add", "1", NULL), CRPC_OK); /* it was too long ago */
     assert_int_equal(net_calls(&n.service), 5);
     send_again(fd, "Defer", 1, "4");
@@ -2606,6 +2618,7 @@ int main(void)
         CT_TEST(run_serves_on_when_its_loop_was_stopped),
         CT_TEST(closing_waits_for_the_end_of_serving),
         CT_TEST(draining_is_bounded),
+        CT_TEST(closing_ends_though_the_clock_stood),
         CT_TEST(closing_with_handlers_that_block),
         CT_TEST(run_returns_when_stopped),
         CT_TEST(closing_in_every_state),
