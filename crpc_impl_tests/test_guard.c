@@ -112,7 +112,13 @@ static void a_limit_of_nothing_is_an_error(void **state)
     assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
     assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, NULL), CRPC_OK);
     assert_int_equal(crpc_server_start(s, &error), CRPC_EINVAL);
-    assert_string_equal(error.text, "a limit is for *.Ad, which is not offered");
+    assert_string_equal(error.text,
+                        "limits[0] names method Ad, which no service of this server has");
+    limit.service = "dyn.Ecko";
+    assert_int_equal(crpc_server_start(s, &error), CRPC_EINVAL);
+    assert_string_equal(error.text,
+                        "limits[0] names dyn.Ecko.Ad, which this server does not have");
+    limit.service = NULL;
     limit.method = "Add";
     assert_int_equal(crpc_server_start(s, &error), CRPC_OK);
     crpc_server_close(s);
