@@ -40,8 +40,21 @@ LIBS_mt := -lprotobuf-nanopb -lzookeeper_mt -lpthread
 LIBS_st := -lprotobuf-nanopb -l:libzookeeper_st.so.2 -lpthread
 LIBS_none := -lprotobuf-nanopb -lpthread
 
-# Runs another target of this file in parallel, after the set-up.
-SUB = $(MAKE) --no-print-directory $(if $(findstring -j,$(MAKEFLAGS)),,-j$(JOBS))
+# Debian 13 and Ubuntu 24.04 have nanopb's headers in a directory of their own, Debian 12 has them in
+# /usr/include. gcc and clang search the directories named here as they search /usr/include, also when
+# a script runs them; one that does not exist does no harm.
+NANOPB_INCLUDE := /usr/include/nanopb
+export C_INCLUDE_PATH := $(if $(C_INCLUDE_PATH),$(C_INCLUDE_PATH):)$(NANOPB_INCLUDE)
+export CPLUS_INCLUDE_PATH := $(if $(CPLUS_INCLUDE_PATH),$(CPLUS_INCLUDE_PATH):)$(NANOPB_INCLUDE)
+# The directory of nanopb.proto. The plugin is asked once, by the first recipe that needs it.
+NANOPB_PROTO = $(eval NANOPB_PROTO := $$(shell ./protoc-gen-crpc --nanopb-proto))$(NANOPB_PROTO)
+
+# $(call SUB,TARGETS) builds targets of this file in parallel, after the set-up. Each step says which
+# of how many it is: a dry run counts them first.
+SUB = total=$$($(MAKE) -n -k --no-print-directory $(1) 2>/dev/null | grep -c '^echo "  '); \
+  $(MAKE) --no-print-directory $(if $(findstring -j,$(MAKEFLAGS)),,-j$(JOBS)) TOTAL=$$total $(1)
+STEPS :=# one word for each step so far
+step = $(eval STEPS += x)echo "  $(if $(TOTAL),$(words $(STEPS)) of $(TOTAL)  )$(1)"
 
 .PHONY: help
 help: ## this list
@@ -57,7 +70,6 @@ setup: ## install the Debian packages that all of this needs
 # build/gen/tests/, those of examples/DIR to build/gen/examples/DIR/.
 
 GEN := $(B)/gen
-NANOPB_PROTO := /usr/lib/python3/dist-packages/proto# where nanopb.proto is
 
 TEST_PROTOS := $(wildcard $(T_DIR)/proto/*.proto)
 EXAMPLE_PROTOS := $(wildcard examples/*/*.proto)
@@ -70,7 +82,7 @@ EXAMPLE_GEN := $(EXAMPLE_PROTOS:%.proto=$(GEN)/%)
 # service, for which the plugin need not write anything.
 define protoc
 	@mkdir -p $(@D)
-	@echo "  protoc  $<"
+	@$(call step,protoc  $<)
 	$(Q)cd $(<D) && protoc -I. -I$(NANOPB_PROTO) --plugin=protoc-gen-crpc=$(CURDIR)/protoc-gen-crpc \
 	  --nanopb_out=$(CURDIR)/$(@D) --crpc_out=$(CURDIR)/$(@D) $(<F)
 	@cd $(@D) && touch $(*F).pb.h $(*F).pb.c $(*F).crpc.h $(*F).crpc.c
@@ -124,7 +136,7 @@ $(B)/obj/asan/%.o: SANITIZE = $(ASAN)
 $(B)/obj/tsan/%.o: SANITIZE = $(TSAN)
 define compile_generated
 	@mkdir -p $(@D)
-	@echo "  cc      $@"
+	@$(call step,cc      $@)
 	$(Q)$(CC) $(TEST_CFLAGS) $(SANITIZE) -c $< -o $@
 endef
 $(B)/obj/asan/%.o: $(GEN)/tests/%.c crpc.h $(TEST_GEN_H)
@@ -147,7 +159,7 @@ $(B)/obj/libgen-tsan.a: $(TEST_GEN_C:$(GEN)/tests/%.c=$(B)/obj/tsan/%.o)
 define test_program
 	@mkdir -p $(@D)
 	@rm -f $@
-	@echo "  cc      $@"
+	@$(call step,cc      $@)
 	$(Q)$(CC) $(TEST_CFLAGS) $(1) -MMD -MP -MF $@.d -MT $@ $< -o $@ $(2) -lcmocka \
 	  $$(sed -n 's/.*crpc-test-flags: *\([^*]*\).*/\1/p' $<)
 endef
@@ -176,7 +188,7 @@ build-test: $(UNIT_BIN) $(SYSTEM_BIN) $(if $(filter $(EXAMPLE_SCRIPTS),$(SCRIPTS
 build-test-tsan: $(TSAN_BIN) $(filter-out %/none,$(MUTANT_BIN))
 
 # Builds what can be built, runs it, and counts the rest as failed.
-build_tests = mkdir -p $(B); rm -f $(B)/$@-unbuilt; $(SUB) -k build-$@ || touch $(B)/$@-unbuilt
+build_tests = mkdir -p $(B); rm -f $(B)/$@-unbuilt; $(call SUB,-k build-$@) || touch $(B)/$@-unbuilt
 run_tests = CRPC_TEST_FILTER='$(FILTER)' $(T_DIR)/run_tests.py --build $(B) --log $(B)/log/$@ \
   --jobs $(J) $(addprefix --seed=,$(SEED)) $$([ ! -e $(B)/$@-unbuilt ] || echo --build-failed)
 
@@ -203,7 +215,7 @@ matrix: ## compile and link crpc.h: compilers, standards, toggles, static mode, 
 .PHONY: lint
 lint: ## the rules of the source: order, names, comments, data, samples; and that they can fail
 	@$(T_DIR)/setup.sh lint
-	+@$(SUB) -k generated >/dev/null || true
+	+@$(call SUB,-k generated) >/dev/null || true
 	@$(T_DIR)/lint.py --build $(B)/lint --include $(GEN)/tests \
 	  $(addprefix --include ,$(sort $(dir $(EXAMPLE_GEN))))
 
@@ -228,7 +240,7 @@ $(B)/examples/$(2): examples/$(1)/$(2).c \
     | $(foreach g,$(filter $(GEN)/examples/$(1)/%,$(EXAMPLE_GEN)),$(g).pb.h $(g).crpc.h)
 	@mkdir -p $$(@D)
 	@rm -f $$@
-	@echo "  cc      $$@"
+	@$$(call step,cc      $$@)
 	$(Q)$(CC) $(EXAMPLE_CFLAGS) $(FLAGS_$(3)) -I. -Iexamples/$(1) -I$(GEN)/examples/$(1) \
 	  $$(filter %.c,$$^) -o $$@ $(LIBS_$(3))
 $(B)/examples/$(2): crpc.h Makefile $(wildcard examples/$(1)/*.h)
@@ -242,18 +254,18 @@ build-examples: $(EXAMPLE_BIN)
 .PHONY: examples
 examples: ## build/examples/*: the programs of examples/, built as a user would
 	@$(T_DIR)/setup.sh build
-	+@$(SUB) build-examples
+	+@$(call SUB,build-examples)
 
 .PHONY: demo
 demo: ## examples against a ZooKeeper of its own: register, find, call, fail over
 	@$(T_DIR)/setup.sh demo
-	+@$(SUB) -s build-examples
+	+@$(call SUB,-s build-examples)
 	@BUILD=$(CURDIR)/$(B) bash examples/demo.sh
 
 .PHONY: interop
 interop: ## echo with implementations that others wrote, fetched from a network
 	@$(T_DIR)/setup.sh build
-	+@$(SUB) -s build-examples
+	+@$(call SUB,-s build-examples)
 	@BUILD=$(CURDIR)/$(B) $(T_DIR)/interop/run.py
 
 include bench/bench.mk
