@@ -149,6 +149,14 @@ class Generate(Case):
               self.path('out/both.c'))
         self.compile_all(['twice.c', 'both.c'])
 
+    def test_zero_of_views(self):
+        """However nanopb initialises views, a program that does so compiles without a warning."""
+        self.generate(['views.proto', 'common/types.proto', 'common/deep.proto'])
+        write('#include "views.crpc.h"\nint zero(void);\nint zero(void)\n{\n'
+              '    const demo_Sample sample = demo_Sample_init_zero;\n'
+              '    return crpc_view_size(sample.token) == 0;\n}\n', self.path('out/zero.c'))
+        self.compile_all(['zero.c'])
+
     def test_toggles(self):
         self.generate(self.USER)
         for client in '01':
