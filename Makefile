@@ -222,6 +222,11 @@ lint: ## the rules of the source: order, names, comments, data, samples; and tha
 .PHONY: generated
 generated: $(TEST_GEN_H) $(foreach g,$(EXAMPLE_GEN),$(g).pb.h $(g).crpc.h)
 
+.PHONY: distros
+distros: ## demo and unit tests in bare Debians 12 and 13 and Ubuntu 24.04, as root; SUITES="trixie" narrows
+	@$(T_DIR)/setup.sh distros
+	@JOBS=$(JOBS) $(T_DIR)/distros.sh $(SUITES)
+
 # --- examples -------------------------------------------------------------------------------
 # examples/DIR/NAME.c with a main becomes build/examples/NAME, compiled the way a user would: with
 # what the .proto files of its directory give and the directory's files that have no main.

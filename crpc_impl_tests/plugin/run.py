@@ -9,6 +9,8 @@ A name selects the tests whose id contains it. --keep leaves the generated files
 The last line is "N passed, N failed"; tests that cannot run here are counted apart.
 """
 
+# It compiles some 200 files: crpc-test-timeout: 1200
+
 import concurrent.futures
 import os
 import re
