@@ -472,10 +472,11 @@ def samples_compile(tree):
     for place, _, language, text in found:
         name = re.match(r"// (\w+\.proto)", text)
         if language == "proto" and name:
+            plugin = os.path.join(tree.root, "protoc-gen-crpc")
             with open(os.path.join(directory, name.group(1)), "w") as f:
                 f.write(text + "\n")
-            done = run(["protoc", "-I.", "-I/usr/lib/python3/dist-packages/proto",
-                        "--plugin=protoc-gen-crpc=" + os.path.join(tree.root, "protoc-gen-crpc"),
+            done = run(["protoc", "-I.", "-I" + run([plugin, "--nanopb-proto"]).stdout.strip(),
+                        "--plugin=protoc-gen-crpc=" + plugin,
                         "--nanopb_out=.", "--crpc_out=.", name.group(1)], cwd=directory)
             if done.returncode:
                 yield "%s: %s" % (place, " ".join(done.stderr.splitlines()[:3]))
