@@ -6751,7 +6751,7 @@ CRPCI_FN void crpci_balance_end(crpci_balance *b, size_t i, bool ok, int64_t lat
 #define CRPCI_CONN_META_MAX (64u << 10) /* of a frame that is refused for its size */
 #define CRPCI_CONN_IOV 64
 #define CRPCI_CONN_SHORT 512 /* frames up to here are copied together */
-#define CRPCI_CONN_FLAT 8192
+#define CRPCI_CONN_FLAT (8192 - CRPCI_CHUNK_HEADER) /* bytes of them in one send */
 #define CRPCI_CONN_ROUNDS 16 /* sends in a row, if somebody drives who can go on */
 
 /* A frame to be sent. It stands at the beginning of its own chunk, before the bytes. */
@@ -6989,7 +6989,8 @@ typedef struct crpci_conn_batch {
     struct iovec iov[CRPCI_CONN_IOV];
     int count;
     size_t used;
-    uint8_t flat[CRPCI_CONN_FLAT];
+    crpci_chunk *copies; /* of short frames; NULL: there is one frame, or no memory: none is copied.
+                          * On the stack it would be most of what a synchronous call needs. */
 } crpci_conn_batch;
 
 CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n)
@@ -7006,7 +7007,7 @@ CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n)
 /* Adds a short frame as a copy, behind another one where that is possible. */
 CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t n)
 {
-    uint8_t *to = b->flat + b->used;
+    uint8_t *to = crpci_heap_data(b->copies) + b->used;
     struct iovec *last = b->count ? &b->iov[b->count - 1] : NULL;
     memcpy(to, p, n);
     b->used += n;
@@ -7018,13 +7019,14 @@ CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t 
 
 CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
 {
-    bool alone = !c->tx_head->next;
     crpci_out *o;
     b->count = 0;
     b->used = 0;
+    if (c->tx_head->next && !b->copies)
+        b->copies = crpci_heap_chunk(c->loop->heap, CRPCI_CONN_FLAT);
     for (o = c->tx_head; o && b->count + 2 <= CRPCI_CONN_IOV; o = o->next) {
         size_t skip = o->sent, head = skip < o->head_len ? o->head_len - skip : 0;
-        if (head && head <= CRPCI_CONN_SHORT && !alone && head <= CRPCI_CONN_FLAT - b->used)
+        if (head && head <= CRPCI_CONN_SHORT && b->copies && head <= CRPCI_CONN_FLAT - b->used)
             crpci_conn_add_copy(b, o->head + skip, head);
         else if (head)
             crpci_conn_add(b, o->head + skip, head);
@@ -7074,6 +7076,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
     int rounds = 0;
     if (c->writing || c->closed || c->connecting || c->blocked)
         return;
+    batch.copies = NULL;
     crpci_list_remove(&c->flush.link);
     crpci_conn_hold(c);
     c->writing = true;
@@ -7103,6 +7106,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
         c->writing = false;
         crpci_conn_close(c, CRPC_ECONN, saved);
     }
+    crpci_heap_chunk_unref(batch.copies);
     c->writing = false;
     if (c->closed)
         crpci_conn_cleanup(c);
