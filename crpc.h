@@ -6804,7 +6804,7 @@ CRPCI_FN void crpci_balance_end(crpci_balance *b, size_t i, bool ok, int64_t lat
 #define CRPCI_CONN_FRAMES 128       /* frames handled per step; the rest waits for the next */
 #define CRPCI_CONN_IOV 64
 #define CRPCI_CONN_SHORT 512 /* frames up to here are copied together */
-#define CRPCI_CONN_FLAT 8192
+#define CRPCI_CONN_FLAT (8192 - CRPCI_CHUNK_HEADER) /* bytes of them in one send */
 #define CRPCI_CONN_ROUNDS 16 /* sends in a row, if somebody drives who can go on */
 
 /* A frame to be sent. It stands at the beginning of its own chunk, before the bytes. */
@@ -7112,7 +7112,8 @@ typedef struct crpci_conn_batch {
     struct iovec iov[CRPCI_CONN_IOV];
     int count;
     size_t used;
-    uint8_t flat[CRPCI_CONN_FLAT];
+    crpci_chunk *copies; /* of short frames; NULL: there is one frame, or no memory: none is copied.
+                          * On the stack it would be most of what a synchronous call needs. */
 } crpci_conn_batch;
 
 CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n)
@@ -7129,7 +7130,7 @@ CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n)
 /* Adds a short frame as a copy, behind another one where that is possible. */
 CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t n)
 {
-    uint8_t *to = b->flat + b->used;
+    uint8_t *to = crpci_heap_data(b->copies) + b->used;
     struct iovec *last = b->count ? &b->iov[b->count - 1] : NULL;
     memcpy(to, p, n);
     b->used += n;
@@ -7141,13 +7142,14 @@ CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t 
 
 CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
 {
-    bool alone = !c->tx_head->next;
     crpci_out *o;
     b->count = 0;
     b->used = 0;
+    if (c->tx_head->next && !b->copies)
+        b->copies = crpci_heap_chunk(c->loop->heap, CRPCI_CONN_FLAT);
     for (o = c->tx_head; o && b->count + 2 <= CRPCI_CONN_IOV; o = o->next) {
         size_t skip = o->sent, head = skip < o->head_len ? o->head_len - skip : 0;
-        if (head && head <= CRPCI_CONN_SHORT && !alone && head <= CRPCI_CONN_FLAT - b->used)
+        if (head && head <= CRPCI_CONN_SHORT && b->copies && head <= CRPCI_CONN_FLAT - b->used)
             crpci_conn_add_copy(b, o->head + skip, head);
         else if (head)
             crpci_conn_add(b, o->head + skip, head);
@@ -7241,6 +7243,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
         return;
     if (c->reading && !(c->io->flags & CRPCI_TRANSPORT_DUPLEX))
         return; /* whoever reads queues the flush again */
+    batch.copies = NULL;
     crpci_list_remove(&c->flush.link);
     crpci_conn_hold(c);
     c->writing = true;
@@ -7254,6 +7257,10 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
             break;
         }
         crpci_conn_gather(c, &batch);
+        if (CRPCI_UNLIKELY(c->tx_head->committed) && c->tx_head->next && !batch.copies) {
+            crpci_conn_close(c, CRPC_ENOMEM, 0); /* less than was offered cannot be repeated */
+            break;
+        }
         count = c->io->flags & CRPCI_TRANSPORT_GATHER ? batch.count : 1;
         l->stats.sends++;
         crpci_loop_unlock(l);
@@ -7270,6 +7277,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
         c->writing = false;
         crpci_conn_close(c, CRPC_ECONN, saved);
     }
+    crpci_heap_chunk_unref(batch.copies);
     c->writing = false;
     if (c->closed) {
         crpci_conn_cleanup(c);

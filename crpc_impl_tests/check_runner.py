@@ -28,6 +28,21 @@ def matrix(cells):
 GOOD = cmocka(["a", "b"])
 ASKED = 'p=$CRPC_TEST_POLLER\necho "MATRIX poller=$p driver=%s scenario=call"\n' + cmocka(["a"])
 
+# A program of the tests in $tests that knows CRPC_TEST_AFTER, and in which one of them hangs.
+HANGS = r'''tests="a b c d"
+echo CRPC_TEST_SEED=1
+[ -z "$CRPC_TEST_AFTER" ] || tests=${tests#*$CRPC_TEST_AFTER}
+set -- $tests
+echo "[==========] Running $# test(s)."
+for t; do
+    echo "[ RUN      ] $t"
+    case $t in %s) kill -ALRM $$;; esac
+    echo "[       OK ] $t"
+done
+echo "[==========] $# test(s) run."
+echo "[  PASSED  ] $# test(s)."
+'''
+
 # (what, {program: shell text}, options, passed, failed, pattern of the output)
 CASES = [
     ("two good programs", {"one": GOOD, "two": GOOD}, [], 4, 0, ""),
@@ -38,6 +53,17 @@ CASES = [
      "kill -SEGV $$"}, [], 1, 2, "SIGSEGV"),
     ("a crash after all tests", {"one": GOOD + "kill -ABRT $$"}, [], 2, 1, "SIGABRT"),
     ("a bad exit status alone, as of a leak", {"one": GOOD + "exit 23"}, [], 2, 1, "exit status 23"),
+    ("a test that hangs: it alone is counted, and named", {"one": HANGS % "b"}, [], 3, 1,
+     "killed by SIGALRM in b$"),
+    ("a test that hangs with its program's time limit", {"one": HANGS.replace("kill -ALRM $$",
+     "sleep 30") % "b"}, ["--timeout=1"], 3, 1, "timed out after 1 s in b$"),
+    ("the last test hangs", {"one": HANGS % "d"}, [], 3, 1, "killed by SIGALRM in d$"),
+    ("a test ends its program with a status", {"one": HANGS.replace("kill -ALRM $$", "exit 1") % "a"},
+     [], 3, 1, "exit status 1 in a$"),
+    ("every test hangs: restarts are bounded", {"one": HANGS.replace("c d", "c d e f") %
+     "*"}, [], 0, 6, "in a, killed by SIGALRM in b, .* in c, killed by SIGALRM in d$"),
+    ("a test that hangs in a program that cannot begin behind it", {"one": HANGS.replace(
+        "CRPC_TEST_SEED=", "") % "b"}, [], 1, 3, "killed by SIGALRM in b$"),
     ("a time-out", {"one": "sleep 30"}, ["--timeout=1"], 0, 1, "timed out"),
     ("no test in a program", {"one": "exit 0"}, [], 0, 1, "no test was run"),
     ("a program that is not there", {"one": GOOD, "gone": None}, [], 2, 1, "not run"),
@@ -88,7 +114,7 @@ def main():
                 env=dict(os.environ, CI="true", CRPC_TEST_FILTER=""), stdin=subprocess.DEVNULL)
             last = done.stdout.splitlines()[-1]
             if last == "%d passed, %d failed" % (good, bad) and \
-                    done.returncode == (1 if bad else 0) and re.search(pattern, done.stdout):
+                    done.returncode == (1 if bad else 0) and re.search(pattern, done.stdout, re.M):
                 passed += 1
             else:
                 failed += 1

@@ -158,6 +158,51 @@ CT_FN void net_service_init(net_service *s)
     pthread_mutex_init(&s->lock, NULL);
 }
 
+/* --- the time ----------------------------------------------------------------------------------- */
+
+/* What the loops of a server take for the time; one server at a time. */
+typedef enum net_time {
+    NET_TIME_SYSTEM,
+    NET_TIME_RUNS,  /* as the system's, plus what net_time_add adds */
+    NET_TIME_STANDS /* only net_time_add moves it, until net_close makes it run: a server that drains
+                     * asks a timer whether the last request has ended, and would never close */
+} net_time;
+
+/* Atomic, and of 32 bits for the sake of small targets. */
+static CT_UNUSED uint32_t net_time_added_ms;
+static CT_UNUSED uint32_t net_time_since_ms; /* the system's time when it began to run. 0: stands */
+
+CT_FN int64_t net_clock_us(void *user)
+{
+    uint32_t since = __atomic_load_n(&net_time_since_ms, __ATOMIC_SEQ_CST);
+    uint32_t ran = since ? (uint32_t)ct_now_ms() - since : 0;
+    (void)user;
+    return INT64_C(1000000000) +
+           ((int64_t)__atomic_load_n(&net_time_added_ms, __ATOMIC_SEQ_CST) + ran) * 1000;
+}
+
+CT_FN void net_time_add(uint32_t ms)
+{
+    __atomic_add_fetch(&net_time_added_ms, ms, __ATOMIC_SEQ_CST);
+}
+
+/* The time runs from here on, if it does not yet. */
+CT_FN void net_time_run(void)
+{
+    uint32_t stands = 0, now = (uint32_t)ct_now_ms();
+    __atomic_compare_exchange_n(&net_time_since_ms, &stands, now ? now : UINT32_MAX, 0,
+                                __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
+
+/* Begins anew; before a loop has net_clock_us as its clock. */
+CT_FN void net_time_begin(net_time time)
+{
+    __atomic_store_n(&net_time_added_ms, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&net_time_since_ms, 0, __ATOMIC_SEQ_CST);
+    if (time == NET_TIME_RUNS)
+        net_time_run();
+}
+
 /* --- a server and a channel ------------------------------------------------------------------- */
 
 typedef enum net_mode {
@@ -175,7 +220,7 @@ typedef struct net {
     crpc_channel_options channel_options;
     const char *listen; /* NULL: tcp://127.0.0.1:0 */
     const char *query;  /* ?key=value of the channel's URL */
-    int64_t (*clock_us)(void *user); /* of the server's loops; NULL: the system's */
+    net_time time;
     net_service service;
     crpc_loop *loop; /* the server's */
     crpc_server *server;
@@ -205,7 +250,10 @@ CT_FN void net_open_server(net *n, crpc_poller poller, net_mode mode)
 {
     crpc_loop_options o = net_loop_options(poller);
     crpc_error error;
-    o.hooks.clock_us = n->clock_us;
+    if (n->time) {
+        net_time_begin(n->time);
+        o.hooks.clock_us = net_clock_us;
+    }
     net_service_init(&n->service);
     assert_int_equal(crpc_loop_open(&n->loop, &o), CRPC_OK);
     n->server_options.loop = n->loop;
@@ -254,6 +302,8 @@ CT_FN void net_open(net *n, crpc_poller poller, net_mode mode)
 
 CT_FN void net_close(net *n)
 {
+    if (n->time)
+        net_time_run();
     crpc_channel_close(n->channel);
     crpc_server_close(n->server);
     crpc_loop_close(n->loop);
@@ -281,6 +331,20 @@ CT_FN void net_check_add(crpc_channel *ch, int64_t n)
         fail_msg("%s", call.error.text);
     assert_int_equal(out.n, n + 1);
     crpc_call_reset(&call);
+}
+
+CT_FN uint64_t net_late_replies(crpc_channel *ch)
+{
+    crpc_loop_stats stats;
+    crpc_loop_stats_get(crpc_channel_loop(ch), &stats);
+    return stats.late_replies;
+}
+
+CT_FN uint32_t net_connections(crpc_server *s)
+{
+    crpc_loop_stats stats;
+    crpc_server_stats_get(s, &stats);
+    return stats.connections;
 }
 
 /* `size` bytes that tell their place. */
@@ -405,6 +469,29 @@ CT_FN void wire_request(wire *w, const char *method, int64_t id, int64_t n, int6
     wire_int(&body, 2, ms);
     wire_request_body(w, "dyn.Echo", method, id, body.p, body.n, NULL);
     wire_free(&body);
+}
+
+/* A request with user_fields: `fields` is key, value, ..., NULL. */
+CT_FN void wire_request_fields(wire *w, const char *method, int64_t id, const char *body, size_t n,
+                        int64_t attachment, const char *const *fields)
+{
+    wire meta = {NULL, 0, 0}, request = {NULL, 0, 0};
+    wire_str(&request, 1, "dyn.Echo");
+    wire_str(&request, 2, method);
+    wire_bytes(&meta, 1, request.p, request.n);
+    wire_int(&meta, 4, id);
+    if (attachment)
+        wire_int(&meta, 5, attachment);
+    for (; fields && *fields; fields += 2) {
+        wire entry = {NULL, 0, 0};
+        wire_str(&entry, 1, fields[0]);
+        wire_str(&entry, 2, fields[1]);
+        wire_bytes(&meta, 9, entry.p, entry.n);
+        wire_free(&entry);
+    }
+    wire_frame(w, &meta, body, n);
+    wire_free(&meta);
+    wire_free(&request);
 }
 
 /* A good reply with a Num. */
@@ -576,6 +663,26 @@ CT_FN bool wire_flush(int fd, wire *w)
     bool ok = wire_send(fd, w->p, w->n);
     wire_free(w);
     return ok;
+}
+
+/* Sends one request by hand and returns the reply's code; its words in text. */
+CT_FN int64_t net_ask(int fd, const char *service, const char *method, int64_t id,
+                   const wire_request_options *o, char *text)
+{
+    wire w = {NULL, 0, 0};
+    wire_message m;
+    int64_t code;
+    wire_request_body(&w, service, method, id, "\x08\x05", 2, o);
+    assert_true(wire_flush(fd, &w));
+    assert_int_equal(wire_receive(fd, &m), 1);
+    assert_int_equal(m.id, id);
+    code = m.code;
+    if (code)
+        assert_int_equal(m.body_size, 0);
+    if (text)
+        strcpy(text, m.text);
+    wire_done(&m);
+    return code;
 }
 
 /* A blocking socket, connected to tcp://127.0.0.1:port or unix:///path; gives up after a while. */
@@ -859,6 +966,284 @@ CT_FN bool peer_hangs_up(peer *p, int fd, int number)
     if (peer_receive(p, fd, &m) == 1)
         wire_done(&m);
     return true;
+}
+
+/* A script: answers that the server is going away. */
+CT_FN bool peer_says_logoff(peer *p, int fd, int number)
+{
+    wire_message m;
+    (void)number;
+    while (peer_receive(p, fd, &m) == 1) {
+        wire w = {NULL, 0, 0};
+        wire_error(&w, m.id, CRPC_ELOGOFF, "bye", 0);
+        wire_done(&m);
+        if (!wire_flush(fd, &w))
+            break;
+    }
+    return true;
+}
+
+/* --- what a callback was told ----------------------------------------------------------------- */
+
+typedef struct done_log {
+    pthread_mutex_t lock;
+    int count;
+    int status;
+    int64_t n;
+    int app_code;
+    crpc_error error;
+    char *bytes;
+    size_t size;
+    pthread_t thread;
+} done_log;
+
+CT_FN void done_init(done_log *d)
+{
+    memset(d, 0, sizeof *d);
+    pthread_mutex_init(&d->lock, NULL);
+}
+
+CT_FN int done_count(done_log *d)
+{
+    int n;
+    pthread_mutex_lock(&d->lock);
+    n = d->count;
+    pthread_mutex_unlock(&d->lock);
+    return n;
+}
+
+CT_FN void done_num(void *user, int status, const dyn_Num *response, crpc_call *call)
+{
+    done_log *d = (done_log *)user;
+    pthread_mutex_lock(&d->lock);
+    d->count++;
+    d->status = status;
+    d->n = response ? response->n : -1;
+    d->error = call->error;
+    d->thread = pthread_self();
+    pthread_mutex_unlock(&d->lock);
+}
+
+/* Keeps a copy of the data and the attachment behind it; free `bytes`. */
+CT_FN void done_blob(void *user, int status, const dyn_Blob *response, crpc_call *call)
+{
+    done_log *d = (done_log *)user;
+    pthread_mutex_lock(&d->lock);
+    d->count++;
+    d->status = status;
+    d->error = call->error;
+    if (!status) {
+        d->size = crpc_view_size(response->data) + crpc_view_size(call->reply_attachment);
+        d->bytes = (char *)malloc(d->size + 1);
+        crpc_view_copy(response->data, d->bytes, d->size + 1);
+        memcpy(d->bytes + crpc_view_size(response->data), crpc_view_data(call->reply_attachment),
+               crpc_view_size(call->reply_attachment));
+    }
+    pthread_mutex_unlock(&d->lock);
+}
+
+/* --- several providers behind one channel ----------------------------------------------------- */
+
+#define FLEET_MAX 6
+
+typedef enum fleet_mood {
+    FLEET_WELL,
+    FLEET_SILENT, /* keeps the request */
+    FLEET_BROKEN, /* CRPC_EINTERNAL */
+    FLEET_REFUSES /* an application's error */
+} fleet_mood;
+
+typedef struct fleet_peer {
+    net_service service; /* first: net_begin takes the user pointer for one */
+    int mood;            /* atomic fleet_mood */
+    int index;
+    crpc_loop *loop;
+    crpc_server *server;
+    char address[CRPC_ADDRESS_MAX]; /* host:port */
+} fleet_peer;
+
+typedef struct fleet {
+    int count;
+    fleet_peer peers[FLEET_MAX];
+    crpc_channel *channel;
+} fleet;
+
+CT_FN void fleet_mood_set(fleet_peer *p, fleet_mood mood)
+{
+    __atomic_store_n(&p->mood, mood, __ATOMIC_SEQ_CST);
+}
+
+/* Answers with its own index in ms. */
+CT_FN int fleet_answer(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    fleet_peer *p = (fleet_peer *)crpc_context_user(x);
+    switch (__atomic_load_n(&p->mood, __ATOMIC_SEQ_CST)) {
+    case FLEET_SILENT:
+        out->ms = p->index;
+        return net_defer(x, in, out);
+    case FLEET_BROKEN:
+        net_begin(x, in->n);
+        return CRPC_EINTERNAL;
+    case FLEET_REFUSES:
+        net_begin(x, in->n);
+        return crpc_context_fail(x, 5007, "not today");
+    default:
+        net_begin(x, in->n);
+        out->n = in->n + 1;
+        out->ms = p->index;
+        return CRPC_OK;
+    }
+}
+
+static CT_UNUSED const dyn_Echo_handlers fleet_handlers = {fleet_answer, fleet_answer, net_pass,
+                                                 fleet_answer, net_fail,     net_status,
+                                                 net_meta,     net_add};
+
+CT_FN void fleet_peer_open(fleet_peer *p, int index, const char *listen)
+{
+    crpc_server_options o = CRPC_INIT;
+    char url[160];
+    net_service_init(&p->service);
+    p->index = index;
+    p->loop = net_loop(CRPC_POLLER_DEFAULT);
+    o.loop = p->loop;
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.listen = listen;
+    assert_int_equal(crpc_server_open(&p->server, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(p->server, &dyn_Echo, &fleet_handlers, p), CRPC_OK);
+    assert_int_equal(crpc_server_start(p->server, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_address(p->server, 0, url, sizeof url), CRPC_OK);
+    assert_true(strlen(url) < sizeof p->address);
+    memcpy(p->address, url + 6, strlen(url + 6) + 1);
+    assert_int_equal(crpc_loop_start(p->loop), CRPC_OK);
+}
+
+CT_FN void fleet_release(fleet *f)
+{
+    crpc_context *x;
+    int i;
+    for (i = 0; i < f->count; i++) {
+        while (f->peers[i].server && (x = net_take(&f->peers[i].service)) != NULL)
+            crpc_context_finish(x, CRPC_OK);
+    }
+}
+
+CT_FN void fleet_peer_close(fleet_peer *p)
+{
+    if (!p->server)
+        return;
+    crpc_server_close(p->server);
+    crpc_loop_close(p->loop);
+    pthread_mutex_destroy(&p->service.lock);
+    p->server = NULL;
+}
+
+CT_FN void fleet_open(fleet *f, int count, const char *query, const crpc_channel_options *options)
+{
+    char url[512] = "list://";
+    int i;
+    memset(f, 0, sizeof *f);
+    f->count = count;
+    for (i = 0; i < count; i++) {
+        fleet_peer_open(&f->peers[i], i, "tcp://127.0.0.1:0");
+        strcat(url, i ? "," : "");
+        strcat(url, f->peers[i].address);
+    }
+    f->channel = net_channel(url, query, CRPC_POLLER_DEFAULT, NULL, options);
+}
+
+/* Whether everything that was sent has been read, served and, where it was kept, let go. */
+CT_FN bool fleet_is_quiet(fleet *f)
+{
+    crpc_loop_stats s;
+    int i;
+    fleet_release(f);
+    for (i = 0; i < f->count; i++) {
+        if (!f->peers[i].server)
+            continue;
+        crpc_server_stats_get(f->peers[i].server, &s);
+        if (s.connections)
+            return false;
+    }
+    return true;
+}
+
+CT_FN void fleet_close(fleet *f)
+{
+    int i;
+    for (i = 0; i < f->count; i++)
+        fleet_mood_set(&f->peers[i], FLEET_WELL);
+    crpc_channel_close(f->channel);
+    assert_true(CT_WAIT(fleet_is_quiet(f), NET_PATIENCE));
+    for (i = 0; i < f->count; i++)
+        fleet_peer_close(&f->peers[i]);
+}
+
+CT_FN int fleet_calls(fleet *f)
+{
+    int i, n = 0;
+    for (i = 0; i < f->count; i++)
+        n += net_calls(&f->peers[i].service);
+    return n;
+}
+
+typedef enum fleet_form { FORM_SYNC, FORM_ASYNC, FORM_ID, FORMS } fleet_form;
+
+typedef struct fleet_result {
+    int status;
+    dyn_Num out;
+    crpc_error error;
+    int done; /* atomic */
+} fleet_result;
+
+CT_FN void fleet_done(void *user, int status, const dyn_Num *response, crpc_call *call)
+{
+    fleet_result *r = (fleet_result *)user;
+    r->status = status;
+    if (response)
+        r->out = *response;
+    r->error = call->error;
+    __atomic_store_n(&r->done, 1, __ATOMIC_SEQ_CST);
+}
+
+/* Get is idempotent, Add is not. */
+CT_FN fleet_result fleet_call(fleet *f, fleet_form form, bool idempotent, int64_t n,
+                               const crpc_call *in)
+{
+    dyn_Num request = net_num(n);
+    crpc_call call = CRPC_INIT;
+    fleet_result r;
+    crpc_id id;
+    memset(&r, 0, sizeof r);
+    if (in)
+        call = *in;
+    if (form == FORM_SYNC) {
+        r.status = (idempotent ? dyn_Echo_Get : dyn_Echo_Add)(f->channel, &request, &r.out, &call);
+        r.error = call.error;
+    } else if (form == FORM_ASYNC) {
+        assert_int_equal((idempotent ? dyn_Echo_Get_async
+                                     : dyn_Echo_Add_async)(f->channel, &request, fleet_done, &r, in),
+                         CRPC_OK);
+        assert_true(CT_WAIT(__atomic_load_n(&r.done, __ATOMIC_SEQ_CST), NET_PATIENCE));
+    } else {
+        assert_int_equal((idempotent ? dyn_Echo_Get_begin : dyn_Echo_Add_begin)(f->channel, &request,
+                                                                               &id, in),
+                         CRPC_OK);
+        assert_int_equal(crpc_channel_wait(f->channel, id, -1), CRPC_OK);
+        r.status = (idempotent ? dyn_Echo_Get_fetch : dyn_Echo_Add_fetch)(f->channel, id, &r.out,
+                                                                         &call);
+        r.error = call.error;
+    }
+    assert_int_equal(r.error.code, r.status);
+    crpc_call_reset(&call);
+    return r;
+}
+
+CT_FN uint32_t fleet_pending(fleet *f)
+{
+    crpc_loop_stats s;
+    crpc_loop_stats_get(crpc_channel_loop(f->channel), &s);
+    return s.pending;
 }
 
 #endif /* CRPC_NET_H_INCLUDED */

@@ -17,6 +17,8 @@
  * CT_TEST gives each test a time limit, an allocator (ct_hooks) and a check that it left no block
  * and no file descriptor behind; cmocka_unit_test works too, without those. CT_RUN shuffles the
  * tests by CRPC_TEST_SEED and runs only those that match CRPC_TEST_FILTER (a pattern with * and ?).
+ * With CRPC_TEST_AFTER=NAME it begins behind the test NAME: when a test hangs or crashes, the whole
+ * program ends, and run_tests.py starts it again for the tests that are left.
  */
 #ifndef CRPC_TEST_H_INCLUDED
 #define CRPC_TEST_H_INCLUDED
@@ -46,7 +48,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define CT_FN static __attribute__((unused))
+#define CT_UNUSED __attribute__((unused))
+#define CT_FN static CT_UNUSED
 
 #ifndef CT_TEST_SECONDS
 #define CT_TEST_SECONDS 60 /* time limit of one test; define it before the include to change it */
@@ -345,7 +348,7 @@ CT_FN int ct_setup(void **state)
     (void)state;
     memset(ct_alloc_of_test(), 0, sizeof(ct_alloc));
     ct_fds_before_ = ct_open_fds();
-    alarm(CT_TEST_SECONDS); /* SIGALRM ends the program; the last line cmocka printed says where */
+    alarm(CT_TEST_SECONDS); /* SIGALRM ends the program; cmocka's last RUN line names the test */
     return 0;
 }
 
@@ -368,9 +371,9 @@ CT_FN int ct_teardown(void **state)
 CT_FN int ct_run_(const char *name, const struct CMUnitTest *tests, size_t count)
 {
     struct CMUnitTest *shuffled = (struct CMUnitTest *)malloc(count * sizeof *tests);
-    const char *filter = getenv("CRPC_TEST_FILTER");
+    const char *filter = getenv("CRPC_TEST_FILTER"), *after = getenv("CRPC_TEST_AFTER");
     int failed;
-    size_t i;
+    size_t i, first = 0;
     assert_non_null(shuffled);
     memcpy(shuffled, tests, count * sizeof *tests);
     for (i = count; i > 1; i--) {
@@ -379,9 +382,11 @@ CT_FN int ct_run_(const char *name, const struct CMUnitTest *tests, size_t count
         shuffled[i - 1] = shuffled[j];
         shuffled[j] = swap;
     }
+    for (i = 0; i < count && after && !first; i++)
+        first = strcmp(shuffled[i].name, after) == 0 ? i + 1 : 0;
     if (filter && *filter)
         cmocka_set_test_filter(filter);
-    failed = _cmocka_run_group_tests(name, shuffled, count, NULL, NULL);
+    failed = _cmocka_run_group_tests(name, shuffled + first, count - first, NULL, NULL);
     free(shuffled);
     return failed ? 1 : 0;
 }

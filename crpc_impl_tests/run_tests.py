@@ -12,7 +12,9 @@ What a program is follows from its path:
                                cannot run here a line `skipped: ...`
     anything else              a cmocka program
 
-A comment `crpc-test-timeout: SECONDS` in its source changes a program's time limit.
+A comment `crpc-test-timeout: SECONDS` in its source changes a program's time limit. A cmocka program
+that a test ends, by a crash or by hanging, is started again for the tests behind that one, up to
+RESTARTS times: only the test that ended it, which is named, and what did not run count as failed.
 """
 import argparse
 import concurrent.futures
@@ -26,7 +28,8 @@ import sys
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-TIMEOUT = 300          # seconds, of one program
+TIMEOUT = 300          # seconds, of one program, and again of each restart
+RESTARTS = 3           # of one program
 MUTANT_TIMEOUT = 60    # a mutant that hangs is caught as well as one that crashes
 SHOWN_LINES = 120      # of a failing program's output; the log has all
 POLLERS = ("epoll", "poll")
@@ -79,6 +82,7 @@ class Run:
         self.passed = self.failed = self.skipped = 0
         self.why = ""
         self.output = ""
+        self.shown = ""     # what to show of a failed run: the output of the starts that went wrong
         self.seconds = 0.0
 
     def label(self):
@@ -118,16 +122,46 @@ def execute(run, options):
         command.insert(0, "bash")
     command = options.prefix + command
 
-    log = os.path.join(options.log, run.label().replace("/", "-").replace(" ", "_") + ".log")
-    if os.path.exists(log):
-        os.remove(log)
+    run.log = os.path.join(options.log, run.label().replace("/", "-").replace(" ", "_") + ".log")
+    if os.path.exists(run.log):
+        os.remove(run.log)
     begin = time.monotonic()
-    status, timed_out = None, False
+    filtered = bool(os.environ.get("CRPC_TEST_FILTER"))
+    for restarts_left in range(0 if run.script or run.mutant else RESTARTS, -1, -1):
+        why, output = start(run, command, env, limit)
+        failed, left, last = count(run, output, filtered)
+        # the seed is printed by the programs that know CRPC_TEST_AFTER
+        again = restarts_left and last and left and "CRPC_TEST_SEED=" in output
+        if not again and not filtered:
+            failed += left
+        if why.startswith("exit status") and failed and not last:
+            why = ""            # as is the rule when a test failed
+        if why and not failed:  # all tests passed, but a leak was found, for instance
+            failed = 1
+        if not why and run.passed + run.failed + failed + run.skipped == 0 and not filtered:
+            why, failed = "no test was run", 1
+        run.output += output
+        run.failed += failed
+        if failed:
+            run.shown += output
+        if why:
+            run.why += (", " if run.why else "") + why + (" in " + last if last else "")
+        if not again:
+            break
+        env["CRPC_TEST_AFTER"] = last
+    run.seconds = time.monotonic() - begin
+    return run
+
+
+def start(run, command, env, limit):
+    """Runs the command to its end or until `limit` seconds are over; (what went wrong, output)."""
+    status, timed_out, why = None, False, ""
+    size = os.path.getsize(run.log) if os.path.exists(run.log) else 0
     try:
         # asked here, because a prefix command would turn it into an exit status of its own
         if not os.path.isfile(run.path):
             raise FileNotFoundError(0, "there is no such program")
-        with open(log, "wb") as out:
+        with open(run.log, "ab") as out:
             # A process group of its own, so that a time-out also ends what the program started.
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out,
                                      stderr=subprocess.STDOUT, env=env, start_new_session=True)
@@ -140,50 +174,53 @@ def execute(run, options):
             child.wait()
             CHILDREN.discard(child.pid)
     except OSError as error:
-        run.why = "not run: %s" % error.strerror
-    run.seconds = time.monotonic() - begin
-    run.log = log
-    if os.path.exists(log):
-        with open(log, errors="replace") as f:
-            run.output = f.read()
-
-    count(run)
+        why = "not run: %s" % error.strerror
+    output = ""
+    if os.path.exists(run.log):
+        with open(run.log, "rb") as f:
+            f.seek(size)
+            output = f.read().decode(errors="replace")
     if timed_out:
-        run.why = "timed out after %d s" % limit
+        why = "timed out after %d s" % limit
     elif status and status < 0:
-        run.why = "killed by %s" % signal.Signals(-status).name
-    elif status and not run.failed:
-        run.why = "exit status %d" % status
-    elif not run.why and run.passed + run.failed + run.skipped == 0 and \
-            not os.environ.get("CRPC_TEST_FILTER"):
-        run.why = "no test was run"
-    if run.why and not run.failed:
-        run.failed = 1
-    return run
+        why = "killed by %s" % signal.Signals(-status).name
+    elif status:
+        why = "exit status %d" % status
+    return why, output
 
 
-def count(run):
-    """Takes the numbers from a program's output."""
+def count(run, output, filtered):
+    """Takes the numbers from what one start printed. Returns how many tests failed, how many did
+    not run, and the name of the test that ended the program, "" if it came to its end."""
     if run.script:
-        found = re.findall(r"^(\d+) passed, (\d+) failed", run.output, re.M)
-        if found:
-            run.passed, run.failed = map(int, found[-1])
-        run.skipped = len(re.findall(r"^skipped: ", run.output, re.M))
-        return
-    # cmocka's list of failures leaves out tests whose set-up or tear-down failed: subtract instead
-    begun = sum(map(int, re.findall(r"^\[=+\] Running (\d+) test", run.output, re.M)))
-    run.passed = sum(map(int, re.findall(r"^\[  PASSED  \] (\d+) test", run.output, re.M)))
-    run.skipped = sum(map(int, re.findall(r"^\[  SKIPPED \] (\d+) test", run.output, re.M)))
-    if not re.search(r"^\[  PASSED  \]", run.output, re.M):     # died on the way
-        run.passed = len(re.findall(r"^\[       OK \]", run.output, re.M))
-    run.failed = max(0, begun - run.passed - run.skipped)
-    # a test filter leaves the others out of what was run
-    done = re.findall(r"^\[=+\] (\d+) test\(s\) run", run.output, re.M)
-    if done and os.environ.get("CRPC_TEST_FILTER"):
-        run.failed = max(0, sum(map(int, done)) - run.passed - run.skipped)
+        found = re.findall(r"^(\d+) passed, (\d+) failed", output, re.M)
+        passed, failed = map(int, found[-1]) if found else (0, 0)
+        run.passed += passed
+        run.skipped += len(re.findall(r"^skipped: ", output, re.M))
+        return failed, 0, ""
+    begun = sum(map(int, re.findall(r"^\[=+\] Running (\d+) test", output, re.M)))
+    if re.search(r"^\[  PASSED  \]", output, re.M):
+        # cmocka's list of failures leaves out tests whose set-up or tear-down failed: subtract
+        passed = sum(map(int, re.findall(r"^\[  PASSED  \] (\d+) test", output, re.M)))
+        skipped = sum(map(int, re.findall(r"^\[  SKIPPED \] (\d+) test", output, re.M)))
+        # a test filter leaves the others out of what was run
+        done = re.findall(r"^\[=+\] (\d+) test\(s\) run", output, re.M)
+        if done and filtered:
+            begun = sum(map(int, done))
+        failed, left, last = max(0, begun - passed - skipped), 0, ""
+    else:
+        lines = re.findall(r"^\[ +(RUN|OK|SKIPPED|FAILED|ERROR) +\] (\S+)", output, re.M)
+        kinds = [kind for kind, _ in lines]
+        passed, skipped = kinds.count("OK"), kinds.count("SKIPPED")
+        failed = max(0, kinds.count("RUN") - passed - skipped)
+        left = max(0, begun - failed - passed - skipped)
+        last = lines[-1][1] if lines and lines[-1][0] == "RUN" else ""
+    run.passed += passed
+    run.skipped += skipped
+    return failed, left, last
 
 
-def show(run, caught=False):
+def show(run, number, total, caught=False):
     numbers = "%d passed" % run.passed
     if run.failed:
         numbers += ", %d failed" % run.failed
@@ -193,10 +230,10 @@ def show(run, caught=False):
     if run.mutant:
         word = "ok   " if caught else "     "
         numbers = "caught" if caught else "not caught"
-    print("%s %-44s %-28s %6.1f s  %s" % (word, run.label(), numbers, run.seconds, run.why),
-          flush=True)
+    print("%s %3d of %d  %-44s %-28s %6.1f s  %s" % (word, number, total, run.label(), numbers,
+                                                     run.seconds, run.why), flush=True)
     if run.failed and not run.mutant:
-        lines = run.output.splitlines()
+        lines = run.shown.splitlines()
         print("      --- the last lines of %s" % run.log)
         for line in lines[-SHOWN_LINES:]:
             print("      | " + line)
@@ -256,10 +293,12 @@ def main():
     print("SEED=%d repeats this order\n" % options.seed, flush=True)
 
     plain = [r for r in runs if not r.mutant]
+    mutants = sorted({r.mutant for r in runs if r.mutant})
+    total = len(plain) + len(mutants)
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for done in concurrent.futures.as_completed(
-                [pool.submit(execute, r, options) for r in plain]):
-            show(done.result())
+        for number, done in enumerate(concurrent.futures.as_completed(
+                [pool.submit(execute, r, options) for r in plain]), 1):
+            show(done.result(), number, total)
     passed = sum(r.passed for r in plain)
     failed = sum(r.failed for r in plain)
     skipped = sum(r.skipped for r in plain)
@@ -272,11 +311,11 @@ def main():
     faults += missing
 
     # A mutant counts as caught as soon as one of the programs that stand for its rule fails.
-    for mutant in sorted({r.mutant for r in runs if r.mutant}):
+    for number, mutant in enumerate(mutants, len(plain) + 1):
         for run in (r for r in runs if r.mutant == mutant):
             execute(run, options)
             caught = run.failed > 0 and not run.why.startswith("not run")
-            show(run, caught)
+            show(run, number, total, caught)
             if caught:
                 passed += 1
                 break

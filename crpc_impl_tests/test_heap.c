@@ -84,7 +84,7 @@ static void bytes_and_peak_are_the_allocators(void **state)
 static void chunks_have_room_and_are_writable_to_the_end(void **state)
 {
     crpci_heap *h = heap_open(0);
-    size_t head = sizeof(crpci_chunk), size;
+    size_t head = CRPCI_CHUNK_HEADER, size;
     (void)state;
     for (size = 0; size < 300000; size = size * 5 / 4 + 1) {
         crpci_chunk *c = crpci_heap_chunk(h, size);
@@ -130,7 +130,7 @@ static void the_last_reference_frees(void **state)
     crpci_heap_chunk_unref(c);
     crpci_heap_chunk_unref(c);
     assert_int_equal(a->live_blocks, 2);
-    assert_int_equal(h->chunk_bytes, 3000000 + sizeof(crpci_chunk));
+    assert_int_equal(h->chunk_bytes, 3000000 + CRPCI_CHUNK_HEADER);
     crpci_heap_chunk_unref(c); /* too big to be kept */
     assert_int_equal(a->live_blocks, 1);
     assert_int_equal(h->chunk_bytes, 0);
@@ -255,7 +255,7 @@ static void absurd_sizes_are_refused_before_the_allocator(void **state)
     long calls = ct_alloc_of_test()->calls;
     size_t i;
     (void)state;
-    for (i = 0; i < sizeof(crpci_chunk); i++)
+    for (i = 0; i < CRPCI_CHUNK_HEADER; i++)
         assert_null(crpci_heap_chunk(h, SIZE_MAX - i));
     assert_int_equal(ct_alloc_of_test()->calls, calls);
     assert_int_equal(h->chunk_bytes, 0);
@@ -292,8 +292,8 @@ static int chunk_scenario(const crpc_hooks *hooks, void *user)
     a = crpci_heap_chunk(h, 300);
     b = a ? crpci_heap_chunk(h, 100000) : NULL;
     s = b ? crpci_heap_strndup(h, "text", 4) : NULL;
-    assert_int_equal(h->chunk_bytes, (a ? (int64_t)(a->cap + sizeof *a) : 0) +
-                                         (b ? (int64_t)(b->cap + sizeof *b) : 0));
+    assert_int_equal(h->chunk_bytes, (a ? (int64_t)(a->cap + CRPCI_CHUNK_HEADER) : 0) +
+                                         (b ? (int64_t)(b->cap + CRPCI_CHUNK_HEADER) : 0));
     err = s ? CRPC_OK : CRPC_ENOMEM;
     crpci_heap_strfree(h, s);
     crpci_heap_chunk_unref(a);

@@ -1,9 +1,8 @@
+/* What a request carries, and how it is encoded and framed. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
-#include "dyn.crpc.h"
-
-/* Requests as they are framed, without a connection: what is encoded once, and what varies. */
+#include "crpc_net.h"
 
 static const crpc_method method = {"dyn.Echo",        "Add", dyn_Num_fields, dyn_Num_fields,
                                    sizeof(dyn_Num), sizeof(dyn_Num), NULL, 0, 0};
@@ -256,6 +255,208 @@ static void it_keeps_the_earliest_deadline(void **state)
     fixture_close(&f);
 }
 
+static void views_and_attachments_go_both_ways(void **state)
+{
+    static const size_t sizes[] = {0, 1, 100, 2000, 4096, 4097, 65000, 66000, 1 << 20, 5 << 20};
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        size_t i, k;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, m);
+        for (i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+            for (k = 0; k < sizeof sizes / sizeof *sizes; k += (i + k) % 2 ? 1 : 2) {
+                char *a = net_bytes(sizes[i]), *b = net_bytes(sizes[k]);
+                crpc_view items[3];
+                dyn_Blob in = dyn_Blob_init_zero, out = dyn_Blob_init_zero;
+                crpc_call call = CRPC_INIT;
+                const void *cursor = NULL;
+                crpc_view item;
+                int count = 0;
+                if (sizes[i] + sizes[k] > 6u << 20 || (sizes[i] + sizes[k] > 2u << 20 && m % 3))
+                    goto next;
+                items[0] = crpc_view_str("first");
+                items[1] = crpc_view_of(a, sizes[i] % 3000);
+                items[2] = crpc_view_str("last");
+                in.name = crpc_view_str("name");
+                in.data = crpc_view_of(a, sizes[i]);
+                in.items = crpc_views_of(items, 3);
+                call.attachment = crpc_view_of(b, sizes[k]);
+                if (dyn_Echo_Pass(n.channel, &in, &out, &call))
+                    fail_msg("%zu + %zu: %s", sizes[i], sizes[k], call.error.text);
+                net_check_add(n.channel, 1); /* reuses every buffer that may be reused */
+                assert_true(crpc_view_equal(out.name, "name"));
+                assert_int_equal(crpc_view_size(out.data), sizes[i]);
+                if (sizes[i])
+                    assert_memory_equal(crpc_view_data(out.data), a, sizes[i]);
+                assert_int_equal(out.n, sizes[k]);
+                assert_int_equal(crpc_view_size(call.reply_attachment), sizes[k]);
+                if (sizes[k])
+                    assert_memory_equal(crpc_view_data(call.reply_attachment), b, sizes[k]);
+                while (crpc_views_next(&out.items, &cursor, &item)) {
+                    assert_int_equal(crpc_view_size(item), crpc_view_size(items[count]));
+                    if (crpc_view_size(item))
+                        assert_memory_equal(crpc_view_data(item), crpc_view_data(items[count]),
+                                            crpc_view_size(item));
+                    count++;
+                }
+                assert_int_equal(count, 3);
+                crpc_call_reset(&call);
+                assert_null(crpc_view_data(call.reply_attachment));
+            next:
+                free(a);
+                free(b);
+            }
+        }
+        net_close(&n);
+    }
+}
+
+static void which_deadline_applies(void **state)
+{
+    net n;
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    crpc_call call = CRPC_INIT;
+    crpc_channel *ch;
+    (void)state;
+    memset(&n, 0, sizeof n);
+    n.channel_options.timeout_ms = 30000;
+    net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
+    /* as the server sees it, rounded down a little */
+    assert_int_equal(dyn_Echo_Meta(n.channel, &in, &out, NULL), CRPC_OK);
+    assert_in_range(out.ms, 20000, 30000);
+    call.timeout_ms = 12000;
+    assert_int_equal(dyn_Echo_Meta(n.channel, &in, &out, &call), CRPC_OK);
+    assert_in_range(out.ms, 5000, 12000);
+    call.deadline_us = crpc_loop_now_us(crpc_channel_loop(n.channel)) + 50000000;
+    assert_int_equal(dyn_Echo_Meta(n.channel, &in, &out, &call), CRPC_OK);
+    assert_in_range(out.ms, 40000, 50000);
+    call.deadline_us = crpc_loop_now_us(crpc_channel_loop(n.channel)) + INT64_C(900000000000);
+    assert_int_equal(dyn_Echo_Meta(n.channel, &in, &out, &call), CRPC_OK);
+    assert_in_range(out.ms, 86000000, 86400000); /* never more than a day */
+    crpc_call_reset(&call);
+    /* the method's own: 60 ms */
+    in.ms = 1000;
+    assert_int_equal(dyn_Echo_Quick(n.channel, &in, &out, NULL), CRPC_ETIMEDOUT);
+    ch = net_channel(n.url, "?timeout_ms=7000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    in.ms = 0;
+    assert_int_equal(dyn_Echo_Meta(ch, &in, &out, NULL), CRPC_OK);
+    assert_in_range(out.ms, 1000, 7000);
+    crpc_channel_close(ch);
+    ch = net_channel(n.url, NULL, CRPC_POLLER_DEFAULT, NULL, NULL);
+    assert_int_equal(dyn_Echo_Meta(ch, &in, &out, NULL), CRPC_OK);
+    assert_in_range(out.ms, 1, 1000);
+    crpc_channel_close(ch);
+    net_close(&n);
+}
+
+/* Every field of the request's meta, as a foreign peer reads it. */
+static bool peer_keeps(peer *p, int fd, int number)
+{
+    wire_message *kept = (wire_message *)p->user;
+    wire_message m;
+    (void)number;
+    while (peer_receive(p, fd, &m) == 1) {
+        wire w = {NULL, 0, 0};
+        wire_reply(&w, m.id, 1);
+        pthread_mutex_lock(&p->lock);
+        *kept = m;
+        kept->all = kept->body = NULL;
+        pthread_mutex_unlock(&p->lock);
+        wire_done(&m);
+        if (!wire_flush(fd, &w))
+            break;
+    }
+    return true;
+}
+
+static void requests_carry_what_peers_insist_on(void **state)
+{
+    peer keeps;
+    crpc_channel *ch;
+    wire_message m;
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    crpc_call call = CRPC_INIT;
+    (void)state;
+    peer_open(&keeps, peer_keeps, &m);
+    ch = net_channel(keeps.url, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    call.log_id = -5;
+    assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_OK);
+    assert_true(m.has_request && m.has_id && m.has_compress);
+    assert_int_equal(m.compress, 0);
+    assert_true(m.id != 0);
+    assert_int_equal(m.log_id, -5);
+    assert_string_equal(m.service, "dyn.Echo");
+    assert_string_equal(m.method, "Add");
+    assert_in_range(m.timeout_ms, 1, 20000);
+    crpc_channel_close(ch);
+    ch = net_channel(keeps.url, "?timeout_ms=20000&short_names=1", CRPC_POLLER_DEFAULT, NULL, NULL);
+    assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_OK);
+    assert_string_equal(m.service, "Echo");
+    crpc_channel_close(ch);
+    crpc_call_reset(&call);
+    peer_close(&keeps);
+}
+
+static void fields_ids_and_credentials_travel(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        crpc_field fields[3] = {{"a", "one"}, {"other", ""}, {"a", "the last wins"}};
+        crpc_view value;
+        memset(&n, 0, sizeof n);
+        n.channel_options.credential = "channel's";
+        net_open(&n, p, m);
+        assert_int_equal(dyn_Echo_Meta(n.channel, &in, &out, &call), CRPC_OK);
+        assert_int_equal(out.n, 0);
+        assert_string_equal(out.tag, "channel's");
+        assert_false(crpc_call_field(&call, "b", &value));
+        call.log_id = -1;
+        call.credential = crpc_view_str("call's");
+        call.fields = fields;
+        call.field_count = 3;
+        assert_int_equal(dyn_Echo_Meta(n.channel, &in, &out, &call), CRPC_OK);
+        assert_int_equal(out.n, -1);
+        assert_string_equal(out.tag, "call's");
+        assert_true(crpc_call_field(&call, "b", &value));
+        assert_true(crpc_view_equal(value, "the last wins"));
+        assert_false(crpc_call_field(&call, "a", &value));
+        crpc_call_reset(&call);
+        net_close(&n);
+    }
+}
+
+/* A request that cannot be encoded fails before anything is sent. */
+static void requests_that_do_not_encode(void **state)
+{
+    net n;
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    crpc_call call = CRPC_INIT;
+    done_log d;
+    (void)state;
+    memset(&n, 0, sizeof n);
+    net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
+    memset(in.tag, 'x', sizeof in.tag); /* not terminated */
+    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_ECODEC);
+    assert_int_equal(call.error.sent, CRPC_SENT_NO);
+    assert_non_null(strstr(call.error.text, "dyn.Echo.Add: request not encoded: "));
+    done_init(&d);
+    assert_int_equal(dyn_Echo_Add_async(n.channel, &in, done_num, &d, NULL), CRPC_ECODEC);
+    assert_int_equal(net_calls(&n.service), 0);
+    crpc_call_reset(&call);
+    net_close(&n);
+    assert_int_equal(d.count, 0);
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
@@ -265,6 +466,11 @@ int main(void)
         CT_TEST(it_takes_fields_only_from_interceptors),
         CT_TEST(it_takes_the_nearest_policy),
         CT_TEST(it_keeps_the_earliest_deadline),
+        CT_TEST(views_and_attachments_go_both_ways),
+        CT_TEST(which_deadline_applies),
+        CT_TEST(requests_carry_what_peers_insist_on),
+        CT_TEST(fields_ids_and_credentials_travel),
+        CT_TEST(requests_that_do_not_encode),
     };
     return CT_RUN(tests);
 }

@@ -8,14 +8,6 @@
 #include "../crpc_zk.h"
 
 static zk_server zookeeper;
-static uint32_t ahead_s; /* atomic */
-
-static int64_t clock_ahead(void *user)
-{
-    (void)user;
-    return ct_now_us() + (int64_t)__atomic_load_n(&ahead_s, __ATOMIC_SEQ_CST) * 1000000;
-}
-
 static int nodes(char *name, size_t size)
 {
     zk_client *c = zk_open(&zookeeper);
@@ -35,7 +27,7 @@ static void open_registered(net *n, int lame_ms)
     static char url[64];
     memset(n, 0, sizeof *n);
     snprintf(url, sizeof url, "zookeeper://127.0.0.1:%d/test", zookeeper.port);
-    n->clock_us = clock_ahead;
+    n->time = NET_TIME_RUNS;
     n->server_options.registry = url;
     n->server_options.registry_timeout_ms = NET_PATIENCE;
     n->server_options.must_connect = 1;
@@ -60,7 +52,7 @@ static void it_serves_on_when_it_has_unregistered(void **state)
     crpc_channel_close(n.channel); /* a new connection, too */
     n.channel = net_channel(n.url, NULL, ct_poller(), NULL, &n.channel_options);
     net_check_add(n.channel, 2);
-    __atomic_add_fetch(&ahead_s, 1000, __ATOMIC_SEQ_CST);
+    net_time_add(1000000);
     ct_matrix(n.loop, "serves-unregistered");
     net_close(&n); /* which would wait for those 1000 s */
 }

@@ -1,0 +1,861 @@
+/* One try on one provider: its deadline, when another try is made, and that each call ends
+ * once. */
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#define CT_TEST_SECONDS 180
+#include "crpc_test.h"
+#include "crpc_net.h"
+
+/* Calls, synchronously and by callback, against something that does not answer: the code, that the
+ * deadline was neither early nor forgotten, and what was sent. */
+static void check_deadline(const char *url, crpc_poller p, int ms, int code, int sent,
+                           size_t attachment, const char *query)
+{
+    crpc_channel *ch = net_channel(url, query, p, NULL, NULL);
+    char *bytes = net_bytes(attachment);
+    dyn_Blob in = dyn_Blob_init_zero, out = dyn_Blob_init_zero;
+    crpc_call call = CRPC_INIT;
+    done_log d;
+    int64_t start = ct_now_ms(), took;
+    call.timeout_ms = ms;
+    call.attachment = crpc_view_of(bytes, attachment);
+    assert_int_equal(dyn_Echo_Pass(ch, &in, &out, &call), code);
+    took = ct_now_ms() - start;
+    assert_int_equal(call.error.code, code);
+    assert_int_equal(call.error.sent, sent);
+    assert_false(call.error.remote);
+    if (code == CRPC_ETIMEDOUT)
+        assert_true(took >= ms - 1);
+    assert_true(took < ms + 5000);
+    memset(bytes, 'x', attachment); /* nobody may still read it: ASan would see the free below */
+    free(bytes);
+    crpc_call_reset(&call);
+    crpc_channel_close(ch);
+
+    ch = net_channel(url, query, p, NULL, NULL);
+    bytes = net_bytes(attachment);
+    memset(&call, 0, sizeof call);
+    call.timeout_ms = ms;
+    call.attachment = crpc_view_of(bytes, attachment);
+    done_init(&d);
+    start = ct_now_ms();
+    assert_int_equal(dyn_Echo_Pass_async(ch, &in, done_blob, &d, &call), CRPC_OK);
+    free(bytes);
+    assert_true(CT_WAIT(done_count(&d), NET_PATIENCE));
+    took = ct_now_ms() - start;
+    assert_int_equal(d.status, code);
+    if (code == CRPC_ETIMEDOUT)
+        assert_true(took >= ms - 1);
+    assert_true(took < ms + 5000);
+    crpc_channel_close(ch);
+    assert_int_equal(done_count(&d), 1);
+}
+
+/* Sends half a reply and closes. */
+static bool peer_cuts_reply(peer *p, int fd, int number)
+{
+    wire_message m;
+    wire w = {NULL, 0, 0};
+    (void)number;
+    if (peer_receive(p, fd, &m) != 1)
+        return true;
+    wire_reply(&w, m.id, 5);
+    wire_send(fd, w.p, w.n / 2);
+    wire_free(&w);
+    wire_done(&m);
+    return true;
+}
+
+/* Sends half a reply and waits. */
+static bool peer_stalls_reply(peer *p, int fd, int number)
+{
+    wire_message m;
+    wire w = {NULL, 0, 0};
+    if (peer_receive(p, fd, &m) != 1)
+        return true;
+    wire_reply(&w, m.id, 5);
+    wire_send(fd, w.p, w.n / 2);
+    wire_free(&w);
+    wire_done(&m);
+    return peer_silent(p, fd, number);
+}
+
+static void the_deadline_is_total_and_kept(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer silent, deaf, cuts, stalls;
+        char url[64];
+        struct sockaddr_in a;
+        int listen_fd, fillers[8], i;
+        socklen_t size = sizeof a;
+        peer_open(&silent, peer_silent, NULL);
+        peer_open(&deaf, peer_deaf, NULL);
+        peer_open(&cuts, peer_cuts_reply, NULL);
+        peer_open(&stalls, peer_stalls_reply, NULL);
+        snprintf(url, sizeof url, "tcp://127.0.0.1:%d", ct_free_port());
+        check_deadline(url, p, 300, CRPC_ECONN, CRPC_SENT_NO, 0, NULL); /* nothing listens */
+        check_deadline(silent.url, p, 60, CRPC_ETIMEDOUT, CRPC_SENT_YES, 0, NULL);
+        check_deadline(stalls.url, p, 60, CRPC_ETIMEDOUT, CRPC_SENT_YES, 0, NULL);
+        check_deadline(cuts.url, p, 3000, CRPC_ECONN, CRPC_SENT_YES, 0, NULL);
+        /* partly sent, with the caller's own bytes behind it */
+        check_deadline(deaf.url, p, 100, CRPC_ETIMEDOUT, CRPC_SENT_MAYBE, 12 << 20, NULL);
+
+        /* a listener whose queue is full drops the SYN */
+        listen_fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        memset(&a, 0, sizeof a);
+        a.sin_family = AF_INET;
+        a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        assert_int_equal(bind(listen_fd, (struct sockaddr *)&a, sizeof a), 0);
+        assert_int_equal(listen(listen_fd, 0), 0);
+        assert_int_equal(getsockname(listen_fd, (struct sockaddr *)&a, &size), 0);
+        for (i = 0; i < 8; i++) {
+            fillers[i] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+            connect(fillers[i], (struct sockaddr *)&a, sizeof a);
+        }
+        ct_sleep_ms(20);
+        snprintf(url, sizeof url, "tcp://127.0.0.1:%d", ntohs(a.sin_port));
+        check_deadline(url, p, 80, CRPC_ETIMEDOUT, CRPC_SENT_NO, 0, NULL);
+        check_deadline(url, p, 3000, CRPC_ECONN, CRPC_SENT_NO, 0, "?connect_timeout_ms=50");
+        for (i = 0; i < 8; i++)
+            close(fillers[i]);
+        close(listen_fd);
+        peer_close(&silent);
+        peer_close(&deaf);
+        peer_close(&cuts);
+        peer_close(&stalls);
+    }
+}
+
+/* Attempts and waiting for connections are part of the time. */
+static void retries_do_not_outlast_the_deadline(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        char list[2000] = "list://", one[64];
+        int fds[4], fillers[4][4], i, k;
+        crpc_channel *ch;
+        dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        int64_t start;
+        for (i = 0; i < 4; i++) { /* four listeners that drop the SYN */
+            struct sockaddr_in a;
+            socklen_t size = sizeof a;
+            fds[i] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+            memset(&a, 0, sizeof a);
+            a.sin_family = AF_INET;
+            a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+            assert_int_equal(bind(fds[i], (struct sockaddr *)&a, sizeof a), 0);
+            assert_int_equal(listen(fds[i], 0), 0);
+            assert_int_equal(getsockname(fds[i], (struct sockaddr *)&a, &size), 0);
+            for (k = 0; k < 4; k++) {
+                fillers[i][k] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+                connect(fillers[i][k], (struct sockaddr *)&a, sizeof a);
+            }
+            snprintf(one, sizeof one, "%s127.0.0.1:%d", i ? "," : "", ntohs(a.sin_port));
+            strcat(list, one);
+        }
+        ct_sleep_ms(20);
+        ch = net_channel(list, "?connect_timeout_ms=60&retries=10", p, NULL, NULL);
+        call.timeout_ms = 150; /* the third attempt is not over */
+        start = ct_now_ms();
+        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
+        assert_true(ct_now_ms() - start >= 149);
+        assert_true(ct_now_ms() - start < 10000);
+        assert_in_range(call.error.attempts, 1, 3);
+        assert_int_equal(call.error.sent, CRPC_SENT_NO);
+        crpc_channel_close(ch);
+        ch = net_channel(list, "?connect_timeout_ms=60&retries=10&timeout_ms=20000", p, NULL, NULL);
+        call.timeout_ms = 0; /* each is tried once, and that is all */
+        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ECONN);
+        assert_int_equal(call.error.attempts, 4);
+        assert_non_null(strstr(call.error.text, "attempt 4"));
+        assert_non_null(strstr(call.error.text, "(connect_timeout_ms) (local)"));
+        crpc_channel_close(ch);
+        crpc_call_reset(&call);
+        for (i = 0; i < 4; i++) {
+            for (k = 0; k < 4; k++)
+                close(fillers[i][k]);
+            close(fds[i]);
+        }
+    }
+}
+
+static void many_deadlines_at_once(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer silent;
+        crpc_channel *ch;
+        done_log d;
+        dyn_Num in = net_num(1);
+        crpc_loop_stats stats;
+        int i;
+        peer_open(&silent, peer_silent, NULL);
+        ch = net_channel(silent.url, NULL, p, NULL, NULL);
+        done_init(&d);
+        for (i = 0; i < 500; i++) {
+            crpc_call call = CRPC_INIT;
+            call.timeout_ms = 1 + i % 50;
+            assert_int_equal(dyn_Echo_Add_async(ch, &in, done_num, &d, &call), CRPC_OK);
+        }
+        assert_true(CT_WAIT(done_count(&d) == 500, NET_PATIENCE));
+        assert_int_equal(d.status, CRPC_ETIMEDOUT);
+        crpc_loop_stats_get(crpc_channel_loop(ch), &stats);
+        assert_int_equal(stats.pending, 0);
+        assert_int_equal(stats.calls, 500);
+        crpc_channel_close(ch);
+        peer_close(&silent);
+    }
+}
+
+/* A call whose time is up before it begins is not sent at all. */
+static void a_passed_deadline_sends_nothing(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        net n;
+        dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        done_log d;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, NET_THREAD);
+        net_check_add(n.channel, 1); /* connected */
+        call.deadline_us = crpc_loop_now_us(crpc_channel_loop(n.channel)) - 1000;
+        assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_ETIMEDOUT);
+        assert_int_equal(call.error.sent, CRPC_SENT_NO);
+        done_init(&d);
+        assert_int_equal(dyn_Echo_Add_async(n.channel, &in, done_num, &d, &call), CRPC_OK);
+        assert_true(CT_WAIT(done_count(&d) == 1, NET_PATIENCE));
+        assert_int_equal(d.status, CRPC_ETIMEDOUT);
+        assert_int_equal(d.error.sent, CRPC_SENT_NO);
+        net_check_add(n.channel, 2);
+        assert_int_equal(net_calls(&n.service), 2);
+        crpc_call_reset(&call);
+        net_close(&n);
+    }
+}
+
+/* Calls until the round robin has begun at each provider; how often it succeeded, of `calls`. */
+static int succeed(const char *list, crpc_poller p, bool idempotent, int calls, int *code,
+                   crpc_error *error)
+{
+    crpc_channel *ch = net_channel(list, "?timeout_ms=20000", p, NULL, NULL);
+    int i, good = 0;
+    *code = CRPC_OK;
+    for (i = 0; i < calls; i++) {
+        dyn_Num in = net_num(i), out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        int status =
+            idempotent ? dyn_Echo_Get(ch, &in, &out, &call) : dyn_Echo_Add(ch, &in, &out, &call);
+        if (status) {
+            *code = status;
+            *error = call.error;
+        } else {
+            good += out.n == i + 1;
+            if (call.error.attempts > 1)
+                error->attempts = call.error.attempts;
+        }
+        crpc_call_reset(&call);
+    }
+    crpc_channel_close(ch);
+    return good;
+}
+
+static void another_provider_is_tried_only_when_that_is_safe(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer good, logoff, hangs, silent;
+        char list[128];
+        int code, got;
+        crpc_error error;
+        peer_open(&good, peer_adds, NULL);
+        peer_open(&logoff, peer_says_logoff, NULL);
+        peer_open(&hangs, peer_hangs_up, NULL);
+        peer_open(&silent, peer_silent, NULL);
+
+        memset(&error, 0, sizeof error); /* not sent */
+        snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", ct_free_port(), good.port);
+        assert_int_equal(succeed(list, p, false, 4, &code, &error), 4);
+        assert_int_equal(error.attempts, 2);
+
+        memset(&error, 0, sizeof error); /* sent, and said to be not executed */
+        snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", logoff.port, good.port);
+        assert_int_equal(succeed(list, p, false, 4, &code, &error), 4);
+        assert_int_equal(error.attempts, 2);
+        assert_true(peer_requests(&logoff) >= 1);
+
+        memset(&error, 0, sizeof error); /* everyone says so: it is the peer's word */
+        snprintf(list, sizeof list, "list://127.0.0.1:%d,localhost:%d", logoff.port, logoff.port);
+        snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.2:%d", logoff.port, logoff.port);
+        assert_int_equal(succeed(list, p, false, 1, &code, &error), 0);
+
+        memset(&error, 0, sizeof error); /* lost after it was sent: only if it may run twice */
+        snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", hangs.port, good.port);
+        got = succeed(list, p, false, 4, &code, &error);
+        assert_in_range(got, 1, 3);
+        assert_int_equal(code, CRPC_ECONN);
+        assert_int_equal(error.sent, CRPC_SENT_YES);
+        assert_int_equal(error.attempts, 1);
+        memset(&error, 0, sizeof error);
+        assert_int_equal(succeed(list, p, true, 4, &code, &error), 4);
+        assert_int_equal(error.attempts, 2);
+
+        /* nor is one tried again that did not answer */
+        snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", silent.port, good.port);
+        {
+            crpc_channel *ch = net_channel(list, "?timeout_ms=60", p, NULL, NULL);
+            int i, late = 0, before = peer_requests(&good);
+            for (i = 0; i < 4; i++) {
+                dyn_Num in = net_num(i), out = dyn_Num_init_zero;
+                late += dyn_Echo_Add(ch, &in, &out, NULL) == CRPC_ETIMEDOUT;
+            }
+            assert_int_equal(late, 2);
+            assert_int_equal(peer_requests(&silent), 2);
+            assert_int_equal(peer_requests(&good) - before, 2);
+            crpc_channel_close(ch);
+        }
+        peer_close(&good);
+        peer_close(&logoff);
+        peer_close(&hangs);
+        peer_close(&silent);
+    }
+}
+
+static void when_all_say_logoff_the_error_is_theirs(void **state)
+{
+    peer one, two;
+    crpc_channel *ch;
+    char list[128];
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    crpc_call call = CRPC_INIT;
+    (void)state;
+    peer_open(&one, peer_says_logoff, NULL);
+    peer_open(&two, peer_says_logoff, NULL);
+    snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", one.port, two.port);
+    ch = net_channel(list, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ELOGOFF);
+    assert_int_equal(call.error.attempts, 2);
+    assert_int_equal(call.error.sent, CRPC_SENT_YES);
+    assert_true(call.error.remote);
+    assert_non_null(strstr(call.error.text, "(remote)"));
+    crpc_call_reset(&call);
+    crpc_channel_close(ch);
+    peer_close(&one);
+    peer_close(&two);
+}
+
+/* Takes each request, counts it, and loses the connection. */
+static void a_lost_reply_is_executed_once(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer a, b;
+        char list[128];
+        crpc_channel *ch;
+        int i;
+        peer_open(&a, peer_hangs_up, NULL);
+        peer_open(&b, peer_hangs_up, NULL);
+        snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", a.port, b.port);
+        ch = net_channel(list, "?timeout_ms=20000", p, NULL, NULL);
+        for (i = 0; i < 10; i++) {
+            dyn_Num in = net_num(i), out = dyn_Num_init_zero;
+            crpc_call call = CRPC_INIT;
+            assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ECONN);
+            assert_int_equal(call.error.sent, CRPC_SENT_YES);
+            assert_int_equal(peer_requests(&a) + peer_requests(&b), i + 1);
+            crpc_call_reset(&call);
+        }
+        crpc_channel_close(ch);
+        peer_close(&a);
+        peer_close(&b);
+    }
+}
+
+typedef struct fault_plan {
+    uint64_t random;
+    int requests;
+} fault_plan;
+
+static uint64_t fault_dice(fault_plan *f, uint64_t n)
+{
+    return ct_random_from(&f->random) / 7 % n;
+}
+
+/* Drops, doubles, delays, splits, forges and answers out of order; now and then resets or closes.
+ */
+static bool peer_faulty(peer *p, int fd, int number)
+{
+    fault_plan *f = (fault_plan *)p->user;
+    wire_message m;
+    wire w = {NULL, 0, 0}, later = {NULL, 0, 0};
+    int end = 0;
+    (void)number;
+    while (!end && peer_receive(p, fd, &m) == 1) {
+        struct pollfd more = {0, POLLIN, 0};
+        size_t sent = 0;
+        switch (fault_dice(f, 16)) {
+        case 0: /* dropped */
+            break;
+        case 1: /* twice */
+            wire_reply(&w, m.id, m.n + 1);
+            wire_reply(&w, m.id, m.n + 1);
+            break;
+        case 2: /* late */
+            wire_reply(&later, m.id, m.n + 1);
+            break;
+        case 3: /* forged, wrong whoever takes it */
+            wire_reply(&w, m.id - (INT64_C(1) << 32), -666);
+            wire_reply(&w, m.id ^ (INT64_C(1) << 62), -666);
+            wire_reply(&w, m.id, m.n + 1);
+            break;
+        case 4:
+            wire_error(&w, m.id, 20007, "no", 1);
+            break;
+        case 5:
+            wire_put(&w, later.p, later.n);
+            later.n = 0;
+            wire_reply(&w, m.id, m.n + 1);
+            break;
+        case 6:
+            if (fault_dice(f, 400) == 0)
+                end = 1 + (int)fault_dice(f, 3);
+            wire_reply(&w, m.id, m.n + 1);
+            break;
+        default:
+            wire_reply(&w, m.id, m.n + 1);
+        }
+        wire_done(&m);
+        more.fd = fd;
+        if (end == 3)
+            wire_put(&w, "PRPC garbage garbage", 20);
+        if (!end && w.n < 4000 && poll(&more, 1, 0) == 1)
+            continue; /* more requests: their replies go together */
+        while (sent < w.n) {
+            size_t step = fault_dice(f, 4) ? w.n - sent : 1 + fault_dice(f, w.n - sent);
+            if (end == 2 && sent)
+                break;
+            if (!wire_send(fd, w.p + sent, step))
+                end = 1;
+            sent += step;
+        }
+        w.n = 0;
+    }
+    wire_free(&w);
+    wire_free(&later);
+    if (end == 2) {
+        pthread_mutex_lock(&p->lock);
+        wire_reset(fd);
+        pthread_mutex_unlock(&p->lock);
+        return false;
+    }
+    return true;
+}
+
+typedef struct fault_log {
+    uint8_t *done;
+    int completed, twice, wrong;
+    int by_status[8];
+} fault_log;
+
+typedef struct fault_call {
+    fault_log *log;
+    int number;
+} fault_call;
+
+static void on_fault_done(void *user, int status, const dyn_Num *response, crpc_call *call)
+{
+    fault_call *c = (fault_call *)user;
+    fault_log *f = c->log;
+    (void)call;
+    f->twice += f->done[c->number]++ != 0;
+    f->completed++;
+    if (!status && response->n != c->number + 1)
+        f->wrong++;
+    switch (status) {
+    case CRPC_OK:
+        f->by_status[0]++;
+        break;
+    case CRPC_ETIMEDOUT:
+        f->by_status[1]++;
+        break;
+    case CRPC_ECONN:
+        f->by_status[2]++;
+        break;
+    case CRPC_EAPP:
+        f->by_status[3]++;
+        break;
+    case CRPC_EOVERCROWDED:
+        f->by_status[4]++;
+        break;
+    default:
+        f->by_status[5]++;
+    }
+}
+
+#define FAULT_CALLS 60000 /* on each poller */
+
+static void every_call_ends_once_whatever_the_peer_does(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        crpc_loop *l = net_loop(p);
+        crpc_channel *ch;
+        peer a, b;
+        fault_plan plans[2];
+        fault_log log;
+        fault_call *calls = (fault_call *)malloc(FAULT_CALLS * sizeof *calls);
+        uint64_t random = ct_seed() * 3 + (uint64_t)p;
+        crpc_loop_stats stats;
+        char list[128];
+        int64_t stuck;
+        int i = 0, begun = 0;
+        memset(&log, 0, sizeof log);
+        log.done = (uint8_t *)calloc(FAULT_CALLS, 1);
+        memset(plans, 0, sizeof plans);
+        plans[0].random = ct_seed() + 11;
+        plans[1].random = ct_seed() + 23;
+        memset(&a, 0, sizeof a);
+        memset(&b, 0, sizeof b);
+        a.sequential = b.sequential = true;
+        peer_open_on(&a, 0, peer_faulty, &plans[0]);
+        peer_open_on(&b, 0, peer_faulty, &plans[1]);
+        snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", a.port, b.port);
+        ch = net_channel(list, "?retries=1", p, l, NULL);
+        assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
+        stuck = ct_now_ms() + 150000;
+        while (log.completed < FAULT_CALLS && ct_now_ms() < stuck) {
+            while (i < FAULT_CALLS && begun - log.completed < 256) {
+                crpc_call call = CRPC_INIT;
+                dyn_Num in = net_num(i);
+                int status;
+                calls[i].log = &log;
+                calls[i].number = i;
+                call.timeout_ms = 20 + (int)(ct_random_from(&random) % 200);
+                status = ct_random_from(&random) & 64
+                             ? dyn_Echo_Add_async(ch, &in, on_fault_done, &calls[i], &call)
+                             : dyn_Echo_Get_async(ch, &in, on_fault_done, &calls[i], &call);
+                assert_int_equal(status, CRPC_OK);
+                i++;
+                begun++;
+            }
+            assert_int_equal(crpc_loop_step(l, 50), CRPC_OK);
+        }
+        assert_int_equal(log.completed, FAULT_CALLS);
+        assert_int_equal(log.twice, 0);
+        assert_int_equal(log.wrong, 0);
+        assert_int_equal(log.by_status[5], 0);
+        assert_true(log.by_status[0] > FAULT_CALLS / 3);
+        assert_true(log.by_status[1] > 0 && log.by_status[3] > 0);
+        crpc_loop_stats_get(l, &stats);
+        assert_int_equal(stats.pending, 0);
+        assert_true(stats.late_replies > 100);
+        crpc_channel_close(ch);
+        crpc_loop_close(l);
+        peer_close(&a);
+        peer_close(&b);
+        free(calls);
+        free(log.done);
+    }
+}
+
+/* The same from threads that call synchronously and share the loop. */
+typedef struct fault_thread {
+    crpc_channel *ch;
+    int calls, wrong, odd;
+    uint64_t random;
+} fault_thread;
+
+static void *call_through_faults(void *arg)
+{
+    fault_thread *t = (fault_thread *)arg;
+    int i;
+    for (i = 0; i < t->calls; i++) {
+        dyn_Num in = net_num(i), out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        int status;
+        call.timeout_ms = 5 + (int)(ct_random_from(&t->random) % 40);
+        status = dyn_Echo_Get(t->ch, &in, &out, &call);
+        if (!status && out.n != i + 1)
+            t->wrong++;
+        if (status && status != CRPC_ETIMEDOUT && status != CRPC_ECONN && status != CRPC_EAPP)
+            t->odd++;
+        crpc_call_reset(&call);
+    }
+    return NULL;
+}
+
+static void threads_share_a_loop_through_faults(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        fault_thread t[4];
+        pthread_t threads[4];
+        fault_plan plan;
+        crpc_loop_stats stats;
+        crpc_channel *ch;
+        peer a;
+        int i;
+        memset(&plan, 0, sizeof plan);
+        plan.random = ct_seed() + 5;
+        memset(&a, 0, sizeof a);
+        a.sequential = true;
+        peer_open_on(&a, 0, peer_faulty, &plan);
+        ch = net_channel(a.url, NULL, p, NULL, NULL);
+        for (i = 0; i < 4; i++) {
+            memset(&t[i], 0, sizeof t[i]);
+            t[i].ch = ch;
+            t[i].calls = 800;
+            t[i].random = ct_seed() + (uint64_t)i;
+            assert_int_equal(pthread_create(&threads[i], NULL, call_through_faults, &t[i]), 0);
+        }
+        for (i = 0; i < 4; i++) {
+            pthread_join(threads[i], NULL);
+            assert_int_equal(t[i].wrong, 0);
+            assert_int_equal(t[i].odd, 0);
+        }
+        crpc_loop_stats_get(crpc_channel_loop(ch), &stats);
+        assert_int_equal(stats.pending, 0);
+        crpc_channel_close(ch);
+        peer_close(&a);
+    }
+}
+
+static void failfast_tries_once_and_failover_goes_on(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        fleet_result r;
+        crpc_policy policy = CRPC_INIT;
+        crpc_call call = CRPC_INIT;
+        int i, failed = 0;
+        fleet_open(&f, 2, "?lb=rr&timeout_ms=20000", NULL);
+        fleet_peer_close(&f.peers[0]);
+        policy.cluster = CRPC_CLUSTER_FAILFAST;
+        call.policy = &policy;
+        for (i = 0; i < 2; i++) {
+            r = fleet_call(&f, form, false, i, &call);
+            assert_int_equal(r.error.attempts, 1);
+            failed += r.status == CRPC_ECONN;
+        }
+        assert_int_equal(failed, 1);
+        for (i = 0; i < 8; i++)
+            assert_int_equal(fleet_call(&f, form, false, i, NULL).status, CRPC_OK);
+        fleet_close(&f);
+    }
+}
+
+/* A script: takes one request, and nobody answers there any more. */
+static bool peer_dies(peer *p, int fd, int number)
+{
+    wire_message m;
+    (void)number;
+    if (peer_receive(p, fd, &m) == 1)
+        wire_done(&m);
+    shutdown(p->listen_fd, SHUT_RDWR);
+    return true;
+}
+
+/* Who may have executed a request with an id is gone: nobody else executes it too. */
+static void a_named_request_goes_nowhere_else(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        char url[160];
+        fleet_result r;
+        peer first, other;
+        fleet f;
+        int i;
+        memset(&f, 0, sizeof f);
+        peer_open(&first, peer_dies, NULL);
+        peer_open(&other, peer_adds, NULL);
+        snprintf(url, sizeof url, "list://127.0.0.1:%d,127.0.0.1:%d", first.port, other.port);
+        f.channel = net_channel(url, "?request_ids=1&lb=rr&timeout_ms=20000", CRPC_POLLER_DEFAULT,
+                                NULL, NULL);
+        for (i = 0; i < 2; i++) {
+            int before = peer_requests(&other);
+            r = fleet_call(&f, form, false, 1, NULL);
+            if (peer_requests(&first))
+                break;
+            assert_int_equal(r.status, CRPC_OK);
+            assert_int_equal(peer_requests(&other), before + 1);
+        }
+        assert_int_equal(peer_requests(&first), 1);
+        assert_int_equal(peer_requests(&other), i);
+        assert_int_equal(r.status, CRPC_ECONN);
+        assert_int_not_equal(r.error.sent, CRPC_SENT_NO); /* the first attempt's */
+        crpc_channel_close(f.channel);
+        peer_close(&first);
+        peer_close(&other);
+    }
+}
+
+/* A call that was cancelled says of its provider that it takes at least so long, no more. */
+static void a_cancelled_call_is_not_a_slow_one(void **state)
+{
+    dyn_Num request = net_num(1);
+    crpc_id id;
+    fleet f;
+    int i, k;
+    (void)state;
+    fleet_open(&f, 2, "?lb=p2c&timeout_ms=20000", NULL);
+    for (i = 0; i < 50; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, true, i, NULL).status, CRPC_OK);
+    for (i = 0; i < 2; i++)
+        fleet_mood_set(&f.peers[i], FLEET_SILENT);
+    for (k = 0; k < 5; k++) {
+        int64_t before[2], start = crpc_loop_now_us(crpc_channel_loop(f.channel)), most, now;
+        for (i = 0; i < 2; i++)
+            before[i] = crpci_providers_at(&f.channel->providers, (size_t)i)->balance.latency / 256;
+        assert_int_equal(dyn_Echo_Get_begin(f.channel, &request, &id, NULL), CRPC_OK);
+        assert_int_equal(crpc_channel_cancel(f.channel, id), CRPC_OK);
+        most = crpc_loop_now_us(crpc_channel_loop(f.channel)) - start;
+        for (i = 0; i < 2; i++) {
+            now = crpci_providers_at(&f.channel->providers, (size_t)i)->balance.latency / 256;
+            assert_true(now <= (before[i] > most ? before[i] : most));
+        }
+    }
+    fleet_close(&f);
+}
+
+/* Where everything fails, retries end with the budget. */
+static void a_dead_fleet_is_not_stormed(void **state)
+{
+    fleet f;
+    int i, attempts = 0;
+    (void)state;
+    fleet_open(&f, 3, "?retries=2&timeout_ms=20000&connect_timeout_ms=1000", NULL);
+    for (i = 0; i < 3; i++)
+        fleet_peer_close(&f.peers[i]);
+    for (i = 0; i < 200; i++) {
+        crpc_call call = CRPC_INIT;
+        fleet_result r;
+        call.timeout_ms = 5000;
+        r = fleet_call(&f, FORM_SYNC, true, i, &call);
+        assert_int_equal(r.status, CRPC_ECONN);
+        attempts += r.error.attempts;
+        if (i > 20 && i % 20)
+            crpci_providers_at(&f.channel->providers, 0)->endpoint->usable_at = 0; /* do not wait for backoffs */
+        if (attempts > 60 && i > 30)
+            break;
+    }
+    assert_true(attempts <= i + 1 + 10);
+    fleet_close(&f);
+}
+
+/* What a request of the script below was named, each time it came. */
+typedef struct named {
+    char id[4][80], key[80];
+    int count;
+} named;
+
+/* A script: the first connection takes a request and is closed; later ones answer. */
+static bool peer_forgets(peer *p, int fd, int number)
+{
+    named *names = (named *)p->user;
+    wire_message m;
+    while (peer_receive(p, fd, &m) == 1) {
+        crpc_view meta = crpc_view_of(m.all, (size_t)(m.body - m.all)), value;
+        wire w = {NULL, 0, 0};
+        if (names->count < 4 && crpci_meta_field(meta, "crpc-rid", &value))
+            crpc_view_copy(value, names->id[names->count], sizeof names->id[0]);
+        if (crpci_meta_field(meta, "crpc-key", &value))
+            crpc_view_copy(value, names->key, sizeof names->key);
+        names->count++;
+        wire_reply(&w, m.id, m.n + 1);
+        wire_done(&m);
+        if (number == 0) {
+            wire_free(&w);
+            return true;
+        }
+        if (!wire_flush(fd, &w))
+            break;
+    }
+    return true;
+}
+
+/* A request with an id goes to its provider again when the connection was lost, with that id; one
+ * without does not, unless its method is idempotent. */
+static void a_named_request_is_sent_again_to_its_provider(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        crpc_call call = CRPC_INIT;
+        fleet_result r;
+        named names;
+        fleet f;
+        peer p;
+        memset(&f, 0, sizeof f);
+        memset(&names, 0, sizeof names);
+        peer_open(&p, peer_forgets, &names);
+        f.channel = net_channel(p.url, "?request_ids=1&timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL,
+                                NULL);
+        r = fleet_call(&f, form, false, 4, NULL);
+        assert_int_equal(r.status, CRPC_OK);
+        assert_int_equal(r.out.n, 5);
+        assert_int_equal(names.count, 2);
+        assert_int_equal(strlen(names.id[0]), 16);
+        assert_string_equal(names.id[0], names.id[1]);
+        call.request_id = crpc_view_str("order 17");
+        call.order_key = crpc_view_str("customer 4");
+        assert_int_equal(fleet_call(&f, form, false, 4, &call).status, CRPC_OK);
+        assert_string_equal(names.id[2], "order 17");
+        assert_string_equal(names.key, "customer 4");
+        assert_int_equal(fleet_call(&f, form, false, 4, NULL).status, CRPC_OK);
+        assert_string_not_equal(names.id[3], names.id[1]);
+        crpc_channel_close(f.channel);
+        peer_close(&p);
+
+        memset(&names, 0, sizeof names);
+        peer_open(&p, peer_forgets, &names);
+        f.channel = net_channel(p.url, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+        r = fleet_call(&f, form, false, 4, NULL);
+        assert_int_equal(r.status, CRPC_ECONN);
+        assert_int_equal(names.count, 1);
+        assert_string_equal(names.id[0], "");
+        crpc_channel_close(f.channel);
+        peer_close(&p);
+    }
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(the_deadline_is_total_and_kept),
+        CT_TEST(retries_do_not_outlast_the_deadline),
+        CT_TEST(many_deadlines_at_once),
+        CT_TEST(a_passed_deadline_sends_nothing),
+        CT_TEST(another_provider_is_tried_only_when_that_is_safe),
+        CT_TEST(when_all_say_logoff_the_error_is_theirs),
+        CT_TEST(a_lost_reply_is_executed_once),
+        CT_TEST(every_call_ends_once_whatever_the_peer_does),
+        CT_TEST(threads_share_a_loop_through_faults),
+        CT_TEST(failfast_tries_once_and_failover_goes_on),
+        CT_TEST(a_named_request_goes_nowhere_else),
+        CT_TEST(a_cancelled_call_is_not_a_slow_one),
+        CT_TEST(a_dead_fleet_is_not_stormed),
+        CT_TEST(a_named_request_is_sent_again_to_its_provider),
+    };
+    return CT_RUN(tests);
+}

@@ -1,0 +1,379 @@
+/* What a handler sees of a request, and the ways in which it is answered. */
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#include "crpc_test.h"
+#include "crpc_net.h"
+
+static void statuses_reach_the_caller(void **state)
+{
+    static const struct {
+        int64_t returned;
+        const char *words;
+        int status, app_code;
+        const char *says;
+    } cases[] = {
+        {CRPC_EAUTH, "token expired", CRPC_EAUTH, 0, "EAUTH 1004: token expired (remote)"},
+        {CRPC_EAUTH, "", CRPC_EAUTH, 0, "EAUTH 1004: not authenticated (remote)"},
+        {CRPC_ELIMIT, "", CRPC_ELIMIT, 0, "ELIMIT 2004: concurrency limit reached (remote)"},
+        {30000, "own", CRPC_EAPP, 30000, "application error 30000: own (remote)"},
+        {-5, "minus", CRPC_EAPP, -5, "application error -5: minus (remote)"},
+        {7, "", CRPC_EINTERNAL, 0, "the handler returned 7, which is no crpc_status (remote)"},
+    };
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        size_t i;
+        int64_t code;
+        dyn_Num in = dyn_Num_init_zero, out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, m);
+        for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+            in.n = cases[i].returned;
+            strcpy(in.tag, cases[i].words);
+            assert_int_equal(dyn_Echo_Status(n.channel, &in, &out, &call), cases[i].status);
+            assert_int_equal(call.error.app_code, cases[i].app_code);
+            assert_true(call.error.remote);
+            if (!strstr(call.error.text, cases[i].says))
+                fail_msg("%s", call.error.text);
+        }
+        /* an application's own codes: what is reserved is refused */
+        strcpy(in.tag, "own words");
+        for (code = -3; code<5000; code += code> 210 && code < 990 ? 77 : code > 1010 ? 97 : 1) {
+            bool reserved = (code >= 0 && code <= 199) || (code >= 1000 && code <= 3999);
+            in.n = code;
+            assert_int_equal(dyn_Echo_Fail(n.channel, &in, &out, &call),
+                             reserved ? CRPC_EINTERNAL : CRPC_EAPP);
+            assert_int_equal(call.error.app_code, reserved ? 0 : code);
+            assert_non_null(strstr(call.error.text, reserved ? "is reserved" : ": own words"));
+        }
+        crpc_call_reset(&call);
+        net_close(&n);
+    }
+}
+
+static void *finish_held(void *arg)
+{
+    net_service *s = (net_service *)arg;
+    int i;
+    for (i = 0; i < 10; i++) {
+        crpc_context *x;
+        if (!CT_WAIT(net_held(s) > 0, NET_PATIENCE))
+            return NULL;
+        x = net_take(s);
+        ((dyn_Num *)crpc_context_response(x))->ms = 4711;
+        if (crpc_context_finish(x, CRPC_OK) != CRPC_OK)
+            return NULL;
+    }
+    return s;
+}
+
+static void replies_may_come_later_from_any_thread(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        pthread_t thread;
+        void *all = NULL;
+        int i;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, m);
+        assert_int_equal(pthread_create(&thread, NULL, finish_held, &n.service), 0);
+        for (i = 0; i < 10; i++) {
+            dyn_Num in = net_num(i), out = dyn_Num_init_zero;
+            assert_int_equal(dyn_Echo_Defer(n.channel, &in, &out, NULL), CRPC_OK);
+            assert_int_equal(out.n, i + 1);
+            assert_int_equal(out.ms, 4711);
+        }
+        pthread_join(thread, &all);
+        assert_non_null(all);
+        net_close(&n);
+    }
+}
+
+static int finish_at_once(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    out->n = in->n * 2;
+    assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_OK);
+    return CRPC_EPENDING; /* the context is gone already */
+}
+
+static void a_reply_may_be_finished_before_the_handler_returns(void **state)
+{
+    static dyn_Echo_handlers handlers;
+    crpc_poller p;
+    int workers;
+    (void)state;
+    handlers.Add = finish_at_once;
+    NET_EACH_POLLER(p) for (workers = 0; workers < 2; workers++)
+    {
+        crpc_server_options o;
+        crpc_server *s;
+        crpc_channel *ch;
+        char url[160];
+        int i;
+        memset(&o, 0, sizeof o);
+        o.listen = "tcp://127.0.0.1:0";
+        o.loops = net_loop_options(p);
+        o.workers = workers;
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_add(s, &dyn_Echo, &handlers, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+        assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
+        assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+        ch = net_channel(url, "?timeout_ms=20000", p, NULL, NULL);
+        for (i = 0; i < 50; i++) {
+            dyn_Num in = net_num(i), out = dyn_Num_init_zero;
+            assert_int_equal(dyn_Echo_Add(ch, &in, &out, NULL), CRPC_OK);
+            assert_int_equal(out.n, 2 * i);
+        }
+        crpc_channel_close(ch);
+        crpc_server_close(s);
+    }
+}
+
+static void replies_to_peers_that_left(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        crpc_context *x;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = 30;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        wire_request(&w, "Defer", 1, 1, 0);
+        wire_request(&w, "Defer", 2, 2, 0);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(net_held(&n.service) == 2, NET_PATIENCE));
+        wire_reset(fd);
+        assert_true(CT_WAIT(net_connections(n.server) == 0, NET_PATIENCE));
+        x = net_take(&n.service); /* workers may have begun with either */
+        assert_in_range(((dyn_Num *)crpc_context_response(x))->n, 2, 3);
+        assert_non_null(crpc_context_alloc(x, 100));
+        assert_string_equal(crpc_context_method(x)->name, "Defer");
+        assert_string_equal(crpc_context_peer(x), "");
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
+        /* the other one outlives the server */
+        x = net_take(&n.service);
+        net_close(&n);
+        assert_int_equal(crpc_context_finish(x, CRPC_EINTERNAL), CRPC_EGONE);
+    }
+}
+
+static char *alloc_kept[8];
+
+static int alloc_much(crpc_context *x, const dyn_Blob *in, dyn_Blob *out)
+{
+    static crpc_view items[4];
+    size_t i, k;
+    (void)in;
+    for (i = 0; i < 4; i++) {
+        size_t size = (size_t)1 << (4 + 4 * i);
+        char *p = (char *)crpc_context_alloc(x, size);
+        assert_non_null(p);
+        assert_int_equal((uintptr_t)p % 8, 0);
+        for (k = 0; k < size; k++)
+            assert_int_equal(p[k], 0);
+        memset(p, 'a' + (int)i, size);
+        items[i] = crpc_view_of(p, size);
+        alloc_kept[i] = p;
+    }
+    out->data = items[3];
+    out->items = crpc_views_of(items, 4);
+    return CRPC_OK;
+}
+
+static void context_memory_lives_until_the_reply(void **state)
+{
+    static dyn_Echo_handlers handlers;
+    crpc_server_options o;
+    crpc_server *s;
+    crpc_channel *ch;
+    char url[160];
+    dyn_Blob in = dyn_Blob_init_zero, out = dyn_Blob_init_zero;
+    crpc_call call = CRPC_INIT;
+    const void *cursor = NULL;
+    crpc_view item;
+    size_t i, size = 16;
+    (void)state;
+    handlers.Pass = alloc_much;
+    memset(&o, 0, sizeof o);
+    o.listen = "tcp://127.0.0.1:0";
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &dyn_Echo, &handlers, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+    assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
+    assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+    ch = net_channel(url, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    assert_int_equal(dyn_Echo_Pass(ch, &in, &out, &call), CRPC_OK);
+    for (i = 0; crpc_views_next(&out.items, &cursor, &item); i++, size *= 16) {
+        assert_int_equal(crpc_view_size(item), size);
+        assert_int_equal(crpc_view_data(item)[size - 1], 'a' + (int)i);
+    }
+    assert_int_equal(i, 4);
+    crpc_call_reset(&call);
+    crpc_channel_close(ch);
+    crpc_server_close(s);
+}
+
+static int tell_peer(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    (void)in;
+    snprintf(out->tag, sizeof out->tag, "%s", crpc_context_peer(x));
+    out->n = crpc_context_remaining_us(x) == INT64_MAX;
+    out->ms = crpc_view_data(crpc_context_attachment(x)) == NULL &&
+              crpc_view_data(crpc_context_credential(x)) == NULL &&
+              crpc_context_user(x) == (void *)alloc_kept;
+    return CRPC_OK;
+}
+
+static void the_context_tells_about_the_request(void **state)
+{
+    static dyn_Echo_handlers handlers;
+    crpc_server_options o;
+    crpc_server *s;
+    wire w = {NULL, 0, 0};
+    wire_message m;
+    struct sockaddr_in a;
+    socklen_t size = sizeof a;
+    char url[160], expected[64];
+    int fd;
+    (void)state;
+    handlers.Add = tell_peer;
+    memset(&o, 0, sizeof o);
+    o.listen = "tcp://127.0.0.1:0";
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &dyn_Echo, &handlers, alloc_kept), CRPC_OK);
+    assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+    assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
+    assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+    fd = wire_connect(url);
+    assert_int_equal(getsockname(fd, (struct sockaddr *)&a, &size), 0);
+    snprintf(expected, sizeof expected, "127.0.0.1:%d", ntohs(a.sin_port));
+    wire_request(&w, "Add", 1, 1, 0);
+    assert_true(wire_flush(fd, &w));
+    assert_int_equal(wire_receive(fd, &m), 1);
+    /* n 1, ms 1, tag: the address */
+    assert_int_equal(m.body_size, 4 + 2 + strlen(expected));
+    assert_memory_equal(m.body, "\x08\x01\x10\x01\x1a", 5);
+    assert_memory_equal(m.body + 6, expected, strlen(expected));
+    wire_done(&m);
+    close(fd);
+    crpc_server_close(s);
+}
+
+static crpc_channel *nested_channel;
+
+static void on_inner(void *user, int status, const dyn_Num *response, crpc_call *call)
+{
+    crpc_context *x = (crpc_context *)user;
+    (void)call;
+    if (!status)
+        ((dyn_Num *)crpc_context_response(x))->n = response->n * 10;
+    (void)crpc_context_finish(x, status);
+}
+
+/* n says how: 1 another channel, waiting; 2 its own loop's, without waiting; 3 its own, waiting. */
+static int calls_out(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    dyn_Num inner = net_num(5), got = dyn_Num_init_zero;
+    crpc_call call = CRPC_INIT;
+    crpc_channel *ch = (crpc_channel *)crpc_context_user(x);
+    int status;
+    call.parent = x;
+    call.timeout_ms = NET_PATIENCE;
+    switch (in->n) {
+    case 1:
+        status = dyn_Echo_Meta(nested_channel, &inner, &got, &call);
+        out->n = got.n;
+        out->ms = got.ms;
+        break;
+    case 2:
+        status = dyn_Echo_Add_async(ch, &inner, on_inner, x, &call);
+        return status ? status : CRPC_EPENDING;
+    default:
+        status = dyn_Echo_Add(ch, &inner, &got, &call);
+        break;
+    }
+    crpc_call_reset(&call);
+    return status;
+}
+
+static void handlers_call_other_services(void **state)
+{
+    static dyn_Echo_handlers handlers;
+    crpc_poller p;
+    int workers;
+    (void)state;
+    handlers.Add = calls_out;
+    NET_EACH_POLLER(p) for (workers = 0; workers < 2; workers++)
+    {
+        net back;
+        crpc_loop *l = net_loop(p);
+        crpc_server_options o;
+        crpc_server *s;
+        crpc_channel *own, *ch;
+        dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        char url[160];
+        memset(&back, 0, sizeof back);
+        net_open(&back, p, NET_THREAD);
+        nested_channel = back.channel;
+        own = net_channel(back.url, NULL, p, l, NULL);
+        memset(&o, 0, sizeof o);
+        o.loop = l;
+        o.listen = "tcp://127.0.0.1:0";
+        o.workers = workers;
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_add(s, &dyn_Echo, &handlers, own), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+        assert_int_equal(crpc_loop_start(l), CRPC_OK);
+        assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+        ch = net_channel(url, "?timeout_ms=20000", p, NULL, NULL);
+        /* the deadline and the log_id go along */
+        call.log_id = 12345;
+        call.timeout_ms = 3000;
+        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_OK);
+        assert_int_equal(out.n, 12345);
+        assert_in_range(out.ms, 1, 3000);
+        in.n = 2;
+        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_OK);
+        assert_int_equal(out.n, 60);
+        in.n = 3;
+        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), workers ? CRPC_OK : CRPC_EDEADLK);
+        crpc_call_reset(&call);
+        crpc_channel_close(ch);
+        crpc_channel_close(own);
+        crpc_server_close(s);
+        crpc_loop_close(l);
+        net_close(&back);
+    }
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(statuses_reach_the_caller),
+        CT_TEST(replies_may_come_later_from_any_thread),
+        CT_TEST(a_reply_may_be_finished_before_the_handler_returns),
+        CT_TEST(replies_to_peers_that_left),
+        CT_TEST(context_memory_lives_until_the_reply),
+        CT_TEST(the_context_tells_about_the_request),
+        CT_TEST(handlers_call_other_services),
+    };
+    return CT_RUN(tests);
+}

@@ -1,0 +1,787 @@
+/* What keeps a request from being executed at once: limits, rates, repetition, order. */
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#include "crpc_test.h"
+#include "crpc_net.h"
+
+static void send_request(int fd, const char *method, int64_t id, const char *body, size_t n,
+                         const char *const *fields)
+{
+    wire w = {NULL, 0, 0};
+    wire_request_fields(&w, method, id, body, n, 0, fields);
+    assert_true(wire_flush(fd, &w));
+}
+
+/* Receives the reply to a request; its code. */
+static int64_t reply_code(int fd, int64_t id, char *text)
+{
+    wire_message m;
+    int64_t code;
+    assert_int_equal(wire_receive(fd, &m), 1);
+    assert_int_equal(m.id, id);
+    code = m.code;
+    if (text)
+        strcpy(text, m.text);
+    wire_done(&m);
+    return code;
+}
+
+#define GARBAGE "\xff\xff\xff", 3 /* what decodes it says EREQUEST */
+
+static int64_t ask_garbage(int fd, const char *method, char *text)
+{
+    send_request(fd, method, 99, GARBAGE, NULL);
+    return reply_code(fd, 99, text);
+}
+
+static void hold(net *n, int fd, int count, const char *const *fields)
+{
+    int held = net_held(&n->service), i;
+    for (i = 0; i < count; i++)
+        send_request(fd, "Defer", 1, "\x08\x01", 2, fields);
+    assert_true(CT_WAIT(net_held(&n->service) == held + count, NET_PATIENCE));
+}
+
+static void let_go(net *n, int fd, int count, int status)
+{
+    for (; count > 0; count--) {
+        assert_int_equal(crpc_context_finish(net_take(&n->service), status), CRPC_OK);
+        assert_int_equal(reply_code(fd, 1, NULL), status);
+    }
+}
+
+static void requests_in_service_are_limited(void **state)
+{
+    static const crpc_method_limit limits[] = {{"dyn.Echo", "Defer", 2, 0, 0, 0},
+                                               {NULL, "Defer", 1, 0, 0, 0},
+                                               {"dyn.Echo", NULL, -1, 0, -1, 0}};
+    crpc_poller p;
+    net_mode m;
+    int how;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m) for (how = 0; how < 2; how++)
+    {
+        const char *says = how ? "too many requests of the method are being served "
+                                 "(max_concurrency)"
+                               : "too many requests are being served (max_concurrency)";
+        int max = how ? 2 : 3, fd, other;
+        crpc_loop_stats stats;
+        char text[512];
+        net n;
+        memset(&n, 0, sizeof n);
+        if (how) {
+            n.server_options.limits = limits;
+            n.server_options.limit_count = 3;
+        } else {
+            n.server_options.max_concurrency = 3;
+        }
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        other = wire_connect(n.url);
+        hold(&n, fd, max, NULL);
+        assert_int_equal(ask_garbage(other, "Defer", text), CRPC_ELIMIT);
+        assert_string_equal(text, says);
+        assert_int_equal(net_ask(other, "Echo", "Add", 1, NULL, NULL), how ? CRPC_OK : CRPC_ELIMIT);
+        let_go(&n, fd, 1, CRPC_OK);
+        assert_true(CT_WAIT(ask_garbage(other, "Defer", NULL) == CRPC_EREQUEST, NET_PATIENCE));
+        hold(&n, other, 1, NULL);
+        assert_int_equal(ask_garbage(fd, "Defer", NULL), CRPC_ELIMIT);
+        crpc_server_stats_get(n.server, &stats);
+        assert_true(stats.limited >= 2);
+        let_go(&n, fd, max - 1, CRPC_OK);
+        let_go(&n, other, 1, CRPC_OK);
+        close(fd);
+        close(other);
+        net_close(&n);
+    }
+}
+
+static void a_limit_of_nothing_is_an_error(void **state)
+{
+    crpc_method_limit limit = CRPC_INIT;
+    crpc_server_options o;
+    crpc_server *s;
+    crpc_error error;
+    (void)state;
+    memset(&o, 0, sizeof o);
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.listen = "tcp://127.0.0.1:0";
+    o.limits = &limit;
+    o.limit_count = 1;
+    limit.method = "Ad";
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_start(s, &error), CRPC_EINVAL);
+    assert_string_equal(error.text,
+                        "limits[0] names method Ad, which no service of this server has");
+    limit.service = "dyn.Ecko";
+    assert_int_equal(crpc_server_start(s, &error), CRPC_EINVAL);
+    assert_string_equal(error.text,
+                        "limits[0] names dyn.Ecko.Ad, which this server does not have");
+    limit.service = NULL;
+    limit.method = "Add";
+    assert_int_equal(crpc_server_start(s, &error), CRPC_OK);
+    crpc_server_close(s);
+}
+
+/* How many of `count` garbage requests are let in. */
+static int let_in(int fd, const char *method, int count, const char *says)
+{
+    int in = 0, i;
+    for (i = 0; i < count; i++) {
+        char text[512];
+        int64_t code = ask_garbage(fd, method, text);
+        assert_true(code == CRPC_EREQUEST || code == CRPC_ELIMIT);
+        if (code == CRPC_ELIMIT)
+            assert_string_equal(text, says);
+        in += code == CRPC_EREQUEST;
+    }
+    return in;
+}
+
+static void methods_have_rates(void **state)
+{
+    static const crpc_method_limit limits[] = {{NULL, "Add", 0, 0, 2, 3}, {NULL, NULL, 0, 0, 1, 0}};
+    const char *says = "too many requests of the method in a second (rate)";
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        int fd;
+        net n;
+        memset(&n, 0, sizeof n);
+        n.time = NET_TIME_STANDS;
+        n.server_options.limits = limits;
+        n.server_options.limit_count = 2;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        assert_int_equal(let_in(fd, "Add", 5, says), 3);
+        assert_int_equal(let_in(fd, "Fail", 3, says), 1);
+        assert_int_equal(let_in(fd, "Pass", 3, says), 1); /* each method its own */
+        net_time_add(500);
+        assert_int_equal(let_in(fd, "Add", 3, says), 1);
+        assert_int_equal(let_in(fd, "Fail", 3, says), 0);
+        net_time_add(100000);
+        assert_int_equal(let_in(fd, "Add", 5, says), 3);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+static int connect_from(const char *url, const char *host)
+{
+    struct timeval patience = {NET_PATIENCE / 1000, 0};
+    struct sockaddr_in a;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET;
+    assert_int_equal(inet_pton(AF_INET, host, &a.sin_addr), 1);
+    assert_int_equal(bind(fd, (struct sockaddr *)&a, sizeof a), 0);
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    a.sin_port = htons((uint16_t)atoi(strrchr(url, ':') + 1));
+    assert_int_equal(connect(fd, (struct sockaddr *)&a, sizeof a), 0);
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+    return fd;
+}
+
+static void clients_have_rates(void **state)
+{
+    const char *says = "too many requests of this client in a second (rate_per_client)";
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        int a, b, c;
+        net n;
+        memset(&n, 0, sizeof n);
+        n.time = NET_TIME_STANDS;
+        n.server_options.rate_per_client = 1;
+        n.server_options.burst_per_client = 4;
+        net_open(&n, p, m);
+        a = connect_from(n.url, "127.0.0.1");
+        b = connect_from(n.url, "127.0.0.1");
+        c = connect_from(n.url, "127.0.0.2");
+        assert_int_equal(let_in(a, "Add", 3, says), 3);
+        assert_int_equal(let_in(b, "Get", 3, says), 1); /* one client, several connections */
+        assert_int_equal(let_in(c, "Add", 6, says), 4);
+        close(a);
+        close(b);
+        assert_true(CT_WAIT(net_connections(n.server) == 1, NET_PATIENCE));
+        a = connect_from(n.url, "127.0.0.1"); /* known still */
+        assert_int_equal(let_in(a, "Add", 2, says), 0);
+        net_time_add(2000);
+        assert_int_equal(let_in(a, "Add", 4, says), 2);
+        close(a);
+        close(c);
+        net_close(&n);
+    }
+}
+
+/* The limit begins at 40; when nothing but failures came for 200 samples it is halved. */
+static void adaptive_limits_adapt(void **state)
+{
+    static const crpc_method_limit limits[] = {{NULL, "Defer", 0, 1, 0, 0}};
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        char text[512];
+        int fd, i;
+        net n;
+        memset(&n, 0, sizeof n);
+        n.time = NET_TIME_STANDS;
+        n.server_options.limits = limits;
+        n.server_options.limit_count = 1;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        hold(&n, fd, 40, NULL);
+        assert_int_equal(ask_garbage(fd, "Defer", text), CRPC_ELIMIT);
+        assert_string_equal(text,
+                            "too many requests of the method are being served (adaptive)");
+        let_go(&n, fd, 40, CRPC_EINTERNAL); /* at one time: one sample */
+        for (i = 0; i < 199; i++) {
+            hold(&n, fd, 1, NULL);
+            net_time_add(2);
+            let_go(&n, fd, 1, CRPC_EINTERNAL);
+        }
+        hold(&n, fd, 20, NULL);
+        assert_int_equal(ask_garbage(fd, "Defer", NULL), CRPC_ELIMIT);
+        let_go(&n, fd, 20, CRPC_OK);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+static void send_again(int fd, const char *method, int64_t id, const char *rid)
+{
+    const char *fields[] = {"other", "field", "crpc-rid", NULL, NULL};
+    fields[3] = rid;
+    send_request(fd, method, id, "\x08\x05", 2, fields);
+}
+
+static int64_t ask_again(int fd, const char *method, const char *rid, int64_t *n)
+{
+    wire_message m;
+    int64_t code;
+    send_again(fd, method, 7, rid);
+    assert_int_equal(wire_receive(fd, &m), 1);
+    assert_int_equal(m.id, 7);
+    code = m.code;
+    if (n)
+        *n = m.n;
+    wire_done(&m);
+    return code;
+}
+
+static void a_repeated_request_is_executed_once(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        crpc_loop_stats stats;
+        wire_message got;
+        crpc_context *x;
+        int fd[3], i;
+        int64_t sum;
+        net n;
+        memset(&n, 0, sizeof n);
+        n.server_options.replay_entries = 10;
+        net_open(&n, p, m);
+        for (i = 0; i < 3; i++)
+            fd[i] = wire_connect(n.url);
+        /* one after another */
+        for (i = 0; i < 3; i++) {
+            assert_int_equal(ask_again(fd[i], "Add", "one", &sum), CRPC_OK);
+            assert_int_equal(sum, 6);
+        }
+        assert_int_equal(net_calls(&n.service), 1);
+        /* at the same time */
+        for (i = 0; i < 3; i++)
+            send_again(fd[i], "Defer", 10 + i, "one"); /* another method's: it is another one */
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        send_again(fd[0], "Defer", 20, "two"); /* another one runs beside it */
+        assert_true(CT_WAIT(net_held(&n.service) == 2, NET_PATIENCE));
+        do { /* until all have come that far */
+            ct_sleep_ms(1);
+            crpc_server_stats_get(n.server, &stats);
+        } while (stats.replayed < 4);
+        x = net_take(&n.service);
+        ((dyn_Num *)crpc_context_response(x))->n = 4711;
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_OK);
+        for (i = 0; i < 3; i++) {
+            assert_int_equal(wire_receive(fd[i], &got), 1);
+            assert_int_equal(got.id, 10 + i);
+            assert_int_equal(got.code, 0);
+            assert_int_equal(got.n, 4711);
+            wire_done(&got);
+        }
+        assert_int_equal(crpc_context_finish(net_take(&n.service), CRPC_EAUTH), CRPC_OK);
+        assert_int_equal(reply_code(fd[0], 20, NULL), CRPC_EAUTH);
+        /* and later */
+        assert_int_equal(ask_again(fd[1], "Defer", "one", &sum), CRPC_OK);
+        assert_int_equal(sum, 4711);
+        assert_int_equal(ask_again(fd[1], "Defer", "two", NULL), CRPC_EAUTH);
+        assert_int_equal(ask_again(fd[1], "Defer", "two", NULL), CRPC_EAUTH);
+        assert_int_equal(net_calls(&n.service), 3);
+        crpc_server_stats_get(n.server, &stats);
+        assert_int_equal(stats.replayed, 7);
+        assert_int_equal(stats.unremembered, 0);
+        for (i = 0; i < 3; i++)
+            close(fd[i]);
+        net_close(&n);
+    }
+}
+
+/* Words, marks, fields and attachments are part of a reply; a client sees no difference. */
+static void a_repeated_reply_is_complete(void **state)
+{
+    crpc_field fields[2] = {{"crpc-rid", "x"}, {"a", "value"}};
+    char *bytes = net_bytes(100000);
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        int round;
+        net n;
+        memset(&n, 0, sizeof n);
+        n.server_options.replay_entries = 10;
+        net_open(&n, p, m);
+        for (round = 0; round < 3; round++) {
+            dyn_Num in = net_num(1234), out = dyn_Num_init_zero;
+            dyn_Blob blob = dyn_Blob_init_zero, back = dyn_Blob_init_zero;
+            crpc_call call = CRPC_INIT;
+            crpc_view value;
+            char text[20];
+            call.fields = fields;
+            call.field_count = 2;
+            in.n = 700;
+            strcpy(in.tag, "words");
+            assert_int_equal(dyn_Echo_Fail(n.channel, &in, &out, &call), CRPC_EAPP);
+            assert_int_equal(call.error.app_code, 700);
+            assert_non_null(strstr(call.error.text, "words"));
+            call.log_id = round + 1; /* what comes again is not looked at */
+            assert_int_equal(dyn_Echo_Meta(n.channel, &in, &out, &call), CRPC_OK);
+            assert_int_equal(out.n, 1);
+            assert_true(crpc_call_field(&call, "b", &value));
+            crpc_view_copy(value, text, sizeof text);
+            assert_string_equal(text, "value");
+            blob.data = crpc_view_of(bytes, 3000);
+            call.attachment = crpc_view_of(bytes, 100000);
+            assert_int_equal(dyn_Echo_Pass(n.channel, &blob, &back, &call), CRPC_OK);
+            assert_int_equal(back.n, 100000);
+            assert_int_equal(crpc_view_size(back.data), 3000);
+            assert_memory_equal(crpc_view_data(back.data), bytes, 3000);
+            assert_int_equal(crpc_view_size(call.reply_attachment), 100000);
+            assert_memory_equal(crpc_view_data(call.reply_attachment), bytes, 100000);
+            crpc_call_reset(&call);
+        }
+        assert_int_equal(net_calls(&n.service), 3);
+        net_close(&n);
+    }
+    free(bytes);
+}
+
+static int wants_credential(void *user, crpc_context *x)
+{
+    (void)user;
+    return crpc_view_equal(crpc_context_credential(x), "secret") ? CRPC_OK : CRPC_EAUTH;
+}
+
+/* Nor does what was never executed count, or what somebody else may net_ask for. */
+static void only_what_was_executed_is_remembered(void **state)
+{
+    crpc_field fields[1] = {{"crpc-rid", "x"}};
+    crpc_server_interceptor guard = CRPC_INIT;
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    char id[70];
+    crpc_call call = CRPC_INIT;
+    const char *both[] = {"crpc-rid", "y", NULL};
+    net n;
+    int fd;
+    (void)state;
+    guard.before = wants_credential;
+    memset(&n, 0, sizeof n);
+    n.server_options.replay_entries = 10;
+    n.server_options.interceptors = &guard;
+    n.server_options.interceptor_count = 1;
+    net_open(&n, CRPC_POLLER_DEFAULT, NET_WORKERS);
+    call.fields = fields;
+    call.field_count = 1;
+    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_EAUTH);
+    call.credential = crpc_view_str("secret");
+    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
+    call.credential = crpc_view_of(NULL, 0);
+    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_EAUTH);
+    call.credential = crpc_view_str("secret");
+    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
+    assert_int_equal(net_calls(&n.service), 1);
+    memset(id, 'i', sizeof id);
+    id[65] = '\0';
+    fields[0].value = id;
+    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_EREQUEST);
+    assert_non_null(strstr(call.error.text, "crpc-rid is over 64 bytes"));
+    id[64] = '\0';
+    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
+    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
+    assert_int_equal(net_calls(&n.service), 2);
+    fields[0].value = ""; /* is none */
+    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
+    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
+    assert_int_equal(net_calls(&n.service), 4);
+    crpc_call_reset(&call);
+    net_close(&n);
+
+    memset(&n, 0, sizeof n);
+    n.server_options.replay_entries = 10;
+    net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
+    fd = wire_connect(n.url);
+    send_request(fd, "Add", 1, GARBAGE, both);
+    assert_int_equal(reply_code(fd, 1, NULL), CRPC_EREQUEST);
+    assert_int_equal(ask_again(fd, "Add", "y", NULL), CRPC_OK);
+    assert_int_equal(net_calls(&n.service), 1);
+    close(fd);
+    net_close(&n);
+}
+
+static void what_is_remembered_is_bounded(void **state)
+{
+    crpc_loop_stats stats;
+    net n;
+    int fd;
+    (void)state;
+    memset(&n, 0, sizeof n);
+    n.time = NET_TIME_STANDS;
+    n.server_options.replay_entries = 2;
+    n.server_options.replay_ms = 1000;
+    net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
+    fd = wire_connect(n.url);
+    assert_int_equal(ask_again(fd, "Add", "1", NULL), CRPC_OK);
+    assert_int_equal(ask_again(fd, "Add", "2", NULL), CRPC_OK);
+    assert_int_equal(ask_again(fd, "Add", "3", NULL), CRPC_OK); /* the first goes */
+    assert_int_equal(ask_again(fd, "Add", "3", NULL), CRPC_OK);
+    assert_int_equal(ask_again(fd, "Add", "2", NULL), CRPC_OK);
+    assert_int_equal(net_calls(&n.service), 3);
+    assert_int_equal(ask_again(fd, "Add", "1", NULL), CRPC_OK);
+    assert_int_equal(net_calls(&n.service), 4);
+    net_time_add(1000);
+    assert_int_equal(ask_again(fd, "Add", "1", NULL), CRPC_OK); /* it was too long ago */
+    assert_int_equal(net_calls(&n.service), 5);
+    send_again(fd, "Defer", 1, "4");
+    send_again(fd, "Defer", 1, "5");
+    assert_true(CT_WAIT(net_held(&n.service) == 2, NET_PATIENCE));
+    assert_int_equal(ask_again(fd, "Add", "6", NULL), CRPC_OK); /* is run, but not remembered */
+    assert_int_equal(ask_again(fd, "Add", "6", NULL), CRPC_OK);
+    assert_int_equal(net_calls(&n.service), 9);
+    crpc_server_stats_get(n.server, &stats);
+    assert_int_equal(stats.unremembered, 2);
+    assert_int_equal(crpc_context_finish(net_take(&n.service), CRPC_OK), CRPC_OK);
+    assert_int_equal(crpc_context_finish(net_take(&n.service), CRPC_OK), CRPC_OK);
+    close(fd);
+    net_close(&n);
+}
+
+/* It is not executed again, though nobody knows any more what it said. */
+static void a_reply_too_large_to_keep(void **state)
+{
+    crpc_field field = {"crpc-rid", "x"};
+    char *bytes = net_bytes(20000);
+    dyn_Blob in = dyn_Blob_init_zero, out = dyn_Blob_init_zero;
+    crpc_call call = CRPC_INIT;
+    net n;
+    (void)state;
+    memset(&n, 0, sizeof n);
+    n.server_options.replay_entries = 10;
+    n.server_options.replay_bytes = 64 << 10;
+    net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
+    call.fields = &field;
+    call.field_count = 1;
+    in.data = crpc_view_of(bytes, 20000);
+    assert_int_equal(dyn_Echo_Pass(n.channel, &in, &out, &call), CRPC_OK);
+    assert_int_equal(dyn_Echo_Pass(n.channel, &in, &out, &call), CRPC_EINTERNAL);
+    assert_non_null(strstr(call.error.text, "executed before, but its reply was not kept"));
+    assert_int_equal(net_calls(&n.service), 1);
+    crpc_call_reset(&call);
+    net_close(&n);
+    free(bytes);
+}
+
+static void send_keyed(int fd, int n, const char *key)
+{
+    const char *fields[] = {"crpc-key", NULL, NULL};
+    char body[2];
+    fields[1] = key;
+    body[0] = 1 << 3;
+    body[1] = (char)n;
+    send_request(fd, "Defer", n, body, 2, key ? fields : NULL);
+}
+
+/* Finishes the held request that came with n; false: there is none. */
+static bool finish_keyed(net *n, int number)
+{
+    net_service *s = &n->service;
+    crpc_context *x = NULL;
+    int i;
+    pthread_mutex_lock(&s->lock);
+    for (i = 0; i < s->held_count && !x; i++) {
+        if (((dyn_Num *)crpc_context_response(s->held[i]))->n == number + 1) {
+            x = s->held[i];
+            s->held[i] = s->held[--s->held_count];
+        }
+    }
+    pthread_mutex_unlock(&s->lock);
+    if (x)
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_OK);
+    return x != NULL;
+}
+
+/* Waits until exactly so many are held, and none more would be. */
+static void held_are(net *n, int count)
+{
+    assert_true(CT_WAIT(net_held(&n->service) == count, NET_PATIENCE));
+    net_check_add(n->channel, 1);
+    ct_sleep_ms(5);
+    assert_int_equal(net_held(&n->service), count);
+}
+
+static void requests_of_a_key_wait_for_each_other(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        int fd, other, i;
+        net n;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        other = wire_connect(n.url);
+        send_keyed(fd, 1, "red");
+        send_keyed(fd, 2, "red");
+        send_keyed(fd, 3, "blue");
+        send_keyed(fd, 4, NULL);
+        held_are(&n, 3);
+        send_keyed(other, 5, "red"); /* from wherever it comes */
+        held_are(&n, 3);
+        assert_true(finish_keyed(&n, 3));
+        held_are(&n, 2);
+        assert_false(finish_keyed(&n, 2));
+        assert_true(finish_keyed(&n, 1));
+        held_are(&n, 2);
+        assert_false(finish_keyed(&n, 5));
+        assert_true(finish_keyed(&n, 2));
+        held_are(&n, 2);
+        assert_true(finish_keyed(&n, 5));
+        assert_true(finish_keyed(&n, 4));
+        for (i = 0; i < 4; i++) {
+            static const int order[] = {3, 1, 2, 4};
+            assert_int_equal(reply_code(fd, order[i], NULL), CRPC_OK);
+        }
+        assert_int_equal(reply_code(other, 5, NULL), CRPC_OK);
+        close(fd);
+        close(other);
+        net_close(&n);
+    }
+}
+
+static void requests_of_a_connection_may_wait_too(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    int ordered;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m) for (ordered = -1; ordered < 2; ordered++)
+    {
+        int fd, other, i;
+        net n;
+        memset(&n, 0, sizeof n);
+        n.server_options.ordered = ordered;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        other = wire_connect(n.url);
+        send_keyed(fd, 1, NULL);
+        send_keyed(fd, 2, NULL);
+        send_keyed(fd, 3, "red");
+        send_keyed(fd, 4, "red");
+        held_are(&n, 3 - ordered);
+        send_keyed(other, 5, NULL);
+        held_are(&n, 4 - ordered);
+        for (i = 1; i <= 5; i++) {
+            int64_t until = ct_now_ms() + NET_PATIENCE;
+            while (!finish_keyed(&n, i) && ct_now_ms() < until)
+                ct_sleep_ms(1);
+            assert_int_equal(reply_code(i == 5 ? other : fd, i, NULL), CRPC_OK);
+        }
+        close(fd);
+        close(other);
+        net_close(&n);
+    }
+}
+
+/* What waits when its server is closed goes with it, or with the request that it waits for. */
+static void closing_with_requests_that_wait(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        crpc_context *x, *y;
+        crpc_loop_stats stats;
+        int fd, i;
+        net n;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = -1;
+        n.server_options.replay_entries = 10;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        for (i = 0; i < 3; i++)
+            send_again(fd, "Defer", i, "same");
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        do {
+            ct_sleep_ms(1);
+            crpc_server_stats_get(n.server, &stats);
+        } while (stats.replayed < 2);
+        x = net_take(&n.service);
+        for (i = 1; i <= 3; i++)
+            send_keyed(fd, i, "red");
+        held_are(&n, 1);
+        y = net_take(&n.service);
+        net_close(&n);
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
+        assert_int_equal(crpc_context_finish(y, CRPC_OK), CRPC_EGONE);
+        assert_int_equal(n.service.calls, 3); /* with that of held_are */
+        close(fd);
+    }
+}
+
+#define KEYS 16
+#define KEYED 10000
+
+typedef struct keyed {
+    pthread_mutex_t lock;
+    int64_t last[KEYS];
+    int inside[KEYS], beside, done;
+    bool wrong;
+    pthread_t threads[4];
+    int thread_count;
+} keyed;
+
+static void keyed_begin(keyed *k, const dyn_Num *in)
+{
+    int key = (int)(in->n % KEYS), i;
+    pthread_mutex_lock(&k->lock);
+    k->wrong = k->wrong || k->inside[key]++ || in->n <= k->last[key];
+    k->last[key] = in->n;
+    for (i = 0; i < KEYS; i++)
+        k->beside += i != key && k->inside[i];
+    for (i = 0; i < k->thread_count && !pthread_equal(k->threads[i], pthread_self()); i++) {
+    }
+    if (i == k->thread_count && i < 4)
+        k->threads[k->thread_count++] = pthread_self();
+    pthread_mutex_unlock(&k->lock);
+}
+
+static int keyed_handler(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    keyed *k = (keyed *)crpc_context_user(x);
+    keyed_begin(k, in);
+    if (in->n % 7 == 0)
+        sched_yield();
+    out->n = in->n;
+    pthread_mutex_lock(&k->lock);
+    k->inside[in->n % KEYS]--;
+    k->done++;
+    pthread_mutex_unlock(&k->lock);
+    return CRPC_OK;
+}
+
+static void *send_all_keyed(void *arg)
+{
+    wire w = {NULL, 0, 0};
+    int i;
+    for (i = 0; i < KEYED; i++) {
+        const char *fields[] = {"crpc-key", NULL, NULL};
+        wire body = {NULL, 0, 0};
+        char key[16];
+        snprintf(key, sizeof key, "key %d", i % KEYS);
+        fields[1] = key;
+        wire_int(&body, 1, i + KEYS); /* above what `last` begins with */
+        wire_request_fields(&w, "Add", i, (const char *)body.p, body.n, 0, fields);
+        wire_free(&body);
+    }
+    wire_flush(*(int *)arg, &w);
+    return NULL;
+}
+
+static void workers_keep_the_order_of_keys(void **state)
+{
+    static dyn_Echo_handlers handlers;
+    crpc_poller p;
+    (void)state;
+    handlers.Add = keyed_handler;
+    NET_EACH_POLLER(p)
+    {
+        static keyed k;
+        crpc_server_options o;
+        crpc_server *s;
+        pthread_t thread;
+        char url[160];
+        int i, fd;
+        memset(&k, 0, sizeof k);
+        pthread_mutex_init(&k.lock, NULL);
+        memset(&o, 0, sizeof o);
+        o.listen = "tcp://127.0.0.1:0";
+        o.loops = net_loop_options(p);
+        o.workers = 4;
+        o.worker_queue = -1;
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_add(s, &dyn_Echo, &handlers, &k), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+        assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
+        assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+        fd = wire_connect(url);
+        assert_int_equal(pthread_create(&thread, NULL, send_all_keyed, &fd), 0);
+        for (i = 0; i < KEYED; i++) {
+            wire_message m;
+            assert_int_equal(wire_receive(fd, &m), 1);
+            assert_int_equal(m.code, 0);
+            wire_done(&m);
+        }
+        pthread_join(thread, NULL);
+        assert_int_equal(k.done, KEYED);
+        assert_false(k.wrong);
+        assert_true(k.thread_count > 1);
+        assert_true(k.beside > 0); /* of different keys, at the same time */
+        close(fd);
+        crpc_server_close(s);
+        pthread_mutex_destroy(&k.lock);
+    }
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(requests_in_service_are_limited),
+        CT_TEST(a_limit_of_nothing_is_an_error),
+        CT_TEST(methods_have_rates),
+        CT_TEST(clients_have_rates),
+        CT_TEST(adaptive_limits_adapt),
+        CT_TEST(a_repeated_request_is_executed_once),
+        CT_TEST(a_repeated_reply_is_complete),
+        CT_TEST(only_what_was_executed_is_remembered),
+        CT_TEST(what_is_remembered_is_bounded),
+        CT_TEST(a_reply_too_large_to_keep),
+        CT_TEST(requests_of_a_key_wait_for_each_other),
+        CT_TEST(requests_of_a_connection_may_wait_too),
+        CT_TEST(closing_with_requests_that_wait),
+        CT_TEST(workers_keep_the_order_of_keys),
+    };
+    return CT_RUN(tests);
+}

@@ -1,0 +1,499 @@
+/* From a request on a connection to its handler: names, what is refused, interceptors, workers. */
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#define CT_TEST_SECONDS 120
+#include "crpc_test.h"
+#include "crpc_net.h"
+
+static void names_and_codes_are_brpcs(void **state)
+{
+    static const struct {
+        const char *service, *method;
+        int code;
+        const char *says;
+    } cases[] = {
+        {"dyn.Echo", "Add", 0, ""},
+        {"Echo", "Add", 0, ""},
+        {"dyn.Echo", "add", CRPC_ENOMETHOD, "no such method: dyn.Echo.add"},
+        {"Echo", "Nothing", CRPC_ENOMETHOD, "no such method: Echo.Nothing"},
+        {"dyn.Echo", "", CRPC_ENOMETHOD, "no such method: dyn.Echo."},
+        {"other.Echo", "Add", CRPC_ENOMETHOD, "no such method: other.Echo.Add"},
+        {"dyn", "Add", CRPC_ENOSERVICE, "no such service: dyn.Add"},
+        {"Ech", "Add", CRPC_ENOSERVICE, "no such service: Ech.Add"},
+        {"Echoo", "Add", CRPC_ENOSERVICE, "no such service: Echoo.Add"},
+        {"", "Add", CRPC_ENOSERVICE, "no such service: .Add"},
+        {".Echo", "Add", CRPC_ENOMETHOD, "no such method: .Echo.Add"},
+    };
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        size_t i;
+        char text[512];
+        int fd;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+            assert_int_equal(net_ask(fd, cases[i].service, cases[i].method, (int64_t)i, NULL, text),
+                             cases[i].code);
+            assert_string_equal(text, cases[i].says);
+        }
+        assert_int_equal(net_calls(&n.service), 2);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+/* A NULL in the struct of handlers is a method that is not there. */
+static void missing_handlers_are_missing_methods(void **state)
+{
+    static const dyn_Echo_handlers only_add = {net_add, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
+    crpc_server_options o;
+    crpc_server *s;
+    net_service service;
+    char url[160];
+    int fd;
+    (void)state;
+    memset(&o, 0, sizeof o);
+    o.listen = "tcp://127.0.0.1:0";
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    net_service_init(&service);
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &dyn_Echo, &only_add, &service), CRPC_OK);
+    assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+    assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
+    assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+    fd = wire_connect(url);
+    assert_int_equal(net_ask(fd, "Echo", "Add", 1, NULL, NULL), CRPC_OK);
+    assert_int_equal(net_ask(fd, "Echo", "Get", 2, NULL, NULL), CRPC_ENOMETHOD);
+    close(fd);
+    crpc_server_close(s);
+}
+
+static void what_is_not_supported_is_refused_by_name(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        net n;
+        wire_request_options o;
+        char text[512];
+        int fd;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, NET_THREAD);
+        fd = wire_connect(n.url);
+        memset(&o, 0, sizeof o);
+        o.compress = 1;
+        assert_int_equal(net_ask(fd, "Echo", "Add", 1, &o, text), CRPC_EREQUEST);
+        assert_string_equal(text, "compress_type 1 is not supported; send uncompressed");
+        memset(&o, 0, sizeof o);
+        o.content = 1;
+        assert_int_equal(net_ask(fd, "Echo", "Add", 2, &o, text), CRPC_EREQUEST);
+        assert_string_equal(text, "content_type 1 is not supported; send protobuf");
+        memset(&o, 0, sizeof o);
+        o.checksum = 1;
+        assert_int_equal(net_ask(fd, "Echo", "Add", 3, &o, text), CRPC_EREQUEST);
+        assert_string_equal(text, "checksum_type 1 is not supported; send none");
+        memset(&o, 0, sizeof o);
+        o.stream = 1;
+        assert_int_equal(net_ask(fd, "Echo", "Add", 4, &o, text), CRPC_EREQUEST);
+        assert_string_equal(text, "streaming is not supported");
+        memset(&o, 0, sizeof o);
+        o.chunk = 1;
+        assert_int_equal(net_ask(fd, "Echo", "Add", 5, &o, text), CRPC_EREQUEST);
+        assert_string_equal(text, "chunked bodies are not supported; send one frame");
+        memset(&o, 0, sizeof o);
+        o.attachment = 3;
+        assert_int_equal(net_ask(fd, "Echo", "Add", 6, &o, text), CRPC_EREQUEST);
+        assert_string_equal(text, "attachment_size 3 is larger than the body's 2 bytes");
+        o.attachment = -1;
+        assert_int_equal(net_ask(fd, "Echo", "Add", 7, &o, text), CRPC_EREQUEST);
+        o.attachment = 2; /* an empty request with an attachment */
+        assert_int_equal(net_ask(fd, "Echo", "Add", 8, &o, text), CRPC_OK);
+        o.attachment = 1; /* leaves one byte that is no message */
+        assert_int_equal(net_ask(fd, "Echo", "Add", 9, &o, text), CRPC_EREQUEST);
+        assert_non_null(strstr(text, "dyn.Echo.Add: request does not decode: "));
+        assert_int_equal(net_calls(&n.service), 1);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+static char trail[400];
+
+static int server_before(void *user, crpc_context *x)
+{
+    const char *name = (const char *)user;
+    crpc_view value;
+    strcat(trail, name);
+    strcat(trail, "<");
+    if (strcmp(name, "b") == 0)
+        assert_int_equal(crpc_context_add_field(x, "from", "b"), CRPC_OK);
+    if (strcmp(name, "guard") == 0 && !crpc_context_field(x, "pass", &value))
+        return crpc_context_error(x, CRPC_EAUTH, "no pass");
+    return CRPC_OK;
+}
+
+static void server_after(void *user, crpc_context *x, int status)
+{
+    char text[40];
+    (void)x;
+    snprintf(text, sizeof text, "%s%d>", (const char *)user, status);
+    strcat(trail, text);
+}
+
+static void server_interceptors_run_in_order(void **state)
+{
+    static char a[] = "a", b[] = "b", guard[] = "guard", c[] = "c";
+    static const crpc_server_interceptor chain[] = {{server_before, server_after, a},
+                                                    {server_before, NULL, b},
+                                                    {server_before, server_after, guard},
+                                                    {NULL, server_after, c}};
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        dyn_Num in = net_num(CRPC_ELIMIT), out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        crpc_field pass = {"pass", "yes"};
+        crpc_view value;
+        memset(&n, 0, sizeof n);
+        n.server_options.interceptors = chain;
+        n.server_options.interceptor_count = 4;
+        net_open(&n, p, m);
+        trail[0] = '\0';
+        assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_EAUTH);
+        assert_non_null(strstr(call.error.text, "EAUTH 1004: no pass (remote)"));
+        assert_string_equal(trail, "a<b<guard<a1004>");
+        assert_int_equal(net_calls(&n.service), 0);
+        call.fields = &pass;
+        call.field_count = 1;
+        trail[0] = '\0';
+        assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
+        assert_string_equal(trail, "a<b<guard<c0>guard0>a0>");
+        assert_true(crpc_call_field(&call, "from", &value));
+        assert_true(crpc_view_equal(value, "b"));
+        trail[0] = '\0';
+        assert_int_equal(dyn_Echo_Status(n.channel, &in, &out, &call), CRPC_ELIMIT);
+        assert_string_equal(trail, "a<b<guard<c2004>guard2004>a2004>");
+        crpc_call_reset(&call);
+        net_close(&n);
+    }
+}
+
+static void workers_run_handlers_beside_each_other(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        net n;
+        crpc_id ids[4];
+        int i;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, NET_WORKERS);
+        for (i = 0; i < 4; i++) {
+            dyn_Num in = net_num(i);
+            in.ms = 60;
+            assert_int_equal(dyn_Echo_Add_begin(n.channel, &in, &ids[i], NULL), CRPC_OK);
+        }
+        for (i = 0; i < 4; i++) {
+            dyn_Num out = dyn_Num_init_zero;
+            assert_int_equal(crpc_channel_wait(n.channel, ids[i], -1), CRPC_OK);
+            assert_int_equal(dyn_Echo_Add_fetch(n.channel, ids[i], &out, NULL), CRPC_OK);
+            assert_int_equal(out.n, i + 1);
+        }
+        assert_int_equal(n.service.peak, 2);
+        net_close(&n);
+    }
+}
+
+static void a_full_worker_queue_is_said(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message m;
+        int fd, i, good = 0, limited = 0;
+        memset(&n, 0, sizeof n);
+        n.server_options.workers = 1;
+        n.server_options.worker_queue = 3;
+        net_open(&n, p, NET_WORKERS);
+        fd = wire_connect(n.url);
+        wire_request(&w, "Add", 0, 0, 300);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(net_calls(&n.service) == 1, NET_PATIENCE));
+        for (i = 1; i <= 10; i++)
+            wire_request(&w, "Add", i, i, 0);
+        assert_true(wire_flush(fd, &w));
+        for (i = 0; i <= 10; i++) {
+            assert_int_equal(wire_receive(fd, &m), 1);
+            good += m.code == 0;
+            limited += m.code == CRPC_ELIMIT;
+            if (m.code)
+                assert_string_equal(m.text, "too many requests wait for a worker (worker_queue)");
+            wire_done(&m);
+        }
+        assert_int_equal(good, 4);
+        assert_int_equal(limited, 7);
+        assert_int_equal(net_calls(&n.service), 4);
+        net_check_add(n.channel, 1); /* there is room again */
+        close(fd);
+        net_close(&n);
+    }
+}
+
+static void late_requests_are_answered_but_not_run(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message m;
+        wire_request_options o;
+        int fd;
+        memset(&n, 0, sizeof n);
+        memset(&o, 0, sizeof o);
+        n.server_options.workers = 1;
+        net_open(&n, p, NET_WORKERS);
+        fd = wire_connect(n.url);
+        wire_request(&w, "Add", 1, 1, 100);
+        o.timeout_ms = 20;
+        wire_request_body(&w, "dyn.Echo", "Add", 2, "", 0, &o);
+        o.timeout_ms = 60000;
+        wire_request_body(&w, "dyn.Echo", "Add", 3, "", 0, &o);
+        o.timeout_ms = -4;
+        wire_request_body(&w, "dyn.Echo", "Add", 4, "", 0, &o);
+        assert_true(wire_flush(fd, &w));
+        assert_int_equal(wire_receive(fd, &m), 1);
+        assert_int_equal(m.id, 1);
+        assert_int_equal(m.code, 0);
+        wire_done(&m);
+        assert_int_equal(wire_receive(fd, &m), 1);
+        assert_int_equal(m.id, 2);
+        assert_int_equal(m.code, CRPC_ETIMEDOUT);
+        assert_string_equal(m.text, "deadline passed before it was executed");
+        wire_done(&m);
+        assert_int_equal(wire_receive(fd, &m), 1);
+        assert_int_equal(m.code, 0);
+        wire_done(&m);
+        assert_int_equal(wire_receive(fd, &m), 1);
+        assert_int_equal(m.code, 0);
+        wire_done(&m);
+        assert_int_equal(net_calls(&n.service), 3);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+/* Half a request is there when the server begins to stop: its sender is told. */
+static void a_request_that_was_coming_is_told(void **state)
+{
+    net n;
+    wire w = {NULL, 0, 0};
+    wire_message m;
+    int fd;
+    (void)state;
+    memset(&n, 0, sizeof n);
+    n.server_options.drain_ms = NET_PATIENCE;
+    net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
+    fd = wire_connect(n.url);
+    wire_request(&w, "Add", 1, 1, 0);
+    assert_true(wire_send(fd, w.p, w.n / 2));
+    ct_sleep_ms(50);
+    crpc_server_stop(n.server);
+    ct_sleep_ms(100); /* some looks at whether draining is done */
+    assert_true(wire_send(fd, w.p + w.n / 2, w.n - w.n / 2));
+    assert_int_equal(wire_receive(fd, &m), 1);
+    assert_int_equal(m.code, CRPC_ELOGOFF);
+    wire_done(&m);
+    wire_free(&w);
+    close(fd);
+    net_close(&n);
+}
+
+/* With every worker idle a queue of one takes as many requests as there are workers. */
+static int waits_for_all(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    int *inside = (int *)crpc_context_user(x);
+    __atomic_add_fetch(inside, 1, __ATOMIC_SEQ_CST);
+    (void)CT_WAIT(__atomic_load_n(inside, __ATOMIC_SEQ_CST) >= 8, 20000);
+    out->n = in->n + 1;
+    return CRPC_OK;
+}
+
+static void idle_workers_do_not_fill_the_queue(void **state)
+{
+    static dyn_Echo_handlers handlers;
+    crpc_server_options o;
+    crpc_channel *ch;
+    crpc_server *s;
+    crpc_id id[8];
+    char url[160];
+    int inside = 0, i;
+    (void)state;
+    handlers.Add = waits_for_all;
+    memset(&o, 0, sizeof o);
+    o.listen = "tcp://127.0.0.1:0";
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.workers = 8;
+    o.worker_queue = 1;
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &dyn_Echo, &handlers, &inside), CRPC_OK);
+    assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+    assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
+    assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+    ct_sleep_ms(50); /* until the threads wait for work */
+    ch = net_channel(url, "?timeout_ms=30000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    for (i = 0; i < 8; i++) {
+        dyn_Num in = dyn_Num_init_zero;
+        in.n = i;
+        assert_int_equal(dyn_Echo_Add_begin(ch, &in, &id[i], NULL), CRPC_OK);
+    }
+    for (i = 0; i < 8; i++) {
+        dyn_Num out = dyn_Num_init_zero;
+        assert_int_equal(crpc_channel_wait(ch, id[i], -1), CRPC_OK);
+        assert_int_equal(dyn_Echo_Add_fetch(ch, id[i], &out, NULL), CRPC_OK);
+        assert_int_equal(out.n, i + 1);
+    }
+    crpc_channel_close(ch);
+    crpc_server_close(s);
+}
+
+typedef struct server_plan {
+    crpc_poller poller;
+    int workers;
+    bool guarded; /* the requests are limited, in order, and may come again */
+} server_plan;
+
+static int server_scenario(const crpc_hooks *hooks, void *user)
+{
+    static const crpc_method_limit limit = {NULL, NULL, 100, 1, 100000, 0};
+    static const char *const fields[] = {"crpc-key", "k", "crpc-rid", "i", NULL};
+    const server_plan *plan = (const server_plan *)user;
+    static net_service service;
+    crpc_server_options o;
+    crpc_server *s;
+    crpc_error error;
+    wire w = {NULL, 0, 0};
+    wire_message m;
+    wire_request_options ro;
+    char url[160], *bytes = net_bytes(9000);
+    int fd, status, i, got = 0, flags;
+    int64_t until;
+    memset(&o, 0, sizeof o);
+    memset(&ro, 0, sizeof ro);
+    o.loops.hooks = *hooks;
+    o.loops.hooks.log_level = -1;
+    o.loops.poller = plan->poller;
+    o.workers = plan->workers;
+    o.listen = "tcp://127.0.0.1:0";
+    o.drain_ms = 1000;
+    if (plan->guarded) {
+        o.limits = &limit;
+        o.limit_count = 1;
+        o.rate_per_client = 100000;
+        o.replay_entries = 10;
+        o.ordered = 1;
+    }
+    net_service_init(&service);
+    status = crpc_server_open(&s, &o, &error);
+    if (status) {
+        free(bytes);
+        return status;
+    }
+    status = crpc_server_add(s, &dyn_Echo, &net_handlers, &service);
+    status = status ? status : crpc_server_start(s, &error);
+    if (status) {
+        crpc_server_close(s);
+        free(bytes);
+        return status;
+    }
+    assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+    fd = wire_connect(url);
+    flags = fcntl(fd, F_GETFL);
+    wire_request(&w, "Add", 1, 1, 0);
+    wire_request(&w, "Nothing", 2, 1, 0);
+    wire_request(&w, "Meta", 3, 1, 0);
+    if (plan->guarded) {
+        wire_request_fields(&w, "Add", 5, "\x08\x01", 2, 0, fields);
+        wire_request_fields(&w, "Add", 6, "\x08\x01", 2, 0, fields);
+    }
+    ro.attachment = 9000;
+    wire_request_body(&w, "dyn.Echo", "Pass", 4, bytes, 9000, &ro);
+    wire_send(fd, w.p, 30);
+    for (i = 0; i < 3; i++)
+        assert_int_equal(crpc_loop_step(crpc_server_loop(s), 0), CRPC_OK);
+    wire_send(fd, w.p + 30, w.n - 30);
+    wire_free(&w);
+    /* every request gets a reply, or the connection ends */
+    for (until = ct_now_ms() + NET_PATIENCE; got < (plan->guarded ? 6 : 4);) {
+        char c;
+        ssize_t n;
+        assert_int_equal(crpc_loop_step(crpc_server_loop(s), 1), CRPC_OK);
+        fcntl(fd, F_SETFL, flags | O_NONBLOCK);
+        n = recv(fd, &c, 1, MSG_PEEK);
+        fcntl(fd, F_SETFL, flags);
+        if (n < 0 && errno == EAGAIN) {
+            if (ct_now_ms() > until)
+                fail_msg("poller %d, %d workers: no reply and no end", (int)plan->poller,
+                         plan->workers);
+            continue;
+        }
+        if (n <= 0 || wire_receive(fd, &m) != 1) {
+            status = CRPC_ENOMEM;
+            break;
+        }
+        if (m.code == CRPC_ELIMIT || m.code == CRPC_EINTERNAL || m.code == CRPC_ENOMEM)
+            status = CRPC_ENOMEM;
+        else
+            assert_true(m.code == 0 || m.code == CRPC_ENOMETHOD);
+        wire_done(&m);
+        got++;
+    }
+    close(fd);
+    crpc_server_close(s);
+    free(bytes);
+    return status;
+}
+
+static void servers_survive_being_out_of_memory(void **state)
+{
+    server_plan plan;
+    (void)state;
+    NET_EACH_POLLER(plan.poller)
+    for (plan.workers = 0; plan.workers < 2; plan.workers++) {
+        plan.guarded = false;
+        assert_true(ct_sweep(server_scenario, &plan) > 10);
+        plan.guarded = true;
+        assert_true(ct_sweep(server_scenario, &plan) > 20);
+    }
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(names_and_codes_are_brpcs),
+        CT_TEST(missing_handlers_are_missing_methods),
+        CT_TEST(what_is_not_supported_is_refused_by_name),
+        CT_TEST(server_interceptors_run_in_order),
+        CT_TEST(workers_run_handlers_beside_each_other),
+        CT_TEST(a_full_worker_queue_is_said),
+        CT_TEST(late_requests_are_answered_but_not_run),
+        CT_TEST(a_request_that_was_coming_is_told),
+        CT_TEST(idle_workers_do_not_fill_the_queue),
+        CT_TEST(servers_survive_being_out_of_memory),
+    };
+    return CT_RUN(tests);
+}

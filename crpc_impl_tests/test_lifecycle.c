@@ -1,0 +1,665 @@
+/* Starting, stopping, draining and closing a server. */
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#define CT_TEST_SECONDS 120
+#include "crpc_test.h"
+#include "crpc_net.h"
+
+static void services_are_added_once_and_before_the_start(void **state)
+{
+    static const crpc_service same = {"dyn.Echo", NULL, 0}, short_same = {"else.Echo", NULL, 0},
+                              other = {"else.Other", NULL, 0}, late = {"Late", NULL, 0},
+                              nameless = {NULL, NULL, 0};
+    net n;
+    int fd;
+    crpc_server *s;
+    crpc_server_options o;
+    (void)state;
+    memset(&n, 0, sizeof n);
+    memset(&o, 0, sizeof o);
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &same, NULL, NULL), CRPC_EBUSY);
+    assert_int_equal(crpc_server_add(s, &short_same, NULL, NULL), CRPC_EBUSY);
+    assert_int_equal(crpc_server_add(s, &other, NULL, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &nameless, NULL, NULL), CRPC_EINVAL);
+    assert_int_equal(crpc_server_add(s, NULL, NULL, NULL), CRPC_EINVAL);
+    {
+        crpc_error error;
+        assert_int_equal(crpc_server_start(s, &error), CRPC_EINVAL);
+        assert_string_equal(error.text, "nothing to listen on: set options.listen");
+    }
+    crpc_server_close(s);
+    net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
+    assert_int_equal(crpc_server_add(n.server, &late, NULL, NULL), CRPC_EBUSY);
+    assert_int_equal(crpc_server_start(n.server, NULL), CRPC_EBUSY);
+    assert_int_equal(crpc_server_listen(n.server, "tcp://127.0.0.1:0", NULL), CRPC_EBUSY);
+    fd = wire_connect(n.url);
+    assert_int_equal(net_ask(fd, "Late", "X", 1, NULL, NULL), CRPC_ENOSERVICE);
+    close(fd);
+    net_close(&n);
+}
+
+static void stopping_finishes_what_runs_and_refuses_the_rest(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message got;
+        struct sockaddr_in a;
+        int fd, fresh, tries;
+        bool refused;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        wire_request(&w, "Defer", 1, 1, 0);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        crpc_server_stop(n.server);
+        crpc_server_stop(n.server);
+        /* nobody new is let in; a poll that still sleeps on the listener delays that a little */
+        memset(&a, 0, sizeof a);
+        a.sin_family = AF_INET;
+        a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        a.sin_port = htons((uint16_t)atoi(strrchr(n.url, ':') + 1));
+        for (tries = 0, refused = false; tries < 1000 && !refused; tries++) {
+            fresh = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+            refused = connect(fresh, (struct sockaddr *)&a, sizeof a) != 0 && errno == ECONNREFUSED;
+            close(fresh);
+            ct_sleep_ms(refused ? 0 : 5);
+        }
+        assert_true(refused);
+        wire_request(&w, "Add", 2, 2, 0);
+        assert_true(wire_flush(fd, &w));
+        assert_int_equal(wire_receive(fd, &got), 1);
+        assert_int_equal(got.id, 2);
+        assert_int_equal(got.code, CRPC_ELOGOFF);
+        wire_done(&got);
+        assert_int_equal(crpc_context_finish(net_take(&n.service), CRPC_OK), CRPC_OK);
+        assert_int_equal(wire_receive(fd, &got), 1);
+        assert_int_equal(got.id, 1);
+        assert_int_equal(got.code, 0);
+        wire_done(&got);
+        assert_int_equal(wire_receive(fd, &got), 0); /* and then the end */
+        assert_int_equal(net_calls(&n.service), 1);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+static void nothing(void *user)
+{
+    (void)user;
+}
+
+/* Puts the server's clock forward and has its loop look at it. */
+static void time_passes(crpc_loop *l, uint32_t seconds)
+{
+    net_time_add(seconds * 1000);
+    assert_int_equal(crpc_loop_post(l, nothing, NULL), CRPC_OK);
+}
+
+static bool can_connect(const char *url)
+{
+    struct sockaddr_in a;
+    bool can;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET;
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    a.sin_port = htons((uint16_t)atoi(strrchr(url, ':') + 1));
+    can = connect(fd, (struct sockaddr *)&a, sizeof a) == 0;
+    close(fd);
+    return can;
+}
+
+static void *close_net(void *arg)
+{
+    net_close((net *)arg);
+    return NULL;
+}
+
+/* Serving goes on for the first 1000 s, then new requests are refused for another 1000 s though
+ * somebody goes on sending them, then it is over though one was not finished. */
+static void stopping_serves_then_refuses_then_closes(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message got;
+        pthread_t closer;
+        crpc_context *x;
+        int fd, fresh;
+        memset(&n, 0, sizeof n);
+        n.time = NET_TIME_RUNS;
+        n.server_options.lame_ms = n.server_options.drain_ms = 1000000;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        wire_request(&w, "Defer", 1, 1, 0);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        x = net_take(&n.service);
+        crpc_server_stop(n.server);
+        time_passes(n.loop, 900);
+        crpc_server_stop(n.server); /* begins nothing anew */
+        assert_int_equal(net_ask(fd, "Echo", "Add", 2, NULL, NULL), CRPC_OK);
+        fresh = wire_connect(n.url);
+        assert_int_equal(net_ask(fresh, "Echo", "Add", 3, NULL, NULL), CRPC_OK);
+        time_passes(n.loop, 100);
+        assert_true(CT_WAIT(!can_connect(n.url), NET_PATIENCE));
+        assert_int_equal(net_ask(fresh, "Echo", "Add", 4, NULL, NULL), CRPC_ELOGOFF);
+        time_passes(n.loop, 900);
+        assert_int_equal(net_ask(fresh, "Echo", "Add", 5, NULL, NULL), CRPC_ELOGOFF);
+        assert_int_equal(pthread_create(&closer, NULL, close_net, &n), 0);
+        assert_int_equal(net_ask(fresh, "Echo", "Add", 6, NULL, NULL), CRPC_ELOGOFF); /* it waits */
+        net_time_add(100000);
+        assert_int_equal(wire_receive(fd, &got), 0);
+        assert_int_equal(wire_receive(fresh, &got), 0);
+        pthread_join(closer, NULL);
+        assert_int_equal(n.service.calls, 3);
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
+        close(fd);
+        close(fresh);
+    }
+}
+
+static void *run_server(void *arg)
+{
+    assert_int_equal(crpc_server_run((crpc_server *)arg), CRPC_OK);
+    return NULL;
+}
+
+/* As on SIGTERM: the loop is told to stop, and crpc_server_run sees to the rest. */
+static void run_serves_on_when_its_loop_was_stopped(void **state)
+{
+    crpc_poller p;
+    int io_threads;
+    (void)state;
+    NET_EACH_POLLER(p) for (io_threads = 0; io_threads < 3; io_threads += 2)
+    {
+        crpc_server_options o;
+        crpc_server *s;
+        net_service service;
+        pthread_t runner;
+        char url[160];
+        int fd;
+        memset(&o, 0, sizeof o);
+        o.listen = "tcp://127.0.0.1:0";
+        o.loops = net_loop_options(p);
+        o.loops.hooks.clock_us = net_clock_us;
+        net_time_begin(NET_TIME_RUNS);
+        o.io_threads = io_threads;
+        o.lame_ms = 1000000;
+        net_service_init(&service);
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, &service), CRPC_OK);
+        assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+        assert_int_equal(pthread_create(&runner, NULL, run_server, s), 0);
+        fd = wire_connect(url);
+        assert_int_equal(net_ask(fd, "Echo", "Add", 1, NULL, NULL), CRPC_OK);
+        crpc_loop_stop(crpc_server_loop(s));
+        assert_true(CT_WAIT(crpci_thread_load(&s->state) == CRPCI_SERVER_LAME, NET_PATIENCE));
+        assert_int_equal(net_ask(fd, "Echo", "Add", 2, NULL, NULL), CRPC_OK);
+        close(fd);
+        fd = wire_connect(url);
+        assert_int_equal(net_ask(fd, "Echo", "Add", 3, NULL, NULL), CRPC_OK);
+        time_passes(crpc_server_loop(s), 1000);
+        pthread_join(runner, NULL);
+        close(fd);
+        crpc_server_close(s);
+    }
+}
+
+/* Who closes a server waits for it, driving the loop if nobody does; but with nothing to drain not
+ * for drain_ms. */
+static void closing_waits_for_the_end_of_serving(void **state)
+{
+    crpc_poller p;
+    int how;
+    (void)state;
+    NET_EACH_POLLER(p) for (how = 0; how < 3; how++)
+    {
+        crpc_server_options o;
+        crpc_server *s;
+        crpc_loop *l = net_loop(p);
+        int64_t start;
+        memset(&o, 0, sizeof o);
+        o.loop = l;
+        o.loops = net_loop_options(p);
+        o.listen = "tcp://127.0.0.1:0";
+        o.lame_ms = how == 2 ? -1 : 60;
+        o.io_threads = how == 1 ? 2 : 0;
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+        start = ct_now_ms();
+        crpc_server_close(s);
+        assert_true(how == 2 || ct_now_ms() - start >= 59);
+        assert_true(ct_now_ms() - start < 4000); /* of the 5000 of drain_ms */
+        crpc_loop_close(l);
+    }
+}
+
+static void draining_is_bounded(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message got;
+        crpc_context *x;
+        int64_t start;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = 80;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        wire_request(&w, "Defer", 1, 1, 0);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        x = net_take(&n.service);
+        start = ct_now_ms();
+        crpc_server_stop(n.server);
+        assert_int_equal(wire_receive(fd, &got), 0);
+        assert_true(ct_now_ms() - start >= 79);
+        close(fd);
+        net_close(&n);
+        assert_true(ct_now_ms() - start < 15000);
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
+    }
+}
+
+/* The tests' own clock stands still when its server is closed with a request that is being served:
+ * the server must see the end of it all the same. */
+static void closing_ends_though_the_clock_stood(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        crpc_context *x;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.time = NET_TIME_STANDS;
+        n.server_options.drain_ms = 30;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        wire_request(&w, "Defer", 1, 1, 0);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        x = net_take(&n.service);
+        net_close(&n);
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
+        close(fd);
+    }
+}
+
+/* A blocked handler on a worker or on the loop's own thread: closing waits for the thread, not for
+ * ever, and frees nothing that it still uses. */
+static void closing_with_handlers_that_block(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        int fd, i;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = 10;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        for (i = 0; i < 4; i++)
+            wire_request(&w, "Add", i, i, 60);
+        assert_true(wire_flush(fd, &w));
+        assert_true(CT_WAIT(net_calls(&n.service) >= 1, NET_PATIENCE));
+        net_close(&n);
+        assert_in_range(n.service.calls, 1, 4);
+        close(fd);
+    }
+}
+
+static void *stop_soon(void *arg)
+{
+    ct_sleep_ms(30);
+    crpc_server_stop((crpc_server *)arg);
+    return NULL;
+}
+
+static crpc_loop *loop_of_signal;
+
+static void on_signal(int number)
+{
+    (void)number;
+    crpc_loop_stop(loop_of_signal);
+}
+
+static void *signal_soon(void *arg)
+{
+    ct_sleep_ms(30);
+    pthread_kill(*(pthread_t *)arg, SIGUSR1);
+    return NULL;
+}
+
+static void run_returns_when_stopped(void **state)
+{
+    crpc_poller p;
+    int how;
+    (void)state;
+    NET_EACH_POLLER(p) for (how = 0; how < 4; how++)
+    {
+        crpc_server_options o;
+        crpc_server *s;
+        net_service service;
+        pthread_t thread, self = pthread_self();
+        char url[160];
+        memset(&o, 0, sizeof o);
+        o.listen = "tcp://127.0.0.1:0";
+        o.loops = net_loop_options(p);
+        o.io_threads = how == 3 ? 2 : 0;
+        net_service_init(&service);
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, &service), CRPC_OK);
+        assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+        assert_int_equal(crpc_server_address(s, 1, url, sizeof url), CRPC_ENOTFOUND);
+        loop_of_signal = crpc_server_loop(s);
+        if (how == 0 || how == 3) {
+            assert_int_equal(pthread_create(&thread, NULL, stop_soon, s), 0);
+        } else if (how == 1) {
+            signal(SIGUSR1, on_signal);
+            assert_int_equal(pthread_create(&thread, NULL, signal_soon, &self), 0);
+        } else {
+            crpc_server_stop(s); /* before it has begun */
+        }
+        assert_int_equal(crpc_server_run(s), CRPC_OK);
+        if (how != 2)
+            pthread_join(thread, NULL);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_EBUSY);
+        crpc_server_close(s);
+        signal(SIGUSR1, SIG_DFL);
+    }
+}
+
+static void closing_in_every_state(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    crpc_server_close(NULL);
+    NET_EACH_POLLER(p)
+    {
+        crpc_server_options o;
+        crpc_server *s;
+        crpc_loop *l = net_loop(p);
+        int64_t start = ct_now_ms();
+        memset(&o, 0, sizeof o);
+        o.loop = l;
+        o.listen = "tcp://127.0.0.1:0";
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        crpc_server_close(s); /* never started */
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+        crpc_server_close(s); /* never driven */
+        o.io_threads = 2;
+        o.workers = 2;
+        o.loops = net_loop_options(p);
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+        crpc_server_stop(s);
+        crpc_server_close(s);
+        assert_true(ct_now_ms() - start < 4000); /* nothing to wait for, so no drain_ms */
+        crpc_loop_close(l);
+    }
+}
+
+static int too_late;
+
+static void never_after(void *user, crpc_context *x, int status)
+{
+    (void)user;
+    (void)x;
+    (void)status;
+    too_late++;
+}
+
+/* What was lent to a server is not used any more by a request that is finished behind its end. */
+static void nothing_lent_is_used_after_the_close(void **state)
+{
+    crpc_server_interceptor *lent = (crpc_server_interceptor *)calloc(1, sizeof *lent);
+    wire w = {NULL, 0, 0};
+    crpc_context *x;
+    net n;
+    int fd;
+    (void)state;
+    assert_non_null(lent);
+    lent->after = never_after;
+    memset(&n, 0, sizeof n);
+    n.server_options.drain_ms = -1;
+    n.server_options.interceptors = lent;
+    n.server_options.interceptor_count = 1;
+    net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
+    fd = wire_connect(n.url);
+    wire_request(&w, "Defer", 1, 1, 0);
+    assert_true(wire_flush(fd, &w));
+    assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+    x = net_take(&n.service);
+    net_close(&n);
+    free(lent);
+    too_late = 0;
+    assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
+    assert_int_equal(too_late, 0);
+    close(fd);
+}
+
+static crpc_server *server_of_handler;
+
+static int closes_its_server(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    (void)x;
+    crpc_server_close(server_of_handler); /* takes effect when this has been answered */
+    out->n = in->n + 1;
+    return CRPC_OK;
+}
+
+static void a_handler_may_close_its_server(void **state)
+{
+    static dyn_Echo_handlers handlers;
+    crpc_poller p;
+    int how;
+    (void)state;
+    handlers.Add = closes_its_server;
+    NET_EACH_POLLER(p) for (how = 0; how < 3; how++)
+    {
+        crpc_server_options o;
+        crpc_channel *ch;
+        char url[160];
+        memset(&o, 0, sizeof o);
+        o.listen = "tcp://127.0.0.1:0";
+        o.loops = net_loop_options(p);
+        o.io_threads = how == 1;
+        o.workers = how == 2;
+        assert_int_equal(crpc_server_open(&server_of_handler, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_add(server_of_handler, &dyn_Echo, &handlers, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_start(server_of_handler, NULL), CRPC_OK);
+        assert_int_equal(crpc_loop_start(crpc_server_loop(server_of_handler)), CRPC_OK);
+        assert_int_equal(crpc_server_address(server_of_handler, 0, url, sizeof url), CRPC_OK);
+        ch = net_channel(url, "?timeout_ms=20000", p, NULL, NULL);
+        net_check_add(ch, 1);
+        crpc_channel_close(ch);
+        assert_true(CT_WAIT(ct_alloc_of_test()->live_blocks == 0, 20000));
+    }
+}
+
+static void stop_loop(void *user)
+{
+    crpc_loop_stop((crpc_loop *)user);
+}
+
+static void close_from_timer(void *user)
+{
+    crpc_server_close((crpc_server *)user);
+}
+
+/* The program's one loop is the server's; with a loop of its own the server outlives nothing. */
+static void a_callback_may_close_the_server(void **state)
+{
+    crpc_poller p;
+    int how;
+    (void)state;
+    NET_EACH_POLLER(p) for (how = 0; how < 4; how++)
+    {
+        bool own = how & 1, stopped = how & 2;
+        crpc_loop_options lo = net_loop_options(p);
+        crpc_server_options o;
+        crpc_server *s;
+        crpc_loop *l = NULL;
+        memset(&o, 0, sizeof o);
+        if (!own)
+            assert_int_equal(crpc_loop_open(&l, &lo), CRPC_OK);
+        o.listen = "tcp://127.0.0.1:0";
+        o.loops = lo;
+        o.loop = l;
+        o.io_threads = how == 3;
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+        assert_int_equal(crpc_timer_start(crpc_server_loop(s), 20, 0, close_from_timer, s, NULL),
+                         CRPC_OK);
+        if (stopped && !own) {
+            crpc_server_stop(s); /* is over when the timer comes */
+            assert_int_equal(crpc_timer_start(l, 100, 0, stop_loop, l, NULL),
+                             CRPC_OK);
+            assert_int_equal(crpc_loop_run(l), CRPC_OK);
+        } else {
+            assert_int_equal(crpc_server_run(s), CRPC_OK);
+        }
+        crpc_loop_close(l);
+        assert_int_equal(ct_alloc_of_test()->live_blocks, 0);
+    }
+}
+
+/* Connections come in while the server closes. */
+static void *connect_in_a_storm(void *arg)
+{
+    const char *url = (const char *)arg;
+    int i;
+    for (i = 0; i < 400; i++) {
+        struct sockaddr_in a;
+        wire w = {NULL, 0, 0};
+        int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        memset(&a, 0, sizeof a);
+        a.sin_family = AF_INET;
+        a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        a.sin_port = htons((uint16_t)atoi(strrchr(url, ':') + 1));
+        if (connect(fd, (struct sockaddr *)&a, sizeof a) == 0) {
+            wire_request(&w, "Add", i, i, 0);
+            wire_flush(fd, &w);
+            if (i % 2)
+                wire_reset(fd);
+            else
+                close(fd);
+        } else {
+            close(fd);
+            break;
+        }
+    }
+    return NULL;
+}
+
+static void closing_in_a_storm_of_connections(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    int round;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m) for (round = 0; round < 8; round++)
+    {
+        net n;
+        pthread_t threads[2];
+        char url[160];
+        int i;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = round % 2 ? -1 : 20;
+        net_open(&n, p, m);
+        strcpy(url, n.url);
+        for (i = 0; i < 2; i++)
+            assert_int_equal(pthread_create(&threads[i], NULL, connect_in_a_storm, url), 0);
+        ct_sleep_ms(round);
+        net_close(&n);
+        for (i = 0; i < 2; i++)
+            pthread_join(threads[i], NULL);
+    }
+}
+
+static void many_servers_and_channels_in_one_process(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        net a, b;
+        crpc_loop *l = net_loop(p);
+        crpc_channel *ch[10];
+        crpc_loop_stats stats;
+        int i, k;
+        memset(&a, 0, sizeof a);
+        memset(&b, 0, sizeof b);
+        net_open(&a, p, NET_THREAD);
+        net_open(&b, p, NET_IO);
+        for (i = 0; i < 10; i++)
+            ch[i] =
+                net_channel(i % 2 ? a.url : b.url, "?timeout_ms=20000", p, i < 5 ? l : NULL, NULL);
+        for (k = 0; k < 20; k++) {
+            for (i = 0; i < 10; i++)
+                net_check_add(ch[i], i);
+        }
+        assert_int_equal(net_calls(&a.service), 100);
+        assert_int_equal(net_calls(&b.service), 100);
+        crpc_server_stats_get(b.server, &stats);
+        assert_int_equal(stats.requests, 100);
+        assert_int_equal(stats.connections, 3); /* three on the shared loop are one, two private */
+        assert_string_equal(stats.poller, p == CRPC_POLLER_EPOLL ? "epoll" : "poll");
+        assert_true(stats.receives >= 100 && stats.sends >= 100 && stats.memory > 0);
+        assert_true(stats.memory_peak >= stats.memory && stats.watches >= 4 + 3);
+        for (i = 0; i < 10; i++)
+            crpc_channel_close(ch[i]);
+        crpc_loop_close(l);
+        net_close(&a);
+        net_close(&b);
+    }
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(services_are_added_once_and_before_the_start),
+        CT_TEST(stopping_finishes_what_runs_and_refuses_the_rest),
+        CT_TEST(stopping_serves_then_refuses_then_closes),
+        CT_TEST(run_serves_on_when_its_loop_was_stopped),
+        CT_TEST(closing_waits_for_the_end_of_serving),
+        CT_TEST(draining_is_bounded),
+        CT_TEST(closing_ends_though_the_clock_stood),
+        CT_TEST(closing_with_handlers_that_block),
+        CT_TEST(run_returns_when_stopped),
+        CT_TEST(closing_in_every_state),
+        CT_TEST(nothing_lent_is_used_after_the_close),
+        CT_TEST(a_handler_may_close_its_server),
+        CT_TEST(a_callback_may_close_the_server),
+        CT_TEST(closing_in_a_storm_of_connections),
+        CT_TEST(many_servers_and_channels_in_one_process),
+    };
+    return CT_RUN(tests);
+}

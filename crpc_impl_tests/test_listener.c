@@ -1,0 +1,295 @@
+/* Addresses that a server listens on, and the connections that it accepts. */
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#include "crpc_test.h"
+#include "crpc_net.h"
+
+static void several_listeners(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        crpc_server_options o;
+        crpc_server *s;
+        crpc_error error;
+        net_service service;
+        ct_dir dir = ct_dir_make();
+        struct stat st;
+        struct sockaddr_in a;
+        char urls[4][160], path[100], unix_url[120];
+        int i, fd = socket(AF_INET, SOCK_STREAM, 0);
+        memset(&o, 0, sizeof o);
+        snprintf(path, sizeof path, "%s/socket", dir.path);
+        snprintf(unix_url, sizeof unix_url, "unix://%s", path);
+        o.listen = "tcp://localhost:0";
+        o.loops = net_loop_options(p);
+        net_service_init(&service);
+        assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_OK);
+        assert_int_equal(crpc_server_listen(s, "tcp://[::1]:0", &error), CRPC_OK);
+        assert_int_equal(crpc_server_listen(s, unix_url, &error), CRPC_OK);
+        assert_int_equal(crpc_server_listen_fd(s, fd), CRPC_EINVAL); /* does not listen */
+        assert_int_equal(crpc_server_listen_fd(s, -1), CRPC_EINVAL);
+        memset(&a, 0, sizeof a);
+        a.sin_family = AF_INET;
+        a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        assert_int_equal(bind(fd, (struct sockaddr *)&a, sizeof a), 0);
+        assert_int_equal(listen(fd, 5), 0);
+        assert_int_equal(crpc_server_listen_fd(s, fd), CRPC_OK);
+        assert_true(fcntl(fd, F_GETFD) & FD_CLOEXEC);
+        assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, &service), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, &error), CRPC_OK);
+        assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
+        for (i = 0; i < 4; i++) {
+            crpc_channel *ch;
+            assert_int_equal(crpc_server_address(s, (size_t)i, urls[i], sizeof urls[i]), CRPC_OK);
+            ch = net_channel(urls[i], "?timeout_ms=20000", p, NULL, NULL);
+            net_check_add(ch, i);
+            crpc_channel_close(ch);
+        }
+        assert_int_equal(crpc_server_address(s, 4, urls[0], sizeof urls[0]), CRPC_ENOTFOUND);
+        assert_memory_equal(urls[0], "tcp://127.0.0.1:", 16);
+        assert_memory_equal(urls[1], "tcp://[::1]:", 12);
+        assert_string_equal(urls[2], unix_url);
+        assert_int_equal(stat(path, &st), 0);
+        crpc_server_close(s);
+        assert_int_equal(stat(path, &st), -1); /* the socket's file is gone */
+        ct_dir_remove(dir);
+    }
+}
+
+static void addresses_that_cannot_be_had_are_explained(void **state)
+{
+    crpc_server_options o;
+    crpc_server *s, *t;
+    crpc_error error;
+    char url[160], says[300];
+    ct_dir dir = ct_dir_make();
+    char unix_url[120], stale[100];
+    int fd;
+    (void)state;
+    memset(&o, 0, sizeof o);
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.listen = "tcp://127.0.0.1:0";
+    assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_OK);
+    assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+    o.listen = url;
+    t = s;
+    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EADDRESS);
+    assert_null(t);
+    snprintf(says, sizeof says, "%.100s: cannot listen: address already in use (errno %d)", url,
+             EADDRINUSE);
+    assert_string_equal(error.text, says);
+    assert_int_equal(crpc_server_open(&t, &o, NULL), CRPC_EADDRESS);
+    o.listen = "tcp://192.0.2.1:80"; /* nobody's, RFC 5737 */
+    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EADDRESS);
+    assert_non_null(strstr(error.text, "no local port or address available"));
+    o.listen = "unix:///nonexistent/dir/socket";
+    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EADDRESS);
+    o.listen = "list://127.0.0.1:1";
+    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EINVAL);
+    assert_string_equal(error.text, "list://127.0.0.1:1: expected tcp://host:port or unix:///path");
+    o.listen = "tcp://127.0.0.1:0?x=y";
+    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EINVAL);
+    assert_non_null(strstr(error.text, "a listener takes no URL options"));
+    o.listen = "tcp://127.0.0.1";
+    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EINVAL);
+    crpc_server_close(s);
+
+    /* a socket file that is in use is left alone; a stale one is replaced */
+    snprintf(unix_url, sizeof unix_url, "unix://%s/socket", dir.path);
+    o.listen = unix_url;
+    assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_OK);
+    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EADDRESS);
+    fd = wire_connect(unix_url); /* still there */
+    close(fd);
+    crpc_server_close(s);
+    {
+        struct sockaddr_un a;
+        memset(&a, 0, sizeof a);
+        a.sun_family = AF_UNIX;
+        snprintf(stale, sizeof stale, "%s/socket", dir.path);
+        strcpy(a.sun_path, stale);
+        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        assert_int_equal(bind(fd, (struct sockaddr *)&a, sizeof a), 0);
+        close(fd); /* the file stays */
+    }
+    assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_OK);
+    crpc_server_close(s);
+    ct_dir_remove(dir);
+}
+
+static void connections_over_the_limit_are_closed(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        int fds[5], i;
+        char c;
+        memset(&n, 0, sizeof n);
+        n.server_options.max_connections = 3;
+        net_open(&n, p, m);
+        for (i = 0; i < 3; i++) {
+            fds[i] = wire_connect(n.url);
+            assert_int_equal(net_ask(fds[i], "Echo", "Add", 1, NULL, NULL), 0);
+        }
+        for (i = 3; i < 5; i++) {
+            fds[i] = wire_connect(n.url);
+            assert_true(recv(fds[i], &c, 1, 0) <= 0);
+            close(fds[i]);
+        }
+        assert_int_equal(net_connections(n.server), 3);
+        close(fds[0]);
+        assert_true(CT_WAIT(net_connections(n.server) == 2, NET_PATIENCE));
+        fds[0] = wire_connect(n.url);
+        assert_int_equal(net_ask(fds[0], "Echo", "Add", 1, NULL, NULL), 0);
+        for (i = 0; i < 3; i++)
+            close(fds[i]);
+        assert_true(CT_WAIT(net_connections(n.server) == 0, NET_PATIENCE));
+        net_close(&n);
+    }
+}
+
+static int log_lines;
+
+static void count_lines(void *user, int level, const char *line)
+{
+    (void)user, (void)level;
+    if (strstr(line, "no file descriptors left"))
+        log_lines++;
+}
+
+/* In a process of its own, whose limit is all used up. */
+static int out_of_descriptors(crpc_poller p, const char *listen_url)
+{
+    crpc_server_options o;
+    crpc_server *s;
+    crpc_loop *l;
+    crpc_loop_options lo;
+    crpc_loop_stats before, after;
+    net_service service;
+    struct rlimit limit;
+    char url[160];
+    int good, fillers[64], count = 0, client, i;
+    pid_t flood;
+    int64_t until;
+    memset(&o, 0, sizeof o);
+    memset(&lo, 0, sizeof lo);
+    lo.poller = p;
+    lo.hooks.log = count_lines;
+    net_service_init(&service);
+    if (crpc_loop_open(&l, &lo))
+        return 1;
+    o.loop = l;
+    o.listen = listen_url;
+    if (crpc_server_open(&s, &o, NULL) || crpc_server_add(s, &dyn_Echo, &net_handlers, &service) ||
+        crpc_server_start(s, NULL) || crpc_server_address(s, 0, url, sizeof url))
+        return 2;
+    good = wire_connect(url);
+    for (i = 0; i < 20; i++) {
+        if (crpc_loop_step(l, 1))
+            return 3;
+    }
+    limit.rlim_cur = limit.rlim_max = 40;
+    if (setrlimit(RLIMIT_NOFILE, &limit))
+        return 4;
+    while (count < 64 && (fillers[count] = dup(0)) >= 0)
+        count++;
+    flood = fork();
+    if (flood == 0) {
+        int fd;
+        for (i = 0; i < count; i++)
+            close(fillers[i]);
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        for (;;) { /* as fast as it can */
+            struct sockaddr_un a;
+            memset(&a, 0, sizeof a);
+            a.sun_family = AF_UNIX;
+            strcpy(a.sun_path, url + 7);
+            fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+            if (connect(fd, (struct sockaddr *)&a, sizeof a))
+                sched_yield();
+            close(fd);
+        }
+    }
+    ct_sleep_ms(100);
+    crpc_loop_stats_get(l, &before);
+    for (until = ct_now_ms() + 1000; ct_now_ms() < until;) {
+        if (crpc_loop_step(l, 50))
+            return 5;
+    }
+    crpc_loop_stats_get(l, &after);
+    if (after.waits - before.waits > 300) /* a spin would be a hundred thousand */
+        return 6;
+    if (log_lines < 1 || log_lines > 3)
+        return 7;
+    { /* who is connected is still served */
+        wire w = {NULL, 0, 0};
+        wire_request(&w, "Add", 1, 1, 0);
+        wire_flush(good, &w);
+        for (until = ct_now_ms() + 5000; service.calls < 1 && ct_now_ms() < until;) {
+            if (crpc_loop_step(l, 10))
+                return 8;
+        }
+        if (service.calls != 1)
+            return 9;
+    }
+    kill(flood, SIGKILL);
+    waitpid(flood, NULL, 0);
+    for (i = 0; i < count; i++)
+        close(fillers[i]);
+    for (until = ct_now_ms() + 1000;
+         ct_now_ms() < until;) { /* those who gave up are cleared away */
+        if (crpc_loop_step(l, 10))
+            return 12;
+    }
+    client = wire_connect(url); /* and with descriptors free again, everybody is served */
+    {
+        wire w = {NULL, 0, 0};
+        wire_request(&w, "Add", 1, 1, 0);
+        wire_flush(client, &w);
+        for (until = ct_now_ms() + 10000; service.calls < 2 && ct_now_ms() < until;) {
+            if (crpc_loop_step(l, 10))
+                return 10;
+        }
+        if (service.calls != 2)
+            return 11;
+    }
+    return 0;
+}
+
+static void running_out_of_descriptors_does_not_spin(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        int status;
+        ct_dir dir = ct_dir_make();
+        char listen_url[100];
+        pid_t child;
+        snprintf(listen_url, sizeof listen_url, "unix://%s/socket", dir.path);
+        child = fork();
+        assert_true(child >= 0);
+        if (child == 0)
+            _exit(out_of_descriptors(p, listen_url));
+        waitpid(child, &status, 0);
+        ct_dir_remove(dir);
+        assert_true(WIFEXITED(status));
+        assert_int_equal(WEXITSTATUS(status), 0);
+    }
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(several_listeners),
+        CT_TEST(addresses_that_cannot_be_had_are_explained),
+        CT_TEST(connections_over_the_limit_are_closed),
+        CT_TEST(running_out_of_descriptors_does_not_spin),
+    };
+    return CT_RUN(tests);
+}

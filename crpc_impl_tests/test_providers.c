@@ -1,0 +1,390 @@
+/* The providers of a channel: lists, weights, whose turn it is, which of many are used,
+ * breakers. */
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#include "crpc_test.h"
+#include "crpc_net.h"
+
+static void providers_take_turns(void **state)
+{
+    peer p[3];
+    char list[200];
+    crpc_channel *ch;
+    int i;
+    (void)state;
+    for (i = 0; i < 3; i++)
+        peer_open(&p[i], peer_adds, NULL);
+    snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d,127.0.0.1:%d", p[0].port,
+             p[1].port, p[2].port);
+    ch = net_channel(list, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    assert_int_equal(crpc_channel_providers(ch), 3);
+    for (i = 0; i < 30; i++)
+        net_check_add(ch, i);
+    for (i = 0; i < 3; i++)
+        assert_int_equal(peer_requests(&p[i]), 10);
+    peer_close(&p[1]); /* failover: no call fails */
+    for (i = 0; i < 30; i++) {
+        ct_sleep_ms(i == 0 ? 30 : 0); /* its end has come through */
+        net_check_add(ch, i);
+    }
+    crpc_channel_close(ch);
+    peer_close(&p[0]);
+    peer_close(&p[2]);
+}
+
+static crpci_endpoint *pick(crpc_channel *ch, crpci_pending_call *c)
+{
+    crpci_member *n;
+    c->channel = ch;
+    n = crpci_attempt_pick(c);
+    assert_non_null(n);
+    return n->endpoint;
+}
+
+/* Round robin, each in turn; one that backs off is passed over while another is usable, and all
+ * backing off, the one that is soonest usable is taken. */
+static void it_is_picked_in_turn(void **state)
+{
+    crpc_channel_options o = CRPC_INIT;
+    crpc_loop_options lo = CRPC_INIT;
+    crpc_channel *ch;
+    crpc_loop *l;
+    crpci_pending_call c;
+    crpci_endpoint *e[3];
+    size_t i;
+    (void)state;
+    memset(&c, 0, sizeof c);
+    lo.hooks = ct_hooks();
+    assert_int_equal(crpc_loop_open(&l, &lo), CRPC_OK);
+    o.loop = l;
+    assert_int_equal(crpc_channel_open(&ch, "list://127.0.0.1:9,127.0.0.1:10,127.0.0.1:11?lb=rr", &o,
+                                       NULL),
+                     CRPC_OK);
+    for (i = 0; i < 3; i++)
+        e[i] = pick(ch, &c);
+    assert_ptr_not_equal(e[0], e[1]);
+    assert_ptr_not_equal(e[1], e[2]);
+    assert_ptr_not_equal(e[0], e[2]);
+    for (i = 0; i < 30; i++)
+        assert_ptr_equal(pick(ch, &c), e[i % 3]);
+    e[1]->usable_at = INT64_MAX;
+    for (i = 0; i < 30; i++)
+        assert_ptr_not_equal(pick(ch, &c), e[1]);
+    e[0]->usable_at = INT64_MAX - 1;
+    e[2]->usable_at = INT64_MAX - 2;
+    assert_ptr_equal(pick(ch, &c), e[2]);
+    c.tried.last[0] = e[2];
+    c.tried.attempts = 1;
+    assert_ptr_equal(pick(ch, &c), e[0]);
+    c.tried.last[1] = e[0];
+    c.tried.last[2] = e[1];
+    c.tried.attempts = 3;
+    assert_null(crpci_attempt_pick(&c));
+    crpc_channel_close(ch);
+    crpc_loop_close(l);
+}
+
+/* Taken out after the documented number of failures; one call tries it; it comes back. */
+static void the_breaker_takes_a_provider_out_and_lets_it_back(void **state)
+{
+    fleet f;
+    int i, before;
+    (void)state;
+    fleet_open(&f, 2, "?lb=rr&breaker=1&breaker_requests=10&breaker_open_ms=200&breaker_ramp_ms=-1"
+                      "&retries=-1&timeout_ms=20000", NULL);
+    fleet_mood_set(&f.peers[0], FLEET_BROKEN);
+    for (i = 0; i < 20; i++)
+        fleet_call(&f, FORM_SYNC, false, i, NULL);
+    before = net_calls(&f.peers[0].service);
+    assert_int_equal(before, 10);
+    for (i = 0; i < 10; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    fleet_mood_set(&f.peers[0], FLEET_WELL);
+    for (i = 0; i < NET_PATIENCE && net_calls(&f.peers[0].service) < before + 5; i++) {
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+        ct_sleep_ms(1);
+    }
+    assert_true(net_calls(&f.peers[0].service) >= before + 5);
+    fleet_close(&f);
+}
+
+/* All of them out is none of them out, and the last half never goes. */
+static void the_breaker_does_not_eject_everyone(void **state)
+{
+    fleet f;
+    int i;
+    (void)state;
+    fleet_open(&f, 4, "?lb=rr&breaker=1&breaker_requests=5&breaker_open_ms=60000&retries=-1"
+                      "&timeout_ms=20000", NULL);
+    for (i = 0; i < 4; i++)
+        fleet_mood_set(&f.peers[i], FLEET_BROKEN);
+    for (i = 0; i < 100; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_EINTERNAL);
+    assert_int_equal(fleet_calls(&f), 100); /* each was tried on the wire */
+    for (i = 0; i < 4; i++)
+        fleet_mood_set(&f.peers[i], FLEET_WELL);
+    for (i = 0; i < 20; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    fleet_close(&f);
+}
+
+/* As a registry pushes it; weight 0 leaves a peer out. */
+static void fleet_list(fleet *f, const int *weights)
+{
+    crpci_snapshot *list = crpci_registry_snapshot(f->channel->loop->heap, (size_t)f->count);
+    size_t n = 0;
+    int i;
+    assert_non_null(list);
+    for (i = 0; i < f->count; i++) {
+        if (weights[i] < 0)
+            continue;
+        snprintf(list->providers[n].address, CRPC_ADDRESS_MAX, "%s", f->peers[i].address);
+        list->providers[n++].weight = weights[i];
+    }
+    list->count = n;
+    crpci_registry_sort(list);
+    assert_int_equal(crpci_opening_on_list(f->channel, list), CRPC_OK);
+    crpci_registry_snapshot_unref(list);
+}
+
+static void weights_share_out_the_calls(void **state)
+{
+    static const int weights[] = {50, 150, 0}, others[] = {100, -1, 100};
+    fleet f;
+    int i;
+    (void)state;
+    fleet_open(&f, 3, "?timeout_ms=20000", NULL);
+    fleet_list(&f, weights);
+    assert_int_equal(crpc_channel_providers(f.channel), 3);
+    for (i = 0; i < 80; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    assert_in_range(net_calls(&f.peers[0].service), 19, 21);
+    assert_in_range(net_calls(&f.peers[1].service), 59, 61);
+    assert_int_equal(net_calls(&f.peers[2].service), 0);
+    fleet_list(&f, others);
+    assert_int_equal(crpc_channel_providers(f.channel), 2);
+    for (i = 0; i < 40; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    assert_in_range(net_calls(&f.peers[2].service), 19, 21);
+    fleet_close(&f);
+}
+
+/* A provider that is no longer listed keeps its connection until its last call has ended. */
+static void a_removed_provider_finishes_its_calls(void **state)
+{
+    static const int without[] = {-1, 100};
+    fleet f;
+    fleet_result r;
+    dyn_Num request = net_num(8);
+    crpc_context *x;
+    crpc_loop_stats s;
+    (void)state;
+    memset(&r, 0, sizeof r);
+    fleet_open(&f, 2, "?lb=rr&timeout_ms=20000", NULL);
+    fleet_mood_set(&f.peers[0], FLEET_SILENT);
+    fleet_mood_set(&f.peers[1], FLEET_SILENT);
+    assert_int_equal(dyn_Echo_Add_async(f.channel, &request, fleet_done, &r, NULL), CRPC_OK);
+    assert_true(CT_WAIT(fleet_calls(&f) == 1, NET_PATIENCE));
+    if (net_held(&f.peers[0].service) == 0) { /* the other one was asked first: once more */
+        fleet_result second;
+        memset(&second, 0, sizeof second);
+        crpc_context_finish(net_take(&f.peers[1].service), CRPC_OK);
+        assert_true(CT_WAIT(__atomic_load_n(&r.done, __ATOMIC_SEQ_CST), NET_PATIENCE));
+        memset(&r, 0, sizeof r);
+        assert_int_equal(dyn_Echo_Add_async(f.channel, &request, fleet_done, &r, NULL), CRPC_OK);
+        assert_true(CT_WAIT(net_held(&f.peers[0].service) == 1, NET_PATIENCE));
+    }
+    fleet_list(&f, without);
+    fleet_mood_set(&f.peers[1], FLEET_WELL);
+    net_check_add(f.channel, 3);
+    assert_int_equal(r.done, 0);
+    x = net_take(&f.peers[0].service);
+    assert_non_null(x);
+    assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_OK);
+    assert_true(CT_WAIT(__atomic_load_n(&r.done, __ATOMIC_SEQ_CST), NET_PATIENCE));
+    assert_int_equal(r.status, CRPC_OK);
+    assert_int_equal(r.out.n, 9);
+    crpc_server_stats_get(f.peers[0].server, &s);
+    assert_true(CT_WAIT((crpc_server_stats_get(f.peers[0].server, &s), s.connections == 0),
+                        NET_PATIENCE));
+    fleet_close(&f);
+}
+
+/* Equal keys go to one provider, whether given or taken from the request. */
+static void equal_keys_go_to_one_provider(void **state)
+{
+    fleet f;
+    int i, k, used[4] = {0, 0, 0, 0};
+    (void)state;
+    fleet_open(&f, 4, "?lb=hash&hash_field=1&timeout_ms=20000", NULL);
+    for (k = 0; k < 40; k++) {
+        char key[16];
+        crpc_call call = CRPC_INIT;
+        int64_t by_key = -1, by_field = -1;
+        snprintf(key, sizeof key, "key %d", k);
+        call.key = crpc_view_str(key);
+        for (i = 0; i < 3; i++) {
+            fleet_result r = fleet_call(&f, FORM_SYNC, false, i, &call);
+            assert_int_equal(r.status, CRPC_OK);
+            assert_true(by_key < 0 || by_key == r.out.ms);
+            by_key = r.out.ms;
+            r = fleet_call(&f, FORM_ASYNC, false, k + 1, NULL);
+            assert_true(by_field < 0 || by_field == r.out.ms);
+            by_field = r.out.ms;
+        }
+        used[by_key]++;
+    }
+    for (i = 0; i < 4; i++)
+        assert_true(used[i] > 0);
+    fleet_close(&f);
+}
+
+/* Of a long list a few are used, and no more connections made. */
+static void max_endpoints_bounds_connections(void **state)
+{
+    static const int all[] = {100, 100, 100, 100, 100, 100};
+    crpc_loop_stats s;
+    fleet f;
+    int i;
+    (void)state;
+    fleet_open(&f, 6, "?max_endpoints=2&lb=rr&timeout_ms=20000", NULL);
+    fleet_list(&f, all);
+    assert_int_equal(crpc_channel_providers(f.channel), 2);
+    for (i = 0; i < 30; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    crpc_loop_stats_get(crpc_channel_loop(f.channel), &s);
+    assert_int_equal(s.connections, 2);
+    for (i = 0; i < 6; i++) { /* those that are used die: others take their places */
+        if (net_calls(&f.peers[i].service))
+            fleet_peer_close(&f.peers[i]);
+    }
+    for (i = 0; i < NET_PATIENCE; i += 5) {
+        if (fleet_call(&f, FORM_SYNC, false, i, NULL).status == CRPC_OK)
+            break;
+        ct_sleep_ms(5);
+    }
+    for (i = 0; i < NET_PATIENCE && s.connections != 2; i += 5) {
+        fleet_call(&f, FORM_SYNC, false, i, NULL);
+        crpc_loop_stats_get(crpc_channel_loop(f.channel), &s);
+        ct_sleep_ms(5);
+    }
+    for (i = 0; i < 10; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    assert_int_equal(crpc_channel_providers(f.channel), 2);
+    fleet_close(&f);
+}
+
+/* Of the providers in a URL too. */
+static void max_endpoints_of_a_url_are_chosen_again(void **state)
+{
+    fleet f;
+    int i, status = CRPC_ECONN;
+    (void)state;
+    fleet_open(&f, 4, "?max_endpoints=2&lb=rr&timeout_ms=20000", NULL);
+    for (i = 0; i < 10; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    for (i = 0; i < 4; i++) {
+        if (net_calls(&f.peers[i].service))
+            fleet_peer_close(&f.peers[i]);
+    }
+    for (i = 0; i < 5000 && status; i += 5) {
+        status = fleet_call(&f, FORM_SYNC, false, i, NULL).status;
+        ct_sleep_ms(5);
+    }
+    assert_int_equal(status, CRPC_OK);
+    fleet_close(&f);
+}
+
+/* A provider that does not say when it started warms up once, however often the list changes. */
+static void a_list_does_not_begin_a_warm_up_again(void **state)
+{
+    crpc_channel_options o = CRPC_INIT;
+    crpci_snapshot *list;
+    crpc_channel *ch;
+    int i;
+    (void)state;
+    o.private_loop = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.private_loop.hooks.clock_us = net_clock_us;
+    net_time_begin(NET_TIME_STANDS);
+    assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, NULL), CRPC_OK);
+    list = crpci_registry_snapshot(ch->loop->heap, 1);
+    assert_non_null(list);
+    strcpy(list->providers[0].address, "127.0.0.1:9");
+    list->providers[0].weight = 100;
+    list->providers[0].warmup_ms = 10000;
+    for (i = 0; i < 10; i++) {
+        assert_int_equal(crpci_opening_on_list(ch, list), CRPC_OK);
+        net_time_add(1000);
+    }
+    assert_in_range(crpci_providers_at(&ch->providers, 0)->balance.weight, 89, 91);
+    crpci_registry_snapshot_unref(list);
+    crpc_channel_close(ch);
+}
+
+/* A flood of providers and changes: the list stays right, and nothing piles up. */
+static void a_flood_of_changes_is_followed(void **state)
+{
+    enum { MANY = 2000, CHANGES = 1000, CHURN = 20 };
+    static const char *const balancers[] = {"wrr", "rr", "wrandom", "la", "p2c"};
+    crpc_channel_options o = CRPC_INIT;
+    crpc_loop_stats before, after;
+    crpci_pending_call c;
+    size_t b;
+    (void)state;
+    memset(&c, 0, sizeof c);
+    o.private_loop = net_loop_options(CRPC_POLLER_DEFAULT);
+    for (b = 0; b < sizeof balancers / sizeof *balancers; b++) {
+        crpc_channel *ch;
+        uint32_t dice = 12345;
+        char url[80];
+        int i, k;
+        snprintf(url, sizeof url, "tcp://127.0.0.1:9?lb=%s", balancers[b]);
+        assert_int_equal(crpc_channel_open(&ch, url, &o, NULL), CRPC_OK);
+        memset(&before, 0, sizeof before);
+        for (i = 0; i < CHANGES / (int)(sizeof balancers / sizeof *balancers); i++) {
+            crpci_snapshot *list = crpci_registry_snapshot(ch->loop->heap, MANY);
+            const crpci_member *n;
+            assert_non_null(list);
+            for (k = 0; k < MANY; k++) {
+                /* 20 of them change their address, their weight, or both */
+                uint32_t generation = k < CHURN ? (dice = dice * 1664525 + 1013904223) >> 20 : 0;
+                snprintf(list->providers[k].address, CRPC_ADDRESS_MAX, "10.%d.%u.%u:8000", k >> 8,
+                         generation & 255, (unsigned)k & 255);
+                list->providers[k].weight = 1 + (int)(generation >> 8);
+            }
+            crpci_registry_sort(list);
+            assert_int_equal(list->count, MANY);
+            assert_int_equal(crpci_opening_on_list(ch, list), CRPC_OK);
+            assert_int_equal(crpc_channel_providers(ch), MANY);
+            for (k = 0; k < MANY; k += 97)
+                assert_string_equal(crpci_providers_at(&ch->providers, (size_t)k)->endpoint->address,
+                                    list->providers[k].address);
+            c.channel = ch;
+            n = crpci_attempt_pick(&c);
+            assert_non_null(n);
+            assert_ptr_equal(crpci_providers_at(&ch->providers, n->balance.index), n);
+            crpci_registry_snapshot_unref(list);
+            crpc_loop_stats_get(ch->loop, i == 2 ? &before : &after);
+        }
+        assert_true(after.memory <= before.memory + before.memory / 50);
+        crpc_channel_close(ch);
+    }
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(providers_take_turns),
+        CT_TEST(it_is_picked_in_turn),
+        CT_TEST(the_breaker_takes_a_provider_out_and_lets_it_back),
+        CT_TEST(the_breaker_does_not_eject_everyone),
+        CT_TEST(weights_share_out_the_calls),
+        CT_TEST(a_removed_provider_finishes_its_calls),
+        CT_TEST(equal_keys_go_to_one_provider),
+        CT_TEST(max_endpoints_bounds_connections),
+        CT_TEST(max_endpoints_of_a_url_are_chosen_again),
+        CT_TEST(a_list_does_not_begin_a_warm_up_again),
+        CT_TEST(a_flood_of_changes_is_followed),
+    };
+    return CT_RUN(tests);
+}
