@@ -6824,6 +6824,7 @@ struct crpci_out {
     uint32_t turn;  /* of a reply, where they keep the order of the requests */
     bool inflight;  /* in a send that runs without the lock */
     bool committed; /* a send of it has to be repeated: CRPCI_TRANSPORT_REPEAT */
+    bool awaited;   /* its id is in the connection's `awaited` */
     bool queued;
 };
 
@@ -6919,8 +6920,8 @@ struct crpci_conn {
     int64_t tx_bytes;
     int64_t tx_memory; /* that the queue holds: small frames take more than their bytes */
     /* Where replies keep the order of requests. Accepted: turns are given to requests, and replies
-     * whose turn has not come wait in `held`, by turn. Dialled: ids of requests that have begun to
-     * leave wait in a ring for their replies. */
+     * whose turn has not come wait in `held`, by turn. Dialled: ids of requests that are leaving
+     * or have left wait in a ring for their replies. */
     uint32_t turns;
     uint32_t turn_due;
     crpci_out *held;
@@ -7140,28 +7141,9 @@ CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t 
         crpci_conn_add(b, to, n);
 }
 
-CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
-{
-    crpci_out *o;
-    b->count = 0;
-    b->used = 0;
-    if (c->tx_head->next && !b->copies)
-        b->copies = crpci_heap_chunk(c->loop->heap, CRPCI_CONN_FLAT);
-    for (o = c->tx_head; o && b->count + 2 <= CRPCI_CONN_IOV; o = o->next) {
-        size_t skip = o->sent, head = skip < o->head_len ? o->head_len - skip : 0;
-        if (head && head <= CRPCI_CONN_SHORT && b->copies && head <= CRPCI_CONN_FLAT - b->used)
-            crpci_conn_add_copy(b, o->head + skip, head);
-        else if (head)
-            crpci_conn_add(b, o->head + skip, head);
-        if (o->tail_len)
-            crpci_conn_add(b, o->tail + (head ? 0 : skip - o->head_len),
-                           o->tail_len - (head ? 0 : skip - o->head_len));
-        o->inflight = true;
-    }
-}
-
-/* Notes that a request has begun to leave: its reply is the next one after those of the others. */
-CRPCI_COLD void crpci_conn_await(crpci_conn *c, int64_t id)
+/* Notes that a request is about to leave: its reply is the next one after those of the others. Before
+ * the send, because another thread may read the reply before this one has the lock again. */
+CRPCI_COLD void crpci_conn_await(crpci_conn *c, crpci_out *o)
 {
     size_t size = c->awaited_size, more = size ? 2 * size : 16;
     if (c->awaited_count == size) {
@@ -7178,13 +7160,53 @@ CRPCI_COLD void crpci_conn_await(crpci_conn *c, int64_t id)
         c->awaited_size = more;
         c->awaited_first = 0;
     }
-    c->awaited[(c->awaited_first + c->awaited_count++) % c->awaited_size] = id;
+    c->awaited[(c->awaited_first + c->awaited_count++) % c->awaited_size] = o->id;
+    o->awaited = true;
+}
+
+/* After a send: requests of which nothing has left can still be withdrawn. They are the last ones. */
+CRPCI_COLD void crpci_conn_await_not(crpci_conn *c)
+{
+    crpci_out *o;
+    for (o = c->tx_head; o && (o->awaited || o->sent); o = o->next) {
+        if (!o->sent) {
+            o->awaited = false;
+            c->awaited_count -= c->awaited_count != 0; /* a peer may have answered too soon */
+        }
+    }
+}
+
+CRPCI_FN bool crpci_conn_awaits(const crpci_conn *c)
+{
+    return !c->protocols && c->protocol->flags & CRPCI_PROTOCOL_ORDERED;
+}
+
+CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
+{
+    bool awaits = crpci_conn_awaits(c);
+    crpci_out *o;
+    b->count = 0;
+    b->used = 0;
+    if (c->tx_head->next && !b->copies)
+        b->copies = crpci_heap_chunk(c->loop->heap, CRPCI_CONN_FLAT);
+    for (o = c->tx_head; o && b->count + 2 <= CRPCI_CONN_IOV; o = o->next) {
+        size_t skip = o->sent, head = skip < o->head_len ? o->head_len - skip : 0;
+        if (head && head <= CRPCI_CONN_SHORT && b->copies && head <= CRPCI_CONN_FLAT - b->used)
+            crpci_conn_add_copy(b, o->head + skip, head);
+        else if (head)
+            crpci_conn_add(b, o->head + skip, head);
+        if (o->tail_len)
+            crpci_conn_add(b, o->tail + (head ? 0 : skip - o->head_len),
+                           o->tail_len - (head ? 0 : skip - o->head_len));
+        o->inflight = true;
+        if (CRPCI_UNLIKELY(awaits) && !o->awaited)
+            crpci_conn_await(c, o);
+    }
 }
 
 /* Accounts for `n` sent bytes; frames that are complete leave the queue. */
 CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
 {
-    bool ordered = !c->protocols && c->protocol->flags & CRPCI_PROTOCOL_ORDERED;
     crpci_chunk *chunk, *tail;
     crpci_out *o;
     for (o = c->tx_head; o && o->inflight; o = o->next)
@@ -7192,8 +7214,6 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
     c->tx_bytes -= (int64_t)n;
     while ((o = c->tx_head) != NULL && (n || crpci_conn_out_len(o) == o->sent)) {
         size_t step = crpci_base_min(n, crpci_conn_out_len(o) - o->sent);
-        if (CRPCI_UNLIKELY(ordered) && !o->sent && !c->closed)
-            crpci_conn_await(c, o->id);
         o->sent += step;
         n -= step;
         if (o->sent < crpci_conn_out_len(o))
@@ -7210,6 +7230,8 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         crpci_heap_chunk_unref(tail);
         crpci_heap_chunk_unref(chunk);
     }
+    if (CRPCI_UNLIKELY(crpci_conn_awaits(c)))
+        crpci_conn_await_not(c);
     if (c->loop->io_waiters)
         crpci_thread_broadcast(&c->loop->io_cond);
 }
@@ -7303,7 +7325,7 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
 {
     o->next = NULL;
     o->sent = 0;
-    o->inflight = o->committed = false;
+    o->inflight = o->committed = o->awaited = false;
     o->queued = true;
     o->conn = c;
     if (c->tx_tail)
