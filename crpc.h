@@ -1728,6 +1728,29 @@ CRPCI_FN void crpci_base_put32(uint8_t *p, uint32_t v)
     p[3] = (uint8_t)v;
 }
 
+/* The last steps of splitmix64 (S. Vigna): a change of any bit of x changes each bit of the result
+ * with a chance of one half. */
+CRPCI_FN uint64_t crpci_base_mix(uint64_t x)
+{
+    x ^= x >> 30;
+    x *= UINT64_C(0xbf58476d1ce4e5b9);
+    x ^= x >> 27;
+    x *= UINT64_C(0x94d049bb133111eb);
+    return x ^ x >> 31;
+}
+
+/* FNV-1a, then mixed: equal on every machine, because a hash decides which provider of a list all
+ * clients choose. Not for keys that an attacker picks to make a table slow. */
+CRPCI_FN uint64_t crpci_base_hash(const void *bytes, size_t n)
+{
+    const uint8_t *p = (const uint8_t *)bytes;
+    uint64_t h = UINT64_C(0xcbf29ce484222325);
+    size_t i;
+    for (i = 0; i < n; i++)
+        h = (h ^ p[i]) * UINT64_C(0x100000001b3);
+    return crpci_base_mix(h);
+}
+
 /* ======================================================================== */
 /* >>impl-thread   locks, condition variables, threads; nothing without them */
 /* ======================================================================== */
@@ -5469,16 +5492,16 @@ CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
     crpci_loop_user_stop(l, id, CRPCI_LOOP_TIMER);
 }
 
-/* What the end of an attempt says about its provider: to balancer and breaker. */
-typedef enum crpci_outcome {
-    CRPCI_OUTCOME_OK,
-    CRPCI_OUTCOME_ERROR,
-    CRPCI_OUTCOME_IGNORE /* nothing: cancelled, over a limit */
-} crpci_outcome;
-
 /* ======================================================================== */
 /* >>impl-limiter   how much is let through: rates, retries, calls at a time */
 /* ======================================================================== */
+
+/* What the end of an attempt tells the balancer and the breaker about the provider. */
+typedef enum crpci_outcome {
+    CRPCI_OUTCOME_OK,
+    CRPCI_OUTCOME_ERROR,
+    CRPCI_OUTCOME_IGNORE /* nothing: the attempt was cancelled, or refused over a limit */
+} crpci_outcome;
 
 /* A token bucket in the form of the generic cell rate algorithm: what was taken and has not come
  * back yet is a debt, counted in millionths of a token, so that a microsecond pays back exactly
@@ -5970,7 +5993,7 @@ typedef enum crpci_balance_kind {
 
 /* A provider, as its channel's balancer sees it. All zero but for address and weight when it is
  * first put into a list; then it may go and come again. In one balancer at a time. */
-typedef struct crpci_balance_node {
+typedef struct crpci_balance_item {
     const char *address;
     uint32_t weight;    /* 0: drained. Changed by crpci_balance_reweigh while in a list */
     uint32_t active;    /* calls under way */
@@ -5981,7 +6004,7 @@ typedef struct crpci_balance_node {
     uint64_t turn;      /* virtual time of the next one */
     int64_t latency;    /* in 1/256 us, peaks at once and fading; 0: never measured */
     int64_t latency_us; /* as of when */
-} crpci_balance_node;
+} crpci_balance_item;
 
 typedef struct crpci_balance {
     crpci_balance_kind kind;
@@ -5994,7 +6017,7 @@ typedef struct crpci_balance {
     void *memory;
     size_t size; /* of it */
     /* In that memory; all NULL: there was none, picks are uniform. Then by kind. */
-    crpci_balance_node **nodes;
+    crpci_balance_item **items;
     uint64_t *sums;    /* Fenwick tree of the weights: sums[i - 1] is of (i & -i) nodes up to i */
     uint32_t *heap;    /* indices, by crpci_balance_before */
     uint64_t *ring;    /* points in their order */
@@ -6007,32 +6030,11 @@ typedef struct crpci_balance {
 /* Whether a provider can be used. It may be asked twice in one pick, and must say the same. */
 typedef bool (*crpci_balance_usable_fn)(void *user, size_t index);
 
-/* The end of splitmix64 (S. Vigna): every bit of the argument changes half of the result's. */
-CRPCI_FN uint64_t crpci_balance_mix(uint64_t x)
-{
-    x ^= x >> 30;
-    x *= UINT64_C(0xbf58476d1ce4e5b9);
-    x ^= x >> 27;
-    x *= UINT64_C(0x94d049bb133111eb);
-    return x ^ x >> 31;
-}
-
-/* FNV-1a, mixed; equal on every machine. */
-CRPCI_FN uint64_t crpci_balance_hash(const void *bytes, size_t n)
-{
-    const uint8_t *p = (const uint8_t *)bytes;
-    uint64_t h = UINT64_C(0xcbf29ce484222325);
-    size_t i;
-    for (i = 0; i < n; i++)
-        h = (h ^ p[i]) * UINT64_C(0x100000001b3);
-    return crpci_balance_mix(h);
-}
-
 /* More random numbers from one. */
 CRPCI_FN uint64_t crpci_balance_draw(uint64_t *state)
 {
     *state += UINT64_C(0x9e3779b97f4a7c15);
-    return crpci_balance_mix(*state);
+    return crpci_base_mix(*state);
 }
 
 CRPCI_FN size_t crpci_balance_below(uint64_t *state, size_t n)
@@ -6066,7 +6068,7 @@ CRPCI_FN void crpci_balance_choice_init(crpci_balance_choice *c, size_t index, c
                                         uint64_t seed)
 {
     c->rank =
-        crpci_balance_mix(crpci_balance_hash(address, strlen(address)) ^ crpci_balance_mix(seed));
+        crpci_base_mix(crpci_base_hash(address, strlen(address)) ^ crpci_base_mix(seed));
     c->index = index;
 }
 
@@ -6126,8 +6128,8 @@ CRPCI_FN bool crpci_balance_turns(const crpci_balance *b)
 }
 
 /* Whether x is to be taken before y. Neither has weight 0. */
-CRPCI_FN bool crpci_balance_before(const crpci_balance *b, const crpci_balance_node *x,
-                                   const crpci_balance_node *y)
+CRPCI_FN bool crpci_balance_before(const crpci_balance *b, const crpci_balance_item *x,
+                                   const crpci_balance_item *y)
 {
     if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE) {
         uint64_t busy = (uint64_t)x->active * y->weight, other = (uint64_t)y->active * x->weight;
@@ -6140,23 +6142,23 @@ CRPCI_FN bool crpci_balance_before(const crpci_balance *b, const crpci_balance_n
 CRPCI_FN void crpci_balance_place(crpci_balance *b, uint32_t at, uint32_t index)
 {
     b->heap[at] = index;
-    b->nodes[index]->at = at + 1;
+    b->items[index]->at = at + 1;
 }
 
 /* Restores the heap after the node at a position has changed. */
 CRPCI_FN void crpci_balance_sift(crpci_balance *b, uint32_t at)
 {
     uint32_t index = b->heap[at], child;
-    const crpci_balance_node *n = b->nodes[index];
-    while (at && crpci_balance_before(b, n, b->nodes[b->heap[(at - 1) / 2]])) {
+    const crpci_balance_item *item = b->items[index];
+    while (at && crpci_balance_before(b, item, b->items[b->heap[(at - 1) / 2]])) {
         crpci_balance_place(b, at, b->heap[(at - 1) / 2]);
         at = (at - 1) / 2;
     }
     while ((child = 2 * at + 1) < b->heaped) {
         if (child + 1 < b->heaped &&
-            crpci_balance_before(b, b->nodes[b->heap[child + 1]], b->nodes[b->heap[child]]))
+            crpci_balance_before(b, b->items[b->heap[child + 1]], b->items[b->heap[child]]))
             child++;
-        if (!crpci_balance_before(b, b->nodes[b->heap[child]], n))
+        if (!crpci_balance_before(b, b->items[b->heap[child]], item))
             break;
         crpci_balance_place(b, at, b->heap[child]);
         at = child;
@@ -6165,24 +6167,24 @@ CRPCI_FN void crpci_balance_sift(crpci_balance *b, uint32_t at)
 }
 
 /* The first turn: anywhere within its length, so that equals do not come in a row. */
-CRPCI_FN void crpci_balance_first_turn(crpci_balance *b, crpci_balance_node *n)
+CRPCI_FN void crpci_balance_first_turn(crpci_balance *b, crpci_balance_item *item)
 {
-    n->turn = b->now + crpci_balance_mix(n->hash ^ b->salt) % n->length;
+    item->turn = b->now + crpci_base_mix(item->hash ^ b->salt) % item->length;
 }
 
 /* Its weight has changed, or it comes into the list: the next turn comes no later than it would
  * have, and no later than the new length demands. */
-CRPCI_FN void crpci_balance_retime(crpci_balance *b, crpci_balance_node *n)
+CRPCI_FN void crpci_balance_retime(crpci_balance *b, crpci_balance_item *item)
 {
-    int64_t ahead = (int64_t)(n->turn - b->now);
-    bool fresh = !n->length;
-    n->length = n->weight ? (uint64_t)CRPCI_BALANCE_TURN / n->weight : 0;
-    if (!n->weight)
+    int64_t ahead = (int64_t)(item->turn - b->now);
+    bool fresh = !item->length;
+    item->length = item->weight ? (uint64_t)CRPCI_BALANCE_TURN / item->weight : 0;
+    if (!item->weight)
         return;
     if (fresh || ahead > CRPCI_BALANCE_TURN || ahead < -CRPCI_BALANCE_TURN)
-        crpci_balance_first_turn(b, n);
-    else if (ahead > (int64_t)n->length)
-        n->turn = b->now + n->length;
+        crpci_balance_first_turn(b, item);
+    else if (ahead > (int64_t)item->length)
+        item->turn = b->now + item->length;
 }
 
 /* Who is behind comes to the present: no two times may be so far apart that the sign of their
@@ -6191,51 +6193,51 @@ CRPCI_FN void crpci_balance_catch_up(crpci_balance *b)
 {
     uint32_t at;
     for (at = 0; at < b->heaped; at++) {
-        crpci_balance_node *n = b->nodes[b->heap[at]];
-        if ((int64_t)(n->turn - b->now) < 0)
-            n->turn = b->now;
+        crpci_balance_item *item = b->items[b->heap[at]];
+        if ((int64_t)(item->turn - b->now) < 0)
+            item->turn = b->now;
     }
 }
 
 /* It has its turn now; the next is one length later. Who could not be used for a while gets one
  * turn at once and not all that it missed. */
-CRPCI_FN void crpci_balance_take(crpci_balance *b, crpci_balance_node *n)
+CRPCI_FN void crpci_balance_take(crpci_balance *b, crpci_balance_item *item)
 {
     uint64_t was = b->now;
-    if ((int64_t)(n->turn - b->now) > 0)
-        b->now = n->turn;
+    if ((int64_t)(item->turn - b->now) > 0)
+        b->now = item->turn;
     else
         b->now++; /* no two are taken at one time, so that equals come again in this order */
-    n->turn = b->now + n->length;
-    crpci_balance_sift(b, n->at - 1);
+    item->turn = b->now + item->length;
+    crpci_balance_sift(b, item->at - 1);
     if ((was ^ b->now) >> CRPCI_BALANCE_CATCH_UP_BITS)
         crpci_balance_catch_up(b);
 }
 
-CRPCI_FN void crpci_balance_heap_out(crpci_balance *b, crpci_balance_node *n)
+CRPCI_FN void crpci_balance_heap_out(crpci_balance *b, crpci_balance_item *item)
 {
-    uint32_t at = n->at - 1, last = b->heap[--b->heaped];
-    n->at = 0;
+    uint32_t at = item->at - 1, last = b->heap[--b->heaped];
+    item->at = 0;
     if (at == b->heaped)
         return;
     crpci_balance_place(b, at, last);
     crpci_balance_sift(b, at);
 }
 
-CRPCI_FN void crpci_balance_heap_in(crpci_balance *b, crpci_balance_node *n)
+CRPCI_FN void crpci_balance_heap_in(crpci_balance *b, crpci_balance_item *item)
 {
-    crpci_balance_place(b, b->heaped++, n->index);
-    crpci_balance_sift(b, n->at - 1);
+    crpci_balance_place(b, b->heaped++, item->index);
+    crpci_balance_sift(b, item->at - 1);
 }
 
 /* --- the ring */
 
 /* The points of a node's hash in the upper bits, its index in the lower. */
-CRPCI_FN uint64_t crpci_balance_point(const crpci_balance_node *n, unsigned k)
+CRPCI_FN uint64_t crpci_balance_point(const crpci_balance_item *item, unsigned k)
 {
-    uint64_t state = n->hash + k * UINT64_C(0x9e3779b97f4a7c15);
+    uint64_t state = item->hash + k * UINT64_C(0x9e3779b97f4a7c15);
     return crpci_balance_draw(&state) >> CRPCI_BALANCE_INDEX_BITS << CRPCI_BALANCE_INDEX_BITS |
-           n->index;
+           item->index;
 }
 
 /* Sorts all points by their upper bits into buckets of about four, directly to their places, and
@@ -6247,7 +6249,7 @@ CRPCI_FN void crpci_balance_ring_build(crpci_balance *b)
     unsigned k;
     for (i = 0; i < b->count; i++) {
         for (k = 0; k < CRPCI_BALANCE_POINTS; k++)
-            b->buckets[crpci_balance_point(b->nodes[i], k) >> b->shift]++;
+            b->buckets[crpci_balance_point(b->items[i], k) >> b->shift]++;
     }
     for (i = 0, j = 0; i < buckets; i++) { /* from how many it has to where it begins */
         size_t has = b->buckets[i];
@@ -6256,7 +6258,7 @@ CRPCI_FN void crpci_balance_ring_build(crpci_balance *b)
     }
     for (i = 0; i < b->count; i++) {
         for (k = 0; k < CRPCI_BALANCE_POINTS; k++) {
-            uint64_t point = crpci_balance_point(b->nodes[i], k);
+            uint64_t point = crpci_balance_point(b->items[i], k);
             b->ring[b->buckets[point >> b->shift]++] = point;
         }
     }
@@ -6313,7 +6315,7 @@ CRPCI_FN unsigned crpci_balance_bucket_bits(size_t count)
 /* How much memory a list takes. */
 CRPCI_FN size_t crpci_balance_bytes(const crpci_balance *b, size_t count)
 {
-    size_t each = sizeof *b->nodes;
+    size_t each = sizeof *b->items;
     if (!count)
         return 0;
     if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
@@ -6342,8 +6344,8 @@ CRPCI_FN void crpci_balance_layout(crpci_balance *b)
         b->buckets = (uint32_t *)(void *)at;
         at += sizeof *b->buckets << bits;
     }
-    b->nodes = (crpci_balance_node **)(void *)at;
-    at += b->count * sizeof *b->nodes;
+    b->items = (crpci_balance_item **)(void *)at;
+    at += b->count * sizeof *b->items;
     if (crpci_balance_turns(b))
         b->heap = (uint32_t *)(void *)at;
 }
@@ -6353,7 +6355,7 @@ CRPCI_FN int crpci_balance_reserve(crpci_balance *b, crpci_heap *h)
 {
     bool many = b->count > CRPCI_BALANCE_MOST;
     size_t size = many ? 0 : crpci_balance_bytes(b, b->count);
-    b->nodes = NULL;
+    b->items = NULL;
     if (size > b->size || size < b->size / 4) {
         crpci_heap_free(h, b->memory, b->size);
         b->size = 0;
@@ -6370,7 +6372,7 @@ CRPCI_FN int crpci_balance_reserve(crpci_balance *b, crpci_heap *h)
 /* A new list. The nodes are kept, not the array; one that was in the list before keeps its
  * statistics, and one that is in it no more is not looked at again. CRPC_ENOMEM: picks go on,
  * uniformly over the new list. */
-CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_node **nodes,
+CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_item **items,
                                  size_t count)
 {
     size_t i;
@@ -6382,18 +6384,18 @@ CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_
     if (crpci_balance_reserve(b, h))
         return CRPC_ENOMEM;
     for (i = 0; i < count; i++) {
-        crpci_balance_node *n = nodes[i];
-        b->nodes[i] = n;
-        n->index = (uint32_t)i;
-        n->at = 0;
-        if (!n->hash)
-            n->hash = crpci_balance_hash(n->address, strlen(n->address));
-        b->total += n->weight;
-        crpci_balance_retime(b, n);
+        crpci_balance_item *item = items[i];
+        b->items[i] = item;
+        item->index = (uint32_t)i;
+        item->at = 0;
+        if (!item->hash)
+            item->hash = crpci_base_hash(item->address, strlen(item->address));
+        b->total += item->weight;
+        crpci_balance_retime(b, item);
         if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
-            crpci_balance_sums_add(b, i, n->weight);
-        if (crpci_balance_turns(b) && n->weight)
-            crpci_balance_heap_in(b, n);
+            crpci_balance_sums_add(b, i, item->weight);
+        if (crpci_balance_turns(b) && item->weight)
+            crpci_balance_heap_in(b, item);
     }
     if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH && count)
         crpci_balance_ring_build(b);
@@ -6403,25 +6405,25 @@ CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_
 /* The weight of a node of the list changes. */
 CRPCI_FN void crpci_balance_reweigh(crpci_balance *b, size_t i, uint32_t weight)
 {
-    crpci_balance_node *n;
+    crpci_balance_item *item;
     uint64_t more;
-    if (!b->nodes || i >= b->count || b->nodes[i]->weight == weight)
+    if (!b->items || i >= b->count || b->items[i]->weight == weight)
         return;
-    n = b->nodes[i];
-    more = (uint64_t)weight - n->weight; /* modulo 2^64 */
-    n->weight = weight;
+    item = b->items[i];
+    more = (uint64_t)weight - item->weight; /* modulo 2^64 */
+    item->weight = weight;
     b->total += more;
-    crpci_balance_retime(b, n);
+    crpci_balance_retime(b, item);
     if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
         crpci_balance_sums_add(b, i, more);
     if (!crpci_balance_turns(b))
         return;
     if (!weight)
-        crpci_balance_heap_out(b, n);
-    else if (!n->at)
-        crpci_balance_heap_in(b, n);
+        crpci_balance_heap_out(b, item);
+    else if (!item->at)
+        crpci_balance_heap_in(b, item);
     else
-        crpci_balance_sift(b, n->at - 1);
+        crpci_balance_sift(b, item->at - 1);
 }
 
 /* --- picking */
@@ -6442,7 +6444,7 @@ CRPCI_FN bool crpci_balance_usable(const crpci_balance_query *q, size_t i)
 /* Usable and not drained. */
 CRPCI_FN bool crpci_balance_fit(const crpci_balance *b, const crpci_balance_query *q, size_t i)
 {
-    return (!b->nodes || b->nodes[i]->weight) && crpci_balance_usable(q, i);
+    return (!b->items || b->items[i]->weight) && crpci_balance_usable(q, i);
 }
 
 /* One of all that can be used, by weight or uniformly: of those that are drained, or the others. */
@@ -6453,7 +6455,7 @@ CRPCI_FN int crpci_balance_scan(const crpci_balance *b, crpci_balance_query *q, 
     int chosen = -1;
     size_t i;
     for (i = 0; i < b->count; i++) {
-        uint32_t weight = b->nodes ? b->nodes[i]->weight : 1;
+        uint32_t weight = b->items ? b->items[i]->weight : 1;
         if ((weight == 0) != drained || !crpci_balance_usable(q, i))
             continue;
         weight = weighted ? weight : 1;
@@ -6501,22 +6503,23 @@ CRPCI_FN int crpci_balance_pick_next(crpci_balance *b, const crpci_balance_query
 /* Who comes first in the heap. Who cannot be used loses its turn. */
 CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, const crpci_balance_query *q)
 {
-    crpci_balance_node *best = NULL;
+    crpci_balance_item *best = NULL;
     int tries;
     size_t i;
     for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->heaped; tries++) {
-        crpci_balance_node *n = b->nodes[b->heap[0]];
-        bool usable = crpci_balance_usable(q, n->index);
-        crpci_balance_take(b, n);
+        crpci_balance_item *item = b->items[b->heap[0]];
+        bool usable = crpci_balance_usable(q, item->index);
+        crpci_balance_take(b, item);
         if (usable)
-            return (int)n->index;
-        if (n->at == 1) /* least active, and so first again */
+            return (int)item->index;
+        if (item->at == 1) /* least active, and so first again */
             break;
     }
     for (i = 0; i < b->count; i++) {
-        crpci_balance_node *n = b->nodes[i];
-        if (n->weight && (!best || crpci_balance_before(b, n, best)) && crpci_balance_usable(q, i))
-            best = n;
+        crpci_balance_item *item = b->items[i];
+        if (item->weight && (!best || crpci_balance_before(b, item, best)) &&
+            crpci_balance_usable(q, i))
+            best = item;
     }
     if (!best)
         return -1;
@@ -6528,7 +6531,7 @@ CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, const crpci_balance_query
  * whose address and key together hash to the most: as constant, but each must be looked at. */
 CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balance_query *q)
 {
-    uint64_t hash = crpci_balance_mix(q->key), most = 0;
+    uint64_t hash = crpci_base_mix(q->key), most = 0;
     size_t points = b->count * CRPCI_BALANCE_POINTS, i, last = b->count;
     size_t at =
         crpci_balance_ring_find(b, hash >> CRPCI_BALANCE_INDEX_BITS << CRPCI_BALANCE_INDEX_BITS);
@@ -6541,7 +6544,7 @@ CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balan
         at = at + 1 < points ? at + 1 : 0;
     }
     for (i = 0; i < b->count; i++) {
-        uint64_t rank = crpci_balance_mix(b->nodes[i]->hash ^ hash);
+        uint64_t rank = crpci_base_mix(b->items[i]->hash ^ hash);
         if ((chosen < 0 || rank > most) && crpci_balance_fit(b, q, i)) {
             chosen = (int)i;
             most = rank;
@@ -6568,19 +6571,19 @@ CRPCI_FN int64_t crpci_balance_fade(int64_t latency, int64_t passed_us)
 }
 
 /* Who was never measured gets one call at once, and no more before that one has ended. */
-CRPCI_FN uint64_t crpci_balance_cost(const crpci_balance_node *n, int64_t now_us)
+CRPCI_FN uint64_t crpci_balance_cost(const crpci_balance_item *item, int64_t now_us)
 {
-    uint64_t active = n->active < (1u << 20) ? n->active : 1u << 20;
+    uint64_t active = item->active < (1u << 20) ? item->active : 1u << 20;
     uint64_t latency = CRPCI_BALANCE_LATENCY_MOST;
-    if (!n->latency && !n->active)
+    if (!item->latency && !item->active)
         return 0;
-    if (n->latency)
-        latency = (uint64_t)crpci_balance_fade(n->latency, now_us - n->latency_us) + 1;
-    return (latency * (active + 1) << 8) / n->weight; /* below 2^63 */
+    if (item->latency)
+        latency = (uint64_t)crpci_balance_fade(item->latency, now_us - item->latency_us) + 1;
+    return (latency * (active + 1) << 8) / item->weight; /* below 2^63 */
 }
 
 /* Takes a latency up at once and down slowly: a peak is believed, a single quick reply is not. */
-CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_node *n, bool ok,
+CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_item *item, bool ok,
                                     int64_t latency_us, int64_t now_us)
 {
     int64_t most = CRPCI_BALANCE_LATENCY_MOST, above;
@@ -6590,22 +6593,22 @@ CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_node *n, boo
     if (ok) {
         b->latency += b->latency ? (latency - b->latency) / 64 : latency;
     } else { /* to fail quickly must not attract calls */
-        int64_t usual = b->latency > n->latency ? b->latency : n->latency;
+        int64_t usual = b->latency > item->latency ? b->latency : item->latency;
         latency = crpci_base_min64(latency > 2 * usual ? latency : 2 * usual, most);
     }
-    above = n->latency - latency;
+    above = item->latency - latency;
     if (above > 0) {
-        latency += crpci_balance_fade(above, now_us - n->latency_us);
-        if (latency == n->latency)
+        latency += crpci_balance_fade(above, now_us - item->latency_us);
+        if (latency == item->latency)
             return; /* too soon for any step: the time that passes is kept for the next */
     }
-    n->latency = latency;
-    n->latency_us = now_us;
+    item->latency = latency;
+    item->latency_us = now_us;
 }
 
 CRPCI_FN int crpci_balance_better(const crpci_balance *b, size_t i, size_t j, int64_t now_us)
 {
-    return (int)(crpci_balance_cost(b->nodes[j], now_us) < crpci_balance_cost(b->nodes[i], now_us)
+    return (int)(crpci_balance_cost(b->items[j], now_us) < crpci_balance_cost(b->items[i], now_us)
                      ? j
                      : i);
 }
@@ -6657,14 +6660,14 @@ CRPCI_FN void crpci_balance_start(crpci_balance *b, uint32_t random)
     b->started = true;
     b->salt = random;
     b->next = random % (uint32_t)b->count;
-    if (!b->nodes || !crpci_balance_turns(b))
+    if (!b->items || !crpci_balance_turns(b))
         return;
     b->heaped = 0;
     for (i = 0; i < b->count; i++) {
-        if (!b->nodes[i]->weight)
+        if (!b->items[i]->weight)
             continue;
-        crpci_balance_first_turn(b, b->nodes[i]);
-        crpci_balance_heap_in(b, b->nodes[i]);
+        crpci_balance_first_turn(b, b->items[i]);
+        crpci_balance_heap_in(b, b->items[i]);
     }
 }
 
@@ -6684,7 +6687,7 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
     q.now_us = now_us;
     q.usable = usable;
     q.user = user;
-    if (!b->nodes || b->kind == CRPCI_BALANCE_RANDOM)
+    if (!b->items || b->kind == CRPCI_BALANCE_RANDOM)
         i = crpci_balance_pick_random(b, &q);
     else if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
         i = crpci_balance_pick_weighted(b, &q);
@@ -6700,45 +6703,45 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
 }
 
 /* Whether a node is in the present list. */
-CRPCI_FN bool crpci_balance_has(const crpci_balance *b, const crpci_balance_node *n)
+CRPCI_FN bool crpci_balance_has(const crpci_balance *b, const crpci_balance_item *item)
 {
-    return b->nodes && n->index < b->count && b->nodes[n->index] == n;
+    return b->items && item->index < b->count && b->items[item->index] == item;
 }
 
 /* A call goes to a node. */
-CRPCI_FN void crpci_balance_node_begin(crpci_balance *b, crpci_balance_node *n, int64_t now_us)
+CRPCI_FN void crpci_balance_item_begin(crpci_balance *b, crpci_balance_item *item, int64_t now_us)
 {
     (void)now_us;
-    n->active++;
-    if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, n) && n->at)
-        crpci_balance_sift(b, n->at - 1);
+    item->active++;
+    if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, item) && item->at)
+        crpci_balance_sift(b, item->at - 1);
 }
 
 /* It has ended. latency_us: since its begin, -1 if that says nothing (cancelled, over a limit). The
  * node need not be in the list any more. */
-CRPCI_FN void crpci_balance_node_end(crpci_balance *b, crpci_balance_node *n, bool ok,
+CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item, bool ok,
                                      int64_t latency_us, int64_t now_us)
 {
-    if (n->active)
-        n->active--;
+    if (item->active)
+        item->active--;
     if (b->kind == CRPCI_BALANCE_P2C && latency_us >= 0)
-        crpci_balance_measure(b, n, ok, latency_us, now_us);
-    else if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, n) && n->at)
-        crpci_balance_sift(b, n->at - 1);
+        crpci_balance_measure(b, item, ok, latency_us, now_us);
+    else if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, item) && item->at)
+        crpci_balance_sift(b, item->at - 1);
 }
 
 /* The same for the node of an index; nothing where it is not known because memory was short. */
 CRPCI_FN void crpci_balance_begin(crpci_balance *b, size_t i, int64_t now_us)
 {
-    if (b->nodes && i < b->count)
-        crpci_balance_node_begin(b, b->nodes[i], now_us);
+    if (b->items && i < b->count)
+        crpci_balance_item_begin(b, b->items[i], now_us);
 }
 
 CRPCI_FN void crpci_balance_end(crpci_balance *b, size_t i, bool ok, int64_t latency_us,
                                 int64_t now_us)
 {
-    if (b->nodes && i < b->count)
-        crpci_balance_node_end(b, b->nodes[i], ok, latency_us, now_us);
+    if (b->items && i < b->count)
+        crpci_balance_item_end(b, b->items[i], ok, latency_us, now_us);
 }
 
 /* ======================================================================== */
@@ -14873,7 +14876,7 @@ CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *ca
     if (CRPCI_LIKELY(!s->ids) || crpc_view_data(call->request_id))
         return call->request_id;
     snprintf(text, 17, "%016llx",
-             (unsigned long long)crpci_balance_mix(
+             (unsigned long long)crpci_base_mix(
                  s->seed + __atomic_add_fetch(&s->last_id, 1, __ATOMIC_RELAXED)));
     return crpc_view_of(text, 16);
 }
@@ -14888,7 +14891,7 @@ CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t fiel
         const uint8_t *value = crpci_message_varint(p, end, &tag);
         p = value ? crpci_message_skip(value, end, (unsigned)(tag & 7)) : NULL;
         if (p && tag >> 3 == field)
-            key = crpci_balance_hash(value, (size_t)(p - value));
+            key = crpci_base_hash(value, (size_t)(p - value));
     }
     return key;
 }
@@ -15727,7 +15730,7 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
 
 /* One provider of one channel. Lives while it is listed or an attempt uses it. */
 typedef struct crpci_member {
-    crpci_balance_node balance;
+    crpci_balance_item balance;
     crpci_endpoint *endpoint;
 #if CRPC_ENABLE_POLICY
     crpci_breaker breaker;
@@ -15748,7 +15751,7 @@ typedef struct crpci_providers {
     bool (*in_group)(const crpci_group *g, const crpci_endpoint *e); /* a part was there */
     crpci_endpoint_options endpoint;
     crpci_balance balance;
-    crpci_balance_node **members; /* each in a crpci_member */
+    crpci_balance_item **members; /* each in a crpci_member */
     size_t count;
     size_t room;        /* of the array */
     bool sorted;        /* by address */
@@ -15795,7 +15798,7 @@ CRPCI_COLD crpci_member *crpci_providers_of(const crpci_providers *p, const crpc
 /* --- lists ------------------------------------------------------------------------------------ */
 
 /* Drops the members of an array, except those that are kept. */
-CRPCI_FN void crpci_providers_unlist(crpci_balance_node **members, size_t count)
+CRPCI_FN void crpci_providers_unlist(crpci_balance_item **members, size_t count)
 {
     size_t i;
     for (i = 0; i < count; i++) {
@@ -15922,7 +15925,7 @@ CRPCI_FN void crpci_providers_choose_members(const crpci_providers *p, const crp
 #endif /* CRPC_ENABLE_POLICY */
 
 /* Whether an address is among the new members already: in a sorted list it would be the last. */
-CRPCI_FN bool crpci_providers_is_double(crpci_balance_node *const *members, size_t n,
+CRPCI_FN bool crpci_providers_is_double(crpci_balance_item *const *members, size_t n,
                                         const char *address, bool sorted)
 {
     size_t i;
@@ -15939,7 +15942,7 @@ CRPCI_FN bool crpci_providers_is_double(crpci_balance_node *const *members, size
 /* Fills `fresh` with the members of a list, of which `chosen` are wanted; members that exist are
  * kept. On failure *count says how many there are already. */
 CRPCI_FN int crpci_providers_make(crpci_providers *p, const crpci_snapshot *list,
-                                  const bool *chosen, crpci_balance_node **fresh, size_t *count,
+                                  const bool *chosen, crpci_balance_item **fresh, size_t *count,
                                   bool *sorted)
 {
     int64_t now = crpci_loop_now(p->loop), wall = crpci_providers_wall_ms();
@@ -15973,8 +15976,8 @@ CRPCI_FN int crpci_providers_set(crpci_providers *p, const crpci_snapshot *list)
     crpci_heap *h = p->loop->heap;
     size_t room = list->count + 1, old_room = p->room, old_count = p->count, n = 0;
     bool *chosen = (bool *)crpci_heap_alloc(h, room), sorted = true;
-    crpci_balance_node **old = p->members;
-    crpci_balance_node **fresh = (crpci_balance_node **)crpci_heap_alloc(h, room * sizeof *fresh);
+    crpci_balance_item **old = p->members;
+    crpci_balance_item **fresh = (crpci_balance_item **)crpci_heap_alloc(h, room * sizeof *fresh);
     int err = chosen && fresh ? CRPC_OK : CRPC_ENOMEM;
     if (!err) {
         crpci_providers_choose_members(p, list, chosen);
@@ -16040,7 +16043,7 @@ CRPCI_FN void crpci_providers_refresh(crpci_providers *p)
 
 CRPCI_FN void crpci_providers_clear(crpci_providers *p)
 {
-    crpci_balance_node **old = p->members;
+    crpci_balance_item **old = p->members;
     size_t count = p->count;
 #if CRPC_ENABLE_POLICY
     crpci_registry_snapshot_unref(p->list);
@@ -16060,7 +16063,7 @@ CRPCI_FN void crpci_providers_clear(crpci_providers *p)
 CRPCI_FN void crpci_providers_begin(crpci_providers *p, crpci_member *m, int64_t now)
 {
     m->refs++;
-    crpci_balance_node_begin(&p->balance, &m->balance, now);
+    crpci_balance_item_begin(&p->balance, &m->balance, now);
 #if CRPC_ENABLE_POLICY
     if (p->breaker.error_percent)
         crpci_breaker_begin(&m->breaker, &p->breaker, now);
@@ -16084,7 +16087,7 @@ CRPCI_COLD bool crpci_providers_too_many_out(const crpci_providers *p)
 CRPCI_FN void crpci_providers_end(crpci_providers *p, crpci_member *m, crpci_outcome outcome,
                                   int64_t latency, int64_t now)
 {
-    crpci_balance_node_end(
+    crpci_balance_item_end(
         &p->balance, &m->balance, outcome != CRPCI_OUTCOME_ERROR,
         outcome == CRPCI_OUTCOME_IGNORE &&
                 latency < m->balance.latency >> CRPCI_BALANCE_LATENCY_BITS
@@ -17182,7 +17185,7 @@ CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
                        (k->method->flags & CRPC_METHOD_IDEMPOTENT)))
         c->backup_us = start + (int64_t)c->policy.backup_ms * 1000;
     c->key = crpc_view_size(in->key)
-                 ? crpci_balance_hash(crpc_view_data(in->key), crpc_view_size(in->key))
+                 ? crpci_base_hash(crpc_view_data(in->key), crpc_view_size(in->key))
                  : 0;
     if (CRPCI_UNLIKELY(k->hash_field && !c->key))
         c->key = crpci_request_hash_key(&a->request, k->hash_field);
@@ -18640,7 +18643,7 @@ CRPCI_FN void crpci_replay_expire(crpci_replay *r, int64_t now)
 
 CRPCI_FN uint64_t crpci_replay_hash(const void *method, crpc_view id)
 {
-    return crpci_balance_mix(crpci_balance_hash(crpc_view_data(id), crpc_view_size(id)) ^
+    return crpci_base_mix(crpci_base_hash(crpc_view_data(id), crpc_view_size(id)) ^
                              (uint64_t)(uintptr_t)method);
 }
 
@@ -18863,7 +18866,7 @@ CRPCI_FN crpci_quota_client *crpci_quota_connect(crpci_quota_clients *c, const c
     crpci_list *bucket, *i;
     uint8_t host[16];
     crpci_quota_host(host, a);
-    bucket = &c->buckets[crpci_balance_hash(host, 16) % CRPCI_QUOTA_BUCKETS];
+    bucket = &c->buckets[crpci_base_hash(host, 16) % CRPCI_QUOTA_BUCKETS];
     for (i = bucket->next; i != bucket; i = i->next) {
         k = CRPCI_CONTAINER(i, crpci_quota_client, link);
         if (memcmp(k->host, host, 16) != 0)
@@ -19843,11 +19846,11 @@ CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpc
     memset(g, 0, sizeof *g);
     if (fields && s->options.ordered >= 0 && crpci_meta_field(m->raw, CRPCI_META_KEY_FIELD, &key)) {
         g->ordered = true;
-        g->order.key = crpci_balance_hash(crpc_view_data(key), crpc_view_size(key));
+        g->order.key = crpci_base_hash(crpc_view_data(key), crpc_view_size(key));
     } else if (s->options.ordered > 0) {
         g->ordered = true;
         g->order.of = conn;
-        g->order.key = crpci_balance_mix((uint64_t)(uintptr_t)conn);
+        g->order.key = crpci_base_mix((uint64_t)(uintptr_t)conn);
     }
     if (!fields || !s->guard.replay.buckets ||
         !crpci_meta_field(m->raw, CRPCI_META_ID_FIELD, &g->id) ||
