@@ -109,7 +109,10 @@
  *     >>impl-poller        epoll and poll behind four functions
  *     >>impl-wake          a descriptor by which another thread ends a wait
  *     >>impl-timer         hashed hierarchical timing wheel: O(1) to arm and cancel
- *     >>impl-loop          who drives, who waits, what runs when
+ *     >>impl-loop          a loop's state: lock, driver, clock, tasks, timers
+ *     >>impl-watch         descriptors that a loop waits for
+ *     >>impl-user          what the program has on a loop: posts, timers, descriptors
+ *     >>impl-drive         who drives a loop, who waits, and how they take turns
  *     >>impl-limiter       how much is let through: rates, retries, calls at a time
  *     >>impl-breaker       a provider that fails gets no calls, then one, then more
  *     >>impl-balance       which provider a call goes to
@@ -362,7 +365,10 @@
  *
  * PORTING
  *
- * Linux 2.6.27 and later (accept4, eventfd, epoll_create1). No 64-bit atomics, no unaligned access,
+ * Linux 2.6.27 and later. Where the kernel is too old for accept4 (2.6.28, on ARM 2.6.36), for the
+ * coarse clock (2.6.32) or for getrandom (3.17), or where a sandbox refuses one of them, epoll or
+ * eventfd with ENOSYS or EPERM, crpc does without: with accept and fcntl, the exact clock, a seed
+ * from the clock and the process's start, poll, and a pipe. No 64-bit atomics, no unaligned access,
  * no byte order assumed. With musl threads have small stacks: crpc's own use less than 32 KiB of
  * the 256 that they are given, handlers come on top.
  *
@@ -413,6 +419,9 @@
 #endif
 #ifndef CRPC_ENABLE_RESOLVER
 #define CRPC_ENABLE_RESOLVER 1 /* host names by getaddrinfo; 0: numeric addresses, or a hook */
+#endif
+#ifndef CRPC_DEBUG
+#define CRPC_DEBUG 0 /* 1: checks crpc's own rules as it runs, and aborts where one is broken */
 #endif
 #ifndef CRPC_ZOOKEEPER_ST
 #define CRPC_ZOOKEEPER_ST 0 /* 1: drive libzookeeper_st from the loop; 0: libzookeeper_mt */
@@ -1644,6 +1653,7 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <time.h>
@@ -1694,6 +1704,19 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #define CRPCI_COLD static
 #define CRPCI_LIKELY(x) (x)
 #define CRPCI_UNLIKELY(x) (x)
+#endif
+
+/* States what must hold; checked where CRPC_DEBUG is 1. For mistakes in crpc itself only: nothing
+ * that comes from a peer or from the program may reach one. */
+#if CRPC_DEBUG
+CRPCI_COLD void crpci_base_abort(const char *what, const char *function)
+{
+    fprintf(stderr, "crpc: %s: %s\n", function, what);
+    abort();
+}
+#define CRPCI_ASSERT(x, what) ((x) ? (void)0 : crpci_base_abort(what, __func__))
+#else
+#define CRPCI_ASSERT(x, what) ((void)0)
 #endif
 
 #define CRPCI_CONTAINER(ptr, type, member)                                                         \
@@ -1756,28 +1779,61 @@ CRPCI_FN uint64_t crpci_base_hash(const void *bytes, size_t n)
 /* ======================================================================== */
 
 #if CRPC_ENABLE_THREADS
-typedef pthread_mutex_t crpci_mutex;
+typedef struct crpci_mutex {
+    pthread_mutex_t mutex;
+#if CRPC_DEBUG
+    uintptr_t holder; /* atomic: tag of the thread that holds it; 0: none does */
+#endif
+} crpci_mutex;
 typedef pthread_cond_t crpci_cond;
 typedef pthread_t crpci_thread;
 
+/* The calling thread as a number other than 0. On Linux a pthread_t is an integer or a pointer. */
+CRPCI_FN uintptr_t crpci_thread_tag(void)
+{
+    return (uintptr_t)pthread_self();
+}
+
+#if CRPC_DEBUG
+/* Whether the calling thread holds a mutex. */
+CRPCI_FN bool crpci_thread_holds(const crpci_mutex *m)
+{
+    return __atomic_load_n(&m->holder, __ATOMIC_RELAXED) == crpci_thread_tag();
+}
+#endif
+
+/* Records that the calling thread now holds a mutex, or no longer does. */
+CRPCI_FN void crpci_thread_set_held(crpci_mutex *m, bool held)
+{
+#if CRPC_DEBUG
+    __atomic_store_n(&m->holder, held ? crpci_thread_tag() : 0, __ATOMIC_RELAXED);
+#else
+    (void)m;
+    (void)held;
+#endif
+}
+
 CRPCI_FN int crpci_thread_mutex_init(crpci_mutex *m)
 {
-    return pthread_mutex_init(m, NULL) ? CRPC_ENOMEM : CRPC_OK;
+    crpci_thread_set_held(m, false);
+    return pthread_mutex_init(&m->mutex, NULL) ? CRPC_ENOMEM : CRPC_OK;
 }
 
 CRPCI_FN void crpci_thread_mutex_free(crpci_mutex *m)
 {
-    pthread_mutex_destroy(m);
+    pthread_mutex_destroy(&m->mutex);
 }
 
 CRPCI_FN void crpci_thread_lock(crpci_mutex *m)
 {
-    pthread_mutex_lock(m);
+    pthread_mutex_lock(&m->mutex);
+    crpci_thread_set_held(m, true);
 }
 
 CRPCI_FN void crpci_thread_unlock(crpci_mutex *m)
 {
-    pthread_mutex_unlock(m);
+    crpci_thread_set_held(m, false);
+    pthread_mutex_unlock(&m->mutex);
 }
 
 /* On CLOCK_MONOTONIC, so that a clock set by hand or by NTP moves no deadline. */
@@ -1811,8 +1867,10 @@ CRPCI_FN void crpci_thread_broadcast(crpci_cond *c)
 CRPCI_FN void crpci_thread_wait(crpci_cond *c, crpci_mutex *m, int64_t us)
 {
     struct timespec ts;
+    crpci_thread_set_held(m, false);
     if (us < 0) {
-        pthread_cond_wait(c, m);
+        pthread_cond_wait(c, &m->mutex);
+        crpci_thread_set_held(m, true);
         return;
     }
     clock_gettime(CLOCK_MONOTONIC, &ts);
@@ -1823,7 +1881,8 @@ CRPCI_FN void crpci_thread_wait(crpci_cond *c, crpci_mutex *m, int64_t us)
         ts.tv_sec++;
         ts.tv_nsec -= 1000000000;
     }
-    pthread_cond_timedwait(c, m, &ts);
+    pthread_cond_timedwait(c, &m->mutex, &ts);
+    crpci_thread_set_held(m, true);
 }
 
 CRPCI_FN crpci_thread crpci_thread_self(void)
@@ -1834,12 +1893,6 @@ CRPCI_FN crpci_thread crpci_thread_self(void)
 CRPCI_FN bool crpci_thread_is_self(crpci_thread t)
 {
     return pthread_equal(t, pthread_self()) != 0;
-}
-
-/* The calling thread as a number other than 0: Linux's pthread_t is one, or a pointer. */
-CRPCI_FN uintptr_t crpci_thread_tag(void)
-{
-    return (uintptr_t)pthread_self();
 }
 
 /* Starts a thread with all signals blocked: the program's handlers never run on it.
@@ -1941,6 +1994,12 @@ CRPCI_FN bool crpci_thread_is_self(crpci_thread t)
 CRPCI_FN uintptr_t crpci_thread_tag(void)
 {
     return 1;
+}
+
+CRPCI_FN bool crpci_thread_holds(const crpci_mutex *m)
+{
+    (void)m;
+    return true;
 }
 #endif
 
@@ -2133,9 +2192,9 @@ CRPCI_FN int64_t crpci_heap_now(const crpci_heap *h)
 CRPCI_FN int64_t crpci_heap_rough_now(const crpci_heap *h)
 {
     struct timespec ts;
-    if (h->hooks.clock_us != crpci_heap_default_clock)
+    if (h->hooks.clock_us != crpci_heap_default_clock ||
+        clock_gettime(CLOCK_MONOTONIC_COARSE, &ts)) /* Linux before 2.6.32 */
         return crpci_heap_now(h);
-    clock_gettime(CLOCK_MONOTONIC_COARSE, &ts);
     return crpci_heap_micros(&ts);
 }
 
@@ -2149,6 +2208,17 @@ CRPCI_COLD CRPC_PRINTF(3, 4) void crpci_heap_log(crpci_heap *h, int level, const
     vsnprintf(line, sizeof line, format, ap);
     va_end(ap);
     h->hooks.log(h->hooks.user, level, line);
+}
+
+/* Whether the system call that has just failed is missing from the kernel or forbidden by a sandbox
+ * (errno ENOSYS or EPERM), so that another one has to do. The log tells which. */
+CRPCI_COLD bool crpci_heap_refused(crpci_heap *h, const char *call, const char *instead)
+{
+    if (errno != ENOSYS && errno != EPERM)
+        return false;
+    crpci_heap_log(h, CRPC_LOG_INFO, "loop: %s: %s; %s is used instead", call,
+                   errno == ENOSYS ? "ENOSYS" : "EPERM", instead);
+    return true;
 }
 
 /* Called with the heap locked. */
@@ -2384,12 +2454,14 @@ typedef struct crpci_id_slot {
     uint32_t next_free; /* index + 1 */
 } crpci_id_slot;
 
+/* All zero at first, but for the salt. */
 typedef struct crpci_id_table {
     crpci_id_slot *slots;
     uint32_t cap;
     uint32_t used;
-    uint32_t free_head; /* index + 1; first in, first out, so that a number returns late */
+    uint32_t free_head; /* index + 1; first in, first out, so that an index is reused late */
     uint32_t free_tail;
+    uint32_t salt; /* xor of index and id: an id of another table is, almost surely, no id here */
 } crpci_id_table;
 
 CRPCI_FN void crpci_id_release(crpci_id_table *t, uint32_t index)
@@ -2436,14 +2508,14 @@ CRPCI_FN int crpci_id_add(crpci_id_table *t, crpci_heap *h, void *object, uint64
         s->generation = 1;
     s->object = object;
     t->used++;
-    *id = (uint64_t)s->generation << 32 | index;
+    *id = (uint64_t)s->generation << 32 | (index ^ t->salt);
     return CRPC_OK;
 }
 
 /* The object of an id, NULL if it is gone. */
 CRPCI_FN void *crpci_id_get(const crpci_id_table *t, uint64_t id)
 {
-    uint32_t index = (uint32_t)id;
+    uint32_t index = (uint32_t)id ^ t->salt;
     if (index >= t->cap || t->slots[index].generation != (uint32_t)(id >> 32))
         return NULL;
     return t->slots[index].object;
@@ -2453,7 +2525,7 @@ CRPCI_FN void crpci_id_remove(crpci_id_table *t, uint64_t id)
 {
     if (!crpci_id_get(t, id))
         return;
-    crpci_id_release(t, (uint32_t)id);
+    crpci_id_release(t, (uint32_t)id ^ t->salt);
     t->used--;
 }
 
@@ -3784,6 +3856,22 @@ CRPCI_COLD void crpci_sock_unlink_stale(const crpci_addr *a)
     close(fd);
 }
 
+/* Accepts a connection; its descriptor does not block and is closed on exec. ARM kernels before
+ * 2.6.36, and some sandboxes, refuse accept4: then a child that another thread forks and executes
+ * between the calls inherits the descriptor. -1 and errno on failure. */
+CRPCI_FN int crpci_sock_accept(int listener)
+{
+    int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    if (fd >= 0 || (errno != ENOSYS && errno != EPERM))
+        return fd;
+    fd = accept(listener, NULL, NULL);
+    if (fd >= 0) {
+        fcntl(fd, F_SETFL, O_NONBLOCK);
+        fcntl(fd, F_SETFD, FD_CLOEXEC);
+    }
+    return fd;
+}
+
 /* Binds and listens. -1 and errno on failure. */
 CRPCI_COLD int crpci_sock_listen(const crpci_addr *a)
 {
@@ -3974,7 +4062,9 @@ CRPCI_FN const char *crpci_poller_name(const crpci_poller *p)
     return p->kind == CRPC_POLLER_EPOLL ? "epoll" : "poll";
 }
 
-CRPCI_FN int crpci_poller_open(crpci_poller *p, crpc_poller kind)
+/* Opens epoll, unless poll is asked for; with CRPC_POLLER_DEFAULT poll takes its place where the
+ * system refuses epoll. */
+CRPCI_FN int crpci_poller_open(crpci_poller *p, crpci_heap *h, crpc_poller kind)
 {
     memset(p, 0, sizeof *p);
     p->epoll_fd = -1;
@@ -3983,9 +4073,13 @@ CRPCI_FN int crpci_poller_open(crpci_poller *p, crpc_poller kind)
     if (kind == CRPC_POLLER_POLL)
         return CRPC_OK;
     p->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    p->kind = CRPC_POLLER_EPOLL;
-    return p->epoll_fd < 0 ? CRPC_ESYSTEM : CRPC_OK;
+    if (p->epoll_fd >= 0)
+        p->kind = CRPC_POLLER_EPOLL;
+    else if (kind != CRPC_POLLER_DEFAULT || !crpci_heap_refused(h, "epoll_create1", "poll"))
+        return CRPC_ESYSTEM;
+    return CRPC_OK;
 #else
+    (void)h;
     return kind == CRPC_POLLER_EPOLL ? CRPC_EUNSUPPORTED : CRPC_OK;
 #endif
 }
@@ -4179,13 +4273,13 @@ typedef struct crpci_wake {
     int write_fd;
 } crpci_wake;
 
-CRPCI_FN int crpci_wake_open(crpci_wake *w)
+CRPCI_FN int crpci_wake_open(crpci_wake *w, crpci_heap *h)
 {
     int fds[2];
     w->read_fd = w->write_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (w->read_fd >= 0)
         return CRPC_OK;
-    if (errno != ENOSYS || pipe2(fds, O_NONBLOCK | O_CLOEXEC))
+    if (!crpci_heap_refused(h, "eventfd", "a pipe") || pipe2(fds, O_NONBLOCK | O_CLOEXEC))
         return CRPC_ESYSTEM;
     w->read_fd = fds[0];
     w->write_fd = fds[1];
@@ -4365,30 +4459,32 @@ CRPCI_FN int64_t crpci_timer_next_us(const crpci_timer_wheel *w)
 }
 
 /* ======================================================================== */
-/* >>impl-loop   who drives, who waits, what runs when                       */
+/* >>impl-loop   a loop's state: lock, driver, clock, tasks, timers         */
 /* ======================================================================== */
 
-/* The rules P1 to P11 of the threads' protocol are named where they are kept. A build that leaves
- * one out must be caught by the tests. */
+/* How threads share a loop is written down as the rules P1 to P11; each stands where it is kept.
+ * The rules that decide when to wake, to hand over and to close can be left out one at a time, in
+ * builds that the tests must then find wrong. */
 #ifdef CRPCI_MUTANT_P4_HANDOVER
 #define CRPCI_RULE_P4 0
 #else
-#define CRPCI_RULE_P4 1 /* hand over on every way out */
+#define CRPCI_RULE_P4 1 /* a driver that leaves names its successor in the same hold of the lock */
 #endif
 #ifdef CRPCI_MUTANT_P6_KICK
 #define CRPCI_RULE_P6 0
 #else
-#define CRPCI_RULE_P6 1 /* kick a sleeping driver */
+#define CRPCI_RULE_P6 1 /* a driver that sleeps too long is woken */
 #endif
 #ifdef CRPCI_MUTANT_P7_CLOSE
 #define CRPCI_RULE_P7 0
 #else
-#define CRPCI_RULE_P7 1 /* close a descriptor only when nobody uses it */
+#define CRPCI_RULE_P7 1 /* a descriptor is closed when no thread reads or writes it: the kernel gives
+                         * its number to the next one opened */
 #endif
 
-/* How far off, in microseconds, a timer is that a rough look at the clock is good enough for. */
+/* A deadline that is at least this far off, in microseconds, is compared with the coarse clock. */
 #define CRPCI_LOOP_SOON 50000
-#define CRPCI_LOOP_SHARES 256u
+#define CRPCI_LOOP_SHARES 256u /* references of the receive buffer that are counted in advance */
 
 /* Work queued in a loop. `run` is called with the loop locked and may unlock and lock again. */
 typedef struct crpci_task crpci_task;
@@ -4397,23 +4493,50 @@ struct crpci_task {
     void (*run)(crpc_loop *loop, crpci_task *task);
 };
 
-/* A watched descriptor. */
+/* A descriptor that the loop waits for. `fn` is called as a task's `run` is. */
 typedef struct crpci_watch crpci_watch;
 struct crpci_watch {
     crpci_poller_item item;
-    void (*fn)(crpc_loop *loop, crpci_watch *watch, unsigned events); /* locked, like a task */
+    void (*fn)(crpc_loop *loop, crpci_watch *watch, unsigned events);
 };
 
-/* A thread that waits for something that the driver will do. Lives on its stack. */
-typedef struct crpci_waiter {
-    crpci_list link;
-    crpci_cond cond; /* initialised while queued */
-    bool queued;
-    bool promoted;
-    bool driving;
-    bool done;
-} crpci_waiter;
+/* What the driver is doing: the one thread that steps the loop. */
+typedef enum crpci_loop_driver {
+    CRPCI_LOOP_UNDRIVEN, /* no thread steps the loop */
+    CRPCI_LOOP_WORKING,  /* the driver runs tasks and moves bytes; it flushes before it sleeps */
+    CRPCI_LOOP_SLEEPING, /* it waits in the poller, unlocked */
+    CRPCI_LOOP_IN_USER   /* it runs the program's code, unlocked and for any time */
+} crpci_loop_driver;
 
+/* Who may become the driver. An owned loop always has a driver. */
+typedef enum crpci_loop_mode {
+    CRPCI_LOOP_PASSIVE, /* the callers that wait: one drives, the others follow */
+    CRPCI_LOOP_CLAIMED, /* an owner, as soon as the caller that drives has left */
+    CRPCI_LOOP_OWNED    /* crpc_loop_run, _step or the own thread; callers only wait */
+} crpci_loop_mode;
+
+typedef enum crpci_loop_thread_state {
+    CRPCI_LOOP_NO_THREAD,
+    CRPCI_LOOP_THREAD_RUNS,
+    CRPCI_LOOP_THREAD_ENDED /* it was stopped and takes no lock any more: to be joined */
+} crpci_loop_thread_state;
+
+/* A program that polls the loop's descriptors in a loop of its own, and then steps this one. */
+typedef enum crpci_loop_foreign {
+    CRPCI_LOOP_NOT_FOREIGN,
+    CRPCI_LOOP_FOREIGN_AWAKE,   /* it asks for descriptors and timeout before it polls */
+    CRPCI_LOOP_FOREIGN_POLLING, /* it has asked: it may poll until foreign_at */
+    CRPCI_LOOP_FOREIGN_STALE    /* likewise, and its descriptors are not the present ones */
+} crpci_loop_foreign;
+
+typedef enum crpci_loop_end {
+    CRPCI_LOOP_OPEN,
+    CRPCI_LOOP_CLOSING, /* crpc_loop_close waits for the owner to leave */
+    CRPCI_LOOP_DISPOSED /* it was closed inside a callback: the driver frees it as it leaves */
+} crpci_loop_end;
+
+/* Shared with the sections below: heap, conns, endpoints, registries, calls, results, resume,
+ * dirty, io_cond, io_waiters, now, fresh, max_results, forbid_threads, stats, the receive buffer. */
 struct crpc_loop {
     crpci_mutex lock;
     crpci_heap *heap;
@@ -4425,37 +4548,31 @@ struct crpc_loop {
     crpci_timer_wheel timers;
     crpci_id_table watches;
     crpci_id_table users; /* the program's timers and watches */
-    crpci_list ready;     /* tasks that run user code: only for an owner, a step, a wait by id */
+    crpci_list ready;     /* tasks that run user code: run by an owner or a wait by id (P8) */
     crpci_list resume;    /* internal tasks: input already read */
     crpci_list dirty;     /* internal tasks: output to be sent */
     /* who drives */
-    bool driver;   /* somebody steps */
-    bool owned;    /* ... and it is run, _step or the own thread */
-    bool foreign;  /* the program steps it from time to time */
-    bool foreign_stale;  /* it was given poll descriptors that have changed since */
-    int64_t foreign_at;  /* it was told to wait until then; 0: it will ask again before it waits */
-    bool sleeping; /* the driver waits in the poller, without the lock */
-    bool in_user;  /* the driver runs user code, without the lock */
-    bool kicked;
-    bool hurry;     /* what the driver waits for came about before it slept */
-    bool step_user; /* the present step runs user code */
-    bool owner_waiting;
-    bool has_thread;  /* one to be joined */
-    bool thread_over; /* it was stopped: it only has to return */
-    bool joining;  /* crpc_loop_close waits for the own thread, or for who else owns it */
-    bool disposed; /* whoever drives last lets go of it */
-    int64_t wake_at;
-    int64_t last_step;
-    int64_t now; /* the clock when it was last looked at, see crpci_loop_time */
-    bool fresh;  /* ... since when neither a wait nor user code can have taken time */
-    uintptr_t user_thread; /* atomic: a crpci_thread_tag, 0: none; who finds its own is in_user */
-    int64_t user_now;      /* that thread's alone: the clock when it was last looked at */
+    crpci_loop_driver driver;
+    crpci_loop_mode mode;
+    crpci_loop_foreign foreign;
+    crpci_loop_thread_state thread_state;
+    crpci_loop_end end;
+    bool kicked;        /* the wake descriptor is readable, or the driver is about to drain it */
+    bool skip_sleep;    /* what the driver waits for came about in the step that is under way */
+    bool step_user;     /* the step that is under way runs user code */
+    int64_t wake_at;    /* when the driver will wake by itself */
+    int64_t foreign_at; /* when the foreign loop will */
+    int64_t last_step;  /* when the poller last returned */
+    int64_t now;        /* the clock when it was last read, see crpci_loop_time */
+    bool fresh;         /* since then neither a wait nor user code can have taken time */
+    uintptr_t user_thread; /* atomic: tag of the thread that is inside a callback; 0: none is */
+    int64_t user_now;      /* that thread's alone: the clock when it last read it */
     crpci_thread thread;
-    crpci_cond owner_cond;
-    crpci_cond io_cond; /* a send ended that somebody waits for */
-    unsigned io_waiters;
-    crpci_list followers;
-    /* upper sections' */
+    crpci_cond owner_cond; /* the driver has left: for owners, and for crpc_loop_close */
+    crpci_cond io_cond;    /* a send has ended */
+    unsigned io_waiters;   /* threads that wait for io_cond */
+    crpci_list followers;  /* callers that wait, first come first: crpci_waiter */
+    /* the sections' below */
     crpci_list conns;
     crpci_list endpoints;
     crpci_list registries;
@@ -4483,15 +4600,23 @@ CRPCI_FN void crpci_loop_unlock(crpc_loop *l)
     crpci_thread_unlock(&l->lock);
 }
 
+/* States that the calling thread holds the loop's lock; checked where CRPC_DEBUG is 1. */
+CRPCI_FN void crpci_loop_assert_locked(const crpc_loop *l)
+{
+    CRPCI_ASSERT(crpci_thread_holds(&l->lock), "the loop is not locked by this thread");
+    (void)l;
+}
+
 CRPCI_FN void crpci_loop_hold(crpc_loop *l)
 {
     crpci_thread_ref(&l->refs);
 }
 
-/* A reference of bytes just received, locked. Of the receive buffer, which every message takes one
- * of, they are counted in advance: that spares the locked arithmetic. */
+/* Takes a reference of bytes just received. Every message takes one of the receive buffer; those
+ * are counted in advance, CRPCI_LOOP_SHARES at a time, to save an atomic addition for each. */
 CRPCI_FN void crpci_loop_share(crpc_loop *l, crpci_chunk *c)
 {
+    crpci_loop_assert_locked(l);
     if (c != l->spare) {
         crpci_heap_chunk_ref(c);
         return;
@@ -4503,15 +4628,18 @@ CRPCI_FN void crpci_loop_share(crpc_loop *l, crpci_chunk *c)
     l->spare_refs--;
 }
 
-/* Gives it back, locked; anywhere else crpci_heap_chunk_unref does. NULL is ignored. */
+/* Gives a shared reference back. Without the lock crpci_heap_chunk_unref does the same. NULL is
+ * ignored. */
 CRPCI_FN void crpci_loop_unshare(crpc_loop *l, crpci_chunk *c)
 {
+    crpci_loop_assert_locked(l);
     if (c && c == l->spare)
         l->spare_refs++;
     else
         crpci_heap_chunk_unref(c);
 }
 
+/* Whether no message points into the receive buffer any more. */
 CRPCI_FN bool crpci_loop_spare_alone(const crpc_loop *l)
 {
     return crpci_thread_load(&l->spare->refs) == 1 + l->spare_refs;
@@ -4548,7 +4676,10 @@ CRPCI_FN void crpci_loop_release(crpc_loop *l)
         crpci_loop_free(l);
 }
 
-/* xorshift32, G. Marsaglia: Xorshift RNGs (2003); for jitter, nothing that must be unguessable. */
+/* --- random numbers, the clock ---------------------------------------------------------------- */
+
+/* xorshift32, G. Marsaglia: Xorshift RNGs (2003). For jitter and choices only: whoever sees a few
+ * numbers can compute the others. */
 CRPCI_FN uint32_t crpci_loop_random(crpc_loop *l)
 {
     l->random ^= l->random << 13;
@@ -4557,19 +4688,24 @@ CRPCI_FN uint32_t crpci_loop_random(crpc_loop *l)
     return l->random;
 }
 
-/* Of devices with one image that start together the clock may differ by microseconds, and the rest
- * not at all: the kernel's random bytes for this process, and a mix by which every bit counts. */
-CRPCI_FN uint32_t crpci_loop_seed(uint64_t what)
+/* Bytes of the kernel's random generator. Kernels before 3.17, and some sandboxes, have no
+ * getrandom; then the clock, the process id, an address and the random bytes that the kernel gave
+ * the process at its start must do, since boards with one image may boot in the same
+ * microsecond. */
+CRPCI_COLD uint32_t crpci_loop_seed(const crpc_loop *l)
 {
-    const void *bytes = (const void *)(uintptr_t)getauxval(AT_RANDOM);
-    uint32_t seed = 0;
-    if (bytes)
-        memcpy(&seed, bytes, sizeof seed);
-    seed ^= (uint32_t)what ^ (uint32_t)(what >> 32);
-    seed = (seed ^ seed >> 16) * 0x85ebca6bu; /* MurmurHash3's finalizer */
-    seed = (seed ^ seed >> 13) * 0xc2b2ae35u;
-    seed ^= seed >> 16;
-    return seed ? seed : 1;
+    uint64_t seed = (uint64_t)crpci_heap_now(l->heap) ^ (uint64_t)(uintptr_t)l << 20 ^
+                    (uint64_t)getpid() << 44;
+    const void *start = (const void *)(uintptr_t)getauxval(AT_RANDOM);
+    uint64_t bytes = 0;
+    long n = -1;
+#ifdef SYS_getrandom
+    n = syscall(SYS_getrandom, &bytes, sizeof bytes, 1 /* GRND_NONBLOCK */);
+#endif
+    if (n != (long)sizeof bytes && start)
+        memcpy(&bytes, start, sizeof bytes);
+    seed = crpci_base_mix(seed ^ crpci_base_mix(bytes));
+    return (uint32_t)seed ? (uint32_t)seed : 1; /* xorshift never leaves 0 */
 }
 
 CRPCI_FN int64_t crpci_loop_now(const crpc_loop *l)
@@ -4577,10 +4713,11 @@ CRPCI_FN int64_t crpci_loop_now(const crpc_loop *l)
     return crpci_heap_now(l->heap);
 }
 
-/* Locked: the time, for what need not be exact to the microsecond. The clock is looked at once
- * after each wait and each run of user code, and at the beginning of each call. */
+/* The loop's time: the clock as it stood after the last wait, the last run of user code, or the
+ * begin of the present call. Reading it again for every use would cost more than the uses. */
 CRPCI_FN int64_t crpci_loop_time(crpc_loop *l)
 {
+    crpci_loop_assert_locked(l);
     if (!l->fresh) {
         l->now = crpci_loop_now(l);
         l->fresh = true;
@@ -4588,9 +4725,10 @@ CRPCI_FN int64_t crpci_loop_time(crpc_loop *l)
     return l->now;
 }
 
-/* The same where some milliseconds late are no harm. */
+/* The loop's time, up to some milliseconds behind. */
 CRPCI_FN int64_t crpci_loop_rough_time(crpc_loop *l)
 {
+    crpci_loop_assert_locked(l);
     if (!l->fresh) {
         int64_t now = crpci_heap_rough_now(l->heap);
         l->now = now > l->now ? now : l->now;
@@ -4607,14 +4745,15 @@ CRPCI_FN int64_t crpci_loop_left(crpc_loop *l, int64_t at)
     return at > now ? at - now : 0;
 }
 
-/* P1: whether this thread is inside a callback of the loop; needs no lock. */
+/* P1: a thread that is inside a callback of the loop must not wait for the loop: the callers
+ * return EDEADLK. Needs no lock, since only this thread stores its own tag. */
 CRPCI_FN bool crpci_loop_in_callback(const crpc_loop *l)
 {
     return __atomic_load_n(&l->user_thread, __ATOMIC_RELAXED) == crpci_thread_tag();
 }
 
-/* When a call begins, without the lock. Callbacks, which may begin many in a row, look at the clock
- * again only when its rough one has gone on. */
+/* The time at which a call begins; not locked. A callback may begin many calls in a row: the exact
+ * clock is then read only when the coarse one has advanced. */
 CRPCI_FN int64_t crpci_loop_start_time(crpc_loop *l)
 {
     if (!crpci_loop_in_callback(l))
@@ -4624,14 +4763,30 @@ CRPCI_FN int64_t crpci_loop_start_time(crpc_loop *l)
     return l->user_now;
 }
 
-/* P6: ends the driver's wait, once; also that of a program that polls the loop's descriptor. */
+/* --- from here on every function expects the loop to be locked -------------------------------- */
+
+/* P6: wakes the driver, or the program that polls for the loop, unless that was done already. The
+ * callers do so for an earlier timer, a post, an owner that wants in, a close, and with poll a
+ * changed descriptor: never for bytes to be sent, never for epoll_ctl, which the kernel heeds while
+ * epoll_wait sleeps, and never for a follower's own deadline. */
 CRPCI_FN void crpci_loop_kick(crpc_loop *l)
 {
-    if ((l->sleeping || (l->foreign && !l->driver)) && !l->kicked && CRPCI_RULE_P6) {
+    bool polled = l->driver == CRPCI_LOOP_UNDRIVEN && l->foreign != CRPCI_LOOP_NOT_FOREIGN;
+    crpci_loop_assert_locked(l);
+    if ((l->driver == CRPCI_LOOP_SLEEPING || polled) && !l->kicked && CRPCI_RULE_P6) {
         l->kicked = true;
         l->stats.wakeups++;
         crpci_wake_kick(&l->wake);
     }
+}
+
+/* P2: whether a thread that has queued output should send it itself. A driver that works does so
+ * before it sleeps; one that sleeps, or is busy with the program's code, would send it late. */
+CRPCI_FN bool crpci_loop_may_send(const crpc_loop *l)
+{
+    crpci_loop_assert_locked(l);
+    return l->driver == CRPCI_LOOP_UNDRIVEN || l->driver == CRPCI_LOOP_SLEEPING ||
+           (l->driver == CRPCI_LOOP_IN_USER && !crpci_loop_in_callback(l));
 }
 
 CRPCI_FN void crpci_loop_task_init(crpci_task *t, void (*run)(crpc_loop *, crpci_task *))
@@ -4640,26 +4795,30 @@ CRPCI_FN void crpci_loop_task_init(crpci_task *t, void (*run)(crpc_loop *, crpci
     t->run = run;
 }
 
-/* Queues a task that runs user code; once, if it is queued already. */
+/* Queues a task that runs user code. One that is queued already stays where it is. */
 CRPCI_FN void crpci_loop_ready(crpc_loop *l, crpci_task *t)
 {
+    crpci_loop_assert_locked(l);
     if (!crpci_list_empty(&t->link))
         return;
     crpci_list_append(&l->ready, &t->link);
     crpci_loop_kick(l);
 }
 
-/* Queues an internal task on `resume` or `dirty`. */
+/* Queues an internal task on `resume` or `dirty`, likewise. */
 CRPCI_FN void crpci_loop_queue(crpci_list *list, crpci_task *t)
 {
     if (crpci_list_empty(&t->link))
         crpci_list_append(list, &t->link);
 }
 
-/* User code runs between these two, without the lock. */
+/* The driver runs user code between these two; crpci_loop_user_begin unlocks, crpci_loop_user_end
+ * locks again. */
 CRPCI_FN void crpci_loop_user_begin(crpc_loop *l)
 {
-    l->in_user = true;
+    crpci_loop_assert_locked(l);
+    CRPCI_ASSERT(l->driver == CRPCI_LOOP_WORKING, "only the driver runs user code");
+    l->driver = CRPCI_LOOP_IN_USER;
     l->fresh = false;
     l->user_now = l->now;
     __atomic_store_n(&l->user_thread, crpci_thread_tag(), __ATOMIC_RELAXED);
@@ -4670,12 +4829,15 @@ CRPCI_FN void crpci_loop_user_end(crpc_loop *l)
 {
     crpci_loop_lock(l);
     __atomic_store_n(&l->user_thread, 0, __ATOMIC_RELAXED);
-    l->in_user = l->fresh = false;
+    l->driver = CRPCI_LOOP_WORKING;
+    l->fresh = false;
 }
 
+/* Runs the tasks that are on the list now; one that queues itself again runs the next time. */
 CRPCI_FN void crpci_loop_run_list(crpc_loop *l, crpci_list *list)
 {
     crpci_list now;
+    crpci_loop_assert_locked(l);
     crpci_list_move(&now, list);
     while (!crpci_list_empty(&now)) {
         crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
@@ -4684,7 +4846,8 @@ CRPCI_FN void crpci_loop_run_list(crpc_loop *l, crpci_list *list)
     }
 }
 
-/* Runs the user tasks that are queued now; their replies go out in groups. */
+/* Runs the user tasks that are queued now. What they send goes out every 32 tasks, so that one
+ * send carries several replies. */
 CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
 {
     crpci_list now;
@@ -4699,10 +4862,12 @@ CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
     }
 }
 
+/* P6: a timer that is due before the driver, or the foreign loop, will wake by itself wakes it. */
 CRPCI_FN void crpci_loop_timer_at(crpc_loop *l, crpci_timer *t, int64_t due)
 {
+    crpci_loop_assert_locked(l);
     crpci_timer_set(&l->timers, t, due);
-    if (due < (l->driver ? l->wake_at : l->foreign_at)) /* until when somebody sleeps */
+    if (due < (l->driver != CRPCI_LOOP_UNDRIVEN ? l->wake_at : l->foreign_at))
         crpci_loop_kick(l);
 }
 
@@ -4713,7 +4878,7 @@ CRPCI_FN void crpci_loop_timer_set(crpc_loop *l, crpci_timer *t, int64_t delay_u
 
 CRPCI_FN void crpci_loop_timer_cancel(crpc_loop *l, crpci_timer *t)
 {
-    (void)l;
+    crpci_loop_assert_locked(l);
     crpci_timer_cancel(t);
 }
 
@@ -4726,7 +4891,7 @@ CRPCI_FN void crpci_loop_run_timers(crpc_loop *l)
     due = l->timers.fired;
     if (!due)
         return;
-    /* One armed again for now by its own function belongs to the next step. */
+    /* A timer that its own function sets to the present time belongs to the next step. */
     l->timers.fired = NULL;
     due->prev = &due;
     while ((t = due) != NULL) {
@@ -4735,6 +4900,10 @@ CRPCI_FN void crpci_loop_run_timers(crpc_loop *l)
     }
 }
 
+/* ======================================================================== */
+/* >>impl-watch   descriptors that a loop waits for                         */
+/* ======================================================================== */
+
 CRPCI_FN void crpci_watch_init(crpci_watch *w, void (*fn)(crpc_loop *, crpci_watch *, unsigned))
 {
     memset(w, 0, sizeof *w);
@@ -4742,58 +4911,65 @@ CRPCI_FN void crpci_watch_init(crpci_watch *w, void (*fn)(crpc_loop *, crpci_wat
     w->fn = fn;
 }
 
-/* Watches a descriptor, changes what for, or with events 0 stops: then late events name nothing. */
-CRPCI_FN int crpci_loop_watch_set(crpc_loop *l, crpci_watch *w, int fd, unsigned events)
+/* Stops watching; events that the poller has reported already no longer find the watch. */
+CRPCI_FN void crpci_watch_remove(crpc_loop *l, crpci_watch *w)
+{
+    crpci_poller_set(&l->poller, l->heap, &w->item, 0);
+    crpci_id_remove(&l->watches, w->item.id);
+    l->stats.watches--;
+}
+
+CRPCI_FN int crpci_watch_add(crpc_loop *l, crpci_watch *w, int fd, unsigned events)
+{
+    int err = crpci_id_add(&l->watches, l->heap, w, &w->item.id);
+    if (err)
+        return err;
+    w->item.fd = fd;
+    err = crpci_poller_set(&l->poller, l->heap, &w->item, events);
+    if (err)
+        crpci_id_remove(&l->watches, w->item.id);
+    else
+        l->stats.watches++;
+    return err;
+}
+
+/* Watches a descriptor for `events`, which replace those from before; 0 stops. The poller reports
+ * an {index, generation} id and not an address: the watch may be gone when its event is handled. */
+CRPCI_FN int crpci_watch_set(crpc_loop *l, crpci_watch *w, int fd, unsigned events)
 {
     int err = CRPC_OK;
-    if (w->item.events && (w->item.fd != fd || !events)) {
-        crpci_poller_set(&l->poller, l->heap, &w->item, 0);
-        crpci_id_remove(&l->watches, w->item.id);
-        l->stats.watches--;
-    }
-    if (events && events != w->item.events) {
-        bool fresh = !w->item.events;
-        w->item.fd = fd;
-        if (fresh)
-            err = crpci_id_add(&l->watches, l->heap, w, &w->item.id);
-        if (!err) {
-            err = crpci_poller_set(&l->poller, l->heap, &w->item, events);
-            if (err && fresh)
-                crpci_id_remove(&l->watches, w->item.id);
-            else if (fresh)
-                l->stats.watches++;
-        }
-    }
+    crpci_loop_assert_locked(l);
+    if (w->item.events && (w->item.fd != fd || !events))
+        crpci_watch_remove(l, w);
+    if (events && !w->item.events)
+        err = crpci_watch_add(l, w, fd, events);
+    else if (events != w->item.events)
+        err = crpci_poller_set(&l->poller, l->heap, &w->item, events);
     if (l->poller.kind == CRPC_POLLER_POLL) {
-        l->foreign_stale = l->foreign_at != 0;
-        crpci_loop_kick(l); /* P6: poll works on a copy */
+        if (l->foreign == CRPCI_LOOP_FOREIGN_POLLING)
+            l->foreign = CRPCI_LOOP_FOREIGN_STALE;
+        crpci_loop_kick(l); /* P6: poll sleeps on a copy of the descriptors */
     }
     return err;
 }
 
-CRPCI_FN void crpci_loop_on_wake(crpc_loop *l, crpci_watch *w, unsigned events)
-{
-    (void)w;
-    (void)events;
-    crpci_wake_drain(&l->wake);
-    l->kicked = false;
-}
+/* ======================================================================== */
+/* >>impl-user   what the program has on a loop: posts, timers, descriptors */
+/* ======================================================================== */
 
-/* --- what the program has on the loop: posts, timers, descriptors ----------------------------- */
+typedef enum crpci_user_kind {
+    CRPCI_USER_POST,
+    CRPCI_USER_TIMER,
+    CRPCI_USER_WATCH
+} crpci_user_kind;
 
-typedef enum crpci_loop_kind {
-    CRPCI_LOOP_POST,
-    CRPCI_LOOP_TIMER,
-    CRPCI_LOOP_WATCH
-} crpci_loop_kind;
-
-typedef struct crpci_loop_user {
-    crpci_loop_kind kind;
+typedef struct crpci_user {
+    crpci_user_kind kind;
     crpci_task task;
     uint64_t id;
     void *user;
     bool running;
-    bool ended; /* while running: to be freed behind it */
+    bool ended; /* while its callback ran, which frees it */
     void (*post)(void *user);
     crpc_timer_fn on_timer;
     crpci_timer timer;
@@ -4801,15 +4977,16 @@ typedef struct crpci_loop_user {
     crpc_watch_fn on_event;
     crpci_watch watch;
     int fd;
-    unsigned wanted;
-    unsigned got;
-} crpci_loop_user;
+    unsigned wanted; /* events that the program asked for */
+    unsigned got;    /* events that its callback is still to be told */
+} crpci_user;
 
-CRPCI_FN void crpci_loop_user_end_of(crpc_loop *l, crpci_loop_user *u)
+/* Ends a post, timer or watch: its callback does not run again. */
+CRPCI_FN void crpci_user_remove(crpc_loop *l, crpci_user *u)
 {
     crpci_id_remove(&l->users, u->id);
     crpci_timer_cancel(&u->timer);
-    crpci_loop_watch_set(l, &u->watch, u->fd, 0);
+    crpci_watch_set(l, &u->watch, u->fd, 0);
     crpci_list_remove(&u->task.link);
     if (u->running)
         u->ended = true;
@@ -4817,25 +4994,25 @@ CRPCI_FN void crpci_loop_user_end_of(crpc_loop *l, crpci_loop_user *u)
         crpci_heap_free(l->heap, u, sizeof *u);
 }
 
-CRPCI_FN void crpci_loop_user_free(crpc_loop *l)
+CRPCI_COLD void crpci_user_remove_all(crpc_loop *l)
 {
     uint32_t i;
     for (i = 0; i < l->users.cap; i++) {
         if (l->users.slots[i].object)
-            crpci_loop_user_end_of(l, (crpci_loop_user *)l->users.slots[i].object);
+            crpci_user_remove(l, (crpci_user *)l->users.slots[i].object);
     }
 }
 
-CRPCI_FN void crpci_loop_user_run(crpc_loop *l, crpci_task *task)
+CRPCI_FN void crpci_user_run(crpc_loop *l, crpci_task *task)
 {
-    crpci_loop_user *u = CRPCI_CONTAINER(task, crpci_loop_user, task);
+    crpci_user *u = CRPCI_CONTAINER(task, crpci_user, task);
     unsigned got = u->got & u->wanted;
     u->got = 0;
     u->running = true;
     crpci_loop_user_begin(l);
-    if (u->kind == CRPCI_LOOP_POST)
+    if (u->kind == CRPCI_USER_POST)
         u->post(u->user);
-    else if (u->kind == CRPCI_LOOP_TIMER)
+    else if (u->kind == CRPCI_USER_TIMER)
         u->on_timer(u->user);
     else if (got)
         u->on_event(u->user, u->fd, got);
@@ -4843,15 +5020,16 @@ CRPCI_FN void crpci_loop_user_run(crpc_loop *l, crpci_task *task)
     u->running = false;
     if (u->ended)
         crpci_heap_free(l->heap, u, sizeof *u);
-    else if (u->kind == CRPCI_LOOP_POST || (u->kind == CRPCI_LOOP_TIMER && !u->period_us))
-        crpci_loop_user_end_of(l, u);
-    else if (u->kind == CRPCI_LOOP_WATCH)
-        crpci_loop_watch_set(l, &u->watch, u->fd, u->wanted);
+    else if (u->kind == CRPCI_USER_POST || (u->kind == CRPCI_USER_TIMER && !u->period_us))
+        crpci_user_remove(l, u);
+    else if (u->kind == CRPCI_USER_WATCH)
+        crpci_watch_set(l, &u->watch, u->fd, u->wanted);
 }
 
-CRPCI_FN void crpci_loop_user_timer(crpc_loop *l, crpci_timer *timer)
+/* A periodic timer keeps its rhythm; periods that have passed entirely are left out. */
+CRPCI_FN void crpci_user_on_timer(crpc_loop *l, crpci_timer *timer)
 {
-    crpci_loop_user *u = CRPCI_CONTAINER(timer, crpci_loop_user, timer);
+    crpci_user *u = CRPCI_CONTAINER(timer, crpci_user, timer);
     if (u->period_us) {
         int64_t now = crpci_loop_now(l), next = timer->due_us + u->period_us;
         crpci_timer_set(&l->timers, timer, next > now ? next : now + u->period_us);
@@ -4859,28 +5037,29 @@ CRPCI_FN void crpci_loop_user_timer(crpc_loop *l, crpci_timer *timer)
     crpci_loop_ready(l, &u->task);
 }
 
-/* Level-triggered: until its callback can run, the descriptor is not watched, else a driver that
- * may not run it would spin. */
-CRPCI_FN void crpci_loop_user_event(crpc_loop *l, crpci_watch *watch, unsigned events)
+/* A driver that may not run user code (P8) stops watching the descriptor until the callback has
+ * run: the poller reports a level, and the driver would spin. */
+CRPCI_FN void crpci_user_on_event(crpc_loop *l, crpci_watch *watch, unsigned events)
 {
-    crpci_loop_user *u = CRPCI_CONTAINER(watch, crpci_loop_user, watch);
+    crpci_user *u = CRPCI_CONTAINER(watch, crpci_user, watch);
     u->got |= events;
     crpci_loop_ready(l, &u->task);
     if (!l->step_user)
-        crpci_loop_watch_set(l, watch, u->fd, 0);
+        crpci_watch_set(l, watch, u->fd, 0);
 }
 
-CRPCI_FN crpci_loop_user *crpci_loop_user_new(crpc_loop *l, crpci_loop_kind kind, void *user)
+CRPCI_FN crpci_user *crpci_user_add(crpc_loop *l, crpci_user_kind kind, void *user)
 {
-    crpci_loop_user *u = (crpci_loop_user *)crpci_heap_alloc(l->heap, sizeof *u);
+    crpci_user *u = (crpci_user *)crpci_heap_alloc(l->heap, sizeof *u);
+    crpci_loop_assert_locked(l);
     if (!u)
         return NULL;
     u->kind = kind;
     u->user = user;
     u->fd = -1;
-    crpci_loop_task_init(&u->task, crpci_loop_user_run);
-    crpci_timer_init(&u->timer, crpci_loop_user_timer);
-    crpci_watch_init(&u->watch, crpci_loop_user_event);
+    crpci_loop_task_init(&u->task, crpci_user_run);
+    crpci_timer_init(&u->timer, crpci_user_on_timer);
+    crpci_watch_init(&u->watch, crpci_user_on_event);
     if (crpci_id_add(&l->users, l->heap, u, &u->id)) {
         crpci_heap_free(l->heap, u, sizeof *u);
         return NULL;
@@ -4888,46 +5067,179 @@ CRPCI_FN crpci_loop_user *crpci_loop_user_new(crpc_loop *l, crpci_loop_kind kind
     return u;
 }
 
-/* --- driving ---------------------------------------------------------------------------------- */
+CRPC_API int crpc_loop_post(crpc_loop *l, void (*fn)(void *user), void *user)
+{
+    crpci_user *u;
+    if (!fn)
+        return CRPC_EINVAL;
+    crpci_loop_lock(l);
+    u = crpci_user_add(l, CRPCI_USER_POST, user);
+    if (u) {
+        u->post = fn;
+        crpci_loop_ready(l, &u->task);
+    }
+    crpci_loop_unlock(l);
+    return u ? CRPC_OK : CRPC_ENOMEM;
+}
+
+CRPCI_FN bool crpci_user_watches(const crpc_loop *l, int fd)
+{
+    uint32_t i;
+    for (i = 0; i < l->users.cap; i++) {
+        const crpci_user *u = (const crpci_user *)l->users.slots[i].object;
+        if (u && u->kind == CRPCI_USER_WATCH && u->fd == fd)
+            return true;
+    }
+    return false;
+}
+
+CRPC_API int crpc_loop_watch(crpc_loop *l, int fd, unsigned events, crpc_watch_fn fn, void *user,
+                             crpc_id *id)
+{
+    crpci_user *u;
+    int err = CRPC_ENOMEM;
+    id->value = 0;
+    if (fd < 0 || !fn || events & ~(CRPC_READABLE | CRPC_WRITABLE))
+        return CRPC_EINVAL;
+    crpci_loop_lock(l);
+    if (crpci_user_watches(l, fd)) { /* epoll takes each descriptor once */
+        crpci_loop_unlock(l);
+        return CRPC_EBUSY;
+    }
+    u = crpci_user_add(l, CRPCI_USER_WATCH, user);
+    if (u) {
+        u->fd = fd;
+        u->on_event = fn;
+        u->wanted = events;
+        err = crpci_watch_set(l, &u->watch, fd, events);
+        if (err)
+            crpci_user_remove(l, u);
+        else
+            id->value = u->id;
+    }
+    crpci_loop_unlock(l);
+    return err;
+}
+
+CRPC_API int crpc_loop_rewatch(crpc_loop *l, crpc_id id, unsigned events)
+{
+    crpci_user *u;
+    int err = CRPC_ENOTFOUND;
+    if (events & ~(CRPC_READABLE | CRPC_WRITABLE))
+        return CRPC_EINVAL;
+    crpci_loop_lock(l);
+    u = (crpci_user *)crpci_id_get(&l->users, id.value);
+    if (u && u->kind == CRPCI_USER_WATCH) {
+        u->wanted = events;
+        err = crpci_watch_set(l, &u->watch, u->fd, events);
+    }
+    crpci_loop_unlock(l);
+    return err;
+}
+
+CRPCI_FN void crpci_user_stop(crpc_loop *l, crpc_id id, crpci_user_kind kind)
+{
+    crpci_user *u;
+    crpci_loop_lock(l);
+    u = (crpci_user *)crpci_id_get(&l->users, id.value);
+    if (u && u->kind == kind)
+        crpci_user_remove(l, u);
+    crpci_loop_unlock(l);
+}
+
+CRPC_API void crpc_loop_unwatch(crpc_loop *l, crpc_id id)
+{
+    crpci_user_stop(l, id, CRPCI_USER_WATCH);
+}
+
+CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms, crpc_timer_fn fn,
+                              void *user, crpc_id *id)
+{
+    const int64_t longest = INT64_C(3153600000000); /* 100 years */
+    crpci_user *u;
+    crpc_id unwanted;
+    id = id ? id : &unwanted;
+    id->value = 0;
+    if (!fn || delay_ms < 0 || period_ms < 0 || delay_ms > longest || period_ms > longest)
+        return CRPC_EINVAL;
+    crpci_loop_lock(l);
+    u = crpci_user_add(l, CRPCI_USER_TIMER, user);
+    if (u) {
+        u->on_timer = fn;
+        u->period_us = period_ms * 1000;
+        crpci_loop_timer_set(l, &u->timer, delay_ms * 1000);
+        id->value = u->id;
+    }
+    crpci_loop_unlock(l);
+    return u ? CRPC_OK : CRPC_ENOMEM;
+}
+
+CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
+{
+    crpci_user_stop(l, id, CRPCI_USER_TIMER);
+}
+
+/* ======================================================================== */
+/* >>impl-drive   who drives a loop, who waits, and how they take turns     */
+/* ======================================================================== */
+
+/* A thread that waits for something that the driver will do. It lives on that thread's stack, so
+ * every access is made under the loop's lock, to the last (P5). All zero at first. */
+typedef enum crpci_waiter_place {
+    CRPCI_WAITER_APART,   /* it neither drives nor sleeps */
+    CRPCI_WAITER_QUEUED,  /* it sleeps among the followers */
+    CRPCI_WAITER_DRIVING  /* it drives, or was promoted in its sleep and is about to */
+} crpci_waiter_place;
+
+typedef struct crpci_waiter {
+    crpci_list link;
+    crpci_cond cond; /* initialised while queued */
+    crpci_waiter_place place;
+    bool done;
+} crpci_waiter;
 
 /* How long the poller may wait, in microseconds; negative: no limit. */
-CRPCI_FN int64_t crpci_loop_patience(crpc_loop *l, int64_t until, bool user)
+CRPCI_FN int64_t crpci_drive_patience(crpc_loop *l, int64_t until, bool user)
 {
     int64_t at = crpci_timer_next_us(&l->timers);
     at = crpci_base_min64(at, until);
     l->wake_at = at;
     if ((user && !crpci_list_empty(&l->ready)) || !crpci_list_empty(&l->resume) ||
-        !crpci_list_empty(&l->dirty) || l->hurry || l->owner_waiting ||
-        (l->owned && crpci_thread_load(&l->stop)))
+        !crpci_list_empty(&l->dirty) || l->skip_sleep || l->mode == CRPCI_LOOP_CLAIMED ||
+        (l->mode == CRPCI_LOOP_OWNED && crpci_thread_load(&l->stop)))
         return 0;
     return at == INT64_MAX ? -1 : crpci_loop_left(l, at);
 }
 
-/* P5: one step. `until` (INT64_MAX: none) bounds the wait; `user` allows user code. Flushing goes
- * once over the dirty connections without the lock; one that others dirtied meanwhile keeps the
- * step from sleeping, which is as good as flushing under the lock and blocks nobody. */
-CRPCI_FN void crpci_loop_step(crpc_loop *l, int64_t until, bool user)
+/* P5: one step: timers and tasks, then flush, sleep in the poller, handle the events. `until`
+ * (INT64_MAX: none) bounds the sleep; `user` allows user code, which the driver that is itself a
+ * synchronous caller never runs (P8): the program's callbacks could wait for a lock that the caller
+ * holds, or outlast its deadline. Sending unlocks, so another thread may queue output after the
+ * flush; the step then does not sleep, and the next one flushes. */
+CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
 {
     crpci_poller_event events[CRPCI_POLLER_BATCH];
     int64_t patience;
     int n, i;
+    crpci_loop_assert_locked(l);
     l->step_user = user;
-    l->hurry = false;
+    l->skip_sleep = false;
     crpci_loop_run_timers(l);
     crpci_loop_run_list(l, &l->resume);
     if (user)
         crpci_loop_run_ready(l);
     crpci_loop_run_list(l, &l->dirty);
-    patience = crpci_loop_patience(l, until, user);
-    if (crpci_poller_prepare(&l->poller, l->heap))
+    patience = crpci_drive_patience(l, until, user);
+    if (crpci_poller_prepare(&l->poller, l->heap)) /* out of memory: some are not waited for */
         patience = crpci_base_min64(patience < 0 ? 1000 : patience, 1000);
     l->stats.waits++;
-    l->sleeping = true;
+    l->driver = CRPCI_LOOP_SLEEPING;
     l->fresh = false;
     crpci_loop_unlock(l);
     n = crpci_poller_wait(&l->poller, patience, events);
     crpci_loop_lock(l);
-    l->sleeping = l->fresh = false; /* a caller may have looked at the clock meanwhile */
+    l->driver = CRPCI_LOOP_WORKING;
+    l->fresh = false; /* a caller may have read the clock meanwhile */
     l->last_step = crpci_loop_time(l);
     for (i = 0; i < n; i++) {
         crpci_watch *w = (crpci_watch *)crpci_id_get(&l->watches, events[i].id);
@@ -4939,221 +5251,236 @@ CRPCI_FN void crpci_loop_step(crpc_loop *l, int64_t until, bool user)
     crpci_loop_run_list(l, &l->dirty);
 }
 
-/* Whether what a program with its own poll loop waits for has changed while a caller drove. */
-CRPCI_FN bool crpci_loop_foreign_due(const crpc_loop *l)
+/* Whether what a foreign loop polls for has changed while a caller drove. */
+CRPCI_FN bool crpci_drive_foreign_due(const crpc_loop *l)
 {
-    return l->foreign && (l->foreign_stale || !crpci_list_empty(&l->resume) ||
-                          crpci_timer_next_us(&l->timers) < l->foreign_at);
+    return l->foreign != CRPCI_LOOP_NOT_FOREIGN &&
+           (l->foreign == CRPCI_LOOP_FOREIGN_STALE || !crpci_list_empty(&l->resume) ||
+            crpci_timer_next_us(&l->timers) < l->foreign_at);
 }
 
-/* P4: the driver's way out. */
-CRPCI_FN void crpci_loop_leave(crpc_loop *l)
+/* P4: every way out of driving leads through here, and hands over before the lock is released: to
+ * an owner that waits, else to the follower that has waited longest (P11), else to nobody. A driver
+ * has sent its output before it leaves; where nobody comes after, also what others queued while it
+ * sent. */
+CRPCI_FN void crpci_drive_leave(crpc_loop *l)
 {
+    crpci_loop_assert_locked(l);
     do {
-        crpci_loop_run_list(l, &l->dirty); /* again only where nobody comes after */
-    } while (!crpci_list_empty(&l->dirty) && !l->owner_waiting && crpci_list_empty(&l->followers));
-    l->driver = l->fresh = false;
-    if (!crpci_list_empty(&l->ready) || crpci_loop_foreign_due(l))
-        crpci_loop_kick(l); /* a program that polls the loop's descriptor has to step it */
-    if (l->owner_waiting || l->joining) {
+        crpci_loop_run_list(l, &l->dirty);
+    } while (!crpci_list_empty(&l->dirty) && l->mode != CRPCI_LOOP_CLAIMED &&
+             crpci_list_empty(&l->followers));
+    l->driver = CRPCI_LOOP_UNDRIVEN;
+    l->fresh = false;
+    if (!crpci_list_empty(&l->ready) || crpci_drive_foreign_due(l))
+        crpci_loop_kick(l);
+    if (l->mode == CRPCI_LOOP_CLAIMED || l->end == CRPCI_LOOP_CLOSING) {
         crpci_thread_broadcast(&l->owner_cond);
     } else if (!crpci_list_empty(&l->followers)) {
         crpci_waiter *w = CRPCI_CONTAINER(l->followers.next, crpci_waiter, link);
         crpci_list_remove(&w->link);
-        w->queued = false;
-        w->promoted = true;
-        l->driver = true;
+        w->place = CRPCI_WAITER_DRIVING;
+        l->driver = CRPCI_LOOP_WORKING; /* on behalf of w, until that thread runs */
         l->stats.promotions++;
         crpci_thread_signal(&w->cond);
     }
 }
 
-/* Marks what a waiter waits for as done, under the lock: it lives on a stack. */
-CRPCI_FN void crpci_loop_done(crpc_loop *l, crpci_waiter *w)
+/* P5, P9: marks what a waiter waits for as done, and wakes it only if it sleeps. The waiter does
+ * the rest on its own thread: decoding, retries, policy. */
+CRPCI_FN void crpci_drive_end_wait(crpc_loop *l, crpci_waiter *w)
 {
+    crpci_loop_assert_locked(l);
     w->done = true;
-    if (w->queued) {
+    if (w->place == CRPCI_WAITER_QUEUED) {
         crpci_thread_signal(&w->cond);
-    } else if (w->driving) {
-        l->hurry = true;
+    } else if (w->place == CRPCI_WAITER_DRIVING) {
+        l->skip_sleep = true;
         crpci_loop_kick(l);
     }
 }
 
-CRPCI_FN void crpci_loop_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
+/* Sleeps among the followers until promoted, done, or past `until`. */
+CRPCI_FN void crpci_drive_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
 {
     int64_t us = until == INT64_MAX ? -1 : until - crpci_loop_now(l);
     if (crpci_thread_cond_init(&w->cond)) {
-        w->done = true; /* no condition variable: give up the wait rather than spin */
+        w->done = true; /* no memory for a condition variable: giving up is better than to spin */
         return;
     }
-    w->queued = true;
+    w->place = CRPCI_WAITER_QUEUED;
     l->fresh = false;
     crpci_list_append(&l->followers, &w->link);
     crpci_thread_wait(&w->cond, &l->lock, until != INT64_MAX && us < 0 ? 0 : us);
-    if (w->queued)
+    if (w->place == CRPCI_WAITER_QUEUED) {
         crpci_list_remove(&w->link);
-    w->queued = false;
-    crpci_thread_cond_free(&w->cond);
-    if (w->promoted) {
-        w->promoted = false;
-        w->driving = true; /* the driver flag stayed set for this thread */
+        w->place = CRPCI_WAITER_APART;
     }
+    crpci_thread_cond_free(&w->cond);
 }
 
-/* P3: waits, locked, until w->done or the time; drives the loop if nobody does. `user`: as the
- * driver run callbacks too (P8: a synchronous call never does). */
-CRPCI_FN void crpci_loop_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool user)
+/* P3: waits until w->done or `until`, driving the loop where nobody does, following where another
+ * caller or an owner does. `user`: as the driver, run callbacks too (P8). */
+CRPCI_FN void crpci_drive_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool user)
 {
-    l->fresh = false; /* encoding, or whoever looked last, may have been long ago */
+    crpci_loop_assert_locked(l);
+    l->fresh = false; /* encoding the request may have taken long */
     while (!w->done && crpci_loop_left(l, until)) {
-        if (!w->driving && !l->driver && !l->owned && !l->owner_waiting)
-            l->driver = w->driving = true;
-        if (w->driving)
-            crpci_loop_step(l, until, user);
+        if (l->driver == CRPCI_LOOP_UNDRIVEN && l->mode == CRPCI_LOOP_PASSIVE) {
+            l->driver = CRPCI_LOOP_WORKING;
+            w->place = CRPCI_WAITER_DRIVING;
+        }
+        if (w->place == CRPCI_WAITER_DRIVING)
+            crpci_drive_step(l, until, user);
         else
-            crpci_loop_follow(l, w, until);
-        if (w->driving && l->owner_waiting) {
-            w->driving = false;
-            crpci_loop_leave(l);
+            crpci_drive_follow(l, w, until);
+        if (w->place == CRPCI_WAITER_DRIVING && l->mode == CRPCI_LOOP_CLAIMED) {
+            w->place = CRPCI_WAITER_APART;
+            crpci_drive_leave(l);
         }
     }
-    if (w->driving) {
-        w->driving = false;
+    if (w->place == CRPCI_WAITER_DRIVING) { /* also promoted when it was done, or too late */
+        w->place = CRPCI_WAITER_APART;
         if (CRPCI_RULE_P4 || !w->done)
-            crpci_loop_leave(l);
+            crpci_drive_leave(l);
     }
 }
 
-/* P10: a FIN that came while nobody drove is seen before a request is sent into it. */
-CRPCI_FN void crpci_loop_catch_up(crpc_loop *l)
+/* P10: a passive loop that was idle for 10 ms takes one step without waiting before it sends: a
+ * connection that the peer closed meanwhile is found before a request is written into it. Back to
+ * back, calls do without, and cost one send, one wait and one receive each. */
+CRPCI_FN void crpci_drive_catch_up(crpc_loop *l)
 {
-    if (l->driver || l->owned || l->owner_waiting ||
+    if (l->driver != CRPCI_LOOP_UNDRIVEN || l->mode != CRPCI_LOOP_PASSIVE ||
         crpci_loop_rough_time(l) - l->last_step < 10000)
         return;
-    l->driver = true;
-    crpci_loop_step(l, 0, false);
-    crpci_loop_leave(l);
+    l->driver = CRPCI_LOOP_WORKING;
+    crpci_drive_step(l, 0, false);
+    crpci_drive_leave(l);
 }
 
-/* P2: whether the caller of a function that queued output should send it itself. */
-CRPCI_FN bool crpci_loop_may_send(const crpc_loop *l)
-{
-    return !l->driver || l->sleeping || (l->in_user && !crpci_loop_in_callback(l));
-}
+/* --- owners ----------------------------------------------------------------------------------- */
 
-/* Becomes the owner, waiting for a driving caller to leave. Locked. */
-CRPCI_FN int crpci_loop_own(crpc_loop *l)
+/* Waits until the caller that drives has left, then owns the loop. */
+CRPCI_FN void crpci_drive_take_over(crpc_loop *l)
 {
-    if (crpci_loop_in_callback(l))
-        return CRPC_EDEADLK;
-    if (l->owned || l->owner_waiting)
-        return CRPC_EBUSY;
-    l->owner_waiting = true;
-    while (l->driver) {
+    l->mode = CRPCI_LOOP_CLAIMED;
+    while (l->driver != CRPCI_LOOP_UNDRIVEN) {
         crpci_loop_kick(l);
         crpci_thread_wait(&l->owner_cond, &l->lock, -1);
     }
-    l->owner_waiting = l->fresh = false;
-    l->driver = l->owned = true;
+    l->mode = CRPCI_LOOP_OWNED;
+    l->driver = CRPCI_LOOP_WORKING;
+    l->fresh = false;
+}
+
+/* Becomes the owner. CRPC_EDEADLK: this thread is inside a callback of the loop. CRPC_EBUSY: the
+ * loop has an owner. */
+CRPCI_FN int crpci_drive_own(crpc_loop *l)
+{
+    crpci_loop_assert_locked(l);
+    if (crpci_loop_in_callback(l))
+        return CRPC_EDEADLK;
+    if (l->mode != CRPCI_LOOP_PASSIVE)
+        return CRPC_EBUSY;
+    crpci_drive_take_over(l);
     return CRPC_OK;
 }
 
-/* Runs the callbacks that are due, and forgets what the program has on the loop. */
-CRPCI_COLD void crpci_loop_finish(crpc_loop *l)
+/* Before a loop is freed: runs the callbacks that are due, and ends the program's timers and
+ * watches. A callback may queue the next one, but not for ever. */
+CRPCI_COLD void crpci_drive_finish(crpc_loop *l)
 {
-    int rounds = 1000; /* callbacks may queue callbacks; not for ever */
+    int rounds = 1000;
     while (!crpci_list_empty(&l->ready) && rounds--)
         crpci_loop_run_ready(l);
-    crpci_loop_user_free(l);
+    crpci_user_remove_all(l);
 }
 
-/* Joins the own thread if it was stopped; it takes no lock any more. */
-CRPCI_FN void crpci_loop_join(crpc_loop *l)
+/* Joins the own thread if it has ended; it needs no lock for its last instructions. */
+CRPCI_FN void crpci_drive_join(crpc_loop *l)
 {
 #if CRPC_ENABLE_THREADS
-    if (l->thread_over)
+    if (l->thread_state == CRPCI_LOOP_THREAD_ENDED) {
         crpci_thread_join(l->thread);
+        l->thread_state = CRPCI_LOOP_NO_THREAD;
+    }
 #endif
-    if (l->thread_over)
-        l->has_thread = l->thread_over = false;
+    (void)l;
 }
 
-/* Ends ownership and, if the loop was disposed of in a callback, lets go of it: unlocks. */
-CRPCI_FN void crpci_loop_disown(crpc_loop *l)
+/* Ends ownership and unlocks. A loop that a callback has closed loses its last reference here. */
+CRPCI_FN void crpci_drive_disown(crpc_loop *l)
 {
-    bool disposed = l->disposed;
+    bool disposed = l->end == CRPCI_LOOP_DISPOSED;
     if (disposed)
-        crpci_loop_finish(l);
-    l->owned = false;
-    l->disposed = false;
-    crpci_loop_leave(l);
-    if (l->has_thread && crpci_thread_is_self(l->thread))
-        l->thread_over = true;
+        crpci_drive_finish(l);
+    l->mode = CRPCI_LOOP_PASSIVE;
+    l->end = disposed ? CRPCI_LOOP_OPEN : l->end;
+    crpci_drive_leave(l);
+    if (l->thread_state != CRPCI_LOOP_NO_THREAD && crpci_thread_is_self(l->thread))
+        l->thread_state = CRPCI_LOOP_THREAD_ENDED;
     else if (disposed)
-        crpci_loop_join(l);
+        crpci_drive_join(l);
     crpci_loop_unlock(l);
     if (disposed)
         crpci_loop_release(l);
 }
 
-/* Unlocks after a wait that ran callbacks: one of them may have disposed of the loop. */
-CRPCI_FN void crpci_loop_unlock_driver(crpc_loop *l)
+/* Unlocks after a wait that ran callbacks, one of which may have closed the loop. */
+CRPCI_FN void crpci_drive_unlock(crpc_loop *l)
 {
-    if (l->disposed && crpci_loop_own(l) == CRPC_OK)
-        crpci_loop_disown(l);
+    if (l->end == CRPCI_LOOP_DISPOSED && crpci_drive_own(l) == CRPC_OK)
+        crpci_drive_disown(l);
     else
         crpci_loop_unlock(l);
 }
 
-/* Steps as the owner until stopped, and until no callback is due any more. */
-CRPCI_FN void crpci_loop_drive(crpc_loop *l)
+/* Steps as the owner until stopped. */
+CRPCI_FN void crpci_drive_run(crpc_loop *l)
 {
     while (!crpci_thread_load(&l->stop))
-        crpci_loop_step(l, INT64_MAX, true);
+        crpci_drive_step(l, INT64_MAX, true);
     crpci_thread_store(&l->stop, 0);
 }
 
 #if CRPC_ENABLE_THREADS
-CRPCI_FN void *crpci_loop_thread(void *arg)
+/* The loop's own thread. crpci_drive_start_thread has claimed the loop for it. */
+CRPCI_FN void *crpci_drive_thread(void *arg)
 {
     crpc_loop *l = (crpc_loop *)arg;
     crpci_thread_name(l->thread_name);
     crpci_loop_lock(l);
-    /* Ownership was taken by the starter, on this thread's behalf. */
-    while (l->driver)
-        crpci_thread_wait(&l->owner_cond, &l->lock, -1);
-    l->owner_waiting = false;
-    l->driver = l->owned = true;
-    crpci_loop_drive(l);
-    if (l->disposed) { /* in a callback: nobody waits for this thread */
+    crpci_drive_take_over(l);
+    crpci_drive_run(l);
+    if (l->end == CRPCI_LOOP_DISPOSED) { /* closed inside a callback: nobody will join the thread */
         pthread_detach(pthread_self());
-        l->has_thread = false;
+        l->thread_state = CRPCI_LOOP_NO_THREAD;
     }
-    crpci_loop_disown(l);
+    crpci_drive_disown(l);
     crpci_loop_release(l);
     return NULL;
 }
 #endif
 
-/* Starts the loop's own thread. Locked. */
-CRPCI_FN int crpci_loop_start_thread(crpc_loop *l)
+CRPCI_FN int crpci_drive_start_thread(crpc_loop *l)
 {
 #if CRPC_ENABLE_THREADS
     int err;
-    crpci_loop_join(l);
-    if (l->owned || l->owner_waiting || l->has_thread)
+    crpci_loop_assert_locked(l);
+    crpci_drive_join(l);
+    if (l->mode != CRPCI_LOOP_PASSIVE || l->thread_state != CRPCI_LOOP_NO_THREAD)
         return CRPC_EBUSY;
-    crpci_thread_store(&l->stop, 0); /* one from before was not meant for it */
-    l->owner_waiting = true; /* the thread becomes the owner as soon as it runs */
-    crpci_loop_hold(l);      /* and keeps the loop until it ends */
-    err = crpci_thread_start(&l->thread, (size_t)l->stack_size, crpci_loop_thread, l);
+    crpci_thread_store(&l->stop, 0); /* a stop from before was not meant for the new thread */
+    l->mode = CRPCI_LOOP_CLAIMED;
+    crpci_loop_hold(l); /* the thread's reference */
+    err = crpci_thread_start(&l->thread, (size_t)l->stack_size, crpci_drive_thread, l);
     if (err) {
-        l->owner_waiting = false;
+        l->mode = CRPCI_LOOP_PASSIVE;
         crpci_loop_release(l);
         return err;
     }
-    l->has_thread = true;
+    l->thread_state = CRPCI_LOOP_THREAD_RUNS;
     crpci_loop_kick(l);
     return CRPC_OK;
 #else
@@ -5162,22 +5489,55 @@ CRPCI_FN int crpci_loop_start_thread(crpc_loop *l)
 #endif
 }
 
-/* P8: an asynchronous call needs somebody who will run its callback. Locked. */
-CRPCI_FN int crpci_loop_need_owner(crpc_loop *l)
+/* P8: the callback of an asynchronous call needs a thread that runs it. Where the program neither
+ * owns nor steps the loop, the loop's own thread is started. CRPC_EINVAL: the option forbids it. */
+CRPCI_FN int crpci_drive_ensure_owner(crpc_loop *l)
 {
-    if (l->owned || l->foreign || l->owner_waiting || (l->has_thread && !l->thread_over))
+    crpci_loop_assert_locked(l);
+    if (l->mode != CRPCI_LOOP_PASSIVE || l->foreign != CRPCI_LOOP_NOT_FOREIGN ||
+        l->thread_state == CRPCI_LOOP_THREAD_RUNS)
         return CRPC_OK;
-    return l->forbid_threads ? CRPC_EINVAL : crpci_loop_start_thread(l);
+    return l->forbid_threads ? CRPC_EINVAL : crpci_drive_start_thread(l);
 }
 
-/* --- public ----------------------------------------------------------------------------------- */
+/* --- opening and closing ---------------------------------------------------------------------- */
 
-CRPCI_FN void crpci_loop_options_set(crpc_loop *l, const crpc_loop_options *o)
+CRPCI_FN void crpci_drive_on_wake(crpc_loop *l, crpci_watch *w, unsigned events)
+{
+    (void)w;
+    (void)events;
+    crpci_wake_drain(&l->wake);
+    l->kicked = false;
+}
+
+CRPCI_FN void crpci_drive_set_options(crpc_loop *l, const crpc_loop_options *o)
 {
     l->forbid_threads = o->forbid_threads || !CRPC_ENABLE_THREADS;
     snprintf(l->thread_name, sizeof l->thread_name, "%s", o->thread_name ? o->thread_name : "crpc");
     l->stack_size = crpci_base_option(o->stack_size, 256 << 10, 0);
     l->max_results = crpci_base_option(o->max_results, 1024, 0);
+}
+
+/* Fills in a loop that is all zero. Ids differ from loop to loop in their salts, and processes in
+ * the seed of their random numbers. */
+CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_options *o)
+{
+    l->heap = h;
+    l->refs = 1;
+    l->wake.read_fd = l->wake.write_fd = l->poller.epoll_fd = -1;
+    crpci_list_init(&l->ready);
+    crpci_list_init(&l->resume);
+    crpci_list_init(&l->dirty);
+    crpci_list_init(&l->followers);
+    crpci_list_init(&l->conns);
+    crpci_list_init(&l->endpoints);
+    crpci_list_init(&l->registries);
+    crpci_drive_set_options(l, o);
+    l->last_step = crpci_loop_now(l);
+    l->timers.tick = l->last_step / 1000;
+    l->random = crpci_loop_seed(l);
+    l->users.salt = crpci_loop_random(l);
+    l->calls.salt = crpci_loop_random(l);
 }
 
 CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
@@ -5200,30 +5560,19 @@ CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
         crpci_heap_unref(h);
         return CRPC_ENOMEM;
     }
-    l->heap = h;
-    l->refs = 1;
-    l->wake.read_fd = l->wake.write_fd = l->poller.epoll_fd = -1;
-    crpci_list_init(&l->ready);
-    crpci_list_init(&l->resume);
-    crpci_list_init(&l->dirty);
-    crpci_list_init(&l->followers);
-    crpci_list_init(&l->conns);
-    crpci_list_init(&l->endpoints);
-    crpci_list_init(&l->registries);
-    crpci_loop_options_set(l, &o);
-    l->timers.tick = crpci_loop_now(l) / 1000;
-    l->last_step = crpci_loop_now(l);
-    l->random = crpci_loop_seed((uint64_t)crpci_loop_now(l) ^ (uint64_t)(uintptr_t)l ^
-                                (uint64_t)getpid() * 2654435761u);
+    crpci_drive_init(l, h, &o);
     err = crpci_thread_mutex_init(&l->lock);
     err = err ? err : crpci_thread_cond_init(&l->owner_cond);
     err = err ? err : crpci_thread_cond_init(&l->io_cond);
-    err = err ? err : crpci_poller_open(&l->poller, o.poller);
-    err = err ? err : crpci_wake_open(&l->wake);
-    crpci_watch_init(&l->wake_watch, crpci_loop_on_wake);
-    err = err ? err
-              : crpci_loop_watch_set(l, &l->wake_watch, l->wake.read_fd, CRPC_READABLE);
-    err = err ? err : crpci_poller_prepare(&l->poller, h);
+    err = err ? err : crpci_poller_open(&l->poller, h, o.poller);
+    err = err ? err : crpci_wake_open(&l->wake, h);
+    crpci_watch_init(&l->wake_watch, crpci_drive_on_wake);
+    if (!err) {
+        crpci_loop_lock(l);
+        err = crpci_watch_set(l, &l->wake_watch, l->wake.read_fd, CRPC_READABLE);
+        err = err ? err : crpci_poller_prepare(&l->poller, h);
+        crpci_loop_unlock(l);
+    }
     if (err) {
         crpci_loop_free(l);
         return err;
@@ -5232,41 +5581,35 @@ CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
     return CRPC_OK;
 }
 
-/* Ends a loop from inside one of its own callbacks: the driver lets go of it when it returns. */
-CRPCI_FN void crpci_loop_dispose(crpc_loop *l)
-{
-    l->disposed = true;
-    crpci_thread_store(&l->stop, 1);
-}
-
 CRPC_API void crpc_loop_close(crpc_loop *l)
 {
     if (!l)
         return;
     crpci_loop_lock(l);
     if (crpci_loop_in_callback(l)) {
-        crpci_loop_dispose(l);
+        l->end = CRPCI_LOOP_DISPOSED;
+        crpci_thread_store(&l->stop, 1);
         crpci_loop_unlock(l);
         return;
     }
-    l->joining = true;
-    while (l->owned || l->owner_waiting) { /* its own thread, or who else runs it */
+    l->end = CRPCI_LOOP_CLOSING;
+    while (l->mode != CRPCI_LOOP_PASSIVE) {
         crpci_thread_store(&l->stop, 1);
         crpci_wake_kick(&l->wake);
         crpci_thread_wait(&l->owner_cond, &l->lock, 100000);
     }
 #if CRPC_ENABLE_THREADS
-    if (l->has_thread) {
+    if (l->thread_state != CRPCI_LOOP_NO_THREAD) {
         crpci_loop_unlock(l);
         crpci_thread_join(l->thread);
         crpci_loop_lock(l);
-        l->has_thread = l->thread_over = false;
+        l->thread_state = CRPCI_LOOP_NO_THREAD;
     }
 #endif
-    if (crpci_loop_own(l) == CRPC_OK) {
-        crpci_loop_finish(l);
-        l->owned = false;
-        crpci_loop_leave(l);
+    if (crpci_drive_own(l) == CRPC_OK) {
+        crpci_drive_finish(l);
+        l->mode = CRPCI_LOOP_PASSIVE;
+        crpci_drive_leave(l);
     }
     crpci_loop_unlock(l);
     crpci_loop_release(l);
@@ -5276,32 +5619,33 @@ CRPC_API int crpc_loop_run(crpc_loop *l)
 {
     int err;
     crpci_loop_lock(l);
-    err = crpci_loop_own(l);
+    err = crpci_drive_own(l);
     if (err) {
         crpci_loop_unlock(l);
         return err;
     }
-    crpci_loop_drive(l);
-    crpci_loop_disown(l);
+    crpci_drive_run(l);
+    crpci_drive_disown(l);
     return CRPC_OK;
 }
 
 CRPC_API int crpc_loop_step(crpc_loop *l, int timeout_ms)
 {
+    int64_t until = INT64_MAX;
     int err;
     crpci_loop_lock(l);
-    l->foreign = true;
-    l->foreign_stale = false; /* it asks again before it waits */
+    l->foreign = CRPCI_LOOP_FOREIGN_AWAKE;
     l->foreign_at = 0;
-    err = crpci_loop_own(l);
+    err = crpci_drive_own(l);
     if (err) {
         crpci_loop_unlock(l);
         return err;
     }
-    crpci_loop_step(l, timeout_ms < 0 ? INT64_MAX : crpci_loop_now(l) + (int64_t)timeout_ms * 1000,
-                    true);
-    crpci_thread_store(&l->stop, 0); /* it ended this step, not all to come */
-    crpci_loop_disown(l);
+    if (timeout_ms >= 0)
+        until = crpci_loop_now(l) + (int64_t)timeout_ms * 1000;
+    crpci_drive_step(l, until, true);
+    crpci_thread_store(&l->stop, 0); /* a stop ends this step and none to come */
+    crpci_drive_disown(l);
     return CRPC_OK;
 }
 
@@ -5309,7 +5653,7 @@ CRPC_API int crpc_loop_start(crpc_loop *l)
 {
     int err;
     crpci_loop_lock(l);
-    err = crpci_loop_start_thread(l);
+    err = crpci_drive_start_thread(l);
     crpci_loop_unlock(l);
     return err;
 }
@@ -5320,10 +5664,22 @@ CRPC_API void crpc_loop_stop(crpc_loop *l)
     crpci_wake_kick(&l->wake);
 }
 
+/* --- inside a loop of the program's ----------------------------------------------------------- */
+
+/* The program polls, or will poll, for the loop: until `at`, unless that was said before. */
+CRPCI_FN void crpci_drive_foreign(crpc_loop *l, crpci_loop_foreign state, int64_t at)
+{
+    crpci_loop_assert_locked(l);
+    if (l->foreign >= state)
+        return;
+    l->foreign = state;
+    l->foreign_at = at;
+}
+
 CRPC_API int crpc_loop_fd(crpc_loop *l)
 {
     crpci_loop_lock(l);
-    l->foreign = true;
+    crpci_drive_foreign(l, CRPCI_LOOP_FOREIGN_AWAKE, 0);
     crpci_loop_unlock(l);
     return l->poller.epoll_fd;
 }
@@ -5332,9 +5688,7 @@ CRPC_API size_t crpc_loop_pollfds(crpc_loop *l, struct pollfd *fds, size_t max)
 {
     size_t n = 1, i;
     crpci_loop_lock(l);
-    l->foreign = true;
-    if (!l->foreign_at)
-        l->foreign_at = INT64_MAX; /* from here on it has to be told of changes */
+    crpci_drive_foreign(l, CRPCI_LOOP_FOREIGN_POLLING, INT64_MAX);
     if (l->poller.kind == CRPC_POLLER_EPOLL) {
         if (max) {
             fds->fd = l->poller.epoll_fd;
@@ -5354,9 +5708,9 @@ CRPC_API int crpc_loop_timeout(crpc_loop *l)
 {
     int ms;
     crpci_loop_lock(l);
-    l->foreign = true;
     l->fresh = false;
-    ms = crpci_poller_ms(crpci_loop_patience(l, INT64_MAX, true));
+    ms = crpci_poller_ms(crpci_drive_patience(l, INT64_MAX, true));
+    crpci_drive_foreign(l, CRPCI_LOOP_FOREIGN_POLLING, 0);
     l->foreign_at = l->wake_at;
     crpci_loop_unlock(l);
     return ms;
@@ -5378,118 +5732,6 @@ CRPC_API void crpc_loop_stats_get(crpc_loop *l, crpc_loop_stats *stats)
     stats->memory = (uint64_t)l->heap->bytes;
     stats->memory_peak = (uint64_t)l->heap->peak;
     crpci_thread_unlock(&l->heap->lock);
-}
-
-CRPC_API int crpc_loop_post(crpc_loop *l, void (*fn)(void *user), void *user)
-{
-    crpci_loop_user *u;
-    if (!fn)
-        return CRPC_EINVAL;
-    crpci_loop_lock(l);
-    u = crpci_loop_user_new(l, CRPCI_LOOP_POST, user);
-    if (u) {
-        u->post = fn;
-        crpci_loop_ready(l, &u->task);
-    }
-    crpci_loop_unlock(l);
-    return u ? CRPC_OK : CRPC_ENOMEM;
-}
-
-CRPCI_FN bool crpci_loop_user_watches(const crpc_loop *l, int fd)
-{
-    uint32_t i;
-    for (i = 0; i < l->users.cap; i++) {
-        const crpci_loop_user *u = (const crpci_loop_user *)l->users.slots[i].object;
-        if (u && u->kind == CRPCI_LOOP_WATCH && u->fd == fd)
-            return true;
-    }
-    return false;
-}
-
-CRPC_API int crpc_loop_watch(crpc_loop *l, int fd, unsigned events, crpc_watch_fn fn, void *user,
-                             crpc_id *id)
-{
-    crpci_loop_user *u;
-    int err = CRPC_ENOMEM;
-    id->value = 0;
-    if (fd < 0 || !fn || events & ~(CRPC_READABLE | CRPC_WRITABLE))
-        return CRPC_EINVAL;
-    crpci_loop_lock(l);
-    if (crpci_loop_user_watches(l, fd)) { /* epoll knows a descriptor once */
-        crpci_loop_unlock(l);
-        return CRPC_EBUSY;
-    }
-    u = crpci_loop_user_new(l, CRPCI_LOOP_WATCH, user);
-    if (u) {
-        u->fd = fd;
-        u->on_event = fn;
-        u->wanted = events;
-        err = crpci_loop_watch_set(l, &u->watch, fd, events);
-        if (err)
-            crpci_loop_user_end_of(l, u);
-        else
-            id->value = u->id;
-    }
-    crpci_loop_unlock(l);
-    return err;
-}
-
-CRPC_API int crpc_loop_rewatch(crpc_loop *l, crpc_id id, unsigned events)
-{
-    crpci_loop_user *u;
-    int err = CRPC_ENOTFOUND;
-    if (events & ~(CRPC_READABLE | CRPC_WRITABLE))
-        return CRPC_EINVAL;
-    crpci_loop_lock(l);
-    u = (crpci_loop_user *)crpci_id_get(&l->users, id.value);
-    if (u && u->kind == CRPCI_LOOP_WATCH) {
-        u->wanted = events;
-        err = crpci_loop_watch_set(l, &u->watch, u->fd, events);
-    }
-    crpci_loop_unlock(l);
-    return err;
-}
-
-CRPCI_FN void crpci_loop_user_stop(crpc_loop *l, crpc_id id, crpci_loop_kind kind)
-{
-    crpci_loop_user *u;
-    crpci_loop_lock(l);
-    u = (crpci_loop_user *)crpci_id_get(&l->users, id.value);
-    if (u && u->kind == kind)
-        crpci_loop_user_end_of(l, u);
-    crpci_loop_unlock(l);
-}
-
-CRPC_API void crpc_loop_unwatch(crpc_loop *l, crpc_id id)
-{
-    crpci_loop_user_stop(l, id, CRPCI_LOOP_WATCH);
-}
-
-CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms, crpc_timer_fn fn,
-                              void *user, crpc_id *id)
-{
-    const int64_t longest = INT64_C(3153600000000); /* 100 years */
-    crpci_loop_user *u;
-    crpc_id unwanted;
-    id = id ? id : &unwanted;
-    id->value = 0;
-    if (!fn || delay_ms < 0 || period_ms < 0 || delay_ms > longest || period_ms > longest)
-        return CRPC_EINVAL;
-    crpci_loop_lock(l);
-    u = crpci_loop_user_new(l, CRPCI_LOOP_TIMER, user);
-    if (u) {
-        u->on_timer = fn;
-        u->period_us = period_ms * 1000;
-        crpci_loop_timer_set(l, &u->timer, delay_ms * 1000);
-        id->value = u->id;
-    }
-    crpci_loop_unlock(l);
-    return u ? CRPC_OK : CRPC_ENOMEM;
-}
-
-CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
-{
-    crpci_loop_user_stop(l, id, CRPCI_LOOP_TIMER);
 }
 
 /* ======================================================================== */
@@ -6942,7 +7184,7 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     c->why = why;
     c->why_errno = why_errno;
     l->stats.connections--;
-    crpci_loop_watch_set(l, &c->watch, c->fd, 0);
+    crpci_watch_set(l, &c->watch, c->fd, 0);
     crpci_timer_cancel(&c->timer);
     crpci_list_remove(&c->flush.link);
     crpci_list_remove(&c->resume.link);
@@ -6968,7 +7210,7 @@ CRPCI_FN void crpci_conn_interest(crpci_conn *c)
         events |= CRPC_READABLE;
     if (c->connecting || c->blocked)
         events |= CRPC_WRITABLE;
-    if (crpci_loop_watch_set(c->loop, &c->watch, c->fd, c->io->want(c->io_state, events)))
+    if (crpci_watch_set(c->loop, &c->watch, c->fd, c->io->want(c->io_state, events)))
         crpci_conn_close(c, CRPC_ENOMEM, 0);
 }
 
@@ -7500,7 +7742,7 @@ CRPCI_FN int crpci_conn_new(crpc_loop *l, int fd, bool connecting, const crpci_c
     crpci_loop_task_init(&c->resume, crpci_conn_resume_task);
     crpci_timer_init(&c->timer, crpci_conn_on_timer);
     crpci_list_append(&l->conns, &c->link);
-    if (crpci_loop_watch_set(l, &c->watch, fd, connecting ? CRPC_WRITABLE : CRPC_READABLE)) {
+    if (crpci_watch_set(l, &c->watch, fd, connecting ? CRPC_WRITABLE : CRPC_READABLE)) {
         crpci_list_remove(&c->link);
         close(fd);
         crpci_heap_free(l->heap, c, sizeof *c);
@@ -9858,7 +10100,7 @@ CRPCI_FN void crpci_multicast_close(crpci_registry *base)
     while (!crpci_list_empty(&r->regs))
         crpci_multicast_reg_end(CRPCI_CONTAINER(r->regs.next, crpci_multicast_reg, node));
     crpci_registry_local_shut(&r->of);
-    crpci_loop_watch_set(r->of.loop, &r->watch, r->fd, 0);
+    crpci_watch_set(r->of.loop, &r->watch, r->fd, 0);
     crpci_registry_local_unlock(&r->of);
 }
 
@@ -9918,7 +10160,7 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
     crpci_watch_init(&r->watch, crpci_multicast_on_event);
     crpci_loop_lock(l);
     r->tick_us = crpci_loop_now(l);
-    err = crpci_loop_watch_set(l, &r->watch, fd, CRPC_READABLE);
+    err = crpci_watch_set(l, &r->watch, fd, CRPC_READABLE);
     if (!err) {
         crpci_loop_unlock(l);
         *out = &r->of.base;
@@ -11742,7 +11984,7 @@ CRPCI_FN void crpci_zookeeper_disconnect(crpci_zookeeper *s)
     if (!link)
         return;
 #if CRPC_ZOOKEEPER_ST
-    crpci_loop_watch_set(s->loop, &s->watch, s->fd, 0);
+    crpci_watch_set(s->loop, &s->watch, s->fd, 0);
     s->fd = -1;
 #else
     later = crpci_zookeeper_free_later(link);
@@ -11777,7 +12019,7 @@ CRPCI_FN void crpci_zookeeper_process(crpci_zookeeper *s)
     s->events = 0;
     /* From here on the client may close its socket at any time, and the number may become somebody
      * else's: it is not watched until the client says anew what it waits for. */
-    crpci_loop_watch_set(s->loop, &s->watch, s->fd, 0);
+    crpci_watch_set(s->loop, &s->watch, s->fd, 0);
     crpci_loop_unlock(s->loop);
     before = zoo_state(zh);
     zookeeper_process(zh, (events & CRPC_READABLE ? ZOOKEEPER_READ : 0) |
@@ -11821,7 +12063,7 @@ CRPCI_FN void crpci_zookeeper_interest(crpci_zookeeper *s)
         fcntl(fd, F_SETFD, FD_CLOEXEC);
     s->fd = fd;
     s->client_us = crpci_zookeeper_now(s) + (int64_t)tv.tv_sec * 1000000 + tv.tv_usec;
-    if (events && crpci_loop_watch_set(s->loop, &s->watch, fd, events)) {
+    if (events && crpci_watch_set(s->loop, &s->watch, fd, events)) {
         s->events = events; /* no memory to watch it: look at it from time to time */
         s->client_us = crpci_zookeeper_now(s) + 100000;
     }
@@ -13016,7 +13258,7 @@ CRPCI_FN void crpci_coordination_gate_set(crpci_coordination_gate *g, crpc_regis
     if (state == CRPC_REGISTRY_CONNECTED) {
         g->session = session;
         if (g->waiter)
-            crpci_loop_done(g->item.task.session->loop, g->waiter);
+            crpci_drive_end_wait(g->item.task.session->loop, g->waiter);
     }
     g->news = g->fn != NULL;
     if (g->news)
@@ -13344,7 +13586,7 @@ CRPCI_FN void crpci_coordination_finish(crpci_coordination_op *c, int code, crpc
         c->item.owner->pending--;
     crpci_coordination_item_end(&c->item);
     if (c->waiter)
-        crpci_loop_done(s->loop, c->waiter);
+        crpci_drive_end_wait(s->loop, c->waiter);
     else
         crpci_coordination_ready(&c->item);
     crpci_coordination_item_drop(&c->item);
@@ -13577,7 +13819,7 @@ CRPC_API int crpc_registry_call(crpc_registry *r, const crpc_node_op *ops, size_
     c->item.task.refs++;
     s->refs++; /* another thread may close the registry meanwhile */
     crpci_coordination_op_begin(r, c, timeout_ms);
-    crpci_loop_wait(l, &w, c->deadline_us, false);
+    crpci_drive_wait(l, &w, c->deadline_us, false);
     if (!c->finished) /* whoever drives the loop has not come to its timers */
         crpci_coordination_op_timer(l, &c->item.timer);
     c->waiter = NULL;
@@ -13604,7 +13846,7 @@ CRPC_API int crpc_registry_call_async(crpc_registry *r, const crpc_node_op *ops,
     if (r->pending >= CRPCI_COORDINATION_PENDING)
         err = CRPC_ELIMIT;
     else if (r->private_loop)
-        err = crpci_loop_need_owner(r->loop);
+        err = crpci_drive_ensure_owner(r->loop);
     if (err)
         crpci_coordination_op_free(&c->item.task);
     else
@@ -13765,7 +14007,7 @@ CRPC_API int crpc_config_watch(crpc_registry *r, const char *path, crpc_config_f
     if (!c->item.task.dir)
         err = CRPC_ENOMEM;
     else if (r->private_loop)
-        err = crpci_loop_need_owner(r->loop);
+        err = crpci_drive_ensure_owner(r->loop);
     err = err ? err : crpci_id_add(&r->configs, h, c, &id->value);
     if (err) {
         crpci_coordination_config_free(&c->item.task);
@@ -14248,7 +14490,7 @@ CRPCI_FN int crpci_coordination_queue_open(crpc_registry *r, crpci_coordination_
     int err = CRPC_OK;
     crpci_loop_lock(r->loop);
     if (r->private_loop)
-        err = crpci_loop_need_owner(r->loop);
+        err = crpci_drive_ensure_owner(r->loop);
     if (err) {
         crpci_coordination_queue_free(&q->item.task);
     } else {
@@ -14434,11 +14676,11 @@ CRPCI_COLD int crpci_coordination_await(crpc_registry *r, const crpc_registry_op
     if (r->session->connected)
         crpci_coordination_gate_set(g, CRPC_REGISTRY_CONNECTED);
     if (r->private_loop && (o->on_state || CRPC_ZOOKEEPER_ST)) /* a client that lives in the loop */
-        err = crpci_loop_need_owner(l);
+        err = crpci_drive_ensure_owner(l);
     stuck = ms && crpci_loop_in_callback(l);
     if (!err && ms && !stuck && g->state != CRPC_REGISTRY_CONNECTED) {
         g->waiter = &w;
-        crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
+        crpci_drive_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
         g->waiter = NULL;
     }
     connected = g->state == CRPC_REGISTRY_CONNECTED;
@@ -16474,7 +16716,7 @@ CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
         return;
     }
     if (c->waiter)
-        crpci_loop_done(l, c->waiter);
+        crpci_drive_end_wait(l, c->waiter);
 }
 
 CRPCI_FN void crpci_attempt_expire(crpci_pending_call *c)
@@ -17085,7 +17327,7 @@ CRPCI_COLD bool crpci_cluster_retry_later(crpci_pending_call *c, int status)
     if (ch->pending++ == 0)
         crpci_thread_ref(&ch->refs);
     crpci_loop_timer_set(l, &back->timer, ch->failback.pause_us);
-    crpci_loop_need_owner(l); /* where threads are forbidden it waits until somebody drives */
+    crpci_drive_ensure_owner(l); /* where threads are forbidden it waits until somebody drives */
     return false;
 }
 
@@ -17209,7 +17451,7 @@ CRPCI_FN void crpci_channel_enter(const crpc_channel *ch, int64_t start, const c
     if (ch->interceptor_count || r->payload_size > CRPCI_REQUEST_INLINE)
         crpci_loop_rough_time(l);
     l->fresh = true;
-    crpci_loop_catch_up(l);
+    crpci_drive_catch_up(l);
 }
 
 /* Rule P2: sends what was queued, unless a driver will do so before it sleeps. */
@@ -17238,7 +17480,7 @@ CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_pending_call *c)
         crpci_attempt_begin(c);
     }
     crpci_channel_flush(l);
-    crpci_loop_wait(l, &w, a->deadline_us, false);
+    crpci_drive_wait(l, &w, a->deadline_us, false);
     c->waiter = NULL;
     if (a->state != CRPCI_ATTEMPT_DONE) {
         crpci_attempt_expire(c);
@@ -17384,7 +17626,7 @@ CRPCI_FN int crpci_channel_admit(crpc_channel *ch, crpci_call_kind kind)
         return CRPC_ELIMIT;
     if (kind == CRPCI_CALL_ID && l->forbid_threads)
         return CRPC_OK; /* crpc_channel_wait drives the loop */
-    return crpci_loop_need_owner(l);
+    return crpci_drive_ensure_owner(l);
 }
 
 /* Puts a call into its request's chunk. A result may stay unfetched for long, so if the request is
@@ -17580,14 +17822,14 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
             err = c->waiter ? CRPC_EBUSY : CRPC_EDEADLK;
         } else {
             c->waiter = &w;
-            crpci_loop_wait(l, &w, until, true);
+            crpci_drive_wait(l, &w, until, true);
             c = crpci_channel_find(ch, id); /* it may have been fetched or cancelled */
             if (c)
                 c->waiter = NULL;
             err = ch->closed ? CRPC_ECANCELED : crpci_channel_status(c);
         }
     }
-    crpci_loop_unlock_driver(l);
+    crpci_drive_unlock(l);
     crpci_attempt_drop_channel(ch);
     crpci_loop_release(l);
     return err;
@@ -17651,7 +17893,7 @@ CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
             crpci_attempt_finish(c, CRPC_ECANCELED);
         }
         if (c->waiter)
-            crpci_loop_done(l, c->waiter);
+            crpci_drive_end_wait(l, c->waiter);
         crpci_attempt_free(c);
         crpci_channel_flush(l); /* the next call for its slot */
     }
@@ -18039,7 +18281,7 @@ CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
     if (!ch->closed && !err && !list->stale) { /* a stale list is a cache's, not an answer */
         ch->directory.listed = true;
         if (ch->directory.waiter)
-            crpci_loop_done(ch->loop, ch->directory.waiter);
+            crpci_drive_end_wait(ch->loop, ch->directory.waiter);
     }
     crpci_loop_unlock(ch->loop);
     if (err)
@@ -18061,7 +18303,7 @@ CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_opt
     stuck = ms && crpci_loop_in_callback(l); /* libzookeeper_st works on this very thread */
     if (!ch->directory.listed && ms && !stuck) {
         ch->directory.waiter = &w;
-        crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
+        crpci_drive_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
         ch->directory.waiter = NULL;
     }
     listed = ch->directory.listed;
@@ -18129,7 +18371,7 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
     /* The single-threaded client lives in the loop, which somebody must drive. */
     crpci_loop_lock(ch->loop);
     if (ch->private_loop && !file && !multicast)
-        err = crpci_loop_need_owner(ch->loop);
+        err = crpci_drive_ensure_owner(ch->loop);
     crpci_loop_unlock(ch->loop);
     if (err)
         return crpci_status_set(error, err, "zookeeper:// needs a loop that is driven: run it, or "
@@ -20252,12 +20494,12 @@ CRPCI_COLD void crpci_listener_no_descriptors(crpci_listener *n)
     int fd;
     if (s->listener.reserve_fd >= 0) {
         close(s->listener.reserve_fd);
-        fd = accept4(n->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        fd = crpci_sock_accept(n->fd);
         if (fd >= 0)
             close(fd);
         s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     }
-    crpci_loop_watch_set(s->loop, &n->watch, n->fd, 0);
+    crpci_watch_set(s->loop, &n->watch, n->fd, 0);
     crpci_loop_timer_set(s->loop, &n->masked, 100000);
     if (now - s->listener.emfile_logged > 1000000) {
         s->listener.emfile_logged = now;
@@ -20269,7 +20511,7 @@ CRPCI_COLD void crpci_listener_no_descriptors(crpci_listener *n)
 CRPCI_FN void crpci_listener_unmask(crpc_loop *l, crpci_timer *t)
 {
     crpci_listener *n = CRPCI_CONTAINER(t, crpci_listener, masked);
-    if (crpci_loop_watch_set(l, &n->watch, n->fd, CRPC_READABLE))
+    if (crpci_watch_set(l, &n->watch, n->fd, CRPC_READABLE))
         crpci_loop_timer_set(l, t, 100000);
 }
 
@@ -20280,7 +20522,7 @@ CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned ev
     int fds[16], count = 0, i;
     (void)events;
     while (count < 16) {
-        int fd = accept4(n->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        int fd = crpci_sock_accept(n->fd);
         if (fd < 0) {
             if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
                 crpci_listener_no_descriptors(n);
@@ -20406,7 +20648,7 @@ CRPCI_COLD int crpci_listener_start(crpc_server *s)
     int err = CRPC_OK;
     for (i = s->listener.list.next; i != &s->listener.list && !err; i = i->next) {
         crpci_listener *n = CRPCI_CONTAINER(i, crpci_listener, link);
-        err = crpci_loop_watch_set(s->loop, &n->watch, n->fd, CRPC_READABLE);
+        err = crpci_watch_set(s->loop, &n->watch, n->fd, CRPC_READABLE);
     }
     return err;
 }
@@ -20416,7 +20658,7 @@ CRPCI_COLD void crpci_listener_close_all(crpc_server *s)
 {
     while (!crpci_list_empty(&s->listener.list)) {
         crpci_listener *n = CRPCI_CONTAINER(s->listener.list.next, crpci_listener, link);
-        crpci_loop_watch_set(s->loop, &n->watch, n->fd, 0);
+        crpci_watch_set(s->loop, &n->watch, n->fd, 0);
         crpci_timer_cancel(&n->masked);
         crpci_list_remove(&n->link);
         close(n->fd);
@@ -20450,7 +20692,7 @@ CRPCI_FN void crpci_enrolment_on_status(void *user, int status, const char *text
     for (i = 0; i < s->enrolment.count; i++)
         through += s->enrolment.items[i].through;
     if (through == s->enrolment.count && s->enrolment.waiter)
-        crpci_loop_done(s->loop, s->enrolment.waiter);
+        crpci_drive_end_wait(s->loop, s->enrolment.waiter);
     crpci_loop_unlock(s->loop);
 }
 
@@ -20576,7 +20818,7 @@ CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
         through += s->enrolment.items[i].through;
     if (through < s->enrolment.count && ms && !crpci_loop_in_callback(l)) {
         s->enrolment.waiter = &w;
-        crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
+        crpci_drive_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
         s->enrolment.waiter = NULL;
         for (i = 0, through = 0; i < s->enrolment.count; i++)
             through += s->enrolment.items[i].through;
@@ -20649,7 +20891,7 @@ CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
         crpci_intake_close_conns(s, l);
         crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
         if (s->drain.waiter)
-            crpci_loop_done(l, s->drain.waiter);
+            crpci_drive_end_wait(l, s->drain.waiter);
         if (s->drain.running)
             crpc_loop_stop(l);
         if (s->drain.close_later)
@@ -20692,10 +20934,10 @@ CRPCI_FN void crpci_lifecycle_await_stop(crpc_server *s)
     crpci_loop_lock(l);
     if (crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED) {
         s->drain.waiter = &w;
-        crpci_loop_wait(l, &w, s->drain.until + 1000000, true);
+        crpci_drive_wait(l, &w, s->drain.until + 1000000, true);
         s->drain.waiter = NULL;
     }
-    crpci_loop_unlock_driver(l);
+    crpci_drive_unlock(l);
 }
 
 /* --- closing ---------------------------------------------------------------------------------- */

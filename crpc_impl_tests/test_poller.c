@@ -12,7 +12,7 @@ static void begin(crpc_poller kind)
 {
     crpc_hooks hooks = ct_hooks();
     assert_int_equal(crpci_heap_open(&heap, &hooks, 0), CRPC_OK);
-    assert_int_equal(crpci_poller_open(&poller, kind), CRPC_OK);
+    assert_int_equal(crpci_poller_open(&poller, heap, kind), CRPC_OK);
 }
 
 static void end(void)
@@ -352,7 +352,7 @@ static int poll_scenario(const crpc_hooks *hooks, void *user)
     if (err)
         return err;
     pair(fds);
-    assert_int_equal(crpci_poller_open(&poller, CRPC_POLLER_POLL), CRPC_OK);
+    assert_int_equal(crpci_poller_open(&poller, heap, CRPC_POLLER_POLL), CRPC_OK);
     for (i = 0; i < 40; i++)
         items[i] = item_of(fds[0], (uint64_t)i);
     for (i = 0; !err && i < 40; i++) {
