@@ -93,29 +93,29 @@
  *     >>api-channel        the client: calls
  *     >>api-server         the server: services, requests, replies
  *     >>api-coordination   nodes, configuration, locks and elections in ZooKeeper
- *     >>impl-base          system headers, attributes, small arithmetic
- *     >>impl-thread        locks, condition variables, threads; nothing without them
- *     >>impl-status        names and texts of codes
- *     >>impl-heap          memory, log and clock of one loop and all that is made from it
- *     >>impl-id            {index, generation} ids for objects that others may outlive
- *     >>impl-list          doubly linked lists through members; an empty link points to itself
+ *     >>impl-base          system headers, attributes, assertions, small arithmetic, hash
+ *     >>impl-thread        mutexes, condition variables, threads, atomic counters
+ *     >>impl-status        names and texts of status codes
+ *     >>impl-heap          memory, log and clock of a loop and of all objects on it
+ *     >>impl-id            {generation, index} ids of objects that may be gone when they are used
+ *     >>impl-list          doubly linked lists through members of the items
  *     >>impl-url           URLs, their options, percent-encoding
  *     >>impl-message       nanopb messages: views, encoding into chunks, decoding
  *     >>impl-frame         the 12 bytes before every message
  *     >>impl-meta          what a message is about: brpc's RpcMeta
- *     >>impl-sock          addresses and sockets; knows no loop
- *     >>impl-resolver      host names to numeric addresses, on the caller's thread
+ *     >>impl-sock          addresses and sockets, without a loop
+ *     >>impl-resolver      host names to numeric addresses; blocks the calling thread
  *     >>impl-transport     how bytes get through a connected socket
- *     >>impl-poller        epoll and poll behind four functions
- *     >>impl-wake          a descriptor by which another thread ends a wait
+ *     >>impl-poller        waiting for many descriptors: epoll and poll behind one face
+ *     >>impl-wake          a descriptor by which another thread ends the poller's wait
  *     >>impl-timer         hashed hierarchical timing wheel: O(1) to arm and cancel
  *     >>impl-loop          a loop's state: lock, driver, clock, tasks, timers
  *     >>impl-watch         descriptors that a loop waits for
  *     >>impl-user          what the program has on a loop: posts, timers, descriptors
  *     >>impl-drive         who drives a loop, who waits, and how they take turns
- *     >>impl-limiter       how much is let through: rates, retries, calls at a time
- *     >>impl-breaker       a provider that fails gets no calls, then one, then more
- *     >>impl-balance       which provider a call goes to
+ *     >>impl-limiter       token buckets, retry budgets, adaptive concurrency limits
+ *     >>impl-breaker       a provider that fails gets no calls, then a probe, then more
+ *     >>impl-balance       balancers: which provider of a list a call goes to
  *     >>impl-conn          one connection: reading and parsing, queueing and sending
  *     >>impl-registry      lists of providers, node names, what a backend offers
  *     >>impl-filereg       the registry in a file
@@ -131,10 +131,10 @@
  *     >>impl-channel       the forms of calls, and closing
  *     >>impl-opening       URLs and options of a channel, its directory
  *     >>impl-service       finding the method that a request names
- *     >>impl-worker        a bounded queue and the threads that empty it
- *     >>impl-order         requests of one key, one after another
- *     >>impl-replay        replies kept for requests that come again
- *     >>impl-quota         what a method and a client may ask of a server
+ *     >>impl-worker        a pool of threads for handlers, with a bounded queue
+ *     >>impl-order         requests with the same ordering key run one after another
+ *     >>impl-replay        replies kept for requests that arrive again with the same id
+ *     >>impl-quota         limits of a method and of a client: concurrency and rates
  *     >>impl-context       one request in service: its handler, its reply, its end
  *     >>impl-guard         requests that are limited, keep an order, or come again
  *     >>impl-intake        what a server's connections bring: taken in, or refused
@@ -682,13 +682,13 @@ typedef struct crpc_hooks {
 typedef struct crpc_loop crpc_loop;
 
 /* Names something that a loop keeps. Never reused while the loop lives, so a stale one is safe:
- * it names nothing. The value 0 names nothing. */
+ * it names nothing, and neither does an id of another loop. The value 0 names nothing. */
 typedef struct crpc_id {
     uint64_t value;
 } crpc_id;
 
 typedef enum crpc_poller {
-    CRPC_POLLER_DEFAULT = 0, /* epoll where it is compiled in, else poll */
+    CRPC_POLLER_DEFAULT = 0, /* epoll; poll where epoll is not compiled in, or refused */
     CRPC_POLLER_EPOLL = 1,
     CRPC_POLLER_POLL = 2
 } crpc_poller;
@@ -1633,7 +1633,7 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #define CRPC_IMPLEMENTATION_INCLUDED
 
 /* ======================================================================== */
-/* >>impl-base   system headers, attributes, small arithmetic               */
+/* >>impl-base   system headers, attributes, assertions, small arithmetic, hash */
 /* ======================================================================== */
 
 #include <arpa/inet.h>
@@ -1693,7 +1693,9 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #error "crpc: define CRPC_REALLOC and CRPC_FREE together"
 #endif
 
-/* Private functions: no warning where a toggle leaves one without a caller. */
+/* Attributes of private functions. A toggle may leave a function without a caller: no compiler need
+ * warn. CRPCI_COLD ones run at start, at the end or on errors: they are laid out apart and never
+ * inlined, which keeps the code of a call in few cache lines. */
 #if defined(__GNUC__)
 #define CRPCI_FN static __attribute__((unused))
 #define CRPCI_COLD static __attribute__((unused, cold, noinline))
@@ -1719,6 +1721,7 @@ CRPCI_COLD void crpci_base_abort(const char *what, const char *function)
 #define CRPCI_ASSERT(x, what) ((void)0)
 #endif
 
+/* The struct of which *ptr is the named member. */
 #define CRPCI_CONTAINER(ptr, type, member)                                                         \
     ((type *)(void *)((char *)(ptr)-offsetof(type, member)))
 
@@ -1732,12 +1735,13 @@ CRPCI_FN int64_t crpci_base_min64(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-/* An option's value: 0 means the default, -1 the given "none". */
+/* The value of an option: `zero`, the default, if it is 0; `none` if it is negative. */
 CRPCI_FN int64_t crpci_base_option(int64_t value, int64_t zero, int64_t none)
 {
     return value == 0 ? zero : value < 0 ? none : value;
 }
 
+/* 32-bit integers on the wire are big-endian and stand at any address. */
 CRPCI_FN uint32_t crpci_base_get32(const uint8_t *p)
 {
     return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
@@ -1775,9 +1779,11 @@ CRPCI_FN uint64_t crpci_base_hash(const void *bytes, size_t n)
 }
 
 /* ======================================================================== */
-/* >>impl-thread   locks, condition variables, threads; nothing without them */
+/* >>impl-thread   mutexes, condition variables, threads, atomic counters    */
 /* ======================================================================== */
 
+/* With CRPC_ENABLE_THREADS=0 the same functions exist and do nothing, so that the sections below
+ * need no #if to lock. */
 #if CRPC_ENABLE_THREADS
 typedef struct crpci_mutex {
     pthread_mutex_t mutex;
@@ -1836,7 +1842,8 @@ CRPCI_FN void crpci_thread_unlock(crpci_mutex *m)
     pthread_mutex_unlock(&m->mutex);
 }
 
-/* On CLOCK_MONOTONIC, so that a clock set by hand or by NTP moves no deadline. */
+/* Timed waits go by CLOCK_MONOTONIC: setting the wall clock, by hand or by NTP, moves no
+ * deadline. */
 CRPCI_FN int crpci_thread_cond_init(crpci_cond *c)
 {
     pthread_condattr_t attr;
@@ -1863,7 +1870,8 @@ CRPCI_FN void crpci_thread_broadcast(crpci_cond *c)
     pthread_cond_broadcast(c);
 }
 
-/* Waits for at most `us` microseconds (negative: no limit); may return early. */
+/* Unlocks, waits until signalled or for `us` microseconds (negative: no limit), locks again. It may
+ * return early, so callers wait in a loop. More than a day is cut to a day: sums stay in range. */
 CRPCI_FN void crpci_thread_wait(crpci_cond *c, crpci_mutex *m, int64_t us)
 {
     struct timespec ts;
@@ -1895,8 +1903,8 @@ CRPCI_FN bool crpci_thread_is_self(crpci_thread t)
     return pthread_equal(t, pthread_self()) != 0;
 }
 
-/* Starts a thread with all signals blocked: the program's handlers never run on it.
- * stack_size: bytes, 0: the system's default. */
+/* Starts a thread. All signals are blocked on it, so that the program's signal handlers run on the
+ * program's own threads. stack_size: bytes, 0: the system's default. */
 CRPCI_FN int crpci_thread_start(crpci_thread *t, size_t stack_size, void *(*fn)(void *), void *arg)
 {
     pthread_attr_t attr;
@@ -1919,7 +1927,7 @@ CRPCI_FN void crpci_thread_join(crpci_thread t)
     pthread_join(t, NULL);
 }
 
-/* Names the calling thread; the kernel takes 15 characters. */
+/* Names the calling thread for ps and gdb; the kernel takes 15 characters. */
 CRPCI_FN void crpci_thread_name(const char *name)
 {
     char text[16];
@@ -2003,8 +2011,9 @@ CRPCI_FN bool crpci_thread_holds(const crpci_mutex *m)
 }
 #endif
 
-/* Reference counts and flags that are touched without a lock; all are 32 bits wide, which every
- * Linux target does without libatomic. */
+/* --- atomic counters and flags: 32 bits wide, for which no Linux target needs libatomic ------- */
+
+/* Takes one more reference of an object on which the caller has one already. */
 CRPCI_FN void crpci_thread_ref(uint32_t *n)
 {
     __atomic_fetch_add(n, 1, __ATOMIC_RELAXED);
@@ -2015,8 +2024,8 @@ CRPCI_FN void crpci_thread_add(uint32_t *n, uint32_t count)
     __atomic_fetch_add(n, count, __ATOMIC_ACQ_REL);
 }
 
-/* True when the last reference went. Nobody else can take or give one up while there is but the
- * caller's, which is the usual case and spares the locked arithmetic. */
+/* Gives up the caller's reference; true: it was the last one. A count of 1 needs no atomic
+ * subtraction: the only reference is the caller's, so no other thread can change the count. */
 CRPCI_FN bool crpci_thread_unref(uint32_t *n)
 {
     return __atomic_load_n(n, __ATOMIC_ACQUIRE) == 1 ||
@@ -2034,7 +2043,7 @@ CRPCI_FN void crpci_thread_store(uint32_t *n, uint32_t v)
 }
 
 /* ======================================================================== */
-/* >>impl-status   names and texts of codes                                 */
+/* >>impl-status   names and texts of status codes                          */
 /* ======================================================================== */
 
 CRPC_API const char *crpc_version(void)
@@ -2047,46 +2056,48 @@ CRPC_API const char *crpc_zookeeper_driver(void)
     return !CRPC_ENABLE_ZOOKEEPER ? "none" : CRPC_ZOOKEEPER_ST ? "st" : "mt";
 }
 
-/* The name of a code, with its text behind the terminating zero: one string is smaller than two
- * switches, or an array of pointers, which is also data to be relocated. NULL: not a code. */
-CRPCI_COLD const char *crpci_status_words(int status)
+/* The name of a code; its text stands behind the terminating zero. One string of all names and
+ * texts is smaller than two switches, and an array of pointers would have to be relocated in a
+ * shared library. NULL: no such code. */
+CRPCI_COLD const char *crpci_status_entry(int status)
 {
 #define CRPCI_STATUS_NUMBER(name, number, text) number,
-#define CRPCI_STATUS_WORDS(name, number, text) #name "\0" text "\0"
+#define CRPCI_STATUS_ENTRY(name, number, text) #name "\0" text "\0"
     static const uint16_t numbers[] = {CRPC_STATUS_MAP(CRPCI_STATUS_NUMBER)};
-    const char *words = CRPC_STATUS_MAP(CRPCI_STATUS_WORDS);
+    const char *entry = CRPC_STATUS_MAP(CRPCI_STATUS_ENTRY);
 #undef CRPCI_STATUS_NUMBER
-#undef CRPCI_STATUS_WORDS
+#undef CRPCI_STATUS_ENTRY
     size_t i;
     for (i = 0; i < sizeof numbers / sizeof *numbers; i++) {
         if (numbers[i] == status)
-            return words;
-        words += strlen(words) + 1;
-        words += strlen(words) + 1;
+            return entry;
+        entry += strlen(entry) + 1; /* the name */
+        entry += strlen(entry) + 1; /* the text */
     }
     return NULL;
 }
 
 CRPC_API const char *crpc_status_name(int status)
 {
-    const char *words = crpci_status_words(status);
-    return words ? words : "E?";
+    const char *name = crpci_status_entry(status);
+    return name ? name : "E?";
 }
 
 CRPC_API const char *crpc_status_text(int status)
 {
-    const char *words = crpci_status_words(status);
-    return words ? words + strlen(words) + 1 : "unknown error";
+    const char *name = crpci_status_entry(status);
+    return name ? name + strlen(name) + 1 : "unknown error";
 }
 
-/* Numbers that belong to the system (errno of other stacks) and to RPC frameworks; the rest are the
- * applications'. */
+/* Whether a code is one that foreign peers use for their own errors: errno values and the numbers
+ * of RPC frameworks. All others are applications' codes. */
 CRPCI_FN bool crpci_status_reserved(int code)
 {
     return (code >= 0 && code <= 199) || (code >= 1000 && code <= 3999);
 }
 
-/* Sets an error that happened on this side before any attempt. `error` may be NULL. */
+/* Describes an error that happened on this side before any attempt, and returns its code. `error`
+ * may be NULL. */
 CRPCI_COLD CRPC_PRINTF(3, 4) int crpci_status_set(crpc_error *error, int code, const char *format,
                                                   ...)
 {
@@ -2102,36 +2113,39 @@ CRPCI_COLD CRPC_PRINTF(3, 4) int crpci_status_set(crpc_error *error, int code, c
 }
 
 /* ======================================================================== */
-/* >>impl-heap   memory, log and clock of one loop and all that is made from it */
+/* >>impl-heap   memory, log and clock of a loop and of all objects on it    */
 /* ======================================================================== */
 
-/* Chunks are the only buffers: one block each, power-of-two sized, reference counted, kept for
- * reuse by size. A chunk may outlive its loop (a crpc_call can hold one), so it holds the heap. */
+/* All bytes that are sent or received lie in chunks: blocks with a reference count, a power of two
+ * in size, which the heap keeps for reuse in one list for each size. A chunk has a reference on its
+ * heap, because it may outlive the loop: a crpc_call can hold one. The heap has its own mutex,
+ * which is the innermost lock of all. */
 #define CRPCI_CHUNK_MIN 256u
 #define CRPCI_CHUNK_CLASSES 14u /* 256 bytes to 2 MiB; larger ones are never kept */
 #define CRPCI_CHUNK_BIG (CRPCI_CHUNK_MIN << (CRPCI_CHUNK_CLASSES - 1))
-#define CRPCI_HEAP_KEEP (256u << 10) /* bytes of each size that are kept without asking */
+#define CRPCI_HEAP_KEEP (256u << 10) /* bytes of each size that are kept whatever the load was */
 
 typedef struct crpci_chunk crpci_chunk;
-/* Chunks of one size. There are to be, in use and kept, half as many again as were in use at a time
- * of late: so a steady load finds each again, and what a burst took goes when lighter work follows
- * it. */
+/* Chunks of one size. Those in use and those kept together shall be half as many again as were in
+ * use at one time in the recent past. A steady load then finds every chunk kept, and the chunks
+ * that a burst took are freed when lighter work follows. */
 typedef struct crpci_heap_class {
     crpci_chunk *kept;
     uint32_t kept_count;
     uint32_t used;
-    uint64_t recent; /* the most that were in use, fading; times 2^16 */
+    uint64_t recent; /* the most that were in use at a time, fading with each chunk given back; in
+                      * 1/65536 of a chunk */
 } crpci_heap_class;
 
 typedef struct crpci_heap {
     crpc_hooks hooks;
     crpci_mutex lock;
-    uint32_t refs; /* under the lock, which a chunk that comes or goes takes anyway */
-    int64_t limit; /* bytes in chunks, 0: none */
-    int64_t chunk_bytes;
-    int64_t kept_bytes;
-    int64_t bytes;
-    int64_t peak;
+    uint32_t refs; /* under the lock, which taking or giving a chunk needs anyway */
+    int64_t limit; /* of chunk_bytes; 0: no limit */
+    int64_t chunk_bytes; /* in chunks that are in use */
+    int64_t kept_bytes;  /* in chunks that wait for reuse */
+    int64_t bytes;       /* everything */
+    int64_t peak;        /* the most that `bytes` ever was */
     crpci_heap_class classes[CRPCI_CHUNK_CLASSES];
 } crpci_heap;
 
@@ -2139,11 +2153,11 @@ struct crpci_chunk {
     crpci_heap *heap;
     crpci_chunk *next;
     uint32_t refs;
-    uint32_t size_class; /* CRPCI_CHUNK_CLASSES: not kept */
+    uint32_t size_class; /* CRPCI_CHUNK_CLASSES: too large to be kept */
     size_t cap;          /* bytes behind the header */
 };
 
-/* The bytes are aligned for any type, also where the struct's size alone would not do that. */
+/* The bytes behind the header are aligned for any type, on 32-bit targets too. */
 #define CRPCI_CHUNK_HEADER ((sizeof(crpci_chunk) + 15) & ~(size_t)15)
 
 CRPCI_FN uint8_t *crpci_heap_data(crpci_chunk *c)
@@ -2161,6 +2175,7 @@ CRPCI_FN void *crpci_heap_default_resize(void *user, void *ptr, size_t old_size,
     return NULL;
 }
 
+/* The default log hook: a line on stderr that begins with the level's letter. */
 CRPCI_COLD void crpci_heap_default_log(void *user, int level, const char *line)
 {
     static const char letters[] = "?EWID";
@@ -2186,9 +2201,9 @@ CRPCI_FN int64_t crpci_heap_now(const crpci_heap *h)
     return h->hooks.clock_us(h->hooks.user);
 }
 
-/* The same clock at the kernel's last tick: up to some milliseconds behind, never ahead. To read a
- * counter of the processor takes longer than all else that is done before a deadline is looked at,
- * above all in a virtual machine. */
+/* The same clock as of the kernel's last tick: 1 to 10 ms behind, never ahead. Reading it is a load
+ * from memory; the exact clock reads a counter of the processor, which takes longer than everything
+ * else that is done to compare a deadline, in a virtual machine many times longer. */
 CRPCI_FN int64_t crpci_heap_rough_now(const crpci_heap *h)
 {
     struct timespec ts;
@@ -2233,7 +2248,8 @@ CRPCI_FN void *crpci_heap_resize_locked(crpci_heap *h, void *ptr, size_t old_siz
     return out;
 }
 
-/* realloc with sizes; new bytes are zero. On failure NULL, and the old block stays. */
+/* realloc for callers that know the old size; new bytes are zero. NULL: out of memory, the old
+ * block stays as it is. */
 CRPCI_FN void *crpci_heap_resize(crpci_heap *h, void *ptr, size_t old_size, size_t new_size)
 {
     void *out;
@@ -2272,6 +2288,7 @@ CRPCI_FN void crpci_heap_strfree(crpci_heap *h, char *text)
         crpci_heap_free(h, text, strlen(text) + 1);
 }
 
+/* Makes a heap with one reference; hooks may be NULL. limit: bytes in chunks, 0: none. */
 CRPCI_FN int crpci_heap_open(crpci_heap **out, const crpc_hooks *hooks, int64_t limit)
 {
     crpc_hooks k;
@@ -2303,6 +2320,7 @@ CRPCI_FN int crpci_heap_open(crpci_heap **out, const crpc_hooks *hooks, int64_t 
     return CRPC_OK;
 }
 
+/* Frees all chunks that are kept for reuse. Called with the heap locked. */
 CRPCI_FN void crpci_heap_trim(crpci_heap *h)
 {
     crpci_chunk *c;
@@ -2323,7 +2341,7 @@ CRPCI_FN void crpci_heap_ref(crpci_heap *h)
     crpci_thread_unlock(&h->lock);
 }
 
-/* Gives up a reference and unlocks; the last one frees. */
+/* Gives up a reference and unlocks; the last one frees the heap. */
 CRPCI_FN void crpci_heap_unlock_unref(crpci_heap *h)
 {
     crpc_hooks k;
@@ -2344,7 +2362,8 @@ CRPCI_FN void crpci_heap_unref(crpci_heap *h)
     crpci_heap_unlock_unref(h);
 }
 
-/* CRPCI_CHUNK_CLASSES: larger than any. */
+/* The list for chunks of so many bytes with their header: class k holds those of 256 << k bytes.
+ * CRPCI_CHUNK_CLASSES: they are too large to be kept. */
 CRPCI_FN unsigned crpci_heap_class_of(size_t total)
 {
     if (total <= CRPCI_CHUNK_MIN)
@@ -2354,7 +2373,7 @@ CRPCI_FN unsigned crpci_heap_class_of(size_t total)
     return 32u - (unsigned)__builtin_clz((unsigned)(total - 1) / CRPCI_CHUNK_MIN);
 }
 
-/* A chunk of a class, from those that were kept if there is one. Locked. */
+/* A chunk of a class: one that was kept, else a new one. Called with the heap locked. */
 CRPCI_FN crpci_chunk *crpci_heap_take(crpci_heap *h, crpci_heap_class *k, size_t total)
 {
     crpci_chunk *c = k->kept;
@@ -2370,11 +2389,12 @@ CRPCI_FN crpci_chunk *crpci_heap_take(crpci_heap *h, crpci_heap_class *k, size_t
     return c;
 }
 
-/* Takes a chunk of a class back. Locked. */
+/* Keeps a chunk for reuse, and frees those of its class that the recent load did not need. Called
+ * with the heap locked. */
 CRPCI_FN void crpci_heap_give(crpci_heap *h, crpci_heap_class *k, crpci_chunk *c, size_t total)
 {
     uint64_t enough;
-    k->recent -= k->recent >> 16; /* to a third in as many chunks */
+    k->recent -= k->recent >> 16; /* fades to 1/e in 65536 chunks given back */
     enough = (k->recent + k->recent / 2) >> 16;
     k->used--;
     c->next = k->kept;
@@ -2391,8 +2411,8 @@ CRPCI_FN void crpci_heap_give(crpci_heap *h, crpci_heap_class *k, crpci_chunk *c
     }
 }
 
-/* A chunk with room for at least `size` bytes and one reference; NULL when out of memory or over
- * the heap's limit. */
+/* A chunk with one reference and room for at least `size` bytes, not cleared. NULL: out of memory,
+ * or over the heap's limit. */
 CRPCI_FN crpci_chunk *crpci_heap_chunk(crpci_heap *h, size_t size)
 {
     unsigned k = crpci_heap_class_of(size + CRPCI_CHUNK_HEADER);
@@ -2426,7 +2446,8 @@ CRPCI_FN void crpci_heap_chunk_ref(crpci_chunk *c)
     crpci_thread_ref(&c->refs);
 }
 
-/* NULL is ignored. */
+/* Gives up a reference of a chunk, on any thread, with or without the loop's lock. NULL is
+ * ignored. */
 CRPCI_FN void crpci_heap_chunk_unref(crpci_chunk *c)
 {
     crpci_heap *h;
@@ -2445,13 +2466,16 @@ CRPCI_FN void crpci_heap_chunk_unref(crpci_chunk *c)
 }
 
 /* ======================================================================== */
-/* >>impl-id   {index, generation} ids for objects that others may outlive  */
+/* >>impl-id   {generation, index} ids of objects that may be gone when they are used */
 /* ======================================================================== */
 
+/* An id is the slot's generation in the upper 32 bits and its index in the lower ones. Each use of
+ * a slot has a generation of its own, so an id finds its object or nothing, never the slot's next
+ * object. A table is not locked by itself. */
 typedef struct crpci_id_slot {
-    void *object; /* NULL: free */
-    uint32_t generation;
-    uint32_t next_free; /* index + 1 */
+    void *object;        /* NULL: the slot is free */
+    uint32_t generation; /* of the present or last use; 0: it was never used */
+    uint32_t next_free;  /* index + 1 of the next free slot; 0: it is the last */
 } crpci_id_slot;
 
 /* All zero at first, but for the salt. */
@@ -2464,6 +2488,7 @@ typedef struct crpci_id_table {
     uint32_t salt; /* xor of index and id: an id of another table is, almost surely, no id here */
 } crpci_id_table;
 
+/* Appends a slot to the free ones. */
 CRPCI_FN void crpci_id_release(crpci_id_table *t, uint32_t index)
 {
     t->slots[index].object = NULL;
@@ -2492,7 +2517,7 @@ CRPCI_FN int crpci_id_grow(crpci_id_table *t, crpci_heap *h)
     return CRPC_OK;
 }
 
-/* Names an object. Ids are never 0. */
+/* Gives an object an id, which is never 0. */
 CRPCI_FN int crpci_id_add(crpci_id_table *t, crpci_heap *h, void *object, uint64_t *id)
 {
     crpci_id_slot *s;
@@ -2512,7 +2537,7 @@ CRPCI_FN int crpci_id_add(crpci_id_table *t, crpci_heap *h, void *object, uint64
     return CRPC_OK;
 }
 
-/* The object of an id, NULL if it is gone. */
+/* The object of an id; NULL: it was removed, or the id is from elsewhere. */
 CRPCI_FN void *crpci_id_get(const crpci_id_table *t, uint64_t id)
 {
     uint32_t index = (uint32_t)id ^ t->salt;
@@ -2521,6 +2546,7 @@ CRPCI_FN void *crpci_id_get(const crpci_id_table *t, uint64_t id)
     return t->slots[index].object;
 }
 
+/* Takes an id's validity; one that names nothing is ignored. */
 CRPCI_FN void crpci_id_remove(crpci_id_table *t, uint64_t id)
 {
     if (!crpci_id_get(t, id))
@@ -2536,9 +2562,11 @@ CRPCI_FN void crpci_id_free(crpci_id_table *t, crpci_heap *h)
 }
 
 /* ======================================================================== */
-/* >>impl-list   doubly linked lists through members; an empty link points to itself */
+/* >>impl-list   doubly linked lists through members of the items            */
 /* ======================================================================== */
 
+/* A ring: the head of a list and the link in an item are of one type. A link that is in no list
+ * points to itself, so removing it again is harmless. */
 typedef struct crpci_list {
     struct crpci_list *next;
     struct crpci_list *prev;
@@ -2549,6 +2577,7 @@ CRPCI_FN void crpci_list_init(crpci_list *l)
     l->next = l->prev = l;
 }
 
+/* Whether a list has no item, or an item's link is in no list. */
 CRPCI_FN bool crpci_list_empty(const crpci_list *l)
 {
     return l->next == l;
@@ -2562,7 +2591,7 @@ CRPCI_FN void crpci_list_append(crpci_list *head, crpci_list *item)
     head->prev = item;
 }
 
-/* Takes an item out; harmless if it is in no list. */
+/* Takes an item out of the list that it is in, if any. */
 CRPCI_FN void crpci_list_remove(crpci_list *item)
 {
     item->prev->next = item->next;
@@ -2570,7 +2599,7 @@ CRPCI_FN void crpci_list_remove(crpci_list *item)
     crpci_list_init(item);
 }
 
-/* Moves all items of `from` to the empty `to`. */
+/* Moves all items of `from` to `to`, which had none or was not initialised. */
 CRPCI_FN void crpci_list_move(crpci_list *to, crpci_list *from)
 {
     crpci_list_init(to);
@@ -3691,7 +3720,7 @@ CRPCI_COLD bool crpci_meta_self_check(void)
 }
 
 /* ======================================================================== */
-/* >>impl-sock   addresses and sockets; knows no loop                        */
+/* >>impl-sock   addresses and sockets, without a loop                       */
 /* ======================================================================== */
 
 typedef struct crpci_addr {
@@ -3704,7 +3733,8 @@ typedef struct crpci_addr {
     socklen_t len;
 } crpci_addr;
 
-/* Splits "host:port" or "[v6]:port"; the host keeps no brackets. */
+/* Splits "host:port" or "[IPv6]:port" into a host without brackets and a port of 0 to 65535. False:
+ * it is neither, or the host does not fit. */
 CRPCI_FN bool crpci_sock_split(const char *text, char *host, size_t size, unsigned *port)
 {
     const char *colon = strrchr(text, ':'), *from = text, *to = colon;
@@ -3795,8 +3825,10 @@ CRPCI_FN void crpci_sock_set(int fd, int level, int option, int value)
     setsockopt(fd, level, option, &value, sizeof value);
 }
 
-/* What every stream connection gets: no Nagle delay; death noticed although nothing is sent
- * (keepalive after 60 s) and although something is (user timeout 30 s). */
+/* Sets what every TCP connection gets. TCP_NODELAY: a small request is not held back for the
+ * acknowledgement of the one before. Keepalive: a peer that vanished while nothing was sent is
+ * found after 90 s, one that stops acknowledging what was sent after 30 s (TCP_USER_TIMEOUT; Linux
+ * 2.6.37). Failures are ignored: the connection works without. */
 CRPCI_FN void crpci_sock_tune(int fd)
 {
     crpci_sock_set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
@@ -3811,6 +3843,7 @@ CRPCI_FN void crpci_sock_tune(int fd)
 #endif
 }
 
+/* A stream socket for an address, which does not block. -1 and errno on failure. */
 CRPCI_FN int crpci_sock_open(const crpci_addr *a)
 {
     int fd = socket(a->u.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
@@ -3819,7 +3852,7 @@ CRPCI_FN int crpci_sock_open(const crpci_addr *a)
     return fd;
 }
 
-/* Whether an address, as text, is this host's to itself. */
+/* Whether an address, as text, is a loopback one. */
 CRPCI_FN bool crpci_sock_is_loopback(const char *text)
 {
     static const char *const begins[] = {"127.", "[::1]", "::1:", "[::ffff:127.", "::ffff:127."};
@@ -3831,7 +3864,9 @@ CRPCI_FN bool crpci_sock_is_loopback(const char *text)
     return false;
 }
 
-/* Whether a connection is to itself: dialling a dead port in the ephemeral range can do that. */
+/* Whether a connection leads to its own socket: connecting to a port of the ephemeral range on
+ * which nobody listens can draw that very port as the local one, and TCP lets the socket connect to
+ * itself. */
 CRPCI_FN bool crpci_sock_is_self(int fd)
 {
     crpci_addr a, b;
@@ -3841,7 +3876,8 @@ CRPCI_FN bool crpci_sock_is_self(int fd)
            memcmp(&a.u, &b.u, a.len) == 0;
 }
 
-/* A unix socket file that nobody listens on any more is removed; one in use is left alone. */
+/* Removes the file of a unix socket on which nobody listens any more, as a server that crashed
+ * leaves it behind. One in use stays, and bind fails with EADDRINUSE. */
 CRPCI_COLD void crpci_sock_unlink_stale(const crpci_addr *a)
 {
     struct stat st;
@@ -3889,25 +3925,31 @@ CRPCI_COLD int crpci_sock_listen(const crpci_addr *a)
 }
 
 /* ======================================================================== */
-/* >>impl-resolver   host names to numeric addresses, on the caller's thread */
+/* >>impl-resolver   host names to numeric addresses; blocks the calling thread */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_RESOLVER
+/* Asks getaddrinfo, which may block for many seconds where no DNS server answers. On failure `out`
+ * tells why. */
 CRPCI_COLD int crpci_resolver_system(const char *host, char *out, size_t size)
 {
     struct addrinfo hints, *list, *i;
     size_t used = 0;
+    int failed;
     memset(&hints, 0, sizeof hints);
     hints.ai_socktype = SOCK_STREAM;
     *out = '\0';
-    if (getaddrinfo(host, NULL, &hints, &list))
+    failed = getaddrinfo(host, NULL, &hints, &list);
+    if (failed) {
+        snprintf(out, size, "getaddrinfo: %s", gai_strerror(failed));
         return CRPC_ERESOLVE;
+    }
     for (i = list; i; i = i->ai_next) {
         const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)(const void *)i->ai_addr;
         const struct sockaddr_in *in4 = (const struct sockaddr_in *)(const void *)i->ai_addr;
         char text[INET6_ADDRSTRLEN];
         if (i->ai_family == AF_INET6 && in6->sin6_scope_id)
-            continue; /* a link-local address is of no use elsewhere */
+            continue; /* link-local: without its scope it leads nowhere */
         if (!inet_ntop(i->ai_family,
                        i->ai_family == AF_INET6 ? (const void *)&in6->sin6_addr : &in4->sin_addr,
                        text, sizeof text))
@@ -3917,28 +3959,35 @@ CRPCI_COLD int crpci_resolver_system(const char *host, char *out, size_t size)
         used += (size_t)snprintf(out + used, size - used, "%s%s", used ? "," : "", text);
     }
     freeaddrinfo(list);
-    return *out ? CRPC_OK : CRPC_ERESOLVE;
-}
-#endif
-
-/* Numeric addresses of a host, separated by commas. */
-CRPCI_COLD int crpci_resolver_names(crpci_heap *h, const char *host, char *out, size_t size)
-{
-    if (h->hooks.resolve)
-        return h->hooks.resolve(h->hooks.user, host, out, size);
-#if CRPC_ENABLE_RESOLVER
-    return crpci_resolver_system(host, out, size);
-#else
-    crpci_heap_log(h, CRPC_LOG_ERROR, "%s: crpc was built with CRPC_ENABLE_RESOLVER=0: give a "
-                                      "numeric address, or a resolve hook", host);
-    (void)out;
-    (void)size;
+    if (*out)
+        return CRPC_OK;
+    snprintf(out, size, "getaddrinfo gave no address that can be used");
     return CRPC_ERESOLVE;
+}
 #endif
+
+/* Writes the numeric addresses of a host, separated by commas: those of the program's hook, else of
+ * getaddrinfo. On failure `out` tells why. */
+CRPCI_COLD int crpci_resolver_lookup(crpci_heap *h, const char *host, char *out, size_t size)
+{
+    int err = CRPC_ERESOLVE;
+    if (h->hooks.resolve) {
+        err = h->hooks.resolve(h->hooks.user, host, out, size);
+        if (err)
+            snprintf(out, size, "the resolve hook returned %d", err);
+        return err;
+    }
+#if CRPC_ENABLE_RESOLVER
+    err = crpci_resolver_system(host, out, size);
+#else
+    snprintf(out, size, "crpc was built with CRPC_ENABLE_RESOLVER=0: give a numeric address, or "
+                        "set hooks.resolve");
+#endif
+    return err;
 }
 
-/* Turns "host:port" into a numeric one. Of several addresses the first IPv4 one is taken, else the
- * first. Numeric input is only normalised. */
+/* Turns "host:port" into a numeric address and its port. Of several addresses the first IPv4 one is
+ * taken, else the first. A numeric one is only written in its canonical form. */
 CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out, size_t size,
                                       crpc_error *error)
 {
@@ -3952,12 +4001,12 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
     }
     if (!crpci_sock_split(text, host, sizeof host, &port) || !*host)
         return crpci_status_set(error, CRPC_EINVAL,
-                                "\"%.80s\" is not host:port, with a port up to 65535 (IPv6 stands "
-                                "in brackets)",
+                                "\"%.80s\" is not host:port with a port of 0 to 65535; an IPv6 "
+                                "address needs brackets: [::1]:80",
                                 text);
-    err = crpci_resolver_names(h, host, list, sizeof list);
+    err = crpci_resolver_lookup(h, host, list, sizeof list);
     if (err)
-        return crpci_status_set(error, CRPC_ERESOLVE, "host \"%.80s\" could not be resolved", host);
+        return crpci_status_set(error, CRPC_ERESOLVE, "host \"%.80s\": %.120s", host, list);
     for (item = list; item && *item; item = next) {
         next = strchr(item, ',');
         if (next)
@@ -3969,7 +4018,9 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
         snprintf(out, size, strchr(best, ':') ? "[%s]:%u" : "%s:%u", best, port);
     if (!best || !crpci_sock_parse(&a, out))
         return crpci_status_set(error, CRPC_ERESOLVE,
-                                "host \"%.80s\": the resolver gave no numeric address", host);
+                                "host \"%.80s\": the resolve hook gave no numeric address: "
+                                "\"%.80s\"",
+                                host, list);
     return CRPC_OK;
 }
 
@@ -4028,17 +4079,17 @@ static const crpci_transport crpci_transport_plain = {
     crpci_transport_plain_want, true};
 
 /* ======================================================================== */
-/* >>impl-poller   epoll and poll behind four functions                      */
+/* >>impl-poller   waiting for many descriptors: epoll and poll behind one face */
 /* ======================================================================== */
 
-#define CRPCI_POLLER_BATCH 64
+#define CRPCI_POLLER_BATCH 64 /* events that one wait reports at most */
 
-/* One registered descriptor. */
+/* A descriptor, as its owner registers it. Events are CRPC_READABLE and CRPC_WRITABLE. */
 typedef struct crpci_poller_item {
     int fd;
-    unsigned events; /* registered now; 0: not registered */
-    uint32_t at;     /* poll: index */
-    uint64_t id;     /* reported with its events */
+    unsigned events; /* registered for; 0: not registered */
+    uint32_t at;     /* poll: index in fds and items */
+    uint64_t id;     /* the owner's; the poller reports it with the events */
 } crpci_poller_item;
 
 typedef struct crpci_poller_event {
@@ -4049,12 +4100,13 @@ typedef struct crpci_poller_event {
 typedef struct crpci_poller {
     crpc_poller kind;
     int epoll_fd;
-    /* poll: what is registered, and the copy that a wait without the lock works on */
+    /* poll: what is registered, and the copy on which a wait works without the lock */
     struct pollfd *fds;
     crpci_poller_item **items;
     struct pollfd *snapshot;
     uint64_t *snapshot_ids;
-    uint32_t count, cap, snapshot_count, snapshot_cap, next;
+    uint32_t count, cap, snapshot_count, snapshot_cap;
+    uint32_t next; /* where the next wait begins to look for events, when a batch was full */
 } crpci_poller;
 
 CRPCI_FN const char *crpci_poller_name(const crpci_poller *p)
@@ -4097,8 +4149,9 @@ CRPCI_FN void crpci_poller_close(crpci_poller *p, crpci_heap *h)
 }
 
 #if CRPC_ENABLE_EPOLL
-/* A library that owns the descriptor may have closed it, and the number may name another one by
- * now: ENOENT and EEXIST are such cases, not errors. */
+/* ENOENT and EEXIST are no errors: a library that owns the descriptor (the ZooKeeper client) may
+ * have closed it, which took it out of the epoll set, and the number may be that of another one
+ * now. */
 CRPCI_FN int crpci_poller_epoll_set(crpci_poller *p, crpci_poller_item *i, unsigned events)
 {
     struct epoll_event e;
@@ -4142,6 +4195,7 @@ CRPCI_FN int crpci_poller_poll_grow(crpci_poller *p, crpci_heap *h)
     return CRPC_OK;
 }
 
+/* Removing fills the gap with the last entry. */
 CRPCI_FN int crpci_poller_poll_set(crpci_poller *p, crpci_heap *h, crpci_poller_item *i,
                                    unsigned events)
 {
@@ -4165,8 +4219,8 @@ CRPCI_FN int crpci_poller_poll_set(crpci_poller *p, crpci_heap *h, crpci_poller_
     return CRPC_OK;
 }
 
-/* Registers, changes or (events 0) removes an item. Its fd and id may change only while it is
- * removed. */
+/* Registers an item, changes its events, or removes it (events 0). Its fd and id may change only
+ * while it is removed. On failure its registration stays as it was. */
 CRPCI_FN int crpci_poller_set(crpci_poller *p, crpci_heap *h, crpci_poller_item *i, unsigned events)
 {
     int err;
@@ -4205,7 +4259,8 @@ CRPCI_FN int crpci_poller_snapshot_grow(crpci_poller *p, crpci_heap *h)
     return CRPC_OK;
 }
 
-/* Under the lock, before a wait without it. Out of memory, those that fit are waited for. */
+/* Under the loop's lock, before a wait without it. CRPC_ENOMEM: the wait covers only as many
+ * descriptors as the last copy had room for. */
 CRPCI_FN int crpci_poller_prepare(crpci_poller *p, crpci_heap *h)
 {
     int err = CRPC_OK;
@@ -4222,14 +4277,18 @@ CRPCI_FN int crpci_poller_prepare(crpci_poller *p, crpci_heap *h)
     return err;
 }
 
+/* Milliseconds for epoll_wait and poll, rounded up; negative: no limit; a day at most. */
 CRPCI_FN int crpci_poller_ms(int64_t us)
 {
     return us < 0 ? -1 : us > INT64_C(86400000000) ? 86400000 : (int)((us + 999) / 1000);
 }
 
-/* Waits at most `us` (negative: no limit; rounded up, never early). Without the lock, by one thread
- * at a time. Events beyond the batch are reported by the next wait; poll goes round so that each
- * descriptor gets its turn. */
+/* Waits at most `us` microseconds (negative: no limit), rounded up to a millisecond. Called without
+ * the lock, by one thread at a time. Returns how many events it put into out[CRPCI_POLLER_BATCH].
+ * Further ones come with the next wait, which under poll begins behind the last one reported, so
+ * that every descriptor gets its turn; epoll does that by itself. A failure, such as EINTR, counts
+ * as no event. An error or a hang-up is reported as readable and writable: the owner's read or
+ * write then finds out. */
 CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us, crpci_poller_event *out)
 {
     int n = 0, ready;
@@ -4265,12 +4324,13 @@ CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us, crpci_poller_event *
 }
 
 /* ======================================================================== */
-/* >>impl-wake   a descriptor by which another thread ends a wait            */
+/* >>impl-wake   a descriptor by which another thread ends the poller's wait */
 /* ======================================================================== */
 
+/* An eventfd, or the two ends of a pipe. */
 typedef struct crpci_wake {
-    int read_fd;
-    int write_fd;
+    int read_fd;  /* the poller waits for it */
+    int write_fd; /* an eventfd: the same one */
 } crpci_wake;
 
 CRPCI_FN int crpci_wake_open(crpci_wake *w, crpci_heap *h)
@@ -4295,7 +4355,8 @@ CRPCI_FN void crpci_wake_close(crpci_wake *w)
     w->read_fd = w->write_fd = -1;
 }
 
-/* Async-signal-safe. A full pipe is as good as one more byte. */
+/* Makes read_fd readable. Async-signal-safe. A write into a full pipe fails, but then the pipe is
+ * readable anyway. */
 CRPCI_FN void crpci_wake_kick(const crpci_wake *w)
 {
     uint64_t one = 1;
@@ -4305,13 +4366,14 @@ CRPCI_FN void crpci_wake_kick(const crpci_wake *w)
     errno = saved;
 }
 
+/* Makes read_fd unreadable until the next kick. */
 CRPCI_FN void crpci_wake_drain(const crpci_wake *w)
 {
     uint64_t buf[8];
     ssize_t n;
     do {
         n = read(w->read_fd, buf, sizeof buf);
-    } while (n == (ssize_t)sizeof buf); /* an eventfd gives 8 bytes, a pipe what is there */
+    } while (n == (ssize_t)sizeof buf); /* a pipe may hold more; an eventfd gives 8 bytes once */
 }
 
 /* ======================================================================== */
@@ -4319,23 +4381,26 @@ CRPCI_FN void crpci_wake_drain(const crpci_wake *w)
 /* ======================================================================== */
 
 /* After G. Varghese, T. Lauck: Hashed and Hierarchical Timing Wheels (1987), scheme 7. A tick is a
- * millisecond, rounded up: no timer is early. Level k has 64 slots of 64^k ticks; the highest bit
- * in which a timer's tick differs from the present one tells its level. Farther than 2^30 ticks (12
- * days) it is parked at that distance and put in again. */
+ * millisecond; due times are rounded up to ticks, so no timer is early. Level k has 64 slots of
+ * 64^k ticks each. A timer goes to the level that the highest bit tells in which its tick differs
+ * from the present one, and when the wheel comes to its slot, to a lower level, until it fires on
+ * level 0. A timer farther off than 2^30 ticks (12 days) waits in the last slot of the top level
+ * and is put in again from there. */
 #define CRPCI_TIMER_LEVELS 5
 
 typedef struct crpci_timer crpci_timer;
 struct crpci_timer {
     crpci_timer *next;
-    crpci_timer **prev; /* what points here; NULL: not armed */
+    crpci_timer **prev; /* the pointer that points here; NULL: the timer is not armed */
     int64_t due_us;
-    void (*fn)(crpc_loop *loop, crpci_timer *timer); /* loop locked; may unlock and lock again */
+    /* Called with the loop locked and the timer not armed; may unlock and lock again. */
+    void (*fn)(crpc_loop *loop, crpci_timer *timer);
 };
 
 typedef struct crpci_timer_wheel {
-    int64_t tick;       /* all up to here have fired */
-    crpci_timer *fired; /* due, waiting to be run */
-    uint64_t used[CRPCI_TIMER_LEVELS];
+    int64_t tick;       /* all timers up to this tick have fired */
+    crpci_timer *fired; /* timers that are due, for the loop to run */
+    uint64_t used[CRPCI_TIMER_LEVELS]; /* a bit for each slot that may hold a timer */
     crpci_timer *slots[CRPCI_TIMER_LEVELS][64];
 } crpci_timer_wheel;
 
@@ -4354,6 +4419,7 @@ CRPCI_FN void crpci_timer_link(crpci_timer **head, crpci_timer *t)
     t->prev = head;
 }
 
+/* Disarms a timer, also one that has fired and was not run yet. */
 CRPCI_FN void crpci_timer_cancel(crpci_timer *t)
 {
     if (!t->prev)
@@ -4361,7 +4427,7 @@ CRPCI_FN void crpci_timer_cancel(crpci_timer *t)
     *t->prev = t->next;
     if (t->next)
         t->next->prev = t->prev;
-    t->prev = NULL; /* an emptied slot keeps its bit: the next advance finds it empty */
+    t->prev = NULL; /* the slot keeps its bit in `used`: the wheel will find it empty */
 }
 
 /* Puts a timer into its slot, or into the list at `due` if its tick has come. */
@@ -4378,13 +4444,14 @@ CRPCI_FN void crpci_timer_insert(crpci_timer_wheel *w, crpci_timer *t, crpci_tim
                                       (INT64_C(1) << (6 * (CRPCI_TIMER_LEVELS - 1))));
     differ = (uint64_t)tick ^ (uint64_t)w->tick;
     level = (63u - (unsigned)__builtin_clzll(differ)) / 6;
-    if (level >= CRPCI_TIMER_LEVELS) /* wraps round the top level: its slot is still unique */
+    if (level >= CRPCI_TIMER_LEVELS) /* in the next turn of the top level, and not yet this slot */
         level = CRPCI_TIMER_LEVELS - 1;
     slot = (unsigned)(tick >> (6 * level)) & 63;
     crpci_timer_link(&w->slots[level][slot], t);
     w->used[level] |= UINT64_C(1) << slot;
 }
 
+/* Arms a timer, or moves one that is armed. */
 CRPCI_FN void crpci_timer_set(crpci_timer_wheel *w, crpci_timer *t, int64_t due_us)
 {
     crpci_timer_cancel(t);
@@ -4392,8 +4459,8 @@ CRPCI_FN void crpci_timer_set(crpci_timer_wheel *w, crpci_timer *t, int64_t due_
     crpci_timer_insert(w, t, &w->fired);
 }
 
-/* The tick at which the next used slot begins, INT64_MAX if there is none: no timer is due before
- * it. */
+/* The tick at which the next used slot begins, and which slot that is. No timer is due before that
+ * tick. INT64_MAX: there is no timer. */
 CRPCI_FN int64_t crpci_timer_next_slot(const crpci_timer_wheel *w, unsigned *level, unsigned *slot)
 {
     unsigned k;
@@ -4405,7 +4472,7 @@ CRPCI_FN int64_t crpci_timer_next_slot(const crpci_timer_wheel *w, unsigned *lev
         unsigned now = (unsigned)(w->tick >> (6 * k)) & 63, ahead;
         uint64_t bits = w->used[k];
         bits = now ? bits >> now | bits << (64 - now) : bits;
-        bits &= ~UINT64_C(1); /* the present slot is empty; a cancelled timer left the bit */
+        bits &= ~UINT64_C(1); /* the present slot was emptied; its bit is of a cancelled timer */
         if (!bits)
             continue;
         ahead = (unsigned)__builtin_ctzll(bits);
@@ -4416,8 +4483,8 @@ CRPCI_FN int64_t crpci_timer_next_slot(const crpci_timer_wheel *w, unsigned *lev
     return INT64_MAX;
 }
 
-/* Moves every timer that is due at `now_us` to the end of w->fired: tick by tick, and those of one
- * tick as they were armed. */
+/* Moves every timer that is due at `now_us` to the end of w->fired, in the order of their ticks,
+ * and within a tick in the order in which they were armed. */
 CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
 {
     int64_t now = now_us / 1000;
@@ -4437,7 +4504,7 @@ CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
         }
         w->tick = at;
         w->used[level] &= ~(UINT64_C(1) << slot);
-        while ((t = w->slots[level][slot]) != NULL) { /* the last armed is the first in it */
+        while ((t = w->slots[level][slot]) != NULL) { /* armed last stands first: turn the order */
             crpci_timer_cancel(t);
             crpci_timer_link(&turned, t);
         }
@@ -4450,7 +4517,8 @@ CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
     }
 }
 
-/* When the wheel must be advanced next, in microseconds; INT64_MAX: never. */
+/* The time at which the wheel must be advanced next, in microseconds; INT64_MAX: there is no
+ * timer. */
 CRPCI_FN int64_t crpci_timer_next_us(const crpci_timer_wheel *w)
 {
     unsigned level, slot;
@@ -4478,8 +4546,8 @@ CRPCI_FN int64_t crpci_timer_next_us(const crpci_timer_wheel *w)
 #ifdef CRPCI_MUTANT_P7_CLOSE
 #define CRPCI_RULE_P7 0
 #else
-#define CRPCI_RULE_P7 1 /* a descriptor is closed when no thread reads or writes it: the kernel gives
-                         * its number to the next one opened */
+#define CRPCI_RULE_P7 1 /* a descriptor is closed only when no thread reads or writes it: its number
+                         * is that of the next one opened */
 #endif
 
 /* A deadline that is at least this far off, in microseconds, is compared with the coarse clock. */
@@ -4536,7 +4604,8 @@ typedef enum crpci_loop_end {
 } crpci_loop_end;
 
 /* Shared with the sections below: heap, conns, endpoints, registries, calls, results, resume,
- * dirty, io_cond, io_waiters, now, fresh, max_results, forbid_threads, stats, the receive buffer. */
+ * dirty, io_cond, io_waiters, now, fresh, max_results, forbid_threads, stats, the receive
+ * buffer. */
 struct crpc_loop {
     crpci_mutex lock;
     crpci_heap *heap;
@@ -5735,7 +5804,7 @@ CRPC_API void crpc_loop_stats_get(crpc_loop *l, crpc_loop_stats *stats)
 }
 
 /* ======================================================================== */
-/* >>impl-limiter   how much is let through: rates, retries, calls at a time */
+/* >>impl-limiter   token buckets, retry budgets, adaptive concurrency limits */
 /* ======================================================================== */
 
 /* What the end of an attempt tells the balancer and the breaker about the provider. */
@@ -5745,17 +5814,17 @@ typedef enum crpci_outcome {
     CRPCI_OUTCOME_IGNORE /* nothing: the attempt was cancelled, or refused over a limit */
 } crpci_outcome;
 
-/* A token bucket in the form of the generic cell rate algorithm: what was taken and has not come
- * back yet is a debt, counted in millionths of a token, so that a microsecond pays back exactly
- * per_second of them and nothing is ever rounded. All zero it limits nothing. */
+/* A token bucket in the form of the generic cell rate algorithm (GCRA). It counts what was taken
+ * and has not come back yet, as a debt in millionths of a token: each microsecond pays back exactly
+ * per_second of them, so nothing is ever rounded. All zero, it limits nothing. */
 #define CRPCI_LIMITER_TOKEN INT64_C(1000000)
-#define CRPCI_LIMITER_MOST (INT64_C(1) << 40) /* of either number: products stay within 62 bits */
+#define CRPCI_LIMITER_MOST (INT64_C(1) << 40) /* of rate and burst: their products fit 62 bits */
 
 typedef struct crpci_limiter_bucket {
     int64_t per_second; /* 0: no limit */
-    int64_t most;       /* the debt there may be after a taking */
-    int64_t clear_us;   /* after this time no debt is left */
-    int64_t debt;
+    int64_t most;       /* the largest debt: the burst */
+    int64_t clear_us;   /* the time in which the largest debt is paid back */
+    int64_t debt;       /* as of at_us */
     int64_t at_us;
 } crpci_limiter_bucket;
 
@@ -5772,7 +5841,7 @@ CRPCI_FN void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_sec
     b->at_us = INT64_MIN / 2;
 }
 
-/* One token, if there is one. */
+/* Takes a token; false: there is none. */
 CRPCI_FN bool crpci_limiter_bucket_take(crpci_limiter_bucket *b, int64_t now_us)
 {
     int64_t passed = now_us - b->at_us;
@@ -5789,9 +5858,9 @@ CRPCI_FN bool crpci_limiter_bucket_take(crpci_limiter_bucket *b, int64_t now_us)
     return true;
 }
 
-/* What retries are paid from: each costs a token, each success brings some tenths of one. However
- * many calls fail, no more retries are made than there were tokens, and a share of the successes
- * later on. */
+/* A retry budget: each retry costs a token, each successful call earns some tenths of one. When all
+ * calls fail, no more retries are made than there were tokens, so that retries cannot multiply the
+ * load of providers that are down for being overloaded. */
 typedef struct crpci_limiter_budget {
     uint64_t tenths;
     uint64_t most;
@@ -5813,7 +5882,7 @@ CRPCI_FN bool crpci_limiter_budget_spend(crpci_limiter_budget *b)
     return true;
 }
 
-/* A call has succeeded. */
+/* For a call that has succeeded. */
 CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
 {
     b->tenths += b->earn;
@@ -5821,25 +5890,25 @@ CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
         b->tenths = b->most;
 }
 
-/* The limit of calls in service that brpc calls "auto". By Little's law a server that is just busy
- * holds (most replies a second) x (time of a reply when nothing queues) calls; the limit is a
- * little above that product of two measured numbers, by 6 to 30 per cent: more while it does no
- * harm, so as to find out whether the server can do more. How fast a reply is when nothing queues
- * is measured anew at times, with fewer calls let in. Three things are done otherwise than in brpc:
- * - The time without a queue, if first measured in an overload, is too long. So it is measured anew
- *   soon after the start, and soon again as long as each time gives much less; and if calls are
- *   being refused anyway only half as many are let in then, not nine tenths.
- * - The most replies a second fade faster while calls are refused: then it is the server that has
- *   become slower, and not the clients quieter.
- * - A limit that nobody came up to while replies were fast is not lowered: few calls are no sign
- *   of a weak server, and what comes after a quiet time would be refused for nothing.
- */
-#define CRPCI_LIMITER_SAMPLES 200       /* end a window */
-#define CRPCI_LIMITER_SAMPLES_LEAST 100 /* fewer in all of CRPCI_LIMITER_WINDOW_US say nothing */
-#define CRPCI_LIMITER_SAMPLE_US 100     /* samples are at least so far apart */
-#define CRPCI_LIMITER_WINDOW_US 1000000
-#define CRPCI_LIMITER_ANEW_US 25000000 /* to twice this, between two measurings */
-#define CRPCI_LIMITER_ANEW_SOON_US 2000000
+/* The adaptive limit of calls in service that brpc calls "auto". By Little's law a server that is
+ * just busy holds (replies a second at most) x (latency without a queue) calls. Both are measured;
+ * the limit is their product and 6 to 30 per cent more: more as long as latency does not grow, to
+ * find out whether the server can do more. The latency without a queue is measured anew from time
+ * to time, while fewer calls are let in. Three things differ from brpc:
+ * - A first measurement during an overload contains the queue. So the latency is measured anew soon
+ *   after the start, and soon again as long as it comes out much lower; while calls are refused,
+ *   only half as many calls are let in for it, where brpc lets nine tenths in.
+ * - The most replies a second fade faster while calls are refused: then the server has become
+ *   slower. Otherwise fewer replies may only mean fewer calls.
+ * - A limit that the calls did not reach while latency was low is not lowered: few calls do not
+ *   mean a weak server, and after a quiet time the next calls would be refused without reason.
+ * / */
+#define CRPCI_LIMITER_SAMPLES 200       /* so many samples end a window */
+#define CRPCI_LIMITER_SAMPLES_LEAST 100 /* a window with fewer changes nothing */
+#define CRPCI_LIMITER_SAMPLE_US 100     /* two samples are at least so far apart */
+#define CRPCI_LIMITER_WINDOW_US 1000000 /* the longest window */
+#define CRPCI_LIMITER_ANEW_US 25000000  /* once to twice this, between measurements of free_us */
+#define CRPCI_LIMITER_ANEW_SOON_US 2000000 /* the same while the last one may hold a queue */
 #define CRPCI_LIMITER_EXPLORE_LEAST 6 /* per cent */
 #define CRPCI_LIMITER_EXPLORE_MOST 30
 #define CRPCI_LIMITER_EXPLORE_STEP 2
@@ -5849,22 +5918,22 @@ CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
 typedef struct crpci_limiter_auto {
     uint32_t least;
     uint32_t limit;
-    uint32_t active; /* in service */
-    uint32_t peak;   /* the most of them in this window */
-    uint32_t ok;     /* of this window's samples */
-    uint32_t failed;
+    uint32_t active;    /* calls in service */
+    uint32_t peak;      /* the most of them in this window */
+    uint32_t ok;        /* samples of this window that succeeded */
+    uint32_t failed;    /* and that did not */
     uint32_t replies;   /* all successes of this window, samples or not */
-    bool refused;       /* somebody was, in this window */
-    bool soon;          /* the time without a queue may still be far too long */
-    uint8_t explore;    /* per cent */
+    bool refused;       /* a call was refused in this window */
+    bool soon;          /* free_us may still contain a queue: measure it again soon */
+    uint8_t explore;    /* per cent that the limit is above the product */
     int64_t sum_us;     /* of the samples' latencies */
     int64_t window_us;  /* when this window began; 0: none has */
     int64_t sample_us;  /* when the last sample was taken */
-    int64_t free_us;    /* latency without a queue, 0: not measured */
-    int64_t free_was;   /* before it was measured anew */
+    int64_t free_us;    /* latency without a queue; 0: not measured */
+    int64_t free_was;   /* its value from the measurement before */
     int64_t qps;        /* the most replies a second, fading; in thousandths */
     int64_t anew_us;    /* when to measure free_us anew; 0: not planned */
-    int64_t drained_us; /* being measured: the queue is gone by then. 0: not */
+    int64_t drained_us; /* while it is measured: when the queue will be gone; 0: it is not */
 } crpci_limiter_auto;
 
 /* The limit starts at `start` and is never below `least`; both are 1 at least. */
@@ -5882,7 +5951,7 @@ CRPCI_FN uint32_t crpci_limiter_auto_limit(const crpci_limiter_auto *a)
     return a->limit;
 }
 
-/* Lets a call in, which must then leave; or says false. */
+/* Lets a call in, which must then leave. False: the limit is reached. */
 CRPCI_FN bool crpci_limiter_auto_enter(crpci_limiter_auto *a)
 {
     if (a->active >= a->limit) {
@@ -5894,6 +5963,7 @@ CRPCI_FN bool crpci_limiter_auto_enter(crpci_limiter_auto *a)
     return true;
 }
 
+/* Begins a new window. */
 CRPCI_FN void crpci_limiter_auto_window(crpci_limiter_auto *a, int64_t now_us)
 {
     a->peak = a->active;
@@ -5909,7 +5979,8 @@ CRPCI_FN void crpci_limiter_auto_set(crpci_limiter_auto *a, int64_t limit)
     a->limit = limit > (int64_t)a->least ? (uint32_t)limit : a->least;
 }
 
-/* Plans the next measuring, at a time that differs from one server to the next. */
+/* Plans the next measurement, at a time that differs from server to server: they must not all let
+ * fewer calls in at once. */
 CRPCI_FN void crpci_limiter_auto_plan(crpci_limiter_auto *a, int64_t now_us)
 {
     int64_t wait = a->soon ? CRPCI_LIMITER_ANEW_SOON_US : CRPCI_LIMITER_ANEW_US;
@@ -5917,9 +5988,8 @@ CRPCI_FN void crpci_limiter_auto_plan(crpci_limiter_auto *a, int64_t now_us)
     a->anew_us = now_us + wait + (int64_t)((uint64_t)wait * draw >> 32);
 }
 
-/* What a full window says of the server. The most replies a second are forgotten slowly, since few
- * may only mean that few calls came; sooner if some were refused. */
-CRPCI_FN void crpci_limiter_auto_learn(crpci_limiter_auto *a, int64_t avg_us, int64_t qps)
+/* Takes the averages of a full window into the two measured numbers. */
+CRPCI_FN void crpci_limiter_auto_measure(crpci_limiter_auto *a, int64_t avg_us, int64_t qps)
 {
     int64_t part = a->refused ? 20 : 100;
     if (!a->free_us) {
@@ -5932,6 +6002,7 @@ CRPCI_FN void crpci_limiter_auto_learn(crpci_limiter_auto *a, int64_t avg_us, in
     a->qps = qps >= a->qps ? qps : a->qps - (a->qps - qps) / part;
 }
 
+/* Sets the limit by a full window. */
 CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
 {
     int64_t passed = now_us > a->window_us ? now_us - a->window_us : 1;
@@ -5941,7 +6012,7 @@ CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
     int64_t percent, limit;
     bool quick;
     avg_us = crpci_base_min64(avg_us, CRPCI_LIMITER_LATENCY_MOST);
-    crpci_limiter_auto_learn(a, avg_us, qps);
+    crpci_limiter_auto_measure(a, avg_us, qps);
     quick = avg_us * 100 <= a->free_us * (100 + CRPCI_LIMITER_EXPLORE_LEAST);
     if (!a->anew_us)
         crpci_limiter_auto_plan(a, now_us);
@@ -5962,12 +6033,12 @@ CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
     /* both factors are below 2^30, so this is below 2^60 */
     limit = (a->free_us * a->qps / 1000 * percent + 99999999) / 100000000;
     if (limit < (int64_t)a->limit && a->peak < a->limit && avg_us * 2 <= a->free_us * 3)
-        return; /* nobody came up to it, and nothing queued */
+        return; /* the calls did not reach the limit, and latency was low */
     crpci_limiter_auto_set(a, limit);
 }
 
-/* A call has left. ok: it was served well; latency_us: how long that took, -1 if it says nothing
- * (what was refused for another reason, or cancelled). */
+/* A call leaves. ok: it succeeded. latency_us: how long it was in service; -1: the call is no
+ * measure of the server (refused for another reason, or cancelled). */
 CRPCI_FN void crpci_limiter_auto_leave(crpci_limiter_auto *a, bool ok, int64_t latency_us,
                                        int64_t now_us)
 {
@@ -6005,35 +6076,36 @@ CRPCI_FN void crpci_limiter_auto_leave(crpci_limiter_auto *a, bool ok, int64_t l
 }
 
 /* ======================================================================== */
-/* >>impl-breaker   a provider that fails gets no calls, then one, then more */
+/* >>impl-breaker   a provider that fails gets no calls, then a probe, then more */
 /* ======================================================================== */
 
-/* Closed: outcomes are counted over the last window_us, in slices. When of at least min_requests
- * too many were errors, or slow, it opens. Open: no calls, for a time. Then the next call is a
- * probe: while it is under way there is no other. If it succeeds the breaker closes, and the share
- * of calls that is let through grows from a tenth to all within ramp_us; if it fails, or is slow
- * where that counts, the breaker opens again, for twice as long.
+/* Closed: the breaker counts outcomes over the last window_us, in slices. When of at least
+ * min_requests too many were errors, or slow, it opens. Open: the provider gets no calls, for a
+ * time. Then the next call is a probe, and no other goes to the provider until it ends. If the
+ * probe succeeds the breaker closes, and the share of calls that it lets through grows from a tenth
+ * to all within ramp_us; if the probe fails, or is slow where slowness counts, the breaker opens
+ * again for twice as long.
  *
- * The end of a call that began before the breaker last opened or closed says nothing: what was sent
- * before a trip must neither decide a probe nor fill the window of a provider that is back. */
+ * A call that began before the breaker last opened or closed does not count when it ends: it must
+ * neither decide a probe nor fill the window of a provider that has recovered. */
 #define CRPCI_BREAKER_SLICES 8
-#define CRPCI_BREAKER_AGAIN_US 30000000 /* trips so soon after a closing: open twice as long */
-#define CRPCI_BREAKER_LOST_US 30000000  /* and open_max_us: no probe takes so long */
-#define CRPCI_BREAKER_RAMP_PERCENT 10   /* where the ramp begins */
+#define CRPCI_BREAKER_AGAIN_US 30000000 /* a breaker that opens so soon after closing doubles */
+#define CRPCI_BREAKER_LOST_US 30000000  /* a probe not ended after this and open_max_us is lost */
+#define CRPCI_BREAKER_RAMP_PERCENT 10   /* share of calls with which the ramp begins */
 
 typedef struct crpci_breaker_options {
-    int error_percent; /* opens when so many are errors. 0: no breaker; over 100: never */
-    int min_requests;  /* fewer in a window say nothing; 0: 1 */
+    int error_percent;   /* opens at this share of errors. 0: no breaker; over 100: never */
+    int min_requests;    /* a window with fewer calls does not open it; 0: 1 */
     int64_t window_us;
-    int64_t slow_us;     /* a call that takes so long is slow. 0: latency does not count */
-    int slow_percent;    /* opens when so many are slow. 0: latency does not count */
-    int64_t open_us;     /* the first time */
-    int64_t open_max_us; /* where doubling ends; below open_us: at open_us */
+    int64_t slow_us;     /* a call that takes this long is slow. 0: latency does not count */
+    int slow_percent;    /* opens at this share of slow calls. 0: latency does not count */
+    int64_t open_us;     /* how long it is open the first time */
+    int64_t open_max_us; /* the longest that doubling gives; below open_us: open_us */
     int64_t ramp_us;     /* 0: all calls at once */
 } crpci_breaker_options;
 
 typedef enum {
-    CRPCI_BREAKER_CLOSED, /* all zero: so it starts */
+    CRPCI_BREAKER_CLOSED, /* a breaker that is all zero */
     CRPCI_BREAKER_OPEN,
     CRPCI_BREAKER_PROBING
 } crpci_breaker_state;
@@ -6044,11 +6116,11 @@ typedef struct crpci_breaker_slice {
 
 typedef struct crpci_breaker {
     crpci_breaker_state state;
-    uint32_t active;  /* calls under way */
+    uint32_t active;  /* calls in flight */
     int64_t since_us; /* when it last opened or closed */
-    int64_t until_us; /* open: when a probe may go; probing: when that one is given up */
+    int64_t until_us; /* open: when a probe may be sent; probing: when the probe counts as lost */
     int64_t open_us;  /* how long it was open the last time; 0: it never was */
-    int64_t slice;    /* number of the newest slice */
+    int64_t slice;    /* number of the newest slice: time / width of a slice */
     crpci_breaker_slice slices[CRPCI_BREAKER_SLICES];
 } crpci_breaker;
 
@@ -6057,7 +6129,7 @@ CRPCI_FN void crpci_breaker_init(crpci_breaker *b)
     memset(b, 0, sizeof *b);
 }
 
-/* Closed at once, with all calls let through and nothing counted. */
+/* Closes at once, with no ramp and nothing counted. */
 CRPCI_FN void crpci_breaker_reset(crpci_breaker *b)
 {
     b->state = CRPCI_BREAKER_CLOSED;
@@ -6065,19 +6137,19 @@ CRPCI_FN void crpci_breaker_reset(crpci_breaker *b)
     memset(b->slices, 0, sizeof b->slices);
 }
 
-/* It lets no call through now, or has let one through as a probe and waits: for the share of
- * providers that are taken out. */
+/* Whether the provider counts as taken out: the breaker is open, or waits for its probe. */
 CRPCI_FN bool crpci_breaker_ejected(const crpci_breaker *b)
 {
     return b->state != CRPCI_BREAKER_CLOSED;
 }
 
+/* The longest time that it may be open. */
 CRPCI_FN int64_t crpci_breaker_open_most(const crpci_breaker_options *o)
 {
     return o->open_max_us > o->open_us ? o->open_max_us : o->open_us;
 }
 
-/* True: it must not be picked now. */
+/* Whether the provider must not be picked now. */
 CRPCI_FN bool crpci_breaker_open(const crpci_breaker *b, const crpci_breaker_options *o,
                                  int64_t now_us)
 {
@@ -6086,7 +6158,8 @@ CRPCI_FN bool crpci_breaker_open(const crpci_breaker *b, const crpci_breaker_opt
     return now_us < b->until_us;
 }
 
-/* False: it is being restored, and this draw is not within the share of calls that it gets. */
+/* Whether this call may go to a provider that is on the ramp: `random` falls into the share of
+ * calls that it gets by now. True also without a ramp. */
 CRPCI_FN bool crpci_breaker_ramped(const crpci_breaker *b, const crpci_breaker_options *o,
                                    int64_t now_us, uint32_t random)
 {
@@ -6101,7 +6174,7 @@ CRPCI_FN bool crpci_breaker_ramped(const crpci_breaker *b, const crpci_breaker_o
     return random >> 16 < share;
 }
 
-/* A call goes to it. It may do so while the breaker is open, where no other provider is left. */
+/* A call goes to the provider: also while the breaker is open, where no other provider is left. */
 CRPCI_FN void crpci_breaker_begin(crpci_breaker *b, const crpci_breaker_options *o, int64_t now_us)
 {
     b->active++;
@@ -6112,6 +6185,7 @@ CRPCI_FN void crpci_breaker_begin(crpci_breaker *b, const crpci_breaker_options 
     b->until_us = now_us + crpci_breaker_open_most(o) + CRPCI_BREAKER_LOST_US;
 }
 
+/* Opens the breaker. again: for twice the last time. */
 CRPCI_FN void crpci_breaker_trip(crpci_breaker *b, const crpci_breaker_options *o, bool again,
                                  int64_t now_us, uint32_t random)
 {
@@ -6123,13 +6197,13 @@ CRPCI_FN void crpci_breaker_trip(crpci_breaker *b, const crpci_breaker_options *
     b->open_us = b->open_us > 0 ? b->open_us : 1;
     b->state = CRPCI_BREAKER_OPEN;
     b->since_us = now_us;
-    /* three quarters of it to all of it, so that not all clients probe together */
+    /* between three quarters of that and all of it, so that not all clients probe together */
     b->until_us =
         now_us + b->open_us - (int64_t)((uint64_t)(b->open_us / 4) * (random >> 16) >> 16);
 }
 
-/* Counts a call in the newest slice, empties those that are past, and says whether there are too
- * many bad ones. */
+/* Counts a call in the newest slice, empties the slices that have left the window, and returns
+ * whether the window holds too many errors or slow calls. */
 CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options *o, bool error,
                                   bool slow, int64_t now_us)
 {
@@ -6138,7 +6212,7 @@ CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options 
     uint64_t calls = 0, errors = 0, slows = 0;
     crpci_breaker_slice *s;
     unsigned i;
-    if (slice - b->slice >= CRPCI_BREAKER_SLICES || b->slice - slice > 1) /* other options */
+    if (slice - b->slice >= CRPCI_BREAKER_SLICES || b->slice - slice > 1) /* window_us changed */
         b->slice = slice - CRPCI_BREAKER_SLICES;
     while (b->slice < slice)
         memset(&b->slices[++b->slice & (CRPCI_BREAKER_SLICES - 1)], 0, sizeof *s);
@@ -6157,13 +6231,14 @@ CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options 
            (slows && slows * 100 >= calls * (uint64_t)o->slow_percent);
 }
 
-/* A call that began has ended. latency_us: since its begin. True: the breaker has just opened, also
- * because a probe failed; the caller sees to it that not too many are, with crpci_breaker_reset. */
+/* A call that began has ended; latency_us is the time since then. True: the breaker has just
+ * opened, also because its probe failed. The caller limits how many providers are taken out at a
+ * time, and calls crpci_breaker_reset for one too many. */
 CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o,
                                 crpci_outcome outcome, int64_t latency_us, int64_t now_us,
                                 uint32_t random)
 {
-    bool alone = b->active <= 1; /* then it is the probe, from wherever the latency was measured */
+    bool alone = b->active <= 1; /* it must be the probe, even if its latency begins earlier */
     bool old = now_us - latency_us < b->since_us;
     bool slow = o->slow_us > 0 && o->slow_percent > 0 && latency_us >= o->slow_us;
     if (b->active)
@@ -6179,7 +6254,7 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
     }
     if (old && !alone)
         return false;
-    if (outcome == CRPCI_OUTCOME_IGNORE) { /* the next call is the probe */
+    if (outcome == CRPCI_OUTCOME_IGNORE) { /* the probe decided nothing: the next call is one */
         b->state = CRPCI_BREAKER_OPEN;
         b->until_us = now_us;
         return false;
@@ -6195,32 +6270,35 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
 }
 
 /* ======================================================================== */
-/* >>impl-balance   which provider a call goes to                            */
+/* >>impl-balance   balancers: which provider of a list a call goes to       */
 /* ======================================================================== */
 
-/* Every kind has a choice of its own, in constant time or in that of a heap. If what it chooses
- * cannot be used it chooses again, a few times, and then looks at all providers: so a pick fails
- * only if no provider can be used. Weight 0 is drained: taken only if there is nothing else.
+/* Each kind of balancer picks in constant time, or in that of a heap. If the pick cannot be used it
+ * picks again, a few times, and then searches all providers: a pick fails only if no provider can
+ * be used. A provider of weight 0 is drained: it is picked only if no other can be used.
  *
  *   random                uniformly
- *   weighted random       by weight
+ *   weighted random       in proportion to the weights
  *   round robin           in the order of the list
- *   weighted round robin  each has a turn every 1/weight of virtual time; the first turn at random
- *   least active          fewest calls under way per weight; among equals by weighted round robin,
- *                         which is, where weights are equal, who was taken longest ago
- *   consistent hash       160 points each on a ring; weights are ignored
- *   p2c                   the better of two: latency x (calls under way + 1) / weight
+ *   weighted round robin  each provider has a turn every 1/weight of virtual time; the first turn
+ *                         is at a random time
+ *   least active          fewest calls in flight per weight; among equals by weighted round robin:
+ *                         with equal weights the one that was picked longest ago
+ *   consistent hash       160 points of each provider on a ring; weights are ignored
+ *   p2c                   the better one of two random providers, by latency x (calls in flight
+ *                         + 1) / weight
  *
- * A turn is 2^52 / weight long and virtual time wraps, so times are compared by their difference.*/
+ * A turn is 2^52 / weight long. Virtual time wraps, so two times are compared by their
+ * difference. */
 #define CRPCI_BALANCE_TURN (INT64_C(1) << 52)
-#define CRPCI_BALANCE_CATCH_UP_BITS 60 /* of virtual time, till those behind are looked after */
-#define CRPCI_BALANCE_TRIES 8
-#define CRPCI_BALANCE_POINTS 160
-#define CRPCI_BALANCE_INDEX_BITS 20 /* of a point on the ring; above them the hash */
-#define CRPCI_BALANCE_MOST (1u << CRPCI_BALANCE_INDEX_BITS) /* providers */
-#define CRPCI_BALANCE_WALK 64                               /* points looked at along the ring */
-#define CRPCI_BALANCE_HALF_BITS 23   /* a latency counts half after 2^23 us: e^(-t / 12 s) */
-#define CRPCI_BALANCE_LATENCY_BITS 8 /* of it, below a microsecond: else small steps were lost */
+#define CRPCI_BALANCE_CATCH_UP_BITS 60 /* crpci_balance_catch_up runs every 2^60 of virtual time */
+#define CRPCI_BALANCE_TRIES 8          /* picks before all providers are searched */
+#define CRPCI_BALANCE_POINTS 160       /* of a provider on the ring */
+#define CRPCI_BALANCE_INDEX_BITS 20    /* lower bits of a point: the index; above them the hash */
+#define CRPCI_BALANCE_MOST (1u << CRPCI_BALANCE_INDEX_BITS) /* providers in a list */
+#define CRPCI_BALANCE_WALK 64        /* points tried along the ring before all are searched */
+#define CRPCI_BALANCE_HALF_BITS 23   /* a latency halves in 2^23 us (8.4 s): e^(-t / 12 s) */
+#define CRPCI_BALANCE_LATENCY_BITS 8 /* fraction of a microsecond: small steps must count */
 #define CRPCI_BALANCE_LATENCY_MOST (INT64_C(1) << (25 + CRPCI_BALANCE_LATENCY_BITS)) /* 33 s */
 
 typedef enum crpci_balance_kind {
@@ -6233,59 +6311,62 @@ typedef enum crpci_balance_kind {
     CRPCI_BALANCE_P2C
 } crpci_balance_kind;
 
-/* A provider, as its channel's balancer sees it. All zero but for address and weight when it is
- * first put into a list; then it may go and come again. In one balancer at a time. */
+/* A provider in a balancer's list, owned by the caller. All zero but for address and weight when it
+ * is first put into a list; it may leave the list and come back. In one balancer at a time. */
 typedef struct crpci_balance_item {
     const char *address;
-    uint32_t weight;    /* 0: drained. Changed by crpci_balance_reweigh while in a list */
-    uint32_t active;    /* calls under way */
+    uint32_t weight;    /* 0: drained. While in a list only crpci_balance_reweigh changes it */
+    uint32_t active;    /* calls in flight */
     uint32_t index;     /* in the list */
-    uint32_t at;        /* position in the heap + 1, 0: not in it */
+    uint32_t at;        /* position in the heap + 1; 0: not in it */
     uint64_t hash;      /* of the address */
-    uint64_t length;    /* of its turn */
-    uint64_t turn;      /* virtual time of the next one */
-    int64_t latency;    /* in 1/256 us, peaks at once and fading; 0: never measured */
-    int64_t latency_us; /* as of when */
+    uint64_t length;    /* of a turn, in virtual time */
+    uint64_t turn;      /* virtual time of the next turn */
+    int64_t latency;    /* in 1/256 us; rises at once, fades slowly; 0: not measured */
+    int64_t latency_us; /* the time at which `latency` held */
 } crpci_balance_item;
 
 typedef struct crpci_balance {
     crpci_balance_kind kind;
-    bool started; /* a pick has brought its random number: not every client begins alike */
-    uint32_t salt;
-    uint32_t next; /* round robin */
-    uint32_t heaped;
-    uint32_t shift; /* a point's hash without so many bits is its bucket */
+    bool started;    /* the first pick has set `salt` by its random number */
+    uint32_t salt;   /* clients with one list begin at different places of it */
+    uint32_t next;   /* round robin: index of the next pick */
+    uint32_t heaped; /* items in the heap */
+    uint32_t shift;  /* a point >> shift is its bucket */
     size_t count;
     void *memory;
-    size_t size; /* of it */
-    /* In that memory; all NULL: there was none, picks are uniform. Then by kind. */
+    size_t size; /* of memory, in bytes */
+    /* These point into memory. All NULL: out of memory, picks are uniform. */
     crpci_balance_item **items;
-    uint64_t *sums;    /* Fenwick tree of the weights: sums[i - 1] is of (i & -i) nodes up to i */
-    uint32_t *heap;    /* indices, by crpci_balance_before */
-    uint64_t *ring;    /* points in their order */
+    uint64_t *sums;    /* Fenwick tree of the weights: sums[i - 1] is of (i & -i) items up to i */
+    uint32_t *heap;    /* indices, in heap order of crpci_balance_before */
+    uint64_t *ring;    /* points, sorted */
     uint32_t *buckets; /* where in the ring each bucket ends */
     uint64_t total;    /* of the weights */
     uint64_t now;      /* virtual time */
-    int64_t latency;   /* of all providers, a slow average, in 1/256 us */
+    int64_t latency;   /* slow average of all successful calls, in 1/256 us */
 } crpci_balance;
 
-/* Whether a provider can be used. It may be asked twice in one pick, and must say the same. */
+/* Whether a provider can be used. It may be called twice for a provider in one pick, and must
+ * return the same value both times. */
 typedef bool (*crpci_balance_usable_fn)(void *user, size_t index);
 
-/* More random numbers from one. */
+/* splitmix64: the next random number of a sequence that begins with any state. */
 CRPCI_FN uint64_t crpci_balance_draw(uint64_t *state)
 {
     *state += UINT64_C(0x9e3779b97f4a7c15);
     return crpci_base_mix(*state);
 }
 
+/* A random number below n, which is below 2^32. */
 CRPCI_FN size_t crpci_balance_below(uint64_t *state, size_t n)
 {
     return (size_t)((crpci_balance_draw(state) >> 32) * (uint64_t)n >> 32);
 }
 
-/* Dubbo's weight of a provider that has just started: grows in proportion to its time, from 1. */
-CRPCI_FN uint32_t crpci_balance_warm(uint32_t weight, int64_t uptime_ms, int64_t warmup_ms)
+/* The weight of a provider that is warming up, as in Dubbo: in proportion to its uptime, 1 at
+ * least. */
+CRPCI_FN uint32_t crpci_balance_warm_weight(uint32_t weight, int64_t uptime_ms, int64_t warmup_ms)
 {
     uint64_t w;
     if (!weight || uptime_ms >= warmup_ms || warmup_ms <= 0)
@@ -6300,10 +6381,10 @@ CRPCI_FN uint32_t crpci_balance_warm(uint32_t weight, int64_t uptime_ms, int64_t
     return w < 1 ? 1 : w > weight ? weight : (uint32_t)w;
 }
 
-/* A provider that may become one of a client's subset. */
+/* A provider that a client's subset may take in. */
 typedef struct crpci_balance_choice {
-    uint64_t rank;
-    size_t index; /* for the caller */
+    uint64_t rank; /* the subset takes the highest */
+    size_t index;  /* the caller's */
 } crpci_balance_choice;
 
 CRPCI_FN void crpci_balance_choice_init(crpci_balance_choice *c, size_t index, const char *address,
@@ -6328,9 +6409,9 @@ CRPCI_FN void crpci_balance_choice_sift(crpci_balance_choice *c, size_t n, size_
     c[i] = moved;
 }
 
-/* Rendezvous: puts the `max` choices of the highest rank first, in no order, and returns how many
- * there are. Each client with a seed of its own has a subset of its own, and a provider that comes
- * or goes changes one place of it. O(count log max). */
+/* Rendezvous hashing: moves the `max` choices of the highest rank to the front, in no order, and
+ * returns how many there are. Clients with different seeds get different subsets, and a provider
+ * that joins or leaves the list changes at most one place of a subset. O(count log max). */
 CRPCI_FN size_t crpci_balance_subset(crpci_balance_choice *choices, size_t count, size_t max)
 {
     size_t i;
@@ -6362,14 +6443,14 @@ CRPCI_FN void crpci_balance_close(crpci_balance *b, crpci_heap *h)
     memset(b, 0, sizeof *b);
 }
 
-/* --- turns, and the heap of the kinds that go by them */
+/* --- turns: weighted round robin and least active, which keep a heap -------------------------- */
 
 CRPCI_FN bool crpci_balance_turns(const crpci_balance *b)
 {
     return b->kind == CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN || b->kind == CRPCI_BALANCE_LEAST_ACTIVE;
 }
 
-/* Whether x is to be taken before y. Neither has weight 0. */
+/* Whether x is picked before y. Neither has weight 0. */
 CRPCI_FN bool crpci_balance_before(const crpci_balance *b, const crpci_balance_item *x,
                                    const crpci_balance_item *y)
 {
@@ -6381,13 +6462,14 @@ CRPCI_FN bool crpci_balance_before(const crpci_balance *b, const crpci_balance_i
     return (int64_t)(x->turn - y->turn) < 0;
 }
 
+/* Puts the item of an index at a position of the heap. */
 CRPCI_FN void crpci_balance_place(crpci_balance *b, uint32_t at, uint32_t index)
 {
     b->heap[at] = index;
     b->items[index]->at = at + 1;
 }
 
-/* Restores the heap after the node at a position has changed. */
+/* Restores the heap after the item at a position has changed. */
 CRPCI_FN void crpci_balance_sift(crpci_balance *b, uint32_t at)
 {
     uint32_t index = b->heap[at], child;
@@ -6408,14 +6490,15 @@ CRPCI_FN void crpci_balance_sift(crpci_balance *b, uint32_t at)
     crpci_balance_place(b, at, index);
 }
 
-/* The first turn: anywhere within its length, so that equals do not come in a row. */
+/* The first turn: at a random time within its length, so that items of equal weight do not follow
+ * each other in the order of the list. */
 CRPCI_FN void crpci_balance_first_turn(crpci_balance *b, crpci_balance_item *item)
 {
     item->turn = b->now + crpci_base_mix(item->hash ^ b->salt) % item->length;
 }
 
-/* Its weight has changed, or it comes into the list: the next turn comes no later than it would
- * have, and no later than the new length demands. */
+/* After an item's weight has changed, or it joined the list: its next turn is no later than before,
+ * and no later than one turn of the new length from now. */
 CRPCI_FN void crpci_balance_retime(crpci_balance *b, crpci_balance_item *item)
 {
     int64_t ahead = (int64_t)(item->turn - b->now);
@@ -6429,8 +6512,8 @@ CRPCI_FN void crpci_balance_retime(crpci_balance *b, crpci_balance_item *item)
         item->turn = b->now + item->length;
 }
 
-/* Who is behind comes to the present: no two times may be so far apart that the sign of their
- * difference is wrong. The heap stays one, since the order of no two turns around. */
+/* Moves turns that lie in the past to the present: no two times may be 2^63 apart, where the sign
+ * of their difference turns. No two items change their order, so the heap remains a heap. */
 CRPCI_FN void crpci_balance_catch_up(crpci_balance *b)
 {
     uint32_t at;
@@ -6441,15 +6524,15 @@ CRPCI_FN void crpci_balance_catch_up(crpci_balance *b)
     }
 }
 
-/* It has its turn now; the next is one length later. Who could not be used for a while gets one
- * turn at once and not all that it missed. */
+/* Takes an item's turn; the next one is a length later. An item that could not be used for a while
+ * has one turn at once, and not all that it missed. */
 CRPCI_FN void crpci_balance_take(crpci_balance *b, crpci_balance_item *item)
 {
     uint64_t was = b->now;
     if ((int64_t)(item->turn - b->now) > 0)
         b->now = item->turn;
     else
-        b->now++; /* no two are taken at one time, so that equals come again in this order */
+        b->now++; /* no two turns at one time: items of equal weight keep their order */
     item->turn = b->now + item->length;
     crpci_balance_sift(b, item->at - 1);
     if ((was ^ b->now) >> CRPCI_BALANCE_CATCH_UP_BITS)
@@ -6472,9 +6555,9 @@ CRPCI_FN void crpci_balance_heap_in(crpci_balance *b, crpci_balance_item *item)
     crpci_balance_sift(b, item->at - 1);
 }
 
-/* --- the ring */
+/* --- the ring: consistent hash ---------------------------------------------------------------- */
 
-/* The points of a node's hash in the upper bits, its index in the lower. */
+/* Point number k of an item: the hash in the upper bits, the item's index in the lower ones. */
 CRPCI_FN uint64_t crpci_balance_point(const crpci_balance_item *item, unsigned k)
 {
     uint64_t state = item->hash + k * UINT64_C(0x9e3779b97f4a7c15);
@@ -6482,8 +6565,8 @@ CRPCI_FN uint64_t crpci_balance_point(const crpci_balance_item *item, unsigned k
            item->index;
 }
 
-/* Sorts all points by their upper bits into buckets of about four, directly to their places, and
- * then each among its neighbours. */
+/* Sorts the points: first into buckets of about four by their upper bits (a counting sort), then by
+ * insertion, which moves each point past a few neighbours at most. */
 CRPCI_FN void crpci_balance_ring_build(crpci_balance *b)
 {
     size_t points = b->count * CRPCI_BALANCE_POINTS, i, j;
@@ -6493,7 +6576,7 @@ CRPCI_FN void crpci_balance_ring_build(crpci_balance *b)
         for (k = 0; k < CRPCI_BALANCE_POINTS; k++)
             b->buckets[crpci_balance_point(b->items[i], k) >> b->shift]++;
     }
-    for (i = 0, j = 0; i < buckets; i++) { /* from how many it has to where it begins */
+    for (i = 0, j = 0; i < buckets; i++) { /* a bucket's size becomes its begin */
         size_t has = b->buckets[i];
         b->buckets[i] = (uint32_t)j;
         j += has;
@@ -6512,7 +6595,7 @@ CRPCI_FN void crpci_balance_ring_build(crpci_balance *b)
     }
 }
 
-/* The first point at or after a hash; one past the last is the first again. */
+/* The position of the first point at or after a hash; after the last point comes the first. */
 CRPCI_FN size_t crpci_balance_ring_find(const crpci_balance *b, uint64_t hash)
 {
     size_t bucket = (size_t)(hash >> b->shift);
@@ -6522,15 +6605,17 @@ CRPCI_FN size_t crpci_balance_ring_find(const crpci_balance *b, uint64_t hash)
     return i < b->count * CRPCI_BALANCE_POINTS ? i : 0;
 }
 
-/* --- lists */
+/* --- lists ------------------------------------------------------------------------------------ */
 
+/* Adds to the weight of item i in the Fenwick tree. */
 CRPCI_FN void crpci_balance_sums_add(crpci_balance *b, size_t i, uint64_t by)
 {
     for (i++; i <= b->count; i += i & (0 - i))
-        b->sums[i - 1] += by; /* modulo 2^64, so that it can be a reduction */
+        b->sums[i - 1] += by; /* modulo 2^64: adding 2^64 - x takes x away */
 }
 
-/* The node in whose share of the weight line a number below the total falls. */
+/* The item that owns `offset`, a number below the total, when the weights stand one after
+ * another. */
 CRPCI_FN size_t crpci_balance_sums_find(const crpci_balance *b, uint64_t offset)
 {
     size_t i = 0, step = 1;
@@ -6545,7 +6630,7 @@ CRPCI_FN size_t crpci_balance_sums_find(const crpci_balance *b, uint64_t offset)
     return i;
 }
 
-/* How many buckets there are for so many points, as the bits of a hash that choose one. */
+/* The ring of so many providers has 2^bits buckets, about a quarter of its points. */
 CRPCI_FN unsigned crpci_balance_bucket_bits(size_t count)
 {
     unsigned bits = 1;
@@ -6554,7 +6639,7 @@ CRPCI_FN unsigned crpci_balance_bucket_bits(size_t count)
     return bits;
 }
 
-/* How much memory a list takes. */
+/* The memory that a list of so many providers needs, in bytes. */
 CRPCI_FN size_t crpci_balance_bytes(const crpci_balance *b, size_t count)
 {
     size_t each = sizeof *b->items;
@@ -6570,7 +6655,7 @@ CRPCI_FN size_t crpci_balance_bytes(const crpci_balance *b, size_t count)
     return count * each;
 }
 
-/* Where everything goes in it: what is aligned to 8 bytes comes first. */
+/* Divides the memory among the arrays; those of 8-byte numbers come first, for their alignment. */
 CRPCI_FN void crpci_balance_layout(crpci_balance *b)
 {
     uint8_t *at = (uint8_t *)b->memory;
@@ -6592,7 +6677,8 @@ CRPCI_FN void crpci_balance_layout(crpci_balance *b)
         b->heap = (uint32_t *)(void *)at;
 }
 
-/* Memory for a list of b->count; what there is stays if it does. */
+/* Memory for a list of b->count. A block that is large enough, and not four times too large,
+ * stays. */
 CRPCI_FN int crpci_balance_reserve(crpci_balance *b, crpci_heap *h)
 {
     bool many = b->count > CRPCI_BALANCE_MOST;
@@ -6611,9 +6697,9 @@ CRPCI_FN int crpci_balance_reserve(crpci_balance *b, crpci_heap *h)
     return CRPC_OK;
 }
 
-/* A new list. The nodes are kept, not the array; one that was in the list before keeps its
- * statistics, and one that is in it no more is not looked at again. CRPC_ENOMEM: picks go on,
- * uniformly over the new list. */
+/* Replaces the list. The balancer keeps pointers to the items, not the array. An item that was in
+ * the old list keeps its statistics; one that is not in the new list is not used again and may be
+ * freed. CRPC_ENOMEM: picks are uniform over the new list from now on. */
 CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_item **items,
                                  size_t count)
 {
@@ -6644,7 +6730,7 @@ CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_
     return CRPC_OK;
 }
 
-/* The weight of a node of the list changes. */
+/* Changes the weight of item i of the list. */
 CRPCI_FN void crpci_balance_reweigh(crpci_balance *b, size_t i, uint32_t weight)
 {
     crpci_balance_item *item;
@@ -6668,7 +6754,7 @@ CRPCI_FN void crpci_balance_reweigh(crpci_balance *b, size_t i, uint32_t weight)
         crpci_balance_sift(b, item->at - 1);
 }
 
-/* --- picking */
+/* --- picking ---------------------------------------------------------------------------------- */
 
 typedef struct crpci_balance_query {
     uint64_t key;
@@ -6683,13 +6769,14 @@ CRPCI_FN bool crpci_balance_usable(const crpci_balance_query *q, size_t i)
     return !q->usable || q->usable(q->user, i);
 }
 
-/* Usable and not drained. */
+/* Whether item i can be used and is not drained. */
 CRPCI_FN bool crpci_balance_fit(const crpci_balance *b, const crpci_balance_query *q, size_t i)
 {
     return (!b->items || b->items[i]->weight) && crpci_balance_usable(q, i);
 }
 
-/* One of all that can be used, by weight or uniformly: of those that are drained, or the others. */
+/* Searches the whole list: a random one, by weight or uniformly, of the providers that can be used
+ * and are drained, or are not. -1: there is none. */
 CRPCI_FN int crpci_balance_scan(const crpci_balance *b, crpci_balance_query *q, bool weighted,
                                 bool drained)
 {
@@ -6742,7 +6829,7 @@ CRPCI_FN int crpci_balance_pick_next(crpci_balance *b, const crpci_balance_query
     return -1;
 }
 
-/* Who comes first in the heap. Who cannot be used loses its turn. */
+/* The first item of the heap; one that cannot be used loses its turn. */
 CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, const crpci_balance_query *q)
 {
     crpci_balance_item *best = NULL;
@@ -6754,7 +6841,7 @@ CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, const crpci_balance_query
         crpci_balance_take(b, item);
         if (usable)
             return (int)item->index;
-        if (item->at == 1) /* least active, and so first again */
+        if (item->at == 1) /* least active puts it first again, whatever its turn */
             break;
     }
     for (i = 0; i < b->count; i++) {
@@ -6769,8 +6856,9 @@ CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, const crpci_balance_query
     return (int)best->index;
 }
 
-/* The first that can be used from the key's place on the ring on. Where hardly any can, the one
- * whose address and key together hash to the most: as constant, but each must be looked at. */
+/* The first provider that can be used from the key's place on the ring on. Where only few can be
+ * used, the one of all whose address hashed with the key is highest: it is as constant for a key,
+ * but takes a search of the whole list. */
 CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balance_query *q)
 {
     uint64_t hash = crpci_base_mix(q->key), most = 0;
@@ -6795,10 +6883,10 @@ CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balan
     return chosen;
 }
 
-/* --- p2c: what a call costs there */
+/* --- p2c: the cost of a call to a provider ---------------------------------------------------- */
 
-/* What is left of a latency after some time, rounded up. Between two halvings a parabola serves for
- * 2^-x, to 0.4 per cent: 1 - 0.675 x + 0.175 x^2. */
+/* What is left of a latency after some time, rounded up. Between two halvings the parabola
+ * 1 - 0.675 x + 0.175 x^2 stands for 2^-x, with an error of 0.4 per cent. */
 CRPCI_FN int64_t crpci_balance_fade(int64_t latency, int64_t passed_us)
 {
     int64_t halvings = passed_us >> CRPCI_BALANCE_HALF_BITS;
@@ -6812,7 +6900,8 @@ CRPCI_FN int64_t crpci_balance_fade(int64_t latency, int64_t passed_us)
     return latency - (latency * x >> CRPCI_BALANCE_HALF_BITS);
 }
 
-/* Who was never measured gets one call at once, and no more before that one has ended. */
+/* The cost of a call to an item. One that was never measured costs nothing until a call goes to it,
+ * and then, until that call has ended, as much as the slowest. */
 CRPCI_FN uint64_t crpci_balance_cost(const crpci_balance_item *item, int64_t now_us)
 {
     uint64_t active = item->active < (1u << 20) ? item->active : 1u << 20;
@@ -6824,7 +6913,8 @@ CRPCI_FN uint64_t crpci_balance_cost(const crpci_balance_item *item, int64_t now
     return (latency * (active + 1) << 8) / item->weight; /* below 2^63 */
 }
 
-/* Takes a latency up at once and down slowly: a peak is believed, a single quick reply is not. */
+/* Takes the latency of a call into that of the item: upwards at once, downwards slowly, since a
+ * slow reply shows a queue and one quick reply does not show that the queue has gone. */
 CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_item *item, bool ok,
                                     int64_t latency_us, int64_t now_us)
 {
@@ -6834,7 +6924,7 @@ CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_item *item, 
         << CRPCI_BALANCE_LATENCY_BITS;
     if (ok) {
         b->latency += b->latency ? (latency - b->latency) / 64 : latency;
-    } else { /* to fail quickly must not attract calls */
+    } else { /* a fast failure must not look like low latency */
         int64_t usual = b->latency > item->latency ? b->latency : item->latency;
         latency = crpci_base_min64(latency > 2 * usual ? latency : 2 * usual, most);
     }
@@ -6842,7 +6932,7 @@ CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_item *item, 
     if (above > 0) {
         latency += crpci_balance_fade(above, now_us - item->latency_us);
         if (latency == item->latency)
-            return; /* too soon for any step: the time that passes is kept for the next */
+            return; /* rounded to no step: keep latency_us, so that the time counts next time */
     }
     item->latency = latency;
     item->latency_us = now_us;
@@ -6855,7 +6945,8 @@ CRPCI_FN int crpci_balance_better(const crpci_balance *b, size_t i, size_t j, in
                      : i);
 }
 
-/* Two of all that can be used, each pair as likely; the better one. */
+/* Searches the whole list for two that can be used, each pair with the same chance, and returns the
+ * better one. -1: there is none. */
 CRPCI_FN int crpci_balance_scan_two(const crpci_balance *b, crpci_balance_query *q)
 {
     size_t two[2] = {0, 0}, seen = 0, i, place;
@@ -6869,7 +6960,7 @@ CRPCI_FN int crpci_balance_scan_two(const crpci_balance *b, crpci_balance_query 
     }
     if (seen < 2)
         return seen ? (int)two[0] : -1;
-    place = crpci_balance_below(&q->state, 2); /* of two as good either is taken */
+    place = crpci_balance_below(&q->state, 2); /* equals are picked equally often */
     return crpci_balance_better(b, two[place], two[1 - place], q->now_us);
 }
 
@@ -6893,9 +6984,9 @@ CRPCI_FN int crpci_balance_pick_two(const crpci_balance *b, crpci_balance_query 
     return (int)first;
 }
 
-/* --- the whole */
+/* --- the balancer as a whole ------------------------------------------------------------------ */
 
-/* With the first pick a random number comes: each client begins elsewhere. */
+/* At the first pick: each client begins at a place of its own. */
 CRPCI_FN void crpci_balance_start(crpci_balance *b, uint32_t random)
 {
     size_t i;
@@ -6913,8 +7004,8 @@ CRPCI_FN void crpci_balance_start(crpci_balance *b, uint32_t random)
     }
 }
 
-/* The index of the provider for a call, -1: none can be used. key: for the consistent hash alone;
- * any number, it is mixed. usable may be NULL. */
+/* The index of the provider for a call; -1: none can be used. key: any number, for the consistent
+ * hash only. random: any random number. usable may be NULL: every provider can be used. */
 CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random, int64_t now_us,
                                 crpci_balance_usable_fn usable, void *user)
 {
@@ -6944,13 +7035,13 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
     return i >= 0 ? i : crpci_balance_scan(b, &q, false, true);
 }
 
-/* Whether a node is in the present list. */
+/* Whether an item is in the present list. */
 CRPCI_FN bool crpci_balance_has(const crpci_balance *b, const crpci_balance_item *item)
 {
     return b->items && item->index < b->count && b->items[item->index] == item;
 }
 
-/* A call goes to a node. */
+/* A call goes to an item. */
 CRPCI_FN void crpci_balance_item_begin(crpci_balance *b, crpci_balance_item *item, int64_t now_us)
 {
     (void)now_us;
@@ -6959,8 +7050,8 @@ CRPCI_FN void crpci_balance_item_begin(crpci_balance *b, crpci_balance_item *ite
         crpci_balance_sift(b, item->at - 1);
 }
 
-/* It has ended. latency_us: since its begin, -1 if that says nothing (cancelled, over a limit). The
- * node need not be in the list any more. */
+/* A call to an item has ended. latency_us: since its begin; -1: it is no measure of the provider
+ * (cancelled, or refused over a limit). The item may have left the list meanwhile. */
 CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item, bool ok,
                                      int64_t latency_us, int64_t now_us)
 {
@@ -6972,7 +7063,8 @@ CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item,
         crpci_balance_sift(b, item->at - 1);
 }
 
-/* The same for the node of an index; nothing where it is not known because memory was short. */
+/* The same for the item of an index. Without memory for the list the items are not known, and
+ * nothing is counted. */
 CRPCI_FN void crpci_balance_begin(crpci_balance *b, size_t i, int64_t now_us)
 {
     if (b->items && i < b->count)
@@ -10563,7 +10655,7 @@ CRPCI_COLD int crpci_zookeeper_resolve_one(crpci_zookeeper *s, const char *item)
         return CRPC_EINVAL;
     if (crpci_sock_parse(&a, text))
         return crpci_zookeeper_add_server(s, host, port);
-    err = crpci_resolver_names(h, host, list, sizeof list);
+    err = crpci_resolver_lookup(h, host, list, sizeof list);
     for (one = err ? NULL : list; one && *one; one = next) {
         next = strchr(one, ',');
         if (next)
@@ -16111,7 +16203,8 @@ CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p,
         m->since_us = now;
     if (p->timestamp_ms && p->timestamp_ms < wall_ms)
         m->since_us = now - crpci_base_min64(wall_ms - p->timestamp_ms, INT64_C(1) << 40) * 1000;
-    m->balance.weight = crpci_balance_warm(m->weight, (now - m->since_us) / 1000, p->warmup_ms);
+    m->balance.weight =
+        crpci_balance_warm_weight(m->weight, (now - m->since_us) / 1000, p->warmup_ms);
 }
 
 /* Marks which entries of a list this channel uses: all, or the `max` that a hash of address and
@@ -16426,7 +16519,7 @@ CRPCI_COLD void crpci_providers_reweigh(crpci_providers *p, int64_t now)
     for (i = 0; i < p->count; i++) {
         crpci_member *m = crpci_providers_at(p, i);
         crpci_balance_reweigh(&p->balance, i,
-                              crpci_balance_warm(m->weight, (now - m->since_us) / 1000,
+                              crpci_balance_warm_weight(m->weight, (now - m->since_us) / 1000,
                                                  m->warmup_us / 1000));
         if (now - m->since_us < m->warmup_us)
             p->reweigh_at = now + CRPCI_PROVIDERS_REWEIGH;
@@ -18591,22 +18684,24 @@ CRPCI_COLD int crpci_service_add(crpci_service_map *map, crpci_heap *h, const cr
 }
 
 /* ======================================================================== */
-/* >>impl-worker   a bounded queue and the threads that empty it             */
+/* >>impl-worker   a pool of threads for handlers, with a bounded queue      */
 /* ======================================================================== */
 
 typedef struct crpci_worker_pool {
     crpci_mutex lock;
-    crpci_cond work;
-    crpci_list queue; /* crpci_task; run is called without a lock and loop NULL */
+    crpci_cond work;  /* a task was queued, or the pool is stopping */
+    crpci_list queue; /* crpci_task; `run` is called without a lock, its loop is NULL */
     int64_t queued;
-    int64_t max_queued; /* beside what idle workers are about to take; 0: no limit */
-    int64_t idle;
+    int64_t max_queued; /* tasks that wait for a busy worker; 0: no limit */
+    int64_t idle;       /* workers that wait for a task */
     bool stopping;
-    size_t count;
+    size_t count; /* threads that run */
     crpci_thread *threads;
 } crpci_worker_pool;
 
-/* `admitted`: it was let in before, and is not to be turned away now. */
+/* Queues a task. False: the queue is full, or the pool is stopping. An idle worker takes a task at
+ * once, so each adds one place to the queue. `admitted`: the request was let in before and waited
+ * for its turn; the limit does not apply again. */
 CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_task *t, bool admitted)
 {
     bool room;
@@ -18655,7 +18750,7 @@ CRPCI_FN void *crpci_worker_thread(void *arg)
 }
 #endif
 
-/* What is queued is still run; then the threads end. */
+/* Runs what is queued, ends the threads and frees the pool. allocated: length of p->threads. */
 CRPCI_COLD void crpci_worker_stop(crpci_worker_pool *p, crpci_heap *h, size_t allocated)
 {
     if (!allocated)
@@ -18674,6 +18769,7 @@ CRPCI_COLD void crpci_worker_stop(crpci_worker_pool *p, crpci_heap *h, size_t al
     p->threads = NULL;
 }
 
+/* Starts `count` threads. stack: bytes of each one's stack, 0: the system's default. */
 CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t count,
                                   int64_t max_queued, size_t stack)
 {
@@ -18709,20 +18805,21 @@ CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t co
 }
 
 /* ======================================================================== */
-/* >>impl-order   requests of one key, one after another                    */
+/* >>impl-order   requests with the same ordering key run one after another */
 /* ======================================================================== */
 
 #define CRPCI_ORDER_BUCKETS 64u
 
-/* A request with a key. The first of its key may run; the others wait behind it. */
+/* A request with a key. The first request of a key runs; the others wait in a queue of the
+ * first. */
 typedef struct crpci_order_item {
     crpci_list link;  /* the first: in its bucket; the others: in the first's queue */
-    crpci_list queue; /* of the first: who waits, in order */
-    const void *of;   /* whose order it is: a connection's; NULL: everybody's */
-    uint64_t key;     /* a hash: that two texts have the same one does not happen */
+    crpci_list queue; /* the first: requests that wait, in the order in which they came */
+    const void *of;   /* the connection within which the key orders; NULL: the whole server */
+    uint64_t key;     /* hash of the key; two keys with one hash would only run one after another */
 } crpci_order_item;
 
-/* Not locked by itself. */
+/* The caller locks. */
 typedef struct crpci_order {
     crpci_list *buckets;
     int64_t waiting;
@@ -18751,8 +18848,8 @@ CRPCI_COLD void crpci_order_close(crpci_order *o, crpci_heap *h)
     o->buckets = NULL;
 }
 
-/* CRPC_OK: it is the first of its key and may run. CRPC_EPENDING: it waits for its turn.
- * CRPC_ELIMIT: too many wait; it is not in. */
+/* CRPC_OK: the request is the first of its key and may run. CRPC_EPENDING: it waits for its turn.
+ * CRPC_ELIMIT: too many requests wait; this one was not taken in. */
 CRPCI_FN int crpci_order_enter(crpci_order *o, crpci_order_item *item)
 {
     crpci_list *bucket = crpci_order_bucket(o, item), *i;
@@ -18771,7 +18868,7 @@ CRPCI_FN int crpci_order_enter(crpci_order *o, crpci_order_item *item)
     return CRPC_OK;
 }
 
-/* The first of a key is done. Returns whose turn it is; NULL: nobody waits. */
+/* The running request of a key has ended. Returns the request that runs next; NULL: none waits. */
 CRPCI_FN crpci_order_item *crpci_order_leave(crpci_order *o, crpci_order_item *item)
 {
     crpci_order_item *next;
@@ -18787,14 +18884,14 @@ CRPCI_FN crpci_order_item *crpci_order_leave(crpci_order *o, crpci_order_item *i
 }
 
 /* ======================================================================== */
-/* >>impl-replay   replies kept for requests that come again                */
+/* >>impl-replay   replies kept for requests that arrive again with the same id */
 /* ======================================================================== */
 
-#define CRPCI_REPLAY_ID_MAX 64
+#define CRPCI_REPLAY_ID_MAX 64 /* bytes of a request's id */
 #define CRPCI_REPLAY_BUCKETS_MAX 4096u
 
-/* What a reply consists of but for its correlation id, in one chunk; the bytes stand behind it in
- * this order. */
+/* A reply without its correlation id, in a chunk of its own: sizes of its parts; their bytes follow
+ * in this order. */
 typedef struct crpci_replay_reply {
     int code;
     size_t text;
@@ -18803,31 +18900,31 @@ typedef struct crpci_replay_reply {
     size_t attachment;
 } crpci_replay_reply;
 
-/* A request that executes, or has executed. */
+/* A request that is executing, or has finished. */
 typedef struct crpci_replay_entry {
     crpci_list link;    /* in its bucket */
-    crpci_list age;     /* finished: behind those that finished before it */
-    crpci_list waiting; /* not finished: links of those who want the same reply */
+    crpci_list age;     /* finished: in the order in which requests finished */
+    crpci_list waiting; /* executing: links of the repeated requests that wait for its reply */
     const void *method;
-    uint64_t hash;
-    int64_t until; /* finished: forgotten then */
+    uint64_t hash; /* of method and id */
+    int64_t until; /* finished: when the entry expires */
     bool finished;
-    crpci_chunk *reply; /* finished: a crpci_replay_reply; NULL: there was no room for it */
+    crpci_chunk *reply; /* finished: a crpci_replay_reply; NULL: it was too large to keep */
     size_t id_size;
     char id[CRPCI_REPLAY_ID_MAX];
 } crpci_replay_entry;
 
-/* Not locked by itself. */
+/* The caller locks. */
 typedef struct crpci_replay {
     crpci_heap *heap;
     crpci_list *buckets;
     size_t bucket_count; /* a power of two */
-    crpci_list age;
+    crpci_list age; /* finished entries, oldest first */
     size_t count;
-    size_t max;
+    size_t max;    /* entries */
     int64_t bytes; /* of replies and entries */
     int64_t max_bytes;
-    int64_t keep_us;
+    int64_t keep_us; /* from a request's end to its expiry */
 } crpci_replay;
 
 CRPCI_COLD int crpci_replay_open(crpci_replay *r, crpci_heap *h, size_t entries, int64_t max_bytes,
@@ -18856,8 +18953,8 @@ CRPCI_FN int64_t crpci_replay_size(const crpci_chunk *reply)
     return reply ? (int64_t)(CRPCI_CHUNK_HEADER + reply->cap) : 0;
 }
 
-/* Forgets a request; who waits for it must have been taken away. */
-CRPCI_FN void crpci_replay_forget(crpci_replay *r, crpci_replay_entry *e)
+/* Frees an entry, for which no request waits any more. */
+CRPCI_FN void crpci_replay_remove(crpci_replay *r, crpci_replay_entry *e)
 {
     r->count--;
     r->bytes -= (int64_t)sizeof *e + crpci_replay_size(e->reply);
@@ -18867,15 +18964,16 @@ CRPCI_FN void crpci_replay_forget(crpci_replay *r, crpci_replay_entry *e)
     crpci_heap_free(r->heap, e, sizeof *e);
 }
 
-/* Forgets the one that finished first. False: all that are left execute. */
+/* Frees the entry that finished first. False: all requests that are left are executing. */
 CRPCI_FN bool crpci_replay_evict(crpci_replay *r)
 {
     if (crpci_list_empty(&r->age))
         return false;
-    crpci_replay_forget(r, CRPCI_CONTAINER(r->age.next, crpci_replay_entry, age));
+    crpci_replay_remove(r, CRPCI_CONTAINER(r->age.next, crpci_replay_entry, age));
     return true;
 }
 
+/* Frees the entries that have been kept for keep_us. */
 CRPCI_FN void crpci_replay_expire(crpci_replay *r, int64_t now)
 {
     while (!crpci_list_empty(&r->age) &&
@@ -18889,7 +18987,8 @@ CRPCI_FN uint64_t crpci_replay_hash(const void *method, crpc_view id)
                              (uint64_t)(uintptr_t)method);
 }
 
-/* The request of a method with an id, of up to CRPCI_REPLAY_ID_MAX bytes. NULL: it is new. */
+/* The entry of the request of a method with an id, of at most CRPCI_REPLAY_ID_MAX bytes. NULL: the
+ * request is new, or its entry has expired. */
 CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *method, crpc_view id,
                                                int64_t now)
 {
@@ -18906,8 +19005,9 @@ CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *meth
     return NULL;
 }
 
-/* Notes that a new one executes. NULL: it will not be remembered, for there is no memory, or all
- * that there is room for execute as well. */
+/* Adds the entry of a new request that begins to execute, in place of the oldest finished one if
+ * need be. NULL: out of memory, or all entries are of requests that are executing; the request then
+ * runs without protection against a repetition. */
 CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *method, crpc_view id)
 {
     uint64_t hash = crpci_replay_hash(method, id);
@@ -18931,8 +19031,9 @@ CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *metho
     return e;
 }
 
-/* It has executed: its reply is kept, with a reference of its own, if it takes no more than a
- * quarter of the room; that it has executed is kept in any case. Moves who waits to `waiting`. */
+/* A request has finished. Keeps its reply, with a reference of its own, if it takes no more than a
+ * quarter of max_bytes; a larger one would push out too many others. The entry stays in any case: a
+ * repetition is then refused, not executed. Moves the requests that waited to `waiting`. */
 CRPCI_FN void crpci_replay_finish(crpci_replay *r, crpci_replay_entry *e, crpci_chunk *reply,
                                   int64_t now, crpci_list *waiting)
 {
@@ -18961,7 +19062,8 @@ CRPCI_COLD void crpci_replay_close(crpci_replay *r)
     r->buckets = NULL;
 }
 
-/* Copies what a reply consists of. NULL: out of memory. */
+/* Makes a chunk that holds a crpci_replay_reply: code, text, user fields, payload and attachment.
+ * NULL: out of memory. */
 CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, int code, const crpc_view part[4])
 {
     size_t size = sizeof(crpci_replay_reply), i;
@@ -18989,14 +19091,14 @@ CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, int code, const crpc_view
 }
 
 /* ======================================================================== */
-/* >>impl-quota   what a method and a client may ask of a server            */
+/* >>impl-quota   limits of a method and of a client: concurrency and rates */
 /* ======================================================================== */
 
-#define CRPCI_QUOTA_START 40u       /* requests at a time that an adaptive limit begins with */
+#define CRPCI_QUOTA_START 40u       /* requests in service at which an adaptive limit begins */
 #define CRPCI_QUOTA_BUCKETS 256u
-#define CRPCI_QUOTA_IDLE_MAX 1024u  /* clients without a connection that are remembered */
+#define CRPCI_QUOTA_IDLE_MAX 1024u  /* clients without a connection that are kept */
 
-/* Of one method. Not locked by itself; all zero it limits nothing. */
+/* The limits of one method. The caller locks. All zero, there are none. */
 typedef struct crpci_quota {
     uint32_t max; /* requests in service; 0: no limit */
     uint32_t active;
@@ -19014,7 +19116,8 @@ CRPCI_COLD void crpci_quota_init(crpci_quota *q, const crpc_method_limit *l, uin
     crpci_limiter_bucket_init(&q->bucket, l->rate, l->burst);
 }
 
-/* NULL: a request is let in and must then leave; else why it is not. */
+/* NULL: the request is let in and must then leave. Otherwise why it is refused, as a text for the
+ * error reply. */
 CRPCI_FN const char *crpci_quota_enter(crpci_quota *q, int64_t now_us)
 {
     if (q->max && q->active >= q->max)
@@ -19030,7 +19133,7 @@ CRPCI_FN const char *crpci_quota_enter(crpci_quota *q, int64_t now_us)
     return NULL;
 }
 
-/* latency_us: how long it took since it came; -1: that says nothing. */
+/* A request leaves. latency_us: since it arrived; -1: it is no measure of the server. */
 CRPCI_FN void crpci_quota_leave(crpci_quota *q, bool ok, int64_t latency_us, int64_t now_us)
 {
     q->active--;
@@ -19038,17 +19141,17 @@ CRPCI_FN void crpci_quota_leave(crpci_quota *q, bool ok, int64_t latency_us, int
         crpci_limiter_auto_leave(&q->limiter, ok, latency_us, now_us);
 }
 
-/* All connections from one host. */
+/* A client: all connections from one host. */
 typedef struct crpci_quota_client {
     crpci_list link; /* in its bucket */
-    crpci_list idle; /* without connections: behind those that have been so for longer */
+    crpci_list idle; /* without connections: in the order in which clients left */
     uint32_t connections;
     uint8_t host[16];
     crpci_limiter_bucket bucket;
 } crpci_quota_client;
 
-/* Not locked by itself. A client is known as long as it has connections, and then until there are
- * many who left after it: coming again brings no new tokens. */
+/* The clients of a server. The caller locks. A client that has closed its connections is kept until
+ * CRPCI_QUOTA_IDLE_MAX others have left after it: reconnecting does not fill its token bucket. */
 typedef struct crpci_quota_clients {
     crpci_heap *heap;
     crpci_list *buckets; /* NULL: clients are not limited */
@@ -19072,7 +19175,8 @@ CRPCI_COLD int crpci_quota_open(crpci_quota_clients *c, crpci_heap *h, int64_t r
     return c->buckets ? CRPC_OK : CRPC_ENOMEM;
 }
 
-CRPCI_FN void crpci_quota_forget(crpci_quota_clients *c)
+/* Frees the client that has been without connections for longest. */
+CRPCI_FN void crpci_quota_evict(crpci_quota_clients *c)
 {
     crpci_quota_client *k = CRPCI_CONTAINER(c->idle.next, crpci_quota_client, idle);
     crpci_list_remove(&k->idle);
@@ -19084,12 +19188,13 @@ CRPCI_FN void crpci_quota_forget(crpci_quota_clients *c)
 CRPCI_COLD void crpci_quota_close(crpci_quota_clients *c)
 {
     while (c->buckets && !crpci_list_empty(&c->idle))
-        crpci_quota_forget(c);
+        crpci_quota_evict(c);
     crpci_heap_free(c->heap, c->buckets, CRPCI_QUOTA_BUCKETS * sizeof *c->buckets);
     c->buckets = NULL;
 }
 
-/* The address without the port; an IPv4 one as IPv6 has it. Unix sockets are one client. */
+/* The host of an address: an IPv6 address, to which an IPv4 one is mapped. All unix sockets are one
+ * client, of the address 0. */
 CRPCI_FN void crpci_quota_host(uint8_t host[16], const crpci_addr *a)
 {
     memset(host, 0, 16);
@@ -19101,7 +19206,7 @@ CRPCI_FN void crpci_quota_host(uint8_t host[16], const crpci_addr *a)
     }
 }
 
-/* Whose connection it is, which is to be given back. NULL: out of memory. */
+/* The client of a new connection; crpci_quota_disconnect ends it. NULL: out of memory. */
 CRPCI_FN crpci_quota_client *crpci_quota_connect(crpci_quota_clients *c, const crpci_addr *a)
 {
     crpci_quota_client *k;
@@ -19136,7 +19241,7 @@ CRPCI_FN void crpci_quota_disconnect(crpci_quota_clients *c, crpci_quota_client 
         return;
     crpci_list_append(&c->idle, &k->idle);
     if (++c->idle_count > CRPCI_QUOTA_IDLE_MAX)
-        crpci_quota_forget(c);
+        crpci_quota_evict(c);
 }
 
 /* ======================================================================== */

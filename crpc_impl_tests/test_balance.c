@@ -1,5 +1,6 @@
-/* impl-balance: who is picked how often, against what arithmetic says; lists that change; picks
- * when few can be used. Seeds are fixed, so a result that is unlikely is unlikely for ever. */
+/* impl-balance: how often each provider is picked, compared with the expected share; lists that
+ * change; picks when few providers can be used. Seeds are fixed: a test that passes once always
+ * does. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -15,7 +16,7 @@ static const crpci_balance_kind kinds[KINDS] = {
     CRPCI_BALANCE_P2C,
 };
 
-/* A balancer and providers for it; the list holds the first `n`, or whatever a test puts there. */
+/* A balancer and its providers; the list holds the first n of them unless a test changes it. */
 typedef struct fleet {
     crpci_heap *heap;
     crpci_balance b;
@@ -23,13 +24,13 @@ typedef struct fleet {
     crpci_balance_item *list[MOST];
     char addresses[MOST][24];
     bool down[MOST]; /* by index in the list */
-    long asked;      /* whether one is usable */
+    long asked;      /* calls of usable() */
     size_t n;
     uint64_t seed;
     int64_t now_us;
 } fleet;
 
-static fleet f; /* 200 KB: not for a stack */
+static fleet f; /* 200 KB: too large for the stack */
 
 static void fleet_open(crpci_balance_kind kind, size_t n, const uint32_t *weights)
 {
@@ -83,7 +84,7 @@ static int pick(void)
     return pick_key(ct_random_from(&f.seed));
 }
 
-/* What must hold of the heap and the sums after any change. */
+/* Checks the heap and the sums; called after each change. */
 static void check(void)
 {
     uint64_t total = 0;
@@ -130,7 +131,7 @@ static void assert_shares(const long *counts, const uint64_t *shares, size_t n)
             assert_int_equal(counts[i], 0);
             continue;
         }
-        assert_true(expected >= 5); /* else the test of the test is at fault */
+        assert_true(expected >= 5); /* otherwise chi-square does not apply */
         x2 += d * d / expected;
         df++;
     }
@@ -147,29 +148,29 @@ static void warm_up(void **state)
     int64_t t;
     (void)state;
     /* Dubbo's own examples: 10 minutes, weight 100 */
-    assert_int_equal(crpci_balance_warm(100, -1, 600000), 1);
-    assert_int_equal(crpci_balance_warm(100, 0, 600000), 1);
-    assert_int_equal(crpci_balance_warm(100, 1, 600000), 1);
-    assert_int_equal(crpci_balance_warm(100, 60000, 600000), 10);
-    assert_int_equal(crpci_balance_warm(100, 300000, 600000), 50);
-    assert_int_equal(crpci_balance_warm(100, 599999, 600000), 99);
-    assert_int_equal(crpci_balance_warm(100, 600000, 600000), 100);
-    assert_int_equal(crpci_balance_warm(100, INT64_MAX, 600000), 100);
-    assert_int_equal(crpci_balance_warm(100, 5, 0), 100);
-    assert_int_equal(crpci_balance_warm(100, -5, -1), 100);
-    assert_int_equal(crpci_balance_warm(0, 5, 10), 0);
-    assert_int_equal(crpci_balance_warm(1, 5, 10), 1);
-    assert_in_range(crpci_balance_warm(UINT32_MAX, INT64_MAX / 2, INT64_MAX), UINT32_MAX / 2 - 2,
-                    UINT32_MAX / 2 + 2);
-    assert_int_equal(crpci_balance_warm(UINT32_MAX, 1, 2), UINT32_MAX / 2);
+    assert_int_equal(crpci_balance_warm_weight(100, -1, 600000), 1);
+    assert_int_equal(crpci_balance_warm_weight(100, 0, 600000), 1);
+    assert_int_equal(crpci_balance_warm_weight(100, 1, 600000), 1);
+    assert_int_equal(crpci_balance_warm_weight(100, 60000, 600000), 10);
+    assert_int_equal(crpci_balance_warm_weight(100, 300000, 600000), 50);
+    assert_int_equal(crpci_balance_warm_weight(100, 599999, 600000), 99);
+    assert_int_equal(crpci_balance_warm_weight(100, 600000, 600000), 100);
+    assert_int_equal(crpci_balance_warm_weight(100, INT64_MAX, 600000), 100);
+    assert_int_equal(crpci_balance_warm_weight(100, 5, 0), 100);
+    assert_int_equal(crpci_balance_warm_weight(100, -5, -1), 100);
+    assert_int_equal(crpci_balance_warm_weight(0, 5, 10), 0);
+    assert_int_equal(crpci_balance_warm_weight(1, 5, 10), 1);
+    assert_in_range(crpci_balance_warm_weight(UINT32_MAX, INT64_MAX / 2, INT64_MAX),
+                    UINT32_MAX / 2 - 2, UINT32_MAX / 2 + 2);
+    assert_int_equal(crpci_balance_warm_weight(UINT32_MAX, 1, 2), UINT32_MAX / 2);
     for (t = -10; t < 700; t++) {
-        uint32_t w = crpci_balance_warm(37, t, 600);
+        uint32_t w = crpci_balance_warm_weight(37, t, 600);
         assert_true(w >= was && w >= 1 && w <= 37);
         was = w;
     }
 }
 
-/* --- who is picked how often --------------------------------------------------------------- */
+/* --- shares -------------------------------------------------------------------------------- */
 
 static const uint32_t weights[] = {1, 2, 3, 50, 100, 100, 7, 400, 33, 1000};
 #define WEIGHTS (sizeof weights / sizeof weights[0])
@@ -234,7 +235,7 @@ static void round_robin_takes_turns(void **state)
     first = pick();
     for (k = 1; k < 1000; k++)
         assert_int_equal(pick(), (first + k) % 7);
-    /* who is down is left out, and the others go on in turn, each as often */
+    /* a provider that is down is left out; the others keep their turns, each equally often */
     f.down[3] = f.down[4] = true;
     {
         static const int rest[] = {0, 1, 2, 5, 6};
@@ -247,8 +248,8 @@ static void round_robin_takes_turns(void **state)
     fleet_close();
 }
 
-/* Each has its share to within one call, at the end of each round of as many calls as the weights
- * sum up to; and between two of its turns no more calls go elsewhere than its weight demands. */
+/* After each round of as many calls as the weights sum up to, each provider has had its share to
+ * within one call; and two turns of a provider are no farther apart than its weight demands. */
 static void weighted_round_robin_is_exact_and_smooth(void **state)
 {
     static const crpci_balance_kind both[] = {CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
@@ -281,7 +282,7 @@ static void weighted_round_robin_is_exact_and_smooth(void **state)
     }
 }
 
-/* Equal weights: all have their turn before one has the next. */
+/* With equal weights each provider has one turn before any has a second one. */
 static void equal_turns(void **state)
 {
     static int order[MOST];
@@ -303,7 +304,8 @@ static void equal_turns(void **state)
     }
 }
 
-/* Many calls under way, which end at random: at each pick nobody has fewer for its weight. */
+/* With many calls in flight that end at random, each pick takes a provider with the fewest per
+ * weight. */
 static void least_active_has_the_fewest(void **state)
 {
     static int under_way[500];
@@ -333,7 +335,7 @@ static void least_active_has_the_fewest(void **state)
     }
 }
 
-/* Among equals it is the one that was taken longest ago, however long one was busy in between. */
+/* Among equals the one that was picked longest ago is next, however long it was busy meanwhile. */
 static void least_active_ties(void **state)
 {
     static uint64_t taken[32];
@@ -454,12 +456,13 @@ static void latencies_peak_and_fade(void **state)
     assert_int_equal(latency_of(0), 1000);
     one_call(0, true, 90000); /* at once */
     assert_int_equal(latency_of(0), 90000);
-    one_call(0, true, 1000); /* slowly down */
+    one_call(0, true, 1000); /* a quick reply lowers it slowly */
     assert_in_range(latency_of(0), 89900, 90000);
     for (k = 0; k < 8389; k++)
         one_call(0, true, 1000);
-    assert_in_range(latency_of(0), 45000, 46500); /* half of what it was above */
-    for (k = 0; k < 8389; k++) {                  /* also in steps too small to be seen */
+    assert_in_range(latency_of(0), 45000, 46500); /* half of the difference is left */
+    /* the same in steps that are rounded to nothing one by one */
+    for (k = 0; k < 8389; k++) {
         int j;
         for (j = 0; j < 20; j++) {
             f.now_us -= 950;
@@ -476,7 +479,7 @@ static void latencies_peak_and_fade(void **state)
         one_call(0, true, 1000);
     }
     assert_in_range(latency_of(0), 1480, 1600);
-    one_call(1, false, 10); /* to fail quickly is not to be quick */
+    one_call(1, false, 10); /* a fast failure is no low latency */
     assert_true(latency_of(1) > latency_of(0) / 2);
     for (k = 0; k < 100; k++)
         one_call(1, false, 10);
@@ -494,8 +497,8 @@ static int64_t about_1_ms(void)
     return 800 + (int64_t)crpci_balance_below(&f.seed, 401);
 }
 
-/* A provider that has become ten times slower has few calls; when it is well again it gets its
- * share back; a new one gets one call, and its share when that has ended. */
+/* A provider that becomes ten times slower gets few calls, and its share back when it has
+ * recovered; a new provider gets one call, and its share when that call has ended. */
 static void a_slow_provider_is_left_alone_and_comes_back(void **state)
 {
     long counts[10];
@@ -504,7 +507,7 @@ static void a_slow_provider_is_left_alone_and_comes_back(void **state)
     fleet_open(CRPCI_BALANCE_P2C, 10, NULL);
     for (phase = 0; phase < 3; phase++) {
         memset(counts, 0, sizeof counts);
-        if (phase == 2) { /* well again: after a minute all is as before */
+        if (phase == 2) { /* recovered: after a minute the shares are as before */
             for (k = 0; k < 60000; k++)
                 one_call((size_t)pick(), true, about_1_ms());
         }
@@ -541,7 +544,7 @@ static void keys_are_spread_evenly(void **state)
     size_t i;
     (void)state;
     fleet_open(CRPCI_BALANCE_CONSISTENT_HASH, 10, NULL);
-    for (k = 0; k < 100000; k++) /* keys as bad as numbers can be */
+    for (k = 0; k < 100000; k++) /* consecutive numbers, the least random keys */
         counts[pick_key((uint64_t)k)]++;
     assert_int_equal(f.asked, 100000);
     for (i = 0; i < 10; i++)
@@ -557,7 +560,8 @@ static void keys_are_spread_evenly(void **state)
     fleet_close();
 }
 
-/* Computed by another program: a client of any byte order, version or list order picks these. */
+/* Another program computed these: clients of any byte order, version and order of the list
+ * agree. */
 static void golden_keys(void **state)
 {
     static const uint64_t keys[] = {0, 1, 2, 3, 42, 1000, 0xdeadbeef, UINT64_MAX};
@@ -581,7 +585,7 @@ static void golden_keys(void **state)
     fleet_close();
 }
 
-/* Whether it leaves the list or only cannot be used: its keys move, and no other. */
+/* If a provider leaves the list, or only cannot be used, its keys move and no others. */
 static void only_its_keys_move(void **state)
 {
     static crpci_balance_item *before[100000];
@@ -615,8 +619,8 @@ static void only_its_keys_move(void **state)
     fleet_close();
 }
 
-/* With hardly one in a hundred usable the same key still goes to the same, and they share evenly.
- */
+/* With one usable provider in a hundred a key still always goes to the same one, and shares are
+ * even. */
 static void keys_when_few_are_usable(void **state)
 {
     static long counts[1000];
@@ -637,7 +641,7 @@ static void keys_when_few_are_usable(void **state)
     fleet_close();
 }
 
-/* The ring is in order, and the place of any hash is the one that a search finds. */
+/* The ring is sorted, and ring_find agrees with a linear search. */
 static void the_ring(void **state)
 {
     static const size_t sizes[] = {1, 2, 3, 7, 50, 2000};
@@ -672,8 +676,7 @@ static void the_ring(void **state)
 
 /* --- when some cannot be used -------------------------------------------------------------- */
 
-/* Whatever is up or down: while one is usable one is picked, and one that is drained only if
- * nothing else is. */
+/* While any provider can be used one is picked, and a drained one only if no other can be used. */
 static void a_pick_never_fails_while_one_is_usable(void **state)
 {
     static const size_t sizes[] = {1, 2, 3, 5, 17, 64, 200};
@@ -722,7 +725,7 @@ static void a_pick_never_fails_while_one_is_usable(void **state)
     }
 }
 
-/* One call of ten goes to a provider of weight 0 if only such are left, whichever kind it is. */
+/* If only drained providers are left, each of ten gets a tenth of the calls, with every kind. */
 static void only_drained_ones_are_left(void **state)
 {
     size_t kind, i;
@@ -746,8 +749,8 @@ static void only_drained_ones_are_left(void **state)
     }
 }
 
-/* Those that are usable share the calls as if the others were not there, also when so few are that
- * all must be looked at. */
+/* The usable providers share the calls as if the others were not in the list, also when they are so
+ * few that the whole list is searched. */
 static void the_usable_share_as_if_alone(void **state)
 {
     static const int keep[] = {1, 2, 50}; /* one in so many is usable */
@@ -788,7 +791,7 @@ static void the_usable_share_as_if_alone(void **state)
     }
 }
 
-/* A provider that could not be used for long does not make up for it. */
+/* A provider that could not be used for long does not get the turns that it missed. */
 static void no_burst_after_an_absence(void **state)
 {
     int kind;
@@ -804,7 +807,7 @@ static void no_burst_after_an_absence(void **state)
         for (k = 0; k < 1000; k++)
             count += pick() == 5;
         assert_in_range(count, 99, 101);
-        for (k = 0; k < 10; k++) /* all others were unusable: nor do they */
+        for (k = 0; k < 10; k++) /* likewise for the others */
             f.down[k] = k != 5;
         for (k = 0; k < 100000; k++)
             assert_int_equal(pick(), 5);
@@ -820,7 +823,7 @@ static void no_burst_after_an_absence(void **state)
 
 /* With all of 2,000 usable one provider is looked at, or two; and the heap's comparisons are those
  * of its height. Counted, not timed. */
-static void a_pick_looks_at_few(void **state)
+static void a_pick_examines_few_providers(void **state)
 {
     size_t kind;
     (void)state;
@@ -839,9 +842,9 @@ static void a_pick_looks_at_few(void **state)
     }
 }
 
-/* One that is idle because it cannot be used is the least active at each pick: it is not asked
- * again and again. */
-static void an_idle_one_that_is_down(void **state)
+/* A provider that is idle because it is down is the least active one at each pick: usable() is not
+ * called for it again and again. */
+static void a_provider_that_is_down_is_not_asked_again_and_again(void **state)
 {
     size_t i;
     int k;
@@ -854,15 +857,15 @@ static void an_idle_one_that_is_down(void **state)
     f.down[3] = true;
     for (k = 0; k < 1000; k++)
         assert_true(pick() >= 0);
-    assert_true(f.asked < 6000); /* it twice, and whoever is better than those before him */
+    assert_true(f.asked < 6000); /* twice for it, and for each that is better than those before */
     fleet_close();
 }
 
 /* --- lists that change --------------------------------------------------------------------- */
 
-/* Providers come, go, change their weight and their state in any order, calls begin and end, also
- * on providers that have left: what is picked is in the list, nobody's calls are lost count of,
- * and all that must hold of the heap and the sums does. */
+/* Providers join, leave, change weight and state in any order; calls begin and end, also on
+ * providers that have left. Each pick is in the list, the counts of calls are right, and so are the
+ * heap and the sums. */
 static void churn(void **state)
 {
     static struct {
@@ -922,7 +925,7 @@ static void churn(void **state)
     }
 }
 
-/* What was learnt of a provider is there when it is in the next list too, or in a later one. */
+/* A provider's statistics survive when it is in the next list, or in a later one. */
 static void statistics_survive(void **state)
 {
     crpci_balance_item *n = &f.items[1];
@@ -956,7 +959,7 @@ static void statistics_survive(void **state)
     fleet_close();
 }
 
-/* Nor does a weight that changes a little each second, as in a warm-up: the shares follow it. */
+/* A weight that changes a little each second, as in a warm-up, disturbs no turns either. */
 static void reweighing_in_a_warm_up(void **state)
 {
     int kind;
@@ -966,7 +969,7 @@ static void reweighing_in_a_warm_up(void **state)
         int second, k, expected = 0;
         fleet_open(kind ? CRPCI_BALANCE_LEAST_ACTIVE : CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN, 4, NULL);
         for (second = 0; second < 600; second++) {
-            uint32_t w = crpci_balance_warm(100, second * 1000, 600000);
+            uint32_t w = crpci_balance_warm_weight(100, second * 1000, 600000);
             crpci_balance_reweigh(&f.b, 0, w);
             for (k = 0; k < 1000; k++) {
                 int at = pick();
@@ -984,7 +987,7 @@ static void reweighing_in_a_warm_up(void **state)
     }
 }
 
-/* A weight that grows is felt at once, not after the turn that the old one gave. */
+/* A higher weight counts at once, not only after the turn that the old weight gave. */
 static void a_greater_weight_comes_soon(void **state)
 {
     int kind, k;
@@ -1005,7 +1008,7 @@ static void a_greater_weight_comes_soon(void **state)
     }
 }
 
-/* Many that are new do not all come first. */
+/* Many new providers are not all picked before the old ones. */
 static void new_ones_come_one_by_one(void **state)
 {
     int kind, k;
@@ -1029,7 +1032,7 @@ static void new_ones_come_one_by_one(void **state)
     }
 }
 
-/* What a provider keeps of its place in a list that it has left does not disturb the next. */
+/* The position in an old heap, which a provider keeps, does not disturb the next list. */
 static void one_comes_back_drained(void **state)
 {
     int kind;
@@ -1054,8 +1057,7 @@ static void one_comes_back_drained(void **state)
 
 /* --- borders of numbers -------------------------------------------------------------------- */
 
-/* Virtual time crosses the end of its 64 bits, and each place where those behind are looked after,
- * and nothing is to be seen of it. */
+/* Picks stay the same when virtual time wraps at 64 bits, and when crpci_balance_catch_up runs. */
 static void virtual_time_wraps(void **state)
 {
     static const uint64_t from[] = {UINT64_MAX - (UINT64_C(1) << 53), (UINT64_C(1) << 63) - 99,
@@ -1132,7 +1134,7 @@ static void extremes(void **state)
     }
 }
 
-/* A fleet that starts together does not fall upon one provider. */
+/* Clients that start together do not all begin with the same provider. */
 static void clients_begin_elsewhere(void **state)
 {
     size_t kind;
@@ -1160,7 +1162,7 @@ static void clients_begin_elsewhere(void **state)
 
 /* --- memory -------------------------------------------------------------------------------- */
 
-/* Without memory picks go on, uniformly over the new list; the next list may find some again. */
+/* Out of memory, picks are uniform over the new list; the next list may get memory again. */
 static int out_of_memory_scenario(const crpc_hooks *hooks, void *user)
 {
     crpci_balance_kind kind = *(crpci_balance_kind *)user;
@@ -1219,8 +1221,8 @@ static void out_of_memory(void **state)
         assert_true(ct_sweep(out_of_memory_scenario, (void *)&kinds[kind]) >= 3);
 }
 
-/* A list as long as the last one needs no memory, and so cannot fail; a much shorter one gives some
- * back. */
+/* A list as long as the last one needs no new memory and cannot fail; a much shorter one frees
+ * some. */
 static void memory_is_used_again(void **state)
 {
     size_t kind;
@@ -1375,8 +1377,8 @@ int main(void)
         CT_TEST(only_drained_ones_are_left),
         CT_TEST(the_usable_share_as_if_alone),
         CT_TEST(no_burst_after_an_absence),
-        CT_TEST(a_pick_looks_at_few),
-        CT_TEST(an_idle_one_that_is_down),
+        CT_TEST(a_pick_examines_few_providers),
+        CT_TEST(a_provider_that_is_down_is_not_asked_again_and_again),
         CT_TEST(churn),
         CT_TEST(statistics_survive),
         CT_TEST(reweighing_in_a_warm_up),

@@ -102,7 +102,8 @@ static void stopping_is_remembered_once(void **state)
         crpc_loop_stop(l);
         assert_int_equal(crpc_loop_run(l), CRPC_OK); /* at once */
         assert_int_equal(crpc_timer_start(l, 20, 0, stop_loop, l, &timer), CRPC_OK);
-        assert_int_equal(crpc_loop_run(l), CRPC_OK); /* by the timer, not by the second stop */
+        /* ended by the timer, not by the second stop */
+        assert_int_equal(crpc_loop_run(l), CRPC_OK);
         crpc_timer_stop(l, timer);
         ticks = 0;
         assert_int_equal(crpc_timer_start(l, 0, 0, tick, &ticks, &timer), CRPC_OK);
@@ -125,7 +126,7 @@ static void a_loop_can_be_started_again(void **state)
         for (i = 1; i <= 20; i++) {
             int64_t until = ct_now_ms() + NET_PATIENCE;
             int status;
-            do { /* the thread that was told to stop may still be there */
+            do { /* the stopped thread may not have ended yet */
                 status = crpc_loop_start(l);
             } while (status == CRPC_EBUSY && ct_now_ms() < until);
             assert_int_equal(status, CRPC_OK);
@@ -213,7 +214,7 @@ static void on_foreign(void *user, int status, const dyn_Num *response, crpc_cal
     foreign_done++;
 }
 
-/* One turn of a program's own loop; how often it woke up. */
+/* One turn of a program's own loop: asks, polls, steps. */
 static void foreign_turn(crpc_loop *l, int at_most_ms)
 {
     struct pollfd fds[32];
@@ -242,7 +243,7 @@ static void a_foreign_loop_drives_it_in_one_thread(void **state)
         l = net_loop(p);
         assert_true(p == CRPC_POLLER_POLL || crpc_loop_fd(l) >= 0);
         ch = net_channel(adds.url, "?timeout_ms=3000", p, l, NULL);
-        foreign_turn(l, 0); /* from now on it is known to be driven: calls start no thread */
+        foreign_turn(l, 0); /* from now on the loop counts as driven: calls start no thread */
         foreign_done = 0;
         until = ct_now_ms() + 60000;
         while (foreign_done < 10000 && ct_now_ms() < until) {
@@ -255,7 +256,7 @@ static void a_foreign_loop_drives_it_in_one_thread(void **state)
         assert_int_equal(foreign_done, 10000);
         assert_int_equal(threads_of_process(), 1);
 
-        /* idle: when what deadlines left behind is gone, it never wants to be woken again */
+        /* idle: when the calls' timers are gone, the loop gives no timeout */
         for (i = 0; i < 100 && crpc_loop_timeout(l) >= 0; i++)
             foreign_turn(l, 30000);
         assert_int_equal(crpc_loop_timeout(l), -1);
@@ -266,7 +267,7 @@ static void a_foreign_loop_drives_it_in_one_thread(void **state)
             assert_int_equal(poll(fds, (nfds_t)n, 1000), 0);
         }
         assert_int_equal(stats_of(l).waits, turns);
-        /* a reply would have woken it, and so does a post */
+        /* a post makes a descriptor readable */
         ticks = 0;
         assert_int_equal(crpc_loop_post(l, tick, &ticks), CRPC_OK);
         {
@@ -282,7 +283,7 @@ static void a_foreign_loop_drives_it_in_one_thread(void **state)
     }
 }
 
-/* The timeout that it gives is that of the next timer, and it never lets one be missed. */
+/* crpc_loop_timeout gives the time until the next timer. */
 static void the_timeout_is_that_of_the_next_timer(void **state)
 {
     crpc_poller p;
@@ -329,13 +330,13 @@ static void on_late(void *user)
 static void *set_a_timer(void *arg)
 {
     crpc_loop *l = (crpc_loop *)arg;
-    ct_sleep_ms(100); /* the program is in its poll */
+    ct_sleep_ms(100); /* by now the program is in poll() */
     assert_int_equal(crpc_timer_start(l, 50, 0, on_late, NULL, NULL), CRPC_OK);
     return NULL;
 }
 
-/* A caller has driven the loop and gone; then another thread's timer is due before the program, which
- * waits for nothing in particular, would look. */
+/* A synchronous caller has driven the loop and left. Then another thread sets a timer that is due
+ * before the program's poll would end: the program must be woken. */
 static void another_threads_timer_wakes_a_foreign_loop(void **state)
 {
     crpc_poller p;
@@ -357,7 +358,7 @@ static void another_threads_timer_wakes_a_foreign_loop(void **state)
         late_fired = 0;
         assert_int_equal(pthread_create(&t, NULL, set_a_timer, l), 0);
         while (!late_fired && turns++ < 20)
-            foreign_turn(l, NET_PATIENCE); /* one that is not woken lasts so long */
+            foreign_turn(l, NET_PATIENCE); /* without a wake-up one turn lasts this long */
         pthread_join(t, NULL);
         assert_int_equal(late_fired, 1);
         assert_true(turns < 20);
@@ -367,8 +368,9 @@ static void another_threads_timer_wakes_a_foreign_loop(void **state)
     }
 }
 
-/* The program was told long ago how long to wait, and waits for a call by id instead. */
-static void a_wait_looks_at_the_clock(void **state)
+/* The program asked for the timeout long ago and then waits for a call by id: the wait reads the
+ * clock again. */
+static void a_wait_reads_the_clock_again(void **state)
 {
     peer silent;
     crpc_loop *l = net_loop(CRPC_POLLER_DEFAULT);
@@ -475,7 +477,7 @@ int main(void)
         CT_TEST(a_foreign_loop_drives_it_in_one_thread),
         CT_TEST(the_timeout_is_that_of_the_next_timer),
         CT_TEST(another_threads_timer_wakes_a_foreign_loop),
-        CT_TEST(a_wait_looks_at_the_clock),
+        CT_TEST(a_wait_reads_the_clock_again),
         CT_TEST(another_thread_wakes_a_foreign_loop),
         CT_TEST(closing_runs_what_is_due_once),
     };

@@ -1,4 +1,4 @@
-/* impl-id: ids that outlive what they name, and never name something else. */
+/* impl-id: an id finds its object until the object is removed, and nothing after that. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -33,7 +33,7 @@ static void names_until_removed(void **state)
     assert_ptr_equal(crpci_id_get(&t, id[0]), &a[0]);
     assert_ptr_equal(crpci_id_get(&t, id[2]), &a[2]);
     assert_int_equal(t.used, 2);
-    crpci_id_remove(&t, id[1]); /* a second time: nothing */
+    crpci_id_remove(&t, id[1]); /* a second time: no effect */
     crpci_id_remove(&t, 0);
     crpci_id_remove(&t, UINT64_MAX);
     assert_int_equal(t.used, 2);
@@ -64,7 +64,7 @@ static void zero_and_forged_ids_name_nothing(void **state)
     crpci_heap_unref(h);
 }
 
-/* First freed, first used again: an id that a peer or a user mixes up is as old as can be. */
+/* Slots are reused first in, first out: an index comes back as late as possible. */
 static void a_number_returns_as_late_as_possible(void **state)
 {
     crpci_heap *h = heap_open();

@@ -1,5 +1,5 @@
-/* impl-loop: clock, random numbers, hooks, memory, and what a system lacks. The loop's other parts have
- * tests of their own: test_watch, test_user, test_drive. */
+/* impl-loop: clock, random numbers, hooks, memory, and what a system lacks. The loop's other parts
+ * have tests of their own: test_watch, test_user, test_drive. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #define CT_TEST_SECONDS 120

@@ -115,7 +115,7 @@ static void timers_are_never_early(void **state)
         for (i = 0; i < 200; i++) {
             assert_int_equal(t[i].count, 1);
             assert_int_equal(t[i].early, 0);
-            crpc_timer_stop(l, ids[i]); /* stale: ignored */
+            crpc_timer_stop(l, ids[i]); /* a stale id is ignored */
         }
         crpc_loop_close(l);
     }
@@ -213,14 +213,14 @@ static void bad_timers_and_watches_are_refused(void **state)
     crpc_loop_close(l);
 }
 
-/* A timer's id is no watch's, and a watch's no timer's. */
+/* A timer's id cannot end a watch, nor a watch's id a timer. */
 static void on_any(void *user, int fd, unsigned events)
 {
     (void)fd, (void)events;
     ++*(int *)user;
 }
 
-static void ids_keep_their_kind(void **state)
+static void an_id_of_one_kind_does_not_end_the_other(void **state)
 {
     crpc_loop *l = net_loop(CRPC_POLLER_DEFAULT);
     crpc_id timer, watch;
@@ -264,7 +264,7 @@ static void watches_are_level_triggered_and_change(void **state)
         assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
         assert_int_equal(w.count, 0);
         assert_int_equal(write(fds[1], "x", 1), 1);
-        for (i = 1; i <= 3; i++) { /* again and again, until it is read */
+        for (i = 1; i <= 3; i++) { /* reported until the bytes are read */
             assert_int_equal(crpc_loop_step(l, 1000), CRPC_OK);
             assert_int_equal(w.count, i);
             assert_int_equal(w.events, CRPC_READABLE);
@@ -328,7 +328,7 @@ static void the_end_of_a_peer_is_readable_and_writable(void **state)
     }
 }
 
-/* Both are ready; whichever comes first ends the other one's watch. */
+/* Both descriptors are ready; the callback that runs first ends the other watch. */
 static void a_watch_ended_by_another_does_not_run(void **state)
 {
     crpc_poller p;
@@ -360,8 +360,8 @@ static void a_watch_ended_by_another_does_not_run(void **state)
     }
 }
 
-/* A closed descriptor's number comes back at once for another one: no event of the old watch may
- * reach the new. */
+/* The number of a closed descriptor is that of the next one opened: no event of the old watch may
+ * reach the new one. */
 static void descriptor_numbers_are_reused(void **state)
 {
     crpc_poller p;
@@ -437,7 +437,7 @@ static void many_descriptors_all_get_their_turn(void **state)
     }
 }
 
-/* While another thread sleeps in the loop, what is watched changes at once. */
+/* A change of what is watched takes effect while another thread sleeps in the poller. */
 static void changes_reach_a_sleeping_loop(void **state)
 {
     crpc_poller p;
@@ -477,7 +477,7 @@ int main(void)
         CT_TEST(periodic_timers_repeat_until_stopped),
         CT_TEST(a_timer_stopped_by_another_does_not_run),
         CT_TEST(bad_timers_and_watches_are_refused),
-        CT_TEST(ids_keep_their_kind),
+        CT_TEST(an_id_of_one_kind_does_not_end_the_other),
         CT_TEST(watches_are_level_triggered_and_change),
         CT_TEST(the_end_of_a_peer_is_readable_and_writable),
         CT_TEST(a_watch_ended_by_another_does_not_run),

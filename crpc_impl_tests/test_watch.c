@@ -1,4 +1,5 @@
-/* impl-watch: descriptors in the loop's poller, and what happens to events of a watch that is gone. */
+/* impl-watch: descriptors in the loop's poller, and what happens to events of a watch that is
+ * gone. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
