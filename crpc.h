@@ -2236,10 +2236,11 @@ CRPCI_COLD bool crpci_heap_refused(crpci_heap *h, const char *call, const char *
     return true;
 }
 
-/* Called with the heap locked. */
 CRPCI_FN void *crpci_heap_resize_locked(crpci_heap *h, void *ptr, size_t old_size, size_t new_size)
 {
-    void *out = h->hooks.resize(h->hooks.user, ptr, old_size, new_size);
+    void *out;
+    CRPCI_ASSERT(crpci_thread_holds(&h->lock), "the heap is not locked by this thread");
+    out = h->hooks.resize(h->hooks.user, ptr, old_size, new_size);
     if (out || !new_size) {
         h->bytes += (int64_t)new_size - (int64_t)old_size;
         if (h->bytes > h->peak)
@@ -2320,7 +2321,7 @@ CRPCI_FN int crpci_heap_open(crpci_heap **out, const crpc_hooks *hooks, int64_t 
     return CRPC_OK;
 }
 
-/* Frees all chunks that are kept for reuse. Called with the heap locked. */
+/* Frees all chunks that are kept for reuse. The heap is locked. */
 CRPCI_FN void crpci_heap_trim(crpci_heap *h)
 {
     crpci_chunk *c;
@@ -2373,7 +2374,7 @@ CRPCI_FN unsigned crpci_heap_class_of(size_t total)
     return 32u - (unsigned)__builtin_clz((unsigned)(total - 1) / CRPCI_CHUNK_MIN);
 }
 
-/* A chunk of a class: one that was kept, else a new one. Called with the heap locked. */
+/* A chunk of a class: one that was kept, else a new one. The heap is locked. */
 CRPCI_FN crpci_chunk *crpci_heap_take(crpci_heap *h, crpci_heap_class *k, size_t total)
 {
     crpci_chunk *c = k->kept;
@@ -4576,9 +4577,9 @@ typedef enum crpci_loop_driver {
     CRPCI_LOOP_IN_USER   /* it runs the program's code, unlocked and for any time */
 } crpci_loop_driver;
 
-/* Who may become the driver. An owned loop always has a driver. */
+/* Which threads may become the driver. An owned loop always has one. */
 typedef enum crpci_loop_mode {
-    CRPCI_LOOP_PASSIVE, /* the callers that wait: one drives, the others follow */
+    CRPCI_LOOP_PASSIVE, /* callers that wait for a reply: one drives, the others follow */
     CRPCI_LOOP_CLAIMED, /* an owner, as soon as the caller that drives has left */
     CRPCI_LOOP_OWNED    /* crpc_loop_run, _step or the own thread; callers only wait */
 } crpci_loop_mode;
@@ -4594,7 +4595,7 @@ typedef enum crpci_loop_foreign {
     CRPCI_LOOP_NOT_FOREIGN,
     CRPCI_LOOP_FOREIGN_AWAKE,   /* it asks for descriptors and timeout before it polls */
     CRPCI_LOOP_FOREIGN_POLLING, /* it has asked: it may poll until foreign_at */
-    CRPCI_LOOP_FOREIGN_STALE    /* likewise, and its descriptors are not the present ones */
+    CRPCI_LOOP_FOREIGN_STALE    /* it may poll, but for descriptors that have changed since */
 } crpci_loop_foreign;
 
 typedef enum crpci_loop_end {
@@ -4747,8 +4748,8 @@ CRPCI_FN void crpci_loop_release(crpc_loop *l)
 
 /* --- random numbers, the clock ---------------------------------------------------------------- */
 
-/* xorshift32, G. Marsaglia: Xorshift RNGs (2003). For jitter and choices only: whoever sees a few
- * numbers can compute the others. */
+/* xorshift32, G. Marsaglia: Xorshift RNGs (2003). For jitter and choices only: a few numbers
+ * give away all others. */
 CRPCI_FN uint32_t crpci_loop_random(crpc_loop *l)
 {
     l->random ^= l->random << 13;
@@ -4874,7 +4875,7 @@ CRPCI_FN void crpci_loop_ready(crpc_loop *l, crpci_task *t)
     crpci_loop_kick(l);
 }
 
-/* Queues an internal task on `resume` or `dirty`, likewise. */
+/* Queues an internal task on `resume` or `dirty`. One that is queued already stays where it is. */
 CRPCI_FN void crpci_loop_queue(crpci_list *list, crpci_task *t)
 {
     if (crpci_list_empty(&t->link))
@@ -5026,6 +5027,9 @@ CRPCI_FN int crpci_watch_set(crpc_loop *l, crpci_watch *w, int fd, unsigned even
 /* >>impl-user   what the program has on a loop: posts, timers, descriptors */
 /* ======================================================================== */
 
+/* Posts, timers and watches of the program are objects of one type: a task that runs a callback in
+ * user code, with an id in l->users. A post, and a timer without a period, removes itself after its
+ * callback; the others stay until the program ends them or closes the loop. */
 typedef enum crpci_user_kind {
     CRPCI_USER_POST,
     CRPCI_USER_TIMER,
@@ -5072,6 +5076,7 @@ CRPCI_COLD void crpci_user_remove_all(crpc_loop *l)
     }
 }
 
+/* Runs the callback. Meanwhile, unlocked, the program may end the object: it is then freed here. */
 CRPCI_FN void crpci_user_run(crpc_loop *l, crpci_task *task)
 {
     crpci_user *u = CRPCI_CONTAINER(task, crpci_user, task);
@@ -5117,6 +5122,7 @@ CRPCI_FN void crpci_user_on_event(crpc_loop *l, crpci_watch *watch, unsigned eve
         crpci_watch_set(l, watch, u->fd, 0);
 }
 
+/* A new object with an id, whose callback the caller sets. NULL: out of memory. */
 CRPCI_FN crpci_user *crpci_user_add(crpc_loop *l, crpci_user_kind kind, void *user)
 {
     crpci_user *u = (crpci_user *)crpci_heap_alloc(l->heap, sizeof *u);
@@ -5151,6 +5157,7 @@ CRPC_API int crpc_loop_post(crpc_loop *l, void (*fn)(void *user), void *user)
     return u ? CRPC_OK : CRPC_ENOMEM;
 }
 
+/* Whether the program watches a descriptor already. Programs watch few: a search is enough. */
 CRPCI_FN bool crpci_user_watches(const crpc_loop *l, int fd)
 {
     uint32_t i;
@@ -5206,6 +5213,7 @@ CRPC_API int crpc_loop_rewatch(crpc_loop *l, crpc_id id, unsigned events)
     return err;
 }
 
+/* Ends a timer or a watch; an id that is stale, or of the other kind, is ignored. */
 CRPCI_FN void crpci_user_stop(crpc_loop *l, crpc_id id, crpci_user_kind kind)
 {
     crpci_user *u;
@@ -5329,12 +5337,13 @@ CRPCI_FN bool crpci_drive_foreign_due(const crpc_loop *l)
 }
 
 /* P4: every way out of driving leads through here, and hands over before the lock is released: to
- * an owner that waits, else to the follower that has waited longest (P11), else to nobody. A driver
- * has sent its output before it leaves; where nobody comes after, also what others queued while it
- * sent. */
+ * an owner that waits, else to the follower that has waited longest (P11). Without either the loop
+ * is undriven. The driver flushes before it leaves; without a successor, until nothing is
+ * queued. */
 CRPCI_FN void crpci_drive_leave(crpc_loop *l)
 {
     crpci_loop_assert_locked(l);
+    CRPCI_ASSERT(l->mode != CRPCI_LOOP_OWNED, "the driver of an owned loop leaves");
     do {
         crpci_loop_run_list(l, &l->dirty);
     } while (!crpci_list_empty(&l->dirty) && l->mode != CRPCI_LOOP_CLAIMED &&
@@ -5388,8 +5397,8 @@ CRPCI_FN void crpci_drive_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
     crpci_thread_cond_free(&w->cond);
 }
 
-/* P3: waits until w->done or `until`, driving the loop where nobody does, following where another
- * caller or an owner does. `user`: as the driver, run callbacks too (P8). */
+/* P3: waits until w->done or `until`: drives a loop that is undriven, follows the driver of any
+ * other. `user`: as the driver, run callbacks too (P8). */
 CRPCI_FN void crpci_drive_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool user)
 {
     crpci_loop_assert_locked(l);
@@ -5522,7 +5531,7 @@ CRPCI_FN void *crpci_drive_thread(void *arg)
     crpci_loop_lock(l);
     crpci_drive_take_over(l);
     crpci_drive_run(l);
-    if (l->end == CRPCI_LOOP_DISPOSED) { /* closed inside a callback: nobody will join the thread */
+    if (l->end == CRPCI_LOOP_DISPOSED) { /* closed inside a callback: no thread will join it */
         pthread_detach(pthread_self());
         l->thread_state = CRPCI_LOOP_NO_THREAD;
     }
@@ -5571,6 +5580,7 @@ CRPCI_FN int crpci_drive_ensure_owner(crpc_loop *l)
 
 /* --- opening and closing ---------------------------------------------------------------------- */
 
+/* The wake descriptor is readable: a kick has come, or crpc_loop_stop. */
 CRPCI_FN void crpci_drive_on_wake(crpc_loop *l, crpci_watch *w, unsigned events)
 {
     (void)w;
@@ -5587,8 +5597,8 @@ CRPCI_FN void crpci_drive_set_options(crpc_loop *l, const crpc_loop_options *o)
     l->max_results = crpci_base_option(o->max_results, 1024, 0);
 }
 
-/* Fills in a loop that is all zero. Ids differ from loop to loop in their salts, and processes in
- * the seed of their random numbers. */
+/* Fills in a loop that is all zero. The seed of the random numbers differs from process to process,
+ * the salt of the ids from loop to loop. */
 CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_options *o)
 {
     l->heap = h;
@@ -5662,7 +5672,7 @@ CRPC_API void crpc_loop_close(crpc_loop *l)
         return;
     }
     l->end = CRPCI_LOOP_CLOSING;
-    while (l->mode != CRPCI_LOOP_PASSIVE) {
+    while (l->mode != CRPCI_LOOP_PASSIVE) { /* crpc_loop_step clears a stop, so it is set again */
         crpci_thread_store(&l->stop, 1);
         crpci_wake_kick(&l->wake);
         crpci_thread_wait(&l->owner_cond, &l->lock, 100000);
@@ -5698,6 +5708,8 @@ CRPC_API int crpc_loop_run(crpc_loop *l)
     return CRPC_OK;
 }
 
+/* A program that steps is taken for one with a loop of its own: it will step again, so asynchronous
+ * calls need no thread, and it asks for descriptors and timeout before it polls. */
 CRPC_API int crpc_loop_step(crpc_loop *l, int timeout_ms)
 {
     int64_t until = INT64_MAX;
@@ -5777,7 +5789,7 @@ CRPC_API int crpc_loop_timeout(crpc_loop *l)
 {
     int ms;
     crpci_loop_lock(l);
-    l->fresh = false;
+    l->fresh = false; /* the program did other things since the loop last read the clock */
     ms = crpci_poller_ms(crpci_drive_patience(l, INT64_MAX, true));
     crpci_drive_foreign(l, CRPCI_LOOP_FOREIGN_POLLING, 0);
     l->foreign_at = l->wake_at;
@@ -18687,6 +18699,7 @@ CRPCI_COLD int crpci_service_add(crpci_service_map *map, crpci_heap *h, const cr
 /* >>impl-worker   a pool of threads for handlers, with a bounded queue      */
 /* ======================================================================== */
 
+/* Started by the server, one pool for all its listeners and I/O threads. */
 typedef struct crpci_worker_pool {
     crpci_mutex lock;
     crpci_cond work;  /* a task was queued, or the pool is stopping */

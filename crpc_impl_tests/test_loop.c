@@ -253,6 +253,32 @@ static bool a_call_gets_through(void)
     return right;
 }
 
+/* Whether a connection is accepted, with a descriptor that does not block and is closed on exec. */
+static bool an_accepted_socket_is_right(void)
+{
+    struct pollfd p;
+    crpci_addr a;
+    int listener, client, fd;
+    bool right;
+    if (!crpci_sock_parse(&a, "127.0.0.1:0"))
+        return false;
+    listener = crpci_sock_listen(&a);
+    crpci_sock_local(listener, &a);
+    client = crpci_sock_open(&a);
+    if (connect(client, &a.u.any, a.len) && errno != EINPROGRESS)
+        return false;
+    p.fd = listener;
+    p.events = POLLIN;
+    poll(&p, 1, NET_PATIENCE);
+    fd = crpci_sock_accept(listener);
+    right = fd >= 0 && fcntl(fd, F_GETFL) & O_NONBLOCK && fcntl(fd, F_GETFD) & FD_CLOEXEC;
+    right = right && crpci_sock_accept(listener) == -1 && (errno == EAGAIN || errno == EWOULDBLOCK);
+    close(fd);
+    close(client);
+    close(listener);
+    return right;
+}
+
 /* In a child process of its own. Returns its exit code: 0, or the number of the check that failed;
  * 77: this kernel takes no filter. */
 static int run_refused(int which, int error)
@@ -284,7 +310,9 @@ static int run_refused(int which, int error)
     if (crpc_loop_open(&a, &o) != (which == WITHOUT_EPOLL ? CRPC_ESYSTEM : CRPC_OK))
         return 6;
     crpc_loop_close(a);
-    return a_call_gets_through() ? 0 : 7;
+    if (!an_accepted_socket_is_right())
+        return 7;
+    return a_call_gets_through() ? 0 : 8;
 }
 
 static void refused_system_calls_are_replaced(void **state)
