@@ -6902,6 +6902,7 @@ struct crpci_conn {
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
     bool unread; /* reading was put off while another thread wrote */
+    bool awaits; /* dialled, and replies keep the order of requests */
     uint32_t max_body;
     int64_t max_skip;
     uint64_t skip;      /* bytes of a refused body still to be dropped */
@@ -7176,14 +7177,8 @@ CRPCI_COLD void crpci_conn_await_not(crpci_conn *c)
     }
 }
 
-CRPCI_FN bool crpci_conn_awaits(const crpci_conn *c)
-{
-    return !c->protocols && c->protocol->flags & CRPCI_PROTOCOL_ORDERED;
-}
-
 CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
 {
-    bool awaits = crpci_conn_awaits(c);
     crpci_out *o;
     b->count = 0;
     b->used = 0;
@@ -7199,7 +7194,7 @@ CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
             crpci_conn_add(b, o->tail + (head ? 0 : skip - o->head_len),
                            o->tail_len - (head ? 0 : skip - o->head_len));
         o->inflight = true;
-        if (CRPCI_UNLIKELY(awaits) && !o->awaited)
+        if (CRPCI_UNLIKELY(c->awaits) && !o->awaited)
             crpci_conn_await(c, o);
     }
 }
@@ -7230,7 +7225,7 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         crpci_heap_chunk_unref(tail);
         crpci_heap_chunk_unref(chunk);
     }
-    if (CRPCI_UNLIKELY(crpci_conn_awaits(c)))
+    if (CRPCI_UNLIKELY(c->awaits))
         crpci_conn_await_not(c);
     if (c->loop->io_waiters)
         crpci_thread_broadcast(&c->loop->io_cond);
@@ -7441,6 +7436,7 @@ CRPCI_COLD void crpci_conn_oversize(crpci_conn *c, crpci_message *m, uint64_t si
 CRPCI_FN bool crpci_conn_speak(crpci_conn *c, const crpci_protocol *p)
 {
     c->protocol = p;
+    c->awaits = !c->protocols && p->flags & CRPCI_PROTOCOL_ORDERED;
     if (CRPCI_LIKELY(!p->state_size))
         return true;
     c->protocol_state = crpci_heap_alloc(c->loop->heap, p->state_size);
