@@ -100,7 +100,7 @@
  *     >>impl-id            {index, generation} ids for objects that others may outlive
  *     >>impl-list          doubly linked lists through members; an empty link points to itself
  *     >>impl-url           URLs, their options, percent-encoding
- *     >>impl-message       nanopb messages: views, encoding into chunks, decoding
+ *     >>impl-message       requests and replies; nanopb: views, encoding, decoding
  *     >>impl-frame         the 12 bytes before every message
  *     >>impl-meta          what a message is about: brpc's RpcMeta
  *     >>impl-sock          addresses and sockets; knows no loop
@@ -1032,7 +1032,8 @@ typedef struct crpc_channel_options {
  *   multicast://224.5.6.7:port/package.Service    file:///path
  *
  * Options may follow as ?key=value&key=value: the numbers among crpc_channel_options by their
- * names, lb and cluster by the words beside crpc_balancer and crpc_cluster, with a registry also
+ * names, lb and cluster by the words beside crpc_balancer and crpc_cluster, protocol (there is
+ * baidu_std, which is the default), with a registry also
  * group and version, with zookeeper:// cache, with multicast:// interface (a name or an address),
  * with file:// service. An unknown key is CRPC_EINVAL. They override `options`, which may be NULL.
  * IPv6 addresses stand in brackets.
@@ -2628,7 +2629,7 @@ CRPCI_FN bool crpci_url_number(const char *text, int64_t max, int64_t *out)
 }
 
 /* ======================================================================== */
-/* >>impl-message   nanopb messages: views, encoding into chunks, decoding  */
+/* >>impl-message   requests and replies; nanopb: views, encoding, decoding  */
 /* ======================================================================== */
 
 CRPC_API crpc_view crpc_view_str(const char *text)
@@ -7334,6 +7335,7 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
         crpci_loop_queue(&c->loop->dirty, &c->flush);
 }
 
+#if CRPC_ENABLE_SERVER
 /* Queues the reply to the request of that turn, or keeps it until the turn has come. */
 CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
 {
@@ -7355,6 +7357,7 @@ CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
         crpci_conn_queue(c, o);
     }
 }
+#endif
 
 /* Takes back a frame of which nothing was sent. False if that is too late. */
 CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
@@ -7445,6 +7448,7 @@ CRPCI_FN bool crpci_conn_speak(crpci_conn *c, const crpci_protocol *p)
     return c->protocol_state != NULL;
 }
 
+#if CRPC_ENABLE_SERVER
 /* Finds out the protocol of an accepted connection. False: not yet, or it was closed. */
 CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
 {
@@ -7464,12 +7468,15 @@ CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
         crpci_conn_bad(c, "the peer does not speak a protocol that is served here");
     return false;
 }
+#endif
 
 /* Gives bytes to the protocol. Returns those used; 0: it needs more, or the connection is closed. */
 CRPCI_FN size_t crpci_conn_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
+#if CRPC_ENABLE_SERVER
     if (CRPCI_UNLIKELY(!c->protocol) && !crpci_conn_detect(c, p, n))
         return 0;
+#endif
     return c->protocol->feed(c, chunk, p, n);
 }
 
@@ -7733,12 +7740,14 @@ CRPCI_FN void crpci_conn_on_timer(crpc_loop *l, crpci_timer *t)
     crpci_conn_drop(c);
 }
 
+#if CRPC_ENABLE_SERVER
 /* Whether a connection is at rest: nothing to be sent, nothing received in part or not yet. */
 CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
 {
     return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip &&
            !(c->io->pending && c->io->pending(c->io_state)) && c->io->idle(c->fd, c->io_state);
 }
+#endif
 
 /* Takes over a socket, connecting or accepted; on failure it is closed. The loop has a reference
  * until the connection closes. An accepted one needs `protocols`, the other one a protocol. */
@@ -7904,6 +7913,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     }
     m.kind = c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
     m.id = meta.correlation_id;
+    m.turn = 0;
     m.timeout_ms = meta.timeout_ms;
     m.chunk = chunk;
     m.fields = meta.raw;
@@ -7917,6 +7927,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     return (size_t)CRPCI_FRAME_HEADER + body;
 }
 
+#if CRPC_ENABLE_CLIENT
 CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
     crpci_meta meta; /* what a request has of it */
@@ -7933,6 +7944,9 @@ CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpc
     return crpci_meta_put_request(low, payload, m->payload_size, &meta, m->fields);
 }
 
+#endif
+
+#if CRPC_ENABLE_SERVER
 CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
     crpci_meta meta; /* what a reply has of it */
@@ -7943,6 +7957,7 @@ CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_
     meta.compress_type = 0;
     return crpci_meta_put_reply(low, payload, m->payload_size, &meta, m->fields);
 }
+#endif
 
 static const crpci_protocol crpci_baidu = {
     "baidu_std",
@@ -7955,8 +7970,16 @@ static const crpci_protocol crpci_baidu = {
     crpci_meta_put_names,
     crpci_meta_put_field,
     crpci_meta_field,
+#if CRPC_ENABLE_CLIENT
     crpci_baidu_request,
+#else
+    NULL,
+#endif
+#if CRPC_ENABLE_SERVER
     crpci_baidu_reply};
+#else
+    NULL};
+#endif
 
 /* ======================================================================== */
 /* >>impl-protocols   which protocols there are                             */
