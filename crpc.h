@@ -114,10 +114,13 @@
  *     >>impl-breaker       a provider that fails gets no calls, then one, then more
  *     >>impl-balance       which provider a call goes to
  *     >>impl-conn          one connection: reading and parsing, queueing and sending
- *     >>impl-registry      lists of providers, node names, what a backend offers
- *     >>impl-filereg       the registry in a file
- *     >>impl-multicast     the registry that is nowhere: providers announce themselves
+ *     >>impl-names         provider URLs as Dubbo writes them, overrides; pure
+ *     >>impl-cache         the last good lists of providers, in a file that survives crashes
+ *     >>impl-directory     the live list of a service's providers, and who is told of it
+ *     >>impl-file          providers listed in a file: file://
+ *     >>impl-multicast     serverless registry over UDP multicast: multicast://
  *     >>impl-zookeeper     the registry in ZooKeeper, with Dubbo's layout
+ *     >>impl-open          the table of directory backends: schemes, URL options, paths
  *     >>impl-coordination  nodes, configuration, locks and elections on a session
  *     >>impl-call          what a call takes and gives: request, outcome, the caller's record
  *     >>impl-endpoint      one provider: its connection, the calls on it, their ends
@@ -7521,102 +7524,11 @@ typedef struct crpci_origin {
 } crpci_origin;
 
 /* ======================================================================== */
-/* >>impl-registry   lists of providers, node names, what a backend offers   */
+/* >>impl-names   provider URLs as Dubbo writes them, overrides; pure       */
 /* ======================================================================== */
 
-#define CRPCI_REGISTRY_WEIGHT     100 /* of a provider that does not tell */
-#define CRPCI_REGISTRY_WEIGHT_MAX 1000000
-
-/* An instance that offers a service. */
-typedef struct crpci_provider {
-    char address[CRPC_ADDRESS_MAX]; /* numeric: "10.0.0.1:8000", "[::1]:8000" */
-    int weight;                     /* its share of the calls; 0: none */
-    int warmup_ms;                  /* after timestamp_ms, in which its share rises; 0: none */
-    int64_t timestamp_ms;           /* wall clock when it registered; 0: not told */
-} crpci_provider;
-
-/* All providers of a service at one time, sorted by address, each address once. Never changes once
- * it was handed out, so that readers need no lock. */
-typedef struct crpci_snapshot {
-    uint32_t refs;
-    crpci_heap *heap;
-    size_t size; /* of the block */
-    bool stale;  /* the last good list; the registry says otherwise by now, or is away */
-    size_t count;
-    crpci_provider *providers;
-} crpci_snapshot;
-
-/* One block with room for `count` zeroed providers and one reference; NULL when out of memory. */
-CRPCI_FN crpci_snapshot *crpci_registry_snapshot(crpci_heap *h, size_t count)
-{
-    const size_t head = (sizeof(crpci_snapshot) + 15) & ~(size_t)15;
-    crpci_snapshot *s;
-    size_t size;
-    if (count > (SIZE_MAX / 2 - head) / sizeof(crpci_provider))
-        return NULL;
-    size = head + count * sizeof(crpci_provider);
-    s = (crpci_snapshot *)crpci_heap_alloc(h, size);
-    if (!s)
-        return NULL;
-    crpci_heap_ref(h);
-    s->refs = 1;
-    s->heap = h;
-    s->size = size;
-    s->count = count;
-    s->providers = (crpci_provider *)(void *)((char *)s + head);
-    return s;
-}
-
-CRPCI_FN void crpci_registry_snapshot_ref(crpci_snapshot *s)
-{
-    crpci_thread_ref(&s->refs);
-}
-
-/* NULL is ignored. */
-CRPCI_FN void crpci_registry_snapshot_unref(crpci_snapshot *s)
-{
-    crpci_heap *h;
-    if (!s || !crpci_thread_unref(&s->refs))
-        return;
-    h = s->heap;
-    crpci_heap_free(h, s, s->size);
-    crpci_heap_unref(h);
-}
-
-CRPCI_FN bool crpci_registry_snapshot_equal(const crpci_snapshot *a, const crpci_snapshot *b)
-{
-    size_t i;
-    if (a->count != b->count || a->stale != b->stale)
-        return false;
-    for (i = 0; i < a->count; i++) {
-        const crpci_provider *p = &a->providers[i], *q = &b->providers[i];
-        if (strcmp(p->address, q->address) != 0 || p->weight != q->weight ||
-            p->warmup_ms != q->warmup_ms || p->timestamp_ms != q->timestamp_ms)
-            return false;
-    }
-    return true;
-}
-
-/* The same list, called stale. NULL: out of memory. */
-CRPCI_FN crpci_snapshot *crpci_registry_snapshot_stale(const crpci_snapshot *from)
-{
-    crpci_snapshot *s = crpci_registry_snapshot(from->heap, from->count);
-    if (!s)
-        return NULL;
-    memcpy(s->providers, from->providers, from->count * sizeof *s->providers);
-    s->stale = true;
-    return s;
-}
-
-/* --- what a backend offers -------------------------------------------------------------------- */
-
-/* A new list. On any thread, no lock held; the list is borrowed. Other than 0: it was not taken,
- * and is to be offered again. */
-typedef int (*crpci_registry_push_fn)(void *user, crpci_snapshot *list);
-
-/* A registration got through (CRPC_OK) or a try failed; tries go on. On any thread,
- * no lock held. */
-typedef void (*crpci_registry_status_fn)(void *user, int status, const char *text);
+#define CRPCI_NAMES_WEIGHT     100 /* of a provider that does not tell */
+#define CRPCI_NAMES_WEIGHT_MAX 1000000
 
 /* What to register. NULL stands for "". Copied. */
 typedef struct crpci_registration {
@@ -7632,69 +7544,57 @@ typedef struct crpci_registration {
 } crpci_registration;
 
 /* The providers that a consumer wants. NULL stands for "". Copied. */
-typedef struct crpci_registry_query {
+typedef struct crpci_names_query {
     const char *service;
     const char *group;
     const char *version;
     const char *application; /* the consumer's; "": the registry option */
     bool allow_empty; /* an empty list, read without a fault, takes the place of a good one */
-} crpci_registry_query;
+} crpci_names_query;
 
-/* All 0: defaults. */
-typedef struct crpci_registry_options {
-    int session_timeout_ms;
-    const char *credential;  /* NULL: none */
-    const char *application; /* the program's name, for people and overrides. NULL: "crpc" */
-    bool register_consumer;  /* subscriptions are registered too, so that people see them */
-    const char *cache;       /* file for the last good lists; NULL: none */
-    int cache_interval_ms;   /* between two writes of it. 0: 60000. -1: none */
-    int spread_ms;           /* in which a fleet comes back to a registry. 0: 2000. -1: none */
-    const char *interface;   /* multicast: its name or IPv4 address. NULL: by the routing table */
-    int announce_ms;         /* multicast: between two announcements. 0: 5000. -1: as 0 */
-} crpci_registry_options;
+/* Names of nodes, in one block. */
+typedef struct crpci_names {
+    size_t size; /* of the block at `name` */
+    size_t count;
+    char **name;
+} crpci_names;
 
-typedef struct crpci_registry crpci_registry;
-
-/* The functions of a backend. None waits for the network; all are called without the loop's lock,
- * on any thread, in callbacks too. After `withdraw` or `unsubscribe` has returned, the callback
- * does not run any more: it is waited for, unless it is this thread that is inside it. `close` ends
- * what is still registered and subscribed through the handle. */
-typedef struct crpci_registry_ops {
-    size_t size; /* of this struct, and its version: for backends compiled elsewhere */
-    unsigned version;
-    int (*enroll)(crpci_registry *r, const crpci_registration *what,
-                  crpci_registry_status_fn status, void *user, void **handle);
-    void (*withdraw)(crpci_registry *r, void *handle);
-    int (*subscribe)(crpci_registry *r, const crpci_registry_query *what,
-                     crpci_registry_push_fn push, void *user, void **handle);
-    void (*unsubscribe)(crpci_registry *r, void *handle);
-    void (*close)(crpci_registry *r);
-} crpci_registry_ops;
-
-#define CRPCI_REGISTRY_OPS_VERSION 2u
-
-/* An open registry; a backend's own struct begins with it. */
-struct crpci_registry {
-    const crpci_registry_ops *ops;
-};
-
-/* NULL is ignored. */
-CRPCI_FN void crpci_registry_close(crpci_registry *r)
+CRPCI_COLD void crpci_names_free(crpci_heap *h, crpci_names *n)
 {
-    if (r)
-        r->ops->close(r);
+    crpci_heap_free(h, n->name, n->size);
+    n->name = NULL;
+    n->count = 0;
+}
+
+CRPCI_FN void crpci_names_texts_free(crpci_heap *h, char **text, size_t count)
+{
+    size_t i;
+    for (i = 0; i < count; i++)
+        crpci_heap_strfree(h, text[i]);
+}
+
+CRPCI_FN bool crpci_names_texts_copy(crpci_heap *h, char **text, const char *const *from,
+                                        size_t count)
+{
+    size_t i;
+    for (i = 0; i < count; i++) {
+        text[i] = crpci_heap_strndup(h, from[i] ? from[i] : "", from[i] ? strlen(from[i]) : 0);
+        if (!text[i])
+            return false;
+    }
+    return true;
 }
 
 /* --- node names: Dubbo's URLs ----------------------------------------------------------------- */
 
 /* Text that is measured when it does not fit, as with snprintf. */
-typedef struct crpci_registry_text {
+typedef struct crpci_names_text {
     char *out;
     size_t size;
     size_t len;
-} crpci_registry_text;
+} crpci_names_text;
 
-CRPCI_FN void crpci_registry_put(crpci_registry_text *t, const char *text)
+CRPCI_FN void crpci_names_put(crpci_names_text *t, const char *text)
 {
     for (; *text; text++, t->len++) {
         if (t->len + 1 < t->size)
@@ -7706,12 +7606,12 @@ CRPCI_FN void crpci_registry_put(crpci_registry_text *t, const char *text)
 
 /* `before`, then the value with what would end it encoded, or nothing at all if it is empty. Dubbo
  * puts values as they are; none of these characters is in one that Dubbo could read back. */
-CRPCI_FN void crpci_registry_put_value(crpci_registry_text *t, const char *before,
+CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before,
                                        const char *value)
 {
     if (!value || !*value)
         return;
-    crpci_registry_put(t, before);
+    crpci_names_put(t, before);
     for (; *value; value++) {
         static const char digits[] = "0123456789ABCDEF";
         unsigned char c = (unsigned char)*value;
@@ -7723,68 +7623,68 @@ CRPCI_FN void crpci_registry_put_value(crpci_registry_text *t, const char *befor
             text[1] = digits[c >> 4];
             text[2] = digits[c & 15];
         }
-        crpci_registry_put(t, text);
+        crpci_names_put(t, text);
     }
 }
 
 /* Writes a provider's URL; parameters in alphabetical order, as Dubbo does. Returns the length that
  * was needed. */
-CRPCI_FN size_t crpci_registry_url(char *out, size_t size, const crpci_registration *r,
+CRPCI_FN size_t crpci_names_provider_url(char *out, size_t size, const crpci_registration *r,
                                    const char *address, int64_t timestamp_ms, long pid)
 {
-    crpci_registry_text t;
+    crpci_names_text t;
     char number[24];
     t.out = out;
     t.size = size;
     t.len = 0;
-    crpci_registry_put(&t, "crpc://");
-    crpci_registry_put(&t, address);
-    crpci_registry_put_value(&t, "/", r->service);
-    crpci_registry_put_value(
+    crpci_names_put(&t, "crpc://");
+    crpci_names_put(&t, address);
+    crpci_names_put_value(&t, "/", r->service);
+    crpci_names_put_value(
         &t, "?application=", r->application && *r->application ? r->application : "crpc");
-    crpci_registry_put(&t, "&category=providers&dynamic=true&enabled=true");
-    crpci_registry_put_value(&t, "&group=", r->group);
-    crpci_registry_put_value(&t, "&interface=", r->service);
-    crpci_registry_put_value(&t, "&methods=", r->methods);
+    crpci_names_put(&t, "&category=providers&dynamic=true&enabled=true");
+    crpci_names_put_value(&t, "&group=", r->group);
+    crpci_names_put_value(&t, "&interface=", r->service);
+    crpci_names_put_value(&t, "&methods=", r->methods);
     snprintf(number, sizeof number, "%ld", pid);
-    crpci_registry_put_value(&t, "&pid=", number);
+    crpci_names_put_value(&t, "&pid=", number);
     snprintf(number, sizeof number, "%lld", (long long)timestamp_ms);
-    crpci_registry_put_value(&t, "&side=provider&timestamp=", number);
-    crpci_registry_put_value(&t, "&version=", r->version);
+    crpci_names_put_value(&t, "&side=provider&timestamp=", number);
+    crpci_names_put_value(&t, "&version=", r->version);
     snprintf(number, sizeof number, "%d", r->warmup_ms);
-    crpci_registry_put_value(&t, "&warmup=", r->warmup_ms > 0 ? number : NULL);
+    crpci_names_put_value(&t, "&warmup=", r->warmup_ms > 0 ? number : NULL);
     snprintf(number, sizeof number, "%d", r->weight < 0 ? 0 : r->weight);
-    crpci_registry_put_value(&t, "&weight=", number);
+    crpci_names_put_value(&t, "&weight=", number);
     return t.len;
 }
 
 /* Writes a consumer's URL likewise; `host` is an address without a port. */
-CRPCI_FN size_t crpci_registry_consumer_url(char *out, size_t size, const crpci_registration *r,
+CRPCI_FN size_t crpci_names_consumer_url(char *out, size_t size, const crpci_registration *r,
                                             const char *host, int64_t timestamp_ms, long pid)
 {
-    crpci_registry_text t;
+    crpci_names_text t;
     char number[24];
     t.out = out;
     t.size = size;
     t.len = 0;
-    crpci_registry_put(&t, "consumer://");
-    crpci_registry_put(&t, host);
-    crpci_registry_put_value(&t, "/", r->service);
-    crpci_registry_put_value(
+    crpci_names_put(&t, "consumer://");
+    crpci_names_put(&t, host);
+    crpci_names_put_value(&t, "/", r->service);
+    crpci_names_put_value(
         &t, "?application=", r->application && *r->application ? r->application : "crpc");
-    crpci_registry_put(&t, "&category=consumers&check=false");
-    crpci_registry_put_value(&t, "&group=", r->group);
-    crpci_registry_put_value(&t, "&interface=", r->service);
+    crpci_names_put(&t, "&category=consumers&check=false");
+    crpci_names_put_value(&t, "&group=", r->group);
+    crpci_names_put_value(&t, "&interface=", r->service);
     snprintf(number, sizeof number, "%ld", pid);
-    crpci_registry_put_value(&t, "&pid=", number);
+    crpci_names_put_value(&t, "&pid=", number);
     snprintf(number, sizeof number, "%lld", (long long)timestamp_ms);
-    crpci_registry_put_value(&t, "&side=consumer&timestamp=", number);
-    crpci_registry_put_value(&t, "&version=", r->version);
+    crpci_names_put_value(&t, "&side=consumer&timestamp=", number);
+    crpci_names_put_value(&t, "&version=", r->version);
     return t.len;
 }
 
 /* What the name of a node says. The texts point into the name. */
-typedef struct crpci_registry_node {
+typedef struct crpci_names_node {
     const char *scheme;
     char address[CRPC_ADDRESS_MAX]; /* in its one canonical form: equal if it is the same */
     const char *service;
@@ -7796,10 +7696,10 @@ typedef struct crpci_registry_node {
     int weight;
     int warmup_ms;
     int64_t timestamp_ms;
-} crpci_registry_node;
+} crpci_names_node;
 
 /* A number that is not negative, or -1, which counts as 0. False, and nothing changed: none. */
-CRPCI_FN bool crpci_registry_number(const char *value, int64_t max, int *out)
+CRPCI_FN bool crpci_names_number(const char *value, int64_t max, int *out)
 {
     int64_t number;
     if (!crpci_url_number(value, max, &number))
@@ -7808,7 +7708,7 @@ CRPCI_FN bool crpci_registry_number(const char *value, int64_t max, int *out)
     return true;
 }
 
-CRPCI_FN void crpci_registry_param(crpci_registry_node *n, const char *key, const char *value)
+CRPCI_FN void crpci_names_param(crpci_names_node *n, const char *key, const char *value)
 {
     int64_t number;
     if (strcmp(key, "group") == 0)
@@ -7824,15 +7724,15 @@ CRPCI_FN void crpci_registry_param(crpci_registry_node *n, const char *key, cons
     else if (strcmp(key, "disabled") == 0)
         n->disabled = n->disabled || strcmp(value, "true") == 0;
     else if (strcmp(key, "weight") == 0)
-        (void)crpci_registry_number(value, CRPCI_REGISTRY_WEIGHT_MAX, &n->weight);
+        (void)crpci_names_number(value, CRPCI_NAMES_WEIGHT_MAX, &n->weight);
     else if (strcmp(key, "warmup") == 0)
-        (void)crpci_registry_number(value, INT32_MAX, &n->warmup_ms);
+        (void)crpci_names_number(value, INT32_MAX, &n->warmup_ms);
     else if (strcmp(key, "timestamp") == 0 && crpci_url_number(value, INT64_MAX, &number))
         n->timestamp_ms = number < 0 ? 0 : number;
 }
 
 /* Takes a URL apart, in place. False: it is none. What is missing is "". */
-CRPCI_FN bool crpci_registry_split(char *url, char **address, char **service, char **query)
+CRPCI_FN bool crpci_names_split(char *url, char **address, char **service, char **query)
 {
     char *path, *user;
     if ((*address = strstr(url, "://")) == NULL || *address == url)
@@ -7858,7 +7758,7 @@ CRPCI_FN bool crpci_registry_split(char *url, char **address, char **service, ch
 
 /* Takes the next key=value of a query, the value decoded. 1: here it is; 0: the end; -1: a value
  * is malformed. */
-CRPCI_FN int crpci_registry_next(char **query, char **key, char **value)
+CRPCI_FN int crpci_names_next(char **query, char **key, char **value)
 {
     while (**query) {
         char *end = strchr(*query, '&');
@@ -7876,7 +7776,7 @@ CRPCI_FN int crpci_registry_next(char **query, char **key, char **value)
 }
 
 /* Reads a provider's URL, in place. False: it is none, or its address is not numeric. */
-CRPCI_FN bool crpci_registry_read(crpci_registry_node *n, char *url)
+CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
 {
     char *address, *service, *query, *key, *value;
     crpci_addr a;
@@ -7884,8 +7784,8 @@ CRPCI_FN bool crpci_registry_read(crpci_registry_node *n, char *url)
     memset(n, 0, sizeof *n);
     n->group = n->version = n->application = "";
     n->enabled = true;
-    n->weight = CRPCI_REGISTRY_WEIGHT;
-    if (!crpci_registry_split(url, &address, &service, &query))
+    n->weight = CRPCI_NAMES_WEIGHT;
+    if (!crpci_names_split(url, &address, &service, &query))
         return false;
     n->scheme = url;
     n->service = service;
@@ -7893,20 +7793,20 @@ CRPCI_FN bool crpci_registry_read(crpci_registry_node *n, char *url)
         (a.u.any.sa_family == AF_INET ? a.u.in4.sin_port : a.u.in6.sin6_port) == 0)
         return false;
     crpci_sock_format(&a, n->address, sizeof n->address);
-    while ((more = crpci_registry_next(&query, &key, &value)) > 0)
-        crpci_registry_param(n, key, value);
+    while ((more = crpci_names_next(&query, &key, &value)) > 0)
+        crpci_names_param(n, key, value);
     return more == 0;
 }
 
 /* Reads the name of a node, in place: a URL encoded once more. */
-CRPCI_FN bool crpci_registry_parse(crpci_registry_node *n, char *name)
+CRPCI_FN bool crpci_names_parse(crpci_names_node *n, char *name)
 {
-    return crpci_url_decode(name) && crpci_registry_read(n, name);
+    return crpci_url_decode(name) && crpci_names_read(n, name);
 }
 
 /* Whether what a consumer wants ("" or NULL: the plain one, "*": any, or a list "a,b") is what a
  * provider has. */
-CRPCI_FN bool crpci_registry_match(const char *want, const char *have)
+CRPCI_FN bool crpci_names_match(const char *want, const char *have)
 {
     size_t n = strlen(have);
     want = want ? want : "";
@@ -7921,19 +7821,19 @@ CRPCI_FN bool crpci_registry_match(const char *want, const char *have)
     return false;
 }
 
-CRPCI_FN bool crpci_registry_takes(const crpci_registry_query *q, const crpci_registry_node *n)
+CRPCI_FN bool crpci_names_takes(const crpci_names_query *q, const crpci_names_node *n)
 {
     if (strcmp(n->scheme, "crpc") != 0 && strcmp(n->scheme, "brpc") != 0 &&
         strcmp(n->scheme, "baidu_std") != 0)
         return false;
     return n->enabled && (!*n->service || !*q->service || strcmp(n->service, q->service) == 0) &&
-           crpci_registry_match(q->group, n->group) && crpci_registry_match(q->version, n->version);
+           crpci_names_match(q->group, n->group) && crpci_names_match(q->version, n->version);
 }
 
 /* --- overrides: what an operator changes at run time ------------------------------------------ */
 
 /* One of Dubbo's override:// URLs. Its texts are the block's. */
-typedef struct crpci_registry_rule {
+typedef struct crpci_names_override {
     const char *name; /* of the node */
     char host[INET6_ADDRSTRLEN + 2]; /* canonical, IPv6 in brackets; "": any */
     unsigned port;                   /* 0: any */
@@ -7941,18 +7841,18 @@ typedef struct crpci_registry_rule {
     const char *service, *group, *version, *application; /* "": any */
     int64_t priority;
     int weight, warmup_ms, disabled; /* -1: left as it is */
-} crpci_registry_rule;
+} crpci_names_override;
 
 /* Those of a directory, in the order in which they are applied. Never changes. */
-typedef struct crpci_registry_rules {
+typedef struct crpci_names_overrides {
     uint32_t refs;
     crpci_heap *heap;
     size_t size; /* of the block */
     size_t count;
-    crpci_registry_rule *rules;
-} crpci_registry_rules;
+    crpci_names_override *rules;
+} crpci_names_overrides;
 
-CRPCI_FN void crpci_registry_rules_unref(crpci_registry_rules *r)
+CRPCI_FN void crpci_names_overrides_unref(crpci_names_overrides *r)
 {
     crpci_heap *h;
     if (!r || !crpci_thread_unref(&r->refs))
@@ -7963,7 +7863,7 @@ CRPCI_FN void crpci_registry_rules_unref(crpci_registry_rules *r)
 }
 
 /* Any host, and "host" without a port, are 0.0.0.0:0 and host:0. */
-CRPCI_FN bool crpci_registry_rule_address(crpci_registry_rule *r, const char *address)
+CRPCI_FN bool crpci_names_override_address(crpci_names_override *r, const char *address)
 {
     const char *colon = strrchr(address, ':'), *bracket = strrchr(address, ']');
     char text[CRPC_ADDRESS_MAX];
@@ -7985,7 +7885,7 @@ CRPCI_FN bool crpci_registry_rule_address(crpci_registry_rule *r, const char *ad
 
 /* False: it is not understood. A condition that crpc does not know is one: without it the rule
  * would hit more providers than it was meant for. */
-CRPCI_FN bool crpci_registry_rule_param(crpci_registry_rule *r, bool *enabled, const char *key,
+CRPCI_FN bool crpci_names_override_param(crpci_names_override *r, bool *enabled, const char *key,
                                         const char *value)
 {
     if (strcmp(key, "group") == 0)
@@ -8005,15 +7905,15 @@ CRPCI_FN bool crpci_registry_rule_param(crpci_registry_rule *r, bool *enabled, c
     else if (strcmp(key, "priority") == 0)
         return crpci_url_number(value, INT32_MAX, &r->priority);
     else if (strcmp(key, "weight") == 0)
-        return crpci_registry_number(value, CRPCI_REGISTRY_WEIGHT_MAX, &r->weight);
+        return crpci_names_number(value, CRPCI_NAMES_WEIGHT_MAX, &r->weight);
     else if (strcmp(key, "warmup") == 0)
-        return crpci_registry_number(value, INT32_MAX, &r->warmup_ms);
+        return crpci_names_number(value, INT32_MAX, &r->warmup_ms);
     return true;
 }
 
 /* Reads the name of a node, in place. 1: a rule; 0: one that changes nothing here; -1: none.
  * `host`: this consumer's, as the rule would write it. */
-CRPCI_FN int crpci_registry_rule_read(crpci_registry_rule *r, char *name, const char *host)
+CRPCI_FN int crpci_names_override_read(crpci_names_override *r, char *name, const char *host)
 {
     char *address, *service, *query, *key, *value;
     bool enabled = true;
@@ -8021,12 +7921,12 @@ CRPCI_FN int crpci_registry_rule_read(crpci_registry_rule *r, char *name, const 
     memset(r, 0, sizeof *r);
     r->group = r->version = r->application = "";
     r->weight = r->warmup_ms = r->disabled = -1;
-    if (!crpci_url_decode(name) || !crpci_registry_split(name, &address, &service, &query) ||
-        strcmp(name, "override") != 0 || !crpci_registry_rule_address(r, address))
+    if (!crpci_url_decode(name) || !crpci_names_split(name, &address, &service, &query) ||
+        strcmp(name, "override") != 0 || !crpci_names_override_address(r, address))
         return -1;
     r->service = strcmp(service, "*") == 0 ? "" : service;
-    while ((more = crpci_registry_next(&query, &key, &value)) > 0) {
-        if (!crpci_registry_rule_param(r, &enabled, key, value))
+    while ((more = crpci_names_next(&query, &key, &value)) > 0) {
+        if (!crpci_names_override_param(r, &enabled, key, value))
             return -1;
     }
     if (more < 0)
@@ -8037,10 +7937,10 @@ CRPCI_FN int crpci_registry_rule_read(crpci_registry_rule *r, char *name, const 
 }
 
 /* Dubbo's: any host before a certain one; then by priority, the highest last. */
-CRPCI_FN int crpci_registry_rule_order(const void *a, const void *b)
+CRPCI_FN int crpci_names_override_order(const void *a, const void *b)
 {
-    const crpci_registry_rule *p = (const crpci_registry_rule *)a;
-    const crpci_registry_rule *q = (const crpci_registry_rule *)b;
+    const crpci_names_override *p = (const crpci_names_override *)a;
+    const crpci_names_override *q = (const crpci_names_override *)b;
     int c = strcmp(p->host, q->host);
     if (!c)
         c = p->priority < q->priority ? -1 : p->priority > q->priority;
@@ -8048,45 +7948,45 @@ CRPCI_FN int crpci_registry_rule_order(const void *a, const void *b)
 }
 
 /* Reads a directory of overrides. *bad: how many were not understood. NULL: out of memory. */
-CRPCI_FN crpci_registry_rules *crpci_registry_rules_read(crpci_heap *h, char *const *names,
+CRPCI_FN crpci_names_overrides *crpci_names_overrides_read(crpci_heap *h, char *const *names,
                                                          size_t count, const char *host,
                                                          size_t *bad)
 {
-    const size_t head = (sizeof(crpci_registry_rules) + 15) & ~(size_t)15;
-    size_t size = head + count * sizeof(crpci_registry_rule), i;
-    crpci_registry_rules *r;
+    const size_t head = (sizeof(crpci_names_overrides) + 15) & ~(size_t)15;
+    size_t size = head + count * sizeof(crpci_names_override), i;
+    crpci_names_overrides *r;
     char *text;
     *bad = 0;
     for (i = 0; i < count; i++)
         size += names[i] ? strlen(names[i]) + 1 : 1;
-    r = (crpci_registry_rules *)crpci_heap_alloc(h, size);
+    r = (crpci_names_overrides *)crpci_heap_alloc(h, size);
     if (!r)
         return NULL;
     crpci_heap_ref(h);
     r->refs = 1;
     r->heap = h;
     r->size = size;
-    r->rules = (crpci_registry_rule *)(void *)((char *)r + head);
+    r->rules = (crpci_names_override *)(void *)((char *)r + head);
     text = (char *)(r->rules + count);
     for (i = 0; i < count; i++) {
         size_t n = names[i] ? strlen(names[i]) + 1 : 1;
         int kind;
         memcpy(text, names[i] ? names[i] : "", n);
-        kind = crpci_registry_rule_read(&r->rules[r->count], text, host);
+        kind = crpci_names_override_read(&r->rules[r->count], text, host);
         r->rules[r->count].name = names[i];
         *bad += kind < 0;
         r->count += kind > 0;
         text += n;
     }
     if (r->count)
-        qsort(r->rules, r->count, sizeof *r->rules, crpci_registry_rule_order);
+        qsort(r->rules, r->count, sizeof *r->rules, crpci_names_override_order);
     for (i = 0; i < r->count; i++)
         r->rules[i].name = NULL; /* borrowed, for the order of those that say the same */
     return r;
 }
 
-CRPCI_FN bool crpci_registry_rule_fits(const crpci_registry_rule *r, const crpci_registry_query *q,
-                                       const crpci_registry_node *n)
+CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crpci_names_query *q,
+                                       const crpci_names_node *n)
 {
     size_t len = strlen(r->host);
     const char *colon = strrchr(n->address, ':');
@@ -8103,13 +8003,13 @@ CRPCI_FN bool crpci_registry_rule_fits(const crpci_registry_rule *r, const crpci
 }
 
 /* Changes a provider as the rules (NULL: none) say. */
-CRPCI_FN void crpci_registry_rules_apply(const crpci_registry_rules *rules,
-                                         const crpci_registry_query *q, crpci_registry_node *n)
+CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
+                                         const crpci_names_query *q, crpci_names_node *n)
 {
     size_t i;
     for (i = 0; rules && i < rules->count; i++) {
-        const crpci_registry_rule *r = &rules->rules[i];
-        if (!crpci_registry_rule_fits(r, q, n))
+        const crpci_names_override *r = &rules->rules[i];
+        if (!crpci_names_override_fits(r, q, n))
             continue;
         n->weight = r->weight < 0 ? n->weight : r->weight;
         n->warmup_ms = r->warmup_ms < 0 ? n->warmup_ms : r->warmup_ms;
@@ -8117,242 +8017,9 @@ CRPCI_FN void crpci_registry_rules_apply(const crpci_registry_rules *rules,
     }
 }
 
-/* --- lists from names ------------------------------------------------------------------------- */
-
-/* By address; of one address the newest first. */
-CRPCI_FN int crpci_registry_order(const void *a, const void *b)
-{
-    const crpci_provider *p = (const crpci_provider *)a, *q = (const crpci_provider *)b;
-    int c = strcmp(p->address, q->address);
-    if (c)
-        return c;
-    return p->timestamp_ms < q->timestamp_ms ? 1 : p->timestamp_ms > q->timestamp_ms ? -1 : 0;
-}
-
-CRPCI_FN void crpci_registry_sort(crpci_snapshot *s)
-{
-    size_t i, n = 0;
-    if (s->count < 2)
-        return;
-    qsort(s->providers, s->count, sizeof *s->providers, crpci_registry_order);
-    for (i = 0; i < s->count; i++) {
-        if (n && strcmp(s->providers[n - 1].address, s->providers[i].address) == 0)
-            continue; /* an older node of the same address: a process that was there before */
-        if (n != i)
-            s->providers[n] = s->providers[i];
-        n++;
-    }
-    s->count = n;
-}
-
-/* Makes a list of the names in a directory, as changed by the rules (NULL: none). *bad: how many
- * could not be read. NULL: out of memory. */
-CRPCI_FN crpci_snapshot *crpci_registry_collect(crpci_heap *h, char *const *names, size_t count,
-                                                const crpci_registry_query *q,
-                                                const crpci_registry_rules *rules, size_t *bad)
-{
-    size_t i, longest = 0;
-    crpci_snapshot *s;
-    char *text;
-    *bad = 0;
-    for (i = 0; i < count; i++) {
-        size_t n = names[i] ? strlen(names[i]) : 0;
-        longest = n > longest ? n : longest;
-    }
-    s = crpci_registry_snapshot(h, count);
-    text = (char *)crpci_heap_alloc(h, longest + 1);
-    if (!s || !text) {
-        crpci_registry_snapshot_unref(s);
-        crpci_heap_free(h, text, longest + 1);
-        return NULL;
-    }
-    s->count = 0;
-    for (i = 0; i < count; i++) {
-        crpci_registry_node node;
-        crpci_provider *p = &s->providers[s->count];
-        memcpy(text, names[i] ? names[i] : "", names[i] ? strlen(names[i]) + 1 : 1);
-        if (!crpci_registry_parse(&node, text)) {
-            ++*bad;
-            continue;
-        }
-        if (!crpci_registry_takes(q, &node))
-            continue;
-        crpci_registry_rules_apply(rules, q, &node);
-        if (node.disabled)
-            continue;
-        memcpy(p->address, node.address, sizeof p->address);
-        p->weight = node.weight;
-        p->warmup_ms = node.warmup_ms;
-        p->timestamp_ms = node.timestamp_ms;
-        s->count++;
-    }
-    crpci_heap_free(h, text, longest + 1);
-    crpci_registry_sort(s);
-    return s;
-}
-
-/* --- subscribers ------------------------------------------------------------------------------ */
-
-CRPCI_FN void crpci_registry_texts_free(crpci_heap *h, char **text, size_t count)
-{
-    size_t i;
-    for (i = 0; i < count; i++)
-        crpci_heap_strfree(h, text[i]);
-}
-
-CRPCI_FN bool crpci_registry_texts_copy(crpci_heap *h, char **text, const char *const *from,
-                                        size_t count)
-{
-    size_t i;
-    for (i = 0; i < count; i++) {
-        text[i] = crpci_heap_strndup(h, from[i] ? from[i] : "", from[i] ? strlen(from[i]) : 0);
-        if (!text[i])
-            return false;
-    }
-    return true;
-}
-
-/* A callback of the upper sections, and the thread it runs on. */
-typedef struct crpci_registry_caller {
-    bool running;
-    crpci_thread thread;
-} crpci_registry_caller;
-
-/* The callback runs between these two, without the loop's lock. */
-CRPCI_FN void crpci_registry_call_begin(crpc_loop *l, crpci_registry_caller *c)
-{
-    c->running = true;
-    c->thread = crpci_thread_self();
-    crpci_loop_unlock(l);
-}
-
-CRPCI_FN void crpci_registry_call_end(crpc_loop *l, crpci_cond *cond, crpci_registry_caller *c)
-{
-    crpci_loop_lock(l);
-    c->running = false;
-    crpci_thread_broadcast(cond);
-}
-
-/* Waits until the callback does not run, except on this thread. */
-CRPCI_FN void crpci_registry_call_wait(crpc_loop *l, crpci_cond *cond,
-                                       const crpci_registry_caller *c)
-{
-    while (c->running && !crpci_thread_is_self(c->thread))
-        crpci_thread_wait(cond, &l->lock, -1);
-}
-
-/* A subscription; a backend's own struct begins with it. The loop's lock guards it. */
-typedef struct crpci_registry_sub {
-    crpci_list node; /* the backend's */
-    crpc_loop *loop;
-    crpci_cond *cond; /* the backend's: signalled when the callback has returned */
-    uint32_t refs;
-    crpci_registry_push_fn push;
-    void *user;
-    crpci_registry_caller caller;
-    char *text[4];
-    crpci_registry_query query; /* its texts are `text` */
-    crpci_snapshot *last;       /* the list it has */
-    bool dead;                  /* ended: nothing is pushed any more */
-    bool warned;                /* it was logged that the last good list is kept */
-} crpci_registry_sub;
-
-/* False: out of memory; crpci_registry_sub_clear either way. */
-CRPCI_FN bool crpci_registry_sub_init(crpci_registry_sub *sub, crpc_loop *l, crpci_cond *cond,
-                                      const crpci_registry_query *q, crpci_registry_push_fn push,
-                                      void *user)
-{
-    const char *text[4];
-    text[0] = q->service;
-    text[1] = q->group;
-    text[2] = q->version;
-    text[3] = q->application;
-    crpci_list_init(&sub->node);
-    sub->loop = l;
-    sub->cond = cond;
-    sub->refs = 1;
-    sub->push = push;
-    sub->user = user;
-    if (!crpci_registry_texts_copy(l->heap, sub->text, text, 4))
-        return false;
-    sub->query.service = sub->text[0];
-    sub->query.group = sub->text[1];
-    sub->query.version = sub->text[2];
-    sub->query.application = sub->text[3];
-    sub->query.allow_empty = q->allow_empty;
-    return true;
-}
-
-CRPCI_FN void crpci_registry_sub_clear(crpci_registry_sub *sub)
-{
-    crpci_registry_snapshot_unref(sub->last);
-    crpci_registry_texts_free(sub->loop->heap, sub->text, 4);
-}
-
-/* Takes a subscriber off, and waits for its callback unless this is inside it. */
-CRPCI_FN void crpci_registry_sub_end(crpci_registry_sub *sub)
-{
-    sub->dead = true;
-    crpci_list_remove(&sub->node);
-    crpci_registry_call_wait(sub->loop, sub->cond, &sub->caller);
-}
-
-/* Unlocks for the callback. False: the list was not taken. */
-CRPCI_FN bool crpci_registry_push(crpci_registry_sub *sub, crpci_snapshot *list)
-{
-    bool taken;
-    if (sub->caller.running)
-        return false; /* by a callback of its own: the list has to wait */
-    crpci_registry_snapshot_ref(list);
-    crpci_registry_call_begin(sub->loop, &sub->caller);
-    taken = sub->push(sub->user, list) == CRPC_OK;
-    crpci_registry_call_end(sub->loop, sub->cond, &sub->caller);
-    if (taken) {
-        crpci_registry_snapshot_unref(sub->last);
-        sub->last = list;
-    } else {
-        crpci_registry_snapshot_unref(list);
-    }
-    return taken;
-}
-
-/* Tells a subscriber, once, that its list is stale. Locked, unlocks meanwhile. False: it was not
- * told, for want of memory. */
-CRPCI_FN bool crpci_registry_age(crpci_registry_sub *sub)
-{
-    crpci_snapshot *list;
-    bool taken;
-    if (sub->dead || !sub->last || !sub->last->count || sub->last->stale)
-        return true;
-    list = crpci_registry_snapshot_stale(sub->last);
-    taken = list && crpci_registry_push(sub, list);
-    crpci_registry_snapshot_unref(list);
-    return taken;
-}
-
-/* Hands a subscriber a list that was read, if it is news. An empty one takes the place of a good
- * one only where that is allowed and everything could be read: it may come of a wiped server, of a
- * wrong delete, of providers that all lost their session at once. Locked, unlocks meanwhile. False:
- * it was not taken, and is to be offered again. */
-CRPCI_FN bool crpci_registry_offer(crpci_registry_sub *sub, crpci_snapshot *list, bool whole)
-{
-    if (sub->dead)
-        return true;
-    if (sub->last && sub->last->count && !list->count && !(sub->query.allow_empty && whole)) {
-        if (!sub->warned)
-            crpci_heap_log(list->heap, CRPC_LOG_WARN,
-                           "registry: no provider of %s is left; the last %zu known are kept",
-                           sub->query.service, sub->last->count);
-        sub->warned = true;
-        return crpci_registry_age(sub);
-    }
-    sub->warned = false;
-    if (sub->last && crpci_registry_snapshot_equal(sub->last, list))
-        return true;
-    return crpci_registry_push(sub, list);
-}
-
-/* --- the cache file --------------------------------------------------------------------------- */
+/* ======================================================================== */
+/* >>impl-cache   the last good lists of providers, in a file that survives crashes */
+/* ======================================================================== */
 
 /* What directories held, in a file, so that a program can start while its registry is away:
  *
@@ -8364,18 +8031,18 @@ CRPCI_FN bool crpci_registry_offer(crpci_registry_sub *sub, crpci_snapshot *list
  * The last line is the CRC-32 of all before it. A file in which anything is wrong is as good as
  * none. It is replaced as a whole, by renaming, and several programs, or loops of one, may share
  * it: each leaves what others wrote. */
-#define CRPCI_REGISTRY_CACHE_HEAD "crpc-cache 1\n"
-#define CRPCI_REGISTRY_CACHE_MAX  (1u << 20) /* bytes of a file */
-#define CRPCI_REGISTRY_CACHE_MS   60000
+#define CRPCI_CACHE_HEAD "crpc-cache 1\n"
+#define CRPCI_CACHE_MAX  (1u << 20) /* bytes of a file */
+#define CRPCI_CACHE_MS   60000
 
-typedef struct crpci_registry_entry {
+typedef struct crpci_cache_entry {
     crpci_list node;
     char *key;  /* a directory */
     char *text; /* its names, each ended by a newline */
     bool own;   /* read by this program, not found in the file */
-} crpci_registry_entry;
+} crpci_cache_entry;
 
-typedef struct crpci_registry_cache {
+typedef struct crpci_cache {
     crpci_heap *heap;
     crpci_list entries;
     char *path;
@@ -8384,9 +8051,9 @@ typedef struct crpci_registry_cache {
     bool dirty;         /* something is to be written */
     bool writing;
     bool failed; /* it was logged that it cannot be written */
-} crpci_registry_cache;
+} crpci_cache;
 
-CRPCI_FN uint32_t crpci_registry_crc(const char *data, size_t n)
+CRPCI_FN uint32_t crpci_cache_crc(const char *data, size_t n)
 {
     uint32_t crc = 0xffffffffu;
     for (; n; n--) {
@@ -8398,19 +8065,19 @@ CRPCI_FN uint32_t crpci_registry_crc(const char *data, size_t n)
     return ~crc;
 }
 
-/* False: out of memory; crpci_registry_cache_clear either way. */
-CRPCI_COLD bool crpci_registry_cache_init(crpci_registry_cache *c, crpci_heap *h, const char *path,
+/* False: out of memory; crpci_cache_clear either way. */
+CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path,
                                           int interval_ms)
 {
     memset(c, 0, sizeof *c);
     c->heap = h;
     crpci_list_init(&c->entries);
-    c->interval_us = crpci_base_option(interval_ms, CRPCI_REGISTRY_CACHE_MS, 0) * 1000;
+    c->interval_us = crpci_base_option(interval_ms, CRPCI_CACHE_MS, 0) * 1000;
     c->path = crpci_heap_strndup(h, path, strlen(path));
     return c->path != NULL;
 }
 
-CRPCI_COLD void crpci_registry_cache_drop(crpci_registry_cache *c, crpci_registry_entry *e)
+CRPCI_COLD void crpci_cache_drop(crpci_cache *c, crpci_cache_entry *e)
 {
     crpci_list_remove(&e->node);
     crpci_heap_strfree(c->heap, e->key);
@@ -8418,21 +8085,21 @@ CRPCI_COLD void crpci_registry_cache_drop(crpci_registry_cache *c, crpci_registr
     crpci_heap_free(c->heap, e, sizeof *e);
 }
 
-CRPCI_COLD void crpci_registry_cache_clear(crpci_registry_cache *c)
+CRPCI_COLD void crpci_cache_clear(crpci_cache *c)
 {
     while (!crpci_list_empty(&c->entries))
-        crpci_registry_cache_drop(c,
-                                  CRPCI_CONTAINER(c->entries.next, crpci_registry_entry, node));
+        crpci_cache_drop(c,
+                                  CRPCI_CONTAINER(c->entries.next, crpci_cache_entry, node));
     crpci_heap_strfree(c->heap, c->path);
     c->path = NULL;
 }
 
-CRPCI_FN crpci_registry_entry *crpci_registry_cache_find(const crpci_registry_cache *c,
+CRPCI_FN crpci_cache_entry *crpci_cache_find(const crpci_cache *c,
                                                          const char *key)
 {
     crpci_list *i;
     for (i = c->entries.next; i != &c->entries; i = i->next) {
-        crpci_registry_entry *e = CRPCI_CONTAINER(i, crpci_registry_entry, node);
+        crpci_cache_entry *e = CRPCI_CONTAINER(i, crpci_cache_entry, node);
         if (strcmp(e->key, key) == 0)
             return e;
     }
@@ -8440,11 +8107,11 @@ CRPCI_FN crpci_registry_entry *crpci_registry_cache_find(const crpci_registry_ca
 }
 
 /* Sets what a directory holds. False: out of memory, and nothing changed. */
-CRPCI_COLD bool crpci_registry_cache_set(crpci_registry_cache *c, const char *key, size_t key_len,
+CRPCI_COLD bool crpci_cache_set(crpci_cache *c, const char *key, size_t key_len,
                                          const char *text, size_t len, bool own)
 {
     char *name = crpci_heap_strndup(c->heap, key, key_len), *copy = NULL;
-    crpci_registry_entry *e = name ? crpci_registry_cache_find(c, name) : NULL;
+    crpci_cache_entry *e = name ? crpci_cache_find(c, name) : NULL;
     bool fresh = name && !e && len, ok;
     if (e && strlen(e->text) == len && memcmp(e->text, text, len) == 0) {
         e->own = e->own || own;
@@ -8452,7 +8119,7 @@ CRPCI_COLD bool crpci_registry_cache_set(crpci_registry_cache *c, const char *ke
         return true;
     }
     if (fresh)
-        e = (crpci_registry_entry *)crpci_heap_alloc(c->heap, sizeof *e);
+        e = (crpci_cache_entry *)crpci_heap_alloc(c->heap, sizeof *e);
     if (e)
         copy = crpci_heap_strndup(c->heap, text, len);
     ok = name && (copy || (!e && !len)); /* of nothing there is nothing to be kept */
@@ -8474,7 +8141,7 @@ CRPCI_COLD bool crpci_registry_cache_set(crpci_registry_cache *c, const char *ke
 }
 
 /* Takes the names that a directory holds. */
-CRPCI_COLD bool crpci_registry_cache_put(crpci_registry_cache *c, const char *key,
+CRPCI_COLD bool crpci_cache_put(crpci_cache *c, const char *key,
                                          char *const *names, size_t count)
 {
     size_t size = 1, n = 0, i;
@@ -8493,23 +8160,16 @@ CRPCI_COLD bool crpci_registry_cache_put(crpci_registry_cache *c, const char *ke
         text[n + len] = '\n';
         n += len + 1;
     }
-    ok = crpci_registry_cache_set(c, key, strlen(key), text, n, true);
+    ok = crpci_cache_set(c, key, strlen(key), text, n, true);
     crpci_heap_free(c->heap, text, size);
     return ok;
 }
 
-/* Names out of the cache, in one block. */
-typedef struct crpci_registry_names {
-    size_t size; /* of the block at `name` */
-    size_t count;
-    char **name;
-} crpci_registry_names;
-
 /* Empty: nothing is known, or out of memory. */
-CRPCI_COLD void crpci_registry_cache_get(const crpci_registry_cache *c, const char *key,
-                                         crpci_registry_names *out)
+CRPCI_COLD void crpci_cache_get(const crpci_cache *c, const char *key,
+                                         crpci_names *out)
 {
-    const crpci_registry_entry *e = crpci_registry_cache_find(c, key);
+    const crpci_cache_entry *e = crpci_cache_find(c, key);
     size_t count = 0, len = e ? strlen(e->text) : 0, i;
     char *p;
     memset(out, 0, sizeof *out);
@@ -8528,22 +8188,15 @@ CRPCI_COLD void crpci_registry_cache_get(const crpci_registry_cache *c, const ch
     }
 }
 
-CRPCI_COLD void crpci_registry_names_free(crpci_heap *h, crpci_registry_names *n)
-{
-    crpci_heap_free(h, n->name, n->size);
-    n->name = NULL;
-    n->count = 0;
-}
-
 /* The file's text, and the size of its block; `own`: without what was found in the file, but with
  * what is empty, so that it replaces what the file has. NULL: out of memory. */
-CRPCI_COLD char *crpci_registry_cache_format(const crpci_registry_cache *c, bool own, size_t *size)
+CRPCI_COLD char *crpci_cache_format(const crpci_cache *c, bool own, size_t *size)
 {
-    size_t need = sizeof CRPCI_REGISTRY_CACHE_HEAD + 16, n;
+    size_t need = sizeof CRPCI_CACHE_HEAD + 16, n;
     crpci_list *i;
     char *out, *p;
     for (i = c->entries.next; i != &c->entries; i = i->next) {
-        const crpci_registry_entry *e = CRPCI_CONTAINER(i, crpci_registry_entry, node);
+        const crpci_cache_entry *e = CRPCI_CONTAINER(i, crpci_cache_entry, node);
         need += strlen(e->key) + 3;
         for (p = e->text; *p; p++)
             need += *p == '\n' ? 3 : 1;
@@ -8551,16 +8204,16 @@ CRPCI_COLD char *crpci_registry_cache_format(const crpci_registry_cache *c, bool
     out = (char *)crpci_heap_alloc(c->heap, need);
     if (!out)
         return NULL;
-    n = (size_t)snprintf(out, need, "%s", CRPCI_REGISTRY_CACHE_HEAD);
+    n = (size_t)snprintf(out, need, "%s", CRPCI_CACHE_HEAD);
     for (i = c->entries.next; i != &c->entries; i = i->next) {
-        const crpci_registry_entry *e = CRPCI_CONTAINER(i, crpci_registry_entry, node);
+        const crpci_cache_entry *e = CRPCI_CONTAINER(i, crpci_cache_entry, node);
         if (own ? !e->own : !*e->text)
             continue;
         n += (size_t)snprintf(out + n, need - n, "D %s\n", e->key);
         for (p = e->text; *p; p += strcspn(p, "\n") + 1)
             n += (size_t)snprintf(out + n, need - n, "N %.*s\n", (int)strcspn(p, "\n"), p);
     }
-    n += (size_t)snprintf(out + n, need - n, "C %08x\n", (unsigned)crpci_registry_crc(out, n));
+    n += (size_t)snprintf(out + n, need - n, "C %08x\n", (unsigned)crpci_cache_crc(out, n));
     memset(out + n, 0, need - n);
     *size = need;
     return out;
@@ -8568,16 +8221,16 @@ CRPCI_COLD char *crpci_registry_cache_format(const crpci_registry_cache *c, bool
 
 /* Takes all of a file's text, or, if anything is wrong with it, nothing: false. Or out of memory:
  * then perhaps not all of it. */
-CRPCI_COLD bool crpci_registry_cache_parse(crpci_registry_cache *c, const char *text, size_t len)
+CRPCI_COLD bool crpci_cache_parse(crpci_cache *c, const char *text, size_t len)
 {
-    const size_t head = sizeof CRPCI_REGISTRY_CACHE_HEAD - 1, tail = 11; /* "C 0123abcd\n" */
+    const size_t head = sizeof CRPCI_CACHE_HEAD - 1, tail = 11; /* "C 0123abcd\n" */
     const char *p = text + head, *end;
     char crc[16];
-    if (len < head + tail || memcmp(text, CRPCI_REGISTRY_CACHE_HEAD, head) != 0 ||
+    if (len < head + tail || memcmp(text, CRPCI_CACHE_HEAD, head) != 0 ||
         memchr(text, '\0', len))
         return false;
     end = text + len - tail;
-    snprintf(crc, sizeof crc, "C %08x\n", (unsigned)crpci_registry_crc(text, len - tail));
+    snprintf(crc, sizeof crc, "C %08x\n", (unsigned)crpci_cache_crc(text, len - tail));
     if (memcmp(end, crc, tail) != 0 || end[-1] != '\n')
         return false;
     while (p < end) {
@@ -8595,7 +8248,7 @@ CRPCI_COLD bool crpci_registry_cache_parse(crpci_registry_cache *c, const char *
             n += line - 2;
             p += line;
         }
-        ok = names && crpci_registry_cache_set(c, key, key_len - 2, names, n, false);
+        ok = names && crpci_cache_set(c, key, key_len - 2, names, n, false);
         crpci_heap_free(c->heap, names, (size_t)(end - (key + key_len - 1)) + 1);
         if (!ok)
             return false;
@@ -8605,7 +8258,7 @@ CRPCI_COLD bool crpci_registry_cache_parse(crpci_registry_cache *c, const char *
 
 /* The bytes of a file, ended by a zero byte, and the size of the block. NULL: it cannot be read, or
  * is larger than `max`. */
-CRPCI_COLD char *crpci_registry_file(crpci_heap *h, const char *path, size_t max, size_t *size)
+CRPCI_COLD char *crpci_cache_read_file(crpci_heap *h, const char *path, size_t max, size_t *size)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     size_t n = 0;
@@ -8634,11 +8287,11 @@ CRPCI_COLD char *crpci_registry_file(crpci_heap *h, const char *path, size_t max
     return out;
 }
 
-CRPCI_COLD void crpci_registry_cache_load(crpci_registry_cache *c)
+CRPCI_COLD void crpci_cache_load(crpci_cache *c)
 {
     size_t size;
-    char *text = crpci_registry_file(c->heap, c->path, CRPCI_REGISTRY_CACHE_MAX, &size);
-    if (text && !crpci_registry_cache_parse(c, text, size - 1))
+    char *text = crpci_cache_read_file(c->heap, c->path, CRPCI_CACHE_MAX, &size);
+    if (text && !crpci_cache_parse(c, text, size - 1))
         crpci_heap_log(c->heap, CRPC_LOG_WARN, "registry: the cache %.200s is damaged: not used",
                        c->path);
     crpci_heap_free(c->heap, text, text ? size : 0);
@@ -8646,7 +8299,7 @@ CRPCI_COLD void crpci_registry_cache_load(crpci_registry_cache *c)
 }
 
 /* Opens the temporary file, which whoever writes holds a lock of. -1: no, or another one does. */
-CRPCI_COLD int crpci_registry_cache_lock(const char *path)
+CRPCI_COLD int crpci_cache_lock(const char *path)
 {
     int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
     struct stat a, b;
@@ -8660,7 +8313,7 @@ CRPCI_COLD int crpci_registry_cache_lock(const char *path)
     return -1;
 }
 
-CRPCI_COLD bool crpci_registry_cache_replace(int fd, const char *temp, const char *path,
+CRPCI_COLD bool crpci_cache_replace(int fd, const char *temp, const char *path,
                                              const char *text, size_t len)
 {
     size_t n = 0;
@@ -8675,42 +8328,42 @@ CRPCI_COLD bool crpci_registry_cache_replace(int fd, const char *temp, const cha
     return fsync(fd) == 0 && rename(temp, path) == 0;
 }
 
-/* Writes `mine`, which is what crpci_registry_cache_format gave, and what else is in the file.
+/* Writes `mine`, which is what crpci_cache_format gave, and what else is in the file.
  * Waits for the disk; no lock is held. False: not now. */
-CRPCI_COLD bool crpci_registry_cache_write(crpci_heap *h, const char *path, const char *mine)
+CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *mine)
 {
-    crpci_registry_cache all;
+    crpci_cache all;
     char temp[1024], *text = NULL;
     size_t size = 0;
     bool ok = false;
     int fd;
     if (snprintf(temp, sizeof temp, "%s.tmp", path) >= (int)sizeof temp)
         return false;
-    fd = crpci_registry_cache_lock(temp);
+    fd = crpci_cache_lock(temp);
     if (fd < 0)
         return false;
-    if (crpci_registry_cache_init(&all, h, path, 0)) {
-        crpci_registry_cache_load(&all);
-        ok = crpci_registry_cache_parse(&all, mine, strlen(mine));
+    if (crpci_cache_init(&all, h, path, 0)) {
+        crpci_cache_load(&all);
+        ok = crpci_cache_parse(&all, mine, strlen(mine));
         if (ok && all.dirty) {
-            text = crpci_registry_cache_format(&all, false, &size);
-            if (text && strlen(text) <= CRPCI_REGISTRY_CACHE_MAX)
-                ok = crpci_registry_cache_replace(fd, temp, path, text, strlen(text));
+            text = crpci_cache_format(&all, false, &size);
+            if (text && strlen(text) <= CRPCI_CACHE_MAX)
+                ok = crpci_cache_replace(fd, temp, path, text, strlen(text));
             else /* too much of others' */
-                ok = text && strlen(mine) <= CRPCI_REGISTRY_CACHE_MAX &&
-                     crpci_registry_cache_replace(fd, temp, path, mine, strlen(mine));
+                ok = text && strlen(mine) <= CRPCI_CACHE_MAX &&
+                     crpci_cache_replace(fd, temp, path, mine, strlen(mine));
         } else {
             unlink(temp);
         }
     }
-    crpci_registry_cache_clear(&all);
+    crpci_cache_clear(&all);
     crpci_heap_free(h, text, size);
     close(fd);
     return ok;
 }
 
 /* When it is to be written next; INT64_MAX: there is nothing new. */
-CRPCI_FN int64_t crpci_registry_cache_due(const crpci_registry_cache *c)
+CRPCI_FN int64_t crpci_cache_due(const crpci_cache *c)
 {
     if (!c->path || !c->dirty || c->writing)
         return INT64_MAX;
@@ -8718,15 +8371,15 @@ CRPCI_FN int64_t crpci_registry_cache_due(const crpci_registry_cache *c)
 }
 
 /* Writes what is new. Locked, unlocks meanwhile; `cond` is signalled at the end. */
-CRPCI_COLD void crpci_registry_cache_save(crpci_registry_cache *c, crpc_loop *l, crpci_cond *cond)
+CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
 {
     size_t size = 0;
-    char *mine = crpci_registry_cache_format(c, true, &size);
+    char *mine = crpci_cache_format(c, true, &size);
     bool ok;
     c->dirty = false;
     c->writing = true;
     crpci_loop_unlock(l);
-    ok = mine && crpci_registry_cache_write(c->heap, c->path, mine);
+    ok = mine && crpci_cache_write(c->heap, c->path, mine);
     crpci_heap_free(c->heap, mine, size);
     if (!ok && !c->failed)
         crpci_heap_log(c->heap, CRPC_LOG_WARN, "registry: the cache %.200s is not written now: %s",
@@ -8739,13 +8392,369 @@ CRPCI_COLD void crpci_registry_cache_save(crpci_registry_cache *c, crpc_loop *l,
     crpci_thread_broadcast(cond);
 }
 
+/* ======================================================================== */
+/* >>impl-directory   the live list of a service's providers, and who is told of it */
+/* ======================================================================== */
+
+/* An instance that offers a service. */
+typedef struct crpci_provider {
+    char address[CRPC_ADDRESS_MAX]; /* numeric: "10.0.0.1:8000", "[::1]:8000" */
+    int weight;                     /* its share of the calls; 0: none */
+    int warmup_ms;                  /* after timestamp_ms, in which its share rises; 0: none */
+    int64_t timestamp_ms;           /* wall clock when it registered; 0: not told */
+} crpci_provider;
+
+/* All providers of a service at one time, sorted by address, each address once. Never changes once
+ * it was handed out, so that readers need no lock. */
+typedef struct crpci_snapshot {
+    uint32_t refs;
+    crpci_heap *heap;
+    size_t size; /* of the block */
+    bool stale;  /* the last good list; the registry says otherwise by now, or is away */
+    size_t count;
+    crpci_provider *providers;
+} crpci_snapshot;
+
+/* One block with room for `count` zeroed providers and one reference; NULL when out of memory. */
+CRPCI_FN crpci_snapshot *crpci_directory_snapshot(crpci_heap *h, size_t count)
+{
+    const size_t head = (sizeof(crpci_snapshot) + 15) & ~(size_t)15;
+    crpci_snapshot *s;
+    size_t size;
+    if (count > (SIZE_MAX / 2 - head) / sizeof(crpci_provider))
+        return NULL;
+    size = head + count * sizeof(crpci_provider);
+    s = (crpci_snapshot *)crpci_heap_alloc(h, size);
+    if (!s)
+        return NULL;
+    crpci_heap_ref(h);
+    s->refs = 1;
+    s->heap = h;
+    s->size = size;
+    s->count = count;
+    s->providers = (crpci_provider *)(void *)((char *)s + head);
+    return s;
+}
+
+CRPCI_FN void crpci_directory_snapshot_ref(crpci_snapshot *s)
+{
+    crpci_thread_ref(&s->refs);
+}
+
+/* NULL is ignored. */
+CRPCI_FN void crpci_directory_snapshot_unref(crpci_snapshot *s)
+{
+    crpci_heap *h;
+    if (!s || !crpci_thread_unref(&s->refs))
+        return;
+    h = s->heap;
+    crpci_heap_free(h, s, s->size);
+    crpci_heap_unref(h);
+}
+
+CRPCI_FN bool crpci_directory_snapshot_equal(const crpci_snapshot *a, const crpci_snapshot *b)
+{
+    size_t i;
+    if (a->count != b->count || a->stale != b->stale)
+        return false;
+    for (i = 0; i < a->count; i++) {
+        const crpci_provider *p = &a->providers[i], *q = &b->providers[i];
+        if (strcmp(p->address, q->address) != 0 || p->weight != q->weight ||
+            p->warmup_ms != q->warmup_ms || p->timestamp_ms != q->timestamp_ms)
+            return false;
+    }
+    return true;
+}
+
+/* The same list, called stale. NULL: out of memory. */
+CRPCI_FN crpci_snapshot *crpci_directory_snapshot_stale(const crpci_snapshot *from)
+{
+    crpci_snapshot *s = crpci_directory_snapshot(from->heap, from->count);
+    if (!s)
+        return NULL;
+    memcpy(s->providers, from->providers, from->count * sizeof *s->providers);
+    s->stale = true;
+    return s;
+}
+
+/* --- what a backend offers -------------------------------------------------------------------- */
+
+/* A new list. On any thread, no lock held; the list is borrowed. Other than 0: it was not taken,
+ * and is to be offered again. */
+typedef int (*crpci_directory_push_fn)(void *user, crpci_snapshot *list);
+
+/* A registration got through (CRPC_OK) or a try failed; tries go on. On any thread,
+ * no lock held. */
+typedef void (*crpci_directory_status_fn)(void *user, int status, const char *text);
+
+/* All 0: defaults. */
+typedef struct crpci_directory_options {
+    int session_timeout_ms;
+    const char *credential;  /* NULL: none */
+    const char *application; /* the program's name, for people and overrides. NULL: "crpc" */
+    bool register_consumer;  /* subscriptions are registered too, so that people see them */
+    const char *cache;       /* file for the last good lists; NULL: none */
+    int cache_interval_ms;   /* between two writes of it. 0: 60000. -1: none */
+    int spread_ms;           /* in which a fleet comes back to a registry. 0: 2000. -1: none */
+    const char *interface;   /* multicast: its name or IPv4 address. NULL: by the routing table */
+    int announce_ms;         /* multicast: between two announcements. 0: 5000. -1: as 0 */
+} crpci_directory_options;
+
+typedef struct crpci_backend crpci_backend;
+
+/* The functions of a backend. None waits for the network; all are called without the loop's lock,
+ * on any thread, in callbacks too. After `withdraw` or `unsubscribe` has returned, the callback
+ * does not run any more: it is waited for, unless it is this thread that is inside it. `close` ends
+ * what is still registered and subscribed through the handle. */
+typedef struct crpci_backend_ops {
+    size_t size; /* of this struct, and its version: for backends compiled elsewhere */
+    unsigned version;
+    int (*enroll)(crpci_backend *r, const crpci_registration *what,
+                  crpci_directory_status_fn status, void *user, void **handle);
+    void (*withdraw)(crpci_backend *r, void *handle);
+    int (*subscribe)(crpci_backend *r, const crpci_names_query *what,
+                     crpci_directory_push_fn push, void *user, void **handle);
+    void (*unsubscribe)(crpci_backend *r, void *handle);
+    void (*close)(crpci_backend *r);
+} crpci_backend_ops;
+
+#define CRPCI_BACKEND_OPS_VERSION 2u
+
+/* An open registry; a backend's own struct begins with it. */
+struct crpci_backend {
+    const crpci_backend_ops *ops;
+};
+
+/* NULL is ignored. */
+CRPCI_FN void crpci_directory_close(crpci_backend *r)
+{
+    if (r)
+        r->ops->close(r);
+}
+
+/* --- lists from names ------------------------------------------------------------------------- */
+
+/* By address; of one address the newest first. */
+CRPCI_FN int crpci_directory_order(const void *a, const void *b)
+{
+    const crpci_provider *p = (const crpci_provider *)a, *q = (const crpci_provider *)b;
+    int c = strcmp(p->address, q->address);
+    if (c)
+        return c;
+    return p->timestamp_ms < q->timestamp_ms ? 1 : p->timestamp_ms > q->timestamp_ms ? -1 : 0;
+}
+
+CRPCI_FN void crpci_directory_sort(crpci_snapshot *s)
+{
+    size_t i, n = 0;
+    if (s->count < 2)
+        return;
+    qsort(s->providers, s->count, sizeof *s->providers, crpci_directory_order);
+    for (i = 0; i < s->count; i++) {
+        if (n && strcmp(s->providers[n - 1].address, s->providers[i].address) == 0)
+            continue; /* an older node of the same address: a process that was there before */
+        if (n != i)
+            s->providers[n] = s->providers[i];
+        n++;
+    }
+    s->count = n;
+}
+
+/* Makes a list of the names in a directory, as changed by the rules (NULL: none). *bad: how many
+ * could not be read. NULL: out of memory. */
+CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *names, size_t count,
+                                                const crpci_names_query *q,
+                                                const crpci_names_overrides *rules, size_t *bad)
+{
+    size_t i, longest = 0;
+    crpci_snapshot *s;
+    char *text;
+    *bad = 0;
+    for (i = 0; i < count; i++) {
+        size_t n = names[i] ? strlen(names[i]) : 0;
+        longest = n > longest ? n : longest;
+    }
+    s = crpci_directory_snapshot(h, count);
+    text = (char *)crpci_heap_alloc(h, longest + 1);
+    if (!s || !text) {
+        crpci_directory_snapshot_unref(s);
+        crpci_heap_free(h, text, longest + 1);
+        return NULL;
+    }
+    s->count = 0;
+    for (i = 0; i < count; i++) {
+        crpci_names_node node;
+        crpci_provider *p = &s->providers[s->count];
+        memcpy(text, names[i] ? names[i] : "", names[i] ? strlen(names[i]) + 1 : 1);
+        if (!crpci_names_parse(&node, text)) {
+            ++*bad;
+            continue;
+        }
+        if (!crpci_names_takes(q, &node))
+            continue;
+        crpci_names_overrides_apply(rules, q, &node);
+        if (node.disabled)
+            continue;
+        memcpy(p->address, node.address, sizeof p->address);
+        p->weight = node.weight;
+        p->warmup_ms = node.warmup_ms;
+        p->timestamp_ms = node.timestamp_ms;
+        s->count++;
+    }
+    crpci_heap_free(h, text, longest + 1);
+    crpci_directory_sort(s);
+    return s;
+}
+
+/* --- subscribers ------------------------------------------------------------------------------ */
+
+/* A callback of the upper sections, and the thread it runs on. */
+typedef struct crpci_directory_caller {
+    bool running;
+    crpci_thread thread;
+} crpci_directory_caller;
+
+/* The callback runs between these two, without the loop's lock. */
+CRPCI_FN void crpci_directory_call_begin(crpc_loop *l, crpci_directory_caller *c)
+{
+    c->running = true;
+    c->thread = crpci_thread_self();
+    crpci_loop_unlock(l);
+}
+
+CRPCI_FN void crpci_directory_call_end(crpc_loop *l, crpci_cond *cond, crpci_directory_caller *c)
+{
+    crpci_loop_lock(l);
+    c->running = false;
+    crpci_thread_broadcast(cond);
+}
+
+/* Waits until the callback does not run, except on this thread. */
+CRPCI_FN void crpci_directory_call_wait(crpc_loop *l, crpci_cond *cond,
+                                       const crpci_directory_caller *c)
+{
+    while (c->running && !crpci_thread_is_self(c->thread))
+        crpci_thread_wait(cond, &l->lock, -1);
+}
+
+/* A subscription; a backend's own struct begins with it. The loop's lock guards it. */
+typedef struct crpci_directory_sub {
+    crpci_list node; /* the backend's */
+    crpc_loop *loop;
+    crpci_cond *cond; /* the backend's: signalled when the callback has returned */
+    uint32_t refs;
+    crpci_directory_push_fn push;
+    void *user;
+    crpci_directory_caller caller;
+    char *text[4];
+    crpci_names_query query; /* its texts are `text` */
+    crpci_snapshot *last;       /* the list it has */
+    bool dead;                  /* ended: nothing is pushed any more */
+    bool warned;                /* it was logged that the last good list is kept */
+} crpci_directory_sub;
+
+/* False: out of memory; crpci_directory_sub_clear either way. */
+CRPCI_FN bool crpci_directory_sub_init(crpci_directory_sub *sub, crpc_loop *l, crpci_cond *cond,
+                                      const crpci_names_query *q, crpci_directory_push_fn push,
+                                      void *user)
+{
+    const char *text[4];
+    text[0] = q->service;
+    text[1] = q->group;
+    text[2] = q->version;
+    text[3] = q->application;
+    crpci_list_init(&sub->node);
+    sub->loop = l;
+    sub->cond = cond;
+    sub->refs = 1;
+    sub->push = push;
+    sub->user = user;
+    if (!crpci_names_texts_copy(l->heap, sub->text, text, 4))
+        return false;
+    sub->query.service = sub->text[0];
+    sub->query.group = sub->text[1];
+    sub->query.version = sub->text[2];
+    sub->query.application = sub->text[3];
+    sub->query.allow_empty = q->allow_empty;
+    return true;
+}
+
+CRPCI_FN void crpci_directory_sub_clear(crpci_directory_sub *sub)
+{
+    crpci_directory_snapshot_unref(sub->last);
+    crpci_names_texts_free(sub->loop->heap, sub->text, 4);
+}
+
+/* Takes a subscriber off, and waits for its callback unless this is inside it. */
+CRPCI_FN void crpci_directory_sub_end(crpci_directory_sub *sub)
+{
+    sub->dead = true;
+    crpci_list_remove(&sub->node);
+    crpci_directory_call_wait(sub->loop, sub->cond, &sub->caller);
+}
+
+/* Unlocks for the callback. False: the list was not taken. */
+CRPCI_FN bool crpci_directory_push(crpci_directory_sub *sub, crpci_snapshot *list)
+{
+    bool taken;
+    if (sub->caller.running)
+        return false; /* by a callback of its own: the list has to wait */
+    crpci_directory_snapshot_ref(list);
+    crpci_directory_call_begin(sub->loop, &sub->caller);
+    taken = sub->push(sub->user, list) == CRPC_OK;
+    crpci_directory_call_end(sub->loop, sub->cond, &sub->caller);
+    if (taken) {
+        crpci_directory_snapshot_unref(sub->last);
+        sub->last = list;
+    } else {
+        crpci_directory_snapshot_unref(list);
+    }
+    return taken;
+}
+
+/* Tells a subscriber, once, that its list is stale. Locked, unlocks meanwhile. False: it was not
+ * told, for want of memory. */
+CRPCI_FN bool crpci_directory_age(crpci_directory_sub *sub)
+{
+    crpci_snapshot *list;
+    bool taken;
+    if (sub->dead || !sub->last || !sub->last->count || sub->last->stale)
+        return true;
+    list = crpci_directory_snapshot_stale(sub->last);
+    taken = list && crpci_directory_push(sub, list);
+    crpci_directory_snapshot_unref(list);
+    return taken;
+}
+
+/* Hands a subscriber a list that was read, if it is news. An empty one takes the place of a good
+ * one only where that is allowed and everything could be read: it may come of a wiped server, of a
+ * wrong delete, of providers that all lost their session at once. Locked, unlocks meanwhile. False:
+ * it was not taken, and is to be offered again. */
+CRPCI_FN bool crpci_directory_offer(crpci_directory_sub *sub, crpci_snapshot *list, bool whole)
+{
+    if (sub->dead)
+        return true;
+    if (sub->last && sub->last->count && !list->count && !(sub->query.allow_empty && whole)) {
+        if (!sub->warned)
+            crpci_heap_log(list->heap, CRPC_LOG_WARN,
+                           "registry: no provider of %s is left; the last %zu known are kept",
+                           sub->query.service, sub->last->count);
+        sub->warned = true;
+        return crpci_directory_age(sub);
+    }
+    sub->warned = false;
+    if (sub->last && crpci_directory_snapshot_equal(sub->last, list))
+        return true;
+    return crpci_directory_push(sub, list);
+}
+
 /* --- backends without a server ---------------------------------------------------------------- */
 
 /* What those have in common: subscribers, a timer, an end. A backend's own struct begins with it.
  * The loop's lock guards it. */
-typedef struct crpci_registry_local crpci_registry_local;
-struct crpci_registry_local {
-    crpci_registry base;
+typedef struct crpci_directory_local crpci_directory_local;
+struct crpci_directory_local {
+    crpci_backend base;
     crpc_loop *loop;
     uint32_t refs;
     crpci_cond cond; /* a callback has returned */
@@ -8753,21 +8762,21 @@ struct crpci_registry_local {
     crpci_list subs;
     uint32_t round; /* of serving */
     bool closing;
-    void (*free)(crpci_registry_local *r); /* unlocked */
+    void (*free)(crpci_directory_local *r); /* unlocked */
 };
 
-typedef struct crpci_registry_member {
-    crpci_registry_sub base;
+typedef struct crpci_directory_member {
+    crpci_directory_sub base;
     uint32_t round;
     int64_t due_us;     /* until then an empty first list is not worth telling */
     int64_t query_us;   /* multicast: when to ask next */
     unsigned questions; /* multicast: left to be asked */
-} crpci_registry_member;
+} crpci_directory_member;
 
-CRPCI_COLD bool crpci_registry_local_init(crpci_registry_local *r, const crpci_registry_ops *ops,
+CRPCI_COLD bool crpci_directory_local_init(crpci_directory_local *r, const crpci_backend_ops *ops,
                                           crpc_loop *l,
                                           void (*on_timer)(crpc_loop *, crpci_timer *),
-                                          void (*free_fn)(crpci_registry_local *))
+                                          void (*free_fn)(crpci_directory_local *))
 {
     if (crpci_thread_cond_init(&r->cond))
         return false;
@@ -8782,7 +8791,7 @@ CRPCI_COLD bool crpci_registry_local_init(crpci_registry_local *r, const crpci_r
 }
 
 /* Unlocks, and lets go of the registry. */
-CRPCI_FN void crpci_registry_local_unlock(crpci_registry_local *r)
+CRPCI_FN void crpci_directory_local_unlock(crpci_directory_local *r)
 {
     crpc_loop *l = r->loop;
     bool last = --r->refs == 0;
@@ -8795,94 +8804,94 @@ CRPCI_FN void crpci_registry_local_unlock(crpci_registry_local *r)
 }
 
 /* Not listed yet. NULL: out of memory. */
-CRPCI_FN crpci_registry_member *crpci_registry_member_new(crpci_registry_local *r,
-                                                          const crpci_registry_query *q,
-                                                          crpci_registry_push_fn push, void *user)
+CRPCI_FN crpci_directory_member *crpci_directory_member_new(crpci_directory_local *r,
+                                                          const crpci_names_query *q,
+                                                          crpci_directory_push_fn push, void *user)
 {
-    crpci_registry_member *m =
-        (crpci_registry_member *)crpci_heap_alloc(r->loop->heap, sizeof *m);
-    if (m && !crpci_registry_sub_init(&m->base, r->loop, &r->cond, q, push, user)) {
-        crpci_registry_sub_clear(&m->base);
+    crpci_directory_member *m =
+        (crpci_directory_member *)crpci_heap_alloc(r->loop->heap, sizeof *m);
+    if (m && !crpci_directory_sub_init(&m->base, r->loop, &r->cond, q, push, user)) {
+        crpci_directory_sub_clear(&m->base);
         crpci_heap_free(r->loop->heap, m, sizeof *m);
         return NULL;
     }
     return m;
 }
 
-CRPCI_FN void crpci_registry_member_unref(crpci_registry_member *m)
+CRPCI_FN void crpci_directory_member_unref(crpci_directory_member *m)
 {
     crpci_heap *h = m->base.loop->heap;
     if (--m->base.refs)
         return;
-    crpci_registry_sub_clear(&m->base);
+    crpci_directory_sub_clear(&m->base);
     crpci_heap_free(h, m, sizeof *m);
 }
 
-CRPCI_FN void crpci_registry_local_unsubscribe(crpci_registry *base, void *handle)
+CRPCI_FN void crpci_directory_local_unsubscribe(crpci_backend *base, void *handle)
 {
-    crpci_registry_local *r = (crpci_registry_local *)(void *)base;
-    crpci_registry_member *m = (crpci_registry_member *)handle;
+    crpci_directory_local *r = (crpci_directory_local *)(void *)base;
+    crpci_directory_member *m = (crpci_directory_member *)handle;
     if (!handle)
         return;
     crpci_loop_lock(r->loop);
-    crpci_registry_sub_end(&m->base);
-    crpci_registry_member_unref(m);
+    crpci_directory_sub_end(&m->base);
+    crpci_directory_member_unref(m);
     crpci_loop_unlock(r->loop);
 }
 
 /* Ends what is subscribed. Locked. */
-CRPCI_FN void crpci_registry_local_shut(crpci_registry_local *r)
+CRPCI_FN void crpci_directory_local_shut(crpci_directory_local *r)
 {
     r->closing = true;
     crpci_loop_timer_cancel(r->loop, &r->timer);
     while (!crpci_list_empty(&r->subs)) {
-        crpci_registry_member *m =
-            CRPCI_CONTAINER(r->subs.next, crpci_registry_member, base.node);
-        crpci_registry_sub_end(&m->base);
-        crpci_registry_member_unref(m);
+        crpci_directory_member *m =
+            CRPCI_CONTAINER(r->subs.next, crpci_directory_member, base.node);
+        crpci_directory_sub_end(&m->base);
+        crpci_directory_member_unref(m);
     }
 }
 
 /* Hands one subscriber its part. Locked, unlocks meanwhile. */
-CRPCI_FN void crpci_registry_member_serve(crpci_registry_member *m, char *const *names,
+CRPCI_FN void crpci_directory_member_serve(crpci_directory_member *m, char *const *names,
                                           size_t count, bool whole)
 {
     crpc_loop *l = m->base.loop;
     crpci_snapshot *list;
     size_t bad = 0;
     crpci_loop_unlock(l);
-    list = crpci_registry_collect(l->heap, names, count, &m->base.query, NULL, &bad);
+    list = crpci_directory_collect(l->heap, names, count, &m->base.query, NULL, &bad);
     crpci_loop_lock(l);
     if (list && (list->count || m->base.last || crpci_loop_now(l) >= m->due_us))
-        (void)crpci_registry_offer(&m->base, list, whole && !bad);
-    crpci_registry_snapshot_unref(list);
+        (void)crpci_directory_offer(&m->base, list, whole && !bad);
+    crpci_directory_snapshot_unref(list);
 }
 
 /* Hands every subscriber what it wants of the names, or, with NULL, calls their lists stale.
  * Locked, unlocks meanwhile. */
-CRPCI_FN void crpci_registry_local_serve(crpci_registry_local *r, const crpci_registry_names *names,
+CRPCI_FN void crpci_directory_local_serve(crpci_directory_local *r, const crpci_names *names,
                                          bool whole)
 {
     uint32_t round = ++r->round;
     crpci_list *i;
     for (i = r->subs.next; i != &r->subs && !r->closing;) {
-        crpci_registry_member *m = CRPCI_CONTAINER(i, crpci_registry_member, base.node);
+        crpci_directory_member *m = CRPCI_CONTAINER(i, crpci_directory_member, base.node);
         i = i->next;
         if (m->round == round)
             continue;
         m->round = round;
         m->base.refs++;
         if (names)
-            crpci_registry_member_serve(m, names->name, names->count, whole);
+            crpci_directory_member_serve(m, names->name, names->count, whole);
         else
-            (void)crpci_registry_age(&m->base);
-        crpci_registry_member_unref(m);
+            (void)crpci_directory_age(&m->base);
+        crpci_directory_member_unref(m);
         i = r->subs.next; /* anything can have come and gone */
     }
 }
 
 /* ======================================================================== */
-/* >>impl-filereg   the registry in a file                                   */
+/* >>impl-file   providers listed in a file: file://                        */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_SERVERLESS
@@ -8893,32 +8902,32 @@ CRPCI_FN void crpci_registry_local_serve(crpci_registry_local *r, const crpci_re
  *
  * hosts numeric, as nothing may resolve names while a loop runs. The file is looked at once a
  * second, when the loop is driven; nothing is ever written. */
-#define CRPCI_FILEREG_PERIOD_US 1000000
-#define CRPCI_FILEREG_MAX       (1u << 20)
+#define CRPCI_FILE_PERIOD_US 1000000
+#define CRPCI_FILE_MAX       (1u << 20)
 
-typedef struct crpci_filereg {
-    crpci_registry_local of;
+typedef struct crpci_file {
+    crpci_directory_local of;
     char *path;
     struct stat seen; /* when it was read last; zeroes: to be read anyway */
     bool again;       /* it can have changed within the same tick of its clock */
     size_t bad;       /* lines that were logged as unreadable, and the first of them */
     size_t bad_line;
-} crpci_filereg;
+} crpci_file;
 
 /* What a file gave. */
-typedef struct crpci_filereg_text {
-    crpci_registry_names names;
+typedef struct crpci_file_text {
+    crpci_names names;
     size_t bad;
     size_t bad_line; /* the first of them */
-} crpci_filereg_text;
+} crpci_file_text;
 
 /* One line, in place, as a URL into `out`. False: it is none. */
-CRPCI_FN bool crpci_filereg_line(char *line, char *out, size_t size)
+CRPCI_FN bool crpci_file_line(char *line, char *out, size_t size)
 {
     static const char blank[] = " \t\r";
     const char *address, *service = "", *weight = "", *warmup = "", *group = "", *version = "";
     char *save = NULL, *word = strtok_r(line, blank, &save);
-    crpci_registry_text t;
+    crpci_names_text t;
     crpci_addr a;
     int n;
     address = word;
@@ -8927,9 +8936,9 @@ CRPCI_FN bool crpci_filereg_line(char *line, char *out, size_t size)
         if (!value)
             return false;
         *value++ = '\0';
-        if (strcmp(word, "weight") == 0 && crpci_registry_number(value, 1000000, &n))
+        if (strcmp(word, "weight") == 0 && crpci_names_number(value, 1000000, &n))
             weight = value;
-        else if (strcmp(word, "warmup_ms") == 0 && crpci_registry_number(value, INT32_MAX, &n))
+        else if (strcmp(word, "warmup_ms") == 0 && crpci_names_number(value, INT32_MAX, &n))
             warmup = value;
         else if (strcmp(word, "group") == 0)
             group = value;
@@ -8946,22 +8955,22 @@ CRPCI_FN bool crpci_filereg_line(char *line, char *out, size_t size)
     t.out = out;
     t.size = size;
     t.len = 0;
-    crpci_registry_put(&t, "crpc://");
-    crpci_registry_put(&t, address);
-    crpci_registry_put(&t, "/?side=provider");
-    crpci_registry_put_value(&t, "&interface=", service);
-    crpci_registry_put_value(&t, "&group=", group);
-    crpci_registry_put_value(&t, "&version=", version);
-    crpci_registry_put_value(&t, "&weight=", weight);
-    crpci_registry_put_value(&t, "&warmup=", warmup);
+    crpci_names_put(&t, "crpc://");
+    crpci_names_put(&t, address);
+    crpci_names_put(&t, "/?side=provider");
+    crpci_names_put_value(&t, "&interface=", service);
+    crpci_names_put_value(&t, "&group=", group);
+    crpci_names_put_value(&t, "&version=", version);
+    crpci_names_put_value(&t, "&weight=", weight);
+    crpci_names_put_value(&t, "&warmup=", warmup);
     return t.len < size;
 }
 
 /* Reads a text, in place. False: out of memory. */
-CRPCI_FN bool crpci_filereg_parse(crpci_heap *h, char *text, crpci_filereg_text *out)
+CRPCI_FN bool crpci_file_parse(crpci_heap *h, char *text, crpci_file_text *out)
 {
     size_t lines = 1, len = strlen(text), number = 0, used = 0;
-    crpci_registry_names *names = &out->names;
+    crpci_names *names = &out->names;
     char *p, *next, *pool, url[1024];
     memset(out, 0, sizeof *out);
     for (p = text; *p; p++)
@@ -8980,7 +8989,7 @@ CRPCI_FN bool crpci_filereg_parse(crpci_heap *h, char *text, crpci_filereg_text 
         p[strcspn(p, "#")] = '\0';
         if (!p[strspn(p, " \t\r")])
             continue;
-        if (!crpci_filereg_line(p, url, sizeof url)) {
+        if (!crpci_file_line(p, url, sizeof url)) {
             out->bad_line = out->bad++ ? out->bad_line : number;
             continue;
         }
@@ -8992,7 +9001,7 @@ CRPCI_FN bool crpci_filereg_parse(crpci_heap *h, char *text, crpci_filereg_text 
 
 /* Reads the file. 1: here it is, empty if it does not exist; 0: it cannot be read; -1: out of
  * memory. */
-CRPCI_FN int crpci_filereg_read(const crpci_filereg *r, crpci_filereg_text *out)
+CRPCI_FN int crpci_file_read(const crpci_file *r, crpci_file_text *out)
 {
     crpci_heap *h = r->of.loop->heap;
     size_t size = 0;
@@ -9000,16 +9009,16 @@ CRPCI_FN int crpci_filereg_read(const crpci_filereg *r, crpci_filereg_text *out)
     bool ok;
     memset(out, 0, sizeof *out);
     errno = 0;
-    text = crpci_registry_file(h, r->path, CRPCI_FILEREG_MAX, &size);
+    text = crpci_cache_read_file(h, r->path, CRPCI_FILE_MAX, &size);
     if (!text)
         return errno == ENOENT;
-    ok = crpci_filereg_parse(h, text, out);
+    ok = crpci_file_parse(h, text, out);
     crpci_heap_free(h, text, size);
     return ok ? 1 : -1;
 }
 
 /* Says, when that has changed, which lines are no good. Locked. */
-CRPCI_FN void crpci_filereg_note(crpci_filereg *r, const crpci_filereg_text *text)
+CRPCI_FN void crpci_file_note(crpci_file *r, const crpci_file_text *text)
 {
     if (text->bad && (text->bad != r->bad || text->bad_line != r->bad_line))
         crpci_heap_log(r->of.loop->heap, CRPC_LOG_WARN,
@@ -9020,16 +9029,16 @@ CRPCI_FN void crpci_filereg_note(crpci_filereg *r, const crpci_filereg_text *tex
     r->bad_line = text->bad_line;
 }
 
-CRPCI_FN bool crpci_filereg_same(const struct stat *a, const struct stat *b)
+CRPCI_FN bool crpci_file_same(const struct stat *a, const struct stat *b)
 {
     return a->st_ino == b->st_ino && a->st_dev == b->st_dev && a->st_size == b->st_size &&
            a->st_mtim.tv_sec == b->st_mtim.tv_sec && a->st_mtim.tv_nsec == b->st_mtim.tv_nsec;
 }
 
 /* Looks whether the file has changed. Locked, unlocks meanwhile. */
-CRPCI_FN void crpci_filereg_look(crpci_filereg *r)
+CRPCI_FN void crpci_file_look(crpci_file *r)
 {
-    crpci_filereg_text text;
+    crpci_file_text text;
     struct stat st;
     bool same;
     int got;
@@ -9039,38 +9048,38 @@ CRPCI_FN void crpci_filereg_look(crpci_filereg *r)
         st.st_size = -1; /* missing: another state than never looked at */
     }
     crpci_loop_lock(r->of.loop);
-    same = crpci_filereg_same(&st, &r->seen);
+    same = crpci_file_same(&st, &r->seen);
     if ((same && !r->again) || r->of.closing)
         return;
     r->again = !same;
     r->seen = st;
     crpci_loop_unlock(r->of.loop);
-    got = crpci_filereg_read(r, &text);
+    got = crpci_file_read(r, &text);
     crpci_loop_lock(r->of.loop);
     if (got > 0) {
-        crpci_filereg_note(r, &text);
-        crpci_registry_local_serve(&r->of, &text.names, text.bad == 0);
+        crpci_file_note(r, &text);
+        crpci_directory_local_serve(&r->of, &text.names, text.bad == 0);
     } else {
         memset(&r->seen, 0, sizeof r->seen);
         if (got == 0)
-            crpci_registry_local_serve(&r->of, NULL, false);
+            crpci_directory_local_serve(&r->of, NULL, false);
     }
-    crpci_registry_names_free(r->of.loop->heap, &text.names);
+    crpci_names_free(r->of.loop->heap, &text.names);
 }
 
-CRPCI_FN void crpci_filereg_on_timer(crpc_loop *l, crpci_timer *timer)
+CRPCI_FN void crpci_file_on_timer(crpc_loop *l, crpci_timer *timer)
 {
-    crpci_filereg *r = CRPCI_CONTAINER(timer, crpci_filereg, of.timer);
+    crpci_file *r = CRPCI_CONTAINER(timer, crpci_file, of.timer);
     r->of.refs++;
-    crpci_filereg_look(r);
+    crpci_file_look(r);
     if (!r->of.closing && !crpci_list_empty(&r->of.subs))
-        crpci_loop_timer_set(l, &r->of.timer, CRPCI_FILEREG_PERIOD_US);
-    crpci_registry_local_unlock(&r->of);
+        crpci_loop_timer_set(l, &r->of.timer, CRPCI_FILE_PERIOD_US);
+    crpci_directory_local_unlock(&r->of);
     crpci_loop_lock(l);
 }
 
-CRPCI_FN int crpci_filereg_enroll(crpci_registry *base, const crpci_registration *what,
-                                  crpci_registry_status_fn status, void *user, void **handle)
+CRPCI_FN int crpci_file_enroll(crpci_backend *base, const crpci_registration *what,
+                                  crpci_directory_status_fn status, void *user, void **handle)
 {
     (void)base;
     (void)what;
@@ -9080,75 +9089,75 @@ CRPCI_FN int crpci_filereg_enroll(crpci_registry *base, const crpci_registration
     return CRPC_EUNSUPPORTED;
 }
 
-CRPCI_FN void crpci_filereg_withdraw(crpci_registry *base, void *handle)
+CRPCI_FN void crpci_file_withdraw(crpci_backend *base, void *handle)
 {
     (void)base;
     (void)handle;
 }
 
 /* Reads the file on the caller's thread, so that the list is there when this returns. */
-CRPCI_FN int crpci_filereg_subscribe(crpci_registry *base, const crpci_registry_query *what,
-                                     crpci_registry_push_fn push, void *user, void **handle)
+CRPCI_FN int crpci_file_subscribe(crpci_backend *base, const crpci_names_query *what,
+                                     crpci_directory_push_fn push, void *user, void **handle)
 {
-    crpci_filereg *r = (crpci_filereg *)(void *)base;
+    crpci_file *r = (crpci_file *)(void *)base;
     crpc_loop *l = r->of.loop;
-    crpci_registry_member *m = crpci_registry_member_new(&r->of, what, push, user);
-    crpci_filereg_text text;
+    crpci_directory_member *m = crpci_directory_member_new(&r->of, what, push, user);
+    crpci_file_text text;
     *handle = NULL;
     if (!m)
         return CRPC_ENOMEM;
-    if (crpci_filereg_read(r, &text) < 0) {
-        crpci_registry_member_unref(m);
+    if (crpci_file_read(r, &text) < 0) {
+        crpci_directory_member_unref(m);
         return CRPC_ENOMEM;
     }
     crpci_loop_lock(l);
-    crpci_filereg_note(r, &text);
-    crpci_registry_member_serve(m, text.names.name, text.names.count, text.bad == 0);
+    crpci_file_note(r, &text);
+    crpci_directory_member_serve(m, text.names.name, text.names.count, text.bad == 0);
     crpci_list_append(&r->of.subs, &m->base.node);
     memset(&r->seen, 0, sizeof r->seen); /* the file may have changed since */
-    crpci_loop_timer_set(l, &r->of.timer, CRPCI_FILEREG_PERIOD_US);
+    crpci_loop_timer_set(l, &r->of.timer, CRPCI_FILE_PERIOD_US);
     *handle = m;
     crpci_loop_unlock(l);
-    crpci_registry_names_free(l->heap, &text.names);
+    crpci_names_free(l->heap, &text.names);
     return CRPC_OK;
 }
 
-CRPCI_FN void crpci_filereg_free(crpci_registry_local *base)
+CRPCI_FN void crpci_file_free(crpci_directory_local *base)
 {
-    crpci_filereg *r = (crpci_filereg *)(void *)base;
+    crpci_file *r = (crpci_file *)(void *)base;
     crpci_heap *h = base->loop->heap;
     crpci_heap_strfree(h, r->path);
     crpci_heap_free(h, r, sizeof *r);
 }
 
-CRPCI_FN void crpci_filereg_close(crpci_registry *base)
+CRPCI_FN void crpci_file_close(crpci_backend *base)
 {
-    crpci_registry_local *r = (crpci_registry_local *)(void *)base;
+    crpci_directory_local *r = (crpci_directory_local *)(void *)base;
     crpci_loop_lock(r->loop);
-    crpci_registry_local_shut(r);
-    crpci_registry_local_unlock(r);
+    crpci_directory_local_shut(r);
+    crpci_directory_local_unlock(r);
 }
 
-static const crpci_registry_ops crpci_filereg_ops = {
-    sizeof(crpci_registry_ops), CRPCI_REGISTRY_OPS_VERSION,       crpci_filereg_enroll,
-    crpci_filereg_withdraw,     crpci_filereg_subscribe,          crpci_registry_local_unsubscribe,
-    crpci_filereg_close};
+static const crpci_backend_ops crpci_file_ops = {
+    sizeof(crpci_backend_ops), CRPCI_BACKEND_OPS_VERSION,       crpci_file_enroll,
+    crpci_file_withdraw,     crpci_file_subscribe,          crpci_directory_local_unsubscribe,
+    crpci_file_close};
 
 /* file:///path */
-CRPCI_COLD int crpci_filereg_open(crpc_loop *l, const crpci_url *url, crpci_registry **out,
+CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url, crpci_backend **out,
                                   crpc_error *error)
 {
     size_t n = strlen(url->path);
-    crpci_filereg *r;
+    crpci_file *r;
     if (*url->authority || !n)
         return crpci_status_set(error, CRPC_EINVAL, "file://%.60s/%.60s: expected file:///path",
                                 url->authority, url->path);
-    r = (crpci_filereg *)crpci_heap_alloc(l->heap, sizeof *r);
+    r = (crpci_file *)crpci_heap_alloc(l->heap, sizeof *r);
     if (r)
         r->path = (char *)crpci_heap_alloc(l->heap, n + 2);
     if (!r || !r->path ||
-        !crpci_registry_local_init(&r->of, &crpci_filereg_ops, l, crpci_filereg_on_timer,
-                                   crpci_filereg_free)) {
+        !crpci_directory_local_init(&r->of, &crpci_file_ops, l, crpci_file_on_timer,
+                                   crpci_file_free)) {
         if (r)
             crpci_heap_strfree(l->heap, r->path);
         crpci_heap_free(l->heap, r, sizeof *r);
@@ -9163,7 +9172,7 @@ CRPCI_COLD int crpci_filereg_open(crpc_loop *l, const crpci_url *url, crpci_regi
 #endif /* CRPC_ENABLE_SERVERLESS */
 
 /* ======================================================================== */
-/* >>impl-multicast   the registry that is nowhere: providers announce themselves */
+/* >>impl-multicast   serverless registry over UDP multicast: multicast://  */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_SERVERLESS
@@ -9199,12 +9208,12 @@ typedef struct crpci_multicast_peer {
     char *name;  /* its URL, encoded once more */
     char *text;  /* its URL, taken apart: */
     size_t size; /* of the text */
-    crpci_registry_node is;
+    crpci_names_node is;
     int64_t expires_us;
 } crpci_multicast_peer;
 
 typedef struct crpci_multicast {
-    crpci_registry_local of;
+    crpci_directory_local of;
     int fd;
     crpci_watch watch;
     crpci_addr group;
@@ -9224,9 +9233,9 @@ typedef struct crpci_multicast_reg {
     crpci_list node;
     crpci_multicast *owner;
     uint32_t refs;
-    crpci_registry_status_fn status;
+    crpci_directory_status_fn status;
     void *user;
-    crpci_registry_caller caller;
+    crpci_directory_caller caller;
     char *text[5];
     crpci_registration what; /* its texts are `text` */
     unsigned port;
@@ -9328,7 +9337,7 @@ CRPCI_FN void crpci_multicast_forget(crpci_multicast *r, crpci_multicast_peer *p
 
 /* The peer that is the same provider, perhaps before it was started anew. */
 CRPCI_FN crpci_multicast_peer *crpci_multicast_find(const crpci_multicast *r,
-                                                    const crpci_registry_node *n)
+                                                    const crpci_names_node *n)
 {
     crpci_list *i;
     for (i = r->peers.next; i != &r->peers; i = i->next) {
@@ -9340,12 +9349,12 @@ CRPCI_FN crpci_multicast_peer *crpci_multicast_find(const crpci_multicast *r,
     return NULL;
 }
 
-CRPCI_FN bool crpci_multicast_wanted(const crpci_multicast *r, const crpci_registry_node *n)
+CRPCI_FN bool crpci_multicast_wanted(const crpci_multicast *r, const crpci_names_node *n)
 {
     crpci_list *i;
     for (i = r->of.subs.next; i != &r->of.subs; i = i->next) {
-        if (crpci_registry_takes(
-                &CRPCI_CONTAINER(i, crpci_registry_member, base.node)->base.query, n))
+        if (crpci_names_takes(
+                &CRPCI_CONTAINER(i, crpci_directory_member, base.node)->base.query, n))
             return true;
     }
     return false;
@@ -9397,7 +9406,7 @@ CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, crpci_mu
     p->name = name;
     p->size = len;
     memcpy(p->text, url, len);
-    (void)crpci_registry_read(&p->is, p->text); /* it was read before */
+    (void)crpci_names_read(&p->is, p->text); /* it was read before */
     p->expires_us = crpci_loop_now(r->of.loop) + crpci_multicast_ttl(url);
     if (old)
         crpci_multicast_forget(r, old);
@@ -9410,10 +9419,10 @@ CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, crpci_mu
 CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool going)
 {
     char text[CRPCI_MULTICAST_SIZE + 1], name[3 * CRPCI_MULTICAST_SIZE + 1];
-    crpci_registry_node n;
+    crpci_names_node n;
     crpci_multicast_peer *old;
     memcpy(text, url, strlen(url) + 1);
-    if (!crpci_registry_read(&n, text) || !*n.service || !crpci_multicast_is_host(n.address))
+    if (!crpci_names_read(&n, text) || !*n.service || !crpci_multicast_is_host(n.address))
         return false;
     old = crpci_multicast_find(r, &n);
     if (old && old->is.timestamp_ms > n.timestamp_ms)
@@ -9444,7 +9453,7 @@ CRPCI_FN bool crpci_multicast_asked(crpci_multicast *r, const char *url)
     int64_t now = crpci_loop_now(r->of.loop);
     crpci_list *i;
     memcpy(text, url, strlen(url) + 1);
-    if (!crpci_registry_split(text, &address, &service, &query) || !*service)
+    if (!crpci_names_split(text, &address, &service, &query) || !*service)
         return false;
     for (i = r->regs.next; i != &r->regs; i = i->next) {
         crpci_multicast_reg *reg = CRPCI_CONTAINER(i, crpci_multicast_reg, node);
@@ -9499,7 +9508,7 @@ CRPCI_FN bool crpci_multicast_write(const crpci_multicast_reg *reg, const char *
     int64_t ttl_ms = reg->owner->interval_us / 1000 * CRPCI_MULTICAST_TTL;
     int round;
     for (round = 0; round < 2; round++) {
-        n = head + crpci_registry_url(out + head, size - head, &what, reg->address,
+        n = head + crpci_names_provider_url(out + head, size - head, &what, reg->address,
                                       reg->timestamp_ms, (long)getpid());
         if (n < size)
             n += (size_t)snprintf(out + n, size - n, "&ttl=%lld", (long long)ttl_ms);
@@ -9515,7 +9524,7 @@ CRPCI_FN void crpci_multicast_reg_unref(crpci_multicast_reg *reg)
     crpci_heap *h = reg->owner->of.loop->heap;
     if (--reg->refs)
         return;
-    crpci_registry_texts_free(h, reg->text, 5);
+    crpci_names_texts_free(h, reg->text, 5);
     crpci_heap_free(h, reg, sizeof *reg);
 }
 
@@ -9528,9 +9537,9 @@ CRPCI_FN void crpci_multicast_tell(crpci_multicast_reg *reg, int status, const c
     reg->told = status;
     if (!reg->status)
         return;
-    crpci_registry_call_begin(r->of.loop, &reg->caller);
+    crpci_directory_call_begin(r->of.loop, &reg->caller);
     reg->status(reg->user, status, text);
-    crpci_registry_call_end(r->of.loop, &r->of.cond, &reg->caller);
+    crpci_directory_call_end(r->of.loop, &r->of.cond, &reg->caller);
 }
 
 /* Locked, unlocks for the callback. */
@@ -9551,7 +9560,7 @@ CRPCI_FN void crpci_multicast_announce(crpci_multicast_reg *reg)
     crpci_multicast_reg_unref(reg);
 }
 
-CRPCI_FN void crpci_multicast_ask(crpci_multicast *r, crpci_registry_member *m)
+CRPCI_FN void crpci_multicast_ask(crpci_multicast *r, crpci_directory_member *m)
 {
     char text[CRPCI_MULTICAST_SIZE + 1], host[INET_ADDRSTRLEN];
     const char head[] = "subscribe ";
@@ -9565,7 +9574,7 @@ CRPCI_FN void crpci_multicast_ask(crpci_multicast *r, crpci_registry_member *m)
     if (!crpci_multicast_host(r, host, sizeof host))
         snprintf(host, sizeof host, "0.0.0.0");
     memcpy(text, head, sizeof head);
-    if (crpci_registry_consumer_url(text + at, sizeof text - at, &what, host, 0, (long)getpid()) <
+    if (crpci_names_consumer_url(text + at, sizeof text - at, &what, host, 0, (long)getpid()) <
         sizeof text - at)
         (void)crpci_multicast_send(r, text);
 }
@@ -9583,7 +9592,7 @@ CRPCI_FN void crpci_multicast_arm(crpci_multicast *r)
     for (i = r->regs.next; i != &r->regs; i = i->next)
         next = crpci_base_min64(next, CRPCI_CONTAINER(i, crpci_multicast_reg, node)->due_us);
     for (i = r->of.subs.next; i != &r->of.subs; i = i->next) {
-        crpci_registry_member *m = CRPCI_CONTAINER(i, crpci_registry_member, base.node);
+        crpci_directory_member *m = CRPCI_CONTAINER(i, crpci_directory_member, base.node);
         if (m->questions)
             next = crpci_base_min64(next, m->query_us);
         if (!m->base.last && !r->serve_us)
@@ -9610,7 +9619,7 @@ CRPCI_FN void crpci_multicast_expire(crpci_multicast *r, int64_t now)
         crpci_multicast_changed(r);
     }
     for (i = r->of.subs.next; rested && i != &r->of.subs; i = i->next) {
-        crpci_registry_member *m = CRPCI_CONTAINER(i, crpci_registry_member, base.node);
+        crpci_directory_member *m = CRPCI_CONTAINER(i, crpci_directory_member, base.node);
         m->query_us = now;
         m->questions = 2;
     }
@@ -9620,7 +9629,7 @@ CRPCI_FN void crpci_multicast_expire(crpci_multicast *r, int64_t now)
 CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
 {
     crpci_heap *h = r->of.loop->heap;
-    crpci_registry_names names;
+    crpci_names names;
     crpci_list *i;
     size_t text = 0;
     char *p;
@@ -9640,8 +9649,8 @@ CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
         p += n;
     }
     r->serve_us = 0;
-    crpci_registry_local_serve(&r->of, &names, true);
-    crpci_registry_names_free(h, &names);
+    crpci_directory_local_serve(&r->of, &names, true);
+    crpci_names_free(h, &names);
 }
 
 /* Does what is due. Locked, unlocks for callbacks. */
@@ -9651,7 +9660,7 @@ CRPCI_FN void crpci_multicast_run(crpci_multicast *r)
     crpci_list *i;
     crpci_multicast_expire(r, now);
     for (i = r->of.subs.next; i != &r->of.subs; i = i->next) {
-        crpci_registry_member *m = CRPCI_CONTAINER(i, crpci_registry_member, base.node);
+        crpci_directory_member *m = CRPCI_CONTAINER(i, crpci_directory_member, base.node);
         if (m->questions && m->query_us <= now) {
             m->query_us = now + CRPCI_MULTICAST_FIRST_US / 2;
             m->questions--;
@@ -9678,7 +9687,7 @@ CRPCI_FN void crpci_multicast_on_timer(crpc_loop *l, crpci_timer *timer)
     r->of.refs++;
     crpci_multicast_run(r);
     crpci_multicast_arm(r);
-    crpci_registry_local_unlock(&r->of);
+    crpci_directory_local_unlock(&r->of);
     crpci_loop_lock(l);
 }
 
@@ -9726,7 +9735,7 @@ CRPCI_FN int crpci_multicast_reg_init(crpci_multicast_reg *reg, const crpci_regi
     from[2] = what->version;
     from[3] = what->application;
     from[4] = what->methods;
-    if (!crpci_registry_texts_copy(h, reg->text, from, 5))
+    if (!crpci_names_texts_copy(h, reg->text, from, 5))
         return CRPC_ENOMEM;
     reg->what = *what;
     reg->what.service = reg->text[0];
@@ -9741,8 +9750,8 @@ CRPCI_FN int crpci_multicast_reg_init(crpci_multicast_reg *reg, const crpci_regi
     return crpci_multicast_write(reg, "unregister", text, sizeof text) ? CRPC_OK : CRPC_EINVAL;
 }
 
-CRPCI_FN int crpci_multicast_enroll(crpci_registry *base, const crpci_registration *what,
-                                    crpci_registry_status_fn status, void *user, void **handle)
+CRPCI_FN int crpci_multicast_enroll(crpci_backend *base, const crpci_registration *what,
+                                    crpci_directory_status_fn status, void *user, void **handle)
 {
     crpci_multicast *r = (crpci_multicast *)(void *)base;
     crpc_loop *l = r->of.loop;
@@ -9783,11 +9792,11 @@ CRPCI_FN void crpci_multicast_reg_end(crpci_multicast_reg *reg)
     crpci_list_remove(&reg->node);
     if (reg->told == CRPC_OK && crpci_multicast_write(reg, "unregister", text, sizeof text))
         (void)crpci_multicast_send(r, text);
-    crpci_registry_call_wait(r->of.loop, &r->of.cond, &reg->caller);
+    crpci_directory_call_wait(r->of.loop, &r->of.cond, &reg->caller);
     crpci_multicast_reg_unref(reg);
 }
 
-CRPCI_FN void crpci_multicast_withdraw(crpci_registry *base, void *handle)
+CRPCI_FN void crpci_multicast_withdraw(crpci_backend *base, void *handle)
 {
     crpci_multicast *r = (crpci_multicast *)(void *)base;
     if (!handle)
@@ -9797,16 +9806,16 @@ CRPCI_FN void crpci_multicast_withdraw(crpci_registry *base, void *handle)
     crpci_loop_unlock(r->of.loop);
 }
 
-CRPCI_FN int crpci_multicast_subscribe(crpci_registry *base, const crpci_registry_query *what,
-                                       crpci_registry_push_fn push, void *user, void **handle)
+CRPCI_FN int crpci_multicast_subscribe(crpci_backend *base, const crpci_names_query *what,
+                                       crpci_directory_push_fn push, void *user, void **handle)
 {
     crpci_multicast *r = (crpci_multicast *)(void *)base;
     crpc_loop *l = r->of.loop;
-    crpci_registry_member *m;
+    crpci_directory_member *m;
     *handle = NULL;
     if (!what->service || !*what->service)
         return CRPC_EINVAL;
-    m = crpci_registry_member_new(&r->of, what, push, user);
+    m = crpci_directory_member_new(&r->of, what, push, user);
     if (!m)
         return CRPC_ENOMEM;
     crpci_loop_lock(l);
@@ -9822,7 +9831,7 @@ CRPCI_FN int crpci_multicast_subscribe(crpci_registry *base, const crpci_registr
     return CRPC_OK;
 }
 
-CRPCI_FN void crpci_multicast_free(crpci_registry_local *base)
+CRPCI_FN void crpci_multicast_free(crpci_directory_local *base)
 {
     crpci_multicast *r = (crpci_multicast *)(void *)base;
     while (!crpci_list_empty(&r->peers))
@@ -9832,25 +9841,25 @@ CRPCI_FN void crpci_multicast_free(crpci_registry_local *base)
     crpci_heap_free(base->loop->heap, r, sizeof *r);
 }
 
-CRPCI_FN void crpci_multicast_close(crpci_registry *base)
+CRPCI_FN void crpci_multicast_close(crpci_backend *base)
 {
     crpci_multicast *r = (crpci_multicast *)(void *)base;
     crpci_loop_lock(r->of.loop);
     while (!crpci_list_empty(&r->regs))
         crpci_multicast_reg_end(CRPCI_CONTAINER(r->regs.next, crpci_multicast_reg, node));
-    crpci_registry_local_shut(&r->of);
+    crpci_directory_local_shut(&r->of);
     crpci_loop_watch_set(r->of.loop, &r->watch, r->fd, 0);
-    crpci_registry_local_unlock(&r->of);
+    crpci_directory_local_unlock(&r->of);
 }
 
-static const crpci_registry_ops crpci_multicast_ops = {
-    sizeof(crpci_registry_ops), CRPCI_REGISTRY_OPS_VERSION, crpci_multicast_enroll,
-    crpci_multicast_withdraw,   crpci_multicast_subscribe,  crpci_registry_local_unsubscribe,
+static const crpci_backend_ops crpci_multicast_ops = {
+    sizeof(crpci_backend_ops), CRPCI_BACKEND_OPS_VERSION, crpci_multicast_enroll,
+    crpci_multicast_withdraw,   crpci_multicast_subscribe,  crpci_directory_local_unsubscribe,
     crpci_multicast_close};
 
 /* multicast://224.5.6.7:port, with ?interface=name-or-address behind it if need be */
 CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
-                                    const crpci_registry_options *options, crpci_registry **out,
+                                    const crpci_directory_options *options, crpci_backend **out,
                                     crpc_error *error)
 {
     const char *interface = options ? options->interface : NULL;
@@ -9882,7 +9891,7 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
         return crpci_status_set(error, CRPC_EADDRESS, "multicast://%.60s: %s", url->authority,
                                 strerror(errno));
     r = (crpci_multicast *)crpci_heap_alloc(l->heap, sizeof *r);
-    if (!r || !crpci_registry_local_init(&r->of, &crpci_multicast_ops, l, crpci_multicast_on_timer,
+    if (!r || !crpci_directory_local_init(&r->of, &crpci_multicast_ops, l, crpci_multicast_on_timer,
                                          crpci_multicast_free)) {
         crpci_heap_free(l->heap, r, sizeof *r);
         close(fd);
@@ -9905,7 +9914,7 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
         *out = &r->of.base;
         return CRPC_OK;
     }
-    crpci_registry_local_unlock(&r->of);
+    crpci_directory_local_unlock(&r->of);
     return crpci_status_set(error, err, "multicast: %s", crpc_status_text(err));
 }
 
@@ -9999,7 +10008,7 @@ struct crpci_zookeeper {
     int timeout_ms;
     int64_t spread_us;
     char *hosts; /* numeric, as the client wants them */
-    crpci_registry_cache cache;
+    crpci_cache cache;
     crpci_addr *servers;
     size_t server_count;
     crpci_cond cond; /* busy, a callback, a link or the wish to live ended */
@@ -10117,7 +10126,7 @@ typedef struct crpci_zookeeper_dir {
     crpci_zookeeper_task task;
     struct crpci_zookeeper_dir *rules;     /* of providers: where the overrides are */
     struct crpci_zookeeper_dir *providers; /* of overrides: whose; NULL: nobody's any more */
-    crpci_registry_rules *overrides;       /* of providers: as read last, or NULL */
+    crpci_names_overrides *overrides;       /* of providers: as read last, or NULL */
     bool ruled; /* of providers: overrides were looked for; until then it is not read */
     crpci_list subs;
     uint32_t round; /* of reading */
@@ -10129,7 +10138,7 @@ typedef struct crpci_zookeeper_dir {
 } crpci_zookeeper_dir;
 
 typedef struct crpci_zookeeper_registry {
-    crpci_registry base;
+    crpci_backend base;
     crpci_zookeeper *session;
     char *root; /* "/dubbo" */
     char *application;
@@ -10139,7 +10148,7 @@ typedef struct crpci_zookeeper_registry {
 typedef struct crpci_zookeeper_reg crpci_zookeeper_reg;
 
 typedef struct crpci_zookeeper_sub {
-    crpci_registry_sub base;
+    crpci_directory_sub base;
     crpci_zookeeper_dir *dir;
     crpci_zookeeper_registry *owner;
     crpci_zookeeper_reg *consumer; /* NULL: not registered as one */
@@ -10150,9 +10159,9 @@ typedef struct crpci_zookeeper_sub {
 struct crpci_zookeeper_reg {
     crpci_zookeeper_task task;
     crpci_zookeeper_registry *owner;
-    crpci_registry_status_fn status;
+    crpci_directory_status_fn status;
     void *user;
-    crpci_registry_caller caller;
+    crpci_directory_caller caller;
     bool consumer; /* not a provider */
     char *text[5];
     crpci_registration what; /* its texts are `text` */
@@ -10517,7 +10526,7 @@ CRPCI_COLD void crpci_zookeeper_free(crpci_zookeeper *s)
     crpci_heap_strfree(h, s->authority);
     crpci_heap_strfree(h, s->credential);
     crpci_heap_strfree(h, s->hosts);
-    crpci_registry_cache_clear(&s->cache);
+    crpci_cache_clear(&s->cache);
     crpci_heap_free(h, s->servers, s->server_count * sizeof *s->servers);
     crpci_thread_cond_free(&s->cond);
     crpci_heap_free(h, s, sizeof *s);
@@ -10541,9 +10550,9 @@ CRPCI_FN void crpci_zookeeper_tell(crpci_zookeeper_reg *reg, int status, const c
     if (reg->withdrawn || !reg->status)
         return;
     reg->task.refs++;
-    crpci_registry_call_begin(s->loop, &reg->caller);
+    crpci_directory_call_begin(s->loop, &reg->caller);
     reg->status(reg->user, status, text);
-    crpci_registry_call_end(s->loop, &s->cond, &reg->caller);
+    crpci_directory_call_end(s->loop, &s->cond, &reg->caller);
     crpci_zookeeper_task_unref(&reg->task);
 }
 
@@ -10552,7 +10561,7 @@ CRPCI_FN void crpci_zookeeper_sub_unref(crpci_zookeeper_sub *sub)
     crpci_heap *h = sub->base.loop->heap;
     if (--sub->base.refs)
         return;
-    crpci_registry_sub_clear(&sub->base);
+    crpci_directory_sub_clear(&sub->base);
     crpci_zookeeper_task_unref(&sub->dir->task);
     crpci_heap_free(h, sub, sizeof *sub);
 }
@@ -10578,7 +10587,7 @@ CRPCI_FN bool crpci_zookeeper_deliver(crpci_zookeeper_dir *dir, char *const *nam
                                       bool found)
 {
     crpci_zookeeper *s = dir->task.session;
-    crpci_registry_rules *rules = dir->overrides;
+    crpci_names_overrides *rules = dir->overrides;
     uint32_t round = ++dir->round;
     crpci_zookeeper_sub *sub;
     bool complete = true;
@@ -10588,17 +10597,17 @@ CRPCI_FN bool crpci_zookeeper_deliver(crpci_zookeeper_dir *dir, char *const *nam
         crpci_snapshot *list;
         size_t bad = 0;
         crpci_loop_unlock(s->loop);
-        list = crpci_registry_collect(s->heap, names, count, &sub->base.query, rules, &bad);
+        list = crpci_directory_collect(s->heap, names, count, &sub->base.query, rules, &bad);
         crpci_loop_lock(s->loop);
         if (bad && !dir->bad)
             crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s: %zu names are no provider's URL",
                            dir->task.dir, bad);
         dir->bad = dir->bad || bad;
-        complete = list && crpci_registry_offer(&sub->base, list, found && !bad) && complete;
-        crpci_registry_snapshot_unref(list);
+        complete = list && crpci_directory_offer(&sub->base, list, found && !bad) && complete;
+        crpci_directory_snapshot_unref(list);
         crpci_zookeeper_sub_unref(sub);
     }
-    crpci_registry_rules_unref(rules);
+    crpci_names_overrides_unref(rules);
     return complete;
 }
 
@@ -10609,7 +10618,7 @@ CRPCI_FN bool crpci_zookeeper_age_dir(crpci_zookeeper_dir *dir)
     crpci_zookeeper_sub *sub;
     bool complete = true;
     while ((sub = crpci_zookeeper_next_sub(dir, round)) != NULL) {
-        complete = crpci_registry_age(&sub->base) && complete;
+        complete = crpci_directory_age(&sub->base) && complete;
         crpci_zookeeper_sub_unref(sub);
     }
     return complete;
@@ -10632,7 +10641,7 @@ CRPCI_COLD char *crpci_zookeeper_key(const crpci_zookeeper *s, const char *dir)
 CRPCI_COLD void crpci_zookeeper_remember(crpci_zookeeper_dir *dir, char *const *names, size_t count)
 {
     crpci_zookeeper *s = dir->task.session;
-    crpci_registry_query any;
+    crpci_names_query any;
     crpci_snapshot *list = NULL;
     size_t bad;
     char *key;
@@ -10643,24 +10652,24 @@ CRPCI_COLD void crpci_zookeeper_remember(crpci_zookeeper_dir *dir, char *const *
     any.group = any.version = "*";
     if (!dir->providers) {
         crpci_loop_unlock(s->loop);
-        list = crpci_registry_collect(s->heap, names, count, &any, NULL, &bad);
+        list = crpci_directory_collect(s->heap, names, count, &any, NULL, &bad);
         crpci_loop_lock(s->loop);
         if (!list || !list->count) {
-            crpci_registry_snapshot_unref(list);
+            crpci_directory_snapshot_unref(list);
             return;
         }
     }
     key = crpci_zookeeper_key(s, dir->task.dir);
     if (key)
-        (void)crpci_registry_cache_put(&s->cache, key, names, count);
+        (void)crpci_cache_put(&s->cache, key, names, count);
     crpci_heap_strfree(s->heap, key);
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
 }
 
 CRPCI_FN void crpci_zookeeper_save(crpci_zookeeper *s)
 {
-    if (!s->closing && crpci_registry_cache_due(&s->cache) <= crpci_zookeeper_now(s))
-        crpci_registry_cache_save(&s->cache, s->loop, &s->cond);
+    if (!s->closing && crpci_cache_due(&s->cache) <= crpci_zookeeper_now(s))
+        crpci_cache_save(&s->cache, s->loop, &s->cond);
 }
 
 /* --- directories ------------------------------------------------------------------------------ */
@@ -10704,12 +10713,12 @@ CRPCI_FN void crpci_zookeeper_dir_changed(crpci_zookeeper_dir *dir)
 }
 
 /* The overrides of a directory are known, or cannot be. Takes `rules`; NULL: they stay. */
-CRPCI_FN void crpci_zookeeper_ruled(crpci_zookeeper_dir *dir, crpci_registry_rules *rules)
+CRPCI_FN void crpci_zookeeper_ruled(crpci_zookeeper_dir *dir, crpci_names_overrides *rules)
 {
     bool first = !dir->ruled, change = rules && (rules->count || (dir->overrides &&
                                                                   dir->overrides->count));
     if (rules) {
-        crpci_registry_rules_unref(dir->overrides);
+        crpci_names_overrides_unref(dir->overrides);
         dir->overrides = rules;
     }
     dir->ruled = true;
@@ -10740,12 +10749,12 @@ CRPCI_FN bool crpci_zookeeper_dir_rules(crpci_zookeeper_dir *dir, char *const *n
 {
     crpci_zookeeper *s = dir->task.session;
     char ip[INET6_ADDRSTRLEN], host[INET6_ADDRSTRLEN + 2];
-    crpci_registry_rules *rules;
+    crpci_names_overrides *rules;
     size_t bad = 0;
     crpci_loop_unlock(s->loop);
     crpci_zookeeper_local_host(s, false, ip, sizeof ip);
     snprintf(host, sizeof host, strchr(ip, ':') ? "[%s]" : "%s", ip);
-    rules = crpci_registry_rules_read(s->heap, names, count, host, &bad);
+    rules = crpci_names_overrides_read(s->heap, names, count, host, &bad);
     crpci_loop_lock(s->loop);
     if (bad && !dir->bad)
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
@@ -10755,7 +10764,7 @@ CRPCI_FN bool crpci_zookeeper_dir_rules(crpci_zookeeper_dir *dir, char *const *n
     if (rules && dir->providers)
         crpci_zookeeper_ruled(dir->providers, rules);
     else
-        crpci_registry_rules_unref(rules);
+        crpci_names_overrides_unref(rules);
     return rules != NULL;
 }
 
@@ -10840,7 +10849,7 @@ CRPCI_FN void crpci_zookeeper_dir_free(crpci_zookeeper_task *t)
     crpci_heap *h = t->session->heap;
     if (dir->rules)
         crpci_zookeeper_task_unref(&dir->rules->task);
-    crpci_registry_rules_unref(dir->overrides);
+    crpci_names_overrides_unref(dir->overrides);
     crpci_heap_strfree(h, t->dir);
     crpci_heap_free(h, dir, sizeof *dir);
 }
@@ -10874,7 +10883,7 @@ CRPCI_FN bool crpci_zookeeper_reg_locate(crpci_zookeeper_reg *reg, bool *changed
 
 CRPCI_FN size_t crpci_zookeeper_reg_url(const crpci_zookeeper_reg *reg, char *out, size_t size)
 {
-    return (reg->consumer ? crpci_registry_consumer_url : crpci_registry_url)(
+    return (reg->consumer ? crpci_names_consumer_url : crpci_names_provider_url)(
         out, size, &reg->what, reg->address, reg->timestamp_ms, (long)getpid());
 }
 
@@ -11240,7 +11249,7 @@ CRPCI_FN void crpci_zookeeper_reg_free(crpci_zookeeper_task *t)
 {
     crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
     crpci_heap *h = t->session->heap;
-    crpci_registry_texts_free(h, reg->text, 5);
+    crpci_names_texts_free(h, reg->text, 5);
     crpci_heap_strfree(h, t->dir);
     crpci_heap_strfree(h, reg->path);
     crpci_heap_strfree(h, reg->twin);
@@ -11877,7 +11886,7 @@ CRPCI_FN void crpci_zookeeper_arm(crpci_zookeeper *s)
     if (s->link)
         next = crpci_base_min64(next, s->client_us);
 #endif
-    next = crpci_base_min64(next, crpci_registry_cache_due(&s->cache));
+    next = crpci_base_min64(next, crpci_cache_due(&s->cache));
     if (next != INT64_MAX)
         crpci_loop_timer_set(s->loop, &s->timer, next - now);
     else
@@ -12134,7 +12143,7 @@ CRPCI_FN bool crpci_zookeeper_reg_copy(crpci_zookeeper_reg *reg, crpci_heap *h,
     text[2] = what->version;
     text[3] = what->application;
     text[4] = what->methods;
-    if (!crpci_registry_texts_copy(h, reg->text, text, 5))
+    if (!crpci_names_texts_copy(h, reg->text, text, 5))
         return false;
     reg->what = *what;
     reg->what.address = NULL;
@@ -12164,8 +12173,8 @@ CRPCI_FN crpci_zookeeper_reg *crpci_zookeeper_reg_new(crpci_zookeeper_registry *
     return reg;
 }
 
-CRPCI_FN int crpci_zookeeper_enroll(crpci_registry *base, const crpci_registration *what,
-                                    crpci_registry_status_fn status, void *user, void **handle)
+CRPCI_FN int crpci_zookeeper_enroll(crpci_backend *base, const crpci_registration *what,
+                                    crpci_directory_status_fn status, void *user, void **handle)
 {
     crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)(void *)base;
     crpci_zookeeper *s = r->session;
@@ -12207,7 +12216,7 @@ CRPCI_FN void crpci_zookeeper_reg_end(crpci_zookeeper_reg *reg)
     reg->withdrawn = true;
     reg->owner = NULL;
     reg->task.refs++;
-    crpci_registry_call_wait(s->loop, &s->cond, &reg->caller);
+    crpci_directory_call_wait(s->loop, &s->cond, &reg->caller);
     if (s->closing || (!reg->task.op && !reg->tried)) {
         crpci_zookeeper_reg_drop(reg);
     } else if (!reg->task.op) {
@@ -12244,8 +12253,8 @@ CRPCI_COLD void crpci_zookeeper_recall(crpci_zookeeper_sub *sub)
     crpci_zookeeper_registry *r = sub->owner;
     crpci_zookeeper *s = r->session;
     static const char *const categories[2] = {"providers", "configurators"};
-    crpci_registry_names names[2];
-    crpci_registry_rules *rules;
+    crpci_names names[2];
+    crpci_names_overrides *rules;
     crpci_snapshot *list;
     size_t bad, i;
     for (i = 0; i < 2; i++) {
@@ -12254,33 +12263,33 @@ CRPCI_COLD void crpci_zookeeper_recall(crpci_zookeeper_sub *sub)
         memset(&names[i], 0, sizeof names[i]);
         crpci_loop_lock(s->loop);
         if (key && !s->connected)
-            crpci_registry_cache_get(&s->cache, key, &names[i]);
+            crpci_cache_get(&s->cache, key, &names[i]);
         crpci_loop_unlock(s->loop);
         crpci_heap_strfree(s->heap, key);
         crpci_heap_strfree(s->heap, path);
     }
-    rules = crpci_registry_rules_read(s->heap, names[1].name, names[1].count, "", &bad);
-    list = rules ? crpci_registry_collect(s->heap, names[0].name, names[0].count, &sub->base.query,
+    rules = crpci_names_overrides_read(s->heap, names[1].name, names[1].count, "", &bad);
+    list = rules ? crpci_directory_collect(s->heap, names[0].name, names[0].count, &sub->base.query,
                                           rules, &bad)
                  : NULL;
     if (list && list->count) {
         list->stale = true;
         crpci_loop_lock(s->loop);
-        (void)crpci_registry_push(&sub->base, list);
+        (void)crpci_directory_push(&sub->base, list);
         crpci_loop_unlock(s->loop);
     }
-    crpci_registry_snapshot_unref(list);
-    crpci_registry_rules_unref(rules);
+    crpci_directory_snapshot_unref(list);
+    crpci_names_overrides_unref(rules);
     for (i = 0; i < 2; i++)
-        crpci_registry_names_free(s->heap, &names[i]);
+        crpci_names_free(s->heap, &names[i]);
 }
 
-CRPCI_FN int crpci_zookeeper_subscribe(crpci_registry *base, const crpci_registry_query *what,
-                                       crpci_registry_push_fn push, void *user, void **handle)
+CRPCI_FN int crpci_zookeeper_subscribe(crpci_backend *base, const crpci_names_query *what,
+                                       crpci_directory_push_fn push, void *user, void **handle)
 {
     crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)(void *)base;
     crpci_zookeeper *s = r->session;
-    crpci_registry_query q = *what;
+    crpci_names_query q = *what;
     crpci_zookeeper_sub *sub;
     bool ok;
     *handle = NULL;
@@ -12291,7 +12300,7 @@ CRPCI_FN int crpci_zookeeper_subscribe(crpci_registry *base, const crpci_registr
         return CRPC_ENOMEM;
     sub->owner = r;
     q.application = q.application && *q.application ? q.application : r->application;
-    ok = crpci_registry_sub_init(&sub->base, s->loop, &s->cond, &q, push, user) &&
+    ok = crpci_directory_sub_init(&sub->base, s->loop, &s->cond, &q, push, user) &&
          (!r->register_consumer || crpci_zookeeper_consume(sub));
     if (ok && s->cache.path)
         crpci_zookeeper_recall(sub);
@@ -12301,7 +12310,7 @@ CRPCI_FN int crpci_zookeeper_subscribe(crpci_registry *base, const crpci_registr
         crpci_loop_unlock(s->loop);
         if (sub->consumer)
             crpci_zookeeper_reg_free(&sub->consumer->task);
-        crpci_registry_sub_clear(&sub->base);
+        crpci_directory_sub_clear(&sub->base);
         crpci_heap_free(s->heap, sub, sizeof *sub);
         return CRPC_ENOMEM;
     }
@@ -12322,7 +12331,7 @@ CRPCI_FN int crpci_zookeeper_subscribe(crpci_registry *base, const crpci_registr
 /* Locked. */
 CRPCI_FN void crpci_zookeeper_sub_end(crpci_zookeeper_sub *sub)
 {
-    crpci_registry_sub_end(&sub->base);
+    crpci_directory_sub_end(&sub->base);
     if (crpci_list_empty(&sub->dir->subs))
         crpci_zookeeper_dir_end(sub->dir);
     if (sub->consumer)
@@ -12330,7 +12339,7 @@ CRPCI_FN void crpci_zookeeper_sub_end(crpci_zookeeper_sub *sub)
     crpci_zookeeper_sub_unref(sub);
 }
 
-CRPCI_FN void crpci_zookeeper_unsubscribe(crpci_registry *base, void *handle)
+CRPCI_FN void crpci_zookeeper_unsubscribe(crpci_backend *base, void *handle)
 {
     crpci_zookeeper *s = ((crpci_zookeeper_registry *)(void *)base)->session;
     if (!handle)
@@ -12340,7 +12349,7 @@ CRPCI_FN void crpci_zookeeper_unsubscribe(crpci_registry *base, void *handle)
     crpci_loop_unlock(s->loop);
 }
 
-CRPCI_FN void crpci_zookeeper_withdraw(crpci_registry *base, void *handle)
+CRPCI_FN void crpci_zookeeper_withdraw(crpci_backend *base, void *handle)
 {
     crpci_zookeeper *s = ((crpci_zookeeper_registry *)(void *)base)->session;
     if (!handle)
@@ -12379,7 +12388,7 @@ CRPCI_FN bool crpci_zookeeper_end_one(crpci_zookeeper *s, const crpci_zookeeper_
 }
 
 /* With libzookeeper_mt and a server that is frozen this can take up to 4.5 s. */
-CRPCI_FN void crpci_zookeeper_close(crpci_registry *base)
+CRPCI_FN void crpci_zookeeper_close(crpci_backend *base)
 {
     crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)(void *)base;
     crpci_zookeeper *s = r->session;
@@ -12400,8 +12409,8 @@ CRPCI_FN void crpci_zookeeper_close(crpci_registry *base)
     } else if (last) {
         while (s->busy || s->cache.writing)
             crpci_thread_wait(&s->cond, &s->loop->lock, -1);
-        if (crpci_registry_cache_due(&s->cache) != INT64_MAX) /* earlier than else, but the last */
-            crpci_registry_cache_save(&s->cache, s->loop, &s->cond);
+        if (crpci_cache_due(&s->cache) != INT64_MAX) /* earlier than else, but the last */
+            crpci_cache_save(&s->cache, s->loop, &s->cond);
         crpci_zookeeper_shut(s);
     }
     crpci_zookeeper_unlock(s);
@@ -12411,8 +12420,8 @@ CRPCI_FN void crpci_zookeeper_close(crpci_registry *base)
     crpci_heap_unref(h);
 }
 
-static const crpci_registry_ops crpci_zookeeper_ops = {
-    sizeof(crpci_registry_ops), CRPCI_REGISTRY_OPS_VERSION, crpci_zookeeper_enroll,
+static const crpci_backend_ops crpci_zookeeper_ops = {
+    sizeof(crpci_backend_ops), CRPCI_BACKEND_OPS_VERSION, crpci_zookeeper_enroll,
     crpci_zookeeper_withdraw,   crpci_zookeeper_subscribe,  crpci_zookeeper_unsubscribe,
     crpci_zookeeper_close};
 
@@ -12423,7 +12432,7 @@ CRPCI_FN bool crpci_zookeeper_same(const char *a, const char *b)
 
 /* The session that a registry can share. Locked. */
 CRPCI_FN crpci_zookeeper *crpci_zookeeper_find(crpc_loop *l, const char *authority,
-                                               const crpci_registry_options *o)
+                                               const crpci_directory_options *o)
 {
     crpci_list *i;
     for (i = l->registries.next; i != &l->registries; i = i->next) {
@@ -12437,7 +12446,7 @@ CRPCI_FN crpci_zookeeper *crpci_zookeeper_find(crpc_loop *l, const char *authori
 }
 
 CRPCI_COLD int crpci_zookeeper_new(crpc_loop *l, const char *authority,
-                                   const crpci_registry_options *o, crpci_zookeeper **out,
+                                   const crpci_directory_options *o, crpci_zookeeper **out,
                                    crpc_error *error)
 {
     crpci_zookeeper *s = (crpci_zookeeper *)crpci_heap_alloc(l->heap, sizeof *s);
@@ -12469,7 +12478,7 @@ CRPCI_COLD int crpci_zookeeper_new(crpc_loop *l, const char *authority,
     if (credential)
         s->credential = crpci_heap_strndup(s->heap, credential, strlen(credential));
     if (o->cache)
-        cached = crpci_registry_cache_init(&s->cache, s->heap, o->cache, o->cache_interval_ms);
+        cached = crpci_cache_init(&s->cache, s->heap, o->cache, o->cache_interval_ms);
     if (!s->authority || (credential && !s->credential) || !cached)
         err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     else
@@ -12477,7 +12486,7 @@ CRPCI_COLD int crpci_zookeeper_new(crpc_loop *l, const char *authority,
     if (!err && crpci_zookeeper_make_hosts(s))
         err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     if (!err && o->cache)
-        crpci_registry_cache_load(&s->cache);
+        crpci_cache_load(&s->cache);
     if (err)
         crpci_zookeeper_free(s);
     else
@@ -12487,7 +12496,7 @@ CRPCI_COLD int crpci_zookeeper_new(crpc_loop *l, const char *authority,
 
 /* Joins the session that fits, or begins one. */
 CRPCI_COLD int crpci_zookeeper_join_session(crpc_loop *l, const char *authority,
-                                            const crpci_registry_options *o, crpci_zookeeper **out,
+                                            const crpci_directory_options *o, crpci_zookeeper **out,
                                             crpc_error *error)
 {
     crpci_zookeeper *s, *made = NULL;
@@ -12550,11 +12559,11 @@ CRPCI_FN int crpci_zookeeper_root(crpci_heap *h, const char *path, char **out, c
 }
 
 CRPCI_COLD int crpci_zookeeper_open(crpc_loop *l, const crpci_url *url,
-                                    const crpci_registry_options *options, crpci_registry **out,
+                                    const crpci_directory_options *options, crpci_backend **out,
                                     crpc_error *error)
 {
     crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)crpci_heap_alloc(l->heap, sizeof *r);
-    crpci_registry_options o;
+    crpci_directory_options o;
     int err;
     if (!r)
         return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
@@ -12587,16 +12596,20 @@ CRPCI_COLD int crpci_zookeeper_open(crpc_loop *l, const crpci_url *url,
 }
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
+/* ======================================================================== */
+/* >>impl-open   the table of directory backends: schemes, URL options, paths */
+/* ======================================================================== */
+
 /* Opens the registry of a URL whose path is the root of the tree. Waits for name resolution, never
  * for the registry itself. Options NULL: defaults. */
-CRPCI_COLD int crpci_registry_open(crpc_loop *l, const crpci_url *url,
-                                   const crpci_registry_options *options, crpci_registry **out,
+CRPCI_COLD int crpci_open_registry(crpc_loop *l, const crpci_url *url,
+                                   const crpci_directory_options *options, crpci_backend **out,
                                    crpc_error *error)
 {
     *out = NULL;
 #if CRPC_ENABLE_SERVERLESS
     if (strcmp(url->scheme, "file") == 0)
-        return crpci_filereg_open(l, url, out, error);
+        return crpci_file_open(l, url, out, error);
     if (strcmp(url->scheme, "multicast") == 0)
         return crpci_multicast_open(l, url, options, out, error);
 #endif
@@ -12722,7 +12735,7 @@ struct crpc_election {
 struct crpc_registry {
     crpc_loop *loop;
     bool private_loop;
-    crpci_registry *base;
+    crpci_backend *base;
     crpci_zookeeper *session;
     char *root; /* "/app", or "" */
     crpci_list items;
@@ -14440,7 +14453,7 @@ CRPCI_COLD int crpci_coordination_join(crpc_registry *r, crpci_url *u,
                                        const crpc_registry_options *o, crpc_error *error)
 {
     crpci_heap *h = r->loop->heap;
-    crpci_registry_options ro;
+    crpci_directory_options ro;
     int err;
     if (u->path[strspn(u->path, "/")]) {
         err = crpci_zookeeper_root(h, u->path, &r->root, error);
@@ -14537,7 +14550,7 @@ CRPC_API void crpc_registry_close(crpc_registry *r)
     crpci_loop_lock(l);
     crpci_coordination_end(r);
     crpci_loop_unlock(l);
-    crpci_registry_close(r->base);
+    crpci_directory_close(r->base);
     crpci_id_free(&r->configs, l->heap);
     crpci_heap_strfree(l->heap, r->root);
     crpci_heap_free(l->heap, r, sizeof *r);
@@ -14789,7 +14802,7 @@ struct crpc_channel {
     int64_t failback_us;
     void (*failback_dropped)(void *user, const crpc_method *method, const crpc_error *error);
     void *failback_user;
-    crpci_registry *registry;
+    crpci_backend *registry;
     void *subscription;
     bool listed; /* the registry has answered */
     crpci_waiter *list_waiter;
@@ -16653,7 +16666,7 @@ CRPCI_FN void crpci_channel_drop_nodes(crpc_channel *ch)
 {
     crpci_balance_node **old = ch->nodes;
     size_t count = ch->node_count;
-    crpci_registry_snapshot_unref(ch->list);
+    crpci_directory_snapshot_unref(ch->list);
     ch->list = NULL;
     ch->nodes = NULL;
     ch->node_count = 0;
@@ -17479,14 +17492,14 @@ CRPCI_COLD int crpci_channel_open_static(crpc_channel *ch, crpci_url *u, crpc_er
                                 u->scheme, u->authority, u->path);
     for (p = u->authority; many && *p; p++)
         count += *p == ',';
-    list = crpci_registry_snapshot(h, count);
+    list = crpci_directory_snapshot(h, count);
     if (!list)
         return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     for (item = local ? u->path : u->authority; item && !err; item = next) {
         next = many ? strchr(item, ',') : NULL;
         if (next)
             *next++ = '\0';
-        list->providers[n].weight = CRPCI_REGISTRY_WEIGHT;
+        list->providers[n].weight = CRPCI_NAMES_WEIGHT;
         p = list->providers[n].address;
         if (local && (size_t)snprintf(p, CRPC_ADDRESS_MAX, "unix:%s", item) >= CRPC_ADDRESS_MAX)
             err = crpci_status_set(error, CRPC_EINVAL, "unix:// path is over %d bytes",
@@ -17499,7 +17512,7 @@ CRPCI_COLD int crpci_channel_open_static(crpc_channel *ch, crpci_url *u, crpc_er
         crpci_loop_lock(ch->loop);
         err = crpci_channel_set_providers(ch, list);
         if (!err && ch->max_nodes) {
-            crpci_registry_snapshot_ref(list);
+            crpci_directory_snapshot_ref(list);
             ch->list = list;
         }
         crpci_loop_unlock(ch->loop);
@@ -17508,7 +17521,7 @@ CRPCI_COLD int crpci_channel_open_static(crpc_channel *ch, crpci_url *u, crpc_er
                                                             : "an address cannot be used");
     }
     ch->listed = true;
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
     return err;
 }
 
@@ -17521,8 +17534,8 @@ CRPCI_FN int crpci_channel_on_list(void *user, crpci_snapshot *list)
     if (!ch->closed)
         err = crpci_channel_set_providers(ch, list);
     if (!ch->closed && !err && ch->max_nodes) {
-        crpci_registry_snapshot_ref(list);
-        crpci_registry_snapshot_unref(ch->list);
+        crpci_directory_snapshot_ref(list);
+        crpci_directory_snapshot_unref(ch->list);
         ch->list = list;
     }
     if (!ch->closed && !err) {
@@ -17577,8 +17590,8 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
                                            const crpc_channel_options *o,
                                            const crpci_channel_where *which, crpc_error *error)
 {
-    crpci_registry_options ro;
-    crpci_registry_query q;
+    crpci_directory_options ro;
+    crpci_names_query q;
     char *slash = strrchr(u->path, '/'), where[320];
     const char *service = slash ? slash + 1 : u->path;
     bool file = strcmp(u->scheme, "file") == 0, multicast = strcmp(u->scheme, "multicast") == 0;
@@ -17606,7 +17619,7 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
     ro.register_consumer = true;
     ro.cache = *which->cache ? which->cache : o->cache;
     ro.interface = which->interface;
-    err = crpci_registry_open(ch->loop, u, &ro, &ch->registry, error);
+    err = crpci_open_registry(ch->loop, u, &ro, &ch->registry, error);
     if (err)
         return err;
     memset(&q, 0, sizeof q);
@@ -17707,7 +17720,7 @@ CRPC_API void crpc_channel_close(crpc_channel *ch)
     if (ch->registry) {
         if (ch->subscription)
             ch->registry->ops->unsubscribe(ch->registry, ch->subscription);
-        crpci_registry_close(ch->registry);
+        crpci_directory_close(ch->registry);
     }
     crpci_loop_lock(l);
     ch->registry = NULL;
@@ -18516,7 +18529,7 @@ struct crpc_server {
     crpci_timer drain; /* the end of being lame, then looks at whether draining is done */
     int64_t drain_until;
     crpci_waiter *waiter; /* for the registry, or for the end of draining */
-    crpci_registry *registry;
+    crpci_backend *registry;
     crpci_enrolment *enrolments;
     size_t enrolled;
     char registry_text[CRPC_ERROR_TEXT_MAX];
@@ -19899,7 +19912,7 @@ CRPCI_COLD void crpci_server_method_names(const crpc_service *table, char *out, 
 CRPCI_COLD int crpci_server_enrol(crpc_server *s, crpc_error *error)
 {
     char address[CRPC_ADDRESS_MAX], methods[1024];
-    crpci_registry_options ro;
+    crpci_directory_options ro;
     crpci_registration what;
     crpci_url u;
     size_t i;
@@ -19913,7 +19926,7 @@ CRPCI_COLD int crpci_server_enrol(crpc_server *s, crpc_error *error)
     memset(&ro, 0, sizeof ro);
     ro.session_timeout_ms = s->options.session_timeout_ms;
     ro.credential = s->registry_credential;
-    err = crpci_registry_open(s->loop, &u, &ro, &s->registry, error);
+    err = crpci_open_registry(s->loop, &u, &ro, &s->registry, error);
     if (err)
         return err;
     s->enrolments = (crpci_enrolment *)crpci_heap_alloc(s->heap,
@@ -20287,7 +20300,7 @@ CRPCI_COLD void crpci_server_dismantle(crpc_server *s)
     crpc_loop *l = s->loop;
     bool private_loop = s->private_loop;
     size_t i;
-    crpci_registry_close(s->registry);
+    crpci_directory_close(s->registry);
     s->registry = NULL;
     crpci_loop_lock(l);
     crpci_server_close_listeners(s);

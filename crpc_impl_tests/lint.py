@@ -31,7 +31,6 @@ ALIASES = {
     "endpoint": ["call", "channel"],  # the ends of a call on an endpoint
     "channel": ["call"],
     "server": ["context"],       # a request being served
-    "zookeeper": ["registry"],   # opens whichever registry a URL names
 }
 # Test files without a section of their own, and what they are for.
 EXTRA_TESTS = {

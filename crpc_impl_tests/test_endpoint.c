@@ -874,11 +874,11 @@ static void a_removed_provider_answers_early(void **state)
     assert_int_equal(dyn_Echo_Add_begin(ch, &request, &id, &call), CRPC_OK);
     free(bulk);
     assert_true(CT_WAIT(peer_requests(&p) == 1, NET_PATIENCE));
-    list = crpci_registry_snapshot(ch->loop->heap, 1);
+    list = crpci_directory_snapshot(ch->loop->heap, 1);
     assert_non_null(list);
     strcpy(list->providers[0].address, "127.0.0.1:9");
     assert_int_equal(crpci_channel_on_list(ch, list), CRPC_OK);
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
     __atomic_store_n(&told.value, id.value, __ATOMIC_SEQ_CST);
     assert_int_equal(crpc_channel_wait(ch, id, -1), CRPC_OK);
     assert_int_equal(dyn_Echo_Add_fetch(ch, id, &out, &call), CRPC_OK);
@@ -1170,7 +1170,7 @@ static void a_named_request_is_sent_again_to_its_provider(void **state)
 /* As a registry pushes it; weight 0 leaves a peer out. */
 static void fleet_list(fleet *f, const int *weights)
 {
-    crpci_snapshot *list = crpci_registry_snapshot(f->channel->loop->heap, (size_t)f->count);
+    crpci_snapshot *list = crpci_directory_snapshot(f->channel->loop->heap, (size_t)f->count);
     size_t n = 0;
     int i;
     assert_non_null(list);
@@ -1181,9 +1181,9 @@ static void fleet_list(fleet *f, const int *weights)
         list->providers[n++].weight = weights[i];
     }
     list->count = n;
-    crpci_registry_sort(list);
+    crpci_directory_sort(list);
     assert_int_equal(crpci_channel_on_list(f->channel, list), CRPC_OK);
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
 }
 
 static void weights_share_out_the_calls(void **state)
@@ -1346,7 +1346,7 @@ static void a_list_does_not_begin_a_warm_up_again(void **state)
     o.private_loop.hooks.clock_us = fake_clock;
     fake_now = 1000000;
     assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, NULL), CRPC_OK);
-    list = crpci_registry_snapshot(ch->loop->heap, 1);
+    list = crpci_directory_snapshot(ch->loop->heap, 1);
     assert_non_null(list);
     strcpy(list->providers[0].address, "127.0.0.1:9");
     list->providers[0].weight = 100;
@@ -1356,7 +1356,7 @@ static void a_list_does_not_begin_a_warm_up_again(void **state)
         fake_now += 1000000;
     }
     assert_in_range(crpci_channel_node(ch, 0)->balance.weight, 89, 91);
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
     crpc_channel_close(ch);
 }
 
@@ -1379,7 +1379,7 @@ static void an_aged_provider_is_dialled_rarely(void **state)
                                        &o, NULL),
                      CRPC_OK);
     e = first_endpoint(f.channel->loop);
-    list = crpci_registry_snapshot(f.channel->loop->heap, 1);
+    list = crpci_directory_snapshot(f.channel->loop->heap, 1);
     assert_non_null(list);
     strcpy(list->providers[0].address, "127.0.0.1:9");
     list->providers[0].weight = 100;
@@ -1403,7 +1403,7 @@ static void an_aged_provider_is_dialled_rarely(void **state)
         fake_now += 1500000;
     }
     assert_int_equal(dials, 20);
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
     crpc_channel_close(f.channel);
 }
 
@@ -1428,7 +1428,7 @@ static void a_flood_of_changes_is_followed(void **state)
         assert_int_equal(crpc_channel_open(&ch, url, &o, NULL), CRPC_OK);
         memset(&before, 0, sizeof before);
         for (i = 0; i < CHANGES / (int)(sizeof balancers / sizeof *balancers); i++) {
-            crpci_snapshot *list = crpci_registry_snapshot(ch->loop->heap, MANY);
+            crpci_snapshot *list = crpci_directory_snapshot(ch->loop->heap, MANY);
             const crpci_node *n;
             assert_non_null(list);
             for (k = 0; k < MANY; k++) {
@@ -1438,7 +1438,7 @@ static void a_flood_of_changes_is_followed(void **state)
                          generation & 255, (unsigned)k & 255);
                 list->providers[k].weight = 1 + (int)(generation >> 8);
             }
-            crpci_registry_sort(list);
+            crpci_directory_sort(list);
             assert_int_equal(list->count, MANY);
             assert_int_equal(crpci_channel_on_list(ch, list), CRPC_OK);
             assert_int_equal(crpc_channel_providers(ch), MANY);
@@ -1448,7 +1448,7 @@ static void a_flood_of_changes_is_followed(void **state)
             n = crpci_channel_pick(ch, &c);
             assert_non_null(n);
             assert_ptr_equal(crpci_channel_node(ch, n->balance.index), n);
-            crpci_registry_snapshot_unref(list);
+            crpci_directory_snapshot_unref(list);
             crpc_loop_stats_get(ch->loop, i == 2 ? &before : &after);
         }
         assert_true(after.memory <= before.memory + before.memory / 50);

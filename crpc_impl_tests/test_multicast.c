@@ -22,7 +22,7 @@ static void on_line(void *user, int level, const char *line)
 
 typedef struct side {
     crpc_loop *loop;
-    crpci_registry *r;
+    crpci_backend *r;
     void *sub;
     void *reg;
     char list[1024]; /* the last one: "a:1 b:2 ", "(stale)" behind it */
@@ -45,7 +45,7 @@ static int on_push(void *user, crpci_snapshot *list)
         strcat(s->list, "(stale)");
     s->pushes++;
     if (s->close_in_push) {
-        crpci_registry_close(s->r);
+        crpci_directory_close(s->r);
         s->r = NULL;
     }
     return CRPC_OK;
@@ -65,7 +65,7 @@ static void on_status(void *user, int status, const char *text)
 static int try_open(side *s, const crpc_hooks *hooks)
 {
     crpc_loop_options o;
-    crpci_registry_options ro;
+    crpci_directory_options ro;
     crpci_url url;
     char text[96];
     int err;
@@ -82,7 +82,7 @@ static int try_open(side *s, const crpc_hooks *hooks)
     ro.interface = "127.0.0.1";
     snprintf(text, sizeof text, "multicast://%s", group);
     assert_int_equal(crpci_url_parse(&url, text, NULL), CRPC_OK);
-    return crpci_registry_open(s->loop, &url, &ro, &s->r, NULL);
+    return crpci_open_registry(s->loop, &url, &ro, &s->r, NULL);
 }
 
 static void open_side(side *s)
@@ -95,13 +95,13 @@ static void open_side(side *s)
 
 static void close_side(side *s)
 {
-    crpci_registry_close(s->r);
+    crpci_directory_close(s->r);
     crpc_loop_close(s->loop);
 }
 
 static int subscribe(side *s, const char *service, bool allow_empty)
 {
-    crpci_registry_query q;
+    crpci_names_query q;
     memset(&q, 0, sizeof q);
     q.service = service;
     q.allow_empty = allow_empty;
@@ -475,8 +475,8 @@ static void it_refuses_what_cannot_be(void **state)
     };
     char long_name[1500];
     crpci_registration what;
-    crpci_registry_options ro;
-    crpci_registry *r;
+    crpci_directory_options ro;
+    crpci_backend *r;
     crpci_url url;
     crpc_error error;
     void *handle;
@@ -489,7 +489,7 @@ static void it_refuses_what_cannot_be(void **state)
         memset(&ro, 0, sizeof ro);
         ro.interface = bad[i].interface;
         assert_int_equal(crpci_url_parse(&url, bad[i].url, NULL), CRPC_OK);
-        err = crpci_registry_open(a.loop, &url, &ro, &r, &error);
+        err = crpci_open_registry(a.loop, &url, &ro, &r, &error);
         if (err != bad[i].status || r)
             fail_msg("%s: %s", bad[i].url, crpc_status_name(err));
     }

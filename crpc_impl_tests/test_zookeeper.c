@@ -41,7 +41,7 @@ static crpc_loop *loop_with(const crpc_hooks *hooks)
 /* A session that was not begun. */
 static int session(crpc_loop *loop, const char *authority, crpci_zookeeper **s, crpc_error *error)
 {
-    crpci_registry_options o;
+    crpci_directory_options o;
     memset(&o, 0, sizeof o);
     o.session_timeout_ms = 4000;
     return crpci_zookeeper_new(loop, authority, &o, s, error);
@@ -377,7 +377,7 @@ static void it_spreads_a_fleet(void **state)
     memset(bucket, 0, sizeof bucket);
     hooks.clock_us = client_clock;
     for (i = 0; i < 500; i++) {
-        crpci_registry_options o;
+        crpci_directory_options o;
         crpci_zookeeper *s;
         crpc_loop *loop;
         int at;
@@ -418,9 +418,9 @@ static void on_status(void *user, int status, const char *text)
 static int use(const crpc_hooks *hooks, void *user)
 {
     crpc_loop *loop = loop_with(hooks);
-    crpci_registry *r = NULL, *again = NULL;
-    crpci_registry_options o;
-    crpci_registry_query q;
+    crpci_backend *r = NULL, *again = NULL;
+    crpci_directory_options o;
+    crpci_names_query q;
     crpci_registration what;
     crpci_url url;
     char text[64];
@@ -434,8 +434,8 @@ static int use(const crpc_hooks *hooks, void *user)
     memset(&q, 0, sizeof q);
     o.register_consumer = true;
     q.service = "S";
-    err = crpci_registry_open(loop, &url, &o, &r, NULL);
-    err = err ? err : crpci_registry_open(loop, &url, NULL, &again, NULL);
+    err = crpci_open_registry(loop, &url, &o, &r, NULL);
+    err = err ? err : crpci_open_registry(loop, &url, NULL, &again, NULL);
     if (!err)
         err = again->ops->subscribe(again, &q, on_push, NULL, &sub);
     q.group = "g";
@@ -451,8 +451,8 @@ static int use(const crpc_hooks *hooks, void *user)
         r->ops->withdraw(r, reg);
     if (!err)
         err = again->ops->enroll(again, &what, NULL, NULL, &reg);
-    crpci_registry_close(r);
-    crpci_registry_close(again);
+    crpci_directory_close(r);
+    crpci_directory_close(again);
     crpc_loop_close(loop);
     return err;
 }
@@ -469,14 +469,14 @@ static void it_refuses_what_cannot_be_a_node(void **state)
     static const char *const bad[] = {"", ".", "..", "a/b", "a\nb", NULL};
     crpc_loop *loop = loop_with(NULL);
     crpci_registration what;
-    crpci_registry_query q;
-    crpci_registry *r;
+    crpci_names_query q;
+    crpci_backend *r;
     crpci_url url;
     void *handle = loop;
     size_t i;
     (void)state;
     assert_int_equal(crpci_url_parse(&url, "zookeeper://127.0.0.1:1/root", NULL), CRPC_OK);
-    assert_int_equal(crpci_registry_open(loop, &url, NULL, &r, NULL), CRPC_OK);
+    assert_int_equal(crpci_open_registry(loop, &url, NULL, &r, NULL), CRPC_OK);
     memset(&what, 0, sizeof what);
     memset(&q, 0, sizeof q);
     for (i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -494,7 +494,7 @@ static void it_refuses_what_cannot_be_a_node(void **state)
     assert_int_equal(r->ops->enroll(r, &what, NULL, NULL, &handle), CRPC_EINVAL);
     r->ops->unsubscribe(r, NULL);
     r->ops->withdraw(r, NULL);
-    crpci_registry_close(r);
+    crpci_directory_close(r);
     crpc_loop_close(loop);
 }
 
@@ -514,27 +514,27 @@ static void it_shares_what_is_the_same(void **state)
         {"zookeeper://127.0.0.1:2/a", NULL, NULL, 0, false},
     };
     crpc_loop *loop = loop_with(NULL);
-    crpci_registry *first, *r;
+    crpci_backend *first, *r;
     crpci_url url;
     size_t i;
     (void)state;
     assert_int_equal(crpci_url_parse(&url, others[0].url, NULL), CRPC_OK);
-    assert_int_equal(crpci_registry_open(loop, &url, NULL, &first, NULL), CRPC_OK);
+    assert_int_equal(crpci_open_registry(loop, &url, NULL, &first, NULL), CRPC_OK);
     for (i = 0; i < sizeof others / sizeof *others; i++) {
-        crpci_registry_options o;
+        crpci_directory_options o;
         crpci_zookeeper *a, *b;
         memset(&o, 0, sizeof o);
         o.session_timeout_ms = others[i].timeout_ms;
         o.credential = others[i].credential;
         o.cache = others[i].cache;
         assert_int_equal(crpci_url_parse(&url, others[i].url, NULL), CRPC_OK);
-        assert_int_equal(crpci_registry_open(loop, &url, &o, &r, NULL), CRPC_OK);
+        assert_int_equal(crpci_open_registry(loop, &url, &o, &r, NULL), CRPC_OK);
         a = ((crpci_zookeeper_registry *)(void *)first)->session;
         b = ((crpci_zookeeper_registry *)(void *)r)->session;
         assert_int_equal(a == b, others[i].same);
-        crpci_registry_close(r);
+        crpci_directory_close(r);
     }
-    crpci_registry_close(first);
+    crpci_directory_close(first);
     assert_true(crpci_list_empty(&loop->registries));
     crpc_loop_close(loop);
 }

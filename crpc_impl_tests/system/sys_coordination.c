@@ -523,8 +523,8 @@ static void it_shares_the_session(void **state)
 {
     side a;
     crpc_registry *more;
-    crpci_registry *r;
-    crpci_registry_options o;
+    crpci_backend *r;
+    crpci_directory_options o;
     crpci_url url;
     char where[64];
     (void)state;
@@ -536,11 +536,11 @@ static void it_shares_the_session(void **state)
     o.session_timeout_ms = TIMEOUT_MS; /* as a channel or a server would */
     snprintf(where, sizeof where, "zookeeper://127.0.0.1:%d/dubbo", server.port);
     assert_int_equal(crpci_url_parse(&url, where, NULL), CRPC_OK);
-    assert_int_equal(crpci_registry_open(a.loop, &url, &o, &r, NULL), CRPC_OK);
+    assert_int_equal(crpci_open_registry(a.loop, &url, &o, &r, NULL), CRPC_OK);
     assert_int_equal(zk_connections(&server), 1);
     assert_true(crpc_registry_session(more) == crpc_registry_session(a.registry));
     crpc_registry_close(more);
-    crpci_registry_close(r);
+    crpci_directory_close(r);
     assert_int_equal(call(&a, crpc_node_create("s", text(""), CRPC_NODE_PARENTS), NULL), CRPC_OK);
     ct_matrix(a.loop, "coordination-shares-session");
     side_close(&a);

@@ -29,7 +29,7 @@ static const char *cache; /* for the registries opened next */
 
 typedef struct side {
     crpc_loop *loop;
-    crpci_registry *registry;
+    crpci_backend *registry;
     void *sub;
     void *reg;
     pthread_mutex_t lock;
@@ -94,7 +94,7 @@ static int on_push(void *user, crpci_snapshot *list)
         s->sub = NULL;
     }
     if (s->close_in_push) {
-        crpci_registry_close(s->registry);
+        crpci_directory_close(s->registry);
         s->registry = NULL;
     }
     __atomic_add_fetch(&s->pushes, 1, __ATOMIC_SEQ_CST);
@@ -131,10 +131,10 @@ static void side_loop(side *s, int drive)
         assert_int_equal(crpc_loop_start(s->loop), CRPC_OK);
 }
 
-static crpci_registry *open_registry(crpc_loop *loop, int port, const char *credential)
+static crpci_backend *open_registry(crpc_loop *loop, int port, const char *credential)
 {
-    crpci_registry_options o;
-    crpci_registry *r;
+    crpci_directory_options o;
+    crpci_backend *r;
     crpc_error error;
     crpci_url url;
     char text[64];
@@ -147,7 +147,7 @@ static crpci_registry *open_registry(crpc_loop *loop, int port, const char *cred
     o.cache_interval_ms = -1;
     snprintf(text, sizeof text, "zookeeper://127.0.0.1:%d/test", port);
     assert_int_equal(crpci_url_parse(&url, text, &error), CRPC_OK);
-    if (crpci_registry_open(loop, &url, &o, &r, &error))
+    if (crpci_open_registry(loop, &url, &o, &r, &error))
         fail_msg("open: %s", error.text);
     return r;
 }
@@ -160,7 +160,7 @@ static void side_open(side *s, int port)
 
 static void side_subscribe_with(side *s, const char *group, const char *version, bool allow_empty)
 {
-    crpci_registry_query q;
+    crpci_names_query q;
     memset(&q, 0, sizeof q);
     q.service = "demo.Echo";
     q.group = group;
@@ -199,7 +199,7 @@ static void side_enroll(side *s, const char *address)
 
 static void side_close(side *s)
 {
-    crpci_registry_close(s->registry);
+    crpci_directory_close(s->registry);
     crpc_loop_close(s->loop);
     pthread_mutex_destroy(&s->lock);
 }
@@ -467,7 +467,7 @@ static void it_notices_a_killed_provider(void **state)
     close(input);
     expect_list(&b, "10.0.0.1:8000 ", LATE_MS);
     /* when the last one goes, it is kept: see the last good list */
-    crpci_registry_close(a.registry);
+    crpci_directory_close(a.registry);
     a.registry = NULL;
     assert_true(CT_WAIT(count_nodes(&server) == 0, LATE_MS));
     ct_sleep_ms(200);
@@ -520,7 +520,7 @@ static void it_is_gone_at_once_when_closed(void **state)
         expect_ok(&a, LATE_MS);
         assert_int_equal(count_nodes(&server), 1);
         begin = ct_now_ms();
-        crpci_registry_close(a.registry);
+        crpci_directory_close(a.registry);
         best = ct_now_ms() - begin < best ? ct_now_ms() - begin : best;
         assert_int_equal(count_nodes(&server), 0);
     }
@@ -1270,8 +1270,8 @@ static void it_starts_from_its_cache(void **state)
 static void it_shares_one_session(void **state)
 {
     side a;
-    crpci_registry *more[9];
-    crpci_registry_query q;
+    crpci_backend *more[9];
+    crpci_names_query q;
     void *handles[9];
     side others[9];
     int i;
@@ -1300,7 +1300,7 @@ static void it_shares_one_session(void **state)
     for (i = 0; i < 9; i++) {
         if (i % 3)
             more[i]->ops->unsubscribe(more[i], handles[i]);
-        crpci_registry_close(more[i]); /* ends the rest */
+        crpci_directory_close(more[i]); /* ends the rest */
         pthread_mutex_destroy(&others[i].lock);
     }
     assert_true(CT_WAIT(count_in(&server, CONSUMERS) == 0, LATE_MS));
@@ -1356,7 +1356,7 @@ static void it_waits_for_a_running_callback(void **state)
         if (i % 2)
             a.registry->ops->unsubscribe(a.registry, a.sub);
         else
-            crpci_registry_close(a.registry);
+            crpci_directory_close(a.registry);
         assert_int_equal(value(&a.in_push), 0);
         assert_int_equal(value(&a.pushes), 1);
         if (i % 2 == 0)
@@ -1561,10 +1561,10 @@ static void it_leaves_the_process_alone(void **state)
 static int sweep(const crpc_hooks *hooks, void *user)
 {
     crpc_loop_options o;
-    crpci_registry_options ro;
+    crpci_directory_options ro;
     crpci_registration what;
-    crpci_registry_query q;
-    crpci_registry *r = NULL;
+    crpci_names_query q;
+    crpci_backend *r = NULL;
     crpc_loop *loop;
     crpci_url url;
     char text[64];
@@ -1590,7 +1590,7 @@ static int sweep(const crpc_hooks *hooks, void *user)
         fail_msg("no thread");
     snprintf(text, sizeof text, "zookeeper://127.0.0.1:%d/test", server.port);
     crpci_url_parse(&url, text, NULL);
-    err = crpci_registry_open(loop, &url, &ro, &r, NULL);
+    err = crpci_open_registry(loop, &url, &ro, &r, NULL);
     if (!err)
         err = r->ops->subscribe(r, &q, on_push, s, &sub);
     what.service = "demo.Echo";
@@ -1601,7 +1601,7 @@ static int sweep(const crpc_hooks *hooks, void *user)
         (void)CT_WAIT(value(&s->pushes) && value(&s->status) == CRPC_OK, 20);
     if (!err)
         r->ops->withdraw(r, reg);
-    crpci_registry_close(r);
+    crpci_directory_close(r);
     crpc_loop_close(loop);
     return err;
 }

@@ -1,4 +1,4 @@
-/* The registry in a file: lines, changes, what is wrong with it. */
+/* impl-file: lines, changes, what is wrong with a file. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -28,25 +28,25 @@ static const char *taken(const char *text, size_t *bad)
 {
     static char out[512];
     crpc_hooks hooks = ct_hooks();
-    crpci_filereg_text t;
-    crpci_registry_query q;
+    crpci_file_text t;
+    crpci_names_query q;
     crpci_snapshot *list;
     crpci_heap *h;
     ct_guard g = ct_guard_make(text, strlen(text) + 1);
     size_t i, n = 0, wrong;
     assert_int_equal(crpci_heap_open(&h, &hooks, 0), CRPC_OK);
-    assert_true(crpci_filereg_parse(h, (char *)g.data, &t));
+    assert_true(crpci_file_parse(h, (char *)g.data, &t));
     *bad = t.bad;
     memset(&q, 0, sizeof q);
     q.service = "S";
-    list = crpci_registry_collect(h, t.names.name, t.names.count, &q, NULL, &wrong);
+    list = crpci_directory_collect(h, t.names.name, t.names.count, &q, NULL, &wrong);
     assert_int_equal(wrong, 0);
     out[0] = '\0';
     for (i = 0; i < list->count; i++)
         n += (size_t)snprintf(out + n, sizeof out - n, "%s/%d/%d ", list->providers[i].address,
                               list->providers[i].weight, list->providers[i].warmup_ms);
-    crpci_registry_snapshot_unref(list);
-    crpci_registry_names_free(h, &t.names);
+    crpci_directory_snapshot_unref(list);
+    crpci_names_free(h, &t.names);
     crpci_heap_unref(h);
     ct_guard_free(g);
     return out;
@@ -118,7 +118,7 @@ typedef struct fixture {
     ct_dir dir;
     char path[128];
     crpc_loop *loop;
-    crpci_registry *r;
+    crpci_backend *r;
     void *sub;
     char list[256]; /* the last one: "a:1 b:2 ", "(stale)" behind it */
     int pushes;
@@ -136,7 +136,7 @@ static int on_push(void *user, crpci_snapshot *list)
         strcat(f->list, "(stale)");
     f->pushes++;
     if (f->close_in_push && f->pushes > 1) {
-        crpci_registry_close(f->r);
+        crpci_directory_close(f->r);
         f->r = NULL;
     }
     return CRPC_OK;
@@ -157,7 +157,7 @@ static void put(const fixture *f, const char *text)
 static int begin(fixture *f, const crpc_hooks *hooks, bool allow_empty, const char *text)
 {
     crpc_loop_options o;
-    crpci_registry_query q;
+    crpci_names_query q;
     crpci_url url;
     char name[160];
     int err;
@@ -177,7 +177,7 @@ static int begin(fixture *f, const crpc_hooks *hooks, bool allow_empty, const ch
         return err;
     snprintf(name, sizeof name, "file://%s", f->path);
     assert_int_equal(crpci_url_parse(&url, name, NULL), CRPC_OK);
-    err = crpci_registry_open(f->loop, &url, NULL, &f->r, NULL);
+    err = crpci_open_registry(f->loop, &url, NULL, &f->r, NULL);
     q.service = "";
     q.allow_empty = allow_empty;
     return err ? err : f->r->ops->subscribe(f->r, &q, on_push, f, &f->sub);
@@ -185,7 +185,7 @@ static int begin(fixture *f, const crpc_hooks *hooks, bool allow_empty, const ch
 
 static void end(fixture *f)
 {
-    crpci_registry_close(f->r);
+    crpci_directory_close(f->r);
     crpc_loop_close(f->loop);
     ct_dir_remove(f->dir);
 }
@@ -310,7 +310,7 @@ static void it_wants_a_path(void **state)
     static const char *const bad[] = {"file://", "file:///", "file://relative", "file://a/b"};
     crpc_hooks hooks = ct_hooks();
     crpc_loop_options o;
-    crpci_registry *r;
+    crpci_backend *r;
     crpci_url url;
     crpc_loop *loop;
     size_t i;
@@ -320,7 +320,7 @@ static void it_wants_a_path(void **state)
     assert_int_equal(crpc_loop_open(&loop, &o), CRPC_OK);
     for (i = 0; i < sizeof bad / sizeof *bad; i++) {
         assert_int_equal(crpci_url_parse(&url, bad[i], NULL), CRPC_OK);
-        assert_int_equal(crpci_registry_open(loop, &url, NULL, &r, NULL), CRPC_EINVAL);
+        assert_int_equal(crpci_open_registry(loop, &url, NULL, &r, NULL), CRPC_EINVAL);
         assert_null(r);
     }
     crpc_loop_close(loop);
