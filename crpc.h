@@ -2480,30 +2480,49 @@ CRPCI_FN void crpci_list_move(crpci_list *to, crpci_list *from)
 
 #define CRPCI_URL_MAX 2048u
 
-/* scheme://authority/path?query, split in place in a copy. */
+/* scheme://authority/path?query, split in place in a copy on the heap. */
 typedef struct crpci_url {
-    char text[CRPCI_URL_MAX];
+    crpci_heap *heap;
+    char *text; /* NULL: not a URL */
+    size_t size;
     char *scheme;
     char *authority; /* "" if there is none */
     char *path;      /* without the leading slash, "" if there is none; unix: the whole path */
     char *query;     /* what is left of it, see crpci_url_next */
 } crpci_url;
 
-CRPCI_COLD int crpci_url_parse(crpci_url *u, const char *text, crpc_error *error)
+CRPCI_COLD void crpci_url_free(crpci_url *u)
+{
+    crpci_heap_free(u->heap, u->text, u->size);
+    u->text = NULL;
+}
+
+/* After a failure there is nothing to be freed. */
+CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, crpc_error *error)
 {
     size_t len = text ? strlen(text) : 0;
+    const char *colon = text ? strstr(text, "://") : NULL;
     char *p;
     memset(u, 0, sizeof *u);
-    if (!text || len >= sizeof u->text)
+    if (!text || len >= CRPCI_URL_MAX)
         return crpci_status_set(error, CRPC_EINVAL, "URL of %zu bytes: the limit is %u", len,
                                 CRPCI_URL_MAX - 1);
+    if (!colon || colon == text)
+        return crpci_status_set(error, CRPC_EINVAL, "\"%.100s\" is not a URL (scheme://...)", text);
+    if (strcmp(text, "unix://") == 0 || strcmp(text, "unix:///") == 0 ||
+        strncmp(text, "unix://?", 8) == 0 || strncmp(text, "unix:///?", 9) == 0)
+        return crpci_status_set(error, CRPC_EINVAL, "%.100s: no path; expected unix:///path, or "
+                                                    "unix://@name for an abstract socket",
+                                text);
+    u->heap = h;
+    u->size = len + 1;
+    u->text = (char *)crpci_heap_alloc(h, u->size);
+    if (!u->text)
+        return crpci_status_set(error, CRPC_ENOMEM, "%.100s: out of memory", text);
     memcpy(u->text, text, len + 1);
-    p = strstr(u->text, "://");
-    if (!p || p == u->text)
-        return crpci_status_set(error, CRPC_EINVAL, "not a URL (scheme://...): \"%.100s\"", text);
-    *p = '\0';
     u->scheme = u->text;
-    u->authority = p + 3;
+    u->authority = u->text + (colon - text) + 3;
+    u->authority[-3] = '\0';
     u->query = strchr(u->authority, '?');
     if (u->query)
         *u->query++ = '\0';
@@ -2580,10 +2599,13 @@ CRPCI_FN size_t crpci_url_encode(char *out, size_t size, const char *text)
     return n;
 }
 
-/* Takes the next key=value from the query, decoded. CRPC_EPENDING at the end. */
-CRPCI_FN int crpci_url_next(crpci_url *u, char **key, char **value)
+/* Takes the next key=value from the query, decoded. CRPC_EPENDING at the end. A key that comes again
+ * is an error, as one of the two would be ignored. */
+CRPCI_FN int crpci_url_next(crpci_url *u, char **key, char **value, crpc_error *error)
 {
+    const char *again;
     char *end;
+    size_t n;
     while (*u->query == '&')
         u->query++;
     if (!*u->query)
@@ -2594,10 +2616,20 @@ CRPCI_FN int crpci_url_next(crpci_url *u, char **key, char **value)
     if (end)
         *end = '\0';
     *value = strchr(*key, '=');
-    if (!*value)
-        return CRPC_EINVAL;
-    *(*value)++ = '\0';
-    return crpci_url_decode(*key) && crpci_url_decode(*value) ? CRPC_OK : CRPC_EINVAL;
+    if (*value)
+        *(*value)++ = '\0';
+    if (!*value || !crpci_url_decode(*key) || !crpci_url_decode(*value))
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "URL option \"%.60s\" is not key=value, or a %%XX in it is not two "
+                                "hexadecimal digits",
+                                *key);
+    n = strlen(*key);
+    for (again = u->query; again; again = strchr(again, '&')) {
+        again += *again == '&';
+        if (strncmp(again, *key, n) == 0 && again[n] == '=')
+            return crpci_status_set(error, CRPC_EINVAL, "URL option %.60s is given twice", *key);
+    }
+    return CRPC_OK;
 }
 
 /* A whole decimal number between -1 and max. */
@@ -3652,6 +3684,14 @@ CRPCI_FN bool crpci_sock_parse(crpci_addr *a, const char *text)
     return false;
 }
 
+/* In the host's byte order; 0: none. */
+CRPCI_FN unsigned crpci_sock_port(const crpci_addr *a)
+{
+    return a->u.any.sa_family == AF_INET    ? ntohs(a->u.in4.sin_port)
+           : a->u.any.sa_family == AF_INET6 ? ntohs(a->u.in6.sin6_port)
+                                            : 0;
+}
+
 CRPCI_FN void crpci_sock_format(const crpci_addr *a, char *out, size_t size)
 {
     char host[INET6_ADDRSTRLEN] = "?";
@@ -3702,6 +3742,38 @@ CRPCI_FN void crpci_sock_tune(int fd)
 #ifdef TCP_USER_TIMEOUT
     crpci_sock_set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, 30000);
 #endif
+}
+
+/* Sends multicast datagrams through an interface; the routing table decides where `via` is NULL or
+ * names none. False: errno. */
+CRPCI_FN bool crpci_sock_leave_by(int fd, const struct ip_mreqn *via)
+{
+    return !via || (!via->imr_ifindex && !via->imr_address.s_addr) ||
+           setsockopt(fd, IPPROTO_IP, IP_MULTICAST_IF, via, sizeof *via) == 0;
+}
+
+/* The address of this host that packets to `to` leave from, without a port; the routing table is
+ * asked by connecting a datagram socket, which sends nothing. False: there is none that other hosts
+ * could use. */
+CRPCI_FN bool crpci_sock_route(const crpci_addr *to, const struct ip_mreqn *via, char *host,
+                               size_t size)
+{
+    int fd = socket(to->u.any.sa_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    crpci_addr a;
+    *host = '\0';
+    if (fd < 0)
+        return false;
+    if (crpci_sock_leave_by(fd, via) && connect(fd, &to->u.any, to->len) == 0) {
+        crpci_sock_local(fd, &a);
+        if (a.len && a.u.any.sa_family == AF_INET && a.u.in4.sin_addr.s_addr != INADDR_ANY)
+            inet_ntop(AF_INET, &a.u.in4.sin_addr, host, (socklen_t)size);
+        else if (a.len && a.u.any.sa_family == AF_INET6 &&
+                 !IN6_IS_ADDR_UNSPECIFIED(&a.u.in6.sin6_addr) &&
+                 !IN6_IS_ADDR_LINKLOCAL(&a.u.in6.sin6_addr))
+            inet_ntop(AF_INET6, &a.u.in6.sin6_addr, host, (socklen_t)size);
+    }
+    close(fd);
+    return *host != '\0';
 }
 
 CRPCI_FN int crpci_sock_open(const crpci_addr *a)
@@ -7527,30 +7599,24 @@ typedef struct crpci_origin {
 /* >>impl-names   provider URLs as Dubbo writes them, overrides; pure       */
 /* ======================================================================== */
 
+#define CRPCI_DIRECTORY (CRPC_ENABLE_ZOOKEEPER || CRPC_ENABLE_SERVERLESS) /* any registry */
+
 #define CRPCI_NAMES_WEIGHT     100 /* of a provider that does not tell */
 #define CRPCI_NAMES_WEIGHT_MAX 1000000
 
-/* What to register. NULL stands for "". Copied. */
-typedef struct crpci_registration {
-    const char *service;
-    const char *address; /* "host:port", host numeric; ":port": the address that reaches the
-                          * registry; "0.0.0.0:port": the IPv4 address that does */
+/* A service, as a provider offers it or a consumer wants it. In texts NULL stands for "". */
+typedef struct crpci_names_service {
+    const char *service; /* "demo.UserService" */
     const char *group;
     const char *version;
-    const char *application;
-    const char *methods; /* "Login,Register" */
+    const char *application; /* the program's name, for people and overrides */
+    const char *methods;     /* of a provider: "Login,Register" */
+    const char *address;     /* of a provider: "host:port", the host numeric; ":port": the address
+                              * that reaches the registry; "0.0.0.0:port": the IPv4 one that does */
     int weight;
-    int warmup_ms; /* 0: none */
-} crpci_registration;
-
-/* The providers that a consumer wants. NULL stands for "". Copied. */
-typedef struct crpci_names_query {
-    const char *service;
-    const char *group;
-    const char *version;
-    const char *application; /* the consumer's; "": the registry option */
-    bool allow_empty; /* an empty list, read without a fault, takes the place of a good one */
-} crpci_names_query;
+    int warmup_ms;    /* 0: none */
+    bool allow_empty; /* of a consumer: an empty list, read without a fault, is believed */
+} crpci_names_service;
 
 /* Names of nodes, in one block. */
 typedef struct crpci_names {
@@ -7566,23 +7632,41 @@ CRPCI_COLD void crpci_names_free(crpci_heap *h, crpci_names *n)
     n->count = 0;
 }
 
-CRPCI_FN void crpci_names_texts_free(crpci_heap *h, char **text, size_t count)
+/* Copies a service with its texts, which are one block; the address is not copied. False: out of
+ * memory. */
+CRPCI_FN bool crpci_names_copy(crpci_heap *h, crpci_names_service *to,
+                               const crpci_names_service *from)
 {
-    size_t i;
-    for (i = 0; i < count; i++)
-        crpci_heap_strfree(h, text[i]);
-}
-
-CRPCI_FN bool crpci_names_texts_copy(crpci_heap *h, char **text, const char *const *from,
-                                        size_t count)
-{
-    size_t i;
-    for (i = 0; i < count; i++) {
-        text[i] = crpci_heap_strndup(h, from[i] ? from[i] : "", from[i] ? strlen(from[i]) : 0);
-        if (!text[i])
-            return false;
+    const char *const text[5] = {from->service, from->group, from->version, from->application,
+                                 from->methods};
+    const char **const place[5] = {&to->service, &to->group, &to->version, &to->application,
+                                   &to->methods};
+    size_t size = 0, n, i;
+    char *p;
+    for (i = 0; i < 5; i++)
+        size += (text[i] ? strlen(text[i]) : 0) + 1;
+    p = (char *)crpci_heap_alloc(h, size);
+    if (!p)
+        return false;
+    *to = *from;
+    to->address = NULL;
+    for (i = 0; i < 5; i++) {
+        n = text[i] ? strlen(text[i]) : 0;
+        if (n)
+            memcpy(p, text[i], n);
+        *place[i] = p;
+        p += n + 1;
     }
     return true;
+}
+
+/* Frees the texts of a copy. A service that is all zero has none. */
+CRPCI_FN void crpci_names_release(crpci_heap *h, crpci_names_service *s)
+{
+    if (s->service) /* the block begins with it, and ends with the methods */
+        crpci_heap_free(h, (void *)(uintptr_t)s->service,
+                        (size_t)(s->methods - s->service) + strlen(s->methods) + 1);
+    memset(s, 0, sizeof *s);
 }
 
 /* --- node names: Dubbo's URLs ----------------------------------------------------------------- */
@@ -7627,59 +7711,39 @@ CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before,
     }
 }
 
-/* Writes a provider's URL; parameters in alphabetical order, as Dubbo does. Returns the length that
- * was needed. */
-CRPCI_FN size_t crpci_names_provider_url(char *out, size_t size, const crpci_registration *r,
-                                   const char *address, int64_t timestamp_ms, long pid)
+/* Writes the URL of a provider, or of a consumer, whose address is a host without a port. The
+ * parameters stand in alphabetical order, as Dubbo writes them. Returns the length that was
+ * needed. */
+CRPCI_FN size_t crpci_names_url(char *out, size_t size, const crpci_names_service *s, bool consumer,
+                                const char *address, int64_t timestamp_ms, long pid)
 {
     crpci_names_text t;
     char number[24];
     t.out = out;
     t.size = size;
     t.len = 0;
-    crpci_names_put(&t, "crpc://");
+    crpci_names_put(&t, consumer ? "consumer://" : "crpc://");
     crpci_names_put(&t, address);
-    crpci_names_put_value(&t, "/", r->service);
+    crpci_names_put_value(&t, "/", s->service);
     crpci_names_put_value(
-        &t, "?application=", r->application && *r->application ? r->application : "crpc");
-    crpci_names_put(&t, "&category=providers&dynamic=true&enabled=true");
-    crpci_names_put_value(&t, "&group=", r->group);
-    crpci_names_put_value(&t, "&interface=", r->service);
-    crpci_names_put_value(&t, "&methods=", r->methods);
+        &t, "?application=", s->application && *s->application ? s->application : "crpc");
+    crpci_names_put(&t, consumer ? "&category=consumers&check=false"
+                                 : "&category=providers&dynamic=true&enabled=true");
+    crpci_names_put_value(&t, "&group=", s->group);
+    crpci_names_put_value(&t, "&interface=", s->service);
+    crpci_names_put_value(&t, "&methods=", consumer ? NULL : s->methods);
     snprintf(number, sizeof number, "%ld", pid);
     crpci_names_put_value(&t, "&pid=", number);
     snprintf(number, sizeof number, "%lld", (long long)timestamp_ms);
-    crpci_names_put_value(&t, "&side=provider&timestamp=", number);
-    crpci_names_put_value(&t, "&version=", r->version);
-    snprintf(number, sizeof number, "%d", r->warmup_ms);
-    crpci_names_put_value(&t, "&warmup=", r->warmup_ms > 0 ? number : NULL);
-    snprintf(number, sizeof number, "%d", r->weight < 0 ? 0 : r->weight);
+    crpci_names_put(&t, consumer ? "&side=consumer" : "&side=provider");
+    crpci_names_put_value(&t, "&timestamp=", number);
+    crpci_names_put_value(&t, "&version=", s->version);
+    if (consumer)
+        return t.len;
+    snprintf(number, sizeof number, "%d", s->warmup_ms);
+    crpci_names_put_value(&t, "&warmup=", s->warmup_ms > 0 ? number : NULL);
+    snprintf(number, sizeof number, "%d", s->weight < 0 ? 0 : s->weight);
     crpci_names_put_value(&t, "&weight=", number);
-    return t.len;
-}
-
-/* Writes a consumer's URL likewise; `host` is an address without a port. */
-CRPCI_FN size_t crpci_names_consumer_url(char *out, size_t size, const crpci_registration *r,
-                                            const char *host, int64_t timestamp_ms, long pid)
-{
-    crpci_names_text t;
-    char number[24];
-    t.out = out;
-    t.size = size;
-    t.len = 0;
-    crpci_names_put(&t, "consumer://");
-    crpci_names_put(&t, host);
-    crpci_names_put_value(&t, "/", r->service);
-    crpci_names_put_value(
-        &t, "?application=", r->application && *r->application ? r->application : "crpc");
-    crpci_names_put(&t, "&category=consumers&check=false");
-    crpci_names_put_value(&t, "&group=", r->group);
-    crpci_names_put_value(&t, "&interface=", r->service);
-    snprintf(number, sizeof number, "%ld", pid);
-    crpci_names_put_value(&t, "&pid=", number);
-    snprintf(number, sizeof number, "%lld", (long long)timestamp_ms);
-    crpci_names_put_value(&t, "&side=consumer&timestamp=", number);
-    crpci_names_put_value(&t, "&version=", r->version);
     return t.len;
 }
 
@@ -7789,8 +7853,7 @@ CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
         return false;
     n->scheme = url;
     n->service = service;
-    if (!crpci_sock_parse(&a, address) || a.u.any.sa_family == AF_UNIX ||
-        (a.u.any.sa_family == AF_INET ? a.u.in4.sin_port : a.u.in6.sin6_port) == 0)
+    if (!crpci_sock_parse(&a, address) || !crpci_sock_port(&a))
         return false;
     crpci_sock_format(&a, n->address, sizeof n->address);
     while ((more = crpci_names_next(&query, &key, &value)) > 0)
@@ -7821,7 +7884,7 @@ CRPCI_FN bool crpci_names_match(const char *want, const char *have)
     return false;
 }
 
-CRPCI_FN bool crpci_names_takes(const crpci_names_query *q, const crpci_names_node *n)
+CRPCI_FN bool crpci_names_takes(const crpci_names_service *q, const crpci_names_node *n)
 {
     if (strcmp(n->scheme, "crpc") != 0 && strcmp(n->scheme, "brpc") != 0 &&
         strcmp(n->scheme, "baidu_std") != 0)
@@ -7873,7 +7936,7 @@ CRPCI_FN bool crpci_names_override_address(crpci_names_override *r, const char *
     if (n < 0 || (size_t)n >= sizeof text || !crpci_sock_parse(&a, text) ||
         a.u.any.sa_family == AF_UNIX)
         return false;
-    r->port = ntohs(a.u.any.sa_family == AF_INET ? a.u.in4.sin_port : a.u.in6.sin6_port);
+    r->port = crpci_sock_port(&a);
     crpci_sock_format(&a, text, sizeof text);
     *strrchr(text, ':') = '\0';
     if (strcmp(text, "0.0.0.0") == 0 || strcmp(text, "[::]") == 0)
@@ -7985,7 +8048,7 @@ CRPCI_FN crpci_names_overrides *crpci_names_overrides_read(crpci_heap *h, char *
     return r;
 }
 
-CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crpci_names_query *q,
+CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crpci_names_service *q,
                                        const crpci_names_node *n)
 {
     size_t len = strlen(r->host);
@@ -8004,7 +8067,7 @@ CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crp
 
 /* Changes a provider as the rules (NULL: none) say. */
 CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
-                                         const crpci_names_query *q, crpci_names_node *n)
+                                         const crpci_names_service *q, crpci_names_node *n)
 {
     size_t i;
     for (i = 0; rules && i < rules->count; i++) {
@@ -8396,12 +8459,35 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
 /* >>impl-directory   the live list of a service's providers, and who is told of it */
 /* ======================================================================== */
 
+/* A backend (a file, a multicast group, ZooKeeper) finds out which providers there are and reports
+ * the names that it read. A directory turns the names into lists and hands each subscriber its own:
+ * filtered by service, group and version, changed by the operator's overrides, protected against a
+ * registry that is away, wiped or half filled, and kept in the cache file.
+ *
+ * A backend uses it like this:
+ *
+ *     crpci_directory_init      one directory for each service, or one for a whole file or group
+ *     crpci_directory_add       a subscriber has come; crpci_directory_recall gives it what the
+ *                               cache file knows
+ *     crpci_directory_update    these names were read just now
+ *     crpci_directory_override  these overrides were read just now; they count from the next update
+ *     crpci_directory_age       what was read no longer counts: the registry is away or unreadable
+ *     crpci_directory_remove    a subscriber goes
+ *     crpci_directory_end       all of them go, and the backend's reference with them
+ *
+ * All of these are called with the loop's lock held, on any thread. Those marked "unlocks" release
+ * the lock while lists are made and callbacks run. Anything may have changed when they return, but
+ * the directory is still there: each of them holds a reference meanwhile. A result of false means
+ * that not every subscriber took its list, for want of memory or because a callback of it is
+ * running just now: the backend reports the same again about a second later. */
+
 /* An instance that offers a service. */
 typedef struct crpci_provider {
     char address[CRPC_ADDRESS_MAX]; /* numeric: "10.0.0.1:8000", "[::1]:8000" */
     int weight;                     /* its share of the calls; 0: none */
     int warmup_ms;                  /* after timestamp_ms, in which its share rises; 0: none */
     int64_t timestamp_ms;           /* wall clock when it registered; 0: not told */
+    bool kept;                      /* the registry has not listed it again since it was away */
 } crpci_provider;
 
 /* All providers of a service at one time, sorted by address, each address once. Never changes once
@@ -8452,6 +8538,7 @@ CRPCI_FN void crpci_directory_snapshot_unref(crpci_snapshot *s)
     crpci_heap_unref(h);
 }
 
+/* Whether a subscriber would see a difference. */
 CRPCI_FN bool crpci_directory_snapshot_equal(const crpci_snapshot *a, const crpci_snapshot *b)
 {
     size_t i;
@@ -8465,74 +8552,6 @@ CRPCI_FN bool crpci_directory_snapshot_equal(const crpci_snapshot *a, const crpc
     }
     return true;
 }
-
-/* The same list, called stale. NULL: out of memory. */
-CRPCI_FN crpci_snapshot *crpci_directory_snapshot_stale(const crpci_snapshot *from)
-{
-    crpci_snapshot *s = crpci_directory_snapshot(from->heap, from->count);
-    if (!s)
-        return NULL;
-    memcpy(s->providers, from->providers, from->count * sizeof *s->providers);
-    s->stale = true;
-    return s;
-}
-
-/* --- what a backend offers -------------------------------------------------------------------- */
-
-/* A new list. On any thread, no lock held; the list is borrowed. Other than 0: it was not taken,
- * and is to be offered again. */
-typedef int (*crpci_directory_push_fn)(void *user, crpci_snapshot *list);
-
-/* A registration got through (CRPC_OK) or a try failed; tries go on. On any thread,
- * no lock held. */
-typedef void (*crpci_directory_status_fn)(void *user, int status, const char *text);
-
-/* All 0: defaults. */
-typedef struct crpci_directory_options {
-    int session_timeout_ms;
-    const char *credential;  /* NULL: none */
-    const char *application; /* the program's name, for people and overrides. NULL: "crpc" */
-    bool register_consumer;  /* subscriptions are registered too, so that people see them */
-    const char *cache;       /* file for the last good lists; NULL: none */
-    int cache_interval_ms;   /* between two writes of it. 0: 60000. -1: none */
-    int spread_ms;           /* in which a fleet comes back to a registry. 0: 2000. -1: none */
-    const char *interface;   /* multicast: its name or IPv4 address. NULL: by the routing table */
-    int announce_ms;         /* multicast: between two announcements. 0: 5000. -1: as 0 */
-} crpci_directory_options;
-
-typedef struct crpci_backend crpci_backend;
-
-/* The functions of a backend. None waits for the network; all are called without the loop's lock,
- * on any thread, in callbacks too. After `withdraw` or `unsubscribe` has returned, the callback
- * does not run any more: it is waited for, unless it is this thread that is inside it. `close` ends
- * what is still registered and subscribed through the handle. */
-typedef struct crpci_backend_ops {
-    size_t size; /* of this struct, and its version: for backends compiled elsewhere */
-    unsigned version;
-    int (*enroll)(crpci_backend *r, const crpci_registration *what,
-                  crpci_directory_status_fn status, void *user, void **handle);
-    void (*withdraw)(crpci_backend *r, void *handle);
-    int (*subscribe)(crpci_backend *r, const crpci_names_query *what,
-                     crpci_directory_push_fn push, void *user, void **handle);
-    void (*unsubscribe)(crpci_backend *r, void *handle);
-    void (*close)(crpci_backend *r);
-} crpci_backend_ops;
-
-#define CRPCI_BACKEND_OPS_VERSION 2u
-
-/* An open registry; a backend's own struct begins with it. */
-struct crpci_backend {
-    const crpci_backend_ops *ops;
-};
-
-/* NULL is ignored. */
-CRPCI_FN void crpci_directory_close(crpci_backend *r)
-{
-    if (r)
-        r->ops->close(r);
-}
-
-/* --- lists from names ------------------------------------------------------------------------- */
 
 /* By address; of one address the newest first. */
 CRPCI_FN int crpci_directory_order(const void *a, const void *b)
@@ -8560,11 +8579,12 @@ CRPCI_FN void crpci_directory_sort(crpci_snapshot *s)
     s->count = n;
 }
 
-/* Makes a list of the names in a directory, as changed by the rules (NULL: none). *bad: how many
- * could not be read. NULL: out of memory. */
+/* Makes the list of those names that a consumer wants, as changed by the overrides (NULL: none).
+ * *bad: how many could not be read. NULL: out of memory. */
 CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *names, size_t count,
-                                                const crpci_names_query *q,
-                                                const crpci_names_overrides *rules, size_t *bad)
+                                                 const crpci_names_service *want,
+                                                 const crpci_names_overrides *overrides,
+                                                 size_t *bad)
 {
     size_t i, longest = 0;
     crpci_snapshot *s;
@@ -8590,9 +8610,9 @@ CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *nam
             ++*bad;
             continue;
         }
-        if (!crpci_names_takes(q, &node))
+        if (!crpci_names_takes(want, &node))
             continue;
-        crpci_names_overrides_apply(rules, q, &node);
+        crpci_names_overrides_apply(overrides, want, &node);
         if (node.disabled)
             continue;
         memcpy(p->address, node.address, sizeof p->address);
@@ -8606,9 +8626,17 @@ CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *nam
     return s;
 }
 
-/* --- subscribers ------------------------------------------------------------------------------ */
+/* --- callbacks -------------------------------------------------------------------------------- */
 
-/* A callback of the upper sections, and the thread it runs on. */
+/* A new list. On any thread, no lock held; the list is borrowed. Other than 0: it was not taken,
+ * and is to be offered again. */
+typedef int (*crpci_directory_push_fn)(void *user, crpci_snapshot *list);
+
+/* A service was registered (CRPC_OK), or an attempt failed; attempts go on. On any thread, no lock
+ * held. */
+typedef void (*crpci_directory_status_fn)(void *user, int status, const char *text);
+
+/* Whether a callback of the upper sections is running, and on which thread. */
 typedef struct crpci_directory_caller {
     bool running;
     crpci_thread thread;
@@ -8631,263 +8659,667 @@ CRPCI_FN void crpci_directory_call_end(crpc_loop *l, crpci_cond *cond, crpci_dir
 
 /* Waits until the callback does not run, except on this thread. */
 CRPCI_FN void crpci_directory_call_wait(crpc_loop *l, crpci_cond *cond,
-                                       const crpci_directory_caller *c)
+                                        const crpci_directory_caller *c)
 {
     while (c->running && !crpci_thread_is_self(c->thread))
         crpci_thread_wait(cond, &l->lock, -1);
 }
 
-/* A subscription; a backend's own struct begins with it. The loop's lock guards it. */
-typedef struct crpci_directory_sub {
-    crpci_list node; /* the backend's */
-    crpc_loop *loop;
-    crpci_cond *cond; /* the backend's: signalled when the callback has returned */
+/* --- what a backend registers ----------------------------------------------------------------- */
+
+/* A service that this process offers. A backend's own struct holds it. */
+typedef struct crpci_directory_offer {
+    crpci_names_service what;
+    crpci_directory_status_fn status; /* NULL: nobody wants to know */
+    void *user;
+    crpci_directory_caller caller;
+    int64_t timestamp_ms; /* part of the name: the same for as long as it is offered */
+    unsigned port;        /* 0: a consumer */
+    bool auto_host;       /* the address is the one of this host that leads to the registry... */
+    bool v4;              /* ... and an IPv4 one, because the listener takes no IPv6 */
+    bool ended;           /* withdrawn: nobody is told any more */
+    char host[INET6_ADDRSTRLEN];    /* as found out last; "": not yet, or given */
+    char address[CRPC_ADDRESS_MAX]; /* "" as long as the host is not known */
+} crpci_directory_offer;
+
+/* Takes over what is to be registered; without an address it is a consumer, which has no port.
+ * CRPC_EINVAL: the address is not "host:port" with a numeric host. */
+CRPCI_FN int crpci_directory_offer_init(crpci_directory_offer *o, crpci_heap *h,
+                                        const crpci_names_service *what,
+                                        crpci_directory_status_fn status, void *user)
+{
+    struct timespec ts;
+    crpci_addr a;
+    memset(o, 0, sizeof *o);
+    o->status = status;
+    o->user = user;
+    o->auto_host = true;
+    if (what->address) {
+        if (!crpci_sock_split(what->address, o->host, sizeof o->host, &o->port) || !o->port)
+            return CRPC_EINVAL;
+        o->v4 = strcmp(o->host, "0.0.0.0") == 0;
+        o->auto_host = !*o->host || o->v4 || strcmp(o->host, "::") == 0;
+        if (!o->auto_host && !crpci_sock_parse(&a, what->address))
+            return CRPC_EINVAL;
+        if (o->auto_host)
+            o->host[0] = '\0';
+        else
+            crpci_sock_format(&a, o->address, sizeof o->address);
+    }
+    clock_gettime(CLOCK_REALTIME, &ts); /* people read it; nothing is timed by it */
+    o->timestamp_ms = (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+    return crpci_names_copy(h, &o->what, what) ? CRPC_OK : CRPC_ENOMEM;
+}
+
+/* The host by which others reach this one, when it is to be found out. True: it is another one than
+ * before. */
+CRPCI_FN bool crpci_directory_offer_move(crpci_directory_offer *o, const char *host)
+{
+    const char *format = strchr(host, ':') ? "[%s]:%u" : "%s:%u";
+    if (strcmp(host, o->host) == 0)
+        return false;
+    snprintf(o->host, sizeof o->host, "%s", host);
+    snprintf(o->address, sizeof o->address, format, host, o->port);
+    if (!o->port)
+        *strrchr(o->address, ':') = '\0';
+    return true;
+}
+
+/* Locked, unlocks for the callback. */
+CRPCI_FN void crpci_directory_tell(crpc_loop *l, crpci_cond *cond, crpci_directory_offer *o,
+                                   int status, const char *text)
+{
+    if (o->ended || o->caller.running || !o->status)
+        return;
+    crpci_directory_call_begin(l, &o->caller);
+    o->status(o->user, status, text);
+    crpci_directory_call_end(l, cond, &o->caller);
+}
+
+/* --- the directory ---------------------------------------------------------------------------- */
+
+typedef struct crpci_directory crpci_directory;
+struct crpci_directory {
+    crpc_loop *loop; /* its lock guards all of this */
+    char *name;      /* in log lines and the cache file: "zookeeper://10.0.0.1/dubbo/S/providers" */
+    uint32_t refs;   /* the backend's, each subscriber's, each call's that unlocks */
+    void (*free)(crpci_directory *d); /* no reference is left: frees the block; locked */
+    crpci_cond cond;                  /* a callback has returned */
+    crpci_timer timer;                /* the next hold_until_us */
+    crpci_list subscribers;
+    uint32_t round; /* counts the passes over the subscribers */
+    bool busy;      /* a pass is under way */
+    bool ended;
+    bool names_warned;     /* it was logged that a name is unreadable... */
+    bool overrides_warned; /* ... and that an override is */
+    /* What a backend sets after crpci_directory_init, if it has it: */
+    int64_t hold_us;     /* how long protection lasts; 0: none */
+    crpci_cache *cache;  /* NULL: none */
+    char *override_name; /* of the overrides in the cache; on the heap, given to the directory */
+    crpci_names_overrides *overrides; /* as read last; NULL: none */
+};
+
+/* Who wants the list. A backend's own struct may begin with it. */
+typedef struct crpci_subscriber {
+    crpci_list link; /* in directory->subscribers */
+    crpci_directory *directory;
+    size_t size; /* of the block */
     uint32_t refs;
+    uint32_t round; /* the last pass that reached it */
+    crpci_names_service want;
     crpci_directory_push_fn push;
     void *user;
     crpci_directory_caller caller;
-    char *text[4];
-    crpci_names_query query; /* its texts are `text` */
-    crpci_snapshot *last;       /* the list it has */
-    bool dead;                  /* ended: nothing is pushed any more */
-    bool warned;                /* it was logged that the last good list is kept */
-} crpci_directory_sub;
+    crpci_snapshot *last;  /* the list it has; NULL: none yet */
+    int64_t first_us;      /* until then an empty first list is not handed out */
+    int64_t hold_until_us; /* until then `last` may hold kept providers; 0: it has none */
+    bool doubted;          /* its list was called stale: what the next one lacks may come back */
+    bool warned;           /* it was logged that the last good list is kept */
+    bool ended;            /* nothing is pushed any more */
+} crpci_subscriber;
 
-/* False: out of memory; crpci_directory_sub_clear either way. */
-CRPCI_FN bool crpci_directory_sub_init(crpci_directory_sub *sub, crpc_loop *l, crpci_cond *cond,
-                                      const crpci_names_query *q, crpci_directory_push_fn push,
-                                      void *user)
+/* Locked. */
+CRPCI_FN void crpci_directory_unref(crpci_directory *d)
 {
-    const char *text[4];
-    text[0] = q->service;
-    text[1] = q->group;
-    text[2] = q->version;
-    text[3] = q->application;
-    crpci_list_init(&sub->node);
-    sub->loop = l;
-    sub->cond = cond;
-    sub->refs = 1;
-    sub->push = push;
-    sub->user = user;
-    if (!crpci_names_texts_copy(l->heap, sub->text, text, 4))
-        return false;
-    sub->query.service = sub->text[0];
-    sub->query.group = sub->text[1];
-    sub->query.version = sub->text[2];
-    sub->query.application = sub->text[3];
-    sub->query.allow_empty = q->allow_empty;
-    return true;
+    if (--d->refs)
+        return;
+    crpci_heap_strfree(d->loop->heap, d->name);
+    crpci_heap_strfree(d->loop->heap, d->override_name);
+    crpci_names_overrides_unref(d->overrides);
+    crpci_thread_cond_free(&d->cond);
+    d->free(d);
 }
 
-CRPCI_FN void crpci_directory_sub_clear(crpci_directory_sub *sub)
+/* Adds a subscriber whose block has `size` bytes, the rest of it zero. NULL: out of memory. */
+CRPCI_FN crpci_subscriber *crpci_directory_add(crpci_directory *d, size_t size,
+                                               const crpci_names_service *want,
+                                               crpci_directory_push_fn push, void *user)
 {
-    crpci_directory_snapshot_unref(sub->last);
-    crpci_names_texts_free(sub->loop->heap, sub->text, 4);
-}
-
-/* Takes a subscriber off, and waits for its callback unless this is inside it. */
-CRPCI_FN void crpci_directory_sub_end(crpci_directory_sub *sub)
-{
-    sub->dead = true;
-    crpci_list_remove(&sub->node);
-    crpci_directory_call_wait(sub->loop, sub->cond, &sub->caller);
-}
-
-/* Unlocks for the callback. False: the list was not taken. */
-CRPCI_FN bool crpci_directory_push(crpci_directory_sub *sub, crpci_snapshot *list)
-{
-    bool taken;
-    if (sub->caller.running)
-        return false; /* by a callback of its own: the list has to wait */
-    crpci_directory_snapshot_ref(list);
-    crpci_directory_call_begin(sub->loop, &sub->caller);
-    taken = sub->push(sub->user, list) == CRPC_OK;
-    crpci_directory_call_end(sub->loop, sub->cond, &sub->caller);
-    if (taken) {
-        crpci_directory_snapshot_unref(sub->last);
-        sub->last = list;
-    } else {
-        crpci_directory_snapshot_unref(list);
-    }
-    return taken;
-}
-
-/* Tells a subscriber, once, that its list is stale. Locked, unlocks meanwhile. False: it was not
- * told, for want of memory. */
-CRPCI_FN bool crpci_directory_age(crpci_directory_sub *sub)
-{
-    crpci_snapshot *list;
-    bool taken;
-    if (sub->dead || !sub->last || !sub->last->count || sub->last->stale)
-        return true;
-    list = crpci_directory_snapshot_stale(sub->last);
-    taken = list && crpci_directory_push(sub, list);
-    crpci_directory_snapshot_unref(list);
-    return taken;
-}
-
-/* Hands a subscriber a list that was read, if it is news. An empty one takes the place of a good
- * one only where that is allowed and everything could be read: it may come of a wiped server, of a
- * wrong delete, of providers that all lost their session at once. Locked, unlocks meanwhile. False:
- * it was not taken, and is to be offered again. */
-CRPCI_FN bool crpci_directory_offer(crpci_directory_sub *sub, crpci_snapshot *list, bool whole)
-{
-    if (sub->dead)
-        return true;
-    if (sub->last && sub->last->count && !list->count && !(sub->query.allow_empty && whole)) {
-        if (!sub->warned)
-            crpci_heap_log(list->heap, CRPC_LOG_WARN,
-                           "registry: no provider of %s is left; the last %zu known are kept",
-                           sub->query.service, sub->last->count);
-        sub->warned = true;
-        return crpci_directory_age(sub);
-    }
-    sub->warned = false;
-    if (sub->last && crpci_directory_snapshot_equal(sub->last, list))
-        return true;
-    return crpci_directory_push(sub, list);
-}
-
-/* --- backends without a server ---------------------------------------------------------------- */
-
-/* What those have in common: subscribers, a timer, an end. A backend's own struct begins with it.
- * The loop's lock guards it. */
-typedef struct crpci_directory_local crpci_directory_local;
-struct crpci_directory_local {
-    crpci_backend base;
-    crpc_loop *loop;
-    uint32_t refs;
-    crpci_cond cond; /* a callback has returned */
-    crpci_timer timer;
-    crpci_list subs;
-    uint32_t round; /* of serving */
-    bool closing;
-    void (*free)(crpci_directory_local *r); /* unlocked */
-};
-
-typedef struct crpci_directory_member {
-    crpci_directory_sub base;
-    uint32_t round;
-    int64_t due_us;     /* until then an empty first list is not worth telling */
-    int64_t query_us;   /* multicast: when to ask next */
-    unsigned questions; /* multicast: left to be asked */
-} crpci_directory_member;
-
-CRPCI_COLD bool crpci_directory_local_init(crpci_directory_local *r, const crpci_backend_ops *ops,
-                                          crpc_loop *l,
-                                          void (*on_timer)(crpc_loop *, crpci_timer *),
-                                          void (*free_fn)(crpci_directory_local *))
-{
-    if (crpci_thread_cond_init(&r->cond))
-        return false;
-    r->base.ops = ops;
-    r->loop = l;
-    r->refs = 1;
-    r->free = free_fn;
-    crpci_timer_init(&r->timer, on_timer);
-    crpci_list_init(&r->subs);
-    crpci_loop_hold(l);
-    return true;
-}
-
-/* Unlocks, and lets go of the registry. */
-CRPCI_FN void crpci_directory_local_unlock(crpci_directory_local *r)
-{
-    crpc_loop *l = r->loop;
-    bool last = --r->refs == 0;
-    crpci_loop_unlock(l);
-    if (last) {
-        crpci_thread_cond_free(&r->cond);
-        r->free(r);
-        crpci_loop_release(l);
-    }
-}
-
-/* Not listed yet. NULL: out of memory. */
-CRPCI_FN crpci_directory_member *crpci_directory_member_new(crpci_directory_local *r,
-                                                          const crpci_names_query *q,
-                                                          crpci_directory_push_fn push, void *user)
-{
-    crpci_directory_member *m =
-        (crpci_directory_member *)crpci_heap_alloc(r->loop->heap, sizeof *m);
-    if (m && !crpci_directory_sub_init(&m->base, r->loop, &r->cond, q, push, user)) {
-        crpci_directory_sub_clear(&m->base);
-        crpci_heap_free(r->loop->heap, m, sizeof *m);
+    crpci_subscriber *s = (crpci_subscriber *)crpci_heap_alloc(d->loop->heap, size);
+    if (!s || !crpci_names_copy(d->loop->heap, &s->want, want)) {
+        crpci_heap_free(d->loop->heap, s, size);
         return NULL;
     }
-    return m;
+    s->directory = d;
+    s->size = size;
+    s->refs = 1;
+    s->round = d->round; /* a pass that is under way is not for it */
+    s->push = push;
+    s->user = user;
+    d->refs++;
+    crpci_list_append(&d->subscribers, &s->link);
+    return s;
 }
 
-CRPCI_FN void crpci_directory_member_unref(crpci_directory_member *m)
+CRPCI_FN void crpci_directory_subscriber_unref(crpci_subscriber *s)
 {
-    crpci_heap *h = m->base.loop->heap;
-    if (--m->base.refs)
+    crpci_directory *d = s->directory;
+    if (--s->refs)
         return;
-    crpci_directory_sub_clear(&m->base);
-    crpci_heap_free(h, m, sizeof *m);
+    crpci_directory_snapshot_unref(s->last);
+    crpci_names_release(d->loop->heap, &s->want);
+    crpci_heap_free(d->loop->heap, s, s->size);
+    crpci_directory_unref(d);
 }
 
-CRPCI_FN void crpci_directory_local_unsubscribe(crpci_backend *base, void *handle)
+/* Takes a subscriber off, and waits for its callback unless this is inside it. Unlocks. */
+CRPCI_FN void crpci_directory_remove(crpci_subscriber *s)
 {
-    crpci_directory_local *r = (crpci_directory_local *)(void *)base;
-    crpci_directory_member *m = (crpci_directory_member *)handle;
-    if (!handle)
-        return;
-    crpci_loop_lock(r->loop);
-    crpci_directory_sub_end(&m->base);
-    crpci_directory_member_unref(m);
-    crpci_loop_unlock(r->loop);
+    s->ended = true;
+    crpci_list_remove(&s->link);
+    crpci_directory_call_wait(s->directory->loop, &s->directory->cond, &s->caller);
+    crpci_directory_subscriber_unref(s);
 }
 
-/* Ends what is subscribed. Locked. */
-CRPCI_FN void crpci_directory_local_shut(crpci_directory_local *r)
+/* Removes every subscriber, and gives up the reference of crpci_directory_init. Unlocks. */
+CRPCI_FN void crpci_directory_end(crpci_directory *d)
 {
-    r->closing = true;
-    crpci_loop_timer_cancel(r->loop, &r->timer);
-    while (!crpci_list_empty(&r->subs)) {
-        crpci_directory_member *m =
-            CRPCI_CONTAINER(r->subs.next, crpci_directory_member, base.node);
-        crpci_directory_sub_end(&m->base);
-        crpci_directory_member_unref(m);
+    d->ended = true;
+    crpci_loop_timer_cancel(d->loop, &d->timer);
+    while (!crpci_list_empty(&d->subscribers))
+        crpci_directory_remove(CRPCI_CONTAINER(d->subscribers.next, crpci_subscriber, link));
+    crpci_directory_unref(d);
+}
+
+/* --- what a subscriber gets ------------------------------------------------------------------- */
+
+/* Hands a list to the callback. False: it was not taken. Unlocks. */
+CRPCI_FN bool crpci_directory_push(crpci_subscriber *s, crpci_snapshot *list)
+{
+    crpci_directory *d = s->directory;
+    bool taken;
+    if (s->caller.running)
+        return false; /* on another thread, or further up on this one's stack */
+    crpci_directory_snapshot_ref(list);
+    crpci_directory_call_begin(d->loop, &s->caller);
+    taken = s->push(s->user, list) == CRPC_OK;
+    crpci_directory_call_end(d->loop, &d->cond, &s->caller);
+    if (taken) {
+        crpci_snapshot *before = s->last;
+        s->last = list;
+        list = before;
     }
+    crpci_directory_snapshot_unref(list);
+    return taken;
 }
 
-/* Hands one subscriber its part. Locked, unlocks meanwhile. */
-CRPCI_FN void crpci_directory_member_serve(crpci_directory_member *m, char *const *names,
-                                          size_t count, bool whole)
+/* A copy of a list, stale or not, with or without the providers that are only kept. NULL: out of
+ * memory. */
+CRPCI_FN crpci_snapshot *crpci_directory_copy(const crpci_snapshot *from, bool stale,
+                                              bool with_kept)
 {
-    crpc_loop *l = m->base.loop;
+    crpci_snapshot *s = crpci_directory_snapshot(from->heap, from->count);
+    size_t i;
+    if (!s)
+        return NULL;
+    s->count = 0;
+    s->stale = stale;
+    for (i = 0; i < from->count; i++) {
+        if (with_kept || !from->providers[i].kept)
+            s->providers[s->count++] = from->providers[i];
+    }
+    return s;
+}
+
+/* Tells a subscriber, once, that its list is stale. False: it was not told. Unlocks. */
+CRPCI_FN bool crpci_directory_doubt(crpci_subscriber *s)
+{
+    crpci_snapshot *list;
+    bool taken;
+    if (s->ended || !s->last || !s->last->count)
+        return true;
+    s->doubted = true;
+    if (s->last->stale)
+        return true;
+    list = crpci_directory_copy(s->last, true, true);
+    taken = list && crpci_directory_push(s, list);
+    crpci_directory_snapshot_unref(list);
+    return taken;
+}
+
+/* Protection: the first list after a time of doubt may be that of a registry to which the providers
+ * are only just coming back. If the subscriber followed it at once, the first provider to return
+ * would get everybody's load. So what the list lacks is kept until the hold is over, or until a
+ * list has named it again: from then on its absence is believed. Returns the list to use, with a
+ * reference; NULL: out of memory. */
+CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snapshot *list)
+{
+    const crpci_directory *d = s->directory;
+    int64_t now = crpci_loop_now(d->loop);
+    const crpci_snapshot *last = s->last;
+    crpci_snapshot *out;
+    size_t i, k = 0;
+    if (s->doubted)
+        s->hold_until_us = now + d->hold_us;
+    if (!last || !list->count || now >= s->hold_until_us) {
+        crpci_directory_snapshot_ref(list);
+        return list;
+    }
+    out = crpci_directory_snapshot(d->loop->heap, list->count + last->count);
+    if (!out)
+        return NULL;
+    memcpy(out->providers, list->providers, list->count * sizeof *list->providers);
+    out->count = list->count;
+    for (i = 0; i < last->count; i++) {
+        const crpci_provider *p = &last->providers[i];
+        while (k < list->count && strcmp(list->providers[k].address, p->address) < 0)
+            k++;
+        if ((s->doubted || p->kept) &&
+            (k == list->count || strcmp(list->providers[k].address, p->address) != 0)) {
+            out->providers[out->count] = *p;
+            out->providers[out->count++].kept = true;
+        }
+    }
+    if (out->count == list->count) {
+        crpci_directory_snapshot_unref(out);
+        crpci_directory_snapshot_ref(list);
+        return list;
+    }
+    crpci_directory_sort(out);
+    return out;
+}
+
+/* Hands a subscriber a list that was read, if it is news. `whole`: everything could be read. An
+ * empty list takes the place of a good one only where the program allowed that and all was read: it
+ * may come from a wiped server, from a mistaken delete, or from providers that all lost their
+ * sessions at once. False: it was not taken. Unlocks. */
+CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list, bool whole)
+{
+    crpci_directory *d = s->directory;
+    bool taken = true;
+    if (s->ended || (!s->last && !list->count && crpci_loop_now(d->loop) < s->first_us))
+        return true;
+    if (s->last && s->last->count && !list->count && !(s->want.allow_empty && whole)) {
+        if (!s->warned)
+            crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
+                           "registry %s: no provider of %s is left; the last %zu known stay in use",
+                           d->name, s->want.service, s->last->count);
+        s->warned = true;
+        return crpci_directory_doubt(s);
+    }
+    s->warned = false;
+    list = crpci_directory_protect(s, list);
+    if (!list)
+        return false;
+    if (!s->last || !crpci_directory_snapshot_equal(s->last, list)) {
+        taken = crpci_directory_push(s, list);
+    } else { /* which providers are kept may differ */
+        crpci_directory_snapshot_ref(list);
+        crpci_directory_snapshot_unref(s->last);
+        s->last = list;
+    }
+    crpci_directory_snapshot_unref(list);
+    s->doubted = s->doubted && !taken;
+    return taken;
+}
+
+/* Makes a subscriber's list of what was read and offers it. Unlocks. */
+CRPCI_FN bool crpci_directory_serve(crpci_subscriber *s, char *const *names, size_t count,
+                                    bool whole)
+{
+    crpci_directory *d = s->directory;
+    crpci_names_overrides *overrides = d->overrides;
     crpci_snapshot *list;
     size_t bad = 0;
-    crpci_loop_unlock(l);
-    list = crpci_directory_collect(l->heap, names, count, &m->base.query, NULL, &bad);
-    crpci_loop_lock(l);
-    if (list && (list->count || m->base.last || crpci_loop_now(l) >= m->due_us))
-        (void)crpci_directory_offer(&m->base, list, whole && !bad);
+    bool taken;
+    if (overrides)
+        crpci_thread_ref(&overrides->refs);
+    crpci_loop_unlock(d->loop);
+    list = crpci_directory_collect(d->loop->heap, names, count, &s->want, overrides, &bad);
+    crpci_names_overrides_unref(overrides);
+    crpci_loop_lock(d->loop);
+    if (bad && !d->names_warned)
+        crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
+                       "registry %s: %zu names are not a provider's URL with a numeric address; "
+                       "they are ignored",
+                       d->name, bad);
+    d->names_warned = d->names_warned || bad;
+    taken = list && crpci_directory_deliver(s, list, whole && !bad);
     crpci_directory_snapshot_unref(list);
+    return taken;
 }
 
-/* Hands every subscriber what it wants of the names, or, with NULL, calls their lists stale.
- * Locked, unlocks meanwhile. */
-CRPCI_FN void crpci_directory_local_serve(crpci_directory_local *r, const crpci_names *names,
-                                         bool whole)
+/* The hold is over: what no list has named again is dropped. Unlocks. */
+CRPCI_FN bool crpci_directory_release(crpci_subscriber *s)
 {
-    uint32_t round = ++r->round;
-    crpci_list *i;
-    for (i = r->subs.next; i != &r->subs && !r->closing;) {
-        crpci_directory_member *m = CRPCI_CONTAINER(i, crpci_directory_member, base.node);
-        i = i->next;
-        if (m->round == round)
-            continue;
-        m->round = round;
-        m->base.refs++;
-        if (names)
-            crpci_directory_member_serve(m, names->name, names->count, whole);
-        else
-            (void)crpci_directory_age(&m->base);
-        crpci_directory_member_unref(m);
-        i = r->subs.next; /* anything can have come and gone */
+    crpci_snapshot *list;
+    bool taken;
+    if (!s->hold_until_us || s->hold_until_us > crpci_loop_now(s->directory->loop))
+        return true;
+    if (s->doubted || !s->last) { /* the registry is away again: the next list begins a new hold */
+        s->hold_until_us = 0;
+        return true;
     }
+    list = crpci_directory_copy(s->last, s->last->stale, false);
+    taken = list && crpci_directory_deliver(s, list, false);
+    crpci_directory_snapshot_unref(list);
+    if (taken)
+        s->hold_until_us = 0;
+    return taken;
+}
+
+/* --- passes over all subscribers -------------------------------------------------------------- */
+
+/* What a pass does to each of them. */
+typedef struct crpci_directory_pass {
+    bool (*each)(crpci_subscriber *s); /* NULL: serve the names */
+    char *const *names;
+    size_t count;
+    bool whole;
+} crpci_directory_pass;
+
+/* Sets the timer to the end of the first hold; `retry`: to a second from now at the latest. */
+CRPCI_FN void crpci_directory_arm(crpci_directory *d, bool retry)
+{
+    int64_t now = crpci_loop_now(d->loop), next = retry ? now + 1000000 : INT64_MAX;
+    crpci_list *i;
+    for (i = d->subscribers.next; i != &d->subscribers; i = i->next) {
+        const crpci_subscriber *s = CRPCI_CONTAINER(i, crpci_subscriber, link);
+        if (s->hold_until_us > now)
+            next = crpci_base_min64(next, s->hold_until_us);
+    }
+    if (next != INT64_MAX && !d->ended)
+        crpci_loop_timer_set(d->loop, &d->timer, next - now);
+}
+
+/* The subscribers may come and go meanwhile; each is reached once. Unlocks. */
+CRPCI_FN bool crpci_directory_run(crpci_directory *d, const crpci_directory_pass *pass)
+{
+    bool complete = true;
+    crpci_list *i;
+    if (d->busy)
+        return false; /* another thread is at it: two passes would undo each other's marks */
+    d->busy = true;
+    d->refs++;
+    d->round++;
+    for (i = d->subscribers.next; i != &d->subscribers && !d->ended;) {
+        crpci_subscriber *s = CRPCI_CONTAINER(i, crpci_subscriber, link);
+        i = i->next;
+        if (s->round == d->round)
+            continue;
+        s->round = d->round;
+        s->refs++;
+        complete = (pass->each ? pass->each(s)
+                               : crpci_directory_serve(s, pass->names, pass->count, pass->whole)) &&
+                   complete;
+        crpci_directory_subscriber_unref(s);
+        i = d->subscribers.next;
+    }
+    d->busy = false;
+    crpci_directory_arm(d, false);
+    crpci_directory_unref(d);
+    return complete;
+}
+
+CRPCI_FN void crpci_directory_on_timer(crpc_loop *l, crpci_timer *timer)
+{
+    crpci_directory *d = CRPCI_CONTAINER(timer, crpci_directory, timer);
+    crpci_directory_pass pass;
+    (void)l;
+    memset(&pass, 0, sizeof pass);
+    pass.each = crpci_directory_release;
+    d->refs++;
+    crpci_directory_arm(d, !crpci_directory_run(d, &pass));
+    crpci_directory_unref(d);
+}
+
+/* A text on the heap; NULL: out of memory. */
+CRPCI_FN CRPC_PRINTF(2, 3) char *crpci_directory_format(crpci_heap *h, const char *format, ...)
+{
+    va_list args;
+    int n;
+    char *out;
+    va_start(args, format);
+    n = vsnprintf(NULL, 0, format, args);
+    va_end(args);
+    out = n < 0 ? NULL : (char *)crpci_heap_alloc(h, (size_t)n + 1);
+    if (!out)
+        return NULL;
+    va_start(args, format);
+    vsnprintf(out, (size_t)n + 1, format, args);
+    va_end(args);
+    return out;
+}
+
+/* Makes a directory with one reference in a block of zeroes. `name` is on the heap and the
+ * directory's from now on; NULL: there was no memory for it. False: out of memory; nothing is left
+ * to be freed but the block. Without the lock. */
+CRPCI_FN bool crpci_directory_init(crpci_directory *d, crpc_loop *l, char *name,
+                                   void (*free_fn)(crpci_directory *d))
+{
+    if (!name || crpci_thread_cond_init(&d->cond)) {
+        crpci_heap_strfree(l->heap, name);
+        return false;
+    }
+    d->name = name;
+    d->loop = l;
+    d->refs = 1;
+    d->free = free_fn;
+    crpci_timer_init(&d->timer, crpci_directory_on_timer);
+    crpci_list_init(&d->subscribers);
+    return true;
+}
+
+/* What was read no longer counts: the registry is away, or refuses. Unlocks. */
+CRPCI_FN bool crpci_directory_age(crpci_directory *d)
+{
+    crpci_directory_pass pass;
+    memset(&pass, 0, sizeof pass);
+    pass.each = crpci_directory_doubt;
+    return crpci_directory_run(d, &pass);
+}
+
+/* Puts names into the cache file's next version. Those of providers only if one is usable: an empty
+ * list there would be of no use to a program that starts. Unlocks. */
+CRPCI_COLD void crpci_directory_remember(crpci_directory *d, const char *name, char *const *names,
+                                         size_t count)
+{
+    crpci_names_service any;
+    crpci_snapshot *list;
+    size_t bad;
+    bool usable = name != d->name;
+    if (!d->cache || !name)
+        return;
+    memset(&any, 0, sizeof any);
+    any.service = "";
+    any.group = any.version = "*";
+    if (!usable) {
+        crpci_loop_unlock(d->loop);
+        list = crpci_directory_collect(d->loop->heap, names, count, &any, NULL, &bad);
+        usable = list && list->count;
+        crpci_directory_snapshot_unref(list);
+        crpci_loop_lock(d->loop);
+    }
+    if (usable)
+        (void)crpci_cache_put(d->cache, name, names, count);
+}
+
+/* These names were read. `whole`: nothing is missing, so that an empty list can be believed.
+ * Unlocks. */
+CRPCI_FN bool crpci_directory_update(crpci_directory *d, char *const *names, size_t count,
+                                     bool whole)
+{
+    crpci_directory_pass pass;
+    bool complete;
+    memset(&pass, 0, sizeof pass);
+    pass.names = names;
+    pass.count = count;
+    pass.whole = whole;
+    d->refs++;
+    if (whole)
+        crpci_directory_remember(d, d->name, names, count);
+    complete = crpci_directory_run(d, &pass);
+    crpci_directory_unref(d);
+    return complete;
+}
+
+/* These overrides were read; `host` is this consumer's address, as an override would name it. 1:
+ * they may change lists: the providers are to be read again; 0: they change nothing; -1: out of
+ * memory. Unlocks. */
+CRPCI_FN int crpci_directory_override(crpci_directory *d, char *const *names, size_t count,
+                                      const char *host)
+{
+    crpci_names_overrides *before, *now;
+    size_t bad = 0;
+    int changed;
+    d->refs++;
+    crpci_loop_unlock(d->loop);
+    now = crpci_names_overrides_read(d->loop->heap, names, count, host, &bad);
+    crpci_loop_lock(d->loop);
+    if (bad && !d->overrides_warned)
+        crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
+                       "registry %s: %zu overrides are not understood; they are ignored", d->name,
+                       bad);
+    d->overrides_warned = d->overrides_warned || bad;
+    if (!now) {
+        crpci_directory_unref(d);
+        return -1;
+    }
+    crpci_directory_remember(d, d->override_name, names, count);
+    before = d->overrides;
+    changed = now->count || (before && before->count);
+    d->overrides = now;
+    crpci_names_overrides_unref(before);
+    crpci_directory_unref(d);
+    return changed;
+}
+
+/* Gives a new subscriber what the cache file knows, as a stale list, so that a program can start
+ * while its registry is away. Unlocks. */
+CRPCI_COLD void crpci_directory_recall(crpci_subscriber *s)
+{
+    crpci_directory *d = s->directory;
+    crpci_heap *h = d->loop->heap;
+    crpci_names names, override_names;
+    crpci_names_overrides *overrides;
+    crpci_snapshot *list = NULL;
+    size_t bad;
+    if (!d->cache)
+        return;
+    crpci_cache_get(d->cache, d->name, &names);
+    crpci_cache_get(d->cache, d->override_name ? d->override_name : "", &override_names);
+    s->refs++;
+    crpci_loop_unlock(d->loop);
+    overrides = crpci_names_overrides_read(h, override_names.name, override_names.count, "", &bad);
+    if (overrides)
+        list = crpci_directory_collect(h, names.name, names.count, &s->want, overrides, &bad);
+    crpci_names_overrides_unref(overrides);
+    crpci_names_free(h, &names);
+    crpci_names_free(h, &override_names);
+    crpci_loop_lock(d->loop);
+    if (list && list->count && !s->last && !s->ended) {
+        list->stale = true;
+        (void)crpci_directory_push(s, list);
+    }
+    crpci_directory_snapshot_unref(list);
+    crpci_directory_subscriber_unref(s);
+}
+
+/* --- backends --------------------------------------------------------------------------------- */
+
+/* What a registry is opened with; all 0: defaults. */
+typedef struct crpci_directory_options {
+    int session_timeout_ms;
+    const char *credential;  /* NULL: none */
+    const char *application; /* the program's name, for people and overrides. NULL: "crpc" */
+    bool register_consumer;  /* subscriptions are registered too, so that people see them */
+    const char *cache;       /* file for the last good lists; NULL: none */
+    int cache_interval_ms;   /* between two writes of it. 0: 60000. -1: none */
+    int spread_ms;           /* in which a fleet comes back to a registry. 0: 2000. -1: none */
+    const char *interface;   /* multicast: its name or IPv4 address. NULL: by the routing table */
+    int announce_ms;         /* multicast: between two announcements. 0: 5000. -1: as 0 */
+} crpci_directory_options;
+
+typedef struct crpci_backend crpci_backend;
+
+/* The functions of a backend. None waits for the network; all are called without the loop's lock,
+ * on any thread, in callbacks too. After `withdraw` or `unsubscribe` has returned, the callback
+ * does not run any more: it is waited for, unless it is this thread that is inside it. `close` ends
+ * what is still registered and subscribed through the handle. */
+typedef struct crpci_backend_ops {
+    /* Both NULL: nothing can be registered there. */
+    int (*enroll)(crpci_backend *b, const crpci_names_service *what,
+                  crpci_directory_status_fn status, void *user, void **handle);
+    void (*withdraw)(crpci_backend *b, void *handle);
+    int (*subscribe)(crpci_backend *b, const crpci_names_service *want,
+                     crpci_directory_push_fn push, void *user, crpci_subscriber **out);
+    void (*unsubscribe)(crpci_backend *b, crpci_subscriber *s);
+    void (*close)(crpci_backend *b);
+} crpci_backend_ops;
+
+/* A registry that was opened; a backend's own struct begins with it. */
+struct crpci_backend {
+    const crpci_backend_ops *ops;
+    crpc_loop *loop;
+};
+
+/* Registers a service, and keeps it registered until it is withdrawn. */
+CRPCI_FN int crpci_directory_enroll(crpci_backend *b, const crpci_names_service *what,
+                                    crpci_directory_status_fn status, void *user, void **handle)
+{
+    *handle = NULL;
+    if (!b->ops->enroll)
+        return CRPC_EUNSUPPORTED;
+    if (!what->service || !*what->service || !what->address)
+        return CRPC_EINVAL;
+    return b->ops->enroll(b, what, status, user, handle);
+}
+
+/* NULL is ignored. */
+CRPCI_FN void crpci_directory_withdraw(crpci_backend *b, void *handle)
+{
+    if (handle)
+        b->ops->withdraw(b, handle);
+}
+
+CRPCI_FN int crpci_directory_subscribe(crpci_backend *b, const crpci_names_service *want,
+                                       crpci_directory_push_fn push, void *user,
+                                       crpci_subscriber **out)
+{
+    *out = NULL;
+    return b->ops->subscribe(b, want, push, user, out);
+}
+
+/* NULL is ignored. */
+CRPCI_FN void crpci_directory_unsubscribe(crpci_backend *b, crpci_subscriber *s)
+{
+    if (s)
+        b->ops->unsubscribe(b, s);
+}
+
+/* NULL is ignored. */
+CRPCI_FN void crpci_directory_close(crpci_backend *b)
+{
+    if (b)
+        b->ops->close(b);
+}
+
+/* `unsubscribe` of a backend for which nothing depends on its subscribers. */
+CRPCI_FN void crpci_directory_leave(crpci_backend *b, crpci_subscriber *s)
+{
+    crpci_loop_lock(b->loop);
+    crpci_directory_remove(s);
+    crpci_loop_unlock(b->loop);
 }
 
 /* ======================================================================== */
@@ -8900,16 +9332,18 @@ CRPCI_FN void crpci_directory_local_serve(crpci_directory_local *r, const crpci_
  *
  *     host:port [weight=N] [warmup_ms=N] [group=G] [version=V] [service=S]     # comment
  *
- * hosts numeric, as nothing may resolve names while a loop runs. The file is looked at once a
- * second, when the loop is driven; nothing is ever written. */
+ * Hosts are numeric, as nothing may resolve names while a loop runs. The file is examined once a
+ * second, when the loop is driven; it is never written. */
 #define CRPCI_FILE_PERIOD_US 1000000
-#define CRPCI_FILE_MAX       (1u << 20)
+#define CRPCI_FILE_MAX       (1u << 20) /* bytes */
 
 typedef struct crpci_file {
-    crpci_directory_local of;
-    char *path;
-    struct stat seen; /* when it was read last; zeroes: to be read anyway */
-    bool again;       /* it can have changed within the same tick of its clock */
+    crpci_backend base;
+    crpci_directory directory; /* of all services in the file; holds the block */
+    crpci_timer timer;
+    const char *path; /* in the directory's name */
+    struct stat seen; /* when it was read last; zeroes: it is to be read anyway */
+    bool again;       /* it can have changed within the same tick of the file system's clock */
     size_t bad;       /* lines that were logged as unreadable, and the first of them */
     size_t bad_line;
 } crpci_file;
@@ -8921,52 +9355,48 @@ typedef struct crpci_file_text {
     size_t bad_line; /* the first of them */
 } crpci_file_text;
 
-/* One line, in place, as a URL into `out`. False: it is none. */
+/* Writes one line, which it takes apart, as a URL. False: it is not of the form above. */
 CRPCI_FN bool crpci_file_line(char *line, char *out, size_t size)
 {
     static const char blank[] = " \t\r";
-    const char *address, *service = "", *weight = "", *warmup = "", *group = "", *version = "";
+    static const struct {
+        const char *word, *parameter;
+        int max; /* of a number; 0: a text */
+    } known[] = {{"service=", "&interface=", 0},
+                 {"group=", "&group=", 0},
+                 {"version=", "&version=", 0},
+                 {"weight=", "&weight=", CRPCI_NAMES_WEIGHT_MAX},
+                 {"warmup_ms=", "&warmup=", INT32_MAX}};
     char *save = NULL, *word = strtok_r(line, blank, &save);
     crpci_names_text t;
     crpci_addr a;
+    size_t i;
     int n;
-    address = word;
-    while ((word = strtok_r(NULL, blank, &save)) != NULL) {
-        char *value = strchr(word, '=');
-        if (!value)
-            return false;
-        *value++ = '\0';
-        if (strcmp(word, "weight") == 0 && crpci_names_number(value, 1000000, &n))
-            weight = value;
-        else if (strcmp(word, "warmup_ms") == 0 && crpci_names_number(value, INT32_MAX, &n))
-            warmup = value;
-        else if (strcmp(word, "group") == 0)
-            group = value;
-        else if (strcmp(word, "version") == 0)
-            version = value;
-        else if (strcmp(word, "service") == 0)
-            service = value;
-        else
-            return false;
-    }
-    if (!crpci_sock_parse(&a, address) || a.u.any.sa_family == AF_UNIX ||
-        (a.u.any.sa_family == AF_INET ? a.u.in4.sin_port : a.u.in6.sin6_port) == 0)
+    if (!crpci_sock_parse(&a, word) || !crpci_sock_port(&a))
         return false;
     t.out = out;
     t.size = size;
     t.len = 0;
     crpci_names_put(&t, "crpc://");
-    crpci_names_put(&t, address);
+    crpci_names_put(&t, word);
     crpci_names_put(&t, "/?side=provider");
-    crpci_names_put_value(&t, "&interface=", service);
-    crpci_names_put_value(&t, "&group=", group);
-    crpci_names_put_value(&t, "&version=", version);
-    crpci_names_put_value(&t, "&weight=", weight);
-    crpci_names_put_value(&t, "&warmup=", warmup);
+    while ((word = strtok_r(NULL, blank, &save)) != NULL) {
+        for (i = 0; i < sizeof known / sizeof *known; i++) {
+            const char *value = word + strlen(known[i].word);
+            if (strncmp(word, known[i].word, strlen(known[i].word)) != 0)
+                continue;
+            if (known[i].max && !crpci_names_number(value, known[i].max, &n))
+                return false;
+            crpci_names_put_value(&t, known[i].parameter, value);
+            break;
+        }
+        if (i == sizeof known / sizeof *known)
+            return false;
+    }
     return t.len < size;
 }
 
-/* Reads a text, in place. False: out of memory. */
+/* Reads a text, which it takes apart. False: out of memory. */
 CRPCI_FN bool crpci_file_parse(crpci_heap *h, char *text, crpci_file_text *out)
 {
     size_t lines = 1, len = strlen(text), number = 0, used = 0;
@@ -8999,34 +9429,34 @@ CRPCI_FN bool crpci_file_parse(crpci_heap *h, char *text, crpci_file_text *out)
     return true;
 }
 
-/* Reads the file. 1: here it is, empty if it does not exist; 0: it cannot be read; -1: out of
- * memory. */
-CRPCI_FN int crpci_file_read(const crpci_file *r, crpci_file_text *out)
+/* Reads the file. CRPC_OK: here it is, empty if it does not exist; CRPC_ESYSTEM: it cannot be read;
+ * CRPC_ENOMEM. Without the lock. */
+CRPCI_FN int crpci_file_read(const crpci_file *f, crpci_file_text *out)
 {
-    crpci_heap *h = r->of.loop->heap;
+    crpci_heap *h = f->base.loop->heap;
     size_t size = 0;
     char *text;
     bool ok;
     memset(out, 0, sizeof *out);
     errno = 0;
-    text = crpci_cache_read_file(h, r->path, CRPCI_FILE_MAX, &size);
+    text = crpci_cache_read_file(h, f->path, CRPCI_FILE_MAX, &size);
     if (!text)
-        return errno == ENOENT;
+        return errno == ENOENT ? CRPC_OK : CRPC_ESYSTEM;
     ok = crpci_file_parse(h, text, out);
     crpci_heap_free(h, text, size);
-    return ok ? 1 : -1;
+    return ok ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* Says, when that has changed, which lines are no good. Locked. */
-CRPCI_FN void crpci_file_note(crpci_file *r, const crpci_file_text *text)
+/* Logs which lines are wrong, when that has changed. Locked. */
+CRPCI_FN void crpci_file_complain(crpci_file *f, const crpci_file_text *text)
 {
-    if (text->bad && (text->bad != r->bad || text->bad_line != r->bad_line))
-        crpci_heap_log(r->of.loop->heap, CRPC_LOG_WARN,
-                       "registry: %.200s: %zu lines are not \"host:port key=value ...\" with a "
-                       "numeric host, the first of them line %zu",
-                       r->path, text->bad, text->bad_line);
-    r->bad = text->bad;
-    r->bad_line = text->bad_line;
+    if (text->bad && (text->bad != f->bad || text->bad_line != f->bad_line))
+        crpci_heap_log(f->base.loop->heap, CRPC_LOG_WARN,
+                       "registry %.200s: %zu lines are not \"host:port key=value ...\" with a "
+                       "numeric host and known keys, the first of them line %zu; they are ignored",
+                       f->directory.name, text->bad, text->bad_line);
+    f->bad = text->bad;
+    f->bad_line = text->bad_line;
 }
 
 CRPCI_FN bool crpci_file_same(const struct stat *a, const struct stat *b)
@@ -9035,137 +9465,120 @@ CRPCI_FN bool crpci_file_same(const struct stat *a, const struct stat *b)
            a->st_mtim.tv_sec == b->st_mtim.tv_sec && a->st_mtim.tv_nsec == b->st_mtim.tv_nsec;
 }
 
-/* Looks whether the file has changed. Locked, unlocks meanwhile. */
-CRPCI_FN void crpci_file_look(crpci_file *r)
+/* Reads the file if it has changed. Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_file_examine(crpci_file *f)
 {
+    crpci_directory *d = &f->directory;
     crpci_file_text text;
     struct stat st;
-    bool same;
-    int got;
-    crpci_loop_unlock(r->of.loop);
-    if (stat(r->path, &st)) {
+    bool same, taken;
+    int err;
+    crpci_loop_unlock(d->loop);
+    if (stat(f->path, &st)) {
         memset(&st, 0, sizeof st);
-        st.st_size = -1; /* missing: another state than never looked at */
+        st.st_size = -1; /* missing: not the same as never examined */
     }
-    crpci_loop_lock(r->of.loop);
-    same = crpci_file_same(&st, &r->seen);
-    if ((same && !r->again) || r->of.closing)
+    crpci_loop_lock(d->loop);
+    same = crpci_file_same(&st, &f->seen);
+    if ((same && !f->again) || d->ended)
         return;
-    r->again = !same;
-    r->seen = st;
-    crpci_loop_unlock(r->of.loop);
-    got = crpci_file_read(r, &text);
-    crpci_loop_lock(r->of.loop);
-    if (got > 0) {
-        crpci_file_note(r, &text);
-        crpci_directory_local_serve(&r->of, &text.names, text.bad == 0);
+    f->again = !same;
+    f->seen = st;
+    crpci_loop_unlock(d->loop);
+    err = crpci_file_read(f, &text);
+    crpci_loop_lock(d->loop);
+    if (err == CRPC_OK) {
+        crpci_file_complain(f, &text);
+        taken = crpci_directory_update(d, text.names.name, text.names.count, text.bad == 0);
     } else {
-        memset(&r->seen, 0, sizeof r->seen);
-        if (got == 0)
-            crpci_directory_local_serve(&r->of, NULL, false);
+        taken = false;
+        if (err == CRPC_ESYSTEM)
+            (void)crpci_directory_age(d);
     }
-    crpci_names_free(r->of.loop->heap, &text.names);
+    if (!taken)
+        memset(&f->seen, 0, sizeof f->seen);
+    crpci_names_free(d->loop->heap, &text.names);
 }
 
 CRPCI_FN void crpci_file_on_timer(crpc_loop *l, crpci_timer *timer)
 {
-    crpci_file *r = CRPCI_CONTAINER(timer, crpci_file, of.timer);
-    r->of.refs++;
-    crpci_file_look(r);
-    if (!r->of.closing && !crpci_list_empty(&r->of.subs))
-        crpci_loop_timer_set(l, &r->of.timer, CRPCI_FILE_PERIOD_US);
-    crpci_directory_local_unlock(&r->of);
-    crpci_loop_lock(l);
-}
-
-CRPCI_FN int crpci_file_enroll(crpci_backend *base, const crpci_registration *what,
-                                  crpci_directory_status_fn status, void *user, void **handle)
-{
-    (void)base;
-    (void)what;
-    (void)status;
-    (void)user;
-    *handle = NULL;
-    return CRPC_EUNSUPPORTED;
-}
-
-CRPCI_FN void crpci_file_withdraw(crpci_backend *base, void *handle)
-{
-    (void)base;
-    (void)handle;
+    crpci_file *f = CRPCI_CONTAINER(timer, crpci_file, timer);
+    f->directory.refs++;
+    crpci_file_examine(f);
+    if (!f->directory.ended && !crpci_list_empty(&f->directory.subscribers))
+        crpci_loop_timer_set(l, &f->timer, CRPCI_FILE_PERIOD_US);
+    crpci_directory_unref(&f->directory);
 }
 
 /* Reads the file on the caller's thread, so that the list is there when this returns. */
-CRPCI_FN int crpci_file_subscribe(crpci_backend *base, const crpci_names_query *what,
-                                     crpci_directory_push_fn push, void *user, void **handle)
+CRPCI_FN int crpci_file_subscribe(crpci_backend *b, const crpci_names_service *want,
+                                  crpci_directory_push_fn push, void *user, crpci_subscriber **out)
 {
-    crpci_file *r = (crpci_file *)(void *)base;
-    crpc_loop *l = r->of.loop;
-    crpci_directory_member *m = crpci_directory_member_new(&r->of, what, push, user);
+    crpci_file *f = (crpci_file *)(void *)b;
+    crpci_subscriber *s;
     crpci_file_text text;
-    *handle = NULL;
-    if (!m)
+    if (crpci_file_read(f, &text) == CRPC_ENOMEM)
         return CRPC_ENOMEM;
-    if (crpci_file_read(r, &text) < 0) {
-        crpci_directory_member_unref(m);
-        return CRPC_ENOMEM;
+    crpci_loop_lock(b->loop);
+    crpci_file_complain(f, &text);
+    s = crpci_directory_add(&f->directory, sizeof *s, want, push, user);
+    if (s) {
+        *out = s;
+        s->refs++;
+        memset(&f->seen, 0, sizeof f->seen); /* the file may have changed since */
+        crpci_loop_timer_set(b->loop, &f->timer, CRPCI_FILE_PERIOD_US);
+        (void)crpci_directory_serve(s, text.names.name, text.names.count, text.bad == 0);
+        crpci_directory_subscriber_unref(s);
     }
+    crpci_loop_unlock(b->loop);
+    crpci_names_free(b->loop->heap, &text.names);
+    return s ? CRPC_OK : CRPC_ENOMEM;
+}
+
+/* Frees the block, when nobody refers to the directory any more. */
+CRPCI_FN void crpci_file_free(crpci_directory *d)
+{
+    crpci_heap_free(d->loop->heap, CRPCI_CONTAINER(d, crpci_file, directory), sizeof(crpci_file));
+}
+
+CRPCI_FN void crpci_file_close(crpci_backend *b)
+{
+    crpci_file *f = (crpci_file *)(void *)b;
+    crpc_loop *l = b->loop;
     crpci_loop_lock(l);
-    crpci_file_note(r, &text);
-    crpci_directory_member_serve(m, text.names.name, text.names.count, text.bad == 0);
-    crpci_list_append(&r->of.subs, &m->base.node);
-    memset(&r->seen, 0, sizeof r->seen); /* the file may have changed since */
-    crpci_loop_timer_set(l, &r->of.timer, CRPCI_FILE_PERIOD_US);
-    *handle = m;
+    crpci_loop_timer_cancel(l, &f->timer);
+    crpci_directory_end(&f->directory);
     crpci_loop_unlock(l);
-    crpci_names_free(l->heap, &text.names);
-    return CRPC_OK;
+    crpci_loop_release(l);
 }
 
-CRPCI_FN void crpci_file_free(crpci_directory_local *base)
-{
-    crpci_file *r = (crpci_file *)(void *)base;
-    crpci_heap *h = base->loop->heap;
-    crpci_heap_strfree(h, r->path);
-    crpci_heap_free(h, r, sizeof *r);
-}
-
-CRPCI_FN void crpci_file_close(crpci_backend *base)
-{
-    crpci_directory_local *r = (crpci_directory_local *)(void *)base;
-    crpci_loop_lock(r->loop);
-    crpci_directory_local_shut(r);
-    crpci_directory_local_unlock(r);
-}
-
-static const crpci_backend_ops crpci_file_ops = {
-    sizeof(crpci_backend_ops), CRPCI_BACKEND_OPS_VERSION,       crpci_file_enroll,
-    crpci_file_withdraw,     crpci_file_subscribe,          crpci_directory_local_unsubscribe,
-    crpci_file_close};
+static const crpci_backend_ops crpci_file_ops = {NULL, NULL, crpci_file_subscribe,
+                                                 crpci_directory_leave, crpci_file_close};
 
 /* file:///path */
-CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url, crpci_backend **out,
-                                  crpc_error *error)
+CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
+                               const crpci_directory_options *options, crpci_backend **out,
+                               crpc_error *error)
 {
-    size_t n = strlen(url->path);
-    crpci_file *r;
-    if (*url->authority || !n)
-        return crpci_status_set(error, CRPC_EINVAL, "file://%.60s/%.60s: expected file:///path",
+    crpci_file *f;
+    (void)options;
+    if (*url->authority || !*url->path)
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "file://%.60s/%.60s: expected file:///path/of/the/list",
                                 url->authority, url->path);
-    r = (crpci_file *)crpci_heap_alloc(l->heap, sizeof *r);
-    if (r)
-        r->path = (char *)crpci_heap_alloc(l->heap, n + 2);
-    if (!r || !r->path ||
-        !crpci_directory_local_init(&r->of, &crpci_file_ops, l, crpci_file_on_timer,
-                                   crpci_file_free)) {
-        if (r)
-            crpci_heap_strfree(l->heap, r->path);
-        crpci_heap_free(l->heap, r, sizeof *r);
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    f = (crpci_file *)crpci_heap_alloc(l->heap, sizeof *f);
+    if (!f || !crpci_directory_init(&f->directory, l,
+                                    crpci_directory_format(l->heap, "file:///%s", url->path),
+                                    crpci_file_free)) {
+        crpci_heap_free(l->heap, f, sizeof *f);
+        return crpci_status_set(error, CRPC_ENOMEM, "file:///%.100s: out of memory", url->path);
     }
-    r->path[0] = '/';
-    memcpy(r->path + 1, url->path, n);
-    *out = &r->of.base;
+    f->path = f->directory.name + strlen("file://");
+    f->base.ops = &crpci_file_ops;
+    f->base.loop = l;
+    crpci_timer_init(&f->timer, crpci_file_on_timer);
+    crpci_loop_hold(l);
+    *out = &f->base;
     return CRPC_OK;
 }
 
@@ -9179,41 +9592,44 @@ CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url, crpci_backend
 
 /* Datagrams of one line, as Dubbo's multicast registry sends them:
  *
- *     register crpc://10.0.0.1:8000/demo.Echo?...&ttl=15000     here I am: at once, every interval,
- *                                                               and when somebody asks
- *     unregister crpc://...                                     I am going
- *     subscribe consumer://10.0.0.9/demo.Echo?...               who is there?
+ *     register crpc://10.0.0.1:8000/demo.Echo?...&ttl=15000     this provider is here: sent when it
+ *                                                               starts, at every interval, and when
+ *                                                               somebody asks
+ *     unregister crpc://...                                     this provider goes
+ *     subscribe consumer://10.0.0.9/demo.Echo?...               which providers are there?
  *
- * A provider that is not heard of for its ttl (in milliseconds) is gone. What others send is not
- * trusted: what makes no sense is counted and forgotten, what nobody here wants is not kept, and of
- * what is kept there is a bound. All of it happens on the loop, under its lock, as a datagram is
- * sent and received without waiting; while nobody drives the loop nothing is announced. */
+ * A provider that was not heard for its ttl (in milliseconds) is gone. What others send is not
+ * trusted: malformed datagrams are counted and dropped, providers that nobody here wants are not
+ * kept, and the number of those that are kept has a limit. All of it happens on the loop, under its
+ * lock, as sending and receiving a datagram does not wait; while nobody drives the loop nothing is
+ * announced. */
 #define CRPCI_MULTICAST_INTERVAL_MS 5000
-#define CRPCI_MULTICAST_TTL         3u    /* intervals */
-#define CRPCI_MULTICAST_TTL_MIN_MS  1000  /* that is believed */
+#define CRPCI_MULTICAST_TTL         3u /* intervals */
+#define CRPCI_MULTICAST_TTL_MIN_MS  1000 /* a peer's ttl is believed within these */
 #define CRPCI_MULTICAST_TTL_MAX_MS  600000
-#define CRPCI_MULTICAST_SIZE        1400u /* bytes of a datagram */
-#define CRPCI_MULTICAST_MAX         1024u /* providers of all services */
-#define CRPCI_MULTICAST_BATCH       16u   /* datagrams read in one step */
-#define CRPCI_MULTICAST_ANSWER_US   100000  /* in which all answer a question */
-#define CRPCI_MULTICAST_QUIET_US    500000  /* between two announcements of one */
-#define CRPCI_MULTICAST_GATHER_US   10000   /* changes are told together */
-#define CRPCI_MULTICAST_FIRST_US    1000000 /* no answer until then: nobody is there */
+#define CRPCI_MULTICAST_SIZE        1400u   /* bytes of a datagram */
+#define CRPCI_MULTICAST_MAX         1024u   /* providers of all services */
+#define CRPCI_MULTICAST_BATCH       16u     /* datagrams read in one step */
+#define CRPCI_MULTICAST_ANSWER_US   100000  /* answers to a question are spread over this */
+#define CRPCI_MULTICAST_QUIET_US    500000  /* least time between two announcements of a service */
+#define CRPCI_MULTICAST_GATHER_US   10000   /* changes within it are reported together */
+#define CRPCI_MULTICAST_FIRST_US    1000000 /* no answer until then: no provider is there */
 #define CRPCI_MULTICAST_TICK_US     1000000
-#define CRPCI_MULTICAST_GRACE_US    2000000 /* to be heard again after the loop has rested */
+#define CRPCI_MULTICAST_GRACE_US    2000000 /* for providers to answer after the loop has rested */
 
-/* A provider that was heard of. */
+/* A provider that was heard. One block, with the URL twice behind it. */
 typedef struct crpci_multicast_peer {
-    crpci_list node;
-    char *name;  /* its URL, encoded once more */
-    char *text;  /* its URL, taken apart: */
-    size_t size; /* of the text */
-    crpci_names_node is;
+    crpci_list link;
+    size_t size;         /* of the block */
+    char *url;           /* as it came */
+    crpci_names_node is; /* what the URL says; its texts are the second copy */
     int64_t expires_us;
 } crpci_multicast_peer;
 
 typedef struct crpci_multicast {
-    crpci_directory_local of;
+    crpci_backend base;
+    crpci_directory directory; /* of all services; holds the block */
+    crpci_timer timer;
     int fd;
     crpci_watch watch;
     crpci_addr group;
@@ -9222,35 +9638,34 @@ typedef struct crpci_multicast {
     crpci_list peers;
     size_t peer_count;
     crpci_list regs;
-    int64_t serve_us; /* when to tell of changes; 0: there are none */
-    int64_t tick_us;  /* when this was looked after last */
-    uint32_t ignored; /* datagrams that made no sense */
+    int64_t serve_us; /* when changes are to be reported; 0: there are none */
+    int64_t tick_us;  /* when the timer ran last */
+    uint32_t ignored; /* malformed datagrams, and providers above the limit */
     bool failed;      /* it was logged that nothing can be sent */
+    char datagram[CRPCI_MULTICAST_SIZE + 1]; /* the one just received */
+    char scratch[CRPCI_MULTICAST_SIZE + 1];  /* to take apart, or to send; under the lock */
 } crpci_multicast;
 
 /* A service that is offered here. */
 typedef struct crpci_multicast_reg {
-    crpci_list node;
+    crpci_list link;
     crpci_multicast *owner;
     uint32_t refs;
-    crpci_directory_status_fn status;
-    void *user;
-    crpci_directory_caller caller;
-    char *text[5];
-    crpci_registration what; /* its texts are `text` */
-    unsigned port;
-    bool auto_host;
-    bool ended;
-    char address[CRPC_ADDRESS_MAX];
-    int64_t timestamp_ms;
-    int64_t due_us;
-    int64_t sent_us;
-    int told; /* status that was told last; -1: none */
+    crpci_directory_offer offer;
+    int64_t due_us;  /* of the next announcement */
+    int64_t sent_us; /* of the last one */
+    int told;        /* the status that was reported last; -1: none */
 } crpci_multicast_reg;
+
+typedef struct crpci_multicast_sub {
+    crpci_subscriber base;
+    int64_t question_us; /* when to ask next */
+    unsigned questions;  /* left to be asked: a datagram can be lost */
+} crpci_multicast_sub;
 
 /* --- the socket ------------------------------------------------------------------------------- */
 
-/* `interface`: the address of one, its name, or NULL: where the routing table says. */
+/* `interface`: the address of one, its name, or NULL: where the routing table leads. */
 CRPCI_COLD bool crpci_multicast_interface(const char *interface, struct ip_mreqn *out)
 {
     memset(out, 0, sizeof *out);
@@ -9260,59 +9675,40 @@ CRPCI_COLD bool crpci_multicast_interface(const char *interface, struct ip_mreqn
     return out->imr_ifindex != 0;
 }
 
-CRPCI_FN bool crpci_multicast_is_chosen(const struct ip_mreqn *which)
-{
-    return which->imr_ifindex != 0 || which->imr_address.s_addr != 0;
-}
-
-/* A socket that is in the group. -1 and errno. */
-CRPCI_COLD int crpci_multicast_socket(const crpci_addr *group, struct ip_mreqn *which)
+/* A socket that is in the group. On failure -1, errno, and in *call which call failed. */
+CRPCI_COLD int crpci_multicast_socket(const crpci_addr *group, struct ip_mreqn *which,
+                                      const char **call)
 {
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), saved;
+    *call = "socket";
     if (fd < 0)
         return -1;
     which->imr_multiaddr = group->u.in4.sin_addr;
     crpci_sock_set(fd, SOL_SOCKET, SO_REUSEADDR, 1);
     crpci_sock_set(fd, IPPROTO_IP, IP_MULTICAST_LOOP, 1);
     crpci_sock_set(fd, IPPROTO_IP, IP_MULTICAST_TTL, 1);
-    if (bind(fd, &group->u.any, group->len) == 0 &&
-        (!crpci_multicast_is_chosen(which) ||
-         setsockopt(fd, IPPROTO_IP, IP_MULTICAST_IF, which, sizeof *which) == 0) &&
-        setsockopt(fd, IPPROTO_IP, IP_ADD_MEMBERSHIP, which, sizeof *which) == 0)
-        return fd;
+    *call = "bind";
+    if (bind(fd, &group->u.any, group->len) == 0) {
+        *call = "joining the group";
+        if (crpci_sock_leave_by(fd, which) &&
+            setsockopt(fd, IPPROTO_IP, IP_ADD_MEMBERSHIP, which, sizeof *which) == 0)
+            return fd;
+    }
     saved = errno;
     close(fd);
     errno = saved;
     return -1;
 }
 
-/* The address that datagrams to the group are sent from, and by which others reach this host. */
-CRPCI_FN bool crpci_multicast_host(const crpci_multicast *r, char *out, size_t size)
-{
-    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    crpci_addr a;
-    *out = '\0';
-    if (fd < 0)
-        return false;
-    if (crpci_multicast_is_chosen(&r->which))
-        (void)setsockopt(fd, IPPROTO_IP, IP_MULTICAST_IF, &r->which, sizeof r->which);
-    if (connect(fd, &r->group.u.any, r->group.len) == 0) {
-        crpci_sock_local(fd, &a);
-        if (a.len && a.u.in4.sin_addr.s_addr != htonl(INADDR_ANY))
-            inet_ntop(AF_INET, &a.u.in4.sin_addr, out, (socklen_t)size);
-    }
-    close(fd);
-    return *out != '\0';
-}
-
-/* Locked. */
+/* Sends a text to the group. Locked. */
 CRPCI_FN bool crpci_multicast_send(crpci_multicast *r, const char *text)
 {
     size_t n = strlen(text);
     bool ok = sendto(r->fd, text, n, MSG_NOSIGNAL, &r->group.u.any, r->group.len) == (ssize_t)n;
     if (!ok && !r->failed)
-        crpci_heap_log(r->of.loop->heap, CRPC_LOG_WARN, "multicast: nothing can be sent: %s",
-                       strerror(errno));
+        crpci_heap_log(r->base.loop->heap, CRPC_LOG_WARN,
+                       "registry %s: sendto: %s; tried again at every announcement",
+                       r->directory.name, strerror(errno));
     r->failed = !ok;
     return ok;
 }
@@ -9322,26 +9718,23 @@ CRPCI_FN bool crpci_multicast_send(crpci_multicast *r, const char *text)
 CRPCI_FN void crpci_multicast_changed(crpci_multicast *r)
 {
     if (!r->serve_us)
-        r->serve_us = crpci_loop_now(r->of.loop) + CRPCI_MULTICAST_GATHER_US;
+        r->serve_us = crpci_loop_now(r->base.loop) + CRPCI_MULTICAST_GATHER_US;
 }
 
 CRPCI_FN void crpci_multicast_forget(crpci_multicast *r, crpci_multicast_peer *p)
 {
-    crpci_heap *h = r->of.loop->heap;
-    crpci_list_remove(&p->node);
+    crpci_list_remove(&p->link);
     r->peer_count--;
-    crpci_heap_strfree(h, p->name);
-    crpci_heap_free(h, p->text, p->size);
-    crpci_heap_free(h, p, sizeof *p);
+    crpci_heap_free(r->base.loop->heap, p, p->size);
 }
 
-/* The peer that is the same provider, perhaps before it was started anew. */
+/* The peer that is the same provider, perhaps before it was restarted. */
 CRPCI_FN crpci_multicast_peer *crpci_multicast_find(const crpci_multicast *r,
                                                     const crpci_names_node *n)
 {
     crpci_list *i;
     for (i = r->peers.next; i != &r->peers; i = i->next) {
-        crpci_multicast_peer *p = CRPCI_CONTAINER(i, crpci_multicast_peer, node);
+        crpci_multicast_peer *p = CRPCI_CONTAINER(i, crpci_multicast_peer, link);
         if (strcmp(p->is.address, n->address) == 0 && strcmp(p->is.service, n->service) == 0 &&
             strcmp(p->is.group, n->group) == 0 && strcmp(p->is.version, n->version) == 0)
             return p;
@@ -9352,15 +9745,14 @@ CRPCI_FN crpci_multicast_peer *crpci_multicast_find(const crpci_multicast *r,
 CRPCI_FN bool crpci_multicast_wanted(const crpci_multicast *r, const crpci_names_node *n)
 {
     crpci_list *i;
-    for (i = r->of.subs.next; i != &r->of.subs; i = i->next) {
-        if (crpci_names_takes(
-                &CRPCI_CONTAINER(i, crpci_directory_member, base.node)->base.query, n))
+    for (i = r->directory.subscribers.next; i != &r->directory.subscribers; i = i->next) {
+        if (crpci_names_takes(&CRPCI_CONTAINER(i, crpci_subscriber, link)->want, n))
             return true;
     }
     return false;
 }
 
-/* For how long a URL is good, in microseconds. */
+/* For how long a URL is valid, in microseconds. */
 CRPCI_FN int64_t crpci_multicast_ttl(const char *url)
 {
     const char *at = strstr(url, "&ttl=");
@@ -9373,7 +9765,7 @@ CRPCI_FN int64_t crpci_multicast_ttl(const char *url)
     return (int64_t)ms * 1000;
 }
 
-/* Whether somebody can be reached by an address at all. */
+/* Whether an address is one that a connection can be made to. */
 CRPCI_FN bool crpci_multicast_is_host(const char *address)
 {
     crpci_addr a;
@@ -9385,48 +9777,37 @@ CRPCI_FN bool crpci_multicast_is_host(const char *address)
     return ntohl(a.u.in4.sin_addr.s_addr) >> 28 < 14 && a.u.in4.sin_addr.s_addr != 0;
 }
 
-/* Keeps what a URL says; `old`: what it takes the place of, or NULL. */
+/* Keeps what a URL says, in the place of `old`, if that is not NULL. */
 CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, crpci_multicast_peer *old)
 {
-    crpci_heap *h = r->of.loop->heap;
-    crpci_multicast_peer *p = (crpci_multicast_peer *)crpci_heap_alloc(h, sizeof *p);
-    size_t size = crpci_url_encode(NULL, 0, url) + 1;
-    char *name = (char *)crpci_heap_alloc(h, size);
-    size_t len = strlen(url) + 1;
-    if (p)
-        p->text = (char *)crpci_heap_alloc(h, len);
-    if (!p || !name || !p->text) { /* it will be announced again */
-        crpci_heap_free(h, name, size);
-        if (p)
-            crpci_heap_free(h, p->text, len);
-        crpci_heap_free(h, p, sizeof *p);
-        return;
-    }
-    crpci_url_encode(name, size, url);
-    p->name = name;
-    p->size = len;
-    memcpy(p->text, url, len);
-    (void)crpci_names_read(&p->is, p->text); /* it was read before */
-    p->expires_us = crpci_loop_now(r->of.loop) + crpci_multicast_ttl(url);
+    size_t n = strlen(url) + 1, size = sizeof(crpci_multicast_peer) + 2 * n;
+    crpci_multicast_peer *p = (crpci_multicast_peer *)crpci_heap_alloc(r->base.loop->heap, size);
+    if (!p)
+        return; /* the provider will announce itself again */
+    p->size = size;
+    p->url = (char *)(p + 1);
+    memcpy(p->url, url, n);
+    memcpy(p->url + n, url, n);
+    (void)crpci_names_read(&p->is, p->url + n); /* it was read before */
+    p->expires_us = crpci_loop_now(r->base.loop) + crpci_multicast_ttl(url);
     if (old)
         crpci_multicast_forget(r, old);
-    crpci_list_append(&r->peers, &p->node);
+    crpci_list_append(&r->peers, &p->link);
     r->peer_count++;
     crpci_multicast_changed(r);
 }
 
-/* A provider announces itself, or says that it is going. False: that made no sense. */
+/* A provider announces itself, or says that it goes. False: malformed, or above the limit. */
 CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool going)
 {
-    char text[CRPCI_MULTICAST_SIZE + 1], name[3 * CRPCI_MULTICAST_SIZE + 1];
     crpci_names_node n;
     crpci_multicast_peer *old;
-    memcpy(text, url, strlen(url) + 1);
-    if (!crpci_names_read(&n, text) || !*n.service || !crpci_multicast_is_host(n.address))
+    memcpy(r->scratch, url, strlen(url) + 1);
+    if (!crpci_names_read(&n, r->scratch) || !*n.service || !crpci_multicast_is_host(n.address))
         return false;
     old = crpci_multicast_find(r, &n);
     if (old && old->is.timestamp_ms > n.timestamp_ms)
-        return true; /* late: it has been started anew since */
+        return true; /* it arrives late: the provider has been restarted since */
     if (going) {
         if (old) {
             crpci_multicast_forget(r, old);
@@ -9434,9 +9815,8 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
         }
         return true;
     }
-    crpci_url_encode(name, sizeof name, url);
-    if (old && strcmp(old->name, name) == 0)
-        old->expires_us = crpci_loop_now(r->of.loop) + crpci_multicast_ttl(url);
+    if (old && strcmp(old->url, url) == 0)
+        old->expires_us = crpci_loop_now(r->base.loop) + crpci_multicast_ttl(url);
     else if (crpci_multicast_wanted(r, &n)) {
         if (!old && r->peer_count >= CRPCI_MULTICAST_MAX)
             return false;
@@ -9445,30 +9825,29 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
     return true;
 }
 
-/* Somebody asks for a service: those who offer it answer, not all in the same moment, and not more
- * often than is good for the network. */
+/* A consumer asks for a service. Those who offer it answer, not all in the same moment, and each
+ * at most twice a second, so that questions cannot be amplified into a flood. */
 CRPCI_FN bool crpci_multicast_asked(crpci_multicast *r, const char *url)
 {
-    char text[CRPCI_MULTICAST_SIZE + 1], *address, *service, *query;
-    int64_t now = crpci_loop_now(r->of.loop);
+    char *address, *service, *query;
+    int64_t now = crpci_loop_now(r->base.loop);
     crpci_list *i;
-    memcpy(text, url, strlen(url) + 1);
-    if (!crpci_names_split(text, &address, &service, &query) || !*service)
+    memcpy(r->scratch, url, strlen(url) + 1);
+    if (!crpci_names_split(r->scratch, &address, &service, &query) || !*service)
         return false;
     for (i = r->regs.next; i != &r->regs; i = i->next) {
-        crpci_multicast_reg *reg = CRPCI_CONTAINER(i, crpci_multicast_reg, node);
-        int64_t at = now + (int64_t)(crpci_loop_random(r->of.loop) % CRPCI_MULTICAST_ANSWER_US);
-        if (strcmp(service, "*") != 0 && strcmp(service, reg->what.service) != 0)
+        crpci_multicast_reg *reg = CRPCI_CONTAINER(i, crpci_multicast_reg, link);
+        int64_t at = now + (int64_t)(crpci_loop_random(r->base.loop) % CRPCI_MULTICAST_ANSWER_US);
+        if (strcmp(service, "*") != 0 && strcmp(service, reg->offer.what.service) != 0)
             continue;
         if (at < reg->sent_us + CRPCI_MULTICAST_QUIET_US)
             at = reg->sent_us + CRPCI_MULTICAST_QUIET_US;
-        if (at < reg->due_us)
-            reg->due_us = at;
+        reg->due_us = crpci_base_min64(reg->due_us, at);
     }
     return true;
 }
 
-/* One datagram; `size` as the network said, also of what did not fit. False: it made no sense. */
+/* One datagram; `size` as the network says, also of what did not fit. False: it is malformed. */
 CRPCI_FN bool crpci_multicast_take(crpci_multicast *r, char *text, size_t size)
 {
     if (size > CRPCI_MULTICAST_SIZE || memchr(text, '\0', size))
@@ -9487,31 +9866,21 @@ CRPCI_FN bool crpci_multicast_take(crpci_multicast *r, char *text, size_t size)
 
 /* --- what is said ----------------------------------------------------------------------------- */
 
-/* Finds the address to announce. */
-CRPCI_FN bool crpci_multicast_locate(crpci_multicast_reg *reg)
+/* Writes "register URL" into the scratch; without the methods if it is too long with them. False:
+ * too long. */
+CRPCI_FN bool crpci_multicast_write(const crpci_multicast_reg *reg, const char *verb)
 {
-    char host[INET_ADDRSTRLEN];
-    if (!reg->auto_host)
-        return true;
-    if (!crpci_multicast_host(reg->owner, host, sizeof host))
-        return false;
-    snprintf(reg->address, sizeof reg->address, "%s:%u", host, reg->port);
-    return true;
-}
-
-/* "register URL"; without the methods if it is too long with them. False: too long. */
-CRPCI_FN bool crpci_multicast_write(const crpci_multicast_reg *reg, const char *verb, char *out,
-                                    size_t size)
-{
-    crpci_registration what = reg->what;
-    size_t head = (size_t)snprintf(out, size, "%s ", verb), n;
-    int64_t ttl_ms = reg->owner->interval_us / 1000 * CRPCI_MULTICAST_TTL;
+    crpci_multicast *r = reg->owner;
+    crpci_names_service what = reg->offer.what;
+    const size_t size = sizeof r->scratch;
+    size_t head = (size_t)snprintf(r->scratch, size, "%s ", verb), n;
+    int64_t ttl_ms = r->interval_us / 1000 * CRPCI_MULTICAST_TTL;
     int round;
     for (round = 0; round < 2; round++) {
-        n = head + crpci_names_provider_url(out + head, size - head, &what, reg->address,
-                                      reg->timestamp_ms, (long)getpid());
+        n = head + crpci_names_url(r->scratch + head, size - head, &what, false,
+                                   reg->offer.address, reg->offer.timestamp_ms, (long)getpid());
         if (n < size)
-            n += (size_t)snprintf(out + n, size - n, "&ttl=%lld", (long long)ttl_ms);
+            n += (size_t)snprintf(r->scratch + n, size - n, "&ttl=%lld", (long long)ttl_ms);
         if (n < size)
             return true;
         what.methods = "";
@@ -9521,95 +9890,86 @@ CRPCI_FN bool crpci_multicast_write(const crpci_multicast_reg *reg, const char *
 
 CRPCI_FN void crpci_multicast_reg_unref(crpci_multicast_reg *reg)
 {
-    crpci_heap *h = reg->owner->of.loop->heap;
+    crpci_heap *h = reg->owner->base.loop->heap;
     if (--reg->refs)
         return;
-    crpci_names_texts_free(h, reg->text, 5);
+    crpci_names_release(h, &reg->offer.what);
     crpci_heap_free(h, reg, sizeof *reg);
 }
 
-/* Locked, unlocks for the callback. */
-CRPCI_FN void crpci_multicast_tell(crpci_multicast_reg *reg, int status, const char *text)
-{
-    crpci_multicast *r = reg->owner;
-    if (reg->told == status || reg->ended || reg->caller.running)
-        return;
-    reg->told = status;
-    if (!reg->status)
-        return;
-    crpci_directory_call_begin(r->of.loop, &reg->caller);
-    reg->status(reg->user, status, text);
-    crpci_directory_call_end(r->of.loop, &r->of.cond, &reg->caller);
-}
-
-/* Locked, unlocks for the callback. */
+/* Announces a service, and reports it when the outcome is another one than the last. Unlocks. */
 CRPCI_FN void crpci_multicast_announce(crpci_multicast_reg *reg)
 {
     crpci_multicast *r = reg->owner;
-    char text[CRPCI_MULTICAST_SIZE + 1];
     uint32_t part = (uint32_t)(r->interval_us / 4);
-    bool ok;
-    reg->sent_us = crpci_loop_now(r->of.loop);
+    char host[INET6_ADDRSTRLEN];
+    bool ok = true;
+    int status;
+    reg->sent_us = crpci_loop_now(r->base.loop);
     reg->due_us = reg->sent_us + r->interval_us - part / 2 +
-                  (int64_t)(crpci_loop_random(r->of.loop) % (part + 1));
-    ok = crpci_multicast_locate(reg) &&
-         crpci_multicast_write(reg, "register", text, sizeof text) && crpci_multicast_send(r, text);
+                  (int64_t)(crpci_loop_random(r->base.loop) % (part + 1));
+    if (reg->offer.auto_host) {
+        ok = crpci_sock_route(&r->group, &r->which, host, sizeof host);
+        if (ok)
+            (void)crpci_directory_offer_move(&reg->offer, host);
+    }
+    ok = ok && crpci_multicast_write(reg, "register") && crpci_multicast_send(r, r->scratch);
+    status = ok ? CRPC_OK : CRPC_EREGISTRY;
+    if (reg->told == status)
+        return;
+    reg->told = status;
     reg->refs++;
-    crpci_multicast_tell(reg, ok ? CRPC_OK : CRPC_EREGISTRY,
-                         ok ? "announced" : "no datagram can be sent to the group");
+    crpci_directory_tell(r->base.loop, &r->directory.cond, &reg->offer, status,
+                         ok ? "announced"
+                            : "no datagram can be sent to the group; tried again at every "
+                              "announcement");
     crpci_multicast_reg_unref(reg);
 }
 
-CRPCI_FN void crpci_multicast_ask(crpci_multicast *r, crpci_directory_member *m)
+CRPCI_FN void crpci_multicast_ask(crpci_multicast *r, const crpci_names_service *want)
 {
-    char text[CRPCI_MULTICAST_SIZE + 1], host[INET_ADDRSTRLEN];
-    const char head[] = "subscribe ";
-    const size_t at = sizeof head - 1;
-    crpci_registration what;
-    memset(&what, 0, sizeof what);
-    what.service = m->base.query.service;
-    what.group = m->base.query.group;
-    what.version = m->base.query.version;
-    what.application = m->base.query.application;
-    if (!crpci_multicast_host(r, host, sizeof host))
+    static const char head[] = "subscribe ";
+    const size_t at = sizeof head - 1, room = sizeof r->scratch - at;
+    char host[INET6_ADDRSTRLEN];
+    if (!crpci_sock_route(&r->group, &r->which, host, sizeof host))
         snprintf(host, sizeof host, "0.0.0.0");
-    memcpy(text, head, sizeof head);
-    if (crpci_names_consumer_url(text + at, sizeof text - at, &what, host, 0, (long)getpid()) <
-        sizeof text - at)
-        (void)crpci_multicast_send(r, text);
+    memcpy(r->scratch, head, sizeof head);
+    if (crpci_names_url(r->scratch + at, room, want, true, host, 0, (long)getpid()) < room)
+        (void)crpci_multicast_send(r, r->scratch);
 }
 
-/* --- the clockwork ---------------------------------------------------------------------------- */
+/* --- the timer -------------------------------------------------------------------------------- */
 
 CRPCI_FN void crpci_multicast_arm(crpci_multicast *r)
 {
-    int64_t now = crpci_loop_now(r->of.loop), next = now + CRPCI_MULTICAST_TICK_US;
+    int64_t now = crpci_loop_now(r->base.loop), next = now + CRPCI_MULTICAST_TICK_US;
     crpci_list *i;
-    if (r->of.closing)
+    if (r->directory.ended)
         return;
     if (r->serve_us)
         next = crpci_base_min64(next, r->serve_us);
     for (i = r->regs.next; i != &r->regs; i = i->next)
-        next = crpci_base_min64(next, CRPCI_CONTAINER(i, crpci_multicast_reg, node)->due_us);
-    for (i = r->of.subs.next; i != &r->of.subs; i = i->next) {
-        crpci_directory_member *m = CRPCI_CONTAINER(i, crpci_directory_member, base.node);
-        if (m->questions)
-            next = crpci_base_min64(next, m->query_us);
-        if (!m->base.last && !r->serve_us)
-            next = crpci_base_min64(next, m->due_us);
+        next = crpci_base_min64(next, CRPCI_CONTAINER(i, crpci_multicast_reg, link)->due_us);
+    for (i = r->directory.subscribers.next; i != &r->directory.subscribers; i = i->next) {
+        crpci_multicast_sub *s = CRPCI_CONTAINER(i, crpci_multicast_sub, base.link);
+        if (s->questions)
+            next = crpci_base_min64(next, s->question_us);
+        if (!s->base.last && !r->serve_us)
+            next = crpci_base_min64(next, s->base.first_us);
     }
-    crpci_loop_timer_set(r->of.loop, &r->of.timer, next - now);
+    crpci_loop_timer_set(r->base.loop, &r->timer, next - now);
 }
 
-/* Who was not heard of for too long is gone. After the loop has rested that says nothing: what was
- * sent meanwhile is not read yet, or was lost; so everybody is asked, and given time to answer. */
+/* Drops the providers that were silent for too long. After the loop has rested silence proves
+ * nothing: what was sent meanwhile is not read yet, or was lost; so all are asked, and get time to
+ * answer. */
 CRPCI_FN void crpci_multicast_expire(crpci_multicast *r, int64_t now)
 {
     bool rested = now - r->tick_us > 3 * (int64_t)CRPCI_MULTICAST_TICK_US;
     crpci_list *i;
     r->tick_us = now;
     for (i = r->peers.next; i != &r->peers;) {
-        crpci_multicast_peer *p = CRPCI_CONTAINER(i, crpci_multicast_peer, node);
+        crpci_multicast_peer *p = CRPCI_CONTAINER(i, crpci_multicast_peer, link);
         i = i->next;
         if (rested && p->expires_us < now + CRPCI_MULTICAST_GRACE_US)
             p->expires_us = now + CRPCI_MULTICAST_GRACE_US;
@@ -9618,252 +9978,236 @@ CRPCI_FN void crpci_multicast_expire(crpci_multicast *r, int64_t now)
         crpci_multicast_forget(r, p);
         crpci_multicast_changed(r);
     }
-    for (i = r->of.subs.next; rested && i != &r->of.subs; i = i->next) {
-        crpci_directory_member *m = CRPCI_CONTAINER(i, crpci_directory_member, base.node);
-        m->query_us = now;
-        m->questions = 2;
+    for (i = r->directory.subscribers.next; rested && i != &r->directory.subscribers;
+         i = i->next) {
+        crpci_multicast_sub *s = CRPCI_CONTAINER(i, crpci_multicast_sub, base.link);
+        s->question_us = now;
+        s->questions = 2;
     }
 }
 
-/* Tells of changes. Locked, unlocks meanwhile. */
+/* Reports the providers to the directory. Unlocks. */
 CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
 {
-    crpci_heap *h = r->of.loop->heap;
+    crpci_heap *h = r->base.loop->heap;
     crpci_names names;
     crpci_list *i;
-    size_t text = 0;
     char *p;
     memset(&names, 0, sizeof names);
+    names.size = r->peer_count * sizeof *names.name + 1;
     for (i = r->peers.next; i != &r->peers; i = i->next)
-        text += strlen(CRPCI_CONTAINER(i, crpci_multicast_peer, node)->name) + 1;
-    names.size = r->peer_count * sizeof *names.name + text + 1;
+        names.size += crpci_url_encode(
+                          NULL, 0, CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) + 1;
     names.name = (char **)crpci_heap_alloc(h, names.size);
     if (!names.name)
         return; /* serve_us stays: tried again at the next tick */
     p = (char *)(names.name + r->peer_count);
     for (i = r->peers.next; i != &r->peers; i = i->next) {
-        const char *name = CRPCI_CONTAINER(i, crpci_multicast_peer, node)->name;
-        size_t n = strlen(name) + 1;
-        memcpy(p, name, n);
         names.name[names.count++] = p;
-        p += n;
+        p += crpci_url_encode(p, names.size - (size_t)(p - (char *)names.name),
+                              CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) + 1;
     }
     r->serve_us = 0;
-    crpci_directory_local_serve(&r->of, &names, true);
+    if (!crpci_directory_update(&r->directory, names.name, names.count, true))
+        r->serve_us = crpci_loop_now(r->base.loop) + CRPCI_MULTICAST_TICK_US;
     crpci_names_free(h, &names);
 }
 
-/* Does what is due. Locked, unlocks for callbacks. */
+/* Does what is due. Unlocks. */
 CRPCI_FN void crpci_multicast_run(crpci_multicast *r)
 {
-    int64_t now = crpci_loop_now(r->of.loop);
+    int64_t now = crpci_loop_now(r->base.loop);
     crpci_list *i;
     crpci_multicast_expire(r, now);
-    for (i = r->of.subs.next; i != &r->of.subs; i = i->next) {
-        crpci_directory_member *m = CRPCI_CONTAINER(i, crpci_directory_member, base.node);
-        if (m->questions && m->query_us <= now) {
-            m->query_us = now + CRPCI_MULTICAST_FIRST_US / 2;
-            m->questions--;
-            crpci_multicast_ask(r, m);
+    for (i = r->directory.subscribers.next; i != &r->directory.subscribers; i = i->next) {
+        crpci_multicast_sub *s = CRPCI_CONTAINER(i, crpci_multicast_sub, base.link);
+        if (s->questions && s->question_us <= now) {
+            s->question_us = now + CRPCI_MULTICAST_FIRST_US / 2;
+            s->questions--;
+            crpci_multicast_ask(r, &s->base.want);
         }
-        if (!m->base.last && m->due_us <= now) /* nobody has answered: that is news too */
+        if (!s->base.last && s->base.first_us <= now) /* no answer: the list is empty */
             crpci_multicast_changed(r);
     }
-    for (i = r->regs.next; i != &r->regs && !r->of.closing;) {
-        crpci_multicast_reg *reg = CRPCI_CONTAINER(i, crpci_multicast_reg, node);
+    for (i = r->regs.next; i != &r->regs && !r->directory.ended;) {
+        crpci_multicast_reg *reg = CRPCI_CONTAINER(i, crpci_multicast_reg, link);
         i = i->next;
         if (reg->due_us > now)
             continue;
         crpci_multicast_announce(reg);
         i = r->regs.next; /* anything can have come and gone */
     }
-    if (r->serve_us && r->serve_us <= now && !r->of.closing)
+    if (r->serve_us && r->serve_us <= now && !r->directory.ended)
         crpci_multicast_serve(r);
 }
 
 CRPCI_FN void crpci_multicast_on_timer(crpc_loop *l, crpci_timer *timer)
 {
-    crpci_multicast *r = CRPCI_CONTAINER(timer, crpci_multicast, of.timer);
-    r->of.refs++;
+    crpci_multicast *r = CRPCI_CONTAINER(timer, crpci_multicast, timer);
+    (void)l;
+    r->directory.refs++;
     crpci_multicast_run(r);
     crpci_multicast_arm(r);
-    crpci_directory_local_unlock(&r->of);
-    crpci_loop_lock(l);
+    crpci_directory_unref(&r->directory);
 }
 
 CRPCI_FN void crpci_multicast_on_event(crpc_loop *l, crpci_watch *watch, unsigned events)
 {
     crpci_multicast *r = CRPCI_CONTAINER(watch, crpci_multicast, watch);
+    char text[CRPC_ADDRESS_MAX];
+    crpci_addr from;
     unsigned n;
-    (void)l;
     (void)events;
     for (n = 0; n < CRPCI_MULTICAST_BATCH; n++) {
-        char text[CRPCI_MULTICAST_SIZE + 1];
-        ssize_t got = recv(r->fd, text, CRPCI_MULTICAST_SIZE, MSG_DONTWAIT | MSG_TRUNC);
+        ssize_t got;
+        from.len = sizeof from.u;
+        got = recvfrom(r->fd, r->datagram, CRPCI_MULTICAST_SIZE, MSG_DONTWAIT | MSG_TRUNC,
+                       &from.u.any, &from.len);
         if (got < 0)
             break;
-        if (crpci_multicast_take(r, text, (size_t)got))
+        if (crpci_multicast_take(r, r->datagram, (size_t)got) || r->ignored++)
             continue;
-        if (r->ignored++ == 0)
-            crpci_heap_log(r->of.loop->heap, CRPC_LOG_WARN,
-                           "multicast: a datagram that makes no sense, or one too many, is "
-                           "ignored, as others will be");
+        crpci_sock_format(&from, text, sizeof text);
+        crpci_heap_log(l->heap, CRPC_LOG_WARN,
+                       "registry %s: malformed datagram from %s, or one above the limit of %u "
+                       "providers, ignored; further ones are counted, not logged",
+                       r->directory.name, text, CRPCI_MULTICAST_MAX);
     }
     crpci_multicast_arm(r);
 }
 
 /* --- the interface ---------------------------------------------------------------------------- */
 
-/* Takes over what is to be registered. */
-CRPCI_FN int crpci_multicast_reg_init(crpci_multicast_reg *reg, const crpci_registration *what,
-                                      crpci_heap *h)
-{
-    char text[CRPCI_MULTICAST_SIZE + 1], host[INET6_ADDRSTRLEN];
-    const char *from[5];
-    crpci_addr a;
-    if (!what->service || !*what->service || !what->address ||
-        !crpci_sock_split(what->address, host, sizeof host, &reg->port) || !reg->port)
-        return CRPC_EINVAL;
-    reg->auto_host = !*host || strcmp(host, "0.0.0.0") == 0 || strcmp(host, "::") == 0;
-    if (!reg->auto_host) {
-        if (!crpci_sock_parse(&a, what->address))
-            return CRPC_EINVAL;
-        crpci_sock_format(&a, reg->address, sizeof reg->address);
-    }
-    from[0] = what->service;
-    from[1] = what->group;
-    from[2] = what->version;
-    from[3] = what->application;
-    from[4] = what->methods;
-    if (!crpci_names_texts_copy(h, reg->text, from, 5))
-        return CRPC_ENOMEM;
-    reg->what = *what;
-    reg->what.service = reg->text[0];
-    reg->what.group = reg->text[1];
-    reg->what.version = reg->text[2];
-    reg->what.application = reg->text[3];
-    reg->what.methods = reg->text[4];
-    reg->what.address = NULL;
-    /* with the longest address, and the longer verb, it must fit a datagram */
-    if (reg->auto_host)
-        snprintf(reg->address, sizeof reg->address, "255.255.255.255:65535");
-    return crpci_multicast_write(reg, "unregister", text, sizeof text) ? CRPC_OK : CRPC_EINVAL;
-}
-
-CRPCI_FN int crpci_multicast_enroll(crpci_backend *base, const crpci_registration *what,
+CRPCI_FN int crpci_multicast_enroll(crpci_backend *b, const crpci_names_service *what,
                                     crpci_directory_status_fn status, void *user, void **handle)
 {
-    crpci_multicast *r = (crpci_multicast *)(void *)base;
-    crpc_loop *l = r->of.loop;
-    crpci_multicast_reg *reg = (crpci_multicast_reg *)crpci_heap_alloc(l->heap, sizeof *reg);
-    struct timespec ts;
+    crpci_multicast *r = (crpci_multicast *)(void *)b;
+    crpci_multicast_reg *reg =
+        (crpci_multicast_reg *)crpci_heap_alloc(b->loop->heap, sizeof *reg);
     int err;
-    *handle = NULL;
     if (!reg)
         return CRPC_ENOMEM;
-    clock_gettime(CLOCK_REALTIME, &ts); /* it goes into the URL; nothing is timed by it */
-    reg->timestamp_ms = (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
     reg->owner = r;
     reg->refs = 1;
-    reg->status = status;
-    reg->user = user;
     reg->told = -1;
-    crpci_list_init(&reg->node);
-    err = crpci_multicast_reg_init(reg, what, l->heap);
+    crpci_list_init(&reg->link);
+    err = crpci_directory_offer_init(&reg->offer, b->loop->heap, what, status, user);
+    crpci_loop_lock(b->loop);
+    /* with the longest address, and the longer verb, it must fit a datagram */
+    if (reg->offer.auto_host)
+        snprintf(reg->offer.address, sizeof reg->offer.address, "255.255.255.255:65535");
+    if (!err && !crpci_multicast_write(reg, "unregister"))
+        err = CRPC_EINVAL;
     if (err) {
         crpci_multicast_reg_unref(reg);
-        return err;
+    } else {
+        reg->due_us = crpci_loop_now(b->loop);
+        crpci_list_append(&r->regs, &reg->link);
+        *handle = reg;
+        crpci_multicast_arm(r);
     }
-    crpci_loop_lock(l);
-    reg->due_us = crpci_loop_now(l);
-    crpci_list_append(&r->regs, &reg->node);
-    *handle = reg;
-    crpci_multicast_arm(r);
-    crpci_loop_unlock(l);
-    return CRPC_OK;
+    crpci_loop_unlock(b->loop);
+    return err;
 }
 
-/* Locked. */
+/* Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_multicast_reg_end(crpci_multicast_reg *reg)
 {
     crpci_multicast *r = reg->owner;
-    char text[CRPCI_MULTICAST_SIZE + 1];
-    reg->ended = true;
-    crpci_list_remove(&reg->node);
-    if (reg->told == CRPC_OK && crpci_multicast_write(reg, "unregister", text, sizeof text))
-        (void)crpci_multicast_send(r, text);
-    crpci_directory_call_wait(r->of.loop, &r->of.cond, &reg->caller);
+    reg->offer.ended = true;
+    crpci_list_remove(&reg->link);
+    if (reg->told == CRPC_OK && crpci_multicast_write(reg, "unregister"))
+        (void)crpci_multicast_send(r, r->scratch);
+    crpci_directory_call_wait(r->base.loop, &r->directory.cond, &reg->offer.caller);
     crpci_multicast_reg_unref(reg);
 }
 
-CRPCI_FN void crpci_multicast_withdraw(crpci_backend *base, void *handle)
+CRPCI_FN void crpci_multicast_withdraw(crpci_backend *b, void *handle)
 {
-    crpci_multicast *r = (crpci_multicast *)(void *)base;
-    if (!handle)
-        return;
-    crpci_loop_lock(r->of.loop);
+    crpci_loop_lock(b->loop);
     crpci_multicast_reg_end((crpci_multicast_reg *)handle);
-    crpci_loop_unlock(r->of.loop);
+    crpci_loop_unlock(b->loop);
 }
 
-CRPCI_FN int crpci_multicast_subscribe(crpci_backend *base, const crpci_names_query *what,
-                                       crpci_directory_push_fn push, void *user, void **handle)
+CRPCI_FN int crpci_multicast_subscribe(crpci_backend *b, const crpci_names_service *want,
+                                       crpci_directory_push_fn push, void *user,
+                                       crpci_subscriber **out)
 {
-    crpci_multicast *r = (crpci_multicast *)(void *)base;
-    crpc_loop *l = r->of.loop;
-    crpci_directory_member *m;
-    *handle = NULL;
-    if (!what->service || !*what->service)
+    crpci_multicast *r = (crpci_multicast *)(void *)b;
+    crpci_multicast_sub *s;
+    if (!want->service || !*want->service)
         return CRPC_EINVAL;
-    m = crpci_directory_member_new(&r->of, what, push, user);
-    if (!m)
-        return CRPC_ENOMEM;
-    crpci_loop_lock(l);
-    m->query_us = crpci_loop_now(l);
-    m->due_us = m->query_us + CRPCI_MULTICAST_FIRST_US;
-    m->questions = 2; /* a datagram can be lost */
-    crpci_list_append(&r->of.subs, &m->base.node);
-    *handle = m;
-    if (r->peer_count)
-        crpci_multicast_changed(r);
-    crpci_multicast_arm(r);
-    crpci_loop_unlock(l);
-    return CRPC_OK;
+    crpci_loop_lock(b->loop);
+    s = (crpci_multicast_sub *)(void *)crpci_directory_add(&r->directory, sizeof *s, want, push,
+                                                           user);
+    if (s) {
+        s->question_us = crpci_loop_now(b->loop);
+        s->questions = 2;
+        s->base.first_us = s->question_us + CRPCI_MULTICAST_FIRST_US;
+        *out = &s->base;
+        if (r->peer_count)
+            crpci_multicast_changed(r);
+        crpci_multicast_arm(r);
+    }
+    crpci_loop_unlock(b->loop);
+    return s ? CRPC_OK : CRPC_ENOMEM;
 }
 
-CRPCI_FN void crpci_multicast_free(crpci_directory_local *base)
+/* Frees the block, when nobody refers to the directory any more. */
+CRPCI_FN void crpci_multicast_free(crpci_directory *d)
 {
-    crpci_multicast *r = (crpci_multicast *)(void *)base;
+    crpci_multicast *r = CRPCI_CONTAINER(d, crpci_multicast, directory);
     while (!crpci_list_empty(&r->peers))
-        crpci_multicast_forget(r, CRPCI_CONTAINER(r->peers.next, crpci_multicast_peer, node));
-    if (r->fd >= 0)
-        close(r->fd);
-    crpci_heap_free(base->loop->heap, r, sizeof *r);
+        crpci_multicast_forget(r, CRPCI_CONTAINER(r->peers.next, crpci_multicast_peer, link));
+    close(r->fd);
+    crpci_heap_free(d->loop->heap, r, sizeof *r);
 }
 
-CRPCI_FN void crpci_multicast_close(crpci_backend *base)
+CRPCI_FN void crpci_multicast_close(crpci_backend *b)
 {
-    crpci_multicast *r = (crpci_multicast *)(void *)base;
-    crpci_loop_lock(r->of.loop);
+    crpci_multicast *r = (crpci_multicast *)(void *)b;
+    crpc_loop *l = b->loop;
+    crpci_loop_lock(l);
     while (!crpci_list_empty(&r->regs))
-        crpci_multicast_reg_end(CRPCI_CONTAINER(r->regs.next, crpci_multicast_reg, node));
-    crpci_directory_local_shut(&r->of);
-    crpci_loop_watch_set(r->of.loop, &r->watch, r->fd, 0);
-    crpci_directory_local_unlock(&r->of);
+        crpci_multicast_reg_end(CRPCI_CONTAINER(r->regs.next, crpci_multicast_reg, link));
+    crpci_loop_timer_cancel(l, &r->timer);
+    crpci_loop_watch_set(l, &r->watch, r->fd, 0);
+    crpci_directory_end(&r->directory);
+    crpci_loop_unlock(l);
+    crpci_loop_release(l);
 }
 
 static const crpci_backend_ops crpci_multicast_ops = {
-    sizeof(crpci_backend_ops), CRPCI_BACKEND_OPS_VERSION, crpci_multicast_enroll,
-    crpci_multicast_withdraw,   crpci_multicast_subscribe,  crpci_directory_local_unsubscribe,
-    crpci_multicast_close};
+    crpci_multicast_enroll, crpci_multicast_withdraw, crpci_multicast_subscribe,
+    crpci_directory_leave, crpci_multicast_close};
 
-/* multicast://224.5.6.7:port, with ?interface=name-or-address behind it if need be */
+/* An open registry that is in the group. NULL: out of memory. */
+CRPCI_COLD crpci_multicast *crpci_multicast_new(crpc_loop *l, const char *authority, int fd)
+{
+    crpci_multicast *r = (crpci_multicast *)crpci_heap_alloc(l->heap, sizeof *r);
+    if (!r || !crpci_directory_init(&r->directory, l,
+                                    crpci_directory_format(l->heap, "multicast://%s", authority),
+                                    crpci_multicast_free)) {
+        crpci_heap_free(l->heap, r, sizeof *r);
+        return NULL;
+    }
+    r->base.ops = &crpci_multicast_ops;
+    r->base.loop = l;
+    r->fd = fd;
+    crpci_list_init(&r->peers);
+    crpci_list_init(&r->regs);
+    crpci_timer_init(&r->timer, crpci_multicast_on_timer);
+    crpci_watch_init(&r->watch, crpci_multicast_on_event);
+    crpci_loop_hold(l);
+    return r;
+}
+
+/* multicast://224.5.6.7:port */
 CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
-                                    const crpci_directory_options *options, crpci_backend **out,
+                                    const crpci_directory_options *o, crpci_backend **out,
                                     crpc_error *error)
 {
-    const char *interface = options ? options->interface : NULL;
-    char named[64];
+    const char *call;
     struct ip_mreqn which;
     crpci_addr group;
     crpci_multicast *r;
@@ -9874,48 +10218,37 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
                                 "multicast://%.60s: expected an address from 224.0.0.0 to "
                                 "239.255.255.255, and a port",
                                 url->authority);
-    if (*url->query) { /* a server hands it on, a channel has taken it out */
-        if (strncmp(url->query, "interface=", 10) != 0 || strchr(url->query, '&') ||
-            (size_t)snprintf(named, sizeof named, "%s", url->query + 10) >= sizeof named ||
-            !crpci_url_decode(named))
-            return crpci_status_set(error, CRPC_EINVAL,
-                                    "multicast://%.60s?%.60s: interface= is the only option",
-                                    url->authority, url->query);
-        interface = named;
-    }
-    if (!crpci_multicast_interface(interface, &which))
-        return crpci_status_set(error, CRPC_EADDRESS, "multicast: there is no interface \"%.40s\"",
-                                interface);
-    fd = crpci_multicast_socket(&group, &which);
+    if (!crpci_multicast_interface(o->interface, &which))
+        return crpci_status_set(error, CRPC_EADDRESS,
+                                "multicast://%.60s: interface \"%.40s\" does not exist; see "
+                                "`ip address`",
+                                url->authority, o->interface);
+    fd = crpci_multicast_socket(&group, &which, &call);
     if (fd < 0)
-        return crpci_status_set(error, CRPC_EADDRESS, "multicast://%.60s: %s", url->authority,
-                                strerror(errno));
-    r = (crpci_multicast *)crpci_heap_alloc(l->heap, sizeof *r);
-    if (!r || !crpci_directory_local_init(&r->of, &crpci_multicast_ops, l, crpci_multicast_on_timer,
-                                         crpci_multicast_free)) {
-        crpci_heap_free(l->heap, r, sizeof *r);
+        return crpci_status_set(error, CRPC_EADDRESS, "multicast://%.60s: %s: %s; interface= names "
+                                                      "the interface to use",
+                                url->authority, call, strerror(errno));
+    r = crpci_multicast_new(l, url->authority, fd);
+    if (!r) {
         close(fd);
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+        return crpci_status_set(error, CRPC_ENOMEM, "multicast://%.60s: out of memory",
+                                url->authority);
     }
-    r->fd = fd;
     r->group = group;
     r->which = which;
-    r->interval_us =
-        crpci_base_option(options ? options->announce_ms : 0, CRPCI_MULTICAST_INTERVAL_MS,
-                          CRPCI_MULTICAST_INTERVAL_MS) * 1000;
-    crpci_list_init(&r->peers);
-    crpci_list_init(&r->regs);
-    crpci_watch_init(&r->watch, crpci_multicast_on_event);
+    r->interval_us = crpci_base_option(o->announce_ms, CRPCI_MULTICAST_INTERVAL_MS,
+                                       CRPCI_MULTICAST_INTERVAL_MS) * 1000;
     crpci_loop_lock(l);
     r->tick_us = crpci_loop_now(l);
     err = crpci_loop_watch_set(l, &r->watch, fd, CRPC_READABLE);
-    if (!err) {
-        crpci_loop_unlock(l);
-        *out = &r->of.base;
-        return CRPC_OK;
+    crpci_loop_unlock(l);
+    if (err) {
+        crpci_multicast_close(&r->base);
+        return crpci_status_set(error, err, "multicast://%.60s: %s", url->authority,
+                                crpc_status_text(err));
     }
-    crpci_directory_local_unlock(&r->of);
-    return crpci_status_set(error, err, "multicast: %s", crpc_status_text(err));
+    *out = &r->base;
+    return CRPC_OK;
 }
 
 #endif /* CRPC_ENABLE_SERVERLESS */
@@ -10124,16 +10457,13 @@ struct crpci_zookeeper_task {
 /* A directory to watch: one of providers, or the one of overrides that goes with it. */
 typedef struct crpci_zookeeper_dir {
     crpci_zookeeper_task task;
+    crpci_directory list;                  /* of providers only */
     struct crpci_zookeeper_dir *rules;     /* of providers: where the overrides are */
     struct crpci_zookeeper_dir *providers; /* of overrides: whose; NULL: nobody's any more */
-    crpci_names_overrides *overrides;       /* of providers: as read last, or NULL */
     bool ruled; /* of providers: overrides were looked for; until then it is not read */
-    crpci_list subs;
-    uint32_t round; /* of reading */
     bool read;      /* it was, once */
     bool aged;      /* all was called stale in this round of the session's */
     bool refused;   /* may not be created */
-    bool bad;       /* it was logged that a name is unreadable */
     bool failed;    /* it was logged that reading failed */
 } crpci_zookeeper_dir;
 
@@ -10148,34 +10478,21 @@ typedef struct crpci_zookeeper_registry {
 typedef struct crpci_zookeeper_reg crpci_zookeeper_reg;
 
 typedef struct crpci_zookeeper_sub {
-    crpci_directory_sub base;
-    crpci_zookeeper_dir *dir;
+    crpci_subscriber base;
     crpci_zookeeper_registry *owner;
     crpci_zookeeper_reg *consumer; /* NULL: not registered as one */
-    uint32_t round;
 } crpci_zookeeper_sub;
 
 /* A node to keep registered. */
 struct crpci_zookeeper_reg {
     crpci_zookeeper_task task;
     crpci_zookeeper_registry *owner;
-    crpci_directory_status_fn status;
-    void *user;
-    crpci_directory_caller caller;
+    crpci_directory_offer offer;
     bool consumer; /* not a provider */
-    char *text[5];
-    crpci_registration what; /* its texts are `text` */
-    unsigned port;
-    bool auto_host;
-    bool v4; /* ... and the listener takes no IPv6 */
-    char host[INET6_ADDRSTRLEN];
-    char address[CRPC_ADDRESS_MAX];
-    int64_t timestamp_ms; /* part of the name: one for life */
     char *path;           /* of the node; NULL: the address is not known yet */
     bool tried;           /* it may exist */
     bool live;            /* it exists and is this session's */
     bool moving;          /* it is being removed because the address has changed */
-    bool withdrawn;
     unsigned failures;
     unsigned fights; /* times the node was another session's in a row */
     int64_t check_us;
@@ -10419,23 +10736,8 @@ CRPCI_FN bool crpci_zookeeper_local_host(const crpci_zookeeper *s, bool v4, char
     size_t i;
     *out = '\0';
     for (i = 0; i < s->server_count && !*out; i++) {
-        const crpci_addr *to = &s->servers[i];
-        int fd = v4 && to->u.any.sa_family != AF_INET
-                     ? -1
-                     : socket(to->u.any.sa_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-        crpci_addr a;
-        if (fd < 0)
-            continue;
-        if (connect(fd, &to->u.any, to->len) == 0) {
-            crpci_sock_local(fd, &a);
-            if (a.len && a.u.any.sa_family == AF_INET && a.u.in4.sin_addr.s_addr != INADDR_ANY)
-                inet_ntop(AF_INET, &a.u.in4.sin_addr, out, (socklen_t)size);
-            else if (a.len && a.u.any.sa_family == AF_INET6 &&
-                     !IN6_IS_ADDR_UNSPECIFIED(&a.u.in6.sin6_addr) &&
-                     !IN6_IS_ADDR_LINKLOCAL(&a.u.in6.sin6_addr))
-                inet_ntop(AF_INET6, &a.u.in6.sin6_addr, out, (socklen_t)size);
-        }
-        close(fd);
+        if (!v4 || s->servers[i].u.any.sa_family == AF_INET)
+            (void)crpci_sock_route(&s->servers[i], NULL, out, size);
     }
     return *out != '\0';
 }
@@ -10547,124 +10849,12 @@ CRPCI_FN void crpci_zookeeper_unlock(crpci_zookeeper *s)
 CRPCI_FN void crpci_zookeeper_tell(crpci_zookeeper_reg *reg, int status, const char *text)
 {
     crpci_zookeeper *s = reg->task.session;
-    if (reg->withdrawn || !reg->status)
-        return;
     reg->task.refs++;
-    crpci_directory_call_begin(s->loop, &reg->caller);
-    reg->status(reg->user, status, text);
-    crpci_directory_call_end(s->loop, &s->cond, &reg->caller);
+    crpci_directory_tell(s->loop, &s->cond, &reg->offer, status, text);
     crpci_zookeeper_task_unref(&reg->task);
 }
 
-CRPCI_FN void crpci_zookeeper_sub_unref(crpci_zookeeper_sub *sub)
-{
-    crpci_heap *h = sub->base.loop->heap;
-    if (--sub->base.refs)
-        return;
-    crpci_directory_sub_clear(&sub->base);
-    crpci_zookeeper_task_unref(&sub->dir->task);
-    crpci_heap_free(h, sub, sizeof *sub);
-}
-
-/* A subscriber that has not been served in this round, with a reference; NULL: none is left. */
-CRPCI_FN crpci_zookeeper_sub *crpci_zookeeper_next_sub(crpci_zookeeper_dir *dir, uint32_t round)
-{
-    crpci_list *i;
-    for (i = dir->subs.next; i != &dir->subs && !dir->task.session->closing; i = i->next) {
-        crpci_zookeeper_sub *sub = CRPCI_CONTAINER(i, crpci_zookeeper_sub, base.node);
-        if (sub->round != round) {
-            sub->round = round;
-            sub->base.refs++;
-            return sub;
-        }
-    }
-    return NULL;
-}
-
-/* Makes each subscriber's list of what was read and hands it out. `found`: the directory exists.
- * Locked; unlocks for the work. False: out of memory. */
-CRPCI_FN bool crpci_zookeeper_deliver(crpci_zookeeper_dir *dir, char *const *names, size_t count,
-                                      bool found)
-{
-    crpci_zookeeper *s = dir->task.session;
-    crpci_names_overrides *rules = dir->overrides;
-    uint32_t round = ++dir->round;
-    crpci_zookeeper_sub *sub;
-    bool complete = true;
-    if (rules)
-        crpci_thread_ref(&rules->refs);
-    while ((sub = crpci_zookeeper_next_sub(dir, round)) != NULL) {
-        crpci_snapshot *list;
-        size_t bad = 0;
-        crpci_loop_unlock(s->loop);
-        list = crpci_directory_collect(s->heap, names, count, &sub->base.query, rules, &bad);
-        crpci_loop_lock(s->loop);
-        if (bad && !dir->bad)
-            crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s: %zu names are no provider's URL",
-                           dir->task.dir, bad);
-        dir->bad = dir->bad || bad;
-        complete = list && crpci_directory_offer(&sub->base, list, found && !bad) && complete;
-        crpci_directory_snapshot_unref(list);
-        crpci_zookeeper_sub_unref(sub);
-    }
-    crpci_names_overrides_unref(rules);
-    return complete;
-}
-
-/* Calls the lists made of a directory stale. Locked, unlocks meanwhile. False: out of memory. */
-CRPCI_FN bool crpci_zookeeper_age_dir(crpci_zookeeper_dir *dir)
-{
-    uint32_t round = ++dir->round;
-    crpci_zookeeper_sub *sub;
-    bool complete = true;
-    while ((sub = crpci_zookeeper_next_sub(dir, round)) != NULL) {
-        complete = crpci_directory_age(&sub->base) && complete;
-        crpci_zookeeper_sub_unref(sub);
-    }
-    return complete;
-}
-
 /* --- the cache file --------------------------------------------------------------------------- */
-
-/* A directory's name there: on the heap. */
-CRPCI_COLD char *crpci_zookeeper_key(const crpci_zookeeper *s, const char *dir)
-{
-    size_t size = strlen("zookeeper://") + strlen(s->authority) + strlen(dir) + 1;
-    char *key = (char *)crpci_heap_alloc(s->heap, size);
-    if (key)
-        snprintf(key, size, "zookeeper://%s%s", s->authority, dir);
-    return key;
-}
-
-/* Takes what was read into the cache; of providers only if there is one: what stands there is to be
- * of use. */
-CRPCI_COLD void crpci_zookeeper_remember(crpci_zookeeper_dir *dir, char *const *names, size_t count)
-{
-    crpci_zookeeper *s = dir->task.session;
-    crpci_names_query any;
-    crpci_snapshot *list = NULL;
-    size_t bad;
-    char *key;
-    if (!s->cache.path)
-        return;
-    memset(&any, 0, sizeof any);
-    any.service = "";
-    any.group = any.version = "*";
-    if (!dir->providers) {
-        crpci_loop_unlock(s->loop);
-        list = crpci_directory_collect(s->heap, names, count, &any, NULL, &bad);
-        crpci_loop_lock(s->loop);
-        if (!list || !list->count) {
-            crpci_directory_snapshot_unref(list);
-            return;
-        }
-    }
-    key = crpci_zookeeper_key(s, dir->task.dir);
-    if (key)
-        (void)crpci_cache_put(&s->cache, key, names, count);
-    crpci_heap_strfree(s->heap, key);
-    crpci_directory_snapshot_unref(list);
-}
 
 CRPCI_FN void crpci_zookeeper_save(crpci_zookeeper *s)
 {
@@ -10712,17 +10902,12 @@ CRPCI_FN void crpci_zookeeper_dir_changed(crpci_zookeeper_dir *dir)
         dir->task.due_us = dir->providers || dir->ruled ? 0 : INT64_MAX;
 }
 
-/* The overrides of a directory are known, or cannot be. Takes `rules`; NULL: they stay. */
-CRPCI_FN void crpci_zookeeper_ruled(crpci_zookeeper_dir *dir, crpci_names_overrides *rules)
+/* The overrides of a directory are known, or cannot be. */
+CRPCI_FN void crpci_zookeeper_ruled(crpci_zookeeper_dir *dir, bool changed)
 {
-    bool first = !dir->ruled, change = rules && (rules->count || (dir->overrides &&
-                                                                  dir->overrides->count));
-    if (rules) {
-        crpci_names_overrides_unref(dir->overrides);
-        dir->overrides = rules;
-    }
+    bool first = !dir->ruled;
     dir->ruled = true;
-    if (first || change)
+    if (first || changed)
         crpci_zookeeper_dir_changed(dir);
 }
 
@@ -10744,28 +10929,21 @@ CRPCI_FN void crpci_zookeeper_dir_made(crpci_zookeeper_dir *dir, int rc)
     crpci_zookeeper_later(t, crpci_zookeeper_spread(t->session, CRPCI_ZOOKEEPER_REFUSED_US, 20));
 }
 
-/* Makes rules of what was read. Locked; unlocks for the work. False: out of memory. */
+/* Hands on overrides that were read. Locked; unlocks for the work. False: out of memory. */
 CRPCI_FN bool crpci_zookeeper_dir_rules(crpci_zookeeper_dir *dir, char *const *names, size_t count)
 {
     crpci_zookeeper *s = dir->task.session;
+    crpci_zookeeper_dir *providers = dir->providers;
     char ip[INET6_ADDRSTRLEN], host[INET6_ADDRSTRLEN + 2];
-    crpci_names_overrides *rules;
-    size_t bad = 0;
-    crpci_loop_unlock(s->loop);
+    int changed;
     crpci_zookeeper_local_host(s, false, ip, sizeof ip);
     snprintf(host, sizeof host, strchr(ip, ':') ? "[%s]" : "%s", ip);
-    rules = crpci_names_overrides_read(s->heap, names, count, host, &bad);
-    crpci_loop_lock(s->loop);
-    if (bad && !dir->bad)
-        crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                       "zookeeper: %s: %zu names are no override that is understood", dir->task.dir,
-                       bad);
-    dir->bad = dir->bad || bad;
-    if (rules && dir->providers)
-        crpci_zookeeper_ruled(dir->providers, rules);
-    else
-        crpci_names_overrides_unref(rules);
-    return rules != NULL;
+    providers->task.refs++;
+    changed = crpci_directory_override(&providers->list, names, count, host);
+    if (changed >= 0 && dir->providers)
+        crpci_zookeeper_ruled(providers, changed);
+    crpci_zookeeper_task_unref(&providers->task);
+    return changed >= 0;
 }
 
 /* The directory cannot be read: what was read before stays in use. */
@@ -10778,8 +10956,8 @@ CRPCI_FN void crpci_zookeeper_dir_failed(crpci_zookeeper_dir *dir, int rc)
     dir->failed = true;
     crpci_zookeeper_later(&dir->task, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_REFUSED_US, 20));
     if (dir->providers)
-        crpci_zookeeper_ruled(dir->providers, NULL);
-    else if (!crpci_zookeeper_age_dir(dir))
+        crpci_zookeeper_ruled(dir->providers, false);
+    else if (!crpci_directory_age(&dir->list))
         crpci_zookeeper_later(&dir->task, CRPCI_ZOOKEEPER_RETRY_US);
 }
 
@@ -10816,10 +10994,9 @@ CRPCI_FN void crpci_zookeeper_dir_done(crpci_zookeeper_task *t, const crpci_zook
         t->step = CRPCI_ZOOKEEPER_MKDIR;
         t->made = strlen(t->dir);
     }
-    if (a->rc == ZOK)
-        crpci_zookeeper_remember(dir, names, count);
     if (dir->providers ? !crpci_zookeeper_dir_rules(dir, names, count)
-                       : !crpci_zookeeper_deliver(dir, names, count, a->rc == ZOK))
+                       : dir->rules && !crpci_directory_update(&dir->list, names, count,
+                                                               a->rc == ZOK))
         crpci_zookeeper_later(t, CRPCI_ZOOKEEPER_RETRY_US);
 }
 
@@ -10843,13 +11020,24 @@ CRPCI_FN void crpci_zookeeper_dir_fired(crpci_zookeeper_task *t, const char *pat
         crpci_zookeeper_dir_changed(CRPCI_CONTAINER(t, crpci_zookeeper_dir, task));
 }
 
+/* Nobody refers to the directory any more. */
+CRPCI_FN void crpci_zookeeper_list_free(crpci_directory *d)
+{
+    crpci_zookeeper_dir *dir = CRPCI_CONTAINER(d, crpci_zookeeper_dir, list);
+    crpci_heap_strfree(d->loop->heap, dir->task.dir);
+    crpci_heap_free(d->loop->heap, dir, sizeof *dir);
+}
+
 CRPCI_FN void crpci_zookeeper_dir_free(crpci_zookeeper_task *t)
 {
     crpci_zookeeper_dir *dir = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
     crpci_heap *h = t->session->heap;
     if (dir->rules)
         crpci_zookeeper_task_unref(&dir->rules->task);
-    crpci_names_overrides_unref(dir->overrides);
+    if (dir->list.refs) {
+        crpci_directory_end(&dir->list);
+        return;
+    }
     crpci_heap_strfree(h, t->dir);
     crpci_heap_free(h, dir, sizeof *dir);
 }
@@ -10865,26 +11053,18 @@ CRPCI_FN bool crpci_zookeeper_reg_locate(crpci_zookeeper_reg *reg, bool *changed
 {
     char host[INET6_ADDRSTRLEN];
     *changed = false;
-    if (!reg->auto_host)
+    if (!reg->offer.auto_host)
         return true;
-    if (!crpci_zookeeper_local_host(reg->task.session, reg->v4, host, sizeof host))
+    if (!crpci_zookeeper_local_host(reg->task.session, reg->offer.v4, host, sizeof host))
         return false;
-    *changed = strcmp(host, reg->host) != 0;
-    if (!*changed)
-        return true;
-    memcpy(reg->host, host, sizeof reg->host);
-    if (reg->consumer)
-        snprintf(reg->address, sizeof reg->address, strchr(host, ':') ? "[%s]" : "%s", host);
-    else
-        snprintf(reg->address, sizeof reg->address, strchr(host, ':') ? "[%s]:%u" : "%s:%u", host,
-                 reg->port);
+    *changed = crpci_directory_offer_move(&reg->offer, host);
     return true;
 }
 
 CRPCI_FN size_t crpci_zookeeper_reg_url(const crpci_zookeeper_reg *reg, char *out, size_t size)
 {
-    return (reg->consumer ? crpci_names_consumer_url : crpci_names_provider_url)(
-        out, size, &reg->what, reg->address, reg->timestamp_ms, (long)getpid());
+    return crpci_names_url(out, size, &reg->offer.what, reg->consumer, reg->offer.address,
+                           reg->offer.timestamp_ms, (long)getpid());
 }
 
 /* Names the node. */
@@ -10919,7 +11099,7 @@ CRPCI_FN void crpci_zookeeper_reg_fail(crpci_zookeeper_reg *reg, int status, con
     crpci_zookeeper *s = reg->task.session;
     char text[CRPC_ERROR_TEXT_MAX];
     snprintf(text, sizeof text, "registering %s%.70s at zookeeper://%.70s: %.50s",
-             reg->consumer ? "as a consumer of " : "", reg->what.service, s->authority, why);
+             reg->consumer ? "as a consumer of " : "", reg->offer.what.service, s->authority, why);
     crpci_zookeeper_later(&reg->task, crpci_zookeeper_backoff(s, reg->failures));
     if (reg->failures++ % 10 == 0)
         crpci_heap_log(s->heap, CRPC_LOG_WARN, "%s", text);
@@ -10979,18 +11159,18 @@ CRPCI_FN bool crpci_zookeeper_reg_prepare(crpci_zookeeper_task *t, crpci_zookeep
 {
     crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
     crpci_heap *h = t->session->heap;
-    if (reg->withdrawn && !reg->tried) {
+    if (reg->offer.ended && !reg->tried) {
         crpci_zookeeper_reg_drop(reg);
         return false;
     }
-    if (reg->withdrawn)
+    if (reg->offer.ended)
         t->step = CRPCI_ZOOKEEPER_GONE;
     if (t->step == CRPCI_ZOOKEEPER_IDLE)
         crpci_zookeeper_reg_choose(reg);
     if (t->step == CRPCI_ZOOKEEPER_CREATE && !crpci_zookeeper_reg_ready(reg))
         return false;
     op->step = t->step;
-    op->data = reg->host;
+    op->data = reg->offer.host;
     op->watch = t->step == CRPCI_ZOOKEEPER_STAT && !reg->consumer;
     if (t->step == CRPCI_ZOOKEEPER_MKDIR)
         op->path = crpci_heap_strndup(h, t->dir, t->made);
@@ -11031,7 +11211,7 @@ CRPCI_FN void crpci_zookeeper_reg_mine(crpci_zookeeper_reg *reg, bool watched)
         return;
     crpci_heap_log(s->heap, reg->consumer ? CRPC_LOG_DEBUG : CRPC_LOG_INFO,
                    "zookeeper: registered %s%s at %s", reg->consumer ? "as a consumer of " : "",
-                   reg->what.service, reg->address);
+                   reg->offer.what.service, reg->offer.address);
     crpci_zookeeper_tell(reg, CRPC_OK, "registered");
 }
 
@@ -11057,7 +11237,7 @@ CRPCI_FN void crpci_zookeeper_reg_foreign(crpci_zookeeper_reg *reg)
         crpci_heap_strfree(s->heap, reg->path);
         reg->path = NULL;
         reg->tried = false;
-        reg->timestamp_ms = crpci_zookeeper_stamp(s) + crpci_loop_random(s->loop) % 1000u;
+        reg->offer.timestamp_ms = crpci_zookeeper_stamp(s) + crpci_loop_random(s->loop) % 1000u;
         reg->task.step = CRPCI_ZOOKEEPER_CREATE;
         return;
     }
@@ -11072,8 +11252,8 @@ CRPCI_FN void crpci_zookeeper_reg_foreign(crpci_zookeeper_reg *reg)
 CRPCI_FN bool crpci_zookeeper_is_twin(const crpci_zookeeper_reg *reg, const char *name)
 {
     const char *own = strrchr(reg->path, '/') + 1;
-    size_t n = crpci_url_encode(NULL, 0, "crpc://") + crpci_url_encode(NULL, 0, reg->address) +
-               crpci_url_encode(NULL, 0, "/");
+    size_t n = crpci_url_encode(NULL, 0, "crpc://") +
+               crpci_url_encode(NULL, 0, reg->offer.address) + crpci_url_encode(NULL, 0, "/");
     return strncmp(name, own, n) == 0 && strcmp(name, own) != 0;
 }
 
@@ -11093,7 +11273,7 @@ CRPCI_FN void crpci_zookeeper_reg_pass(crpci_zookeeper_reg *reg)
         crpci_heap_log(s->heap, CRPC_LOG_ERROR,
                        "zookeeper: another process keeps registering %s at %s: it is not removed "
                        "any more",
-                       reg->what.service, reg->address);
+                       reg->offer.what.service, reg->offer.address);
     reg->evicted = false;
     crpci_zookeeper_reg_idle(reg);
 }
@@ -11137,8 +11317,9 @@ CRPCI_FN void crpci_zookeeper_reg_twin(crpci_zookeeper_reg *reg, const crpci_zoo
     } else if (a->rc == ZOK) {
         reg->evicted = true;
         crpci_heap_log(s->heap, reg->rounds ? CRPC_LOG_WARN : CRPC_LOG_INFO,
-                       "zookeeper: removed another session's node of %s at %s", reg->what.service,
-                       reg->address);
+                       "zookeeper: removed another session's node of %s at %s",
+                       reg->offer.what.service,
+                       reg->offer.address);
     }
 }
 
@@ -11163,8 +11344,9 @@ CRPCI_FN void crpci_zookeeper_reg_gone(crpci_zookeeper_reg *reg, const crpci_zoo
     if (op->step == CRPCI_ZOOKEEPER_GONE || !reg->tried) {
         if (rc != ZOK && rc != ZNONODE)
             crpci_heap_log(reg->task.session->heap, CRPC_LOG_WARN,
-                           "zookeeper: %s at %s cannot be unregistered: %s", reg->what.service,
-                           reg->address, zerror(rc));
+                           "zookeeper: %s at %s cannot be unregistered: %s",
+                           reg->offer.what.service,
+                           reg->offer.address, zerror(rc));
         crpci_zookeeper_reg_drop(reg);
     }
 }
@@ -11178,11 +11360,11 @@ CRPCI_FN void crpci_zookeeper_reg_done(crpci_zookeeper_task *t, const crpci_zook
     t->due_us = 0;
     if (crpci_zookeeper_lost(a->rc)) {
         crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_RETRY_US, 50));
-        if (reg->withdrawn)
+        if (reg->offer.ended)
             t->step = CRPCI_ZOOKEEPER_GONE;
         return;
     }
-    if (reg->withdrawn) {
+    if (reg->offer.ended) {
         crpci_zookeeper_reg_gone(reg, op, a->rc);
     } else if (op->step == CRPCI_ZOOKEEPER_LIST) {
         crpci_zookeeper_reg_listed(reg, a);
@@ -11220,7 +11402,7 @@ CRPCI_FN void crpci_zookeeper_reg_done(crpci_zookeeper_task *t, const crpci_zook
 CRPCI_FN void crpci_zookeeper_reg_removed(crpci_zookeeper_reg *reg)
 {
     crpci_zookeeper *s = reg->task.session;
-    if (!reg->live || reg->withdrawn || reg->moving)
+    if (!reg->live || reg->offer.ended || reg->moving)
         return;
     reg->check_us = crpci_zookeeper_now(s) + crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_BACK_US, 90);
     if (!reg->task.op && reg->task.step == CRPCI_ZOOKEEPER_IDLE)
@@ -11237,7 +11419,7 @@ CRPCI_FN void crpci_zookeeper_reg_resume(crpci_zookeeper_task *t, bool fresh)
         t->step = CRPCI_ZOOKEEPER_DELETE;
     else
         t->step = reg->live ? CRPCI_ZOOKEEPER_IDLE : CRPCI_ZOOKEEPER_CREATE;
-    if (reg->withdrawn)
+    if (reg->offer.ended)
         t->step = CRPCI_ZOOKEEPER_GONE;
     t->due_us = 0;
     reg->check_us = 0; /* the way there may be another one, with another address */
@@ -11249,7 +11431,7 @@ CRPCI_FN void crpci_zookeeper_reg_free(crpci_zookeeper_task *t)
 {
     crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
     crpci_heap *h = t->session->heap;
-    crpci_names_texts_free(h, reg->text, 5);
+    crpci_names_release(h, &reg->offer.what);
     crpci_heap_strfree(h, t->dir);
     crpci_heap_strfree(h, reg->path);
     crpci_heap_strfree(h, reg->twin);
@@ -11318,7 +11500,7 @@ CRPCI_FN void crpci_zookeeper_age(crpci_zookeeper *s)
             continue;
         dir->aged = true;
         t->refs++;
-        complete = crpci_zookeeper_age_dir(dir) && complete;
+        complete = (!dir->rules || crpci_directory_age(&dir->list)) && complete;
         crpci_zookeeper_task_unref(t);
         i = s->tasks.next; /* anything can have come and gone */
     }
@@ -12062,7 +12244,6 @@ CRPCI_FN crpci_zookeeper_dir *crpci_zookeeper_dir_new(crpci_zookeeper *s, char *
         return NULL;
     }
     crpci_zookeeper_task_init(&dir->task, &crpci_zookeeper_dir_kind, s, CRPCI_ZOOKEEPER_LIST);
-    crpci_list_init(&dir->subs);
     dir->task.dir = path;
     return dir;
 }
@@ -12088,9 +12269,19 @@ CRPCI_FN crpci_zookeeper_dir *crpci_zookeeper_dir_get(const crpci_zookeeper_regi
         return NULL;
     path = crpci_zookeeper_dir_path(r, service, "configurators");
     dir->rules = crpci_zookeeper_dir_new(s, path);
-    if (!dir->rules) {
+    if (!dir->rules ||
+        !crpci_directory_init(
+            &dir->list, s->loop,
+            crpci_directory_format(s->heap, "zookeeper://%s%s", s->authority, dir->task.dir),
+            crpci_zookeeper_list_free)) {
         crpci_zookeeper_task_unref(&dir->task);
         return NULL;
+    }
+    dir->list.hold_us = s->spread_us + (int64_t)s->timeout_ms * 1000;
+    if (s->cache.path) {
+        dir->list.cache = &s->cache;
+        dir->list.override_name = crpci_directory_format(s->heap, "zookeeper://%s%s", s->authority,
+                                                         dir->rules->task.dir);
     }
     dir->rules->providers = dir;
     dir->rules->task.refs++;
@@ -12116,90 +12307,46 @@ CRPCI_FN void crpci_zookeeper_dir_end(crpci_zookeeper_dir *dir)
 
 /* --- registering ------------------------------------------------------------------------------ */
 
-/* Takes over the address of what is to be registered. */
-CRPCI_FN bool crpci_zookeeper_reg_address(crpci_zookeeper_reg *reg, const char *address)
-{
-    crpci_addr a;
-    if (!crpci_sock_split(address, reg->host, sizeof reg->host, &reg->port) || reg->port == 0)
-        return false;
-    reg->v4 = strcmp(reg->host, "0.0.0.0") == 0;
-    reg->auto_host = !*reg->host || reg->v4 || strcmp(reg->host, "::") == 0;
-    if (reg->auto_host) {
-        reg->host[0] = '\0';
-        return true;
-    }
-    if (!crpci_sock_parse(&a, address))
-        return false;
-    crpci_sock_format(&a, reg->address, sizeof reg->address);
-    return true;
-}
-
-CRPCI_FN bool crpci_zookeeper_reg_copy(crpci_zookeeper_reg *reg, crpci_heap *h,
-                                       const crpci_registration *what)
-{
-    const char *text[5];
-    text[0] = what->service;
-    text[1] = what->group;
-    text[2] = what->version;
-    text[3] = what->application;
-    text[4] = what->methods;
-    if (!crpci_names_texts_copy(h, reg->text, text, 5))
-        return false;
-    reg->what = *what;
-    reg->what.address = NULL;
-    reg->what.service = reg->text[0];
-    reg->what.group = reg->text[1];
-    reg->what.version = reg->text[2];
-    reg->what.application = reg->text[3];
-    reg->what.methods = reg->text[4];
-    return true;
-}
-
-/* A node to be, not begun; without an address and a timestamp yet. NULL: out of memory. */
-CRPCI_FN crpci_zookeeper_reg *crpci_zookeeper_reg_new(crpci_zookeeper_registry *r,
-                                                      const crpci_registration *what,
-                                                      const char *category)
+/* A node to be, not begun. */
+CRPCI_FN int crpci_zookeeper_reg_new(crpci_zookeeper_registry *r, const crpci_names_service *what,
+                                     const char *category, crpci_directory_status_fn status,
+                                     void *user, crpci_zookeeper_reg **out)
 {
     crpci_zookeeper *s = r->session;
     crpci_zookeeper_reg *reg = (crpci_zookeeper_reg *)crpci_heap_alloc(s->heap, sizeof *reg);
+    int err;
+    *out = NULL;
     if (!reg)
-        return NULL;
+        return CRPC_ENOMEM;
     crpci_zookeeper_task_init(&reg->task, &crpci_zookeeper_reg_kind, s, CRPCI_ZOOKEEPER_CREATE);
     reg->task.dir = crpci_zookeeper_dir_path(r, what->service, category);
-    if (!reg->task.dir || !crpci_zookeeper_reg_copy(reg, s->heap, what)) {
+    err = crpci_directory_offer_init(&reg->offer, s->heap, what, status, user);
+    if (err || !reg->task.dir) {
         crpci_zookeeper_reg_free(&reg->task);
-        return NULL;
+        return err ? err : CRPC_ENOMEM;
     }
-    return reg;
+    *out = reg;
+    return CRPC_OK;
 }
 
-CRPCI_FN int crpci_zookeeper_enroll(crpci_backend *base, const crpci_registration *what,
+CRPCI_FN int crpci_zookeeper_enroll(crpci_backend *base, const crpci_names_service *what,
                                     crpci_directory_status_fn status, void *user, void **handle)
 {
     crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)(void *)base;
     crpci_zookeeper *s = r->session;
     crpci_zookeeper_reg *reg;
-    struct timespec ts;
-    *handle = NULL;
-    if (!what->service || !crpci_zookeeper_is_part(what->service, strlen(what->service)))
+    int err;
+    if (!crpci_zookeeper_is_part(what->service, strlen(what->service)))
         return CRPC_EINVAL;
-    reg = crpci_zookeeper_reg_new(r, what, "providers");
-    if (!reg)
-        return CRPC_ENOMEM;
-    if (!what->address || !crpci_zookeeper_reg_address(reg, what->address)) {
-        crpci_zookeeper_reg_free(&reg->task);
-        return CRPC_EINVAL;
-    }
-    clock_gettime(CLOCK_REALTIME, &ts); /* people read it; nothing is timed by it */
-    reg->timestamp_ms = (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-    if (!reg->auto_host && crpci_sock_is_loopback(reg->address) &&
+    err = crpci_zookeeper_reg_new(r, what, "providers", status, user, &reg);
+    if (err)
+        return err;
+    if (!reg->offer.auto_host && crpci_sock_is_loopback(reg->offer.address) &&
         !crpci_sock_is_loopback(s->hosts))
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
                        "zookeeper: %s is registered at %s, which other hosts cannot reach",
-                       what->service, reg->address);
+                       what->service, reg->offer.address);
     reg->owner = r;
-    reg->status = status;
-    reg->user = user;
     *handle = reg;
     crpci_loop_lock(s->loop);
     crpci_list_append(&s->tasks, &reg->task.node);
@@ -12213,10 +12360,10 @@ CRPCI_FN int crpci_zookeeper_enroll(crpci_backend *base, const crpci_registratio
 CRPCI_FN void crpci_zookeeper_reg_end(crpci_zookeeper_reg *reg)
 {
     crpci_zookeeper *s = reg->task.session;
-    reg->withdrawn = true;
+    reg->offer.ended = true;
     reg->owner = NULL;
     reg->task.refs++;
-    crpci_directory_call_wait(s->loop, &s->cond, &reg->caller);
+    crpci_directory_call_wait(s->loop, &s->cond, &reg->offer.caller);
     if (s->closing || (!reg->task.op && !reg->tried)) {
         crpci_zookeeper_reg_drop(reg);
     } else if (!reg->task.op) {
@@ -12229,100 +12376,58 @@ CRPCI_FN void crpci_zookeeper_reg_end(crpci_zookeeper_reg *reg)
 
 /* --- subscribing ------------------------------------------------------------------------------ */
 
-/* Registers a subscriber among the consumers, where people look for them. Not begun yet. */
-CRPCI_FN bool crpci_zookeeper_consume(crpci_zookeeper_sub *sub)
+/* The directory of a service, with a new subscriber. Locked. NULL: out of memory. */
+CRPCI_FN crpci_zookeeper_sub *crpci_zookeeper_sub_new(crpci_zookeeper_registry *r,
+                                                      const crpci_names_service *want,
+                                                      crpci_directory_push_fn push, void *user)
 {
-    crpci_zookeeper_registry *r = sub->owner;
-    crpci_registration what;
-    memset(&what, 0, sizeof what);
-    what.service = sub->base.query.service;
-    what.group = sub->base.query.group;
-    what.version = sub->base.query.version;
-    what.application = sub->base.query.application;
-    sub->consumer = crpci_zookeeper_reg_new(r, &what, "consumers");
-    if (!sub->consumer)
-        return false;
-    sub->consumer->consumer = sub->consumer->auto_host = true;
-    return true;
+    crpci_zookeeper_dir *dir = crpci_zookeeper_dir_get(r, want->service);
+    crpci_zookeeper_sub *sub = NULL;
+    if (dir)
+        sub = (crpci_zookeeper_sub *)(void *)crpci_directory_add(&dir->list, sizeof *sub, want,
+                                                                 push, user);
+    if (dir && crpci_list_empty(&dir->list.subscribers))
+        crpci_zookeeper_dir_end(dir);
+    return sub;
 }
 
-/* Gives a new subscriber what the cache knows, as a stale list, if the registry is not there to be
- * asked. Nobody else knows of the subscriber yet. */
-CRPCI_COLD void crpci_zookeeper_recall(crpci_zookeeper_sub *sub)
-{
-    crpci_zookeeper_registry *r = sub->owner;
-    crpci_zookeeper *s = r->session;
-    static const char *const categories[2] = {"providers", "configurators"};
-    crpci_names names[2];
-    crpci_names_overrides *rules;
-    crpci_snapshot *list;
-    size_t bad, i;
-    for (i = 0; i < 2; i++) {
-        char *path = crpci_zookeeper_dir_path(r, sub->base.query.service, categories[i]);
-        char *key = path ? crpci_zookeeper_key(s, path) : NULL;
-        memset(&names[i], 0, sizeof names[i]);
-        crpci_loop_lock(s->loop);
-        if (key && !s->connected)
-            crpci_cache_get(&s->cache, key, &names[i]);
-        crpci_loop_unlock(s->loop);
-        crpci_heap_strfree(s->heap, key);
-        crpci_heap_strfree(s->heap, path);
-    }
-    rules = crpci_names_overrides_read(s->heap, names[1].name, names[1].count, "", &bad);
-    list = rules ? crpci_directory_collect(s->heap, names[0].name, names[0].count, &sub->base.query,
-                                          rules, &bad)
-                 : NULL;
-    if (list && list->count) {
-        list->stale = true;
-        crpci_loop_lock(s->loop);
-        (void)crpci_directory_push(&sub->base, list);
-        crpci_loop_unlock(s->loop);
-    }
-    crpci_directory_snapshot_unref(list);
-    crpci_names_overrides_unref(rules);
-    for (i = 0; i < 2; i++)
-        crpci_names_free(s->heap, &names[i]);
-}
-
-CRPCI_FN int crpci_zookeeper_subscribe(crpci_backend *base, const crpci_names_query *what,
-                                       crpci_directory_push_fn push, void *user, void **handle)
+CRPCI_FN int crpci_zookeeper_subscribe(crpci_backend *base, const crpci_names_service *what,
+                                       crpci_directory_push_fn push, void *user,
+                                       crpci_subscriber **out)
 {
     crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)(void *)base;
     crpci_zookeeper *s = r->session;
-    crpci_names_query q = *what;
+    crpci_names_service want = *what;
+    crpci_zookeeper_reg *consumer = NULL;
     crpci_zookeeper_sub *sub;
-    bool ok;
-    *handle = NULL;
-    if (!q.service || !crpci_zookeeper_is_part(q.service, strlen(q.service)))
+    int err = CRPC_OK;
+    if (!want.service || !crpci_zookeeper_is_part(want.service, strlen(want.service)))
         return CRPC_EINVAL;
-    sub = (crpci_zookeeper_sub *)crpci_heap_alloc(s->heap, sizeof *sub);
-    if (!sub)
-        return CRPC_ENOMEM;
-    sub->owner = r;
-    q.application = q.application && *q.application ? q.application : r->application;
-    ok = crpci_directory_sub_init(&sub->base, s->loop, &s->cond, &q, push, user) &&
-         (!r->register_consumer || crpci_zookeeper_consume(sub));
-    if (ok && s->cache.path)
-        crpci_zookeeper_recall(sub);
+    if (!want.application || !*want.application)
+        want.application = r->application;
+    if (r->register_consumer) /* among the consumers people look for it */
+        err = crpci_zookeeper_reg_new(r, &want, "consumers", NULL, NULL, &consumer);
+    if (err)
+        return err;
     crpci_loop_lock(s->loop);
-    sub->dir = ok ? crpci_zookeeper_dir_get(r, q.service) : NULL;
-    if (!sub->dir) {
+    sub = crpci_zookeeper_sub_new(r, &want, push, user);
+    if (!sub) {
+        if (consumer)
+            crpci_zookeeper_reg_free(&consumer->task);
         crpci_loop_unlock(s->loop);
-        if (sub->consumer)
-            crpci_zookeeper_reg_free(&sub->consumer->task);
-        crpci_directory_sub_clear(&sub->base);
-        crpci_heap_free(s->heap, sub, sizeof *sub);
         return CRPC_ENOMEM;
     }
-    sub->round = sub->dir->round;
-    sub->dir->task.refs++;
-    crpci_list_append(&sub->dir->subs, &sub->base.node);
-    *handle = sub;
-    crpci_zookeeper_dir_changed(sub->dir);
-    if (sub->consumer) {
-        sub->consumer->timestamp_ms = crpci_zookeeper_stamp(s);
-        crpci_list_append(&s->tasks, &sub->consumer->task.node);
+    sub->owner = r;
+    sub->consumer = consumer;
+    *out = &sub->base;
+    if (consumer) {
+        consumer->consumer = true;
+        consumer->offer.timestamp_ms = crpci_zookeeper_stamp(s);
+        crpci_list_append(&s->tasks, &consumer->task.node);
     }
+    crpci_zookeeper_dir_changed(CRPCI_CONTAINER(sub->base.directory, crpci_zookeeper_dir, list));
+    if (!s->connected)
+        crpci_directory_recall(&sub->base);
     crpci_zookeeper_kick(s);
     crpci_loop_unlock(s->loop);
     return CRPC_OK;
@@ -12331,38 +12436,37 @@ CRPCI_FN int crpci_zookeeper_subscribe(crpci_backend *base, const crpci_names_qu
 /* Locked. */
 CRPCI_FN void crpci_zookeeper_sub_end(crpci_zookeeper_sub *sub)
 {
-    crpci_directory_sub_end(&sub->base);
-    if (crpci_list_empty(&sub->dir->subs))
-        crpci_zookeeper_dir_end(sub->dir);
-    if (sub->consumer)
-        crpci_zookeeper_reg_end(sub->consumer);
-    crpci_zookeeper_sub_unref(sub);
+    crpci_zookeeper_dir *dir = CRPCI_CONTAINER(sub->base.directory, crpci_zookeeper_dir, list);
+    crpci_zookeeper_reg *consumer = sub->consumer;
+    dir->task.refs++;
+    crpci_directory_remove(&sub->base);
+    if (crpci_list_empty(&dir->list.subscribers))
+        crpci_zookeeper_dir_end(dir);
+    crpci_zookeeper_task_unref(&dir->task);
+    if (consumer)
+        crpci_zookeeper_reg_end(consumer);
 }
 
-CRPCI_FN void crpci_zookeeper_unsubscribe(crpci_backend *base, void *handle)
+CRPCI_FN void crpci_zookeeper_unsubscribe(crpci_backend *base, crpci_subscriber *sub)
 {
-    crpci_zookeeper *s = ((crpci_zookeeper_registry *)(void *)base)->session;
-    if (!handle)
-        return;
-    crpci_loop_lock(s->loop);
-    crpci_zookeeper_sub_end((crpci_zookeeper_sub *)handle);
-    crpci_loop_unlock(s->loop);
+    crpc_loop *l = base->loop;
+    crpci_loop_lock(l);
+    crpci_zookeeper_sub_end((crpci_zookeeper_sub *)(void *)sub);
+    crpci_loop_unlock(l);
 }
 
 CRPCI_FN void crpci_zookeeper_withdraw(crpci_backend *base, void *handle)
 {
-    crpci_zookeeper *s = ((crpci_zookeeper_registry *)(void *)base)->session;
-    if (!handle)
-        return;
-    crpci_loop_lock(s->loop);
+    crpc_loop *l = base->loop;
+    crpci_loop_lock(l);
     crpci_zookeeper_reg_end((crpci_zookeeper_reg *)handle);
-    crpci_loop_unlock(s->loop);
+    crpci_loop_unlock(l);
 }
 
 /* Ends one thing that is still open through the registry. Locked; false: there is none. */
 CRPCI_FN bool crpci_zookeeper_end_one(crpci_zookeeper *s, const crpci_zookeeper_registry *r)
 {
-    crpci_list *i, *k;
+    crpci_list *i, *k, *subs;
     for (i = s->tasks.next; i != &s->tasks; i = i->next) {
         crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
         if (t->kind == &crpci_zookeeper_reg_kind) {
@@ -12375,9 +12479,11 @@ CRPCI_FN bool crpci_zookeeper_end_one(crpci_zookeeper *s, const crpci_zookeeper_
         }
         if (t->kind != &crpci_zookeeper_dir_kind)
             continue;
-        for (k = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->subs.next;
-             k != &CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->subs; k = k->next) {
-            crpci_zookeeper_sub *sub = CRPCI_CONTAINER(k, crpci_zookeeper_sub, base.node);
+        subs = &CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->list.subscribers;
+        if (!CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->rules)
+            continue;
+        for (k = subs->next; k != subs; k = k->next) {
+            crpci_zookeeper_sub *sub = CRPCI_CONTAINER(k, crpci_zookeeper_sub, base.link);
             if (sub->owner == r) {
                 crpci_zookeeper_sub_end(sub);
                 return true;
@@ -12421,8 +12527,8 @@ CRPCI_FN void crpci_zookeeper_close(crpci_backend *base)
 }
 
 static const crpci_backend_ops crpci_zookeeper_ops = {
-    sizeof(crpci_backend_ops), CRPCI_BACKEND_OPS_VERSION, crpci_zookeeper_enroll,
-    crpci_zookeeper_withdraw,   crpci_zookeeper_subscribe,  crpci_zookeeper_unsubscribe,
+    crpci_zookeeper_enroll, crpci_zookeeper_withdraw, crpci_zookeeper_subscribe,
+    crpci_zookeeper_unsubscribe,
     crpci_zookeeper_close};
 
 CRPCI_FN bool crpci_zookeeper_same(const char *a, const char *b)
@@ -12563,19 +12669,17 @@ CRPCI_COLD int crpci_zookeeper_open(crpc_loop *l, const crpci_url *url,
                                     crpc_error *error)
 {
     crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)crpci_heap_alloc(l->heap, sizeof *r);
-    crpci_directory_options o;
+    crpci_directory_options o = *options;
     int err;
     if (!r)
         return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    memset(&o, 0, sizeof o);
-    if (options)
-        o = *options;
     o.application = o.application ? o.application : "";
     o.session_timeout_ms = (int)crpci_base_option(o.session_timeout_ms, CRPCI_ZOOKEEPER_TIMEOUT_MS,
                                                   CRPCI_ZOOKEEPER_TIMEOUT_MS);
     if (o.session_timeout_ms < CRPCI_ZOOKEEPER_TIMEOUT_MIN_MS)
         o.session_timeout_ms = CRPCI_ZOOKEEPER_TIMEOUT_MIN_MS;
     r->base.ops = &crpci_zookeeper_ops;
+    r->base.loop = l;
     r->register_consumer = o.register_consumer;
     err = crpci_zookeeper_root(l->heap, url->path, &r->root, error);
     if (!err) {
@@ -12600,34 +12704,134 @@ CRPCI_COLD int crpci_zookeeper_open(crpc_loop *l, const crpci_url *url,
 /* >>impl-open   the table of directory backends: schemes, URL options, paths */
 /* ======================================================================== */
 
-/* Opens the registry of a URL whose path is the root of the tree. Waits for name resolution, never
- * for the registry itself. Options NULL: defaults. */
-CRPCI_COLD int crpci_open_registry(crpc_loop *l, const crpci_url *url,
+/* Every kind of registry is one row of crpci_open_backends; nothing else names them. A new backend
+ * is a section above this one, with an open function and a table of crpci_backend_ops, and a row
+ * here. */
+typedef struct crpci_open_backend {
+    const char *scheme;
+    /* Waits for name resolution, never for the registry. The options are not NULL. */
+    int (*open)(crpc_loop *l, const crpci_url *url, const crpci_directory_options *options,
+                crpci_backend **out, crpc_error *error);
+    unsigned parts;          /* least number of parts of a channel's path, the last of which is
+                              * the service; 0: the whole path is the backend's */
+    const char *keys;        /* URL options that it takes from a channel... */
+    const char *server_keys; /* ... and from a server */
+} crpci_open_backend;
+
+#if CRPCI_DIRECTORY
+
+static const crpci_open_backend crpci_open_backends[] = {
+#if CRPC_ENABLE_ZOOKEEPER
+    {"zookeeper", crpci_zookeeper_open, 2, "group,version,cache", ""},
+#endif
+#if CRPC_ENABLE_SERVERLESS
+    {"multicast", crpci_multicast_open, 1, "group,version,interface", "interface"},
+    {"file", crpci_file_open, 0, "group,version,service", ""},
+#endif
+};
+
+/* What a URL says beside the address of the registry. The texts stand in the URL. */
+typedef struct crpci_open_request {
+    const crpci_open_backend *backend;
+    crpci_directory_options options;
+    crpci_names_service want;
+} crpci_open_request;
+
+static const struct {
+    const char *name;
+    size_t place; /* of a text in crpci_open_request */
+} crpci_open_keys[] = {{"group", offsetof(crpci_open_request, want.group)},
+                       {"version", offsetof(crpci_open_request, want.version)},
+                       {"service", offsetof(crpci_open_request, want.service)},
+                       {"cache", offsetof(crpci_open_request, options.cache)},
+                       {"interface", offsetof(crpci_open_request, options.interface)}};
+
+/* Clears a request, and finds the backend for a URL's scheme. */
+CRPCI_COLD int crpci_open_find(crpci_open_request *r, const crpci_url *u, crpc_error *error)
+{
+    size_t i;
+    memset(r, 0, sizeof *r);
+    for (i = 0; i < sizeof crpci_open_backends / sizeof *crpci_open_backends; i++) {
+        if (strcmp(crpci_open_backends[i].scheme, u->scheme) == 0) {
+            r->backend = &crpci_open_backends[i];
+            return CRPC_OK;
+        }
+    }
+    return crpci_status_set(error, CRPC_EUNSUPPORTED,
+                            "%.40s:// is not a registry of this build, which has%s%s", u->scheme,
+                            CRPC_ENABLE_ZOOKEEPER ? " zookeeper://"
+                                                  : " no zookeeper:// (CRPC_ENABLE_ZOOKEEPER=0)",
+                            CRPC_ENABLE_SERVERLESS
+                                ? " multicast:// file://"
+                                : " no multicast:// and file:// (CRPC_ENABLE_SERVERLESS=0)");
+}
+
+/* Takes a URL option that is the registry's. False: it is not. */
+CRPCI_COLD bool crpci_open_option(crpci_open_request *r, bool server, const char *key,
+                                  const char *value)
+{
+    size_t i;
+    if (!crpci_names_match(server ? r->backend->server_keys : r->backend->keys, key))
+        return false;
+    for (i = 0; i < sizeof crpci_open_keys / sizeof *crpci_open_keys; i++) {
+        if (strcmp(crpci_open_keys[i].name, key) == 0) {
+            memcpy((char *)r + crpci_open_keys[i].place, &value, sizeof value);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Takes the service off the end of a channel's path. */
+CRPCI_COLD int crpci_open_service(crpci_open_request *r, crpci_url *u, crpc_error *error)
+{
+    char *slash = strrchr(u->path, '/');
+    if (!r->backend->parts)
+        return CRPC_OK;
+    r->want.service = slash ? slash + 1 : u->path;
+    if (!*r->want.service || slash == u->path || (!slash && r->backend->parts > 1))
+        return crpci_status_set(error, CRPC_EINVAL, "%s://%.80s/%.80s: expected %s/package.Service",
+                                u->scheme, u->authority, u->path,
+                                r->backend->parts > 1 ? "/root" : "");
+    if (slash)
+        *slash = '\0';
+    else
+        u->path += strlen(u->path);
+    return CRPC_OK;
+}
+
+/* Opens a server's registry. Options of the URL win over the given ones (NULL: defaults). With
+ * `out` NULL the URL is only checked. */
+CRPCI_COLD int crpci_open_registry(crpc_loop *l, const char *url,
                                    const crpci_directory_options *options, crpci_backend **out,
                                    crpc_error *error)
 {
-    *out = NULL;
-#if CRPC_ENABLE_SERVERLESS
-    if (strcmp(url->scheme, "file") == 0)
-        return crpci_file_open(l, url, out, error);
-    if (strcmp(url->scheme, "multicast") == 0)
-        return crpci_multicast_open(l, url, options, out, error);
-#endif
-    if (strcmp(url->scheme, "zookeeper") != 0)
-        return crpci_status_set(error, CRPC_EUNSUPPORTED,
-                                "no registry is known as \"%.40s\"; zookeeper://, multicast:// and "
-                                "file:// are",
-                                url->scheme);
-#if CRPC_ENABLE_ZOOKEEPER
-    return crpci_zookeeper_open(l, url, options, out, error);
-#else
-    (void)l;
-    (void)options;
-    return crpci_status_set(error, CRPC_EUNSUPPORTED,
-                            "zookeeper:// is not compiled in: build with CRPC_ENABLE_ZOOKEEPER=1 "
-                            "and link the ZooKeeper C client");
-#endif
+    crpci_open_request r;
+    char *key, *value;
+    crpci_url u;
+    int err = crpci_url_parse(&u, l->heap, url, error);
+    if (out)
+        *out = NULL;
+    if (err)
+        return err;
+    err = crpci_open_find(&r, &u, error);
+    if (options)
+        r.options = *options;
+    while (!err) {
+        err = crpci_url_next(&u, &key, &value, error);
+        if (!err && !crpci_open_option(&r, true, key, value))
+            err = crpci_status_set(error, CRPC_EINVAL,
+                                   "URL option %.60s=%.60s: a server's %s:// takes %s", key, value,
+                                   u.scheme,
+                                   *r.backend->server_keys ? r.backend->server_keys : "none");
+    }
+    if (err == CRPC_EPENDING)
+        err = out ? r.backend->open(l, &u, &r.options, out, error) : CRPC_OK;
+    crpci_url_free(&u);
+    return err;
 }
+
+#endif /* CRPCI_DIRECTORY */
 
 /* ======================================================================== */
 /* >>impl-coordination   nodes, configuration, locks and elections on a session */
@@ -14389,7 +14593,7 @@ CRPCI_COLD int crpci_coordination_options(crpci_url *u, crpc_registry_options *o
     char *key, *value;
     int64_t n;
     int err;
-    while ((err = crpci_url_next(u, &key, &value)) == CRPC_OK) {
+    while ((err = crpci_url_next(u, &key, &value, error)) == CRPC_OK) {
         int *to = strcmp(key, "session_timeout_ms") == 0    ? &o->session_timeout_ms
                   : strcmp(key, "registry_timeout_ms") == 0 ? &o->registry_timeout_ms
                   : strcmp(key, "must_connect") == 0        ? &o->must_connect
@@ -14400,9 +14604,7 @@ CRPCI_COLD int crpci_coordination_options(crpci_url *u, crpc_registry_options *o
                                     value);
         *to = (int)n;
     }
-    return err == CRPC_EPENDING
-               ? CRPC_OK
-               : crpci_status_set(error, CRPC_EINVAL, "URL options are not key=value&key=value");
+    return err == CRPC_EPENDING ? CRPC_OK : err;
 }
 
 /* The gate: puts the listener on the session and waits for that. */
@@ -14483,29 +14685,29 @@ CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const
     memset(&o, 0, sizeof o);
     if (options)
         o = *options;
-    err = crpci_url_parse(&u, url, error);
-    if (!err && strcmp(u.scheme, "zookeeper") != 0)
-        err = crpci_status_set(error, CRPC_EUNSUPPORTED, "%.40s:// is not known: zookeeper is",
-                               u.scheme);
-    err = err ? err : crpci_coordination_options(&u, &o, error);
-    if (err)
-        return err;
     if (private_loop) {
         err = crpc_loop_open(&loop, &o.private_loop);
         if (err)
             return crpci_status_set(error, err, "private loop: %s", crpc_status_text(err));
     }
-    r = (crpc_registry *)crpci_heap_alloc(loop->heap, sizeof *r);
+    err = crpci_url_parse(&u, loop->heap, url, error);
+    if (!err && strcmp(u.scheme, "zookeeper") != 0)
+        err = crpci_status_set(error, CRPC_EUNSUPPORTED, "%.40s:// is not known: zookeeper is",
+                               u.scheme);
+    err = err ? err : crpci_coordination_options(&u, &o, error);
+    r = err ? NULL : (crpc_registry *)crpci_heap_alloc(loop->heap, sizeof *r);
     if (!r) {
+        crpci_url_free(&u);
         if (private_loop)
             crpc_loop_close(loop);
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+        return err ? err : crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     }
     r->loop = loop;
     r->private_loop = private_loop;
     crpci_list_init(&r->items);
     crpci_loop_hold(loop);
     err = crpci_coordination_join(r, &u, &o, error);
+    crpci_url_free(&u);
     if (err) {
         crpc_registry_close(r);
         return err;
@@ -14803,7 +15005,7 @@ struct crpc_channel {
     void (*failback_dropped)(void *user, const crpc_method *method, const crpc_error *error);
     void *failback_user;
     crpci_backend *registry;
-    void *subscription;
+    crpci_subscriber *subscription;
     bool listed; /* the registry has answered */
     crpci_waiter *list_waiter;
 };
@@ -17367,60 +17569,49 @@ CRPCI_COLD int crpci_channel_open_balance(crpc_channel *ch, crpc_balancer balanc
     return crpci_balance_open(&ch->balance, (crpci_balance_kind)kinds[which]);
 }
 
-typedef struct crpci_channel_where {
-    char group[128];
-    char version[128];
-    char service[128];   /* file:// only: elsewhere it stands in the path */
-    char interface[128]; /* multicast:// only */
-    char cache[256];     /* zookeeper:// only */
-} crpci_channel_where;
-
 /* Whether the providers are looked up rather than named in the URL. */
 CRPCI_COLD bool crpci_channel_has_registry(const char *scheme)
 {
     return strcmp(scheme, "tcp") != 0 && strcmp(scheme, "unix") != 0 && strcmp(scheme, "list") != 0;
 }
 
-/* Where a URL option of those goes, and how much fits; NULL: it is none of them, or not of this
- * scheme. */
-CRPCI_COLD char *crpci_channel_place(crpci_channel_where *where, const char *scheme,
-                                     const char *key, size_t *size)
-{
-    *size = sizeof where->group;
-    if (!crpci_channel_has_registry(scheme))
-        return NULL;
-    if (strcmp(scheme, "zookeeper") == 0 && strcmp(key, "cache") == 0) {
-        *size = sizeof where->cache;
-        return where->cache;
-    }
-    if (strcmp(scheme, "file") == 0 && strcmp(key, "service") == 0)
-        return where->service;
-    if (strcmp(scheme, "multicast") == 0 && strcmp(key, "interface") == 0)
-        return where->interface;
-    return strcmp(key, "group") == 0     ? where->group
-           : strcmp(key, "version") == 0 ? where->version
-                                         : NULL;
-}
+/* What the URL says to a registry. */
+#if CRPCI_DIRECTORY
+typedef crpci_open_request crpci_channel_request;
+#else
+typedef int crpci_channel_request;
+#endif
 
+/* Finds the registry, if the scheme is not one of those that name their providers, and reads the
+ * options. */
 CRPCI_COLD int crpci_channel_read_url(crpci_url *u, crpc_channel_options *o,
-                                      crpci_channel_where *where, crpc_error *error)
+                                      crpci_channel_request *request, crpc_error *error)
 {
+    bool registry = crpci_channel_has_registry(u->scheme);
     char *key, *value;
-    size_t size;
-    int err;
-    memset(where, 0, sizeof *where);
-    while ((err = crpci_url_next(u, &key, &value)) == CRPC_OK) {
-        char *to = crpci_channel_place(where, u->scheme, key, &size);
-        if (to && strlen(value) < size)
-            memcpy(to, value, strlen(value) + 1);
-        else if (to || !crpci_channel_option(o, key, value))
-            return crpci_status_set(error, CRPC_EINVAL,
-                                    "URL option %.60s=%.60s: not known for %s://, or out of range",
-                                    key, value, u->scheme);
+    int err = CRPC_OK;
+#if CRPCI_DIRECTORY
+    if (registry)
+        err = crpci_open_find(request, u, error);
+#else
+    (void)request;
+    if (registry)
+        err = crpci_status_set(error, CRPC_EUNSUPPORTED,
+                               "%.40s:// is not known: tcp, unix and list are, and no registry is "
+                               "compiled in", u->scheme);
+#endif
+    while (!err) {
+        err = crpci_url_next(u, &key, &value, error);
+#if CRPCI_DIRECTORY
+        if (!err && registry && crpci_open_option(request, false, key, value))
+            continue;
+#endif
+        if (!err && !crpci_channel_option(o, key, value))
+            err = crpci_status_set(error, CRPC_EINVAL,
+                                   "URL option %.60s=%.60s: not known for %s://, or out of range",
+                                   key, value, u->scheme);
     }
-    return err == CRPC_EPENDING
-               ? CRPC_OK
-               : crpci_status_set(error, CRPC_EINVAL, "URL options are not key=value&key=value");
+    return err == CRPC_EPENDING ? CRPC_OK : err;
 }
 
 CRPCI_COLD void crpci_channel_configure_breaker(crpc_channel *ch, const crpc_channel_options *o)
@@ -17488,8 +17679,9 @@ CRPCI_COLD int crpci_channel_open_static(crpc_channel *ch, crpci_url *u, crpc_er
     int err = CRPC_OK;
     bool many = strcmp(u->scheme, "list") == 0, local = strcmp(u->scheme, "unix") == 0;
     if (!local && *u->path)
-        return crpci_status_set(error, CRPC_EINVAL, "%s://%.60s/%.60s: a path means nothing here",
-                                u->scheme, u->authority, u->path);
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "%s://%.60s/%.60s: tcp:// and list:// URLs take no path", u->scheme,
+                                u->authority, u->path);
     for (p = u->authority; many && *p; p++)
         count += *p == ',';
     list = crpci_directory_snapshot(h, count);
@@ -17524,6 +17716,8 @@ CRPCI_COLD int crpci_channel_open_static(crpc_channel *ch, crpci_url *u, crpc_er
     crpci_directory_snapshot_unref(list);
     return err;
 }
+
+#if CRPCI_DIRECTORY
 
 /* A new list from the registry; any thread. */
 CRPCI_FN int crpci_channel_on_list(void *user, crpci_snapshot *list)
@@ -17585,58 +17779,41 @@ CRPCI_COLD int crpci_channel_await_list(crpc_channel *ch, const crpc_channel_opt
                             "%.80s: the registry did not answer within %d ms", service, (int)ms);
 }
 
-/* zookeeper://servers/root/package.Service */
+/* zookeeper://servers/root/package.Service and the like */
 CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
                                            const crpc_channel_options *o,
-                                           const crpci_channel_where *which, crpc_error *error)
+                                           crpci_channel_request *request, crpc_error *error)
 {
-    crpci_directory_options ro;
-    crpci_names_query q;
-    char *slash = strrchr(u->path, '/'), where[320];
-    const char *service = slash ? slash + 1 : u->path;
-    bool file = strcmp(u->scheme, "file") == 0, multicast = strcmp(u->scheme, "multicast") == 0;
+    crpci_directory_options *ro = &request->options;
+    crpci_names_service *want = &request->want;
+    const char *service;
     int err;
-    if (strcmp(u->scheme, "zookeeper") != 0 && !file && !multicast)
-        return crpci_status_set(error, CRPC_EUNSUPPORTED,
-                                "%.40s:// is not known: tcp, unix, list, file, multicast and "
-                                "zookeeper are",
-                                u->scheme);
-    snprintf(where, sizeof where, "/%.120s (group \"%.63s\", version \"%.63s\")", u->path,
-             which->group, which->version);
-    ch->where = crpci_heap_strndup(ch->loop->heap, where, strlen(where));
-    if (file)
-        service = which->service;
-    else if (!*service || slash == u->path || (!slash && !multicast))
-        return crpci_status_set(error, CRPC_EINVAL,
-                                "%s://%.80s/%.80s: expected /path/package.Service", u->scheme,
-                                u->authority, u->path);
-    else if (slash)
-        *slash = '\0';
-    memset(&ro, 0, sizeof ro);
-    ro.session_timeout_ms = (int)crpci_base_option(o->session_timeout_ms, 15000, 15000);
-    ro.credential = o->registry_credential;
-    ro.application = o->application;
-    ro.register_consumer = true;
-    ro.cache = *which->cache ? which->cache : o->cache;
-    ro.interface = which->interface;
-    err = crpci_open_registry(ch->loop, u, &ro, &ch->registry, error);
+    ch->where = crpci_directory_format(
+        ch->loop->heap, "/%.120s (group \"%.63s\", version \"%.63s\")", u->path,
+        want->group ? want->group : "", want->version ? want->version : "");
+    err = crpci_open_service(request, u, error);
     if (err)
         return err;
-    memset(&q, 0, sizeof q);
-    q.service = service;
-    q.group = which->group;
-    q.version = which->version;
-    q.application = o->application;
-    q.allow_empty = o->allow_empty > 0;
-    err = ch->registry->ops->subscribe(ch->registry, &q, crpci_channel_on_list, ch,
-                                       &ch->subscription);
+    service = want->service ? want->service : "";
+    ro->session_timeout_ms = (int)crpci_base_option(o->session_timeout_ms, 15000, 15000);
+    ro->credential = o->registry_credential;
+    ro->application = o->application;
+    ro->register_consumer = true;
+    ro->cache = ro->cache ? ro->cache : o->cache;
+    err = request->backend->open(ch->loop, u, ro, &ch->registry, error);
+    if (err)
+        return err;
+    want->application = o->application;
+    want->allow_empty = o->allow_empty > 0;
+    err = crpci_directory_subscribe(ch->registry, want, crpci_channel_on_list, ch,
+                                    &ch->subscription);
     if (err)
         return crpci_status_set(error, err, "%.80s: could not be subscribed to: %s", service,
                                 crpc_status_text(err));
 #if CRPC_ZOOKEEPER_ST && CRPC_ENABLE_THREADS
     /* The single-threaded client lives in the loop, which somebody must drive. */
     crpci_loop_lock(ch->loop);
-    if (ch->private_loop && !file && !multicast)
+    if (ch->private_loop && strcmp(request->backend->scheme, "zookeeper") == 0)
         err = crpci_loop_need_owner(ch->loop);
     crpci_loop_unlock(ch->loop);
     if (err)
@@ -17646,10 +17823,12 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
     return crpci_channel_await_list(ch, o, service, error);
 }
 
+#endif /* CRPCI_DIRECTORY */
+
 CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
                                const crpc_channel_options *options, crpc_error *error)
 {
-    crpci_channel_where where;
+    crpci_channel_request request;
     crpc_channel_options o;
     crpc_channel *ch;
     crpc_loop *l;
@@ -17659,21 +17838,20 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     memset(&o, 0, sizeof o);
     if (options)
         o = *options;
-    err = crpci_url_parse(&u, url, error);
-    err = err ? err : crpci_channel_read_url(&u, &o, &where, error);
-    if (err)
-        return err;
     l = o.loop;
     if (!l) {
         err = crpc_loop_open(&l, &o.private_loop);
         if (err)
             return crpci_status_set(error, err, "private loop: %s", crpc_status_text(err));
     }
-    ch = (crpc_channel *)crpci_heap_alloc(l->heap, sizeof *ch);
+    err = crpci_url_parse(&u, l->heap, url, error);
+    err = err ? err : crpci_channel_read_url(&u, &o, &request, error);
+    ch = err ? NULL : (crpc_channel *)crpci_heap_alloc(l->heap, sizeof *ch);
     if (!ch) {
+        crpci_url_free(&u);
         if (!o.loop)
             crpc_loop_close(l);
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+        return err ? err : crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     }
     ch->loop = l;
     ch->private_loop = !o.loop;
@@ -17695,8 +17873,11 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
         ;
     else if (!crpci_channel_has_registry(u.scheme))
         err = crpci_channel_open_static(ch, &u, error);
+#if CRPCI_DIRECTORY
     else
-        err = crpci_channel_open_registry(ch, &u, &o, &where, error);
+        err = crpci_channel_open_registry(ch, &u, &o, &request, error);
+#endif
+    crpci_url_free(&u);
     if (err) {
         crpc_channel_close(ch);
         return err;
@@ -17717,13 +17898,13 @@ CRPC_API void crpc_channel_close(crpc_channel *ch)
     crpci_loop_lock(l);
     ch->closed = true;
     crpci_loop_unlock(l);
-    if (ch->registry) {
-        if (ch->subscription)
-            ch->registry->ops->unsubscribe(ch->registry, ch->subscription);
-        crpci_directory_close(ch->registry);
-    }
-    crpci_loop_lock(l);
+#if CRPCI_DIRECTORY
+    if (ch->registry)
+        crpci_directory_unsubscribe(ch->registry, ch->subscription);
+    crpci_directory_close(ch->registry);
     ch->registry = NULL;
+#endif
+    crpci_loop_lock(l);
     crpci_list_move(&calls, &ch->calls);
     while (!crpci_list_empty(&calls)) {
         crpci_call *c = CRPCI_CONTAINER(calls.next, crpci_call, of_channel);
@@ -19605,33 +19786,47 @@ CRPC_API int crpc_server_listen_fd(crpc_server *s, int fd)
     return crpci_server_add_listener(s, fd, true);
 }
 
-CRPC_API int crpc_server_listen(crpc_server *s, const char *url, crpc_error *error)
+/* tcp://host:port, unix:///path or unix://@name */
+CRPCI_COLD int crpci_server_listen_address(crpc_server *s, const crpci_url *u, crpci_addr *out,
+                                           crpc_error *error)
 {
     char text[CRPC_ADDRESS_MAX];
+    int err = CRPC_OK;
+    if (*u->query)
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "%s://%.80s%.80s?%.40s: a listener takes no URL options", u->scheme,
+                                u->authority, u->path, u->query);
+    if (strcmp(u->scheme, "unix") == 0) {
+        if ((size_t)snprintf(text, sizeof text, "unix:%s", u->path) >= sizeof text)
+            return crpci_status_set(error, CRPC_EINVAL, "unix:// path is over %d bytes",
+                                    CRPC_ADDRESS_MAX - 6);
+    } else if (strcmp(u->scheme, "tcp") == 0 && !*u->path) {
+        err = crpci_resolver_address(s->heap, u->authority, text, sizeof text, error);
+    } else {
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "%.20s://%.80s/%.80s: expected tcp://host:port, unix:///path or "
+                                "unix://@name",
+                                u->scheme, u->authority, u->path);
+    }
+    if (!err && !crpci_sock_parse(out, text))
+        err = crpci_status_set(error, CRPC_EINVAL, "%.100s: not an address", text);
+    return err;
+}
+
+CRPC_API int crpc_server_listen(crpc_server *s, const char *url, crpc_error *error)
+{
     crpci_addr addr;
     crpci_url u;
     int err, fd, saved;
     if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW)
         return crpci_status_set(error, CRPC_EBUSY, "the server has been started");
-    err = crpci_url_parse(&u, url, error);
+    err = crpci_url_parse(&u, s->heap, url, error);
     if (err)
         return err;
-    if (*u.query)
-        return crpci_status_set(error, CRPC_EINVAL, "%.100s: a listener takes no URL options", url);
-    if (strcmp(u.scheme, "unix") == 0) {
-        if ((size_t)snprintf(text, sizeof text, "unix:%s", u.path) >= sizeof text)
-            return crpci_status_set(error, CRPC_EINVAL, "unix:// path is over %d bytes",
-                                    CRPC_ADDRESS_MAX - 6);
-    } else if (strcmp(u.scheme, "tcp") == 0 && !*u.path) {
-        err = crpci_resolver_address(s->heap, u.authority, text, sizeof text, error);
-        if (err)
-            return err;
-    } else {
-        return crpci_status_set(error, CRPC_EINVAL,
-                                "%.100s: expected tcp://host:port or unix:///path", url);
-    }
-    if (!crpci_sock_parse(&addr, text))
-        return crpci_status_set(error, CRPC_EINVAL, "%.100s: not an address", url);
+    err = crpci_server_listen_address(s, &u, &addr, error);
+    crpci_url_free(&u);
+    if (err)
+        return err;
     fd = crpci_sock_listen(&addr);
     saved = errno;
     if (fd < 0) {
@@ -19805,6 +20000,13 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
         !crpci_server_copy(s->heap, &s->application, o.application ? o.application : "crpc") ||
         crpci_server_prepare(s))
         err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    if (!err && o.registry)
+#if CRPCI_DIRECTORY
+        err = crpci_open_registry(l, o.registry, NULL, NULL, error);
+#else
+        err = crpci_status_set(error, CRPC_EUNSUPPORTED, "%.100s: no registry is compiled in",
+                               o.registry);
+#endif
     if (!err && o.listen)
         err = crpc_server_listen(s, o.listen, error);
     if (err) {
@@ -19831,6 +20033,8 @@ CRPC_API int crpc_server_add(crpc_server *s, const crpc_service *service, const 
 
 /* --- registering ------------------------------------------------------------------------------ */
 
+#if CRPCI_DIRECTORY
+
 /* A registration got through, or a try failed; any thread. */
 CRPCI_FN void crpci_server_on_enrolled(void *user, int status, const char *text)
 {
@@ -19856,22 +20060,21 @@ CRPCI_COLD int crpci_server_public_address(crpc_server *s, char *out, size_t siz
 {
     crpci_addr any = CRPC_INIT;
     const crpci_listener *n = NULL;
-    char text[CRPCI_URL_MAX];
     crpci_list *i;
     bool wild = false;
     unsigned port = 0;
+    char *text;
     int err;
     for (i = s->listeners.next; i != &s->listeners && !n; i = i->next) {
         n = CRPCI_CONTAINER(i, crpci_listener, link);
         if (n->addr.u.any.sa_family == AF_UNIX)
             n = NULL;
     }
-    if (n && n->addr.u.any.sa_family == AF_INET) {
-        port = ntohs(n->addr.u.in4.sin_port);
-        wild = n->addr.u.in4.sin_addr.s_addr == htonl(INADDR_ANY);
-    } else if (n) {
-        port = ntohs(n->addr.u.in6.sin6_port);
-        wild = memcmp(&n->addr.u.in6.sin6_addr, &any.u.in6.sin6_addr, 16) == 0;
+    if (n) {
+        port = crpci_sock_port(&n->addr);
+        wild = n->addr.u.any.sa_family == AF_INET
+                   ? n->addr.u.in4.sin_addr.s_addr == htonl(INADDR_ANY)
+                   : memcmp(&n->addr.u.in6.sin6_addr, &any.u.in6.sin6_addr, 16) == 0;
     }
     if (s->advertise) {
         const char *colon = strrchr(s->advertise, ':'), *bracket = strrchr(s->advertise, ']');
@@ -19880,11 +20083,12 @@ CRPCI_COLD int crpci_server_public_address(crpc_server *s, char *out, size_t siz
             return crpci_status_set(error, CRPC_EINVAL, "advertise \"%.80s\": no port, and no "
                                                         "tcp:// listener to take it from",
                                     s->advertise);
-        if (has_port)
-            snprintf(text, sizeof text, "%s", s->advertise);
-        else
-            snprintf(text, sizeof text, "%s:%u", s->advertise, port);
+        text = has_port ? crpci_directory_format(s->heap, "%s", s->advertise)
+                        : crpci_directory_format(s->heap, "%s:%u", s->advertise, port);
+        if (!text)
+            return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
         err = crpci_resolver_address(s->heap, text, out, size, error);
+        crpci_heap_strfree(s->heap, text);
         return err ? crpci_status_set(error, err, "advertise \"%.80s\" is not host[:port], or "
                                                   "cannot be resolved (IPv6 stands in brackets)",
                                       s->advertise)
@@ -19911,22 +20115,16 @@ CRPCI_COLD void crpci_server_method_names(const crpc_service *table, char *out, 
 
 CRPCI_COLD int crpci_server_enrol(crpc_server *s, crpc_error *error)
 {
-    char address[CRPC_ADDRESS_MAX], methods[1024];
-    crpci_directory_options ro;
-    crpci_registration what;
-    crpci_url u;
+    const size_t room = 1024; /* for the names of a service's methods */
+    char address[CRPC_ADDRESS_MAX], *methods;
+    crpci_directory_options o;
+    crpci_names_service what;
     size_t i;
     int err = crpci_server_public_address(s, address, sizeof address, error);
-    err = err ? err : crpci_url_parse(&u, s->registry_url, error);
-    if (err)
-        return err;
-    if (*u.query && strcmp(u.scheme, "multicast") != 0)
-        return crpci_status_set(error, CRPC_EINVAL, "%.100s: a registry takes no URL options here",
-                                s->registry_url);
-    memset(&ro, 0, sizeof ro);
-    ro.session_timeout_ms = s->options.session_timeout_ms;
-    ro.credential = s->registry_credential;
-    err = crpci_open_registry(s->loop, &u, &ro, &s->registry, error);
+    memset(&o, 0, sizeof o);
+    o.session_timeout_ms = s->options.session_timeout_ms;
+    o.credential = s->registry_credential;
+    err = err ? err : crpci_open_registry(s->loop, s->registry_url, &o, &s->registry, error);
     if (err)
         return err;
     s->enrolments = (crpci_enrolment *)crpci_heap_alloc(s->heap,
@@ -19934,6 +20132,9 @@ CRPCI_COLD int crpci_server_enrol(crpc_server *s, crpc_error *error)
     if (!s->enrolments && s->services.count)
         return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     s->enrolled = s->services.count;
+    methods = (char *)crpci_heap_alloc(s->heap, room);
+    if (!methods)
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     memset(&what, 0, sizeof what);
     what.address = address;
     what.group = s->group;
@@ -19944,13 +20145,14 @@ CRPCI_COLD int crpci_server_enrol(crpc_server *s, crpc_error *error)
     what.warmup_ms = s->options.warmup_ms;
     for (i = 0; i < s->enrolled && !err; i++) {
         what.service = s->services.items[i].table->name;
-        crpci_server_method_names(s->services.items[i].table, methods, sizeof methods);
+        crpci_server_method_names(s->services.items[i].table, methods, room);
         s->enrolments[i].server = s;
-        err = s->registry->ops->enroll(s->registry, &what, crpci_server_on_enrolled,
-                                       &s->enrolments[i], &s->enrolments[i].handle);
+        err = crpci_directory_enroll(s->registry, &what, crpci_server_on_enrolled,
+                                     &s->enrolments[i], &s->enrolments[i].handle);
     }
-    return err ? crpci_status_set(error, err, "%.100s: cannot register: %s", s->registry_url,
-                                  crpc_status_text(err))
+    crpci_heap_free(s->heap, methods, room);
+    return err ? crpci_status_set(error, err, "%.100s: cannot register %.60s at %.60s: %s",
+                                  s->registry_url, what.service, address, crpc_status_text(err))
                : CRPC_OK;
 }
 
@@ -19987,10 +20189,11 @@ CRPCI_COLD void crpci_server_withdraw(crpc_server *s)
     for (i = 0; s->registry && i < s->enrolled; i++) {
         void *handle = s->enrolments[i].handle;
         s->enrolments[i].handle = NULL;
-        if (handle)
-            s->registry->ops->withdraw(s->registry, handle);
+        crpci_directory_withdraw(s->registry, handle);
     }
 }
+
+#endif /* CRPCI_DIRECTORY */
 
 /* --- starting --------------------------------------------------------------------------------- */
 
@@ -20113,10 +20316,12 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
     crpci_loop_unlock(l);
     if (err)
         return crpci_status_set(error, err, "listening: %s", crpc_status_text(err));
+#if CRPCI_DIRECTORY
     if (s->registry_url) {
         err = crpci_server_enrol(s, error);
         err = err ? err : crpci_server_await_enrolment(s, error);
     }
+#endif
     if (err) {
         crpci_loop_lock(l);
         s->options.lame_ms = 0; /* it is only to be closed */
@@ -20222,7 +20427,9 @@ CRPC_API void crpc_server_stop(crpc_server *s)
     crpci_loop_unlock(l);
     if (state > CRPCI_SERVER_RUNNING)
         return;
+#if CRPCI_DIRECTORY
     crpci_server_withdraw(s);
+#endif
     crpci_loop_lock(l); /* not before: another thread may close the server when it is drained */
     crpci_loop_timer_at(l, &s->drain, lame_until);
     crpci_loop_unlock(l);
@@ -20300,8 +20507,10 @@ CRPCI_COLD void crpci_server_dismantle(crpc_server *s)
     crpc_loop *l = s->loop;
     bool private_loop = s->private_loop;
     size_t i;
+#if CRPCI_DIRECTORY
     crpci_directory_close(s->registry);
     s->registry = NULL;
+#endif
     crpci_loop_lock(l);
     crpci_server_close_listeners(s);
     crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);

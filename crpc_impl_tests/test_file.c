@@ -29,7 +29,7 @@ static const char *taken(const char *text, size_t *bad)
     static char out[512];
     crpc_hooks hooks = ct_hooks();
     crpci_file_text t;
-    crpci_names_query q;
+    crpci_names_service q;
     crpci_snapshot *list;
     crpci_heap *h;
     ct_guard g = ct_guard_make(text, strlen(text) + 1);
@@ -119,7 +119,7 @@ typedef struct fixture {
     char path[128];
     crpc_loop *loop;
     crpci_backend *r;
-    void *sub;
+    crpci_subscriber *sub;
     char list[256]; /* the last one: "a:1 b:2 ", "(stale)" behind it */
     int pushes;
     bool close_in_push;
@@ -157,8 +157,7 @@ static void put(const fixture *f, const char *text)
 static int begin(fixture *f, const crpc_hooks *hooks, bool allow_empty, const char *text)
 {
     crpc_loop_options o;
-    crpci_names_query q;
-    crpci_url url;
+    crpci_names_service q;
     char name[160];
     int err;
     memset(f, 0, sizeof *f);
@@ -176,11 +175,10 @@ static int begin(fixture *f, const crpc_hooks *hooks, bool allow_empty, const ch
     if (err)
         return err;
     snprintf(name, sizeof name, "file://%s", f->path);
-    assert_int_equal(crpci_url_parse(&url, name, NULL), CRPC_OK);
-    err = crpci_open_registry(f->loop, &url, NULL, &f->r, NULL);
+    err = crpci_open_registry(f->loop, name, NULL, &f->r, NULL);
     q.service = "";
     q.allow_empty = allow_empty;
-    return err ? err : f->r->ops->subscribe(f->r, &q, on_push, f, &f->sub);
+    return err ? err : crpci_directory_subscribe(f->r, &q, on_push, f, &f->sub);
 }
 
 static void end(fixture *f)
@@ -222,7 +220,7 @@ static void it_follows_the_file(void **state)
     pass(&f);
     assert_int_equal(f.pushes, 2);
     assert_string_equal(lines, ""); /* said once */
-    f.r->ops->unsubscribe(f.r, f.sub);
+    crpci_directory_unsubscribe(f.r, f.sub);
     put(&f, "10.0.0.3:80");
     pass(&f);
     assert_int_equal(f.pushes, 2);
@@ -292,16 +290,16 @@ static void it_may_be_closed_in_its_callback(void **state)
 
 static void it_only_reads(void **state)
 {
-    crpci_registration what;
+    crpci_names_service what;
     void *handle = &what;
     fixture f;
     (void)state;
     start(&f, false, "10.0.0.1:80\n");
     memset(&what, 0, sizeof what);
-    assert_int_equal(f.r->ops->enroll(f.r, &what, NULL, NULL, &handle), CRPC_EUNSUPPORTED);
+    assert_int_equal(crpci_directory_enroll(f.r, &what, NULL, NULL, &handle), CRPC_EUNSUPPORTED);
     assert_null(handle);
-    f.r->ops->withdraw(f.r, NULL);
-    f.r->ops->unsubscribe(f.r, NULL);
+    crpci_directory_withdraw(f.r, NULL);
+    crpci_directory_unsubscribe(f.r, NULL);
     end(&f);
 }
 
@@ -311,7 +309,6 @@ static void it_wants_a_path(void **state)
     crpc_hooks hooks = ct_hooks();
     crpc_loop_options o;
     crpci_backend *r;
-    crpci_url url;
     crpc_loop *loop;
     size_t i;
     (void)state;
@@ -319,8 +316,7 @@ static void it_wants_a_path(void **state)
     o.hooks = hooks;
     assert_int_equal(crpc_loop_open(&loop, &o), CRPC_OK);
     for (i = 0; i < sizeof bad / sizeof *bad; i++) {
-        assert_int_equal(crpci_url_parse(&url, bad[i], NULL), CRPC_OK);
-        assert_int_equal(crpci_open_registry(loop, &url, NULL, &r, NULL), CRPC_EINVAL);
+        assert_int_equal(crpci_open_registry(loop, bad[i], NULL, &r, NULL), CRPC_EINVAL);
         assert_null(r);
     }
     crpc_loop_close(loop);

@@ -24,9 +24,9 @@ static crpci_heap *heap(const crpc_hooks *hooks)
     return h;
 }
 
-static crpci_registration golden_registration(void)
+static crpci_names_service golden_registration(void)
 {
-    crpci_registration r;
+    crpci_names_service r;
     memset(&r, 0, sizeof r);
     r.service = "demo.Echo";
     r.group = "g1";
@@ -57,9 +57,9 @@ static bool parses(const char *name)
 
 static void it_names_a_node_as_dubbo_would(void **state)
 {
-    crpci_registration r = golden_registration();
+    crpci_names_service r = golden_registration();
     char url[512], name[1024];
-    size_t n = crpci_names_provider_url(url, sizeof url, &r, "10.0.0.1:8000", 1700000000000, 42);
+    size_t n = crpci_names_url(url, sizeof url, &r, false, "10.0.0.1:8000", 1700000000000, 42);
     (void)state;
     assert_int_equal(n, strlen(url));
     assert_int_equal(crpci_url_encode(name, sizeof name, url), strlen(GOLDEN));
@@ -68,35 +68,35 @@ static void it_names_a_node_as_dubbo_would(void **state)
 
 static void it_names_a_consumer_as_dubbo_would(void **state)
 {
-    crpci_registration r = golden_registration();
+    crpci_names_service r = golden_registration();
     char url[512];
-    size_t n = crpci_names_consumer_url(url, sizeof url, &r, "[::1]", 1700000000000, 42);
+    size_t n = crpci_names_url(url, sizeof url, &r, true, "[::1]", 1700000000000, 42);
     (void)state;
     assert_int_equal(n, strlen(url));
     assert_string_equal(url, "consumer://[::1]/demo.Echo?application=my%20app&category=consumers"
                              "&check=false&group=g1&interface=demo.Echo&pid=42&side=consumer"
                              "&timestamp=1700000000000&version=1.0.0");
     r.application = r.group = r.version = NULL;
-    crpci_names_consumer_url(url, sizeof url, &r, "10.0.0.1", 5, 7);
+    crpci_names_url(url, sizeof url, &r, true, "10.0.0.1", 5, 7);
     assert_string_equal(url, "consumer://10.0.0.1/demo.Echo?application=crpc&category=consumers"
                              "&check=false&interface=demo.Echo&pid=7&side=consumer&timestamp=5");
 }
 
 static void it_leaves_out_what_is_empty(void **state)
 {
-    crpci_registration r;
+    crpci_names_service r;
     char url[512];
     (void)state;
     memset(&r, 0, sizeof r);
     r.service = "S";
     r.group = "";
     r.weight = -1;
-    crpci_names_provider_url(url, sizeof url, &r, "[::1]:1", 5, 7);
+    crpci_names_url(url, sizeof url, &r, false, "[::1]:1", 5, 7);
     assert_string_equal(url, "crpc://[::1]:1/S?application=crpc&category=providers&dynamic=true"
                              "&enabled=true&interface=S&pid=7&side=provider&timestamp=5&weight=0");
     r.version = "1";
     r.warmup_ms = 60000;
-    crpci_names_provider_url(url, sizeof url, &r, "[::1]:1", 5, 7);
+    crpci_names_url(url, sizeof url, &r, false, "[::1]:1", 5, 7);
     assert_string_equal(url, "crpc://[::1]:1/S?application=crpc&category=providers&dynamic=true"
                              "&enabled=true&interface=S&pid=7&side=provider&timestamp=5&version=1"
                              "&warmup=60000&weight=0");
@@ -104,14 +104,14 @@ static void it_leaves_out_what_is_empty(void **state)
 
 static void it_measures_what_does_not_fit(void **state)
 {
-    crpci_registration r = golden_registration();
+    crpci_names_service r = golden_registration();
     char full[512];
-    size_t need = crpci_names_provider_url(full, sizeof full, &r, "10.0.0.1:8000", 1, 2), size;
+    size_t need = crpci_names_url(full, sizeof full, &r, false, "10.0.0.1:8000", 1, 2), size;
     (void)state;
     for (size = 0; size <= need + 1; size++) {
         ct_guard g = ct_guard_make(NULL, size ? size : 1);
         char *out = size ? (char *)g.data : NULL;
-        assert_int_equal(crpci_names_provider_url(out, size, &r, "10.0.0.1:8000", 1, 2), need);
+        assert_int_equal(crpci_names_url(out, size, &r, false, "10.0.0.1:8000", 1, 2), need);
         if (size) {
             assert_int_equal(strlen(out), size - 1 < need ? size - 1 : need);
             assert_memory_equal(out, full, strlen(out));
@@ -140,14 +140,14 @@ static void it_reads_what_it_writes(void **state)
 static void it_carries_any_character(void **state)
 {
     static const char odd[] = "a&b=c%d+e f#g?h\x01\x7f\xc3\xa4/";
-    crpci_registration r = golden_registration();
+    crpci_names_service r = golden_registration();
     crpci_names_node n;
     char url[512], name[1024];
     ct_guard g;
     (void)state;
     r.group = odd;
     r.version = "&enabled=false";
-    crpci_names_provider_url(url, sizeof url, &r, "10.0.0.1:8000", 1, 2);
+    crpci_names_url(url, sizeof url, &r, false, "10.0.0.1:8000", 1, 2);
     crpci_url_encode(name, sizeof name, url);
     assert_true(parse(&n, name, &g));
     assert_string_equal(n.group, odd);
@@ -287,7 +287,7 @@ static const char *overridden(crpci_heap *h, const char *const *urls, size_t cou
     static char out[64];
     char provider[] = "crpc://10.0.0.1:80/S?interface=S&group=g&version=1&application=a&weight=7";
     crpci_names_overrides *rules;
-    crpci_names_query q;
+    crpci_names_service q;
     crpci_names_node n;
     char *names[8];
     size_t i;

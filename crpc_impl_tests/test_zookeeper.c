@@ -244,30 +244,6 @@ static void it_makes_directories_from_below(void **state)
 
 /* --- registrations ------------------------------------------------------------------------------ */
 
-static void it_takes_addresses(void **state)
-{
-    static const struct {
-        const char *text, *address; /* "": found later; NULL: refused */
-    } addresses[] = {
-        {"10.0.0.1:80", "10.0.0.1:80"}, {"[::1]:080", "[::1]:80"}, {":80", ""},
-        {"0.0.0.0:80", ""},             {"[::]:80", ""},           {"10.0.0.1", NULL},
-        {"10.0.0.1:0", NULL},           {"host:80", NULL},         {"", NULL},
-        {"unix:/x", NULL},              {"::1:80", NULL},          {"10.0.0.1:99999", NULL},
-    };
-    size_t i;
-    (void)state;
-    for (i = 0; i < sizeof addresses / sizeof *addresses; i++) {
-        crpci_zookeeper_reg reg;
-        bool ok;
-        memset(&reg, 0, sizeof reg);
-        ok = crpci_zookeeper_reg_address(&reg, addresses[i].text);
-        if (ok != (addresses[i].address != NULL) ||
-            (ok && (strcmp(reg.address, addresses[i].address) != 0 ||
-                    reg.auto_host != !*addresses[i].address || reg.port != 80)))
-            fail_msg("\"%s\": %d, \"%s\"", addresses[i].text, ok, reg.address);
-    }
-}
-
 static void it_knows_a_twin(void **state)
 {
     crpci_zookeeper_reg reg;
@@ -288,7 +264,7 @@ static void it_knows_a_twin(void **state)
     size_t i, n;
     (void)state;
     memset(&reg, 0, sizeof reg);
-    strcpy(reg.address, "10.0.0.1:80");
+    strcpy(reg.offer.address, "10.0.0.1:80");
     n = (size_t)snprintf(path, sizeof path, "/dubbo/S/providers/");
     crpci_url_encode(path + n, sizeof path - n, names[0].url);
     reg.path = path;
@@ -420,37 +396,36 @@ static int use(const crpc_hooks *hooks, void *user)
     crpc_loop *loop = loop_with(hooks);
     crpci_backend *r = NULL, *again = NULL;
     crpci_directory_options o;
-    crpci_names_query q;
-    crpci_registration what;
-    crpci_url url;
+    crpci_names_service q;
+    crpci_names_service what;
     char text[64];
-    void *sub, *reg;
+    crpci_subscriber *sub;
+    void *reg;
     int err;
     if (!loop)
         return CRPC_ENOMEM;
     snprintf(text, sizeof text, "zookeeper://127.0.0.1:%d", *(int *)user);
-    crpci_url_parse(&url, text, NULL);
     memset(&o, 0, sizeof o);
     memset(&q, 0, sizeof q);
     o.register_consumer = true;
     q.service = "S";
-    err = crpci_open_registry(loop, &url, &o, &r, NULL);
-    err = err ? err : crpci_open_registry(loop, &url, NULL, &again, NULL);
+    err = crpci_open_registry(loop, text, &o, &r, NULL);
+    err = err ? err : crpci_open_registry(loop, text, NULL, &again, NULL);
     if (!err)
-        err = again->ops->subscribe(again, &q, on_push, NULL, &sub);
+        err = crpci_directory_subscribe(again, &q, on_push, NULL, &sub);
     q.group = "g";
     q.version = "1";
     if (!err)
-        err = r->ops->subscribe(r, &q, on_push, NULL, &sub);
+        err = crpci_directory_subscribe(r, &q, on_push, NULL, &sub);
     memset(&what, 0, sizeof what);
     what.service = "S";
     what.address = ":80";
     if (!err)
-        err = r->ops->enroll(r, &what, on_status, NULL, &reg);
+        err = crpci_directory_enroll(r, &what, on_status, NULL, &reg);
     if (!err)
-        r->ops->withdraw(r, reg);
+        crpci_directory_withdraw(r, reg);
     if (!err)
-        err = again->ops->enroll(again, &what, NULL, NULL, &reg);
+        err = crpci_directory_enroll(again, &what, NULL, NULL, &reg);
     crpci_directory_close(r);
     crpci_directory_close(again);
     crpc_loop_close(loop);
@@ -468,32 +443,32 @@ static void it_refuses_what_cannot_be_a_node(void **state)
 {
     static const char *const bad[] = {"", ".", "..", "a/b", "a\nb", NULL};
     crpc_loop *loop = loop_with(NULL);
-    crpci_registration what;
-    crpci_names_query q;
+    crpci_names_service what;
+    crpci_names_service q;
     crpci_backend *r;
-    crpci_url url;
+    crpci_subscriber *sub;
     void *handle = loop;
     size_t i;
     (void)state;
-    assert_int_equal(crpci_url_parse(&url, "zookeeper://127.0.0.1:1/root", NULL), CRPC_OK);
-    assert_int_equal(crpci_open_registry(loop, &url, NULL, &r, NULL), CRPC_OK);
+    assert_int_equal(crpci_open_registry(loop, "zookeeper://127.0.0.1:1/root", NULL, &r, NULL), CRPC_OK);
     memset(&what, 0, sizeof what);
     memset(&q, 0, sizeof q);
     for (i = 0; i < sizeof bad / sizeof *bad; i++) {
         what.service = bad[i];
         what.address = ":80";
-        assert_int_equal(r->ops->enroll(r, &what, NULL, NULL, &handle), CRPC_EINVAL);
+        assert_int_equal(crpci_directory_enroll(r, &what, NULL, NULL, &handle), CRPC_EINVAL);
         assert_null(handle);
         q.service = bad[i];
-        assert_int_equal(r->ops->subscribe(r, &q, on_push, NULL, &handle), CRPC_EINVAL);
+        assert_int_equal(crpci_directory_subscribe(r, &q, on_push, NULL, &sub), CRPC_EINVAL);
+        assert_null(sub);
     }
     what.service = "S";
     what.address = NULL;
-    assert_int_equal(r->ops->enroll(r, &what, NULL, NULL, &handle), CRPC_EINVAL);
+    assert_int_equal(crpci_directory_enroll(r, &what, NULL, NULL, &handle), CRPC_EINVAL);
     what.address = "host.name:80";
-    assert_int_equal(r->ops->enroll(r, &what, NULL, NULL, &handle), CRPC_EINVAL);
-    r->ops->unsubscribe(r, NULL);
-    r->ops->withdraw(r, NULL);
+    assert_int_equal(crpci_directory_enroll(r, &what, NULL, NULL, &handle), CRPC_EINVAL);
+    crpci_directory_unsubscribe(r, NULL);
+    crpci_directory_withdraw(r, NULL);
     crpci_directory_close(r);
     crpc_loop_close(loop);
 }
@@ -515,11 +490,9 @@ static void it_shares_what_is_the_same(void **state)
     };
     crpc_loop *loop = loop_with(NULL);
     crpci_backend *first, *r;
-    crpci_url url;
     size_t i;
     (void)state;
-    assert_int_equal(crpci_url_parse(&url, others[0].url, NULL), CRPC_OK);
-    assert_int_equal(crpci_open_registry(loop, &url, NULL, &first, NULL), CRPC_OK);
+    assert_int_equal(crpci_open_registry(loop, others[0].url, NULL, &first, NULL), CRPC_OK);
     for (i = 0; i < sizeof others / sizeof *others; i++) {
         crpci_directory_options o;
         crpci_zookeeper *a, *b;
@@ -527,8 +500,7 @@ static void it_shares_what_is_the_same(void **state)
         o.session_timeout_ms = others[i].timeout_ms;
         o.credential = others[i].credential;
         o.cache = others[i].cache;
-        assert_int_equal(crpci_url_parse(&url, others[i].url, NULL), CRPC_OK);
-        assert_int_equal(crpci_open_registry(loop, &url, &o, &r, NULL), CRPC_OK);
+        assert_int_equal(crpci_open_registry(loop, others[i].url, &o, &r, NULL), CRPC_OK);
         a = ((crpci_zookeeper_registry *)(void *)first)->session;
         b = ((crpci_zookeeper_registry *)(void *)r)->session;
         assert_int_equal(a == b, others[i].same);
@@ -549,7 +521,6 @@ int main(void)
         CT_TEST(it_sees_who_accepts),
         CT_TEST(it_takes_roots_that_zookeeper_takes),
         CT_TEST(it_makes_directories_from_below),
-        CT_TEST(it_takes_addresses),
         CT_TEST(it_knows_a_twin),
         CT_TEST(it_tells_lost_from_refused),
         CT_TEST(it_waits_with_jitter_and_bounds),

@@ -525,7 +525,6 @@ static void it_shares_the_session(void **state)
     crpc_registry *more;
     crpci_backend *r;
     crpci_directory_options o;
-    crpci_url url;
     char where[64];
     (void)state;
     clean(&server);
@@ -535,8 +534,7 @@ static void it_shares_the_session(void **state)
     memset(&o, 0, sizeof o);
     o.session_timeout_ms = TIMEOUT_MS; /* as a channel or a server would */
     snprintf(where, sizeof where, "zookeeper://127.0.0.1:%d/dubbo", server.port);
-    assert_int_equal(crpci_url_parse(&url, where, NULL), CRPC_OK);
-    assert_int_equal(crpci_open_registry(a.loop, &url, &o, &r, NULL), CRPC_OK);
+    assert_int_equal(crpci_open_registry(a.loop, where, &o, &r, NULL), CRPC_OK);
     assert_int_equal(zk_connections(&server), 1);
     assert_true(crpc_registry_session(more) == crpc_registry_session(a.registry));
     crpc_registry_close(more);

@@ -30,7 +30,7 @@ static const char *cache; /* for the registries opened next */
 typedef struct side {
     crpc_loop *loop;
     crpci_backend *registry;
-    void *sub;
+    crpci_subscriber *sub;
     void *reg;
     pthread_mutex_t lock;
     char list[1024]; /* the last one: "a:1 b:2 " */
@@ -90,7 +90,7 @@ static int on_push(void *user, crpci_snapshot *list)
     if (s->slow_push_ms)
         ct_sleep_ms(s->slow_push_ms);
     if (s->unsubscribe_in_push) {
-        s->registry->ops->unsubscribe(s->registry, s->sub);
+        crpci_directory_unsubscribe(s->registry, s->sub);
         s->sub = NULL;
     }
     if (s->close_in_push) {
@@ -107,7 +107,7 @@ static void on_status(void *user, int status, const char *text)
     side *s = (side *)user;
     (void)text;
     if (s->withdraw_in_status) {
-        s->registry->ops->withdraw(s->registry, s->reg);
+        crpci_directory_withdraw(s->registry, s->reg);
         s->reg = NULL;
     }
     __atomic_store_n(&s->status, status, __ATOMIC_SEQ_CST);
@@ -136,7 +136,6 @@ static crpci_backend *open_registry(crpc_loop *loop, int port, const char *crede
     crpci_directory_options o;
     crpci_backend *r;
     crpc_error error;
-    crpci_url url;
     char text[64];
     memset(&o, 0, sizeof o);
     o.session_timeout_ms = session_ms;
@@ -146,8 +145,7 @@ static crpci_backend *open_registry(crpc_loop *loop, int port, const char *crede
     o.cache = cache;
     o.cache_interval_ms = -1;
     snprintf(text, sizeof text, "zookeeper://127.0.0.1:%d/test", port);
-    assert_int_equal(crpci_url_parse(&url, text, &error), CRPC_OK);
-    if (crpci_open_registry(loop, &url, &o, &r, &error))
+    if (crpci_open_registry(loop, text, &o, &r, &error))
         fail_msg("open: %s", error.text);
     return r;
 }
@@ -160,13 +158,13 @@ static void side_open(side *s, int port)
 
 static void side_subscribe_with(side *s, const char *group, const char *version, bool allow_empty)
 {
-    crpci_names_query q;
+    crpci_names_service q;
     memset(&q, 0, sizeof q);
     q.service = "demo.Echo";
     q.group = group;
     q.version = version;
     q.allow_empty = allow_empty;
-    assert_int_equal(s->registry->ops->subscribe(s->registry, &q, on_push, s, &s->sub), CRPC_OK);
+    assert_int_equal(crpci_directory_subscribe(s->registry, &q, on_push, s, &s->sub), CRPC_OK);
 }
 
 static void side_subscribe_as(side *s, const char *group, const char *version)
@@ -181,7 +179,7 @@ static void side_subscribe(side *s)
 
 static void side_enroll_as(side *s, const char *address, const char *group, const char *version)
 {
-    crpci_registration what;
+    crpci_names_service what;
     memset(&what, 0, sizeof what);
     what.service = "demo.Echo";
     what.address = address;
@@ -189,7 +187,7 @@ static void side_enroll_as(side *s, const char *address, const char *group, cons
     what.version = version;
     what.methods = "Echo";
     what.weight = 100;
-    assert_int_equal(s->registry->ops->enroll(s->registry, &what, on_status, s, &s->reg), CRPC_OK);
+    assert_int_equal(crpci_directory_enroll(s->registry, &what, on_status, s, &s->reg), CRPC_OK);
 }
 
 static void side_enroll(side *s, const char *address)
@@ -437,7 +435,7 @@ static void it_sees_a_new_provider_soon(void **state)
         best = ct_now_ms() - begin < best ? ct_now_ms() - begin : best;
         /* one that withdraws is gone as soon, and the other stays */
         begin = ct_now_ms();
-        d.registry->ops->withdraw(d.registry, d.reg);
+        crpci_directory_withdraw(d.registry, d.reg);
         expect_list(&b, "10.0.0.2:8000 ", LATE_MS);
         best = ct_now_ms() - begin < best ? ct_now_ms() - begin : best;
     }
@@ -748,7 +746,7 @@ static void it_is_seen_among_the_consumers(void **state)
     assert_true(CT_WAIT(count_in(&server, CONSUMERS) == 0, LATE_MS)); /* expired */
     zk_proxy_set(&p, ZK_PROXY_OPEN);
     assert_true(CT_WAIT(consumer_is(want, &stamp), LATE_MS));
-    a.registry->ops->unsubscribe(a.registry, a.sub);
+    crpci_directory_unsubscribe(a.registry, a.sub);
     assert_true(CT_WAIT(count_in(&server, CONSUMERS) == 0, LATE_MS));
     side_subscribe_as(&a, "g1", "2.0");
     assert_true(CT_WAIT(consumer_is(want, &stamp), LATE_MS));
@@ -889,7 +887,7 @@ static void it_works_on_a_loop_that_rests(void **state)
     side_open(&d, server.port);
     side_enroll(&d, "10.0.0.2:8000");
     expect_list(&a, "10.0.0.1:8000 10.0.0.2:8000 ", LATE_MS);
-    d.registry->ops->withdraw(d.registry, d.reg);
+    crpci_directory_withdraw(d.registry, d.reg);
     expect_list(&a, "10.0.0.1:8000 ", LATE_MS);
     zk_proxy_set(&p, ZK_PROXY_REFUSE);
     assert_true(CT_WAIT(count_nodes(&server) == 0, LATE_MS));
@@ -1271,8 +1269,8 @@ static void it_shares_one_session(void **state)
 {
     side a;
     crpci_backend *more[9];
-    crpci_names_query q;
-    void *handles[9];
+    crpci_names_service q;
+    crpci_subscriber *handles[9];
     side others[9];
     int i;
     (void)state;
@@ -1288,7 +1286,7 @@ static void it_shares_one_session(void **state)
         memset(&q, 0, sizeof q);
         q.service = "demo.Echo";
         q.group = i % 2 ? "*" : NULL;
-        assert_int_equal(more[i]->ops->subscribe(more[i], &q, on_push, &others[i], &handles[i]),
+        assert_int_equal(crpci_directory_subscribe(more[i], &q, on_push, &others[i], &handles[i]),
                          CRPC_OK);
     }
     for (i = 0; i < 9; i++)
@@ -1299,7 +1297,7 @@ static void it_shares_one_session(void **state)
     assert_true(a.loop->registries.next->next == &a.loop->registries);
     for (i = 0; i < 9; i++) {
         if (i % 3)
-            more[i]->ops->unsubscribe(more[i], handles[i]);
+            crpci_directory_unsubscribe(more[i], handles[i]);
         crpci_directory_close(more[i]); /* ends the rest */
         pthread_mutex_destroy(&others[i].lock);
     }
@@ -1354,7 +1352,7 @@ static void it_waits_for_a_running_callback(void **state)
         side_subscribe(&a);
         assert_true(CT_WAIT(value(&a.in_push), LATE_MS));
         if (i % 2)
-            a.registry->ops->unsubscribe(a.registry, a.sub);
+            crpci_directory_unsubscribe(a.registry, a.sub);
         else
             crpci_directory_close(a.registry);
         assert_int_equal(value(&a.in_push), 0);
@@ -1562,13 +1560,13 @@ static int sweep(const crpc_hooks *hooks, void *user)
 {
     crpc_loop_options o;
     crpci_directory_options ro;
-    crpci_registration what;
-    crpci_names_query q;
+    crpci_names_service what;
+    crpci_names_service q;
     crpci_backend *r = NULL;
     crpc_loop *loop;
-    crpci_url url;
     char text[64];
-    void *sub = NULL, *reg = NULL;
+    crpci_subscriber *sub = NULL;
+    void *reg = NULL;
     int err;
     side *s = (side *)user;
     memset(&o, 0, sizeof o);
@@ -1589,18 +1587,17 @@ static int sweep(const crpc_hooks *hooks, void *user)
     if (crpc_loop_start(loop))
         fail_msg("no thread");
     snprintf(text, sizeof text, "zookeeper://127.0.0.1:%d/test", server.port);
-    crpci_url_parse(&url, text, NULL);
-    err = crpci_open_registry(loop, &url, &ro, &r, NULL);
+    err = crpci_open_registry(loop, text, &ro, &r, NULL);
     if (!err)
-        err = r->ops->subscribe(r, &q, on_push, s, &sub);
+        err = crpci_directory_subscribe(r, &q, on_push, s, &sub);
     what.service = "demo.Echo";
     what.address = "10.0.0.1:8000";
     if (!err)
-        err = r->ops->enroll(r, &what, on_status, s, &reg);
+        err = crpci_directory_enroll(r, &what, on_status, s, &reg);
     if (!err)
         (void)CT_WAIT(value(&s->pushes) && value(&s->status) == CRPC_OK, 20);
     if (!err)
-        r->ops->withdraw(r, reg);
+        crpci_directory_withdraw(r, reg);
     crpci_directory_close(r);
     crpc_loop_close(loop);
     return err;
