@@ -1141,7 +1141,8 @@ typedef struct crpc_method_limit {
 } crpc_method_limit;
 
 typedef struct crpc_server_options {
-    const char *listen; /* tcp://host:port or unix:///path; port 0: any. NULL: crpc_server_listen */
+    const char *listen; /* tcp://host:port (0: any), unix:///path or, for an abstract socket,
+                         * unix://@name. NULL: crpc_server_listen */
     const char *registry; /* zookeeper://host:port,...[/root] to register in; without a root in
                              /dubbo. Or multicast://224.5.6.7:port[?interface=eth0].
                              NULL: nowhere */
@@ -2599,8 +2600,8 @@ CRPCI_FN size_t crpci_url_encode(char *out, size_t size, const char *text)
     return n;
 }
 
-/* Takes the next key=value from the query, decoded. CRPC_EPENDING at the end. A key that comes again
- * is an error, as one of the two would be ignored. */
+/* Takes the next key=value from the query, decoded. CRPC_EPENDING at the end. A key that is given
+ * twice is an error, as one of the two would be ignored. */
 CRPCI_FN int crpci_url_next(crpci_url *u, char **key, char **value, crpc_error *error)
 {
     const char *again;
@@ -3652,7 +3653,8 @@ CRPCI_FN bool crpci_sock_split(const char *text, char *host, size_t size, unsign
     return true;
 }
 
-/* Reads a numeric "1.2.3.4:80", "[::1]:80" or "unix:/path". */
+/* Reads a numeric "1.2.3.4:80", "[::1]:80", "unix:/path", or "unix:@name", which is a name in Linux'
+ * abstract namespace: it stands behind a zero byte and has none at its end. */
 CRPCI_FN bool crpci_sock_parse(crpci_addr *a, const char *text)
 {
     char host[INET6_ADDRSTRLEN];
@@ -3660,11 +3662,14 @@ CRPCI_FN bool crpci_sock_parse(crpci_addr *a, const char *text)
     memset(a, 0, sizeof *a);
     if (strncmp(text, "unix:", 5) == 0) {
         size_t n = strlen(text + 5);
-        if (n == 0 || n > CRPC_ADDRESS_MAX - 6) /* what fits sun_path and crpci_sock_format */
+        bool abstract = text[5] == '@';
+        if (n <= abstract || n > CRPC_ADDRESS_MAX - 6) /* what fits sun_path and crpci_sock_format */
             return false;
         a->u.un.sun_family = AF_UNIX;
         memcpy(a->u.un.sun_path, text + 5, n + 1);
-        a->len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + n + 1);
+        a->len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + n + !abstract);
+        if (abstract)
+            a->u.un.sun_path[0] = '\0';
         return true;
     }
     if (!crpci_sock_split(text, host, sizeof host, &port))
@@ -3694,10 +3699,15 @@ CRPCI_FN unsigned crpci_sock_port(const crpci_addr *a)
 
 CRPCI_FN void crpci_sock_format(const crpci_addr *a, char *out, size_t size)
 {
+    const size_t head = offsetof(struct sockaddr_un, sun_path);
     char host[INET6_ADDRSTRLEN] = "?";
-    if (a->u.any.sa_family == AF_UNIX)
+    if (a->u.any.sa_family == AF_UNIX && a->len > head + 1 && !a->u.un.sun_path[0])
+        snprintf(out, size, "unix:@%.*s",
+                 (int)crpci_base_min(a->len - head - 1, CRPC_ADDRESS_MAX - 7),
+                 a->u.un.sun_path + 1);
+    else if (a->u.any.sa_family == AF_UNIX)
         snprintf(out, size, "unix:%.*s", CRPC_ADDRESS_MAX - 6,
-                 a->len > offsetof(struct sockaddr_un, sun_path) ? a->u.un.sun_path : "");
+                 a->len > head ? a->u.un.sun_path : "");
     else if (a->u.any.sa_family == AF_INET6)
         snprintf(out, size, "[%s]:%u",
                  inet_ntop(AF_INET6, &a->u.in6.sin6_addr, host, sizeof host),
@@ -3904,6 +3914,11 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
                                 "\"%.80s\" is not host:port, with a port up to 65535 (IPv6 stands "
                                 "in brackets)",
                                 text);
+    if (strchr(host, '%'))
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "\"%.80s\": an IPv6 address with a scope (%s) is not supported; "
+                                "use one without, or IPv4",
+                                text, strchr(host, '%'));
     err = crpci_resolver_names(h, host, list, sizeof list);
     if (err)
         return crpci_status_set(error, CRPC_ERESOLVE, "host \"%.80s\" could not be resolved", host);
@@ -17680,8 +17695,8 @@ CRPCI_COLD int crpci_channel_open_static(crpc_channel *ch, crpci_url *u, crpc_er
     bool many = strcmp(u->scheme, "list") == 0, local = strcmp(u->scheme, "unix") == 0;
     if (!local && *u->path)
         return crpci_status_set(error, CRPC_EINVAL,
-                                "%s://%.60s/%.60s: tcp:// and list:// URLs take no path", u->scheme,
-                                u->authority, u->path);
+                                "%s://%.60s: tcp:// and list:// URLs take no path: \"/%.60s\"",
+                                u->scheme, u->authority, u->path);
     for (p = u->authority; many && *p; p++)
         count += *p == ',';
     list = crpci_directory_snapshot(h, count);
@@ -17698,6 +17713,11 @@ CRPCI_COLD int crpci_channel_open_static(crpc_channel *ch, crpci_url *u, crpc_er
                                    CRPC_ADDRESS_MAX - 6);
         else if (!local)
             err = crpci_resolver_address(h, item, p, CRPC_ADDRESS_MAX, error);
+        if (!err && !local && strcmp(strrchr(p, ':'), ":0") == 0)
+            err = crpci_status_set(error, CRPC_EINVAL,
+                                   "%s://%.80s: a client cannot connect to port 0; give the port "
+                                   "that the server listens on",
+                                   u->scheme, item);
         n++;
     }
     if (!err) {
