@@ -2168,6 +2168,24 @@ CRPCI_FN void crpci_heap_strfree(crpci_heap *h, char *text)
         crpci_heap_free(h, text, strlen(text) + 1);
 }
 
+/* A text as long as it needs to be, for crpci_heap_strfree. NULL: out of memory. */
+CRPCI_COLD CRPC_PRINTF(2, 3) char *crpci_heap_format(crpci_heap *h, const char *format, ...)
+{
+    va_list args;
+    int n;
+    char *out;
+    va_start(args, format);
+    n = vsnprintf(NULL, 0, format, args);
+    va_end(args);
+    out = n < 0 ? NULL : (char *)crpci_heap_alloc(h, (size_t)n + 1);
+    if (!out)
+        return NULL;
+    va_start(args, format);
+    vsnprintf(out, (size_t)n + 1, format, args);
+    va_end(args);
+    return out;
+}
+
 CRPCI_FN int crpci_heap_open(crpci_heap **out, const crpc_hooks *hooks, int64_t limit)
 {
     crpc_hooks k;
@@ -8108,22 +8126,17 @@ CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
  *
  * The last line is the CRC-32 of all before it. A file in which anything is wrong is as good as
  * none. It is replaced as a whole, by renaming, and several programs, or loops of one, may share
- * it: each leaves what others wrote. */
+ * it: each leaves what others wrote. In memory it is the same text, without its first and last
+ * lines; the lines of one directory are called its part. */
 #define CRPCI_CACHE_HEAD "crpc-cache 1\n"
 #define CRPCI_CACHE_MAX  (1u << 20) /* bytes of a file */
-#define CRPCI_CACHE_MS   60000
-
-typedef struct crpci_cache_entry {
-    crpci_list node;
-    char *key;  /* a directory */
-    char *text; /* its names, each ended by a newline */
-    bool own;   /* read by this program, not found in the file */
-} crpci_cache_entry;
+#define CRPCI_CACHE_MS   60000      /* least time between two writes: flash wears out */
 
 typedef struct crpci_cache {
     crpci_heap *heap;
-    crpci_list entries;
-    char *path;
+    char *path;  /* NULL: no cache */
+    char *found; /* what the file held when it was loaded; NULL: nothing */
+    char *own;   /* what this program has read since, also that a directory is empty; or NULL */
     int64_t interval_us;
     int64_t written_us; /* 0: not by this object yet */
     bool dirty;         /* something is to be written */
@@ -8144,194 +8157,112 @@ CRPCI_FN uint32_t crpci_cache_crc(const char *data, size_t n)
 }
 
 /* False: out of memory; crpci_cache_clear either way. */
-CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path,
-                                          int interval_ms)
+CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path, int interval_ms)
 {
     memset(c, 0, sizeof *c);
     c->heap = h;
-    crpci_list_init(&c->entries);
     c->interval_us = crpci_base_option(interval_ms, CRPCI_CACHE_MS, 0) * 1000;
     c->path = crpci_heap_strndup(h, path, strlen(path));
     return c->path != NULL;
 }
 
-CRPCI_COLD void crpci_cache_drop(crpci_cache *c, crpci_cache_entry *e)
-{
-    crpci_list_remove(&e->node);
-    crpci_heap_strfree(c->heap, e->key);
-    crpci_heap_strfree(c->heap, e->text);
-    crpci_heap_free(c->heap, e, sizeof *e);
-}
-
+/* A cache that is all zero has nothing to be freed. */
 CRPCI_COLD void crpci_cache_clear(crpci_cache *c)
 {
-    while (!crpci_list_empty(&c->entries))
-        crpci_cache_drop(c,
-                                  CRPCI_CONTAINER(c->entries.next, crpci_cache_entry, node));
     crpci_heap_strfree(c->heap, c->path);
-    c->path = NULL;
+    crpci_heap_strfree(c->heap, c->found);
+    crpci_heap_strfree(c->heap, c->own);
+    c->path = c->found = c->own = NULL;
 }
 
-CRPCI_FN crpci_cache_entry *crpci_cache_find(const crpci_cache *c,
-                                                         const char *key)
+/* The part of a directory, whose name ends with a newline or zero. NULL: there is none. */
+CRPCI_FN const char *crpci_cache_find(const char *text, const char *name, size_t *len)
 {
-    crpci_list *i;
-    for (i = c->entries.next; i != &c->entries; i = i->next) {
-        crpci_cache_entry *e = CRPCI_CONTAINER(i, crpci_cache_entry, node);
-        if (strcmp(e->key, key) == 0)
-            return e;
+    size_t n = strcspn(name, "\n");
+    while (text && *text) {
+        const char *next = strstr(text, "\nD ");
+        *len = next ? (size_t)(next - text) + 1 : strlen(text);
+        if (strncmp(text + 2, name, n) == 0 && text[2 + n] == '\n')
+            return text;
+        text += *len;
     }
     return NULL;
 }
 
-/* Sets what a directory holds. False: out of memory, and nothing changed. */
-CRPCI_COLD bool crpci_cache_set(crpci_cache *c, const char *key, size_t key_len,
-                                         const char *text, size_t len, bool own)
+/* Puts a part in the place of the one that its directory has; `empty`: even one without a name.
+ * False: out of memory, and nothing changed. */
+CRPCI_COLD bool crpci_cache_set(crpci_heap *h, char **text, const char *part, size_t len,
+                                bool empty)
 {
-    char *name = crpci_heap_strndup(c->heap, key, key_len), *copy = NULL;
-    crpci_cache_entry *e = name ? crpci_cache_find(c, name) : NULL;
-    bool fresh = name && !e && len, ok;
-    if (e && strlen(e->text) == len && memcmp(e->text, text, len) == 0) {
-        e->own = e->own || own;
-        crpci_heap_strfree(c->heap, name);
-        return true;
-    }
-    if (fresh)
-        e = (crpci_cache_entry *)crpci_heap_alloc(c->heap, sizeof *e);
-    if (e)
-        copy = crpci_heap_strndup(c->heap, text, len);
-    ok = name && (copy || (!e && !len)); /* of nothing there is nothing to be kept */
-    if (copy) {
-        crpci_heap_strfree(c->heap, e->text);
-        e->text = copy;
-        e->own = own;
-        c->dirty = true;
-    }
-    if (copy && fresh) {
-        e->key = name;
-        crpci_list_append(&c->entries, &e->node);
-        return true;
-    }
-    if (fresh)
-        crpci_heap_free(c->heap, e, sizeof *e);
-    crpci_heap_strfree(c->heap, name);
-    return ok;
+    size_t size = *text ? strlen(*text) : 0, gone = 0, at;
+    const char *old = crpci_cache_find(*text, part + 2, &gone);
+    char *out;
+    gone = old ? gone : 0;
+    at = old ? (size_t)(old - *text) : size;
+    if (!empty && len == strcspn(part, "\n") + 1)
+        len = 0;
+    out = (char *)crpci_heap_alloc(h, size - gone + len + 1);
+    if (!out)
+        return false;
+    if (size)
+        memcpy(out, *text, at);
+    memcpy(out + at, part, len);
+    if (size)
+        memcpy(out + at + len, *text + at + gone, size - at - gone);
+    crpci_heap_strfree(h, *text);
+    *text = out;
+    return true;
 }
 
-/* Takes the names that a directory holds. */
-CRPCI_COLD bool crpci_cache_put(crpci_cache *c, const char *key,
-                                         char *const *names, size_t count)
+/* Takes the names that a directory holds. False: out of memory. */
+CRPCI_COLD bool crpci_cache_put(crpci_cache *c, const char *name, char *const *names, size_t count)
 {
-    size_t size = 1, n = 0, i;
-    char *text;
-    bool ok;
+    size_t size = strlen(name) + 4, n, i, len = 0;
+    const char *own = crpci_cache_find(c->own, name, &len);
+    const char *old = own ? own : crpci_cache_find(c->found, name, &len);
+    bool ok, same;
+    char *part;
     for (i = 0; i < count; i++)
-        size += strlen(names[i]) + 1;
-    text = (char *)crpci_heap_alloc(c->heap, size);
-    if (!text)
+        size += strlen(names[i]) + 3;
+    part = (char *)crpci_heap_alloc(c->heap, size);
+    if (!part)
         return false;
+    n = (size_t)snprintf(part, size, "D %s\n", name);
     for (i = 0; i < count; i++) {
-        size_t len = strlen(names[i]);
-        if (!len || memchr(names[i], '\n', len))
-            continue;
-        memcpy(text + n, names[i], len);
-        text[n + len] = '\n';
-        n += len + 1;
+        if (*names[i] && !strchr(names[i], '\n'))
+            n += (size_t)snprintf(part + n, size - n, "N %s\n", names[i]);
     }
-    ok = crpci_cache_set(c, key, strlen(key), text, n, true);
-    crpci_heap_free(c->heap, text, size);
+    same = old ? len == n && memcmp(old, part, n) == 0 : n == strlen(name) + 3;
+    ok = (same && (own || !old)) || crpci_cache_set(c->heap, &c->own, part, n, true);
+    c->dirty = c->dirty || (ok && !same);
+    crpci_heap_free(c->heap, part, size);
     return ok;
 }
 
 /* Empty: nothing is known, or out of memory. */
-CRPCI_COLD void crpci_cache_get(const crpci_cache *c, const char *key,
-                                         crpci_names *out)
+CRPCI_COLD void crpci_cache_get(const crpci_cache *c, const char *name, crpci_names *out)
 {
-    const crpci_cache_entry *e = crpci_cache_find(c, key);
-    size_t count = 0, len = e ? strlen(e->text) : 0, i;
+    size_t count = 0, len = 0, i;
+    const char *part = crpci_cache_find(c->own, name, &len);
     char *p;
+    if (!part)
+        part = crpci_cache_find(c->found, name, &len);
     memset(out, 0, sizeof *out);
-    for (i = 0; i < len; i++)
-        count += e->text[i] == '\n';
+    for (i = 0; part && i < len; i++)
+        count += part[i] == '\n';
+    if (count < 2)
+        return;
     out->size = count * sizeof *out->name + len + 1;
-    out->name = count ? (char **)crpci_heap_alloc(c->heap, out->size) : NULL;
+    out->name = (char **)crpci_heap_alloc(c->heap, out->size);
     if (!out->name)
         return;
     p = (char *)(out->name + count);
-    memcpy(p, e->text, len);
-    for (; out->count < count; out->count++, p++) {
-        out->name[out->count] = p;
-        p = strchr(p, '\n');
-        *p = '\0';
+    memcpy(p, part, len);
+    while ((p = strchr(p, '\n')) != NULL) {
+        *p++ = '\0';
+        if (*p)
+            out->name[out->count++] = p + 2;
     }
-}
-
-/* The file's text, and the size of its block; `own`: without what was found in the file, but with
- * what is empty, so that it replaces what the file has. NULL: out of memory. */
-CRPCI_COLD char *crpci_cache_format(const crpci_cache *c, bool own, size_t *size)
-{
-    size_t need = sizeof CRPCI_CACHE_HEAD + 16, n;
-    crpci_list *i;
-    char *out, *p;
-    for (i = c->entries.next; i != &c->entries; i = i->next) {
-        const crpci_cache_entry *e = CRPCI_CONTAINER(i, crpci_cache_entry, node);
-        need += strlen(e->key) + 3;
-        for (p = e->text; *p; p++)
-            need += *p == '\n' ? 3 : 1;
-    }
-    out = (char *)crpci_heap_alloc(c->heap, need);
-    if (!out)
-        return NULL;
-    n = (size_t)snprintf(out, need, "%s", CRPCI_CACHE_HEAD);
-    for (i = c->entries.next; i != &c->entries; i = i->next) {
-        const crpci_cache_entry *e = CRPCI_CONTAINER(i, crpci_cache_entry, node);
-        if (own ? !e->own : !*e->text)
-            continue;
-        n += (size_t)snprintf(out + n, need - n, "D %s\n", e->key);
-        for (p = e->text; *p; p += strcspn(p, "\n") + 1)
-            n += (size_t)snprintf(out + n, need - n, "N %.*s\n", (int)strcspn(p, "\n"), p);
-    }
-    n += (size_t)snprintf(out + n, need - n, "C %08x\n", (unsigned)crpci_cache_crc(out, n));
-    memset(out + n, 0, need - n);
-    *size = need;
-    return out;
-}
-
-/* Takes all of a file's text, or, if anything is wrong with it, nothing: false. Or out of memory:
- * then perhaps not all of it. */
-CRPCI_COLD bool crpci_cache_parse(crpci_cache *c, const char *text, size_t len)
-{
-    const size_t head = sizeof CRPCI_CACHE_HEAD - 1, tail = 11; /* "C 0123abcd\n" */
-    const char *p = text + head, *end;
-    char crc[16];
-    if (len < head + tail || memcmp(text, CRPCI_CACHE_HEAD, head) != 0 ||
-        memchr(text, '\0', len))
-        return false;
-    end = text + len - tail;
-    snprintf(crc, sizeof crc, "C %08x\n", (unsigned)crpci_cache_crc(text, len - tail));
-    if (memcmp(end, crc, tail) != 0 || end[-1] != '\n')
-        return false;
-    while (p < end) {
-        size_t key_len = strcspn(p, "\n"), n = 0;
-        const char *key = p + 2;
-        char *names;
-        bool ok;
-        if (key_len < 3 || memcmp(p, "D ", 2) != 0)
-            return false; /* the sum is right: somebody else's format */
-        p += key_len + 1;
-        names = (char *)crpci_heap_alloc(c->heap, (size_t)(end - p) + 1);
-        while (names && end - p > 2 && memcmp(p, "N ", 2) == 0) {
-            size_t line = strcspn(p, "\n") + 1;
-            memcpy(names + n, p + 2, line - 2);
-            n += line - 2;
-            p += line;
-        }
-        ok = names && crpci_cache_set(c, key, key_len - 2, names, n, false);
-        crpci_heap_free(c->heap, names, (size_t)(end - (key + key_len - 1)) + 1);
-        if (!ok)
-            return false;
-    }
-    return true;
 }
 
 /* The bytes of a file, ended by a zero byte, and the size of the block. NULL: it cannot be read, or
@@ -8365,18 +8296,49 @@ CRPCI_COLD char *crpci_cache_read_file(crpci_heap *h, const char *path, size_t m
     return out;
 }
 
-CRPCI_COLD void crpci_cache_load(crpci_cache *c)
+/* Whether a file's text is whole, and nothing but parts. */
+CRPCI_COLD bool crpci_cache_is_good(const char *text, size_t len)
 {
-    size_t size;
-    char *text = crpci_cache_read_file(c->heap, c->path, CRPCI_CACHE_MAX, &size);
-    if (text && !crpci_cache_parse(c, text, size - 1))
-        crpci_heap_log(c->heap, CRPC_LOG_WARN, "registry: the cache %.200s is damaged: not used",
-                       c->path);
-    crpci_heap_free(c->heap, text, text ? size : 0);
-    c->dirty = false;
+    const size_t head = sizeof CRPCI_CACHE_HEAD - 1, tail = 11; /* "C 0123abcd\n" */
+    const char *end = text + len - tail, *p;
+    char crc[16];
+    if (len < head + tail || memcmp(text, CRPCI_CACHE_HEAD, head) != 0 || memchr(text, '\0', len))
+        return false;
+    snprintf(crc, sizeof crc, "C %08x\n", (unsigned)crpci_cache_crc(text, len - tail));
+    if (memcmp(end, crc, tail) != 0 || end[-1] != '\n')
+        return false;
+    for (p = text + head; p < end; p += strcspn(p, "\n") + 1) {
+        if (end - p < 4 || p[1] != ' ' || p[2] == '\n' ||
+            (*p != 'D' && (*p != 'N' || p == text + head)))
+            return false; /* the sum is right: another program's format */
+    }
+    return true;
 }
 
-/* Opens the temporary file, which whoever writes holds a lock of. -1: no, or another one does. */
+/* The parts that a file holds. NULL: none, it is damaged, or out of memory. */
+CRPCI_COLD char *crpci_cache_read(crpci_heap *h, const char *path)
+{
+    const size_t head = sizeof CRPCI_CACHE_HEAD - 1;
+    size_t size = 0;
+    char *text = crpci_cache_read_file(h, path, CRPCI_CACHE_MAX, &size), *out = NULL;
+    if (text && crpci_cache_is_good(text, size - 1))
+        out = crpci_heap_strndup(h, text + head, size - 1 - head - 11);
+    else if (text)
+        crpci_heap_log(h, CRPC_LOG_WARN,
+                       "registry: the cache file %.200s is damaged; it is not used, and replaced "
+                       "by the next one",
+                       path);
+    crpci_heap_free(h, text, size);
+    return out;
+}
+
+CRPCI_COLD void crpci_cache_load(crpci_cache *c)
+{
+    crpci_heap_strfree(c->heap, c->found);
+    c->found = crpci_cache_read(c->heap, c->path);
+}
+
+/* Opens the temporary file and locks it, so that one program writes at a time. -1: not now. */
 CRPCI_COLD int crpci_cache_lock(const char *path)
 {
     int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
@@ -8391,52 +8353,53 @@ CRPCI_COLD int crpci_cache_lock(const char *path)
     return -1;
 }
 
-CRPCI_COLD bool crpci_cache_replace(int fd, const char *temp, const char *path,
-                                             const char *text, size_t len)
+/* Makes a file of parts, and gives it its name when it is safely on the disk. */
+CRPCI_COLD bool crpci_cache_replace(crpci_heap *h, int fd, const char *temp, const char *path,
+                                    const char *parts)
 {
-    size_t n = 0;
-    if (ftruncate(fd, 0))
-        return false;
-    while (n < len) {
-        ssize_t put = write(fd, text + n, len - n);
-        if (put < 0 && errno != EINTR)
-            return false;
+    size_t n = 0, len = sizeof CRPCI_CACHE_HEAD - 1 + strlen(parts), size = len + 12;
+    char *text = (char *)crpci_heap_alloc(h, size);
+    bool ok = text && size - 1 <= CRPCI_CACHE_MAX && ftruncate(fd, 0) == 0;
+    if (ok) {
+        snprintf(text, size, "%s%s", CRPCI_CACHE_HEAD, parts);
+        snprintf(text + len, 12, "C %08x\n", (unsigned)crpci_cache_crc(text, len));
+    }
+    while (ok && n + 1 < size) {
+        ssize_t put = write(fd, text + n, size - 1 - n);
+        ok = put >= 0 || errno == EINTR;
         n += put > 0 ? (size_t)put : 0;
     }
-    return fsync(fd) == 0 && rename(temp, path) == 0;
+    crpci_heap_free(h, text, size);
+    return ok && fsync(fd) == 0 && rename(temp, path) == 0;
 }
 
-/* Writes `mine`, which is what crpci_cache_format gave, and what else is in the file.
- * Waits for the disk; no lock is held. False: not now. */
-CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *mine)
+/* Writes the program's own parts, and what else is in the file. Waits for the disk, without the lock.
+ * False: not now. */
+CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *own)
 {
-    crpci_cache all;
-    char temp[1024], *text = NULL;
-    size_t size = 0;
-    bool ok = false;
-    int fd;
-    if (snprintf(temp, sizeof temp, "%s.tmp", path) >= (int)sizeof temp)
-        return false;
-    fd = crpci_cache_lock(temp);
-    if (fd < 0)
-        return false;
-    if (crpci_cache_init(&all, h, path, 0)) {
-        crpci_cache_load(&all);
-        ok = crpci_cache_parse(&all, mine, strlen(mine));
-        if (ok && all.dirty) {
-            text = crpci_cache_format(&all, false, &size);
-            if (text && strlen(text) <= CRPCI_CACHE_MAX)
-                ok = crpci_cache_replace(fd, temp, path, text, strlen(text));
-            else /* too much of others' */
-                ok = text && strlen(mine) <= CRPCI_CACHE_MAX &&
-                     crpci_cache_replace(fd, temp, path, mine, strlen(mine));
-        } else {
-            unlink(temp);
-        }
+    char *temp = crpci_heap_format(h, "%s.tmp", path), *all = NULL;
+    const char *mine = own;
+    int fd = temp ? crpci_cache_lock(temp) : -1;
+    bool ok = fd >= 0, news = false;
+    size_t len, there;
+    all = ok ? crpci_cache_read(h, path) : NULL;
+    for (; ok && *own; own += len) {
+        const char *old = crpci_cache_find(all, own + 2, &there);
+        (void)crpci_cache_find(own, own + 2, &len);
+        if (old ? len == there && memcmp(old, own, len) == 0 : len == strcspn(own, "\n") + 1)
+            continue;
+        ok = crpci_cache_set(h, &all, own, len, false);
+        news = true;
     }
-    crpci_cache_clear(&all);
-    crpci_heap_free(h, text, size);
-    close(fd);
+    if (ok && news)
+        ok = crpci_cache_replace(h, fd, temp, path, all) || /* if it is too much with that of others */
+             crpci_cache_replace(h, fd, temp, path, mine);
+    else if (fd >= 0)
+        unlink(temp);
+    if (fd >= 0)
+        close(fd);
+    crpci_heap_strfree(h, all);
+    crpci_heap_strfree(h, temp);
     return ok;
 }
 
@@ -8451,17 +8414,17 @@ CRPCI_FN int64_t crpci_cache_due(const crpci_cache *c)
 /* Writes what is new. Locked, unlocks meanwhile; `cond` is signalled at the end. */
 CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
 {
-    size_t size = 0;
-    char *mine = crpci_cache_format(c, true, &size);
+    char *own = c->own ? crpci_heap_strndup(c->heap, c->own, strlen(c->own)) : NULL;
     bool ok;
     c->dirty = false;
     c->writing = true;
     crpci_loop_unlock(l);
-    ok = mine && crpci_cache_write(c->heap, c->path, mine);
-    crpci_heap_free(c->heap, mine, size);
+    ok = own && crpci_cache_write(c->heap, c->path, own);
     if (!ok && !c->failed)
-        crpci_heap_log(c->heap, CRPC_LOG_WARN, "registry: the cache %.200s is not written now: %s",
+        crpci_heap_log(c->heap, CRPC_LOG_WARN,
+                       "registry: the cache file %.200s cannot be written: %s; tried again later",
                        c->path, strerror(errno));
+    crpci_heap_strfree(c->heap, own);
     crpci_loop_lock(l);
     c->failed = !ok;
     c->dirty = c->dirty || !ok;
@@ -8856,6 +8819,13 @@ CRPCI_FN void crpci_directory_end(crpci_directory *d)
     crpci_directory_unref(d);
 }
 
+/* What a backend has read. */
+typedef struct crpci_directory_report {
+    char *const *names;
+    size_t count;
+    bool whole; /* nothing is missing, so that an empty list can be believed */
+} crpci_directory_report;
+
 /* --- what a subscriber gets ------------------------------------------------------------------- */
 
 /* Hands a list to the callback. False: it was not taken. Unlocks. */
@@ -8897,10 +8867,11 @@ CRPCI_FN crpci_snapshot *crpci_directory_copy(const crpci_snapshot *from, bool s
 }
 
 /* Tells a subscriber, once, that its list is stale. False: it was not told. Unlocks. */
-CRPCI_FN bool crpci_directory_doubt(crpci_subscriber *s)
+CRPCI_FN bool crpci_directory_doubt(crpci_subscriber *s, const crpci_directory_report *r)
 {
     crpci_snapshot *list;
     bool taken;
+    (void)r;
     if (s->ended || !s->last || !s->last->count)
         return true;
     s->doubted = true;
@@ -8970,7 +8941,7 @@ CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list,
                            "registry %s: no provider of %s is left; the last %zu known stay in use",
                            d->name, s->want.service, s->last->count);
         s->warned = true;
-        return crpci_directory_doubt(s);
+        return crpci_directory_doubt(s, NULL);
     }
     s->warned = false;
     list = crpci_directory_protect(s, list);
@@ -8989,8 +8960,7 @@ CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list,
 }
 
 /* Makes a subscriber's list of what was read and offers it. Unlocks. */
-CRPCI_FN bool crpci_directory_serve(crpci_subscriber *s, char *const *names, size_t count,
-                                    bool whole)
+CRPCI_FN bool crpci_directory_serve(crpci_subscriber *s, const crpci_directory_report *r)
 {
     crpci_directory *d = s->directory;
     crpci_names_overrides *overrides = d->overrides;
@@ -9000,7 +8970,7 @@ CRPCI_FN bool crpci_directory_serve(crpci_subscriber *s, char *const *names, siz
     if (overrides)
         crpci_thread_ref(&overrides->refs);
     crpci_loop_unlock(d->loop);
-    list = crpci_directory_collect(d->loop->heap, names, count, &s->want, overrides, &bad);
+    list = crpci_directory_collect(d->loop->heap, r->names, r->count, &s->want, overrides, &bad);
     crpci_names_overrides_unref(overrides);
     crpci_loop_lock(d->loop);
     if (bad && !d->names_warned)
@@ -9009,16 +8979,17 @@ CRPCI_FN bool crpci_directory_serve(crpci_subscriber *s, char *const *names, siz
                        "they are ignored",
                        d->name, bad);
     d->names_warned = d->names_warned || bad;
-    taken = list && crpci_directory_deliver(s, list, whole && !bad);
+    taken = list && crpci_directory_deliver(s, list, r->whole && !bad);
     crpci_directory_snapshot_unref(list);
     return taken;
 }
 
 /* The hold is over: what no list has named again is dropped. Unlocks. */
-CRPCI_FN bool crpci_directory_release(crpci_subscriber *s)
+CRPCI_FN bool crpci_directory_release(crpci_subscriber *s, const crpci_directory_report *r)
 {
     crpci_snapshot *list;
     bool taken;
+    (void)r;
     if (!s->hold_until_us || s->hold_until_us > crpci_loop_now(s->directory->loop))
         return true;
     if (s->doubted || !s->last) { /* the registry is away again: the next list begins a new hold */
@@ -9035,14 +9006,6 @@ CRPCI_FN bool crpci_directory_release(crpci_subscriber *s)
 
 /* --- passes over all subscribers -------------------------------------------------------------- */
 
-/* What a pass does to each of them. */
-typedef struct crpci_directory_pass {
-    bool (*each)(crpci_subscriber *s); /* NULL: serve the names */
-    char *const *names;
-    size_t count;
-    bool whole;
-} crpci_directory_pass;
-
 /* Sets the timer to the end of the first hold; `retry`: to a second from now at the latest. */
 CRPCI_FN void crpci_directory_arm(crpci_directory *d, bool retry)
 {
@@ -9057,8 +9020,10 @@ CRPCI_FN void crpci_directory_arm(crpci_directory *d, bool retry)
         crpci_loop_timer_set(d->loop, &d->timer, next - now);
 }
 
-/* The subscribers may come and go meanwhile; each is reached once. Unlocks. */
-CRPCI_FN bool crpci_directory_run(crpci_directory *d, const crpci_directory_pass *pass)
+/* Does something to each subscriber once; they may come and go meanwhile. Unlocks. */
+CRPCI_FN bool crpci_directory_run(crpci_directory *d,
+                                  bool (*each)(crpci_subscriber *, const crpci_directory_report *),
+                                  const crpci_directory_report *report)
 {
     bool complete = true;
     crpci_list *i;
@@ -9074,9 +9039,7 @@ CRPCI_FN bool crpci_directory_run(crpci_directory *d, const crpci_directory_pass
             continue;
         s->round = d->round;
         s->refs++;
-        complete = (pass->each ? pass->each(s)
-                               : crpci_directory_serve(s, pass->names, pass->count, pass->whole)) &&
-                   complete;
+        complete = each(s, report) && complete;
         crpci_directory_subscriber_unref(s);
         i = d->subscribers.next;
     }
@@ -9089,31 +9052,10 @@ CRPCI_FN bool crpci_directory_run(crpci_directory *d, const crpci_directory_pass
 CRPCI_FN void crpci_directory_on_timer(crpc_loop *l, crpci_timer *timer)
 {
     crpci_directory *d = CRPCI_CONTAINER(timer, crpci_directory, timer);
-    crpci_directory_pass pass;
     (void)l;
-    memset(&pass, 0, sizeof pass);
-    pass.each = crpci_directory_release;
     d->refs++;
-    crpci_directory_arm(d, !crpci_directory_run(d, &pass));
+    crpci_directory_arm(d, !crpci_directory_run(d, crpci_directory_release, NULL));
     crpci_directory_unref(d);
-}
-
-/* A text on the heap; NULL: out of memory. */
-CRPCI_FN CRPC_PRINTF(2, 3) char *crpci_directory_format(crpci_heap *h, const char *format, ...)
-{
-    va_list args;
-    int n;
-    char *out;
-    va_start(args, format);
-    n = vsnprintf(NULL, 0, format, args);
-    va_end(args);
-    out = n < 0 ? NULL : (char *)crpci_heap_alloc(h, (size_t)n + 1);
-    if (!out)
-        return NULL;
-    va_start(args, format);
-    vsnprintf(out, (size_t)n + 1, format, args);
-    va_end(args);
-    return out;
 }
 
 /* Makes a directory with one reference in a block of zeroes. `name` is on the heap and the
@@ -9138,10 +9080,7 @@ CRPCI_FN bool crpci_directory_init(crpci_directory *d, crpc_loop *l, char *name,
 /* What was read no longer counts: the registry is away, or refuses. Unlocks. */
 CRPCI_FN bool crpci_directory_age(crpci_directory *d)
 {
-    crpci_directory_pass pass;
-    memset(&pass, 0, sizeof pass);
-    pass.each = crpci_directory_doubt;
-    return crpci_directory_run(d, &pass);
+    return crpci_directory_run(d, crpci_directory_doubt, NULL);
 }
 
 /* Puts names into the cache file's next version. Those of providers only if one is usable: an empty
@@ -9169,21 +9108,14 @@ CRPCI_COLD void crpci_directory_remember(crpci_directory *d, const char *name, c
         (void)crpci_cache_put(d->cache, name, names, count);
 }
 
-/* These names were read. `whole`: nothing is missing, so that an empty list can be believed.
- * Unlocks. */
-CRPCI_FN bool crpci_directory_update(crpci_directory *d, char *const *names, size_t count,
-                                     bool whole)
+/* These names were read. Unlocks. */
+CRPCI_FN bool crpci_directory_update(crpci_directory *d, const crpci_directory_report *report)
 {
-    crpci_directory_pass pass;
     bool complete;
-    memset(&pass, 0, sizeof pass);
-    pass.names = names;
-    pass.count = count;
-    pass.whole = whole;
     d->refs++;
-    if (whole)
-        crpci_directory_remember(d, d->name, names, count);
-    complete = crpci_directory_run(d, &pass);
+    if (report->whole)
+        crpci_directory_remember(d, d->name, report->names, report->count);
+    complete = crpci_directory_run(d, crpci_directory_serve, report);
     crpci_directory_unref(d);
     return complete;
 }
@@ -9366,6 +9298,7 @@ typedef struct crpci_file {
 /* What a file gave. */
 typedef struct crpci_file_text {
     crpci_names names;
+    crpci_directory_report report;
     size_t bad;
     size_t bad_line; /* the first of them */
 } crpci_file_text;
@@ -9441,6 +9374,9 @@ CRPCI_FN bool crpci_file_parse(crpci_heap *h, char *text, crpci_file_text *out)
         names->name[names->count++] = pool + used;
         used += crpci_url_encode(pool + used, lines * 256 + 9 * len - used, url) + 1;
     }
+    out->report.names = names->name;
+    out->report.count = names->count;
+    out->report.whole = out->bad == 0;
     return true;
 }
 
@@ -9455,6 +9391,7 @@ CRPCI_FN int crpci_file_read(const crpci_file *f, crpci_file_text *out)
     memset(out, 0, sizeof *out);
     errno = 0;
     text = crpci_cache_read_file(h, f->path, CRPCI_FILE_MAX, &size);
+    out->report.whole = errno == ENOENT;
     if (!text)
         return errno == ENOENT ? CRPC_OK : CRPC_ESYSTEM;
     ok = crpci_file_parse(h, text, out);
@@ -9504,7 +9441,7 @@ CRPCI_FN void crpci_file_examine(crpci_file *f)
     crpci_loop_lock(d->loop);
     if (err == CRPC_OK) {
         crpci_file_complain(f, &text);
-        taken = crpci_directory_update(d, text.names.name, text.names.count, text.bad == 0);
+        taken = crpci_directory_update(d, &text.report);
     } else {
         taken = false;
         if (err == CRPC_ESYSTEM)
@@ -9542,7 +9479,7 @@ CRPCI_FN int crpci_file_subscribe(crpci_backend *b, const crpci_names_service *w
         s->refs++;
         memset(&f->seen, 0, sizeof f->seen); /* the file may have changed since */
         crpci_loop_timer_set(b->loop, &f->timer, CRPCI_FILE_PERIOD_US);
-        (void)crpci_directory_serve(s, text.names.name, text.names.count, text.bad == 0);
+        (void)crpci_directory_serve(s, &text.report);
         crpci_directory_subscriber_unref(s);
     }
     crpci_loop_unlock(b->loop);
@@ -9583,7 +9520,7 @@ CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
                                 url->authority, url->path);
     f = (crpci_file *)crpci_heap_alloc(l->heap, sizeof *f);
     if (!f || !crpci_directory_init(&f->directory, l,
-                                    crpci_directory_format(l->heap, "file:///%s", url->path),
+                                    crpci_heap_format(l->heap, "file:///%s", url->path),
                                     crpci_file_free)) {
         crpci_heap_free(l->heap, f, sizeof *f);
         return crpci_status_set(error, CRPC_ENOMEM, "file:///%.100s: out of memory", url->path);
@@ -10005,6 +9942,7 @@ CRPCI_FN void crpci_multicast_expire(crpci_multicast *r, int64_t now)
 CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
 {
     crpci_heap *h = r->base.loop->heap;
+    crpci_directory_report report;
     crpci_names names;
     crpci_list *i;
     char *p;
@@ -10023,7 +9961,10 @@ CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
                               CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) + 1;
     }
     r->serve_us = 0;
-    if (!crpci_directory_update(&r->directory, names.name, names.count, true))
+    report.names = names.name;
+    report.count = names.count;
+    report.whole = true;
+    if (!crpci_directory_update(&r->directory, &report))
         r->serve_us = crpci_loop_now(r->base.loop) + CRPCI_MULTICAST_TICK_US;
     crpci_names_free(h, &names);
 }
@@ -10201,7 +10142,7 @@ CRPCI_COLD crpci_multicast *crpci_multicast_new(crpc_loop *l, const char *author
 {
     crpci_multicast *r = (crpci_multicast *)crpci_heap_alloc(l->heap, sizeof *r);
     if (!r || !crpci_directory_init(&r->directory, l,
-                                    crpci_directory_format(l->heap, "multicast://%s", authority),
+                                    crpci_heap_format(l->heap, "multicast://%s", authority),
                                     crpci_multicast_free)) {
         crpci_heap_free(l->heap, r, sizeof *r);
         return NULL;
@@ -10980,6 +10921,7 @@ CRPCI_FN void crpci_zookeeper_dir_done(crpci_zookeeper_task *t, const crpci_zook
                                        const crpci_zookeeper_answer *a)
 {
     crpci_zookeeper_dir *dir = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
+    crpci_directory_report report;
     crpci_zookeeper *s = t->session;
     char *const *names = a->names ? a->names->data : NULL;
     size_t count = a->names && a->names->count > 0 ? (size_t)a->names->count : 0;
@@ -11009,9 +10951,11 @@ CRPCI_FN void crpci_zookeeper_dir_done(crpci_zookeeper_task *t, const crpci_zook
         t->step = CRPCI_ZOOKEEPER_MKDIR;
         t->made = strlen(t->dir);
     }
+    report.names = names;
+    report.count = count;
+    report.whole = a->rc == ZOK;
     if (dir->providers ? !crpci_zookeeper_dir_rules(dir, names, count)
-                       : dir->rules && !crpci_directory_update(&dir->list, names, count,
-                                                               a->rc == ZOK))
+                       : dir->rules && !crpci_directory_update(&dir->list, &report))
         crpci_zookeeper_later(t, CRPCI_ZOOKEEPER_RETRY_US);
 }
 
@@ -12287,7 +12231,7 @@ CRPCI_FN crpci_zookeeper_dir *crpci_zookeeper_dir_get(const crpci_zookeeper_regi
     if (!dir->rules ||
         !crpci_directory_init(
             &dir->list, s->loop,
-            crpci_directory_format(s->heap, "zookeeper://%s%s", s->authority, dir->task.dir),
+            crpci_heap_format(s->heap, "zookeeper://%s%s", s->authority, dir->task.dir),
             crpci_zookeeper_list_free)) {
         crpci_zookeeper_task_unref(&dir->task);
         return NULL;
@@ -12295,7 +12239,7 @@ CRPCI_FN crpci_zookeeper_dir *crpci_zookeeper_dir_get(const crpci_zookeeper_regi
     dir->list.hold_us = s->spread_us + (int64_t)s->timeout_ms * 1000;
     if (s->cache.path) {
         dir->list.cache = &s->cache;
-        dir->list.override_name = crpci_directory_format(s->heap, "zookeeper://%s%s", s->authority,
+        dir->list.override_name = crpci_heap_format(s->heap, "zookeeper://%s%s", s->authority,
                                                          dir->rules->task.dir);
     }
     dir->rules->providers = dir;
@@ -12589,7 +12533,6 @@ CRPCI_COLD int crpci_zookeeper_new(crpc_loop *l, const char *authority,
     s->timeout_ms = o->session_timeout_ms;
     s->spread_us = crpci_base_option(o->spread_ms, CRPCI_ZOOKEEPER_SPREAD_MS, 0) * 1000;
     s->cache.heap = s->heap;
-    crpci_list_init(&s->cache.entries);
     crpci_timer_init(&s->timer, crpci_zookeeper_on_timer);
 #if CRPC_ZOOKEEPER_ST
     crpci_watch_init(&s->watch, crpci_zookeeper_on_event);
@@ -17808,7 +17751,7 @@ CRPCI_COLD int crpci_channel_open_registry(crpc_channel *ch, crpci_url *u,
     crpci_names_service *want = &request->want;
     const char *service;
     int err;
-    ch->where = crpci_directory_format(
+    ch->where = crpci_heap_format(
         ch->loop->heap, "/%.120s (group \"%.63s\", version \"%.63s\")", u->path,
         want->group ? want->group : "", want->version ? want->version : "");
     err = crpci_open_service(request, u, error);
@@ -20103,8 +20046,8 @@ CRPCI_COLD int crpci_server_public_address(crpc_server *s, char *out, size_t siz
             return crpci_status_set(error, CRPC_EINVAL, "advertise \"%.80s\": no port, and no "
                                                         "tcp:// listener to take it from",
                                     s->advertise);
-        text = has_port ? crpci_directory_format(s->heap, "%s", s->advertise)
-                        : crpci_directory_format(s->heap, "%s:%u", s->advertise, port);
+        text = has_port ? crpci_heap_format(s->heap, "%s", s->advertise)
+                        : crpci_heap_format(s->heap, "%s:%u", s->advertise, port);
         if (!text)
             return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
         err = crpci_resolver_address(s->heap, text, out, size, error);

@@ -192,7 +192,7 @@ static int begin(fixture *f, const crpc_hooks *hooks)
     if (err)
         return err;
     return crpci_directory_init(&f->directory, f->loop,
-                                crpci_directory_format(f->loop->heap, "test://%s", "x"), on_free)
+                                crpci_heap_format(f->loop->heap, "test://%s", "x"), on_free)
                ? CRPC_OK
                : CRPC_ENOMEM;
 }
@@ -251,6 +251,7 @@ static bool join(fixture *f, reader *r, const char *service, bool allow_empty)
 /* The backend has read providers of S: "12" are 10.0.0.1:1 and 10.0.0.2:1; 'x' is unreadable. */
 static bool read_names(fixture *f, const char *hosts, bool whole)
 {
+    crpci_directory_report report;
     char text[8][64], *names[8];
     size_t i;
     bool complete;
@@ -259,7 +260,10 @@ static bool read_names(fixture *f, const char *hosts, bool whole)
         snprintf(text[i], sizeof text[i], "crpc%%3A%%2F%%2F10.0.0.%c%%3A1%%2FS", hosts[i]);
     }
     crpci_loop_lock(f->loop);
-    complete = crpci_directory_update(&f->directory, names, i, whole);
+    report.names = names;
+    report.count = i;
+    report.whole = whole;
+    complete = crpci_directory_update(&f->directory, &report);
     crpci_loop_unlock(f->loop);
     return complete;
 }
@@ -527,7 +531,7 @@ static void it_remembers_and_recalls(void **state)
     start(&f);
     assert_true(crpci_cache_init(&f.cache, f.loop->heap, "nowhere", 0));
     f.directory.cache = &f.cache;
-    f.directory.override_name = crpci_directory_format(f.loop->heap, "rules");
+    f.directory.override_name = crpci_heap_format(f.loop->heap, "rules");
     assert_true(join(&f, &r, "S", false));
     crpci_loop_lock(f.loop);
     crpci_directory_recall(r.sub); /* nothing is known */
