@@ -2527,7 +2527,7 @@ CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, cr
         return crpci_status_set(error, CRPC_EINVAL, "URL of %zu bytes: the limit is %u", len,
                                 CRPCI_URL_MAX - 1);
     if (!colon || colon == text)
-        return crpci_status_set(error, CRPC_EINVAL, "\"%.100s\" is not a URL (scheme://...)", text);
+        return crpci_status_set(error, CRPC_EINVAL, "not a URL (scheme://...): \"%.100s\"", text);
     if (strcmp(text, "unix://") == 0 || strcmp(text, "unix:///") == 0 ||
         strncmp(text, "unix://?", 8) == 0 || strncmp(text, "unix:///?", 9) == 0)
         return crpci_status_set(error, CRPC_EINVAL, "%.100s: no path; expected unix:///path, or "
