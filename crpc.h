@@ -265,20 +265,23 @@
  * `configurators`, change providers at run time as they do with Dubbo:
  *     override://10.0.0.1:8000/package.Service?weight=200     or disabled=true, warmup=60000
  * with 0.0.0.0 for all; an address without a port is that of one consumer, which alone obeys. The
- * consumers are listed in `consumers`. The last list that had an entry stays in use while ZooKeeper
- * is away, or answers with nothing. A session that expired, or that was cut off for longer than
- * twice its timeout, is replaced and everything registered again; so is a node that somebody
- * removed. Calls never wait for ZooKeeper, except that opening waits registry_timeout_ms
+ * consumers are listed in `consumers`. The last non-empty list stays in use while ZooKeeper is
+ * away, and when it answers with an empty one. When it is back, a provider that it does not list
+ * yet stays in use for two seconds and a session timeout more, so that the first provider to
+ * register again does not get the load of all. A session that expired, or that was cut off for
+ * longer than twice its timeout, is replaced and everything registered again; so is a node that
+ * somebody removed. Calls never wait for ZooKeeper, except that opening waits registry_timeout_ms
  * for the first answer. The ZooKeeper client is given numeric addresses only; names are resolved
  * when a channel or a server opens. Its sockets are not close-on-exec: a program that execs closes
  * them in the child.
  *
- * Two registries need no server. file:///path has a line for each provider,
+ * Two registries need no server. file:///path names a file with a line for each provider,
  *     10.0.0.1:8000 weight=100 warmup_ms=60000 group=g version=1 service=package.Service  # comment
- * with all but the address left out at will, and is read again when it changes. With
- * multicast://224.5.6.7:1234 providers announce themselves every five seconds, and are gone after
- * fifteen without; what is heard is believed, so it is for networks in which all can be trusted.
- * Loops have to be driven for both.
+ * in which only the address is required. A channel examines the file once a second and reads it
+ * again when it has changed; replace it by renaming, so that no half of it is read. With
+ * multicast://224.5.6.7:1234 providers announce themselves by UDP every five seconds, and consumers
+ * drop a provider that was silent for fifteen. Whoever can send to the group can announce a
+ * provider, so use it only where every host is trusted. Both work only while the loop is driven.
  *
  * CALLING POLICY
  *
@@ -1013,15 +1016,16 @@ typedef struct crpc_channel_options {
 
 /* Opens a channel to a service:
  *
- *   tcp://host:port        unix:///path        list://host:port,host:port
+ *   tcp://host:port        list://host:port,host:port
+ *   unix:///path           unix://@name (Linux' abstract namespace)
  *   zookeeper://host:port,host:port/root/package.Service
  *   multicast://224.5.6.7:port/package.Service    file:///path
  *
  * Options may follow as ?key=value&key=value: the numbers among crpc_channel_options by their
  * names, lb and cluster by the words beside crpc_balancer and crpc_cluster, with a registry also
  * group and version, with zookeeper:// cache, with multicast:// interface (a name or an address),
- * with file:// service. An unknown key is CRPC_EINVAL. They override `options`, which may be NULL.
- * IPv6 addresses stand in brackets.
+ * with file:// service. A key that is unknown, or given twice, is CRPC_EINVAL. They override
+ * `options`, which may be NULL. IPv6 addresses stand in brackets and have no scope.
  *
  * Host names are resolved here, on this thread; connections are made when calls need them. With
  * a registry waits for the session and the first list for registry_timeout_ms. CRPC_EREGISTRY:
@@ -3671,8 +3675,8 @@ CRPCI_FN bool crpci_sock_split(const char *text, char *host, size_t size, unsign
     return true;
 }
 
-/* Reads a numeric "1.2.3.4:80", "[::1]:80", "unix:/path", or "unix:@name", which is a name in Linux'
- * abstract namespace: it stands behind a zero byte and has none at its end. */
+/* Reads a numeric "1.2.3.4:80", "[::1]:80", "unix:/path", or "unix:@name", a name in Linux' abstract
+ * namespace, which stands behind a zero byte and has none at its end. */
 CRPCI_FN bool crpci_sock_parse(crpci_addr *a, const char *text)
 {
     char host[INET6_ADDRSTRLEN];
@@ -3681,7 +3685,7 @@ CRPCI_FN bool crpci_sock_parse(crpci_addr *a, const char *text)
     if (strncmp(text, "unix:", 5) == 0) {
         size_t n = strlen(text + 5);
         bool abstract = text[5] == '@';
-        if (n <= abstract || n > CRPC_ADDRESS_MAX - 6) /* what fits sun_path and crpci_sock_format */
+        if (n <= abstract || n > CRPC_ADDRESS_MAX - 6) /* it must fit crpci_sock_format */
             return false;
         a->u.un.sun_family = AF_UNIX;
         memcpy(a->u.un.sun_path, text + 5, n + 1);
@@ -7784,14 +7788,9 @@ CRPCI_FN size_t crpci_names_url(char *out, size_t size, const crpci_names_servic
 typedef struct crpci_names_node {
     const char *scheme;
     char address[CRPC_ADDRESS_MAX]; /* in its one canonical form: equal if it is the same */
-    const char *service;
-    const char *group;
-    const char *version;
-    const char *application;
+    crpci_names_service of;
     bool enabled;  /* not enabled=false: it is no provider at all */
     bool disabled; /* disabled=true, which can be overridden */
-    int weight;
-    int warmup_ms;
     int64_t timestamp_ms;
 } crpci_names_node;
 
@@ -7805,25 +7804,36 @@ CRPCI_FN bool crpci_names_number(const char *value, int64_t max, int *out)
     return true;
 }
 
+/* Takes a parameter that providers and overrides have in common. 1: taken; 0: another one; -1: its
+ * value is malformed, and nothing changed. */
+CRPCI_FN int crpci_names_common(crpci_names_service *s, const char *key, const char *value)
+{
+    if (strcmp(key, "group") == 0)
+        s->group = value;
+    else if (strcmp(key, "version") == 0)
+        s->version = value;
+    else if (strcmp(key, "interface") == 0)
+        s->service = value;
+    else if (strcmp(key, "application") == 0)
+        s->application = value;
+    else if (strcmp(key, "weight") == 0)
+        return crpci_names_number(value, CRPCI_NAMES_WEIGHT_MAX, &s->weight) ? 1 : -1;
+    else if (strcmp(key, "warmup") == 0)
+        return crpci_names_number(value, INT32_MAX, &s->warmup_ms) ? 1 : -1;
+    else
+        return 0;
+    return 1;
+}
+
 CRPCI_FN void crpci_names_param(crpci_names_node *n, const char *key, const char *value)
 {
     int64_t number;
-    if (strcmp(key, "group") == 0)
-        n->group = value;
-    else if (strcmp(key, "version") == 0)
-        n->version = value;
-    else if (strcmp(key, "interface") == 0)
-        n->service = value;
-    else if (strcmp(key, "application") == 0)
-        n->application = value;
-    else if (strcmp(key, "enabled") == 0)
+    if (crpci_names_common(&n->of, key, value))
+        return;
+    if (strcmp(key, "enabled") == 0)
         n->enabled = n->enabled && strcmp(value, "false") != 0;
     else if (strcmp(key, "disabled") == 0)
         n->disabled = n->disabled || strcmp(value, "true") == 0;
-    else if (strcmp(key, "weight") == 0)
-        (void)crpci_names_number(value, CRPCI_NAMES_WEIGHT_MAX, &n->weight);
-    else if (strcmp(key, "warmup") == 0)
-        (void)crpci_names_number(value, INT32_MAX, &n->warmup_ms);
     else if (strcmp(key, "timestamp") == 0 && crpci_url_number(value, INT64_MAX, &number))
         n->timestamp_ms = number < 0 ? 0 : number;
 }
@@ -7879,13 +7889,13 @@ CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
     crpci_addr a;
     int more;
     memset(n, 0, sizeof *n);
-    n->group = n->version = n->application = "";
+    n->of.group = n->of.version = n->of.application = "";
     n->enabled = true;
-    n->weight = CRPCI_NAMES_WEIGHT;
+    n->of.weight = CRPCI_NAMES_WEIGHT;
     if (!crpci_names_split(url, &address, &service, &query))
         return false;
     n->scheme = url;
-    n->service = service;
+    n->of.service = service;
     if (!crpci_sock_parse(&a, address) || !crpci_sock_port(&a))
         return false;
     crpci_sock_format(&a, n->address, sizeof n->address);
@@ -7922,8 +7932,9 @@ CRPCI_FN bool crpci_names_takes(const crpci_names_service *q, const crpci_names_
     if (strcmp(n->scheme, "crpc") != 0 && strcmp(n->scheme, "brpc") != 0 &&
         strcmp(n->scheme, "baidu_std") != 0)
         return false;
-    return n->enabled && (!*n->service || !*q->service || strcmp(n->service, q->service) == 0) &&
-           crpci_names_match(q->group, n->group) && crpci_names_match(q->version, n->version);
+    return n->enabled && crpci_names_match(q->group, n->of.group) &&
+           crpci_names_match(q->version, n->of.version) &&
+           (!*n->of.service || !*q->service || strcmp(n->of.service, q->service) == 0);
 }
 
 /* --- overrides: what an operator changes at run time ------------------------------------------ */
@@ -7934,9 +7945,9 @@ typedef struct crpci_names_override {
     char host[INET6_ADDRSTRLEN + 2]; /* canonical, IPv6 in brackets; "": any */
     unsigned port;                   /* 0: any */
     bool here; /* the host is this consumer's, as where no port is given: any provider */
-    const char *service, *group, *version, *application; /* "": any */
+    crpci_names_service of; /* "": any; weight and warm-up -1: left as they are */
     int64_t priority;
-    int weight, warmup_ms, disabled; /* -1: left as it is */
+    int disabled; /* -1: left as it is */
 } crpci_names_override;
 
 /* Those of a directory, in the order in which they are applied. Never changes. */
@@ -7984,15 +7995,10 @@ CRPCI_FN bool crpci_names_override_address(crpci_names_override *r, const char *
 CRPCI_FN bool crpci_names_override_param(crpci_names_override *r, bool *enabled, const char *key,
                                         const char *value)
 {
-    if (strcmp(key, "group") == 0)
-        r->group = strcmp(value, "*") == 0 ? "" : value;
-    else if (strcmp(key, "version") == 0)
-        r->version = strcmp(value, "*") == 0 ? "" : value;
-    else if (strcmp(key, "application") == 0)
-        r->application = strcmp(value, "*") == 0 ? "" : value;
-    else if (strcmp(key, "interface") == 0)
-        r->service = strcmp(value, "*") == 0 ? "" : value;
-    else if (strcmp(key, "enabled") == 0)
+    int common = crpci_names_common(&r->of, key, strcmp(value, "*") == 0 ? "" : value);
+    if (common)
+        return common > 0;
+    if (strcmp(key, "enabled") == 0)
         *enabled = strcmp(value, "false") != 0;
     else if (strcmp(key, "disabled") == 0)
         r->disabled = strcmp(value, "true") == 0;
@@ -8000,10 +8006,6 @@ CRPCI_FN bool crpci_names_override_param(crpci_names_override *r, bool *enabled,
         return !*value || strcmp(value, "*") == 0;
     else if (strcmp(key, "priority") == 0)
         return crpci_url_number(value, INT32_MAX, &r->priority);
-    else if (strcmp(key, "weight") == 0)
-        return crpci_names_number(value, CRPCI_NAMES_WEIGHT_MAX, &r->weight);
-    else if (strcmp(key, "warmup") == 0)
-        return crpci_names_number(value, INT32_MAX, &r->warmup_ms);
     return true;
 }
 
@@ -8015,12 +8017,12 @@ CRPCI_FN int crpci_names_override_read(crpci_names_override *r, char *name, cons
     bool enabled = true;
     int more;
     memset(r, 0, sizeof *r);
-    r->group = r->version = r->application = "";
-    r->weight = r->warmup_ms = r->disabled = -1;
+    r->of.group = r->of.version = r->of.application = "";
+    r->of.weight = r->of.warmup_ms = r->disabled = -1;
     if (!crpci_url_decode(name) || !crpci_names_split(name, &address, &service, &query) ||
         strcmp(name, "override") != 0 || !crpci_names_override_address(r, address))
         return -1;
-    r->service = strcmp(service, "*") == 0 ? "" : service;
+    r->of.service = strcmp(service, "*") == 0 ? "" : service;
     while ((more = crpci_names_next(&query, &key, &value)) > 0) {
         if (!crpci_names_override_param(r, &enabled, key, value))
             return -1;
@@ -8029,7 +8031,7 @@ CRPCI_FN int crpci_names_override_read(crpci_names_override *r, char *name, cons
         return -1;
     r->here = *r->host && !r->port;
     return enabled && !(r->here && strcmp(r->host, host) != 0) &&
-           !(r->weight < 0 && r->warmup_ms < 0 && r->disabled < 0);
+           !(r->of.weight < 0 && r->of.warmup_ms < 0 && r->disabled < 0);
 }
 
 /* Dubbo's: any host before a certain one; then by priority, the highest last. */
@@ -8091,11 +8093,11 @@ CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crp
         return false;
     if (r->port && r->port != (unsigned)strtoul(colon + 1, NULL, 10))
         return false;
-    return (!*r->service || strcmp(r->service, q->service) == 0) &&
-           (!*r->group || strcmp(r->group, n->group) == 0) &&
-           (!*r->version || strcmp(r->version, n->version) == 0) &&
-           (!*r->application || strcmp(r->application, n->application) == 0 ||
-            (q->application && strcmp(r->application, q->application) == 0));
+    return (!*r->of.service || strcmp(r->of.service, q->service) == 0) &&
+           (!*r->of.group || strcmp(r->of.group, n->of.group) == 0) &&
+           (!*r->of.version || strcmp(r->of.version, n->of.version) == 0) &&
+           (!*r->of.application || strcmp(r->of.application, n->of.application) == 0 ||
+            (q->application && strcmp(r->of.application, q->application) == 0));
 }
 
 /* Changes a provider as the rules (NULL: none) say. */
@@ -8107,8 +8109,8 @@ CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
         const crpci_names_override *r = &rules->rules[i];
         if (!crpci_names_override_fits(r, q, n))
             continue;
-        n->weight = r->weight < 0 ? n->weight : r->weight;
-        n->warmup_ms = r->warmup_ms < 0 ? n->warmup_ms : r->warmup_ms;
+        n->of.weight = r->of.weight < 0 ? n->of.weight : r->of.weight;
+        n->of.warmup_ms = r->of.warmup_ms < 0 ? n->of.warmup_ms : r->of.warmup_ms;
         n->disabled = r->disabled < 0 ? n->disabled : r->disabled != 0;
     }
 }
@@ -8373,8 +8375,8 @@ CRPCI_COLD bool crpci_cache_replace(crpci_heap *h, int fd, const char *temp, con
     return ok && fsync(fd) == 0 && rename(temp, path) == 0;
 }
 
-/* Writes the program's own parts, and what else is in the file. Waits for the disk, without the lock.
- * False: not now. */
+/* Writes the program's own parts, and what else is in the file. Waits for the disk, without the
+ * lock. False: not now. */
 CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *own)
 {
     char *temp = crpci_heap_format(h, "%s.tmp", path), *all = NULL;
@@ -8392,7 +8394,7 @@ CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *o
         news = true;
     }
     if (ok && news)
-        ok = crpci_cache_replace(h, fd, temp, path, all) || /* if it is too much with that of others */
+        ok = crpci_cache_replace(h, fd, temp, path, all) || /* too much with that of others? */
              crpci_cache_replace(h, fd, temp, path, mine);
     else if (fd >= 0)
         unlink(temp);
@@ -8594,8 +8596,8 @@ CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *nam
         if (node.disabled)
             continue;
         memcpy(p->address, node.address, sizeof p->address);
-        p->weight = node.weight;
-        p->warmup_ms = node.warmup_ms;
+        p->weight = node.of.weight;
+        p->warmup_ms = node.of.warmup_ms;
         p->timestamp_ms = node.timestamp_ms;
         s->count++;
     }
@@ -9194,7 +9196,6 @@ typedef struct crpci_directory_options {
     int cache_interval_ms;   /* between two writes of it. 0: 60000. -1: none */
     int spread_ms;           /* in which a fleet comes back to a registry. 0: 2000. -1: none */
     const char *interface;   /* multicast: its name or IPv4 address. NULL: by the routing table */
-    int announce_ms;         /* multicast: between two announcements. 0: 5000. -1: as 0 */
 } crpci_directory_options;
 
 typedef struct crpci_backend crpci_backend;
@@ -9586,7 +9587,6 @@ typedef struct crpci_multicast {
     crpci_watch watch;
     crpci_addr group;
     struct ip_mreqn which; /* interface */
-    int64_t interval_us;
     crpci_list peers;
     size_t peer_count;
     crpci_list regs;
@@ -9687,8 +9687,10 @@ CRPCI_FN crpci_multicast_peer *crpci_multicast_find(const crpci_multicast *r,
     crpci_list *i;
     for (i = r->peers.next; i != &r->peers; i = i->next) {
         crpci_multicast_peer *p = CRPCI_CONTAINER(i, crpci_multicast_peer, link);
-        if (strcmp(p->is.address, n->address) == 0 && strcmp(p->is.service, n->service) == 0 &&
-            strcmp(p->is.group, n->group) == 0 && strcmp(p->is.version, n->version) == 0)
+        if (strcmp(p->is.address, n->address) == 0 &&
+            strcmp(p->is.of.service, n->of.service) == 0 &&
+            strcmp(p->is.of.group, n->of.group) == 0 &&
+            strcmp(p->is.of.version, n->of.version) == 0)
             return p;
     }
     return NULL;
@@ -9755,7 +9757,7 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
     crpci_names_node n;
     crpci_multicast_peer *old;
     memcpy(r->scratch, url, strlen(url) + 1);
-    if (!crpci_names_read(&n, r->scratch) || !*n.service || !crpci_multicast_is_host(n.address))
+    if (!crpci_names_read(&n, r->scratch) || !*n.of.service || !crpci_multicast_is_host(n.address))
         return false;
     old = crpci_multicast_find(r, &n);
     if (old && old->is.timestamp_ms > n.timestamp_ms)
@@ -9826,13 +9828,13 @@ CRPCI_FN bool crpci_multicast_write(const crpci_multicast_reg *reg, const char *
     crpci_names_service what = reg->offer.what;
     const size_t size = sizeof r->scratch;
     size_t head = (size_t)snprintf(r->scratch, size, "%s ", verb), n;
-    int64_t ttl_ms = r->interval_us / 1000 * CRPCI_MULTICAST_TTL;
     int round;
     for (round = 0; round < 2; round++) {
         n = head + crpci_names_url(r->scratch + head, size - head, &what, false,
                                    reg->offer.address, reg->offer.timestamp_ms, (long)getpid());
         if (n < size)
-            n += (size_t)snprintf(r->scratch + n, size - n, "&ttl=%lld", (long long)ttl_ms);
+            n += (size_t)snprintf(r->scratch + n, size - n, "&ttl=%u",
+                                  CRPCI_MULTICAST_INTERVAL_MS * CRPCI_MULTICAST_TTL);
         if (n < size)
             return true;
         what.methods = "";
@@ -9853,12 +9855,12 @@ CRPCI_FN void crpci_multicast_reg_unref(crpci_multicast_reg *reg)
 CRPCI_FN void crpci_multicast_announce(crpci_multicast_reg *reg)
 {
     crpci_multicast *r = reg->owner;
-    uint32_t part = (uint32_t)(r->interval_us / 4);
+    const uint32_t interval = CRPCI_MULTICAST_INTERVAL_MS * 1000, part = interval / 4;
     char host[INET6_ADDRSTRLEN];
     bool ok = true;
     int status;
     reg->sent_us = crpci_loop_now(r->base.loop);
-    reg->due_us = reg->sent_us + r->interval_us - part / 2 +
+    reg->due_us = reg->sent_us + interval - part / 2 +
                   (int64_t)(crpci_loop_random(r->base.loop) % (part + 1));
     if (reg->offer.auto_host) {
         ok = crpci_sock_route(&r->group, &r->which, host, sizeof host);
@@ -10192,8 +10194,6 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
     }
     r->group = group;
     r->which = which;
-    r->interval_us = crpci_base_option(o->announce_ms, CRPCI_MULTICAST_INTERVAL_MS,
-                                       CRPCI_MULTICAST_INTERVAL_MS) * 1000;
     crpci_loop_lock(l);
     r->tick_us = crpci_loop_now(l);
     err = crpci_loop_watch_set(l, &r->watch, fd, CRPC_READABLE);

@@ -128,11 +128,11 @@ static void it_reads_what_it_writes(void **state)
     assert_true(parse(&n, GOLDEN, &g));
     assert_string_equal(n.scheme, "crpc");
     assert_string_equal(n.address, "10.0.0.1:8000");
-    assert_string_equal(n.service, "demo.Echo");
-    assert_string_equal(n.group, "g1");
-    assert_string_equal(n.version, "1.0.0");
+    assert_string_equal(n.of.service, "demo.Echo");
+    assert_string_equal(n.of.group, "g1");
+    assert_string_equal(n.of.version, "1.0.0");
     assert_true(n.enabled);
-    assert_int_equal(n.weight, 100);
+    assert_int_equal(n.of.weight, 100);
     assert_true(n.timestamp_ms == 1700000000000);
     ct_guard_free(g);
 }
@@ -150,8 +150,8 @@ static void it_carries_any_character(void **state)
     crpci_names_url(url, sizeof url, &r, false, "10.0.0.1:8000", 1, 2);
     crpci_url_encode(name, sizeof name, url);
     assert_true(parse(&n, name, &g));
-    assert_string_equal(n.group, odd);
-    assert_string_equal(n.version, "&enabled=false");
+    assert_string_equal(n.of.group, odd);
+    assert_string_equal(n.of.version, "&enabled=false");
     assert_true(n.enabled);
     ct_guard_free(g);
 }
@@ -165,7 +165,7 @@ static void it_reads_dubbos_own(void **state)
     assert_true(parse(&n, GOLDEN_DUBBO, &g));
     assert_string_equal(n.scheme, "dubbo");
     assert_string_equal(n.address, "10.0.0.1:20880");
-    assert_string_equal(n.service, "demo.Greeter");
+    assert_string_equal(n.of.service, "demo.Greeter");
     ct_guard_free(g);
     strcpy(url, GOLDEN_DUBBO);
     assert_true(crpci_url_decode(url));
@@ -181,26 +181,26 @@ static void it_has_defaults(void **state)
     assert_true(parse(&n, "brpc%3A%2F%2Fuser%3Asecret%4010.0.0.1%3A08000", &g));
     assert_string_equal(n.scheme, "brpc");
     assert_string_equal(n.address, "10.0.0.1:8000");
-    assert_string_equal(n.service, "");
-    assert_string_equal(n.group, "");
-    assert_string_equal(n.version, "");
+    assert_string_equal(n.of.service, "");
+    assert_string_equal(n.of.group, "");
+    assert_string_equal(n.of.version, "");
     assert_true(n.enabled);
-    assert_int_equal(n.weight, 100);
+    assert_int_equal(n.of.weight, 100);
     assert_true(n.timestamp_ms == 0);
     ct_guard_free(g);
     assert_true(parse(&n, "crpc://[0:0::1]:1/S?weight=x&timestamp=-5&enabled=true&a&=&disabled=true", &g));
     assert_string_equal(n.address, "[::1]:1");
-    assert_int_equal(n.weight, 100);
+    assert_int_equal(n.of.weight, 100);
     assert_true(n.timestamp_ms == 0);
     assert_true(n.enabled);
     assert_true(n.disabled);
-    assert_int_equal(n.warmup_ms, 0);
+    assert_int_equal(n.of.warmup_ms, 0);
     ct_guard_free(g);
     assert_true(parse(&n, "crpc://10.0.0.1:1/S?enabled=false&enabled=true&warmup=600000&application=a", &g));
     assert_false(n.enabled);
     assert_false(n.disabled);
-    assert_int_equal(n.warmup_ms, 600000);
-    assert_string_equal(n.application, "a");
+    assert_int_equal(n.of.warmup_ms, 600000);
+    assert_string_equal(n.of.application, "a");
     ct_guard_free(g);
 }
 
@@ -307,7 +307,7 @@ static const char *overridden(crpci_heap *h, const char *const *urls, size_t cou
     assert_true(crpci_names_read(&n, provider));
     crpci_names_overrides_apply(rules, &q, &n);
     crpci_names_overrides_unref(rules);
-    snprintf(out, sizeof out, n.disabled ? "off" : "%d %d", n.weight, n.warmup_ms);
+    snprintf(out, sizeof out, n.disabled ? "off" : "%d %d", n.of.weight, n.of.warmup_ms);
     return out;
 }
 
