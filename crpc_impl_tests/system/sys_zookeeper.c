@@ -254,10 +254,10 @@ static void expect_ok(side *s, int ms)
 /* The session of a side, seen from inside. */
 static int64_t side_session(side *s)
 {
-    crpci_zookeeper *z = ((crpci_zookeeper_registry *)(void *)s->registry)->session;
+    crpci_zk_session *z = ((crpci_zk_directory *)(void *)s->registry)->session;
     int64_t id;
     crpci_loop_lock(s->loop);
-    id = z->connected ? z->session_id : 0;
+    id = z->phase == CRPCI_ZK_CONNECTED ? z->id : 0;
     crpci_loop_unlock(s->loop);
     return id;
 }
@@ -533,7 +533,7 @@ static void it_is_gone_at_once_when_closed(void **state)
 static void it_gives_up_against_a_live_twin(void **state)
 {
     side a, b;
-    crpci_zookeeper_reg *reg;
+    crpci_zk_registration *reg;
     int rounds;
     (void)state;
     clean(&server);
@@ -547,11 +547,11 @@ static void it_gives_up_against_a_live_twin(void **state)
     /* b removes a's node, a is told, comes back and removes b's, which comes back: then both rest */
     assert_true(CT_WAIT(value(&a.told_ok) == 2 && value(&b.told_ok) == 2, LATE_MS));
     assert_true(CT_WAIT(count_nodes(&server) == 2, LATE_MS));
-    reg = (crpci_zookeeper_reg *)a.reg;
+    reg = (crpci_zk_registration *)a.reg;
     crpci_loop_lock(a.loop);
     rounds = (int)reg->rounds;
     crpci_loop_unlock(a.loop);
-    assert_true(rounds >= 1 && rounds <= (int)CRPCI_ZOOKEEPER_TWIN_ROUNDS);
+    assert_true(rounds >= 1 && rounds <= (int)CRPCI_ZK_DIRECTORY_TWIN_ROUNDS);
     ct_matrix(a.loop, "live-twins");
     side_close(&a);
     side_close(&b);
@@ -561,8 +561,8 @@ static void it_gives_up_against_a_live_twin(void **state)
 static void it_moves_with_its_address(void **state)
 {
     side a, b;
-    crpci_zookeeper *z;
-    crpci_zookeeper_reg *reg;
+    crpci_zk_session *z;
+    crpci_zk_registration *reg;
     int i;
     (void)state;
     clean(&server);
@@ -571,16 +571,15 @@ static void it_moves_with_its_address(void **state)
     side_open(&a, server.port);
     side_enroll(&a, ":8000");
     expect_list(&b, "127.0.0.1:8000 ", LATE_MS);
-    reg = (crpci_zookeeper_reg *)a.reg;
-    z = reg->task.session;
+    reg = (crpci_zk_registration *)a.reg;
+    z = reg->session;
     crpci_loop_lock(a.loop);
-    assert_true(crpci_sock_parse(&z->servers[0], "[::1]:1")); /* asked for the route only */
+    assert_true(crpci_sock_parse(&z->servers.addr[0], "[::1]:1")); /* asked for the route only */
     crpci_loop_unlock(a.loop);
     for (i = 0; i < LATE_MS / 50 && !side_has(&b, "[::1]:8000 "); i++) {
         crpci_loop_lock(a.loop); /* the check that finds it, early */
-        if (!reg->task.op)
-            reg->task.due_us = reg->check_us = 0;
-        crpci_zookeeper_kick(z);
+        crpci_zk_node_own_check(&reg->own, reg->own.check_us);
+        crpci_zk_session_kick(z);
         crpci_loop_unlock(a.loop);
         ct_sleep_ms(50);
     }
@@ -637,7 +636,7 @@ static void it_obeys_overrides(void **state)
     side_subscribe(&a);
     expect_list(&a, "10.0.0.1:8000 10.0.0.2:8000 ", LATE_MS);
     expect_weights(&a, "10 100 ");
-    assert_true(CT_WAIT(count_in(&server, OVERRIDES) == 0, LATE_MS)); /* made by the consumer */
+    assert_true(CT_WAIT(zk_watches(&server) == WATCHES(1, 0), LATE_MS)); /* though it is missing */
     add_to(&server, OVERRIDES, heavy);
     expect_weights(&a, "200 200 ");
     add_to(&server, OVERRIDES, light);
@@ -683,7 +682,7 @@ static void it_keeps_what_is_switched_off_last(void **state)
     side_subscribe_with(&b, NULL, NULL, true);
     expect_list(&a, "10.0.0.1:8000 ", LATE_MS);
     expect_list(&b, "10.0.0.1:8000 ", LATE_MS);
-    assert_true(CT_WAIT(count_in(&server, OVERRIDES) == 0, LATE_MS));
+    assert_true(CT_WAIT(zk_watches(&server) == WATCHES(2, 0), LATE_MS));
     add_to(&server, OVERRIDES, off);
     expect_stale(&a, 1);
     expect_list(&b, "", LATE_MS); /* who wants to know, is told */
@@ -986,12 +985,12 @@ static void it_offers_a_list_again(void **state)
 /* Waits until a side has given its session up; after how many milliseconds, -1: it has not. */
 static int64_t given_up_after(side *s, int ms)
 {
-    crpci_zookeeper *z = ((crpci_zookeeper_registry *)(void *)s->registry)->session;
+    crpci_zk_session *z = ((crpci_zk_directory *)(void *)s->registry)->session;
     int64_t begin = ct_now_ms();
     while (ct_now_ms() - begin < ms) {
         bool given_up;
         crpci_loop_lock(s->loop);
-        given_up = !z->connected && (!z->link || !z->link->had_session);
+        given_up = z->phase == CRPCI_ZK_ABSENT || z->phase == CRPCI_ZK_STARTING;
         crpci_loop_unlock(s->loop);
         if (given_up)
             return ct_now_ms() - begin;
@@ -1404,12 +1403,17 @@ static void it_survives_a_deleted_directory(void **state)
     side_open(&b, server.port);
     side_subscribe(&b);
     expect_list(&b, "", LATE_MS);
+    assert_true(CT_WAIT(zk_watches(&server) == WATCHES(1, 0), LATE_MS)); /* for what may come */
     c = zk_open(&server);
-    assert_true(CT_WAIT(zk_exists(c, PROVIDERS, &owner) == ZK_OK, LATE_MS));
+    assert_int_equal(zk_exists(c, PROVIDERS, &owner), ZK_NONODE); /* a consumer makes none */
+    zk_create(c, "/test", "", 0);
+    zk_create(c, SERVICE, "", 0);
+    assert_int_equal(zk_create(c, PROVIDERS, "", 0), ZK_OK);
+    assert_int_equal(zk_create(c, OVERRIDES, "", 0), ZK_OK);
     assert_true(CT_WAIT(zk_watches(&server) == WATCHES(1, 0), LATE_MS));
     clear_service(c);
-    assert_true(CT_WAIT(zk_exists(c, PROVIDERS, &owner) == ZK_OK, LATE_MS));
-    assert_true(CT_WAIT(zk_exists(c, OVERRIDES, &owner) == ZK_OK, LATE_MS));
+    assert_int_equal(zk_exists(c, PROVIDERS, &owner), ZK_NONODE);
+    assert_true(CT_WAIT(zk_watches(&server) == WATCHES(1, 0), LATE_MS));
     side_open(&a, server.port);
     side_enroll(&a, "10.0.0.1:8000");
     expect_list(&b, "10.0.0.1:8000 ", LATE_MS);
