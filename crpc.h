@@ -1158,7 +1158,7 @@ typedef struct crpc_server_options {
                          * unix://@name. NULL: crpc_server_listen */
     const char *registry; /* zookeeper://host:port,...[/root] to register in; without a root in
                              /dubbo. Or multicast://224.5.6.7:port[?interface=eth0].
-                             NULL: nowhere */
+                             Another URL is an error of crpc_server_open. NULL: nowhere */
     const char *advertise; /* host[:port] to register, resolved when starting. NULL: the address of
                               this host that reaches the registry, unless a listener has its own */
     const char *registry_credential; /* ZooKeeper digest "user:password". NULL: none */
@@ -3684,8 +3684,8 @@ CRPCI_FN bool crpci_sock_split(const char *text, char *host, size_t size, unsign
     return true;
 }
 
-/* Reads a numeric "1.2.3.4:80", "[::1]:80", "unix:/path", or "unix:@name", a name in Linux' abstract
- * namespace, which stands behind a zero byte and has none at its end. */
+/* Reads a numeric "1.2.3.4:80", "[::1]:80", "unix:/path", or "unix:@name": a name in the abstract
+ * namespace of Linux, which stands behind a zero byte and has none at its end. */
 CRPCI_FN bool crpci_sock_parse(crpci_addr *a, const char *text)
 {
     char host[INET6_ADDRSTRLEN];
@@ -8311,10 +8311,11 @@ CRPCI_COLD char *crpci_cache_read_file(crpci_heap *h, const char *path, size_t m
 CRPCI_COLD bool crpci_cache_is_good(const char *text, size_t len)
 {
     const size_t head = sizeof CRPCI_CACHE_HEAD - 1, tail = 11; /* "C 0123abcd\n" */
-    const char *end = text + len - tail, *p;
+    const char *end, *p;
     char crc[16];
     if (len < head + tail || memcmp(text, CRPCI_CACHE_HEAD, head) != 0 || memchr(text, '\0', len))
         return false;
+    end = text + len - tail;
     snprintf(crc, sizeof crc, "C %08x\n", (unsigned)crpci_cache_crc(text, len - tail));
     if (memcmp(end, crc, tail) != 0 || end[-1] != '\n')
         return false;
@@ -8464,11 +8465,12 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
  *     crpci_directory_remove    a subscriber goes
  *     crpci_directory_end       all of them go, and the backend's reference with them
  *
- * All of these are called with the loop's lock held, on any thread. Those marked "unlocks" release
- * the lock while lists are made and callbacks run. Anything may have changed when they return, but
- * the directory is still there: each of them holds a reference meanwhile. A result of false means
- * that not every subscriber took its list, for want of memory or because a callback of it is
- * running just now: the backend reports the same again about a second later. */
+ * All but the first are called with the loop's lock held, on any thread. Those marked "unlocks"
+ * release the lock while lists are made and callbacks run; anything may have changed when they
+ * return. The directory lasts as long as it has references (`refs`): a backend takes one around
+ * calls that unlock. A result of false means that not every subscriber took its list, for want of
+ * memory, or because a callback of it or another pass is running just now: the backend reports the
+ * same again about a second later. */
 
 /* An instance that offers a service. */
 typedef struct crpci_provider {
@@ -19876,15 +19878,13 @@ CRPC_API int crpc_server_listen_fd(crpc_server *s, int fd)
 }
 
 /* tcp://host:port, unix:///path or unix://@name */
-CRPCI_COLD int crpci_server_listen_address(crpc_server *s, const crpci_url *u, crpci_addr *out,
-                                           crpc_error *error)
+CRPCI_COLD int crpci_server_listen_address(crpc_server *s, const char *url, const crpci_url *u,
+                                           crpci_addr *out, crpc_error *error)
 {
     char text[CRPC_ADDRESS_MAX];
     int err = CRPC_OK;
     if (*u->query)
-        return crpci_status_set(error, CRPC_EINVAL,
-                                "%s://%.80s%.80s?%.40s: a listener takes no URL options", u->scheme,
-                                u->authority, u->path, u->query);
+        return crpci_status_set(error, CRPC_EINVAL, "%.100s: a listener takes no URL options", url);
     if (strcmp(u->scheme, "unix") == 0) {
         if ((size_t)snprintf(text, sizeof text, "unix:%s", u->path) >= sizeof text)
             return crpci_status_set(error, CRPC_EINVAL, "unix:// path is over %d bytes",
@@ -19893,12 +19893,11 @@ CRPCI_COLD int crpci_server_listen_address(crpc_server *s, const crpci_url *u, c
         err = crpci_resolver_address(s->heap, u->authority, text, sizeof text, error);
     } else {
         return crpci_status_set(error, CRPC_EINVAL,
-                                "%.20s://%.80s/%.80s: expected tcp://host:port, unix:///path or "
-                                "unix://@name",
-                                u->scheme, u->authority, u->path);
+                                "%.100s: expected tcp://host:port, unix:///path or unix://@name",
+                                url);
     }
     if (!err && !crpci_sock_parse(out, text))
-        err = crpci_status_set(error, CRPC_EINVAL, "%.100s: not an address", text);
+        err = crpci_status_set(error, CRPC_EINVAL, "%.100s: not an address", url);
     return err;
 }
 
@@ -19912,7 +19911,7 @@ CRPC_API int crpc_server_listen(crpc_server *s, const char *url, crpc_error *err
     err = crpci_url_parse(&u, s->heap, url, error);
     if (err)
         return err;
-    err = crpci_server_listen_address(s, &u, &addr, error);
+    err = crpci_server_listen_address(s, url, &u, &addr, error);
     crpci_url_free(&u);
     if (err)
         return err;

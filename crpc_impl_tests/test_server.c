@@ -1279,11 +1279,12 @@ static void several_listeners(void **state)
         ct_dir dir = ct_dir_make();
         struct stat st;
         struct sockaddr_in a;
-        char urls[4][160], path[100], unix_url[120];
+        char urls[5][160], path[100], unix_url[120], abstract_url[60];
         int i, fd = socket(AF_INET, SOCK_STREAM, 0);
         memset(&o, 0, sizeof o);
         snprintf(path, sizeof path, "%s/socket", dir.path);
         snprintf(unix_url, sizeof unix_url, "unix://%s", path);
+        snprintf(abstract_url, sizeof abstract_url, "unix://@crpc-test-%ld", (long)getpid());
         o.listen = "tcp://localhost:0";
         o.loops = net_loop_options(p);
         net_service_init(&service);
@@ -1298,21 +1299,23 @@ static void several_listeners(void **state)
         assert_int_equal(bind(fd, (struct sockaddr *)&a, sizeof a), 0);
         assert_int_equal(listen(fd, 5), 0);
         assert_int_equal(crpc_server_listen_fd(s, fd), CRPC_OK);
+        assert_int_equal(crpc_server_listen(s, abstract_url, &error), CRPC_OK);
         assert_true(fcntl(fd, F_GETFD) & FD_CLOEXEC);
         assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, &service), CRPC_OK);
         assert_int_equal(crpc_server_start(s, &error), CRPC_OK);
         assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
-        for (i = 0; i < 4; i++) {
+        for (i = 0; i < 5; i++) {
             crpc_channel *ch;
             assert_int_equal(crpc_server_address(s, (size_t)i, urls[i], sizeof urls[i]), CRPC_OK);
             ch = net_channel(urls[i], "?timeout_ms=20000", p, NULL, NULL);
             net_check_add(ch, i);
             crpc_channel_close(ch);
         }
-        assert_int_equal(crpc_server_address(s, 4, urls[0], sizeof urls[0]), CRPC_ENOTFOUND);
+        assert_int_equal(crpc_server_address(s, 5, urls[0], sizeof urls[0]), CRPC_ENOTFOUND);
         assert_memory_equal(urls[0], "tcp://127.0.0.1:", 16);
         assert_memory_equal(urls[1], "tcp://[::1]:", 12);
         assert_string_equal(urls[2], unix_url);
+        assert_string_equal(urls[4], abstract_url);
         assert_int_equal(stat(path, &st), 0);
         crpc_server_close(s);
         assert_int_equal(stat(path, &st), -1); /* the socket's file is gone */
@@ -1350,7 +1353,14 @@ static void addresses_that_cannot_be_had_are_explained(void **state)
     assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EADDRESS);
     o.listen = "list://127.0.0.1:1";
     assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EINVAL);
-    assert_string_equal(error.text, "list://127.0.0.1:1: expected tcp://host:port or unix:///path");
+    assert_string_equal(error.text, "list://127.0.0.1:1: expected tcp://host:port, unix:///path or "
+                                    "unix://@name");
+    o.listen = "unix:///";
+    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EINVAL);
+    assert_non_null(strstr(error.text, "unix:///: no path"));
+    o.listen = "tcp://[fe80::1%lo]:0";
+    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EINVAL);
+    assert_non_null(strstr(error.text, "an IPv6 address with a scope (%lo) is not supported"));
     o.listen = "tcp://127.0.0.1:0?x=y";
     assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EINVAL);
     assert_non_null(strstr(error.text, "a listener takes no URL options"));
