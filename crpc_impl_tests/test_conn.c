@@ -1121,7 +1121,7 @@ static ssize_t veil_writev(int fd, void *state, struct iovec *iov, int count)
 static bool veil_pending(void *state)
 {
     const veil *v = (const veil *)state;
-    return v->at < v->end;
+    return v->at < v->end && !v->wants_write; /* then no reading brings it forth */
 }
 
 static unsigned veil_want(void *state, unsigned events)
@@ -1132,8 +1132,9 @@ static unsigned veil_want(void *state, unsigned events)
 
 static bool veil_idle(int fd, void *state)
 {
+    const veil *v = (const veil *)state;
     char byte;
-    return !veil_pending(state) && recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) <= 0;
+    return v->at == v->end && recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) <= 0;
 }
 
 static const crpci_transport veil_transport = {"veil", CRPCI_TRANSPORT_REPEAT, veil_readv, veil_writev,
