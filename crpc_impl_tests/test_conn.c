@@ -1118,27 +1118,36 @@ static ssize_t veil_writev(int fd, void *state, struct iovec *iov, int count)
     return veil_leave(v, n);
 }
 
+/* Nothing may be asked of it while it is used. */
+static void veil_look(veil *v)
+{
+    v->wrong += __atomic_load_n(&v->busy, __ATOMIC_SEQ_CST) != 0;
+}
+
 static bool veil_pending(void *state)
 {
-    const veil *v = (const veil *)state;
+    veil *v = (veil *)state;
+    veil_look(v);
     return v->at < v->end && !v->wants_write; /* then no reading brings it forth */
 }
 
 static unsigned veil_want(void *state, unsigned events)
 {
-    const veil *v = (const veil *)state;
+    veil *v = (veil *)state;
+    veil_look(v);
     return events & CRPC_READABLE && v->wants_write ? CRPC_WRITABLE : events;
 }
 
 static bool veil_idle(int fd, void *state)
 {
-    const veil *v = (const veil *)state;
+    veil *v = (veil *)state;
     char byte;
+    veil_look(v);
     return v->at == v->end && recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) <= 0;
 }
 
-static const crpci_transport veil_transport = {"veil", CRPCI_TRANSPORT_REPEAT, veil_readv, veil_writev,
-                                               veil_pending, veil_want, veil_idle};
+static const crpci_transport veil_transport = {
+    "veil", CRPCI_TRANSPORT_REPEAT, veil_readv, veil_writev, veil_pending, veil_want, veil_idle};
 
 /* Puts it on the newest connection of a loop. */
 static crpci_conn *veil_on(crpc_loop *l, veil *v)
