@@ -4077,9 +4077,9 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
 #define CRPCI_TRANSPORT_REPEAT 4u /* what was offered when it would block has to be offered again */
 
 /* How a connection's bytes reach the socket. readv and writev return what the system calls of these
- * names do: -1 and EAGAIN when it would block. They run without the loop's lock. The others run with
- * it, and without DUPLEX not while these two run. A transport that makes its connections itself will
- * add open, handshake, shut, identity, explain and close. */
+ * names do: -1 and EAGAIN when it would block. They run without the loop's lock. The others run
+ * with it, and without DUPLEX not while these two run. A transport that makes its connections
+ * itself will add open, handshake, shut, identity, explain and close. */
 typedef struct crpci_transport {
     const char *name;
     unsigned flags;
