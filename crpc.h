@@ -8252,11 +8252,17 @@ CRPCI_FN crpci_detected crpci_baidu_detect(const uint8_t *p, size_t n)
     return n < 4 ? CRPCI_DETECTED_MORE : CRPCI_DETECTED_YES;
 }
 
-/* What a meta asks for that crpc cannot do, in words; "" if there is nothing. */
-CRPCI_COLD void crpci_baidu_check(const crpci_meta *m, size_t body, char *text, size_t size)
+/* Whether crpc can do what a meta asks for; if not, `text` says what it cannot. */
+CRPCI_FN bool crpci_baidu_check(const crpci_meta *m, size_t body, char *text, size_t size)
 {
+    bool attached = m->attachment_size < 0 || (size_t)m->attachment_size > body;
     *text = '\0';
-    if (m->attachment_size < 0 || (size_t)m->attachment_size > body)
+    if (!attached && !m->compress_type && !m->content_type && !m->checksum_type &&
+        !crpc_view_data(m->stream_settings) && !crpc_view_data(m->chunk_info))
+        return true;
+    if (!CRPC_ENABLE_TEXTS)
+        return false;
+    if (attached)
         snprintf(text, size, "attachment_size %d is larger than the body's %zu bytes",
                  m->attachment_size, body);
     else if (m->compress_type)
@@ -8268,17 +8274,17 @@ CRPCI_COLD void crpci_baidu_check(const crpci_meta *m, size_t body, char *text, 
         snprintf(text, size, "checksum_type %d is not supported; send none", m->checksum_type);
     else if (crpc_view_data(m->stream_settings))
         snprintf(text, size, "streaming is not supported");
-    else if (crpc_view_data(m->chunk_info))
+    else
         snprintf(text, size, "chunked bodies are not supported; send one frame");
+    return false;
 }
 
 /* Hands on a message whose meta may say anything; its body has `body` bytes. */
 CRPCI_FN void crpci_baidu_full(crpci_conn *c, const crpci_meta *meta, crpci_message *m, size_t body)
 {
     char text[120];
-    crpci_baidu_check(meta, body, text, sizeof text);
-    m->unsupported = *text ? text : NULL;
-    m->attachment_size = *text ? 0 : (size_t)meta->attachment_size;
+    m->unsupported = crpci_baidu_check(meta, body, text, sizeof text) ? NULL : text;
+    m->attachment_size = m->unsupported ? 0 : (size_t)meta->attachment_size;
     m->payload_size = body - m->attachment_size;
     m->has_fields = meta->fields;
     m->status = meta->error_code;
@@ -16420,8 +16426,9 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m
     crpci_endpoint_detach(a);
     a->sent = CRPC_SENT_YES;
     if (!m->usual && m->unsupported && !m->status) {
-        char cause[CRPC_ERROR_TEXT_MAX];
-        snprintf(cause, sizeof cause, "reply: %s", m->unsupported);
+        char cause[160] = "";
+        if (CRPC_ENABLE_TEXTS)
+            snprintf(cause, sizeof cause, "reply: %s", m->unsupported);
         e->events->useless(a, cause);
         return;
     }
