@@ -4262,13 +4262,13 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
 /* ======================================================================== */
 
 #define CRPCI_TRANSPORT_GATHER 1u /* writev takes several pieces; else the first of them alone */
-#define CRPCI_TRANSPORT_DUPLEX 2u /* one thread may read while another writes */
+#define CRPCI_TRANSPORT_DUPLEX 2u /* one thread may read while another writes; else one at a time */
 #define CRPCI_TRANSPORT_REPEAT 4u /* what was offered when it would block has to be offered again */
 
 /* How a connection's bytes reach the socket. readv and writev return what the system calls of these
- * names do: -1 and EAGAIN when it would block. They run without the loop's lock, everything else
- * with it. A transport that makes its connections itself will add open, handshake, shut, identity,
- * explain and close, with the first that needs them. */
+ * names do: -1 and EAGAIN when it would block. They run without the loop's lock. The others run
+ * with it, and without DUPLEX not while these two run. A transport that makes its connections
+ * itself will add open, handshake, shut, identity, explain and close. */
 typedef struct crpci_transport {
     const char *name;
     unsigned flags;
@@ -7398,7 +7398,7 @@ typedef struct crpci_protocol {
     const char *name; /* as protocol= in a URL has it */
     unsigned flags;
     size_t state_size; /* of a connection's own state, which begins as zeros; 0: none */
-    size_t headroom;   /* before a payload at most, names, texts, credential and fields not counted */
+    size_t headroom;   /* before a payload at most; names, text, credential, fields come on top */
     size_t field_cost; /* of a field at most, besides its key and value */
     crpci_detected (*detect)(const uint8_t *p, size_t n);
     /* Takes one message, or part of one, from the front of what has come, and hands it on with
@@ -7406,8 +7406,9 @@ typedef struct crpci_protocol {
      * c->rx_total of them, which it has set to more than n; it then uses them all or asks again.
      * `chunk` holds the bytes. Locked; the connection may be closed by it. */
     size_t (*feed)(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n);
-    /* The rest is pure, and called on any thread. Encodes what requests for a method begin with into
-     * `out`, of `room` bytes, CRPCI_PROTOCOL_NAMES more than both; returns where it stands there. */
+    /* The rest is pure, and called on any thread. `names` encodes service and method for a
+     * request's `names` into `out`, whose `room` is CRPCI_PROTOCOL_NAMES more than both take, and
+     * returns where they stand there. */
     crpc_view (*names)(uint8_t *out, size_t room, crpc_view service, crpc_view method);
     size_t (*put_field)(uint8_t *out, crpc_view key, crpc_view value); /* returns its length */
     bool (*field)(crpc_view fields, const char *key, crpc_view *value);
@@ -7609,10 +7610,17 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     crpci_conn_drop(c); /* the loop's reference */
 }
 
+/* Whether a thread without the lock uses a transport that only one may use at a time. */
+CRPCI_FN bool crpci_conn_engaged(const crpci_conn *c)
+{
+    return (c->reading || c->writing) && !(c->io->flags & CRPCI_TRANSPORT_DUPLEX);
+}
+
+/* Tells the poller what the connection waits for. */
 CRPCI_FN void crpci_conn_interest(crpci_conn *c)
 {
     unsigned events = 0;
-    if (c->closed)
+    if (c->closed || crpci_conn_engaged(c)) /* whoever uses the transport comes here afterwards */
         return;
     if (!c->connecting && !c->paused && !c->eof)
         events |= CRPC_READABLE;
@@ -7634,7 +7642,9 @@ CRPCI_FN void crpci_conn_read_on(crpci_conn *c)
 /* Whether there is input that no descriptor will tell of. */
 CRPCI_FN bool crpci_conn_has_unseen(const crpci_conn *c)
 {
-    return c->left || c->unread || (c->io->pending && c->io->pending(c->io_state));
+    if (c->left || c->unread)
+        return true;
+    return c->io->pending && !crpci_conn_engaged(c) && c->io->pending(c->io_state);
 }
 
 CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
@@ -7683,8 +7693,9 @@ CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t 
         crpci_conn_add(b, to, n);
 }
 
-/* Notes that a request is about to leave: its reply is the next one after those of the others. Before
- * the send, because another thread may read the reply before this one has the lock again. */
+/* Notes that a request is about to leave: its reply is the next one after those of the others. This
+ * comes before the send, because another thread may read the reply before this one has the lock
+ * again. */
 CRPCI_COLD void crpci_conn_await(crpci_conn *c, crpci_out *o)
 {
     size_t size = c->awaited_size, more = size ? 2 * size : 16;
@@ -7706,7 +7717,8 @@ CRPCI_COLD void crpci_conn_await(crpci_conn *c, crpci_out *o)
     o->awaited = true;
 }
 
-/* After a send: requests of which nothing has left can still be withdrawn. They are the last ones. */
+/* Takes back the notes of requests of which a send has taken nothing: they can still be withdrawn,
+ * and are the last ones. */
 CRPCI_COLD void crpci_conn_await_not(crpci_conn *c)
 {
     crpci_out *o;
@@ -7799,7 +7811,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
     int rounds = 0, count;
     if (c->writing || c->closed || c->connecting || c->blocked)
         return;
-    if (c->reading && !(c->io->flags & CRPCI_TRANSPORT_DUPLEX))
+    if (crpci_conn_engaged(c))
         return; /* whoever reads queues the flush again */
     batch.copies = NULL;
     crpci_list_remove(&c->flush.link);
@@ -7843,7 +7855,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
         crpci_conn_close(c, CRPC_ECLOSE, 0);
     } else if (CRPCI_UNLIKELY(c->io != &crpci_transport_plain)) {
         crpci_conn_interest(c);
-        if (c->unread)
+        if (!c->closed && !c->paused && crpci_conn_has_unseen(c))
             crpci_conn_read_on(c);
     }
     crpci_conn_drop(c);
@@ -7939,7 +7951,8 @@ CRPCI_FN void crpci_conn_begun(crpci_conn *c)
         crpci_loop_timer_set(c->loop, &c->timer, c->frame_timeout_us);
 }
 
-/* Connects a message of an ordered protocol with its counterpart. False: the connection is closed. */
+/* Gives a message of an ordered protocol its place: a request its turn, a reply the id of its
+ * request. False: the connection is closed. */
 CRPCI_COLD bool crpci_conn_place(crpci_conn *c, crpci_message *m)
 {
     if (m->kind == CRPCI_MESSAGE_REQUEST) {
@@ -8010,7 +8023,8 @@ CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
 }
 #endif
 
-/* Gives bytes to the protocol. Returns those used; 0: it needs more, or the connection is closed. */
+/* Gives bytes to the protocol. Returns the bytes used. 0: it needs more, or the connection is
+ * closed. */
 CRPCI_FN size_t crpci_conn_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
 #if CRPC_ENABLE_SERVER
@@ -8074,7 +8088,7 @@ CRPCI_FN void crpci_conn_rx_full(crpci_conn *c)
     crpci_conn_grow(c);
 }
 
-/* Takes one piece of input: a whole message where it stands, else what goes on with or begins c->rx.
+/* Takes one piece of input: a whole message where it stands, else what continues or begins c->rx.
  * Returns the bytes used. */
 CRPCI_FN size_t crpci_conn_feed_one(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
@@ -8174,7 +8188,7 @@ CRPCI_COLD void crpci_conn_after_read(crpci_conn *c)
         return;
     if (c->tx_head && !c->blocked)
         crpci_loop_queue(&c->loop->dirty, &c->flush);
-    if (c->io->pending && c->io->pending(c->io_state))
+    if (crpci_conn_has_unseen(c))
         crpci_conn_read_on(c);
     crpci_conn_interest(c);
 }
@@ -8187,7 +8201,7 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
     ssize_t n;
     if (!crpci_conn_catch_up(c) || c->closed || c->reading || c->paused || c->eof)
         return;
-    c->unread = c->writing && !(c->io->flags & CRPCI_TRANSPORT_DUPLEX);
+    c->unread = crpci_conn_engaged(c);
     if (c->unread) /* whoever writes has it read then */
         return;
     if (!crpci_conn_spare(l)) {
@@ -8284,8 +8298,8 @@ CRPCI_FN void crpci_conn_on_timer(crpc_loop *l, crpci_timer *t)
 /* Whether a connection is at rest: nothing to be sent, nothing received in part or not yet. */
 CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
 {
-    return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip &&
-           !(c->io->pending && c->io->pending(c->io_state)) && c->io->idle(c->fd, c->io_state);
+    return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip && !crpci_conn_engaged(c) &&
+           c->io->idle(c->fd, c->io_state);
 }
 #endif
 
@@ -8359,11 +8373,17 @@ CRPCI_FN crpci_detected crpci_baidu_detect(const uint8_t *p, size_t n)
     return n < 4 ? CRPCI_DETECTED_MORE : CRPCI_DETECTED_YES;
 }
 
-/* What a meta asks for that crpc cannot do, in words; "" if there is nothing. */
-CRPCI_COLD void crpci_baidu_check(const crpci_meta *m, size_t body, char *text, size_t size)
+/* Whether crpc can do what a meta asks for; if not, `text` says what it cannot. */
+CRPCI_FN bool crpci_baidu_check(const crpci_meta *m, size_t body, char *text, size_t size)
 {
+    bool attached = m->attachment_size < 0 || (size_t)m->attachment_size > body;
     *text = '\0';
-    if (m->attachment_size < 0 || (size_t)m->attachment_size > body)
+    if (!attached && !m->compress_type && !m->content_type && !m->checksum_type &&
+        !crpc_view_data(m->stream_settings) && !crpc_view_data(m->chunk_info))
+        return true;
+    if (!CRPC_ENABLE_TEXTS)
+        return false;
+    if (attached)
         snprintf(text, size, "attachment_size %d is larger than the body's %zu bytes",
                  m->attachment_size, body);
     else if (m->compress_type)
@@ -8375,17 +8395,17 @@ CRPCI_COLD void crpci_baidu_check(const crpci_meta *m, size_t body, char *text, 
         snprintf(text, size, "checksum_type %d is not supported; send none", m->checksum_type);
     else if (crpc_view_data(m->stream_settings))
         snprintf(text, size, "streaming is not supported");
-    else if (crpc_view_data(m->chunk_info))
+    else
         snprintf(text, size, "chunked bodies are not supported; send one frame");
+    return false;
 }
 
 /* Hands on a message whose meta may say anything; its body has `body` bytes. */
 CRPCI_FN void crpci_baidu_full(crpci_conn *c, const crpci_meta *meta, crpci_message *m, size_t body)
 {
     char text[120];
-    crpci_baidu_check(meta, body, text, sizeof text);
-    m->unsupported = *text ? text : NULL;
-    m->attachment_size = *text ? 0 : (size_t)meta->attachment_size;
+    m->unsupported = crpci_baidu_check(meta, body, text, sizeof text) ? NULL : text;
+    m->attachment_size = m->unsupported ? 0 : (size_t)meta->attachment_size;
     m->payload_size = body - m->attachment_size;
     m->has_fields = meta->fields;
     m->status = meta->error_code;
@@ -16039,8 +16059,8 @@ CRPCI_FN size_t crpci_request_fields_size(const crpc_call *call, size_t cost, si
     return n;
 }
 
-CRPCI_FN void crpci_request_put_field(const crpci_protocol *p, crpci_message_out *o, const char *key,
-                                      crpc_view value)
+CRPCI_FN void crpci_request_put_field(const crpci_protocol *p, crpci_message_out *o,
+                                      const char *key, crpc_view value)
 {
     o->len += p->put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
 }
@@ -16704,8 +16724,9 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m
     crpci_endpoint_detach(a);
     a->sent = CRPC_SENT_YES;
     if (!m->usual && m->unsupported && !m->status) {
-        char cause[CRPC_ERROR_TEXT_MAX];
-        snprintf(cause, sizeof cause, "reply: %s", m->unsupported);
+        char cause[160] = "";
+        if (CRPC_ENABLE_TEXTS)
+            snprintf(cause, sizeof cause, "reply: %s", m->unsupported);
         e->events->useless(a, cause);
         return;
     }
@@ -20588,7 +20609,8 @@ CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int statu
             i->after(i->user, x, status);
     }
     code = crpci_context_code(x, status);
-    if (x->app_code && code == x->app_code && crpc_context_add_field(x, CRPCI_MESSAGE_APP_FIELD, "1"))
+    if (x->app_code && code == x->app_code &&
+        crpc_context_add_field(x, CRPCI_MESSAGE_APP_FIELD, "1"))
         crpci_heap_log(s->heap, CRPC_LOG_WARN, "out of memory: application error not marked");
     end.server = x->server;
     end.loop = x->loop;
