@@ -93,27 +93,32 @@
  *     >>api-channel        the client: calls
  *     >>api-server         the server: services, requests, replies
  *     >>api-coordination   nodes, configuration, locks and elections in ZooKeeper
- *     >>impl-base          system headers, attributes, small arithmetic
- *     >>impl-thread        locks, condition variables, threads; nothing without them
- *     >>impl-status        names and texts of codes
- *     >>impl-heap          memory, log and clock of one loop and all that is made from it
- *     >>impl-id            {index, generation} ids for objects that others may outlive
- *     >>impl-list          doubly linked lists through members; an empty link points to itself
+ *     >>impl-base          system headers, attributes, assertions, small arithmetic, hash
+ *     >>impl-thread        mutexes, condition variables, threads, atomic counters
+ *     >>impl-status        names and texts of status codes
+ *     >>impl-heap          memory, log and clock of a loop and of all objects on it
+ *     >>impl-id            {generation, index} ids of objects that may be gone when they are used
+ *     >>impl-list          doubly linked lists through members of the items
  *     >>impl-url           URLs, their options, percent-encoding
  *     >>impl-message       nanopb messages: views, encoding into chunks, decoding
  *     >>impl-frame         the 12 bytes before every message
  *     >>impl-meta          what a message is about: brpc's RpcMeta
- *     >>impl-sock          addresses and sockets; knows no loop
- *     >>impl-resolver      host names to numeric addresses, on the caller's thread
+ *     >>impl-sock          addresses and sockets, without a loop
+ *     >>impl-resolver      host names to numeric addresses; blocks the calling thread
  *     >>impl-transport     how bytes get through a connected socket
- *     >>impl-poller        epoll and poll behind four functions
- *     >>impl-wake          a descriptor by which another thread ends a wait
+ *     >>impl-poller        waiting for many descriptors: epoll and poll behind one face
+ *     >>impl-wake          a descriptor by which another thread ends the poller's wait
  *     >>impl-timer         hashed hierarchical timing wheel: O(1) to arm and cancel
- *     >>impl-loop          who drives, who waits, what runs when
- *     >>impl-limiter       how much is let through: rates, retries, calls at a time
- *     >>impl-breaker       a provider that fails gets no calls, then one, then more
- *     >>impl-balance       which provider a call goes to
+ *     >>impl-loop          a loop's state: lock, driver, clock, tasks, timers
+ *     >>impl-watch         descriptors that a loop waits for
+ *     >>impl-user          what the program has on a loop: posts, timers, descriptors
+ *     >>impl-drive         who drives a loop, who waits, and how they take turns
+ *     >>impl-limiter       token buckets, retry budgets, adaptive concurrency limits
+ *     >>impl-breaker       a provider that fails gets no calls, then a probe, then more
+ *     >>impl-balance       balancers: which provider of a list a call goes to
  *     >>impl-conn          one connection: reading and parsing, queueing and sending
+ *     >>impl-baidu         brpc's protocol baidu_std: RpcMeta to messages and back
+ *     >>impl-protocols     which protocols there are
  *     >>impl-registry      lists of providers, node names, what a backend offers
  *     >>impl-filereg       the registry in a file
  *     >>impl-multicast     the registry that is nowhere: providers announce themselves
@@ -128,10 +133,10 @@
  *     >>impl-channel       the forms of calls, and closing
  *     >>impl-opening       URLs and options of a channel, its directory
  *     >>impl-service       finding the method that a request names
- *     >>impl-worker        a bounded queue and the threads that empty it
- *     >>impl-order         requests of one key, one after another
- *     >>impl-replay        replies kept for requests that come again
- *     >>impl-quota         what a method and a client may ask of a server
+ *     >>impl-worker        a pool of threads for handlers, with a bounded queue
+ *     >>impl-order         requests with the same ordering key run one after another
+ *     >>impl-replay        replies kept for requests that arrive again with the same id
+ *     >>impl-quota         limits of a method and of a client: concurrency and rates
  *     >>impl-context       one request in service: its handler, its reply, its end
  *     >>impl-guard         requests that are limited, keep an order, or come again
  *     >>impl-intake        what a server's connections bring: taken in, or refused
@@ -366,7 +371,10 @@
  *
  * PORTING
  *
- * Linux 2.6.27 and later (accept4, eventfd, epoll_create1). No 64-bit atomics, no unaligned access,
+ * Linux 2.6.27 and later. Where the kernel is too old for accept4 (2.6.28, on ARM 2.6.36), for the
+ * coarse clock (2.6.32) or for getrandom (3.17), or where a sandbox refuses one of them, epoll or
+ * eventfd with ENOSYS or EPERM, crpc does without: with accept and fcntl, the exact clock, a seed
+ * from the clock and the process's start, poll, and a pipe. No 64-bit atomics, no unaligned access,
  * no byte order assumed. With musl threads have small stacks: crpc's own use less than 32 KiB of
  * the 256 that they are given, handlers come on top.
  *
@@ -420,6 +428,9 @@
 #endif
 #ifndef CRPC_ENABLE_RESOLVER
 #define CRPC_ENABLE_RESOLVER 1 /* host names by getaddrinfo; 0: numeric addresses, or a hook */
+#endif
+#ifndef CRPC_DEBUG
+#define CRPC_DEBUG 0 /* 1: checks crpc's own rules as it runs, and aborts where one is broken */
 #endif
 #ifndef CRPC_ZOOKEEPER_ST
 #define CRPC_ZOOKEEPER_ST 0 /* 1: drive libzookeeper_st from the loop; 0: libzookeeper_mt */
@@ -680,13 +691,13 @@ typedef struct crpc_hooks {
 typedef struct crpc_loop crpc_loop;
 
 /* Names something that a loop keeps. Never reused while the loop lives, so a stale one is safe:
- * it names nothing. The value 0 names nothing. */
+ * it names nothing, and neither does an id of another loop. The value 0 names nothing. */
 typedef struct crpc_id {
     uint64_t value;
 } crpc_id;
 
 typedef enum crpc_poller {
-    CRPC_POLLER_DEFAULT = 0, /* epoll where it is compiled in, else poll */
+    CRPC_POLLER_DEFAULT = 0, /* epoll; poll where epoll is not compiled in, or refused */
     CRPC_POLLER_EPOLL = 1,
     CRPC_POLLER_POLL = 2
 } crpc_poller;
@@ -913,7 +924,7 @@ struct crpc_call {
     int64_t latency_us;         /* from the call function's start to the reply's arrival; if begun
                                    in a callback, up to some milliseconds of the callbacks more */
     /* --- private -------------------------------------------------------- */
-    void *reserved[6];
+    void *reserved[7];
 };
 
 #if CRPC_ENABLE_CLIENT
@@ -1631,7 +1642,7 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #define CRPC_IMPLEMENTATION_INCLUDED
 
 /* ======================================================================== */
-/* >>impl-base   system headers, attributes, small arithmetic               */
+/* >>impl-base   system headers, attributes, assertions, small arithmetic, hash */
 /* ======================================================================== */
 
 #include <arpa/inet.h>
@@ -1651,6 +1662,7 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <time.h>
@@ -1690,7 +1702,9 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #error "crpc: define CRPC_REALLOC and CRPC_FREE together"
 #endif
 
-/* Private functions: no warning where a toggle leaves one without a caller. */
+/* Attributes of private functions. A toggle may leave a function without a caller: no compiler need
+ * warn. CRPCI_COLD ones run at start, at the end or on errors: they are laid out apart and never
+ * inlined, which keeps the code of a call in few cache lines. */
 #if defined(__GNUC__)
 #define CRPCI_FN static __attribute__((unused))
 #define CRPCI_COLD static __attribute__((unused, cold, noinline))
@@ -1703,6 +1717,20 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #define CRPCI_UNLIKELY(x) (x)
 #endif
 
+/* States what must hold; checked where CRPC_DEBUG is 1. For mistakes in crpc itself only: nothing
+ * that comes from a peer or from the program may reach one. */
+#if CRPC_DEBUG
+CRPCI_COLD void crpci_base_abort(const char *what, const char *function)
+{
+    fprintf(stderr, "crpc: %s: %s\n", function, what);
+    abort();
+}
+#define CRPCI_ASSERT(x, what) ((x) ? (void)0 : crpci_base_abort(what, __func__))
+#else
+#define CRPCI_ASSERT(x, what) ((void)0)
+#endif
+
+/* The struct of which *ptr is the named member. */
 #define CRPCI_CONTAINER(ptr, type, member)                                                         \
     ((type *)(void *)((char *)(ptr)-offsetof(type, member)))
 
@@ -1716,12 +1744,13 @@ CRPCI_FN int64_t crpci_base_min64(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-/* An option's value: 0 means the default, -1 the given "none". */
+/* The value of an option: `zero`, the default, if it is 0; `none` if it is negative. */
 CRPCI_FN int64_t crpci_base_option(int64_t value, int64_t zero, int64_t none)
 {
     return value == 0 ? zero : value < 0 ? none : value;
 }
 
+/* 32-bit integers on the wire are big-endian and stand at any address. */
 CRPCI_FN uint32_t crpci_base_get32(const uint8_t *p)
 {
     return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
@@ -1735,36 +1764,95 @@ CRPCI_FN void crpci_base_put32(uint8_t *p, uint32_t v)
     p[3] = (uint8_t)v;
 }
 
+/* The last steps of splitmix64 (S. Vigna): a change of any bit of x changes each bit of the result
+ * with a chance of one half. */
+CRPCI_FN uint64_t crpci_base_mix(uint64_t x)
+{
+    x ^= x >> 30;
+    x *= UINT64_C(0xbf58476d1ce4e5b9);
+    x ^= x >> 27;
+    x *= UINT64_C(0x94d049bb133111eb);
+    return x ^ x >> 31;
+}
+
+/* FNV-1a, then mixed: equal on every machine, because a hash decides which provider of a list all
+ * clients choose. Not for keys that an attacker picks to make a table slow. */
+CRPCI_FN uint64_t crpci_base_hash(const void *bytes, size_t n)
+{
+    const uint8_t *p = (const uint8_t *)bytes;
+    uint64_t h = UINT64_C(0xcbf29ce484222325);
+    size_t i;
+    for (i = 0; i < n; i++)
+        h = (h ^ p[i]) * UINT64_C(0x100000001b3);
+    return crpci_base_mix(h);
+}
+
 /* ======================================================================== */
-/* >>impl-thread   locks, condition variables, threads; nothing without them */
+/* >>impl-thread   mutexes, condition variables, threads, atomic counters    */
 /* ======================================================================== */
 
+/* With CRPC_ENABLE_THREADS=0 the same functions exist and do nothing, so that the sections below
+ * need no #if to lock. */
 #if CRPC_ENABLE_THREADS
-typedef pthread_mutex_t crpci_mutex;
+typedef struct crpci_mutex {
+    pthread_mutex_t mutex;
+#if CRPC_DEBUG
+    uintptr_t holder; /* atomic: tag of the thread that holds it; 0: none does */
+#endif
+} crpci_mutex;
 typedef pthread_cond_t crpci_cond;
 typedef pthread_t crpci_thread;
 
+/* The calling thread as a number other than 0. On Linux a pthread_t is an integer or a pointer. */
+CRPCI_FN uintptr_t crpci_thread_tag(void)
+{
+    return (uintptr_t)pthread_self();
+}
+
+#if CRPC_DEBUG
+/* Whether the calling thread holds a mutex. */
+CRPCI_FN bool crpci_thread_holds(const crpci_mutex *m)
+{
+    return __atomic_load_n(&m->holder, __ATOMIC_RELAXED) == crpci_thread_tag();
+}
+#endif
+
+/* Records that the calling thread now holds a mutex, or no longer does. */
+CRPCI_FN void crpci_thread_set_held(crpci_mutex *m, bool held)
+{
+#if CRPC_DEBUG
+    __atomic_store_n(&m->holder, held ? crpci_thread_tag() : 0, __ATOMIC_RELAXED);
+#else
+    (void)m;
+    (void)held;
+#endif
+}
+
 CRPCI_FN int crpci_thread_mutex_init(crpci_mutex *m)
 {
-    return pthread_mutex_init(m, NULL) ? CRPC_ENOMEM : CRPC_OK;
+    crpci_thread_set_held(m, false);
+    return pthread_mutex_init(&m->mutex, NULL) ? CRPC_ENOMEM : CRPC_OK;
 }
 
 CRPCI_FN void crpci_thread_mutex_free(crpci_mutex *m)
 {
-    pthread_mutex_destroy(m);
+    pthread_mutex_destroy(&m->mutex);
 }
 
 CRPCI_FN void crpci_thread_lock(crpci_mutex *m)
 {
-    pthread_mutex_lock(m);
+    pthread_mutex_lock(&m->mutex);
+    crpci_thread_set_held(m, true);
 }
 
 CRPCI_FN void crpci_thread_unlock(crpci_mutex *m)
 {
-    pthread_mutex_unlock(m);
+    crpci_thread_set_held(m, false);
+    pthread_mutex_unlock(&m->mutex);
 }
 
-/* On CLOCK_MONOTONIC, so that a clock set by hand or by NTP moves no deadline. */
+/* Timed waits go by CLOCK_MONOTONIC: setting the wall clock, by hand or by NTP, moves no
+ * deadline. */
 CRPCI_FN int crpci_thread_cond_init(crpci_cond *c)
 {
     pthread_condattr_t attr;
@@ -1791,12 +1879,15 @@ CRPCI_FN void crpci_thread_broadcast(crpci_cond *c)
     pthread_cond_broadcast(c);
 }
 
-/* Waits for at most `us` microseconds (negative: no limit); may return early. */
+/* Unlocks, waits until signalled or for `us` microseconds (negative: no limit), locks again. It may
+ * return early, so callers wait in a loop. More than a day is cut to a day: sums stay in range. */
 CRPCI_FN void crpci_thread_wait(crpci_cond *c, crpci_mutex *m, int64_t us)
 {
     struct timespec ts;
+    crpci_thread_set_held(m, false);
     if (us < 0) {
-        pthread_cond_wait(c, m);
+        pthread_cond_wait(c, &m->mutex);
+        crpci_thread_set_held(m, true);
         return;
     }
     clock_gettime(CLOCK_MONOTONIC, &ts);
@@ -1807,7 +1898,8 @@ CRPCI_FN void crpci_thread_wait(crpci_cond *c, crpci_mutex *m, int64_t us)
         ts.tv_sec++;
         ts.tv_nsec -= 1000000000;
     }
-    pthread_cond_timedwait(c, m, &ts);
+    pthread_cond_timedwait(c, &m->mutex, &ts);
+    crpci_thread_set_held(m, true);
 }
 
 CRPCI_FN crpci_thread crpci_thread_self(void)
@@ -1820,14 +1912,8 @@ CRPCI_FN bool crpci_thread_is_self(crpci_thread t)
     return pthread_equal(t, pthread_self()) != 0;
 }
 
-/* The calling thread as a number other than 0: Linux's pthread_t is one, or a pointer. */
-CRPCI_FN uintptr_t crpci_thread_tag(void)
-{
-    return (uintptr_t)pthread_self();
-}
-
-/* Starts a thread with all signals blocked: the program's handlers never run on it.
- * stack_size: bytes, 0: the system's default. */
+/* Starts a thread. All signals are blocked on it, so that the program's signal handlers run on the
+ * program's own threads. stack_size: bytes, 0: the system's default. */
 CRPCI_FN int crpci_thread_start(crpci_thread *t, size_t stack_size, void *(*fn)(void *), void *arg)
 {
     pthread_attr_t attr;
@@ -1850,7 +1936,7 @@ CRPCI_FN void crpci_thread_join(crpci_thread t)
     pthread_join(t, NULL);
 }
 
-/* Names the calling thread; the kernel takes 15 characters. */
+/* Names the calling thread for ps and gdb; the kernel takes 15 characters. */
 CRPCI_FN void crpci_thread_name(const char *name)
 {
     char text[16];
@@ -1926,10 +2012,17 @@ CRPCI_FN uintptr_t crpci_thread_tag(void)
 {
     return 1;
 }
+
+CRPCI_FN bool crpci_thread_holds(const crpci_mutex *m)
+{
+    (void)m;
+    return true;
+}
 #endif
 
-/* Reference counts and flags that are touched without a lock; all are 32 bits wide, which every
- * Linux target does without libatomic. */
+/* --- atomic counters and flags: 32 bits wide, for which no Linux target needs libatomic ------- */
+
+/* Takes one more reference of an object on which the caller has one already. */
 CRPCI_FN void crpci_thread_ref(uint32_t *n)
 {
     __atomic_fetch_add(n, 1, __ATOMIC_RELAXED);
@@ -1940,8 +2033,8 @@ CRPCI_FN void crpci_thread_add(uint32_t *n, uint32_t count)
     __atomic_fetch_add(n, count, __ATOMIC_ACQ_REL);
 }
 
-/* True when the last reference went. Nobody else can take or give one up while there is but the
- * caller's, which is the usual case and spares the locked arithmetic. */
+/* Gives up the caller's reference; true: it was the last one. A count of 1 needs no atomic
+ * subtraction: the only reference is the caller's, so no other thread can change the count. */
 CRPCI_FN bool crpci_thread_unref(uint32_t *n)
 {
     return __atomic_load_n(n, __ATOMIC_ACQUIRE) == 1 ||
@@ -1959,7 +2052,7 @@ CRPCI_FN void crpci_thread_store(uint32_t *n, uint32_t v)
 }
 
 /* ======================================================================== */
-/* >>impl-status   names and texts of codes                                 */
+/* >>impl-status   names and texts of status codes                          */
 /* ======================================================================== */
 
 CRPC_API const char *crpc_version(void)
@@ -1975,54 +2068,55 @@ CRPC_API const char *crpc_zookeeper_driver(void)
 /* A literal that explains something: only in a build with texts is it in the object. */
 #define CRPCI_STATUS_TEXT(text) (CRPC_ENABLE_TEXTS ? (text) : "")
 
-/* The name of a code, with its text behind the terminating zero: one string is smaller than two
- * switches, or an array of pointers, which is also data to be relocated. NULL: not a code. */
-CRPCI_COLD const char *crpci_status_words(int status)
+/* The name of a code; its text stands behind the terminating zero. One string of all names and
+ * texts is smaller than two switches, and an array of pointers would have to be relocated in a
+ * shared library. NULL: no such code. */
+CRPCI_COLD const char *crpci_status_entry(int status)
 {
 #define CRPCI_STATUS_NUMBER(name, number, text) number,
 #if CRPC_ENABLE_TEXTS
-#define CRPCI_STATUS_WORDS(name, number, text) #name "\0" text "\0"
+#define CRPCI_STATUS_ENTRY(name, number, text) #name "\0" text "\0"
 #else
-#define CRPCI_STATUS_WORDS(name, number, text) #name "\0"
+#define CRPCI_STATUS_ENTRY(name, number, text) #name "\0"
 #endif
     static const uint16_t numbers[] = {CRPC_STATUS_MAP(CRPCI_STATUS_NUMBER)};
-    const char *words = CRPC_STATUS_MAP(CRPCI_STATUS_WORDS);
+    const char *entry = CRPC_STATUS_MAP(CRPCI_STATUS_ENTRY);
 #undef CRPCI_STATUS_NUMBER
-#undef CRPCI_STATUS_WORDS
+#undef CRPCI_STATUS_ENTRY
     size_t i;
     for (i = 0; i < sizeof numbers / sizeof *numbers; i++) {
         if (numbers[i] == status)
-            return words;
-        words += strlen(words) + 1;
+            return entry;
+        entry += strlen(entry) + 1; /* the name */
         if (CRPC_ENABLE_TEXTS)
-            words += strlen(words) + 1;
+            entry += strlen(entry) + 1; /* the text */
     }
     return NULL;
 }
 
 CRPC_API const char *crpc_status_name(int status)
 {
-    const char *words = crpci_status_words(status);
-    return words ? words : "E?";
+    const char *name = crpci_status_entry(status);
+    return name ? name : "E?";
 }
 
 CRPC_API const char *crpc_status_text(int status)
 {
-    const char *words = crpci_status_words(status);
+    const char *name = crpci_status_entry(status);
     if (!CRPC_ENABLE_TEXTS)
         return crpc_status_name(status);
-    return words ? words + strlen(words) + 1 : "unknown error";
+    return name ? name + strlen(name) + 1 : "unknown error";
 }
 
-/* Numbers that belong to the system (errno of other stacks) and to RPC frameworks; the rest are the
- * applications'. */
+/* Whether a code is one that foreign peers use for their own errors: errno values and the numbers
+ * of RPC frameworks. All others are applications' codes. */
 CRPCI_FN bool crpci_status_reserved(int code)
 {
     return (code >= 0 && code <= 199) || (code >= 1000 && code <= 3999);
 }
 
-/* crpci_status_set sets an error that happened on this side before any attempt; `error` may be
- * NULL. crpci_status_explain writes the text of one whose code is set, crpci_status_format a cause
+/* crpci_status_set describes an error that happened on this side before any attempt, and returns its
+ * code; `error` may be NULL. crpci_status_explain writes the text of one whose code is set, crpci_status_format a cause
  * into a buffer, as snprintf. Without texts an error says the name of its code and a cause is
  * empty; the arguments are then checked by the compiler, but neither evaluated nor in the object.
  */
@@ -2068,36 +2162,39 @@ CRPCI_COLD int crpci_status_set_name(crpc_error *error, int code)
 #endif
 
 /* ======================================================================== */
-/* >>impl-heap   memory, log and clock of one loop and all that is made from it */
+/* >>impl-heap   memory, log and clock of a loop and of all objects on it    */
 /* ======================================================================== */
 
-/* Chunks are the only buffers: one block each, power-of-two sized, reference counted, kept for
- * reuse by size. A chunk may outlive its loop (a crpc_call can hold one), so it holds the heap. */
+/* All bytes that are sent or received lie in chunks: blocks with a reference count, a power of two
+ * in size, which the heap keeps for reuse in one list for each size. A chunk has a reference on its
+ * heap, because it may outlive the loop: a crpc_call can hold one. The heap has its own mutex,
+ * which is the innermost lock of all. */
 #define CRPCI_CHUNK_MIN 256u
 #define CRPCI_CHUNK_CLASSES 14u /* 256 bytes to 2 MiB; larger ones are never kept */
 #define CRPCI_CHUNK_BIG (CRPCI_CHUNK_MIN << (CRPCI_CHUNK_CLASSES - 1))
-#define CRPCI_HEAP_KEEP (256u << 10) /* bytes of each size that are kept without asking */
+#define CRPCI_HEAP_KEEP (256u << 10) /* bytes of each size that are kept whatever the load was */
 
 typedef struct crpci_chunk crpci_chunk;
-/* Chunks of one size. There are to be, in use and kept, half as many again as were in use at a time
- * of late: so a steady load finds each again, and what a burst took goes when lighter work follows
- * it. */
+/* Chunks of one size. Those in use and those kept together shall be half as many again as were in
+ * use at one time in the recent past. A steady load then finds every chunk kept, and the chunks
+ * that a burst took are freed when lighter work follows. */
 typedef struct crpci_heap_class {
     crpci_chunk *kept;
     uint32_t kept_count;
     uint32_t used;
-    uint64_t recent; /* the most that were in use, fading; times 2^16 */
+    uint64_t recent; /* the most that were in use at a time, fading with each chunk given back; in
+                      * 1/65536 of a chunk */
 } crpci_heap_class;
 
 typedef struct crpci_heap {
     crpc_hooks hooks;
     crpci_mutex lock;
-    uint32_t refs; /* under the lock, which a chunk that comes or goes takes anyway */
-    int64_t limit; /* bytes in chunks, 0: none */
-    int64_t chunk_bytes;
-    int64_t kept_bytes;
-    int64_t bytes;
-    int64_t peak;
+    uint32_t refs; /* under the lock, which taking or giving a chunk needs anyway */
+    int64_t limit; /* of chunk_bytes; 0: no limit */
+    int64_t chunk_bytes; /* in chunks that are in use */
+    int64_t kept_bytes;  /* in chunks that wait for reuse */
+    int64_t bytes;       /* everything */
+    int64_t peak;        /* the most that `bytes` ever was */
     crpci_heap_class classes[CRPCI_CHUNK_CLASSES];
 } crpci_heap;
 
@@ -2105,11 +2202,11 @@ struct crpci_chunk {
     crpci_heap *heap;
     crpci_chunk *next;
     uint32_t refs;
-    uint32_t size_class; /* CRPCI_CHUNK_CLASSES: not kept */
+    uint32_t size_class; /* CRPCI_CHUNK_CLASSES: too large to be kept */
     size_t cap;          /* bytes behind the header */
 };
 
-/* The bytes are aligned for any type, also where the struct's size alone would not do that. */
+/* The bytes behind the header are aligned for any type, on 32-bit targets too. */
 #define CRPCI_CHUNK_HEADER ((sizeof(crpci_chunk) + 15) & ~(size_t)15)
 
 CRPCI_FN uint8_t *crpci_heap_data(crpci_chunk *c)
@@ -2127,6 +2224,7 @@ CRPCI_FN void *crpci_heap_default_resize(void *user, void *ptr, size_t old_size,
     return NULL;
 }
 
+/* The default log hook: a line on stderr that begins with the level's letter. */
 CRPCI_COLD void crpci_heap_default_log(void *user, int level, const char *line)
 {
     static const char letters[] = "?EWID";
@@ -2152,15 +2250,15 @@ CRPCI_FN int64_t crpci_heap_now(const crpci_heap *h)
     return h->hooks.clock_us(h->hooks.user);
 }
 
-/* The same clock at the kernel's last tick: up to some milliseconds behind, never ahead. To read a
- * counter of the processor takes longer than all else that is done before a deadline is looked at,
- * above all in a virtual machine. */
+/* The same clock as of the kernel's last tick: 1 to 10 ms behind, never ahead. Reading it is a load
+ * from memory; the exact clock reads a counter of the processor, which takes longer than everything
+ * else that is done to compare a deadline, in a virtual machine many times longer. */
 CRPCI_FN int64_t crpci_heap_rough_now(const crpci_heap *h)
 {
     struct timespec ts;
-    if (h->hooks.clock_us != crpci_heap_default_clock)
+    if (h->hooks.clock_us != crpci_heap_default_clock ||
+        clock_gettime(CLOCK_MONOTONIC_COARSE, &ts)) /* Linux before 2.6.32 */
         return crpci_heap_now(h);
-    clock_gettime(CLOCK_MONOTONIC_COARSE, &ts);
     return crpci_heap_micros(&ts);
 }
 
@@ -2191,10 +2289,22 @@ CRPCI_COLD void crpci_heap_log_line(crpci_heap *h, int level, int number)
 }
 #endif
 
-/* Called with the heap locked. */
+/* Whether the system call that has just failed is missing from the kernel or forbidden by a sandbox
+ * (errno ENOSYS or EPERM), so that another one has to do. The log tells which. */
+CRPCI_COLD bool crpci_heap_refused(crpci_heap *h, const char *call, const char *instead)
+{
+    if (errno != ENOSYS && errno != EPERM)
+        return false;
+    crpci_heap_log(h, CRPC_LOG_INFO, "loop: %s: %s; %s is used instead", call,
+                   errno == ENOSYS ? "ENOSYS" : "EPERM", instead);
+    return true;
+}
+
 CRPCI_FN void *crpci_heap_resize_locked(crpci_heap *h, void *ptr, size_t old_size, size_t new_size)
 {
-    void *out = h->hooks.resize(h->hooks.user, ptr, old_size, new_size);
+    void *out;
+    CRPCI_ASSERT(crpci_thread_holds(&h->lock), "the heap is not locked by this thread");
+    out = h->hooks.resize(h->hooks.user, ptr, old_size, new_size);
     if (out || !new_size) {
         h->bytes += (int64_t)new_size - (int64_t)old_size;
         if (h->bytes > h->peak)
@@ -2203,7 +2313,8 @@ CRPCI_FN void *crpci_heap_resize_locked(crpci_heap *h, void *ptr, size_t old_siz
     return out;
 }
 
-/* realloc with sizes; new bytes are zero. On failure NULL, and the old block stays. */
+/* realloc for callers that know the old size; new bytes are zero. NULL: out of memory, the old
+ * block stays as it is. */
 CRPCI_FN void *crpci_heap_resize(crpci_heap *h, void *ptr, size_t old_size, size_t new_size)
 {
     void *out;
@@ -2242,6 +2353,7 @@ CRPCI_FN void crpci_heap_strfree(crpci_heap *h, char *text)
         crpci_heap_free(h, text, strlen(text) + 1);
 }
 
+/* Makes a heap with one reference; hooks may be NULL. limit: bytes in chunks, 0: none. */
 CRPCI_FN int crpci_heap_open(crpci_heap **out, const crpc_hooks *hooks, int64_t limit)
 {
     crpc_hooks k;
@@ -2273,6 +2385,7 @@ CRPCI_FN int crpci_heap_open(crpci_heap **out, const crpc_hooks *hooks, int64_t 
     return CRPC_OK;
 }
 
+/* Frees all chunks that are kept for reuse. The heap is locked. */
 CRPCI_FN void crpci_heap_trim(crpci_heap *h)
 {
     crpci_chunk *c;
@@ -2293,7 +2406,7 @@ CRPCI_FN void crpci_heap_ref(crpci_heap *h)
     crpci_thread_unlock(&h->lock);
 }
 
-/* Gives up a reference and unlocks; the last one frees. */
+/* Gives up a reference and unlocks; the last one frees the heap. */
 CRPCI_FN void crpci_heap_unlock_unref(crpci_heap *h)
 {
     crpc_hooks k;
@@ -2314,7 +2427,8 @@ CRPCI_FN void crpci_heap_unref(crpci_heap *h)
     crpci_heap_unlock_unref(h);
 }
 
-/* CRPCI_CHUNK_CLASSES: larger than any. */
+/* The list for chunks of so many bytes with their header: class k holds those of 256 << k bytes.
+ * CRPCI_CHUNK_CLASSES: they are too large to be kept. */
 CRPCI_FN unsigned crpci_heap_class_of(size_t total)
 {
     if (total <= CRPCI_CHUNK_MIN)
@@ -2324,7 +2438,7 @@ CRPCI_FN unsigned crpci_heap_class_of(size_t total)
     return 32u - (unsigned)__builtin_clz((unsigned)(total - 1) / CRPCI_CHUNK_MIN);
 }
 
-/* A chunk of a class, from those that were kept if there is one. Locked. */
+/* A chunk of a class: one that was kept, else a new one. The heap is locked. */
 CRPCI_FN crpci_chunk *crpci_heap_take(crpci_heap *h, crpci_heap_class *k, size_t total)
 {
     crpci_chunk *c = k->kept;
@@ -2340,11 +2454,12 @@ CRPCI_FN crpci_chunk *crpci_heap_take(crpci_heap *h, crpci_heap_class *k, size_t
     return c;
 }
 
-/* Takes a chunk of a class back. Locked. */
+/* Keeps a chunk for reuse, and frees those of its class that the recent load did not need. Called
+ * with the heap locked. */
 CRPCI_FN void crpci_heap_give(crpci_heap *h, crpci_heap_class *k, crpci_chunk *c, size_t total)
 {
     uint64_t enough;
-    k->recent -= k->recent >> 16; /* to a third in as many chunks */
+    k->recent -= k->recent >> 16; /* fades to 1/e in 65536 chunks given back */
     enough = (k->recent + k->recent / 2) >> 16;
     k->used--;
     c->next = k->kept;
@@ -2361,8 +2476,8 @@ CRPCI_FN void crpci_heap_give(crpci_heap *h, crpci_heap_class *k, crpci_chunk *c
     }
 }
 
-/* A chunk with room for at least `size` bytes and one reference; NULL when out of memory or over
- * the heap's limit. */
+/* A chunk with one reference and room for at least `size` bytes, not cleared. NULL: out of memory,
+ * or over the heap's limit. */
 CRPCI_FN crpci_chunk *crpci_heap_chunk(crpci_heap *h, size_t size)
 {
     unsigned k = crpci_heap_class_of(size + CRPCI_CHUNK_HEADER);
@@ -2396,7 +2511,8 @@ CRPCI_FN void crpci_heap_chunk_ref(crpci_chunk *c)
     crpci_thread_ref(&c->refs);
 }
 
-/* NULL is ignored. */
+/* Gives up a reference of a chunk, on any thread, with or without the loop's lock. NULL is
+ * ignored. */
 CRPCI_FN void crpci_heap_chunk_unref(crpci_chunk *c)
 {
     crpci_heap *h;
@@ -2415,23 +2531,29 @@ CRPCI_FN void crpci_heap_chunk_unref(crpci_chunk *c)
 }
 
 /* ======================================================================== */
-/* >>impl-id   {index, generation} ids for objects that others may outlive  */
+/* >>impl-id   {generation, index} ids of objects that may be gone when they are used */
 /* ======================================================================== */
 
+/* An id is the slot's generation in the upper 32 bits and its index in the lower ones. Each use of
+ * a slot has a generation of its own, so an id finds its object or nothing, never the slot's next
+ * object. A table is not locked by itself. */
 typedef struct crpci_id_slot {
-    void *object; /* NULL: free */
-    uint32_t generation;
-    uint32_t next_free; /* index + 1 */
+    void *object;        /* NULL: the slot is free */
+    uint32_t generation; /* of the present or last use; 0: it was never used */
+    uint32_t next_free;  /* index + 1 of the next free slot; 0: it is the last */
 } crpci_id_slot;
 
+/* All zero at first, but for the salt. */
 typedef struct crpci_id_table {
     crpci_id_slot *slots;
     uint32_t cap;
     uint32_t used;
-    uint32_t free_head; /* index + 1; first in, first out, so that a number returns late */
+    uint32_t free_head; /* index + 1; first in, first out, so that an index is reused late */
     uint32_t free_tail;
+    uint32_t salt; /* xor of index and id: an id of another table is, almost surely, no id here */
 } crpci_id_table;
 
+/* Appends a slot to the free ones. */
 CRPCI_FN void crpci_id_release(crpci_id_table *t, uint32_t index)
 {
     t->slots[index].object = NULL;
@@ -2460,7 +2582,7 @@ CRPCI_FN int crpci_id_grow(crpci_id_table *t, crpci_heap *h)
     return CRPC_OK;
 }
 
-/* Names an object. Ids are never 0. */
+/* Gives an object an id, which is never 0. */
 CRPCI_FN int crpci_id_add(crpci_id_table *t, crpci_heap *h, void *object, uint64_t *id)
 {
     crpci_id_slot *s;
@@ -2476,24 +2598,25 @@ CRPCI_FN int crpci_id_add(crpci_id_table *t, crpci_heap *h, void *object, uint64
         s->generation = 1;
     s->object = object;
     t->used++;
-    *id = (uint64_t)s->generation << 32 | index;
+    *id = (uint64_t)s->generation << 32 | (index ^ t->salt);
     return CRPC_OK;
 }
 
-/* The object of an id, NULL if it is gone. */
+/* The object of an id; NULL: it was removed, or the id is from elsewhere. */
 CRPCI_FN void *crpci_id_get(const crpci_id_table *t, uint64_t id)
 {
-    uint32_t index = (uint32_t)id;
+    uint32_t index = (uint32_t)id ^ t->salt;
     if (index >= t->cap || t->slots[index].generation != (uint32_t)(id >> 32))
         return NULL;
     return t->slots[index].object;
 }
 
+/* Takes an id's validity; one that names nothing is ignored. */
 CRPCI_FN void crpci_id_remove(crpci_id_table *t, uint64_t id)
 {
     if (!crpci_id_get(t, id))
         return;
-    crpci_id_release(t, (uint32_t)id);
+    crpci_id_release(t, (uint32_t)id ^ t->salt);
     t->used--;
 }
 
@@ -2504,9 +2627,11 @@ CRPCI_FN void crpci_id_free(crpci_id_table *t, crpci_heap *h)
 }
 
 /* ======================================================================== */
-/* >>impl-list   doubly linked lists through members; an empty link points to itself */
+/* >>impl-list   doubly linked lists through members of the items            */
 /* ======================================================================== */
 
+/* A ring: the head of a list and the link in an item are of one type. A link that is in no list
+ * points to itself, so removing it again is harmless. */
 typedef struct crpci_list {
     struct crpci_list *next;
     struct crpci_list *prev;
@@ -2517,6 +2642,7 @@ CRPCI_FN void crpci_list_init(crpci_list *l)
     l->next = l->prev = l;
 }
 
+/* Whether a list has no item, or an item's link is in no list. */
 CRPCI_FN bool crpci_list_empty(const crpci_list *l)
 {
     return l->next == l;
@@ -2530,7 +2656,7 @@ CRPCI_FN void crpci_list_append(crpci_list *head, crpci_list *item)
     head->prev = item;
 }
 
-/* Takes an item out; harmless if it is in no list. */
+/* Takes an item out of the list that it is in, if any. */
 CRPCI_FN void crpci_list_remove(crpci_list *item)
 {
     item->prev->next = item->next;
@@ -2538,7 +2664,7 @@ CRPCI_FN void crpci_list_remove(crpci_list *item)
     crpci_list_init(item);
 }
 
-/* Moves all items of `from` to the empty `to`. */
+/* Moves all items of `from` to `to`, which had none or was not initialised. */
 CRPCI_FN void crpci_list_move(crpci_list *to, crpci_list *from)
 {
     crpci_list_init(to);
@@ -3065,6 +3191,55 @@ CRPCI_FN int crpci_message_encode(crpci_message_out *o, const pb_msgdesc_t *desc
     return o->no_memory ? CRPC_ENOMEM : CRPC_ECODEC;
 }
 
+/* --- what is said ----------------------------------------------------------------------------- */
+
+/* crpc's own fields: of a reply whose status is the application's; of a request, what names it and
+ * the key of its order. */
+#define CRPCI_MESSAGE_APP_FIELD "crpc-app"
+#define CRPCI_MESSAGE_ID_FIELD  "crpc-rid"
+#define CRPCI_MESSAGE_KEY_FIELD "crpc-key"
+
+typedef enum crpci_message_kind { CRPCI_MESSAGE_REQUEST, CRPCI_MESSAGE_REPLY } crpci_message_kind;
+
+/* A request or a reply, whatever protocol its bytes are in. Received, all that it points to stands
+ * in `chunk`, of which whoever keeps it takes a reference; of a reply the fields come first and the
+ * attachment comes last. */
+typedef struct crpci_message {
+    crpci_message_kind kind;
+    /* Received: a request for the method that the connection expects, or a reply that says success.
+     * Nothing below `attachment_size` is set then, nor would be but to 0. */
+    bool usual;
+    int64_t id;    /* connects a reply with its request; the caller's choice, 0 if there is none */
+    uint32_t turn; /* of the request on its connection, where replies keep that order */
+    int32_t timeout_ms;     /* request; 0: the caller did not say */
+    crpci_chunk *chunk;     /* received */
+    crpc_view fields;       /* received: where the protocol looks them up; to be sent: encoded */
+    const uint8_t *payload;
+    size_t payload_size;
+    size_t attachment_size; /* it follows the payload */
+    bool has_fields;        /* received: there may be fields */
+    int32_t status;         /* reply; 0: success */
+    crpc_view text;         /* reply, of a status that is not 0 */
+    crpc_view names;        /* request to be sent: service and method, encoded */
+    crpc_view service;      /* request received */
+    crpc_view method;
+    int64_t log_id;
+    int64_t trace_id;
+    int64_t span_id;
+    int64_t parent_span_id;
+    crpc_view credential;
+    const char *unsupported; /* received: what crpc cannot do of that which it asks for; NULL: all
+                              * is well. The text lasts as long as the call that hands it on. */
+} crpci_message;
+
+/* What a request passes on to the calls made on its behalf; first member of a crpc_context. */
+typedef struct crpci_origin {
+    int64_t deadline_us; /* INT64_MAX: the caller did not say */
+    int64_t log_id;
+    int64_t trace_id;
+    int64_t span_id;
+} crpci_origin;
+
 /* ======================================================================== */
 /* >>impl-frame   the 12 bytes before every message                         */
 /* ======================================================================== */
@@ -3097,12 +3272,6 @@ CRPCI_FN crpci_frame_result crpci_frame_header(const uint8_t *p, size_t n, uint3
 
 /* Written backwards in front of a payload; read by a hand cursor where it has the usual shape, and
  * by nanopb where it has not. Field numbers are brpc's (baidu_rpc_meta.proto). */
-
-/* crpc's own user_fields: of a reply whose error_code is the application's; of a request, what
- * names it and the key of its order. */
-#define CRPCI_META_APP_FIELD "crpc-app"
-#define CRPCI_META_ID_FIELD  "crpc-rid"
-#define CRPCI_META_KEY_FIELD "crpc-key"
 
 typedef struct crpci_meta {
     crpc_view raw;          /* read: all of it, to look user_fields up in */
@@ -3185,13 +3354,15 @@ CRPCI_FN crpc_view crpci_meta_put_names(uint8_t *out, size_t room, crpc_view ser
     return crpc_view_of(p, (size_t)(end - p));
 }
 
-/* Zeros of compress_type and correlation_id are written too: some peers insist. */
-CRPCI_FN uint8_t *crpci_meta_put_common(uint8_t *p, const crpci_meta *m)
+/* Zeros of compress_type and correlation_id are written too: some peers insist. Takes the members
+ * one by one, so that compilers need not put the struct into memory. */
+CRPCI_FN uint8_t *crpci_meta_put_common(uint8_t *p, int32_t attachment_size, int64_t correlation_id,
+                                        int32_t compress_type)
 {
-    if (m->attachment_size)
-        p = crpci_meta_put_int(p, 5, m->attachment_size);
-    p = crpci_meta_put_int(p, 4, m->correlation_id);
-    return crpci_meta_put_int(p, 3, m->compress_type);
+    if (attachment_size)
+        p = crpci_meta_put_int(p, 5, attachment_size);
+    p = crpci_meta_put_int(p, 4, correlation_id);
+    return crpci_meta_put_int(p, 3, compress_type);
 }
 
 /* Closes the submessage between p and end, which is meta field `field`, and writes the header. */
@@ -3209,7 +3380,7 @@ CRPCI_FN uint8_t *crpci_meta_put_header(uint8_t *p, const uint8_t *end, unsigned
     return p;
 }
 
-/* Callers reserve crpci_meta_bound() bytes; this only keeps a mistake from going on. */
+/* Callers reserve CRPCI_META_BOUND bytes and more; this only keeps a mistake from going on. */
 CRPCI_FN void crpci_meta_check_room(const uint8_t *low, const uint8_t *begin)
 {
     if (CRPCI_UNLIKELY(begin < low))
@@ -3224,7 +3395,7 @@ CRPCI_FN uint8_t *crpci_meta_put_request(uint8_t *low, uint8_t *payload, size_t 
     uint8_t *p = crpci_meta_put_raw(payload, fields), *end;
     if (crpc_view_data(m->credential))
         p = crpci_meta_put_bytes(p, 7, m->credential);
-    end = p = crpci_meta_put_common(p, m);
+    end = p = crpci_meta_put_common(p, m->attachment_size, m->correlation_id, m->compress_type);
     if (m->timeout_ms)
         p = crpci_meta_put_int(p, 8, m->timeout_ms);
     if (m->trace_id) {
@@ -3247,7 +3418,8 @@ CRPCI_FN uint8_t *crpci_meta_put_request(uint8_t *low, uint8_t *payload, size_t 
 CRPCI_FN uint8_t *crpci_meta_put_reply(uint8_t *low, uint8_t *payload, size_t payload_size,
                                        const crpci_meta *m, crpc_view fields)
 {
-    uint8_t *p = crpci_meta_put_common(crpci_meta_put_raw(payload, fields), m), *end = p;
+    uint8_t *p = crpci_meta_put_raw(payload, fields), *end;
+    end = p = crpci_meta_put_common(p, m->attachment_size, m->correlation_id, m->compress_type);
     if (crpc_view_size(m->error_text))
         p = crpci_meta_put_bytes(p, 2, m->error_text);
     p = crpci_meta_put_int(p, 1, m->error_code);
@@ -3256,23 +3428,17 @@ CRPCI_FN uint8_t *crpci_meta_put_reply(uint8_t *low, uint8_t *payload, size_t pa
     return p;
 }
 
-/* Room that header and meta need at most, names, texts and fields of `variable` bytes included:
- * header, nine varint fields of 11 bytes, tags and lengths. */
-CRPCI_FN size_t crpci_meta_bound(size_t variable)
-{
-    return CRPCI_FRAME_HEADER + 9 * 11 + 6 * 6 + variable;
-}
+/* Room that header and meta need at most, besides names, texts, credential and fields: header, nine
+ * varint fields of 11 bytes, tags and lengths. */
+#define CRPCI_META_BOUND (CRPCI_FRAME_HEADER + 9 * 11 + 6 * 6)
+
+#define CRPCI_META_FIELD_COST (3u + 3 * 5) /* of a user_fields entry, besides key and value */
 
 /* Encodes one user_fields entry (field 9: key 1, value 2) into out, which has
- * crpci_meta_field_size() bytes. Returns the bytes written. */
-CRPCI_FN size_t crpci_meta_field_size(size_t key, size_t value)
-{
-    return key + value + 3 + 3 * 5;
-}
-
+ * CRPCI_META_FIELD_COST bytes more than key and value. Returns the bytes written. */
 CRPCI_FN size_t crpci_meta_put_field(uint8_t *out, crpc_view key, crpc_view value)
 {
-    size_t room = crpci_meta_field_size(crpc_view_size(key), crpc_view_size(value)), n;
+    size_t room = CRPCI_META_FIELD_COST + crpc_view_size(key) + crpc_view_size(value), n;
     uint8_t *end = out + room, *p = crpci_meta_put_bytes(end, 2, value);
     p = crpci_meta_put_bytes(p, 1, key);
     p = crpci_meta_put_varint(p, (uint64_t)(end - p));
@@ -3665,7 +3831,7 @@ CRPCI_COLD bool crpci_meta_self_check(void)
 }
 
 /* ======================================================================== */
-/* >>impl-sock   addresses and sockets; knows no loop                        */
+/* >>impl-sock   addresses and sockets, without a loop                       */
 /* ======================================================================== */
 
 typedef struct crpci_addr {
@@ -3678,7 +3844,8 @@ typedef struct crpci_addr {
     socklen_t len;
 } crpci_addr;
 
-/* Splits "host:port" or "[v6]:port"; the host keeps no brackets. */
+/* Splits "host:port" or "[IPv6]:port" into a host without brackets and a port of 0 to 65535. False:
+ * it is neither, or the host does not fit. */
 CRPCI_FN bool crpci_sock_split(const char *text, char *host, size_t size, unsigned *port)
 {
     const char *colon = strrchr(text, ':'), *from = text, *to = colon;
@@ -3769,8 +3936,10 @@ CRPCI_FN void crpci_sock_set(int fd, int level, int option, int value)
     setsockopt(fd, level, option, &value, sizeof value);
 }
 
-/* What every stream connection gets: no Nagle delay; death noticed although nothing is sent
- * (keepalive after 60 s) and although something is (user timeout 30 s). */
+/* Sets what every TCP connection gets. TCP_NODELAY: a small request is not held back for the
+ * acknowledgement of the one before. Keepalive: a peer that vanished while nothing was sent is
+ * found after 90 s, one that stops acknowledging what was sent after 30 s (TCP_USER_TIMEOUT; Linux
+ * 2.6.37). Failures are ignored: the connection works without. */
 CRPCI_FN void crpci_sock_tune(int fd)
 {
     crpci_sock_set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
@@ -3785,6 +3954,7 @@ CRPCI_FN void crpci_sock_tune(int fd)
 #endif
 }
 
+/* A stream socket for an address, which does not block. -1 and errno on failure. */
 CRPCI_FN int crpci_sock_open(const crpci_addr *a)
 {
     int fd = socket(a->u.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
@@ -3793,7 +3963,7 @@ CRPCI_FN int crpci_sock_open(const crpci_addr *a)
     return fd;
 }
 
-/* Whether an address, as text, is this host's to itself. */
+/* Whether an address, as text, is a loopback one. */
 CRPCI_FN bool crpci_sock_is_loopback(const char *text)
 {
     static const char *const begins[] = {"127.", "[::1]", "::1:", "[::ffff:127.", "::ffff:127."};
@@ -3805,7 +3975,9 @@ CRPCI_FN bool crpci_sock_is_loopback(const char *text)
     return false;
 }
 
-/* Whether a connection is to itself: dialling a dead port in the ephemeral range can do that. */
+/* Whether a connection leads to its own socket: connecting to a port of the ephemeral range on
+ * which nobody listens can draw that very port as the local one, and TCP lets the socket connect to
+ * itself. */
 CRPCI_FN bool crpci_sock_is_self(int fd)
 {
     crpci_addr a, b;
@@ -3815,7 +3987,8 @@ CRPCI_FN bool crpci_sock_is_self(int fd)
            memcmp(&a.u, &b.u, a.len) == 0;
 }
 
-/* A unix socket file that nobody listens on any more is removed; one in use is left alone. */
+/* Removes the file of a unix socket on which nobody listens any more, as a server that crashed
+ * leaves it behind. One in use stays, and bind fails with EADDRINUSE. */
 CRPCI_COLD void crpci_sock_unlink_stale(const crpci_addr *a)
 {
     struct stat st;
@@ -3828,6 +4001,22 @@ CRPCI_COLD void crpci_sock_unlink_stale(const crpci_addr *a)
     if (connect(fd, &a->u.any, a->len) && errno == ECONNREFUSED)
         unlink(a->u.un.sun_path);
     close(fd);
+}
+
+/* Accepts a connection; its descriptor does not block and is closed on exec. ARM kernels before
+ * 2.6.36, and some sandboxes, refuse accept4: then a child that another thread forks and executes
+ * between the calls inherits the descriptor. -1 and errno on failure. */
+CRPCI_FN int crpci_sock_accept(int listener)
+{
+    int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    if (fd >= 0 || (errno != ENOSYS && errno != EPERM))
+        return fd;
+    fd = accept(listener, NULL, NULL);
+    if (fd >= 0) {
+        fcntl(fd, F_SETFL, O_NONBLOCK);
+        fcntl(fd, F_SETFD, FD_CLOEXEC);
+    }
+    return fd;
 }
 
 /* Binds and listens. -1 and errno on failure. */
@@ -3847,25 +4036,31 @@ CRPCI_COLD int crpci_sock_listen(const crpci_addr *a)
 }
 
 /* ======================================================================== */
-/* >>impl-resolver   host names to numeric addresses, on the caller's thread */
+/* >>impl-resolver   host names to numeric addresses; blocks the calling thread */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_RESOLVER
+/* Asks getaddrinfo, which may block for many seconds where no DNS server answers. On failure `out`
+ * tells why. */
 CRPCI_COLD int crpci_resolver_system(const char *host, char *out, size_t size)
 {
     struct addrinfo hints, *list, *i;
     size_t used = 0;
+    int failed;
     memset(&hints, 0, sizeof hints);
     hints.ai_socktype = SOCK_STREAM;
     *out = '\0';
-    if (getaddrinfo(host, NULL, &hints, &list))
+    failed = getaddrinfo(host, NULL, &hints, &list);
+    if (failed) {
+        snprintf(out, size, "getaddrinfo: %s", gai_strerror(failed));
         return CRPC_ERESOLVE;
+    }
     for (i = list; i; i = i->ai_next) {
         const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)(const void *)i->ai_addr;
         const struct sockaddr_in *in4 = (const struct sockaddr_in *)(const void *)i->ai_addr;
         char text[INET6_ADDRSTRLEN];
         if (i->ai_family == AF_INET6 && in6->sin6_scope_id)
-            continue; /* a link-local address is of no use elsewhere */
+            continue; /* link-local: without its scope it leads nowhere */
         if (!inet_ntop(i->ai_family,
                        i->ai_family == AF_INET6 ? (const void *)&in6->sin6_addr : &in4->sin_addr,
                        text, sizeof text))
@@ -3875,28 +4070,35 @@ CRPCI_COLD int crpci_resolver_system(const char *host, char *out, size_t size)
         used += (size_t)snprintf(out + used, size - used, "%s%s", used ? "," : "", text);
     }
     freeaddrinfo(list);
-    return *out ? CRPC_OK : CRPC_ERESOLVE;
-}
-#endif
-
-/* Numeric addresses of a host, separated by commas. */
-CRPCI_COLD int crpci_resolver_names(crpci_heap *h, const char *host, char *out, size_t size)
-{
-    if (h->hooks.resolve)
-        return h->hooks.resolve(h->hooks.user, host, out, size);
-#if CRPC_ENABLE_RESOLVER
-    return crpci_resolver_system(host, out, size);
-#else
-    crpci_heap_log(h, CRPC_LOG_ERROR, "%s: crpc was built with CRPC_ENABLE_RESOLVER=0: give a "
-                                      "numeric address, or a resolve hook", host);
-    (void)out;
-    (void)size;
+    if (*out)
+        return CRPC_OK;
+    crpci_status_format(out, size, "getaddrinfo gave no address that can be used");
     return CRPC_ERESOLVE;
+}
 #endif
+
+/* Writes the numeric addresses of a host, separated by commas: those of the program's hook, else of
+ * getaddrinfo. On failure `out` tells why. */
+CRPCI_COLD int crpci_resolver_lookup(crpci_heap *h, const char *host, char *out, size_t size)
+{
+    int err = CRPC_ERESOLVE;
+    if (h->hooks.resolve) {
+        err = h->hooks.resolve(h->hooks.user, host, out, size);
+        if (err)
+            crpci_status_format(out, size, "the resolve hook returned %d", err);
+        return err;
+    }
+#if CRPC_ENABLE_RESOLVER
+    err = crpci_resolver_system(host, out, size);
+#else
+    crpci_status_format(out, size, "crpc was built with CRPC_ENABLE_RESOLVER=0: give a numeric "
+                                   "address, or set hooks.resolve");
+#endif
+    return err;
 }
 
-/* Turns "host:port" into a numeric one. Of several addresses the first IPv4 one is taken, else the
- * first. Numeric input is only normalised. */
+/* Turns "host:port" into a numeric address and its port. Of several addresses the first IPv4 one is
+ * taken, else the first. A numeric one is only written in its canonical form. */
 CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out, size_t size,
                                       crpc_error *error)
 {
@@ -3910,12 +4112,12 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
     }
     if (!crpci_sock_split(text, host, sizeof host, &port) || !*host)
         return crpci_status_set(error, CRPC_EINVAL,
-                                "\"%.80s\" is not host:port, with a port up to 65535 (IPv6 stands "
-                                "in brackets)",
+                                "\"%.80s\" is not host:port with a port of 0 to 65535; an IPv6 "
+                                "address needs brackets: [::1]:80",
                                 text);
-    err = crpci_resolver_names(h, host, list, sizeof list);
+    err = crpci_resolver_lookup(h, host, list, sizeof list);
     if (err)
-        return crpci_status_set(error, CRPC_ERESOLVE, "host \"%.80s\" could not be resolved", host);
+        return crpci_status_set(error, CRPC_ERESOLVE, "host \"%.80s\": %.120s", host, list);
     for (item = list; item && *item; item = next) {
         next = strchr(item, ',');
         if (next)
@@ -3927,7 +4129,9 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
         snprintf(out, size, strchr(best, ':') ? "[%s]:%u" : "%s:%u", best, port);
     if (!best || !crpci_sock_parse(&a, out))
         return crpci_status_set(error, CRPC_ERESOLVE,
-                                "host \"%.80s\": the resolver gave no numeric address", host);
+                                "host \"%.80s\": the resolve hook gave no numeric address: "
+                                "\"%.80s\"",
+                                host, list);
     return CRPC_OK;
 }
 
@@ -3935,14 +4139,26 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
 /* >>impl-transport   how bytes get through a connected socket               */
 /* ======================================================================== */
 
-/* All but `pending` are called without the loop's lock. Results as of readv and writev: -1 and
- * EAGAIN when it would block. */
+#define CRPCI_TRANSPORT_GATHER 1u /* writev takes several pieces; else the first of them alone */
+#define CRPCI_TRANSPORT_DUPLEX 2u /* one thread may read while another writes */
+#define CRPCI_TRANSPORT_REPEAT 4u /* what was offered when it would block has to be offered again */
+
+/* How a connection's bytes reach the socket. readv and writev return what the system calls of these
+ * names do: -1 and EAGAIN when it would block. They run without the loop's lock, everything else
+ * with it. A transport that makes its connections itself will add open, handshake, shut, identity,
+ * explain and close, with the first that needs them. */
 typedef struct crpci_transport {
+    const char *name;
+    unsigned flags;
     ssize_t (*readv)(int fd, void *state, struct iovec *iov, int count);
     ssize_t (*writev)(int fd, void *state, struct iovec *iov, int count);
-    bool (*pending)(void *state);             /* input that the poller does not see */
-    unsigned (*want)(void *state, unsigned);  /* maps what is wanted to what to poll for */
-    bool concurrent_rw;                       /* one thread may read while another writes */
+    /* Whether it holds input that the poller does not see. NULL: it never does. */
+    bool (*pending)(void *state);
+    /* What to poll for in order to go on with `events`; asked again after each read and write, and
+     * any readiness is then tried in both directions. NULL: for the same. */
+    unsigned (*want)(void *state, unsigned events);
+    /* Whether the peer has sent nothing that was not read. */
+    bool (*idle)(int fd, void *state);
 } crpci_transport;
 
 CRPCI_FN ssize_t crpci_transport_plain_readv(int fd, void *state, struct iovec *iov, int count)
@@ -3969,34 +4185,34 @@ CRPCI_FN ssize_t crpci_transport_plain_writev(int fd, void *state, struct iovec 
     return sendmsg(fd, &m, MSG_NOSIGNAL);
 }
 
-CRPCI_FN bool crpci_transport_plain_pending(void *state)
+CRPCI_FN bool crpci_transport_plain_idle(int fd, void *state)
 {
+    char byte;
     (void)state;
-    return false;
-}
-
-CRPCI_FN unsigned crpci_transport_plain_want(void *state, unsigned events)
-{
-    (void)state;
-    return events;
+    return recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) <= 0;
 }
 
 static const crpci_transport crpci_transport_plain = {
-    crpci_transport_plain_readv, crpci_transport_plain_writev, crpci_transport_plain_pending,
-    crpci_transport_plain_want, true};
+    "tcp",
+    CRPCI_TRANSPORT_GATHER | CRPCI_TRANSPORT_DUPLEX,
+    crpci_transport_plain_readv,
+    crpci_transport_plain_writev,
+    NULL,
+    NULL,
+    crpci_transport_plain_idle};
 
 /* ======================================================================== */
-/* >>impl-poller   epoll and poll behind four functions                      */
+/* >>impl-poller   waiting for many descriptors: epoll and poll behind one face */
 /* ======================================================================== */
 
-#define CRPCI_POLLER_BATCH 64
+#define CRPCI_POLLER_BATCH 64 /* events that one wait reports at most */
 
-/* One registered descriptor. */
+/* A descriptor, as its owner registers it. Events are CRPC_READABLE and CRPC_WRITABLE. */
 typedef struct crpci_poller_item {
     int fd;
-    unsigned events; /* registered now; 0: not registered */
-    uint32_t at;     /* poll: index */
-    uint64_t id;     /* reported with its events */
+    unsigned events; /* registered for; 0: not registered */
+    uint32_t at;     /* poll: index in fds and items */
+    uint64_t id;     /* the owner's; the poller reports it with the events */
 } crpci_poller_item;
 
 typedef struct crpci_poller_event {
@@ -4007,12 +4223,13 @@ typedef struct crpci_poller_event {
 typedef struct crpci_poller {
     crpc_poller kind;
     int epoll_fd;
-    /* poll: what is registered, and the copy that a wait without the lock works on */
+    /* poll: what is registered, and the copy on which a wait works without the lock */
     struct pollfd *fds;
     crpci_poller_item **items;
     struct pollfd *snapshot;
     uint64_t *snapshot_ids;
-    uint32_t count, cap, snapshot_count, snapshot_cap, next;
+    uint32_t count, cap, snapshot_count, snapshot_cap;
+    uint32_t next; /* where the next wait begins to look for events, when a batch was full */
 } crpci_poller;
 
 CRPCI_FN const char *crpci_poller_name(const crpci_poller *p)
@@ -4020,7 +4237,9 @@ CRPCI_FN const char *crpci_poller_name(const crpci_poller *p)
     return p->kind == CRPC_POLLER_EPOLL ? "epoll" : "poll";
 }
 
-CRPCI_FN int crpci_poller_open(crpci_poller *p, crpc_poller kind)
+/* Opens epoll, unless poll is asked for; with CRPC_POLLER_DEFAULT poll takes its place where the
+ * system refuses epoll. */
+CRPCI_FN int crpci_poller_open(crpci_poller *p, crpci_heap *h, crpc_poller kind)
 {
     memset(p, 0, sizeof *p);
     p->epoll_fd = -1;
@@ -4029,9 +4248,13 @@ CRPCI_FN int crpci_poller_open(crpci_poller *p, crpc_poller kind)
     if (kind == CRPC_POLLER_POLL)
         return CRPC_OK;
     p->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    p->kind = CRPC_POLLER_EPOLL;
-    return p->epoll_fd < 0 ? CRPC_ESYSTEM : CRPC_OK;
+    if (p->epoll_fd >= 0)
+        p->kind = CRPC_POLLER_EPOLL;
+    else if (kind != CRPC_POLLER_DEFAULT || !crpci_heap_refused(h, "epoll_create1", "poll"))
+        return CRPC_ESYSTEM;
+    return CRPC_OK;
 #else
+    (void)h;
     return kind == CRPC_POLLER_EPOLL ? CRPC_EUNSUPPORTED : CRPC_OK;
 #endif
 }
@@ -4049,8 +4272,9 @@ CRPCI_FN void crpci_poller_close(crpci_poller *p, crpci_heap *h)
 }
 
 #if CRPC_ENABLE_EPOLL
-/* A library that owns the descriptor may have closed it, and the number may name another one by
- * now: ENOENT and EEXIST are such cases, not errors. */
+/* ENOENT and EEXIST are no errors: a library that owns the descriptor (the ZooKeeper client) may
+ * have closed it, which took it out of the epoll set, and the number may be that of another one
+ * now. */
 CRPCI_FN int crpci_poller_epoll_set(crpci_poller *p, crpci_poller_item *i, unsigned events)
 {
     struct epoll_event e;
@@ -4094,6 +4318,7 @@ CRPCI_FN int crpci_poller_poll_grow(crpci_poller *p, crpci_heap *h)
     return CRPC_OK;
 }
 
+/* Removing fills the gap with the last entry. */
 CRPCI_FN int crpci_poller_poll_set(crpci_poller *p, crpci_heap *h, crpci_poller_item *i,
                                    unsigned events)
 {
@@ -4117,8 +4342,8 @@ CRPCI_FN int crpci_poller_poll_set(crpci_poller *p, crpci_heap *h, crpci_poller_
     return CRPC_OK;
 }
 
-/* Registers, changes or (events 0) removes an item. Its fd and id may change only while it is
- * removed. */
+/* Registers an item, changes its events, or removes it (events 0). Its fd and id may change only
+ * while it is removed. On failure its registration stays as it was. */
 CRPCI_FN int crpci_poller_set(crpci_poller *p, crpci_heap *h, crpci_poller_item *i, unsigned events)
 {
     int err;
@@ -4157,7 +4382,8 @@ CRPCI_FN int crpci_poller_snapshot_grow(crpci_poller *p, crpci_heap *h)
     return CRPC_OK;
 }
 
-/* Under the lock, before a wait without it. Out of memory, those that fit are waited for. */
+/* Under the loop's lock, before a wait without it. CRPC_ENOMEM: the wait covers only as many
+ * descriptors as the last copy had room for. */
 CRPCI_FN int crpci_poller_prepare(crpci_poller *p, crpci_heap *h)
 {
     int err = CRPC_OK;
@@ -4174,14 +4400,18 @@ CRPCI_FN int crpci_poller_prepare(crpci_poller *p, crpci_heap *h)
     return err;
 }
 
+/* Milliseconds for epoll_wait and poll, rounded up; negative: no limit; a day at most. */
 CRPCI_FN int crpci_poller_ms(int64_t us)
 {
     return us < 0 ? -1 : us > INT64_C(86400000000) ? 86400000 : (int)((us + 999) / 1000);
 }
 
-/* Waits at most `us` (negative: no limit; rounded up, never early). Without the lock, by one thread
- * at a time. Events beyond the batch are reported by the next wait; poll goes round so that each
- * descriptor gets its turn. */
+/* Waits at most `us` microseconds (negative: no limit), rounded up to a millisecond. Called without
+ * the lock, by one thread at a time. Returns how many events it put into out[CRPCI_POLLER_BATCH].
+ * Further ones come with the next wait, which under poll begins behind the last one reported, so
+ * that every descriptor gets its turn; epoll does that by itself. A failure, such as EINTR, counts
+ * as no event. An error or a hang-up is reported as readable and writable: the owner's read or
+ * write then finds out. */
 CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us, crpci_poller_event *out)
 {
     int n = 0, ready;
@@ -4217,21 +4447,22 @@ CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us, crpci_poller_event *
 }
 
 /* ======================================================================== */
-/* >>impl-wake   a descriptor by which another thread ends a wait            */
+/* >>impl-wake   a descriptor by which another thread ends the poller's wait */
 /* ======================================================================== */
 
+/* An eventfd, or the two ends of a pipe. */
 typedef struct crpci_wake {
-    int read_fd;
-    int write_fd;
+    int read_fd;  /* the poller waits for it */
+    int write_fd; /* an eventfd: the same one */
 } crpci_wake;
 
-CRPCI_FN int crpci_wake_open(crpci_wake *w)
+CRPCI_FN int crpci_wake_open(crpci_wake *w, crpci_heap *h)
 {
     int fds[2];
     w->read_fd = w->write_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (w->read_fd >= 0)
         return CRPC_OK;
-    if (errno != ENOSYS || pipe2(fds, O_NONBLOCK | O_CLOEXEC))
+    if (!crpci_heap_refused(h, "eventfd", "a pipe") || pipe2(fds, O_NONBLOCK | O_CLOEXEC))
         return CRPC_ESYSTEM;
     w->read_fd = fds[0];
     w->write_fd = fds[1];
@@ -4247,7 +4478,8 @@ CRPCI_FN void crpci_wake_close(crpci_wake *w)
     w->read_fd = w->write_fd = -1;
 }
 
-/* Async-signal-safe. A full pipe is as good as one more byte. */
+/* Makes read_fd readable. Async-signal-safe. A write into a full pipe fails, but then the pipe is
+ * readable anyway. */
 CRPCI_FN void crpci_wake_kick(const crpci_wake *w)
 {
     uint64_t one = 1;
@@ -4257,13 +4489,14 @@ CRPCI_FN void crpci_wake_kick(const crpci_wake *w)
     errno = saved;
 }
 
+/* Makes read_fd unreadable until the next kick. */
 CRPCI_FN void crpci_wake_drain(const crpci_wake *w)
 {
     uint64_t buf[8];
     ssize_t n;
     do {
         n = read(w->read_fd, buf, sizeof buf);
-    } while (n == (ssize_t)sizeof buf); /* an eventfd gives 8 bytes, a pipe what is there */
+    } while (n == (ssize_t)sizeof buf); /* a pipe may hold more; an eventfd gives 8 bytes once */
 }
 
 /* ======================================================================== */
@@ -4271,23 +4504,26 @@ CRPCI_FN void crpci_wake_drain(const crpci_wake *w)
 /* ======================================================================== */
 
 /* After G. Varghese, T. Lauck: Hashed and Hierarchical Timing Wheels (1987), scheme 7. A tick is a
- * millisecond, rounded up: no timer is early. Level k has 64 slots of 64^k ticks; the highest bit
- * in which a timer's tick differs from the present one tells its level. Farther than 2^30 ticks (12
- * days) it is parked at that distance and put in again. */
+ * millisecond; due times are rounded up to ticks, so no timer is early. Level k has 64 slots of
+ * 64^k ticks each. A timer goes to the level that the highest bit tells in which its tick differs
+ * from the present one, and when the wheel comes to its slot, to a lower level, until it fires on
+ * level 0. A timer farther off than 2^30 ticks (12 days) waits in the last slot of the top level
+ * and is put in again from there. */
 #define CRPCI_TIMER_LEVELS 5
 
 typedef struct crpci_timer crpci_timer;
 struct crpci_timer {
     crpci_timer *next;
-    crpci_timer **prev; /* what points here; NULL: not armed */
+    crpci_timer **prev; /* the pointer that points here; NULL: the timer is not armed */
     int64_t due_us;
-    void (*fn)(crpc_loop *loop, crpci_timer *timer); /* loop locked; may unlock and lock again */
+    /* Called with the loop locked and the timer not armed; may unlock and lock again. */
+    void (*fn)(crpc_loop *loop, crpci_timer *timer);
 };
 
 typedef struct crpci_timer_wheel {
-    int64_t tick;       /* all up to here have fired */
-    crpci_timer *fired; /* due, waiting to be run */
-    uint64_t used[CRPCI_TIMER_LEVELS];
+    int64_t tick;       /* all timers up to this tick have fired */
+    crpci_timer *fired; /* timers that are due, for the loop to run */
+    uint64_t used[CRPCI_TIMER_LEVELS]; /* a bit for each slot that may hold a timer */
     crpci_timer *slots[CRPCI_TIMER_LEVELS][64];
 } crpci_timer_wheel;
 
@@ -4306,6 +4542,7 @@ CRPCI_FN void crpci_timer_link(crpci_timer **head, crpci_timer *t)
     t->prev = head;
 }
 
+/* Disarms a timer, also one that has fired and was not run yet. */
 CRPCI_FN void crpci_timer_cancel(crpci_timer *t)
 {
     if (!t->prev)
@@ -4313,7 +4550,7 @@ CRPCI_FN void crpci_timer_cancel(crpci_timer *t)
     *t->prev = t->next;
     if (t->next)
         t->next->prev = t->prev;
-    t->prev = NULL; /* an emptied slot keeps its bit: the next advance finds it empty */
+    t->prev = NULL; /* the slot keeps its bit in `used`: the wheel will find it empty */
 }
 
 /* Puts a timer into its slot, or into the list at `due` if its tick has come. */
@@ -4330,13 +4567,14 @@ CRPCI_FN void crpci_timer_insert(crpci_timer_wheel *w, crpci_timer *t, crpci_tim
                                       (INT64_C(1) << (6 * (CRPCI_TIMER_LEVELS - 1))));
     differ = (uint64_t)tick ^ (uint64_t)w->tick;
     level = (63u - (unsigned)__builtin_clzll(differ)) / 6;
-    if (level >= CRPCI_TIMER_LEVELS) /* wraps round the top level: its slot is still unique */
+    if (level >= CRPCI_TIMER_LEVELS) /* in the next turn of the top level, and not yet this slot */
         level = CRPCI_TIMER_LEVELS - 1;
     slot = (unsigned)(tick >> (6 * level)) & 63;
     crpci_timer_link(&w->slots[level][slot], t);
     w->used[level] |= UINT64_C(1) << slot;
 }
 
+/* Arms a timer, or moves one that is armed. */
 CRPCI_FN void crpci_timer_set(crpci_timer_wheel *w, crpci_timer *t, int64_t due_us)
 {
     crpci_timer_cancel(t);
@@ -4344,8 +4582,8 @@ CRPCI_FN void crpci_timer_set(crpci_timer_wheel *w, crpci_timer *t, int64_t due_
     crpci_timer_insert(w, t, &w->fired);
 }
 
-/* The tick at which the next used slot begins, INT64_MAX if there is none: no timer is due before
- * it. */
+/* The tick at which the next used slot begins, and which slot that is. No timer is due before that
+ * tick. INT64_MAX: there is no timer. */
 CRPCI_FN int64_t crpci_timer_next_slot(const crpci_timer_wheel *w, unsigned *level, unsigned *slot)
 {
     unsigned k;
@@ -4357,7 +4595,7 @@ CRPCI_FN int64_t crpci_timer_next_slot(const crpci_timer_wheel *w, unsigned *lev
         unsigned now = (unsigned)(w->tick >> (6 * k)) & 63, ahead;
         uint64_t bits = w->used[k];
         bits = now ? bits >> now | bits << (64 - now) : bits;
-        bits &= ~UINT64_C(1); /* the present slot is empty; a cancelled timer left the bit */
+        bits &= ~UINT64_C(1); /* the present slot was emptied; its bit is of a cancelled timer */
         if (!bits)
             continue;
         ahead = (unsigned)__builtin_ctzll(bits);
@@ -4368,8 +4606,8 @@ CRPCI_FN int64_t crpci_timer_next_slot(const crpci_timer_wheel *w, unsigned *lev
     return INT64_MAX;
 }
 
-/* Moves every timer that is due at `now_us` to the end of w->fired: tick by tick, and those of one
- * tick as they were armed. */
+/* Moves every timer that is due at `now_us` to the end of w->fired, in the order of their ticks,
+ * and within a tick in the order in which they were armed. */
 CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
 {
     int64_t now = now_us / 1000;
@@ -4389,7 +4627,7 @@ CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
         }
         w->tick = at;
         w->used[level] &= ~(UINT64_C(1) << slot);
-        while ((t = w->slots[level][slot]) != NULL) { /* the last armed is the first in it */
+        while ((t = w->slots[level][slot]) != NULL) { /* armed last stands first: turn the order */
             crpci_timer_cancel(t);
             crpci_timer_link(&turned, t);
         }
@@ -4402,7 +4640,8 @@ CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
     }
 }
 
-/* When the wheel must be advanced next, in microseconds; INT64_MAX: never. */
+/* The time at which the wheel must be advanced next, in microseconds; INT64_MAX: there is no
+ * timer. */
 CRPCI_FN int64_t crpci_timer_next_us(const crpci_timer_wheel *w)
 {
     unsigned level, slot;
@@ -4411,30 +4650,32 @@ CRPCI_FN int64_t crpci_timer_next_us(const crpci_timer_wheel *w)
 }
 
 /* ======================================================================== */
-/* >>impl-loop   who drives, who waits, what runs when                       */
+/* >>impl-loop   a loop's state: lock, driver, clock, tasks, timers         */
 /* ======================================================================== */
 
-/* The rules P1 to P11 of the threads' protocol are named where they are kept. A build that leaves
- * one out must be caught by the tests. */
+/* How threads share a loop is written down as the rules P1 to P11; each stands where it is kept.
+ * The rules that decide when to wake, to hand over and to close can be left out one at a time, in
+ * builds that the tests must then find wrong. */
 #ifdef CRPCI_MUTANT_P4_HANDOVER
 #define CRPCI_RULE_P4 0
 #else
-#define CRPCI_RULE_P4 1 /* hand over on every way out */
+#define CRPCI_RULE_P4 1 /* a driver that leaves names its successor in the same hold of the lock */
 #endif
 #ifdef CRPCI_MUTANT_P6_KICK
 #define CRPCI_RULE_P6 0
 #else
-#define CRPCI_RULE_P6 1 /* kick a sleeping driver */
+#define CRPCI_RULE_P6 1 /* a driver that sleeps too long is woken */
 #endif
 #ifdef CRPCI_MUTANT_P7_CLOSE
 #define CRPCI_RULE_P7 0
 #else
-#define CRPCI_RULE_P7 1 /* close a descriptor only when nobody uses it */
+#define CRPCI_RULE_P7 1 /* a descriptor is closed only when no thread reads or writes it: its number
+                         * is that of the next one opened */
 #endif
 
-/* How far off, in microseconds, a timer is that a rough look at the clock is good enough for. */
+/* A deadline that is at least this far off, in microseconds, is compared with the coarse clock. */
 #define CRPCI_LOOP_SOON 50000
-#define CRPCI_LOOP_SHARES 256u
+#define CRPCI_LOOP_SHARES 256u /* references of the receive buffer that are counted in advance */
 
 /* Work queued in a loop. `run` is called with the loop locked and may unlock and lock again. */
 typedef struct crpci_task crpci_task;
@@ -4443,23 +4684,51 @@ struct crpci_task {
     void (*run)(crpc_loop *loop, crpci_task *task);
 };
 
-/* A watched descriptor. */
+/* A descriptor that the loop waits for. `fn` is called as a task's `run` is. */
 typedef struct crpci_watch crpci_watch;
 struct crpci_watch {
     crpci_poller_item item;
-    void (*fn)(crpc_loop *loop, crpci_watch *watch, unsigned events); /* locked, like a task */
+    void (*fn)(crpc_loop *loop, crpci_watch *watch, unsigned events);
 };
 
-/* A thread that waits for something that the driver will do. Lives on its stack. */
-typedef struct crpci_waiter {
-    crpci_list link;
-    crpci_cond cond; /* initialised while queued */
-    bool queued;
-    bool promoted;
-    bool driving;
-    bool done;
-} crpci_waiter;
+/* What the driver is doing: the one thread that steps the loop. */
+typedef enum crpci_loop_driver {
+    CRPCI_LOOP_UNDRIVEN, /* no thread steps the loop */
+    CRPCI_LOOP_WORKING,  /* the driver runs tasks and moves bytes; it flushes before it sleeps */
+    CRPCI_LOOP_SLEEPING, /* it waits in the poller, unlocked */
+    CRPCI_LOOP_IN_USER   /* it runs the program's code, unlocked and for any time */
+} crpci_loop_driver;
 
+/* Which threads may become the driver. An owned loop always has one. */
+typedef enum crpci_loop_mode {
+    CRPCI_LOOP_PASSIVE, /* callers that wait for a reply: one drives, the others follow */
+    CRPCI_LOOP_CLAIMED, /* an owner, as soon as the caller that drives has left */
+    CRPCI_LOOP_OWNED    /* crpc_loop_run, _step or the own thread; callers only wait */
+} crpci_loop_mode;
+
+typedef enum crpci_loop_thread_state {
+    CRPCI_LOOP_NO_THREAD,
+    CRPCI_LOOP_THREAD_RUNS,
+    CRPCI_LOOP_THREAD_ENDED /* it was stopped and takes no lock any more: to be joined */
+} crpci_loop_thread_state;
+
+/* A program that polls the loop's descriptors in a loop of its own, and then steps this one. */
+typedef enum crpci_loop_foreign {
+    CRPCI_LOOP_NOT_FOREIGN,
+    CRPCI_LOOP_FOREIGN_AWAKE,   /* it asks for descriptors and timeout before it polls */
+    CRPCI_LOOP_FOREIGN_POLLING, /* it has asked: it may poll until foreign_at */
+    CRPCI_LOOP_FOREIGN_STALE    /* it may poll, but for descriptors that have changed since */
+} crpci_loop_foreign;
+
+typedef enum crpci_loop_end {
+    CRPCI_LOOP_OPEN,
+    CRPCI_LOOP_CLOSING, /* crpc_loop_close waits for the owner to leave */
+    CRPCI_LOOP_DISPOSED /* it was closed inside a callback: the driver frees it as it leaves */
+} crpci_loop_end;
+
+/* Shared with the sections below: heap, conns, endpoints, registries, calls, results, resume,
+ * dirty, io_cond, io_waiters, now, fresh, max_results, forbid_threads, stats, the receive
+ * buffer. */
 struct crpc_loop {
     crpci_mutex lock;
     crpci_heap *heap;
@@ -4471,37 +4740,31 @@ struct crpc_loop {
     crpci_timer_wheel timers;
     crpci_id_table watches;
     crpci_id_table users; /* the program's timers and watches */
-    crpci_list ready;     /* tasks that run user code: only for an owner, a step, a wait by id */
+    crpci_list ready;     /* tasks that run user code: run by an owner or a wait by id (P8) */
     crpci_list resume;    /* internal tasks: input already read */
     crpci_list dirty;     /* internal tasks: output to be sent */
     /* who drives */
-    bool driver;   /* somebody steps */
-    bool owned;    /* ... and it is run, _step or the own thread */
-    bool foreign;  /* the program steps it from time to time */
-    bool foreign_stale;  /* it was given poll descriptors that have changed since */
-    int64_t foreign_at;  /* it was told to wait until then; 0: it will ask again before it waits */
-    bool sleeping; /* the driver waits in the poller, without the lock */
-    bool in_user;  /* the driver runs user code, without the lock */
-    bool kicked;
-    bool hurry;     /* what the driver waits for came about before it slept */
-    bool step_user; /* the present step runs user code */
-    bool owner_waiting;
-    bool has_thread;  /* one to be joined */
-    bool thread_over; /* it was stopped: it only has to return */
-    bool joining;  /* crpc_loop_close waits for the own thread, or for who else owns it */
-    bool disposed; /* whoever drives last lets go of it */
-    int64_t wake_at;
-    int64_t last_step;
-    int64_t now; /* the clock when it was last looked at, see crpci_loop_time */
-    bool fresh;  /* ... since when neither a wait nor user code can have taken time */
-    uintptr_t user_thread; /* atomic: a crpci_thread_tag, 0: none; who finds its own is in_user */
-    int64_t user_now;      /* that thread's alone: the clock when it was last looked at */
+    crpci_loop_driver driver;
+    crpci_loop_mode mode;
+    crpci_loop_foreign foreign;
+    crpci_loop_thread_state thread_state;
+    crpci_loop_end end;
+    bool kicked;        /* the wake descriptor is readable, or the driver is about to drain it */
+    bool skip_sleep;    /* what the driver waits for came about in the step that is under way */
+    bool step_user;     /* the step that is under way runs user code */
+    int64_t wake_at;    /* when the driver will wake by itself */
+    int64_t foreign_at; /* when the foreign loop will */
+    int64_t last_step;  /* when the poller last returned */
+    int64_t now;        /* the clock when it was last read, see crpci_loop_time */
+    bool fresh;         /* since then neither a wait nor user code can have taken time */
+    uintptr_t user_thread; /* atomic: tag of the thread that is inside a callback; 0: none is */
+    int64_t user_now;      /* that thread's alone: the clock when it last read it */
     crpci_thread thread;
-    crpci_cond owner_cond;
-    crpci_cond io_cond; /* a send ended that somebody waits for */
-    unsigned io_waiters;
-    crpci_list followers;
-    /* upper sections' */
+    crpci_cond owner_cond; /* the driver has left: for owners, and for crpc_loop_close */
+    crpci_cond io_cond;    /* a send has ended */
+    unsigned io_waiters;   /* threads that wait for io_cond */
+    crpci_list followers;  /* callers that wait, first come first: crpci_waiter */
+    /* the sections' below */
     crpci_list conns;
     crpci_list endpoints;
     crpci_list registries;
@@ -4529,15 +4792,23 @@ CRPCI_FN void crpci_loop_unlock(crpc_loop *l)
     crpci_thread_unlock(&l->lock);
 }
 
+/* States that the calling thread holds the loop's lock; checked where CRPC_DEBUG is 1. */
+CRPCI_FN void crpci_loop_assert_locked(const crpc_loop *l)
+{
+    CRPCI_ASSERT(crpci_thread_holds(&l->lock), "the loop is not locked by this thread");
+    (void)l;
+}
+
 CRPCI_FN void crpci_loop_hold(crpc_loop *l)
 {
     crpci_thread_ref(&l->refs);
 }
 
-/* A reference of bytes just received, locked. Of the receive buffer, which every message takes one
- * of, they are counted in advance: that spares the locked arithmetic. */
+/* Takes a reference of bytes just received. Every message takes one of the receive buffer; those
+ * are counted in advance, CRPCI_LOOP_SHARES at a time, to save an atomic addition for each. */
 CRPCI_FN void crpci_loop_share(crpc_loop *l, crpci_chunk *c)
 {
+    crpci_loop_assert_locked(l);
     if (c != l->spare) {
         crpci_heap_chunk_ref(c);
         return;
@@ -4549,15 +4820,18 @@ CRPCI_FN void crpci_loop_share(crpc_loop *l, crpci_chunk *c)
     l->spare_refs--;
 }
 
-/* Gives it back, locked; anywhere else crpci_heap_chunk_unref does. NULL is ignored. */
+/* Gives a shared reference back. Without the lock crpci_heap_chunk_unref does the same. NULL is
+ * ignored. */
 CRPCI_FN void crpci_loop_unshare(crpc_loop *l, crpci_chunk *c)
 {
+    crpci_loop_assert_locked(l);
     if (c && c == l->spare)
         l->spare_refs++;
     else
         crpci_heap_chunk_unref(c);
 }
 
+/* Whether no message points into the receive buffer any more. */
 CRPCI_FN bool crpci_loop_spare_alone(const crpc_loop *l)
 {
     return crpci_thread_load(&l->spare->refs) == 1 + l->spare_refs;
@@ -4594,7 +4868,10 @@ CRPCI_FN void crpci_loop_release(crpc_loop *l)
         crpci_loop_free(l);
 }
 
-/* xorshift32, G. Marsaglia: Xorshift RNGs (2003); for jitter, nothing that must be unguessable. */
+/* --- random numbers, the clock ---------------------------------------------------------------- */
+
+/* xorshift32, G. Marsaglia: Xorshift RNGs (2003). For jitter and choices only: a few numbers
+ * give away all others. */
 CRPCI_FN uint32_t crpci_loop_random(crpc_loop *l)
 {
     l->random ^= l->random << 13;
@@ -4603,19 +4880,24 @@ CRPCI_FN uint32_t crpci_loop_random(crpc_loop *l)
     return l->random;
 }
 
-/* Of devices with one image that start together the clock may differ by microseconds, and the rest
- * not at all: the kernel's random bytes for this process, and a mix by which every bit counts. */
-CRPCI_FN uint32_t crpci_loop_seed(uint64_t what)
+/* Bytes of the kernel's random generator. Kernels before 3.17, and some sandboxes, have no
+ * getrandom; then the clock, the process id, an address and the random bytes that the kernel gave
+ * the process at its start must do, since boards with one image may boot in the same
+ * microsecond. */
+CRPCI_COLD uint32_t crpci_loop_seed(const crpc_loop *l)
 {
-    const void *bytes = (const void *)(uintptr_t)getauxval(AT_RANDOM);
-    uint32_t seed = 0;
-    if (bytes)
-        memcpy(&seed, bytes, sizeof seed);
-    seed ^= (uint32_t)what ^ (uint32_t)(what >> 32);
-    seed = (seed ^ seed >> 16) * 0x85ebca6bu; /* MurmurHash3's finalizer */
-    seed = (seed ^ seed >> 13) * 0xc2b2ae35u;
-    seed ^= seed >> 16;
-    return seed ? seed : 1;
+    uint64_t seed = (uint64_t)crpci_heap_now(l->heap) ^ (uint64_t)(uintptr_t)l << 20 ^
+                    (uint64_t)getpid() << 44;
+    const void *start = (const void *)(uintptr_t)getauxval(AT_RANDOM);
+    uint64_t bytes = 0;
+    long n = -1;
+#ifdef SYS_getrandom
+    n = syscall(SYS_getrandom, &bytes, sizeof bytes, 1 /* GRND_NONBLOCK */);
+#endif
+    if (n != (long)sizeof bytes && start)
+        memcpy(&bytes, start, sizeof bytes);
+    seed = crpci_base_mix(seed ^ crpci_base_mix(bytes));
+    return (uint32_t)seed ? (uint32_t)seed : 1; /* xorshift never leaves 0 */
 }
 
 CRPCI_FN int64_t crpci_loop_now(const crpc_loop *l)
@@ -4623,10 +4905,11 @@ CRPCI_FN int64_t crpci_loop_now(const crpc_loop *l)
     return crpci_heap_now(l->heap);
 }
 
-/* Locked: the time, for what need not be exact to the microsecond. The clock is looked at once
- * after each wait and each run of user code, and at the beginning of each call. */
+/* The loop's time: the clock as it stood after the last wait, the last run of user code, or the
+ * begin of the present call. Reading it again for every use would cost more than the uses. */
 CRPCI_FN int64_t crpci_loop_time(crpc_loop *l)
 {
+    crpci_loop_assert_locked(l);
     if (!l->fresh) {
         l->now = crpci_loop_now(l);
         l->fresh = true;
@@ -4634,9 +4917,10 @@ CRPCI_FN int64_t crpci_loop_time(crpc_loop *l)
     return l->now;
 }
 
-/* The same where some milliseconds late are no harm. */
+/* The loop's time, up to some milliseconds behind. */
 CRPCI_FN int64_t crpci_loop_rough_time(crpc_loop *l)
 {
+    crpci_loop_assert_locked(l);
     if (!l->fresh) {
         int64_t now = crpci_heap_rough_now(l->heap);
         l->now = now > l->now ? now : l->now;
@@ -4653,14 +4937,15 @@ CRPCI_FN int64_t crpci_loop_left(crpc_loop *l, int64_t at)
     return at > now ? at - now : 0;
 }
 
-/* P1: whether this thread is inside a callback of the loop; needs no lock. */
+/* P1: a thread that is inside a callback of the loop must not wait for the loop: the callers
+ * return EDEADLK. Needs no lock, since only this thread stores its own tag. */
 CRPCI_FN bool crpci_loop_in_callback(const crpc_loop *l)
 {
     return __atomic_load_n(&l->user_thread, __ATOMIC_RELAXED) == crpci_thread_tag();
 }
 
-/* When a call begins, without the lock. Callbacks, which may begin many in a row, look at the clock
- * again only when its rough one has gone on. */
+/* The time at which a call begins; not locked. A callback may begin many calls in a row: the exact
+ * clock is then read only when the coarse one has advanced. */
 CRPCI_FN int64_t crpci_loop_start_time(crpc_loop *l)
 {
     if (!crpci_loop_in_callback(l))
@@ -4670,14 +4955,30 @@ CRPCI_FN int64_t crpci_loop_start_time(crpc_loop *l)
     return l->user_now;
 }
 
-/* P6: ends the driver's wait, once; also that of a program that polls the loop's descriptor. */
+/* --- from here on every function expects the loop to be locked -------------------------------- */
+
+/* P6: wakes the driver, or the program that polls for the loop, unless that was done already. The
+ * callers do so for an earlier timer, a post, an owner that wants in, a close, and with poll a
+ * changed descriptor: never for bytes to be sent, never for epoll_ctl, which the kernel heeds while
+ * epoll_wait sleeps, and never for a follower's own deadline. */
 CRPCI_FN void crpci_loop_kick(crpc_loop *l)
 {
-    if ((l->sleeping || (l->foreign && !l->driver)) && !l->kicked && CRPCI_RULE_P6) {
+    bool polled = l->driver == CRPCI_LOOP_UNDRIVEN && l->foreign != CRPCI_LOOP_NOT_FOREIGN;
+    crpci_loop_assert_locked(l);
+    if ((l->driver == CRPCI_LOOP_SLEEPING || polled) && !l->kicked && CRPCI_RULE_P6) {
         l->kicked = true;
         l->stats.wakeups++;
         crpci_wake_kick(&l->wake);
     }
+}
+
+/* P2: whether a thread that has queued output should send it itself. A driver that works does so
+ * before it sleeps; one that sleeps, or is busy with the program's code, would send it late. */
+CRPCI_FN bool crpci_loop_may_send(const crpc_loop *l)
+{
+    crpci_loop_assert_locked(l);
+    return l->driver == CRPCI_LOOP_UNDRIVEN || l->driver == CRPCI_LOOP_SLEEPING ||
+           (l->driver == CRPCI_LOOP_IN_USER && !crpci_loop_in_callback(l));
 }
 
 CRPCI_FN void crpci_loop_task_init(crpci_task *t, void (*run)(crpc_loop *, crpci_task *))
@@ -4686,26 +4987,30 @@ CRPCI_FN void crpci_loop_task_init(crpci_task *t, void (*run)(crpc_loop *, crpci
     t->run = run;
 }
 
-/* Queues a task that runs user code; once, if it is queued already. */
+/* Queues a task that runs user code. One that is queued already stays where it is. */
 CRPCI_FN void crpci_loop_ready(crpc_loop *l, crpci_task *t)
 {
+    crpci_loop_assert_locked(l);
     if (!crpci_list_empty(&t->link))
         return;
     crpci_list_append(&l->ready, &t->link);
     crpci_loop_kick(l);
 }
 
-/* Queues an internal task on `resume` or `dirty`. */
+/* Queues an internal task on `resume` or `dirty`. One that is queued already stays where it is. */
 CRPCI_FN void crpci_loop_queue(crpci_list *list, crpci_task *t)
 {
     if (crpci_list_empty(&t->link))
         crpci_list_append(list, &t->link);
 }
 
-/* User code runs between these two, without the lock. */
+/* The driver runs user code between these two; crpci_loop_user_begin unlocks, crpci_loop_user_end
+ * locks again. */
 CRPCI_FN void crpci_loop_user_begin(crpc_loop *l)
 {
-    l->in_user = true;
+    crpci_loop_assert_locked(l);
+    CRPCI_ASSERT(l->driver == CRPCI_LOOP_WORKING, "only the driver runs user code");
+    l->driver = CRPCI_LOOP_IN_USER;
     l->fresh = false;
     l->user_now = l->now;
     __atomic_store_n(&l->user_thread, crpci_thread_tag(), __ATOMIC_RELAXED);
@@ -4716,12 +5021,15 @@ CRPCI_FN void crpci_loop_user_end(crpc_loop *l)
 {
     crpci_loop_lock(l);
     __atomic_store_n(&l->user_thread, 0, __ATOMIC_RELAXED);
-    l->in_user = l->fresh = false;
+    l->driver = CRPCI_LOOP_WORKING;
+    l->fresh = false;
 }
 
+/* Runs the tasks that are on the list now; one that queues itself again runs the next time. */
 CRPCI_FN void crpci_loop_run_list(crpc_loop *l, crpci_list *list)
 {
     crpci_list now;
+    crpci_loop_assert_locked(l);
     crpci_list_move(&now, list);
     while (!crpci_list_empty(&now)) {
         crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
@@ -4730,7 +5038,8 @@ CRPCI_FN void crpci_loop_run_list(crpc_loop *l, crpci_list *list)
     }
 }
 
-/* Runs the user tasks that are queued now; their replies go out in groups. */
+/* Runs the user tasks that are queued now. What they send goes out every 32 tasks, so that one
+ * send carries several replies. */
 CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
 {
     crpci_list now;
@@ -4745,10 +5054,12 @@ CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
     }
 }
 
+/* P6: a timer that is due before the driver, or the foreign loop, will wake by itself wakes it. */
 CRPCI_FN void crpci_loop_timer_at(crpc_loop *l, crpci_timer *t, int64_t due)
 {
+    crpci_loop_assert_locked(l);
     crpci_timer_set(&l->timers, t, due);
-    if (due < (l->driver ? l->wake_at : l->foreign_at)) /* until when somebody sleeps */
+    if (due < (l->driver != CRPCI_LOOP_UNDRIVEN ? l->wake_at : l->foreign_at))
         crpci_loop_kick(l);
 }
 
@@ -4759,7 +5070,7 @@ CRPCI_FN void crpci_loop_timer_set(crpc_loop *l, crpci_timer *t, int64_t delay_u
 
 CRPCI_FN void crpci_loop_timer_cancel(crpc_loop *l, crpci_timer *t)
 {
-    (void)l;
+    crpci_loop_assert_locked(l);
     crpci_timer_cancel(t);
 }
 
@@ -4772,7 +5083,7 @@ CRPCI_FN void crpci_loop_run_timers(crpc_loop *l)
     due = l->timers.fired;
     if (!due)
         return;
-    /* One armed again for now by its own function belongs to the next step. */
+    /* A timer that its own function sets to the present time belongs to the next step. */
     l->timers.fired = NULL;
     due->prev = &due;
     while ((t = due) != NULL) {
@@ -4781,6 +5092,10 @@ CRPCI_FN void crpci_loop_run_timers(crpc_loop *l)
     }
 }
 
+/* ======================================================================== */
+/* >>impl-watch   descriptors that a loop waits for                         */
+/* ======================================================================== */
+
 CRPCI_FN void crpci_watch_init(crpci_watch *w, void (*fn)(crpc_loop *, crpci_watch *, unsigned))
 {
     memset(w, 0, sizeof *w);
@@ -4788,58 +5103,68 @@ CRPCI_FN void crpci_watch_init(crpci_watch *w, void (*fn)(crpc_loop *, crpci_wat
     w->fn = fn;
 }
 
-/* Watches a descriptor, changes what for, or with events 0 stops: then late events name nothing. */
-CRPCI_FN int crpci_loop_watch_set(crpc_loop *l, crpci_watch *w, int fd, unsigned events)
+/* Stops watching; events that the poller has reported already no longer find the watch. */
+CRPCI_FN void crpci_watch_remove(crpc_loop *l, crpci_watch *w)
+{
+    crpci_poller_set(&l->poller, l->heap, &w->item, 0);
+    crpci_id_remove(&l->watches, w->item.id);
+    l->stats.watches--;
+}
+
+CRPCI_FN int crpci_watch_add(crpc_loop *l, crpci_watch *w, int fd, unsigned events)
+{
+    int err = crpci_id_add(&l->watches, l->heap, w, &w->item.id);
+    if (err)
+        return err;
+    w->item.fd = fd;
+    err = crpci_poller_set(&l->poller, l->heap, &w->item, events);
+    if (err)
+        crpci_id_remove(&l->watches, w->item.id);
+    else
+        l->stats.watches++;
+    return err;
+}
+
+/* Watches a descriptor for `events`, which replace those from before; 0 stops. The poller reports
+ * an {index, generation} id and not an address: the watch may be gone when its event is handled. */
+CRPCI_FN int crpci_watch_set(crpc_loop *l, crpci_watch *w, int fd, unsigned events)
 {
     int err = CRPC_OK;
-    if (w->item.events && (w->item.fd != fd || !events)) {
-        crpci_poller_set(&l->poller, l->heap, &w->item, 0);
-        crpci_id_remove(&l->watches, w->item.id);
-        l->stats.watches--;
-    }
-    if (events && events != w->item.events) {
-        bool fresh = !w->item.events;
-        w->item.fd = fd;
-        if (fresh)
-            err = crpci_id_add(&l->watches, l->heap, w, &w->item.id);
-        if (!err) {
-            err = crpci_poller_set(&l->poller, l->heap, &w->item, events);
-            if (err && fresh)
-                crpci_id_remove(&l->watches, w->item.id);
-            else if (fresh)
-                l->stats.watches++;
-        }
-    }
+    crpci_loop_assert_locked(l);
+    if (w->item.events && (w->item.fd != fd || !events))
+        crpci_watch_remove(l, w);
+    if (events && !w->item.events)
+        err = crpci_watch_add(l, w, fd, events);
+    else if (events != w->item.events)
+        err = crpci_poller_set(&l->poller, l->heap, &w->item, events);
     if (l->poller.kind == CRPC_POLLER_POLL) {
-        l->foreign_stale = l->foreign_at != 0;
-        crpci_loop_kick(l); /* P6: poll works on a copy */
+        if (l->foreign == CRPCI_LOOP_FOREIGN_POLLING)
+            l->foreign = CRPCI_LOOP_FOREIGN_STALE;
+        crpci_loop_kick(l); /* P6: poll sleeps on a copy of the descriptors */
     }
     return err;
 }
 
-CRPCI_FN void crpci_loop_on_wake(crpc_loop *l, crpci_watch *w, unsigned events)
-{
-    (void)w;
-    (void)events;
-    crpci_wake_drain(&l->wake);
-    l->kicked = false;
-}
+/* ======================================================================== */
+/* >>impl-user   what the program has on a loop: posts, timers, descriptors */
+/* ======================================================================== */
 
-/* --- what the program has on the loop: posts, timers, descriptors ----------------------------- */
+/* Posts, timers and watches of the program are objects of one type: a task that runs a callback in
+ * user code, with an id in l->users. A post, and a timer without a period, removes itself after its
+ * callback; the others stay until the program ends them or closes the loop. */
+typedef enum crpci_user_kind {
+    CRPCI_USER_POST,
+    CRPCI_USER_TIMER,
+    CRPCI_USER_WATCH
+} crpci_user_kind;
 
-typedef enum crpci_loop_kind {
-    CRPCI_LOOP_POST,
-    CRPCI_LOOP_TIMER,
-    CRPCI_LOOP_WATCH
-} crpci_loop_kind;
-
-typedef struct crpci_loop_user {
-    crpci_loop_kind kind;
+typedef struct crpci_user {
+    crpci_user_kind kind;
     crpci_task task;
     uint64_t id;
     void *user;
     bool running;
-    bool ended; /* while running: to be freed behind it */
+    bool ended; /* while its callback ran, which frees it */
     void (*post)(void *user);
     crpc_timer_fn on_timer;
     crpci_timer timer;
@@ -4847,15 +5172,16 @@ typedef struct crpci_loop_user {
     crpc_watch_fn on_event;
     crpci_watch watch;
     int fd;
-    unsigned wanted;
-    unsigned got;
-} crpci_loop_user;
+    unsigned wanted; /* events that the program asked for */
+    unsigned got;    /* events that its callback is still to be told */
+} crpci_user;
 
-CRPCI_FN void crpci_loop_user_end_of(crpc_loop *l, crpci_loop_user *u)
+/* Ends a post, timer or watch: its callback does not run again. */
+CRPCI_FN void crpci_user_remove(crpc_loop *l, crpci_user *u)
 {
     crpci_id_remove(&l->users, u->id);
     crpci_timer_cancel(&u->timer);
-    crpci_loop_watch_set(l, &u->watch, u->fd, 0);
+    crpci_watch_set(l, &u->watch, u->fd, 0);
     crpci_list_remove(&u->task.link);
     if (u->running)
         u->ended = true;
@@ -4863,25 +5189,26 @@ CRPCI_FN void crpci_loop_user_end_of(crpc_loop *l, crpci_loop_user *u)
         crpci_heap_free(l->heap, u, sizeof *u);
 }
 
-CRPCI_FN void crpci_loop_user_free(crpc_loop *l)
+CRPCI_COLD void crpci_user_remove_all(crpc_loop *l)
 {
     uint32_t i;
     for (i = 0; i < l->users.cap; i++) {
         if (l->users.slots[i].object)
-            crpci_loop_user_end_of(l, (crpci_loop_user *)l->users.slots[i].object);
+            crpci_user_remove(l, (crpci_user *)l->users.slots[i].object);
     }
 }
 
-CRPCI_FN void crpci_loop_user_run(crpc_loop *l, crpci_task *task)
+/* Runs the callback. Meanwhile, unlocked, the program may end the object: it is then freed here. */
+CRPCI_FN void crpci_user_run(crpc_loop *l, crpci_task *task)
 {
-    crpci_loop_user *u = CRPCI_CONTAINER(task, crpci_loop_user, task);
+    crpci_user *u = CRPCI_CONTAINER(task, crpci_user, task);
     unsigned got = u->got & u->wanted;
     u->got = 0;
     u->running = true;
     crpci_loop_user_begin(l);
-    if (u->kind == CRPCI_LOOP_POST)
+    if (u->kind == CRPCI_USER_POST)
         u->post(u->user);
-    else if (u->kind == CRPCI_LOOP_TIMER)
+    else if (u->kind == CRPCI_USER_TIMER)
         u->on_timer(u->user);
     else if (got)
         u->on_event(u->user, u->fd, got);
@@ -4889,15 +5216,16 @@ CRPCI_FN void crpci_loop_user_run(crpc_loop *l, crpci_task *task)
     u->running = false;
     if (u->ended)
         crpci_heap_free(l->heap, u, sizeof *u);
-    else if (u->kind == CRPCI_LOOP_POST || (u->kind == CRPCI_LOOP_TIMER && !u->period_us))
-        crpci_loop_user_end_of(l, u);
-    else if (u->kind == CRPCI_LOOP_WATCH)
-        crpci_loop_watch_set(l, &u->watch, u->fd, u->wanted);
+    else if (u->kind == CRPCI_USER_POST || (u->kind == CRPCI_USER_TIMER && !u->period_us))
+        crpci_user_remove(l, u);
+    else if (u->kind == CRPCI_USER_WATCH)
+        crpci_watch_set(l, &u->watch, u->fd, u->wanted);
 }
 
-CRPCI_FN void crpci_loop_user_timer(crpc_loop *l, crpci_timer *timer)
+/* A periodic timer keeps its rhythm; periods that have passed entirely are left out. */
+CRPCI_FN void crpci_user_on_timer(crpc_loop *l, crpci_timer *timer)
 {
-    crpci_loop_user *u = CRPCI_CONTAINER(timer, crpci_loop_user, timer);
+    crpci_user *u = CRPCI_CONTAINER(timer, crpci_user, timer);
     if (u->period_us) {
         int64_t now = crpci_loop_now(l), next = timer->due_us + u->period_us;
         crpci_timer_set(&l->timers, timer, next > now ? next : now + u->period_us);
@@ -4905,28 +5233,30 @@ CRPCI_FN void crpci_loop_user_timer(crpc_loop *l, crpci_timer *timer)
     crpci_loop_ready(l, &u->task);
 }
 
-/* Level-triggered: until its callback can run, the descriptor is not watched, else a driver that
- * may not run it would spin. */
-CRPCI_FN void crpci_loop_user_event(crpc_loop *l, crpci_watch *watch, unsigned events)
+/* A driver that may not run user code (P8) stops watching the descriptor until the callback has
+ * run: the poller reports a level, and the driver would spin. */
+CRPCI_FN void crpci_user_on_event(crpc_loop *l, crpci_watch *watch, unsigned events)
 {
-    crpci_loop_user *u = CRPCI_CONTAINER(watch, crpci_loop_user, watch);
+    crpci_user *u = CRPCI_CONTAINER(watch, crpci_user, watch);
     u->got |= events;
     crpci_loop_ready(l, &u->task);
     if (!l->step_user)
-        crpci_loop_watch_set(l, watch, u->fd, 0);
+        crpci_watch_set(l, watch, u->fd, 0);
 }
 
-CRPCI_FN crpci_loop_user *crpci_loop_user_new(crpc_loop *l, crpci_loop_kind kind, void *user)
+/* A new object with an id, whose callback the caller sets. NULL: out of memory. */
+CRPCI_FN crpci_user *crpci_user_add(crpc_loop *l, crpci_user_kind kind, void *user)
 {
-    crpci_loop_user *u = (crpci_loop_user *)crpci_heap_alloc(l->heap, sizeof *u);
+    crpci_user *u = (crpci_user *)crpci_heap_alloc(l->heap, sizeof *u);
+    crpci_loop_assert_locked(l);
     if (!u)
         return NULL;
     u->kind = kind;
     u->user = user;
     u->fd = -1;
-    crpci_loop_task_init(&u->task, crpci_loop_user_run);
-    crpci_timer_init(&u->timer, crpci_loop_user_timer);
-    crpci_watch_init(&u->watch, crpci_loop_user_event);
+    crpci_loop_task_init(&u->task, crpci_user_run);
+    crpci_timer_init(&u->timer, crpci_user_on_timer);
+    crpci_watch_init(&u->watch, crpci_user_on_event);
     if (crpci_id_add(&l->users, l->heap, u, &u->id)) {
         crpci_heap_free(l->heap, u, sizeof *u);
         return NULL;
@@ -4934,46 +5264,181 @@ CRPCI_FN crpci_loop_user *crpci_loop_user_new(crpc_loop *l, crpci_loop_kind kind
     return u;
 }
 
-/* --- driving ---------------------------------------------------------------------------------- */
+CRPC_API int crpc_loop_post(crpc_loop *l, void (*fn)(void *user), void *user)
+{
+    crpci_user *u;
+    if (!fn)
+        return CRPC_EINVAL;
+    crpci_loop_lock(l);
+    u = crpci_user_add(l, CRPCI_USER_POST, user);
+    if (u) {
+        u->post = fn;
+        crpci_loop_ready(l, &u->task);
+    }
+    crpci_loop_unlock(l);
+    return u ? CRPC_OK : CRPC_ENOMEM;
+}
+
+/* Whether the program watches a descriptor already. Programs watch few: a search is enough. */
+CRPCI_FN bool crpci_user_watches(const crpc_loop *l, int fd)
+{
+    uint32_t i;
+    for (i = 0; i < l->users.cap; i++) {
+        const crpci_user *u = (const crpci_user *)l->users.slots[i].object;
+        if (u && u->kind == CRPCI_USER_WATCH && u->fd == fd)
+            return true;
+    }
+    return false;
+}
+
+CRPC_API int crpc_loop_watch(crpc_loop *l, int fd, unsigned events, crpc_watch_fn fn, void *user,
+                             crpc_id *id)
+{
+    crpci_user *u;
+    int err = CRPC_ENOMEM;
+    id->value = 0;
+    if (fd < 0 || !fn || events & ~(CRPC_READABLE | CRPC_WRITABLE))
+        return CRPC_EINVAL;
+    crpci_loop_lock(l);
+    if (crpci_user_watches(l, fd)) { /* epoll takes each descriptor once */
+        crpci_loop_unlock(l);
+        return CRPC_EBUSY;
+    }
+    u = crpci_user_add(l, CRPCI_USER_WATCH, user);
+    if (u) {
+        u->fd = fd;
+        u->on_event = fn;
+        u->wanted = events;
+        err = crpci_watch_set(l, &u->watch, fd, events);
+        if (err)
+            crpci_user_remove(l, u);
+        else
+            id->value = u->id;
+    }
+    crpci_loop_unlock(l);
+    return err;
+}
+
+CRPC_API int crpc_loop_rewatch(crpc_loop *l, crpc_id id, unsigned events)
+{
+    crpci_user *u;
+    int err = CRPC_ENOTFOUND;
+    if (events & ~(CRPC_READABLE | CRPC_WRITABLE))
+        return CRPC_EINVAL;
+    crpci_loop_lock(l);
+    u = (crpci_user *)crpci_id_get(&l->users, id.value);
+    if (u && u->kind == CRPCI_USER_WATCH) {
+        u->wanted = events;
+        err = crpci_watch_set(l, &u->watch, u->fd, events);
+    }
+    crpci_loop_unlock(l);
+    return err;
+}
+
+/* Ends a timer or a watch; an id that is stale, or of the other kind, is ignored. */
+CRPCI_FN void crpci_user_stop(crpc_loop *l, crpc_id id, crpci_user_kind kind)
+{
+    crpci_user *u;
+    crpci_loop_lock(l);
+    u = (crpci_user *)crpci_id_get(&l->users, id.value);
+    if (u && u->kind == kind)
+        crpci_user_remove(l, u);
+    crpci_loop_unlock(l);
+}
+
+CRPC_API void crpc_loop_unwatch(crpc_loop *l, crpc_id id)
+{
+    crpci_user_stop(l, id, CRPCI_USER_WATCH);
+}
+
+CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms, crpc_timer_fn fn,
+                              void *user, crpc_id *id)
+{
+    const int64_t longest = INT64_C(3153600000000); /* 100 years */
+    crpci_user *u;
+    crpc_id unwanted;
+    id = id ? id : &unwanted;
+    id->value = 0;
+    if (!fn || delay_ms < 0 || period_ms < 0 || delay_ms > longest || period_ms > longest)
+        return CRPC_EINVAL;
+    crpci_loop_lock(l);
+    u = crpci_user_add(l, CRPCI_USER_TIMER, user);
+    if (u) {
+        u->on_timer = fn;
+        u->period_us = period_ms * 1000;
+        crpci_loop_timer_set(l, &u->timer, delay_ms * 1000);
+        id->value = u->id;
+    }
+    crpci_loop_unlock(l);
+    return u ? CRPC_OK : CRPC_ENOMEM;
+}
+
+CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
+{
+    crpci_user_stop(l, id, CRPCI_USER_TIMER);
+}
+
+/* ======================================================================== */
+/* >>impl-drive   who drives a loop, who waits, and how they take turns     */
+/* ======================================================================== */
+
+/* A thread that waits for something that the driver will do. It lives on that thread's stack, so
+ * every access is made under the loop's lock, to the last (P5). All zero at first. */
+typedef enum crpci_waiter_place {
+    CRPCI_WAITER_APART,   /* it neither drives nor sleeps */
+    CRPCI_WAITER_QUEUED,  /* it sleeps among the followers */
+    CRPCI_WAITER_DRIVING  /* it drives, or was promoted in its sleep and is about to */
+} crpci_waiter_place;
+
+typedef struct crpci_waiter {
+    crpci_list link;
+    crpci_cond cond; /* initialised while queued */
+    crpci_waiter_place place;
+    bool done;
+} crpci_waiter;
 
 /* How long the poller may wait, in microseconds; negative: no limit. */
-CRPCI_FN int64_t crpci_loop_patience(crpc_loop *l, int64_t until, bool user)
+CRPCI_FN int64_t crpci_drive_patience(crpc_loop *l, int64_t until, bool user)
 {
     int64_t at = crpci_timer_next_us(&l->timers);
     at = crpci_base_min64(at, until);
     l->wake_at = at;
     if ((user && !crpci_list_empty(&l->ready)) || !crpci_list_empty(&l->resume) ||
-        !crpci_list_empty(&l->dirty) || l->hurry || l->owner_waiting ||
-        (l->owned && crpci_thread_load(&l->stop)))
+        !crpci_list_empty(&l->dirty) || l->skip_sleep || l->mode == CRPCI_LOOP_CLAIMED ||
+        (l->mode == CRPCI_LOOP_OWNED && crpci_thread_load(&l->stop)))
         return 0;
     return at == INT64_MAX ? -1 : crpci_loop_left(l, at);
 }
 
-/* P5: one step. `until` (INT64_MAX: none) bounds the wait; `user` allows user code. Flushing goes
- * once over the dirty connections without the lock; one that others dirtied meanwhile keeps the
- * step from sleeping, which is as good as flushing under the lock and blocks nobody. */
-CRPCI_FN void crpci_loop_step(crpc_loop *l, int64_t until, bool user)
+/* P5: one step: timers and tasks, then flush, sleep in the poller, handle the events. `until`
+ * (INT64_MAX: none) bounds the sleep; `user` allows user code, which the driver that is itself a
+ * synchronous caller never runs (P8): the program's callbacks could wait for a lock that the caller
+ * holds, or outlast its deadline. Sending unlocks, so another thread may queue output after the
+ * flush; the step then does not sleep, and the next one flushes. */
+CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
 {
     crpci_poller_event events[CRPCI_POLLER_BATCH];
     int64_t patience;
     int n, i;
+    crpci_loop_assert_locked(l);
     l->step_user = user;
-    l->hurry = false;
+    l->skip_sleep = false;
     crpci_loop_run_timers(l);
     crpci_loop_run_list(l, &l->resume);
     if (user)
         crpci_loop_run_ready(l);
     crpci_loop_run_list(l, &l->dirty);
-    patience = crpci_loop_patience(l, until, user);
-    if (crpci_poller_prepare(&l->poller, l->heap))
+    patience = crpci_drive_patience(l, until, user);
+    if (crpci_poller_prepare(&l->poller, l->heap)) /* out of memory: some are not waited for */
         patience = crpci_base_min64(patience < 0 ? 1000 : patience, 1000);
     l->stats.waits++;
-    l->sleeping = true;
+    l->driver = CRPCI_LOOP_SLEEPING;
     l->fresh = false;
     crpci_loop_unlock(l);
     n = crpci_poller_wait(&l->poller, patience, events);
     crpci_loop_lock(l);
-    l->sleeping = l->fresh = false; /* a caller may have looked at the clock meanwhile */
+    l->driver = CRPCI_LOOP_WORKING;
+    l->fresh = false; /* a caller may have read the clock meanwhile */
     l->last_step = crpci_loop_time(l);
     for (i = 0; i < n; i++) {
         crpci_watch *w = (crpci_watch *)crpci_id_get(&l->watches, events[i].id);
@@ -4985,221 +5450,237 @@ CRPCI_FN void crpci_loop_step(crpc_loop *l, int64_t until, bool user)
     crpci_loop_run_list(l, &l->dirty);
 }
 
-/* Whether what a program with its own poll loop waits for has changed while a caller drove. */
-CRPCI_FN bool crpci_loop_foreign_due(const crpc_loop *l)
+/* Whether what a foreign loop polls for has changed while a caller drove. */
+CRPCI_FN bool crpci_drive_foreign_due(const crpc_loop *l)
 {
-    return l->foreign && (l->foreign_stale || !crpci_list_empty(&l->resume) ||
-                          crpci_timer_next_us(&l->timers) < l->foreign_at);
+    return l->foreign != CRPCI_LOOP_NOT_FOREIGN &&
+           (l->foreign == CRPCI_LOOP_FOREIGN_STALE || !crpci_list_empty(&l->resume) ||
+            crpci_timer_next_us(&l->timers) < l->foreign_at);
 }
 
-/* P4: the driver's way out. */
-CRPCI_FN void crpci_loop_leave(crpc_loop *l)
+/* P4: every way out of driving leads through here, and hands over before the lock is released: to
+ * an owner that waits, else to the follower that has waited longest (P11). Without either the loop
+ * is undriven. The driver flushes before it leaves; without a successor, until nothing is
+ * queued. */
+CRPCI_FN void crpci_drive_leave(crpc_loop *l)
 {
+    crpci_loop_assert_locked(l);
+    CRPCI_ASSERT(l->mode != CRPCI_LOOP_OWNED, "the driver of an owned loop leaves");
     do {
-        crpci_loop_run_list(l, &l->dirty); /* again only where nobody comes after */
-    } while (!crpci_list_empty(&l->dirty) && !l->owner_waiting && crpci_list_empty(&l->followers));
-    l->driver = l->fresh = false;
-    if (!crpci_list_empty(&l->ready) || crpci_loop_foreign_due(l))
-        crpci_loop_kick(l); /* a program that polls the loop's descriptor has to step it */
-    if (l->owner_waiting || l->joining) {
+        crpci_loop_run_list(l, &l->dirty);
+    } while (!crpci_list_empty(&l->dirty) && l->mode != CRPCI_LOOP_CLAIMED &&
+             crpci_list_empty(&l->followers));
+    l->driver = CRPCI_LOOP_UNDRIVEN;
+    l->fresh = false;
+    if (!crpci_list_empty(&l->ready) || crpci_drive_foreign_due(l))
+        crpci_loop_kick(l);
+    if (l->mode == CRPCI_LOOP_CLAIMED || l->end == CRPCI_LOOP_CLOSING) {
         crpci_thread_broadcast(&l->owner_cond);
     } else if (!crpci_list_empty(&l->followers)) {
         crpci_waiter *w = CRPCI_CONTAINER(l->followers.next, crpci_waiter, link);
         crpci_list_remove(&w->link);
-        w->queued = false;
-        w->promoted = true;
-        l->driver = true;
+        w->place = CRPCI_WAITER_DRIVING;
+        l->driver = CRPCI_LOOP_WORKING; /* on behalf of w, until that thread runs */
         l->stats.promotions++;
         crpci_thread_signal(&w->cond);
     }
 }
 
-/* Marks what a waiter waits for as done, under the lock: it lives on a stack. */
-CRPCI_FN void crpci_loop_done(crpc_loop *l, crpci_waiter *w)
+/* P5, P9: marks what a waiter waits for as done, and wakes it only if it sleeps. The waiter does
+ * the rest on its own thread: decoding, retries, policy. */
+CRPCI_FN void crpci_drive_end_wait(crpc_loop *l, crpci_waiter *w)
 {
+    crpci_loop_assert_locked(l);
     w->done = true;
-    if (w->queued) {
+    if (w->place == CRPCI_WAITER_QUEUED) {
         crpci_thread_signal(&w->cond);
-    } else if (w->driving) {
-        l->hurry = true;
+    } else if (w->place == CRPCI_WAITER_DRIVING) {
+        l->skip_sleep = true;
         crpci_loop_kick(l);
     }
 }
 
-CRPCI_FN void crpci_loop_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
+/* Sleeps among the followers until promoted, done, or past `until`. */
+CRPCI_FN void crpci_drive_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
 {
     int64_t us = until == INT64_MAX ? -1 : until - crpci_loop_now(l);
     if (crpci_thread_cond_init(&w->cond)) {
-        w->done = true; /* no condition variable: give up the wait rather than spin */
+        w->done = true; /* no memory for a condition variable: giving up is better than to spin */
         return;
     }
-    w->queued = true;
+    w->place = CRPCI_WAITER_QUEUED;
     l->fresh = false;
     crpci_list_append(&l->followers, &w->link);
     crpci_thread_wait(&w->cond, &l->lock, until != INT64_MAX && us < 0 ? 0 : us);
-    if (w->queued)
+    if (w->place == CRPCI_WAITER_QUEUED) {
         crpci_list_remove(&w->link);
-    w->queued = false;
-    crpci_thread_cond_free(&w->cond);
-    if (w->promoted) {
-        w->promoted = false;
-        w->driving = true; /* the driver flag stayed set for this thread */
+        w->place = CRPCI_WAITER_APART;
     }
+    crpci_thread_cond_free(&w->cond);
 }
 
-/* P3: waits, locked, until w->done or the time; drives the loop if nobody does. `user`: as the
- * driver run callbacks too (P8: a synchronous call never does). */
-CRPCI_FN void crpci_loop_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool user)
+/* P3: waits until w->done or `until`: drives a loop that is undriven, follows the driver of any
+ * other. `user`: as the driver, run callbacks too (P8). */
+CRPCI_FN void crpci_drive_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool user)
 {
-    l->fresh = false; /* encoding, or whoever looked last, may have been long ago */
+    crpci_loop_assert_locked(l);
+    l->fresh = false; /* encoding the request may have taken long */
     while (!w->done && crpci_loop_left(l, until)) {
-        if (!w->driving && !l->driver && !l->owned && !l->owner_waiting)
-            l->driver = w->driving = true;
-        if (w->driving)
-            crpci_loop_step(l, until, user);
+        if (l->driver == CRPCI_LOOP_UNDRIVEN && l->mode == CRPCI_LOOP_PASSIVE) {
+            l->driver = CRPCI_LOOP_WORKING;
+            w->place = CRPCI_WAITER_DRIVING;
+        }
+        if (w->place == CRPCI_WAITER_DRIVING)
+            crpci_drive_step(l, until, user);
         else
-            crpci_loop_follow(l, w, until);
-        if (w->driving && l->owner_waiting) {
-            w->driving = false;
-            crpci_loop_leave(l);
+            crpci_drive_follow(l, w, until);
+        if (w->place == CRPCI_WAITER_DRIVING && l->mode == CRPCI_LOOP_CLAIMED) {
+            w->place = CRPCI_WAITER_APART;
+            crpci_drive_leave(l);
         }
     }
-    if (w->driving) {
-        w->driving = false;
+    if (w->place == CRPCI_WAITER_DRIVING) { /* also promoted when it was done, or too late */
+        w->place = CRPCI_WAITER_APART;
         if (CRPCI_RULE_P4 || !w->done)
-            crpci_loop_leave(l);
+            crpci_drive_leave(l);
     }
 }
 
-/* P10: a FIN that came while nobody drove is seen before a request is sent into it. */
-CRPCI_FN void crpci_loop_catch_up(crpc_loop *l)
+/* P10: a passive loop that was idle for 10 ms takes one step without waiting before it sends: a
+ * connection that the peer closed meanwhile is found before a request is written into it. Back to
+ * back, calls do without, and cost one send, one wait and one receive each. */
+CRPCI_FN void crpci_drive_catch_up(crpc_loop *l)
 {
-    if (l->driver || l->owned || l->owner_waiting ||
+    if (l->driver != CRPCI_LOOP_UNDRIVEN || l->mode != CRPCI_LOOP_PASSIVE ||
         crpci_loop_rough_time(l) - l->last_step < 10000)
         return;
-    l->driver = true;
-    crpci_loop_step(l, 0, false);
-    crpci_loop_leave(l);
+    l->driver = CRPCI_LOOP_WORKING;
+    crpci_drive_step(l, 0, false);
+    crpci_drive_leave(l);
 }
 
-/* P2: whether the caller of a function that queued output should send it itself. */
-CRPCI_FN bool crpci_loop_may_send(const crpc_loop *l)
-{
-    return !l->driver || l->sleeping || (l->in_user && !crpci_loop_in_callback(l));
-}
+/* --- owners ----------------------------------------------------------------------------------- */
 
-/* Becomes the owner, waiting for a driving caller to leave. Locked. */
-CRPCI_FN int crpci_loop_own(crpc_loop *l)
+/* Waits until the caller that drives has left, then owns the loop. */
+CRPCI_FN void crpci_drive_take_over(crpc_loop *l)
 {
-    if (crpci_loop_in_callback(l))
-        return CRPC_EDEADLK;
-    if (l->owned || l->owner_waiting)
-        return CRPC_EBUSY;
-    l->owner_waiting = true;
-    while (l->driver) {
+    l->mode = CRPCI_LOOP_CLAIMED;
+    while (l->driver != CRPCI_LOOP_UNDRIVEN) {
         crpci_loop_kick(l);
         crpci_thread_wait(&l->owner_cond, &l->lock, -1);
     }
-    l->owner_waiting = l->fresh = false;
-    l->driver = l->owned = true;
+    l->mode = CRPCI_LOOP_OWNED;
+    l->driver = CRPCI_LOOP_WORKING;
+    l->fresh = false;
+}
+
+/* Becomes the owner. CRPC_EDEADLK: this thread is inside a callback of the loop. CRPC_EBUSY: the
+ * loop has an owner. */
+CRPCI_FN int crpci_drive_own(crpc_loop *l)
+{
+    crpci_loop_assert_locked(l);
+    if (crpci_loop_in_callback(l))
+        return CRPC_EDEADLK;
+    if (l->mode != CRPCI_LOOP_PASSIVE)
+        return CRPC_EBUSY;
+    crpci_drive_take_over(l);
     return CRPC_OK;
 }
 
-/* Runs the callbacks that are due, and forgets what the program has on the loop. */
-CRPCI_COLD void crpci_loop_finish(crpc_loop *l)
+/* Before a loop is freed: runs the callbacks that are due, and ends the program's timers and
+ * watches. A callback may queue the next one, but not for ever. */
+CRPCI_COLD void crpci_drive_finish(crpc_loop *l)
 {
-    int rounds = 1000; /* callbacks may queue callbacks; not for ever */
+    int rounds = 1000;
     while (!crpci_list_empty(&l->ready) && rounds--)
         crpci_loop_run_ready(l);
-    crpci_loop_user_free(l);
+    crpci_user_remove_all(l);
 }
 
-/* Joins the own thread if it was stopped; it takes no lock any more. */
-CRPCI_FN void crpci_loop_join(crpc_loop *l)
+/* Joins the own thread if it has ended; it needs no lock for its last instructions. */
+CRPCI_FN void crpci_drive_join(crpc_loop *l)
 {
 #if CRPC_ENABLE_THREADS
-    if (l->thread_over)
+    if (l->thread_state == CRPCI_LOOP_THREAD_ENDED) {
         crpci_thread_join(l->thread);
+        l->thread_state = CRPCI_LOOP_NO_THREAD;
+    }
 #endif
-    if (l->thread_over)
-        l->has_thread = l->thread_over = false;
+    (void)l;
 }
 
-/* Ends ownership and, if the loop was disposed of in a callback, lets go of it: unlocks. */
-CRPCI_FN void crpci_loop_disown(crpc_loop *l)
+/* Ends ownership and unlocks. A loop that a callback has closed loses its last reference here. */
+CRPCI_FN void crpci_drive_disown(crpc_loop *l)
 {
-    bool disposed = l->disposed;
+    bool disposed = l->end == CRPCI_LOOP_DISPOSED;
     if (disposed)
-        crpci_loop_finish(l);
-    l->owned = false;
-    l->disposed = false;
-    crpci_loop_leave(l);
-    if (l->has_thread && crpci_thread_is_self(l->thread))
-        l->thread_over = true;
+        crpci_drive_finish(l);
+    l->mode = CRPCI_LOOP_PASSIVE;
+    l->end = disposed ? CRPCI_LOOP_OPEN : l->end;
+    crpci_drive_leave(l);
+    if (l->thread_state != CRPCI_LOOP_NO_THREAD && crpci_thread_is_self(l->thread))
+        l->thread_state = CRPCI_LOOP_THREAD_ENDED;
     else if (disposed)
-        crpci_loop_join(l);
+        crpci_drive_join(l);
     crpci_loop_unlock(l);
     if (disposed)
         crpci_loop_release(l);
 }
 
-/* Unlocks after a wait that ran callbacks: one of them may have disposed of the loop. */
-CRPCI_FN void crpci_loop_unlock_driver(crpc_loop *l)
+/* Unlocks after a wait that ran callbacks, one of which may have closed the loop. */
+CRPCI_FN void crpci_drive_unlock(crpc_loop *l)
 {
-    if (l->disposed && crpci_loop_own(l) == CRPC_OK)
-        crpci_loop_disown(l);
+    if (l->end == CRPCI_LOOP_DISPOSED && crpci_drive_own(l) == CRPC_OK)
+        crpci_drive_disown(l);
     else
         crpci_loop_unlock(l);
 }
 
-/* Steps as the owner until stopped, and until no callback is due any more. */
-CRPCI_FN void crpci_loop_drive(crpc_loop *l)
+/* Steps as the owner until stopped. */
+CRPCI_FN void crpci_drive_run(crpc_loop *l)
 {
     while (!crpci_thread_load(&l->stop))
-        crpci_loop_step(l, INT64_MAX, true);
+        crpci_drive_step(l, INT64_MAX, true);
     crpci_thread_store(&l->stop, 0);
 }
 
 #if CRPC_ENABLE_THREADS
-CRPCI_FN void *crpci_loop_thread(void *arg)
+/* The loop's own thread. crpci_drive_start_thread has claimed the loop for it. */
+CRPCI_FN void *crpci_drive_thread(void *arg)
 {
     crpc_loop *l = (crpc_loop *)arg;
     crpci_thread_name(l->thread_name);
     crpci_loop_lock(l);
-    /* Ownership was taken by the starter, on this thread's behalf. */
-    while (l->driver)
-        crpci_thread_wait(&l->owner_cond, &l->lock, -1);
-    l->owner_waiting = false;
-    l->driver = l->owned = true;
-    crpci_loop_drive(l);
-    if (l->disposed) { /* in a callback: nobody waits for this thread */
+    crpci_drive_take_over(l);
+    crpci_drive_run(l);
+    if (l->end == CRPCI_LOOP_DISPOSED) { /* closed inside a callback: no thread will join it */
         pthread_detach(pthread_self());
-        l->has_thread = false;
+        l->thread_state = CRPCI_LOOP_NO_THREAD;
     }
-    crpci_loop_disown(l);
+    crpci_drive_disown(l);
     crpci_loop_release(l);
     return NULL;
 }
 #endif
 
-/* Starts the loop's own thread. Locked. */
-CRPCI_FN int crpci_loop_start_thread(crpc_loop *l)
+CRPCI_FN int crpci_drive_start_thread(crpc_loop *l)
 {
 #if CRPC_ENABLE_THREADS
     int err;
-    crpci_loop_join(l);
-    if (l->owned || l->owner_waiting || l->has_thread)
+    crpci_loop_assert_locked(l);
+    crpci_drive_join(l);
+    if (l->mode != CRPCI_LOOP_PASSIVE || l->thread_state != CRPCI_LOOP_NO_THREAD)
         return CRPC_EBUSY;
-    crpci_thread_store(&l->stop, 0); /* one from before was not meant for it */
-    l->owner_waiting = true; /* the thread becomes the owner as soon as it runs */
-    crpci_loop_hold(l);      /* and keeps the loop until it ends */
-    err = crpci_thread_start(&l->thread, (size_t)l->stack_size, crpci_loop_thread, l);
+    crpci_thread_store(&l->stop, 0); /* a stop from before was not meant for the new thread */
+    l->mode = CRPCI_LOOP_CLAIMED;
+    crpci_loop_hold(l); /* the thread's reference */
+    err = crpci_thread_start(&l->thread, (size_t)l->stack_size, crpci_drive_thread, l);
     if (err) {
-        l->owner_waiting = false;
+        l->mode = CRPCI_LOOP_PASSIVE;
         crpci_loop_release(l);
         return err;
     }
-    l->has_thread = true;
+    l->thread_state = CRPCI_LOOP_THREAD_RUNS;
     crpci_loop_kick(l);
     return CRPC_OK;
 #else
@@ -5208,22 +5689,56 @@ CRPCI_FN int crpci_loop_start_thread(crpc_loop *l)
 #endif
 }
 
-/* P8: an asynchronous call needs somebody who will run its callback. Locked. */
-CRPCI_FN int crpci_loop_need_owner(crpc_loop *l)
+/* P8: the callback of an asynchronous call needs a thread that runs it. Where the program neither
+ * owns nor steps the loop, the loop's own thread is started. CRPC_EINVAL: the option forbids it. */
+CRPCI_FN int crpci_drive_ensure_owner(crpc_loop *l)
 {
-    if (l->owned || l->foreign || l->owner_waiting || (l->has_thread && !l->thread_over))
+    crpci_loop_assert_locked(l);
+    if (l->mode != CRPCI_LOOP_PASSIVE || l->foreign != CRPCI_LOOP_NOT_FOREIGN ||
+        l->thread_state == CRPCI_LOOP_THREAD_RUNS)
         return CRPC_OK;
-    return l->forbid_threads ? CRPC_EINVAL : crpci_loop_start_thread(l);
+    return l->forbid_threads ? CRPC_EINVAL : crpci_drive_start_thread(l);
 }
 
-/* --- public ----------------------------------------------------------------------------------- */
+/* --- opening and closing ---------------------------------------------------------------------- */
 
-CRPCI_FN void crpci_loop_options_set(crpc_loop *l, const crpc_loop_options *o)
+/* The wake descriptor is readable: a kick has come, or crpc_loop_stop. */
+CRPCI_FN void crpci_drive_on_wake(crpc_loop *l, crpci_watch *w, unsigned events)
+{
+    (void)w;
+    (void)events;
+    crpci_wake_drain(&l->wake);
+    l->kicked = false;
+}
+
+CRPCI_FN void crpci_drive_set_options(crpc_loop *l, const crpc_loop_options *o)
 {
     l->forbid_threads = o->forbid_threads || !CRPC_ENABLE_THREADS;
     snprintf(l->thread_name, sizeof l->thread_name, "%s", o->thread_name ? o->thread_name : "crpc");
     l->stack_size = crpci_base_option(o->stack_size, 256 << 10, 0);
     l->max_results = crpci_base_option(o->max_results, 1024, 0);
+}
+
+/* Fills in a loop that is all zero. The seed of the random numbers differs from process to process,
+ * the salt of the ids from loop to loop. */
+CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_options *o)
+{
+    l->heap = h;
+    l->refs = 1;
+    l->wake.read_fd = l->wake.write_fd = l->poller.epoll_fd = -1;
+    crpci_list_init(&l->ready);
+    crpci_list_init(&l->resume);
+    crpci_list_init(&l->dirty);
+    crpci_list_init(&l->followers);
+    crpci_list_init(&l->conns);
+    crpci_list_init(&l->endpoints);
+    crpci_list_init(&l->registries);
+    crpci_drive_set_options(l, o);
+    l->last_step = crpci_loop_now(l);
+    l->timers.tick = l->last_step / 1000;
+    l->random = crpci_loop_seed(l);
+    l->users.salt = crpci_loop_random(l);
+    l->calls.salt = crpci_loop_random(l);
 }
 
 CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
@@ -5246,30 +5761,19 @@ CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
         crpci_heap_unref(h);
         return CRPC_ENOMEM;
     }
-    l->heap = h;
-    l->refs = 1;
-    l->wake.read_fd = l->wake.write_fd = l->poller.epoll_fd = -1;
-    crpci_list_init(&l->ready);
-    crpci_list_init(&l->resume);
-    crpci_list_init(&l->dirty);
-    crpci_list_init(&l->followers);
-    crpci_list_init(&l->conns);
-    crpci_list_init(&l->endpoints);
-    crpci_list_init(&l->registries);
-    crpci_loop_options_set(l, &o);
-    l->timers.tick = crpci_loop_now(l) / 1000;
-    l->last_step = crpci_loop_now(l);
-    l->random = crpci_loop_seed((uint64_t)crpci_loop_now(l) ^ (uint64_t)(uintptr_t)l ^
-                                (uint64_t)getpid() * 2654435761u);
+    crpci_drive_init(l, h, &o);
     err = crpci_thread_mutex_init(&l->lock);
     err = err ? err : crpci_thread_cond_init(&l->owner_cond);
     err = err ? err : crpci_thread_cond_init(&l->io_cond);
-    err = err ? err : crpci_poller_open(&l->poller, o.poller);
-    err = err ? err : crpci_wake_open(&l->wake);
-    crpci_watch_init(&l->wake_watch, crpci_loop_on_wake);
-    err = err ? err
-              : crpci_loop_watch_set(l, &l->wake_watch, l->wake.read_fd, CRPC_READABLE);
-    err = err ? err : crpci_poller_prepare(&l->poller, h);
+    err = err ? err : crpci_poller_open(&l->poller, h, o.poller);
+    err = err ? err : crpci_wake_open(&l->wake, h);
+    crpci_watch_init(&l->wake_watch, crpci_drive_on_wake);
+    if (!err) {
+        crpci_loop_lock(l);
+        err = crpci_watch_set(l, &l->wake_watch, l->wake.read_fd, CRPC_READABLE);
+        err = err ? err : crpci_poller_prepare(&l->poller, h);
+        crpci_loop_unlock(l);
+    }
     if (err) {
         crpci_loop_free(l);
         return err;
@@ -5278,41 +5782,35 @@ CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
     return CRPC_OK;
 }
 
-/* Ends a loop from inside one of its own callbacks: the driver lets go of it when it returns. */
-CRPCI_FN void crpci_loop_dispose(crpc_loop *l)
-{
-    l->disposed = true;
-    crpci_thread_store(&l->stop, 1);
-}
-
 CRPC_API void crpc_loop_close(crpc_loop *l)
 {
     if (!l)
         return;
     crpci_loop_lock(l);
     if (crpci_loop_in_callback(l)) {
-        crpci_loop_dispose(l);
+        l->end = CRPCI_LOOP_DISPOSED;
+        crpci_thread_store(&l->stop, 1);
         crpci_loop_unlock(l);
         return;
     }
-    l->joining = true;
-    while (l->owned || l->owner_waiting) { /* its own thread, or who else runs it */
+    l->end = CRPCI_LOOP_CLOSING;
+    while (l->mode != CRPCI_LOOP_PASSIVE) { /* crpc_loop_step clears a stop, so it is set again */
         crpci_thread_store(&l->stop, 1);
         crpci_wake_kick(&l->wake);
         crpci_thread_wait(&l->owner_cond, &l->lock, 100000);
     }
 #if CRPC_ENABLE_THREADS
-    if (l->has_thread) {
+    if (l->thread_state != CRPCI_LOOP_NO_THREAD) {
         crpci_loop_unlock(l);
         crpci_thread_join(l->thread);
         crpci_loop_lock(l);
-        l->has_thread = l->thread_over = false;
+        l->thread_state = CRPCI_LOOP_NO_THREAD;
     }
 #endif
-    if (crpci_loop_own(l) == CRPC_OK) {
-        crpci_loop_finish(l);
-        l->owned = false;
-        crpci_loop_leave(l);
+    if (crpci_drive_own(l) == CRPC_OK) {
+        crpci_drive_finish(l);
+        l->mode = CRPCI_LOOP_PASSIVE;
+        crpci_drive_leave(l);
     }
     crpci_loop_unlock(l);
     crpci_loop_release(l);
@@ -5322,32 +5820,35 @@ CRPC_API int crpc_loop_run(crpc_loop *l)
 {
     int err;
     crpci_loop_lock(l);
-    err = crpci_loop_own(l);
+    err = crpci_drive_own(l);
     if (err) {
         crpci_loop_unlock(l);
         return err;
     }
-    crpci_loop_drive(l);
-    crpci_loop_disown(l);
+    crpci_drive_run(l);
+    crpci_drive_disown(l);
     return CRPC_OK;
 }
 
+/* A program that steps is taken for one with a loop of its own: it will step again, so asynchronous
+ * calls need no thread, and it asks for descriptors and timeout before it polls. */
 CRPC_API int crpc_loop_step(crpc_loop *l, int timeout_ms)
 {
+    int64_t until = INT64_MAX;
     int err;
     crpci_loop_lock(l);
-    l->foreign = true;
-    l->foreign_stale = false; /* it asks again before it waits */
+    l->foreign = CRPCI_LOOP_FOREIGN_AWAKE;
     l->foreign_at = 0;
-    err = crpci_loop_own(l);
+    err = crpci_drive_own(l);
     if (err) {
         crpci_loop_unlock(l);
         return err;
     }
-    crpci_loop_step(l, timeout_ms < 0 ? INT64_MAX : crpci_loop_now(l) + (int64_t)timeout_ms * 1000,
-                    true);
-    crpci_thread_store(&l->stop, 0); /* it ended this step, not all to come */
-    crpci_loop_disown(l);
+    if (timeout_ms >= 0)
+        until = crpci_loop_now(l) + (int64_t)timeout_ms * 1000;
+    crpci_drive_step(l, until, true);
+    crpci_thread_store(&l->stop, 0); /* a stop ends this step and none to come */
+    crpci_drive_disown(l);
     return CRPC_OK;
 }
 
@@ -5355,7 +5856,7 @@ CRPC_API int crpc_loop_start(crpc_loop *l)
 {
     int err;
     crpci_loop_lock(l);
-    err = crpci_loop_start_thread(l);
+    err = crpci_drive_start_thread(l);
     crpci_loop_unlock(l);
     return err;
 }
@@ -5366,10 +5867,22 @@ CRPC_API void crpc_loop_stop(crpc_loop *l)
     crpci_wake_kick(&l->wake);
 }
 
+/* --- inside a loop of the program's ----------------------------------------------------------- */
+
+/* The program polls, or will poll, for the loop: until `at`, unless that was said before. */
+CRPCI_FN void crpci_drive_foreign(crpc_loop *l, crpci_loop_foreign state, int64_t at)
+{
+    crpci_loop_assert_locked(l);
+    if (l->foreign >= state)
+        return;
+    l->foreign = state;
+    l->foreign_at = at;
+}
+
 CRPC_API int crpc_loop_fd(crpc_loop *l)
 {
     crpci_loop_lock(l);
-    l->foreign = true;
+    crpci_drive_foreign(l, CRPCI_LOOP_FOREIGN_AWAKE, 0);
     crpci_loop_unlock(l);
     return l->poller.epoll_fd;
 }
@@ -5378,9 +5891,7 @@ CRPC_API size_t crpc_loop_pollfds(crpc_loop *l, struct pollfd *fds, size_t max)
 {
     size_t n = 1, i;
     crpci_loop_lock(l);
-    l->foreign = true;
-    if (!l->foreign_at)
-        l->foreign_at = INT64_MAX; /* from here on it has to be told of changes */
+    crpci_drive_foreign(l, CRPCI_LOOP_FOREIGN_POLLING, INT64_MAX);
     if (l->poller.kind == CRPC_POLLER_EPOLL) {
         if (max) {
             fds->fd = l->poller.epoll_fd;
@@ -5400,9 +5911,9 @@ CRPC_API int crpc_loop_timeout(crpc_loop *l)
 {
     int ms;
     crpci_loop_lock(l);
-    l->foreign = true;
-    l->fresh = false;
-    ms = crpci_poller_ms(crpci_loop_patience(l, INT64_MAX, true));
+    l->fresh = false; /* the program did other things since the loop last read the clock */
+    ms = crpci_poller_ms(crpci_drive_patience(l, INT64_MAX, true));
+    crpci_drive_foreign(l, CRPCI_LOOP_FOREIGN_POLLING, 0);
     l->foreign_at = l->wake_at;
     crpci_loop_unlock(l);
     return ms;
@@ -5426,140 +5937,28 @@ CRPC_API void crpc_loop_stats_get(crpc_loop *l, crpc_loop_stats *stats)
     crpci_thread_unlock(&l->heap->lock);
 }
 
-CRPC_API int crpc_loop_post(crpc_loop *l, void (*fn)(void *user), void *user)
-{
-    crpci_loop_user *u;
-    if (!fn)
-        return CRPC_EINVAL;
-    crpci_loop_lock(l);
-    u = crpci_loop_user_new(l, CRPCI_LOOP_POST, user);
-    if (u) {
-        u->post = fn;
-        crpci_loop_ready(l, &u->task);
-    }
-    crpci_loop_unlock(l);
-    return u ? CRPC_OK : CRPC_ENOMEM;
-}
+/* ======================================================================== */
+/* >>impl-limiter   token buckets, retry budgets, adaptive concurrency limits */
+/* ======================================================================== */
 
-CRPCI_FN bool crpci_loop_user_watches(const crpc_loop *l, int fd)
-{
-    uint32_t i;
-    for (i = 0; i < l->users.cap; i++) {
-        const crpci_loop_user *u = (const crpci_loop_user *)l->users.slots[i].object;
-        if (u && u->kind == CRPCI_LOOP_WATCH && u->fd == fd)
-            return true;
-    }
-    return false;
-}
-
-CRPC_API int crpc_loop_watch(crpc_loop *l, int fd, unsigned events, crpc_watch_fn fn, void *user,
-                             crpc_id *id)
-{
-    crpci_loop_user *u;
-    int err = CRPC_ENOMEM;
-    id->value = 0;
-    if (fd < 0 || !fn || events & ~(CRPC_READABLE | CRPC_WRITABLE))
-        return CRPC_EINVAL;
-    crpci_loop_lock(l);
-    if (crpci_loop_user_watches(l, fd)) { /* epoll knows a descriptor once */
-        crpci_loop_unlock(l);
-        return CRPC_EBUSY;
-    }
-    u = crpci_loop_user_new(l, CRPCI_LOOP_WATCH, user);
-    if (u) {
-        u->fd = fd;
-        u->on_event = fn;
-        u->wanted = events;
-        err = crpci_loop_watch_set(l, &u->watch, fd, events);
-        if (err)
-            crpci_loop_user_end_of(l, u);
-        else
-            id->value = u->id;
-    }
-    crpci_loop_unlock(l);
-    return err;
-}
-
-CRPC_API int crpc_loop_rewatch(crpc_loop *l, crpc_id id, unsigned events)
-{
-    crpci_loop_user *u;
-    int err = CRPC_ENOTFOUND;
-    if (events & ~(CRPC_READABLE | CRPC_WRITABLE))
-        return CRPC_EINVAL;
-    crpci_loop_lock(l);
-    u = (crpci_loop_user *)crpci_id_get(&l->users, id.value);
-    if (u && u->kind == CRPCI_LOOP_WATCH) {
-        u->wanted = events;
-        err = crpci_loop_watch_set(l, &u->watch, u->fd, events);
-    }
-    crpci_loop_unlock(l);
-    return err;
-}
-
-CRPCI_FN void crpci_loop_user_stop(crpc_loop *l, crpc_id id, crpci_loop_kind kind)
-{
-    crpci_loop_user *u;
-    crpci_loop_lock(l);
-    u = (crpci_loop_user *)crpci_id_get(&l->users, id.value);
-    if (u && u->kind == kind)
-        crpci_loop_user_end_of(l, u);
-    crpci_loop_unlock(l);
-}
-
-CRPC_API void crpc_loop_unwatch(crpc_loop *l, crpc_id id)
-{
-    crpci_loop_user_stop(l, id, CRPCI_LOOP_WATCH);
-}
-
-CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms, crpc_timer_fn fn,
-                              void *user, crpc_id *id)
-{
-    const int64_t longest = INT64_C(3153600000000); /* 100 years */
-    crpci_loop_user *u;
-    crpc_id unwanted;
-    id = id ? id : &unwanted;
-    id->value = 0;
-    if (!fn || delay_ms < 0 || period_ms < 0 || delay_ms > longest || period_ms > longest)
-        return CRPC_EINVAL;
-    crpci_loop_lock(l);
-    u = crpci_loop_user_new(l, CRPCI_LOOP_TIMER, user);
-    if (u) {
-        u->on_timer = fn;
-        u->period_us = period_ms * 1000;
-        crpci_loop_timer_set(l, &u->timer, delay_ms * 1000);
-        id->value = u->id;
-    }
-    crpci_loop_unlock(l);
-    return u ? CRPC_OK : CRPC_ENOMEM;
-}
-
-CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
-{
-    crpci_loop_user_stop(l, id, CRPCI_LOOP_TIMER);
-}
-
-/* What the end of an attempt says about its provider: to balancer and breaker. */
+/* What the end of an attempt tells the balancer and the breaker about the provider. */
 typedef enum crpci_outcome {
     CRPCI_OUTCOME_OK,
     CRPCI_OUTCOME_ERROR,
-    CRPCI_OUTCOME_IGNORE /* nothing: cancelled, over a limit */
+    CRPCI_OUTCOME_IGNORE /* nothing: the attempt was cancelled, or refused over a limit */
 } crpci_outcome;
 
-/* ======================================================================== */
-/* >>impl-limiter   how much is let through: rates, retries, calls at a time */
-/* ======================================================================== */
-
-/* A token bucket in the form of the generic cell rate algorithm: what was taken and has not come
- * back yet is a debt, counted in millionths of a token, so that a microsecond pays back exactly
- * per_second of them and nothing is ever rounded. All zero it limits nothing. */
+/* A token bucket in the form of the generic cell rate algorithm (GCRA). It counts what was taken
+ * and has not come back yet, as a debt in millionths of a token: each microsecond pays back exactly
+ * per_second of them, so nothing is ever rounded. All zero, it limits nothing. */
 #define CRPCI_LIMITER_TOKEN INT64_C(1000000)
-#define CRPCI_LIMITER_MOST (INT64_C(1) << 40) /* of either number: products stay within 62 bits */
+#define CRPCI_LIMITER_MOST (INT64_C(1) << 40) /* of rate and burst: their products fit 62 bits */
 
 typedef struct crpci_limiter_bucket {
     int64_t per_second; /* 0: no limit */
-    int64_t most;       /* the debt there may be after a taking */
-    int64_t clear_us;   /* after this time no debt is left */
-    int64_t debt;
+    int64_t most;       /* the largest debt: the burst */
+    int64_t clear_us;   /* the time in which the largest debt is paid back */
+    int64_t debt;       /* as of at_us */
     int64_t at_us;
 } crpci_limiter_bucket;
 
@@ -5576,7 +5975,7 @@ CRPCI_FN void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_sec
     b->at_us = INT64_MIN / 2;
 }
 
-/* One token, if there is one. */
+/* Takes a token; false: there is none. */
 CRPCI_FN bool crpci_limiter_bucket_take(crpci_limiter_bucket *b, int64_t now_us)
 {
     int64_t passed = now_us - b->at_us;
@@ -5593,9 +5992,9 @@ CRPCI_FN bool crpci_limiter_bucket_take(crpci_limiter_bucket *b, int64_t now_us)
     return true;
 }
 
-/* What retries are paid from: each costs a token, each success brings some tenths of one. However
- * many calls fail, no more retries are made than there were tokens, and a share of the successes
- * later on. */
+/* A retry budget: each retry costs a token, each successful call earns some tenths of one. When all
+ * calls fail, no more retries are made than there were tokens, so that retries cannot multiply the
+ * load of providers that are down for being overloaded. */
 typedef struct crpci_limiter_budget {
     uint64_t tenths;
     uint64_t most;
@@ -5617,7 +6016,7 @@ CRPCI_FN bool crpci_limiter_budget_spend(crpci_limiter_budget *b)
     return true;
 }
 
-/* A call has succeeded. */
+/* For a call that has succeeded. */
 CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
 {
     b->tenths += b->earn;
@@ -5625,25 +6024,25 @@ CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
         b->tenths = b->most;
 }
 
-/* The limit of calls in service that brpc calls "auto". By Little's law a server that is just busy
- * holds (most replies a second) x (time of a reply when nothing queues) calls; the limit is a
- * little above that product of two measured numbers, by 6 to 30 per cent: more while it does no
- * harm, so as to find out whether the server can do more. How fast a reply is when nothing queues
- * is measured anew at times, with fewer calls let in. Three things are done otherwise than in brpc:
- * - The time without a queue, if first measured in an overload, is too long. So it is measured anew
- *   soon after the start, and soon again as long as each time gives much less; and if calls are
- *   being refused anyway only half as many are let in then, not nine tenths.
- * - The most replies a second fade faster while calls are refused: then it is the server that has
- *   become slower, and not the clients quieter.
- * - A limit that nobody came up to while replies were fast is not lowered: few calls are no sign
- *   of a weak server, and what comes after a quiet time would be refused for nothing.
- */
-#define CRPCI_LIMITER_SAMPLES 200       /* end a window */
-#define CRPCI_LIMITER_SAMPLES_LEAST 100 /* fewer in all of CRPCI_LIMITER_WINDOW_US say nothing */
-#define CRPCI_LIMITER_SAMPLE_US 100     /* samples are at least so far apart */
-#define CRPCI_LIMITER_WINDOW_US 1000000
-#define CRPCI_LIMITER_ANEW_US 25000000 /* to twice this, between two measurings */
-#define CRPCI_LIMITER_ANEW_SOON_US 2000000
+/* The adaptive limit of calls in service that brpc calls "auto". By Little's law a server that is
+ * just busy holds (replies a second at most) x (latency without a queue) calls. Both are measured;
+ * the limit is their product and 6 to 30 per cent more: more as long as latency does not grow, to
+ * find out whether the server can do more. The latency without a queue is measured anew from time
+ * to time, while fewer calls are let in. Three things differ from brpc:
+ * - A first measurement during an overload contains the queue. So the latency is measured anew soon
+ *   after the start, and soon again as long as it comes out much lower; while calls are refused,
+ *   only half as many calls are let in for it, where brpc lets nine tenths in.
+ * - The most replies a second fade faster while calls are refused: then the server has become
+ *   slower. Otherwise fewer replies may only mean fewer calls.
+ * - A limit that the calls did not reach while latency was low is not lowered: few calls do not
+ *   mean a weak server, and after a quiet time the next calls would be refused without reason.
+ * / */
+#define CRPCI_LIMITER_SAMPLES 200       /* so many samples end a window */
+#define CRPCI_LIMITER_SAMPLES_LEAST 100 /* a window with fewer changes nothing */
+#define CRPCI_LIMITER_SAMPLE_US 100     /* two samples are at least so far apart */
+#define CRPCI_LIMITER_WINDOW_US 1000000 /* the longest window */
+#define CRPCI_LIMITER_ANEW_US 25000000  /* once to twice this, between measurements of free_us */
+#define CRPCI_LIMITER_ANEW_SOON_US 2000000 /* the same while the last one may hold a queue */
 #define CRPCI_LIMITER_EXPLORE_LEAST 6 /* per cent */
 #define CRPCI_LIMITER_EXPLORE_MOST 30
 #define CRPCI_LIMITER_EXPLORE_STEP 2
@@ -5653,22 +6052,22 @@ CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
 typedef struct crpci_limiter_auto {
     uint32_t least;
     uint32_t limit;
-    uint32_t active; /* in service */
-    uint32_t peak;   /* the most of them in this window */
-    uint32_t ok;     /* of this window's samples */
-    uint32_t failed;
+    uint32_t active;    /* calls in service */
+    uint32_t peak;      /* the most of them in this window */
+    uint32_t ok;        /* samples of this window that succeeded */
+    uint32_t failed;    /* and that did not */
     uint32_t replies;   /* all successes of this window, samples or not */
-    bool refused;       /* somebody was, in this window */
-    bool soon;          /* the time without a queue may still be far too long */
-    uint8_t explore;    /* per cent */
+    bool refused;       /* a call was refused in this window */
+    bool soon;          /* free_us may still contain a queue: measure it again soon */
+    uint8_t explore;    /* per cent that the limit is above the product */
     int64_t sum_us;     /* of the samples' latencies */
     int64_t window_us;  /* when this window began; 0: none has */
     int64_t sample_us;  /* when the last sample was taken */
-    int64_t free_us;    /* latency without a queue, 0: not measured */
-    int64_t free_was;   /* before it was measured anew */
+    int64_t free_us;    /* latency without a queue; 0: not measured */
+    int64_t free_was;   /* its value from the measurement before */
     int64_t qps;        /* the most replies a second, fading; in thousandths */
     int64_t anew_us;    /* when to measure free_us anew; 0: not planned */
-    int64_t drained_us; /* being measured: the queue is gone by then. 0: not */
+    int64_t drained_us; /* while it is measured: when the queue will be gone; 0: it is not */
 } crpci_limiter_auto;
 
 /* The limit starts at `start` and is never below `least`; both are 1 at least. */
@@ -5686,7 +6085,7 @@ CRPCI_FN uint32_t crpci_limiter_auto_limit(const crpci_limiter_auto *a)
     return a->limit;
 }
 
-/* Lets a call in, which must then leave; or says false. */
+/* Lets a call in, which must then leave. False: the limit is reached. */
 CRPCI_FN bool crpci_limiter_auto_enter(crpci_limiter_auto *a)
 {
     if (a->active >= a->limit) {
@@ -5698,6 +6097,7 @@ CRPCI_FN bool crpci_limiter_auto_enter(crpci_limiter_auto *a)
     return true;
 }
 
+/* Begins a new window. */
 CRPCI_FN void crpci_limiter_auto_window(crpci_limiter_auto *a, int64_t now_us)
 {
     a->peak = a->active;
@@ -5713,7 +6113,8 @@ CRPCI_FN void crpci_limiter_auto_set(crpci_limiter_auto *a, int64_t limit)
     a->limit = limit > (int64_t)a->least ? (uint32_t)limit : a->least;
 }
 
-/* Plans the next measuring, at a time that differs from one server to the next. */
+/* Plans the next measurement, at a time that differs from server to server: they must not all let
+ * fewer calls in at once. */
 CRPCI_FN void crpci_limiter_auto_plan(crpci_limiter_auto *a, int64_t now_us)
 {
     int64_t wait = a->soon ? CRPCI_LIMITER_ANEW_SOON_US : CRPCI_LIMITER_ANEW_US;
@@ -5721,9 +6122,8 @@ CRPCI_FN void crpci_limiter_auto_plan(crpci_limiter_auto *a, int64_t now_us)
     a->anew_us = now_us + wait + (int64_t)((uint64_t)wait * draw >> 32);
 }
 
-/* What a full window says of the server. The most replies a second are forgotten slowly, since few
- * may only mean that few calls came; sooner if some were refused. */
-CRPCI_FN void crpci_limiter_auto_learn(crpci_limiter_auto *a, int64_t avg_us, int64_t qps)
+/* Takes the averages of a full window into the two measured numbers. */
+CRPCI_FN void crpci_limiter_auto_measure(crpci_limiter_auto *a, int64_t avg_us, int64_t qps)
 {
     int64_t part = a->refused ? 20 : 100;
     if (!a->free_us) {
@@ -5736,6 +6136,7 @@ CRPCI_FN void crpci_limiter_auto_learn(crpci_limiter_auto *a, int64_t avg_us, in
     a->qps = qps >= a->qps ? qps : a->qps - (a->qps - qps) / part;
 }
 
+/* Sets the limit by a full window. */
 CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
 {
     int64_t passed = now_us > a->window_us ? now_us - a->window_us : 1;
@@ -5745,7 +6146,7 @@ CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
     int64_t percent, limit;
     bool quick;
     avg_us = crpci_base_min64(avg_us, CRPCI_LIMITER_LATENCY_MOST);
-    crpci_limiter_auto_learn(a, avg_us, qps);
+    crpci_limiter_auto_measure(a, avg_us, qps);
     quick = avg_us * 100 <= a->free_us * (100 + CRPCI_LIMITER_EXPLORE_LEAST);
     if (!a->anew_us)
         crpci_limiter_auto_plan(a, now_us);
@@ -5766,12 +6167,12 @@ CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
     /* both factors are below 2^30, so this is below 2^60 */
     limit = (a->free_us * a->qps / 1000 * percent + 99999999) / 100000000;
     if (limit < (int64_t)a->limit && a->peak < a->limit && avg_us * 2 <= a->free_us * 3)
-        return; /* nobody came up to it, and nothing queued */
+        return; /* the calls did not reach the limit, and latency was low */
     crpci_limiter_auto_set(a, limit);
 }
 
-/* A call has left. ok: it was served well; latency_us: how long that took, -1 if it says nothing
- * (what was refused for another reason, or cancelled). */
+/* A call leaves. ok: it succeeded. latency_us: how long it was in service; -1: the call is no
+ * measure of the server (refused for another reason, or cancelled). */
 CRPCI_FN void crpci_limiter_auto_leave(crpci_limiter_auto *a, bool ok, int64_t latency_us,
                                        int64_t now_us)
 {
@@ -5809,35 +6210,36 @@ CRPCI_FN void crpci_limiter_auto_leave(crpci_limiter_auto *a, bool ok, int64_t l
 }
 
 /* ======================================================================== */
-/* >>impl-breaker   a provider that fails gets no calls, then one, then more */
+/* >>impl-breaker   a provider that fails gets no calls, then a probe, then more */
 /* ======================================================================== */
 
-/* Closed: outcomes are counted over the last window_us, in slices. When of at least min_requests
- * too many were errors, or slow, it opens. Open: no calls, for a time. Then the next call is a
- * probe: while it is under way there is no other. If it succeeds the breaker closes, and the share
- * of calls that is let through grows from a tenth to all within ramp_us; if it fails, or is slow
- * where that counts, the breaker opens again, for twice as long.
+/* Closed: the breaker counts outcomes over the last window_us, in slices. When of at least
+ * min_requests too many were errors, or slow, it opens. Open: the provider gets no calls, for a
+ * time. Then the next call is a probe, and no other goes to the provider until it ends. If the
+ * probe succeeds the breaker closes, and the share of calls that it lets through grows from a tenth
+ * to all within ramp_us; if the probe fails, or is slow where slowness counts, the breaker opens
+ * again for twice as long.
  *
- * The end of a call that began before the breaker last opened or closed says nothing: what was sent
- * before a trip must neither decide a probe nor fill the window of a provider that is back. */
+ * A call that began before the breaker last opened or closed does not count when it ends: it must
+ * neither decide a probe nor fill the window of a provider that has recovered. */
 #define CRPCI_BREAKER_SLICES 8
-#define CRPCI_BREAKER_AGAIN_US 30000000 /* trips so soon after a closing: open twice as long */
-#define CRPCI_BREAKER_LOST_US 30000000  /* and open_max_us: no probe takes so long */
-#define CRPCI_BREAKER_RAMP_PERCENT 10   /* where the ramp begins */
+#define CRPCI_BREAKER_AGAIN_US 30000000 /* a breaker that opens so soon after closing doubles */
+#define CRPCI_BREAKER_LOST_US 30000000  /* a probe not ended after this and open_max_us is lost */
+#define CRPCI_BREAKER_RAMP_PERCENT 10   /* share of calls with which the ramp begins */
 
 typedef struct crpci_breaker_options {
-    int error_percent; /* opens when so many are errors. 0: no breaker; over 100: never */
-    int min_requests;  /* fewer in a window say nothing; 0: 1 */
+    int error_percent;   /* opens at this share of errors. 0: no breaker; over 100: never */
+    int min_requests;    /* a window with fewer calls does not open it; 0: 1 */
     int64_t window_us;
-    int64_t slow_us;     /* a call that takes so long is slow. 0: latency does not count */
-    int slow_percent;    /* opens when so many are slow. 0: latency does not count */
-    int64_t open_us;     /* the first time */
-    int64_t open_max_us; /* where doubling ends; below open_us: at open_us */
+    int64_t slow_us;     /* a call that takes this long is slow. 0: latency does not count */
+    int slow_percent;    /* opens at this share of slow calls. 0: latency does not count */
+    int64_t open_us;     /* how long it is open the first time */
+    int64_t open_max_us; /* the longest that doubling gives; below open_us: open_us */
     int64_t ramp_us;     /* 0: all calls at once */
 } crpci_breaker_options;
 
 typedef enum {
-    CRPCI_BREAKER_CLOSED, /* all zero: so it starts */
+    CRPCI_BREAKER_CLOSED, /* a breaker that is all zero */
     CRPCI_BREAKER_OPEN,
     CRPCI_BREAKER_PROBING
 } crpci_breaker_state;
@@ -5848,11 +6250,11 @@ typedef struct crpci_breaker_slice {
 
 typedef struct crpci_breaker {
     crpci_breaker_state state;
-    uint32_t active;  /* calls under way */
+    uint32_t active;  /* calls in flight */
     int64_t since_us; /* when it last opened or closed */
-    int64_t until_us; /* open: when a probe may go; probing: when that one is given up */
+    int64_t until_us; /* open: when a probe may be sent; probing: when the probe counts as lost */
     int64_t open_us;  /* how long it was open the last time; 0: it never was */
-    int64_t slice;    /* number of the newest slice */
+    int64_t slice;    /* number of the newest slice: time / width of a slice */
     crpci_breaker_slice slices[CRPCI_BREAKER_SLICES];
 } crpci_breaker;
 
@@ -5861,7 +6263,7 @@ CRPCI_FN void crpci_breaker_init(crpci_breaker *b)
     memset(b, 0, sizeof *b);
 }
 
-/* Closed at once, with all calls let through and nothing counted. */
+/* Closes at once, with no ramp and nothing counted. */
 CRPCI_FN void crpci_breaker_reset(crpci_breaker *b)
 {
     b->state = CRPCI_BREAKER_CLOSED;
@@ -5869,19 +6271,19 @@ CRPCI_FN void crpci_breaker_reset(crpci_breaker *b)
     memset(b->slices, 0, sizeof b->slices);
 }
 
-/* It lets no call through now, or has let one through as a probe and waits: for the share of
- * providers that are taken out. */
+/* Whether the provider counts as taken out: the breaker is open, or waits for its probe. */
 CRPCI_FN bool crpci_breaker_ejected(const crpci_breaker *b)
 {
     return b->state != CRPCI_BREAKER_CLOSED;
 }
 
+/* The longest time that it may be open. */
 CRPCI_FN int64_t crpci_breaker_open_most(const crpci_breaker_options *o)
 {
     return o->open_max_us > o->open_us ? o->open_max_us : o->open_us;
 }
 
-/* True: it must not be picked now. */
+/* Whether the provider must not be picked now. */
 CRPCI_FN bool crpci_breaker_open(const crpci_breaker *b, const crpci_breaker_options *o,
                                  int64_t now_us)
 {
@@ -5890,7 +6292,8 @@ CRPCI_FN bool crpci_breaker_open(const crpci_breaker *b, const crpci_breaker_opt
     return now_us < b->until_us;
 }
 
-/* False: it is being restored, and this draw is not within the share of calls that it gets. */
+/* Whether this call may go to a provider that is on the ramp: `random` falls into the share of
+ * calls that it gets by now. True also without a ramp. */
 CRPCI_FN bool crpci_breaker_ramped(const crpci_breaker *b, const crpci_breaker_options *o,
                                    int64_t now_us, uint32_t random)
 {
@@ -5905,7 +6308,7 @@ CRPCI_FN bool crpci_breaker_ramped(const crpci_breaker *b, const crpci_breaker_o
     return random >> 16 < share;
 }
 
-/* A call goes to it. It may do so while the breaker is open, where no other provider is left. */
+/* A call goes to the provider: also while the breaker is open, where no other provider is left. */
 CRPCI_FN void crpci_breaker_begin(crpci_breaker *b, const crpci_breaker_options *o, int64_t now_us)
 {
     b->active++;
@@ -5916,6 +6319,7 @@ CRPCI_FN void crpci_breaker_begin(crpci_breaker *b, const crpci_breaker_options 
     b->until_us = now_us + crpci_breaker_open_most(o) + CRPCI_BREAKER_LOST_US;
 }
 
+/* Opens the breaker. again: for twice the last time. */
 CRPCI_FN void crpci_breaker_trip(crpci_breaker *b, const crpci_breaker_options *o, bool again,
                                  int64_t now_us, uint32_t random)
 {
@@ -5927,13 +6331,13 @@ CRPCI_FN void crpci_breaker_trip(crpci_breaker *b, const crpci_breaker_options *
     b->open_us = b->open_us > 0 ? b->open_us : 1;
     b->state = CRPCI_BREAKER_OPEN;
     b->since_us = now_us;
-    /* three quarters of it to all of it, so that not all clients probe together */
+    /* between three quarters of that and all of it, so that not all clients probe together */
     b->until_us =
         now_us + b->open_us - (int64_t)((uint64_t)(b->open_us / 4) * (random >> 16) >> 16);
 }
 
-/* Counts a call in the newest slice, empties those that are past, and says whether there are too
- * many bad ones. */
+/* Counts a call in the newest slice, empties the slices that have left the window, and returns
+ * whether the window holds too many errors or slow calls. */
 CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options *o, bool error,
                                   bool slow, int64_t now_us)
 {
@@ -5942,7 +6346,7 @@ CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options 
     uint64_t calls = 0, errors = 0, slows = 0;
     crpci_breaker_slice *s;
     unsigned i;
-    if (slice - b->slice >= CRPCI_BREAKER_SLICES || b->slice - slice > 1) /* other options */
+    if (slice - b->slice >= CRPCI_BREAKER_SLICES || b->slice - slice > 1) /* window_us changed */
         b->slice = slice - CRPCI_BREAKER_SLICES;
     while (b->slice < slice)
         memset(&b->slices[++b->slice & (CRPCI_BREAKER_SLICES - 1)], 0, sizeof *s);
@@ -5961,13 +6365,14 @@ CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options 
            (slows && slows * 100 >= calls * (uint64_t)o->slow_percent);
 }
 
-/* A call that began has ended. latency_us: since its begin. True: the breaker has just opened, also
- * because a probe failed; the caller sees to it that not too many are, with crpci_breaker_reset. */
+/* A call that began has ended; latency_us is the time since then. True: the breaker has just
+ * opened, also because its probe failed. The caller limits how many providers are taken out at a
+ * time, and calls crpci_breaker_reset for one too many. */
 CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o,
                                 crpci_outcome outcome, int64_t latency_us, int64_t now_us,
                                 uint32_t random)
 {
-    bool alone = b->active <= 1; /* then it is the probe, from wherever the latency was measured */
+    bool alone = b->active <= 1; /* it must be the probe, even if its latency begins earlier */
     bool old = now_us - latency_us < b->since_us;
     bool slow = o->slow_us > 0 && o->slow_percent > 0 && latency_us >= o->slow_us;
     if (b->active)
@@ -5983,7 +6388,7 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
     }
     if (old && !alone)
         return false;
-    if (outcome == CRPCI_OUTCOME_IGNORE) { /* the next call is the probe */
+    if (outcome == CRPCI_OUTCOME_IGNORE) { /* the probe decided nothing: the next call is one */
         b->state = CRPCI_BREAKER_OPEN;
         b->until_us = now_us;
         return false;
@@ -5999,32 +6404,35 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
 }
 
 /* ======================================================================== */
-/* >>impl-balance   which provider a call goes to                            */
+/* >>impl-balance   balancers: which provider of a list a call goes to       */
 /* ======================================================================== */
 
-/* Every kind has a choice of its own, in constant time or in that of a heap. If what it chooses
- * cannot be used it chooses again, a few times, and then looks at all providers: so a pick fails
- * only if no provider can be used. Weight 0 is drained: taken only if there is nothing else.
+/* Each kind of balancer picks in constant time, or in that of a heap. If the pick cannot be used it
+ * picks again, a few times, and then searches all providers: a pick fails only if no provider can
+ * be used. A provider of weight 0 is drained: it is picked only if no other can be used.
  *
  *   random                uniformly
- *   weighted random       by weight
+ *   weighted random       in proportion to the weights
  *   round robin           in the order of the list
- *   weighted round robin  each has a turn every 1/weight of virtual time; the first turn at random
- *   least active          fewest calls under way per weight; among equals by weighted round robin,
- *                         which is, where weights are equal, who was taken longest ago
- *   consistent hash       160 points each on a ring; weights are ignored
- *   p2c                   the better of two: latency x (calls under way + 1) / weight
+ *   weighted round robin  each provider has a turn every 1/weight of virtual time; the first turn
+ *                         is at a random time
+ *   least active          fewest calls in flight per weight; among equals by weighted round robin:
+ *                         with equal weights the one that was picked longest ago
+ *   consistent hash       160 points of each provider on a ring; weights are ignored
+ *   p2c                   the better one of two random providers, by latency x (calls in flight
+ *                         + 1) / weight
  *
- * A turn is 2^52 / weight long and virtual time wraps, so times are compared by their difference.*/
+ * A turn is 2^52 / weight long. Virtual time wraps, so two times are compared by their
+ * difference. */
 #define CRPCI_BALANCE_TURN (INT64_C(1) << 52)
-#define CRPCI_BALANCE_CATCH_UP_BITS 60 /* of virtual time, till those behind are looked after */
-#define CRPCI_BALANCE_TRIES 8
-#define CRPCI_BALANCE_POINTS 160
-#define CRPCI_BALANCE_INDEX_BITS 20 /* of a point on the ring; above them the hash */
-#define CRPCI_BALANCE_MOST (1u << CRPCI_BALANCE_INDEX_BITS) /* providers */
-#define CRPCI_BALANCE_WALK 64                               /* points looked at along the ring */
-#define CRPCI_BALANCE_HALF_BITS 23   /* a latency counts half after 2^23 us: e^(-t / 12 s) */
-#define CRPCI_BALANCE_LATENCY_BITS 8 /* of it, below a microsecond: else small steps were lost */
+#define CRPCI_BALANCE_CATCH_UP_BITS 60 /* crpci_balance_catch_up runs every 2^60 of virtual time */
+#define CRPCI_BALANCE_TRIES 8          /* picks before all providers are searched */
+#define CRPCI_BALANCE_POINTS 160       /* of a provider on the ring */
+#define CRPCI_BALANCE_INDEX_BITS 20    /* lower bits of a point: the index; above them the hash */
+#define CRPCI_BALANCE_MOST (1u << CRPCI_BALANCE_INDEX_BITS) /* providers in a list */
+#define CRPCI_BALANCE_WALK 64        /* points tried along the ring before all are searched */
+#define CRPCI_BALANCE_HALF_BITS 23   /* a latency halves in 2^23 us (8.4 s): e^(-t / 12 s) */
+#define CRPCI_BALANCE_LATENCY_BITS 8 /* fraction of a microsecond: small steps must count */
 #define CRPCI_BALANCE_LATENCY_MOST (INT64_C(1) << (25 + CRPCI_BALANCE_LATENCY_BITS)) /* 33 s */
 
 typedef enum crpci_balance_kind {
@@ -6037,80 +6445,62 @@ typedef enum crpci_balance_kind {
     CRPCI_BALANCE_P2C
 } crpci_balance_kind;
 
-/* A provider, as its channel's balancer sees it. All zero but for address and weight when it is
- * first put into a list; then it may go and come again. In one balancer at a time. */
-typedef struct crpci_balance_node {
+/* A provider in a balancer's list, owned by the caller. All zero but for address and weight when it
+ * is first put into a list; it may leave the list and come back. In one balancer at a time. */
+typedef struct crpci_balance_item {
     const char *address;
-    uint32_t weight;    /* 0: drained. Changed by crpci_balance_reweigh while in a list */
-    uint32_t active;    /* calls under way */
+    uint32_t weight;    /* 0: drained. While in a list only crpci_balance_reweigh changes it */
+    uint32_t active;    /* calls in flight */
     uint32_t index;     /* in the list */
-    uint32_t at;        /* position in the heap + 1, 0: not in it */
+    uint32_t at;        /* position in the heap + 1; 0: not in it */
     uint64_t hash;      /* of the address */
-    uint64_t length;    /* of its turn */
-    uint64_t turn;      /* virtual time of the next one */
-    int64_t latency;    /* in 1/256 us, peaks at once and fading; 0: never measured */
-    int64_t latency_us; /* as of when */
-} crpci_balance_node;
+    uint64_t length;    /* of a turn, in virtual time */
+    uint64_t turn;      /* virtual time of the next turn */
+    int64_t latency;    /* in 1/256 us; rises at once, fades slowly; 0: not measured */
+    int64_t latency_us; /* the time at which `latency` held */
+} crpci_balance_item;
 
 typedef struct crpci_balance {
     crpci_balance_kind kind;
-    bool started; /* a pick has brought its random number: not every client begins alike */
-    uint32_t salt;
-    uint32_t next; /* round robin */
-    uint32_t heaped;
-    uint32_t shift; /* a point's hash without so many bits is its bucket */
+    bool started;    /* the first pick has set `salt` by its random number */
+    uint32_t salt;   /* clients with one list begin at different places of it */
+    uint32_t next;   /* round robin: index of the next pick */
+    uint32_t heaped; /* items in the heap */
+    uint32_t shift;  /* a point >> shift is its bucket */
     size_t count;
     void *memory;
-    size_t size; /* of it */
-    /* In that memory; all NULL: there was none, picks are uniform. Then by kind. */
-    crpci_balance_node **nodes;
-    uint64_t *sums;    /* Fenwick tree of the weights: sums[i - 1] is of (i & -i) nodes up to i */
-    uint32_t *heap;    /* indices, by crpci_balance_before */
-    uint64_t *ring;    /* points in their order */
+    size_t size; /* of memory, in bytes */
+    /* These point into memory. All NULL: out of memory, picks are uniform. */
+    crpci_balance_item **items;
+    uint64_t *sums;    /* Fenwick tree of the weights: sums[i - 1] is of (i & -i) items up to i */
+    uint32_t *heap;    /* indices, in heap order of crpci_balance_before */
+    uint64_t *ring;    /* points, sorted */
     uint32_t *buckets; /* where in the ring each bucket ends */
     uint64_t total;    /* of the weights */
     uint64_t now;      /* virtual time */
-    int64_t latency;   /* of all providers, a slow average, in 1/256 us */
+    int64_t latency;   /* slow average of all successful calls, in 1/256 us */
 } crpci_balance;
 
-/* Whether a provider can be used. It may be asked twice in one pick, and must say the same. */
+/* Whether a provider can be used. It may be called twice for a provider in one pick, and must
+ * return the same value both times. */
 typedef bool (*crpci_balance_usable_fn)(void *user, size_t index);
 
-/* The end of splitmix64 (S. Vigna): every bit of the argument changes half of the result's. */
-CRPCI_FN uint64_t crpci_balance_mix(uint64_t x)
-{
-    x ^= x >> 30;
-    x *= UINT64_C(0xbf58476d1ce4e5b9);
-    x ^= x >> 27;
-    x *= UINT64_C(0x94d049bb133111eb);
-    return x ^ x >> 31;
-}
-
-/* FNV-1a, mixed; equal on every machine. */
-CRPCI_FN uint64_t crpci_balance_hash(const void *bytes, size_t n)
-{
-    const uint8_t *p = (const uint8_t *)bytes;
-    uint64_t h = UINT64_C(0xcbf29ce484222325);
-    size_t i;
-    for (i = 0; i < n; i++)
-        h = (h ^ p[i]) * UINT64_C(0x100000001b3);
-    return crpci_balance_mix(h);
-}
-
-/* More random numbers from one. */
+/* splitmix64: the next random number of a sequence that begins with any state. */
 CRPCI_FN uint64_t crpci_balance_draw(uint64_t *state)
 {
     *state += UINT64_C(0x9e3779b97f4a7c15);
-    return crpci_balance_mix(*state);
+    return crpci_base_mix(*state);
 }
 
+/* A random number below n, which is below 2^32. */
 CRPCI_FN size_t crpci_balance_below(uint64_t *state, size_t n)
 {
     return (size_t)((crpci_balance_draw(state) >> 32) * (uint64_t)n >> 32);
 }
 
-/* Dubbo's weight of a provider that has just started: grows in proportion to its time, from 1. */
-CRPCI_FN uint32_t crpci_balance_warm(uint32_t weight, int64_t uptime_ms, int64_t warmup_ms)
+/* The weight of a provider that is warming up, as in Dubbo: in proportion to its uptime, 1 at
+ * least. */
+CRPCI_FN uint32_t crpci_balance_warm_weight(uint32_t weight, int64_t uptime_ms, int64_t warmup_ms)
 {
     uint64_t w;
     if (!weight || uptime_ms >= warmup_ms || warmup_ms <= 0)
@@ -6125,17 +6515,17 @@ CRPCI_FN uint32_t crpci_balance_warm(uint32_t weight, int64_t uptime_ms, int64_t
     return w < 1 ? 1 : w > weight ? weight : (uint32_t)w;
 }
 
-/* A provider that may become one of a client's subset. */
+/* A provider that a client's subset may take in. */
 typedef struct crpci_balance_choice {
-    uint64_t rank;
-    size_t index; /* for the caller */
+    uint64_t rank; /* the subset takes the highest */
+    size_t index;  /* the caller's */
 } crpci_balance_choice;
 
 CRPCI_FN void crpci_balance_choice_init(crpci_balance_choice *c, size_t index, const char *address,
                                         uint64_t seed)
 {
     c->rank =
-        crpci_balance_mix(crpci_balance_hash(address, strlen(address)) ^ crpci_balance_mix(seed));
+        crpci_base_mix(crpci_base_hash(address, strlen(address)) ^ crpci_base_mix(seed));
     c->index = index;
 }
 
@@ -6153,9 +6543,9 @@ CRPCI_FN void crpci_balance_choice_sift(crpci_balance_choice *c, size_t n, size_
     c[i] = moved;
 }
 
-/* Rendezvous: puts the `max` choices of the highest rank first, in no order, and returns how many
- * there are. Each client with a seed of its own has a subset of its own, and a provider that comes
- * or goes changes one place of it. O(count log max). */
+/* Rendezvous hashing: moves the `max` choices of the highest rank to the front, in no order, and
+ * returns how many there are. Clients with different seeds get different subsets, and a provider
+ * that joins or leaves the list changes at most one place of a subset. O(count log max). */
 CRPCI_FN size_t crpci_balance_subset(crpci_balance_choice *choices, size_t count, size_t max)
 {
     size_t i;
@@ -6187,16 +6577,16 @@ CRPCI_FN void crpci_balance_close(crpci_balance *b, crpci_heap *h)
     memset(b, 0, sizeof *b);
 }
 
-/* --- turns, and the heap of the kinds that go by them */
+/* --- turns: weighted round robin and least active, which keep a heap -------------------------- */
 
 CRPCI_FN bool crpci_balance_turns(const crpci_balance *b)
 {
     return b->kind == CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN || b->kind == CRPCI_BALANCE_LEAST_ACTIVE;
 }
 
-/* Whether x is to be taken before y. Neither has weight 0. */
-CRPCI_FN bool crpci_balance_before(const crpci_balance *b, const crpci_balance_node *x,
-                                   const crpci_balance_node *y)
+/* Whether x is picked before y. Neither has weight 0. */
+CRPCI_FN bool crpci_balance_before(const crpci_balance *b, const crpci_balance_item *x,
+                                   const crpci_balance_item *y)
 {
     if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE) {
         uint64_t busy = (uint64_t)x->active * y->weight, other = (uint64_t)y->active * x->weight;
@@ -6206,26 +6596,27 @@ CRPCI_FN bool crpci_balance_before(const crpci_balance *b, const crpci_balance_n
     return (int64_t)(x->turn - y->turn) < 0;
 }
 
+/* Puts the item of an index at a position of the heap. */
 CRPCI_FN void crpci_balance_place(crpci_balance *b, uint32_t at, uint32_t index)
 {
     b->heap[at] = index;
-    b->nodes[index]->at = at + 1;
+    b->items[index]->at = at + 1;
 }
 
-/* Restores the heap after the node at a position has changed. */
+/* Restores the heap after the item at a position has changed. */
 CRPCI_FN void crpci_balance_sift(crpci_balance *b, uint32_t at)
 {
     uint32_t index = b->heap[at], child;
-    const crpci_balance_node *n = b->nodes[index];
-    while (at && crpci_balance_before(b, n, b->nodes[b->heap[(at - 1) / 2]])) {
+    const crpci_balance_item *item = b->items[index];
+    while (at && crpci_balance_before(b, item, b->items[b->heap[(at - 1) / 2]])) {
         crpci_balance_place(b, at, b->heap[(at - 1) / 2]);
         at = (at - 1) / 2;
     }
     while ((child = 2 * at + 1) < b->heaped) {
         if (child + 1 < b->heaped &&
-            crpci_balance_before(b, b->nodes[b->heap[child + 1]], b->nodes[b->heap[child]]))
+            crpci_balance_before(b, b->items[b->heap[child + 1]], b->items[b->heap[child]]))
             child++;
-        if (!crpci_balance_before(b, b->nodes[b->heap[child]], n))
+        if (!crpci_balance_before(b, b->items[b->heap[child]], item))
             break;
         crpci_balance_place(b, at, b->heap[child]);
         at = child;
@@ -6233,82 +6624,83 @@ CRPCI_FN void crpci_balance_sift(crpci_balance *b, uint32_t at)
     crpci_balance_place(b, at, index);
 }
 
-/* The first turn: anywhere within its length, so that equals do not come in a row. */
-CRPCI_FN void crpci_balance_first_turn(crpci_balance *b, crpci_balance_node *n)
+/* The first turn: at a random time within its length, so that items of equal weight do not follow
+ * each other in the order of the list. */
+CRPCI_FN void crpci_balance_first_turn(crpci_balance *b, crpci_balance_item *item)
 {
-    n->turn = b->now + crpci_balance_mix(n->hash ^ b->salt) % n->length;
+    item->turn = b->now + crpci_base_mix(item->hash ^ b->salt) % item->length;
 }
 
-/* Its weight has changed, or it comes into the list: the next turn comes no later than it would
- * have, and no later than the new length demands. */
-CRPCI_FN void crpci_balance_retime(crpci_balance *b, crpci_balance_node *n)
+/* After an item's weight has changed, or it joined the list: its next turn is no later than before,
+ * and no later than one turn of the new length from now. */
+CRPCI_FN void crpci_balance_retime(crpci_balance *b, crpci_balance_item *item)
 {
-    int64_t ahead = (int64_t)(n->turn - b->now);
-    bool fresh = !n->length;
-    n->length = n->weight ? (uint64_t)CRPCI_BALANCE_TURN / n->weight : 0;
-    if (!n->weight)
+    int64_t ahead = (int64_t)(item->turn - b->now);
+    bool fresh = !item->length;
+    item->length = item->weight ? (uint64_t)CRPCI_BALANCE_TURN / item->weight : 0;
+    if (!item->weight)
         return;
     if (fresh || ahead > CRPCI_BALANCE_TURN || ahead < -CRPCI_BALANCE_TURN)
-        crpci_balance_first_turn(b, n);
-    else if (ahead > (int64_t)n->length)
-        n->turn = b->now + n->length;
+        crpci_balance_first_turn(b, item);
+    else if (ahead > (int64_t)item->length)
+        item->turn = b->now + item->length;
 }
 
-/* Who is behind comes to the present: no two times may be so far apart that the sign of their
- * difference is wrong. The heap stays one, since the order of no two turns around. */
+/* Moves turns that lie in the past to the present: no two times may be 2^63 apart, where the sign
+ * of their difference turns. No two items change their order, so the heap remains a heap. */
 CRPCI_FN void crpci_balance_catch_up(crpci_balance *b)
 {
     uint32_t at;
     for (at = 0; at < b->heaped; at++) {
-        crpci_balance_node *n = b->nodes[b->heap[at]];
-        if ((int64_t)(n->turn - b->now) < 0)
-            n->turn = b->now;
+        crpci_balance_item *item = b->items[b->heap[at]];
+        if ((int64_t)(item->turn - b->now) < 0)
+            item->turn = b->now;
     }
 }
 
-/* It has its turn now; the next is one length later. Who could not be used for a while gets one
- * turn at once and not all that it missed. */
-CRPCI_FN void crpci_balance_take(crpci_balance *b, crpci_balance_node *n)
+/* Takes an item's turn; the next one is a length later. An item that could not be used for a while
+ * has one turn at once, and not all that it missed. */
+CRPCI_FN void crpci_balance_take(crpci_balance *b, crpci_balance_item *item)
 {
     uint64_t was = b->now;
-    if ((int64_t)(n->turn - b->now) > 0)
-        b->now = n->turn;
+    if ((int64_t)(item->turn - b->now) > 0)
+        b->now = item->turn;
     else
-        b->now++; /* no two are taken at one time, so that equals come again in this order */
-    n->turn = b->now + n->length;
-    crpci_balance_sift(b, n->at - 1);
+        b->now++; /* no two turns at one time: items of equal weight keep their order */
+    item->turn = b->now + item->length;
+    crpci_balance_sift(b, item->at - 1);
     if ((was ^ b->now) >> CRPCI_BALANCE_CATCH_UP_BITS)
         crpci_balance_catch_up(b);
 }
 
-CRPCI_FN void crpci_balance_heap_out(crpci_balance *b, crpci_balance_node *n)
+CRPCI_FN void crpci_balance_heap_out(crpci_balance *b, crpci_balance_item *item)
 {
-    uint32_t at = n->at - 1, last = b->heap[--b->heaped];
-    n->at = 0;
+    uint32_t at = item->at - 1, last = b->heap[--b->heaped];
+    item->at = 0;
     if (at == b->heaped)
         return;
     crpci_balance_place(b, at, last);
     crpci_balance_sift(b, at);
 }
 
-CRPCI_FN void crpci_balance_heap_in(crpci_balance *b, crpci_balance_node *n)
+CRPCI_FN void crpci_balance_heap_in(crpci_balance *b, crpci_balance_item *item)
 {
-    crpci_balance_place(b, b->heaped++, n->index);
-    crpci_balance_sift(b, n->at - 1);
+    crpci_balance_place(b, b->heaped++, item->index);
+    crpci_balance_sift(b, item->at - 1);
 }
 
-/* --- the ring */
+/* --- the ring: consistent hash ---------------------------------------------------------------- */
 
-/* The points of a node's hash in the upper bits, its index in the lower. */
-CRPCI_FN uint64_t crpci_balance_point(const crpci_balance_node *n, unsigned k)
+/* Point number k of an item: the hash in the upper bits, the item's index in the lower ones. */
+CRPCI_FN uint64_t crpci_balance_point(const crpci_balance_item *item, unsigned k)
 {
-    uint64_t state = n->hash + k * UINT64_C(0x9e3779b97f4a7c15);
+    uint64_t state = item->hash + k * UINT64_C(0x9e3779b97f4a7c15);
     return crpci_balance_draw(&state) >> CRPCI_BALANCE_INDEX_BITS << CRPCI_BALANCE_INDEX_BITS |
-           n->index;
+           item->index;
 }
 
-/* Sorts all points by their upper bits into buckets of about four, directly to their places, and
- * then each among its neighbours. */
+/* Sorts the points: first into buckets of about four by their upper bits (a counting sort), then by
+ * insertion, which moves each point past a few neighbours at most. */
 CRPCI_FN void crpci_balance_ring_build(crpci_balance *b)
 {
     size_t points = b->count * CRPCI_BALANCE_POINTS, i, j;
@@ -6316,16 +6708,16 @@ CRPCI_FN void crpci_balance_ring_build(crpci_balance *b)
     unsigned k;
     for (i = 0; i < b->count; i++) {
         for (k = 0; k < CRPCI_BALANCE_POINTS; k++)
-            b->buckets[crpci_balance_point(b->nodes[i], k) >> b->shift]++;
+            b->buckets[crpci_balance_point(b->items[i], k) >> b->shift]++;
     }
-    for (i = 0, j = 0; i < buckets; i++) { /* from how many it has to where it begins */
+    for (i = 0, j = 0; i < buckets; i++) { /* a bucket's size becomes its begin */
         size_t has = b->buckets[i];
         b->buckets[i] = (uint32_t)j;
         j += has;
     }
     for (i = 0; i < b->count; i++) {
         for (k = 0; k < CRPCI_BALANCE_POINTS; k++) {
-            uint64_t point = crpci_balance_point(b->nodes[i], k);
+            uint64_t point = crpci_balance_point(b->items[i], k);
             b->ring[b->buckets[point >> b->shift]++] = point;
         }
     }
@@ -6337,7 +6729,7 @@ CRPCI_FN void crpci_balance_ring_build(crpci_balance *b)
     }
 }
 
-/* The first point at or after a hash; one past the last is the first again. */
+/* The position of the first point at or after a hash; after the last point comes the first. */
 CRPCI_FN size_t crpci_balance_ring_find(const crpci_balance *b, uint64_t hash)
 {
     size_t bucket = (size_t)(hash >> b->shift);
@@ -6347,15 +6739,17 @@ CRPCI_FN size_t crpci_balance_ring_find(const crpci_balance *b, uint64_t hash)
     return i < b->count * CRPCI_BALANCE_POINTS ? i : 0;
 }
 
-/* --- lists */
+/* --- lists ------------------------------------------------------------------------------------ */
 
+/* Adds to the weight of item i in the Fenwick tree. */
 CRPCI_FN void crpci_balance_sums_add(crpci_balance *b, size_t i, uint64_t by)
 {
     for (i++; i <= b->count; i += i & (0 - i))
-        b->sums[i - 1] += by; /* modulo 2^64, so that it can be a reduction */
+        b->sums[i - 1] += by; /* modulo 2^64: adding 2^64 - x takes x away */
 }
 
-/* The node in whose share of the weight line a number below the total falls. */
+/* The item that owns `offset`, a number below the total, when the weights stand one after
+ * another. */
 CRPCI_FN size_t crpci_balance_sums_find(const crpci_balance *b, uint64_t offset)
 {
     size_t i = 0, step = 1;
@@ -6370,7 +6764,7 @@ CRPCI_FN size_t crpci_balance_sums_find(const crpci_balance *b, uint64_t offset)
     return i;
 }
 
-/* How many buckets there are for so many points, as the bits of a hash that choose one. */
+/* The ring of so many providers has 2^bits buckets, about a quarter of its points. */
 CRPCI_FN unsigned crpci_balance_bucket_bits(size_t count)
 {
     unsigned bits = 1;
@@ -6379,10 +6773,10 @@ CRPCI_FN unsigned crpci_balance_bucket_bits(size_t count)
     return bits;
 }
 
-/* How much memory a list takes. */
+/* The memory that a list of so many providers needs, in bytes. */
 CRPCI_FN size_t crpci_balance_bytes(const crpci_balance *b, size_t count)
 {
-    size_t each = sizeof *b->nodes;
+    size_t each = sizeof *b->items;
     if (!count)
         return 0;
     if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
@@ -6395,7 +6789,7 @@ CRPCI_FN size_t crpci_balance_bytes(const crpci_balance *b, size_t count)
     return count * each;
 }
 
-/* Where everything goes in it: what is aligned to 8 bytes comes first. */
+/* Divides the memory among the arrays; those of 8-byte numbers come first, for their alignment. */
 CRPCI_FN void crpci_balance_layout(crpci_balance *b)
 {
     uint8_t *at = (uint8_t *)b->memory;
@@ -6411,18 +6805,19 @@ CRPCI_FN void crpci_balance_layout(crpci_balance *b)
         b->buckets = (uint32_t *)(void *)at;
         at += sizeof *b->buckets << bits;
     }
-    b->nodes = (crpci_balance_node **)(void *)at;
-    at += b->count * sizeof *b->nodes;
+    b->items = (crpci_balance_item **)(void *)at;
+    at += b->count * sizeof *b->items;
     if (crpci_balance_turns(b))
         b->heap = (uint32_t *)(void *)at;
 }
 
-/* Memory for a list of b->count; what there is stays if it does. */
+/* Memory for a list of b->count. A block that is large enough, and not four times too large,
+ * stays. */
 CRPCI_FN int crpci_balance_reserve(crpci_balance *b, crpci_heap *h)
 {
     bool many = b->count > CRPCI_BALANCE_MOST;
     size_t size = many ? 0 : crpci_balance_bytes(b, b->count);
-    b->nodes = NULL;
+    b->items = NULL;
     if (size > b->size || size < b->size / 4) {
         crpci_heap_free(h, b->memory, b->size);
         b->size = 0;
@@ -6436,10 +6831,10 @@ CRPCI_FN int crpci_balance_reserve(crpci_balance *b, crpci_heap *h)
     return CRPC_OK;
 }
 
-/* A new list. The nodes are kept, not the array; one that was in the list before keeps its
- * statistics, and one that is in it no more is not looked at again. CRPC_ENOMEM: picks go on,
- * uniformly over the new list. */
-CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_node **nodes,
+/* Replaces the list. The balancer keeps pointers to the items, not the array. An item that was in
+ * the old list keeps its statistics; one that is not in the new list is not used again and may be
+ * freed. CRPC_ENOMEM: picks are uniform over the new list from now on. */
+CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_item **items,
                                  size_t count)
 {
     size_t i;
@@ -6451,49 +6846,49 @@ CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_
     if (crpci_balance_reserve(b, h))
         return CRPC_ENOMEM;
     for (i = 0; i < count; i++) {
-        crpci_balance_node *n = nodes[i];
-        b->nodes[i] = n;
-        n->index = (uint32_t)i;
-        n->at = 0;
-        if (!n->hash)
-            n->hash = crpci_balance_hash(n->address, strlen(n->address));
-        b->total += n->weight;
-        crpci_balance_retime(b, n);
+        crpci_balance_item *item = items[i];
+        b->items[i] = item;
+        item->index = (uint32_t)i;
+        item->at = 0;
+        if (!item->hash)
+            item->hash = crpci_base_hash(item->address, strlen(item->address));
+        b->total += item->weight;
+        crpci_balance_retime(b, item);
         if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
-            crpci_balance_sums_add(b, i, n->weight);
-        if (crpci_balance_turns(b) && n->weight)
-            crpci_balance_heap_in(b, n);
+            crpci_balance_sums_add(b, i, item->weight);
+        if (crpci_balance_turns(b) && item->weight)
+            crpci_balance_heap_in(b, item);
     }
     if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH && count)
         crpci_balance_ring_build(b);
     return CRPC_OK;
 }
 
-/* The weight of a node of the list changes. */
+/* Changes the weight of item i of the list. */
 CRPCI_FN void crpci_balance_reweigh(crpci_balance *b, size_t i, uint32_t weight)
 {
-    crpci_balance_node *n;
+    crpci_balance_item *item;
     uint64_t more;
-    if (!b->nodes || i >= b->count || b->nodes[i]->weight == weight)
+    if (!b->items || i >= b->count || b->items[i]->weight == weight)
         return;
-    n = b->nodes[i];
-    more = (uint64_t)weight - n->weight; /* modulo 2^64 */
-    n->weight = weight;
+    item = b->items[i];
+    more = (uint64_t)weight - item->weight; /* modulo 2^64 */
+    item->weight = weight;
     b->total += more;
-    crpci_balance_retime(b, n);
+    crpci_balance_retime(b, item);
     if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
         crpci_balance_sums_add(b, i, more);
     if (!crpci_balance_turns(b))
         return;
     if (!weight)
-        crpci_balance_heap_out(b, n);
-    else if (!n->at)
-        crpci_balance_heap_in(b, n);
+        crpci_balance_heap_out(b, item);
+    else if (!item->at)
+        crpci_balance_heap_in(b, item);
     else
-        crpci_balance_sift(b, n->at - 1);
+        crpci_balance_sift(b, item->at - 1);
 }
 
-/* --- picking */
+/* --- picking ---------------------------------------------------------------------------------- */
 
 typedef struct crpci_balance_query {
     uint64_t key;
@@ -6508,13 +6903,14 @@ CRPCI_FN bool crpci_balance_usable(const crpci_balance_query *q, size_t i)
     return !q->usable || q->usable(q->user, i);
 }
 
-/* Usable and not drained. */
+/* Whether item i can be used and is not drained. */
 CRPCI_FN bool crpci_balance_fit(const crpci_balance *b, const crpci_balance_query *q, size_t i)
 {
-    return (!b->nodes || b->nodes[i]->weight) && crpci_balance_usable(q, i);
+    return (!b->items || b->items[i]->weight) && crpci_balance_usable(q, i);
 }
 
-/* One of all that can be used, by weight or uniformly: of those that are drained, or the others. */
+/* Searches the whole list: a random one, by weight or uniformly, of the providers that can be used
+ * and are drained, or are not. -1: there is none. */
 CRPCI_FN int crpci_balance_scan(const crpci_balance *b, crpci_balance_query *q, bool weighted,
                                 bool drained)
 {
@@ -6522,7 +6918,7 @@ CRPCI_FN int crpci_balance_scan(const crpci_balance *b, crpci_balance_query *q, 
     int chosen = -1;
     size_t i;
     for (i = 0; i < b->count; i++) {
-        uint32_t weight = b->nodes ? b->nodes[i]->weight : 1;
+        uint32_t weight = b->items ? b->items[i]->weight : 1;
         if ((weight == 0) != drained || !crpci_balance_usable(q, i))
             continue;
         weight = weighted ? weight : 1;
@@ -6567,25 +6963,26 @@ CRPCI_FN int crpci_balance_pick_next(crpci_balance *b, const crpci_balance_query
     return -1;
 }
 
-/* Who comes first in the heap. Who cannot be used loses its turn. */
+/* The first item of the heap; one that cannot be used loses its turn. */
 CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, const crpci_balance_query *q)
 {
-    crpci_balance_node *best = NULL;
+    crpci_balance_item *best = NULL;
     int tries;
     size_t i;
     for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->heaped; tries++) {
-        crpci_balance_node *n = b->nodes[b->heap[0]];
-        bool usable = crpci_balance_usable(q, n->index);
-        crpci_balance_take(b, n);
+        crpci_balance_item *item = b->items[b->heap[0]];
+        bool usable = crpci_balance_usable(q, item->index);
+        crpci_balance_take(b, item);
         if (usable)
-            return (int)n->index;
-        if (n->at == 1) /* least active, and so first again */
+            return (int)item->index;
+        if (item->at == 1) /* least active puts it first again, whatever its turn */
             break;
     }
     for (i = 0; i < b->count; i++) {
-        crpci_balance_node *n = b->nodes[i];
-        if (n->weight && (!best || crpci_balance_before(b, n, best)) && crpci_balance_usable(q, i))
-            best = n;
+        crpci_balance_item *item = b->items[i];
+        if (item->weight && (!best || crpci_balance_before(b, item, best)) &&
+            crpci_balance_usable(q, i))
+            best = item;
     }
     if (!best)
         return -1;
@@ -6593,11 +6990,12 @@ CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, const crpci_balance_query
     return (int)best->index;
 }
 
-/* The first that can be used from the key's place on the ring on. Where hardly any can, the one
- * whose address and key together hash to the most: as constant, but each must be looked at. */
+/* The first provider that can be used from the key's place on the ring on. Where only few can be
+ * used, the one of all whose address hashed with the key is highest: it is as constant for a key,
+ * but takes a search of the whole list. */
 CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balance_query *q)
 {
-    uint64_t hash = crpci_balance_mix(q->key), most = 0;
+    uint64_t hash = crpci_base_mix(q->key), most = 0;
     size_t points = b->count * CRPCI_BALANCE_POINTS, i, last = b->count;
     size_t at =
         crpci_balance_ring_find(b, hash >> CRPCI_BALANCE_INDEX_BITS << CRPCI_BALANCE_INDEX_BITS);
@@ -6610,7 +7008,7 @@ CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balan
         at = at + 1 < points ? at + 1 : 0;
     }
     for (i = 0; i < b->count; i++) {
-        uint64_t rank = crpci_balance_mix(b->nodes[i]->hash ^ hash);
+        uint64_t rank = crpci_base_mix(b->items[i]->hash ^ hash);
         if ((chosen < 0 || rank > most) && crpci_balance_fit(b, q, i)) {
             chosen = (int)i;
             most = rank;
@@ -6619,10 +7017,10 @@ CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balan
     return chosen;
 }
 
-/* --- p2c: what a call costs there */
+/* --- p2c: the cost of a call to a provider ---------------------------------------------------- */
 
-/* What is left of a latency after some time, rounded up. Between two halvings a parabola serves for
- * 2^-x, to 0.4 per cent: 1 - 0.675 x + 0.175 x^2. */
+/* What is left of a latency after some time, rounded up. Between two halvings the parabola
+ * 1 - 0.675 x + 0.175 x^2 stands for 2^-x, with an error of 0.4 per cent. */
 CRPCI_FN int64_t crpci_balance_fade(int64_t latency, int64_t passed_us)
 {
     int64_t halvings = passed_us >> CRPCI_BALANCE_HALF_BITS;
@@ -6636,20 +7034,22 @@ CRPCI_FN int64_t crpci_balance_fade(int64_t latency, int64_t passed_us)
     return latency - (latency * x >> CRPCI_BALANCE_HALF_BITS);
 }
 
-/* Who was never measured gets one call at once, and no more before that one has ended. */
-CRPCI_FN uint64_t crpci_balance_cost(const crpci_balance_node *n, int64_t now_us)
+/* The cost of a call to an item. One that was never measured costs nothing until a call goes to it,
+ * and then, until that call has ended, as much as the slowest. */
+CRPCI_FN uint64_t crpci_balance_cost(const crpci_balance_item *item, int64_t now_us)
 {
-    uint64_t active = n->active < (1u << 20) ? n->active : 1u << 20;
+    uint64_t active = item->active < (1u << 20) ? item->active : 1u << 20;
     uint64_t latency = CRPCI_BALANCE_LATENCY_MOST;
-    if (!n->latency && !n->active)
+    if (!item->latency && !item->active)
         return 0;
-    if (n->latency)
-        latency = (uint64_t)crpci_balance_fade(n->latency, now_us - n->latency_us) + 1;
-    return (latency * (active + 1) << 8) / n->weight; /* below 2^63 */
+    if (item->latency)
+        latency = (uint64_t)crpci_balance_fade(item->latency, now_us - item->latency_us) + 1;
+    return (latency * (active + 1) << 8) / item->weight; /* below 2^63 */
 }
 
-/* Takes a latency up at once and down slowly: a peak is believed, a single quick reply is not. */
-CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_node *n, bool ok,
+/* Takes the latency of a call into that of the item: upwards at once, downwards slowly, since a
+ * slow reply shows a queue and one quick reply does not show that the queue has gone. */
+CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_item *item, bool ok,
                                     int64_t latency_us, int64_t now_us)
 {
     int64_t most = CRPCI_BALANCE_LATENCY_MOST, above;
@@ -6658,28 +7058,29 @@ CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_node *n, boo
         << CRPCI_BALANCE_LATENCY_BITS;
     if (ok) {
         b->latency += b->latency ? (latency - b->latency) / 64 : latency;
-    } else { /* to fail quickly must not attract calls */
-        int64_t usual = b->latency > n->latency ? b->latency : n->latency;
+    } else { /* a fast failure must not look like low latency */
+        int64_t usual = b->latency > item->latency ? b->latency : item->latency;
         latency = crpci_base_min64(latency > 2 * usual ? latency : 2 * usual, most);
     }
-    above = n->latency - latency;
+    above = item->latency - latency;
     if (above > 0) {
-        latency += crpci_balance_fade(above, now_us - n->latency_us);
-        if (latency == n->latency)
-            return; /* too soon for any step: the time that passes is kept for the next */
+        latency += crpci_balance_fade(above, now_us - item->latency_us);
+        if (latency == item->latency)
+            return; /* rounded to no step: keep latency_us, so that the time counts next time */
     }
-    n->latency = latency;
-    n->latency_us = now_us;
+    item->latency = latency;
+    item->latency_us = now_us;
 }
 
 CRPCI_FN int crpci_balance_better(const crpci_balance *b, size_t i, size_t j, int64_t now_us)
 {
-    return (int)(crpci_balance_cost(b->nodes[j], now_us) < crpci_balance_cost(b->nodes[i], now_us)
+    return (int)(crpci_balance_cost(b->items[j], now_us) < crpci_balance_cost(b->items[i], now_us)
                      ? j
                      : i);
 }
 
-/* Two of all that can be used, each pair as likely; the better one. */
+/* Searches the whole list for two that can be used, each pair with the same chance, and returns the
+ * better one. -1: there is none. */
 CRPCI_FN int crpci_balance_scan_two(const crpci_balance *b, crpci_balance_query *q)
 {
     size_t two[2] = {0, 0}, seen = 0, i, place;
@@ -6693,7 +7094,7 @@ CRPCI_FN int crpci_balance_scan_two(const crpci_balance *b, crpci_balance_query 
     }
     if (seen < 2)
         return seen ? (int)two[0] : -1;
-    place = crpci_balance_below(&q->state, 2); /* of two as good either is taken */
+    place = crpci_balance_below(&q->state, 2); /* equals are picked equally often */
     return crpci_balance_better(b, two[place], two[1 - place], q->now_us);
 }
 
@@ -6717,28 +7118,28 @@ CRPCI_FN int crpci_balance_pick_two(const crpci_balance *b, crpci_balance_query 
     return (int)first;
 }
 
-/* --- the whole */
+/* --- the balancer as a whole ------------------------------------------------------------------ */
 
-/* With the first pick a random number comes: each client begins elsewhere. */
+/* At the first pick: each client begins at a place of its own. */
 CRPCI_FN void crpci_balance_start(crpci_balance *b, uint32_t random)
 {
     size_t i;
     b->started = true;
     b->salt = random;
     b->next = random % (uint32_t)b->count;
-    if (!b->nodes || !crpci_balance_turns(b))
+    if (!b->items || !crpci_balance_turns(b))
         return;
     b->heaped = 0;
     for (i = 0; i < b->count; i++) {
-        if (!b->nodes[i]->weight)
+        if (!b->items[i]->weight)
             continue;
-        crpci_balance_first_turn(b, b->nodes[i]);
-        crpci_balance_heap_in(b, b->nodes[i]);
+        crpci_balance_first_turn(b, b->items[i]);
+        crpci_balance_heap_in(b, b->items[i]);
     }
 }
 
-/* The index of the provider for a call, -1: none can be used. key: for the consistent hash alone;
- * any number, it is mixed. usable may be NULL. */
+/* The index of the provider for a call; -1: none can be used. key: any number, for the consistent
+ * hash only. random: any random number. usable may be NULL: every provider can be used. */
 CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random, int64_t now_us,
                                 crpci_balance_usable_fn usable, void *user)
 {
@@ -6753,7 +7154,7 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
     q.now_us = now_us;
     q.usable = usable;
     q.user = user;
-    if (!b->nodes || b->kind == CRPCI_BALANCE_RANDOM)
+    if (!b->items || b->kind == CRPCI_BALANCE_RANDOM)
         i = crpci_balance_pick_random(b, &q);
     else if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
         i = crpci_balance_pick_weighted(b, &q);
@@ -6768,46 +7169,47 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
     return i >= 0 ? i : crpci_balance_scan(b, &q, false, true);
 }
 
-/* Whether a node is in the present list. */
-CRPCI_FN bool crpci_balance_has(const crpci_balance *b, const crpci_balance_node *n)
+/* Whether an item is in the present list. */
+CRPCI_FN bool crpci_balance_has(const crpci_balance *b, const crpci_balance_item *item)
 {
-    return b->nodes && n->index < b->count && b->nodes[n->index] == n;
+    return b->items && item->index < b->count && b->items[item->index] == item;
 }
 
-/* A call goes to a node. */
-CRPCI_FN void crpci_balance_node_begin(crpci_balance *b, crpci_balance_node *n, int64_t now_us)
+/* A call goes to an item. */
+CRPCI_FN void crpci_balance_item_begin(crpci_balance *b, crpci_balance_item *item, int64_t now_us)
 {
     (void)now_us;
-    n->active++;
-    if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, n) && n->at)
-        crpci_balance_sift(b, n->at - 1);
+    item->active++;
+    if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, item) && item->at)
+        crpci_balance_sift(b, item->at - 1);
 }
 
-/* It has ended. latency_us: since its begin, -1 if that says nothing (cancelled, over a limit). The
- * node need not be in the list any more. */
-CRPCI_FN void crpci_balance_node_end(crpci_balance *b, crpci_balance_node *n, bool ok,
+/* A call to an item has ended. latency_us: since its begin; -1: it is no measure of the provider
+ * (cancelled, or refused over a limit). The item may have left the list meanwhile. */
+CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item, bool ok,
                                      int64_t latency_us, int64_t now_us)
 {
-    if (n->active)
-        n->active--;
+    if (item->active)
+        item->active--;
     if (b->kind == CRPCI_BALANCE_P2C && latency_us >= 0)
-        crpci_balance_measure(b, n, ok, latency_us, now_us);
-    else if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, n) && n->at)
-        crpci_balance_sift(b, n->at - 1);
+        crpci_balance_measure(b, item, ok, latency_us, now_us);
+    else if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, item) && item->at)
+        crpci_balance_sift(b, item->at - 1);
 }
 
-/* The same for the node of an index; nothing where it is not known because memory was short. */
+/* The same for the item of an index. Without memory for the list the items are not known, and
+ * nothing is counted. */
 CRPCI_FN void crpci_balance_begin(crpci_balance *b, size_t i, int64_t now_us)
 {
-    if (b->nodes && i < b->count)
-        crpci_balance_node_begin(b, b->nodes[i], now_us);
+    if (b->items && i < b->count)
+        crpci_balance_item_begin(b, b->items[i], now_us);
 }
 
 CRPCI_FN void crpci_balance_end(crpci_balance *b, size_t i, bool ok, int64_t latency_us,
                                 int64_t now_us)
 {
-    if (b->nodes && i < b->count)
-        crpci_balance_node_end(b, b->nodes[i], ok, latency_us, now_us);
+    if (b->items && i < b->count)
+        crpci_balance_item_end(b, b->items[i], ok, latency_us, now_us);
 }
 
 /* ======================================================================== */
@@ -6817,7 +7219,6 @@ CRPCI_FN void crpci_balance_end(crpci_balance *b, size_t i, bool ok, int64_t lat
 #define CRPCI_CONN_READ ((64u << 10) - CRPCI_CHUNK_HEADER) /* bytes read at a time, and the budget
                                                             * per step */
 #define CRPCI_CONN_FRAMES 128       /* frames handled per step; the rest waits for the next */
-#define CRPCI_CONN_META_MAX (64u << 10) /* of a frame that is refused for its size */
 #define CRPCI_CONN_IOV 64
 #define CRPCI_CONN_SHORT 512 /* frames up to here are copied together */
 #define CRPCI_CONN_FLAT (8192 - CRPCI_CHUNK_HEADER) /* bytes of them in one send */
@@ -6833,40 +7234,65 @@ struct crpci_out {
     const uint8_t *tail; /* attachment: in tail_chunk, or borrowed if that is NULL */
     size_t tail_len;
     crpci_chunk *tail_chunk;
-    size_t sent;   /* bytes handed to the kernel */
+    size_t sent;   /* bytes handed to the transport */
     void *owner;   /* the call that waits for it, and has the chunk; NULL: the chunk is its own */
     struct crpci_conn *conn; /* while queued */
-    bool inflight; /* in a send that runs without the lock */
+    int64_t id;     /* of a request: what its reply will be known by */
+    uint32_t turn;  /* of a reply, where they keep the order of the requests */
+    bool inflight;  /* in a send that runs without the lock */
+    bool committed; /* a send of it has to be repeated: CRPCI_TRANSPORT_REPEAT */
+    bool awaited;   /* its id is in the connection's `awaited` */
     bool queued;
 };
-
-/* A frame that was received. Everything points into the chunk; who keeps it takes a reference. */
-typedef struct crpci_message {
-    crpci_meta meta;
-    const uint8_t *payload;
-    size_t payload_size;
-    size_t attachment_size; /* it follows the payload */
-    bool bad_attachment; /* attachment_size is larger than the body: all of it is payload */
-    crpci_chunk *chunk;
-} crpci_message;
 
 typedef struct crpci_conn crpci_conn;
 
 /* What the section above is told. All are called with the loop locked and must not unlock it. */
 typedef struct crpci_conn_events {
     void (*opened)(crpci_conn *c); /* a dialled connection is up */
-    void (*message)(crpci_conn *c, crpci_message *m);
-    void (*oversize)(crpci_conn *c, const crpci_meta *m, uint64_t body);
+    void (*message)(crpci_conn *c, const crpci_message *m);
+    void (*oversize)(crpci_conn *c, const crpci_message *m, uint64_t body); /* m has no payload */
     void (*sent)(crpci_conn *c, crpci_out *out); /* all of a frame left; before it is released */
     void (*eof)(crpci_conn *c); /* the peer sends no more, it may still read */
     void (*closed)(crpci_conn *c); /* once, whoever closed it; c->why says why */
     void (*timer)(crpci_conn *c);
 } crpci_conn_events;
 
-/* The protocol that a connection's bytes are in, by its first ones. */
+typedef enum crpci_detected {
+    CRPCI_DETECTED_NO,
+    CRPCI_DETECTED_YES,
+    CRPCI_DETECTED_MORE /* not to be told by so few bytes */
+} crpci_detected;
+
+#define CRPCI_PROTOCOL_ORDERED 1u /* replies have no id: they come in the order of the requests */
+#define CRPCI_PROTOCOL_NAMES 16u  /* bytes that encoded names may take beside the names */
+
+/* A protocol cuts bytes into messages and makes bytes of messages. A server finds out by the first
+ * bytes of a connection which one it is in; a channel's URL says it, because fields and room are
+ * laid out before a connection exists. Flags SINGLE, STREAMS and ATTACH, and open, close, eof,
+ * submit, writable, consumed, bind, cancel, farewell and timer come with the protocols that need
+ * them. */
 typedef struct crpci_protocol {
-    const char *name;
-    crpci_frame_result (*detect)(const uint8_t *p, size_t n);
+    const char *name; /* as protocol= in a URL has it */
+    unsigned flags;
+    size_t state_size; /* of a connection's own state, which begins as zeros; 0: none */
+    size_t headroom;   /* before a payload at most, names, texts, credential and fields not counted */
+    size_t field_cost; /* of a field at most, besides its key and value */
+    crpci_detected (*detect)(const uint8_t *p, size_t n);
+    /* Takes one message, or part of one, from the front of what has come, and hands it on with
+     * crpci_conn_deliver. Returns the bytes used. 0: the same bytes come again when there are
+     * c->rx_total of them, which it has set to more than n; it then uses them all or asks again.
+     * `chunk` holds the bytes. Locked; the connection may be closed by it. */
+    size_t (*feed)(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n);
+    /* The rest is pure, and called on any thread. Encodes what requests for a method begin with into
+     * `out`, of `room` bytes, CRPCI_PROTOCOL_NAMES more than both; returns where it stands there. */
+    crpc_view (*names)(uint8_t *out, size_t room, crpc_view service, crpc_view method);
+    size_t (*put_field)(uint8_t *out, crpc_view key, crpc_view value); /* returns its length */
+    bool (*field)(crpc_view fields, const char *key, crpc_view *value);
+    /* Write what comes before a payload that stands at `payload`, but not below `low`. Return where
+     * it begins. The attachment is sent behind the payload. */
+    uint8_t *(*request)(uint8_t *low, uint8_t *payload, const crpci_message *m);
+    uint8_t *(*reply)(uint8_t *low, uint8_t *payload, const crpci_message *m);
 } crpci_protocol;
 
 struct crpci_conn {
@@ -6878,6 +7304,10 @@ struct crpci_conn {
     crpci_timer timer;
     const crpci_transport *io;
     void *io_state;
+    const crpci_protocol *protocol;           /* NULL: the peer has not said enough yet */
+    const crpci_protocol *const *protocols;   /* accepted: one of these, which end with NULL */
+    size_t protocol_index;                    /* of `protocol` in `protocols` */
+    void *protocol_state;
     const crpci_conn_events *up;
     void *owner;
     void *client; /* the upper section's word for the peer; NULL: none */
@@ -6888,14 +7318,14 @@ struct crpci_conn {
     int why_errno; /* 0: none */
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
-    bool oversize;
+    bool unread; /* reading was put off while another thread wrote */
     uint32_t max_body;
     int64_t max_skip;
     uint64_t skip;      /* bytes of a refused body still to be dropped */
     crpci_chunk *rx;    /* a frame that has begun */
     size_t rx_len;
     size_t rx_need;     /* read so far at least, then look again */
-    size_t rx_total;    /* 0: the header is not complete */
+    size_t rx_total;    /* that the protocol asked for */
     int64_t rx_since;   /* when it began */
     int64_t frame_timeout_us; /* 0: none */
     int64_t linger_bytes;     /* close_when_sent: tx_bytes when the timer was set */
@@ -6906,14 +7336,28 @@ struct crpci_conn {
     crpci_out *tx_tail;
     int64_t tx_bytes;
     int64_t tx_memory; /* that the queue holds: small frames take more than their bytes */
-    int64_t active_us; /* last frame */
+    /* Where replies keep the order of requests. Accepted: turns are given to requests, and replies
+     * whose turn has not come wait in `held`, by turn. Dialled: ids of requests that are leaving
+     * or have left wait in a ring for their replies. */
+    uint32_t turns;
+    uint32_t turn_due;
+    crpci_out *held;
+    int64_t *awaited;
+    size_t awaited_size, awaited_first, awaited_count;
+    int64_t active_us; /* last message */
     crpc_view expect;  /* the names that the next request is likely to have, "" for replies... */
-    const void *expected; /* ... and the upper section's word for them */
+    const void *expected; /* ... and the upper section's method for them */
 };
 
 CRPCI_FN size_t crpci_conn_out_len(const crpci_out *o)
 {
     return o->head_len + o->tail_len;
+}
+
+/* Whether the peer may have got some of it: it can no longer be taken back. */
+CRPCI_FN bool crpci_conn_out_begun(const crpci_out *o)
+{
+    return o->sent || o->inflight || o->committed;
 }
 
 CRPCI_FN int64_t crpci_conn_out_memory(const crpci_out *o)
@@ -6974,23 +7418,38 @@ CRPCI_FN void crpci_conn_hold(crpci_conn *c)
     c->refs++;
 }
 
+CRPCI_COLD void crpci_conn_free(crpci_conn *c)
+{
+    crpci_heap *h = c->loop->heap;
+    if (c->protocol_state)
+        crpci_heap_free(h, c->protocol_state, c->protocol->state_size);
+    crpci_heap_free(h, c->awaited, c->awaited_size * sizeof *c->awaited);
+    crpci_heap_free(h, c, sizeof *c);
+}
+
 CRPCI_FN void crpci_conn_drop(crpci_conn *c)
 {
     if (--c->refs == 0)
-        crpci_heap_free(c->loop->heap, c, sizeof *c);
+        crpci_conn_free(c);
+}
+
+CRPCI_FN void crpci_conn_out_free_all(crpci_out **list)
+{
+    crpci_out *o;
+    while ((o = *list) != NULL) {
+        *list = o->next;
+        o->queued = false;
+        crpci_conn_out_free(o);
+    }
 }
 
 /* After a close: gives back what nobody uses any more. */
 CRPCI_FN void crpci_conn_cleanup(crpci_conn *c)
 {
-    crpci_out *o;
     if (c->reading || c->writing)
         return; /* P7: whoever uses the descriptor comes here when it is done */
-    while ((o = c->tx_head) != NULL) {
-        c->tx_head = o->next;
-        o->queued = false;
-        crpci_conn_out_free(o);
-    }
+    crpci_conn_out_free_all(&c->tx_head);
+    crpci_conn_out_free_all(&c->held);
     c->tx_tail = NULL;
     crpci_heap_chunk_unref(c->rx);
     crpci_heap_chunk_unref(c->left);
@@ -7010,7 +7469,7 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     c->why = why;
     c->why_errno = why_errno;
     l->stats.connections--;
-    crpci_loop_watch_set(l, &c->watch, c->fd, 0);
+    crpci_watch_set(l, &c->watch, c->fd, 0);
     crpci_timer_cancel(&c->timer);
     crpci_list_remove(&c->flush.link);
     crpci_list_remove(&c->resume.link);
@@ -7036,8 +7495,23 @@ CRPCI_FN void crpci_conn_interest(crpci_conn *c)
         events |= CRPC_READABLE;
     if (c->connecting || c->blocked)
         events |= CRPC_WRITABLE;
-    if (crpci_loop_watch_set(c->loop, &c->watch, c->fd, c->io->want(c->io_state, events)))
+    if (c->io->want && !c->connecting)
+        events = c->io->want(c->io_state, events);
+    if (crpci_watch_set(c->loop, &c->watch, c->fd, events))
         crpci_conn_close(c, CRPC_ENOMEM, 0);
+}
+
+/* Has what the poller cannot see be read with the next step. */
+CRPCI_FN void crpci_conn_read_on(crpci_conn *c)
+{
+    crpci_loop_queue(&c->loop->resume, &c->resume);
+    crpci_loop_kick(c->loop);
+}
+
+/* Whether there is input that no descriptor will tell of. */
+CRPCI_FN bool crpci_conn_has_unseen(const crpci_conn *c)
+{
+    return c->left || c->unread || (c->io->pending && c->io->pending(c->io_state));
 }
 
 CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
@@ -7046,10 +7520,8 @@ CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
         return;
     c->paused = paused;
     c->rx_since = crpci_loop_now(c->loop); /* a pause is not the peer's slowness */
-    if (!paused && c->left) {
-        crpci_loop_queue(&c->loop->resume, &c->resume);
-        crpci_loop_kick(c->loop); /* no descriptor tells the driver of input already read */
-    }
+    if (!paused && crpci_conn_has_unseen(c))
+        crpci_conn_read_on(c);
     crpci_conn_interest(c);
 }
 
@@ -7088,8 +7560,49 @@ CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t 
         crpci_conn_add(b, to, n);
 }
 
+/* Notes that a request is about to leave: its reply is the next one after those of the others. Before
+ * the send, because another thread may read the reply before this one has the lock again. */
+CRPCI_COLD void crpci_conn_await(crpci_conn *c, crpci_out *o)
+{
+    size_t size = c->awaited_size, more = size ? 2 * size : 16;
+    if (c->awaited_count == size) {
+        int64_t *ring = (int64_t *)crpci_heap_alloc(c->loop->heap, more * sizeof *ring);
+        size_t i;
+        if (!ring) {
+            crpci_conn_close(c, CRPC_ENOMEM, 0);
+            return;
+        }
+        for (i = 0; i < size; i++)
+            ring[i] = c->awaited[(c->awaited_first + i) % size];
+        crpci_heap_free(c->loop->heap, c->awaited, size * sizeof *ring);
+        c->awaited = ring;
+        c->awaited_size = more;
+        c->awaited_first = 0;
+    }
+    c->awaited[(c->awaited_first + c->awaited_count++) % c->awaited_size] = o->id;
+    o->awaited = true;
+}
+
+/* After a send: requests of which nothing has left can still be withdrawn. They are the last ones. */
+CRPCI_COLD void crpci_conn_await_not(crpci_conn *c)
+{
+    crpci_out *o;
+    for (o = c->tx_head; o && (o->awaited || o->sent); o = o->next) {
+        if (!o->sent) {
+            o->awaited = false;
+            c->awaited_count -= c->awaited_count != 0; /* a peer may have answered too soon */
+        }
+    }
+}
+
+CRPCI_FN bool crpci_conn_awaits(const crpci_conn *c)
+{
+    return !c->protocols && c->protocol->flags & CRPCI_PROTOCOL_ORDERED;
+}
+
 CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
 {
+    bool awaits = crpci_conn_awaits(c);
     crpci_out *o;
     b->count = 0;
     b->used = 0;
@@ -7105,6 +7618,8 @@ CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
             crpci_conn_add(b, o->tail + (head ? 0 : skip - o->head_len),
                            o->tail_len - (head ? 0 : skip - o->head_len));
         o->inflight = true;
+        if (CRPCI_UNLIKELY(awaits) && !o->awaited)
+            crpci_conn_await(c, o);
     }
 }
 
@@ -7134,19 +7649,41 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         crpci_heap_chunk_unref(tail);
         crpci_heap_chunk_unref(chunk);
     }
+    if (CRPCI_UNLIKELY(crpci_conn_awaits(c)))
+        crpci_conn_await_not(c);
     if (c->loop->io_waiters)
         crpci_thread_broadcast(&c->loop->io_cond);
 }
 
-/* Sends what is queued until the kernel takes no more. Unlocks while sending; others only append
+/* Sending has to wait until the transport takes more. What it was offered it may have to be offered
+ * again. */
+CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int count)
+{
+    crpci_out *o = c->tx_head;
+    size_t offered = 0;
+    c->blocked = true;
+    if (CRPCI_UNLIKELY(c->io->flags & CRPCI_TRANSPORT_REPEAT)) {
+        while (count)
+            offered += iov[--count].iov_len;
+        for (; o && offered; o = o->next) {
+            o->committed = true;
+            offered -= crpci_base_min(offered, crpci_conn_out_len(o) - o->sent);
+        }
+    }
+    crpci_conn_interest(c);
+}
+
+/* Sends what is queued until the transport takes no more. Unlocks while sending; others only append
  * meanwhile. */
 CRPCI_FN void crpci_conn_flush(crpci_conn *c)
 {
     crpc_loop *l = c->loop;
     crpci_conn_batch batch;
-    int rounds = 0;
+    int rounds = 0, count;
     if (c->writing || c->closed || c->connecting || c->blocked)
         return;
+    if (c->reading && !(c->io->flags & CRPCI_TRANSPORT_DUPLEX))
+        return; /* whoever reads queues the flush again */
     batch.copies = NULL;
     crpci_list_remove(&c->flush.link);
     crpci_conn_hold(c);
@@ -7161,17 +7698,21 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
             break;
         }
         crpci_conn_gather(c, &batch);
+        if (CRPCI_UNLIKELY(c->tx_head->committed) && c->tx_head->next && !batch.copies) {
+            crpci_conn_close(c, CRPC_ENOMEM, 0); /* less than was offered cannot be repeated */
+            break;
+        }
+        count = c->io->flags & CRPCI_TRANSPORT_GATHER ? batch.count : 1;
         l->stats.sends++;
         crpci_loop_unlock(l);
-        n = c->io->writev(c->fd, c->io_state, batch.iov, batch.count);
+        n = c->io->writev(c->fd, c->io_state, batch.iov, count);
         saved = errno;
         crpci_loop_lock(l);
         crpci_conn_advance(c, n > 0 ? (size_t)n : 0);
         if (n >= 0 || saved == EINTR)
             continue;
         if (saved == EAGAIN || saved == EWOULDBLOCK) {
-            c->blocked = true;
-            crpci_conn_interest(c);
+            crpci_conn_block(c, batch.iov, count);
             break;
         }
         c->writing = false;
@@ -7179,10 +7720,15 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
     }
     crpci_heap_chunk_unref(batch.copies);
     c->writing = false;
-    if (c->closed)
+    if (c->closed) {
         crpci_conn_cleanup(c);
-    else if (c->close_when_sent && !c->tx_head)
+    } else if (c->close_when_sent && !c->tx_head) {
         crpci_conn_close(c, CRPC_ECLOSE, 0);
+    } else if (CRPCI_UNLIKELY(c->io != &crpci_transport_plain)) {
+        crpci_conn_interest(c);
+        if (c->unread)
+            crpci_conn_read_on(c);
+    }
     crpci_conn_drop(c);
 }
 
@@ -7198,7 +7744,7 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
 {
     o->next = NULL;
     o->sent = 0;
-    o->inflight = false;
+    o->inflight = o->committed = o->awaited = false;
     o->queued = true;
     o->conn = c;
     if (c->tx_tail)
@@ -7212,11 +7758,33 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
         crpci_loop_queue(&c->loop->dirty, &c->flush);
 }
 
+/* Queues the reply to the request of that turn, or keeps it until the turn has come. */
+CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
+{
+    crpci_out **at = &c->held;
+    if (CRPCI_LIKELY(!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED))) {
+        crpci_conn_queue(c, o);
+        return;
+    }
+    while (*at && (int32_t)((*at)->turn - turn) < 0)
+        at = &(*at)->next;
+    o->turn = turn;
+    o->next = *at;
+    *at = o;
+    c->tx_memory += crpci_conn_out_memory(o);
+    while ((o = c->held) != NULL && o->turn == c->turn_due) {
+        c->turn_due++;
+        c->held = o->next;
+        c->tx_memory -= crpci_conn_out_memory(o);
+        crpci_conn_queue(c, o);
+    }
+}
+
 /* Takes back a frame of which nothing was sent. False if that is too late. */
 CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
 {
     crpci_out **at = &c->tx_head, *before = NULL;
-    if (!o->queued || o->sent || o->inflight)
+    if (!o->queued || crpci_conn_out_begun(o))
         return false;
     while (*at && *at != o) {
         before = *at;
@@ -7252,66 +7820,88 @@ CRPCI_FN void crpci_conn_begun(crpci_conn *c)
         crpci_loop_timer_set(c->loop, &c->timer, c->frame_timeout_us);
 }
 
-CRPCI_FN void crpci_conn_deliver(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p)
+/* Connects a message of an ordered protocol with its counterpart. False: the connection is closed. */
+CRPCI_COLD bool crpci_conn_place(crpci_conn *c, crpci_message *m)
 {
-    uint32_t body = crpci_base_get32(p + 4), meta = crpci_base_get32(p + 8);
-    const uint8_t *at = p + CRPCI_FRAME_HEADER + meta;
-    crpci_message m;
-    c->active_us = crpci_loop_time(c->loop);
-    if (!crpci_meta_read_usual(p + CRPCI_FRAME_HEADER, meta, c->expect, &m.meta) &&
-        !crpci_meta_read(p + CRPCI_FRAME_HEADER, meta, &m.meta)) {
-        crpci_conn_bad(c, "the peer's RpcMeta does not decode");
-        return;
+    if (m->kind == CRPCI_MESSAGE_REQUEST) {
+        m->turn = c->turns++;
+    } else if (c->awaited_count) {
+        m->id = c->awaited[c->awaited_first];
+        c->awaited_first = (c->awaited_first + 1) % c->awaited_size;
+        c->awaited_count--;
+    } else {
+        crpci_conn_bad(c, "a reply that no request was sent for");
+        return false;
     }
-    if (c->oversize) {
-        c->oversize = false;
-        c->skip = (uint64_t)body - meta;
-        crpci_conn_begun(c);
-        c->up->oversize(c, &m.meta, body);
-        return;
-    }
-    m.chunk = chunk;
-    m.payload = at;
-    m.payload_size = body - meta;
-    m.bad_attachment =
-        m.meta.attachment_size < 0 || (size_t)m.meta.attachment_size > m.payload_size;
-    m.attachment_size = m.bad_attachment ? 0 : (size_t)m.meta.attachment_size;
-    m.payload_size -= m.attachment_size;
-    c->up->message(c, &m);
+    return true;
 }
 
-/* Looks at a header of which `n` bytes are there: sets c->rx_total, or closes. */
-CRPCI_FN bool crpci_conn_header(crpci_conn *c, const uint8_t *p, size_t n)
+/* For protocols: hands a message on. */
+CRPCI_FN void crpci_conn_deliver(crpci_conn *c, crpci_message *m)
 {
-    uint32_t body = 0, meta = 0;
-    c->rx_total = 0;
-    switch (crpci_frame_header(p, n, &body, &meta)) {
-    case CRPCI_FRAME_BAD:
-        crpci_conn_bad(c, "the peer does not speak baidu_std");
-        return false;
-    case CRPCI_FRAME_NEED:
+    c->active_us = crpci_loop_time(c->loop);
+    if (CRPCI_LIKELY(!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED)) || crpci_conn_place(c, m))
+        c->up->message(c, m);
+}
+
+/* For protocols: reports a message whose body of `size` bytes is over max_body, and skips the next
+ * `skip` bytes of input. */
+CRPCI_COLD void crpci_conn_oversize(crpci_conn *c, crpci_message *m, uint64_t size, uint64_t skip)
+{
+    c->active_us = crpci_loop_time(c->loop);
+    c->skip = skip;
+    if (skip)
+        crpci_conn_begun(c);
+    if (!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED) || crpci_conn_place(c, m))
+        c->up->oversize(c, m, size);
+}
+
+/* The connection is in this protocol from now on. False: it was closed, for want of memory. */
+CRPCI_FN bool crpci_conn_speak(crpci_conn *c, const crpci_protocol *p)
+{
+    c->protocol = p;
+    if (CRPCI_LIKELY(!p->state_size))
         return true;
-    default:
-        break;
+    c->protocol_state = crpci_heap_alloc(c->loop->heap, p->state_size);
+    if (!c->protocol_state)
+        crpci_conn_close(c, CRPC_ENOMEM, 0);
+    return c->protocol_state != NULL;
+}
+
+/* Finds out the protocol of an accepted connection. False: not yet, or it was closed. */
+CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
+{
+    bool more = false;
+    size_t i;
+    for (i = 0; c->protocols[i]; i++) {
+        crpci_detected found = c->protocols[i]->detect(p, n);
+        if (found == CRPCI_DETECTED_YES) {
+            c->protocol_index = i;
+            return crpci_conn_speak(c, c->protocols[i]);
+        }
+        more = more || found == CRPCI_DETECTED_MORE;
     }
-    c->rx_total = (size_t)CRPCI_FRAME_HEADER + body;
-    if (body <= c->max_body)
-        return true;
-    if ((int64_t)body > c->max_skip || meta > CRPCI_CONN_META_MAX) {
-        crpci_conn_bad(c, "a body over the limit announced");
-        return false;
-    }
-    c->oversize = true;
-    c->rx_total = (size_t)CRPCI_FRAME_HEADER + meta; /* enough to say who is refused */
-    return true;
+    if (more)
+        c->rx_total = n + 1;
+    else
+        crpci_conn_bad(c, "the peer does not speak a protocol that is served here");
+    return false;
+}
+
+/* Gives bytes to the protocol. Returns those used; 0: it needs more, or the connection is closed. */
+CRPCI_FN size_t crpci_conn_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
+{
+    if (CRPCI_UNLIKELY(!c->protocol) && !crpci_conn_detect(c, p, n))
+        return 0;
+    return c->protocol->feed(c, chunk, p, n);
 }
 
 /* A chunk for a frame that has begun with `have` bytes. A large one is trusted with its full size
  * only when a good part of it has come. */
 CRPCI_FN bool crpci_conn_begin(crpci_conn *c, const uint8_t *p, size_t have)
 {
-    size_t want = c->rx_total ? c->rx_total : CRPCI_FRAME_HEADER, cap = want;
-    if (want > CRPCI_CONN_READ && have < CRPCI_CONN_READ / 2)
+    size_t cap = c->rx_total;
+    if (cap > CRPCI_CONN_READ && have < CRPCI_CONN_READ / 2)
         cap = CRPCI_CONN_READ;
     c->rx = crpci_heap_chunk(c->loop->heap, cap);
     if (!c->rx) {
@@ -7325,39 +7915,46 @@ CRPCI_FN bool crpci_conn_begin(crpci_conn *c, const uint8_t *p, size_t have)
     return true;
 }
 
-/* The frame in c->rx has got the bytes that were asked for: ask for more, or deliver it. */
-CRPCI_FN void crpci_conn_rx_full(crpci_conn *c)
+/* The message in c->rx, which stays, gets room for all that the protocol asked for. */
+CRPCI_FN void crpci_conn_grow(crpci_conn *c)
 {
-    crpci_chunk *chunk = c->rx, *bigger;
-    uint8_t *p = crpci_heap_data(chunk);
-    if (!c->rx_total && !crpci_conn_header(c, p, c->rx_len))
-        return;
-    if (c->rx_len == c->rx_total) {
-        c->rx = NULL;
-        crpci_conn_deliver(c, chunk, p);
-        crpci_heap_chunk_unref(chunk);
-        return;
-    }
-    if (c->rx_total > chunk->cap) {
-        size_t cap = c->rx_total > CRPCI_CONN_READ && c->rx_len < CRPCI_CONN_READ / 2
-                         ? CRPCI_CONN_READ
-                         : c->rx_total;
+    crpci_chunk *bigger;
+    size_t cap = c->rx_total;
+    if (c->rx_total > c->rx->cap) {
+        if (cap > CRPCI_CONN_READ && c->rx_len < CRPCI_CONN_READ / 2)
+            cap = CRPCI_CONN_READ;
         bigger = crpci_heap_chunk(c->loop->heap, cap);
         if (!bigger) {
             crpci_conn_close(c, CRPC_ENOMEM, 0);
             return;
         }
-        memcpy(crpci_heap_data(bigger), p, c->rx_len);
-        crpci_heap_chunk_unref(chunk);
+        memcpy(crpci_heap_data(bigger), crpci_heap_data(c->rx), c->rx_len);
+        crpci_heap_chunk_unref(c->rx);
         c->rx = bigger;
     }
     c->rx_need = crpci_base_min(c->rx_total, c->rx->cap);
 }
 
-/* Takes one piece of input: a whole frame where it stands, else what goes on with or begins c->rx.
+/* The message in c->rx has got the bytes that were asked for: it is whole, or needs more. */
+CRPCI_FN void crpci_conn_rx_full(crpci_conn *c)
+{
+    crpci_chunk *chunk = c->rx;
+    if (c->rx_len == c->rx_total) {
+        c->rx = NULL;
+        if (crpci_conn_parse(c, chunk, crpci_heap_data(chunk), c->rx_len) || c->closed) {
+            crpci_heap_chunk_unref(chunk);
+            return;
+        }
+        c->rx = chunk;
+    }
+    crpci_conn_grow(c);
+}
+
+/* Takes one piece of input: a whole message where it stands, else what goes on with or begins c->rx.
  * Returns the bytes used. */
 CRPCI_FN size_t crpci_conn_feed_one(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
+    size_t used;
     if (c->skip) {
         n = (size_t)crpci_base_min64((int64_t)n, (int64_t)c->skip);
         c->skip -= n;
@@ -7371,16 +7968,10 @@ CRPCI_FN size_t crpci_conn_feed_one(crpci_conn *c, crpci_chunk *chunk, const uin
             crpci_conn_rx_full(c);
         return n;
     }
-    if (!crpci_conn_header(c, p, n))
-        return n;
-    if (c->rx_total && c->rx_total <= n) {
-        n = c->rx_total;
-        crpci_conn_deliver(c, chunk, p);
-        return n;
-    }
-    if (!c->rx_total || c->rx_total > n)
-        n = crpci_conn_begin(c, p, n) ? n : 0;
-    return n;
+    used = crpci_conn_parse(c, chunk, p, n);
+    if (CRPCI_LIKELY(used) || c->closed)
+        return used;
+    return crpci_conn_begin(c, p, n) ? n : 0;
 }
 
 /* Takes input until the step's budget is used up; the rest waits in c->left. */
@@ -7418,16 +8009,6 @@ CRPCI_FN bool crpci_conn_catch_up(crpci_conn *c)
     return !c->left;
 }
 
-CRPCI_FN void crpci_conn_resume_task(crpc_loop *l, crpci_task *task)
-{
-    crpci_conn *c = CRPCI_CONTAINER(task, crpci_conn, resume);
-    (void)l;
-    crpci_conn_hold(c);
-    if (!c->closed)
-        crpci_conn_catch_up(c);
-    crpci_conn_drop(c);
-}
-
 /* The loop's receive buffer: one for all connections, because only the driver reads. Frames still
  * pointed into keep their part of it; the next read goes behind them. */
 CRPCI_FN bool crpci_conn_spare(crpc_loop *l)
@@ -7462,6 +8043,18 @@ CRPCI_FN void crpci_conn_received(crpci_conn *c, size_t n)
         l->spare_pos += (n + 7) & ~(size_t)7;
 }
 
+/* What a read may have changed with a transport that is more than a socket. */
+CRPCI_COLD void crpci_conn_after_read(crpci_conn *c)
+{
+    if (c->closed)
+        return;
+    if (c->tx_head && !c->blocked)
+        crpci_loop_queue(&c->loop->dirty, &c->flush);
+    if (c->io->pending && c->io->pending(c->io_state))
+        crpci_conn_read_on(c);
+    crpci_conn_interest(c);
+}
+
 CRPCI_FN void crpci_conn_read(crpci_conn *c)
 {
     crpc_loop *l = c->loop;
@@ -7469,6 +8062,9 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
     int count = 0, saved;
     ssize_t n;
     if (!crpci_conn_catch_up(c) || c->closed || c->reading || c->paused || c->eof)
+        return;
+    c->unread = c->writing && !(c->io->flags & CRPCI_TRANSPORT_DUPLEX);
+    if (c->unread) /* whoever writes has it read then */
         return;
     if (!crpci_conn_spare(l)) {
         crpci_conn_close(c, CRPC_ENOMEM, 0);
@@ -7487,6 +8083,8 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
     saved = errno;
     crpci_loop_lock(l);
     c->reading = false;
+    if (CRPCI_UNLIKELY(c->io != &crpci_transport_plain))
+        crpci_conn_after_read(c);
     if (c->closed)
         crpci_conn_cleanup(c);
     else if (n > 0)
@@ -7526,6 +8124,8 @@ CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
     if (c->connecting) {
         crpci_conn_connected(c);
     } else {
+        if (c->io->want)
+            events |= CRPC_READABLE | CRPC_WRITABLE; /* which of them goes on, it does not say */
         if (events & CRPC_WRITABLE && c->blocked) {
             c->blocked = false;
             crpci_conn_interest(c);
@@ -7534,6 +8134,16 @@ CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
         if (events & CRPC_READABLE && !c->closed)
             crpci_conn_read(c);
     }
+    crpci_conn_drop(c);
+}
+
+/* Goes on with input that was over the budget, or that no descriptor tells of. */
+CRPCI_FN void crpci_conn_resume_task(crpc_loop *l, crpci_task *task)
+{
+    crpci_conn *c = CRPCI_CONTAINER(task, crpci_conn, resume);
+    crpci_conn_hold(c);
+    if (!c->closed && crpci_conn_catch_up(c) && !c->closed && crpci_conn_has_unseen(c))
+        crpci_conn_event(l, &c->watch, CRPC_READABLE);
     crpci_conn_drop(c);
 }
 
@@ -7546,8 +8156,15 @@ CRPCI_FN void crpci_conn_on_timer(crpc_loop *l, crpci_timer *t)
     crpci_conn_drop(c);
 }
 
-/* Takes over a socket, connected or connecting; on failure it is closed. The loop has a reference
- * until the connection closes. */
+/* Whether a connection is at rest: nothing to be sent, nothing received in part or not yet. */
+CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
+{
+    return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip &&
+           !(c->io->pending && c->io->pending(c->io_state)) && c->io->idle(c->fd, c->io_state);
+}
+
+/* Takes over a socket, connecting or accepted; on failure it is closed. The loop has a reference
+ * until the connection closes. An accepted one needs `protocols`, the other one a protocol. */
 CRPCI_FN int crpci_conn_new(crpc_loop *l, int fd, bool connecting, const crpci_conn_events *up,
                             void *owner, crpci_conn **out)
 {
@@ -7572,7 +8189,7 @@ CRPCI_FN int crpci_conn_new(crpc_loop *l, int fd, bool connecting, const crpci_c
     crpci_loop_task_init(&c->resume, crpci_conn_resume_task);
     crpci_timer_init(&c->timer, crpci_conn_on_timer);
     crpci_list_append(&l->conns, &c->link);
-    if (crpci_loop_watch_set(l, &c->watch, fd, connecting ? CRPC_WRITABLE : CRPC_READABLE)) {
+    if (crpci_watch_set(l, &c->watch, fd, connecting ? CRPC_WRITABLE : CRPC_READABLE)) {
         crpci_list_remove(&c->link);
         close(fd);
         crpci_heap_free(l->heap, c, sizeof *c);
@@ -7603,13 +8220,194 @@ CRPCI_FN int crpci_conn_dial(crpc_loop *l, const crpci_addr *to, const crpci_con
     return crpci_conn_new(l, fd, true, up, owner, out);
 }
 
-/* What a request passes on to the calls made on its behalf; first member of a crpc_context. */
-typedef struct crpci_origin {
-    int64_t deadline_us; /* INT64_MAX: the caller did not say */
-    int64_t log_id;
-    int64_t trace_id;
-    int64_t span_id;
-} crpci_origin;
+/* ======================================================================== */
+/* >>impl-baidu   brpc's protocol baidu_std: RpcMeta to messages and back   */
+/* ======================================================================== */
+
+#define CRPCI_BAIDU_META_MAX (64u << 10) /* of a frame that is refused for its size */
+
+CRPCI_FN crpci_detected crpci_baidu_detect(const uint8_t *p, size_t n)
+{
+    if (memcmp(p, "PRPC", crpci_base_min(n, 4)) != 0)
+        return CRPCI_DETECTED_NO;
+    return n < 4 ? CRPCI_DETECTED_MORE : CRPCI_DETECTED_YES;
+}
+
+/* Whether crpc can do all that a meta asks for; else `text` says what it cannot. */
+CRPCI_COLD bool crpci_baidu_check(const crpci_meta *m, size_t body, char *text, size_t size)
+{
+    if (m->attachment_size < 0 || (size_t)m->attachment_size > body)
+        crpci_status_format(text, size, "attachment_size %d is larger than the body's %zu bytes",
+                 m->attachment_size, body);
+    else if (m->compress_type)
+        crpci_status_format(text, size, "compress_type %d is not supported; send uncompressed",
+                 m->compress_type);
+    else if (m->content_type)
+        crpci_status_format(text, size, "content_type %d is not supported; send protobuf", m->content_type);
+    else if (m->checksum_type)
+        crpci_status_format(text, size, "checksum_type %d is not supported; send none", m->checksum_type);
+    else if (crpc_view_data(m->stream_settings))
+        crpci_status_format(text, size, "streaming is not supported");
+    else if (crpc_view_data(m->chunk_info))
+        crpci_status_format(text, size, "chunked bodies are not supported; send one frame");
+    else
+        return true;
+    return false;
+}
+
+/* Hands on a message whose meta may say anything; its body has `body` bytes. */
+CRPCI_FN void crpci_baidu_full(crpci_conn *c, const crpci_meta *meta, crpci_message *m, size_t body)
+{
+    char text[120];
+    bool able = crpci_baidu_check(meta, body, text, sizeof text);
+    m->unsupported = able ? NULL : text;
+    m->attachment_size = able ? (size_t)meta->attachment_size : 0;
+    m->payload_size = body - m->attachment_size;
+    m->has_fields = meta->fields;
+    m->status = meta->error_code;
+    m->text = meta->error_text;
+    m->service = meta->service;
+    m->method = meta->method;
+    m->log_id = meta->log_id;
+    m->trace_id = meta->trace_id;
+    m->span_id = meta->span_id;
+    m->parent_span_id = meta->parent_span_id;
+    m->credential = meta->credential;
+    crpci_conn_deliver(c, m);
+}
+
+/* A body over the limit: as much of it is needed as says who is to be told. */
+CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n, uint32_t body,
+                                       uint32_t size)
+{
+    crpci_meta meta;
+    crpci_message m;
+    if ((int64_t)body > c->max_skip || size > CRPCI_BAIDU_META_MAX) {
+        crpci_conn_bad(c, "a body over the limit announced");
+        return 0;
+    }
+    c->rx_total = (size_t)CRPCI_FRAME_HEADER + size;
+    if (n < c->rx_total)
+        return 0;
+    if (!crpci_meta_read(p + CRPCI_FRAME_HEADER, size, &meta)) {
+        crpci_conn_bad(c, "the peer's RpcMeta does not decode");
+        return 0;
+    }
+    memset(&m, 0, sizeof m);
+    m.kind = c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
+    m.id = meta.correlation_id;
+    crpci_conn_oversize(c, &m, body, (uint64_t)body - size);
+    return (size_t)CRPCI_FRAME_HEADER + size;
+}
+
+CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
+{
+    uint32_t body = 0, size = 0;
+    crpci_meta meta;
+    crpci_message m;
+    switch (crpci_frame_header(p, n, &body, &size)) {
+    case CRPCI_FRAME_BAD:
+        crpci_conn_bad(c, "the peer does not speak baidu_std");
+        return 0;
+    case CRPCI_FRAME_NEED:
+        c->rx_total = CRPCI_FRAME_HEADER;
+        return 0;
+    default:
+        break;
+    }
+    if (CRPCI_UNLIKELY(body > c->max_body))
+        return crpci_baidu_oversize(c, p, n, body, size);
+    if (n < (size_t)CRPCI_FRAME_HEADER + body) {
+        c->rx_total = (size_t)CRPCI_FRAME_HEADER + body;
+        return 0;
+    }
+    p += CRPCI_FRAME_HEADER;
+    m.usual = crpci_meta_read_usual(p, size, c->expect, &meta);
+    if (CRPCI_UNLIKELY(!m.usual) && !crpci_meta_read(p, size, &meta)) {
+        crpci_conn_bad(c, "the peer's RpcMeta does not decode");
+        return 0;
+    }
+    m.kind = c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
+    m.id = meta.correlation_id;
+    m.timeout_ms = meta.timeout_ms;
+    m.chunk = chunk;
+    m.fields = meta.raw;
+    m.payload = p + size;
+    m.payload_size = body - size;
+    m.attachment_size = 0;
+    if (CRPCI_LIKELY(m.usual))
+        crpci_conn_deliver(c, &m);
+    else
+        crpci_baidu_full(c, &meta, &m, body - size);
+    return (size_t)CRPCI_FRAME_HEADER + body;
+}
+
+CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpci_message *m)
+{
+    crpci_meta meta; /* what a request has of it */
+    meta.names = m->names;
+    meta.credential = m->credential;
+    meta.log_id = m->log_id;
+    meta.trace_id = m->trace_id;
+    meta.span_id = m->span_id;
+    meta.parent_span_id = m->parent_span_id;
+    meta.attachment_size = (int32_t)m->attachment_size;
+    meta.correlation_id = m->id;
+    meta.timeout_ms = m->timeout_ms;
+    meta.compress_type = 0;
+    return crpci_meta_put_request(low, payload, m->payload_size, &meta, m->fields);
+}
+
+CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_message *m)
+{
+    crpci_meta meta; /* what a reply has of it */
+    meta.error_code = m->status;
+    meta.error_text = m->text;
+    meta.attachment_size = (int32_t)m->attachment_size;
+    meta.correlation_id = m->id;
+    meta.compress_type = 0;
+    return crpci_meta_put_reply(low, payload, m->payload_size, &meta, m->fields);
+}
+
+static const crpci_protocol crpci_baidu = {
+    "baidu_std",
+    0,
+    0,
+    CRPCI_META_BOUND,
+    CRPCI_META_FIELD_COST,
+    crpci_baidu_detect,
+    crpci_baidu_feed,
+    crpci_meta_put_names,
+    crpci_meta_put_field,
+    crpci_meta_field,
+    crpci_baidu_request,
+    crpci_baidu_reply};
+
+/* ======================================================================== */
+/* >>impl-protocols   which protocols there are                             */
+/* ======================================================================== */
+
+/* What a server detects, in this order, and a channel may name. A test adds its own; so does who
+ * adds one to crpc. */
+static const crpci_protocol *const crpci_protocols[] = {
+    &crpci_baidu,
+#ifdef CRPCI_TEST_PROTOCOLS
+    CRPCI_TEST_PROTOCOLS,
+#endif
+    NULL};
+
+#define CRPCI_PROTOCOLS_COUNT (sizeof crpci_protocols / sizeof crpci_protocols[0] - 1)
+
+/* The protocol of that name. NULL: there is none. */
+CRPCI_COLD const crpci_protocol *crpci_protocols_find(const char *name)
+{
+    size_t i;
+    for (i = 0; crpci_protocols[i]; i++) {
+        if (strcmp(crpci_protocols[i]->name, name) == 0)
+            break;
+    }
+    return crpci_protocols[i];
+}
 
 /* ======================================================================== */
 /* >>impl-registry   lists of providers, node names, what a backend offers   */
@@ -9931,7 +10729,7 @@ CRPCI_FN void crpci_multicast_close(crpci_registry *base)
     while (!crpci_list_empty(&r->regs))
         crpci_multicast_reg_end(CRPCI_CONTAINER(r->regs.next, crpci_multicast_reg, node));
     crpci_registry_local_shut(&r->of);
-    crpci_loop_watch_set(r->of.loop, &r->watch, r->fd, 0);
+    crpci_watch_set(r->of.loop, &r->watch, r->fd, 0);
     crpci_registry_local_unlock(&r->of);
 }
 
@@ -9991,7 +10789,7 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
     crpci_watch_init(&r->watch, crpci_multicast_on_event);
     crpci_loop_lock(l);
     r->tick_us = crpci_loop_now(l);
-    err = crpci_loop_watch_set(l, &r->watch, fd, CRPC_READABLE);
+    err = crpci_watch_set(l, &r->watch, fd, CRPC_READABLE);
     if (!err) {
         crpci_loop_unlock(l);
         *out = &r->of.base;
@@ -10394,7 +11192,7 @@ CRPCI_COLD int crpci_zookeeper_resolve_one(crpci_zookeeper *s, const char *item)
         return CRPC_EINVAL;
     if (crpci_sock_parse(&a, text))
         return crpci_zookeeper_add_server(s, host, port);
-    err = crpci_resolver_names(h, host, list, sizeof list);
+    err = crpci_resolver_lookup(h, host, list, sizeof list);
     for (one = err ? NULL : list; one && *one; one = next) {
         next = strchr(one, ',');
         if (next)
@@ -11816,7 +12614,7 @@ CRPCI_FN void crpci_zookeeper_disconnect(crpci_zookeeper *s)
     if (!link)
         return;
 #if CRPC_ZOOKEEPER_ST
-    crpci_loop_watch_set(s->loop, &s->watch, s->fd, 0);
+    crpci_watch_set(s->loop, &s->watch, s->fd, 0);
     s->fd = -1;
 #else
     later = crpci_zookeeper_free_later(link);
@@ -11851,7 +12649,7 @@ CRPCI_FN void crpci_zookeeper_process(crpci_zookeeper *s)
     s->events = 0;
     /* From here on the client may close its socket at any time, and the number may become somebody
      * else's: it is not watched until the client says anew what it waits for. */
-    crpci_loop_watch_set(s->loop, &s->watch, s->fd, 0);
+    crpci_watch_set(s->loop, &s->watch, s->fd, 0);
     crpci_loop_unlock(s->loop);
     before = zoo_state(zh);
     zookeeper_process(zh, (events & CRPC_READABLE ? ZOOKEEPER_READ : 0) |
@@ -11895,7 +12693,7 @@ CRPCI_FN void crpci_zookeeper_interest(crpci_zookeeper *s)
         fcntl(fd, F_SETFD, FD_CLOEXEC);
     s->fd = fd;
     s->client_us = crpci_zookeeper_now(s) + (int64_t)tv.tv_sec * 1000000 + tv.tv_usec;
-    if (events && crpci_loop_watch_set(s->loop, &s->watch, fd, events)) {
+    if (events && crpci_watch_set(s->loop, &s->watch, fd, events)) {
         s->events = events; /* no memory to watch it: look at it from time to time */
         s->client_us = crpci_zookeeper_now(s) + 100000;
     }
@@ -13090,7 +13888,7 @@ CRPCI_FN void crpci_coordination_gate_set(crpci_coordination_gate *g, crpc_regis
     if (state == CRPC_REGISTRY_CONNECTED) {
         g->session = session;
         if (g->waiter)
-            crpci_loop_done(g->item.task.session->loop, g->waiter);
+            crpci_drive_end_wait(g->item.task.session->loop, g->waiter);
     }
     g->news = g->fn != NULL;
     if (g->news)
@@ -13418,7 +14216,7 @@ CRPCI_FN void crpci_coordination_finish(crpci_coordination_op *c, int code, crpc
         c->item.owner->pending--;
     crpci_coordination_item_end(&c->item);
     if (c->waiter)
-        crpci_loop_done(s->loop, c->waiter);
+        crpci_drive_end_wait(s->loop, c->waiter);
     else
         crpci_coordination_ready(&c->item);
     crpci_coordination_item_drop(&c->item);
@@ -13651,7 +14449,7 @@ CRPC_API int crpc_registry_call(crpc_registry *r, const crpc_node_op *ops, size_
     c->item.task.refs++;
     s->refs++; /* another thread may close the registry meanwhile */
     crpci_coordination_op_begin(r, c, timeout_ms);
-    crpci_loop_wait(l, &w, c->deadline_us, false);
+    crpci_drive_wait(l, &w, c->deadline_us, false);
     if (!c->finished) /* whoever drives the loop has not come to its timers */
         crpci_coordination_op_timer(l, &c->item.timer);
     c->waiter = NULL;
@@ -13678,7 +14476,7 @@ CRPC_API int crpc_registry_call_async(crpc_registry *r, const crpc_node_op *ops,
     if (r->pending >= CRPCI_COORDINATION_PENDING)
         err = CRPC_ELIMIT;
     else if (r->private_loop)
-        err = crpci_loop_need_owner(r->loop);
+        err = crpci_drive_ensure_owner(r->loop);
     if (err)
         crpci_coordination_op_free(&c->item.task);
     else
@@ -13839,7 +14637,7 @@ CRPC_API int crpc_config_watch(crpc_registry *r, const char *path, crpc_config_f
     if (!c->item.task.dir)
         err = CRPC_ENOMEM;
     else if (r->private_loop)
-        err = crpci_loop_need_owner(r->loop);
+        err = crpci_drive_ensure_owner(r->loop);
     err = err ? err : crpci_id_add(&r->configs, h, c, &id->value);
     if (err) {
         crpci_coordination_config_free(&c->item.task);
@@ -14322,7 +15120,7 @@ CRPCI_FN int crpci_coordination_queue_open(crpc_registry *r, crpci_coordination_
     int err = CRPC_OK;
     crpci_loop_lock(r->loop);
     if (r->private_loop)
-        err = crpci_loop_need_owner(r->loop);
+        err = crpci_drive_ensure_owner(r->loop);
     if (err) {
         crpci_coordination_queue_free(&q->item.task);
     } else {
@@ -14508,11 +15306,11 @@ CRPCI_COLD int crpci_coordination_await(crpc_registry *r, const crpc_registry_op
     if (r->session->connected)
         crpci_coordination_gate_set(g, CRPC_REGISTRY_CONNECTED);
     if (r->private_loop && (o->on_state || CRPC_ZOOKEEPER_ST)) /* a client that lives in the loop */
-        err = crpci_loop_need_owner(l);
+        err = crpci_drive_ensure_owner(l);
     stuck = ms && crpci_loop_in_callback(l);
     if (!err && ms && !stuck && g->state != CRPC_REGISTRY_CONNECTED) {
         g->waiter = &w;
-        crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
+        crpci_drive_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
         g->waiter = NULL;
     }
     connected = g->state == CRPC_REGISTRY_CONNECTED;
@@ -14683,7 +15481,7 @@ typedef struct crpci_method {
     struct crpci_method *next;
     const crpc_method *method;
     size_t size;      /* of this struct with the encoded names behind it */
-    crpc_view names;  /* service and method, encoded for the meta */
+    crpc_view names;  /* service and method, encoded */
     crpci_message_type response;
     crpci_policy policy;
     bool plain;                         /* never two attempts at a time, never degraded */
@@ -14694,6 +15492,7 @@ typedef struct crpci_method {
 /* What all requests of a channel have in common. */
 typedef struct crpci_request_source {
     crpc_loop *loop;
+    const crpci_protocol *protocol;
     char *credential; /* NULL: none */
     bool short_names;
     bool intercepted; /* interceptors may have added fields */
@@ -14708,7 +15507,8 @@ typedef struct crpci_request_source {
 } crpci_request_source;
 
 /* An encoded request. Its chunk holds, in this order: perhaps a pending call (`front` bytes), the
- * crpci_out, user_fields, credential, headroom for header and meta, message, small attachment. */
+ * crpci_out, fields, credential, headroom for what the protocol puts first, message, small
+ * attachment. */
 typedef struct crpci_request {
     crpci_chunk *chunk;
     size_t front;       /* offset of the crpci_out */
@@ -14718,7 +15518,7 @@ typedef struct crpci_request {
     size_t inline_size; /* attachment behind the message */
     crpc_view fields;
     crpc_view attachment; /* outside the chunk, borrowed from the caller */
-    crpc_view names;      /* this and the rest as in crpci_meta */
+    crpc_view names;      /* this and the rest as in crpci_message */
     crpc_view credential;
     int64_t log_id, trace_id, span_id, parent_span_id;
     bool identified; /* it has an id: a server that keeps replies executes it once */
@@ -14729,11 +15529,12 @@ typedef struct crpci_request {
 /* What crpc_call.reserved holds. */
 enum {
     CRPCI_CALL_HELD,      /* chunk of the reply that response views point into */
-    CRPCI_CALL_RAW,       /* the reply's meta, to find fields in, ... */
-    CRPCI_CALL_RAW_END,   /* ... and its end */
+    CRPCI_CALL_RAW,       /* the reply's fields, ... */
+    CRPCI_CALL_RAW_END,   /* ... and their end */
     CRPCI_CALL_ADDED,     /* chunk of the fields that interceptors add, ... */
     CRPCI_CALL_ADDED_LEN, /* ... and how many bytes they are */
-    CRPCI_CALL_HEAP       /* set only while interceptors run */
+    CRPCI_CALL_HEAP,      /* set only while interceptors run */
+    CRPCI_CALL_PROTOCOL   /* that the fields are encoded for */
 };
 
 CRPC_API void crpc_call_reset(crpc_call *call)
@@ -14746,15 +15547,17 @@ CRPC_API void crpc_call_reset(crpc_call *call)
 
 CRPC_API bool crpc_call_field(const crpc_call *call, const char *key, crpc_view *value)
 {
-    crpc_view raw;
-    raw.at[0] = call->reserved[CRPCI_CALL_RAW];
-    raw.end = call->reserved[CRPCI_CALL_RAW_END];
-    return crpci_meta_field(raw, key, value);
+    const crpci_protocol *p = (const crpci_protocol *)call->reserved[CRPCI_CALL_PROTOCOL];
+    crpc_view fields;
+    fields.at[0] = call->reserved[CRPCI_CALL_RAW];
+    fields.end = call->reserved[CRPCI_CALL_RAW_END];
+    return fields.end && p->field(fields, key, value);
 }
 
 CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *value)
 {
     crpci_heap *h = (crpci_heap *)call->reserved[CRPCI_CALL_HEAP];
+    const crpci_protocol *p = (const crpci_protocol *)call->reserved[CRPCI_CALL_PROTOCOL];
     crpci_message_out o;
     if (!h || !key || !value)
         return CRPC_EINVAL;
@@ -14767,10 +15570,10 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
     if (!o.chunk)
         return CRPC_ENOMEM;
     call->reserved[CRPCI_CALL_ADDED] = o.chunk;
-    if (!crpci_message_reserve(&o, crpci_meta_field_size(strlen(key), strlen(value))))
+    if (!crpci_message_reserve(&o, strlen(key) + strlen(value) + p->field_cost))
         return CRPC_ENOMEM;
-    o.len += crpci_meta_put_field(crpci_heap_data(o.chunk) + o.len, crpc_view_str(key),
-                                  crpc_view_str(value));
+    o.len += p->put_field(crpci_heap_data(o.chunk) + o.len, crpc_view_str(key),
+                          crpc_view_str(value));
     call->reserved[CRPCI_CALL_ADDED] = o.chunk;
     call->reserved[CRPCI_CALL_ADDED_LEN] = (void *)(uintptr_t)o.len;
     return CRPC_OK;
@@ -14867,13 +15670,13 @@ CRPCI_COLD crpci_method *crpci_request_add_method(crpci_request_source *s, const
 {
     const char *dot = s->short_names ? strrchr(m->service, '.') : NULL;
     crpc_view service = crpc_view_str(dot ? dot + 1 : m->service), name = crpc_view_str(m->name);
-    size_t room = crpc_view_size(service) + crpc_view_size(name) + 12;
+    size_t room = crpc_view_size(service) + crpc_view_size(name) + CRPCI_PROTOCOL_NAMES;
     crpci_method *k = (crpci_method *)crpci_heap_alloc(s->loop->heap, sizeof *k + room);
     if (!k)
         return NULL;
     k->method = m;
     k->size = sizeof *k + room;
-    k->names = crpci_meta_put_names((uint8_t *)(k + 1), room, service, name);
+    k->names = s->protocol->names((uint8_t *)(k + 1), room, service, name);
     k->response = crpci_message_type_of(m->response, m->response_size);
     crpci_request_method_settings(s, k);
     crpci_loop_lock(s->loop);
@@ -14906,41 +15709,42 @@ CRPCI_COLD void crpci_request_source_free(crpci_request_source *s)
 
 /* --- encoding --------------------------------------------------------------------------------- */
 
-/* Counts the bytes of the user_fields that a call sends: its own, `added` bytes of interceptors,
+/* Counts the bytes of the fields that a call sends: its own, `added` bytes of interceptors,
  * its id and its order key. */
-CRPCI_FN size_t crpci_request_fields_size(const crpc_call *call, size_t added, crpc_view id)
+CRPCI_FN size_t crpci_request_fields_size(const crpc_call *call, size_t cost, size_t added,
+                                          crpc_view id)
 {
     size_t n = added, i;
     for (i = 0; i < call->field_count; i++)
-        n += crpci_meta_field_size(strlen(call->fields[i].key), strlen(call->fields[i].value));
+        n += strlen(call->fields[i].key) + strlen(call->fields[i].value) + cost;
     if (crpc_view_data(id))
-        n += crpci_meta_field_size(sizeof CRPCI_META_ID_FIELD, crpc_view_size(id));
+        n += sizeof CRPCI_MESSAGE_ID_FIELD + crpc_view_size(id) + cost;
     if (crpc_view_data(call->order_key))
-        n += crpci_meta_field_size(sizeof CRPCI_META_KEY_FIELD,
-                                   crpc_view_size(call->order_key));
+        n += sizeof CRPCI_MESSAGE_KEY_FIELD + crpc_view_size(call->order_key) + cost;
     return n;
 }
 
-CRPCI_FN void crpci_request_put_field(crpci_message_out *o, const char *key, crpc_view value)
+CRPCI_FN void crpci_request_put_field(const crpci_protocol *p, crpci_message_out *o, const char *key,
+                                      crpc_view value)
 {
-    o->len += crpci_meta_put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
+    o->len += p->put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
 }
 
 /* Writes what crpci_request_fields_size counted. */
-CRPCI_FN void crpci_request_put_fields(crpci_message_out *o, const crpc_call *call, size_t added,
-                                       crpc_view id)
+CRPCI_FN void crpci_request_put_fields(const crpci_protocol *p, crpci_message_out *o,
+                                       const crpc_call *call, size_t added, crpc_view id)
 {
     size_t i;
     for (i = 0; i < call->field_count; i++)
-        crpci_request_put_field(o, call->fields[i].key, crpc_view_str(call->fields[i].value));
+        crpci_request_put_field(p, o, call->fields[i].key, crpc_view_str(call->fields[i].value));
     if (added)
         memcpy(crpci_heap_data(o->chunk) + o->len,
                crpci_heap_data((crpci_chunk *)call->reserved[CRPCI_CALL_ADDED]), added);
     o->len += added;
     if (crpc_view_data(id))
-        crpci_request_put_field(o, CRPCI_META_ID_FIELD, id);
+        crpci_request_put_field(p, o, CRPCI_MESSAGE_ID_FIELD, id);
     if (crpc_view_data(call->order_key))
-        crpci_request_put_field(o, CRPCI_META_KEY_FIELD, call->order_key);
+        crpci_request_put_field(p, o, CRPCI_MESSAGE_KEY_FIELD, call->order_key);
 }
 
 /* Gives the request's id: the call's own, or a new one written to `text` if the channel wants ids,
@@ -14950,7 +15754,7 @@ CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *ca
     if (CRPCI_LIKELY(!s->ids) || crpc_view_data(call->request_id))
         return call->request_id;
     snprintf(text, 17, "%016llx",
-             (unsigned long long)crpci_balance_mix(
+             (unsigned long long)crpci_base_mix(
                  s->seed + __atomic_add_fetch(&s->last_id, 1, __ATOMIC_RELAXED)));
     return crpc_view_of(text, 16);
 }
@@ -14965,7 +15769,7 @@ CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t fiel
         const uint8_t *value = crpci_message_varint(p, end, &tag);
         p = value ? crpci_message_skip(value, end, (unsigned)(tag & 7)) : NULL;
         if (p && tag >> 3 == field)
-            key = crpci_balance_hash(value, (size_t)(p - value));
+            key = crpci_base_hash(value, (size_t)(p - value));
     }
     return key;
 }
@@ -14996,6 +15800,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
                                   const void *request, const crpc_call *call, bool borrow,
                                   size_t front, crpci_request *r, crpc_error *error)
 {
+    const crpci_protocol *p = s->protocol;
     const crpc_method *m = k->method;
     crpc_view credential = crpc_view_data(call->credential) ? call->credential
                                                             : crpc_view_str(s->credential);
@@ -15003,8 +15808,9 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     size_t added = s->intercepted ? (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN] : 0;
     char id_text[17];
     crpc_view id = crpci_request_id(s, call, id_text);
-    size_t fields = crpci_request_fields_size(call, added, id), secret = crpc_view_size(credential);
-    size_t room = crpci_meta_bound(crpc_view_size(k->names) + fields + secret);
+    size_t fields = crpci_request_fields_size(call, p->field_cost, added, id);
+    size_t secret = crpc_view_size(credential);
+    size_t room = p->headroom + crpc_view_size(k->names) + fields + secret;
     size_t attached = crpc_view_size(call->attachment), base = front + sizeof(crpci_out);
     const char *why = "";
     crpci_message_out o;
@@ -15020,7 +15826,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
         return crpci_status_set(error, CRPC_ENOMEM, "%s.%s: out of memory (local)", m->service,
                                 m->name);
     if (fields)
-        crpci_request_put_fields(&o, call, added, id);
+        crpci_request_put_fields(p, &o, call, added, id);
     fields = o.len - base;
     if (secret)
         memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(credential), secret);
@@ -15058,24 +15864,25 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     return CRPC_OK;
 }
 
-/* Writes header and meta in front of the encoded message. Returns where the frame begins. */
-CRPCI_FN uint8_t *crpci_request_head(const crpci_request *r, int64_t correlation_id,
+/* Writes what comes before the encoded message. Returns where the frame begins. */
+CRPCI_FN uint8_t *crpci_request_head(const crpci_request *r, const crpci_protocol *p, int64_t id,
                                      int32_t timeout_ms)
 {
     uint8_t *data = crpci_heap_data(r->chunk);
-    crpci_meta m; /* only the members that a request has are set */
+    crpci_message m; /* only the members that a request has are set */
+    m.kind = CRPCI_MESSAGE_REQUEST;
+    m.id = id;
+    m.timeout_ms = timeout_ms;
+    m.fields = r->fields;
+    m.payload_size = r->payload_size;
+    m.attachment_size = r->inline_size + crpc_view_size(r->attachment);
     m.names = r->names;
     m.credential = r->credential;
     m.log_id = r->log_id;
     m.trace_id = r->trace_id;
     m.span_id = r->span_id;
     m.parent_span_id = r->parent_span_id;
-    m.attachment_size = (int32_t)(r->inline_size + crpc_view_size(r->attachment));
-    m.correlation_id = correlation_id;
-    m.timeout_ms = timeout_ms;
-    m.compress_type = 0;
-    return crpci_meta_put_request(data + r->low, data + r->payload, r->payload_size, &m,
-                                  r->fields);
+    return p->request(data + r->low, data + r->payload, &m);
 }
 
 /* --- copies and the end ----------------------------------------------------------------------- */
@@ -15172,31 +15979,30 @@ CRPCI_FN void crpci_request_settle(crpc_loop *l, crpci_request *r)
 /* What is kept of the message that answers a call. */
 typedef struct crpci_reply {
     crpci_chunk *chunk;     /* holds a reference; NULL: there is no reply */
-    crpc_view raw;          /* the meta */
-    crpc_view error_text;   /* if there is an error_code */
+    const crpci_protocol *protocol;
+    crpc_view fields;
+    crpc_view text;         /* if there is a status */
     const uint8_t *payload; /* the attachment stands behind it */
     size_t payload_size;
     size_t attachment_size;
-    int32_t error_code;
-    int32_t compress_type;
-    bool bad_attachment;
+    int32_t status;
 } crpci_reply;
 
 /* Keeps a message as the reply; takes a reference of its chunk. Locked. */
-CRPCI_FN void crpci_reply_take(crpci_reply *r, crpc_loop *l, const crpci_message *m)
+CRPCI_FN void crpci_reply_take(crpci_reply *r, crpc_loop *l, const crpci_protocol *p,
+                               const crpci_message *m)
 {
-    r->error_code = r->compress_type = 0;
-    if (!m->meta.usual) {
-        r->error_code = m->meta.error_code;
-        r->error_text = m->meta.error_text;
-        r->compress_type = m->meta.compress_type;
+    r->status = 0;
+    if (!m->usual) {
+        r->status = m->status;
+        r->text = m->text;
     }
     r->chunk = m->chunk;
-    r->raw = m->meta.raw;
+    r->protocol = p;
+    r->fields = m->fields;
     r->payload = m->payload;
     r->payload_size = m->payload_size;
     r->attachment_size = m->attachment_size;
-    r->bad_attachment = m->bad_attachment;
     crpci_loop_share(l, m->chunk);
 }
 
@@ -15211,14 +16017,14 @@ CRPCI_FN void crpci_reply_drop(crpci_reply *r, crpc_loop *l)
 /* Whether the call got what it was made for. */
 CRPCI_FN bool crpci_reply_succeeded(const crpci_reply *r)
 {
-    return r->chunk && r->error_code == 0;
+    return r->chunk && r->status == 0;
 }
 
 /* Copies a small reply out of the receive buffer, which many replies share; a large one keeps its
  * part of the buffer. */
 CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
 {
-    const uint8_t *from = (const uint8_t *)crpc_view_data(r->raw);
+    const uint8_t *from = (const uint8_t *)crpc_view_data(r->fields);
     size_t n = (size_t)(r->payload - from) + r->payload_size + r->attachment_size;
     crpci_chunk *chunk;
     uint8_t *to;
@@ -15230,10 +16036,10 @@ CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
     to = crpci_heap_data(chunk);
     memcpy(to, from, n);
     r->payload = to + (r->payload - from);
-    if (r->error_code && crpc_view_size(r->error_text))
-        r->error_text = crpc_view_of(to + ((const uint8_t *)crpc_view_data(r->error_text) - from),
-                                     crpc_view_size(r->error_text));
-    r->raw = crpc_view_of(to, crpc_view_size(r->raw));
+    if (r->status && crpc_view_size(r->text))
+        r->text = crpc_view_of(to + ((const uint8_t *)crpc_view_data(r->text) - from),
+                               crpc_view_size(r->text));
+    r->fields = crpc_view_of(to, crpc_view_size(r->fields));
     crpci_heap_chunk_unref(r->chunk);
     r->chunk = chunk;
 }
@@ -15244,10 +16050,10 @@ CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
 CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method *m,
                                         int attempts, crpc_error *e)
 {
-    int code = r->error_code, length;
-    crpc_view mark = {{NULL}, NULL}, text = r->error_text;
+    int code = r->status, length;
+    crpc_view mark = {{NULL}, NULL}, text = r->text;
     bool app = !crpci_status_reserved(code);
-    if (crpci_meta_field(r->raw, CRPCI_META_APP_FIELD, &mark))
+    if (r->protocol->field(r->fields, CRPCI_MESSAGE_APP_FIELD, &mark))
         app = true;
     e->code = app ? CRPC_EAPP : code == CRPC_EPENDING ? CRPC_ERESPONSE : code;
     if (!crpc_view_size(text))
@@ -15285,15 +16091,11 @@ CRPCI_FN int crpci_reply_decode(const crpci_reply *r, const crpci_method *k, int
     e->remote = false;
     e->sent = CRPC_SENT_YES;
     e->attempts = attempts;
-    call->reserved[CRPCI_CALL_RAW] = (void *)(uintptr_t)crpc_view_data(r->raw);
-    call->reserved[CRPCI_CALL_RAW_END] = (void *)(uintptr_t)r->raw.end;
-    if (CRPCI_UNLIKELY(r->error_code != 0))
+    call->reserved[CRPCI_CALL_RAW] = (void *)(uintptr_t)crpc_view_data(r->fields);
+    call->reserved[CRPCI_CALL_RAW_END] = (void *)(uintptr_t)r->fields.end;
+    call->reserved[CRPCI_CALL_PROTOCOL] = (void *)(uintptr_t)r->protocol;
+    if (CRPCI_UNLIKELY(r->status != 0))
         return crpci_reply_remote_error(r, k->method, attempts, e);
-    if (CRPCI_UNLIKELY(r->bad_attachment))
-        return crpci_reply_malformed(k->method, attempts, e,
-                                     "attachment_size is larger than the body");
-    if (CRPCI_UNLIKELY(r->compress_type != 0))
-        return crpci_reply_malformed(k->method, attempts, e, "compressed, which is not supported");
     if (type->views || type->clear)
         memset(response, 0, type->size);
     if (!crpci_message_decode(r->payload, r->payload_size, type, response, &why))
@@ -15341,6 +16143,7 @@ CRPCI_FN void crpci_reply_release(crpci_reply *r, crpc_call *call)
 
 /* What must be equal for an endpoint to be shared. */
 typedef struct crpci_endpoint_options {
+    const crpci_protocol *protocol;
     int connect_timeout_ms; /* 0: only the call's deadline */
     uint32_t inflight;      /* requests at a time; 0: no limit */
     uint32_t max_body;
@@ -15363,7 +16166,7 @@ typedef struct crpci_attempt {
     crpci_attempt_state state;
     bool one_way; /* ends when it is sent, unless the endpoint answers few at a time */
     crpc_sent sent;
-    uint64_t id;              /* in loop->calls; the frame's correlation id */
+    uint64_t id;              /* in loop->calls; the message's id */
     crpci_out *out;           /* queued on the connection; NULL: not */
     crpci_endpoint *endpoint; /* of this attempt, or the last; a reference */
     int64_t deadline_us;
@@ -15377,7 +16180,7 @@ typedef struct crpci_endpoint_events {
     void (*failed)(crpci_attempt *a, int code, const char *cause);
     void (*replied)(crpci_attempt *a, const crpci_message *m);
     void (*sent)(crpci_attempt *a); /* all of a frame that needs no reply has left */
-    void (*oversize)(crpci_attempt *a, const char *cause);
+    void (*useless)(crpci_attempt *a, const char *cause); /* a reply came that cannot be taken */
 } crpci_endpoint_events;
 
 struct crpci_endpoint {
@@ -15461,7 +16264,7 @@ CRPCI_FN bool crpci_endpoint_unanswered(const crpci_attempt *a)
 CRPCI_FN void crpci_endpoint_detach(crpci_attempt *a)
 {
     crpci_out *o = a->out;
-    if (o && (o->sent || o->inflight))
+    if (o && crpci_conn_out_begun(o))
         a->sent = CRPC_SENT_MAYBE;
     a->out = NULL;
     if (o && !crpci_conn_withdraw(o->conn, o))
@@ -15492,8 +16295,8 @@ CRPCI_FN void crpci_endpoint_send(crpci_endpoint *e, crpci_attempt *a)
     uint8_t *data = crpci_heap_data(r->chunk);
     crpci_out *o = crpci_request_frame(r);
     int64_t left = (a->deadline_us - crpci_loop_rough_time(e->loop)) / 1000;
-    o->head = crpci_request_head(r, crpci_endpoint_unanswered(a) ? 0 : (int64_t)a->id,
-                                 (int32_t)(left > 1 ? left : 1));
+    o->id = crpci_endpoint_unanswered(a) ? 0 : (int64_t)a->id;
+    o->head = crpci_request_head(r, e->options.protocol, o->id, (int32_t)(left > 1 ? left : 1));
     o->head_len = (size_t)(data + r->payload - o->head) + r->payload_size + r->inline_size;
     o->tail = (const uint8_t *)crpc_view_data(r->attachment);
     o->tail_len = crpc_view_size(r->attachment);
@@ -15541,14 +16344,13 @@ CRPCI_FN void crpci_endpoint_fail_all(crpci_endpoint *e, crpci_list *which, cons
 
 /* The attempt that a reply belongs to: pending on this very connection, and sent at least in
  * part. NULL: the reply is late, doubled or forged. */
-CRPCI_FN crpci_attempt *crpci_endpoint_match(crpci_conn *conn, const crpci_meta *m)
+CRPCI_FN crpci_attempt *crpci_endpoint_match(crpci_conn *conn, const crpci_message *m)
 {
-    crpci_attempt *a =
-        (crpci_attempt *)crpci_id_get(&conn->loop->calls, (uint64_t)m->correlation_id);
+    crpci_attempt *a = (crpci_attempt *)crpci_id_get(&conn->loop->calls, (uint64_t)m->id);
     if (a && a->state == CRPCI_ATTEMPT_ACTIVE && a->endpoint->conn == conn &&
-        (!a->out || a->out->sent || a->out->inflight))
+        (!a->out || crpci_conn_out_begun(a->out)))
         return a;
-    if (m->correlation_id) /* replies to one-way calls carry 0 */
+    if (m->id) /* replies to one-way calls carry 0 */
         conn->loop->stats.late_replies++;
     return NULL;
 }
@@ -15575,21 +16377,27 @@ CRPCI_FN void crpci_endpoint_on_opened(crpci_conn *conn)
     crpci_endpoint_serve_waiting(e);
 }
 
-CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, crpci_message *m)
+CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m)
 {
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
-    crpci_attempt *a = crpci_endpoint_match(conn, &m->meta);
+    crpci_attempt *a = crpci_endpoint_match(conn, m);
     if (!a)
         return;
     e->failures = 0;
-    if (!m->meta.usual && m->meta.error_code == CRPC_ELOGOFF)
+    if (!m->usual && m->status == CRPC_ELOGOFF)
         e->usable_at = crpci_loop_now(e->loop) + CRPCI_ENDPOINT_BACKOFF_MAX;
     crpci_endpoint_detach(a);
     a->sent = CRPC_SENT_YES;
+    if (!m->usual && m->unsupported && !m->status) {
+        char cause[CRPC_ERROR_TEXT_MAX];
+        crpci_status_format(cause, sizeof cause, "reply: %s", m->unsupported);
+        e->events->useless(a, cause);
+        return;
+    }
     e->events->replied(a, m);
 }
 
-CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_meta *m, uint64_t body)
+CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_message *m, uint64_t body)
 {
     crpci_attempt *a = crpci_endpoint_match(conn, m);
     char cause[96];
@@ -15598,7 +16406,7 @@ CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_meta *m, 
     crpci_status_format(cause, sizeof cause, "reply of %llu bytes is over max_body, %u",
                         (unsigned long long)body, conn->max_body);
     a->sent = CRPC_SENT_YES;
-    a->endpoint->events->oversize(a, cause);
+    a->endpoint->events->useless(a, cause);
 }
 
 CRPCI_FN void crpci_endpoint_on_sent(crpci_conn *conn, crpci_out *o)
@@ -15633,7 +16441,7 @@ CRPCI_FN void crpci_endpoint_disown_frames(crpci_conn *conn)
         after = o->next;
         if (!a)
             continue;
-        if (o->sent || o->inflight)
+        if (crpci_conn_out_begun(o))
             a->sent = CRPC_SENT_MAYBE;
         a->out = NULL;
         if (!crpci_conn_withdraw(conn, o))
@@ -15711,6 +16519,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
     e->conn->max_skip = (int64_t)UINT32_MAX; /* we chose this peer: any reply may be skipped */
     if (e->options.connect_timeout_ms > 0)
         crpci_loop_timer_set(l, &e->conn->timer, (int64_t)e->options.connect_timeout_ms * 1000);
+    crpci_conn_speak(e->conn, e->options.protocol); /* the last step: out of memory it closes */
 }
 
 CRPCI_FN void crpci_endpoint_on_timer(crpc_loop *l, crpci_timer *t)
@@ -15751,7 +16560,7 @@ CRPCI_FN void crpci_endpoint_give_up_slot(crpci_attempt *a, int why)
 CRPCI_FN bool crpci_endpoint_same_options(const crpci_endpoint_options *a,
                                           const crpci_endpoint_options *b)
 {
-    return a->inflight == b->inflight && a->max_body == b->max_body &&
+    return a->protocol == b->protocol && a->inflight == b->inflight && a->max_body == b->max_body &&
            a->max_queued == b->max_queued && a->connect_timeout_ms == b->connect_timeout_ms;
 }
 
@@ -15810,7 +16619,7 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
 
 /* One provider of one channel. Lives while it is listed or an attempt uses it. */
 typedef struct crpci_member {
-    crpci_balance_node balance;
+    crpci_balance_item balance;
     crpci_endpoint *endpoint;
 #if CRPC_ENABLE_POLICY
     crpci_breaker breaker;
@@ -15831,7 +16640,7 @@ typedef struct crpci_providers {
     bool (*in_group)(const crpci_group *g, const crpci_endpoint *e); /* a part was there */
     crpci_endpoint_options endpoint;
     crpci_balance balance;
-    crpci_balance_node **members; /* each in a crpci_member */
+    crpci_balance_item **members; /* each in a crpci_member */
     size_t count;
     size_t room;        /* of the array */
     bool sorted;        /* by address */
@@ -15878,7 +16687,7 @@ CRPCI_COLD crpci_member *crpci_providers_of(const crpci_providers *p, const crpc
 /* --- lists ------------------------------------------------------------------------------------ */
 
 /* Drops the members of an array, except those that are kept. */
-CRPCI_FN void crpci_providers_unlist(crpci_balance_node **members, size_t count)
+CRPCI_FN void crpci_providers_unlist(crpci_balance_item **members, size_t count)
 {
     size_t i;
     for (i = 0; i < count; i++) {
@@ -15949,7 +16758,8 @@ CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p,
         m->since_us = now;
     if (p->timestamp_ms && p->timestamp_ms < wall_ms)
         m->since_us = now - crpci_base_min64(wall_ms - p->timestamp_ms, INT64_C(1) << 40) * 1000;
-    m->balance.weight = crpci_balance_warm(m->weight, (now - m->since_us) / 1000, p->warmup_ms);
+    m->balance.weight =
+        crpci_balance_warm_weight(m->weight, (now - m->since_us) / 1000, p->warmup_ms);
 }
 
 /* Marks which entries of a list this channel uses: all, or the `max` that a hash of address and
@@ -16005,7 +16815,7 @@ CRPCI_FN void crpci_providers_choose_members(const crpci_providers *p, const crp
 #endif /* CRPC_ENABLE_POLICY */
 
 /* Whether an address is among the new members already: in a sorted list it would be the last. */
-CRPCI_FN bool crpci_providers_is_double(crpci_balance_node *const *members, size_t n,
+CRPCI_FN bool crpci_providers_is_double(crpci_balance_item *const *members, size_t n,
                                         const char *address, bool sorted)
 {
     size_t i;
@@ -16022,7 +16832,7 @@ CRPCI_FN bool crpci_providers_is_double(crpci_balance_node *const *members, size
 /* Fills `fresh` with the members of a list, of which `chosen` are wanted; members that exist are
  * kept. On failure *count says how many there are already. */
 CRPCI_FN int crpci_providers_make(crpci_providers *p, const crpci_snapshot *list,
-                                  const bool *chosen, crpci_balance_node **fresh, size_t *count,
+                                  const bool *chosen, crpci_balance_item **fresh, size_t *count,
                                   bool *sorted)
 {
     int64_t now = crpci_loop_now(p->loop), wall = crpci_providers_wall_ms();
@@ -16056,8 +16866,8 @@ CRPCI_FN int crpci_providers_set(crpci_providers *p, const crpci_snapshot *list)
     crpci_heap *h = p->loop->heap;
     size_t room = list->count + 1, old_room = p->room, old_count = p->count, n = 0;
     bool *chosen = (bool *)crpci_heap_alloc(h, room), sorted = true;
-    crpci_balance_node **old = p->members;
-    crpci_balance_node **fresh = (crpci_balance_node **)crpci_heap_alloc(h, room * sizeof *fresh);
+    crpci_balance_item **old = p->members;
+    crpci_balance_item **fresh = (crpci_balance_item **)crpci_heap_alloc(h, room * sizeof *fresh);
     int err = chosen && fresh ? CRPC_OK : CRPC_ENOMEM;
     if (!err) {
         crpci_providers_choose_members(p, list, chosen);
@@ -16123,7 +16933,7 @@ CRPCI_FN void crpci_providers_refresh(crpci_providers *p)
 
 CRPCI_FN void crpci_providers_clear(crpci_providers *p)
 {
-    crpci_balance_node **old = p->members;
+    crpci_balance_item **old = p->members;
     size_t count = p->count;
 #if CRPC_ENABLE_POLICY
     crpci_registry_snapshot_unref(p->list);
@@ -16143,7 +16953,7 @@ CRPCI_FN void crpci_providers_clear(crpci_providers *p)
 CRPCI_FN void crpci_providers_begin(crpci_providers *p, crpci_member *m, int64_t now)
 {
     m->refs++;
-    crpci_balance_node_begin(&p->balance, &m->balance, now);
+    crpci_balance_item_begin(&p->balance, &m->balance, now);
 #if CRPC_ENABLE_POLICY
     if (p->breaker.error_percent)
         crpci_breaker_begin(&m->breaker, &p->breaker, now);
@@ -16167,7 +16977,7 @@ CRPCI_COLD bool crpci_providers_too_many_out(const crpci_providers *p)
 CRPCI_FN void crpci_providers_end(crpci_providers *p, crpci_member *m, crpci_outcome outcome,
                                   int64_t latency, int64_t now)
 {
-    crpci_balance_node_end(
+    crpci_balance_item_end(
         &p->balance, &m->balance, outcome != CRPCI_OUTCOME_ERROR,
         outcome == CRPCI_OUTCOME_IGNORE &&
                 latency < m->balance.latency >> CRPCI_BALANCE_LATENCY_BITS
@@ -16264,7 +17074,7 @@ CRPCI_COLD void crpci_providers_reweigh(crpci_providers *p, int64_t now)
     for (i = 0; i < p->count; i++) {
         crpci_member *m = crpci_providers_at(p, i);
         crpci_balance_reweigh(&p->balance, i,
-                              crpci_balance_warm(m->weight, (now - m->since_us) / 1000,
+                              crpci_balance_warm_weight(m->weight, (now - m->since_us) / 1000,
                                                  m->warmup_us / 1000));
         if (now - m->since_us < m->warmup_us)
             p->reweigh_at = now + CRPCI_PROVIDERS_REWEIGH;
@@ -16553,7 +17363,7 @@ CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
         return;
     }
     if (c->waiter)
-        crpci_loop_done(l, c->waiter);
+        crpci_drive_end_wait(l, c->waiter);
 }
 
 CRPCI_FN void crpci_attempt_expire(crpci_pending_call *c)
@@ -16720,13 +17530,13 @@ CRPCI_FN crpci_outcome crpci_attempt_outcome(int code)
 CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
-    if (!m->meta.usual && m->meta.error_code == CRPC_ELOGOFF &&
+    if (!m->usual && m->status == CRPC_ELOGOFF &&
         c->tried.attempts < c->tried.max_attempts && c->channel->providers.count > 1) {
         crpci_attempt_failed(a, CRPC_ELOGOFF, CRPCI_STATUS_TEXT("the server is stopping"));
         return;
     }
-    crpci_reply_take(&a->reply, c->channel->loop, m);
-    crpci_attempt_end(c, crpci_attempt_outcome(a->reply.error_code));
+    crpci_reply_take(&a->reply, c->channel->loop, a->endpoint->options.protocol, m);
+    crpci_attempt_end(c, crpci_attempt_outcome(a->reply.status));
     crpci_attempt_finish(c, CRPC_OK);
 }
 
@@ -16735,7 +17545,7 @@ CRPCI_FN void crpci_attempt_on_sent(crpci_attempt *a)
     crpci_attempt_finish(crpci_attempt_call(a), CRPC_OK);
 }
 
-CRPCI_COLD void crpci_attempt_on_oversize(crpci_attempt *a, const char *cause)
+CRPCI_COLD void crpci_attempt_on_useless(crpci_attempt *a, const char *cause)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
     crpci_attempt_explain(c, CRPC_ERESPONSE, cause);
@@ -16743,7 +17553,7 @@ CRPCI_COLD void crpci_attempt_on_oversize(crpci_attempt *a, const char *cause)
 }
 
 static const crpci_endpoint_events crpci_attempt_events = {
-    crpci_attempt_failed, crpci_attempt_replied, crpci_attempt_on_sent, crpci_attempt_on_oversize};
+    crpci_attempt_failed, crpci_attempt_replied, crpci_attempt_on_sent, crpci_attempt_on_useless};
 
 /* Makes the first attempt, or what the cluster policy makes in its place. */
 CRPCI_FN void crpci_attempt_begin(crpci_pending_call *c)
@@ -17111,7 +17921,7 @@ CRPCI_COLD void crpci_cluster_failback_failed(crpci_pending_call *c, int status)
     crpc_channel *ch = c->channel;
     crpci_reply *r = &c->attempt.reply;
     crpc_error *e = r->chunk ? crpci_attempt_error(c) : NULL;
-    bool answered = r->chunk && !crpci_status_reserved(r->error_code);
+    bool answered = r->chunk && !crpci_status_reserved(r->status);
     if (r->chunk)
         status = e ? crpci_reply_remote_error(r, c->method->method, c->tried.attempts, e)
                    : CRPC_ERESPONSE;
@@ -17137,7 +17947,7 @@ CRPCI_COLD bool crpci_cluster_retry_later(crpci_pending_call *c, int status)
     crpc_channel *ch = c->channel;
     crpc_loop *l = ch->loop;
     crpci_pending_call *back;
-    int code = c->attempt.reply.chunk ? c->attempt.reply.error_code : status;
+    int code = c->attempt.reply.chunk ? c->attempt.reply.status : status;
     if (c->kind == CRPCI_CALL_FAILBACK) {
         crpci_cluster_failback_failed(c, status);
         return true;
@@ -17164,7 +17974,7 @@ CRPCI_COLD bool crpci_cluster_retry_later(crpci_pending_call *c, int status)
     if (ch->pending++ == 0)
         crpci_thread_ref(&ch->refs);
     crpci_loop_timer_set(l, &back->timer, ch->failback.pause_us);
-    crpci_loop_need_owner(l); /* where threads are forbidden it waits until somebody drives */
+    crpci_drive_ensure_owner(l); /* where threads are forbidden it waits until somebody drives */
     return false;
 }
 
@@ -17189,6 +17999,7 @@ CRPCI_FN int crpci_channel_before(crpc_channel *ch, const crpc_method *m, crpc_c
     int err = CRPC_OK;
     *ran = 0;
     call->reserved[CRPCI_CALL_HEAP] = ch->loop->heap;
+    call->reserved[CRPCI_CALL_PROTOCOL] = (void *)(uintptr_t)ch->requests.protocol;
     while (*ran < ch->interceptor_count && !err) {
         const crpc_client_interceptor *i = &ch->interceptors[*ran];
         err = i->before ? i->before(i->user, m, call) : CRPC_OK;
@@ -17264,7 +18075,7 @@ CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
                        (k->method->flags & CRPC_METHOD_IDEMPOTENT)))
         c->backup_us = start + (int64_t)c->policy.backup_ms * 1000;
     c->key = crpc_view_size(in->key)
-                 ? crpci_balance_hash(crpc_view_data(in->key), crpc_view_size(in->key))
+                 ? crpci_base_hash(crpc_view_data(in->key), crpc_view_size(in->key))
                  : 0;
     if (CRPCI_UNLIKELY(k->hash_field && !c->key))
         c->key = crpci_request_hash_key(&a->request, k->hash_field);
@@ -17288,7 +18099,7 @@ CRPCI_FN void crpci_channel_enter(const crpc_channel *ch, int64_t start, const c
     if (ch->interceptor_count || r->payload_size > CRPCI_REQUEST_INLINE)
         crpci_loop_rough_time(l);
     l->fresh = true;
-    crpci_loop_catch_up(l);
+    crpci_drive_catch_up(l);
 }
 
 /* Rule P2: sends what was queued, unless a driver will do so before it sleeps. */
@@ -17317,7 +18128,7 @@ CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_pending_call *c)
         crpci_attempt_begin(c);
     }
     crpci_channel_flush(l);
-    crpci_loop_wait(l, &w, a->deadline_us, false);
+    crpci_drive_wait(l, &w, a->deadline_us, false);
     c->waiter = NULL;
     if (a->state != CRPCI_ATTEMPT_DONE) {
         crpci_attempt_expire(c);
@@ -17463,7 +18274,7 @@ CRPCI_FN int crpci_channel_admit(crpc_channel *ch, crpci_call_kind kind)
         return CRPC_ELIMIT;
     if (kind == CRPCI_CALL_ID && l->forbid_threads)
         return CRPC_OK; /* crpc_channel_wait drives the loop */
-    return crpci_loop_need_owner(l);
+    return crpci_drive_ensure_owner(l);
 }
 
 /* Puts a call into its request's chunk. A result may stay unfetched for long, so if the request is
@@ -17659,14 +18470,14 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
             err = c->waiter ? CRPC_EBUSY : CRPC_EDEADLK;
         } else {
             c->waiter = &w;
-            crpci_loop_wait(l, &w, until, true);
+            crpci_drive_wait(l, &w, until, true);
             c = crpci_channel_find(ch, id); /* it may have been fetched or cancelled */
             if (c)
                 c->waiter = NULL;
             err = ch->closed ? CRPC_ECANCELED : crpci_channel_status(c);
         }
     }
-    crpci_loop_unlock_driver(l);
+    crpci_drive_unlock(l);
     crpci_attempt_drop_channel(ch);
     crpci_loop_release(l);
     return err;
@@ -17730,7 +18541,7 @@ CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
             crpci_attempt_finish(c, CRPC_ECANCELED);
         }
         if (c->waiter)
-            crpci_loop_done(l, c->waiter);
+            crpci_drive_end_wait(l, c->waiter);
         crpci_attempt_free(c);
         crpci_channel_flush(l); /* the next call for its slot */
     }
@@ -17918,6 +18729,7 @@ typedef struct crpci_opening_query {
     char service[128];   /* file:// only: elsewhere it stands in the path */
     char interface[128]; /* multicast:// only */
     char cache[256];     /* zookeeper:// only */
+    const crpci_protocol *protocol;
 } crpci_opening_query;
 
 /* Whether the providers are looked up rather than named in the URL. */
@@ -17954,9 +18766,12 @@ CRPCI_COLD int crpci_opening_read_url(crpci_url *u, crpc_channel_options *o,
     size_t size;
     int err;
     memset(where, 0, sizeof *where);
+    where->protocol = crpci_protocols[0];
     while ((err = crpci_url_next(u, &key, &value)) == CRPC_OK) {
         char *to = crpci_opening_place(where, u->scheme, key, &size);
-        if (to && strlen(value) < size)
+        if (strcmp(key, "protocol") == 0 && crpci_protocols_find(value))
+            where->protocol = crpci_protocols_find(value);
+        else if (to && strlen(value) < size)
             memcpy(to, value, strlen(value) + 1);
         else if (to || !crpci_opening_option(o, key, value))
             return crpci_status_set(error, CRPC_EINVAL,
@@ -18118,7 +18933,7 @@ CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
     if (!ch->closed && !err && !list->stale) { /* a stale list is a cache's, not an answer */
         ch->directory.listed = true;
         if (ch->directory.waiter)
-            crpci_loop_done(ch->loop, ch->directory.waiter);
+            crpci_drive_end_wait(ch->loop, ch->directory.waiter);
     }
     crpci_loop_unlock(ch->loop);
     if (err)
@@ -18140,7 +18955,7 @@ CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_opt
     stuck = ms && crpci_loop_in_callback(l); /* libzookeeper_st works on this very thread */
     if (!ch->directory.listed && ms && !stuck) {
         ch->directory.waiter = &w;
-        crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
+        crpci_drive_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
         ch->directory.waiter = NULL;
     }
     listed = ch->directory.listed;
@@ -18208,7 +19023,7 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
     /* The single-threaded client lives in the loop, which somebody must drive. */
     crpci_loop_lock(ch->loop);
     if (ch->private_loop && !file && !multicast)
-        err = crpci_loop_need_owner(ch->loop);
+        err = crpci_drive_ensure_owner(ch->loop);
     crpci_loop_unlock(ch->loop);
     if (err)
         return crpci_status_set(error, err, "zookeeper:// needs a loop that is driven: run it, or "
@@ -18248,6 +19063,7 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     }
     ch->loop = ch->requests.loop = ch->providers.loop = l;
     ch->private_loop = !o.loop;
+    ch->requests.protocol = ch->providers.endpoint.protocol = where.protocol;
     ch->refs = 1;
     crpci_list_init(&ch->calls);
     crpci_loop_hold(l);
@@ -18288,7 +19104,7 @@ typedef struct crpci_service_method {
     const crpc_method *method;
     const void *handlers;
     void *user;
-    crpc_view names; /* as crpci_meta_put_names writes them; their bytes stand behind the methods */
+    crpc_view names[CRPCI_PROTOCOLS_COUNT]; /* encoded; their bytes stand behind the methods */
     crpci_message_type request;
     crpci_message_type response;
     void *quota; /* the upper section's; NULL: none */
@@ -18339,7 +19155,7 @@ CRPCI_FN const crpci_service_method *crpci_service_find_method(const crpci_servi
 }
 
 /* brpc's rule: an unknown name with a dot is an unknown method, one without an unknown service. */
-CRPCI_FN int crpci_service_lookup(const crpci_service_map *map, const crpci_meta *m,
+CRPCI_FN int crpci_service_lookup(const crpci_service_map *map, const crpci_message *m,
                                   const crpci_service_method **method)
 {
     size_t n = crpc_view_size(m->service);
@@ -18354,7 +19170,7 @@ CRPCI_FN int crpci_service_lookup(const crpci_service_map *map, const crpci_meta
 
 CRPCI_FN size_t crpci_service_names_room(const crpc_service *table, const crpc_method *m)
 {
-    return strlen(table->name) + strlen(m->name) + 12;
+    return strlen(table->name) + strlen(m->name) + CRPCI_PROTOCOL_NAMES;
 }
 
 /* The methods of a table and, behind them, their encoded names. NULL: out of memory. */
@@ -18362,12 +19178,12 @@ CRPCI_COLD crpci_service_method *crpci_service_prepare(crpci_heap *h, const crpc
                                                        const void *handlers, void *user,
                                                        size_t *size)
 {
-    size_t n = table->method_count * sizeof(crpci_service_method), i;
+    size_t n = table->method_count * sizeof(crpci_service_method), i, k;
     crpci_service_method *methods;
     uint8_t *at;
     *size = n + 1; /* of a table without methods too */
     for (i = 0; i < table->method_count; i++)
-        *size += crpci_service_names_room(table, &table->methods[i]);
+        *size += CRPCI_PROTOCOLS_COUNT * crpci_service_names_room(table, &table->methods[i]);
     methods = (crpci_service_method *)crpci_heap_alloc(h, *size);
     if (!methods)
         return NULL;
@@ -18378,11 +19194,13 @@ CRPCI_COLD crpci_service_method *crpci_service_prepare(crpci_heap *h, const crpc
         methods[i].method = m;
         methods[i].handlers = handlers;
         methods[i].user = user;
-        methods[i].names = crpci_meta_put_names(at, room, crpc_view_str(table->name),
-                                                crpc_view_str(m->name));
         methods[i].request = crpci_message_type_of(m->request, m->request_size);
         methods[i].response = crpci_message_type_of(m->response, m->response_size);
-        at += room;
+        for (k = 0; k < CRPCI_PROTOCOLS_COUNT; k++) {
+            methods[i].names[k] = crpci_protocols[k]->names(at, room, crpc_view_str(table->name),
+                                                            crpc_view_str(m->name));
+            at += room;
+        }
     }
     return methods;
 }
@@ -18428,22 +19246,25 @@ CRPCI_COLD int crpci_service_add(crpci_service_map *map, crpci_heap *h, const cr
 }
 
 /* ======================================================================== */
-/* >>impl-worker   a bounded queue and the threads that empty it             */
+/* >>impl-worker   a pool of threads for handlers, with a bounded queue      */
 /* ======================================================================== */
 
+/* Started by the server, one pool for all its listeners and I/O threads. */
 typedef struct crpci_worker_pool {
     crpci_mutex lock;
-    crpci_cond work;
-    crpci_list queue; /* crpci_task; run is called without a lock and loop NULL */
+    crpci_cond work;  /* a task was queued, or the pool is stopping */
+    crpci_list queue; /* crpci_task; `run` is called without a lock, its loop is NULL */
     int64_t queued;
-    int64_t max_queued; /* beside what idle workers are about to take; 0: no limit */
-    int64_t idle;
+    int64_t max_queued; /* tasks that wait for a busy worker; 0: no limit */
+    int64_t idle;       /* workers that wait for a task */
     bool stopping;
-    size_t count;
+    size_t count; /* threads that run */
     crpci_thread *threads;
 } crpci_worker_pool;
 
-/* `admitted`: it was let in before, and is not to be turned away now. */
+/* Queues a task. False: the queue is full, or the pool is stopping. An idle worker takes a task at
+ * once, so each adds one place to the queue. `admitted`: the request was let in before and waited
+ * for its turn; the limit does not apply again. */
 CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_task *t, bool admitted)
 {
     bool room;
@@ -18492,7 +19313,7 @@ CRPCI_FN void *crpci_worker_thread(void *arg)
 }
 #endif
 
-/* What is queued is still run; then the threads end. */
+/* Runs what is queued, ends the threads and frees the pool. allocated: length of p->threads. */
 CRPCI_COLD void crpci_worker_stop(crpci_worker_pool *p, crpci_heap *h, size_t allocated)
 {
     if (!allocated)
@@ -18511,6 +19332,7 @@ CRPCI_COLD void crpci_worker_stop(crpci_worker_pool *p, crpci_heap *h, size_t al
     p->threads = NULL;
 }
 
+/* Starts `count` threads. stack: bytes of each one's stack, 0: the system's default. */
 CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t count,
                                   int64_t max_queued, size_t stack)
 {
@@ -18546,20 +19368,21 @@ CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t co
 }
 
 /* ======================================================================== */
-/* >>impl-order   requests of one key, one after another                    */
+/* >>impl-order   requests with the same ordering key run one after another */
 /* ======================================================================== */
 
 #define CRPCI_ORDER_BUCKETS 64u
 
-/* A request with a key. The first of its key may run; the others wait behind it. */
+/* A request with a key. The first request of a key runs; the others wait in a queue of the
+ * first. */
 typedef struct crpci_order_item {
     crpci_list link;  /* the first: in its bucket; the others: in the first's queue */
-    crpci_list queue; /* of the first: who waits, in order */
-    const void *of;   /* whose order it is: a connection's; NULL: everybody's */
-    uint64_t key;     /* a hash: that two texts have the same one does not happen */
+    crpci_list queue; /* the first: requests that wait, in the order in which they came */
+    const void *of;   /* the connection within which the key orders; NULL: the whole server */
+    uint64_t key;     /* hash of the key; two keys with one hash would only run one after another */
 } crpci_order_item;
 
-/* Not locked by itself. */
+/* The caller locks. */
 typedef struct crpci_order {
     crpci_list *buckets;
     int64_t waiting;
@@ -18588,8 +19411,8 @@ CRPCI_COLD void crpci_order_close(crpci_order *o, crpci_heap *h)
     o->buckets = NULL;
 }
 
-/* CRPC_OK: it is the first of its key and may run. CRPC_EPENDING: it waits for its turn.
- * CRPC_ELIMIT: too many wait; it is not in. */
+/* CRPC_OK: the request is the first of its key and may run. CRPC_EPENDING: it waits for its turn.
+ * CRPC_ELIMIT: too many requests wait; this one was not taken in. */
 CRPCI_FN int crpci_order_enter(crpci_order *o, crpci_order_item *item)
 {
     crpci_list *bucket = crpci_order_bucket(o, item), *i;
@@ -18608,7 +19431,7 @@ CRPCI_FN int crpci_order_enter(crpci_order *o, crpci_order_item *item)
     return CRPC_OK;
 }
 
-/* The first of a key is done. Returns whose turn it is; NULL: nobody waits. */
+/* The running request of a key has ended. Returns the request that runs next; NULL: none waits. */
 CRPCI_FN crpci_order_item *crpci_order_leave(crpci_order *o, crpci_order_item *item)
 {
     crpci_order_item *next;
@@ -18624,15 +19447,16 @@ CRPCI_FN crpci_order_item *crpci_order_leave(crpci_order *o, crpci_order_item *i
 }
 
 /* ======================================================================== */
-/* >>impl-replay   replies kept for requests that come again                */
+/* >>impl-replay   replies kept for requests that arrive again with the same id */
 /* ======================================================================== */
 
-#define CRPCI_REPLAY_ID_MAX 64
+#define CRPCI_REPLAY_ID_MAX 64 /* bytes of a request's id */
 #define CRPCI_REPLAY_BUCKETS_MAX 4096u
 
-/* What a reply consists of but for its correlation id, in one chunk; the bytes stand behind it in
- * this order. */
+/* A reply without its correlation id, in a chunk of its own: sizes of its parts; their bytes follow
+ * in this order. */
 typedef struct crpci_replay_reply {
+    const void *protocol; /* that the fields are encoded for */
     int code;
     size_t text;
     size_t fields;
@@ -18640,31 +19464,31 @@ typedef struct crpci_replay_reply {
     size_t attachment;
 } crpci_replay_reply;
 
-/* A request that executes, or has executed. */
+/* A request that is executing, or has finished. */
 typedef struct crpci_replay_entry {
     crpci_list link;    /* in its bucket */
-    crpci_list age;     /* finished: behind those that finished before it */
-    crpci_list waiting; /* not finished: links of those who want the same reply */
+    crpci_list age;     /* finished: in the order in which requests finished */
+    crpci_list waiting; /* executing: links of the repeated requests that wait for its reply */
     const void *method;
-    uint64_t hash;
-    int64_t until; /* finished: forgotten then */
+    uint64_t hash; /* of method and id */
+    int64_t until; /* finished: when the entry expires */
     bool finished;
-    crpci_chunk *reply; /* finished: a crpci_replay_reply; NULL: there was no room for it */
+    crpci_chunk *reply; /* finished: a crpci_replay_reply; NULL: it was too large to keep */
     size_t id_size;
     char id[CRPCI_REPLAY_ID_MAX];
 } crpci_replay_entry;
 
-/* Not locked by itself. */
+/* The caller locks. */
 typedef struct crpci_replay {
     crpci_heap *heap;
     crpci_list *buckets;
     size_t bucket_count; /* a power of two */
-    crpci_list age;
+    crpci_list age; /* finished entries, oldest first */
     size_t count;
-    size_t max;
+    size_t max;    /* entries */
     int64_t bytes; /* of replies and entries */
     int64_t max_bytes;
-    int64_t keep_us;
+    int64_t keep_us; /* from a request's end to its expiry */
 } crpci_replay;
 
 CRPCI_COLD int crpci_replay_open(crpci_replay *r, crpci_heap *h, size_t entries, int64_t max_bytes,
@@ -18693,8 +19517,8 @@ CRPCI_FN int64_t crpci_replay_size(const crpci_chunk *reply)
     return reply ? (int64_t)(CRPCI_CHUNK_HEADER + reply->cap) : 0;
 }
 
-/* Forgets a request; who waits for it must have been taken away. */
-CRPCI_FN void crpci_replay_forget(crpci_replay *r, crpci_replay_entry *e)
+/* Frees an entry, for which no request waits any more. */
+CRPCI_FN void crpci_replay_remove(crpci_replay *r, crpci_replay_entry *e)
 {
     r->count--;
     r->bytes -= (int64_t)sizeof *e + crpci_replay_size(e->reply);
@@ -18704,15 +19528,16 @@ CRPCI_FN void crpci_replay_forget(crpci_replay *r, crpci_replay_entry *e)
     crpci_heap_free(r->heap, e, sizeof *e);
 }
 
-/* Forgets the one that finished first. False: all that are left execute. */
+/* Frees the entry that finished first. False: all requests that are left are executing. */
 CRPCI_FN bool crpci_replay_evict(crpci_replay *r)
 {
     if (crpci_list_empty(&r->age))
         return false;
-    crpci_replay_forget(r, CRPCI_CONTAINER(r->age.next, crpci_replay_entry, age));
+    crpci_replay_remove(r, CRPCI_CONTAINER(r->age.next, crpci_replay_entry, age));
     return true;
 }
 
+/* Frees the entries that have been kept for keep_us. */
 CRPCI_FN void crpci_replay_expire(crpci_replay *r, int64_t now)
 {
     while (!crpci_list_empty(&r->age) &&
@@ -18722,11 +19547,12 @@ CRPCI_FN void crpci_replay_expire(crpci_replay *r, int64_t now)
 
 CRPCI_FN uint64_t crpci_replay_hash(const void *method, crpc_view id)
 {
-    return crpci_balance_mix(crpci_balance_hash(crpc_view_data(id), crpc_view_size(id)) ^
+    return crpci_base_mix(crpci_base_hash(crpc_view_data(id), crpc_view_size(id)) ^
                              (uint64_t)(uintptr_t)method);
 }
 
-/* The request of a method with an id, of up to CRPCI_REPLAY_ID_MAX bytes. NULL: it is new. */
+/* The entry of the request of a method with an id, of at most CRPCI_REPLAY_ID_MAX bytes. NULL: the
+ * request is new, or its entry has expired. */
 CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *method, crpc_view id,
                                                int64_t now)
 {
@@ -18743,8 +19569,9 @@ CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *meth
     return NULL;
 }
 
-/* Notes that a new one executes. NULL: it will not be remembered, for there is no memory, or all
- * that there is room for execute as well. */
+/* Adds the entry of a new request that begins to execute, in place of the oldest finished one if
+ * need be. NULL: out of memory, or all entries are of requests that are executing; the request then
+ * runs without protection against a repetition. */
 CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *method, crpc_view id)
 {
     uint64_t hash = crpci_replay_hash(method, id);
@@ -18768,8 +19595,9 @@ CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *metho
     return e;
 }
 
-/* It has executed: its reply is kept, with a reference of its own, if it takes no more than a
- * quarter of the room; that it has executed is kept in any case. Moves who waits to `waiting`. */
+/* A request has finished. Keeps its reply, with a reference of its own, if it takes no more than a
+ * quarter of max_bytes; a larger one would push out too many others. The entry stays in any case: a
+ * repetition is then refused, not executed. Moves the requests that waited to `waiting`. */
 CRPCI_FN void crpci_replay_finish(crpci_replay *r, crpci_replay_entry *e, crpci_chunk *reply,
                                   int64_t now, crpci_list *waiting)
 {
@@ -18798,8 +19626,10 @@ CRPCI_COLD void crpci_replay_close(crpci_replay *r)
     r->buckets = NULL;
 }
 
-/* Copies what a reply consists of. NULL: out of memory. */
-CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, int code, const crpc_view part[4])
+/* Makes a chunk that holds a crpci_replay_reply: code, text, user fields (encoded for `protocol`),
+ * payload and attachment. NULL: out of memory. */
+CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol, int code,
+                                        const crpc_view part[4])
 {
     size_t size = sizeof(crpci_replay_reply), i;
     crpci_replay_reply *r;
@@ -18812,6 +19642,7 @@ CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, int code, const crpc_view
         return NULL;
     r = (crpci_replay_reply *)(void *)crpci_heap_data(c);
     to = (uint8_t *)(r + 1);
+    r->protocol = protocol;
     r->code = code;
     r->text = crpc_view_size(part[0]);
     r->fields = crpc_view_size(part[1]);
@@ -18826,14 +19657,14 @@ CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, int code, const crpc_view
 }
 
 /* ======================================================================== */
-/* >>impl-quota   what a method and a client may ask of a server            */
+/* >>impl-quota   limits of a method and of a client: concurrency and rates */
 /* ======================================================================== */
 
-#define CRPCI_QUOTA_START 40u       /* requests at a time that an adaptive limit begins with */
+#define CRPCI_QUOTA_START 40u       /* requests in service at which an adaptive limit begins */
 #define CRPCI_QUOTA_BUCKETS 256u
-#define CRPCI_QUOTA_IDLE_MAX 1024u  /* clients without a connection that are remembered */
+#define CRPCI_QUOTA_IDLE_MAX 1024u  /* clients without a connection that are kept */
 
-/* Of one method. Not locked by itself; all zero it limits nothing. */
+/* The limits of one method. The caller locks. All zero, there are none. */
 typedef struct crpci_quota {
     uint32_t max; /* requests in service; 0: no limit */
     uint32_t active;
@@ -18851,7 +19682,8 @@ CRPCI_COLD void crpci_quota_init(crpci_quota *q, const crpc_method_limit *l, uin
     crpci_limiter_bucket_init(&q->bucket, l->rate, l->burst);
 }
 
-/* NULL: a request is let in and must then leave; else why it is not. */
+/* NULL: the request is let in and must then leave. Otherwise why it is refused, as a text for the
+ * error reply. */
 CRPCI_FN const char *crpci_quota_enter(crpci_quota *q, int64_t now_us)
 {
     if (q->max && q->active >= q->max)
@@ -18868,7 +19700,7 @@ CRPCI_FN const char *crpci_quota_enter(crpci_quota *q, int64_t now_us)
     return NULL;
 }
 
-/* latency_us: how long it took since it came; -1: that says nothing. */
+/* A request leaves. latency_us: since it arrived; -1: it is no measure of the server. */
 CRPCI_FN void crpci_quota_leave(crpci_quota *q, bool ok, int64_t latency_us, int64_t now_us)
 {
     q->active--;
@@ -18876,17 +19708,17 @@ CRPCI_FN void crpci_quota_leave(crpci_quota *q, bool ok, int64_t latency_us, int
         crpci_limiter_auto_leave(&q->limiter, ok, latency_us, now_us);
 }
 
-/* All connections from one host. */
+/* A client: all connections from one host. */
 typedef struct crpci_quota_client {
     crpci_list link; /* in its bucket */
-    crpci_list idle; /* without connections: behind those that have been so for longer */
+    crpci_list idle; /* without connections: in the order in which clients left */
     uint32_t connections;
     uint8_t host[16];
     crpci_limiter_bucket bucket;
 } crpci_quota_client;
 
-/* Not locked by itself. A client is known as long as it has connections, and then until there are
- * many who left after it: coming again brings no new tokens. */
+/* The clients of a server. The caller locks. A client that has closed its connections is kept until
+ * CRPCI_QUOTA_IDLE_MAX others have left after it: reconnecting does not fill its token bucket. */
 typedef struct crpci_quota_clients {
     crpci_heap *heap;
     crpci_list *buckets; /* NULL: clients are not limited */
@@ -18910,7 +19742,8 @@ CRPCI_COLD int crpci_quota_open(crpci_quota_clients *c, crpci_heap *h, int64_t r
     return c->buckets ? CRPC_OK : CRPC_ENOMEM;
 }
 
-CRPCI_FN void crpci_quota_forget(crpci_quota_clients *c)
+/* Frees the client that has been without connections for longest. */
+CRPCI_FN void crpci_quota_evict(crpci_quota_clients *c)
 {
     crpci_quota_client *k = CRPCI_CONTAINER(c->idle.next, crpci_quota_client, idle);
     crpci_list_remove(&k->idle);
@@ -18922,12 +19755,13 @@ CRPCI_FN void crpci_quota_forget(crpci_quota_clients *c)
 CRPCI_COLD void crpci_quota_close(crpci_quota_clients *c)
 {
     while (c->buckets && !crpci_list_empty(&c->idle))
-        crpci_quota_forget(c);
+        crpci_quota_evict(c);
     crpci_heap_free(c->heap, c->buckets, CRPCI_QUOTA_BUCKETS * sizeof *c->buckets);
     c->buckets = NULL;
 }
 
-/* The address without the port; an IPv4 one as IPv6 has it. Unix sockets are one client. */
+/* The host of an address: an IPv6 address, to which an IPv4 one is mapped. All unix sockets are one
+ * client, of the address 0. */
 CRPCI_FN void crpci_quota_host(uint8_t host[16], const crpci_addr *a)
 {
     memset(host, 0, 16);
@@ -18939,14 +19773,14 @@ CRPCI_FN void crpci_quota_host(uint8_t host[16], const crpci_addr *a)
     }
 }
 
-/* Whose connection it is, which is to be given back. NULL: out of memory. */
+/* The client of a new connection; crpci_quota_disconnect ends it. NULL: out of memory. */
 CRPCI_FN crpci_quota_client *crpci_quota_connect(crpci_quota_clients *c, const crpci_addr *a)
 {
     crpci_quota_client *k;
     crpci_list *bucket, *i;
     uint8_t host[16];
     crpci_quota_host(host, a);
-    bucket = &c->buckets[crpci_balance_hash(host, 16) % CRPCI_QUOTA_BUCKETS];
+    bucket = &c->buckets[crpci_base_hash(host, 16) % CRPCI_QUOTA_BUCKETS];
     for (i = bucket->next; i != bucket; i = i->next) {
         k = CRPCI_CONTAINER(i, crpci_quota_client, link);
         if (memcmp(k->host, host, 16) != 0)
@@ -18974,7 +19808,7 @@ CRPCI_FN void crpci_quota_disconnect(crpci_quota_clients *c, crpci_quota_client 
         return;
     crpci_list_append(&c->idle, &k->idle);
     if (++c->idle_count > CRPCI_QUOTA_IDLE_MAX)
-        crpci_quota_forget(c);
+        crpci_quota_evict(c);
 }
 
 /* ======================================================================== */
@@ -18996,7 +19830,7 @@ typedef enum crpci_server_state {
 typedef struct crpci_context_guard {
     int (*serve)(crpc_context *x); /* in place of the handler; after CRPC_EPENDING x may be gone */
     crpci_out *(*encode)(crpc_context *x, int code); /* in place of crpci_context_encode */
-    void (*end)(crpc_context *x, const crpci_out *out, int served); /* out NULL: no reply */
+    void (*end)(crpc_context *x, const crpci_message *reply, int served); /* NULL: no reply */
 } crpci_context_guard;
 
 /* Each nested struct belongs to the section of its name. */
@@ -19077,10 +19911,12 @@ struct crpc_context {
     crpc_view attachment; /* of the reply */
     crpci_chunk *attachment_chunk;
     crpc_view credential;
-    crpci_chunk *chunk; /* the request's bytes */
-    crpc_view raw;      /* its meta */
-    int64_t correlation_id;
-    const uint8_t *payload; /* the request's attachment stands behind it */
+    /* Of the request, as in its crpci_message. */
+    crpci_chunk *chunk;
+    crpc_view received; /* fields */
+    int64_t id;
+    uint32_t turn;
+    const uint8_t *payload; /* the attachment stands behind it */
     size_t payload_size;
     size_t attachment_size;
 };
@@ -19093,30 +19929,32 @@ CRPCI_FN bool crpci_context_guarded(const crpc_context *x)
 
 /* A reply made of ready parts. Its attachment's chunk is the caller's business. NULL: out of
  * memory. */
-CRPCI_COLD crpci_out *crpci_context_frame(crpci_heap *h, int64_t correlation_id,
-                                          const crpci_replay_reply *r, const void *bytes)
+CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, int64_t id, const crpci_replay_reply *r,
+                                          const void *bytes)
 {
     const uint8_t *text = (const uint8_t *)bytes, *fields = text + r->text;
     const uint8_t *payload = fields + r->fields;
-    size_t head = sizeof(crpci_out) + crpci_meta_bound(r->text + r->fields);
-    crpci_chunk *chunk = crpci_heap_chunk(h, head + r->payload);
+    size_t head = sizeof(crpci_out) + conn->protocol->headroom + r->text + r->fields;
+    crpci_chunk *chunk = crpci_heap_chunk(conn->loop->heap, head + r->payload);
+    crpci_message m;
     uint8_t *data;
     crpci_out *o;
-    crpci_meta m;
     if (!chunk)
         return NULL;
     data = crpci_heap_data(chunk);
     o = (crpci_out *)(void *)data;
     memset(o, 0, sizeof *o);
     memset(&m, 0, sizeof m);
-    m.error_code = r->code;
-    m.error_text = crpc_view_of(text, r->text);
-    m.correlation_id = correlation_id;
-    m.attachment_size = (int32_t)r->attachment;
+    m.kind = CRPCI_MESSAGE_REPLY;
+    m.id = id;
+    m.status = r->code;
+    m.text = crpc_view_of(text, r->text);
+    m.fields = crpc_view_of(r->fields ? fields : NULL, r->fields);
+    m.payload_size = r->payload;
+    m.attachment_size = r->attachment;
     if (r->payload)
         memcpy(data + head, payload, r->payload);
-    o->head = crpci_meta_put_reply(data + sizeof *o, data + head, r->payload, &m,
-                                   crpc_view_of(r->fields ? fields : NULL, r->fields));
+    o->head = conn->protocol->reply(data + sizeof *o, data + head, &m);
     o->head_len = (size_t)(data + head + r->payload - o->head);
     o->chunk = chunk;
     o->tail = payload + r->payload;
@@ -19124,8 +19962,8 @@ CRPCI_COLD crpci_out *crpci_context_frame(crpci_heap *h, int64_t correlation_id,
     return o;
 }
 
-/* A reply without a message: an error. */
-CRPCI_COLD void crpci_context_refuse(crpci_conn *conn, int64_t correlation_id, int code,
+/* Answers a request with an error; there need be no context of it. */
+CRPCI_COLD void crpci_context_refuse(crpci_conn *conn, const crpci_message *m, int code,
                                      const char *text)
 {
     crpci_replay_reply r;
@@ -19135,10 +19973,10 @@ CRPCI_COLD void crpci_context_refuse(crpci_conn *conn, int64_t correlation_id, i
     memset(&r, 0, sizeof r);
     r.code = code;
     r.text = crpci_base_min(strlen(text), CRPC_ERROR_TEXT_MAX);
-    o = crpci_context_frame(conn->loop->heap, correlation_id, &r, text);
+    o = crpci_context_frame(conn, m->id, &r, text);
     conn->loop->stats.limited += code == CRPC_ELIMIT;
     if (o)
-        crpci_conn_queue(conn, o);
+        crpci_conn_reply(conn, o, m->turn);
     else
         crpci_conn_close(conn, CRPC_ENOMEM, 0);
 }
@@ -19207,16 +20045,18 @@ CRPC_API int crpc_context_error(crpc_context *x, int status, const char *format,
 
 CRPC_API int crpc_context_add_field(crpc_context *x, const char *key, const char *value)
 {
+    const crpci_protocol *p = x->conn->protocol;
     crpci_message_out *o = &x->fields;
     if (!key || !value)
         return CRPC_EINVAL;
     o->heap = x->loop->heap;
     if (!o->chunk)
         o->chunk = crpci_heap_chunk(o->heap, 64);
-    if (!o->chunk || !crpci_message_reserve(o, crpci_meta_field_size(strlen(key), strlen(value))))
+    if (!o->chunk ||
+        !crpci_message_reserve(o, strlen(key) + strlen(value) + p->field_cost))
         return CRPC_ENOMEM;
-    o->len += crpci_meta_put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key),
-                                   crpc_view_str(value));
+    o->len += p->put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key),
+                           crpc_view_str(value));
     return CRPC_OK;
 }
 
@@ -19235,16 +20075,16 @@ CRPCI_FN int crpci_context_encode_response(crpc_context *x, crpci_message_out *o
     return err ? CRPC_EINTERNAL : CRPC_OK;
 }
 
-/* Builds the reply of a finished request: in the context's own block, if it has room for one. NULL:
- * out of memory. */
-CRPCI_FN crpci_out *crpci_context_encode(crpc_context *x, int status)
+/* Builds the reply of a finished request, and says in *m what it consists of: in the context's own
+ * block, if it has room for one. NULL: out of memory. */
+CRPCI_FN crpci_out *crpci_context_encode(crpc_context *x, int status, crpci_message *m)
 {
+    const crpci_protocol *p = x->conn->protocol;
     const char *text = !status ? "" : x->text ? x->text : crpc_status_text(status);
     size_t words = status ? strlen(text) : 0, payload;
-    size_t room = crpci_meta_bound(words + x->fields.len), front = x->reply_at;
+    size_t room = p->headroom + words + x->fields.len, front = x->reply_at;
     size_t head = sizeof(crpci_out) + x->fields.len + room;
     crpci_message_out o;
-    crpci_meta m;
     crpci_out *out;
     uint8_t *data;
     o.heap = x->loop->heap;
@@ -19263,28 +20103,29 @@ CRPCI_FN crpci_out *crpci_context_encode(crpc_context *x, int status)
         if (CRPCI_UNLIKELY(err)) {
             if (!o.lent)
                 crpci_heap_chunk_unref(o.chunk);
-            return crpci_context_encode(x, err);
+            return crpci_context_encode(x, err, m);
         }
     }
-    m.attachment_size = status ? 0 : (int32_t)crpc_view_size(x->attachment);
-    m.compress_type = 0;
     data = crpci_heap_data(o.chunk) + front;
     out = (crpci_out *)(void *)data;
     if (x->fields.len)
         memcpy(data + sizeof *out, crpci_heap_data(x->fields.chunk), x->fields.len);
-    m.error_code = status;
-    m.error_text = crpc_view_of(text, words);
-    m.correlation_id = x->correlation_id;
-    out->head =
-        crpci_meta_put_reply(data + sizeof *out + x->fields.len, data + head, o.len - payload, &m,
-                             crpc_view_of(data + sizeof *out, x->fields.len));
-    out->head_len = (size_t)(data + head + (o.len - payload) - out->head);
+    m->kind = CRPCI_MESSAGE_REPLY;
+    m->id = x->id;
+    m->status = status;
+    m->text = crpc_view_of(text, words);
+    m->fields = crpc_view_of(data + sizeof *out, x->fields.len);
+    m->payload = data + head;
+    m->payload_size = o.len - payload;
+    m->attachment_size = status ? 0 : crpc_view_size(x->attachment);
+    out->head = p->reply(data + sizeof *out + x->fields.len, data + head, m);
+    out->head_len = (size_t)(data + head + m->payload_size - out->head);
     out->chunk = o.chunk;
     out->owner = NULL; /* the chunk is the frame's */
     out->tail = (const uint8_t *)crpc_view_data(x->attachment);
-    out->tail_len = (size_t)m.attachment_size;
+    out->tail_len = m->attachment_size;
     out->tail_chunk = NULL;
-    if (m.attachment_size) {
+    if (m->attachment_size) {
         out->tail_chunk = x->attachment_chunk;
         crpci_heap_chunk_ref(out->tail_chunk);
     }
@@ -19432,6 +20273,7 @@ typedef struct crpci_context_outcome {
     crpc_server *server;
     crpc_loop *loop;
     crpci_conn *conn;
+    uint32_t turn;
     crpci_out *reply;   /* NULL: there was no memory for one */
     crpci_chunk *bytes; /* of the request */
 } crpci_context_outcome;
@@ -19442,6 +20284,7 @@ CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int statu
 {
     const crpc_server *s = x->server;
     crpci_context_outcome end;
+    crpci_message m;
     int code;
     while (x->intercepted) {
         const crpc_server_interceptor *i = &s->options.interceptors[--x->intercepted];
@@ -19449,13 +20292,14 @@ CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int statu
             i->after(i->user, x, status);
     }
     code = crpci_context_code(x, status);
-    if (x->app_code && code == x->app_code && crpc_context_add_field(x, CRPCI_META_APP_FIELD, "1"))
+    if (x->app_code && code == x->app_code && crpc_context_add_field(x, CRPCI_MESSAGE_APP_FIELD, "1"))
         crpci_heap_log(s->heap, CRPC_LOG_WARN, "out of memory: application error not marked");
     end.server = x->server;
     end.loop = x->loop;
     end.conn = x->conn;
+    end.turn = x->turn;
     end.bytes = x->chunk;
-    end.reply = CRPCI_LIKELY(!crpci_context_guarded(x)) ? crpci_context_encode(x, code)
+    end.reply = CRPCI_LIKELY(!crpci_context_guarded(x)) ? crpci_context_encode(x, code, &m)
                                                         : s->guard.ops->encode(x, code);
     x->chunk = NULL;
     crpci_context_free(x);
@@ -19474,7 +20318,7 @@ CRPCI_FN bool crpci_context_reply(const crpci_context_outcome *end)
         if (end->reply)
             crpci_conn_out_free(end->reply);
     } else if (end->reply) {
-        crpci_conn_queue(conn, end->reply);
+        crpci_conn_reply(conn, end->reply, end->turn);
         crpci_context_throttle(conn);
         crpci_context_close_if_done(conn);
     } else {
@@ -19577,8 +20421,8 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     size_t response_at = (at + method->request.size + align) & ~align;
     size_t reply_at = (response_at + method->response.size + align) & ~align;
     crpci_chunk *block =
-        crpci_heap_chunk(conn->loop->heap, reply_at + sizeof(crpci_out) + crpci_meta_bound(64) +
-                                               method->response.size);
+        crpci_heap_chunk(conn->loop->heap, reply_at + sizeof(crpci_out) + conn->protocol->headroom +
+                                               64 + method->response.size);
     crpc_context *x;
     if (!block)
         return NULL;
@@ -19600,20 +20444,21 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     x->loop = conn->loop;
     x->conn = conn;
     x->chunk = m->chunk;
-    x->raw = m->meta.raw;
-    x->correlation_id = m->meta.correlation_id;
+    x->received = m->fields;
+    x->id = m->id;
+    x->turn = m->turn;
     x->payload = m->payload;
     x->payload_size = m->payload_size;
     x->attachment_size = m->attachment_size;
     x->method = method;
-    if (!m->meta.usual) {
-        x->credential = m->meta.credential;
-        x->origin.log_id = m->meta.log_id;
-        x->origin.trace_id = m->meta.trace_id;
-        x->origin.span_id = m->meta.span_id;
+    if (!m->usual) {
+        x->credential = m->credential;
+        x->origin.log_id = m->log_id;
+        x->origin.trace_id = m->trace_id;
+        x->origin.span_id = m->span_id;
     }
     x->origin.deadline_us =
-        m->meta.timeout_ms > 0 ? conn->active_us + (int64_t)m->meta.timeout_ms * 1000 : INT64_MAX;
+        m->timeout_ms > 0 ? conn->active_us + (int64_t)m->timeout_ms * 1000 : INT64_MAX;
     crpci_loop_task_init(&x->task, crpci_context_task);
     crpci_loop_share(conn->loop, m->chunk);
     crpci_context_begin(s, conn);
@@ -19675,7 +20520,7 @@ CRPC_API int crpc_context_set_attachment(crpc_context *x, crpc_view bytes)
 
 CRPC_API bool crpc_context_field(const crpc_context *x, const char *key, crpc_view *value)
 {
-    return crpci_meta_field(x->raw, key, value);
+    return x->conn->protocol->field(x->received, key, value);
 }
 
 CRPC_API crpc_view crpc_context_credential(const crpc_context *x)
@@ -19809,15 +20654,18 @@ CRPCI_COLD void crpci_guard_pass(crpc_server *s, crpci_guard *g)
     }
 }
 
-/* The status of a request that executed before. */
+/* The status of a request that executed before. A reply's fields are encoded for one protocol. */
 CRPCI_COLD int crpci_guard_status(crpc_context *x)
 {
     crpci_guard *g = x->guard;
+    const crpci_replay_reply *r;
     g->repeats = true;
-    if (!g->reply)
-        return crpci_context_error(x, CRPC_EINTERNAL,
-                                   "executed before, but its reply was not kept");
-    return ((const crpci_replay_reply *)(const void *)crpci_heap_data(g->reply))->code;
+    r = g->reply ? (const crpci_replay_reply *)(const void *)crpci_heap_data(g->reply) : NULL;
+    if (r && r->protocol == x->conn->protocol)
+        return r->code;
+    crpci_heap_chunk_unref(g->reply);
+    g->reply = NULL;
+    return crpci_context_error(x, CRPC_EINTERNAL, "executed before, but its reply was not kept");
 }
 
 /* Runs the handler of a request, unless it has come before. After CRPC_EPENDING x may be gone. */
@@ -19851,20 +20699,14 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
 }
 
 /* Copies what the reply of a request consists of. NULL: out of memory. */
-CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_out *out)
+CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_message *m)
 {
-    const uint8_t *meta = out->head + CRPCI_FRAME_HEADER;
-    size_t size = crpci_base_get32(out->head + 8);
     crpc_view part[4];
-    crpci_meta m;
-    if (!crpci_meta_read(meta, size, &m))
-        return NULL;
-    part[0] = m.error_text;
-    part[1] = x->fields.len ? crpc_view_of(crpci_heap_data(x->fields.chunk), x->fields.len)
-                            : crpc_view_of(NULL, 0);
-    part[2] = crpc_view_of(meta + size, out->head_len - CRPCI_FRAME_HEADER - size);
-    part[3] = crpc_view_of(out->tail, out->tail_len);
-    return crpci_replay_copy(x->server->heap, m.error_code, part);
+    part[0] = m->text;
+    part[1] = m->fields;
+    part[2] = crpc_view_of(m->payload, m->payload_size);
+    part[3] = m->attachment_size ? x->attachment : crpc_view_of(NULL, 0);
+    return crpci_replay_copy(x->server->heap, x->conn->protocol, m->status, part);
 }
 
 /* `served`: 1: well, 0: not, -1: it says nothing of the server. */
@@ -19880,12 +20722,12 @@ CRPCI_COLD void crpci_guard_quit(crpc_server *s, crpci_guard *g, int served)
 }
 
 /* At the end of a guarded request: its reply is kept, and goes to those who wait for the same; the
- * turn goes on. `out` is its reply, or NULL. No lock is held. */
-CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_out *out, int served)
+ * turn goes on. `m` is its reply, or NULL. No lock is held. */
+CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_message *m, int served)
 {
     crpc_server *s = x->server;
     crpci_guard *g = x->guard;
-    crpci_chunk *reply = g->entry && out ? crpci_guard_copy(x, out) : NULL;
+    crpci_chunk *reply = g->entry && m ? crpci_guard_copy(x, m) : NULL;
     crpci_list waiting;
     crpci_list_init(&waiting);
     crpci_guard_quit(s, g, served);
@@ -19915,19 +20757,20 @@ CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_out *out, int serve
 CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
 {
     crpci_chunk *reply = x->guard->repeats ? x->guard->reply : NULL;
+    crpci_message m;
     crpci_out *out;
     if (reply) {
         const crpci_replay_reply *r =
             (const crpci_replay_reply *)(const void *)crpci_heap_data(reply);
-        out = crpci_context_frame(x->loop->heap, x->correlation_id, r, r + 1);
+        out = crpci_context_frame(x->conn, x->id, r, r + 1);
         if (out && out->tail_len) {
             out->tail_chunk = reply;
             crpci_heap_chunk_ref(reply);
         }
     } else {
-        out = crpci_context_encode(x, code);
+        out = crpci_context_encode(x, code, &m);
     }
-    crpci_guard_end(x, out, x->guard->repeats ? -1 : !code || x->app_code);
+    crpci_guard_end(x, reply || !out ? NULL : &m, x->guard->repeats ? -1 : !code || x->app_code);
     return out;
 }
 
@@ -19936,26 +20779,27 @@ static const crpci_context_guard crpci_guard_ops = {crpci_guard_serve, crpci_gua
 
 /* --- admission -------------------------------------------------------------------------------- */
 
-/* What a request's meta says about its order and about coming again. False: it was refused. */
-CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpci_meta *m,
+/* What a request's fields say about its order and about coming again. False: it was refused. */
+CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                     crpci_guard *g)
 {
-    bool fields = !m->usual && m->fields;
+    bool fields = !m->usual && m->has_fields;
     crpc_view key;
     memset(g, 0, sizeof *g);
-    if (fields && s->options.ordered >= 0 && crpci_meta_field(m->raw, CRPCI_META_KEY_FIELD, &key)) {
+    if (fields && s->options.ordered >= 0 &&
+        conn->protocol->field(m->fields, CRPCI_MESSAGE_KEY_FIELD, &key)) {
         g->ordered = true;
-        g->order.key = crpci_balance_hash(crpc_view_data(key), crpc_view_size(key));
+        g->order.key = crpci_base_hash(crpc_view_data(key), crpc_view_size(key));
     } else if (s->options.ordered > 0) {
         g->ordered = true;
         g->order.of = conn;
-        g->order.key = crpci_balance_mix((uint64_t)(uintptr_t)conn);
+        g->order.key = crpci_base_mix((uint64_t)(uintptr_t)conn);
     }
     if (!fields || !s->guard.replay.buckets ||
-        !crpci_meta_field(m->raw, CRPCI_META_ID_FIELD, &g->id) ||
+        !conn->protocol->field(m->fields, CRPCI_MESSAGE_ID_FIELD, &g->id) ||
         crpc_view_size(g->id) <= CRPCI_REPLAY_ID_MAX)
         return true;
-    crpci_context_refuse(conn, m->correlation_id, CRPC_EREQUEST, "crpc-rid is over 64 bytes");
+    crpci_context_refuse(conn, m, CRPC_EREQUEST, "crpc-rid is over 64 bytes");
     return false;
 }
 
@@ -20113,32 +20957,6 @@ CRPCI_COLD void crpci_guard_close(crpc_server *s)
 /* >>impl-intake   what a server's connections bring: taken in, or refused  */
 /* ======================================================================== */
 
-/* What crpc cannot serve is refused by name rather than answered wrongly. */
-CRPCI_FN int crpci_intake_check(const crpci_message *m, char *text, size_t size)
-{
-    const crpci_meta *meta = &m->meta;
-    if (!m->bad_attachment && !meta->compress_type && !meta->content_type && !meta->checksum_type &&
-        !crpc_view_data(meta->stream_settings) && !crpc_view_data(meta->chunk_info))
-        return CRPC_OK;
-    if (m->bad_attachment)
-        crpci_status_format(text, size, "attachment_size %d is larger than the body's %zu bytes",
-                            meta->attachment_size, m->payload_size);
-    else if (meta->compress_type)
-        crpci_status_format(text, size, "compress_type %d is not supported; send uncompressed",
-                            meta->compress_type);
-    else if (meta->content_type)
-        crpci_status_format(text, size, "content_type %d is not supported; send protobuf",
-                            meta->content_type);
-    else if (meta->checksum_type)
-        crpci_status_format(text, size, "checksum_type %d is not supported; send none",
-                            meta->checksum_type);
-    else if (crpc_view_data(meta->stream_settings))
-        crpci_status_format(text, size, "streaming is not supported");
-    else
-        crpci_status_format(text, size, "chunked bodies are not supported; send one frame");
-    return CRPC_EREQUEST;
-}
-
 /* The method of a request. On failure it has been refused by name: NULL. */
 CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_conn *conn,
                                                          const crpci_message *m)
@@ -20146,25 +20964,24 @@ CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_c
     const crpci_service_method *method = (const crpci_service_method *)conn->expected;
     char text[CRPC_ERROR_TEXT_MAX];
     int err;
-    if (CRPCI_LIKELY(m->meta.usual))
+    if (CRPCI_LIKELY(m->usual))
         return method; /* and in this shape there is nothing to refuse */
-    err = crpci_intake_check(m, text, sizeof text);
-    if (!err) {
-        err = crpci_service_lookup(&s->services, &m->meta, &method);
-        if (err)
-            crpci_status_format(
-                text, sizeof text, "no such %s: %.*s.%.*s",
-                err == CRPC_ENOSERVICE ? "service" : "method",
-                (int)crpci_base_min(crpc_view_size(m->meta.service), 100),
-                crpc_view_size(m->meta.service) ? crpc_view_data(m->meta.service) : "",
-                (int)crpci_base_min(crpc_view_size(m->meta.method), 100),
-                crpc_view_size(m->meta.method) ? crpc_view_data(m->meta.method) : "");
-    }
-    if (err) {
-        crpci_context_refuse(conn, m->meta.correlation_id, err, text);
+    if (m->unsupported) { /* refused by name rather than answered wrongly */
+        crpci_context_refuse(conn, m, CRPC_EREQUEST, m->unsupported);
         return NULL;
     }
-    conn->expect = method->names;
+    err = crpci_service_lookup(&s->services, m, &method);
+    if (err) {
+        crpci_status_format(text, sizeof text, "no such %s: %.*s.%.*s",
+                 err == CRPC_ENOSERVICE ? "service" : "method",
+                 (int)crpci_base_min(crpc_view_size(m->service), 100),
+                 crpc_view_size(m->service) ? crpc_view_data(m->service) : "",
+                 (int)crpci_base_min(crpc_view_size(m->method), 100),
+                 crpc_view_size(m->method) ? crpc_view_data(m->method) : "");
+        crpci_context_refuse(conn, m, err, text);
+        return NULL;
+    }
+    conn->expect = method->names[conn->protocol_index];
     conn->expected = method;
     return method;
 }
@@ -20173,12 +20990,12 @@ CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_c
 CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                  const crpci_service_method *method)
 {
-    bool guarded = CRPC_ENABLE_POLICY && (s->guard.all || (!m->meta.usual && m->meta.fields));
+    bool guarded = CRPC_ENABLE_POLICY && (s->guard.all || (!m->usual && m->has_fields));
     const char *why = NULL;
     crpc_context *x = NULL;
     crpci_guard g;
     if (CRPCI_UNLIKELY(guarded)) {
-        if (!crpci_guard_inspect(s, conn, &m->meta, &g))
+        if (!crpci_guard_inspect(s, conn, m, &g))
             return;
         why = crpci_guard_limit(s, conn, (crpci_quota *)method->quota, &g);
     }
@@ -20196,24 +21013,24 @@ CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_m
         return;
     if (guarded)
         crpci_guard_quit(s, &g, -1);
-    crpci_context_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT, why);
+    crpci_context_refuse(conn, m, CRPC_ELIMIT, why);
     if (x)
         crpci_context_reject(x);
 }
 
-CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, crpci_message *m)
+CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
 {
     crpc_server *s = (crpc_server *)conn->owner;
     const crpci_service_method *method;
     conn->loop->stats.requests++;
     if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING)) {
-        crpci_context_refuse(conn, m->meta.correlation_id, CRPC_ELOGOFF, "the server is stopping");
+        crpci_context_refuse(conn, m, CRPC_ELOGOFF, "the server is stopping");
         crpci_context_throttle(conn);
         return;
     }
     method = crpci_intake_method(s, conn, m);
     if (method && CRPCI_UNLIKELY(crpci_thread_load(&s->serving) >= s->max_serving)) {
-        crpci_context_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT,
+        crpci_context_refuse(conn, m, CRPC_ELIMIT,
                              "too many requests are being served (max_concurrency)");
     } else if (method) {
         crpci_intake_admit(s, conn, m, method);
@@ -20221,13 +21038,13 @@ CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, crpci_message *m)
     crpci_context_throttle(conn);
 }
 
-CRPCI_COLD void crpci_intake_on_oversize(crpci_conn *conn, const crpci_meta *m, uint64_t body)
+CRPCI_COLD void crpci_intake_on_oversize(crpci_conn *conn, const crpci_message *m, uint64_t body)
 {
     char text[128];
     crpci_status_format(text, sizeof text, "request of %llu bytes is over max_body, %u",
                         (unsigned long long)body, conn->max_body);
     conn->loop->stats.requests++;
-    crpci_context_refuse(conn, m->correlation_id, CRPC_EREQUEST, text);
+    crpci_context_refuse(conn, m, CRPC_EREQUEST, text);
     crpci_context_throttle(conn);
 }
 
@@ -20304,12 +21121,9 @@ CRPCI_FN void crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
 CRPCI_FN bool crpci_intake_has_output(const crpc_server *s, crpc_loop *l)
 {
     crpci_list *i;
-    char byte;
     for (i = l->conns.next; i != &l->conns; i = i->next) {
         const crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
-        if (c->up == &crpci_intake_events && c->owner == s &&
-            (c->tx_head || c->left || c->rx || c->skip ||
-             recv(c->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0))
+        if (c->up == &crpci_intake_events && c->owner == s && !crpci_conn_idle(c))
             return true;
     }
     return false;
@@ -20352,6 +21166,7 @@ CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
     } else if (crpci_conn_new(l, fd, false, &crpci_intake_events, s, &conn)) {
         __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
     } else {
+        conn->protocols = crpci_protocols;
         conn->max_body = (uint32_t)s->options.max_body;
         conn->max_skip = s->options.max_skip;
         conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
@@ -20372,12 +21187,12 @@ CRPCI_COLD void crpci_listener_no_descriptors(crpci_listener *n)
     int fd;
     if (s->listener.reserve_fd >= 0) {
         close(s->listener.reserve_fd);
-        fd = accept4(n->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        fd = crpci_sock_accept(n->fd);
         if (fd >= 0)
             close(fd);
         s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     }
-    crpci_loop_watch_set(s->loop, &n->watch, n->fd, 0);
+    crpci_watch_set(s->loop, &n->watch, n->fd, 0);
     crpci_loop_timer_set(s->loop, &n->masked, 100000);
     if (now - s->listener.emfile_logged > 1000000) {
         s->listener.emfile_logged = now;
@@ -20389,7 +21204,7 @@ CRPCI_COLD void crpci_listener_no_descriptors(crpci_listener *n)
 CRPCI_FN void crpci_listener_unmask(crpc_loop *l, crpci_timer *t)
 {
     crpci_listener *n = CRPCI_CONTAINER(t, crpci_listener, masked);
-    if (crpci_loop_watch_set(l, &n->watch, n->fd, CRPC_READABLE))
+    if (crpci_watch_set(l, &n->watch, n->fd, CRPC_READABLE))
         crpci_loop_timer_set(l, t, 100000);
 }
 
@@ -20400,7 +21215,7 @@ CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned ev
     int fds[16], count = 0, i;
     (void)events;
     while (count < 16) {
-        int fd = accept4(n->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        int fd = crpci_sock_accept(n->fd);
         if (fd < 0) {
             if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
                 crpci_listener_no_descriptors(n);
@@ -20526,7 +21341,7 @@ CRPCI_COLD int crpci_listener_start(crpc_server *s)
     int err = CRPC_OK;
     for (i = s->listener.list.next; i != &s->listener.list && !err; i = i->next) {
         crpci_listener *n = CRPCI_CONTAINER(i, crpci_listener, link);
-        err = crpci_loop_watch_set(s->loop, &n->watch, n->fd, CRPC_READABLE);
+        err = crpci_watch_set(s->loop, &n->watch, n->fd, CRPC_READABLE);
     }
     return err;
 }
@@ -20536,7 +21351,7 @@ CRPCI_COLD void crpci_listener_close_all(crpc_server *s)
 {
     while (!crpci_list_empty(&s->listener.list)) {
         crpci_listener *n = CRPCI_CONTAINER(s->listener.list.next, crpci_listener, link);
-        crpci_loop_watch_set(s->loop, &n->watch, n->fd, 0);
+        crpci_watch_set(s->loop, &n->watch, n->fd, 0);
         crpci_timer_cancel(&n->masked);
         crpci_list_remove(&n->link);
         close(n->fd);
@@ -20570,7 +21385,7 @@ CRPCI_FN void crpci_enrolment_on_status(void *user, int status, const char *text
     for (i = 0; i < s->enrolment.count; i++)
         through += s->enrolment.items[i].through;
     if (through == s->enrolment.count && s->enrolment.waiter)
-        crpci_loop_done(s->loop, s->enrolment.waiter);
+        crpci_drive_end_wait(s->loop, s->enrolment.waiter);
     crpci_loop_unlock(s->loop);
 }
 
@@ -20696,7 +21511,7 @@ CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
         through += s->enrolment.items[i].through;
     if (through < s->enrolment.count && ms && !crpci_loop_in_callback(l)) {
         s->enrolment.waiter = &w;
-        crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
+        crpci_drive_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
         s->enrolment.waiter = NULL;
         for (i = 0, through = 0; i < s->enrolment.count; i++)
             through += s->enrolment.items[i].through;
@@ -20769,7 +21584,7 @@ CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
         crpci_intake_close_conns(s, l);
         crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
         if (s->drain.waiter)
-            crpci_loop_done(l, s->drain.waiter);
+            crpci_drive_end_wait(l, s->drain.waiter);
         if (s->drain.running)
             crpc_loop_stop(l);
         if (s->drain.close_later)
@@ -20812,10 +21627,10 @@ CRPCI_FN void crpci_lifecycle_await_stop(crpc_server *s)
     crpci_loop_lock(l);
     if (crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED) {
         s->drain.waiter = &w;
-        crpci_loop_wait(l, &w, s->drain.until + 1000000, true);
+        crpci_drive_wait(l, &w, s->drain.until + 1000000, true);
         s->drain.waiter = NULL;
     }
-    crpci_loop_unlock_driver(l);
+    crpci_drive_unlock(l);
 }
 
 /* --- closing ---------------------------------------------------------------------------------- */
