@@ -2107,7 +2107,7 @@ CRPCI_COLD const char *crpci_status_entry(int status)
             return entry;
         entry += strlen(entry) + 1; /* the name */
         if (CRPC_ENABLE_TEXTS)
-            entry += strlen(entry) + 1;
+            entry += strlen(entry) + 1; /* the text */
     }
     return NULL;
 }
@@ -4189,7 +4189,7 @@ CRPCI_COLD int crpci_resolver_system(const char *host, char *out, size_t size)
     freeaddrinfo(list);
     if (*out)
         return CRPC_OK;
-    snprintf(out, size, "getaddrinfo gave no address that can be used");
+    crpci_status_format(out, size, "getaddrinfo gave no address that can be used");
     return CRPC_ERESOLVE;
 }
 #endif
@@ -4202,14 +4202,14 @@ CRPCI_COLD int crpci_resolver_lookup(crpci_heap *h, const char *host, char *out,
     if (h->hooks.resolve) {
         err = h->hooks.resolve(h->hooks.user, host, out, size);
         if (err)
-            snprintf(out, size, "the resolve hook returned %d", err);
+            crpci_status_format(out, size, "the resolve hook returned %d", err);
         return err;
     }
 #if CRPC_ENABLE_RESOLVER
     err = crpci_resolver_system(host, out, size);
 #else
-    snprintf(out, size, "crpc was built with CRPC_ENABLE_RESOLVER=0: give a numeric address, or "
-                        "set hooks.resolve");
+    crpci_status_format(out, size, "crpc was built with CRPC_ENABLE_RESOLVER=0: give a numeric "
+                                   "address, or set hooks.resolve");
 #endif
     return err;
 }
@@ -8373,30 +8373,27 @@ CRPCI_FN crpci_detected crpci_baidu_detect(const uint8_t *p, size_t n)
     return n < 4 ? CRPCI_DETECTED_MORE : CRPCI_DETECTED_YES;
 }
 
-/* Whether crpc can do what a meta asks for; if not, `text` says what it cannot. */
-CRPCI_FN bool crpci_baidu_check(const crpci_meta *m, size_t body, char *text, size_t size)
+/* Whether crpc can do all that a meta asks for; else `text` says what it cannot. */
+CRPCI_COLD bool crpci_baidu_check(const crpci_meta *m, size_t body, char *text, size_t size)
 {
-    bool attached = m->attachment_size < 0 || (size_t)m->attachment_size > body;
-    *text = '\0';
-    if (!attached && !m->compress_type && !m->content_type && !m->checksum_type &&
-        !crpc_view_data(m->stream_settings) && !crpc_view_data(m->chunk_info))
-        return true;
-    if (!CRPC_ENABLE_TEXTS)
-        return false;
-    if (attached)
-        snprintf(text, size, "attachment_size %d is larger than the body's %zu bytes",
-                 m->attachment_size, body);
+    if (m->attachment_size < 0 || (size_t)m->attachment_size > body)
+        crpci_status_format(text, size, "attachment_size %d is larger than the body's %zu bytes",
+                            m->attachment_size, body);
     else if (m->compress_type)
-        snprintf(text, size, "compress_type %d is not supported; send uncompressed",
-                 m->compress_type);
+        crpci_status_format(text, size, "compress_type %d is not supported; send uncompressed",
+                            m->compress_type);
     else if (m->content_type)
-        snprintf(text, size, "content_type %d is not supported; send protobuf", m->content_type);
+        crpci_status_format(text, size, "content_type %d is not supported; send protobuf",
+                            m->content_type);
     else if (m->checksum_type)
-        snprintf(text, size, "checksum_type %d is not supported; send none", m->checksum_type);
+        crpci_status_format(text, size, "checksum_type %d is not supported; send none",
+                            m->checksum_type);
     else if (crpc_view_data(m->stream_settings))
-        snprintf(text, size, "streaming is not supported");
+        crpci_status_format(text, size, "streaming is not supported");
+    else if (crpc_view_data(m->chunk_info))
+        crpci_status_format(text, size, "chunked bodies are not supported; send one frame");
     else
-        snprintf(text, size, "chunked bodies are not supported; send one frame");
+        return true;
     return false;
 }
 
@@ -8404,8 +8401,9 @@ CRPCI_FN bool crpci_baidu_check(const crpci_meta *m, size_t body, char *text, si
 CRPCI_FN void crpci_baidu_full(crpci_conn *c, const crpci_meta *meta, crpci_message *m, size_t body)
 {
     char text[120];
-    m->unsupported = crpci_baidu_check(meta, body, text, sizeof text) ? NULL : text;
-    m->attachment_size = m->unsupported ? 0 : (size_t)meta->attachment_size;
+    bool able = crpci_baidu_check(meta, body, text, sizeof text);
+    m->unsupported = able ? NULL : text;
+    m->attachment_size = able ? (size_t)meta->attachment_size : 0;
     m->payload_size = body - m->attachment_size;
     m->has_fields = meta->fields;
     m->status = meta->error_code;
@@ -16724,9 +16722,8 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m
     crpci_endpoint_detach(a);
     a->sent = CRPC_SENT_YES;
     if (!m->usual && m->unsupported && !m->status) {
-        char cause[160] = "";
-        if (CRPC_ENABLE_TEXTS)
-            snprintf(cause, sizeof cause, "reply: %s", m->unsupported);
+        char cause[CRPC_ERROR_TEXT_MAX];
+        crpci_status_format(cause, sizeof cause, "reply: %s", m->unsupported);
         e->events->useless(a, cause);
         return;
     }
