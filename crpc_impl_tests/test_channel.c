@@ -1,5 +1,6 @@
 /* The forms of a call: synchronous, by callback, by id, one-way; interceptors; who drives. */
 #define CRPC_IMPLEMENTATION
+#define CRPC_DEBUG 1 /* its checks are here too */
 #include "../crpc.h"
 #include "crpc_test.h"
 #include "crpc_net.h"
@@ -157,7 +158,7 @@ static void ids_are_polled_waited_for_fetched_and_cancelled(void **state)
         crpc_loop_stats_get(crpc_channel_loop(ch), &stats);
         assert_int_equal(stats.pending, 0);
 
-        call.timeout_ms = 40; /* waiting for ever ends with the call's deadline */
+        call.policy.timeout_ms = 40; /* waiting for ever ends with the call's deadline */
         assert_int_equal(dyn_Echo_Add_begin(ch, &in, &id, &call), CRPC_OK);
         assert_int_equal(crpc_channel_wait(ch, id, -1), CRPC_OK);
         assert_int_equal(dyn_Echo_Add_fetch(ch, id, &out, &call), CRPC_ETIMEDOUT);
@@ -202,7 +203,7 @@ static void finished_results_are_bounded(void **state)
     memset(&o, 0, sizeof o);
     o.private_loop = net_loop_options(CRPC_POLLER_DEFAULT);
     o.private_loop.max_results = 4;
-    o.timeout_ms = NET_PATIENCE;
+    o.policy.timeout_ms = NET_PATIENCE;
     assert_int_equal(crpc_channel_open(&ch, adds.url, &o, &error), CRPC_OK);
     for (i = 0; i < 4; i++)
         assert_int_equal(dyn_Echo_Add_begin(ch, &in, &ids[i], NULL), CRPC_OK);
@@ -388,7 +389,7 @@ static void without_threads_a_callback_needs_a_driver(void **state)
     memset(&o, 0, sizeof o);
     o.private_loop = net_loop_options(CRPC_POLLER_DEFAULT);
     o.private_loop.forbid_threads = 1;
-    o.timeout_ms = NET_PATIENCE;
+    o.policy.timeout_ms = NET_PATIENCE;
     assert_int_equal(crpc_channel_open(&ch, adds.url, &o, &error), CRPC_OK);
     done_init(&d);
     assert_int_equal(dyn_Echo_Add_async(ch, &in, done_num, &d, NULL), CRPC_EINVAL);
@@ -448,8 +449,8 @@ static int client_scenario(const crpc_hooks *hooks, void *user)
     o.private_loop.hooks.log_level = -1;
     o.private_loop.poller = plan->form & 4 ? CRPC_POLLER_POLL : CRPC_POLLER_EPOLL;
     o.private_loop.forbid_threads = 1;
-    o.timeout_ms = NET_PATIENCE;
-    o.credential = "secret";
+    o.policy.timeout_ms = NET_PATIENCE;
+    o.security.credential = "secret";
     status = crpc_channel_open(&ch, plan->url, &o, &error);
     if (status)
         return status;
@@ -503,9 +504,70 @@ static void clients_survive_being_out_of_memory(void **state)
     peer_kill(child);
 }
 
+/* --- CRPC_DEBUG ------------------------------------------------------------------------------- */
+
+static crpc_loop *abort_loop;
+
+static crpc_channel *abort_channel(void)
+{
+    crpc_channel_options o = CRPC_INIT;
+    crpc_channel *ch;
+    if (crpc_loop_open(&abort_loop, NULL))
+        _exit(2);
+    o.loop = abort_loop;
+    if (crpc_channel_open(&ch, "tcp://127.0.0.1:1", &o, NULL))
+        _exit(3);
+    return ch;
+}
+
+static void close_twice(void)
+{
+    crpc_channel *ch = abort_channel();
+    crpc_channel_close(ch);
+    crpc_channel_close(ch);
+}
+
+static void call_after_close(void)
+{
+    crpc_channel *ch = abort_channel();
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    crpc_channel_close(ch);
+    _exit(dyn_Echo_Add(ch, &in, &out, NULL));
+}
+
+static void call_with_rubbish(void)
+{
+    crpc_channel *ch = abort_channel();
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    crpc_call call;
+    memset(&call, 0x5a, sizeof call);
+    _exit(dyn_Echo_Add(ch, &in, &out, &call));
+}
+
+static void debug_builds_tell_misuse(void **state)
+{
+    static const struct {
+        void (*fn)(void);
+        const char *says;
+    } cases[] = {
+        {close_twice, "crpc: crpc_channel_close: the object is closed already\n"},
+        {call_after_close, "crpc: crpc_channel_call: the object is closed already\n"},
+        {call_with_rubbish, "crpc: crpc_call_reset: the crpc_call is not initialised: set it to "
+                            "CRPC_INIT before its first use\n"},
+    };
+    char text[300];
+    size_t i;
+    (void)state;
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        net_expect_abort(cases[i].fn, text, sizeof text);
+        assert_string_equal(text, cases[i].says);
+    }
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
+        CT_TEST(debug_builds_tell_misuse),
         CT_TEST(it_calls_in_all_forms),
         CT_TEST(completions_never_run_on_the_callers_stack),
         CT_TEST(an_early_stop_loses_no_call),

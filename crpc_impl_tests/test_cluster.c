@@ -106,7 +106,6 @@ static void broadcast_reaches_everyone(void **state)
         fleet f;
         fleet_result r;
         crpc_call call = CRPC_INIT;
-        crpc_policy policy = CRPC_INIT;
         int i;
         fleet_open(&f, 5, "?cluster=broadcast&timeout_ms=20000", NULL);
         r = fleet_call(&f, form, false, 1, NULL);
@@ -116,8 +115,7 @@ static void broadcast_reaches_everyone(void **state)
         r = fleet_call(&f, form, false, 1, NULL);
         assert_int_equal(r.status, CRPC_EAPP); /* no failure is too many, unless that was said */
         assert_int_equal(r.error.app_code, 5007);
-        policy.fail_percent = 20;
-        call.policy = &policy;
+        call.policy.fail_percent = 20;
         r = fleet_call(&f, form, false, 1, &call);
         assert_int_equal(r.status, CRPC_OK); /* one in five may fail */
         assert_int_equal(r.out.n, 2);
@@ -297,7 +295,7 @@ static void a_degraded_method_is_never_called(void **state)
     crpc_channel_options o = CRPC_INIT;
     fleet_form form;
     (void)state;
-    method.method = "Add";
+    method.method = dyn_Echo_Add_method;
     method.degraded = 1;
     o.methods = &method;
     o.method_count = 1;
@@ -376,7 +374,6 @@ static void failed_forks_are_explained(void **state)
 /* Calls of others end where a call's forks are cancelled, and end one of these forks. */
 static void forks_can_fail_while_they_are_cancelled(void **state)
 {
-    crpc_policy forking = CRPC_INIT;
     crpc_call in = CRPC_INIT;
     dyn_Num request = net_num(1);
     fleet_result mine, other;
@@ -400,9 +397,8 @@ static void forks_can_fail_while_they_are_cancelled(void **state)
     crpci_loop_unlock(l);
     assert_int_equal(dyn_Echo_Get_async(f.channel, &request, fleet_done, &other, NULL), CRPC_OK);
     assert_true(CT_WAIT(net_held(&f.peers[0].service) == 1, NET_PATIENCE));
-    forking.cluster = CRPC_CLUSTER_FORKING;
-    forking.forks = -1;
-    in.policy = &forking;
+    in.policy.cluster = CRPC_CLUSTER_FORKING;
+    in.policy.forks = -1;
     crpci_loop_lock(l);
     f.channel->providers.balance.next = 0;
     crpci_loop_unlock(l);
@@ -493,10 +489,10 @@ static void a_failed_call_can_be_degraded(void **state)
         int used = 0;
         fleet f;
         memset(methods, 0, sizeof methods);
-        methods[0].method = "Add";
+        methods[0].method = dyn_Echo_Add_method;
         methods[0].fallback = stand_in;
         methods[0].user = &used;
-        methods[1].method = "Get";
+        methods[1].method = dyn_Echo_Get_method;
         methods[1].canned = crpc_view_of("\x08\x2a", 2); /* n = 42 */
         o.methods = methods;
         o.method_count = 2;

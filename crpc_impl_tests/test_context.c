@@ -15,9 +15,11 @@ static void statuses_reach_the_caller(void **state)
         {CRPC_EAUTH, "token expired", CRPC_EAUTH, 0, "EAUTH 1004: token expired (remote)"},
         {CRPC_EAUTH, "", CRPC_EAUTH, 0, "EAUTH 1004: not authenticated (remote)"},
         {CRPC_ELIMIT, "", CRPC_ELIMIT, 0, "ELIMIT 2004: concurrency limit reached (remote)"},
-        {30000, "own", CRPC_EAPP, 30000, "application error 30000: own (remote)"},
-        {-5, "minus", CRPC_EAPP, -5, "application error -5: minus (remote)"},
-        {7, "", CRPC_EINTERNAL, 0, "the handler returned 7, which is no crpc_status (remote)"},
+        {30000, "", CRPC_EINTERNAL, 0, "the handler returned 30000, which is no crpc_status"},
+        {-1, "", CRPC_EINTERNAL, 0, "the handler returned -1, which is no crpc_status"},
+        {42, "", CRPC_EINTERNAL, 0,
+         "the handler returned 42, which is no crpc_status: an application's code is set by "
+         "crpc_context_fail (remote)"},
     };
     crpc_poller p;
     net_mode m;
@@ -295,7 +297,7 @@ static int calls_out(crpc_context *x, const dyn_Num *in, dyn_Num *out)
     crpc_channel *ch = (crpc_channel *)crpc_context_user(x);
     int status;
     call.parent = x;
-    call.timeout_ms = NET_PATIENCE;
+    call.policy.timeout_ms = NET_PATIENCE;
     switch (in->n) {
     case 1:
         status = dyn_Echo_Meta(nested_channel, &inner, &got, &call);
@@ -346,7 +348,7 @@ static void handlers_call_other_services(void **state)
         ch = net_channel(url, "?timeout_ms=20000", p, NULL, NULL);
         /* the deadline and the log_id go along */
         call.log_id = 12345;
-        call.timeout_ms = 3000;
+        call.policy.timeout_ms = 3000;
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_OK);
         assert_int_equal(out.n, 12345);
         assert_in_range(out.ms, 1, 3000);

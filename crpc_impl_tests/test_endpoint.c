@@ -42,7 +42,7 @@ static void a_request_cut_by_its_deadline_goes_out_whole(void **state)
         crpc_call call = CRPC_INIT;
         peer_open(&late, peer_late_reader, &go);
         ch = net_channel(late.url, "?timeout_ms=20000", p, NULL, NULL);
-        call.timeout_ms = 60;
+        call.policy.timeout_ms = 60;
         call.attachment = crpc_view_of(bytes, size);
         assert_int_equal(dyn_Echo_Pass(ch, &in, &out, &call), CRPC_ETIMEDOUT);
         assert_int_equal(call.error.sent, CRPC_SENT_MAYBE);
@@ -104,9 +104,9 @@ static void late_and_forged_replies_complete_nothing(void **state)
         int i;
         peer_open(&f, peer_forges, NULL);
         ch = net_channel(f.url, "?timeout_ms=20000", p, NULL, NULL);
-        call.timeout_ms = 30;
+        call.policy.timeout_ms = 30;
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
-        call.timeout_ms = 0;
+        call.policy.timeout_ms = 0;
         in.n = 2;
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_OK);
         assert_int_equal(out.n, 2);
@@ -344,7 +344,7 @@ static void one_at_a_time_for_peers_that_cannot_pipeline(void **state)
         assert_int_equal(peer_accepted(&one), 1);
         /* a timeout closes the connection: the late reply must not be the next call's */
         in.n = 13;
-        call.timeout_ms = 50;
+        call.policy.timeout_ms = 50;
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
         net_check_add(ch, 6);
         assert_int_equal(peer_accepted(&one), 2);
@@ -374,7 +374,7 @@ static void what_waits_for_a_slot_is_not_sent(void **state)
     done_init(&first);
     assert_int_equal(dyn_Echo_Add_async(ch, &in, done_num, &first, NULL), CRPC_OK);
     assert_true(CT_WAIT(peer_requests(&silent) == 1, NET_PATIENCE));
-    call.timeout_ms = 50;
+    call.policy.timeout_ms = 50;
     assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
     assert_int_equal(call.error.sent, CRPC_SENT_NO);
     assert_non_null(strstr(call.error.text, "waiting for a connection (local)"));
@@ -505,7 +505,7 @@ static void a_server_that_comes_back_is_found_again(void **state)
         net_check_add(ch, 1);
         net_close(&n);
         ct_sleep_ms(20);
-        call.timeout_ms = 2000;
+        call.policy.timeout_ms = 2000;
         for (i = 0; i < 3; i++) {
             assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ECONN);
             assert_int_equal(call.error.sent, CRPC_SENT_NO);

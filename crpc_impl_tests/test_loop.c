@@ -599,7 +599,7 @@ static void only_the_given_clock_counts(void **state)
     assert_int_equal(crpc_loop_open(&l, &o), CRPC_OK);
     memset(&co, 0, sizeof co);
     co.loop = l;
-    co.timeout_ms = 3600000;
+    co.policy.timeout_ms = 3600000;
     assert_int_equal(crpc_channel_open(&ch, silent.url, &co, NULL), CRPC_OK);
     assert_int_equal(dyn_Echo_Add_begin(ch, &in, &id, NULL), CRPC_OK);
     for (i = 0; i < 10000 && peer_requests(&silent) == 0; i++)
@@ -1022,7 +1022,7 @@ static void another_threads_timer_wakes_a_foreign_loop(void **state)
         peer_open(&silent, peer_silent, NULL);
         ch = net_channel(silent.url, "", p, l, NULL);
         assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
-        call.timeout_ms = 20;
+        call.policy.timeout_ms = 20;
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
         late_fired = 0;
         assert_int_equal(pthread_create(&t, NULL, set_a_timer, l), 0);

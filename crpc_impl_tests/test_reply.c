@@ -173,7 +173,7 @@ static void odd_replies(void **state)
             crpc_call call = CRPC_INIT;
             int status;
             if (i == 8 || i == 9)
-                call.timeout_ms = 40;
+                call.policy.timeout_ms = 40;
             status = dyn_Echo_Add(ch, &in, &out, &call);
             if (i <= 3) {
                 assert_int_equal(status, CRPC_OK);

@@ -173,7 +173,7 @@ static int64_t deadline(const crpc_channel *ch, const crpc_method *m, const crpc
     memset(&k, 0, sizeof k);
     k.method = m;
     crpci_request_method_settings(&ch->requests, &k);
-    crpci_request_call_policy(&k.policy, call);
+    crpci_request_apply_policy(&k.policy, &call->policy);
     return crpci_channel_deadline(&k.policy, call, 100);
 }
 
@@ -183,7 +183,6 @@ static void it_takes_the_nearest_policy(void **state)
 {
     crpc_method_options options[2];
     crpc_method m = method;
-    crpc_policy own = CRPC_INIT;
     crpc_call call = CRPC_INIT;
     crpci_method k;
     fixture f;
@@ -196,9 +195,9 @@ static void it_takes_the_nearest_policy(void **state)
     f.channel.requests.policy.timeout_ms = 1000;
     f.channel.requests.options = options;
     f.channel.requests.option_count = 2;
-    options[0].method = "Other";
+    options[0].method = &method;
     options[0].policy.retries = 9;
-    options[1].method = m.name;
+    options[1].method = &m;
     options[1].policy.cluster = CRPC_CLUSTER_FORKING;
     options[1].policy.forks = 3;
     options[1].policy.retries = -1;
@@ -210,18 +209,17 @@ static void it_takes_the_nearest_policy(void **state)
     assert_int_equal(k.policy.forks, 3);
     assert_int_equal(k.policy.retries, 0);
     assert_int_equal(k.policy.timeout_ms, 1000);
-    call.retries = 5;
-    own.cluster = CRPC_CLUSTER_FAILFAST;
-    own.forks = -1;
-    own.fail_percent = 1000;
-    call.policy = &own;
-    crpci_request_call_policy(&k.policy, &call);
+    call.policy.retries = 5;
+    call.policy.cluster = CRPC_CLUSTER_FAILFAST;
+    call.policy.forks = -1;
+    call.policy.fail_percent = 1000;
+    crpci_request_apply_policy(&k.policy, &call.policy);
     assert_int_equal(k.policy.cluster, CRPC_CLUSTER_FAILFAST);
     assert_int_equal(k.policy.retries, 5);
     assert_int_equal(k.policy.forks, 0); /* all */
     assert_int_equal(k.policy.fail_percent, 100);
-    own.retries = 99;
-    crpci_request_call_policy(&k.policy, &call);
+    call.policy.retries = 99;
+    crpci_request_apply_policy(&k.policy, &call.policy);
     assert_int_equal(k.policy.retries, CRPCI_REQUEST_RETRIES);
     fixture_close(&f);
 }
@@ -238,8 +236,10 @@ static void it_keeps_the_earliest_deadline(void **state)
     f.channel.requests.policy.timeout_ms = 1000;
     assert_int_equal(deadline(&f.channel, &m, &call), 1000100);
     m.timeout_ms = 7;
+    assert_int_equal(deadline(&f.channel, &m, &call), 1000100); /* URL and options go first */
+    f.channel.requests.timeout_open = true;
     assert_int_equal(deadline(&f.channel, &m, &call), 7100);
-    call.timeout_ms = 9;
+    call.policy.timeout_ms = 9;
     assert_int_equal(deadline(&f.channel, &m, &call), 9100);
     call.deadline_us = 300;
     assert_int_equal(deadline(&f.channel, &m, &call), 300);
@@ -322,12 +322,12 @@ static void which_deadline_applies(void **state)
     crpc_channel *ch;
     (void)state;
     memset(&n, 0, sizeof n);
-    n.channel_options.timeout_ms = 30000;
+    n.channel_options.policy.timeout_ms = 30000;
     net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
     /* as the server sees it, rounded down a little */
     assert_int_equal(dyn_Echo_Meta(n.channel, &in, &out, NULL), CRPC_OK);
     assert_in_range(out.ms, 20000, 30000);
-    call.timeout_ms = 12000;
+    call.policy.timeout_ms = 12000;
     assert_int_equal(dyn_Echo_Meta(n.channel, &in, &out, &call), CRPC_OK);
     assert_in_range(out.ms, 5000, 12000);
     call.deadline_us = crpc_loop_now_us(crpc_channel_loop(n.channel)) + 50000000;
@@ -337,10 +337,10 @@ static void which_deadline_applies(void **state)
     assert_int_equal(dyn_Echo_Meta(n.channel, &in, &out, &call), CRPC_OK);
     assert_in_range(out.ms, 86000000, 86400000); /* never more than a day */
     crpc_call_reset(&call);
-    /* the method's own: 60 ms */
-    in.ms = 1000;
-    assert_int_equal(dyn_Echo_Quick(n.channel, &in, &out, NULL), CRPC_ETIMEDOUT);
+    in.ms = 200; /* the channel's goes before the .proto's, 60 ms */
+    assert_int_equal(dyn_Echo_Quick(n.channel, &in, &out, NULL), CRPC_OK);
     ch = net_channel(n.url, "?timeout_ms=7000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    assert_int_equal(dyn_Echo_Quick(ch, &in, &out, NULL), CRPC_OK);
     in.ms = 0;
     assert_int_equal(dyn_Echo_Meta(ch, &in, &out, NULL), CRPC_OK);
     assert_in_range(out.ms, 1000, 7000);
@@ -348,6 +348,8 @@ static void which_deadline_applies(void **state)
     ch = net_channel(n.url, NULL, CRPC_POLLER_DEFAULT, NULL, NULL);
     assert_int_equal(dyn_Echo_Meta(ch, &in, &out, NULL), CRPC_OK);
     assert_in_range(out.ms, 1, 1000);
+    in.ms = 2000;
+    assert_int_equal(dyn_Echo_Quick(ch, &in, &out, NULL), CRPC_ETIMEDOUT);
     crpc_channel_close(ch);
     net_close(&n);
 }
@@ -413,7 +415,7 @@ static void fields_ids_and_credentials_travel(void **state)
         crpc_field fields[3] = {{"a", "one"}, {"other", ""}, {"a", "the last wins"}};
         crpc_view value;
         memset(&n, 0, sizeof n);
-        n.channel_options.credential = "channel's";
+        n.channel_options.security.credential = "channel's";
         net_open(&n, p, m);
         assert_int_equal(dyn_Echo_Meta(n.channel, &in, &out, &call), CRPC_OK);
         assert_int_equal(out.n, 0);
