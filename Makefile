@@ -40,8 +40,21 @@ LIBS_mt := -lprotobuf-nanopb -lzookeeper_mt -lpthread
 LIBS_st := -lprotobuf-nanopb -l:libzookeeper_st.so.2 -lpthread
 LIBS_none := -lprotobuf-nanopb -lpthread
 
-# Runs another target of this file in parallel, after the set-up.
-SUB = $(MAKE) --no-print-directory $(if $(findstring -j,$(MAKEFLAGS)),,-j$(JOBS))
+# Debian 13 and Ubuntu 24.04 have nanopb's headers in a directory of their own, Debian 12 has them in
+# /usr/include. gcc and clang search the directories named here as they search /usr/include, also when
+# a script runs them; one that does not exist does no harm.
+NANOPB_INCLUDE := /usr/include/nanopb
+export C_INCLUDE_PATH := $(if $(C_INCLUDE_PATH),$(C_INCLUDE_PATH):)$(NANOPB_INCLUDE)
+export CPLUS_INCLUDE_PATH := $(if $(CPLUS_INCLUDE_PATH),$(CPLUS_INCLUDE_PATH):)$(NANOPB_INCLUDE)
+# The directory of nanopb.proto. The plugin is asked once, by the first recipe that needs it.
+NANOPB_PROTO = $(eval NANOPB_PROTO := $$(shell ./protoc-gen-crpc --nanopb-proto))$(NANOPB_PROTO)
+
+# $(call SUB,TARGETS) builds targets of this file in parallel, after the set-up. Each step says which
+# of how many it is: a dry run counts them first.
+SUB = total=$$($(MAKE) -n -k --no-print-directory $(1) 2>/dev/null | grep -c '^echo "  '); \
+  $(MAKE) --no-print-directory $(if $(findstring -j,$(MAKEFLAGS)),,-j$(JOBS)) TOTAL=$$total $(1)
+STEPS :=# one word for each step so far
+step = $(eval STEPS += x)echo "  $(if $(TOTAL),$(words $(STEPS)) of $(TOTAL)  )$(1)"
 
 .PHONY: help
 help: ## this list
@@ -57,7 +70,6 @@ setup: ## install the Debian packages that all of this needs
 # build/gen/tests/, those of examples/DIR to build/gen/examples/DIR/.
 
 GEN := $(B)/gen
-NANOPB_PROTO := /usr/lib/python3/dist-packages/proto# where nanopb.proto is
 
 TEST_PROTOS := $(wildcard $(T_DIR)/proto/*.proto)
 EXAMPLE_PROTOS := $(wildcard examples/*/*.proto)
@@ -70,7 +82,7 @@ EXAMPLE_GEN := $(EXAMPLE_PROTOS:%.proto=$(GEN)/%)
 # service, for which the plugin need not write anything.
 define protoc
 	@mkdir -p $(@D)
-	@echo "  protoc  $<"
+	@$(call step,protoc  $<)
 	$(Q)cd $(<D) && protoc -I. -I$(NANOPB_PROTO) --plugin=protoc-gen-crpc=$(CURDIR)/protoc-gen-crpc \
 	  --nanopb_out=$(CURDIR)/$(@D) --crpc_out=$(CURDIR)/$(@D) $(<F)
 	@cd $(@D) && touch $(*F).pb.h $(*F).pb.c $(*F).crpc.h $(*F).crpc.c
@@ -124,7 +136,7 @@ $(B)/obj/asan/%.o: SANITIZE = $(ASAN)
 $(B)/obj/tsan/%.o: SANITIZE = $(TSAN)
 define compile_generated
 	@mkdir -p $(@D)
-	@echo "  cc      $@"
+	@$(call step,cc      $@)
 	$(Q)$(CC) $(TEST_CFLAGS) $(SANITIZE) -c $< -o $@
 endef
 $(B)/obj/asan/%.o: $(GEN)/tests/%.c crpc.h $(TEST_GEN_H)
@@ -147,7 +159,7 @@ $(B)/obj/libgen-tsan.a: $(TEST_GEN_C:$(GEN)/tests/%.c=$(B)/obj/tsan/%.o)
 define test_program
 	@mkdir -p $(@D)
 	@rm -f $@
-	@echo "  cc      $@"
+	@$(call step,cc      $@)
 	$(Q)$(CC) $(TEST_CFLAGS) $(1) -MMD -MP -MF $@.d -MT $@ $< -o $@ $(2) -lcmocka \
 	  $$(sed -n 's/.*crpc-test-flags: *\([^*]*\).*/\1/p' $<)
 endef
@@ -176,7 +188,7 @@ build-test: $(UNIT_BIN) $(SYSTEM_BIN) $(if $(filter $(EXAMPLE_SCRIPTS),$(SCRIPTS
 build-test-tsan: $(TSAN_BIN) $(filter-out %/none,$(MUTANT_BIN))
 
 # Builds what can be built, runs it, and counts the rest as failed.
-build_tests = mkdir -p $(B); rm -f $(B)/$@-unbuilt; $(SUB) -k build-$@ || touch $(B)/$@-unbuilt
+build_tests = mkdir -p $(B); rm -f $(B)/$@-unbuilt; $(call SUB,-k build-$@) || touch $(B)/$@-unbuilt
 run_tests = CRPC_TEST_FILTER='$(FILTER)' $(T_DIR)/run_tests.py --build $(B) --log $(B)/log/$@ \
   --jobs $(J) $(addprefix --seed=,$(SEED)) $$([ ! -e $(B)/$@-unbuilt ] || echo --build-failed)
 
@@ -203,12 +215,17 @@ matrix: ## compile and link crpc.h: compilers, standards, toggles, static mode, 
 .PHONY: lint
 lint: ## the rules of the source: order, names, comments, data, samples; and that they can fail
 	@$(T_DIR)/setup.sh lint
-	+@$(SUB) -k generated >/dev/null || true
+	+@$(call SUB,-k generated) >/dev/null || true
 	@$(T_DIR)/lint.py --build $(B)/lint --include $(GEN)/tests \
 	  $(addprefix --include ,$(sort $(dir $(EXAMPLE_GEN))))
 
 .PHONY: generated
 generated: $(TEST_GEN_H) $(foreach g,$(EXAMPLE_GEN),$(g).pb.h $(g).crpc.h)
+
+.PHONY: distros
+distros: ## demo and unit tests in bare Debians 12 and 13 and Ubuntu 24.04, as root; SUITES="trixie" narrows
+	@$(T_DIR)/setup.sh distros
+	@JOBS=$(JOBS) $(T_DIR)/distros.sh $(SUITES)
 
 # --- examples -------------------------------------------------------------------------------
 # examples/DIR/NAME.c with a main becomes build/examples/NAME, compiled the way a user would: with
@@ -228,7 +245,7 @@ $(B)/examples/$(2): examples/$(1)/$(2).c \
     | $(foreach g,$(filter $(GEN)/examples/$(1)/%,$(EXAMPLE_GEN)),$(g).pb.h $(g).crpc.h)
 	@mkdir -p $$(@D)
 	@rm -f $$@
-	@echo "  cc      $$@"
+	@$$(call step,cc      $$@)
 	$(Q)$(CC) $(EXAMPLE_CFLAGS) $(FLAGS_$(3)) -I. -Iexamples/$(1) -I$(GEN)/examples/$(1) \
 	  $$(filter %.c,$$^) -o $$@ $(LIBS_$(3))
 $(B)/examples/$(2): crpc.h Makefile $(wildcard examples/$(1)/*.h)
@@ -242,18 +259,18 @@ build-examples: $(EXAMPLE_BIN)
 .PHONY: examples
 examples: ## build/examples/*: the programs of examples/, built as a user would
 	@$(T_DIR)/setup.sh build
-	+@$(SUB) build-examples
+	+@$(call SUB,build-examples)
 
 .PHONY: demo
 demo: ## examples against a ZooKeeper of its own: register, find, call, fail over
 	@$(T_DIR)/setup.sh demo
-	+@$(SUB) -s build-examples
+	+@$(call SUB,-s build-examples)
 	@BUILD=$(CURDIR)/$(B) bash examples/demo.sh
 
 .PHONY: interop
 interop: ## echo with implementations that others wrote, fetched from a network
 	@$(T_DIR)/setup.sh build
-	+@$(SUB) -s build-examples
+	+@$(call SUB,-s build-examples)
 	@BUILD=$(CURDIR)/$(B) $(T_DIR)/interop/run.py
 
 include bench/bench.mk
@@ -263,32 +280,135 @@ include bench/bench.mk
 define PC
 prefix=$(PREFIX)
 includedir=$${prefix}/include
+# protoc --plugin=protoc-gen-crpc=$$(pkg-config --variable=plugin crpc); with --nanopb-proto the plugin
+# prints the directory of nanopb.proto.
+plugin=$${prefix}/bin/protoc-gen-crpc
+# Debian 13 and Ubuntu 24.04 have nanopb's headers there, Debian 12 has them in /usr/include.
+nanopb_includedir=$(NANOPB_INCLUDE)
 # Without ZooKeeper: pkg-config --variable=cflags_without_zookeeper crpc, and libs_...
-cflags_without_zookeeper=-I$${includedir} $(FLAGS_none)
+cflags_without_zookeeper=-I$${includedir} -I$${nanopb_includedir} $(FLAGS_none)
 libs_without_zookeeper=$(LIBS_none)
 # With the single-threaded client, driven by crpc's loop:
-cflags_zookeeper_st=-I$${includedir} $(FLAGS_st)
+cflags_zookeeper_st=-I$${includedir} -I$${nanopb_includedir} $(FLAGS_st)
 libs_zookeeper_st=-lprotobuf-nanopb -lzookeeper_st -lpthread
 
 Name: crpc
 Description: remote procedure calls for embedded Linux, in one C header
 Version: $(VERSION)
-Cflags: -I$${includedir} $(FLAGS_mt)
+Cflags: -I$${includedir} -I$${nanopb_includedir} $(FLAGS_mt)
 Libs: $(LIBS_mt)
 endef
 
+define CMAKE
+# find_package(crpc) defines
+#
+#   crpc::crpc                       crpc.h with libzookeeper_mt
+#   crpc::crpc_zookeeper_st          crpc.h with libzookeeper_st, which needs no thread
+#   crpc::crpc_without_zookeeper     crpc.h alone
+#   crpc_generate(TARGET [ROOT DIR] FILE.proto...)
+#
+# Link a program with one of the first three, and define CRPC_IMPLEMENTATION in one of its files.
+# crpc_generate adds nanopb's and crpc's code for .proto files to a program or library. A file is known
+# to protoc by its path below ROOT, by default by its name alone, and X.options lies beside X.proto.
+
+get_filename_component(CRPC_PREFIX "$${CMAKE_CURRENT_LIST_DIR}/../../.." ABSOLUTE)
+find_path(CRPC_NANOPB_INCLUDE_DIR pb.h PATH_SUFFIXES nanopb)
+find_library(CRPC_NANOPB_LIBRARY protobuf-nanopb)
+find_program(CRPC_PROTOC protoc)
+find_program(CRPC_PLUGIN protoc-gen-crpc HINTS "$${CRPC_PREFIX}/bin")
+if(NOT CRPC_NANOPB_INCLUDE_DIR OR NOT CRPC_NANOPB_LIBRARY)
+  set(crpc_FOUND FALSE)
+  set(crpc_NOT_FOUND_MESSAGE "pb.h or libprotobuf-nanopb is missing: install nanopb (libnanopb-dev)")
+  return()
+endif()
+
+function(crpc_add_target name options libraries)
+  if(NOT TARGET $${name})
+    separate_arguments(options)
+    separate_arguments(libraries)
+    add_library($${name} INTERFACE IMPORTED)
+    set_target_properties($${name} PROPERTIES
+      INTERFACE_INCLUDE_DIRECTORIES "$${CRPC_PREFIX}/include;$${CRPC_NANOPB_INCLUDE_DIR}"
+      INTERFACE_COMPILE_OPTIONS "$${options}"
+      INTERFACE_LINK_LIBRARIES "$${CRPC_NANOPB_LIBRARY};$${libraries}")
+  endif()
+endfunction()
+crpc_add_target(crpc::crpc "$(FLAGS_mt)" "$(filter-out -lprotobuf-nanopb,$(LIBS_mt))")
+crpc_add_target(crpc::crpc_zookeeper_st "$(FLAGS_st)" "-lzookeeper_st -lpthread")
+crpc_add_target(crpc::crpc_without_zookeeper "$(FLAGS_none)" "-lpthread")
+
+function(crpc_generate target)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "ROOT" "")
+  if(NOT CRPC_PROTOC OR NOT CRPC_PLUGIN)
+    message(FATAL_ERROR "crpc_generate: protoc or protoc-gen-crpc is not on the PATH")
+  endif()
+  execute_process(COMMAND "$${CRPC_PLUGIN}" --nanopb-proto OUTPUT_VARIABLE nanopb ERROR_VARIABLE error
+    RESULT_VARIABLE failed OUTPUT_STRIP_TRAILING_WHITESPACE)
+  if(failed)
+    message(FATAL_ERROR "crpc_generate: $${error}")
+  endif()
+  set(protos)
+  foreach(proto IN LISTS arg_UNPARSED_ARGUMENTS)
+    get_filename_component(proto "$${proto}" ABSOLUTE)
+    list(APPEND protos "$${proto}")
+  endforeach()
+  set(out "$${CMAKE_CURRENT_BINARY_DIR}/$${target}.crpc")
+  file(MAKE_DIRECTORY "$${out}")
+  foreach(proto IN LISTS protos)
+    get_filename_component(root "$${proto}" DIRECTORY)
+    if(arg_ROOT)
+      get_filename_component(root "$${arg_ROOT}" ABSOLUTE)
+    endif()
+    file(RELATIVE_PATH name "$${root}" "$${proto}")
+    string(REGEX REPLACE "\\.proto$$" "" stem "$${name}")
+    set(files "$${out}/$${stem}.pb.c" "$${out}/$${stem}.pb.h" "$${out}/$${stem}.crpc.c" "$${out}/$${stem}.crpc.h")
+    set(options "$${root}/$${stem}.options")
+    if(NOT EXISTS "$${options}")
+      set(options)
+    endif()
+    # The plugin writes nothing for a file without services: touch makes the two empty files.
+    add_custom_command(OUTPUT $${files} WORKING_DIRECTORY "$${root}" VERBATIM
+      DEPENDS $${protos} $${options} "$${CRPC_PLUGIN}"
+      COMMAND "$${CRPC_PROTOC}" -I. "-I$${nanopb}" "--plugin=protoc-gen-crpc=$${CRPC_PLUGIN}"
+        "--nanopb_out=$${out}" "--crpc_out=$${out}" "$${name}"
+      COMMAND "$${CMAKE_COMMAND}" -E touch $${files})
+    target_sources($${target} PRIVATE $${files})
+  endforeach()
+  target_include_directories($${target} PUBLIC "$${out}")
+endfunction()
+endef
+
+# A later 0.x with another x may change the interface.
+define CMAKE_VERSION
+set(PACKAGE_VERSION $(VERSION))
+set(PACKAGE_VERSION_COMPATIBLE FALSE)
+if("$${PACKAGE_FIND_VERSION_MAJOR}.$${PACKAGE_FIND_VERSION_MINOR}" VERSION_EQUAL $(basename $(VERSION))
+    AND NOT PACKAGE_FIND_VERSION VERSION_GREATER PACKAGE_VERSION)
+  set(PACKAGE_VERSION_COMPATIBLE TRUE)
+endif()
+if(PACKAGE_FIND_VERSION VERSION_EQUAL PACKAGE_VERSION)
+  set(PACKAGE_VERSION_EXACT TRUE)
+endif()
+endef
+
+# What is installed: FILE:MODE:PLACE below PREFIX.
+INSTALLED := crpc.h:644:include/crpc.h protoc-gen-crpc:755:bin/protoc-gen-crpc \
+  $(B)/crpc.pc:644:lib/pkgconfig/crpc.pc $(B)/crpc-config.cmake:644:lib/cmake/crpc/crpc-config.cmake \
+  $(B)/crpc-config-version.cmake:644:lib/cmake/crpc/crpc-config-version.cmake
+
 .PHONY: install
-install: ## crpc.h, protoc-gen-crpc and crpc.pc to PREFIX (/usr/local) under DESTDIR
+install: ## crpc.h, protoc-gen-crpc, crpc.pc and CMake's files to PREFIX (/usr/local) under DESTDIR
 	$(shell mkdir -p $(B))$(file >$(B)/crpc.pc,$(PC))
-	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/pkgconfig
-	install -m 644 crpc.h $(DESTDIR)$(PREFIX)/include/crpc.h
-	install -m 755 protoc-gen-crpc $(DESTDIR)$(PREFIX)/bin/protoc-gen-crpc
-	install -m 644 $(B)/crpc.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/crpc.pc
+	$(file >$(B)/crpc-config.cmake,$(CMAKE))$(file >$(B)/crpc-config-version.cmake,$(CMAKE_VERSION))
+	$(foreach i,$(INSTALLED),$(call install_one,$(subst :, ,$(i))))
+define install_one
+install -D -m $(word 2,$(1)) $(word 1,$(1)) $(DESTDIR)$(PREFIX)/$(word 3,$(1))
+
+endef
 
 .PHONY: uninstall
 uninstall: ## remove what install put there
-	rm -f $(DESTDIR)$(PREFIX)/include/crpc.h $(DESTDIR)$(PREFIX)/bin/protoc-gen-crpc \
-	  $(DESTDIR)$(PREFIX)/lib/pkgconfig/crpc.pc
+	rm -f $(foreach i,$(INSTALLED),$(DESTDIR)$(PREFIX)/$(lastword $(subst :, ,$(i))))
 
 # --- the rest ----------------------------------------------------------------------------------
 

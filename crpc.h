@@ -131,6 +131,8 @@
  *     >>impl-breaker       a provider that fails gets no calls, then one, then more
  *     >>impl-balance       which provider a call goes to
  *     >>impl-conn          one connection: reading and parsing, queueing and sending
+ *     >>impl-baidu         brpc's protocol baidu_std: RpcMeta to messages and back
+ *     >>impl-protocols     which protocols there are
  *     >>impl-registry      lists of providers, node names, what a backend offers
  *     >>impl-filereg       the registry in a file
  *     >>impl-multicast     the registry that is nowhere: providers announce themselves
@@ -3486,6 +3488,55 @@ CRPCI_FN int crpci_message_encode(crpci_message_out *o, const pb_msgdesc_t *desc
     return o->no_memory ? CRPC_ENOMEM : CRPC_ECODEC;
 }
 
+/* --- what is said ----------------------------------------------------------------------------- */
+
+/* crpc's own fields: of a reply whose status is the application's; of a request, what names it and
+ * the key of its order. */
+#define CRPCI_MESSAGE_APP_FIELD "crpc-app"
+#define CRPCI_MESSAGE_ID_FIELD  "crpc-rid"
+#define CRPCI_MESSAGE_KEY_FIELD "crpc-key"
+
+typedef enum crpci_message_kind { CRPCI_MESSAGE_REQUEST, CRPCI_MESSAGE_REPLY } crpci_message_kind;
+
+/* A request or a reply, whatever protocol its bytes are in. Received, all that it points to stands
+ * in `chunk`, of which whoever keeps it takes a reference; of a reply the fields come first and the
+ * attachment comes last. */
+typedef struct crpci_message {
+    crpci_message_kind kind;
+    /* Received: a request for the method that the connection expects, or a reply that says success.
+     * Nothing below `attachment_size` is set then, nor would be but to 0. */
+    bool usual;
+    int64_t id;    /* connects a reply with its request; the caller's choice, 0 if there is none */
+    uint32_t turn; /* of the request on its connection, where replies keep that order */
+    int32_t timeout_ms;     /* request; 0: the caller did not say */
+    crpci_chunk *chunk;     /* received */
+    crpc_view fields;       /* received: where the protocol looks them up; to be sent: encoded */
+    const uint8_t *payload;
+    size_t payload_size;
+    size_t attachment_size; /* it follows the payload */
+    bool has_fields;        /* received: there may be fields */
+    int32_t status;         /* reply; 0: success */
+    crpc_view text;         /* reply, of a status that is not 0 */
+    crpc_view names;        /* request to be sent: service and method, encoded */
+    crpc_view service;      /* request received */
+    crpc_view method;
+    int64_t log_id;
+    int64_t trace_id;
+    int64_t span_id;
+    int64_t parent_span_id;
+    crpc_view credential;
+    const char *unsupported; /* received: what crpc cannot do of that which it asks for; NULL: all
+                              * is well. The text lasts as long as the call that hands it on. */
+} crpci_message;
+
+/* What a request passes on to the calls made on its behalf; first member of a crpc_context. */
+typedef struct crpci_origin {
+    int64_t deadline_us; /* INT64_MAX: the caller did not say */
+    int64_t log_id;
+    int64_t trace_id;
+    int64_t span_id;
+} crpci_origin;
+
 /* ======================================================================== */
 /* >>impl-frame   the 12 bytes before every message                         */
 /* ======================================================================== */
@@ -3518,12 +3569,6 @@ CRPCI_FN crpci_frame_result crpci_frame_header(const uint8_t *p, size_t n, uint3
 
 /* Written backwards in front of a payload; read by a hand cursor where it has the usual shape, and
  * by nanopb where it has not. Field numbers are brpc's (baidu_rpc_meta.proto). */
-
-/* crpc's own user_fields: of a reply whose error_code is the application's; of a request, what
- * names it and the key of its order. */
-#define CRPCI_META_APP_FIELD "crpc-app"
-#define CRPCI_META_ID_FIELD  "crpc-rid"
-#define CRPCI_META_KEY_FIELD "crpc-key"
 
 typedef struct crpci_meta {
     crpc_view raw;          /* read: all of it, to look user_fields up in */
@@ -3606,13 +3651,15 @@ CRPCI_FN crpc_view crpci_meta_put_names(uint8_t *out, size_t room, crpc_view ser
     return crpc_view_of(p, (size_t)(end - p));
 }
 
-/* Zeros of compress_type and correlation_id are written too: some peers insist. */
-CRPCI_FN uint8_t *crpci_meta_put_common(uint8_t *p, const crpci_meta *m)
+/* Zeros of compress_type and correlation_id are written too: some peers insist. Takes the members
+ * one by one, so that compilers need not put the struct into memory. */
+CRPCI_FN uint8_t *crpci_meta_put_common(uint8_t *p, int32_t attachment_size, int64_t correlation_id,
+                                        int32_t compress_type)
 {
-    if (m->attachment_size)
-        p = crpci_meta_put_int(p, 5, m->attachment_size);
-    p = crpci_meta_put_int(p, 4, m->correlation_id);
-    return crpci_meta_put_int(p, 3, m->compress_type);
+    if (attachment_size)
+        p = crpci_meta_put_int(p, 5, attachment_size);
+    p = crpci_meta_put_int(p, 4, correlation_id);
+    return crpci_meta_put_int(p, 3, compress_type);
 }
 
 /* Closes the submessage between p and end, which is meta field `field`, and writes the header. */
@@ -3630,7 +3677,7 @@ CRPCI_FN uint8_t *crpci_meta_put_header(uint8_t *p, const uint8_t *end, unsigned
     return p;
 }
 
-/* Callers reserve crpci_meta_bound() bytes; this only keeps a mistake from going on. */
+/* Callers reserve CRPCI_META_BOUND bytes and more; this only keeps a mistake from going on. */
 CRPCI_FN void crpci_meta_check_room(const uint8_t *low, const uint8_t *begin)
 {
     if (CRPCI_UNLIKELY(begin < low))
@@ -3645,7 +3692,7 @@ CRPCI_FN uint8_t *crpci_meta_put_request(uint8_t *low, uint8_t *payload, size_t 
     uint8_t *p = crpci_meta_put_raw(payload, fields), *end;
     if (crpc_view_data(m->credential))
         p = crpci_meta_put_bytes(p, 7, m->credential);
-    end = p = crpci_meta_put_common(p, m);
+    end = p = crpci_meta_put_common(p, m->attachment_size, m->correlation_id, m->compress_type);
     if (m->timeout_ms)
         p = crpci_meta_put_int(p, 8, m->timeout_ms);
     if (m->trace_id) {
@@ -3668,7 +3715,8 @@ CRPCI_FN uint8_t *crpci_meta_put_request(uint8_t *low, uint8_t *payload, size_t 
 CRPCI_FN uint8_t *crpci_meta_put_reply(uint8_t *low, uint8_t *payload, size_t payload_size,
                                        const crpci_meta *m, crpc_view fields)
 {
-    uint8_t *p = crpci_meta_put_common(crpci_meta_put_raw(payload, fields), m), *end = p;
+    uint8_t *p = crpci_meta_put_raw(payload, fields), *end;
+    end = p = crpci_meta_put_common(p, m->attachment_size, m->correlation_id, m->compress_type);
     if (crpc_view_size(m->error_text))
         p = crpci_meta_put_bytes(p, 2, m->error_text);
     p = crpci_meta_put_int(p, 1, m->error_code);
@@ -3677,23 +3725,17 @@ CRPCI_FN uint8_t *crpci_meta_put_reply(uint8_t *low, uint8_t *payload, size_t pa
     return p;
 }
 
-/* Room that header and meta need at most, names, texts and fields of `variable` bytes included:
- * header, nine varint fields of 11 bytes, tags and lengths. */
-CRPCI_FN size_t crpci_meta_bound(size_t variable)
-{
-    return CRPCI_FRAME_HEADER + 9 * 11 + 6 * 6 + variable;
-}
+/* Room that header and meta need at most, besides names, texts, credential and fields: header, nine
+ * varint fields of 11 bytes, tags and lengths. */
+#define CRPCI_META_BOUND (CRPCI_FRAME_HEADER + 9 * 11 + 6 * 6)
+
+#define CRPCI_META_FIELD_COST (3u + 3 * 5) /* of a user_fields entry, besides key and value */
 
 /* Encodes one user_fields entry (field 9: key 1, value 2) into out, which has
- * crpci_meta_field_size() bytes. Returns the bytes written. */
-CRPCI_FN size_t crpci_meta_field_size(size_t key, size_t value)
-{
-    return key + value + 3 + 3 * 5;
-}
-
+ * CRPCI_META_FIELD_COST bytes more than key and value. Returns the bytes written. */
 CRPCI_FN size_t crpci_meta_put_field(uint8_t *out, crpc_view key, crpc_view value)
 {
-    size_t room = crpci_meta_field_size(crpc_view_size(key), crpc_view_size(value)), n;
+    size_t room = CRPCI_META_FIELD_COST + crpc_view_size(key) + crpc_view_size(value), n;
     uint8_t *end = out + room, *p = crpci_meta_put_bytes(end, 2, value);
     p = crpci_meta_put_bytes(p, 1, key);
     p = crpci_meta_put_varint(p, (uint64_t)(end - p));
@@ -4377,14 +4419,26 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
 /* >>impl-transport   how bytes get through a connected socket               */
 /* ======================================================================== */
 
-/* All but `pending` are called without the loop's lock. Results as of readv and writev: -1 and
- * EAGAIN when it would block. */
+#define CRPCI_TRANSPORT_GATHER 1u /* writev takes several pieces; else the first of them alone */
+#define CRPCI_TRANSPORT_DUPLEX 2u /* one thread may read while another writes */
+#define CRPCI_TRANSPORT_REPEAT 4u /* what was offered when it would block has to be offered again */
+
+/* How a connection's bytes reach the socket. readv and writev return what the system calls of these
+ * names do: -1 and EAGAIN when it would block. They run without the loop's lock, everything else
+ * with it. A transport that makes its connections itself will add open, handshake, shut, identity,
+ * explain and close, with the first that needs them. */
 typedef struct crpci_transport {
+    const char *name;
+    unsigned flags;
     ssize_t (*readv)(int fd, void *state, struct iovec *iov, int count);
     ssize_t (*writev)(int fd, void *state, struct iovec *iov, int count);
-    bool (*pending)(void *state);             /* input that the poller does not see */
-    unsigned (*want)(void *state, unsigned);  /* maps what is wanted to what to poll for */
-    bool concurrent_rw;                       /* one thread may read while another writes */
+    /* Whether it holds input that the poller does not see. NULL: it never does. */
+    bool (*pending)(void *state);
+    /* What to poll for in order to go on with `events`; asked again after each read and write, and
+     * any readiness is then tried in both directions. NULL: for the same. */
+    unsigned (*want)(void *state, unsigned events);
+    /* Whether the peer has sent nothing that was not read. */
+    bool (*idle)(int fd, void *state);
 } crpci_transport;
 
 CRPCI_FN ssize_t crpci_transport_plain_readv(int fd, void *state, struct iovec *iov, int count)
@@ -4411,21 +4465,21 @@ CRPCI_FN ssize_t crpci_transport_plain_writev(int fd, void *state, struct iovec 
     return sendmsg(fd, &m, MSG_NOSIGNAL);
 }
 
-CRPCI_FN bool crpci_transport_plain_pending(void *state)
+CRPCI_FN bool crpci_transport_plain_idle(int fd, void *state)
 {
+    char byte;
     (void)state;
-    return false;
-}
-
-CRPCI_FN unsigned crpci_transport_plain_want(void *state, unsigned events)
-{
-    (void)state;
-    return events;
+    return recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) <= 0;
 }
 
 static const crpci_transport crpci_transport_plain = {
-    crpci_transport_plain_readv, crpci_transport_plain_writev, crpci_transport_plain_pending,
-    crpci_transport_plain_want, true};
+    "tcp",
+    CRPCI_TRANSPORT_GATHER | CRPCI_TRANSPORT_DUPLEX,
+    crpci_transport_plain_readv,
+    crpci_transport_plain_writev,
+    NULL,
+    NULL,
+    crpci_transport_plain_idle};
 
 /* ======================================================================== */
 /* >>impl-poller   epoll and poll behind four functions                      */
@@ -7320,10 +7374,9 @@ CRPCI_FN void crpci_balance_end(crpci_balance *b, size_t i, bool ok, int64_t lat
 #define CRPCI_CONN_READ ((64u << 10) - CRPCI_CHUNK_HEADER) /* bytes read at a time, and the budget
                                                             * per step */
 #define CRPCI_CONN_FRAMES 128       /* frames handled per step; the rest waits for the next */
-#define CRPCI_CONN_META_MAX (64u << 10) /* of a frame that is refused for its size */
 #define CRPCI_CONN_IOV 64
 #define CRPCI_CONN_SHORT 512 /* frames up to here are copied together */
-#define CRPCI_CONN_FLAT 8192
+#define CRPCI_CONN_FLAT (8192 - CRPCI_CHUNK_HEADER) /* bytes of them in one send */
 #define CRPCI_CONN_ROUNDS 16 /* sends in a row, if somebody drives who can go on */
 
 /* A frame to be sent. It stands at the beginning of its own chunk, before the bytes. */
@@ -7336,40 +7389,65 @@ struct crpci_out {
     const uint8_t *tail; /* attachment: in tail_chunk, or borrowed if that is NULL */
     size_t tail_len;
     crpci_chunk *tail_chunk;
-    size_t sent;   /* bytes handed to the kernel */
+    size_t sent;   /* bytes handed to the transport */
     void *owner;   /* the call that waits for it, and has the chunk; NULL: the chunk is its own */
     struct crpci_conn *conn; /* while queued */
-    bool inflight; /* in a send that runs without the lock */
+    int64_t id;     /* of a request: what its reply will be known by */
+    uint32_t turn;  /* of a reply, where they keep the order of the requests */
+    bool inflight;  /* in a send that runs without the lock */
+    bool committed; /* a send of it has to be repeated: CRPCI_TRANSPORT_REPEAT */
+    bool awaited;   /* its id is in the connection's `awaited` */
     bool queued;
 };
-
-/* A frame that was received. Everything points into the chunk; who keeps it takes a reference. */
-typedef struct crpci_message {
-    crpci_meta meta;
-    const uint8_t *payload;
-    size_t payload_size;
-    size_t attachment_size; /* it follows the payload */
-    bool bad_attachment; /* attachment_size is larger than the body: all of it is payload */
-    crpci_chunk *chunk;
-} crpci_message;
 
 typedef struct crpci_conn crpci_conn;
 
 /* What the section above is told. All are called with the loop locked and must not unlock it. */
 typedef struct crpci_conn_events {
     void (*opened)(crpci_conn *c); /* a dialled connection is up */
-    void (*message)(crpci_conn *c, crpci_message *m);
-    void (*oversize)(crpci_conn *c, const crpci_meta *m, uint64_t body);
+    void (*message)(crpci_conn *c, const crpci_message *m);
+    void (*oversize)(crpci_conn *c, const crpci_message *m, uint64_t body); /* m has no payload */
     void (*sent)(crpci_conn *c, crpci_out *out); /* all of a frame left; before it is released */
     void (*eof)(crpci_conn *c); /* the peer sends no more, it may still read */
     void (*closed)(crpci_conn *c); /* once, whoever closed it; c->why says why */
     void (*timer)(crpci_conn *c);
 } crpci_conn_events;
 
-/* The protocol that a connection's bytes are in, by its first ones. */
+typedef enum crpci_detected {
+    CRPCI_DETECTED_NO,
+    CRPCI_DETECTED_YES,
+    CRPCI_DETECTED_MORE /* not to be told by so few bytes */
+} crpci_detected;
+
+#define CRPCI_PROTOCOL_ORDERED 1u /* replies have no id: they come in the order of the requests */
+#define CRPCI_PROTOCOL_NAMES 16u  /* bytes that encoded names may take beside the names */
+
+/* A protocol cuts bytes into messages and makes bytes of messages. A server finds out by the first
+ * bytes of a connection which one it is in; a channel's URL says it, because fields and room are
+ * laid out before a connection exists. Flags SINGLE, STREAMS and ATTACH, and open, close, eof,
+ * submit, writable, consumed, bind, cancel, farewell and timer come with the protocols that need
+ * them. */
 typedef struct crpci_protocol {
-    const char *name;
-    crpci_frame_result (*detect)(const uint8_t *p, size_t n);
+    const char *name; /* as protocol= in a URL has it */
+    unsigned flags;
+    size_t state_size; /* of a connection's own state, which begins as zeros; 0: none */
+    size_t headroom;   /* before a payload at most, names, texts, credential and fields not counted */
+    size_t field_cost; /* of a field at most, besides its key and value */
+    crpci_detected (*detect)(const uint8_t *p, size_t n);
+    /* Takes one message, or part of one, from the front of what has come, and hands it on with
+     * crpci_conn_deliver. Returns the bytes used. 0: the same bytes come again when there are
+     * c->rx_total of them, which it has set to more than n; it then uses them all or asks again.
+     * `chunk` holds the bytes. Locked; the connection may be closed by it. */
+    size_t (*feed)(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n);
+    /* The rest is pure, and called on any thread. Encodes what requests for a method begin with into
+     * `out`, of `room` bytes, CRPCI_PROTOCOL_NAMES more than both; returns where it stands there. */
+    crpc_view (*names)(uint8_t *out, size_t room, crpc_view service, crpc_view method);
+    size_t (*put_field)(uint8_t *out, crpc_view key, crpc_view value); /* returns its length */
+    bool (*field)(crpc_view fields, const char *key, crpc_view *value);
+    /* Write what comes before a payload that stands at `payload`, but not below `low`. Return where
+     * it begins. The attachment is sent behind the payload. */
+    uint8_t *(*request)(uint8_t *low, uint8_t *payload, const crpci_message *m);
+    uint8_t *(*reply)(uint8_t *low, uint8_t *payload, const crpci_message *m);
 } crpci_protocol;
 
 struct crpci_conn {
@@ -7381,6 +7459,10 @@ struct crpci_conn {
     crpci_timer timer;
     const crpci_transport *io;
     void *io_state;
+    const crpci_protocol *protocol;           /* NULL: the peer has not said enough yet */
+    const crpci_protocol *const *protocols;   /* accepted: one of these, which end with NULL */
+    size_t protocol_index;                    /* of `protocol` in `protocols` */
+    void *protocol_state;
     const crpci_conn_events *up;
     void *owner;
     void *client; /* the upper section's word for the peer; NULL: none */
@@ -7391,14 +7473,14 @@ struct crpci_conn {
     int why_errno; /* 0: none */
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
-    bool oversize;
+    bool unread; /* reading was put off while another thread wrote */
     uint32_t max_body;
     int64_t max_skip;
     uint64_t skip;      /* bytes of a refused body still to be dropped */
     crpci_chunk *rx;    /* a frame that has begun */
     size_t rx_len;
     size_t rx_need;     /* read so far at least, then look again */
-    size_t rx_total;    /* 0: the header is not complete */
+    size_t rx_total;    /* that the protocol asked for */
     int64_t rx_since;   /* when it began */
     int64_t frame_timeout_us; /* 0: none */
     int64_t linger_bytes;     /* close_when_sent: tx_bytes when the timer was set */
@@ -7409,14 +7491,28 @@ struct crpci_conn {
     crpci_out *tx_tail;
     int64_t tx_bytes;
     int64_t tx_memory; /* that the queue holds: small frames take more than their bytes */
-    int64_t active_us; /* last frame */
+    /* Where replies keep the order of requests. Accepted: turns are given to requests, and replies
+     * whose turn has not come wait in `held`, by turn. Dialled: ids of requests that are leaving
+     * or have left wait in a ring for their replies. */
+    uint32_t turns;
+    uint32_t turn_due;
+    crpci_out *held;
+    int64_t *awaited;
+    size_t awaited_size, awaited_first, awaited_count;
+    int64_t active_us; /* last message */
     crpc_view expect;  /* the names that the next request is likely to have, "" for replies... */
-    const void *expected; /* ... and the upper section's word for them */
+    const void *expected; /* ... and the upper section's method for them */
 };
 
 CRPCI_FN size_t crpci_conn_out_len(const crpci_out *o)
 {
     return o->head_len + o->tail_len;
+}
+
+/* Whether the peer may have got some of it: it can no longer be taken back. */
+CRPCI_FN bool crpci_conn_out_begun(const crpci_out *o)
+{
+    return o->sent || o->inflight || o->committed;
 }
 
 CRPCI_FN int64_t crpci_conn_out_memory(const crpci_out *o)
@@ -7475,23 +7571,38 @@ CRPCI_FN void crpci_conn_hold(crpci_conn *c)
     c->refs++;
 }
 
+CRPCI_COLD void crpci_conn_free(crpci_conn *c)
+{
+    crpci_heap *h = c->loop->heap;
+    if (c->protocol_state)
+        crpci_heap_free(h, c->protocol_state, c->protocol->state_size);
+    crpci_heap_free(h, c->awaited, c->awaited_size * sizeof *c->awaited);
+    crpci_heap_free(h, c, sizeof *c);
+}
+
 CRPCI_FN void crpci_conn_drop(crpci_conn *c)
 {
     if (--c->refs == 0)
-        crpci_heap_free(c->loop->heap, c, sizeof *c);
+        crpci_conn_free(c);
+}
+
+CRPCI_FN void crpci_conn_out_free_all(crpci_out **list)
+{
+    crpci_out *o;
+    while ((o = *list) != NULL) {
+        *list = o->next;
+        o->queued = false;
+        crpci_conn_out_free(o);
+    }
 }
 
 /* After a close: gives back what nobody uses any more. */
 CRPCI_FN void crpci_conn_cleanup(crpci_conn *c)
 {
-    crpci_out *o;
     if (c->reading || c->writing)
         return; /* P7: whoever uses the descriptor comes here when it is done */
-    while ((o = c->tx_head) != NULL) {
-        c->tx_head = o->next;
-        o->queued = false;
-        crpci_conn_out_free(o);
-    }
+    crpci_conn_out_free_all(&c->tx_head);
+    crpci_conn_out_free_all(&c->held);
     c->tx_tail = NULL;
     crpci_heap_chunk_unref(c->rx);
     crpci_heap_chunk_unref(c->left);
@@ -7537,8 +7648,23 @@ CRPCI_FN void crpci_conn_interest(crpci_conn *c)
         events |= CRPC_READABLE;
     if (c->connecting || c->blocked)
         events |= CRPC_WRITABLE;
-    if (crpci_loop_watch_set(c->loop, &c->watch, c->fd, c->io->want(c->io_state, events)))
+    if (c->io->want && !c->connecting)
+        events = c->io->want(c->io_state, events);
+    if (crpci_loop_watch_set(c->loop, &c->watch, c->fd, events))
         crpci_conn_close(c, CRPC_ENOMEM, 0);
+}
+
+/* Has what the poller cannot see be read with the next step. */
+CRPCI_FN void crpci_conn_read_on(crpci_conn *c)
+{
+    crpci_loop_queue(&c->loop->resume, &c->resume);
+    crpci_loop_kick(c->loop);
+}
+
+/* Whether there is input that no descriptor will tell of. */
+CRPCI_FN bool crpci_conn_has_unseen(const crpci_conn *c)
+{
+    return c->left || c->unread || (c->io->pending && c->io->pending(c->io_state));
 }
 
 CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
@@ -7547,10 +7673,8 @@ CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
         return;
     c->paused = paused;
     c->rx_since = crpci_loop_now(c->loop); /* a pause is not the peer's slowness */
-    if (!paused && c->left) {
-        crpci_loop_queue(&c->loop->resume, &c->resume);
-        crpci_loop_kick(c->loop); /* no descriptor tells the driver of input already read */
-    }
+    if (!paused && crpci_conn_has_unseen(c))
+        crpci_conn_read_on(c);
     crpci_conn_interest(c);
 }
 
@@ -7561,7 +7685,8 @@ typedef struct crpci_conn_batch {
     struct iovec iov[CRPCI_CONN_IOV];
     int count;
     size_t used;
-    uint8_t flat[CRPCI_CONN_FLAT];
+    crpci_chunk *copies; /* of short frames; NULL: there is one frame, or no memory: none is copied.
+                          * On the stack it would be most of what a synchronous call needs. */
 } crpci_conn_batch;
 
 CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n)
@@ -7578,7 +7703,7 @@ CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n)
 /* Adds a short frame as a copy, behind another one where that is possible. */
 CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t n)
 {
-    uint8_t *to = b->flat + b->used;
+    uint8_t *to = crpci_heap_data(b->copies) + b->used;
     struct iovec *last = b->count ? &b->iov[b->count - 1] : NULL;
     memcpy(to, p, n);
     b->used += n;
@@ -7588,15 +7713,57 @@ CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t 
         crpci_conn_add(b, to, n);
 }
 
+/* Notes that a request is about to leave: its reply is the next one after those of the others. Before
+ * the send, because another thread may read the reply before this one has the lock again. */
+CRPCI_COLD void crpci_conn_await(crpci_conn *c, crpci_out *o)
+{
+    size_t size = c->awaited_size, more = size ? 2 * size : 16;
+    if (c->awaited_count == size) {
+        int64_t *ring = (int64_t *)crpci_heap_alloc(c->loop->heap, more * sizeof *ring);
+        size_t i;
+        if (!ring) {
+            crpci_conn_close(c, CRPC_ENOMEM, 0);
+            return;
+        }
+        for (i = 0; i < size; i++)
+            ring[i] = c->awaited[(c->awaited_first + i) % size];
+        crpci_heap_free(c->loop->heap, c->awaited, size * sizeof *ring);
+        c->awaited = ring;
+        c->awaited_size = more;
+        c->awaited_first = 0;
+    }
+    c->awaited[(c->awaited_first + c->awaited_count++) % c->awaited_size] = o->id;
+    o->awaited = true;
+}
+
+/* After a send: requests of which nothing has left can still be withdrawn. They are the last ones. */
+CRPCI_COLD void crpci_conn_await_not(crpci_conn *c)
+{
+    crpci_out *o;
+    for (o = c->tx_head; o && (o->awaited || o->sent); o = o->next) {
+        if (!o->sent) {
+            o->awaited = false;
+            c->awaited_count -= c->awaited_count != 0; /* a peer may have answered too soon */
+        }
+    }
+}
+
+CRPCI_FN bool crpci_conn_awaits(const crpci_conn *c)
+{
+    return !c->protocols && c->protocol->flags & CRPCI_PROTOCOL_ORDERED;
+}
+
 CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
 {
-    bool alone = !c->tx_head->next;
+    bool awaits = crpci_conn_awaits(c);
     crpci_out *o;
     b->count = 0;
     b->used = 0;
+    if (c->tx_head->next && !b->copies)
+        b->copies = crpci_heap_chunk(c->loop->heap, CRPCI_CONN_FLAT);
     for (o = c->tx_head; o && b->count + 2 <= CRPCI_CONN_IOV; o = o->next) {
         size_t skip = o->sent, head = skip < o->head_len ? o->head_len - skip : 0;
-        if (head && head <= CRPCI_CONN_SHORT && !alone && head <= CRPCI_CONN_FLAT - b->used)
+        if (head && head <= CRPCI_CONN_SHORT && b->copies && head <= CRPCI_CONN_FLAT - b->used)
             crpci_conn_add_copy(b, o->head + skip, head);
         else if (head)
             crpci_conn_add(b, o->head + skip, head);
@@ -7604,6 +7771,8 @@ CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
             crpci_conn_add(b, o->tail + (head ? 0 : skip - o->head_len),
                            o->tail_len - (head ? 0 : skip - o->head_len));
         o->inflight = true;
+        if (CRPCI_UNLIKELY(awaits) && !o->awaited)
+            crpci_conn_await(c, o);
     }
 }
 
@@ -7633,19 +7802,42 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         crpci_heap_chunk_unref(tail);
         crpci_heap_chunk_unref(chunk);
     }
+    if (CRPCI_UNLIKELY(crpci_conn_awaits(c)))
+        crpci_conn_await_not(c);
     if (c->loop->io_waiters)
         crpci_thread_broadcast(&c->loop->io_cond);
 }
 
-/* Sends what is queued until the kernel takes no more. Unlocks while sending; others only append
+/* Sending has to wait until the transport takes more. What it was offered it may have to be offered
+ * again. */
+CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int count)
+{
+    crpci_out *o = c->tx_head;
+    size_t offered = 0;
+    c->blocked = true;
+    if (CRPCI_UNLIKELY(c->io->flags & CRPCI_TRANSPORT_REPEAT)) {
+        while (count)
+            offered += iov[--count].iov_len;
+        for (; o && offered; o = o->next) {
+            o->committed = true;
+            offered -= crpci_base_min(offered, crpci_conn_out_len(o) - o->sent);
+        }
+    }
+    crpci_conn_interest(c);
+}
+
+/* Sends what is queued until the transport takes no more. Unlocks while sending; others only append
  * meanwhile. */
 CRPCI_FN void crpci_conn_flush(crpci_conn *c)
 {
     crpc_loop *l = c->loop;
     crpci_conn_batch batch;
-    int rounds = 0;
+    int rounds = 0, count;
     if (c->writing || c->closed || c->connecting || c->blocked)
         return;
+    if (c->reading && !(c->io->flags & CRPCI_TRANSPORT_DUPLEX))
+        return; /* whoever reads queues the flush again */
+    batch.copies = NULL;
     crpci_list_remove(&c->flush.link);
     crpci_conn_hold(c);
     c->writing = true;
@@ -7659,27 +7851,37 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
             break;
         }
         crpci_conn_gather(c, &batch);
+        if (CRPCI_UNLIKELY(c->tx_head->committed) && c->tx_head->next && !batch.copies) {
+            crpci_conn_close(c, CRPC_ENOMEM, 0); /* less than was offered cannot be repeated */
+            break;
+        }
+        count = c->io->flags & CRPCI_TRANSPORT_GATHER ? batch.count : 1;
         l->stats.sends++;
         crpci_loop_unlock(l);
-        n = c->io->writev(c->fd, c->io_state, batch.iov, batch.count);
+        n = c->io->writev(c->fd, c->io_state, batch.iov, count);
         saved = errno;
         crpci_loop_lock(l);
         crpci_conn_advance(c, n > 0 ? (size_t)n : 0);
         if (n >= 0 || saved == EINTR)
             continue;
         if (saved == EAGAIN || saved == EWOULDBLOCK) {
-            c->blocked = true;
-            crpci_conn_interest(c);
+            crpci_conn_block(c, batch.iov, count);
             break;
         }
         c->writing = false;
         crpci_conn_close(c, CRPC_ECONN, saved);
     }
+    crpci_heap_chunk_unref(batch.copies);
     c->writing = false;
-    if (c->closed)
+    if (c->closed) {
         crpci_conn_cleanup(c);
-    else if (c->close_when_sent && !c->tx_head)
+    } else if (c->close_when_sent && !c->tx_head) {
         crpci_conn_close(c, CRPC_ECLOSE, 0);
+    } else if (CRPCI_UNLIKELY(c->io != &crpci_transport_plain)) {
+        crpci_conn_interest(c);
+        if (c->unread)
+            crpci_conn_read_on(c);
+    }
     crpci_conn_drop(c);
 }
 
@@ -7695,7 +7897,7 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
 {
     o->next = NULL;
     o->sent = 0;
-    o->inflight = false;
+    o->inflight = o->committed = o->awaited = false;
     o->queued = true;
     o->conn = c;
     if (c->tx_tail)
@@ -7709,11 +7911,33 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
         crpci_loop_queue(&c->loop->dirty, &c->flush);
 }
 
+/* Queues the reply to the request of that turn, or keeps it until the turn has come. */
+CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
+{
+    crpci_out **at = &c->held;
+    if (CRPCI_LIKELY(!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED))) {
+        crpci_conn_queue(c, o);
+        return;
+    }
+    while (*at && (int32_t)((*at)->turn - turn) < 0)
+        at = &(*at)->next;
+    o->turn = turn;
+    o->next = *at;
+    *at = o;
+    c->tx_memory += crpci_conn_out_memory(o);
+    while ((o = c->held) != NULL && o->turn == c->turn_due) {
+        c->turn_due++;
+        c->held = o->next;
+        c->tx_memory -= crpci_conn_out_memory(o);
+        crpci_conn_queue(c, o);
+    }
+}
+
 /* Takes back a frame of which nothing was sent. False if that is too late. */
 CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
 {
     crpci_out **at = &c->tx_head, *before = NULL;
-    if (!o->queued || o->sent || o->inflight)
+    if (!o->queued || crpci_conn_out_begun(o))
         return false;
     while (*at && *at != o) {
         before = *at;
@@ -7749,66 +7973,88 @@ CRPCI_FN void crpci_conn_begun(crpci_conn *c)
         crpci_loop_timer_set(c->loop, &c->timer, c->frame_timeout_us);
 }
 
-CRPCI_FN void crpci_conn_deliver(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p)
+/* Connects a message of an ordered protocol with its counterpart. False: the connection is closed. */
+CRPCI_COLD bool crpci_conn_place(crpci_conn *c, crpci_message *m)
 {
-    uint32_t body = crpci_base_get32(p + 4), meta = crpci_base_get32(p + 8);
-    const uint8_t *at = p + CRPCI_FRAME_HEADER + meta;
-    crpci_message m;
-    c->active_us = crpci_loop_time(c->loop);
-    if (!crpci_meta_read_usual(p + CRPCI_FRAME_HEADER, meta, c->expect, &m.meta) &&
-        !crpci_meta_read(p + CRPCI_FRAME_HEADER, meta, &m.meta)) {
-        crpci_conn_bad(c, "the peer's RpcMeta does not decode");
-        return;
+    if (m->kind == CRPCI_MESSAGE_REQUEST) {
+        m->turn = c->turns++;
+    } else if (c->awaited_count) {
+        m->id = c->awaited[c->awaited_first];
+        c->awaited_first = (c->awaited_first + 1) % c->awaited_size;
+        c->awaited_count--;
+    } else {
+        crpci_conn_bad(c, "a reply that no request was sent for");
+        return false;
     }
-    if (c->oversize) {
-        c->oversize = false;
-        c->skip = (uint64_t)body - meta;
-        crpci_conn_begun(c);
-        c->up->oversize(c, &m.meta, body);
-        return;
-    }
-    m.chunk = chunk;
-    m.payload = at;
-    m.payload_size = body - meta;
-    m.bad_attachment =
-        m.meta.attachment_size < 0 || (size_t)m.meta.attachment_size > m.payload_size;
-    m.attachment_size = m.bad_attachment ? 0 : (size_t)m.meta.attachment_size;
-    m.payload_size -= m.attachment_size;
-    c->up->message(c, &m);
+    return true;
 }
 
-/* Looks at a header of which `n` bytes are there: sets c->rx_total, or closes. */
-CRPCI_FN bool crpci_conn_header(crpci_conn *c, const uint8_t *p, size_t n)
+/* For protocols: hands a message on. */
+CRPCI_FN void crpci_conn_deliver(crpci_conn *c, crpci_message *m)
 {
-    uint32_t body = 0, meta = 0;
-    c->rx_total = 0;
-    switch (crpci_frame_header(p, n, &body, &meta)) {
-    case CRPCI_FRAME_BAD:
-        crpci_conn_bad(c, "the peer does not speak baidu_std");
-        return false;
-    case CRPCI_FRAME_NEED:
+    c->active_us = crpci_loop_time(c->loop);
+    if (CRPCI_LIKELY(!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED)) || crpci_conn_place(c, m))
+        c->up->message(c, m);
+}
+
+/* For protocols: reports a message whose body of `size` bytes is over max_body, and skips the next
+ * `skip` bytes of input. */
+CRPCI_COLD void crpci_conn_oversize(crpci_conn *c, crpci_message *m, uint64_t size, uint64_t skip)
+{
+    c->active_us = crpci_loop_time(c->loop);
+    c->skip = skip;
+    if (skip)
+        crpci_conn_begun(c);
+    if (!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED) || crpci_conn_place(c, m))
+        c->up->oversize(c, m, size);
+}
+
+/* The connection is in this protocol from now on. False: it was closed, for want of memory. */
+CRPCI_FN bool crpci_conn_speak(crpci_conn *c, const crpci_protocol *p)
+{
+    c->protocol = p;
+    if (CRPCI_LIKELY(!p->state_size))
         return true;
-    default:
-        break;
+    c->protocol_state = crpci_heap_alloc(c->loop->heap, p->state_size);
+    if (!c->protocol_state)
+        crpci_conn_close(c, CRPC_ENOMEM, 0);
+    return c->protocol_state != NULL;
+}
+
+/* Finds out the protocol of an accepted connection. False: not yet, or it was closed. */
+CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
+{
+    bool more = false;
+    size_t i;
+    for (i = 0; c->protocols[i]; i++) {
+        crpci_detected found = c->protocols[i]->detect(p, n);
+        if (found == CRPCI_DETECTED_YES) {
+            c->protocol_index = i;
+            return crpci_conn_speak(c, c->protocols[i]);
+        }
+        more = more || found == CRPCI_DETECTED_MORE;
     }
-    c->rx_total = (size_t)CRPCI_FRAME_HEADER + body;
-    if (body <= c->max_body)
-        return true;
-    if ((int64_t)body > c->max_skip || meta > CRPCI_CONN_META_MAX) {
-        crpci_conn_bad(c, "a body over the limit announced");
-        return false;
-    }
-    c->oversize = true;
-    c->rx_total = (size_t)CRPCI_FRAME_HEADER + meta; /* enough to say who is refused */
-    return true;
+    if (more)
+        c->rx_total = n + 1;
+    else
+        crpci_conn_bad(c, "the peer does not speak a protocol that is served here");
+    return false;
+}
+
+/* Gives bytes to the protocol. Returns those used; 0: it needs more, or the connection is closed. */
+CRPCI_FN size_t crpci_conn_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
+{
+    if (CRPCI_UNLIKELY(!c->protocol) && !crpci_conn_detect(c, p, n))
+        return 0;
+    return c->protocol->feed(c, chunk, p, n);
 }
 
 /* A chunk for a frame that has begun with `have` bytes. A large one is trusted with its full size
  * only when a good part of it has come. */
 CRPCI_FN bool crpci_conn_begin(crpci_conn *c, const uint8_t *p, size_t have)
 {
-    size_t want = c->rx_total ? c->rx_total : CRPCI_FRAME_HEADER, cap = want;
-    if (want > CRPCI_CONN_READ && have < CRPCI_CONN_READ / 2)
+    size_t cap = c->rx_total;
+    if (cap > CRPCI_CONN_READ && have < CRPCI_CONN_READ / 2)
         cap = CRPCI_CONN_READ;
     c->rx = crpci_heap_chunk(c->loop->heap, cap);
     if (!c->rx) {
@@ -7822,39 +8068,46 @@ CRPCI_FN bool crpci_conn_begin(crpci_conn *c, const uint8_t *p, size_t have)
     return true;
 }
 
-/* The frame in c->rx has got the bytes that were asked for: ask for more, or deliver it. */
-CRPCI_FN void crpci_conn_rx_full(crpci_conn *c)
+/* The message in c->rx, which stays, gets room for all that the protocol asked for. */
+CRPCI_FN void crpci_conn_grow(crpci_conn *c)
 {
-    crpci_chunk *chunk = c->rx, *bigger;
-    uint8_t *p = crpci_heap_data(chunk);
-    if (!c->rx_total && !crpci_conn_header(c, p, c->rx_len))
-        return;
-    if (c->rx_len == c->rx_total) {
-        c->rx = NULL;
-        crpci_conn_deliver(c, chunk, p);
-        crpci_heap_chunk_unref(chunk);
-        return;
-    }
-    if (c->rx_total > chunk->cap) {
-        size_t cap = c->rx_total > CRPCI_CONN_READ && c->rx_len < CRPCI_CONN_READ / 2
-                         ? CRPCI_CONN_READ
-                         : c->rx_total;
+    crpci_chunk *bigger;
+    size_t cap = c->rx_total;
+    if (c->rx_total > c->rx->cap) {
+        if (cap > CRPCI_CONN_READ && c->rx_len < CRPCI_CONN_READ / 2)
+            cap = CRPCI_CONN_READ;
         bigger = crpci_heap_chunk(c->loop->heap, cap);
         if (!bigger) {
             crpci_conn_close(c, CRPC_ENOMEM, 0);
             return;
         }
-        memcpy(crpci_heap_data(bigger), p, c->rx_len);
-        crpci_heap_chunk_unref(chunk);
+        memcpy(crpci_heap_data(bigger), crpci_heap_data(c->rx), c->rx_len);
+        crpci_heap_chunk_unref(c->rx);
         c->rx = bigger;
     }
     c->rx_need = crpci_base_min(c->rx_total, c->rx->cap);
 }
 
-/* Takes one piece of input: a whole frame where it stands, else what goes on with or begins c->rx.
+/* The message in c->rx has got the bytes that were asked for: it is whole, or needs more. */
+CRPCI_FN void crpci_conn_rx_full(crpci_conn *c)
+{
+    crpci_chunk *chunk = c->rx;
+    if (c->rx_len == c->rx_total) {
+        c->rx = NULL;
+        if (crpci_conn_parse(c, chunk, crpci_heap_data(chunk), c->rx_len) || c->closed) {
+            crpci_heap_chunk_unref(chunk);
+            return;
+        }
+        c->rx = chunk;
+    }
+    crpci_conn_grow(c);
+}
+
+/* Takes one piece of input: a whole message where it stands, else what goes on with or begins c->rx.
  * Returns the bytes used. */
 CRPCI_FN size_t crpci_conn_feed_one(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
+    size_t used;
     if (c->skip) {
         n = (size_t)crpci_base_min64((int64_t)n, (int64_t)c->skip);
         c->skip -= n;
@@ -7868,16 +8121,10 @@ CRPCI_FN size_t crpci_conn_feed_one(crpci_conn *c, crpci_chunk *chunk, const uin
             crpci_conn_rx_full(c);
         return n;
     }
-    if (!crpci_conn_header(c, p, n))
-        return n;
-    if (c->rx_total && c->rx_total <= n) {
-        n = c->rx_total;
-        crpci_conn_deliver(c, chunk, p);
-        return n;
-    }
-    if (!c->rx_total || c->rx_total > n)
-        n = crpci_conn_begin(c, p, n) ? n : 0;
-    return n;
+    used = crpci_conn_parse(c, chunk, p, n);
+    if (CRPCI_LIKELY(used) || c->closed)
+        return used;
+    return crpci_conn_begin(c, p, n) ? n : 0;
 }
 
 /* Takes input until the step's budget is used up; the rest waits in c->left. */
@@ -7915,16 +8162,6 @@ CRPCI_FN bool crpci_conn_catch_up(crpci_conn *c)
     return !c->left;
 }
 
-CRPCI_FN void crpci_conn_resume_task(crpc_loop *l, crpci_task *task)
-{
-    crpci_conn *c = CRPCI_CONTAINER(task, crpci_conn, resume);
-    (void)l;
-    crpci_conn_hold(c);
-    if (!c->closed)
-        crpci_conn_catch_up(c);
-    crpci_conn_drop(c);
-}
-
 /* The loop's receive buffer: one for all connections, because only the driver reads. Frames still
  * pointed into keep their part of it; the next read goes behind them. */
 CRPCI_FN bool crpci_conn_spare(crpc_loop *l)
@@ -7959,6 +8196,18 @@ CRPCI_FN void crpci_conn_received(crpci_conn *c, size_t n)
         l->spare_pos += (n + 7) & ~(size_t)7;
 }
 
+/* What a read may have changed with a transport that is more than a socket. */
+CRPCI_COLD void crpci_conn_after_read(crpci_conn *c)
+{
+    if (c->closed)
+        return;
+    if (c->tx_head && !c->blocked)
+        crpci_loop_queue(&c->loop->dirty, &c->flush);
+    if (c->io->pending && c->io->pending(c->io_state))
+        crpci_conn_read_on(c);
+    crpci_conn_interest(c);
+}
+
 CRPCI_FN void crpci_conn_read(crpci_conn *c)
 {
     crpc_loop *l = c->loop;
@@ -7966,6 +8215,9 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
     int count = 0, saved;
     ssize_t n;
     if (!crpci_conn_catch_up(c) || c->closed || c->reading || c->paused || c->eof)
+        return;
+    c->unread = c->writing && !(c->io->flags & CRPCI_TRANSPORT_DUPLEX);
+    if (c->unread) /* whoever writes has it read then */
         return;
     if (!crpci_conn_spare(l)) {
         crpci_conn_close(c, CRPC_ENOMEM, 0);
@@ -7984,6 +8236,8 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
     saved = errno;
     crpci_loop_lock(l);
     c->reading = false;
+    if (CRPCI_UNLIKELY(c->io != &crpci_transport_plain))
+        crpci_conn_after_read(c);
     if (c->closed)
         crpci_conn_cleanup(c);
     else if (n > 0)
@@ -8023,6 +8277,8 @@ CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
     if (c->connecting) {
         crpci_conn_connected(c);
     } else {
+        if (c->io->want)
+            events |= CRPC_READABLE | CRPC_WRITABLE; /* which of them goes on, it does not say */
         if (events & CRPC_WRITABLE && c->blocked) {
             c->blocked = false;
             crpci_conn_interest(c);
@@ -8031,6 +8287,16 @@ CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
         if (events & CRPC_READABLE && !c->closed)
             crpci_conn_read(c);
     }
+    crpci_conn_drop(c);
+}
+
+/* Goes on with input that was over the budget, or that no descriptor tells of. */
+CRPCI_FN void crpci_conn_resume_task(crpc_loop *l, crpci_task *task)
+{
+    crpci_conn *c = CRPCI_CONTAINER(task, crpci_conn, resume);
+    crpci_conn_hold(c);
+    if (!c->closed && crpci_conn_catch_up(c) && !c->closed && crpci_conn_has_unseen(c))
+        crpci_conn_event(l, &c->watch, CRPC_READABLE);
     crpci_conn_drop(c);
 }
 
@@ -8043,8 +8309,15 @@ CRPCI_FN void crpci_conn_on_timer(crpc_loop *l, crpci_timer *t)
     crpci_conn_drop(c);
 }
 
-/* Takes over a socket, connected or connecting; on failure it is closed. The loop has a reference
- * until the connection closes. */
+/* Whether a connection is at rest: nothing to be sent, nothing received in part or not yet. */
+CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
+{
+    return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip &&
+           !(c->io->pending && c->io->pending(c->io_state)) && c->io->idle(c->fd, c->io_state);
+}
+
+/* Takes over a socket, connecting or accepted; on failure it is closed. The loop has a reference
+ * until the connection closes. An accepted one needs `protocols`, the other one a protocol. */
 CRPCI_FN int crpci_conn_new(crpc_loop *l, int fd, bool connecting, const crpci_conn_events *up,
                             void *owner, crpci_conn **out)
 {
@@ -8100,13 +8373,192 @@ CRPCI_FN int crpci_conn_dial(crpc_loop *l, const crpci_addr *to, const crpci_con
     return crpci_conn_new(l, fd, true, up, owner, out);
 }
 
-/* What a request passes on to the calls made on its behalf; first member of a crpc_context. */
-typedef struct crpci_origin {
-    int64_t deadline_us; /* INT64_MAX: the caller did not say */
-    int64_t log_id;
-    int64_t trace_id;
-    int64_t span_id;
-} crpci_origin;
+/* ======================================================================== */
+/* >>impl-baidu   brpc's protocol baidu_std: RpcMeta to messages and back   */
+/* ======================================================================== */
+
+#define CRPCI_BAIDU_META_MAX (64u << 10) /* of a frame that is refused for its size */
+
+CRPCI_FN crpci_detected crpci_baidu_detect(const uint8_t *p, size_t n)
+{
+    if (memcmp(p, "PRPC", crpci_base_min(n, 4)) != 0)
+        return CRPCI_DETECTED_NO;
+    return n < 4 ? CRPCI_DETECTED_MORE : CRPCI_DETECTED_YES;
+}
+
+/* What a meta asks for that crpc cannot do, in words; "" if there is nothing. */
+CRPCI_COLD void crpci_baidu_check(const crpci_meta *m, size_t body, char *text, size_t size)
+{
+    *text = '\0';
+    if (m->attachment_size < 0 || (size_t)m->attachment_size > body)
+        snprintf(text, size, "attachment_size %d is larger than the body's %zu bytes",
+                 m->attachment_size, body);
+    else if (m->compress_type)
+        snprintf(text, size, "compress_type %d is not supported; send uncompressed",
+                 m->compress_type);
+    else if (m->content_type)
+        snprintf(text, size, "content_type %d is not supported; send protobuf", m->content_type);
+    else if (m->checksum_type)
+        snprintf(text, size, "checksum_type %d is not supported; send none", m->checksum_type);
+    else if (crpc_view_data(m->stream_settings))
+        snprintf(text, size, "streaming is not supported");
+    else if (crpc_view_data(m->chunk_info))
+        snprintf(text, size, "chunked bodies are not supported; send one frame");
+}
+
+/* Hands on a message whose meta may say anything; its body has `body` bytes. */
+CRPCI_FN void crpci_baidu_full(crpci_conn *c, const crpci_meta *meta, crpci_message *m, size_t body)
+{
+    char text[120];
+    crpci_baidu_check(meta, body, text, sizeof text);
+    m->unsupported = *text ? text : NULL;
+    m->attachment_size = *text ? 0 : (size_t)meta->attachment_size;
+    m->payload_size = body - m->attachment_size;
+    m->has_fields = meta->fields;
+    m->status = meta->error_code;
+    m->text = meta->error_text;
+    m->service = meta->service;
+    m->method = meta->method;
+    m->log_id = meta->log_id;
+    m->trace_id = meta->trace_id;
+    m->span_id = meta->span_id;
+    m->parent_span_id = meta->parent_span_id;
+    m->credential = meta->credential;
+    crpci_conn_deliver(c, m);
+}
+
+/* A body over the limit: as much of it is needed as says who is to be told. */
+CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n, uint32_t body,
+                                       uint32_t size)
+{
+    crpci_meta meta;
+    crpci_message m;
+    if ((int64_t)body > c->max_skip || size > CRPCI_BAIDU_META_MAX) {
+        crpci_conn_bad(c, "a body over the limit announced");
+        return 0;
+    }
+    c->rx_total = (size_t)CRPCI_FRAME_HEADER + size;
+    if (n < c->rx_total)
+        return 0;
+    if (!crpci_meta_read(p + CRPCI_FRAME_HEADER, size, &meta)) {
+        crpci_conn_bad(c, "the peer's RpcMeta does not decode");
+        return 0;
+    }
+    memset(&m, 0, sizeof m);
+    m.kind = c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
+    m.id = meta.correlation_id;
+    crpci_conn_oversize(c, &m, body, (uint64_t)body - size);
+    return (size_t)CRPCI_FRAME_HEADER + size;
+}
+
+CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
+{
+    uint32_t body = 0, size = 0;
+    crpci_meta meta;
+    crpci_message m;
+    switch (crpci_frame_header(p, n, &body, &size)) {
+    case CRPCI_FRAME_BAD:
+        crpci_conn_bad(c, "the peer does not speak baidu_std");
+        return 0;
+    case CRPCI_FRAME_NEED:
+        c->rx_total = CRPCI_FRAME_HEADER;
+        return 0;
+    default:
+        break;
+    }
+    if (CRPCI_UNLIKELY(body > c->max_body))
+        return crpci_baidu_oversize(c, p, n, body, size);
+    if (n < (size_t)CRPCI_FRAME_HEADER + body) {
+        c->rx_total = (size_t)CRPCI_FRAME_HEADER + body;
+        return 0;
+    }
+    p += CRPCI_FRAME_HEADER;
+    m.usual = crpci_meta_read_usual(p, size, c->expect, &meta);
+    if (CRPCI_UNLIKELY(!m.usual) && !crpci_meta_read(p, size, &meta)) {
+        crpci_conn_bad(c, "the peer's RpcMeta does not decode");
+        return 0;
+    }
+    m.kind = c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
+    m.id = meta.correlation_id;
+    m.timeout_ms = meta.timeout_ms;
+    m.chunk = chunk;
+    m.fields = meta.raw;
+    m.payload = p + size;
+    m.payload_size = body - size;
+    m.attachment_size = 0;
+    if (CRPCI_LIKELY(m.usual))
+        crpci_conn_deliver(c, &m);
+    else
+        crpci_baidu_full(c, &meta, &m, body - size);
+    return (size_t)CRPCI_FRAME_HEADER + body;
+}
+
+CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpci_message *m)
+{
+    crpci_meta meta; /* what a request has of it */
+    meta.names = m->names;
+    meta.credential = m->credential;
+    meta.log_id = m->log_id;
+    meta.trace_id = m->trace_id;
+    meta.span_id = m->span_id;
+    meta.parent_span_id = m->parent_span_id;
+    meta.attachment_size = (int32_t)m->attachment_size;
+    meta.correlation_id = m->id;
+    meta.timeout_ms = m->timeout_ms;
+    meta.compress_type = 0;
+    return crpci_meta_put_request(low, payload, m->payload_size, &meta, m->fields);
+}
+
+CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_message *m)
+{
+    crpci_meta meta; /* what a reply has of it */
+    meta.error_code = m->status;
+    meta.error_text = m->text;
+    meta.attachment_size = (int32_t)m->attachment_size;
+    meta.correlation_id = m->id;
+    meta.compress_type = 0;
+    return crpci_meta_put_reply(low, payload, m->payload_size, &meta, m->fields);
+}
+
+static const crpci_protocol crpci_baidu = {
+    "baidu_std",
+    0,
+    0,
+    CRPCI_META_BOUND,
+    CRPCI_META_FIELD_COST,
+    crpci_baidu_detect,
+    crpci_baidu_feed,
+    crpci_meta_put_names,
+    crpci_meta_put_field,
+    crpci_meta_field,
+    crpci_baidu_request,
+    crpci_baidu_reply};
+
+/* ======================================================================== */
+/* >>impl-protocols   which protocols there are                             */
+/* ======================================================================== */
+
+/* What a server detects, in this order, and a channel may name. A test adds its own; so does who
+ * adds one to crpc. */
+static const crpci_protocol *const crpci_protocols[] = {
+    &crpci_baidu,
+#ifdef CRPCI_TEST_PROTOCOLS
+    CRPCI_TEST_PROTOCOLS,
+#endif
+    NULL};
+
+#define CRPCI_PROTOCOLS_COUNT (sizeof crpci_protocols / sizeof crpci_protocols[0] - 1)
+
+/* The protocol of that name. NULL: there is none. */
+CRPCI_COLD const crpci_protocol *crpci_protocols_find(const char *name)
+{
+    size_t i;
+    for (i = 0; crpci_protocols[i]; i++) {
+        if (strcmp(crpci_protocols[i]->name, name) == 0)
+            break;
+    }
+    return crpci_protocols[i];
+}
 
 /* ======================================================================== */
 /* >>impl-registry   lists of providers, node names, what a backend offers   */
@@ -15161,7 +15613,6 @@ CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 
 #define CRPCI_REQUEST_LONGEST_MS 86400000 /* no call waits longer than a day */
 #define CRPCI_REQUEST_RETRIES 16   /* attempts that fail at once nest: this bounds the stack */
-#define CRPCI_REQUEST_CALL_MARK ((uintptr_t)0x43a11edu)
 #define CRPCI_REQUEST_INLINE  4096 /* attachments up to this size are copied behind the message */
 
 /* The words of cluster=, in the order of crpc_cluster. */
@@ -15182,7 +15633,7 @@ typedef struct crpci_method {
     struct crpci_method *next;
     const crpc_method *method;
     size_t size;      /* of this struct with the encoded names behind it */
-    crpc_view names;  /* service and method, encoded for the meta */
+    crpc_view names;  /* service and method, encoded */
     crpci_message_type response;
     crpci_policy policy;
     bool plain;                         /* never two attempts at a time, never degraded */
@@ -15193,6 +15644,7 @@ typedef struct crpci_method {
 /* What all requests of a channel have in common. */
 typedef struct crpci_request_source {
     crpc_loop *loop;
+    const crpci_protocol *protocol;
     char *credential; /* NULL: none */
     bool short_names;
     bool intercepted; /* interceptors may have added fields */
@@ -15208,7 +15660,8 @@ typedef struct crpci_request_source {
 } crpci_request_source;
 
 /* An encoded request. Its chunk holds, in this order: perhaps a pending call (`front` bytes), the
- * crpci_out, user_fields, credential, headroom for header and meta, message, small attachment. */
+ * crpci_out, fields, credential, headroom for what the protocol puts first, message, small
+ * attachment. */
 typedef struct crpci_request {
     crpci_chunk *chunk;
     size_t front;       /* offset of the crpci_out */
@@ -15218,7 +15671,7 @@ typedef struct crpci_request {
     size_t inline_size; /* attachment behind the message */
     crpc_view fields;
     crpc_view attachment; /* outside the chunk, borrowed from the caller */
-    crpc_view names;      /* this and the rest as in crpci_meta */
+    crpc_view names;      /* this and the rest as in crpci_message */
     crpc_view credential;
     int64_t log_id, trace_id, span_id, parent_span_id;
     bool identified; /* it has an id: a server that keeps replies executes it once */
@@ -15229,31 +15682,23 @@ typedef struct crpci_request {
 /* What crpc_call.reserved holds. */
 enum {
     CRPCI_CALL_HELD,      /* chunk of the reply that response views point into */
-    CRPCI_CALL_RAW,       /* the reply's meta, to find fields in, ... */
-    CRPCI_CALL_RAW_END,   /* ... and its end */
+    CRPCI_CALL_RAW,       /* the reply's fields, ... */
+    CRPCI_CALL_RAW_END,   /* ... and their end */
     CRPCI_CALL_ADDED,     /* chunk of the fields that interceptors add, ... */
     CRPCI_CALL_ADDED_LEN, /* ... and how many bytes they are */
     CRPCI_CALL_HEAP,      /* set only while interceptors run */
-    CRPCI_CALL_MARK       /* where CRPC_DEBUG is 1: the others are valid */
+    CRPCI_CALL_PROTOCOL   /* that the fields are encoded for */
 };
-
-/* Where CRPC_DEBUG is 1: marks a call that holds something, so that crpc_call_reset can tell it from
- * one that was never initialised. */
-CRPCI_FN void crpci_request_mark_call(crpc_call *call)
-{
-#if CRPC_DEBUG
-    call->reserved[CRPCI_CALL_MARK] = (void *)(uintptr_t)CRPCI_REQUEST_CALL_MARK;
-#else
-    (void)call;
-#endif
-}
 
 /* Whether a call is zero-initialised, or one that crpc has filled. */
 CRPCI_FN bool crpci_request_valid_call(const crpc_call *call)
 {
+    const void *protocol = call->reserved[CRPCI_CALL_PROTOCOL]; /* of one that holds something */
     size_t i;
-    if ((uintptr_t)call->reserved[CRPCI_CALL_MARK] == CRPCI_REQUEST_CALL_MARK)
-        return true;
+    for (i = 0; crpci_protocols[i]; i++) {
+        if (protocol == crpci_protocols[i])
+            return true;
+    }
     for (i = 0; i < sizeof call->reserved / sizeof *call->reserved; i++) {
         if (call->reserved[i])
             return false;
@@ -15273,15 +15718,17 @@ CRPC_API void crpc_call_reset(crpc_call *call)
 
 CRPC_API bool crpc_call_field(const crpc_call *call, const char *key, crpc_view *value)
 {
-    crpc_view raw;
-    raw.at[0] = call->reserved[CRPCI_CALL_RAW];
-    raw.end = call->reserved[CRPCI_CALL_RAW_END];
-    return crpci_meta_field(raw, key, value);
+    const crpci_protocol *p = (const crpci_protocol *)call->reserved[CRPCI_CALL_PROTOCOL];
+    crpc_view fields;
+    fields.at[0] = call->reserved[CRPCI_CALL_RAW];
+    fields.end = call->reserved[CRPCI_CALL_RAW_END];
+    return fields.end && p->field(fields, key, value);
 }
 
 CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *value)
 {
     crpci_heap *h = (crpci_heap *)call->reserved[CRPCI_CALL_HEAP];
+    const crpci_protocol *p = (const crpci_protocol *)call->reserved[CRPCI_CALL_PROTOCOL];
     crpci_message_out o;
     if (!h || !key || !value)
         return CRPC_EINVAL;
@@ -15294,10 +15741,10 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
     if (!o.chunk)
         return CRPC_ENOMEM;
     call->reserved[CRPCI_CALL_ADDED] = o.chunk;
-    if (!crpci_message_reserve(&o, crpci_meta_field_size(strlen(key), strlen(value))))
+    if (!crpci_message_reserve(&o, strlen(key) + strlen(value) + p->field_cost))
         return CRPC_ENOMEM;
-    o.len += crpci_meta_put_field(crpci_heap_data(o.chunk) + o.len, crpc_view_str(key),
-                                  crpc_view_str(value));
+    o.len += p->put_field(crpci_heap_data(o.chunk) + o.len, crpc_view_str(key),
+                          crpc_view_str(value));
     call->reserved[CRPCI_CALL_ADDED] = o.chunk;
     call->reserved[CRPCI_CALL_ADDED_LEN] = (void *)(uintptr_t)o.len;
     return CRPC_OK;
@@ -15391,13 +15838,13 @@ CRPCI_COLD crpci_method *crpci_request_add_method(crpci_request_source *s, const
 {
     const char *dot = s->short_names ? strrchr(m->service, '.') : NULL;
     crpc_view service = crpc_view_str(dot ? dot + 1 : m->service), name = crpc_view_str(m->name);
-    size_t room = crpc_view_size(service) + crpc_view_size(name) + 12;
+    size_t room = crpc_view_size(service) + crpc_view_size(name) + CRPCI_PROTOCOL_NAMES;
     crpci_method *k = (crpci_method *)crpci_heap_alloc(s->loop->heap, sizeof *k + room);
     if (!k)
         return NULL;
     k->method = m;
     k->size = sizeof *k + room;
-    k->names = crpci_meta_put_names((uint8_t *)(k + 1), room, service, name);
+    k->names = s->protocol->names((uint8_t *)(k + 1), room, service, name);
     k->response = crpci_message_type_of(m->response, m->response_size);
     crpci_request_method_settings(s, k);
     crpci_loop_lock(s->loop);
@@ -15430,41 +15877,42 @@ CRPCI_COLD void crpci_request_source_free(crpci_request_source *s)
 
 /* --- encoding --------------------------------------------------------------------------------- */
 
-/* Counts the bytes of the user_fields that a call sends: its own, `added` bytes of interceptors,
+/* Counts the bytes of the fields that a call sends: its own, `added` bytes of interceptors,
  * its id and its order key. */
-CRPCI_FN size_t crpci_request_fields_size(const crpc_call *call, size_t added, crpc_view id)
+CRPCI_FN size_t crpci_request_fields_size(const crpc_call *call, size_t cost, size_t added,
+                                          crpc_view id)
 {
     size_t n = added, i;
     for (i = 0; i < call->field_count; i++)
-        n += crpci_meta_field_size(strlen(call->fields[i].key), strlen(call->fields[i].value));
+        n += strlen(call->fields[i].key) + strlen(call->fields[i].value) + cost;
     if (crpc_view_data(id))
-        n += crpci_meta_field_size(sizeof CRPCI_META_ID_FIELD, crpc_view_size(id));
+        n += sizeof CRPCI_MESSAGE_ID_FIELD + crpc_view_size(id) + cost;
     if (crpc_view_data(call->order_key))
-        n += crpci_meta_field_size(sizeof CRPCI_META_KEY_FIELD,
-                                   crpc_view_size(call->order_key));
+        n += sizeof CRPCI_MESSAGE_KEY_FIELD + crpc_view_size(call->order_key) + cost;
     return n;
 }
 
-CRPCI_FN void crpci_request_put_field(crpci_message_out *o, const char *key, crpc_view value)
+CRPCI_FN void crpci_request_put_field(const crpci_protocol *p, crpci_message_out *o, const char *key,
+                                      crpc_view value)
 {
-    o->len += crpci_meta_put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
+    o->len += p->put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
 }
 
 /* Writes what crpci_request_fields_size counted. */
-CRPCI_FN void crpci_request_put_fields(crpci_message_out *o, const crpc_call *call, size_t added,
-                                       crpc_view id)
+CRPCI_FN void crpci_request_put_fields(const crpci_protocol *p, crpci_message_out *o,
+                                       const crpc_call *call, size_t added, crpc_view id)
 {
     size_t i;
     for (i = 0; i < call->field_count; i++)
-        crpci_request_put_field(o, call->fields[i].key, crpc_view_str(call->fields[i].value));
+        crpci_request_put_field(p, o, call->fields[i].key, crpc_view_str(call->fields[i].value));
     if (added)
         memcpy(crpci_heap_data(o->chunk) + o->len,
                crpci_heap_data((crpci_chunk *)call->reserved[CRPCI_CALL_ADDED]), added);
     o->len += added;
     if (crpc_view_data(id))
-        crpci_request_put_field(o, CRPCI_META_ID_FIELD, id);
+        crpci_request_put_field(p, o, CRPCI_MESSAGE_ID_FIELD, id);
     if (crpc_view_data(call->order_key))
-        crpci_request_put_field(o, CRPCI_META_KEY_FIELD, call->order_key);
+        crpci_request_put_field(p, o, CRPCI_MESSAGE_KEY_FIELD, call->order_key);
 }
 
 /* Gives the request's id: the call's own, or a new one written to `text` if the channel wants ids,
@@ -15520,6 +15968,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
                                   const void *request, const crpc_call *call, bool borrow,
                                   size_t front, crpci_request *r, crpc_error *error)
 {
+    const crpci_protocol *p = s->protocol;
     const crpc_method *m = k->method;
     crpc_view credential = crpc_view_data(call->credential) ? call->credential
                                                             : crpc_view_str(s->credential);
@@ -15527,8 +15976,9 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     size_t added = s->intercepted ? (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN] : 0;
     char id_text[17];
     crpc_view id = crpci_request_id(s, call, id_text);
-    size_t fields = crpci_request_fields_size(call, added, id), secret = crpc_view_size(credential);
-    size_t room = crpci_meta_bound(crpc_view_size(k->names) + fields + secret);
+    size_t fields = crpci_request_fields_size(call, p->field_cost, added, id);
+    size_t secret = crpc_view_size(credential);
+    size_t room = p->headroom + crpc_view_size(k->names) + fields + secret;
     size_t attached = crpc_view_size(call->attachment), base = front + sizeof(crpci_out);
     const char *why = "";
     crpci_message_out o;
@@ -15544,7 +15994,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
         return crpci_status_set(error, CRPC_ENOMEM, "%s.%s: out of memory (local)", m->service,
                                 m->name);
     if (fields)
-        crpci_request_put_fields(&o, call, added, id);
+        crpci_request_put_fields(p, &o, call, added, id);
     fields = o.len - base;
     if (secret)
         memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(credential), secret);
@@ -15582,24 +16032,25 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     return CRPC_OK;
 }
 
-/* Writes header and meta in front of the encoded message. Returns where the frame begins. */
-CRPCI_FN uint8_t *crpci_request_head(const crpci_request *r, int64_t correlation_id,
+/* Writes what comes before the encoded message. Returns where the frame begins. */
+CRPCI_FN uint8_t *crpci_request_head(const crpci_request *r, const crpci_protocol *p, int64_t id,
                                      int32_t timeout_ms)
 {
     uint8_t *data = crpci_heap_data(r->chunk);
-    crpci_meta m; /* only the members that a request has are set */
+    crpci_message m; /* only the members that a request has are set */
+    m.kind = CRPCI_MESSAGE_REQUEST;
+    m.id = id;
+    m.timeout_ms = timeout_ms;
+    m.fields = r->fields;
+    m.payload_size = r->payload_size;
+    m.attachment_size = r->inline_size + crpc_view_size(r->attachment);
     m.names = r->names;
     m.credential = r->credential;
     m.log_id = r->log_id;
     m.trace_id = r->trace_id;
     m.span_id = r->span_id;
     m.parent_span_id = r->parent_span_id;
-    m.attachment_size = (int32_t)(r->inline_size + crpc_view_size(r->attachment));
-    m.correlation_id = correlation_id;
-    m.timeout_ms = timeout_ms;
-    m.compress_type = 0;
-    return crpci_meta_put_request(data + r->low, data + r->payload, r->payload_size, &m,
-                                  r->fields);
+    return p->request(data + r->low, data + r->payload, &m);
 }
 
 /* --- copies and the end ----------------------------------------------------------------------- */
@@ -15696,31 +16147,30 @@ CRPCI_FN void crpci_request_settle(crpc_loop *l, crpci_request *r)
 /* What is kept of the message that answers a call. */
 typedef struct crpci_reply {
     crpci_chunk *chunk;     /* holds a reference; NULL: there is no reply */
-    crpc_view raw;          /* the meta */
-    crpc_view error_text;   /* if there is an error_code */
+    const crpci_protocol *protocol;
+    crpc_view fields;
+    crpc_view text;         /* if there is a status */
     const uint8_t *payload; /* the attachment stands behind it */
     size_t payload_size;
     size_t attachment_size;
-    int32_t error_code;
-    int32_t compress_type;
-    bool bad_attachment;
+    int32_t status;
 } crpci_reply;
 
 /* Keeps a message as the reply; takes a reference of its chunk. Locked. */
-CRPCI_FN void crpci_reply_take(crpci_reply *r, crpc_loop *l, const crpci_message *m)
+CRPCI_FN void crpci_reply_take(crpci_reply *r, crpc_loop *l, const crpci_protocol *p,
+                               const crpci_message *m)
 {
-    r->error_code = r->compress_type = 0;
-    if (!m->meta.usual) {
-        r->error_code = m->meta.error_code;
-        r->error_text = m->meta.error_text;
-        r->compress_type = m->meta.compress_type;
+    r->status = 0;
+    if (!m->usual) {
+        r->status = m->status;
+        r->text = m->text;
     }
     r->chunk = m->chunk;
-    r->raw = m->meta.raw;
+    r->protocol = p;
+    r->fields = m->fields;
     r->payload = m->payload;
     r->payload_size = m->payload_size;
     r->attachment_size = m->attachment_size;
-    r->bad_attachment = m->bad_attachment;
     crpci_loop_share(l, m->chunk);
 }
 
@@ -15735,14 +16185,14 @@ CRPCI_FN void crpci_reply_drop(crpci_reply *r, crpc_loop *l)
 /* Whether the call got what it was made for. */
 CRPCI_FN bool crpci_reply_succeeded(const crpci_reply *r)
 {
-    return r->chunk && r->error_code == 0;
+    return r->chunk && r->status == 0;
 }
 
 /* Copies a small reply out of the receive buffer, which many replies share; a large one keeps its
  * part of the buffer. */
 CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
 {
-    const uint8_t *from = (const uint8_t *)crpc_view_data(r->raw);
+    const uint8_t *from = (const uint8_t *)crpc_view_data(r->fields);
     size_t n = (size_t)(r->payload - from) + r->payload_size + r->attachment_size;
     crpci_chunk *chunk;
     uint8_t *to;
@@ -15754,10 +16204,10 @@ CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
     to = crpci_heap_data(chunk);
     memcpy(to, from, n);
     r->payload = to + (r->payload - from);
-    if (r->error_code && crpc_view_size(r->error_text))
-        r->error_text = crpc_view_of(to + ((const uint8_t *)crpc_view_data(r->error_text) - from),
-                                     crpc_view_size(r->error_text));
-    r->raw = crpc_view_of(to, crpc_view_size(r->raw));
+    if (r->status && crpc_view_size(r->text))
+        r->text = crpc_view_of(to + ((const uint8_t *)crpc_view_data(r->text) - from),
+                               crpc_view_size(r->text));
+    r->fields = crpc_view_of(to, crpc_view_size(r->fields));
     crpci_heap_chunk_unref(r->chunk);
     r->chunk = chunk;
 }
@@ -15768,10 +16218,10 @@ CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
 CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method *m,
                                         int attempts, crpc_error *e)
 {
-    int code = r->error_code;
-    crpc_view mark = {{NULL}, NULL}, text = r->error_text;
+    int code = r->status;
+    crpc_view mark = {{NULL}, NULL}, text = r->text;
     bool app = !crpci_status_reserved(code);
-    if (crpci_meta_field(r->raw, CRPCI_META_APP_FIELD, &mark))
+    if (r->protocol->field(r->fields, CRPCI_MESSAGE_APP_FIELD, &mark))
         app = true;
     e->code = app ? CRPC_EAPP : code == CRPC_EPENDING ? CRPC_ERESPONSE : code;
     if (!crpc_view_size(text))
@@ -15806,16 +16256,11 @@ CRPCI_FN int crpci_reply_decode(const crpci_reply *r, const crpci_method *k, int
     e->remote = false;
     e->sent = CRPC_SENT_YES;
     e->attempts = attempts;
-    call->reserved[CRPCI_CALL_RAW] = (void *)(uintptr_t)crpc_view_data(r->raw);
-    call->reserved[CRPCI_CALL_RAW_END] = (void *)(uintptr_t)r->raw.end;
-    crpci_request_mark_call(call);
-    if (CRPCI_UNLIKELY(r->error_code != 0))
+    call->reserved[CRPCI_CALL_RAW] = (void *)(uintptr_t)crpc_view_data(r->fields);
+    call->reserved[CRPCI_CALL_RAW_END] = (void *)(uintptr_t)r->fields.end;
+    call->reserved[CRPCI_CALL_PROTOCOL] = (void *)(uintptr_t)r->protocol;
+    if (CRPCI_UNLIKELY(r->status != 0))
         return crpci_reply_remote_error(r, k->method, attempts, e);
-    if (CRPCI_UNLIKELY(r->bad_attachment))
-        return crpci_reply_malformed(k->method, attempts, e,
-                                     "attachment_size is larger than the body");
-    if (CRPCI_UNLIKELY(r->compress_type != 0))
-        return crpci_reply_malformed(k->method, attempts, e, "compressed, which is not supported");
     if (type->views || type->clear)
         memset(response, 0, type->size);
     if (!crpci_message_decode(r->payload, r->payload_size, type, response, &why))
@@ -15863,6 +16308,7 @@ CRPCI_FN void crpci_reply_release(crpci_reply *r, crpc_call *call)
 
 /* What must be equal for an endpoint to be shared. */
 typedef struct crpci_endpoint_options {
+    const crpci_protocol *protocol;
     int connect_timeout_ms; /* 0: only the call's deadline */
     uint32_t inflight;      /* requests at a time; 0: no limit */
     uint32_t max_body;
@@ -15885,7 +16331,7 @@ typedef struct crpci_attempt {
     crpci_attempt_state state;
     bool one_way; /* ends when it is sent, unless the endpoint answers few at a time */
     crpc_sent sent;
-    uint64_t id;              /* in loop->calls; the frame's correlation id */
+    uint64_t id;              /* in loop->calls; the message's id */
     crpci_out *out;           /* queued on the connection; NULL: not */
     crpci_endpoint *endpoint; /* of this attempt, or the last; a reference */
     int64_t deadline_us;
@@ -15899,7 +16345,7 @@ typedef struct crpci_endpoint_events {
     void (*failed)(crpci_attempt *a, int code, const char *cause);
     void (*replied)(crpci_attempt *a, const crpci_message *m);
     void (*sent)(crpci_attempt *a); /* all of a frame that needs no reply has left */
-    void (*oversize)(crpci_attempt *a, const char *cause);
+    void (*useless)(crpci_attempt *a, const char *cause); /* a reply came that cannot be taken */
 } crpci_endpoint_events;
 
 struct crpci_endpoint {
@@ -15983,7 +16429,7 @@ CRPCI_FN bool crpci_endpoint_unanswered(const crpci_attempt *a)
 CRPCI_FN void crpci_endpoint_detach(crpci_attempt *a)
 {
     crpci_out *o = a->out;
-    if (o && (o->sent || o->inflight))
+    if (o && crpci_conn_out_begun(o))
         a->sent = CRPC_SENT_MAYBE;
     a->out = NULL;
     if (o && !crpci_conn_withdraw(o->conn, o))
@@ -16013,8 +16459,8 @@ CRPCI_FN void crpci_endpoint_send(crpci_endpoint *e, crpci_attempt *a)
     uint8_t *data = crpci_heap_data(r->chunk);
     crpci_out *o = crpci_request_frame(r);
     int64_t left = (a->deadline_us - crpci_loop_rough_time(e->loop)) / 1000;
-    o->head = crpci_request_head(r, crpci_endpoint_unanswered(a) ? 0 : (int64_t)a->id,
-                                 (int32_t)(left > 1 ? left : 1));
+    o->id = crpci_endpoint_unanswered(a) ? 0 : (int64_t)a->id;
+    o->head = crpci_request_head(r, e->options.protocol, o->id, (int32_t)(left > 1 ? left : 1));
     o->head_len = (size_t)(data + r->payload - o->head) + r->payload_size + r->inline_size;
     o->tail = (const uint8_t *)crpc_view_data(r->attachment);
     o->tail_len = crpc_view_size(r->attachment);
@@ -16062,14 +16508,13 @@ CRPCI_FN void crpci_endpoint_fail_all(crpci_endpoint *e, crpci_list *which, cons
 
 /* The attempt that a reply belongs to: pending on this very connection, and sent at least in
  * part. NULL: the reply is late, doubled or forged. */
-CRPCI_FN crpci_attempt *crpci_endpoint_match(crpci_conn *conn, const crpci_meta *m)
+CRPCI_FN crpci_attempt *crpci_endpoint_match(crpci_conn *conn, const crpci_message *m)
 {
-    crpci_attempt *a =
-        (crpci_attempt *)crpci_id_get(&conn->loop->calls, (uint64_t)m->correlation_id);
+    crpci_attempt *a = (crpci_attempt *)crpci_id_get(&conn->loop->calls, (uint64_t)m->id);
     if (a && a->state == CRPCI_ATTEMPT_ACTIVE && a->endpoint->conn == conn &&
-        (!a->out || a->out->sent || a->out->inflight))
+        (!a->out || crpci_conn_out_begun(a->out)))
         return a;
-    if (m->correlation_id) /* replies to one-way calls carry 0 */
+    if (m->id) /* replies to one-way calls carry 0 */
         conn->loop->stats.late_replies++;
     return NULL;
 }
@@ -16096,21 +16541,27 @@ CRPCI_FN void crpci_endpoint_on_opened(crpci_conn *conn)
     crpci_endpoint_serve_waiting(e);
 }
 
-CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, crpci_message *m)
+CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m)
 {
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
-    crpci_attempt *a = crpci_endpoint_match(conn, &m->meta);
+    crpci_attempt *a = crpci_endpoint_match(conn, m);
     if (!a)
         return;
     e->failures = 0;
-    if (!m->meta.usual && m->meta.error_code == CRPC_ELOGOFF)
+    if (!m->usual && m->status == CRPC_ELOGOFF)
         e->usable_at = crpci_loop_now(e->loop) + CRPCI_ENDPOINT_BACKOFF_MAX;
     crpci_endpoint_detach(a);
     a->sent = CRPC_SENT_YES;
+    if (!m->usual && m->unsupported && !m->status) {
+        char cause[CRPC_ERROR_TEXT_MAX];
+        snprintf(cause, sizeof cause, "reply: %s", m->unsupported);
+        e->events->useless(a, cause);
+        return;
+    }
     e->events->replied(a, m);
 }
 
-CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_meta *m, uint64_t body)
+CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_message *m, uint64_t body)
 {
     crpci_attempt *a = crpci_endpoint_match(conn, m);
     char cause[96];
@@ -16119,7 +16570,7 @@ CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_meta *m, 
     snprintf(cause, sizeof cause, "reply of %llu bytes is over max_body, %u",
              (unsigned long long)body, conn->max_body);
     a->sent = CRPC_SENT_YES;
-    a->endpoint->events->oversize(a, cause);
+    a->endpoint->events->useless(a, cause);
 }
 
 CRPCI_FN void crpci_endpoint_on_sent(crpci_conn *conn, crpci_out *o)
@@ -16154,7 +16605,7 @@ CRPCI_FN void crpci_endpoint_disown_frames(crpci_conn *conn)
         after = o->next;
         if (!a)
             continue;
-        if (o->sent || o->inflight)
+        if (crpci_conn_out_begun(o))
             a->sent = CRPC_SENT_MAYBE;
         a->out = NULL;
         if (!crpci_conn_withdraw(conn, o))
@@ -16230,6 +16681,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
     e->conn->max_skip = (int64_t)UINT32_MAX; /* we chose this peer: any reply may be skipped */
     if (e->options.connect_timeout_ms > 0)
         crpci_loop_timer_set(l, &e->conn->timer, (int64_t)e->options.connect_timeout_ms * 1000);
+    crpci_conn_speak(e->conn, e->options.protocol); /* the last step: out of memory it closes */
 }
 
 CRPCI_FN void crpci_endpoint_on_timer(crpc_loop *l, crpci_timer *t)
@@ -16270,7 +16722,7 @@ CRPCI_FN void crpci_endpoint_give_up_slot(crpci_attempt *a, int why)
 CRPCI_FN bool crpci_endpoint_same_options(const crpci_endpoint_options *a,
                                           const crpci_endpoint_options *b)
 {
-    return a->inflight == b->inflight && a->max_body == b->max_body &&
+    return a->protocol == b->protocol && a->inflight == b->inflight && a->max_body == b->max_body &&
            a->max_queued == b->max_queued && a->connect_timeout_ms == b->connect_timeout_ms;
 }
 
@@ -17286,13 +17738,13 @@ CRPCI_FN crpci_outcome crpci_attempt_outcome(int code)
 CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
-    if (!m->meta.usual && m->meta.error_code == CRPC_ELOGOFF &&
+    if (!m->usual && m->status == CRPC_ELOGOFF &&
         c->tried.attempts < c->tried.max_attempts && c->channel->providers.count > 1) {
         crpci_attempt_failed(a, CRPC_ELOGOFF, "the server is stopping");
         return;
     }
-    crpci_reply_take(&a->reply, c->channel->loop, m);
-    crpci_attempt_end(c, crpci_attempt_outcome(a->reply.error_code));
+    crpci_reply_take(&a->reply, c->channel->loop, a->endpoint->options.protocol, m);
+    crpci_attempt_end(c, crpci_attempt_outcome(a->reply.status));
     crpci_attempt_finish(c, CRPC_OK);
 }
 
@@ -17301,7 +17753,7 @@ CRPCI_FN void crpci_attempt_on_sent(crpci_attempt *a)
     crpci_attempt_finish(crpci_attempt_call(a), CRPC_OK);
 }
 
-CRPCI_COLD void crpci_attempt_on_oversize(crpci_attempt *a, const char *cause)
+CRPCI_COLD void crpci_attempt_on_useless(crpci_attempt *a, const char *cause)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
     crpci_attempt_explain(c, CRPC_ERESPONSE, cause);
@@ -17309,7 +17761,7 @@ CRPCI_COLD void crpci_attempt_on_oversize(crpci_attempt *a, const char *cause)
 }
 
 static const crpci_endpoint_events crpci_attempt_events = {
-    crpci_attempt_failed, crpci_attempt_replied, crpci_attempt_on_sent, crpci_attempt_on_oversize};
+    crpci_attempt_failed, crpci_attempt_replied, crpci_attempt_on_sent, crpci_attempt_on_useless};
 
 /* Makes the first attempt, or what the cluster policy makes in its place. */
 CRPCI_FN void crpci_attempt_begin(crpci_pending_call *c)
@@ -17695,7 +18147,7 @@ CRPCI_COLD void crpci_cluster_failback_failed(crpci_pending_call *c, int status)
     crpc_channel *ch = c->channel;
     crpci_reply *r = &c->attempt.reply;
     crpc_error *e = r->chunk ? crpci_attempt_error(c) : NULL;
-    bool answered = r->chunk && !crpci_status_reserved(r->error_code);
+    bool answered = r->chunk && !crpci_status_reserved(r->status);
     if (r->chunk)
         status = e ? crpci_reply_remote_error(r, c->method->method, c->tried.attempts, e)
                    : CRPC_ERESPONSE;
@@ -17721,7 +18173,7 @@ CRPCI_COLD bool crpci_cluster_retry_later(crpci_pending_call *c, int status)
     crpc_channel *ch = c->channel;
     crpc_loop *l = ch->loop;
     crpci_pending_call *back;
-    int code = c->attempt.reply.chunk ? c->attempt.reply.error_code : status;
+    int code = c->attempt.reply.chunk ? c->attempt.reply.status : status;
     if (c->kind == CRPCI_CALL_FAILBACK) {
         crpci_cluster_failback_failed(c, status);
         return true;
@@ -17773,7 +18225,7 @@ CRPCI_FN int crpci_channel_before(crpc_channel *ch, const crpc_method *m, crpc_c
     int err = CRPC_OK;
     *ran = 0;
     call->reserved[CRPCI_CALL_HEAP] = ch->loop->heap;
-    crpci_request_mark_call(call);
+    call->reserved[CRPCI_CALL_PROTOCOL] = (void *)(uintptr_t)ch->requests.protocol;
     while (*ran < ch->interceptor_count && !err) {
         const crpc_client_interceptor *i = &ch->interceptors[*ran];
         err = i->before ? i->before(i->user, m, call) : CRPC_OK;
@@ -18471,6 +18923,7 @@ CRPC_API int crpc_channel_options_parse(char *text, crpc_channel_options *option
 typedef struct crpci_opening_query {
     const char *service;   /* file:// only: elsewhere it stands in the path */
     const char *interface; /* multicast:// only */
+    const crpci_protocol *protocol;
 } crpci_opening_query;
 
 /* Whether the providers are looked up rather than named in the URL. */
@@ -18494,6 +18947,10 @@ CRPCI_COLD int crpci_opening_read_key(const char *scheme, const char *key, const
         where->interface = value;
         return CRPC_OK;
     }
+    if (strcmp(key, "protocol") == 0 && crpci_protocols_find(value)) {
+        where->protocol = crpci_protocols_find(value);
+        return CRPC_OK;
+    }
     if (row && (row->flags & CRPCI_OPTION_SECRET))
         return crpci_status_set(error, CRPC_EINVAL, "%s: a secret: it belongs into the options or "
                                                     "a configuration line, not into a URL",
@@ -18512,6 +18969,7 @@ CRPCI_COLD int crpci_opening_read_url(crpci_url *u, crpc_channel_options *o,
     char *key, *value;
     int err;
     where->service = where->interface = "";
+    where->protocol = crpci_protocols[0];
     while ((err = crpci_url_next(u, &key, &value)) == CRPC_OK) {
         err = crpci_opening_read_key(u->scheme, key, value, o, where, error);
         if (err)
@@ -18890,6 +19348,7 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     CRPCI_HANDLE_OPEN(ch);
     ch->loop = ch->requests.loop = ch->providers.loop = l;
     ch->private_loop = !o.loop;
+    ch->requests.protocol = ch->providers.endpoint.protocol = where.protocol;
     ch->refs = 1;
     crpci_list_init(&ch->calls);
     crpci_list_init(&ch->waiting);
@@ -18930,7 +19389,7 @@ typedef struct crpci_service_method {
     const crpc_method *method;
     const void *handlers;
     void *user;
-    crpc_view names; /* as crpci_meta_put_names writes them; their bytes stand behind the methods */
+    crpc_view names[CRPCI_PROTOCOLS_COUNT]; /* encoded; their bytes stand behind the methods */
     crpci_message_type request;
     crpci_message_type response;
     void *quota; /* the upper section's; NULL: none */
@@ -18981,7 +19440,7 @@ CRPCI_FN const crpci_service_method *crpci_service_find_method(const crpci_servi
 }
 
 /* brpc's rule: an unknown name with a dot is an unknown method, one without an unknown service. */
-CRPCI_FN int crpci_service_lookup(const crpci_service_map *map, const crpci_meta *m,
+CRPCI_FN int crpci_service_lookup(const crpci_service_map *map, const crpci_message *m,
                                   const crpci_service_method **method)
 {
     size_t n = crpc_view_size(m->service);
@@ -18996,7 +19455,7 @@ CRPCI_FN int crpci_service_lookup(const crpci_service_map *map, const crpci_meta
 
 CRPCI_FN size_t crpci_service_names_room(const crpc_service *table, const crpc_method *m)
 {
-    return strlen(table->name) + strlen(m->name) + 12;
+    return strlen(table->name) + strlen(m->name) + CRPCI_PROTOCOL_NAMES;
 }
 
 /* The methods of a table and, behind them, their encoded names. NULL: out of memory. */
@@ -19004,12 +19463,12 @@ CRPCI_COLD crpci_service_method *crpci_service_prepare(crpci_heap *h, const crpc
                                                        const void *handlers, void *user,
                                                        size_t *size)
 {
-    size_t n = table->method_count * sizeof(crpci_service_method), i;
+    size_t n = table->method_count * sizeof(crpci_service_method), i, k;
     crpci_service_method *methods;
     uint8_t *at;
     *size = n + 1; /* of a table without methods too */
     for (i = 0; i < table->method_count; i++)
-        *size += crpci_service_names_room(table, &table->methods[i]);
+        *size += CRPCI_PROTOCOLS_COUNT * crpci_service_names_room(table, &table->methods[i]);
     methods = (crpci_service_method *)crpci_heap_alloc(h, *size);
     if (!methods)
         return NULL;
@@ -19020,11 +19479,13 @@ CRPCI_COLD crpci_service_method *crpci_service_prepare(crpci_heap *h, const crpc
         methods[i].method = m;
         methods[i].handlers = handlers;
         methods[i].user = user;
-        methods[i].names = crpci_meta_put_names(at, room, crpc_view_str(table->name),
-                                                crpc_view_str(m->name));
         methods[i].request = crpci_message_type_of(m->request, m->request_size);
         methods[i].response = crpci_message_type_of(m->response, m->response_size);
-        at += room;
+        for (k = 0; k < CRPCI_PROTOCOLS_COUNT; k++) {
+            methods[i].names[k] = crpci_protocols[k]->names(at, room, crpc_view_str(table->name),
+                                                            crpc_view_str(m->name));
+            at += room;
+        }
     }
     return methods;
 }
@@ -19275,6 +19736,7 @@ CRPCI_FN crpci_order_item *crpci_order_leave(crpci_order *o, crpci_order_item *i
 /* What a reply consists of but for its correlation id, in one chunk; the bytes stand behind it in
  * this order. */
 typedef struct crpci_replay_reply {
+    const void *protocol; /* that the fields are encoded for */
     int code;
     size_t text;
     size_t fields;
@@ -19441,7 +19903,8 @@ CRPCI_COLD void crpci_replay_close(crpci_replay *r)
 }
 
 /* Copies what a reply consists of. NULL: out of memory. */
-CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, int code, const crpc_view part[4])
+CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol, int code,
+                                        const crpc_view part[4])
 {
     size_t size = sizeof(crpci_replay_reply), i;
     crpci_replay_reply *r;
@@ -19454,6 +19917,7 @@ CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, int code, const crpc_view
         return NULL;
     r = (crpci_replay_reply *)(void *)crpci_heap_data(c);
     to = (uint8_t *)(r + 1);
+    r->protocol = protocol;
     r->code = code;
     r->text = crpc_view_size(part[0]);
     r->fields = crpc_view_size(part[1]);
@@ -19637,7 +20101,7 @@ typedef enum crpci_server_state {
 typedef struct crpci_context_guard {
     int (*serve)(crpc_context *x); /* in place of the handler; after CRPC_EPENDING x may be gone */
     crpci_out *(*encode)(crpc_context *x, int code); /* in place of crpci_context_encode */
-    void (*end)(crpc_context *x, const crpci_out *out, int served); /* out NULL: no reply */
+    void (*end)(crpc_context *x, const crpci_message *reply, int served); /* NULL: no reply */
 } crpci_context_guard;
 
 /* Each nested struct belongs to the section of its name. */
@@ -19719,40 +20183,44 @@ struct crpc_context {
     crpc_view attachment; /* of the reply */
     crpci_chunk *attachment_chunk;
     crpc_view credential;
-    crpci_chunk *chunk; /* the request's bytes */
-    crpc_view raw;      /* its meta */
-    int64_t correlation_id;
-    const uint8_t *payload; /* the request's attachment stands behind it */
+    /* Of the request, as in its crpci_message. */
+    crpci_chunk *chunk;
+    crpc_view received; /* fields */
+    int64_t id;
+    uint32_t turn;
+    const uint8_t *payload; /* the attachment stands behind it */
     size_t payload_size;
     size_t attachment_size;
 };
 
 /* A reply made of ready parts. Its attachment's chunk is the caller's business. NULL: out of
  * memory. */
-CRPCI_COLD crpci_out *crpci_context_frame(crpci_heap *h, int64_t correlation_id,
-                                          const crpci_replay_reply *r, const void *bytes)
+CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, int64_t id, const crpci_replay_reply *r,
+                                          const void *bytes)
 {
     const uint8_t *text = (const uint8_t *)bytes, *fields = text + r->text;
     const uint8_t *payload = fields + r->fields;
-    size_t head = sizeof(crpci_out) + crpci_meta_bound(r->text + r->fields);
-    crpci_chunk *chunk = crpci_heap_chunk(h, head + r->payload);
+    size_t head = sizeof(crpci_out) + conn->protocol->headroom + r->text + r->fields;
+    crpci_chunk *chunk = crpci_heap_chunk(conn->loop->heap, head + r->payload);
+    crpci_message m;
     uint8_t *data;
     crpci_out *o;
-    crpci_meta m;
     if (!chunk)
         return NULL;
     data = crpci_heap_data(chunk);
     o = (crpci_out *)(void *)data;
     memset(o, 0, sizeof *o);
     memset(&m, 0, sizeof m);
-    m.error_code = r->code;
-    m.error_text = crpc_view_of(text, r->text);
-    m.correlation_id = correlation_id;
-    m.attachment_size = (int32_t)r->attachment;
+    m.kind = CRPCI_MESSAGE_REPLY;
+    m.id = id;
+    m.status = r->code;
+    m.text = crpc_view_of(text, r->text);
+    m.fields = crpc_view_of(r->fields ? fields : NULL, r->fields);
+    m.payload_size = r->payload;
+    m.attachment_size = r->attachment;
     if (r->payload)
         memcpy(data + head, payload, r->payload);
-    o->head = crpci_meta_put_reply(data + sizeof *o, data + head, r->payload, &m,
-                                   crpc_view_of(r->fields ? fields : NULL, r->fields));
+    o->head = conn->protocol->reply(data + sizeof *o, data + head, &m);
     o->head_len = (size_t)(data + head + r->payload - o->head);
     o->chunk = chunk;
     o->tail = payload + r->payload;
@@ -19760,8 +20228,8 @@ CRPCI_COLD crpci_out *crpci_context_frame(crpci_heap *h, int64_t correlation_id,
     return o;
 }
 
-/* A reply without a message: an error. */
-CRPCI_COLD void crpci_context_refuse(crpci_conn *conn, int64_t correlation_id, int code,
+/* Answers a request with an error; there need be no context of it. */
+CRPCI_COLD void crpci_context_refuse(crpci_conn *conn, const crpci_message *m, int code,
                                      const char *text)
 {
     crpci_replay_reply r;
@@ -19769,10 +20237,10 @@ CRPCI_COLD void crpci_context_refuse(crpci_conn *conn, int64_t correlation_id, i
     memset(&r, 0, sizeof r);
     r.code = code;
     r.text = crpci_base_min(strlen(text), CRPC_ERROR_TEXT_MAX);
-    o = crpci_context_frame(conn->loop->heap, correlation_id, &r, text);
+    o = crpci_context_frame(conn, m->id, &r, text);
     conn->loop->stats.limited += code == CRPC_ELIMIT;
     if (o)
-        crpci_conn_queue(conn, o);
+        crpci_conn_reply(conn, o, m->turn);
     else
         crpci_conn_close(conn, CRPC_ENOMEM, 0);
 }
@@ -19831,16 +20299,18 @@ CRPC_API int crpc_context_error(crpc_context *x, int status, const char *format,
 
 CRPC_API int crpc_context_add_field(crpc_context *x, const char *key, const char *value)
 {
+    const crpci_protocol *p = x->conn->protocol;
     crpci_message_out *o = &x->fields;
     if (!key || !value)
         return CRPC_EINVAL;
     o->heap = x->loop->heap;
     if (!o->chunk)
         o->chunk = crpci_heap_chunk(o->heap, 64);
-    if (!o->chunk || !crpci_message_reserve(o, crpci_meta_field_size(strlen(key), strlen(value))))
+    if (!o->chunk ||
+        !crpci_message_reserve(o, strlen(key) + strlen(value) + p->field_cost))
         return CRPC_ENOMEM;
-    o->len += crpci_meta_put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key),
-                                   crpc_view_str(value));
+    o->len += p->put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key),
+                           crpc_view_str(value));
     return CRPC_OK;
 }
 
@@ -19859,16 +20329,16 @@ CRPCI_FN int crpci_context_encode_response(crpc_context *x, crpci_message_out *o
     return err ? CRPC_EINTERNAL : CRPC_OK;
 }
 
-/* Builds the reply of a finished request: in the context's own block, if it has room for one. NULL:
- * out of memory. */
-CRPCI_FN crpci_out *crpci_context_encode(crpc_context *x, int status)
+/* Builds the reply of a finished request, and says in *m what it consists of: in the context's own
+ * block, if it has room for one. NULL: out of memory. */
+CRPCI_FN crpci_out *crpci_context_encode(crpc_context *x, int status, crpci_message *m)
 {
+    const crpci_protocol *p = x->conn->protocol;
     const char *text = !status ? "" : x->text ? x->text : crpc_status_text(status);
     size_t words = status ? strlen(text) : 0, payload;
-    size_t room = crpci_meta_bound(words + x->fields.len), front = x->reply_at;
+    size_t room = p->headroom + words + x->fields.len, front = x->reply_at;
     size_t head = sizeof(crpci_out) + x->fields.len + room;
     crpci_message_out o;
-    crpci_meta m;
     crpci_out *out;
     uint8_t *data;
     o.heap = x->loop->heap;
@@ -19887,28 +20357,29 @@ CRPCI_FN crpci_out *crpci_context_encode(crpc_context *x, int status)
         if (CRPCI_UNLIKELY(err)) {
             if (!o.lent)
                 crpci_heap_chunk_unref(o.chunk);
-            return crpci_context_encode(x, err);
+            return crpci_context_encode(x, err, m);
         }
     }
-    m.attachment_size = status ? 0 : (int32_t)crpc_view_size(x->attachment);
-    m.compress_type = 0;
     data = crpci_heap_data(o.chunk) + front;
     out = (crpci_out *)(void *)data;
     if (x->fields.len)
         memcpy(data + sizeof *out, crpci_heap_data(x->fields.chunk), x->fields.len);
-    m.error_code = status;
-    m.error_text = crpc_view_of(text, words);
-    m.correlation_id = x->correlation_id;
-    out->head =
-        crpci_meta_put_reply(data + sizeof *out + x->fields.len, data + head, o.len - payload, &m,
-                             crpc_view_of(data + sizeof *out, x->fields.len));
-    out->head_len = (size_t)(data + head + (o.len - payload) - out->head);
+    m->kind = CRPCI_MESSAGE_REPLY;
+    m->id = x->id;
+    m->status = status;
+    m->text = crpc_view_of(text, words);
+    m->fields = crpc_view_of(data + sizeof *out, x->fields.len);
+    m->payload = data + head;
+    m->payload_size = o.len - payload;
+    m->attachment_size = status ? 0 : crpc_view_size(x->attachment);
+    out->head = p->reply(data + sizeof *out + x->fields.len, data + head, m);
+    out->head_len = (size_t)(data + head + m->payload_size - out->head);
     out->chunk = o.chunk;
     out->owner = NULL; /* the chunk is the frame's */
     out->tail = (const uint8_t *)crpc_view_data(x->attachment);
-    out->tail_len = (size_t)m.attachment_size;
+    out->tail_len = m->attachment_size;
     out->tail_chunk = NULL;
-    if (m.attachment_size) {
+    if (m->attachment_size) {
         out->tail_chunk = x->attachment_chunk;
         crpci_heap_chunk_ref(out->tail_chunk);
     }
@@ -20055,6 +20526,7 @@ typedef struct crpci_context_outcome {
     crpc_server *server;
     crpc_loop *loop;
     crpci_conn *conn;
+    uint32_t turn;
     crpci_out *reply;   /* NULL: there was no memory for one */
     crpci_chunk *bytes; /* of the request */
 } crpci_context_outcome;
@@ -20065,6 +20537,7 @@ CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int statu
 {
     const crpc_server *s = x->server;
     crpci_context_outcome end;
+    crpci_message m;
     int code;
     while (x->intercepted) {
         const crpc_server_interceptor *i = &s->options.interceptors[--x->intercepted];
@@ -20072,14 +20545,15 @@ CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int statu
             i->after(i->user, x, status);
     }
     code = crpci_context_code(x, status);
-    if (x->app_code && code == x->app_code && crpc_context_add_field(x, CRPCI_META_APP_FIELD, "1"))
+    if (x->app_code && code == x->app_code && crpc_context_add_field(x, CRPCI_MESSAGE_APP_FIELD, "1"))
         crpci_heap_log(s->heap, CRPC_LOG_WARN, "out of memory: application error not marked");
     end.server = x->server;
     end.loop = x->loop;
     end.conn = x->conn;
+    end.turn = x->turn;
     end.bytes = x->chunk;
     end.reply =
-        CRPCI_LIKELY(!x->guard) ? crpci_context_encode(x, code) : s->guard.ops->encode(x, code);
+        CRPCI_LIKELY(!x->guard) ? crpci_context_encode(x, code, &m) : s->guard.ops->encode(x, code);
     x->chunk = NULL;
     crpci_context_free(x);
     return end;
@@ -20097,7 +20571,7 @@ CRPCI_FN bool crpci_context_reply(const crpci_context_outcome *end)
         if (end->reply)
             crpci_conn_out_free(end->reply);
     } else if (end->reply) {
-        crpci_conn_queue(conn, end->reply);
+        crpci_conn_reply(conn, end->reply, end->turn);
         crpci_context_throttle(conn);
         crpci_context_close_if_done(conn);
     } else {
@@ -20200,8 +20674,8 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     size_t response_at = (at + method->request.size + align) & ~align;
     size_t reply_at = (response_at + method->response.size + align) & ~align;
     crpci_chunk *block =
-        crpci_heap_chunk(conn->loop->heap, reply_at + sizeof(crpci_out) + crpci_meta_bound(64) +
-                                               method->response.size);
+        crpci_heap_chunk(conn->loop->heap, reply_at + sizeof(crpci_out) + conn->protocol->headroom +
+                                               64 + method->response.size);
     crpc_context *x;
     if (!block)
         return NULL;
@@ -20223,20 +20697,21 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     x->loop = conn->loop;
     x->conn = conn;
     x->chunk = m->chunk;
-    x->raw = m->meta.raw;
-    x->correlation_id = m->meta.correlation_id;
+    x->received = m->fields;
+    x->id = m->id;
+    x->turn = m->turn;
     x->payload = m->payload;
     x->payload_size = m->payload_size;
     x->attachment_size = m->attachment_size;
     x->method = method;
-    if (!m->meta.usual) {
-        x->credential = m->meta.credential;
-        x->origin.log_id = m->meta.log_id;
-        x->origin.trace_id = m->meta.trace_id;
-        x->origin.span_id = m->meta.span_id;
+    if (!m->usual) {
+        x->credential = m->credential;
+        x->origin.log_id = m->log_id;
+        x->origin.trace_id = m->trace_id;
+        x->origin.span_id = m->span_id;
     }
     x->origin.deadline_us =
-        m->meta.timeout_ms > 0 ? conn->active_us + (int64_t)m->meta.timeout_ms * 1000 : INT64_MAX;
+        m->timeout_ms > 0 ? conn->active_us + (int64_t)m->timeout_ms * 1000 : INT64_MAX;
     crpci_loop_task_init(&x->task, crpci_context_task);
     crpci_loop_share(conn->loop, m->chunk);
     crpci_context_begin(s, conn);
@@ -20298,7 +20773,7 @@ CRPC_API int crpc_context_set_attachment(crpc_context *x, crpc_view bytes)
 
 CRPC_API bool crpc_context_field(const crpc_context *x, const char *key, crpc_view *value)
 {
-    return crpci_meta_field(x->raw, key, value);
+    return x->conn->protocol->field(x->received, key, value);
 }
 
 CRPC_API crpc_view crpc_context_credential(const crpc_context *x)
@@ -20432,19 +20907,22 @@ CRPCI_COLD void crpci_guard_pass(crpc_server *s, crpci_guard *g)
     }
 }
 
-/* The status of a request that executed before. */
+/* The status of a request that executed before. A reply's fields are encoded for one protocol. */
 CRPCI_COLD int crpci_guard_status(crpc_context *x)
 {
     crpci_guard *g = x->guard;
-    int code;
+    const crpci_replay_reply *r;
     g->repeats = true;
-    if (!g->reply)
-        return crpc_context_error(x, CRPC_EINTERNAL, "executed before, but its reply was not kept");
-    code = ((const crpci_replay_reply *)(const void *)crpci_heap_data(g->reply))->code;
-    if (crpci_status_reserved(code))
-        return code;
-    x->app_code = code;
-    return CRPC_EAPP;
+    r = g->reply ? (const crpci_replay_reply *)(const void *)crpci_heap_data(g->reply) : NULL;
+    if (r && r->protocol == x->conn->protocol) {
+        if (crpci_status_reserved(r->code))
+            return r->code;
+        x->app_code = r->code;
+        return CRPC_EAPP;
+    }
+    crpci_heap_chunk_unref(g->reply);
+    g->reply = NULL;
+    return crpc_context_error(x, CRPC_EINTERNAL, "executed before, but its reply was not kept");
 }
 
 /* Runs the handler of a request, unless it has come before. After CRPC_EPENDING x may be gone. */
@@ -20478,20 +20956,14 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
 }
 
 /* Copies what the reply of a request consists of. NULL: out of memory. */
-CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_out *out)
+CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_message *m)
 {
-    const uint8_t *meta = out->head + CRPCI_FRAME_HEADER;
-    size_t size = crpci_base_get32(out->head + 8);
     crpc_view part[4];
-    crpci_meta m;
-    if (!crpci_meta_read(meta, size, &m))
-        return NULL;
-    part[0] = m.error_text;
-    part[1] = x->fields.len ? crpc_view_of(crpci_heap_data(x->fields.chunk), x->fields.len)
-                            : crpc_view_of(NULL, 0);
-    part[2] = crpc_view_of(meta + size, out->head_len - CRPCI_FRAME_HEADER - size);
-    part[3] = crpc_view_of(out->tail, out->tail_len);
-    return crpci_replay_copy(x->server->heap, m.error_code, part);
+    part[0] = m->text;
+    part[1] = m->fields;
+    part[2] = crpc_view_of(m->payload, m->payload_size);
+    part[3] = m->attachment_size ? x->attachment : crpc_view_of(NULL, 0);
+    return crpci_replay_copy(x->server->heap, x->conn->protocol, m->status, part);
 }
 
 /* `served`: 1: well, 0: not, -1: it says nothing of the server. */
@@ -20507,12 +20979,12 @@ CRPCI_COLD void crpci_guard_quit(crpc_server *s, crpci_guard *g, int served)
 }
 
 /* At the end of a guarded request: its reply is kept, and goes to those who wait for the same; the
- * turn goes on. `out` is its reply, or NULL. No lock is held. */
-CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_out *out, int served)
+ * turn goes on. `m` is its reply, or NULL. No lock is held. */
+CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_message *m, int served)
 {
     crpc_server *s = x->server;
     crpci_guard *g = x->guard;
-    crpci_chunk *reply = g->entry && out ? crpci_guard_copy(x, out) : NULL;
+    crpci_chunk *reply = g->entry && m ? crpci_guard_copy(x, m) : NULL;
     crpci_list waiting;
     crpci_list_init(&waiting);
     crpci_guard_quit(s, g, served);
@@ -20542,19 +21014,20 @@ CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_out *out, int serve
 CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
 {
     crpci_chunk *reply = x->guard->repeats ? x->guard->reply : NULL;
+    crpci_message m;
     crpci_out *out;
     if (reply) {
         const crpci_replay_reply *r =
             (const crpci_replay_reply *)(const void *)crpci_heap_data(reply);
-        out = crpci_context_frame(x->loop->heap, x->correlation_id, r, r + 1);
+        out = crpci_context_frame(x->conn, x->id, r, r + 1);
         if (out && out->tail_len) {
             out->tail_chunk = reply;
             crpci_heap_chunk_ref(reply);
         }
     } else {
-        out = crpci_context_encode(x, code);
+        out = crpci_context_encode(x, code, &m);
     }
-    crpci_guard_end(x, out, x->guard->repeats ? -1 : !code || x->app_code);
+    crpci_guard_end(x, reply || !out ? NULL : &m, x->guard->repeats ? -1 : !code || x->app_code);
     return out;
 }
 
@@ -20563,14 +21036,15 @@ static const crpci_context_guard crpci_guard_ops = {crpci_guard_serve, crpci_gua
 
 /* --- admission -------------------------------------------------------------------------------- */
 
-/* What a request's meta says about its order and about coming again. False: it was refused. */
-CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpci_meta *m,
+/* What a request's fields say about its order and about coming again. False: it was refused. */
+CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                     crpci_guard *g)
 {
-    bool fields = !m->usual && m->fields;
+    bool fields = !m->usual && m->has_fields;
     crpc_view key;
     memset(g, 0, sizeof *g);
-    if (fields && s->options.ordered >= 0 && crpci_meta_field(m->raw, CRPCI_META_KEY_FIELD, &key)) {
+    if (fields && s->options.ordered >= 0 &&
+        conn->protocol->field(m->fields, CRPCI_MESSAGE_KEY_FIELD, &key)) {
         g->ordered = true;
         g->order.key = crpci_balance_hash(crpc_view_data(key), crpc_view_size(key));
     } else if (s->options.ordered > 0) {
@@ -20579,10 +21053,10 @@ CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpc
         g->order.key = crpci_balance_mix((uint64_t)(uintptr_t)conn);
     }
     if (!fields || !s->guard.replay.buckets ||
-        !crpci_meta_field(m->raw, CRPCI_META_ID_FIELD, &g->id) ||
+        !conn->protocol->field(m->fields, CRPCI_MESSAGE_ID_FIELD, &g->id) ||
         crpc_view_size(g->id) <= CRPCI_REPLAY_ID_MAX)
         return true;
-    crpci_context_refuse(conn, m->correlation_id, CRPC_EREQUEST, "crpc-rid is over 64 bytes");
+    crpci_context_refuse(conn, m, CRPC_EREQUEST, "crpc-rid is over 64 bytes");
     return false;
 }
 
@@ -20723,28 +21197,6 @@ CRPCI_COLD void crpci_guard_close(crpc_server *s)
 /* >>impl-intake   what a server's connections bring: taken in, or refused  */
 /* ======================================================================== */
 
-/* What crpc cannot serve is refused by name rather than answered wrongly. */
-CRPCI_FN int crpci_intake_check(const crpci_message *m, char *text, size_t size)
-{
-    const crpci_meta *meta = &m->meta;
-    *text = '\0';
-    if (m->bad_attachment)
-        snprintf(text, size, "attachment_size %d is larger than the body's %zu bytes",
-                 meta->attachment_size, m->payload_size);
-    else if (meta->compress_type)
-        snprintf(text, size, "compress_type %d is not supported; send uncompressed",
-                 meta->compress_type);
-    else if (meta->content_type)
-        snprintf(text, size, "content_type %d is not supported; send protobuf", meta->content_type);
-    else if (meta->checksum_type)
-        snprintf(text, size, "checksum_type %d is not supported; send none", meta->checksum_type);
-    else if (crpc_view_data(meta->stream_settings))
-        snprintf(text, size, "streaming is not supported");
-    else if (crpc_view_data(meta->chunk_info))
-        snprintf(text, size, "chunked bodies are not supported; send one frame");
-    return *text ? CRPC_EREQUEST : CRPC_OK;
-}
-
 /* The method of a request. On failure it has been refused by name: NULL. */
 CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_conn *conn,
                                                          const crpci_message *m)
@@ -20752,24 +21204,24 @@ CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_c
     const crpci_service_method *method = (const crpci_service_method *)conn->expected;
     char text[CRPC_ERROR_TEXT_MAX];
     int err;
-    if (CRPCI_LIKELY(m->meta.usual))
+    if (CRPCI_LIKELY(m->usual))
         return method; /* and in this shape there is nothing to refuse */
-    err = crpci_intake_check(m, text, sizeof text);
-    if (!err) {
-        err = crpci_service_lookup(&s->services, &m->meta, &method);
-        if (err)
-            snprintf(text, sizeof text, "no such %s: %.*s.%.*s",
-                     err == CRPC_ENOSERVICE ? "service" : "method",
-                     (int)crpci_base_min(crpc_view_size(m->meta.service), 100),
-                     crpc_view_size(m->meta.service) ? crpc_view_data(m->meta.service) : "",
-                     (int)crpci_base_min(crpc_view_size(m->meta.method), 100),
-                     crpc_view_size(m->meta.method) ? crpc_view_data(m->meta.method) : "");
-    }
-    if (err) {
-        crpci_context_refuse(conn, m->meta.correlation_id, err, text);
+    if (m->unsupported) { /* refused by name rather than answered wrongly */
+        crpci_context_refuse(conn, m, CRPC_EREQUEST, m->unsupported);
         return NULL;
     }
-    conn->expect = method->names;
+    err = crpci_service_lookup(&s->services, m, &method);
+    if (err) {
+        snprintf(text, sizeof text, "no such %s: %.*s.%.*s",
+                 err == CRPC_ENOSERVICE ? "service" : "method",
+                 (int)crpci_base_min(crpc_view_size(m->service), 100),
+                 crpc_view_size(m->service) ? crpc_view_data(m->service) : "",
+                 (int)crpci_base_min(crpc_view_size(m->method), 100),
+                 crpc_view_size(m->method) ? crpc_view_data(m->method) : "");
+        crpci_context_refuse(conn, m, err, text);
+        return NULL;
+    }
+    conn->expect = method->names[conn->protocol_index];
     conn->expected = method;
     return method;
 }
@@ -20778,12 +21230,12 @@ CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_c
 CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                  const crpci_service_method *method)
 {
-    bool guarded = s->guard.all || (!m->meta.usual && m->meta.fields);
+    bool guarded = s->guard.all || (!m->usual && m->has_fields);
     const char *why = NULL;
     crpc_context *x = NULL;
     crpci_guard g;
     if (CRPCI_UNLIKELY(guarded)) {
-        if (!crpci_guard_inspect(s, conn, &m->meta, &g))
+        if (!crpci_guard_inspect(s, conn, m, &g))
             return;
         why = crpci_guard_limit(s, conn, (crpci_quota *)method->quota, &g);
     }
@@ -20801,24 +21253,24 @@ CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_m
         return;
     if (guarded)
         crpci_guard_quit(s, &g, -1);
-    crpci_context_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT, why);
+    crpci_context_refuse(conn, m, CRPC_ELIMIT, why);
     if (x)
         crpci_context_reject(x);
 }
 
-CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, crpci_message *m)
+CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
 {
     crpc_server *s = (crpc_server *)conn->owner;
     const crpci_service_method *method;
     conn->loop->stats.requests++;
     if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING)) {
-        crpci_context_refuse(conn, m->meta.correlation_id, CRPC_ELOGOFF, "the server is stopping");
+        crpci_context_refuse(conn, m, CRPC_ELOGOFF, "the server is stopping");
         crpci_context_throttle(conn);
         return;
     }
     method = crpci_intake_method(s, conn, m);
     if (method && CRPCI_UNLIKELY(crpci_thread_load(&s->serving) >= s->max_serving)) {
-        crpci_context_refuse(conn, m->meta.correlation_id, CRPC_ELIMIT,
+        crpci_context_refuse(conn, m, CRPC_ELIMIT,
                              "too many requests are being served (max_concurrency)");
     } else if (method) {
         crpci_intake_admit(s, conn, m, method);
@@ -20826,13 +21278,13 @@ CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, crpci_message *m)
     crpci_context_throttle(conn);
 }
 
-CRPCI_COLD void crpci_intake_on_oversize(crpci_conn *conn, const crpci_meta *m, uint64_t body)
+CRPCI_COLD void crpci_intake_on_oversize(crpci_conn *conn, const crpci_message *m, uint64_t body)
 {
     char text[128];
     snprintf(text, sizeof text, "request of %llu bytes is over max_body, %u",
              (unsigned long long)body, conn->max_body);
     conn->loop->stats.requests++;
-    crpci_context_refuse(conn, m->correlation_id, CRPC_EREQUEST, text);
+    crpci_context_refuse(conn, m, CRPC_EREQUEST, text);
     crpci_context_throttle(conn);
 }
 
@@ -20909,12 +21361,9 @@ CRPCI_FN void crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
 CRPCI_FN bool crpci_intake_has_output(const crpc_server *s, crpc_loop *l)
 {
     crpci_list *i;
-    char byte;
     for (i = l->conns.next; i != &l->conns; i = i->next) {
         const crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
-        if (c->up == &crpci_intake_events && c->owner == s &&
-            (c->tx_head || c->left || c->rx || c->skip ||
-             recv(c->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0))
+        if (c->up == &crpci_intake_events && c->owner == s && !crpci_conn_idle(c))
             return true;
     }
     return false;
@@ -20957,6 +21406,7 @@ CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
     } else if (crpci_conn_new(l, fd, false, &crpci_intake_events, s, &conn)) {
         __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
     } else {
+        conn->protocols = crpci_protocols;
         conn->max_body = (uint32_t)s->options.limits.max_body;
         conn->max_skip = s->options.max_skip;
         conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;

@@ -16,7 +16,7 @@ bench: ## crpc beside other RPC systems and raw sockets: build/bench/report.html
 	@$(T_DIR)/setup.sh build
 	+@peers=; for p in $(BENCH_PEERS); do \
 	    $(T_DIR)/setup.sh bench-$$p && peers="$$peers $$p"; done; \
-	  $(SUB) -k build-bench BENCH_PEERS="$$peers" || true
+	  $(call SUB,-k build-bench BENCH_PEERS="$$peers") || true
 	@bench/run.py --build $(BENCH) $(if $(QUICK),--quick --budget 36)
 
 build-bench: $(foreach p,$(BENCH_PEERS),$(BENCH)/$(p)_server $(BENCH)/$(p)_client)
@@ -25,18 +25,18 @@ build-bench: $(foreach p,$(BENCH_PEERS),$(BENCH)/$(p)_server $(BENCH)/$(p)_clien
 define bench_cc
 	@mkdir -p $(@D)
 	@rm -f $@
-	@echo "  cc      $@"
+	@$(call step,cc      $@)
 	$(Q)$(CC) $(BENCH_CFLAGS) $(1) $(filter %.c,$^) -o $@ $(2) $(BENCH_LIBS)
 endef
 define bench_cxx
 	@mkdir -p $(@D)
 	@rm -f $@
-	@echo "  c++     $@"
+	@$(call step,c++     $@)
 	$(Q)$(CXX) $(BENCH_CXXFLAGS) $(1) $(filter %.cc,$^) -o $@ $(2) $(BENCH_LIBS)
 endef
 define bench_generate
 	@mkdir -p $(@D)
-	@echo "  gen     $<"
+	@$(call step,gen     $<)
 	$(Q)cd $(BENCH_GEN) && cp $(abspath $<) . && $(1)
 endef
 
@@ -48,7 +48,7 @@ $(BENCH)/floor_%: bench/peers/floor_%.c bench/peers/bench.h
 BENCH_CRPC := $(BENCH_GEN)/echo.crpc.c $(BENCH_GEN)/echo.pb.c
 $(BENCH_CRPC) &: bench/peers/echo.proto bench/peers/echo.options protoc-gen-crpc
 	@mkdir -p $(@D)
-	@echo "  protoc  $<"
+	@$(call step,protoc  $<)
 	$(Q)cd bench/peers && protoc -I. -I$(NANOPB_PROTO) \
 	  --plugin=protoc-gen-crpc=$(CURDIR)/protoc-gen-crpc \
 	  --nanopb_out=$(CURDIR)/$(@D) --crpc_out=$(CURDIR)/$(@D) echo.proto
@@ -100,7 +100,7 @@ BENCH_ECHO_C := $(BENCH_ECHO).pb.c $(BENCH_ECHO).crpc.c
 define bench_echo
 	@mkdir -p $(@D)
 	@rm -f $@
-	@echo "  cc      $@"
+	@$(call step,cc      $@)
 	$(Q)$(CC) -O2 -g -std=gnu99 -Wall -Wextra $(FLAGS_none) -I. -I$(dir $(BENCH_ECHO)) $(1) \
 	  $(filter %.c,$^) -o $@ $(2) $(LIBS_none)
 endef
@@ -114,7 +114,7 @@ $(BENCH)/allocs: bench/allocs.c $(BENCH_DEPS)
 $(BENCH)/crpc_press: bench/press/crpc_press.c bench/press/hist.h crpc.h bench/bench.mk
 	@mkdir -p $(@D)
 	@rm -f $@
-	@echo "  cc      $@"
+	@$(call step,cc      $@)
 	$(Q)$(CC) -O2 -std=gnu99 -Wall -Wextra $(FLAGS_none) -I. $< -o $@ $(LIBS_none) -lm
 $(BENCH)/hist_test: bench/press/hist_test.c bench/press/hist.h
 	@mkdir -p $(@D)
@@ -129,17 +129,17 @@ press: $(BENCH)/crpc_press ## build/bench/crpc_press, a load generator for any b
 .PHONY: instructions
 instructions: ## instructions of a call against bench/baseline; 3 % more fail; UPDATE=1 keeps the new ones
 	@$(T_DIR)/setup.sh instructions
-	+@$(SUB) $(BENCH)/instructions
+	+@$(call SUB,$(BENCH)/instructions)
 	@bench/instructions.py $(if $(UPDATE),--update) $(BENCH)/instructions
 
 .PHONY: size
 size: ## code, data and memory against bench/baseline and ceilings; UPDATE=1 keeps the new ones
 	@$(T_DIR)/setup.sh size
-	+@$(SUB) $(BENCH)/footprint $(B)/examples/echo_server
+	+@$(call SUB,$(BENCH)/footprint $(B)/examples/echo_server)
 	@bench/footprint.py $(if $(UPDATE),--update) --build $(B) --jobs $(JOBS)
 
 .PHONY: allocs
 allocs: ## that calls allocate nothing once warm, on either side and in every form
 	@$(T_DIR)/setup.sh build
-	+@$(SUB) $(BENCH)/allocs
+	+@$(call SUB,$(BENCH)/allocs)
 	@$(BENCH)/allocs

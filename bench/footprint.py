@@ -82,7 +82,7 @@ class Footprint:
         shutil.rmtree(self.dir, ignore_errors=True)
         os.makedirs(self.include)
         # The headers of nanopb and ZooKeeper alone: a cross compiler must not see this libc's.
-        for header in glob.glob("/usr/include/pb*.h"):
+        for header in glob.glob("/usr/include/pb*.h") + glob.glob("/usr/include/nanopb/pb*.h"):
             shutil.copy(header, self.include)
         shutil.copytree("/usr/include/zookeeper", os.path.join(self.include, "zookeeper"))
         self.source = os.path.join(self.dir, "crpc.c")

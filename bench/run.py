@@ -218,6 +218,9 @@ class Bench:
         began = time.monotonic()
         self.rounds = 0
         for number in range(self.options.rounds):
+            if not sys.stderr.isatty():
+                print("round %d of %d, after %d s" % (number + 1, self.options.rounds,
+                                                      time.monotonic() - began), flush=True)
             for scenario in self.scenarios:
                 self.progress("round %d of %d: %s" % (number + 1, self.options.rounds,
                                                        scenario.name))
@@ -231,6 +234,7 @@ class Bench:
 
     @staticmethod
     def progress(text):
+        """On a terminal: one line that changes."""
         if sys.stderr.isatty():
             print("\r\033[K" + text, end="", file=sys.stderr, flush=True)
 

@@ -36,6 +36,11 @@ EXTRA_TESTS = {
 }
 MAX_FUNCTION_LINES = 80
 LONG_FUNCTIONS = set()      # those that may be longer
+MAX_LINES = 22000           # of crpc.h
+MAX_CODE_LINES = 16446      # of its implementation: neither blank nor only comment
+COMMENT_PERCENT = (10, 13)  # of the implementation's lines, those that are comments
+MAX_SECTION_LINES = 900
+LONG_SECTIONS = {}          # {tag: why it may be longer}
 MAX_COLUMNS = 100
 TOP_LEVEL = {"crpc.h", "protoc-gen-crpc", "crpc_impl_tests", "examples", "bench", "Makefile",
              "LICENSE", "README.md"}
@@ -132,6 +137,14 @@ class Tree:
             if first <= line < end:
                 return position, tag
         return -1, ""
+
+    def volume(self):
+        """(code, comment, all) lines of the implementation: comment lines hold nothing else."""
+        pairs = [(code.strip(), line.strip()) for code, line in
+                 zip(self.code_lines[self.first_impl - 1:], self.lines[self.first_impl - 1:])]
+        return (sum(1 for code, _ in pairs if code),
+                sum(1 for code, line in pairs if line and not code and not line.startswith("/* =")),
+                len(pairs))
 
     def manual(self):
         """[(line number, text without the leading star)] of the first comment."""
@@ -460,10 +473,11 @@ def samples_compile(tree):
     for place, _, language, text in found:
         name = re.match(r"// (\w+\.proto)", text)
         if language == "proto" and name:
+            plugin = os.path.join(tree.root, "protoc-gen-crpc")
             with open(os.path.join(directory, name.group(1)), "w") as f:
                 f.write(text + "\n")
-            done = run(["protoc", "-I.", "-I/usr/lib/python3/dist-packages/proto",
-                        "--plugin=protoc-gen-crpc=" + os.path.join(tree.root, "protoc-gen-crpc"),
+            done = run(["protoc", "-I.", "-I" + run([plugin, "--nanopb-proto"]).stdout.strip(),
+                        "--plugin=protoc-gen-crpc=" + plugin,
                         "--nanopb_out=.", "--crpc_out=.", name.group(1)], cwd=directory)
             if done.returncode:
                 yield "%s: %s" % (place, " ".join(done.stderr.splitlines()[:3]))
@@ -512,6 +526,23 @@ def function_length(tree):
             yield "crpc.h:%d: %s has %d lines" % (line, name, lines)
     for name in sorted(LONG_FUNCTIONS - {f[1] for f in long}):
         yield "lint.py: LONG_FUNCTIONS names %s, which is not long" % name
+
+
+@check
+def volume(tree):
+    """crpc.h, its code and its sections stay within their lines; there are comments enough."""
+    code, comments, lines = tree.volume()
+    percent = 100.0 * comments / max(lines, 1)
+    if len(tree.lines) > MAX_LINES:
+        yield "crpc.h: %d lines, at most %d" % (len(tree.lines), MAX_LINES)
+    if code > MAX_CODE_LINES:
+        yield "crpc.h: %d lines of code in the implementation, at most %d" % (code, MAX_CODE_LINES)
+    if lines > MAX_SECTION_LINES and not COMMENT_PERCENT[0] <= percent <= COMMENT_PERCENT[1]:
+        yield "crpc.h: %.1f %% of the implementation's lines are comments, expected %d to %d" % (
+            (percent,) + COMMENT_PERCENT)
+    for tag, first, end in tree.sections:
+        if end - first > MAX_SECTION_LINES and tag not in LONG_SECTIONS:
+            yield "crpc.h:%d: %s has %d lines" % (first, tag, end - first)
 
 
 @check
@@ -718,6 +749,9 @@ BROKEN = [
     ("test-files", "crpc_impl_tests/test_three.c", None, "CT_TEST(x)\n"),
     ("function-length", "crpc.h", "    return 2 * crpc_one_get(x);\n",
      "    x++;\n" * 80 + "    return 2 * crpc_one_get(x);\n"),
+    ("volume", "crpc.h", "#define CRPCI_ONE 1", "#define CRPCI_ONE 1\n" + "\n" * 900),
+    ("volume", "crpc.h", "#define CRPCI_ONE 1", "int x;\n" * (MAX_CODE_LINES + 1)),
+    ("volume", "crpc.h", "#define CRPC_API extern", "\n" * MAX_LINES),
     ("unfinished", "crpc.h", "/* Gets twice. */", "/* Gets twice. TO" "DO */"),
     ("unfinished", "Makefile", "all:", "# ha" "ck\nall:"),
     ("machine-paths", "Makefile", "echo", "echo /ho" "me/me/crpc"),
@@ -789,6 +823,7 @@ def main():
     if not options.self_test:
         tree = Tree(ROOT, os.path.abspath(options.build),
                     [os.path.abspath(i) for i in options.include])
+        print("implementation: %d lines of code, %d of comments, %d in all" % tree.volume())
         for name in options.checks or CHECKS:
             found = list(CHECKS[name](tree))
             print("%-5s %-16s %s" % ("FAIL" if found else "ok", name, CHECKS[name].__doc__))

@@ -220,7 +220,7 @@ def count(run, output, filtered):
     return failed, left, last
 
 
-def show(run, caught=False):
+def show(run, number, total, caught=False):
     numbers = "%d passed" % run.passed
     if run.failed:
         numbers += ", %d failed" % run.failed
@@ -230,8 +230,8 @@ def show(run, caught=False):
     if run.mutant:
         word = "ok   " if caught else "     "
         numbers = "caught" if caught else "not caught"
-    print("%s %-44s %-28s %6.1f s  %s" % (word, run.label(), numbers, run.seconds, run.why),
-          flush=True)
+    print("%s %3d of %d  %-44s %-28s %6.1f s  %s" % (word, number, total, run.label(), numbers,
+                                                     run.seconds, run.why), flush=True)
     if run.failed and not run.mutant:
         lines = run.shown.splitlines()
         print("      --- the last lines of %s" % run.log)
@@ -293,10 +293,12 @@ def main():
     print("SEED=%d repeats this order\n" % options.seed, flush=True)
 
     plain = [r for r in runs if not r.mutant]
+    mutants = sorted({r.mutant for r in runs if r.mutant})
+    total = len(plain) + len(mutants)
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for done in concurrent.futures.as_completed(
-                [pool.submit(execute, r, options) for r in plain]):
-            show(done.result())
+        for number, done in enumerate(concurrent.futures.as_completed(
+                [pool.submit(execute, r, options) for r in plain]), 1):
+            show(done.result(), number, total)
     passed = sum(r.passed for r in plain)
     failed = sum(r.failed for r in plain)
     skipped = sum(r.skipped for r in plain)
@@ -309,11 +311,11 @@ def main():
     faults += missing
 
     # A mutant counts as caught as soon as one of the programs that stand for its rule fails.
-    for mutant in sorted({r.mutant for r in runs if r.mutant}):
+    for number, mutant in enumerate(mutants, len(plain) + 1):
         for run in (r for r in runs if r.mutant == mutant):
             execute(run, options)
             caught = run.failed > 0 and not run.why.startswith("not run")
-            show(run, caught)
+            show(run, number, total, caught)
             if caught:
                 passed += 1
                 break

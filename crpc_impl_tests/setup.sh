@@ -1,20 +1,21 @@
 #!/bin/bash
-# Sees to the Debian packages that a purpose needs: setup.sh PURPOSE...
-# Purposes: build demo test tsan lint matrix bench instructions size all; bench-PEER is one peer of
-# the bench. Missing packages are installed when that is possible without asking (as root, or with a
-# sudo that wants no password); else the one command to run is printed and the exit status is 1. Says
-# nothing when there is nothing to do.
+# Installs the Debian packages that a purpose needs: setup.sh PURPOSE...
+# Purposes: build demo test tsan lint matrix bench instructions size distros all; bench-PEER is one
+# peer of the bench. Root, or a user whose sudo asks for no password, gets missing packages installed,
+# with a line of progress for each tenth of them. Anybody else gets the command to run, and exit
+# status 1. When no package is missing, this prints nothing.
 set -u
-export LC_ALL=C # sort and comm must agree
+export LC_ALL=C # sort, comm, apt's messages
+tried="Debian 12, Debian 13 and Ubuntu 24.04"
 
-build="gcc libc6-dev make libnanopb-dev nanopb protobuf-compiler python3 python3-protobuf
-       libzookeeper-mt-dev pkg-config"
+# libprotobuf-dev: google/protobuf/descriptor.proto, which nanopb.proto imports.
+build="gcc libc6-dev make libnanopb-dev nanopb protobuf-compiler libprotobuf-dev python3
+       python3-protobuf libzookeeper-mt-dev pkg-config"
 # zookeeper: the server and its start scripts. libslf4j-java: the server logs nothing without it.
 server="zookeeper default-jre-headless libslf4j-java"
 # libzookeeper-st2 is enough for the single-threaded driver: its -dev package conflicts with the
 # other one and holds the same headers.
-# libprotobuf-dev: google/protobuf/*.proto, which the tests of the generator import.
-test="g++ binutils libcmocka-dev libprotobuf-dev libzookeeper-st2 strace python3-kazoo iproute2 util-linux"
+test="g++ binutils cmake libcmocka-dev libzookeeper-st2 strace python3-kazoo iproute2 util-linux"
 lint="g++ clang clang-format universal-ctags binutils git libzookeeper-st2"
 
 # bench PEER: what one peer of `make bench` needs.
@@ -42,6 +43,7 @@ for purpose in "${@:-all}"; do
         instructions) need+=" $build binutils valgrind" ;;
         size) need+=" $build binutils musl-tools gcc-arm-linux-gnueabihf libc6-dev-armhf-cross
                      gcc-mips-linux-gnu libc6-dev-mips-cross" ;;
+        distros) need+=" debootstrap git util-linux" ;;
         bench) need+=" $build binutils $(for p in tirpc zmq nng thrift grpc capnp; do bench $p; done)" ;;
         bench-*)
             need+=" $build binutils $(bench "${purpose#bench-}")" || {
@@ -59,7 +61,8 @@ done
 need=$(printf '%s\n' $need | sort -u)
 
 if ! command -v dpkg-query >/dev/null; then
-    echo "setup.sh: this is not Debian; crpc needs the equivalents of:" $need >&2
+    echo "setup.sh: this system has no dpkg, so nothing can be installed here. crpc was tried on" \
+        "$tried. It needs what these Debian packages hold:" $need >&2
     exit 0 # whatever is missing will be named by what needs it
 fi
 
@@ -82,21 +85,50 @@ else
     exit 1
 fi
 
-echo "installing:" $lacking
 # Two of these may run at a time (make -j); the second finds nothing left to do.
 exec 9>"${TMPDIR:-/tmp}/crpc-setup-$(id -u).lock"
 flock 9
 lacking=$(missing)
 [ -z "$lacking" ] && exit 0
+
+# progress WORD N M PACKAGE: on a terminal one line that changes, else a line for each tenth of M
+progress() {
+    if [ -t 1 ]; then
+        printf '\r\033[K  %s %d of %d: %s' "$1" "$2" "$3" "$4"
+        [ "$2" -lt "$3" ] || echo
+    elif [ $(($2 * 10 / $3)) -gt $((($2 - 1) * 10 / $3)) ]; then
+        printf '  %s %d of %d: %s\n' "$1" "$2" "$3" "$4"
+    fi
+}
+
+# Reads apt-get's output, keeps it in $log, and shows how far the installation is.
+watch() {
+    local line words total=0 fetched=0 installed=0
+    while IFS= read -r line; do
+        printf '%s\n' "$line" >>"$log"
+        read -ra words <<<"$line"
+        case $line in
+            *" newly installed, "*) total=$((words[0] + words[2])) ;;
+            Get:*) [ $total = 0 ] || progress downloading $((++fetched)) $total "${words[4]:-}" ;;
+            "Setting up "*) [ $total = 0 ] || progress installing $((++installed)) $total "${words[2]}" ;;
+        esac
+    done
+}
+
+echo "installing with apt-get, which may take some minutes:" $lacking
 log=$(mktemp)
-if ! "${run[@]}" "export DEBIAN_FRONTEND=noninteractive; $install" >"$log" 2>&1 </dev/null; then
-    tail -n 30 "$log" >&2
-    echo "setup.sh: the installation failed; the command was: $install" >&2
-    rm -f "$log"
+trap 'rm -f "$log"' EXIT
+"${run[@]}" "export DEBIAN_FRONTEND=noninteractive; $install" 2>&1 </dev/null | watch
+if [ "${PIPESTATUS[0]}" != 0 ]; then
+    # The first error is the cause of the others: without a network there is one for each package.
+    # apt puts the reason of an Err: on the next line.
+    sed -n '/^\(Err\|E\|W\):/ { p; n; /^  /p; q }' "$log" >&2
+    echo "setup.sh: the installation failed on $(
+        . /etc/os-release 2>/dev/null && echo "${PRETTY_NAME:-this system}"
+    ); crpc was tried on $tried. The command was: $install" >&2
     exit 1
 fi
-rm -f "$log"
 lacking=$(missing)
 [ -z "$lacking" ] && exit 0
-echo "setup.sh: still missing:" $lacking >&2
+echo "setup.sh: apt-get succeeded, but these packages are still missing:" $lacking >&2
 exit 1

@@ -971,6 +971,79 @@ static void a_connection_to_itself_counts_as_refused(void **state)
     assert_true(found);
 }
 
+/* --- one connection without a server: what a send consists of -------------------------------- */
+
+static int send_pieces; /* of the last writev */
+
+static ssize_t counting_writev(int fd, void *state, struct iovec *iov, int count)
+{
+    send_pieces = count;
+    return crpci_transport_plain_writev(fd, state, iov, count);
+}
+
+static void ignore_sent(crpci_conn *c, crpci_out *out)
+{
+    (void)c;
+    (void)out;
+}
+
+static void ignore_closed(crpci_conn *c)
+{
+    (void)c;
+}
+
+static void queue_bytes(crpci_conn *c, const char *text)
+{
+    crpci_chunk *chunk = crpci_heap_chunk(c->loop->heap, sizeof(crpci_out) + 100);
+    crpci_out *o = (crpci_out *)crpci_heap_data(chunk);
+    memset(o, 0, sizeof *o);
+    memcpy(o + 1, text, strlen(text));
+    o->chunk = chunk;
+    o->head = (const uint8_t *)(o + 1);
+    o->head_len = strlen(text);
+    crpci_conn_queue(c, o);
+}
+
+/* Short frames leave in one piece; where there is no memory for the copies, as they are. */
+static void short_frames_need_no_memory_to_be_sent(void **state)
+{
+    crpci_transport counting = crpci_transport_plain;
+    crpci_conn_events up;
+    int without;
+    (void)state;
+    counting.writev = counting_writev;
+    memset(&up, 0, sizeof up);
+    up.sent = ignore_sent;
+    up.closed = ignore_closed;
+    for (without = 0; without < 2; without++) {
+        ct_alloc *a = ct_alloc_of_test();
+        crpc_loop *l = net_loop(CRPC_POLLER_DEFAULT);
+        crpci_conn *c;
+        char got[16] = "";
+        int fds[2];
+        assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
+        crpci_loop_lock(l);
+        assert_int_equal(crpci_conn_new(l, fds[1], false, &up, NULL, &c), CRPC_OK);
+        c->io = &counting;
+        queue_bytes(c, "one");
+        queue_bytes(c, "two");
+        queue_bytes(c, "three");
+        a->fail_at = without ? a->calls + 1 : 0;
+        a->fail_forever = without;
+        crpci_conn_flush(c);
+        a->fail_at = a->fail_forever = 0;
+        assert_null(c->tx_head);
+        assert_int_equal(c->tx_memory, 0);
+        assert_int_equal(send_pieces, without ? 3 : 1);
+        assert_int_equal(recv(fds[0], got, sizeof got, 0), 11);
+        assert_string_equal(got, "onetwothree");
+        crpci_conn_close(c, CRPC_ECLOSE, 0);
+        crpci_loop_unlock(l);
+        close(fds[0]);
+        crpc_loop_close(l);
+    }
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
@@ -992,6 +1065,7 @@ int main(void)
         CT_TEST(connections_in_use_are_not_idle),
         CT_TEST(replies_split_anywhere),
         CT_TEST(a_connection_to_itself_counts_as_refused),
+        CT_TEST(short_frames_need_no_memory_to_be_sent),
     };
     return CT_RUN(tests);
 }

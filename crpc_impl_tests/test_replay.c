@@ -19,7 +19,7 @@ static crpci_chunk *reply_of(crpci_heap *h, int code, size_t payload)
     char *bytes = (char *)calloc(1, payload + 1);
     crpci_chunk *c;
     part[2] = crpc_view_of(bytes, payload);
-    c = crpci_replay_copy(h, code, part);
+    c = crpci_replay_copy(h, NULL, code, part);
     free(bytes);
     return c;
 }
@@ -83,10 +83,11 @@ static void the_parts_of_a_reply_are_copied(void **state)
     part[1] = crpc_view_str(fields);
     part[2] = crpc_view_str(payload);
     part[3] = crpc_view_str(attachment);
-    c = crpci_replay_copy(h, 5, part);
+    c = crpci_replay_copy(h, &c, 5, part);
     words[0] = fields[0] = payload[0] = attachment[0] = '?';
     r = (crpci_replay_reply *)(void *)crpci_heap_data(c);
     bytes = (const char *)(r + 1);
+    assert_ptr_equal(r->protocol, &c);
     assert_int_equal(r->code, 5);
     assert_int_equal(r->text, 5);
     assert_int_equal(r->fields, 6);

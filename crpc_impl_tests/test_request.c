@@ -19,6 +19,7 @@ static void fixture_open(fixture *f)
     o.hooks = ct_hooks();
     assert_int_equal(crpc_loop_open(&f->loop, &o), CRPC_OK);
     f->channel.loop = f->channel.requests.loop = f->loop;
+    f->channel.requests.protocol = &crpci_baidu;
 }
 
 static void fixture_close(fixture *f)
@@ -43,7 +44,7 @@ static int frame(crpci_request *r, int64_t id, const uint8_t **at, size_t *size,
 {
     uint8_t *data = crpci_heap_data(r->chunk);
     uint32_t body, meta;
-    *at = crpci_request_head(r, id, 0);
+    *at = crpci_request_head(r, &crpci_baidu, id, 0);
     *size = (size_t)(data + r->payload - *at) + r->payload_size + r->inline_size;
     assert_int_equal(crpci_frame_header(*at, *size, &body, &meta), CRPCI_FRAME_OK);
     assert_int_equal(body + CRPCI_FRAME_HEADER, *size + crpc_view_size(r->attachment));

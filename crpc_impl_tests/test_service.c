@@ -46,11 +46,11 @@ static void fixture_close(fixture *f)
 static int look_up(fixture *f, const char *service, const char *method,
                    const crpci_service_method **m)
 {
-    crpci_meta meta;
-    memset(&meta, 0, sizeof meta);
-    meta.service = crpc_view_str(service);
-    meta.method = crpc_view_str(method);
-    return crpci_service_lookup(&f->map, &meta, m);
+    crpci_message named;
+    memset(&named, 0, sizeof named);
+    named.service = crpc_view_str(service);
+    named.method = crpc_view_str(method);
+    return crpci_service_lookup(&f->map, &named, m);
 }
 
 static void names_are_found_full_first_then_short(void **state)
@@ -63,8 +63,8 @@ static void names_are_found_full_first_then_short(void **state)
     assert_ptr_equal(m->method, &a_methods[1]);
     assert_string_equal(m->user, "user");
     assert_string_equal(m->handlers, "handlers");
-    assert_int_equal(crpc_view_size(m->names), 2 + 9 + 2 + 3);
-    assert_memory_equal(crpc_view_data(m->names), "\x0a\x09pkg.sub.A\x12\x03Two", 16);
+    assert_int_equal(crpc_view_size(m->names[0]), 2 + 9 + 2 + 3);
+    assert_memory_equal(crpc_view_data(m->names[0]), "\x0a\x09pkg.sub.A\x12\x03Two", 16);
     assert_int_equal(look_up(&f, "A", "OneMore", &m), CRPC_OK);
     assert_ptr_equal(m->method, &a_methods[2]);
     assert_int_equal(look_up(&f, "B", "One", &m), CRPC_OK);
@@ -105,23 +105,23 @@ static void names_are_bytes(void **state)
     fixture f;
     ct_guard service = ct_guard_make("pkg.sub.A", 9), method = ct_guard_make("One", 3);
     const crpci_service_method *m;
-    crpci_meta meta;
+    crpci_message named;
     (void)state;
     fixture_open(&f);
-    memset(&meta, 0, sizeof meta);
-    meta.service = crpc_view_of(service.data, 9);
-    meta.method = crpc_view_of(method.data, 3);
-    assert_int_equal(crpci_service_lookup(&f.map, &meta, &m), CRPC_OK);
+    memset(&named, 0, sizeof named);
+    named.service = crpc_view_of(service.data, 9);
+    named.method = crpc_view_of(method.data, 3);
+    assert_int_equal(crpci_service_lookup(&f.map, &named, &m), CRPC_OK);
     assert_ptr_equal(m->method, &a_methods[0]);
-    meta.method = crpc_view_of("One\0", 4);
-    assert_int_equal(crpci_service_lookup(&f.map, &meta, &m), CRPC_ENOMETHOD);
-    meta.method = crpc_view_of("One", 3);
-    meta.service = crpc_view_of("A\0", 2);
-    assert_int_equal(crpci_service_lookup(&f.map, &meta, &m), CRPC_ENOSERVICE);
-    meta.service = crpc_view_of("A\0.", 3);
-    assert_int_equal(crpci_service_lookup(&f.map, &meta, &m), CRPC_ENOMETHOD);
-    meta.service = crpc_view_of(NULL, 0);
-    assert_int_equal(crpci_service_lookup(&f.map, &meta, &m), CRPC_ENOSERVICE);
+    named.method = crpc_view_of("One\0", 4);
+    assert_int_equal(crpci_service_lookup(&f.map, &named, &m), CRPC_ENOMETHOD);
+    named.method = crpc_view_of("One", 3);
+    named.service = crpc_view_of("A\0", 2);
+    assert_int_equal(crpci_service_lookup(&f.map, &named, &m), CRPC_ENOSERVICE);
+    named.service = crpc_view_of("A\0.", 3);
+    assert_int_equal(crpci_service_lookup(&f.map, &named, &m), CRPC_ENOMETHOD);
+    named.service = crpc_view_of(NULL, 0);
+    assert_int_equal(crpci_service_lookup(&f.map, &named, &m), CRPC_ENOSERVICE);
     fixture_close(&f);
     ct_guard_free(service);
     ct_guard_free(method);

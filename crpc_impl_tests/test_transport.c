@@ -118,14 +118,23 @@ static void a_gone_peer_is_no_signal(void **state)
     sigaction(SIGPIPE, &before, NULL);
 }
 
-static void wants_what_is_asked_and_hides_nothing(void **state)
+static void a_socket_hides_nothing(void **state)
 {
-    unsigned events;
+    int fds[2];
     (void)state;
-    for (events = 0; events < 4; events++)
-        assert_int_equal(plain->want(NULL, events), events);
-    assert_false(plain->pending(NULL));
-    assert_true(plain->concurrent_rw);
+    assert_null(plain->want);
+    assert_null(plain->pending);
+    assert_int_equal(plain->flags, CRPCI_TRANSPORT_GATHER | CRPCI_TRANSPORT_DUPLEX);
+    pair(fds);
+    assert_true(plain->idle(fds[0], NULL));
+    assert_int_equal(write(fds[1], "x", 1), 1);
+    assert_false(plain->idle(fds[0], NULL));
+    close(fds[1]);
+    close(fds[0]);
+    pair(fds);
+    close(fds[1]);
+    assert_true(plain->idle(fds[0], NULL)); /* the end of input is nothing to be read */
+    close(fds[0]);
 }
 
 int main(void)
@@ -135,7 +144,7 @@ int main(void)
         CT_TEST(would_block),
         CT_TEST(end_of_file_is_zero),
         CT_TEST(a_gone_peer_is_no_signal),
-        CT_TEST(wants_what_is_asked_and_hides_nothing),
+        CT_TEST(a_socket_hides_nothing),
     };
     return CT_RUN(tests);
 }

@@ -9,6 +9,8 @@ A name selects the tests whose id contains it. --keep leaves the generated files
 The last line is "N passed, N failed"; tests that cannot run here are counted apart.
 """
 
+# It compiles some 200 files: crpc-test-timeout: 1200
+
 import concurrent.futures
 import os
 import re
@@ -23,7 +25,6 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 PLUGIN = os.path.join(ROOT, 'protoc-gen-crpc')
 PROTOS = os.path.join(HERE, 'protos')
 GOLDEN = os.path.join(HERE, 'golden')
-NANOPB_PROTOS = '/usr/lib/python3/dist-packages/proto'  # where Debian has nanopb.proto
 GOOGLE = ['google/protobuf/timestamp.proto', 'google/protobuf/empty.proto']
 
 WARNINGS = ['-Wall', '-Wextra', '-Wpedantic', '-Wconversion', '-Wshadow', '-Werror']
@@ -43,6 +44,11 @@ UPDATE = False
 def run(command, cwd=None, data=None):
     return subprocess.run(command, cwd=cwd, input=data, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, check=False)
+
+
+def nanopb_protos():
+    """The directory of nanopb.proto."""
+    return run([PLUGIN, '--nanopb-proto']).stdout.decode().strip()
 
 
 def read(*path):
@@ -145,6 +151,14 @@ class Generate(Case):
               self.path('out/both.c'))
         self.compile_all(['twice.c', 'both.c'])
 
+    def test_zero_of_views(self):
+        """However nanopb initialises views, a program that does so compiles without a warning."""
+        self.generate(['views.proto', 'common/types.proto', 'common/deep.proto'])
+        write('#include "views.crpc.h"\nint zero(void);\nint zero(void)\n{\n'
+              '    const demo_Sample sample = demo_Sample_init_zero;\n'
+              '    return crpc_view_size(sample.token) == 0;\n}\n', self.path('out/zero.c'))
+        self.compile_all(['zero.c'])
+
     def test_toggles(self):
         self.generate(self.USER)
         for client in '01':
@@ -198,10 +212,8 @@ class Generate(Case):
         self.assertIn('{"Messaging", "GetMessage",', files['http.crpc.c'])
         self.compile_all(['http.pb.c', 'http.crpc.c'])
 
-    @unittest.skipUnless(os.path.isfile(os.path.join(NANOPB_PROTOS, 'nanopb.proto')),
-                         'no nanopb.proto here')
     def test_options_inside_the_proto(self):
-        files = self.generate(['inline.proto'], include=(PROTOS, NANOPB_PROTOS))
+        files = self.generate(['inline.proto'], include=(PROTOS, nanopb_protos()))
         for line in ('crpc_view body;', 'crpc_views tags;', 'char title[64];'):
             self.assertIn(line, files['inline.pb.h'])
         self.compile_all(['inline.pb.c', 'inline.crpc.c'])
@@ -919,10 +931,8 @@ class WithoutProtoc(Case):
         self.assertEqual(result.returncode, 0, result.stderr.decode())
 
     def test_a_printing_nanopb_does_not_spoil_the_response(self):
-        write('print("hello")\nfrom nanopb_generator_real import *\n'
-              'from nanopb_generator_real import nanopb_version\n',
+        write(read('/usr/bin/nanopb_generator.py') + '\nprint("hello")\n',
               self.path('nanopb_generator.py'))
-        shutil.copy('/usr/bin/nanopb_generator.py', self.path('nanopb_generator_real.py'))
         os.environ['PYTHONPATH'] = self.dir
         try:
             response = self.respond(lambda fdesc: None, HEAD3 + 'message M {}\n' + ONE_METHOD)
