@@ -173,7 +173,8 @@
  *     CRPC_ENABLE_ZOOKEEPER  1   0: no zookeeper://, no ZooKeeper client needed
  *     CRPC_ENABLE_SERVERLESS 1   0: no file://, no multicast://
  *     CRPC_ENABLE_POLICY     1   0: of the calling policies only weighted round robin, failover,
- *                                failfast and deadlines
+ *                                failfast and deadlines; opening a channel refuses what it leaves
+ *                                out (CRPC_EUNSUPPORTED)
  *     CRPC_ENABLE_RESOLVER   1   0: host names only by crpc_hooks.resolve: a static program without
  *                                getaddrinfo is some 15 KiB smaller
  *     CRPC_DEBUG             0   1: checks rules of crpc and of its use (an object closed twice, a
@@ -2924,7 +2925,7 @@ typedef struct crpci_options {
 #define CRPCI_OPTION_ROW(type, member, name, words, flags, zero, none, least, most)                \
     {name, words, offsetof(type, member), sizeof(((type *)0)->member), flags,                      \
      zero, none,  least,                  most}
-#define CRPCI_OPTIONS(rows) {rows, sizeof(rows) / sizeof *(rows)}
+#define CRPCI_OPTIONS_OF(rows) rows, sizeof(rows) / sizeof *(rows)
 
 CRPCI_COLD int64_t crpci_options_get(const crpci_option *o, const void *options)
 {
@@ -5729,7 +5730,7 @@ static const crpci_option crpci_loop_rows[] = {
                      0, 0),
 };
 
-static const crpci_options crpci_loop_options = CRPCI_OPTIONS(crpci_loop_rows);
+static const crpci_options crpci_loop_options = {CRPCI_OPTIONS_OF(crpci_loop_rows)};
 
 CRPCI_FN void crpci_loop_options_set(crpc_loop *l, const crpc_loop_options *o)
 {
@@ -18909,7 +18910,7 @@ static const crpci_option crpci_opening_rows[] = {
                       CRPCI_OPTION_ANY),
 };
 
-static const crpci_options crpci_opening_options = CRPCI_OPTIONS(crpci_opening_rows);
+static const crpci_options crpci_opening_options = {CRPCI_OPTIONS_OF(crpci_opening_rows)};
 
 CRPC_API int crpc_channel_options_parse(char *text, crpc_channel_options *options,
                                         crpc_error *error)
@@ -22031,7 +22032,7 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_NUMBER(drain_ms, 5000, 0, 86400000),
 };
 
-static const crpci_options crpci_lifecycle_options = CRPCI_OPTIONS(crpci_lifecycle_rows);
+static const crpci_options crpci_lifecycle_options = {CRPCI_OPTIONS_OF(crpci_lifecycle_rows)};
 
 CRPC_API int crpc_server_options_parse(char *text, crpc_server_options *options, crpc_error *error)
 {

@@ -19,7 +19,7 @@ static const crpci_option sample_rows[] = {
     CRPCI_OPTION_ROW(sample, secret, "secret", NULL, CRPCI_OPTION_TEXT | CRPCI_OPTION_SECRET, 0, 0,
                      0, 0),
 };
-static const crpci_options sample_options = CRPCI_OPTIONS(sample_rows);
+static const crpci_options sample_options = {CRPCI_OPTIONS_OF(sample_rows)};
 
 static void zero_and_minus_one_get_their_values(void **state)
 {
