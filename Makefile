@@ -102,7 +102,7 @@ $(GEN)/examples/%.pb.h $(GEN)/examples/%.pb.c $(GEN)/examples/%.crpc.h $(GEN)/ex
 
 WARN := -Wall -Wextra -Wshadow -Wundef -Wstrict-prototypes -Wwrite-strings -Werror
 # Sanitizers make gcc see uninitialised variables where there are none.
-TEST_CFLAGS := -std=c99 -D_GNU_SOURCE -g -fno-omit-frame-pointer $(WARN) -Wno-maybe-uninitialized \
+TEST_CFLAGS := -std=c99 -D_GNU_SOURCE -DCRPC_DEBUG=1 -g -fno-omit-frame-pointer $(WARN) -Wno-maybe-uninitialized \
   -I. -I$(T_DIR) -I$(GEN)/tests
 ASAN := -Og -fsanitize=address,undefined -fno-sanitize-recover=all
 TSAN := -O1 -fsanitize=thread

@@ -109,27 +109,30 @@
  *     >>api-channel        the client: calls
  *     >>api-server         the server: services, requests, replies
  *     >>api-coordination   nodes, configuration, locks and elections in ZooKeeper
- *     >>impl-base          system headers, attributes, small arithmetic
- *     >>impl-thread        locks, condition variables, threads; nothing without them
- *     >>impl-status        names and texts of codes
- *     >>impl-heap          memory, log and clock of one loop and all that is made from it
- *     >>impl-id            {index, generation} ids for objects that others may outlive
- *     >>impl-list          doubly linked lists through members; an empty link points to itself
+ *     >>impl-base          system headers, attributes, assertions, small arithmetic, hash
+ *     >>impl-thread        mutexes, condition variables, threads, atomic counters
+ *     >>impl-status        names and texts of status codes
+ *     >>impl-heap          memory, log and clock of a loop and of all objects on it
+ *     >>impl-id            {generation, index} ids of objects that may be gone when they are used
+ *     >>impl-list          doubly linked lists through members of the items
  *     >>impl-url           URLs, their options, percent-encoding
  *     >>impl-options       tables of options: defaults, ranges, URL keys, key=value lines
  *     >>impl-message       nanopb messages: views, encoding into chunks, decoding
  *     >>impl-frame         the 12 bytes before every message
  *     >>impl-meta          what a message is about: brpc's RpcMeta
- *     >>impl-sock          addresses and sockets; knows no loop
- *     >>impl-resolver      host names to numeric addresses, on the caller's thread
+ *     >>impl-sock          addresses and sockets, without a loop
+ *     >>impl-resolver      host names to numeric addresses; blocks the calling thread
  *     >>impl-transport     how bytes get through a connected socket
- *     >>impl-poller        epoll and poll behind four functions
- *     >>impl-wake          a descriptor by which another thread ends a wait
+ *     >>impl-poller        waiting for many descriptors: epoll and poll behind one face
+ *     >>impl-wake          a descriptor by which another thread ends the poller's wait
  *     >>impl-timer         hashed hierarchical timing wheel: O(1) to arm and cancel
- *     >>impl-loop          who drives, who waits, what runs when
- *     >>impl-limiter       how much is let through: rates, retries, calls at a time
- *     >>impl-breaker       a provider that fails gets no calls, then one, then more
- *     >>impl-balance       which provider a call goes to
+ *     >>impl-loop          a loop's state: lock, driver, clock, tasks, timers
+ *     >>impl-watch         descriptors that a loop waits for
+ *     >>impl-user          what the program has on a loop: posts, timers, descriptors
+ *     >>impl-drive         who drives a loop, who waits, and how they take turns
+ *     >>impl-limiter       token buckets, retry budgets, adaptive concurrency limits
+ *     >>impl-breaker       a provider that fails gets no calls, then a probe, then more
+ *     >>impl-balance       balancers: which provider of a list a call goes to
  *     >>impl-conn          one connection: reading and parsing, queueing and sending
  *     >>impl-baidu         brpc's protocol baidu_std: RpcMeta to messages and back
  *     >>impl-protocols     which protocols there are
@@ -147,10 +150,10 @@
  *     >>impl-channel       the forms of calls, and closing
  *     >>impl-opening       URLs and options of a channel, its directory
  *     >>impl-service       finding the method that a request names
- *     >>impl-worker        a bounded queue and the threads that empty it
- *     >>impl-order         requests of one key, one after another
- *     >>impl-replay        replies kept for requests that come again
- *     >>impl-quota         what a method and a client may ask of a server
+ *     >>impl-worker        a pool of threads for handlers, with a bounded queue
+ *     >>impl-order         requests with the same ordering key run one after another
+ *     >>impl-replay        replies kept for requests that arrive again with the same id
+ *     >>impl-quota         limits of a method and of a client: concurrency and rates
  *     >>impl-context       one request in service: its handler, its reply, its end
  *     >>impl-guard         requests that are limited, keep an order, or come again
  *     >>impl-intake        what a server's connections bring: taken in, or refused
@@ -503,7 +506,10 @@
  *
  * PORTING
  *
- * Linux 2.6.27 and later (accept4, eventfd, epoll_create1). No 64-bit atomics, no unaligned access,
+ * Linux 2.6.27 and later. Where the kernel is too old for accept4 (2.6.28, on ARM 2.6.36), for the
+ * coarse clock (2.6.32) or for getrandom (3.17), or where a sandbox refuses one of them, epoll or
+ * eventfd with ENOSYS or EPERM, crpc does without: with accept and fcntl, the exact clock, a seed
+ * from the clock and the process's start, poll, and a pipe. No 64-bit atomics, no unaligned access,
  * no byte order assumed. With musl threads have small stacks: crpc's own use less than 32 KiB of
  * the 256 that they are given, handlers come on top.
  *
@@ -817,13 +823,13 @@ typedef struct crpc_hooks {
 typedef struct crpc_loop crpc_loop;
 
 /* Names something that a loop keeps. Never reused while the loop lives, so a stale one is safe:
- * it names nothing. The value 0 names nothing. */
+ * it names nothing, and neither does an id of another loop. The value 0 names nothing. */
 typedef struct crpc_id {
     uint64_t value;
 } crpc_id;
 
 typedef enum crpc_poller {
-    CRPC_POLLER_DEFAULT = 0, /* epoll where it is compiled in, else poll */
+    CRPC_POLLER_DEFAULT = 0, /* epoll; poll where epoll is not compiled in, or refused */
     CRPC_POLLER_EPOLL = 1,
     CRPC_POLLER_POLL = 2
 } crpc_poller;
@@ -1824,7 +1830,7 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #define CRPC_IMPLEMENTATION_INCLUDED
 
 /* ======================================================================== */
-/* >>impl-base   system headers, attributes, small arithmetic               */
+/* >>impl-base   system headers, attributes, assertions, small arithmetic, hash */
 /* ======================================================================== */
 
 #include <arpa/inet.h>
@@ -1844,6 +1850,7 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <time.h>
@@ -1883,7 +1890,9 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #error "crpc: define CRPC_REALLOC and CRPC_FREE together"
 #endif
 
-/* Private functions: no warning where a toggle leaves one without a caller. */
+/* Attributes of private functions. A toggle may leave a function without a caller: no compiler need
+ * warn. CRPCI_COLD ones run at start, at the end or on errors: they are laid out apart and never
+ * inlined, which keeps the code of a call in few cache lines. */
 #if defined(__GNUC__)
 #define CRPCI_FN static __attribute__((unused))
 #define CRPCI_COLD static __attribute__((unused, cold, noinline))
@@ -1912,6 +1921,7 @@ CRPCI_COLD void crpci_base_abort(const char *what, const char *function)
 /* For mistakes of the program in the use of an object; checked likewise. */
 #define CRPCI_DEMAND(x, what) CRPCI_ASSERT(x, what)
 
+/* The struct of which *ptr is the named member. */
 #define CRPCI_CONTAINER(ptr, type, member)                                                         \
     ((type *)(void *)((char *)(ptr)-offsetof(type, member)))
 
@@ -1925,12 +1935,13 @@ CRPCI_FN int64_t crpci_base_min64(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-/* An option's value: 0 means the default, -1 the given "none". */
+/* The value of an option: `zero`, the default, if it is 0; `none` if it is negative. */
 CRPCI_FN int64_t crpci_base_option(int64_t value, int64_t zero, int64_t none)
 {
     return value == 0 ? zero : value < 0 ? none : value;
 }
 
+/* 32-bit integers on the wire are big-endian and stand at any address. */
 CRPCI_FN uint32_t crpci_base_get32(const uint8_t *p)
 {
     return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
@@ -1944,36 +1955,95 @@ CRPCI_FN void crpci_base_put32(uint8_t *p, uint32_t v)
     p[3] = (uint8_t)v;
 }
 
+/* The last steps of splitmix64 (S. Vigna): a change of any bit of x changes each bit of the result
+ * with a chance of one half. */
+CRPCI_FN uint64_t crpci_base_mix(uint64_t x)
+{
+    x ^= x >> 30;
+    x *= UINT64_C(0xbf58476d1ce4e5b9);
+    x ^= x >> 27;
+    x *= UINT64_C(0x94d049bb133111eb);
+    return x ^ x >> 31;
+}
+
+/* FNV-1a, then mixed: equal on every machine, because a hash decides which provider of a list all
+ * clients choose. Not for keys that an attacker picks to make a table slow. */
+CRPCI_FN uint64_t crpci_base_hash(const void *bytes, size_t n)
+{
+    const uint8_t *p = (const uint8_t *)bytes;
+    uint64_t h = UINT64_C(0xcbf29ce484222325);
+    size_t i;
+    for (i = 0; i < n; i++)
+        h = (h ^ p[i]) * UINT64_C(0x100000001b3);
+    return crpci_base_mix(h);
+}
+
 /* ======================================================================== */
-/* >>impl-thread   locks, condition variables, threads; nothing without them */
+/* >>impl-thread   mutexes, condition variables, threads, atomic counters    */
 /* ======================================================================== */
 
+/* With CRPC_ENABLE_THREADS=0 the same functions exist and do nothing, so that the sections below
+ * need no #if to lock. */
 #if CRPC_ENABLE_THREADS
-typedef pthread_mutex_t crpci_mutex;
+typedef struct crpci_mutex {
+    pthread_mutex_t mutex;
+#if CRPC_DEBUG
+    uintptr_t holder; /* atomic: tag of the thread that holds it; 0: none does */
+#endif
+} crpci_mutex;
 typedef pthread_cond_t crpci_cond;
 typedef pthread_t crpci_thread;
 
+/* The calling thread as a number other than 0. On Linux a pthread_t is an integer or a pointer. */
+CRPCI_FN uintptr_t crpci_thread_tag(void)
+{
+    return (uintptr_t)pthread_self();
+}
+
+#if CRPC_DEBUG
+/* Whether the calling thread holds a mutex. */
+CRPCI_FN bool crpci_thread_holds(const crpci_mutex *m)
+{
+    return __atomic_load_n(&m->holder, __ATOMIC_RELAXED) == crpci_thread_tag();
+}
+#endif
+
+/* Records that the calling thread now holds a mutex, or no longer does. */
+CRPCI_FN void crpci_thread_set_held(crpci_mutex *m, bool held)
+{
+#if CRPC_DEBUG
+    __atomic_store_n(&m->holder, held ? crpci_thread_tag() : 0, __ATOMIC_RELAXED);
+#else
+    (void)m;
+    (void)held;
+#endif
+}
+
 CRPCI_FN int crpci_thread_mutex_init(crpci_mutex *m)
 {
-    return pthread_mutex_init(m, NULL) ? CRPC_ENOMEM : CRPC_OK;
+    crpci_thread_set_held(m, false);
+    return pthread_mutex_init(&m->mutex, NULL) ? CRPC_ENOMEM : CRPC_OK;
 }
 
 CRPCI_FN void crpci_thread_mutex_free(crpci_mutex *m)
 {
-    pthread_mutex_destroy(m);
+    pthread_mutex_destroy(&m->mutex);
 }
 
 CRPCI_FN void crpci_thread_lock(crpci_mutex *m)
 {
-    pthread_mutex_lock(m);
+    pthread_mutex_lock(&m->mutex);
+    crpci_thread_set_held(m, true);
 }
 
 CRPCI_FN void crpci_thread_unlock(crpci_mutex *m)
 {
-    pthread_mutex_unlock(m);
+    crpci_thread_set_held(m, false);
+    pthread_mutex_unlock(&m->mutex);
 }
 
-/* On CLOCK_MONOTONIC, so that a clock set by hand or by NTP moves no deadline. */
+/* Timed waits go by CLOCK_MONOTONIC: setting the wall clock, by hand or by NTP, moves no
+ * deadline. */
 CRPCI_FN int crpci_thread_cond_init(crpci_cond *c)
 {
     pthread_condattr_t attr;
@@ -2000,12 +2070,15 @@ CRPCI_FN void crpci_thread_broadcast(crpci_cond *c)
     pthread_cond_broadcast(c);
 }
 
-/* Waits for at most `us` microseconds (negative: no limit); may return early. */
+/* Unlocks, waits until signalled or for `us` microseconds (negative: no limit), locks again. It may
+ * return early, so callers wait in a loop. More than a day is cut to a day: sums stay in range. */
 CRPCI_FN void crpci_thread_wait(crpci_cond *c, crpci_mutex *m, int64_t us)
 {
     struct timespec ts;
+    crpci_thread_set_held(m, false);
     if (us < 0) {
-        pthread_cond_wait(c, m);
+        pthread_cond_wait(c, &m->mutex);
+        crpci_thread_set_held(m, true);
         return;
     }
     clock_gettime(CLOCK_MONOTONIC, &ts);
@@ -2016,7 +2089,8 @@ CRPCI_FN void crpci_thread_wait(crpci_cond *c, crpci_mutex *m, int64_t us)
         ts.tv_sec++;
         ts.tv_nsec -= 1000000000;
     }
-    pthread_cond_timedwait(c, m, &ts);
+    pthread_cond_timedwait(c, &m->mutex, &ts);
+    crpci_thread_set_held(m, true);
 }
 
 CRPCI_FN crpci_thread crpci_thread_self(void)
@@ -2029,14 +2103,8 @@ CRPCI_FN bool crpci_thread_is_self(crpci_thread t)
     return pthread_equal(t, pthread_self()) != 0;
 }
 
-/* The calling thread as a number other than 0: Linux's pthread_t is one, or a pointer. */
-CRPCI_FN uintptr_t crpci_thread_tag(void)
-{
-    return (uintptr_t)pthread_self();
-}
-
-/* Starts a thread with all signals blocked: the program's handlers never run on it.
- * stack_size: bytes, 0: the system's default. */
+/* Starts a thread. All signals are blocked on it, so that the program's signal handlers run on the
+ * program's own threads. stack_size: bytes, 0: the system's default. */
 CRPCI_FN int crpci_thread_start(crpci_thread *t, size_t stack_size, void *(*fn)(void *), void *arg)
 {
     pthread_attr_t attr;
@@ -2059,7 +2127,7 @@ CRPCI_FN void crpci_thread_join(crpci_thread t)
     pthread_join(t, NULL);
 }
 
-/* Names the calling thread; the kernel takes 15 characters. */
+/* Names the calling thread for ps and gdb; the kernel takes 15 characters. */
 CRPCI_FN void crpci_thread_name(const char *name)
 {
     char text[16];
@@ -2135,10 +2203,17 @@ CRPCI_FN uintptr_t crpci_thread_tag(void)
 {
     return 1;
 }
+
+CRPCI_FN bool crpci_thread_holds(const crpci_mutex *m)
+{
+    (void)m;
+    return true;
+}
 #endif
 
-/* Reference counts and flags that are touched without a lock; all are 32 bits wide, which every
- * Linux target does without libatomic. */
+/* --- atomic counters and flags: 32 bits wide, for which no Linux target needs libatomic ------- */
+
+/* Takes one more reference of an object on which the caller has one already. */
 CRPCI_FN void crpci_thread_ref(uint32_t *n)
 {
     __atomic_fetch_add(n, 1, __ATOMIC_RELAXED);
@@ -2149,8 +2224,8 @@ CRPCI_FN void crpci_thread_add(uint32_t *n, uint32_t count)
     __atomic_fetch_add(n, count, __ATOMIC_ACQ_REL);
 }
 
-/* True when the last reference went. Nobody else can take or give one up while there is but the
- * caller's, which is the usual case and spares the locked arithmetic. */
+/* Gives up the caller's reference; true: it was the last one. A count of 1 needs no atomic
+ * subtraction: the only reference is the caller's, so no other thread can change the count. */
 CRPCI_FN bool crpci_thread_unref(uint32_t *n)
 {
     return __atomic_load_n(n, __ATOMIC_ACQUIRE) == 1 ||
@@ -2168,7 +2243,7 @@ CRPCI_FN void crpci_thread_store(uint32_t *n, uint32_t v)
 }
 
 /* ======================================================================== */
-/* >>impl-status   names and texts of codes                                 */
+/* >>impl-status   names and texts of status codes                          */
 /* ======================================================================== */
 
 CRPC_API const char *crpc_version(void)
@@ -2181,46 +2256,48 @@ CRPC_API const char *crpc_zookeeper_driver(void)
     return !CRPC_ENABLE_ZOOKEEPER ? "none" : CRPC_ZOOKEEPER_ST ? "st" : "mt";
 }
 
-/* The name of a code, with its text behind the terminating zero: one string is smaller than two
- * switches, or an array of pointers, which is also data to be relocated. NULL: not a code. */
-CRPCI_COLD const char *crpci_status_words(int status)
+/* The name of a code; its text stands behind the terminating zero. One string of all names and
+ * texts is smaller than two switches, and an array of pointers would have to be relocated in a
+ * shared library. NULL: no such code. */
+CRPCI_COLD const char *crpci_status_entry(int status)
 {
 #define CRPCI_STATUS_NUMBER(name, number, text) number,
-#define CRPCI_STATUS_WORDS(name, number, text) #name "\0" text "\0"
+#define CRPCI_STATUS_ENTRY(name, number, text) #name "\0" text "\0"
     static const uint16_t numbers[] = {CRPC_STATUS_MAP(CRPCI_STATUS_NUMBER)};
-    const char *words = CRPC_STATUS_MAP(CRPCI_STATUS_WORDS);
+    const char *entry = CRPC_STATUS_MAP(CRPCI_STATUS_ENTRY);
 #undef CRPCI_STATUS_NUMBER
-#undef CRPCI_STATUS_WORDS
+#undef CRPCI_STATUS_ENTRY
     size_t i;
     for (i = 0; i < sizeof numbers / sizeof *numbers; i++) {
         if (numbers[i] == status)
-            return words;
-        words += strlen(words) + 1;
-        words += strlen(words) + 1;
+            return entry;
+        entry += strlen(entry) + 1; /* the name */
+        entry += strlen(entry) + 1; /* the text */
     }
     return NULL;
 }
 
 CRPC_API const char *crpc_status_name(int status)
 {
-    const char *words = crpci_status_words(status);
-    return words ? words : "E?";
+    const char *name = crpci_status_entry(status);
+    return name ? name : "E?";
 }
 
 CRPC_API const char *crpc_status_text(int status)
 {
-    const char *words = crpci_status_words(status);
-    return words ? words + strlen(words) + 1 : "unknown error";
+    const char *name = crpci_status_entry(status);
+    return name ? name + strlen(name) + 1 : "unknown error";
 }
 
-/* Numbers that belong to the system (errno of other stacks) and to RPC frameworks; the rest are the
- * applications'. */
+/* Whether a code is one that foreign peers use for their own errors: errno values and the numbers
+ * of RPC frameworks. All others are applications' codes. */
 CRPCI_FN bool crpci_status_reserved(int code)
 {
     return (code >= 0 && code <= 199) || (code >= 1000 && code <= 3999);
 }
 
-/* Sets an error that happened on this side before any attempt. `error` may be NULL. */
+/* Describes an error that happened on this side before any attempt, and returns its code. `error`
+ * may be NULL. */
 CRPCI_COLD CRPC_PRINTF(3, 4) int crpci_status_set(crpc_error *error, int code, const char *format,
                                                   ...)
 {
@@ -2236,36 +2313,39 @@ CRPCI_COLD CRPC_PRINTF(3, 4) int crpci_status_set(crpc_error *error, int code, c
 }
 
 /* ======================================================================== */
-/* >>impl-heap   memory, log and clock of one loop and all that is made from it */
+/* >>impl-heap   memory, log and clock of a loop and of all objects on it    */
 /* ======================================================================== */
 
-/* Chunks are the only buffers: one block each, power-of-two sized, reference counted, kept for
- * reuse by size. A chunk may outlive its loop (a crpc_call can hold one), so it holds the heap. */
+/* All bytes that are sent or received lie in chunks: blocks with a reference count, a power of two
+ * in size, which the heap keeps for reuse in one list for each size. A chunk has a reference on its
+ * heap, because it may outlive the loop: a crpc_call can hold one. The heap has its own mutex,
+ * which is the innermost lock of all. */
 #define CRPCI_CHUNK_MIN 256u
 #define CRPCI_CHUNK_CLASSES 14u /* 256 bytes to 2 MiB; larger ones are never kept */
 #define CRPCI_CHUNK_BIG (CRPCI_CHUNK_MIN << (CRPCI_CHUNK_CLASSES - 1))
-#define CRPCI_HEAP_KEEP (256u << 10) /* bytes of each size that are kept without asking */
+#define CRPCI_HEAP_KEEP (256u << 10) /* bytes of each size that are kept whatever the load was */
 
 typedef struct crpci_chunk crpci_chunk;
-/* Chunks of one size. There are to be, in use and kept, half as many again as were in use at a time
- * of late: so a steady load finds each again, and what a burst took goes when lighter work follows
- * it. */
+/* Chunks of one size. Those in use and those kept together shall be half as many again as were in
+ * use at one time in the recent past. A steady load then finds every chunk kept, and the chunks
+ * that a burst took are freed when lighter work follows. */
 typedef struct crpci_heap_class {
     crpci_chunk *kept;
     uint32_t kept_count;
     uint32_t used;
-    uint64_t recent; /* the most that were in use, fading; times 2^16 */
+    uint64_t recent; /* the most that were in use at a time, fading with each chunk given back; in
+                      * 1/65536 of a chunk */
 } crpci_heap_class;
 
 typedef struct crpci_heap {
     crpc_hooks hooks;
     crpci_mutex lock;
-    uint32_t refs; /* under the lock, which a chunk that comes or goes takes anyway */
-    int64_t limit; /* bytes in chunks, 0: none */
-    int64_t chunk_bytes;
-    int64_t kept_bytes;
-    int64_t bytes;
-    int64_t peak;
+    uint32_t refs; /* under the lock, which taking or giving a chunk needs anyway */
+    int64_t limit; /* of chunk_bytes; 0: no limit */
+    int64_t chunk_bytes; /* in chunks that are in use */
+    int64_t kept_bytes;  /* in chunks that wait for reuse */
+    int64_t bytes;       /* everything */
+    int64_t peak;        /* the most that `bytes` ever was */
     crpci_heap_class classes[CRPCI_CHUNK_CLASSES];
 #if CRPC_DEBUG
     void *closed; /* handles of objects that are gone, see crpci_heap_retire */
@@ -2276,11 +2356,11 @@ struct crpci_chunk {
     crpci_heap *heap;
     crpci_chunk *next;
     uint32_t refs;
-    uint32_t size_class; /* CRPCI_CHUNK_CLASSES: not kept */
+    uint32_t size_class; /* CRPCI_CHUNK_CLASSES: too large to be kept */
     size_t cap;          /* bytes behind the header */
 };
 
-/* The bytes are aligned for any type, also where the struct's size alone would not do that. */
+/* The bytes behind the header are aligned for any type, on 32-bit targets too. */
 #define CRPCI_CHUNK_HEADER ((sizeof(crpci_chunk) + 15) & ~(size_t)15)
 
 CRPCI_FN uint8_t *crpci_heap_data(crpci_chunk *c)
@@ -2298,6 +2378,7 @@ CRPCI_FN void *crpci_heap_default_resize(void *user, void *ptr, size_t old_size,
     return NULL;
 }
 
+/* The default log hook: a line on stderr that begins with the level's letter. */
 CRPCI_COLD void crpci_heap_default_log(void *user, int level, const char *line)
 {
     static const char letters[] = "?EWID";
@@ -2323,15 +2404,15 @@ CRPCI_FN int64_t crpci_heap_now(const crpci_heap *h)
     return h->hooks.clock_us(h->hooks.user);
 }
 
-/* The same clock at the kernel's last tick: up to some milliseconds behind, never ahead. To read a
- * counter of the processor takes longer than all else that is done before a deadline is looked at,
- * above all in a virtual machine. */
+/* The same clock as of the kernel's last tick: 1 to 10 ms behind, never ahead. Reading it is a load
+ * from memory; the exact clock reads a counter of the processor, which takes longer than everything
+ * else that is done to compare a deadline, in a virtual machine many times longer. */
 CRPCI_FN int64_t crpci_heap_rough_now(const crpci_heap *h)
 {
     struct timespec ts;
-    if (h->hooks.clock_us != crpci_heap_default_clock)
+    if (h->hooks.clock_us != crpci_heap_default_clock ||
+        clock_gettime(CLOCK_MONOTONIC_COARSE, &ts)) /* Linux before 2.6.32 */
         return crpci_heap_now(h);
-    clock_gettime(CLOCK_MONOTONIC_COARSE, &ts);
     return crpci_heap_micros(&ts);
 }
 
@@ -2347,10 +2428,22 @@ CRPCI_COLD CRPC_PRINTF(3, 4) void crpci_heap_log(crpci_heap *h, int level, const
     h->hooks.log(h->hooks.user, level, line);
 }
 
-/* Called with the heap locked. */
+/* Whether the system call that has just failed is missing from the kernel or forbidden by a sandbox
+ * (errno ENOSYS or EPERM), so that another one has to do. The log tells which. */
+CRPCI_COLD bool crpci_heap_refused(crpci_heap *h, const char *call, const char *instead)
+{
+    if (errno != ENOSYS && errno != EPERM)
+        return false;
+    crpci_heap_log(h, CRPC_LOG_INFO, "loop: %s: %s; %s is used instead", call,
+                   errno == ENOSYS ? "ENOSYS" : "EPERM", instead);
+    return true;
+}
+
 CRPCI_FN void *crpci_heap_resize_locked(crpci_heap *h, void *ptr, size_t old_size, size_t new_size)
 {
-    void *out = h->hooks.resize(h->hooks.user, ptr, old_size, new_size);
+    void *out;
+    CRPCI_ASSERT(crpci_thread_holds(&h->lock), "the heap is not locked by this thread");
+    out = h->hooks.resize(h->hooks.user, ptr, old_size, new_size);
     if (out || !new_size) {
         h->bytes += (int64_t)new_size - (int64_t)old_size;
         if (h->bytes > h->peak)
@@ -2359,7 +2452,8 @@ CRPCI_FN void *crpci_heap_resize_locked(crpci_heap *h, void *ptr, size_t old_siz
     return out;
 }
 
-/* realloc with sizes; new bytes are zero. On failure NULL, and the old block stays. */
+/* realloc for callers that know the old size; new bytes are zero. NULL: out of memory, the old
+ * block stays as it is. */
 CRPCI_FN void *crpci_heap_resize(crpci_heap *h, void *ptr, size_t old_size, size_t new_size)
 {
     void *out;
@@ -2436,6 +2530,7 @@ CRPCI_FN void crpci_heap_retire(crpci_heap *h, void *object, size_t size)
 #endif
 }
 
+/* Makes a heap with one reference; hooks may be NULL. limit: bytes in chunks, 0: none. */
 CRPCI_FN int crpci_heap_open(crpci_heap **out, const crpc_hooks *hooks, int64_t limit)
 {
     crpc_hooks k;
@@ -2467,6 +2562,7 @@ CRPCI_FN int crpci_heap_open(crpci_heap **out, const crpc_hooks *hooks, int64_t 
     return CRPC_OK;
 }
 
+/* Frees all chunks that are kept for reuse. The heap is locked. */
 CRPCI_FN void crpci_heap_trim(crpci_heap *h)
 {
     crpci_chunk *c;
@@ -2487,7 +2583,7 @@ CRPCI_FN void crpci_heap_ref(crpci_heap *h)
     crpci_thread_unlock(&h->lock);
 }
 
-/* Gives up a reference and unlocks; the last one frees. */
+/* Gives up a reference and unlocks; the last one frees the heap. */
 CRPCI_FN void crpci_heap_unlock_unref(crpci_heap *h)
 {
     crpc_hooks k;
@@ -2515,7 +2611,8 @@ CRPCI_FN void crpci_heap_unref(crpci_heap *h)
     crpci_heap_unlock_unref(h);
 }
 
-/* CRPCI_CHUNK_CLASSES: larger than any. */
+/* The list for chunks of so many bytes with their header: class k holds those of 256 << k bytes.
+ * CRPCI_CHUNK_CLASSES: they are too large to be kept. */
 CRPCI_FN unsigned crpci_heap_class_of(size_t total)
 {
     if (total <= CRPCI_CHUNK_MIN)
@@ -2525,7 +2622,7 @@ CRPCI_FN unsigned crpci_heap_class_of(size_t total)
     return 32u - (unsigned)__builtin_clz((unsigned)(total - 1) / CRPCI_CHUNK_MIN);
 }
 
-/* A chunk of a class, from those that were kept if there is one. Locked. */
+/* A chunk of a class: one that was kept, else a new one. The heap is locked. */
 CRPCI_FN crpci_chunk *crpci_heap_take(crpci_heap *h, crpci_heap_class *k, size_t total)
 {
     crpci_chunk *c = k->kept;
@@ -2541,11 +2638,12 @@ CRPCI_FN crpci_chunk *crpci_heap_take(crpci_heap *h, crpci_heap_class *k, size_t
     return c;
 }
 
-/* Takes a chunk of a class back. Locked. */
+/* Keeps a chunk for reuse, and frees those of its class that the recent load did not need. Called
+ * with the heap locked. */
 CRPCI_FN void crpci_heap_give(crpci_heap *h, crpci_heap_class *k, crpci_chunk *c, size_t total)
 {
     uint64_t enough;
-    k->recent -= k->recent >> 16; /* to a third in as many chunks */
+    k->recent -= k->recent >> 16; /* fades to 1/e in 65536 chunks given back */
     enough = (k->recent + k->recent / 2) >> 16;
     k->used--;
     c->next = k->kept;
@@ -2562,8 +2660,8 @@ CRPCI_FN void crpci_heap_give(crpci_heap *h, crpci_heap_class *k, crpci_chunk *c
     }
 }
 
-/* A chunk with room for at least `size` bytes and one reference; NULL when out of memory or over
- * the heap's limit. */
+/* A chunk with one reference and room for at least `size` bytes, not cleared. NULL: out of memory,
+ * or over the heap's limit. */
 CRPCI_FN crpci_chunk *crpci_heap_chunk(crpci_heap *h, size_t size)
 {
     unsigned k = crpci_heap_class_of(size + CRPCI_CHUNK_HEADER);
@@ -2597,7 +2695,8 @@ CRPCI_FN void crpci_heap_chunk_ref(crpci_chunk *c)
     crpci_thread_ref(&c->refs);
 }
 
-/* NULL is ignored. */
+/* Gives up a reference of a chunk, on any thread, with or without the loop's lock. NULL is
+ * ignored. */
 CRPCI_FN void crpci_heap_chunk_unref(crpci_chunk *c)
 {
     crpci_heap *h;
@@ -2616,23 +2715,29 @@ CRPCI_FN void crpci_heap_chunk_unref(crpci_chunk *c)
 }
 
 /* ======================================================================== */
-/* >>impl-id   {index, generation} ids for objects that others may outlive  */
+/* >>impl-id   {generation, index} ids of objects that may be gone when they are used */
 /* ======================================================================== */
 
+/* An id is the slot's generation in the upper 32 bits and its index in the lower ones. Each use of
+ * a slot has a generation of its own, so an id finds its object or nothing, never the slot's next
+ * object. A table is not locked by itself. */
 typedef struct crpci_id_slot {
-    void *object; /* NULL: free */
-    uint32_t generation;
-    uint32_t next_free; /* index + 1 */
+    void *object;        /* NULL: the slot is free */
+    uint32_t generation; /* of the present or last use; 0: it was never used */
+    uint32_t next_free;  /* index + 1 of the next free slot; 0: it is the last */
 } crpci_id_slot;
 
+/* All zero at first, but for the salt. */
 typedef struct crpci_id_table {
     crpci_id_slot *slots;
     uint32_t cap;
     uint32_t used;
-    uint32_t free_head; /* index + 1; first in, first out, so that a number returns late */
+    uint32_t free_head; /* index + 1; first in, first out, so that an index is reused late */
     uint32_t free_tail;
+    uint32_t salt; /* xor of index and id: an id of another table is, almost surely, no id here */
 } crpci_id_table;
 
+/* Appends a slot to the free ones. */
 CRPCI_FN void crpci_id_release(crpci_id_table *t, uint32_t index)
 {
     t->slots[index].object = NULL;
@@ -2661,7 +2766,7 @@ CRPCI_FN int crpci_id_grow(crpci_id_table *t, crpci_heap *h)
     return CRPC_OK;
 }
 
-/* Names an object. Ids are never 0. */
+/* Gives an object an id, which is never 0. */
 CRPCI_FN int crpci_id_add(crpci_id_table *t, crpci_heap *h, void *object, uint64_t *id)
 {
     crpci_id_slot *s;
@@ -2677,24 +2782,25 @@ CRPCI_FN int crpci_id_add(crpci_id_table *t, crpci_heap *h, void *object, uint64
         s->generation = 1;
     s->object = object;
     t->used++;
-    *id = (uint64_t)s->generation << 32 | index;
+    *id = (uint64_t)s->generation << 32 | (index ^ t->salt);
     return CRPC_OK;
 }
 
-/* The object of an id, NULL if it is gone. */
+/* The object of an id; NULL: it was removed, or the id is from elsewhere. */
 CRPCI_FN void *crpci_id_get(const crpci_id_table *t, uint64_t id)
 {
-    uint32_t index = (uint32_t)id;
+    uint32_t index = (uint32_t)id ^ t->salt;
     if (index >= t->cap || t->slots[index].generation != (uint32_t)(id >> 32))
         return NULL;
     return t->slots[index].object;
 }
 
+/* Takes an id's validity; one that names nothing is ignored. */
 CRPCI_FN void crpci_id_remove(crpci_id_table *t, uint64_t id)
 {
     if (!crpci_id_get(t, id))
         return;
-    crpci_id_release(t, (uint32_t)id);
+    crpci_id_release(t, (uint32_t)id ^ t->salt);
     t->used--;
 }
 
@@ -2705,9 +2811,11 @@ CRPCI_FN void crpci_id_free(crpci_id_table *t, crpci_heap *h)
 }
 
 /* ======================================================================== */
-/* >>impl-list   doubly linked lists through members; an empty link points to itself */
+/* >>impl-list   doubly linked lists through members of the items            */
 /* ======================================================================== */
 
+/* A ring: the head of a list and the link in an item are of one type. A link that is in no list
+ * points to itself, so removing it again is harmless. */
 typedef struct crpci_list {
     struct crpci_list *next;
     struct crpci_list *prev;
@@ -2718,6 +2826,7 @@ CRPCI_FN void crpci_list_init(crpci_list *l)
     l->next = l->prev = l;
 }
 
+/* Whether a list has no item, or an item's link is in no list. */
 CRPCI_FN bool crpci_list_empty(const crpci_list *l)
 {
     return l->next == l;
@@ -2731,7 +2840,7 @@ CRPCI_FN void crpci_list_append(crpci_list *head, crpci_list *item)
     head->prev = item;
 }
 
-/* Takes an item out; harmless if it is in no list. */
+/* Takes an item out of the list that it is in, if any. */
 CRPCI_FN void crpci_list_remove(crpci_list *item)
 {
     item->prev->next = item->next;
@@ -2739,7 +2848,7 @@ CRPCI_FN void crpci_list_remove(crpci_list *item)
     crpci_list_init(item);
 }
 
-/* Moves all items of `from` to the empty `to`. */
+/* Moves all items of `from` to `to`, which had none or was not initialised. */
 CRPCI_FN void crpci_list_move(crpci_list *to, crpci_list *from)
 {
     crpci_list_init(to);
@@ -4129,7 +4238,7 @@ CRPCI_COLD bool crpci_meta_self_check(void)
 }
 
 /* ======================================================================== */
-/* >>impl-sock   addresses and sockets; knows no loop                        */
+/* >>impl-sock   addresses and sockets, without a loop                       */
 /* ======================================================================== */
 
 typedef struct crpci_addr {
@@ -4142,7 +4251,8 @@ typedef struct crpci_addr {
     socklen_t len;
 } crpci_addr;
 
-/* Splits "host:port" or "[v6]:port"; the host keeps no brackets. */
+/* Splits "host:port" or "[IPv6]:port" into a host without brackets and a port of 0 to 65535. False:
+ * it is neither, or the host does not fit. */
 CRPCI_FN bool crpci_sock_split(const char *text, char *host, size_t size, unsigned *port)
 {
     const char *colon = strrchr(text, ':'), *from = text, *to = colon;
@@ -4233,8 +4343,10 @@ CRPCI_FN void crpci_sock_set(int fd, int level, int option, int value)
     setsockopt(fd, level, option, &value, sizeof value);
 }
 
-/* What every stream connection gets: no Nagle delay; death noticed although nothing is sent
- * (keepalive after 60 s) and although something is (user timeout 30 s). */
+/* Sets what every TCP connection gets. TCP_NODELAY: a small request is not held back for the
+ * acknowledgement of the one before. Keepalive: a peer that vanished while nothing was sent is
+ * found after 90 s, one that stops acknowledging what was sent after 30 s (TCP_USER_TIMEOUT; Linux
+ * 2.6.37). Failures are ignored: the connection works without. */
 CRPCI_FN void crpci_sock_tune(int fd)
 {
     crpci_sock_set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
@@ -4249,6 +4361,7 @@ CRPCI_FN void crpci_sock_tune(int fd)
 #endif
 }
 
+/* A stream socket for an address, which does not block. -1 and errno on failure. */
 CRPCI_FN int crpci_sock_open(const crpci_addr *a)
 {
     int fd = socket(a->u.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
@@ -4257,7 +4370,7 @@ CRPCI_FN int crpci_sock_open(const crpci_addr *a)
     return fd;
 }
 
-/* Whether an address, as text, is this host's to itself. */
+/* Whether an address, as text, is a loopback one. */
 CRPCI_FN bool crpci_sock_is_loopback(const char *text)
 {
     static const char *const begins[] = {"127.", "[::1]", "::1:", "[::ffff:127.", "::ffff:127."};
@@ -4269,7 +4382,9 @@ CRPCI_FN bool crpci_sock_is_loopback(const char *text)
     return false;
 }
 
-/* Whether a connection is to itself: dialling a dead port in the ephemeral range can do that. */
+/* Whether a connection leads to its own socket: connecting to a port of the ephemeral range on
+ * which nobody listens can draw that very port as the local one, and TCP lets the socket connect to
+ * itself. */
 CRPCI_FN bool crpci_sock_is_self(int fd)
 {
     crpci_addr a, b;
@@ -4279,7 +4394,8 @@ CRPCI_FN bool crpci_sock_is_self(int fd)
            memcmp(&a.u, &b.u, a.len) == 0;
 }
 
-/* A unix socket file that nobody listens on any more is removed; one in use is left alone. */
+/* Removes the file of a unix socket on which nobody listens any more, as a server that crashed
+ * leaves it behind. One in use stays, and bind fails with EADDRINUSE. */
 CRPCI_COLD void crpci_sock_unlink_stale(const crpci_addr *a)
 {
     struct stat st;
@@ -4292,6 +4408,22 @@ CRPCI_COLD void crpci_sock_unlink_stale(const crpci_addr *a)
     if (connect(fd, &a->u.any, a->len) && errno == ECONNREFUSED)
         unlink(a->u.un.sun_path);
     close(fd);
+}
+
+/* Accepts a connection; its descriptor does not block and is closed on exec. ARM kernels before
+ * 2.6.36, and some sandboxes, refuse accept4: then a child that another thread forks and executes
+ * between the calls inherits the descriptor. -1 and errno on failure. */
+CRPCI_FN int crpci_sock_accept(int listener)
+{
+    int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    if (fd >= 0 || (errno != ENOSYS && errno != EPERM))
+        return fd;
+    fd = accept(listener, NULL, NULL);
+    if (fd >= 0) {
+        fcntl(fd, F_SETFL, O_NONBLOCK);
+        fcntl(fd, F_SETFD, FD_CLOEXEC);
+    }
+    return fd;
 }
 
 /* Binds and listens. -1 and errno on failure. */
@@ -4311,25 +4443,31 @@ CRPCI_COLD int crpci_sock_listen(const crpci_addr *a)
 }
 
 /* ======================================================================== */
-/* >>impl-resolver   host names to numeric addresses, on the caller's thread */
+/* >>impl-resolver   host names to numeric addresses; blocks the calling thread */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_RESOLVER
+/* Asks getaddrinfo, which may block for many seconds where no DNS server answers. On failure `out`
+ * tells why. */
 CRPCI_COLD int crpci_resolver_system(const char *host, char *out, size_t size)
 {
     struct addrinfo hints, *list, *i;
     size_t used = 0;
+    int failed;
     memset(&hints, 0, sizeof hints);
     hints.ai_socktype = SOCK_STREAM;
     *out = '\0';
-    if (getaddrinfo(host, NULL, &hints, &list))
+    failed = getaddrinfo(host, NULL, &hints, &list);
+    if (failed) {
+        snprintf(out, size, "getaddrinfo: %s", gai_strerror(failed));
         return CRPC_ERESOLVE;
+    }
     for (i = list; i; i = i->ai_next) {
         const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)(const void *)i->ai_addr;
         const struct sockaddr_in *in4 = (const struct sockaddr_in *)(const void *)i->ai_addr;
         char text[INET6_ADDRSTRLEN];
         if (i->ai_family == AF_INET6 && in6->sin6_scope_id)
-            continue; /* a link-local address is of no use elsewhere */
+            continue; /* link-local: without its scope it leads nowhere */
         if (!inet_ntop(i->ai_family,
                        i->ai_family == AF_INET6 ? (const void *)&in6->sin6_addr : &in4->sin_addr,
                        text, sizeof text))
@@ -4339,38 +4477,45 @@ CRPCI_COLD int crpci_resolver_system(const char *host, char *out, size_t size)
         used += (size_t)snprintf(out + used, size - used, "%s%s", used ? "," : "", text);
     }
     freeaddrinfo(list);
-    return *out ? CRPC_OK : CRPC_ERESOLVE;
+    if (*out)
+        return CRPC_OK;
+    snprintf(out, size, "getaddrinfo gave no address that can be used");
+    return CRPC_ERESOLVE;
 }
 #endif
 
-/* Numeric addresses of a host, separated by commas. */
-CRPCI_COLD int crpci_resolver_names(crpci_heap *h, const char *host, char *out, size_t size)
+/* Writes the numeric addresses of a host, separated by commas: those of the program's hook, else of
+ * getaddrinfo. On failure `out` tells why. */
+CRPCI_COLD int crpci_resolver_lookup(crpci_heap *h, const char *host, char *out, size_t size)
 {
-    if (h->hooks.resolve)
-        return h->hooks.resolve(h->hooks.user, host, out, size);
+    int err = CRPC_ERESOLVE;
+    if (h->hooks.resolve) {
+        err = h->hooks.resolve(h->hooks.user, host, out, size);
+        if (err)
+            snprintf(out, size, "the resolve hook returned %d", err);
+        return err;
+    }
 #if CRPC_ENABLE_RESOLVER
-    return crpci_resolver_system(host, out, size);
+    err = crpci_resolver_system(host, out, size);
 #else
-    crpci_heap_log(h, CRPC_LOG_ERROR, "%s: crpc was built with CRPC_ENABLE_RESOLVER=0: give a "
-                                      "numeric address, or a resolve hook", host);
-    (void)out;
-    (void)size;
-    return CRPC_ERESOLVE;
+    snprintf(out, size, "crpc was built with CRPC_ENABLE_RESOLVER=0: give a numeric address, or "
+                        "set hooks.resolve");
 #endif
+    return err;
 }
 
 /* Looks "host:port" up: writes the host's numeric addresses, separated by commas, and the port. */
-CRPCI_COLD int crpci_resolver_look_up(crpci_heap *h, const char *text, char *list, size_t size,
+CRPCI_COLD int crpci_resolver_split(crpci_heap *h, const char *text, char *list, size_t size,
                                       unsigned *port, crpc_error *error)
 {
     char host[256];
     if (!crpci_sock_split(text, host, sizeof host, port) || !*host)
         return crpci_status_set(error, CRPC_EINVAL,
-                                "\"%.80s\" is not host:port, with a port up to 65535 (IPv6 stands "
-                                "in brackets)",
+                                "\"%.80s\" is not host:port with a port of 0 to 65535; an IPv6 "
+                                "address needs brackets: [::1]:80",
                                 text);
-    if (crpci_resolver_names(h, host, list, size))
-        return crpci_status_set(error, CRPC_ERESOLVE, "host \"%.80s\" could not be resolved", host);
+    if (crpci_resolver_lookup(h, host, list, size))
+        return crpci_status_set(error, CRPC_ERESOLVE, "host \"%.80s\": %.120s", host, list);
     return CRPC_OK;
 }
 
@@ -4390,8 +4535,8 @@ CRPCI_COLD bool crpci_resolver_next(char **list, unsigned port, char *out, size_
     return false;
 }
 
-/* Turns "host:port" into a numeric one. Of several addresses the first IPv4 one is taken, else the
- * first. Numeric input is only normalised. */
+/* Turns "host:port" into a numeric address and its port. Of several addresses the first IPv4 one is
+ * taken, else the first. A numeric one is only written in its canonical form. */
 CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out, size_t size,
                                       crpc_error *error)
 {
@@ -4403,7 +4548,7 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
         crpci_sock_format(&a, out, size);
         return CRPC_OK;
     }
-    err = crpci_resolver_look_up(h, text, list, sizeof list, &port, error);
+    err = crpci_resolver_split(h, text, list, sizeof list, &port, error);
     if (err)
         return err;
     *out = '\0';
@@ -4413,7 +4558,7 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
     }
     return *out ? CRPC_OK
                 : crpci_status_set(error, CRPC_ERESOLVE,
-                                   "\"%.80s\": the resolver gave no numeric address", text);
+                                   "\"%.80s\": the resolve hook gave no numeric address", text);
 }
 
 /* ======================================================================== */
@@ -4483,17 +4628,17 @@ static const crpci_transport crpci_transport_plain = {
     crpci_transport_plain_idle};
 
 /* ======================================================================== */
-/* >>impl-poller   epoll and poll behind four functions                      */
+/* >>impl-poller   waiting for many descriptors: epoll and poll behind one face */
 /* ======================================================================== */
 
-#define CRPCI_POLLER_BATCH 64
+#define CRPCI_POLLER_BATCH 64 /* events that one wait reports at most */
 
-/* One registered descriptor. */
+/* A descriptor, as its owner registers it. Events are CRPC_READABLE and CRPC_WRITABLE. */
 typedef struct crpci_poller_item {
     int fd;
-    unsigned events; /* registered now; 0: not registered */
-    uint32_t at;     /* poll: index */
-    uint64_t id;     /* reported with its events */
+    unsigned events; /* registered for; 0: not registered */
+    uint32_t at;     /* poll: index in fds and items */
+    uint64_t id;     /* the owner's; the poller reports it with the events */
 } crpci_poller_item;
 
 typedef struct crpci_poller_event {
@@ -4504,12 +4649,13 @@ typedef struct crpci_poller_event {
 typedef struct crpci_poller {
     crpc_poller kind;
     int epoll_fd;
-    /* poll: what is registered, and the copy that a wait without the lock works on */
+    /* poll: what is registered, and the copy on which a wait works without the lock */
     struct pollfd *fds;
     crpci_poller_item **items;
     struct pollfd *snapshot;
     uint64_t *snapshot_ids;
-    uint32_t count, cap, snapshot_count, snapshot_cap, next;
+    uint32_t count, cap, snapshot_count, snapshot_cap;
+    uint32_t next; /* where the next wait begins to look for events, when a batch was full */
 } crpci_poller;
 
 CRPCI_FN const char *crpci_poller_name(const crpci_poller *p)
@@ -4517,7 +4663,9 @@ CRPCI_FN const char *crpci_poller_name(const crpci_poller *p)
     return p->kind == CRPC_POLLER_EPOLL ? "epoll" : "poll";
 }
 
-CRPCI_FN int crpci_poller_open(crpci_poller *p, crpc_poller kind)
+/* Opens epoll, unless poll is asked for; with CRPC_POLLER_DEFAULT poll takes its place where the
+ * system refuses epoll. */
+CRPCI_FN int crpci_poller_open(crpci_poller *p, crpci_heap *h, crpc_poller kind)
 {
     memset(p, 0, sizeof *p);
     p->epoll_fd = -1;
@@ -4526,9 +4674,13 @@ CRPCI_FN int crpci_poller_open(crpci_poller *p, crpc_poller kind)
     if (kind == CRPC_POLLER_POLL)
         return CRPC_OK;
     p->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    p->kind = CRPC_POLLER_EPOLL;
-    return p->epoll_fd < 0 ? CRPC_ESYSTEM : CRPC_OK;
+    if (p->epoll_fd >= 0)
+        p->kind = CRPC_POLLER_EPOLL;
+    else if (kind != CRPC_POLLER_DEFAULT || !crpci_heap_refused(h, "epoll_create1", "poll"))
+        return CRPC_ESYSTEM;
+    return CRPC_OK;
 #else
+    (void)h;
     return kind == CRPC_POLLER_EPOLL ? CRPC_EUNSUPPORTED : CRPC_OK;
 #endif
 }
@@ -4546,8 +4698,9 @@ CRPCI_FN void crpci_poller_close(crpci_poller *p, crpci_heap *h)
 }
 
 #if CRPC_ENABLE_EPOLL
-/* A library that owns the descriptor may have closed it, and the number may name another one by
- * now: ENOENT and EEXIST are such cases, not errors. */
+/* ENOENT and EEXIST are no errors: a library that owns the descriptor (the ZooKeeper client) may
+ * have closed it, which took it out of the epoll set, and the number may be that of another one
+ * now. */
 CRPCI_FN int crpci_poller_epoll_set(crpci_poller *p, crpci_poller_item *i, unsigned events)
 {
     struct epoll_event e;
@@ -4591,6 +4744,7 @@ CRPCI_FN int crpci_poller_poll_grow(crpci_poller *p, crpci_heap *h)
     return CRPC_OK;
 }
 
+/* Removing fills the gap with the last entry. */
 CRPCI_FN int crpci_poller_poll_set(crpci_poller *p, crpci_heap *h, crpci_poller_item *i,
                                    unsigned events)
 {
@@ -4614,8 +4768,8 @@ CRPCI_FN int crpci_poller_poll_set(crpci_poller *p, crpci_heap *h, crpci_poller_
     return CRPC_OK;
 }
 
-/* Registers, changes or (events 0) removes an item. Its fd and id may change only while it is
- * removed. */
+/* Registers an item, changes its events, or removes it (events 0). Its fd and id may change only
+ * while it is removed. On failure its registration stays as it was. */
 CRPCI_FN int crpci_poller_set(crpci_poller *p, crpci_heap *h, crpci_poller_item *i, unsigned events)
 {
     int err;
@@ -4654,7 +4808,8 @@ CRPCI_FN int crpci_poller_snapshot_grow(crpci_poller *p, crpci_heap *h)
     return CRPC_OK;
 }
 
-/* Under the lock, before a wait without it. Out of memory, those that fit are waited for. */
+/* Under the loop's lock, before a wait without it. CRPC_ENOMEM: the wait covers only as many
+ * descriptors as the last copy had room for. */
 CRPCI_FN int crpci_poller_prepare(crpci_poller *p, crpci_heap *h)
 {
     int err = CRPC_OK;
@@ -4671,14 +4826,18 @@ CRPCI_FN int crpci_poller_prepare(crpci_poller *p, crpci_heap *h)
     return err;
 }
 
+/* Milliseconds for epoll_wait and poll, rounded up; negative: no limit; a day at most. */
 CRPCI_FN int crpci_poller_ms(int64_t us)
 {
     return us < 0 ? -1 : us > INT64_C(86400000000) ? 86400000 : (int)((us + 999) / 1000);
 }
 
-/* Waits at most `us` (negative: no limit; rounded up, never early). Without the lock, by one thread
- * at a time. Events beyond the batch are reported by the next wait; poll goes round so that each
- * descriptor gets its turn. */
+/* Waits at most `us` microseconds (negative: no limit), rounded up to a millisecond. Called without
+ * the lock, by one thread at a time. Returns how many events it put into out[CRPCI_POLLER_BATCH].
+ * Further ones come with the next wait, which under poll begins behind the last one reported, so
+ * that every descriptor gets its turn; epoll does that by itself. A failure, such as EINTR, counts
+ * as no event. An error or a hang-up is reported as readable and writable: the owner's read or
+ * write then finds out. */
 CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us, crpci_poller_event *out)
 {
     int n = 0, ready;
@@ -4714,21 +4873,22 @@ CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us, crpci_poller_event *
 }
 
 /* ======================================================================== */
-/* >>impl-wake   a descriptor by which another thread ends a wait            */
+/* >>impl-wake   a descriptor by which another thread ends the poller's wait */
 /* ======================================================================== */
 
+/* An eventfd, or the two ends of a pipe. */
 typedef struct crpci_wake {
-    int read_fd;
-    int write_fd;
+    int read_fd;  /* the poller waits for it */
+    int write_fd; /* an eventfd: the same one */
 } crpci_wake;
 
-CRPCI_FN int crpci_wake_open(crpci_wake *w)
+CRPCI_FN int crpci_wake_open(crpci_wake *w, crpci_heap *h)
 {
     int fds[2];
     w->read_fd = w->write_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (w->read_fd >= 0)
         return CRPC_OK;
-    if (errno != ENOSYS || pipe2(fds, O_NONBLOCK | O_CLOEXEC))
+    if (!crpci_heap_refused(h, "eventfd", "a pipe") || pipe2(fds, O_NONBLOCK | O_CLOEXEC))
         return CRPC_ESYSTEM;
     w->read_fd = fds[0];
     w->write_fd = fds[1];
@@ -4744,7 +4904,8 @@ CRPCI_FN void crpci_wake_close(crpci_wake *w)
     w->read_fd = w->write_fd = -1;
 }
 
-/* Async-signal-safe. A full pipe is as good as one more byte. */
+/* Makes read_fd readable. Async-signal-safe. A write into a full pipe fails, but then the pipe is
+ * readable anyway. */
 CRPCI_FN void crpci_wake_kick(const crpci_wake *w)
 {
     uint64_t one = 1;
@@ -4754,13 +4915,14 @@ CRPCI_FN void crpci_wake_kick(const crpci_wake *w)
     errno = saved;
 }
 
+/* Makes read_fd unreadable until the next kick. */
 CRPCI_FN void crpci_wake_drain(const crpci_wake *w)
 {
     uint64_t buf[8];
     ssize_t n;
     do {
         n = read(w->read_fd, buf, sizeof buf);
-    } while (n == (ssize_t)sizeof buf); /* an eventfd gives 8 bytes, a pipe what is there */
+    } while (n == (ssize_t)sizeof buf); /* a pipe may hold more; an eventfd gives 8 bytes once */
 }
 
 /* ======================================================================== */
@@ -4768,23 +4930,26 @@ CRPCI_FN void crpci_wake_drain(const crpci_wake *w)
 /* ======================================================================== */
 
 /* After G. Varghese, T. Lauck: Hashed and Hierarchical Timing Wheels (1987), scheme 7. A tick is a
- * millisecond, rounded up: no timer is early. Level k has 64 slots of 64^k ticks; the highest bit
- * in which a timer's tick differs from the present one tells its level. Farther than 2^30 ticks (12
- * days) it is parked at that distance and put in again. */
+ * millisecond; due times are rounded up to ticks, so no timer is early. Level k has 64 slots of
+ * 64^k ticks each. A timer goes to the level that the highest bit tells in which its tick differs
+ * from the present one, and when the wheel comes to its slot, to a lower level, until it fires on
+ * level 0. A timer farther off than 2^30 ticks (12 days) waits in the last slot of the top level
+ * and is put in again from there. */
 #define CRPCI_TIMER_LEVELS 5
 
 typedef struct crpci_timer crpci_timer;
 struct crpci_timer {
     crpci_timer *next;
-    crpci_timer **prev; /* what points here; NULL: not armed */
+    crpci_timer **prev; /* the pointer that points here; NULL: the timer is not armed */
     int64_t due_us;
-    void (*fn)(crpc_loop *loop, crpci_timer *timer); /* loop locked; may unlock and lock again */
+    /* Called with the loop locked and the timer not armed; may unlock and lock again. */
+    void (*fn)(crpc_loop *loop, crpci_timer *timer);
 };
 
 typedef struct crpci_timer_wheel {
-    int64_t tick;       /* all up to here have fired */
-    crpci_timer *fired; /* due, waiting to be run */
-    uint64_t used[CRPCI_TIMER_LEVELS];
+    int64_t tick;       /* all timers up to this tick have fired */
+    crpci_timer *fired; /* timers that are due, for the loop to run */
+    uint64_t used[CRPCI_TIMER_LEVELS]; /* a bit for each slot that may hold a timer */
     crpci_timer *slots[CRPCI_TIMER_LEVELS][64];
 } crpci_timer_wheel;
 
@@ -4803,6 +4968,7 @@ CRPCI_FN void crpci_timer_link(crpci_timer **head, crpci_timer *t)
     t->prev = head;
 }
 
+/* Disarms a timer, also one that has fired and was not run yet. */
 CRPCI_FN void crpci_timer_cancel(crpci_timer *t)
 {
     if (!t->prev)
@@ -4810,7 +4976,7 @@ CRPCI_FN void crpci_timer_cancel(crpci_timer *t)
     *t->prev = t->next;
     if (t->next)
         t->next->prev = t->prev;
-    t->prev = NULL; /* an emptied slot keeps its bit: the next advance finds it empty */
+    t->prev = NULL; /* the slot keeps its bit in `used`: the wheel will find it empty */
 }
 
 /* Puts a timer into its slot, or into the list at `due` if its tick has come. */
@@ -4827,13 +4993,14 @@ CRPCI_FN void crpci_timer_insert(crpci_timer_wheel *w, crpci_timer *t, crpci_tim
                                       (INT64_C(1) << (6 * (CRPCI_TIMER_LEVELS - 1))));
     differ = (uint64_t)tick ^ (uint64_t)w->tick;
     level = (63u - (unsigned)__builtin_clzll(differ)) / 6;
-    if (level >= CRPCI_TIMER_LEVELS) /* wraps round the top level: its slot is still unique */
+    if (level >= CRPCI_TIMER_LEVELS) /* in the next turn of the top level, and not yet this slot */
         level = CRPCI_TIMER_LEVELS - 1;
     slot = (unsigned)(tick >> (6 * level)) & 63;
     crpci_timer_link(&w->slots[level][slot], t);
     w->used[level] |= UINT64_C(1) << slot;
 }
 
+/* Arms a timer, or moves one that is armed. */
 CRPCI_FN void crpci_timer_set(crpci_timer_wheel *w, crpci_timer *t, int64_t due_us)
 {
     crpci_timer_cancel(t);
@@ -4841,8 +5008,8 @@ CRPCI_FN void crpci_timer_set(crpci_timer_wheel *w, crpci_timer *t, int64_t due_
     crpci_timer_insert(w, t, &w->fired);
 }
 
-/* The tick at which the next used slot begins, INT64_MAX if there is none: no timer is due before
- * it. */
+/* The tick at which the next used slot begins, and which slot that is. No timer is due before that
+ * tick. INT64_MAX: there is no timer. */
 CRPCI_FN int64_t crpci_timer_next_slot(const crpci_timer_wheel *w, unsigned *level, unsigned *slot)
 {
     unsigned k;
@@ -4854,7 +5021,7 @@ CRPCI_FN int64_t crpci_timer_next_slot(const crpci_timer_wheel *w, unsigned *lev
         unsigned now = (unsigned)(w->tick >> (6 * k)) & 63, ahead;
         uint64_t bits = w->used[k];
         bits = now ? bits >> now | bits << (64 - now) : bits;
-        bits &= ~UINT64_C(1); /* the present slot is empty; a cancelled timer left the bit */
+        bits &= ~UINT64_C(1); /* the present slot was emptied; its bit is of a cancelled timer */
         if (!bits)
             continue;
         ahead = (unsigned)__builtin_ctzll(bits);
@@ -4865,8 +5032,8 @@ CRPCI_FN int64_t crpci_timer_next_slot(const crpci_timer_wheel *w, unsigned *lev
     return INT64_MAX;
 }
 
-/* Moves every timer that is due at `now_us` to the end of w->fired: tick by tick, and those of one
- * tick as they were armed. */
+/* Moves every timer that is due at `now_us` to the end of w->fired, in the order of their ticks,
+ * and within a tick in the order in which they were armed. */
 CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
 {
     int64_t now = now_us / 1000;
@@ -4886,7 +5053,7 @@ CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
         }
         w->tick = at;
         w->used[level] &= ~(UINT64_C(1) << slot);
-        while ((t = w->slots[level][slot]) != NULL) { /* the last armed is the first in it */
+        while ((t = w->slots[level][slot]) != NULL) { /* armed last stands first: turn the order */
             crpci_timer_cancel(t);
             crpci_timer_link(&turned, t);
         }
@@ -4899,7 +5066,8 @@ CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
     }
 }
 
-/* When the wheel must be advanced next, in microseconds; INT64_MAX: never. */
+/* The time at which the wheel must be advanced next, in microseconds; INT64_MAX: there is no
+ * timer. */
 CRPCI_FN int64_t crpci_timer_next_us(const crpci_timer_wheel *w)
 {
     unsigned level, slot;
@@ -4908,30 +5076,32 @@ CRPCI_FN int64_t crpci_timer_next_us(const crpci_timer_wheel *w)
 }
 
 /* ======================================================================== */
-/* >>impl-loop   who drives, who waits, what runs when                       */
+/* >>impl-loop   a loop's state: lock, driver, clock, tasks, timers         */
 /* ======================================================================== */
 
-/* The rules P1 to P11 of the threads' protocol are named where they are kept. A build that leaves
- * one out must be caught by the tests. */
+/* How threads share a loop is written down as the rules P1 to P11; each stands where it is kept.
+ * The rules that decide when to wake, to hand over and to close can be left out one at a time, in
+ * builds that the tests must then find wrong. */
 #ifdef CRPCI_MUTANT_P4_HANDOVER
 #define CRPCI_RULE_P4 0
 #else
-#define CRPCI_RULE_P4 1 /* hand over on every way out */
+#define CRPCI_RULE_P4 1 /* a driver that leaves names its successor in the same hold of the lock */
 #endif
 #ifdef CRPCI_MUTANT_P6_KICK
 #define CRPCI_RULE_P6 0
 #else
-#define CRPCI_RULE_P6 1 /* kick a sleeping driver */
+#define CRPCI_RULE_P6 1 /* a driver that sleeps too long is woken */
 #endif
 #ifdef CRPCI_MUTANT_P7_CLOSE
 #define CRPCI_RULE_P7 0
 #else
-#define CRPCI_RULE_P7 1 /* close a descriptor only when nobody uses it */
+#define CRPCI_RULE_P7 1 /* a descriptor is closed only when no thread reads or writes it: its number
+                         * is that of the next one opened */
 #endif
 
-/* How far off, in microseconds, a timer is that a rough look at the clock is good enough for. */
+/* A deadline that is at least this far off, in microseconds, is compared with the coarse clock. */
 #define CRPCI_LOOP_SOON 50000
-#define CRPCI_LOOP_SHARES 256u
+#define CRPCI_LOOP_SHARES 256u /* references of the receive buffer that are counted in advance */
 
 /* Work queued in a loop. `run` is called with the loop locked and may unlock and lock again. */
 typedef struct crpci_task crpci_task;
@@ -4940,23 +5110,51 @@ struct crpci_task {
     void (*run)(crpc_loop *loop, crpci_task *task);
 };
 
-/* A watched descriptor. */
+/* A descriptor that the loop waits for. `fn` is called as a task's `run` is. */
 typedef struct crpci_watch crpci_watch;
 struct crpci_watch {
     crpci_poller_item item;
-    void (*fn)(crpc_loop *loop, crpci_watch *watch, unsigned events); /* locked, like a task */
+    void (*fn)(crpc_loop *loop, crpci_watch *watch, unsigned events);
 };
 
-/* A thread that waits for something that the driver will do. Lives on its stack. */
-typedef struct crpci_waiter {
-    crpci_list link;
-    crpci_cond cond; /* initialised while queued */
-    bool queued;
-    bool promoted;
-    bool driving;
-    bool done;
-} crpci_waiter;
+/* What the driver is doing: the one thread that steps the loop. */
+typedef enum crpci_loop_driver {
+    CRPCI_LOOP_UNDRIVEN, /* no thread steps the loop */
+    CRPCI_LOOP_WORKING,  /* the driver runs tasks and moves bytes; it flushes before it sleeps */
+    CRPCI_LOOP_SLEEPING, /* it waits in the poller, unlocked */
+    CRPCI_LOOP_IN_USER   /* it runs the program's code, unlocked and for any time */
+} crpci_loop_driver;
 
+/* Which threads may become the driver. An owned loop always has one. */
+typedef enum crpci_loop_mode {
+    CRPCI_LOOP_PASSIVE, /* callers that wait for a reply: one drives, the others follow */
+    CRPCI_LOOP_CLAIMED, /* an owner, as soon as the caller that drives has left */
+    CRPCI_LOOP_OWNED    /* crpc_loop_run, _step or the own thread; callers only wait */
+} crpci_loop_mode;
+
+typedef enum crpci_loop_thread_state {
+    CRPCI_LOOP_NO_THREAD,
+    CRPCI_LOOP_THREAD_RUNS,
+    CRPCI_LOOP_THREAD_ENDED /* it was stopped and takes no lock any more: to be joined */
+} crpci_loop_thread_state;
+
+/* A program that polls the loop's descriptors in a loop of its own, and then steps this one. */
+typedef enum crpci_loop_foreign {
+    CRPCI_LOOP_NOT_FOREIGN,
+    CRPCI_LOOP_FOREIGN_AWAKE,   /* it asks for descriptors and timeout before it polls */
+    CRPCI_LOOP_FOREIGN_POLLING, /* it has asked: it may poll until foreign_at */
+    CRPCI_LOOP_FOREIGN_STALE    /* it may poll, but for descriptors that have changed since */
+} crpci_loop_foreign;
+
+typedef enum crpci_loop_end {
+    CRPCI_LOOP_OPEN,
+    CRPCI_LOOP_CLOSING, /* crpc_loop_close waits for the owner to leave */
+    CRPCI_LOOP_DISPOSED /* it was closed inside a callback: the driver frees it as it leaves */
+} crpci_loop_end;
+
+/* Shared with the sections below: heap, conns, endpoints, registries, calls, results, resume,
+ * dirty, io_cond, io_waiters, now, fresh, max_results, forbid_threads, stats, the receive
+ * buffer. */
 struct crpc_loop {
     crpci_mutex lock;
     crpci_heap *heap;
@@ -4968,37 +5166,31 @@ struct crpc_loop {
     crpci_timer_wheel timers;
     crpci_id_table watches;
     crpci_id_table users; /* the program's timers and watches */
-    crpci_list ready;     /* tasks that run user code: only for an owner, a step, a wait by id */
+    crpci_list ready;     /* tasks that run user code: run by an owner or a wait by id (P8) */
     crpci_list resume;    /* internal tasks: input already read */
     crpci_list dirty;     /* internal tasks: output to be sent */
     /* who drives */
-    bool driver;   /* somebody steps */
-    bool owned;    /* ... and it is run, _step or the own thread */
-    bool foreign;  /* the program steps it from time to time */
-    bool foreign_stale;  /* it was given poll descriptors that have changed since */
-    int64_t foreign_at;  /* it was told to wait until then; 0: it will ask again before it waits */
-    bool sleeping; /* the driver waits in the poller, without the lock */
-    bool in_user;  /* the driver runs user code, without the lock */
-    bool kicked;
-    bool hurry;     /* what the driver waits for came about before it slept */
-    bool step_user; /* the present step runs user code */
-    bool owner_waiting;
-    bool has_thread;  /* one to be joined */
-    bool thread_over; /* it was stopped: it only has to return */
-    bool joining;  /* crpc_loop_close waits for the own thread, or for who else owns it */
-    bool disposed; /* whoever drives last lets go of it */
-    int64_t wake_at;
-    int64_t last_step;
-    int64_t now; /* the clock when it was last looked at, see crpci_loop_time */
-    bool fresh;  /* ... since when neither a wait nor user code can have taken time */
-    uintptr_t user_thread; /* atomic: a crpci_thread_tag, 0: none; who finds its own is in_user */
-    int64_t user_now;      /* that thread's alone: the clock when it was last looked at */
+    crpci_loop_driver driver;
+    crpci_loop_mode mode;
+    crpci_loop_foreign foreign;
+    crpci_loop_thread_state thread_state;
+    crpci_loop_end end;
+    bool kicked;        /* the wake descriptor is readable, or the driver is about to drain it */
+    bool skip_sleep;    /* what the driver waits for came about in the step that is under way */
+    bool step_user;     /* the step that is under way runs user code */
+    int64_t wake_at;    /* when the driver will wake by itself */
+    int64_t foreign_at; /* when the foreign loop will */
+    int64_t last_step;  /* when the poller last returned */
+    int64_t now;        /* the clock when it was last read, see crpci_loop_time */
+    bool fresh;         /* since then neither a wait nor user code can have taken time */
+    uintptr_t user_thread; /* atomic: tag of the thread that is inside a callback; 0: none is */
+    int64_t user_now;      /* that thread's alone: the clock when it last read it */
     crpci_thread thread;
-    crpci_cond owner_cond;
-    crpci_cond io_cond; /* a send ended that somebody waits for */
-    unsigned io_waiters;
-    crpci_list followers;
-    /* upper sections' */
+    crpci_cond owner_cond; /* the driver has left: for owners, and for crpc_loop_close */
+    crpci_cond io_cond;    /* a send has ended */
+    unsigned io_waiters;   /* threads that wait for io_cond */
+    crpci_list followers;  /* callers that wait, first come first: crpci_waiter */
+    /* the sections' below */
     crpci_list conns;
     crpci_list endpoints;
     crpci_list registries;
@@ -5026,15 +5218,23 @@ CRPCI_FN void crpci_loop_unlock(crpc_loop *l)
     crpci_thread_unlock(&l->lock);
 }
 
+/* States that the calling thread holds the loop's lock; checked where CRPC_DEBUG is 1. */
+CRPCI_FN void crpci_loop_assert_locked(const crpc_loop *l)
+{
+    CRPCI_ASSERT(crpci_thread_holds(&l->lock), "the loop is not locked by this thread");
+    (void)l;
+}
+
 CRPCI_FN void crpci_loop_hold(crpc_loop *l)
 {
     crpci_thread_ref(&l->refs);
 }
 
-/* A reference of bytes just received, locked. Of the receive buffer, which every message takes one
- * of, they are counted in advance: that spares the locked arithmetic. */
+/* Takes a reference of bytes just received. Every message takes one of the receive buffer; those
+ * are counted in advance, CRPCI_LOOP_SHARES at a time, to save an atomic addition for each. */
 CRPCI_FN void crpci_loop_share(crpc_loop *l, crpci_chunk *c)
 {
+    crpci_loop_assert_locked(l);
     if (c != l->spare) {
         crpci_heap_chunk_ref(c);
         return;
@@ -5046,15 +5246,18 @@ CRPCI_FN void crpci_loop_share(crpc_loop *l, crpci_chunk *c)
     l->spare_refs--;
 }
 
-/* Gives it back, locked; anywhere else crpci_heap_chunk_unref does. NULL is ignored. */
+/* Gives a shared reference back. Without the lock crpci_heap_chunk_unref does the same. NULL is
+ * ignored. */
 CRPCI_FN void crpci_loop_unshare(crpc_loop *l, crpci_chunk *c)
 {
+    crpci_loop_assert_locked(l);
     if (c && c == l->spare)
         l->spare_refs++;
     else
         crpci_heap_chunk_unref(c);
 }
 
+/* Whether no message points into the receive buffer any more. */
 CRPCI_FN bool crpci_loop_spare_alone(const crpc_loop *l)
 {
     return crpci_thread_load(&l->spare->refs) == 1 + l->spare_refs;
@@ -5091,7 +5294,10 @@ CRPCI_FN void crpci_loop_release(crpc_loop *l)
         crpci_loop_free(l);
 }
 
-/* xorshift32, G. Marsaglia: Xorshift RNGs (2003); for jitter, nothing that must be unguessable. */
+/* --- random numbers, the clock ---------------------------------------------------------------- */
+
+/* xorshift32, G. Marsaglia: Xorshift RNGs (2003). For jitter and choices only: a few numbers
+ * give away all others. */
 CRPCI_FN uint32_t crpci_loop_random(crpc_loop *l)
 {
     l->random ^= l->random << 13;
@@ -5100,19 +5306,24 @@ CRPCI_FN uint32_t crpci_loop_random(crpc_loop *l)
     return l->random;
 }
 
-/* Of devices with one image that start together the clock may differ by microseconds, and the rest
- * not at all: the kernel's random bytes for this process, and a mix by which every bit counts. */
-CRPCI_FN uint32_t crpci_loop_seed(uint64_t what)
+/* Bytes of the kernel's random generator. Kernels before 3.17, and some sandboxes, have no
+ * getrandom; then the clock, the process id, an address and the random bytes that the kernel gave
+ * the process at its start must do, since boards with one image may boot in the same
+ * microsecond. */
+CRPCI_COLD uint32_t crpci_loop_seed(const crpc_loop *l)
 {
-    const void *bytes = (const void *)(uintptr_t)getauxval(AT_RANDOM);
-    uint32_t seed = 0;
-    if (bytes)
-        memcpy(&seed, bytes, sizeof seed);
-    seed ^= (uint32_t)what ^ (uint32_t)(what >> 32);
-    seed = (seed ^ seed >> 16) * 0x85ebca6bu; /* MurmurHash3's finalizer */
-    seed = (seed ^ seed >> 13) * 0xc2b2ae35u;
-    seed ^= seed >> 16;
-    return seed ? seed : 1;
+    uint64_t seed = (uint64_t)crpci_heap_now(l->heap) ^ (uint64_t)(uintptr_t)l << 20 ^
+                    (uint64_t)getpid() << 44;
+    const void *start = (const void *)(uintptr_t)getauxval(AT_RANDOM);
+    uint64_t bytes = 0;
+    long n = -1;
+#ifdef SYS_getrandom
+    n = syscall(SYS_getrandom, &bytes, sizeof bytes, 1 /* GRND_NONBLOCK */);
+#endif
+    if (n != (long)sizeof bytes && start)
+        memcpy(&bytes, start, sizeof bytes);
+    seed = crpci_base_mix(seed ^ crpci_base_mix(bytes));
+    return (uint32_t)seed ? (uint32_t)seed : 1; /* xorshift never leaves 0 */
 }
 
 CRPCI_FN int64_t crpci_loop_now(const crpc_loop *l)
@@ -5120,10 +5331,11 @@ CRPCI_FN int64_t crpci_loop_now(const crpc_loop *l)
     return crpci_heap_now(l->heap);
 }
 
-/* Locked: the time, for what need not be exact to the microsecond. The clock is looked at once
- * after each wait and each run of user code, and at the beginning of each call. */
+/* The loop's time: the clock as it stood after the last wait, the last run of user code, or the
+ * begin of the present call. Reading it again for every use would cost more than the uses. */
 CRPCI_FN int64_t crpci_loop_time(crpc_loop *l)
 {
+    crpci_loop_assert_locked(l);
     if (!l->fresh) {
         l->now = crpci_loop_now(l);
         l->fresh = true;
@@ -5131,9 +5343,10 @@ CRPCI_FN int64_t crpci_loop_time(crpc_loop *l)
     return l->now;
 }
 
-/* The same where some milliseconds late are no harm. */
+/* The loop's time, up to some milliseconds behind. */
 CRPCI_FN int64_t crpci_loop_rough_time(crpc_loop *l)
 {
+    crpci_loop_assert_locked(l);
     if (!l->fresh) {
         int64_t now = crpci_heap_rough_now(l->heap);
         l->now = now > l->now ? now : l->now;
@@ -5150,14 +5363,15 @@ CRPCI_FN int64_t crpci_loop_left(crpc_loop *l, int64_t at)
     return at > now ? at - now : 0;
 }
 
-/* P1: whether this thread is inside a callback of the loop; needs no lock. */
+/* P1: a thread that is inside a callback of the loop must not wait for the loop: the callers
+ * return EDEADLK. Needs no lock, since only this thread stores its own tag. */
 CRPCI_FN bool crpci_loop_in_callback(const crpc_loop *l)
 {
     return __atomic_load_n(&l->user_thread, __ATOMIC_RELAXED) == crpci_thread_tag();
 }
 
-/* When a call begins, without the lock. Callbacks, which may begin many in a row, look at the clock
- * again only when its rough one has gone on. */
+/* The time at which a call begins; not locked. A callback may begin many calls in a row: the exact
+ * clock is then read only when the coarse one has advanced. */
 CRPCI_FN int64_t crpci_loop_start_time(crpc_loop *l)
 {
     if (!crpci_loop_in_callback(l))
@@ -5167,14 +5381,30 @@ CRPCI_FN int64_t crpci_loop_start_time(crpc_loop *l)
     return l->user_now;
 }
 
-/* P6: ends the driver's wait, once; also that of a program that polls the loop's descriptor. */
+/* --- from here on every function expects the loop to be locked -------------------------------- */
+
+/* P6: wakes the driver, or the program that polls for the loop, unless that was done already. The
+ * callers do so for an earlier timer, a post, an owner that wants in, a close, and with poll a
+ * changed descriptor: never for bytes to be sent, never for epoll_ctl, which the kernel heeds while
+ * epoll_wait sleeps, and never for a follower's own deadline. */
 CRPCI_FN void crpci_loop_kick(crpc_loop *l)
 {
-    if ((l->sleeping || (l->foreign && !l->driver)) && !l->kicked && CRPCI_RULE_P6) {
+    bool polled = l->driver == CRPCI_LOOP_UNDRIVEN && l->foreign != CRPCI_LOOP_NOT_FOREIGN;
+    crpci_loop_assert_locked(l);
+    if ((l->driver == CRPCI_LOOP_SLEEPING || polled) && !l->kicked && CRPCI_RULE_P6) {
         l->kicked = true;
         l->stats.wakeups++;
         crpci_wake_kick(&l->wake);
     }
+}
+
+/* P2: whether a thread that has queued output should send it itself. A driver that works does so
+ * before it sleeps; one that sleeps, or is busy with the program's code, would send it late. */
+CRPCI_FN bool crpci_loop_may_send(const crpc_loop *l)
+{
+    crpci_loop_assert_locked(l);
+    return l->driver == CRPCI_LOOP_UNDRIVEN || l->driver == CRPCI_LOOP_SLEEPING ||
+           (l->driver == CRPCI_LOOP_IN_USER && !crpci_loop_in_callback(l));
 }
 
 CRPCI_FN void crpci_loop_task_init(crpci_task *t, void (*run)(crpc_loop *, crpci_task *))
@@ -5183,26 +5413,30 @@ CRPCI_FN void crpci_loop_task_init(crpci_task *t, void (*run)(crpc_loop *, crpci
     t->run = run;
 }
 
-/* Queues a task that runs user code; once, if it is queued already. */
+/* Queues a task that runs user code. One that is queued already stays where it is. */
 CRPCI_FN void crpci_loop_ready(crpc_loop *l, crpci_task *t)
 {
+    crpci_loop_assert_locked(l);
     if (!crpci_list_empty(&t->link))
         return;
     crpci_list_append(&l->ready, &t->link);
     crpci_loop_kick(l);
 }
 
-/* Queues an internal task on `resume` or `dirty`. */
+/* Queues an internal task on `resume` or `dirty`. One that is queued already stays where it is. */
 CRPCI_FN void crpci_loop_queue(crpci_list *list, crpci_task *t)
 {
     if (crpci_list_empty(&t->link))
         crpci_list_append(list, &t->link);
 }
 
-/* User code runs between these two, without the lock. */
+/* The driver runs user code between these two; crpci_loop_user_begin unlocks, crpci_loop_user_end
+ * locks again. */
 CRPCI_FN void crpci_loop_user_begin(crpc_loop *l)
 {
-    l->in_user = true;
+    crpci_loop_assert_locked(l);
+    CRPCI_ASSERT(l->driver == CRPCI_LOOP_WORKING, "only the driver runs user code");
+    l->driver = CRPCI_LOOP_IN_USER;
     l->fresh = false;
     l->user_now = l->now;
     __atomic_store_n(&l->user_thread, crpci_thread_tag(), __ATOMIC_RELAXED);
@@ -5213,12 +5447,15 @@ CRPCI_FN void crpci_loop_user_end(crpc_loop *l)
 {
     crpci_loop_lock(l);
     __atomic_store_n(&l->user_thread, 0, __ATOMIC_RELAXED);
-    l->in_user = l->fresh = false;
+    l->driver = CRPCI_LOOP_WORKING;
+    l->fresh = false;
 }
 
+/* Runs the tasks that are on the list now; one that queues itself again runs the next time. */
 CRPCI_FN void crpci_loop_run_list(crpc_loop *l, crpci_list *list)
 {
     crpci_list now;
+    crpci_loop_assert_locked(l);
     crpci_list_move(&now, list);
     while (!crpci_list_empty(&now)) {
         crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
@@ -5227,7 +5464,8 @@ CRPCI_FN void crpci_loop_run_list(crpc_loop *l, crpci_list *list)
     }
 }
 
-/* Runs the user tasks that are queued now; their replies go out in groups. */
+/* Runs the user tasks that are queued now. What they send goes out every 32 tasks, so that one
+ * send carries several replies. */
 CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
 {
     crpci_list now;
@@ -5242,10 +5480,12 @@ CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
     }
 }
 
+/* P6: a timer that is due before the driver, or the foreign loop, will wake by itself wakes it. */
 CRPCI_FN void crpci_loop_timer_at(crpc_loop *l, crpci_timer *t, int64_t due)
 {
+    crpci_loop_assert_locked(l);
     crpci_timer_set(&l->timers, t, due);
-    if (due < (l->driver ? l->wake_at : l->foreign_at)) /* until when somebody sleeps */
+    if (due < (l->driver != CRPCI_LOOP_UNDRIVEN ? l->wake_at : l->foreign_at))
         crpci_loop_kick(l);
 }
 
@@ -5256,7 +5496,7 @@ CRPCI_FN void crpci_loop_timer_set(crpc_loop *l, crpci_timer *t, int64_t delay_u
 
 CRPCI_FN void crpci_loop_timer_cancel(crpc_loop *l, crpci_timer *t)
 {
-    (void)l;
+    crpci_loop_assert_locked(l);
     crpci_timer_cancel(t);
 }
 
@@ -5269,7 +5509,7 @@ CRPCI_FN void crpci_loop_run_timers(crpc_loop *l)
     due = l->timers.fired;
     if (!due)
         return;
-    /* One armed again for now by its own function belongs to the next step. */
+    /* A timer that its own function sets to the present time belongs to the next step. */
     l->timers.fired = NULL;
     due->prev = &due;
     while ((t = due) != NULL) {
@@ -5278,6 +5518,10 @@ CRPCI_FN void crpci_loop_run_timers(crpc_loop *l)
     }
 }
 
+/* ======================================================================== */
+/* >>impl-watch   descriptors that a loop waits for                         */
+/* ======================================================================== */
+
 CRPCI_FN void crpci_watch_init(crpci_watch *w, void (*fn)(crpc_loop *, crpci_watch *, unsigned))
 {
     memset(w, 0, sizeof *w);
@@ -5285,58 +5529,68 @@ CRPCI_FN void crpci_watch_init(crpci_watch *w, void (*fn)(crpc_loop *, crpci_wat
     w->fn = fn;
 }
 
-/* Watches a descriptor, changes what for, or with events 0 stops: then late events name nothing. */
-CRPCI_FN int crpci_loop_watch_set(crpc_loop *l, crpci_watch *w, int fd, unsigned events)
+/* Stops watching; events that the poller has reported already no longer find the watch. */
+CRPCI_FN void crpci_watch_remove(crpc_loop *l, crpci_watch *w)
+{
+    crpci_poller_set(&l->poller, l->heap, &w->item, 0);
+    crpci_id_remove(&l->watches, w->item.id);
+    l->stats.watches--;
+}
+
+CRPCI_FN int crpci_watch_add(crpc_loop *l, crpci_watch *w, int fd, unsigned events)
+{
+    int err = crpci_id_add(&l->watches, l->heap, w, &w->item.id);
+    if (err)
+        return err;
+    w->item.fd = fd;
+    err = crpci_poller_set(&l->poller, l->heap, &w->item, events);
+    if (err)
+        crpci_id_remove(&l->watches, w->item.id);
+    else
+        l->stats.watches++;
+    return err;
+}
+
+/* Watches a descriptor for `events`, which replace those from before; 0 stops. The poller reports
+ * an {index, generation} id and not an address: the watch may be gone when its event is handled. */
+CRPCI_FN int crpci_watch_set(crpc_loop *l, crpci_watch *w, int fd, unsigned events)
 {
     int err = CRPC_OK;
-    if (w->item.events && (w->item.fd != fd || !events)) {
-        crpci_poller_set(&l->poller, l->heap, &w->item, 0);
-        crpci_id_remove(&l->watches, w->item.id);
-        l->stats.watches--;
-    }
-    if (events && events != w->item.events) {
-        bool fresh = !w->item.events;
-        w->item.fd = fd;
-        if (fresh)
-            err = crpci_id_add(&l->watches, l->heap, w, &w->item.id);
-        if (!err) {
-            err = crpci_poller_set(&l->poller, l->heap, &w->item, events);
-            if (err && fresh)
-                crpci_id_remove(&l->watches, w->item.id);
-            else if (fresh)
-                l->stats.watches++;
-        }
-    }
+    crpci_loop_assert_locked(l);
+    if (w->item.events && (w->item.fd != fd || !events))
+        crpci_watch_remove(l, w);
+    if (events && !w->item.events)
+        err = crpci_watch_add(l, w, fd, events);
+    else if (events != w->item.events)
+        err = crpci_poller_set(&l->poller, l->heap, &w->item, events);
     if (l->poller.kind == CRPC_POLLER_POLL) {
-        l->foreign_stale = l->foreign_at != 0;
-        crpci_loop_kick(l); /* P6: poll works on a copy */
+        if (l->foreign == CRPCI_LOOP_FOREIGN_POLLING)
+            l->foreign = CRPCI_LOOP_FOREIGN_STALE;
+        crpci_loop_kick(l); /* P6: poll sleeps on a copy of the descriptors */
     }
     return err;
 }
 
-CRPCI_FN void crpci_loop_on_wake(crpc_loop *l, crpci_watch *w, unsigned events)
-{
-    (void)w;
-    (void)events;
-    crpci_wake_drain(&l->wake);
-    l->kicked = false;
-}
+/* ======================================================================== */
+/* >>impl-user   what the program has on a loop: posts, timers, descriptors */
+/* ======================================================================== */
 
-/* --- what the program has on the loop: posts, timers, descriptors ----------------------------- */
+/* Posts, timers and watches of the program are objects of one type: a task that runs a callback in
+ * user code, with an id in l->users. A post, and a timer without a period, removes itself after its
+ * callback; the others stay until the program ends them or closes the loop. */
+typedef enum crpci_user_kind {
+    CRPCI_USER_POST,
+    CRPCI_USER_TIMER,
+    CRPCI_USER_WATCH
+} crpci_user_kind;
 
-typedef enum crpci_loop_kind {
-    CRPCI_LOOP_POST,
-    CRPCI_LOOP_TIMER,
-    CRPCI_LOOP_WATCH
-} crpci_loop_kind;
-
-typedef struct crpci_loop_user {
-    crpci_loop_kind kind;
+typedef struct crpci_user {
+    crpci_user_kind kind;
     crpci_task task;
     uint64_t id;
     void *user;
     bool running;
-    bool ended; /* while running: to be freed behind it */
+    bool ended; /* while its callback ran, which frees it */
     void (*post)(void *user);
     crpc_timer_fn on_timer;
     crpci_timer timer;
@@ -5344,15 +5598,16 @@ typedef struct crpci_loop_user {
     crpc_watch_fn on_event;
     crpci_watch watch;
     int fd;
-    unsigned wanted;
-    unsigned got;
-} crpci_loop_user;
+    unsigned wanted; /* events that the program asked for */
+    unsigned got;    /* events that its callback is still to be told */
+} crpci_user;
 
-CRPCI_FN void crpci_loop_user_end_of(crpc_loop *l, crpci_loop_user *u)
+/* Ends a post, timer or watch: its callback does not run again. */
+CRPCI_FN void crpci_user_remove(crpc_loop *l, crpci_user *u)
 {
     crpci_id_remove(&l->users, u->id);
     crpci_timer_cancel(&u->timer);
-    crpci_loop_watch_set(l, &u->watch, u->fd, 0);
+    crpci_watch_set(l, &u->watch, u->fd, 0);
     crpci_list_remove(&u->task.link);
     if (u->running)
         u->ended = true;
@@ -5360,25 +5615,26 @@ CRPCI_FN void crpci_loop_user_end_of(crpc_loop *l, crpci_loop_user *u)
         crpci_heap_free(l->heap, u, sizeof *u);
 }
 
-CRPCI_FN void crpci_loop_user_free(crpc_loop *l)
+CRPCI_COLD void crpci_user_remove_all(crpc_loop *l)
 {
     uint32_t i;
     for (i = 0; i < l->users.cap; i++) {
         if (l->users.slots[i].object)
-            crpci_loop_user_end_of(l, (crpci_loop_user *)l->users.slots[i].object);
+            crpci_user_remove(l, (crpci_user *)l->users.slots[i].object);
     }
 }
 
-CRPCI_FN void crpci_loop_user_run(crpc_loop *l, crpci_task *task)
+/* Runs the callback. Meanwhile, unlocked, the program may end the object: it is then freed here. */
+CRPCI_FN void crpci_user_run(crpc_loop *l, crpci_task *task)
 {
-    crpci_loop_user *u = CRPCI_CONTAINER(task, crpci_loop_user, task);
+    crpci_user *u = CRPCI_CONTAINER(task, crpci_user, task);
     unsigned got = u->got & u->wanted;
     u->got = 0;
     u->running = true;
     crpci_loop_user_begin(l);
-    if (u->kind == CRPCI_LOOP_POST)
+    if (u->kind == CRPCI_USER_POST)
         u->post(u->user);
-    else if (u->kind == CRPCI_LOOP_TIMER)
+    else if (u->kind == CRPCI_USER_TIMER)
         u->on_timer(u->user);
     else if (got)
         u->on_event(u->user, u->fd, got);
@@ -5386,15 +5642,16 @@ CRPCI_FN void crpci_loop_user_run(crpc_loop *l, crpci_task *task)
     u->running = false;
     if (u->ended)
         crpci_heap_free(l->heap, u, sizeof *u);
-    else if (u->kind == CRPCI_LOOP_POST || (u->kind == CRPCI_LOOP_TIMER && !u->period_us))
-        crpci_loop_user_end_of(l, u);
-    else if (u->kind == CRPCI_LOOP_WATCH)
-        crpci_loop_watch_set(l, &u->watch, u->fd, u->wanted);
+    else if (u->kind == CRPCI_USER_POST || (u->kind == CRPCI_USER_TIMER && !u->period_us))
+        crpci_user_remove(l, u);
+    else if (u->kind == CRPCI_USER_WATCH)
+        crpci_watch_set(l, &u->watch, u->fd, u->wanted);
 }
 
-CRPCI_FN void crpci_loop_user_timer(crpc_loop *l, crpci_timer *timer)
+/* A periodic timer keeps its rhythm; periods that have passed entirely are left out. */
+CRPCI_FN void crpci_user_on_timer(crpc_loop *l, crpci_timer *timer)
 {
-    crpci_loop_user *u = CRPCI_CONTAINER(timer, crpci_loop_user, timer);
+    crpci_user *u = CRPCI_CONTAINER(timer, crpci_user, timer);
     if (u->period_us) {
         int64_t now = crpci_loop_now(l), next = timer->due_us + u->period_us;
         crpci_timer_set(&l->timers, timer, next > now ? next : now + u->period_us);
@@ -5402,28 +5659,30 @@ CRPCI_FN void crpci_loop_user_timer(crpc_loop *l, crpci_timer *timer)
     crpci_loop_ready(l, &u->task);
 }
 
-/* Level-triggered: until its callback can run, the descriptor is not watched, else a driver that
- * may not run it would spin. */
-CRPCI_FN void crpci_loop_user_event(crpc_loop *l, crpci_watch *watch, unsigned events)
+/* A driver that may not run user code (P8) stops watching the descriptor until the callback has
+ * run: the poller reports a level, and the driver would spin. */
+CRPCI_FN void crpci_user_on_event(crpc_loop *l, crpci_watch *watch, unsigned events)
 {
-    crpci_loop_user *u = CRPCI_CONTAINER(watch, crpci_loop_user, watch);
+    crpci_user *u = CRPCI_CONTAINER(watch, crpci_user, watch);
     u->got |= events;
     crpci_loop_ready(l, &u->task);
     if (!l->step_user)
-        crpci_loop_watch_set(l, watch, u->fd, 0);
+        crpci_watch_set(l, watch, u->fd, 0);
 }
 
-CRPCI_FN crpci_loop_user *crpci_loop_user_new(crpc_loop *l, crpci_loop_kind kind, void *user)
+/* A new object with an id, whose callback the caller sets. NULL: out of memory. */
+CRPCI_FN crpci_user *crpci_user_add(crpc_loop *l, crpci_user_kind kind, void *user)
 {
-    crpci_loop_user *u = (crpci_loop_user *)crpci_heap_alloc(l->heap, sizeof *u);
+    crpci_user *u = (crpci_user *)crpci_heap_alloc(l->heap, sizeof *u);
+    crpci_loop_assert_locked(l);
     if (!u)
         return NULL;
     u->kind = kind;
     u->user = user;
     u->fd = -1;
-    crpci_loop_task_init(&u->task, crpci_loop_user_run);
-    crpci_timer_init(&u->timer, crpci_loop_user_timer);
-    crpci_watch_init(&u->watch, crpci_loop_user_event);
+    crpci_loop_task_init(&u->task, crpci_user_run);
+    crpci_timer_init(&u->timer, crpci_user_on_timer);
+    crpci_watch_init(&u->watch, crpci_user_on_event);
     if (crpci_id_add(&l->users, l->heap, u, &u->id)) {
         crpci_heap_free(l->heap, u, sizeof *u);
         return NULL;
@@ -5431,46 +5690,181 @@ CRPCI_FN crpci_loop_user *crpci_loop_user_new(crpc_loop *l, crpci_loop_kind kind
     return u;
 }
 
-/* --- driving ---------------------------------------------------------------------------------- */
+CRPC_API int crpc_loop_post(crpc_loop *l, void (*fn)(void *user), void *user)
+{
+    crpci_user *u;
+    if (!fn)
+        return CRPC_EINVAL;
+    crpci_loop_lock(l);
+    u = crpci_user_add(l, CRPCI_USER_POST, user);
+    if (u) {
+        u->post = fn;
+        crpci_loop_ready(l, &u->task);
+    }
+    crpci_loop_unlock(l);
+    return u ? CRPC_OK : CRPC_ENOMEM;
+}
+
+/* Whether the program watches a descriptor already. Programs watch few: a search is enough. */
+CRPCI_FN bool crpci_user_watches(const crpc_loop *l, int fd)
+{
+    uint32_t i;
+    for (i = 0; i < l->users.cap; i++) {
+        const crpci_user *u = (const crpci_user *)l->users.slots[i].object;
+        if (u && u->kind == CRPCI_USER_WATCH && u->fd == fd)
+            return true;
+    }
+    return false;
+}
+
+CRPC_API int crpc_loop_watch(crpc_loop *l, int fd, unsigned events, crpc_watch_fn fn, void *user,
+                             crpc_id *id)
+{
+    crpci_user *u;
+    int err = CRPC_ENOMEM;
+    id->value = 0;
+    if (fd < 0 || !fn || events & ~(CRPC_READABLE | CRPC_WRITABLE))
+        return CRPC_EINVAL;
+    crpci_loop_lock(l);
+    if (crpci_user_watches(l, fd)) { /* epoll takes each descriptor once */
+        crpci_loop_unlock(l);
+        return CRPC_EBUSY;
+    }
+    u = crpci_user_add(l, CRPCI_USER_WATCH, user);
+    if (u) {
+        u->fd = fd;
+        u->on_event = fn;
+        u->wanted = events;
+        err = crpci_watch_set(l, &u->watch, fd, events);
+        if (err)
+            crpci_user_remove(l, u);
+        else
+            id->value = u->id;
+    }
+    crpci_loop_unlock(l);
+    return err;
+}
+
+CRPC_API int crpc_loop_rewatch(crpc_loop *l, crpc_id id, unsigned events)
+{
+    crpci_user *u;
+    int err = CRPC_ENOTFOUND;
+    if (events & ~(CRPC_READABLE | CRPC_WRITABLE))
+        return CRPC_EINVAL;
+    crpci_loop_lock(l);
+    u = (crpci_user *)crpci_id_get(&l->users, id.value);
+    if (u && u->kind == CRPCI_USER_WATCH) {
+        u->wanted = events;
+        err = crpci_watch_set(l, &u->watch, u->fd, events);
+    }
+    crpci_loop_unlock(l);
+    return err;
+}
+
+/* Ends a timer or a watch; an id that is stale, or of the other kind, is ignored. */
+CRPCI_FN void crpci_user_stop(crpc_loop *l, crpc_id id, crpci_user_kind kind)
+{
+    crpci_user *u;
+    crpci_loop_lock(l);
+    u = (crpci_user *)crpci_id_get(&l->users, id.value);
+    if (u && u->kind == kind)
+        crpci_user_remove(l, u);
+    crpci_loop_unlock(l);
+}
+
+CRPC_API void crpc_loop_unwatch(crpc_loop *l, crpc_id id)
+{
+    crpci_user_stop(l, id, CRPCI_USER_WATCH);
+}
+
+CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms, crpc_timer_fn fn,
+                              void *user, crpc_id *id)
+{
+    const int64_t longest = INT64_C(3153600000000); /* 100 years */
+    crpci_user *u;
+    crpc_id unwanted;
+    id = id ? id : &unwanted;
+    id->value = 0;
+    if (!fn || delay_ms < 0 || period_ms < 0 || delay_ms > longest || period_ms > longest)
+        return CRPC_EINVAL;
+    crpci_loop_lock(l);
+    u = crpci_user_add(l, CRPCI_USER_TIMER, user);
+    if (u) {
+        u->on_timer = fn;
+        u->period_us = period_ms * 1000;
+        crpci_loop_timer_set(l, &u->timer, delay_ms * 1000);
+        id->value = u->id;
+    }
+    crpci_loop_unlock(l);
+    return u ? CRPC_OK : CRPC_ENOMEM;
+}
+
+CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
+{
+    crpci_user_stop(l, id, CRPCI_USER_TIMER);
+}
+
+/* ======================================================================== */
+/* >>impl-drive   who drives a loop, who waits, and how they take turns     */
+/* ======================================================================== */
+
+/* A thread that waits for something that the driver will do. It lives on that thread's stack, so
+ * every access is made under the loop's lock, to the last (P5). All zero at first. */
+typedef enum crpci_waiter_place {
+    CRPCI_WAITER_APART,   /* it neither drives nor sleeps */
+    CRPCI_WAITER_QUEUED,  /* it sleeps among the followers */
+    CRPCI_WAITER_DRIVING  /* it drives, or was promoted in its sleep and is about to */
+} crpci_waiter_place;
+
+typedef struct crpci_waiter {
+    crpci_list link;
+    crpci_cond cond; /* initialised while queued */
+    crpci_waiter_place place;
+    bool done;
+} crpci_waiter;
 
 /* How long the poller may wait, in microseconds; negative: no limit. */
-CRPCI_FN int64_t crpci_loop_patience(crpc_loop *l, int64_t until, bool user)
+CRPCI_FN int64_t crpci_drive_patience(crpc_loop *l, int64_t until, bool user)
 {
     int64_t at = crpci_timer_next_us(&l->timers);
     at = crpci_base_min64(at, until);
     l->wake_at = at;
     if ((user && !crpci_list_empty(&l->ready)) || !crpci_list_empty(&l->resume) ||
-        !crpci_list_empty(&l->dirty) || l->hurry || l->owner_waiting ||
-        (l->owned && crpci_thread_load(&l->stop)))
+        !crpci_list_empty(&l->dirty) || l->skip_sleep || l->mode == CRPCI_LOOP_CLAIMED ||
+        (l->mode == CRPCI_LOOP_OWNED && crpci_thread_load(&l->stop)))
         return 0;
     return at == INT64_MAX ? -1 : crpci_loop_left(l, at);
 }
 
-/* P5: one step. `until` (INT64_MAX: none) bounds the wait; `user` allows user code. Flushing goes
- * once over the dirty connections without the lock; one that others dirtied meanwhile keeps the
- * step from sleeping, which is as good as flushing under the lock and blocks nobody. */
-CRPCI_FN void crpci_loop_step(crpc_loop *l, int64_t until, bool user)
+/* P5: one step: timers and tasks, then flush, sleep in the poller, handle the events. `until`
+ * (INT64_MAX: none) bounds the sleep; `user` allows user code, which the driver that is itself a
+ * synchronous caller never runs (P8): the program's callbacks could wait for a lock that the caller
+ * holds, or outlast its deadline. Sending unlocks, so another thread may queue output after the
+ * flush; the step then does not sleep, and the next one flushes. */
+CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
 {
     crpci_poller_event events[CRPCI_POLLER_BATCH];
     int64_t patience;
     int n, i;
+    crpci_loop_assert_locked(l);
     l->step_user = user;
-    l->hurry = false;
+    l->skip_sleep = false;
     crpci_loop_run_timers(l);
     crpci_loop_run_list(l, &l->resume);
     if (user)
         crpci_loop_run_ready(l);
     crpci_loop_run_list(l, &l->dirty);
-    patience = crpci_loop_patience(l, until, user);
-    if (crpci_poller_prepare(&l->poller, l->heap))
+    patience = crpci_drive_patience(l, until, user);
+    if (crpci_poller_prepare(&l->poller, l->heap)) /* out of memory: some are not waited for */
         patience = crpci_base_min64(patience < 0 ? 1000 : patience, 1000);
     l->stats.waits++;
-    l->sleeping = true;
+    l->driver = CRPCI_LOOP_SLEEPING;
     l->fresh = false;
     crpci_loop_unlock(l);
     n = crpci_poller_wait(&l->poller, patience, events);
     crpci_loop_lock(l);
-    l->sleeping = l->fresh = false; /* a caller may have looked at the clock meanwhile */
+    l->driver = CRPCI_LOOP_WORKING;
+    l->fresh = false; /* a caller may have read the clock meanwhile */
     l->last_step = crpci_loop_time(l);
     for (i = 0; i < n; i++) {
         crpci_watch *w = (crpci_watch *)crpci_id_get(&l->watches, events[i].id);
@@ -5482,221 +5876,237 @@ CRPCI_FN void crpci_loop_step(crpc_loop *l, int64_t until, bool user)
     crpci_loop_run_list(l, &l->dirty);
 }
 
-/* Whether what a program with its own poll loop waits for has changed while a caller drove. */
-CRPCI_FN bool crpci_loop_foreign_due(const crpc_loop *l)
+/* Whether what a foreign loop polls for has changed while a caller drove. */
+CRPCI_FN bool crpci_drive_foreign_due(const crpc_loop *l)
 {
-    return l->foreign && (l->foreign_stale || !crpci_list_empty(&l->resume) ||
-                          crpci_timer_next_us(&l->timers) < l->foreign_at);
+    return l->foreign != CRPCI_LOOP_NOT_FOREIGN &&
+           (l->foreign == CRPCI_LOOP_FOREIGN_STALE || !crpci_list_empty(&l->resume) ||
+            crpci_timer_next_us(&l->timers) < l->foreign_at);
 }
 
-/* P4: the driver's way out. */
-CRPCI_FN void crpci_loop_leave(crpc_loop *l)
+/* P4: every way out of driving leads through here, and hands over before the lock is released: to
+ * an owner that waits, else to the follower that has waited longest (P11). Without either the loop
+ * is undriven. The driver flushes before it leaves; without a successor, until nothing is
+ * queued. */
+CRPCI_FN void crpci_drive_leave(crpc_loop *l)
 {
+    crpci_loop_assert_locked(l);
+    CRPCI_ASSERT(l->mode != CRPCI_LOOP_OWNED, "the driver of an owned loop leaves");
     do {
-        crpci_loop_run_list(l, &l->dirty); /* again only where nobody comes after */
-    } while (!crpci_list_empty(&l->dirty) && !l->owner_waiting && crpci_list_empty(&l->followers));
-    l->driver = l->fresh = false;
-    if (!crpci_list_empty(&l->ready) || crpci_loop_foreign_due(l))
-        crpci_loop_kick(l); /* a program that polls the loop's descriptor has to step it */
-    if (l->owner_waiting || l->joining) {
+        crpci_loop_run_list(l, &l->dirty);
+    } while (!crpci_list_empty(&l->dirty) && l->mode != CRPCI_LOOP_CLAIMED &&
+             crpci_list_empty(&l->followers));
+    l->driver = CRPCI_LOOP_UNDRIVEN;
+    l->fresh = false;
+    if (!crpci_list_empty(&l->ready) || crpci_drive_foreign_due(l))
+        crpci_loop_kick(l);
+    if (l->mode == CRPCI_LOOP_CLAIMED || l->end == CRPCI_LOOP_CLOSING) {
         crpci_thread_broadcast(&l->owner_cond);
     } else if (!crpci_list_empty(&l->followers)) {
         crpci_waiter *w = CRPCI_CONTAINER(l->followers.next, crpci_waiter, link);
         crpci_list_remove(&w->link);
-        w->queued = false;
-        w->promoted = true;
-        l->driver = true;
+        w->place = CRPCI_WAITER_DRIVING;
+        l->driver = CRPCI_LOOP_WORKING; /* on behalf of w, until that thread runs */
         l->stats.promotions++;
         crpci_thread_signal(&w->cond);
     }
 }
 
-/* Marks what a waiter waits for as done, under the lock: it lives on a stack. */
-CRPCI_FN void crpci_loop_done(crpc_loop *l, crpci_waiter *w)
+/* P5, P9: marks what a waiter waits for as done, and wakes it only if it sleeps. The waiter does
+ * the rest on its own thread: decoding, retries, policy. */
+CRPCI_FN void crpci_drive_end_wait(crpc_loop *l, crpci_waiter *w)
 {
+    crpci_loop_assert_locked(l);
     w->done = true;
-    if (w->queued) {
+    if (w->place == CRPCI_WAITER_QUEUED) {
         crpci_thread_signal(&w->cond);
-    } else if (w->driving) {
-        l->hurry = true;
+    } else if (w->place == CRPCI_WAITER_DRIVING) {
+        l->skip_sleep = true;
         crpci_loop_kick(l);
     }
 }
 
-CRPCI_FN void crpci_loop_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
+/* Sleeps among the followers until promoted, done, or past `until`. */
+CRPCI_FN void crpci_drive_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
 {
     int64_t us = until == INT64_MAX ? -1 : until - crpci_loop_now(l);
     if (crpci_thread_cond_init(&w->cond)) {
-        w->done = true; /* no condition variable: give up the wait rather than spin */
+        w->done = true; /* no memory for a condition variable: giving up is better than to spin */
         return;
     }
-    w->queued = true;
+    w->place = CRPCI_WAITER_QUEUED;
     l->fresh = false;
     crpci_list_append(&l->followers, &w->link);
     crpci_thread_wait(&w->cond, &l->lock, until != INT64_MAX && us < 0 ? 0 : us);
-    if (w->queued)
+    if (w->place == CRPCI_WAITER_QUEUED) {
         crpci_list_remove(&w->link);
-    w->queued = false;
-    crpci_thread_cond_free(&w->cond);
-    if (w->promoted) {
-        w->promoted = false;
-        w->driving = true; /* the driver flag stayed set for this thread */
+        w->place = CRPCI_WAITER_APART;
     }
+    crpci_thread_cond_free(&w->cond);
 }
 
-/* P3: waits, locked, until w->done or the time; drives the loop if nobody does. `user`: as the
- * driver run callbacks too (P8: a synchronous call never does). */
-CRPCI_FN void crpci_loop_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool user)
+/* P3: waits until w->done or `until`: drives a loop that is undriven, follows the driver of any
+ * other. `user`: as the driver, run callbacks too (P8). */
+CRPCI_FN void crpci_drive_wait(crpc_loop *l, crpci_waiter *w, int64_t until, bool user)
 {
-    l->fresh = false; /* encoding, or whoever looked last, may have been long ago */
+    crpci_loop_assert_locked(l);
+    l->fresh = false; /* encoding the request may have taken long */
     while (!w->done && crpci_loop_left(l, until)) {
-        if (!w->driving && !l->driver && !l->owned && !l->owner_waiting)
-            l->driver = w->driving = true;
-        if (w->driving)
-            crpci_loop_step(l, until, user);
+        if (l->driver == CRPCI_LOOP_UNDRIVEN && l->mode == CRPCI_LOOP_PASSIVE) {
+            l->driver = CRPCI_LOOP_WORKING;
+            w->place = CRPCI_WAITER_DRIVING;
+        }
+        if (w->place == CRPCI_WAITER_DRIVING)
+            crpci_drive_step(l, until, user);
         else
-            crpci_loop_follow(l, w, until);
-        if (w->driving && l->owner_waiting) {
-            w->driving = false;
-            crpci_loop_leave(l);
+            crpci_drive_follow(l, w, until);
+        if (w->place == CRPCI_WAITER_DRIVING && l->mode == CRPCI_LOOP_CLAIMED) {
+            w->place = CRPCI_WAITER_APART;
+            crpci_drive_leave(l);
         }
     }
-    if (w->driving) {
-        w->driving = false;
+    if (w->place == CRPCI_WAITER_DRIVING) { /* also promoted when it was done, or too late */
+        w->place = CRPCI_WAITER_APART;
         if (CRPCI_RULE_P4 || !w->done)
-            crpci_loop_leave(l);
+            crpci_drive_leave(l);
     }
 }
 
-/* P10: a FIN that came while nobody drove is seen before a request is sent into it. */
-CRPCI_FN void crpci_loop_catch_up(crpc_loop *l)
+/* P10: a passive loop that was idle for 10 ms takes one step without waiting before it sends: a
+ * connection that the peer closed meanwhile is found before a request is written into it. Back to
+ * back, calls do without, and cost one send, one wait and one receive each. */
+CRPCI_FN void crpci_drive_catch_up(crpc_loop *l)
 {
-    if (l->driver || l->owned || l->owner_waiting ||
+    if (l->driver != CRPCI_LOOP_UNDRIVEN || l->mode != CRPCI_LOOP_PASSIVE ||
         crpci_loop_rough_time(l) - l->last_step < 10000)
         return;
-    l->driver = true;
-    crpci_loop_step(l, 0, false);
-    crpci_loop_leave(l);
+    l->driver = CRPCI_LOOP_WORKING;
+    crpci_drive_step(l, 0, false);
+    crpci_drive_leave(l);
 }
 
-/* P2: whether the caller of a function that queued output should send it itself. */
-CRPCI_FN bool crpci_loop_may_send(const crpc_loop *l)
-{
-    return !l->driver || l->sleeping || (l->in_user && !crpci_loop_in_callback(l));
-}
+/* --- owners ----------------------------------------------------------------------------------- */
 
-/* Becomes the owner, waiting for a driving caller to leave. Locked. */
-CRPCI_FN int crpci_loop_own(crpc_loop *l)
+/* Waits until the caller that drives has left, then owns the loop. */
+CRPCI_FN void crpci_drive_take_over(crpc_loop *l)
 {
-    if (crpci_loop_in_callback(l))
-        return CRPC_EDEADLK;
-    if (l->owned || l->owner_waiting)
-        return CRPC_EBUSY;
-    l->owner_waiting = true;
-    while (l->driver) {
+    l->mode = CRPCI_LOOP_CLAIMED;
+    while (l->driver != CRPCI_LOOP_UNDRIVEN) {
         crpci_loop_kick(l);
         crpci_thread_wait(&l->owner_cond, &l->lock, -1);
     }
-    l->owner_waiting = l->fresh = false;
-    l->driver = l->owned = true;
+    l->mode = CRPCI_LOOP_OWNED;
+    l->driver = CRPCI_LOOP_WORKING;
+    l->fresh = false;
+}
+
+/* Becomes the owner. CRPC_EDEADLK: this thread is inside a callback of the loop. CRPC_EBUSY: the
+ * loop has an owner. */
+CRPCI_FN int crpci_drive_own(crpc_loop *l)
+{
+    crpci_loop_assert_locked(l);
+    if (crpci_loop_in_callback(l))
+        return CRPC_EDEADLK;
+    if (l->mode != CRPCI_LOOP_PASSIVE)
+        return CRPC_EBUSY;
+    crpci_drive_take_over(l);
     return CRPC_OK;
 }
 
-/* Runs the callbacks that are due, and forgets what the program has on the loop. */
-CRPCI_COLD void crpci_loop_finish(crpc_loop *l)
+/* Before a loop is freed: runs the callbacks that are due, and ends the program's timers and
+ * watches. A callback may queue the next one, but not for ever. */
+CRPCI_COLD void crpci_drive_finish(crpc_loop *l)
 {
-    int rounds = 1000; /* callbacks may queue callbacks; not for ever */
+    int rounds = 1000;
     while (!crpci_list_empty(&l->ready) && rounds--)
         crpci_loop_run_ready(l);
-    crpci_loop_user_free(l);
+    crpci_user_remove_all(l);
 }
 
-/* Joins the own thread if it was stopped; it takes no lock any more. */
-CRPCI_FN void crpci_loop_join(crpc_loop *l)
+/* Joins the own thread if it has ended; it needs no lock for its last instructions. */
+CRPCI_FN void crpci_drive_join(crpc_loop *l)
 {
 #if CRPC_ENABLE_THREADS
-    if (l->thread_over)
+    if (l->thread_state == CRPCI_LOOP_THREAD_ENDED) {
         crpci_thread_join(l->thread);
+        l->thread_state = CRPCI_LOOP_NO_THREAD;
+    }
 #endif
-    if (l->thread_over)
-        l->has_thread = l->thread_over = false;
+    (void)l;
 }
 
-/* Ends ownership and, if the loop was disposed of in a callback, lets go of it: unlocks. */
-CRPCI_FN void crpci_loop_disown(crpc_loop *l)
+/* Ends ownership and unlocks. A loop that a callback has closed loses its last reference here. */
+CRPCI_FN void crpci_drive_disown(crpc_loop *l)
 {
-    bool disposed = l->disposed;
+    bool disposed = l->end == CRPCI_LOOP_DISPOSED;
     if (disposed)
-        crpci_loop_finish(l);
-    l->owned = false;
-    l->disposed = false;
-    crpci_loop_leave(l);
-    if (l->has_thread && crpci_thread_is_self(l->thread))
-        l->thread_over = true;
+        crpci_drive_finish(l);
+    l->mode = CRPCI_LOOP_PASSIVE;
+    l->end = disposed ? CRPCI_LOOP_OPEN : l->end;
+    crpci_drive_leave(l);
+    if (l->thread_state != CRPCI_LOOP_NO_THREAD && crpci_thread_is_self(l->thread))
+        l->thread_state = CRPCI_LOOP_THREAD_ENDED;
     else if (disposed)
-        crpci_loop_join(l);
+        crpci_drive_join(l);
     crpci_loop_unlock(l);
     if (disposed)
         crpci_loop_release(l);
 }
 
-/* Unlocks after a wait that ran callbacks: one of them may have disposed of the loop. */
-CRPCI_FN void crpci_loop_unlock_driver(crpc_loop *l)
+/* Unlocks after a wait that ran callbacks, one of which may have closed the loop. */
+CRPCI_FN void crpci_drive_unlock(crpc_loop *l)
 {
-    if (l->disposed && crpci_loop_own(l) == CRPC_OK)
-        crpci_loop_disown(l);
+    if (l->end == CRPCI_LOOP_DISPOSED && crpci_drive_own(l) == CRPC_OK)
+        crpci_drive_disown(l);
     else
         crpci_loop_unlock(l);
 }
 
-/* Steps as the owner until stopped, and until no callback is due any more. */
-CRPCI_FN void crpci_loop_drive(crpc_loop *l)
+/* Steps as the owner until stopped. */
+CRPCI_FN void crpci_drive_run(crpc_loop *l)
 {
     while (!crpci_thread_load(&l->stop))
-        crpci_loop_step(l, INT64_MAX, true);
+        crpci_drive_step(l, INT64_MAX, true);
     crpci_thread_store(&l->stop, 0);
 }
 
 #if CRPC_ENABLE_THREADS
-CRPCI_FN void *crpci_loop_thread(void *arg)
+/* The loop's own thread. crpci_drive_start_thread has claimed the loop for it. */
+CRPCI_FN void *crpci_drive_thread(void *arg)
 {
     crpc_loop *l = (crpc_loop *)arg;
     crpci_thread_name(l->thread_name);
     crpci_loop_lock(l);
-    /* Ownership was taken by the starter, on this thread's behalf. */
-    while (l->driver)
-        crpci_thread_wait(&l->owner_cond, &l->lock, -1);
-    l->owner_waiting = false;
-    l->driver = l->owned = true;
-    crpci_loop_drive(l);
-    if (l->disposed) { /* in a callback: nobody waits for this thread */
+    crpci_drive_take_over(l);
+    crpci_drive_run(l);
+    if (l->end == CRPCI_LOOP_DISPOSED) { /* closed inside a callback: no thread will join it */
         pthread_detach(pthread_self());
-        l->has_thread = false;
+        l->thread_state = CRPCI_LOOP_NO_THREAD;
     }
-    crpci_loop_disown(l);
+    crpci_drive_disown(l);
     crpci_loop_release(l);
     return NULL;
 }
 #endif
 
-/* Starts the loop's own thread. Locked. */
-CRPCI_FN int crpci_loop_start_thread(crpc_loop *l)
+CRPCI_FN int crpci_drive_start_thread(crpc_loop *l)
 {
 #if CRPC_ENABLE_THREADS
     int err;
-    crpci_loop_join(l);
-    if (l->owned || l->owner_waiting || l->has_thread)
+    crpci_loop_assert_locked(l);
+    crpci_drive_join(l);
+    if (l->mode != CRPCI_LOOP_PASSIVE || l->thread_state != CRPCI_LOOP_NO_THREAD)
         return CRPC_EBUSY;
-    crpci_thread_store(&l->stop, 0); /* one from before was not meant for it */
-    l->owner_waiting = true; /* the thread becomes the owner as soon as it runs */
-    crpci_loop_hold(l);      /* and keeps the loop until it ends */
-    err = crpci_thread_start(&l->thread, (size_t)l->stack_size, crpci_loop_thread, l);
+    crpci_thread_store(&l->stop, 0); /* a stop from before was not meant for the new thread */
+    l->mode = CRPCI_LOOP_CLAIMED;
+    crpci_loop_hold(l); /* the thread's reference */
+    err = crpci_thread_start(&l->thread, (size_t)l->stack_size, crpci_drive_thread, l);
     if (err) {
-        l->owner_waiting = false;
+        l->mode = CRPCI_LOOP_PASSIVE;
         crpci_loop_release(l);
         return err;
     }
-    l->has_thread = true;
+    l->thread_state = CRPCI_LOOP_THREAD_RUNS;
     crpci_loop_kick(l);
     return CRPC_OK;
 #else
@@ -5705,39 +6115,73 @@ CRPCI_FN int crpci_loop_start_thread(crpc_loop *l)
 #endif
 }
 
-/* P8: an asynchronous call needs somebody who will run its callback. Locked. */
-CRPCI_FN int crpci_loop_need_owner(crpc_loop *l)
+/* P8: the callback of an asynchronous call needs a thread that runs it. Where the program neither
+ * owns nor steps the loop, the loop's own thread is started. CRPC_EINVAL: the option forbids it. */
+CRPCI_FN int crpci_drive_ensure_owner(crpc_loop *l)
 {
-    if (l->owned || l->foreign || l->owner_waiting || (l->has_thread && !l->thread_over))
+    crpci_loop_assert_locked(l);
+    if (l->mode != CRPCI_LOOP_PASSIVE || l->foreign != CRPCI_LOOP_NOT_FOREIGN ||
+        l->thread_state == CRPCI_LOOP_THREAD_RUNS)
         return CRPC_OK;
-    return l->forbid_threads ? CRPC_EINVAL : crpci_loop_start_thread(l);
+    return l->forbid_threads ? CRPC_EINVAL : crpci_drive_start_thread(l);
 }
 
-/* --- public ----------------------------------------------------------------------------------- */
+/* --- opening and closing ---------------------------------------------------------------------- */
 
-#define CRPCI_LOOP_OPTION(member, zero, none, least, most)                                         \
+#define CRPCI_DRIVE_OPTION(member, zero, none, least, most)                                         \
     CRPCI_OPTION_ROW(crpc_loop_options, member, #member, NULL, 0, zero, none, least, most)
 
-static const crpci_option crpci_loop_rows[] = {
+static const crpci_option crpci_drive_rows[] = {
     CRPCI_OPTION_ROW(crpc_loop_options, poller, "poller", "epoll,poll", 0, 0, 0, 1, 2),
-    CRPCI_LOOP_OPTION(forbid_threads, 0, 0, 1, 1),
-    CRPCI_LOOP_OPTION(stack_size, 256 << 10, 0, 16384, CRPCI_OPTION_ANY),
-    CRPCI_LOOP_OPTION(max_results, 1024, 0, 1, CRPCI_OPTION_ANY),
-    CRPCI_LOOP_OPTION(max_bytes, 256 << 20, 0, 1, CRPCI_OPTION_ANY),
+    CRPCI_DRIVE_OPTION(forbid_threads, 0, 0, 1, 1),
+    CRPCI_DRIVE_OPTION(stack_size, 256 << 10, 0, 16384, CRPCI_OPTION_ANY),
+    CRPCI_DRIVE_OPTION(max_results, 1024, 0, 1, CRPCI_OPTION_ANY),
+    CRPCI_DRIVE_OPTION(max_bytes, 256 << 20, 0, 1, CRPCI_OPTION_ANY),
     /* The hooks are resolved by the heap, which loops share with their I/O threads. */
     CRPCI_OPTION_ROW(crpc_loop_options, hooks.log_level, "log_level", NULL, 0, 0, -1, 1, 4),
     CRPCI_OPTION_ROW(crpc_loop_options, thread_name, "thread_name", NULL, CRPCI_OPTION_TEXT, 0, 0,
                      0, 0),
 };
 
-static const crpci_options crpci_loop_options = {CRPCI_OPTIONS_OF(crpci_loop_rows)};
+static const crpci_options crpci_drive_options = {CRPCI_OPTIONS_OF(crpci_drive_rows)};
 
-CRPCI_FN void crpci_loop_options_set(crpc_loop *l, const crpc_loop_options *o)
+/* The wake descriptor is readable: a kick has come, or crpc_loop_stop. */
+CRPCI_FN void crpci_drive_on_wake(crpc_loop *l, crpci_watch *w, unsigned events)
+{
+    (void)w;
+    (void)events;
+    crpci_wake_drain(&l->wake);
+    l->kicked = false;
+}
+
+CRPCI_FN void crpci_drive_set_options(crpc_loop *l, const crpc_loop_options *o)
 {
     l->forbid_threads = o->forbid_threads || !CRPC_ENABLE_THREADS;
     snprintf(l->thread_name, sizeof l->thread_name, "%s", o->thread_name ? o->thread_name : "crpc");
     l->stack_size = o->stack_size;
     l->max_results = o->max_results;
+}
+
+/* Fills in a loop that is all zero. The seed of the random numbers differs from process to process,
+ * the salt of the ids from loop to loop. */
+CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_options *o)
+{
+    l->heap = h;
+    l->refs = 1;
+    l->wake.read_fd = l->wake.write_fd = l->poller.epoll_fd = -1;
+    crpci_list_init(&l->ready);
+    crpci_list_init(&l->resume);
+    crpci_list_init(&l->dirty);
+    crpci_list_init(&l->followers);
+    crpci_list_init(&l->conns);
+    crpci_list_init(&l->endpoints);
+    crpci_list_init(&l->registries);
+    crpci_drive_set_options(l, o);
+    l->last_step = crpci_loop_now(l);
+    l->timers.tick = l->last_step / 1000;
+    l->random = crpci_loop_seed(l);
+    l->users.salt = crpci_loop_random(l);
+    l->calls.salt = crpci_loop_random(l);
 }
 
 CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
@@ -5752,10 +6196,10 @@ CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
         o = *options;
     if (!crpci_meta_self_check())
         return CRPC_EABI;
-    err = crpci_options_check(&crpci_loop_options, &o, NULL);
+    err = crpci_options_check(&crpci_drive_options, &o, NULL);
     if (err)
         return err;
-    crpci_options_fill(&crpci_loop_options, &o);
+    crpci_options_fill(&crpci_drive_options, &o);
     err = crpci_heap_open(&h, &o.hooks, o.max_bytes);
     if (err)
         return err;
@@ -5764,30 +6208,19 @@ CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
         crpci_heap_unref(h);
         return CRPC_ENOMEM;
     }
-    l->heap = h;
-    l->refs = 1;
-    l->wake.read_fd = l->wake.write_fd = l->poller.epoll_fd = -1;
-    crpci_list_init(&l->ready);
-    crpci_list_init(&l->resume);
-    crpci_list_init(&l->dirty);
-    crpci_list_init(&l->followers);
-    crpci_list_init(&l->conns);
-    crpci_list_init(&l->endpoints);
-    crpci_list_init(&l->registries);
-    crpci_loop_options_set(l, &o);
-    l->timers.tick = crpci_loop_now(l) / 1000;
-    l->last_step = crpci_loop_now(l);
-    l->random = crpci_loop_seed((uint64_t)crpci_loop_now(l) ^ (uint64_t)(uintptr_t)l ^
-                                (uint64_t)getpid() * 2654435761u);
+    crpci_drive_init(l, h, &o);
     err = crpci_thread_mutex_init(&l->lock);
     err = err ? err : crpci_thread_cond_init(&l->owner_cond);
     err = err ? err : crpci_thread_cond_init(&l->io_cond);
-    err = err ? err : crpci_poller_open(&l->poller, o.poller);
-    err = err ? err : crpci_wake_open(&l->wake);
-    crpci_watch_init(&l->wake_watch, crpci_loop_on_wake);
-    err = err ? err
-              : crpci_loop_watch_set(l, &l->wake_watch, l->wake.read_fd, CRPC_READABLE);
-    err = err ? err : crpci_poller_prepare(&l->poller, h);
+    err = err ? err : crpci_poller_open(&l->poller, h, o.poller);
+    err = err ? err : crpci_wake_open(&l->wake, h);
+    crpci_watch_init(&l->wake_watch, crpci_drive_on_wake);
+    if (!err) {
+        crpci_loop_lock(l);
+        err = crpci_watch_set(l, &l->wake_watch, l->wake.read_fd, CRPC_READABLE);
+        err = err ? err : crpci_poller_prepare(&l->poller, h);
+        crpci_loop_unlock(l);
+    }
     if (err) {
         crpci_loop_free(l);
         return err;
@@ -5796,41 +6229,35 @@ CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
     return CRPC_OK;
 }
 
-/* Ends a loop from inside one of its own callbacks: the driver lets go of it when it returns. */
-CRPCI_FN void crpci_loop_dispose(crpc_loop *l)
-{
-    l->disposed = true;
-    crpci_thread_store(&l->stop, 1);
-}
-
 CRPC_API void crpc_loop_close(crpc_loop *l)
 {
     if (!l)
         return;
     crpci_loop_lock(l);
     if (crpci_loop_in_callback(l)) {
-        crpci_loop_dispose(l);
+        l->end = CRPCI_LOOP_DISPOSED;
+        crpci_thread_store(&l->stop, 1);
         crpci_loop_unlock(l);
         return;
     }
-    l->joining = true;
-    while (l->owned || l->owner_waiting) { /* its own thread, or who else runs it */
+    l->end = CRPCI_LOOP_CLOSING;
+    while (l->mode != CRPCI_LOOP_PASSIVE) { /* crpc_loop_step clears a stop, so it is set again */
         crpci_thread_store(&l->stop, 1);
         crpci_wake_kick(&l->wake);
         crpci_thread_wait(&l->owner_cond, &l->lock, 100000);
     }
 #if CRPC_ENABLE_THREADS
-    if (l->has_thread) {
+    if (l->thread_state != CRPCI_LOOP_NO_THREAD) {
         crpci_loop_unlock(l);
         crpci_thread_join(l->thread);
         crpci_loop_lock(l);
-        l->has_thread = l->thread_over = false;
+        l->thread_state = CRPCI_LOOP_NO_THREAD;
     }
 #endif
-    if (crpci_loop_own(l) == CRPC_OK) {
-        crpci_loop_finish(l);
-        l->owned = false;
-        crpci_loop_leave(l);
+    if (crpci_drive_own(l) == CRPC_OK) {
+        crpci_drive_finish(l);
+        l->mode = CRPCI_LOOP_PASSIVE;
+        crpci_drive_leave(l);
     }
     crpci_loop_unlock(l);
     crpci_loop_release(l);
@@ -5840,32 +6267,35 @@ CRPC_API int crpc_loop_run(crpc_loop *l)
 {
     int err;
     crpci_loop_lock(l);
-    err = crpci_loop_own(l);
+    err = crpci_drive_own(l);
     if (err) {
         crpci_loop_unlock(l);
         return err;
     }
-    crpci_loop_drive(l);
-    crpci_loop_disown(l);
+    crpci_drive_run(l);
+    crpci_drive_disown(l);
     return CRPC_OK;
 }
 
+/* A program that steps is taken for one with a loop of its own: it will step again, so asynchronous
+ * calls need no thread, and it asks for descriptors and timeout before it polls. */
 CRPC_API int crpc_loop_step(crpc_loop *l, int timeout_ms)
 {
+    int64_t until = INT64_MAX;
     int err;
     crpci_loop_lock(l);
-    l->foreign = true;
-    l->foreign_stale = false; /* it asks again before it waits */
+    l->foreign = CRPCI_LOOP_FOREIGN_AWAKE;
     l->foreign_at = 0;
-    err = crpci_loop_own(l);
+    err = crpci_drive_own(l);
     if (err) {
         crpci_loop_unlock(l);
         return err;
     }
-    crpci_loop_step(l, timeout_ms < 0 ? INT64_MAX : crpci_loop_now(l) + (int64_t)timeout_ms * 1000,
-                    true);
-    crpci_thread_store(&l->stop, 0); /* it ended this step, not all to come */
-    crpci_loop_disown(l);
+    if (timeout_ms >= 0)
+        until = crpci_loop_now(l) + (int64_t)timeout_ms * 1000;
+    crpci_drive_step(l, until, true);
+    crpci_thread_store(&l->stop, 0); /* a stop ends this step and none to come */
+    crpci_drive_disown(l);
     return CRPC_OK;
 }
 
@@ -5873,7 +6303,7 @@ CRPC_API int crpc_loop_start(crpc_loop *l)
 {
     int err;
     crpci_loop_lock(l);
-    err = crpci_loop_start_thread(l);
+    err = crpci_drive_start_thread(l);
     crpci_loop_unlock(l);
     return err;
 }
@@ -5884,10 +6314,22 @@ CRPC_API void crpc_loop_stop(crpc_loop *l)
     crpci_wake_kick(&l->wake);
 }
 
+/* --- inside a loop of the program's ----------------------------------------------------------- */
+
+/* The program polls, or will poll, for the loop: until `at`, unless that was said before. */
+CRPCI_FN void crpci_drive_foreign(crpc_loop *l, crpci_loop_foreign state, int64_t at)
+{
+    crpci_loop_assert_locked(l);
+    if (l->foreign >= state)
+        return;
+    l->foreign = state;
+    l->foreign_at = at;
+}
+
 CRPC_API int crpc_loop_fd(crpc_loop *l)
 {
     crpci_loop_lock(l);
-    l->foreign = true;
+    crpci_drive_foreign(l, CRPCI_LOOP_FOREIGN_AWAKE, 0);
     crpci_loop_unlock(l);
     return l->poller.epoll_fd;
 }
@@ -5896,9 +6338,7 @@ CRPC_API size_t crpc_loop_pollfds(crpc_loop *l, struct pollfd *fds, size_t max)
 {
     size_t n = 1, i;
     crpci_loop_lock(l);
-    l->foreign = true;
-    if (!l->foreign_at)
-        l->foreign_at = INT64_MAX; /* from here on it has to be told of changes */
+    crpci_drive_foreign(l, CRPCI_LOOP_FOREIGN_POLLING, INT64_MAX);
     if (l->poller.kind == CRPC_POLLER_EPOLL) {
         if (max) {
             fds->fd = l->poller.epoll_fd;
@@ -5918,9 +6358,9 @@ CRPC_API int crpc_loop_timeout(crpc_loop *l)
 {
     int ms;
     crpci_loop_lock(l);
-    l->foreign = true;
-    l->fresh = false;
-    ms = crpci_poller_ms(crpci_loop_patience(l, INT64_MAX, true));
+    l->fresh = false; /* the program did other things since the loop last read the clock */
+    ms = crpci_poller_ms(crpci_drive_patience(l, INT64_MAX, true));
+    crpci_drive_foreign(l, CRPCI_LOOP_FOREIGN_POLLING, 0);
     l->foreign_at = l->wake_at;
     crpci_loop_unlock(l);
     return ms;
@@ -5944,140 +6384,28 @@ CRPC_API void crpc_loop_stats_get(crpc_loop *l, crpc_loop_stats *stats)
     crpci_thread_unlock(&l->heap->lock);
 }
 
-CRPC_API int crpc_loop_post(crpc_loop *l, void (*fn)(void *user), void *user)
-{
-    crpci_loop_user *u;
-    if (!fn)
-        return CRPC_EINVAL;
-    crpci_loop_lock(l);
-    u = crpci_loop_user_new(l, CRPCI_LOOP_POST, user);
-    if (u) {
-        u->post = fn;
-        crpci_loop_ready(l, &u->task);
-    }
-    crpci_loop_unlock(l);
-    return u ? CRPC_OK : CRPC_ENOMEM;
-}
+/* ======================================================================== */
+/* >>impl-limiter   token buckets, retry budgets, adaptive concurrency limits */
+/* ======================================================================== */
 
-CRPCI_FN bool crpci_loop_user_watches(const crpc_loop *l, int fd)
-{
-    uint32_t i;
-    for (i = 0; i < l->users.cap; i++) {
-        const crpci_loop_user *u = (const crpci_loop_user *)l->users.slots[i].object;
-        if (u && u->kind == CRPCI_LOOP_WATCH && u->fd == fd)
-            return true;
-    }
-    return false;
-}
-
-CRPC_API int crpc_loop_watch(crpc_loop *l, int fd, unsigned events, crpc_watch_fn fn, void *user,
-                             crpc_id *id)
-{
-    crpci_loop_user *u;
-    int err = CRPC_ENOMEM;
-    id->value = 0;
-    if (fd < 0 || !fn || events & ~(CRPC_READABLE | CRPC_WRITABLE))
-        return CRPC_EINVAL;
-    crpci_loop_lock(l);
-    if (crpci_loop_user_watches(l, fd)) { /* epoll knows a descriptor once */
-        crpci_loop_unlock(l);
-        return CRPC_EBUSY;
-    }
-    u = crpci_loop_user_new(l, CRPCI_LOOP_WATCH, user);
-    if (u) {
-        u->fd = fd;
-        u->on_event = fn;
-        u->wanted = events;
-        err = crpci_loop_watch_set(l, &u->watch, fd, events);
-        if (err)
-            crpci_loop_user_end_of(l, u);
-        else
-            id->value = u->id;
-    }
-    crpci_loop_unlock(l);
-    return err;
-}
-
-CRPC_API int crpc_loop_rewatch(crpc_loop *l, crpc_id id, unsigned events)
-{
-    crpci_loop_user *u;
-    int err = CRPC_ENOTFOUND;
-    if (events & ~(CRPC_READABLE | CRPC_WRITABLE))
-        return CRPC_EINVAL;
-    crpci_loop_lock(l);
-    u = (crpci_loop_user *)crpci_id_get(&l->users, id.value);
-    if (u && u->kind == CRPCI_LOOP_WATCH) {
-        u->wanted = events;
-        err = crpci_loop_watch_set(l, &u->watch, u->fd, events);
-    }
-    crpci_loop_unlock(l);
-    return err;
-}
-
-CRPCI_FN void crpci_loop_user_stop(crpc_loop *l, crpc_id id, crpci_loop_kind kind)
-{
-    crpci_loop_user *u;
-    crpci_loop_lock(l);
-    u = (crpci_loop_user *)crpci_id_get(&l->users, id.value);
-    if (u && u->kind == kind)
-        crpci_loop_user_end_of(l, u);
-    crpci_loop_unlock(l);
-}
-
-CRPC_API void crpc_loop_unwatch(crpc_loop *l, crpc_id id)
-{
-    crpci_loop_user_stop(l, id, CRPCI_LOOP_WATCH);
-}
-
-CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms, crpc_timer_fn fn,
-                              void *user, crpc_id *id)
-{
-    const int64_t longest = INT64_C(3153600000000); /* 100 years */
-    crpci_loop_user *u;
-    crpc_id unwanted;
-    id = id ? id : &unwanted;
-    id->value = 0;
-    if (!fn || delay_ms < 0 || period_ms < 0 || delay_ms > longest || period_ms > longest)
-        return CRPC_EINVAL;
-    crpci_loop_lock(l);
-    u = crpci_loop_user_new(l, CRPCI_LOOP_TIMER, user);
-    if (u) {
-        u->on_timer = fn;
-        u->period_us = period_ms * 1000;
-        crpci_loop_timer_set(l, &u->timer, delay_ms * 1000);
-        id->value = u->id;
-    }
-    crpci_loop_unlock(l);
-    return u ? CRPC_OK : CRPC_ENOMEM;
-}
-
-CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
-{
-    crpci_loop_user_stop(l, id, CRPCI_LOOP_TIMER);
-}
-
-/* What the end of an attempt says about its provider: to balancer and breaker. */
+/* What the end of an attempt tells the balancer and the breaker about the provider. */
 typedef enum crpci_outcome {
     CRPCI_OUTCOME_OK,
     CRPCI_OUTCOME_ERROR,
-    CRPCI_OUTCOME_IGNORE /* nothing: cancelled, over a limit */
+    CRPCI_OUTCOME_IGNORE /* nothing: the attempt was cancelled, or refused over a limit */
 } crpci_outcome;
 
-/* ======================================================================== */
-/* >>impl-limiter   how much is let through: rates, retries, calls at a time */
-/* ======================================================================== */
-
-/* A token bucket in the form of the generic cell rate algorithm: what was taken and has not come
- * back yet is a debt, counted in millionths of a token, so that a microsecond pays back exactly
- * per_second of them and nothing is ever rounded. All zero it limits nothing. */
+/* A token bucket in the form of the generic cell rate algorithm (GCRA). It counts what was taken
+ * and has not come back yet, as a debt in millionths of a token: each microsecond pays back exactly
+ * per_second of them, so nothing is ever rounded. All zero, it limits nothing. */
 #define CRPCI_LIMITER_TOKEN INT64_C(1000000)
-#define CRPCI_LIMITER_MOST (INT64_C(1) << 40) /* of either number: products stay within 62 bits */
+#define CRPCI_LIMITER_MOST (INT64_C(1) << 40) /* of rate and burst: their products fit 62 bits */
 
 typedef struct crpci_limiter_bucket {
     int64_t per_second; /* 0: no limit */
-    int64_t most;       /* the debt there may be after a taking */
-    int64_t clear_us;   /* after this time no debt is left */
-    int64_t debt;
+    int64_t most;       /* the largest debt: the burst */
+    int64_t clear_us;   /* the time in which the largest debt is paid back */
+    int64_t debt;       /* as of at_us */
     int64_t at_us;
 } crpci_limiter_bucket;
 
@@ -6094,7 +6422,7 @@ CRPCI_FN void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_sec
     b->at_us = INT64_MIN / 2;
 }
 
-/* One token, if there is one. */
+/* Takes a token; false: there is none. */
 CRPCI_FN bool crpci_limiter_bucket_take(crpci_limiter_bucket *b, int64_t now_us)
 {
     int64_t passed = now_us - b->at_us;
@@ -6111,9 +6439,9 @@ CRPCI_FN bool crpci_limiter_bucket_take(crpci_limiter_bucket *b, int64_t now_us)
     return true;
 }
 
-/* What retries are paid from: each costs a token, each success brings some tenths of one. However
- * many calls fail, no more retries are made than there were tokens, and a share of the successes
- * later on. */
+/* A retry budget: each retry costs a token, each successful call earns some tenths of one. When all
+ * calls fail, no more retries are made than there were tokens, so that retries cannot multiply the
+ * load of providers that are down for being overloaded. */
 typedef struct crpci_limiter_budget {
     uint64_t tenths;
     uint64_t most;
@@ -6135,7 +6463,7 @@ CRPCI_FN bool crpci_limiter_budget_spend(crpci_limiter_budget *b)
     return true;
 }
 
-/* A call has succeeded. */
+/* For a call that has succeeded. */
 CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
 {
     b->tenths += b->earn;
@@ -6143,25 +6471,25 @@ CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
         b->tenths = b->most;
 }
 
-/* The limit of calls in service that brpc calls "auto". By Little's law a server that is just busy
- * holds (most replies a second) x (time of a reply when nothing queues) calls; the limit is a
- * little above that product of two measured numbers, by 6 to 30 per cent: more while it does no
- * harm, so as to find out whether the server can do more. How fast a reply is when nothing queues
- * is measured anew at times, with fewer calls let in. Three things are done otherwise than in brpc:
- * - The time without a queue, if first measured in an overload, is too long. So it is measured anew
- *   soon after the start, and soon again as long as each time gives much less; and if calls are
- *   being refused anyway only half as many are let in then, not nine tenths.
- * - The most replies a second fade faster while calls are refused: then it is the server that has
- *   become slower, and not the clients quieter.
- * - A limit that nobody came up to while replies were fast is not lowered: few calls are no sign
- *   of a weak server, and what comes after a quiet time would be refused for nothing.
- */
-#define CRPCI_LIMITER_SAMPLES 200       /* end a window */
-#define CRPCI_LIMITER_SAMPLES_LEAST 100 /* fewer in all of CRPCI_LIMITER_WINDOW_US say nothing */
-#define CRPCI_LIMITER_SAMPLE_US 100     /* samples are at least so far apart */
-#define CRPCI_LIMITER_WINDOW_US 1000000
-#define CRPCI_LIMITER_ANEW_US 25000000 /* to twice this, between two measurings */
-#define CRPCI_LIMITER_ANEW_SOON_US 2000000
+/* The adaptive limit of calls in service that brpc calls "auto". By Little's law a server that is
+ * just busy holds (replies a second at most) x (latency without a queue) calls. Both are measured;
+ * the limit is their product and 6 to 30 per cent more: more as long as latency does not grow, to
+ * find out whether the server can do more. The latency without a queue is measured anew from time
+ * to time, while fewer calls are let in. Three things differ from brpc:
+ * - A first measurement during an overload contains the queue. So the latency is measured anew soon
+ *   after the start, and soon again as long as it comes out much lower; while calls are refused,
+ *   only half as many calls are let in for it, where brpc lets nine tenths in.
+ * - The most replies a second fade faster while calls are refused: then the server has become
+ *   slower. Otherwise fewer replies may only mean fewer calls.
+ * - A limit that the calls did not reach while latency was low is not lowered: few calls do not
+ *   mean a weak server, and after a quiet time the next calls would be refused without reason.
+ * / */
+#define CRPCI_LIMITER_SAMPLES 200       /* so many samples end a window */
+#define CRPCI_LIMITER_SAMPLES_LEAST 100 /* a window with fewer changes nothing */
+#define CRPCI_LIMITER_SAMPLE_US 100     /* two samples are at least so far apart */
+#define CRPCI_LIMITER_WINDOW_US 1000000 /* the longest window */
+#define CRPCI_LIMITER_ANEW_US 25000000  /* once to twice this, between measurements of free_us */
+#define CRPCI_LIMITER_ANEW_SOON_US 2000000 /* the same while the last one may hold a queue */
 #define CRPCI_LIMITER_EXPLORE_LEAST 6 /* per cent */
 #define CRPCI_LIMITER_EXPLORE_MOST 30
 #define CRPCI_LIMITER_EXPLORE_STEP 2
@@ -6171,22 +6499,22 @@ CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
 typedef struct crpci_limiter_auto {
     uint32_t least;
     uint32_t limit;
-    uint32_t active; /* in service */
-    uint32_t peak;   /* the most of them in this window */
-    uint32_t ok;     /* of this window's samples */
-    uint32_t failed;
+    uint32_t active;    /* calls in service */
+    uint32_t peak;      /* the most of them in this window */
+    uint32_t ok;        /* samples of this window that succeeded */
+    uint32_t failed;    /* and that did not */
     uint32_t replies;   /* all successes of this window, samples or not */
-    bool refused;       /* somebody was, in this window */
-    bool soon;          /* the time without a queue may still be far too long */
-    uint8_t explore;    /* per cent */
+    bool refused;       /* a call was refused in this window */
+    bool soon;          /* free_us may still contain a queue: measure it again soon */
+    uint8_t explore;    /* per cent that the limit is above the product */
     int64_t sum_us;     /* of the samples' latencies */
     int64_t window_us;  /* when this window began; 0: none has */
     int64_t sample_us;  /* when the last sample was taken */
-    int64_t free_us;    /* latency without a queue, 0: not measured */
-    int64_t free_was;   /* before it was measured anew */
+    int64_t free_us;    /* latency without a queue; 0: not measured */
+    int64_t free_was;   /* its value from the measurement before */
     int64_t qps;        /* the most replies a second, fading; in thousandths */
     int64_t anew_us;    /* when to measure free_us anew; 0: not planned */
-    int64_t drained_us; /* being measured: the queue is gone by then. 0: not */
+    int64_t drained_us; /* while it is measured: when the queue will be gone; 0: it is not */
 } crpci_limiter_auto;
 
 /* The limit starts at `start` and is never below `least`; both are 1 at least. */
@@ -6204,7 +6532,7 @@ CRPCI_FN uint32_t crpci_limiter_auto_limit(const crpci_limiter_auto *a)
     return a->limit;
 }
 
-/* Lets a call in, which must then leave; or says false. */
+/* Lets a call in, which must then leave. False: the limit is reached. */
 CRPCI_FN bool crpci_limiter_auto_enter(crpci_limiter_auto *a)
 {
     if (a->active >= a->limit) {
@@ -6216,6 +6544,7 @@ CRPCI_FN bool crpci_limiter_auto_enter(crpci_limiter_auto *a)
     return true;
 }
 
+/* Begins a new window. */
 CRPCI_FN void crpci_limiter_auto_window(crpci_limiter_auto *a, int64_t now_us)
 {
     a->peak = a->active;
@@ -6231,7 +6560,8 @@ CRPCI_FN void crpci_limiter_auto_set(crpci_limiter_auto *a, int64_t limit)
     a->limit = limit > (int64_t)a->least ? (uint32_t)limit : a->least;
 }
 
-/* Plans the next measuring, at a time that differs from one server to the next. */
+/* Plans the next measurement, at a time that differs from server to server: they must not all let
+ * fewer calls in at once. */
 CRPCI_FN void crpci_limiter_auto_plan(crpci_limiter_auto *a, int64_t now_us)
 {
     int64_t wait = a->soon ? CRPCI_LIMITER_ANEW_SOON_US : CRPCI_LIMITER_ANEW_US;
@@ -6239,9 +6569,8 @@ CRPCI_FN void crpci_limiter_auto_plan(crpci_limiter_auto *a, int64_t now_us)
     a->anew_us = now_us + wait + (int64_t)((uint64_t)wait * draw >> 32);
 }
 
-/* What a full window says of the server. The most replies a second are forgotten slowly, since few
- * may only mean that few calls came; sooner if some were refused. */
-CRPCI_FN void crpci_limiter_auto_learn(crpci_limiter_auto *a, int64_t avg_us, int64_t qps)
+/* Takes the averages of a full window into the two measured numbers. */
+CRPCI_FN void crpci_limiter_auto_measure(crpci_limiter_auto *a, int64_t avg_us, int64_t qps)
 {
     int64_t part = a->refused ? 20 : 100;
     if (!a->free_us) {
@@ -6254,6 +6583,7 @@ CRPCI_FN void crpci_limiter_auto_learn(crpci_limiter_auto *a, int64_t avg_us, in
     a->qps = qps >= a->qps ? qps : a->qps - (a->qps - qps) / part;
 }
 
+/* Sets the limit by a full window. */
 CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
 {
     int64_t passed = now_us > a->window_us ? now_us - a->window_us : 1;
@@ -6263,7 +6593,7 @@ CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
     int64_t percent, limit;
     bool quick;
     avg_us = crpci_base_min64(avg_us, CRPCI_LIMITER_LATENCY_MOST);
-    crpci_limiter_auto_learn(a, avg_us, qps);
+    crpci_limiter_auto_measure(a, avg_us, qps);
     quick = avg_us * 100 <= a->free_us * (100 + CRPCI_LIMITER_EXPLORE_LEAST);
     if (!a->anew_us)
         crpci_limiter_auto_plan(a, now_us);
@@ -6284,12 +6614,12 @@ CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
     /* both factors are below 2^30, so this is below 2^60 */
     limit = (a->free_us * a->qps / 1000 * percent + 99999999) / 100000000;
     if (limit < (int64_t)a->limit && a->peak < a->limit && avg_us * 2 <= a->free_us * 3)
-        return; /* nobody came up to it, and nothing queued */
+        return; /* the calls did not reach the limit, and latency was low */
     crpci_limiter_auto_set(a, limit);
 }
 
-/* A call has left. ok: it was served well; latency_us: how long that took, -1 if it says nothing
- * (what was refused for another reason, or cancelled). */
+/* A call leaves. ok: it succeeded. latency_us: how long it was in service; -1: the call is no
+ * measure of the server (refused for another reason, or cancelled). */
 CRPCI_FN void crpci_limiter_auto_leave(crpci_limiter_auto *a, bool ok, int64_t latency_us,
                                        int64_t now_us)
 {
@@ -6327,35 +6657,36 @@ CRPCI_FN void crpci_limiter_auto_leave(crpci_limiter_auto *a, bool ok, int64_t l
 }
 
 /* ======================================================================== */
-/* >>impl-breaker   a provider that fails gets no calls, then one, then more */
+/* >>impl-breaker   a provider that fails gets no calls, then a probe, then more */
 /* ======================================================================== */
 
-/* Closed: outcomes are counted over the last window_us, in slices. When of at least min_requests
- * too many were errors, or slow, it opens. Open: no calls, for a time. Then the next call is a
- * probe: while it is under way there is no other. If it succeeds the breaker closes, and the share
- * of calls that is let through grows from a tenth to all within ramp_us; if it fails, or is slow
- * where that counts, the breaker opens again, for twice as long.
+/* Closed: the breaker counts outcomes over the last window_us, in slices. When of at least
+ * min_requests too many were errors, or slow, it opens. Open: the provider gets no calls, for a
+ * time. Then the next call is a probe, and no other goes to the provider until it ends. If the
+ * probe succeeds the breaker closes, and the share of calls that it lets through grows from a tenth
+ * to all within ramp_us; if the probe fails, or is slow where slowness counts, the breaker opens
+ * again for twice as long.
  *
- * The end of a call that began before the breaker last opened or closed says nothing: what was sent
- * before a trip must neither decide a probe nor fill the window of a provider that is back. */
+ * A call that began before the breaker last opened or closed does not count when it ends: it must
+ * neither decide a probe nor fill the window of a provider that has recovered. */
 #define CRPCI_BREAKER_SLICES 8
-#define CRPCI_BREAKER_AGAIN_US 30000000 /* trips so soon after a closing: open twice as long */
-#define CRPCI_BREAKER_LOST_US 30000000  /* and open_max_us: no probe takes so long */
-#define CRPCI_BREAKER_RAMP_PERCENT 10   /* where the ramp begins */
+#define CRPCI_BREAKER_AGAIN_US 30000000 /* a breaker that opens so soon after closing doubles */
+#define CRPCI_BREAKER_LOST_US 30000000  /* a probe not ended after this and open_max_us is lost */
+#define CRPCI_BREAKER_RAMP_PERCENT 10   /* share of calls with which the ramp begins */
 
 typedef struct crpci_breaker_options {
-    int error_percent; /* opens when so many are errors. 0: no breaker; over 100: never */
-    int min_requests;  /* fewer in a window say nothing; 0: 1 */
+    int error_percent;   /* opens at this share of errors. 0: no breaker; over 100: never */
+    int min_requests;    /* a window with fewer calls does not open it; 0: 1 */
     int64_t window_us;
-    int64_t slow_us;     /* a call that takes so long is slow. 0: latency does not count */
-    int slow_percent;    /* opens when so many are slow. 0: latency does not count */
-    int64_t open_us;     /* the first time */
-    int64_t open_max_us; /* where doubling ends; below open_us: at open_us */
+    int64_t slow_us;     /* a call that takes this long is slow. 0: latency does not count */
+    int slow_percent;    /* opens at this share of slow calls. 0: latency does not count */
+    int64_t open_us;     /* how long it is open the first time */
+    int64_t open_max_us; /* the longest that doubling gives; below open_us: open_us */
     int64_t ramp_us;     /* 0: all calls at once */
 } crpci_breaker_options;
 
 typedef enum {
-    CRPCI_BREAKER_CLOSED, /* all zero: so it starts */
+    CRPCI_BREAKER_CLOSED, /* a breaker that is all zero */
     CRPCI_BREAKER_OPEN,
     CRPCI_BREAKER_PROBING
 } crpci_breaker_state;
@@ -6366,11 +6697,11 @@ typedef struct crpci_breaker_slice {
 
 typedef struct crpci_breaker {
     crpci_breaker_state state;
-    uint32_t active;  /* calls under way */
+    uint32_t active;  /* calls in flight */
     int64_t since_us; /* when it last opened or closed */
-    int64_t until_us; /* open: when a probe may go; probing: when that one is given up */
+    int64_t until_us; /* open: when a probe may be sent; probing: when the probe counts as lost */
     int64_t open_us;  /* how long it was open the last time; 0: it never was */
-    int64_t slice;    /* number of the newest slice */
+    int64_t slice;    /* number of the newest slice: time / width of a slice */
     crpci_breaker_slice slices[CRPCI_BREAKER_SLICES];
 } crpci_breaker;
 
@@ -6379,7 +6710,7 @@ CRPCI_FN void crpci_breaker_init(crpci_breaker *b)
     memset(b, 0, sizeof *b);
 }
 
-/* Closed at once, with all calls let through and nothing counted. */
+/* Closes at once, with no ramp and nothing counted. */
 CRPCI_FN void crpci_breaker_reset(crpci_breaker *b)
 {
     b->state = CRPCI_BREAKER_CLOSED;
@@ -6387,19 +6718,19 @@ CRPCI_FN void crpci_breaker_reset(crpci_breaker *b)
     memset(b->slices, 0, sizeof b->slices);
 }
 
-/* It lets no call through now, or has let one through as a probe and waits: for the share of
- * providers that are taken out. */
+/* Whether the provider counts as taken out: the breaker is open, or waits for its probe. */
 CRPCI_FN bool crpci_breaker_ejected(const crpci_breaker *b)
 {
     return b->state != CRPCI_BREAKER_CLOSED;
 }
 
+/* The longest time that it may be open. */
 CRPCI_FN int64_t crpci_breaker_open_most(const crpci_breaker_options *o)
 {
     return o->open_max_us > o->open_us ? o->open_max_us : o->open_us;
 }
 
-/* True: it must not be picked now. */
+/* Whether the provider must not be picked now. */
 CRPCI_FN bool crpci_breaker_open(const crpci_breaker *b, const crpci_breaker_options *o,
                                  int64_t now_us)
 {
@@ -6408,7 +6739,8 @@ CRPCI_FN bool crpci_breaker_open(const crpci_breaker *b, const crpci_breaker_opt
     return now_us < b->until_us;
 }
 
-/* False: it is being restored, and this draw is not within the share of calls that it gets. */
+/* Whether this call may go to a provider that is on the ramp: `random` falls into the share of
+ * calls that it gets by now. True also without a ramp. */
 CRPCI_FN bool crpci_breaker_ramped(const crpci_breaker *b, const crpci_breaker_options *o,
                                    int64_t now_us, uint32_t random)
 {
@@ -6423,7 +6755,7 @@ CRPCI_FN bool crpci_breaker_ramped(const crpci_breaker *b, const crpci_breaker_o
     return random >> 16 < share;
 }
 
-/* A call goes to it. It may do so while the breaker is open, where no other provider is left. */
+/* A call goes to the provider: also while the breaker is open, where no other provider is left. */
 CRPCI_FN void crpci_breaker_begin(crpci_breaker *b, const crpci_breaker_options *o, int64_t now_us)
 {
     b->active++;
@@ -6434,6 +6766,7 @@ CRPCI_FN void crpci_breaker_begin(crpci_breaker *b, const crpci_breaker_options 
     b->until_us = now_us + crpci_breaker_open_most(o) + CRPCI_BREAKER_LOST_US;
 }
 
+/* Opens the breaker. again: for twice the last time. */
 CRPCI_FN void crpci_breaker_trip(crpci_breaker *b, const crpci_breaker_options *o, bool again,
                                  int64_t now_us, uint32_t random)
 {
@@ -6445,13 +6778,13 @@ CRPCI_FN void crpci_breaker_trip(crpci_breaker *b, const crpci_breaker_options *
     b->open_us = b->open_us > 0 ? b->open_us : 1;
     b->state = CRPCI_BREAKER_OPEN;
     b->since_us = now_us;
-    /* three quarters of it to all of it, so that not all clients probe together */
+    /* between three quarters of that and all of it, so that not all clients probe together */
     b->until_us =
         now_us + b->open_us - (int64_t)((uint64_t)(b->open_us / 4) * (random >> 16) >> 16);
 }
 
-/* Counts a call in the newest slice, empties those that are past, and says whether there are too
- * many bad ones. */
+/* Counts a call in the newest slice, empties the slices that have left the window, and returns
+ * whether the window holds too many errors or slow calls. */
 CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options *o, bool error,
                                   bool slow, int64_t now_us)
 {
@@ -6460,7 +6793,7 @@ CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options 
     uint64_t calls = 0, errors = 0, slows = 0;
     crpci_breaker_slice *s;
     unsigned i;
-    if (slice - b->slice >= CRPCI_BREAKER_SLICES || b->slice - slice > 1) /* other options */
+    if (slice - b->slice >= CRPCI_BREAKER_SLICES || b->slice - slice > 1) /* window_us changed */
         b->slice = slice - CRPCI_BREAKER_SLICES;
     while (b->slice < slice)
         memset(&b->slices[++b->slice & (CRPCI_BREAKER_SLICES - 1)], 0, sizeof *s);
@@ -6479,13 +6812,14 @@ CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options 
            (slows && slows * 100 >= calls * (uint64_t)o->slow_percent);
 }
 
-/* A call that began has ended. latency_us: since its begin. True: the breaker has just opened, also
- * because a probe failed; the caller sees to it that not too many are, with crpci_breaker_reset. */
+/* A call that began has ended; latency_us is the time since then. True: the breaker has just
+ * opened, also because its probe failed. The caller limits how many providers are taken out at a
+ * time, and calls crpci_breaker_reset for one too many. */
 CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o,
                                 crpci_outcome outcome, int64_t latency_us, int64_t now_us,
                                 uint32_t random)
 {
-    bool alone = b->active <= 1; /* then it is the probe, from wherever the latency was measured */
+    bool alone = b->active <= 1; /* it must be the probe, even if its latency begins earlier */
     bool old = now_us - latency_us < b->since_us;
     bool slow = o->slow_us > 0 && o->slow_percent > 0 && latency_us >= o->slow_us;
     if (b->active)
@@ -6501,7 +6835,7 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
     }
     if (old && !alone)
         return false;
-    if (outcome == CRPCI_OUTCOME_IGNORE) { /* the next call is the probe */
+    if (outcome == CRPCI_OUTCOME_IGNORE) { /* the probe decided nothing: the next call is one */
         b->state = CRPCI_BREAKER_OPEN;
         b->until_us = now_us;
         return false;
@@ -6517,32 +6851,35 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
 }
 
 /* ======================================================================== */
-/* >>impl-balance   which provider a call goes to                            */
+/* >>impl-balance   balancers: which provider of a list a call goes to       */
 /* ======================================================================== */
 
-/* Every kind has a choice of its own, in constant time or in that of a heap. If what it chooses
- * cannot be used it chooses again, a few times, and then looks at all providers: so a pick fails
- * only if no provider can be used. Weight 0 is drained: taken only if there is nothing else.
+/* Each kind of balancer picks in constant time, or in that of a heap. If the pick cannot be used it
+ * picks again, a few times, and then searches all providers: a pick fails only if no provider can
+ * be used. A provider of weight 0 is drained: it is picked only if no other can be used.
  *
  *   random                uniformly
- *   weighted random       by weight
+ *   weighted random       in proportion to the weights
  *   round robin           in the order of the list
- *   weighted round robin  each has a turn every 1/weight of virtual time; the first turn at random
- *   least active          fewest calls under way per weight; among equals by weighted round robin,
- *                         which is, where weights are equal, who was taken longest ago
- *   consistent hash       160 points each on a ring; weights are ignored
- *   p2c                   the better of two: latency x (calls under way + 1) / weight
+ *   weighted round robin  each provider has a turn every 1/weight of virtual time; the first turn
+ *                         is at a random time
+ *   least active          fewest calls in flight per weight; among equals by weighted round robin:
+ *                         with equal weights the one that was picked longest ago
+ *   consistent hash       160 points of each provider on a ring; weights are ignored
+ *   p2c                   the better one of two random providers, by latency x (calls in flight
+ *                         + 1) / weight
  *
- * A turn is 2^52 / weight long and virtual time wraps, so times are compared by their difference.*/
+ * A turn is 2^52 / weight long. Virtual time wraps, so two times are compared by their
+ * difference. */
 #define CRPCI_BALANCE_TURN (INT64_C(1) << 52)
-#define CRPCI_BALANCE_CATCH_UP_BITS 60 /* of virtual time, till those behind are looked after */
-#define CRPCI_BALANCE_TRIES 8
-#define CRPCI_BALANCE_POINTS 160
-#define CRPCI_BALANCE_INDEX_BITS 20 /* of a point on the ring; above them the hash */
-#define CRPCI_BALANCE_MOST (1u << CRPCI_BALANCE_INDEX_BITS) /* providers */
-#define CRPCI_BALANCE_WALK 64                               /* points looked at along the ring */
-#define CRPCI_BALANCE_HALF_BITS 23   /* a latency counts half after 2^23 us: e^(-t / 12 s) */
-#define CRPCI_BALANCE_LATENCY_BITS 8 /* of it, below a microsecond: else small steps were lost */
+#define CRPCI_BALANCE_CATCH_UP_BITS 60 /* crpci_balance_catch_up runs every 2^60 of virtual time */
+#define CRPCI_BALANCE_TRIES 8          /* picks before all providers are searched */
+#define CRPCI_BALANCE_POINTS 160       /* of a provider on the ring */
+#define CRPCI_BALANCE_INDEX_BITS 20    /* lower bits of a point: the index; above them the hash */
+#define CRPCI_BALANCE_MOST (1u << CRPCI_BALANCE_INDEX_BITS) /* providers in a list */
+#define CRPCI_BALANCE_WALK 64        /* points tried along the ring before all are searched */
+#define CRPCI_BALANCE_HALF_BITS 23   /* a latency halves in 2^23 us (8.4 s): e^(-t / 12 s) */
+#define CRPCI_BALANCE_LATENCY_BITS 8 /* fraction of a microsecond: small steps must count */
 #define CRPCI_BALANCE_LATENCY_MOST (INT64_C(1) << (25 + CRPCI_BALANCE_LATENCY_BITS)) /* 33 s */
 
 /* All balancers, in the order of crpc_balancer: the word of lb=, how one chooses, what it learns from
@@ -6568,83 +6905,65 @@ enum {
 #define CRPCI_BALANCE_WORDS (&(CRPCI_BALANCE_MAP(CRPCI_BALANCE_WORD))[1])
 #define CRPCI_BALANCE_KINDS (0 CRPCI_BALANCE_MAP(CRPCI_BALANCE_ONE))
 
-/* A provider, as its channel's balancer sees it. All zero but for address and weight when it is
- * first put into a list; then it may go and come again. In one balancer at a time. */
-typedef struct crpci_balance_node {
+/* A provider in a balancer's list, owned by the caller. All zero but for address and weight when it
+ * is first put into a list; it may leave the list and come back. In one balancer at a time. */
+typedef struct crpci_balance_item {
     const char *address;
-    uint32_t weight;    /* 0: drained. Changed by crpci_balance_reweigh while in a list */
-    uint32_t active;    /* calls under way */
+    uint32_t weight;    /* 0: drained. While in a list only crpci_balance_reweigh changes it */
+    uint32_t active;    /* calls in flight */
     uint32_t index;     /* in the list */
-    uint32_t at;        /* position in the heap + 1, 0: not in it */
+    uint32_t at;        /* position in the heap + 1; 0: not in it */
     uint64_t hash;      /* of the address */
-    uint64_t length;    /* of its turn */
-    uint64_t turn;      /* virtual time of the next one */
-    int64_t latency;    /* in 1/256 us, peaks at once and fading; 0: never measured */
-    int64_t latency_us; /* as of when */
-} crpci_balance_node;
+    uint64_t length;    /* of a turn, in virtual time */
+    uint64_t turn;      /* virtual time of the next turn */
+    int64_t latency;    /* in 1/256 us; rises at once, fades slowly; 0: not measured */
+    int64_t latency_us; /* the time at which `latency` held */
+} crpci_balance_item;
 
 typedef struct crpci_balance_ops crpci_balance_ops;
 
 typedef struct crpci_balance {
     const crpci_balance_ops *ops;
-    uint8_t needs; /* as in the ops */
-    bool started; /* a pick has brought its random number: not every client begins alike */
-    uint32_t salt;
-    uint32_t next; /* round robin */
-    uint32_t heaped;
-    uint32_t shift; /* a point's hash without so many bits is its bucket */
+    uint8_t needs;   /* as in ops */
+    bool started;    /* the first pick has set `salt` by its random number */
+    uint32_t salt;   /* clients with one list begin at different places of it */
+    uint32_t next;   /* round robin: index of the next pick */
+    uint32_t heaped; /* items in the heap */
+    uint32_t shift;  /* a point >> shift is its bucket */
     size_t count;
     void *memory;
-    size_t size; /* of it */
-    /* In that memory; all NULL: there was none, picks are uniform. Then by what it needs. */
-    crpci_balance_node **nodes;
-    uint64_t *sums;    /* Fenwick tree of the weights: sums[i - 1] is of (i & -i) nodes up to i */
-    uint32_t *heap;    /* indices, by crpci_balance_before */
-    uint64_t *ring;    /* points in their order */
+    size_t size; /* of memory, in bytes */
+    /* These point into memory. All NULL: out of memory, picks are uniform. */
+    crpci_balance_item **items;
+    uint64_t *sums;    /* Fenwick tree of the weights: sums[i - 1] is of (i & -i) items up to i */
+    uint32_t *heap;    /* indices, in heap order of crpci_balance_before */
+    uint64_t *ring;    /* points, sorted */
     uint32_t *buckets; /* where in the ring each bucket ends */
     uint64_t total;    /* of the weights */
     uint64_t now;      /* virtual time */
-    int64_t latency;   /* of all providers, a slow average, in 1/256 us */
+    int64_t latency;   /* slow average of all successful calls, in 1/256 us */
 } crpci_balance;
 
-/* Whether a provider can be used. It may be asked twice in one pick, and must say the same. */
+/* Whether a provider can be used. It may be called twice for a provider in one pick, and must
+ * return the same value both times. */
 typedef bool (*crpci_balance_usable_fn)(void *user, size_t index);
 
-/* The end of splitmix64 (S. Vigna): every bit of the argument changes half of the result's. */
-CRPCI_FN uint64_t crpci_balance_mix(uint64_t x)
-{
-    x ^= x >> 30;
-    x *= UINT64_C(0xbf58476d1ce4e5b9);
-    x ^= x >> 27;
-    x *= UINT64_C(0x94d049bb133111eb);
-    return x ^ x >> 31;
-}
-
-/* FNV-1a, mixed; equal on every machine. */
-CRPCI_FN uint64_t crpci_balance_hash(const void *bytes, size_t n)
-{
-    const uint8_t *p = (const uint8_t *)bytes;
-    uint64_t h = UINT64_C(0xcbf29ce484222325);
-    size_t i;
-    for (i = 0; i < n; i++)
-        h = (h ^ p[i]) * UINT64_C(0x100000001b3);
-    return crpci_balance_mix(h);
-}
-
-/* More random numbers from one. */
+/* splitmix64: the next random number of a sequence that begins with any state. */
 CRPCI_FN uint64_t crpci_balance_draw(uint64_t *state)
 {
     *state += UINT64_C(0x9e3779b97f4a7c15);
-    return crpci_balance_mix(*state);
+    return crpci_base_mix(*state);
 }
 
+/* A random number below n, which is below 2^32. */
 CRPCI_FN size_t crpci_balance_below(uint64_t *state, size_t n)
 {
     return (size_t)((crpci_balance_draw(state) >> 32) * (uint64_t)n >> 32);
 }
 
-/* Dubbo's weight of a provider that has just started: grows in proportion to its time, from 1. */
-CRPCI_FN uint32_t crpci_balance_warm(uint32_t weight, int64_t uptime_ms, int64_t warmup_ms)
+/* The weight of a provider that is warming up, as in Dubbo: in proportion to its uptime, 1 at
+ * least. */
+CRPCI_FN uint32_t crpci_balance_warm_weight(uint32_t weight, int64_t uptime_ms, int64_t warmup_ms)
 {
     uint64_t w;
     if (!weight || uptime_ms >= warmup_ms || warmup_ms <= 0)
@@ -6659,17 +6978,17 @@ CRPCI_FN uint32_t crpci_balance_warm(uint32_t weight, int64_t uptime_ms, int64_t
     return w < 1 ? 1 : w > weight ? weight : (uint32_t)w;
 }
 
-/* A provider that may become one of a client's subset. */
+/* A provider that a client's subset may take in. */
 typedef struct crpci_balance_choice {
-    uint64_t rank;
-    size_t index; /* for the caller */
+    uint64_t rank; /* the subset takes the highest */
+    size_t index;  /* the caller's */
 } crpci_balance_choice;
 
 CRPCI_FN void crpci_balance_choice_init(crpci_balance_choice *c, size_t index, const char *address,
                                         uint64_t seed)
 {
     c->rank =
-        crpci_balance_mix(crpci_balance_hash(address, strlen(address)) ^ crpci_balance_mix(seed));
+        crpci_base_mix(crpci_base_hash(address, strlen(address)) ^ crpci_base_mix(seed));
     c->index = index;
 }
 
@@ -6687,9 +7006,9 @@ CRPCI_FN void crpci_balance_choice_sift(crpci_balance_choice *c, size_t n, size_
     c[i] = moved;
 }
 
-/* Rendezvous: puts the `max` choices of the highest rank first, in no order, and returns how many
- * there are. Each client with a seed of its own has a subset of its own, and a provider that comes
- * or goes changes one place of it. O(count log max). */
+/* Rendezvous hashing: moves the `max` choices of the highest rank to the front, in no order, and
+ * returns how many there are. Clients with different seeds get different subsets, and a provider
+ * that joins or leaves the list changes at most one place of a subset. O(count log max). */
 CRPCI_FN size_t crpci_balance_subset(crpci_balance_choice *choices, size_t count, size_t max)
 {
     size_t i;
@@ -6714,7 +7033,7 @@ CRPCI_FN void crpci_balance_close(crpci_balance *b, crpci_heap *h)
     memset(b, 0, sizeof *b);
 }
 
-/* --- turns, and the heap of the kinds that go by them */
+/* --- turns: weighted round robin and least active, which keep a heap -------------------------- */
 
 /* Without CRPC_ENABLE_POLICY there is only weighted round robin: the compiler drops the rest. */
 CRPCI_FN bool crpci_balance_need(const crpci_balance *b, unsigned what)
@@ -6727,9 +7046,9 @@ CRPCI_FN bool crpci_balance_turns(const crpci_balance *b)
     return crpci_balance_need(b, CRPCI_BALANCE_TURNS);
 }
 
-/* Whether x is to be taken before y. Neither has weight 0. */
-CRPCI_FN bool crpci_balance_before(const crpci_balance *b, const crpci_balance_node *x,
-                                   const crpci_balance_node *y)
+/* Whether x is picked before y. Neither has weight 0. */
+CRPCI_FN bool crpci_balance_before(const crpci_balance *b, const crpci_balance_item *x,
+                                   const crpci_balance_item *y)
 {
     if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE)) {
         uint64_t busy = (uint64_t)x->active * y->weight, other = (uint64_t)y->active * x->weight;
@@ -6739,26 +7058,27 @@ CRPCI_FN bool crpci_balance_before(const crpci_balance *b, const crpci_balance_n
     return (int64_t)(x->turn - y->turn) < 0;
 }
 
+/* Puts the item of an index at a position of the heap. */
 CRPCI_FN void crpci_balance_place(crpci_balance *b, uint32_t at, uint32_t index)
 {
     b->heap[at] = index;
-    b->nodes[index]->at = at + 1;
+    b->items[index]->at = at + 1;
 }
 
-/* Restores the heap after the node at a position has changed. */
+/* Restores the heap after the item at a position has changed. */
 CRPCI_FN void crpci_balance_sift(crpci_balance *b, uint32_t at)
 {
     uint32_t index = b->heap[at], child;
-    const crpci_balance_node *n = b->nodes[index];
-    while (at && crpci_balance_before(b, n, b->nodes[b->heap[(at - 1) / 2]])) {
+    const crpci_balance_item *item = b->items[index];
+    while (at && crpci_balance_before(b, item, b->items[b->heap[(at - 1) / 2]])) {
         crpci_balance_place(b, at, b->heap[(at - 1) / 2]);
         at = (at - 1) / 2;
     }
     while ((child = 2 * at + 1) < b->heaped) {
         if (child + 1 < b->heaped &&
-            crpci_balance_before(b, b->nodes[b->heap[child + 1]], b->nodes[b->heap[child]]))
+            crpci_balance_before(b, b->items[b->heap[child + 1]], b->items[b->heap[child]]))
             child++;
-        if (!crpci_balance_before(b, b->nodes[b->heap[child]], n))
+        if (!crpci_balance_before(b, b->items[b->heap[child]], item))
             break;
         crpci_balance_place(b, at, b->heap[child]);
         at = child;
@@ -6766,82 +7086,83 @@ CRPCI_FN void crpci_balance_sift(crpci_balance *b, uint32_t at)
     crpci_balance_place(b, at, index);
 }
 
-/* The first turn: anywhere within its length, so that equals do not come in a row. */
-CRPCI_FN void crpci_balance_first_turn(crpci_balance *b, crpci_balance_node *n)
+/* The first turn: at a random time within its length, so that items of equal weight do not follow
+ * each other in the order of the list. */
+CRPCI_FN void crpci_balance_first_turn(crpci_balance *b, crpci_balance_item *item)
 {
-    n->turn = b->now + crpci_balance_mix(n->hash ^ b->salt) % n->length;
+    item->turn = b->now + crpci_base_mix(item->hash ^ b->salt) % item->length;
 }
 
-/* Its weight has changed, or it comes into the list: the next turn comes no later than it would
- * have, and no later than the new length demands. */
-CRPCI_FN void crpci_balance_retime(crpci_balance *b, crpci_balance_node *n)
+/* After an item's weight has changed, or it joined the list: its next turn is no later than before,
+ * and no later than one turn of the new length from now. */
+CRPCI_FN void crpci_balance_retime(crpci_balance *b, crpci_balance_item *item)
 {
-    int64_t ahead = (int64_t)(n->turn - b->now);
-    bool fresh = !n->length;
-    n->length = n->weight ? (uint64_t)CRPCI_BALANCE_TURN / n->weight : 0;
-    if (!n->weight)
+    int64_t ahead = (int64_t)(item->turn - b->now);
+    bool fresh = !item->length;
+    item->length = item->weight ? (uint64_t)CRPCI_BALANCE_TURN / item->weight : 0;
+    if (!item->weight)
         return;
     if (fresh || ahead > CRPCI_BALANCE_TURN || ahead < -CRPCI_BALANCE_TURN)
-        crpci_balance_first_turn(b, n);
-    else if (ahead > (int64_t)n->length)
-        n->turn = b->now + n->length;
+        crpci_balance_first_turn(b, item);
+    else if (ahead > (int64_t)item->length)
+        item->turn = b->now + item->length;
 }
 
-/* Who is behind comes to the present: no two times may be so far apart that the sign of their
- * difference is wrong. The heap stays one, since the order of no two turns around. */
+/* Moves turns that lie in the past to the present: no two times may be 2^63 apart, where the sign
+ * of their difference turns. No two items change their order, so the heap remains a heap. */
 CRPCI_FN void crpci_balance_catch_up(crpci_balance *b)
 {
     uint32_t at;
     for (at = 0; at < b->heaped; at++) {
-        crpci_balance_node *n = b->nodes[b->heap[at]];
-        if ((int64_t)(n->turn - b->now) < 0)
-            n->turn = b->now;
+        crpci_balance_item *item = b->items[b->heap[at]];
+        if ((int64_t)(item->turn - b->now) < 0)
+            item->turn = b->now;
     }
 }
 
-/* It has its turn now; the next is one length later. Who could not be used for a while gets one
- * turn at once and not all that it missed. */
-CRPCI_FN void crpci_balance_take(crpci_balance *b, crpci_balance_node *n)
+/* Takes an item's turn; the next one is a length later. An item that could not be used for a while
+ * has one turn at once, and not all that it missed. */
+CRPCI_FN void crpci_balance_take(crpci_balance *b, crpci_balance_item *item)
 {
     uint64_t was = b->now;
-    if ((int64_t)(n->turn - b->now) > 0)
-        b->now = n->turn;
+    if ((int64_t)(item->turn - b->now) > 0)
+        b->now = item->turn;
     else
-        b->now++; /* no two are taken at one time, so that equals come again in this order */
-    n->turn = b->now + n->length;
-    crpci_balance_sift(b, n->at - 1);
+        b->now++; /* no two turns at one time: items of equal weight keep their order */
+    item->turn = b->now + item->length;
+    crpci_balance_sift(b, item->at - 1);
     if ((was ^ b->now) >> CRPCI_BALANCE_CATCH_UP_BITS)
         crpci_balance_catch_up(b);
 }
 
-CRPCI_FN void crpci_balance_heap_out(crpci_balance *b, crpci_balance_node *n)
+CRPCI_FN void crpci_balance_heap_out(crpci_balance *b, crpci_balance_item *item)
 {
-    uint32_t at = n->at - 1, last = b->heap[--b->heaped];
-    n->at = 0;
+    uint32_t at = item->at - 1, last = b->heap[--b->heaped];
+    item->at = 0;
     if (at == b->heaped)
         return;
     crpci_balance_place(b, at, last);
     crpci_balance_sift(b, at);
 }
 
-CRPCI_FN void crpci_balance_heap_in(crpci_balance *b, crpci_balance_node *n)
+CRPCI_FN void crpci_balance_heap_in(crpci_balance *b, crpci_balance_item *item)
 {
-    crpci_balance_place(b, b->heaped++, n->index);
-    crpci_balance_sift(b, n->at - 1);
+    crpci_balance_place(b, b->heaped++, item->index);
+    crpci_balance_sift(b, item->at - 1);
 }
 
-/* --- the ring */
+/* --- the ring: consistent hash ---------------------------------------------------------------- */
 
-/* The points of a node's hash in the upper bits, its index in the lower. */
-CRPCI_FN uint64_t crpci_balance_point(const crpci_balance_node *n, unsigned k)
+/* Point number k of an item: the hash in the upper bits, the item's index in the lower ones. */
+CRPCI_FN uint64_t crpci_balance_point(const crpci_balance_item *item, unsigned k)
 {
-    uint64_t state = n->hash + k * UINT64_C(0x9e3779b97f4a7c15);
+    uint64_t state = item->hash + k * UINT64_C(0x9e3779b97f4a7c15);
     return crpci_balance_draw(&state) >> CRPCI_BALANCE_INDEX_BITS << CRPCI_BALANCE_INDEX_BITS |
-           n->index;
+           item->index;
 }
 
-/* Sorts all points by their upper bits into buckets of about four, directly to their places, and
- * then each among its neighbours. */
+/* Sorts the points: first into buckets of about four by their upper bits (a counting sort), then by
+ * insertion, which moves each point past a few neighbours at most. */
 CRPCI_FN void crpci_balance_ring_build(crpci_balance *b)
 {
     size_t points = b->count * CRPCI_BALANCE_POINTS, i, j;
@@ -6849,16 +7170,16 @@ CRPCI_FN void crpci_balance_ring_build(crpci_balance *b)
     unsigned k;
     for (i = 0; i < b->count; i++) {
         for (k = 0; k < CRPCI_BALANCE_POINTS; k++)
-            b->buckets[crpci_balance_point(b->nodes[i], k) >> b->shift]++;
+            b->buckets[crpci_balance_point(b->items[i], k) >> b->shift]++;
     }
-    for (i = 0, j = 0; i < buckets; i++) { /* from how many it has to where it begins */
+    for (i = 0, j = 0; i < buckets; i++) { /* a bucket's size becomes its begin */
         size_t has = b->buckets[i];
         b->buckets[i] = (uint32_t)j;
         j += has;
     }
     for (i = 0; i < b->count; i++) {
         for (k = 0; k < CRPCI_BALANCE_POINTS; k++) {
-            uint64_t point = crpci_balance_point(b->nodes[i], k);
+            uint64_t point = crpci_balance_point(b->items[i], k);
             b->ring[b->buckets[point >> b->shift]++] = point;
         }
     }
@@ -6870,7 +7191,7 @@ CRPCI_FN void crpci_balance_ring_build(crpci_balance *b)
     }
 }
 
-/* The first point at or after a hash; one past the last is the first again. */
+/* The position of the first point at or after a hash; after the last point comes the first. */
 CRPCI_FN size_t crpci_balance_ring_find(const crpci_balance *b, uint64_t hash)
 {
     size_t bucket = (size_t)(hash >> b->shift);
@@ -6880,15 +7201,17 @@ CRPCI_FN size_t crpci_balance_ring_find(const crpci_balance *b, uint64_t hash)
     return i < b->count * CRPCI_BALANCE_POINTS ? i : 0;
 }
 
-/* --- lists */
+/* --- lists ------------------------------------------------------------------------------------ */
 
+/* Adds to the weight of item i in the Fenwick tree. */
 CRPCI_FN void crpci_balance_sums_add(crpci_balance *b, size_t i, uint64_t by)
 {
     for (i++; i <= b->count; i += i & (0 - i))
-        b->sums[i - 1] += by; /* modulo 2^64, so that it can be a reduction */
+        b->sums[i - 1] += by; /* modulo 2^64: adding 2^64 - x takes x away */
 }
 
-/* The node in whose share of the weight line a number below the total falls. */
+/* The item that owns `offset`, a number below the total, when the weights stand one after
+ * another. */
 CRPCI_FN size_t crpci_balance_sums_find(const crpci_balance *b, uint64_t offset)
 {
     size_t i = 0, step = 1;
@@ -6903,7 +7226,7 @@ CRPCI_FN size_t crpci_balance_sums_find(const crpci_balance *b, uint64_t offset)
     return i;
 }
 
-/* How many buckets there are for so many points, as the bits of a hash that choose one. */
+/* The ring of so many providers has 2^bits buckets, about a quarter of its points. */
 CRPCI_FN unsigned crpci_balance_bucket_bits(size_t count)
 {
     unsigned bits = 1;
@@ -6912,10 +7235,10 @@ CRPCI_FN unsigned crpci_balance_bucket_bits(size_t count)
     return bits;
 }
 
-/* How much memory a list takes. */
+/* The memory that a list of so many providers needs, in bytes. */
 CRPCI_FN size_t crpci_balance_bytes(const crpci_balance *b, size_t count)
 {
-    size_t each = sizeof *b->nodes;
+    size_t each = sizeof *b->items;
     if (!count)
         return 0;
     if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
@@ -6928,7 +7251,7 @@ CRPCI_FN size_t crpci_balance_bytes(const crpci_balance *b, size_t count)
     return count * each;
 }
 
-/* Where everything goes in it: what is aligned to 8 bytes comes first. */
+/* Divides the memory among the arrays; those of 8-byte numbers come first, for their alignment. */
 CRPCI_FN void crpci_balance_layout(crpci_balance *b)
 {
     uint8_t *at = (uint8_t *)b->memory;
@@ -6944,18 +7267,19 @@ CRPCI_FN void crpci_balance_layout(crpci_balance *b)
         b->buckets = (uint32_t *)(void *)at;
         at += sizeof *b->buckets << bits;
     }
-    b->nodes = (crpci_balance_node **)(void *)at;
-    at += b->count * sizeof *b->nodes;
+    b->items = (crpci_balance_item **)(void *)at;
+    at += b->count * sizeof *b->items;
     if (crpci_balance_turns(b))
         b->heap = (uint32_t *)(void *)at;
 }
 
-/* Memory for a list of b->count; what there is stays if it does. */
+/* Memory for a list of b->count. A block that is large enough, and not four times too large,
+ * stays. */
 CRPCI_FN int crpci_balance_reserve(crpci_balance *b, crpci_heap *h)
 {
     bool many = b->count > CRPCI_BALANCE_MOST;
     size_t size = many ? 0 : crpci_balance_bytes(b, b->count);
-    b->nodes = NULL;
+    b->items = NULL;
     if (size > b->size || size < b->size / 4) {
         crpci_heap_free(h, b->memory, b->size);
         b->size = 0;
@@ -6969,10 +7293,10 @@ CRPCI_FN int crpci_balance_reserve(crpci_balance *b, crpci_heap *h)
     return CRPC_OK;
 }
 
-/* A new list. The nodes are kept, not the array; one that was in the list before keeps its
- * statistics, and one that is in it no more is not looked at again. CRPC_ENOMEM: picks go on,
- * uniformly over the new list. */
-CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_node **nodes,
+/* Replaces the list. The balancer keeps pointers to the items, not the array. An item that was in
+ * the old list keeps its statistics; one that is not in the new list is not used again and may be
+ * freed. CRPC_ENOMEM: picks are uniform over the new list from now on. */
+CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_item **items,
                                  size_t count)
 {
     size_t i;
@@ -6984,49 +7308,49 @@ CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_
     if (crpci_balance_reserve(b, h))
         return CRPC_ENOMEM;
     for (i = 0; i < count; i++) {
-        crpci_balance_node *n = nodes[i];
-        b->nodes[i] = n;
-        n->index = (uint32_t)i;
-        n->at = 0;
-        if (!n->hash)
-            n->hash = crpci_balance_hash(n->address, strlen(n->address));
-        b->total += n->weight;
-        crpci_balance_retime(b, n);
+        crpci_balance_item *item = items[i];
+        b->items[i] = item;
+        item->index = (uint32_t)i;
+        item->at = 0;
+        if (!item->hash)
+            item->hash = crpci_base_hash(item->address, strlen(item->address));
+        b->total += item->weight;
+        crpci_balance_retime(b, item);
         if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
-            crpci_balance_sums_add(b, i, n->weight);
-        if (crpci_balance_turns(b) && n->weight)
-            crpci_balance_heap_in(b, n);
+            crpci_balance_sums_add(b, i, item->weight);
+        if (crpci_balance_turns(b) && item->weight)
+            crpci_balance_heap_in(b, item);
     }
     if (crpci_balance_need(b, CRPCI_BALANCE_RING) && count)
         crpci_balance_ring_build(b);
     return CRPC_OK;
 }
 
-/* The weight of a node of the list changes. */
+/* Changes the weight of item i of the list. */
 CRPCI_FN void crpci_balance_reweigh(crpci_balance *b, size_t i, uint32_t weight)
 {
-    crpci_balance_node *n;
+    crpci_balance_item *item;
     uint64_t more;
-    if (!b->nodes || i >= b->count || b->nodes[i]->weight == weight)
+    if (!b->items || i >= b->count || b->items[i]->weight == weight)
         return;
-    n = b->nodes[i];
-    more = (uint64_t)weight - n->weight; /* modulo 2^64 */
-    n->weight = weight;
+    item = b->items[i];
+    more = (uint64_t)weight - item->weight; /* modulo 2^64 */
+    item->weight = weight;
     b->total += more;
-    crpci_balance_retime(b, n);
+    crpci_balance_retime(b, item);
     if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
         crpci_balance_sums_add(b, i, more);
     if (!crpci_balance_turns(b))
         return;
     if (!weight)
-        crpci_balance_heap_out(b, n);
-    else if (!n->at)
-        crpci_balance_heap_in(b, n);
+        crpci_balance_heap_out(b, item);
+    else if (!item->at)
+        crpci_balance_heap_in(b, item);
     else
-        crpci_balance_sift(b, n->at - 1);
+        crpci_balance_sift(b, item->at - 1);
 }
 
-/* --- picking */
+/* --- picking ---------------------------------------------------------------------------------- */
 
 typedef struct crpci_balance_query {
     uint64_t key;
@@ -7041,13 +7365,14 @@ CRPCI_FN bool crpci_balance_usable(const crpci_balance_query *q, size_t i)
     return !q->usable || q->usable(q->user, i);
 }
 
-/* Usable and not drained. */
+/* Whether item i can be used and is not drained. */
 CRPCI_FN bool crpci_balance_fit(const crpci_balance *b, const crpci_balance_query *q, size_t i)
 {
-    return (!b->nodes || b->nodes[i]->weight) && crpci_balance_usable(q, i);
+    return (!b->items || b->items[i]->weight) && crpci_balance_usable(q, i);
 }
 
-/* One of all that can be used, by weight or uniformly: of those that are drained, or the others. */
+/* Searches the whole list: a random one, by weight or uniformly, of the providers that can be used
+ * and are drained, or are not. -1: there is none. */
 CRPCI_FN int crpci_balance_scan(const crpci_balance *b, crpci_balance_query *q, bool weighted,
                                 bool drained)
 {
@@ -7055,7 +7380,7 @@ CRPCI_FN int crpci_balance_scan(const crpci_balance *b, crpci_balance_query *q, 
     int chosen = -1;
     size_t i;
     for (i = 0; i < b->count; i++) {
-        uint32_t weight = b->nodes ? b->nodes[i]->weight : 1;
+        uint32_t weight = b->items ? b->items[i]->weight : 1;
         if ((weight == 0) != drained || !crpci_balance_usable(q, i))
             continue;
         weight = weighted ? weight : 1;
@@ -7100,25 +7425,26 @@ CRPCI_FN int crpci_balance_pick_next(crpci_balance *b, crpci_balance_query *q)
     return -1;
 }
 
-/* Who comes first in the heap. Who cannot be used loses its turn. */
+/* The first item of the heap; one that cannot be used loses its turn. */
 CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, crpci_balance_query *q)
 {
-    crpci_balance_node *best = NULL;
+    crpci_balance_item *best = NULL;
     int tries;
     size_t i;
     for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->heaped; tries++) {
-        crpci_balance_node *n = b->nodes[b->heap[0]];
-        bool usable = crpci_balance_usable(q, n->index);
-        crpci_balance_take(b, n);
+        crpci_balance_item *item = b->items[b->heap[0]];
+        bool usable = crpci_balance_usable(q, item->index);
+        crpci_balance_take(b, item);
         if (usable)
-            return (int)n->index;
-        if (n->at == 1) /* least active, and so first again */
+            return (int)item->index;
+        if (item->at == 1) /* least active puts it first again, whatever its turn */
             break;
     }
     for (i = 0; i < b->count; i++) {
-        crpci_balance_node *n = b->nodes[i];
-        if (n->weight && (!best || crpci_balance_before(b, n, best)) && crpci_balance_usable(q, i))
-            best = n;
+        crpci_balance_item *item = b->items[i];
+        if (item->weight && (!best || crpci_balance_before(b, item, best)) &&
+            crpci_balance_usable(q, i))
+            best = item;
     }
     if (!best)
         return -1;
@@ -7126,11 +7452,12 @@ CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, crpci_balance_query *q)
     return (int)best->index;
 }
 
-/* The first that can be used from the key's place on the ring on. Where hardly any can, the one
- * whose address and key together hash to the most: as constant, but each must be looked at. */
+/* The first provider that can be used from the key's place on the ring on. Where only few can be
+ * used, the one of all whose address hashed with the key is highest: it is as constant for a key,
+ * but takes a search of the whole list. */
 CRPCI_FN int crpci_balance_pick_hashed(crpci_balance *b, crpci_balance_query *q)
 {
-    uint64_t hash = crpci_balance_mix(q->key), most = 0;
+    uint64_t hash = crpci_base_mix(q->key), most = 0;
     size_t points = b->count * CRPCI_BALANCE_POINTS, i, last = b->count;
     size_t at =
         crpci_balance_ring_find(b, hash >> CRPCI_BALANCE_INDEX_BITS << CRPCI_BALANCE_INDEX_BITS);
@@ -7143,7 +7470,7 @@ CRPCI_FN int crpci_balance_pick_hashed(crpci_balance *b, crpci_balance_query *q)
         at = at + 1 < points ? at + 1 : 0;
     }
     for (i = 0; i < b->count; i++) {
-        uint64_t rank = crpci_balance_mix(b->nodes[i]->hash ^ hash);
+        uint64_t rank = crpci_base_mix(b->items[i]->hash ^ hash);
         if ((chosen < 0 || rank > most) && crpci_balance_fit(b, q, i)) {
             chosen = (int)i;
             most = rank;
@@ -7152,10 +7479,10 @@ CRPCI_FN int crpci_balance_pick_hashed(crpci_balance *b, crpci_balance_query *q)
     return chosen;
 }
 
-/* --- p2c: what a call costs there */
+/* --- p2c: the cost of a call to a provider ---------------------------------------------------- */
 
-/* What is left of a latency after some time, rounded up. Between two halvings a parabola serves for
- * 2^-x, to 0.4 per cent: 1 - 0.675 x + 0.175 x^2. */
+/* What is left of a latency after some time, rounded up. Between two halvings the parabola
+ * 1 - 0.675 x + 0.175 x^2 stands for 2^-x, with an error of 0.4 per cent. */
 CRPCI_FN int64_t crpci_balance_fade(int64_t latency, int64_t passed_us)
 {
     int64_t halvings = passed_us >> CRPCI_BALANCE_HALF_BITS;
@@ -7169,20 +7496,22 @@ CRPCI_FN int64_t crpci_balance_fade(int64_t latency, int64_t passed_us)
     return latency - (latency * x >> CRPCI_BALANCE_HALF_BITS);
 }
 
-/* Who was never measured gets one call at once, and no more before that one has ended. */
-CRPCI_FN uint64_t crpci_balance_cost(const crpci_balance_node *n, int64_t now_us)
+/* The cost of a call to an item. One that was never measured costs nothing until a call goes to it,
+ * and then, until that call has ended, as much as the slowest. */
+CRPCI_FN uint64_t crpci_balance_cost(const crpci_balance_item *item, int64_t now_us)
 {
-    uint64_t active = n->active < (1u << 20) ? n->active : 1u << 20;
+    uint64_t active = item->active < (1u << 20) ? item->active : 1u << 20;
     uint64_t latency = CRPCI_BALANCE_LATENCY_MOST;
-    if (!n->latency && !n->active)
+    if (!item->latency && !item->active)
         return 0;
-    if (n->latency)
-        latency = (uint64_t)crpci_balance_fade(n->latency, now_us - n->latency_us) + 1;
-    return (latency * (active + 1) << 8) / n->weight; /* below 2^63 */
+    if (item->latency)
+        latency = (uint64_t)crpci_balance_fade(item->latency, now_us - item->latency_us) + 1;
+    return (latency * (active + 1) << 8) / item->weight; /* below 2^63 */
 }
 
-/* Takes a latency up at once and down slowly: a peak is believed, a single quick reply is not. */
-CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_node *n, bool ok,
+/* Takes the latency of a call into that of the item: upwards at once, downwards slowly, since a
+ * slow reply shows a queue and one quick reply does not show that the queue has gone. */
+CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_item *item, bool ok,
                                     int64_t latency_us, int64_t now_us)
 {
     int64_t most = CRPCI_BALANCE_LATENCY_MOST, above;
@@ -7191,28 +7520,29 @@ CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_node *n, boo
         << CRPCI_BALANCE_LATENCY_BITS;
     if (ok) {
         b->latency += b->latency ? (latency - b->latency) / 64 : latency;
-    } else { /* to fail quickly must not attract calls */
-        int64_t usual = b->latency > n->latency ? b->latency : n->latency;
+    } else { /* a fast failure must not look like low latency */
+        int64_t usual = b->latency > item->latency ? b->latency : item->latency;
         latency = crpci_base_min64(latency > 2 * usual ? latency : 2 * usual, most);
     }
-    above = n->latency - latency;
+    above = item->latency - latency;
     if (above > 0) {
-        latency += crpci_balance_fade(above, now_us - n->latency_us);
-        if (latency == n->latency)
-            return; /* too soon for any step: the time that passes is kept for the next */
+        latency += crpci_balance_fade(above, now_us - item->latency_us);
+        if (latency == item->latency)
+            return; /* rounded to no step: keep latency_us, so that the time counts next time */
     }
-    n->latency = latency;
-    n->latency_us = now_us;
+    item->latency = latency;
+    item->latency_us = now_us;
 }
 
 CRPCI_FN int crpci_balance_better(const crpci_balance *b, size_t i, size_t j, int64_t now_us)
 {
-    return (int)(crpci_balance_cost(b->nodes[j], now_us) < crpci_balance_cost(b->nodes[i], now_us)
+    return (int)(crpci_balance_cost(b->items[j], now_us) < crpci_balance_cost(b->items[i], now_us)
                      ? j
                      : i);
 }
 
-/* Two of all that can be used, each pair as likely; the better one. */
+/* Searches the whole list for two that can be used, each pair with the same chance, and returns the
+ * better one. -1: there is none. */
 CRPCI_FN int crpci_balance_scan_two(const crpci_balance *b, crpci_balance_query *q)
 {
     size_t two[2] = {0, 0}, seen = 0, i, place;
@@ -7226,7 +7556,7 @@ CRPCI_FN int crpci_balance_scan_two(const crpci_balance *b, crpci_balance_query 
     }
     if (seen < 2)
         return seen ? (int)two[0] : -1;
-    place = crpci_balance_below(&q->state, 2); /* of two as good either is taken */
+    place = crpci_balance_below(&q->state, 2); /* equals are picked equally often */
     return crpci_balance_better(b, two[place], two[1 - place], q->now_us);
 }
 
@@ -7250,11 +7580,11 @@ CRPCI_FN int crpci_balance_pick_two(crpci_balance *b, crpci_balance_query *q)
     return (int)first;
 }
 
-/* --- the whole */
+/* --- the balancer as a whole ------------------------------------------------------------------ */
 
 struct crpci_balance_ops {
     int (*pick)(crpci_balance *b, crpci_balance_query *q); /* -1: none that can be used */
-    void (*measure)(crpci_balance *b, crpci_balance_node *n, bool ok, int64_t latency_us,
+    void (*measure)(crpci_balance *b, crpci_balance_item *item, bool ok, int64_t latency_us,
                     int64_t now_us); /* NULL: calls teach nothing */
     uint8_t needs;
 };
@@ -7288,26 +7618,26 @@ CRPCI_FN bool crpci_balance_wants_key(const crpci_balance *b)
     return crpci_balance_need(b, CRPCI_BALANCE_RING);
 }
 
-/* With the first pick a random number comes: each client begins elsewhere. */
+/* At the first pick: each client begins at a place of its own. */
 CRPCI_FN void crpci_balance_start(crpci_balance *b, uint32_t random)
 {
     size_t i;
     b->started = true;
     b->salt = random;
     b->next = random % (uint32_t)b->count;
-    if (!b->nodes || !crpci_balance_turns(b))
+    if (!b->items || !crpci_balance_turns(b))
         return;
     b->heaped = 0;
     for (i = 0; i < b->count; i++) {
-        if (!b->nodes[i]->weight)
+        if (!b->items[i]->weight)
             continue;
-        crpci_balance_first_turn(b, b->nodes[i]);
-        crpci_balance_heap_in(b, b->nodes[i]);
+        crpci_balance_first_turn(b, b->items[i]);
+        crpci_balance_heap_in(b, b->items[i]);
     }
 }
 
-/* The index of the provider for a call, -1: none can be used. key: for the consistent hash alone;
- * any number, it is mixed. usable may be NULL. */
+/* The index of the provider for a call; -1: none can be used. key: any number, for the consistent
+ * hash only. random: any random number. usable may be NULL: every provider can be used. */
 CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random, int64_t now_us,
                                 crpci_balance_usable_fn usable, void *user)
 {
@@ -7322,50 +7652,51 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
     q.now_us = now_us;
     q.usable = usable;
     q.user = user;
-    i = b->nodes ? b->ops->pick(b, &q) : crpci_balance_pick_random(b, &q);
+    i = b->items ? b->ops->pick(b, &q) : crpci_balance_pick_random(b, &q);
     return i >= 0 ? i : crpci_balance_scan(b, &q, false, true);
 }
 
-/* Whether a node is in the present list. */
-CRPCI_FN bool crpci_balance_has(const crpci_balance *b, const crpci_balance_node *n)
+/* Whether an item is in the present list. */
+CRPCI_FN bool crpci_balance_has(const crpci_balance *b, const crpci_balance_item *item)
 {
-    return b->nodes && n->index < b->count && b->nodes[n->index] == n;
+    return b->items && item->index < b->count && b->items[item->index] == item;
 }
 
-/* A call goes to a node. */
-CRPCI_FN void crpci_balance_node_begin(crpci_balance *b, crpci_balance_node *n, int64_t now_us)
+/* A call goes to an item. */
+CRPCI_FN void crpci_balance_item_begin(crpci_balance *b, crpci_balance_item *item, int64_t now_us)
 {
     (void)now_us;
-    n->active++;
-    if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, n) && n->at)
-        crpci_balance_sift(b, n->at - 1);
+    item->active++;
+    if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, item) && item->at)
+        crpci_balance_sift(b, item->at - 1);
 }
 
-/* It has ended. latency_us: since its begin, -1 if that says nothing (cancelled, over a limit). The
- * node need not be in the list any more. */
-CRPCI_FN void crpci_balance_node_end(crpci_balance *b, crpci_balance_node *n, bool ok,
+/* A call to an item has ended. latency_us: since its begin; -1: it is no measure of the provider
+ * (cancelled, or refused over a limit). The item may have left the list meanwhile. */
+CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item, bool ok,
                                      int64_t latency_us, int64_t now_us)
 {
-    if (n->active)
-        n->active--;
+    if (item->active)
+        item->active--;
     if (CRPC_ENABLE_POLICY && b->ops->measure && latency_us >= 0)
-        b->ops->measure(b, n, ok, latency_us, now_us);
-    else if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, n) && n->at)
-        crpci_balance_sift(b, n->at - 1);
+        b->ops->measure(b, item, ok, latency_us, now_us);
+    else if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, item) && item->at)
+        crpci_balance_sift(b, item->at - 1);
 }
 
-/* The same for the node of an index; nothing where it is not known because memory was short. */
+/* The same for the item of an index. Without memory for the list the items are not known, and
+ * nothing is counted. */
 CRPCI_FN void crpci_balance_begin(crpci_balance *b, size_t i, int64_t now_us)
 {
-    if (b->nodes && i < b->count)
-        crpci_balance_node_begin(b, b->nodes[i], now_us);
+    if (b->items && i < b->count)
+        crpci_balance_item_begin(b, b->items[i], now_us);
 }
 
 CRPCI_FN void crpci_balance_end(crpci_balance *b, size_t i, bool ok, int64_t latency_us,
                                 int64_t now_us)
 {
-    if (b->nodes && i < b->count)
-        crpci_balance_node_end(b, b->nodes[i], ok, latency_us, now_us);
+    if (b->items && i < b->count)
+        crpci_balance_item_end(b, b->items[i], ok, latency_us, now_us);
 }
 
 /* ======================================================================== */
@@ -7623,7 +7954,7 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     c->why = why;
     c->why_errno = why_errno;
     l->stats.connections--;
-    crpci_loop_watch_set(l, &c->watch, c->fd, 0);
+    crpci_watch_set(l, &c->watch, c->fd, 0);
     crpci_timer_cancel(&c->timer);
     crpci_list_remove(&c->flush.link);
     crpci_list_remove(&c->resume.link);
@@ -7651,7 +7982,7 @@ CRPCI_FN void crpci_conn_interest(crpci_conn *c)
         events |= CRPC_WRITABLE;
     if (c->io->want && !c->connecting)
         events = c->io->want(c->io_state, events);
-    if (crpci_loop_watch_set(c->loop, &c->watch, c->fd, events))
+    if (crpci_watch_set(c->loop, &c->watch, c->fd, events))
         crpci_conn_close(c, CRPC_ENOMEM, 0);
 }
 
@@ -8343,7 +8674,7 @@ CRPCI_FN int crpci_conn_new(crpc_loop *l, int fd, bool connecting, const crpci_c
     crpci_loop_task_init(&c->resume, crpci_conn_resume_task);
     crpci_timer_init(&c->timer, crpci_conn_on_timer);
     crpci_list_append(&l->conns, &c->link);
-    if (crpci_loop_watch_set(l, &c->watch, fd, connecting ? CRPC_WRITABLE : CRPC_READABLE)) {
+    if (crpci_watch_set(l, &c->watch, fd, connecting ? CRPC_WRITABLE : CRPC_READABLE)) {
         crpci_list_remove(&c->link);
         close(fd);
         crpci_heap_free(l->heap, c, sizeof *c);
@@ -10880,7 +11211,7 @@ CRPCI_FN void crpci_multicast_close(crpci_registry *base)
     while (!crpci_list_empty(&r->regs))
         crpci_multicast_reg_end(CRPCI_CONTAINER(r->regs.next, crpci_multicast_reg, node));
     crpci_registry_local_shut(&r->of);
-    crpci_loop_watch_set(r->of.loop, &r->watch, r->fd, 0);
+    crpci_watch_set(r->of.loop, &r->watch, r->fd, 0);
     crpci_registry_local_unlock(&r->of);
 }
 
@@ -10940,7 +11271,7 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
     crpci_watch_init(&r->watch, crpci_multicast_on_event);
     crpci_loop_lock(l);
     r->tick_us = crpci_loop_now(l);
-    err = crpci_loop_watch_set(l, &r->watch, fd, CRPC_READABLE);
+    err = crpci_watch_set(l, &r->watch, fd, CRPC_READABLE);
     if (!err) {
         crpci_loop_unlock(l);
         *out = &r->of.base;
@@ -11343,7 +11674,7 @@ CRPCI_COLD int crpci_zookeeper_resolve_one(crpci_zookeeper *s, const char *item)
         return CRPC_EINVAL;
     if (crpci_sock_parse(&a, text))
         return crpci_zookeeper_add_server(s, host, port);
-    err = crpci_resolver_names(h, host, list, sizeof list);
+    err = crpci_resolver_lookup(h, host, list, sizeof list);
     for (one = err ? NULL : list; one && *one; one = next) {
         next = strchr(one, ',');
         if (next)
@@ -12764,7 +13095,7 @@ CRPCI_FN void crpci_zookeeper_disconnect(crpci_zookeeper *s)
     if (!link)
         return;
 #if CRPC_ZOOKEEPER_ST
-    crpci_loop_watch_set(s->loop, &s->watch, s->fd, 0);
+    crpci_watch_set(s->loop, &s->watch, s->fd, 0);
     s->fd = -1;
 #else
     later = crpci_zookeeper_free_later(link);
@@ -12799,7 +13130,7 @@ CRPCI_FN void crpci_zookeeper_process(crpci_zookeeper *s)
     s->events = 0;
     /* From here on the client may close its socket at any time, and the number may become somebody
      * else's: it is not watched until the client says anew what it waits for. */
-    crpci_loop_watch_set(s->loop, &s->watch, s->fd, 0);
+    crpci_watch_set(s->loop, &s->watch, s->fd, 0);
     crpci_loop_unlock(s->loop);
     before = zoo_state(zh);
     zookeeper_process(zh, (events & CRPC_READABLE ? ZOOKEEPER_READ : 0) |
@@ -12843,7 +13174,7 @@ CRPCI_FN void crpci_zookeeper_interest(crpci_zookeeper *s)
         fcntl(fd, F_SETFD, FD_CLOEXEC);
     s->fd = fd;
     s->client_us = crpci_zookeeper_now(s) + (int64_t)tv.tv_sec * 1000000 + tv.tv_usec;
-    if (events && crpci_loop_watch_set(s->loop, &s->watch, fd, events)) {
+    if (events && crpci_watch_set(s->loop, &s->watch, fd, events)) {
         s->events = events; /* no memory to watch it: look at it from time to time */
         s->client_us = crpci_zookeeper_now(s) + 100000;
     }
@@ -14038,7 +14369,7 @@ CRPCI_FN void crpci_coordination_gate_set(crpci_coordination_gate *g, crpc_regis
     if (state == CRPC_REGISTRY_CONNECTED) {
         g->session = session;
         if (g->waiter)
-            crpci_loop_done(g->item.task.session->loop, g->waiter);
+            crpci_drive_end_wait(g->item.task.session->loop, g->waiter);
     }
     g->news = g->fn != NULL;
     if (g->news)
@@ -14366,7 +14697,7 @@ CRPCI_FN void crpci_coordination_finish(crpci_coordination_op *c, int code, crpc
         c->item.owner->pending--;
     crpci_coordination_item_end(&c->item);
     if (c->waiter)
-        crpci_loop_done(s->loop, c->waiter);
+        crpci_drive_end_wait(s->loop, c->waiter);
     else
         crpci_coordination_ready(&c->item);
     crpci_coordination_item_drop(&c->item);
@@ -14599,7 +14930,7 @@ CRPC_API int crpc_registry_call(crpc_registry *r, const crpc_node_op *ops, size_
     c->item.task.refs++;
     s->refs++; /* another thread may close the registry meanwhile */
     crpci_coordination_op_begin(r, c, timeout_ms);
-    crpci_loop_wait(l, &w, c->deadline_us, false);
+    crpci_drive_wait(l, &w, c->deadline_us, false);
     if (!c->finished) /* whoever drives the loop has not come to its timers */
         crpci_coordination_op_timer(l, &c->item.timer);
     c->waiter = NULL;
@@ -14626,7 +14957,7 @@ CRPC_API int crpc_registry_call_async(crpc_registry *r, const crpc_node_op *ops,
     if (r->pending >= CRPCI_COORDINATION_PENDING)
         err = CRPC_ELIMIT;
     else if (r->private_loop)
-        err = crpci_loop_need_owner(r->loop);
+        err = crpci_drive_ensure_owner(r->loop);
     if (err)
         crpci_coordination_op_free(&c->item.task);
     else
@@ -14787,7 +15118,7 @@ CRPC_API int crpc_config_watch(crpc_registry *r, const char *path, crpc_config_f
     if (!c->item.task.dir)
         err = CRPC_ENOMEM;
     else if (r->private_loop)
-        err = crpci_loop_need_owner(r->loop);
+        err = crpci_drive_ensure_owner(r->loop);
     err = err ? err : crpci_id_add(&r->configs, h, c, &id->value);
     if (err) {
         crpci_coordination_config_free(&c->item.task);
@@ -15270,7 +15601,7 @@ CRPCI_FN int crpci_coordination_queue_open(crpc_registry *r, crpci_coordination_
     int err = CRPC_OK;
     crpci_loop_lock(r->loop);
     if (r->private_loop)
-        err = crpci_loop_need_owner(r->loop);
+        err = crpci_drive_ensure_owner(r->loop);
     if (err) {
         crpci_coordination_queue_free(&q->item.task);
     } else {
@@ -15456,11 +15787,11 @@ CRPCI_COLD int crpci_coordination_await(crpc_registry *r, const crpc_registry_op
     if (r->session->connected)
         crpci_coordination_gate_set(g, CRPC_REGISTRY_CONNECTED);
     if (r->private_loop && (o->on_state || CRPC_ZOOKEEPER_ST)) /* a client that lives in the loop */
-        err = crpci_loop_need_owner(l);
+        err = crpci_drive_ensure_owner(l);
     stuck = ms && crpci_loop_in_callback(l);
     if (!err && ms && !stuck && g->state != CRPC_REGISTRY_CONNECTED) {
         g->waiter = &w;
-        crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
+        crpci_drive_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
         g->waiter = NULL;
     }
     connected = g->state == CRPC_REGISTRY_CONNECTED;
@@ -15923,7 +16254,7 @@ CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *ca
     if (CRPCI_LIKELY(!s->ids) || crpc_view_data(call->request_id))
         return call->request_id;
     snprintf(text, 17, "%016llx",
-             (unsigned long long)crpci_balance_mix(
+             (unsigned long long)crpci_base_mix(
                  s->seed + __atomic_add_fetch(&s->last_id, 1, __ATOMIC_RELAXED)));
     return crpc_view_of(text, 16);
 }
@@ -15933,12 +16264,12 @@ CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *ca
 CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t field)
 {
     const uint8_t *p = crpci_heap_data(r->chunk) + r->payload, *end = p + r->payload_size;
-    uint64_t key = crpci_balance_hash(NULL, 0), tag = 0;
+    uint64_t key = crpci_base_hash(NULL, 0), tag = 0;
     while (p && p < end) {
         const uint8_t *value = crpci_message_varint(p, end, &tag);
         p = value ? crpci_message_skip(value, end, (unsigned)(tag & 7)) : NULL;
         if (p && tag >> 3 == field)
-            key = crpci_balance_hash(value, (size_t)(p - value));
+            key = crpci_base_hash(value, (size_t)(p - value));
     }
     return key;
 }
@@ -16782,7 +17113,7 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
 
 /* One provider of one channel. Lives while it is listed or an attempt uses it. */
 typedef struct crpci_member {
-    crpci_balance_node balance;
+    crpci_balance_item balance;
     crpci_endpoint *endpoint;
 #if CRPC_ENABLE_POLICY
     crpci_breaker breaker;
@@ -16803,7 +17134,7 @@ typedef struct crpci_providers {
     bool (*in_group)(const crpci_group *g, const crpci_endpoint *e); /* a part was there */
     crpci_endpoint_options endpoint;
     crpci_balance balance;
-    crpci_balance_node **members; /* each in a crpci_member */
+    crpci_balance_item **members; /* each in a crpci_member */
     size_t count;
     size_t room;        /* of the array */
     bool sorted;        /* by address */
@@ -16850,7 +17181,7 @@ CRPCI_COLD crpci_member *crpci_providers_of(const crpci_providers *p, const crpc
 /* --- lists ------------------------------------------------------------------------------------ */
 
 /* Drops the members of an array, except those that are kept. */
-CRPCI_FN void crpci_providers_unlist(crpci_balance_node **members, size_t count)
+CRPCI_FN void crpci_providers_unlist(crpci_balance_item **members, size_t count)
 {
     size_t i;
     for (i = 0; i < count; i++) {
@@ -16921,7 +17252,8 @@ CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p,
         m->since_us = now;
     if (p->timestamp_ms && p->timestamp_ms < wall_ms)
         m->since_us = now - crpci_base_min64(wall_ms - p->timestamp_ms, INT64_C(1) << 40) * 1000;
-    m->balance.weight = crpci_balance_warm(m->weight, (now - m->since_us) / 1000, p->warmup_ms);
+    m->balance.weight =
+        crpci_balance_warm_weight(m->weight, (now - m->since_us) / 1000, p->warmup_ms);
 }
 
 /* Marks which entries of a list this channel uses: all, or the `max` that a hash of address and
@@ -16977,7 +17309,7 @@ CRPCI_FN void crpci_providers_choose_members(const crpci_providers *p, const crp
 #endif /* CRPC_ENABLE_POLICY */
 
 /* Whether an address is among the new members already: in a sorted list it would be the last. */
-CRPCI_FN bool crpci_providers_is_double(crpci_balance_node *const *members, size_t n,
+CRPCI_FN bool crpci_providers_is_double(crpci_balance_item *const *members, size_t n,
                                         const char *address, bool sorted)
 {
     size_t i;
@@ -16994,7 +17326,7 @@ CRPCI_FN bool crpci_providers_is_double(crpci_balance_node *const *members, size
 /* Fills `fresh` with the members of a list, of which `chosen` are wanted; members that exist are
  * kept. On failure *count says how many there are already. */
 CRPCI_FN int crpci_providers_make(crpci_providers *p, const crpci_snapshot *list,
-                                  const bool *chosen, crpci_balance_node **fresh, size_t *count,
+                                  const bool *chosen, crpci_balance_item **fresh, size_t *count,
                                   bool *sorted)
 {
     int64_t now = crpci_loop_now(p->loop), wall = crpci_providers_wall_ms();
@@ -17028,8 +17360,8 @@ CRPCI_FN int crpci_providers_set(crpci_providers *p, const crpci_snapshot *list)
     crpci_heap *h = p->loop->heap;
     size_t room = list->count + 1, old_room = p->room, old_count = p->count, n = 0;
     bool *chosen = (bool *)crpci_heap_alloc(h, room), sorted = true;
-    crpci_balance_node **old = p->members;
-    crpci_balance_node **fresh = (crpci_balance_node **)crpci_heap_alloc(h, room * sizeof *fresh);
+    crpci_balance_item **old = p->members;
+    crpci_balance_item **fresh = (crpci_balance_item **)crpci_heap_alloc(h, room * sizeof *fresh);
     int err = chosen && fresh ? CRPC_OK : CRPC_ENOMEM;
     if (!err) {
         crpci_providers_choose_members(p, list, chosen);
@@ -17095,7 +17427,7 @@ CRPCI_FN void crpci_providers_refresh(crpci_providers *p)
 
 CRPCI_FN void crpci_providers_clear(crpci_providers *p)
 {
-    crpci_balance_node **old = p->members;
+    crpci_balance_item **old = p->members;
     size_t count = p->count;
 #if CRPC_ENABLE_POLICY
     crpci_registry_snapshot_unref(p->list);
@@ -17115,7 +17447,7 @@ CRPCI_FN void crpci_providers_clear(crpci_providers *p)
 CRPCI_FN void crpci_providers_begin(crpci_providers *p, crpci_member *m, int64_t now)
 {
     m->refs++;
-    crpci_balance_node_begin(&p->balance, &m->balance, now);
+    crpci_balance_item_begin(&p->balance, &m->balance, now);
 #if CRPC_ENABLE_POLICY
     if (p->breaker.error_percent)
         crpci_breaker_begin(&m->breaker, &p->breaker, now);
@@ -17139,7 +17471,7 @@ CRPCI_COLD bool crpci_providers_too_many_out(const crpci_providers *p)
 CRPCI_FN void crpci_providers_end(crpci_providers *p, crpci_member *m, crpci_outcome outcome,
                                   int64_t latency, int64_t now)
 {
-    crpci_balance_node_end(
+    crpci_balance_item_end(
         &p->balance, &m->balance, outcome != CRPCI_OUTCOME_ERROR,
         outcome == CRPCI_OUTCOME_IGNORE &&
                 latency < m->balance.latency >> CRPCI_BALANCE_LATENCY_BITS
@@ -17236,7 +17568,7 @@ CRPCI_COLD void crpci_providers_reweigh(crpci_providers *p, int64_t now)
     for (i = 0; i < p->count; i++) {
         crpci_member *m = crpci_providers_at(p, i);
         crpci_balance_reweigh(&p->balance, i,
-                              crpci_balance_warm(m->weight, (now - m->since_us) / 1000,
+                              crpci_balance_warm_weight(m->weight, (now - m->since_us) / 1000,
                                                  m->warmup_us / 1000));
         if (now - m->since_us < m->warmup_us)
             p->reweigh_at = now + CRPCI_PROVIDERS_REWEIGH;
@@ -17529,7 +17861,7 @@ CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
         return;
     }
     if (c->waiter)
-        crpci_loop_done(l, c->waiter);
+        crpci_drive_end_wait(l, c->waiter);
 }
 
 CRPCI_FN void crpci_attempt_expire(crpci_pending_call *c)
@@ -18201,7 +18533,7 @@ CRPCI_COLD bool crpci_cluster_retry_later(crpci_pending_call *c, int status)
     if (ch->pending++ == 0)
         crpci_thread_ref(&ch->refs);
     crpci_loop_timer_set(l, &back->timer, ch->failback.pause_us);
-    crpci_loop_need_owner(l); /* where threads are forbidden it waits until somebody drives */
+    crpci_drive_ensure_owner(l); /* where threads are forbidden it waits until somebody drives */
     return false;
 }
 
@@ -18302,7 +18634,7 @@ CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
                        (k->method->flags & CRPC_METHOD_IDEMPOTENT)))
         c->backup_us = start + (int64_t)c->policy.backup_ms * 1000;
     c->key = crpc_view_data(in->key)
-                 ? crpci_balance_hash(crpc_view_data(in->key), crpc_view_size(in->key))
+                 ? crpci_base_hash(crpc_view_data(in->key), crpc_view_size(in->key))
                  : 0;
     if (CRPCI_UNLIKELY(k->hash_field && !c->key))
         c->key = crpci_request_hash_key(&a->request, k->hash_field);
@@ -18326,7 +18658,7 @@ CRPCI_FN void crpci_channel_enter(const crpc_channel *ch, int64_t start, const c
     if (ch->interceptor_count || r->payload_size > CRPCI_REQUEST_INLINE)
         crpci_loop_rough_time(l);
     l->fresh = true;
-    crpci_loop_catch_up(l);
+    crpci_drive_catch_up(l);
 }
 
 /* Rule P2: sends what was queued, unless a driver will do so before it sleeps. */
@@ -18355,7 +18687,7 @@ CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_pending_call *c)
         crpci_attempt_begin(c);
     }
     crpci_channel_flush(l);
-    crpci_loop_wait(l, &w, a->deadline_us, false);
+    crpci_drive_wait(l, &w, a->deadline_us, false);
     c->waiter = NULL;
     if (a->state != CRPCI_ATTEMPT_DONE) {
         crpci_attempt_expire(c);
@@ -18503,7 +18835,7 @@ CRPCI_FN int crpci_channel_admit(crpc_channel *ch, crpci_call_kind kind)
         return CRPC_ELIMIT;
     if (kind == CRPCI_CALL_ID && l->forbid_threads)
         return CRPC_OK; /* crpc_channel_wait drives the loop */
-    return crpci_loop_need_owner(l);
+    return crpci_drive_ensure_owner(l);
 }
 
 /* Puts a call into its request's chunk. A result may stay unfetched for long, so if the request is
@@ -18699,14 +19031,14 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
             err = c->waiter ? CRPC_EBUSY : CRPC_EDEADLK;
         } else {
             c->waiter = &w;
-            crpci_loop_wait(l, &w, until, true);
+            crpci_drive_wait(l, &w, until, true);
             c = crpci_channel_find(ch, id); /* it may have been fetched or cancelled */
             if (c)
                 c->waiter = NULL;
             err = ch->closed ? CRPC_ECANCELED : crpci_channel_status(c);
         }
     }
-    crpci_loop_unlock_driver(l);
+    crpci_drive_unlock(l);
     crpci_attempt_drop_channel(ch);
     crpci_loop_release(l);
     return err;
@@ -18770,7 +19102,7 @@ CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
             crpci_attempt_finish(c, CRPC_ECANCELED);
         }
         if (c->waiter)
-            crpci_loop_done(l, c->waiter);
+            crpci_drive_end_wait(l, c->waiter);
         crpci_attempt_free(c);
         crpci_channel_flush(l); /* the next call for its slot */
     }
@@ -18916,7 +19248,7 @@ CRPC_API int crpc_channel_options_parse(char *text, crpc_channel_options *option
                                         crpc_error *error)
 {
     crpci_options_target to[] = {{&crpci_opening_options, options, 0},
-                                 {&crpci_loop_options, &options->private_loop, 0}};
+                                 {&crpci_drive_options, &options->private_loop, 0}};
     return crpci_options_lines(to, 2, text, error);
 }
 
@@ -19018,7 +19350,7 @@ CRPCI_COLD int crpci_opening_check_methods(const crpc_channel_options *o, crpc_e
 CRPCI_COLD int crpci_opening_check(const crpc_channel_options *o, crpc_error *error)
 {
     int err = crpci_options_check(&crpci_opening_options, o, error);
-    err = err ? err : crpci_options_check(&crpci_loop_options, &o->private_loop, error);
+    err = err ? err : crpci_options_check(&crpci_drive_options, &o->private_loop, error);
     err = err ? err : crpci_opening_check_policy(&o->policy, NULL, error);
     return err ? err : crpci_opening_check_methods(o, error);
 }
@@ -19130,14 +19462,14 @@ CRPCI_COLD int crpci_opening_item(crpci_snapshot *list, const char *text, crpc_e
         crpci_sock_format(&a, list->providers[list->count++].address, CRPC_ADDRESS_MAX);
         return CRPC_OK;
     }
-    err = crpci_resolver_look_up(list->heap, text, names, sizeof names, &port, error);
+    err = crpci_resolver_split(list->heap, text, names, sizeof names, &port, error);
     while (!err && list->count < most &&
            crpci_resolver_next(&rest, port, list->providers[list->count].address,
                                CRPC_ADDRESS_MAX))
         list->count++;
     if (!err && list->count == from)
         err = crpci_status_set(error, CRPC_ERESOLVE,
-                               "\"%.80s\": the resolver gave no numeric address", text);
+                               "\"%.80s\": the resolve hook gave no numeric address", text);
     return err;
 }
 
@@ -19213,7 +19545,7 @@ CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
     if (!ch->closed && !err && !list->stale) { /* a stale list is a cache's, not an answer */
         ch->directory.listed = true;
         if (ch->directory.waiter)
-            crpci_loop_done(l, ch->directory.waiter);
+            crpci_drive_end_wait(l, ch->directory.waiter);
     }
     if (served)
         crpci_channel_flush(l);
@@ -19238,7 +19570,7 @@ CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_opt
     stuck = ms && crpci_loop_in_callback(l); /* libzookeeper_st works on this very thread */
     if (!ch->directory.listed && ms && !stuck) {
         ch->directory.waiter = &w;
-        crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
+        crpci_drive_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
         ch->directory.waiter = NULL;
     }
     listed = ch->directory.listed;
@@ -19307,7 +19639,7 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
     /* The single-threaded client lives in the loop, which somebody must drive. */
     crpci_loop_lock(ch->loop);
     if (ch->private_loop && !file && !multicast)
-        err = crpci_loop_need_owner(ch->loop);
+        err = crpci_drive_ensure_owner(ch->loop);
     crpci_loop_unlock(ch->loop);
     if (err)
         return crpci_status_set(error, err, "zookeeper:// needs a loop that is driven: run it, or "
@@ -19532,22 +19864,25 @@ CRPCI_COLD int crpci_service_add(crpci_service_map *map, crpci_heap *h, const cr
 }
 
 /* ======================================================================== */
-/* >>impl-worker   a bounded queue and the threads that empty it             */
+/* >>impl-worker   a pool of threads for handlers, with a bounded queue      */
 /* ======================================================================== */
 
+/* Started by the server, one pool for all its listeners and I/O threads. */
 typedef struct crpci_worker_pool {
     crpci_mutex lock;
-    crpci_cond work;
-    crpci_list queue; /* crpci_task; run is called without a lock and loop NULL */
+    crpci_cond work;  /* a task was queued, or the pool is stopping */
+    crpci_list queue; /* crpci_task; `run` is called without a lock, its loop is NULL */
     int64_t queued;
-    int64_t max_queued; /* beside what idle workers are about to take; 0: no limit */
-    int64_t idle;
+    int64_t max_queued; /* tasks that wait for a busy worker; 0: no limit */
+    int64_t idle;       /* workers that wait for a task */
     bool stopping;
-    size_t count;
+    size_t count; /* threads that run */
     crpci_thread *threads;
 } crpci_worker_pool;
 
-/* `admitted`: it was let in before, and is not to be turned away now. */
+/* Queues a task. False: the queue is full, or the pool is stopping. An idle worker takes a task at
+ * once, so each adds one place to the queue. `admitted`: the request was let in before and waited
+ * for its turn; the limit does not apply again. */
 CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_task *t, bool admitted)
 {
     bool room;
@@ -19596,7 +19931,7 @@ CRPCI_FN void *crpci_worker_thread(void *arg)
 }
 #endif
 
-/* What is queued is still run; then the threads end. */
+/* Runs what is queued, ends the threads and frees the pool. allocated: length of p->threads. */
 CRPCI_COLD void crpci_worker_stop(crpci_worker_pool *p, crpci_heap *h, size_t allocated)
 {
     if (!allocated)
@@ -19615,6 +19950,7 @@ CRPCI_COLD void crpci_worker_stop(crpci_worker_pool *p, crpci_heap *h, size_t al
     p->threads = NULL;
 }
 
+/* Starts `count` threads. stack: bytes of each one's stack, 0: the system's default. */
 CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t count,
                                   int64_t max_queued, size_t stack)
 {
@@ -19650,20 +19986,21 @@ CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t co
 }
 
 /* ======================================================================== */
-/* >>impl-order   requests of one key, one after another                    */
+/* >>impl-order   requests with the same ordering key run one after another */
 /* ======================================================================== */
 
 #define CRPCI_ORDER_BUCKETS 64u
 
-/* A request with a key. The first of its key may run; the others wait behind it. */
+/* A request with a key. The first request of a key runs; the others wait in a queue of the
+ * first. */
 typedef struct crpci_order_item {
     crpci_list link;  /* the first: in its bucket; the others: in the first's queue */
-    crpci_list queue; /* of the first: who waits, in order */
-    const void *of;   /* whose order it is: a connection's; NULL: everybody's */
-    uint64_t key;     /* a hash: that two texts have the same one does not happen */
+    crpci_list queue; /* the first: requests that wait, in the order in which they came */
+    const void *of;   /* the connection within which the key orders; NULL: the whole server */
+    uint64_t key;     /* hash of the key; two keys with one hash would only run one after another */
 } crpci_order_item;
 
-/* Not locked by itself. */
+/* The caller locks. */
 typedef struct crpci_order {
     crpci_list *buckets;
     int64_t waiting;
@@ -19692,8 +20029,8 @@ CRPCI_COLD void crpci_order_close(crpci_order *o, crpci_heap *h)
     o->buckets = NULL;
 }
 
-/* CRPC_OK: it is the first of its key and may run. CRPC_EPENDING: it waits for its turn.
- * CRPC_ELIMIT: too many wait; it is not in. */
+/* CRPC_OK: the request is the first of its key and may run. CRPC_EPENDING: it waits for its turn.
+ * CRPC_ELIMIT: too many requests wait; this one was not taken in. */
 CRPCI_FN int crpci_order_enter(crpci_order *o, crpci_order_item *item)
 {
     crpci_list *bucket = crpci_order_bucket(o, item), *i;
@@ -19712,7 +20049,7 @@ CRPCI_FN int crpci_order_enter(crpci_order *o, crpci_order_item *item)
     return CRPC_OK;
 }
 
-/* The first of a key is done. Returns whose turn it is; NULL: nobody waits. */
+/* The running request of a key has ended. Returns the request that runs next; NULL: none waits. */
 CRPCI_FN crpci_order_item *crpci_order_leave(crpci_order *o, crpci_order_item *item)
 {
     crpci_order_item *next;
@@ -19728,14 +20065,14 @@ CRPCI_FN crpci_order_item *crpci_order_leave(crpci_order *o, crpci_order_item *i
 }
 
 /* ======================================================================== */
-/* >>impl-replay   replies kept for requests that come again                */
+/* >>impl-replay   replies kept for requests that arrive again with the same id */
 /* ======================================================================== */
 
-#define CRPCI_REPLAY_ID_MAX 64
+#define CRPCI_REPLAY_ID_MAX 64 /* bytes of a request's id */
 #define CRPCI_REPLAY_BUCKETS_MAX 4096u
 
-/* What a reply consists of but for its correlation id, in one chunk; the bytes stand behind it in
- * this order. */
+/* A reply without its correlation id, in a chunk of its own: sizes of its parts; their bytes follow
+ * in this order. */
 typedef struct crpci_replay_reply {
     const void *protocol; /* that the fields are encoded for */
     int code;
@@ -19745,31 +20082,31 @@ typedef struct crpci_replay_reply {
     size_t attachment;
 } crpci_replay_reply;
 
-/* A request that executes, or has executed. */
+/* A request that is executing, or has finished. */
 typedef struct crpci_replay_entry {
     crpci_list link;    /* in its bucket */
-    crpci_list age;     /* finished: behind those that finished before it */
-    crpci_list waiting; /* not finished: links of those who want the same reply */
+    crpci_list age;     /* finished: in the order in which requests finished */
+    crpci_list waiting; /* executing: links of the repeated requests that wait for its reply */
     const void *method;
-    uint64_t hash;
-    int64_t until; /* finished: forgotten then */
+    uint64_t hash; /* of method and id */
+    int64_t until; /* finished: when the entry expires */
     bool finished;
-    crpci_chunk *reply; /* finished: a crpci_replay_reply; NULL: there was no room for it */
+    crpci_chunk *reply; /* finished: a crpci_replay_reply; NULL: it was too large to keep */
     size_t id_size;
     char id[CRPCI_REPLAY_ID_MAX];
 } crpci_replay_entry;
 
-/* Not locked by itself. */
+/* The caller locks. */
 typedef struct crpci_replay {
     crpci_heap *heap;
     crpci_list *buckets;
     size_t bucket_count; /* a power of two */
-    crpci_list age;
+    crpci_list age; /* finished entries, oldest first */
     size_t count;
-    size_t max;
+    size_t max;    /* entries */
     int64_t bytes; /* of replies and entries */
     int64_t max_bytes;
-    int64_t keep_us;
+    int64_t keep_us; /* from a request's end to its expiry */
 } crpci_replay;
 
 CRPCI_COLD int crpci_replay_open(crpci_replay *r, crpci_heap *h, size_t entries, int64_t max_bytes,
@@ -19798,8 +20135,8 @@ CRPCI_FN int64_t crpci_replay_size(const crpci_chunk *reply)
     return reply ? (int64_t)(CRPCI_CHUNK_HEADER + reply->cap) : 0;
 }
 
-/* Forgets a request; who waits for it must have been taken away. */
-CRPCI_FN void crpci_replay_forget(crpci_replay *r, crpci_replay_entry *e)
+/* Frees an entry, for which no request waits any more. */
+CRPCI_FN void crpci_replay_remove(crpci_replay *r, crpci_replay_entry *e)
 {
     r->count--;
     r->bytes -= (int64_t)sizeof *e + crpci_replay_size(e->reply);
@@ -19809,15 +20146,16 @@ CRPCI_FN void crpci_replay_forget(crpci_replay *r, crpci_replay_entry *e)
     crpci_heap_free(r->heap, e, sizeof *e);
 }
 
-/* Forgets the one that finished first. False: all that are left execute. */
+/* Frees the entry that finished first. False: all requests that are left are executing. */
 CRPCI_FN bool crpci_replay_evict(crpci_replay *r)
 {
     if (crpci_list_empty(&r->age))
         return false;
-    crpci_replay_forget(r, CRPCI_CONTAINER(r->age.next, crpci_replay_entry, age));
+    crpci_replay_remove(r, CRPCI_CONTAINER(r->age.next, crpci_replay_entry, age));
     return true;
 }
 
+/* Frees the entries that have been kept for keep_us. */
 CRPCI_FN void crpci_replay_expire(crpci_replay *r, int64_t now)
 {
     while (!crpci_list_empty(&r->age) &&
@@ -19827,11 +20165,12 @@ CRPCI_FN void crpci_replay_expire(crpci_replay *r, int64_t now)
 
 CRPCI_FN uint64_t crpci_replay_hash(const void *method, crpc_view id)
 {
-    return crpci_balance_mix(crpci_balance_hash(crpc_view_data(id), crpc_view_size(id)) ^
+    return crpci_base_mix(crpci_base_hash(crpc_view_data(id), crpc_view_size(id)) ^
                              (uint64_t)(uintptr_t)method);
 }
 
-/* The request of a method with an id, of up to CRPCI_REPLAY_ID_MAX bytes. NULL: it is new. */
+/* The entry of the request of a method with an id, of at most CRPCI_REPLAY_ID_MAX bytes. NULL: the
+ * request is new, or its entry has expired. */
 CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *method, crpc_view id,
                                                int64_t now)
 {
@@ -19848,8 +20187,9 @@ CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *meth
     return NULL;
 }
 
-/* Notes that a new one executes. NULL: it will not be remembered, for there is no memory, or all
- * that there is room for execute as well. */
+/* Adds the entry of a new request that begins to execute, in place of the oldest finished one if
+ * need be. NULL: out of memory, or all entries are of requests that are executing; the request then
+ * runs without protection against a repetition. */
 CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *method, crpc_view id)
 {
     uint64_t hash = crpci_replay_hash(method, id);
@@ -19873,8 +20213,9 @@ CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *metho
     return e;
 }
 
-/* It has executed: its reply is kept, with a reference of its own, if it takes no more than a
- * quarter of the room; that it has executed is kept in any case. Moves who waits to `waiting`. */
+/* A request has finished. Keeps its reply, with a reference of its own, if it takes no more than a
+ * quarter of max_bytes; a larger one would push out too many others. The entry stays in any case: a
+ * repetition is then refused, not executed. Moves the requests that waited to `waiting`. */
 CRPCI_FN void crpci_replay_finish(crpci_replay *r, crpci_replay_entry *e, crpci_chunk *reply,
                                   int64_t now, crpci_list *waiting)
 {
@@ -19903,7 +20244,8 @@ CRPCI_COLD void crpci_replay_close(crpci_replay *r)
     r->buckets = NULL;
 }
 
-/* Copies what a reply consists of. NULL: out of memory. */
+/* Makes a chunk that holds a crpci_replay_reply: code, text, user fields (encoded for `protocol`),
+ * payload and attachment. NULL: out of memory. */
 CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol, int code,
                                         const crpc_view part[4])
 {
@@ -19933,14 +20275,14 @@ CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol, int
 }
 
 /* ======================================================================== */
-/* >>impl-quota   what a method and a client may ask of a server            */
+/* >>impl-quota   limits of a method and of a client: concurrency and rates */
 /* ======================================================================== */
 
-#define CRPCI_QUOTA_START 40u       /* requests at a time that an adaptive limit begins with */
+#define CRPCI_QUOTA_START 40u       /* requests in service at which an adaptive limit begins */
 #define CRPCI_QUOTA_BUCKETS 256u
-#define CRPCI_QUOTA_IDLE_MAX 1024u  /* clients without a connection that are remembered */
+#define CRPCI_QUOTA_IDLE_MAX 1024u  /* clients without a connection that are kept */
 
-/* Of one method. Not locked by itself; all zero it limits nothing. */
+/* The limits of one method. The caller locks. All zero, there are none. */
 typedef struct crpci_quota {
     uint32_t max; /* requests in service; 0: no limit */
     uint32_t active;
@@ -19958,7 +20300,8 @@ CRPCI_COLD void crpci_quota_init(crpci_quota *q, const crpc_method_limit *l, uin
     crpci_limiter_bucket_init(&q->bucket, l->rate, l->burst);
 }
 
-/* NULL: a request is let in and must then leave; else why it is not. */
+/* NULL: the request is let in and must then leave. Otherwise why it is refused, as a text for the
+ * error reply. */
 CRPCI_FN const char *crpci_quota_enter(crpci_quota *q, int64_t now_us)
 {
     if (q->max && q->active >= q->max)
@@ -19974,7 +20317,7 @@ CRPCI_FN const char *crpci_quota_enter(crpci_quota *q, int64_t now_us)
     return NULL;
 }
 
-/* latency_us: how long it took since it came; -1: that says nothing. */
+/* A request leaves. latency_us: since it arrived; -1: it is no measure of the server. */
 CRPCI_FN void crpci_quota_leave(crpci_quota *q, bool ok, int64_t latency_us, int64_t now_us)
 {
     q->active--;
@@ -19982,17 +20325,17 @@ CRPCI_FN void crpci_quota_leave(crpci_quota *q, bool ok, int64_t latency_us, int
         crpci_limiter_auto_leave(&q->limiter, ok, latency_us, now_us);
 }
 
-/* All connections from one host. */
+/* A client: all connections from one host. */
 typedef struct crpci_quota_client {
     crpci_list link; /* in its bucket */
-    crpci_list idle; /* without connections: behind those that have been so for longer */
+    crpci_list idle; /* without connections: in the order in which clients left */
     uint32_t connections;
     uint8_t host[16];
     crpci_limiter_bucket bucket;
 } crpci_quota_client;
 
-/* Not locked by itself. A client is known as long as it has connections, and then until there are
- * many who left after it: coming again brings no new tokens. */
+/* The clients of a server. The caller locks. A client that has closed its connections is kept until
+ * CRPCI_QUOTA_IDLE_MAX others have left after it: reconnecting does not fill its token bucket. */
 typedef struct crpci_quota_clients {
     crpci_heap *heap;
     crpci_list *buckets; /* NULL: clients are not limited */
@@ -20016,7 +20359,8 @@ CRPCI_COLD int crpci_quota_open(crpci_quota_clients *c, crpci_heap *h, int64_t r
     return c->buckets ? CRPC_OK : CRPC_ENOMEM;
 }
 
-CRPCI_FN void crpci_quota_forget(crpci_quota_clients *c)
+/* Frees the client that has been without connections for longest. */
+CRPCI_FN void crpci_quota_evict(crpci_quota_clients *c)
 {
     crpci_quota_client *k = CRPCI_CONTAINER(c->idle.next, crpci_quota_client, idle);
     crpci_list_remove(&k->idle);
@@ -20028,12 +20372,13 @@ CRPCI_FN void crpci_quota_forget(crpci_quota_clients *c)
 CRPCI_COLD void crpci_quota_close(crpci_quota_clients *c)
 {
     while (c->buckets && !crpci_list_empty(&c->idle))
-        crpci_quota_forget(c);
+        crpci_quota_evict(c);
     crpci_heap_free(c->heap, c->buckets, CRPCI_QUOTA_BUCKETS * sizeof *c->buckets);
     c->buckets = NULL;
 }
 
-/* The address without the port; an IPv4 one as IPv6 has it. Unix sockets are one client. */
+/* The host of an address: an IPv6 address, to which an IPv4 one is mapped. All unix sockets are one
+ * client, of the address 0. */
 CRPCI_FN void crpci_quota_host(uint8_t host[16], const crpci_addr *a)
 {
     memset(host, 0, 16);
@@ -20045,14 +20390,14 @@ CRPCI_FN void crpci_quota_host(uint8_t host[16], const crpci_addr *a)
     }
 }
 
-/* Whose connection it is, which is to be given back. NULL: out of memory. */
+/* The client of a new connection; crpci_quota_disconnect ends it. NULL: out of memory. */
 CRPCI_FN crpci_quota_client *crpci_quota_connect(crpci_quota_clients *c, const crpci_addr *a)
 {
     crpci_quota_client *k;
     crpci_list *bucket, *i;
     uint8_t host[16];
     crpci_quota_host(host, a);
-    bucket = &c->buckets[crpci_balance_hash(host, 16) % CRPCI_QUOTA_BUCKETS];
+    bucket = &c->buckets[crpci_base_hash(host, 16) % CRPCI_QUOTA_BUCKETS];
     for (i = bucket->next; i != bucket; i = i->next) {
         k = CRPCI_CONTAINER(i, crpci_quota_client, link);
         if (memcmp(k->host, host, 16) != 0)
@@ -20080,7 +20425,7 @@ CRPCI_FN void crpci_quota_disconnect(crpci_quota_clients *c, crpci_quota_client 
         return;
     crpci_list_append(&c->idle, &k->idle);
     if (++c->idle_count > CRPCI_QUOTA_IDLE_MAX)
-        crpci_quota_forget(c);
+        crpci_quota_evict(c);
 }
 
 /* ======================================================================== */
@@ -21047,11 +21392,11 @@ CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpc
     if (fields && s->options.ordered >= 0 &&
         conn->protocol->field(m->fields, CRPCI_MESSAGE_KEY_FIELD, &key)) {
         g->ordered = true;
-        g->order.key = crpci_balance_hash(crpc_view_data(key), crpc_view_size(key));
+        g->order.key = crpci_base_hash(crpc_view_data(key), crpc_view_size(key));
     } else if (s->options.ordered > 0) {
         g->ordered = true;
         g->order.of = conn;
-        g->order.key = crpci_balance_mix((uint64_t)(uintptr_t)conn);
+        g->order.key = crpci_base_mix((uint64_t)(uintptr_t)conn);
     }
     if (!fields || !s->guard.replay.buckets ||
         !conn->protocol->field(m->fields, CRPCI_MESSAGE_ID_FIELD, &g->id) ||
@@ -21428,12 +21773,12 @@ CRPCI_COLD void crpci_listener_no_descriptors(crpci_listener *n)
     int fd;
     if (s->listener.reserve_fd >= 0) {
         close(s->listener.reserve_fd);
-        fd = accept4(n->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        fd = crpci_sock_accept(n->fd);
         if (fd >= 0)
             close(fd);
         s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     }
-    crpci_loop_watch_set(s->loop, &n->watch, n->fd, 0);
+    crpci_watch_set(s->loop, &n->watch, n->fd, 0);
     crpci_loop_timer_set(s->loop, &n->masked, 100000);
     if (now - s->listener.emfile_logged > 1000000) {
         s->listener.emfile_logged = now;
@@ -21445,7 +21790,7 @@ CRPCI_COLD void crpci_listener_no_descriptors(crpci_listener *n)
 CRPCI_FN void crpci_listener_unmask(crpc_loop *l, crpci_timer *t)
 {
     crpci_listener *n = CRPCI_CONTAINER(t, crpci_listener, masked);
-    if (crpci_loop_watch_set(l, &n->watch, n->fd, CRPC_READABLE))
+    if (crpci_watch_set(l, &n->watch, n->fd, CRPC_READABLE))
         crpci_loop_timer_set(l, t, 100000);
 }
 
@@ -21456,7 +21801,7 @@ CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned ev
     int fds[16], count = 0, i;
     (void)events;
     while (count < 16) {
-        int fd = accept4(n->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        int fd = crpci_sock_accept(n->fd);
         if (fd < 0) {
             if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
                 crpci_listener_no_descriptors(n);
@@ -21582,7 +21927,7 @@ CRPCI_COLD int crpci_listener_start(crpc_server *s)
     int err = CRPC_OK;
     for (i = s->listener.list.next; i != &s->listener.list && !err; i = i->next) {
         crpci_listener *n = CRPCI_CONTAINER(i, crpci_listener, link);
-        err = crpci_loop_watch_set(s->loop, &n->watch, n->fd, CRPC_READABLE);
+        err = crpci_watch_set(s->loop, &n->watch, n->fd, CRPC_READABLE);
     }
     return err;
 }
@@ -21592,7 +21937,7 @@ CRPCI_COLD void crpci_listener_close_all(crpc_server *s)
 {
     while (!crpci_list_empty(&s->listener.list)) {
         crpci_listener *n = CRPCI_CONTAINER(s->listener.list.next, crpci_listener, link);
-        crpci_loop_watch_set(s->loop, &n->watch, n->fd, 0);
+        crpci_watch_set(s->loop, &n->watch, n->fd, 0);
         crpci_timer_cancel(&n->masked);
         crpci_list_remove(&n->link);
         close(n->fd);
@@ -21626,7 +21971,7 @@ CRPCI_FN void crpci_enrolment_on_status(void *user, int status, const char *text
     for (i = 0; i < s->enrolment.count; i++)
         through += s->enrolment.items[i].through;
     if (through == s->enrolment.count && s->enrolment.waiter)
-        crpci_loop_done(s->loop, s->enrolment.waiter);
+        crpci_drive_end_wait(s->loop, s->enrolment.waiter);
     crpci_loop_unlock(s->loop);
 }
 
@@ -21752,7 +22097,7 @@ CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
         through += s->enrolment.items[i].through;
     if (through < s->enrolment.count && ms && !crpci_loop_in_callback(l)) {
         s->enrolment.waiter = &w;
-        crpci_loop_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
+        crpci_drive_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
         s->enrolment.waiter = NULL;
         for (i = 0, through = 0; i < s->enrolment.count; i++)
             through += s->enrolment.items[i].through;
@@ -21824,7 +22169,7 @@ CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
         crpci_intake_close_conns(s, l);
         crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
         if (s->drain.waiter)
-            crpci_loop_done(l, s->drain.waiter);
+            crpci_drive_end_wait(l, s->drain.waiter);
         if (s->drain.running)
             crpc_loop_stop(l);
         if (s->drain.close_later)
@@ -21867,10 +22212,10 @@ CRPCI_FN void crpci_lifecycle_await_stop(crpc_server *s)
     crpci_loop_lock(l);
     if (crpci_thread_load(&s->state) < CRPCI_SERVER_STOPPED) {
         s->drain.waiter = &w;
-        crpci_loop_wait(l, &w, s->drain.until + 1000000, true);
+        crpci_drive_wait(l, &w, s->drain.until + 1000000, true);
         s->drain.waiter = NULL;
     }
-    crpci_loop_unlock_driver(l);
+    crpci_drive_unlock(l);
 }
 
 /* --- closing ---------------------------------------------------------------------------------- */
@@ -22037,14 +22382,14 @@ static const crpci_options crpci_lifecycle_options = {CRPCI_OPTIONS_OF(crpci_lif
 CRPC_API int crpc_server_options_parse(char *text, crpc_server_options *options, crpc_error *error)
 {
     crpci_options_target to[] = {{&crpci_lifecycle_options, options, 0},
-                                 {&crpci_loop_options, &options->loops, 0}};
+                                 {&crpci_drive_options, &options->loops, 0}};
     return crpci_options_lines(to, 2, text, error);
 }
 
 CRPCI_COLD int crpci_lifecycle_check(const crpc_server_options *o, crpc_error *error)
 {
     int err = crpci_options_check(&crpci_lifecycle_options, o, error);
-    return err ? err : crpci_options_check(&crpci_loop_options, &o->loops, error);
+    return err ? err : crpci_options_check(&crpci_drive_options, &o->loops, error);
 }
 
 /* Takes over checked options and gives them their final values. */

@@ -193,11 +193,11 @@ void pick_turn(const crpci_pending_call *call);
 __attribute__((noinline)) void pick_turn(const crpci_pending_call *call)
 {
     crpci_balance *balance = &call->channel->providers.balance;
-    crpci_member *node = crpci_attempt_pick(call);
+    crpci_member *member = crpci_attempt_pick(call);
 
-    must(node ? CRPC_OK : CRPC_ENOPROVIDER, "a choice");
-    crpci_balance_node_begin(balance, &node->balance, 1);
-    crpci_balance_node_end(balance, &node->balance, true, 100, 101);
+    must(member ? CRPC_OK : CRPC_ENOPROVIDER, "a choice");
+    crpci_balance_item_begin(balance, &member->balance, 1);
+    crpci_balance_item_end(balance, &member->balance, true, 100, 101);
 }
 
 static void pick(const char *lb, long count, long n)

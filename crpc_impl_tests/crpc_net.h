@@ -31,7 +31,6 @@ typedef struct net_service {
     int64_t order[NET_HELD]; /* their n, in order */
     crpc_context *held[NET_HELD];
     int held_count;
-    int running, peak; /* handlers that sleep at a time */
 } net_service;
 
 CT_FN void net_begin(crpc_context *x, int64_t n)
@@ -64,18 +63,8 @@ CT_FN int net_held(net_service *s)
 
 CT_FN int net_add(crpc_context *x, const dyn_Num *in, dyn_Num *out)
 {
-    net_service *s = (net_service *)crpc_context_user(x);
     net_begin(x, in->n);
-    if (in->ms) {
-        pthread_mutex_lock(&s->lock);
-        if (++s->running > s->peak)
-            s->peak = s->running;
-        pthread_mutex_unlock(&s->lock);
-        ct_sleep_ms((int)in->ms);
-        pthread_mutex_lock(&s->lock);
-        s->running--;
-        pthread_mutex_unlock(&s->lock);
-    }
+    ct_sleep_ms((int)in->ms);
     out->n = in->n + 1;
     strcpy(out->tag, in->tag);
     return CRPC_OK;
@@ -158,14 +147,14 @@ CT_FN void net_service_init(net_service *s)
     pthread_mutex_init(&s->lock, NULL);
 }
 
-/* --- the time ----------------------------------------------------------------------------------- */
+/* --- the time --------------------------------------------------------------------------------- */
 
 /* What the loops of a server take for the time; one server at a time. */
 typedef enum net_time {
     NET_TIME_SYSTEM,
     NET_TIME_RUNS,  /* as the system's, plus what net_time_add adds */
-    NET_TIME_STANDS /* only net_time_add moves it, until net_close makes it run: a server that drains
-                     * asks a timer whether the last request has ended, and would never close */
+    NET_TIME_STANDS /* only net_time_add moves it, until net_close makes it run: a server that
+                     * drains waits for a timer to see whether the last request has ended */
 } net_time;
 
 /* Atomic, and of 32 bits for the sake of small targets. */
@@ -473,7 +462,7 @@ CT_FN void wire_request(wire *w, const char *method, int64_t id, int64_t n, int6
 
 /* A request with user_fields: `fields` is key, value, ..., NULL. */
 CT_FN void wire_request_fields(wire *w, const char *method, int64_t id, const char *body, size_t n,
-                        int64_t attachment, const char *const *fields)
+                               int64_t attachment, const char *const *fields)
 {
     wire meta = {NULL, 0, 0}, request = {NULL, 0, 0};
     wire_str(&request, 1, "dyn.Echo");
@@ -667,7 +656,7 @@ CT_FN bool wire_flush(int fd, wire *w)
 
 /* Sends one request by hand and returns the reply's code; its words in text. */
 CT_FN int64_t net_ask(int fd, const char *service, const char *method, int64_t id,
-                   const wire_request_options *o, char *text)
+                      const wire_request_options *o, char *text)
 {
     wire w = {NULL, 0, 0};
     wire_message m;
@@ -1120,9 +1109,8 @@ CT_FN int fleet_answer(crpc_context *x, const dyn_Num *in, dyn_Num *out)
     }
 }
 
-static CT_UNUSED const dyn_Echo_handlers fleet_handlers = {fleet_answer, fleet_answer, net_pass,
-                                                 fleet_answer, net_fail,     net_status,
-                                                 net_meta,     net_add};
+static CT_UNUSED const dyn_Echo_handlers fleet_handlers = {
+    fleet_answer, fleet_answer, net_pass, fleet_answer, net_fail, net_status, net_meta, net_add};
 
 CT_FN void fleet_peer_open(fleet_peer *p, int index, const char *listen)
 {
@@ -1233,7 +1221,7 @@ CT_FN void fleet_done(void *user, int status, const dyn_Num *response, crpc_call
 
 /* Get is idempotent, Add is not. */
 CT_FN fleet_result fleet_call(fleet *f, fleet_form form, bool idempotent, int64_t n,
-                               const crpc_call *in)
+                              const crpc_call *in)
 {
     dyn_Num request = net_num(n);
     crpc_call call = CRPC_INIT;
@@ -1246,17 +1234,17 @@ CT_FN fleet_result fleet_call(fleet *f, fleet_form form, bool idempotent, int64_
         r.status = (idempotent ? dyn_Echo_Get : dyn_Echo_Add)(f->channel, &request, &r.out, &call);
         r.error = call.error;
     } else if (form == FORM_ASYNC) {
-        assert_int_equal((idempotent ? dyn_Echo_Get_async
-                                     : dyn_Echo_Add_async)(f->channel, &request, fleet_done, &r, in),
+        assert_int_equal((idempotent ? dyn_Echo_Get_async : dyn_Echo_Add_async)(
+                             f->channel, &request, fleet_done, &r, in),
                          CRPC_OK);
         assert_true(CT_WAIT(__atomic_load_n(&r.done, __ATOMIC_SEQ_CST), NET_PATIENCE));
     } else {
-        assert_int_equal((idempotent ? dyn_Echo_Get_begin : dyn_Echo_Add_begin)(f->channel, &request,
-                                                                               &id, in),
-                         CRPC_OK);
+        assert_int_equal(
+            (idempotent ? dyn_Echo_Get_begin : dyn_Echo_Add_begin)(f->channel, &request, &id, in),
+            CRPC_OK);
         assert_int_equal(crpc_channel_wait(f->channel, id, -1), CRPC_OK);
-        r.status = (idempotent ? dyn_Echo_Get_fetch : dyn_Echo_Add_fetch)(f->channel, id, &r.out,
-                                                                         &call);
+        r.status =
+            (idempotent ? dyn_Echo_Get_fetch : dyn_Echo_Add_fetch)(f->channel, id, &r.out, &call);
         r.error = call.error;
     }
     assert_int_equal(r.error.code, r.status);

@@ -26,7 +26,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OTHER_TAGS = {"config", "platform", "changelog", "license"}
 # Further prefixes, less crpci_, of the internal functions of a section: {"zookeeper": ["zk"]}.
 ALIASES = {
-    "loop": ["watch"],           # a watched descriptor: other sections embed it
     "zookeeper": ["registry"],   # opens whichever registry a URL names
 }
 # Test files without a section of their own, and what they are for.

@@ -6,8 +6,8 @@
 #include "crpc_test.h"
 #include "crpc_net.h"
 
-/* Calls, synchronously and by callback, against something that does not answer: the code, that the
- * deadline was neither early nor forgotten, and what was sent. */
+/* Calls something that does not answer, synchronously and by callback. Checks the status, that the
+ * deadline was neither early nor forgotten, and how much was sent. */
 static void check_deadline(const char *url, crpc_poller p, int ms, int code, int sent,
                            size_t attachment, const char *query)
 {
@@ -51,7 +51,7 @@ static void check_deadline(const char *url, crpc_poller p, int ms, int code, int
     assert_int_equal(done_count(&d), 1);
 }
 
-/* Sends half a reply and closes. */
+/* A script: sends half a reply and closes. */
 static bool peer_cuts_reply(peer *p, int fd, int number)
 {
     wire_message m;
@@ -66,7 +66,7 @@ static bool peer_cuts_reply(peer *p, int fd, int number)
     return true;
 }
 
-/* Sends half a reply and waits. */
+/* A script: sends half a reply and waits. */
 static bool peer_stalls_reply(peer *p, int fd, int number)
 {
     wire_message m;
@@ -80,86 +80,157 @@ static bool peer_stalls_reply(peer *p, int fd, int number)
     return peer_silent(p, fd, number);
 }
 
-static void the_deadline_is_total_and_kept(void **state)
+static void a_refused_connection_does_not_wait_for_the_deadline(void **state)
 {
     crpc_poller p;
     (void)state;
     NET_EACH_POLLER(p)
     {
-        peer silent, deaf, cuts, stalls;
         char url[64];
-        struct sockaddr_in a;
-        int listen_fd, fillers[8], i;
-        socklen_t size = sizeof a;
-        peer_open(&silent, peer_silent, NULL);
-        peer_open(&deaf, peer_deaf, NULL);
-        peer_open(&cuts, peer_cuts_reply, NULL);
-        peer_open(&stalls, peer_stalls_reply, NULL);
         snprintf(url, sizeof url, "tcp://127.0.0.1:%d", ct_free_port());
-        check_deadline(url, p, 300, CRPC_ECONN, CRPC_SENT_NO, 0, NULL); /* nothing listens */
-        check_deadline(silent.url, p, 60, CRPC_ETIMEDOUT, CRPC_SENT_YES, 0, NULL);
-        check_deadline(stalls.url, p, 60, CRPC_ETIMEDOUT, CRPC_SENT_YES, 0, NULL);
-        check_deadline(cuts.url, p, 3000, CRPC_ECONN, CRPC_SENT_YES, 0, NULL);
-        /* partly sent, with the caller's own bytes behind it */
-        check_deadline(deaf.url, p, 100, CRPC_ETIMEDOUT, CRPC_SENT_MAYBE, 12 << 20, NULL);
+        check_deadline(url, p, 300, CRPC_ECONN, CRPC_SENT_NO, 0, NULL);
+    }
+}
 
-        /* a listener whose queue is full drops the SYN */
-        listen_fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-        memset(&a, 0, sizeof a);
-        a.sin_family = AF_INET;
-        a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-        assert_int_equal(bind(listen_fd, (struct sockaddr *)&a, sizeof a), 0);
-        assert_int_equal(listen(listen_fd, 0), 0);
-        assert_int_equal(getsockname(listen_fd, (struct sockaddr *)&a, &size), 0);
-        for (i = 0; i < 8; i++) {
-            fillers[i] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-            connect(fillers[i], (struct sockaddr *)&a, sizeof a);
-        }
-        ct_sleep_ms(20);
-        snprintf(url, sizeof url, "tcp://127.0.0.1:%d", ntohs(a.sin_port));
-        check_deadline(url, p, 80, CRPC_ETIMEDOUT, CRPC_SENT_NO, 0, NULL);
-        check_deadline(url, p, 3000, CRPC_ECONN, CRPC_SENT_NO, 0, "?connect_timeout_ms=50");
-        for (i = 0; i < 8; i++)
-            close(fillers[i]);
-        close(listen_fd);
+static void a_silent_peer_costs_the_deadline(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer silent;
+        peer_open(&silent, peer_silent, NULL);
+        check_deadline(silent.url, p, 200, CRPC_ETIMEDOUT, CRPC_SENT_YES, 0, NULL);
         peer_close(&silent);
-        peer_close(&deaf);
-        peer_close(&cuts);
+    }
+}
+
+static void half_a_reply_costs_the_deadline(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer stalls;
+        peer_open(&stalls, peer_stalls_reply, NULL);
+        check_deadline(stalls.url, p, 200, CRPC_ETIMEDOUT, CRPC_SENT_YES, 0, NULL);
         peer_close(&stalls);
     }
 }
 
-/* Attempts and waiting for connections are part of the time. */
+static void a_reply_that_is_cut_is_a_lost_connection(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer cuts;
+        peer_open(&cuts, peer_cuts_reply, NULL);
+        check_deadline(cuts.url, p, 3000, CRPC_ECONN, CRPC_SENT_YES, 0, NULL);
+        peer_close(&cuts);
+    }
+}
+
+/* Part of the request is sent, with the caller's own bytes behind it. */
+static void a_peer_that_reads_nothing_costs_the_deadline(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer deaf;
+        peer_open(&deaf, peer_deaf, NULL);
+        check_deadline(deaf.url, p, 400, CRPC_ETIMEDOUT, CRPC_SENT_MAYBE, 12 << 20, NULL);
+        peer_close(&deaf);
+    }
+}
+
+#define FULL_FILLERS 8
+
+/* A listener whose queue is full, so that the kernel drops every further SYN. */
+typedef struct full_listener {
+    int fd, port, fillers[FULL_FILLERS];
+} full_listener;
+
+static void full_listener_open(full_listener *f)
+{
+    struct sockaddr_in a;
+    socklen_t size = sizeof a;
+    int i;
+    f->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET;
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    assert_int_equal(bind(f->fd, (struct sockaddr *)&a, sizeof a), 0);
+    assert_int_equal(listen(f->fd, 0), 0);
+    assert_int_equal(getsockname(f->fd, (struct sockaddr *)&a, &size), 0);
+    f->port = ntohs(a.sin_port);
+    for (i = 0; i < FULL_FILLERS; i++) {
+        f->fillers[i] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+        connect(f->fillers[i], (struct sockaddr *)&a, sizeof a);
+    }
+    ct_sleep_ms(20);
+}
+
+static void full_listener_close(full_listener *f)
+{
+    int i;
+    for (i = 0; i < FULL_FILLERS; i++)
+        close(f->fillers[i]);
+    close(f->fd);
+}
+
+static void connecting_costs_the_deadline_or_connect_timeout_ms(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        full_listener full;
+        char url[64];
+        full_listener_open(&full);
+        snprintf(url, sizeof url, "tcp://127.0.0.1:%d", full.port);
+        check_deadline(url, p, 80, CRPC_ETIMEDOUT, CRPC_SENT_NO, 0, NULL);
+        check_deadline(url, p, 3000, CRPC_ECONN, CRPC_SENT_NO, 0, "?connect_timeout_ms=50");
+        full_listener_close(&full);
+    }
+}
+
+#define FULL_COUNT 4
+
+/* FULL_COUNT full listeners, and a list:// URL of them. */
+static void full_listeners_open(full_listener *f, char *list, size_t size)
+{
+    size_t used = (size_t)snprintf(list, size, "list://");
+    int i;
+    for (i = 0; i < FULL_COUNT; i++) {
+        full_listener_open(&f[i]);
+        used +=
+            (size_t)snprintf(list + used, size - used, "%s127.0.0.1:%d", i ? "," : "", f[i].port);
+    }
+    assert_true(used < size);
+}
+
+static void full_listeners_close(full_listener *f)
+{
+    int i;
+    for (i = 0; i < FULL_COUNT; i++)
+        full_listener_close(&f[i]);
+}
+
 static void retries_do_not_outlast_the_deadline(void **state)
 {
     crpc_poller p;
     (void)state;
     NET_EACH_POLLER(p)
     {
-        char list[2000] = "list://", one[64];
-        int fds[4], fillers[4][4], i, k;
+        full_listener full[FULL_COUNT];
+        char list[200];
         crpc_channel *ch;
         dyn_Num in = net_num(1), out = dyn_Num_init_zero;
         crpc_call call = CRPC_INIT;
         int64_t start;
-        for (i = 0; i < 4; i++) { /* four listeners that drop the SYN */
-            struct sockaddr_in a;
-            socklen_t size = sizeof a;
-            fds[i] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-            memset(&a, 0, sizeof a);
-            a.sin_family = AF_INET;
-            a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-            assert_int_equal(bind(fds[i], (struct sockaddr *)&a, sizeof a), 0);
-            assert_int_equal(listen(fds[i], 0), 0);
-            assert_int_equal(getsockname(fds[i], (struct sockaddr *)&a, &size), 0);
-            for (k = 0; k < 4; k++) {
-                fillers[i][k] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-                connect(fillers[i][k], (struct sockaddr *)&a, sizeof a);
-            }
-            snprintf(one, sizeof one, "%s127.0.0.1:%d", i ? "," : "", ntohs(a.sin_port));
-            strcat(list, one);
-        }
-        ct_sleep_ms(20);
+        full_listeners_open(full, list, sizeof list);
         ch = net_channel(list, "?connect_timeout_ms=60&retries=10", p, NULL, NULL);
         call.policy.timeout_ms = 150; /* the third attempt is not over */
         start = ct_now_ms();
@@ -169,19 +240,31 @@ static void retries_do_not_outlast_the_deadline(void **state)
         assert_in_range(call.error.attempts, 1, 3);
         assert_int_equal(call.error.sent, CRPC_SENT_NO);
         crpc_channel_close(ch);
+        crpc_call_reset(&call);
+        full_listeners_close(full);
+    }
+}
+
+static void each_provider_is_tried_once(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        full_listener full[FULL_COUNT];
+        char list[200];
+        crpc_channel *ch;
+        dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        full_listeners_open(full, list, sizeof list);
         ch = net_channel(list, "?connect_timeout_ms=60&retries=10&timeout_ms=20000", p, NULL, NULL);
-        call.policy.timeout_ms = 0; /* each is tried once, and that is all */
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ECONN);
-        assert_int_equal(call.error.attempts, 4);
+        assert_int_equal(call.error.attempts, FULL_COUNT);
         assert_non_null(strstr(call.error.text, "attempt 4"));
         assert_non_null(strstr(call.error.text, "(connect_timeout_ms); no other provider to try (local)"));
         crpc_channel_close(ch);
         crpc_call_reset(&call);
-        for (i = 0; i < 4; i++) {
-            for (k = 0; k < 4; k++)
-                close(fillers[i][k]);
-            close(fds[i]);
-        }
+        full_listeners_close(full);
     }
 }
 
@@ -244,7 +327,8 @@ static void a_passed_deadline_sends_nothing(void **state)
     }
 }
 
-/* Calls until the round robin has begun at each provider; how often it succeeded, of `calls`. */
+/* Makes `calls` calls, so that round robin begins with each provider; returns how many
+ * succeeded. */
 static int succeed(const char *list, crpc_poller p, bool idempotent, int calls, int *code,
                    crpc_error *error)
 {
@@ -270,93 +354,129 @@ static int succeed(const char *list, crpc_poller p, bool idempotent, int calls, 
     return good;
 }
 
-static void another_provider_is_tried_only_when_that_is_safe(void **state)
+static void what_was_not_sent_is_tried_elsewhere(void **state)
 {
     crpc_poller p;
     (void)state;
     NET_EACH_POLLER(p)
     {
-        peer good, logoff, hangs, silent;
+        peer good;
         char list[128];
-        int code, got;
-        crpc_error error;
+        int code;
+        crpc_error error = CRPC_INIT;
         peer_open(&good, peer_adds, NULL);
-        peer_open(&logoff, peer_says_logoff, NULL);
-        peer_open(&hangs, peer_hangs_up, NULL);
-        peer_open(&silent, peer_silent, NULL);
-
-        memset(&error, 0, sizeof error); /* not sent */
         snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", ct_free_port(), good.port);
         assert_int_equal(succeed(list, p, false, 4, &code, &error), 4);
         assert_int_equal(error.attempts, 2);
+        peer_close(&good);
+    }
+}
 
-        memset(&error, 0, sizeof error); /* sent, and said to be not executed */
+/* ELOGOFF says that the request was not executed. */
+static void what_was_refused_unexecuted_is_tried_elsewhere(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer good, logoff;
+        char list[128];
+        int code;
+        crpc_error error = CRPC_INIT;
+        peer_open(&good, peer_adds, NULL);
+        peer_open(&logoff, peer_says_logoff, NULL);
         snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", logoff.port, good.port);
         assert_int_equal(succeed(list, p, false, 4, &code, &error), 4);
         assert_int_equal(error.attempts, 2);
         assert_true(peer_requests(&logoff) >= 1);
+        peer_close(&good);
+        peer_close(&logoff);
+    }
+}
 
-        memset(&error, 0, sizeof error); /* everyone says so: it is the peer's word */
-        snprintf(list, sizeof list, "list://127.0.0.1:%d,localhost:%d", logoff.port, logoff.port);
-        snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.2:%d", logoff.port, logoff.port);
-        assert_int_equal(succeed(list, p, false, 1, &code, &error), 0);
-
-        memset(&error, 0, sizeof error); /* lost after it was sent: only if it may run twice */
+static void a_lost_request_is_tried_elsewhere_only_if_it_may_run_twice(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer good, hangs;
+        char list[128];
+        int code;
+        crpc_error error = CRPC_INIT;
+        peer_open(&good, peer_adds, NULL);
+        peer_open(&hangs, peer_hangs_up, NULL);
         snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", hangs.port, good.port);
-        got = succeed(list, p, false, 4, &code, &error);
-        assert_in_range(got, 1, 3);
+        assert_in_range(succeed(list, p, false, 4, &code, &error), 1, 3);
         assert_int_equal(code, CRPC_ECONN);
         assert_int_equal(error.sent, CRPC_SENT_YES);
         assert_int_equal(error.attempts, 1);
         memset(&error, 0, sizeof error);
         assert_int_equal(succeed(list, p, true, 4, &code, &error), 4);
         assert_int_equal(error.attempts, 2);
-
-        /* nor is one tried again that did not answer */
-        snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", silent.port, good.port);
-        {
-            crpc_channel *ch = net_channel(list, "?timeout_ms=60", p, NULL, NULL);
-            int i, late = 0, before = peer_requests(&good);
-            for (i = 0; i < 4; i++) {
-                dyn_Num in = net_num(i), out = dyn_Num_init_zero;
-                late += dyn_Echo_Add(ch, &in, &out, NULL) == CRPC_ETIMEDOUT;
-            }
-            assert_int_equal(late, 2);
-            assert_int_equal(peer_requests(&silent), 2);
-            assert_int_equal(peer_requests(&good) - before, 2);
-            crpc_channel_close(ch);
-        }
         peer_close(&good);
-        peer_close(&logoff);
         peer_close(&hangs);
+    }
+}
+
+static void what_was_not_answered_is_not_tried_elsewhere(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer good, silent;
+        char list[128];
+        crpc_channel *ch;
+        int i, late = 0;
+        peer_open(&good, peer_adds, NULL);
+        peer_open(&silent, peer_silent, NULL);
+        snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", silent.port, good.port);
+        ch = net_channel(list, "?timeout_ms=100", p, NULL, NULL);
+        for (i = 0; i < 4; i++) {
+            dyn_Num in = net_num(i), out = dyn_Num_init_zero;
+            crpc_call call = CRPC_INIT;
+            late += dyn_Echo_Add(ch, &in, &out, &call) == CRPC_ETIMEDOUT;
+            assert_int_equal(call.error.attempts, 1);
+            crpc_call_reset(&call);
+        }
+        assert_in_range(late, 2, 4); /* on a busy machine a good one may be late, too */
+        assert_in_range(peer_requests(&silent), 1, 2);
+        assert_true(peer_requests(&silent) + peer_requests(&good) <= 4);
+        crpc_channel_close(ch);
+        peer_close(&good);
         peer_close(&silent);
     }
 }
 
 static void when_all_say_logoff_the_error_is_theirs(void **state)
 {
-    peer one, two;
-    crpc_channel *ch;
-    char list[128];
-    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
-    crpc_call call = CRPC_INIT;
+    crpc_poller p;
     (void)state;
-    peer_open(&one, peer_says_logoff, NULL);
-    peer_open(&two, peer_says_logoff, NULL);
-    snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", one.port, two.port);
-    ch = net_channel(list, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
-    assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ELOGOFF);
-    assert_int_equal(call.error.attempts, 2);
-    assert_int_equal(call.error.sent, CRPC_SENT_YES);
-    assert_true(call.error.remote);
-    assert_non_null(strstr(call.error.text, "(remote)"));
-    crpc_call_reset(&call);
-    crpc_channel_close(ch);
-    peer_close(&one);
-    peer_close(&two);
+    NET_EACH_POLLER(p)
+    {
+        peer one, two;
+        crpc_channel *ch;
+        char list[128];
+        dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        peer_open(&one, peer_says_logoff, NULL);
+        peer_open(&two, peer_says_logoff, NULL);
+        snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", one.port, two.port);
+        ch = net_channel(list, "?timeout_ms=20000", p, NULL, NULL);
+        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ELOGOFF);
+        assert_int_equal(call.error.attempts, 2);
+        assert_int_equal(call.error.sent, CRPC_SENT_YES);
+        assert_true(call.error.remote);
+        assert_non_null(strstr(call.error.text, "(remote)"));
+        crpc_call_reset(&call);
+        crpc_channel_close(ch);
+        peer_close(&one);
+        peer_close(&two);
+    }
 }
 
-/* Takes each request, counts it, and loses the connection. */
+/* Both providers take the request and lose the connection. */
 static void a_lost_reply_is_executed_once(void **state)
 {
     crpc_poller p;
@@ -395,8 +515,8 @@ static uint64_t fault_dice(fault_plan *f, uint64_t n)
     return ct_random_from(&f->random) / 7 % n;
 }
 
-/* Drops, doubles, delays, splits, forges and answers out of order; now and then resets or closes.
- */
+/* A script: drops, doubles, delays, splits and forges replies, answers out of order, and now and
+ * then resets or closes. */
 static bool peer_faulty(peer *p, int fd, int number)
 {
     fault_plan *f = (fault_plan *)p->user;
@@ -638,7 +758,7 @@ static void threads_share_a_loop_through_faults(void **state)
     }
 }
 
-static void failfast_tries_once_and_failover_goes_on(void **state)
+static void failfast_tries_once(void **state)
 {
     fleet_form form;
     (void)state;
@@ -650,19 +770,32 @@ static void failfast_tries_once_and_failover_goes_on(void **state)
         fleet_open(&f, 2, "?lb=rr&timeout_ms=20000", NULL);
         fleet_peer_close(&f.peers[0]);
         call.policy.cluster = CRPC_CLUSTER_FAILFAST;
-        for (i = 0; i < 2; i++) {
+        for (i = 0; i < 2; i++) { /* one at each provider */
             r = fleet_call(&f, form, false, i, &call);
             assert_int_equal(r.error.attempts, 1);
             failed += r.status == CRPC_ECONN;
         }
         assert_int_equal(failed, 1);
+        fleet_close(&f);
+    }
+}
+
+static void failover_finds_the_provider_that_is_left(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        int i;
+        fleet_open(&f, 2, "?lb=rr&timeout_ms=20000", NULL);
+        fleet_peer_close(&f.peers[0]);
         for (i = 0; i < 8; i++)
             assert_int_equal(fleet_call(&f, form, false, i, NULL).status, CRPC_OK);
         fleet_close(&f);
     }
 }
 
-/* A script: takes one request, and nobody answers there any more. */
+/* A script: takes one request, then stops listening. */
 static bool peer_dies(peer *p, int fd, int number)
 {
     wire_message m;
@@ -673,7 +806,7 @@ static bool peer_dies(peer *p, int fd, int number)
     return true;
 }
 
-/* Who may have executed a request with an id is gone: nobody else executes it too. */
+/* The provider that may have executed a request with an id is gone: no other provider gets it. */
 static void a_named_request_goes_nowhere_else(void **state)
 {
     fleet_form form;
@@ -708,7 +841,8 @@ static void a_named_request_goes_nowhere_else(void **state)
     }
 }
 
-/* A call that was cancelled says of its provider that it takes at least so long, no more. */
+/* A cancelled call shows only how long its provider took at least; it must not raise the latency
+ * above that. */
 static void a_cancelled_call_is_not_a_slow_one(void **state)
 {
     dyn_Num request = net_num(1);
@@ -736,7 +870,7 @@ static void a_cancelled_call_is_not_a_slow_one(void **state)
     fleet_close(&f);
 }
 
-/* Where everything fails, retries end with the budget. */
+/* When all providers fail, the retry budget ends the retries. */
 static void a_dead_fleet_is_not_stormed(void **state)
 {
     fleet f;
@@ -753,7 +887,8 @@ static void a_dead_fleet_is_not_stormed(void **state)
         assert_int_equal(r.status, CRPC_ECONN);
         attempts += r.error.attempts;
         if (i > 20 && i % 20)
-            crpci_providers_at(&f.channel->providers, 0)->endpoint->usable_at = 0; /* do not wait for backoffs */
+            crpci_providers_at(&f.channel->providers, 0)->endpoint->usable_at =
+                0; /* do not wait for backoffs */
         if (attempts > 60 && i > 30)
             break;
     }
@@ -761,7 +896,7 @@ static void a_dead_fleet_is_not_stormed(void **state)
     fleet_close(&f);
 }
 
-/* What a request of the script below was named, each time it came. */
+/* The ids and the key that the script below has read. */
 typedef struct named {
     char id[4][80], key[80];
     int count;
@@ -792,48 +927,94 @@ static bool peer_forgets(peer *p, int fd, int number)
     return true;
 }
 
-/* A request with an id goes to its provider again when the connection was lost, with that id; one
- * without does not, unless its method is idempotent. */
+static void named_open(fleet *f, peer *p, named *names, const char *query)
+{
+    memset(f, 0, sizeof *f);
+    memset(names, 0, sizeof *names);
+    peer_open(p, peer_forgets, names);
+    f->channel = net_channel(p->url, query, CRPC_POLLER_DEFAULT, NULL, NULL);
+}
+
+static void named_close(fleet *f, peer *p)
+{
+    crpc_channel_close(f->channel);
+    peer_close(p);
+}
+
+/* A request with an id goes to its provider again, with that id, when the connection was lost. */
 static void a_named_request_is_sent_again_to_its_provider(void **state)
 {
     fleet_form form;
     (void)state;
     for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
-        crpc_call call = CRPC_INIT;
         fleet_result r;
         named names;
         fleet f;
         peer p;
-        memset(&f, 0, sizeof f);
-        memset(&names, 0, sizeof names);
-        peer_open(&p, peer_forgets, &names);
-        f.channel = net_channel(p.url, "?request_ids=1&timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL,
-                                NULL);
+        named_open(&f, &p, &names, "?request_ids=1&timeout_ms=20000");
         r = fleet_call(&f, form, false, 4, NULL);
         assert_int_equal(r.status, CRPC_OK);
         assert_int_equal(r.out.n, 5);
         assert_int_equal(names.count, 2);
         assert_int_equal(strlen(names.id[0]), 16);
         assert_string_equal(names.id[0], names.id[1]);
+        named_close(&f, &p);
+    }
+}
+
+static void the_calls_own_id_and_key_travel(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        crpc_call call = CRPC_INIT;
+        named names;
+        fleet f;
+        peer p;
+        named_open(&f, &p, &names, "?request_ids=1&timeout_ms=20000");
         call.request_id = crpc_view_str("order 17");
         call.order_key = crpc_view_str("customer 4");
         assert_int_equal(fleet_call(&f, form, false, 4, &call).status, CRPC_OK);
-        assert_string_equal(names.id[2], "order 17");
+        assert_int_equal(names.count, 2);
+        assert_string_equal(names.id[0], "order 17");
+        assert_string_equal(names.id[1], "order 17");
         assert_string_equal(names.key, "customer 4");
-        assert_int_equal(fleet_call(&f, form, false, 4, NULL).status, CRPC_OK);
-        assert_string_not_equal(names.id[3], names.id[1]);
-        crpc_channel_close(f.channel);
-        peer_close(&p);
+        named_close(&f, &p);
+    }
+}
 
-        memset(&names, 0, sizeof names);
-        peer_open(&p, peer_forgets, &names);
-        f.channel = net_channel(p.url, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
-        r = fleet_call(&f, form, false, 4, NULL);
-        assert_int_equal(r.status, CRPC_ECONN);
+static void every_call_has_an_id_of_its_own(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        named names;
+        fleet f;
+        peer p;
+        named_open(&f, &p, &names, "?request_ids=1&timeout_ms=20000");
+        assert_int_equal(fleet_call(&f, form, false, 4, NULL).status, CRPC_OK);
+        assert_int_equal(fleet_call(&f, form, false, 4, NULL).status, CRPC_OK);
+        assert_int_equal(names.count, 3);
+        assert_string_equal(names.id[0], names.id[1]);
+        assert_string_not_equal(names.id[2], names.id[1]);
+        named_close(&f, &p);
+    }
+}
+
+/* Its method is not idempotent, so it could be executed twice. */
+static void a_request_without_an_id_is_not_sent_again(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        named names;
+        fleet f;
+        peer p;
+        named_open(&f, &p, &names, "?timeout_ms=20000");
+        assert_int_equal(fleet_call(&f, form, false, 4, NULL).status, CRPC_ECONN);
         assert_int_equal(names.count, 1);
         assert_string_equal(names.id[0], "");
-        crpc_channel_close(f.channel);
-        peer_close(&p);
+        named_close(&f, &p);
     }
 }
 
@@ -1020,20 +1201,33 @@ int main(void)
         CT_TEST(waiting_ends_with_the_deadline_or_the_channel),
         CT_TEST(an_error_tells_why_there_was_no_retry),
         CT_TEST(consistent_hash_needs_a_key),
-        CT_TEST(the_deadline_is_total_and_kept),
+        CT_TEST(a_refused_connection_does_not_wait_for_the_deadline),
+        CT_TEST(a_silent_peer_costs_the_deadline),
+        CT_TEST(half_a_reply_costs_the_deadline),
+        CT_TEST(a_reply_that_is_cut_is_a_lost_connection),
+        CT_TEST(a_peer_that_reads_nothing_costs_the_deadline),
+        CT_TEST(connecting_costs_the_deadline_or_connect_timeout_ms),
         CT_TEST(retries_do_not_outlast_the_deadline),
+        CT_TEST(each_provider_is_tried_once),
         CT_TEST(many_deadlines_at_once),
         CT_TEST(a_passed_deadline_sends_nothing),
-        CT_TEST(another_provider_is_tried_only_when_that_is_safe),
+        CT_TEST(what_was_not_sent_is_tried_elsewhere),
+        CT_TEST(what_was_refused_unexecuted_is_tried_elsewhere),
+        CT_TEST(a_lost_request_is_tried_elsewhere_only_if_it_may_run_twice),
+        CT_TEST(what_was_not_answered_is_not_tried_elsewhere),
         CT_TEST(when_all_say_logoff_the_error_is_theirs),
         CT_TEST(a_lost_reply_is_executed_once),
         CT_TEST(every_call_ends_once_whatever_the_peer_does),
         CT_TEST(threads_share_a_loop_through_faults),
-        CT_TEST(failfast_tries_once_and_failover_goes_on),
+        CT_TEST(failfast_tries_once),
+        CT_TEST(failover_finds_the_provider_that_is_left),
         CT_TEST(a_named_request_goes_nowhere_else),
         CT_TEST(a_cancelled_call_is_not_a_slow_one),
         CT_TEST(a_dead_fleet_is_not_stormed),
         CT_TEST(a_named_request_is_sent_again_to_its_provider),
+        CT_TEST(the_calls_own_id_and_key_travel),
+        CT_TEST(every_call_has_an_id_of_its_own),
+        CT_TEST(a_request_without_an_id_is_not_sent_again),
     };
     return CT_RUN(tests);
 }

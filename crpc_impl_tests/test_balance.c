@@ -1,5 +1,6 @@
-/* impl-balance: who is picked how often, against what arithmetic says; lists that change; picks
- * when few can be used. Seeds are fixed, so a result that is unlikely is unlikely for ever. */
+/* impl-balance: how often each provider is picked, compared with the expected share; lists that
+ * change; picks when few providers can be used. Seeds are fixed: a test that passes once always
+ * does. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -15,21 +16,21 @@ static const crpc_balancer kinds[KINDS] = {
     CRPC_BALANCER_P2C,
 };
 
-/* A balancer and providers for it; the list holds the first `n`, or whatever a test puts there. */
+/* A balancer and its providers; the list holds the first n of them unless a test changes it. */
 typedef struct fleet {
     crpci_heap *heap;
     crpci_balance b;
-    crpci_balance_node nodes[MOST];
-    crpci_balance_node *list[MOST];
+    crpci_balance_item items[MOST];
+    crpci_balance_item *list[MOST];
     char addresses[MOST][24];
     bool down[MOST]; /* by index in the list */
-    long asked;      /* whether one is usable */
+    long asked;      /* calls of usable() */
     size_t n;
     uint64_t seed;
     int64_t now_us;
 } fleet;
 
-static fleet f; /* 200 KB: not for a stack */
+static fleet f; /* 200 KB: too large for the stack */
 
 static void fleet_open(crpc_balancer kind, size_t n, const uint32_t *weights)
 {
@@ -44,9 +45,9 @@ static void fleet_open(crpc_balancer kind, size_t n, const uint32_t *weights)
     for (i = 0; i < MOST; i++) {
         snprintf(f.addresses[i], sizeof f.addresses[i], "10.0.%u.%u:8000", (unsigned)i / 250,
                  (unsigned)i % 250);
-        f.nodes[i].address = f.addresses[i];
-        f.nodes[i].weight = weights && i < n ? weights[i] : 100;
-        f.list[i] = &f.nodes[i];
+        f.items[i].address = f.addresses[i];
+        f.items[i].weight = weights && i < n ? weights[i] : 100;
+        f.list[i] = &f.items[i];
     }
     assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, n), CRPC_OK);
 }
@@ -83,14 +84,14 @@ static int pick(void)
     return pick_key(ct_random_from(&f.seed));
 }
 
-/* What must hold of the heap and the sums after any change. */
+/* Checks the heap and the sums; called after each change. */
 static void check(void)
 {
     uint64_t total = 0;
     uint32_t at, weighty = 0;
     size_t i;
     for (i = 0; i < f.n; i++) {
-        assert_ptr_equal(f.b.nodes[i], f.list[i]);
+        assert_ptr_equal(f.b.items[i], f.list[i]);
         assert_int_equal(f.list[i]->index, i);
         assert_true(crpci_balance_has(&f.b, f.list[i]));
         total += f.list[i]->weight;
@@ -105,7 +106,7 @@ static void check(void)
         return;
     assert_int_equal(f.b.heaped, weighty);
     for (at = 0; at < f.b.heaped; at++) {
-        const crpci_balance_node *n = f.list[f.b.heap[at]];
+        const crpci_balance_item *n = f.list[f.b.heap[at]];
         assert_int_equal(n->at, at + 1);
         assert_true(n->weight != 0);
         assert_true((int64_t)(n->turn - f.b.now) <= CRPCI_BALANCE_TURN);
@@ -130,7 +131,7 @@ static void assert_shares(const long *counts, const uint64_t *shares, size_t n)
             assert_int_equal(counts[i], 0);
             continue;
         }
-        assert_true(expected >= 5); /* else the test of the test is at fault */
+        assert_true(expected >= 5); /* otherwise chi-square does not apply */
         x2 += d * d / expected;
         df++;
     }
@@ -139,56 +140,7 @@ static void assert_shares(const long *counts, const uint64_t *shares, size_t n)
         fail_msg("chi-square %.1f with %d degrees of freedom", x2, (int)df);
 }
 
-/* --- hash, warm-up ------------------------------------------------------------------------- */
-
-/* Computed by another program. FNV-1a's own vectors are in them: mix(0x85944171f73967e8) is that of
- * "foobar". A machine of any byte order must have these. */
-static void hash_golden_vectors(void **state)
-{
-    uint8_t all[256];
-    int i;
-    (void)state;
-    for (i = 0; i < 256; i++)
-        all[i] = (uint8_t)i;
-    assert_true(crpci_balance_hash("", 0) == UINT64_C(0xf52a15e9a9b5e89b));
-    assert_true(crpci_balance_hash("a", 1) == UINT64_C(0x02c0bdbf481420f8));
-    assert_true(crpci_balance_hash("foobar", 6) == UINT64_C(0x404da9e3b74078c2));
-    assert_true(crpci_balance_hash("foobar", 6) == crpci_balance_mix(UINT64_C(0x85944171f73967e8)));
-    assert_true(crpci_balance_hash("10.0.0.1:8000", 13) == UINT64_C(0x9201c0cea293f846));
-    assert_true(crpci_balance_hash(all, 256) == UINT64_C(0xef2687f0d4371fe2));
-    /* the first number of splitmix64 from 0 */
-    assert_true(crpci_balance_mix(UINT64_C(0x9e3779b97f4a7c15)) == UINT64_C(0xe220a8397b1dcdaf));
-}
-
-/* Any bit of the input that is turned turns each bit of the output half of the time. */
-static void hash_avalanche(void **state)
-{
-    enum { ROUNDS = 2000, BYTES = 13 };
-    static long turned[BYTES * 8][64];
-    uint64_t seed = 5;
-    int round, in, out;
-    (void)state;
-    memset(turned, 0, sizeof turned);
-    for (round = 0; round < ROUNDS; round++) {
-        uint8_t bytes[BYTES];
-        uint64_t h;
-        for (in = 0; in < BYTES; in++)
-            bytes[in] = (uint8_t)(ct_random_from(&seed) >> 40);
-        h = crpci_balance_hash(bytes, BYTES);
-        for (in = 0; in < BYTES * 8; in++) {
-            uint64_t other;
-            bytes[in / 8] ^= (uint8_t)(1 << in % 8);
-            other = crpci_balance_hash(bytes, BYTES) ^ h;
-            bytes[in / 8] ^= (uint8_t)(1 << in % 8);
-            for (out = 0; out < 64; out++)
-                turned[in][out] += (long)(other >> out & 1);
-        }
-    }
-    for (in = 0; in < BYTES * 8; in++) { /* standard deviation: sqrt(2000) / 2 = 22.4 */
-        for (out = 0; out < 64; out++)
-            assert_in_range(turned[in][out], ROUNDS / 2 - 130, ROUNDS / 2 + 130);
-    }
-}
+/* --- warm-up ------------------------------------------------------------------------------- */
 
 static void warm_up(void **state)
 {
@@ -196,29 +148,29 @@ static void warm_up(void **state)
     int64_t t;
     (void)state;
     /* Dubbo's own examples: 10 minutes, weight 100 */
-    assert_int_equal(crpci_balance_warm(100, -1, 600000), 1);
-    assert_int_equal(crpci_balance_warm(100, 0, 600000), 1);
-    assert_int_equal(crpci_balance_warm(100, 1, 600000), 1);
-    assert_int_equal(crpci_balance_warm(100, 60000, 600000), 10);
-    assert_int_equal(crpci_balance_warm(100, 300000, 600000), 50);
-    assert_int_equal(crpci_balance_warm(100, 599999, 600000), 99);
-    assert_int_equal(crpci_balance_warm(100, 600000, 600000), 100);
-    assert_int_equal(crpci_balance_warm(100, INT64_MAX, 600000), 100);
-    assert_int_equal(crpci_balance_warm(100, 5, 0), 100);
-    assert_int_equal(crpci_balance_warm(100, -5, -1), 100);
-    assert_int_equal(crpci_balance_warm(0, 5, 10), 0);
-    assert_int_equal(crpci_balance_warm(1, 5, 10), 1);
-    assert_in_range(crpci_balance_warm(UINT32_MAX, INT64_MAX / 2, INT64_MAX), UINT32_MAX / 2 - 2,
-                    UINT32_MAX / 2 + 2);
-    assert_int_equal(crpci_balance_warm(UINT32_MAX, 1, 2), UINT32_MAX / 2);
+    assert_int_equal(crpci_balance_warm_weight(100, -1, 600000), 1);
+    assert_int_equal(crpci_balance_warm_weight(100, 0, 600000), 1);
+    assert_int_equal(crpci_balance_warm_weight(100, 1, 600000), 1);
+    assert_int_equal(crpci_balance_warm_weight(100, 60000, 600000), 10);
+    assert_int_equal(crpci_balance_warm_weight(100, 300000, 600000), 50);
+    assert_int_equal(crpci_balance_warm_weight(100, 599999, 600000), 99);
+    assert_int_equal(crpci_balance_warm_weight(100, 600000, 600000), 100);
+    assert_int_equal(crpci_balance_warm_weight(100, INT64_MAX, 600000), 100);
+    assert_int_equal(crpci_balance_warm_weight(100, 5, 0), 100);
+    assert_int_equal(crpci_balance_warm_weight(100, -5, -1), 100);
+    assert_int_equal(crpci_balance_warm_weight(0, 5, 10), 0);
+    assert_int_equal(crpci_balance_warm_weight(1, 5, 10), 1);
+    assert_in_range(crpci_balance_warm_weight(UINT32_MAX, INT64_MAX / 2, INT64_MAX),
+                    UINT32_MAX / 2 - 2, UINT32_MAX / 2 + 2);
+    assert_int_equal(crpci_balance_warm_weight(UINT32_MAX, 1, 2), UINT32_MAX / 2);
     for (t = -10; t < 700; t++) {
-        uint32_t w = crpci_balance_warm(37, t, 600);
+        uint32_t w = crpci_balance_warm_weight(37, t, 600);
         assert_true(w >= was && w >= 1 && w <= 37);
         was = w;
     }
 }
 
-/* --- who is picked how often --------------------------------------------------------------- */
+/* --- shares -------------------------------------------------------------------------------- */
 
 static const uint32_t weights[] = {1, 2, 3, 50, 100, 100, 7, 400, 33, 1000};
 #define WEIGHTS (sizeof weights / sizeof weights[0])
@@ -270,7 +222,7 @@ static void weighted_random_is_by_weight(void **state)
     for (k = 0; k < 200000; k++)
         counts[pick()]++;
     for (i = 0; i < WEIGHTS; i++)
-        shares[i] = f.nodes[i].weight;
+        shares[i] = f.items[i].weight;
     assert_shares(counts, shares, WEIGHTS);
     fleet_close();
 }
@@ -283,7 +235,7 @@ static void round_robin_takes_turns(void **state)
     first = pick();
     for (k = 1; k < 1000; k++)
         assert_int_equal(pick(), (first + k) % 7);
-    /* who is down is left out, and the others go on in turn, each as often */
+    /* a provider that is down is left out; the others keep their turns, each equally often */
     f.down[3] = f.down[4] = true;
     {
         static const int rest[] = {0, 1, 2, 5, 6};
@@ -296,8 +248,8 @@ static void round_robin_takes_turns(void **state)
     fleet_close();
 }
 
-/* Each has its share to within one call, at the end of each round of as many calls as the weights
- * sum up to; and between two of its turns no more calls go elsewhere than its weight demands. */
+/* After each round of as many calls as the weights sum up to, each provider has had its share to
+ * within one call; and two turns of a provider are no farther apart than its weight demands. */
 static void weighted_round_robin_is_exact_and_smooth(void **state)
 {
     static const crpc_balancer both[] = {CRPC_BALANCER_WEIGHTED_ROUND_ROBIN,
@@ -330,7 +282,7 @@ static void weighted_round_robin_is_exact_and_smooth(void **state)
     }
 }
 
-/* Equal weights: all have their turn before one has the next. */
+/* With equal weights each provider has one turn before any has a second one. */
 static void equal_turns(void **state)
 {
     static int order[MOST];
@@ -352,7 +304,8 @@ static void equal_turns(void **state)
     }
 }
 
-/* Many calls under way, which end at random: at each pick nobody has fewer for its weight. */
+/* With many calls in flight that end at random, each pick takes a provider with the fewest per
+ * weight. */
 static void least_active_has_the_fewest(void **state)
 {
     static int under_way[500];
@@ -366,8 +319,8 @@ static void least_active_has_the_fewest(void **state)
                 int at = pick();
                 size_t i;
                 for (i = 0; i < f.n; i++)
-                    assert_true((uint64_t)f.nodes[at].active * f.nodes[i].weight <=
-                                (uint64_t)f.nodes[i].active * f.nodes[at].weight);
+                    assert_true((uint64_t)f.items[at].active * f.items[i].weight <=
+                                (uint64_t)f.items[i].active * f.items[at].weight);
                 crpci_balance_begin(&f.b, (size_t)at, f.now_us);
                 under_way[count++] = at;
             } else {
@@ -382,7 +335,7 @@ static void least_active_has_the_fewest(void **state)
     }
 }
 
-/* Among equals it is the one that was taken longest ago, however long one was busy in between. */
+/* Among equals the one that was picked longest ago is next, however long it was busy meanwhile. */
 static void least_active_ties(void **state)
 {
     static uint64_t taken[32];
@@ -397,7 +350,7 @@ static void least_active_ties(void **state)
             int at = pick();
             size_t i;
             for (i = 0; i < 32; i++)
-                assert_true(f.nodes[i].active || taken[at] <= taken[i]);
+                assert_true(f.items[i].active || taken[at] <= taken[i]);
             taken[at] = ++clock;
             crpci_balance_begin(&f.b, (size_t)at, f.now_us);
             busy[count++] = at;
@@ -484,7 +437,7 @@ static void fading(void **state)
 
 static int64_t latency_of(size_t i)
 {
-    return f.nodes[i].latency >> CRPCI_BALANCE_LATENCY_BITS;
+    return f.items[i].latency >> CRPCI_BALANCE_LATENCY_BITS;
 }
 
 static void one_call(size_t i, bool ok, int64_t latency)
@@ -503,12 +456,13 @@ static void latencies_peak_and_fade(void **state)
     assert_int_equal(latency_of(0), 1000);
     one_call(0, true, 90000); /* at once */
     assert_int_equal(latency_of(0), 90000);
-    one_call(0, true, 1000); /* slowly down */
+    one_call(0, true, 1000); /* a quick reply lowers it slowly */
     assert_in_range(latency_of(0), 89900, 90000);
     for (k = 0; k < 8389; k++)
         one_call(0, true, 1000);
-    assert_in_range(latency_of(0), 45000, 46500); /* half of what it was above */
-    for (k = 0; k < 8389; k++) {                  /* also in steps too small to be seen */
+    assert_in_range(latency_of(0), 45000, 46500); /* half of the difference is left */
+    /* the same in steps that are rounded to nothing one by one */
+    for (k = 0; k < 8389; k++) {
         int j;
         for (j = 0; j < 20; j++) {
             f.now_us -= 950;
@@ -525,16 +479,16 @@ static void latencies_peak_and_fade(void **state)
         one_call(0, true, 1000);
     }
     assert_in_range(latency_of(0), 1480, 1600);
-    one_call(1, false, 10); /* to fail quickly is not to be quick */
+    one_call(1, false, 10); /* a fast failure is no low latency */
     assert_true(latency_of(1) > latency_of(0) / 2);
     for (k = 0; k < 100; k++)
         one_call(1, false, 10);
-    assert_int_equal(f.nodes[1].latency, CRPCI_BALANCE_LATENCY_MOST);
+    assert_int_equal(f.items[1].latency, CRPCI_BALANCE_LATENCY_MOST);
     one_call(2, true, INT64_MAX / 4);
-    assert_int_equal(f.nodes[2].latency, CRPCI_BALANCE_LATENCY_MOST);
+    assert_int_equal(f.items[2].latency, CRPCI_BALANCE_LATENCY_MOST);
     one_call(2, false, -7); /* says nothing */
-    assert_int_equal(f.nodes[2].latency, CRPCI_BALANCE_LATENCY_MOST);
-    assert_int_equal(f.nodes[2].active, 0);
+    assert_int_equal(f.items[2].latency, CRPCI_BALANCE_LATENCY_MOST);
+    assert_int_equal(f.items[2].active, 0);
     fleet_close();
 }
 
@@ -543,8 +497,8 @@ static int64_t about_1_ms(void)
     return 800 + (int64_t)crpci_balance_below(&f.seed, 401);
 }
 
-/* A provider that has become ten times slower has few calls; when it is well again it gets its
- * share back; a new one gets one call, and its share when that has ended. */
+/* A provider that becomes ten times slower gets few calls, and its share back when it has
+ * recovered; a new provider gets one call, and its share when that call has ended. */
 static void a_slow_provider_is_left_alone_and_comes_back(void **state)
 {
     long counts[10];
@@ -553,7 +507,7 @@ static void a_slow_provider_is_left_alone_and_comes_back(void **state)
     fleet_open(CRPC_BALANCER_P2C, 10, NULL);
     for (phase = 0; phase < 3; phase++) {
         memset(counts, 0, sizeof counts);
-        if (phase == 2) { /* well again: after a minute all is as before */
+        if (phase == 2) { /* recovered: after a minute the shares are as before */
             for (k = 0; k < 60000; k++)
                 one_call((size_t)pick(), true, about_1_ms());
         }
@@ -576,7 +530,7 @@ static void a_slow_provider_is_left_alone_and_comes_back(void **state)
         if (i != 10)
             crpci_balance_end(&f.b, (size_t)i, true, 1000, f.now_us);
     }
-    assert_int_equal(f.nodes[10].active, 1);
+    assert_int_equal(f.items[10].active, 1);
     fleet_close();
 }
 
@@ -590,7 +544,7 @@ static void keys_are_spread_evenly(void **state)
     size_t i;
     (void)state;
     fleet_open(CRPC_BALANCER_CONSISTENT_HASH, 10, NULL);
-    for (k = 0; k < 100000; k++) /* keys as bad as numbers can be */
+    for (k = 0; k < 100000; k++) /* consecutive numbers, the least random keys */
         counts[pick_key((uint64_t)k)]++;
     assert_int_equal(f.asked, 100000);
     for (i = 0; i < 10; i++)
@@ -599,14 +553,15 @@ static void keys_are_spread_evenly(void **state)
     for (k = 0; k < 100000; k++) {
         char key[24];
         int n = snprintf(key, sizeof key, "user-%d", k);
-        counts[pick_key(crpci_balance_hash(key, (size_t)n))]++;
+        counts[pick_key(crpci_base_hash(key, (size_t)n))]++;
     }
     for (i = 0; i < 10; i++)
         assert_in_range(counts[i], 7500, 12500);
     fleet_close();
 }
 
-/* Computed by another program: a client of any byte order, version or list order picks these. */
+/* Another program computed these: clients of any byte order, version and order of the list
+ * agree. */
 static void golden_keys(void **state)
 {
     static const uint64_t keys[] = {0, 1, 2, 3, 42, 1000, 0xdeadbeef, UINT64_MAX};
@@ -619,21 +574,21 @@ static void golden_keys(void **state)
         for (i = 0; i < 8; i++) {
             char key[24];
             int n = snprintf(key, sizeof key, "user-%d", i);
-            assert_ptr_equal(f.list[pick_key(keys[i])], &f.nodes[expected[i]]);
-            assert_ptr_equal(f.list[pick_key(crpci_balance_hash(key, (size_t)n))],
-                             &f.nodes[users[i]]);
+            assert_ptr_equal(f.list[pick_key(keys[i])], &f.items[expected[i]]);
+            assert_ptr_equal(f.list[pick_key(crpci_base_hash(key, (size_t)n))],
+                             &f.items[users[i]]);
         }
         for (i = 0; i < 10; i++) /* the list in another order */
-            f.list[i] = &f.nodes[(i * 7 + 3) % 10];
+            f.list[i] = &f.items[(i * 7 + 3) % 10];
         assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 10), CRPC_OK);
     }
     fleet_close();
 }
 
-/* Whether it leaves the list or only cannot be used: its keys move, and no other. */
+/* If a provider leaves the list, or only cannot be used, its keys move and no others. */
 static void only_its_keys_move(void **state)
 {
-    static crpci_balance_node *before[100000];
+    static crpci_balance_item *before[100000];
     long moved[2] = {0, 0};
     int k, gone;
     size_t i;
@@ -646,14 +601,14 @@ static void only_its_keys_move(void **state)
             f.down[3] = false;
             f.n = 9;
             for (i = 3; i < 9; i++)
-                f.list[i] = &f.nodes[i + 1];
+                f.list[i] = &f.items[i + 1];
             assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 9), CRPC_OK);
         } else {
             f.down[3] = true;
         }
         for (k = 0; k < 100000; k++) {
-            crpci_balance_node *n = f.list[pick_key((uint64_t)k)];
-            if (before[k] == &f.nodes[3])
+            crpci_balance_item *n = f.list[pick_key((uint64_t)k)];
+            if (before[k] == &f.items[3])
                 moved[gone]++;
             else
                 assert_ptr_equal(n, before[k]);
@@ -664,8 +619,8 @@ static void only_its_keys_move(void **state)
     fleet_close();
 }
 
-/* With hardly one in a hundred usable the same key still goes to the same, and they share evenly.
- */
+/* With one usable provider in a hundred a key still always goes to the same one, and shares are
+ * even. */
 static void keys_when_few_are_usable(void **state)
 {
     static long counts[1000];
@@ -686,7 +641,7 @@ static void keys_when_few_are_usable(void **state)
     fleet_close();
 }
 
-/* The ring is in order, and the place of any hash is the one that a search finds. */
+/* The ring is sorted, and ring_find agrees with a linear search. */
 static void the_ring(void **state)
 {
     static const size_t sizes[] = {1, 2, 3, 7, 50, 2000};
@@ -721,8 +676,7 @@ static void the_ring(void **state)
 
 /* --- when some cannot be used -------------------------------------------------------------- */
 
-/* Whatever is up or down: while one is usable one is picked, and one that is drained only if
- * nothing else is. */
+/* While any provider can be used one is picked, and a drained one only if no other can be used. */
 static void a_pick_never_fails_while_one_is_usable(void **state)
 {
     static const size_t sizes[] = {1, 2, 3, 5, 17, 64, 200};
@@ -743,20 +697,20 @@ static void a_pick_never_fails_while_one_is_usable(void **state)
                         &f.b, i,
                         (unsigned)(ct_random_from(&f.seed) >> 40) % 100 >= drained ? 100 : 0);
                     up += !f.down[i];
-                    weighty += !f.down[i] && f.nodes[i].weight;
+                    weighty += !f.down[i] && f.items[i].weight;
                 }
                 if (round % 4 == 0) { /* just one */
                     size_t one = crpci_balance_below(&f.seed, sizes[s]);
                     for (i = 0; i < sizes[s]; i++)
                         f.down[i] = i != one;
                     up = 1;
-                    weighty = f.nodes[one].weight != 0;
+                    weighty = f.items[one].weight != 0;
                 }
                 check();
                 for (k = 0; k < 5; k++) {
                     int at = pick();
                     assert_int_equal(at >= 0, up > 0);
-                    assert_true(at < 0 || !weighty || f.nodes[at].weight);
+                    assert_true(at < 0 || !weighty || f.items[at].weight);
                     if (at >= 0 && k % 2) {
                         crpci_balance_begin(&f.b, (size_t)at, f.now_us);
                         f.now_us += 777;
@@ -771,7 +725,7 @@ static void a_pick_never_fails_while_one_is_usable(void **state)
     }
 }
 
-/* One call of ten goes to a provider of weight 0 if only such are left, whichever kind it is. */
+/* If only drained providers are left, each of ten gets a tenth of the calls, with every kind. */
 static void only_drained_ones_are_left(void **state)
 {
     size_t kind, i;
@@ -795,8 +749,8 @@ static void only_drained_ones_are_left(void **state)
     }
 }
 
-/* Those that are usable share the calls as if the others were not there, also when so few are that
- * all must be looked at. */
+/* The usable providers share the calls as if the others were not in the list, also when they are so
+ * few that the whole list is searched. */
 static void the_usable_share_as_if_alone(void **state)
 {
     static const int keep[] = {1, 2, 50}; /* one in so many is usable */
@@ -826,7 +780,7 @@ static void the_usable_share_as_if_alone(void **state)
                 if (f.down[i])
                     continue;
                 few[n] = counts[i];
-                shares[n++] = f.nodes[i].weight;
+                shares[n++] = f.items[i].weight;
             }
             if (!exact)
                 assert_shares(few, shares, n);
@@ -837,7 +791,7 @@ static void the_usable_share_as_if_alone(void **state)
     }
 }
 
-/* A provider that could not be used for long does not make up for it. */
+/* A provider that could not be used for long does not get the turns that it missed. */
 static void no_burst_after_an_absence(void **state)
 {
     int kind;
@@ -853,7 +807,7 @@ static void no_burst_after_an_absence(void **state)
         for (k = 0; k < 1000; k++)
             count += pick() == 5;
         assert_in_range(count, 99, 101);
-        for (k = 0; k < 10; k++) /* all others were unusable: nor do they */
+        for (k = 0; k < 10; k++) /* likewise for the others */
             f.down[k] = k != 5;
         for (k = 0; k < 100000; k++)
             assert_int_equal(pick(), 5);
@@ -869,7 +823,7 @@ static void no_burst_after_an_absence(void **state)
 
 /* With all of 2,000 usable one provider is looked at, or two; and the heap's comparisons are those
  * of its height. Counted, not timed. */
-static void a_pick_looks_at_few(void **state)
+static void a_pick_examines_few_providers(void **state)
 {
     size_t kind;
     (void)state;
@@ -888,9 +842,9 @@ static void a_pick_looks_at_few(void **state)
     }
 }
 
-/* One that is idle because it cannot be used is the least active at each pick: it is not asked
- * again and again. */
-static void an_idle_one_that_is_down(void **state)
+/* A provider that is idle because it is down is the least active one at each pick: usable() is not
+ * called for it again and again. */
+static void a_provider_that_is_down_is_not_asked_again_and_again(void **state)
 {
     size_t i;
     int k;
@@ -903,19 +857,19 @@ static void an_idle_one_that_is_down(void **state)
     f.down[3] = true;
     for (k = 0; k < 1000; k++)
         assert_true(pick() >= 0);
-    assert_true(f.asked < 6000); /* it twice, and whoever is better than those before him */
+    assert_true(f.asked < 6000); /* twice for it, and for each that is better than those before */
     fleet_close();
 }
 
 /* --- lists that change --------------------------------------------------------------------- */
 
-/* Providers come, go, change their weight and their state in any order, calls begin and end, also
- * on providers that have left: what is picked is in the list, nobody's calls are lost count of,
- * and all that must hold of the heap and the sums does. */
+/* Providers join, leave, change weight and state in any order; calls begin and end, also on
+ * providers that have left. Each pick is in the list, the counts of calls are right, and so are the
+ * heap and the sums. */
 static void churn(void **state)
 {
     static struct {
-        crpci_balance_node *node;
+        crpci_balance_item *item;
         int64_t begin;
     } calls[300];
     static uint32_t active[MOST];
@@ -932,9 +886,9 @@ static void churn(void **state)
             if (r % 97 == 0) { /* another list, from the first 60 of them */
                 f.n = 0;
                 for (i = 0; i < 60; i++) {
-                    if (!f.nodes[i].address || (ct_random_from(&f.seed) >> 40) % 3)
+                    if (!f.items[i].address || (ct_random_from(&f.seed) >> 40) % 3)
                         continue;
-                    f.list[f.n++] = &f.nodes[i];
+                    f.list[f.n++] = &f.items[i];
                 }
                 memset(f.down, 0, sizeof f.down);
                 assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, f.n), CRPC_OK);
@@ -950,31 +904,31 @@ static void churn(void **state)
                     assert_true(f.down[i]);
                 if (at < 0)
                     continue;
-                calls[under_way].node = f.list[at];
+                calls[under_way].item = f.list[at];
                 calls[under_way++].begin = f.now_us;
                 crpci_balance_begin(&f.b, (size_t)at, f.now_us);
-                active[f.list[at] - f.nodes]++;
+                active[f.list[at] - f.items]++;
             } else if (under_way) {
                 size_t which = (r >> 20) % (size_t)under_way;
-                crpci_balance_node *n = calls[which].node;
-                crpci_balance_node_end(&f.b, n, (r >> 19 & 7) != 0, f.now_us - calls[which].begin,
+                crpci_balance_item *n = calls[which].item;
+                crpci_balance_item_end(&f.b, n, (r >> 19 & 7) != 0, f.now_us - calls[which].begin,
                                        f.now_us);
-                active[n - f.nodes]--;
+                active[n - f.items]--;
                 calls[which] = calls[--under_way];
             }
             if (step % 50 == 0)
                 check();
         }
         for (i = 0; i < 60; i++)
-            assert_int_equal(f.nodes[i].active, active[i]);
+            assert_int_equal(f.items[i].active, active[i]);
         fleet_close();
     }
 }
 
-/* What was learnt of a provider is there when it is in the next list too, or in a later one. */
+/* A provider's statistics survive when it is in the next list, or in a later one. */
 static void statistics_survive(void **state)
 {
-    crpci_balance_node *n = &f.nodes[1];
+    crpci_balance_item *n = &f.items[1];
     long counts[4] = {0};
     uint64_t turn;
     int k;
@@ -982,7 +936,7 @@ static void statistics_survive(void **state)
     fleet_open(CRPC_BALANCER_P2C, 3, NULL);
     crpci_balance_begin(&f.b, 1, f.now_us);
     one_call(1, true, 5000);
-    f.list[1] = &f.nodes[3];
+    f.list[1] = &f.items[3];
     assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 3), CRPC_OK);
     assert_false(crpci_balance_has(&f.b, n));
     f.list[0] = n;
@@ -1005,7 +959,7 @@ static void statistics_survive(void **state)
     fleet_close();
 }
 
-/* Nor does a weight that changes a little each second, as in a warm-up: the shares follow it. */
+/* A weight that changes a little each second, as in a warm-up, disturbs no turns either. */
 static void reweighing_in_a_warm_up(void **state)
 {
     int kind;
@@ -1015,7 +969,7 @@ static void reweighing_in_a_warm_up(void **state)
         int second, k, expected = 0;
         fleet_open(kind ? CRPC_BALANCER_LEAST_ACTIVE : CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, 4, NULL);
         for (second = 0; second < 600; second++) {
-            uint32_t w = crpci_balance_warm(100, second * 1000, 600000);
+            uint32_t w = crpci_balance_warm_weight(100, second * 1000, 600000);
             crpci_balance_reweigh(&f.b, 0, w);
             for (k = 0; k < 1000; k++) {
                 int at = pick();
@@ -1033,7 +987,7 @@ static void reweighing_in_a_warm_up(void **state)
     }
 }
 
-/* A weight that grows is felt at once, not after the turn that the old one gave. */
+/* A higher weight counts at once, not only after the turn that the old weight gave. */
 static void a_greater_weight_comes_soon(void **state)
 {
     int kind, k;
@@ -1054,7 +1008,7 @@ static void a_greater_weight_comes_soon(void **state)
     }
 }
 
-/* Many that are new do not all come first. */
+/* Many new providers are not all picked before the old ones. */
 static void new_ones_come_one_by_one(void **state)
 {
     int kind, k;
@@ -1078,7 +1032,7 @@ static void new_ones_come_one_by_one(void **state)
     }
 }
 
-/* What a provider keeps of its place in a list that it has left does not disturb the next. */
+/* The position in an old heap, which a provider keeps, does not disturb the next list. */
 static void one_comes_back_drained(void **state)
 {
     int kind;
@@ -1087,7 +1041,7 @@ static void one_comes_back_drained(void **state)
         fleet_open(kind ? CRPC_BALANCER_LEAST_ACTIVE : CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, 8, NULL);
         f.n = 4;
         assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 4), CRPC_OK);
-        f.nodes[6].weight = 0;
+        f.items[6].weight = 0;
         f.n = 8;
         assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 8), CRPC_OK);
         check();
@@ -1103,8 +1057,7 @@ static void one_comes_back_drained(void **state)
 
 /* --- borders of numbers -------------------------------------------------------------------- */
 
-/* Virtual time crosses the end of its 64 bits, and each place where those behind are looked after,
- * and nothing is to be seen of it. */
+/* Picks stay the same when virtual time wraps at 64 bits, and when crpci_balance_catch_up runs. */
 static void virtual_time_wraps(void **state)
 {
     static const uint64_t from[] = {UINT64_MAX - (UINT64_C(1) << 53), (UINT64_C(1) << 63) - 99,
@@ -1162,7 +1115,7 @@ static void extremes(void **state)
             if (k % 3 == 0)
                 crpci_balance_end(&f.b, (size_t)at, k % 2 != 0, INT64_MAX / 2, INT64_MAX / 2);
         }
-        f.nodes[0].active = f.nodes[1].active = UINT32_MAX - 1;
+        f.items[0].active = f.items[1].active = UINT32_MAX - 1;
         for (k = 0; k < 100; k++)
             assert_true(pick() >= 0);
         crpci_balance_reweigh(&f.b, 4, 1); /* not in the list: nothing happens */
@@ -1181,7 +1134,7 @@ static void extremes(void **state)
     }
 }
 
-/* A fleet that starts together does not fall upon one provider. */
+/* Clients that start together do not all begin with the same provider. */
 static void clients_begin_elsewhere(void **state)
 {
     size_t kind;
@@ -1209,12 +1162,12 @@ static void clients_begin_elsewhere(void **state)
 
 /* --- memory -------------------------------------------------------------------------------- */
 
-/* Without memory picks go on, uniformly over the new list; the next list may find some again. */
+/* Out of memory, picks are uniform over the new list; the next list may get memory again. */
 static int out_of_memory_scenario(const crpc_hooks *hooks, void *user)
 {
     crpc_balancer kind = *(crpc_balancer *)user;
-    static crpci_balance_node nodes[40];
-    crpci_balance_node *list[40];
+    static crpci_balance_item items[40];
+    crpci_balance_item *list[40];
     char addresses[40][16];
     crpci_heap *h;
     crpci_balance b;
@@ -1223,12 +1176,12 @@ static int out_of_memory_scenario(const crpc_hooks *hooks, void *user)
     if (crpci_heap_open(&h, hooks, 0))
         return CRPC_ENOMEM;
     assert_int_equal(crpci_balance_open(&b, kind), CRPC_OK);
-    memset(nodes, 0, sizeof nodes);
+    memset(items, 0, sizeof items);
     for (i = 0; i < 40; i++) {
         snprintf(addresses[i], sizeof addresses[i], "h%d:1", (int)i);
-        nodes[i].address = addresses[i];
-        nodes[i].weight = 100;
-        list[i] = &nodes[i];
+        items[i].address = addresses[i];
+        items[i].weight = 100;
+        list[i] = &items[i];
     }
     for (n = 2; n <= 40; n += 19) {
         long counts[40] = {0};
@@ -1244,9 +1197,9 @@ static int out_of_memory_scenario(const crpc_hooks *hooks, void *user)
             counts[at]++;
             crpci_balance_begin(&b, (size_t)at, k);
             crpci_balance_end(&b, (size_t)at, true, 1000, k);
-            crpci_balance_node_begin(&b, &nodes[at], k); /* these know their node */
-            crpci_balance_node_end(&b, &nodes[at], true, 1000, k);
-            assert_int_equal(nodes[at].active, 0);
+            crpci_balance_item_begin(&b, &items[at], k); /* these know their item */
+            crpci_balance_item_end(&b, &items[at], true, 1000, k);
+            assert_int_equal(items[at].active, 0);
         }
         crpci_balance_reweigh(&b, 0, 50);
         crpci_balance_reweigh(&b, 0, 100);
@@ -1268,8 +1221,8 @@ static void out_of_memory(void **state)
         assert_true(ct_sweep(out_of_memory_scenario, (void *)&kinds[kind]) >= 3);
 }
 
-/* A list as long as the last one needs no memory, and so cannot fail; a much shorter one gives some
- * back. */
+/* A list as long as the last one needs no new memory and cannot fail; a much shorter one frees
+ * some. */
 static void memory_is_used_again(void **state)
 {
     size_t kind;
@@ -1403,8 +1356,6 @@ static void subsets_are_spread_evenly(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(hash_golden_vectors),
-        CT_TEST(hash_avalanche),
         CT_TEST(warm_up),
         CT_TEST(random_is_uniform),
         CT_TEST(weighted_random_is_by_weight),
@@ -1426,8 +1377,8 @@ int main(void)
         CT_TEST(only_drained_ones_are_left),
         CT_TEST(the_usable_share_as_if_alone),
         CT_TEST(no_burst_after_an_absence),
-        CT_TEST(a_pick_looks_at_few),
-        CT_TEST(an_idle_one_that_is_down),
+        CT_TEST(a_pick_examines_few_providers),
+        CT_TEST(a_provider_that_is_down_is_not_asked_again_and_again),
         CT_TEST(churn),
         CT_TEST(statistics_survive),
         CT_TEST(reweighing_in_a_warm_up),

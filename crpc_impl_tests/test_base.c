@@ -1,4 +1,4 @@
-/* impl-base: the arithmetic that everything else stands on. */
+/* impl-base: small arithmetic and the hash. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -50,6 +50,55 @@ static void container_of_a_member(void **state)
     assert_ptr_equal(CRPCI_CONTAINER(&box.second, struct box, second), &box);
 }
 
+/* Another program computed these values: a machine of any byte order must give the same. 64-bit
+ * FNV-1a of "foobar", by its authors' test vectors, is 0x85944171f73967e8. */
+static void hash_golden_vectors(void **state)
+{
+    uint8_t all[256];
+    int i;
+    (void)state;
+    for (i = 0; i < 256; i++)
+        all[i] = (uint8_t)i;
+    assert_true(crpci_base_hash("", 0) == UINT64_C(0xf52a15e9a9b5e89b));
+    assert_true(crpci_base_hash("a", 1) == UINT64_C(0x02c0bdbf481420f8));
+    assert_true(crpci_base_hash("foobar", 6) == UINT64_C(0x404da9e3b74078c2));
+    assert_true(crpci_base_hash("foobar", 6) == crpci_base_mix(UINT64_C(0x85944171f73967e8)));
+    assert_true(crpci_base_hash("10.0.0.1:8000", 13) == UINT64_C(0x9201c0cea293f846));
+    assert_true(crpci_base_hash(all, 256) == UINT64_C(0xef2687f0d4371fe2));
+    /* the first number of splitmix64 from 0 */
+    assert_true(crpci_base_mix(UINT64_C(0x9e3779b97f4a7c15)) == UINT64_C(0xe220a8397b1dcdaf));
+}
+
+/* Flipping any bit of the input flips each bit of the output half of the time. */
+static void hash_avalanche(void **state)
+{
+    enum { ROUNDS = 2000, BYTES = 13 };
+    static long turned[BYTES * 8][64];
+    uint64_t seed = 5;
+    int round, in, out;
+    (void)state;
+    memset(turned, 0, sizeof turned);
+    for (round = 0; round < ROUNDS; round++) {
+        uint8_t bytes[BYTES];
+        uint64_t h;
+        for (in = 0; in < BYTES; in++)
+            bytes[in] = (uint8_t)(ct_random_from(&seed) >> 40);
+        h = crpci_base_hash(bytes, BYTES);
+        for (in = 0; in < BYTES * 8; in++) {
+            uint64_t other;
+            bytes[in / 8] ^= (uint8_t)(1 << in % 8);
+            other = crpci_base_hash(bytes, BYTES) ^ h;
+            bytes[in / 8] ^= (uint8_t)(1 << in % 8);
+            for (out = 0; out < 64; out++)
+                turned[in][out] += (long)(other >> out & 1);
+        }
+    }
+    for (in = 0; in < BYTES * 8; in++) { /* standard deviation: sqrt(2000) / 2 = 22.4 */
+        for (out = 0; out < 64; out++)
+            assert_in_range(turned[in][out], ROUNDS / 2 - 130, ROUNDS / 2 + 130);
+    }
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
@@ -57,6 +106,8 @@ int main(void)
         CT_TEST(options_zero_is_the_default_and_negative_is_none),
         CT_TEST(integers_are_big_endian_at_any_address),
         CT_TEST(container_of_a_member),
+        CT_TEST(hash_golden_vectors),
+        CT_TEST(hash_avalanche),
     };
     return CT_RUN(tests);
 }

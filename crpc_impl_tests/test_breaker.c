@@ -23,7 +23,8 @@ static crpci_breaker_options options(void)
 static const int64_t starts_us[] = {0, 12345, (INT64_C(1) << 32) - 17, (INT64_C(1) << 52) + 1};
 #define STARTS (sizeof starts_us / sizeof starts_us[0])
 
-/* A call of 1 ms that ends at *now; what crpci_breaker_end says. random: the longest opening. */
+/* Makes a call of 1 ms that ends at *now; returns what crpci_breaker_end does. The random number
+ * gives the longest time open. */
 static bool call(crpci_breaker *b, const crpci_breaker_options *o, crpci_outcome outcome,
                  int64_t *now)
 {
@@ -61,7 +62,7 @@ static void it_trips_at_the_documented_count(void **state)
                 assert_int_equal(crpci_breaker_open(&b, &o, now), expected);
                 assert_int_equal(crpci_breaker_ejected(&b), expected);
                 assert_true(
-                    crpci_breaker_ramped(&b, &o, now, UINT32_MAX)); /* none without a trip */
+                    crpci_breaker_ramped(&b, &o, now, UINT32_MAX)); /* no ramp without a trip */
             }
         }
     }
@@ -98,7 +99,7 @@ static void ignored_outcomes_do_not_count(void **state)
     assert_true(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
 }
 
-/* What is older than the window is forgotten, slice by slice, and nothing younger is. */
+/* Outcomes leave the window slice by slice, when they are older than the window and not before. */
 static void the_window_rolls(void **state)
 {
     crpci_breaker_options o = options();
@@ -131,7 +132,7 @@ static void the_window_rolls(void **state)
     }
 }
 
-/* Other options start a window anew and do not stop it. */
+/* A changed window_us begins a new window. */
 static void a_window_of_another_length(void **state)
 {
     crpci_breaker_options o = options();
@@ -148,7 +149,7 @@ static void a_window_of_another_length(void **state)
     now += 81 * SECOND;
     for (i = 0; i < 9; i++)
         assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
-    o.window_us = 0; /* nonsense: as if it were as short as can be */
+    o.window_us = 0; /* no window: the shortest one is used */
     for (i = 0; i < 100; i++)
         assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
 }
@@ -190,7 +191,7 @@ static void slow_calls_trip_too(void **state)
     }
 }
 
-static void off_it_does_nothing(void **state)
+static void switched_off_it_never_opens(void **state)
 {
     crpci_breaker_options o = options();
     crpci_breaker b;
@@ -203,7 +204,7 @@ static void off_it_does_nothing(void **state)
         assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
         assert_false(crpci_breaker_open(&b, &o, now));
     }
-    o.error_percent = 101; /* latency alone */
+    o.error_percent = 101; /* only latency counts */
     for (i = 0; i < 1000; i++)
         assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
     o.error_percent = 50;
@@ -230,7 +231,8 @@ static void closed_open_probe_closed(void **state)
         fail_until_open(&b, &o, &now);
         assert_true(crpci_breaker_open(&b, &o, now + SECOND - 1));
         assert_false(crpci_breaker_open(&b, &o, now + SECOND));
-        assert_true(crpci_breaker_ejected(&b)); /* still taken out: it gets one call */
+        /* it still counts as taken out while the probe is in flight */
+        assert_true(crpci_breaker_ejected(&b));
         now += SECOND;
         crpci_breaker_begin(&b, &o, now);
         assert_true(crpci_breaker_open(&b, &o, now));
@@ -287,7 +289,7 @@ static void openings_double_and_start_over(void **state)
     assert_false(crpci_breaker_open(&b, &o, now + SECOND));
 }
 
-/* The caller's random number takes up to a quarter off. */
+/* The caller's random number shortens the time open by up to a quarter. */
 static void openings_are_jittered(void **state)
 {
     static const uint32_t draws[] = {0, 1u << 31, UINT32_MAX};
@@ -322,7 +324,7 @@ static void a_probe_without_an_answer(void **state)
     assert_true(crpci_breaker_ejected(&b));
     assert_false(call(&b, &o, CRPCI_OUTCOME_OK, &now));
     assert_false(crpci_breaker_ejected(&b));
-    /* one whose end nobody tells is given up */
+    /* a probe that never ends is given up */
     fail_until_open(&b, &o, &now);
     now += 2 * SECOND;
     crpci_breaker_begin(&b, &o, now);
@@ -337,7 +339,7 @@ static void a_probe_without_an_answer(void **state)
 }
 
 /* Ends of calls that began before the trip: they neither decide the probe nor count afterwards. */
-static void late_ends_say_nothing(void **state)
+static void late_ends_do_not_count(void **state)
 {
     crpci_breaker_options o = options();
     crpci_breaker b;
@@ -413,7 +415,8 @@ static void traffic_is_restored_gradually(void **state)
     (void)state;
     crpci_breaker_init(&b);
     fail_until_open(&b, &o, &now);
-    assert_true(crpci_breaker_ramped(&b, &o, now, UINT32_MAX)); /* open: that is for _open to say */
+    /* open: crpci_breaker_open refuses it, not the ramp */
+    assert_true(crpci_breaker_ramped(&b, &o, now, UINT32_MAX));
     now += SECOND;
     assert_false(call(&b, &o, CRPCI_OUTCOME_OK, &now));
     for (passed = 0; passed <= 5 * SECOND; passed += 10 * MS) {
@@ -431,7 +434,7 @@ static void traffic_is_restored_gradually(void **state)
     assert_false(crpci_breaker_ramped(&b, &o, now + 365 * 86400 * SECOND, UINT32_MAX));
 }
 
-/* The caller keeps too many from being taken out. */
+/* The caller closes a breaker again where too many providers are taken out. */
 static void reset_closes_at_once(void **state)
 {
     crpci_breaker_options o = options();
@@ -508,12 +511,12 @@ int main(void)
         CT_TEST(the_window_rolls),
         CT_TEST(a_window_of_another_length),
         CT_TEST(slow_calls_trip_too),
-        CT_TEST(off_it_does_nothing),
+        CT_TEST(switched_off_it_never_opens),
         CT_TEST(closed_open_probe_closed),
         CT_TEST(openings_double_and_start_over),
         CT_TEST(openings_are_jittered),
         CT_TEST(a_probe_without_an_answer),
-        CT_TEST(late_ends_say_nothing),
+        CT_TEST(late_ends_do_not_count),
         CT_TEST(forced_calls),
         CT_TEST(traffic_is_restored_gradually),
         CT_TEST(reset_closes_at_once),

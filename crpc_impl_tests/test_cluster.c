@@ -26,6 +26,16 @@ static void forking_takes_the_first_success(void **state)
         }
         assert_int_equal(net_calls(&f.peers[3].service), 4);
         fleet_close(&f);
+    }
+}
+
+static void forking_asks_two_unless_told_otherwise(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        int i;
         fleet_open(&f, 4, "?cluster=forking&timeout_ms=20000", NULL);
         for (i = 0; i < 10; i++)
             assert_int_equal(fleet_call(&f, form, false, i, NULL).status, CRPC_OK);
@@ -74,7 +84,7 @@ static void forks_are_cancelled_with_their_call(void **state)
     }
 }
 
-/* Closed while forks are under way: the callback says so, and nothing is left. */
+/* The channel is closed while forks are under way: their call completes with ECANCELED. */
 static void forks_end_with_their_channel(void **state)
 {
     fleet f;
@@ -105,25 +115,42 @@ static void broadcast_reaches_everyone(void **state)
     for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
         fleet f;
         fleet_result r;
-        crpc_call call = CRPC_INIT;
         int i;
         fleet_open(&f, 5, "?cluster=broadcast&timeout_ms=20000", NULL);
         r = fleet_call(&f, form, false, 1, NULL);
         assert_int_equal(r.status, CRPC_OK);
         assert_int_equal(r.out.n, 2);
+        for (i = 0; i < 5; i++)
+            assert_int_equal(net_calls(&f.peers[i].service), 1);
+        assert_int_equal(fleet_pending(&f), 0);
+        fleet_close(&f);
+    }
+}
+
+/* Unless fail_percent says otherwise, no failure is allowed. All providers are asked either way. */
+static void broadcast_fails_when_too_many_have_failed(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        fleet_result r;
+        crpc_call call = CRPC_INIT;
+        int i;
+        call.policy.fail_percent = 20; /* one of five */
+        fleet_open(&f, 5, "?cluster=broadcast&timeout_ms=20000", NULL);
         fleet_mood_set(&f.peers[2], FLEET_REFUSES);
         r = fleet_call(&f, form, false, 1, NULL);
-        assert_int_equal(r.status, CRPC_EAPP); /* no failure is too many, unless that was said */
+        assert_int_equal(r.status, CRPC_EAPP);
         assert_int_equal(r.error.app_code, 5007);
-        call.policy.fail_percent = 20;
         r = fleet_call(&f, form, false, 1, &call);
-        assert_int_equal(r.status, CRPC_OK); /* one in five may fail */
+        assert_int_equal(r.status, CRPC_OK);
         assert_int_equal(r.out.n, 2);
         fleet_mood_set(&f.peers[4], FLEET_BROKEN);
         r = fleet_call(&f, form, false, 1, &call);
         assert_int_not_equal(r.status, CRPC_OK);
         for (i = 0; i < 5; i++)
-            assert_int_equal(net_calls(&f.peers[i].service), 4);
+            assert_int_equal(net_calls(&f.peers[i].service), 3);
         assert_int_equal(fleet_pending(&f), 0);
         fleet_close(&f);
     }
@@ -163,36 +190,46 @@ static void on_given_up(void *user, const crpc_method *method, const crpc_error 
     __atomic_add_fetch(&g->count, 1, __ATOMIC_SEQ_CST);
 }
 
-/* The request is sent again in the background until it gets through, or is given up. */
-static void failback_goes_on_in_the_background(void **state)
+static void failback_fleet_open(fleet *f, given_up *dropped)
 {
     crpc_channel_options o = CRPC_INIT;
-    given_up dropped = {0, 0};
-    fleet f;
-    int i;
-    (void)state;
+    dropped->count = dropped->code = 0;
     o.failback_dropped = on_given_up;
-    o.failback_user = &dropped;
-    fleet_open(&f, 1, "?cluster=failback&failback_ms=20&retries=3&failback_max=4&timeout_ms=20000",
+    o.failback_user = dropped;
+    fleet_open(f, 1, "?cluster=failback&failback_ms=20&retries=3&failback_max=4&timeout_ms=20000",
                &o);
-    assert_int_equal(crpc_loop_start(crpc_channel_loop(f.channel)), CRPC_OK);
-    fleet_mood_set(&f.peers[0], FLEET_BROKEN);
+    assert_int_equal(crpc_loop_start(crpc_channel_loop(f->channel)), CRPC_OK);
+    fleet_mood_set(&f->peers[0], FLEET_BROKEN);
+}
+
+static void failback_goes_on_in_the_background(void **state)
+{
+    given_up dropped;
+    fleet f;
+    (void)state;
+    failback_fleet_open(&f, &dropped);
     assert_int_equal(fleet_call(&f, FORM_SYNC, false, 40, NULL).status, CRPC_OK);
     assert_true(CT_WAIT(net_calls(&f.peers[0].service) >= 2, NET_PATIENCE)); /* and again */
     fleet_mood_set(&f.peers[0], FLEET_WELL);
     assert_true(CT_WAIT(fleet_pending(&f) == 0, NET_PATIENCE));
-    assert_int_equal(dropped.count, 0);
     assert_int_equal(f.peers[0].service.order[net_calls(&f.peers[0].service) - 1], 40);
-    i = net_calls(&f.peers[0].service);
-    fleet_mood_set(&f.peers[0], FLEET_BROKEN);
+    fleet_close(&f);
+}
+
+static void failback_gives_up_after_its_retries(void **state)
+{
+    given_up dropped;
+    fleet f;
+    (void)state;
+    failback_fleet_open(&f, &dropped);
     assert_int_equal(fleet_call(&f, FORM_ASYNC, false, 41, NULL).status, CRPC_OK);
     assert_true(CT_WAIT(__atomic_load_n(&dropped.count, __ATOMIC_SEQ_CST) == 1, NET_PATIENCE));
-    assert_int_equal(net_calls(&f.peers[0].service), i + 4); /* the call, and three retries */
+    assert_int_equal(net_calls(&f.peers[0].service), 4); /* the call, and three retries */
     assert_int_equal(dropped.code, CRPC_EINTERNAL);
     fleet_close(&f);
 }
 
-/* No more wait than may, and those that wait when the channel closes are given up. */
+/* At most failback_max requests wait; when the channel closes, those are dropped and reported. */
 static void failback_is_bounded(void **state)
 {
     crpc_channel_options o = CRPC_INIT;
@@ -215,7 +252,7 @@ static void failback_is_bounded(void **state)
     fleet_close(&f);
 }
 
-/* A silent provider costs backup_ms; the other's reply counts. Never for what may not run twice. */
+/* A silent provider costs backup_ms; the other one's reply counts. */
 static void a_backup_request_is_sent_for_idempotent_calls(void **state)
 {
     fleet_form form;
@@ -223,7 +260,7 @@ static void a_backup_request_is_sent_for_idempotent_calls(void **state)
     for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
         fleet f;
         fleet_result r;
-        int i, silent = 0;
+        int i;
         fleet_open(&f, 2, "?backup_ms=30&lb=rr&timeout_ms=20000", NULL);
         fleet_mood_set(&f.peers[0], FLEET_SILENT);
         for (i = 0; i < 4; i++) {
@@ -233,12 +270,20 @@ static void a_backup_request_is_sent_for_idempotent_calls(void **state)
             assert_int_equal(r.out.ms, 1);
             assert_string_equal(r.error.endpoint, f.peers[1].address);
         }
-        assert_true(CT_WAIT((silent = net_calls(&f.peers[0].service)) > 0, NET_PATIENCE));
+        assert_true(CT_WAIT(net_calls(&f.peers[0].service) > 0, NET_PATIENCE));
         assert_int_equal(net_calls(&f.peers[1].service), 4);
         assert_int_equal(fleet_pending(&f), 0);
         fleet_close(&f);
+    }
+}
 
-        fleet_open(&f, 2, "?backup_ms=10&timeout_ms=100", NULL);
+static void no_backup_request_is_sent_for_what_may_not_run_twice(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        fleet_open(&f, 2, "?backup_ms=10&timeout_ms=300", NULL);
         fleet_mood_set(&f.peers[0], FLEET_SILENT);
         fleet_mood_set(&f.peers[1], FLEET_SILENT);
         assert_int_equal(fleet_call(&f, form, false, 1, NULL).status, CRPC_ETIMEDOUT);
@@ -247,8 +292,8 @@ static void a_backup_request_is_sent_for_idempotent_calls(void **state)
     }
 }
 
-/* A first attempt that fails while the backup request is under way: that one's reply is waited
- * for. */
+/* When the first attempt fails while the backup request is under way, the call waits for the
+ * latter's reply. */
 static void a_backup_request_outlives_the_first_attempt(void **state)
 {
     fleet f;
@@ -266,7 +311,8 @@ static void a_backup_request_outlives_the_first_attempt(void **state)
     x = net_take(&f.peers[0].service);
     crpc_context_finish(x, CRPC_EINTERNAL);
     ct_sleep_ms(30);
-    if (!__atomic_load_n(&r.done, __ATOMIC_SEQ_CST)) { /* it was the backup request's, or lost */
+    if (!__atomic_load_n(&r.done,
+                         __ATOMIC_SEQ_CST)) { /* the request that failed was the backup request */
         x = net_take(&f.peers[1].service);
         crpc_context_finish(x, CRPC_OK);
     }
@@ -274,7 +320,7 @@ static void a_backup_request_outlives_the_first_attempt(void **state)
     fleet_close(&f);
 }
 
-/* A one-way request that was sent has not failed: nothing is put aside. */
+/* A one-way request that was sent has not failed, so failback does not keep it. */
 static void a_one_way_call_is_not_sent_again(void **state)
 {
     dyn_Num request = net_num(3);
@@ -282,13 +328,13 @@ static void a_one_way_call_is_not_sent_again(void **state)
     (void)state;
     fleet_open(&f, 1, "?cluster=failback&failback_ms=1&retries=1&timeout_ms=20000", NULL);
     assert_int_equal(dyn_Echo_Add_notify(f.channel, &request, NULL), CRPC_OK);
-    assert_true(CT_WAIT(net_calls(&f.peers[0].service) >= 1 && fleet_pending(&f) == 0,
-                        NET_PATIENCE));
+    assert_true(
+        CT_WAIT(net_calls(&f.peers[0].service) >= 1 && fleet_pending(&f) == 0, NET_PATIENCE));
     assert_int_equal(net_calls(&f.peers[0].service), 1);
     fleet_close(&f);
 }
 
-/* What a method's options forbid is not sent in the background either. */
+/* Failback does not send requests of a degraded method in the background either. */
 static void a_degraded_method_is_never_called(void **state)
 {
     crpc_method_options method = CRPC_INIT;
@@ -308,7 +354,7 @@ static void a_degraded_method_is_never_called(void **state)
     }
 }
 
-/* The service's own word ends the tries: it was executed. */
+/* An application's error shows that the request was executed, so failback stops. */
 static void failback_ends_with_an_applications_error(void **state)
 {
     crpc_channel_options o = CRPC_INIT;
@@ -329,7 +375,7 @@ static void failback_ends_with_an_applications_error(void **state)
     fleet_close(&f);
 }
 
-/* Also where the program only ever makes synchronous calls. */
+/* Failback retries even if the program makes synchronous calls only. */
 static void failback_needs_nobody_to_drive(void **state)
 {
     fleet f;
@@ -337,13 +383,12 @@ static void failback_needs_nobody_to_drive(void **state)
     fleet_open(&f, 1, "?cluster=failback&failback_ms=1&retries=1&timeout_ms=20000", NULL);
     fleet_mood_set(&f.peers[0], FLEET_BROKEN);
     assert_int_equal(fleet_call(&f, FORM_SYNC, false, 1, NULL).status, CRPC_OK);
-    assert_true(CT_WAIT(net_calls(&f.peers[0].service) == 2, 2000));
+    assert_true(CT_WAIT(net_calls(&f.peers[0].service) == 2, NET_PATIENCE));
     fleet_close(&f);
 }
 
-/* What is said of forks that failed: how many there were, and whether they can have been
- * executed. */
-static void failed_forks_are_explained(void **state)
+/* The error tells how many forks there were, and whether one of them may have been executed. */
+static void forks_that_time_out_are_explained(void **state)
 {
     fleet_form form;
     (void)state;
@@ -359,6 +404,16 @@ static void failed_forks_are_explained(void **state)
         if (fleet_calls(&f))
             assert_int_equal(r.error.sent, CRPC_SENT_YES);
         fleet_close(&f);
+    }
+}
+
+static void forks_that_fail_are_explained(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        fleet f;
+        fleet_result r;
         fleet_open(&f, 2, "?cluster=forking&timeout_ms=20000", NULL);
         fleet_mood_set(&f.peers[0], FLEET_BROKEN);
         fleet_peer_close(&f.peers[1]);
@@ -371,7 +426,8 @@ static void failed_forks_are_explained(void **state)
     }
 }
 
-/* Calls of others end where a call's forks are cancelled, and end one of these forks. */
+/* Cancelling a call's forks can let other calls proceed, and their failure can end another of these
+ * forks. */
 static void forks_can_fail_while_they_are_cancelled(void **state)
 {
     crpc_call in = CRPC_INIT;
@@ -391,7 +447,7 @@ static void forks_can_fail_while_they_are_cancelled(void **state)
         e[i] = crpci_providers_at(&f.channel->providers, (size_t)i)->endpoint;
     }
     crpci_loop_lock(l);
-    f.channel->providers.balance.started = true; /* the first is next */
+    f.channel->providers.balance.started = true;                                      /* the first is next */
     assert_true(crpci_sock_parse(&e[1]->addr, "unix:/nonexistent/socket")); /* fails at once */
     e[1]->usable_at = crpci_loop_now(l) + INT64_C(10000000);
     crpci_loop_unlock(l);
@@ -417,7 +473,7 @@ static void forks_can_fail_while_they_are_cancelled(void **state)
     fleet_close(&f);
 }
 
-/* The time of a backup request is its own: the first attempt's silence is not its provider's. */
+/* The latency of a backup request counts from its own sending, not from the first attempt's. */
 static void a_backup_request_has_its_own_time(void **state)
 {
     dyn_Num request = net_num(6);
@@ -442,7 +498,8 @@ static void a_backup_request_has_its_own_time(void **state)
     fleet_close(&f);
 }
 
-/* Some of a broadcast's requests cannot be made: then not everybody was reached. */
+/* If memory for some of a broadcast's requests is missing, the call fails: not every provider was
+ * reached. */
 static void broadcast_without_memory_is_no_success(void **state)
 {
     crpci_heap *h;
@@ -478,44 +535,88 @@ static int stand_in(void *user, const crpc_method *method, const crpc_error *err
     return CRPC_OK;
 }
 
-static void a_failed_call_can_be_degraded(void **state)
+/* Add has a function that stands in for a failed call, Get a canned response. */
+typedef struct degrading {
+    crpc_method_options methods[2];
+    int used;
+    fleet fleet;
+} degrading;
+
+static void degrading_open(degrading *d, bool get_is_degraded)
+{
+    crpc_channel_options o = CRPC_INIT;
+    memset(d, 0, sizeof *d);
+    d->methods[0].method = dyn_Echo_Add_method;
+    d->methods[0].fallback = stand_in;
+    d->methods[0].user = &d->used;
+    d->methods[1].method = dyn_Echo_Get_method;
+    d->methods[1].canned = crpc_view_of("\x08\x2a", 2); /* n = 42 */
+    d->methods[1].degraded = get_is_degraded;
+    o.methods = d->methods;
+    o.method_count = 2;
+    fleet_open(&d->fleet, 1, "?timeout_ms=20000", &o);
+}
+
+static void a_function_stands_in_for_a_failed_call(void **state)
 {
     fleet_form form;
     (void)state;
     for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
-        crpc_method_options methods[2];
-        crpc_channel_options o = CRPC_INIT;
+        degrading d;
         fleet_result r;
-        int used = 0;
-        fleet f;
-        memset(methods, 0, sizeof methods);
-        methods[0].method = dyn_Echo_Add_method;
-        methods[0].fallback = stand_in;
-        methods[0].user = &used;
-        methods[1].method = dyn_Echo_Get_method;
-        methods[1].canned = crpc_view_of("\x08\x2a", 2); /* n = 42 */
-        o.methods = methods;
-        o.method_count = 2;
-        fleet_open(&f, 1, "?timeout_ms=20000", &o);
-        fleet_mood_set(&f.peers[0], FLEET_BROKEN);
-        r = fleet_call(&f, form, false, 1, NULL);
+        degrading_open(&d, false);
+        fleet_mood_set(&d.fleet.peers[0], FLEET_BROKEN);
+        r = fleet_call(&d.fleet, form, false, 1, NULL);
         assert_int_equal(r.status, CRPC_OK);
         assert_int_equal(r.out.n, CRPC_EINTERNAL);
-        assert_int_equal(used, 1);
-        r = fleet_call(&f, form, true, 1, NULL);
+        assert_int_equal(d.used, 1);
+        fleet_close(&d.fleet);
+    }
+}
+
+static void a_canned_response_stands_in_for_a_failed_call(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        degrading d;
+        fleet_result r;
+        degrading_open(&d, false);
+        fleet_mood_set(&d.fleet.peers[0], FLEET_BROKEN);
+        r = fleet_call(&d.fleet, form, true, 1, NULL);
         assert_int_equal(r.status, CRPC_OK);
         assert_int_equal(r.out.n, 42);
-        fleet_mood_set(&f.peers[0], FLEET_REFUSES); /* the service's own word stands */
-        assert_int_equal(fleet_call(&f, form, false, 1, NULL).status, CRPC_EAPP);
-        fleet_mood_set(&f.peers[0], FLEET_WELL);
-        assert_int_equal(fleet_call(&f, form, false, 1, NULL).out.n, 2);
-        assert_int_equal(used, 1);
-        fleet_close(&f);
-        methods[1].degraded = 1;
-        fleet_open(&f, 1, "?timeout_ms=20000", &o);
-        assert_int_equal(fleet_call(&f, form, true, 1, NULL).out.n, 42);
-        assert_int_equal(fleet_calls(&f), 0);
-        fleet_close(&f);
+        fleet_close(&d.fleet);
+    }
+}
+
+/* A reply, or the service's own error, is what the caller gets. */
+static void nothing_stands_in_for_an_answer(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        degrading d;
+        degrading_open(&d, false);
+        fleet_mood_set(&d.fleet.peers[0], FLEET_REFUSES);
+        assert_int_equal(fleet_call(&d.fleet, form, false, 1, NULL).status, CRPC_EAPP);
+        fleet_mood_set(&d.fleet.peers[0], FLEET_WELL);
+        assert_int_equal(fleet_call(&d.fleet, form, false, 1, NULL).out.n, 2);
+        assert_int_equal(d.used, 0);
+        fleet_close(&d.fleet);
+    }
+}
+
+static void a_degraded_method_gives_its_canned_response_unsent(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        degrading d;
+        degrading_open(&d, true);
+        assert_int_equal(fleet_call(&d.fleet, form, true, 1, NULL).out.n, 42);
+        assert_int_equal(fleet_calls(&d.fleet), 0);
+        fleet_close(&d.fleet);
     }
 }
 
@@ -523,24 +624,32 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(forking_takes_the_first_success),
+        CT_TEST(forking_asks_two_unless_told_otherwise),
         CT_TEST(forking_fails_when_all_have_failed),
         CT_TEST(forks_are_cancelled_with_their_call),
         CT_TEST(forks_end_with_their_channel),
         CT_TEST(broadcast_reaches_everyone),
+        CT_TEST(broadcast_fails_when_too_many_have_failed),
         CT_TEST(failsafe_swallows_failures),
         CT_TEST(failback_goes_on_in_the_background),
+        CT_TEST(failback_gives_up_after_its_retries),
         CT_TEST(failback_is_bounded),
         CT_TEST(a_backup_request_is_sent_for_idempotent_calls),
+        CT_TEST(no_backup_request_is_sent_for_what_may_not_run_twice),
         CT_TEST(a_backup_request_outlives_the_first_attempt),
         CT_TEST(a_one_way_call_is_not_sent_again),
         CT_TEST(a_degraded_method_is_never_called),
         CT_TEST(failback_ends_with_an_applications_error),
         CT_TEST(failback_needs_nobody_to_drive),
-        CT_TEST(failed_forks_are_explained),
+        CT_TEST(forks_that_time_out_are_explained),
+        CT_TEST(forks_that_fail_are_explained),
         CT_TEST(forks_can_fail_while_they_are_cancelled),
         CT_TEST(a_backup_request_has_its_own_time),
         CT_TEST(broadcast_without_memory_is_no_success),
-        CT_TEST(a_failed_call_can_be_degraded),
+        CT_TEST(a_function_stands_in_for_a_failed_call),
+        CT_TEST(a_canned_response_stands_in_for_a_failed_call),
+        CT_TEST(nothing_stands_in_for_an_answer),
+        CT_TEST(a_degraded_method_gives_its_canned_response_unsent),
     };
     return CT_RUN(tests);
 }

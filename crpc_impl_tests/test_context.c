@@ -28,7 +28,6 @@ static void statuses_reach_the_caller(void **state)
     {
         net n;
         size_t i;
-        int64_t code;
         dyn_Num in = dyn_Num_init_zero, out = dyn_Num_init_zero;
         crpc_call call = CRPC_INIT;
         memset(&n, 0, sizeof n);
@@ -42,10 +41,28 @@ static void statuses_reach_the_caller(void **state)
             if (!strstr(call.error.text, cases[i].says))
                 fail_msg("%s", call.error.text);
         }
-        /* an application's own codes: what is reserved is refused */
+        crpc_call_reset(&call);
+        net_close(&n);
+    }
+}
+
+static void applications_may_not_use_reserved_codes(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        int64_t code, step;
+        dyn_Num in = dyn_Num_init_zero, out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, m);
         strcpy(in.tag, "own words");
-        for (code = -3; code<5000; code += code> 210 && code < 990 ? 77 : code > 1010 ? 97 : 1) {
+        for (code = -3; code < 5000; code += step) {
             bool reserved = (code >= 0 && code <= 199) || (code >= 1000 && code <= 3999);
+            step = code > 1010 ? 97 : code > 210 && code < 990 ? 77 : 1; /* all near the borders */
             in.n = code;
             assert_int_equal(dyn_Echo_Fail(n.channel, &in, &out, &call),
                              reserved ? CRPC_EINTERNAL : CRPC_EAPP);
@@ -140,7 +157,20 @@ static void a_reply_may_be_finished_before_the_handler_returns(void **state)
     }
 }
 
-static void replies_to_peers_that_left(void **state)
+/* Sends `count` requests of Defer and resets the connection while they are held. */
+static void hold_of_a_peer_that_left(net *n, int count)
+{
+    wire w = {NULL, 0, 0};
+    int fd = wire_connect(n->url), i;
+    for (i = 1; i <= count; i++)
+        wire_request(&w, "Defer", i, i, 0);
+    assert_true(wire_flush(fd, &w));
+    assert_true(CT_WAIT(net_held(&n->service) == count, NET_PATIENCE));
+    wire_reset(fd);
+    assert_true(CT_WAIT(net_connections(n->server) == 0, NET_PATIENCE));
+}
+
+static void a_context_outlives_its_connection(void **state)
 {
     crpc_poller p;
     net_mode m;
@@ -148,29 +178,38 @@ static void replies_to_peers_that_left(void **state)
     NET_EACH_POLLER(p) NET_EACH_MODE(m)
     {
         net n;
-        wire w = {NULL, 0, 0};
         crpc_context *x;
-        int fd;
         memset(&n, 0, sizeof n);
-        n.server_options.drain_ms = 30;
         net_open(&n, p, m);
-        fd = wire_connect(n.url);
-        wire_request(&w, "Defer", 1, 1, 0);
-        wire_request(&w, "Defer", 2, 2, 0);
-        assert_true(wire_flush(fd, &w));
-        assert_true(CT_WAIT(net_held(&n.service) == 2, NET_PATIENCE));
-        wire_reset(fd);
-        assert_true(CT_WAIT(net_connections(n.server) == 0, NET_PATIENCE));
-        x = net_take(&n.service); /* workers may have begun with either */
-        assert_in_range(((dyn_Num *)crpc_context_response(x))->n, 2, 3);
+        hold_of_a_peer_that_left(&n, 1);
+        x = net_take(&n.service);
+        assert_int_equal(((dyn_Num *)crpc_context_response(x))->n, 2);
         assert_non_null(crpc_context_alloc(x, 100));
         assert_string_equal(crpc_context_method(x)->name, "Defer");
         assert_string_equal(crpc_context_peer(x), "");
         assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
-        /* the other one outlives the server */
-        x = net_take(&n.service);
         net_close(&n);
-        assert_int_equal(crpc_context_finish(x, CRPC_EINTERNAL), CRPC_EGONE);
+    }
+}
+
+static void a_context_outlives_its_server(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        crpc_context *x, *y;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = 30;
+        net_open(&n, p, m);
+        hold_of_a_peer_that_left(&n, 2);
+        x = net_take(&n.service); /* one ends before the server, one after it */
+        y = net_take(&n.service);
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
+        net_close(&n);
+        assert_int_equal(crpc_context_finish(y, CRPC_EINTERNAL), CRPC_EGONE);
     }
 }
 
@@ -289,7 +328,8 @@ static void on_inner(void *user, int status, const dyn_Num *response, crpc_call 
     (void)crpc_context_finish(x, status);
 }
 
-/* n says how: 1 another channel, waiting; 2 its own loop's, without waiting; 3 its own, waiting. */
+/* n of the request says how: 1 on another loop, synchronously; 2 on the server's own loop, by
+ * callback; 3 on its own loop, synchronously. */
 static int calls_out(crpc_context *x, const dyn_Num *in, dyn_Num *out)
 {
     dyn_Num inner = net_num(5), got = dyn_Num_init_zero;
@@ -315,54 +355,97 @@ static int calls_out(crpc_context *x, const dyn_Num *in, dyn_Num *out)
     return status;
 }
 
-static void handlers_call_other_services(void **state)
+/* A server whose Add makes a call in turn, a service behind it, and a channel to the server. */
+typedef struct nested {
+    net back;
+    crpc_loop *loop;
+    crpc_server *server;
+    crpc_channel *own; /* to the service behind, on the server's loop */
+    crpc_channel *channel;
+} nested;
+
+static void nested_open(nested *n, crpc_poller p, int workers)
 {
     static dyn_Echo_handlers handlers;
+    crpc_server_options o = CRPC_INIT;
+    char url[160];
+    memset(n, 0, sizeof *n);
+    handlers.Add = calls_out;
+    net_open(&n->back, p, NET_THREAD);
+    nested_channel = n->back.channel;
+    n->loop = net_loop(p);
+    n->own = net_channel(n->back.url, NULL, p, n->loop, NULL);
+    o.loop = n->loop;
+    o.listen = "tcp://127.0.0.1:0";
+    o.workers = workers;
+    assert_int_equal(crpc_server_open(&n->server, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(n->server, &dyn_Echo, &handlers, n->own), CRPC_OK);
+    assert_int_equal(crpc_server_start(n->server, NULL), CRPC_OK);
+    assert_int_equal(crpc_loop_start(n->loop), CRPC_OK);
+    assert_int_equal(crpc_server_address(n->server, 0, url, sizeof url), CRPC_OK);
+    n->channel = net_channel(url, "?timeout_ms=20000", p, NULL, NULL);
+}
+
+static void nested_close(nested *n)
+{
+    crpc_channel_close(n->channel);
+    crpc_channel_close(n->own);
+    crpc_server_close(n->server);
+    crpc_loop_close(n->loop);
+    net_close(&n->back);
+}
+
+static void a_nested_call_inherits_deadline_and_log_id(void **state)
+{
     crpc_poller p;
     int workers;
     (void)state;
-    handlers.Add = calls_out;
     NET_EACH_POLLER(p) for (workers = 0; workers < 2; workers++)
     {
-        net back;
-        crpc_loop *l = net_loop(p);
-        crpc_server_options o;
-        crpc_server *s;
-        crpc_channel *own, *ch;
+        nested n;
         dyn_Num in = net_num(1), out = dyn_Num_init_zero;
         crpc_call call = CRPC_INIT;
-        char url[160];
-        memset(&back, 0, sizeof back);
-        net_open(&back, p, NET_THREAD);
-        nested_channel = back.channel;
-        own = net_channel(back.url, NULL, p, l, NULL);
-        memset(&o, 0, sizeof o);
-        o.loop = l;
-        o.listen = "tcp://127.0.0.1:0";
-        o.workers = workers;
-        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
-        assert_int_equal(crpc_server_add(s, &dyn_Echo, &handlers, own), CRPC_OK);
-        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
-        assert_int_equal(crpc_loop_start(l), CRPC_OK);
-        assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
-        ch = net_channel(url, "?timeout_ms=20000", p, NULL, NULL);
-        /* the deadline and the log_id go along */
+        nested_open(&n, p, workers);
         call.log_id = 12345;
-        call.policy.timeout_ms = 3000;
-        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_OK);
+        call.policy.timeout_ms = 15000; /* the handler's own limit is longer */
+        assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
         assert_int_equal(out.n, 12345);
-        assert_in_range(out.ms, 1, 3000);
-        in.n = 2;
-        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_OK);
-        assert_int_equal(out.n, 60);
-        in.n = 3;
-        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), workers ? CRPC_OK : CRPC_EDEADLK);
+        assert_in_range(out.ms, 1, 15000);
         crpc_call_reset(&call);
-        crpc_channel_close(ch);
-        crpc_channel_close(own);
-        crpc_server_close(s);
-        crpc_loop_close(l);
-        net_close(&back);
+        nested_close(&n);
+    }
+}
+
+static void a_nested_call_may_finish_the_request_later(void **state)
+{
+    crpc_poller p;
+    int workers;
+    (void)state;
+    NET_EACH_POLLER(p) for (workers = 0; workers < 2; workers++)
+    {
+        nested n;
+        dyn_Num in = net_num(2), out = dyn_Num_init_zero;
+        nested_open(&n, p, workers);
+        assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, NULL), CRPC_OK);
+        assert_int_equal(out.n, 60);
+        nested_close(&n);
+    }
+}
+
+/* On the loop's own thread it could never be answered. */
+static void a_nested_call_may_wait_on_a_worker_only(void **state)
+{
+    crpc_poller p;
+    int workers;
+    (void)state;
+    NET_EACH_POLLER(p) for (workers = 0; workers < 2; workers++)
+    {
+        nested n;
+        dyn_Num in = net_num(3), out = dyn_Num_init_zero;
+        nested_open(&n, p, workers);
+        assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, NULL),
+                         workers ? CRPC_OK : CRPC_EDEADLK);
+        nested_close(&n);
     }
 }
 
@@ -370,12 +453,16 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(statuses_reach_the_caller),
+        CT_TEST(applications_may_not_use_reserved_codes),
         CT_TEST(replies_may_come_later_from_any_thread),
         CT_TEST(a_reply_may_be_finished_before_the_handler_returns),
-        CT_TEST(replies_to_peers_that_left),
+        CT_TEST(a_context_outlives_its_connection),
+        CT_TEST(a_context_outlives_its_server),
         CT_TEST(context_memory_lives_until_the_reply),
         CT_TEST(the_context_tells_about_the_request),
-        CT_TEST(handlers_call_other_services),
+        CT_TEST(a_nested_call_inherits_deadline_and_log_id),
+        CT_TEST(a_nested_call_may_finish_the_request_later),
+        CT_TEST(a_nested_call_may_wait_on_a_worker_only),
     };
     return CT_RUN(tests);
 }

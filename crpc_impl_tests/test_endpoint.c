@@ -5,8 +5,8 @@
 #include "crpc_test.h"
 #include "crpc_net.h"
 
-/* Reads nothing until user is set, then goes on as a good peer would; the first request's
- * attachment must have come whole. */
+/* A script: reads nothing until user is set, then answers as a good peer does. The attachment of
+ * the first request must arrive whole. */
 static bool peer_late_reader(peer *p, int fd, int number)
 {
     wire_message m;
@@ -25,8 +25,8 @@ static bool peer_late_reader(peer *p, int fd, int number)
     return peer_adds(p, fd, number);
 }
 
-/* What was partly sent when the deadline passed is sent to its end, for the sake of what follows on
- * the connection; but not out of the caller's memory. */
+/* When a deadline passes in the middle of a request, crpc sends the rest of it, because other
+ * requests follow on the connection; but it sends a copy, not the caller's memory. */
 static void a_request_cut_by_its_deadline_goes_out_whole(void **state)
 {
     crpc_poller p;
@@ -42,7 +42,7 @@ static void a_request_cut_by_its_deadline_goes_out_whole(void **state)
         crpc_call call = CRPC_INIT;
         peer_open(&late, peer_late_reader, &go);
         ch = net_channel(late.url, "?timeout_ms=20000", p, NULL, NULL);
-        call.policy.timeout_ms = 60;
+        call.policy.timeout_ms = 300;
         call.attachment = crpc_view_of(bytes, size);
         assert_int_equal(dyn_Echo_Pass(ch, &in, &out, &call), CRPC_ETIMEDOUT);
         assert_int_equal(call.error.sent, CRPC_SENT_MAYBE);
@@ -58,8 +58,8 @@ static void a_request_cut_by_its_deadline_goes_out_whole(void **state)
     }
 }
 
-/* n of the request says what comes: 1 nothing but kept, 2 answers the kept one late and then this,
- * 3 twice, 4 forged ids before the right one. */
+/* n of the request says what comes: 1 nothing, but the request is kept; 2 the reply to the kept
+ * one, and then this one's; 3 the reply twice; 4 replies with forged ids before the right one. */
 static bool peer_forges(peer *p, int fd, int number)
 {
     wire_message m;
@@ -67,7 +67,7 @@ static bool peer_forges(peer *p, int fd, int number)
     (void)number;
     while (peer_receive(p, fd, &m) == 1) {
         wire w = {NULL, 0, 0};
-        int64_t i;
+        int64_t i, other;
         if (m.n == 1)
             kept = m.id;
         if (m.n == 2)
@@ -76,7 +76,8 @@ static bool peer_forges(peer *p, int fd, int number)
             for (i = -3; i < 4; i++) {
                 if (i)
                     wire_reply(&w, m.id + i, 666);
-                wire_reply(&w, m.id ^ (INT64_C(1) << (32 + i + 4)), 666);
+                other = m.id ^ (INT64_C(1) << (32 + i + 4));
+                wire_reply(&w, other ? other : -1, 666); /* 0 is a one-way call's */
             }
             wire_reply(&w, INT64_MIN, 666);
         }
@@ -91,7 +92,17 @@ static bool peer_forges(peer *p, int fd, int number)
     return true;
 }
 
-static void late_and_forged_replies_complete_nothing(void **state)
+#define FORGED 14 /* replies with a wrong id for an n of 4 */
+
+/* Calls with this n; the reply must be its own. */
+static void check_unfooled(crpc_channel *ch, int64_t n)
+{
+    dyn_Num in = net_num(n), out = dyn_Num_init_zero;
+    assert_int_equal(dyn_Echo_Add(ch, &in, &out, NULL), CRPC_OK);
+    assert_int_equal(out.n, n);
+}
+
+static void a_late_reply_completes_nothing(void **state)
 {
     crpc_poller p;
     (void)state;
@@ -101,27 +112,56 @@ static void late_and_forged_replies_complete_nothing(void **state)
         crpc_channel *ch;
         dyn_Num in = net_num(1), out = dyn_Num_init_zero;
         crpc_call call = CRPC_INIT;
+        peer_open(&f, peer_forges, NULL);
+        ch = net_channel(f.url, "?timeout_ms=20000", p, NULL, NULL);
+        check_unfooled(ch, 5); /* connected: so the next one is sent at once */
+        call.policy.timeout_ms = 200;
+        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
+        crpc_call_reset(&call);
+        check_unfooled(ch, 2);
+        assert_int_equal(net_late_replies(ch), 1);
+        assert_int_equal(peer_accepted(&f), 1);
+        crpc_channel_close(ch);
+        peer_close(&f);
+    }
+}
+
+static void a_doubled_reply_completes_one_call(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer f;
+        crpc_channel *ch;
         int i;
         peer_open(&f, peer_forges, NULL);
         ch = net_channel(f.url, "?timeout_ms=20000", p, NULL, NULL);
-        call.policy.timeout_ms = 30;
-        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
-        call.policy.timeout_ms = 0;
-        in.n = 2;
-        assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_OK);
-        assert_int_equal(out.n, 2);
-        assert_int_equal(net_late_replies(ch), 1);
-        for (i = 0; i < 20; i++) {
-            in.n = 3;
-            assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_OK);
-            assert_int_equal(out.n, 3);
-            in.n = 4;
-            assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_OK);
-            assert_int_equal(out.n, 4);
-        }
-        assert_int_equal(net_late_replies(ch), 1 + 20 * (1 + 14));
+        for (i = 0; i < 20; i++)
+            check_unfooled(ch, 3);
+        check_unfooled(ch, 5); /* behind the last doubled one */
+        assert_int_equal(net_late_replies(ch), 20);
         assert_int_equal(peer_accepted(&f), 1);
-        crpc_call_reset(&call);
+        crpc_channel_close(ch);
+        peer_close(&f);
+    }
+}
+
+static void forged_ids_complete_nothing(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer f;
+        crpc_channel *ch;
+        int i;
+        peer_open(&f, peer_forges, NULL);
+        ch = net_channel(f.url, "?timeout_ms=20000", p, NULL, NULL);
+        for (i = 0; i < 20; i++)
+            check_unfooled(ch, 4);
+        assert_int_equal(net_late_replies(ch), 20 * FORGED);
+        assert_int_equal(peer_accepted(&f), 1);
         crpc_channel_close(ch);
         peer_close(&f);
     }
@@ -174,7 +214,8 @@ static void a_reply_counts_only_on_its_own_connection(void **state)
     peer_close(&steals);
 }
 
-/* A peer that keeps its connection while it stops: who waits for a slot there moves on too. */
+/* A peer answers ELOGOFF and keeps its connection open: calls that wait for a slot on that
+ * connection move to another provider, too. */
 static void logoff_frees_the_slot(void **state)
 {
     peer going, good;
@@ -202,7 +243,7 @@ static void logoff_frees_the_slot(void **state)
     peer_close(&good);
 }
 
-/* The peer is still at work on a call that was cancelled: with one slot nothing is put on top. */
+/* The peer still works on a cancelled call: with inflight=1 its slot stays taken. */
 static void cancelling_does_not_free_the_peer(void **state)
 {
     peer silent;
@@ -294,7 +335,7 @@ static void the_limit_of_the_queue_is_exact(void **state)
     free(bytes);
 }
 
-/* Like a peer that cannot pipeline: a second request before the reply is an offence. */
+/* A script: a peer that cannot pipeline. A second request before the reply counts as 100000. */
 static bool peer_one_at_a_time(peer *p, int fd, int number)
 {
     wire_message m;
@@ -329,8 +370,7 @@ static void one_at_a_time_for_peers_that_cannot_pipeline(void **state)
         peer one;
         crpc_channel *ch;
         done_log d;
-        dyn_Num in = net_num(1), out = dyn_Num_init_zero;
-        crpc_call call = CRPC_INIT;
+        dyn_Num in = net_num(1);
         int i;
         peer_open(&one, peer_one_at_a_time, NULL);
         ch = net_channel(one.url, "?timeout_ms=20000&inflight=1", p, NULL, NULL);
@@ -342,9 +382,27 @@ static void one_at_a_time_for_peers_that_cannot_pipeline(void **state)
         assert_int_equal(d.status, CRPC_OK);
         assert_int_equal(peer_requests(&one), 41);
         assert_int_equal(peer_accepted(&one), 1);
-        /* a timeout closes the connection: the late reply must not be the next call's */
-        in.n = 13;
-        call.policy.timeout_ms = 50;
+        crpc_channel_close(ch);
+        peer_close(&one);
+    }
+}
+
+/* The late reply of such a peer must not be taken for the next call's. */
+static void a_timeout_closes_the_connection_of_such_a_peer(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer one;
+        crpc_channel *ch;
+        done_log d;
+        dyn_Num in = net_num(13), out = dyn_Num_init_zero; /* is never answered */
+        crpc_call call = CRPC_INIT;
+        peer_open(&one, peer_one_at_a_time, NULL);
+        ch = net_channel(one.url, "?timeout_ms=20000&inflight=1", p, NULL, NULL);
+        net_check_add(ch, 5);
+        call.policy.timeout_ms = 300;
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
         net_check_add(ch, 6);
         assert_int_equal(peer_accepted(&one), 2);
@@ -360,7 +418,7 @@ static void one_at_a_time_for_peers_that_cannot_pipeline(void **state)
     }
 }
 
-/* Calls that wait for a slot are not sent, and say so. */
+/* A call that waits for a slot is not sent, and its error says so. */
 static void what_waits_for_a_slot_is_not_sent(void **state)
 {
     peer silent;
@@ -386,8 +444,8 @@ static void what_waits_for_a_slot_is_not_sent(void **state)
     peer_close(&silent);
 }
 
-/* Ending one call lets the next one onto the connection; when the channel is closing that must not
- * disturb the walk over its calls. */
+/* The end of one call lets the next one onto the connection. A channel that closes walks over its
+ * calls and ends each; that walk must survive it. */
 static void closing_with_calls_that_wait_for_a_slot(void **state)
 {
     peer silent;
@@ -420,7 +478,7 @@ static void closing_with_calls_that_wait_for_a_slot(void **state)
     free(bytes);
 }
 
-/* Answers one request and ends the idle connection: closed, or reset if user is set. */
+/* A script: answers one request, then closes the idle connection, or resets it if user is set. */
 static bool peer_answers_once(peer *p, int fd, int number)
 {
     wire_message m;
@@ -463,26 +521,26 @@ static void an_idle_connection_that_ended_is_dialled_again(void **state)
     int threaded, reset, i;
     (void)state;
     NET_EACH_POLLER(p)
-    for (threaded = 0; threaded < 2; threaded++) for (reset = 0; reset < 2; reset++)
-    {
-        peer once;
-        crpc_channel *ch;
-        peer_open(&once, peer_answers_once, reset ? &once : NULL);
-        ch = net_channel(once.url, "?timeout_ms=20000", p, NULL, NULL);
-        if (threaded)
-            assert_int_equal(crpc_loop_start(crpc_channel_loop(ch)), CRPC_OK);
-        for (i = 0; i < 15; i++) {
-            net_check_add(ch, i);
-            assert_true(CT_WAIT(peer_has_ended(&once, i), NET_PATIENCE));
+    for (threaded = 0; threaded < 2; threaded++)
+        for (reset = 0; reset < 2; reset++) {
+            peer once;
+            crpc_channel *ch;
+            peer_open(&once, peer_answers_once, reset ? &once : NULL);
+            ch = net_channel(once.url, "?timeout_ms=20000", p, NULL, NULL);
             if (threaded)
-                assert_true(CT_WAIT(connections(crpc_channel_loop(ch)) == 0, NET_PATIENCE));
-            else
-                ct_sleep_ms(12);
+                assert_int_equal(crpc_loop_start(crpc_channel_loop(ch)), CRPC_OK);
+            for (i = 0; i < 15; i++) {
+                net_check_add(ch, i);
+                assert_true(CT_WAIT(peer_has_ended(&once, i), NET_PATIENCE));
+                if (threaded)
+                    assert_true(CT_WAIT(connections(crpc_channel_loop(ch)) == 0, NET_PATIENCE));
+                else
+                    ct_sleep_ms(12);
+            }
+            assert_int_equal(peer_accepted(&once), 15);
+            crpc_channel_close(ch);
+            peer_close(&once);
         }
-        assert_int_equal(peer_accepted(&once), 15);
-        crpc_channel_close(ch);
-        peer_close(&once);
-    }
 }
 
 static void a_server_that_comes_back_is_found_again(void **state)
@@ -520,7 +578,8 @@ static void a_server_that_comes_back_is_found_again(void **state)
     }
 }
 
-/* Two channels to one address on one loop are one connection; other options, another. */
+/* Two channels to one address on one loop share a connection, unless options of the connection
+ * differ. */
 static void channels_of_a_loop_share_connections(void **state)
 {
     peer adds;
@@ -624,7 +683,8 @@ static void it_backs_off_with_full_jitter(void **state)
     crpc_loop_close(l);
 }
 
-/* A script: reads a little, answers what its user says at the time it says, and reads no more. */
+/* A script: reads a little, waits until user holds an id, answers with that id, and reads no
+ * more. */
 static bool peer_answers_early(peer *p, int fd, int number)
 {
     crpc_id *id = (crpc_id *)p->user;
@@ -648,8 +708,7 @@ static bool peer_answers_early(peer *p, int fd, int number)
     return peer_deaf(p, fd, number);
 }
 
-/* The last reply of a provider that is not listed any more comes while its request is still being
- * sent. */
+/* A provider that is no longer listed answers its last request before that is sent completely. */
 static void a_removed_provider_answers_early(void **state)
 {
     crpc_id id, told = {0};
@@ -683,8 +742,8 @@ static void a_removed_provider_answers_early(void **state)
     peer_close(&p);
 }
 
-/* Of a list that the registry does not confirm any more, who cannot be reached is dialled once a
- * minute after a time; a list that is fresh again ends that. */
+/* While the registry is away, its last list is stale: after stale_ttl_ms a provider on it that
+ * cannot be reached is dialled once a minute only, until a fresh list comes. */
 static void an_aged_provider_is_dialled_rarely(void **state)
 {
     crpc_channel_options o = CRPC_INIT;
@@ -699,9 +758,9 @@ static void an_aged_provider_is_dialled_rarely(void **state)
     net_time_begin(NET_TIME_STANDS);
     start = net_clock_us(NULL);
     memset(&f, 0, sizeof f);
-    assert_int_equal(crpc_channel_open(&f.channel, "tcp://127.0.0.1:9?stale_ttl_ms=30000&retries=-1",
-                                       &o, NULL),
-                     CRPC_OK);
+    assert_int_equal(
+        crpc_channel_open(&f.channel, "tcp://127.0.0.1:9?stale_ttl_ms=30000&retries=-1", &o, NULL),
+        CRPC_OK);
     e = first_endpoint(f.channel->loop);
     list = crpci_registry_snapshot(f.channel->loop->heap, 1);
     assert_non_null(list);
@@ -735,13 +794,16 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(a_request_cut_by_its_deadline_goes_out_whole),
-        CT_TEST(late_and_forged_replies_complete_nothing),
+        CT_TEST(a_late_reply_completes_nothing),
+        CT_TEST(a_doubled_reply_completes_one_call),
+        CT_TEST(forged_ids_complete_nothing),
         CT_TEST(a_reply_counts_only_on_its_own_connection),
         CT_TEST(logoff_frees_the_slot),
         CT_TEST(cancelling_does_not_free_the_peer),
         CT_TEST(the_send_queue_has_a_limit),
         CT_TEST(the_limit_of_the_queue_is_exact),
         CT_TEST(one_at_a_time_for_peers_that_cannot_pipeline),
+        CT_TEST(a_timeout_closes_the_connection_of_such_a_peer),
         CT_TEST(what_waits_for_a_slot_is_not_sent),
         CT_TEST(closing_with_calls_that_wait_for_a_slot),
         CT_TEST(an_idle_connection_that_ended_is_dialled_again),

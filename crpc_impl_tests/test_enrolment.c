@@ -62,8 +62,8 @@ static void it_registers_what_is_advertised(void **state)
     (void)state;
     assert_int_equal(address_of("tcp://127.0.0.1:0", "192.0.2.7:81", address, NULL), CRPC_OK);
     assert_string_equal(address, "192.0.2.7:81");
-    assert_int_equal(address_of("unix:///tmp/crpc-test-enrolment", "[2001:db8::7]:81", address, NULL),
-                     CRPC_OK);
+    assert_int_equal(
+        address_of("unix:///tmp/crpc-test-enrolment", "[2001:db8::7]:81", address, NULL), CRPC_OK);
     assert_string_equal(address, "[2001:db8::7]:81");
     /* without a port: the listener's */
     assert_int_equal(address_of("tcp://127.0.0.1:0", "192.0.2.7", address, NULL), CRPC_OK);

@@ -26,7 +26,7 @@ static int64_t reply_code(int fd, int64_t id, char *text)
     return code;
 }
 
-#define GARBAGE "\xff\xff\xff", 3 /* what decodes it says EREQUEST */
+#define GARBAGE "\xff\xff\xff", 3 /* is answered with EREQUEST when it is decoded */
 
 static int64_t ask_garbage(int fd, const char *method, char *text)
 {
@@ -120,7 +120,7 @@ static void a_limit_of_nothing_is_an_error(void **state)
     crpc_server_close(s);
 }
 
-/* How many of `count` garbage requests are let in. */
+/* Sends `count` garbage requests; how many got as far as the decoder. */
 static int let_in(int fd, const char *method, int count, const char *says)
 {
     int in = 0, i;
@@ -206,7 +206,7 @@ static void clients_have_rates(void **state)
         close(a);
         close(b);
         assert_true(CT_WAIT(net_connections(n.server) == 1, NET_PATIENCE));
-        a = connect_from(n.url, "127.0.0.1"); /* known still */
+        a = connect_from(n.url, "127.0.0.1"); /* its rate is remembered */
         assert_int_equal(let_in(a, "Add", 2, says), 0);
         net_time_add(2000);
         assert_int_equal(let_in(a, "Add", 4, says), 2);
@@ -216,7 +216,7 @@ static void clients_have_rates(void **state)
     }
 }
 
-/* The limit begins at 40; when nothing but failures came for 200 samples it is halved. */
+/* The limit begins at 40. It is halved when 200 samples were failures. */
 static void adaptive_limits_adapt(void **state)
 {
     static const crpc_method_limit limits[] = {{NULL, dyn_Echo_Defer_method, 0, 1, 0, 0}};
@@ -236,8 +236,7 @@ static void adaptive_limits_adapt(void **state)
         fd = wire_connect(n.url);
         hold(&n, fd, 40, NULL);
         assert_int_equal(ask_garbage(fd, "Defer", text), CRPC_ELIMIT);
-        assert_string_equal(text,
-                            "too many requests of the method are being served (adaptive)");
+        assert_string_equal(text, "too many requests of the method are being served (adaptive)");
         let_go(&n, fd, 40, CRPC_EINTERNAL); /* at one time: one sample */
         for (i = 0; i < 199; i++) {
             hold(&n, fd, 1, NULL);
@@ -273,6 +272,18 @@ static int64_t ask_again(int fd, const char *method, const char *rid, int64_t *n
     return code;
 }
 
+/* Waits until the server has seen that `count` requests had come before. */
+static void wait_replayed(net *n, uint64_t count)
+{
+    crpc_loop_stats stats;
+    int64_t until = ct_now_ms() + NET_PATIENCE;
+    do {
+        ct_sleep_ms(1);
+        crpc_server_stats_get(n->server, &stats);
+    } while (stats.replayed < count && ct_now_ms() < until);
+    assert_int_equal(stats.replayed, count);
+}
+
 static void a_repeated_request_is_executed_once(void **state)
 {
     crpc_poller p;
@@ -281,6 +292,34 @@ static void a_repeated_request_is_executed_once(void **state)
     NET_EACH_POLLER(p) NET_EACH_MODE(m)
     {
         crpc_loop_stats stats;
+        int fd[3], i;
+        net n;
+        memset(&n, 0, sizeof n);
+        n.server_options.replay_entries = 10;
+        net_open(&n, p, m);
+        for (i = 0; i < 3; i++) { /* from whichever connection it comes */
+            int64_t sum;
+            fd[i] = wire_connect(n.url);
+            assert_int_equal(ask_again(fd[i], "Add", "one", &sum), CRPC_OK);
+            assert_int_equal(sum, 6);
+        }
+        assert_int_equal(net_calls(&n.service), 1);
+        crpc_server_stats_get(n.server, &stats);
+        assert_int_equal(stats.replayed, 2);
+        assert_int_equal(stats.unremembered, 0);
+        for (i = 0; i < 3; i++)
+            close(fd[i]);
+        net_close(&n);
+    }
+}
+
+static void a_request_repeated_while_it_runs_waits_for_its_reply(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
         wire_message got;
         crpc_context *x;
         int fd[3], i;
@@ -289,24 +328,12 @@ static void a_repeated_request_is_executed_once(void **state)
         memset(&n, 0, sizeof n);
         n.server_options.replay_entries = 10;
         net_open(&n, p, m);
-        for (i = 0; i < 3; i++)
-            fd[i] = wire_connect(n.url);
-        /* one after another */
         for (i = 0; i < 3; i++) {
-            assert_int_equal(ask_again(fd[i], "Add", "one", &sum), CRPC_OK);
-            assert_int_equal(sum, 6);
+            fd[i] = wire_connect(n.url);
+            send_again(fd[i], "Defer", 10 + i, "one");
         }
-        assert_int_equal(net_calls(&n.service), 1);
-        /* at the same time */
-        for (i = 0; i < 3; i++)
-            send_again(fd[i], "Defer", 10 + i, "one"); /* another method's: it is another one */
         assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
-        send_again(fd[0], "Defer", 20, "two"); /* another one runs beside it */
-        assert_true(CT_WAIT(net_held(&n.service) == 2, NET_PATIENCE));
-        do { /* until all have come that far */
-            ct_sleep_ms(1);
-            crpc_server_stats_get(n.server, &stats);
-        } while (stats.replayed < 4);
+        wait_replayed(&n, 2);
         x = net_take(&n.service);
         ((dyn_Num *)crpc_context_response(x))->n = 4711;
         assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_OK);
@@ -317,24 +344,75 @@ static void a_repeated_request_is_executed_once(void **state)
             assert_int_equal(got.n, 4711);
             wire_done(&got);
         }
-        assert_int_equal(crpc_context_finish(net_take(&n.service), CRPC_EAUTH), CRPC_OK);
-        assert_int_equal(reply_code(fd[0], 20, NULL), CRPC_EAUTH);
-        /* and later */
-        assert_int_equal(ask_again(fd[1], "Defer", "one", &sum), CRPC_OK);
+        assert_int_equal(ask_again(fd[1], "Defer", "one", &sum), CRPC_OK); /* and later */
         assert_int_equal(sum, 4711);
-        assert_int_equal(ask_again(fd[1], "Defer", "two", NULL), CRPC_EAUTH);
-        assert_int_equal(ask_again(fd[1], "Defer", "two", NULL), CRPC_EAUTH);
-        assert_int_equal(net_calls(&n.service), 3);
-        crpc_server_stats_get(n.server, &stats);
-        assert_int_equal(stats.replayed, 7);
-        assert_int_equal(stats.unremembered, 0);
+        assert_int_equal(net_calls(&n.service), 1);
         for (i = 0; i < 3; i++)
             close(fd[i]);
         net_close(&n);
     }
 }
 
-/* Words, marks, fields and attachments are part of a reply; a client sees no difference. */
+/* Finishes the oldest held request. */
+static void let_go_of(net *n)
+{
+    assert_int_equal(crpc_context_finish(net_take(&n->service), CRPC_OK), CRPC_OK);
+}
+
+static void an_id_is_of_its_method(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        int fd;
+        net n;
+        memset(&n, 0, sizeof n);
+        n.server_options.replay_entries = 10;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        assert_int_equal(ask_again(fd, "Add", "one", NULL), CRPC_OK);
+        send_again(fd, "Defer", 10, "one");
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        send_again(fd, "Defer", 20, "two"); /* another id runs beside it */
+        assert_true(CT_WAIT(net_held(&n.service) == 2, NET_PATIENCE));
+        let_go_of(&n);
+        let_go_of(&n);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+static void a_failure_is_repeated_too(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        int fd[2], i;
+        net n;
+        memset(&n, 0, sizeof n);
+        n.server_options.replay_entries = 10;
+        net_open(&n, p, m);
+        for (i = 0; i < 2; i++)
+            fd[i] = wire_connect(n.url);
+        send_again(fd[0], "Defer", 20, "two");
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        assert_int_equal(crpc_context_finish(net_take(&n.service), CRPC_EAUTH), CRPC_OK);
+        assert_int_equal(reply_code(fd[0], 20, NULL), CRPC_EAUTH);
+        for (i = 0; i < 2; i++)
+            assert_int_equal(ask_again(fd[1], "Defer", "two", NULL), CRPC_EAUTH);
+        assert_int_equal(net_calls(&n.service), 1);
+        for (i = 0; i < 2; i++)
+            close(fd[i]);
+        net_close(&n);
+    }
+}
+
+/* A repeated reply has its text, application's mark, fields and attachment, as the first one
+ * had. */
 static void a_repeated_reply_is_complete(void **state)
 {
     crpc_field fields[2] = {{"crpc-rid", "x"}, {"a", "value"}};
@@ -362,7 +440,7 @@ static void a_repeated_reply_is_complete(void **state)
             assert_int_equal(dyn_Echo_Fail(n.channel, &in, &out, &call), CRPC_EAPP);
             assert_int_equal(call.error.app_code, 700);
             assert_non_null(strstr(call.error.text, "words"));
-            call.log_id = round + 1; /* what comes again is not looked at */
+            call.log_id = round + 1; /* other fields of the repeated request do not matter */
             assert_int_equal(dyn_Echo_Meta(n.channel, &in, &out, &call), CRPC_OK);
             assert_int_equal(out.n, 1);
             assert_true(crpc_call_field(&call, "b", &value));
@@ -390,26 +468,38 @@ static int wants_credential(void *user, crpc_context *x)
     return crpc_view_equal(crpc_context_credential(x), "secret") ? CRPC_OK : CRPC_EAUTH;
 }
 
-/* Nor does what was never executed count, or what somebody else may net_ask for. */
-static void only_what_was_executed_is_remembered(void **state)
+/* The channel's calls carry `fields`, and credential "secret", which the server's guard wants. */
+static void guarded_open(net *n, crpc_call *call, crpc_field *fields)
+{
+    static const crpc_server_interceptor guard = {wants_credential, NULL, NULL};
+    memset(n, 0, sizeof *n);
+    n->server_options.replay_entries = 10;
+    n->server_options.interceptors = &guard;
+    n->server_options.interceptor_count = 1;
+    net_open(n, CRPC_POLLER_DEFAULT, NET_WORKERS);
+    memset(call, 0, sizeof *call);
+    call->fields = fields;
+    call->field_count = 1;
+    call->credential = crpc_view_str("secret");
+}
+
+static void guarded_close(net *n, crpc_call *call)
+{
+    crpc_call_reset(call);
+    net_close(n);
+}
+
+/* A request that an interceptor refused was not executed, and nobody gets the reply to
+ * another's. */
+static void a_refused_request_is_not_remembered(void **state)
 {
     crpc_field fields[1] = {{"crpc-rid", "x"}};
-    crpc_server_interceptor guard = CRPC_INIT;
     dyn_Num in = net_num(1), out = dyn_Num_init_zero;
-    char id[70];
-    crpc_call call = CRPC_INIT;
-    const char *both[] = {"crpc-rid", "y", NULL};
+    crpc_call call;
     net n;
-    int fd;
     (void)state;
-    guard.before = wants_credential;
-    memset(&n, 0, sizeof n);
-    n.server_options.replay_entries = 10;
-    n.server_options.interceptors = &guard;
-    n.server_options.interceptor_count = 1;
-    net_open(&n, CRPC_POLLER_DEFAULT, NET_WORKERS);
-    call.fields = fields;
-    call.field_count = 1;
+    guarded_open(&n, &call, fields);
+    call.credential = crpc_view_of(NULL, 0);
     assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_EAUTH);
     call.credential = crpc_view_str("secret");
     assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
@@ -418,22 +508,15 @@ static void only_what_was_executed_is_remembered(void **state)
     call.credential = crpc_view_str("secret");
     assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
     assert_int_equal(net_calls(&n.service), 1);
-    memset(id, 'i', sizeof id);
-    id[65] = '\0';
-    fields[0].value = id;
-    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_EREQUEST);
-    assert_non_null(strstr(call.error.text, "crpc-rid is over 64 bytes"));
-    id[64] = '\0';
-    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
-    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
-    assert_int_equal(net_calls(&n.service), 2);
-    fields[0].value = ""; /* is none */
-    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
-    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
-    assert_int_equal(net_calls(&n.service), 4);
-    crpc_call_reset(&call);
-    net_close(&n);
+    guarded_close(&n, &call);
+}
 
+static void an_undecodable_request_is_not_remembered(void **state)
+{
+    const char *both[] = {"crpc-rid", "y", NULL};
+    net n;
+    int fd;
+    (void)state;
     memset(&n, 0, sizeof n);
     n.server_options.replay_entries = 10;
     net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
@@ -446,18 +529,57 @@ static void only_what_was_executed_is_remembered(void **state)
     net_close(&n);
 }
 
-static void what_is_remembered_is_bounded(void **state)
+static void an_id_has_64_bytes_at_most(void **state)
 {
-    crpc_loop_stats stats;
+    crpc_field fields[1] = {{"crpc-rid", NULL}};
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    crpc_call call;
+    char id[70];
     net n;
-    int fd;
     (void)state;
-    memset(&n, 0, sizeof n);
-    n.time = NET_TIME_STANDS;
-    n.server_options.replay_entries = 2;
-    n.server_options.replay_ms = 1000;
-    net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
-    fd = wire_connect(n.url);
+    guarded_open(&n, &call, fields);
+    memset(id, 'i', sizeof id);
+    id[65] = '\0';
+    fields[0].value = id;
+    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_EREQUEST);
+    assert_non_null(strstr(call.error.text, "crpc-rid is over 64 bytes"));
+    id[64] = '\0';
+    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
+    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
+    assert_int_equal(net_calls(&n.service), 1);
+    guarded_close(&n, &call);
+}
+
+static void an_empty_id_is_none(void **state)
+{
+    crpc_field fields[1] = {{"crpc-rid", ""}};
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    crpc_call call;
+    net n;
+    (void)state;
+    guarded_open(&n, &call, fields);
+    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
+    assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
+    assert_int_equal(net_calls(&n.service), 2);
+    guarded_close(&n, &call);
+}
+
+/* A server that remembers two replies for a second. */
+static int forgetful_open(net *n)
+{
+    memset(n, 0, sizeof *n);
+    n->time = NET_TIME_STANDS;
+    n->server_options.replay_entries = 2;
+    n->server_options.replay_ms = 1000;
+    net_open(n, CRPC_POLLER_DEFAULT, NET_THREAD);
+    return wire_connect(n->url);
+}
+
+static void the_oldest_reply_is_forgotten_first(void **state)
+{
+    net n;
+    int fd = forgetful_open(&n);
+    (void)state;
     assert_int_equal(ask_again(fd, "Add", "1", NULL), CRPC_OK);
     assert_int_equal(ask_again(fd, "Add", "2", NULL), CRPC_OK);
     assert_int_equal(ask_again(fd, "Add", "3", NULL), CRPC_OK); /* the first goes */
@@ -466,24 +588,48 @@ static void what_is_remembered_is_bounded(void **state)
     assert_int_equal(net_calls(&n.service), 3);
     assert_int_equal(ask_again(fd, "Add", "1", NULL), CRPC_OK);
     assert_int_equal(net_calls(&n.service), 4);
-    net_time_add(1000);
-    assert_int_equal(ask_again(fd, "Add", "1", NULL), CRPC_OK); /* it was too long ago */
-    assert_int_equal(net_calls(&n.service), 5);
-    send_again(fd, "Defer", 1, "4");
-    send_again(fd, "Defer", 1, "5");
-    assert_true(CT_WAIT(net_held(&n.service) == 2, NET_PATIENCE));
-    assert_int_equal(ask_again(fd, "Add", "6", NULL), CRPC_OK); /* is run, but not remembered */
-    assert_int_equal(ask_again(fd, "Add", "6", NULL), CRPC_OK);
-    assert_int_equal(net_calls(&n.service), 9);
-    crpc_server_stats_get(n.server, &stats);
-    assert_int_equal(stats.unremembered, 2);
-    assert_int_equal(crpc_context_finish(net_take(&n.service), CRPC_OK), CRPC_OK);
-    assert_int_equal(crpc_context_finish(net_take(&n.service), CRPC_OK), CRPC_OK);
     close(fd);
     net_close(&n);
 }
 
-/* It is not executed again, though nobody knows any more what it said. */
+static void a_reply_is_forgotten_after_replay_ms(void **state)
+{
+    net n;
+    int fd = forgetful_open(&n);
+    (void)state;
+    assert_int_equal(ask_again(fd, "Add", "1", NULL), CRPC_OK);
+    net_time_add(999);
+    assert_int_equal(ask_again(fd, "Add", "1", NULL), CRPC_OK);
+    assert_int_equal(net_calls(&n.service), 1);
+    net_time_add(1);
+    assert_int_equal(ask_again(fd, "Add", "1", NULL), CRPC_OK);
+    assert_int_equal(net_calls(&n.service), 2);
+    close(fd);
+    net_close(&n);
+}
+
+/* Entries of requests that still run cannot be given to others. */
+static void a_request_without_a_free_entry_is_run_unremembered(void **state)
+{
+    crpc_loop_stats stats;
+    net n;
+    int fd = forgetful_open(&n);
+    (void)state;
+    send_again(fd, "Defer", 1, "4");
+    send_again(fd, "Defer", 1, "5");
+    assert_true(CT_WAIT(net_held(&n.service) == 2, NET_PATIENCE));
+    assert_int_equal(ask_again(fd, "Add", "6", NULL), CRPC_OK);
+    assert_int_equal(ask_again(fd, "Add", "6", NULL), CRPC_OK);
+    assert_int_equal(net_calls(&n.service), 4);
+    crpc_server_stats_get(n.server, &stats);
+    assert_int_equal(stats.unremembered, 2);
+    let_go_of(&n);
+    let_go_of(&n);
+    close(fd);
+    net_close(&n);
+}
+
+/* The request is not executed again although its reply was too large to be kept. */
 static void a_reply_too_large_to_keep(void **state)
 {
     crpc_field field = {"crpc-rid", "x"};
@@ -537,7 +683,7 @@ static bool finish_keyed(net *n, int number)
     return x != NULL;
 }
 
-/* Waits until exactly so many are held, and none more would be. */
+/* Waits until `count` requests are held, and checks that no more follow. */
 static void held_are(net *n, int count)
 {
     assert_true(CT_WAIT(net_held(&n->service) == count, NET_PATIENCE));
@@ -564,7 +710,7 @@ static void requests_of_a_key_wait_for_each_other(void **state)
         send_keyed(fd, 3, "blue");
         send_keyed(fd, 4, NULL);
         held_are(&n, 3);
-        send_keyed(other, 5, "red"); /* from wherever it comes */
+        send_keyed(other, 5, "red"); /* on another connection */
         held_are(&n, 3);
         assert_true(finish_keyed(&n, 3));
         held_are(&n, 2);
@@ -621,7 +767,8 @@ static void requests_of_a_connection_may_wait_too(void **state)
     }
 }
 
-/* What waits when its server is closed goes with it, or with the request that it waits for. */
+/* Requests that wait for another one when their server closes are freed with the server or with
+ * that request. */
 static void closing_with_requests_that_wait(void **state)
 {
     crpc_poller p;
@@ -630,7 +777,6 @@ static void closing_with_requests_that_wait(void **state)
     NET_EACH_POLLER(p) NET_EACH_MODE(m)
     {
         crpc_context *x, *y;
-        crpc_loop_stats stats;
         int fd, i;
         net n;
         memset(&n, 0, sizeof n);
@@ -641,10 +787,7 @@ static void closing_with_requests_that_wait(void **state)
         for (i = 0; i < 3; i++)
             send_again(fd, "Defer", i, "same");
         assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
-        do {
-            ct_sleep_ms(1);
-            crpc_server_stats_get(n.server, &stats);
-        } while (stats.replayed < 2);
+        wait_replayed(&n, 2);
         x = net_take(&n.service);
         for (i = 1; i <= 3; i++)
             send_keyed(fd, i, "red");
@@ -653,12 +796,12 @@ static void closing_with_requests_that_wait(void **state)
         net_close(&n);
         assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
         assert_int_equal(crpc_context_finish(y, CRPC_OK), CRPC_EGONE);
-        assert_int_equal(n.service.calls, 3); /* with that of held_are */
+        assert_int_equal(n.service.calls, 3); /* one of them by held_are */
         close(fd);
     }
 }
 
-#define KEYS 16
+#define KEYS  16
 #define KEYED 10000
 
 typedef struct keyed {
@@ -771,9 +914,17 @@ int main(void)
         CT_TEST(clients_have_rates),
         CT_TEST(adaptive_limits_adapt),
         CT_TEST(a_repeated_request_is_executed_once),
+        CT_TEST(a_request_repeated_while_it_runs_waits_for_its_reply),
+        CT_TEST(an_id_is_of_its_method),
+        CT_TEST(a_failure_is_repeated_too),
         CT_TEST(a_repeated_reply_is_complete),
-        CT_TEST(only_what_was_executed_is_remembered),
-        CT_TEST(what_is_remembered_is_bounded),
+        CT_TEST(a_refused_request_is_not_remembered),
+        CT_TEST(an_undecodable_request_is_not_remembered),
+        CT_TEST(an_id_has_64_bytes_at_most),
+        CT_TEST(an_empty_id_is_none),
+        CT_TEST(the_oldest_reply_is_forgotten_first),
+        CT_TEST(a_reply_is_forgotten_after_replay_ms),
+        CT_TEST(a_request_without_a_free_entry_is_run_unremembered),
         CT_TEST(a_reply_too_large_to_keep),
         CT_TEST(requests_of_a_key_wait_for_each_other),
         CT_TEST(requests_of_a_connection_may_wait_too),

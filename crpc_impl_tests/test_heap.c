@@ -75,7 +75,7 @@ static void bytes_and_peak_are_the_allocators(void **state)
     assert_int_equal(h->bytes, a->live_bytes);
     assert_int_equal(h->peak, peak);
     a->fail_at = a->calls + 1;
-    assert_null(crpci_heap_alloc(h, 50000)); /* what failed does not count */
+    assert_null(crpci_heap_alloc(h, 50000)); /* a failed allocation is not counted */
     assert_int_equal(h->bytes, before);
     assert_int_equal(h->peak, peak);
     crpci_heap_unref(h);
@@ -93,7 +93,7 @@ static void chunks_have_room_and_are_writable_to_the_end(void **state)
         assert_true(c->cap >= size);
         assert_int_equal(c->refs, 1);
         memset(crpci_heap_data(c), 0x11, c->cap);
-        if (total <= CRPCI_CHUNK_BIG) { /* the least power of two that holds it */
+        if (total <= CRPCI_CHUNK_BIG) { /* the smallest power of two that holds it */
             assert_int_equal((c->cap + head) & (c->cap + head - 1), 0);
             assert_true(c->cap + head >= CRPCI_CHUNK_MIN);
             assert_true(c->cap + head == CRPCI_CHUNK_MIN || (c->cap + head) / 2 < total);
@@ -146,7 +146,7 @@ static void the_last_reference_frees(void **state)
     crpci_heap_unref(h);
 }
 
-/* What a program in its steady state does costs no allocation. */
+/* In a steady state chunks are taken and given back without an allocation. */
 static void warm_chunks_come_without_the_allocator(void **state)
 {
     crpci_heap *h = heap_open(0);
@@ -156,7 +156,7 @@ static void warm_chunks_come_without_the_allocator(void **state)
     (void)state;
     for (round = 0; round < 50; round++) {
         for (i = 0; i < 20; i++) {
-            /* every kept class, twice and more */
+            /* chunks of every class that is kept, two and more at a time */
             c[i] = crpci_heap_chunk(h, ((size_t)200 << (i % 9)) - (size_t)(round % 7));
             assert_non_null(c[i]);
             assert_int_equal(c[i]->refs, 1);
@@ -172,7 +172,7 @@ static void warm_chunks_come_without_the_allocator(void **state)
     crpci_heap_unref(h);
 }
 
-static void what_is_kept_is_bounded(void **state)
+static void kept_chunks_are_bounded(void **state)
 {
     enum { MANY = 100, FEW = 10 };
     crpci_heap *h = heap_open(0);
@@ -187,7 +187,7 @@ static void what_is_kept_is_bounded(void **state)
     assert_int_equal(h->chunk_bytes, MANY * 65536);
     for (i = 0; i < MANY; i++)
         crpci_heap_chunk_unref(c[i]);
-    /* what was in use at a time is found again */
+    /* as many as were in use at one time are kept */
     burst = h->kept_bytes;
     assert_int_equal(burst, MANY * 65536);
     assert_int_equal(h->bytes, burst + (int64_t)sizeof *h);
@@ -197,7 +197,7 @@ static void what_is_kept_is_bounded(void **state)
     assert_int_equal(h->bytes, burst + (int64_t)sizeof *h);
     for (i = 0; i < MANY; i++)
         crpci_heap_chunk_unref(c[i]);
-    /* and goes when less is needed for long */
+    /* and freed when fewer are needed for long */
     for (i = 0; i < 400000; i++) {
         crpci_chunk *one = crpci_heap_chunk(h, 60000);
         assert_non_null(one);
@@ -209,7 +209,7 @@ static void what_is_kept_is_bounded(void **state)
     assert_int_equal(h->kept_bytes, 0);
     assert_int_equal(h->bytes, sizeof *h);
     assert_int_equal(ct_alloc_of_test()->live_blocks, 1);
-    c[0] = crpci_heap_chunk(h, 60000); /* a trimmed heap goes on working */
+    c[0] = crpci_heap_chunk(h, 60000); /* a trimmed heap still works */
     assert_non_null(c[0]);
     crpci_heap_chunk_unref(c[0]);
     crpci_heap_unref(h);
@@ -233,14 +233,14 @@ static void limit_holds_and_is_given_back(void **state)
     assert_null(crpci_heap_chunk(h, 100));
     for (i = 0; i < 4; i++)
         crpci_heap_chunk_unref(c[i]);
-    /* Kept chunks of one size are no way round the limit. */
+    /* A kept chunk counts against the limit when it is taken again. */
     c[0] = crpci_heap_chunk(h, 900);
     assert_non_null(c[0]);
     assert_int_equal(h->chunk_bytes, 1024);
     assert_null(crpci_heap_chunk(h, 100));
     assert_int_equal(h->chunk_bytes, 1024);
     crpci_heap_chunk_unref(c[0]);
-    /* The limit is on chunks alone. */
+    /* Other blocks are not limited. */
     {
         void *p = crpci_heap_alloc(h, 5000);
         assert_non_null(p);
@@ -274,7 +274,7 @@ static void chunks_outlive_the_heaps_owner(void **state)
     memset(crpci_heap_data(big), 1, 3000000);
     crpci_heap_chunk_unref(big);
     assert_int_equal(ct_alloc_of_test()->live_blocks, 2);
-    crpci_heap_chunk_unref(kept); /* the heap goes with it; CT_TEST sees what stays */
+    crpci_heap_chunk_unref(kept); /* frees the heap; CT_TEST finds a leak */
     assert_int_equal(ct_alloc_of_test()->live_blocks, 0);
 }
 
@@ -345,7 +345,7 @@ static int lines_at(int option)
 static void log_levels(void **state)
 {
     (void)state;
-    assert_int_equal(lines_at(0), 2); /* the default: errors and warnings */
+    assert_int_equal(lines_at(0), 2); /* the default level: errors and warnings */
     assert_int_equal(logged_level, CRPC_LOG_WARN);
     assert_string_equal(logged, "level 2");
     assert_int_equal(lines_at(-1), 0);
@@ -387,7 +387,7 @@ static void default_hooks(void **state)
     crpci_heap_unref(h);
 }
 
-static void clock_hook_is_asked(void **state)
+static void the_clock_hook_is_used(void **state)
 {
     crpc_hooks hooks = ct_hooks();
     crpci_heap *h;
@@ -449,7 +449,7 @@ int main(void)
         CT_TEST(class_borders),
         CT_TEST(the_last_reference_frees),
         CT_TEST(warm_chunks_come_without_the_allocator),
-        CT_TEST(what_is_kept_is_bounded),
+        CT_TEST(kept_chunks_are_bounded),
         CT_TEST(limit_holds_and_is_given_back),
         CT_TEST(absurd_sizes_are_refused_before_the_allocator),
         CT_TEST(chunks_outlive_the_heaps_owner),
@@ -457,7 +457,7 @@ int main(void)
         CT_TEST(log_levels),
         CT_TEST(long_lines_are_cut),
         CT_TEST(default_hooks),
-        CT_TEST(clock_hook_is_asked),
+        CT_TEST(the_clock_hook_is_used),
         CT_TEST(threads_share_a_heap),
     };
     return CT_RUN(tests);

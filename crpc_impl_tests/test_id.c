@@ -1,4 +1,4 @@
-/* impl-id: ids that outlive what they name, and never name something else. */
+/* impl-id: an id finds its object until the object is removed, and nothing after that. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -33,7 +33,7 @@ static void names_until_removed(void **state)
     assert_ptr_equal(crpci_id_get(&t, id[0]), &a[0]);
     assert_ptr_equal(crpci_id_get(&t, id[2]), &a[2]);
     assert_int_equal(t.used, 2);
-    crpci_id_remove(&t, id[1]); /* a second time: nothing */
+    crpci_id_remove(&t, id[1]); /* a second time: no effect */
     crpci_id_remove(&t, 0);
     crpci_id_remove(&t, UINT64_MAX);
     assert_int_equal(t.used, 2);
@@ -64,7 +64,7 @@ static void zero_and_forged_ids_name_nothing(void **state)
     crpci_heap_unref(h);
 }
 
-/* First freed, first used again: an id that a peer or a user mixes up is as old as can be. */
+/* Slots are reused first in, first out: an index comes back as late as possible. */
 static void a_number_returns_as_late_as_possible(void **state)
 {
     crpci_heap *h = heap_open();
@@ -116,6 +116,38 @@ static void generation_wraps_round_without_zero(void **state)
     assert_int_equal(id >> 32, 1);
     assert_ptr_equal(crpci_id_get(&t, id), &a);
     crpci_id_free(&t, h);
+    crpci_heap_unref(h);
+}
+
+/* Two tables with their own salts: an id of one is none of the other, at whatever generation. */
+static void ids_of_another_table_name_nothing(void **state)
+{
+    crpci_heap *h = heap_open();
+    crpci_id_table a, b;
+    uint64_t id;
+    int x, i, round;
+    (void)state;
+    memset(&a, 0, sizeof a);
+    memset(&b, 0, sizeof b);
+    a.salt = 0x12345678;
+    b.salt = 0x9abcdef0;
+    for (round = 0; round < 3; round++) {
+        uint64_t ids[40];
+        for (i = 0; i < 40; i++) {
+            assert_int_equal(crpci_id_add(&a, h, &x, &ids[i]), CRPC_OK);
+            assert_int_equal(crpci_id_add(&b, h, &x, &id), CRPC_OK);
+            assert_null(crpci_id_get(&a, id));
+            assert_null(crpci_id_get(&b, ids[i]));
+            crpci_id_remove(&b, ids[i]);
+            assert_ptr_equal(crpci_id_get(&b, id), &x);
+            crpci_id_remove(&b, id);
+        }
+        for (i = 0; i < 40; i++)
+            crpci_id_remove(&a, ids[i]);
+        assert_int_equal(a.used, 0);
+    }
+    crpci_id_free(&a, h);
+    crpci_id_free(&b, h);
     crpci_heap_unref(h);
 }
 
@@ -192,6 +224,7 @@ int main(void)
         CT_TEST(zero_and_forged_ids_name_nothing),
         CT_TEST(a_number_returns_as_late_as_possible),
         CT_TEST(generation_wraps_round_without_zero),
+        CT_TEST(ids_of_another_table_name_nothing),
         CT_TEST(random_adds_and_removes),
         CT_TEST(out_of_memory_keeps_what_is_there),
     };

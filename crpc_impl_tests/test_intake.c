@@ -47,7 +47,7 @@ static void names_and_codes_are_brpcs(void **state)
     }
 }
 
-/* A NULL in the struct of handlers is a method that is not there. */
+/* A NULL in the struct of handlers is answered as a missing method. */
 static void missing_handlers_are_missing_methods(void **state)
 {
     static const dyn_Echo_handlers only_add = {net_add, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
@@ -106,6 +106,25 @@ static void what_is_not_supported_is_refused_by_name(void **state)
         o.chunk = 1;
         assert_int_equal(net_ask(fd, "Echo", "Add", 5, &o, text), CRPC_EREQUEST);
         assert_string_equal(text, "chunked bodies are not supported; send one frame");
+        assert_int_equal(net_calls(&n.service), 0);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+static void an_attachment_lies_within_the_body(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        net n;
+        wire_request_options o;
+        char text[512];
+        int fd;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, NET_THREAD);
+        fd = wire_connect(n.url);
         memset(&o, 0, sizeof o);
         o.attachment = 3;
         assert_int_equal(net_ask(fd, "Echo", "Add", 6, &o, text), CRPC_EREQUEST);
@@ -187,30 +206,85 @@ static void server_interceptors_run_in_order(void **state)
     }
 }
 
+/* A server with workers whose handlers wait for each other, and a channel to it. */
+typedef struct gathering {
+    crpc_server *server;
+    crpc_channel *channel;
+    char url[160];
+    int wanted; /* handlers return when so many have begun; atomic, as the rest is */
+    int begun, running, peak;
+} gathering;
+
+static int waits_for_others(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    gathering *g = (gathering *)crpc_context_user(x);
+    int running = __atomic_add_fetch(&g->running, 1, __ATOMIC_SEQ_CST);
+    int peak = __atomic_load_n(&g->peak, __ATOMIC_SEQ_CST);
+    while (running > peak && !__atomic_compare_exchange_n(&g->peak, &peak, running, 0,
+                                                          __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+    }
+    __atomic_add_fetch(&g->begun, 1, __ATOMIC_SEQ_CST);
+    (void)CT_WAIT(__atomic_load_n(&g->begun, __ATOMIC_SEQ_CST) >=
+                      __atomic_load_n(&g->wanted, __ATOMIC_SEQ_CST),
+                  NET_PATIENCE);
+    __atomic_add_fetch(&g->running, -1, __ATOMIC_SEQ_CST);
+    out->n = in->n + 1;
+    return CRPC_OK;
+}
+
+static void gathering_open(gathering *g, crpc_poller p, int workers, int queue, int wanted)
+{
+    static dyn_Echo_handlers handlers;
+    crpc_server_options o = CRPC_INIT;
+    memset(g, 0, sizeof *g);
+    g->wanted = wanted;
+    handlers.Add = waits_for_others;
+    o.listen = "tcp://127.0.0.1:0";
+    o.loops = net_loop_options(p);
+    o.workers = workers;
+    o.worker_queue = queue;
+    assert_int_equal(crpc_server_open(&g->server, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(g->server, &dyn_Echo, &handlers, g), CRPC_OK);
+    assert_int_equal(crpc_server_start(g->server, NULL), CRPC_OK);
+    assert_int_equal(crpc_loop_start(crpc_server_loop(g->server)), CRPC_OK);
+    assert_int_equal(crpc_server_address(g->server, 0, g->url, sizeof g->url), CRPC_OK);
+    g->channel = net_channel(g->url, "?timeout_ms=60000", p, NULL, NULL);
+}
+
+static void gathering_close(gathering *g)
+{
+    crpc_channel_close(g->channel);
+    crpc_server_close(g->server);
+}
+
+/* Makes `count` calls at a time, none of which may fail. */
+static void gathering_call(gathering *g, int count)
+{
+    crpc_id ids[8];
+    int i;
+    for (i = 0; i < count; i++) {
+        dyn_Num in = net_num(i);
+        assert_int_equal(dyn_Echo_Add_begin(g->channel, &in, &ids[i], NULL), CRPC_OK);
+    }
+    for (i = 0; i < count; i++) {
+        dyn_Num out = dyn_Num_init_zero;
+        assert_int_equal(crpc_channel_wait(g->channel, ids[i], -1), CRPC_OK);
+        assert_int_equal(dyn_Echo_Add_fetch(g->channel, ids[i], &out, NULL), CRPC_OK);
+        assert_int_equal(out.n, i + 1);
+    }
+}
+
 static void workers_run_handlers_beside_each_other(void **state)
 {
     crpc_poller p;
     (void)state;
     NET_EACH_POLLER(p)
     {
-        net n;
-        crpc_id ids[4];
-        int i;
-        memset(&n, 0, sizeof n);
-        net_open(&n, p, NET_WORKERS);
-        for (i = 0; i < 4; i++) {
-            dyn_Num in = net_num(i);
-            in.ms = 60;
-            assert_int_equal(dyn_Echo_Add_begin(n.channel, &in, &ids[i], NULL), CRPC_OK);
-        }
-        for (i = 0; i < 4; i++) {
-            dyn_Num out = dyn_Num_init_zero;
-            assert_int_equal(crpc_channel_wait(n.channel, ids[i], -1), CRPC_OK);
-            assert_int_equal(dyn_Echo_Add_fetch(n.channel, ids[i], &out, NULL), CRPC_OK);
-            assert_int_equal(out.n, i + 1);
-        }
-        assert_int_equal(n.service.peak, 2);
-        net_close(&n);
+        gathering g;
+        gathering_open(&g, p, 2, 0, 2);
+        gathering_call(&g, 4);
+        assert_int_equal(g.peak, 2);
+        gathering_close(&g);
     }
 }
 
@@ -220,35 +294,34 @@ static void a_full_worker_queue_is_said(void **state)
     (void)state;
     NET_EACH_POLLER(p)
     {
-        net n;
+        gathering g;
         wire w = {NULL, 0, 0};
         wire_message m;
-        int fd, i, good = 0, limited = 0;
-        memset(&n, 0, sizeof n);
-        n.server_options.workers = 1;
-        n.server_options.worker_queue = 3;
-        net_open(&n, p, NET_WORKERS);
-        fd = wire_connect(n.url);
-        wire_request(&w, "Add", 0, 0, 300);
+        int fd, i;
+        gathering_open(&g, p, 1, 3, 1000); /* until it is told otherwise */
+        fd = wire_connect(g.url);
+        wire_request(&w, "Add", 0, 0, 0);
         assert_true(wire_flush(fd, &w));
-        assert_true(CT_WAIT(net_calls(&n.service) == 1, NET_PATIENCE));
-        for (i = 1; i <= 10; i++)
+        assert_true(CT_WAIT(__atomic_load_n(&g.begun, __ATOMIC_SEQ_CST) == 1, NET_PATIENCE));
+        for (i = 1; i <= 10; i++) /* one runs, three wait, seven are refused */
             wire_request(&w, "Add", i, i, 0);
         assert_true(wire_flush(fd, &w));
-        for (i = 0; i <= 10; i++) {
+        for (i = 0; i < 7; i++) {
             assert_int_equal(wire_receive(fd, &m), 1);
-            good += m.code == 0;
-            limited += m.code == CRPC_ELIMIT;
-            if (m.code)
-                assert_string_equal(m.text, "too many requests wait for a worker (worker_queue)");
+            assert_int_equal(m.code, CRPC_ELIMIT);
+            assert_string_equal(m.text, "too many requests wait for a worker (worker_queue)");
             wire_done(&m);
         }
-        assert_int_equal(good, 4);
-        assert_int_equal(limited, 7);
-        assert_int_equal(net_calls(&n.service), 4);
-        net_check_add(n.channel, 1); /* there is room again */
+        __atomic_store_n(&g.wanted, 0, __ATOMIC_SEQ_CST);
+        for (i = 0; i < 4; i++) {
+            assert_int_equal(wire_receive(fd, &m), 1);
+            assert_int_equal(m.code, 0);
+            wire_done(&m);
+        }
+        assert_int_equal(g.begun, 4);
+        gathering_call(&g, 1); /* there is room again */
         close(fd);
-        net_close(&n);
+        gathering_close(&g);
     }
 }
 
@@ -297,7 +370,15 @@ static void late_requests_are_answered_but_not_run(void **state)
     }
 }
 
-/* Half a request is there when the server begins to stop: its sender is told. */
+/* How often the server has read from its connections. */
+static uint64_t receives_of(crpc_server *s)
+{
+    crpc_loop_stats stats;
+    crpc_server_stats_get(s, &stats);
+    return stats.receives;
+}
+
+/* The server has received half of a request when it begins to stop: the sender gets ELOGOFF. */
 static void a_request_that_was_coming_is_told(void **state)
 {
     net n;
@@ -311,9 +392,9 @@ static void a_request_that_was_coming_is_told(void **state)
     fd = wire_connect(n.url);
     wire_request(&w, "Add", 1, 1, 0);
     assert_true(wire_send(fd, w.p, w.n / 2));
-    ct_sleep_ms(50);
+    assert_true(CT_WAIT(receives_of(n.server) > 0, NET_PATIENCE));
     crpc_server_stop(n.server);
-    ct_sleep_ms(100); /* some looks at whether draining is done */
+    ct_sleep_ms(100); /* some ticks of draining */
     assert_true(wire_send(fd, w.p + w.n / 2, w.n - w.n / 2));
     assert_int_equal(wire_receive(fd, &m), 1);
     assert_int_equal(m.code, CRPC_ELOGOFF);
@@ -323,52 +404,24 @@ static void a_request_that_was_coming_is_told(void **state)
     net_close(&n);
 }
 
-/* With every worker idle a queue of one takes as many requests as there are workers. */
-static int waits_for_all(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+static int64_t idle_workers(crpc_server *s)
 {
-    int *inside = (int *)crpc_context_user(x);
-    __atomic_add_fetch(inside, 1, __ATOMIC_SEQ_CST);
-    (void)CT_WAIT(__atomic_load_n(inside, __ATOMIC_SEQ_CST) >= 8, 20000);
-    out->n = in->n + 1;
-    return CRPC_OK;
+    int64_t idle;
+    crpci_thread_lock(&s->workers.lock);
+    idle = s->workers.idle;
+    crpci_thread_unlock(&s->workers.lock);
+    return idle;
 }
 
+/* With all eight workers idle, a queue of one takes eight requests. */
 static void idle_workers_do_not_fill_the_queue(void **state)
 {
-    static dyn_Echo_handlers handlers;
-    crpc_server_options o;
-    crpc_channel *ch;
-    crpc_server *s;
-    crpc_id id[8];
-    char url[160];
-    int inside = 0, i;
+    gathering g;
     (void)state;
-    handlers.Add = waits_for_all;
-    memset(&o, 0, sizeof o);
-    o.listen = "tcp://127.0.0.1:0";
-    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
-    o.workers = 8;
-    o.worker_queue = 1;
-    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
-    assert_int_equal(crpc_server_add(s, &dyn_Echo, &handlers, &inside), CRPC_OK);
-    assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
-    assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
-    assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
-    ct_sleep_ms(50); /* until the threads wait for work */
-    ch = net_channel(url, "?timeout_ms=30000", CRPC_POLLER_DEFAULT, NULL, NULL);
-    for (i = 0; i < 8; i++) {
-        dyn_Num in = dyn_Num_init_zero;
-        in.n = i;
-        assert_int_equal(dyn_Echo_Add_begin(ch, &in, &id[i], NULL), CRPC_OK);
-    }
-    for (i = 0; i < 8; i++) {
-        dyn_Num out = dyn_Num_init_zero;
-        assert_int_equal(crpc_channel_wait(ch, id[i], -1), CRPC_OK);
-        assert_int_equal(dyn_Echo_Add_fetch(ch, id[i], &out, NULL), CRPC_OK);
-        assert_int_equal(out.n, i + 1);
-    }
-    crpc_channel_close(ch);
-    crpc_server_close(s);
+    gathering_open(&g, CRPC_POLLER_DEFAULT, 8, 1, 8);
+    assert_true(CT_WAIT(idle_workers(g.server) == 8, NET_PATIENCE));
+    gathering_call(&g, 8);
+    gathering_close(&g);
 }
 
 typedef struct server_plan {
@@ -487,6 +540,7 @@ int main(void)
         CT_TEST(names_and_codes_are_brpcs),
         CT_TEST(missing_handlers_are_missing_methods),
         CT_TEST(what_is_not_supported_is_refused_by_name),
+        CT_TEST(an_attachment_lies_within_the_body),
         CT_TEST(server_interceptors_run_in_order),
         CT_TEST(workers_run_handlers_beside_each_other),
         CT_TEST(a_full_worker_queue_is_said),

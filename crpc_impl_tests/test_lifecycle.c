@@ -6,18 +6,13 @@
 #include "crpc_test.h"
 #include "crpc_net.h"
 
-static void services_are_added_once_and_before_the_start(void **state)
+static void services_are_added_once(void **state)
 {
     static const crpc_service same = {"dyn.Echo", NULL, 0}, short_same = {"else.Echo", NULL, 0},
-                              other = {"else.Other", NULL, 0}, late = {"Late", NULL, 0},
-                              nameless = {NULL, NULL, 0};
-    net n;
-    int fd;
+                              other = {"else.Other", NULL, 0}, nameless = {NULL, NULL, 0};
     crpc_server *s;
-    crpc_server_options o;
+    crpc_server_options o = CRPC_INIT;
     (void)state;
-    memset(&n, 0, sizeof n);
-    memset(&o, 0, sizeof o);
     o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
     assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
     assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, NULL), CRPC_OK);
@@ -26,12 +21,29 @@ static void services_are_added_once_and_before_the_start(void **state)
     assert_int_equal(crpc_server_add(s, &other, NULL, NULL), CRPC_OK);
     assert_int_equal(crpc_server_add(s, &nameless, NULL, NULL), CRPC_EINVAL);
     assert_int_equal(crpc_server_add(s, NULL, NULL, NULL), CRPC_EINVAL);
-    {
-        crpc_error error;
-        assert_int_equal(crpc_server_start(s, &error), CRPC_EINVAL);
-        assert_string_equal(error.text, "nothing to listen on: set options.listen");
-    }
     crpc_server_close(s);
+}
+
+static void a_server_without_a_listener_does_not_start(void **state)
+{
+    crpc_server *s;
+    crpc_server_options o = CRPC_INIT;
+    crpc_error error;
+    (void)state;
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_start(s, &error), CRPC_EINVAL);
+    assert_string_equal(error.text, "nothing to listen on: set options.listen");
+    crpc_server_close(s);
+}
+
+static void nothing_is_added_after_the_start(void **state)
+{
+    static const crpc_service late = {"Late", NULL, 0};
+    net n;
+    int fd;
+    (void)state;
+    memset(&n, 0, sizeof n);
     net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
     assert_int_equal(crpc_server_add(n.server, &late, NULL, NULL), CRPC_EBUSY);
     assert_int_equal(crpc_server_start(n.server, NULL), CRPC_EBUSY);
@@ -63,7 +75,8 @@ static void stopping_finishes_what_runs_and_refuses_the_rest(void **state)
         assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
         crpc_server_stop(n.server);
         crpc_server_stop(n.server);
-        /* nobody new is let in; a poll that still sleeps on the listener delays that a little */
+        /* new peers are refused; a poll that still sleeps on the listener may delay that a
+         * little */
         memset(&a, 0, sizeof a);
         a.sin_family = AF_INET;
         a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
@@ -98,7 +111,7 @@ static void nothing(void *user)
     (void)user;
 }
 
-/* Puts the server's clock forward and has its loop look at it. */
+/* Puts the tests' clock forward and wakes the loop. */
 static void time_passes(crpc_loop *l, uint32_t seconds)
 {
     net_time_add(seconds * 1000);
@@ -125,8 +138,8 @@ static void *close_net(void *arg)
     return NULL;
 }
 
-/* Serving goes on for the first 1000 s, then new requests are refused for another 1000 s though
- * somebody goes on sending them, then it is over though one was not finished. */
+/* The server serves for lame_ms, then refuses new requests for drain_ms although a peer goes on
+ * sending them, then closes although one request is not finished. */
 static void stopping_serves_then_refuses_then_closes(void **state)
 {
     crpc_poller p;
@@ -151,7 +164,7 @@ static void stopping_serves_then_refuses_then_closes(void **state)
         x = net_take(&n.service);
         crpc_server_stop(n.server);
         time_passes(n.loop, 900);
-        crpc_server_stop(n.server); /* begins nothing anew */
+        crpc_server_stop(n.server); /* does not start lame_ms again */
         assert_int_equal(net_ask(fd, "Echo", "Add", 2, NULL, NULL), CRPC_OK);
         fresh = wire_connect(n.url);
         assert_int_equal(net_ask(fresh, "Echo", "Add", 3, NULL, NULL), CRPC_OK);
@@ -179,7 +192,7 @@ static void *run_server(void *arg)
     return NULL;
 }
 
-/* As on SIGTERM: the loop is told to stop, and crpc_server_run sees to the rest. */
+/* A program's SIGTERM handler stops the loop: crpc_server_run serves for lame_ms, then returns. */
 static void run_serves_on_when_its_loop_was_stopped(void **state)
 {
     crpc_poller p;
@@ -220,8 +233,8 @@ static void run_serves_on_when_its_loop_was_stopped(void **state)
     }
 }
 
-/* Who closes a server waits for it, driving the loop if nobody does; but with nothing to drain not
- * for drain_ms. */
+/* crpc_server_close waits for lame_ms, driving the loop if nothing else does; without requests to
+ * drain it does not wait for drain_ms. */
 static void closing_waits_for_the_end_of_serving(void **state)
 {
     crpc_poller p;
@@ -244,7 +257,7 @@ static void closing_waits_for_the_end_of_serving(void **state)
         start = ct_now_ms();
         crpc_server_close(s);
         assert_true(how == 2 || ct_now_ms() - start >= 59);
-        assert_true(ct_now_ms() - start < 4000); /* of the 5000 of drain_ms */
+        assert_true(ct_now_ms() - start < 4000); /* less than drain_ms, 5000 */
         crpc_loop_close(l);
     }
 }
@@ -309,8 +322,8 @@ static void closing_ends_though_the_clock_stood(void **state)
     }
 }
 
-/* A blocked handler on a worker or on the loop's own thread: closing waits for the thread, not for
- * ever, and frees nothing that it still uses. */
+/* A handler blocks a worker or the loop's own thread: crpc_server_close waits for it, and frees
+ * nothing that it uses. */
 static void closing_with_handlers_that_block(void **state)
 {
     crpc_poller p;
@@ -437,7 +450,8 @@ static void never_after(void *user, crpc_context *x, int status)
     too_late++;
 }
 
-/* What was lent to a server is not used any more by a request that is finished behind its end. */
+/* A request that is finished after its server was closed uses nothing that was lent to the
+ * server. */
 static void nothing_lent_is_used_after_the_close(void **state)
 {
     crpc_server_interceptor *lent = (crpc_server_interceptor *)calloc(1, sizeof *lent);
@@ -471,7 +485,7 @@ static crpc_server *server_of_handler;
 static int closes_its_server(crpc_context *x, const dyn_Num *in, dyn_Num *out)
 {
     (void)x;
-    crpc_server_close(server_of_handler); /* takes effect when this has been answered */
+    crpc_server_close(server_of_handler); /* takes effect when this request has been answered */
     out->n = in->n + 1;
     return CRPC_OK;
 }
@@ -515,7 +529,7 @@ static void close_from_timer(void *user)
     crpc_server_close((crpc_server *)user);
 }
 
-/* The program's one loop is the server's; with a loop of its own the server outlives nothing. */
+/* A timer's callback closes the server; on a given loop and on the server's own. */
 static void a_callback_may_close_the_server(void **state)
 {
     crpc_poller p;
@@ -540,9 +554,8 @@ static void a_callback_may_close_the_server(void **state)
         assert_int_equal(crpc_timer_start(crpc_server_loop(s), 20, 0, close_from_timer, s, NULL),
                          CRPC_OK);
         if (stopped && !own) {
-            crpc_server_stop(s); /* is over when the timer comes */
-            assert_int_equal(crpc_timer_start(l, 100, 0, stop_loop, l, NULL),
-                             CRPC_OK);
+            crpc_server_stop(s); /* has ended when the timer fires */
+            assert_int_equal(crpc_timer_start(l, 100, 0, stop_loop, l, NULL), CRPC_OK);
             assert_int_equal(crpc_loop_run(l), CRPC_OK);
         } else {
             assert_int_equal(crpc_server_run(s), CRPC_OK);
@@ -631,7 +644,8 @@ static void many_servers_and_channels_in_one_process(void **state)
         assert_int_equal(net_calls(&b.service), 100);
         crpc_server_stats_get(b.server, &stats);
         assert_int_equal(stats.requests, 100);
-        assert_int_equal(stats.connections, 3); /* three on the shared loop are one, two private */
+        assert_int_equal(stats.connections,
+                         3); /* three channels share one on their loop, two have private ones */
         assert_string_equal(stats.poller, p == CRPC_POLLER_EPOLL ? "epoll" : "poll");
         assert_true(stats.receives >= 100 && stats.sends >= 100 && stats.memory > 0);
         assert_true(stats.memory_peak >= stats.memory && stats.watches >= 4 + 3);
@@ -683,7 +697,9 @@ int main(void)
     static const struct CMUnitTest tests[] = {
         CT_TEST(debug_builds_tell_a_second_close),
         CT_TEST(wrong_options_are_refused),
-        CT_TEST(services_are_added_once_and_before_the_start),
+        CT_TEST(services_are_added_once),
+        CT_TEST(a_server_without_a_listener_does_not_start),
+        CT_TEST(nothing_is_added_after_the_start),
         CT_TEST(stopping_finishes_what_runs_and_refuses_the_rest),
         CT_TEST(stopping_serves_then_refuses_then_closes),
         CT_TEST(run_serves_on_when_its_loop_was_stopped),

@@ -16,8 +16,8 @@ typedef struct rate {
 static const rate rates[] = {{1, 1}, {1, 5}, {3, 1}, {7, 2}, {1000, 1}, {999983, 10}, {3000000, 7}};
 #define RATES (sizeof rates / sizeof rates[0])
 
-/* Takers at random moments: between any two takings, these included, there are at most burst +
- * rate x time, rounded down. */
+/* Tokens are asked for at random times: from any token taken to any later one, both included, at
+ * most burst + rate x time were taken, rounded down. */
 static void no_interval_gets_more_than_burst_and_rate(void **state)
 {
     enum { MOST = 600 };
@@ -35,7 +35,7 @@ static void no_interval_gets_more_than_burst_and_rate(void **state)
             while (count < MOST) {
                 uint64_t draw = ct_random();
                 now += draw & 64 ? 0 : (int64_t)((draw >> 8) % step);
-                if ((draw & 63) == 1) /* a pause in which it fills */
+                if ((draw & 63) == 1) /* a pause in which the bucket fills */
                     now += 1000000 * rates[r].burst / rates[r].per_second;
                 if (crpci_limiter_bucket_take(&b, now))
                     taken[count++] = now;
@@ -51,7 +51,7 @@ static void no_interval_gets_more_than_burst_and_rate(void **state)
     }
 }
 
-/* One who tries every microsecond gets all there is: burst + rate x time, to the token. */
+/* A caller that tries every microsecond gets burst + rate x time tokens, exactly. */
 static void nothing_is_lost_to_rounding(void **state)
 {
     size_t r, s;
@@ -82,7 +82,7 @@ static void bucket_defaults_and_extremes(void **state)
     memset(&b, 0, sizeof b); /* zeroed: no limit */
     for (n = 0; n < 1000; n++)
         assert_true(crpci_limiter_bucket_take(&b, 5));
-    for (n = 0; n > -3; n--) { /* none asked for */
+    for (n = 0; n > -3; n--) { /* no rate: no limit */
         int k;
         crpci_limiter_bucket_init(&b, n, 1);
         for (k = 0; k < 100; k++)
@@ -99,7 +99,7 @@ static void bucket_defaults_and_extremes(void **state)
     assert_true(crpci_limiter_bucket_take(&b, 0));
     assert_false(crpci_limiter_bucket_take(&b, 999999));
     assert_true(crpci_limiter_bucket_take(&b, 1000000));
-    for (i = 0; i < 4; i++) { /* nothing overflows; the sanitizer looks on */
+    for (i = 0; i < 4; i++) { /* nothing overflows: UBSan would abort */
         for (j = 0; j < 4; j++) {
             int64_t now;
             crpci_limiter_bucket_init(&b, huge[i], huge[j]);
@@ -136,18 +136,19 @@ static void failing_calls_spend_the_budget_and_no_more(void **state)
     assert_int_equal(retries, 10);
     for (call = 0; call < 9; call++)
         crpci_limiter_budget_earn(&b);
-    assert_false(crpci_limiter_budget_spend(&b)); /* nine tenths are none */
+    assert_false(crpci_limiter_budget_spend(&b)); /* nine tenths of a token are too few */
     crpci_limiter_budget_earn(&b);
     assert_true(crpci_limiter_budget_spend(&b));
     assert_false(crpci_limiter_budget_spend(&b));
-    for (call = 0; call < 1000; call++) /* never above what it started with */
+    for (call = 0; call < 1000; call++) /* never more than at the start */
         crpci_limiter_budget_earn(&b);
     for (retries = 0; crpci_limiter_budget_spend(&b);)
         retries++;
     assert_int_equal(retries, 10);
 }
 
-/* A share of retries that holds for ever: a tenth of the successes, and the budget once. */
+/* In the long run there are retries for a tenth of the successes, and for the initial budget
+ * once. */
 static void retries_stay_a_share_of_the_successes(void **state)
 {
     crpci_limiter_budget b;
@@ -160,7 +161,7 @@ static void retries_stay_a_share_of_the_successes(void **state)
         else
             retries += crpci_limiter_budget_spend(&b);
     }
-    assert_int_equal(retries, 10 + 4999 / 10); /* what the last one brought is there yet */
+    assert_int_equal(retries, 10 + 4999 / 10); /* what the last success earned is not yet spent */
 }
 
 static void budget_extremes(void **state)
@@ -186,8 +187,8 @@ static void budget_extremes(void **state)
 
 /* --- automatic limit: a simulated server --------------------------------------------------- */
 
-/* `capacity` workers, each busy for about service_us with a call, a queue before them, and the
- * limit before that. Calls arrive at random, on the average every arrival_us. */
+/* A limit, behind it a queue, behind that `capacity` workers, each of which takes about service_us
+ * for a call. Calls arrive at random, one in arrival_us on average. */
 typedef struct sim {
     crpci_limiter_auto limit;
     uint64_t seed;
@@ -195,7 +196,7 @@ typedef struct sim {
     int64_t arrival_us, service_us;
     int spread_percent; /* of the service time, either way */
     int capacity;
-    int64_t free_us[256]; /* when each worker is through */
+    int64_t free_us[256]; /* when each worker is free again */
     struct {
         int64_t begin, end;
     } calls[4096];
@@ -226,7 +227,7 @@ static void sim_init(sim *s, int capacity, int64_t service_us)
     crpci_limiter_auto_init(&s->limit, 1, 40);
 }
 
-/* Calls arrive at so many per cent of what the server can do. */
+/* Sets the load, in per cent of what the server can do. */
 static void sim_load(sim *s, int percent)
 {
     s->arrival_us = s->service_us * 100 / s->capacity / percent;
@@ -283,13 +284,13 @@ static void sim_run(sim *s, int64_t for_us)
     s->now_us = until;
 }
 
-/* The share of what the server could have done, in per cent. */
+/* The calls that were served, in per cent of those that the server could have served. */
 static long sim_goodput(const sim *s, int64_t for_us)
 {
     return (long)(s->done * s->service_us * 100 / (s->capacity * for_us));
 }
 
-/* Runs, and says how it went. */
+/* Runs the simulation and prints its result. */
 static void sim_measure(sim *s, int64_t for_us)
 {
     sim_count(s);
@@ -300,8 +301,8 @@ static void sim_measure(sim *s, int64_t for_us)
                       s->accepted, s->offered, s->slow);
 }
 
-/* Three times as many calls as it can serve: the limit is what keeps the workers busy and some
- * more, so the server does what it can, and nobody waits long. */
+/* Three times as many calls as the server can serve: the limit lets in as many as keep the workers
+ * busy and a few more, so no capacity is lost and no call waits long. */
 static void the_limit_finds_the_capacity(void **state)
 {
     static const struct {
@@ -325,12 +326,12 @@ static void the_limit_finds_the_capacity(void **state)
         limit = crpci_limiter_auto_limit(&s.limit);
         assert_in_range(limit, capacity, capacity * 135 / 100 + 2);
         assert_true(sim_goodput(&s, 4000000) >= 80);
-        if (capacity > 1) /* where a queue of one is not a whole service time more */
+        if (capacity > 1) /* with one worker, a queue of one call doubles the latency */
             assert_true(s.slow * 100 <= s.done);
     }
 }
 
-/* Begun in an overload, the time without a queue is not known at first. */
+/* If the server starts in an overload, its first latencies contain the queue. */
 static void an_overload_from_the_start_is_seen_through(void **state)
 {
     sim s;
@@ -344,7 +345,7 @@ static void an_overload_from_the_start_is_seen_through(void **state)
     assert_true(s.slow * 100 <= s.done);
 }
 
-/* Refusals end within a second of the overload. */
+/* No call is refused a second after the overload has ended. */
 static void it_recovers_after_an_overload(void **state)
 {
     sim s;
@@ -380,14 +381,14 @@ static void it_follows_a_capacity_that_changes(void **state)
     assert_in_range(crpci_limiter_auto_limit(&s.limit), 4, 8);
     assert_true(sim_goodput(&s, 10000000) >= 80);
     memset(s.free_us, 0, sizeof s.free_us);
-    s.capacity = 16; /* and are back */
+    s.capacity = 16; /* and work again */
     sim_run(&s, 20000000);
     sim_measure(&s, 10000000);
     assert_in_range(crpci_limiter_auto_limit(&s.limit), 14, 22);
     assert_true(sim_goodput(&s, 10000000) >= 80);
 }
 
-/* Little to do is no reason to refuse what comes after it. */
+/* After a quiet time a normal load is not refused. */
 static void a_quiet_time_does_not_lower_the_limit(void **state)
 {
     sim s;
@@ -444,15 +445,15 @@ static void entering_and_leaving(void **state)
     for (i = 0; i < 5; i++)
         assert_true(crpci_limiter_auto_enter(&a));
     assert_false(crpci_limiter_auto_enter(&a));
-    crpci_limiter_auto_leave(&a, false, -1, 1); /* says nothing, but makes room */
+    crpci_limiter_auto_leave(&a, false, -1, 1); /* no sample, but it makes room */
     assert_true(crpci_limiter_auto_enter(&a));
     assert_false(crpci_limiter_auto_enter(&a));
-    for (i = 0; i < 100000; i++) { /* what says nothing never changes the limit */
+    for (i = 0; i < 100000; i++) { /* calls that are no samples never change the limit */
         crpci_limiter_auto_leave(&a, i % 2 != 0, -1, 1000 * i);
         assert_true(crpci_limiter_auto_enter(&a));
     }
     assert_int_equal(crpci_limiter_auto_limit(&a), 5);
-    for (i = 0; i < 10; i++) /* one too many does no harm */
+    for (i = 0; i < 10; i++) /* one leave too many is ignored */
         crpci_limiter_auto_leave(&a, true, -1, 1);
     assert_int_equal(a.active, 0);
 }
@@ -478,7 +479,7 @@ static void windows(void **state)
     }
     assert_int_equal(a.free_us, 7000);
     crpci_limiter_auto_init(&a, 1, 40);
-    for (i = 0; i < 200 * 10; i++) { /* every tenth is a sample */
+    for (i = 0; i < 200 * 10; i++) { /* every tenth reply is a sample */
         assert_int_equal(a.free_us, 0);
         assert_true(crpci_limiter_auto_enter(&a));
         crpci_limiter_auto_leave(&a, true, 500, now += 10);
@@ -490,8 +491,8 @@ static void windows(void **state)
     assert_in_range(a.qps, 99000000, 101000000); /* all replies count, samples or not */
 }
 
-/* When it is measured anew how long a reply takes, fewer are let in, what was in the queue is
- * waited for, and only then samples are taken. */
+/* To measure the latency without a queue anew, the limiter lets fewer calls in, waits until the
+ * queue has emptied, and only then takes samples. */
 static void measuring_anew(void **state)
 {
     crpci_limiter_auto a;
@@ -506,7 +507,7 @@ static void measuring_anew(void **state)
         crpci_limiter_auto_leave(&a, true, 10000, now += 250);
     }
     assert_in_range(now, 2000000, 4100000);
-    assert_int_equal(crpci_limiter_auto_limit(&a), 20); /* half of what is known */
+    assert_int_equal(crpci_limiter_auto_limit(&a), 20); /* half of the product */
     drained = a.drained_us;
     assert_int_equal(drained, now + 20000);
     while (now + 250 < drained) {
@@ -517,10 +518,11 @@ static void measuring_anew(void **state)
     for (i = 0; i < 205; i++)
         crpci_limiter_auto_leave(&a, true, 4000, now += 250);
     assert_int_equal(a.free_us, 4000);
-    assert_true(a.anew_us <= now + 2 * CRPCI_LIMITER_ANEW_SOON_US); /* much less: soon once more */
+    /* it came out much lower: measured again soon */
+    assert_true(a.anew_us <= now + 2 * CRPCI_LIMITER_ANEW_SOON_US);
 }
 
-/* Whatever it is told, nothing overflows and the limit stays one. */
+/* With any arguments nothing overflows and the limit stays within its bounds. */
 static void limit_extremes(void **state)
 {
     static const int64_t odd[] = {0, 1, 99, 1000, 60000000, INT64_C(1) << 32, INT64_MAX};

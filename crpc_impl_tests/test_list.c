@@ -1,4 +1,4 @@
-/* impl-list */
+/* impl-list: appending, removing, moving a whole list. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -8,7 +8,7 @@ typedef struct item {
     crpci_list link;
 } item;
 
-/* The numbers in a list as text, read forwards; checks the way back too. */
+/* The numbers in a list as text, in its order; checks the links backwards as well. */
 static const char *text_of(const crpci_list *head)
 {
     static char text[64];
@@ -44,7 +44,7 @@ static void keeps_the_order_of_appending(void **state)
     crpci_list_remove(&items[1].link);
     assert_string_equal(text_of(&head), "0 2 3 ");
     assert_true(crpci_list_empty(&items[1].link));
-    crpci_list_remove(&items[1].link); /* in no list: nothing */
+    crpci_list_remove(&items[1].link); /* in no list: no effect */
     crpci_list_remove(&items[3].link);
     crpci_list_remove(&items[0].link);
     assert_string_equal(text_of(&head), "2 ");
@@ -65,7 +65,7 @@ static void moves_all_at_once(void **state)
     for (n = 0; n <= 3; n++) {
         static const char *const expected[] = {"", "0 ", "0 1 ", "0 1 2 "};
         crpci_list_init(&from);
-        memset(&to, 0x55, sizeof to); /* needs no initialisation */
+        memset(&to, 0x55, sizeof to); /* the destination need not be initialised */
         for (i = 0; i < n; i++) {
             items[i].number = i;
             crpci_list_append(&from, &items[i].link);
@@ -74,7 +74,7 @@ static void moves_all_at_once(void **state)
         assert_true(crpci_list_empty(&from));
         assert_string_equal(text_of(&from), "");
         assert_string_equal(text_of(&to), expected[n]);
-        if (n) { /* both go on working */
+        if (n) { /* both lists can be used */
             crpci_list_remove(&items[0].link);
             crpci_list_append(&from, &items[0].link);
             assert_string_equal(text_of(&from), "0 ");

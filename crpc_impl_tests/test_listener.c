@@ -4,7 +4,21 @@
 #include "crpc_test.h"
 #include "crpc_net.h"
 
-static void several_listeners(void **state)
+/* A socket bound to a free port of 127.0.0.1; `backlog` < 0: that does not listen. */
+static int bound_socket(int backlog)
+{
+    struct sockaddr_in a;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET;
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    assert_int_equal(bind(fd, (struct sockaddr *)&a, sizeof a), 0);
+    if (backlog >= 0)
+        assert_int_equal(listen(fd, backlog), 0);
+    return fd;
+}
+
+static void several_listeners_of_a_server(void **state)
 {
     crpc_poller p;
     (void)state;
@@ -15,28 +29,17 @@ static void several_listeners(void **state)
         crpc_error error;
         net_service service;
         ct_dir dir = ct_dir_make();
-        struct stat st;
-        struct sockaddr_in a;
-        char urls[4][160], path[100], unix_url[120];
-        int i, fd = socket(AF_INET, SOCK_STREAM, 0);
+        char urls[4][160], unix_url[120];
+        int i;
         memset(&o, 0, sizeof o);
-        snprintf(path, sizeof path, "%s/socket", dir.path);
-        snprintf(unix_url, sizeof unix_url, "unix://%s", path);
+        snprintf(unix_url, sizeof unix_url, "unix://%s/socket", dir.path);
         o.listen = "tcp://localhost:0";
         o.loops = net_loop_options(p);
         net_service_init(&service);
         assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_OK);
         assert_int_equal(crpc_server_listen(s, "tcp://[::1]:0", &error), CRPC_OK);
         assert_int_equal(crpc_server_listen(s, unix_url, &error), CRPC_OK);
-        assert_int_equal(crpc_server_listen_fd(s, fd), CRPC_EINVAL); /* does not listen */
-        assert_int_equal(crpc_server_listen_fd(s, -1), CRPC_EINVAL);
-        memset(&a, 0, sizeof a);
-        a.sin_family = AF_INET;
-        a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-        assert_int_equal(bind(fd, (struct sockaddr *)&a, sizeof a), 0);
-        assert_int_equal(listen(fd, 5), 0);
-        assert_int_equal(crpc_server_listen_fd(s, fd), CRPC_OK);
-        assert_true(fcntl(fd, F_GETFD) & FD_CLOEXEC);
+        assert_int_equal(crpc_server_listen_fd(s, bound_socket(5)), CRPC_OK);
         assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, &service), CRPC_OK);
         assert_int_equal(crpc_server_start(s, &error), CRPC_OK);
         assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
@@ -51,70 +54,129 @@ static void several_listeners(void **state)
         assert_memory_equal(urls[0], "tcp://127.0.0.1:", 16);
         assert_memory_equal(urls[1], "tcp://[::1]:", 12);
         assert_string_equal(urls[2], unix_url);
-        assert_int_equal(stat(path, &st), 0);
         crpc_server_close(s);
-        assert_int_equal(stat(path, &st), -1); /* the socket's file is gone */
         ct_dir_remove(dir);
     }
 }
 
+static void an_inherited_descriptor_must_listen(void **state)
+{
+    crpc_server_options o = CRPC_INIT;
+    crpc_server *s;
+    int fd = bound_socket(-1);
+    (void)state;
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_listen_fd(s, fd), CRPC_EINVAL);
+    assert_int_equal(crpc_server_listen_fd(s, -1), CRPC_EINVAL);
+    assert_int_equal(listen(fd, 5), 0);
+    assert_int_equal(crpc_server_listen_fd(s, fd), CRPC_OK); /* it is the server's now */
+    assert_true(fcntl(fd, F_GETFD) & FD_CLOEXEC);
+    crpc_server_close(s);
+}
+
+static void a_socket_file_goes_with_its_server(void **state)
+{
+    crpc_server_options o = CRPC_INIT;
+    crpc_server *s;
+    ct_dir dir = ct_dir_make();
+    struct stat st;
+    char unix_url[120];
+    (void)state;
+    snprintf(unix_url, sizeof unix_url, "unix://%s/socket", dir.path);
+    o.listen = unix_url;
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(stat(unix_url + 7, &st), 0);
+    crpc_server_close(s);
+    assert_int_equal(stat(unix_url + 7, &st), -1);
+    ct_dir_remove(dir);
+}
+
+/* The error with which a server that is to listen on `url` does not open. */
+static int not_opened(const char *url, crpc_error *error)
+{
+    crpc_server_options o = CRPC_INIT;
+    crpc_server *s = (crpc_server *)&o;
+    int status;
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.listen = url;
+    status = crpc_server_open(&s, &o, error);
+    assert_null(s);
+    assert_int_equal(crpc_server_open(&s, &o, NULL), status);
+    return status;
+}
+
 static void addresses_that_cannot_be_had_are_explained(void **state)
 {
-    crpc_server_options o;
-    crpc_server *s, *t;
+    crpc_server_options o = CRPC_INIT;
+    crpc_server *s;
     crpc_error error;
     char url[160], says[300];
-    ct_dir dir = ct_dir_make();
-    char unix_url[120], stale[100];
-    int fd;
     (void)state;
-    memset(&o, 0, sizeof o);
     o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
     o.listen = "tcp://127.0.0.1:0";
     assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_OK);
     assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
-    o.listen = url;
-    t = s;
-    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EADDRESS);
-    assert_null(t);
+    assert_int_equal(not_opened(url, &error), CRPC_EADDRESS);
     snprintf(says, sizeof says, "%.100s: cannot listen: address already in use (errno %d)", url,
              EADDRINUSE);
     assert_string_equal(error.text, says);
-    assert_int_equal(crpc_server_open(&t, &o, NULL), CRPC_EADDRESS);
-    o.listen = "tcp://192.0.2.1:80"; /* nobody's, RFC 5737 */
-    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EADDRESS);
-    assert_non_null(strstr(error.text, "no local port or address available"));
-    o.listen = "unix:///nonexistent/dir/socket";
-    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EADDRESS);
-    o.listen = "list://127.0.0.1:1";
-    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EINVAL);
-    assert_string_equal(error.text, "list://127.0.0.1:1: expected tcp://host:port or unix:///path");
-    o.listen = "tcp://127.0.0.1:0?x=y";
-    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EINVAL);
-    assert_non_null(strstr(error.text, "a listener takes no URL options"));
-    o.listen = "tcp://127.0.0.1";
-    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EINVAL);
     crpc_server_close(s);
+    assert_int_equal(not_opened("tcp://192.0.2.1:80", &error), CRPC_EADDRESS); /* RFC 5737 */
+    assert_non_null(strstr(error.text, "no local port or address available"));
+    assert_int_equal(not_opened("unix:///nonexistent/dir/socket", &error), CRPC_EADDRESS);
+}
 
-    /* a socket file that is in use is left alone; a stale one is replaced */
+static void what_is_no_listeners_url_is_explained(void **state)
+{
+    crpc_error error;
+    (void)state;
+    assert_int_equal(not_opened("list://127.0.0.1:1", &error), CRPC_EINVAL);
+    assert_string_equal(error.text, "list://127.0.0.1:1: expected tcp://host:port or unix:///path");
+    assert_int_equal(not_opened("tcp://127.0.0.1:0?x=y", &error), CRPC_EINVAL);
+    assert_non_null(strstr(error.text, "a listener takes no URL options"));
+    assert_int_equal(not_opened("tcp://127.0.0.1", &error), CRPC_EINVAL);
+}
+
+static void a_socket_file_in_use_is_left_alone(void **state)
+{
+    crpc_server_options o = CRPC_INIT;
+    crpc_server *s;
+    crpc_error error;
+    ct_dir dir = ct_dir_make();
+    char unix_url[120];
+    (void)state;
     snprintf(unix_url, sizeof unix_url, "unix://%s/socket", dir.path);
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
     o.listen = unix_url;
     assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_OK);
-    assert_int_equal(crpc_server_open(&t, &o, &error), CRPC_EADDRESS);
-    fd = wire_connect(unix_url); /* still there */
-    close(fd);
+    assert_int_equal(not_opened(unix_url, &error), CRPC_EADDRESS);
+    close(wire_connect(unix_url)); /* still there */
     crpc_server_close(s);
-    {
-        struct sockaddr_un a;
-        memset(&a, 0, sizeof a);
-        a.sun_family = AF_UNIX;
-        snprintf(stale, sizeof stale, "%s/socket", dir.path);
-        strcpy(a.sun_path, stale);
-        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-        assert_int_equal(bind(fd, (struct sockaddr *)&a, sizeof a), 0);
-        close(fd); /* the file stays */
-    }
-    assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_OK);
+    ct_dir_remove(dir);
+}
+
+/* The file is one that a crashed program left behind. */
+static void a_stale_socket_file_is_replaced(void **state)
+{
+    crpc_server_options o = CRPC_INIT;
+    crpc_server *s;
+    ct_dir dir = ct_dir_make();
+    struct sockaddr_un a;
+    char unix_url[120];
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    (void)state;
+    memset(&a, 0, sizeof a);
+    a.sun_family = AF_UNIX;
+    snprintf(a.sun_path, sizeof a.sun_path, "%s/socket", dir.path);
+    assert_int_equal(bind(fd, (struct sockaddr *)&a, sizeof a), 0);
+    close(fd); /* the file stays */
+    snprintf(unix_url, sizeof unix_url, "unix://%s", a.sun_path);
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.listen = unix_url;
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    close(wire_connect(unix_url));
     crpc_server_close(s);
     ct_dir_remove(dir);
 }
@@ -162,7 +224,8 @@ static void count_lines(void *user, int level, const char *line)
         log_lines++;
 }
 
-/* In a process of its own, whose limit is all used up. */
+/* Runs in a process of its own, all of whose descriptors are used up. Returns 0, or the number of
+ * the check that failed. */
 static int out_of_descriptors(crpc_poller p, const char *listen_url)
 {
     crpc_server_options o;
@@ -226,7 +289,7 @@ static int out_of_descriptors(crpc_poller p, const char *listen_url)
         return 6;
     if (log_lines < 1 || log_lines > 3)
         return 7;
-    { /* who is connected is still served */
+    { /* connected peers are still served */
         wire w = {NULL, 0, 0};
         wire_request(&w, "Add", 1, 1, 0);
         wire_flush(good, &w);
@@ -242,11 +305,11 @@ static int out_of_descriptors(crpc_poller p, const char *listen_url)
     for (i = 0; i < count; i++)
         close(fillers[i]);
     for (until = ct_now_ms() + 1000;
-         ct_now_ms() < until;) { /* those who gave up are cleared away */
+         ct_now_ms() < until;) { /* connections whose peers gave up are cleared away */
         if (crpc_loop_step(l, 10))
             return 12;
     }
-    client = wire_connect(url); /* and with descriptors free again, everybody is served */
+    client = wire_connect(url); /* with free descriptors new peers are served */
     {
         wire w = {NULL, 0, 0};
         wire_request(&w, "Add", 1, 1, 0);
@@ -286,8 +349,13 @@ static void running_out_of_descriptors_does_not_spin(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(several_listeners),
+        CT_TEST(several_listeners_of_a_server),
+        CT_TEST(an_inherited_descriptor_must_listen),
+        CT_TEST(a_socket_file_goes_with_its_server),
         CT_TEST(addresses_that_cannot_be_had_are_explained),
+        CT_TEST(what_is_no_listeners_url_is_explained),
+        CT_TEST(a_socket_file_in_use_is_left_alone),
+        CT_TEST(a_stale_socket_file_is_replaced),
         CT_TEST(connections_over_the_limit_are_closed),
         CT_TEST(running_out_of_descriptors_does_not_spin),
     };

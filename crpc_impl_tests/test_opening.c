@@ -4,7 +4,8 @@
 #include "crpc_test.h"
 #include "crpc_net.h"
 
-/* Part of a request is on its way when the channel is closed: it may have been executed. */
+/* The channel is closed when part of a request has been sent: the error says that it may have been
+ * executed. */
 static void closing_tells_what_was_sent(void **state)
 {
     peer deaf;
@@ -111,7 +112,8 @@ static void closing_cancels_every_form_once(void **state)
             assert_int_equal(waiter.status, CRPC_ECANCELED);
             if (shared)
                 assert_true(CT_WAIT(done_count(&d) == 2, NET_PATIENCE));
-            assert_int_equal(done_count(&d), 2); /* a private loop's are due before close returns */
+            assert_int_equal(done_count(&d),
+                             2); /* with a private loop they come before close returns */
             assert_int_equal(d.status, CRPC_ECANCELED);
             crpc_loop_close(l);
             assert_int_equal(done_count(&d), 2);
@@ -142,8 +144,8 @@ static void on_close_all(void *user, int status, const dyn_Num *response, crpc_c
     }
 }
 
-/* A channel closed by the callback of its own call, with more calls pending; private loops, which
- * end themselves, and a given one. */
+/* A callback closes its own channel while more calls are pending; with a private loop, which ends
+ * itself, and with a given one. */
 static void closing_inside_a_callback(void **state)
 {
     crpc_poller p;
@@ -175,7 +177,7 @@ static void closing_inside_a_callback(void **state)
     }
 }
 
-/* The same with calls that are pending for certain: a timer's callback closes. */
+/* A timer's callback closes the channel, so that all calls are pending for certain. */
 static void close_from_timer(void *user)
 {
     closer *c = (closer *)user;
@@ -217,11 +219,12 @@ static void bad_urls_are_explained(void **state)
         {"127.0.0.1:80", "not a URL (scheme://...): \"127.0.0.1:80\""},
         {"://x", "not a URL"},
         {"tcp://", "is not host:port"},
-        {"tcp://localhost", "\"localhost\" is not host:port, with a port up to 65535 (IPv6 stands in brackets)"},
+        {"tcp://localhost",
+         "\"localhost\" is not host:port with a port of 0 to 65535; an IPv6 address needs brackets: [::1]:80"},
         {"tcp://1.2.3.4:99999", "\"1.2.3.4:99999\" is not host:port"},
         {"tcp://1.2.3.4:x", "is not host:port"},
         {"tcp://1.2.3.4:-1", "is not host:port"},
-        {"tcp://::1:80", "is not host:port, with a port up to 65535 (IPv6 stands in brackets)"},
+        {"tcp://::1:80", "is not host:port with a port of 0 to 65535; an IPv6 address needs brackets: [::1]:80"},
         {"tcp://[::1:80", "is not host:port"},
         {"tcp://:80", "is not host:port"},
         {"tcp://1.2.3.4:80/path", "tcp://1.2.3.4:80/path: a path means nothing here"},
@@ -237,7 +240,7 @@ static void bad_urls_are_explained(void **state)
         {"tcp://1.2.3.4:80?timeout_ms", "URL options are not key=value&key=value"},
         {"tcp://1.2.3.4:80?a=%zz", "URL options are not key=value"},
         {"unix://", "address cannot be used"},
-        {"tcp://no.such.host.invalid:80", "host \"no.such.host.invalid\" could not be resolved"},
+        {"tcp://no.such.host.invalid:80", "host \"no.such.host.invalid\": getaddrinfo: "},
         {"gopher://1.2.3.4:80", "gopher"},
     };
     size_t i;
@@ -270,6 +273,15 @@ static int hook_resolves(void *user, const char *host, char *addresses, size_t s
     return CRPC_OK;
 }
 
+static void hook_options(crpc_channel_options *o, int *calls)
+{
+    *calls = 0;
+    memset(o, 0, sizeof *o);
+    o->private_loop.hooks.user = calls;
+    o->private_loop.hooks.resolve = hook_resolves;
+    o->policy.timeout_ms = NET_PATIENCE;
+}
+
 static void names_are_resolved_by_the_hook(void **state)
 {
     crpc_channel_options o;
@@ -277,25 +289,43 @@ static void names_are_resolved_by_the_hook(void **state)
     crpc_error error;
     peer adds;
     char url[64];
-    int calls = 0;
+    int calls;
     (void)state;
+    hook_options(&o, &calls);
     peer_open(&adds, peer_adds, NULL);
-    memset(&o, 0, sizeof o);
-    o.private_loop.hooks.user = &calls;
-    o.private_loop.hooks.resolve = hook_resolves;
-    o.policy.timeout_ms = NET_PATIENCE;
     snprintf(url, sizeof url, "tcp://both:%d", adds.port);
     assert_int_equal(crpc_channel_open(&ch, url, &o, &error), CRPC_OK);
     assert_int_equal(calls, 1);
     net_check_add(ch, 1);
     assert_int_equal(calls, 1);
     crpc_channel_close(ch);
+    peer_close(&adds);
+}
+
+static void names_that_the_hook_cannot_resolve_are_an_error(void **state)
+{
+    crpc_channel_options o;
+    crpc_channel *ch;
+    crpc_error error;
+    int calls;
+    (void)state;
+    hook_options(&o, &calls);
     assert_int_equal(crpc_channel_open(&ch, "tcp://rubbish:1", &o, &error), CRPC_ERESOLVE);
     assert_int_equal(crpc_channel_open(&ch, "tcp://none:1", &o, &error), CRPC_ERESOLVE);
+    assert_int_equal(calls, 2);
+}
+
+static void the_hook_is_not_asked_for_an_address(void **state)
+{
+    crpc_channel_options o;
+    crpc_channel *ch;
+    crpc_error error;
+    int calls;
+    (void)state;
+    hook_options(&o, &calls);
     assert_int_equal(crpc_channel_open(&ch, "tcp://[::1]:1", &o, &error), CRPC_OK);
     crpc_channel_close(ch);
-    assert_int_equal(calls, 3);
-    peer_close(&adds);
+    assert_int_equal(calls, 0);
 }
 
 static int hook_knows_three(void *user, const char *host, char *addresses, size_t size)
@@ -395,6 +425,8 @@ int main(void)
         CT_TEST(bad_urls_are_explained),
         CT_TEST(names_are_resolved_by_the_hook),
         CT_TEST(a_name_stands_for_all_its_addresses),
+        CT_TEST(names_that_the_hook_cannot_resolve_are_an_error),
+        CT_TEST(the_hook_is_not_asked_for_an_address),
         CT_TEST(wrong_policies_are_refused),
     };
     return CT_RUN(tests);

@@ -19,7 +19,7 @@ static crpci_order_item item(uint64_t key, const void *of)
     return i;
 }
 
-static void one_of_a_key_at_a_time(void **state)
+static void one_request_of_a_key_runs_at_a_time(void **state)
 {
     crpci_heap *h = heap();
     crpci_order o;
@@ -29,7 +29,7 @@ static void one_of_a_key_at_a_time(void **state)
     for (i = 0; i < 3; i++)
         a[i] = item(7, NULL);
     b = item(7 + CRPCI_ORDER_BUCKETS, NULL); /* the same bucket */
-    c = item(7, &conn);                      /* a connection's */
+    c = item(7, &conn);                      /* the same key, ordered within a connection */
     assert_int_equal(crpci_order_open(&o, h, 0), CRPC_OK);
     assert_int_equal(crpci_order_enter(&o, &a[0]), CRPC_OK);
     assert_int_equal(crpci_order_enter(&o, &a[1]), CRPC_EPENDING);
@@ -39,7 +39,7 @@ static void one_of_a_key_at_a_time(void **state)
     assert_int_equal(o.waiting, 2);
     assert_ptr_equal(crpci_order_leave(&o, &b), NULL);
     assert_ptr_equal(crpci_order_leave(&o, &a[0]), &a[1]);
-    assert_int_equal(crpci_order_enter(&o, &a[0]), CRPC_EPENDING); /* at the end */
+    assert_int_equal(crpci_order_enter(&o, &a[0]), CRPC_EPENDING); /* behind the others */
     assert_ptr_equal(crpci_order_leave(&o, &a[1]), &a[2]);
     assert_ptr_equal(crpci_order_leave(&o, &a[2]), &a[0]);
     assert_ptr_equal(crpci_order_leave(&o, &a[0]), NULL);
@@ -51,7 +51,7 @@ static void one_of_a_key_at_a_time(void **state)
     crpci_heap_unref(h);
 }
 
-static void who_waits_is_bounded(void **state)
+static void waiting_requests_are_bounded(void **state)
 {
     crpci_heap *h = heap();
     crpci_order o;
@@ -66,7 +66,7 @@ static void who_waits_is_bounded(void **state)
     assert_int_equal(crpci_order_enter(&o, &a[1]), CRPC_EPENDING);
     assert_int_equal(crpci_order_enter(&o, &a[2]), CRPC_EPENDING);
     assert_int_equal(crpci_order_enter(&o, &a[3]), CRPC_ELIMIT);
-    assert_int_equal(crpci_order_enter(&o, &b), CRPC_OK); /* which need not wait */
+    assert_int_equal(crpci_order_enter(&o, &b), CRPC_OK); /* another key: it need not wait */
     assert_ptr_equal(crpci_order_leave(&o, &a[0]), &a[1]);
     assert_int_equal(crpci_order_enter(&o, &a[3]), CRPC_EPENDING);
     assert_ptr_equal(crpci_order_leave(&o, &a[1]), &a[2]);
@@ -76,8 +76,8 @@ static void who_waits_is_bounded(void **state)
     crpci_heap_unref(h);
 }
 
-/* Against a model: for each key who came, in order. */
-static void it_keeps_the_order_of_many(void **state)
+/* Against a model that keeps for each key the requests in the order in which they came. */
+static void many_keys_keep_their_orders(void **state)
 {
     enum { KEYS = 9, ITEMS = 400 };
     static crpci_order_item items[ITEMS];
@@ -94,7 +94,8 @@ static void it_keeps_the_order_of_many(void **state)
         k = (int)(ct_random() % KEYS);
         if (came < ITEMS && ct_random() % 2) {
             items[came] = item((uint64_t)k * CRPCI_ORDER_BUCKETS, NULL); /* all in one bucket */
-            assert_int_equal(crpci_order_enter(&o, &items[came]), runs[k] ? CRPC_EPENDING : CRPC_OK);
+            assert_int_equal(crpci_order_enter(&o, &items[came]),
+                             runs[k] ? CRPC_EPENDING : CRPC_OK);
             runs[k] = runs[k] ? runs[k] : &items[came];
             queue[k][tail[k]++] = came++;
         } else if (runs[k]) {
@@ -132,8 +133,8 @@ static void opening_survives_being_out_of_memory(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(one_of_a_key_at_a_time),     CT_TEST(who_waits_is_bounded),
-        CT_TEST(it_keeps_the_order_of_many),  CT_TEST(opening_survives_being_out_of_memory),
+        CT_TEST(one_request_of_a_key_runs_at_a_time),     CT_TEST(waiting_requests_are_bounded),
+        CT_TEST(many_keys_keep_their_orders),  CT_TEST(opening_survives_being_out_of_memory),
     };
     return CT_RUN(tests);
 }

@@ -12,7 +12,7 @@ static void begin(crpc_poller kind)
 {
     crpc_hooks hooks = ct_hooks();
     assert_int_equal(crpci_heap_open(&heap, &hooks, 0), CRPC_OK);
-    assert_int_equal(crpci_poller_open(&poller, kind), CRPC_OK);
+    assert_int_equal(crpci_poller_open(&poller, heap, kind), CRPC_OK);
 }
 
 static void end(void)
@@ -71,7 +71,7 @@ static void names_and_kinds(void **state)
     end();
 }
 
-static void reports_what_is_wanted_and_there(void **state)
+static void reports_registered_events_that_are_ready(void **state)
 {
     size_t k;
     (void)state;
@@ -88,7 +88,7 @@ static void reports_what_is_wanted_and_there(void **state)
         assert_int_equal(wait_us(-1), 1);
         assert_true(events[0].id == UINT64_C(0xfedcba9876543210));
         assert_int_equal(events[0].events, CRPC_READABLE);
-        assert_int_equal(wait_us(0), 1); /* still so: level-triggered */
+        assert_int_equal(wait_us(0), 1); /* level-triggered: reported again */
         set(&item, CRPC_READABLE | CRPC_WRITABLE);
         assert_int_equal(wait_us(0), 1);
         assert_int_equal(events[0].events, CRPC_READABLE | CRPC_WRITABLE);
@@ -108,7 +108,7 @@ static void reports_what_is_wanted_and_there(void **state)
     }
 }
 
-/* An end of file or an error is seen by whoever waits, for whatever. */
+/* An end of file or an error is reported whatever the item waits for. */
 static void a_hangup_is_readable_and_writable(void **state)
 {
     size_t k;
@@ -158,7 +158,7 @@ static void waits_are_never_early(void **state)
     assert_int_equal(crpci_poller_ms(INT64_MAX - 500), 86400000);
 }
 
-/* More are ready than one wait reports: every one gets its turn within a few waits. */
+/* More descriptors are ready than one wait reports: each is reported within a few waits. */
 static void events_beyond_the_batch(void **state)
 {
     enum { MANY = 3 * CRPCI_POLLER_BATCH + 7 };
@@ -184,7 +184,8 @@ static void events_beyond_the_batch(void **state)
         }
         for (i = 0; i < MANY; i++)
             assert_in_range(seen[i], 1, 4); /* 8 batches for 3.1 of them: nobody starves */
-        for (i = 0; i < MANY; i++) { /* from all sides, so that gaps are filled from the end */
+        /* from both ends in turn: gaps are filled with the last entry */
+        for (i = 0; i < MANY; i++) {
             int j = i % 2 ? i / 2 : MANY - 1 - i / 2;
             set(&items[j], 0);
             close(fds[j]);
@@ -235,8 +236,7 @@ static void the_right_one_is_removed(void **state)
     }
 }
 
-/* A library that owns a descriptor closes and reopens it behind our back: its number comes again.
- */
+/* A library that owns a watched descriptor closes it, and the next one opened has its number. */
 static void a_number_that_is_used_again(void **state)
 {
     size_t k;
@@ -248,7 +248,7 @@ static void a_number_that_is_used_again(void **state)
         pair(fds);
         old = item_of(fds[0], 1);
         set(&old, CRPC_READABLE);
-        close(fds[0]); /* without telling */
+        close(fds[0]); /* without removing it from the poller */
         pair(other);
         assert_true(other[0] == fds[0] || other[1] == fds[0]);
         if (other[1] == fds[0]) {
@@ -256,7 +256,8 @@ static void a_number_that_is_used_again(void **state)
             other[1] = other[0];
             other[0] = swap;
         }
-        set(&old, CRPC_READABLE | CRPC_WRITABLE); /* ENOENT inside: put in anew */
+        /* epoll_ctl says ENOENT: the item is added again */
+        set(&old, CRPC_READABLE | CRPC_WRITABLE);
         assert_int_equal(wait_us(0), 1);
         assert_int_equal(events[0].id, 1);
         assert_int_equal(events[0].events, CRPC_WRITABLE);
@@ -264,7 +265,7 @@ static void a_number_that_is_used_again(void **state)
 
         item = item_of(other[0], 2);
         set(&item, CRPC_READABLE);
-        item.events = 0; /* as if registered by somebody who forgot: EEXIST inside */
+        item.events = 0; /* as if it were not registered: epoll_ctl says EEXIST */
         if (kinds[k] == CRPC_POLLER_POLL)
             item.events = CRPC_READABLE;
         set(&item, CRPC_WRITABLE);
@@ -290,11 +291,11 @@ static void closed_descriptors(void **state)
         item = item_of(fds[0], 1);
         set(&item, CRPC_READABLE);
         close_pair(fds);
-        if (kinds[k] == CRPC_POLLER_EPOLL) { /* the kernel has forgotten it */
+        if (kinds[k] == CRPC_POLLER_EPOLL) { /* the kernel has removed it from the set */
             assert_int_equal(wait_us(0), 0);
             assert_int_equal(crpci_poller_set(&poller, heap, &item, CRPC_WRITABLE), CRPC_ESYSTEM);
             assert_int_equal(item.events, CRPC_READABLE);
-        } else { /* said, rather than waited for in vain */
+        } else { /* reported, so that the owner finds out */
             assert_int_equal(wait_us(0), 1);
             assert_int_equal(events[0].events, CRPC_READABLE | CRPC_WRITABLE);
         }
@@ -304,7 +305,7 @@ static void closed_descriptors(void **state)
     }
 }
 
-static void what_epoll_cannot_watch_is_an_error(void **state)
+static void a_file_that_epoll_cannot_watch_is_an_error(void **state)
 {
     crpci_poller_item item;
     int fd = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
@@ -318,8 +319,8 @@ static void what_epoll_cannot_watch_is_an_error(void **state)
     end();
 }
 
-/* poll waits on a copy: what changes after prepare comes with the next one, what was removed is
- * told by its id, and memory that moves does not matter. */
+/* poll works on a copy: changes after prepare take effect with the next prepare, an item that was
+ * removed is still reported by its id, and the arrays may be reallocated meanwhile. */
 static void poll_works_on_a_copy(void **state)
 {
     crpci_poller_item items[40];
@@ -352,7 +353,7 @@ static int poll_scenario(const crpc_hooks *hooks, void *user)
     if (err)
         return err;
     pair(fds);
-    assert_int_equal(crpci_poller_open(&poller, CRPC_POLLER_POLL), CRPC_OK);
+    assert_int_equal(crpci_poller_open(&poller, heap, CRPC_POLLER_POLL), CRPC_OK);
     for (i = 0; i < 40; i++)
         items[i] = item_of(fds[0], (uint64_t)i);
     for (i = 0; !err && i < 40; i++) {
@@ -362,7 +363,7 @@ static int poll_scenario(const crpc_hooks *hooks, void *user)
         if (!err && i % 10 == 0)
             err = crpci_poller_prepare(&poller, heap);
     }
-    if (err) { /* memory is back: all goes on */
+    if (err) { /* with memory again the poller works */
         for (i = 0; i < 40; i++)
             (void)!crpci_poller_set(&poller, heap, &items[i], CRPC_WRITABLE);
     }
@@ -387,14 +388,14 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(names_and_kinds),
-        CT_TEST(reports_what_is_wanted_and_there),
+        CT_TEST(reports_registered_events_that_are_ready),
         CT_TEST(a_hangup_is_readable_and_writable),
         CT_TEST(waits_are_never_early),
         CT_TEST(events_beyond_the_batch),
         CT_TEST(the_right_one_is_removed),
         CT_TEST(a_number_that_is_used_again),
         CT_TEST(closed_descriptors),
-        CT_TEST(what_epoll_cannot_watch_is_an_error),
+        CT_TEST(a_file_that_epoll_cannot_watch_is_an_error),
         CT_TEST(poll_works_on_a_copy),
         CT_TEST(out_of_memory),
     };

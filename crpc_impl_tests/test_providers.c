@@ -5,26 +5,48 @@
 #include "crpc_test.h"
 #include "crpc_net.h"
 
-static void providers_take_turns(void **state)
+static void peers_open(peer *p, char *list, size_t size)
+{
+    int i;
+    for (i = 0; i < 3; i++)
+        peer_open(&p[i], peer_adds, NULL);
+    snprintf(list, size, "list://127.0.0.1:%d,127.0.0.1:%d,127.0.0.1:%d", p[0].port, p[1].port,
+             p[2].port);
+}
+
+static void equal_providers_get_equal_shares(void **state)
 {
     peer p[3];
     char list[200];
     crpc_channel *ch;
     int i;
     (void)state;
-    for (i = 0; i < 3; i++)
-        peer_open(&p[i], peer_adds, NULL);
-    snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d,127.0.0.1:%d", p[0].port,
-             p[1].port, p[2].port);
+    peers_open(p, list, sizeof list);
     ch = net_channel(list, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
     assert_int_equal(crpc_channel_providers(ch), 3);
     for (i = 0; i < 30; i++)
         net_check_add(ch, i);
     for (i = 0; i < 3; i++)
         assert_int_equal(peer_requests(&p[i]), 10);
-    peer_close(&p[1]); /* failover: no call fails */
+    crpc_channel_close(ch);
+    for (i = 0; i < 3; i++)
+        peer_close(&p[i]);
+}
+
+static void no_call_fails_when_a_provider_ends(void **state)
+{
+    peer p[3];
+    char list[200];
+    crpc_channel *ch;
+    int i;
+    (void)state;
+    peers_open(p, list, sizeof list);
+    ch = net_channel(list, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    for (i = 0; i < 3; i++)
+        net_check_add(ch, i);
+    peer_close(&p[1]);
     for (i = 0; i < 30; i++) {
-        ct_sleep_ms(i == 0 ? 30 : 0); /* its end has come through */
+        ct_sleep_ms(i == 0 ? 30 : 0); /* the channel can see the end of its connection */
         net_check_add(ch, i);
     }
     crpc_channel_close(ch);
@@ -41,57 +63,94 @@ static crpci_endpoint *pick(crpc_channel *ch, crpci_pending_call *c)
     return n->endpoint;
 }
 
-/* Round robin, each in turn; one that backs off is passed over while another is usable, and all
- * backing off, the one that is soonest usable is taken. */
-static void it_is_picked_in_turn(void **state)
+/* Three providers behind round robin, and the order in which they are picked. */
+typedef struct turns {
+    crpc_loop *loop;
+    crpc_channel *channel;
+    crpci_pending_call call;
+    crpci_endpoint *order[3];
+} turns;
+
+static void turns_open(turns *t)
 {
     crpc_channel_options o = CRPC_INIT;
-    crpc_loop_options lo = CRPC_INIT;
-    crpc_channel *ch;
-    crpc_loop *l;
-    crpci_pending_call c;
-    crpci_endpoint *e[3];
     size_t i;
-    (void)state;
-    memset(&c, 0, sizeof c);
-    lo.hooks = ct_hooks();
-    assert_int_equal(crpc_loop_open(&l, &lo), CRPC_OK);
-    o.loop = l;
-    assert_int_equal(crpc_channel_open(&ch, "list://127.0.0.1:9,127.0.0.1:10,127.0.0.1:11?lb=rr", &o,
+    memset(t, 0, sizeof *t);
+    t->loop = net_loop(CRPC_POLLER_DEFAULT);
+    o.loop = t->loop;
+    assert_int_equal(crpc_channel_open(&t->channel,
+                                       "list://127.0.0.1:9,127.0.0.1:10,127.0.0.1:11?lb=rr", &o,
                                        NULL),
                      CRPC_OK);
     for (i = 0; i < 3; i++)
-        e[i] = pick(ch, &c);
-    assert_ptr_not_equal(e[0], e[1]);
-    assert_ptr_not_equal(e[1], e[2]);
-    assert_ptr_not_equal(e[0], e[2]);
-    for (i = 0; i < 30; i++)
-        assert_ptr_equal(pick(ch, &c), e[i % 3]);
-    e[1]->usable_at = INT64_MAX;
-    for (i = 0; i < 30; i++)
-        assert_ptr_not_equal(pick(ch, &c), e[1]);
-    e[0]->usable_at = INT64_MAX - 1;
-    e[2]->usable_at = INT64_MAX - 2;
-    assert_ptr_equal(pick(ch, &c), e[2]);
-    c.tried.last[0] = e[2];
-    c.tried.attempts = 1;
-    assert_ptr_equal(pick(ch, &c), e[0]);
-    c.tried.last[1] = e[0];
-    c.tried.last[2] = e[1];
-    c.tried.attempts = 3;
-    assert_null(crpci_attempt_pick(&c));
-    crpc_channel_close(ch);
-    crpc_loop_close(l);
+        t->order[i] = pick(t->channel, &t->call);
 }
 
-/* Taken out after the documented number of failures; one call tries it; it comes back. */
+static void turns_close(turns *t)
+{
+    crpc_channel_close(t->channel);
+    crpc_loop_close(t->loop);
+}
+
+static void providers_are_picked_in_turn(void **state)
+{
+    turns t;
+    size_t i;
+    (void)state;
+    turns_open(&t);
+    assert_ptr_not_equal(t.order[0], t.order[1]);
+    assert_ptr_not_equal(t.order[1], t.order[2]);
+    assert_ptr_not_equal(t.order[0], t.order[2]);
+    for (i = 0; i < 30; i++)
+        assert_ptr_equal(pick(t.channel, &t.call), t.order[i % 3]);
+    turns_close(&t);
+}
+
+/* A provider that backs off is passed over while another one is usable. If all back off, the one
+ * that becomes usable first is taken. */
+static void a_provider_that_backs_off_is_passed_over(void **state)
+{
+    turns t;
+    size_t i;
+    (void)state;
+    turns_open(&t);
+    t.order[1]->usable_at = INT64_MAX;
+    for (i = 0; i < 30; i++)
+        assert_ptr_not_equal(pick(t.channel, &t.call), t.order[1]);
+    t.order[0]->usable_at = INT64_MAX - 1;
+    t.order[2]->usable_at = INT64_MAX - 2;
+    assert_ptr_equal(pick(t.channel, &t.call), t.order[2]);
+    turns_close(&t);
+}
+
+static void a_provider_that_was_tried_is_not_picked_again(void **state)
+{
+    turns t;
+    (void)state;
+    turns_open(&t);
+    t.order[0]->usable_at = INT64_MAX - 1;
+    t.order[1]->usable_at = INT64_MAX;
+    t.call.tried.last[0] = t.order[2];
+    t.call.tried.attempts = 1;
+    assert_ptr_equal(pick(t.channel, &t.call), t.order[0]);
+    t.call.tried.last[1] = t.order[0];
+    t.call.tried.last[2] = t.order[1];
+    t.call.tried.attempts = 3;
+    assert_null(crpci_attempt_pick(&t.call));
+    turns_close(&t);
+}
+
+/* The breaker opens after the documented number of failures; later one call probes the provider,
+ * and when that succeeds the breaker closes. */
 static void the_breaker_takes_a_provider_out_and_lets_it_back(void **state)
 {
     fleet f;
     int i, before;
     (void)state;
-    fleet_open(&f, 2, "?lb=rr&breaker=1&breaker_requests=10&breaker_open_ms=200&breaker_ramp_ms=-1"
-                      "&retries=-1&timeout_ms=20000", NULL);
+    fleet_open(&f, 2,
+               "?lb=rr&breaker=1&breaker_requests=10&breaker_open_ms=2000&breaker_ramp_ms=-1"
+               "&retries=-1&timeout_ms=20000",
+               NULL);
     fleet_mood_set(&f.peers[0], FLEET_BROKEN);
     for (i = 0; i < 20; i++)
         fleet_call(&f, FORM_SYNC, false, i, NULL);
@@ -108,14 +167,16 @@ static void the_breaker_takes_a_provider_out_and_lets_it_back(void **state)
     fleet_close(&f);
 }
 
-/* All of them out is none of them out, and the last half never goes. */
+/* The breaker never ejects more than half of the providers, so calls go on even if all fail. */
 static void the_breaker_does_not_eject_everyone(void **state)
 {
     fleet f;
     int i;
     (void)state;
-    fleet_open(&f, 4, "?lb=rr&breaker=1&breaker_requests=5&breaker_open_ms=60000&retries=-1"
-                      "&timeout_ms=20000", NULL);
+    fleet_open(&f, 4,
+               "?lb=rr&breaker=1&breaker_requests=5&breaker_open_ms=60000&retries=-1"
+               "&timeout_ms=20000",
+               NULL);
     for (i = 0; i < 4; i++)
         fleet_mood_set(&f.peers[i], FLEET_BROKEN);
     for (i = 0; i < 100; i++)
@@ -128,7 +189,7 @@ static void the_breaker_does_not_eject_everyone(void **state)
     fleet_close(&f);
 }
 
-/* As a registry pushes it; weight 0 leaves a peer out. */
+/* Gives the channel a list as a registry does; a negative weight leaves a peer out. */
 static void fleet_list(fleet *f, const int *weights)
 {
     crpci_snapshot *list = crpci_registry_snapshot(f->channel->loop->heap, (size_t)f->count);
@@ -185,7 +246,7 @@ static void a_removed_provider_finishes_its_calls(void **state)
     fleet_mood_set(&f.peers[1], FLEET_SILENT);
     assert_int_equal(dyn_Echo_Add_async(f.channel, &request, fleet_done, &r, NULL), CRPC_OK);
     assert_true(CT_WAIT(fleet_calls(&f) == 1, NET_PATIENCE));
-    if (net_held(&f.peers[0].service) == 0) { /* the other one was asked first: once more */
+    if (net_held(&f.peers[0].service) == 0) { /* the call went to the other one: make another */
         fleet_result second;
         memset(&second, 0, sizeof second);
         crpc_context_finish(net_take(&f.peers[1].service), CRPC_OK);
@@ -205,8 +266,8 @@ static void a_removed_provider_finishes_its_calls(void **state)
     assert_int_equal(r.status, CRPC_OK);
     assert_int_equal(r.out.n, 9);
     crpc_server_stats_get(f.peers[0].server, &s);
-    assert_true(CT_WAIT((crpc_server_stats_get(f.peers[0].server, &s), s.connections == 0),
-                        NET_PATIENCE));
+    assert_true(
+        CT_WAIT((crpc_server_stats_get(f.peers[0].server, &s), s.connections == 0), NET_PATIENCE));
     fleet_close(&f);
 }
 
@@ -239,22 +300,39 @@ static void equal_keys_go_to_one_provider(void **state)
     fleet_close(&f);
 }
 
-/* Of a long list a few are used, and no more connections made. */
-static void max_endpoints_bounds_connections(void **state)
+/* A channel to six providers of which it uses two. */
+static void subset_open(fleet *f)
 {
     static const int all[] = {100, 100, 100, 100, 100, 100};
+    fleet_open(f, 6, "?max_endpoints=2&lb=rr&timeout_ms=20000", NULL);
+    fleet_list(f, all);
+}
+
+static void max_endpoints_bounds_connections(void **state)
+{
     crpc_loop_stats s;
     fleet f;
     int i;
     (void)state;
-    fleet_open(&f, 6, "?max_endpoints=2&lb=rr&timeout_ms=20000", NULL);
-    fleet_list(&f, all);
+    subset_open(&f);
     assert_int_equal(crpc_channel_providers(f.channel), 2);
     for (i = 0; i < 30; i++)
         assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
     crpc_loop_stats_get(crpc_channel_loop(f.channel), &s);
     assert_int_equal(s.connections, 2);
-    for (i = 0; i < 6; i++) { /* those that are used die: others take their places */
+    fleet_close(&f);
+}
+
+static void providers_that_end_are_replaced_by_others(void **state)
+{
+    crpc_loop_stats s;
+    fleet f;
+    int i;
+    (void)state;
+    subset_open(&f);
+    for (i = 0; i < 10; i++)
+        assert_int_equal(fleet_call(&f, FORM_SYNC, false, i, NULL).status, CRPC_OK);
+    for (i = 0; i < 6; i++) {
         if (net_calls(&f.peers[i].service))
             fleet_peer_close(&f.peers[i]);
     }
@@ -263,6 +341,7 @@ static void max_endpoints_bounds_connections(void **state)
             break;
         ct_sleep_ms(5);
     }
+    memset(&s, 0, sizeof s);
     for (i = 0; i < NET_PATIENCE && s.connections != 2; i += 5) {
         fleet_call(&f, FORM_SYNC, false, i, NULL);
         crpc_loop_stats_get(crpc_channel_loop(f.channel), &s);
@@ -274,7 +353,7 @@ static void max_endpoints_bounds_connections(void **state)
     fleet_close(&f);
 }
 
-/* Of the providers in a URL too. */
+/* max_endpoints holds for the providers of a list:// URL as well. */
 static void max_endpoints_of_a_url_are_chosen_again(void **state)
 {
     fleet f;
@@ -374,14 +453,18 @@ static void a_flood_of_changes_is_followed(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(providers_take_turns),
-        CT_TEST(it_is_picked_in_turn),
+        CT_TEST(equal_providers_get_equal_shares),
+        CT_TEST(no_call_fails_when_a_provider_ends),
+        CT_TEST(providers_are_picked_in_turn),
+        CT_TEST(a_provider_that_backs_off_is_passed_over),
+        CT_TEST(a_provider_that_was_tried_is_not_picked_again),
         CT_TEST(the_breaker_takes_a_provider_out_and_lets_it_back),
         CT_TEST(the_breaker_does_not_eject_everyone),
         CT_TEST(weights_share_out_the_calls),
         CT_TEST(a_removed_provider_finishes_its_calls),
         CT_TEST(equal_keys_go_to_one_provider),
         CT_TEST(max_endpoints_bounds_connections),
+        CT_TEST(providers_that_end_are_replaced_by_others),
         CT_TEST(max_endpoints_of_a_url_are_chosen_again),
         CT_TEST(a_list_does_not_begin_a_warm_up_again),
         CT_TEST(a_flood_of_changes_is_followed),

@@ -25,7 +25,7 @@ static crpci_quota quota(int max, int adaptive, int rate, int burst, uint32_t le
     return q;
 }
 
-static void nothing_is_limited_unless_asked(void **state)
+static void zero_options_limit_nothing(void **state)
 {
     crpci_quota q = quota(0, 0, 0, 0, 0), none = quota(-1, -1, -1, -1, 0);
     int i;
@@ -36,7 +36,7 @@ static void nothing_is_limited_unless_asked(void **state)
     }
 }
 
-static void who_leaves_makes_room(void **state)
+static void a_request_that_leaves_makes_room(void **state)
 {
     crpci_quota q = quota(2, 0, 0, 0, 0);
     (void)state;
@@ -48,7 +48,7 @@ static void who_leaves_makes_room(void **state)
     assert_non_null(crpci_quota_enter(&q, 5));
 }
 
-/* Who is refused for one reason costs nothing for another. */
+/* A request that one limit refuses takes nothing of the others. */
 static void refusals_take_nothing(void **state)
 {
     crpci_quota q = quota(3, 1, 1, 2, 0);
@@ -66,12 +66,12 @@ static void refusals_take_nothing(void **state)
     crpci_quota_leave(&q, true, -1, 5 * SECOND);
     assert_null(crpci_quota_enter(&q, 5 * SECOND));
     crpci_quota_leave(&q, true, -1, 5 * SECOND);
-    assert_null(crpci_quota_enter(&q, 5 * SECOND)); /* a second token had come back */
+    assert_null(crpci_quota_enter(&q, 5 * SECOND)); /* the refused request took no token */
 }
 
-/* A server that serves `workers` at a time, a request in 10 ms, and is asked three times as much as
- * it can: what is let in does not queue for long, and nothing of what it can do is lost. */
-static void overload_is_turned_away(void **state)
+/* A server with some workers, each of which serves a request in 10 ms, gets three times as many
+ * requests as it can serve: those let in do not queue for long, and the workers are never idle. */
+static void an_overload_is_refused(void **state)
 {
     enum { WORKERS = 4, SERVICE_US = 10000, QUEUE = 4096 };
     static int64_t came[QUEUE];
@@ -99,10 +99,10 @@ static void overload_is_turned_away(void **state)
             came[tail++ % QUEUE] = now;
     }
     assert_in_range(served, 30 * 400 * 8 / 10, 30 * 400);
-    assert_true(slowest < 6 * SERVICE_US); /* without a limit: seconds */
+    assert_true(slowest < 6 * SERVICE_US); /* without a limit it would be seconds */
 }
 
-/* --- clients ------------------------------------------------------------------------------------ */
+/* --- clients ---------------------------------------------------------------------------------- */
 
 static crpci_addr addr(const char *text)
 {
@@ -127,7 +127,7 @@ static void clients_are_hosts(void **state)
     k[0] = join(&c, "10.0.0.1:80");
     k[1] = join(&c, "10.0.0.1:81");
     k[2] = join(&c, "10.0.0.2:80");
-    k[3] = join(&c, "[::ffff:10.0.0.1]:5"); /* the same by a listener for both families */
+    k[3] = join(&c, "[::ffff:10.0.0.1]:5"); /* the same host, by a listener for both families */
     k[4] = join(&c, "[::1]:80");
     k[5] = join(&c, "unix:/x");
     assert_ptr_equal(k[0], k[1]);
@@ -142,7 +142,7 @@ static void clients_are_hosts(void **state)
     crpci_quota_disconnect(&c, k[1]);
     crpci_quota_disconnect(&c, k[3]);
     assert_int_equal(c.idle_count, 1);
-    assert_ptr_equal(join(&c, "10.0.0.1:99"), k[0]); /* with what it has left */
+    assert_ptr_equal(join(&c, "10.0.0.1:99"), k[0]); /* with the tokens that it had left */
     assert_int_equal(c.idle_count, 0);
     assert_false(crpci_limiter_bucket_take(&k[0]->bucket, 0));
     crpci_quota_disconnect(&c, k[0]);
@@ -153,7 +153,7 @@ static void clients_are_hosts(void **state)
     crpci_heap_unref(h);
 }
 
-static void the_longest_gone_are_forgotten(void **state)
+static void clients_gone_for_longest_are_evicted(void **state)
 {
     crpci_heap *h = heap();
     crpci_quota_clients c;
@@ -161,7 +161,7 @@ static void the_longest_gone_are_forgotten(void **state)
     unsigned i;
     (void)state;
     assert_int_equal(crpci_quota_open(&c, h, 1, 1), CRPC_OK);
-    here = join(&c, "192.168.0.1:1"); /* connected: never forgotten */
+    here = join(&c, "192.168.0.1:1"); /* connected: never evicted */
     assert_true(crpci_limiter_bucket_take(&here->bucket, 0));
     for (i = 0; i < CRPCI_QUOTA_IDLE_MAX + 10; i++) {
         char text[32];
@@ -173,7 +173,7 @@ static void the_longest_gone_are_forgotten(void **state)
     }
     assert_ptr_equal(join(&c, "192.168.0.1:2"), here);
     k = join(&c, "10.0.0.10:1");
-    assert_false(crpci_limiter_bucket_take(&k->bucket, 0)); /* the oldest that is known */
+    assert_false(crpci_limiter_bucket_take(&k->bucket, 0)); /* the oldest that was kept */
     crpci_quota_disconnect(&c, k);
     k = join(&c, "10.0.0.9:1");
     assert_true(crpci_limiter_bucket_take(&k->bucket, 0));
@@ -215,9 +215,9 @@ static void it_survives_being_out_of_memory(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(nothing_is_limited_unless_asked), CT_TEST(who_leaves_makes_room),
-        CT_TEST(refusals_take_nothing),           CT_TEST(overload_is_turned_away),
-        CT_TEST(clients_are_hosts),               CT_TEST(the_longest_gone_are_forgotten),
+        CT_TEST(zero_options_limit_nothing), CT_TEST(a_request_that_leaves_makes_room),
+        CT_TEST(refusals_take_nothing),           CT_TEST(an_overload_is_refused),
+        CT_TEST(clients_are_hosts),               CT_TEST(clients_gone_for_longest_are_evicted),
         CT_TEST(it_survives_being_out_of_memory),
     };
     return CT_RUN(tests);

@@ -3,7 +3,7 @@
 #include "crpc_test.h"
 
 #define SECOND 1000000
-static const int method_a, method_b; /* their addresses are what counts */
+static const int method_a, method_b; /* only their addresses matter */
 
 static crpci_heap *heap(void)
 {
@@ -29,7 +29,7 @@ static int code_of(const crpci_replay_entry *e)
     return ((crpci_replay_reply *)(void *)crpci_heap_data(e->reply))->code;
 }
 
-/* Runs a new request to its end. */
+/* Adds a new request and finishes it. */
 static void execute(crpci_replay *r, const void *method, const char *id, int code, size_t payload,
                     int64_t now)
 {
@@ -50,14 +50,14 @@ static crpci_replay_entry *find(crpci_replay *r, const void *method, const char 
     return crpci_replay_find(r, method, crpc_view_str(id), now);
 }
 
-static void it_knows_what_has_come(void **state)
+static void a_repeated_request_is_found(void **state)
 {
     crpci_heap *h = heap();
     crpci_replay r;
     (void)state;
     assert_int_equal(crpci_replay_open(&r, h, 10, 1 << 20, SECOND), CRPC_OK);
     execute(&r, &method_a, "id", 11, 10, 0);
-    execute(&r, &method_b, "id", 22, 10, 0); /* methods do not mix */
+    execute(&r, &method_b, "id", 22, 10, 0); /* the same id of another method */
     execute(&r, &method_a, "id2", 33, 10, 0);
     execute(&r, &method_a, "i", 44, 10, 0);
     assert_int_equal(code_of(find(&r, &method_a, "id", 1)), 11);
@@ -98,7 +98,7 @@ static void the_parts_of_a_reply_are_copied(void **state)
     crpci_heap_unref(h);
 }
 
-static void who_waits_is_given_back_in_order(void **state)
+static void waiting_requests_are_given_back_in_order(void **state)
 {
     crpci_heap *h = heap();
     crpci_replay r;
@@ -109,7 +109,8 @@ static void who_waits_is_given_back_in_order(void **state)
     assert_int_equal(crpci_replay_open(&r, h, 10, 1 << 20, SECOND), CRPC_OK);
     e = crpci_replay_add(&r, &method_a, crpc_view_str("id"));
     for (i = 0; i < 3; i++) {
-        assert_ptr_equal(find(&r, &method_a, "id", INT64_C(1) << 50), e); /* however long it takes */
+        /* an executing request does not expire */
+        assert_ptr_equal(find(&r, &method_a, "id", INT64_C(1) << 50), e);
         assert_false(e->finished);
         crpci_list_append(&e->waiting, &link[i]);
     }
@@ -140,7 +141,7 @@ static void the_oldest_finished_go_first(void **state)
         execute(&r, &method_a, id, i + 1, 10, i);
     }
     assert_int_equal(r.count, 4);
-    assert_non_null(find(&r, &method_a, "first", 10)); /* older, but executes */
+    assert_non_null(find(&r, &method_a, "first", 10)); /* older, but executing */
     assert_null(find(&r, &method_a, "2", 10));
     for (i = 3; i < 6; i++) {
         snprintf(id, sizeof id, "%d", i);
@@ -151,7 +152,8 @@ static void the_oldest_finished_go_first(void **state)
         running[i] = crpci_replay_add(&r, &method_a, crpc_view_str(id));
         assert_non_null(running[i]);
     }
-    assert_null(crpci_replay_add(&r, &method_a, crpc_view_str("r4"))); /* all execute */
+    /* all entries are executing */
+    assert_null(crpci_replay_add(&r, &method_a, crpc_view_str("r4")));
     assert_int_equal(r.count, 4);
     crpci_replay_finish(&r, running[2], NULL, 10, &waiting);
     assert_non_null(crpci_replay_add(&r, &method_a, crpc_view_str("r4")));
@@ -163,7 +165,7 @@ static void the_oldest_finished_go_first(void **state)
     crpci_heap_unref(h);
 }
 
-static void they_are_forgotten_in_time(void **state)
+static void entries_expire(void **state)
 {
     crpci_heap *h = heap();
     crpci_replay r;
@@ -201,7 +203,8 @@ static void memory_is_bounded(void **state)
         found += find(&r, &method_a, id, 0) != NULL;
     }
     assert_in_range(found, 2, 99);
-    execute(&r, &method_a, "large", 1, 20000, 0); /* over a quarter: only that it executed is kept */
+    /* over a quarter of max_bytes: the entry stays without its reply */
+    execute(&r, &method_a, "large", 1, 20000, 0);
     assert_true(find(&r, &method_a, "large", 0)->finished);
     assert_null(find(&r, &method_a, "large", 0)->reply);
     for (i = 0; crpci_replay_add(&r, &method_b, crpc_view_str(id)); i++)
@@ -210,7 +213,8 @@ static void memory_is_bounded(void **state)
     assert_true(r.bytes <= 64 << 10);
     for (found = 0; found < (int)r.bucket_count; found++) {
         while (!crpci_list_empty(&r.buckets[found]))
-            crpci_replay_forget(&r, CRPCI_CONTAINER(r.buckets[found].next, crpci_replay_entry, link));
+            crpci_replay_remove(
+                &r, CRPCI_CONTAINER(r.buckets[found].next, crpci_replay_entry, link));
     }
     assert_int_equal(r.bytes, 0);
     crpci_replay_close(&r);
@@ -251,9 +255,9 @@ static void it_survives_being_out_of_memory(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(it_knows_what_has_come),           CT_TEST(the_parts_of_a_reply_are_copied),
-        CT_TEST(who_waits_is_given_back_in_order), CT_TEST(the_oldest_finished_go_first),
-        CT_TEST(they_are_forgotten_in_time),       CT_TEST(memory_is_bounded),
+        CT_TEST(a_repeated_request_is_found),           CT_TEST(the_parts_of_a_reply_are_copied),
+        CT_TEST(waiting_requests_are_given_back_in_order), CT_TEST(the_oldest_finished_go_first),
+        CT_TEST(entries_expire),       CT_TEST(memory_is_bounded),
         CT_TEST(it_survives_being_out_of_memory),
     };
     return CT_RUN(tests);

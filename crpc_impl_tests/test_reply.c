@@ -28,7 +28,7 @@ static void views_and_attachments_in_asynchronous_forms(void **state)
             call.attachment = crpc_view_of(b, size + 7);
             assert_int_equal(dyn_Echo_Pass_begin(n.channel, &in, &id, &call), CRPC_OK);
             assert_int_equal(dyn_Echo_Pass_async(n.channel, &in, done_blob, &d, &call), CRPC_OK);
-            memset(a, 0, size); /* what was put in is the caller's again */
+            memset(a, 0, size); /* the caller may reuse its buffers now */
             memset(b, 0, size + 7);
             free(a);
             free(b);
@@ -86,7 +86,20 @@ static void a_call_keeps_its_reply_after_the_channel(void **state)
     crpc_call_reset(&call);
 }
 
-/* Replies as other implementations send them; n of the request chooses. */
+/* What a peer may answer; the n of the request chooses. */
+typedef enum odd_kind {
+    ODD_NO_RESPONSE = 1,      /* an RpcMeta without RpcResponseMeta */
+    ODD_ECHOES_REQUEST,       /* an empty RpcResponseMeta beside the request's own */
+    ODD_UNKNOWN_FIELDS,       /* of every wire type, and zeros */
+    ODD_ATTACHMENT_TOO_LARGE, /* larger than the body */
+    ODD_ATTACHMENT_NEGATIVE,
+    ODD_COMPRESSED,
+    ODD_UNDECODABLE,
+    ODD_WITHOUT_ID,
+    ODD_ID_OF_NOBODY,
+    ODD_ALL_ATTACHMENT /* nothing is left for the message */
+} odd_kind;
+
 static bool peer_odd(peer *p, int fd, int number)
 {
     wire_message m;
@@ -94,18 +107,16 @@ static bool peer_odd(peer *p, int fd, int number)
     while (peer_receive(p, fd, &m) == 1) {
         wire w = {NULL, 0, 0}, meta = {NULL, 0, 0}, body = {NULL, 0, 0}, sub = {NULL, 0, 0};
         wire_int(&body, 1, 77);
+        if (m.n != ODD_WITHOUT_ID)
+            wire_int(&meta, 4, m.n == ODD_ID_OF_NOBODY ? -1 : m.id);
         switch (m.n) {
-        case 1: /* no response at all */
-            wire_int(&meta, 4, m.id);
-            break;
-        case 2: /* an empty one, and the request echoed */
+        case ODD_ECHOES_REQUEST:
             wire_str(&sub, 1, "dyn.Echo");
             wire_str(&sub, 2, "Add");
             wire_bytes(&meta, 1, sub.p, sub.n);
             wire_bytes(&meta, 2, "", 0);
-            wire_int(&meta, 4, m.id);
             break;
-        case 3: /* fields nobody knows, of every wire type, and zeros */
+        case ODD_UNKNOWN_FIELDS:
             wire_int(&sub, 1, 0);
             wire_str(&sub, 2, "");
             wire_str(&sub, 1000, "later");
@@ -117,33 +128,24 @@ static bool peer_odd(peer *p, int fd, int number)
             wire_bytes(&meta, 2, sub.p, sub.n);
             wire_int(&meta, 3, 0);
             wire_int(&meta, 5, 0);
-            wire_int(&meta, 4, m.id);
             break;
-        case 4: /* an attachment larger than the body */
-            wire_int(&meta, 4, m.id);
+        case ODD_ATTACHMENT_TOO_LARGE:
             wire_int(&meta, 5, 1000);
             break;
-        case 5:
-            wire_int(&meta, 4, m.id);
+        case ODD_ATTACHMENT_NEGATIVE:
             wire_int(&meta, 5, -1);
             break;
-        case 6: /* compressed */
+        case ODD_COMPRESSED:
             wire_int(&meta, 3, 2);
-            wire_int(&meta, 4, m.id);
             break;
-        case 7: /* the body does not decode */
-            wire_int(&meta, 4, m.id);
+        case ODD_UNDECODABLE:
             body.n = 0;
             wire_put(&body, "\x0a\xff", 2);
             break;
-        case 8: /* without its id: nobody's */
-            break;
-        case 9:
-            wire_int(&meta, 4, -1);
-            break;
-        default: /* all of the body is attachment */
-            wire_int(&meta, 4, m.id);
+        case ODD_ALL_ATTACHMENT:
             wire_int(&meta, 5, (int64_t)body.n);
+            break;
+        default:
             break;
         }
         wire_frame(&w, &meta, body.p, body.n);
@@ -157,48 +159,111 @@ static bool peer_odd(peer *p, int fd, int number)
     return true;
 }
 
-static void odd_replies(void **state)
+typedef struct odd {
+    peer peer;
+    crpc_channel *channel;
+} odd;
+
+static void odd_open(odd *o, crpc_poller p)
+{
+    peer_open(&o->peer, peer_odd, NULL);
+    o->channel = net_channel(o->peer.url, "?timeout_ms=20000", p, NULL, NULL);
+}
+
+/* None of these replies costs the connection. */
+static void odd_close(odd *o)
+{
+    assert_int_equal(peer_accepted(&o->peer), 1);
+    crpc_channel_close(o->channel);
+    peer_close(&o->peer);
+}
+
+static void a_reply_needs_no_response_meta(void **state)
 {
     crpc_poller p;
     (void)state;
     NET_EACH_POLLER(p)
     {
-        peer odd;
-        crpc_channel *ch;
-        int i;
-        peer_open(&odd, peer_odd, NULL);
-        ch = net_channel(odd.url, "?timeout_ms=20000", p, NULL, NULL);
-        for (i = 1; i <= 10; i++) {
-            dyn_Num in = net_num(i), out = dyn_Num_init_zero;
+        odd o;
+        int kind;
+        odd_open(&o, p);
+        for (kind = ODD_NO_RESPONSE; kind <= ODD_UNKNOWN_FIELDS; kind++) {
+            dyn_Num in = net_num(kind), out = dyn_Num_init_zero;
+            assert_int_equal(dyn_Echo_Add(o.channel, &in, &out, NULL), CRPC_OK);
+            assert_int_equal(out.n, 77);
+        }
+        odd_close(&o);
+    }
+}
+
+static void a_reply_that_cannot_be_used_is_explained(void **state)
+{
+    static const struct {
+        odd_kind kind;
+        const char *says;
+    } cases[] = {{ODD_ATTACHMENT_TOO_LARGE, "attachment_size"},
+                 {ODD_ATTACHMENT_NEGATIVE, "attachment_size"},
+                 {ODD_COMPRESSED, "compressed"},
+                 {ODD_UNDECODABLE, "reply: "}};
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        odd o;
+        size_t i;
+        odd_open(&o, p);
+        for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+            dyn_Num in = net_num(cases[i].kind), out = dyn_Num_init_zero;
             crpc_call call = CRPC_INIT;
-            int status;
-            if (i == 8 || i == 9)
-                call.policy.timeout_ms = 40;
-            status = dyn_Echo_Add(ch, &in, &out, &call);
-            if (i <= 3) {
-                assert_int_equal(status, CRPC_OK);
-                assert_int_equal(out.n, 77);
-            } else if (i <= 7) {
-                assert_int_equal(status, CRPC_ERESPONSE);
-                assert_non_null(strstr(call.error.text, i <= 5   ? "attachment_size"
-                                                        : i == 6 ? "compressed"
-                                                                 : "reply: "));
-                assert_int_equal(call.error.sent, CRPC_SENT_YES);
-                assert_false(call.error.remote);
-            } else if (i <= 9) {
-                assert_int_equal(status, CRPC_ETIMEDOUT);
-            } else {
-                assert_int_equal(status, CRPC_OK);
-                assert_int_equal(out.n, 0);
-                assert_int_equal(crpc_view_size(call.reply_attachment), 2);
-                assert_memory_equal(crpc_view_data(call.reply_attachment), "\x08\x4d", 2);
-            }
+            assert_int_equal(dyn_Echo_Add(o.channel, &in, &out, &call), CRPC_ERESPONSE);
+            assert_non_null(strstr(call.error.text, cases[i].says));
+            assert_int_equal(call.error.sent, CRPC_SENT_YES);
+            assert_false(call.error.remote);
             crpc_call_reset(&call);
         }
-        assert_int_equal(net_late_replies(ch), 1); /* that of -1; 0 may be a one-way call's */
-        assert_int_equal(peer_accepted(&odd), 1);
-        crpc_channel_close(ch);
-        peer_close(&odd);
+        odd_close(&o);
+    }
+}
+
+static void a_reply_without_its_id_is_dropped(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        odd o;
+        dyn_Num in = dyn_Num_init_zero, out = dyn_Num_init_zero;
+        odd_open(&o, p);
+        for (in.n = ODD_WITHOUT_ID; in.n <= ODD_ID_OF_NOBODY; in.n++) {
+            crpc_call call = CRPC_INIT;
+            call.policy.timeout_ms = 200;
+            assert_int_equal(dyn_Echo_Add(o.channel, &in, &out, &call), CRPC_ETIMEDOUT);
+            crpc_call_reset(&call);
+        }
+        in.n = ODD_NO_RESPONSE; /* arrives behind the other replies */
+        assert_int_equal(dyn_Echo_Add(o.channel, &in, &out, NULL), CRPC_OK);
+        assert_int_equal(net_late_replies(o.channel),
+                         1); /* the one with id -1; id 0 may belong to a one-way call */
+        odd_close(&o);
+    }
+}
+
+static void a_reply_may_be_all_attachment(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        odd o;
+        dyn_Num in = net_num(ODD_ALL_ATTACHMENT), out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        odd_open(&o, p);
+        assert_int_equal(dyn_Echo_Add(o.channel, &in, &out, &call), CRPC_OK);
+        assert_int_equal(out.n, 0);
+        assert_int_equal(crpc_view_size(call.reply_attachment), 2);
+        assert_memory_equal(crpc_view_data(call.reply_attachment), "\x08\x4d", 2);
+        crpc_call_reset(&call);
+        odd_close(&o);
     }
 }
 
@@ -267,7 +332,7 @@ static void remote_errors_are_mapped_and_explained(void **state)
             assert_true(call.error.remote);
             assert_int_equal(call.error.sent, CRPC_SENT_YES);
             assert_int_equal(call.error.attempts, 1);
-            assert_int_equal(out.n, 99); /* its body is not looked at */
+            assert_int_equal(out.n, 99); /* the body of an error reply is ignored */
             crpc_call_reset(&call);
 
             done_init(&d);
@@ -319,7 +384,7 @@ static void local_errors_are_explained(void **state)
                                              "connecting: no such socket file (local)");
         crpc_channel_close(ch);
 
-        ch = net_channel(silent.url, "?timeout_ms=30&retries=5", p, NULL, NULL);
+        ch = net_channel(silent.url, "?timeout_ms=200&retries=5", p, NULL, NULL);
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
         snprintf(golden, sizeof golden, "dyn.Echo.Add attempt 1 %s: deadline exceeded (local)",
                  silent.url + 6);
@@ -337,7 +402,8 @@ static void local_errors_are_explained(void **state)
         ch = net_channel(silent.url, "?max_queued=4500", p, NULL, NULL);
         call.attachment = crpc_view_of(bytes, 5000);
         assert_int_equal(dyn_Echo_Pass(ch, &bin, &bout, &call), CRPC_EOVERCROWDED);
-        assert_non_null(strstr(call.error.text, "the request is too large: 0 bytes are queued, max_queued is 4500"));
+        assert_non_null(strstr(call.error.text,
+                               "the request is too large: 0 bytes are queued, max_queued is 4500"));
         assert_int_equal(call.error.sent, CRPC_SENT_NO);
         crpc_channel_close(ch);
         free(bytes);
@@ -365,7 +431,7 @@ static void long_error_texts_are_cut(void **state)
     crpc_channel_close(ch);
 }
 
-/* Small results are kept apart from the buffer they came in, which others go on using. */
+/* Small results are copied out of the receive buffer, which other calls go on using. */
 static void results_keep_their_bytes(void **state)
 {
     crpc_poller p;
@@ -401,7 +467,8 @@ static void results_keep_their_bytes(void **state)
     }
 }
 
-/* Reply larger than max_body: refused by name, the connection goes on. */
+/* A reply over max_body is refused with an error that names the limit; the connection stays
+ * open. */
 static void oversize_replies_are_refused_by_name(void **state)
 {
     crpc_poller p;
@@ -435,7 +502,10 @@ int main(void)
         CT_TEST(views_and_attachments_in_asynchronous_forms),
         CT_TEST(a_response_with_views_needs_a_call),
         CT_TEST(a_call_keeps_its_reply_after_the_channel),
-        CT_TEST(odd_replies),
+        CT_TEST(a_reply_needs_no_response_meta),
+        CT_TEST(a_reply_that_cannot_be_used_is_explained),
+        CT_TEST(a_reply_without_its_id_is_dropped),
+        CT_TEST(a_reply_may_be_all_attachment),
         CT_TEST(remote_errors_are_mapped_and_explained),
         CT_TEST(local_errors_are_explained),
         CT_TEST(long_error_texts_are_cut),

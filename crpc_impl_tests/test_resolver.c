@@ -1,5 +1,5 @@
-/* impl-resolver: with a hook in the name service's place; the machine's own is asked for one name
- * that needs no network. */
+/* impl-resolver: a hook stands in for the name service; getaddrinfo is asked for localhost only,
+ * which needs no network. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -45,14 +45,14 @@ static int ask(const char *text)
     return crpci_resolver_address(heap, text, out, sizeof out, &error);
 }
 
-static void numbers_ask_nobody(void **state)
+static void numeric_addresses_are_not_resolved(void **state)
 {
     (void)state;
     begin();
     assert_int_equal(ask("1.2.3.4:80"), CRPC_OK);
     assert_string_equal(out, "1.2.3.4:80");
     assert_int_equal(ask("[2001:DB8:0::1]:80"), CRPC_OK);
-    assert_string_equal(out, "[2001:db8::1]:80"); /* one way of writing for each */
+    assert_string_equal(out, "[2001:db8::1]:80"); /* the canonical form */
     assert_int_equal(ask("unix:/run/x"), CRPC_OK);
     assert_string_equal(out, "unix:/run/x");
     assert_int_equal(asked, 0);
@@ -74,7 +74,7 @@ static void names_ask_the_hook(void **state)
     end();
 }
 
-static void the_first_ipv4_else_the_first(void **state)
+static void the_first_ipv4_address_else_the_first_is_taken(void **state)
 {
     (void)state;
     begin();
@@ -111,7 +111,7 @@ static void failures_name_the_host(void **state)
     end();
 }
 
-static void what_is_no_host_and_port(void **state)
+static void malformed_addresses_are_refused(void **state)
 {
     static const char *const bad[] = {"",      "host",       ":80",   "host:",   "host:x",
                                       "::1:8", "host:99999", "[::1]", "host:-1", "a:b:c"};
@@ -158,7 +158,7 @@ static void the_system_knows_localhost(void **state)
     begin();
     assert_int_equal(crpci_resolver_system("127.0.0.1", list, sizeof list), CRPC_OK);
     assert_string_equal(list, "127.0.0.1");
-    for (size = 1; size <= 12; size++) { /* an address that does not fit is left out, whole */
+    for (size = 1; size <= 12; size++) { /* an address that does not fit is left out, never cut */
         ct_guard g = ct_guard_make(NULL, size);
         int err = crpci_resolver_system("127.0.0.1", (char *)g.data, size);
         assert_int_equal(err, size > 10 ? CRPC_OK : CRPC_ERESOLVE);
@@ -180,11 +180,11 @@ static void the_system_knows_localhost(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(numbers_ask_nobody),
+        CT_TEST(numeric_addresses_are_not_resolved),
         CT_TEST(names_ask_the_hook),
-        CT_TEST(the_first_ipv4_else_the_first),
+        CT_TEST(the_first_ipv4_address_else_the_first_is_taken),
         CT_TEST(failures_name_the_host),
-        CT_TEST(what_is_no_host_and_port),
+        CT_TEST(malformed_addresses_are_refused),
         CT_TEST(answers_that_do_not_fit),
         CT_TEST(the_system_knows_localhost),
     };

@@ -1,4 +1,4 @@
-/* impl-sock: addresses as text, sockets as they should be. */
+/* impl-sock: addresses as text, options of sockets, unix socket files. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -51,7 +51,7 @@ static void families_and_ports(void **state)
     assert_int_equal(a.len, offsetof(struct sockaddr_un, sun_path) + 3);
 }
 
-static void what_is_no_address(void **state)
+static void malformed_addresses_are_refused(void **state)
 {
     static const char *const bad[] = {
         "",
@@ -95,8 +95,8 @@ static void what_is_no_address(void **state)
     }
 }
 
-/* Every path that is accepted can be written out again in CRPC_ADDRESS_MAX bytes: addresses are
- * kept as text. */
+/* Addresses are kept as text: each path that is accepted fits CRPC_ADDRESS_MAX bytes when it is
+ * formatted. */
 static void long_unix_paths(void **state)
 {
     size_t n, longest = 0;
@@ -114,8 +114,8 @@ static void long_unix_paths(void **state)
     assert_in_range(longest, 100, sizeof((struct sockaddr_un *)0)->sun_path - 1);
 }
 
-/* A peer may be bound to a path that fills sun_path to the last byte, without a zero. */
-static void a_path_without_its_zero(void **state)
+/* The path of a foreign peer may fill sun_path to the last byte, without a terminating zero. */
+static void a_path_without_a_terminating_zero(void **state)
 {
     struct {
         crpci_addr a;
@@ -128,7 +128,7 @@ static void a_path_without_its_zero(void **state)
     x.a.len = sizeof x.a.u.un;
     crpci_sock_format(&x.a, out, sizeof out);
     assert_in_range(strlen(out), 100, 5 + sizeof x.a.u.un.sun_path);
-    x.a.len = sizeof(sa_family_t); /* and most are bound to none */
+    x.a.len = sizeof(sa_family_t); /* most peers have no path at all */
     crpci_sock_format(&x.a, out, sizeof out);
     assert_string_equal(out, "unix:");
 }
@@ -141,7 +141,8 @@ static void splitting(void **state)
     assert_true(crpci_sock_split("example:65535", host, sizeof host, &port));
     assert_string_equal(host, "example");
     assert_int_equal(port, 65535);
-    assert_false(crpci_sock_split("example1:1", host, sizeof host, &port)); /* no room */
+    /* the host does not fit */
+    assert_false(crpci_sock_split("example1:1", host, sizeof host, &port));
     assert_true(crpci_sock_split("[a::b]:7", host, sizeof host, &port));
     assert_string_equal(host, "a::b");
     assert_int_equal(port, 7);
@@ -206,12 +207,12 @@ static void listeners(void **state)
     assert_true(listener >= 0);
     assert_true(fcntl(listener, F_GETFD) & FD_CLOEXEC);
     assert_true(fcntl(listener, F_GETFL) & O_NONBLOCK);
-    assert_true(ntohs(a.u.in4.sin_port) != 0); /* the real port */
+    assert_true(ntohs(a.u.in4.sin_port) != 0); /* port 0 was replaced by a free one */
     crpci_sock_format(&a, text, sizeof text);
     second = listen_on(text, NULL);
     assert_int_equal(second, -1);
     assert_int_equal(errno, EADDRINUSE);
-    assert_int_equal(listen_on("192.0.2.1:80", NULL), -1); /* not this machine's */
+    assert_int_equal(listen_on("192.0.2.1:80", NULL), -1); /* an address of another machine */
     assert_int_equal(errno, EADDRNOTAVAIL);
 
     fd = crpci_sock_open(&a);
@@ -230,7 +231,7 @@ static void listeners(void **state)
     close(accepted);
     close(fd);
     close(listener);
-    /* Waiting connections of the old one do not keep a restarted server from its port. */
+    /* A restarted server can listen although connections of the old one are in TIME_WAIT. */
     crpci_sock_format(&peer, text, sizeof text);
     listener = listen_on(text, NULL);
     assert_true(listener >= 0);
@@ -241,8 +242,8 @@ static void listeners(void **state)
     assert_int_equal(a.len, 0);
 }
 
-/* TCP lets a socket connect to itself, when it dials a dead port of the range that it may be given.
- */
+/* TCP lets a socket connect to itself when it dials a port of the ephemeral range on which nobody
+ * listens. */
 static void a_connection_to_itself(void **state)
 {
     crpci_addr a;
@@ -253,7 +254,7 @@ static void a_connection_to_itself(void **state)
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     assert_int_equal(bind(fd, &a.u.any, a.len), 0);
     crpci_sock_local(fd, &a);
-    assert_false(crpci_sock_is_self(fd)); /* no connection at all */
+    assert_false(crpci_sock_is_self(fd)); /* not connected */
     assert_int_equal(connect(fd, &a.u.any, a.len), 0);
     assert_true(crpci_sock_is_self(fd));
     close(fd);
@@ -261,7 +262,8 @@ static void a_connection_to_itself(void **state)
     {
         int pair[2];
         assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair), 0);
-        assert_false(crpci_sock_is_self(pair[0])); /* both ends have no name: not the same */
+        /* both ends have no address: they are not equal */
+        assert_false(crpci_sock_is_self(pair[0]));
         close(pair[0]);
         close(pair[1]);
     }
@@ -279,17 +281,17 @@ static void stale_socket_files(void **state)
     snprintf(path, sizeof path, "%s/sock", dir.path);
     fd = listen_on(text, NULL);
     assert_true(fd >= 0);
-    second = listen_on(text, NULL); /* in use: left alone */
+    second = listen_on(text, NULL); /* the file is in use: it stays */
     assert_int_equal(second, -1);
     assert_int_equal(errno, EADDRINUSE);
     assert_int_equal(stat(path, &st), 0);
-    close(fd); /* as a process that was killed: the file stays */
+    close(fd); /* as when a server is killed: its file stays */
     assert_int_equal(stat(path, &st), 0);
     fd = listen_on(text, NULL);
     assert_true(fd >= 0);
     close(fd);
     assert_int_equal(unlink(path), 0);
-    file = fopen(path, "w"); /* somebody's file is no socket of ours */
+    file = fopen(path, "w"); /* an ordinary file is never removed */
     assert_non_null(file);
     fclose(file);
     assert_int_equal(listen_on(text, NULL), -1);
@@ -303,8 +305,8 @@ static void stale_socket_files(void **state)
     ct_dir_remove(dir);
 }
 
-/* Only what surely nobody listens on is removed: not a server too busy to accept, nor a socket of
- * another type. */
+/* A socket file is removed only if connect says that nobody listens: not that of a server too busy
+ * to accept, nor that of a datagram socket. */
 static void socket_files_in_use(void **state)
 {
     ct_dir dir = ct_dir_make();
@@ -346,9 +348,9 @@ int main(void)
     static const struct CMUnitTest tests[] = {
         CT_TEST(numeric_addresses_come_back),
         CT_TEST(families_and_ports),
-        CT_TEST(what_is_no_address),
+        CT_TEST(malformed_addresses_are_refused),
         CT_TEST(long_unix_paths),
-        CT_TEST(a_path_without_its_zero),
+        CT_TEST(a_path_without_a_terminating_zero),
         CT_TEST(splitting),
         CT_TEST(sockets_are_private_tuned_and_do_not_block),
         CT_TEST(listeners),

@@ -1,9 +1,9 @@
-/* impl-status: codes travel on the wire and stand in logs, so their numbers are for ever. */
+/* impl-status: codes travel on the wire and stand in logs, so their numbers must never change. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
 
-/* Written down here a second time, on purpose: a changed number must not go unnoticed. */
+/* A second copy of all numbers, on purpose: the test fails when one is changed in crpc.h. */
 static const struct known {
     int value;
     int number;
@@ -63,7 +63,7 @@ static void numbers_never_change(void **state)
     }
 }
 
-/* A new code has to be entered above, where its number is then fixed. */
+/* A new code fails this test until it is added to the copy above. */
 static void every_code_is_in_the_table(void **state)
 {
     size_t count = 0, i;

@@ -1,9 +1,9 @@
-/* impl-thread. The calls that decide about clocks and stacks are watched on their way to libc. */
+/* impl-thread. Wrappers around libc's functions record which clock and stack size crpc asks for. */
 #include <pthread.h>
 #include <time.h>
 
-static int asked_clock = -1; /* the last clock that was read */
-static int cond_clock = -1;  /* the last one given to a condition variable */
+static int asked_clock = -1; /* the clock that crpc read last */
+static int cond_clock = -1;  /* the clock of the last condition variable */
 static int watch_clock_gettime(clockid_t id, struct timespec *ts)
 {
     asked_clock = (int)id;
@@ -29,8 +29,8 @@ static crpci_mutex lock;
 static crpci_cond cond;
 static int stage;
 
-/* A deadline is measured on the clock that nobody sets: on the wall clock, a step of it (GPS, NTP,
- * a battery that died) would make every timeout fire or none. */
+/* Deadlines go by CLOCK_MONOTONIC: if the wall clock is set (GPS, NTP, an empty battery), no
+ * timeout fires early or late. */
 static void waits_on_the_monotonic_clock(void **state)
 {
     int64_t start;
@@ -42,14 +42,15 @@ static void waits_on_the_monotonic_clock(void **state)
     crpci_thread_lock(&lock);
     start = ct_now_us();
     crpci_thread_wait(&cond, &lock, 60000);
-    assert_true(ct_now_us() - start >= 60000); /* at once, were the two clocks not the same */
+    /* with two different clocks it would return at once */
+    assert_true(ct_now_us() - start >= 60000);
     assert_int_equal(asked_clock, CLOCK_MONOTONIC);
     crpci_thread_unlock(&lock);
     crpci_thread_cond_free(&cond);
     crpci_thread_mutex_free(&lock);
 }
 
-/* Microseconds across a second's border, whatever the time of day is. */
+/* Waits that cross the end of a second, at any time of day: nanoseconds carry into seconds. */
 static void waits_are_never_short(void **state)
 {
     int i;
@@ -86,7 +87,7 @@ static void *waiter(void *arg)
     return NULL;
 }
 
-/* Neither a wait without a limit nor one of centuries ends by itself, or fails to start. */
+/* A wait without a limit and one of centuries both start, and end only by the signal. */
 static void long_waits_are_ended_by_a_signal(void **state)
 {
     static const int64_t limits[] = {-1, INT64_MAX, INT64_MAX / 2, 60000000};
@@ -104,7 +105,7 @@ static void long_waits_are_ended_by_a_signal(void **state)
         while (stage < 2)
             crpci_thread_wait(&cond, &lock, 20000);
         crpci_thread_unlock(&lock);
-        ct_sleep_ms(10); /* both are in their waits by now, most probably */
+        ct_sleep_ms(10); /* by now both threads most probably wait */
         crpci_thread_lock(&lock);
         assert_int_equal(stage, 2);
         stage = 100;
@@ -141,7 +142,7 @@ static void *look(void *arg)
 }
 
 /* The program's signal handlers run on the program's threads. */
-static void a_new_thread_takes_no_signal(void **state)
+static void a_new_thread_blocks_all_signals(void **state)
 {
     static const int signals[] = {SIGINT, SIGTERM, SIGUSR1, SIGPIPE, SIGCHLD, SIGALRM, SIGHUP};
     crpci_thread me = crpci_thread_self(), t;
@@ -155,7 +156,8 @@ static void a_new_thread_takes_no_signal(void **state)
     pthread_sigmask(SIG_SETMASK, NULL, &mine);
     for (i = 0; i < sizeof signals / sizeof signals[0]; i++)
         assert_int_equal(sigismember(&mine, signals[i]), 0); /* ours are as they were */
-    assert_int_equal(seen.stack, 512 * 1024);
+    /* musl adds what it keeps on the stack for itself */
+    assert_in_range(seen.stack, 512 * 1024, 576 * 1024);
     assert_false(seen.is_self);
     assert_string_equal(seen.name, "a name of more ");
 }
@@ -199,7 +201,7 @@ static void references_of_several_threads(void **state)
         assert_int_equal(crpci_thread_start(&t[i], 0, count_down, NULL), CRPC_OK);
     for (i = 0; i < 4; i++)
         crpci_thread_join(t[i]);
-    assert_true(crpci_thread_load(&counter) <= 1); /* the last one need not write it down */
+    assert_true(crpci_thread_load(&counter) <= 1); /* the last unref may leave the count at 1 */
     assert_int_equal(last_ones, 1);
 }
 
@@ -207,7 +209,7 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(waits_on_the_monotonic_clock),     CT_TEST(waits_are_never_short),
-        CT_TEST(long_waits_are_ended_by_a_signal), CT_TEST(a_new_thread_takes_no_signal),
+        CT_TEST(long_waits_are_ended_by_a_signal), CT_TEST(a_new_thread_blocks_all_signals),
         CT_TEST(references_count_to_zero_once),    CT_TEST(references_of_several_threads),
     };
     return CT_RUN(tests);

@@ -1,4 +1,4 @@
-/* impl-timer, driven by a clock that the test sets. */
+/* impl-timer: the test sets the time. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -6,7 +6,7 @@
 typedef struct mine {
     crpci_timer timer;
     int number;
-    bool armed; /* the model */
+    bool armed; /* in the model of the test */
     int64_t due_us;
     uint64_t order; /* of arming */
 } mine;
@@ -36,7 +36,7 @@ static void make(mine *m, int number)
     crpci_timer_init(&m->timer, on_fire);
 }
 
-/* What a loop does: take what is due, then run it. */
+/* As the loop does: takes the timers that are due, then runs them. */
 static void run_until(int64_t now_us)
 {
     crpci_timer *due, *t;
@@ -74,17 +74,17 @@ static const int64_t starts_us[] = {
     ((INT64_C(1) << 24) - 1) * 1000,
     ((INT64_C(1) << 30) - 2) * 1000,
     (INT64_C(1) << 30) * 1000,
-    ((INT64_C(1) << 31) - 3) * 1000 + 1, /* where 32 bits of milliseconds change their sign */
+    ((INT64_C(1) << 31) - 3) * 1000 + 1, /* where signed 32-bit milliseconds overflow */
     (INT64_C(1) << 31) * 1000,
-    ((INT64_C(1) << 32) - 3) * 1000 + 999, /* and where they end: after 49.7 days */
+    ((INT64_C(1) << 32) - 3) * 1000 + 999, /* where unsigned ones do, after 49.7 days */
     (INT64_C(1) << 32) * 1000,
     INT64_C(46) * 365 * 86400 * 1000000, /* since 1970 */
     (INT64_C(1) << 52) + 12345,
 };
 #define STARTS (sizeof starts_us / sizeof starts_us[0])
 
-/* For delays around every border between levels, and each start of the clock: not a microsecond too
- * early, and not a millisecond too late. */
+/* For delays around each border between levels, from each start of the clock: a timer fires not a
+ * microsecond early and not a millisecond late. */
 static void never_early_and_hardly_late(void **state)
 {
     static const int64_t delays_us[] = {1,
@@ -117,20 +117,20 @@ static void never_early_and_hardly_late(void **state)
             start_at(now);
             make(&m, 1);
             crpci_timer_set(&wheel, &m.timer, due);
-            /* as a sleeping loop: from one time that the wheel names to the next */
+            /* as a loop sleeps: from each time that the wheel gives to the next */
             while ((at = crpci_timer_next_us(&wheel)) != INT64_MAX && fired_count == 0) {
-                assert_true(at > now); /* else the loop spins */
+                assert_true(at > now); /* otherwise the loop would spin */
                 assert_true(at < due + 1000);
                 now = at;
                 run_until(now);
                 if (fired_count)
                     assert_true(now >= due);
-                assert_true(++wakes <= 45); /* a park of 12 days at most, then level by level */
+                assert_true(++wakes <= 45); /* 12 days at a time, then level by level */
             }
             assert_int_equal(fired_count, 1);
             assert_true(now - due < 1000);
             assert_true(crpci_timer_next_us(&wheel) == INT64_MAX);
-            /* the same, one look just before it is due and one at that moment's millisecond */
+            /* the same with one step just before it is due and one in that millisecond */
             start_at(starts_us[s]);
             crpci_timer_set(&wheel, &m.timer, due);
             run_until(due - 1);
@@ -141,7 +141,7 @@ static void never_early_and_hardly_late(void **state)
     }
 }
 
-static void in_the_order_they_are_due(void **state)
+static void timers_fire_in_the_order_of_their_times(void **state)
 {
     size_t s;
     (void)state;
@@ -158,13 +158,13 @@ static void in_the_order_they_are_due(void **state)
         crpci_timer_set(&wheel, &m[2].timer, now + 3000);
         crpci_timer_set(&wheel, &m[4].timer, now + 70000);
         crpci_timer_set(&wheel, &m[1].timer, now + 2000);
-        run_until(now + 1000000); /* a callback took a second: all are late */
+        run_until(now + 1000000); /* as after a callback that took a second: all are late */
         assert_string_equal(order(), "0 1 2 3 4 5 ");
     }
 }
 
-/* Also where some came down from a coarser level and others were put into the slot at once. */
-static void of_one_tick_in_the_order_of_arming(void **state)
+/* Also if some came down from a higher level and others were armed directly into the slot. */
+static void timers_of_one_tick_fire_as_armed(void **state)
 {
     size_t s;
     (void)state;
@@ -185,7 +185,7 @@ static void of_one_tick_in_the_order_of_arming(void **state)
         crpci_timer_set(&wheel, &m[5].timer, due);
         crpci_timer_set(&wheel, &m[6].timer, due);
         crpci_timer_set(&wheel, &m[7].timer, due + 1000);
-        crpci_timer_set(&wheel, &m[1].timer, due); /* armed anew: last */
+        crpci_timer_set(&wheel, &m[1].timer, due); /* armed again: now the last */
         run_until(due);
         assert_string_equal(order(), "0 2 3 4 5 6 1 ");
         run_until(due + 1000);
@@ -201,7 +201,7 @@ static void cancelled_ones_do_not_fire(void **state)
     start_at(5000);
     for (i = 0; i < 5; i++) {
         make(&m[i], i);
-        crpci_timer_cancel(&m[i].timer); /* never armed: nothing */
+        crpci_timer_cancel(&m[i].timer); /* never armed: no effect */
         crpci_timer_set(&wheel, &m[i].timer, 10000);
     }
     crpci_timer_cancel(&m[0].timer); /* the last, the first and one between */
@@ -210,7 +210,7 @@ static void cancelled_ones_do_not_fire(void **state)
     crpci_timer_cancel(&m[2].timer);
     run_until(10000);
     assert_string_equal(order(), "1 3 ");
-    /* also when it is already in the list of those that are due */
+    /* also when it is in the list of due timers already */
     for (i = 0; i < 5; i++)
         crpci_timer_set(&wheel, &m[i].timer, 20000);
     crpci_timer_advance(&wheel, 20000);
@@ -222,8 +222,8 @@ static void cancelled_ones_do_not_fire(void **state)
     assert_true(crpci_timer_next_us(&wheel) == INT64_MAX);
 }
 
-/* A slot emptied by cancelling must not hide the timers behind it. */
-static void a_cancelled_slot_hides_nothing(void **state)
+/* A slot whose only timer was cancelled must not hide later ones. */
+static void an_emptied_slot_hides_no_later_timer(void **state)
 {
     int64_t a, b;
     (void)state;
@@ -267,7 +267,7 @@ static void armed_again_in_its_own_function(void **state)
     start_at(1000000);
     crpci_timer_init(&t, on_fire_again);
     rearmed = 0;
-    rearm_at = 0; /* long ago: due at once, but in the next step */
+    rearm_at = 0; /* a time in the past: due at once, but in the next step */
     crpci_timer_set(&wheel, &t, 1001000);
     for (i = 1; i <= 5; i++) {
         run_until(1001000);
@@ -302,7 +302,7 @@ static void a_time_that_has_passed_is_due_at_once(void **state)
     crpci_timer_set(&wheel, &m[2].timer, INT64_MIN / 2);
     run_until(5001000);
     assert_int_equal(fired_count, 3);
-    assert_int_equal(fired[2], 1); /* those that had waited longer went first */
+    assert_int_equal(fired[2], 1); /* timers that were due longer fired first */
 }
 
 static void a_clock_that_stands_still_or_goes_back(void **state)
@@ -401,10 +401,10 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(never_early_and_hardly_late),
-        CT_TEST(in_the_order_they_are_due),
-        CT_TEST(of_one_tick_in_the_order_of_arming),
+        CT_TEST(timers_fire_in_the_order_of_their_times),
+        CT_TEST(timers_of_one_tick_fire_as_armed),
         CT_TEST(cancelled_ones_do_not_fire),
-        CT_TEST(a_cancelled_slot_hides_nothing),
+        CT_TEST(an_emptied_slot_hides_no_later_timer),
         CT_TEST(armed_again_in_its_own_function),
         CT_TEST(a_time_that_has_passed_is_due_at_once),
         CT_TEST(a_clock_that_stands_still_or_goes_back),

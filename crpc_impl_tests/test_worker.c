@@ -19,7 +19,7 @@ static void reset(bool open)
     gate_open = open;
 }
 
-/* Runs as soon as the gate is open. */
+/* A task that waits until the gate is open. */
 static void run(crpc_loop *loop, crpci_task *task)
 {
     job *j = CRPCI_CONTAINER(task, job, task);
@@ -80,7 +80,7 @@ static void one_worker_keeps_the_order(void **state)
     assert_int_equal(crpci_worker_start(&pool, h, 1, 0, 65536), CRPC_OK);
     for (i = 0; i < 1000; i++)
         assert_true(crpci_worker_push(&pool, job_of(i)));
-    crpci_worker_stop(&pool, h, 1); /* what is queued is still run */
+    crpci_worker_stop(&pool, h, 1); /* queued tasks still run */
     assert_int_equal(ran, 1000);
     for (i = 0; i < 1000; i++)
         assert_int_equal(order[i], i);
@@ -116,7 +116,8 @@ static void the_queue_is_bounded(void **state)
     reset(false);
     assert_int_equal(crpci_worker_start(&pool, h, 1, 5, 65536), CRPC_OK);
     assert_true(crpci_worker_push(&pool, job_of(0)));
-    assert_true(CT_WAIT(get(&running) == 1, 20000)); /* in work: not in the queue any more */
+    /* a task that runs is no longer in the queue */
+    assert_true(CT_WAIT(get(&running) == 1, 20000));
     for (i = 1; i <= 10; i++)
         pushed += crpci_worker_push(&pool, job_of(i));
     assert_int_equal(pushed, 5);
@@ -129,7 +130,7 @@ static void the_queue_is_bounded(void **state)
     crpci_heap_unref(h);
 }
 
-static void nothing_is_taken_after_the_stop(void **state)
+static void no_task_is_taken_after_the_stop(void **state)
 {
     crpci_worker_pool pool;
     crpci_heap *h = heap();
@@ -139,7 +140,7 @@ static void nothing_is_taken_after_the_stop(void **state)
     pool.stopping = true;
     assert_false(crpci_worker_push(&pool, job_of(1)));
     crpci_worker_stop(&pool, h, 2);
-    crpci_worker_stop(&pool, h, 0); /* of a pool that was never started: nothing */
+    crpci_worker_stop(&pool, h, 0); /* a pool that was never started: no effect */
     assert_int_equal(ran, 0);
     crpci_heap_unref(h);
 }
@@ -181,7 +182,7 @@ static void many_threads_may_push(void **state)
     assert_int_equal(ran, 4000);
     for (i = 0; i < 4000; i++) {
         assert_int_equal(seen[order[i]]++, 0);
-        assert_true(order[i] > last[order[i] / 1000]); /* in the order of each thread */
+        assert_true(order[i] > last[order[i] / 1000]); /* tasks of one thread run in its order */
         last[order[i] / 1000] = order[i];
     }
     crpci_heap_unref(h);
@@ -212,7 +213,7 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(one_worker_keeps_the_order), CT_TEST(all_workers_work),
-        CT_TEST(the_queue_is_bounded),       CT_TEST(nothing_is_taken_after_the_stop),
+        CT_TEST(the_queue_is_bounded),       CT_TEST(no_task_is_taken_after_the_stop),
         CT_TEST(many_threads_may_push),      CT_TEST(starting_survives_being_out_of_memory),
     };
     return CT_RUN(tests);

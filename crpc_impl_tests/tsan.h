@@ -119,10 +119,10 @@ TS_UNSEEN void ts_report(void)
         if (l)
             fprintf(
                 stderr,
-                "  loop %d: driver %d owned %d owner_waiting %d sleeping %d in_user %d kicked %d "
-                "has_thread %d stop %u ready %d dirty %d resume %d followers %d calls %u\n",
-                i, l->driver, l->owned, l->owner_waiting, l->sleeping, l->in_user, l->kicked,
-                l->has_thread, l->stop, l->ready.next != &l->ready, l->dirty.next != &l->dirty,
+                "  loop %d: driver %d mode %d foreign %d end %d kicked %d "
+                "thread %d stop %u ready %d dirty %d resume %d followers %d calls %u\n",
+                i, l->driver, l->mode, l->foreign, l->end, l->kicked, l->thread_state, l->stop,
+                l->ready.next != &l->ready, l->dirty.next != &l->dirty,
                 l->resume.next != &l->resume, l->followers.next != &l->followers, l->calls.used);
     }
 }
