@@ -117,7 +117,7 @@
  *     >>impl-list          doubly linked lists through members of the items
  *     >>impl-url           URLs, their options, percent-encoding
  *     >>impl-options       tables of options: defaults, ranges, URL keys, key=value lines
- *     >>impl-message       nanopb messages: views, encoding into chunks, decoding
+ *     >>impl-message       requests and replies; nanopb: views, encoding, decoding
  *     >>impl-frame         the 12 bytes before every message
  *     >>impl-meta          what a message is about: brpc's RpcMeta
  *     >>impl-sock          addresses and sockets, without a loop
@@ -1239,9 +1239,9 @@ CRPC_API CRPC_MUST_CHECK int crpc_channel_options_parse(char *text, crpc_channel
  *
  * Options may follow as ?key=value&key=value: those of crpc_channel_options by their keys, but for
  * secrets; lb and cluster by the words beside crpc_balancer and crpc_cluster; cache only with
- * zookeeper://; besides, with multicast:// interface (a name or an address), with file:// service.
- * An unknown key is CRPC_EINVAL. They override `options`, which may be NULL. IPv6 addresses stand
- * in brackets.
+ * zookeeper://; besides, with multicast:// interface (a name or an address), with file:// service,
+ * and protocol (there is baidu_std, which is the default). An unknown key is CRPC_EINVAL. They
+ * override `options`, which may be NULL. IPv6 addresses stand in brackets.
  *
  * Host names are resolved here, on this thread, and stand for all their addresses; connections are
  * made when calls need them. With a registry this waits for the session and the first list for
@@ -3228,7 +3228,7 @@ CRPCI_COLD int crpci_options_lines(crpci_options_target *to, size_t count, char 
 }
 
 /* ======================================================================== */
-/* >>impl-message   nanopb messages: views, encoding into chunks, decoding  */
+/* >>impl-message   requests and replies; nanopb: views, encoding, decoding  */
 /* ======================================================================== */
 
 CRPC_API crpc_view crpc_view_str(const char *text)
@@ -7806,6 +7806,7 @@ struct crpci_conn {
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
     bool unread; /* reading was put off while another thread wrote */
+    bool awaits; /* dialled, and replies keep the order of requests */
     uint32_t max_body;
     int64_t max_skip;
     uint64_t skip;      /* bytes of a refused body still to be dropped */
@@ -8080,14 +8081,8 @@ CRPCI_COLD void crpci_conn_await_not(crpci_conn *c)
     }
 }
 
-CRPCI_FN bool crpci_conn_awaits(const crpci_conn *c)
-{
-    return !c->protocols && c->protocol->flags & CRPCI_PROTOCOL_ORDERED;
-}
-
 CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
 {
-    bool awaits = crpci_conn_awaits(c);
     crpci_out *o;
     b->count = 0;
     b->used = 0;
@@ -8103,7 +8098,7 @@ CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
             crpci_conn_add(b, o->tail + (head ? 0 : skip - o->head_len),
                            o->tail_len - (head ? 0 : skip - o->head_len));
         o->inflight = true;
-        if (CRPCI_UNLIKELY(awaits) && !o->awaited)
+        if (CRPCI_UNLIKELY(c->awaits) && !o->awaited)
             crpci_conn_await(c, o);
     }
 }
@@ -8134,7 +8129,7 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         crpci_heap_chunk_unref(tail);
         crpci_heap_chunk_unref(chunk);
     }
-    if (CRPCI_UNLIKELY(crpci_conn_awaits(c)))
+    if (CRPCI_UNLIKELY(c->awaits))
         crpci_conn_await_not(c);
     if (c->loop->io_waiters)
         crpci_thread_broadcast(&c->loop->io_cond);
@@ -8243,6 +8238,7 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
         crpci_loop_queue(&c->loop->dirty, &c->flush);
 }
 
+#if CRPC_ENABLE_SERVER
 /* Queues the reply to the request of that turn, or keeps it until the turn has come. */
 CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
 {
@@ -8264,6 +8260,7 @@ CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
         crpci_conn_queue(c, o);
     }
 }
+#endif
 
 /* Takes back a frame of which nothing was sent. False if that is too late. */
 CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
@@ -8345,6 +8342,7 @@ CRPCI_COLD void crpci_conn_oversize(crpci_conn *c, crpci_message *m, uint64_t si
 CRPCI_FN bool crpci_conn_speak(crpci_conn *c, const crpci_protocol *p)
 {
     c->protocol = p;
+    c->awaits = !c->protocols && p->flags & CRPCI_PROTOCOL_ORDERED;
     if (CRPCI_LIKELY(!p->state_size))
         return true;
     c->protocol_state = crpci_heap_alloc(c->loop->heap, p->state_size);
@@ -8353,6 +8351,7 @@ CRPCI_FN bool crpci_conn_speak(crpci_conn *c, const crpci_protocol *p)
     return c->protocol_state != NULL;
 }
 
+#if CRPC_ENABLE_SERVER
 /* Finds out the protocol of an accepted connection. False: not yet, or it was closed. */
 CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
 {
@@ -8372,12 +8371,15 @@ CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
         crpci_conn_bad(c, "the peer does not speak a protocol that is served here");
     return false;
 }
+#endif
 
 /* Gives bytes to the protocol. Returns those used; 0: it needs more, or the connection is closed. */
 CRPCI_FN size_t crpci_conn_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
+#if CRPC_ENABLE_SERVER
     if (CRPCI_UNLIKELY(!c->protocol) && !crpci_conn_detect(c, p, n))
         return 0;
+#endif
     return c->protocol->feed(c, chunk, p, n);
 }
 
@@ -8641,12 +8643,14 @@ CRPCI_FN void crpci_conn_on_timer(crpc_loop *l, crpci_timer *t)
     crpci_conn_drop(c);
 }
 
+#if CRPC_ENABLE_SERVER
 /* Whether a connection is at rest: nothing to be sent, nothing received in part or not yet. */
 CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
 {
     return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip &&
            !(c->io->pending && c->io->pending(c->io_state)) && c->io->idle(c->fd, c->io_state);
 }
+#endif
 
 /* Takes over a socket, connecting or accepted; on failure it is closed. The loop has a reference
  * until the connection closes. An accepted one needs `protocols`, the other one a protocol. */
@@ -8812,6 +8816,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     }
     m.kind = c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
     m.id = meta.correlation_id;
+    m.turn = 0;
     m.timeout_ms = meta.timeout_ms;
     m.chunk = chunk;
     m.fields = meta.raw;
@@ -8825,6 +8830,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     return (size_t)CRPCI_FRAME_HEADER + body;
 }
 
+#if CRPC_ENABLE_CLIENT
 CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
     crpci_meta meta; /* what a request has of it */
@@ -8841,6 +8847,9 @@ CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpc
     return crpci_meta_put_request(low, payload, m->payload_size, &meta, m->fields);
 }
 
+#endif
+
+#if CRPC_ENABLE_SERVER
 CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
     crpci_meta meta; /* what a reply has of it */
@@ -8851,6 +8860,7 @@ CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_
     meta.compress_type = 0;
     return crpci_meta_put_reply(low, payload, m->payload_size, &meta, m->fields);
 }
+#endif
 
 static const crpci_protocol crpci_baidu = {
     "baidu_std",
@@ -8863,8 +8873,16 @@ static const crpci_protocol crpci_baidu = {
     crpci_meta_put_names,
     crpci_meta_put_field,
     crpci_meta_field,
+#if CRPC_ENABLE_CLIENT
     crpci_baidu_request,
+#else
+    NULL,
+#endif
+#if CRPC_ENABLE_SERVER
     crpci_baidu_reply};
+#else
+    NULL};
+#endif
 
 /* ======================================================================== */
 /* >>impl-protocols   which protocols there are                             */

@@ -336,6 +336,19 @@ CT_FN uint32_t net_connections(crpc_server *s)
     return stats.connections;
 }
 
+/* Calls Add with a deadline that passes; doubles it until the request was sent before, however slow
+ * the machine is. */
+CT_FN void net_time_out(crpc_channel *ch, int64_t n, crpc_call *call)
+{
+    dyn_Num in = net_num(n), out = dyn_Num_init_zero;
+    for (call->policy.timeout_ms = 60;; call->policy.timeout_ms *= 2) {
+        assert_int_equal(dyn_Echo_Add(ch, &in, &out, call), CRPC_ETIMEDOUT);
+        if (call->error.sent == CRPC_SENT_YES)
+            break;
+        assert_true(call->policy.timeout_ms < NET_PATIENCE);
+    }
+}
+
 /* `size` bytes that tell their place. */
 CT_FN char *net_bytes(size_t size)
 {

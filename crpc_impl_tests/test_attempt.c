@@ -16,11 +16,16 @@ static void check_deadline(const char *url, crpc_poller p, int ms, int code, int
     dyn_Blob in = dyn_Blob_init_zero, out = dyn_Blob_init_zero;
     crpc_call call = CRPC_INIT;
     done_log d;
-    int64_t start = ct_now_ms(), took;
-    call.policy.timeout_ms = ms;
+    int64_t start, took;
     call.attachment = crpc_view_of(bytes, attachment);
-    assert_int_equal(dyn_Echo_Pass(ch, &in, &out, &call), code);
-    took = ct_now_ms() - start;
+    for (;; ms *= 2) { /* until a slow machine sends the request in time */
+        call.policy.timeout_ms = ms;
+        start = ct_now_ms();
+        assert_int_equal(dyn_Echo_Pass(ch, &in, &out, &call), code);
+        took = ct_now_ms() - start;
+        if (sent == CRPC_SENT_NO || call.error.sent != CRPC_SENT_NO || ms > NET_PATIENCE)
+            break;
+    }
     assert_int_equal(call.error.code, code);
     assert_int_equal(call.error.sent, sent);
     assert_false(call.error.remote);
@@ -100,7 +105,7 @@ static void a_silent_peer_costs_the_deadline(void **state)
     {
         peer silent;
         peer_open(&silent, peer_silent, NULL);
-        check_deadline(silent.url, p, 200, CRPC_ETIMEDOUT, CRPC_SENT_YES, 0, NULL);
+        check_deadline(silent.url, p, 60, CRPC_ETIMEDOUT, CRPC_SENT_YES, 0, NULL);
         peer_close(&silent);
     }
 }
@@ -113,7 +118,7 @@ static void half_a_reply_costs_the_deadline(void **state)
     {
         peer stalls;
         peer_open(&stalls, peer_stalls_reply, NULL);
-        check_deadline(stalls.url, p, 200, CRPC_ETIMEDOUT, CRPC_SENT_YES, 0, NULL);
+        check_deadline(stalls.url, p, 60, CRPC_ETIMEDOUT, CRPC_SENT_YES, 0, NULL);
         peer_close(&stalls);
     }
 }
@@ -140,7 +145,7 @@ static void a_peer_that_reads_nothing_costs_the_deadline(void **state)
     {
         peer deaf;
         peer_open(&deaf, peer_deaf, NULL);
-        check_deadline(deaf.url, p, 400, CRPC_ETIMEDOUT, CRPC_SENT_MAYBE, 12 << 20, NULL);
+        check_deadline(deaf.url, p, 100, CRPC_ETIMEDOUT, CRPC_SENT_MAYBE, 12 << 20, NULL);
         peer_close(&deaf);
     }
 }
@@ -441,7 +446,7 @@ static void what_was_not_answered_is_not_tried_elsewhere(void **state)
             crpc_call_reset(&call);
         }
         assert_in_range(late, 2, 4); /* on a busy machine a good one may be late, too */
-        assert_in_range(peer_requests(&silent), 1, 2);
+        assert_true(peer_requests(&silent) <= 2);
         assert_true(peer_requests(&silent) + peer_requests(&good) <= 4);
         crpc_channel_close(ch);
         peer_close(&good);

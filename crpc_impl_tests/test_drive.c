@@ -167,7 +167,7 @@ static void a_signal_handler_may_stop_it(void **state)
         crpc_loop_close(loop_of_signal);
     }
     signal(SIGALRM, SIG_DFL);
-    alarm(CT_TEST_SECONDS);
+    alarm(ct_test_seconds());
 }
 
 static pthread_t callback_thread;

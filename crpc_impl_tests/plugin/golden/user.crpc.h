@@ -8,6 +8,15 @@
 #include "common/types.pb.h"
 #include "google/protobuf/empty.pb.h"
 
+/* A crpc_view may be initialised with {0}, which gcc takes for forgotten braces or members. */
+#if defined(__GNUC__) && !defined(__clang__)
+#ifdef __cplusplus
+#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
+#else
+#pragma GCC diagnostic ignored "-Wmissing-braces"
+#endif
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
