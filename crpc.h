@@ -17977,7 +17977,8 @@ CRPCI_COLD bool crpci_attempt_wait(crpci_pending_call *c, int code)
     crpci_member *m;
     if (!c->channel->wait || code != CRPC_ECONN || c->before != CRPC_SENT_NO ||
         c->channel->closed || c->kind >= CRPCI_CALL_PART ||
-        crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us)
+        crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us ||
+        !crpci_request_renew(&c->attempt.request, c->block))
         return false;
     memset(c->tried.last, 0, sizeof c->tried.last);
     m = crpci_attempt_pick(c);

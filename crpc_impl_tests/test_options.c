@@ -272,7 +272,7 @@ static void the_manual_lists_all_options(void **state)
     header = read_header();
     missing = expect_listed(&crpci_opening_options, "Channels:");
     missing += expect_listed(&crpci_lifecycle_options, "Servers:");
-    missing += expect_listed(&crpci_loop_options, "Loops");
+    missing += expect_listed(&crpci_drive_options, "Loops");
     free(header);
     assert_int_equal(missing, 0); /* the lines above do not stand in the manual's OPTIONS */
 }
@@ -340,7 +340,7 @@ static void the_header_tells_the_defaults(void **state)
     (void)state;
     header = read_header();
     wrong = expect_commented(&crpci_opening_options, "/* >>api-options", "/* >>api-server");
-    wrong += expect_commented(&crpci_loop_options, "/* >>api-hooks", "/* >>api-service");
+    wrong += expect_commented(&crpci_drive_options, "/* >>api-hooks", "/* >>api-service");
     wrong += expect_commented(&crpci_lifecycle_options, "/* >>api-options",
                               "/* >>api-coordination");
     free(header);
