@@ -176,8 +176,11 @@
  *     CRPC_ENABLE_ZOOKEEPER  1   0: no zookeeper://, no ZooKeeper client needed
  *     CRPC_ENABLE_SERVERLESS 1   0: no file://, no multicast://
  *     CRPC_ENABLE_POLICY     1   0: of the calling policies only weighted round robin, failover,
- *                                failfast and deadlines; opening a channel refuses what it leaves
- *                                out (CRPC_EUNSUPPORTED)
+ *                                failfast, deadlines and caps; servers keep no order, replay
+ *                                nothing, and of limits have max_concurrency and max_connections.
+ *                                Options that ask for more are refused with CRPC_EUNSUPPORTED
+ *     CRPC_ENABLE_TEXTS      1   0: the text of an error is its code's name, or what the peer said;
+ *                                a log line is its level and "crpc.h:" with the line's number
  *     CRPC_ENABLE_RESOLVER   1   0: host names only by crpc_hooks.resolve: a static program without
  *                                getaddrinfo is some 15 KiB smaller
  *     CRPC_DEBUG             0   1: checks rules of crpc and of its use (an object closed twice, a
@@ -556,7 +559,10 @@
 #define CRPC_ENABLE_SERVERLESS 1 /* the registries file:// and multicast://, which need no server */
 #endif
 #ifndef CRPC_ENABLE_POLICY
-#define CRPC_ENABLE_POLICY 1 /* 0: weighted round robin, failover and failfast, deadlines alone */
+#define CRPC_ENABLE_POLICY 1 /* 0: weighted round robin, failover, failfast, caps, deadlines */
+#endif
+#ifndef CRPC_ENABLE_TEXTS
+#define CRPC_ENABLE_TEXTS 1 /* what errors and log lines say; 0: a code's name, a line's number */
 #endif
 #ifndef CRPC_ENABLE_RESOLVER
 #define CRPC_ENABLE_RESOLVER 1 /* host names by getaddrinfo; 0: numeric addresses, or a hook */
@@ -2256,13 +2262,20 @@ CRPC_API const char *crpc_zookeeper_driver(void)
     return !CRPC_ENABLE_ZOOKEEPER ? "none" : CRPC_ZOOKEEPER_ST ? "st" : "mt";
 }
 
+/* A literal that explains something: only in a build with texts is it in the object. */
+#define CRPCI_STATUS_TEXT(text) (CRPC_ENABLE_TEXTS ? (text) : "")
+
 /* The name of a code; its text stands behind the terminating zero. One string of all names and
  * texts is smaller than two switches, and an array of pointers would have to be relocated in a
  * shared library. NULL: no such code. */
 CRPCI_COLD const char *crpci_status_entry(int status)
 {
 #define CRPCI_STATUS_NUMBER(name, number, text) number,
+#if CRPC_ENABLE_TEXTS
 #define CRPCI_STATUS_ENTRY(name, number, text) #name "\0" text "\0"
+#else
+#define CRPCI_STATUS_ENTRY(name, number, text) #name "\0"
+#endif
     static const uint16_t numbers[] = {CRPC_STATUS_MAP(CRPCI_STATUS_NUMBER)};
     const char *entry = CRPC_STATUS_MAP(CRPCI_STATUS_ENTRY);
 #undef CRPCI_STATUS_NUMBER
@@ -2272,7 +2285,8 @@ CRPCI_COLD const char *crpci_status_entry(int status)
         if (numbers[i] == status)
             return entry;
         entry += strlen(entry) + 1; /* the name */
-        entry += strlen(entry) + 1; /* the text */
+        if (CRPC_ENABLE_TEXTS)
+            entry += strlen(entry) + 1;
     }
     return NULL;
 }
@@ -2286,6 +2300,8 @@ CRPC_API const char *crpc_status_name(int status)
 CRPC_API const char *crpc_status_text(int status)
 {
     const char *name = crpci_status_entry(status);
+    if (!CRPC_ENABLE_TEXTS)
+        return crpc_status_name(status);
     return name ? name + strlen(name) + 1 : "unknown error";
 }
 
@@ -2296,8 +2312,15 @@ CRPCI_FN bool crpci_status_reserved(int code)
     return (code >= 0 && code <= 199) || (code >= 1000 && code <= 3999);
 }
 
-/* Describes an error that happened on this side before any attempt, and returns its code. `error`
- * may be NULL. */
+/* crpci_status_set describes an error that happened on this side before any attempt, and returns
+ * its code; `error` may be NULL. crpci_status_explain writes the text of an error whose code is
+ * set, crpci_status_format writes a cause into a buffer, as snprintf does. Without texts an error
+ * says the name of its code and a cause is empty; the compiler checks the arguments then, but
+ * neither evaluates them nor puts them into the object. */
+#if CRPC_ENABLE_TEXTS
+#define crpci_status_format              snprintf
+#define crpci_status_explain(error, ...) snprintf((error)->text, sizeof(error)->text, __VA_ARGS__)
+
 CRPCI_COLD CRPC_PRINTF(3, 4) int crpci_status_set(crpc_error *error, int code, const char *format,
                                                   ...)
 {
@@ -2311,6 +2334,29 @@ CRPCI_COLD CRPC_PRINTF(3, 4) int crpci_status_set(crpc_error *error, int code, c
     va_end(ap);
     return code;
 }
+#else
+#define crpci_status_format(out, size, ...)                                                        \
+    ((void)(0 ? snprintf(out, size, __VA_ARGS__) : (*(out) = '\0')))
+#define crpci_status_explain(error, ...)                                                           \
+    ((void)(0 ? (void)printf(__VA_ARGS__) : crpci_status_explain_name(error)))
+#define crpci_status_set(error, code, ...)                                                         \
+    (0 ? printf(__VA_ARGS__) : crpci_status_set_name(error, code))
+
+CRPCI_COLD void crpci_status_explain_name(crpc_error *error)
+{
+    snprintf(error->text, sizeof error->text, "%s", crpc_status_name(error->code));
+}
+
+CRPCI_COLD int crpci_status_set_name(crpc_error *error, int code)
+{
+    if (!error)
+        return code;
+    memset(error, 0, sizeof *error);
+    error->code = code;
+    crpci_status_explain_name(error);
+    return code;
+}
+#endif
 
 /* ======================================================================== */
 /* >>impl-heap   memory, log and clock of a loop and of all objects on it    */
@@ -2416,6 +2462,7 @@ CRPCI_FN int64_t crpci_heap_rough_now(const crpci_heap *h)
     return crpci_heap_micros(&ts);
 }
 
+#if CRPC_ENABLE_TEXTS
 CRPCI_COLD CRPC_PRINTF(3, 4) void crpci_heap_log(crpci_heap *h, int level, const char *format, ...)
 {
     char line[512];
@@ -2427,6 +2474,20 @@ CRPCI_COLD CRPC_PRINTF(3, 4) void crpci_heap_log(crpci_heap *h, int level, const
     va_end(ap);
     h->hooks.log(h->hooks.user, level, line);
 }
+#else
+/* Where the text would be there is the number of the line that logs, in this file. */
+#define crpci_heap_log(h, level, ...)                                                              \
+    (0 ? (void)printf(__VA_ARGS__) : crpci_heap_log_line(h, level, __LINE__))
+
+CRPCI_COLD void crpci_heap_log_line(crpci_heap *h, int level, int number)
+{
+    char line[24];
+    if (level > h->hooks.log_level)
+        return;
+    snprintf(line, sizeof line, "crpc.h:%d", number);
+    h->hooks.log(h->hooks.user, level, line);
+}
+#endif
 
 /* Whether the system call that has just failed is missing from the kernel or forbidden by a sandbox
  * (errno ENOSYS or EPERM), so that another one has to do. The log tells which. */
@@ -3388,7 +3449,9 @@ CRPCI_FN bool crpci_message_decode_view(pb_istream_t *in, const pb_field_iter_t 
     size_t n = in->bytes_left;
     crpc_views *views = (crpc_views *)field->pData;
     if (in->callback != crpci_message_read)
-        PB_RETURN_ERROR(in, "crpc_view: decode with crpc_message_decode, and bytes, not a number");
+        PB_RETURN_ERROR(in,
+                        CRPCI_STATUS_TEXT(
+                            "crpc_view: decode with crpc_message_decode, and bytes, not a number"));
     in->state = (uint8_t *)in->state + n;
     in->bytes_left = 0;
     if (PB_HTYPE(field->type) != PB_HTYPE_REPEATED) {
@@ -3400,7 +3463,8 @@ CRPCI_FN bool crpci_message_decode_view(pb_istream_t *in, const pb_field_iter_t 
         views->at[1] = (const void *)(uintptr_t)((uint32_t)field->tag << 3 | 2);
         views->at[2] = start + n;
     } else if (!crpci_message_continues(views, start, n)) {
-        PB_RETURN_ERROR(in, "crpc_views: the message around the field came in two parts");
+        PB_RETURN_ERROR(
+            in, CRPCI_STATUS_TEXT("crpc_views: the message around the field came in two parts"));
     }
     views->end = start + n;
     return true;
@@ -3493,9 +3557,11 @@ CRPC_API bool crpc_view_field(struct pb_istream_s *in, struct pb_ostream_s *out,
     bool text = PB_LTYPE(field->type) == PB_LTYPE_STRING || PB_LTYPE(field->type) == PB_LTYPE_BYTES;
     if (!text || PB_HTYPE(field->type) == PB_HTYPE_ONEOF ||
         field->data_size != (repeated ? sizeof(crpc_views) : sizeof(crpc_view))) {
+        const char *why =
+            CRPCI_STATUS_TEXT("crpc_view: only for string and bytes fields outside a oneof");
         if (in)
-            PB_RETURN_ERROR(in, "crpc_view: only for string and bytes fields outside a oneof");
-        PB_RETURN_ERROR(out, "crpc_view: only for string and bytes fields outside a oneof");
+            PB_RETURN_ERROR(in, why);
+        PB_RETURN_ERROR(out, why);
     }
     return in ? crpci_message_decode_view(in, field) : crpci_message_encode_view(out, field);
 }
@@ -3594,7 +3660,8 @@ CRPCI_FN int crpci_message_encode(crpci_message_out *o, const pb_msgdesc_t *desc
     out.max_size = INT32_MAX;
     if (CRPCI_LIKELY(pb_encode(&out, desc, message)))
         return CRPC_OK;
-    *why = o->no_memory ? "out of memory, or over max_bytes" : PB_GET_ERROR(&out);
+    *why =
+        o->no_memory ? CRPCI_STATUS_TEXT("out of memory, or over max_bytes") : PB_GET_ERROR(&out);
     return o->no_memory ? CRPC_ENOMEM : CRPC_ECODEC;
 }
 
@@ -7869,6 +7936,8 @@ CRPCI_FN void crpci_conn_out_orphan(crpci_out *o)
 
 CRPCI_COLD const char *crpci_conn_errno_text(int e)
 {
+    if (!CRPC_ENABLE_TEXTS)
+        return "";
     switch (e) {
     case 0:
         return "closed by the peer";
@@ -10937,7 +11006,8 @@ CRPCI_FN void crpci_multicast_announce(crpci_multicast_reg *reg)
          crpci_multicast_write(reg, "register", text, sizeof text) && crpci_multicast_send(r, text);
     reg->refs++;
     crpci_multicast_tell(reg, ok ? CRPC_OK : CRPC_EREGISTRY,
-                         ok ? "announced" : "no datagram can be sent to the group");
+                         ok ? "announced"
+                            : CRPCI_STATUS_TEXT("no datagram can be sent to the group"));
     crpci_multicast_reg_unref(reg);
 }
 
@@ -12299,8 +12369,9 @@ CRPCI_FN void crpci_zookeeper_reg_fail(crpci_zookeeper_reg *reg, int status, con
 {
     crpci_zookeeper *s = reg->task.session;
     char text[CRPC_ERROR_TEXT_MAX];
-    snprintf(text, sizeof text, "registering %s%.70s at zookeeper://%.70s: %.50s",
-             reg->consumer ? "as a consumer of " : "", reg->what.service, s->authority, why);
+    crpci_status_format(text, sizeof text, "registering %s%.70s at zookeeper://%.70s: %.50s",
+                        reg->consumer ? "as a consumer of " : "", reg->what.service, s->authority,
+                        why);
     crpci_zookeeper_later(&reg->task, crpci_zookeeper_backoff(s, reg->failures));
     if (reg->failures++ % 10 == 0)
         crpci_heap_log(s->heap, CRPC_LOG_WARN, "%s", text);
@@ -12333,7 +12404,7 @@ CRPCI_FN bool crpci_zookeeper_reg_ready(crpci_zookeeper_reg *reg)
 {
     bool changed;
     if (!crpci_zookeeper_reg_locate(reg, &changed)) {
-        crpci_zookeeper_reg_fail(reg, 0, "no address of this host leads there");
+        crpci_zookeeper_reg_fail(reg, 0, CRPCI_STATUS_TEXT("no address of this host leads there"));
         return false;
     }
     if (changed && reg->tried) { /* it may be there under the old one */
@@ -16568,7 +16639,7 @@ CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
 CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method *m,
                                         int attempts, crpc_error *e)
 {
-    int code = r->status;
+    int code = r->status, length;
     crpc_view mark = {{NULL}, NULL}, text = r->text;
     bool app = !crpci_status_reserved(code);
     if (r->protocol->field(r->fields, CRPCI_MESSAGE_APP_FIELD, &mark))
@@ -16578,10 +16649,13 @@ CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method 
         text = crpc_view_str(crpc_status_text(e->code));
     e->app_code = app ? code : 0;
     e->remote = true;
-    snprintf(e->text, sizeof e->text, "%s.%s attempt %d %s: %s %d: %.*s (remote)", m->service,
-             m->name, attempts, e->endpoint,
-             app ? "application error" : crpc_status_name(code), code,
-             (int)crpci_base_min(crpc_view_size(text), CRPC_ERROR_TEXT_MAX), crpc_view_data(text));
+    length = (int)crpci_base_min(crpc_view_size(text), CRPC_ERROR_TEXT_MAX);
+    if (CRPC_ENABLE_TEXTS)
+        snprintf(e->text, sizeof e->text, "%s.%s attempt %d %s: %s %d: %.*s (remote)", m->service,
+                 m->name, attempts, e->endpoint, app ? "application error" : crpc_status_name(code),
+                 code, length, crpc_view_data(text));
+    else
+        snprintf(e->text, sizeof e->text, "%.*s", length, crpc_view_data(text));
     return e->code;
 }
 
@@ -16589,8 +16663,8 @@ CRPCI_COLD int crpci_reply_malformed(const crpc_method *m, int attempts, crpc_er
                                      const char *what)
 {
     e->code = CRPC_ERESPONSE;
-    snprintf(e->text, sizeof e->text, "%s.%s attempt %d %s: reply: %s (local)", m->service,
-             m->name, attempts, e->endpoint, what);
+    crpci_status_explain(e, "%s.%s attempt %d %s: reply: %s (local)", m->service, m->name, attempts,
+                         e->endpoint, what);
     return CRPC_ERESPONSE;
 }
 
@@ -16795,9 +16869,10 @@ CRPCI_COLD void crpci_endpoint_overcrowded(crpci_attempt *a)
 {
     const crpci_endpoint *e = a->endpoint;
     char cause[120];
-    snprintf(cause, sizeof cause, "%s: %lld bytes are queued, max_queued is %lld",
-             e->conn->tx_bytes ? "the connection's send queue is full" : "the request is too large",
-             (long long)e->conn->tx_bytes, (long long)e->options.max_queued);
+    crpci_status_format(cause, sizeof cause, "%s: %lld bytes are queued, max_queued is %lld",
+                        e->conn->tx_bytes ? "the connection's send queue is full"
+                                          : "the request is too large",
+                        (long long)e->conn->tx_bytes, (long long)e->options.max_queued);
     e->events->failed(a, CRPC_EOVERCROWDED, cause);
 }
 
@@ -16917,8 +16992,8 @@ CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_message *
     char cause[96];
     if (!a)
         return;
-    snprintf(cause, sizeof cause, "reply of %llu bytes is over max_body, %u",
-             (unsigned long long)body, conn->max_body);
+    crpci_status_format(cause, sizeof cause, "reply of %llu bytes is over max_body, %u",
+                        (unsigned long long)body, conn->max_body);
     a->sent = CRPC_SENT_YES;
     a->endpoint->events->useless(a, cause);
 }
@@ -16975,11 +17050,12 @@ CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
     if (!e)
         return;
     e->refs++;
-    snprintf(cause, sizeof cause, "%s%s%s", connecting ? "connecting: " : "connection lost: ",
-             conn->why == CRPC_ECONN    ? crpci_conn_errno_text(conn->why_errno)
-             : conn->why == CRPC_ENOMEM ? "out of memory"
-                                        : crpc_status_text(conn->why),
-             connecting && conn->why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
+    crpci_status_format(cause, sizeof cause, "%s%s%s",
+                        connecting ? "connecting: " : "connection lost: ",
+                        conn->why == CRPC_ECONN    ? crpci_conn_errno_text(conn->why_errno)
+                        : conn->why == CRPC_ENOMEM ? "out of memory"
+                                                   : crpc_status_text(conn->why),
+                        connecting && conn->why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
     crpci_endpoint_disown_frames(conn);
     e->last_errno = conn->why_errno;
     e->refused = connecting;
@@ -17017,8 +17093,9 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
         char cause[96];
         e->last_errno = system_error;
         e->refused = true;
-        snprintf(cause, sizeof cause, "connecting: %s",
-                 err == CRPC_ENOMEM ? "out of memory" : crpci_conn_errno_text(system_error));
+        crpci_status_format(cause, sizeof cause, "connecting: %s",
+                            err == CRPC_ENOMEM ? "out of memory"
+                                               : crpci_conn_errno_text(system_error));
         crpci_endpoint_back_off(e);
         e->refs++;
         crpci_endpoint_fail_all(e, &e->waiting, cause);
@@ -17784,9 +17861,8 @@ CRPCI_COLD void crpci_attempt_explain(crpci_pending_call *c, int code, const cha
     e->sent = crpci_attempt_sent(c);
     e->attempts = c->tried.attempts;
     snprintf(e->endpoint, sizeof e->endpoint, "%s", at ? at->address : "");
-    snprintf(e->text, sizeof e->text, "%s.%s attempt %d%s%s: %s (%s)", m->service, m->name,
-             c->tried.attempts, at ? " " : "", e->endpoint, cause,
-             e->remote ? "remote" : "local");
+    crpci_status_explain(e, "%s.%s attempt %d%s%s: %s (%s)", m->service, m->name, c->tried.attempts,
+                         at ? " " : "", e->endpoint, cause, e->remote ? "remote" : "local");
 }
 
 /* --- ends ------------------------------------------------------------------------------------- */
@@ -17898,11 +17974,11 @@ CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
 {
     const crpc_channel *ch = c->channel;
     char cause[CRPC_ERROR_TEXT_MAX];
-    snprintf(cause, sizeof cause, "%s%.180s",
-             ch->directory.registry && !ch->directory.listed
-                 ? "the registry has not answered yet about "
-                 : "no provider is known at ",
-             ch->directory.where ? ch->directory.where : "the channel's URL");
+    crpci_status_format(cause, sizeof cause, "%s%.180s",
+                        ch->directory.registry && !ch->directory.listed
+                            ? "the registry has not answered yet about "
+                            : "no provider is known at ",
+                        ch->directory.where ? ch->directory.where : "the channel's URL");
     crpci_attempt_explain(c, CRPC_ENOPROVIDER, cause);
     crpci_attempt_finish(c, CRPC_ENOPROVIDER);
 }
@@ -17993,7 +18069,7 @@ CRPCI_COLD void crpci_attempt_give_up(crpci_pending_call *c, int code, const cha
                                       const char *more)
 {
     char text[CRPC_ERROR_TEXT_MAX];
-    snprintf(text, sizeof text, "%s%s", cause, more);
+    crpci_status_format(text, sizeof text, "%s%s", cause, more);
     crpci_attempt_explain(c, code, text);
     crpci_attempt_finish(c, code);
 }
@@ -18092,7 +18168,7 @@ CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
     crpci_pending_call *c = crpci_attempt_call(a);
     if (!m->usual && m->status == CRPC_ELOGOFF &&
         c->tried.attempts < c->tried.max_attempts && c->channel->providers.count > 1) {
-        crpci_attempt_failed(a, CRPC_ELOGOFF, "the server is stopping");
+        crpci_attempt_failed(a, CRPC_ELOGOFF, CRPCI_STATUS_TEXT("the server is stopping"));
         return;
     }
     crpci_reply_take(&a->reply, c->channel->loop, a->endpoint->options.protocol, m);
@@ -19622,8 +19698,8 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
                                 "%.40s:// is not known: tcp, unix, list, file, multicast and "
                                 "zookeeper are",
                                 u->scheme);
-    snprintf(where, sizeof where, "/%.120s (group \"%.63s\", version \"%.63s\")", u->path,
-             d->group ? d->group : "", d->version ? d->version : "");
+    crpci_status_format(where, sizeof where, "/%.120s (group \"%.63s\", version \"%.63s\")",
+                        u->path, d->group ? d->group : "", d->version ? d->version : "");
     ch->directory.where = crpci_heap_strndup(ch->loop->heap, where, strlen(where));
     if (file)
         service = which->service;
@@ -20324,13 +20400,14 @@ CRPCI_COLD void crpci_quota_init(crpci_quota *q, const crpc_method_limit *l, uin
 CRPCI_FN const char *crpci_quota_enter(crpci_quota *q, int64_t now_us)
 {
     if (q->max && q->active >= q->max)
-        return "too many requests of the method are being served (max_concurrency)";
+        return CRPCI_STATUS_TEXT(
+            "too many requests of the method are being served (max_concurrency)");
     if (q->adaptive && !crpci_limiter_auto_enter(&q->limiter))
-        return "too many requests of the method are being served (adaptive)";
+        return CRPCI_STATUS_TEXT("too many requests of the method are being served (adaptive)");
     if (!crpci_limiter_bucket_take(&q->bucket, now_us)) {
         if (q->adaptive)
             crpci_limiter_auto_leave(&q->limiter, false, -1, now_us);
-        return "too many requests of the method in a second (rate)";
+        return CRPCI_STATUS_TEXT("too many requests of the method in a second (rate)");
     }
     q->active++;
     return NULL;
@@ -20535,7 +20612,7 @@ struct crpc_context {
     crpci_conn *conn;
     crpci_chunk *block; /* holds this, the request, the response, and the reply if that is short */
     crpci_chunk *extra; /* crpc_context_alloc */
-    struct crpci_guard *guard; /* NULL: nothing of the kind */
+    struct crpci_guard *guard; /* NULL: nothing of the kind; see crpci_context_guarded */
     const crpci_service_method *method;
     void *request;
     void *response;
@@ -20557,6 +20634,12 @@ struct crpc_context {
     size_t payload_size;
     size_t attachment_size;
 };
+
+/* Without CRPC_ENABLE_POLICY no request has a guard: the compiler drops what it would do. */
+CRPCI_FN bool crpci_context_guarded(const crpc_context *x)
+{
+    return CRPC_ENABLE_POLICY && x->guard;
+}
 
 /* A reply made of ready parts. Its attachment's chunk is the caller's business. NULL: out of
  * memory. */
@@ -20599,6 +20682,8 @@ CRPCI_COLD void crpci_context_refuse(crpci_conn *conn, const crpci_message *m, i
 {
     crpci_replay_reply r;
     crpci_out *o;
+    if (!CRPC_ENABLE_TEXTS)
+        text = crpc_status_name(code);
     memset(&r, 0, sizeof r);
     r.code = code;
     r.text = crpci_base_min(strlen(text), CRPC_ERROR_TEXT_MAX);
@@ -20630,6 +20715,11 @@ CRPCI_COLD CRPC_PRINTF(2, 0) void crpci_context_vexplain(crpc_context *x, const 
         vsnprintf(x->text, CRPC_ERROR_TEXT_MAX, format, ap);
 }
 
+/* What crpc itself says of a failed request; without texts nothing, so that the name of its status
+ * is sent. What a handler says is always sent. */
+#if CRPC_ENABLE_TEXTS
+#define crpci_context_error crpc_context_error
+
 CRPCI_COLD CRPC_PRINTF(2, 3) void crpci_context_explain(crpc_context *x, const char *format, ...)
 {
     va_list ap;
@@ -20637,6 +20727,11 @@ CRPCI_COLD CRPC_PRINTF(2, 3) void crpci_context_explain(crpc_context *x, const c
     crpci_context_vexplain(x, format, ap);
     va_end(ap);
 }
+#else
+#define crpci_context_error(x, status, ...)                                                        \
+    (0 ? crpc_context_error(x, status, __VA_ARGS__) : (status))
+#define crpci_context_explain(x, ...) ((void)crpci_context_error(x, 0, __VA_ARGS__))
+#endif
 
 CRPC_API int crpc_context_fail(crpc_context *x, int app_code, const char *format, ...)
 {
@@ -20687,7 +20782,7 @@ CRPCI_FN int crpci_context_encode_response(crpc_context *x, crpci_message_out *o
     int err = crpci_message_encode(o, x->method->response.desc, x->response, &why);
     if (CRPCI_LIKELY(!err) && o->len - payload + crpc_view_size(x->attachment) + room > INT32_MAX) {
         err = CRPC_ECODEC;
-        why = "it is over 2 GiB with its attachment";
+        why = CRPCI_STATUS_TEXT("it is over 2 GiB with its attachment");
     }
     if (err)
         crpci_context_explain(x, "the response could not be encoded: %s", why);
@@ -20875,7 +20970,7 @@ CRPCI_COLD int crpci_context_too_late(crpc_context *x)
     crpc_loop *l = x->loop;
     crpci_conn *conn = x->conn;
     bool last;
-    if (x->guard)
+    if (crpci_context_guarded(x))
         s->guard.ops->end(x, NULL, -1);
     crpci_context_free(x);
     crpci_loop_lock(l);
@@ -20917,8 +21012,8 @@ CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int statu
     end.conn = x->conn;
     end.turn = x->turn;
     end.bytes = x->chunk;
-    end.reply =
-        CRPCI_LIKELY(!x->guard) ? crpci_context_encode(x, code, &m) : s->guard.ops->encode(x, code);
+    end.reply = CRPCI_LIKELY(!crpci_context_guarded(x)) ? crpci_context_encode(x, code, &m)
+                                                        : s->guard.ops->encode(x, code);
     x->chunk = NULL;
     crpci_context_free(x);
     return end;
@@ -20975,7 +21070,7 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
     int err = CRPC_OK;
     if (CRPCI_UNLIKELY(x->origin.deadline_us != INT64_MAX) &&
         crpci_heap_rough_now(s->heap) >= x->origin.deadline_us)
-        return crpc_context_error(x, CRPC_ETIMEDOUT, "deadline passed before it was executed");
+        return crpci_context_error(x, CRPC_ETIMEDOUT, "deadline passed before it was executed");
     if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPED)
         return CRPC_ELOGOFF;
     while (x->intercepted < s->options.interceptor_count && !err) {
@@ -20987,11 +21082,11 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
     if (err)
         return err;
     if (!crpci_message_decode(x->payload, x->payload_size, &x->method->request, x->request, &why))
-        return crpc_context_error(x, CRPC_EREQUEST, "%s.%s: request does not decode: %s",
-                                  m->service, m->name, why);
+        return crpci_context_error(x, CRPC_EREQUEST, "%s.%s: request does not decode: %s",
+                                   m->service, m->name, why);
     if (!m->serve)
         return CRPC_ENOMETHOD;
-    if (CRPCI_UNLIKELY(x->guard != NULL))
+    if (CRPCI_UNLIKELY(crpci_context_guarded(x)))
         return s->guard.ops->serve(x);
     return m->serve(x, x->request, x->response, x->method->handlers);
 }
@@ -21179,7 +21274,7 @@ CRPC_API const char *crpc_context_peer(crpc_context *x)
 /* >>impl-guard   requests that are limited, keep an order, or come again   */
 /* ======================================================================== */
 
-#define CRPCI_GUARD_CROWDED "too many requests wait for a worker (worker_queue)"
+#define CRPCI_GUARD_CROWDED CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
 
 /* What is kept of a request that is limited, ordered, or may come again. Its context's memory. */
 typedef struct crpci_guard {
@@ -21213,7 +21308,7 @@ CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
         return crpci_guard_dispatch(s, x) ? NULL : CRPCI_GUARD_CROWDED;
     x->guard = g = (crpci_guard *)crpc_context_alloc(x, sizeof *g);
     if (!g)
-        return "out of memory";
+        return CRPCI_STATUS_TEXT("out of memory");
     *g = *of;
     g->context = x;
     if (!g->ordered)
@@ -21228,7 +21323,7 @@ CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
     }
     crpci_thread_unlock(&s->guard.lock);
     return !err || err == CRPC_EPENDING ? NULL
-           : err == CRPC_ENOMEM         ? "out of memory"
+           : err == CRPC_ENOMEM         ? CRPCI_STATUS_TEXT("out of memory")
                                         : CRPCI_GUARD_CROWDED;
 }
 
@@ -21287,7 +21382,7 @@ CRPCI_COLD int crpci_guard_status(crpc_context *x)
     }
     crpci_heap_chunk_unref(g->reply);
     g->reply = NULL;
-    return crpc_context_error(x, CRPC_EINTERNAL, "executed before, but its reply was not kept");
+    return crpci_context_error(x, CRPC_EINTERNAL, "executed before, but its reply was not kept");
 }
 
 /* Runs the handler of a request, unless it has come before. After CRPC_EPENDING x may be gone. */
@@ -21436,7 +21531,7 @@ CRPCI_COLD const char *crpci_guard_limit(crpc_server *s, const crpci_conn *conn,
     g->since = conn->active_us;
     crpci_thread_lock(&s->guard.lock);
     if (client && !crpci_limiter_bucket_take(&client->bucket, g->since))
-        why = "too many requests of this client in a second (rate_per_client)";
+        why = CRPCI_STATUS_TEXT("too many requests of this client in a second (rate_per_client)");
     else if (q)
         why = crpci_quota_enter(q, g->since);
     crpci_thread_unlock(&s->guard.lock);
@@ -21549,6 +21644,22 @@ CRPCI_COLD int crpci_guard_open(crpc_server *s)
     return err;
 }
 
+/* The workers are about to stop: a request that is finished later has no next one run. */
+CRPCI_COLD void crpci_guard_stop(crpc_server *s)
+{
+    crpci_thread_lock(&s->guard.lock);
+    s->guard.over = true;
+    crpci_thread_unlock(&s->guard.lock);
+}
+
+CRPCI_COLD void crpci_guard_stats(crpc_server *s, crpc_loop_stats *stats)
+{
+    crpci_thread_lock(&s->guard.lock);
+    stats->replayed = s->guard.replayed;
+    stats->unremembered = s->guard.unremembered;
+    crpci_thread_unlock(&s->guard.lock);
+}
+
 CRPCI_COLD void crpci_guard_close(crpc_server *s)
 {
     crpci_replay_close(&s->guard.replay);
@@ -21577,7 +21688,7 @@ CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_c
     }
     err = crpci_service_lookup(&s->services, m, &method);
     if (err) {
-        snprintf(text, sizeof text, "no such %s: %.*s.%.*s",
+        crpci_status_format(text, sizeof text, "no such %s: %.*s.%.*s",
                  err == CRPC_ENOSERVICE ? "service" : "method",
                  (int)crpci_base_min(crpc_view_size(m->service), 100),
                  crpc_view_size(m->service) ? crpc_view_data(m->service) : "",
@@ -21595,7 +21706,7 @@ CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_c
 CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                  const crpci_service_method *method)
 {
-    bool guarded = s->guard.all || (!m->usual && m->has_fields);
+    bool guarded = CRPC_ENABLE_POLICY && (s->guard.all || (!m->usual && m->has_fields));
     const char *why = NULL;
     crpc_context *x = NULL;
     crpci_guard g;
@@ -21606,7 +21717,7 @@ CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_m
     }
     if (CRPCI_LIKELY(!why)) {
         x = crpci_context_new(s, conn, m, method);
-        why = x ? NULL : "out of memory";
+        why = x ? NULL : CRPCI_STATUS_TEXT("out of memory");
     }
     if (x && CRPCI_UNLIKELY(guarded))
         why = crpci_guard_start(x, &g);
@@ -21646,8 +21757,8 @@ CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
 CRPCI_COLD void crpci_intake_on_oversize(crpci_conn *conn, const crpci_message *m, uint64_t body)
 {
     char text[128];
-    snprintf(text, sizeof text, "request of %llu bytes is over max_body, %u",
-             (unsigned long long)body, conn->max_body);
+    crpci_status_format(text, sizeof text, "request of %llu bytes is over max_body, %u",
+                        (unsigned long long)body, conn->max_body);
     conn->loop->stats.requests++;
     crpci_context_refuse(conn, m, CRPC_EREQUEST, text);
     crpci_context_throttle(conn);
@@ -21670,7 +21781,7 @@ CRPCI_FN void crpci_intake_on_eof(crpci_conn *conn)
 CRPCI_FN void crpci_intake_on_closed(crpci_conn *conn)
 {
     crpc_server *s = (crpc_server *)conn->owner;
-    if (conn->client)
+    if (CRPC_ENABLE_POLICY && conn->client)
         crpci_guard_disconnect(s, conn);
     __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
 }
@@ -21777,7 +21888,7 @@ CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
         conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
         if (s->options.idle_timeout_ms)
             crpci_loop_timer_set(l, &conn->timer, (int64_t)s->options.idle_timeout_ms * 1000);
-        if (s->guard.clients.buckets && !crpci_guard_connect(s, conn))
+        if (CRPC_ENABLE_POLICY && s->guard.clients.buckets && !crpci_guard_connect(s, conn))
             crpci_conn_close(conn, CRPC_ENOMEM, 0);
     }
     crpci_loop_unlock(l);
@@ -22244,7 +22355,8 @@ CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
 {
     crpci_heap *h = s->heap;
     crpci_service_free(&s->services, h);
-    crpci_guard_close(s);
+    if (CRPC_ENABLE_POLICY)
+        crpci_guard_close(s);
     crpci_heap_free(h, s->enrolment.items, s->enrolment.count * sizeof *s->enrolment.items);
     crpci_heap_strfree(h, s->enrolment.url);
     crpci_heap_strfree(h, s->enrolment.advertise);
@@ -22289,9 +22401,8 @@ CRPCI_COLD void crpci_lifecycle_dismantle(crpc_server *s)
     crpci_timer_cancel(&s->drain.timer);
     crpci_intake_close_conns(s, l);
     crpci_loop_unlock(l);
-    crpci_thread_lock(&s->guard.lock);
-    s->guard.over = true; /* a request that is finished later has no next one run */
-    crpci_thread_unlock(&s->guard.lock);
+    if (CRPC_ENABLE_POLICY)
+        crpci_guard_stop(s);
     crpci_worker_stop(&s->workers, s->heap, s->worker_count);
     s->worker_count = 0;
     for (i = 0; i < s->io.count; i++) {
@@ -22357,6 +22468,8 @@ CRPCI_COLD bool crpci_lifecycle_copy(crpci_heap *h, char **to, const char *from)
     CRPCI_OPTION_ROW(crpc_server_options, member, name, NULL, flags, zero, none, 1, most)
 #define CRPCI_LIFECYCLE_NUMBER(member, zero, none, most)                                           \
     CRPCI_LIFECYCLE_ROW(member, #member, 0, zero, none, most)
+#define CRPCI_LIFECYCLE_POLICY(member, zero, none, most)                                           \
+    CRPCI_LIFECYCLE_ROW(member, #member, CRPCI_OPTION_POLICY, zero, none, most)
 #define CRPCI_LIFECYCLE_TEXT(member, name, flags)                                                  \
     CRPCI_LIFECYCLE_ROW(member, name, CRPCI_OPTION_TEXT | (flags), 0, 0, 0)
 
@@ -22379,15 +22492,15 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_NUMBER(worker_queue, 1024, 0, CRPCI_OPTION_ANY),
     CRPCI_OPTION_ROW(crpc_server_options, worker_stack, "worker_stack", NULL, 0, 256 << 10, 0,
                      16384, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_NUMBER(ordered, 0, -1, 1),
+    CRPCI_LIFECYCLE_POLICY(ordered, 0, -1, 1),
     CRPCI_LIFECYCLE_NUMBER(max_concurrency, 8192, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(max_connections, 1024, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
     CRPCI_LIFECYCLE_ROW(limits.max_queued, "max_queued", 0, 4 << 20, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(max_skip, 256 << 20, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_NUMBER(rate_per_client, 0, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_POLICY(rate_per_client, 0, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(burst_per_client, 0, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_NUMBER(replay_entries, 0, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_POLICY(replay_entries, 0, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(replay_ms, 60000, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(replay_bytes, 4 << 20, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(idle_timeout_ms, 0, 0, 86400000),
@@ -22408,6 +22521,9 @@ CRPC_API int crpc_server_options_parse(char *text, crpc_server_options *options,
 CRPCI_COLD int crpci_lifecycle_check(const crpc_server_options *o, crpc_error *error)
 {
     int err = crpci_options_check(&crpci_lifecycle_options, o, error);
+    if (!CRPC_ENABLE_POLICY && o->method_limit_count && !err)
+        err = crpci_status_set(error, CRPC_EUNSUPPORTED,
+                               "method_limits: not compiled in: CRPC_ENABLE_POLICY is 0");
     return err ? err : crpci_options_check(&crpci_drive_options, &o->loops, error);
 }
 
@@ -22448,7 +22564,7 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
             return crpci_status_set(error, err, "private loop: %s", crpc_status_text(err));
     }
     s = (crpc_server *)crpci_heap_alloc(l->heap, sizeof *s);
-    if (!s || crpci_thread_mutex_init(&s->guard.lock)) {
+    if (!s || (CRPC_ENABLE_POLICY && crpci_thread_mutex_init(&s->guard.lock))) {
         crpci_heap_free(l->heap, s, sizeof *s);
         if (!o.loop)
             crpc_loop_close(l);
@@ -22462,7 +22578,7 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     s->private_loop = !o.loop;
     s->refs = 1;
     s->destroy = crpci_lifecycle_free;
-    s->guard.ops = &crpci_guard_ops;
+    s->guard.ops = CRPC_ENABLE_POLICY ? &crpci_guard_ops : NULL;
     crpci_list_init(&s->listener.list);
     crpci_timer_init(&s->drain.timer, crpci_lifecycle_drain_tick);
     crpci_loop_task_init(&s->drain.close_task, crpci_lifecycle_close_task);
@@ -22475,7 +22591,7 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
         !crpci_lifecycle_copy(s->heap, &s->enrolment.version, o.directory.version) ||
         !crpci_lifecycle_copy(s->heap, &s->enrolment.application,
                               o.directory.application ? o.directory.application : "crpc") ||
-        crpci_guard_open(s))
+        (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
         err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     if (!err && o.listen)
         err = crpc_server_listen(s, o.listen, error);
@@ -22542,7 +22658,7 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
         return crpci_status_set(error, CRPC_EBUSY, "the server has been started already");
     if (crpci_list_empty(&s->listener.list))
         return crpci_status_set(error, CRPC_EINVAL, "nothing to listen on: set options.listen");
-    err = crpci_guard_start_limits(s, error);
+    err = CRPC_ENABLE_POLICY ? crpci_guard_start_limits(s, error) : CRPC_OK;
     err = err ? err : crpci_lifecycle_start_threads(s, error);
     if (err)
         return err;
@@ -22624,10 +22740,8 @@ CRPC_API void crpc_server_stats_get(crpc_server *s, crpc_loop_stats *stats)
         stats->memory += one.memory;
         stats->memory_peak += one.memory_peak;
     }
-    crpci_thread_lock(&s->guard.lock);
-    stats->replayed = s->guard.replayed;
-    stats->unremembered = s->guard.unremembered;
-    crpci_thread_unlock(&s->guard.lock);
+    if (CRPC_ENABLE_POLICY)
+        crpci_guard_stats(s, stats);
 }
 
 #endif /* CRPC_ENABLE_SERVER */

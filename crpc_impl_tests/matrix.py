@@ -46,6 +46,9 @@ REFUSED = [
     ("nanopb-no-errmsg", "impl", ["-DPB_NO_ERRMSG"], "nanopb"),
 ]
 
+# What an object without texts may still say: nanopb's words, and the compiler's name.
+SPOKEN = {"io error"}
+
 SYSTEM_HEADERS = """arpa/inet.h assert.h errno.h fcntl.h inttypes.h limits.h math.h net/if.h netdb.h
     netinet/in.h netinet/tcp.h poll.h pthread.h semaphore.h signal.h stdarg.h stdbool.h stddef.h
     stdint.h stdio.h stdlib.h string.h sys/epoll.h sys/eventfd.h sys/select.h sys/socket.h
@@ -72,6 +75,9 @@ def configurations():
             flags += ["-DTHREADED"]
         configs[("no-" if value else "with-") + short] = flags
     configs["bare"] = ["-D%s=0" % name for name, _ in toggles()]
+    # The least that can call and serve.
+    configs["small"] = ["-D%s=0" % name for name, _ in toggles()
+                        if name not in ("CRPC_ENABLE_CLIENT", "CRPC_ENABLE_SERVER")]
     return configs
 
 
@@ -135,7 +141,7 @@ class Matrix:
                                            ["-O0"] + self.configs["default"]))
             # Some warnings come only with the optimiser.
             for std in ["c99", "c++17"]:
-                for config in ["default", "st", "bare"]:
+                for config in ["default", "st", "bare", "small"]:
                     name, function = self.compile(cc, std, "impl", config,
                                                   ["-O2"] + self.configs[config])
                     self.add(name + "-O2", function)
@@ -198,6 +204,11 @@ class Matrix:
     def text_size(self, path):
         return int(self.run(["size", path])[1].splitlines()[1].split()[0])
 
+    def sentences(self, path):
+        """The texts in an object: what has two words in a row."""
+        return [line for line in self.run(["strings", "-n", "8", path])[1].splitlines()
+                if re.search(r"[a-z]{3,} [a-z]{2,}", line)]
+
     def symbols(self, path, option):
         return {line.split()[-1] for line in self.run(["nm", option, path])[1].splitlines() if line}
 
@@ -206,7 +217,8 @@ class Matrix:
         absent = {"no-epoll": (r"epoll_", ""),
                   "no-zookeeper": (r"zoo|deallocate_", r"crpc_(registry|config|lock|election)_"),
                   "no-threads": (r"pthread_", ""), "bare": (r"zoo|deallocate_|epoll_|pthread_", ""),
-                  "no-server": ("", r"crpc_server_"), "no-client": ("", r"crpc_channel_")}
+                  "no-server": ("", r"crpc_server_"), "no-client": ("", r"crpc_channel_"),
+                  "no-policy": ("", r"crpci_(guard|order|quota|limiter|breaker|cluster)_")}
 
         def check(config, than):
             path, wrong = self.built(config)
@@ -220,7 +232,10 @@ class Matrix:
                 return "text is %d bytes, that of %s %d" % (size, than, limit)
             undefined, defined = absent.get(config, ("", ""))
             bad = [s for s in self.symbols(path, "-u") if undefined and re.match(undefined, s)]
-            bad += [s for s in self.symbols(path, "-g") if defined and re.match(defined, s)]
+            bad += [s for s in self.symbols(path, "--defined-only")
+                    if defined and re.match(defined, s)]
+            if "-DCRPC_ENABLE_TEXTS=0" in self.configs[config]:
+                bad += [s for s in self.sentences(path) if s not in SPOKEN]
             return "still has " + " ".join(sorted(bad)) if bad else ""
 
         for config in self.configs:
@@ -281,6 +296,10 @@ class Matrix:
         for config, libs in [("default", mt), ("st", st), ("no-zookeeper", []), ("no-epoll", mt)]:
             self.program("single-" + config, [hand, ("gcc", "c99", "single", self.configs[config])],
                          nanopb + libs)
+        # Calls and failover, whatever is left out.
+        for config, libs in [("default", mt), ("no-policy", mt), ("no-texts", mt), ("small", [])]:
+            self.program("toggles-" + config,
+                         [hand, ("gcc", "c99", "toggles", self.configs[config])], nanopb + libs)
         # Toggles are per file: one that only calls need not know them.
         self.program("toggles-differ", [
             ("gcc", "c99", "impl", self.configs["no-zookeeper"]), ("gcc", "c99", "user", [])], nanopb)
