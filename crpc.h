@@ -1162,8 +1162,8 @@ typedef struct crpc_method_options {
 } crpc_method_options;
 
 /* The breaker takes a provider whose calls fail out of the choice for a time, lets one call try it,
- * and then gives it its share back step by step. Timeouts and lost connections count as failures, an
- * application's errors as successes; CRPC_ELIMIT and cancelled calls as neither. Keys have
+ * and then gives it its share back step by step. Timeouts and lost connections count as failures,
+ * an application's errors as successes; CRPC_ELIMIT and cancelled calls as neither. Keys have
  * "breaker_" in front of the member's name. */
 typedef struct crpc_breaker_options {
     int enabled;       /* key "breaker". 1: use it. 0: no. -1: no */
@@ -1358,7 +1358,7 @@ typedef struct crpc_server_interceptor {
 /* What a method may take of a server; the first entry that matches it counts. Requests beyond it
  * are answered with CRPC_ELIMIT, undecoded. The server must offer what an entry names. */
 typedef struct crpc_method_limit {
-    const crpc_service *service; /* every method of it, each with a limit of its own. NULL: of any */
+    const crpc_service *service; /* each method of it gets a limit of its own. NULL: any service */
     const crpc_method *method;   /* this one alone. NULL: those of `service` */
     int max_concurrency; /* requests in service at a time. 0: no limit. -1: no limit */
     int adaptive;        /* 1: as many as it can serve without queueing, which is measured as brpc
@@ -2564,7 +2564,8 @@ typedef struct crpci_handle {
 #if CRPC_DEBUG
 #define CRPCI_HANDLE crpci_handle handle;
 #define CRPCI_HANDLE_OPEN(object) ((object)->handle.open = CRPCI_HANDLE_IS_OPEN)
-#define CRPCI_HANDLE_CHECK(object) CRPCI_DEMAND((object)->handle.open, "the object is closed already")
+#define CRPCI_HANDLE_CHECK(object)                                                                 \
+    CRPCI_DEMAND((object)->handle.open, "the object is closed already")
 #define CRPCI_HANDLE_CLOSE(object) (CRPCI_HANDLE_CHECK(object), (object)->handle.open = NULL)
 #else
 #define CRPCI_HANDLE
@@ -6195,7 +6196,7 @@ CRPCI_FN int crpci_drive_ensure_owner(crpc_loop *l)
 
 /* --- opening and closing ---------------------------------------------------------------------- */
 
-#define CRPCI_DRIVE_OPTION(member, zero, none, least, most)                                         \
+#define CRPCI_DRIVE_OPTION(member, zero, none, least, most)                                        \
     CRPCI_OPTION_ROW(crpc_loop_options, member, #member, NULL, 0, zero, none, least, most)
 
 static const crpci_option crpci_drive_rows[] = {
@@ -6949,7 +6950,7 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
 #define CRPCI_BALANCE_LATENCY_BITS 8 /* fraction of a microsecond: small steps must count */
 #define CRPCI_BALANCE_LATENCY_MOST (INT64_C(1) << (25 + CRPCI_BALANCE_LATENCY_BITS)) /* 33 s */
 
-/* All balancers, in the order of crpc_balancer: the word of lb=, how one chooses, what it learns from
+/* All balancers, in the order of crpc_balancer: the word of lb=, how one picks, what it learns from
  * a call's end, and what it needs. A new balancer takes a row here and a value there. */
 #define CRPCI_BALANCE_MAP(X)                                                                       \
     X("random", crpci_balance_pick_random, NULL, 0)                                                \
@@ -16231,8 +16232,8 @@ CRPCI_FN bool crpci_request_has_policy(const crpc_policy *p)
             p->fail_percent) != 0;
 }
 
-/* Works out the settings of a method: its options, else the channel's, and if neither sets a timeout
- * the .proto's. */
+/* Works out the settings of a method: its options, else the channel's; the .proto's timeout if
+ * neither sets one. */
 CRPCI_COLD void crpci_request_method_settings(const crpci_request_source *s, crpci_method *k)
 {
     const crpc_method *m = k->method;
@@ -18200,7 +18201,8 @@ CRPCI_FN void crpci_attempt_begin(crpci_pending_call *c)
         crpci_attempt_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before it was sent");
         crpci_attempt_finish(c, CRPC_ETIMEDOUT);
     } else if (CRPCI_UNLIKELY(!c->key && crpci_balance_wants_key(&c->channel->providers.balance))) {
-        crpci_attempt_explain(c, CRPC_EINVAL, "lb=hash needs a key: set crpc_call.key, or hash_field");
+        crpci_attempt_explain(c, CRPC_EINVAL,
+                              "lb=hash needs a key: set crpc_call.key, or hash_field");
         crpci_attempt_finish(c, CRPC_EINVAL);
     } else if (CRPCI_UNLIKELY(o && o->degraded > 0)) {
         crpci_attempt_explain(c, CRPC_EREJECT, "degraded by the method's options");
@@ -19784,7 +19786,8 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     crpci_opening_configure(ch, &o);
     err = crpci_balance_open(&ch->providers.balance, o.balancer);
     if (err)
-        crpci_status_set(error, err, "lb: this balancer is not compiled in: CRPC_ENABLE_POLICY is 0");
+        crpci_status_set(error, err,
+                         "lb: this balancer is not compiled in: CRPC_ENABLE_POLICY is 0");
     if (!err && o.security.credential) {
         ch->requests.credential = crpci_heap_strndup(l->heap, o.security.credential,
                                                      strlen(o.security.credential));

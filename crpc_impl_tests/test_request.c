@@ -368,16 +368,24 @@ static void no_deadline_is_longer_than_a_day(void **state)
     net_close(&n);
 }
 
-/* Quick has 60 ms in its .proto, its handler takes a second. */
+/* Quick has 60 ms in its .proto. What the URL or the options of the channel say goes before it. */
 static void a_method_may_have_a_deadline_of_its_own(void **state)
 {
     net n;
+    crpc_channel *ch;
     dyn_Num in = net_num(1), out = dyn_Num_init_zero;
     (void)state;
     memset(&n, 0, sizeof n);
     net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
-    in.ms = 1000;
-    assert_int_equal(dyn_Echo_Quick(n.channel, &in, &out, NULL), CRPC_ETIMEDOUT);
+    in.ms = 200;
+    assert_int_equal(dyn_Echo_Quick(n.channel, &in, &out, NULL), CRPC_OK); /* by its options */
+    ch = net_channel(n.url, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    assert_int_equal(dyn_Echo_Quick(ch, &in, &out, NULL), CRPC_OK);
+    crpc_channel_close(ch);
+    ch = net_channel(n.url, NULL, CRPC_POLLER_DEFAULT, NULL, NULL);
+    in.ms = 2000;
+    assert_int_equal(dyn_Echo_Quick(ch, &in, &out, NULL), CRPC_ETIMEDOUT);
+    crpc_channel_close(ch);
     net_close(&n);
 }
 
