@@ -212,15 +212,15 @@ static void pick(const char *lb, long count, long n)
     options.private_loop.hooks.clock_us = clock_us;
     snprintf(url, sizeof url, "tcp://127.0.0.1:9?lb=%s", lb);
     must(crpc_channel_open(&channel, url, &options, NULL), url);
-    list = crpci_registry_snapshot(channel->loop->heap, (size_t)count);
+    list = crpci_directory_snapshot(channel->loop->heap, (size_t)count);
     must(list ? CRPC_OK : CRPC_ENOMEM, "a list");
     for (i = 0; i < count; i++) {
         snprintf(list->providers[i].address, CRPC_ADDRESS_MAX, "10.1.%ld.%ld:8000", i / 256, i % 256);
         list->providers[i].weight = 50 + (int)(i * 7 % 101);
     }
-    crpci_registry_sort(list);
+    crpci_directory_sort(list);
     must(crpci_opening_on_list(channel, list), "the list");
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
     memset(&call, 0, sizeof call);
     call.channel = channel;
     for (i = 0; i < n; i++) {

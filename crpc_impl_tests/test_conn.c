@@ -1118,26 +1118,36 @@ static ssize_t veil_writev(int fd, void *state, struct iovec *iov, int count)
     return veil_leave(v, n);
 }
 
+/* Nothing may be asked of it while it is used. */
+static void veil_look(veil *v)
+{
+    v->wrong += __atomic_load_n(&v->busy, __ATOMIC_SEQ_CST) != 0;
+}
+
 static bool veil_pending(void *state)
 {
-    const veil *v = (const veil *)state;
-    return v->at < v->end;
+    veil *v = (veil *)state;
+    veil_look(v);
+    return v->at < v->end && !v->wants_write; /* then no reading brings it forth */
 }
 
 static unsigned veil_want(void *state, unsigned events)
 {
-    const veil *v = (const veil *)state;
+    veil *v = (veil *)state;
+    veil_look(v);
     return events & CRPC_READABLE && v->wants_write ? CRPC_WRITABLE : events;
 }
 
 static bool veil_idle(int fd, void *state)
 {
+    veil *v = (veil *)state;
     char byte;
-    return !veil_pending(state) && recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) <= 0;
+    veil_look(v);
+    return v->at == v->end && recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) <= 0;
 }
 
-static const crpci_transport veil_transport = {"veil", CRPCI_TRANSPORT_REPEAT, veil_readv, veil_writev,
-                                               veil_pending, veil_want, veil_idle};
+static const crpci_transport veil_transport = {
+    "veil", CRPCI_TRANSPORT_REPEAT, veil_readv, veil_writev, veil_pending, veil_want, veil_idle};
 
 /* Puts it on the newest connection of a loop. */
 static crpci_conn *veil_on(crpc_loop *l, veil *v)
@@ -1233,6 +1243,53 @@ static void what_has_to_be_repeated_cannot_be_withdrawn(void **state)
     crpc_loop_close(l);
 }
 
+/* As if another thread were in it. */
+static void one_thread_at_a_time_is_in_it(void **state)
+{
+    crpc_loop *l = net_loop(CRPC_POLLER_DEFAULT);
+    crpci_conn_events up;
+    crpci_conn *c;
+    char got[40] = "";
+    int fds[2];
+    veil v;
+    (void)state;
+    memset(&up, 0, sizeof up);
+    up.sent = ignore_sent;
+    up.closed = ignore_closed;
+    assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
+    crpci_loop_lock(l);
+    assert_int_equal(crpci_conn_new(l, fds[1], false, &up, NULL, &c), CRPC_OK);
+    c->protocols = crpci_protocols;
+    crpci_loop_unlock(l);
+    veil_on(l, &v);
+    crpci_loop_lock(l);
+    c->reading = true;
+    queue_bytes(c, "one");
+    crpci_conn_flush(c);
+    assert_int_equal(v.writes, 0);
+    assert_false(crpci_conn_idle(c));
+    c->reading = false;
+    crpci_conn_after_read(c); /* what the reader does */
+    c->writing = true;
+    assert_int_equal(send(fds[0], "PR", 2, 0), 2);
+    crpci_conn_event(l, &c->watch, CRPC_READABLE);
+    assert_int_equal(v.reads, 0);
+    assert_true(c->unread);
+    c->writing = false; /* the next flush goes on with both */
+    crpci_loop_unlock(l);
+    while (c->tx_head || !c->rx)
+        assert_int_equal(crpc_loop_step(l, 10), CRPC_OK);
+    assert_int_equal(c->rx_len, 2);
+    assert_false(c->unread);
+    assert_int_equal(recv(fds[0], got, sizeof got, 0), 3);
+    assert_int_equal(v.wrong, 0);
+    crpci_loop_lock(l);
+    crpci_conn_close(c, CRPC_ECLOSE, 0);
+    crpci_loop_unlock(l);
+    close(fds[0]);
+    crpc_loop_close(l);
+}
+
 static void nobody_reads_while_another_thread_writes(void **state)
 {
     int side;
@@ -1299,6 +1356,7 @@ int main(void)
         CT_TEST(short_frames_need_no_memory_to_be_sent),
         CT_TEST(input_that_no_descriptor_tells_of_is_read),
         CT_TEST(what_has_to_be_repeated_cannot_be_withdrawn),
+        CT_TEST(one_thread_at_a_time_is_in_it),
         CT_TEST(nobody_reads_while_another_thread_writes),
     };
     return CT_RUN(tests);

@@ -727,11 +727,11 @@ static void a_removed_provider_answers_early(void **state)
     assert_int_equal(dyn_Echo_Add_begin(ch, &request, &id, &call), CRPC_OK);
     free(bulk);
     assert_true(CT_WAIT(peer_requests(&p) == 1, NET_PATIENCE));
-    list = crpci_registry_snapshot(ch->loop->heap, 1);
+    list = crpci_directory_snapshot(ch->loop->heap, 1);
     assert_non_null(list);
     strcpy(list->providers[0].address, "127.0.0.1:9");
     assert_int_equal(crpci_opening_on_list(ch, list), CRPC_OK);
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
     pthread_mutex_lock(&p.lock);
     told = id;
     pthread_mutex_unlock(&p.lock);
@@ -763,7 +763,7 @@ static void an_aged_provider_is_dialled_rarely(void **state)
         crpc_channel_open(&f.channel, "tcp://127.0.0.1:9?stale_ttl_ms=30000&retries=-1", &o, NULL),
         CRPC_OK);
     e = first_endpoint(f.channel->loop);
-    list = crpci_registry_snapshot(f.channel->loop->heap, 1);
+    list = crpci_directory_snapshot(f.channel->loop->heap, 1);
     assert_non_null(list);
     strcpy(list->providers[0].address, "127.0.0.1:9");
     list->providers[0].weight = 100;
@@ -787,7 +787,7 @@ static void an_aged_provider_is_dialled_rarely(void **state)
         net_time_add(1500);
     }
     assert_int_equal(dials, 20);
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
     crpc_channel_close(f.channel);
 }
 

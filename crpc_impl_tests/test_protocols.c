@@ -1,7 +1,7 @@
-/* impl-protocols, and the seam between protocols and all else: a second protocol, `line`, with other
- * ways than baidu_std's, goes through the server and the client as they are. Its replies have no ids
- * but keep the order of the requests, it says names and fields in text, and a body comes in parts,
- * so that it is found too large only late. */
+/* impl-protocols, and the seam between protocols and all else: a second protocol, `line`, that does
+ * most things differently from baidu_std, goes through server and client as they are. Its replies
+ * have no ids but keep the order of the requests, it says names and fields in text, and a body
+ * comes in parts, so that it is found too large only late. */
 #define CRPC_IMPLEMENTATION
 struct crpci_protocol;
 extern const struct crpci_protocol line_protocol;
