@@ -23,6 +23,16 @@
  *
  * @example server
  * #include "echo.crpc.h"
+ * #include <signal.h>
+ * #include <stdio.h>
+ *
+ * static crpc_loop *loop;
+ *
+ * static void on_signal(int number)
+ * {
+ *     (void)number;
+ *     crpc_loop_stop(loop); // crpc_server_run then finishes what it has begun, and returns
+ * }
  *
  * static int echo(crpc_context *context, const example_EchoRequest *request,
  *                 example_EchoResponse *response)
@@ -41,11 +51,17 @@
  *     int status;
  *     options.listen = "tcp://0.0.0.0:8000";
  *     options.registry = "zookeeper://127.0.0.1:2181/dubbo"; // leave it out for none
- *     if (crpc_server_open(&server, &options, &error) != CRPC_OK)
- *         return 1; // error.text says why
+ *     if (crpc_server_open(&server, &options, &error) != CRPC_OK) {
+ *         fprintf(stderr, "%s\n", error.text);
+ *         return 1;
+ *     }
+ *     loop = crpc_server_loop(server);
+ *     signal(SIGTERM, on_signal);
  *     status = crpc_server_add(server, &example_EchoService, &handlers, NULL);
  *     if (status == CRPC_OK)
- *         status = crpc_server_run(server);
+ *         status = crpc_server_run(server); // what fails in here is also logged, with its cause
+ *     if (status != CRPC_OK)
+ *         fprintf(stderr, "server: %s\n", crpc_status_text(status));
  *     crpc_server_close(server);
  *     return status != CRPC_OK;
  * }
@@ -73,9 +89,8 @@
  *                crpc_view_data(response.message));
  *     else
  *         printf("%s: %s\n", crpc_status_name(status), call.error.text);
- *     crpc_call_reset(&call); // from here on response.message points nowhere
- *     if (channel)
- *         crpc_channel_close(channel);
+ *     crpc_call_reset(&call);      // from here on response.message points nowhere
+ *     crpc_channel_close(channel); // NULL is ignored, as by every close
  *     return status != CRPC_OK;
  * }
  * @end
@@ -90,6 +105,7 @@
  *     >>api-hooks          allocator, log, clock, resolver
  *     >>api-loop           the reactor: who drives it, file descriptors, timers
  *     >>api-service        tables that describe services; written by protoc-gen-crpc
+ *     >>api-options        groups of options that channels and servers share
  *     >>api-channel        the client: calls
  *     >>api-server         the server: services, requests, replies
  *     >>api-coordination   nodes, configuration, locks and elections in ZooKeeper
@@ -100,6 +116,7 @@
  *     >>impl-id            {generation, index} ids of objects that may be gone when they are used
  *     >>impl-list          doubly linked lists through members of the items
  *     >>impl-url           URLs, their options, percent-encoding
+ *     >>impl-options       tables of options: defaults, ranges, URL keys, key=value lines
  *     >>impl-message       requests and replies; nanopb: views, encoding, decoding
  *     >>impl-frame         the 12 bytes before every message
  *     >>impl-meta          what a message is about: brpc's RpcMeta
@@ -177,6 +194,8 @@
  *                                a log line is its level and "crpc.h:" with the line's number
  *     CRPC_ENABLE_RESOLVER   1   0: host names only by crpc_hooks.resolve: a static program without
  *                                getaddrinfo is some 15 KiB smaller
+ *     CRPC_DEBUG             0   1: checks rules of crpc and of its use (an object closed twice, a
+ *                                crpc_call that was never initialised) and aborts with a sentence
  *     CRPC_ZOOKEEPER_ST      0   1: libzookeeper_st instead of _mt (compile without -DTHREADED)
  *     CRPC_STATIC                defined: all functions are static in the file that includes the
  *                                implementation. It then needs hand-written tables in that file
@@ -199,8 +218,8 @@
  * loop.
  *
  * Threads. All functions may be called from any thread unless their comment says otherwise. An
- * object must not be used while, or after, another thread closes it; that alone is the program's
- * care.
+ * object must not be used while, or after, another thread closes it; the program must make sure of
+ * that itself. Every close function ignores NULL.
  *
  * Arguments. A pointer is not NULL unless the comment says so. In options a value below -1 counts
  * as -1.
@@ -208,7 +227,7 @@
  * Ownership. What a function is given it borrows until it returns. What a callback is given is
  * valid until it returns. A response's views, and reply_attachment, are valid until crpc_call_reset
  * or the next use of the call. Options and URLs are copied, except hooks, interceptors, service
- * tables and handlers, which must outlive the object, and limits of methods (until the start).
+ * tables and handlers, which must outlive the object, and method_limits (until the start).
  *
  * Process. No writable global data, no signal handler, no SIGPIPE, no thread that was not asked for
  * (the ZooKeeper client has two of its own; an asynchronous call on a loop that nobody drives
@@ -224,6 +243,122 @@
  * goes to its provider again; a server with replay_entries executes such a request once, however
  * often it comes. CRPC_OK means that the handler has finished. CRPC_ETIMEDOUT with sent ==
  * CRPC_SENT_YES means that nobody knows.
+ *
+ * OPTIONS
+ *
+ * All options stand in structs, where 0 means the default. A program can also take them from text:
+ * a channel's URL, and lines of a configuration file or an environment variable, which
+ * crpc_channel_options_parse and crpc_server_options_parse read:
+ *
+ * @example configuration
+ * #include "crpc.h"
+ * #include <stdlib.h>
+ *
+ * // ECHO_OPTIONS holds lines such as "timeout_ms=200" and "credential=..."
+ * int open_configured(crpc_channel **channel, const char *url, crpc_error *error)
+ * {
+ *     crpc_channel_options options = CRPC_INIT;
+ *     char *text = getenv("ECHO_OPTIONS");
+ *     int status = text ? crpc_channel_options_parse(text, &options, error) : CRPC_OK;
+ *     if (status == CRPC_OK)
+ *         status = crpc_channel_open(channel, url, &options, error);
+ *     return status; // error->text: "line 2: timeout_ms=99999999999: at most 86400000"
+ * }
+ * @end
+ *
+ * Of several settings of one thing the most specific wins: the call's, the method's
+ * (crpc_method_options), the URL's, the options', the .proto's (its timeout), the default. So what
+ * an operator writes into a URL goes before what stands in the program and in the .proto.
+ *
+ * Each line below has the key, what 0 means, what -1 means, and which other values are allowed. In
+ * the two columns 0 stands for none, never or no limit: the struct's comment says which.
+ *
+ * Channels:
+ *
+ *     cluster                 failover,failfast,failsafe,failback,forking,broadcast
+ *     timeout_ms              1000        86400000    1 to 86400000
+ *     retries                 2           0           1 to 16
+ *     backup_ms               0           0           1 to 86400000
+ *     forks                   2           0           1 and more
+ *     fail_percent            0           0           1 to 100
+ *     lb                      random,wrandom,rr,wrr,la,hash,p2c
+ *     hash_field              0           0           1 to 536870911
+ *     max_endpoints           0           0           1 and more
+ *     wait                    0           0           1
+ *     connect_timeout_ms      500         0           1 to 86400000
+ *     retry_budget            10          -1          1 and more
+ *     request_ids             0           0           1
+ *     breaker                 0           0           1
+ *     breaker_percent         50          50          1 to 100
+ *     breaker_requests        20          1           1 and more
+ *     breaker_window_ms       10000       10000       1 to 86400000
+ *     breaker_slow_ms         0           0           1 to 86400000
+ *     breaker_slow_percent    50          50          1 to 100
+ *     breaker_open_ms         1000        1000        1 to 86400000
+ *     breaker_open_max_ms     30000       30000       1 to 86400000
+ *     breaker_ramp_ms         5000        0           1 to 86400000
+ *     breaker_eject_percent   50          100         1 to 100
+ *     group                   text, with a registry
+ *     version                 text, with a registry
+ *     application             text, with a registry
+ *     registry_credential     text, secret: not in URLs
+ *     registry_timeout_ms     3000        0           1 to 86400000
+ *     session_timeout_ms      15000       15000       1 to 86400000
+ *     must_connect            0           0           1
+ *     allow_empty             0           0           1
+ *     stale_ttl_ms            600000      0           1 to 86400000
+ *     cache                   text, with a registry
+ *     max_body                64 MiB      2 GiB - 1   1 to 2 GiB - 1
+ *     max_queued              16 MiB      0           1 and more
+ *     inflight                0           0           1 and more
+ *     short_names             0           0           1
+ *     credential              text, secret: not in URLs
+ *     failback_ms             5000        5000        1 to 86400000
+ *     failback_max            100         0           1 and more
+ *
+ * Servers:
+ *
+ *     listen                  text
+ *     registry                text
+ *     advertise               text
+ *     group                   text
+ *     version                 text
+ *     application             text
+ *     registry_credential     text, secret: not in URLs
+ *     registry_timeout_ms     3000        0           1 to 86400000
+ *     session_timeout_ms      15000       15000       1 to 86400000
+ *     must_connect            0           0           1
+ *     weight                  100         0           1 to 1000000
+ *     warmup_ms               0           0           1 to 86400000
+ *     io_threads              0           0           1 to 1024
+ *     workers                 0           0           1 to 1024
+ *     worker_queue            1024        0           1 and more
+ *     worker_stack            256 KiB     0           16 KiB and more
+ *     ordered                 0           -1          1
+ *     max_concurrency         8192        0           1 and more
+ *     max_connections         1024        0           1 and more
+ *     max_body                64 MiB      2 GiB - 1   1 to 2 GiB - 1
+ *     max_queued              4 MiB       0           1 and more
+ *     max_skip                256 MiB     0           1 and more
+ *     rate_per_client         0           0           1 and more
+ *     burst_per_client        0           0           1 and more
+ *     replay_entries          0           0           1 and more
+ *     replay_ms               60000       0           1 to 86400000
+ *     replay_bytes            4 MiB       0           1 and more
+ *     idle_timeout_ms         0           0           1 to 86400000
+ *     frame_timeout_ms        30000       0           1 to 86400000
+ *     lame_ms                 1000        0           1 to 86400000
+ *     drain_ms                5000        0           1 to 86400000
+ *
+ * Loops: a channel's private_loop, a server's loops. Not in URLs.
+ *
+ *     poller                  epoll,poll
+ *     forbid_threads          0           0           1
+ *     stack_size              256 KiB     0           16 KiB and more
+ *     max_results             1024        0           1 and more
+ *     max_bytes               256 MiB     0           1 and more
+ *     log_level               0           -1          1 to 4
+ *     thread_name             text
  *
  * LOOPS AND THREADS
  *
@@ -315,10 +450,13 @@
  *
  * CALLING POLICY
  *
- * What a channel makes of its providers is set for the channel (options, or its URL), for a method
- * (crpc_method_options) and for a call (crpc_policy), the nearest word counting:
+ * How calls are made is set for the channel (its options, or its URL), for a method
+ * (crpc_method_options) and for a call (crpc_call.policy); the most specific setting wins:
  *
  *     zookeeper://zk:2181/dubbo/demo.User?lb=la&retries=1&breaker=1&backup_ms=50
+ *
+ * Programs may start in any order: with wait=1 a call that is made while no provider is known, or
+ * none can be reached, waits for one until its deadline.
  *
  * The balancer (crpc_balancer) chooses for each attempt; a provider with weight 0 is taken only if
  * there is no other, one that registered a warm-up time gets a share that grows in it (Dubbo's
@@ -378,7 +516,7 @@
  *     max_connections        1024        new ones are closed
  *     worker_queue           1024        CRPC_ELIMIT
  *     max_concurrency        8192        CRPC_ELIMIT; for each I/O thread
- *     limits, rate_per_client  none      CRPC_ELIMIT
+ *     method_limits, rate_per_client  none      CRPC_ELIMIT
  *     replay_bytes           4 MiB       the oldest replies are forgotten
  *     max_results            1024        CRPC_ELIMIT
  *     max_bytes              256 MiB     CRPC_ENOMEM, or the connection is closed
@@ -854,7 +992,9 @@ typedef struct crpc_method {
     size_t response_size;
     crpc_serve_fn serve; /* NULL in a table that only calls */
     unsigned flags;      /* CRPC_METHOD_* */
-    int timeout_ms;      /* default deadline of calls. 0: the channel's. -1: as 0 */
+    /* Deadline of calls for which neither the call, nor the method's options, nor the channel's URL
+     * or options set one. 0: 1000. -1: as 0 */
+    int timeout_ms;
 } crpc_method;
 
 typedef struct crpc_service {
@@ -862,6 +1002,57 @@ typedef struct crpc_service {
     const crpc_method *methods;
     size_t method_count;
 } crpc_service;
+
+/* ======================================================================== */
+/* >>api-options   groups of options that channels and servers share        */
+/* ======================================================================== */
+
+/* Numbers of all options: 0 means the default and -1 what the comment says; less than -1 counts as
+ * -1. Out of range they fail the opening with CRPC_EINVAL. In URLs and in configuration lines (see
+ * crpc_channel_options_parse) an option's key is the name of its member unless its comment gives
+ * another; the manual lists them all (OPTIONS). */
+
+/* How a registry is used: by a channel to look providers up, by a server to register. */
+typedef struct crpc_directory_options {
+    const char *group;   /* Dubbo's; a channel's may be "*" or a list "a,b". NULL: none */
+    const char *version; /* likewise. NULL: none */
+    const char *application; /* this program's name, shown to people who inspect the registry. NULL:
+                                "crpc" */
+    const char *credential;  /* key "registry_credential": ZooKeeper digest "user:password". NULL:
+                                none */
+    int timeout_ms; /* key "registry_timeout_ms": how long opening a channel, or starting a server,
+                       waits for the registry. 0: 3000. -1: not at all */
+    int session_timeout_ms; /* of the registry session. 0: 15000. -1: as 0 */
+    int must_connect; /* 1: not reaching the registry in timeout_ms is an error. 0: goes on trying.
+                         -1: as 0 */
+    /* --- of a channel only ---------------------------------------------- */
+    int allow_empty;  /* 1: an empty list of the registry is believed, and calls fail with
+                         CRPC_ENOPROVIDER. 0: the last non-empty list stays in use. -1: as 0 */
+    int stale_ttl_ms; /* after the registry has not confirmed a list for so long, a provider of it
+                         that cannot be reached is dialled once a minute. 0: 600000. -1: as any
+                         other */
+    const char *cache; /* file in which the registry's last good lists are kept, so that this
+                          program can start while the registry is away. It belongs to this process
+                          alone. NULL: none */
+} crpc_directory_options;
+
+/* What a peer can make this process hold. */
+typedef struct crpc_limits {
+    int64_t max_body;   /* bytes of a received message. 0: 64 MiB. -1: 2 GiB - 1 */
+    int64_t max_queued; /* unsent bytes on a connection: a channel's call beyond it fails, a server
+                           stops reading. 0: 16 MiB, of a server 4 MiB. -1: no limit */
+} crpc_limits;
+
+/* How messages are written for peers that are not crpc. */
+typedef struct crpc_wire_options {
+    int inflight;    /* calls at a time on one connection. 0: no limit. -1: no limit */
+    int short_names; /* 1: send "Service" instead of "package.Service". 0: full names. -1: as 0 */
+} crpc_wire_options;
+
+/* Who this process is. Secrets stand in options and configuration lines, never in URLs. */
+typedef struct crpc_security_options {
+    const char *credential; /* sent with every request. NULL: none */
+} crpc_security_options;
 
 /* ======================================================================== */
 /* >>api-channel   the client: calls                                        */
@@ -897,12 +1088,14 @@ typedef enum crpc_cluster {
                                   of them did */
 } crpc_cluster;
 
-/* How calls are made: of a call, of a method, of a channel; what the first leaves at 0 is the
- * next one's. Retries and backup requests never execute anything twice that is not idempotent: see
- * Delivery; FAILBACK, FORKING and BROADCAST ask for just that and are the caller's word. */
+/* How a call is made. The most specific setting of each member wins: the call's, then the method's
+ * (crpc_method_options), then the channel's URL, then the channel's options. Retries and backup
+ * requests never execute a request twice unless its method is idempotent: see Delivery. FAILBACK,
+ * FORKING and BROADCAST do; there the program takes the responsibility. */
 typedef struct crpc_policy {
-    crpc_cluster cluster; /* 0: CRPC_CLUSTER_DEFAULT */
-    int timeout_ms;   /* total, of all attempts. 0: the method's, else 1000. -1: as 0 */
+    crpc_cluster cluster; /* 0: CRPC_CLUSTER_FAILOVER. -1: as 0 */
+    int timeout_ms;   /* total, of all attempts. 0: the .proto's, else 1000. -1: 86400000, 24 hours;
+                         of a method or a call: as 0 */
     int retries;      /* further attempts, up to 16. 0: 2. -1: none */
     int backup_ms;    /* an idempotent call without a reply after so long is sent to one more
                          provider, and the first reply counts. 0: never. -1: never */
@@ -916,9 +1109,8 @@ typedef struct crpc_policy {
  * defaults and that nothing but the response is wanted. One call at a time may use it. */
 struct crpc_call {
     /* --- in ------------------------------------------------------------- */
-    int timeout_ms; /* total, retries included. 0: the method's, else the channel's. -1: as 0 */
-    int64_t deadline_us; /* crpc_loop_now_us time, instead of timeout_ms. 0: unset. -1: as 0 */
-    int retries;         /* further attempts, up to 16. 0: the channel's. -1: none */
+    crpc_policy policy;  /* 0 in a member: the method's or the channel's */
+    int64_t deadline_us; /* crpc_loop_now_us time, instead of a timeout. 0: unset. -1: as 0 */
     int64_t log_id;      /* travels in the meta and into logs. 0: the parent's, else none. -1: sent
                             like any other number */
     const crpc_field *fields; /* user_fields to send; borrowed during the call function */
@@ -926,8 +1118,6 @@ struct crpc_call {
     crpc_view credential;       /* authentication_data, borrowed likewise. Unset: the channel's */
     crpc_view attachment;       /* raw bytes behind the message; borrowed likewise */
     const crpc_context *parent; /* request on whose behalf: deadline, log and trace ids inherit */
-    const crpc_policy *policy;  /* borrowed likewise; goes before timeout_ms and retries above.
-                                   NULL: the method's */
     crpc_view key; /* lb=hash: equal keys go to the same provider. Unset: the hash_field's */
     /* Names the request to servers that keep replies (crpc_server_options.replay_entries): of
      * several with one id, 64 bytes at most, one is executed. Unset: none, unless request_ids */
@@ -972,8 +1162,8 @@ typedef struct crpc_client_interceptor {
 
 /* What is peculiar to one method of a channel. Borrowed while the channel lives. */
 typedef struct crpc_method_options {
-    const char *method; /* "Login" */
-    crpc_policy policy; /* 0 in a member: the channel's */
+    const crpc_method *method; /* as generated: demo_UserService_Login_method */
+    crpc_policy policy;        /* 0 in a member: the channel's */
     int hash_field; /* number of the request's field that is the key of lb=hash. 0: the channel's.
                        -1: none */
     /* Degrading: what stands for a reply when a call has failed, but not by an application's error.
@@ -983,78 +1173,84 @@ typedef struct crpc_method_options {
     int (*fallback)(void *user, const crpc_method *method, const crpc_error *error, void *response);
     void *user;
     crpc_view canned;
-    int degraded; /* 1: always, without calling at all. 0: only when a call has failed */
+    int degraded; /* 1: always, without calling at all. 0: only when a call has failed. -1: as 0 */
 } crpc_method_options;
+
+/* The breaker takes a provider whose calls fail out of the choice for a time, lets one call try it,
+ * and then gives it its share back step by step. Timeouts and lost connections count as failures,
+ * an application's errors as successes; CRPC_ELIMIT and cancelled calls as neither. Keys have
+ * "breaker_" in front of the member's name. */
+typedef struct crpc_breaker_options {
+    int enabled;       /* key "breaker". 1: use it. 0: no. -1: no */
+    int percent;       /* failures that open it. 0: 50. -1: as 0 */
+    int requests;      /* so many calls at least must have been seen. 0: 20. -1: 1 */
+    int window_ms;     /* in this time. 0: 10000. -1: as 0 */
+    int slow_ms;       /* slower replies count as slow. 0: none does. -1: none does */
+    int slow_percent;  /* slow replies that open it. 0: 50. -1: as 0 */
+    int open_ms;       /* the first time; doubles when it fails soon again. 0: 1000. -1: as 0 */
+    int open_max_ms;   /* where doubling ends. 0: 30000. -1: as 0 */
+    int ramp_ms;       /* until it has all of its share again. 0: 5000. -1: at once */
+    int eject_percent; /* of the providers that may be out at a time. 0: 50. -1: 100 */
+} crpc_breaker_options;
 
 typedef struct crpc_channel_options {
     crpc_loop *loop; /* must outlive the channel. NULL: a private loop */
     crpc_loop_options private_loop; /* of the private loop. 0: defaults */
-    int timeout_ms;         /* default deadline of a call. 0: 1000. -1: the longest, 24 hours */
-    int connect_timeout_ms; /* of one connection attempt. 0: 500. -1: only the call's deadline */
-    int retries;            /* further attempts of a failed call, up to 16. 0: 2. -1: none */
-    int inflight;           /* calls at a time on one connection. 0: no limit. -1: no limit */
-    int64_t max_body;       /* bytes of a received message. 0: 64 MiB. -1: 2 GiB - 1 */
-    int64_t max_queued;     /* unsent bytes on a connection. 0: 16 MiB. -1: no limit */
-    int registry_timeout_ms; /* how long opening waits for the registry. 0: 3000. -1: not at all */
-    int session_timeout_ms;  /* of the registry session. 0: 15000. -1: as 0 */
-    int must_connect; /* 1: not reaching the registry in that time is an error. 0: open anyway */
-    int short_names;  /* 1: send "Service" instead of "package.Service". 0: full names */
-    const char *credential;          /* sent with every request. NULL: none */
-    const char *registry_credential; /* ZooKeeper digest "user:password". NULL: none */
-    const crpc_client_interceptor *interceptors; /* borrowed while the channel lives */
-    size_t interceptor_count;
-    const crpc_method_options *methods; /* borrowed while the channel lives */
-    size_t method_count;
-    /* --- providers and policies ----------------------------------------- */
-    crpc_balancer balancer; /* 0: CRPC_BALANCER_DEFAULT */
-    crpc_cluster cluster;   /* 0: CRPC_CLUSTER_DEFAULT */
-    int backup_ms;          /* as in crpc_policy. 0: never. -1: never */
-    int forks;              /* as in crpc_policy. 0: 2. -1: all */
-    int fail_percent;       /* as in crpc_policy. 0: none. -1: none */
+    crpc_policy policy;             /* of calls for which nothing else is said */
+    /* --- which provider ------------------------------------------------- */
+    crpc_balancer balancer; /* key "lb". 0: CRPC_BALANCER_WEIGHTED_ROUND_ROBIN. -1: as 0 */
     int hash_field;         /* as in crpc_method_options. 0: none. -1: none */
-    int max_endpoints; /* providers that this channel uses of a longer list, chosen by a hash that
-                          differs from channel to channel. 0: all. -1: all */
-    int allow_empty; /* 1: an empty list of the registry is believed, and calls fail with
-                        CRPC_ENOPROVIDER. 0: the last list that had an entry is used on */
-    int stale_ttl_ms; /* after the registry has not confirmed a list for so long, a provider of it
-                         that cannot be reached is dialled once a minute. 0: 600000. -1: as any
-                         other */
-    const char *application; /* this program's name, for who looks at the registry. NULL: "crpc" */
-    const char *cache; /* file in which the registry's last good lists are kept, so that this
-                          program can start while the registry is away. Of this process alone. NULL:
-                          none */
+    int max_endpoints;      /* providers that this channel uses of a longer list, chosen by a hash
+                               that differs from channel to channel. 0: all. -1: all */
+    /* 1: a call made while no provider is known, or none can be reached, waits for one until its
+     * deadline. 0: it fails with CRPC_ENOPROVIDER or CRPC_ECONN. -1: as 0 */
+    int wait;
+    int connect_timeout_ms; /* of one connection attempt. 0: 500. -1: only the call's deadline */
     /* Retries that may be made without successes: each takes one of them, each success gives a
-     * tenth back; so a dead fleet is not stormed. Not counted are those that go to a provider which
-     * has replied over its present connection, and what a stopping server or a connection that had
-     * gone stale costs. 0: 10. -1: no limit */
+     * tenth back, so that a dead fleet is not stormed. Retries to a provider that has replied over
+     * its present connection are not counted, nor those after a stopping server's refusal or a
+     * connection that had gone stale. 0: 10. -1: no limit */
     int retry_budget;
     /* 1: every call gets a request id, and is sent again to its provider if the connection is lost,
-     * also where the method is not idempotent: for servers that keep replies. 0: no */
+     * also where the method is not idempotent: for servers that keep replies. 0: no. -1: no */
     int request_ids;
+    crpc_breaker_options breaker;
+    /* --- groups that servers have too ----------------------------------- */
+    crpc_directory_options directory; /* how providers are looked up in a registry */
+    crpc_limits limits;               /* max_body: of a reply; max_queued: of unsent requests */
+    crpc_wire_options wire;
+    crpc_security_options security;
+    /* --- failback ------------------------------------------------------- */
     int failback_ms;  /* between the tries of a failed call. 0: 5000. -1: as 0 */
     int failback_max; /* such calls waiting at a time; more are dropped, and logged. 0: 100. -1:
                          none */
-    /* Told of each that waited and is given up, on the thread that drives the loop. NULL: it is
+    /* Told of each waiting call that is given up, on the thread that drives the loop. NULL: it is
      * logged. */
     void (*failback_dropped)(void *user, const crpc_method *method, const crpc_error *error);
     void *failback_user;
-    /* The breaker takes a provider whose calls fail out of the choice for a time, lets one call
-     * try it, and then gives it its share back step by step. Timeouts and lost connections count as
-     * failures, an application's errors as successes; CRPC_ELIMIT and cancelled calls as
-     * neither. */
-    int breaker;            /* 1: use it. 0: no */
-    int breaker_percent;    /* failures that open it. 0: 50. -1: as 0 */
-    int breaker_requests;   /* so many calls at least have to be seen. 0: 20. -1: 1 */
-    int breaker_window_ms;  /* in this time. 0: 10000. -1: as 0 */
-    int breaker_slow_ms;    /* slower replies count as slow. 0: none does. -1: none does */
-    int breaker_slow_percent; /* slow replies that open it. 0: 50. -1: as 0 */
-    int breaker_open_ms; /* the first time; doubles when it fails soon again. 0: 1000. -1: as 0 */
-    int breaker_open_max_ms; /* 0: 30000. -1: as 0 */
-    int breaker_ramp_ms;    /* until it has all of its share again. 0: 5000. -1: at once */
-    int breaker_eject_percent; /* of the providers that may be out at a time. 0: 50. -1: 100 */
+    /* --- borrowed while the channel lives ------------------------------- */
+    const crpc_client_interceptor *interceptors;
+    size_t interceptor_count;
+    const crpc_method_options *methods;
+    size_t method_count;
 } crpc_channel_options;
 
 #if CRPC_ENABLE_CLIENT
+
+/* Reads options from the lines of a configuration file or an environment variable:
+ *
+ *     # of the whole fleet
+ *     timeout_ms = 200
+ *     lb = la
+ *     registry_credential = user:password
+ *
+ * The keys are those of URLs, and of crpc_channel_options and its private_loop (manual, OPTIONS);
+ * secrets are allowed. A key may stand once. Blank lines and lines that begin with # are skipped.
+ * `text` is cut in place: options that are text point into it until the channel is open. What no
+ * line names stays as it is. On failure (CRPC_EINVAL) some options may have been set; `error` (may
+ * be NULL) names the line and what is wrong with it. Any thread. */
+CRPC_API CRPC_MUST_CHECK int crpc_channel_options_parse(char *text, crpc_channel_options *options,
+                                                        crpc_error *error);
 
 /* Opens a channel to a service:
  *
@@ -1063,15 +1259,16 @@ typedef struct crpc_channel_options {
  *   zookeeper://host:port,host:port/root/package.Service
  *   multicast://224.5.6.7:port/package.Service    file:///path
  *
- * Options may follow as ?key=value&key=value: the numbers among crpc_channel_options by their
- * names, lb and cluster by the words beside crpc_balancer and crpc_cluster, protocol (there is
- * baidu_std, which is the default), with a registry also
- * group and version, with zookeeper:// cache, with multicast:// interface (a name or an address),
- * with file:// service. A key that is unknown, or given twice, is CRPC_EINVAL. They override
- * `options`, which may be NULL. IPv6 addresses stand in brackets and have no scope.
+ * Options may follow as ?key=value&key=value: those of crpc_channel_options by their keys, but for
+ * secrets; lb and cluster by the words beside crpc_balancer and crpc_cluster; cache only with
+ * zookeeper://; besides, with multicast:// interface (a name or an address), with file:// service,
+ * and protocol (there is baidu_std, which is the default). A key that is unknown, or given twice,
+ * is CRPC_EINVAL. They override `options`, which may be NULL. IPv6 addresses stand in brackets and
+ * have no scope.
  *
- * Host names are resolved here, on this thread; connections are made when calls need them. With
- * a registry waits for the session and the first list for registry_timeout_ms. CRPC_EREGISTRY:
+ * Host names are resolved here, on this thread, and stand for all their addresses; connections are
+ * made when calls need them. With a registry this waits for the session and the first list for
+ * directory.timeout_ms. CRPC_EREGISTRY: it was
  * not reached, and must_connect. `error` (may be NULL) tells in words. Not inside a callback of the
  * loop if it has to wait (CRPC_EDEADLK). */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_open(crpc_channel **channel, const char *url,
@@ -1175,11 +1372,11 @@ typedef struct crpc_server_interceptor {
     void *user;
 } crpc_server_interceptor;
 
-/* What a method may take of a server; the first entry that names it counts. What is over it is
- * answered with CRPC_ELIMIT, undecoded. */
+/* What a method may take of a server; the first entry that matches it counts. Requests beyond it
+ * are answered with CRPC_ELIMIT, undecoded. The server must offer what an entry names. */
 typedef struct crpc_method_limit {
-    const char *service; /* full name. NULL: any */
-    const char *method;  /* NULL: any; each has a limit of its own */
+    const crpc_service *service; /* each method of it gets a limit of its own. NULL: any service */
+    const crpc_method *method;   /* this one alone. NULL: those of `service` */
     int max_concurrency; /* requests in service at a time. 0: no limit. -1: no limit */
     int adaptive;        /* 1: as many as it can serve without queueing, which is measured as brpc
                             does ("auto"), beginning with 40, never under `workers`. 0: not */
@@ -1195,10 +1392,7 @@ typedef struct crpc_server_options {
                              Another URL is an error of crpc_server_open. NULL: nowhere */
     const char *advertise; /* host[:port] to register, resolved when starting. NULL: the address of
                               this host that reaches the registry, unless a listener has its own */
-    const char *registry_credential; /* ZooKeeper digest "user:password". NULL: none */
-    const char *group;               /* registered with every service. NULL: none */
-    const char *version;             /* likewise. NULL: none */
-    const char *application;         /* likewise: the program's name. NULL: "crpc" */
+    crpc_directory_options directory; /* how services are registered */
     int weight; /* registered, up to 1000000: the share of calls. 0: 100. -1: 0, which is none as
                    long as there is another provider */
     int warmup_ms; /* registered: how long consumers raise the weight, from 1 to all of it. 0: none.
@@ -1217,12 +1411,10 @@ typedef struct crpc_server_options {
     int max_concurrency; /* requests in service at a time, deferred and waiting ones included;
                             beyond it ELIMIT. 0: 8192 for each I/O thread. -1: no limit */
     int max_connections; /* beyond it new ones are closed. 0: 1024. -1: no limit */
-    int64_t max_body;    /* bytes of a request. 0: 64 MiB. -1: 2 GiB - 1 */
+    crpc_limits limits;  /* max_body: of a request; max_queued: of unsent replies */
     int64_t max_skip;    /* an oversize request up to here is answered. 0: 256 MiB. -1: none */
-    int64_t max_queued;  /* memory of a connection's unsent replies before reading pauses. 0: 4 MiB.
-                            -1: no limit */
-    const crpc_method_limit *limits; /* borrowed until crpc_server_start has returned */
-    size_t limit_count;
+    const crpc_method_limit *method_limits; /* borrowed until crpc_server_start has returned */
+    size_t method_limit_count;
     int rate_per_client;  /* requests a second of all connections from an IP address; those by unix
                              sockets count as one's. 0: no limit. -1: no limit */
     int burst_per_client; /* at once after a pause. 0: as rate_per_client. -1: as rate_per_client */
@@ -1239,15 +1431,17 @@ typedef struct crpc_server_options {
     int lame_ms;  /* how long stopping goes on serving after it has unregistered, for consumers that
                      do not know yet. 0: 1000 with a registry, else none. -1: none */
     int drain_ms; /* how long stopping then waits for requests being served. 0: 5000. -1: 0 */
-    int session_timeout_ms;  /* of the registry session. 0: 15000. -1: as 0 */
-    int registry_timeout_ms; /* how long starting waits for the registry. 0: 3000. -1: not at all */
-    int must_connect; /* 1: not reaching the registry in time fails the start. 0: goes on trying */
     const crpc_server_interceptor *interceptors; /* borrowed until the server is closed and its last
                                                     deferred request finished */
     size_t interceptor_count;
 } crpc_server_options;
 
 #if CRPC_ENABLE_SERVER
+
+/* Reads options from configuration lines, as crpc_channel_options_parse does: the keys are those of
+ * crpc_server_options and its `loops`. The text must stay until the server is open. Any thread. */
+CRPC_API CRPC_MUST_CHECK int crpc_server_options_parse(char *text, crpc_server_options *options,
+                                                       crpc_error *error);
 
 /* Makes a server and binds options->listen. NULL options mean the defaults. `error` (may be NULL)
  * tells in words. CRPC_EADDRESS: the address is taken or not this machine's. */
@@ -1307,7 +1501,7 @@ CRPC_API void crpc_server_stats_get(crpc_server *server, crpc_loop_stats *stats)
  *   CRPC_OK       the response is sent,
  *   CRPC_EPENDING it keeps the context and calls crpc_context_finish later, from any thread,
  *   crpc_context_fail(...)  an error of its own,
- *   any other crpc_status   that status is sent.
+ *   any other crpc_status   that status is sent; any other number, -1 or 42, as CRPC_EINTERNAL.
  * Request, attachment and fields stay valid until the reply is finished. */
 
 /* Ends the request with the application's own error code: any int but 0, 1-199 and 1000-3999, which
@@ -1747,6 +1941,9 @@ CRPCI_COLD void crpci_base_abort(const char *what, const char *function)
 #else
 #define CRPCI_ASSERT(x, what) ((void)0)
 #endif
+
+/* For mistakes of the program in the use of an object; checked likewise. */
+#define CRPCI_DEMAND(x, what) CRPCI_ASSERT(x, what)
 
 /* The struct of which *ptr is the named member. */
 #define CRPCI_CONTAINER(ptr, type, member)                                                         \
@@ -2214,6 +2411,9 @@ typedef struct crpci_heap {
     int64_t bytes;       /* everything */
     int64_t peak;        /* the most that `bytes` ever was */
     crpci_heap_class classes[CRPCI_CHUNK_CLASSES];
+#if CRPC_DEBUG
+    void *closed; /* handles of objects that are gone, see crpci_heap_retire */
+#endif
 } crpci_heap;
 
 struct crpci_chunk {
@@ -2371,6 +2571,45 @@ CRPCI_FN void crpci_heap_strfree(crpci_heap *h, char *text)
         crpci_heap_free(h, text, strlen(text) + 1);
 }
 
+/* What an object that the program closes begins with, where CRPC_DEBUG is 1. */
+typedef struct crpci_handle {
+    const char *open; /* NULL: closed */
+    struct crpci_handle *next;
+    size_t size;
+} crpci_handle;
+
+#define CRPCI_HANDLE_IS_OPEN "crpc handle"
+#if CRPC_DEBUG
+#define CRPCI_HANDLE crpci_handle handle;
+#define CRPCI_HANDLE_OPEN(object) ((object)->handle.open = CRPCI_HANDLE_IS_OPEN)
+#define CRPCI_HANDLE_CHECK(object)                                                                 \
+    CRPCI_DEMAND((object)->handle.open, "the object is closed already")
+#define CRPCI_HANDLE_CLOSE(object) (CRPCI_HANDLE_CHECK(object), (object)->handle.open = NULL)
+#else
+#define CRPCI_HANDLE
+#define CRPCI_HANDLE_OPEN(object) ((void)0)
+#define CRPCI_HANDLE_CHECK(object) ((void)0)
+#define CRPCI_HANDLE_CLOSE(object) ((void)0)
+#endif
+
+/* Frees a closed object of which the program may still have the address. Where CRPC_DEBUG is 1 the
+ * memory stays, poisoned but for its handle, until the heap goes with its loop. */
+CRPCI_FN void crpci_heap_retire(crpci_heap *h, void *object, size_t size)
+{
+#if CRPC_DEBUG
+    crpci_handle *handle = (crpci_handle *)object;
+    memset(object, 0xdb, size);
+    handle->open = NULL;
+    handle->size = size;
+    crpci_thread_lock(&h->lock);
+    handle->next = (crpci_handle *)h->closed;
+    h->closed = handle;
+    crpci_thread_unlock(&h->lock);
+#else
+    crpci_heap_free(h, object, size);
+#endif
+}
+
 /* A text as long as it needs to be, for crpci_heap_strfree. NULL: out of memory. */
 CRPCI_COLD CRPC_PRINTF(2, 3) char *crpci_heap_format(crpci_heap *h, const char *format, ...)
 {
@@ -2452,6 +2691,13 @@ CRPCI_FN void crpci_heap_unlock_unref(crpci_heap *h)
     }
     k = h->hooks;
     crpci_heap_trim(h);
+#if CRPC_DEBUG
+    while (h->closed) {
+        crpci_handle *handle = (crpci_handle *)h->closed;
+        h->closed = handle->next;
+        k.resize(k.user, handle, handle->size, 0);
+    }
+#endif
     crpci_thread_unlock(&h->lock);
     crpci_thread_mutex_free(&h->lock);
     k.resize(k.user, h, sizeof *h, 0);
@@ -2880,6 +3126,236 @@ CRPCI_FN bool crpci_url_number(const char *text, int64_t max, int64_t *out)
         return false;
     *out = v;
     return true;
+}
+
+/* ======================================================================== */
+/* >>impl-options   tables of options: defaults, ranges, URL keys, key=value lines */
+/* ======================================================================== */
+
+/* Each options struct has one table, which stands in the section that opens the object. An option's
+ * default, its limits and its key stand in its row and nowhere else in the code. */
+
+#define CRPCI_OPTION_ANY INT32_C(-1) /* as `most`: whatever fits into the member */
+
+enum {
+    CRPCI_OPTION_TEXT = 1,      /* a const char *, else a number */
+    CRPCI_OPTION_SECRET = 2,    /* never in a URL, never in an error's text */
+    CRPCI_OPTION_DIRECTORY = 4, /* in a URL only if that names a registry */
+    CRPCI_OPTION_BACKEND = 8,   /* in a URL only if its registry takes it */
+    CRPCI_OPTION_POLICY = 16    /* needs CRPC_ENABLE_POLICY */
+};
+
+typedef struct crpci_option {
+    const char *name;  /* as users spell it */
+    const char *words; /* NULL: a number; else words separated by commas, the first means 1 */
+    uint16_t offset;   /* in the options struct */
+    uint8_t size;      /* of the member */
+    uint8_t flags;     /* CRPCI_OPTION_* */
+    int32_t zero;      /* what 0 means */
+    int32_t none;      /* what -1 means */
+    int32_t least;     /* of other values */
+    int32_t most;
+} crpci_option;
+
+typedef struct crpci_options {
+    const crpci_option *rows;
+    size_t count;
+} crpci_options;
+
+#define CRPCI_OPTION_ROW(type, member, name, words, flags, zero, none, least, most)                \
+    {name, words, offsetof(type, member), sizeof(((type *)0)->member), flags,                      \
+     zero, none,  least,                  most}
+#define CRPCI_OPTIONS_OF(rows) rows, sizeof(rows) / sizeof *(rows)
+
+CRPCI_COLD int64_t crpci_options_get(const crpci_option *o, const void *options)
+{
+    const char *at = (const char *)options + o->offset;
+    int64_t wide;
+    int narrow;
+    memcpy(&wide, at, o->size == sizeof wide ? sizeof wide : 0);
+    memcpy(&narrow, at, sizeof narrow);
+    return o->size == sizeof wide ? wide : narrow;
+}
+
+CRPCI_COLD void crpci_options_put(const crpci_option *o, void *options, int64_t value)
+{
+    char *at = (char *)options + o->offset;
+    int narrow = (int)value;
+    if (o->size == sizeof value)
+        memcpy(at, &value, sizeof value);
+    else
+        memcpy(at, &narrow, sizeof narrow);
+}
+
+/* The most that an option can be. */
+CRPCI_COLD int64_t crpci_options_most(const crpci_option *o)
+{
+    if (o->most != CRPCI_OPTION_ANY)
+        return o->most;
+    return o->size == sizeof(int64_t) ? INT64_MAX : INT32_MAX;
+}
+
+/* Whether a value is in the option's range; else an error that names both. */
+CRPCI_COLD int crpci_options_check_value(const crpci_option *o, int64_t value, crpc_error *error)
+{
+    int64_t most = crpci_options_most(o);
+    if (value > 0 && !CRPC_ENABLE_POLICY && (o->flags & CRPCI_OPTION_POLICY))
+        return crpci_status_set(error, CRPC_EUNSUPPORTED,
+                                "%s=%lld: not compiled in: CRPC_ENABLE_POLICY is 0", o->name,
+                                (long long)value);
+    if (value > most)
+        return crpci_status_set(error, CRPC_EINVAL, "%s=%lld: at most %lld", o->name,
+                                (long long)value, (long long)most);
+    if (value > 0 && value < o->least)
+        return crpci_status_set(error, CRPC_EINVAL, "%s=%lld: at least %lld", o->name,
+                                (long long)value, (long long)o->least);
+    return CRPC_OK;
+}
+
+/* Checks the ranges of all options of a struct. */
+CRPCI_COLD int crpci_options_check(const crpci_options *set, const void *options, crpc_error *error)
+{
+    size_t i;
+    int err = CRPC_OK;
+    for (i = 0; i < set->count && !err; i++) {
+        const crpci_option *o = &set->rows[i];
+        if (!(o->flags & CRPCI_OPTION_TEXT))
+            err = crpci_options_check_value(o, crpci_options_get(o, options), error);
+    }
+    return err;
+}
+
+/* Puts the values that 0 and -1 stand for in their place. */
+CRPCI_COLD void crpci_options_fill(const crpci_options *set, void *options)
+{
+    size_t i;
+    for (i = 0; i < set->count; i++) {
+        const crpci_option *o = &set->rows[i];
+        if (!(o->flags & CRPCI_OPTION_TEXT))
+            crpci_options_put(o, options, crpci_base_option(crpci_options_get(o, options), o->zero,
+                                                            o->none));
+    }
+}
+
+/* The row of a key. NULL: there is none. */
+CRPCI_COLD const crpci_option *crpci_options_find(const crpci_options *set, const char *key)
+{
+    size_t i;
+    for (i = 0; i < set->count; i++) {
+        if (strcmp(set->rows[i].name, key) == 0)
+            return &set->rows[i];
+    }
+    return NULL;
+}
+
+/* Which of the words, separated by commas, this is, counted from 1; 0: none. */
+CRPCI_COLD int64_t crpci_options_word(const char *words, const char *value)
+{
+    size_t n = strlen(value);
+    int64_t i;
+    for (i = 1; words; i++) {
+        if (n && strncmp(words, value, n) == 0 && (words[n] == ',' || words[n] == '\0'))
+            return i;
+        words = strchr(words, ',');
+        words = words ? words + 1 : NULL;
+    }
+    return 0;
+}
+
+/* A whole decimal number; one that does not fit becomes the largest or smallest that does. */
+CRPCI_COLD bool crpci_options_number(const char *text, int64_t *out)
+{
+    char *end;
+    bool digits = *text == '-' ? text[1] >= '0' && text[1] <= '9' : *text >= '0' && *text <= '9';
+    *out = strtoll(text, &end, 10);
+    return digits && !*end;
+}
+
+/* Reads the text of an option into its member. Text options point at `value` from then on. */
+CRPCI_COLD int crpci_options_read(const crpci_option *o, void *options, const char *value,
+                                  crpc_error *error)
+{
+    int64_t n;
+    int err;
+    if (o->flags & CRPCI_OPTION_TEXT) {
+        memcpy((char *)options + o->offset, &value, sizeof value);
+        return CRPC_OK;
+    }
+    n = o->words ? crpci_options_word(o->words, value) : 0;
+    if (o->words && !n)
+        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: not one of %s", o->name, value,
+                                o->words);
+    if (!o->words && !crpci_options_number(value, &n))
+        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: not a whole number", o->name, value);
+    if (n < -1)
+        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: at least -1", o->name, value);
+    err = crpci_options_check_value(o, n, error);
+    if (!err)
+        crpci_options_put(o, options, n);
+    return err;
+}
+
+/* --- key=value lines -------------------------------------------------------------------------- */
+
+/* A table, the struct that it describes, and which of its rows (64 at most) have been read. */
+typedef struct crpci_options_target {
+    const crpci_options *set;
+    void *options;
+    uint64_t seen;
+} crpci_options_target;
+
+/* Cuts blanks off both ends of a text, in place. */
+CRPCI_COLD char *crpci_options_trim(char *text)
+{
+    size_t n;
+    text += strspn(text, " \t\r");
+    n = strlen(text);
+    while (n && strchr(" \t\r", text[n - 1]))
+        n--;
+    text[n] = '\0';
+    return text;
+}
+
+/* Reads one line, of which blanks are cut off. */
+CRPCI_COLD int crpci_options_line(crpci_options_target *to, size_t count, char *line,
+                                  crpc_error *error)
+{
+    char *value = strchr(line, '=');
+    size_t i;
+    if (!value)
+        return crpci_status_set(error, CRPC_EINVAL, "\"%.60s\" is not key=value", line);
+    *value = '\0';
+    line = crpci_options_trim(line);
+    value = crpci_options_trim(value + 1);
+    for (i = 0; i < count; i++) {
+        const crpci_option *o = crpci_options_find(to[i].set, line);
+        uint64_t bit = o ? UINT64_C(1) << (o - to[i].set->rows) : 0;
+        if (!o)
+            continue;
+        if (to[i].seen & bit)
+            return crpci_status_set(error, CRPC_EINVAL, "%s: given twice", line);
+        to[i].seen |= bit;
+        return crpci_options_read(o, to[i].options, value, error);
+    }
+    return crpci_status_set(error, CRPC_EINVAL, "%.60s: no such option", line);
+}
+
+/* Reads lines into the structs of some tables; a key that several have is the first one's. */
+CRPCI_COLD int crpci_options_lines(crpci_options_target *to, size_t count, char *text,
+                                   crpc_error *error)
+{
+    crpc_error why;
+    char *next;
+    int number, err = CRPC_OK;
+    for (number = 1; text && !err; number++, text = next) {
+        next = strchr(text, '\n');
+        if (next)
+            *next++ = '\0';
+        text = crpci_options_trim(text);
+        if (*text && *text != '#')
+            err = crpci_options_line(to, count, text, &why);
+    }
+    return err ? crpci_status_set(error, err, "line %d: %.230s", number - 1, why.text) : CRPC_OK;
 }
 
 /* ======================================================================== */
@@ -4214,20 +4690,12 @@ CRPCI_COLD int crpci_resolver_lookup(crpci_heap *h, const char *host, char *out,
     return err;
 }
 
-/* Turns "host:port" into a numeric address and its port. Of several addresses the first IPv4 one is
- * taken, else the first. A numeric one is only written in its canonical form. */
-CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out, size_t size,
-                                      crpc_error *error)
+/* Looks "host:port" up: writes the host's numeric addresses, separated by commas, and the port. */
+CRPCI_COLD int crpci_resolver_split(crpci_heap *h, const char *text, char *list, size_t size,
+                                      unsigned *port, crpc_error *error)
 {
-    char host[256], list[1024], *item, *next, *best = NULL;
-    unsigned port;
-    crpci_addr a;
-    int err;
-    if (crpci_sock_parse(&a, text)) {
-        crpci_sock_format(&a, out, size);
-        return CRPC_OK;
-    }
-    if (!crpci_sock_split(text, host, sizeof host, &port) || !*host)
+    char host[256];
+    if (!crpci_sock_split(text, host, sizeof host, port) || !*host)
         return crpci_status_set(error, CRPC_EINVAL,
                                 "\"%.80s\" is not host:port with a port of 0 to 65535; an IPv6 "
                                 "address needs brackets: [::1]:80",
@@ -4237,24 +4705,51 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
                                 "\"%.80s\": an IPv6 address with a scope (%s) is not supported; "
                                 "use one without, or IPv4",
                                 text, strchr(host, '%'));
-    err = crpci_resolver_lookup(h, host, list, sizeof list);
-    if (err)
+    if (crpci_resolver_lookup(h, host, list, size))
         return crpci_status_set(error, CRPC_ERESOLVE, "host \"%.80s\": %.120s", host, list);
-    for (item = list; item && *item; item = next) {
-        next = strchr(item, ',');
+    return CRPC_OK;
+}
+
+/* Takes the next address off such a list and writes it with its port. False: there is none. */
+CRPCI_COLD bool crpci_resolver_next(char **list, unsigned port, char *out, size_t size)
+{
+    crpci_addr a;
+    while (*list && **list) {
+        char *item = *list, *next = strchr(item, ',');
         if (next)
             *next++ = '\0';
-        if (!best || (strchr(best, ':') && !strchr(item, ':')))
-            best = item;
+        *list = next;
+        snprintf(out, size, strchr(item, ':') ? "[%s]:%u" : "%s:%u", item, port);
+        if (crpci_sock_parse(&a, out))
+            return true;
     }
-    if (best)
-        snprintf(out, size, strchr(best, ':') ? "[%s]:%u" : "%s:%u", best, port);
-    if (!best || !crpci_sock_parse(&a, out))
-        return crpci_status_set(error, CRPC_ERESOLVE,
-                                "host \"%.80s\": the resolve hook gave no numeric address: "
-                                "\"%.80s\"",
-                                host, list);
-    return CRPC_OK;
+    return false;
+}
+
+/* Turns "host:port" into a numeric address and its port. Of several addresses the first IPv4 one is
+ * taken, else the first. A numeric one is only written in its canonical form. */
+CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out, size_t size,
+                                      crpc_error *error)
+{
+    char list[1024], one[CRPC_ADDRESS_MAX], *rest = list;
+    unsigned port;
+    crpci_addr a;
+    int err;
+    if (crpci_sock_parse(&a, text)) {
+        crpci_sock_format(&a, out, size);
+        return CRPC_OK;
+    }
+    err = crpci_resolver_split(h, text, list, sizeof list, &port, error);
+    if (err)
+        return err;
+    *out = '\0';
+    while (crpci_resolver_next(&rest, port, one, sizeof one)) {
+        if (!*out || (*out == '[' && *one != '['))
+            snprintf(out, size, "%s", one);
+    }
+    return *out ? CRPC_OK
+                : crpci_status_set(error, CRPC_ERESOLVE,
+                                   "\"%.80s\": the resolve hook gave no numeric address", text);
 }
 
 /* ======================================================================== */
@@ -5824,6 +6319,23 @@ CRPCI_FN int crpci_drive_ensure_owner(crpc_loop *l)
 
 /* --- opening and closing ---------------------------------------------------------------------- */
 
+#define CRPCI_DRIVE_OPTION(member, zero, none, least, most)                                        \
+    CRPCI_OPTION_ROW(crpc_loop_options, member, #member, NULL, 0, zero, none, least, most)
+
+static const crpci_option crpci_drive_rows[] = {
+    CRPCI_OPTION_ROW(crpc_loop_options, poller, "poller", "epoll,poll", 0, 0, 0, 1, 2),
+    CRPCI_DRIVE_OPTION(forbid_threads, 0, 0, 1, 1),
+    CRPCI_DRIVE_OPTION(stack_size, 256 << 10, 0, 16384, CRPCI_OPTION_ANY),
+    CRPCI_DRIVE_OPTION(max_results, 1024, 0, 1, CRPCI_OPTION_ANY),
+    CRPCI_DRIVE_OPTION(max_bytes, 256 << 20, 0, 1, CRPCI_OPTION_ANY),
+    /* The hooks are resolved by the heap, which loops share with their I/O threads. */
+    CRPCI_OPTION_ROW(crpc_loop_options, hooks.log_level, "log_level", NULL, 0, 0, -1, 1, 4),
+    CRPCI_OPTION_ROW(crpc_loop_options, thread_name, "thread_name", NULL, CRPCI_OPTION_TEXT, 0, 0,
+                     0, 0),
+};
+
+static const crpci_options crpci_drive_options = {CRPCI_OPTIONS_OF(crpci_drive_rows)};
+
 /* The wake descriptor is readable: a kick has come, or crpc_loop_stop. */
 CRPCI_FN void crpci_drive_on_wake(crpc_loop *l, crpci_watch *w, unsigned events)
 {
@@ -5837,8 +6349,8 @@ CRPCI_FN void crpci_drive_set_options(crpc_loop *l, const crpc_loop_options *o)
 {
     l->forbid_threads = o->forbid_threads || !CRPC_ENABLE_THREADS;
     snprintf(l->thread_name, sizeof l->thread_name, "%s", o->thread_name ? o->thread_name : "crpc");
-    l->stack_size = crpci_base_option(o->stack_size, 256 << 10, 0);
-    l->max_results = crpci_base_option(o->max_results, 1024, 0);
+    l->stack_size = o->stack_size;
+    l->max_results = o->max_results;
 }
 
 /* Fills in a loop that is all zero. The seed of the random numbers differs from process to process,
@@ -5875,7 +6387,11 @@ CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
         o = *options;
     if (!crpci_meta_self_check())
         return CRPC_EABI;
-    err = crpci_heap_open(&h, &o.hooks, crpci_base_option(o.max_bytes, 256 << 20, 0));
+    err = crpci_options_check(&crpci_drive_options, &o, NULL);
+    if (err)
+        return err;
+    crpci_options_fill(&crpci_drive_options, &o);
+    err = crpci_heap_open(&h, &o.hooks, o.max_bytes);
     if (err)
         return err;
     l = (crpc_loop *)crpci_heap_alloc(h, sizeof *l);
@@ -6557,15 +7073,28 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
 #define CRPCI_BALANCE_LATENCY_BITS 8 /* fraction of a microsecond: small steps must count */
 #define CRPCI_BALANCE_LATENCY_MOST (INT64_C(1) << (25 + CRPCI_BALANCE_LATENCY_BITS)) /* 33 s */
 
-typedef enum crpci_balance_kind {
-    CRPCI_BALANCE_RANDOM,
-    CRPCI_BALANCE_WEIGHTED_RANDOM,
-    CRPCI_BALANCE_ROUND_ROBIN,
-    CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
-    CRPCI_BALANCE_LEAST_ACTIVE,
-    CRPCI_BALANCE_CONSISTENT_HASH,
-    CRPCI_BALANCE_P2C
-} crpci_balance_kind;
+/* All balancers, in the order of crpc_balancer: the word of lb=, how one picks, what it learns from
+ * a call's end, and what it needs. A new balancer takes a row here and a value there. */
+#define CRPCI_BALANCE_MAP(X)                                                                       \
+    X("random", crpci_balance_pick_random, NULL, 0)                                                \
+    X("wrandom", crpci_balance_pick_weighted, NULL, CRPCI_BALANCE_SUMS)                            \
+    X("rr", crpci_balance_pick_next, NULL, 0)                                                      \
+    X("wrr", crpci_balance_pick_turn, NULL, CRPCI_BALANCE_TURNS)                                   \
+    X("la", crpci_balance_pick_turn, NULL, CRPCI_BALANCE_TURNS | CRPCI_BALANCE_ACTIVE)             \
+    X("hash", crpci_balance_pick_hashed, NULL, CRPCI_BALANCE_RING)                                 \
+    X("p2c", crpci_balance_pick_two, crpci_balance_measure, 0)
+
+enum {
+    CRPCI_BALANCE_SUMS = 1,   /* sums of weights */
+    CRPCI_BALANCE_TURNS = 2,  /* the heap of turns */
+    CRPCI_BALANCE_ACTIVE = 4, /* whose order also depends on the calls under way */
+    CRPCI_BALANCE_RING = 8    /* the ring; each call must have a key */
+};
+
+#define CRPCI_BALANCE_WORD(word, pick, measure, needs) "," word
+#define CRPCI_BALANCE_ONE(word, pick, measure, needs) +1
+#define CRPCI_BALANCE_WORDS (&(CRPCI_BALANCE_MAP(CRPCI_BALANCE_WORD))[1])
+#define CRPCI_BALANCE_KINDS (0 CRPCI_BALANCE_MAP(CRPCI_BALANCE_ONE))
 
 /* A provider in a balancer's list, owned by the caller. All zero but for address and weight when it
  * is first put into a list; it may leave the list and come back. In one balancer at a time. */
@@ -6582,8 +7111,11 @@ typedef struct crpci_balance_item {
     int64_t latency_us; /* the time at which `latency` held */
 } crpci_balance_item;
 
+typedef struct crpci_balance_ops crpci_balance_ops;
+
 typedef struct crpci_balance {
-    crpci_balance_kind kind;
+    const crpci_balance_ops *ops;
+    uint8_t needs;   /* as in ops */
     bool started;    /* the first pick has set `salt` by its random number */
     uint32_t salt;   /* clients with one list begin at different places of it */
     uint32_t next;   /* round robin: index of the next pick */
@@ -6686,13 +7218,6 @@ CRPCI_FN size_t crpci_balance_subset(crpci_balance_choice *choices, size_t count
     return max;
 }
 
-CRPCI_FN int crpci_balance_open(crpci_balance *b, crpci_balance_kind kind)
-{
-    memset(b, 0, sizeof *b);
-    b->kind = kind;
-    return CRPC_OK;
-}
-
 CRPCI_FN void crpci_balance_close(crpci_balance *b, crpci_heap *h)
 {
     crpci_heap_free(h, b->memory, b->size);
@@ -6701,16 +7226,22 @@ CRPCI_FN void crpci_balance_close(crpci_balance *b, crpci_heap *h)
 
 /* --- turns: weighted round robin and least active, which keep a heap -------------------------- */
 
+/* Without CRPC_ENABLE_POLICY there is only weighted round robin: the compiler drops the rest. */
+CRPCI_FN bool crpci_balance_need(const crpci_balance *b, unsigned what)
+{
+    return CRPC_ENABLE_POLICY ? (b->needs & what) != 0 : what == CRPCI_BALANCE_TURNS;
+}
+
 CRPCI_FN bool crpci_balance_turns(const crpci_balance *b)
 {
-    return b->kind == CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN || b->kind == CRPCI_BALANCE_LEAST_ACTIVE;
+    return crpci_balance_need(b, CRPCI_BALANCE_TURNS);
 }
 
 /* Whether x is picked before y. Neither has weight 0. */
 CRPCI_FN bool crpci_balance_before(const crpci_balance *b, const crpci_balance_item *x,
                                    const crpci_balance_item *y)
 {
-    if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE) {
+    if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE)) {
         uint64_t busy = (uint64_t)x->active * y->weight, other = (uint64_t)y->active * x->weight;
         if (busy != other)
             return busy < other;
@@ -6901,11 +7432,11 @@ CRPCI_FN size_t crpci_balance_bytes(const crpci_balance *b, size_t count)
     size_t each = sizeof *b->items;
     if (!count)
         return 0;
-    if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
+    if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
         each += sizeof *b->sums;
     if (crpci_balance_turns(b))
         each += sizeof *b->heap;
-    if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH)
+    if (crpci_balance_need(b, CRPCI_BALANCE_RING))
         return count * (each + CRPCI_BALANCE_POINTS * sizeof *b->ring) +
                (sizeof *b->buckets << crpci_balance_bucket_bits(count));
     return count * each;
@@ -6916,10 +7447,10 @@ CRPCI_FN void crpci_balance_layout(crpci_balance *b)
 {
     uint8_t *at = (uint8_t *)b->memory;
     memset(at, 0, b->size);
-    if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM) {
+    if (crpci_balance_need(b, CRPCI_BALANCE_SUMS)) {
         b->sums = (uint64_t *)(void *)at;
         at += b->count * sizeof *b->sums;
-    } else if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH) {
+    } else if (crpci_balance_need(b, CRPCI_BALANCE_RING)) {
         unsigned bits = crpci_balance_bucket_bits(b->count);
         b->shift = 64 - bits;
         b->ring = (uint64_t *)(void *)at;
@@ -6976,12 +7507,12 @@ CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_
             item->hash = crpci_base_hash(item->address, strlen(item->address));
         b->total += item->weight;
         crpci_balance_retime(b, item);
-        if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
+        if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
             crpci_balance_sums_add(b, i, item->weight);
         if (crpci_balance_turns(b) && item->weight)
             crpci_balance_heap_in(b, item);
     }
-    if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH && count)
+    if (crpci_balance_need(b, CRPCI_BALANCE_RING) && count)
         crpci_balance_ring_build(b);
     return CRPC_OK;
 }
@@ -6998,7 +7529,7 @@ CRPCI_FN void crpci_balance_reweigh(crpci_balance *b, size_t i, uint32_t weight)
     item->weight = weight;
     b->total += more;
     crpci_balance_retime(b, item);
-    if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
+    if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
         crpci_balance_sums_add(b, i, more);
     if (!crpci_balance_turns(b))
         return;
@@ -7051,7 +7582,7 @@ CRPCI_FN int crpci_balance_scan(const crpci_balance *b, crpci_balance_query *q, 
     return chosen;
 }
 
-CRPCI_FN int crpci_balance_pick_random(const crpci_balance *b, crpci_balance_query *q)
+CRPCI_FN int crpci_balance_pick_random(crpci_balance *b, crpci_balance_query *q)
 {
     int tries;
     for (tries = 0; tries < CRPCI_BALANCE_TRIES; tries++) {
@@ -7062,7 +7593,7 @@ CRPCI_FN int crpci_balance_pick_random(const crpci_balance *b, crpci_balance_que
     return crpci_balance_scan(b, q, false, false);
 }
 
-CRPCI_FN int crpci_balance_pick_weighted(const crpci_balance *b, crpci_balance_query *q)
+CRPCI_FN int crpci_balance_pick_weighted(crpci_balance *b, crpci_balance_query *q)
 {
     int tries;
     for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->total; tries++) {
@@ -7073,7 +7604,7 @@ CRPCI_FN int crpci_balance_pick_weighted(const crpci_balance *b, crpci_balance_q
     return crpci_balance_scan(b, q, true, false);
 }
 
-CRPCI_FN int crpci_balance_pick_next(crpci_balance *b, const crpci_balance_query *q)
+CRPCI_FN int crpci_balance_pick_next(crpci_balance *b, crpci_balance_query *q)
 {
     size_t tries;
     for (tries = 0; tries < b->count; tries++) {
@@ -7086,7 +7617,7 @@ CRPCI_FN int crpci_balance_pick_next(crpci_balance *b, const crpci_balance_query
 }
 
 /* The first item of the heap; one that cannot be used loses its turn. */
-CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, const crpci_balance_query *q)
+CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, crpci_balance_query *q)
 {
     crpci_balance_item *best = NULL;
     int tries;
@@ -7115,7 +7646,7 @@ CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, const crpci_balance_query
 /* The first provider that can be used from the key's place on the ring on. Where only few can be
  * used, the one of all whose address hashed with the key is highest: it is as constant for a key,
  * but takes a search of the whole list. */
-CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balance_query *q)
+CRPCI_FN int crpci_balance_pick_hashed(crpci_balance *b, crpci_balance_query *q)
 {
     uint64_t hash = crpci_base_mix(q->key), most = 0;
     size_t points = b->count * CRPCI_BALANCE_POINTS, i, last = b->count;
@@ -7220,7 +7751,7 @@ CRPCI_FN int crpci_balance_scan_two(const crpci_balance *b, crpci_balance_query 
     return crpci_balance_better(b, two[place], two[1 - place], q->now_us);
 }
 
-CRPCI_FN int crpci_balance_pick_two(const crpci_balance *b, crpci_balance_query *q)
+CRPCI_FN int crpci_balance_pick_two(crpci_balance *b, crpci_balance_query *q)
 {
     size_t first = 0, second;
     int tries;
@@ -7241,6 +7772,42 @@ CRPCI_FN int crpci_balance_pick_two(const crpci_balance *b, crpci_balance_query 
 }
 
 /* --- the balancer as a whole ------------------------------------------------------------------ */
+
+struct crpci_balance_ops {
+    int (*pick)(crpci_balance *b, crpci_balance_query *q); /* -1: none that can be used */
+    void (*measure)(crpci_balance *b, crpci_balance_item *item, bool ok, int64_t latency_us,
+                    int64_t now_us); /* NULL: calls teach nothing */
+    uint8_t needs;
+};
+
+/* CRPC_EUNSUPPORTED: not compiled in. CRPC_EINVAL: no balancer has that number. */
+CRPCI_COLD int crpci_balance_open(crpci_balance *b, crpc_balancer which)
+{
+#if CRPC_ENABLE_POLICY
+#define CRPCI_BALANCE_OPS(word, pick, measure, needs) {pick, measure, needs},
+    static const crpci_balance_ops all[] = {CRPCI_BALANCE_MAP(CRPCI_BALANCE_OPS)};
+#undef CRPCI_BALANCE_OPS
+    int64_t number = (int64_t)which; /* C++ takes an enum's range for granted */
+    if (number < 1 || number > CRPCI_BALANCE_KINDS)
+        return CRPC_EINVAL;
+    memset(b, 0, sizeof *b);
+    b->ops = &all[number - 1];
+#else
+    static const crpci_balance_ops turns = {crpci_balance_pick_turn, NULL, CRPCI_BALANCE_TURNS};
+    if (which != CRPC_BALANCER_WEIGHTED_ROUND_ROBIN)
+        return CRPC_EUNSUPPORTED;
+    memset(b, 0, sizeof *b);
+    b->ops = &turns;
+#endif
+    b->needs = b->ops->needs;
+    return CRPC_OK;
+}
+
+/* Whether every call must have a key. */
+CRPCI_FN bool crpci_balance_wants_key(const crpci_balance *b)
+{
+    return crpci_balance_need(b, CRPCI_BALANCE_RING);
+}
 
 /* At the first pick: each client begins at a place of its own. */
 CRPCI_FN void crpci_balance_start(crpci_balance *b, uint32_t random)
@@ -7276,18 +7843,7 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
     q.now_us = now_us;
     q.usable = usable;
     q.user = user;
-    if (!b->items || b->kind == CRPCI_BALANCE_RANDOM)
-        i = crpci_balance_pick_random(b, &q);
-    else if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
-        i = crpci_balance_pick_weighted(b, &q);
-    else if (b->kind == CRPCI_BALANCE_ROUND_ROBIN)
-        i = crpci_balance_pick_next(b, &q);
-    else if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH)
-        i = crpci_balance_pick_hashed(b, &q);
-    else if (b->kind == CRPCI_BALANCE_P2C)
-        i = crpci_balance_pick_two(b, &q);
-    else
-        i = crpci_balance_pick_turn(b, &q);
+    i = b->items ? b->ops->pick(b, &q) : crpci_balance_pick_random(b, &q);
     return i >= 0 ? i : crpci_balance_scan(b, &q, false, true);
 }
 
@@ -7302,7 +7858,7 @@ CRPCI_FN void crpci_balance_item_begin(crpci_balance *b, crpci_balance_item *ite
 {
     (void)now_us;
     item->active++;
-    if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, item) && item->at)
+    if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, item) && item->at)
         crpci_balance_sift(b, item->at - 1);
 }
 
@@ -7313,9 +7869,9 @@ CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item,
 {
     if (item->active)
         item->active--;
-    if (b->kind == CRPCI_BALANCE_P2C && latency_us >= 0)
-        crpci_balance_measure(b, item, ok, latency_us, now_us);
-    else if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, item) && item->at)
+    if (CRPC_ENABLE_POLICY && b->ops->measure && latency_us >= 0)
+        b->ops->measure(b, item, ok, latency_us, now_us);
+    else if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, item) && item->at)
         crpci_balance_sift(b, item->at - 1);
 }
 
@@ -15799,6 +16355,9 @@ CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 #define CRPCI_REQUEST_RETRIES 16   /* attempts that fail at once nest: this bounds the stack */
 #define CRPCI_REQUEST_INLINE  4096 /* attachments up to this size are copied behind the message */
 
+/* The words of cluster=, in the order of crpc_cluster. */
+#define CRPCI_REQUEST_CLUSTERS "failover,failfast,failsafe,failback,forking,broadcast"
+
 /* A policy in which every member has its final value. */
 typedef struct crpci_policy {
     uint8_t cluster;
@@ -15830,6 +16389,7 @@ typedef struct crpci_request_source {
     bool short_names;
     bool intercepted; /* interceptors may have added fields */
     bool ids;         /* every request gets an id */
+    bool timeout_open; /* neither URL nor options set one: the .proto's counts */
     int hash_field;   /* 0: none */
     uint64_t seed;
     uint32_t last_id; /* atomic */
@@ -15870,8 +16430,26 @@ enum {
     CRPCI_CALL_PROTOCOL   /* that the fields are encoded for */
 };
 
+/* Whether a call is zero-initialised, or one that crpc has filled. */
+CRPCI_FN bool crpci_request_valid_call(const crpc_call *call)
+{
+    const void *protocol = call->reserved[CRPCI_CALL_PROTOCOL]; /* of one that holds something */
+    size_t i;
+    for (i = 0; crpci_protocols[i]; i++) {
+        if (protocol == crpci_protocols[i])
+            return true;
+    }
+    for (i = 0; i < sizeof call->reserved / sizeof *call->reserved; i++) {
+        if (call->reserved[i])
+            return false;
+    }
+    return true;
+}
+
 CRPC_API void crpc_call_reset(crpc_call *call)
 {
+    CRPCI_DEMAND(crpci_request_valid_call(call),
+                 "the crpc_call is not initialised: set it to CRPC_INIT before its first use");
     crpci_heap_chunk_unref((crpci_chunk *)call->reserved[CRPCI_CALL_HELD]);
     crpci_heap_chunk_unref((crpci_chunk *)call->reserved[CRPCI_CALL_ADDED]);
     memset(call->reserved, 0, sizeof call->reserved);
@@ -15916,14 +16494,15 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
  * memset, or the string instructions that compilers put in its place, take longer. */
 CRPCI_FN void crpci_request_clear_inputs(crpc_call *call)
 {
-    call->timeout_ms = call->retries = 0;
+    call->policy.cluster = CRPC_CLUSTER_DEFAULT;
+    call->policy.timeout_ms = call->policy.retries = call->policy.backup_ms = 0;
+    call->policy.forks = call->policy.fail_percent = 0;
     call->deadline_us = call->log_id = 0;
     call->fields = NULL;
     call->field_count = 0;
     call->credential = call->attachment = call->key = crpc_view_of(NULL, 0);
     call->request_id = call->order_key = crpc_view_of(NULL, 0);
     call->parent = NULL;
-    call->policy = NULL;
 }
 
 /* The same for the whole call; of the two texts only the first byte is cleared. */
@@ -15964,30 +16543,26 @@ CRPCI_FN void crpci_request_apply_policy(crpci_policy *to, const crpc_policy *p)
                                                              : p->fail_percent);
 }
 
-/* Applies what a call asks for itself. */
-CRPCI_COLD void crpci_request_call_policy(crpci_policy *to, const crpc_call *in)
+/* Whether a call sets any member of its policy. */
+CRPCI_FN bool crpci_request_has_policy(const crpc_policy *p)
 {
-    crpc_policy own;
-    memset(&own, 0, sizeof own);
-    own.timeout_ms = in->timeout_ms;
-    own.retries = in->retries;
-    crpci_request_apply_policy(to, &own);
-    if (in->policy)
-        crpci_request_apply_policy(to, in->policy);
+    return ((int)p->cluster | p->timeout_ms | p->retries | p->backup_ms | p->forks |
+            p->fail_percent) != 0;
 }
 
-/* Works out the settings of a method: the channel's, the table's timeout, the method's options. */
+/* Works out the settings of a method: its options, else the channel's; the .proto's timeout if
+ * neither sets one. */
 CRPCI_COLD void crpci_request_method_settings(const crpci_request_source *s, crpci_method *k)
 {
     const crpc_method *m = k->method;
     size_t i;
     k->policy = s->policy;
     k->hash_field = (uint32_t)s->hash_field;
-    if (m->timeout_ms > 0)
+    if (m->timeout_ms > 0 && s->timeout_open)
         k->policy.timeout_ms = m->timeout_ms;
     for (i = 0; i < s->option_count; i++) {
         const crpc_method_options *o = &s->options[i];
-        if (!o->method || strcmp(o->method, m->name) != 0)
+        if (o->method != m)
             continue;
         k->options = o;
         crpci_request_apply_policy(&k->policy, &o->policy);
@@ -15995,7 +16570,7 @@ CRPCI_COLD void crpci_request_method_settings(const crpci_request_source *s, crp
             k->hash_field = o->hash_field < 0 ? 0 : (uint32_t)o->hash_field;
     }
     k->plain = k->policy.cluster <= CRPC_CLUSTER_FAILFAST && !k->policy.backup_ms &&
-               !(k->options && k->options->degraded);
+               !(k->options && k->options->degraded > 0);
 }
 
 /* Makes the entry of a method that is called for the first time. NULL: out of memory. */
@@ -16092,12 +16667,12 @@ CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *ca
     return crpc_view_of(text, 16);
 }
 
-/* The key of lb=hash in an encoded message: a hash of the bytes of the last field with that
- * number. 0: the message has none. */
+/* The key of lb=hash in an encoded message: a hash of the bytes of the last field with that number.
+ * A field that is absent, as proto3 leaves out zeros, counts as one of no bytes. */
 CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t field)
 {
     const uint8_t *p = crpci_heap_data(r->chunk) + r->payload, *end = p + r->payload_size;
-    uint64_t key = 0, tag = 0;
+    uint64_t key = crpci_base_hash(NULL, 0), tag = 0;
     while (p && p < end) {
         const uint8_t *value = crpci_message_varint(p, end, &tag);
         p = value ? crpci_message_skip(value, end, (unsigned)(tag & 7)) : NULL;
@@ -17482,12 +18057,15 @@ typedef struct crpci_cluster_ops {
 } crpci_cluster_ops;
 
 struct crpc_channel {
+    CRPCI_HANDLE
     crpc_loop *loop;
     bool private_loop;
     bool closed;
+    bool wait; /* calls wait for a provider */
     uint32_t refs;  /* atomic: the program's, of synchronous calls, and one of all others */
     size_t pending; /* asynchronous calls that are not freed */
     crpci_list calls;
+    crpci_list waiting; /* attempts that wait for a list of providers */
     crpci_request_source requests;
     crpci_providers providers;
     const crpci_cluster_ops *cluster;
@@ -17561,7 +18139,7 @@ CRPCI_FN void crpci_attempt_drop_channel(crpc_channel *ch)
     crpci_request_source_free(&ch->requests);
     crpci_balance_close(&ch->providers.balance, l->heap);
     crpci_heap_strfree(l->heap, ch->directory.where);
-    crpci_heap_free(l->heap, ch, sizeof *ch);
+    crpci_heap_retire(l->heap, ch, sizeof *ch);
     crpci_loop_release(l);
 }
 
@@ -17701,11 +18279,12 @@ CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
 
 CRPCI_FN void crpci_attempt_expire(crpci_pending_call *c)
 {
-    bool parked = c->attempt.state == CRPCI_ATTEMPT_WAITING;
+    bool waits = c->attempt.state == CRPCI_ATTEMPT_WAITING;
     crpci_attempt_abandon(c, CRPC_ETIMEDOUT);
     crpci_attempt_explain(c, CRPC_ETIMEDOUT,
-                          parked ? "deadline exceeded while waiting for a connection"
-                                 : "deadline exceeded");
+                          !waits                ? "deadline exceeded"
+                          : c->attempt.endpoint ? "deadline exceeded while waiting for a connection"
+                                                : "deadline exceeded while waiting for a provider");
     crpci_attempt_finish(c, CRPC_ETIMEDOUT);
 }
 
@@ -17735,12 +18314,26 @@ CRPCI_FN void crpci_attempt_mark_tried(crpci_pending_call *c)
     c->tried.last[(c->tried.attempts - 1) % CRPCI_PROVIDERS_TRIED] = c->attempt.endpoint;
 }
 
-/* Makes an attempt on a member; NULL ends the call. The call may be over, and an asynchronous one
- * freed, when this returns. */
+/* With wait=1: takes a call that nobody can be sent to now into the channel's waiting list, until a
+ * list of providers comes or its deadline passes. False: the call does not wait. */
+CRPCI_COLD bool crpci_attempt_park(crpci_pending_call *c)
+{
+    crpc_channel *ch = c->channel;
+    if (!ch->wait || ch->closed || c->kind >= CRPCI_CALL_PART)
+        return false;
+    c->attempt.state = CRPCI_ATTEMPT_WAITING;
+    crpci_list_append(&ch->waiting, &c->attempt.link);
+    return true;
+}
+
+/* Makes an attempt on a member; NULL ends the call, or lets it wait. The call may be over, and an
+ * asynchronous one freed, when this returns. */
 CRPCI_FN void crpci_attempt_start(crpci_pending_call *c, crpci_member *m)
 {
     crpc_channel *ch = c->channel;
     crpci_endpoint *e;
+    if (CRPCI_UNLIKELY(!m) && crpci_attempt_park(c))
+        return;
     c->tried.attempts++;
     c->attempt.sent = CRPC_SENT_NO;
     if (CRPCI_UNLIKELY(!m)) {
@@ -17770,6 +18363,34 @@ CRPCI_FN bool crpci_attempt_may_retry(crpci_pending_call *c, int code)
     return harmless && c->tried.attempts < c->tried.max_attempts && !c->channel->closed &&
            crpci_loop_rough_time(c->channel->loop) < c->attempt.deadline_us &&
            crpci_request_renew(&c->attempt.request, c->block);
+}
+
+/* With wait=1: whether a call whose last attempt could not connect begins anew, wherever a backoff
+ * ends first. Endpoints bound the rate of dials, so such attempts are not counted as retries. */
+CRPCI_COLD bool crpci_attempt_wait(crpci_pending_call *c, int code)
+{
+    crpci_member *m;
+    if (!c->channel->wait || code != CRPC_ECONN || c->before != CRPC_SENT_NO ||
+        c->channel->closed || c->kind >= CRPCI_CALL_PART ||
+        crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us ||
+        !crpci_request_renew(&c->attempt.request, c->block))
+        return false;
+    memset(c->tried.last, 0, sizeof c->tried.last);
+    m = crpci_attempt_pick(c);
+    if (!m || m->endpoint->usable_at > c->attempt.deadline_us)
+        return crpci_attempt_park(c);
+    crpci_attempt_start(c, m);
+    return true;
+}
+
+/* Ends a call whose last attempt has failed; `more` says why it is not retried, or is "". */
+CRPCI_COLD void crpci_attempt_give_up(crpci_pending_call *c, int code, const char *cause,
+                                      const char *more)
+{
+    char text[CRPC_ERROR_TEXT_MAX];
+    crpci_status_format(text, sizeof text, "%s%s", cause, more);
+    crpci_attempt_explain(c, code, text);
+    crpci_attempt_finish(c, code);
 }
 
 /* Chooses where a failed attempt is made again. NULL: nowhere. `stale`: perhaps only the connection
@@ -17831,16 +18452,17 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     stale = stale && (c->before == CRPC_SENT_NO ||
                       (c->method->method->flags & CRPC_METHOD_IDEMPOTENT));
     m = again ? crpci_attempt_next(c, code, stale) : NULL;
-    if (m && crpci_attempt_affordable(c, m, code, stale)) {
-        e->refs++; /* the new attempt may end the call, and with it the last reference */
+    e->refs++; /* the next attempt may end the call, and with it the last reference */
+    if (m && crpci_attempt_affordable(c, m, code, stale))
         crpci_attempt_start(c, m);
-        crpci_endpoint_serve_waiting(e);
-        crpci_endpoint_drop(e);
-    } else if (c->group && ch->cluster->leaves_open(c->group, code)) {
-        crpci_endpoint_serve_waiting(e);
-    } else {
-        crpci_attempt_finish(c, code);
-    }
+    else if (!(c->group && ch->cluster->leaves_open(c->group, code)) &&
+             !crpci_attempt_wait(c, code))
+        crpci_attempt_give_up(c, code, cause,
+                              m       ? "; retry_budget is used up"
+                              : again ? "; no other provider to try"
+                                      : "");
+    crpci_endpoint_serve_waiting(e);
+    crpci_endpoint_drop(e);
 }
 
 /* What a reply says about the provider: an application's error shows a service that works, a
@@ -17896,13 +18518,30 @@ CRPCI_FN void crpci_attempt_begin(crpci_pending_call *c)
     if (crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us) {
         crpci_attempt_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before it was sent");
         crpci_attempt_finish(c, CRPC_ETIMEDOUT);
-    } else if (CRPCI_UNLIKELY(o && o->degraded)) {
+    } else if (CRPCI_UNLIKELY(!c->key && crpci_balance_wants_key(&c->channel->providers.balance))) {
+        crpci_attempt_explain(c, CRPC_EINVAL,
+                              "lb=hash needs a key: set crpc_call.key, or hash_field");
+        crpci_attempt_finish(c, CRPC_EINVAL);
+    } else if (CRPCI_UNLIKELY(o && o->degraded > 0)) {
         crpci_attempt_explain(c, CRPC_EREJECT, "degraded by the method's options");
         crpci_attempt_finish(c, CRPC_EREJECT);
     } else if (CRPCI_UNLIKELY(c->policy.cluster >= CRPC_CLUSTER_FORKING) && c->channel->cluster) {
         c->channel->cluster->begin(c);
     } else {
         crpci_attempt_start(c, crpci_attempt_pick(c));
+    }
+}
+
+/* With wait=1: a list of providers has come. The calls that wait for one begin anew. */
+CRPCI_COLD void crpci_attempt_serve_waiting(crpc_channel *ch)
+{
+    crpci_list now;
+    crpci_list_move(&now, &ch->waiting);
+    while (!crpci_list_empty(&now)) {
+        crpci_attempt *a = CRPCI_CONTAINER(now.next, crpci_attempt, link);
+        crpci_list_remove(&a->link);
+        a->state = CRPCI_ATTEMPT_IDLE;
+        crpci_attempt_begin(crpci_attempt_call(a));
     }
 }
 
@@ -18192,7 +18831,9 @@ CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
     bool all = c->policy.cluster == CRPC_CLUSTER_BROADCAST;
     size_t count = c->channel->providers.count;
     size_t n = all || !c->policy.forks ? count : (size_t)c->policy.forks;
-    if (!count) {
+    if (!count && crpci_attempt_park(c)) {
+        ; /* waits for a list */
+    } else if (!count) {
         crpci_attempt_no_provider(c);
     } else if (crpci_cluster_need_group(c, all) && crpci_cluster_branch(c, n)) {
         crpci_cluster_settle(c);
@@ -18399,15 +19040,15 @@ CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
     c->error_chunk = NULL;
     c->status = CRPC_OK;
     c->policy = k->policy;
-    if (CRPCI_UNLIKELY(in->policy || in->timeout_ms > 0 || in->retries))
-        crpci_request_call_policy(&c->policy, in);
+    if (CRPCI_UNLIKELY(crpci_request_has_policy(&in->policy)))
+        crpci_request_apply_policy(&c->policy, &in->policy);
     c->start_us = start;
     a->deadline_us = crpci_channel_deadline(&c->policy, in, start);
     c->backup_us = INT64_MAX;
     if (CRPCI_UNLIKELY(c->policy.backup_ms && kind != CRPCI_CALL_NOTIFY &&
                        (k->method->flags & CRPC_METHOD_IDEMPOTENT)))
         c->backup_us = start + (int64_t)c->policy.backup_ms * 1000;
-    c->key = crpc_view_size(in->key)
+    c->key = crpc_view_data(in->key)
                  ? crpci_base_hash(crpc_view_data(in->key), crpc_view_size(in->key))
                  : 0;
     if (CRPCI_UNLIKELY(k->hash_field && !c->key))
@@ -18484,7 +19125,8 @@ CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_method *k, const v
     int64_t start = crpci_loop_now(l);
     crpci_pending_call c;
     crpci_attempt *a = &c.attempt;
-    bool borrow = k->plain && !call->policy; /* two frames at a time cannot share the bytes */
+    /* Two frames at a time cannot share the bytes. */
+    bool borrow = k->plain && !call->policy.cluster && !call->policy.backup_ms;
     int err = crpci_request_encode(&ch->requests, k, request, call, borrow, 0, &a->request,
                                    &call->error);
     if (err)
@@ -18525,6 +19167,7 @@ CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const voi
     crpc_call local;
     size_t ran;
     int err;
+    CRPCI_HANDLE_CHECK(ch);
     crpci_thread_ref(&ch->refs); /* another thread may close the channel meanwhile */
     k = crpci_request_find_method(&ch->requests, m);
     if (hold)
@@ -18909,6 +19552,7 @@ CRPC_API void crpc_channel_close(crpc_channel *ch)
     bool private_loop;
     if (!ch)
         return;
+    CRPCI_HANDLE_CLOSE(ch);
     l = ch->loop;
     private_loop = ch->private_loop;
     crpci_loop_lock(l);
@@ -18952,107 +19596,74 @@ CRPC_API size_t crpc_channel_providers(crpc_channel *ch)
 
 #if CRPC_ENABLE_CLIENT
 
-/* The options a URL may carry, and where they go. */
-typedef struct crpci_opening_key {
-    const char *name;
-    int64_t max;
-    size_t offset;     /* in crpc_channel_options */
-    bool wide;         /* int64_t, else int */
-    const char *words; /* NULL: a number; else the first of these means 1 */
-} crpci_opening_key;
+#define CRPCI_OPENING_ROW(member, name, flags, zero, none, least, most)                            \
+    CRPCI_OPTION_ROW(crpc_channel_options, member, name, NULL, flags, zero, none, least, most)
+#define CRPCI_OPENING_MS(member, name, flags, zero, none)                                          \
+    CRPCI_OPENING_ROW(member, name, flags, zero, none, 1, CRPCI_REQUEST_LONGEST_MS)
+#define CRPCI_OPENING_TEXT(member, name, flags)                                                    \
+    CRPCI_OPENING_ROW(member, name, CRPCI_OPTION_TEXT | (flags), 0, 0, 0, 0)
+#define CRPCI_OPENING_FLAG(member, name, flags) CRPCI_OPENING_ROW(member, name, flags, 0, 0, 1, 1)
 
-#define CRPCI_OPENING_KEY(name, max, wide)                                                         \
-    {#name, max, offsetof(crpc_channel_options, name), wide, NULL}
-#define CRPCI_OPENING_MS(name) CRPCI_OPENING_KEY(name, CRPCI_REQUEST_LONGEST_MS, false)
-
-static const crpci_opening_key crpci_opening_keys[] = {
-    CRPCI_OPENING_MS(timeout_ms),
-    CRPCI_OPENING_MS(connect_timeout_ms),
-    CRPCI_OPENING_KEY(retries, CRPCI_REQUEST_RETRIES, false),
-    CRPCI_OPENING_KEY(inflight, INT32_MAX, false),
-    CRPCI_OPENING_KEY(max_body, INT32_MAX, true),
-    CRPCI_OPENING_KEY(max_queued, INT64_MAX, true),
-    CRPCI_OPENING_KEY(short_names, 1, false),
-    CRPCI_OPENING_MS(registry_timeout_ms),
-    CRPCI_OPENING_MS(session_timeout_ms),
-    CRPCI_OPENING_KEY(must_connect, 1, false),
-    {"lb", 0, offsetof(crpc_channel_options, balancer), false, "random,wrandom,rr,wrr,la,hash,p2c"},
-    {"cluster", 0, offsetof(crpc_channel_options, cluster), false,
-     "failover,failfast,failsafe,failback,forking,broadcast"},
-    CRPCI_OPENING_MS(backup_ms),
-    CRPCI_OPENING_KEY(forks, INT32_MAX, false),
-    CRPCI_OPENING_KEY(fail_percent, 100, false),
-    CRPCI_OPENING_KEY(hash_field, 0x1fffffff, false),
-    CRPCI_OPENING_KEY(max_endpoints, INT32_MAX, false),
-    CRPCI_OPENING_KEY(retry_budget, INT32_MAX, false),
-    CRPCI_OPENING_KEY(request_ids, 1, false),
-    CRPCI_OPENING_KEY(allow_empty, 1, false),
-    CRPCI_OPENING_MS(stale_ttl_ms),
-    CRPCI_OPENING_MS(failback_ms),
-    CRPCI_OPENING_KEY(failback_max, INT32_MAX, false),
-    CRPCI_OPENING_KEY(breaker, 1, false),
-    CRPCI_OPENING_KEY(breaker_percent, 100, false),
-    CRPCI_OPENING_KEY(breaker_requests, INT32_MAX, false),
-    CRPCI_OPENING_MS(breaker_window_ms),
-    CRPCI_OPENING_MS(breaker_slow_ms),
-    CRPCI_OPENING_KEY(breaker_slow_percent, 100, false),
-    CRPCI_OPENING_MS(breaker_open_ms),
-    CRPCI_OPENING_MS(breaker_open_max_ms),
-    CRPCI_OPENING_MS(breaker_ramp_ms),
-    CRPCI_OPENING_KEY(breaker_eject_percent, 100, false),
+static const crpci_option crpci_opening_rows[] = {
+    CRPCI_OPTION_ROW(crpc_channel_options, policy.cluster, "cluster", CRPCI_REQUEST_CLUSTERS, 0,
+                     CRPC_CLUSTER_FAILOVER, CRPC_CLUSTER_FAILOVER, 1, CRPC_CLUSTER_BROADCAST),
+    CRPCI_OPENING_MS(policy.timeout_ms, "timeout_ms", 0, 1000, CRPCI_REQUEST_LONGEST_MS),
+    CRPCI_OPENING_ROW(policy.retries, "retries", 0, 2, 0, 1, CRPCI_REQUEST_RETRIES),
+    CRPCI_OPENING_MS(policy.backup_ms, "backup_ms", CRPCI_OPTION_POLICY, 0, 0),
+    CRPCI_OPENING_ROW(policy.forks, "forks", CRPCI_OPTION_POLICY, 2, 0, 1, CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(policy.fail_percent, "fail_percent", CRPCI_OPTION_POLICY, 0, 0, 1, 100),
+    CRPCI_OPTION_ROW(crpc_channel_options, balancer, "lb", CRPCI_BALANCE_WORDS, 0,
+                     CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, 1,
+                     CRPCI_BALANCE_KINDS),
+    CRPCI_OPENING_ROW(hash_field, "hash_field", CRPCI_OPTION_POLICY, 0, 0, 1, 0x1fffffff),
+    CRPCI_OPENING_ROW(max_endpoints, "max_endpoints", CRPCI_OPTION_POLICY, 0, 0, 1,
+                      CRPCI_OPTION_ANY),
+    CRPCI_OPENING_FLAG(wait, "wait", 0),
+    CRPCI_OPENING_MS(connect_timeout_ms, "connect_timeout_ms", 0, 500, 0),
+    CRPCI_OPENING_ROW(retry_budget, "retry_budget", CRPCI_OPTION_POLICY, 10, -1, 1,
+                      CRPCI_OPTION_ANY),
+    CRPCI_OPENING_FLAG(request_ids, "request_ids", 0),
+    CRPCI_OPENING_FLAG(breaker.enabled, "breaker", CRPCI_OPTION_POLICY),
+    CRPCI_OPENING_ROW(breaker.percent, "breaker_percent", CRPCI_OPTION_POLICY, 50, 50, 1, 100),
+    CRPCI_OPENING_ROW(breaker.requests, "breaker_requests", CRPCI_OPTION_POLICY, 20, 1, 1,
+                      CRPCI_OPTION_ANY),
+    CRPCI_OPENING_MS(breaker.window_ms, "breaker_window_ms", CRPCI_OPTION_POLICY, 10000, 10000),
+    CRPCI_OPENING_MS(breaker.slow_ms, "breaker_slow_ms", CRPCI_OPTION_POLICY, 0, 0),
+    CRPCI_OPENING_ROW(breaker.slow_percent, "breaker_slow_percent", CRPCI_OPTION_POLICY, 50, 50, 1,
+                      100),
+    CRPCI_OPENING_MS(breaker.open_ms, "breaker_open_ms", CRPCI_OPTION_POLICY, 1000, 1000),
+    CRPCI_OPENING_MS(breaker.open_max_ms, "breaker_open_max_ms", CRPCI_OPTION_POLICY, 30000, 30000),
+    CRPCI_OPENING_MS(breaker.ramp_ms, "breaker_ramp_ms", CRPCI_OPTION_POLICY, 5000, 0),
+    CRPCI_OPENING_ROW(breaker.eject_percent, "breaker_eject_percent", CRPCI_OPTION_POLICY, 50, 100,
+                      1, 100),
+    CRPCI_OPENING_TEXT(directory.group, "group", CRPCI_OPTION_BACKEND),
+    CRPCI_OPENING_TEXT(directory.version, "version", CRPCI_OPTION_BACKEND),
+    CRPCI_OPENING_TEXT(directory.application, "application", CRPCI_OPTION_DIRECTORY),
+    CRPCI_OPENING_TEXT(directory.credential, "registry_credential", CRPCI_OPTION_SECRET),
+    CRPCI_OPENING_MS(directory.timeout_ms, "registry_timeout_ms", 0, 3000, 0),
+    CRPCI_OPENING_MS(directory.session_timeout_ms, "session_timeout_ms", 0, 15000, 15000),
+    CRPCI_OPENING_FLAG(directory.must_connect, "must_connect", 0),
+    CRPCI_OPENING_FLAG(directory.allow_empty, "allow_empty", 0),
+    CRPCI_OPENING_MS(directory.stale_ttl_ms, "stale_ttl_ms", 0, 600000, 0),
+    CRPCI_OPENING_TEXT(directory.cache, "cache", CRPCI_OPTION_BACKEND),
+    CRPCI_OPENING_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, 1, INT32_MAX),
+    CRPCI_OPENING_ROW(limits.max_queued, "max_queued", 0, 16 << 20, 0, 1, CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(wire.inflight, "inflight", 0, 0, 0, 1, CRPCI_OPTION_ANY),
+    CRPCI_OPENING_FLAG(wire.short_names, "short_names", 0),
+    CRPCI_OPENING_TEXT(security.credential, "credential", CRPCI_OPTION_SECRET),
+    CRPCI_OPENING_MS(failback_ms, "failback_ms", CRPCI_OPTION_POLICY, 5000, 5000),
+    CRPCI_OPENING_ROW(failback_max, "failback_max", CRPCI_OPTION_POLICY, 100, 0, 1,
+                      CRPCI_OPTION_ANY),
 };
 
-/* Which of the words, separated by commas, this is, counted from 1; 0: none. */
-CRPCI_COLD int64_t crpci_opening_word(const char *words, const char *value)
-{
-    size_t n = strlen(value);
-    int64_t i;
-    for (i = 1; words; i++) {
-        if (n && strncmp(words, value, n) == 0 && (words[n] == ',' || words[n] == '\0'))
-            return i;
-        words = strchr(words, ',');
-        words = words ? words + 1 : NULL;
-    }
-    return 0;
-}
+static const crpci_options crpci_opening_options = {CRPCI_OPTIONS_OF(crpci_opening_rows)};
 
-CRPCI_COLD bool crpci_opening_option(crpc_channel_options *o, const char *key, const char *value)
+CRPC_API int crpc_channel_options_parse(char *text, crpc_channel_options *options,
+                                        crpc_error *error)
 {
-    size_t i;
-    int64_t n;
-    for (i = 0; i < sizeof crpci_opening_keys / sizeof *crpci_opening_keys; i++) {
-        const crpci_opening_key *k = &crpci_opening_keys[i];
-        char *field = (char *)o + k->offset;
-        if (strcmp(key, k->name) != 0)
-            continue;
-        n = k->words ? crpci_opening_word(k->words, value) : 0;
-        if (k->words ? !n : !crpci_url_number(value, k->max, &n))
-            return false;
-        if (k->wide) {
-            memcpy(field, &n, sizeof n);
-        } else {
-            int narrow = (int)n;
-            memcpy(field, &narrow, sizeof narrow);
-        }
-        return true;
-    }
-    return false;
-}
-
-CRPCI_COLD int crpci_opening_balance(crpc_channel *ch, crpc_balancer balancer)
-{
-    static const uint8_t kinds[] = {CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
-                                    CRPCI_BALANCE_RANDOM,
-                                    CRPCI_BALANCE_WEIGHTED_RANDOM,
-                                    CRPCI_BALANCE_ROUND_ROBIN,
-                                    CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
-                                    CRPCI_BALANCE_LEAST_ACTIVE,
-                                    CRPCI_BALANCE_CONSISTENT_HASH,
-                                    CRPCI_BALANCE_P2C};
-    int64_t which = (int64_t)balancer; /* as a number: C++ takes an enum's range for granted */
-    if (which < 0 || which > CRPC_BALANCER_P2C)
-        return CRPC_EINVAL;
-    return crpci_balance_open(&ch->providers.balance, (crpci_balance_kind)kinds[which]);
+    crpci_options_target to[] = {{&crpci_opening_options, options, 0},
+                                 {&crpci_drive_options, &options->private_loop, 0}};
+    return crpci_options_lines(to, 2, text, error);
 }
 
 /* Whether the providers are looked up rather than named in the URL. */
@@ -19068,6 +19679,32 @@ typedef struct crpci_opening_request {
     crpci_open_request directory;
 #endif
 } crpci_opening_request;
+
+/* Takes one key=value of a URL: the backend's, or an option. Text options point into the URL. */
+CRPCI_COLD int crpci_opening_read_key(const char *scheme, const char *key, const char *value,
+                                      crpc_channel_options *o, crpci_opening_request *request,
+                                      crpc_error *error)
+{
+    const crpci_option *row = crpci_options_find(&crpci_opening_options, key);
+    bool registry = crpci_opening_has_registry(scheme);
+#if CRPCI_DIRECTORY
+    if (registry && crpci_open_option(&request->directory, false, key, value))
+        return CRPC_OK;
+#endif
+    if (strcmp(key, "protocol") == 0 && crpci_protocols_find(value)) {
+        request->protocol = crpci_protocols_find(value);
+        return CRPC_OK;
+    }
+    if (row && (row->flags & CRPCI_OPTION_SECRET))
+        return crpci_status_set(error, CRPC_EINVAL, "%s: a secret: it belongs into the options or "
+                                                    "a configuration line, not into a URL",
+                                key);
+    if (!row || (row->flags & CRPCI_OPTION_BACKEND) ||
+        (!registry && (row->flags & CRPCI_OPTION_DIRECTORY)))
+        return crpci_status_set(error, CRPC_EINVAL, "URL option %.60s=%.60s: not known for %s://",
+                                key, value, scheme);
+    return crpci_options_read(row, o, value, error);
+}
 
 /* Finds the backend, unless the providers stand in the URL, and reads the URL's options. */
 CRPCI_COLD int crpci_opening_read_url(crpci_url *u, crpc_channel_options *o,
@@ -19088,52 +19725,72 @@ CRPCI_COLD int crpci_opening_read_url(crpci_url *u, crpc_channel_options *o,
 #endif
     while (!err) {
         err = crpci_url_next(u, &key, &value, error);
-#if CRPCI_DIRECTORY
-        if (!err && registry && crpci_open_option(&request->directory, false, key, value))
-            continue;
-#endif
-        if (!err && strcmp(key, "protocol") == 0 && crpci_protocols_find(value))
-            request->protocol = crpci_protocols_find(value);
-        else if (!err && !crpci_opening_option(o, key, value))
-            err = crpci_status_set(error, CRPC_EINVAL,
-                                   "URL option %.60s=%.60s: not known for %s://, or out of range",
-                                   key, value, u->scheme);
+        if (!err)
+            err = crpci_opening_read_key(u->scheme, key, value, o, request, error);
     }
     return err == CRPC_EPENDING ? CRPC_OK : err;
 }
 
+/* Refuses what a build without CRPC_ENABLE_POLICY cannot do, beside what the table says. */
+CRPCI_COLD int crpci_opening_check_policy(const crpc_policy *p, const crpc_method_options *m,
+                                          crpc_error *error)
+{
+    const char *what = p->cluster > CRPC_CLUSTER_FAILFAST             ? "cluster"
+                       : m && m->degraded > 0                         ? "degraded"
+                       : m && (m->fallback || crpc_view_data(m->canned)) ? "fallback, canned"
+                                                                      : NULL;
+    if (CRPC_ENABLE_POLICY || !what)
+        return CRPC_OK;
+    return crpci_status_set(error, CRPC_EUNSUPPORTED,
+                            "%s%s%s: not compiled in: CRPC_ENABLE_POLICY is 0",
+                            m ? m->method->name : "", m ? ": " : "", what);
+}
+
+/* Checks the options of methods as the channel's own are. */
+CRPCI_COLD int crpci_opening_check_methods(const crpc_channel_options *o, crpc_error *error)
+{
+    crpc_channel_options own;
+    size_t i;
+    int err = CRPC_OK;
+    memset(&own, 0, sizeof own);
+    for (i = 0; i < o->method_count && !err; i++) {
+        const crpc_method_options *m = &o->methods[i];
+        if (!m->method)
+            return crpci_status_set(error, CRPC_EINVAL, "methods[%zu] names no method", i);
+        own.policy = m->policy;
+        own.hash_field = m->hash_field;
+        err = crpci_options_check(&crpci_opening_options, &own, error);
+        err = err ? err : crpci_opening_check_policy(&m->policy, m, error);
+    }
+    return err;
+}
+
+CRPCI_COLD int crpci_opening_check(const crpc_channel_options *o, crpc_error *error)
+{
+    int err = crpci_options_check(&crpci_opening_options, o, error);
+    err = err ? err : crpci_opening_check_policy(&o->policy, NULL, error);
+    return err ? err : crpci_opening_check_methods(o, error);
+}
+
 #if CRPC_ENABLE_POLICY
 
-CRPCI_COLD void crpci_opening_breaker(crpci_providers *p, const crpc_channel_options *o)
+CRPCI_COLD void crpci_opening_breaker(crpci_providers *p, const crpc_breaker_options *o)
 {
     crpci_breaker_options *b = &p->breaker;
-    if (o->breaker <= 0)
+    if (!o->enabled)
         return;
-    b->error_percent = (int)crpci_base_min64(crpci_base_option(o->breaker_percent, 50, 50), 100);
-    b->min_requests = (int)crpci_base_option(o->breaker_requests, 20, 1);
-    b->window_us = crpci_base_option(o->breaker_window_ms, 10000, 10000) * 1000;
-    b->slow_us = crpci_base_option(o->breaker_slow_ms, 0, 0) * 1000;
-    b->slow_percent = (int)crpci_base_option(o->breaker_slow_percent, 50, 50);
-    b->open_us = crpci_base_option(o->breaker_open_ms, 1000, 1000) * 1000;
-    b->open_max_us = crpci_base_option(o->breaker_open_max_ms, 30000, 30000) * 1000;
-    b->ramp_us = crpci_base_option(o->breaker_ramp_ms, 5000, 0) * 1000;
-    p->ejected_percent = (size_t)crpci_base_option(o->breaker_eject_percent, 50, 100);
+    b->error_percent = o->percent;
+    b->min_requests = o->requests;
+    b->window_us = (int64_t)o->window_ms * 1000;
+    b->slow_us = (int64_t)o->slow_ms * 1000;
+    b->slow_percent = o->slow_percent;
+    b->open_us = (int64_t)o->open_ms * 1000;
+    b->open_max_us = (int64_t)o->open_max_ms * 1000;
+    b->ramp_us = (int64_t)o->ramp_ms * 1000;
+    p->ejected_percent = (size_t)o->eject_percent;
 }
 
 #endif /* CRPC_ENABLE_POLICY */
-
-CRPCI_COLD void crpci_opening_policy(crpci_policy *to, const crpc_channel_options *o)
-{
-    crpc_policy policy;
-    memset(&policy, 0, sizeof policy);
-    policy.cluster = o->cluster ? o->cluster : CRPC_CLUSTER_FAILOVER;
-    policy.timeout_ms = (int)crpci_base_option(o->timeout_ms, 1000, CRPCI_REQUEST_LONGEST_MS);
-    policy.retries = o->retries ? o->retries : 2;
-    policy.backup_ms = o->backup_ms;
-    policy.forks = o->forks ? o->forks : 2;
-    policy.fail_percent = o->fail_percent;
-    crpci_request_apply_policy(to, &policy);
-}
 
 CRPCI_COLD uint64_t crpci_opening_seed(crpc_loop *l)
 {
@@ -19147,12 +19804,18 @@ CRPCI_COLD uint64_t crpci_opening_seed(crpc_loop *l)
 CRPCI_COLD void crpci_opening_requests(crpci_request_source *s, const crpc_channel_options *o,
                                        uint64_t seed)
 {
-    crpci_opening_policy(&s->policy, o);
-    s->short_names = o->short_names != 0;
+    crpci_policy *p = &s->policy;
+    p->cluster = (uint8_t)o->policy.cluster;
+    p->retries = (uint8_t)o->policy.retries;
+    p->fail_percent = (uint8_t)o->policy.fail_percent;
+    p->timeout_ms = o->policy.timeout_ms;
+    p->backup_ms = o->policy.backup_ms;
+    p->forks = o->policy.forks;
+    s->short_names = o->wire.short_names != 0;
     s->intercepted = o->interceptor_count != 0;
-    s->ids = o->request_ids > 0;
+    s->ids = o->request_ids != 0;
     s->seed = seed;
-    s->hash_field = o->hash_field < 0 ? 0 : o->hash_field;
+    s->hash_field = o->hash_field;
     s->options = o->methods;
     s->option_count = o->method_count;
 }
@@ -19161,28 +19824,32 @@ CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_o
                                         uint64_t seed)
 {
     p->events = &crpci_attempt_events;
-    p->endpoint.connect_timeout_ms = (int)crpci_base_option(o->connect_timeout_ms, 500, 0);
-    p->endpoint.inflight = (uint32_t)crpci_base_option(o->inflight, 0, 0);
-    p->endpoint.max_body = (uint32_t)crpci_base_min64(
-        crpci_base_option(o->max_body, 64 << 20, INT32_MAX), INT32_MAX);
-    p->endpoint.max_queued = crpci_base_option(o->max_queued, 16 << 20, 0);
+    p->endpoint.connect_timeout_ms = o->connect_timeout_ms;
+    p->endpoint.inflight = (uint32_t)o->wire.inflight;
+    p->endpoint.max_body = (uint32_t)o->limits.max_body;
+    p->endpoint.max_queued = o->limits.max_queued;
     p->stale_at = INT64_MAX;
-    p->stale_ttl_us = crpci_base_option(o->stale_ttl_ms, 600000, INT64_MAX / 4000) * 1000;
+    p->stale_ttl_us = o->directory.stale_ttl_ms ? (int64_t)o->directory.stale_ttl_ms * 1000
+                                                : INT64_MAX / 4;
 #if CRPC_ENABLE_POLICY
-    p->max = (size_t)crpci_base_option(o->max_endpoints, 0, 0);
+    p->max = (size_t)o->max_endpoints;
     p->seed = seed;
     p->reweigh_at = INT64_MAX;
-    crpci_opening_breaker(p, o);
+    crpci_opening_breaker(p, &o->breaker);
 #else
     (void)seed;
 #endif
 }
 
-CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, const crpc_channel_options *o)
+/* Takes over checked options; those of `o` get their final values. */
+CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, crpc_channel_options *o)
 {
     uint64_t seed = crpci_opening_seed(ch->loop);
+    ch->requests.timeout_open = !o->policy.timeout_ms;
+    crpci_options_fill(&crpci_opening_options, o);
     crpci_opening_requests(&ch->requests, o, seed);
     crpci_opening_providers(&ch->providers, o, seed);
+    ch->wait = o->wait > 0;
     ch->interceptors = o->interceptors;
     ch->interceptor_count = o->interceptor_count;
 #if CRPC_ENABLE_POLICY
@@ -19190,50 +19857,88 @@ CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, const crpc_channel_opt
     ch->providers.in_group = crpci_cluster_tried;
     ch->budget.limited = o->retry_budget >= 0;
     crpci_limiter_budget_init(&ch->budget.tokens,
-                              (uint32_t)crpci_base_option(o->retry_budget, 10, 0), 1);
-    ch->failback.pause_us = crpci_base_option(o->failback_ms, 5000, 5000) * 1000;
-    ch->failback.max = (size_t)crpci_base_option(o->failback_max, 100, 0);
+                              o->retry_budget > 0 ? (uint32_t)o->retry_budget : 0, 1);
+    ch->failback.pause_us = (int64_t)o->failback_ms * 1000;
+    ch->failback.max = (size_t)o->failback_max;
     ch->failback.dropped = o->failback_dropped;
     ch->failback.user = o->failback_user;
 #endif
 }
 
+#define CRPCI_OPENING_ADDRESSES 16 /* of one host name */
+
+/* Appends the providers that one "host:port" of a URL stands for: all addresses of a name. */
+CRPCI_COLD int crpci_opening_item(crpci_snapshot *list, const char *text, crpc_error *error)
+{
+    char names[1024], *rest = names;
+    size_t from = list->count, most = from + CRPCI_OPENING_ADDRESSES;
+    unsigned port;
+    crpci_addr a;
+    int err;
+    if (crpci_sock_parse(&a, text)) {
+        crpci_sock_format(&a, list->providers[list->count++].address, CRPC_ADDRESS_MAX);
+        return CRPC_OK;
+    }
+    err = crpci_resolver_split(list->heap, text, names, sizeof names, &port, error);
+    while (!err && list->count < most &&
+           crpci_resolver_next(&rest, port, list->providers[list->count].address,
+                               CRPC_ADDRESS_MAX))
+        list->count++;
+    if (!err && list->count == from)
+        err = crpci_status_set(error, CRPC_ERESOLVE,
+                               "\"%.80s\": the resolve hook gave no numeric address", text);
+    return err;
+}
+
+/* The providers that stand in a tcp://, unix:// or list:// URL. */
+CRPCI_COLD int crpci_opening_items(crpci_snapshot *list, crpci_url *u, crpc_error *error)
+{
+    char *item, *next;
+    const char *p;
+    size_t i;
+    int err = CRPC_OK;
+    list->count = 0;
+    if (strcmp(u->scheme, "unix") == 0) {
+        if ((size_t)snprintf(list->providers[list->count++].address, CRPC_ADDRESS_MAX, "unix:%s",
+                             u->path) >= CRPC_ADDRESS_MAX)
+            return crpci_status_set(error, CRPC_EINVAL, "unix:// path is over %d bytes",
+                                    CRPC_ADDRESS_MAX - 6);
+    } else {
+        for (item = u->authority; item && !err; item = next) {
+            next = strcmp(u->scheme, "list") == 0 ? strchr(item, ',') : NULL;
+            if (next)
+                *next++ = '\0';
+            err = crpci_opening_item(list, item, error);
+            p = strrchr(list->providers[list->count ? list->count - 1 : 0].address, ':');
+            if (!err && strcmp(p, ":0") == 0)
+                err = crpci_status_set(error, CRPC_EINVAL,
+                                       "%s://%.80s: a client cannot connect to port 0; give the "
+                                       "port that the server listens on",
+                                       u->scheme, item);
+        }
+    }
+    for (i = 0; i < list->count; i++)
+        list->providers[i].weight = CRPCI_NAMES_WEIGHT;
+    return err;
+}
+
 /* tcp://, unix:// and list://: the providers stand in the URL. */
 CRPCI_COLD int crpci_opening_static(crpc_channel *ch, crpci_url *u, crpc_error *error)
 {
-    crpci_heap *h = ch->loop->heap;
-    size_t count = 1, n = 0;
-    char *p, *item, *next;
+    size_t count = 1;
+    const char *p;
     crpci_snapshot *list;
-    int err = CRPC_OK;
-    bool many = strcmp(u->scheme, "list") == 0, local = strcmp(u->scheme, "unix") == 0;
-    if (!local && *u->path)
+    int err;
+    if (*u->authority && *u->path)
         return crpci_status_set(error, CRPC_EINVAL,
                                 "%s://%.60s: tcp:// and list:// URLs take no path: \"/%.60s\"",
                                 u->scheme, u->authority, u->path);
-    for (p = u->authority; many && *p; p++)
+    for (p = u->authority; *p; p++)
         count += *p == ',';
-    list = crpci_directory_snapshot(h, count);
+    list = crpci_directory_snapshot(ch->loop->heap, count * CRPCI_OPENING_ADDRESSES);
     if (!list)
         return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    for (item = local ? u->path : u->authority; item && !err; item = next) {
-        next = many ? strchr(item, ',') : NULL;
-        if (next)
-            *next++ = '\0';
-        list->providers[n].weight = CRPCI_NAMES_WEIGHT;
-        p = list->providers[n].address;
-        if (local && (size_t)snprintf(p, CRPC_ADDRESS_MAX, "unix:%s", item) >= CRPC_ADDRESS_MAX)
-            err = crpci_status_set(error, CRPC_EINVAL, "unix:// path is over %d bytes",
-                                   CRPC_ADDRESS_MAX - 6);
-        else if (!local)
-            err = crpci_resolver_address(h, item, p, CRPC_ADDRESS_MAX, error);
-        if (!err && !local && strcmp(strrchr(p, ':'), ":0") == 0)
-            err = crpci_status_set(error, CRPC_EINVAL,
-                                   "%s://%.80s: a client cannot connect to port 0; give the port "
-                                   "that the server listens on",
-                                   u->scheme, item);
-        n++;
-    }
+    err = crpci_opening_items(list, u, error);
     if (!err) {
         crpci_loop_lock(ch->loop);
         err = crpci_providers_update(&ch->providers, list);
@@ -19253,16 +19958,26 @@ CRPCI_COLD int crpci_opening_static(crpc_channel *ch, crpci_url *u, crpc_error *
 CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
 {
     crpc_channel *ch = (crpc_channel *)user;
+    crpc_loop *l = ch->loop;
+    bool served = false;
     int err = CRPC_OK;
-    crpci_loop_lock(ch->loop);
+    crpci_loop_lock(l);
+    crpci_loop_hold(l); /* sending unlocks: a callback may close the channel meanwhile */
     if (!ch->closed)
         err = crpci_providers_update(&ch->providers, list);
+    if (!ch->closed && !err && ch->providers.count && !crpci_list_empty(&ch->waiting)) {
+        crpci_attempt_serve_waiting(ch);
+        served = true;
+    }
     if (!ch->closed && !err && !list->stale) { /* a stale list is a cache's, not an answer */
         ch->directory.listed = true;
         if (ch->directory.waiter)
-            crpci_drive_end_wait(ch->loop, ch->directory.waiter);
+            crpci_drive_end_wait(l, ch->directory.waiter);
     }
-    crpci_loop_unlock(ch->loop);
+    if (served)
+        crpci_channel_flush(l);
+    crpci_loop_unlock(l);
+    crpci_loop_release(l);
     if (err)
         crpci_heap_log(list->heap, CRPC_LOG_WARN, "a list of %zu providers was not taken: %s",
                        list->count, crpc_status_text(err));
@@ -19274,7 +19989,7 @@ CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_opt
                                         const char *service, crpc_error *error)
 {
     crpc_loop *l = ch->loop;
-    int64_t ms = crpci_base_option(o->registry_timeout_ms, 3000, 0);
+    int64_t ms = o->directory.timeout_ms;
     crpci_waiter w;
     bool listed, stuck;
     memset(&w, 0, sizeof w);
@@ -19292,7 +20007,7 @@ CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_opt
                                 "%.80s: opened inside a callback of its loop, which must not wait: "
                                 "registry_timeout_ms can be -1",
                                 service);
-    if (listed || !o->must_connect)
+    if (listed || !o->directory.must_connect)
         return CRPC_OK;
     return crpci_status_set(error, CRPC_EREGISTRY,
                             "%.80s: the registry did not answer within %d ms", service, (int)ms);
@@ -19303,10 +20018,13 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
                                        const crpc_channel_options *o,
                                        crpci_open_request *request, crpc_error *error)
 {
+    const crpc_directory_options *d = &o->directory;
     crpci_directory_options *ro = &request->options;
     crpci_names_service *want = &request->want;
     const char *service;
     int err;
+    want->group = want->group ? want->group : d->group;
+    want->version = want->version ? want->version : d->version;
     ch->directory.where = crpci_heap_format(
         ch->loop->heap, "/%.120s (group \"%.63s\", version \"%.63s\")", u->path,
         want->group ? want->group : "", want->version ? want->version : "");
@@ -19314,16 +20032,16 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
     if (err)
         return err;
     service = want->service ? want->service : "";
-    ro->session_timeout_ms = (int)crpci_base_option(o->session_timeout_ms, 15000, 15000);
-    ro->credential = o->registry_credential;
-    ro->application = o->application;
+    ro->session_timeout_ms = d->session_timeout_ms;
+    ro->credential = d->credential;
+    ro->application = d->application;
     ro->register_consumer = true;
-    ro->cache = ro->cache ? ro->cache : o->cache;
+    ro->cache = ro->cache ? ro->cache : d->cache;
     err = request->backend->open(ch->loop, u, ro, &ch->directory.registry, error);
     if (err)
         return err;
-    want->application = o->application;
-    want->allow_empty = o->allow_empty > 0;
+    want->application = d->application;
+    want->allow_empty = d->allow_empty > 0;
     err = crpci_directory_subscribe(ch->directory.registry, want, crpci_opening_on_list, ch,
                                     &ch->directory.subscription);
     if (err)
@@ -19357,6 +20075,9 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     memset(&o, 0, sizeof o);
     if (options)
         o = *options;
+    err = crpci_options_check(&crpci_drive_options, &o.private_loop, error);
+    if (err)
+        return err;
     l = o.loop;
     if (!l) {
         err = crpc_loop_open(&l, &o.private_loop);
@@ -19365,6 +20086,7 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     }
     err = crpci_url_parse(&u, l->heap, url, error);
     err = err ? err : crpci_opening_read_url(&u, &o, &request, error);
+    err = err ? err : crpci_opening_check(&o, error);
     ch = err ? NULL : (crpc_channel *)crpci_heap_alloc(l->heap, sizeof *ch);
     if (!ch) {
         crpci_url_free(&u);
@@ -19372,20 +20094,22 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
             crpc_loop_close(l);
         return err ? err : crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     }
+    CRPCI_HANDLE_OPEN(ch);
     ch->loop = ch->requests.loop = ch->providers.loop = l;
     ch->private_loop = !o.loop;
     ch->requests.protocol = ch->providers.endpoint.protocol = request.protocol;
     ch->refs = 1;
     crpci_list_init(&ch->calls);
+    crpci_list_init(&ch->waiting);
     crpci_loop_hold(l);
     crpci_opening_configure(ch, &o);
-    err = (unsigned)o.cluster > CRPC_CLUSTER_BROADCAST ? CRPC_EINVAL
-                                                       : crpci_opening_balance(ch, o.balancer);
+    err = crpci_balance_open(&ch->providers.balance, o.balancer);
     if (err)
-        crpci_status_set(error, err, "cluster %d, balancer %d: %s", (int)o.cluster, (int)o.balancer,
-                         crpc_status_text(err));
-    if (!err && o.credential) {
-        ch->requests.credential = crpci_heap_strndup(l->heap, o.credential, strlen(o.credential));
+        crpci_status_set(error, err,
+                         "lb: this balancer is not compiled in: CRPC_ENABLE_POLICY is 0");
+    if (!err && o.security.credential) {
+        ch->requests.credential = crpci_heap_strndup(l->heap, o.security.credential,
+                                                     strlen(o.security.credential));
         if (!ch->requests.credential)
             err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     }
@@ -20149,6 +20873,7 @@ typedef struct crpci_context_guard {
 
 /* Each nested struct belongs to the section of its name. */
 struct crpc_server {
+    CRPCI_HANDLE
     crpc_loop *loop;
     crpci_heap *heap;
     uint32_t refs;    /* atomic: the program's, and one of each connection with requests */
@@ -20523,7 +21248,7 @@ CRPCI_COLD void crpci_context_reject(crpc_context *x)
 CRPCI_FN void crpci_context_throttle(crpci_conn *conn)
 {
     const crpc_server *s = (const crpc_server *)conn->owner;
-    int64_t max = s->options.max_queued;
+    int64_t max = s->options.limits.max_queued;
     if (!conn->paused && (conn->busy >= CRPCI_CONTEXT_CONN_MAX || (max && conn->tx_memory > max)))
         crpci_conn_pause(conn, true);
     else if (conn->paused && conn->busy < CRPCI_CONTEXT_CONN_MAX / 2 &&
@@ -20555,13 +21280,12 @@ CRPCI_FN int crpci_context_code(crpc_context *x, int status)
         return CRPC_OK;
     if (status == CRPC_EAPP && x->app_code)
         return x->app_code;
-    if (status > 0 && status <= 199) {
-        crpci_context_explain(x, "the handler returned %d, which is no crpc_status", status);
-        return CRPC_EINTERNAL;
-    }
-    if (!crpci_status_reserved(status))
-        x->app_code = status;
-    return status;
+    if (status > 199 && crpci_status_reserved(status))
+        return status;
+    crpci_context_explain(x, "the handler returned %d, which is no crpc_status: an application's "
+                             "code is set by crpc_context_fail",
+                          status);
+    return CRPC_EINTERNAL;
 }
 
 /* Ends a request when the server, and with it the program's part of it, may be gone. */
@@ -20976,8 +21700,12 @@ CRPCI_COLD int crpci_guard_status(crpc_context *x)
     const crpci_replay_reply *r;
     g->repeats = true;
     r = g->reply ? (const crpci_replay_reply *)(const void *)crpci_heap_data(g->reply) : NULL;
-    if (r && r->protocol == x->conn->protocol)
-        return r->code;
+    if (r && r->protocol == x->conn->protocol) {
+        if (crpci_status_reserved(r->code))
+            return r->code;
+        x->app_code = r->code;
+        return CRPC_EAPP;
+    }
     crpci_heap_chunk_unref(g->reply);
     g->reply = NULL;
     return crpci_context_error(x, CRPC_EINTERNAL, "executed before, but its reply was not kept");
@@ -21160,10 +21888,9 @@ CRPCI_COLD void crpci_guard_disconnect(crpc_server *s, crpci_conn *conn)
 /* --- opening ---------------------------------------------------------------------------------- */
 
 CRPCI_COLD bool crpci_guard_limit_matches(const crpc_method_limit *l, const crpc_method *m,
-                                          const char *service)
+                                          const crpc_service *service)
 {
-    return (!l->service || strcmp(l->service, service) == 0) &&
-           (!l->method || strcmp(l->method, m->name) == 0);
+    return (!l->service || l->service == service) && (!l->method || l->method == m);
 }
 
 /* Gives each method its quota; with NULL only counts those that have one. */
@@ -21174,15 +21901,15 @@ CRPCI_COLD size_t crpci_guard_share_quotas(crpc_server *s, crpci_quota *quotas)
     for (i = 0; i < s->services.count; i++) {
         const crpci_service *v = &s->services.items[i];
         for (k = 0; k < v->table->method_count; k++) {
-            for (of = 0; of < o->limit_count; of++) {
-                if (crpci_guard_limit_matches(&o->limits[of], &v->table->methods[k],
-                                              v->table->name))
+            for (of = 0; of < o->method_limit_count; of++) {
+                if (crpci_guard_limit_matches(&o->method_limits[of], &v->table->methods[k],
+                                              v->table))
                     break;
             }
-            if (of == o->limit_count)
+            if (of == o->method_limit_count)
                 continue;
             if (quotas) {
-                crpci_quota_init(&quotas[n], &o->limits[of], (uint32_t)o->workers);
+                crpci_quota_init(&quotas[n], &o->method_limits[of], (uint32_t)o->workers);
                 v->methods[k].quota = &quotas[n];
             }
             n++;
@@ -21194,31 +21921,31 @@ CRPCI_COLD size_t crpci_guard_share_quotas(crpc_server *s, crpci_quota *quotas)
 /* A limit that applies to no method is a mistake of the program. */
 CRPCI_COLD int crpci_guard_check_limit(const crpc_server *s, size_t index, crpc_error *error)
 {
-    const crpc_method_limit *l = &s->options.limits[index];
+    const crpc_method_limit *l = &s->options.method_limits[index];
     size_t i, k;
     for (i = 0; i < s->services.count; i++) {
         const crpc_service *table = s->services.items[i].table;
         for (k = 0; k < table->method_count; k++) {
-            if (crpci_guard_limit_matches(l, &table->methods[k], table->name))
+            if (crpci_guard_limit_matches(l, &table->methods[k], table))
                 return CRPC_OK;
         }
     }
-    if (!l->service)
-        return crpci_status_set(error, CRPC_EINVAL, "limits[%zu] names method %.80s, which no "
-                                                    "service of this server has",
-                                index, l->method ? l->method : "*");
     return crpci_status_set(error, CRPC_EINVAL,
-                            "limits[%zu] names %.80s.%.80s, which this server does not have", index,
-                            l->service, l->method ? l->method : "*");
+                            "method_limits[%zu] names %.80s.%.80s, which this server does not have",
+                            index,
+                            l->service  ? l->service->name
+                            : l->method ? l->method->service
+                                        : "*",
+                            l->method ? l->method->name : "*");
 }
 
 CRPCI_COLD int crpci_guard_start_limits(crpc_server *s, crpc_error *error)
 {
     size_t i;
     int err = CRPC_OK;
-    for (i = 0; i < s->options.limit_count && !err; i++)
+    for (i = 0; i < s->options.method_limit_count && !err; i++)
         err = crpci_guard_check_limit(s, i, error);
-    if (err || !s->options.limit_count || s->guard.quotas)
+    if (err || !s->options.method_limit_count || s->guard.quotas)
         return err;
     s->guard.quota_count = crpci_guard_share_quotas(s, NULL);
     s->guard.quotas =
@@ -21482,7 +22209,7 @@ CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
         __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
     } else {
         conn->protocols = crpci_protocols;
-        conn->max_body = (uint32_t)s->options.max_body;
+        conn->max_body = (uint32_t)s->options.limits.max_body;
         conn->max_skip = s->options.max_skip;
         conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
         if (s->options.idle_timeout_ms)
@@ -21788,7 +22515,7 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
     size_t i;
     int err = crpci_enrolment_address(s, address, sizeof address, error);
     memset(&o, 0, sizeof o);
-    o.session_timeout_ms = s->options.session_timeout_ms;
+    o.session_timeout_ms = s->options.directory.session_timeout_ms;
     o.credential = s->enrolment.credential;
     err = err ? err
               : crpci_open_registry(s->loop, s->enrolment.url, &o, &s->enrolment.registry, error);
@@ -21827,7 +22554,7 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
 CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
 {
     crpc_loop *l = s->loop;
-    int64_t ms = s->options.registry_timeout_ms;
+    int64_t ms = s->options.directory.timeout_ms;
     crpci_waiter w;
     size_t i, through = 0;
     int err = CRPC_OK;
@@ -21842,7 +22569,7 @@ CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
         for (i = 0, through = 0; i < s->enrolment.count; i++)
             through += s->enrolment.items[i].through;
     }
-    if (through < s->enrolment.count && s->options.must_connect)
+    if (through < s->enrolment.count && s->options.directory.must_connect)
         err = crpci_status_set(error, CRPC_EREGISTRY, "%.80s: not registered within %d ms%s%.100s",
                                s->enrolment.url, (int)ms, *s->enrolment.text ? ": " : "",
                                s->enrolment.text);
@@ -21866,7 +22593,6 @@ CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
 /* >>impl-lifecycle   opening a server, starting, draining, closing         */
 /* ======================================================================== */
 
-#define CRPCI_LIFECYCLE_MAX_SERVING 8192u /* requests of one loop in service, unless told */
 #define CRPCI_LIFECYCLE_TICK        10000 /* microseconds until draining is looked at again */
 
 /* --- stopping --------------------------------------------------------------------------------- */
@@ -21978,7 +22704,7 @@ CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
     crpci_heap_strfree(h, s->enrolment.group);
     crpci_heap_strfree(h, s->enrolment.version);
     crpci_heap_strfree(h, s->enrolment.application);
-    crpci_heap_free(h, s, sizeof *s);
+    crpci_heap_retire(h, s, sizeof *s);
     crpci_heap_unref(h);
 }
 
@@ -22051,6 +22777,7 @@ CRPC_API void crpc_server_close(crpc_server *s)
     bool started;
     if (!s)
         return;
+    CRPCI_HANDLE_CLOSE(s);
     started = crpci_thread_load(&s->state) != CRPCI_SERVER_NEW;
     if (started && crpci_lifecycle_in_callback(s)) { /* which must not wait for itself */
         crpc_loop *l = s->loop;
@@ -22079,47 +22806,83 @@ CRPCI_COLD bool crpci_lifecycle_copy(crpci_heap *h, char **to, const char *from)
     return !from || *to;
 }
 
+#define CRPCI_LIFECYCLE_ROW(member, name, flags, zero, none, most)                                 \
+    CRPCI_OPTION_ROW(crpc_server_options, member, name, NULL, flags, zero, none, 1, most)
+#define CRPCI_LIFECYCLE_NUMBER(member, zero, none, most)                                           \
+    CRPCI_LIFECYCLE_ROW(member, #member, 0, zero, none, most)
+#define CRPCI_LIFECYCLE_POLICY(member, zero, none, most)                                           \
+    CRPCI_LIFECYCLE_ROW(member, #member, CRPCI_OPTION_POLICY, zero, none, most)
+#define CRPCI_LIFECYCLE_TEXT(member, name, flags)                                                  \
+    CRPCI_LIFECYCLE_ROW(member, name, CRPCI_OPTION_TEXT | (flags), 0, 0, 0)
+
+static const crpci_option crpci_lifecycle_rows[] = {
+    CRPCI_LIFECYCLE_TEXT(listen, "listen", 0),
+    CRPCI_LIFECYCLE_TEXT(registry, "registry", 0),
+    CRPCI_LIFECYCLE_TEXT(advertise, "advertise", 0),
+    CRPCI_LIFECYCLE_TEXT(directory.group, "group", 0),
+    CRPCI_LIFECYCLE_TEXT(directory.version, "version", 0),
+    CRPCI_LIFECYCLE_TEXT(directory.application, "application", 0),
+    CRPCI_LIFECYCLE_TEXT(directory.credential, "registry_credential", CRPCI_OPTION_SECRET),
+    CRPCI_LIFECYCLE_ROW(directory.timeout_ms, "registry_timeout_ms", 0, 3000, 0, 86400000),
+    CRPCI_LIFECYCLE_ROW(directory.session_timeout_ms, "session_timeout_ms", 0, 15000, 15000,
+                        86400000),
+    CRPCI_LIFECYCLE_ROW(directory.must_connect, "must_connect", 0, 0, 0, 1),
+    CRPCI_LIFECYCLE_NUMBER(weight, 100, 0, 1000000),
+    CRPCI_LIFECYCLE_NUMBER(warmup_ms, 0, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(io_threads, 0, 0, 1024),
+    CRPCI_LIFECYCLE_NUMBER(workers, 0, 0, 1024),
+    CRPCI_LIFECYCLE_NUMBER(worker_queue, 1024, 0, CRPCI_OPTION_ANY),
+    CRPCI_OPTION_ROW(crpc_server_options, worker_stack, "worker_stack", NULL, 0, 256 << 10, 0,
+                     16384, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_POLICY(ordered, 0, -1, 1),
+    CRPCI_LIFECYCLE_NUMBER(max_concurrency, 8192, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(max_connections, 1024, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
+    CRPCI_LIFECYCLE_ROW(limits.max_queued, "max_queued", 0, 4 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(max_skip, 256 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_POLICY(rate_per_client, 0, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(burst_per_client, 0, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_POLICY(replay_entries, 0, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(replay_ms, 60000, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(replay_bytes, 4 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(idle_timeout_ms, 0, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(frame_timeout_ms, 30000, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(lame_ms, 1000, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(drain_ms, 5000, 0, 86400000),
+};
+
+static const crpci_options crpci_lifecycle_options = {CRPCI_OPTIONS_OF(crpci_lifecycle_rows)};
+
+CRPC_API int crpc_server_options_parse(char *text, crpc_server_options *options, crpc_error *error)
+{
+    crpci_options_target to[] = {{&crpci_lifecycle_options, options, 0},
+                                 {&crpci_drive_options, &options->loops, 0}};
+    return crpci_options_lines(to, 2, text, error);
+}
+
+CRPCI_COLD int crpci_lifecycle_check(const crpc_server_options *o, crpc_error *error)
+{
+    int err = crpci_options_check(&crpci_lifecycle_options, o, error);
+    if (!CRPC_ENABLE_POLICY && o->method_limit_count && !err)
+        err = crpci_status_set(error, CRPC_EUNSUPPORTED,
+                               "method_limits: not compiled in: CRPC_ENABLE_POLICY is 0");
+    return err ? err : crpci_options_check(&crpci_drive_options, &o->loops, error);
+}
+
+/* Takes over checked options and gives them their final values. */
 CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_options *in)
 {
     crpc_server_options *o = &s->options;
     *o = *in;
-    o->weight = (int)crpci_base_min64(crpci_base_option(in->weight, 100, 0), 1000000);
-    o->warmup_ms = (int)crpci_base_option(in->warmup_ms, 0, 0);
-    o->io_threads = (int)crpci_base_option(in->io_threads, 0, 0);
-    o->workers = (int)crpci_base_option(in->workers, 0, 0);
-    o->worker_queue = (int)crpci_base_option(in->worker_queue, 1024, 0);
-    o->worker_stack = (int)crpci_base_option(in->worker_stack, 256 << 10, 0);
-    o->max_connections = (int)crpci_base_option(in->max_connections, 1024, 0);
-    o->max_body = crpci_base_min64(crpci_base_option(in->max_body, 64 << 20, INT32_MAX), INT32_MAX);
-    o->max_skip = crpci_base_option(in->max_skip, 256 << 20, 0);
-    o->max_queued = crpci_base_option(in->max_queued, 4 << 20, 0);
-    o->idle_timeout_ms = (int)crpci_base_option(in->idle_timeout_ms, 0, 0);
-    o->frame_timeout_ms = (int)crpci_base_option(in->frame_timeout_ms, 30000, 0);
-    o->lame_ms = (int)crpci_base_option(in->lame_ms, in->registry ? 1000 : 0, 0);
-    o->drain_ms = (int)crpci_base_option(in->drain_ms, 5000, 0);
-    o->session_timeout_ms = (int)crpci_base_option(in->session_timeout_ms, 15000, 15000);
-    o->registry_timeout_ms = (int)crpci_base_option(in->registry_timeout_ms, 3000, 0);
-    o->max_concurrency = (int)crpci_base_option(in->max_concurrency, 0, INT32_MAX);
-    s->max_serving = o->max_concurrency ? (uint32_t)o->max_concurrency
-                                        : CRPCI_LIFECYCLE_MAX_SERVING *
-                                              (uint32_t)(o->io_threads ? o->io_threads : 1);
-    o->replay_entries = (int)crpci_base_option(in->replay_entries, 0, 0);
-    o->replay_ms = (int)crpci_base_option(in->replay_ms, 60000, 0);
-    o->replay_bytes = crpci_base_option(in->replay_bytes, 4 << 20, INT64_MAX);
+    crpci_options_fill(&crpci_lifecycle_options, o);
+    s->max_serving = o->max_concurrency ? (uint32_t)o->max_concurrency : INT32_MAX;
+    if (!in->max_concurrency && o->io_threads)
+        s->max_serving *= (uint32_t)o->io_threads;
+    if (!in->lame_ms && !in->registry)
+        o->lame_ms = 0;
+    if (!o->replay_bytes)
+        o->replay_bytes = INT64_MAX;
     s->guard.all = o->ordered > 0 || o->rate_per_client > 0;
-}
-
-/* What a server cannot do without CRPC_ENABLE_POLICY is refused, not ignored. */
-CRPCI_COLD int crpci_lifecycle_refuse_policy(const crpc_server_options *o, crpc_error *error)
-{
-    const char *name = o->ordered > 0           ? "ordered"
-                       : o->replay_entries > 0  ? "replay_entries"
-                       : o->rate_per_client > 0 ? "rate_per_client"
-                       : o->limit_count         ? "limits"
-                                                : NULL;
-    return !name ? CRPC_OK
-                 : crpci_status_set(error, CRPC_EUNSUPPORTED,
-                                    "%s: not compiled in: CRPC_ENABLE_POLICY is 0", name);
 }
 
 CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *options,
@@ -22133,8 +22896,7 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     memset(&o, 0, sizeof o);
     if (options)
         o = *options;
-    if (!CRPC_ENABLE_POLICY)
-        err = crpci_lifecycle_refuse_policy(&o, error);
+    err = crpci_lifecycle_check(&o, error);
     if (err)
         return err;
     l = o.loop;
@@ -22150,6 +22912,7 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
             crpc_loop_close(l);
         return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     }
+    CRPCI_HANDLE_OPEN(s);
     s->loop = l;
     s->heap = l->heap;
     crpci_heap_ref(s->heap);
@@ -22165,11 +22928,11 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     if (!crpci_lifecycle_copy(s->heap, &s->enrolment.url, o.registry) ||
         !crpci_lifecycle_copy(s->heap, &s->enrolment.advertise, o.advertise) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.credential, o.registry_credential) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.group, o.group) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.version, o.version) ||
+        !crpci_lifecycle_copy(s->heap, &s->enrolment.credential, o.directory.credential) ||
+        !crpci_lifecycle_copy(s->heap, &s->enrolment.group, o.directory.group) ||
+        !crpci_lifecycle_copy(s->heap, &s->enrolment.version, o.directory.version) ||
         !crpci_lifecycle_copy(s->heap, &s->enrolment.application,
-                              o.application ? o.application : "crpc") ||
+                              o.directory.application ? o.directory.application : "crpc") ||
         (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
         err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     if (!err && o.registry)

@@ -169,7 +169,7 @@ static void call_both(const char *url, long n, long depth)
     must(crpc_loop_open(&servers, &options), "a loop");
     server = open_server(url, servers);
     channel_options.loop = client;
-    channel_options.timeout_ms = 3600000;
+    channel_options.policy.timeout_ms = 3600000;
     must(crpc_channel_open(&both_channel, url, &channel_options, NULL), url);
     must(crpc_loop_step(client, 0), "a step"); /* from now on the program drives it */
     calls_left = n;

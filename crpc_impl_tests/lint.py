@@ -424,7 +424,8 @@ def option_values(tree):
     """Every integer option says what 0 means, and what -1 (or, for a switch, 1) means."""
     begun, count = None, 0
     for number, line in enumerate(tree.code_lines[:tree.first_impl - 1], 1):
-        found = re.match(r"(?:typedef )?struct (crpc_\w+_options|crpc_call|crpc_hooks) \{", line)
+        found = re.match(r"(?:typedef )?struct (crpc_\w+_options|crpc_call|crpc_hooks|"
+                         r"crpc_policy|crpc_limits|crpc_method_limit) \{", line)
         if found:
             begun = (found.group(1), number)
         elif begun and re.match(r"}", line):

@@ -43,11 +43,11 @@ static void a_request_cut_by_its_deadline_goes_out_whole(void **state)
         peer_open(&late, peer_late_reader, &go);
         ch = net_channel(late.url, "?timeout_ms=20000", p, NULL, NULL);
         call.attachment = crpc_view_of(bytes, size);
-        for (call.timeout_ms = 60;; call.timeout_ms *= 2) {
+        for (call.policy.timeout_ms = 60;; call.policy.timeout_ms *= 2) {
             assert_int_equal(dyn_Echo_Pass(ch, &in, &out, &call), CRPC_ETIMEDOUT);
             if (call.error.sent == CRPC_SENT_MAYBE)
                 break;
-            assert_true(call.timeout_ms < NET_PATIENCE); /* a slow machine did not even begin */
+            assert_true(call.policy.timeout_ms < NET_PATIENCE); /* a slow machine did not even begin */
         }
         memset(bytes, 0, size);
         free(bytes);
@@ -433,7 +433,7 @@ static void what_waits_for_a_slot_is_not_sent(void **state)
     done_init(&first);
     assert_int_equal(dyn_Echo_Add_async(ch, &in, done_num, &first, NULL), CRPC_OK);
     assert_true(CT_WAIT(peer_requests(&silent) == 1, NET_PATIENCE));
-    call.timeout_ms = 50;
+    call.policy.timeout_ms = 50;
     assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
     assert_int_equal(call.error.sent, CRPC_SENT_NO);
     assert_non_null(strstr(call.error.text, "waiting for a connection (local)"));
@@ -564,7 +564,7 @@ static void a_server_that_comes_back_is_found_again(void **state)
         net_check_add(ch, 1);
         net_close(&n);
         ct_sleep_ms(20);
-        call.timeout_ms = 2000;
+        call.policy.timeout_ms = 2000;
         for (i = 0; i < 3; i++) {
             assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ECONN);
             assert_int_equal(call.error.sent, CRPC_SENT_NO);

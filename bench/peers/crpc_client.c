@@ -33,7 +33,7 @@ static conn *open_url(crpc_loop *loop, const char *url)
         must(crpc_loop_open(&loop, &loop_options), NULL);
     }
     options.loop = c->loop = loop;
-    options.timeout_ms = 10000;
+    options.policy.timeout_ms = 10000;
     must(crpc_channel_open(&c->channel, url, &options, &error), &error);
     if (bench_asynchronous()) { /* its first step says that the program drives the loop */
         must(crpc_loop_step(c->loop, 0), NULL);
