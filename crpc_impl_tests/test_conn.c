@@ -319,7 +319,7 @@ static void check_slow_reader(crpc_poller p, const char *method, size_t size)
     size_t sent = 0;
     uint64_t memory;
     memset(&o, 0, sizeof o);
-    o.max_queued = 1 << 20;
+    o.limits.max_queued = 1 << 20;
     pump_open(&u, p, WAY_TCP, &o);
     fd = pump_connect(&u, WAY_TCP);
     setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
@@ -492,7 +492,7 @@ static void oversize_requests_get_an_answer(void **state)
         int fd;
         memset(&o, 0, sizeof o);
         memset(&ro, 0, sizeof ro);
-        o.max_body = 10000;
+        o.limits.max_body = 10000;
         pump_open(&u, p, w, &o);
         fd = pump_connect(&u, w);
         /* exactly the limit, and one byte more */
@@ -1308,7 +1308,7 @@ static void nobody_reads_while_another_thread_writes(void **state)
         for (i = 0; i < 5; i++) {
             crpc_id id[20];
             crpc_call call = CRPC_INIT;
-            call.timeout_ms = NET_PATIENCE;
+            call.policy.timeout_ms = NET_PATIENCE;
             for (k = 0; k < 20; k++) {
                 dyn_Num in = net_num(k);
                 assert_int_equal(dyn_Echo_Add_begin(n.channel, &in, &id[k], NULL), CRPC_OK);

@@ -43,11 +43,11 @@ static void a_request_cut_by_its_deadline_goes_out_whole(void **state)
         peer_open(&late, peer_late_reader, &go);
         ch = net_channel(late.url, "?timeout_ms=20000", p, NULL, NULL);
         call.attachment = crpc_view_of(bytes, size);
-        for (call.timeout_ms = 60;; call.timeout_ms *= 2) {
+        for (call.policy.timeout_ms = 60;; call.policy.timeout_ms *= 2) {
             assert_int_equal(dyn_Echo_Pass(ch, &in, &out, &call), CRPC_ETIMEDOUT);
             if (call.error.sent == CRPC_SENT_MAYBE)
                 break;
-            assert_true(call.timeout_ms < NET_PATIENCE); /* a slow machine did not even begin */
+            assert_true(call.policy.timeout_ms < NET_PATIENCE); /* a slow machine did not even begin */
         }
         memset(bytes, 0, size);
         free(bytes);
@@ -433,7 +433,7 @@ static void what_waits_for_a_slot_is_not_sent(void **state)
     done_init(&first);
     assert_int_equal(dyn_Echo_Add_async(ch, &in, done_num, &first, NULL), CRPC_OK);
     assert_true(CT_WAIT(peer_requests(&silent) == 1, NET_PATIENCE));
-    call.timeout_ms = 50;
+    call.policy.timeout_ms = 50;
     assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
     assert_int_equal(call.error.sent, CRPC_SENT_NO);
     assert_non_null(strstr(call.error.text, "waiting for a connection (local)"));
@@ -564,7 +564,7 @@ static void a_server_that_comes_back_is_found_again(void **state)
         net_check_add(ch, 1);
         net_close(&n);
         ct_sleep_ms(20);
-        call.timeout_ms = 2000;
+        call.policy.timeout_ms = 2000;
         for (i = 0; i < 3; i++) {
             assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ECONN);
             assert_int_equal(call.error.sent, CRPC_SENT_NO);
@@ -727,11 +727,11 @@ static void a_removed_provider_answers_early(void **state)
     assert_int_equal(dyn_Echo_Add_begin(ch, &request, &id, &call), CRPC_OK);
     free(bulk);
     assert_true(CT_WAIT(peer_requests(&p) == 1, NET_PATIENCE));
-    list = crpci_registry_snapshot(ch->loop->heap, 1);
+    list = crpci_directory_snapshot(ch->loop->heap, 1);
     assert_non_null(list);
     strcpy(list->providers[0].address, "127.0.0.1:9");
     assert_int_equal(crpci_opening_on_list(ch, list), CRPC_OK);
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
     pthread_mutex_lock(&p.lock);
     told = id;
     pthread_mutex_unlock(&p.lock);
@@ -763,7 +763,7 @@ static void an_aged_provider_is_dialled_rarely(void **state)
         crpc_channel_open(&f.channel, "tcp://127.0.0.1:9?stale_ttl_ms=30000&retries=-1", &o, NULL),
         CRPC_OK);
     e = first_endpoint(f.channel->loop);
-    list = crpci_registry_snapshot(f.channel->loop->heap, 1);
+    list = crpci_directory_snapshot(f.channel->loop->heap, 1);
     assert_non_null(list);
     strcpy(list->providers[0].address, "127.0.0.1:9");
     list->providers[0].weight = 100;
@@ -787,7 +787,7 @@ static void an_aged_provider_is_dialled_rarely(void **state)
         net_time_add(1500);
     }
     assert_int_equal(dials, 20);
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
     crpc_channel_close(f.channel);
 }
 

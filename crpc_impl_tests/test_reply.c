@@ -387,7 +387,7 @@ static void local_errors_are_explained(void **state)
         snprintf(golden, sizeof golden, "dyn.Echo.Add attempt 1 %s: deadline exceeded (local)",
                  silent.url + 6);
         assert_string_equal(call.error.text, golden);
-        call.timeout_ms = 0;
+        call.policy.timeout_ms = 0;
         crpc_channel_close(ch);
 
         ch = net_channel(hangs.url, "?timeout_ms=20000&retries=0", p, NULL, NULL);
