@@ -16702,6 +16702,24 @@ CRPCI_FN crpci_out *crpci_request_frame(const crpci_request *r)
     return (crpci_out *)(void *)(crpci_heap_data(r->chunk) + r->front);
 }
 
+/* Copies the attachment behind the message, or borrows it. CRPC_ENOMEM alone. */
+CRPCI_FN int crpci_request_attach(crpci_message_out *o, crpci_request *r, crpc_view attachment,
+                                  bool borrow)
+{
+    size_t n = crpc_view_size(attachment);
+    r->inline_size = 0;
+    r->attachment = crpc_view_of(NULL, 0);
+    if (n && borrow && n > CRPCI_REQUEST_INLINE) {
+        r->attachment = attachment;
+    } else if (n) {
+        if (!crpci_message_reserve(o, n))
+            return CRPC_ENOMEM;
+        memcpy(crpci_heap_data(o->chunk) + o->len, crpc_view_data(attachment), n);
+        r->inline_size = n;
+    }
+    return CRPC_OK;
+}
+
 /* Encodes a request and leaves `front` bytes before it to the caller. With `borrow` a large
  * attachment is not copied. On failure nothing is held, and `error` (may be NULL) says why. */
 CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k,
@@ -16743,18 +16761,9 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     r->payload = o.len += room;
     err = crpci_message_encode(&o, m->request, request, &why);
     r->payload_size = o.len - r->payload;
-    r->inline_size = 0;
-    r->attachment = crpc_view_of(NULL, 0);
-    if (!err && attached && borrow && attached > CRPCI_REQUEST_INLINE) {
-        r->attachment = call->attachment;
-    } else if (!err && attached) {
-        if (crpci_message_reserve(&o, attached)) {
-            memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(call->attachment), attached);
-            r->inline_size = attached;
-        } else {
-            err = CRPC_ENOMEM;
-            why = "out of memory";
-        }
+    if (!err && crpci_request_attach(&o, r, call->attachment, borrow)) {
+        err = CRPC_ENOMEM;
+        why = "out of memory";
     }
     r->chunk = o.chunk;
     if (!err && r->payload_size + room + attached > INT32_MAX) {
