@@ -206,10 +206,11 @@
  * These rules hold for every function. A comment in the interface says where one differs.
  *
  * Errors. A function that can fail returns CRPC_OK, which is 0, or another crpc_status. Out of
- * memory is one of them: crpc never aborts (unless CRPC_DEBUG asks for it). Output pointers are set to NULL on failure. A function
- * that takes a crpc_error fills it with a sentence: what failed, on which object, which value or
- * limit, what to do. For a call that sentence is in crpc_call.error, with the provider's address,
- * the side that found the error (remote), and how much of the request was sent (sent).
+ * memory is one of them: crpc never aborts (unless CRPC_DEBUG asks for it). Output pointers are set
+ * to NULL on failure. A function that takes a crpc_error fills it with a sentence: what failed, on
+ * which object, which value or limit, what to do. For a call that sentence is in crpc_call.error,
+ * with the provider's address, the side that found the error (remote), and how much of the request
+ * was sent (sent).
  *
  * Completion. If an asynchronous call returns CRPC_OK, its callback runs exactly once, on the
  * thread that drives the loop, never on the caller's stack. It may run before the call function
@@ -589,9 +590,9 @@
  * crpc_context_fail sets an application's code); what CRPC_ENABLE_POLICY=0 leaves out.
  *
  * What behaves otherwise: a timeout in a channel's URL or options goes before the one in the
- * .proto. A host name gives all its addresses as providers, sixteen at most. A hash_field that the message
- * leaves at zero is a key like any other. The text of an error names the attempt, and no longer how
- * many there could have been.
+ * .proto. A host name gives all its addresses as providers, sixteen at most. A hash_field that the
+ * message leaves at zero is a key like any other. The text of an error names the attempt, and no
+ * longer how many there could have been.
  *
  * What is new: wait=1, unix://@name, CRPC_ENABLE_POLICY, CRPC_ENABLE_TEXTS, CRPC_DEBUG,
  * crpc_channel_options_parse and crpc_server_options_parse.
@@ -628,7 +629,7 @@
  * heap. Rules P1 to P11 stand where they are used (search for P1 to P11).
  *
  * Where to add what
- *     a balancer       a line in crpc_balancer, a row in the table of impl-balance
+ *     a balancer       a line in crpc_balancer, a row in CRPCI_BALANCE_MAP
  *     an option        a member of the options struct with its comment, a row in
  *                      crpci_opening_rows (channel) or crpci_lifecycle_rows (server), a line of
  *                      OPTIONS above
