@@ -16981,11 +16981,12 @@ CRPCI_FN void crpci_request_drop(crpci_request *r, const crpci_chunk *block)
 }
 
 /* Makes sure that nobody reads a borrowed attachment any more, so that the synchronous call can
- * return: waits for a send that another thread is making, and copies what is still unsent. Locked;
- * unlocks to wait. */
+ * return: waits for a send that another thread is making, and copies what is still unsent. Unlocks
+ * to wait. */
 CRPCI_FN void crpci_request_settle(crpc_loop *l, crpci_request *r)
 {
     crpci_out *o = crpci_request_frame(r);
+    crpci_loop_assert_locked(l);
     if (!o->queued || !o->tail_len || o->tail_chunk)
         return;
     while (o->queued && o->inflight) {
@@ -17026,10 +17027,11 @@ typedef struct crpci_reply {
     int32_t status;
 } crpci_reply;
 
-/* Keeps a message as the reply; takes a reference of its chunk. Locked. */
+/* Keeps a message as the reply; takes a reference of its chunk. */
 CRPCI_FN void crpci_reply_take(crpci_reply *r, crpc_loop *l, const crpci_protocol *p,
                                const crpci_message *m)
 {
+    crpci_loop_assert_locked(l);
     r->status = 0;
     if (!m->usual) {
         r->status = m->status;
@@ -17044,9 +17046,10 @@ CRPCI_FN void crpci_reply_take(crpci_reply *r, crpc_loop *l, const crpci_protoco
     crpci_loop_share(l, m->chunk);
 }
 
-/* Gives up a reply that nobody wants. Locked. */
+/* Gives up a reply that nobody wants. */
 CRPCI_FN void crpci_reply_drop(crpci_reply *r, crpc_loop *l)
 {
+    crpci_loop_assert_locked(l);
     if (r->chunk)
         crpci_loop_unshare(l, r->chunk);
     r->chunk = NULL;
@@ -19144,12 +19147,13 @@ CRPCI_FN int64_t crpci_channel_deadline(const crpci_policy *policy, const crpc_c
 }
 
 /* Fills a pending call whose request is encoded, and lists it in the channel. Single stores,
- * because clearing the whole struct takes longer. Locked. */
+ * because clearing the whole struct takes longer. */
 CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
                                       const crpci_method *k, crpci_call_kind kind,
                                       const crpc_call *in, int64_t start)
 {
     crpci_attempt *a = &c->attempt;
+    crpci_loop_assert_locked(ch->loop);
     crpci_list_init(&a->link);
     a->state = CRPCI_ATTEMPT_IDLE;
     a->one_way = kind == CRPCI_CALL_NOTIFY;
@@ -19215,12 +19219,13 @@ CRPCI_FN void crpci_channel_flush(crpc_loop *l)
 
 /* --- synchronous ------------------------------------------------------------------------------ */
 
-/* Runs one call to its end. Locked. */
+/* Runs one call to its end. */
 CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_pending_call *c)
 {
     crpc_loop *l = ch->loop;
     crpci_attempt *a = &c->attempt;
     crpci_waiter w;
+    crpci_loop_assert_locked(ch->loop);
     memset(&w, 0, sizeof w);
     c->waiter = &w;
     if (crpci_id_add(&l->calls, l->heap, c, &a->id)) {
@@ -19370,10 +19375,11 @@ CRPCI_FN size_t crpci_channel_front(const crpci_message_type *response)
     return CRPCI_PENDING_SIZE + ((response->size + 15) & ~(size_t)15);
 }
 
-/* Whether one more asynchronous call may begin. Locked. */
+/* Whether one more asynchronous call may begin. */
 CRPCI_FN int crpci_channel_admit(crpc_channel *ch, crpci_call_kind kind)
 {
     crpc_loop *l = ch->loop;
+    crpci_loop_assert_locked(ch->loop);
     if (ch->closed)
         return CRPC_ECANCELED;
     if (kind == CRPCI_CALL_ID && l->max_results && (int64_t)l->results >= l->max_results)
@@ -19534,10 +19540,11 @@ CRPC_API int crpc_channel_begin(crpc_channel *ch, const crpc_method *m, const vo
     return err;
 }
 
-/* The call of an id, if it is one of the channel's. Locked. */
+/* The call of an id, if it is one of the channel's. */
 CRPCI_FN crpci_pending_call *crpci_channel_find(crpc_channel *ch, crpc_id id)
 {
     crpci_pending_call *c = (crpci_pending_call *)crpci_id_get(&ch->loop->calls, id.value);
+    crpci_loop_assert_locked(ch->loop);
     return c && c->channel == ch && c->kind == CRPCI_CALL_ID ? c : NULL;
 }
 
@@ -19657,10 +19664,11 @@ CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
 
 /* --- closing ---------------------------------------------------------------------------------- */
 
-/* Ends every call of the channel with CRPC_ECANCELED. Locked. */
+/* Ends every call of the channel with CRPC_ECANCELED. */
 CRPCI_FN void crpci_channel_cancel_all(crpc_channel *ch)
 {
     crpci_list calls;
+    crpci_loop_assert_locked(ch->loop);
     crpci_list_move(&calls, &ch->calls);
     while (!crpci_list_empty(&calls)) {
         crpci_pending_call *c = CRPCI_CONTAINER(calls.next, crpci_pending_call, of_channel);
