@@ -8706,11 +8706,10 @@ CRPCI_FN int crpci_directory_offer_init(crpci_directory_offer *o, crpci_heap *h,
  * before. */
 CRPCI_FN bool crpci_directory_offer_move(crpci_directory_offer *o, const char *host)
 {
-    const char *format = strchr(host, ':') ? "[%s]:%u" : "%s:%u";
     if (strcmp(host, o->host) == 0)
         return false;
     snprintf(o->host, sizeof o->host, "%s", host);
-    snprintf(o->address, sizeof o->address, format, host, o->port);
+    snprintf(o->address, sizeof o->address, strchr(host, ':') ? "[%s]:%u" : "%s:%u", host, o->port);
     if (!o->port)
         *strrchr(o->address, ':') = '\0';
     return true;
