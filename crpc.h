@@ -14893,7 +14893,7 @@ CRPCI_COLD int crpci_open_registry(crpc_loop *l, const char *url,
 
 /* The sections from here to impl-registry serve programs that agree on something. An operation, a
  * watched configuration, a place in a queue and the state of the session are *items* of an open
- * registry. Jobs of the session (impl-zk-session, impl-zk-node) work for them, on the thread that
+ * registry. Jobs of the session (impl-zk-job, impl-zk-node) work for them, on the thread that
  * runs the client. What the program is to hear is left in the item, whose loop task tells it on the
  * thread that drives the loop. Deadlines and leases are timers of the loop.
  *
