@@ -4097,12 +4097,14 @@ CRPCI_COLD int crpci_resolver_lookup(crpci_heap *h, const char *host, char *out,
     return err;
 }
 
+#define CRPCI_RESOLVER_LIST 1024u /* bytes of the addresses of one host */
+
 /* Turns "host:port" into a numeric address and its port. Of several addresses the first IPv4 one is
  * taken, else the first. A numeric one is only written in its canonical form. */
-CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out, size_t size,
-                                      crpc_error *error)
+CRPCI_COLD int crpci_resolver_choose(crpci_heap *h, const char *text, char *list, char *out,
+                                     size_t size, crpc_error *error)
 {
-    char host[256], list[1024], *item, *next, *best = NULL;
+    char host[256], *item, *next, *best = NULL;
     unsigned port;
     crpci_addr a;
     int err;
@@ -4115,7 +4117,7 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
                                 "\"%.80s\" is not host:port with a port of 0 to 65535; an IPv6 "
                                 "address needs brackets: [::1]:80",
                                 text);
-    err = crpci_resolver_lookup(h, host, list, sizeof list);
+    err = crpci_resolver_lookup(h, host, list, CRPCI_RESOLVER_LIST);
     if (err)
         return crpci_status_set(error, CRPC_ERESOLVE, "host \"%.80s\": %.120s", host, list);
     for (item = list; item && *item; item = next) {
@@ -4133,6 +4135,17 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
                                 "\"%.80s\"",
                                 host, list);
     return CRPC_OK;
+}
+
+/* As crpci_resolver_choose; the list of addresses is too long for the stack. */
+CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out, size_t size,
+                                      crpc_error *error)
+{
+    char *list = (char *)crpci_heap_alloc(h, CRPCI_RESOLVER_LIST);
+    int err = list ? crpci_resolver_choose(h, text, list, out, size, error)
+                   : crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    crpci_heap_free(h, list, CRPCI_RESOLVER_LIST);
+    return err;
 }
 
 /* ======================================================================== */
@@ -4230,6 +4243,13 @@ typedef struct crpci_poller {
     uint64_t *snapshot_ids;
     uint32_t count, cap, snapshot_count, snapshot_cap;
     uint32_t next; /* where the next wait begins to look for events, when a batch was full */
+    /* What the last wait found. On the driver's stack it would be most of what a call needs. */
+    union {
+#if CRPC_ENABLE_EPOLL
+        struct epoll_event epoll[CRPCI_POLLER_BATCH];
+#endif
+        crpci_poller_event poll[CRPCI_POLLER_BATCH];
+    } found;
 } crpci_poller;
 
 CRPCI_FN const char *crpci_poller_name(const crpci_poller *p)
@@ -4412,21 +4432,14 @@ CRPCI_FN int crpci_poller_ms(int64_t us)
  * that every descriptor gets its turn; epoll does that by itself. A failure, such as EINTR, counts
  * as no event. An error or a hang-up is reported as readable and writable: the owner's read or
  * write then finds out. */
-CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us, crpci_poller_event *out)
+CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us)
 {
+    crpci_poller_event *out = p->found.poll;
     int n = 0, ready;
     uint32_t i;
 #if CRPC_ENABLE_EPOLL
     if (p->kind == CRPC_POLLER_EPOLL) {
-        struct epoll_event e[CRPCI_POLLER_BATCH];
-        n = epoll_wait(p->epoll_fd, e, CRPCI_POLLER_BATCH, crpci_poller_ms(us));
-        for (ready = 0; ready < n; ready++) {
-            uint32_t got = e[ready].events;
-            out[ready].id = e[ready].data.u64;
-            out[ready].events =
-                (got & (uint32_t)(EPOLLIN | EPOLLHUP | EPOLLERR) ? CRPC_READABLE : 0) |
-                (got & (uint32_t)(EPOLLOUT | EPOLLHUP | EPOLLERR) ? CRPC_WRITABLE : 0);
-        }
+        n = epoll_wait(p->epoll_fd, p->found.epoll, CRPCI_POLLER_BATCH, crpci_poller_ms(us));
         return n < 0 ? 0 : n;
     }
 #endif
@@ -4444,6 +4457,22 @@ CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us, crpci_poller_event *
             p->next = k + 1;
     }
     return n;
+}
+
+/* One of the events that the last wait has returned the number of. */
+CRPCI_FN crpci_poller_event crpci_poller_found(const crpci_poller *p, int i)
+{
+#if CRPC_ENABLE_EPOLL
+    if (p->kind == CRPC_POLLER_EPOLL) {
+        uint32_t got = p->found.epoll[i].events;
+        crpci_poller_event e;
+        e.id = p->found.epoll[i].data.u64;
+        e.events = (got & (uint32_t)(EPOLLIN | EPOLLHUP | EPOLLERR) ? CRPC_READABLE : 0) |
+                   (got & (uint32_t)(EPOLLOUT | EPOLLHUP | EPOLLERR) ? CRPC_WRITABLE : 0);
+        return e;
+    }
+#endif
+    return p->found.poll[i];
 }
 
 /* ======================================================================== */
@@ -5417,7 +5446,6 @@ CRPCI_FN int64_t crpci_drive_patience(crpc_loop *l, int64_t until, bool user)
  * flush; the step then does not sleep, and the next one flushes. */
 CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
 {
-    crpci_poller_event events[CRPCI_POLLER_BATCH];
     int64_t patience;
     int n, i;
     crpci_loop_assert_locked(l);
@@ -5435,15 +5463,16 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
     l->driver = CRPCI_LOOP_SLEEPING;
     l->fresh = false;
     crpci_loop_unlock(l);
-    n = crpci_poller_wait(&l->poller, patience, events);
+    n = crpci_poller_wait(&l->poller, patience);
     crpci_loop_lock(l);
     l->driver = CRPCI_LOOP_WORKING;
     l->fresh = false; /* a caller may have read the clock meanwhile */
     l->last_step = crpci_loop_time(l);
     for (i = 0; i < n; i++) {
-        crpci_watch *w = (crpci_watch *)crpci_id_get(&l->watches, events[i].id);
+        crpci_poller_event e = crpci_poller_found(&l->poller, i);
+        crpci_watch *w = (crpci_watch *)crpci_id_get(&l->watches, e.id);
         if (w)
-            w->fn(l, w, events[i].events);
+            w->fn(l, w, e.events);
     }
     if (user)
         crpci_loop_run_ready(l);
@@ -17376,8 +17405,9 @@ CRPCI_FN void crpci_attempt_expire(crpci_pending_call *c)
     crpci_attempt_finish(c, CRPC_ETIMEDOUT);
 }
 
-/* Ends a call that has nobody to be sent to. */
-CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
+/* Explains that a call has nobody to be sent to: apart, for its text need not be on the stack of
+ * what follows the end. */
+CRPCI_COLD void crpci_attempt_explain_no_provider(crpci_pending_call *c)
 {
     const crpc_channel *ch = c->channel;
     char cause[CRPC_ERROR_TEXT_MAX];
@@ -17387,6 +17417,12 @@ CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
                             : "no provider is known at ",
                         ch->directory.where ? ch->directory.where : "the channel's URL");
     crpci_attempt_explain(c, CRPC_ENOPROVIDER, cause);
+}
+
+/* Ends a call that has nobody to be sent to. */
+CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
+{
+    crpci_attempt_explain_no_provider(c);
     crpci_attempt_finish(c, CRPC_ENOPROVIDER);
 }
 
@@ -18971,6 +19007,16 @@ CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_opt
                             "%.80s: the registry did not answer within %d ms", service, (int)ms);
 }
 
+/* Keeps what errors say about the list: apart, so that its text is not on the stack of a wait. */
+CRPCI_COLD void crpci_opening_set_where(crpc_channel *ch, const char *path,
+                                        const crpci_opening_query *which)
+{
+    char where[320];
+    crpci_status_format(where, sizeof where, "/%.120s (group \"%.63s\", version \"%.63s\")", path,
+                        which->group, which->version);
+    ch->directory.where = crpci_heap_strndup(ch->loop->heap, where, strlen(where));
+}
+
 /* zookeeper://servers/root/package.Service */
 CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
                                            const crpc_channel_options *o,
@@ -18978,7 +19024,7 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
 {
     crpci_registry_options ro;
     crpci_registry_query q;
-    char *slash = strrchr(u->path, '/'), where[320];
+    char *slash = strrchr(u->path, '/');
     const char *service = slash ? slash + 1 : u->path;
     bool file = strcmp(u->scheme, "file") == 0, multicast = strcmp(u->scheme, "multicast") == 0;
     int err;
@@ -18987,9 +19033,7 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
                                 "%.40s:// is not known: tcp, unix, list, file, multicast and "
                                 "zookeeper are",
                                 u->scheme);
-    crpci_status_format(where, sizeof where, "/%.120s (group \"%.63s\", version \"%.63s\")",
-                        u->path, which->group, which->version);
-    ch->directory.where = crpci_heap_strndup(ch->loop->heap, where, strlen(where));
+    crpci_opening_set_where(ch, u->path, which);
     if (file)
         service = which->service;
     else if (!*service || slash == u->path || (!slash && !multicast))
@@ -19032,64 +19076,97 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
     return crpci_opening_await_list(ch, o, service, error);
 }
 
-CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
-                               const crpc_channel_options *options, crpc_error *error)
-{
+/* What opening works on, and is too large for the stack. */
+typedef struct crpci_opening_parts {
+    crpci_url url;
     crpci_opening_query where;
-    crpc_channel_options o;
+    crpc_channel_options options;
+} crpci_opening_parts;
+
+CRPCI_COLD int crpci_opening_open(crpc_channel **channel, crpci_opening_parts *p, const char *url,
+                                  const crpc_channel_options *options, crpc_error *error)
+{
+    crpc_channel_options *o = &p->options;
+    crpci_opening_query *where = &p->where;
+    crpci_url *u = &p->url;
     crpc_channel *ch;
     crpc_loop *l;
-    crpci_url u;
     int err;
-    *channel = NULL;
-    memset(&o, 0, sizeof o);
     if (options)
-        o = *options;
-    err = crpci_url_parse(&u, url, error);
-    err = err ? err : crpci_opening_read_url(&u, &o, &where, error);
+        *o = *options;
+    err = crpci_url_parse(u, url, error);
+    err = err ? err : crpci_opening_read_url(u, o, where, error);
     if (err)
         return err;
-    l = o.loop;
+    l = o->loop;
     if (!l) {
-        err = crpc_loop_open(&l, &o.private_loop);
+        err = crpc_loop_open(&l, &o->private_loop);
         if (err)
             return crpci_status_set(error, err, "private loop: %s", crpc_status_text(err));
     }
     ch = (crpc_channel *)crpci_heap_alloc(l->heap, sizeof *ch);
     if (!ch) {
-        if (!o.loop)
+        if (!o->loop)
             crpc_loop_close(l);
         return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     }
     ch->loop = ch->requests.loop = ch->providers.loop = l;
-    ch->private_loop = !o.loop;
-    ch->requests.protocol = ch->providers.endpoint.protocol = where.protocol;
+    ch->private_loop = !o->loop;
+    ch->requests.protocol = ch->providers.endpoint.protocol = where->protocol;
     ch->refs = 1;
     crpci_list_init(&ch->calls);
     crpci_loop_hold(l);
-    crpci_opening_configure(ch, &o);
-    err = (unsigned)o.cluster > CRPC_CLUSTER_BROADCAST ? CRPC_EINVAL
-                                                       : crpci_opening_balance(ch, o.balancer);
+    crpci_opening_configure(ch, o);
+    err = (unsigned)o->cluster > CRPC_CLUSTER_BROADCAST ? CRPC_EINVAL
+                                                        : crpci_opening_balance(ch, o->balancer);
     if (err)
-        crpci_status_set(error, err, "cluster %d, balancer %d: %s", (int)o.cluster, (int)o.balancer,
-                         crpc_status_text(err));
-    if (!err && o.credential) {
-        ch->requests.credential = crpci_heap_strndup(l->heap, o.credential, strlen(o.credential));
+        crpci_status_set(error, err, "cluster %d, balancer %d: %s", (int)o->cluster,
+                         (int)o->balancer, crpc_status_text(err));
+    if (!err && o->credential) {
+        ch->requests.credential = crpci_heap_strndup(l->heap, o->credential, strlen(o->credential));
         if (!ch->requests.credential)
             err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     }
     if (err)
         ;
-    else if (!crpci_opening_has_registry(u.scheme))
-        err = crpci_opening_static(ch, &u, error);
+    else if (!crpci_opening_has_registry(u->scheme))
+        err = crpci_opening_static(ch, u, error);
     else
-        err = crpci_opening_directory(ch, &u, &o, &where, error);
+        err = crpci_opening_directory(ch, u, o, where, error);
     if (err) {
         crpc_channel_close(ch);
         return err;
     }
     *channel = ch;
     return CRPC_OK;
+}
+
+/* For a channel with a private loop there is no heap yet: the memory for the parts comes from the
+ * program's hooks. */
+CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
+                               const crpc_channel_options *options, crpc_error *error)
+{
+    crpci_heap *h = options && options->loop ? options->loop->heap : NULL;
+    crpc_hooks k;
+    crpci_opening_parts *p;
+    int err;
+    *channel = NULL;
+    memset(&k, 0, sizeof k);
+    if (options && !h)
+        k = options->private_loop.hooks;
+    if (!k.resize)
+        k.resize = crpci_heap_default_resize;
+    p = (crpci_opening_parts *)(h ? crpci_heap_alloc(h, sizeof *p)
+                                  : k.resize(k.user, NULL, 0, sizeof *p));
+    if (!p)
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    memset(p, 0, sizeof *p);
+    err = crpci_opening_open(channel, p, url, options, error);
+    if (h)
+        crpci_heap_free(h, p, sizeof *p);
+    else
+        k.resize(k.user, p, sizeof *p, 0);
+    return err;
 }
 #endif /* CRPC_ENABLE_CLIENT */
 
@@ -21395,7 +21472,7 @@ CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, c
 {
     crpci_addr any = CRPC_INIT;
     const crpci_listener *n = NULL;
-    char text[CRPCI_URL_MAX];
+    char text[256 + 8]; /* a host's name, and a port */
     crpci_list *i;
     bool wild = false;
     unsigned port = 0;
@@ -21451,24 +21528,29 @@ CRPCI_COLD void crpci_enrolment_method_names(const crpc_service *table, char *ou
             (size_t)snprintf(out + used, size - used, "%s%s", i ? "," : "", table->methods[i].name);
 }
 
-CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
+/* What enrolling needs while it begins, and is too large for the stack. */
+typedef struct crpci_enrolment_parts {
+    crpci_url url;
+    char methods[1024];
+} crpci_enrolment_parts;
+
+CRPCI_COLD int crpci_enrolment_begin(crpc_server *s, crpci_enrolment_parts *p, crpc_error *error)
 {
-    char address[CRPC_ADDRESS_MAX], methods[1024];
+    char address[CRPC_ADDRESS_MAX];
     crpci_registry_options ro;
     crpci_registration what;
-    crpci_url u;
     size_t i;
     int err = crpci_enrolment_address(s, address, sizeof address, error);
-    err = err ? err : crpci_url_parse(&u, s->enrolment.url, error);
+    err = err ? err : crpci_url_parse(&p->url, s->enrolment.url, error);
     if (err)
         return err;
-    if (*u.query && strcmp(u.scheme, "multicast") != 0)
+    if (*p->url.query && strcmp(p->url.scheme, "multicast") != 0)
         return crpci_status_set(error, CRPC_EINVAL, "%.100s: a registry takes no URL options here",
                                 s->enrolment.url);
     memset(&ro, 0, sizeof ro);
     ro.session_timeout_ms = s->options.session_timeout_ms;
     ro.credential = s->enrolment.credential;
-    err = crpci_registry_open(s->loop, &u, &ro, &s->enrolment.registry, error);
+    err = crpci_registry_open(s->loop, &p->url, &ro, &s->enrolment.registry, error);
     if (err)
         return err;
     s->enrolment.items = (crpci_enrolment *)crpci_heap_alloc(
@@ -21481,12 +21563,12 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
     what.group = s->enrolment.group;
     what.version = s->enrolment.version;
     what.application = s->enrolment.application;
-    what.methods = methods;
+    what.methods = p->methods;
     what.weight = s->options.weight;
     what.warmup_ms = s->options.warmup_ms;
     for (i = 0; i < s->enrolment.count && !err; i++) {
         what.service = s->services.items[i].table->name;
-        crpci_enrolment_method_names(s->services.items[i].table, methods, sizeof methods);
+        crpci_enrolment_method_names(s->services.items[i].table, p->methods, sizeof p->methods);
         s->enrolment.items[i].server = s;
         err = s->enrolment.registry->ops->enroll(s->enrolment.registry, &what,
                                                  crpci_enrolment_on_status, &s->enrolment.items[i],
@@ -21495,6 +21577,15 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
     return err ? crpci_status_set(error, err, "%.100s: cannot register: %s", s->enrolment.url,
                                   crpc_status_text(err))
                : CRPC_OK;
+}
+
+CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
+{
+    crpci_enrolment_parts *p = (crpci_enrolment_parts *)crpci_heap_alloc(s->heap, sizeof *p);
+    int err = p ? crpci_enrolment_begin(s, p, error)
+                : crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    crpci_heap_free(s->heap, p, sizeof *p);
+    return err;
 }
 
 /* The gate: waits until all services are registered. */
