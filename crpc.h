@@ -23,6 +23,16 @@
  *
  * @example server
  * #include "echo.crpc.h"
+ * #include <signal.h>
+ * #include <stdio.h>
+ *
+ * static crpc_loop *loop;
+ *
+ * static void on_signal(int number)
+ * {
+ *     (void)number;
+ *     crpc_loop_stop(loop); // crpc_server_run then finishes what it has begun, and returns
+ * }
  *
  * static int echo(crpc_context *context, const example_EchoRequest *request,
  *                 example_EchoResponse *response)
@@ -41,11 +51,17 @@
  *     int status;
  *     options.listen = "tcp://0.0.0.0:8000";
  *     options.registry = "zookeeper://127.0.0.1:2181/dubbo"; // leave it out for none
- *     if (crpc_server_open(&server, &options, &error) != CRPC_OK)
- *         return 1; // error.text says why
+ *     if (crpc_server_open(&server, &options, &error) != CRPC_OK) {
+ *         fprintf(stderr, "%s\n", error.text);
+ *         return 1;
+ *     }
+ *     loop = crpc_server_loop(server);
+ *     signal(SIGTERM, on_signal);
  *     status = crpc_server_add(server, &example_EchoService, &handlers, NULL);
  *     if (status == CRPC_OK)
- *         status = crpc_server_run(server);
+ *         status = crpc_server_run(server); // what fails in here is also logged, with its cause
+ *     if (status != CRPC_OK)
+ *         fprintf(stderr, "server: %s\n", crpc_status_text(status));
  *     crpc_server_close(server);
  *     return status != CRPC_OK;
  * }
@@ -73,9 +89,8 @@
  *                crpc_view_data(response.message));
  *     else
  *         printf("%s: %s\n", crpc_status_name(status), call.error.text);
- *     crpc_call_reset(&call); // from here on response.message points nowhere
- *     if (channel)
- *         crpc_channel_close(channel);
+ *     crpc_call_reset(&call);      // from here on response.message points nowhere
+ *     crpc_channel_close(channel); // NULL is ignored, as by every close
  *     return status != CRPC_OK;
  * }
  * @end
@@ -90,6 +105,7 @@
  *     >>api-hooks          allocator, log, clock, resolver
  *     >>api-loop           the reactor: who drives it, file descriptors, timers
  *     >>api-service        tables that describe services; written by protoc-gen-crpc
+ *     >>api-options        groups of options that channels and servers share
  *     >>api-channel        the client: calls
  *     >>api-server         the server: services, requests, replies
  *     >>api-coordination   nodes, configuration, locks and elections in ZooKeeper
@@ -100,7 +116,8 @@
  *     >>impl-id            {generation, index} ids of objects that may be gone when they are used
  *     >>impl-list          doubly linked lists through members of the items
  *     >>impl-url           URLs, their options, percent-encoding
- *     >>impl-message       nanopb messages: views, encoding into chunks, decoding
+ *     >>impl-options       tables of options: defaults, ranges, URL keys, key=value lines
+ *     >>impl-message       requests and replies; nanopb: views, encoding, decoding
  *     >>impl-frame         the 12 bytes before every message
  *     >>impl-meta          what a message is about: brpc's RpcMeta
  *     >>impl-sock          addresses and sockets, without a loop
@@ -119,11 +136,22 @@
  *     >>impl-conn          one connection: reading and parsing, queueing and sending
  *     >>impl-baidu         brpc's protocol baidu_std: RpcMeta to messages and back
  *     >>impl-protocols     which protocols there are
- *     >>impl-registry      lists of providers, node names, what a backend offers
- *     >>impl-filereg       the registry in a file
- *     >>impl-multicast     the registry that is nowhere: providers announce themselves
- *     >>impl-zookeeper     the registry in ZooKeeper, with Dubbo's layout
- *     >>impl-coordination  nodes, configuration, locks and elections on a session
+ *     >>impl-names         provider URLs as Dubbo writes them, overrides; pure
+ *     >>impl-cache         the last good lists of providers, in a file that survives crashes
+ *     >>impl-directory     the live list of a service's providers, and who is told of it
+ *     >>impl-file          providers listed in a file: file://
+ *     >>impl-multicast     serverless registry over UDP multicast: multicast://
+ *     >>impl-zk-servers    the servers of an ensemble, and the way to them
+ *     >>impl-zk-job        requests to ZooKeeper: who asks, what, and what came of it
+ *     >>impl-zk-session    a session with ZooKeeper: start, loss, expiry
+ *     >>impl-zk-node       the two primitives: to watch a node, and to own one
+ *     >>impl-zk-directory  zookeeper:// as Dubbo lays it out: providers, consumers, overrides
+ *     >>impl-open          the table of directory backends: schemes, URL options, paths
+ *     >>impl-agreement     what is opened through a registry: lifetime, paths, codes
+ *     >>impl-operations    reading and writing nodes, one or several at once
+ *     >>impl-config        following the value of a node
+ *     >>impl-queue         locks and elections
+ *     >>impl-registry      opening and closing a session that programs use
  *     >>impl-request       a method as a channel knows it, and an encoded request
  *     >>impl-reply         a reply: kept, decoded, handed to the caller
  *     >>impl-endpoint      one provider: its connection and the attempts on it
@@ -166,6 +194,8 @@
  *                                a log line is its level and "crpc.h:" with the line's number
  *     CRPC_ENABLE_RESOLVER   1   0: host names only by crpc_hooks.resolve: a static program without
  *                                getaddrinfo is some 15 KiB smaller
+ *     CRPC_DEBUG             0   1: checks rules of crpc and of its use (an object closed twice, a
+ *                                crpc_call that was never initialised) and aborts with a sentence
  *     CRPC_ZOOKEEPER_ST      0   1: libzookeeper_st instead of _mt (compile without -DTHREADED)
  *     CRPC_STATIC                defined: all functions are static in the file that includes the
  *                                implementation. It then needs hand-written tables in that file
@@ -188,8 +218,8 @@
  * loop.
  *
  * Threads. All functions may be called from any thread unless their comment says otherwise. An
- * object must not be used while, or after, another thread closes it; that alone is the program's
- * care.
+ * object must not be used while, or after, another thread closes it; the program must make sure of
+ * that itself. Every close function ignores NULL.
  *
  * Arguments. A pointer is not NULL unless the comment says so. In options a value below -1 counts
  * as -1.
@@ -197,7 +227,7 @@
  * Ownership. What a function is given it borrows until it returns. What a callback is given is
  * valid until it returns. A response's views, and reply_attachment, are valid until crpc_call_reset
  * or the next use of the call. Options and URLs are copied, except hooks, interceptors, service
- * tables and handlers, which must outlive the object, and limits of methods (until the start).
+ * tables and handlers, which must outlive the object, and method_limits (until the start).
  *
  * Process. No writable global data, no signal handler, no SIGPIPE, no thread that was not asked for
  * (the ZooKeeper client has two of its own; an asynchronous call on a loop that nobody drives
@@ -213,6 +243,122 @@
  * goes to its provider again; a server with replay_entries executes such a request once, however
  * often it comes. CRPC_OK means that the handler has finished. CRPC_ETIMEDOUT with sent ==
  * CRPC_SENT_YES means that nobody knows.
+ *
+ * OPTIONS
+ *
+ * All options stand in structs, where 0 means the default. A program can also take them from text:
+ * a channel's URL, and lines of a configuration file or an environment variable, which
+ * crpc_channel_options_parse and crpc_server_options_parse read:
+ *
+ * @example configuration
+ * #include "crpc.h"
+ * #include <stdlib.h>
+ *
+ * // ECHO_OPTIONS holds lines such as "timeout_ms=200" and "credential=..."
+ * int open_configured(crpc_channel **channel, const char *url, crpc_error *error)
+ * {
+ *     crpc_channel_options options = CRPC_INIT;
+ *     char *text = getenv("ECHO_OPTIONS");
+ *     int status = text ? crpc_channel_options_parse(text, &options, error) : CRPC_OK;
+ *     if (status == CRPC_OK)
+ *         status = crpc_channel_open(channel, url, &options, error);
+ *     return status; // error->text: "line 2: timeout_ms=99999999999: at most 86400000"
+ * }
+ * @end
+ *
+ * Of several settings of one thing the most specific wins: the call's, the method's
+ * (crpc_method_options), the URL's, the options', the .proto's (its timeout), the default. So what
+ * an operator writes into a URL goes before what stands in the program and in the .proto.
+ *
+ * Each line below has the key, what 0 means, what -1 means, and which other values are allowed. In
+ * the two columns 0 stands for none, never or no limit: the struct's comment says which.
+ *
+ * Channels:
+ *
+ *     cluster                 failover,failfast,failsafe,failback,forking,broadcast
+ *     timeout_ms              1000        86400000    1 to 86400000
+ *     retries                 2           0           1 to 16
+ *     backup_ms               0           0           1 to 86400000
+ *     forks                   2           0           1 and more
+ *     fail_percent            0           0           1 to 100
+ *     lb                      random,wrandom,rr,wrr,la,hash,p2c
+ *     hash_field              0           0           1 to 536870911
+ *     max_endpoints           0           0           1 and more
+ *     wait                    0           0           1
+ *     connect_timeout_ms      500         0           1 to 86400000
+ *     retry_budget            10          -1          1 and more
+ *     request_ids             0           0           1
+ *     breaker                 0           0           1
+ *     breaker_percent         50          50          1 to 100
+ *     breaker_requests        20          1           1 and more
+ *     breaker_window_ms       10000       10000       1 to 86400000
+ *     breaker_slow_ms         0           0           1 to 86400000
+ *     breaker_slow_percent    50          50          1 to 100
+ *     breaker_open_ms         1000        1000        1 to 86400000
+ *     breaker_open_max_ms     30000       30000       1 to 86400000
+ *     breaker_ramp_ms         5000        0           1 to 86400000
+ *     breaker_eject_percent   50          100         1 to 100
+ *     group                   text, with a registry
+ *     version                 text, with a registry
+ *     application             text, with a registry
+ *     registry_credential     text, secret: not in URLs
+ *     registry_timeout_ms     3000        0           1 to 86400000
+ *     session_timeout_ms      15000       15000       1 to 86400000
+ *     must_connect            0           0           1
+ *     allow_empty             0           0           1
+ *     stale_ttl_ms            600000      0           1 to 86400000
+ *     cache                   text, with a registry
+ *     max_body                64 MiB      2 GiB - 1   1 to 2 GiB - 1
+ *     max_queued              16 MiB      0           1 and more
+ *     inflight                0           0           1 and more
+ *     short_names             0           0           1
+ *     credential              text, secret: not in URLs
+ *     failback_ms             5000        5000        1 to 86400000
+ *     failback_max            100         0           1 and more
+ *
+ * Servers:
+ *
+ *     listen                  text
+ *     registry                text
+ *     advertise               text
+ *     group                   text
+ *     version                 text
+ *     application             text
+ *     registry_credential     text, secret: not in URLs
+ *     registry_timeout_ms     3000        0           1 to 86400000
+ *     session_timeout_ms      15000       15000       1 to 86400000
+ *     must_connect            0           0           1
+ *     weight                  100         0           1 to 1000000
+ *     warmup_ms               0           0           1 to 86400000
+ *     io_threads              0           0           1 to 1024
+ *     workers                 0           0           1 to 1024
+ *     worker_queue            1024        0           1 and more
+ *     worker_stack            256 KiB     0           16 KiB and more
+ *     ordered                 0           -1          1
+ *     max_concurrency         8192        0           1 and more
+ *     max_connections         1024        0           1 and more
+ *     max_body                64 MiB      2 GiB - 1   1 to 2 GiB - 1
+ *     max_queued              4 MiB       0           1 and more
+ *     max_skip                256 MiB     0           1 and more
+ *     rate_per_client         0           0           1 and more
+ *     burst_per_client        0           0           1 and more
+ *     replay_entries          0           0           1 and more
+ *     replay_ms               60000       0           1 to 86400000
+ *     replay_bytes            4 MiB       0           1 and more
+ *     idle_timeout_ms         0           0           1 to 86400000
+ *     frame_timeout_ms        30000       0           1 to 86400000
+ *     lame_ms                 1000        0           1 to 86400000
+ *     drain_ms                5000        0           1 to 86400000
+ *
+ * Loops: a channel's private_loop, a server's loops. Not in URLs.
+ *
+ *     poller                  epoll,poll
+ *     forbid_threads          0           0           1
+ *     stack_size              256 KiB     0           16 KiB and more
+ *     max_results             1024        0           1 and more
+ *     max_bytes               256 MiB     0           1 and more
+ *     log_level               0           -1          1 to 4
+ *     thread_name             text
  *
  * LOOPS AND THREADS
  *
@@ -283,27 +429,34 @@
  * `configurators`, change providers at run time as they do with Dubbo:
  *     override://10.0.0.1:8000/package.Service?weight=200     or disabled=true, warmup=60000
  * with 0.0.0.0 for all; an address without a port is that of one consumer, which alone obeys. The
- * consumers are listed in `consumers`. The last list that had an entry stays in use while ZooKeeper
- * is away, or answers with nothing. A session that expired, or that was cut off for longer than
- * twice its timeout, is replaced and everything registered again; so is a node that somebody
- * removed. Calls never wait for ZooKeeper, except that opening waits registry_timeout_ms
+ * consumers are listed in `consumers`; apart from that a consumer only reads, and watches also a
+ * directory that does not exist yet. The last non-empty list stays in use while ZooKeeper is away,
+ * and when it answers with an empty one. When it is back, a provider that it does not list yet
+ * stays in use for two seconds and a session timeout more, so that the first provider to register
+ * again does not get the load of all. A session that expired, or that was cut off for
+ * longer than twice its timeout, is replaced and everything registered again; so is a node that
+ * somebody removed. Calls never wait for ZooKeeper, except that opening waits registry_timeout_ms
  * for the first answer. The ZooKeeper client is given numeric addresses only; names are resolved
  * when a channel or a server opens. Its sockets are not close-on-exec: a program that execs closes
  * them in the child.
  *
- * Two registries need no server. file:///path has a line for each provider,
+ * Two registries need no server. file:///path names a file with a line for each provider,
  *     10.0.0.1:8000 weight=100 warmup_ms=60000 group=g version=1 service=package.Service  # comment
- * with all but the address left out at will, and is read again when it changes. With
- * multicast://224.5.6.7:1234 providers announce themselves every five seconds, and are gone after
- * fifteen without; what is heard is believed, so it is for networks in which all can be trusted.
- * Loops have to be driven for both.
+ * in which only the address is required. A channel examines the file once a second and reads it
+ * again when it has changed; replace it by renaming, so that no half of it is read. With
+ * multicast://224.5.6.7:1234 providers announce themselves by UDP every five seconds, and consumers
+ * drop a provider that was silent for fifteen. Whoever can send to the group can announce a
+ * provider, so use it only where every host is trusted. Both work only while the loop is driven.
  *
  * CALLING POLICY
  *
- * What a channel makes of its providers is set for the channel (options, or its URL), for a method
- * (crpc_method_options) and for a call (crpc_policy), the nearest word counting:
+ * How calls are made is set for the channel (its options, or its URL), for a method
+ * (crpc_method_options) and for a call (crpc_call.policy); the most specific setting wins:
  *
  *     zookeeper://zk:2181/dubbo/demo.User?lb=la&retries=1&breaker=1&backup_ms=50
+ *
+ * Programs may start in any order: with wait=1 a call that is made while no provider is known, or
+ * none can be reached, waits for one until its deadline.
  *
  * The balancer (crpc_balancer) chooses for each attempt; a provider with weight 0 is taken only if
  * there is no other, one that registered a warm-up time gets a share that grows in it (Dubbo's
@@ -363,7 +516,7 @@
  *     max_connections        1024        new ones are closed
  *     worker_queue           1024        CRPC_ELIMIT
  *     max_concurrency        8192        CRPC_ELIMIT; for each I/O thread
- *     limits, rate_per_client  none      CRPC_ELIMIT
+ *     method_limits, rate_per_client  none      CRPC_ELIMIT
  *     replay_bytes           4 MiB       the oldest replies are forgotten
  *     max_results            1024        CRPC_ELIMIT
  *     max_bytes              256 MiB     CRPC_ENOMEM, or the connection is closed
@@ -839,7 +992,9 @@ typedef struct crpc_method {
     size_t response_size;
     crpc_serve_fn serve; /* NULL in a table that only calls */
     unsigned flags;      /* CRPC_METHOD_* */
-    int timeout_ms;      /* default deadline of calls. 0: the channel's. -1: as 0 */
+    /* Deadline of calls for which neither the call, nor the method's options, nor the channel's URL
+     * or options set one. 0: 1000. -1: as 0 */
+    int timeout_ms;
 } crpc_method;
 
 typedef struct crpc_service {
@@ -847,6 +1002,57 @@ typedef struct crpc_service {
     const crpc_method *methods;
     size_t method_count;
 } crpc_service;
+
+/* ======================================================================== */
+/* >>api-options   groups of options that channels and servers share        */
+/* ======================================================================== */
+
+/* Numbers of all options: 0 means the default and -1 what the comment says; less than -1 counts as
+ * -1. Out of range they fail the opening with CRPC_EINVAL. In URLs and in configuration lines (see
+ * crpc_channel_options_parse) an option's key is the name of its member unless its comment gives
+ * another; the manual lists them all (OPTIONS). */
+
+/* How a registry is used: by a channel to look providers up, by a server to register. */
+typedef struct crpc_directory_options {
+    const char *group;       /* Dubbo's; a channel's may be "*" or a list "a,b". NULL: none */
+    const char *version;     /* likewise. NULL: none */
+    const char *application; /* this program's name, shown to people who inspect the registry. NULL:
+                                "crpc" */
+    const char *credential;  /* key "registry_credential": ZooKeeper digest "user:password". NULL:
+                                none */
+    int timeout_ms; /* key "registry_timeout_ms": how long opening a channel, or starting a server,
+                       waits for the registry. 0: 3000. -1: not at all */
+    int session_timeout_ms; /* of the registry session. 0: 15000. -1: as 0 */
+    int must_connect; /* 1: not reaching the registry in timeout_ms is an error. 0: goes on trying.
+                         -1: as 0 */
+    /* --- of a channel only ---------------------------------------------- */
+    int allow_empty;   /* 1: an empty list of the registry is believed, and calls fail with
+                          CRPC_ENOPROVIDER. 0: the last non-empty list stays in use. -1: as 0 */
+    int stale_ttl_ms;  /* after the registry has not confirmed a list for so long, a provider of it
+                          that cannot be reached is dialled once a minute. 0: 600000. -1: as any
+                          other */
+    const char *cache; /* file in which the registry's last good lists are kept, so that this
+                          program can start while the registry is away. It belongs to this process
+                          alone. NULL: none */
+} crpc_directory_options;
+
+/* What a peer can make this process hold. */
+typedef struct crpc_limits {
+    int64_t max_body;   /* bytes of a received message. 0: 64 MiB. -1: 2 GiB - 1 */
+    int64_t max_queued; /* unsent bytes on a connection: a channel's call beyond it fails, a server
+                           stops reading. 0: 16 MiB, of a server 4 MiB. -1: no limit */
+} crpc_limits;
+
+/* How messages are written for peers that are not crpc. */
+typedef struct crpc_wire_options {
+    int inflight;    /* calls at a time on one connection. 0: no limit. -1: no limit */
+    int short_names; /* 1: send "Service" instead of "package.Service". 0: full names. -1: as 0 */
+} crpc_wire_options;
+
+/* Who this process is. Secrets stand in options and configuration lines, never in URLs. */
+typedef struct crpc_security_options {
+    const char *credential; /* sent with every request. NULL: none */
+} crpc_security_options;
 
 /* ======================================================================== */
 /* >>api-channel   the client: calls                                        */
@@ -882,12 +1088,14 @@ typedef enum crpc_cluster {
                                   of them did */
 } crpc_cluster;
 
-/* How calls are made: of a call, of a method, of a channel; what the first leaves at 0 is the
- * next one's. Retries and backup requests never execute anything twice that is not idempotent: see
- * Delivery; FAILBACK, FORKING and BROADCAST ask for just that and are the caller's word. */
+/* How a call is made. The most specific setting of each member wins: the call's, then the method's
+ * (crpc_method_options), then the channel's URL, then the channel's options. Retries and backup
+ * requests never execute a request twice unless its method is idempotent: see Delivery. FAILBACK,
+ * FORKING and BROADCAST do; there the program takes the responsibility. */
 typedef struct crpc_policy {
-    crpc_cluster cluster; /* 0: CRPC_CLUSTER_DEFAULT */
-    int timeout_ms;   /* total, of all attempts. 0: the method's, else 1000. -1: as 0 */
+    crpc_cluster cluster; /* 0: CRPC_CLUSTER_FAILOVER. -1: as 0 */
+    int timeout_ms;   /* total, of all attempts. 0: the .proto's, else 1000. -1: 86400000, 24 hours;
+                         of a method or a call: as 0 */
     int retries;      /* further attempts, up to 16. 0: 2. -1: none */
     int backup_ms;    /* an idempotent call without a reply after so long is sent to one more
                          provider, and the first reply counts. 0: never. -1: never */
@@ -901,9 +1109,8 @@ typedef struct crpc_policy {
  * defaults and that nothing but the response is wanted. One call at a time may use it. */
 struct crpc_call {
     /* --- in ------------------------------------------------------------- */
-    int timeout_ms; /* total, retries included. 0: the method's, else the channel's. -1: as 0 */
-    int64_t deadline_us; /* crpc_loop_now_us time, instead of timeout_ms. 0: unset. -1: as 0 */
-    int retries;         /* further attempts, up to 16. 0: the channel's. -1: none */
+    crpc_policy policy;  /* 0 in a member: the method's or the channel's */
+    int64_t deadline_us; /* crpc_loop_now_us time, instead of a timeout. 0: unset. -1: as 0 */
     int64_t log_id;      /* travels in the meta and into logs. 0: the parent's, else none. -1: sent
                             like any other number */
     const crpc_field *fields; /* user_fields to send; borrowed during the call function */
@@ -911,8 +1118,6 @@ struct crpc_call {
     crpc_view credential;       /* authentication_data, borrowed likewise. Unset: the channel's */
     crpc_view attachment;       /* raw bytes behind the message; borrowed likewise */
     const crpc_context *parent; /* request on whose behalf: deadline, log and trace ids inherit */
-    const crpc_policy *policy;  /* borrowed likewise; goes before timeout_ms and retries above.
-                                   NULL: the method's */
     crpc_view key; /* lb=hash: equal keys go to the same provider. Unset: the hash_field's */
     /* Names the request to servers that keep replies (crpc_server_options.replay_entries): of
      * several with one id, 64 bytes at most, one is executed. Unset: none, unless request_ids */
@@ -957,8 +1162,8 @@ typedef struct crpc_client_interceptor {
 
 /* What is peculiar to one method of a channel. Borrowed while the channel lives. */
 typedef struct crpc_method_options {
-    const char *method; /* "Login" */
-    crpc_policy policy; /* 0 in a member: the channel's */
+    const crpc_method *method; /* as generated: demo_UserService_Login_method */
+    crpc_policy policy;        /* 0 in a member: the channel's */
     int hash_field; /* number of the request's field that is the key of lb=hash. 0: the channel's.
                        -1: none */
     /* Degrading: what stands for a reply when a call has failed, but not by an application's error.
@@ -968,93 +1173,102 @@ typedef struct crpc_method_options {
     int (*fallback)(void *user, const crpc_method *method, const crpc_error *error, void *response);
     void *user;
     crpc_view canned;
-    int degraded; /* 1: always, without calling at all. 0: only when a call has failed */
+    int degraded; /* 1: always, without calling at all. 0: only when a call has failed. -1: as 0 */
 } crpc_method_options;
+
+/* The breaker takes a provider whose calls fail out of the choice for a time, lets one call try it,
+ * and then gives it its share back step by step. Timeouts and lost connections count as failures,
+ * an application's errors as successes; CRPC_ELIMIT and cancelled calls as neither. Keys have
+ * "breaker_" in front of the member's name. */
+typedef struct crpc_breaker_options {
+    int enabled;       /* key "breaker". 1: use it. 0: no. -1: no */
+    int percent;       /* failures that open it. 0: 50. -1: as 0 */
+    int requests;      /* so many calls at least must have been seen. 0: 20. -1: 1 */
+    int window_ms;     /* in this time. 0: 10000. -1: as 0 */
+    int slow_ms;       /* slower replies count as slow. 0: none does. -1: none does */
+    int slow_percent;  /* slow replies that open it. 0: 50. -1: as 0 */
+    int open_ms;       /* the first time; doubles when it fails soon again. 0: 1000. -1: as 0 */
+    int open_max_ms;   /* where doubling ends. 0: 30000. -1: as 0 */
+    int ramp_ms;       /* until it has all of its share again. 0: 5000. -1: at once */
+    int eject_percent; /* of the providers that may be out at a time. 0: 50. -1: 100 */
+} crpc_breaker_options;
 
 typedef struct crpc_channel_options {
     crpc_loop *loop; /* must outlive the channel. NULL: a private loop */
     crpc_loop_options private_loop; /* of the private loop. 0: defaults */
-    int timeout_ms;         /* default deadline of a call. 0: 1000. -1: the longest, 24 hours */
-    int connect_timeout_ms; /* of one connection attempt. 0: 500. -1: only the call's deadline */
-    int retries;            /* further attempts of a failed call, up to 16. 0: 2. -1: none */
-    int inflight;           /* calls at a time on one connection. 0: no limit. -1: no limit */
-    int64_t max_body;       /* bytes of a received message. 0: 64 MiB. -1: 2 GiB - 1 */
-    int64_t max_queued;     /* unsent bytes on a connection. 0: 16 MiB. -1: no limit */
-    int registry_timeout_ms; /* how long opening waits for the registry. 0: 3000. -1: not at all */
-    int session_timeout_ms;  /* of the registry session. 0: 15000. -1: as 0 */
-    int must_connect; /* 1: not reaching the registry in that time is an error. 0: open anyway */
-    int short_names;  /* 1: send "Service" instead of "package.Service". 0: full names */
-    const char *credential;          /* sent with every request. NULL: none */
-    const char *registry_credential; /* ZooKeeper digest "user:password". NULL: none */
-    const crpc_client_interceptor *interceptors; /* borrowed while the channel lives */
-    size_t interceptor_count;
-    const crpc_method_options *methods; /* borrowed while the channel lives */
-    size_t method_count;
-    /* --- providers and policies ----------------------------------------- */
-    crpc_balancer balancer; /* 0: CRPC_BALANCER_DEFAULT */
-    crpc_cluster cluster;   /* 0: CRPC_CLUSTER_DEFAULT */
-    int backup_ms;          /* as in crpc_policy. 0: never. -1: never */
-    int forks;              /* as in crpc_policy. 0: 2. -1: all */
-    int fail_percent;       /* as in crpc_policy. 0: none. -1: none */
+    crpc_policy policy;             /* of calls for which nothing else is said */
+    /* --- which provider ------------------------------------------------- */
+    crpc_balancer balancer; /* key "lb". 0: CRPC_BALANCER_WEIGHTED_ROUND_ROBIN. -1: as 0 */
     int hash_field;         /* as in crpc_method_options. 0: none. -1: none */
-    int max_endpoints; /* providers that this channel uses of a longer list, chosen by a hash that
-                          differs from channel to channel. 0: all. -1: all */
-    int allow_empty; /* 1: an empty list of the registry is believed, and calls fail with
-                        CRPC_ENOPROVIDER. 0: the last list that had an entry is used on */
-    int stale_ttl_ms; /* after the registry has not confirmed a list for so long, a provider of it
-                         that cannot be reached is dialled once a minute. 0: 600000. -1: as any
-                         other */
-    const char *application; /* this program's name, for who looks at the registry. NULL: "crpc" */
-    const char *cache; /* file in which the registry's last good lists are kept, so that this
-                          program can start while the registry is away. Of this process alone. NULL:
-                          none */
+    int max_endpoints;      /* providers that this channel uses of a longer list, chosen by a hash
+                               that differs from channel to channel. 0: all. -1: all */
+    /* 1: a call made while no provider is known, or none can be reached, waits for one until its
+     * deadline. 0: it fails with CRPC_ENOPROVIDER or CRPC_ECONN. -1: as 0 */
+    int wait;
+    int connect_timeout_ms; /* of one connection attempt. 0: 500. -1: only the call's deadline */
     /* Retries that may be made without successes: each takes one of them, each success gives a
-     * tenth back; so a dead fleet is not stormed. Not counted are those that go to a provider which
-     * has replied over its present connection, and what a stopping server or a connection that had
-     * gone stale costs. 0: 10. -1: no limit */
+     * tenth back, so that a dead fleet is not stormed. Retries to a provider that has replied over
+     * its present connection are not counted, nor those after a stopping server's refusal or a
+     * connection that had gone stale. 0: 10. -1: no limit */
     int retry_budget;
     /* 1: every call gets a request id, and is sent again to its provider if the connection is lost,
-     * also where the method is not idempotent: for servers that keep replies. 0: no */
+     * also where the method is not idempotent: for servers that keep replies. 0: no. -1: no */
     int request_ids;
+    crpc_breaker_options breaker;
+    /* --- groups that servers have too ----------------------------------- */
+    crpc_directory_options directory; /* how providers are looked up in a registry */
+    crpc_limits limits;               /* max_body: of a reply; max_queued: of unsent requests */
+    crpc_wire_options wire;
+    crpc_security_options security;
+    /* --- failback ------------------------------------------------------- */
     int failback_ms;  /* between the tries of a failed call. 0: 5000. -1: as 0 */
     int failback_max; /* such calls waiting at a time; more are dropped, and logged. 0: 100. -1:
                          none */
-    /* Told of each that waited and is given up, on the thread that drives the loop. NULL: it is
+    /* Told of each waiting call that is given up, on the thread that drives the loop. NULL: it is
      * logged. */
     void (*failback_dropped)(void *user, const crpc_method *method, const crpc_error *error);
     void *failback_user;
-    /* The breaker takes a provider whose calls fail out of the choice for a time, lets one call
-     * try it, and then gives it its share back step by step. Timeouts and lost connections count as
-     * failures, an application's errors as successes; CRPC_ELIMIT and cancelled calls as
-     * neither. */
-    int breaker;            /* 1: use it. 0: no */
-    int breaker_percent;    /* failures that open it. 0: 50. -1: as 0 */
-    int breaker_requests;   /* so many calls at least have to be seen. 0: 20. -1: 1 */
-    int breaker_window_ms;  /* in this time. 0: 10000. -1: as 0 */
-    int breaker_slow_ms;    /* slower replies count as slow. 0: none does. -1: none does */
-    int breaker_slow_percent; /* slow replies that open it. 0: 50. -1: as 0 */
-    int breaker_open_ms; /* the first time; doubles when it fails soon again. 0: 1000. -1: as 0 */
-    int breaker_open_max_ms; /* 0: 30000. -1: as 0 */
-    int breaker_ramp_ms;    /* until it has all of its share again. 0: 5000. -1: at once */
-    int breaker_eject_percent; /* of the providers that may be out at a time. 0: 50. -1: 100 */
+    /* --- borrowed while the channel lives ------------------------------- */
+    const crpc_client_interceptor *interceptors;
+    size_t interceptor_count;
+    const crpc_method_options *methods;
+    size_t method_count;
 } crpc_channel_options;
 
 #if CRPC_ENABLE_CLIENT
 
+/* Reads options from the lines of a configuration file or an environment variable:
+ *
+ *     # of the whole fleet
+ *     timeout_ms = 200
+ *     lb = la
+ *     registry_credential = user:password
+ *
+ * The keys are those of URLs, and of crpc_channel_options and its private_loop (manual, OPTIONS);
+ * secrets are allowed. A key may stand once. Blank lines and lines that begin with # are skipped.
+ * `text` is cut in place: options that are text point into it until the channel is open. What no
+ * line names stays as it is. On failure (CRPC_EINVAL) some options may have been set; `error` (may
+ * be NULL) names the line and what is wrong with it. Any thread. */
+CRPC_API CRPC_MUST_CHECK int crpc_channel_options_parse(char *text, crpc_channel_options *options,
+                                                        crpc_error *error);
+
 /* Opens a channel to a service:
  *
- *   tcp://host:port        unix:///path        list://host:port,host:port
+ *   tcp://host:port        list://host:port,host:port
+ *   unix:///path           unix://@name (Linux' abstract namespace)
  *   zookeeper://host:port,host:port/root/package.Service
  *   multicast://224.5.6.7:port/package.Service    file:///path
  *
- * Options may follow as ?key=value&key=value: the numbers among crpc_channel_options by their
- * names, lb and cluster by the words beside crpc_balancer and crpc_cluster, with a registry also
- * group and version, with zookeeper:// cache, with multicast:// interface (a name or an address),
- * with file:// service. An unknown key is CRPC_EINVAL. They override `options`, which may be NULL.
- * IPv6 addresses stand in brackets.
+ * Options may follow as ?key=value&key=value: those of crpc_channel_options by their keys, but for
+ * secrets; lb and cluster by the words beside crpc_balancer and crpc_cluster; cache only with
+ * zookeeper://; besides, with multicast:// interface (a name or an address), with file:// service,
+ * and protocol (there is baidu_std, which is the default). A key that is unknown, or given twice,
+ * is CRPC_EINVAL. They override `options`, which may be NULL. IPv6 addresses stand in brackets and
+ * have no scope.
  *
- * Host names are resolved here, on this thread; connections are made when calls need them. With
- * a registry waits for the session and the first list for registry_timeout_ms. CRPC_EREGISTRY:
+ * Host names are resolved here, on this thread, and stand for all their addresses; connections are
+ * made when calls need them. With a registry this waits for the session and the first list for
+ * directory.timeout_ms. CRPC_EREGISTRY: it was
  * not reached, and must_connect. `error` (may be NULL) tells in words. Not inside a callback of the
  * loop if it has to wait (CRPC_EDEADLK). */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_open(crpc_channel **channel, const char *url,
@@ -1158,11 +1372,11 @@ typedef struct crpc_server_interceptor {
     void *user;
 } crpc_server_interceptor;
 
-/* What a method may take of a server; the first entry that names it counts. What is over it is
- * answered with CRPC_ELIMIT, undecoded. */
+/* What a method may take of a server; the first entry that matches it counts. Requests beyond it
+ * are answered with CRPC_ELIMIT, undecoded. The server must offer what an entry names. */
 typedef struct crpc_method_limit {
-    const char *service; /* full name. NULL: any */
-    const char *method;  /* NULL: any; each has a limit of its own */
+    const crpc_service *service; /* each method of it gets a limit of its own. NULL: any service */
+    const crpc_method *method;   /* this one alone. NULL: those of `service` */
     int max_concurrency; /* requests in service at a time. 0: no limit. -1: no limit */
     int adaptive;        /* 1: as many as it can serve without queueing, which is measured as brpc
                             does ("auto"), beginning with 40, never under `workers`. 0: not */
@@ -1171,16 +1385,14 @@ typedef struct crpc_method_limit {
 } crpc_method_limit;
 
 typedef struct crpc_server_options {
-    const char *listen; /* tcp://host:port or unix:///path; port 0: any. NULL: crpc_server_listen */
-    const char *registry; /* zookeeper://host:port,...[/root] to register in; without a root in
-                             /dubbo. Or multicast://224.5.6.7:port[?interface=eth0].
-                             NULL: nowhere */
+    const char *listen;    /* tcp://host:port (0: any), unix:///path or, for an abstract socket,
+                            * unix://@name. NULL: crpc_server_listen */
+    const char *registry;  /* zookeeper://host:port,...[/root] to register in; without a root in
+                              /dubbo. Or multicast://224.5.6.7:port[?interface=eth0].
+                              Another URL is an error of crpc_server_open. NULL: nowhere */
     const char *advertise; /* host[:port] to register, resolved when starting. NULL: the address of
                               this host that reaches the registry, unless a listener has its own */
-    const char *registry_credential; /* ZooKeeper digest "user:password". NULL: none */
-    const char *group;               /* registered with every service. NULL: none */
-    const char *version;             /* likewise. NULL: none */
-    const char *application;         /* likewise: the program's name. NULL: "crpc" */
+    crpc_directory_options directory; /* how services are registered */
     int weight; /* registered, up to 1000000: the share of calls. 0: 100. -1: 0, which is none as
                    long as there is another provider */
     int warmup_ms; /* registered: how long consumers raise the weight, from 1 to all of it. 0: none.
@@ -1199,12 +1411,10 @@ typedef struct crpc_server_options {
     int max_concurrency; /* requests in service at a time, deferred and waiting ones included;
                             beyond it ELIMIT. 0: 8192 for each I/O thread. -1: no limit */
     int max_connections; /* beyond it new ones are closed. 0: 1024. -1: no limit */
-    int64_t max_body;    /* bytes of a request. 0: 64 MiB. -1: 2 GiB - 1 */
+    crpc_limits limits;  /* max_body: of a request; max_queued: of unsent replies */
     int64_t max_skip;    /* an oversize request up to here is answered. 0: 256 MiB. -1: none */
-    int64_t max_queued;  /* memory of a connection's unsent replies before reading pauses. 0: 4 MiB.
-                            -1: no limit */
-    const crpc_method_limit *limits; /* borrowed until crpc_server_start has returned */
-    size_t limit_count;
+    const crpc_method_limit *method_limits; /* borrowed until crpc_server_start has returned */
+    size_t method_limit_count;
     int rate_per_client;  /* requests a second of all connections from an IP address; those by unix
                              sockets count as one's. 0: no limit. -1: no limit */
     int burst_per_client; /* at once after a pause. 0: as rate_per_client. -1: as rate_per_client */
@@ -1221,15 +1431,17 @@ typedef struct crpc_server_options {
     int lame_ms;  /* how long stopping goes on serving after it has unregistered, for consumers that
                      do not know yet. 0: 1000 with a registry, else none. -1: none */
     int drain_ms; /* how long stopping then waits for requests being served. 0: 5000. -1: 0 */
-    int session_timeout_ms;  /* of the registry session. 0: 15000. -1: as 0 */
-    int registry_timeout_ms; /* how long starting waits for the registry. 0: 3000. -1: not at all */
-    int must_connect; /* 1: not reaching the registry in time fails the start. 0: goes on trying */
     const crpc_server_interceptor *interceptors; /* borrowed until the server is closed and its last
                                                     deferred request finished */
     size_t interceptor_count;
 } crpc_server_options;
 
 #if CRPC_ENABLE_SERVER
+
+/* Reads options from configuration lines, as crpc_channel_options_parse does: the keys are those of
+ * crpc_server_options and its `loops`. The text must stay until the server is open. Any thread. */
+CRPC_API CRPC_MUST_CHECK int crpc_server_options_parse(char *text, crpc_server_options *options,
+                                                       crpc_error *error);
 
 /* Makes a server and binds options->listen. NULL options mean the defaults. `error` (may be NULL)
  * tells in words. CRPC_EADDRESS: the address is taken or not this machine's. */
@@ -1289,7 +1501,7 @@ CRPC_API void crpc_server_stats_get(crpc_server *server, crpc_loop_stats *stats)
  *   CRPC_OK       the response is sent,
  *   CRPC_EPENDING it keeps the context and calls crpc_context_finish later, from any thread,
  *   crpc_context_fail(...)  an error of its own,
- *   any other crpc_status   that status is sent.
+ *   any other crpc_status   that status is sent; any other number, -1 or 42, as CRPC_EINTERNAL.
  * Request, attachment and fields stay valid until the reply is finished. */
 
 /* Ends the request with the application's own error code: any int but 0, 1-199 and 1000-3999, which
@@ -1730,6 +1942,9 @@ CRPCI_COLD void crpci_base_abort(const char *what, const char *function)
 #define CRPCI_ASSERT(x, what) ((void)0)
 #endif
 
+/* For mistakes of the program in the use of an object; checked likewise. */
+#define CRPCI_DEMAND(x, what) CRPCI_ASSERT(x, what)
+
 /* The struct of which *ptr is the named member. */
 #define CRPCI_CONTAINER(ptr, type, member)                                                         \
     ((type *)(void *)((char *)(ptr)-offsetof(type, member)))
@@ -2115,11 +2330,11 @@ CRPCI_FN bool crpci_status_reserved(int code)
     return (code >= 0 && code <= 199) || (code >= 1000 && code <= 3999);
 }
 
-/* crpci_status_set describes an error that happened on this side before any attempt, and returns its
- * code; `error` may be NULL. crpci_status_explain writes the text of one whose code is set, crpci_status_format a cause
- * into a buffer, as snprintf. Without texts an error says the name of its code and a cause is
- * empty; the arguments are then checked by the compiler, but neither evaluated nor in the object.
- */
+/* crpci_status_set describes an error that happened on this side before any attempt, and returns
+ * its code; `error` may be NULL. crpci_status_explain writes the text of an error whose code is
+ * set, crpci_status_format writes a cause into a buffer, as snprintf does. Without texts an error
+ * says the name of its code and a cause is empty; the compiler checks the arguments then, but
+ * neither evaluates them nor puts them into the object. */
 #if CRPC_ENABLE_TEXTS
 #define crpci_status_format              snprintf
 #define crpci_status_explain(error, ...) snprintf((error)->text, sizeof(error)->text, __VA_ARGS__)
@@ -2196,6 +2411,9 @@ typedef struct crpci_heap {
     int64_t bytes;       /* everything */
     int64_t peak;        /* the most that `bytes` ever was */
     crpci_heap_class classes[CRPCI_CHUNK_CLASSES];
+#if CRPC_DEBUG
+    void *closed; /* handles of objects that are gone, see crpci_heap_retire */
+#endif
 } crpci_heap;
 
 struct crpci_chunk {
@@ -2353,6 +2571,63 @@ CRPCI_FN void crpci_heap_strfree(crpci_heap *h, char *text)
         crpci_heap_free(h, text, strlen(text) + 1);
 }
 
+/* What an object that the program closes begins with, where CRPC_DEBUG is 1. */
+typedef struct crpci_handle {
+    const char *open; /* NULL: closed */
+    struct crpci_handle *next;
+    size_t size;
+} crpci_handle;
+
+#define CRPCI_HANDLE_IS_OPEN "crpc handle"
+#if CRPC_DEBUG
+#define CRPCI_HANDLE              crpci_handle handle;
+#define CRPCI_HANDLE_OPEN(object) ((object)->handle.open = CRPCI_HANDLE_IS_OPEN)
+#define CRPCI_HANDLE_CHECK(object)                                                                 \
+    CRPCI_DEMAND((object)->handle.open, "the object is closed already")
+#define CRPCI_HANDLE_CLOSE(object) (CRPCI_HANDLE_CHECK(object), (object)->handle.open = NULL)
+#else
+#define CRPCI_HANDLE
+#define CRPCI_HANDLE_OPEN(object)  ((void)0)
+#define CRPCI_HANDLE_CHECK(object) ((void)0)
+#define CRPCI_HANDLE_CLOSE(object) ((void)0)
+#endif
+
+/* Frees a closed object of which the program may still have the address. Where CRPC_DEBUG is 1 the
+ * memory stays, poisoned but for its handle, until the heap goes with its loop. */
+CRPCI_FN void crpci_heap_retire(crpci_heap *h, void *object, size_t size)
+{
+#if CRPC_DEBUG
+    crpci_handle *handle = (crpci_handle *)object;
+    memset(object, 0xdb, size);
+    handle->open = NULL;
+    handle->size = size;
+    crpci_thread_lock(&h->lock);
+    handle->next = (crpci_handle *)h->closed;
+    h->closed = handle;
+    crpci_thread_unlock(&h->lock);
+#else
+    crpci_heap_free(h, object, size);
+#endif
+}
+
+/* A text as long as it needs to be, for crpci_heap_strfree. NULL: out of memory. */
+CRPCI_COLD CRPC_PRINTF(2, 3) char *crpci_heap_format(crpci_heap *h, const char *format, ...)
+{
+    va_list args;
+    int n;
+    char *out;
+    va_start(args, format);
+    n = vsnprintf(NULL, 0, format, args);
+    va_end(args);
+    out = n < 0 ? NULL : (char *)crpci_heap_alloc(h, (size_t)n + 1);
+    if (!out)
+        return NULL;
+    va_start(args, format);
+    vsnprintf(out, (size_t)n + 1, format, args);
+    va_end(args);
+    return out;
+}
+
 /* Makes a heap with one reference; hooks may be NULL. limit: bytes in chunks, 0: none. */
 CRPCI_FN int crpci_heap_open(crpci_heap **out, const crpc_hooks *hooks, int64_t limit)
 {
@@ -2416,6 +2691,13 @@ CRPCI_FN void crpci_heap_unlock_unref(crpci_heap *h)
     }
     k = h->hooks;
     crpci_heap_trim(h);
+#if CRPC_DEBUG
+    while (h->closed) {
+        crpci_handle *handle = (crpci_handle *)h->closed;
+        h->closed = handle->next;
+        k.resize(k.user, handle, handle->size, 0);
+    }
+#endif
     crpci_thread_unlock(&h->lock);
     crpci_thread_mutex_free(&h->lock);
     k.resize(k.user, h, sizeof *h, 0);
@@ -2681,30 +2963,50 @@ CRPCI_FN void crpci_list_move(crpci_list *to, crpci_list *from)
 
 #define CRPCI_URL_MAX 2048u
 
-/* scheme://authority/path?query, split in place in a copy. */
+/* scheme://authority/path?query, split in place in a copy on the heap. */
 typedef struct crpci_url {
-    char text[CRPCI_URL_MAX];
+    crpci_heap *heap;
+    char *text; /* NULL: not a URL */
+    size_t size;
     char *scheme;
     char *authority; /* "" if there is none */
     char *path;      /* without the leading slash, "" if there is none; unix: the whole path */
     char *query;     /* what is left of it, see crpci_url_next */
 } crpci_url;
 
-CRPCI_COLD int crpci_url_parse(crpci_url *u, const char *text, crpc_error *error)
+CRPCI_COLD void crpci_url_free(crpci_url *u)
+{
+    crpci_heap_free(u->heap, u->text, u->size);
+    u->text = NULL;
+}
+
+/* After a failure there is nothing to be freed. */
+CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, crpc_error *error)
 {
     size_t len = text ? strlen(text) : 0;
+    const char *colon = text ? strstr(text, "://") : NULL;
     char *p;
     memset(u, 0, sizeof *u);
-    if (!text || len >= sizeof u->text)
+    if (!text || len >= CRPCI_URL_MAX)
         return crpci_status_set(error, CRPC_EINVAL, "URL of %zu bytes: the limit is %u", len,
                                 CRPCI_URL_MAX - 1);
-    memcpy(u->text, text, len + 1);
-    p = strstr(u->text, "://");
-    if (!p || p == u->text)
+    if (!colon || colon == text)
         return crpci_status_set(error, CRPC_EINVAL, "not a URL (scheme://...): \"%.100s\"", text);
-    *p = '\0';
+    if (strcmp(text, "unix://") == 0 || strcmp(text, "unix:///") == 0 ||
+        strncmp(text, "unix://?", 8) == 0 || strncmp(text, "unix:///?", 9) == 0)
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "%.100s: no path; expected unix:///path, or "
+                                "unix://@name for an abstract socket",
+                                text);
+    u->heap = h;
+    u->size = len + 1;
+    u->text = (char *)crpci_heap_alloc(h, u->size);
+    if (!u->text)
+        return crpci_status_set(error, CRPC_ENOMEM, "%.100s: out of memory", text);
+    memcpy(u->text, text, len + 1);
     u->scheme = u->text;
-    u->authority = p + 3;
+    u->authority = u->text + (colon - text) + 3;
+    u->authority[-3] = '\0';
     u->query = strchr(u->authority, '?');
     if (u->query)
         *u->query++ = '\0';
@@ -2781,10 +3083,13 @@ CRPCI_FN size_t crpci_url_encode(char *out, size_t size, const char *text)
     return n;
 }
 
-/* Takes the next key=value from the query, decoded. CRPC_EPENDING at the end. */
-CRPCI_FN int crpci_url_next(crpci_url *u, char **key, char **value)
+/* Takes the next key=value from the query, decoded. CRPC_EPENDING at the end. A key that is given
+ * twice is an error, as one of the two would be ignored. */
+CRPCI_FN int crpci_url_next(crpci_url *u, char **key, char **value, crpc_error *error)
 {
+    const char *again;
     char *end;
+    size_t n;
     while (*u->query == '&')
         u->query++;
     if (!*u->query)
@@ -2795,10 +3100,20 @@ CRPCI_FN int crpci_url_next(crpci_url *u, char **key, char **value)
     if (end)
         *end = '\0';
     *value = strchr(*key, '=');
-    if (!*value)
-        return CRPC_EINVAL;
-    *(*value)++ = '\0';
-    return crpci_url_decode(*key) && crpci_url_decode(*value) ? CRPC_OK : CRPC_EINVAL;
+    if (*value)
+        *(*value)++ = '\0';
+    if (!*value || !crpci_url_decode(*key) || !crpci_url_decode(*value))
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "URL option \"%.60s\" is not key=value, or a %%XX in it is not two "
+                                "hexadecimal digits",
+                                *key);
+    n = strlen(*key);
+    for (again = u->query; again; again = strchr(again, '&')) {
+        again += *again == '&';
+        if (strncmp(again, *key, n) == 0 && again[n] == '=')
+            return crpci_status_set(error, CRPC_EINVAL, "URL option %.60s is given twice", *key);
+    }
+    return CRPC_OK;
 }
 
 /* A whole decimal number between -1 and max. */
@@ -2815,7 +3130,239 @@ CRPCI_FN bool crpci_url_number(const char *text, int64_t max, int64_t *out)
 }
 
 /* ======================================================================== */
-/* >>impl-message   nanopb messages: views, encoding into chunks, decoding  */
+/* >>impl-options   tables of options: defaults, ranges, URL keys, key=value lines */
+/* ======================================================================== */
+
+/* Each options struct has one table, which stands in the section that opens the object. An option's
+ * default, its limits and its key stand in its row and nowhere else in the code. */
+
+#define CRPCI_OPTION_ANY INT32_C(-1) /* as `most`: whatever fits into the member */
+
+enum {
+    CRPCI_OPTION_TEXT = 1,      /* a const char *, else a number */
+    CRPCI_OPTION_SECRET = 2,    /* never in a URL, never in an error's text */
+    CRPCI_OPTION_DIRECTORY = 4, /* in a URL only if that names a registry */
+    CRPCI_OPTION_BACKEND = 8,   /* in a URL only if its registry takes it */
+    CRPCI_OPTION_POLICY = 16    /* needs CRPC_ENABLE_POLICY */
+};
+
+typedef struct crpci_option {
+    const char *name;  /* as users spell it */
+    const char *words; /* NULL: a number; else words separated by commas, the first means 1 */
+    uint16_t offset;   /* in the options struct */
+    uint8_t size;      /* of the member */
+    uint8_t flags;     /* CRPCI_OPTION_* */
+    int32_t zero;      /* what 0 means */
+    int32_t none;      /* what -1 means */
+    int32_t least;     /* of other values */
+    int32_t most;
+} crpci_option;
+
+typedef struct crpci_options {
+    const crpci_option *rows;
+    size_t count;
+} crpci_options;
+
+#define CRPCI_OPTION_ROW(type, member, name, words, flags, zero, none, least, most)                \
+    {                                                                                              \
+        name, words, offsetof(type, member), sizeof(((type *)0)->member), flags, zero, none,       \
+            least, most                                                                            \
+    }
+#define CRPCI_OPTIONS_OF(rows) rows, sizeof(rows) / sizeof *(rows)
+
+CRPCI_COLD int64_t crpci_options_get(const crpci_option *o, const void *options)
+{
+    const char *at = (const char *)options + o->offset;
+    int64_t wide;
+    int narrow;
+    memcpy(&wide, at, o->size == sizeof wide ? sizeof wide : 0);
+    memcpy(&narrow, at, sizeof narrow);
+    return o->size == sizeof wide ? wide : narrow;
+}
+
+CRPCI_COLD void crpci_options_put(const crpci_option *o, void *options, int64_t value)
+{
+    char *at = (char *)options + o->offset;
+    int narrow = (int)value;
+    if (o->size == sizeof value)
+        memcpy(at, &value, sizeof value);
+    else
+        memcpy(at, &narrow, sizeof narrow);
+}
+
+/* The most that an option can be. */
+CRPCI_COLD int64_t crpci_options_most(const crpci_option *o)
+{
+    if (o->most != CRPCI_OPTION_ANY)
+        return o->most;
+    return o->size == sizeof(int64_t) ? INT64_MAX : INT32_MAX;
+}
+
+/* Whether a value is in the option's range; else an error that names both. */
+CRPCI_COLD int crpci_options_check_value(const crpci_option *o, int64_t value, crpc_error *error)
+{
+    int64_t most = crpci_options_most(o);
+    if (value > 0 && !CRPC_ENABLE_POLICY && (o->flags & CRPCI_OPTION_POLICY))
+        return crpci_status_set(error, CRPC_EUNSUPPORTED,
+                                "%s=%lld: not compiled in: CRPC_ENABLE_POLICY is 0", o->name,
+                                (long long)value);
+    if (value > most)
+        return crpci_status_set(error, CRPC_EINVAL, "%s=%lld: at most %lld", o->name,
+                                (long long)value, (long long)most);
+    if (value > 0 && value < o->least)
+        return crpci_status_set(error, CRPC_EINVAL, "%s=%lld: at least %lld", o->name,
+                                (long long)value, (long long)o->least);
+    return CRPC_OK;
+}
+
+/* Checks the ranges of all options of a struct. */
+CRPCI_COLD int crpci_options_check(const crpci_options *set, const void *options, crpc_error *error)
+{
+    size_t i;
+    int err = CRPC_OK;
+    for (i = 0; i < set->count && !err; i++) {
+        const crpci_option *o = &set->rows[i];
+        if (!(o->flags & CRPCI_OPTION_TEXT))
+            err = crpci_options_check_value(o, crpci_options_get(o, options), error);
+    }
+    return err;
+}
+
+/* Puts the values that 0 and -1 stand for in their place. */
+CRPCI_COLD void crpci_options_fill(const crpci_options *set, void *options)
+{
+    size_t i;
+    for (i = 0; i < set->count; i++) {
+        const crpci_option *o = &set->rows[i];
+        if (!(o->flags & CRPCI_OPTION_TEXT))
+            crpci_options_put(o, options,
+                              crpci_base_option(crpci_options_get(o, options), o->zero, o->none));
+    }
+}
+
+/* The row of a key. NULL: there is none. */
+CRPCI_COLD const crpci_option *crpci_options_find(const crpci_options *set, const char *key)
+{
+    size_t i;
+    for (i = 0; i < set->count; i++) {
+        if (strcmp(set->rows[i].name, key) == 0)
+            return &set->rows[i];
+    }
+    return NULL;
+}
+
+/* Which of the words, separated by commas, this is, counted from 1; 0: none. */
+CRPCI_COLD int64_t crpci_options_word(const char *words, const char *value)
+{
+    size_t n = strlen(value);
+    int64_t i;
+    for (i = 1; words; i++) {
+        if (n && strncmp(words, value, n) == 0 && (words[n] == ',' || words[n] == '\0'))
+            return i;
+        words = strchr(words, ',');
+        words = words ? words + 1 : NULL;
+    }
+    return 0;
+}
+
+/* A whole decimal number; one that does not fit becomes the largest or smallest that does. */
+CRPCI_COLD bool crpci_options_number(const char *text, int64_t *out)
+{
+    char *end;
+    bool digits = *text == '-' ? text[1] >= '0' && text[1] <= '9' : *text >= '0' && *text <= '9';
+    *out = strtoll(text, &end, 10);
+    return digits && !*end;
+}
+
+/* Reads the text of an option into its member. Text options point at `value` from then on. */
+CRPCI_COLD int crpci_options_read(const crpci_option *o, void *options, const char *value,
+                                  crpc_error *error)
+{
+    int64_t n;
+    int err;
+    if (o->flags & CRPCI_OPTION_TEXT) {
+        memcpy((char *)options + o->offset, &value, sizeof value);
+        return CRPC_OK;
+    }
+    n = o->words ? crpci_options_word(o->words, value) : 0;
+    if (o->words && !n)
+        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: not one of %s", o->name, value,
+                                o->words);
+    if (!o->words && !crpci_options_number(value, &n))
+        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: not a whole number", o->name, value);
+    if (n < -1)
+        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: at least -1", o->name, value);
+    err = crpci_options_check_value(o, n, error);
+    if (!err)
+        crpci_options_put(o, options, n);
+    return err;
+}
+
+/* --- key=value lines -------------------------------------------------------------------------- */
+
+/* A table, the struct that it describes, and which of its rows (64 at most) have been read. */
+typedef struct crpci_options_target {
+    const crpci_options *set;
+    void *options;
+    uint64_t seen;
+} crpci_options_target;
+
+/* Cuts blanks off both ends of a text, in place. */
+CRPCI_COLD char *crpci_options_trim(char *text)
+{
+    size_t n;
+    text += strspn(text, " \t\r");
+    n = strlen(text);
+    while (n && strchr(" \t\r", text[n - 1]))
+        n--;
+    text[n] = '\0';
+    return text;
+}
+
+/* Reads one line, of which blanks are cut off. */
+CRPCI_COLD int crpci_options_line(crpci_options_target *to, size_t count, char *line,
+                                  crpc_error *error)
+{
+    char *value = strchr(line, '=');
+    size_t i;
+    if (!value)
+        return crpci_status_set(error, CRPC_EINVAL, "\"%.60s\" is not key=value", line);
+    *value = '\0';
+    line = crpci_options_trim(line);
+    value = crpci_options_trim(value + 1);
+    for (i = 0; i < count; i++) {
+        const crpci_option *o = crpci_options_find(to[i].set, line);
+        uint64_t bit = o ? UINT64_C(1) << (o - to[i].set->rows) : 0;
+        if (!o)
+            continue;
+        if (to[i].seen & bit)
+            return crpci_status_set(error, CRPC_EINVAL, "%s: given twice", line);
+        to[i].seen |= bit;
+        return crpci_options_read(o, to[i].options, value, error);
+    }
+    return crpci_status_set(error, CRPC_EINVAL, "%.60s: no such option", line);
+}
+
+/* Reads lines into the structs of some tables; a key that several have is the first one's. */
+CRPCI_COLD int crpci_options_lines(crpci_options_target *to, size_t count, char *text,
+                                   crpc_error *error)
+{
+    crpc_error why;
+    char *next;
+    int number, err = CRPC_OK;
+    for (number = 1; text && !err; number++, text = next) {
+        next = strchr(text, '\n');
+        if (next)
+            *next++ = '\0';
+        text = crpci_options_trim(text);
+        if (*text && *text != '#')
+            err = crpci_options_line(to, count, text, &why);
+    }
+    return err ? crpci_status_set(error, err, "line %d: %.230s", number - 1, why.text) : CRPC_OK;
+}
+
+/* ======================================================================== */
+/* >>impl-message   requests and replies; nanopb: views, encoding, decoding  */
 /* ======================================================================== */
 
 CRPC_API crpc_view crpc_view_str(const char *text)
@@ -3868,7 +4415,8 @@ CRPCI_FN bool crpci_sock_split(const char *text, char *host, size_t size, unsign
     return true;
 }
 
-/* Reads a numeric "1.2.3.4:80", "[::1]:80" or "unix:/path". */
+/* Reads a numeric "1.2.3.4:80", "[::1]:80", "unix:/path", or "unix:@name": a name in the abstract
+ * namespace of Linux, which stands behind a zero byte and has none at its end. */
 CRPCI_FN bool crpci_sock_parse(crpci_addr *a, const char *text)
 {
     char host[INET6_ADDRSTRLEN];
@@ -3876,11 +4424,14 @@ CRPCI_FN bool crpci_sock_parse(crpci_addr *a, const char *text)
     memset(a, 0, sizeof *a);
     if (strncmp(text, "unix:", 5) == 0) {
         size_t n = strlen(text + 5);
-        if (n == 0 || n > CRPC_ADDRESS_MAX - 6) /* what fits sun_path and crpci_sock_format */
+        bool abstract = text[5] == '@';
+        if (n <= abstract || n > CRPC_ADDRESS_MAX - 6) /* it must fit crpci_sock_format */
             return false;
         a->u.un.sun_family = AF_UNIX;
         memcpy(a->u.un.sun_path, text + 5, n + 1);
-        a->len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + n + 1);
+        a->len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + n + !abstract);
+        if (abstract)
+            a->u.un.sun_path[0] = '\0';
         return true;
     }
     if (!crpci_sock_split(text, host, sizeof host, &port))
@@ -3900,12 +4451,25 @@ CRPCI_FN bool crpci_sock_parse(crpci_addr *a, const char *text)
     return false;
 }
 
+/* In the host's byte order; 0: none. */
+CRPCI_FN unsigned crpci_sock_port(const crpci_addr *a)
+{
+    return a->u.any.sa_family == AF_INET    ? ntohs(a->u.in4.sin_port)
+           : a->u.any.sa_family == AF_INET6 ? ntohs(a->u.in6.sin6_port)
+                                            : 0;
+}
+
 CRPCI_FN void crpci_sock_format(const crpci_addr *a, char *out, size_t size)
 {
+    const size_t head = offsetof(struct sockaddr_un, sun_path);
     char host[INET6_ADDRSTRLEN] = "?";
-    if (a->u.any.sa_family == AF_UNIX)
+    if (a->u.any.sa_family == AF_UNIX && a->len > head + 1 && !a->u.un.sun_path[0])
+        snprintf(out, size, "unix:@%.*s",
+                 (int)crpci_base_min(a->len - head - 1, CRPC_ADDRESS_MAX - 7),
+                 a->u.un.sun_path + 1);
+    else if (a->u.any.sa_family == AF_UNIX)
         snprintf(out, size, "unix:%.*s", CRPC_ADDRESS_MAX - 6,
-                 a->len > offsetof(struct sockaddr_un, sun_path) ? a->u.un.sun_path : "");
+                 a->len > head ? a->u.un.sun_path : "");
     else if (a->u.any.sa_family == AF_INET6)
         snprintf(out, size, "[%s]:%u",
                  inet_ntop(AF_INET6, &a->u.in6.sin6_addr, host, sizeof host),
@@ -3952,6 +4516,38 @@ CRPCI_FN void crpci_sock_tune(int fd)
 #ifdef TCP_USER_TIMEOUT
     crpci_sock_set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, 30000);
 #endif
+}
+
+/* Sends multicast datagrams through an interface; the routing table decides where `via` is NULL or
+ * names none. False: errno. */
+CRPCI_FN bool crpci_sock_leave_by(int fd, const struct ip_mreqn *via)
+{
+    return !via || (!via->imr_ifindex && !via->imr_address.s_addr) ||
+           setsockopt(fd, IPPROTO_IP, IP_MULTICAST_IF, via, sizeof *via) == 0;
+}
+
+/* The address of this host that packets to `to` leave from, without a port; the routing table is
+ * asked by connecting a datagram socket, which sends nothing. False: there is none that other hosts
+ * could use. */
+CRPCI_FN bool crpci_sock_route(const crpci_addr *to, const struct ip_mreqn *via, char *host,
+                               size_t size)
+{
+    int fd = socket(to->u.any.sa_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    crpci_addr a;
+    *host = '\0';
+    if (fd < 0)
+        return false;
+    if (crpci_sock_leave_by(fd, via) && connect(fd, &to->u.any, to->len) == 0) {
+        crpci_sock_local(fd, &a);
+        if (a.len && a.u.any.sa_family == AF_INET && a.u.in4.sin_addr.s_addr != INADDR_ANY)
+            inet_ntop(AF_INET, &a.u.in4.sin_addr, host, (socklen_t)size);
+        else if (a.len && a.u.any.sa_family == AF_INET6 &&
+                 !IN6_IS_ADDR_UNSPECIFIED(&a.u.in6.sin6_addr) &&
+                 !IN6_IS_ADDR_LINKLOCAL(&a.u.in6.sin6_addr))
+            inet_ntop(AF_INET6, &a.u.in6.sin6_addr, host, (socklen_t)size);
+    }
+    close(fd);
+    return *host != '\0';
 }
 
 /* A stream socket for an address, which does not block. -1 and errno on failure. */
@@ -4097,14 +4693,48 @@ CRPCI_COLD int crpci_resolver_lookup(crpci_heap *h, const char *host, char *out,
     return err;
 }
 
-#define CRPCI_RESOLVER_LIST 1024u /* bytes of the addresses of one host */
+/* Looks "host:port" up: writes the host's numeric addresses, separated by commas, and the port. */
+CRPCI_COLD int crpci_resolver_split(crpci_heap *h, const char *text, char *list, size_t size,
+                                    unsigned *port, crpc_error *error)
+{
+    char host[256];
+    if (!crpci_sock_split(text, host, sizeof host, port) || !*host)
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "\"%.80s\" is not host:port with a port of 0 to 65535; an IPv6 "
+                                "address needs brackets: [::1]:80",
+                                text);
+    if (strchr(host, '%'))
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "\"%.80s\": an IPv6 address with a scope (%s) is not supported; "
+                                "use one without, or IPv4",
+                                text, strchr(host, '%'));
+    if (crpci_resolver_lookup(h, host, list, size))
+        return crpci_status_set(error, CRPC_ERESOLVE, "host \"%.80s\": %.120s", host, list);
+    return CRPC_OK;
+}
+
+/* Takes the next address off such a list and writes it with its port. False: there is none. */
+CRPCI_COLD bool crpci_resolver_next(char **list, unsigned port, char *out, size_t size)
+{
+    crpci_addr a;
+    while (*list && **list) {
+        char *item = *list, *next = strchr(item, ',');
+        if (next)
+            *next++ = '\0';
+        *list = next;
+        snprintf(out, size, strchr(item, ':') ? "[%s]:%u" : "%s:%u", item, port);
+        if (crpci_sock_parse(&a, out))
+            return true;
+    }
+    return false;
+}
 
 /* Turns "host:port" into a numeric address and its port. Of several addresses the first IPv4 one is
  * taken, else the first. A numeric one is only written in its canonical form. */
-CRPCI_COLD int crpci_resolver_choose(crpci_heap *h, const char *text, char *list, char *out,
-                                     size_t size, crpc_error *error)
+CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out, size_t size,
+                                      crpc_error *error)
 {
-    char host[256], *item, *next, *best = NULL;
+    char list[1024], one[CRPC_ADDRESS_MAX], *rest = list;
     unsigned port;
     crpci_addr a;
     int err;
@@ -4112,40 +4742,17 @@ CRPCI_COLD int crpci_resolver_choose(crpci_heap *h, const char *text, char *list
         crpci_sock_format(&a, out, size);
         return CRPC_OK;
     }
-    if (!crpci_sock_split(text, host, sizeof host, &port) || !*host)
-        return crpci_status_set(error, CRPC_EINVAL,
-                                "\"%.80s\" is not host:port with a port of 0 to 65535; an IPv6 "
-                                "address needs brackets: [::1]:80",
-                                text);
-    err = crpci_resolver_lookup(h, host, list, CRPCI_RESOLVER_LIST);
+    err = crpci_resolver_split(h, text, list, sizeof list, &port, error);
     if (err)
-        return crpci_status_set(error, CRPC_ERESOLVE, "host \"%.80s\": %.120s", host, list);
-    for (item = list; item && *item; item = next) {
-        next = strchr(item, ',');
-        if (next)
-            *next++ = '\0';
-        if (!best || (strchr(best, ':') && !strchr(item, ':')))
-            best = item;
+        return err;
+    *out = '\0';
+    while (crpci_resolver_next(&rest, port, one, sizeof one)) {
+        if (!*out || (*out == '[' && *one != '['))
+            snprintf(out, size, "%s", one);
     }
-    if (best)
-        snprintf(out, size, strchr(best, ':') ? "[%s]:%u" : "%s:%u", best, port);
-    if (!best || !crpci_sock_parse(&a, out))
-        return crpci_status_set(error, CRPC_ERESOLVE,
-                                "host \"%.80s\": the resolve hook gave no numeric address: "
-                                "\"%.80s\"",
-                                host, list);
-    return CRPC_OK;
-}
-
-/* As crpci_resolver_choose; the list of addresses is too long for the stack. */
-CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out, size_t size,
-                                      crpc_error *error)
-{
-    char *list = (char *)crpci_heap_alloc(h, CRPCI_RESOLVER_LIST);
-    int err = list ? crpci_resolver_choose(h, text, list, out, size, error)
-                   : crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    crpci_heap_free(h, list, CRPCI_RESOLVER_LIST);
-    return err;
+    return *out ? CRPC_OK
+                : crpci_status_set(error, CRPC_ERESOLVE,
+                                   "\"%.80s\": the resolve hook gave no numeric address", text);
 }
 
 /* ======================================================================== */
@@ -4153,13 +4760,14 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
 /* ======================================================================== */
 
 #define CRPCI_TRANSPORT_GATHER 1u /* writev takes several pieces; else the first of them alone */
-#define CRPCI_TRANSPORT_DUPLEX 2u /* one thread may read while another writes */
+#define CRPCI_TRANSPORT_DUPLEX 2u /* one thread may read while another writes; else one at a time  \
+                                   */
 #define CRPCI_TRANSPORT_REPEAT 4u /* what was offered when it would block has to be offered again */
 
 /* How a connection's bytes reach the socket. readv and writev return what the system calls of these
- * names do: -1 and EAGAIN when it would block. They run without the loop's lock, everything else
- * with it. A transport that makes its connections itself will add open, handshake, shut, identity,
- * explain and close, with the first that needs them. */
+ * names do: -1 and EAGAIN when it would block. They run without the loop's lock. The others run
+ * with it, and without DUPLEX not while these two run. A transport that makes its connections
+ * itself will add open, handshake, shut, identity, explain and close. */
 typedef struct crpci_transport {
     const char *name;
     unsigned flags;
@@ -5731,6 +6339,23 @@ CRPCI_FN int crpci_drive_ensure_owner(crpc_loop *l)
 
 /* --- opening and closing ---------------------------------------------------------------------- */
 
+#define CRPCI_DRIVE_OPTION(member, zero, none, least, most)                                        \
+    CRPCI_OPTION_ROW(crpc_loop_options, member, #member, NULL, 0, zero, none, least, most)
+
+static const crpci_option crpci_drive_rows[] = {
+    CRPCI_OPTION_ROW(crpc_loop_options, poller, "poller", "epoll,poll", 0, 0, 0, 1, 2),
+    CRPCI_DRIVE_OPTION(forbid_threads, 0, 0, 1, 1),
+    CRPCI_DRIVE_OPTION(stack_size, 256 << 10, 0, 16384, CRPCI_OPTION_ANY),
+    CRPCI_DRIVE_OPTION(max_results, 1024, 0, 1, CRPCI_OPTION_ANY),
+    CRPCI_DRIVE_OPTION(max_bytes, 256 << 20, 0, 1, CRPCI_OPTION_ANY),
+    /* The hooks are resolved by the heap, which loops share with their I/O threads. */
+    CRPCI_OPTION_ROW(crpc_loop_options, hooks.log_level, "log_level", NULL, 0, 0, -1, 1, 4),
+    CRPCI_OPTION_ROW(crpc_loop_options, thread_name, "thread_name", NULL, CRPCI_OPTION_TEXT, 0, 0,
+                     0, 0),
+};
+
+static const crpci_options crpci_drive_options = {CRPCI_OPTIONS_OF(crpci_drive_rows)};
+
 /* The wake descriptor is readable: a kick has come, or crpc_loop_stop. */
 CRPCI_FN void crpci_drive_on_wake(crpc_loop *l, crpci_watch *w, unsigned events)
 {
@@ -5744,8 +6369,8 @@ CRPCI_FN void crpci_drive_set_options(crpc_loop *l, const crpc_loop_options *o)
 {
     l->forbid_threads = o->forbid_threads || !CRPC_ENABLE_THREADS;
     snprintf(l->thread_name, sizeof l->thread_name, "%s", o->thread_name ? o->thread_name : "crpc");
-    l->stack_size = crpci_base_option(o->stack_size, 256 << 10, 0);
-    l->max_results = crpci_base_option(o->max_results, 1024, 0);
+    l->stack_size = o->stack_size;
+    l->max_results = o->max_results;
 }
 
 /* Fills in a loop that is all zero. The seed of the random numbers differs from process to process,
@@ -5782,7 +6407,11 @@ CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
         o = *options;
     if (!crpci_meta_self_check())
         return CRPC_EABI;
-    err = crpci_heap_open(&h, &o.hooks, crpci_base_option(o.max_bytes, 256 << 20, 0));
+    err = crpci_options_check(&crpci_drive_options, &o, NULL);
+    if (err)
+        return err;
+    crpci_options_fill(&crpci_drive_options, &o);
+    err = crpci_heap_open(&h, &o.hooks, o.max_bytes);
     if (err)
         return err;
     l = (crpc_loop *)crpci_heap_alloc(h, sizeof *l);
@@ -6464,15 +7093,28 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
 #define CRPCI_BALANCE_LATENCY_BITS 8 /* fraction of a microsecond: small steps must count */
 #define CRPCI_BALANCE_LATENCY_MOST (INT64_C(1) << (25 + CRPCI_BALANCE_LATENCY_BITS)) /* 33 s */
 
-typedef enum crpci_balance_kind {
-    CRPCI_BALANCE_RANDOM,
-    CRPCI_BALANCE_WEIGHTED_RANDOM,
-    CRPCI_BALANCE_ROUND_ROBIN,
-    CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
-    CRPCI_BALANCE_LEAST_ACTIVE,
-    CRPCI_BALANCE_CONSISTENT_HASH,
-    CRPCI_BALANCE_P2C
-} crpci_balance_kind;
+/* All balancers, in the order of crpc_balancer: the word of lb=, how one picks, what it learns from
+ * a call's end, and what it needs. A new balancer takes a row here and a value there. */
+#define CRPCI_BALANCE_MAP(X)                                                                       \
+    X("random", crpci_balance_pick_random, NULL, 0)                                                \
+    X("wrandom", crpci_balance_pick_weighted, NULL, CRPCI_BALANCE_SUMS)                            \
+    X("rr", crpci_balance_pick_next, NULL, 0)                                                      \
+    X("wrr", crpci_balance_pick_turn, NULL, CRPCI_BALANCE_TURNS)                                   \
+    X("la", crpci_balance_pick_turn, NULL, CRPCI_BALANCE_TURNS | CRPCI_BALANCE_ACTIVE)             \
+    X("hash", crpci_balance_pick_hashed, NULL, CRPCI_BALANCE_RING)                                 \
+    X("p2c", crpci_balance_pick_two, crpci_balance_measure, 0)
+
+enum {
+    CRPCI_BALANCE_SUMS = 1,   /* sums of weights */
+    CRPCI_BALANCE_TURNS = 2,  /* the heap of turns */
+    CRPCI_BALANCE_ACTIVE = 4, /* whose order also depends on the calls under way */
+    CRPCI_BALANCE_RING = 8    /* the ring; each call must have a key */
+};
+
+#define CRPCI_BALANCE_WORD(word, pick, measure, needs) "," word
+#define CRPCI_BALANCE_ONE(word, pick, measure, needs)  +1
+#define CRPCI_BALANCE_WORDS                            (&(CRPCI_BALANCE_MAP(CRPCI_BALANCE_WORD))[1])
+#define CRPCI_BALANCE_KINDS                            (0 CRPCI_BALANCE_MAP(CRPCI_BALANCE_ONE))
 
 /* A provider in a balancer's list, owned by the caller. All zero but for address and weight when it
  * is first put into a list; it may leave the list and come back. In one balancer at a time. */
@@ -6489,8 +7131,11 @@ typedef struct crpci_balance_item {
     int64_t latency_us; /* the time at which `latency` held */
 } crpci_balance_item;
 
+typedef struct crpci_balance_ops crpci_balance_ops;
+
 typedef struct crpci_balance {
-    crpci_balance_kind kind;
+    const crpci_balance_ops *ops;
+    uint8_t needs;   /* as in ops */
     bool started;    /* the first pick has set `salt` by its random number */
     uint32_t salt;   /* clients with one list begin at different places of it */
     uint32_t next;   /* round robin: index of the next pick */
@@ -6593,13 +7238,6 @@ CRPCI_FN size_t crpci_balance_subset(crpci_balance_choice *choices, size_t count
     return max;
 }
 
-CRPCI_FN int crpci_balance_open(crpci_balance *b, crpci_balance_kind kind)
-{
-    memset(b, 0, sizeof *b);
-    b->kind = kind;
-    return CRPC_OK;
-}
-
 CRPCI_FN void crpci_balance_close(crpci_balance *b, crpci_heap *h)
 {
     crpci_heap_free(h, b->memory, b->size);
@@ -6608,16 +7246,22 @@ CRPCI_FN void crpci_balance_close(crpci_balance *b, crpci_heap *h)
 
 /* --- turns: weighted round robin and least active, which keep a heap -------------------------- */
 
+/* Without CRPC_ENABLE_POLICY there is only weighted round robin: the compiler drops the rest. */
+CRPCI_FN bool crpci_balance_need(const crpci_balance *b, unsigned what)
+{
+    return CRPC_ENABLE_POLICY ? (b->needs & what) != 0 : what == CRPCI_BALANCE_TURNS;
+}
+
 CRPCI_FN bool crpci_balance_turns(const crpci_balance *b)
 {
-    return b->kind == CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN || b->kind == CRPCI_BALANCE_LEAST_ACTIVE;
+    return crpci_balance_need(b, CRPCI_BALANCE_TURNS);
 }
 
 /* Whether x is picked before y. Neither has weight 0. */
 CRPCI_FN bool crpci_balance_before(const crpci_balance *b, const crpci_balance_item *x,
                                    const crpci_balance_item *y)
 {
-    if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE) {
+    if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE)) {
         uint64_t busy = (uint64_t)x->active * y->weight, other = (uint64_t)y->active * x->weight;
         if (busy != other)
             return busy < other;
@@ -6808,11 +7452,11 @@ CRPCI_FN size_t crpci_balance_bytes(const crpci_balance *b, size_t count)
     size_t each = sizeof *b->items;
     if (!count)
         return 0;
-    if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
+    if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
         each += sizeof *b->sums;
     if (crpci_balance_turns(b))
         each += sizeof *b->heap;
-    if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH)
+    if (crpci_balance_need(b, CRPCI_BALANCE_RING))
         return count * (each + CRPCI_BALANCE_POINTS * sizeof *b->ring) +
                (sizeof *b->buckets << crpci_balance_bucket_bits(count));
     return count * each;
@@ -6823,10 +7467,10 @@ CRPCI_FN void crpci_balance_layout(crpci_balance *b)
 {
     uint8_t *at = (uint8_t *)b->memory;
     memset(at, 0, b->size);
-    if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM) {
+    if (crpci_balance_need(b, CRPCI_BALANCE_SUMS)) {
         b->sums = (uint64_t *)(void *)at;
         at += b->count * sizeof *b->sums;
-    } else if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH) {
+    } else if (crpci_balance_need(b, CRPCI_BALANCE_RING)) {
         unsigned bits = crpci_balance_bucket_bits(b->count);
         b->shift = 64 - bits;
         b->ring = (uint64_t *)(void *)at;
@@ -6883,12 +7527,12 @@ CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_
             item->hash = crpci_base_hash(item->address, strlen(item->address));
         b->total += item->weight;
         crpci_balance_retime(b, item);
-        if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
+        if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
             crpci_balance_sums_add(b, i, item->weight);
         if (crpci_balance_turns(b) && item->weight)
             crpci_balance_heap_in(b, item);
     }
-    if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH && count)
+    if (crpci_balance_need(b, CRPCI_BALANCE_RING) && count)
         crpci_balance_ring_build(b);
     return CRPC_OK;
 }
@@ -6905,7 +7549,7 @@ CRPCI_FN void crpci_balance_reweigh(crpci_balance *b, size_t i, uint32_t weight)
     item->weight = weight;
     b->total += more;
     crpci_balance_retime(b, item);
-    if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
+    if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
         crpci_balance_sums_add(b, i, more);
     if (!crpci_balance_turns(b))
         return;
@@ -6958,7 +7602,7 @@ CRPCI_FN int crpci_balance_scan(const crpci_balance *b, crpci_balance_query *q, 
     return chosen;
 }
 
-CRPCI_FN int crpci_balance_pick_random(const crpci_balance *b, crpci_balance_query *q)
+CRPCI_FN int crpci_balance_pick_random(crpci_balance *b, crpci_balance_query *q)
 {
     int tries;
     for (tries = 0; tries < CRPCI_BALANCE_TRIES; tries++) {
@@ -6969,7 +7613,7 @@ CRPCI_FN int crpci_balance_pick_random(const crpci_balance *b, crpci_balance_que
     return crpci_balance_scan(b, q, false, false);
 }
 
-CRPCI_FN int crpci_balance_pick_weighted(const crpci_balance *b, crpci_balance_query *q)
+CRPCI_FN int crpci_balance_pick_weighted(crpci_balance *b, crpci_balance_query *q)
 {
     int tries;
     for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->total; tries++) {
@@ -6980,7 +7624,7 @@ CRPCI_FN int crpci_balance_pick_weighted(const crpci_balance *b, crpci_balance_q
     return crpci_balance_scan(b, q, true, false);
 }
 
-CRPCI_FN int crpci_balance_pick_next(crpci_balance *b, const crpci_balance_query *q)
+CRPCI_FN int crpci_balance_pick_next(crpci_balance *b, crpci_balance_query *q)
 {
     size_t tries;
     for (tries = 0; tries < b->count; tries++) {
@@ -6993,7 +7637,7 @@ CRPCI_FN int crpci_balance_pick_next(crpci_balance *b, const crpci_balance_query
 }
 
 /* The first item of the heap; one that cannot be used loses its turn. */
-CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, const crpci_balance_query *q)
+CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, crpci_balance_query *q)
 {
     crpci_balance_item *best = NULL;
     int tries;
@@ -7022,7 +7666,7 @@ CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, const crpci_balance_query
 /* The first provider that can be used from the key's place on the ring on. Where only few can be
  * used, the one of all whose address hashed with the key is highest: it is as constant for a key,
  * but takes a search of the whole list. */
-CRPCI_FN int crpci_balance_pick_hashed(const crpci_balance *b, const crpci_balance_query *q)
+CRPCI_FN int crpci_balance_pick_hashed(crpci_balance *b, crpci_balance_query *q)
 {
     uint64_t hash = crpci_base_mix(q->key), most = 0;
     size_t points = b->count * CRPCI_BALANCE_POINTS, i, last = b->count;
@@ -7127,7 +7771,7 @@ CRPCI_FN int crpci_balance_scan_two(const crpci_balance *b, crpci_balance_query 
     return crpci_balance_better(b, two[place], two[1 - place], q->now_us);
 }
 
-CRPCI_FN int crpci_balance_pick_two(const crpci_balance *b, crpci_balance_query *q)
+CRPCI_FN int crpci_balance_pick_two(crpci_balance *b, crpci_balance_query *q)
 {
     size_t first = 0, second;
     int tries;
@@ -7148,6 +7792,42 @@ CRPCI_FN int crpci_balance_pick_two(const crpci_balance *b, crpci_balance_query 
 }
 
 /* --- the balancer as a whole ------------------------------------------------------------------ */
+
+struct crpci_balance_ops {
+    int (*pick)(crpci_balance *b, crpci_balance_query *q); /* -1: none that can be used */
+    void (*measure)(crpci_balance *b, crpci_balance_item *item, bool ok, int64_t latency_us,
+                    int64_t now_us); /* NULL: calls teach nothing */
+    uint8_t needs;
+};
+
+/* CRPC_EUNSUPPORTED: not compiled in. CRPC_EINVAL: no balancer has that number. */
+CRPCI_COLD int crpci_balance_open(crpci_balance *b, crpc_balancer which)
+{
+#if CRPC_ENABLE_POLICY
+#define CRPCI_BALANCE_OPS(word, pick, measure, needs) {pick, measure, needs},
+    static const crpci_balance_ops all[] = {CRPCI_BALANCE_MAP(CRPCI_BALANCE_OPS)};
+#undef CRPCI_BALANCE_OPS
+    int64_t number = (int64_t)which; /* C++ takes an enum's range for granted */
+    if (number < 1 || number > CRPCI_BALANCE_KINDS)
+        return CRPC_EINVAL;
+    memset(b, 0, sizeof *b);
+    b->ops = &all[number - 1];
+#else
+    static const crpci_balance_ops turns = {crpci_balance_pick_turn, NULL, CRPCI_BALANCE_TURNS};
+    if (which != CRPC_BALANCER_WEIGHTED_ROUND_ROBIN)
+        return CRPC_EUNSUPPORTED;
+    memset(b, 0, sizeof *b);
+    b->ops = &turns;
+#endif
+    b->needs = b->ops->needs;
+    return CRPC_OK;
+}
+
+/* Whether every call must have a key. */
+CRPCI_FN bool crpci_balance_wants_key(const crpci_balance *b)
+{
+    return crpci_balance_need(b, CRPCI_BALANCE_RING);
+}
 
 /* At the first pick: each client begins at a place of its own. */
 CRPCI_FN void crpci_balance_start(crpci_balance *b, uint32_t random)
@@ -7183,18 +7863,7 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
     q.now_us = now_us;
     q.usable = usable;
     q.user = user;
-    if (!b->items || b->kind == CRPCI_BALANCE_RANDOM)
-        i = crpci_balance_pick_random(b, &q);
-    else if (b->kind == CRPCI_BALANCE_WEIGHTED_RANDOM)
-        i = crpci_balance_pick_weighted(b, &q);
-    else if (b->kind == CRPCI_BALANCE_ROUND_ROBIN)
-        i = crpci_balance_pick_next(b, &q);
-    else if (b->kind == CRPCI_BALANCE_CONSISTENT_HASH)
-        i = crpci_balance_pick_hashed(b, &q);
-    else if (b->kind == CRPCI_BALANCE_P2C)
-        i = crpci_balance_pick_two(b, &q);
-    else
-        i = crpci_balance_pick_turn(b, &q);
+    i = b->items ? b->ops->pick(b, &q) : crpci_balance_pick_random(b, &q);
     return i >= 0 ? i : crpci_balance_scan(b, &q, false, true);
 }
 
@@ -7209,7 +7878,7 @@ CRPCI_FN void crpci_balance_item_begin(crpci_balance *b, crpci_balance_item *ite
 {
     (void)now_us;
     item->active++;
-    if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, item) && item->at)
+    if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, item) && item->at)
         crpci_balance_sift(b, item->at - 1);
 }
 
@@ -7220,9 +7889,9 @@ CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item,
 {
     if (item->active)
         item->active--;
-    if (b->kind == CRPCI_BALANCE_P2C && latency_us >= 0)
-        crpci_balance_measure(b, item, ok, latency_us, now_us);
-    else if (b->kind == CRPCI_BALANCE_LEAST_ACTIVE && crpci_balance_has(b, item) && item->at)
+    if (CRPC_ENABLE_POLICY && b->ops->measure && latency_us >= 0)
+        b->ops->measure(b, item, ok, latency_us, now_us);
+    else if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, item) && item->at)
         crpci_balance_sift(b, item->at - 1);
 }
 
@@ -7305,7 +7974,7 @@ typedef struct crpci_protocol {
     const char *name; /* as protocol= in a URL has it */
     unsigned flags;
     size_t state_size; /* of a connection's own state, which begins as zeros; 0: none */
-    size_t headroom;   /* before a payload at most, names, texts, credential and fields not counted */
+    size_t headroom;   /* before a payload at most; names, text, credential, fields come on top */
     size_t field_cost; /* of a field at most, besides its key and value */
     crpci_detected (*detect)(const uint8_t *p, size_t n);
     /* Takes one message, or part of one, from the front of what has come, and hands it on with
@@ -7313,8 +7982,9 @@ typedef struct crpci_protocol {
      * c->rx_total of them, which it has set to more than n; it then uses them all or asks again.
      * `chunk` holds the bytes. Locked; the connection may be closed by it. */
     size_t (*feed)(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n);
-    /* The rest is pure, and called on any thread. Encodes what requests for a method begin with into
-     * `out`, of `room` bytes, CRPCI_PROTOCOL_NAMES more than both; returns where it stands there. */
+    /* The rest is pure, and called on any thread. `names` encodes service and method for a
+     * request's `names` into `out`, whose `room` is CRPCI_PROTOCOL_NAMES more than both take, and
+     * returns where they stand there. */
     crpc_view (*names)(uint8_t *out, size_t room, crpc_view service, crpc_view method);
     size_t (*put_field)(uint8_t *out, crpc_view key, crpc_view value); /* returns its length */
     bool (*field)(crpc_view fields, const char *key, crpc_view *value);
@@ -7348,6 +8018,7 @@ struct crpci_conn {
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
     bool unread; /* reading was put off while another thread wrote */
+    bool awaits; /* dialled, and replies keep the order of requests */
     uint32_t max_body;
     int64_t max_skip;
     uint64_t skip;      /* bytes of a refused body still to be dropped */
@@ -7515,10 +8186,17 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     crpci_conn_drop(c); /* the loop's reference */
 }
 
+/* Whether a thread without the lock uses a transport that only one may use at a time. */
+CRPCI_FN bool crpci_conn_engaged(const crpci_conn *c)
+{
+    return (c->reading || c->writing) && !(c->io->flags & CRPCI_TRANSPORT_DUPLEX);
+}
+
+/* Tells the poller what the connection waits for. */
 CRPCI_FN void crpci_conn_interest(crpci_conn *c)
 {
     unsigned events = 0;
-    if (c->closed)
+    if (c->closed || crpci_conn_engaged(c)) /* whoever uses the transport comes here afterwards */
         return;
     if (!c->connecting && !c->paused && !c->eof)
         events |= CRPC_READABLE;
@@ -7540,7 +8218,9 @@ CRPCI_FN void crpci_conn_read_on(crpci_conn *c)
 /* Whether there is input that no descriptor will tell of. */
 CRPCI_FN bool crpci_conn_has_unseen(const crpci_conn *c)
 {
-    return c->left || c->unread || (c->io->pending && c->io->pending(c->io_state));
+    if (c->left || c->unread)
+        return true;
+    return c->io->pending && !crpci_conn_engaged(c) && c->io->pending(c->io_state);
 }
 
 CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
@@ -7589,8 +8269,9 @@ CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t 
         crpci_conn_add(b, to, n);
 }
 
-/* Notes that a request is about to leave: its reply is the next one after those of the others. Before
- * the send, because another thread may read the reply before this one has the lock again. */
+/* Notes that a request is about to leave: its reply is the next one after those of the others. This
+ * comes before the send, because another thread may read the reply before this one has the lock
+ * again. */
 CRPCI_COLD void crpci_conn_await(crpci_conn *c, crpci_out *o)
 {
     size_t size = c->awaited_size, more = size ? 2 * size : 16;
@@ -7612,7 +8293,8 @@ CRPCI_COLD void crpci_conn_await(crpci_conn *c, crpci_out *o)
     o->awaited = true;
 }
 
-/* After a send: requests of which nothing has left can still be withdrawn. They are the last ones. */
+/* Takes back the notes of requests of which a send has taken nothing: they can still be withdrawn,
+ * and are the last ones. */
 CRPCI_COLD void crpci_conn_await_not(crpci_conn *c)
 {
     crpci_out *o;
@@ -7624,14 +8306,8 @@ CRPCI_COLD void crpci_conn_await_not(crpci_conn *c)
     }
 }
 
-CRPCI_FN bool crpci_conn_awaits(const crpci_conn *c)
-{
-    return !c->protocols && c->protocol->flags & CRPCI_PROTOCOL_ORDERED;
-}
-
 CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
 {
-    bool awaits = crpci_conn_awaits(c);
     crpci_out *o;
     b->count = 0;
     b->used = 0;
@@ -7647,7 +8323,7 @@ CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
             crpci_conn_add(b, o->tail + (head ? 0 : skip - o->head_len),
                            o->tail_len - (head ? 0 : skip - o->head_len));
         o->inflight = true;
-        if (CRPCI_UNLIKELY(awaits) && !o->awaited)
+        if (CRPCI_UNLIKELY(c->awaits) && !o->awaited)
             crpci_conn_await(c, o);
     }
 }
@@ -7678,7 +8354,7 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         crpci_heap_chunk_unref(tail);
         crpci_heap_chunk_unref(chunk);
     }
-    if (CRPCI_UNLIKELY(crpci_conn_awaits(c)))
+    if (CRPCI_UNLIKELY(c->awaits))
         crpci_conn_await_not(c);
     if (c->loop->io_waiters)
         crpci_thread_broadcast(&c->loop->io_cond);
@@ -7711,7 +8387,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
     int rounds = 0, count;
     if (c->writing || c->closed || c->connecting || c->blocked)
         return;
-    if (c->reading && !(c->io->flags & CRPCI_TRANSPORT_DUPLEX))
+    if (crpci_conn_engaged(c))
         return; /* whoever reads queues the flush again */
     batch.copies = NULL;
     crpci_list_remove(&c->flush.link);
@@ -7755,7 +8431,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
         crpci_conn_close(c, CRPC_ECLOSE, 0);
     } else if (CRPCI_UNLIKELY(c->io != &crpci_transport_plain)) {
         crpci_conn_interest(c);
-        if (c->unread)
+        if (!c->closed && !c->paused && crpci_conn_has_unseen(c))
             crpci_conn_read_on(c);
     }
     crpci_conn_drop(c);
@@ -7787,6 +8463,7 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
         crpci_loop_queue(&c->loop->dirty, &c->flush);
 }
 
+#if CRPC_ENABLE_SERVER
 /* Queues the reply to the request of that turn, or keeps it until the turn has come. */
 CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
 {
@@ -7808,6 +8485,7 @@ CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
         crpci_conn_queue(c, o);
     }
 }
+#endif
 
 /* Takes back a frame of which nothing was sent. False if that is too late. */
 CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
@@ -7849,7 +8527,8 @@ CRPCI_FN void crpci_conn_begun(crpci_conn *c)
         crpci_loop_timer_set(c->loop, &c->timer, c->frame_timeout_us);
 }
 
-/* Connects a message of an ordered protocol with its counterpart. False: the connection is closed. */
+/* Gives a message of an ordered protocol its place: a request its turn, a reply the id of its
+ * request. False: the connection is closed. */
 CRPCI_COLD bool crpci_conn_place(crpci_conn *c, crpci_message *m)
 {
     if (m->kind == CRPCI_MESSAGE_REQUEST) {
@@ -7889,6 +8568,7 @@ CRPCI_COLD void crpci_conn_oversize(crpci_conn *c, crpci_message *m, uint64_t si
 CRPCI_FN bool crpci_conn_speak(crpci_conn *c, const crpci_protocol *p)
 {
     c->protocol = p;
+    c->awaits = !c->protocols && p->flags & CRPCI_PROTOCOL_ORDERED;
     if (CRPCI_LIKELY(!p->state_size))
         return true;
     c->protocol_state = crpci_heap_alloc(c->loop->heap, p->state_size);
@@ -7897,6 +8577,7 @@ CRPCI_FN bool crpci_conn_speak(crpci_conn *c, const crpci_protocol *p)
     return c->protocol_state != NULL;
 }
 
+#if CRPC_ENABLE_SERVER
 /* Finds out the protocol of an accepted connection. False: not yet, or it was closed. */
 CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
 {
@@ -7916,12 +8597,16 @@ CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
         crpci_conn_bad(c, "the peer does not speak a protocol that is served here");
     return false;
 }
+#endif
 
-/* Gives bytes to the protocol. Returns those used; 0: it needs more, or the connection is closed. */
+/* Gives bytes to the protocol. Returns the bytes used. 0: it needs more, or the connection is
+ * closed. */
 CRPCI_FN size_t crpci_conn_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
+#if CRPC_ENABLE_SERVER
     if (CRPCI_UNLIKELY(!c->protocol) && !crpci_conn_detect(c, p, n))
         return 0;
+#endif
     return c->protocol->feed(c, chunk, p, n);
 }
 
@@ -7979,7 +8664,7 @@ CRPCI_FN void crpci_conn_rx_full(crpci_conn *c)
     crpci_conn_grow(c);
 }
 
-/* Takes one piece of input: a whole message where it stands, else what goes on with or begins c->rx.
+/* Takes one piece of input: a whole message where it stands, else what continues or begins c->rx.
  * Returns the bytes used. */
 CRPCI_FN size_t crpci_conn_feed_one(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
@@ -8079,7 +8764,7 @@ CRPCI_COLD void crpci_conn_after_read(crpci_conn *c)
         return;
     if (c->tx_head && !c->blocked)
         crpci_loop_queue(&c->loop->dirty, &c->flush);
-    if (c->io->pending && c->io->pending(c->io_state))
+    if (crpci_conn_has_unseen(c))
         crpci_conn_read_on(c);
     crpci_conn_interest(c);
 }
@@ -8092,7 +8777,7 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
     ssize_t n;
     if (!crpci_conn_catch_up(c) || c->closed || c->reading || c->paused || c->eof)
         return;
-    c->unread = c->writing && !(c->io->flags & CRPCI_TRANSPORT_DUPLEX);
+    c->unread = crpci_conn_engaged(c);
     if (c->unread) /* whoever writes has it read then */
         return;
     if (!crpci_conn_spare(l)) {
@@ -8185,12 +8870,14 @@ CRPCI_FN void crpci_conn_on_timer(crpc_loop *l, crpci_timer *t)
     crpci_conn_drop(c);
 }
 
+#if CRPC_ENABLE_SERVER
 /* Whether a connection is at rest: nothing to be sent, nothing received in part or not yet. */
 CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
 {
-    return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip &&
-           !(c->io->pending && c->io->pending(c->io_state)) && c->io->idle(c->fd, c->io_state);
+    return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip && !crpci_conn_engaged(c) &&
+           c->io->idle(c->fd, c->io_state);
 }
+#endif
 
 /* Takes over a socket, connecting or accepted; on failure it is closed. The loop has a reference
  * until the connection closes. An accepted one needs `protocols`, the other one a protocol. */
@@ -8267,14 +8954,16 @@ CRPCI_COLD bool crpci_baidu_check(const crpci_meta *m, size_t body, char *text, 
 {
     if (m->attachment_size < 0 || (size_t)m->attachment_size > body)
         crpci_status_format(text, size, "attachment_size %d is larger than the body's %zu bytes",
-                 m->attachment_size, body);
+                            m->attachment_size, body);
     else if (m->compress_type)
         crpci_status_format(text, size, "compress_type %d is not supported; send uncompressed",
-                 m->compress_type);
+                            m->compress_type);
     else if (m->content_type)
-        crpci_status_format(text, size, "content_type %d is not supported; send protobuf", m->content_type);
+        crpci_status_format(text, size, "content_type %d is not supported; send protobuf",
+                            m->content_type);
     else if (m->checksum_type)
-        crpci_status_format(text, size, "checksum_type %d is not supported; send none", m->checksum_type);
+        crpci_status_format(text, size, "checksum_type %d is not supported; send none",
+                            m->checksum_type);
     else if (crpc_view_data(m->stream_settings))
         crpci_status_format(text, size, "streaming is not supported");
     else if (crpc_view_data(m->chunk_info))
@@ -8358,6 +9047,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     }
     m.kind = c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
     m.id = meta.correlation_id;
+    m.turn = 0;
     m.timeout_ms = meta.timeout_ms;
     m.chunk = chunk;
     m.fields = meta.raw;
@@ -8371,6 +9061,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     return (size_t)CRPCI_FRAME_HEADER + body;
 }
 
+#if CRPC_ENABLE_CLIENT
 CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
     crpci_meta meta; /* what a request has of it */
@@ -8387,6 +9078,9 @@ CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpc
     return crpci_meta_put_request(low, payload, m->payload_size, &meta, m->fields);
 }
 
+#endif
+
+#if CRPC_ENABLE_SERVER
 CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
     crpci_meta meta; /* what a reply has of it */
@@ -8397,20 +9091,28 @@ CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_
     meta.compress_type = 0;
     return crpci_meta_put_reply(low, payload, m->payload_size, &meta, m->fields);
 }
+#endif
 
-static const crpci_protocol crpci_baidu = {
-    "baidu_std",
-    0,
-    0,
-    CRPCI_META_BOUND,
-    CRPCI_META_FIELD_COST,
-    crpci_baidu_detect,
-    crpci_baidu_feed,
-    crpci_meta_put_names,
-    crpci_meta_put_field,
-    crpci_meta_field,
-    crpci_baidu_request,
-    crpci_baidu_reply};
+static const crpci_protocol crpci_baidu = {"baidu_std",
+                                           0,
+                                           0,
+                                           CRPCI_META_BOUND,
+                                           CRPCI_META_FIELD_COST,
+                                           crpci_baidu_detect,
+                                           crpci_baidu_feed,
+                                           crpci_meta_put_names,
+                                           crpci_meta_put_field,
+                                           crpci_meta_field,
+#if CRPC_ENABLE_CLIENT
+                                           crpci_baidu_request,
+#else
+                                            NULL,
+#endif
+#if CRPC_ENABLE_SERVER
+                                           crpci_baidu_reply};
+#else
+                                            NULL};
+#endif
 
 /* ======================================================================== */
 /* >>impl-protocols   which protocols there are                             */
@@ -8439,180 +9141,89 @@ CRPCI_COLD const crpci_protocol *crpci_protocols_find(const char *name)
 }
 
 /* ======================================================================== */
-/* >>impl-registry   lists of providers, node names, what a backend offers   */
+/* >>impl-names   provider URLs as Dubbo writes them, overrides; pure       */
 /* ======================================================================== */
 
-#define CRPCI_REGISTRY_WEIGHT     100 /* of a provider that does not tell */
-#define CRPCI_REGISTRY_WEIGHT_MAX 1000000
+#define CRPCI_DIRECTORY        (CRPC_ENABLE_ZOOKEEPER || CRPC_ENABLE_SERVERLESS) /* any registry */
 
-/* An instance that offers a service. */
-typedef struct crpci_provider {
-    char address[CRPC_ADDRESS_MAX]; /* numeric: "10.0.0.1:8000", "[::1]:8000" */
-    int weight;                     /* its share of the calls; 0: none */
-    int warmup_ms;                  /* after timestamp_ms, in which its share rises; 0: none */
-    int64_t timestamp_ms;           /* wall clock when it registered; 0: not told */
-} crpci_provider;
+#define CRPCI_NAMES_WEIGHT     100 /* of a provider that does not tell */
+#define CRPCI_NAMES_WEIGHT_MAX 1000000
 
-/* All providers of a service at one time, sorted by address, each address once. Never changes once
- * it was handed out, so that readers need no lock. */
-typedef struct crpci_snapshot {
-    uint32_t refs;
-    crpci_heap *heap;
-    size_t size; /* of the block */
-    bool stale;  /* the last good list; the registry says otherwise by now, or is away */
+/* A service, as a provider offers it or a consumer wants it. In texts NULL stands for "". */
+typedef struct crpci_names_service {
+    const char *service; /* "demo.UserService" */
+    const char *group;
+    const char *version;
+    const char *application; /* the program's name, for people and overrides */
+    const char *methods;     /* of a provider: "Login,Register" */
+    const char *address;     /* of a provider: "host:port", the host numeric; ":port": the address
+                              * that reaches the registry; "0.0.0.0:port": the IPv4 one that does */
+    int weight;
+    int warmup_ms;    /* 0: none */
+    bool allow_empty; /* of a consumer: an empty list, read without a fault, is believed */
+} crpci_names_service;
+
+/* Names of nodes, in one block. */
+typedef struct crpci_names {
+    size_t size; /* of the block at `name` */
     size_t count;
-    crpci_provider *providers;
-} crpci_snapshot;
+    char **name;
+} crpci_names;
 
-/* One block with room for `count` zeroed providers and one reference; NULL when out of memory. */
-CRPCI_FN crpci_snapshot *crpci_registry_snapshot(crpci_heap *h, size_t count)
+CRPCI_COLD void crpci_names_free(crpci_heap *h, crpci_names *n)
 {
-    const size_t head = (sizeof(crpci_snapshot) + 15) & ~(size_t)15;
-    crpci_snapshot *s;
-    size_t size;
-    if (count > (SIZE_MAX / 2 - head) / sizeof(crpci_provider))
-        return NULL;
-    size = head + count * sizeof(crpci_provider);
-    s = (crpci_snapshot *)crpci_heap_alloc(h, size);
-    if (!s)
-        return NULL;
-    crpci_heap_ref(h);
-    s->refs = 1;
-    s->heap = h;
-    s->size = size;
-    s->count = count;
-    s->providers = (crpci_provider *)(void *)((char *)s + head);
-    return s;
+    crpci_heap_free(h, n->name, n->size);
+    n->name = NULL;
+    n->count = 0;
 }
 
-CRPCI_FN void crpci_registry_snapshot_ref(crpci_snapshot *s)
+/* Copies a service with its texts, which are one block; the address is not copied. False: out of
+ * memory. */
+CRPCI_FN bool crpci_names_copy(crpci_heap *h, crpci_names_service *to,
+                               const crpci_names_service *from)
 {
-    crpci_thread_ref(&s->refs);
-}
-
-/* NULL is ignored. */
-CRPCI_FN void crpci_registry_snapshot_unref(crpci_snapshot *s)
-{
-    crpci_heap *h;
-    if (!s || !crpci_thread_unref(&s->refs))
-        return;
-    h = s->heap;
-    crpci_heap_free(h, s, s->size);
-    crpci_heap_unref(h);
-}
-
-CRPCI_FN bool crpci_registry_snapshot_equal(const crpci_snapshot *a, const crpci_snapshot *b)
-{
-    size_t i;
-    if (a->count != b->count || a->stale != b->stale)
+    const char *const text[5] = {from->service, from->group, from->version, from->application,
+                                 from->methods};
+    const char **const place[5] = {&to->service, &to->group, &to->version, &to->application,
+                                   &to->methods};
+    size_t size = 0, n, i;
+    char *p;
+    for (i = 0; i < 5; i++)
+        size += (text[i] ? strlen(text[i]) : 0) + 1;
+    p = (char *)crpci_heap_alloc(h, size);
+    if (!p)
         return false;
-    for (i = 0; i < a->count; i++) {
-        const crpci_provider *p = &a->providers[i], *q = &b->providers[i];
-        if (strcmp(p->address, q->address) != 0 || p->weight != q->weight ||
-            p->warmup_ms != q->warmup_ms || p->timestamp_ms != q->timestamp_ms)
-            return false;
+    *to = *from;
+    to->address = NULL;
+    for (i = 0; i < 5; i++) {
+        n = text[i] ? strlen(text[i]) : 0;
+        if (n)
+            memcpy(p, text[i], n);
+        *place[i] = p;
+        p += n + 1;
     }
     return true;
 }
 
-/* The same list, called stale. NULL: out of memory. */
-CRPCI_FN crpci_snapshot *crpci_registry_snapshot_stale(const crpci_snapshot *from)
+/* Frees the texts of a copy. A service that is all zero has none. */
+CRPCI_FN void crpci_names_release(crpci_heap *h, crpci_names_service *s)
 {
-    crpci_snapshot *s = crpci_registry_snapshot(from->heap, from->count);
-    if (!s)
-        return NULL;
-    memcpy(s->providers, from->providers, from->count * sizeof *s->providers);
-    s->stale = true;
-    return s;
-}
-
-/* --- what a backend offers -------------------------------------------------------------------- */
-
-/* A new list. On any thread, no lock held; the list is borrowed. Other than 0: it was not taken,
- * and is to be offered again. */
-typedef int (*crpci_registry_push_fn)(void *user, crpci_snapshot *list);
-
-/* A registration got through (CRPC_OK) or a try failed; tries go on. On any thread,
- * no lock held. */
-typedef void (*crpci_registry_status_fn)(void *user, int status, const char *text);
-
-/* What to register. NULL stands for "". Copied. */
-typedef struct crpci_registration {
-    const char *service;
-    const char *address; /* "host:port", host numeric; ":port": the address that reaches the
-                          * registry; "0.0.0.0:port": the IPv4 address that does */
-    const char *group;
-    const char *version;
-    const char *application;
-    const char *methods; /* "Login,Register" */
-    int weight;
-    int warmup_ms; /* 0: none */
-} crpci_registration;
-
-/* The providers that a consumer wants. NULL stands for "". Copied. */
-typedef struct crpci_registry_query {
-    const char *service;
-    const char *group;
-    const char *version;
-    const char *application; /* the consumer's; "": the registry option */
-    bool allow_empty; /* an empty list, read without a fault, takes the place of a good one */
-} crpci_registry_query;
-
-/* All 0: defaults. */
-typedef struct crpci_registry_options {
-    int session_timeout_ms;
-    const char *credential;  /* NULL: none */
-    const char *application; /* the program's name, for people and overrides. NULL: "crpc" */
-    bool register_consumer;  /* subscriptions are registered too, so that people see them */
-    const char *cache;       /* file for the last good lists; NULL: none */
-    int cache_interval_ms;   /* between two writes of it. 0: 60000. -1: none */
-    int spread_ms;           /* in which a fleet comes back to a registry. 0: 2000. -1: none */
-    const char *interface;   /* multicast: its name or IPv4 address. NULL: by the routing table */
-    int announce_ms;         /* multicast: between two announcements. 0: 5000. -1: as 0 */
-} crpci_registry_options;
-
-typedef struct crpci_registry crpci_registry;
-
-/* The functions of a backend. None waits for the network; all are called without the loop's lock,
- * on any thread, in callbacks too. After `withdraw` or `unsubscribe` has returned, the callback
- * does not run any more: it is waited for, unless it is this thread that is inside it. `close` ends
- * what is still registered and subscribed through the handle. */
-typedef struct crpci_registry_ops {
-    size_t size; /* of this struct, and its version: for backends compiled elsewhere */
-    unsigned version;
-    int (*enroll)(crpci_registry *r, const crpci_registration *what,
-                  crpci_registry_status_fn status, void *user, void **handle);
-    void (*withdraw)(crpci_registry *r, void *handle);
-    int (*subscribe)(crpci_registry *r, const crpci_registry_query *what,
-                     crpci_registry_push_fn push, void *user, void **handle);
-    void (*unsubscribe)(crpci_registry *r, void *handle);
-    void (*close)(crpci_registry *r);
-} crpci_registry_ops;
-
-#define CRPCI_REGISTRY_OPS_VERSION 2u
-
-/* An open registry; a backend's own struct begins with it. */
-struct crpci_registry {
-    const crpci_registry_ops *ops;
-};
-
-/* NULL is ignored. */
-CRPCI_FN void crpci_registry_close(crpci_registry *r)
-{
-    if (r)
-        r->ops->close(r);
+    if (s->service) /* the block begins with it, and ends with the methods */
+        crpci_heap_free(h, (void *)(uintptr_t)s->service,
+                        (size_t)(s->methods - s->service) + strlen(s->methods) + 1);
+    memset(s, 0, sizeof *s);
 }
 
 /* --- node names: Dubbo's URLs ----------------------------------------------------------------- */
 
 /* Text that is measured when it does not fit, as with snprintf. */
-typedef struct crpci_registry_text {
+typedef struct crpci_names_text {
     char *out;
     size_t size;
     size_t len;
-} crpci_registry_text;
+} crpci_names_text;
 
-CRPCI_FN void crpci_registry_put(crpci_registry_text *t, const char *text)
+CRPCI_FN void crpci_names_put(crpci_names_text *t, const char *text)
 {
     for (; *text; text++, t->len++) {
         if (t->len + 1 < t->size)
@@ -8624,12 +9235,11 @@ CRPCI_FN void crpci_registry_put(crpci_registry_text *t, const char *text)
 
 /* `before`, then the value with what would end it encoded, or nothing at all if it is empty. Dubbo
  * puts values as they are; none of these characters is in one that Dubbo could read back. */
-CRPCI_FN void crpci_registry_put_value(crpci_registry_text *t, const char *before,
-                                       const char *value)
+CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before, const char *value)
 {
     if (!value || !*value)
         return;
-    crpci_registry_put(t, before);
+    crpci_names_put(t, before);
     for (; *value; value++) {
         static const char digits[] = "0123456789ABCDEF";
         unsigned char c = (unsigned char)*value;
@@ -8641,83 +9251,58 @@ CRPCI_FN void crpci_registry_put_value(crpci_registry_text *t, const char *befor
             text[1] = digits[c >> 4];
             text[2] = digits[c & 15];
         }
-        crpci_registry_put(t, text);
+        crpci_names_put(t, text);
     }
 }
 
-/* Writes a provider's URL; parameters in alphabetical order, as Dubbo does. Returns the length that
- * was needed. */
-CRPCI_FN size_t crpci_registry_url(char *out, size_t size, const crpci_registration *r,
-                                   const char *address, int64_t timestamp_ms, long pid)
+/* Writes the URL of a provider, or of a consumer, whose address is a host without a port. The
+ * parameters stand in alphabetical order, as Dubbo writes them. Returns the length that was
+ * needed. */
+CRPCI_FN size_t crpci_names_url(char *out, size_t size, const crpci_names_service *s, bool consumer,
+                                const char *address, int64_t timestamp_ms, long pid)
 {
-    crpci_registry_text t;
+    crpci_names_text t;
     char number[24];
     t.out = out;
     t.size = size;
     t.len = 0;
-    crpci_registry_put(&t, "crpc://");
-    crpci_registry_put(&t, address);
-    crpci_registry_put_value(&t, "/", r->service);
-    crpci_registry_put_value(
-        &t, "?application=", r->application && *r->application ? r->application : "crpc");
-    crpci_registry_put(&t, "&category=providers&dynamic=true&enabled=true");
-    crpci_registry_put_value(&t, "&group=", r->group);
-    crpci_registry_put_value(&t, "&interface=", r->service);
-    crpci_registry_put_value(&t, "&methods=", r->methods);
+    crpci_names_put(&t, consumer ? "consumer://" : "crpc://");
+    crpci_names_put(&t, address);
+    crpci_names_put_value(&t, "/", s->service);
+    crpci_names_put_value(
+        &t, "?application=", s->application && *s->application ? s->application : "crpc");
+    crpci_names_put(&t, consumer ? "&category=consumers&check=false"
+                                 : "&category=providers&dynamic=true&enabled=true");
+    crpci_names_put_value(&t, "&group=", s->group);
+    crpci_names_put_value(&t, "&interface=", s->service);
+    crpci_names_put_value(&t, "&methods=", consumer ? NULL : s->methods);
     snprintf(number, sizeof number, "%ld", pid);
-    crpci_registry_put_value(&t, "&pid=", number);
+    crpci_names_put_value(&t, "&pid=", number);
     snprintf(number, sizeof number, "%lld", (long long)timestamp_ms);
-    crpci_registry_put_value(&t, "&side=provider&timestamp=", number);
-    crpci_registry_put_value(&t, "&version=", r->version);
-    snprintf(number, sizeof number, "%d", r->warmup_ms);
-    crpci_registry_put_value(&t, "&warmup=", r->warmup_ms > 0 ? number : NULL);
-    snprintf(number, sizeof number, "%d", r->weight < 0 ? 0 : r->weight);
-    crpci_registry_put_value(&t, "&weight=", number);
-    return t.len;
-}
-
-/* Writes a consumer's URL likewise; `host` is an address without a port. */
-CRPCI_FN size_t crpci_registry_consumer_url(char *out, size_t size, const crpci_registration *r,
-                                            const char *host, int64_t timestamp_ms, long pid)
-{
-    crpci_registry_text t;
-    char number[24];
-    t.out = out;
-    t.size = size;
-    t.len = 0;
-    crpci_registry_put(&t, "consumer://");
-    crpci_registry_put(&t, host);
-    crpci_registry_put_value(&t, "/", r->service);
-    crpci_registry_put_value(
-        &t, "?application=", r->application && *r->application ? r->application : "crpc");
-    crpci_registry_put(&t, "&category=consumers&check=false");
-    crpci_registry_put_value(&t, "&group=", r->group);
-    crpci_registry_put_value(&t, "&interface=", r->service);
-    snprintf(number, sizeof number, "%ld", pid);
-    crpci_registry_put_value(&t, "&pid=", number);
-    snprintf(number, sizeof number, "%lld", (long long)timestamp_ms);
-    crpci_registry_put_value(&t, "&side=consumer&timestamp=", number);
-    crpci_registry_put_value(&t, "&version=", r->version);
+    crpci_names_put(&t, consumer ? "&side=consumer" : "&side=provider");
+    crpci_names_put_value(&t, "&timestamp=", number);
+    crpci_names_put_value(&t, "&version=", s->version);
+    if (consumer)
+        return t.len;
+    snprintf(number, sizeof number, "%d", s->warmup_ms);
+    crpci_names_put_value(&t, "&warmup=", s->warmup_ms > 0 ? number : NULL);
+    snprintf(number, sizeof number, "%d", s->weight < 0 ? 0 : s->weight);
+    crpci_names_put_value(&t, "&weight=", number);
     return t.len;
 }
 
 /* What the name of a node says. The texts point into the name. */
-typedef struct crpci_registry_node {
+typedef struct crpci_names_node {
     const char *scheme;
     char address[CRPC_ADDRESS_MAX]; /* in its one canonical form: equal if it is the same */
-    const char *service;
-    const char *group;
-    const char *version;
-    const char *application;
+    crpci_names_service of;
     bool enabled;  /* not enabled=false: it is no provider at all */
     bool disabled; /* disabled=true, which can be overridden */
-    int weight;
-    int warmup_ms;
     int64_t timestamp_ms;
-} crpci_registry_node;
+} crpci_names_node;
 
 /* A number that is not negative, or -1, which counts as 0. False, and nothing changed: none. */
-CRPCI_FN bool crpci_registry_number(const char *value, int64_t max, int *out)
+CRPCI_FN bool crpci_names_number(const char *value, int64_t max, int *out)
 {
     int64_t number;
     if (!crpci_url_number(value, max, &number))
@@ -8726,31 +9311,42 @@ CRPCI_FN bool crpci_registry_number(const char *value, int64_t max, int *out)
     return true;
 }
 
-CRPCI_FN void crpci_registry_param(crpci_registry_node *n, const char *key, const char *value)
+/* Takes a parameter that providers and overrides have in common. 1: taken; 0: another one; -1: its
+ * value is malformed, and nothing changed. */
+CRPCI_FN int crpci_names_common(crpci_names_service *s, const char *key, const char *value)
+{
+    if (strcmp(key, "group") == 0)
+        s->group = value;
+    else if (strcmp(key, "version") == 0)
+        s->version = value;
+    else if (strcmp(key, "interface") == 0)
+        s->service = value;
+    else if (strcmp(key, "application") == 0)
+        s->application = value;
+    else if (strcmp(key, "weight") == 0)
+        return crpci_names_number(value, CRPCI_NAMES_WEIGHT_MAX, &s->weight) ? 1 : -1;
+    else if (strcmp(key, "warmup") == 0)
+        return crpci_names_number(value, INT32_MAX, &s->warmup_ms) ? 1 : -1;
+    else
+        return 0;
+    return 1;
+}
+
+CRPCI_FN void crpci_names_param(crpci_names_node *n, const char *key, const char *value)
 {
     int64_t number;
-    if (strcmp(key, "group") == 0)
-        n->group = value;
-    else if (strcmp(key, "version") == 0)
-        n->version = value;
-    else if (strcmp(key, "interface") == 0)
-        n->service = value;
-    else if (strcmp(key, "application") == 0)
-        n->application = value;
-    else if (strcmp(key, "enabled") == 0)
+    if (crpci_names_common(&n->of, key, value))
+        return;
+    if (strcmp(key, "enabled") == 0)
         n->enabled = n->enabled && strcmp(value, "false") != 0;
     else if (strcmp(key, "disabled") == 0)
         n->disabled = n->disabled || strcmp(value, "true") == 0;
-    else if (strcmp(key, "weight") == 0)
-        (void)crpci_registry_number(value, CRPCI_REGISTRY_WEIGHT_MAX, &n->weight);
-    else if (strcmp(key, "warmup") == 0)
-        (void)crpci_registry_number(value, INT32_MAX, &n->warmup_ms);
     else if (strcmp(key, "timestamp") == 0 && crpci_url_number(value, INT64_MAX, &number))
         n->timestamp_ms = number < 0 ? 0 : number;
 }
 
 /* Takes a URL apart, in place. False: it is none. What is missing is "". */
-CRPCI_FN bool crpci_registry_split(char *url, char **address, char **service, char **query)
+CRPCI_FN bool crpci_names_split(char *url, char **address, char **service, char **query)
 {
     char *path, *user;
     if ((*address = strstr(url, "://")) == NULL || *address == url)
@@ -8776,7 +9372,7 @@ CRPCI_FN bool crpci_registry_split(char *url, char **address, char **service, ch
 
 /* Takes the next key=value of a query, the value decoded. 1: here it is; 0: the end; -1: a value
  * is malformed. */
-CRPCI_FN int crpci_registry_next(char **query, char **key, char **value)
+CRPCI_FN int crpci_names_next(char **query, char **key, char **value)
 {
     while (**query) {
         char *end = strchr(*query, '&');
@@ -8794,37 +9390,36 @@ CRPCI_FN int crpci_registry_next(char **query, char **key, char **value)
 }
 
 /* Reads a provider's URL, in place. False: it is none, or its address is not numeric. */
-CRPCI_FN bool crpci_registry_read(crpci_registry_node *n, char *url)
+CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
 {
     char *address, *service, *query, *key, *value;
     crpci_addr a;
     int more;
     memset(n, 0, sizeof *n);
-    n->group = n->version = n->application = "";
+    n->of.group = n->of.version = n->of.application = "";
     n->enabled = true;
-    n->weight = CRPCI_REGISTRY_WEIGHT;
-    if (!crpci_registry_split(url, &address, &service, &query))
+    n->of.weight = CRPCI_NAMES_WEIGHT;
+    if (!crpci_names_split(url, &address, &service, &query))
         return false;
     n->scheme = url;
-    n->service = service;
-    if (!crpci_sock_parse(&a, address) || a.u.any.sa_family == AF_UNIX ||
-        (a.u.any.sa_family == AF_INET ? a.u.in4.sin_port : a.u.in6.sin6_port) == 0)
+    n->of.service = service;
+    if (!crpci_sock_parse(&a, address) || !crpci_sock_port(&a))
         return false;
     crpci_sock_format(&a, n->address, sizeof n->address);
-    while ((more = crpci_registry_next(&query, &key, &value)) > 0)
-        crpci_registry_param(n, key, value);
+    while ((more = crpci_names_next(&query, &key, &value)) > 0)
+        crpci_names_param(n, key, value);
     return more == 0;
 }
 
 /* Reads the name of a node, in place: a URL encoded once more. */
-CRPCI_FN bool crpci_registry_parse(crpci_registry_node *n, char *name)
+CRPCI_FN bool crpci_names_parse(crpci_names_node *n, char *name)
 {
-    return crpci_url_decode(name) && crpci_registry_read(n, name);
+    return crpci_url_decode(name) && crpci_names_read(n, name);
 }
 
 /* Whether what a consumer wants ("" or NULL: the plain one, "*": any, or a list "a,b") is what a
  * provider has. */
-CRPCI_FN bool crpci_registry_match(const char *want, const char *have)
+CRPCI_FN bool crpci_names_match(const char *want, const char *have)
 {
     size_t n = strlen(have);
     want = want ? want : "";
@@ -8839,38 +9434,39 @@ CRPCI_FN bool crpci_registry_match(const char *want, const char *have)
     return false;
 }
 
-CRPCI_FN bool crpci_registry_takes(const crpci_registry_query *q, const crpci_registry_node *n)
+CRPCI_FN bool crpci_names_takes(const crpci_names_service *q, const crpci_names_node *n)
 {
     if (strcmp(n->scheme, "crpc") != 0 && strcmp(n->scheme, "brpc") != 0 &&
         strcmp(n->scheme, "baidu_std") != 0)
         return false;
-    return n->enabled && (!*n->service || !*q->service || strcmp(n->service, q->service) == 0) &&
-           crpci_registry_match(q->group, n->group) && crpci_registry_match(q->version, n->version);
+    return n->enabled && crpci_names_match(q->group, n->of.group) &&
+           crpci_names_match(q->version, n->of.version) &&
+           (!*n->of.service || !*q->service || strcmp(n->of.service, q->service) == 0);
 }
 
 /* --- overrides: what an operator changes at run time ------------------------------------------ */
 
 /* One of Dubbo's override:// URLs. Its texts are the block's. */
-typedef struct crpci_registry_rule {
+typedef struct crpci_names_override {
     const char *name; /* of the node */
     char host[INET6_ADDRSTRLEN + 2]; /* canonical, IPv6 in brackets; "": any */
     unsigned port;                   /* 0: any */
     bool here; /* the host is this consumer's, as where no port is given: any provider */
-    const char *service, *group, *version, *application; /* "": any */
+    crpci_names_service of; /* "": any; weight and warm-up -1: left as they are */
     int64_t priority;
-    int weight, warmup_ms, disabled; /* -1: left as it is */
-} crpci_registry_rule;
+    int disabled; /* -1: left as it is */
+} crpci_names_override;
 
 /* Those of a directory, in the order in which they are applied. Never changes. */
-typedef struct crpci_registry_rules {
+typedef struct crpci_names_overrides {
     uint32_t refs;
     crpci_heap *heap;
     size_t size; /* of the block */
     size_t count;
-    crpci_registry_rule *rules;
-} crpci_registry_rules;
+    crpci_names_override *rules;
+} crpci_names_overrides;
 
-CRPCI_FN void crpci_registry_rules_unref(crpci_registry_rules *r)
+CRPCI_FN void crpci_names_overrides_unref(crpci_names_overrides *r)
 {
     crpci_heap *h;
     if (!r || !crpci_thread_unref(&r->refs))
@@ -8881,7 +9477,7 @@ CRPCI_FN void crpci_registry_rules_unref(crpci_registry_rules *r)
 }
 
 /* Any host, and "host" without a port, are 0.0.0.0:0 and host:0. */
-CRPCI_FN bool crpci_registry_rule_address(crpci_registry_rule *r, const char *address)
+CRPCI_FN bool crpci_names_override_address(crpci_names_override *r, const char *address)
 {
     const char *colon = strrchr(address, ':'), *bracket = strrchr(address, ']');
     char text[CRPC_ADDRESS_MAX];
@@ -8891,7 +9487,7 @@ CRPCI_FN bool crpci_registry_rule_address(crpci_registry_rule *r, const char *ad
     if (n < 0 || (size_t)n >= sizeof text || !crpci_sock_parse(&a, text) ||
         a.u.any.sa_family == AF_UNIX)
         return false;
-    r->port = ntohs(a.u.any.sa_family == AF_INET ? a.u.in4.sin_port : a.u.in6.sin6_port);
+    r->port = crpci_sock_port(&a);
     crpci_sock_format(&a, text, sizeof text);
     *strrchr(text, ':') = '\0';
     if (strcmp(text, "0.0.0.0") == 0 || strcmp(text, "[::]") == 0)
@@ -8903,18 +9499,13 @@ CRPCI_FN bool crpci_registry_rule_address(crpci_registry_rule *r, const char *ad
 
 /* False: it is not understood. A condition that crpc does not know is one: without it the rule
  * would hit more providers than it was meant for. */
-CRPCI_FN bool crpci_registry_rule_param(crpci_registry_rule *r, bool *enabled, const char *key,
-                                        const char *value)
+CRPCI_FN bool crpci_names_override_param(crpci_names_override *r, bool *enabled, const char *key,
+                                         const char *value)
 {
-    if (strcmp(key, "group") == 0)
-        r->group = strcmp(value, "*") == 0 ? "" : value;
-    else if (strcmp(key, "version") == 0)
-        r->version = strcmp(value, "*") == 0 ? "" : value;
-    else if (strcmp(key, "application") == 0)
-        r->application = strcmp(value, "*") == 0 ? "" : value;
-    else if (strcmp(key, "interface") == 0)
-        r->service = strcmp(value, "*") == 0 ? "" : value;
-    else if (strcmp(key, "enabled") == 0)
+    int common = crpci_names_common(&r->of, key, strcmp(value, "*") == 0 ? "" : value);
+    if (common)
+        return common > 0;
+    if (strcmp(key, "enabled") == 0)
         *enabled = strcmp(value, "false") != 0;
     else if (strcmp(key, "disabled") == 0)
         r->disabled = strcmp(value, "true") == 0;
@@ -8922,43 +9513,39 @@ CRPCI_FN bool crpci_registry_rule_param(crpci_registry_rule *r, bool *enabled, c
         return !*value || strcmp(value, "*") == 0;
     else if (strcmp(key, "priority") == 0)
         return crpci_url_number(value, INT32_MAX, &r->priority);
-    else if (strcmp(key, "weight") == 0)
-        return crpci_registry_number(value, CRPCI_REGISTRY_WEIGHT_MAX, &r->weight);
-    else if (strcmp(key, "warmup") == 0)
-        return crpci_registry_number(value, INT32_MAX, &r->warmup_ms);
     return true;
 }
 
 /* Reads the name of a node, in place. 1: a rule; 0: one that changes nothing here; -1: none.
  * `host`: this consumer's, as the rule would write it. */
-CRPCI_FN int crpci_registry_rule_read(crpci_registry_rule *r, char *name, const char *host)
+CRPCI_FN int crpci_names_override_read(crpci_names_override *r, char *name, const char *host)
 {
     char *address, *service, *query, *key, *value;
     bool enabled = true;
     int more;
     memset(r, 0, sizeof *r);
-    r->group = r->version = r->application = "";
-    r->weight = r->warmup_ms = r->disabled = -1;
-    if (!crpci_url_decode(name) || !crpci_registry_split(name, &address, &service, &query) ||
-        strcmp(name, "override") != 0 || !crpci_registry_rule_address(r, address))
+    r->of.group = r->of.version = r->of.application = "";
+    r->of.weight = r->of.warmup_ms = r->disabled = -1;
+    if (!crpci_url_decode(name) || !crpci_names_split(name, &address, &service, &query) ||
+        strcmp(name, "override") != 0 || !crpci_names_override_address(r, address))
         return -1;
-    r->service = strcmp(service, "*") == 0 ? "" : service;
-    while ((more = crpci_registry_next(&query, &key, &value)) > 0) {
-        if (!crpci_registry_rule_param(r, &enabled, key, value))
+    r->of.service = strcmp(service, "*") == 0 ? "" : service;
+    while ((more = crpci_names_next(&query, &key, &value)) > 0) {
+        if (!crpci_names_override_param(r, &enabled, key, value))
             return -1;
     }
     if (more < 0)
         return -1;
     r->here = *r->host && !r->port;
     return enabled && !(r->here && strcmp(r->host, host) != 0) &&
-           !(r->weight < 0 && r->warmup_ms < 0 && r->disabled < 0);
+           !(r->of.weight < 0 && r->of.warmup_ms < 0 && r->disabled < 0);
 }
 
 /* Dubbo's: any host before a certain one; then by priority, the highest last. */
-CRPCI_FN int crpci_registry_rule_order(const void *a, const void *b)
+CRPCI_FN int crpci_names_override_order(const void *a, const void *b)
 {
-    const crpci_registry_rule *p = (const crpci_registry_rule *)a;
-    const crpci_registry_rule *q = (const crpci_registry_rule *)b;
+    const crpci_names_override *p = (const crpci_names_override *)a;
+    const crpci_names_override *q = (const crpci_names_override *)b;
     int c = strcmp(p->host, q->host);
     if (!c)
         c = p->priority < q->priority ? -1 : p->priority > q->priority;
@@ -8966,45 +9553,45 @@ CRPCI_FN int crpci_registry_rule_order(const void *a, const void *b)
 }
 
 /* Reads a directory of overrides. *bad: how many were not understood. NULL: out of memory. */
-CRPCI_FN crpci_registry_rules *crpci_registry_rules_read(crpci_heap *h, char *const *names,
-                                                         size_t count, const char *host,
-                                                         size_t *bad)
+CRPCI_FN crpci_names_overrides *crpci_names_overrides_read(crpci_heap *h, char *const *names,
+                                                           size_t count, const char *host,
+                                                           size_t *bad)
 {
-    const size_t head = (sizeof(crpci_registry_rules) + 15) & ~(size_t)15;
-    size_t size = head + count * sizeof(crpci_registry_rule), i;
-    crpci_registry_rules *r;
+    const size_t head = (sizeof(crpci_names_overrides) + 15) & ~(size_t)15;
+    size_t size = head + count * sizeof(crpci_names_override), i;
+    crpci_names_overrides *r;
     char *text;
     *bad = 0;
     for (i = 0; i < count; i++)
         size += names[i] ? strlen(names[i]) + 1 : 1;
-    r = (crpci_registry_rules *)crpci_heap_alloc(h, size);
+    r = (crpci_names_overrides *)crpci_heap_alloc(h, size);
     if (!r)
         return NULL;
     crpci_heap_ref(h);
     r->refs = 1;
     r->heap = h;
     r->size = size;
-    r->rules = (crpci_registry_rule *)(void *)((char *)r + head);
+    r->rules = (crpci_names_override *)(void *)((char *)r + head);
     text = (char *)(r->rules + count);
     for (i = 0; i < count; i++) {
         size_t n = names[i] ? strlen(names[i]) + 1 : 1;
         int kind;
         memcpy(text, names[i] ? names[i] : "", n);
-        kind = crpci_registry_rule_read(&r->rules[r->count], text, host);
+        kind = crpci_names_override_read(&r->rules[r->count], text, host);
         r->rules[r->count].name = names[i];
         *bad += kind < 0;
         r->count += kind > 0;
         text += n;
     }
     if (r->count)
-        qsort(r->rules, r->count, sizeof *r->rules, crpci_registry_rule_order);
+        qsort(r->rules, r->count, sizeof *r->rules, crpci_names_override_order);
     for (i = 0; i < r->count; i++)
         r->rules[i].name = NULL; /* borrowed, for the order of those that say the same */
     return r;
 }
 
-CRPCI_FN bool crpci_registry_rule_fits(const crpci_registry_rule *r, const crpci_registry_query *q,
-                                       const crpci_registry_node *n)
+CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crpci_names_service *q,
+                                        const crpci_names_node *n)
 {
     size_t len = strlen(r->host);
     const char *colon = strrchr(n->address, ':');
@@ -9013,264 +9600,31 @@ CRPCI_FN bool crpci_registry_rule_fits(const crpci_registry_rule *r, const crpci
         return false;
     if (r->port && r->port != (unsigned)strtoul(colon + 1, NULL, 10))
         return false;
-    return (!*r->service || strcmp(r->service, q->service) == 0) &&
-           (!*r->group || strcmp(r->group, n->group) == 0) &&
-           (!*r->version || strcmp(r->version, n->version) == 0) &&
-           (!*r->application || strcmp(r->application, n->application) == 0 ||
-            (q->application && strcmp(r->application, q->application) == 0));
+    return (!*r->of.service || strcmp(r->of.service, q->service) == 0) &&
+           (!*r->of.group || strcmp(r->of.group, n->of.group) == 0) &&
+           (!*r->of.version || strcmp(r->of.version, n->of.version) == 0) &&
+           (!*r->of.application || strcmp(r->of.application, n->of.application) == 0 ||
+            (q->application && strcmp(r->of.application, q->application) == 0));
 }
 
 /* Changes a provider as the rules (NULL: none) say. */
-CRPCI_FN void crpci_registry_rules_apply(const crpci_registry_rules *rules,
-                                         const crpci_registry_query *q, crpci_registry_node *n)
+CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
+                                          const crpci_names_service *q, crpci_names_node *n)
 {
     size_t i;
     for (i = 0; rules && i < rules->count; i++) {
-        const crpci_registry_rule *r = &rules->rules[i];
-        if (!crpci_registry_rule_fits(r, q, n))
+        const crpci_names_override *r = &rules->rules[i];
+        if (!crpci_names_override_fits(r, q, n))
             continue;
-        n->weight = r->weight < 0 ? n->weight : r->weight;
-        n->warmup_ms = r->warmup_ms < 0 ? n->warmup_ms : r->warmup_ms;
+        n->of.weight = r->of.weight < 0 ? n->of.weight : r->of.weight;
+        n->of.warmup_ms = r->of.warmup_ms < 0 ? n->of.warmup_ms : r->of.warmup_ms;
         n->disabled = r->disabled < 0 ? n->disabled : r->disabled != 0;
     }
 }
 
-/* --- lists from names ------------------------------------------------------------------------- */
-
-/* By address; of one address the newest first. */
-CRPCI_FN int crpci_registry_order(const void *a, const void *b)
-{
-    const crpci_provider *p = (const crpci_provider *)a, *q = (const crpci_provider *)b;
-    int c = strcmp(p->address, q->address);
-    if (c)
-        return c;
-    return p->timestamp_ms < q->timestamp_ms ? 1 : p->timestamp_ms > q->timestamp_ms ? -1 : 0;
-}
-
-CRPCI_FN void crpci_registry_sort(crpci_snapshot *s)
-{
-    size_t i, n = 0;
-    if (s->count < 2)
-        return;
-    qsort(s->providers, s->count, sizeof *s->providers, crpci_registry_order);
-    for (i = 0; i < s->count; i++) {
-        if (n && strcmp(s->providers[n - 1].address, s->providers[i].address) == 0)
-            continue; /* an older node of the same address: a process that was there before */
-        if (n != i)
-            s->providers[n] = s->providers[i];
-        n++;
-    }
-    s->count = n;
-}
-
-/* Makes a list of the names in a directory, as changed by the rules (NULL: none). *bad: how many
- * could not be read. NULL: out of memory. */
-CRPCI_FN crpci_snapshot *crpci_registry_collect(crpci_heap *h, char *const *names, size_t count,
-                                                const crpci_registry_query *q,
-                                                const crpci_registry_rules *rules, size_t *bad)
-{
-    size_t i, longest = 0;
-    crpci_snapshot *s;
-    char *text;
-    *bad = 0;
-    for (i = 0; i < count; i++) {
-        size_t n = names[i] ? strlen(names[i]) : 0;
-        longest = n > longest ? n : longest;
-    }
-    s = crpci_registry_snapshot(h, count);
-    text = (char *)crpci_heap_alloc(h, longest + 1);
-    if (!s || !text) {
-        crpci_registry_snapshot_unref(s);
-        crpci_heap_free(h, text, longest + 1);
-        return NULL;
-    }
-    s->count = 0;
-    for (i = 0; i < count; i++) {
-        crpci_registry_node node;
-        crpci_provider *p = &s->providers[s->count];
-        memcpy(text, names[i] ? names[i] : "", names[i] ? strlen(names[i]) + 1 : 1);
-        if (!crpci_registry_parse(&node, text)) {
-            ++*bad;
-            continue;
-        }
-        if (!crpci_registry_takes(q, &node))
-            continue;
-        crpci_registry_rules_apply(rules, q, &node);
-        if (node.disabled)
-            continue;
-        memcpy(p->address, node.address, sizeof p->address);
-        p->weight = node.weight;
-        p->warmup_ms = node.warmup_ms;
-        p->timestamp_ms = node.timestamp_ms;
-        s->count++;
-    }
-    crpci_heap_free(h, text, longest + 1);
-    crpci_registry_sort(s);
-    return s;
-}
-
-/* --- subscribers ------------------------------------------------------------------------------ */
-
-CRPCI_FN void crpci_registry_texts_free(crpci_heap *h, char **text, size_t count)
-{
-    size_t i;
-    for (i = 0; i < count; i++)
-        crpci_heap_strfree(h, text[i]);
-}
-
-CRPCI_FN bool crpci_registry_texts_copy(crpci_heap *h, char **text, const char *const *from,
-                                        size_t count)
-{
-    size_t i;
-    for (i = 0; i < count; i++) {
-        text[i] = crpci_heap_strndup(h, from[i] ? from[i] : "", from[i] ? strlen(from[i]) : 0);
-        if (!text[i])
-            return false;
-    }
-    return true;
-}
-
-/* A callback of the upper sections, and the thread it runs on. */
-typedef struct crpci_registry_caller {
-    bool running;
-    crpci_thread thread;
-} crpci_registry_caller;
-
-/* The callback runs between these two, without the loop's lock. */
-CRPCI_FN void crpci_registry_call_begin(crpc_loop *l, crpci_registry_caller *c)
-{
-    c->running = true;
-    c->thread = crpci_thread_self();
-    crpci_loop_unlock(l);
-}
-
-CRPCI_FN void crpci_registry_call_end(crpc_loop *l, crpci_cond *cond, crpci_registry_caller *c)
-{
-    crpci_loop_lock(l);
-    c->running = false;
-    crpci_thread_broadcast(cond);
-}
-
-/* Waits until the callback does not run, except on this thread. */
-CRPCI_FN void crpci_registry_call_wait(crpc_loop *l, crpci_cond *cond,
-                                       const crpci_registry_caller *c)
-{
-    while (c->running && !crpci_thread_is_self(c->thread))
-        crpci_thread_wait(cond, &l->lock, -1);
-}
-
-/* A subscription; a backend's own struct begins with it. The loop's lock guards it. */
-typedef struct crpci_registry_sub {
-    crpci_list node; /* the backend's */
-    crpc_loop *loop;
-    crpci_cond *cond; /* the backend's: signalled when the callback has returned */
-    uint32_t refs;
-    crpci_registry_push_fn push;
-    void *user;
-    crpci_registry_caller caller;
-    char *text[4];
-    crpci_registry_query query; /* its texts are `text` */
-    crpci_snapshot *last;       /* the list it has */
-    bool dead;                  /* ended: nothing is pushed any more */
-    bool warned;                /* it was logged that the last good list is kept */
-} crpci_registry_sub;
-
-/* False: out of memory; crpci_registry_sub_clear either way. */
-CRPCI_FN bool crpci_registry_sub_init(crpci_registry_sub *sub, crpc_loop *l, crpci_cond *cond,
-                                      const crpci_registry_query *q, crpci_registry_push_fn push,
-                                      void *user)
-{
-    const char *text[4];
-    text[0] = q->service;
-    text[1] = q->group;
-    text[2] = q->version;
-    text[3] = q->application;
-    crpci_list_init(&sub->node);
-    sub->loop = l;
-    sub->cond = cond;
-    sub->refs = 1;
-    sub->push = push;
-    sub->user = user;
-    if (!crpci_registry_texts_copy(l->heap, sub->text, text, 4))
-        return false;
-    sub->query.service = sub->text[0];
-    sub->query.group = sub->text[1];
-    sub->query.version = sub->text[2];
-    sub->query.application = sub->text[3];
-    sub->query.allow_empty = q->allow_empty;
-    return true;
-}
-
-CRPCI_FN void crpci_registry_sub_clear(crpci_registry_sub *sub)
-{
-    crpci_registry_snapshot_unref(sub->last);
-    crpci_registry_texts_free(sub->loop->heap, sub->text, 4);
-}
-
-/* Takes a subscriber off, and waits for its callback unless this is inside it. */
-CRPCI_FN void crpci_registry_sub_end(crpci_registry_sub *sub)
-{
-    sub->dead = true;
-    crpci_list_remove(&sub->node);
-    crpci_registry_call_wait(sub->loop, sub->cond, &sub->caller);
-}
-
-/* Unlocks for the callback. False: the list was not taken. */
-CRPCI_FN bool crpci_registry_push(crpci_registry_sub *sub, crpci_snapshot *list)
-{
-    bool taken;
-    if (sub->caller.running)
-        return false; /* by a callback of its own: the list has to wait */
-    crpci_registry_snapshot_ref(list);
-    crpci_registry_call_begin(sub->loop, &sub->caller);
-    taken = sub->push(sub->user, list) == CRPC_OK;
-    crpci_registry_call_end(sub->loop, sub->cond, &sub->caller);
-    if (taken) {
-        crpci_registry_snapshot_unref(sub->last);
-        sub->last = list;
-    } else {
-        crpci_registry_snapshot_unref(list);
-    }
-    return taken;
-}
-
-/* Tells a subscriber, once, that its list is stale. Locked, unlocks meanwhile. False: it was not
- * told, for want of memory. */
-CRPCI_FN bool crpci_registry_age(crpci_registry_sub *sub)
-{
-    crpci_snapshot *list;
-    bool taken;
-    if (sub->dead || !sub->last || !sub->last->count || sub->last->stale)
-        return true;
-    list = crpci_registry_snapshot_stale(sub->last);
-    taken = list && crpci_registry_push(sub, list);
-    crpci_registry_snapshot_unref(list);
-    return taken;
-}
-
-/* Hands a subscriber a list that was read, if it is news. An empty one takes the place of a good
- * one only where that is allowed and everything could be read: it may come of a wiped server, of a
- * wrong delete, of providers that all lost their session at once. Locked, unlocks meanwhile. False:
- * it was not taken, and is to be offered again. */
-CRPCI_FN bool crpci_registry_offer(crpci_registry_sub *sub, crpci_snapshot *list, bool whole)
-{
-    if (sub->dead)
-        return true;
-    if (sub->last && sub->last->count && !list->count && !(sub->query.allow_empty && whole)) {
-        if (!sub->warned)
-            crpci_heap_log(list->heap, CRPC_LOG_WARN,
-                           "registry: no provider of %s is left; the last %zu known are kept",
-                           sub->query.service, sub->last->count);
-        sub->warned = true;
-        return crpci_registry_age(sub);
-    }
-    sub->warned = false;
-    if (sub->last && crpci_registry_snapshot_equal(sub->last, list))
-        return true;
-    return crpci_registry_push(sub, list);
-}
-
-/* --- the cache file --------------------------------------------------------------------------- */
+/* ======================================================================== */
+/* >>impl-cache   the last good lists of providers, in a file that survives crashes */
+/* ======================================================================== */
 
 /* What directories held, in a file, so that a program can start while its registry is away:
  *
@@ -9281,30 +9635,25 @@ CRPCI_FN bool crpci_registry_offer(crpci_registry_sub *sub, crpci_snapshot *list
  *
  * The last line is the CRC-32 of all before it. A file in which anything is wrong is as good as
  * none. It is replaced as a whole, by renaming, and several programs, or loops of one, may share
- * it: each leaves what others wrote. */
-#define CRPCI_REGISTRY_CACHE_HEAD "crpc-cache 1\n"
-#define CRPCI_REGISTRY_CACHE_MAX  (1u << 20) /* bytes of a file */
-#define CRPCI_REGISTRY_CACHE_MS   60000
+ * it: each leaves what others wrote. In memory it is the same text, without its first and last
+ * lines; the lines of one directory are called its part. */
+#define CRPCI_CACHE_HEAD "crpc-cache 1\n"
+#define CRPCI_CACHE_MAX  (1u << 20) /* bytes of a file */
+#define CRPCI_CACHE_MS   60000      /* least time between two writes: flash wears out */
 
-typedef struct crpci_registry_entry {
-    crpci_list node;
-    char *key;  /* a directory */
-    char *text; /* its names, each ended by a newline */
-    bool own;   /* read by this program, not found in the file */
-} crpci_registry_entry;
-
-typedef struct crpci_registry_cache {
+typedef struct crpci_cache {
     crpci_heap *heap;
-    crpci_list entries;
-    char *path;
+    char *path;  /* NULL: no cache */
+    char *found; /* what the file held when it was loaded; NULL: nothing */
+    char *own;   /* what this program has read since, also that a directory is empty; or NULL */
     int64_t interval_us;
     int64_t written_us; /* 0: not by this object yet */
     bool dirty;         /* something is to be written */
     bool writing;
     bool failed; /* it was logged that it cannot be written */
-} crpci_registry_cache;
+} crpci_cache;
 
-CRPCI_FN uint32_t crpci_registry_crc(const char *data, size_t n)
+CRPCI_FN uint32_t crpci_cache_crc(const char *data, size_t n)
 {
     uint32_t crc = 0xffffffffu;
     for (; n; n--) {
@@ -9316,214 +9665,118 @@ CRPCI_FN uint32_t crpci_registry_crc(const char *data, size_t n)
     return ~crc;
 }
 
-/* False: out of memory; crpci_registry_cache_clear either way. */
-CRPCI_COLD bool crpci_registry_cache_init(crpci_registry_cache *c, crpci_heap *h, const char *path,
-                                          int interval_ms)
+/* False: out of memory; crpci_cache_clear either way. */
+CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path, int interval_ms)
 {
     memset(c, 0, sizeof *c);
     c->heap = h;
-    crpci_list_init(&c->entries);
-    c->interval_us = crpci_base_option(interval_ms, CRPCI_REGISTRY_CACHE_MS, 0) * 1000;
+    c->interval_us = crpci_base_option(interval_ms, CRPCI_CACHE_MS, 0) * 1000;
     c->path = crpci_heap_strndup(h, path, strlen(path));
     return c->path != NULL;
 }
 
-CRPCI_COLD void crpci_registry_cache_drop(crpci_registry_cache *c, crpci_registry_entry *e)
+/* A cache that is all zero has nothing to be freed. */
+CRPCI_COLD void crpci_cache_clear(crpci_cache *c)
 {
-    crpci_list_remove(&e->node);
-    crpci_heap_strfree(c->heap, e->key);
-    crpci_heap_strfree(c->heap, e->text);
-    crpci_heap_free(c->heap, e, sizeof *e);
-}
-
-CRPCI_COLD void crpci_registry_cache_clear(crpci_registry_cache *c)
-{
-    while (!crpci_list_empty(&c->entries))
-        crpci_registry_cache_drop(c,
-                                  CRPCI_CONTAINER(c->entries.next, crpci_registry_entry, node));
     crpci_heap_strfree(c->heap, c->path);
-    c->path = NULL;
+    crpci_heap_strfree(c->heap, c->found);
+    crpci_heap_strfree(c->heap, c->own);
+    c->path = c->found = c->own = NULL;
 }
 
-CRPCI_FN crpci_registry_entry *crpci_registry_cache_find(const crpci_registry_cache *c,
-                                                         const char *key)
+/* The part of a directory, whose name ends with a newline or zero. NULL: there is none. */
+CRPCI_FN const char *crpci_cache_find(const char *text, const char *name, size_t *len)
 {
-    crpci_list *i;
-    for (i = c->entries.next; i != &c->entries; i = i->next) {
-        crpci_registry_entry *e = CRPCI_CONTAINER(i, crpci_registry_entry, node);
-        if (strcmp(e->key, key) == 0)
-            return e;
+    size_t n = strcspn(name, "\n");
+    while (text && *text) {
+        const char *next = strstr(text, "\nD ");
+        *len = next ? (size_t)(next - text) + 1 : strlen(text);
+        if (strncmp(text + 2, name, n) == 0 && text[2 + n] == '\n')
+            return text;
+        text += *len;
     }
     return NULL;
 }
 
-/* Sets what a directory holds. False: out of memory, and nothing changed. */
-CRPCI_COLD bool crpci_registry_cache_set(crpci_registry_cache *c, const char *key, size_t key_len,
-                                         const char *text, size_t len, bool own)
+/* Puts a part in the place of the one that its directory has; `empty`: even one without a name.
+ * False: out of memory, and nothing changed. */
+CRPCI_COLD bool crpci_cache_set(crpci_heap *h, char **text, const char *part, size_t len,
+                                bool empty)
 {
-    char *name = crpci_heap_strndup(c->heap, key, key_len), *copy = NULL;
-    crpci_registry_entry *e = name ? crpci_registry_cache_find(c, name) : NULL;
-    bool fresh = name && !e && len, ok;
-    if (e && strlen(e->text) == len && memcmp(e->text, text, len) == 0) {
-        e->own = e->own || own;
-        crpci_heap_strfree(c->heap, name);
-        return true;
-    }
-    if (fresh)
-        e = (crpci_registry_entry *)crpci_heap_alloc(c->heap, sizeof *e);
-    if (e)
-        copy = crpci_heap_strndup(c->heap, text, len);
-    ok = name && (copy || (!e && !len)); /* of nothing there is nothing to be kept */
-    if (copy) {
-        crpci_heap_strfree(c->heap, e->text);
-        e->text = copy;
-        e->own = own;
-        c->dirty = true;
-    }
-    if (copy && fresh) {
-        e->key = name;
-        crpci_list_append(&c->entries, &e->node);
-        return true;
-    }
-    if (fresh)
-        crpci_heap_free(c->heap, e, sizeof *e);
-    crpci_heap_strfree(c->heap, name);
-    return ok;
-}
-
-/* Takes the names that a directory holds. */
-CRPCI_COLD bool crpci_registry_cache_put(crpci_registry_cache *c, const char *key,
-                                         char *const *names, size_t count)
-{
-    size_t size = 1, n = 0, i;
-    char *text;
-    bool ok;
-    for (i = 0; i < count; i++)
-        size += strlen(names[i]) + 1;
-    text = (char *)crpci_heap_alloc(c->heap, size);
-    if (!text)
+    size_t size = *text ? strlen(*text) : 0, gone = 0, at;
+    const char *old = crpci_cache_find(*text, part + 2, &gone);
+    char *out;
+    gone = old ? gone : 0;
+    at = old ? (size_t)(old - *text) : size;
+    if (!empty && len == strcspn(part, "\n") + 1)
+        len = 0;
+    out = (char *)crpci_heap_alloc(h, size - gone + len + 1);
+    if (!out)
         return false;
-    for (i = 0; i < count; i++) {
-        size_t len = strlen(names[i]);
-        if (!len || memchr(names[i], '\n', len))
-            continue;
-        memcpy(text + n, names[i], len);
-        text[n + len] = '\n';
-        n += len + 1;
-    }
-    ok = crpci_registry_cache_set(c, key, strlen(key), text, n, true);
-    crpci_heap_free(c->heap, text, size);
-    return ok;
+    if (size)
+        memcpy(out, *text, at);
+    memcpy(out + at, part, len);
+    if (size)
+        memcpy(out + at + len, *text + at + gone, size - at - gone);
+    crpci_heap_strfree(h, *text);
+    *text = out;
+    return true;
 }
 
-/* Names out of the cache, in one block. */
-typedef struct crpci_registry_names {
-    size_t size; /* of the block at `name` */
-    size_t count;
-    char **name;
-} crpci_registry_names;
+/* Takes the names that a directory holds. False: out of memory. */
+CRPCI_COLD bool crpci_cache_put(crpci_cache *c, const char *name, char *const *names, size_t count)
+{
+    size_t size = strlen(name) + 4, n, i, len = 0;
+    const char *own = crpci_cache_find(c->own, name, &len);
+    const char *old = own ? own : crpci_cache_find(c->found, name, &len);
+    bool ok, same;
+    char *part;
+    for (i = 0; i < count; i++)
+        size += strlen(names[i]) + 3;
+    part = (char *)crpci_heap_alloc(c->heap, size);
+    if (!part)
+        return false;
+    n = (size_t)snprintf(part, size, "D %s\n", name);
+    for (i = 0; i < count; i++) {
+        if (*names[i] && !strchr(names[i], '\n'))
+            n += (size_t)snprintf(part + n, size - n, "N %s\n", names[i]);
+    }
+    same = old ? len == n && memcmp(old, part, n) == 0 : n == strlen(name) + 3;
+    ok = (same && (own || !old)) || crpci_cache_set(c->heap, &c->own, part, n, true);
+    c->dirty = c->dirty || (ok && !same);
+    crpci_heap_free(c->heap, part, size);
+    return ok;
+}
 
 /* Empty: nothing is known, or out of memory. */
-CRPCI_COLD void crpci_registry_cache_get(const crpci_registry_cache *c, const char *key,
-                                         crpci_registry_names *out)
+CRPCI_COLD void crpci_cache_get(const crpci_cache *c, const char *name, crpci_names *out)
 {
-    const crpci_registry_entry *e = crpci_registry_cache_find(c, key);
-    size_t count = 0, len = e ? strlen(e->text) : 0, i;
+    size_t count = 0, len = 0, i;
+    const char *part = crpci_cache_find(c->own, name, &len);
     char *p;
+    if (!part)
+        part = crpci_cache_find(c->found, name, &len);
     memset(out, 0, sizeof *out);
-    for (i = 0; i < len; i++)
-        count += e->text[i] == '\n';
+    for (i = 0; part && i < len; i++)
+        count += part[i] == '\n';
+    if (count < 2)
+        return;
     out->size = count * sizeof *out->name + len + 1;
-    out->name = count ? (char **)crpci_heap_alloc(c->heap, out->size) : NULL;
+    out->name = (char **)crpci_heap_alloc(c->heap, out->size);
     if (!out->name)
         return;
     p = (char *)(out->name + count);
-    memcpy(p, e->text, len);
-    for (; out->count < count; out->count++, p++) {
-        out->name[out->count] = p;
-        p = strchr(p, '\n');
-        *p = '\0';
+    memcpy(p, part, len);
+    while ((p = strchr(p, '\n')) != NULL) {
+        *p++ = '\0';
+        if (*p)
+            out->name[out->count++] = p + 2;
     }
-}
-
-CRPCI_COLD void crpci_registry_names_free(crpci_heap *h, crpci_registry_names *n)
-{
-    crpci_heap_free(h, n->name, n->size);
-    n->name = NULL;
-    n->count = 0;
-}
-
-/* The file's text, and the size of its block; `own`: without what was found in the file, but with
- * what is empty, so that it replaces what the file has. NULL: out of memory. */
-CRPCI_COLD char *crpci_registry_cache_format(const crpci_registry_cache *c, bool own, size_t *size)
-{
-    size_t need = sizeof CRPCI_REGISTRY_CACHE_HEAD + 16, n;
-    crpci_list *i;
-    char *out, *p;
-    for (i = c->entries.next; i != &c->entries; i = i->next) {
-        const crpci_registry_entry *e = CRPCI_CONTAINER(i, crpci_registry_entry, node);
-        need += strlen(e->key) + 3;
-        for (p = e->text; *p; p++)
-            need += *p == '\n' ? 3 : 1;
-    }
-    out = (char *)crpci_heap_alloc(c->heap, need);
-    if (!out)
-        return NULL;
-    n = (size_t)snprintf(out, need, "%s", CRPCI_REGISTRY_CACHE_HEAD);
-    for (i = c->entries.next; i != &c->entries; i = i->next) {
-        const crpci_registry_entry *e = CRPCI_CONTAINER(i, crpci_registry_entry, node);
-        if (own ? !e->own : !*e->text)
-            continue;
-        n += (size_t)snprintf(out + n, need - n, "D %s\n", e->key);
-        for (p = e->text; *p; p += strcspn(p, "\n") + 1)
-            n += (size_t)snprintf(out + n, need - n, "N %.*s\n", (int)strcspn(p, "\n"), p);
-    }
-    n += (size_t)snprintf(out + n, need - n, "C %08x\n", (unsigned)crpci_registry_crc(out, n));
-    memset(out + n, 0, need - n);
-    *size = need;
-    return out;
-}
-
-/* Takes all of a file's text, or, if anything is wrong with it, nothing: false. Or out of memory:
- * then perhaps not all of it. */
-CRPCI_COLD bool crpci_registry_cache_parse(crpci_registry_cache *c, const char *text, size_t len)
-{
-    const size_t head = sizeof CRPCI_REGISTRY_CACHE_HEAD - 1, tail = 11; /* "C 0123abcd\n" */
-    const char *p = text + head, *end;
-    char crc[16];
-    if (len < head + tail || memcmp(text, CRPCI_REGISTRY_CACHE_HEAD, head) != 0 ||
-        memchr(text, '\0', len))
-        return false;
-    end = text + len - tail;
-    snprintf(crc, sizeof crc, "C %08x\n", (unsigned)crpci_registry_crc(text, len - tail));
-    if (memcmp(end, crc, tail) != 0 || end[-1] != '\n')
-        return false;
-    while (p < end) {
-        size_t key_len = strcspn(p, "\n"), n = 0;
-        const char *key = p + 2;
-        char *names;
-        bool ok;
-        if (key_len < 3 || memcmp(p, "D ", 2) != 0)
-            return false; /* the sum is right: somebody else's format */
-        p += key_len + 1;
-        names = (char *)crpci_heap_alloc(c->heap, (size_t)(end - p) + 1);
-        while (names && end - p > 2 && memcmp(p, "N ", 2) == 0) {
-            size_t line = strcspn(p, "\n") + 1;
-            memcpy(names + n, p + 2, line - 2);
-            n += line - 2;
-            p += line;
-        }
-        ok = names && crpci_registry_cache_set(c, key, key_len - 2, names, n, false);
-        crpci_heap_free(c->heap, names, (size_t)(end - (key + key_len - 1)) + 1);
-        if (!ok)
-            return false;
-    }
-    return true;
 }
 
 /* The bytes of a file, ended by a zero byte, and the size of the block. NULL: it cannot be read, or
  * is larger than `max`. */
-CRPCI_COLD char *crpci_registry_file(crpci_heap *h, const char *path, size_t max, size_t *size)
+CRPCI_COLD char *crpci_cache_read_file(crpci_heap *h, const char *path, size_t max, size_t *size)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     size_t n = 0;
@@ -9552,19 +9805,51 @@ CRPCI_COLD char *crpci_registry_file(crpci_heap *h, const char *path, size_t max
     return out;
 }
 
-CRPCI_COLD void crpci_registry_cache_load(crpci_registry_cache *c)
+/* Whether a file's text is whole, and nothing but parts. */
+CRPCI_COLD bool crpci_cache_is_good(const char *text, size_t len)
 {
-    size_t size;
-    char *text = crpci_registry_file(c->heap, c->path, CRPCI_REGISTRY_CACHE_MAX, &size);
-    if (text && !crpci_registry_cache_parse(c, text, size - 1))
-        crpci_heap_log(c->heap, CRPC_LOG_WARN, "registry: the cache %.200s is damaged: not used",
-                       c->path);
-    crpci_heap_free(c->heap, text, text ? size : 0);
-    c->dirty = false;
+    const size_t head = sizeof CRPCI_CACHE_HEAD - 1, tail = 11; /* "C 0123abcd\n" */
+    const char *end, *p;
+    char crc[16];
+    if (len < head + tail || memcmp(text, CRPCI_CACHE_HEAD, head) != 0 || memchr(text, '\0', len))
+        return false;
+    end = text + len - tail;
+    snprintf(crc, sizeof crc, "C %08x\n", (unsigned)crpci_cache_crc(text, len - tail));
+    if (memcmp(end, crc, tail) != 0 || end[-1] != '\n')
+        return false;
+    for (p = text + head; p < end; p += strcspn(p, "\n") + 1) {
+        if (end - p < 4 || p[1] != ' ' || p[2] == '\n' ||
+            (*p != 'D' && (*p != 'N' || p == text + head)))
+            return false; /* the sum is right: another program's format */
+    }
+    return true;
 }
 
-/* Opens the temporary file, which whoever writes holds a lock of. -1: no, or another one does. */
-CRPCI_COLD int crpci_registry_cache_lock(const char *path)
+/* The parts that a file holds. NULL: none, it is damaged, or out of memory. */
+CRPCI_COLD char *crpci_cache_read(crpci_heap *h, const char *path)
+{
+    const size_t head = sizeof CRPCI_CACHE_HEAD - 1;
+    size_t size = 0;
+    char *text = crpci_cache_read_file(h, path, CRPCI_CACHE_MAX, &size), *out = NULL;
+    if (text && crpci_cache_is_good(text, size - 1))
+        out = crpci_heap_strndup(h, text + head, size - 1 - head - 11);
+    else if (text)
+        crpci_heap_log(h, CRPC_LOG_WARN,
+                       "registry: the cache file %.200s is damaged; it is not used, and replaced "
+                       "by the next one",
+                       path);
+    crpci_heap_free(h, text, size);
+    return out;
+}
+
+CRPCI_COLD void crpci_cache_load(crpci_cache *c)
+{
+    crpci_heap_strfree(c->heap, c->found);
+    c->found = crpci_cache_read(c->heap, c->path);
+}
+
+/* Opens the temporary file and locks it, so that one program writes at a time. -1: not now. */
+CRPCI_COLD int crpci_cache_lock(const char *path)
 {
     int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
     struct stat a, b;
@@ -9578,57 +9863,58 @@ CRPCI_COLD int crpci_registry_cache_lock(const char *path)
     return -1;
 }
 
-CRPCI_COLD bool crpci_registry_cache_replace(int fd, const char *temp, const char *path,
-                                             const char *text, size_t len)
+/* Makes a file of parts, and gives it its name when it is safely on the disk. */
+CRPCI_COLD bool crpci_cache_replace(crpci_heap *h, int fd, const char *temp, const char *path,
+                                    const char *parts)
 {
-    size_t n = 0;
-    if (ftruncate(fd, 0))
-        return false;
-    while (n < len) {
-        ssize_t put = write(fd, text + n, len - n);
-        if (put < 0 && errno != EINTR)
-            return false;
+    size_t n = 0, len = sizeof CRPCI_CACHE_HEAD - 1 + strlen(parts), size = len + 12;
+    char *text = (char *)crpci_heap_alloc(h, size);
+    bool ok = text && size - 1 <= CRPCI_CACHE_MAX && ftruncate(fd, 0) == 0;
+    if (ok) {
+        snprintf(text, size, "%s%s", CRPCI_CACHE_HEAD, parts);
+        snprintf(text + len, 12, "C %08x\n", (unsigned)crpci_cache_crc(text, len));
+    }
+    while (ok && n + 1 < size) {
+        ssize_t put = write(fd, text + n, size - 1 - n);
+        ok = put >= 0 || errno == EINTR;
         n += put > 0 ? (size_t)put : 0;
     }
-    return fsync(fd) == 0 && rename(temp, path) == 0;
+    crpci_heap_free(h, text, size);
+    return ok && fsync(fd) == 0 && rename(temp, path) == 0;
 }
 
-/* Writes `mine`, which is what crpci_registry_cache_format gave, and what else is in the file.
- * Waits for the disk; no lock is held. False: not now. */
-CRPCI_COLD bool crpci_registry_cache_write(crpci_heap *h, const char *path, const char *mine)
+/* Writes the program's own parts, and what else is in the file. Waits for the disk, without the
+ * lock. False: not now. */
+CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *own)
 {
-    crpci_registry_cache all;
-    char temp[1024], *text = NULL;
-    size_t size = 0;
-    bool ok = false;
-    int fd;
-    if (snprintf(temp, sizeof temp, "%s.tmp", path) >= (int)sizeof temp)
-        return false;
-    fd = crpci_registry_cache_lock(temp);
-    if (fd < 0)
-        return false;
-    if (crpci_registry_cache_init(&all, h, path, 0)) {
-        crpci_registry_cache_load(&all);
-        ok = crpci_registry_cache_parse(&all, mine, strlen(mine));
-        if (ok && all.dirty) {
-            text = crpci_registry_cache_format(&all, false, &size);
-            if (text && strlen(text) <= CRPCI_REGISTRY_CACHE_MAX)
-                ok = crpci_registry_cache_replace(fd, temp, path, text, strlen(text));
-            else /* too much of others' */
-                ok = text && strlen(mine) <= CRPCI_REGISTRY_CACHE_MAX &&
-                     crpci_registry_cache_replace(fd, temp, path, mine, strlen(mine));
-        } else {
-            unlink(temp);
-        }
+    char *temp = crpci_heap_format(h, "%s.tmp", path), *all = NULL;
+    const char *mine = own;
+    int fd = temp ? crpci_cache_lock(temp) : -1;
+    bool ok = fd >= 0, news = false;
+    size_t len, there;
+    all = ok ? crpci_cache_read(h, path) : NULL;
+    for (; ok && *own; own += len) {
+        const char *old = crpci_cache_find(all, own + 2, &there);
+        (void)crpci_cache_find(own, own + 2, &len);
+        if (old ? len == there && memcmp(old, own, len) == 0 : len == strcspn(own, "\n") + 1)
+            continue;
+        ok = crpci_cache_set(h, &all, own, len, false);
+        news = true;
     }
-    crpci_registry_cache_clear(&all);
-    crpci_heap_free(h, text, size);
-    close(fd);
+    if (ok && news)
+        ok = crpci_cache_replace(h, fd, temp, path, all) || /* too much with that of others? */
+             crpci_cache_replace(h, fd, temp, path, mine);
+    else if (fd >= 0)
+        unlink(temp);
+    if (fd >= 0)
+        close(fd);
+    crpci_heap_strfree(h, all);
+    crpci_heap_strfree(h, temp);
     return ok;
 }
 
 /* When it is to be written next; INT64_MAX: there is nothing new. */
-CRPCI_FN int64_t crpci_registry_cache_due(const crpci_registry_cache *c)
+CRPCI_FN int64_t crpci_cache_due(const crpci_cache *c)
 {
     if (!c->path || !c->dirty || c->writing)
         return INT64_MAX;
@@ -9636,19 +9922,19 @@ CRPCI_FN int64_t crpci_registry_cache_due(const crpci_registry_cache *c)
 }
 
 /* Writes what is new. Locked, unlocks meanwhile; `cond` is signalled at the end. */
-CRPCI_COLD void crpci_registry_cache_save(crpci_registry_cache *c, crpc_loop *l, crpci_cond *cond)
+CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
 {
-    size_t size = 0;
-    char *mine = crpci_registry_cache_format(c, true, &size);
+    char *own = c->own ? crpci_heap_strndup(c->heap, c->own, strlen(c->own)) : NULL;
     bool ok;
     c->dirty = false;
     c->writing = true;
     crpci_loop_unlock(l);
-    ok = mine && crpci_registry_cache_write(c->heap, c->path, mine);
-    crpci_heap_free(c->heap, mine, size);
+    ok = own && crpci_cache_write(c->heap, c->path, own);
     if (!ok && !c->failed)
-        crpci_heap_log(c->heap, CRPC_LOG_WARN, "registry: the cache %.200s is not written now: %s",
+        crpci_heap_log(c->heap, CRPC_LOG_WARN,
+                       "registry: the cache file %.200s cannot be written: %s; tried again later",
                        c->path, strerror(errno));
+    crpci_heap_strfree(c->heap, own);
     crpci_loop_lock(l);
     c->failed = !ok;
     c->dirty = c->dirty || !ok;
@@ -9657,150 +9943,843 @@ CRPCI_COLD void crpci_registry_cache_save(crpci_registry_cache *c, crpc_loop *l,
     crpci_thread_broadcast(cond);
 }
 
-/* --- backends without a server ---------------------------------------------------------------- */
+/* ======================================================================== */
+/* >>impl-directory   the live list of a service's providers, and who is told of it */
+/* ======================================================================== */
 
-/* What those have in common: subscribers, a timer, an end. A backend's own struct begins with it.
- * The loop's lock guards it. */
-typedef struct crpci_registry_local crpci_registry_local;
-struct crpci_registry_local {
-    crpci_registry base;
-    crpc_loop *loop;
+/* A backend (a file, a multicast group, ZooKeeper) finds out which providers there are and reports
+ * the names that it read. A directory turns the names into lists and hands each subscriber its own:
+ * filtered by service, group and version, changed by the operator's overrides, protected against a
+ * registry that is away, wiped or half filled, and kept in the cache file.
+ *
+ * A backend uses it like this:
+ *
+ *     crpci_directory_init      one directory for each service, or one for a whole file or group
+ *     crpci_directory_add       a subscriber has come; crpci_directory_recall gives it what the
+ *                               cache file knows
+ *     crpci_directory_update    these names were read just now
+ *     crpci_directory_override  these overrides were read just now; they count from the next update
+ *     crpci_directory_age       what was read no longer counts: the registry is away or unreadable
+ *     crpci_directory_remove    a subscriber goes
+ *     crpci_directory_end       all of them go, and the backend's reference with them
+ *
+ * All but the first are called with the loop's lock held, on any thread. Those marked "unlocks"
+ * release the lock while lists are made and callbacks run; anything may have changed when they
+ * return. The directory lasts as long as it has references (`refs`): a backend takes one around
+ * calls that unlock. A result of false means that not every subscriber took its list, for want of
+ * memory, or because a callback of it or another pass is running just now: the backend reports the
+ * same again about a second later. */
+
+/* An instance that offers a service. */
+typedef struct crpci_provider {
+    char address[CRPC_ADDRESS_MAX]; /* numeric: "10.0.0.1:8000", "[::1]:8000" */
+    int weight;                     /* its share of the calls; 0: none */
+    int warmup_ms;                  /* after timestamp_ms, in which its share rises; 0: none */
+    int64_t timestamp_ms;           /* wall clock when it registered; 0: not told */
+    bool kept;                      /* the registry has not listed it again since it was away */
+} crpci_provider;
+
+/* All providers of a service at one time, sorted by address, each address once. Never changes once
+ * it was handed out, so that readers need no lock. */
+typedef struct crpci_snapshot {
     uint32_t refs;
-    crpci_cond cond; /* a callback has returned */
-    crpci_timer timer;
-    crpci_list subs;
-    uint32_t round; /* of serving */
-    bool closing;
-    void (*free)(crpci_registry_local *r); /* unlocked */
-};
+    crpci_heap *heap;
+    size_t size; /* of the block */
+    bool stale;  /* the last good list; the registry says otherwise by now, or is away */
+    size_t count;
+    crpci_provider *providers;
+} crpci_snapshot;
 
-typedef struct crpci_registry_member {
-    crpci_registry_sub base;
-    uint32_t round;
-    int64_t due_us;     /* until then an empty first list is not worth telling */
-    int64_t query_us;   /* multicast: when to ask next */
-    unsigned questions; /* multicast: left to be asked */
-} crpci_registry_member;
-
-CRPCI_COLD bool crpci_registry_local_init(crpci_registry_local *r, const crpci_registry_ops *ops,
-                                          crpc_loop *l,
-                                          void (*on_timer)(crpc_loop *, crpci_timer *),
-                                          void (*free_fn)(crpci_registry_local *))
+/* One block with room for `count` zeroed providers and one reference; NULL when out of memory. */
+CRPCI_FN crpci_snapshot *crpci_directory_snapshot(crpci_heap *h, size_t count)
 {
-    if (crpci_thread_cond_init(&r->cond))
+    const size_t head = (sizeof(crpci_snapshot) + 15) & ~(size_t)15;
+    crpci_snapshot *s;
+    size_t size;
+    if (count > (SIZE_MAX / 2 - head) / sizeof(crpci_provider))
+        return NULL;
+    size = head + count * sizeof(crpci_provider);
+    s = (crpci_snapshot *)crpci_heap_alloc(h, size);
+    if (!s)
+        return NULL;
+    crpci_heap_ref(h);
+    s->refs = 1;
+    s->heap = h;
+    s->size = size;
+    s->count = count;
+    s->providers = (crpci_provider *)(void *)((char *)s + head);
+    return s;
+}
+
+CRPCI_FN void crpci_directory_snapshot_ref(crpci_snapshot *s)
+{
+    crpci_thread_ref(&s->refs);
+}
+
+/* NULL is ignored. */
+CRPCI_FN void crpci_directory_snapshot_unref(crpci_snapshot *s)
+{
+    crpci_heap *h;
+    if (!s || !crpci_thread_unref(&s->refs))
+        return;
+    h = s->heap;
+    crpci_heap_free(h, s, s->size);
+    crpci_heap_unref(h);
+}
+
+/* Whether a subscriber would see a difference. */
+CRPCI_FN bool crpci_directory_snapshot_equal(const crpci_snapshot *a, const crpci_snapshot *b)
+{
+    size_t i;
+    if (a->count != b->count || a->stale != b->stale)
         return false;
-    r->base.ops = ops;
-    r->loop = l;
-    r->refs = 1;
-    r->free = free_fn;
-    crpci_timer_init(&r->timer, on_timer);
-    crpci_list_init(&r->subs);
-    crpci_loop_hold(l);
+    for (i = 0; i < a->count; i++) {
+        const crpci_provider *p = &a->providers[i], *q = &b->providers[i];
+        if (strcmp(p->address, q->address) != 0 || p->weight != q->weight ||
+            p->warmup_ms != q->warmup_ms || p->timestamp_ms != q->timestamp_ms)
+            return false;
+    }
     return true;
 }
 
-/* Unlocks, and lets go of the registry. */
-CRPCI_FN void crpci_registry_local_unlock(crpci_registry_local *r)
+/* By address; of one address the newest first. */
+CRPCI_FN int crpci_directory_order(const void *a, const void *b)
 {
-    crpc_loop *l = r->loop;
-    bool last = --r->refs == 0;
-    crpci_loop_unlock(l);
-    if (last) {
-        crpci_thread_cond_free(&r->cond);
-        r->free(r);
-        crpci_loop_release(l);
-    }
+    const crpci_provider *p = (const crpci_provider *)a, *q = (const crpci_provider *)b;
+    int c = strcmp(p->address, q->address);
+    if (c)
+        return c;
+    return p->timestamp_ms < q->timestamp_ms ? 1 : p->timestamp_ms > q->timestamp_ms ? -1 : 0;
 }
 
-/* Not listed yet. NULL: out of memory. */
-CRPCI_FN crpci_registry_member *crpci_registry_member_new(crpci_registry_local *r,
-                                                          const crpci_registry_query *q,
-                                                          crpci_registry_push_fn push, void *user)
+CRPCI_FN void crpci_directory_sort(crpci_snapshot *s)
 {
-    crpci_registry_member *m =
-        (crpci_registry_member *)crpci_heap_alloc(r->loop->heap, sizeof *m);
-    if (m && !crpci_registry_sub_init(&m->base, r->loop, &r->cond, q, push, user)) {
-        crpci_registry_sub_clear(&m->base);
-        crpci_heap_free(r->loop->heap, m, sizeof *m);
+    size_t i, n = 0;
+    if (s->count < 2)
+        return;
+    qsort(s->providers, s->count, sizeof *s->providers, crpci_directory_order);
+    for (i = 0; i < s->count; i++) {
+        if (n && strcmp(s->providers[n - 1].address, s->providers[i].address) == 0)
+            continue; /* an older node of the same address: a process that was there before */
+        if (n != i)
+            s->providers[n] = s->providers[i];
+        n++;
+    }
+    s->count = n;
+}
+
+/* Makes the list of those names that a consumer wants, as changed by the overrides (NULL: none).
+ * *bad: how many could not be read. NULL: out of memory. */
+CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *names, size_t count,
+                                                 const crpci_names_service *want,
+                                                 const crpci_names_overrides *overrides,
+                                                 size_t *bad)
+{
+    size_t i, longest = 0;
+    crpci_snapshot *s;
+    char *text;
+    *bad = 0;
+    for (i = 0; i < count; i++) {
+        size_t n = names[i] ? strlen(names[i]) : 0;
+        longest = n > longest ? n : longest;
+    }
+    s = crpci_directory_snapshot(h, count);
+    text = (char *)crpci_heap_alloc(h, longest + 1);
+    if (!s || !text) {
+        crpci_directory_snapshot_unref(s);
+        crpci_heap_free(h, text, longest + 1);
         return NULL;
     }
-    return m;
-}
-
-CRPCI_FN void crpci_registry_member_unref(crpci_registry_member *m)
-{
-    crpci_heap *h = m->base.loop->heap;
-    if (--m->base.refs)
-        return;
-    crpci_registry_sub_clear(&m->base);
-    crpci_heap_free(h, m, sizeof *m);
-}
-
-CRPCI_FN void crpci_registry_local_unsubscribe(crpci_registry *base, void *handle)
-{
-    crpci_registry_local *r = (crpci_registry_local *)(void *)base;
-    crpci_registry_member *m = (crpci_registry_member *)handle;
-    if (!handle)
-        return;
-    crpci_loop_lock(r->loop);
-    crpci_registry_sub_end(&m->base);
-    crpci_registry_member_unref(m);
-    crpci_loop_unlock(r->loop);
-}
-
-/* Ends what is subscribed. Locked. */
-CRPCI_FN void crpci_registry_local_shut(crpci_registry_local *r)
-{
-    r->closing = true;
-    crpci_loop_timer_cancel(r->loop, &r->timer);
-    while (!crpci_list_empty(&r->subs)) {
-        crpci_registry_member *m =
-            CRPCI_CONTAINER(r->subs.next, crpci_registry_member, base.node);
-        crpci_registry_sub_end(&m->base);
-        crpci_registry_member_unref(m);
+    s->count = 0;
+    for (i = 0; i < count; i++) {
+        crpci_names_node node;
+        crpci_provider *p = &s->providers[s->count];
+        memcpy(text, names[i] ? names[i] : "", names[i] ? strlen(names[i]) + 1 : 1);
+        if (!crpci_names_parse(&node, text)) {
+            ++*bad;
+            continue;
+        }
+        if (!crpci_names_takes(want, &node))
+            continue;
+        crpci_names_overrides_apply(overrides, want, &node);
+        if (node.disabled)
+            continue;
+        memcpy(p->address, node.address, sizeof p->address);
+        p->weight = node.of.weight;
+        p->warmup_ms = node.of.warmup_ms;
+        p->timestamp_ms = node.timestamp_ms;
+        s->count++;
     }
+    crpci_heap_free(h, text, longest + 1);
+    crpci_directory_sort(s);
+    return s;
 }
 
-/* Hands one subscriber its part. Locked, unlocks meanwhile. */
-CRPCI_FN void crpci_registry_member_serve(crpci_registry_member *m, char *const *names,
-                                          size_t count, bool whole)
+/* --- callbacks -------------------------------------------------------------------------------- */
+
+/* A new list. On any thread, no lock held; the list is borrowed. Other than 0: it was not taken,
+ * and is to be offered again. */
+typedef int (*crpci_directory_push_fn)(void *user, crpci_snapshot *list);
+
+/* A service was registered (CRPC_OK), or an attempt failed; attempts go on. On any thread, no lock
+ * held. */
+typedef void (*crpci_directory_status_fn)(void *user, int status, const char *text);
+
+/* Whether a callback of the upper sections is running, and on which thread. */
+typedef struct crpci_directory_caller {
+    bool running;
+    crpci_thread thread;
+} crpci_directory_caller;
+
+/* The callback runs between these two, without the loop's lock. */
+CRPCI_FN void crpci_directory_call_begin(crpc_loop *l, crpci_directory_caller *c)
 {
-    crpc_loop *l = m->base.loop;
+    c->running = true;
+    c->thread = crpci_thread_self();
+    crpci_loop_unlock(l);
+}
+
+CRPCI_FN void crpci_directory_call_end(crpc_loop *l, crpci_cond *cond, crpci_directory_caller *c)
+{
+    crpci_loop_lock(l);
+    c->running = false;
+    crpci_thread_broadcast(cond);
+}
+
+/* Waits until the callback does not run, except on this thread. */
+CRPCI_FN void crpci_directory_call_wait(crpc_loop *l, crpci_cond *cond,
+                                        const crpci_directory_caller *c)
+{
+    while (c->running && !crpci_thread_is_self(c->thread))
+        crpci_thread_wait(cond, &l->lock, -1);
+}
+
+/* --- what a backend registers ----------------------------------------------------------------- */
+
+/* A service that this process offers. A backend's own struct holds it. */
+typedef struct crpci_directory_offer {
+    crpci_names_service what;
+    crpci_directory_status_fn status; /* NULL: nobody wants to know */
+    void *user;
+    crpci_directory_caller caller;
+    int64_t timestamp_ms; /* part of the name: the same for as long as it is offered */
+    unsigned port;        /* 0: a consumer */
+    bool auto_host;       /* the address is the one of this host that leads to the registry... */
+    bool v4;              /* ... and an IPv4 one, because the listener takes no IPv6 */
+    bool ended;           /* withdrawn: nobody is told any more */
+    char host[INET6_ADDRSTRLEN];    /* as found out last; "": not yet, or given */
+    char address[CRPC_ADDRESS_MAX]; /* "" as long as the host is not known */
+} crpci_directory_offer;
+
+/* Takes over what is to be registered; without an address it is a consumer, which has no port.
+ * CRPC_EINVAL: the address is not "host:port" with a numeric host. */
+CRPCI_FN int crpci_directory_offer_init(crpci_directory_offer *o, crpci_heap *h,
+                                        const crpci_names_service *what,
+                                        crpci_directory_status_fn status, void *user)
+{
+    struct timespec ts;
+    crpci_addr a;
+    memset(o, 0, sizeof *o);
+    o->status = status;
+    o->user = user;
+    o->auto_host = true;
+    if (what->address) {
+        if (!crpci_sock_split(what->address, o->host, sizeof o->host, &o->port) || !o->port)
+            return CRPC_EINVAL;
+        o->v4 = strcmp(o->host, "0.0.0.0") == 0;
+        o->auto_host = !*o->host || o->v4 || strcmp(o->host, "::") == 0;
+        if (!o->auto_host && !crpci_sock_parse(&a, what->address))
+            return CRPC_EINVAL;
+        if (o->auto_host)
+            o->host[0] = '\0';
+        else
+            crpci_sock_format(&a, o->address, sizeof o->address);
+    }
+    clock_gettime(CLOCK_REALTIME, &ts); /* people read it; nothing is timed by it */
+    o->timestamp_ms = (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+    return crpci_names_copy(h, &o->what, what) ? CRPC_OK : CRPC_ENOMEM;
+}
+
+/* The host by which others reach this one, when it is to be found out. True: it is another one than
+ * before. */
+CRPCI_FN bool crpci_directory_offer_move(crpci_directory_offer *o, const char *host)
+{
+    if (strcmp(host, o->host) == 0)
+        return false;
+    snprintf(o->host, sizeof o->host, "%s", host);
+    snprintf(o->address, sizeof o->address, strchr(host, ':') ? "[%s]:%u" : "%s:%u", host, o->port);
+    if (!o->port)
+        *strrchr(o->address, ':') = '\0';
+    return true;
+}
+
+/* Locked, unlocks for the callback. */
+CRPCI_FN void crpci_directory_tell(crpc_loop *l, crpci_cond *cond, crpci_directory_offer *o,
+                                   int status, const char *text)
+{
+    if (o->ended || o->caller.running || !o->status)
+        return;
+    crpci_directory_call_begin(l, &o->caller);
+    o->status(o->user, status, text);
+    crpci_directory_call_end(l, cond, &o->caller);
+}
+
+/* --- the directory ---------------------------------------------------------------------------- */
+
+typedef struct crpci_directory crpci_directory;
+struct crpci_directory {
+    crpc_loop *loop; /* its lock guards all of this */
+    char *name;      /* in log lines and the cache file: "zookeeper://10.0.0.1/dubbo/S/providers" */
+    uint32_t refs;   /* the backend's, each subscriber's, each call's that unlocks */
+    void (*free)(crpci_directory *d); /* no reference is left: frees the block; locked */
+    crpci_cond cond;                  /* a callback has returned */
+    crpci_timer timer;                /* the next hold_until_us */
+    crpci_list subscribers;
+    uint32_t round; /* counts the passes over the subscribers */
+    bool busy;      /* a pass is under way */
+    bool ended;
+    bool names_warned;     /* it was logged that a name is unreadable... */
+    bool overrides_warned; /* ... and that an override is */
+    /* What a backend sets after crpci_directory_init, if it has it: */
+    int64_t hold_us;     /* how long protection lasts; 0: none */
+    crpci_cache *cache;  /* NULL: none */
+    char *override_name; /* of the overrides in the cache; on the heap, given to the directory */
+    crpci_names_overrides *overrides; /* as read last; NULL: none */
+};
+
+/* Who wants the list. A backend's own struct may begin with it. */
+typedef struct crpci_subscriber {
+    crpci_list link; /* in directory->subscribers */
+    crpci_directory *directory;
+    size_t size; /* of the block */
+    uint32_t refs;
+    uint32_t round; /* the last pass that reached it */
+    crpci_names_service want;
+    crpci_directory_push_fn push;
+    void *user;
+    crpci_directory_caller caller;
+    crpci_snapshot *last;  /* the list it has; NULL: none yet */
+    int64_t first_us;      /* until then an empty first list is not handed out */
+    int64_t hold_until_us; /* until then `last` may hold kept providers; 0: it has none */
+    bool doubted;          /* its list was called stale: what the next one lacks may come back */
+    bool warned;           /* it was logged that the last good list is kept */
+    bool ended;            /* nothing is pushed any more */
+} crpci_subscriber;
+
+/* Locked. */
+CRPCI_FN void crpci_directory_unref(crpci_directory *d)
+{
+    if (--d->refs)
+        return;
+    crpci_heap_strfree(d->loop->heap, d->name);
+    crpci_heap_strfree(d->loop->heap, d->override_name);
+    crpci_names_overrides_unref(d->overrides);
+    crpci_thread_cond_free(&d->cond);
+    d->free(d);
+}
+
+/* Adds a subscriber whose block has `size` bytes, the rest of it zero. NULL: out of memory. */
+CRPCI_FN crpci_subscriber *crpci_directory_add(crpci_directory *d, size_t size,
+                                               const crpci_names_service *want,
+                                               crpci_directory_push_fn push, void *user)
+{
+    crpci_subscriber *s = (crpci_subscriber *)crpci_heap_alloc(d->loop->heap, size);
+    if (!s || !crpci_names_copy(d->loop->heap, &s->want, want)) {
+        crpci_heap_free(d->loop->heap, s, size);
+        return NULL;
+    }
+    s->directory = d;
+    s->size = size;
+    s->refs = 1;
+    s->round = d->round; /* a pass that is under way is not for it */
+    s->push = push;
+    s->user = user;
+    d->refs++;
+    crpci_list_append(&d->subscribers, &s->link);
+    return s;
+}
+
+CRPCI_FN void crpci_directory_subscriber_unref(crpci_subscriber *s)
+{
+    crpci_directory *d = s->directory;
+    if (--s->refs)
+        return;
+    crpci_directory_snapshot_unref(s->last);
+    crpci_names_release(d->loop->heap, &s->want);
+    crpci_heap_free(d->loop->heap, s, s->size);
+    crpci_directory_unref(d);
+}
+
+/* Takes a subscriber off, and waits for its callback unless this is inside it. Unlocks. */
+CRPCI_FN void crpci_directory_remove(crpci_subscriber *s)
+{
+    s->ended = true;
+    crpci_list_remove(&s->link);
+    crpci_directory_call_wait(s->directory->loop, &s->directory->cond, &s->caller);
+    crpci_directory_subscriber_unref(s);
+}
+
+/* Removes every subscriber, and gives up the reference of crpci_directory_init. Unlocks. */
+CRPCI_FN void crpci_directory_end(crpci_directory *d)
+{
+    d->ended = true;
+    crpci_loop_timer_cancel(d->loop, &d->timer);
+    while (!crpci_list_empty(&d->subscribers))
+        crpci_directory_remove(CRPCI_CONTAINER(d->subscribers.next, crpci_subscriber, link));
+    crpci_directory_unref(d);
+}
+
+/* What a backend has read. */
+typedef struct crpci_directory_report {
+    char *const *names;
+    size_t count;
+    bool whole; /* nothing is missing, so that an empty list can be believed */
+} crpci_directory_report;
+
+/* --- what a subscriber gets ------------------------------------------------------------------- */
+
+/* Hands a list to the callback. False: it was not taken. Unlocks. */
+CRPCI_FN bool crpci_directory_push(crpci_subscriber *s, crpci_snapshot *list)
+{
+    crpci_directory *d = s->directory;
+    bool taken;
+    if (s->caller.running)
+        return false; /* on another thread, or further up on this one's stack */
+    crpci_directory_snapshot_ref(list);
+    crpci_directory_call_begin(d->loop, &s->caller);
+    taken = s->push(s->user, list) == CRPC_OK;
+    crpci_directory_call_end(d->loop, &d->cond, &s->caller);
+    if (taken) {
+        crpci_snapshot *before = s->last;
+        s->last = list;
+        list = before;
+    }
+    crpci_directory_snapshot_unref(list);
+    return taken;
+}
+
+/* A copy of a list, stale or not, with or without the providers that are only kept. NULL: out of
+ * memory. */
+CRPCI_FN crpci_snapshot *crpci_directory_copy(const crpci_snapshot *from, bool stale,
+                                              bool with_kept)
+{
+    crpci_snapshot *s = crpci_directory_snapshot(from->heap, from->count);
+    size_t i;
+    if (!s)
+        return NULL;
+    s->count = 0;
+    s->stale = stale;
+    for (i = 0; i < from->count; i++) {
+        if (with_kept || !from->providers[i].kept)
+            s->providers[s->count++] = from->providers[i];
+    }
+    return s;
+}
+
+/* Tells a subscriber, once, that its list is stale. False: it was not told. Unlocks. */
+CRPCI_FN bool crpci_directory_doubt(crpci_subscriber *s, const crpci_directory_report *r)
+{
+    crpci_snapshot *list;
+    bool taken;
+    (void)r;
+    if (s->ended || !s->last || !s->last->count)
+        return true;
+    s->doubted = true;
+    if (s->last->stale)
+        return true;
+    list = crpci_directory_copy(s->last, true, true);
+    taken = list && crpci_directory_push(s, list);
+    crpci_directory_snapshot_unref(list);
+    return taken;
+}
+
+/* Protection: the first list after a time of doubt may be that of a registry to which the providers
+ * are only just coming back. If the subscriber followed it at once, the first provider to return
+ * would get everybody's load. So what the list lacks is kept until the hold is over, or until a
+ * list has named it again: from then on its absence is believed. Returns the list to use, with a
+ * reference; NULL: out of memory. */
+CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snapshot *list)
+{
+    const crpci_directory *d = s->directory;
+    int64_t now = crpci_loop_now(d->loop);
+    const crpci_snapshot *last = s->last;
+    crpci_snapshot *out;
+    size_t i, k = 0;
+    if (s->doubted)
+        s->hold_until_us = now + d->hold_us;
+    if (!last || !list->count || now >= s->hold_until_us) {
+        crpci_directory_snapshot_ref(list);
+        return list;
+    }
+    out = crpci_directory_snapshot(d->loop->heap, list->count + last->count);
+    if (!out)
+        return NULL;
+    memcpy(out->providers, list->providers, list->count * sizeof *list->providers);
+    out->count = list->count;
+    for (i = 0; i < last->count; i++) {
+        const crpci_provider *p = &last->providers[i];
+        while (k < list->count && strcmp(list->providers[k].address, p->address) < 0)
+            k++;
+        if ((s->doubted || p->kept) &&
+            (k == list->count || strcmp(list->providers[k].address, p->address) != 0)) {
+            out->providers[out->count] = *p;
+            out->providers[out->count++].kept = true;
+        }
+    }
+    if (out->count == list->count) {
+        crpci_directory_snapshot_unref(out);
+        crpci_directory_snapshot_ref(list);
+        return list;
+    }
+    crpci_directory_sort(out);
+    return out;
+}
+
+/* Hands a subscriber a list that was read, if it is news. `whole`: everything could be read. An
+ * empty list takes the place of a good one only where the program allowed that and all was read: it
+ * may come from a wiped server, from a mistaken delete, or from providers that all lost their
+ * sessions at once. False: it was not taken. Unlocks. */
+CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list, bool whole)
+{
+    crpci_directory *d = s->directory;
+    bool taken = true;
+    if (s->ended || (!s->last && !list->count && crpci_loop_now(d->loop) < s->first_us))
+        return true;
+    if (s->last && s->last->count && !list->count && !(s->want.allow_empty && whole)) {
+        if (!s->warned)
+            crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
+                           "registry %s: no provider of %s is left; the last %zu known stay in use",
+                           d->name, s->want.service, s->last->count);
+        s->warned = true;
+        return crpci_directory_doubt(s, NULL);
+    }
+    s->warned = false;
+    list = crpci_directory_protect(s, list);
+    if (!list)
+        return false;
+    if (!s->last || !crpci_directory_snapshot_equal(s->last, list)) {
+        taken = crpci_directory_push(s, list);
+    } else { /* which providers are kept may differ */
+        crpci_directory_snapshot_ref(list);
+        crpci_directory_snapshot_unref(s->last);
+        s->last = list;
+    }
+    crpci_directory_snapshot_unref(list);
+    s->doubted = s->doubted && !taken;
+    return taken;
+}
+
+/* Makes a subscriber's list of what was read and offers it. Unlocks. */
+CRPCI_FN bool crpci_directory_serve(crpci_subscriber *s, const crpci_directory_report *r)
+{
+    crpci_directory *d = s->directory;
+    crpci_names_overrides *overrides = d->overrides;
     crpci_snapshot *list;
     size_t bad = 0;
-    crpci_loop_unlock(l);
-    list = crpci_registry_collect(l->heap, names, count, &m->base.query, NULL, &bad);
-    crpci_loop_lock(l);
-    if (list && (list->count || m->base.last || crpci_loop_now(l) >= m->due_us))
-        (void)crpci_registry_offer(&m->base, list, whole && !bad);
-    crpci_registry_snapshot_unref(list);
+    bool taken;
+    if (overrides)
+        crpci_thread_ref(&overrides->refs);
+    crpci_loop_unlock(d->loop);
+    list = crpci_directory_collect(d->loop->heap, r->names, r->count, &s->want, overrides, &bad);
+    crpci_names_overrides_unref(overrides);
+    crpci_loop_lock(d->loop);
+    if (bad && !d->names_warned)
+        crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
+                       "registry %s: %zu names are not a provider's URL with a numeric address; "
+                       "they are ignored",
+                       d->name, bad);
+    d->names_warned = d->names_warned || bad;
+    taken = list && crpci_directory_deliver(s, list, r->whole && !bad);
+    crpci_directory_snapshot_unref(list);
+    return taken;
 }
 
-/* Hands every subscriber what it wants of the names, or, with NULL, calls their lists stale.
- * Locked, unlocks meanwhile. */
-CRPCI_FN void crpci_registry_local_serve(crpci_registry_local *r, const crpci_registry_names *names,
-                                         bool whole)
+/* The hold is over: what no list has named again is dropped. Unlocks. */
+CRPCI_FN bool crpci_directory_release(crpci_subscriber *s, const crpci_directory_report *r)
 {
-    uint32_t round = ++r->round;
-    crpci_list *i;
-    for (i = r->subs.next; i != &r->subs && !r->closing;) {
-        crpci_registry_member *m = CRPCI_CONTAINER(i, crpci_registry_member, base.node);
-        i = i->next;
-        if (m->round == round)
-            continue;
-        m->round = round;
-        m->base.refs++;
-        if (names)
-            crpci_registry_member_serve(m, names->name, names->count, whole);
-        else
-            (void)crpci_registry_age(&m->base);
-        crpci_registry_member_unref(m);
-        i = r->subs.next; /* anything can have come and gone */
+    crpci_snapshot *list;
+    bool taken;
+    (void)r;
+    if (!s->hold_until_us || s->hold_until_us > crpci_loop_now(s->directory->loop))
+        return true;
+    if (s->doubted || !s->last) { /* the registry is away again: the next list begins a new hold */
+        s->hold_until_us = 0;
+        return true;
     }
+    list = crpci_directory_copy(s->last, s->last->stale, false);
+    taken = list && crpci_directory_deliver(s, list, false);
+    crpci_directory_snapshot_unref(list);
+    if (taken)
+        s->hold_until_us = 0;
+    return taken;
+}
+
+/* --- passes over all subscribers -------------------------------------------------------------- */
+
+/* Sets the timer to the end of the first hold; `retry`: to a second from now at the latest. */
+CRPCI_FN void crpci_directory_arm(crpci_directory *d, bool retry)
+{
+    int64_t now = crpci_loop_now(d->loop), next = retry ? now + 1000000 : INT64_MAX;
+    crpci_list *i;
+    for (i = d->subscribers.next; i != &d->subscribers; i = i->next) {
+        const crpci_subscriber *s = CRPCI_CONTAINER(i, crpci_subscriber, link);
+        if (s->hold_until_us > now)
+            next = crpci_base_min64(next, s->hold_until_us);
+    }
+    if (next != INT64_MAX && !d->ended)
+        crpci_loop_timer_set(d->loop, &d->timer, next - now);
+}
+
+/* Does something to each subscriber once; they may come and go meanwhile. Unlocks. */
+CRPCI_FN bool crpci_directory_run(crpci_directory *d,
+                                  bool (*each)(crpci_subscriber *, const crpci_directory_report *),
+                                  const crpci_directory_report *report)
+{
+    bool complete = true;
+    crpci_list *i;
+    if (d->busy)
+        return false; /* another thread is at it: two passes would undo each other's marks */
+    d->busy = true;
+    d->refs++;
+    d->round++;
+    for (i = d->subscribers.next; i != &d->subscribers && !d->ended;) {
+        crpci_subscriber *s = CRPCI_CONTAINER(i, crpci_subscriber, link);
+        i = i->next;
+        if (s->round == d->round)
+            continue;
+        s->round = d->round;
+        s->refs++;
+        complete = each(s, report) && complete;
+        crpci_directory_subscriber_unref(s);
+        i = d->subscribers.next;
+    }
+    d->busy = false;
+    crpci_directory_arm(d, false);
+    crpci_directory_unref(d);
+    return complete;
+}
+
+CRPCI_FN void crpci_directory_on_timer(crpc_loop *l, crpci_timer *timer)
+{
+    crpci_directory *d = CRPCI_CONTAINER(timer, crpci_directory, timer);
+    (void)l;
+    d->refs++;
+    crpci_directory_arm(d, !crpci_directory_run(d, crpci_directory_release, NULL));
+    crpci_directory_unref(d);
+}
+
+/* Makes a directory with one reference in a block of zeroes. `name` is on the heap and the
+ * directory's from now on; NULL: there was no memory for it. False: out of memory; nothing is left
+ * to be freed but the block. Without the lock. */
+CRPCI_FN bool crpci_directory_init(crpci_directory *d, crpc_loop *l, char *name,
+                                   void (*free_fn)(crpci_directory *d))
+{
+    if (!name || crpci_thread_cond_init(&d->cond)) {
+        crpci_heap_strfree(l->heap, name);
+        return false;
+    }
+    d->name = name;
+    d->loop = l;
+    d->refs = 1;
+    d->free = free_fn;
+    crpci_timer_init(&d->timer, crpci_directory_on_timer);
+    crpci_list_init(&d->subscribers);
+    return true;
+}
+
+/* What was read no longer counts: the registry is away, or refuses. Unlocks. */
+CRPCI_FN bool crpci_directory_age(crpci_directory *d)
+{
+    return crpci_directory_run(d, crpci_directory_doubt, NULL);
+}
+
+/* Puts names into the cache file's next version. Those of providers only if one is usable: an empty
+ * list there would be of no use to a program that starts. Unlocks. */
+CRPCI_COLD void crpci_directory_remember(crpci_directory *d, const char *name, char *const *names,
+                                         size_t count)
+{
+    crpci_names_service any;
+    crpci_snapshot *list;
+    size_t bad;
+    bool usable = name != d->name;
+    if (!d->cache || !name)
+        return;
+    memset(&any, 0, sizeof any);
+    any.service = "";
+    any.group = any.version = "*";
+    if (!usable) {
+        crpci_loop_unlock(d->loop);
+        list = crpci_directory_collect(d->loop->heap, names, count, &any, NULL, &bad);
+        usable = list && list->count;
+        crpci_directory_snapshot_unref(list);
+        crpci_loop_lock(d->loop);
+    }
+    if (usable)
+        (void)crpci_cache_put(d->cache, name, names, count);
+}
+
+/* These names were read. Unlocks. */
+CRPCI_FN bool crpci_directory_update(crpci_directory *d, const crpci_directory_report *report)
+{
+    bool complete;
+    d->refs++;
+    if (report->whole)
+        crpci_directory_remember(d, d->name, report->names, report->count);
+    complete = crpci_directory_run(d, crpci_directory_serve, report);
+    crpci_directory_unref(d);
+    return complete;
+}
+
+/* These overrides were read; `host` is this consumer's address, as an override would name it. 1:
+ * they may change lists: the providers are to be read again; 0: they change nothing; -1: out of
+ * memory. Unlocks. */
+CRPCI_FN int crpci_directory_override(crpci_directory *d, char *const *names, size_t count,
+                                      const char *host)
+{
+    crpci_names_overrides *before, *now;
+    size_t bad = 0;
+    int changed;
+    d->refs++;
+    crpci_loop_unlock(d->loop);
+    now = crpci_names_overrides_read(d->loop->heap, names, count, host, &bad);
+    crpci_loop_lock(d->loop);
+    if (bad && !d->overrides_warned)
+        crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
+                       "registry %s: %zu overrides are not understood; they are ignored", d->name,
+                       bad);
+    d->overrides_warned = d->overrides_warned || bad;
+    if (!now) {
+        crpci_directory_unref(d);
+        return -1;
+    }
+    crpci_directory_remember(d, d->override_name, names, count);
+    before = d->overrides;
+    changed = now->count || (before && before->count);
+    d->overrides = now;
+    crpci_names_overrides_unref(before);
+    crpci_directory_unref(d);
+    return changed;
+}
+
+/* Gives a new subscriber what the cache file knows, as a stale list, so that a program can start
+ * while its registry is away. Unlocks. */
+CRPCI_COLD void crpci_directory_recall(crpci_subscriber *s)
+{
+    crpci_directory *d = s->directory;
+    crpci_heap *h = d->loop->heap;
+    crpci_names names, override_names;
+    crpci_names_overrides *overrides;
+    crpci_snapshot *list = NULL;
+    size_t bad;
+    if (!d->cache)
+        return;
+    crpci_cache_get(d->cache, d->name, &names);
+    crpci_cache_get(d->cache, d->override_name ? d->override_name : "", &override_names);
+    s->refs++;
+    crpci_loop_unlock(d->loop);
+    overrides = crpci_names_overrides_read(h, override_names.name, override_names.count, "", &bad);
+    if (overrides)
+        list = crpci_directory_collect(h, names.name, names.count, &s->want, overrides, &bad);
+    crpci_names_overrides_unref(overrides);
+    crpci_names_free(h, &names);
+    crpci_names_free(h, &override_names);
+    crpci_loop_lock(d->loop);
+    if (list && list->count && !s->last && !s->ended) {
+        list->stale = true;
+        (void)crpci_directory_push(s, list);
+    }
+    crpci_directory_snapshot_unref(list);
+    crpci_directory_subscriber_unref(s);
+}
+
+/* --- backends --------------------------------------------------------------------------------- */
+
+/* What a registry is opened with; all 0: defaults. */
+typedef struct crpci_directory_options {
+    int session_timeout_ms;
+    const char *credential;  /* NULL: none */
+    const char *application; /* the program's name, for people and overrides. NULL: "crpc" */
+    bool register_consumer;  /* subscriptions are registered too, so that people see them */
+    const char *cache;       /* file for the last good lists; NULL: none */
+    int cache_interval_ms;   /* between two writes of it. 0: 60000. -1: none */
+    int spread_ms;           /* in which a fleet comes back to a registry. 0: 2000. -1: none */
+    const char *interface;   /* multicast: its name or IPv4 address. NULL: by the routing table */
+} crpci_directory_options;
+
+typedef struct crpci_backend crpci_backend;
+
+/* The functions of a backend. None waits for the network; all are called without the loop's lock,
+ * on any thread, in callbacks too. After `withdraw` or `unsubscribe` has returned, the callback
+ * does not run any more: it is waited for, unless it is this thread that is inside it. `close` ends
+ * what is still registered and subscribed through the handle. */
+typedef struct crpci_backend_ops {
+    /* Both NULL: nothing can be registered there. */
+    int (*enroll)(crpci_backend *b, const crpci_names_service *what,
+                  crpci_directory_status_fn status, void *user, void **handle);
+    void (*withdraw)(crpci_backend *b, void *handle);
+    int (*subscribe)(crpci_backend *b, const crpci_names_service *want,
+                     crpci_directory_push_fn push, void *user, crpci_subscriber **out);
+    void (*unsubscribe)(crpci_backend *b, crpci_subscriber *s);
+    void (*close)(crpci_backend *b);
+} crpci_backend_ops;
+
+/* A registry that was opened; a backend's own struct begins with it. */
+struct crpci_backend {
+    const crpci_backend_ops *ops;
+    crpc_loop *loop;
+};
+
+/* Registers a service, and keeps it registered until it is withdrawn. */
+CRPCI_FN int crpci_directory_enroll(crpci_backend *b, const crpci_names_service *what,
+                                    crpci_directory_status_fn status, void *user, void **handle)
+{
+    *handle = NULL;
+    if (!b->ops->enroll)
+        return CRPC_EUNSUPPORTED;
+    if (!what->service || !*what->service || !what->address)
+        return CRPC_EINVAL;
+    return b->ops->enroll(b, what, status, user, handle);
+}
+
+/* NULL is ignored. */
+CRPCI_FN void crpci_directory_withdraw(crpci_backend *b, void *handle)
+{
+    if (handle)
+        b->ops->withdraw(b, handle);
+}
+
+CRPCI_FN int crpci_directory_subscribe(crpci_backend *b, const crpci_names_service *want,
+                                       crpci_directory_push_fn push, void *user,
+                                       crpci_subscriber **out)
+{
+    *out = NULL;
+    return b->ops->subscribe(b, want, push, user, out);
+}
+
+/* NULL is ignored. */
+CRPCI_FN void crpci_directory_unsubscribe(crpci_backend *b, crpci_subscriber *s)
+{
+    if (s)
+        b->ops->unsubscribe(b, s);
+}
+
+/* NULL is ignored. */
+CRPCI_FN void crpci_directory_close(crpci_backend *b)
+{
+    if (b)
+        b->ops->close(b);
+}
+
+/* `unsubscribe` of a backend for which nothing depends on its subscribers. */
+CRPCI_FN void crpci_directory_leave(crpci_backend *b, crpci_subscriber *s)
+{
+    crpci_loop_lock(b->loop);
+    crpci_directory_remove(s);
+    crpci_loop_unlock(b->loop);
 }
 
 /* ======================================================================== */
-/* >>impl-filereg   the registry in a file                                   */
+/* >>impl-file   providers listed in a file: file://                        */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_SERVERLESS
@@ -9809,77 +10788,76 @@ CRPCI_FN void crpci_registry_local_serve(crpci_registry_local *r, const crpci_re
  *
  *     host:port [weight=N] [warmup_ms=N] [group=G] [version=V] [service=S]     # comment
  *
- * hosts numeric, as nothing may resolve names while a loop runs. The file is looked at once a
- * second, when the loop is driven; nothing is ever written. */
-#define CRPCI_FILEREG_PERIOD_US 1000000
-#define CRPCI_FILEREG_MAX       (1u << 20)
+ * Hosts are numeric, as nothing may resolve names while a loop runs. The file is examined once a
+ * second, when the loop is driven; it is never written. */
+#define CRPCI_FILE_PERIOD_US 1000000
+#define CRPCI_FILE_MAX       (1u << 20) /* bytes */
 
-typedef struct crpci_filereg {
-    crpci_registry_local of;
-    char *path;
-    struct stat seen; /* when it was read last; zeroes: to be read anyway */
-    bool again;       /* it can have changed within the same tick of its clock */
+typedef struct crpci_file {
+    crpci_backend base;
+    crpci_directory directory; /* of all services in the file; holds the block */
+    crpci_timer timer;
+    const char *path; /* in the directory's name */
+    struct stat seen; /* when it was read last; zeroes: it is to be read anyway */
+    bool again;       /* it can have changed within the same tick of the file system's clock */
     size_t bad;       /* lines that were logged as unreadable, and the first of them */
     size_t bad_line;
-} crpci_filereg;
+} crpci_file;
 
 /* What a file gave. */
-typedef struct crpci_filereg_text {
-    crpci_registry_names names;
+typedef struct crpci_file_text {
+    crpci_names names;
+    crpci_directory_report report;
     size_t bad;
     size_t bad_line; /* the first of them */
-} crpci_filereg_text;
+} crpci_file_text;
 
-/* One line, in place, as a URL into `out`. False: it is none. */
-CRPCI_FN bool crpci_filereg_line(char *line, char *out, size_t size)
+/* Writes one line, which it takes apart, as a URL. False: it is not of the form above. */
+CRPCI_FN bool crpci_file_line(char *line, char *out, size_t size)
 {
     static const char blank[] = " \t\r";
-    const char *address, *service = "", *weight = "", *warmup = "", *group = "", *version = "";
+    static const struct {
+        const char *word, *parameter;
+        int max; /* of a number; 0: a text */
+    } known[] = {{"service=", "&interface=", 0},
+                 {"group=", "&group=", 0},
+                 {"version=", "&version=", 0},
+                 {"weight=", "&weight=", CRPCI_NAMES_WEIGHT_MAX},
+                 {"warmup_ms=", "&warmup=", INT32_MAX}};
     char *save = NULL, *word = strtok_r(line, blank, &save);
-    crpci_registry_text t;
+    crpci_names_text t;
     crpci_addr a;
+    size_t i;
     int n;
-    address = word;
-    while ((word = strtok_r(NULL, blank, &save)) != NULL) {
-        char *value = strchr(word, '=');
-        if (!value)
-            return false;
-        *value++ = '\0';
-        if (strcmp(word, "weight") == 0 && crpci_registry_number(value, 1000000, &n))
-            weight = value;
-        else if (strcmp(word, "warmup_ms") == 0 && crpci_registry_number(value, INT32_MAX, &n))
-            warmup = value;
-        else if (strcmp(word, "group") == 0)
-            group = value;
-        else if (strcmp(word, "version") == 0)
-            version = value;
-        else if (strcmp(word, "service") == 0)
-            service = value;
-        else
-            return false;
-    }
-    if (!crpci_sock_parse(&a, address) || a.u.any.sa_family == AF_UNIX ||
-        (a.u.any.sa_family == AF_INET ? a.u.in4.sin_port : a.u.in6.sin6_port) == 0)
+    if (!crpci_sock_parse(&a, word) || !crpci_sock_port(&a))
         return false;
     t.out = out;
     t.size = size;
     t.len = 0;
-    crpci_registry_put(&t, "crpc://");
-    crpci_registry_put(&t, address);
-    crpci_registry_put(&t, "/?side=provider");
-    crpci_registry_put_value(&t, "&interface=", service);
-    crpci_registry_put_value(&t, "&group=", group);
-    crpci_registry_put_value(&t, "&version=", version);
-    crpci_registry_put_value(&t, "&weight=", weight);
-    crpci_registry_put_value(&t, "&warmup=", warmup);
+    crpci_names_put(&t, "crpc://");
+    crpci_names_put(&t, word);
+    crpci_names_put(&t, "/?side=provider");
+    while ((word = strtok_r(NULL, blank, &save)) != NULL) {
+        for (i = 0; i < sizeof known / sizeof *known; i++) {
+            const char *value = word + strlen(known[i].word);
+            if (strncmp(word, known[i].word, strlen(known[i].word)) != 0)
+                continue;
+            if (known[i].max && !crpci_names_number(value, known[i].max, &n))
+                return false;
+            crpci_names_put_value(&t, known[i].parameter, value);
+            break;
+        }
+        if (i == sizeof known / sizeof *known)
+            return false;
+    }
     return t.len < size;
 }
 
-/* Reads a text, in place. False: out of memory. */
-CRPCI_FN bool crpci_filereg_parse(crpci_heap *h, char *text, crpci_filereg_text *out)
+/* Reads a text, which it takes apart. False: out of memory. */
+CRPCI_FN bool crpci_file_parse(crpci_heap *h, char *text, crpci_file_text *out)
 {
     size_t lines = 1, len = strlen(text), number = 0, used = 0;
-    crpci_registry_names *names = &out->names;
+    crpci_names *names = &out->names;
     char *p, *next, *pool, url[1024];
     memset(out, 0, sizeof *out);
     for (p = text; *p; p++)
@@ -9898,268 +10876,256 @@ CRPCI_FN bool crpci_filereg_parse(crpci_heap *h, char *text, crpci_filereg_text 
         p[strcspn(p, "#")] = '\0';
         if (!p[strspn(p, " \t\r")])
             continue;
-        if (!crpci_filereg_line(p, url, sizeof url)) {
+        if (!crpci_file_line(p, url, sizeof url)) {
             out->bad_line = out->bad++ ? out->bad_line : number;
             continue;
         }
         names->name[names->count++] = pool + used;
         used += crpci_url_encode(pool + used, lines * 256 + 9 * len - used, url) + 1;
     }
+    out->report.names = names->name;
+    out->report.count = names->count;
+    out->report.whole = out->bad == 0;
     return true;
 }
 
-/* Reads the file. 1: here it is, empty if it does not exist; 0: it cannot be read; -1: out of
- * memory. */
-CRPCI_FN int crpci_filereg_read(const crpci_filereg *r, crpci_filereg_text *out)
+/* Reads the file. CRPC_OK: here it is, empty if it does not exist; CRPC_ESYSTEM: it cannot be read;
+ * CRPC_ENOMEM. Without the lock. */
+CRPCI_FN int crpci_file_read(const crpci_file *f, crpci_file_text *out)
 {
-    crpci_heap *h = r->of.loop->heap;
+    crpci_heap *h = f->base.loop->heap;
     size_t size = 0;
     char *text;
     bool ok;
     memset(out, 0, sizeof *out);
     errno = 0;
-    text = crpci_registry_file(h, r->path, CRPCI_FILEREG_MAX, &size);
+    text = crpci_cache_read_file(h, f->path, CRPCI_FILE_MAX, &size);
+    out->report.whole = errno == ENOENT;
     if (!text)
-        return errno == ENOENT;
-    ok = crpci_filereg_parse(h, text, out);
+        return errno == ENOENT ? CRPC_OK : CRPC_ESYSTEM;
+    ok = crpci_file_parse(h, text, out);
     crpci_heap_free(h, text, size);
-    return ok ? 1 : -1;
+    return ok ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* Says, when that has changed, which lines are no good. Locked. */
-CRPCI_FN void crpci_filereg_note(crpci_filereg *r, const crpci_filereg_text *text)
+/* Logs which lines are wrong, when that has changed. Locked. */
+CRPCI_FN void crpci_file_complain(crpci_file *f, const crpci_file_text *text)
 {
-    if (text->bad && (text->bad != r->bad || text->bad_line != r->bad_line))
-        crpci_heap_log(r->of.loop->heap, CRPC_LOG_WARN,
-                       "registry: %.200s: %zu lines are not \"host:port key=value ...\" with a "
-                       "numeric host, the first of them line %zu",
-                       r->path, text->bad, text->bad_line);
-    r->bad = text->bad;
-    r->bad_line = text->bad_line;
+    if (text->bad && (text->bad != f->bad || text->bad_line != f->bad_line))
+        crpci_heap_log(f->base.loop->heap, CRPC_LOG_WARN,
+                       "registry %.200s: %zu lines are not \"host:port key=value ...\" with a "
+                       "numeric host and known keys, the first of them line %zu; they are ignored",
+                       f->directory.name, text->bad, text->bad_line);
+    f->bad = text->bad;
+    f->bad_line = text->bad_line;
 }
 
-CRPCI_FN bool crpci_filereg_same(const struct stat *a, const struct stat *b)
+CRPCI_FN bool crpci_file_same(const struct stat *a, const struct stat *b)
 {
     return a->st_ino == b->st_ino && a->st_dev == b->st_dev && a->st_size == b->st_size &&
            a->st_mtim.tv_sec == b->st_mtim.tv_sec && a->st_mtim.tv_nsec == b->st_mtim.tv_nsec;
 }
 
-/* Looks whether the file has changed. Locked, unlocks meanwhile. */
-CRPCI_FN void crpci_filereg_look(crpci_filereg *r)
+/* Reads the file if it has changed. Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_file_examine(crpci_file *f)
 {
-    crpci_filereg_text text;
+    crpci_directory *d = &f->directory;
+    crpci_file_text text;
     struct stat st;
-    bool same;
-    int got;
-    crpci_loop_unlock(r->of.loop);
-    if (stat(r->path, &st)) {
+    bool same, taken;
+    int err;
+    crpci_loop_unlock(d->loop);
+    if (stat(f->path, &st)) {
         memset(&st, 0, sizeof st);
-        st.st_size = -1; /* missing: another state than never looked at */
+        st.st_size = -1; /* missing: not the same as never examined */
     }
-    crpci_loop_lock(r->of.loop);
-    same = crpci_filereg_same(&st, &r->seen);
-    if ((same && !r->again) || r->of.closing)
+    crpci_loop_lock(d->loop);
+    same = crpci_file_same(&st, &f->seen);
+    if ((same && !f->again) || d->ended)
         return;
-    r->again = !same;
-    r->seen = st;
-    crpci_loop_unlock(r->of.loop);
-    got = crpci_filereg_read(r, &text);
-    crpci_loop_lock(r->of.loop);
-    if (got > 0) {
-        crpci_filereg_note(r, &text);
-        crpci_registry_local_serve(&r->of, &text.names, text.bad == 0);
+    f->again = !same;
+    f->seen = st;
+    crpci_loop_unlock(d->loop);
+    err = crpci_file_read(f, &text);
+    crpci_loop_lock(d->loop);
+    if (err == CRPC_OK) {
+        crpci_file_complain(f, &text);
+        taken = crpci_directory_update(d, &text.report);
     } else {
-        memset(&r->seen, 0, sizeof r->seen);
-        if (got == 0)
-            crpci_registry_local_serve(&r->of, NULL, false);
+        taken = false;
+        if (err == CRPC_ESYSTEM)
+            (void)crpci_directory_age(d);
     }
-    crpci_registry_names_free(r->of.loop->heap, &text.names);
+    if (!taken)
+        memset(&f->seen, 0, sizeof f->seen);
+    crpci_names_free(d->loop->heap, &text.names);
 }
 
-CRPCI_FN void crpci_filereg_on_timer(crpc_loop *l, crpci_timer *timer)
+CRPCI_FN void crpci_file_on_timer(crpc_loop *l, crpci_timer *timer)
 {
-    crpci_filereg *r = CRPCI_CONTAINER(timer, crpci_filereg, of.timer);
-    r->of.refs++;
-    crpci_filereg_look(r);
-    if (!r->of.closing && !crpci_list_empty(&r->of.subs))
-        crpci_loop_timer_set(l, &r->of.timer, CRPCI_FILEREG_PERIOD_US);
-    crpci_registry_local_unlock(&r->of);
-    crpci_loop_lock(l);
-}
-
-CRPCI_FN int crpci_filereg_enroll(crpci_registry *base, const crpci_registration *what,
-                                  crpci_registry_status_fn status, void *user, void **handle)
-{
-    (void)base;
-    (void)what;
-    (void)status;
-    (void)user;
-    *handle = NULL;
-    return CRPC_EUNSUPPORTED;
-}
-
-CRPCI_FN void crpci_filereg_withdraw(crpci_registry *base, void *handle)
-{
-    (void)base;
-    (void)handle;
+    crpci_file *f = CRPCI_CONTAINER(timer, crpci_file, timer);
+    f->directory.refs++;
+    crpci_file_examine(f);
+    if (!f->directory.ended && !crpci_list_empty(&f->directory.subscribers))
+        crpci_loop_timer_set(l, &f->timer, CRPCI_FILE_PERIOD_US);
+    crpci_directory_unref(&f->directory);
 }
 
 /* Reads the file on the caller's thread, so that the list is there when this returns. */
-CRPCI_FN int crpci_filereg_subscribe(crpci_registry *base, const crpci_registry_query *what,
-                                     crpci_registry_push_fn push, void *user, void **handle)
+CRPCI_FN int crpci_file_subscribe(crpci_backend *b, const crpci_names_service *want,
+                                  crpci_directory_push_fn push, void *user, crpci_subscriber **out)
 {
-    crpci_filereg *r = (crpci_filereg *)(void *)base;
-    crpc_loop *l = r->of.loop;
-    crpci_registry_member *m = crpci_registry_member_new(&r->of, what, push, user);
-    crpci_filereg_text text;
-    *handle = NULL;
-    if (!m)
+    crpci_file *f = (crpci_file *)(void *)b;
+    crpci_subscriber *s;
+    crpci_file_text text;
+    if (crpci_file_read(f, &text) == CRPC_ENOMEM)
         return CRPC_ENOMEM;
-    if (crpci_filereg_read(r, &text) < 0) {
-        crpci_registry_member_unref(m);
-        return CRPC_ENOMEM;
+    crpci_loop_lock(b->loop);
+    crpci_file_complain(f, &text);
+    s = crpci_directory_add(&f->directory, sizeof *s, want, push, user);
+    if (s) {
+        *out = s;
+        s->refs++;
+        memset(&f->seen, 0, sizeof f->seen); /* the file may have changed since */
+        crpci_loop_timer_set(b->loop, &f->timer, CRPCI_FILE_PERIOD_US);
+        (void)crpci_directory_serve(s, &text.report);
+        crpci_directory_subscriber_unref(s);
     }
+    crpci_loop_unlock(b->loop);
+    crpci_names_free(b->loop->heap, &text.names);
+    return s ? CRPC_OK : CRPC_ENOMEM;
+}
+
+/* Frees the block, when nobody refers to the directory any more. */
+CRPCI_FN void crpci_file_free(crpci_directory *d)
+{
+    crpci_heap_free(d->loop->heap, CRPCI_CONTAINER(d, crpci_file, directory), sizeof(crpci_file));
+}
+
+CRPCI_FN void crpci_file_close(crpci_backend *b)
+{
+    crpci_file *f = (crpci_file *)(void *)b;
+    crpc_loop *l = b->loop;
     crpci_loop_lock(l);
-    crpci_filereg_note(r, &text);
-    crpci_registry_member_serve(m, text.names.name, text.names.count, text.bad == 0);
-    crpci_list_append(&r->of.subs, &m->base.node);
-    memset(&r->seen, 0, sizeof r->seen); /* the file may have changed since */
-    crpci_loop_timer_set(l, &r->of.timer, CRPCI_FILEREG_PERIOD_US);
-    *handle = m;
+    crpci_loop_timer_cancel(l, &f->timer);
+    crpci_directory_end(&f->directory);
     crpci_loop_unlock(l);
-    crpci_registry_names_free(l->heap, &text.names);
-    return CRPC_OK;
+    crpci_loop_release(l);
 }
 
-CRPCI_FN void crpci_filereg_free(crpci_registry_local *base)
-{
-    crpci_filereg *r = (crpci_filereg *)(void *)base;
-    crpci_heap *h = base->loop->heap;
-    crpci_heap_strfree(h, r->path);
-    crpci_heap_free(h, r, sizeof *r);
-}
-
-CRPCI_FN void crpci_filereg_close(crpci_registry *base)
-{
-    crpci_registry_local *r = (crpci_registry_local *)(void *)base;
-    crpci_loop_lock(r->loop);
-    crpci_registry_local_shut(r);
-    crpci_registry_local_unlock(r);
-}
-
-static const crpci_registry_ops crpci_filereg_ops = {
-    sizeof(crpci_registry_ops), CRPCI_REGISTRY_OPS_VERSION,       crpci_filereg_enroll,
-    crpci_filereg_withdraw,     crpci_filereg_subscribe,          crpci_registry_local_unsubscribe,
-    crpci_filereg_close};
+static const crpci_backend_ops crpci_file_ops = {NULL, NULL, crpci_file_subscribe,
+                                                 crpci_directory_leave, crpci_file_close};
 
 /* file:///path */
-CRPCI_COLD int crpci_filereg_open(crpc_loop *l, const crpci_url *url, crpci_registry **out,
-                                  crpc_error *error)
+CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
+                               const crpci_directory_options *options, crpci_backend **out,
+                               crpc_error *error)
 {
-    size_t n = strlen(url->path);
-    crpci_filereg *r;
-    if (*url->authority || !n)
-        return crpci_status_set(error, CRPC_EINVAL, "file://%.60s/%.60s: expected file:///path",
+    crpci_file *f;
+    (void)options;
+    if (*url->authority || !*url->path)
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "file://%.60s/%.60s: expected file:///path/of/the/list",
                                 url->authority, url->path);
-    r = (crpci_filereg *)crpci_heap_alloc(l->heap, sizeof *r);
-    if (r)
-        r->path = (char *)crpci_heap_alloc(l->heap, n + 2);
-    if (!r || !r->path ||
-        !crpci_registry_local_init(&r->of, &crpci_filereg_ops, l, crpci_filereg_on_timer,
-                                   crpci_filereg_free)) {
-        if (r)
-            crpci_heap_strfree(l->heap, r->path);
-        crpci_heap_free(l->heap, r, sizeof *r);
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    f = (crpci_file *)crpci_heap_alloc(l->heap, sizeof *f);
+    if (!f ||
+        !crpci_directory_init(&f->directory, l, crpci_heap_format(l->heap, "file:///%s", url->path),
+                              crpci_file_free)) {
+        crpci_heap_free(l->heap, f, sizeof *f);
+        return crpci_status_set(error, CRPC_ENOMEM, "file:///%.100s: out of memory", url->path);
     }
-    r->path[0] = '/';
-    memcpy(r->path + 1, url->path, n);
-    *out = &r->of.base;
+    f->path = f->directory.name + strlen("file://");
+    f->base.ops = &crpci_file_ops;
+    f->base.loop = l;
+    crpci_timer_init(&f->timer, crpci_file_on_timer);
+    crpci_loop_hold(l);
+    *out = &f->base;
     return CRPC_OK;
 }
 
 #endif /* CRPC_ENABLE_SERVERLESS */
 
 /* ======================================================================== */
-/* >>impl-multicast   the registry that is nowhere: providers announce themselves */
+/* >>impl-multicast   serverless registry over UDP multicast: multicast://  */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_SERVERLESS
 
 /* Datagrams of one line, as Dubbo's multicast registry sends them:
  *
- *     register crpc://10.0.0.1:8000/demo.Echo?...&ttl=15000     here I am: at once, every interval,
- *                                                               and when somebody asks
- *     unregister crpc://...                                     I am going
- *     subscribe consumer://10.0.0.9/demo.Echo?...               who is there?
+ *     register crpc://10.0.0.1:8000/demo.Echo?...&ttl=15000     this provider is here: sent when it
+ *                                                               starts, at every interval, and when
+ *                                                               somebody asks
+ *     unregister crpc://...                                     this provider goes
+ *     subscribe consumer://10.0.0.9/demo.Echo?...               which providers are there?
  *
- * A provider that is not heard of for its ttl (in milliseconds) is gone. What others send is not
- * trusted: what makes no sense is counted and forgotten, what nobody here wants is not kept, and of
- * what is kept there is a bound. All of it happens on the loop, under its lock, as a datagram is
- * sent and received without waiting; while nobody drives the loop nothing is announced. */
+ * A provider that was not heard for its ttl (in milliseconds) is gone. What others send is not
+ * trusted: malformed datagrams are counted and dropped, providers that nobody here wants are not
+ * kept, and the number of those that are kept has a limit. All of it happens on the loop, under its
+ * lock, as sending and receiving a datagram does not wait; while nobody drives the loop nothing is
+ * announced. */
 #define CRPCI_MULTICAST_INTERVAL_MS 5000
-#define CRPCI_MULTICAST_TTL         3u    /* intervals */
-#define CRPCI_MULTICAST_TTL_MIN_MS  1000  /* that is believed */
+#define CRPCI_MULTICAST_TTL         3u   /* intervals */
+#define CRPCI_MULTICAST_TTL_MIN_MS  1000 /* a peer's ttl is believed within these */
 #define CRPCI_MULTICAST_TTL_MAX_MS  600000
-#define CRPCI_MULTICAST_SIZE        1400u /* bytes of a datagram */
-#define CRPCI_MULTICAST_MAX         1024u /* providers of all services */
-#define CRPCI_MULTICAST_BATCH       16u   /* datagrams read in one step */
-#define CRPCI_MULTICAST_ANSWER_US   100000  /* in which all answer a question */
-#define CRPCI_MULTICAST_QUIET_US    500000  /* between two announcements of one */
-#define CRPCI_MULTICAST_GATHER_US   10000   /* changes are told together */
-#define CRPCI_MULTICAST_FIRST_US    1000000 /* no answer until then: nobody is there */
+#define CRPCI_MULTICAST_SIZE        1400u   /* bytes of a datagram */
+#define CRPCI_MULTICAST_MAX         1024u   /* providers of all services */
+#define CRPCI_MULTICAST_BATCH       16u     /* datagrams read in one step */
+#define CRPCI_MULTICAST_ANSWER_US   100000  /* answers to a question are spread over this */
+#define CRPCI_MULTICAST_QUIET_US    500000  /* least time between two announcements of a service */
+#define CRPCI_MULTICAST_GATHER_US   10000   /* changes within it are reported together */
+#define CRPCI_MULTICAST_FIRST_US    1000000 /* no answer until then: no provider is there */
 #define CRPCI_MULTICAST_TICK_US     1000000
-#define CRPCI_MULTICAST_GRACE_US    2000000 /* to be heard again after the loop has rested */
+#define CRPCI_MULTICAST_GRACE_US    2000000 /* for providers to answer after the loop has rested */
 
-/* A provider that was heard of. */
+/* A provider that was heard. One block, with the URL twice behind it. */
 typedef struct crpci_multicast_peer {
-    crpci_list node;
-    char *name;  /* its URL, encoded once more */
-    char *text;  /* its URL, taken apart: */
-    size_t size; /* of the text */
-    crpci_registry_node is;
+    crpci_list link;
+    size_t size;         /* of the block */
+    char *url;           /* as it came */
+    crpci_names_node is; /* what the URL says; its texts are the second copy */
     int64_t expires_us;
 } crpci_multicast_peer;
 
 typedef struct crpci_multicast {
-    crpci_registry_local of;
+    crpci_backend base;
+    crpci_directory directory; /* of all services; holds the block */
+    crpci_timer timer;
     int fd;
     crpci_watch watch;
     crpci_addr group;
     struct ip_mreqn which; /* interface */
-    int64_t interval_us;
     crpci_list peers;
     size_t peer_count;
     crpci_list regs;
-    int64_t serve_us; /* when to tell of changes; 0: there are none */
-    int64_t tick_us;  /* when this was looked after last */
-    uint32_t ignored; /* datagrams that made no sense */
+    int64_t serve_us; /* when changes are to be reported; 0: there are none */
+    int64_t tick_us;  /* when the timer ran last */
+    uint32_t ignored; /* malformed datagrams, and providers above the limit */
     bool failed;      /* it was logged that nothing can be sent */
+    char datagram[CRPCI_MULTICAST_SIZE + 1]; /* the one just received */
+    char scratch[CRPCI_MULTICAST_SIZE + 1];  /* to take apart, or to send; under the lock */
 } crpci_multicast;
 
 /* A service that is offered here. */
 typedef struct crpci_multicast_reg {
-    crpci_list node;
+    crpci_list link;
     crpci_multicast *owner;
     uint32_t refs;
-    crpci_registry_status_fn status;
-    void *user;
-    crpci_registry_caller caller;
-    char *text[5];
-    crpci_registration what; /* its texts are `text` */
-    unsigned port;
-    bool auto_host;
-    bool ended;
-    char address[CRPC_ADDRESS_MAX];
-    int64_t timestamp_ms;
-    int64_t due_us;
-    int64_t sent_us;
-    int told; /* status that was told last; -1: none */
+    crpci_directory_offer offer;
+    int64_t due_us;  /* of the next announcement */
+    int64_t sent_us; /* of the last one */
+    int told;        /* the status that was reported last; -1: none */
 } crpci_multicast_reg;
+
+typedef struct crpci_multicast_sub {
+    crpci_subscriber base;
+    int64_t question_us; /* when to ask next */
+    unsigned questions;  /* left to be asked: a datagram can be lost */
+} crpci_multicast_sub;
 
 /* --- the socket ------------------------------------------------------------------------------- */
 
-/* `interface`: the address of one, its name, or NULL: where the routing table says. */
+/* `interface`: the address of one, its name, or NULL: where the routing table leads. */
 CRPCI_COLD bool crpci_multicast_interface(const char *interface, struct ip_mreqn *out)
 {
     memset(out, 0, sizeof *out);
@@ -10169,59 +11135,40 @@ CRPCI_COLD bool crpci_multicast_interface(const char *interface, struct ip_mreqn
     return out->imr_ifindex != 0;
 }
 
-CRPCI_FN bool crpci_multicast_is_chosen(const struct ip_mreqn *which)
-{
-    return which->imr_ifindex != 0 || which->imr_address.s_addr != 0;
-}
-
-/* A socket that is in the group. -1 and errno. */
-CRPCI_COLD int crpci_multicast_socket(const crpci_addr *group, struct ip_mreqn *which)
+/* A socket that is in the group. On failure -1, errno, and in *call which call failed. */
+CRPCI_COLD int crpci_multicast_socket(const crpci_addr *group, struct ip_mreqn *which,
+                                      const char **call)
 {
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), saved;
+    *call = "socket";
     if (fd < 0)
         return -1;
     which->imr_multiaddr = group->u.in4.sin_addr;
     crpci_sock_set(fd, SOL_SOCKET, SO_REUSEADDR, 1);
     crpci_sock_set(fd, IPPROTO_IP, IP_MULTICAST_LOOP, 1);
     crpci_sock_set(fd, IPPROTO_IP, IP_MULTICAST_TTL, 1);
-    if (bind(fd, &group->u.any, group->len) == 0 &&
-        (!crpci_multicast_is_chosen(which) ||
-         setsockopt(fd, IPPROTO_IP, IP_MULTICAST_IF, which, sizeof *which) == 0) &&
-        setsockopt(fd, IPPROTO_IP, IP_ADD_MEMBERSHIP, which, sizeof *which) == 0)
-        return fd;
+    *call = "bind";
+    if (bind(fd, &group->u.any, group->len) == 0) {
+        *call = "joining the group";
+        if (crpci_sock_leave_by(fd, which) &&
+            setsockopt(fd, IPPROTO_IP, IP_ADD_MEMBERSHIP, which, sizeof *which) == 0)
+            return fd;
+    }
     saved = errno;
     close(fd);
     errno = saved;
     return -1;
 }
 
-/* The address that datagrams to the group are sent from, and by which others reach this host. */
-CRPCI_FN bool crpci_multicast_host(const crpci_multicast *r, char *out, size_t size)
-{
-    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    crpci_addr a;
-    *out = '\0';
-    if (fd < 0)
-        return false;
-    if (crpci_multicast_is_chosen(&r->which))
-        (void)setsockopt(fd, IPPROTO_IP, IP_MULTICAST_IF, &r->which, sizeof r->which);
-    if (connect(fd, &r->group.u.any, r->group.len) == 0) {
-        crpci_sock_local(fd, &a);
-        if (a.len && a.u.in4.sin_addr.s_addr != htonl(INADDR_ANY))
-            inet_ntop(AF_INET, &a.u.in4.sin_addr, out, (socklen_t)size);
-    }
-    close(fd);
-    return *out != '\0';
-}
-
-/* Locked. */
+/* Sends a text to the group. Locked. */
 CRPCI_FN bool crpci_multicast_send(crpci_multicast *r, const char *text)
 {
     size_t n = strlen(text);
     bool ok = sendto(r->fd, text, n, MSG_NOSIGNAL, &r->group.u.any, r->group.len) == (ssize_t)n;
     if (!ok && !r->failed)
-        crpci_heap_log(r->of.loop->heap, CRPC_LOG_WARN, "multicast: nothing can be sent: %s",
-                       strerror(errno));
+        crpci_heap_log(r->base.loop->heap, CRPC_LOG_WARN,
+                       "registry %s: sendto: %s; tried again at every announcement",
+                       r->directory.name, strerror(errno));
     r->failed = !ok;
     return ok;
 }
@@ -10231,45 +11178,43 @@ CRPCI_FN bool crpci_multicast_send(crpci_multicast *r, const char *text)
 CRPCI_FN void crpci_multicast_changed(crpci_multicast *r)
 {
     if (!r->serve_us)
-        r->serve_us = crpci_loop_now(r->of.loop) + CRPCI_MULTICAST_GATHER_US;
+        r->serve_us = crpci_loop_now(r->base.loop) + CRPCI_MULTICAST_GATHER_US;
 }
 
 CRPCI_FN void crpci_multicast_forget(crpci_multicast *r, crpci_multicast_peer *p)
 {
-    crpci_heap *h = r->of.loop->heap;
-    crpci_list_remove(&p->node);
+    crpci_list_remove(&p->link);
     r->peer_count--;
-    crpci_heap_strfree(h, p->name);
-    crpci_heap_free(h, p->text, p->size);
-    crpci_heap_free(h, p, sizeof *p);
+    crpci_heap_free(r->base.loop->heap, p, p->size);
 }
 
-/* The peer that is the same provider, perhaps before it was started anew. */
+/* The peer that is the same provider, perhaps before it was restarted. */
 CRPCI_FN crpci_multicast_peer *crpci_multicast_find(const crpci_multicast *r,
-                                                    const crpci_registry_node *n)
+                                                    const crpci_names_node *n)
 {
     crpci_list *i;
     for (i = r->peers.next; i != &r->peers; i = i->next) {
-        crpci_multicast_peer *p = CRPCI_CONTAINER(i, crpci_multicast_peer, node);
-        if (strcmp(p->is.address, n->address) == 0 && strcmp(p->is.service, n->service) == 0 &&
-            strcmp(p->is.group, n->group) == 0 && strcmp(p->is.version, n->version) == 0)
+        crpci_multicast_peer *p = CRPCI_CONTAINER(i, crpci_multicast_peer, link);
+        if (strcmp(p->is.address, n->address) == 0 &&
+            strcmp(p->is.of.service, n->of.service) == 0 &&
+            strcmp(p->is.of.group, n->of.group) == 0 &&
+            strcmp(p->is.of.version, n->of.version) == 0)
             return p;
     }
     return NULL;
 }
 
-CRPCI_FN bool crpci_multicast_wanted(const crpci_multicast *r, const crpci_registry_node *n)
+CRPCI_FN bool crpci_multicast_wanted(const crpci_multicast *r, const crpci_names_node *n)
 {
     crpci_list *i;
-    for (i = r->of.subs.next; i != &r->of.subs; i = i->next) {
-        if (crpci_registry_takes(
-                &CRPCI_CONTAINER(i, crpci_registry_member, base.node)->base.query, n))
+    for (i = r->directory.subscribers.next; i != &r->directory.subscribers; i = i->next) {
+        if (crpci_names_takes(&CRPCI_CONTAINER(i, crpci_subscriber, link)->want, n))
             return true;
     }
     return false;
 }
 
-/* For how long a URL is good, in microseconds. */
+/* For how long a URL is valid, in microseconds. */
 CRPCI_FN int64_t crpci_multicast_ttl(const char *url)
 {
     const char *at = strstr(url, "&ttl=");
@@ -10282,7 +11227,7 @@ CRPCI_FN int64_t crpci_multicast_ttl(const char *url)
     return (int64_t)ms * 1000;
 }
 
-/* Whether somebody can be reached by an address at all. */
+/* Whether an address is one that a connection can be made to. */
 CRPCI_FN bool crpci_multicast_is_host(const char *address)
 {
     crpci_addr a;
@@ -10294,48 +11239,37 @@ CRPCI_FN bool crpci_multicast_is_host(const char *address)
     return ntohl(a.u.in4.sin_addr.s_addr) >> 28 < 14 && a.u.in4.sin_addr.s_addr != 0;
 }
 
-/* Keeps what a URL says; `old`: what it takes the place of, or NULL. */
+/* Keeps what a URL says, in the place of `old`, if that is not NULL. */
 CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, crpci_multicast_peer *old)
 {
-    crpci_heap *h = r->of.loop->heap;
-    crpci_multicast_peer *p = (crpci_multicast_peer *)crpci_heap_alloc(h, sizeof *p);
-    size_t size = crpci_url_encode(NULL, 0, url) + 1;
-    char *name = (char *)crpci_heap_alloc(h, size);
-    size_t len = strlen(url) + 1;
-    if (p)
-        p->text = (char *)crpci_heap_alloc(h, len);
-    if (!p || !name || !p->text) { /* it will be announced again */
-        crpci_heap_free(h, name, size);
-        if (p)
-            crpci_heap_free(h, p->text, len);
-        crpci_heap_free(h, p, sizeof *p);
-        return;
-    }
-    crpci_url_encode(name, size, url);
-    p->name = name;
-    p->size = len;
-    memcpy(p->text, url, len);
-    (void)crpci_registry_read(&p->is, p->text); /* it was read before */
-    p->expires_us = crpci_loop_now(r->of.loop) + crpci_multicast_ttl(url);
+    size_t n = strlen(url) + 1, size = sizeof(crpci_multicast_peer) + 2 * n;
+    crpci_multicast_peer *p = (crpci_multicast_peer *)crpci_heap_alloc(r->base.loop->heap, size);
+    if (!p)
+        return; /* the provider will announce itself again */
+    p->size = size;
+    p->url = (char *)(p + 1);
+    memcpy(p->url, url, n);
+    memcpy(p->url + n, url, n);
+    (void)crpci_names_read(&p->is, p->url + n); /* it was read before */
+    p->expires_us = crpci_loop_now(r->base.loop) + crpci_multicast_ttl(url);
     if (old)
         crpci_multicast_forget(r, old);
-    crpci_list_append(&r->peers, &p->node);
+    crpci_list_append(&r->peers, &p->link);
     r->peer_count++;
     crpci_multicast_changed(r);
 }
 
-/* A provider announces itself, or says that it is going. False: that made no sense. */
+/* A provider announces itself, or says that it goes. False: malformed, or above the limit. */
 CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool going)
 {
-    char text[CRPCI_MULTICAST_SIZE + 1], name[3 * CRPCI_MULTICAST_SIZE + 1];
-    crpci_registry_node n;
+    crpci_names_node n;
     crpci_multicast_peer *old;
-    memcpy(text, url, strlen(url) + 1);
-    if (!crpci_registry_read(&n, text) || !*n.service || !crpci_multicast_is_host(n.address))
+    memcpy(r->scratch, url, strlen(url) + 1);
+    if (!crpci_names_read(&n, r->scratch) || !*n.of.service || !crpci_multicast_is_host(n.address))
         return false;
     old = crpci_multicast_find(r, &n);
     if (old && old->is.timestamp_ms > n.timestamp_ms)
-        return true; /* late: it has been started anew since */
+        return true; /* it arrives late: the provider has been restarted since */
     if (going) {
         if (old) {
             crpci_multicast_forget(r, old);
@@ -10343,9 +11277,8 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
         }
         return true;
     }
-    crpci_url_encode(name, sizeof name, url);
-    if (old && strcmp(old->name, name) == 0)
-        old->expires_us = crpci_loop_now(r->of.loop) + crpci_multicast_ttl(url);
+    if (old && strcmp(old->url, url) == 0)
+        old->expires_us = crpci_loop_now(r->base.loop) + crpci_multicast_ttl(url);
     else if (crpci_multicast_wanted(r, &n)) {
         if (!old && r->peer_count >= CRPCI_MULTICAST_MAX)
             return false;
@@ -10354,30 +11287,29 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
     return true;
 }
 
-/* Somebody asks for a service: those who offer it answer, not all in the same moment, and not more
- * often than is good for the network. */
+/* A consumer asks for a service. Those who offer it answer, not all in the same moment, and each
+ * at most twice a second, so that questions cannot be amplified into a flood. */
 CRPCI_FN bool crpci_multicast_asked(crpci_multicast *r, const char *url)
 {
-    char text[CRPCI_MULTICAST_SIZE + 1], *address, *service, *query;
-    int64_t now = crpci_loop_now(r->of.loop);
+    char *address, *service, *query;
+    int64_t now = crpci_loop_now(r->base.loop);
     crpci_list *i;
-    memcpy(text, url, strlen(url) + 1);
-    if (!crpci_registry_split(text, &address, &service, &query) || !*service)
+    memcpy(r->scratch, url, strlen(url) + 1);
+    if (!crpci_names_split(r->scratch, &address, &service, &query) || !*service)
         return false;
     for (i = r->regs.next; i != &r->regs; i = i->next) {
-        crpci_multicast_reg *reg = CRPCI_CONTAINER(i, crpci_multicast_reg, node);
-        int64_t at = now + (int64_t)(crpci_loop_random(r->of.loop) % CRPCI_MULTICAST_ANSWER_US);
-        if (strcmp(service, "*") != 0 && strcmp(service, reg->what.service) != 0)
+        crpci_multicast_reg *reg = CRPCI_CONTAINER(i, crpci_multicast_reg, link);
+        int64_t at = now + (int64_t)(crpci_loop_random(r->base.loop) % CRPCI_MULTICAST_ANSWER_US);
+        if (strcmp(service, "*") != 0 && strcmp(service, reg->offer.what.service) != 0)
             continue;
         if (at < reg->sent_us + CRPCI_MULTICAST_QUIET_US)
             at = reg->sent_us + CRPCI_MULTICAST_QUIET_US;
-        if (at < reg->due_us)
-            reg->due_us = at;
+        reg->due_us = crpci_base_min64(reg->due_us, at);
     }
     return true;
 }
 
-/* One datagram; `size` as the network said, also of what did not fit. False: it made no sense. */
+/* One datagram; `size` as the network says, also of what did not fit. False: it is malformed. */
 CRPCI_FN bool crpci_multicast_take(crpci_multicast *r, char *text, size_t size)
 {
     if (size > CRPCI_MULTICAST_SIZE || memchr(text, '\0', size))
@@ -10396,31 +11328,21 @@ CRPCI_FN bool crpci_multicast_take(crpci_multicast *r, char *text, size_t size)
 
 /* --- what is said ----------------------------------------------------------------------------- */
 
-/* Finds the address to announce. */
-CRPCI_FN bool crpci_multicast_locate(crpci_multicast_reg *reg)
+/* Writes "register URL" into the scratch; without the methods if it is too long with them. False:
+ * too long. */
+CRPCI_FN bool crpci_multicast_write(const crpci_multicast_reg *reg, const char *verb)
 {
-    char host[INET_ADDRSTRLEN];
-    if (!reg->auto_host)
-        return true;
-    if (!crpci_multicast_host(reg->owner, host, sizeof host))
-        return false;
-    snprintf(reg->address, sizeof reg->address, "%s:%u", host, reg->port);
-    return true;
-}
-
-/* "register URL"; without the methods if it is too long with them. False: too long. */
-CRPCI_FN bool crpci_multicast_write(const crpci_multicast_reg *reg, const char *verb, char *out,
-                                    size_t size)
-{
-    crpci_registration what = reg->what;
-    size_t head = (size_t)snprintf(out, size, "%s ", verb), n;
-    int64_t ttl_ms = reg->owner->interval_us / 1000 * CRPCI_MULTICAST_TTL;
+    crpci_multicast *r = reg->owner;
+    crpci_names_service what = reg->offer.what;
+    const size_t size = sizeof r->scratch;
+    size_t head = (size_t)snprintf(r->scratch, size, "%s ", verb), n;
     int round;
     for (round = 0; round < 2; round++) {
-        n = head + crpci_registry_url(out + head, size - head, &what, reg->address,
-                                      reg->timestamp_ms, (long)getpid());
+        n = head + crpci_names_url(r->scratch + head, size - head, &what, false, reg->offer.address,
+                                   reg->offer.timestamp_ms, (long)getpid());
         if (n < size)
-            n += (size_t)snprintf(out + n, size - n, "&ttl=%lld", (long long)ttl_ms);
+            n += (size_t)snprintf(r->scratch + n, size - n, "&ttl=%u",
+                                  CRPCI_MULTICAST_INTERVAL_MS * CRPCI_MULTICAST_TTL);
         if (n < size)
             return true;
         what.methods = "";
@@ -10430,96 +11352,86 @@ CRPCI_FN bool crpci_multicast_write(const crpci_multicast_reg *reg, const char *
 
 CRPCI_FN void crpci_multicast_reg_unref(crpci_multicast_reg *reg)
 {
-    crpci_heap *h = reg->owner->of.loop->heap;
+    crpci_heap *h = reg->owner->base.loop->heap;
     if (--reg->refs)
         return;
-    crpci_registry_texts_free(h, reg->text, 5);
+    crpci_names_release(h, &reg->offer.what);
     crpci_heap_free(h, reg, sizeof *reg);
 }
 
-/* Locked, unlocks for the callback. */
-CRPCI_FN void crpci_multicast_tell(crpci_multicast_reg *reg, int status, const char *text)
-{
-    crpci_multicast *r = reg->owner;
-    if (reg->told == status || reg->ended || reg->caller.running)
-        return;
-    reg->told = status;
-    if (!reg->status)
-        return;
-    crpci_registry_call_begin(r->of.loop, &reg->caller);
-    reg->status(reg->user, status, text);
-    crpci_registry_call_end(r->of.loop, &r->of.cond, &reg->caller);
-}
-
-/* Locked, unlocks for the callback. */
+/* Announces a service, and reports it when the outcome is another one than the last. Unlocks. */
 CRPCI_FN void crpci_multicast_announce(crpci_multicast_reg *reg)
 {
     crpci_multicast *r = reg->owner;
-    char text[CRPCI_MULTICAST_SIZE + 1];
-    uint32_t part = (uint32_t)(r->interval_us / 4);
-    bool ok;
-    reg->sent_us = crpci_loop_now(r->of.loop);
-    reg->due_us = reg->sent_us + r->interval_us - part / 2 +
-                  (int64_t)(crpci_loop_random(r->of.loop) % (part + 1));
-    ok = crpci_multicast_locate(reg) &&
-         crpci_multicast_write(reg, "register", text, sizeof text) && crpci_multicast_send(r, text);
+    const uint32_t interval = CRPCI_MULTICAST_INTERVAL_MS * 1000, part = interval / 4;
+    char host[INET6_ADDRSTRLEN];
+    bool ok = true;
+    int status;
+    reg->sent_us = crpci_loop_now(r->base.loop);
+    reg->due_us = reg->sent_us + interval - part / 2 +
+                  (int64_t)(crpci_loop_random(r->base.loop) % (part + 1));
+    if (reg->offer.auto_host) {
+        ok = crpci_sock_route(&r->group, &r->which, host, sizeof host);
+        if (ok)
+            (void)crpci_directory_offer_move(&reg->offer, host);
+    }
+    ok = ok && crpci_multicast_write(reg, "register") && crpci_multicast_send(r, r->scratch);
+    status = ok ? CRPC_OK : CRPC_EREGISTRY;
+    if (reg->told == status)
+        return;
+    reg->told = status;
     reg->refs++;
-    crpci_multicast_tell(reg, ok ? CRPC_OK : CRPC_EREGISTRY,
+    crpci_directory_tell(r->base.loop, &r->directory.cond, &reg->offer, status,
                          ok ? "announced"
-                            : CRPCI_STATUS_TEXT("no datagram can be sent to the group"));
+                            : CRPCI_STATUS_TEXT("no datagram can be sent to the group; tried again "
+                                                "at every announcement"));
     crpci_multicast_reg_unref(reg);
 }
 
-CRPCI_FN void crpci_multicast_ask(crpci_multicast *r, crpci_registry_member *m)
+CRPCI_FN void crpci_multicast_ask(crpci_multicast *r, const crpci_names_service *want)
 {
-    char text[CRPCI_MULTICAST_SIZE + 1], host[INET_ADDRSTRLEN];
-    const char head[] = "subscribe ";
-    const size_t at = sizeof head - 1;
-    crpci_registration what;
-    memset(&what, 0, sizeof what);
-    what.service = m->base.query.service;
-    what.group = m->base.query.group;
-    what.version = m->base.query.version;
-    what.application = m->base.query.application;
-    if (!crpci_multicast_host(r, host, sizeof host))
+    static const char head[] = "subscribe ";
+    const size_t at = sizeof head - 1, room = sizeof r->scratch - at;
+    char host[INET6_ADDRSTRLEN];
+    if (!crpci_sock_route(&r->group, &r->which, host, sizeof host))
         snprintf(host, sizeof host, "0.0.0.0");
-    memcpy(text, head, sizeof head);
-    if (crpci_registry_consumer_url(text + at, sizeof text - at, &what, host, 0, (long)getpid()) <
-        sizeof text - at)
-        (void)crpci_multicast_send(r, text);
+    memcpy(r->scratch, head, sizeof head);
+    if (crpci_names_url(r->scratch + at, room, want, true, host, 0, (long)getpid()) < room)
+        (void)crpci_multicast_send(r, r->scratch);
 }
 
-/* --- the clockwork ---------------------------------------------------------------------------- */
+/* --- the timer -------------------------------------------------------------------------------- */
 
 CRPCI_FN void crpci_multicast_arm(crpci_multicast *r)
 {
-    int64_t now = crpci_loop_now(r->of.loop), next = now + CRPCI_MULTICAST_TICK_US;
+    int64_t now = crpci_loop_now(r->base.loop), next = now + CRPCI_MULTICAST_TICK_US;
     crpci_list *i;
-    if (r->of.closing)
+    if (r->directory.ended)
         return;
     if (r->serve_us)
         next = crpci_base_min64(next, r->serve_us);
     for (i = r->regs.next; i != &r->regs; i = i->next)
-        next = crpci_base_min64(next, CRPCI_CONTAINER(i, crpci_multicast_reg, node)->due_us);
-    for (i = r->of.subs.next; i != &r->of.subs; i = i->next) {
-        crpci_registry_member *m = CRPCI_CONTAINER(i, crpci_registry_member, base.node);
-        if (m->questions)
-            next = crpci_base_min64(next, m->query_us);
-        if (!m->base.last && !r->serve_us)
-            next = crpci_base_min64(next, m->due_us);
+        next = crpci_base_min64(next, CRPCI_CONTAINER(i, crpci_multicast_reg, link)->due_us);
+    for (i = r->directory.subscribers.next; i != &r->directory.subscribers; i = i->next) {
+        crpci_multicast_sub *s = CRPCI_CONTAINER(i, crpci_multicast_sub, base.link);
+        if (s->questions)
+            next = crpci_base_min64(next, s->question_us);
+        if (!s->base.last && !r->serve_us)
+            next = crpci_base_min64(next, s->base.first_us);
     }
-    crpci_loop_timer_set(r->of.loop, &r->of.timer, next - now);
+    crpci_loop_timer_set(r->base.loop, &r->timer, next - now);
 }
 
-/* Who was not heard of for too long is gone. After the loop has rested that says nothing: what was
- * sent meanwhile is not read yet, or was lost; so everybody is asked, and given time to answer. */
+/* Drops the providers that were silent for too long. After the loop has rested silence proves
+ * nothing: what was sent meanwhile is not read yet, or was lost; so all are asked, and get time to
+ * answer. */
 CRPCI_FN void crpci_multicast_expire(crpci_multicast *r, int64_t now)
 {
     bool rested = now - r->tick_us > 3 * (int64_t)CRPCI_MULTICAST_TICK_US;
     crpci_list *i;
     r->tick_us = now;
     for (i = r->peers.next; i != &r->peers;) {
-        crpci_multicast_peer *p = CRPCI_CONTAINER(i, crpci_multicast_peer, node);
+        crpci_multicast_peer *p = CRPCI_CONTAINER(i, crpci_multicast_peer, link);
         i = i->next;
         if (rested && p->expires_us < now + CRPCI_MULTICAST_GRACE_US)
             p->expires_us = now + CRPCI_MULTICAST_GRACE_US;
@@ -10528,252 +11440,239 @@ CRPCI_FN void crpci_multicast_expire(crpci_multicast *r, int64_t now)
         crpci_multicast_forget(r, p);
         crpci_multicast_changed(r);
     }
-    for (i = r->of.subs.next; rested && i != &r->of.subs; i = i->next) {
-        crpci_registry_member *m = CRPCI_CONTAINER(i, crpci_registry_member, base.node);
-        m->query_us = now;
-        m->questions = 2;
+    for (i = r->directory.subscribers.next; rested && i != &r->directory.subscribers; i = i->next) {
+        crpci_multicast_sub *s = CRPCI_CONTAINER(i, crpci_multicast_sub, base.link);
+        s->question_us = now;
+        s->questions = 2;
     }
 }
 
-/* Tells of changes. Locked, unlocks meanwhile. */
+/* Reports the providers to the directory. Unlocks. */
 CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
 {
-    crpci_heap *h = r->of.loop->heap;
-    crpci_registry_names names;
+    crpci_heap *h = r->base.loop->heap;
+    crpci_directory_report report;
+    crpci_names names;
     crpci_list *i;
-    size_t text = 0;
     char *p;
     memset(&names, 0, sizeof names);
+    names.size = r->peer_count * sizeof *names.name + 1;
     for (i = r->peers.next; i != &r->peers; i = i->next)
-        text += strlen(CRPCI_CONTAINER(i, crpci_multicast_peer, node)->name) + 1;
-    names.size = r->peer_count * sizeof *names.name + text + 1;
+        names.size +=
+            crpci_url_encode(NULL, 0, CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) + 1;
     names.name = (char **)crpci_heap_alloc(h, names.size);
     if (!names.name)
         return; /* serve_us stays: tried again at the next tick */
     p = (char *)(names.name + r->peer_count);
     for (i = r->peers.next; i != &r->peers; i = i->next) {
-        const char *name = CRPCI_CONTAINER(i, crpci_multicast_peer, node)->name;
-        size_t n = strlen(name) + 1;
-        memcpy(p, name, n);
         names.name[names.count++] = p;
-        p += n;
+        p += crpci_url_encode(p, names.size - (size_t)(p - (char *)names.name),
+                              CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) +
+             1;
     }
     r->serve_us = 0;
-    crpci_registry_local_serve(&r->of, &names, true);
-    crpci_registry_names_free(h, &names);
+    report.names = names.name;
+    report.count = names.count;
+    report.whole = true;
+    if (!crpci_directory_update(&r->directory, &report))
+        r->serve_us = crpci_loop_now(r->base.loop) + CRPCI_MULTICAST_TICK_US;
+    crpci_names_free(h, &names);
 }
 
-/* Does what is due. Locked, unlocks for callbacks. */
+/* Does what is due. Unlocks. */
 CRPCI_FN void crpci_multicast_run(crpci_multicast *r)
 {
-    int64_t now = crpci_loop_now(r->of.loop);
+    int64_t now = crpci_loop_now(r->base.loop);
     crpci_list *i;
     crpci_multicast_expire(r, now);
-    for (i = r->of.subs.next; i != &r->of.subs; i = i->next) {
-        crpci_registry_member *m = CRPCI_CONTAINER(i, crpci_registry_member, base.node);
-        if (m->questions && m->query_us <= now) {
-            m->query_us = now + CRPCI_MULTICAST_FIRST_US / 2;
-            m->questions--;
-            crpci_multicast_ask(r, m);
+    for (i = r->directory.subscribers.next; i != &r->directory.subscribers; i = i->next) {
+        crpci_multicast_sub *s = CRPCI_CONTAINER(i, crpci_multicast_sub, base.link);
+        if (s->questions && s->question_us <= now) {
+            s->question_us = now + CRPCI_MULTICAST_FIRST_US / 2;
+            s->questions--;
+            crpci_multicast_ask(r, &s->base.want);
         }
-        if (!m->base.last && m->due_us <= now) /* nobody has answered: that is news too */
+        if (!s->base.last && s->base.first_us <= now) /* no answer: the list is empty */
             crpci_multicast_changed(r);
     }
-    for (i = r->regs.next; i != &r->regs && !r->of.closing;) {
-        crpci_multicast_reg *reg = CRPCI_CONTAINER(i, crpci_multicast_reg, node);
+    for (i = r->regs.next; i != &r->regs && !r->directory.ended;) {
+        crpci_multicast_reg *reg = CRPCI_CONTAINER(i, crpci_multicast_reg, link);
         i = i->next;
         if (reg->due_us > now)
             continue;
         crpci_multicast_announce(reg);
         i = r->regs.next; /* anything can have come and gone */
     }
-    if (r->serve_us && r->serve_us <= now && !r->of.closing)
+    if (r->serve_us && r->serve_us <= now && !r->directory.ended)
         crpci_multicast_serve(r);
 }
 
 CRPCI_FN void crpci_multicast_on_timer(crpc_loop *l, crpci_timer *timer)
 {
-    crpci_multicast *r = CRPCI_CONTAINER(timer, crpci_multicast, of.timer);
-    r->of.refs++;
+    crpci_multicast *r = CRPCI_CONTAINER(timer, crpci_multicast, timer);
+    (void)l;
+    r->directory.refs++;
     crpci_multicast_run(r);
     crpci_multicast_arm(r);
-    crpci_registry_local_unlock(&r->of);
-    crpci_loop_lock(l);
+    crpci_directory_unref(&r->directory);
 }
 
 CRPCI_FN void crpci_multicast_on_event(crpc_loop *l, crpci_watch *watch, unsigned events)
 {
     crpci_multicast *r = CRPCI_CONTAINER(watch, crpci_multicast, watch);
+    char text[CRPC_ADDRESS_MAX];
+    crpci_addr from;
     unsigned n;
-    (void)l;
     (void)events;
     for (n = 0; n < CRPCI_MULTICAST_BATCH; n++) {
-        char text[CRPCI_MULTICAST_SIZE + 1];
-        ssize_t got = recv(r->fd, text, CRPCI_MULTICAST_SIZE, MSG_DONTWAIT | MSG_TRUNC);
+        ssize_t got;
+        from.len = sizeof from.u;
+        got = recvfrom(r->fd, r->datagram, CRPCI_MULTICAST_SIZE, MSG_DONTWAIT | MSG_TRUNC,
+                       &from.u.any, &from.len);
         if (got < 0)
             break;
-        if (crpci_multicast_take(r, text, (size_t)got))
+        if (crpci_multicast_take(r, r->datagram, (size_t)got) || r->ignored++)
             continue;
-        if (r->ignored++ == 0)
-            crpci_heap_log(r->of.loop->heap, CRPC_LOG_WARN,
-                           "multicast: a datagram that makes no sense, or one too many, is "
-                           "ignored, as others will be");
+        crpci_sock_format(&from, text, sizeof text);
+        crpci_heap_log(l->heap, CRPC_LOG_WARN,
+                       "registry %s: malformed datagram from %s, or one above the limit of %u "
+                       "providers, ignored; further ones are counted, not logged",
+                       r->directory.name, text, CRPCI_MULTICAST_MAX);
     }
     crpci_multicast_arm(r);
 }
 
 /* --- the interface ---------------------------------------------------------------------------- */
 
-/* Takes over what is to be registered. */
-CRPCI_FN int crpci_multicast_reg_init(crpci_multicast_reg *reg, const crpci_registration *what,
-                                      crpci_heap *h)
+CRPCI_FN int crpci_multicast_enroll(crpci_backend *b, const crpci_names_service *what,
+                                    crpci_directory_status_fn status, void *user, void **handle)
 {
-    char text[CRPCI_MULTICAST_SIZE + 1], host[INET6_ADDRSTRLEN];
-    const char *from[5];
-    crpci_addr a;
-    if (!what->service || !*what->service || !what->address ||
-        !crpci_sock_split(what->address, host, sizeof host, &reg->port) || !reg->port)
-        return CRPC_EINVAL;
-    reg->auto_host = !*host || strcmp(host, "0.0.0.0") == 0 || strcmp(host, "::") == 0;
-    if (!reg->auto_host) {
-        if (!crpci_sock_parse(&a, what->address))
-            return CRPC_EINVAL;
-        crpci_sock_format(&a, reg->address, sizeof reg->address);
-    }
-    from[0] = what->service;
-    from[1] = what->group;
-    from[2] = what->version;
-    from[3] = what->application;
-    from[4] = what->methods;
-    if (!crpci_registry_texts_copy(h, reg->text, from, 5))
-        return CRPC_ENOMEM;
-    reg->what = *what;
-    reg->what.service = reg->text[0];
-    reg->what.group = reg->text[1];
-    reg->what.version = reg->text[2];
-    reg->what.application = reg->text[3];
-    reg->what.methods = reg->text[4];
-    reg->what.address = NULL;
-    /* with the longest address, and the longer verb, it must fit a datagram */
-    if (reg->auto_host)
-        snprintf(reg->address, sizeof reg->address, "255.255.255.255:65535");
-    return crpci_multicast_write(reg, "unregister", text, sizeof text) ? CRPC_OK : CRPC_EINVAL;
-}
-
-CRPCI_FN int crpci_multicast_enroll(crpci_registry *base, const crpci_registration *what,
-                                    crpci_registry_status_fn status, void *user, void **handle)
-{
-    crpci_multicast *r = (crpci_multicast *)(void *)base;
-    crpc_loop *l = r->of.loop;
-    crpci_multicast_reg *reg = (crpci_multicast_reg *)crpci_heap_alloc(l->heap, sizeof *reg);
-    struct timespec ts;
+    crpci_multicast *r = (crpci_multicast *)(void *)b;
+    crpci_multicast_reg *reg = (crpci_multicast_reg *)crpci_heap_alloc(b->loop->heap, sizeof *reg);
     int err;
-    *handle = NULL;
     if (!reg)
         return CRPC_ENOMEM;
-    clock_gettime(CLOCK_REALTIME, &ts); /* it goes into the URL; nothing is timed by it */
-    reg->timestamp_ms = (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
     reg->owner = r;
     reg->refs = 1;
-    reg->status = status;
-    reg->user = user;
     reg->told = -1;
-    crpci_list_init(&reg->node);
-    err = crpci_multicast_reg_init(reg, what, l->heap);
+    crpci_list_init(&reg->link);
+    err = crpci_directory_offer_init(&reg->offer, b->loop->heap, what, status, user);
+    crpci_loop_lock(b->loop);
+    /* with the longest address, and the longer verb, it must fit a datagram */
+    if (reg->offer.auto_host)
+        snprintf(reg->offer.address, sizeof reg->offer.address, "255.255.255.255:65535");
+    if (!err && !crpci_multicast_write(reg, "unregister"))
+        err = CRPC_EINVAL;
     if (err) {
         crpci_multicast_reg_unref(reg);
-        return err;
+    } else {
+        reg->due_us = crpci_loop_now(b->loop);
+        crpci_list_append(&r->regs, &reg->link);
+        *handle = reg;
+        crpci_multicast_arm(r);
     }
-    crpci_loop_lock(l);
-    reg->due_us = crpci_loop_now(l);
-    crpci_list_append(&r->regs, &reg->node);
-    *handle = reg;
-    crpci_multicast_arm(r);
-    crpci_loop_unlock(l);
-    return CRPC_OK;
+    crpci_loop_unlock(b->loop);
+    return err;
 }
 
-/* Locked. */
+/* Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_multicast_reg_end(crpci_multicast_reg *reg)
 {
     crpci_multicast *r = reg->owner;
-    char text[CRPCI_MULTICAST_SIZE + 1];
-    reg->ended = true;
-    crpci_list_remove(&reg->node);
-    if (reg->told == CRPC_OK && crpci_multicast_write(reg, "unregister", text, sizeof text))
-        (void)crpci_multicast_send(r, text);
-    crpci_registry_call_wait(r->of.loop, &r->of.cond, &reg->caller);
+    reg->offer.ended = true;
+    crpci_list_remove(&reg->link);
+    if (reg->told == CRPC_OK && crpci_multicast_write(reg, "unregister"))
+        (void)crpci_multicast_send(r, r->scratch);
+    crpci_directory_call_wait(r->base.loop, &r->directory.cond, &reg->offer.caller);
     crpci_multicast_reg_unref(reg);
 }
 
-CRPCI_FN void crpci_multicast_withdraw(crpci_registry *base, void *handle)
+CRPCI_FN void crpci_multicast_withdraw(crpci_backend *b, void *handle)
 {
-    crpci_multicast *r = (crpci_multicast *)(void *)base;
-    if (!handle)
-        return;
-    crpci_loop_lock(r->of.loop);
+    crpci_loop_lock(b->loop);
     crpci_multicast_reg_end((crpci_multicast_reg *)handle);
-    crpci_loop_unlock(r->of.loop);
+    crpci_loop_unlock(b->loop);
 }
 
-CRPCI_FN int crpci_multicast_subscribe(crpci_registry *base, const crpci_registry_query *what,
-                                       crpci_registry_push_fn push, void *user, void **handle)
+CRPCI_FN int crpci_multicast_subscribe(crpci_backend *b, const crpci_names_service *want,
+                                       crpci_directory_push_fn push, void *user,
+                                       crpci_subscriber **out)
 {
-    crpci_multicast *r = (crpci_multicast *)(void *)base;
-    crpc_loop *l = r->of.loop;
-    crpci_registry_member *m;
-    *handle = NULL;
-    if (!what->service || !*what->service)
+    crpci_multicast *r = (crpci_multicast *)(void *)b;
+    crpci_multicast_sub *s;
+    if (!want->service || !*want->service)
         return CRPC_EINVAL;
-    m = crpci_registry_member_new(&r->of, what, push, user);
-    if (!m)
-        return CRPC_ENOMEM;
-    crpci_loop_lock(l);
-    m->query_us = crpci_loop_now(l);
-    m->due_us = m->query_us + CRPCI_MULTICAST_FIRST_US;
-    m->questions = 2; /* a datagram can be lost */
-    crpci_list_append(&r->of.subs, &m->base.node);
-    *handle = m;
-    if (r->peer_count)
-        crpci_multicast_changed(r);
-    crpci_multicast_arm(r);
-    crpci_loop_unlock(l);
-    return CRPC_OK;
+    crpci_loop_lock(b->loop);
+    s = (crpci_multicast_sub *)(void *)crpci_directory_add(&r->directory, sizeof *s, want, push,
+                                                           user);
+    if (s) {
+        s->question_us = crpci_loop_now(b->loop);
+        s->questions = 2;
+        s->base.first_us = s->question_us + CRPCI_MULTICAST_FIRST_US;
+        *out = &s->base;
+        if (r->peer_count)
+            crpci_multicast_changed(r);
+        crpci_multicast_arm(r);
+    }
+    crpci_loop_unlock(b->loop);
+    return s ? CRPC_OK : CRPC_ENOMEM;
 }
 
-CRPCI_FN void crpci_multicast_free(crpci_registry_local *base)
+/* Frees the block, when nobody refers to the directory any more. */
+CRPCI_FN void crpci_multicast_free(crpci_directory *d)
 {
-    crpci_multicast *r = (crpci_multicast *)(void *)base;
+    crpci_multicast *r = CRPCI_CONTAINER(d, crpci_multicast, directory);
     while (!crpci_list_empty(&r->peers))
-        crpci_multicast_forget(r, CRPCI_CONTAINER(r->peers.next, crpci_multicast_peer, node));
-    if (r->fd >= 0)
-        close(r->fd);
-    crpci_heap_free(base->loop->heap, r, sizeof *r);
+        crpci_multicast_forget(r, CRPCI_CONTAINER(r->peers.next, crpci_multicast_peer, link));
+    close(r->fd);
+    crpci_heap_free(d->loop->heap, r, sizeof *r);
 }
 
-CRPCI_FN void crpci_multicast_close(crpci_registry *base)
+CRPCI_FN void crpci_multicast_close(crpci_backend *b)
 {
-    crpci_multicast *r = (crpci_multicast *)(void *)base;
-    crpci_loop_lock(r->of.loop);
+    crpci_multicast *r = (crpci_multicast *)(void *)b;
+    crpc_loop *l = b->loop;
+    crpci_loop_lock(l);
     while (!crpci_list_empty(&r->regs))
-        crpci_multicast_reg_end(CRPCI_CONTAINER(r->regs.next, crpci_multicast_reg, node));
-    crpci_registry_local_shut(&r->of);
-    crpci_watch_set(r->of.loop, &r->watch, r->fd, 0);
-    crpci_registry_local_unlock(&r->of);
+        crpci_multicast_reg_end(CRPCI_CONTAINER(r->regs.next, crpci_multicast_reg, link));
+    crpci_loop_timer_cancel(l, &r->timer);
+    crpci_watch_set(l, &r->watch, r->fd, 0);
+    crpci_directory_end(&r->directory);
+    crpci_loop_unlock(l);
+    crpci_loop_release(l);
 }
 
-static const crpci_registry_ops crpci_multicast_ops = {
-    sizeof(crpci_registry_ops), CRPCI_REGISTRY_OPS_VERSION, crpci_multicast_enroll,
-    crpci_multicast_withdraw,   crpci_multicast_subscribe,  crpci_registry_local_unsubscribe,
-    crpci_multicast_close};
+static const crpci_backend_ops crpci_multicast_ops = {
+    crpci_multicast_enroll, crpci_multicast_withdraw, crpci_multicast_subscribe,
+    crpci_directory_leave, crpci_multicast_close};
 
-/* multicast://224.5.6.7:port, with ?interface=name-or-address behind it if need be */
+/* An open registry that is in the group. NULL: out of memory. */
+CRPCI_COLD crpci_multicast *crpci_multicast_new(crpc_loop *l, const char *authority, int fd)
+{
+    crpci_multicast *r = (crpci_multicast *)crpci_heap_alloc(l->heap, sizeof *r);
+    if (!r || !crpci_directory_init(&r->directory, l,
+                                    crpci_heap_format(l->heap, "multicast://%s", authority),
+                                    crpci_multicast_free)) {
+        crpci_heap_free(l->heap, r, sizeof *r);
+        return NULL;
+    }
+    r->base.ops = &crpci_multicast_ops;
+    r->base.loop = l;
+    r->fd = fd;
+    crpci_list_init(&r->peers);
+    crpci_list_init(&r->regs);
+    crpci_timer_init(&r->timer, crpci_multicast_on_timer);
+    crpci_watch_init(&r->watch, crpci_multicast_on_event);
+    crpci_loop_hold(l);
+    return r;
+}
+
+/* multicast://224.5.6.7:port */
 CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
-                                    const crpci_registry_options *options, crpci_registry **out,
+                                    const crpci_directory_options *o, crpci_backend **out,
                                     crpc_error *error)
 {
-    const char *interface = options ? options->interface : NULL;
-    char named[64];
+    const char *call;
     struct ip_mreqn which;
     crpci_addr group;
     crpci_multicast *r;
@@ -10784,54 +11683,42 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
                                 "multicast://%.60s: expected an address from 224.0.0.0 to "
                                 "239.255.255.255, and a port",
                                 url->authority);
-    if (*url->query) { /* a server hands it on, a channel has taken it out */
-        if (strncmp(url->query, "interface=", 10) != 0 || strchr(url->query, '&') ||
-            (size_t)snprintf(named, sizeof named, "%s", url->query + 10) >= sizeof named ||
-            !crpci_url_decode(named))
-            return crpci_status_set(error, CRPC_EINVAL,
-                                    "multicast://%.60s?%.60s: interface= is the only option",
-                                    url->authority, url->query);
-        interface = named;
-    }
-    if (!crpci_multicast_interface(interface, &which))
-        return crpci_status_set(error, CRPC_EADDRESS, "multicast: there is no interface \"%.40s\"",
-                                interface);
-    fd = crpci_multicast_socket(&group, &which);
+    if (!crpci_multicast_interface(o->interface, &which))
+        return crpci_status_set(error, CRPC_EADDRESS,
+                                "multicast://%.60s: interface \"%.40s\" does not exist; see "
+                                "`ip address`",
+                                url->authority, o->interface);
+    fd = crpci_multicast_socket(&group, &which, &call);
     if (fd < 0)
-        return crpci_status_set(error, CRPC_EADDRESS, "multicast://%.60s: %s", url->authority,
-                                strerror(errno));
-    r = (crpci_multicast *)crpci_heap_alloc(l->heap, sizeof *r);
-    if (!r || !crpci_registry_local_init(&r->of, &crpci_multicast_ops, l, crpci_multicast_on_timer,
-                                         crpci_multicast_free)) {
-        crpci_heap_free(l->heap, r, sizeof *r);
+        return crpci_status_set(error, CRPC_EADDRESS,
+                                "multicast://%.60s: %s: %s; interface= names "
+                                "the interface to use",
+                                url->authority, call, strerror(errno));
+    r = crpci_multicast_new(l, url->authority, fd);
+    if (!r) {
         close(fd);
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+        return crpci_status_set(error, CRPC_ENOMEM, "multicast://%.60s: out of memory",
+                                url->authority);
     }
-    r->fd = fd;
     r->group = group;
     r->which = which;
-    r->interval_us =
-        crpci_base_option(options ? options->announce_ms : 0, CRPCI_MULTICAST_INTERVAL_MS,
-                          CRPCI_MULTICAST_INTERVAL_MS) * 1000;
-    crpci_list_init(&r->peers);
-    crpci_list_init(&r->regs);
-    crpci_watch_init(&r->watch, crpci_multicast_on_event);
     crpci_loop_lock(l);
     r->tick_us = crpci_loop_now(l);
     err = crpci_watch_set(l, &r->watch, fd, CRPC_READABLE);
-    if (!err) {
-        crpci_loop_unlock(l);
-        *out = &r->of.base;
-        return CRPC_OK;
+    crpci_loop_unlock(l);
+    if (err) {
+        crpci_multicast_close(&r->base);
+        return crpci_status_set(error, err, "multicast://%.60s: %s", url->authority,
+                                crpc_status_text(err));
     }
-    crpci_registry_local_unlock(&r->of);
-    return crpci_status_set(error, err, "multicast: %s", crpc_status_text(err));
+    *out = &r->base;
+    return CRPC_OK;
 }
 
 #endif /* CRPC_ENABLE_SERVERLESS */
 
 /* ======================================================================== */
-/* >>impl-zookeeper   the registry in ZooKeeper, with Dubbo's layout         */
+/* >>impl-zk-servers   the servers of an ensemble, and the way to them       */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_ZOOKEEPER
@@ -10840,349 +11727,24 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
 #endif
 #include <zookeeper/zookeeper.h>
 
-/* A session is shared by all registries of a loop that name the same servers, credential and
- * timeout. It knows what is wanted: tasks, which are directories to watch and nodes to keep
- * registered. A link is one handle of the client, from its making to its end; when the client gives
- * the session up, or ought to, the link is replaced and every task begins anew. crpci_zookeeper_run
- * sends what is due; answers, session events, timers and callers invoke it. A task has one request
- * under way at most.
- *
- * All of it is guarded by the loop's lock, which is never held while the client is called or calls
- * back into the upper sections. `busy` marks the one thread that uses or replaces the handle.
- *
- * With libzookeeper_mt answers and events come on the client's completion thread, and all that must
- * happen in time happens there, because nobody may step the loop for hours: reading and pushing
- * lists, and the replacing of the link with its waiting. The loop's timer paces retries and checks,
- * and the watchdog: a loss of connection that outlasts two session timeouts ends the session,
- * because a server without its old data refuses it for ever and never says that it expired. Closing
- * a handle can block, so the timer only sends a probe; its completion, which comes with an error as
- * long as no server is there, brings the completion thread to the point where it replaces the link.
- *
- * With libzookeeper_st everything happens in crpci_zookeeper_run on the thread that drives the
- * loop.
- *
- * What the client can still call back with must outlive it. Completions hold an op each; those that
- * never come, because the handle was closed at the wrong moment, are freed with the link. Watches,
- * which may fire again or never, hold only the link, and say by their path what they are about. A
- * link that is closed from outside is free of callbacks when zookeeper_close returns. Closed in one
- * of its own callbacks, libzookeeper_mt frees itself later, on its completion thread: the link is
- * freed by a destructor of thread-specific data, when that thread ends. */
+#define CRPCI_ZK_SERVERS_PORT 2181
 
-#define CRPCI_ZOOKEEPER_PORT           2181
-#define CRPCI_ZOOKEEPER_ROOT           "dubbo"
-#define CRPCI_ZOOKEEPER_SPREAD_MS      2000
-#define CRPCI_ZOOKEEPER_TIMEOUT_MS     15000
-#define CRPCI_ZOOKEEPER_TIMEOUT_MAX_MS 3600000   /* a longer one was not granted by a ZooKeeper */
-#define CRPCI_ZOOKEEPER_TIMEOUT_MIN_MS 200       /* a sixtieth of it paces the client's dialling */
-#define CRPCI_ZOOKEEPER_RETRY_US       1000000   /* after an answer that is no answer */
-#define CRPCI_ZOOKEEPER_REFUSED_US     5000000   /* reads of a directory that may not be created */
-#define CRPCI_ZOOKEEPER_CHECK_US       60000000  /* is the node still there, and ours? */
-#define CRPCI_ZOOKEEPER_BACK_US        500000    /* before a node that was removed is made again */
-#define CRPCI_ZOOKEEPER_REREAD_US      300000000 /* in case a watch was lost */
-#define CRPCI_ZOOKEEPER_BACKOFF_US     30000000  /* longest wait between tries */
-#define CRPCI_ZOOKEEPER_TWIN_US        5000000 /* first wait before looking again for stale twins */
-#define CRPCI_ZOOKEEPER_LINGER_US      200000 /* closing waits for answers */
-#define CRPCI_ZOOKEEPER_TWIN_ROUNDS    5u
-#define CRPCI_ZOOKEEPER_REFUSALS                                                                   \
-    3u /* connections closed without a session: it is not known there */
-
-typedef struct crpci_zookeeper crpci_zookeeper;
-typedef struct crpci_zookeeper_op crpci_zookeeper_op;
-typedef struct crpci_zookeeper_task crpci_zookeeper_task;
-
-/* One handle of the client. */
-typedef struct crpci_zookeeper_link {
-    crpci_zookeeper *session;
-    zhandle_t *zh;
-    crpci_list ops;      /* every op that may still be called back */
-    bool ready;          /* zh may be used */
-    bool authed;         /* the credential is with the client */
-    bool had_session;    /* there is something to lose */
-    bool inside;         /* a callback runs... */
-    crpci_thread thread; /* ... on this thread */
-    int64_t born_us;
-#if !CRPC_ZOOKEEPER_ST
-    pthread_key_t key;
-#endif
-} crpci_zookeeper_link;
-
-struct crpci_zookeeper {
-    crpci_list node; /* in loop->registries */
-    crpc_loop *loop;
+/* What a URL's authority stands for. Filled once, then only read (a test changes an address). */
+typedef struct crpci_zk_servers {
     crpci_heap *heap;
-    uint32_t refs;  /* registries, links, steps */
-    uint32_t users; /* registries: the last one closes the session */
-    uint32_t links; /* not yet free of callbacks */
-    char *authority;
-    char *credential; /* or NULL */
-    int timeout_ms;
-    int64_t spread_us;
-    char *hosts; /* numeric, as the client wants them */
-    crpci_registry_cache cache;
-    crpci_addr *servers;
-    size_t server_count;
-    crpci_cond cond; /* busy, a callback, a link or the wish to live ended */
-    crpci_timer timer;
-    crpci_list tasks;
-    crpci_zookeeper_link *link;
-    bool busy;
-    crpci_thread busy_thread;
-    bool again; /* run once more: something changed while busy */
-    bool closing;
-    bool deferred; /* closed inside a callback: the step that runs it finishes the job */
-    bool connected;
-    bool aged;    /* what was read was called stale, since the loss */
-    bool renew;   /* the link has to be replaced */
-    bool probing; /* a probe is under way */
-    bool warned;
-    int64_t session_id;
-    int64_t stamp_ms; /* the last consumer's: no two are the same */
-    int negotiated_ms;
-    int64_t lost_us; /* when the connection was lost, 0: it is there, or never was */
-    int64_t probe_us;
-    int64_t renew_us;
-    unsigned refused;  /* connections that were closed without a session, since the loss */
-    unsigned failures; /* links replaced since the last good answer */
-    unsigned turn;     /* which server the next probe asks */
-#if CRPC_ZOOKEEPER_ST
-    crpci_watch watch;
-    unsigned events;
-    int fd;
-    int64_t client_us;  /* when the client wants to be called again */
-    int64_t refused_us; /* when the next refusal counts */
-#endif
-};
+    const char *authority; /* as the user wrote it; the owner of this struct keeps it */
+    crpci_addr *addr;
+    size_t count;
+    char *hosts; /* for zookeeper_init2: numeric, shuffled */
+} crpci_zk_servers;
 
-typedef enum crpci_zookeeper_step {
-    CRPCI_ZOOKEEPER_IDLE,
-    CRPCI_ZOOKEEPER_LIST,        /* read the directory */
-    CRPCI_ZOOKEEPER_MKDIR,       /* make the directory */
-    CRPCI_ZOOKEEPER_CREATE,      /* create the node */
-    CRPCI_ZOOKEEPER_STAT,        /* whose is it? */
-    CRPCI_ZOOKEEPER_DELETE,      /* remove it: another session's, or with an old address */
-    CRPCI_ZOOKEEPER_TWIN_STAT,   /* whose is another node with the same address? */
-    CRPCI_ZOOKEEPER_TWIN_DELETE, /* remove that one */
-    CRPCI_ZOOKEEPER_GONE,        /* remove the node for good */
-    CRPCI_ZOOKEEPER_PROBE,       /* see above */
-    CRPCI_ZOOKEEPER_ADD,         /* create a node of any kind */
-    CRPCI_ZOOKEEPER_GET,         /* read a node */
-    CRPCI_ZOOKEEPER_WATCH,       /* the same, to hear of its end */
-    CRPCI_ZOOKEEPER_SET,         /* write a node */
-    CRPCI_ZOOKEEPER_MULTI        /* several of these at once */
-} crpci_zookeeper_step;
-
-/* What zoo_amulti fills in while it waits: one block. */
-typedef struct crpci_zookeeper_multi {
-    size_t size; /* of the block */
-    int count;
-    zoo_op_t *ops;
-    zoo_op_result_t *results;
-} crpci_zookeeper_multi;
-
-/* A request, from before it is sent until it is answered. */
-struct crpci_zookeeper_op {
-    crpci_list node; /* in link->ops */
-    crpci_zookeeper_link *link;
-    crpci_zookeeper_task *task; /* NULL: a probe */
-    crpci_zookeeper_step step;
-    char *path;
-    const char *data; /* of a node to create or write; the task's */
-    int size;         /* of it; CREATE takes its length */
-    int version;
-    int flags;    /* ADD: the client's */
-    bool creator; /* ADD: for the session's identity alone */
-    bool watch;
-    crpci_zookeeper_multi *multi;
-    int64_t sent_us; /* when it was given to the client: the server had it no earlier */
-};
-
-typedef struct crpci_zookeeper_answer {
-    int rc;
-    const struct Stat *stat;
-    const struct String_vector *names;
-    const char *text; /* the path of a node that was created, or a node's bytes */
-    int size;         /* of the bytes; negative: none */
-} crpci_zookeeper_answer;
-
-/* What a kind of task does; all locked, `done` may unlock meanwhile. The last three may be NULL;
- * they, and `resume`, take no task off the session but their own. */
-typedef struct crpci_zookeeper_kind {
-    bool (*prepare)(crpci_zookeeper_task *t, crpci_zookeeper_op *op); /* what to send now */
-    void (*done)(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
-                 const crpci_zookeeper_answer *a);
-    void (*resume)(crpci_zookeeper_task *t, bool fresh); /* connected; fresh: a new session */
-    void (*free)(crpci_zookeeper_task *t);
-    void (*changed)(crpci_zookeeper_task *t, const char *path, bool gone); /* a watch fired */
-    /* The connection is lost; over: the session too, and what is under way gets no answer. */
-    void (*lost)(crpci_zookeeper_task *t, bool over);
-    /* The client did not take a request, or (not ZINVALIDSTATE) perhaps it did. */
-    void (*unsent)(crpci_zookeeper_task *t, const crpci_zookeeper_op *op, int rc);
-} crpci_zookeeper_kind;
-
-struct crpci_zookeeper_task {
-    crpci_list node; /* in session->tasks */
-    const crpci_zookeeper_kind *kind;
-    crpci_zookeeper *session;
-    uint32_t refs;
-    crpci_zookeeper_op *op; /* under way */
-    crpci_zookeeper_step step;
-    int64_t due_us; /* when to send; 0: now */
-    size_t made;    /* MKDIR: length of the part of dir that is tried */
-    char *dir;      /* "/dubbo/demo.UserService/providers" */
-};
-
-/* A directory to watch: one of providers, or the one of overrides that goes with it. */
-typedef struct crpci_zookeeper_dir {
-    crpci_zookeeper_task task;
-    struct crpci_zookeeper_dir *rules;     /* of providers: where the overrides are */
-    struct crpci_zookeeper_dir *providers; /* of overrides: whose; NULL: nobody's any more */
-    crpci_registry_rules *overrides;       /* of providers: as read last, or NULL */
-    bool ruled; /* of providers: overrides were looked for; until then it is not read */
-    crpci_list subs;
-    uint32_t round; /* of reading */
-    bool read;      /* it was, once */
-    bool aged;      /* all was called stale in this round of the session's */
-    bool refused;   /* may not be created */
-    bool bad;       /* it was logged that a name is unreadable */
-    bool failed;    /* it was logged that reading failed */
-} crpci_zookeeper_dir;
-
-typedef struct crpci_zookeeper_registry {
-    crpci_registry base;
-    crpci_zookeeper *session;
-    char *root; /* "/dubbo" */
-    char *application;
-    bool register_consumer;
-} crpci_zookeeper_registry;
-
-typedef struct crpci_zookeeper_reg crpci_zookeeper_reg;
-
-typedef struct crpci_zookeeper_sub {
-    crpci_registry_sub base;
-    crpci_zookeeper_dir *dir;
-    crpci_zookeeper_registry *owner;
-    crpci_zookeeper_reg *consumer; /* NULL: not registered as one */
-    uint32_t round;
-} crpci_zookeeper_sub;
-
-/* A node to keep registered. */
-struct crpci_zookeeper_reg {
-    crpci_zookeeper_task task;
-    crpci_zookeeper_registry *owner;
-    crpci_registry_status_fn status;
-    void *user;
-    crpci_registry_caller caller;
-    bool consumer; /* not a provider */
-    char *text[5];
-    crpci_registration what; /* its texts are `text` */
-    unsigned port;
-    bool auto_host;
-    bool v4; /* ... and the listener takes no IPv6 */
-    char host[INET6_ADDRSTRLEN];
-    char address[CRPC_ADDRESS_MAX];
-    int64_t timestamp_ms; /* part of the name: one for life */
-    char *path;           /* of the node; NULL: the address is not known yet */
-    bool tried;           /* it may exist */
-    bool live;            /* it exists and is this session's */
-    bool moving;          /* it is being removed because the address has changed */
-    bool withdrawn;
-    unsigned failures;
-    unsigned fights; /* times the node was another session's in a row */
-    int64_t check_us;
-    int64_t twins_us; /* when to look for stale twins; 0: not at all */
-    unsigned rounds;  /* passes that removed some */
-    bool evicted;     /* this pass did */
-    char *twin;       /* name of the one being looked at */
-    int twin_version;
-};
-
-/* Every callback of the client ends here: the section's one cycle. Unlocks. */
-static void crpci_zookeeper_leave(crpci_zookeeper_link *link);
-
-/* --- small things ----------------------------------------------------------------------------- */
-
-CRPCI_FN int64_t crpci_zookeeper_now(const crpci_zookeeper *s)
+CRPCI_COLD void crpci_zk_servers_free(crpci_zk_servers *z)
 {
-    return crpci_heap_now(s->heap);
+    crpci_heap_strfree(z->heap, z->hosts);
+    crpci_heap_free(z->heap, z->addr, z->count * sizeof *z->addr);
 }
 
-/* `us`, give or take so many percent: so that a fleet does not act as one. Locked. */
-CRPCI_FN int64_t crpci_zookeeper_spread(crpci_zookeeper *s, int64_t us, unsigned percent)
-{
-    int64_t part = us / 100 * percent;
-    return us - part + (int64_t)(crpci_loop_random(s->loop) % 1024u) * part / 512;
-}
-
-/* The wait before try number `n` after the first: doubling, random within a factor of two. */
-CRPCI_FN int64_t crpci_zookeeper_backoff(crpci_zookeeper *s, unsigned n)
-{
-    int64_t us = (int64_t)CRPCI_ZOOKEEPER_RETRY_US / 2 << (n < 8 ? n : 8);
-    return crpci_zookeeper_spread(s, crpci_base_min64(us, CRPCI_ZOOKEEPER_BACKOFF_US), 33);
-}
-
-/* A moment within the spread, or half a short session. Locked. */
-CRPCI_FN int64_t crpci_zookeeper_scatter(crpci_zookeeper *s)
-{
-    int64_t most = crpci_base_min64((int64_t)s->timeout_ms * 500, s->spread_us);
-    return (int64_t)(crpci_loop_random(s->loop) % 4096u) * most / 4096;
-}
-
-/* How long a lost connection may stay lost. */
-CRPCI_FN int64_t crpci_zookeeper_patience(const crpci_zookeeper *s)
-{
-    return (int64_t)s->negotiated_ms * 2000;
-}
-
-/* How often it is looked at meanwhile: not so often that a server which takes its time to start,
- * and closes connections until then, looks like one that refuses. */
-CRPCI_FN int64_t crpci_zookeeper_pace(const crpci_zookeeper *s)
-{
-    int64_t us = (int64_t)s->negotiated_ms * 250;
-    return us > 1000000 ? us : 1000000;
-}
-
-CRPCI_FN void crpci_zookeeper_later(crpci_zookeeper_task *t, int64_t us)
-{
-    t->due_us = crpci_zookeeper_now(t->session) + us;
-}
-
-/* Whether nothing is known about a request's fate. It is sent again when the connection is back. */
-CRPCI_FN bool crpci_zookeeper_lost(int rc)
-{
-    return (rc < 0 && rc > ZAPIERROR && rc != ZUNIMPLEMENTED && rc != ZBADARGUMENTS) ||
-           rc == ZSESSIONEXPIRED ||
-           rc == ZCLOSING || rc == ZSESSIONMOVED || rc == ZAUTHFAILED;
-}
-
-/* "a/b" on the heap. */
-CRPCI_FN char *crpci_zookeeper_join(crpci_heap *h, const char *a, const char *b)
-{
-    size_t n = strlen(a), m = strlen(b);
-    char *out = (char *)crpci_heap_alloc(h, n + m + 2);
-    if (out) {
-        memcpy(out, a, n);
-        out[n] = '/';
-        memcpy(out + n + 1, b, m);
-    }
-    return out;
-}
-
-/* Whether ZooKeeper takes a text as one part of a path. */
-CRPCI_FN bool crpci_zookeeper_is_part(const char *text, size_t n)
-{
-    size_t i;
-    if (n == 0 || (n == 1 && text[0] == '.') || (n == 2 && text[0] == '.' && text[1] == '.'))
-        return false;
-    for (i = 0; i < n; i++) {
-        if ((unsigned char)text[i] < ' ' || text[i] == 0x7f || text[i] == '/')
-            return false;
-    }
-    return true;
-}
-
-/* --- the servers ------------------------------------------------------------------------------ */
-
-CRPCI_FN int crpci_zookeeper_add_server(crpci_zookeeper *s, const char *host, unsigned port)
+CRPCI_COLD int crpci_zk_servers_add(crpci_zk_servers *z, const char *host, unsigned port)
 {
     char text[CRPC_ADDRESS_MAX];
     crpci_addr a, *more;
@@ -11190,43 +11752,42 @@ CRPCI_FN int crpci_zookeeper_add_server(crpci_zookeeper *s, const char *host, un
     snprintf(text, sizeof text, strchr(host, ':') ? "[%s]:%u" : "%s:%u", host, port);
     if (port == 0 || !crpci_sock_parse(&a, text))
         return CRPC_ERESOLVE;
-    for (i = 0; i < s->server_count; i++) {
-        if (a.len == s->servers[i].len && memcmp(&a.u, &s->servers[i].u, a.len) == 0)
+    for (i = 0; i < z->count; i++) {
+        if (a.len == z->addr[i].len && memcmp(&a.u, &z->addr[i].u, a.len) == 0)
             return CRPC_OK;
     }
-    more = (crpci_addr *)crpci_heap_resize(s->heap, s->servers, s->server_count * sizeof *more,
-                                           (s->server_count + 1) * sizeof *more);
+    more = (crpci_addr *)crpci_heap_resize(z->heap, z->addr, z->count * sizeof *more,
+                                           (z->count + 1) * sizeof *more);
     if (!more)
         return CRPC_ENOMEM;
-    s->servers = more;
-    s->servers[s->server_count++] = a;
+    z->addr = more;
+    z->addr[z->count++] = a;
     return CRPC_OK;
 }
 
-/* One part of the authority: "host", "host:port", "[v6]", "[v6]:port". A name stands for all of its
- * addresses. */
-CRPCI_COLD int crpci_zookeeper_resolve_one(crpci_zookeeper *s, const char *item)
+/* Resolves one part of the authority: "host", "host:port", "[v6]" or "[v6]:port". A name stands for
+ * all of its addresses. */
+CRPCI_COLD int crpci_zk_servers_resolve_one(crpci_zk_servers *z, const char *item)
 {
     const char *colon = strrchr(item, ':'), *bracket = strrchr(item, ']');
-    crpci_heap *h = s->heap;
     char text[300], host[256], list[1024], *one, *next;
     unsigned port;
     crpci_addr a;
     int err, added = CRPC_ERESOLVE;
     if (!colon || (bracket && colon < bracket))
-        snprintf(text, sizeof text, "%s:%d", item, CRPCI_ZOOKEEPER_PORT);
+        snprintf(text, sizeof text, "%s:%d", item, CRPCI_ZK_SERVERS_PORT);
     else
         snprintf(text, sizeof text, "%s", item);
     if (!crpci_sock_split(text, host, sizeof host, &port) || !*host)
         return CRPC_EINVAL;
     if (crpci_sock_parse(&a, text))
-        return crpci_zookeeper_add_server(s, host, port);
-    err = crpci_resolver_lookup(h, host, list, sizeof list);
+        return crpci_zk_servers_add(z, host, port);
+    err = crpci_resolver_lookup(z->heap, host, list, sizeof list);
     for (one = err ? NULL : list; one && *one; one = next) {
         next = strchr(one, ',');
         if (next)
             *next++ = '\0';
-        err = crpci_zookeeper_add_server(s, one, port);
+        err = crpci_zk_servers_add(z, one, port);
         if (err == CRPC_ENOMEM)
             return err;
         added = err ? added : CRPC_OK;
@@ -11234,12 +11795,13 @@ CRPCI_COLD int crpci_zookeeper_resolve_one(crpci_zookeeper *s, const char *item)
     return added;
 }
 
-/* The client gets numbers only: it would resolve names on its own thread whenever it is not
- * connected, and spin when that fails. */
-CRPCI_COLD int crpci_zookeeper_resolve(crpci_zookeeper *s, crpc_error *error)
+/* Resolves every server, because the client must get numbers only: it would resolve names on its
+ * own thread whenever it is not connected, and spin when that fails. One name that cannot be
+ * resolved among others is only logged. */
+CRPCI_COLD int crpci_zk_servers_resolve(crpci_zk_servers *z, crpc_error *error)
 {
     char item[256] = "";
-    const char *p = s->authority;
+    const char *p = z->authority;
     int result = CRPC_EINVAL;
     while (*p) {
         size_t n = strcspn(p, ",");
@@ -11247,30 +11809,34 @@ CRPCI_COLD int crpci_zookeeper_resolve(crpci_zookeeper *s, crpc_error *error)
         if (n && n < sizeof item) {
             memcpy(item, p, n);
             item[n] = '\0';
-            err = crpci_zookeeper_resolve_one(s, item);
+            err = crpci_zk_servers_resolve_one(z, item);
         }
-        if (err == CRPC_EINVAL || err == CRPC_ENOMEM)
-            return crpci_status_set(error, err, "zookeeper://%.150s: \"%.40s\" is not host:port%s",
-                                    s->authority, n && n < sizeof item ? item : "",
-                                    err == CRPC_ENOMEM ? ", or out of memory" : "");
+        if (err == CRPC_ENOMEM)
+            return crpci_status_set(error, err, "zookeeper://%.150s: out of memory", z->authority);
+        if (err == CRPC_EINVAL)
+            return crpci_status_set(error, err, "zookeeper://%.150s: \"%.40s\" is not host:port",
+                                    z->authority, n && n < sizeof item ? item : "");
         if (err)
-            crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: host of \"%s\" not resolved", item);
+            crpci_heap_log(z->heap, CRPC_LOG_WARN,
+                           "registry zookeeper://%s: server \"%s\" cannot be resolved; left out",
+                           z->authority, item);
         else
             result = CRPC_OK;
         p += n;
         p += *p == ',';
     }
-    return result && *s->authority
-               ? crpci_status_set(error, CRPC_ERESOLVE, "zookeeper://%.150s: no host was resolved",
-                                  s->authority)
-           : result ? crpci_status_set(error, result, "zookeeper:// needs host:port")
-                    : CRPC_OK;
+    if (!result)
+        return CRPC_OK;
+    if (!*z->authority)
+        return crpci_status_set(error, result, "zookeeper://: a server is missing, as host:port");
+    return crpci_status_set(error, CRPC_ERESOLVE, "zookeeper://%.150s: no server can be resolved",
+                            z->authority);
 }
 
 /* Whether IPv4 servers are written as IPv6 ones. The client has getaddrinfo look at its list
  * whenever it is not connected; with glibc that fails for an IPv4 address, however numeric, while
  * the host has an IPv6 address but lost its IPv4 one, and the client spins. */
-CRPCI_FN bool crpci_zookeeper_maps_v4(void)
+CRPCI_FN bool crpci_zk_servers_maps_v4(void)
 {
 #ifdef __GLIBC__
     int fd = socket(AF_INET6, SOCK_DGRAM | SOCK_CLOEXEC, 0);
@@ -11282,8 +11848,8 @@ CRPCI_FN bool crpci_zookeeper_maps_v4(void)
 #endif
 }
 
-/* One server in the client's notation: IPv6 without brackets. */
-CRPCI_FN int crpci_zookeeper_host(const crpci_addr *a, bool map, char *out, size_t size)
+/* Writes one server in the client's notation: IPv6 without brackets. Returns the length. */
+CRPCI_FN int crpci_zk_servers_host(const crpci_addr *a, bool map, char *out, size_t size)
 {
     char ip[INET6_ADDRSTRLEN] = "";
     bool v6 = a->u.any.sa_family == AF_INET6;
@@ -11295,41 +11861,41 @@ CRPCI_FN int crpci_zookeeper_host(const crpci_addr *a, bool map, char *out, size
                     ntohs(v6 ? a->u.in6.sin6_port : a->u.in4.sin_port));
 }
 
-/* Shuffles the servers, so that clients spread over them, and lists them for the client. */
-CRPCI_COLD int crpci_zookeeper_make_hosts(crpci_zookeeper *s)
+/* Shuffles the servers, so that a fleet spreads over them, and lists them for the client. */
+CRPCI_COLD int crpci_zk_servers_list(crpci_zk_servers *z, crpc_loop *loop)
 {
     const size_t each = INET6_ADDRSTRLEN + 8;
-    size_t size = s->server_count * each, i, n = 0;
-    char *text = (char *)crpci_heap_alloc(s->heap, size);
-    bool map = crpci_zookeeper_maps_v4();
+    size_t size = z->count * each, i, n = 0;
+    char *text = (char *)crpci_heap_alloc(z->heap, size);
+    bool map = crpci_zk_servers_maps_v4();
     if (!text)
         return CRPC_ENOMEM;
-    crpci_loop_lock(s->loop);
-    for (i = s->server_count; i > 1; i--) {
-        size_t j = crpci_loop_random(s->loop) % i;
-        crpci_addr swap = s->servers[i - 1];
-        s->servers[i - 1] = s->servers[j];
-        s->servers[j] = swap;
+    crpci_loop_lock(loop);
+    for (i = z->count; i > 1; i--) {
+        size_t j = crpci_loop_random(loop) % i;
+        crpci_addr swap = z->addr[i - 1];
+        z->addr[i - 1] = z->addr[j];
+        z->addr[j] = swap;
     }
-    crpci_loop_unlock(s->loop);
-    for (i = 0; i < s->server_count; i++) {
+    crpci_loop_unlock(loop);
+    for (i = 0; i < z->count; i++) {
         if (i)
             text[n++] = ',';
-        n += (size_t)crpci_zookeeper_host(&s->servers[i], map, text + n, size - n);
+        n += (size_t)crpci_zk_servers_host(&z->addr[i], map, text + n, size - n);
     }
-    s->hosts = crpci_heap_strndup(s->heap, text, n);
-    crpci_heap_free(s->heap, text, size);
-    return s->hosts ? CRPC_OK : CRPC_ENOMEM;
+    z->hosts = crpci_heap_strndup(z->heap, text, n);
+    crpci_heap_free(z->heap, text, size);
+    return z->hosts ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* The address of this host (v4: an IPv4 one) on the way to the servers, asked of the routing table:
- * connecting a datagram socket sends nothing. */
-CRPCI_FN bool crpci_zookeeper_local_host(const crpci_zookeeper *s, bool v4, char *out, size_t size)
+/* Finds the address of this host (v4: an IPv4 one) on the way to the servers. The routing table is
+ * asked: connecting a datagram socket sends nothing. False: there is no way to any server. */
+CRPCI_FN bool crpci_zk_servers_local(const crpci_zk_servers *z, bool v4, char *out, size_t size)
 {
     size_t i;
     *out = '\0';
-    for (i = 0; i < s->server_count && !*out; i++) {
-        const crpci_addr *to = &s->servers[i];
+    for (i = 0; i < z->count && !*out; i++) {
+        const crpci_addr *to = &z->addr[i];
         int fd = v4 && to->u.any.sa_family != AF_INET
                      ? -1
                      : socket(to->u.any.sa_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
@@ -11350,8 +11916,8 @@ CRPCI_FN bool crpci_zookeeper_local_host(const crpci_zookeeper *s, bool v4, char
     return *out != '\0';
 }
 
-/* Whether somebody accepts connections at a server. Waits for up to 200 ms. */
-CRPCI_FN bool crpci_zookeeper_reachable(const crpci_addr *to)
+/* Whether somebody accepts connections at a server. Waits for up to 200 ms; unlocked. */
+CRPCI_FN bool crpci_zk_servers_reachable(const crpci_addr *to)
 {
     int fd = socket(to->u.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     int failed = 1;
@@ -11369,1036 +11935,739 @@ CRPCI_FN bool crpci_zookeeper_reachable(const crpci_addr *to)
     close(fd);
     return failed == 0;
 }
+#endif /* CRPC_ENABLE_ZOOKEEPER */
 
-/* --- ops, tasks, links: memory ---------------------------------------------------------------- */
+/* ======================================================================== */
+/* >>impl-zk-job   requests to ZooKeeper: who asks, what, and what came of it */
+/* ======================================================================== */
 
-CRPCI_FN void crpci_zookeeper_task_unref(crpci_zookeeper_task *t)
+#if CRPC_ENABLE_ZOOKEEPER
+
+/* Everything in a loop that names the same servers, credential, timeout and cache file shares one
+ * session. The sections below put *jobs* on it. A job knows what it wants to send next and when;
+ * the session (impl-zk-session) sends it, at most one request a job at a time, and tells the job
+ * what came of it. These structs belong to both sections; others use of a session its members loop,
+ * heap, authority, phase, id and negotiated_ms.
+ *
+ * The loop's lock guards all of this. It is never held while the client is called, nor while the
+ * client's callbacks call the program.
+ *
+ * What the client can still call back with must outlive it. Each completion holds a request; those
+ * that never come, because the handle was closed at the wrong moment, are freed with the handle.
+ * Watches, which may fire again or never, hold the handle alone, and jobs recognise them by path.
+ */
+
+#define CRPCI_ZK_JOB_RETRY_US   1000000  /* after a request that got no answer */
+#define CRPCI_ZK_JOB_BACKOFF_US 30000000 /* longest wait between two tries */
+
+typedef struct crpci_zk_session crpci_zk_session;
+typedef struct crpci_zk_job crpci_zk_job;
+typedef struct crpci_zk_request crpci_zk_request;
+
+/* One handle of the client. */
+typedef struct crpci_zk_handle {
+    crpci_zk_session *session;
+    zhandle_t *zh;
+    crpci_list requests; /* all that may still be called back */
+    bool ready;          /* zookeeper_init2 has returned: zh may be used */
+    bool authed;         /* the client has the credential */
+    bool inside;         /* a callback runs... */
+    crpci_thread thread; /* ... on this thread */
+    int64_t born_us;
+#if !CRPC_ZOOKEEPER_ST
+    pthread_key_t key;
+#endif
+} crpci_zk_handle;
+
+/* Where a session stands:
+ *
+ *     ABSENT     no handle; one is made at renew_us      handle made         -> STARTING
+ *     STARTING   a handle that never had a session       connected           -> CONNECTED
+ *     CONNECTED  requests may be sent                    connection lost     -> LOST
+ *     LOST       since lost_us; the session may live     connected           -> CONNECTED
+ *     OVER       the handle has to be replaced           handle closed       -> ABSENT
+ *
+ * OVER follows from each of the three before it: the session expired, the credential was refused,
+ * no ZooKeeper answered there, or the watchdog gave the session up. */
+typedef enum crpci_zk_phase {
+    CRPCI_ZK_ABSENT,
+    CRPCI_ZK_STARTING,
+    CRPCI_ZK_CONNECTED,
+    CRPCI_ZK_LOST,
+    CRPCI_ZK_OVER
+} crpci_zk_phase;
+
+struct crpci_zk_session {
+    crpci_list node; /* in loop->registries */
+    crpc_loop *loop;
+    crpci_heap *heap;
+    uint32_t refs;    /* users, handles, steps, and what outlives its user */
+    uint32_t users;   /* the last one closes the session */
+    uint32_t handles; /* not yet free of callbacks */
+    char *authority;
+    char *credential; /* or NULL */
+    int timeout_ms;   /* asked for */
+    int negotiated_ms;
+    int64_t spread_us;
+    crpci_zk_servers servers;
+    crpci_cache cache;   /* the last good lists of `services`; its path NULL: none */
+    crpci_list services; /* that are followed: impl-zk-directory's, like the next two */
+    int64_t stamp_ms;    /* the last consumer's: no two are the same */
+    /* What was read is out of date: calls the lists stale. Locked, unlocks meanwhile. False: out of
+     * memory, so it is called again. NULL: no directory lives on this session. */
+    bool (*age)(crpci_zk_session *s);
+    crpci_cond cond; /* `busy`, a callback, a handle or the wish to live ended */
+    crpci_timer timer;
+    crpci_list jobs;
+    crpci_zk_handle *handle;
+    crpci_zk_phase phase;
+    bool busy;
+    crpci_thread busy_thread;
+    bool again; /* run once more: something changed while busy */
+    bool closing;
+    bool deferred; /* closed inside a callback: the step that runs it finishes the closing */
+    bool aged;     /* what was read was called stale, since the loss */
+    bool probing;  /* a probe is under way */
+    bool warned;
+    int64_t id; /* 0: this handle had no session yet */
+    int64_t lost_us;
+    int64_t probe_us;
+    int64_t renew_us;
+    unsigned refused;  /* connections that were closed without a session, since the loss */
+    unsigned failures; /* handles made since the last good answer */
+    unsigned turn;     /* which server the next probe asks */
+#if CRPC_ZOOKEEPER_ST
+    crpci_watch watch;
+    unsigned events;
+    int fd;
+    int64_t client_us;  /* when the client wants to be called again */
+    int64_t refused_us; /* when the next refusal counts */
+#endif
+};
+
+/* --- requests --------------------------------------------------------------------------------- */
+
+typedef enum crpci_zk_verb {
+    CRPCI_ZK_STAT, /* does it exist? */
+    CRPCI_ZK_GET,
+    CRPCI_ZK_LIST,
+    CRPCI_ZK_CREATE, /* from here on: done twice is not the same as done once */
+    CRPCI_ZK_SET,
+    CRPCI_ZK_DELETE,
+    CRPCI_ZK_MULTI
+} crpci_zk_verb;
+
+/* What zoo_amulti fills in while it waits: one block. */
+typedef struct crpci_zk_multi {
+    size_t size; /* of the block */
+    int count;
+    zoo_op_t *ops;
+    zoo_op_result_t *results;
+} crpci_zk_multi;
+
+/* What to send. The path is copied when it is sent; the data must last as long as the job. */
+typedef struct crpci_zk_order {
+    crpci_zk_verb verb;
+    const char *path;
+    const char *data; /* CREATE, SET */
+    int size;
+    int version;           /* SET, DELETE; -1: any */
+    int flags;             /* CREATE: the client's */
+    bool creator;          /* CREATE: only the credential of this session may use the node */
+    bool parents;          /* CREATE: make the directories above it, if they are missing */
+    bool watch;            /* STAT, GET, LIST: and watch the path */
+    crpci_zk_multi *multi; /* goes to the request */
+} crpci_zk_order;
+
+struct crpci_zk_request {
+    crpci_list node; /* in handle->requests */
+    crpci_zk_handle *handle;
+    crpci_zk_job *job; /* NULL: a probe */
+    crpci_zk_order order;
+    bool parent;     /* it makes a directory above the node */
+    int64_t sent_us; /* 0: the client did not take it */
+    size_t size;     /* of this block */
+    char path[1];    /* more follows */
+};
+
+/* What the client answered; valid in the callback only. */
+typedef struct crpci_zk_answer {
+    int rc;
+    const struct Stat *stat;
+    const struct String_vector *names;
+    const char *text; /* the path of a new node; bytes */
+    int size;
+} crpci_zk_answer;
+
+/* What a job is told. The last six come while the session goes through its jobs: there the job must
+ * neither unlock nor take another job off the session. */
+typedef enum crpci_zk_event {
+    CRPCI_ZK_ANSWERED,  /* with the request and its answer; nothing is due any more */
+    CRPCI_ZK_DOUBTED,   /* a write, with the request: perhaps it was done; nobody will say */
+    CRPCI_ZK_RESUMED,   /* connected again, with the same session */
+    CRPCI_ZK_RENEWED,   /* connected, with another session than before */
+    CRPCI_ZK_SUSPENDED, /* the connection is lost */
+    CRPCI_ZK_ENDED,     /* the session is over, and its nodes with it; twice is possible */
+    CRPCI_ZK_CHANGED,   /* what `watched` names */
+    CRPCI_ZK_REMOVED    /* what `watched` names is gone */
+} crpci_zk_event;
+
+typedef struct crpci_zk_work {
+    /* Says what to send now. False: nothing; then the job has set due_us, or is asked again in a
+     * second. Must not unlock. NULL: the job only listens. */
+    bool (*order)(crpci_zk_job *job, crpci_zk_order *order);
+    void (*event)(crpci_zk_job *job, crpci_zk_event event, const crpci_zk_request *q,
+                  const crpci_zk_answer *a);
+    void (*clear)(crpci_zk_job *job); /* frees what it points at. NULL: nothing. Locked */
+} crpci_zk_work;
+
+/* Something that uses the session. Its holder's struct contains it, and is let go of when neither
+ * the session nor a request refers to the job any more. */
+struct crpci_zk_job {
+    crpci_list node; /* in session->jobs */
+    const crpci_zk_work *work;
+    void *holder;
+    void (*release)(void *holder); /* locked */
+    crpci_zk_session *session;
+    uint32_t refs;          /* the session's list, requests, steps */
+    crpci_zk_request *sent; /* under way */
+    int64_t due_us;         /* when to ask `order`; 0: now; INT64_MAX: not at all */
+    const char *watched;    /* a path, or NULL; the job's */
+    char *parent;           /* the directory that is to be made first, or NULL... */
+    size_t made;            /* ... of which so much is tried now */
+};
+
+/* --- when ------------------------------------------------------------------------------------- */
+
+CRPCI_FN int64_t crpci_zk_job_now(const crpci_zk_session *s)
 {
-    if (--t->refs == 0)
-        t->kind->free(t);
+    return crpci_heap_now(s->heap);
 }
 
-CRPCI_FN crpci_zookeeper_op *crpci_zookeeper_op_new(crpci_zookeeper *s, crpci_zookeeper_task *t,
-                                                    crpci_zookeeper_step step)
+/* `us`, give or take so many percent, so that a fleet does not act as one. Locked. */
+CRPCI_FN int64_t crpci_zk_job_spread(crpci_zk_session *s, int64_t us, unsigned percent)
 {
-    crpci_zookeeper_op *op = (crpci_zookeeper_op *)crpci_heap_alloc(s->heap, sizeof *op);
-    if (!op)
+    int64_t part = us / 100 * percent;
+    return us - part + (int64_t)(crpci_loop_random(s->loop) % 1024u) * part / 512;
+}
+
+/* The wait before try number `n` after the first: doubling, random within a factor of two. */
+CRPCI_FN int64_t crpci_zk_job_backoff(crpci_zk_session *s, unsigned n)
+{
+    int64_t us = (int64_t)CRPCI_ZK_JOB_RETRY_US / 2 << (n < 8 ? n : 8);
+    return crpci_zk_job_spread(s, crpci_base_min64(us, CRPCI_ZK_JOB_BACKOFF_US), 33);
+}
+
+/* The job's next request is due in so many microseconds. */
+CRPCI_FN void crpci_zk_job_later(crpci_zk_job *job, int64_t us)
+{
+    job->due_us = crpci_zk_job_now(job->session) + us;
+}
+
+/* The same, give or take so many percent. */
+CRPCI_FN void crpci_zk_job_around(crpci_zk_job *job, int64_t us, unsigned percent)
+{
+    crpci_zk_job_later(job, crpci_zk_job_spread(job->session, us, percent));
+}
+
+/* Whether a code says nothing about what became of the request. */
+CRPCI_FN bool crpci_zk_job_unanswered(int rc)
+{
+    return (rc < 0 && rc > ZAPIERROR && rc != ZUNIMPLEMENTED && rc != ZBADARGUMENTS) ||
+           rc == ZSESSIONEXPIRED || rc == ZCLOSING || rc == ZSESSIONMOVED || rc == ZAUTHFAILED;
+}
+
+/* --- memory ----------------------------------------------------------------------------------- */
+
+/* Puts a job on its session, with a reference to its holder. For `due_us` INT64_MAX it only
+ * listens. Locked. */
+CRPCI_FN void crpci_zk_job_add(crpci_zk_job *job, const crpci_zk_work *work, crpci_zk_session *s,
+                               int64_t due_us, void *holder, void (*release)(void *holder))
+{
+    crpci_list_init(&job->node);
+    job->work = work;
+    job->holder = holder;
+    job->release = release;
+    job->session = s;
+    job->refs = 1;
+    job->due_us = due_us;
+    crpci_list_append(&s->jobs, &job->node);
+}
+
+CRPCI_FN void crpci_zk_job_unref(crpci_zk_job *job)
+{
+    if (--job->refs)
+        return;
+    crpci_heap_strfree(job->session->heap, job->parent);
+    if (job->work->clear)
+        job->work->clear(job);
+    job->release(job->holder);
+}
+
+/* Takes a job off its session; the list's reference goes. Nothing if it is off already. */
+CRPCI_FN void crpci_zk_job_drop(crpci_zk_job *job)
+{
+    if (crpci_list_empty(&job->node))
+        return;
+    crpci_list_remove(&job->node);
+    crpci_zk_job_unref(job);
+}
+
+/* The answer to what is under way is of no interest any more. */
+CRPCI_FN void crpci_zk_job_forget(crpci_zk_job *job)
+{
+    job->sent = NULL;
+    crpci_heap_strfree(job->session->heap, job->parent);
+    job->parent = NULL;
+}
+
+/* Whether a request is under way that may have been carried out. */
+CRPCI_FN bool crpci_zk_job_pending(const crpci_zk_job *job)
+{
+    return job->sent && !job->sent->parent;
+}
+
+/* Whether that one changes something. */
+CRPCI_FN bool crpci_zk_job_writing(const crpci_zk_job *job)
+{
+    return crpci_zk_job_pending(job) && job->sent->order.verb >= CRPCI_ZK_CREATE;
+}
+
+/* NULL: out of memory. */
+CRPCI_FN crpci_zk_request *crpci_zk_job_request(crpci_zk_session *s, crpci_zk_job *job,
+                                                const crpci_zk_order *order)
+{
+    size_t n = strlen(order->path), size = sizeof(crpci_zk_request) + n;
+    crpci_zk_request *q = (crpci_zk_request *)crpci_heap_alloc(s->heap, size);
+    if (!q)
         return NULL;
-    op->link = s->link;
-    op->task = t;
-    op->step = step;
-    op->version = -1;
-    if (t)
-        t->refs++;
-    crpci_list_append(&s->link->ops, &op->node);
-    return op;
+    q->size = size;
+    q->handle = s->handle;
+    q->job = job;
+    q->order = *order;
+    q->order.path = q->path;
+    memcpy(q->path, order->path, n);
+    if (job)
+        job->refs++;
+    crpci_list_append(&s->handle->requests, &q->node);
+    return q;
 }
 
-CRPCI_FN void crpci_zookeeper_op_free(crpci_zookeeper_op *op)
+CRPCI_FN void crpci_zk_job_multi_free(crpci_heap *h, crpci_zk_multi *m)
 {
-    crpci_heap *h = op->link->session->heap;
-    crpci_list_remove(&op->node);
-    if (op->task)
-        crpci_zookeeper_task_unref(op->task);
-    crpci_heap_strfree(h, op->path);
-    if (op->multi)
-        crpci_heap_free(h, op->multi, op->multi->size);
-    crpci_heap_free(h, op, sizeof *op);
+    if (m)
+        crpci_heap_free(h, m, m->size);
 }
 
-CRPCI_FN void crpci_zookeeper_task_init(crpci_zookeeper_task *t, const crpci_zookeeper_kind *kind,
-                                        crpci_zookeeper *s, crpci_zookeeper_step step)
+CRPCI_FN void crpci_zk_job_request_free(crpci_zk_request *q)
 {
-    crpci_list_init(&t->node);
-    t->kind = kind;
-    t->session = s;
-    t->refs = 1;
-    t->step = step;
+    crpci_heap *h = q->handle->session->heap;
+    crpci_list_remove(&q->node);
+    crpci_zk_job_multi_free(h, q->order.multi);
+    if (q->job)
+        crpci_zk_job_unref(q->job);
+    crpci_heap_free(h, q, q->size);
 }
 
-/* No callback of the link can come any more. What the client did not call back for
- * is freed here. */
-CRPCI_FN void crpci_zookeeper_link_free(crpci_zookeeper_link *link)
+/* --- what comes of it ------------------------------------------------------------------------- */
+
+/* Takes the answer to the making of a parent: goes up while the one above is missing, then down
+ * again. 1: the whole directory is there. 0: go on. -1: it cannot be made. */
+CRPCI_FN int crpci_zk_job_made(crpci_zk_job *job, int rc)
 {
-    crpci_zookeeper *s = link->session;
-    while (!crpci_list_empty(&link->ops))
-        crpci_zookeeper_op_free(CRPCI_CONTAINER(link->ops.next, crpci_zookeeper_op, node));
-    crpci_heap_free(s->heap, link, sizeof *link);
-    s->links--;
+    if (rc == ZOK || rc == ZNODEEXISTS) {
+        if (!job->parent[job->made])
+            return 1;
+        job->made += 1 + strcspn(job->parent + job->made + 1, "/");
+        return 0;
+    }
+    if (rc != ZNONODE)
+        return -1;
+    while (job->made > 0 && job->parent[--job->made] != '/') {
+    }
+    return job->made ? 0 : -1;
+}
+
+/* A CREATE failed because the directory is missing: that is made first. False: there is none, or no
+ * memory, and the answer stands. */
+CRPCI_FN bool crpci_zk_job_make_parent(crpci_zk_job *job, const char *path)
+{
+    size_t n = (size_t)(strrchr(path, '/') - path);
+    if (n)
+        job->parent = crpci_heap_strndup(job->session->heap, path, n);
+    job->made = n;
+    return job->parent != NULL;
+}
+
+/* Decides what an answer means to the job that asked. Locked; the job may unlock. */
+CRPCI_FN void crpci_zk_job_take(crpci_zk_request *q, const crpci_zk_answer *a)
+{
+    crpci_zk_job *job = q->job;
+    const crpci_zk_order *o = &q->order;
+    int made = 1;
+    job->sent = NULL;
+    if (crpci_zk_job_unanswered(a->rc)) {
+        crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
+        if (o->verb >= CRPCI_ZK_CREATE && !q->parent)
+            job->work->event(job, CRPCI_ZK_DOUBTED, q, a);
+        return; /* what changes nothing is sent again */
+    }
+    job->due_us = 0;
+    if (q->parent && job->parent) {
+        made = crpci_zk_job_made(job, a->rc);
+        if (made) {
+            crpci_heap_strfree(job->session->heap, job->parent);
+            job->parent = NULL;
+        }
+        if (made >= 0)
+            return;
+    } else if (o->verb == CRPCI_ZK_CREATE && o->parents && a->rc == ZNONODE &&
+               crpci_zk_job_make_parent(job, o->path)) {
+        return;
+    }
+    job->due_us = INT64_MAX;
+    job->work->event(job, CRPCI_ZK_ANSWERED, q, a);
+}
+
+/* Tells every job. */
+CRPCI_FN void crpci_zk_job_tell(crpci_zk_session *s, crpci_zk_event event)
+{
+    crpci_list *i, *next;
+    for (i = s->jobs.next; i != &s->jobs; i = next) {
+        crpci_zk_job *job = CRPCI_CONTAINER(i, crpci_zk_job, node);
+        next = i->next;
+        job->work->event(job, event, NULL, NULL);
+    }
+}
+
+/* The session is over, and what is under way gets no answer that counts. */
+CRPCI_FN void crpci_zk_job_over(crpci_zk_session *s)
+{
+    crpci_list *i, *next;
+    for (i = s->jobs.next; i != &s->jobs; i = next) {
+        crpci_zk_job *job = CRPCI_CONTAINER(i, crpci_zk_job, node);
+        crpci_zk_request *q = crpci_zk_job_writing(job) ? job->sent : NULL;
+        next = i->next;
+        crpci_zk_job_forget(job);
+        if (q)
+            job->work->event(job, CRPCI_ZK_DOUBTED, q, NULL);
+    }
+    crpci_zk_job_tell(s, CRPCI_ZK_ENDED);
+}
+
+#endif /* CRPC_ENABLE_ZOOKEEPER */
+
+/* ======================================================================== */
+/* >>impl-zk-session   a session with ZooKeeper: start, loss, expiry */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_ZOOKEEPER
+
+/* A handle is one zhandle_t of the client, from its making to its end. When a session is over, or
+ * has to be given up, its handle is replaced and every job is told that it begins anew. `busy`
+ * marks the one thread that uses or replaces the handle.
+ *
+ * With libzookeeper_mt answers and events come on the client's completion thread. Whatever must
+ * happen in time happens there, because nobody may step the loop for hours: reading and pushing
+ * lists, replacing a handle and waiting before that. The loop's timer paces retries and checks, and
+ * the watchdog: a loss of connection that outlasts two session timeouts ends the session, because a
+ * server that lost its data refuses an old session for ever and never says that it expired. Closing
+ * a handle can block, so the timer only sends a probe. Its completion, which comes with an error
+ * while no server answers, brings the completion thread to the place where it replaces the handle.
+ *
+ * With libzookeeper_st everything happens in crpci_zk_session_run on the thread that drives the
+ * loop.
+ *
+ * A handle that is closed from outside is free of callbacks when zookeeper_close returns. Closed
+ * inside one of its own callbacks, libzookeeper_mt frees itself later, on its completion thread:
+ * there a destructor of thread-specific data frees the handle when that thread ends. */
+
+#define CRPCI_ZK_SESSION_SPREAD_MS      2000
+#define CRPCI_ZK_SESSION_TIMEOUT_MS     15000
+#define CRPCI_ZK_SESSION_TIMEOUT_MAX_MS 3600000 /* no ZooKeeper grants a longer one */
+#define CRPCI_ZK_SESSION_TIMEOUT_MIN_MS 200     /* the client redials every sixtieth of it */
+#define CRPCI_ZK_SESSION_LINGER_US      200000  /* closing waits so long for answers */
+#define CRPCI_ZK_SESSION_SILENT_US      2000000 /* then a start without an answer is logged */
+#define CRPCI_ZK_SESSION_REFUSALS       3u /* accepted and closed: the server has no such session */
+
+/* Every callback of the client ends here: the section's one cycle. It runs what is due, which may
+ * send requests whose answers come in the same way. Unlocks. */
+static void crpci_zk_session_leave(crpci_zk_handle *handle);
+
+/* --- waits ------------------------------------------------------------------------------------ */
+
+/* A random moment within the spread, or within half of a short session. Locked. */
+CRPCI_FN int64_t crpci_zk_session_scatter(crpci_zk_session *s)
+{
+    int64_t most = crpci_base_min64((int64_t)s->timeout_ms * 500, s->spread_us);
+    return (int64_t)(crpci_loop_random(s->loop) % 4096u) * most / 4096;
+}
+
+/* How long a lost connection may stay lost. */
+CRPCI_FN int64_t crpci_zk_session_patience(const crpci_zk_session *s)
+{
+    return (int64_t)s->negotiated_ms * 2000;
+}
+
+/* How often a server is probed meanwhile: not so often that one which takes its time to start, and
+ * closes connections until then, looks like one that refuses the session. */
+CRPCI_FN int64_t crpci_zk_session_pace(const crpci_zk_session *s)
+{
+    int64_t us = (int64_t)s->negotiated_ms * 250;
+    return us > 1000000 ? us : 1000000;
+}
+
+/* The wait before a handle is replaced: random at first, so that a fleet that lost its server does
+ * not come back as one. */
+CRPCI_FN int64_t crpci_zk_session_delay(crpci_zk_session *s)
+{
+    return s->failures ? crpci_zk_job_backoff(s, s->failures) : crpci_zk_session_scatter(s);
+}
+
+/* --- handles and sessions: memory ---------------------------------------------------------- */
+
+/* No callback of the handle can come any more: what the client did not call back for goes too. */
+CRPCI_FN void crpci_zk_session_handle_free(crpci_zk_handle *handle)
+{
+    crpci_zk_session *s = handle->session;
+    while (!crpci_list_empty(&handle->requests))
+        crpci_zk_job_request_free(CRPCI_CONTAINER(handle->requests.next, crpci_zk_request, node));
+    crpci_heap_free(s->heap, handle, sizeof *handle);
+    s->handles--;
     s->refs--; /* never the last: whoever calls this has one */
     crpci_thread_broadcast(&s->cond);
 }
 
-CRPCI_COLD void crpci_zookeeper_free(crpci_zookeeper *s)
+CRPCI_COLD void crpci_zk_session_free(crpci_zk_session *s)
 {
     crpci_heap *h = s->heap;
     crpc_loop *l = s->loop;
+    crpci_cache_clear(&s->cache);
+    crpci_zk_servers_free(&s->servers);
     crpci_heap_strfree(h, s->authority);
     crpci_heap_strfree(h, s->credential);
-    crpci_heap_strfree(h, s->hosts);
-    crpci_registry_cache_clear(&s->cache);
-    crpci_heap_free(h, s->servers, s->server_count * sizeof *s->servers);
     crpci_thread_cond_free(&s->cond);
     crpci_heap_free(h, s, sizeof *s);
     crpci_loop_release(l);
 }
 
-/* Unlocks, and lets go of the session. */
-CRPCI_FN void crpci_zookeeper_unlock(crpci_zookeeper *s)
+/* Unlocks, and lets go of a reference. */
+CRPCI_FN void crpci_zk_session_unlock(crpci_zk_session *s)
 {
     bool last = --s->refs == 0;
     crpci_loop_unlock(s->loop);
     if (last)
-        crpci_zookeeper_free(s);
+        crpci_zk_session_free(s);
 }
-
-/* --- callbacks into the upper sections -------------------------------------------------------- */
-
-CRPCI_FN void crpci_zookeeper_tell(crpci_zookeeper_reg *reg, int status, const char *text)
-{
-    crpci_zookeeper *s = reg->task.session;
-    if (reg->withdrawn || !reg->status)
-        return;
-    reg->task.refs++;
-    crpci_registry_call_begin(s->loop, &reg->caller);
-    reg->status(reg->user, status, text);
-    crpci_registry_call_end(s->loop, &s->cond, &reg->caller);
-    crpci_zookeeper_task_unref(&reg->task);
-}
-
-CRPCI_FN void crpci_zookeeper_sub_unref(crpci_zookeeper_sub *sub)
-{
-    crpci_heap *h = sub->base.loop->heap;
-    if (--sub->base.refs)
-        return;
-    crpci_registry_sub_clear(&sub->base);
-    crpci_zookeeper_task_unref(&sub->dir->task);
-    crpci_heap_free(h, sub, sizeof *sub);
-}
-
-/* A subscriber that has not been served in this round, with a reference; NULL: none is left. */
-CRPCI_FN crpci_zookeeper_sub *crpci_zookeeper_next_sub(crpci_zookeeper_dir *dir, uint32_t round)
-{
-    crpci_list *i;
-    for (i = dir->subs.next; i != &dir->subs && !dir->task.session->closing; i = i->next) {
-        crpci_zookeeper_sub *sub = CRPCI_CONTAINER(i, crpci_zookeeper_sub, base.node);
-        if (sub->round != round) {
-            sub->round = round;
-            sub->base.refs++;
-            return sub;
-        }
-    }
-    return NULL;
-}
-
-/* Makes each subscriber's list of what was read and hands it out. `found`: the directory exists.
- * Locked; unlocks for the work. False: out of memory. */
-CRPCI_FN bool crpci_zookeeper_deliver(crpci_zookeeper_dir *dir, char *const *names, size_t count,
-                                      bool found)
-{
-    crpci_zookeeper *s = dir->task.session;
-    crpci_registry_rules *rules = dir->overrides;
-    uint32_t round = ++dir->round;
-    crpci_zookeeper_sub *sub;
-    bool complete = true;
-    if (rules)
-        crpci_thread_ref(&rules->refs);
-    while ((sub = crpci_zookeeper_next_sub(dir, round)) != NULL) {
-        crpci_snapshot *list;
-        size_t bad = 0;
-        crpci_loop_unlock(s->loop);
-        list = crpci_registry_collect(s->heap, names, count, &sub->base.query, rules, &bad);
-        crpci_loop_lock(s->loop);
-        if (bad && !dir->bad)
-            crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s: %zu names are no provider's URL",
-                           dir->task.dir, bad);
-        dir->bad = dir->bad || bad;
-        complete = list && crpci_registry_offer(&sub->base, list, found && !bad) && complete;
-        crpci_registry_snapshot_unref(list);
-        crpci_zookeeper_sub_unref(sub);
-    }
-    crpci_registry_rules_unref(rules);
-    return complete;
-}
-
-/* Calls the lists made of a directory stale. Locked, unlocks meanwhile. False: out of memory. */
-CRPCI_FN bool crpci_zookeeper_age_dir(crpci_zookeeper_dir *dir)
-{
-    uint32_t round = ++dir->round;
-    crpci_zookeeper_sub *sub;
-    bool complete = true;
-    while ((sub = crpci_zookeeper_next_sub(dir, round)) != NULL) {
-        complete = crpci_registry_age(&sub->base) && complete;
-        crpci_zookeeper_sub_unref(sub);
-    }
-    return complete;
-}
-
-/* --- the cache file --------------------------------------------------------------------------- */
-
-/* A directory's name there: on the heap. */
-CRPCI_COLD char *crpci_zookeeper_key(const crpci_zookeeper *s, const char *dir)
-{
-    size_t size = strlen("zookeeper://") + strlen(s->authority) + strlen(dir) + 1;
-    char *key = (char *)crpci_heap_alloc(s->heap, size);
-    if (key)
-        snprintf(key, size, "zookeeper://%s%s", s->authority, dir);
-    return key;
-}
-
-/* Takes what was read into the cache; of providers only if there is one: what stands there is to be
- * of use. */
-CRPCI_COLD void crpci_zookeeper_remember(crpci_zookeeper_dir *dir, char *const *names, size_t count)
-{
-    crpci_zookeeper *s = dir->task.session;
-    crpci_registry_query any;
-    crpci_snapshot *list = NULL;
-    size_t bad;
-    char *key;
-    if (!s->cache.path)
-        return;
-    memset(&any, 0, sizeof any);
-    any.service = "";
-    any.group = any.version = "*";
-    if (!dir->providers) {
-        crpci_loop_unlock(s->loop);
-        list = crpci_registry_collect(s->heap, names, count, &any, NULL, &bad);
-        crpci_loop_lock(s->loop);
-        if (!list || !list->count) {
-            crpci_registry_snapshot_unref(list);
-            return;
-        }
-    }
-    key = crpci_zookeeper_key(s, dir->task.dir);
-    if (key)
-        (void)crpci_registry_cache_put(&s->cache, key, names, count);
-    crpci_heap_strfree(s->heap, key);
-    crpci_registry_snapshot_unref(list);
-}
-
-CRPCI_FN void crpci_zookeeper_save(crpci_zookeeper *s)
-{
-    if (!s->closing && crpci_registry_cache_due(&s->cache) <= crpci_zookeeper_now(s))
-        crpci_registry_cache_save(&s->cache, s->loop, &s->cond);
-}
-
-/* --- directories ------------------------------------------------------------------------------ */
-
-/* Takes the answer to a MKDIR: goes up while the parent is missing, then down again. 1: the
- * directory is there. 0: go on. -1: it cannot be made. */
-CRPCI_FN int crpci_zookeeper_made(crpci_zookeeper_task *t, int rc)
-{
-    size_t full = strlen(t->dir);
-    if (rc == ZOK || rc == ZNODEEXISTS) {
-        if (t->made == full)
-            return 1;
-        t->made += 1 + strcspn(t->dir + t->made + 1, "/");
-        return 0;
-    }
-    if (rc != ZNONODE)
-        return -1;
-    while (t->made > 0 && t->dir[--t->made] != '/') {
-    }
-    return t->made ? 0 : -1;
-}
-
-CRPCI_FN bool crpci_zookeeper_dir_prepare(crpci_zookeeper_task *t, crpci_zookeeper_op *op)
-{
-    size_t n = strlen(t->dir);
-    if (t->step != CRPCI_ZOOKEEPER_MKDIR)
-        t->step = CRPCI_ZOOKEEPER_LIST;
-    op->step = t->step;
-    op->watch = true;
-    op->path = crpci_heap_strndup(t->session->heap, t->dir,
-                                  t->step == CRPCI_ZOOKEEPER_MKDIR ? t->made : n);
-    return op->path != NULL;
-}
-
-/* A directory is to be read; one of providers not before the overrides are known, so that a
- * provider which is switched off is never seen. */
-CRPCI_FN void crpci_zookeeper_dir_changed(crpci_zookeeper_dir *dir)
-{
-    if (!dir->task.op) /* else the answer will show it: events come before what they tell of */
-        dir->task.due_us = dir->providers || dir->ruled ? 0 : INT64_MAX;
-}
-
-/* The overrides of a directory are known, or cannot be. Takes `rules`; NULL: they stay. */
-CRPCI_FN void crpci_zookeeper_ruled(crpci_zookeeper_dir *dir, crpci_registry_rules *rules)
-{
-    bool first = !dir->ruled, change = rules && (rules->count || (dir->overrides &&
-                                                                  dir->overrides->count));
-    if (rules) {
-        crpci_registry_rules_unref(dir->overrides);
-        dir->overrides = rules;
-    }
-    dir->ruled = true;
-    if (first || change)
-        crpci_zookeeper_dir_changed(dir);
-}
-
-CRPCI_FN void crpci_zookeeper_dir_made(crpci_zookeeper_dir *dir, int rc)
-{
-    crpci_zookeeper_task *t = &dir->task;
-    int made = crpci_zookeeper_made(t, rc);
-    t->due_us = 0;
-    if (!made)
-        return;
-    t->step = CRPCI_ZOOKEEPER_LIST;
-    if (made > 0)
-        return;
-    crpci_heap_log(t->session->heap, CRPC_LOG_WARN,
-                   "zookeeper: %s does not exist and cannot be created (%s): looking for it from "
-                   "time to time",
-                   t->dir, zerror(rc));
-    dir->refused = true;
-    crpci_zookeeper_later(t, crpci_zookeeper_spread(t->session, CRPCI_ZOOKEEPER_REFUSED_US, 20));
-}
-
-/* Makes rules of what was read. Locked; unlocks for the work. False: out of memory. */
-CRPCI_FN bool crpci_zookeeper_dir_rules(crpci_zookeeper_dir *dir, char *const *names, size_t count)
-{
-    crpci_zookeeper *s = dir->task.session;
-    char ip[INET6_ADDRSTRLEN], host[INET6_ADDRSTRLEN + 2];
-    crpci_registry_rules *rules;
-    size_t bad = 0;
-    crpci_loop_unlock(s->loop);
-    crpci_zookeeper_local_host(s, false, ip, sizeof ip);
-    snprintf(host, sizeof host, strchr(ip, ':') ? "[%s]" : "%s", ip);
-    rules = crpci_registry_rules_read(s->heap, names, count, host, &bad);
-    crpci_loop_lock(s->loop);
-    if (bad && !dir->bad)
-        crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                       "zookeeper: %s: %zu names are no override that is understood", dir->task.dir,
-                       bad);
-    dir->bad = dir->bad || bad;
-    if (rules && dir->providers)
-        crpci_zookeeper_ruled(dir->providers, rules);
-    else
-        crpci_registry_rules_unref(rules);
-    return rules != NULL;
-}
-
-/* The directory cannot be read: what was read before stays in use. */
-CRPCI_FN void crpci_zookeeper_dir_failed(crpci_zookeeper_dir *dir, int rc)
-{
-    crpci_zookeeper *s = dir->task.session;
-    if (!dir->failed)
-        crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s cannot be read: %s", dir->task.dir,
-                       zerror(rc));
-    dir->failed = true;
-    crpci_zookeeper_later(&dir->task, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_REFUSED_US, 20));
-    if (dir->providers)
-        crpci_zookeeper_ruled(dir->providers, NULL);
-    else if (!crpci_zookeeper_age_dir(dir))
-        crpci_zookeeper_later(&dir->task, CRPCI_ZOOKEEPER_RETRY_US);
-}
-
-CRPCI_FN void crpci_zookeeper_dir_done(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
-                                       const crpci_zookeeper_answer *a)
-{
-    crpci_zookeeper_dir *dir = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
-    crpci_zookeeper *s = t->session;
-    char *const *names = a->names ? a->names->data : NULL;
-    size_t count = a->names && a->names->count > 0 ? (size_t)a->names->count : 0;
-    if (crpci_zookeeper_lost(a->rc)) {
-        crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_RETRY_US, 50));
-        return;
-    }
-    if (op->step == CRPCI_ZOOKEEPER_MKDIR) {
-        crpci_zookeeper_dir_made(dir, a->rc);
-        return;
-    }
-    if (a->rc != ZOK && a->rc != ZNONODE) {
-        crpci_zookeeper_dir_failed(dir, a->rc);
-        return;
-    }
-    dir->failed = false;
-    dir->read = true;
-    if (a->rc == ZOK)
-        crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_REREAD_US, 20));
-    else if (dir->refused)
-        crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_REFUSED_US, 20));
-    else
-        t->due_us = 0;
-    if (a->rc == ZOK) {
-        dir->refused = false;
-    } else if (!dir->refused) {
-        t->step = CRPCI_ZOOKEEPER_MKDIR;
-        t->made = strlen(t->dir);
-    }
-    if (a->rc == ZOK)
-        crpci_zookeeper_remember(dir, names, count);
-    if (dir->providers ? !crpci_zookeeper_dir_rules(dir, names, count)
-                       : !crpci_zookeeper_deliver(dir, names, count, a->rc == ZOK))
-        crpci_zookeeper_later(t, CRPCI_ZOOKEEPER_RETRY_US);
-}
-
-CRPCI_FN void crpci_zookeeper_dir_resume(crpci_zookeeper_task *t, bool fresh)
-{
-    crpci_zookeeper_dir *dir = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
-    t->step = CRPCI_ZOOKEEPER_LIST;
-    dir->refused = false;
-    /* In the same session the watches tell of what was missed: to read anyway is the net below
-     * them, and no reason for all to do so in the same moment. */
-    if (fresh || !dir->read)
-        crpci_zookeeper_dir_changed(dir);
-    else
-        crpci_zookeeper_later(t, crpci_zookeeper_scatter(t->session));
-}
-
-CRPCI_FN void crpci_zookeeper_dir_fired(crpci_zookeeper_task *t, const char *path, bool gone)
-{
-    (void)gone;
-    if (strcmp(t->dir, path) == 0)
-        crpci_zookeeper_dir_changed(CRPCI_CONTAINER(t, crpci_zookeeper_dir, task));
-}
-
-CRPCI_FN void crpci_zookeeper_dir_free(crpci_zookeeper_task *t)
-{
-    crpci_zookeeper_dir *dir = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
-    crpci_heap *h = t->session->heap;
-    if (dir->rules)
-        crpci_zookeeper_task_unref(&dir->rules->task);
-    crpci_registry_rules_unref(dir->overrides);
-    crpci_heap_strfree(h, t->dir);
-    crpci_heap_free(h, dir, sizeof *dir);
-}
-
-static const crpci_zookeeper_kind crpci_zookeeper_dir_kind = {
-    crpci_zookeeper_dir_prepare, crpci_zookeeper_dir_done, crpci_zookeeper_dir_resume,
-    crpci_zookeeper_dir_free, crpci_zookeeper_dir_fired, NULL, NULL};
-
-/* --- registrations ---------------------------------------------------------------------------- */
-
-/* Finds the address to register, if it is to be found. *changed: it is another one than before. */
-CRPCI_FN bool crpci_zookeeper_reg_locate(crpci_zookeeper_reg *reg, bool *changed)
-{
-    char host[INET6_ADDRSTRLEN];
-    *changed = false;
-    if (!reg->auto_host)
-        return true;
-    if (!crpci_zookeeper_local_host(reg->task.session, reg->v4, host, sizeof host))
-        return false;
-    *changed = strcmp(host, reg->host) != 0;
-    if (!*changed)
-        return true;
-    memcpy(reg->host, host, sizeof reg->host);
-    if (reg->consumer)
-        snprintf(reg->address, sizeof reg->address, strchr(host, ':') ? "[%s]" : "%s", host);
-    else
-        snprintf(reg->address, sizeof reg->address, strchr(host, ':') ? "[%s]:%u" : "%s:%u", host,
-                 reg->port);
-    return true;
-}
-
-CRPCI_FN size_t crpci_zookeeper_reg_url(const crpci_zookeeper_reg *reg, char *out, size_t size)
-{
-    return (reg->consumer ? crpci_registry_consumer_url : crpci_registry_url)(
-        out, size, &reg->what, reg->address, reg->timestamp_ms, (long)getpid());
-}
-
-/* Names the node. */
-CRPCI_FN bool crpci_zookeeper_reg_name(crpci_zookeeper_reg *reg)
-{
-    crpci_heap *h = reg->task.session->heap;
-    size_t url_size = crpci_zookeeper_reg_url(reg, NULL, 0) + 1;
-    char *url = (char *)crpci_heap_alloc(h, url_size), *name = NULL, *path = NULL;
-    size_t name_size = 0;
-    if (url) {
-        crpci_zookeeper_reg_url(reg, url, url_size);
-        name_size = crpci_url_encode(NULL, 0, url) + 1;
-        name = (char *)crpci_heap_alloc(h, name_size);
-    }
-    if (name) {
-        crpci_url_encode(name, name_size, url);
-        path = crpci_zookeeper_join(h, reg->task.dir, name);
-    }
-    crpci_heap_free(h, name, name_size);
-    crpci_heap_free(h, url, url_size);
-    if (!path)
-        return false;
-    crpci_heap_strfree(h, reg->path);
-    reg->path = path;
-    reg->tried = false;
-    return true;
-}
-
-/* A try failed for a reason that a new connection does not cure. `status` 0: not to be told. */
-CRPCI_FN void crpci_zookeeper_reg_fail(crpci_zookeeper_reg *reg, int status, const char *why)
-{
-    crpci_zookeeper *s = reg->task.session;
-    char text[CRPC_ERROR_TEXT_MAX];
-    crpci_status_format(text, sizeof text, "registering %s%.70s at zookeeper://%.70s: %.50s",
-                        reg->consumer ? "as a consumer of " : "", reg->what.service, s->authority,
-                        why);
-    crpci_zookeeper_later(&reg->task, crpci_zookeeper_backoff(s, reg->failures));
-    if (reg->failures++ % 10 == 0)
-        crpci_heap_log(s->heap, CRPC_LOG_WARN, "%s", text);
-    if (status)
-        crpci_zookeeper_tell(reg, status, text);
-}
-
-/* Chooses what to do when nothing is urgent: move, look for twins, or see that the
- * node is there. */
-CRPCI_FN void crpci_zookeeper_reg_choose(crpci_zookeeper_reg *reg)
-{
-    int64_t now = crpci_zookeeper_now(reg->task.session);
-    bool changed;
-    if (crpci_zookeeper_reg_locate(reg, &changed) && changed) {
-        reg->moving = true;
-        reg->live = false;
-        reg->task.step = CRPCI_ZOOKEEPER_DELETE;
-    } else if (reg->twins_us && now >= reg->twins_us) {
-        reg->evicted = false;
-        crpci_heap_strfree(reg->task.session->heap, reg->twin); /* a pass that was cut off */
-        reg->twin = NULL;
-        reg->task.step = CRPCI_ZOOKEEPER_LIST;
-    } else {
-        reg->task.step = CRPCI_ZOOKEEPER_STAT;
-    }
-}
-
-/* Makes sure before a CREATE that the node has a name, the one of the present address. */
-CRPCI_FN bool crpci_zookeeper_reg_ready(crpci_zookeeper_reg *reg)
-{
-    bool changed;
-    if (!crpci_zookeeper_reg_locate(reg, &changed)) {
-        crpci_zookeeper_reg_fail(reg, 0, CRPCI_STATUS_TEXT("no address of this host leads there"));
-        return false;
-    }
-    if (changed && reg->tried) { /* it may be there under the old one */
-        reg->moving = true;
-        reg->task.step = CRPCI_ZOOKEEPER_DELETE;
-        return true;
-    }
-    if ((!reg->path || changed) && !crpci_zookeeper_reg_name(reg))
-        return false;
-    reg->tried = true;
-    return true;
-}
-
-/* Takes a registration off the session; the handle's reference goes with it. */
-CRPCI_FN void crpci_zookeeper_reg_drop(crpci_zookeeper_reg *reg)
-{
-    if (crpci_list_empty(&reg->task.node))
-        return; /* the session ended meanwhile, and dropped everything */
-    crpci_list_remove(&reg->task.node);
-    crpci_zookeeper_task_unref(&reg->task);
-}
-
-CRPCI_FN bool crpci_zookeeper_reg_prepare(crpci_zookeeper_task *t, crpci_zookeeper_op *op)
-{
-    crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
-    crpci_heap *h = t->session->heap;
-    if (reg->withdrawn && !reg->tried) {
-        crpci_zookeeper_reg_drop(reg);
-        return false;
-    }
-    if (reg->withdrawn)
-        t->step = CRPCI_ZOOKEEPER_GONE;
-    if (t->step == CRPCI_ZOOKEEPER_IDLE)
-        crpci_zookeeper_reg_choose(reg);
-    if (t->step == CRPCI_ZOOKEEPER_CREATE && !crpci_zookeeper_reg_ready(reg))
-        return false;
-    op->step = t->step;
-    op->data = reg->host;
-    op->watch = t->step == CRPCI_ZOOKEEPER_STAT && !reg->consumer;
-    if (t->step == CRPCI_ZOOKEEPER_MKDIR)
-        op->path = crpci_heap_strndup(h, t->dir, t->made);
-    else if (t->step == CRPCI_ZOOKEEPER_LIST)
-        op->path = crpci_heap_strndup(h, t->dir, strlen(t->dir));
-    else if (t->step == CRPCI_ZOOKEEPER_TWIN_STAT || t->step == CRPCI_ZOOKEEPER_TWIN_DELETE)
-        op->path = crpci_zookeeper_join(h, t->dir, reg->twin);
-    else
-        op->path = crpci_heap_strndup(h, reg->path, strlen(reg->path));
-    if (t->step == CRPCI_ZOOKEEPER_TWIN_DELETE)
-        op->version = reg->twin_version;
-    return op->path != NULL;
-}
-
-CRPCI_FN void crpci_zookeeper_reg_idle(crpci_zookeeper_reg *reg)
-{
-    reg->task.step = CRPCI_ZOOKEEPER_IDLE;
-    reg->task.due_us =
-        reg->twins_us && reg->twins_us < reg->check_us ? reg->twins_us : reg->check_us;
-}
-
-/* The node exists and is this session's. `watched`: its end will be told of; if not, it is looked
- * at once more, with a watch. */
-CRPCI_FN void crpci_zookeeper_reg_mine(crpci_zookeeper_reg *reg, bool watched)
-{
-    crpci_zookeeper *s = reg->task.session;
-    int64_t now = crpci_zookeeper_now(s);
-    bool news = !reg->live;
-    reg->live = true;
-    reg->failures = reg->fights = 0;
-    reg->check_us = now;
-    if (watched || reg->consumer)
-        reg->check_us += crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_CHECK_US, 20);
-    if (news && !reg->consumer && reg->rounds < CRPCI_ZOOKEEPER_TWIN_ROUNDS)
-        reg->twins_us = reg->twins_us > now ? reg->twins_us : now;
-    crpci_zookeeper_reg_idle(reg);
-    if (!news)
-        return;
-    crpci_heap_log(s->heap, reg->consumer ? CRPC_LOG_DEBUG : CRPC_LOG_INFO,
-                   "zookeeper: registered %s%s at %s", reg->consumer ? "as a consumer of " : "",
-                   reg->what.service, reg->address);
-    crpci_zookeeper_tell(reg, CRPC_OK, "registered");
-}
-
-/* A timestamp that no other consumer of the session has: it is what tells their names apart. */
-CRPCI_FN int64_t crpci_zookeeper_stamp(crpci_zookeeper *s)
-{
-    struct timespec ts;
-    int64_t ms;
-    clock_gettime(CLOCK_REALTIME, &ts); /* people read it; nothing is timed by it */
-    ms = (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-    s->stamp_ms = ms > s->stamp_ms ? ms : s->stamp_ms + 1;
-    return s->stamp_ms;
-}
-
-/* The node is there, but another session's: what a process that died a moment ago with the same
- * name left, or this one's own before its session expired. It would vanish with that session. A
- * consumer, whose name says nothing to anybody, takes another. */
-CRPCI_FN void crpci_zookeeper_reg_foreign(crpci_zookeeper_reg *reg)
-{
-    crpci_zookeeper *s = reg->task.session;
-    reg->live = false;
-    if (reg->consumer) {
-        crpci_heap_strfree(s->heap, reg->path);
-        reg->path = NULL;
-        reg->tried = false;
-        reg->timestamp_ms = crpci_zookeeper_stamp(s) + crpci_loop_random(s->loop) % 1000u;
-        reg->task.step = CRPCI_ZOOKEEPER_CREATE;
-        return;
-    }
-    reg->task.step = CRPCI_ZOOKEEPER_DELETE;
-    if (++reg->fights > 3)
-        crpci_zookeeper_later(&reg->task,
-                              crpci_zookeeper_backoff(reg->task.session, reg->fights - 3));
-}
-
-/* Whether a name is that of another node with the registration's address: up to there the two names
- * are the same. Nodes of other software begin with other schemes. */
-CRPCI_FN bool crpci_zookeeper_is_twin(const crpci_zookeeper_reg *reg, const char *name)
-{
-    const char *own = strrchr(reg->path, '/') + 1;
-    size_t n = crpci_url_encode(NULL, 0, "crpc://") + crpci_url_encode(NULL, 0, reg->address) +
-               crpci_url_encode(NULL, 0, "/");
-    return strncmp(name, own, n) == 0 && strcmp(name, own) != 0;
-}
-
-/* One pass over the directory is over. Passes that remove nodes come ever more rarely: if the other
- * one is alive, two processes are set up with one address, and no removing will settle that. */
-CRPCI_FN void crpci_zookeeper_reg_pass(crpci_zookeeper_reg *reg)
-{
-    crpci_zookeeper *s = reg->task.session;
-    crpci_heap_strfree(s->heap, reg->twin);
-    reg->twin = NULL;
-    reg->twins_us = 0;
-    if (reg->evicted && ++reg->rounds < CRPCI_ZOOKEEPER_TWIN_ROUNDS)
-        reg->twins_us =
-            crpci_zookeeper_now(s) +
-            crpci_zookeeper_spread(s, (int64_t)CRPCI_ZOOKEEPER_TWIN_US << (reg->rounds - 1), 20);
-    else if (reg->evicted)
-        crpci_heap_log(s->heap, CRPC_LOG_ERROR,
-                       "zookeeper: another process keeps registering %s at %s: it is not removed "
-                       "any more",
-                       reg->what.service, reg->address);
-    reg->evicted = false;
-    crpci_zookeeper_reg_idle(reg);
-}
-
-/* Picks the next twin in the order of names, so that each is looked at once in a pass. */
-CRPCI_FN void crpci_zookeeper_reg_listed(crpci_zookeeper_reg *reg, const crpci_zookeeper_answer *a)
-{
-    crpci_heap *h = reg->task.session->heap;
-    const char *next = NULL;
-    int32_t i;
-    for (i = 0; a->rc == ZOK && a->names && i < a->names->count; i++) {
-        const char *name = a->names->data[i];
-        if (name && (!reg->twin || strcmp(name, reg->twin) > 0) &&
-            (!next || strcmp(name, next) < 0) && crpci_zookeeper_is_twin(reg, name))
-            next = name;
-    }
-    if (next) {
-        char *copy = crpci_heap_strndup(h, next, strlen(next));
-        if (copy) {
-            crpci_heap_strfree(h, reg->twin);
-            reg->twin = copy;
-            reg->task.step = CRPCI_ZOOKEEPER_TWIN_STAT;
-            return;
-        }
-    }
-    crpci_zookeeper_reg_pass(reg);
-}
-
-CRPCI_FN void crpci_zookeeper_reg_twin(crpci_zookeeper_reg *reg, const crpci_zookeeper_op *op,
-                                       const crpci_zookeeper_answer *a)
-{
-    crpci_zookeeper *s = reg->task.session;
-    reg->task.step = CRPCI_ZOOKEEPER_LIST;
-    if (op->step == CRPCI_ZOOKEEPER_TWIN_STAT) {
-        /* Without an owner it was put there by hand, for good. */
-        if (a->rc == ZOK && a->stat->ephemeralOwner != 0 &&
-            a->stat->ephemeralOwner != s->session_id) {
-            reg->twin_version = a->stat->version;
-            reg->task.step = CRPCI_ZOOKEEPER_TWIN_DELETE;
-        }
-    } else if (a->rc == ZOK) {
-        reg->evicted = true;
-        crpci_heap_log(s->heap, reg->rounds ? CRPC_LOG_WARN : CRPC_LOG_INFO,
-                       "zookeeper: removed another session's node of %s at %s", reg->what.service,
-                       reg->address);
-    }
-}
-
-/* The answer to DELETE: the way is free, or somebody was faster. */
-CRPCI_FN void crpci_zookeeper_reg_deleted(crpci_zookeeper_reg *reg)
-{
-    crpci_heap *h = reg->task.session->heap;
-    reg->task.step = CRPCI_ZOOKEEPER_CREATE;
-    if (reg->moving) {
-        crpci_heap_strfree(h, reg->path);
-        reg->path = NULL;
-        reg->tried = reg->moving = false;
-    }
-}
-
-/* A withdrawn registration got an answer, whatever the question was. */
-CRPCI_FN void crpci_zookeeper_reg_gone(crpci_zookeeper_reg *reg, const crpci_zookeeper_op *op,
-                                       int rc)
-{
-    reg->task.step = CRPCI_ZOOKEEPER_GONE;
-    reg->task.due_us = 0;
-    if (op->step == CRPCI_ZOOKEEPER_GONE || !reg->tried) {
-        if (rc != ZOK && rc != ZNONODE)
-            crpci_heap_log(reg->task.session->heap, CRPC_LOG_WARN,
-                           "zookeeper: %s at %s cannot be unregistered: %s", reg->what.service,
-                           reg->address, zerror(rc));
-        crpci_zookeeper_reg_drop(reg);
-    }
-}
-
-CRPCI_FN void crpci_zookeeper_reg_done(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
-                                       const crpci_zookeeper_answer *a)
-{
-    crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
-    crpci_zookeeper *s = t->session;
-    int made;
-    t->due_us = 0;
-    if (crpci_zookeeper_lost(a->rc)) {
-        crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_RETRY_US, 50));
-        if (reg->withdrawn)
-            t->step = CRPCI_ZOOKEEPER_GONE;
-        return;
-    }
-    if (reg->withdrawn) {
-        crpci_zookeeper_reg_gone(reg, op, a->rc);
-    } else if (op->step == CRPCI_ZOOKEEPER_LIST) {
-        crpci_zookeeper_reg_listed(reg, a);
-    } else if (op->step == CRPCI_ZOOKEEPER_TWIN_STAT || op->step == CRPCI_ZOOKEEPER_TWIN_DELETE) {
-        crpci_zookeeper_reg_twin(reg, op, a);
-    } else if (op->step == CRPCI_ZOOKEEPER_MKDIR) {
-        made = crpci_zookeeper_made(t, a->rc);
-        if (made)
-            t->step = CRPCI_ZOOKEEPER_CREATE;
-        if (made < 0)
-            crpci_zookeeper_reg_fail(reg, a->rc == ZNOAUTH ? CRPC_EAUTH : CRPC_EREGISTRY,
-                                     zerror(a->rc));
-    } else if (op->step == CRPCI_ZOOKEEPER_CREATE && a->rc == ZNONODE) {
-        t->step = CRPCI_ZOOKEEPER_MKDIR;
-        t->made = strlen(t->dir);
-    } else if (op->step == CRPCI_ZOOKEEPER_CREATE && a->rc == ZNODEEXISTS) {
-        t->step = CRPCI_ZOOKEEPER_STAT;
-    } else if (op->step == CRPCI_ZOOKEEPER_DELETE && (a->rc == ZOK || a->rc == ZNONODE)) {
-        crpci_zookeeper_reg_deleted(reg);
-    } else if (op->step == CRPCI_ZOOKEEPER_STAT && a->rc == ZNONODE) {
-        reg->live = false;
-        t->step = CRPCI_ZOOKEEPER_CREATE;
-    } else if (a->rc != ZOK) {
-        crpci_zookeeper_reg_fail(reg, a->rc == ZNOAUTH ? CRPC_EAUTH : CRPC_EREGISTRY,
-                                 zerror(a->rc));
-    } else if (op->step == CRPCI_ZOOKEEPER_STAT && a->stat->ephemeralOwner != s->session_id) {
-        crpci_zookeeper_reg_foreign(reg);
-    } else {
-        crpci_zookeeper_reg_mine(reg, op->watch);
-    }
-}
-
-/* Somebody removed the node. That may have been a whole tree: not all its providers come back in
- * the same moment. */
-CRPCI_FN void crpci_zookeeper_reg_removed(crpci_zookeeper_reg *reg)
-{
-    crpci_zookeeper *s = reg->task.session;
-    if (!reg->live || reg->withdrawn || reg->moving)
-        return;
-    reg->check_us = crpci_zookeeper_now(s) + crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_BACK_US, 90);
-    if (!reg->task.op && reg->task.step == CRPCI_ZOOKEEPER_IDLE)
-        crpci_zookeeper_reg_idle(reg);
-}
-
-CRPCI_FN void crpci_zookeeper_reg_resume(crpci_zookeeper_task *t, bool fresh)
-{
-    crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
-    reg->failures = 0;
-    if (fresh)
-        reg->live = false;
-    if (reg->moving)
-        t->step = CRPCI_ZOOKEEPER_DELETE;
-    else
-        t->step = reg->live ? CRPCI_ZOOKEEPER_IDLE : CRPCI_ZOOKEEPER_CREATE;
-    if (reg->withdrawn)
-        t->step = CRPCI_ZOOKEEPER_GONE;
-    t->due_us = 0;
-    reg->check_us = 0; /* the way there may be another one, with another address */
-    if (t->step == CRPCI_ZOOKEEPER_IDLE)
-        crpci_zookeeper_later(t, crpci_zookeeper_scatter(t->session));
-}
-
-CRPCI_FN void crpci_zookeeper_reg_free(crpci_zookeeper_task *t)
-{
-    crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
-    crpci_heap *h = t->session->heap;
-    crpci_registry_texts_free(h, reg->text, 5);
-    crpci_heap_strfree(h, t->dir);
-    crpci_heap_strfree(h, reg->path);
-    crpci_heap_strfree(h, reg->twin);
-    crpci_heap_free(h, reg, sizeof *reg);
-}
-
-CRPCI_FN void crpci_zookeeper_reg_fired(crpci_zookeeper_task *t, const char *path, bool gone)
-{
-    crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
-    if (gone && reg->path && strcmp(reg->path, path) == 0)
-        crpci_zookeeper_reg_removed(reg);
-}
-
-static const crpci_zookeeper_kind crpci_zookeeper_reg_kind = {
-    crpci_zookeeper_reg_prepare, crpci_zookeeper_reg_done,  crpci_zookeeper_reg_resume,
-    crpci_zookeeper_reg_free,    crpci_zookeeper_reg_fired, NULL,
-    NULL};
 
 /* --- what the client calls -------------------------------------------------------------------- */
 
-/* The client's lines come without a word about whose they are, so there is no hook to hand them to;
- * the session's own lines tell of every loss and return once. */
-CRPCI_FN void crpci_zookeeper_on_log(const char *line)
+/* The client's lines do not say whose they are, so nobody is handed them; the session's own lines
+ * tell of every loss and return once. */
+CRPCI_FN void crpci_zk_session_on_log(const char *line)
 {
     (void)line;
 }
 
 /* Runs on the client's I/O thread, in places with the client's locks held. A refused credential
  * comes as a session event too. */
-CRPCI_FN void crpci_zookeeper_on_auth(int rc, const void *data)
+CRPCI_FN void crpci_zk_session_on_auth(int rc, const void *data)
 {
     (void)rc;
     (void)data;
 }
 
-CRPCI_FN void crpci_zookeeper_enter(crpci_zookeeper_link *link)
+CRPCI_FN void crpci_zk_session_enter(crpci_zk_handle *handle)
 {
-    crpci_loop_lock(link->session->loop);
-    link->inside = true;
-    link->thread = crpci_thread_self();
+    crpci_loop_lock(handle->session->loop);
+    handle->inside = true;
+    handle->thread = crpci_thread_self();
 }
 
-/* What was read is called stale when the registry has been away for as long as a session lasts:
- * from then on anything can have happened there. Locked, unlocks meanwhile; where lists are
- * delivered, so that the two never meet. */
-CRPCI_FN bool crpci_zookeeper_is_old(const crpci_zookeeper *s)
+/* Whether what was read is to be called stale: the registry has been away for as long as a session
+ * lasts, so that from now on anything can have happened there. */
+CRPCI_FN bool crpci_zk_session_is_old(const crpci_zk_session *s)
 {
-    return !s->aged && !s->connected && s->lost_us &&
-           crpci_zookeeper_now(s) - s->lost_us >= (int64_t)s->negotiated_ms * 1000;
+    return !s->aged && s->phase == CRPCI_ZK_LOST &&
+           crpci_zk_job_now(s) - s->lost_us >= (int64_t)s->negotiated_ms * 1000;
 }
 
-CRPCI_FN void crpci_zookeeper_age(crpci_zookeeper *s)
+/* Locked, unlocks meanwhile; on the thread that delivers lists, so that the two never meet. */
+CRPCI_FN void crpci_zk_session_age(crpci_zk_session *s)
 {
-    crpci_list *i;
-    bool complete = true;
-    for (i = s->tasks.next; i != &s->tasks; i = i->next) {
-        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
-        if (t->kind == &crpci_zookeeper_dir_kind)
-            CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->aged = false;
-    }
-    for (i = s->tasks.next; i != &s->tasks && !s->closing;) {
-        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
-        crpci_zookeeper_dir *dir = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
-        i = i->next;
-        if (t->kind != &crpci_zookeeper_dir_kind || dir->aged)
-            continue;
-        dir->aged = true;
-        t->refs++;
-        complete = crpci_zookeeper_age_dir(dir) && complete;
-        crpci_zookeeper_task_unref(t);
-        i = s->tasks.next; /* anything can have come and gone */
-    }
-    s->aged = complete;
+    s->aged = !s->age || s->age(s);
 }
 
-/* The answer to a probe: nobody is there yet. Whoever accepts a connection without giving the
- * session back has no more idea of it. Only libzookeeper_mt needs to be asked. */
-CRPCI_FN void crpci_zookeeper_probed(crpci_zookeeper *s, crpci_zookeeper_link *link, int rc)
+/* The answer to a probe: nobody is there yet. A server that accepts a connection without giving the
+ * session back does not know the session. Only libzookeeper_mt needs to be asked. */
+CRPCI_FN void crpci_zk_session_probed(crpci_zk_session *s, crpci_zk_handle *handle, int rc)
 {
     s->probing = false;
-    if (rc == ZOK || s->connected || !s->lost_us)
+    if (rc == ZOK || s->phase != CRPCI_ZK_LOST)
         return;
-    if (crpci_zookeeper_is_old(s))
-        crpci_zookeeper_age(s);
-    if (s->server_count && !s->closing) {
-        const crpci_addr *to = &s->servers[s->turn++ % s->server_count];
+    if (crpci_zk_session_is_old(s))
+        crpci_zk_session_age(s);
+    if (s->servers.count && !s->closing) {
+        const crpci_addr *to = &s->servers.addr[s->turn++ % s->servers.count];
         bool accepts;
         crpci_loop_unlock(s->loop);
-        accepts = crpci_zookeeper_reachable(to);
+        accepts = crpci_zk_servers_reachable(to);
         crpci_loop_lock(s->loop);
         s->refused += accepts;
     }
-    if (s->closing || s->link != link || zoo_state(link->zh) == ZOO_CONNECTED_STATE)
-        return; /* it came back this moment, and the news of it stand behind this in the queue */
-    s->renew = s->refused >= CRPCI_ZOOKEEPER_REFUSALS ||
-               crpci_zookeeper_now(s) - s->lost_us >= crpci_zookeeper_patience(s);
+    if (s->closing || s->handle != handle || s->phase != CRPCI_ZK_LOST ||
+        zoo_state(handle->zh) == ZOO_CONNECTED_STATE)
+        return; /* it came back this moment, and that event stands behind this in the queue */
+    if (s->refused >= CRPCI_ZK_SESSION_REFUSALS ||
+        crpci_zk_job_now(s) - s->lost_us >= crpci_zk_session_patience(s))
+        s->phase = CRPCI_ZK_OVER;
 }
 
-CRPCI_FN void crpci_zookeeper_on_answer(const void *data, const crpci_zookeeper_answer *a)
+CRPCI_FN void crpci_zk_session_on_answer(const void *data, const crpci_zk_answer *a)
 {
-    crpci_zookeeper_op *op = (crpci_zookeeper_op *)(uintptr_t)data;
-    crpci_zookeeper_link *link = op->link;
-    crpci_zookeeper *s = link->session;
-    crpci_zookeeper_enter(link);
-    if (!crpci_zookeeper_lost(a->rc))
+    crpci_zk_request *q = (crpci_zk_request *)(uintptr_t)data;
+    crpci_zk_handle *handle = q->handle;
+    crpci_zk_session *s = handle->session;
+    crpci_zk_session_enter(handle);
+    if (!crpci_zk_job_unanswered(a->rc))
         s->failures = 0;
-    if (link == s->link && !s->closing) {
-        if (!op->task) {
-            crpci_zookeeper_probed(s, link, a->rc);
-        } else if (op->task->op == op) {
-            op->task->op = NULL;
-            op->task->kind->done(op->task, op, a);
-        }
+    if (handle == s->handle && !s->closing) {
+        if (!q->job)
+            crpci_zk_session_probed(s, handle, a->rc);
+        else if (q->job->sent == q)
+            crpci_zk_job_take(q, a);
+    } else if (q->job && q->job->sent == q) {
+        q->job->sent = NULL;
     }
-    crpci_zookeeper_op_free(op);
+    crpci_zk_job_request_free(q);
     if (s->closing)
         crpci_thread_broadcast(&s->cond);
-    crpci_zookeeper_leave(link);
+    crpci_zk_session_leave(handle);
 }
 
-CRPCI_FN void crpci_zookeeper_on_data(int rc, const char *bytes, int size, const struct Stat *stat,
-                                      const void *data)
+CRPCI_FN void crpci_zk_session_on_data(int rc, const char *bytes, int size, const struct Stat *stat,
+                                       const void *data)
 {
-    crpci_zookeeper_answer a;
+    crpci_zk_answer a;
     memset(&a, 0, sizeof a);
     a.rc = rc;
     a.stat = stat;
     a.text = bytes;
     a.size = size;
-    crpci_zookeeper_on_answer(data, &a);
+    crpci_zk_session_on_answer(data, &a);
 }
 
-CRPCI_FN void crpci_zookeeper_on_string(int rc, const char *value, const void *data)
+CRPCI_FN void crpci_zk_session_on_string(int rc, const char *value, const void *data)
 {
-    crpci_zookeeper_on_data(rc, value, 0, NULL, data);
+    crpci_zk_session_on_data(rc, value, 0, NULL, data);
 }
 
-CRPCI_FN void crpci_zookeeper_on_stat(int rc, const struct Stat *stat, const void *data)
+CRPCI_FN void crpci_zk_session_on_stat(int rc, const struct Stat *stat, const void *data)
 {
-    crpci_zookeeper_on_data(rc, NULL, 0, stat, data);
+    crpci_zk_session_on_data(rc, NULL, 0, stat, data);
 }
 
-CRPCI_FN void crpci_zookeeper_on_void(int rc, const void *data)
+CRPCI_FN void crpci_zk_session_on_void(int rc, const void *data)
 {
-    crpci_zookeeper_on_data(rc, NULL, 0, NULL, data);
+    crpci_zk_session_on_data(rc, NULL, 0, NULL, data);
 }
 
-CRPCI_FN void crpci_zookeeper_on_names(int rc, const struct String_vector *names, const void *data)
+CRPCI_FN void crpci_zk_session_on_names(int rc, const struct String_vector *names, const void *data)
 {
-    crpci_zookeeper_answer a;
+    crpci_zk_answer a;
     memset(&a, 0, sizeof a);
     a.rc = rc;
     a.names = names;
-    crpci_zookeeper_on_answer(data, &a);
+    crpci_zk_session_on_answer(data, &a);
 }
 
-/* Something that is watched changed, or went. Also called for session events, which the other
- * watcher sees to. */
-CRPCI_FN void crpci_zookeeper_on_change(zhandle_t *zh, int type, int state, const char *path,
-                                        void *context)
+/* A watch fired. A job with a request under way is not told: events come before the answers that
+ * show what they tell of, so that the answer will show it. Also called for session events, which
+ * the other watcher sees to. */
+CRPCI_FN void crpci_zk_session_on_change(zhandle_t *zh, int type, int state, const char *path,
+                                         void *context)
 {
-    crpci_zookeeper_link *link = (crpci_zookeeper_link *)context;
-    crpci_zookeeper *s = link->session;
-    crpci_list *i;
+    crpci_zk_handle *handle = (crpci_zk_handle *)context;
+    crpci_zk_session *s = handle->session;
+    crpci_list *i, *next;
     (void)zh;
     (void)state;
     if (type == ZOO_SESSION_EVENT || !path)
         return;
-    crpci_zookeeper_enter(link);
-    for (i = s->tasks.next; link == s->link && i != &s->tasks; i = i->next) {
-        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
-        if (t->kind->changed)
-            t->kind->changed(t, path, type == ZOO_DELETED_EVENT);
+    crpci_zk_session_enter(handle);
+    for (i = s->jobs.next; handle == s->handle && i != &s->jobs; i = next) {
+        crpci_zk_job *job = CRPCI_CONTAINER(i, crpci_zk_job, node);
+        next = i->next;
+        if (job->watched && !job->sent && strcmp(job->watched, path) == 0)
+            job->work->event(job, type == ZOO_DELETED_EVENT ? CRPCI_ZK_REMOVED : CRPCI_ZK_CHANGED,
+                             NULL, NULL);
     }
-    crpci_zookeeper_leave(link);
+    crpci_zk_session_leave(handle);
 }
 
-CRPCI_FN void crpci_zookeeper_connected(crpci_zookeeper *s, crpci_zookeeper_link *link, int64_t id,
-                                        int timeout_ms)
+CRPCI_FN void crpci_zk_session_connected(crpci_zk_session *s, int64_t id, int timeout_ms)
 {
-    bool fresh = !link->had_session || id != s->session_id;
-    crpci_list *i;
-    if (timeout_ms <= 0 || timeout_ms > CRPCI_ZOOKEEPER_TIMEOUT_MAX_MS) {
-        crpci_heap_log(s->heap, CRPC_LOG_ERROR, "zookeeper: %s: no ZooKeeper answers there",
-                       s->authority);
+    bool fresh = id != s->id;
+    if (timeout_ms <= 0 || timeout_ms > CRPCI_ZK_SESSION_TIMEOUT_MAX_MS) {
+        crpci_heap_log(
+            s->heap, CRPC_LOG_ERROR,
+            "registry zookeeper://%s: what answers there is no ZooKeeper (session timeout "
+            "%d ms); trying again later",
+            s->authority, timeout_ms);
         s->failures += s->failures == 0;
-        s->renew = true;
+        s->phase = CRPCI_ZK_OVER;
         return;
     }
     crpci_heap_log(s->heap, s->warned ? CRPC_LOG_WARN : CRPC_LOG_INFO,
-                   "zookeeper: %s: connected, %s session 0x%llx, timeout %d ms", s->authority,
-                   fresh ? "new" : "same", (unsigned long long)id, timeout_ms);
-    s->connected = link->had_session = true;
+                   "registry zookeeper://%s: connected, %s session 0x%llx, timeout %d ms",
+                   s->authority, fresh ? "new" : "same", (unsigned long long)id, timeout_ms);
+    s->phase = CRPCI_ZK_CONNECTED;
     s->warned = s->aged = false;
-    s->session_id = id;
+    s->id = id;
     s->negotiated_ms = timeout_ms;
-    s->lost_us = 0;
     s->refused = 0;
-    for (i = s->tasks.next; i != &s->tasks; i = i->next) {
-        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
-        t->kind->resume(t, fresh);
-    }
+    crpci_zk_job_tell(s, fresh ? CRPCI_ZK_RENEWED : CRPCI_ZK_RESUMED);
 }
 
-CRPCI_FN void crpci_zookeeper_tell_lost(crpci_zookeeper *s, bool over)
+CRPCI_FN void crpci_zk_session_disconnected(crpci_zk_session *s)
 {
-    crpci_list *i, *next;
-    for (i = s->tasks.next; i != &s->tasks; i = next) {
-        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
-        next = i->next;
-        if (t->kind->lost)
-            t->kind->lost(t, over);
-    }
-}
-
-CRPCI_FN void crpci_zookeeper_disconnected(crpci_zookeeper *s)
-{
-    int64_t now = crpci_zookeeper_now(s);
-    if (!s->connected)
+    int64_t now = crpci_zk_job_now(s);
+    if (s->phase != CRPCI_ZK_CONNECTED)
         return;
     crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                   "zookeeper: %s: connection lost; what is known stays in use", s->authority);
-    s->connected = false;
+                   "registry zookeeper://%s: connection lost; what was read stays in use",
+                   s->authority);
+    s->phase = CRPCI_ZK_LOST;
     s->warned = true;
     s->lost_us = now;
-    /* When to ask; with libzookeeper_st, which can be seen at work, when to give it up. */
-    s->probe_us = now + (CRPC_ZOOKEEPER_ST ? crpci_zookeeper_patience(s) : crpci_zookeeper_pace(s));
+    /* When to probe; with libzookeeper_st, which can be seen at work, when to give it up. */
+    s->probe_us =
+        now + (CRPC_ZOOKEEPER_ST ? crpci_zk_session_patience(s) : crpci_zk_session_pace(s));
 #if CRPC_ZOOKEEPER_ST
-    s->refused_us = now + crpci_zookeeper_pace(s);
+    s->refused_us = now + crpci_zk_session_pace(s);
 #endif
-    crpci_zookeeper_tell_lost(s, false);
+    crpci_zk_job_tell(s, CRPCI_ZK_SUSPENDED);
 }
 
-CRPCI_FN void crpci_zookeeper_on_session(zhandle_t *zh, int type, int state, const char *path,
-                                         void *context)
+CRPCI_FN void crpci_zk_session_expired(crpci_zk_session *s, bool credential)
 {
-    crpci_zookeeper_link *link = (crpci_zookeeper_link *)context;
-    crpci_zookeeper *s = link->session;
+    crpci_heap_log(s->heap, credential ? CRPC_LOG_ERROR : CRPC_LOG_WARN,
+                   credential
+                       ? "registry zookeeper://%s: the servers refuse the credential; trying again "
+                         "later"
+                       : "registry zookeeper://%s: session expired; opening a new one",
+                   s->authority);
+    s->warned = true;
+    s->failures += credential && s->failures == 0;
+    s->phase = CRPCI_ZK_OVER;
+    crpci_zk_job_over(s);
+}
+
+CRPCI_FN void crpci_zk_session_on_session(zhandle_t *zh, int type, int state, const char *path,
+                                          void *context)
+{
+    crpci_zk_handle *handle = (crpci_zk_handle *)context;
+    crpci_zk_session *s = handle->session;
     int64_t id = 0;
     int timeout_ms = 0;
     (void)path;
@@ -12408,271 +12677,278 @@ CRPCI_FN void crpci_zookeeper_on_session(zhandle_t *zh, int type, int state, con
         id = zoo_client_id(zh)->client_id;
         timeout_ms = zoo_recv_timeout(zh);
     }
-    crpci_zookeeper_enter(link);
-    if (link == s->link && !s->closing) {
-        if (state == ZOO_CONNECTED_STATE || state == ZOO_READONLY_STATE) {
-            crpci_zookeeper_connected(s, link, id, timeout_ms);
-        } else if (state == ZOO_EXPIRED_SESSION_STATE || state == ZOO_AUTH_FAILED_STATE) {
-            bool expired = state == ZOO_EXPIRED_SESSION_STATE;
-            crpci_heap_log(s->heap, expired ? CRPC_LOG_WARN : CRPC_LOG_ERROR, "zookeeper: %s: %s",
-                           s->authority,
-                           expired ? "session expired" : "the credential was refused");
-            s->connected = false;
-            s->warned = true;
-            s->failures += !expired && s->failures == 0;
-            s->renew = true;
-            crpci_zookeeper_tell_lost(s, true);
-        } else {
-            crpci_zookeeper_disconnected(s);
-        }
+    crpci_zk_session_enter(handle);
+    if (handle == s->handle && !s->closing) {
+        if (state == ZOO_CONNECTED_STATE || state == ZOO_READONLY_STATE)
+            crpci_zk_session_connected(s, id, timeout_ms);
+        else if (state == ZOO_EXPIRED_SESSION_STATE || state == ZOO_AUTH_FAILED_STATE)
+            crpci_zk_session_expired(s, state == ZOO_AUTH_FAILED_STATE);
+        else
+            crpci_zk_session_disconnected(s);
     }
-    crpci_zookeeper_leave(link);
+    crpci_zk_session_leave(handle);
 }
 
 /* --- what calls the client -------------------------------------------------------------------- */
 
-CRPCI_FN int crpci_zookeeper_call(zhandle_t *zh, crpci_zookeeper_op *op)
+/* Unlocked. The client's code for what it takes; see crpci_zk_session_send for the others. */
+CRPCI_FN int crpci_zk_session_call(zhandle_t *zh, crpci_zk_request *q)
 {
-    switch (op->step) {
-    case CRPCI_ZOOKEEPER_LIST:
-        return op->watch ? zoo_awget_children(zh, op->path, crpci_zookeeper_on_change, op->link,
-                                              crpci_zookeeper_on_names, op)
-                         : zoo_aget_children(zh, op->path, 0, crpci_zookeeper_on_names, op);
-    case CRPCI_ZOOKEEPER_MKDIR:
-        return zoo_acreate(zh, op->path, "", 0, &ZOO_OPEN_ACL_UNSAFE, 0, crpci_zookeeper_on_string,
-                           op);
-    case CRPCI_ZOOKEEPER_CREATE:
-        return zoo_acreate(zh, op->path, op->data, (int)strlen(op->data), &ZOO_OPEN_ACL_UNSAFE,
-                           ZOO_EPHEMERAL, crpci_zookeeper_on_string, op);
-    case CRPCI_ZOOKEEPER_DELETE:
-    case CRPCI_ZOOKEEPER_TWIN_DELETE:
-    case CRPCI_ZOOKEEPER_GONE:
-        return zoo_adelete(zh, op->path, op->version, crpci_zookeeper_on_void, op);
-    case CRPCI_ZOOKEEPER_ADD:
-        return zoo_acreate(zh, op->path, op->data, op->size,
-                           op->creator ? &ZOO_CREATOR_ALL_ACL : &ZOO_OPEN_ACL_UNSAFE, op->flags,
-                           crpci_zookeeper_on_string, op);
-    case CRPCI_ZOOKEEPER_GET:
-    case CRPCI_ZOOKEEPER_WATCH:
-        return zoo_awget(zh, op->path, op->watch ? crpci_zookeeper_on_change : NULL, op->link,
-                         crpci_zookeeper_on_data, op);
-    case CRPCI_ZOOKEEPER_SET:
-        return zoo_aset(zh, op->path, op->data, op->size, op->version, crpci_zookeeper_on_stat, op);
-    case CRPCI_ZOOKEEPER_MULTI:
-        return zoo_amulti(zh, op->multi->count, op->multi->ops, op->multi->results,
-                          crpci_zookeeper_on_void, op);
+    const crpci_zk_order *o = &q->order;
+    watcher_fn watch = o->watch ? crpci_zk_session_on_change : NULL;
+    switch (o->verb) {
+    case CRPCI_ZK_LIST:
+        return zoo_awget_children(zh, o->path, watch, q->handle, crpci_zk_session_on_names, q);
+    case CRPCI_ZK_GET:
+        return zoo_awget(zh, o->path, watch, q->handle, crpci_zk_session_on_data, q);
+    case CRPCI_ZK_CREATE:
+        return zoo_acreate(zh, o->path, o->data, o->size,
+                           o->creator ? &ZOO_CREATOR_ALL_ACL : &ZOO_OPEN_ACL_UNSAFE, o->flags,
+                           crpci_zk_session_on_string, q);
+    case CRPCI_ZK_SET:
+        return zoo_aset(zh, o->path, o->data, o->size, o->version, crpci_zk_session_on_stat, q);
+    case CRPCI_ZK_DELETE:
+        return zoo_adelete(zh, o->path, o->version, crpci_zk_session_on_void, q);
+    case CRPCI_ZK_MULTI:
+        return zoo_amulti(zh, o->multi->count, o->multi->ops, o->multi->results,
+                          crpci_zk_session_on_void, q);
     default:
-        return zoo_awexists(zh, op->path, op->watch ? crpci_zookeeper_on_change : NULL, op->link,
-                            crpci_zookeeper_on_stat, op);
+        return zoo_awexists(zh, o->path, watch, q->handle, crpci_zk_session_on_stat, q);
     }
 }
 
-/* Sends a request. With libzookeeper_mt the op may be answered, and gone, before this returns. */
-CRPCI_FN void crpci_zookeeper_send(crpci_zookeeper *s, crpci_zookeeper_op *op)
+/* Sends a request. With libzookeeper_mt it may be answered, and gone, before this returns. Locked,
+ * unlocks meanwhile. */
+CRPCI_FN void crpci_zk_session_send(crpci_zk_session *s, crpci_zk_request *q)
 {
-    crpci_zookeeper_task *t = op->task;
-    zhandle_t *zh = op->link->zh;
-    int rc;
-    if (t)
-        t->refs++;
-    op->sent_us = crpci_zookeeper_now(s);
+    crpci_zk_job *job = q->job;
+    zhandle_t *zh = q->handle->zh;
+    crpci_zk_answer a;
+    memset(&a, 0, sizeof a);
+    if (job)
+        job->refs++;
+    q->sent_us = crpci_zk_job_now(s);
     crpci_loop_unlock(s->loop);
-    rc = crpci_zookeeper_call(zh, op);
+    a.rc = crpci_zk_session_call(zh, q);
     crpci_loop_lock(s->loop);
-    if (rc != ZOK) {
-        bool mine = t && t->op == op;
-        if (mine)
-            t->op = NULL;
-        if (t)
-            crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_RETRY_US, 50));
-        else
+    if (a.rc != ZOK) {
+        if (!job) {
             s->probing = false;
-        if (mine && t->kind->unsent)
-            t->kind->unsent(t, op, rc);
-        /* Out of memory the client may have queued half of it, and still call back: then the op is
-         * left to the link. */
-        if (rc == ZINVALIDSTATE || rc == ZBADARGUMENTS)
-            crpci_zookeeper_op_free(op);
+        } else if (job->sent == q && a.rc != ZINVALIDSTATE) {
+            q->sent_us = 0;
+            crpci_zk_job_take(q, &a);
+        } else if (job->sent == q) {
+            job->sent = NULL;
+            crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
+        }
+        /* Out of memory the client may have queued half of it, and still call back: then the
+         * request is left to the handle. */
+        if (a.rc == ZINVALIDSTATE || a.rc == ZBADARGUMENTS)
+            crpci_zk_job_request_free(q);
     }
-    if (t)
-        crpci_zookeeper_task_unref(t);
+    if (job)
+        crpci_zk_job_unref(job);
 }
 
-CRPCI_FN void crpci_zookeeper_issue(crpci_zookeeper *s, crpci_zookeeper_task *t)
+/* Asks a job what to send: the next part of a missing directory, or what it wants itself. */
+CRPCI_FN bool crpci_zk_session_ask(crpci_zk_job *job, crpci_zk_order *o)
 {
-    crpci_zookeeper_op *op;
-    int64_t now = crpci_zookeeper_now(s);
-    t->refs++;
-    op = crpci_zookeeper_op_new(s, t, t->step);
-    if (op)
-        t->op = op; /* `prepare` may call out */
-    if (op && t->kind->prepare(t, op) && s->link == op->link) {
-        crpci_zookeeper_send(s, op);
+    memset(o, 0, sizeof *o);
+    o->version = -1;
+    if (!job->parent)
+        return job->work->order(job, o);
+    o->verb = CRPCI_ZK_CREATE;
+    o->path = job->parent;
+    o->data = "";
+    return true;
+}
+
+CRPCI_FN void crpci_zk_session_issue(crpci_zk_session *s, crpci_zk_job *job)
+{
+    crpci_zk_request *q = NULL;
+    crpci_zk_order o;
+    int64_t now = crpci_zk_job_now(s);
+    job->refs++;
+    if (crpci_zk_session_ask(job, &o))
+        q = crpci_zk_job_request(s, job, &o);
+    if (q) {
+        q->parent = job->parent != NULL;
+        if (q->parent)
+            q->path[job->made] = '\0';
+        job->sent = q;
+        crpci_zk_session_send(s, q);
     } else {
-        if (t->due_us <= now)
-            crpci_zookeeper_later(t, CRPCI_ZOOKEEPER_RETRY_US);
-        t->op = NULL;
-        if (op)
-            crpci_zookeeper_op_free(op);
+        crpci_zk_job_multi_free(s->heap, o.multi);
+        if (job->due_us <= now)
+            crpci_zk_job_later(job, CRPCI_ZK_JOB_RETRY_US);
     }
-    crpci_zookeeper_task_unref(t);
+    crpci_zk_job_unref(job);
 }
 
-CRPCI_FN crpci_zookeeper_task *crpci_zookeeper_next(crpci_zookeeper *s)
+CRPCI_FN crpci_zk_job *crpci_zk_session_next(crpci_zk_session *s)
 {
-    int64_t now = crpci_zookeeper_now(s);
+    int64_t now = crpci_zk_job_now(s);
     crpci_list *i;
-    for (i = s->tasks.next; i != &s->tasks; i = i->next) {
-        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
-        if (!t->op && t->due_us <= now)
-            return t;
+    for (i = s->jobs.next; i != &s->jobs; i = i->next) {
+        crpci_zk_job *job = CRPCI_CONTAINER(i, crpci_zk_job, node);
+        if (!job->sent && job->due_us <= now)
+            return job;
     }
     return NULL;
 }
 
 /* The client remembers a credential and sends it with each connection; it takes none between two
- * tries to connect. Locked. */
-CRPCI_FN void crpci_zookeeper_authenticate(crpci_zookeeper *s)
+ * tries to connect. Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_zk_session_authenticate(crpci_zk_session *s)
 {
-    crpci_zookeeper_link *link = s->link;
+    crpci_zk_handle *handle = s->handle;
     int rc;
-    if (!s->credential || link->authed)
+    if (!s->credential || handle->authed)
         return;
     crpci_loop_unlock(s->loop);
-    rc = zoo_add_auth(link->zh, "digest", s->credential, (int)strlen(s->credential),
-                      crpci_zookeeper_on_auth, NULL);
+    rc = zoo_add_auth(handle->zh, "digest", s->credential, (int)strlen(s->credential),
+                      crpci_zk_session_on_auth, NULL);
     crpci_loop_lock(s->loop);
-    link->authed = rc == ZOK;
+    handle->authed = rc == ZOK;
+}
+
+CRPCI_FN bool crpci_zk_session_is_up(const crpci_zk_session *s)
+{
+    return s->phase == CRPCI_ZK_CONNECTED && s->handle->ready && !s->closing;
 }
 
 /* Whether requests may be sent, with the credential before them. */
-CRPCI_FN bool crpci_zookeeper_may_issue(const crpci_zookeeper *s)
+CRPCI_FN bool crpci_zk_session_may_issue(const crpci_zk_session *s)
 {
-    return s->connected && s->link && s->link->ready && !s->closing &&
-           (!s->credential || s->link->authed);
+    return crpci_zk_session_is_up(s) && (!s->credential || s->handle->authed);
 }
 
-/* Makes a new link, or fails: the client wants memory, and a host that has an IPv6 address but no
- * IPv4 address yet is told by getaddrinfo that an IPv4 server is none. Busy; locked, unlocks
- * meanwhile. */
-CRPCI_FN void crpci_zookeeper_connect(crpci_zookeeper *s)
+/* zookeeper_init2 with all signals blocked: the client's threads inherit the mask, so that none of
+ * them runs the program's signal handlers. Unlocked. */
+CRPCI_FN zhandle_t *crpci_zk_session_init(const crpci_zk_session *s, crpci_zk_handle *handle)
 {
-    crpci_zookeeper_link *link = (crpci_zookeeper_link *)crpci_heap_alloc(s->heap, sizeof *link);
-    s->renew_us = crpci_zookeeper_now(s) + crpci_zookeeper_backoff(s, ++s->failures);
-    if (!link)
+    zhandle_t *zh;
+    int failure;
+#if !CRPC_ZOOKEEPER_ST
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+#endif
+    zh = zookeeper_init2(s->servers.hosts, crpci_zk_session_on_session, s->timeout_ms, NULL, handle,
+                         ZOO_NO_LOG_CLIENTENV, crpci_zk_session_on_log);
+    failure = errno;
+#if !CRPC_ZOOKEEPER_ST
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+#endif
+    if (zh)
+        zoo_set_servers_resolution_delay(zh, -1);
+    errno = failure;
+    return zh;
+}
+
+/* Makes a handle, or fails: the client wants memory, and getaddrinfo refuses an IPv4 server while
+ * the host has an IPv6 address but no IPv4 address yet. Busy; locked, unlocks meanwhile. */
+CRPCI_FN void crpci_zk_session_connect(crpci_zk_session *s)
+{
+    crpci_zk_handle *handle = (crpci_zk_handle *)crpci_heap_alloc(s->heap, sizeof *handle);
+    int64_t wait = crpci_zk_job_backoff(s, ++s->failures);
+    int failure;
+    s->renew_us = crpci_zk_job_now(s) + wait;
+    if (!handle)
         return;
-    crpci_list_init(&link->ops);
-    link->session = s;
-    link->born_us = crpci_zookeeper_now(s);
+    crpci_list_init(&handle->requests);
+    handle->session = s;
+    handle->born_us = crpci_zk_job_now(s);
     s->refs++;
-    s->links++;
-    s->link = link; /* events may come before the handle is known */
+    s->handles++;
+    s->handle = handle; /* events may come before zookeeper_init2 returns */
+    s->phase = CRPCI_ZK_STARTING;
+    s->id = 0;
     crpci_loop_unlock(s->loop);
-    {
-#if !CRPC_ZOOKEEPER_ST
-        sigset_t all, old; /* the client's threads inherit this: none runs the program's handlers */
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &old);
-#endif
-        link->zh = zookeeper_init2(s->hosts, crpci_zookeeper_on_session, s->timeout_ms, NULL, link,
-                                   ZOO_NO_LOG_CLIENTENV, crpci_zookeeper_on_log);
-#if !CRPC_ZOOKEEPER_ST
-        pthread_sigmask(SIG_SETMASK, &old, NULL);
-#endif
-    }
-    if (link->zh)
-        zoo_set_servers_resolution_delay(link->zh, -1);
+    handle->zh = crpci_zk_session_init(s, handle);
+    failure = errno;
     crpci_loop_lock(s->loop);
-    if (!link->zh) {
-        s->link = NULL;
-        crpci_zookeeper_link_free(link);
+    if (!handle->zh) {
+        s->handle = NULL;
+        s->phase = CRPCI_ZK_ABSENT;
+        crpci_zk_session_handle_free(handle);
         if (!s->warned)
-            crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s: the client does not start yet",
-                           s->authority);
+            crpci_heap_log(s->heap, CRPC_LOG_WARN,
+                           "registry zookeeper://%s: zookeeper_init2: %s; next attempt in %d ms",
+                           s->authority, strerror(failure), (int)(wait / 1000));
         s->warned = true;
         return;
     }
-    crpci_zookeeper_authenticate(s);
-    link->ready = true;
+    crpci_zk_session_authenticate(s);
+    handle->ready = true;
     s->again = true;
 }
 
 #if !CRPC_ZOOKEEPER_ST
-/* The completion thread of a link that was closed in its own callback has run its last one. */
-CRPCI_FN void crpci_zookeeper_on_thread_end(void *data)
+/* The completion thread of a handle that was closed in its own callback has run its last one. */
+CRPCI_FN void crpci_zk_session_on_thread_end(void *data)
 {
-    crpci_zookeeper_link *link = (crpci_zookeeper_link *)data;
-    crpci_zookeeper *s = link->session;
-    pthread_key_delete(link->key);
+    crpci_zk_handle *handle = (crpci_zk_handle *)data;
+    crpci_zk_session *s = handle->session;
+    pthread_key_delete(handle->key);
     crpci_loop_lock(s->loop);
     s->refs++;
-    crpci_zookeeper_link_free(link);
-    crpci_zookeeper_unlock(s);
+    crpci_zk_session_handle_free(handle);
+    crpci_zk_session_unlock(s);
 }
 
-/* True: the link will be freed when this thread, its own, ends. Without a key to be had it never
+/* True: the handle will be freed when this thread, its own, ends. Where no key can be had it never
  * is: nothing else tells when that is safe. */
-CRPCI_FN bool crpci_zookeeper_free_later(crpci_zookeeper_link *link)
+CRPCI_FN bool crpci_zk_session_free_later(crpci_zk_handle *handle)
 {
-    crpci_zookeeper *s = link->session;
-    if (!link->inside || !crpci_thread_is_self(link->thread))
+    if (!handle->inside || !crpci_thread_is_self(handle->thread))
         return false;
-    if (pthread_key_create(&link->key, crpci_zookeeper_on_thread_end) == 0) {
-        if (pthread_setspecific(link->key, link) == 0)
+    if (pthread_key_create(&handle->key, crpci_zk_session_on_thread_end) == 0) {
+        if (pthread_setspecific(handle->key, handle) == 0)
             return true;
-        pthread_key_delete(link->key);
+        pthread_key_delete(handle->key);
     }
-    s->links--; /* so that nobody waits for it */
+    handle->session->handles--; /* so that nobody waits for it */
     return true;
 }
 #endif
 
-/* Closes the link: its session ends at once, if a server can be told, and with it the nodes. Busy;
- * locked, unlocks meanwhile. */
-CRPCI_FN void crpci_zookeeper_disconnect(crpci_zookeeper *s)
+/* Closes the handle: its session ends at once, if a server can be told, and with it the nodes.
+ * Busy; locked, unlocks meanwhile. */
+CRPCI_FN void crpci_zk_session_disconnect(crpci_zk_session *s)
 {
-    crpci_zookeeper_link *link = s->link;
+    crpci_zk_handle *handle = s->handle;
     bool later = false;
-    crpci_list *i;
-    s->link = NULL;
-    s->connected = s->renew = s->probing = false;
-    s->lost_us = 0;
-    crpci_zookeeper_tell_lost(s, true);
-    for (i = s->tasks.next; i != &s->tasks; i = i->next)
-        CRPCI_CONTAINER(i, crpci_zookeeper_task, node)->op = NULL;
-    if (!link)
+    s->handle = NULL;
+    s->phase = CRPCI_ZK_ABSENT;
+    s->probing = false;
+    crpci_zk_job_over(s);
+    if (!handle)
         return;
 #if CRPC_ZOOKEEPER_ST
     crpci_watch_set(s->loop, &s->watch, s->fd, 0);
     s->fd = -1;
 #else
-    later = crpci_zookeeper_free_later(link);
+    later = crpci_zk_session_free_later(handle);
 #endif
     crpci_loop_unlock(s->loop);
-    zookeeper_close(link->zh);
+    zookeeper_close(handle->zh);
     crpci_loop_lock(s->loop);
     if (!later)
-        crpci_zookeeper_link_free(link);
+        crpci_zk_session_handle_free(handle);
 }
 
-CRPCI_COLD void crpci_zookeeper_log_renewal(crpci_zookeeper *s)
+CRPCI_COLD void crpci_zk_session_log_renewal(crpci_zk_session *s)
 {
-    crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s: the session is given up for a new one",
-                   s->authority);
-}
-
-/* The wait before a session is replaced: random at first, so that a fleet that lost its server does
- * not come back as one. */
-CRPCI_FN int64_t crpci_zookeeper_delay(crpci_zookeeper *s)
-{
-    return s->failures ? crpci_zookeeper_backoff(s, s->failures) : crpci_zookeeper_scatter(s);
+    crpci_heap_log(s->heap, CRPC_LOG_WARN,
+                   "registry zookeeper://%s: giving the session up for a new one", s->authority);
 }
 
 #if CRPC_ZOOKEEPER_ST
-/* Lets the client read, write, and call back. */
-CRPCI_FN void crpci_zookeeper_process(crpci_zookeeper *s)
+/* Lets the client read, write, and call back. Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_zk_session_process(crpci_zk_session *s)
 {
-    zhandle_t *zh = s->link->zh;
+    zhandle_t *zh = s->handle->zh;
     unsigned events = s->events;
     int before, after;
     s->events = 0;
@@ -12685,18 +12961,18 @@ CRPCI_FN void crpci_zookeeper_process(crpci_zookeeper *s)
                               (events & CRPC_WRITABLE ? ZOOKEEPER_WRITE : 0));
     after = zoo_state(zh);
     crpci_loop_lock(s->loop);
-    /* The client tries again within milliseconds; a server that is starting does as much. */
+    /* The client tries again within milliseconds; a server that is starting refuses as often. */
     if (before == ZOO_ASSOCIATING_STATE && after != before && after != ZOO_CONNECTED_STATE &&
-        s->lost_us && crpci_zookeeper_now(s) >= s->refused_us) {
+        s->phase == CRPCI_ZK_LOST && crpci_zk_job_now(s) >= s->refused_us) {
         s->refused++;
-        s->refused_us = crpci_zookeeper_now(s) + crpci_zookeeper_pace(s);
+        s->refused_us = crpci_zk_job_now(s) + crpci_zk_session_pace(s);
     }
 }
 
 /* Asks the client what to wait for. An error leaves old values behind, or closed a socket. */
-CRPCI_FN void crpci_zookeeper_interest(crpci_zookeeper *s)
+CRPCI_FN void crpci_zk_session_interest(crpci_zk_session *s)
 {
-    zhandle_t *zh = s->link->zh;
+    zhandle_t *zh = s->handle->zh;
     int fd = -1, want = 0, rc, state;
     struct timeval tv;
     unsigned events;
@@ -12707,9 +12983,11 @@ CRPCI_FN void crpci_zookeeper_interest(crpci_zookeeper *s)
     state = zoo_state(zh);
     crpci_loop_lock(s->loop);
     if (state != ZOO_CONNECTED_STATE && state != ZOO_READONLY_STATE)
-        crpci_zookeeper_disconnected(s); /* found by a send, it is told by no event */
-    if (rc == ZINVALIDSTATE)
-        s->renew = s->again = true;
+        crpci_zk_session_disconnected(s); /* found by a send: no event tells of it */
+    if (rc == ZINVALIDSTATE) {
+        s->phase = CRPCI_ZK_OVER;
+        s->again = true;
+    }
     if (rc != ZOK) {
         fd = -1;
         if (state == ZOO_CONNECTED_STATE) /* a ping failed: only reading or writing makes it see */
@@ -12721,83 +12999,91 @@ CRPCI_FN void crpci_zookeeper_interest(crpci_zookeeper *s)
     if (fd >= 0 && (fd != s->fd || state != ZOO_CONNECTED_STATE))
         fcntl(fd, F_SETFD, FD_CLOEXEC);
     s->fd = fd;
-    s->client_us = crpci_zookeeper_now(s) + (int64_t)tv.tv_sec * 1000000 + tv.tv_usec;
+    s->client_us = crpci_zk_job_now(s) + (int64_t)tv.tv_sec * 1000000 + tv.tv_usec;
     if (events && crpci_watch_set(s->loop, &s->watch, fd, events)) {
-        s->events = events; /* no memory to watch it: look at it from time to time */
-        s->client_us = crpci_zookeeper_now(s) + 100000;
+        s->events = events; /* no memory to watch it: ask the client from time to time */
+        s->client_us = crpci_zk_job_now(s) + 100000;
+    }
+}
+
+/* Ends what has to end; closing a handle may block this loop. Busy; locked, unlocks meanwhile. */
+CRPCI_FN void crpci_zk_session_renew(crpci_zk_session *s)
+{
+    if (s->phase == CRPCI_ZK_LOST &&
+        (s->refused >= CRPCI_ZK_SESSION_REFUSALS || crpci_zk_job_now(s) >= s->probe_us))
+        s->phase = CRPCI_ZK_OVER;
+    if (crpci_zk_session_is_old(s) || (s->phase == CRPCI_ZK_OVER && !s->aged))
+        crpci_zk_session_age(s);
+    if (s->phase == CRPCI_ZK_OVER && !s->closing) {
+        crpci_zk_session_log_renewal(s);
+        crpci_zk_session_disconnect(s);
+        s->renew_us = crpci_zk_job_now(s) + crpci_zk_session_delay(s);
+    }
+}
+#else
+/* Has the completion thread called, see above. Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
+{
+    crpci_zk_request *q;
+    crpci_zk_order o;
+    memset(&o, 0, sizeof o);
+    o.path = "/";
+    s->probe_us = crpci_zk_job_now(s) + crpci_zk_session_pace(s);
+    q = crpci_zk_job_request(s, NULL, &o);
+    if (q) {
+        s->probing = true;
+        crpci_zk_session_send(s, q);
     }
 }
 #endif
 
-/* Looks after a link without a connection. Busy; locked, unlocks meanwhile. */
-CRPCI_FN void crpci_zookeeper_supervise(crpci_zookeeper *s)
+/* Looks after a handle without a connection. Busy; locked, unlocks meanwhile. */
+CRPCI_FN void crpci_zk_session_supervise(crpci_zk_session *s)
 {
-    int64_t now = crpci_zookeeper_now(s);
+    int64_t now = crpci_zk_job_now(s);
 #if CRPC_ZOOKEEPER_ST
-    if (s->link && s->lost_us && !s->connected &&
-        (s->refused >= CRPCI_ZOOKEEPER_REFUSALS || now >= s->probe_us))
-        s->renew = true;
-    if (crpci_zookeeper_is_old(s) || (s->link && s->renew && !s->aged))
-        crpci_zookeeper_age(s);
-    if (s->link && s->renew && !s->closing) {
-        crpci_zookeeper_log_renewal(s);
-        crpci_zookeeper_disconnect(s);
-        s->renew_us = crpci_zookeeper_now(s) + crpci_zookeeper_delay(s);
-    }
+    crpci_zk_session_renew(s);
 #endif
     if (s->closing)
         return;
-    if (!s->link) {
-        if (now >= s->renew_us)
-            crpci_zookeeper_connect(s);
-        return;
-    }
-    if (s->connected || !s->link->ready)
-        return;
-    if (!s->link->had_session && !s->warned && now - s->link->born_us >= 2000000) {
+    if (s->phase == CRPCI_ZK_ABSENT && now >= s->renew_us)
+        crpci_zk_session_connect(s);
+    else if (s->phase == CRPCI_ZK_STARTING && !s->warned &&
+             now - s->handle->born_us >= CRPCI_ZK_SESSION_SILENT_US) {
         s->warned = true;
-        crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s: no server has answered yet",
+        crpci_heap_log(s->heap, CRPC_LOG_WARN,
+                       "registry zookeeper://%s: no server has answered yet; still trying",
                        s->authority);
     }
 #if !CRPC_ZOOKEEPER_ST
-    if (s->lost_us && !s->probing && now >= s->probe_us) {
-        crpci_zookeeper_op *op = crpci_zookeeper_op_new(s, NULL, CRPCI_ZOOKEEPER_PROBE);
-        s->probe_us = now + crpci_zookeeper_pace(s);
-        if (op)
-            op->path = crpci_heap_strndup(s->heap, "/", 1);
-        if (op && op->path) {
-            s->probing = true;
-            crpci_zookeeper_send(s, op);
-        } else if (op) {
-            crpci_zookeeper_op_free(op);
-        }
-    }
+    else if (s->phase == CRPCI_ZK_LOST && s->handle->ready && !s->probing && now >= s->probe_us)
+        crpci_zk_session_probe(s);
 #endif
 }
 
 /* Sets the timer to what comes next. Locked. */
-CRPCI_FN void crpci_zookeeper_arm(crpci_zookeeper *s)
+CRPCI_FN void crpci_zk_session_arm(crpci_zk_session *s)
 {
-    int64_t next = INT64_MAX, now = crpci_zookeeper_now(s);
+    int64_t next = INT64_MAX, now = crpci_zk_job_now(s);
     crpci_list *i;
-    for (i = s->tasks.next; crpci_zookeeper_may_issue(s) && i != &s->tasks; i = i->next) {
-        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
-        if (!t->op)
-            next = crpci_base_min64(next, t->due_us);
+    for (i = s->jobs.next; crpci_zk_session_may_issue(s) && i != &s->jobs; i = i->next) {
+        crpci_zk_job *job = CRPCI_CONTAINER(i, crpci_zk_job, node);
+        if (!job->sent)
+            next = crpci_base_min64(next, job->due_us);
     }
-    if (s->connected && s->credential && s->link && !s->link->authed)
-        next = now + CRPCI_ZOOKEEPER_RETRY_US / 10;
-    if (!s->link)
+    if (s->phase == CRPCI_ZK_CONNECTED && s->credential && !s->handle->authed)
+        next = now + CRPCI_ZK_JOB_RETRY_US / 10;
+    if (s->phase == CRPCI_ZK_ABSENT)
         next = crpci_base_min64(next, s->renew_us);
-    else if (s->lost_us && !s->probing)
+    else if (s->phase == CRPCI_ZK_LOST && !s->probing)
         next = crpci_base_min64(next, s->probe_us);
-    else if (!s->link->had_session && !s->warned)
-        next = crpci_base_min64(next, s->link->born_us + 2000000);
+    else if (s->phase == CRPCI_ZK_STARTING && !s->warned)
+        next = crpci_base_min64(next, s->handle->born_us + CRPCI_ZK_SESSION_SILENT_US);
 #if CRPC_ZOOKEEPER_ST
-    if (s->link)
+    if (s->handle)
         next = crpci_base_min64(next, s->client_us);
 #endif
-    next = crpci_base_min64(next, crpci_registry_cache_due(&s->cache));
+    next = crpci_base_min64(next, crpci_cache_due(&s->cache));
     if (next != INT64_MAX)
         crpci_loop_timer_set(s->loop, &s->timer, next - now);
     else
@@ -12805,11 +13091,11 @@ CRPCI_FN void crpci_zookeeper_arm(crpci_zookeeper *s)
 }
 
 /* Ends the session. Locked, unlocks meanwhile; closing was set, nobody is busy. */
-CRPCI_COLD void crpci_zookeeper_shut(crpci_zookeeper *s)
+CRPCI_COLD void crpci_zk_session_shut(crpci_zk_session *s)
 {
-    bool inside = s->link && s->link->inside && crpci_thread_is_self(s->link->thread);
+    bool inside = s->handle && s->handle->inside && crpci_thread_is_self(s->handle->thread);
 #if !CRPC_ZOOKEEPER_ST
-    int64_t until = crpci_zookeeper_now(s) + CRPCI_ZOOKEEPER_LINGER_US;
+    int64_t until = crpci_zk_job_now(s) + CRPCI_ZK_SESSION_LINGER_US;
 #endif
     s->busy = true;
     s->busy_thread = crpci_thread_self();
@@ -12817,27 +13103,24 @@ CRPCI_COLD void crpci_zookeeper_shut(crpci_zookeeper *s)
     crpci_loop_timer_cancel(s->loop, &s->timer);
 #if !CRPC_ZOOKEEPER_ST
     /* What the client is not done with when it is closed, it never frees. */
-    while (s->connected && !inside && !crpci_list_empty(&s->link->ops) &&
-           crpci_zookeeper_now(s) < until)
-        crpci_thread_wait(&s->cond, &s->loop->lock, until - crpci_zookeeper_now(s));
+    while (s->phase == CRPCI_ZK_CONNECTED && !inside && !crpci_list_empty(&s->handle->requests) &&
+           crpci_zk_job_now(s) < until)
+        crpci_thread_wait(&s->cond, &s->loop->lock, until - crpci_zk_job_now(s));
 #endif
-    crpci_zookeeper_disconnect(s);
-    while (!crpci_list_empty(&s->tasks)) {
-        crpci_zookeeper_task *t = CRPCI_CONTAINER(s->tasks.next, crpci_zookeeper_task, node);
-        crpci_list_remove(&t->node);
-        crpci_zookeeper_task_unref(t);
-    }
+    crpci_zk_session_disconnect(s);
+    while (!crpci_list_empty(&s->jobs))
+        crpci_zk_job_drop(CRPCI_CONTAINER(s->jobs.next, crpci_zk_job, node));
     s->busy = false;
     crpci_thread_broadcast(&s->cond);
-    while (s->links && !inside)
+    while (s->handles && !inside)
         crpci_thread_wait(&s->cond, &s->loop->lock, -1);
 }
 
-/* Does what is due, unless another thread is at it, which then does it.
- * Locked, unlocks meanwhile. */
-CRPCI_FN void crpci_zookeeper_run(crpci_zookeeper *s)
+/* Does what is due, unless another thread is at it, which then does it too. Locked, unlocks
+ * meanwhile. */
+CRPCI_FN void crpci_zk_session_run(crpci_zk_session *s)
 {
-    crpci_zookeeper_task *t;
+    crpci_zk_job *job;
     s->again = true;
     if (s->busy || s->closing)
         return;
@@ -12846,581 +13129,229 @@ CRPCI_FN void crpci_zookeeper_run(crpci_zookeeper *s)
     while (s->again && !s->closing) {
         s->again = false;
 #if CRPC_ZOOKEEPER_ST
-        if (s->link)
-            crpci_zookeeper_process(s);
+        if (s->handle)
+            crpci_zk_session_process(s);
 #endif
-        crpci_zookeeper_supervise(s);
-        if (s->connected && s->link && s->link->ready && !s->closing)
-            crpci_zookeeper_authenticate(s);
-        while (crpci_zookeeper_may_issue(s) && (t = crpci_zookeeper_next(s)) != NULL)
-            crpci_zookeeper_issue(s, t);
+        crpci_zk_session_supervise(s);
+        if (crpci_zk_session_is_up(s))
+            crpci_zk_session_authenticate(s);
+        while (crpci_zk_session_may_issue(s) && (job = crpci_zk_session_next(s)) != NULL)
+            crpci_zk_session_issue(s, job);
 #if CRPC_ZOOKEEPER_ST
-        if (s->link && !s->closing)
-            crpci_zookeeper_interest(s);
+        if (s->handle && !s->closing)
+            crpci_zk_session_interest(s);
 #endif
     }
     if (!s->closing)
-        crpci_zookeeper_arm(s);
+        crpci_zk_session_arm(s);
     s->busy = false;
     crpci_thread_broadcast(&s->cond);
     if (s->deferred)
-        crpci_zookeeper_shut(s);
+        crpci_zk_session_shut(s);
 }
 
 #if !CRPC_ZOOKEEPER_ST
-/* Replaces the link, on its own completion thread, which has nothing else to do any more and so can
- * do the waiting too. Locked, unlocks meanwhile. */
-CRPCI_COLD void crpci_zookeeper_replace(crpci_zookeeper *s, const crpci_zookeeper_link *link)
+/* Replaces the handle, on its own completion thread, which has nothing else to do any more and so
+ * can do the waiting too. Locked, unlocks meanwhile. */
+CRPCI_COLD void crpci_zk_session_replace(crpci_zk_session *s, const crpci_zk_handle *handle)
 {
     int64_t until;
     if (!s->aged)
-        crpci_zookeeper_age(s);
+        crpci_zk_session_age(s);
     while (s->busy && !s->closing)
         crpci_thread_wait(&s->cond, &s->loop->lock, -1);
-    if (s->closing || s->link != link)
+    if (s->closing || s->handle != handle)
         return;
     s->busy = true;
     s->busy_thread = crpci_thread_self();
-    crpci_zookeeper_log_renewal(s);
-    until = crpci_zookeeper_now(s) + crpci_zookeeper_delay(s);
-    crpci_zookeeper_disconnect(s);
-    while (!s->closing && !s->link) {
-        int64_t left = until - crpci_zookeeper_now(s);
+    crpci_zk_session_log_renewal(s);
+    until = crpci_zk_job_now(s) + crpci_zk_session_delay(s);
+    crpci_zk_session_disconnect(s);
+    while (!s->closing && !s->handle) {
+        int64_t left = until - crpci_zk_job_now(s);
         if (left > 0) {
             crpci_thread_wait(&s->cond, &s->loop->lock, left);
         } else {
-            crpci_zookeeper_connect(s);
+            crpci_zk_session_connect(s);
             until = s->renew_us;
         }
     }
     s->busy = false;
     crpci_thread_broadcast(&s->cond);
-    crpci_zookeeper_run(s);
+    crpci_zk_session_run(s);
 }
 #endif
 
-static void crpci_zookeeper_leave(crpci_zookeeper_link *link)
+CRPCI_FN void crpci_zk_session_save(crpci_zk_session *s)
 {
-    crpci_zookeeper *s = link->session;
+    if (!s->closing && crpci_cache_due(&s->cache) <= crpci_zk_job_now(s))
+        crpci_cache_save(&s->cache, s->loop, &s->cond);
+}
+
+static void crpci_zk_session_leave(crpci_zk_handle *handle)
+{
+    crpci_zk_session *s = handle->session;
     crpc_loop *l = s->loop;
-    crpci_zookeeper_run(s);
+    crpci_zk_session_run(s);
 #if !CRPC_ZOOKEEPER_ST
-    if (s->renew && s->link == link)
-        crpci_zookeeper_replace(s, link);
-    crpci_zookeeper_save(s); /* here, not in the loop: it takes a while */
+    if (s->phase == CRPCI_ZK_OVER && s->handle == handle)
+        crpci_zk_session_replace(s, handle);
+    crpci_zk_session_save(s); /* here, not in the loop: it takes a while */
 #endif
-    link->inside = false;
+    handle->inside = false;
     crpci_loop_unlock(l);
 }
 
 /* --- what the loop calls ---------------------------------------------------------------------- */
 
-CRPCI_FN void crpci_zookeeper_on_timer(crpc_loop *l, crpci_timer *timer)
+CRPCI_FN void crpci_zk_session_on_timer(crpc_loop *l, crpci_timer *timer)
 {
-    crpci_zookeeper *s = CRPCI_CONTAINER(timer, crpci_zookeeper, timer);
+    crpci_zk_session *s = CRPCI_CONTAINER(timer, crpci_zk_session, timer);
     s->refs++;
-    crpci_zookeeper_run(s);
-    crpci_zookeeper_save(s);
-    crpci_zookeeper_unlock(s);
+    crpci_zk_session_run(s);
+    crpci_zk_session_save(s);
+    crpci_zk_session_unlock(s);
     crpci_loop_lock(l);
 }
 
 #if CRPC_ZOOKEEPER_ST
-CRPCI_FN void crpci_zookeeper_on_event(crpc_loop *l, crpci_watch *watch, unsigned events)
+CRPCI_FN void crpci_zk_session_on_event(crpc_loop *l, crpci_watch *watch, unsigned events)
 {
-    crpci_zookeeper *s = CRPCI_CONTAINER(watch, crpci_zookeeper, watch);
+    crpci_zk_session *s = CRPCI_CONTAINER(watch, crpci_zk_session, watch);
     s->events |= events;
     s->refs++;
-    crpci_zookeeper_run(s);
-    crpci_zookeeper_unlock(s);
+    crpci_zk_session_run(s);
+    crpci_zk_session_unlock(s);
     crpci_loop_lock(l);
 }
 #endif
 
-/* Has something done soon: here, or on the thread that drives the loop. */
-CRPCI_FN void crpci_zookeeper_kick(crpci_zookeeper *s)
+/* Has the session look at its jobs soon, from where the client must not be called. Locked. */
+CRPCI_FN void crpci_zk_session_soon(crpci_zk_session *s)
+{
+    s->again = true;
+    if (!s->busy && !s->closing)
+        crpci_loop_timer_set(s->loop, &s->timer, 0);
+}
+
+/* The same, at once if this thread may call the client. Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_zk_session_kick(crpci_zk_session *s)
 {
 #if CRPC_ZOOKEEPER_ST
-    s->again = true;
-    if (!s->busy)
-        crpci_loop_timer_set(s->loop, &s->timer, 0);
+    crpci_zk_session_soon(s);
 #else
-    crpci_zookeeper_run(s);
+    crpci_zk_session_run(s);
 #endif
 }
 
-/* --- the interface ---------------------------------------------------------------------------- */
+/* --- opening and closing ---------------------------------------------------------------------- */
 
-/* Of a service: "providers", or another category beside it. */
-CRPCI_FN char *crpci_zookeeper_dir_path(const crpci_zookeeper_registry *r, const char *service,
-                                        const char *category)
-{
-    crpci_heap *h = r->session->heap;
-    char *parent = crpci_zookeeper_join(h, r->root, service), *path = NULL;
-    if (parent)
-        path = crpci_zookeeper_join(h, parent, category);
-    crpci_heap_strfree(h, parent);
-    return path;
-}
+/* All 0: defaults. */
+typedef struct crpci_zk_session_options {
+    int timeout_ms;
+    int spread_ms;          /* in which a fleet comes back. 0: 2000. -1: none */
+    const char *credential; /* "user:password"; NULL: none */
+    const char *cache;      /* file; NULL: none */
+    int cache_interval_ms;  /* between two writes of it. 0: 60000. -1: none */
+} crpci_zk_session_options;
 
-/* Takes the path; NULL, too, for want of memory. */
-CRPCI_FN crpci_zookeeper_dir *crpci_zookeeper_dir_new(crpci_zookeeper *s, char *path)
-{
-    crpci_zookeeper_dir *dir =
-        path ? (crpci_zookeeper_dir *)crpci_heap_alloc(s->heap, sizeof *dir) : NULL;
-    if (!dir) {
-        crpci_heap_strfree(s->heap, path);
-        return NULL;
-    }
-    crpci_zookeeper_task_init(&dir->task, &crpci_zookeeper_dir_kind, s, CRPCI_ZOOKEEPER_LIST);
-    crpci_list_init(&dir->subs);
-    dir->task.dir = path;
-    return dir;
-}
-
-/* The watched directory of a service's providers, new if there is none, and then with that of its
- * overrides. */
-CRPCI_FN crpci_zookeeper_dir *crpci_zookeeper_dir_get(const crpci_zookeeper_registry *r,
-                                                      const char *service)
-{
-    crpci_zookeeper *s = r->session;
-    char *path = crpci_zookeeper_dir_path(r, service, "providers");
-    crpci_zookeeper_dir *dir;
-    crpci_list *i;
-    for (i = s->tasks.next; path && i != &s->tasks; i = i->next) {
-        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
-        if (t->kind == &crpci_zookeeper_dir_kind && strcmp(t->dir, path) == 0) {
-            crpci_heap_strfree(s->heap, path);
-            return CRPCI_CONTAINER(t, crpci_zookeeper_dir, task);
-        }
-    }
-    dir = crpci_zookeeper_dir_new(s, path);
-    if (!dir)
-        return NULL;
-    path = crpci_zookeeper_dir_path(r, service, "configurators");
-    dir->rules = crpci_zookeeper_dir_new(s, path);
-    if (!dir->rules) {
-        crpci_zookeeper_task_unref(&dir->task);
-        return NULL;
-    }
-    dir->rules->providers = dir;
-    dir->rules->task.refs++;
-    crpci_list_append(&s->tasks, &dir->rules->task.node);
-    crpci_list_append(&s->tasks, &dir->task.node);
-    return dir;
-}
-
-/* Nobody wants to know of a directory any more. */
-CRPCI_FN void crpci_zookeeper_dir_end(crpci_zookeeper_dir *dir)
-{
-    crpci_zookeeper_dir *rules = dir->rules;
-    if (crpci_list_empty(&dir->task.node))
-        return;
-    rules->providers = NULL;
-    if (!crpci_list_empty(&rules->task.node)) {
-        crpci_list_remove(&rules->task.node);
-        crpci_zookeeper_task_unref(&rules->task);
-    }
-    crpci_list_remove(&dir->task.node);
-    crpci_zookeeper_task_unref(&dir->task);
-}
-
-/* --- registering ------------------------------------------------------------------------------ */
-
-/* Takes over the address of what is to be registered. */
-CRPCI_FN bool crpci_zookeeper_reg_address(crpci_zookeeper_reg *reg, const char *address)
-{
-    crpci_addr a;
-    if (!crpci_sock_split(address, reg->host, sizeof reg->host, &reg->port) || reg->port == 0)
-        return false;
-    reg->v4 = strcmp(reg->host, "0.0.0.0") == 0;
-    reg->auto_host = !*reg->host || reg->v4 || strcmp(reg->host, "::") == 0;
-    if (reg->auto_host) {
-        reg->host[0] = '\0';
-        return true;
-    }
-    if (!crpci_sock_parse(&a, address))
-        return false;
-    crpci_sock_format(&a, reg->address, sizeof reg->address);
-    return true;
-}
-
-CRPCI_FN bool crpci_zookeeper_reg_copy(crpci_zookeeper_reg *reg, crpci_heap *h,
-                                       const crpci_registration *what)
-{
-    const char *text[5];
-    text[0] = what->service;
-    text[1] = what->group;
-    text[2] = what->version;
-    text[3] = what->application;
-    text[4] = what->methods;
-    if (!crpci_registry_texts_copy(h, reg->text, text, 5))
-        return false;
-    reg->what = *what;
-    reg->what.address = NULL;
-    reg->what.service = reg->text[0];
-    reg->what.group = reg->text[1];
-    reg->what.version = reg->text[2];
-    reg->what.application = reg->text[3];
-    reg->what.methods = reg->text[4];
-    return true;
-}
-
-/* A node to be, not begun; without an address and a timestamp yet. NULL: out of memory. */
-CRPCI_FN crpci_zookeeper_reg *crpci_zookeeper_reg_new(crpci_zookeeper_registry *r,
-                                                      const crpci_registration *what,
-                                                      const char *category)
-{
-    crpci_zookeeper *s = r->session;
-    crpci_zookeeper_reg *reg = (crpci_zookeeper_reg *)crpci_heap_alloc(s->heap, sizeof *reg);
-    if (!reg)
-        return NULL;
-    crpci_zookeeper_task_init(&reg->task, &crpci_zookeeper_reg_kind, s, CRPCI_ZOOKEEPER_CREATE);
-    reg->task.dir = crpci_zookeeper_dir_path(r, what->service, category);
-    if (!reg->task.dir || !crpci_zookeeper_reg_copy(reg, s->heap, what)) {
-        crpci_zookeeper_reg_free(&reg->task);
-        return NULL;
-    }
-    return reg;
-}
-
-CRPCI_FN int crpci_zookeeper_enroll(crpci_registry *base, const crpci_registration *what,
-                                    crpci_registry_status_fn status, void *user, void **handle)
-{
-    crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)(void *)base;
-    crpci_zookeeper *s = r->session;
-    crpci_zookeeper_reg *reg;
-    struct timespec ts;
-    *handle = NULL;
-    if (!what->service || !crpci_zookeeper_is_part(what->service, strlen(what->service)))
-        return CRPC_EINVAL;
-    reg = crpci_zookeeper_reg_new(r, what, "providers");
-    if (!reg)
-        return CRPC_ENOMEM;
-    if (!what->address || !crpci_zookeeper_reg_address(reg, what->address)) {
-        crpci_zookeeper_reg_free(&reg->task);
-        return CRPC_EINVAL;
-    }
-    clock_gettime(CLOCK_REALTIME, &ts); /* people read it; nothing is timed by it */
-    reg->timestamp_ms = (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-    if (!reg->auto_host && crpci_sock_is_loopback(reg->address) &&
-        !crpci_sock_is_loopback(s->hosts))
-        crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                       "zookeeper: %s is registered at %s, which other hosts cannot reach",
-                       what->service, reg->address);
-    reg->owner = r;
-    reg->status = status;
-    reg->user = user;
-    *handle = reg;
-    crpci_loop_lock(s->loop);
-    crpci_list_append(&s->tasks, &reg->task.node);
-    crpci_zookeeper_kick(s);
-    crpci_loop_unlock(s->loop);
-    return CRPC_OK;
-}
-
-/* Locked. The node is removed after this has returned; with the session's end if
- * that comes first. */
-CRPCI_FN void crpci_zookeeper_reg_end(crpci_zookeeper_reg *reg)
-{
-    crpci_zookeeper *s = reg->task.session;
-    reg->withdrawn = true;
-    reg->owner = NULL;
-    reg->task.refs++;
-    crpci_registry_call_wait(s->loop, &s->cond, &reg->caller);
-    if (s->closing || (!reg->task.op && !reg->tried)) {
-        crpci_zookeeper_reg_drop(reg);
-    } else if (!reg->task.op) {
-        reg->task.step = CRPCI_ZOOKEEPER_GONE;
-        reg->task.due_us = 0;
-        crpci_zookeeper_kick(s);
-    }
-    crpci_zookeeper_task_unref(&reg->task);
-}
-
-/* --- subscribing ------------------------------------------------------------------------------ */
-
-/* Registers a subscriber among the consumers, where people look for them. Not begun yet. */
-CRPCI_FN bool crpci_zookeeper_consume(crpci_zookeeper_sub *sub)
-{
-    crpci_zookeeper_registry *r = sub->owner;
-    crpci_registration what;
-    memset(&what, 0, sizeof what);
-    what.service = sub->base.query.service;
-    what.group = sub->base.query.group;
-    what.version = sub->base.query.version;
-    what.application = sub->base.query.application;
-    sub->consumer = crpci_zookeeper_reg_new(r, &what, "consumers");
-    if (!sub->consumer)
-        return false;
-    sub->consumer->consumer = sub->consumer->auto_host = true;
-    return true;
-}
-
-/* Gives a new subscriber what the cache knows, as a stale list, if the registry is not there to be
- * asked. Nobody else knows of the subscriber yet. */
-CRPCI_COLD void crpci_zookeeper_recall(crpci_zookeeper_sub *sub)
-{
-    crpci_zookeeper_registry *r = sub->owner;
-    crpci_zookeeper *s = r->session;
-    static const char *const categories[2] = {"providers", "configurators"};
-    crpci_registry_names names[2];
-    crpci_registry_rules *rules;
-    crpci_snapshot *list;
-    size_t bad, i;
-    for (i = 0; i < 2; i++) {
-        char *path = crpci_zookeeper_dir_path(r, sub->base.query.service, categories[i]);
-        char *key = path ? crpci_zookeeper_key(s, path) : NULL;
-        memset(&names[i], 0, sizeof names[i]);
-        crpci_loop_lock(s->loop);
-        if (key && !s->connected)
-            crpci_registry_cache_get(&s->cache, key, &names[i]);
-        crpci_loop_unlock(s->loop);
-        crpci_heap_strfree(s->heap, key);
-        crpci_heap_strfree(s->heap, path);
-    }
-    rules = crpci_registry_rules_read(s->heap, names[1].name, names[1].count, "", &bad);
-    list = rules ? crpci_registry_collect(s->heap, names[0].name, names[0].count, &sub->base.query,
-                                          rules, &bad)
-                 : NULL;
-    if (list && list->count) {
-        list->stale = true;
-        crpci_loop_lock(s->loop);
-        (void)crpci_registry_push(&sub->base, list);
-        crpci_loop_unlock(s->loop);
-    }
-    crpci_registry_snapshot_unref(list);
-    crpci_registry_rules_unref(rules);
-    for (i = 0; i < 2; i++)
-        crpci_registry_names_free(s->heap, &names[i]);
-}
-
-CRPCI_FN int crpci_zookeeper_subscribe(crpci_registry *base, const crpci_registry_query *what,
-                                       crpci_registry_push_fn push, void *user, void **handle)
-{
-    crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)(void *)base;
-    crpci_zookeeper *s = r->session;
-    crpci_registry_query q = *what;
-    crpci_zookeeper_sub *sub;
-    bool ok;
-    *handle = NULL;
-    if (!q.service || !crpci_zookeeper_is_part(q.service, strlen(q.service)))
-        return CRPC_EINVAL;
-    sub = (crpci_zookeeper_sub *)crpci_heap_alloc(s->heap, sizeof *sub);
-    if (!sub)
-        return CRPC_ENOMEM;
-    sub->owner = r;
-    q.application = q.application && *q.application ? q.application : r->application;
-    ok = crpci_registry_sub_init(&sub->base, s->loop, &s->cond, &q, push, user) &&
-         (!r->register_consumer || crpci_zookeeper_consume(sub));
-    if (ok && s->cache.path)
-        crpci_zookeeper_recall(sub);
-    crpci_loop_lock(s->loop);
-    sub->dir = ok ? crpci_zookeeper_dir_get(r, q.service) : NULL;
-    if (!sub->dir) {
-        crpci_loop_unlock(s->loop);
-        if (sub->consumer)
-            crpci_zookeeper_reg_free(&sub->consumer->task);
-        crpci_registry_sub_clear(&sub->base);
-        crpci_heap_free(s->heap, sub, sizeof *sub);
-        return CRPC_ENOMEM;
-    }
-    sub->round = sub->dir->round;
-    sub->dir->task.refs++;
-    crpci_list_append(&sub->dir->subs, &sub->base.node);
-    *handle = sub;
-    crpci_zookeeper_dir_changed(sub->dir);
-    if (sub->consumer) {
-        sub->consumer->timestamp_ms = crpci_zookeeper_stamp(s);
-        crpci_list_append(&s->tasks, &sub->consumer->task.node);
-    }
-    crpci_zookeeper_kick(s);
-    crpci_loop_unlock(s->loop);
-    return CRPC_OK;
-}
-
-/* Locked. */
-CRPCI_FN void crpci_zookeeper_sub_end(crpci_zookeeper_sub *sub)
-{
-    crpci_registry_sub_end(&sub->base);
-    if (crpci_list_empty(&sub->dir->subs))
-        crpci_zookeeper_dir_end(sub->dir);
-    if (sub->consumer)
-        crpci_zookeeper_reg_end(sub->consumer);
-    crpci_zookeeper_sub_unref(sub);
-}
-
-CRPCI_FN void crpci_zookeeper_unsubscribe(crpci_registry *base, void *handle)
-{
-    crpci_zookeeper *s = ((crpci_zookeeper_registry *)(void *)base)->session;
-    if (!handle)
-        return;
-    crpci_loop_lock(s->loop);
-    crpci_zookeeper_sub_end((crpci_zookeeper_sub *)handle);
-    crpci_loop_unlock(s->loop);
-}
-
-CRPCI_FN void crpci_zookeeper_withdraw(crpci_registry *base, void *handle)
-{
-    crpci_zookeeper *s = ((crpci_zookeeper_registry *)(void *)base)->session;
-    if (!handle)
-        return;
-    crpci_loop_lock(s->loop);
-    crpci_zookeeper_reg_end((crpci_zookeeper_reg *)handle);
-    crpci_loop_unlock(s->loop);
-}
-
-/* Ends one thing that is still open through the registry. Locked; false: there is none. */
-CRPCI_FN bool crpci_zookeeper_end_one(crpci_zookeeper *s, const crpci_zookeeper_registry *r)
-{
-    crpci_list *i, *k;
-    for (i = s->tasks.next; i != &s->tasks; i = i->next) {
-        crpci_zookeeper_task *t = CRPCI_CONTAINER(i, crpci_zookeeper_task, node);
-        if (t->kind == &crpci_zookeeper_reg_kind) {
-            crpci_zookeeper_reg *reg = CRPCI_CONTAINER(t, crpci_zookeeper_reg, task);
-            if (reg->owner == r) {
-                crpci_zookeeper_reg_end(reg);
-                return true;
-            }
-            continue;
-        }
-        if (t->kind != &crpci_zookeeper_dir_kind)
-            continue;
-        for (k = CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->subs.next;
-             k != &CRPCI_CONTAINER(t, crpci_zookeeper_dir, task)->subs; k = k->next) {
-            crpci_zookeeper_sub *sub = CRPCI_CONTAINER(k, crpci_zookeeper_sub, base.node);
-            if (sub->owner == r) {
-                crpci_zookeeper_sub_end(sub);
-                return true;
-            }
-        }
-    }
-    return false;
-}
-
-/* With libzookeeper_mt and a server that is frozen this can take up to 4.5 s. */
-CRPCI_FN void crpci_zookeeper_close(crpci_registry *base)
-{
-    crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)(void *)base;
-    crpci_zookeeper *s = r->session;
-    crpci_heap *h = s->heap;
-    bool last;
-    crpci_heap_ref(h);
-    crpci_loop_lock(s->loop);
-    last = --s->users == 0;
-    if (last) {
-        s->closing = true;
-        crpci_list_remove(&s->node);
-        crpci_thread_broadcast(&s->cond);
-    }
-    while (crpci_zookeeper_end_one(s, r)) {
-    }
-    if (last && s->busy && CRPC_ZOOKEEPER_ST && crpci_thread_is_self(s->busy_thread)) {
-        s->deferred = true;
-    } else if (last) {
-        while (s->busy || s->cache.writing)
-            crpci_thread_wait(&s->cond, &s->loop->lock, -1);
-        if (crpci_registry_cache_due(&s->cache) != INT64_MAX) /* earlier than else, but the last */
-            crpci_registry_cache_save(&s->cache, s->loop, &s->cond);
-        crpci_zookeeper_shut(s);
-    }
-    crpci_zookeeper_unlock(s);
-    crpci_heap_strfree(h, r->application);
-    crpci_heap_strfree(h, r->root);
-    crpci_heap_free(h, r, sizeof *r);
-    crpci_heap_unref(h);
-}
-
-static const crpci_registry_ops crpci_zookeeper_ops = {
-    sizeof(crpci_registry_ops), CRPCI_REGISTRY_OPS_VERSION, crpci_zookeeper_enroll,
-    crpci_zookeeper_withdraw,   crpci_zookeeper_subscribe,  crpci_zookeeper_unsubscribe,
-    crpci_zookeeper_close};
-
-CRPCI_FN bool crpci_zookeeper_same(const char *a, const char *b)
+CRPCI_FN bool crpci_zk_session_same(const char *a, const char *b)
 {
     return strcmp(a ? a : "", b ? b : "") == 0;
 }
 
-/* The session that a registry can share. Locked. */
-CRPCI_FN crpci_zookeeper *crpci_zookeeper_find(crpc_loop *l, const char *authority,
-                                               const crpci_registry_options *o)
+/* Copies a text that may be NULL. False: out of memory. */
+CRPCI_FN bool crpci_zk_session_copy(crpci_heap *h, const char *from, char **to)
+{
+    *to = from ? crpci_heap_strndup(h, from, strlen(from)) : NULL;
+    return *to || !from;
+}
+
+/* The open session that fits, or NULL. Locked. */
+CRPCI_FN crpci_zk_session *crpci_zk_session_find(crpc_loop *l, const char *authority,
+                                                 const crpci_zk_session_options *o)
 {
     crpci_list *i;
     for (i = l->registries.next; i != &l->registries; i = i->next) {
-        crpci_zookeeper *s = CRPCI_CONTAINER(i, crpci_zookeeper, node);
-        if (strcmp(s->authority, authority) == 0 && s->timeout_ms == o->session_timeout_ms &&
-            crpci_zookeeper_same(s->credential, o->credential) &&
-            crpci_zookeeper_same(s->cache.path, o->cache))
+        crpci_zk_session *s = CRPCI_CONTAINER(i, crpci_zk_session, node);
+        if (strcmp(s->authority, authority) == 0 && s->timeout_ms == o->timeout_ms &&
+            crpci_zk_session_same(s->credential, o->credential) &&
+            crpci_zk_session_same(s->cache.path, o->cache))
             return s;
     }
     return NULL;
 }
 
-CRPCI_COLD int crpci_zookeeper_new(crpc_loop *l, const char *authority,
-                                   const crpci_registry_options *o, crpci_zookeeper **out,
-                                   crpc_error *error)
+/* A session that nobody knows of yet. Resolves names, so unlocked. */
+CRPCI_COLD int crpci_zk_session_new(crpc_loop *l, const char *authority,
+                                    const crpci_zk_session_options *o, crpci_zk_session **out,
+                                    crpc_error *error)
 {
-    crpci_zookeeper *s = (crpci_zookeeper *)crpci_heap_alloc(l->heap, sizeof *s);
-    const char *credential = o->credential;
-    bool cached = true;
-    int err;
+    crpci_zk_session *s = (crpci_zk_session *)crpci_heap_alloc(l->heap, sizeof *s);
+    int err = CRPC_OK;
     *out = NULL;
     if (!s || crpci_thread_cond_init(&s->cond)) {
         crpci_heap_free(l->heap, s, sizeof *s);
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+        return crpci_status_set(error, CRPC_ENOMEM, "zookeeper://%.150s: out of memory", authority);
     }
     crpci_loop_hold(l);
     crpci_list_init(&s->node);
-    crpci_list_init(&s->tasks);
+    crpci_list_init(&s->jobs);
     s->loop = l;
     s->heap = l->heap;
     s->refs = 1;
     s->users = 1;
-    s->timeout_ms = o->session_timeout_ms;
-    s->spread_us = crpci_base_option(o->spread_ms, CRPCI_ZOOKEEPER_SPREAD_MS, 0) * 1000;
-    s->cache.heap = s->heap;
-    crpci_list_init(&s->cache.entries);
-    crpci_timer_init(&s->timer, crpci_zookeeper_on_timer);
+    s->timeout_ms = o->timeout_ms;
+    s->spread_us = crpci_base_option(o->spread_ms, CRPCI_ZK_SESSION_SPREAD_MS, 0) * 1000;
+    crpci_timer_init(&s->timer, crpci_zk_session_on_timer);
 #if CRPC_ZOOKEEPER_ST
-    crpci_watch_init(&s->watch, crpci_zookeeper_on_event);
+    crpci_watch_init(&s->watch, crpci_zk_session_on_event);
     s->fd = -1;
 #endif
-    s->authority = crpci_heap_strndup(s->heap, authority, strlen(authority));
-    if (credential)
-        s->credential = crpci_heap_strndup(s->heap, credential, strlen(credential));
+    crpci_list_init(&s->services);
+    s->servers.heap = s->cache.heap = s->heap;
+    if (!crpci_zk_session_copy(s->heap, authority, &s->authority) ||
+        !crpci_zk_session_copy(s->heap, o->credential, &s->credential) ||
+        (o->cache && !crpci_cache_init(&s->cache, s->heap, o->cache, o->cache_interval_ms)))
+        err = CRPC_ENOMEM;
+    s->servers.authority = s->authority;
+    if (!err)
+        err = crpci_zk_servers_resolve(&s->servers, error);
+    if (!err && crpci_zk_servers_list(&s->servers, l))
+        err = CRPC_ENOMEM;
+    if (err == CRPC_ENOMEM)
+        crpci_status_set(error, err, "zookeeper://%.150s: out of memory", authority);
+    if (err) {
+        crpci_zk_session_free(s);
+        return err;
+    }
     if (o->cache)
-        cached = crpci_registry_cache_init(&s->cache, s->heap, o->cache, o->cache_interval_ms);
-    if (!s->authority || (credential && !s->credential) || !cached)
-        err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    else
-        err = crpci_zookeeper_resolve(s, error);
-    if (!err && crpci_zookeeper_make_hosts(s))
-        err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    if (!err && o->cache)
-        crpci_registry_cache_load(&s->cache);
-    if (err)
-        crpci_zookeeper_free(s);
-    else
-        *out = s;
-    return err;
+        crpci_cache_load(&s->cache);
+    *out = s;
+    return CRPC_OK;
 }
 
-/* Joins the session that fits, or begins one. */
-CRPCI_COLD int crpci_zookeeper_join_session(crpc_loop *l, const char *authority,
-                                            const crpci_registry_options *o, crpci_zookeeper **out,
-                                            crpc_error *error)
+/* Joins the session that fits, or begins one. Resolves names, never waits for a server. */
+CRPCI_COLD int crpci_zk_session_open(crpc_loop *l, const char *authority,
+                                     const crpci_zk_session_options *options,
+                                     crpci_zk_session **out, crpc_error *error)
 {
-    crpci_zookeeper *s, *made = NULL;
+    crpci_zk_session_options o = *options;
+    crpci_zk_session *s, *made = NULL;
+    int err = CRPC_OK;
+    o.timeout_ms = (int)crpci_base_option(o.timeout_ms, CRPCI_ZK_SESSION_TIMEOUT_MS,
+                                          CRPCI_ZK_SESSION_TIMEOUT_MS);
+    if (o.timeout_ms < CRPCI_ZK_SESSION_TIMEOUT_MIN_MS)
+        o.timeout_ms = CRPCI_ZK_SESSION_TIMEOUT_MIN_MS;
     crpci_loop_lock(l);
-    s = crpci_zookeeper_find(l, authority, o);
-    if (!s) { /* names are resolved without the lock; somebody else may be faster */
-        int err;
+    s = crpci_zk_session_find(l, authority, &o);
+    if (!s) { /* names are resolved without the lock; another thread may be faster */
         crpci_loop_unlock(l);
-        err = crpci_zookeeper_new(l, authority, o, &made, error);
+        err = crpci_zk_session_new(l, authority, &o, &made, error);
         if (err)
             return err;
         crpci_loop_lock(l);
-        s = crpci_zookeeper_find(l, authority, o);
+        s = crpci_zk_session_find(l, authority, &o);
     }
     if (s) {
         s->refs++;
@@ -13431,321 +13362,1569 @@ CRPCI_COLD int crpci_zookeeper_join_session(crpc_loop *l, const char *authority,
         crpci_list_append(&l->registries, &s->node);
         s->busy = true;
         s->busy_thread = crpci_thread_self();
-        crpci_zookeeper_connect(s); /* if that fails it is tried again, as later on */
+        crpci_zk_session_connect(s); /* if that fails it is tried again, as later on */
         s->failures = 0;
         s->busy = false;
         crpci_thread_broadcast(&s->cond);
-        crpci_zookeeper_kick(s);
+        crpci_zk_session_kick(s);
     }
     crpci_loop_unlock(l);
     if (made)
-        crpci_zookeeper_free(made);
+        crpci_zk_session_free(made);
     *out = s;
     return CRPC_OK;
 }
 
-/* The root of the tree from a URL's path: "dubbo" gives "/dubbo". */
-CRPCI_FN int crpci_zookeeper_root(crpci_heap *h, const char *path, char **out, crpc_error *error)
+/* A user is about to close. True: it is the last one, so that the session takes nothing new and is
+ * found by nobody any more. Locked; crpci_zk_session_close follows. */
+CRPCI_FN bool crpci_zk_session_leave_user(crpci_zk_session *s)
 {
-    size_t n = strlen(path), at = 0;
+    if (--s->users)
+        return false;
+    s->closing = true;
+    crpci_list_remove(&s->node);
+    crpci_thread_broadcast(&s->cond);
+    return true;
+}
+
+/* Ends what crpci_zk_session_leave_user began, and unlocks. With libzookeeper_mt and a server that
+ * is frozen this can take up to 4.5 s. */
+CRPCI_FN void crpci_zk_session_close(crpci_zk_session *s, bool last)
+{
+    if (last && s->busy && CRPC_ZOOKEEPER_ST && crpci_thread_is_self(s->busy_thread)) {
+        s->deferred = true;
+    } else if (last) {
+        while (s->busy || s->cache.writing)
+            crpci_thread_wait(&s->cond, &s->loop->lock, -1);
+        if (crpci_cache_due(&s->cache) != INT64_MAX) /* before its time, because it is the last */
+            crpci_cache_save(&s->cache, s->loop, &s->cond);
+        crpci_zk_session_shut(s);
+    }
+    crpci_zk_session_unlock(s);
+}
+#endif /* CRPC_ENABLE_ZOOKEEPER */
+
+/* ======================================================================== */
+/* >>impl-zk-node   the two primitives: to watch a node, and to own one       */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_ZOOKEEPER
+
+/* Everything that crpc does in ZooKeeper for longer than one request is one of these two. They
+ * alone know how watches are set again, what follows when a request gets no answer, when to try
+ * again and when to read anew. What they tell comes locked, on the thread that runs the client. */
+
+#define CRPCI_ZK_NODE_REFUSED_US 5000000   /* between reads of what may not be read */
+#define CRPCI_ZK_NODE_REREAD_US  300000000 /* in case a watch was lost */
+#define CRPCI_ZK_NODE_CHECK_US   60000000  /* is the own node still there, and this session's? */
+#define CRPCI_ZK_NODE_BACK_US    500000    /* before a node that somebody removed is made again */
+#define CRPCI_ZK_NODE_FIGHTS     3u        /* evictions of another session's node without a wait */
+#define CRPCI_ZK_NODE_FORGET     10u /* failures to remove a node until it is left to the session */
+
+/* --- paths and numbers ------------------------------------------------------------------------ */
+
+/* "directory/name" on the heap. NULL: out of memory. */
+CRPCI_FN char *crpci_zk_node_join(crpci_heap *h, const char *directory, const char *name)
+{
+    return crpci_heap_format(h, "%s/%s", directory, name);
+}
+
+/* Whether ZooKeeper takes a text as one part of a path. */
+CRPCI_FN bool crpci_zk_node_is_part(const char *text, size_t n)
+{
+    size_t i;
+    if (n == 0 || (n == 1 && text[0] == '.') || (n == 2 && text[0] == '.' && text[1] == '.'))
+        return false;
+    for (i = 0; i < n; i++) {
+        if ((unsigned char)text[i] < ' ' || text[i] == 0x7f || text[i] == '/')
+            return false;
+    }
+    return true;
+}
+
+/* The root of a tree from a URL's path: "a/b" and "a/b/" give "/a/b", "" gives `otherwise`. */
+CRPCI_COLD int crpci_zk_node_root(crpci_heap *h, const char *path, const char *otherwise,
+                                  char **out, crpc_error *error)
+{
+    size_t n = strlen(path), at;
     while (n && path[n - 1] == '/')
         n--;
-    if (!n) {
-        path = CRPCI_ZOOKEEPER_ROOT;
-        n = strlen(path);
-    }
     for (at = 0; at < n;) {
         size_t part = strcspn(path + at, "/");
         part = part < n - at ? part : n - at;
-        if (!crpci_zookeeper_is_part(path + at, part))
-            return crpci_status_set(error, CRPC_EINVAL, "\"%.100s\" is no path in ZooKeeper", path);
+        if (!crpci_zk_node_is_part(path + at, part))
+            return crpci_status_set(error, CRPC_EINVAL,
+                                    "zookeeper: root \"%.100s\" is no path in ZooKeeper: it has an "
+                                    "empty part, \".\", \"..\" or a control character",
+                                    path);
         at += part + 1;
     }
-    *out = (char *)crpci_heap_alloc(h, n + 2);
-    if (!*out)
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    **out = '/';
-    memcpy(*out + 1, path, n);
+    *out = n ? crpci_heap_format(h, "/%.*s", (int)n, path)
+             : crpci_heap_strndup(h, otherwise, strlen(otherwise));
+    return *out ? CRPC_OK : crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
+}
+
+/* The names in an answer, and how many. */
+CRPCI_FN char *const *crpci_zk_node_names(const crpci_zk_answer *a, size_t *count)
+{
+    *count = a->rc == ZOK && a->names && a->names->count > 0 ? (size_t)a->names->count : 0;
+    return *count ? a->names->data : NULL;
+}
+
+/* Reads a sequential node's number, which ZooKeeper has written with "%010d"; after 2147483647
+ * follows -2147483648. False: the text is no such number. */
+CRPCI_FN bool crpci_zk_node_number(const char *text, int32_t *number)
+{
+    bool negative = *text == '-';
+    size_t digits = 0;
+    int64_t v = 0;
+    for (text += negative; *text >= '0' && *text <= '9' && digits < 11; text++, digits++)
+        v = v * 10 + (*text - '0');
+    v = negative ? -v : v;
+    if (*text || (digits != 10 && !(negative && digits == 9)) || v > INT32_MAX || v < INT32_MIN)
+        return false;
+    *number = (int32_t)v;
+    return true;
+}
+
+/* Whether number `a` was given out before `b`, going by the shorter way round. */
+CRPCI_FN bool crpci_zk_node_earlier(int32_t a, int32_t b)
+{
+    return (uint32_t)a - (uint32_t)b > UINT32_C(0x80000000);
+}
+
+/* --- watch ------------------------------------------------------------------------------------ */
+
+typedef enum crpci_zk_watch_kind {
+    CRPCI_ZK_WATCH_CHILDREN,      /* the names below it */
+    CRPCI_ZK_WATCH_DATA,          /* its bytes */
+    CRPCI_ZK_WATCH_CHILDREN_ONCE, /* the names, told once: no watch is set */
+    CRPCI_ZK_WATCH_END            /* that it does not exist, told once */
+} crpci_zk_watch_kind;
+
+/* Follows a node. `value` is told what is read: at first, after each change, after each connection,
+ * and every few minutes. The answer's rc is ZOK, ZNONODE (the node does not exist), or why it
+ * cannot be read (then it is read again soon). It may unlock, except when an END is told. False:
+ * out of memory, the same is read again. */
+typedef struct crpci_zk_watch {
+    crpci_zk_job job;
+    bool (*value)(struct crpci_zk_watch *w, const crpci_zk_answer *a);
+    crpci_zk_watch_kind kind;
+    char *path;   /* on the heap */
+    bool missing; /* it was not there when it was read: a watch is set on its creation next */
+    bool told;    /* something, in this session */
+    bool refused; /* it was logged that it cannot be read */
+} crpci_zk_watch;
+
+CRPCI_FN crpci_zk_watch *crpci_zk_node_watch_of(crpci_zk_job *job)
+{
+    return CRPCI_CONTAINER(job, crpci_zk_watch, job);
+}
+
+/* Reads it, or, while there is none, looks whether there is one: either leaves a watch. */
+CRPCI_FN bool crpci_zk_node_watch_order(crpci_zk_job *job, crpci_zk_order *o)
+{
+    crpci_zk_watch *w = crpci_zk_node_watch_of(job);
+    bool children = w->kind == CRPCI_ZK_WATCH_CHILDREN || w->kind == CRPCI_ZK_WATCH_CHILDREN_ONCE;
+    o->verb = w->missing ? CRPCI_ZK_STAT : children ? CRPCI_ZK_LIST : CRPCI_ZK_GET;
+    o->watch = w->kind != CRPCI_ZK_WATCH_CHILDREN_ONCE;
+    o->path = w->path;
+    return true;
+}
+
+CRPCI_FN void crpci_zk_node_watch_answered(crpci_zk_watch *w, const crpci_zk_request *q,
+                                           const crpci_zk_answer *a)
+{
+    crpci_zk_job *job = &w->job;
+    bool once = w->kind == CRPCI_ZK_WATCH_CHILDREN_ONCE;
+    bool looked = q->order.verb == CRPCI_ZK_STAT, gone = a->rc == ZNONODE, taken;
+    w->missing = gone && !looked && !once && w->kind != CRPCI_ZK_WATCH_END;
+    if (w->missing || (looked && a->rc == ZOK)) { /* look for its creation; or read it again */
+        job->due_us = 0;
+        return;
+    }
+    if (a->rc != ZOK && !gone && !w->refused)
+        crpci_heap_log(job->session->heap, CRPC_LOG_WARN,
+                       "registry zookeeper://%s: %s cannot be read: %s; trying again",
+                       job->session->authority, w->path, zerror(a->rc));
+    w->refused = a->rc != ZOK && !gone;
+    if (w->refused)
+        crpci_zk_job_around(job, CRPCI_ZK_NODE_REFUSED_US, 20);
+    else if (w->kind == CRPCI_ZK_WATCH_END && !gone)
+        crpci_zk_job_around(job, CRPCI_ZK_NODE_CHECK_US, 20);
+    else if (!once && w->kind != CRPCI_ZK_WATCH_END)
+        crpci_zk_job_around(job, CRPCI_ZK_NODE_REREAD_US, 20);
+    if (w->kind == CRPCI_ZK_WATCH_END && !gone)
+        return;
+    w->told = true;
+    taken = w->value(w, a);
+    if (!taken)
+        crpci_zk_job_later(job, CRPCI_ZK_JOB_RETRY_US);
+}
+
+CRPCI_FN void crpci_zk_node_watch_event(crpci_zk_job *job, crpci_zk_event event,
+                                        const crpci_zk_request *q, const crpci_zk_answer *a)
+{
+    crpci_zk_watch *w = crpci_zk_node_watch_of(job);
+    if (event == CRPCI_ZK_ANSWERED) {
+        crpci_zk_node_watch_answered(w, q, a);
+        return;
+    }
+    if (job->due_us == INT64_MAX && !job->sent) /* nothing is to be read: told once, or not begun */
+        return;
+    if (event == CRPCI_ZK_REMOVED && w->kind == CRPCI_ZK_WATCH_END) {
+        crpci_zk_answer gone;
+        memset(&gone, 0, sizeof gone);
+        gone.rc = ZNONODE;
+        job->due_us = INT64_MAX;
+        if (!w->value(w, &gone))
+            crpci_zk_job_later(job, CRPCI_ZK_JOB_RETRY_US);
+        return;
+    }
+    if (event == CRPCI_ZK_RENEWED)
+        w->told = false;
+    if (event == CRPCI_ZK_RESUMED && w->told)
+        /* In the same session the watches tell of what was missed. Reading all the same is the net
+         * below them, and no reason for a whole fleet to do so in the same moment. */
+        crpci_zk_job_later(job, crpci_zk_session_scatter(job->session));
+    else if (event != CRPCI_ZK_SUSPENDED && event != CRPCI_ZK_ENDED) {
+        job->due_us = 0;
+        w->missing = false;
+    }
+}
+
+CRPCI_FN void crpci_zk_node_watch_clear(crpci_zk_job *job)
+{
+    crpci_heap_strfree(job->session->heap, crpci_zk_node_watch_of(job)->path);
+}
+
+static const crpci_zk_work crpci_zk_node_watch_work = {
+    crpci_zk_node_watch_order, crpci_zk_node_watch_event, crpci_zk_node_watch_clear};
+
+/* Puts a watch on the session, with a reference to its holder. Reads nothing yet. */
+CRPCI_FN void crpci_zk_node_watch_init(crpci_zk_watch *w, crpci_zk_session *s,
+                                       bool (*value)(crpci_zk_watch *, const crpci_zk_answer *),
+                                       void *holder, void (*release)(void *holder))
+{
+    crpci_zk_job_add(&w->job, &crpci_zk_node_watch_work, s, INT64_MAX, holder, release);
+    w->value = value;
+}
+
+/* Begins to follow `path`, which it takes, instead of what was followed before. NULL, for want of
+ * memory or because nothing is to be followed: false. The caller kicks the session. */
+CRPCI_FN bool crpci_zk_node_watch_set(crpci_zk_watch *w, crpci_zk_watch_kind kind, char *path)
+{
+    crpci_zk_job_forget(&w->job);
+    crpci_heap_strfree(w->job.session->heap, w->path);
+    w->path = path;
+    w->kind = kind;
+    w->missing = w->told = w->refused = false;
+    w->job.watched = kind == CRPCI_ZK_WATCH_CHILDREN_ONCE ? NULL : path;
+    w->job.due_us = path ? 0 : INT64_MAX;
+    return path != NULL;
+}
+
+/* Nothing is read any more; `again` begins anew. */
+CRPCI_FN void crpci_zk_node_watch_stop(crpci_zk_watch *w)
+{
+    crpci_zk_job_forget(&w->job);
+    w->job.due_us = INT64_MAX;
+}
+
+/* It is read now, whatever was under way. */
+CRPCI_FN void crpci_zk_node_watch_again(crpci_zk_watch *w)
+{
+    crpci_zk_job_forget(&w->job);
+    w->job.due_us = 0;
+}
+
+/* --- own -------------------------------------------------------------------------------------- */
+
+/* Where an own node stands, the request that is sent there, and what its answer leads to. Without
+ * an answer the same is sent again; the one exception is named. Where several states can follow,
+ * the owner's wish (below) decides.
+ *
+ *     ABSENT  nothing is there                 nothing             wanted: CREATE
+ *     CREATE  under a new name                 create              ok: OWNED; exists: CHECK;
+ *                                                                  sequential, no answer: FIND
+ *     FIND    sequential: was it made?         list the directory  none: AGAIN; one: OWNED;
+ *                                                                  several: REMOVE the later
+ *     AGAIN   sequential: under the same name  create              ok: FIND; no answer: FIND
+ *     CHECK   a node of this name: whose?      exists              ours: OWNED; none: CREATE;
+ *                                                                  another session's: EVICT
+ *     OWNED   this session's, as of late       exists, every       as in CHECK
+ *                                              check_us
+ *     EVICT   another session's, perhaps of    delete              gone: CREATE
+ *             an earlier run of this program
+ *     REMOVE  ours, not wanted (any more)      delete              gone: FIND if there may be a
+ *                                                                  second one, else ABSENT
+ *
+ * As soon as no node is wanted, all of them become REMOVE, FIND or ABSENT, by what may be there.
+ * The end of the session takes its nodes with it: OWNED becomes CREATE. */
+typedef enum crpci_zk_own_state {
+    CRPCI_ZK_OWN_ABSENT,
+    CRPCI_ZK_OWN_CREATE,
+    CRPCI_ZK_OWN_FIND,
+    CRPCI_ZK_OWN_AGAIN,
+    CRPCI_ZK_OWN_CHECK,
+    CRPCI_ZK_OWN_OWNED,
+    CRPCI_ZK_OWN_EVICT,
+    CRPCI_ZK_OWN_REMOVE
+} crpci_zk_own_state;
+
+typedef enum crpci_zk_wish {
+    CRPCI_ZK_WISH_UNWANTED,
+    CRPCI_ZK_WISH_ENDED,  /* unwanted, and off the session when nothing is left there */
+    CRPCI_ZK_WISH_AFRESH, /* unwanted until nothing is left there, then WANTED */
+    CRPCI_ZK_WISH_WANTED
+} crpci_zk_wish;
+
+typedef struct crpci_zk_own crpci_zk_own;
+
+/* What the owner of a node is asked and told. */
+typedef struct crpci_zk_owner {
+    /* The path of the node to be made, on the heap; of a sequential one what comes before the
+     * number, another one each time. NULL: there is none now, or no memory. Must not unlock. */
+    char *(*name)(crpci_zk_own *own);
+    /* The node is there and this session's: it was at `sent_us`. Told again with each check; only
+     * the first time since it was made it is `news`. `stat` is NULL when it was just made or found.
+     * May unlock. */
+    void (*owned)(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat, bool news);
+    /* ZNONODE: somebody removed it. ZSESSIONEXPIRED: the session is over. Others: a try failed for
+     * a reason that a new connection does not cure; then it may unlock. What is wanted is tried on.
+     */
+    void (*lost)(crpci_zk_own *own, int rc);
+} crpci_zk_owner;
+
+/* An ephemeral node. */
+struct crpci_zk_own {
+    crpci_zk_job job;
+    const crpci_zk_owner *owner;
+    crpci_zk_own_state state;
+    crpci_zk_wish wish;
+    bool sequential;
+    bool unwatched;   /* no watch: that it was removed is found by the next check */
+    const char *dir;  /* the directory; the owner's, like... */
+    const char *data; /* ... what the node holds */
+    int size;
+    int64_t check_us; /* between two checks */
+    char *path;       /* of a node that may be there, or NULL */
+    char *prefix;     /* sequential: its name so far, while a create may have made it; or NULL */
+    unsigned failures;
+    unsigned fights; /* times the node was another session's in a row */
+};
+
+CRPCI_FN crpci_zk_own *crpci_zk_node_own_of(crpci_zk_job *job)
+{
+    return CRPCI_CONTAINER(job, crpci_zk_own, job);
+}
+
+CRPCI_FN void crpci_zk_node_own_set(crpci_zk_own *own, char **text, char *value)
+{
+    crpci_heap_strfree(own->job.session->heap, *text);
+    *text = value;
+    own->job.watched = own->path;
+}
+
+/* Takes the wish into account, and has the session act on it; unless a request is under way, whose
+ * answer leads back here. */
+CRPCI_FN void crpci_zk_node_own_next(crpci_zk_own *own)
+{
+    bool there = own->path || own->prefix;
+    if (own->job.sent)
+        return;
+    if (own->wish == CRPCI_ZK_WISH_AFRESH && !there) {
+        own->wish = CRPCI_ZK_WISH_WANTED;
+        own->state = CRPCI_ZK_OWN_ABSENT;
+    }
+    if (own->wish != CRPCI_ZK_WISH_WANTED)
+        own->state = own->path     ? CRPCI_ZK_OWN_REMOVE
+                     : own->prefix ? CRPCI_ZK_OWN_FIND
+                                   : CRPCI_ZK_OWN_ABSENT;
+    else if (own->state == CRPCI_ZK_OWN_ABSENT)
+        own->state = CRPCI_ZK_OWN_CREATE;
+    own->job.due_us = own->state == CRPCI_ZK_OWN_ABSENT ? INT64_MAX : 0;
+    if (own->wish == CRPCI_ZK_WISH_ENDED && !there)
+        crpci_zk_job_drop(&own->job);
+}
+
+CRPCI_FN void crpci_zk_node_own_to(crpci_zk_own *own, crpci_zk_own_state state)
+{
+    own->state = state;
+    crpci_zk_node_own_next(own);
+}
+
+/* The same, but not at once. */
+CRPCI_FN void crpci_zk_node_own_wait(crpci_zk_own *own, int64_t us)
+{
+    if (own->job.due_us != INT64_MAX)
+        crpci_zk_job_later(&own->job, us);
+}
+
+/* A try failed, and to try again at once would not help. */
+CRPCI_FN void crpci_zk_node_own_fail(crpci_zk_own *own, int rc, const char *why)
+{
+    crpci_zk_session *s = own->job.session;
+    bool wanted = own->wish == CRPCI_ZK_WISH_WANTED;
+    int64_t wait = crpci_zk_job_backoff(s, own->failures);
+    if (own->failures++ % 10 == 0)
+        crpci_heap_log(s->heap, CRPC_LOG_WARN,
+                       "registry zookeeper://%s: cannot %s a node in %s: %s; next attempt in %d ms",
+                       s->authority, wanted ? "make" : "remove", own->dir, why, (int)(wait / 1000));
+    if (!wanted && own->failures > CRPCI_ZK_NODE_FORGET) { /* it will go with the session */
+        crpci_zk_node_own_set(own, &own->path, NULL);
+        crpci_zk_node_own_set(own, &own->prefix, NULL);
+    }
+    crpci_zk_node_own_next(own);
+    crpci_zk_node_own_wait(own, wait);
+    if (rc && wanted)
+        own->owner->lost(own, rc);
+}
+
+/* Names the node that is to be made. If a node may be there under an earlier name, because the
+ * address has changed meanwhile, that one is removed first. False: not now. */
+CRPCI_FN bool crpci_zk_node_own_name(crpci_zk_own *own)
+{
+    char *path = own->owner->name(own);
+    if (!path) {
+        crpci_zk_node_own_fail(own, 0,
+                               "no local address leads to the servers (give one with the "
+                               "option `advertise`), or out of memory");
+        return false;
+    }
+    if (own->path && strcmp(own->path, path) != 0) {
+        crpci_heap_strfree(own->job.session->heap, path);
+        own->state = CRPCI_ZK_OWN_REMOVE;
+    } else {
+        crpci_zk_node_own_set(own, own->sequential ? &own->prefix : &own->path, path);
+    }
+    return true;
+}
+
+CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
+{
+    static const uint8_t verbs[] = {CRPCI_ZK_STAT,   CRPCI_ZK_CREATE, CRPCI_ZK_LIST,
+                                    CRPCI_ZK_CREATE, CRPCI_ZK_STAT,   CRPCI_ZK_STAT,
+                                    CRPCI_ZK_DELETE, CRPCI_ZK_DELETE};
+    crpci_zk_own *own = crpci_zk_node_own_of(job);
+    if (own->state == CRPCI_ZK_OWN_CREATE && !crpci_zk_node_own_name(own))
+        return false;
+    o->verb = (crpci_zk_verb)verbs[own->state];
+    o->path = o->verb == CRPCI_ZK_LIST ? own->dir : own->path ? own->path : own->prefix;
+    o->watch = o->verb == CRPCI_ZK_STAT && !own->unwatched;
+    o->data = own->data;
+    o->size = own->size;
+    o->flags = own->sequential ? ZOO_EPHEMERAL | ZOO_SEQUENCE : ZOO_EPHEMERAL;
+    o->parents = true;
+    return o->path != NULL;
+}
+
+/* The node is there, and ours. One that was just made is checked at once, which sets the watch. */
+CRPCI_FN void crpci_zk_node_own_mine(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat)
+{
+    bool news = own->state != CRPCI_ZK_OWN_OWNED;
+    own->failures = own->fights = 0;
+    crpci_zk_node_own_to(own, CRPCI_ZK_OWN_OWNED);
+    if (own->state != CRPCI_ZK_OWN_OWNED)
+        return; /* not wanted any more */
+    if (stat || own->unwatched)
+        crpci_zk_job_around(&own->job, own->check_us, 20);
+    own->owner->owned(own, sent_us, stat, news);
+}
+
+/* A create was answered with success. */
+CRPCI_FN void crpci_zk_node_own_made(crpci_zk_own *own, int64_t sent_us, const char *path)
+{
+    bool again = own->state == CRPCI_ZK_OWN_AGAIN;
+    if (own->sequential) {
+        char *copy =
+            again || !path ? NULL : crpci_heap_strndup(own->job.session->heap, path, strlen(path));
+        if (!copy) { /* looked for by its prefix; the earlier create may have made one as well */
+            crpci_zk_node_own_to(own, CRPCI_ZK_OWN_FIND);
+            return;
+        }
+        crpci_zk_node_own_set(own, &own->prefix, NULL);
+        crpci_zk_node_own_set(own, &own->path, copy);
+    }
+    crpci_zk_node_own_mine(own, sent_us, NULL);
+}
+
+/* The directory was listed for nodes with the prefix: those that a create without an answer made.
+ */
+CRPCI_FN void crpci_zk_node_own_found(crpci_zk_own *own, int64_t sent_us, const crpci_zk_answer *a)
+{
+    const char *base = strrchr(own->prefix, '/') + 1, *first = NULL, *later = NULL;
+    size_t count, i, n = strlen(base);
+    char *const *names = crpci_zk_node_names(a, &count);
+    int32_t number, least = 0;
+    char *path;
+    for (i = 0; i < count; i++) {
+        if (!names[i] || strncmp(names[i], base, n) != 0 ||
+            !crpci_zk_node_number(names[i] + n, &number))
+            continue;
+        if (!first || crpci_zk_node_earlier(number, least)) {
+            later = first;
+            first = names[i];
+            least = number;
+        } else {
+            later = names[i];
+        }
+    }
+    if (!first) {
+        if (own->wish != CRPCI_ZK_WISH_WANTED)
+            crpci_zk_node_own_set(own, &own->prefix, NULL);
+        crpci_zk_node_own_to(own, CRPCI_ZK_OWN_AGAIN);
+        return;
+    }
+    path = crpci_zk_node_join(own->job.session->heap, own->dir, later ? later : first);
+    if (!path) {
+        crpci_zk_job_later(&own->job, CRPCI_ZK_JOB_RETRY_US);
+        return;
+    }
+    crpci_zk_node_own_set(own, &own->path, path);
+    if (later || own->wish != CRPCI_ZK_WISH_WANTED) {
+        crpci_zk_node_own_to(own, CRPCI_ZK_OWN_REMOVE);
+        return;
+    }
+    crpci_zk_node_own_set(own, &own->prefix, NULL);
+    crpci_zk_node_own_mine(own, sent_us, NULL);
+}
+
+/* The node is not there, or it is another session's (foreign): what a process that died a moment
+ * ago with the same name left, or this one's own before its session expired. That one would vanish
+ * with its session, so it is made anew. */
+CRPCI_FN void crpci_zk_node_own_lose(crpci_zk_own *own, bool foreign)
+{
+    bool tell = own->wish == CRPCI_ZK_WISH_WANTED && own->state == CRPCI_ZK_OWN_OWNED;
+    if (own->sequential)
+        crpci_zk_node_own_set(own, &own->path, NULL);
+    own->state = foreign && own->path ? CRPCI_ZK_OWN_EVICT : CRPCI_ZK_OWN_CREATE;
+    if (tell)
+        own->owner->lost(own, ZNONODE);
+    crpci_zk_node_own_next(own);
+    if (own->state == CRPCI_ZK_OWN_EVICT && ++own->fights > CRPCI_ZK_NODE_FIGHTS)
+        crpci_zk_node_own_wait(
+            own, crpci_zk_job_backoff(own->job.session, own->fights - CRPCI_ZK_NODE_FIGHTS));
+}
+
+CRPCI_FN void crpci_zk_node_own_answered(crpci_zk_own *own, const crpci_zk_request *q,
+                                         const crpci_zk_answer *a)
+{
+    bool creates = q->order.verb == CRPCI_ZK_CREATE;
+    if (a->rc == ZNODEEXISTS && creates) {
+        crpci_zk_node_own_to(own, CRPCI_ZK_OWN_CHECK);
+    } else if (a->rc != ZOK && (creates || a->rc != ZNONODE)) {
+        if (own->state == CRPCI_ZK_OWN_CREATE) /* nothing was made */
+            crpci_zk_node_own_set(own, &own->prefix, NULL);
+        crpci_zk_node_own_fail(own, a->rc, zerror(a->rc));
+    } else if (creates) {
+        crpci_zk_node_own_made(own, q->sent_us, a->text);
+    } else if (own->state == CRPCI_ZK_OWN_FIND) {
+        crpci_zk_node_own_found(own, q->sent_us, a);
+    } else if (own->state == CRPCI_ZK_OWN_EVICT) {
+        crpci_zk_node_own_to(own, CRPCI_ZK_OWN_CREATE);
+    } else if (own->state == CRPCI_ZK_OWN_REMOVE) {
+        crpci_zk_node_own_set(own, &own->path, NULL);
+        crpci_zk_node_own_to(own, own->prefix ? CRPCI_ZK_OWN_FIND : CRPCI_ZK_OWN_ABSENT);
+    } else if (a->rc == ZNONODE || a->stat->ephemeralOwner != own->job.session->id) {
+        crpci_zk_node_own_lose(own, a->rc == ZOK);
+    } else {
+        crpci_zk_node_own_mine(own, q->sent_us, a->stat);
+    }
+}
+
+/* The session is over. A node with a fixed name may still be there, as another session's. */
+CRPCI_FN void crpci_zk_node_own_over(crpci_zk_own *own)
+{
+    bool tell = own->state == CRPCI_ZK_OWN_OWNED && own->wish == CRPCI_ZK_WISH_WANTED;
+    crpci_zk_job_forget(&own->job);
+    own->failures = 0;
+    if (own->sequential) {
+        crpci_zk_node_own_set(own, &own->path, NULL);
+        crpci_zk_node_own_set(own, &own->prefix, NULL);
+    }
+    if (own->state != CRPCI_ZK_OWN_REMOVE || !own->path)
+        own->state = CRPCI_ZK_OWN_ABSENT;
+    crpci_zk_node_own_next(own);
+    if (tell)
+        own->owner->lost(own, ZSESSIONEXPIRED);
+}
+
+CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
+                                      const crpci_zk_request *q, const crpci_zk_answer *a)
+{
+    crpci_zk_own *own = crpci_zk_node_own_of(job);
+    crpci_zk_session *s = job->session;
+    int64_t soon;
+    switch (event) {
+    case CRPCI_ZK_ANSWERED:
+        crpci_zk_node_own_answered(own, q, a);
+        break;
+    case CRPCI_ZK_DOUBTED:
+        crpci_zk_node_own_to(own, own->prefix && !own->path ? CRPCI_ZK_OWN_FIND : own->state);
+        crpci_zk_node_own_wait(own, crpci_zk_job_spread(s, CRPCI_ZK_JOB_RETRY_US, 50));
+        break;
+    case CRPCI_ZK_RESUMED: /* the way there may be another one, with another address */
+        own->failures = 0;
+        crpci_zk_node_own_next(own);
+        soon = crpci_base_min64(crpci_zk_session_scatter(s), own->check_us / 16);
+        if (own->state == CRPCI_ZK_OWN_OWNED)
+            crpci_zk_node_own_wait(own, soon);
+        break;
+    case CRPCI_ZK_RENEWED:
+    case CRPCI_ZK_ENDED:
+        crpci_zk_node_own_over(own);
+        break;
+    case CRPCI_ZK_REMOVED:
+        /* That may have been a whole tree: not all its nodes come back in the same moment. */
+        soon = crpci_zk_job_now(s) + crpci_zk_job_spread(s, CRPCI_ZK_NODE_BACK_US, 90);
+        if (own->state == CRPCI_ZK_OWN_OWNED)
+            job->due_us = crpci_base_min64(job->due_us, soon);
+        break;
+    default:
+        break;
+    }
+}
+
+CRPCI_FN void crpci_zk_node_own_clear(crpci_zk_job *job)
+{
+    crpci_zk_own *own = crpci_zk_node_own_of(job);
+    crpci_zk_node_own_set(own, &own->path, NULL);
+    crpci_zk_node_own_set(own, &own->prefix, NULL);
+}
+
+static const crpci_zk_work crpci_zk_node_own_work = {
+    crpci_zk_node_own_order, crpci_zk_node_own_event, crpci_zk_node_own_clear};
+
+/* Puts it on the session, with a reference to its holder. No node is wanted yet. */
+CRPCI_FN void crpci_zk_node_own_init(crpci_zk_own *own, crpci_zk_session *s,
+                                     const crpci_zk_owner *owner, const char *dir, void *holder,
+                                     void (*release)(void *holder))
+{
+    crpci_zk_job_add(&own->job, &crpci_zk_node_own_work, s, INT64_MAX, holder, release);
+    own->owner = owner;
+    own->dir = dir;
+    own->check_us = CRPCI_ZK_NODE_CHECK_US;
+}
+
+/* Changes the wish; the caller kicks the session. ENDED may free the node's owner, unless something
+ * else refers to that. */
+CRPCI_FN void crpci_zk_node_own_want(crpci_zk_own *own, crpci_zk_wish wish)
+{
+    own->wish = wish;
+    own->failures = 0;
+    crpci_zk_node_own_next(own);
+}
+
+/* Checks it now, and from now on this often. */
+CRPCI_FN void crpci_zk_node_own_check(crpci_zk_own *own, int64_t check_us)
+{
+    own->check_us = check_us;
+    if (own->state == CRPCI_ZK_OWN_OWNED && !own->job.sent)
+        own->job.due_us = 0;
+}
+#endif /* CRPC_ENABLE_ZOOKEEPER */
+
+/* ======================================================================== */
+/* >>impl-zk-directory   zookeeper:// as Dubbo lays it out: providers, consumers, overrides */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_ZOOKEEPER
+
+/* Below the root, "/dubbo" unless the URL names another, each service has a directory:
+ *
+ *     /dubbo/demo.UserService/providers/      an ephemeral node for each provider
+ *     /dubbo/demo.UserService/consumers/      one for each consumer that wants to be seen
+ *     /dubbo/demo.UserService/configurators/  the operator's overrides
+ *
+ * A node's name says everything: it is a URL (impl-names). Providers and overrides are watched, own
+ * nodes are owned (impl-zk-node); lists, protection and the cache file are impl-directory's. */
+
+#define CRPCI_ZK_DIRECTORY_ROOT        "/dubbo"
+#define CRPCI_ZK_DIRECTORY_TWIN_US     5000000 /* before stale twins are looked for once more */
+#define CRPCI_ZK_DIRECTORY_TWIN_ROUNDS 5u
+
+/* A service that is followed, for all its subscribers on the session. */
+typedef struct crpci_zk_service {
+    crpci_directory directory;
+    crpci_list link; /* in session->services */
+    crpci_zk_session *session;
+    crpci_zk_watch providers;
+    crpci_zk_watch overrides;
+    bool following; /* providers are read: not before the overrides were, so that one which is
+                     * switched off is never seen */
+    bool aged;      /* in this round of calling lists stale */
+} crpci_zk_service;
+
+/* What a URL opened. */
+typedef struct crpci_zk_directory {
+    crpci_backend base;
+    crpci_zk_session *session;
+    char *root;
+    char *application;
+    bool register_consumer;
+    crpci_list registrations;
+    crpci_list subscribers;
+} crpci_zk_directory;
+
+/* A provider or a consumer. Referred to by its backend's list, and by its two jobs. */
+typedef struct crpci_zk_registration {
+    crpci_list link; /* in backend->registrations */
+    uint32_t refs;
+    crpci_zk_session *session;
+    crpci_directory_offer offer;
+    char *dir;
+    crpci_zk_own own;
+    /* A sweep removes twins: nodes of the same address that a dead session left. */
+    crpci_zk_job sweep;
+    crpci_zk_verb step; /* LIST; of each twin STAT, then DELETE */
+    char *twin;         /* the path of the one that was looked at last, or NULL */
+    int twin_version;
+    bool evicted;    /* this sweep removed one */
+    unsigned rounds; /* sweeps that removed some */
+} crpci_zk_registration;
+
+typedef struct crpci_zk_subscriber {
+    crpci_subscriber base;
+    crpci_list link;                 /* in backend->subscribers */
+    crpci_zk_registration *consumer; /* NULL: not registered as one */
+} crpci_zk_subscriber;
+
+/* "/dubbo/demo.UserService/providers" on the heap, or another category of the service. */
+CRPCI_FN char *crpci_zk_directory_path(const crpci_zk_directory *b, const char *service,
+                                       const char *category)
+{
+    return crpci_heap_format(b->session->heap, "%s/%s/%s", b->root, service, category);
+}
+
+/* The session's `age`. */
+CRPCI_FN bool crpci_zk_directory_age(crpci_zk_session *s)
+{
+    bool complete = true;
+    crpci_list *i;
+    for (i = s->services.next; i != &s->services; i = i->next)
+        CRPCI_CONTAINER(i, crpci_zk_service, link)->aged = false;
+    for (i = s->services.next; i != &s->services && !s->closing;) {
+        crpci_zk_service *v = CRPCI_CONTAINER(i, crpci_zk_service, link);
+        i = i->next;
+        if (v->aged)
+            continue;
+        v->aged = true;
+        complete = crpci_directory_age(&v->directory) && complete;
+        i = s->services.next; /* anything can have come and gone */
+    }
+    return complete;
+}
+
+/* --- following a service ---------------------------------------------------------------------- */
+
+/* The overrides are known, or cannot be read: providers are read from now on, or anew. */
+CRPCI_FN void crpci_zk_directory_follow(crpci_zk_service *v, bool anew)
+{
+    if (!v->following || anew)
+        crpci_zk_node_watch_again(&v->providers);
+    v->following = true;
+}
+
+/* Unlocks. */
+CRPCI_FN bool crpci_zk_directory_on_overrides(crpci_zk_watch *w, const crpci_zk_answer *a)
+{
+    crpci_zk_service *v = CRPCI_CONTAINER(w, crpci_zk_service, overrides);
+    char ip[INET6_ADDRSTRLEN], host[INET6_ADDRSTRLEN + 2];
+    size_t count;
+    char *const *names = crpci_zk_node_names(a, &count);
+    int changed = 0;
+    if (a->rc == ZOK || a->rc == ZNONODE) {
+        crpci_zk_servers_local(&v->session->servers, false, ip, sizeof ip);
+        snprintf(host, sizeof host, strchr(ip, ':') ? "[%s]" : "%s", ip);
+        changed = crpci_directory_override(&v->directory, names, count, host);
+    }
+    if (changed >= 0)
+        crpci_zk_directory_follow(v, changed > 0);
+    return changed >= 0;
+}
+
+/* Unlocks. A directory that does not exist is an empty one: whoever registers makes it. */
+CRPCI_FN bool crpci_zk_directory_on_providers(crpci_zk_watch *w, const crpci_zk_answer *a)
+{
+    crpci_zk_service *v = CRPCI_CONTAINER(w, crpci_zk_service, providers);
+    crpci_directory_report report;
+    if (a->rc != ZOK && a->rc != ZNONODE)
+        return crpci_directory_age(&v->directory);
+    report.names = crpci_zk_node_names(a, &report.count);
+    report.whole = true;
+    return crpci_directory_update(&v->directory, &report);
+}
+
+CRPCI_FN void crpci_zk_directory_service_free(crpci_directory *d)
+{
+    crpci_heap_free(d->loop->heap, CRPCI_CONTAINER(d, crpci_zk_service, directory),
+                    sizeof(crpci_zk_service));
+}
+
+CRPCI_FN void crpci_zk_directory_release(void *service)
+{
+    crpci_directory_unref(&((crpci_zk_service *)service)->directory);
+}
+
+/* Nobody subscribes to the service any more. Unlocks. */
+CRPCI_FN void crpci_zk_directory_service_end(crpci_zk_service *v)
+{
+    crpci_list_remove(&v->link);
+    crpci_zk_job_drop(&v->overrides.job);
+    crpci_zk_job_drop(&v->providers.job);
+    crpci_directory_end(&v->directory);
+}
+
+/* Watches a service. NULL: out of memory. Locked. */
+CRPCI_FN crpci_zk_service *crpci_zk_directory_service_new(const crpci_zk_directory *b,
+                                                          const char *service)
+{
+    crpci_zk_session *s = b->session;
+    crpci_zk_service *v = (crpci_zk_service *)crpci_heap_alloc(s->heap, sizeof *v);
+    char *providers = crpci_zk_directory_path(b, service, "providers");
+    char *overrides = crpci_zk_directory_path(b, service, "configurators");
+    bool ok = v && providers && overrides &&
+              crpci_directory_init(
+                  &v->directory, s->loop,
+                  crpci_heap_format(s->heap, "zookeeper://%s%s", s->authority, providers),
+                  crpci_zk_directory_service_free);
+    if (!ok) {
+        crpci_heap_strfree(s->heap, providers);
+        crpci_heap_strfree(s->heap, overrides);
+        crpci_heap_free(s->heap, v, sizeof *v);
+        return NULL;
+    }
+    v->session = s;
+    v->directory.hold_us = s->spread_us + (int64_t)s->timeout_ms * 1000;
+    v->directory.cache = s->cache.path ? &s->cache : NULL;
+    v->directory.override_name =
+        crpci_heap_format(s->heap, "zookeeper://%s%s", s->authority, overrides);
+    v->directory.refs += 2;
+    crpci_zk_node_watch_init(&v->overrides, s, crpci_zk_directory_on_overrides, v,
+                             crpci_zk_directory_release);
+    crpci_zk_node_watch_init(&v->providers, s, crpci_zk_directory_on_providers, v,
+                             crpci_zk_directory_release);
+    crpci_zk_node_watch_set(&v->overrides, CRPCI_ZK_WATCH_CHILDREN, overrides);
+    crpci_zk_node_watch_set(&v->providers, CRPCI_ZK_WATCH_CHILDREN, providers);
+    crpci_zk_node_watch_stop(&v->providers);
+    crpci_list_append(&s->services, &v->link);
+    return v;
+}
+
+/* The service, which is followed from now on if it was not. NULL: out of memory. Locked. */
+CRPCI_FN crpci_zk_service *crpci_zk_directory_service_get(const crpci_zk_directory *b,
+                                                          const char *service)
+{
+    char *path = crpci_zk_directory_path(b, service, "providers");
+    crpci_list *all = &b->session->services, *i;
+    crpci_zk_service *v = NULL;
+    for (i = all->next; path && i != all && !v; i = i->next) {
+        v = CRPCI_CONTAINER(i, crpci_zk_service, link);
+        v = strcmp(v->providers.path, path) == 0 ? v : NULL;
+    }
+    crpci_heap_strfree(b->session->heap, path);
+    return v ? v : path ? crpci_zk_directory_service_new(b, service) : NULL;
+}
+
+/* --- stale twins ------------------------------------------------------------------------------ */
+
+CRPCI_FN crpci_zk_registration *crpci_zk_directory_sweeper(crpci_zk_job *job)
+{
+    return CRPCI_CONTAINER(job, crpci_zk_registration, sweep);
+}
+
+/* Whether a name is that of another node with the registration's address: up to there the two names
+ * are the same. Nodes of other software begin with other schemes. */
+CRPCI_FN bool crpci_zk_directory_is_twin(const crpci_zk_registration *reg, const char *name)
+{
+    const char *own = strrchr(reg->own.path, '/') + 1;
+    size_t n = crpci_url_encode(NULL, 0, "crpc://") +
+               crpci_url_encode(NULL, 0, reg->offer.address) + crpci_url_encode(NULL, 0, "/");
+    return strncmp(name, own, n) == 0 && strcmp(name, own) != 0;
+}
+
+/* Takes the next twin in the order of names, so that each is looked at once in a sweep. False:
+ * there is none left, or no memory. */
+CRPCI_FN bool crpci_zk_directory_next_twin(crpci_zk_registration *reg, const crpci_zk_answer *a)
+{
+    crpci_heap *h = reg->sweep.session->heap;
+    const char *last = reg->twin ? strrchr(reg->twin, '/') + 1 : "", *next = NULL;
+    size_t count, i;
+    char *const *names = crpci_zk_node_names(a, &count);
+    char *path;
+    for (i = 0; i < count; i++) {
+        if (names[i] && strcmp(names[i], last) > 0 && (!next || strcmp(names[i], next) < 0) &&
+            crpci_zk_directory_is_twin(reg, names[i]))
+            next = names[i];
+    }
+    path = next ? crpci_zk_node_join(h, reg->dir, next) : NULL;
+    crpci_heap_strfree(h, reg->twin);
+    reg->twin = path;
+    return path != NULL;
+}
+
+/* A sweep is over. Those that remove nodes come ever more rarely: if the other one is alive, two
+ * processes are set up with one address, and no removing will settle that. */
+CRPCI_FN void crpci_zk_directory_swept(crpci_zk_registration *reg)
+{
+    crpci_zk_session *s = reg->sweep.session;
+    if (reg->evicted && ++reg->rounds < CRPCI_ZK_DIRECTORY_TWIN_ROUNDS)
+        crpci_zk_job_around(&reg->sweep, (int64_t)CRPCI_ZK_DIRECTORY_TWIN_US << (reg->rounds - 1),
+                            20);
+    else if (reg->evicted)
+        crpci_heap_log(s->heap, CRPC_LOG_ERROR,
+                       "registry zookeeper://%s: another process keeps registering %s at %s; its "
+                       "node is not removed any more. Give each process an address of its own",
+                       s->authority, reg->offer.what.service, reg->offer.address);
+    reg->evicted = false;
+}
+
+CRPCI_FN bool crpci_zk_directory_sweep_order(crpci_zk_job *job, crpci_zk_order *o)
+{
+    crpci_zk_registration *reg = crpci_zk_directory_sweeper(job);
+    if (reg->own.state != CRPCI_ZK_OWN_OWNED) { /* it begins anew when that is done */
+        job->due_us = INT64_MAX;
+        return false;
+    }
+    o->verb = reg->step;
+    o->path = reg->step == CRPCI_ZK_LIST ? reg->dir : reg->twin;
+    o->version = reg->step == CRPCI_ZK_DELETE ? reg->twin_version : -1;
+    return true;
+}
+
+CRPCI_FN void crpci_zk_directory_sweep_event(crpci_zk_job *job, crpci_zk_event event,
+                                             const crpci_zk_request *q, const crpci_zk_answer *a)
+{
+    crpci_zk_registration *reg = crpci_zk_directory_sweeper(job);
+    crpci_zk_session *s = job->session;
+    if (event != CRPCI_ZK_ANSWERED && event != CRPCI_ZK_DOUBTED)
+        return;
+    reg->step = CRPCI_ZK_LIST;
+    if (event == CRPCI_ZK_DOUBTED)
+        return;
+    job->due_us = 0;
+    if (q->order.verb == CRPCI_ZK_LIST) {
+        job->due_us = INT64_MAX;
+        if (reg->own.state != CRPCI_ZK_OWN_OWNED)
+            return;
+        if (crpci_zk_directory_next_twin(reg, a)) {
+            reg->step = CRPCI_ZK_STAT;
+            job->due_us = 0;
+        } else {
+            crpci_zk_directory_swept(reg);
+        }
+    } else if (q->order.verb == CRPCI_ZK_STAT) {
+        /* A node without an owner was put there by hand, for good. */
+        if (a->rc == ZOK && a->stat->ephemeralOwner != 0 && a->stat->ephemeralOwner != s->id) {
+            reg->twin_version = a->stat->version;
+            reg->step = CRPCI_ZK_DELETE;
+        }
+    } else if (a->rc == ZOK) {
+        reg->evicted = true;
+        crpci_heap_log(s->heap, reg->rounds ? CRPC_LOG_WARN : CRPC_LOG_INFO,
+                       "registry zookeeper://%s: removed another session's node of %s at %s",
+                       s->authority, reg->offer.what.service, reg->offer.address);
+    }
+}
+
+/* --- registrations ---------------------------------------------------------------------------- */
+
+CRPCI_FN void crpci_zk_directory_unref(void *registration)
+{
+    crpci_zk_registration *reg = (crpci_zk_registration *)registration;
+    crpci_heap *h = reg->session->heap;
+    if (--reg->refs)
+        return;
+    crpci_names_release(h, &reg->offer.what);
+    crpci_heap_strfree(h, reg->dir);
+    crpci_heap_strfree(h, reg->twin);
+    crpci_heap_free(h, reg, sizeof *reg);
+}
+
+static const crpci_zk_work crpci_zk_directory_sweep = {crpci_zk_directory_sweep_order,
+                                                       crpci_zk_directory_sweep_event, NULL};
+
+CRPCI_FN crpci_zk_registration *crpci_zk_directory_reg_of(crpci_zk_own *own)
+{
+    return CRPCI_CONTAINER(own, crpci_zk_registration, own);
+}
+
+/* Finds out the address of this host, if it is not given. False: there is no way to the servers.
+ * *moved: it is another one than before. */
+CRPCI_FN bool crpci_zk_directory_locate(crpci_zk_registration *reg, char *host, size_t size,
+                                        bool *moved)
+{
+    *moved = false;
+    if (!reg->offer.auto_host)
+        return true;
+    if (!crpci_zk_servers_local(&reg->session->servers, reg->offer.v4, host, size))
+        return false;
+    *moved = strcmp(host, reg->offer.host) != 0;
+    return true;
+}
+
+/* The node's path, with the present address. */
+CRPCI_FN char *crpci_zk_directory_name(crpci_zk_own *own)
+{
+    crpci_zk_registration *reg = crpci_zk_directory_reg_of(own);
+    crpci_directory_offer *o = &reg->offer;
+    crpci_heap *h = own->job.session->heap;
+    char host[INET6_ADDRSTRLEN], *url, *name = NULL, *path = NULL;
+    size_t url_size, name_size = 0;
+    long pid = (long)getpid();
+    bool moved;
+    if (!crpci_zk_directory_locate(reg, host, sizeof host, &moved))
+        return NULL;
+    if (moved)
+        crpci_directory_offer_move(o, host);
+    own->data = o->host;
+    own->size = (int)strlen(o->host);
+    url_size = crpci_names_url(NULL, 0, &o->what, !o->port, o->address, o->timestamp_ms, pid) + 1;
+    url = (char *)crpci_heap_alloc(h, url_size);
+    if (url) {
+        crpci_names_url(url, url_size, &o->what, !o->port, o->address, o->timestamp_ms, pid);
+        name_size = crpci_url_encode(NULL, 0, url) + 1;
+        name = (char *)crpci_heap_alloc(h, name_size);
+    }
+    if (name) {
+        crpci_url_encode(name, name_size, url);
+        path = crpci_zk_node_join(h, reg->dir, name);
+    }
+    crpci_heap_free(h, name, name_size);
+    crpci_heap_free(h, url, url_size);
+    return path;
+}
+
+CRPCI_FN void crpci_zk_directory_owned(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat,
+                                       bool news)
+{
+    crpci_zk_registration *reg = crpci_zk_directory_reg_of(own);
+    crpci_zk_session *s = own->job.session;
+    bool provider = reg->offer.port != 0, moved;
+    char host[INET6_ADDRSTRLEN];
+    (void)sent_us;
+    (void)stat;
+    if (crpci_zk_directory_locate(reg, host, sizeof host, &moved) && moved) {
+        crpci_zk_node_own_want(own, CRPCI_ZK_WISH_AFRESH);
+        return;
+    }
+    if (!news)
+        return;
+    if (provider && reg->rounds < CRPCI_ZK_DIRECTORY_TWIN_ROUNDS &&
+        reg->sweep.due_us == INT64_MAX && !reg->sweep.sent)
+        reg->sweep.due_us = 0;
+    crpci_heap_log(s->heap, provider ? CRPC_LOG_INFO : CRPC_LOG_DEBUG,
+                   "registry zookeeper://%s: registered %s%s at %s", s->authority,
+                   provider ? "" : "as a consumer of ", reg->offer.what.service,
+                   reg->offer.address);
+    crpci_directory_tell(s->loop, &s->cond, &reg->offer, CRPC_OK, "registered");
+}
+
+CRPCI_FN void crpci_zk_directory_lost(crpci_zk_own *own, int rc)
+{
+    crpci_zk_registration *reg = crpci_zk_directory_reg_of(own);
+    crpci_zk_session *s = own->job.session;
+    char text[CRPC_ERROR_TEXT_MAX];
+    if (rc == ZNONODE || rc == ZSESSIONEXPIRED)
+        return;
+    snprintf(text, sizeof text, "registering %s%.70s at zookeeper://%.70s: %.50s",
+             reg->offer.port ? "" : "as a consumer of ", reg->offer.what.service, s->authority,
+             zerror(rc));
+    crpci_directory_tell(s->loop, &s->cond, &reg->offer,
+                         rc == ZNOAUTH ? CRPC_EAUTH : CRPC_EREGISTRY, text);
+}
+
+static const crpci_zk_owner crpci_zk_directory_owner = {
+    crpci_zk_directory_name, crpci_zk_directory_owned, crpci_zk_directory_lost};
+
+/* Registers a service, or, without an address, a consumer. Locked; the caller kicks the session. */
+CRPCI_FN int crpci_zk_directory_register(crpci_zk_directory *b, const crpci_names_service *what,
+                                         crpci_directory_status_fn status, void *user,
+                                         crpci_zk_registration **out)
+{
+    crpci_zk_session *s = b->session;
+    crpci_zk_registration *reg = (crpci_zk_registration *)crpci_heap_alloc(s->heap, sizeof *reg);
+    int err;
+    if (!reg)
+        return CRPC_ENOMEM;
+    reg->refs = 1;
+    reg->session = s;
+    err = crpci_directory_offer_init(&reg->offer, s->heap, what, status, user);
+    if (!err)
+        reg->dir =
+            crpci_zk_directory_path(b, what->service, what->address ? "providers" : "consumers");
+    if (err || !reg->dir) {
+        crpci_zk_directory_unref(reg);
+        return err ? err : CRPC_ENOMEM;
+    }
+    if (!what->address) /* the timestamp is what tells the consumers of a process apart */
+        reg->offer.timestamp_ms = s->stamp_ms =
+            reg->offer.timestamp_ms > s->stamp_ms ? reg->offer.timestamp_ms : s->stamp_ms + 1;
+    reg->step = CRPCI_ZK_LIST;
+    reg->refs += 2;
+    crpci_list_append(&b->registrations, &reg->link);
+    crpci_zk_node_own_init(&reg->own, s, &crpci_zk_directory_owner, reg->dir, reg,
+                           crpci_zk_directory_unref);
+    reg->own.unwatched = !what->address;
+    crpci_zk_job_add(&reg->sweep, &crpci_zk_directory_sweep, s, INT64_MAX, reg,
+                     crpci_zk_directory_unref);
+    crpci_zk_node_own_want(&reg->own, CRPCI_ZK_WISH_WANTED);
+    *out = reg;
     return CRPC_OK;
 }
 
-CRPCI_COLD int crpci_zookeeper_open(crpc_loop *l, const crpci_url *url,
-                                    const crpci_registry_options *options, crpci_registry **out,
-                                    crpc_error *error)
+/* The node is removed after this has returned, or goes with the session. Locked, unlocks meanwhile.
+ */
+CRPCI_FN void crpci_zk_directory_registration_end(crpci_zk_registration *reg)
 {
-    crpci_zookeeper_registry *r = (crpci_zookeeper_registry *)crpci_heap_alloc(l->heap, sizeof *r);
-    crpci_registry_options o;
-    int err;
-    if (!r)
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    memset(&o, 0, sizeof o);
-    if (options)
-        o = *options;
-    o.application = o.application ? o.application : "";
-    o.session_timeout_ms = (int)crpci_base_option(o.session_timeout_ms, CRPCI_ZOOKEEPER_TIMEOUT_MS,
-                                                  CRPCI_ZOOKEEPER_TIMEOUT_MS);
-    if (o.session_timeout_ms < CRPCI_ZOOKEEPER_TIMEOUT_MIN_MS)
-        o.session_timeout_ms = CRPCI_ZOOKEEPER_TIMEOUT_MIN_MS;
-    r->base.ops = &crpci_zookeeper_ops;
-    r->register_consumer = o.register_consumer;
-    err = crpci_zookeeper_root(l->heap, url->path, &r->root, error);
-    if (!err) {
-        r->application = crpci_heap_strndup(l->heap, o.application, strlen(o.application));
-        if (!r->application)
-            err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    }
+    crpci_zk_session *s = reg->session;
+    reg->offer.ended = true;
+    crpci_list_remove(&reg->link);
+    crpci_directory_call_wait(s->loop, &s->cond, &reg->offer.caller);
+    crpci_zk_job_drop(&reg->sweep);
+    crpci_zk_node_own_want(&reg->own, CRPCI_ZK_WISH_ENDED);
+    if (!s->closing)
+        crpci_zk_session_kick(s);
+    crpci_zk_directory_unref(reg);
+}
+
+/* --- the backend ------------------------------------------------------------------------------ */
+
+CRPCI_FN int crpci_zk_directory_enroll(crpci_backend *base, const crpci_names_service *what,
+                                       crpci_directory_status_fn status, void *user, void **handle)
+{
+    crpci_zk_directory *b = (crpci_zk_directory *)(void *)base;
+    crpci_zk_session *s = b->session;
+    crpci_zk_registration *reg = NULL;
+    int err = CRPC_EINVAL;
+    crpci_loop_lock(s->loop);
+    if (crpci_zk_node_is_part(what->service, strlen(what->service)))
+        err = crpci_zk_directory_register(b, what, status, user, &reg);
+    if (!err && !reg->offer.auto_host && crpci_sock_is_loopback(reg->offer.address) &&
+        !crpci_sock_is_loopback(s->servers.hosts))
+        crpci_heap_log(s->heap, CRPC_LOG_WARN,
+                       "registry zookeeper://%s: %s is registered at %s, which other hosts cannot "
+                       "reach",
+                       s->authority, what->service, reg->offer.address);
     if (!err)
-        err = crpci_zookeeper_join_session(l, url->authority, &o, &r->session, error);
-    if (err) {
-        crpci_heap_strfree(l->heap, r->application);
-        crpci_heap_strfree(l->heap, r->root);
-        crpci_heap_free(l->heap, r, sizeof *r);
-    } else {
-        *out = &r->base;
+        crpci_zk_session_kick(s);
+    *handle = reg;
+    crpci_loop_unlock(s->loop);
+    return err;
+}
+
+CRPCI_FN void crpci_zk_directory_withdraw(crpci_backend *base, void *handle)
+{
+    crpci_loop_lock(base->loop);
+    crpci_zk_directory_registration_end((crpci_zk_registration *)handle);
+    crpci_loop_unlock(base->loop);
+}
+
+/* Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_zk_directory_leave(crpci_zk_subscriber *sub)
+{
+    crpci_zk_service *v = CRPCI_CONTAINER(sub->base.directory, crpci_zk_service, directory);
+    crpci_list_remove(&sub->link);
+    if (sub->consumer)
+        crpci_zk_directory_registration_end(sub->consumer);
+    v->directory.refs++;
+    crpci_directory_remove(&sub->base);
+    if (crpci_list_empty(&v->directory.subscribers) && !v->directory.ended)
+        crpci_zk_directory_service_end(v);
+    crpci_directory_unref(&v->directory);
+}
+
+CRPCI_FN int crpci_zk_directory_subscribe(crpci_backend *base, const crpci_names_service *want,
+                                          crpci_directory_push_fn push, void *user,
+                                          crpci_subscriber **out)
+{
+    crpci_zk_directory *b = (crpci_zk_directory *)(void *)base;
+    crpci_zk_session *s = b->session;
+    crpci_names_service w = *want;
+    crpci_zk_subscriber *sub = NULL;
+    crpci_zk_service *v;
+    int err = CRPC_ENOMEM;
+    if (!w.service || !crpci_zk_node_is_part(w.service, strlen(w.service)))
+        return CRPC_EINVAL;
+    w.application = w.application && *w.application ? w.application : b->application;
+    w.address = NULL;
+    crpci_loop_lock(s->loop);
+    v = crpci_zk_directory_service_get(b, w.service);
+    if (v)
+        sub = (crpci_zk_subscriber *)(void *)crpci_directory_add(&v->directory, sizeof *sub, &w,
+                                                                 push, user);
+    if (sub) {
+        crpci_list_append(&b->subscribers, &sub->link);
+        err = b->register_consumer ? crpci_zk_directory_register(b, &w, NULL, NULL, &sub->consumer)
+                                   : CRPC_OK;
     }
+    if (err && sub) {
+        crpci_zk_directory_leave(sub);
+    } else if (err && v && crpci_list_empty(&v->directory.subscribers)) {
+        crpci_zk_directory_service_end(v);
+    } else if (!err) {
+        *out = &sub->base;
+        if (v->following)
+            crpci_zk_node_watch_again(&v->providers);
+        if (s->phase != CRPCI_ZK_CONNECTED)
+            crpci_directory_recall(&sub->base);
+        crpci_zk_session_kick(s);
+    }
+    crpci_loop_unlock(s->loop);
+    return err;
+}
+
+CRPCI_FN void crpci_zk_directory_unsubscribe(crpci_backend *base, crpci_subscriber *s)
+{
+    crpci_loop_lock(base->loop);
+    crpci_zk_directory_leave((crpci_zk_subscriber *)(void *)s);
+    crpci_loop_unlock(base->loop);
+}
+
+CRPCI_FN void crpci_zk_directory_close(crpci_backend *base)
+{
+    crpci_zk_directory *b = (crpci_zk_directory *)(void *)base;
+    crpci_zk_session *s = b->session;
+    crpci_heap *h = s->heap;
+    bool last;
+    crpci_heap_ref(h);
+    crpci_loop_lock(s->loop);
+    last = crpci_zk_session_leave_user(s);
+    while (!crpci_list_empty(&b->subscribers))
+        crpci_zk_directory_leave(CRPCI_CONTAINER(b->subscribers.next, crpci_zk_subscriber, link));
+    while (!crpci_list_empty(&b->registrations))
+        crpci_zk_directory_registration_end(
+            CRPCI_CONTAINER(b->registrations.next, crpci_zk_registration, link));
+    crpci_zk_session_close(s, last);
+    crpci_heap_strfree(h, b->application);
+    crpci_heap_strfree(h, b->root);
+    crpci_heap_free(h, b, sizeof *b);
+    crpci_heap_unref(h);
+}
+
+static const crpci_backend_ops crpci_zk_directory_ops = {
+    crpci_zk_directory_enroll, crpci_zk_directory_withdraw, crpci_zk_directory_subscribe,
+    crpci_zk_directory_unsubscribe, crpci_zk_directory_close};
+
+CRPCI_COLD int crpci_zk_directory_open(crpc_loop *l, const crpci_url *url,
+                                       const crpci_directory_options *o, crpci_backend **out,
+                                       crpc_error *error)
+{
+    crpci_heap *h = l->heap;
+    crpci_zk_directory *b = (crpci_zk_directory *)crpci_heap_alloc(h, sizeof *b);
+    const char *application = o->application ? o->application : "";
+    crpci_zk_session_options so;
+    int err;
+    memset(&so, 0, sizeof so);
+    so.timeout_ms = o->session_timeout_ms;
+    so.spread_ms = o->spread_ms;
+    so.credential = o->credential;
+    so.cache = o->cache;
+    so.cache_interval_ms = o->cache_interval_ms;
+    if (!b)
+        return crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
+    b->base.ops = &crpci_zk_directory_ops;
+    b->base.loop = l;
+    b->register_consumer = o->register_consumer;
+    crpci_list_init(&b->registrations);
+    crpci_list_init(&b->subscribers);
+    err = crpci_zk_node_root(h, url->path, CRPCI_ZK_DIRECTORY_ROOT, &b->root, error);
+    if (!err) {
+        b->application = crpci_heap_strndup(h, application, strlen(application));
+        err = b->application ? crpci_zk_session_open(l, url->authority, &so, &b->session, error)
+                             : crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
+    }
+    if (!err) {
+        crpci_loop_lock(l);
+        b->session->age = crpci_zk_directory_age;
+        crpci_loop_unlock(l);
+        *out = &b->base;
+        return CRPC_OK;
+    }
+    crpci_heap_strfree(h, b->application);
+    crpci_heap_strfree(h, b->root);
+    crpci_heap_free(h, b, sizeof *b);
     return err;
 }
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
-/* Opens the registry of a URL whose path is the root of the tree. Waits for name resolution, never
- * for the registry itself. Options NULL: defaults. */
-CRPCI_COLD int crpci_registry_open(crpc_loop *l, const crpci_url *url,
-                                   const crpci_registry_options *options, crpci_registry **out,
-                                   crpc_error *error)
-{
-    *out = NULL;
-#if CRPC_ENABLE_SERVERLESS
-    if (strcmp(url->scheme, "file") == 0)
-        return crpci_filereg_open(l, url, out, error);
-    if (strcmp(url->scheme, "multicast") == 0)
-        return crpci_multicast_open(l, url, options, out, error);
-#endif
-    if (strcmp(url->scheme, "zookeeper") != 0)
-        return crpci_status_set(error, CRPC_EUNSUPPORTED,
-                                "no registry is known as \"%.40s\"; zookeeper://, multicast:// and "
-                                "file:// are",
-                                url->scheme);
+/* ======================================================================== */
+/* >>impl-open   the table of directory backends: schemes, URL options, paths */
+/* ======================================================================== */
+
+/* Every kind of registry is one row of crpci_open_backends; nothing else names them. A new backend
+ * is a section above this one, with an open function and a table of crpci_backend_ops, and a row
+ * here. */
+typedef struct crpci_open_backend {
+    const char *scheme;
+    /* Waits for name resolution, never for the registry. The options are not NULL. */
+    int (*open)(crpc_loop *l, const crpci_url *url, const crpci_directory_options *options,
+                crpci_backend **out, crpc_error *error);
+    unsigned parts;          /* least number of parts of a channel's path, the last of which is
+                              * the service; 0: the whole path is the backend's */
+    const char *keys;        /* URL options that it takes from a channel... */
+    const char *server_keys; /* ... and from a server */
+} crpci_open_backend;
+
+#if CRPCI_DIRECTORY
+
+static const crpci_open_backend crpci_open_backends[] = {
 #if CRPC_ENABLE_ZOOKEEPER
-    return crpci_zookeeper_open(l, url, options, out, error);
-#else
-    (void)l;
-    (void)options;
-    return crpci_status_set(error, CRPC_EUNSUPPORTED,
-                            "zookeeper:// is not compiled in: build with CRPC_ENABLE_ZOOKEEPER=1 "
-                            "and link the ZooKeeper C client");
+    {"zookeeper", crpci_zk_directory_open, 2, "group,version,cache", ""},
 #endif
+#if CRPC_ENABLE_SERVERLESS
+    {"multicast", crpci_multicast_open, 1, "group,version,interface", "interface"},
+    {"file", crpci_file_open, 0, "group,version,service", ""},
+#endif
+};
+
+/* What a URL says beside the address of the registry. The texts stand in the URL. */
+typedef struct crpci_open_request {
+    const crpci_open_backend *backend;
+    crpci_directory_options options;
+    crpci_names_service want;
+} crpci_open_request;
+
+static const struct {
+    const char *name;
+    size_t place; /* of a text in crpci_open_request */
+} crpci_open_keys[] = {{"group", offsetof(crpci_open_request, want.group)},
+                       {"version", offsetof(crpci_open_request, want.version)},
+                       {"service", offsetof(crpci_open_request, want.service)},
+                       {"cache", offsetof(crpci_open_request, options.cache)},
+                       {"interface", offsetof(crpci_open_request, options.interface)}};
+
+/* Clears a request, and finds the backend for a URL's scheme. */
+CRPCI_COLD int crpci_open_find(crpci_open_request *r, const crpci_url *u, crpc_error *error)
+{
+    size_t i;
+    memset(r, 0, sizeof *r);
+    for (i = 0; i < sizeof crpci_open_backends / sizeof *crpci_open_backends; i++) {
+        if (strcmp(crpci_open_backends[i].scheme, u->scheme) == 0) {
+            r->backend = &crpci_open_backends[i];
+            return CRPC_OK;
+        }
+    }
+    return crpci_status_set(
+        error, CRPC_EUNSUPPORTED, "%.40s:// is not a registry of this build, which has%s%s",
+        u->scheme,
+        CRPC_ENABLE_ZOOKEEPER ? " zookeeper://" : " no zookeeper:// (CRPC_ENABLE_ZOOKEEPER=0)",
+        CRPC_ENABLE_SERVERLESS ? " multicast:// file://"
+                               : " no multicast:// and file:// (CRPC_ENABLE_SERVERLESS=0)");
 }
 
+/* Takes a URL option that is the registry's. False: it is not. */
+CRPCI_COLD bool crpci_open_option(crpci_open_request *r, bool server, const char *key,
+                                  const char *value)
+{
+    size_t i;
+    if (!crpci_names_match(server ? r->backend->server_keys : r->backend->keys, key))
+        return false;
+    for (i = 0; i < sizeof crpci_open_keys / sizeof *crpci_open_keys; i++) {
+        if (strcmp(crpci_open_keys[i].name, key) == 0) {
+            memcpy((char *)r + crpci_open_keys[i].place, &value, sizeof value);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Takes the service off the end of a channel's path. */
+CRPCI_COLD int crpci_open_service(crpci_open_request *r, crpci_url *u, crpc_error *error)
+{
+    char *slash = strrchr(u->path, '/');
+    if (!r->backend->parts)
+        return CRPC_OK;
+    r->want.service = slash ? slash + 1 : u->path;
+    if (!*r->want.service || slash == u->path || (!slash && r->backend->parts > 1))
+        return crpci_status_set(error, CRPC_EINVAL, "%s://%.80s/%.80s: expected %s/package.Service",
+                                u->scheme, u->authority, u->path,
+                                r->backend->parts > 1 ? "/root" : "");
+    if (slash)
+        *slash = '\0';
+    else
+        u->path += strlen(u->path);
+    return CRPC_OK;
+}
+
+/* Opens a server's registry. Options of the URL win over the given ones (NULL: defaults). With
+ * `out` NULL the URL is only checked. */
+CRPCI_COLD int crpci_open_registry(crpc_loop *l, const char *url,
+                                   const crpci_directory_options *options, crpci_backend **out,
+                                   crpc_error *error)
+{
+    crpci_open_request r;
+    char *key, *value;
+    crpci_url u;
+    int err = crpci_url_parse(&u, l->heap, url, error);
+    if (out)
+        *out = NULL;
+    if (err)
+        return err;
+    err = crpci_open_find(&r, &u, error);
+    if (options)
+        r.options = *options;
+    while (!err) {
+        err = crpci_url_next(&u, &key, &value, error);
+        if (!err && !crpci_open_option(&r, true, key, value))
+            err = crpci_status_set(
+                error, CRPC_EINVAL, "URL option %.60s=%.60s: a server's %s:// takes %s", key, value,
+                u.scheme, *r.backend->server_keys ? r.backend->server_keys : "none");
+    }
+    if (err == CRPC_EPENDING)
+        err = out ? r.backend->open(l, &u, &r.options, out, error) : CRPC_OK;
+    crpci_url_free(&u);
+    return err;
+}
+
+#endif /* CRPCI_DIRECTORY */
+
 /* ======================================================================== */
-/* >>impl-coordination   nodes, configuration, locks and elections on a session */
+/* >>impl-agreement   what is opened through a registry: lifetime, paths, codes */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_ZOOKEEPER
 
-/* Every operation, watch, lock and candidate is a task of the session, with one request under way
- * at most, like what the registry itself does there. Answers and events come on the thread that
- * runs the client; what the program is to hear of them is left in the item, whose loop task tells
- * it on the thread that drives the loop. Deadlines and leases are timers of the loop.
+/* The sections from here to impl-registry serve programs that agree on something. An operation, a
+ * watched configuration, a place in a queue and the state of the session are *items* of an open
+ * registry. Jobs of the session (impl-zk-session, impl-zk-node) work for them, on the thread that
+ * runs the client. What the program is to hear is left in the item, whose loop task tells it on the
+ * thread that drives the loop. Deadlines and leases are timers of the loop.
  *
- * An item is referred to by the session as long as it is in its list of tasks, by each of its
- * requests, by its queued loop task, and by the handle of a lock or election. Whoever refers to an
- * item from outside of the session also refers to the session, so that it outlives the item. */
+ * An item is referred to by its jobs, by its queued loop task, by whoever waits for it, and by the
+ * handle of a lock or an election. It refers to the session, so that the session outlives it. */
 
-#define CRPCI_COORDINATION_TIMEOUT_MS 5000
-#define CRPCI_COORDINATION_LONGEST_MS 86400000
-#define CRPCI_COORDINATION_OPEN_MS    3000
-#define CRPCI_COORDINATION_PENDING    1000u
-#define CRPCI_COORDINATION_PATH       4096u
-#define CRPCI_COORDINATION_MARK       "-lock-" /* before the number, as in Curator's recipes */
+#define CRPCI_AGREEMENT_LONGEST_MS 86400000
+#define CRPCI_AGREEMENT_PATH       4096u
+#define CRPCI_AGREEMENT_MARK       "-lock-" /* before a queue's number, as in Curator's recipes */
 
-typedef struct crpci_coordination_item crpci_coordination_item;
-struct crpci_coordination_item {
-    crpci_zookeeper_task task;
-    crpci_list node;      /* in owner->items */
-    crpc_registry *owner; /* NULL: ended */
-    crpci_task ready;
-    crpci_timer timer;
-    void (*tell)(crpci_coordination_item *item); /* runs user code; locked, unlocks meanwhile */
-    void *user;
-};
-
-/* What the program and an open registry hear of the session. */
-typedef struct crpci_coordination_gate {
-    crpci_coordination_item item;
-    crpc_registry_state state;
-    int64_t session;
-    bool news;
-    crpc_registry_state_fn fn;
-    crpci_waiter *waiter;
-} crpci_coordination_gate;
-
-/* An operation, or several as one. */
-typedef struct crpci_coordination_op {
-    crpci_coordination_item item;
-    crpc_node_fn fn;
-    crpci_waiter *waiter; /* of a synchronous one */
-    crpc_node_op *ops;    /* in a block, with all that they point at; paths are ZooKeeper's own */
-    size_t count;
-    size_t block_size;
-    size_t root; /* length of what paths have in front */
-    char *first; /* FIRST: the node that was found */
-    bool finished;
-    int64_t deadline_us;
-    crpc_node result;
-} crpci_coordination_op;
-
-typedef struct crpci_coordination_config {
-    crpci_coordination_item item; /* item.task.dir is the node */
-    crpc_config_fn fn;
-    crpci_chunk *value; /* the bytes; NULL: it does not exist, or was not read yet */
-    size_t size;
-    struct Stat stat;
-    bool known;
-    bool news;
-    bool refused; /* it was logged that it cannot be read */
-} crpci_coordination_config;
-
-/* A place in the queue for a lock or for the lead; item.task.dir is the directory. */
-typedef struct crpci_coordination_queue {
-    crpci_coordination_item item;
-    bool election;
-    bool closed; /* the handle is */
-    bool wanted; /* to be in the queue */
-    bool leave;  /* the node that there is has to go first */
-    bool doubt;  /* nodes with the id may exist whose creation got no answer */
-    bool held;
-    bool once;        /* fail unless it is free now */
-    bool asked;       /* an attempt whose end was not told */
-    bool told;        /* the program knows that it is held... */
-    int outcome;      /* of the attempt, if it failed */
-    int64_t told_token; /* ... with this one */
-    int64_t token;
-    int64_t lease_us; /* until when it is held for certain */
-    unsigned failures;
-    char id[48];
-    char *path;   /* of the own node; NULL: there is none, or it is not known */
-    char *before; /* the one before it, which is watched; or a second one of its own */
-    char *who;
-    size_t who_size;
-    crpc_lock_fn on_lock;
-    crpc_election_fn on_election;
-} crpci_coordination_queue;
-
-struct crpc_lock {
-    crpci_coordination_queue queue;
-};
-
-struct crpc_election {
-    crpci_coordination_queue queue;
-};
-
+/* Shared by the sections of this room. */
 struct crpc_registry {
     crpc_loop *loop;
     bool private_loop;
-    crpci_registry *base;
-    crpci_zookeeper *session;
+    crpci_zk_session *session;
     char *root; /* "/app", or "" */
     crpci_list items;
     crpci_id_table configs;
     uint32_t pending; /* operations */
 };
 
-/* --- items ------------------------------------------------------------------------------------ */
+typedef struct crpci_item crpci_item;
 
-CRPCI_FN crpci_coordination_item *crpci_coordination_item_of(crpci_zookeeper_task *t)
+/* All are called locked. */
+typedef struct crpci_item_kind {
+    size_t size;                    /* of the struct that contains the item */
+    void (*tell)(crpci_item *item); /* runs the program's callback; unlocks meanwhile */
+    void (*end)(crpci_item *item);  /* the registry is closed; takes the item off it */
+    void (*free)(crpci_item *item); /* frees what the item points at. NULL: nothing */
+} crpci_item_kind;
+
+/* The struct that contains it begins with it. */
+struct crpci_item {
+    const crpci_item_kind *kind;
+    crpci_list node;      /* in owner->items */
+    crpc_registry *owner; /* NULL: ended */
+    crpci_zk_session *session;
+    uint32_t refs;
+    crpci_task ready;
+    crpci_timer timer;
+    void *user;
+};
+
+/* Locked, like the following. The caller holds the session, or the item is not the last that does.
+ */
+CRPCI_FN void crpci_agreement_unref(void *holder)
 {
-    return CRPCI_CONTAINER(t, crpci_coordination_item, task);
+    crpci_item *item = (crpci_item *)holder;
+    crpci_zk_session *s = item->session;
+    if (--item->refs)
+        return;
+    s->refs--;
+    if (item->kind->free)
+        item->kind->free(item);
+    crpci_heap_free(s->heap, item, item->kind->size);
 }
 
-CRPCI_FN void crpci_coordination_run(crpc_loop *l, crpci_task *task)
+CRPCI_FN void crpci_agreement_run(crpc_loop *l, crpci_task *task)
 {
-    crpci_coordination_item *item = CRPCI_CONTAINER(task, crpci_coordination_item, ready);
-    crpci_zookeeper *s = item->task.session;
-    item->tell(item);
-    crpci_zookeeper_task_unref(&item->task);
-    crpci_zookeeper_unlock(s);
+    crpci_item *item = CRPCI_CONTAINER(task, crpci_item, ready);
+    crpci_zk_session *s = item->session;
+    s->refs++;
+    item->kind->tell(item);
+    crpci_agreement_unref(item);
+    crpci_zk_session_unlock(s);
     crpci_loop_lock(l);
 }
 
 /* Has the program told, on the thread that drives the loop. */
-CRPCI_FN void crpci_coordination_ready(crpci_coordination_item *item)
+CRPCI_FN void crpci_agreement_ready(crpci_item *item)
 {
     if (!crpci_list_empty(&item->ready.link))
         return;
-    item->task.refs++;
-    item->task.session->refs++;
-    crpci_loop_ready(item->task.session->loop, &item->ready);
+    item->refs++;
+    crpci_loop_ready(item->session->loop, &item->ready);
 }
 
-CRPCI_FN void crpci_coordination_no_timer(crpc_loop *l, crpci_timer *timer)
+CRPCI_FN void crpci_agreement_no_timer(crpc_loop *l, crpci_timer *timer)
 {
     (void)l;
     (void)timer;
 }
 
-/* A new item of `size` zeroed bytes, not yet on its session. NULL: out of memory. */
-CRPCI_FN void *crpci_coordination_item_new(crpc_registry *r, size_t size,
-                                           const crpci_zookeeper_kind *kind,
-                                           void (*tell)(crpci_coordination_item *))
+/* A new item with one reference, the caller's. `timer` may be NULL. NULL: out of memory. */
+CRPCI_FN void *crpci_agreement_new(crpc_registry *r, const crpci_item_kind *kind,
+                                   void (*timer)(crpc_loop *l, crpci_timer *timer), void *user)
 {
-    crpci_coordination_item *item =
-        (crpci_coordination_item *)crpci_heap_alloc(r->session->heap, size);
+    crpci_item *item = (crpci_item *)crpci_heap_alloc(r->session->heap, kind->size);
     if (!item)
         return NULL;
-    crpci_zookeeper_task_init(&item->task, kind, r->session, CRPCI_ZOOKEEPER_IDLE);
-    crpci_list_init(&item->node);
-    crpci_loop_task_init(&item->ready, crpci_coordination_run);
-    crpci_timer_init(&item->timer, crpci_coordination_no_timer);
-    item->tell = tell;
+    item->kind = kind;
+    item->owner = r;
+    item->session = r->session;
+    item->session->refs++;
+    item->refs = 1;
+    item->user = user;
+    crpci_loop_task_init(&item->ready, crpci_agreement_run);
+    crpci_timer_init(&item->timer, timer ? timer : crpci_agreement_no_timer);
+    crpci_list_append(&r->items, &item->node);
     return item;
 }
 
-/* Locked. */
-CRPCI_FN void crpci_coordination_item_add(crpc_registry *r, crpci_coordination_item *item)
-{
-    item->owner = r;
-    crpci_list_append(&r->items, &item->node);
-    crpci_list_append(&r->session->tasks, &item->task.node);
-}
-
-/* Nobody asks for it any more. */
-CRPCI_FN void crpci_coordination_item_end(crpci_coordination_item *item)
+/* The registry has nothing to do with it any more. */
+CRPCI_FN void crpci_agreement_end(crpci_item *item)
 {
     item->owner = NULL;
     crpci_list_remove(&item->node);
-    crpci_loop_timer_cancel(item->task.session->loop, &item->timer);
+    crpci_loop_timer_cancel(item->session->loop, &item->timer);
 }
 
-/* Takes it off the session, whose reference goes. */
-CRPCI_FN void crpci_coordination_item_drop(crpci_coordination_item *item)
+/* A new item could not be made whole. */
+CRPCI_FN void crpci_agreement_discard(crpci_item *item)
 {
-    if (crpci_list_empty(&item->task.node))
-        return;
-    crpci_list_remove(&item->task.node);
-    crpci_zookeeper_task_unref(&item->task);
+    crpci_agreement_end(item);
+    crpci_agreement_unref(item);
 }
 
-/* Has the session look at its tasks soon, from where the client must not be called. */
-CRPCI_FN void crpci_coordination_soon(crpci_zookeeper *s)
+/* A private loop needs a thread for whatever has a callback. */
+CRPCI_FN int crpci_agreement_need_owner(const crpc_registry *r)
 {
-    s->again = true;
-    if (!s->busy)
-        crpci_loop_timer_set(s->loop, &s->timer, 0);
+    return r->private_loop ? crpci_drive_ensure_owner(r->loop) : CRPC_OK;
 }
 
-/* --- paths and numbers ------------------------------------------------------------------------ */
+/* --- paths ------------------------------------------------------------------------------------ */
 
 /* Whether a path below the root can be a node's. A sequential one may end in a slash: then the
  * number is all of its name. */
-CRPCI_FN bool crpci_coordination_path_ok(const char *path, bool sequential)
+CRPCI_FN bool crpci_agreement_path_ok(const char *path, bool sequential)
 {
     size_t n;
-    if (!path || strlen(path) > CRPCI_COORDINATION_PATH)
+    if (!path || strlen(path) > CRPCI_AGREEMENT_PATH)
         return false;
     path += *path == '/';
     while (*path) {
         n = strcspn(path, "/");
-        if (!crpci_zookeeper_is_part(path, n))
+        if (!crpci_zk_node_is_part(path, n))
             return false;
         path += n;
         if (*path == '/' && !*++path)
@@ -13756,7 +14935,7 @@ CRPCI_FN bool crpci_coordination_path_ok(const char *path, bool sequential)
 
 /* Writes ZooKeeper's own path of one below the root, which has room for both, and returns its
  * length; with NULL it is only measured. */
-CRPCI_FN size_t crpci_coordination_full(char *out, const char *root, const char *path)
+CRPCI_FN size_t crpci_agreement_full(char *out, const char *root, const char *path)
 {
     size_t n = strlen(root), m;
     path += *path == '/';
@@ -13775,85 +14954,46 @@ CRPCI_FN size_t crpci_coordination_full(char *out, const char *root, const char 
 }
 
 /* The same on the heap. */
-CRPCI_FN char *crpci_coordination_path(crpci_heap *h, const char *root, const char *path)
+CRPCI_FN char *crpci_agreement_path(crpci_heap *h, const char *root, const char *path)
 {
-    char *out = (char *)crpci_heap_alloc(h, crpci_coordination_full(NULL, root, path) + 1);
+    char *out = (char *)crpci_heap_alloc(h, crpci_agreement_full(NULL, root, path) + 1);
     if (out)
-        crpci_coordination_full(out, root, path);
+        crpci_agreement_full(out, root, path);
     return out;
 }
 
 /* Back again, for the program. */
-CRPCI_FN const char *crpci_coordination_relative(const char *full, size_t root)
+CRPCI_FN const char *crpci_agreement_relative(const char *full, size_t root)
 {
     if (strlen(full) >= root) /* a server that answers nonsense is not believed */
         full += root;
     return full + (*full == '/');
 }
 
-/* How many names an answer brings, and each of them. */
-CRPCI_FN size_t crpci_coordination_names(const crpci_zookeeper_answer *a)
-{
-    return a->rc == ZOK && a->names && a->names->count > 0 ? (size_t)a->names->count : 0;
-}
+/* --- queues as others see them ---------------------------------------------------------------- */
 
-CRPCI_FN const char *crpci_coordination_name(const crpci_zookeeper_answer *a, size_t i)
-{
-    return a->names->data[i] ? a->names->data[i] : "";
-}
-
-/* The number of a node in a queue, which ZooKeeper has written with "%010d"; it goes on from
- * 2147483647 with -2147483648. False: the node is none of a queue. */
-CRPCI_FN bool crpci_coordination_number(const char *name, int32_t *number)
+/* The number of a node in a queue. False: the node is none of a queue. */
+CRPCI_FN bool crpci_agreement_number(const char *name, int32_t *number)
 {
     const char *at = NULL, *next = name;
-    int64_t v = 0;
-    size_t digits = 0;
-    bool negative;
-    while ((next = strstr(next, CRPCI_COORDINATION_MARK)) != NULL)
+    while ((next = strstr(next, CRPCI_AGREEMENT_MARK)) != NULL)
         at = next++;
-    if (!at)
-        return false;
-    at += strlen(CRPCI_COORDINATION_MARK);
-    negative = *at == '-';
-    for (at += negative; *at >= '0' && *at <= '9' && digits < 11; at++, digits++)
-        v = v * 10 + (*at - '0');
-    v = negative ? -v : v;
-    if (*at || (digits != 10 && !(negative && digits == 9)) || v > INT32_MAX || v < INT32_MIN)
-        return false;
-    *number = (int32_t)v;
-    return true;
+    return at && crpci_zk_node_number(at + strlen(CRPCI_AGREEMENT_MARK), number);
 }
 
-/* Whether `a` was given out before `b`, going by the shorter way round. */
-CRPCI_FN bool crpci_coordination_earlier(int32_t a, int32_t b)
-{
-    return (uint32_t)a - (uint32_t)b > UINT32_C(0x80000000);
-}
-
-/* A queue as one contender sees it; the names are those of the list. */
-typedef struct crpci_coordination_place {
-    const char *first;  /* of all */
-    const char *own;    /* the earliest that begins with the id */
-    const char *again;  /* another one that does */
-    const char *before; /* the last before the own one */
-} crpci_coordination_place;
-
-/* The earliest, or with `latest` the last, before a node. NULL as the node: of all. */
-CRPCI_FN const char *crpci_coordination_pick(char *const *names, size_t count, const char *id,
-                                             const char *than, bool latest)
+/* Which node is the last before the node `than`, or, with NULL, the first of all. NULL: none. */
+CRPCI_FN const char *crpci_agreement_pick(char *const *names, size_t count, const char *than)
 {
     const char *best = NULL;
     int32_t bound = 0, number, found = 0;
     size_t i;
     if (than)
-        crpci_coordination_number(than, &bound);
+        crpci_agreement_number(than, &bound);
     for (i = 0; i < count; i++) {
-        if (!names[i] || !crpci_coordination_number(names[i], &number) ||
-            strncmp(names[i], id, strlen(id)) != 0 ||
-            (than && !crpci_coordination_earlier(number, bound)))
+        if (!names[i] || !crpci_agreement_number(names[i], &number) ||
+            (than && !crpci_zk_node_earlier(number, bound)))
             continue;
-        if (!best || crpci_coordination_earlier(number, found) != latest) {
+        if (!best || crpci_zk_node_earlier(number, found) == !than) {
             best = names[i];
             found = number;
         }
@@ -13861,146 +15001,74 @@ CRPCI_FN const char *crpci_coordination_pick(char *const *names, size_t count, c
     return best;
 }
 
-CRPCI_FN void crpci_coordination_look(crpci_coordination_place *p, char *const *names, size_t count,
-                                      const char *id)
-{
-    size_t i;
-    memset(p, 0, sizeof *p);
-    p->first = crpci_coordination_pick(names, count, "", NULL, false);
-    if (!*id)
-        return;
-    p->own = crpci_coordination_pick(names, count, id, NULL, false);
-    if (!p->own)
-        return;
-    p->before = crpci_coordination_pick(names, count, "", p->own, true);
-    for (i = 0; i < count; i++) {
-        if (names[i] && names[i] != p->own && strncmp(names[i], id, strlen(id)) == 0)
-            p->again = names[i];
-    }
-}
-
 /* What the client's codes are called here. */
-CRPCI_FN int crpci_coordination_status(int rc)
+CRPCI_FN int crpci_agreement_status(int rc)
 {
-    switch (rc) {
-    case ZOK:
-        return CRPC_OK;
-    case ZNONODE:
-        return CRPC_ENOTFOUND;
-    case ZNODEEXISTS:
-        return CRPC_EEXISTS;
-    case ZBADVERSION:
-        return CRPC_EVERSION;
-    case ZNOTEMPTY:
-        return CRPC_ENOTEMPTY;
-    case ZNOAUTH:
-    case ZINVALIDACL:
-        return CRPC_EAUTH;
-    case ZBADARGUMENTS:
-    case ZNOCHILDRENFOREPHEMERALS:
-        return CRPC_EINVAL;
-    case ZUNIMPLEMENTED:
-        return CRPC_EUNSUPPORTED;
-    default:
-        return crpci_zookeeper_lost(rc) ? CRPC_ECONN : CRPC_EINTERNAL;
+    static const struct {
+        int16_t rc, status;
+    } codes[] = {{ZOK, CRPC_OK},
+                 {ZNONODE, CRPC_ENOTFOUND},
+                 {ZNODEEXISTS, CRPC_EEXISTS},
+                 {ZBADVERSION, CRPC_EVERSION},
+                 {ZNOTEMPTY, CRPC_ENOTEMPTY},
+                 {ZNOAUTH, CRPC_EAUTH},
+                 {ZINVALIDACL, CRPC_EAUTH},
+                 {ZBADARGUMENTS, CRPC_EINVAL},
+                 {ZNOCHILDRENFOREPHEMERALS, CRPC_EINVAL},
+                 {ZUNIMPLEMENTED, CRPC_EUNSUPPORTED}};
+    size_t i;
+    for (i = 0; i < sizeof codes / sizeof *codes; i++) {
+        if (codes[i].rc == rc)
+            return codes[i].status;
     }
+    return crpci_zk_job_unanswered(rc) ? CRPC_ECONN : CRPC_EINTERNAL;
+}
+#endif /* CRPC_ENABLE_ZOOKEEPER */
+
+/* ======================================================================== */
+/* >>impl-operations   reading and writing nodes, one or several at once     */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_ZOOKEEPER
+
+#define CRPCI_OPERATIONS_TIMEOUT_MS 5000
+#define CRPCI_OPERATIONS_PENDING    1000u
+
+/* One operation, or several as one transaction. */
+typedef struct crpci_operations_call {
+    crpci_item item;
+    crpci_zk_job job;
+    crpc_node_fn fn;
+    crpci_waiter *waiter; /* of a synchronous one */
+    crpc_node_op *ops;    /* in a block, with all that they point at; paths are ZooKeeper's own */
+    size_t count;
+    size_t block_size;
+    size_t root; /* length of what paths have in front */
+    char *first; /* FIRST: the node that was found */
+    bool finished;
+    int64_t deadline_us;
+    crpc_node result;
+} crpci_operations_call;
+
+CRPCI_FN crpci_operations_call *crpci_operations_of(crpci_zk_job *job)
+{
+    return CRPCI_CONTAINER(job, crpci_operations_call, job);
 }
 
-/* --- the state of the session ----------------------------------------------------------------- */
-
-CRPCI_FN void crpci_coordination_gate_set(crpci_coordination_gate *g, crpc_registry_state state)
+CRPCI_FN const char *crpci_operations_name(crpc_node_verb verb)
 {
-    int64_t session = g->item.task.session->session_id;
-    if (state == g->state && (state != CRPC_REGISTRY_CONNECTED || session == g->session))
-        return;
-    g->state = state;
-    if (state == CRPC_REGISTRY_CONNECTED) {
-        g->session = session;
-        if (g->waiter)
-            crpci_drive_end_wait(g->item.task.session->loop, g->waiter);
-    }
-    g->news = g->fn != NULL;
-    if (g->news)
-        crpci_coordination_ready(&g->item);
-}
-
-CRPCI_FN void crpci_coordination_gate_tell(crpci_coordination_item *item)
-{
-    crpci_coordination_gate *g = CRPCI_CONTAINER(item, crpci_coordination_gate, item);
-    crpc_loop *l = item->task.session->loop;
-    while (g->news && item->owner) {
-        crpc_registry_state state = g->state;
-        int64_t session = g->session;
-        g->news = false;
-        crpci_loop_user_begin(l);
-        g->fn(item->user, state, session);
-        crpci_loop_user_end(l);
-    }
-}
-
-/* It only listens. */
-CRPCI_FN bool crpci_coordination_gate_prepare(crpci_zookeeper_task *t, crpci_zookeeper_op *op)
-{
-    (void)op;
-    t->due_us = INT64_MAX;
-    return false;
-}
-
-CRPCI_FN void crpci_coordination_gate_done(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
-                                           const crpci_zookeeper_answer *a)
-{
-    (void)t;
-    (void)op;
-    (void)a;
-}
-
-CRPCI_FN void crpci_coordination_gate_resume(crpci_zookeeper_task *t, bool fresh)
-{
-    crpci_coordination_item *item = crpci_coordination_item_of(t);
-    (void)fresh;
-    crpci_coordination_gate_set(CRPCI_CONTAINER(item, crpci_coordination_gate, item),
-                                CRPC_REGISTRY_CONNECTED);
-}
-
-CRPCI_FN void crpci_coordination_gate_lost(crpci_zookeeper_task *t, bool over)
-{
-    crpci_coordination_item *item = crpci_coordination_item_of(t);
-    crpci_coordination_gate *g = CRPCI_CONTAINER(item, crpci_coordination_gate, item);
-    if (g->state != CRPC_REGISTRY_CONNECTING)
-        crpci_coordination_gate_set(g, over ? CRPC_REGISTRY_LOST : CRPC_REGISTRY_SUSPENDED);
-}
-
-CRPCI_FN void crpci_coordination_gate_free(crpci_zookeeper_task *t)
-{
-    crpci_coordination_item *item = crpci_coordination_item_of(t);
-    crpci_heap_free(t->session->heap, item, sizeof(crpci_coordination_gate));
-}
-
-static const crpci_zookeeper_kind crpci_coordination_gate_kind = {
-    crpci_coordination_gate_prepare, crpci_coordination_gate_done, crpci_coordination_gate_resume,
-    crpci_coordination_gate_free,    NULL,                         crpci_coordination_gate_lost,
-    NULL};
-
-/* --- operations: what goes in ----------------------------------------------------------------- */
-
-CRPCI_FN crpci_coordination_op *crpci_coordination_op_of(crpci_zookeeper_task *t)
-{
-    crpci_coordination_item *item = crpci_coordination_item_of(t);
-    return CRPCI_CONTAINER(item, crpci_coordination_op, item);
-}
-
-CRPCI_FN const char *crpci_coordination_verb(crpc_node_verb verb)
-{
-    static const char words[][10] = {"?",      "create", "get",      "set",   "delete",
-                                     "exists", "list",   "check",    "first of"};
+    static const char words[][10] = {"?",      "create", "get",   "set",     "delete",
+                                     "exists", "list",   "check", "first of"};
     return words[verb >= CRPC_NODE_CREATE && verb <= CRPC_NODE_FIRST ? verb : 0];
 }
 
+/* --- what goes in ----------------------------------------------------------------------------- */
+
 /* Whether an operation can be one of `count`. */
-CRPCI_FN bool crpci_coordination_allowed(const crpc_node_op *o, size_t count)
+CRPCI_FN bool crpci_operations_allowed(const crpc_node_op *o, size_t count)
 {
-    const unsigned all = CRPC_NODE_EPHEMERAL | CRPC_NODE_SEQUENTIAL | CRPC_NODE_PARENTS |
-                         CRPC_NODE_PRIVATE;
+    const unsigned all =
+        CRPC_NODE_EPHEMERAL | CRPC_NODE_SEQUENTIAL | CRPC_NODE_PARENTS | CRPC_NODE_PRIVATE;
     if (o->verb < CRPC_NODE_CREATE || o->verb > CRPC_NODE_FIRST || o->version < -1 ||
         (o->flags && (o->verb != CRPC_NODE_CREATE || o->flags & ~all)))
         return false;
@@ -14011,8 +15079,8 @@ CRPCI_FN bool crpci_coordination_allowed(const crpc_node_op *o, size_t count)
 }
 
 /* Looks at operations before anything is done. *size: of a block that holds copies. */
-CRPCI_COLD int crpci_coordination_check(const crpc_registry *r, const crpc_node_op *ops,
-                                        size_t count, size_t *size, crpc_error *error)
+CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op *ops, size_t count,
+                                      size_t *size, crpc_error *error)
 {
     size_t i, bytes = 0;
     *size = 0;
@@ -14021,27 +15089,30 @@ CRPCI_COLD int crpci_coordination_check(const crpc_registry *r, const crpc_node_
                                 ops ? count : 0, CRPC_NODE_OPS_MAX);
     for (i = 0; i < count; i++) {
         const crpc_node_op *o = &ops[i];
-        const char *verb = crpci_coordination_verb(o->verb);
+        const char *verb = crpci_operations_name(o->verb);
         size_t n = crpc_view_size(o->data);
-        if (!crpci_coordination_allowed(o, count))
-            return crpci_status_set(error, CRPC_EINVAL, "operation %zu (%s): %s", i, verb,
-                                    o->verb == CRPC_NODE_CHECK ? "check needs others beside it"
-                                    : count > 1 ? "not possible among several, or bad flags"
-                                                : "no such operation, or bad flags or version");
-        if (!crpci_coordination_path_ok(o->path, (o->flags & CRPC_NODE_SEQUENTIAL) != 0))
-            return crpci_status_set(error, CRPC_EINVAL, "%s \"%.100s\": no path in ZooKeeper", verb,
-                                    o->path ? o->path : "");
+        if (!crpci_operations_allowed(o, count))
+            return crpci_status_set(
+                error, CRPC_EINVAL, "operation %zu (%s): %s", i, verb,
+                count == 1 && o->verb == CRPC_NODE_CHECK ? "check needs other operations beside it"
+                : count > 1 ? "cannot be done among several, or has bad flags or a bad version"
+                            : "no such operation, or bad flags or a bad version");
+        if (!crpci_agreement_path_ok(o->path, (o->flags & CRPC_NODE_SEQUENTIAL) != 0))
+            return crpci_status_set(error, CRPC_EINVAL,
+                                    "%s \"%.100s\": no path in ZooKeeper: it has an empty part, "
+                                    "\".\", \"..\" or a control character, or is too long",
+                                    verb, o->path ? o->path : "");
         if (n > CRPC_NODE_BYTES_MAX || bytes > CRPC_NODE_BYTES_MAX - n)
             return crpci_status_set(error, CRPC_EINVAL, "%s \"%.100s\": over %d bytes of data",
                                     verb, o->path, CRPC_NODE_BYTES_MAX);
         bytes += n;
-        *size += sizeof *o + crpci_coordination_full(NULL, r->root, o->path) + 1 + n;
+        *size += sizeof *o + crpci_agreement_full(NULL, r->root, o->path) + 1 + n;
     }
     return CRPC_OK;
 }
 
-CRPCI_FN void crpci_coordination_copy(crpci_coordination_op *c, const char *root,
-                                      const crpc_node_op *ops)
+CRPCI_FN void crpci_operations_copy(crpci_operations_call *c, const char *root,
+                                    const crpc_node_op *ops)
 {
     char *at = (char *)(c->ops + c->count);
     size_t i;
@@ -14049,7 +15120,7 @@ CRPCI_FN void crpci_coordination_copy(crpci_coordination_op *c, const char *root
         size_t n = crpc_view_size(ops[i].data);
         c->ops[i] = ops[i];
         c->ops[i].path = at;
-        at += crpci_coordination_full(at, root, ops[i].path) + 1;
+        at += crpci_agreement_full(at, root, ops[i].path) + 1;
         if (n)
             memcpy(at, crpc_view_data(ops[i].data), n);
         c->ops[i].data = crpc_view_of(at, n);
@@ -14057,34 +15128,18 @@ CRPCI_FN void crpci_coordination_copy(crpci_coordination_op *c, const char *root
     }
 }
 
-CRPCI_FN crpci_zookeeper_step crpci_coordination_step(const crpci_coordination_op *c)
-{
-    static const uint8_t steps[] = {
-        CRPCI_ZOOKEEPER_IDLE, CRPCI_ZOOKEEPER_ADD,  CRPCI_ZOOKEEPER_GET,
-        CRPCI_ZOOKEEPER_SET,  CRPCI_ZOOKEEPER_GONE, CRPCI_ZOOKEEPER_STAT,
-        CRPCI_ZOOKEEPER_LIST, CRPCI_ZOOKEEPER_IDLE, CRPCI_ZOOKEEPER_LIST};
-    return c->count > 1 ? CRPCI_ZOOKEEPER_MULTI : (crpci_zookeeper_step)steps[c->ops[0].verb];
-}
-
-/* Whether doing it twice is not the same as doing it once. */
-CRPCI_FN bool crpci_coordination_writes(crpci_zookeeper_step step)
-{
-    return step == CRPCI_ZOOKEEPER_ADD || step == CRPCI_ZOOKEEPER_SET ||
-           step == CRPCI_ZOOKEEPER_GONE || step == CRPCI_ZOOKEEPER_MULTI;
-}
-
-/* What zoo_amulti wants to be given and to have kept. */
-CRPCI_FN crpci_zookeeper_multi *crpci_coordination_multi(const crpci_coordination_op *c)
+/* What zoo_amulti wants to be given and to have kept. NULL: out of memory. */
+CRPCI_FN crpci_zk_multi *crpci_operations_multi(const crpci_operations_call *c)
 {
     const size_t each = sizeof(zoo_op_t) + sizeof(zoo_op_result_t) + sizeof(struct Stat);
-    const size_t head = (sizeof(crpci_zookeeper_multi) + 15) & ~(size_t)15;
+    const size_t head = (sizeof(crpci_zk_multi) + 15) & ~(size_t)15;
     size_t size = head + c->count * each, i;
-    crpci_zookeeper_multi *m;
+    crpci_zk_multi *m;
     struct Stat *stats;
     char *names;
     for (i = 0; i < c->count; i++)
         size += strlen(c->ops[i].path) + 16; /* the number of a sequential one */
-    m = (crpci_zookeeper_multi *)crpci_heap_alloc(c->item.task.session->heap, size);
+    m = (crpci_zk_multi *)crpci_heap_alloc(c->item.session->heap, size);
     if (!m)
         return NULL;
     m->size = size;
@@ -14113,10 +15168,37 @@ CRPCI_FN crpci_zookeeper_multi *crpci_coordination_multi(const crpci_coordinatio
     return m;
 }
 
-/* --- operations: what comes out --------------------------------------------------------------- */
+CRPCI_FN bool crpci_operations_order(crpci_zk_job *job, crpci_zk_order *order)
+{
+    static const uint8_t verbs[] = {0,
+                                    CRPCI_ZK_CREATE,
+                                    CRPCI_ZK_GET,
+                                    CRPCI_ZK_SET,
+                                    CRPCI_ZK_DELETE,
+                                    CRPCI_ZK_STAT,
+                                    CRPCI_ZK_LIST,
+                                    0,
+                                    CRPCI_ZK_LIST};
+    crpci_operations_call *c = crpci_operations_of(job);
+    const crpc_node_op *o = &c->ops[0];
+    order->verb = c->count > 1 ? CRPCI_ZK_MULTI
+                  : c->first   ? CRPCI_ZK_GET
+                               : (crpci_zk_verb)verbs[o->verb];
+    order->path = c->first ? c->first : o->path;
+    order->data = crpc_view_data(o->data);
+    order->size = (int)crpc_view_size(o->data);
+    order->version = o->version;
+    order->flags = (int)(o->flags & 3u); /* the client's numbers are the same */
+    order->creator = (o->flags & CRPC_NODE_PRIVATE) != 0;
+    order->parents = (o->flags & CRPC_NODE_PARENTS) != 0;
+    order->multi = c->count > 1 ? crpci_operations_multi(c) : NULL;
+    return c->count == 1 || order->multi;
+}
 
-CRPCI_FN void crpci_coordination_stat(const crpci_zookeeper *s, crpc_node_stat *out,
-                                      const struct Stat *stat)
+/* --- what comes out --------------------------------------------------------------------------- */
+
+CRPCI_FN void crpci_operations_stat(const crpci_zk_session *s, crpc_node_stat *out,
+                                    const struct Stat *stat)
 {
     out->created = stat->czxid;
     out->modified = stat->mzxid;
@@ -14124,11 +15206,11 @@ CRPCI_FN void crpci_coordination_stat(const crpci_zookeeper *s, crpc_node_stat *
     out->size = stat->dataLength;
     out->children = stat->numChildren;
     out->ephemeral = stat->ephemeralOwner != 0;
-    out->mine = stat->ephemeralOwner != 0 && stat->ephemeralOwner == s->session_id;
+    out->mine = stat->ephemeralOwner != 0 && stat->ephemeralOwner == s->id;
 }
 
 /* Takes memory from a block that was measured before. */
-CRPCI_FN char *crpci_coordination_put(char **at, const char *bytes, size_t size)
+CRPCI_FN char *crpci_operations_put(char **at, const char *bytes, size_t size)
 {
     char *out = *at;
     if (size)
@@ -14137,8 +15219,8 @@ CRPCI_FN char *crpci_coordination_put(char **at, const char *bytes, size_t size)
     return out;
 }
 
-CRPCI_FN void crpci_coordination_put_parts(crpci_coordination_op *c, crpc_node_part *parts,
-                                           char **at, const crpci_zookeeper_multi *m, int rc)
+CRPCI_FN void crpci_operations_put_parts(crpci_operations_call *c, crpc_node_part *parts, char **at,
+                                         const crpci_zk_multi *m, int rc)
 {
     size_t i;
     bool found = false;
@@ -14148,14 +15230,14 @@ CRPCI_FN void crpci_coordination_put_parts(crpci_coordination_op *c, crpc_node_p
         const char *path = rc == ZOK && c->ops[i].verb == CRPC_NODE_CREATE && from->value
                                ? from->value
                                : c->ops[i].path;
-        path = crpci_coordination_relative(path, c->root);
+        path = crpci_agreement_relative(path, c->root);
         memset(&parts[i], 0, sizeof parts[i]);
         parts[i].status = rc == ZOK ? CRPC_OK
-                          : guilty  ? crpci_coordination_status(rc)
+                          : guilty  ? crpci_agreement_status(rc)
                                     : CRPC_ECANCELED;
-        parts[i].path = crpci_coordination_put(at, path, strlen(path) + 1);
+        parts[i].path = crpci_operations_put(at, path, strlen(path) + 1);
         if (rc == ZOK && c->ops[i].verb == CRPC_NODE_SET && from->stat)
-            crpci_coordination_stat(c->item.task.session, &parts[i].stat, from->stat);
+            crpci_operations_stat(c->item.session, &parts[i].stat, from->stat);
         if (guilty)
             c->result.failed = i;
         found = found || guilty;
@@ -14164,58 +15246,57 @@ CRPCI_FN void crpci_coordination_put_parts(crpci_coordination_op *c, crpc_node_p
     c->result.part_count = c->count;
 }
 
-/* Copies all that the answer says into one chunk, because the client's own is gone soon. False: out
- * of memory. `op` and `a` are NULL if there was no answer. */
-CRPCI_FN bool crpci_coordination_keep(crpci_coordination_op *c, const crpci_zookeeper_op *op,
-                                      const crpci_zookeeper_answer *a)
+/* Copies all that the answer says into one chunk, because the client's own is gone soon. `q` and
+ * `a` are NULL if there was no answer. False: out of memory. */
+CRPCI_FN bool crpci_operations_keep(crpci_operations_call *c, const crpci_zk_request *q,
+                                    const crpci_zk_answer *a)
 {
-    const char *path = a && op->step == CRPCI_ZOOKEEPER_ADD && a->text ? a->text
-                       : c->first                                      ? c->first
-                                                                       : c->ops[0].path;
-    bool reads = a && op->step == CRPCI_ZOOKEEPER_GET && a->rc == ZOK && a->size >= 0 && a->text;
-    bool many = a && op->multi && !crpci_zookeeper_lost(a->rc);
-    size_t names = a ? crpci_coordination_names(a) : 0, size, i;
+    const char *path = a && q->order.verb == CRPCI_ZK_CREATE && a->text ? a->text
+                       : c->first                                       ? c->first
+                                                                        : c->ops[0].path;
+    bool reads = a && q->order.verb == CRPCI_ZK_GET && a->rc == ZOK && a->size >= 0 && a->text;
+    size_t count = 0, size, i;
+    char *const *names = a ? crpci_zk_node_names(a, &count) : NULL;
+    const crpci_zk_multi *m = a ? q->order.multi : NULL;
     crpci_chunk *chunk;
     const char **list;
     char *at;
-    path = crpci_coordination_relative(path, c->root);
-    size = strlen(path) + 1 + (reads ? (size_t)a->size : 0) + names * sizeof *list;
-    for (i = 0; i < names; i++)
-        size += strlen(crpci_coordination_name(a, i)) + 1;
-    for (i = 0; many && i < c->count; i++)
+    path = crpci_agreement_relative(path, c->root);
+    size = strlen(path) + 1 + (reads ? (size_t)a->size : 0) + count * sizeof *list;
+    for (i = 0; i < count; i++)
+        size += (names[i] ? strlen(names[i]) : 0) + 1;
+    for (i = 0; m && i < c->count; i++)
         size += sizeof(crpc_node_part) + strlen(c->ops[i].path) + 16;
-    chunk = crpci_heap_chunk(c->item.task.session->heap, size);
+    chunk = crpci_heap_chunk(c->item.session->heap, size);
     if (!chunk)
         return false;
     c->result.reserved[0] = chunk;
     list = (const char **)(void *)crpci_heap_data(chunk);
-    at = (char *)(list + names);
-    if (many) {
+    at = (char *)(list + count);
+    if (m) {
         at = (char *)crpci_heap_data(chunk) + c->count * sizeof(crpc_node_part);
-        crpci_coordination_put_parts(c, (crpc_node_part *)(void *)crpci_heap_data(chunk), &at,
-                                     op->multi, a->rc);
+        crpci_operations_put_parts(c, (crpc_node_part *)(void *)crpci_heap_data(chunk), &at, m,
+                                   a->rc);
     }
-    for (i = 0; i < names; i++) {
-        const char *name = crpci_coordination_name(a, i);
-        list[i] = crpci_coordination_put(&at, name, strlen(name) + 1);
-    }
-    c->result.children = names ? list : NULL;
-    c->result.child_count = names;
-    c->result.path = crpci_coordination_put(&at, path, strlen(path) + 1);
+    for (i = 0; i < count; i++)
+        list[i] = crpci_operations_put(&at, names[i] ? names[i] : "",
+                                       (names[i] ? strlen(names[i]) : 0) + 1);
+    c->result.children = count ? list : NULL;
+    c->result.child_count = count;
+    c->result.path = crpci_operations_put(&at, path, strlen(path) + 1);
     if (reads)
-        c->result.data = crpc_view_of(crpci_coordination_put(&at, a->text, (size_t)a->size),
-                                      (size_t)a->size);
+        c->result.data =
+            crpc_view_of(crpci_operations_put(&at, a->text, (size_t)a->size), (size_t)a->size);
     if (a && a->rc == ZOK && a->stat)
-        crpci_coordination_stat(c->item.task.session, &c->result.stat, a->stat);
+        crpci_operations_stat(c->item.session, &c->result.stat, a->stat);
     return true;
 }
 
-/* The end of an operation. Without an answer `op` and `a` are NULL. */
-CRPCI_FN void crpci_coordination_finish(crpci_coordination_op *c, int code, crpc_sent sent,
-                                        const crpci_zookeeper_op *op,
-                                        const crpci_zookeeper_answer *a)
+/* The end of an operation. Without an answer `q` and `a` are NULL. */
+CRPCI_FN void crpci_operations_finish(crpci_operations_call *c, int code, crpc_sent sent,
+                                      const crpci_zk_request *q, const crpci_zk_answer *a)
 {
-    crpci_zookeeper *s = c->item.task.session;
+    crpci_zk_session *s = c->item.session;
     crpc_error *e = &c->result.error;
     const crpc_node_op *o = &c->ops[0];
     bool kept;
@@ -14223,16 +15304,15 @@ CRPCI_FN void crpci_coordination_finish(crpci_coordination_op *c, int code, crpc
         return;
     c->finished = true;
     c->result.path = "";
-    kept = crpci_coordination_keep(c, op, a);
+    kept = crpci_operations_keep(c, q, a);
     if (!kept)
         code = code ? code : CRPC_ENOMEM;
     if (kept && c->result.part_count)
         o = &c->ops[c->result.failed];
     if (code)
         crpci_status_set(e, code, "%s \"%.100s\" at zookeeper://%.60s: %s (%s)",
-                         crpci_coordination_verb(o->verb),
-                         crpci_coordination_relative(o->path, c->root), s->authority,
-                         crpc_status_text(code),
+                         crpci_operations_name(o->verb), crpci_agreement_relative(o->path, c->root),
+                         s->authority, crpc_status_text(code),
                          sent == CRPC_SENT_YES     ? "remote"
                          : sent == CRPC_SENT_MAYBE ? "local; it may have been done"
                                                    : "local; nothing was sent");
@@ -14241,209 +15321,132 @@ CRPCI_FN void crpci_coordination_finish(crpci_coordination_op *c, int code, crpc
     e->app_code = a ? a->rc : 0;
     e->attempts = 1;
     snprintf(e->endpoint, sizeof e->endpoint, "%s", s->authority);
-    if (c->item.owner)
-        c->item.owner->pending--;
-    crpci_coordination_item_end(&c->item);
+    c->item.owner->pending--;
+    crpci_agreement_end(&c->item);
     if (c->waiter)
         crpci_drive_end_wait(s->loop, c->waiter);
     else
-        crpci_coordination_ready(&c->item);
-    crpci_coordination_item_drop(&c->item);
+        crpci_agreement_ready(&c->item);
+    crpci_zk_job_drop(&c->job);
 }
 
-CRPCI_FN void crpci_coordination_op_tell(crpci_coordination_item *item)
+CRPCI_FN void crpci_operations_tell(crpci_item *item)
 {
-    crpci_coordination_op *c = CRPCI_CONTAINER(item, crpci_coordination_op, item);
-    crpc_loop *l = item->task.session->loop;
-    crpci_loop_user_begin(l);
+    crpci_operations_call *c = CRPCI_CONTAINER(item, crpci_operations_call, item);
+    crpci_loop_user_begin(item->session->loop);
     c->fn(item->user, &c->result);
-    crpci_loop_user_end(l);
+    crpci_loop_user_end(item->session->loop);
 }
 
-CRPCI_FN void crpci_coordination_op_timer(crpc_loop *l, crpci_timer *timer)
+CRPCI_FN void crpci_operations_timer(crpc_loop *l, crpci_timer *timer)
 {
-    crpci_coordination_item *item = CRPCI_CONTAINER(timer, crpci_coordination_item, timer);
-    crpci_coordination_op *c = CRPCI_CONTAINER(item, crpci_coordination_op, item);
-    bool under_way = item->task.op != NULL;
+    crpci_item *item = CRPCI_CONTAINER(timer, crpci_item, timer);
+    crpci_operations_call *c = CRPCI_CONTAINER(item, crpci_operations_call, item);
+    bool sent = crpci_zk_job_pending(&c->job);
     (void)l;
-    crpci_coordination_finish(c, under_way ? CRPC_ETIMEDOUT : CRPC_ECONN,
-                              under_way && item->task.step != CRPCI_ZOOKEEPER_MKDIR
-                                  ? CRPC_SENT_MAYBE
-                                  : CRPC_SENT_NO,
-                              NULL, NULL);
-}
-
-/* --- operations: the task --------------------------------------------------------------------- */
-
-CRPCI_FN bool crpci_coordination_op_prepare(crpci_zookeeper_task *t, crpci_zookeeper_op *op)
-{
-    crpci_coordination_op *c = crpci_coordination_op_of(t);
-    const crpc_node_op *o = &c->ops[0];
-    const char *path = t->step == CRPCI_ZOOKEEPER_MKDIR               ? t->dir
-                       : c->first && t->step == CRPCI_ZOOKEEPER_GET ? c->first
-                                                                      : o->path;
-    op->step = t->step;
-    op->data = crpc_view_data(o->data);
-    op->size = (int)crpc_view_size(o->data);
-    op->version = o->version;
-    op->flags = (int)(o->flags & 3u); /* the client's numbers are the same */
-    op->creator = (o->flags & CRPC_NODE_PRIVATE) != 0;
-    if (t->step == CRPCI_ZOOKEEPER_MULTI) {
-        op->multi = crpci_coordination_multi(c);
-        return op->multi != NULL;
-    }
-    op->path = crpci_heap_strndup(t->session->heap, path,
-                                  t->step == CRPCI_ZOOKEEPER_MKDIR ? t->made : strlen(path));
-    return op->path != NULL;
+    crpci_operations_finish(c, c->job.sent ? CRPC_ETIMEDOUT : CRPC_ECONN,
+                            sent ? CRPC_SENT_MAYBE : CRPC_SENT_NO, NULL, NULL);
 }
 
 /* The answers of FIRST: a list, then what the first of it holds. */
-CRPCI_FN void crpci_coordination_first(crpci_coordination_op *c, const crpci_zookeeper_op *op,
-                                       const crpci_zookeeper_answer *a)
+CRPCI_FN void crpci_operations_first(crpci_operations_call *c, const crpci_zk_request *q,
+                                     const crpci_zk_answer *a)
 {
-    crpci_zookeeper_task *t = &c->item.task;
-    crpci_coordination_place p;
-    bool listed = op->step == CRPCI_ZOOKEEPER_LIST;
-    crpci_heap_strfree(t->session->heap, listed ? c->first : NULL);
-    c->first = listed ? NULL : c->first;
-    if (listed && crpci_coordination_names(a)) {
-        crpci_coordination_look(&p, a->names->data, crpci_coordination_names(a), "");
-        if (p.first) {
-            c->first = crpci_zookeeper_join(t->session->heap, c->ops[0].path, p.first);
-            t->step = CRPCI_ZOOKEEPER_GET;
-            if (!c->first)
-                crpci_coordination_finish(c, CRPC_ENOMEM, CRPC_SENT_MAYBE, NULL, NULL);
-            return;
-        }
-    }
-    if (a->rc == ZNONODE && !listed)
-        t->step = CRPCI_ZOOKEEPER_LIST; /* it has gone meanwhile: who comes next? */
-    else if (listed && a->rc == ZOK)
-        crpci_coordination_finish(c, CRPC_ENOTFOUND, CRPC_SENT_YES, NULL, NULL);
-    else
-        crpci_coordination_finish(c, crpci_coordination_status(a->rc), CRPC_SENT_YES, op, a);
-}
-
-CRPCI_FN void crpci_coordination_op_done(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
-                                         const crpci_zookeeper_answer *a)
-{
-    crpci_coordination_op *c = crpci_coordination_op_of(t);
-    int made = -1;
-    if (c->finished)
-        return;
-    if (crpci_zookeeper_lost(a->rc)) {
-        if (crpci_coordination_writes(op->step))
-            crpci_coordination_finish(c, CRPC_ECONN, CRPC_SENT_MAYBE, NULL, NULL);
-        else
-            crpci_zookeeper_later(t, CRPCI_ZOOKEEPER_RETRY_US);
+    crpci_heap *h = c->item.session->heap;
+    size_t count;
+    char *const *names = crpci_zk_node_names(a, &count);
+    const char *first;
+    if (q->order.verb == CRPCI_ZK_GET && a->rc == ZNONODE) {
+        crpci_heap_strfree(h, c->first); /* it has gone meanwhile: which one comes next? */
+        c->first = NULL;
+        c->job.due_us = 0;
         return;
     }
-    t->due_us = 0;
-    if (c->ops[0].verb == CRPC_NODE_FIRST) {
-        crpci_coordination_first(c, op, a);
+    if (q->order.verb == CRPCI_ZK_GET || a->rc != ZOK) {
+        crpci_operations_finish(c, crpci_agreement_status(a->rc), CRPC_SENT_YES, q, a);
         return;
     }
-    if (op->step == CRPCI_ZOOKEEPER_ADD && a->rc == ZNONODE && t->dir) {
-        t->step = CRPCI_ZOOKEEPER_MKDIR;
-        t->made = strlen(t->dir);
-        return;
-    }
-    if (op->step == CRPCI_ZOOKEEPER_MKDIR)
-        made = crpci_zookeeper_made(t, a->rc);
-    if (made > 0)
-        t->step = CRPCI_ZOOKEEPER_ADD;
-    if (made < 0)
-        crpci_coordination_finish(c, crpci_coordination_status(a->rc), CRPC_SENT_YES, op, a);
+    first = crpci_agreement_pick(names, count, NULL);
+    c->first = first ? crpci_zk_node_join(h, c->ops[0].path, first) : NULL;
+    c->job.due_us = 0;
+    if (!c->first)
+        crpci_operations_finish(c, first ? CRPC_ENOMEM : CRPC_ENOTFOUND,
+                                first ? CRPC_SENT_MAYBE : CRPC_SENT_YES, NULL, NULL);
 }
 
-CRPCI_FN void crpci_coordination_op_resume(crpci_zookeeper_task *t, bool fresh)
+CRPCI_FN void crpci_operations_event(crpci_zk_job *job, crpci_zk_event event,
+                                     const crpci_zk_request *q, const crpci_zk_answer *a)
 {
-    (void)fresh;
-    t->due_us = 0;
+    crpci_operations_call *c = crpci_operations_of(job);
+    if (event == CRPCI_ZK_RESUMED || event == CRPCI_ZK_RENEWED)
+        job->due_us = 0;
+    else if (event == CRPCI_ZK_DOUBTED)
+        crpci_operations_finish(c, a && a->rc == ZSYSTEMERROR ? CRPC_ENOMEM : CRPC_ECONN,
+                                CRPC_SENT_MAYBE, NULL, NULL);
+    else if (event == CRPCI_ZK_ANSWERED && !q->sent_us)
+        crpci_operations_finish(c, CRPC_EINVAL, CRPC_SENT_NO, NULL, NULL);
+    else if (event == CRPCI_ZK_ANSWERED && c->ops[0].verb == CRPC_NODE_FIRST)
+        crpci_operations_first(c, q, a);
+    else if (event == CRPCI_ZK_ANSWERED)
+        crpci_operations_finish(c, crpci_agreement_status(a->rc), CRPC_SENT_YES, q, a);
 }
 
-CRPCI_FN void crpci_coordination_op_lost(crpci_zookeeper_task *t, bool over)
+static const crpci_zk_work crpci_operations_work = {crpci_operations_order, crpci_operations_event,
+                                                    NULL};
+
+/* The registry is closed. */
+CRPCI_FN void crpci_operations_end(crpci_item *item)
 {
-    if (over && t->op && crpci_coordination_writes(t->step))
-        crpci_coordination_finish(crpci_coordination_op_of(t), CRPC_ECONN, CRPC_SENT_MAYBE, NULL,
-                                  NULL);
+    crpci_operations_call *c = CRPCI_CONTAINER(item, crpci_operations_call, item);
+    crpci_operations_finish(c, CRPC_ECANCELED,
+                            crpci_zk_job_writing(&c->job) ? CRPC_SENT_MAYBE : CRPC_SENT_NO, NULL,
+                            NULL);
 }
 
-CRPCI_FN void crpci_coordination_op_unsent(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
-                                           int rc)
+CRPCI_FN void crpci_operations_free(crpci_item *item)
 {
-    crpci_coordination_op *c = crpci_coordination_op_of(t);
-    if (rc == ZBADARGUMENTS)
-        crpci_coordination_finish(c, CRPC_EINVAL, CRPC_SENT_NO, NULL, NULL);
-    else if (rc != ZINVALIDSTATE && crpci_coordination_writes(op->step))
-        crpci_coordination_finish(c, CRPC_ENOMEM, CRPC_SENT_MAYBE, NULL, NULL);
-}
-
-CRPCI_FN void crpci_coordination_op_free(crpci_zookeeper_task *t)
-{
-    crpci_coordination_op *c = crpci_coordination_op_of(t);
-    crpci_heap *h = t->session->heap;
+    crpci_operations_call *c = CRPCI_CONTAINER(item, crpci_operations_call, item);
     crpci_heap_chunk_unref((crpci_chunk *)c->result.reserved[0]);
-    crpci_heap_free(h, c->ops, c->block_size);
-    crpci_heap_strfree(h, c->first);
-    crpci_heap_strfree(h, t->dir);
-    crpci_heap_free(h, c, sizeof *c);
+    crpci_heap_free(item->session->heap, c->ops, c->block_size);
+    crpci_heap_strfree(item->session->heap, c->first);
 }
 
-static const crpci_zookeeper_kind crpci_coordination_op_kind = {
-    crpci_coordination_op_prepare, crpci_coordination_op_done, crpci_coordination_op_resume,
-    crpci_coordination_op_free,    NULL,                       crpci_coordination_op_lost,
-    crpci_coordination_op_unsent};
+static const crpci_item_kind crpci_operations_kind = {sizeof(crpci_operations_call),
+                                                      crpci_operations_tell, crpci_operations_end,
+                                                      crpci_operations_free};
 
-CRPCI_FN int crpci_coordination_op_new(crpc_registry *r, const crpc_node_op *ops, size_t count,
-                                       crpci_coordination_op **out, crpc_error *error)
+/* Begins an operation; of the one in `out` the caller has a reference. Locked, unlocks meanwhile.
+ */
+CRPCI_FN int crpci_operations_begin(crpc_registry *r, const crpc_node_op *ops, size_t count,
+                                    size_t size, int timeout_ms, crpc_node_fn fn, void *user,
+                                    crpci_waiter *waiter, crpci_operations_call **out)
 {
-    crpci_heap *h = r->session->heap;
-    crpci_coordination_op *c;
-    size_t size;
-    int err = crpci_coordination_check(r, ops, count, &size, error);
-    *out = NULL;
-    if (err)
-        return err;
-    c = (crpci_coordination_op *)crpci_coordination_item_new(
-        r, sizeof *c, &crpci_coordination_op_kind, crpci_coordination_op_tell);
+    int64_t ms =
+        crpci_base_option(timeout_ms, CRPCI_OPERATIONS_TIMEOUT_MS, CRPCI_AGREEMENT_LONGEST_MS);
+    crpci_operations_call *c = (crpci_operations_call *)crpci_agreement_new(
+        r, &crpci_operations_kind, crpci_operations_timer, user);
     if (!c)
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    crpci_timer_init(&c->item.timer, crpci_coordination_op_timer);
+        return CRPC_ENOMEM;
+    c->fn = fn;
+    c->waiter = waiter;
     c->root = strlen(r->root);
     c->count = count;
     c->block_size = size;
-    c->ops = (crpc_node_op *)crpci_heap_alloc(h, size);
-    if (c->ops) {
-        const char *slash;
-        crpci_coordination_copy(c, r->root, ops);
-        c->item.task.step = crpci_coordination_step(c);
-        slash = strrchr(c->ops[0].path, '/');
-        if (c->ops[0].flags & CRPC_NODE_PARENTS && slash != c->ops[0].path) {
-            c->item.task.dir =
-                crpci_heap_strndup(h, c->ops[0].path, (size_t)(slash - c->ops[0].path));
-            err = c->item.task.dir ? CRPC_OK : CRPC_ENOMEM;
-        }
+    c->ops = (crpc_node_op *)crpci_heap_alloc(r->session->heap, size);
+    if (!c->ops) {
+        crpci_agreement_discard(&c->item);
+        return CRPC_ENOMEM;
     }
-    if (!c->ops || err) {
-        crpci_coordination_op_free(&c->item.task);
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    }
-    *out = c;
-    return CRPC_OK;
-}
-
-/* Locked, unlocks meanwhile. */
-CRPCI_FN void crpci_coordination_op_begin(crpc_registry *r, crpci_coordination_op *c,
-                                          int timeout_ms)
-{
-    int64_t ms = crpci_base_option(timeout_ms, CRPCI_COORDINATION_TIMEOUT_MS,
-                                   CRPCI_COORDINATION_LONGEST_MS);
+    crpci_operations_copy(c, r->root, ops);
     r->pending++;
     c->deadline_us = crpci_loop_now(r->loop) + ms * 1000;
-    crpci_coordination_item_add(r, &c->item);
+    c->item.refs++;
+    crpci_zk_job_add(&c->job, &crpci_operations_work, r->session, 0, &c->item,
+                     crpci_agreement_unref);
     crpci_loop_timer_at(r->loop, &c->item.timer, c->deadline_us);
-    crpci_zookeeper_kick(r->session);
+    crpci_zk_session_kick(r->session);
+    *out = c;
+    return CRPC_OK;
 }
 
 CRPC_API void crpc_node_reset(crpc_node *node)
@@ -14456,185 +15459,118 @@ CRPC_API void crpc_node_reset(crpc_node *node)
 CRPC_API int crpc_registry_call(crpc_registry *r, const crpc_node_op *ops, size_t count,
                                 int timeout_ms, crpc_node *node)
 {
-    crpci_zookeeper *s = r->session;
+    crpc_error *error = node ? &node->error : NULL;
+    crpci_zk_session *s = r->session;
     crpc_loop *l = r->loop;
-    crpci_coordination_op *c;
+    crpci_operations_call *c;
     crpci_waiter w;
+    size_t size;
     int err;
     if (node)
         crpc_node_reset(node);
     memset(&w, 0, sizeof w);
-    err = crpci_coordination_op_new(r, ops, count, &c, node ? &node->error : NULL);
+    err = crpci_operations_check(r, ops, count, &size, error);
     if (err)
         return err;
     crpci_loop_lock(l);
-    if (crpci_loop_in_callback(l)) {
-        crpci_coordination_op_free(&c->item.task);
-        crpci_loop_unlock(l);
-        return crpci_status_set(node ? &node->error : NULL, CRPC_EDEADLK,
-                                "crpc_registry_call inside a callback of its loop");
-    }
-    c->waiter = &w;
-    c->item.task.refs++;
     s->refs++; /* another thread may close the registry meanwhile */
-    crpci_coordination_op_begin(r, c, timeout_ms);
+    err = crpci_loop_in_callback(l)
+              ? CRPC_EDEADLK
+              : crpci_operations_begin(r, ops, count, size, timeout_ms, NULL, NULL, &w, &c);
+    if (err) {
+        crpci_zk_session_unlock(s);
+        return crpci_status_set(error, err, "crpc_registry_call: %s",
+                                err == CRPC_EDEADLK ? "it waits, so it must not be called inside a "
+                                                      "callback of its loop"
+                                                    : "out of memory");
+    }
     crpci_drive_wait(l, &w, c->deadline_us, false);
-    if (!c->finished) /* whoever drives the loop has not come to its timers */
-        crpci_coordination_op_timer(l, &c->item.timer);
+    if (!c->finished) /* the thread that drives the loop has not come to its timers */
+        crpci_operations_timer(l, &c->item.timer);
     c->waiter = NULL;
     err = c->result.error.code;
     if (node) {
         *node = c->result;
         c->result.reserved[0] = NULL;
     }
-    crpci_zookeeper_task_unref(&c->item.task);
-    crpci_zookeeper_unlock(s);
+    crpci_agreement_unref(&c->item);
+    crpci_zk_session_unlock(s);
     return err;
 }
 
 CRPC_API int crpc_registry_call_async(crpc_registry *r, const crpc_node_op *ops, size_t count,
                                       int timeout_ms, crpc_node_fn fn, void *user)
 {
-    crpci_coordination_op *c;
-    int err = fn ? crpci_coordination_op_new(r, ops, count, &c, NULL) : CRPC_EINVAL;
+    crpci_zk_session *s = r->session;
+    crpci_operations_call *c;
+    size_t size;
+    int err = fn ? crpci_operations_check(r, ops, count, &size, NULL) : CRPC_EINVAL;
     if (err)
         return err;
-    c->fn = fn;
-    c->item.user = user;
     crpci_loop_lock(r->loop);
-    if (r->pending >= CRPCI_COORDINATION_PENDING)
-        err = CRPC_ELIMIT;
-    else if (r->private_loop)
-        err = crpci_drive_ensure_owner(r->loop);
-    if (err)
-        crpci_coordination_op_free(&c->item.task);
-    else
-        crpci_coordination_op_begin(r, c, timeout_ms);
-    crpci_loop_unlock(r->loop);
+    s->refs++;
+    err = r->pending >= CRPCI_OPERATIONS_PENDING ? CRPC_ELIMIT : crpci_agreement_need_owner(r);
+    if (!err)
+        err = crpci_operations_begin(r, ops, count, size, timeout_ms, fn, user, NULL, &c);
+    if (!err)
+        crpci_agreement_unref(&c->item);
+    crpci_zk_session_unlock(s);
     return err;
 }
+#endif /* CRPC_ENABLE_ZOOKEEPER */
 
-/* --- configuration ---------------------------------------------------------------------------- */
+/* ======================================================================== */
+/* >>impl-config   following the value of a node                             */
+/* ======================================================================== */
 
-CRPCI_FN crpci_coordination_config *crpci_coordination_config_of(crpci_zookeeper_task *t)
+#if CRPC_ENABLE_ZOOKEEPER
+
+typedef struct crpci_config_watch {
+    crpci_item item;
+    crpci_zk_watch watch;
+    crpc_config_fn fn;
+    crpci_chunk *value; /* the bytes; NULL: the node does not exist, or was not read yet */
+    size_t size;
+    struct Stat stat;
+    bool known; /* it was read */
+    bool news;  /* the program has not been told of the present value */
+} crpci_config_watch;
+
+CRPCI_FN bool crpci_config_on_value(crpci_zk_watch *w, const crpci_zk_answer *a)
 {
-    crpci_coordination_item *item = crpci_coordination_item_of(t);
-    return CRPCI_CONTAINER(item, crpci_coordination_config, item);
-}
-
-/* Reads the node, or, while there is none, looks for it; either sets a watch. */
-CRPCI_FN bool crpci_coordination_config_prepare(crpci_zookeeper_task *t, crpci_zookeeper_op *op)
-{
-    if (t->step != CRPCI_ZOOKEEPER_STAT)
-        t->step = CRPCI_ZOOKEEPER_GET;
-    op->step = t->step;
-    op->watch = true;
-    op->path = crpci_heap_strndup(t->session->heap, t->dir, strlen(t->dir));
-    return op->path != NULL;
-}
-
-/* Takes what was read; `stat` NULL: it does not exist. False: out of memory. */
-CRPCI_FN bool crpci_coordination_config_take(crpci_coordination_config *c, const struct Stat *stat,
-                                             const char *bytes, size_t size)
-{
+    crpci_config_watch *c = CRPCI_CONTAINER(w, crpci_config_watch, watch);
+    size_t size = a->size > 0 && a->text ? (size_t)a->size : 0;
+    const char *bytes = size ? a->text : "";
     crpci_chunk *value = NULL;
-    if (c->known && !stat == !c->value &&
-        (!stat || (stat->czxid == c->stat.czxid && stat->mzxid == c->stat.mzxid &&
-                   size == c->size && memcmp(bytes, crpci_heap_data(c->value), size) == 0)))
+    if ((a->rc != ZOK && a->rc != ZNONODE) || !c->item.owner)
         return true;
-    if (stat) {
-        value = crpci_heap_chunk(c->item.task.session->heap, size);
+    if (c->known && (a->rc == ZOK) == (c->value != NULL) &&
+        (!c->value || (a->stat->czxid == c->stat.czxid && a->stat->mzxid == c->stat.mzxid &&
+                       size == c->size && memcmp(bytes, crpci_heap_data(c->value), size) == 0)))
+        return true;
+    if (a->rc == ZOK) {
+        value = crpci_heap_chunk(c->item.session->heap, size);
         if (!value)
             return false;
         memcpy(crpci_heap_data(value), bytes, size);
-        c->stat = *stat;
+        c->stat = *a->stat;
     }
     crpci_heap_chunk_unref(c->value);
     c->value = value;
     c->size = size;
     c->known = c->news = true;
-    crpci_coordination_ready(&c->item);
+    crpci_agreement_ready(&c->item);
     return true;
 }
 
-CRPCI_FN void crpci_coordination_config_done(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
-                                             const crpci_zookeeper_answer *a)
+CRPCI_FN void crpci_config_tell(crpci_item *item)
 {
-    crpci_coordination_config *c = crpci_coordination_config_of(t);
-    crpci_zookeeper *s = t->session;
-    bool gone = a->rc == ZNONODE, reads = op->step == CRPCI_ZOOKEEPER_GET, taken = true;
-    t->step = CRPCI_ZOOKEEPER_GET;
-    if (crpci_zookeeper_lost(a->rc)) {
-        crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_RETRY_US, 50));
-        return;
-    }
-    if (a->rc != ZOK && !gone) {
-        if (!c->refused)
-            crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s cannot be read: %s", t->dir,
-                           zerror(a->rc));
-        c->refused = true;
-        crpci_zookeeper_later(t, crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_REFUSED_US, 20));
-        return;
-    }
-    c->refused = false;
-    t->due_us = 0;
-    if (gone && reads) {
-        t->step = CRPCI_ZOOKEEPER_STAT; /* which leaves a watch also where nothing is */
-        return;
-    }
-    if (!gone && !reads)
-        return; /* it was made meanwhile */
-    if (gone)
-        taken = crpci_coordination_config_take(c, NULL, NULL, 0);
-    else if (a->size > 0 && a->text)
-        taken = crpci_coordination_config_take(c, a->stat, a->text, (size_t)a->size);
-    else
-        taken = crpci_coordination_config_take(c, a->stat, "", 0);
-    crpci_zookeeper_later(t, taken ? crpci_zookeeper_spread(s, CRPCI_ZOOKEEPER_REREAD_US, 20)
-                                   : CRPCI_ZOOKEEPER_RETRY_US);
-}
-
-/* Read anew after each connection: what happened meanwhile may have told nobody. */
-CRPCI_FN void crpci_coordination_config_resume(crpci_zookeeper_task *t, bool fresh)
-{
-    (void)fresh;
-    t->step = CRPCI_ZOOKEEPER_GET;
-    t->due_us = 0;
-}
-
-CRPCI_FN void crpci_coordination_config_changed(crpci_zookeeper_task *t, const char *path,
-                                                bool gone)
-{
-    (void)gone;
-    if (!t->op && strcmp(t->dir, path) == 0) { /* else the answer will show it */
-        t->step = CRPCI_ZOOKEEPER_GET;
-        t->due_us = 0;
-    }
-}
-
-CRPCI_FN void crpci_coordination_config_free(crpci_zookeeper_task *t)
-{
-    crpci_coordination_config *c = crpci_coordination_config_of(t);
-    crpci_heap *h = t->session->heap;
-    crpci_heap_chunk_unref(c->value);
-    crpci_heap_strfree(h, t->dir);
-    crpci_heap_free(h, c, sizeof *c);
-}
-
-static const crpci_zookeeper_kind crpci_coordination_config_kind = {
-    crpci_coordination_config_prepare, crpci_coordination_config_done,
-    crpci_coordination_config_resume,  crpci_coordination_config_free,
-    crpci_coordination_config_changed, NULL,
-    NULL};
-
-CRPCI_FN void crpci_coordination_config_tell(crpci_coordination_item *item)
-{
-    crpci_coordination_config *c = CRPCI_CONTAINER(item, crpci_coordination_config, item);
-    crpc_loop *l = item->task.session->loop;
+    crpci_config_watch *c = CRPCI_CONTAINER(item, crpci_config_watch, item);
+    crpc_loop *l = item->session->loop;
     while (c->news && item->owner) {
         crpci_chunk *value = c->value;
-        crpc_view view = value ? crpc_view_of(crpci_heap_data(value), c->size)
-                               : crpc_view_of(NULL, 0);
+        crpc_view view =
+            value ? crpc_view_of(crpci_heap_data(value), c->size) : crpc_view_of(NULL, 0);
         int32_t version = value ? c->stat.version : 0;
         c->news = false;
         if (value)
@@ -14646,33 +15582,47 @@ CRPCI_FN void crpci_coordination_config_tell(crpci_coordination_item *item)
     }
 }
 
+CRPCI_FN void crpci_config_end(crpci_item *item)
+{
+    crpci_agreement_end(item);
+    crpci_zk_job_drop(&CRPCI_CONTAINER(item, crpci_config_watch, item)->watch.job);
+}
+
+CRPCI_FN void crpci_config_free(crpci_item *item)
+{
+    crpci_heap_chunk_unref(CRPCI_CONTAINER(item, crpci_config_watch, item)->value);
+}
+
+static const crpci_item_kind crpci_config_kind = {sizeof(crpci_config_watch), crpci_config_tell,
+                                                  crpci_config_end, crpci_config_free};
+
 CRPC_API int crpc_config_watch(crpc_registry *r, const char *path, crpc_config_fn fn, void *user,
                                crpc_id *id)
 {
-    crpci_heap *h = r->session->heap;
-    crpci_coordination_config *c;
-    int err = CRPC_OK;
+    crpci_zk_session *s = r->session;
+    crpci_config_watch *c = NULL;
+    char *full = NULL;
+    int err;
     id->value = 0;
-    if (!fn || !crpci_coordination_path_ok(path, false))
+    if (!fn || !crpci_agreement_path_ok(path, false))
         return CRPC_EINVAL;
-    c = (crpci_coordination_config *)crpci_coordination_item_new(
-        r, sizeof *c, &crpci_coordination_config_kind, crpci_coordination_config_tell);
-    if (!c)
-        return CRPC_ENOMEM;
-    c->fn = fn;
-    c->item.user = user;
-    c->item.task.dir = crpci_coordination_path(h, r->root, path);
     crpci_loop_lock(r->loop);
-    if (!c->item.task.dir)
-        err = CRPC_ENOMEM;
-    else if (r->private_loop)
-        err = crpci_drive_ensure_owner(r->loop);
-    err = err ? err : crpci_id_add(&r->configs, h, c, &id->value);
-    if (err) {
-        crpci_coordination_config_free(&c->item.task);
+    err = crpci_agreement_need_owner(r);
+    if (!err) {
+        full = crpci_agreement_path(s->heap, r->root, path);
+        c = (crpci_config_watch *)crpci_agreement_new(r, &crpci_config_kind, NULL, user);
+        err = c && full ? crpci_id_add(&r->configs, s->heap, c, &id->value) : CRPC_ENOMEM;
+    }
+    if (!err) { /* the job takes the item's only reference */
+        c->fn = fn;
+        crpci_zk_node_watch_init(&c->watch, s, crpci_config_on_value, &c->item,
+                                 crpci_agreement_unref);
+        crpci_zk_node_watch_set(&c->watch, CRPCI_ZK_WATCH_DATA, full);
+        crpci_zk_session_kick(s);
     } else {
-        crpci_coordination_item_add(r, &c->item);
-        crpci_zookeeper_kick(r->session);
+        crpci_heap_strfree(s->heap, full);
+        if (c)
+            crpci_agreement_discard(&c->item);
     }
     crpci_loop_unlock(r->loop);
     return err;
@@ -14680,388 +15630,252 @@ CRPC_API int crpc_config_watch(crpc_registry *r, const char *path, crpc_config_f
 
 CRPC_API void crpc_config_unwatch(crpc_registry *r, crpc_id id)
 {
-    crpci_coordination_config *c;
+    crpci_config_watch *c;
     crpci_loop_lock(r->loop);
-    c = (crpci_coordination_config *)crpci_id_get(&r->configs, id.value);
+    c = (crpci_config_watch *)crpci_id_get(&r->configs, id.value);
     if (c) {
         crpci_id_remove(&r->configs, id.value);
-        crpci_coordination_item_end(&c->item);
-        crpci_coordination_item_drop(&c->item);
+        crpci_config_end(&c->item);
     }
     crpci_loop_unlock(r->loop);
 }
+#endif /* CRPC_ENABLE_ZOOKEEPER */
 
-/* --- queues: locks and elections --------------------------------------------------------------
- * Each contender has an ephemeral sequential node; the lowest number is first and holds, every
- * other one watches the node before its own, so that an end wakes one contender. The name carries
- * an id, by which a node is found again whose creation got no answer. (Apache ZooKeeper's recipes,
- * with the protection of Curator, whose names these are too.)
+/* ======================================================================== */
+/* >>impl-queue   locks and elections                                        */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_ZOOKEEPER
+
+/* Each contender owns an ephemeral sequential node. The lowest number is the first and holds; every
+ * other contender watches the node before its own, so that an end wakes one of them. The name
+ * carries an id, by which a node is found again whose creation got no answer. (Apache ZooKeeper's
+ * recipes, with the protection of Curator, whose names these are too.)
  *
- * What is held is held under a lease: the server, which ends a session when it has heard nothing
- * for the session's timeout, had every answered request after it was sent. So a request every
- * quarter of the timeout proves the session alive for the whole of it; a tenth is kept back. When
- * the lease runs out, whatever the reason, the lock is lost here before anybody else can have it
- * there. If the session turns out to have lived on, its node is removed all the same. */
+ * A holder has a lease: a server ends a session when it has heard nothing for the session's
+ * timeout, and each answered request reached it after it was sent. So a check of the own node,
+ * every quarter of the timeout, proves that the session lives for the whole of it; a tenth is kept
+ * back. When the lease runs out, for whatever reason, the lock is lost here before anybody else can
+ * have it there. If the session turns out to have lived on, its node is removed all the same.
+ *
+ *     OUT    no place is wanted           acquire, or the election opens       -> ENTER
+ *     ENTER  the node is being made       it is owned                          -> LOOK
+ *     LOOK   the queue is being read      none is before it                    -> FIRST
+ *                                         one is                               -> WAIT, or OUT if
+ *                                                                              only tried
+ *     WAIT   the one before is watched    that is gone                         -> LOOK
+ *     FIRST  the own node is checked      it is there                          -> HELD
+ *     HELD   until lease_us               the node, the session or the lease   -> OUT; of an
+ *                                         is gone                              election ENTER
+ *
+ * From LOOK, WAIT and FIRST the loss of the node or the session leads to ENTER. Release, close, the
+ * end of the time to wait, and for a lock also an error of the registry lead to OUT. */
+typedef enum crpci_queue_state {
+    CRPCI_QUEUE_OUT,
+    CRPCI_QUEUE_ENTER,
+    CRPCI_QUEUE_LOOK,
+    CRPCI_QUEUE_WAIT,
+    CRPCI_QUEUE_FIRST,
+    CRPCI_QUEUE_HELD
+} crpci_queue_state;
 
-CRPCI_FN crpci_coordination_queue *crpci_coordination_queue_of(crpci_zookeeper_task *t)
+/* What the program knows. */
+typedef enum crpci_queue_told {
+    CRPCI_QUEUE_QUIET, /* nothing is held, nothing was asked for */
+    CRPCI_QUEUE_ASKED, /* of a lock: the end of an attempt is due, with `outcome` or success */
+    CRPCI_QUEUE_LEADS, /* that it holds, with told_token: the end of that is due */
+    CRPCI_QUEUE_CLOSED /* the handle is closed: nothing is told any more */
+} crpci_queue_told;
+
+/* A place in the queue for a lock or for the lead. */
+typedef struct crpci_queue_place {
+    crpci_item item;
+    crpci_zk_own own;
+    crpci_zk_watch list;   /* of the directory */
+    crpci_zk_watch before; /* of the node before the own one */
+    crpci_queue_state state;
+    crpci_queue_told told;
+    bool once;   /* the attempt fails unless the lock is free now */
+    int outcome; /* of the attempt, if it failed; or 0 */
+    int64_t told_token;
+    int64_t token;    /* HELD */
+    int64_t lease_us; /* HELD: until when for certain */
+    char *dir;
+    char *who; /* what the node holds */
+    size_t who_size;
+    crpc_lock_fn on_lock;         /* of a lock... */
+    crpc_election_fn on_election; /* ... or of an election */
+} crpci_queue_place;
+
+struct crpc_lock {
+    crpci_queue_place place;
+};
+
+struct crpc_election {
+    crpci_queue_place place;
+};
+
+/* Reads the queue. */
+CRPCI_FN void crpci_queue_look(crpci_queue_place *q)
 {
-    crpci_coordination_item *item = crpci_coordination_item_of(t);
-    return CRPCI_CONTAINER(item, crpci_coordination_queue, item);
+    q->state = CRPCI_QUEUE_LOOK;
+    crpci_zk_node_watch_again(&q->list);
 }
 
-CRPCI_FN void crpci_coordination_set(crpci_coordination_queue *q, char **text, char *value)
+/* Leaves the place for another state, and what was known of the queue with it. */
+CRPCI_FN void crpci_queue_to(crpci_queue_place *q, crpci_queue_state state, crpci_zk_wish wish)
 {
-    crpci_heap_strfree(q->item.task.session->heap, *text);
-    *text = value;
+    q->state = state;
+    q->own.check_us = CRPCI_ZK_NODE_CHECK_US;
+    crpci_zk_node_watch_stop(&q->list);
+    crpci_zk_node_watch_stop(&q->before);
+    crpci_zk_node_own_want(&q->own, wish);
 }
 
-/* Chooses what to do from what is known; nothing while a request is under way, whose answer comes
- * back here. */
-CRPCI_FN void crpci_coordination_queue_next(crpci_coordination_queue *q)
+/* A place is lost or given up. `status` is the outcome of an attempt that goes on. */
+CRPCI_FN void crpci_queue_out(crpci_queue_place *q, int status)
 {
-    crpci_zookeeper_task *t = &q->item.task;
-    if (t->op)
-        return;
-    crpci_coordination_set(q, &q->before, NULL);
-    if (q->leave && !q->path && !q->doubt)
-        q->leave = false;
-    t->due_us = 0;
-    if (q->leave)
-        t->step = q->path ? CRPCI_ZOOKEEPER_GONE : CRPCI_ZOOKEEPER_LIST;
-    else if (!q->wanted)
-        t->step = CRPCI_ZOOKEEPER_IDLE;
-    else if (q->path)
-        t->step = q->held ? CRPCI_ZOOKEEPER_STAT : CRPCI_ZOOKEEPER_LIST;
-    else
-        t->step = q->doubt ? CRPCI_ZOOKEEPER_LIST : CRPCI_ZOOKEEPER_ADD;
-    if (t->step == CRPCI_ZOOKEEPER_IDLE && q->item.owner)
-        t->due_us = INT64_MAX;
-}
-
-/* It is not held any more. */
-CRPCI_FN void crpci_coordination_lose(crpci_coordination_queue *q)
-{
-    if (!q->held)
-        return;
-    q->held = false;
-    q->lease_us = 0;
-    q->leave = true;
-    q->wanted = q->election && !q->closed && q->wanted;
-    if (q->asked && !q->outcome)
-        q->outcome = CRPC_EGONE; /* before the program heard of it */
-    crpci_loop_timer_cancel(q->item.task.session->loop, &q->item.timer);
-    crpci_coordination_ready(&q->item);
-}
-
-/* An attempt ends without success. */
-CRPCI_FN void crpci_coordination_give_up(crpci_coordination_queue *q, int status)
-{
-    q->wanted = false;
-    q->leave = true;
-    if (q->asked && !q->outcome)
+    if (q->told == CRPCI_QUEUE_ASKED && !q->outcome)
         q->outcome = status;
-    crpci_loop_timer_cancel(q->item.task.session->loop, &q->item.timer);
-    crpci_coordination_ready(&q->item);
+    crpci_loop_timer_cancel(q->item.session->loop, &q->item.timer);
+    crpci_queue_to(q, CRPCI_QUEUE_OUT, CRPCI_ZK_WISH_UNWANTED);
+    crpci_agreement_ready(&q->item);
+}
+
+/* It is not held any more. A node that may still be there goes first. */
+CRPCI_FN void crpci_queue_lose(crpci_queue_place *q)
+{
+    crpci_queue_out(q, CRPC_EGONE); /* of an attempt: before the program heard of its success */
+    if (q->on_election && q->told != CRPCI_QUEUE_CLOSED)
+        crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_AFRESH);
 }
 
 /* The lease has run out, or the time of an attempt. */
-CRPCI_FN void crpci_coordination_queue_timer(crpc_loop *l, crpci_timer *timer)
+CRPCI_FN void crpci_queue_timer(crpc_loop *l, crpci_timer *timer)
 {
-    crpci_coordination_item *item = CRPCI_CONTAINER(timer, crpci_coordination_item, timer);
-    crpci_coordination_queue *q = CRPCI_CONTAINER(item, crpci_coordination_queue, item);
-    crpci_zookeeper *s = item->task.session;
+    crpci_item *item = CRPCI_CONTAINER(timer, crpci_item, timer);
+    crpci_queue_place *q = CRPCI_CONTAINER(item, crpci_queue_place, item);
+    crpci_zk_session *s = item->session;
     (void)l;
-    if (q->held) {
+    if (q->state == CRPCI_QUEUE_HELD) {
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                       "zookeeper: %s: no sign of the session for too long: it is held no more",
-                       item->task.dir);
-        crpci_coordination_lose(q);
+                       "%s %s: lease expired without an answer from zookeeper://%s; given up",
+                       q->on_lock ? "lock" : "election", q->dir, s->authority);
+        crpci_queue_lose(q);
     } else {
-        crpci_coordination_give_up(q, s->connected ? CRPC_ETIMEDOUT : CRPC_ECONN);
+        crpci_queue_out(q, s->phase == CRPCI_ZK_CONNECTED ? CRPC_ETIMEDOUT : CRPC_ECONN);
     }
-    crpci_coordination_queue_next(q);
-    crpci_coordination_soon(s);
+    crpci_zk_session_soon(s);
 }
 
-/* An answer that a new connection does not cure. */
-CRPCI_FN void crpci_coordination_queue_fail(crpci_coordination_queue *q, int rc)
+/* --- the own node ----------------------------------------------------------------------------- */
+
+CRPCI_FN crpci_queue_place *crpci_queue_of(crpci_zk_own *own)
 {
-    crpci_zookeeper_task *t = &q->item.task;
-    crpci_zookeeper *s = t->session;
-    int64_t wait = crpci_zookeeper_backoff(s, q->failures);
-    if (q->failures++ % 10 == 0)
-        crpci_heap_log(s->heap, CRPC_LOG_WARN, "zookeeper: %s: %s", t->dir, zerror(rc));
-    if (q->leave && q->failures > 10) { /* it will go with the session */
-        crpci_coordination_set(q, &q->path, NULL);
-        q->doubt = false;
-    } else if (!q->election && q->wanted) {
-        crpci_coordination_give_up(q, crpci_coordination_status(rc));
-    }
-    crpci_coordination_queue_next(q);
-    if (t->due_us != INT64_MAX)
-        crpci_zookeeper_later(t, wait);
+    return CRPCI_CONTAINER(own, crpci_queue_place, own);
 }
 
-/* The directory was read. */
-CRPCI_FN void crpci_coordination_listed(crpci_coordination_queue *q,
-                                        const crpci_zookeeper_answer *a)
+/* An id in the shape of a UUID, because some readers look for that. */
+CRPCI_FN char *crpci_queue_name(crpci_zk_own *own)
 {
-    crpci_zookeeper_task *t = &q->item.task;
-    crpci_heap *h = t->session->heap;
-    size_t count = crpci_coordination_names(a);
-    crpci_coordination_place p;
-    const char *other;
-    crpci_coordination_look(&p, count ? a->names->data : NULL, count, q->id);
-    other = p.again ? p.again : p.before;
-    crpci_coordination_set(q, &q->path, p.own ? crpci_zookeeper_join(h, t->dir, p.own) : NULL);
-    if (!p.own) {
-        q->doubt = q->doubt && !q->leave;
-        crpci_coordination_queue_next(q);
-        if (q->wanted && !q->leave)
-            t->step = CRPCI_ZOOKEEPER_ADD; /* under the same id while there is doubt */
-        return;
-    }
-    if (q->wanted && !q->leave && q->once && p.before)
-        crpci_coordination_give_up(q, CRPC_ETIMEDOUT);
-    q->doubt = q->doubt || !q->path; /* no memory for its name: it is looked for again */
-    crpci_coordination_queue_next(q);
-    if (!q->path)
-        crpci_zookeeper_later(t, CRPCI_ZOOKEEPER_RETRY_US);
-    if (!q->wanted || q->leave || !q->path)
-        return;
-    t->step = CRPCI_ZOOKEEPER_STAT;
-    if (!other)
-        return;
-    q->before = crpci_zookeeper_join(h, t->dir, other);
-    t->step = !q->before ? CRPCI_ZOOKEEPER_LIST
-              : p.again  ? CRPCI_ZOOKEEPER_TWIN_DELETE
-                         : CRPCI_ZOOKEEPER_WATCH;
-    if (!q->before)
-        crpci_zookeeper_later(t, CRPCI_ZOOKEEPER_RETRY_US);
+    crpci_zk_session *s = own->job.session;
+    uint64_t id = (uint64_t)s->id;
+    uint32_t now = (uint32_t)crpci_zk_job_now(s);
+    char name[48 + sizeof CRPCI_AGREEMENT_MARK];
+    snprintf(name, sizeof name, "_c_%08x-%04x-%04x-%04x-%04x%08x%s", (unsigned)(id >> 32),
+             (unsigned)(id >> 16 & 0xffff), (unsigned)(id & 0xffff), (unsigned)(now >> 16),
+             (unsigned)(now & 0xffff), (unsigned)crpci_loop_random(s->loop), CRPCI_AGREEMENT_MARK);
+    return crpci_zk_node_join(s->heap, own->dir, name);
 }
 
-/* The own node is the first, and there: it is held, or held on. */
-CRPCI_FN void crpci_coordination_granted(crpci_coordination_queue *q, const crpci_zookeeper_op *op,
-                                         const struct Stat *stat)
+/* The own node is the first, and was there when the check was sent: it is held, or held on. */
+CRPCI_FN void crpci_queue_grant(crpci_queue_place *q, int64_t sent_us, const struct Stat *stat)
 {
-    crpci_zookeeper_task *t = &q->item.task;
-    crpci_zookeeper *s = t->session;
-    int64_t until = op->sent_us + (int64_t)s->negotiated_ms * 900, now = crpci_zookeeper_now(s);
-    if (q->leave || !q->wanted)
-        return;
-    t->step = CRPCI_ZOOKEEPER_STAT;
-    crpci_zookeeper_later(t, (int64_t)s->negotiated_ms * 250);
+    crpci_zk_session *s = q->item.session;
+    int64_t until = sent_us + (int64_t)s->negotiated_ms * 900, now = crpci_zk_job_now(s);
     if (until <= now)
         return;
     q->lease_us = until;
     crpci_loop_timer_set(s->loop, &q->item.timer, until - now);
-    if (q->held)
+    if (q->state == CRPCI_QUEUE_HELD)
         return;
-    q->held = true;
-    q->once = false;
-    q->failures = 0;
+    q->state = CRPCI_QUEUE_HELD;
     q->token = stat->czxid;
-    crpci_coordination_ready(&q->item);
+    crpci_agreement_ready(&q->item);
 }
 
-/* The own node is gone, though nobody here removed it. */
-CRPCI_FN void crpci_coordination_vanished(crpci_coordination_queue *q)
+CRPCI_FN void crpci_queue_owned(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat,
+                                bool news)
 {
-    crpci_heap_log(q->item.task.session->heap, CRPC_LOG_WARN,
-                   "zookeeper: %s: its node was removed by somebody else", q->item.task.dir);
-    crpci_coordination_set(q, &q->path, NULL);
-    crpci_coordination_lose(q);
-    crpci_coordination_queue_next(q);
+    crpci_queue_place *q = crpci_queue_of(own);
+    (void)news;
+    if (q->state == CRPCI_QUEUE_ENTER)
+        crpci_queue_look(q);
+    else if (stat && q->state >= CRPCI_QUEUE_FIRST)
+        crpci_queue_grant(q, sent_us, stat);
 }
 
-CRPCI_FN bool crpci_coordination_queue_prepare(crpci_zookeeper_task *t, crpci_zookeeper_op *op)
+CRPCI_FN void crpci_queue_lost(crpci_zk_own *own, int rc)
 {
-    crpci_coordination_queue *q = crpci_coordination_queue_of(t);
-    crpci_zookeeper *s = t->session;
-    crpci_heap *h = s->heap;
-    op->step = t->step;
-    op->watch = t->step == CRPCI_ZOOKEEPER_WATCH;
-    op->data = q->who;
-    op->size = (int)q->who_size - 1;
-    op->flags = ZOO_EPHEMERAL_SEQUENTIAL;
-    if (t->step == CRPCI_ZOOKEEPER_IDLE) {
-        t->due_us = INT64_MAX;
-        if (!q->item.owner)
-            crpci_coordination_item_drop(&q->item);
-        return false;
+    crpci_queue_place *q = crpci_queue_of(own);
+    bool gone = rc == ZNONODE || rc == ZSESSIONEXPIRED;
+    if (rc == ZNONODE)
+        crpci_heap_log(q->item.session->heap, CRPC_LOG_WARN,
+                       "%s %s: somebody else removed this process's node",
+                       q->on_lock ? "lock" : "election", q->dir);
+    if (q->state == CRPCI_QUEUE_HELD && gone)
+        crpci_queue_lose(q);
+    else if (gone)
+        crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_WANTED);
+    else if (q->on_lock)
+        crpci_queue_out(q, crpci_agreement_status(rc));
+}
+
+/* --- the queue -------------------------------------------------------------------------------- */
+
+CRPCI_FN bool crpci_queue_on_list(crpci_zk_watch *w, const crpci_zk_answer *a)
+{
+    crpci_queue_place *q = CRPCI_CONTAINER(w, crpci_queue_place, list);
+    const char *before;
+    size_t count;
+    char *const *names = crpci_zk_node_names(a, &count);
+    if (q->state != CRPCI_QUEUE_LOOK || !q->own.path)
+        return true;
+    if (a->rc != ZOK && a->rc != ZNONODE) {
+        if (q->on_lock)
+            crpci_queue_out(q, crpci_agreement_status(a->rc));
+        return true;
     }
-    if (t->step == CRPCI_ZOOKEEPER_LIST) {
-        op->watch = false;
-        op->path = crpci_heap_strndup(h, t->dir, strlen(t->dir));
-    } else if (t->step == CRPCI_ZOOKEEPER_MKDIR) {
-        op->path = crpci_heap_strndup(h, t->dir, t->made);
-    } else if (t->step == CRPCI_ZOOKEEPER_ADD) {
-        char name[sizeof q->id + sizeof CRPCI_COORDINATION_MARK];
-        uint64_t session = (uint64_t)s->session_id;
-        uint32_t now = (uint32_t)crpci_zookeeper_now(s);
-        if (!q->doubt) /* in the shape of a UUID: some readers look for that */
-            snprintf(q->id, sizeof q->id, "_c_%08x-%04x-%04x-%04x-%04x%08x",
-                     (unsigned)(session >> 32), (unsigned)(session >> 16 & 0xffff),
-                     (unsigned)(session & 0xffff), (unsigned)(now >> 16),
-                     (unsigned)(now & 0xffff), (unsigned)crpci_loop_random(s->loop));
-        snprintf(name, sizeof name, "%s%s", q->id, CRPCI_COORDINATION_MARK);
-        op->path = crpci_zookeeper_join(h, t->dir, name);
+    before = crpci_agreement_pick(names, count, strrchr(q->own.path, '/') + 1);
+    if (!before) {
+        q->state = CRPCI_QUEUE_FIRST;
+        crpci_zk_node_own_check(&q->own, (int64_t)q->item.session->negotiated_ms * 250);
+    } else if (q->once) {
+        crpci_queue_out(q, CRPC_ETIMEDOUT);
     } else {
-        const char *path = t->step == CRPCI_ZOOKEEPER_WATCH ||
-                                   t->step == CRPCI_ZOOKEEPER_TWIN_DELETE
-                               ? q->before
-                               : q->path;
-        op->path = crpci_heap_strndup(h, path, strlen(path));
+        if (!crpci_zk_node_watch_set(&q->before, CRPCI_ZK_WATCH_END,
+                                     crpci_zk_node_join(q->item.session->heap, q->dir, before)))
+            return false;
+        q->state = CRPCI_QUEUE_WAIT;
     }
-    return op->path != NULL;
+    return true;
 }
 
-CRPCI_FN void crpci_coordination_added(crpci_coordination_queue *q, const crpci_zookeeper_answer *a)
+CRPCI_FN bool crpci_queue_on_before(crpci_zk_watch *w, const crpci_zk_answer *a)
 {
-    crpci_zookeeper_task *t = &q->item.task;
-    if (a->rc == ZNONODE) {
-        t->step = CRPCI_ZOOKEEPER_MKDIR;
-        t->made = strlen(t->dir);
-        return;
-    }
-    if (a->rc != ZOK) {
-        crpci_coordination_queue_fail(q, a->rc);
-        return;
-    }
-    if (a->text)
-        q->path = crpci_heap_strndup(t->session->heap, a->text, strlen(a->text));
-    q->doubt = q->doubt || !q->path;
-    crpci_coordination_queue_next(q);
+    crpci_queue_place *q = CRPCI_CONTAINER(w, crpci_queue_place, before);
+    if (q->state == CRPCI_QUEUE_WAIT && a->rc == ZNONODE)
+        crpci_queue_look(q);
+    return true;
 }
 
-CRPCI_FN void crpci_coordination_answered(crpci_coordination_queue *q, const crpci_zookeeper_op *op,
-                                          const crpci_zookeeper_answer *a)
-{
-    crpci_zookeeper_task *t = &q->item.task;
-    bool good = a->rc == ZOK || a->rc == ZNONODE;
-    int made = 0;
-    switch (op->step) {
-    case CRPCI_ZOOKEEPER_MKDIR:
-        made = crpci_zookeeper_made(t, a->rc);
-        if (made < 0)
-            crpci_coordination_queue_fail(q, a->rc);
-        else if (made)
-            t->step = CRPCI_ZOOKEEPER_ADD;
-        return;
-    case CRPCI_ZOOKEEPER_ADD:
-        crpci_coordination_added(q, a);
-        return;
-    default:
-        break;
-    }
-    if (!good) {
-        crpci_coordination_queue_fail(q, a->rc);
-    } else if (op->step == CRPCI_ZOOKEEPER_LIST) {
-        crpci_coordination_listed(q, a);
-    } else if (op->step == CRPCI_ZOOKEEPER_WATCH && a->rc == ZOK) {
-        crpci_zookeeper_later(t, /* in case the watch is lost */
-                              crpci_zookeeper_spread(t->session, CRPCI_ZOOKEEPER_CHECK_US, 20));
-    } else if (op->step == CRPCI_ZOOKEEPER_STAT) {
-        if (a->rc == ZOK && a->stat->ephemeralOwner == t->session->session_id)
-            crpci_coordination_granted(q, op, a->stat);
-        else
-            crpci_coordination_vanished(q);
-    } else {
-        if (op->step == CRPCI_ZOOKEEPER_GONE)
-            crpci_coordination_set(q, &q->path, NULL);
-        crpci_coordination_queue_next(q);
-    }
-}
+/* --- telling ---------------------------------------------------------------------------------- */
 
-CRPCI_FN void crpci_coordination_queue_done(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
-                                            const crpci_zookeeper_answer *a)
+CRPCI_FN void crpci_queue_say(crpci_queue_place *q, int status, int64_t token)
 {
-    crpci_coordination_queue *q = crpci_coordination_queue_of(t);
-    t->due_us = 0;
-    if (!crpci_zookeeper_lost(a->rc)) {
-        crpci_coordination_answered(q, op, a);
-        if ((q->leave || !q->wanted) &&
-            (a->rc == ZOK || a->rc == ZNONODE || a->rc == ZNODEEXISTS))
-            crpci_coordination_queue_next(q); /* released meanwhile: first of all the node goes */
-        return;
-    }
-    q->doubt = q->doubt || op->step == CRPCI_ZOOKEEPER_ADD;
-    crpci_coordination_queue_next(q);
-    if (t->due_us != INT64_MAX)
-        crpci_zookeeper_later(t,
-                              crpci_zookeeper_spread(t->session, CRPCI_ZOOKEEPER_RETRY_US, 50));
-}
-
-/* The session is over, and every node with it. */
-CRPCI_FN void crpci_coordination_queue_over(crpci_coordination_queue *q)
-{
-    crpci_coordination_lose(q);
-    crpci_coordination_set(q, &q->path, NULL);
-    q->doubt = q->leave = false;
-}
-
-CRPCI_FN void crpci_coordination_queue_resume(crpci_zookeeper_task *t, bool fresh)
-{
-    crpci_coordination_queue *q = crpci_coordination_queue_of(t);
-    q->failures = 0;
-    if (fresh)
-        crpci_coordination_queue_over(q);
-    crpci_coordination_queue_next(q);
-}
-
-CRPCI_FN void crpci_coordination_queue_lost(crpci_zookeeper_task *t, bool over)
-{
-    crpci_coordination_queue *q = crpci_coordination_queue_of(t);
-    if (!over)
-        return; /* the lease goes on */
-    crpci_coordination_queue_over(q);
-    if (!q->item.owner && !t->op)
-        crpci_coordination_item_drop(&q->item);
-}
-
-/* Somebody left the queue. */
-CRPCI_FN void crpci_coordination_queue_changed(crpci_zookeeper_task *t, const char *path, bool gone)
-{
-    crpci_coordination_queue *q = crpci_coordination_queue_of(t);
-    (void)gone;
-    if (!t->op && t->step == CRPCI_ZOOKEEPER_WATCH && strcmp(q->before, path) == 0) {
-        t->step = CRPCI_ZOOKEEPER_LIST;
-        t->due_us = 0;
-    }
-}
-
-CRPCI_FN void crpci_coordination_queue_unsent(crpci_zookeeper_task *t, const crpci_zookeeper_op *op,
-                                              int rc)
-{
-    crpci_coordination_queue *q = crpci_coordination_queue_of(t);
-    int64_t due = t->due_us;
-    q->doubt = q->doubt || (op->step == CRPCI_ZOOKEEPER_ADD && rc != ZINVALIDSTATE);
-    crpci_coordination_queue_next(q);
-    t->due_us = due > t->due_us ? due : t->due_us;
-}
-
-CRPCI_FN void crpci_coordination_queue_free(crpci_zookeeper_task *t)
-{
-    crpci_coordination_queue *q = crpci_coordination_queue_of(t);
-    crpci_heap *h = t->session->heap;
-    crpci_heap_strfree(h, q->path);
-    crpci_heap_strfree(h, q->before);
-    crpci_heap_free(h, q->who, q->who_size);
-    crpci_heap_strfree(h, t->dir);
-    crpci_heap_free(h, q, sizeof *q);
-}
-
-static const crpci_zookeeper_kind crpci_coordination_queue_kind = {
-    crpci_coordination_queue_prepare, crpci_coordination_queue_done,
-    crpci_coordination_queue_resume,  crpci_coordination_queue_free,
-    crpci_coordination_queue_changed, crpci_coordination_queue_lost,
-    crpci_coordination_queue_unsent};
-
-CRPCI_FN void crpci_coordination_queue_say(crpci_coordination_queue *q, int status, int64_t token)
-{
-    crpc_loop *l = q->item.task.session->loop;
+    crpc_loop *l = q->item.session->loop;
     crpci_loop_user_begin(l);
-    if (q->election)
+    if (q->on_election)
         q->on_election(q->item.user, status == CRPC_OK, token);
     else
         q->on_lock(q->item.user, status, token);
@@ -15069,119 +15883,122 @@ CRPCI_FN void crpci_coordination_queue_say(crpci_coordination_queue *q, int stat
 }
 
 /* An end is told before the next beginning, even if both came before the program was asked. */
-CRPCI_FN void crpci_coordination_queue_tell(crpci_coordination_item *item)
+CRPCI_FN void crpci_queue_tell(crpci_item *item)
 {
-    crpci_coordination_queue *q = CRPCI_CONTAINER(item, crpci_coordination_queue, item);
-    while (!q->closed) {
-        if (q->told && (!q->held || q->token != q->told_token)) {
-            q->told = false;
-            crpci_coordination_queue_say(q, CRPC_EGONE, q->told_token);
-        } else if (q->held && !q->told) {
-            q->told = true;
-            q->asked = false;
+    crpci_queue_place *q = CRPCI_CONTAINER(item, crpci_queue_place, item);
+    for (;;) {
+        bool held = q->state == CRPCI_QUEUE_HELD;
+        int status = q->outcome;
+        if (q->told == CRPCI_QUEUE_LEADS && (!held || q->token != q->told_token)) {
+            q->told = CRPCI_QUEUE_QUIET;
+            crpci_queue_say(q, CRPC_EGONE, q->told_token);
+        } else if (held && q->told < CRPCI_QUEUE_LEADS) {
+            q->told = CRPCI_QUEUE_LEADS;
             q->told_token = q->token;
-            crpci_coordination_queue_say(q, CRPC_OK, q->token);
-        } else if (q->asked && q->outcome) {
-            int status = q->outcome;
-            q->asked = false;
-            q->outcome = 0;
-            crpci_coordination_queue_say(q, status, 0);
+            crpci_queue_say(q, CRPC_OK, q->token);
+        } else if (q->told == CRPCI_QUEUE_ASKED && status) {
+            q->told = CRPCI_QUEUE_QUIET;
+            crpci_queue_say(q, status, 0);
         } else {
             return;
         }
     }
 }
 
-/* Leaves the queue, or with `again` goes to its end. Locked, unlocks meanwhile. */
-CRPCI_FN void crpci_coordination_queue_leave(crpci_coordination_queue *q, bool again)
+/* --- opening and closing ---------------------------------------------------------------------- */
+
+static const crpci_zk_owner crpci_queue_owner = {crpci_queue_name, crpci_queue_owned,
+                                                 crpci_queue_lost};
+
+CRPCI_FN void crpci_queue_free(crpci_item *item)
 {
-    crpci_coordination_lose(q);
-    if (again)
-        q->leave = true;
-    else
-        crpci_coordination_give_up(q, CRPC_ECANCELED);
-    crpci_coordination_queue_next(q);
-    if (!q->item.task.session->closing)
-        crpci_zookeeper_kick(q->item.task.session);
+    crpci_queue_place *q = CRPCI_CONTAINER(item, crpci_queue_place, item);
+    crpci_heap_free(item->session->heap, q->who, q->who_size);
+    crpci_heap_strfree(item->session->heap, q->dir);
 }
 
 /* What remains is the session's: to remove the node. */
-CRPCI_FN void crpci_coordination_queue_end(crpci_coordination_queue *q)
+CRPCI_FN void crpci_queue_end(crpci_item *item)
 {
-    crpci_zookeeper_task *t = &q->item.task;
-    q->wanted = false;
-    crpci_coordination_item_end(&q->item);
-    if (t->session->closing || (!t->op && !q->path && !q->doubt))
-        crpci_coordination_item_drop(&q->item);
+    crpci_queue_place *q = CRPCI_CONTAINER(item, crpci_queue_place, item);
+    if (q->told == CRPCI_QUEUE_LEADS && q->on_lock)
+        q->told = CRPCI_QUEUE_QUIET;
+    item->refs++;
+    crpci_queue_out(q, CRPC_ECANCELED);
+    crpci_agreement_end(item);
+    crpci_zk_job_drop(&q->list.job);
+    crpci_zk_job_drop(&q->before.job);
+    crpci_zk_node_own_want(&q->own, CRPCI_ZK_WISH_ENDED);
+    crpci_zk_session_kick(item->session);
+    crpci_agreement_unref(item);
 }
 
-CRPCI_FN int crpci_coordination_queue_new(crpc_registry *r, const char *path, crpc_view who,
-                                          crpci_coordination_queue **out)
+static const crpci_item_kind crpci_queue_kind = {sizeof(crpci_queue_place), crpci_queue_tell,
+                                                 crpci_queue_end, crpci_queue_free};
+
+/* A new place, not wanted yet, with a reference for the handle. Locked. */
+CRPCI_FN int crpci_queue_new(crpc_registry *r, const char *path, crpc_view who, void *user,
+                             crpci_queue_place **out)
 {
-    crpci_heap *h = r->session->heap;
-    crpci_coordination_queue *q;
+    crpci_zk_session *s = r->session;
+    crpci_heap *h = s->heap;
+    crpci_queue_place *q;
+    char *list;
+    int err = crpci_agreement_need_owner(r);
     *out = NULL;
-    if (!crpci_coordination_path_ok(path, false) || !path[*path == '/'] ||
-        crpc_view_size(who) > CRPC_NODE_BYTES_MAX)
-        return CRPC_EINVAL;
-    q = (crpci_coordination_queue *)crpci_coordination_item_new(
-        r, sizeof *q, &crpci_coordination_queue_kind, crpci_coordination_queue_tell);
+    if (err)
+        return err;
+    q = (crpci_queue_place *)crpci_agreement_new(r, &crpci_queue_kind, crpci_queue_timer, user);
     if (!q)
         return CRPC_ENOMEM;
-    crpci_timer_init(&q->item.timer, crpci_coordination_queue_timer);
-    q->item.task.due_us = INT64_MAX;
-    q->item.task.dir = crpci_coordination_path(h, r->root, path);
+    q->dir = crpci_agreement_path(h, r->root, path);
+    list = crpci_agreement_path(h, r->root, path);
     q->who_size = crpc_view_size(who) + 1; /* a block of no bytes is none */
     q->who = (char *)crpci_heap_alloc(h, q->who_size);
-    if (!q->item.task.dir || !q->who) {
-        crpci_coordination_queue_free(&q->item.task);
+    if (!q->dir || !list || !q->who) {
+        crpci_heap_strfree(h, list);
+        crpci_agreement_discard(&q->item);
         return CRPC_ENOMEM;
     }
     if (q->who_size > 1)
         memcpy(q->who, crpc_view_data(who), q->who_size - 1);
+    q->item.refs += 3;
+    crpci_zk_node_own_init(&q->own, s, &crpci_queue_owner, q->dir, &q->item, crpci_agreement_unref);
+    q->own.sequential = q->own.unwatched = true;
+    q->own.data = q->who;
+    q->own.size = (int)q->who_size - 1;
+    crpci_zk_node_watch_init(&q->list, s, crpci_queue_on_list, &q->item, crpci_agreement_unref);
+    crpci_zk_node_watch_init(&q->before, s, crpci_queue_on_before, &q->item, crpci_agreement_unref);
+    crpci_zk_node_watch_set(&q->list, CRPCI_ZK_WATCH_CHILDREN_ONCE, list);
+    crpci_zk_node_watch_stop(&q->list);
     *out = q;
     return CRPC_OK;
 }
 
-/* Puts it on the session; the handle is the caller's. */
-CRPCI_FN int crpci_coordination_queue_open(crpc_registry *r, crpci_coordination_queue *q)
+CRPCI_FN bool crpci_queue_args_ok(const char *path, crpc_view who)
 {
-    int err = CRPC_OK;
-    crpci_loop_lock(r->loop);
-    if (r->private_loop)
-        err = crpci_drive_ensure_owner(r->loop);
-    if (err) {
-        crpci_coordination_queue_free(&q->item.task);
-    } else {
-        q->item.task.refs++;
-        r->session->refs++;
-        crpci_coordination_item_add(r, &q->item);
-        crpci_coordination_queue_next(q);
-        crpci_zookeeper_kick(r->session);
-    }
-    crpci_loop_unlock(r->loop);
-    return err;
+    return crpci_agreement_path_ok(path, false) && path[*path == '/'] &&
+           crpc_view_size(who) <= CRPC_NODE_BYTES_MAX;
 }
 
-CRPCI_FN void crpci_coordination_queue_close(crpci_coordination_queue *q)
+CRPCI_FN void crpci_queue_close(crpci_queue_place *q)
 {
-    crpci_zookeeper *s = q->item.task.session;
+    crpci_zk_session *s = q->item.session;
     crpci_loop_lock(s->loop);
-    q->closed = true;
-    if (q->item.owner) {
-        crpci_coordination_queue_leave(q, false);
-        crpci_coordination_queue_end(q);
-    }
-    crpci_zookeeper_task_unref(&q->item.task);
-    crpci_zookeeper_unlock(s);
+    s->refs++;
+    q->told = CRPCI_QUEUE_CLOSED;
+    if (q->item.owner)
+        crpci_queue_end(&q->item);
+    crpci_agreement_unref(&q->item);
+    crpci_zk_session_unlock(s);
 }
 
-CRPCI_FN int64_t crpci_coordination_lease(crpci_coordination_queue *q)
+CRPCI_FN int64_t crpci_queue_lease(crpci_queue_place *q)
 {
-    crpci_zookeeper *s = q->item.task.session;
+    crpci_zk_session *s = q->item.session;
     int64_t left;
     crpci_loop_lock(s->loop);
-    left = q->held ? q->lease_us - crpci_zookeeper_now(s) : 0;
+    left = q->state == CRPCI_QUEUE_HELD ? q->lease_us - crpci_zk_job_now(s) : 0;
     crpci_loop_unlock(s->loop);
     return left > 0 ? left : 0;
 }
@@ -15189,38 +16006,41 @@ CRPCI_FN int64_t crpci_coordination_lease(crpci_coordination_queue *q)
 CRPC_API int crpc_lock_open(crpc_lock **lock, crpc_registry *r, const char *path, const char *who,
                             crpc_lock_fn fn, void *user)
 {
-    crpci_coordination_queue *q = NULL;
-    int err = fn ? crpci_coordination_queue_new(r, path, crpc_view_str(who), &q) : CRPC_EINVAL;
+    crpc_view text = crpc_view_str(who);
+    crpci_queue_place *q;
+    int err;
     *lock = NULL;
-    if (err)
-        return err;
-    q->on_lock = fn;
-    q->item.user = user;
-    err = crpci_coordination_queue_open(r, q);
-    *lock = err ? NULL : CRPCI_CONTAINER(q, crpc_lock, queue);
+    if (!fn || !crpci_queue_args_ok(path, text))
+        return CRPC_EINVAL;
+    crpci_loop_lock(r->loop);
+    err = crpci_queue_new(r, path, text, user, &q);
+    if (!err) {
+        q->on_lock = fn;
+        *lock = CRPCI_CONTAINER(q, crpc_lock, place);
+    }
+    crpci_loop_unlock(r->loop);
     return err;
 }
 
 CRPC_API int crpc_lock_acquire(crpc_lock *lock, int timeout_ms)
 {
-    crpci_coordination_queue *q = &lock->queue;
-    crpci_zookeeper *s = q->item.task.session;
+    crpci_queue_place *q = &lock->place;
+    crpci_zk_session *s = q->item.session;
     int err = CRPC_OK;
     crpci_loop_lock(s->loop);
     if (!q->item.owner)
         err = CRPC_ECANCELED;
-    else if (q->wanted || q->asked || q->told)
+    else if (q->state != CRPCI_QUEUE_OUT || q->told != CRPCI_QUEUE_QUIET)
         err = CRPC_EBUSY;
     if (!err) {
-        int64_t ms = timeout_ms ? timeout_ms : CRPCI_COORDINATION_TIMEOUT_MS;
-        q->wanted = q->asked = true;
+        int64_t ms = timeout_ms ? timeout_ms : CRPCI_OPERATIONS_TIMEOUT_MS;
+        q->told = CRPCI_QUEUE_ASKED;
         q->once = timeout_ms == 0;
         q->outcome = 0;
-        q->failures = 0;
         if (ms > 0)
             crpci_loop_timer_set(s->loop, &q->item.timer, ms * 1000);
-        crpci_coordination_queue_next(q);
-        crpci_zookeeper_kick(s);
+        crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_AFRESH);
+        crpci_zk_session_kick(s);
     }
     crpci_loop_unlock(s->loop);
     return err;
@@ -15228,114 +16048,197 @@ CRPC_API int crpc_lock_acquire(crpc_lock *lock, int timeout_ms)
 
 CRPC_API int64_t crpc_lock_lease_us(crpc_lock *lock)
 {
-    return crpci_coordination_lease(&lock->queue);
+    return crpci_queue_lease(&lock->place);
 }
 
 CRPC_API void crpc_lock_release(crpc_lock *lock)
 {
-    crpci_coordination_queue *q = &lock->queue;
-    crpc_loop *l = q->item.task.session->loop;
-    crpci_loop_lock(l);
-    if (q->item.owner && (q->wanted || q->told)) {
-        q->told = false;
-        if (q->asked && !q->outcome)
-            q->outcome = CRPC_ECANCELED;
-        crpci_coordination_queue_leave(q, false);
+    crpci_queue_place *q = &lock->place;
+    crpci_zk_session *s = q->item.session;
+    crpci_loop_lock(s->loop);
+    if (q->item.owner && (q->state != CRPCI_QUEUE_OUT || q->told == CRPCI_QUEUE_LEADS)) {
+        if (q->told == CRPCI_QUEUE_LEADS)
+            q->told = CRPCI_QUEUE_QUIET;
+        crpci_queue_out(q, CRPC_ECANCELED);
+        crpci_zk_session_kick(s);
     }
-    crpci_loop_unlock(l);
+    crpci_loop_unlock(s->loop);
 }
 
 CRPC_API void crpc_lock_close(crpc_lock *lock)
 {
     if (lock)
-        crpci_coordination_queue_close(&lock->queue);
+        crpci_queue_close(&lock->place);
 }
 
 CRPC_API int crpc_election_open(crpc_election **election, crpc_registry *r, const char *path,
                                 crpc_view who, crpc_election_fn fn, void *user)
 {
-    crpci_coordination_queue *q = NULL;
-    int err = fn ? crpci_coordination_queue_new(r, path, who, &q) : CRPC_EINVAL;
+    crpci_queue_place *q;
+    int err;
     *election = NULL;
-    if (err)
-        return err;
-    q->on_election = fn;
-    q->item.user = user;
-    q->election = q->wanted = true;
-    err = crpci_coordination_queue_open(r, q);
-    *election = err ? NULL : CRPCI_CONTAINER(q, crpc_election, queue);
+    if (!fn || !crpci_queue_args_ok(path, who))
+        return CRPC_EINVAL;
+    crpci_loop_lock(r->loop);
+    err = crpci_queue_new(r, path, who, user, &q);
+    if (!err) {
+        q->on_election = fn;
+        *election = CRPCI_CONTAINER(q, crpc_election, place);
+        crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_WANTED);
+        crpci_zk_session_kick(r->session);
+    }
+    crpci_loop_unlock(r->loop);
     return err;
 }
 
 CRPC_API int64_t crpc_election_lease_us(crpc_election *election)
 {
-    return crpci_coordination_lease(&election->queue);
+    return crpci_queue_lease(&election->place);
 }
 
 CRPC_API void crpc_election_resign(crpc_election *election)
 {
-    crpci_coordination_queue *q = &election->queue;
-    crpc_loop *l = q->item.task.session->loop;
-    crpci_loop_lock(l);
-    if (q->item.owner)
-        crpci_coordination_queue_leave(q, true);
-    crpci_loop_unlock(l);
+    crpci_queue_place *q = &election->place;
+    crpci_zk_session *s = q->item.session;
+    crpci_loop_lock(s->loop);
+    if (q->item.owner) {
+        crpci_queue_lose(q);
+        crpci_zk_session_kick(s);
+    }
+    crpci_loop_unlock(s->loop);
 }
 
 CRPC_API void crpc_election_close(crpc_election *election)
 {
     if (election)
-        crpci_coordination_queue_close(&election->queue);
+        crpci_queue_close(&election->place);
+}
+#endif /* CRPC_ENABLE_ZOOKEEPER */
+
+/* ======================================================================== */
+/* >>impl-registry   opening and closing a session that programs use         */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_ZOOKEEPER
+
+#define CRPCI_REGISTRY_OPEN_MS 3000
+
+/* What the program, and who opens the registry, hear of the session. */
+typedef struct crpci_registry_gate {
+    crpci_item item;
+    crpci_zk_job job;
+    crpc_registry_state state;
+    int64_t session; /* the last one that was connected */
+    bool news;
+    crpc_registry_state_fn fn;
+    crpci_waiter *waiter;
+} crpci_registry_gate;
+
+CRPCI_FN void crpci_registry_set(crpci_registry_gate *g, crpc_registry_state state)
+{
+    int64_t session = g->item.session->id;
+    if (state == g->state && (state != CRPC_REGISTRY_CONNECTED || session == g->session))
+        return;
+    g->state = state;
+    if (state == CRPC_REGISTRY_CONNECTED) {
+        g->session = session;
+        if (g->waiter)
+            crpci_drive_end_wait(g->item.session->loop, g->waiter);
+    }
+    g->news = g->fn != NULL;
+    if (g->news)
+        crpci_agreement_ready(&g->item);
 }
 
-/* --- the registry ----------------------------------------------------------------------------- */
+CRPCI_FN void crpci_registry_tell(crpci_item *item)
+{
+    crpci_registry_gate *g = CRPCI_CONTAINER(item, crpci_registry_gate, item);
+    crpc_loop *l = item->session->loop;
+    while (g->news && item->owner) {
+        crpc_registry_state state = g->state;
+        int64_t session = g->session;
+        g->news = false;
+        crpci_loop_user_begin(l);
+        g->fn(item->user, state, session);
+        crpci_loop_user_end(l);
+    }
+}
+
+CRPCI_FN void crpci_registry_event(crpci_zk_job *job, crpci_zk_event event,
+                                   const crpci_zk_request *q, const crpci_zk_answer *a)
+{
+    crpci_registry_gate *g = CRPCI_CONTAINER(job, crpci_registry_gate, job);
+    (void)q;
+    (void)a;
+    if (event == CRPCI_ZK_RESUMED || event == CRPCI_ZK_RENEWED)
+        crpci_registry_set(g, CRPC_REGISTRY_CONNECTED);
+    else if (event == CRPCI_ZK_SUSPENDED && g->state != CRPC_REGISTRY_CONNECTING)
+        crpci_registry_set(g, CRPC_REGISTRY_SUSPENDED);
+    else if (event == CRPCI_ZK_ENDED && g->state != CRPC_REGISTRY_CONNECTING)
+        crpci_registry_set(g, CRPC_REGISTRY_LOST);
+}
+
+/* It only listens. */
+static const crpci_zk_work crpci_registry_work = {NULL, crpci_registry_event, NULL};
+
+CRPCI_FN void crpci_registry_end(crpci_item *item)
+{
+    crpci_agreement_end(item);
+    crpci_zk_job_drop(&CRPCI_CONTAINER(item, crpci_registry_gate, item)->job);
+}
+
+static const crpci_item_kind crpci_registry_kind = {sizeof(crpci_registry_gate),
+                                                    crpci_registry_tell, crpci_registry_end, NULL};
 
 /* Takes over the options that the URL names. */
-CRPCI_COLD int crpci_coordination_options(crpci_url *u, crpc_registry_options *o, crpc_error *error)
+CRPCI_COLD int crpci_registry_options(crpci_url *u, crpc_registry_options *o, crpc_error *error)
 {
     char *key, *value;
     int64_t n;
     int err;
-    while ((err = crpci_url_next(u, &key, &value)) == CRPC_OK) {
+    while ((err = crpci_url_next(u, &key, &value, error)) == CRPC_OK) {
         int *to = strcmp(key, "session_timeout_ms") == 0    ? &o->session_timeout_ms
                   : strcmp(key, "registry_timeout_ms") == 0 ? &o->registry_timeout_ms
                   : strcmp(key, "must_connect") == 0        ? &o->must_connect
                                                             : NULL;
-        if (!to || !crpci_url_number(value, CRPCI_COORDINATION_LONGEST_MS, &n))
+        if (!to)
             return crpci_status_set(error, CRPC_EINVAL,
-                                    "URL option %.60s=%.60s: not known here, or out of range", key,
-                                    value);
+                                    "URL option %.60s: unknown; a registry has session_timeout_ms, "
+                                    "registry_timeout_ms and must_connect",
+                                    key);
+        if (!crpci_url_number(value, CRPCI_AGREEMENT_LONGEST_MS, &n))
+            return crpci_status_set(error, CRPC_EINVAL,
+                                    "URL option %.60s=%.60s: not a number from -1 to %d", key,
+                                    value, CRPCI_AGREEMENT_LONGEST_MS);
         *to = (int)n;
     }
-    return err == CRPC_EPENDING
-               ? CRPC_OK
-               : crpci_status_set(error, CRPC_EINVAL, "URL options are not key=value&key=value");
+    return err == CRPC_EPENDING ? CRPC_OK : err;
 }
 
-/* The gate: puts the listener on the session and waits for that. */
-CRPCI_COLD int crpci_coordination_await(crpc_registry *r, const crpc_registry_options *o,
-                                        crpc_error *error)
+/* Puts the listener on the session, and waits until there is a session. */
+CRPCI_COLD int crpci_registry_await(crpc_registry *r, const crpc_registry_options *o,
+                                    crpc_error *error)
 {
     crpc_loop *l = r->loop;
-    int64_t ms = crpci_base_option(o->registry_timeout_ms, CRPCI_COORDINATION_OPEN_MS, 0);
-    crpci_coordination_gate *g;
+    int64_t ms = crpci_base_option(o->registry_timeout_ms, CRPCI_REGISTRY_OPEN_MS, 0);
+    crpci_registry_gate *g;
     bool connected, stuck;
     crpci_waiter w;
     int err = CRPC_OK;
     memset(&w, 0, sizeof w);
-    g = (crpci_coordination_gate *)crpci_coordination_item_new(
-        r, sizeof *g, &crpci_coordination_gate_kind, crpci_coordination_gate_tell);
-    if (!g)
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    g->fn = o->on_state;
-    g->item.user = o->user;
-    g->item.task.due_us = INT64_MAX;
     crpci_loop_lock(l);
-    crpci_coordination_item_add(r, &g->item);
-    if (r->session->connected)
-        crpci_coordination_gate_set(g, CRPC_REGISTRY_CONNECTED);
-    if (r->private_loop && (o->on_state || CRPC_ZOOKEEPER_ST)) /* a client that lives in the loop */
-        err = crpci_drive_ensure_owner(l);
+    g = (crpci_registry_gate *)crpci_agreement_new(r, &crpci_registry_kind, NULL, o->user);
+    if (!g) {
+        crpci_loop_unlock(l);
+        return crpci_status_set(error, CRPC_ENOMEM, "registry: out of memory");
+    }
+    g->fn = o->on_state; /* the job takes the item's only reference */
+    crpci_zk_job_add(&g->job, &crpci_registry_work, r->session, INT64_MAX, &g->item,
+                     crpci_agreement_unref);
+    if (r->session->phase == CRPCI_ZK_CONNECTED)
+        crpci_registry_set(g, CRPC_REGISTRY_CONNECTED);
+    if (o->on_state || CRPC_ZOOKEEPER_ST) /* a client that lives in the loop */
+        err = crpci_agreement_need_owner(r);
     stuck = ms && crpci_loop_in_callback(l);
     if (!err && ms && !stuck && g->state != CRPC_REGISTRY_CONNECTED) {
         g->waiter = &w;
@@ -15345,37 +16248,29 @@ CRPCI_COLD int crpci_coordination_await(crpc_registry *r, const crpc_registry_op
     connected = g->state == CRPC_REGISTRY_CONNECTED;
     crpci_loop_unlock(l);
     if (err)
-        return crpci_status_set(error, err, "the private loop needs a thread, which is forbidden");
+        return crpci_status_set(error, err,
+                                "registry: its private loop needs a thread, and private_loop."
+                                "forbid_threads is set; pass a loop that the program drives");
     if (stuck && !connected)
         return crpci_status_set(error, CRPC_EDEADLK,
-                                "opened inside a callback of its loop, which must not wait: "
-                                "registry_timeout_ms can be -1");
+                                "registry: opened inside a callback of its loop, which must not "
+                                "wait; set registry_timeout_ms to -1");
     if (connected || !o->must_connect)
         return CRPC_OK;
     return crpci_status_set(error, CRPC_EREGISTRY, "zookeeper://%.100s: no session within %d ms",
                             r->session->authority, (int)ms);
 }
 
-CRPCI_COLD int crpci_coordination_join(crpc_registry *r, crpci_url *u,
-                                       const crpc_registry_options *o, crpc_error *error)
+CRPCI_COLD int crpci_registry_join(crpc_registry *r, crpci_url *u, const crpc_registry_options *o,
+                                   crpc_error *error)
 {
-    crpci_heap *h = r->loop->heap;
-    crpci_registry_options ro;
-    int err;
-    if (u->path[strspn(u->path, "/")]) {
-        err = crpci_zookeeper_root(h, u->path, &r->root, error);
-    } else {
-        r->root = crpci_heap_strndup(h, "", 0);
-        err = r->root ? CRPC_OK : crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    }
-    memset(&ro, 0, sizeof ro);
-    ro.session_timeout_ms = o->session_timeout_ms;
-    ro.credential = o->credential;
-    err = err ? err : crpci_zookeeper_open(r->loop, u, &ro, &r->base, error);
-    if (err)
-        return err;
-    r->session = ((crpci_zookeeper_registry *)(void *)r->base)->session;
-    return crpci_coordination_await(r, o, error);
+    crpci_zk_session_options so;
+    int err = crpci_zk_node_root(r->loop->heap, u->path, "", &r->root, error);
+    memset(&so, 0, sizeof so);
+    so.timeout_ms = o->session_timeout_ms;
+    so.credential = o->credential;
+    err = err ? err : crpci_zk_session_open(r->loop, u->authority, &so, &r->session, error);
+    return err ? err : crpci_registry_await(r, o, error);
 }
 
 CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const char *url,
@@ -15390,60 +16285,36 @@ CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const
     memset(&o, 0, sizeof o);
     if (options)
         o = *options;
-    err = crpci_url_parse(&u, url, error);
-    if (!err && strcmp(u.scheme, "zookeeper") != 0)
-        err = crpci_status_set(error, CRPC_EUNSUPPORTED, "%.40s:// is not known: zookeeper is",
-                               u.scheme);
-    err = err ? err : crpci_coordination_options(&u, &o, error);
-    if (err)
-        return err;
     if (private_loop) {
         err = crpc_loop_open(&loop, &o.private_loop);
         if (err)
-            return crpci_status_set(error, err, "private loop: %s", crpc_status_text(err));
+            return crpci_status_set(error, err, "registry: private loop: %s",
+                                    crpc_status_text(err));
     }
-    r = (crpc_registry *)crpci_heap_alloc(loop->heap, sizeof *r);
+    err = crpci_url_parse(&u, loop->heap, url, error);
+    if (!err && strcmp(u.scheme, "zookeeper") != 0)
+        err = crpci_status_set(error, CRPC_EUNSUPPORTED,
+                               "registry: %.40s:// cannot be opened; zookeeper:// can", u.scheme);
+    err = err ? err : crpci_registry_options(&u, &o, error);
+    r = err ? NULL : (crpc_registry *)crpci_heap_alloc(loop->heap, sizeof *r);
     if (!r) {
+        crpci_url_free(&u);
         if (private_loop)
             crpc_loop_close(loop);
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+        return err ? err : crpci_status_set(error, CRPC_ENOMEM, "registry: out of memory");
     }
     r->loop = loop;
     r->private_loop = private_loop;
     crpci_list_init(&r->items);
     crpci_loop_hold(loop);
-    err = crpci_coordination_join(r, &u, &o, error);
+    err = crpci_registry_join(r, &u, &o, error);
+    crpci_url_free(&u);
     if (err) {
         crpc_registry_close(r);
         return err;
     }
     *registry = r;
     return CRPC_OK;
-}
-
-/* Ends whatever was begun. Locked, unlocks meanwhile. */
-CRPCI_FN void crpci_coordination_end(crpc_registry *r)
-{
-    while (!crpci_list_empty(&r->items)) {
-        crpci_coordination_item *item =
-            CRPCI_CONTAINER(r->items.next, crpci_coordination_item, node);
-        crpci_zookeeper_task *t = &item->task;
-        if (t->kind == &crpci_coordination_op_kind) {
-            bool may = t->op && crpci_coordination_writes(t->step);
-            crpci_coordination_finish(crpci_coordination_op_of(t), CRPC_ECANCELED,
-                                      may ? CRPC_SENT_MAYBE : CRPC_SENT_NO, NULL, NULL);
-        } else if (t->kind == &crpci_coordination_queue_kind) {
-            crpci_coordination_queue *q = crpci_coordination_queue_of(t);
-            t->refs++; /* its handle may be closed meanwhile */
-            q->told = q->told && q->election;
-            crpci_coordination_queue_leave(q, false);
-            crpci_coordination_queue_end(q);
-            crpci_zookeeper_task_unref(t);
-        } else {
-            crpci_coordination_item_end(item);
-            crpci_coordination_item_drop(item);
-        }
-    }
 }
 
 CRPC_API void crpc_registry_close(crpc_registry *r)
@@ -15454,10 +16325,16 @@ CRPC_API void crpc_registry_close(crpc_registry *r)
         return;
     l = r->loop;
     private_loop = r->private_loop;
-    crpci_loop_lock(l);
-    crpci_coordination_end(r);
-    crpci_loop_unlock(l);
-    crpci_registry_close(r->base);
+    if (r->session) {
+        bool last;
+        crpci_loop_lock(l);
+        last = crpci_zk_session_leave_user(r->session);
+        while (!crpci_list_empty(&r->items)) {
+            crpci_item *item = CRPCI_CONTAINER(r->items.next, crpci_item, node);
+            item->kind->end(item);
+        }
+        crpci_zk_session_close(r->session, last);
+    }
     crpci_id_free(&r->configs, l->heap);
     crpci_heap_strfree(l->heap, r->root);
     crpci_heap_free(l->heap, r, sizeof *r);
@@ -15475,11 +16352,10 @@ CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 {
     int64_t id;
     crpci_loop_lock(r->loop);
-    id = r->session->connected ? r->session->session_id : 0;
+    id = r->session->phase == CRPCI_ZK_CONNECTED ? r->session->id : 0;
     crpci_loop_unlock(r->loop);
     return id;
 }
-
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
 /* ======================================================================== */
@@ -15494,6 +16370,9 @@ CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 #define CRPCI_REQUEST_LONGEST_MS 86400000 /* no call waits longer than a day */
 #define CRPCI_REQUEST_RETRIES 16   /* attempts that fail at once nest: this bounds the stack */
 #define CRPCI_REQUEST_INLINE  4096 /* attachments up to this size are copied behind the message */
+
+/* The words of cluster=, in the order of crpc_cluster. */
+#define CRPCI_REQUEST_CLUSTERS "failover,failfast,failsafe,failback,forking,broadcast"
 
 /* A policy in which every member has its final value. */
 typedef struct crpci_policy {
@@ -15526,6 +16405,7 @@ typedef struct crpci_request_source {
     bool short_names;
     bool intercepted; /* interceptors may have added fields */
     bool ids;         /* every request gets an id */
+    bool timeout_open; /* neither URL nor options set one: the .proto's counts */
     int hash_field;   /* 0: none */
     uint64_t seed;
     uint32_t last_id; /* atomic */
@@ -15566,8 +16446,26 @@ enum {
     CRPCI_CALL_PROTOCOL   /* that the fields are encoded for */
 };
 
+/* Whether a call is zero-initialised, or one that crpc has filled. */
+CRPCI_FN bool crpci_request_valid_call(const crpc_call *call)
+{
+    const void *protocol = call->reserved[CRPCI_CALL_PROTOCOL]; /* of one that holds something */
+    size_t i;
+    for (i = 0; crpci_protocols[i]; i++) {
+        if (protocol == crpci_protocols[i])
+            return true;
+    }
+    for (i = 0; i < sizeof call->reserved / sizeof *call->reserved; i++) {
+        if (call->reserved[i])
+            return false;
+    }
+    return true;
+}
+
 CRPC_API void crpc_call_reset(crpc_call *call)
 {
+    CRPCI_DEMAND(crpci_request_valid_call(call),
+                 "the crpc_call is not initialised: set it to CRPC_INIT before its first use");
     crpci_heap_chunk_unref((crpci_chunk *)call->reserved[CRPCI_CALL_HELD]);
     crpci_heap_chunk_unref((crpci_chunk *)call->reserved[CRPCI_CALL_ADDED]);
     memset(call->reserved, 0, sizeof call->reserved);
@@ -15612,14 +16510,15 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
  * memset, or the string instructions that compilers put in its place, take longer. */
 CRPCI_FN void crpci_request_clear_inputs(crpc_call *call)
 {
-    call->timeout_ms = call->retries = 0;
+    call->policy.cluster = CRPC_CLUSTER_DEFAULT;
+    call->policy.timeout_ms = call->policy.retries = call->policy.backup_ms = 0;
+    call->policy.forks = call->policy.fail_percent = 0;
     call->deadline_us = call->log_id = 0;
     call->fields = NULL;
     call->field_count = 0;
     call->credential = call->attachment = call->key = crpc_view_of(NULL, 0);
     call->request_id = call->order_key = crpc_view_of(NULL, 0);
     call->parent = NULL;
-    call->policy = NULL;
 }
 
 /* The same for the whole call; of the two texts only the first byte is cleared. */
@@ -15660,30 +16559,26 @@ CRPCI_FN void crpci_request_apply_policy(crpci_policy *to, const crpc_policy *p)
                                                              : p->fail_percent);
 }
 
-/* Applies what a call asks for itself. */
-CRPCI_COLD void crpci_request_call_policy(crpci_policy *to, const crpc_call *in)
+/* Whether a call sets any member of its policy. */
+CRPCI_FN bool crpci_request_has_policy(const crpc_policy *p)
 {
-    crpc_policy own;
-    memset(&own, 0, sizeof own);
-    own.timeout_ms = in->timeout_ms;
-    own.retries = in->retries;
-    crpci_request_apply_policy(to, &own);
-    if (in->policy)
-        crpci_request_apply_policy(to, in->policy);
+    return ((int)p->cluster | p->timeout_ms | p->retries | p->backup_ms | p->forks |
+            p->fail_percent) != 0;
 }
 
-/* Works out the settings of a method: the channel's, the table's timeout, the method's options. */
+/* Works out the settings of a method: its options, else the channel's; the .proto's timeout if
+ * neither sets one. */
 CRPCI_COLD void crpci_request_method_settings(const crpci_request_source *s, crpci_method *k)
 {
     const crpc_method *m = k->method;
     size_t i;
     k->policy = s->policy;
     k->hash_field = (uint32_t)s->hash_field;
-    if (m->timeout_ms > 0)
+    if (m->timeout_ms > 0 && s->timeout_open)
         k->policy.timeout_ms = m->timeout_ms;
     for (i = 0; i < s->option_count; i++) {
         const crpc_method_options *o = &s->options[i];
-        if (!o->method || strcmp(o->method, m->name) != 0)
+        if (o->method != m)
             continue;
         k->options = o;
         crpci_request_apply_policy(&k->policy, &o->policy);
@@ -15691,7 +16586,7 @@ CRPCI_COLD void crpci_request_method_settings(const crpci_request_source *s, crp
             k->hash_field = o->hash_field < 0 ? 0 : (uint32_t)o->hash_field;
     }
     k->plain = k->policy.cluster <= CRPC_CLUSTER_FAILFAST && !k->policy.backup_ms &&
-               !(k->options && k->options->degraded);
+               !(k->options && k->options->degraded > 0);
 }
 
 /* Makes the entry of a method that is called for the first time. NULL: out of memory. */
@@ -15753,8 +16648,8 @@ CRPCI_FN size_t crpci_request_fields_size(const crpc_call *call, size_t cost, si
     return n;
 }
 
-CRPCI_FN void crpci_request_put_field(const crpci_protocol *p, crpci_message_out *o, const char *key,
-                                      crpc_view value)
+CRPCI_FN void crpci_request_put_field(const crpci_protocol *p, crpci_message_out *o,
+                                      const char *key, crpc_view value)
 {
     o->len += p->put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
 }
@@ -15788,12 +16683,12 @@ CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *ca
     return crpc_view_of(text, 16);
 }
 
-/* The key of lb=hash in an encoded message: a hash of the bytes of the last field with that
- * number. 0: the message has none. */
+/* The key of lb=hash in an encoded message: a hash of the bytes of the last field with that number.
+ * A field that is absent, as proto3 leaves out zeros, counts as one of no bytes. */
 CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t field)
 {
     const uint8_t *p = crpci_heap_data(r->chunk) + r->payload, *end = p + r->payload_size;
-    uint64_t key = 0, tag = 0;
+    uint64_t key = crpci_base_hash(NULL, 0), tag = 0;
     while (p && p < end) {
         const uint8_t *value = crpci_message_varint(p, end, &tag);
         p = value ? crpci_message_skip(value, end, (unsigned)(tag & 7)) : NULL;
@@ -16929,8 +17824,8 @@ CRPCI_FN int crpci_providers_update(crpci_providers *p, crpci_snapshot *list)
         return err;
 #if CRPC_ENABLE_POLICY
     if (p->max) {
-        crpci_registry_snapshot_ref(list);
-        crpci_registry_snapshot_unref(p->list);
+        crpci_directory_snapshot_ref(list);
+        crpci_directory_snapshot_unref(p->list);
         p->list = list;
     }
 #endif
@@ -16965,7 +17860,7 @@ CRPCI_FN void crpci_providers_clear(crpci_providers *p)
     crpci_balance_item **old = p->members;
     size_t count = p->count;
 #if CRPC_ENABLE_POLICY
-    crpci_registry_snapshot_unref(p->list);
+    crpci_directory_snapshot_unref(p->list);
     p->list = NULL;
 #endif
     p->members = NULL;
@@ -17178,12 +18073,15 @@ typedef struct crpci_cluster_ops {
 } crpci_cluster_ops;
 
 struct crpc_channel {
+    CRPCI_HANDLE
     crpc_loop *loop;
     bool private_loop;
     bool closed;
+    bool wait;      /* calls wait for a provider */
     uint32_t refs;  /* atomic: the program's, of synchronous calls, and one of all others */
     size_t pending; /* asynchronous calls that are not freed */
     crpci_list calls;
+    crpci_list waiting; /* attempts that wait for a list of providers */
     crpci_request_source requests;
     crpci_providers providers;
     const crpci_cluster_ops *cluster;
@@ -17204,8 +18102,8 @@ struct crpc_channel {
 #endif
     struct {
         char *where; /* what is looked up, for texts; NULL: the providers stand in the URL */
-        crpci_registry *registry;
-        void *subscription;
+        crpci_backend *registry;
+        crpci_subscriber *subscription;
         bool listed; /* a list has come */
         crpci_waiter *waiter;
     } directory;
@@ -17257,7 +18155,7 @@ CRPCI_FN void crpci_attempt_drop_channel(crpc_channel *ch)
     crpci_request_source_free(&ch->requests);
     crpci_balance_close(&ch->providers.balance, l->heap);
     crpci_heap_strfree(l->heap, ch->directory.where);
-    crpci_heap_free(l->heap, ch, sizeof *ch);
+    crpci_heap_retire(l->heap, ch, sizeof *ch);
     crpci_loop_release(l);
 }
 
@@ -17397,11 +18295,12 @@ CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
 
 CRPCI_FN void crpci_attempt_expire(crpci_pending_call *c)
 {
-    bool parked = c->attempt.state == CRPCI_ATTEMPT_WAITING;
+    bool waits = c->attempt.state == CRPCI_ATTEMPT_WAITING;
     crpci_attempt_abandon(c, CRPC_ETIMEDOUT);
     crpci_attempt_explain(c, CRPC_ETIMEDOUT,
-                          parked ? "deadline exceeded while waiting for a connection"
-                                 : "deadline exceeded");
+                          !waits                ? "deadline exceeded"
+                          : c->attempt.endpoint ? "deadline exceeded while waiting for a connection"
+                                                : "deadline exceeded while waiting for a provider");
     crpci_attempt_finish(c, CRPC_ETIMEDOUT);
 }
 
@@ -17438,12 +18337,26 @@ CRPCI_FN void crpci_attempt_mark_tried(crpci_pending_call *c)
     c->tried.last[(c->tried.attempts - 1) % CRPCI_PROVIDERS_TRIED] = c->attempt.endpoint;
 }
 
-/* Makes an attempt on a member; NULL ends the call. The call may be over, and an asynchronous one
- * freed, when this returns. */
+/* With wait=1: takes a call that nobody can be sent to now into the channel's waiting list, until a
+ * list of providers comes or its deadline passes. False: the call does not wait. */
+CRPCI_COLD bool crpci_attempt_park(crpci_pending_call *c)
+{
+    crpc_channel *ch = c->channel;
+    if (!ch->wait || ch->closed || c->kind >= CRPCI_CALL_PART)
+        return false;
+    c->attempt.state = CRPCI_ATTEMPT_WAITING;
+    crpci_list_append(&ch->waiting, &c->attempt.link);
+    return true;
+}
+
+/* Makes an attempt on a member; NULL ends the call, or lets it wait. The call may be over, and an
+ * asynchronous one freed, when this returns. */
 CRPCI_FN void crpci_attempt_start(crpci_pending_call *c, crpci_member *m)
 {
     crpc_channel *ch = c->channel;
     crpci_endpoint *e;
+    if (CRPCI_UNLIKELY(!m) && crpci_attempt_park(c))
+        return;
     c->tried.attempts++;
     c->attempt.sent = CRPC_SENT_NO;
     if (CRPCI_UNLIKELY(!m)) {
@@ -17473,6 +18386,41 @@ CRPCI_FN bool crpci_attempt_may_retry(crpci_pending_call *c, int code)
     return harmless && c->tried.attempts < c->tried.max_attempts && !c->channel->closed &&
            crpci_loop_rough_time(c->channel->loop) < c->attempt.deadline_us &&
            crpci_request_renew(&c->attempt.request, c->block);
+}
+
+/* With wait=1: whether a call whose last attempt could not connect begins anew, wherever a backoff
+ * ends first. Endpoints bound the rate of dials, so such attempts are not counted as retries. */
+CRPCI_COLD bool crpci_attempt_wait(crpci_pending_call *c, int code)
+{
+    crpci_member *m;
+    if (!c->channel->wait || code != CRPC_ECONN || c->before != CRPC_SENT_NO ||
+        c->channel->closed || c->kind >= CRPCI_CALL_PART ||
+        crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us ||
+        !crpci_request_renew(&c->attempt.request, c->block))
+        return false;
+    memset(c->tried.last, 0, sizeof c->tried.last);
+    m = crpci_attempt_pick(c);
+    if (!m || m->endpoint->usable_at > c->attempt.deadline_us)
+        return crpci_attempt_park(c);
+    crpci_attempt_start(c, m);
+    return true;
+}
+
+/* Explains a failure: apart, for its text need not be on the stack of what follows the end. */
+CRPCI_COLD void crpci_attempt_explain_more(crpci_pending_call *c, int code, const char *cause,
+                                           const char *more)
+{
+    char text[CRPC_ERROR_TEXT_MAX];
+    crpci_status_format(text, sizeof text, "%s%s", cause, more);
+    crpci_attempt_explain(c, code, text);
+}
+
+/* Ends a call whose last attempt has failed; `more` says why it is not retried, or is "". */
+CRPCI_COLD void crpci_attempt_give_up(crpci_pending_call *c, int code, const char *cause,
+                                      const char *more)
+{
+    crpci_attempt_explain_more(c, code, cause, more);
+    crpci_attempt_finish(c, code);
 }
 
 /* Chooses where a failed attempt is made again. NULL: nowhere. `stale`: perhaps only the connection
@@ -17534,16 +18482,17 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     stale = stale && (c->before == CRPC_SENT_NO ||
                       (c->method->method->flags & CRPC_METHOD_IDEMPOTENT));
     m = again ? crpci_attempt_next(c, code, stale) : NULL;
-    if (m && crpci_attempt_affordable(c, m, code, stale)) {
-        e->refs++; /* the new attempt may end the call, and with it the last reference */
+    e->refs++; /* the next attempt may end the call, and with it the last reference */
+    if (m && crpci_attempt_affordable(c, m, code, stale))
         crpci_attempt_start(c, m);
-        crpci_endpoint_serve_waiting(e);
-        crpci_endpoint_drop(e);
-    } else if (c->group && ch->cluster->leaves_open(c->group, code)) {
-        crpci_endpoint_serve_waiting(e);
-    } else {
-        crpci_attempt_finish(c, code);
-    }
+    else if (!(c->group && ch->cluster->leaves_open(c->group, code)) &&
+             !crpci_attempt_wait(c, code))
+        crpci_attempt_give_up(c, code, cause,
+                              m       ? "; retry_budget is used up"
+                              : again ? "; no other provider to try"
+                                      : "");
+    crpci_endpoint_serve_waiting(e);
+    crpci_endpoint_drop(e);
 }
 
 /* What a reply says about the provider: an application's error shows a service that works, a
@@ -17599,13 +18548,30 @@ CRPCI_FN void crpci_attempt_begin(crpci_pending_call *c)
     if (crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us) {
         crpci_attempt_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before it was sent");
         crpci_attempt_finish(c, CRPC_ETIMEDOUT);
-    } else if (CRPCI_UNLIKELY(o && o->degraded)) {
+    } else if (CRPCI_UNLIKELY(!c->key && crpci_balance_wants_key(&c->channel->providers.balance))) {
+        crpci_attempt_explain(c, CRPC_EINVAL,
+                              "lb=hash needs a key: set crpc_call.key, or hash_field");
+        crpci_attempt_finish(c, CRPC_EINVAL);
+    } else if (CRPCI_UNLIKELY(o && o->degraded > 0)) {
         crpci_attempt_explain(c, CRPC_EREJECT, "degraded by the method's options");
         crpci_attempt_finish(c, CRPC_EREJECT);
     } else if (CRPCI_UNLIKELY(c->policy.cluster >= CRPC_CLUSTER_FORKING) && c->channel->cluster) {
         c->channel->cluster->begin(c);
     } else {
         crpci_attempt_start(c, crpci_attempt_pick(c));
+    }
+}
+
+/* With wait=1: a list of providers has come. The calls that wait for one begin anew. */
+CRPCI_COLD void crpci_attempt_serve_waiting(crpc_channel *ch)
+{
+    crpci_list now;
+    crpci_list_move(&now, &ch->waiting);
+    while (!crpci_list_empty(&now)) {
+        crpci_attempt *a = CRPCI_CONTAINER(now.next, crpci_attempt, link);
+        crpci_list_remove(&a->link);
+        a->state = CRPCI_ATTEMPT_IDLE;
+        crpci_attempt_begin(crpci_attempt_call(a));
     }
 }
 
@@ -17895,7 +18861,9 @@ CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
     bool all = c->policy.cluster == CRPC_CLUSTER_BROADCAST;
     size_t count = c->channel->providers.count;
     size_t n = all || !c->policy.forks ? count : (size_t)c->policy.forks;
-    if (!count) {
+    if (!count && crpci_attempt_park(c)) {
+        ; /* waits for a list */
+    } else if (!count) {
         crpci_attempt_no_provider(c);
     } else if (crpci_cluster_need_group(c, all) && crpci_cluster_branch(c, n)) {
         crpci_cluster_settle(c);
@@ -18102,15 +19070,15 @@ CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
     c->error_chunk = NULL;
     c->status = CRPC_OK;
     c->policy = k->policy;
-    if (CRPCI_UNLIKELY(in->policy || in->timeout_ms > 0 || in->retries))
-        crpci_request_call_policy(&c->policy, in);
+    if (CRPCI_UNLIKELY(crpci_request_has_policy(&in->policy)))
+        crpci_request_apply_policy(&c->policy, &in->policy);
     c->start_us = start;
     a->deadline_us = crpci_channel_deadline(&c->policy, in, start);
     c->backup_us = INT64_MAX;
     if (CRPCI_UNLIKELY(c->policy.backup_ms && kind != CRPCI_CALL_NOTIFY &&
                        (k->method->flags & CRPC_METHOD_IDEMPOTENT)))
         c->backup_us = start + (int64_t)c->policy.backup_ms * 1000;
-    c->key = crpc_view_size(in->key)
+    c->key = crpc_view_data(in->key)
                  ? crpci_base_hash(crpc_view_data(in->key), crpc_view_size(in->key))
                  : 0;
     if (CRPCI_UNLIKELY(k->hash_field && !c->key))
@@ -18187,7 +19155,8 @@ CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_method *k, const v
     int64_t start = crpci_loop_now(l);
     crpci_pending_call c;
     crpci_attempt *a = &c.attempt;
-    bool borrow = k->plain && !call->policy; /* two frames at a time cannot share the bytes */
+    /* Two frames at a time cannot share the bytes. */
+    bool borrow = k->plain && !call->policy.cluster && !call->policy.backup_ms;
     int err = crpci_request_encode(&ch->requests, k, request, call, borrow, 0, &a->request,
                                    &call->error);
     if (err)
@@ -18228,6 +19197,7 @@ CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const voi
     crpc_call local;
     size_t ran;
     int err;
+    CRPCI_HANDLE_CHECK(ch);
     crpci_thread_ref(&ch->refs); /* another thread may close the channel meanwhile */
     k = crpci_request_find_method(&ch->requests, m);
     if (hold)
@@ -18612,19 +19582,19 @@ CRPC_API void crpc_channel_close(crpc_channel *ch)
     bool private_loop;
     if (!ch)
         return;
+    CRPCI_HANDLE_CLOSE(ch);
     l = ch->loop;
     private_loop = ch->private_loop;
     crpci_loop_lock(l);
     ch->closed = true;
     crpci_loop_unlock(l);
-    if (ch->directory.registry) {
-        if (ch->directory.subscription)
-            ch->directory.registry->ops->unsubscribe(ch->directory.registry,
-                                                     ch->directory.subscription);
-        crpci_registry_close(ch->directory.registry);
-    }
-    crpci_loop_lock(l);
+#if CRPCI_DIRECTORY
+    if (ch->directory.registry)
+        crpci_directory_unsubscribe(ch->directory.registry, ch->directory.subscription);
+    crpci_directory_close(ch->directory.registry);
     ch->directory.registry = NULL;
+#endif
+    crpci_loop_lock(l);
     crpci_channel_cancel_all(ch);
     crpci_providers_clear(&ch->providers);
     crpci_attempt_drop_channel(ch);
@@ -18656,117 +19626,75 @@ CRPC_API size_t crpc_channel_providers(crpc_channel *ch)
 
 #if CRPC_ENABLE_CLIENT
 
-/* The options a URL may carry, and where they go. */
-typedef struct crpci_opening_key {
-    const char *name;
-    int64_t max;
-    size_t offset;     /* in crpc_channel_options */
-    bool wide;         /* int64_t, else int */
-    const char *words; /* NULL: a number; else the first of these means 1 */
-} crpci_opening_key;
+#define CRPCI_OPENING_ROW(member, name, flags, zero, none, least, most)                            \
+    CRPCI_OPTION_ROW(crpc_channel_options, member, name, NULL, flags, zero, none, least, most)
+#define CRPCI_OPENING_MS(member, name, flags, zero, none)                                          \
+    CRPCI_OPENING_ROW(member, name, flags, zero, none, 1, CRPCI_REQUEST_LONGEST_MS)
+#define CRPCI_OPENING_TEXT(member, name, flags)                                                    \
+    CRPCI_OPENING_ROW(member, name, CRPCI_OPTION_TEXT | (flags), 0, 0, 0, 0)
+#define CRPCI_OPENING_FLAG(member, name, flags) CRPCI_OPENING_ROW(member, name, flags, 0, 0, 1, 1)
 
-#define CRPCI_OPENING_KEY(name, max, wide)                                                         \
-    {#name, max, offsetof(crpc_channel_options, name), wide, NULL}
-#define CRPCI_OPENING_MS(name) CRPCI_OPENING_KEY(name, CRPCI_REQUEST_LONGEST_MS, false)
-
-static const crpci_opening_key crpci_opening_keys[] = {
-    CRPCI_OPENING_MS(timeout_ms),
-    CRPCI_OPENING_MS(connect_timeout_ms),
-    CRPCI_OPENING_KEY(retries, CRPCI_REQUEST_RETRIES, false),
-    CRPCI_OPENING_KEY(inflight, INT32_MAX, false),
-    CRPCI_OPENING_KEY(max_body, INT32_MAX, true),
-    CRPCI_OPENING_KEY(max_queued, INT64_MAX, true),
-    CRPCI_OPENING_KEY(short_names, 1, false),
-    CRPCI_OPENING_MS(registry_timeout_ms),
-    CRPCI_OPENING_MS(session_timeout_ms),
-    CRPCI_OPENING_KEY(must_connect, 1, false),
-    {"lb", 0, offsetof(crpc_channel_options, balancer), false, "random,wrandom,rr,wrr,la,hash,p2c"},
-    {"cluster", 0, offsetof(crpc_channel_options, cluster), false,
-     "failover,failfast,failsafe,failback,forking,broadcast"},
-    CRPCI_OPENING_MS(backup_ms),
-    CRPCI_OPENING_KEY(forks, INT32_MAX, false),
-    CRPCI_OPENING_KEY(fail_percent, 100, false),
-    CRPCI_OPENING_KEY(hash_field, 0x1fffffff, false),
-    CRPCI_OPENING_KEY(max_endpoints, INT32_MAX, false),
-    CRPCI_OPENING_KEY(retry_budget, INT32_MAX, false),
-    CRPCI_OPENING_KEY(request_ids, 1, false),
-    CRPCI_OPENING_KEY(allow_empty, 1, false),
-    CRPCI_OPENING_MS(stale_ttl_ms),
-    CRPCI_OPENING_MS(failback_ms),
-    CRPCI_OPENING_KEY(failback_max, INT32_MAX, false),
-    CRPCI_OPENING_KEY(breaker, 1, false),
-    CRPCI_OPENING_KEY(breaker_percent, 100, false),
-    CRPCI_OPENING_KEY(breaker_requests, INT32_MAX, false),
-    CRPCI_OPENING_MS(breaker_window_ms),
-    CRPCI_OPENING_MS(breaker_slow_ms),
-    CRPCI_OPENING_KEY(breaker_slow_percent, 100, false),
-    CRPCI_OPENING_MS(breaker_open_ms),
-    CRPCI_OPENING_MS(breaker_open_max_ms),
-    CRPCI_OPENING_MS(breaker_ramp_ms),
-    CRPCI_OPENING_KEY(breaker_eject_percent, 100, false),
+static const crpci_option crpci_opening_rows[] = {
+    CRPCI_OPTION_ROW(crpc_channel_options, policy.cluster, "cluster", CRPCI_REQUEST_CLUSTERS, 0,
+                     CRPC_CLUSTER_FAILOVER, CRPC_CLUSTER_FAILOVER, 1, CRPC_CLUSTER_BROADCAST),
+    CRPCI_OPENING_MS(policy.timeout_ms, "timeout_ms", 0, 1000, CRPCI_REQUEST_LONGEST_MS),
+    CRPCI_OPENING_ROW(policy.retries, "retries", 0, 2, 0, 1, CRPCI_REQUEST_RETRIES),
+    CRPCI_OPENING_MS(policy.backup_ms, "backup_ms", CRPCI_OPTION_POLICY, 0, 0),
+    CRPCI_OPENING_ROW(policy.forks, "forks", CRPCI_OPTION_POLICY, 2, 0, 1, CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(policy.fail_percent, "fail_percent", CRPCI_OPTION_POLICY, 0, 0, 1, 100),
+    CRPCI_OPTION_ROW(crpc_channel_options, balancer, "lb", CRPCI_BALANCE_WORDS, 0,
+                     CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, 1,
+                     CRPCI_BALANCE_KINDS),
+    CRPCI_OPENING_ROW(hash_field, "hash_field", CRPCI_OPTION_POLICY, 0, 0, 1, 0x1fffffff),
+    CRPCI_OPENING_ROW(max_endpoints, "max_endpoints", CRPCI_OPTION_POLICY, 0, 0, 1,
+                      CRPCI_OPTION_ANY),
+    CRPCI_OPENING_FLAG(wait, "wait", 0),
+    CRPCI_OPENING_MS(connect_timeout_ms, "connect_timeout_ms", 0, 500, 0),
+    CRPCI_OPENING_ROW(retry_budget, "retry_budget", CRPCI_OPTION_POLICY, 10, -1, 1,
+                      CRPCI_OPTION_ANY),
+    CRPCI_OPENING_FLAG(request_ids, "request_ids", 0),
+    CRPCI_OPENING_FLAG(breaker.enabled, "breaker", CRPCI_OPTION_POLICY),
+    CRPCI_OPENING_ROW(breaker.percent, "breaker_percent", CRPCI_OPTION_POLICY, 50, 50, 1, 100),
+    CRPCI_OPENING_ROW(breaker.requests, "breaker_requests", CRPCI_OPTION_POLICY, 20, 1, 1,
+                      CRPCI_OPTION_ANY),
+    CRPCI_OPENING_MS(breaker.window_ms, "breaker_window_ms", CRPCI_OPTION_POLICY, 10000, 10000),
+    CRPCI_OPENING_MS(breaker.slow_ms, "breaker_slow_ms", CRPCI_OPTION_POLICY, 0, 0),
+    CRPCI_OPENING_ROW(breaker.slow_percent, "breaker_slow_percent", CRPCI_OPTION_POLICY, 50, 50, 1,
+                      100),
+    CRPCI_OPENING_MS(breaker.open_ms, "breaker_open_ms", CRPCI_OPTION_POLICY, 1000, 1000),
+    CRPCI_OPENING_MS(breaker.open_max_ms, "breaker_open_max_ms", CRPCI_OPTION_POLICY, 30000, 30000),
+    CRPCI_OPENING_MS(breaker.ramp_ms, "breaker_ramp_ms", CRPCI_OPTION_POLICY, 5000, 0),
+    CRPCI_OPENING_ROW(breaker.eject_percent, "breaker_eject_percent", CRPCI_OPTION_POLICY, 50, 100,
+                      1, 100),
+    CRPCI_OPENING_TEXT(directory.group, "group", CRPCI_OPTION_BACKEND),
+    CRPCI_OPENING_TEXT(directory.version, "version", CRPCI_OPTION_BACKEND),
+    CRPCI_OPENING_TEXT(directory.application, "application", CRPCI_OPTION_DIRECTORY),
+    CRPCI_OPENING_TEXT(directory.credential, "registry_credential", CRPCI_OPTION_SECRET),
+    CRPCI_OPENING_MS(directory.timeout_ms, "registry_timeout_ms", 0, 3000, 0),
+    CRPCI_OPENING_MS(directory.session_timeout_ms, "session_timeout_ms", 0, 15000, 15000),
+    CRPCI_OPENING_FLAG(directory.must_connect, "must_connect", 0),
+    CRPCI_OPENING_FLAG(directory.allow_empty, "allow_empty", 0),
+    CRPCI_OPENING_MS(directory.stale_ttl_ms, "stale_ttl_ms", 0, 600000, 0),
+    CRPCI_OPENING_TEXT(directory.cache, "cache", CRPCI_OPTION_BACKEND),
+    CRPCI_OPENING_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, 1, INT32_MAX),
+    CRPCI_OPENING_ROW(limits.max_queued, "max_queued", 0, 16 << 20, 0, 1, CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(wire.inflight, "inflight", 0, 0, 0, 1, CRPCI_OPTION_ANY),
+    CRPCI_OPENING_FLAG(wire.short_names, "short_names", 0),
+    CRPCI_OPENING_TEXT(security.credential, "credential", CRPCI_OPTION_SECRET),
+    CRPCI_OPENING_MS(failback_ms, "failback_ms", CRPCI_OPTION_POLICY, 5000, 5000),
+    CRPCI_OPENING_ROW(failback_max, "failback_max", CRPCI_OPTION_POLICY, 100, 0, 1,
+                      CRPCI_OPTION_ANY),
 };
 
-/* Which of the words, separated by commas, this is, counted from 1; 0: none. */
-CRPCI_COLD int64_t crpci_opening_word(const char *words, const char *value)
-{
-    size_t n = strlen(value);
-    int64_t i;
-    for (i = 1; words; i++) {
-        if (n && strncmp(words, value, n) == 0 && (words[n] == ',' || words[n] == '\0'))
-            return i;
-        words = strchr(words, ',');
-        words = words ? words + 1 : NULL;
-    }
-    return 0;
-}
+static const crpci_options crpci_opening_options = {CRPCI_OPTIONS_OF(crpci_opening_rows)};
 
-CRPCI_COLD bool crpci_opening_option(crpc_channel_options *o, const char *key, const char *value)
+CRPC_API int crpc_channel_options_parse(char *text, crpc_channel_options *options,
+                                        crpc_error *error)
 {
-    size_t i;
-    int64_t n;
-    for (i = 0; i < sizeof crpci_opening_keys / sizeof *crpci_opening_keys; i++) {
-        const crpci_opening_key *k = &crpci_opening_keys[i];
-        char *field = (char *)o + k->offset;
-        if (strcmp(key, k->name) != 0)
-            continue;
-        n = k->words ? crpci_opening_word(k->words, value) : 0;
-        if (k->words ? !n : !crpci_url_number(value, k->max, &n))
-            return false;
-        if (k->wide) {
-            memcpy(field, &n, sizeof n);
-        } else {
-            int narrow = (int)n;
-            memcpy(field, &narrow, sizeof narrow);
-        }
-        return true;
-    }
-    return false;
+    crpci_options_target to[] = {{&crpci_opening_options, options, 0},
+                                 {&crpci_drive_options, &options->private_loop, 0}};
+    return crpci_options_lines(to, 2, text, error);
 }
-
-CRPCI_COLD int crpci_opening_balance(crpc_channel *ch, crpc_balancer balancer)
-{
-    static const uint8_t kinds[] = {CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
-                                    CRPCI_BALANCE_RANDOM,
-                                    CRPCI_BALANCE_WEIGHTED_RANDOM,
-                                    CRPCI_BALANCE_ROUND_ROBIN,
-                                    CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
-                                    CRPCI_BALANCE_LEAST_ACTIVE,
-                                    CRPCI_BALANCE_CONSISTENT_HASH,
-                                    CRPCI_BALANCE_P2C};
-    int64_t which = (int64_t)balancer; /* as a number: C++ takes an enum's range for granted */
-    if (which < 0 || which > CRPC_BALANCER_P2C)
-        return CRPC_EINVAL;
-    return crpci_balance_open(&ch->providers.balance, (crpci_balance_kind)kinds[which]);
-}
-
-typedef struct crpci_opening_query {
-    char group[128];
-    char version[128];
-    char service[128];   /* file:// only: elsewhere it stands in the path */
-    char interface[128]; /* multicast:// only */
-    char cache[256];     /* zookeeper:// only */
-    const crpci_protocol *protocol;
-} crpci_opening_query;
 
 /* Whether the providers are looked up rather than named in the URL. */
 CRPCI_COLD bool crpci_opening_has_registry(const char *scheme)
@@ -18774,83 +19702,127 @@ CRPCI_COLD bool crpci_opening_has_registry(const char *scheme)
     return strcmp(scheme, "tcp") != 0 && strcmp(scheme, "unix") != 0 && strcmp(scheme, "list") != 0;
 }
 
-/* Where a URL option of those goes, and how much fits; NULL: it is none of them, or not of this
- * scheme. */
-CRPCI_COLD char *crpci_opening_place(crpci_opening_query *where, const char *scheme,
-                                     const char *key, size_t *size)
+/* What the URL says beside the options. */
+typedef struct crpci_opening_request {
+    const crpci_protocol *protocol;
+#if CRPCI_DIRECTORY
+    crpci_open_request directory;
+#endif
+} crpci_opening_request;
+
+/* Takes one key=value of a URL: the backend's, or an option. Text options point into the URL. */
+CRPCI_COLD int crpci_opening_read_key(const char *scheme, const char *key, const char *value,
+                                      crpc_channel_options *o, crpci_opening_request *request,
+                                      crpc_error *error)
 {
-    *size = sizeof where->group;
-    if (!crpci_opening_has_registry(scheme))
-        return NULL;
-    if (strcmp(scheme, "zookeeper") == 0 && strcmp(key, "cache") == 0) {
-        *size = sizeof where->cache;
-        return where->cache;
+    const crpci_option *row = crpci_options_find(&crpci_opening_options, key);
+    bool registry = crpci_opening_has_registry(scheme);
+#if CRPCI_DIRECTORY
+    if (registry && crpci_open_option(&request->directory, false, key, value))
+        return CRPC_OK;
+#endif
+    if (strcmp(key, "protocol") == 0 && crpci_protocols_find(value)) {
+        request->protocol = crpci_protocols_find(value);
+        return CRPC_OK;
     }
-    if (strcmp(scheme, "file") == 0 && strcmp(key, "service") == 0)
-        return where->service;
-    if (strcmp(scheme, "multicast") == 0 && strcmp(key, "interface") == 0)
-        return where->interface;
-    return strcmp(key, "group") == 0     ? where->group
-           : strcmp(key, "version") == 0 ? where->version
-                                         : NULL;
+    if (row && (row->flags & CRPCI_OPTION_SECRET))
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "%s: a secret: it belongs into the options or "
+                                "a configuration line, not into a URL",
+                                key);
+    if (!row || (row->flags & CRPCI_OPTION_BACKEND) ||
+        (!registry && (row->flags & CRPCI_OPTION_DIRECTORY)))
+        return crpci_status_set(error, CRPC_EINVAL, "URL option %.60s=%.60s: not known for %s://",
+                                key, value, scheme);
+    return crpci_options_read(row, o, value, error);
 }
 
+/* Finds the backend, unless the providers stand in the URL, and reads the URL's options. */
 CRPCI_COLD int crpci_opening_read_url(crpci_url *u, crpc_channel_options *o,
-                                      crpci_opening_query *where, crpc_error *error)
+                                      crpci_opening_request *request, crpc_error *error)
 {
+    bool registry = crpci_opening_has_registry(u->scheme);
     char *key, *value;
-    size_t size;
-    int err;
-    memset(where, 0, sizeof *where);
-    where->protocol = crpci_protocols[0];
-    while ((err = crpci_url_next(u, &key, &value)) == CRPC_OK) {
-        char *to = crpci_opening_place(where, u->scheme, key, &size);
-        if (strcmp(key, "protocol") == 0 && crpci_protocols_find(value))
-            where->protocol = crpci_protocols_find(value);
-        else if (to && strlen(value) < size)
-            memcpy(to, value, strlen(value) + 1);
-        else if (to || !crpci_opening_option(o, key, value))
-            return crpci_status_set(error, CRPC_EINVAL,
-                                    "URL option %.60s=%.60s: not known for %s://, or out of range",
-                                    key, value, u->scheme);
+    int err = CRPC_OK;
+    request->protocol = crpci_protocols[0];
+#if CRPCI_DIRECTORY
+    if (registry)
+        err = crpci_open_find(&request->directory, u, error);
+#else
+    if (registry)
+        err = crpci_status_set(error, CRPC_EUNSUPPORTED,
+                               "%.40s:// is not known: tcp, unix and list are, and no registry is "
+                               "compiled in",
+                               u->scheme);
+#endif
+    while (!err) {
+        err = crpci_url_next(u, &key, &value, error);
+        if (!err)
+            err = crpci_opening_read_key(u->scheme, key, value, o, request, error);
     }
-    return err == CRPC_EPENDING
-               ? CRPC_OK
-               : crpci_status_set(error, CRPC_EINVAL, "URL options are not key=value&key=value");
+    return err == CRPC_EPENDING ? CRPC_OK : err;
+}
+
+/* Refuses what a build without CRPC_ENABLE_POLICY cannot do, beside what the table says. */
+CRPCI_COLD int crpci_opening_check_policy(const crpc_policy *p, const crpc_method_options *m,
+                                          crpc_error *error)
+{
+    const char *what = p->cluster > CRPC_CLUSTER_FAILFAST                ? "cluster"
+                       : m && m->degraded > 0                            ? "degraded"
+                       : m && (m->fallback || crpc_view_data(m->canned)) ? "fallback, canned"
+                                                                         : NULL;
+    if (CRPC_ENABLE_POLICY || !what)
+        return CRPC_OK;
+    return crpci_status_set(error, CRPC_EUNSUPPORTED,
+                            "%s%s%s: not compiled in: CRPC_ENABLE_POLICY is 0",
+                            m ? m->method->name : "", m ? ": " : "", what);
+}
+
+/* Checks the options of methods as the channel's own are. */
+CRPCI_COLD int crpci_opening_check_methods(const crpc_channel_options *o, crpc_error *error)
+{
+    crpc_channel_options own;
+    size_t i;
+    int err = CRPC_OK;
+    memset(&own, 0, sizeof own);
+    for (i = 0; i < o->method_count && !err; i++) {
+        const crpc_method_options *m = &o->methods[i];
+        if (!m->method)
+            return crpci_status_set(error, CRPC_EINVAL, "methods[%zu] names no method", i);
+        own.policy = m->policy;
+        own.hash_field = m->hash_field;
+        err = crpci_options_check(&crpci_opening_options, &own, error);
+        err = err ? err : crpci_opening_check_policy(&m->policy, m, error);
+    }
+    return err;
+}
+
+CRPCI_COLD int crpci_opening_check(const crpc_channel_options *o, crpc_error *error)
+{
+    int err = crpci_options_check(&crpci_opening_options, o, error);
+    err = err ? err : crpci_opening_check_policy(&o->policy, NULL, error);
+    return err ? err : crpci_opening_check_methods(o, error);
 }
 
 #if CRPC_ENABLE_POLICY
 
-CRPCI_COLD void crpci_opening_breaker(crpci_providers *p, const crpc_channel_options *o)
+CRPCI_COLD void crpci_opening_breaker(crpci_providers *p, const crpc_breaker_options *o)
 {
     crpci_breaker_options *b = &p->breaker;
-    if (o->breaker <= 0)
+    if (!o->enabled)
         return;
-    b->error_percent = (int)crpci_base_min64(crpci_base_option(o->breaker_percent, 50, 50), 100);
-    b->min_requests = (int)crpci_base_option(o->breaker_requests, 20, 1);
-    b->window_us = crpci_base_option(o->breaker_window_ms, 10000, 10000) * 1000;
-    b->slow_us = crpci_base_option(o->breaker_slow_ms, 0, 0) * 1000;
-    b->slow_percent = (int)crpci_base_option(o->breaker_slow_percent, 50, 50);
-    b->open_us = crpci_base_option(o->breaker_open_ms, 1000, 1000) * 1000;
-    b->open_max_us = crpci_base_option(o->breaker_open_max_ms, 30000, 30000) * 1000;
-    b->ramp_us = crpci_base_option(o->breaker_ramp_ms, 5000, 0) * 1000;
-    p->ejected_percent = (size_t)crpci_base_option(o->breaker_eject_percent, 50, 100);
+    b->error_percent = o->percent;
+    b->min_requests = o->requests;
+    b->window_us = (int64_t)o->window_ms * 1000;
+    b->slow_us = (int64_t)o->slow_ms * 1000;
+    b->slow_percent = o->slow_percent;
+    b->open_us = (int64_t)o->open_ms * 1000;
+    b->open_max_us = (int64_t)o->open_max_ms * 1000;
+    b->ramp_us = (int64_t)o->ramp_ms * 1000;
+    p->ejected_percent = (size_t)o->eject_percent;
 }
 
 #endif /* CRPC_ENABLE_POLICY */
-
-CRPCI_COLD void crpci_opening_policy(crpci_policy *to, const crpc_channel_options *o)
-{
-    crpc_policy policy;
-    memset(&policy, 0, sizeof policy);
-    policy.cluster = o->cluster ? o->cluster : CRPC_CLUSTER_FAILOVER;
-    policy.timeout_ms = (int)crpci_base_option(o->timeout_ms, 1000, CRPCI_REQUEST_LONGEST_MS);
-    policy.retries = o->retries ? o->retries : 2;
-    policy.backup_ms = o->backup_ms;
-    policy.forks = o->forks ? o->forks : 2;
-    policy.fail_percent = o->fail_percent;
-    crpci_request_apply_policy(to, &policy);
-}
 
 CRPCI_COLD uint64_t crpci_opening_seed(crpc_loop *l)
 {
@@ -18864,12 +19836,18 @@ CRPCI_COLD uint64_t crpci_opening_seed(crpc_loop *l)
 CRPCI_COLD void crpci_opening_requests(crpci_request_source *s, const crpc_channel_options *o,
                                        uint64_t seed)
 {
-    crpci_opening_policy(&s->policy, o);
-    s->short_names = o->short_names != 0;
+    crpci_policy *p = &s->policy;
+    p->cluster = (uint8_t)o->policy.cluster;
+    p->retries = (uint8_t)o->policy.retries;
+    p->fail_percent = (uint8_t)o->policy.fail_percent;
+    p->timeout_ms = o->policy.timeout_ms;
+    p->backup_ms = o->policy.backup_ms;
+    p->forks = o->policy.forks;
+    s->short_names = o->wire.short_names != 0;
     s->intercepted = o->interceptor_count != 0;
-    s->ids = o->request_ids > 0;
+    s->ids = o->request_ids != 0;
     s->seed = seed;
-    s->hash_field = o->hash_field < 0 ? 0 : o->hash_field;
+    s->hash_field = o->hash_field;
     s->options = o->methods;
     s->option_count = o->method_count;
 }
@@ -18878,28 +19856,32 @@ CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_o
                                         uint64_t seed)
 {
     p->events = &crpci_attempt_events;
-    p->endpoint.connect_timeout_ms = (int)crpci_base_option(o->connect_timeout_ms, 500, 0);
-    p->endpoint.inflight = (uint32_t)crpci_base_option(o->inflight, 0, 0);
-    p->endpoint.max_body = (uint32_t)crpci_base_min64(
-        crpci_base_option(o->max_body, 64 << 20, INT32_MAX), INT32_MAX);
-    p->endpoint.max_queued = crpci_base_option(o->max_queued, 16 << 20, 0);
+    p->endpoint.connect_timeout_ms = o->connect_timeout_ms;
+    p->endpoint.inflight = (uint32_t)o->wire.inflight;
+    p->endpoint.max_body = (uint32_t)o->limits.max_body;
+    p->endpoint.max_queued = o->limits.max_queued;
     p->stale_at = INT64_MAX;
-    p->stale_ttl_us = crpci_base_option(o->stale_ttl_ms, 600000, INT64_MAX / 4000) * 1000;
+    p->stale_ttl_us =
+        o->directory.stale_ttl_ms ? (int64_t)o->directory.stale_ttl_ms * 1000 : INT64_MAX / 4;
 #if CRPC_ENABLE_POLICY
-    p->max = (size_t)crpci_base_option(o->max_endpoints, 0, 0);
+    p->max = (size_t)o->max_endpoints;
     p->seed = seed;
     p->reweigh_at = INT64_MAX;
-    crpci_opening_breaker(p, o);
+    crpci_opening_breaker(p, &o->breaker);
 #else
     (void)seed;
 #endif
 }
 
-CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, const crpc_channel_options *o)
+/* Takes over checked options; those of `o` get their final values. */
+CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, crpc_channel_options *o)
 {
     uint64_t seed = crpci_opening_seed(ch->loop);
+    ch->requests.timeout_open = !o->policy.timeout_ms;
+    crpci_options_fill(&crpci_opening_options, o);
     crpci_opening_requests(&ch->requests, o, seed);
     crpci_opening_providers(&ch->providers, o, seed);
+    ch->wait = o->wait > 0;
     ch->interceptors = o->interceptors;
     ch->interceptor_count = o->interceptor_count;
 #if CRPC_ENABLE_POLICY
@@ -18907,44 +19889,87 @@ CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, const crpc_channel_opt
     ch->providers.in_group = crpci_cluster_tried;
     ch->budget.limited = o->retry_budget >= 0;
     crpci_limiter_budget_init(&ch->budget.tokens,
-                              (uint32_t)crpci_base_option(o->retry_budget, 10, 0), 1);
-    ch->failback.pause_us = crpci_base_option(o->failback_ms, 5000, 5000) * 1000;
-    ch->failback.max = (size_t)crpci_base_option(o->failback_max, 100, 0);
+                              o->retry_budget > 0 ? (uint32_t)o->retry_budget : 0, 1);
+    ch->failback.pause_us = (int64_t)o->failback_ms * 1000;
+    ch->failback.max = (size_t)o->failback_max;
     ch->failback.dropped = o->failback_dropped;
     ch->failback.user = o->failback_user;
 #endif
 }
 
+#define CRPCI_OPENING_ADDRESSES 16 /* of one host name */
+
+/* Appends the providers that one "host:port" of a URL stands for: all addresses of a name. */
+CRPCI_COLD int crpci_opening_item(crpci_snapshot *list, const char *text, crpc_error *error)
+{
+    char names[1024], *rest = names;
+    size_t from = list->count, most = from + CRPCI_OPENING_ADDRESSES;
+    unsigned port;
+    crpci_addr a;
+    int err;
+    if (crpci_sock_parse(&a, text)) {
+        crpci_sock_format(&a, list->providers[list->count++].address, CRPC_ADDRESS_MAX);
+        return CRPC_OK;
+    }
+    err = crpci_resolver_split(list->heap, text, names, sizeof names, &port, error);
+    while (!err && list->count < most &&
+           crpci_resolver_next(&rest, port, list->providers[list->count].address, CRPC_ADDRESS_MAX))
+        list->count++;
+    if (!err && list->count == from)
+        err = crpci_status_set(error, CRPC_ERESOLVE,
+                               "\"%.80s\": the resolve hook gave no numeric address", text);
+    return err;
+}
+
+/* The providers that stand in a tcp://, unix:// or list:// URL. */
+CRPCI_COLD int crpci_opening_items(crpci_snapshot *list, crpci_url *u, crpc_error *error)
+{
+    char *item, *next;
+    const char *p;
+    size_t i;
+    int err = CRPC_OK;
+    list->count = 0;
+    if (strcmp(u->scheme, "unix") == 0) {
+        if ((size_t)snprintf(list->providers[list->count++].address, CRPC_ADDRESS_MAX, "unix:%s",
+                             u->path) >= CRPC_ADDRESS_MAX)
+            return crpci_status_set(error, CRPC_EINVAL, "unix:// path is over %d bytes",
+                                    CRPC_ADDRESS_MAX - 6);
+    } else {
+        for (item = u->authority; item && !err; item = next) {
+            next = strcmp(u->scheme, "list") == 0 ? strchr(item, ',') : NULL;
+            if (next)
+                *next++ = '\0';
+            err = crpci_opening_item(list, item, error);
+            p = strrchr(list->providers[list->count ? list->count - 1 : 0].address, ':');
+            if (!err && strcmp(p, ":0") == 0)
+                err = crpci_status_set(error, CRPC_EINVAL,
+                                       "%s://%.80s: a client cannot connect to port 0; give the "
+                                       "port that the server listens on",
+                                       u->scheme, item);
+        }
+    }
+    for (i = 0; i < list->count; i++)
+        list->providers[i].weight = CRPCI_NAMES_WEIGHT;
+    return err;
+}
+
 /* tcp://, unix:// and list://: the providers stand in the URL. */
 CRPCI_COLD int crpci_opening_static(crpc_channel *ch, crpci_url *u, crpc_error *error)
 {
-    crpci_heap *h = ch->loop->heap;
-    size_t count = 1, n = 0;
-    char *p, *item, *next;
+    size_t count = 1;
+    const char *p;
     crpci_snapshot *list;
-    int err = CRPC_OK;
-    bool many = strcmp(u->scheme, "list") == 0, local = strcmp(u->scheme, "unix") == 0;
-    if (!local && *u->path)
-        return crpci_status_set(error, CRPC_EINVAL, "%s://%.60s/%.60s: a path means nothing here",
+    int err;
+    if (*u->authority && *u->path)
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "%s://%.60s: tcp:// and list:// URLs take no path: \"/%.60s\"",
                                 u->scheme, u->authority, u->path);
-    for (p = u->authority; many && *p; p++)
+    for (p = u->authority; *p; p++)
         count += *p == ',';
-    list = crpci_registry_snapshot(h, count);
+    list = crpci_directory_snapshot(ch->loop->heap, count * CRPCI_OPENING_ADDRESSES);
     if (!list)
         return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    for (item = local ? u->path : u->authority; item && !err; item = next) {
-        next = many ? strchr(item, ',') : NULL;
-        if (next)
-            *next++ = '\0';
-        list->providers[n].weight = CRPCI_REGISTRY_WEIGHT;
-        p = list->providers[n].address;
-        if (local && (size_t)snprintf(p, CRPC_ADDRESS_MAX, "unix:%s", item) >= CRPC_ADDRESS_MAX)
-            err = crpci_status_set(error, CRPC_EINVAL, "unix:// path is over %d bytes",
-                                   CRPC_ADDRESS_MAX - 6);
-        else if (!local)
-            err = crpci_resolver_address(h, item, p, CRPC_ADDRESS_MAX, error);
-        n++;
-    }
+    err = crpci_opening_items(list, u, error);
     if (!err) {
         crpci_loop_lock(ch->loop);
         err = crpci_providers_update(&ch->providers, list);
@@ -18954,24 +19979,36 @@ CRPCI_COLD int crpci_opening_static(crpc_channel *ch, crpci_url *u, crpc_error *
                                                             : "an address cannot be used");
     }
     ch->directory.listed = true;
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
     return err;
 }
+
+#if CRPCI_DIRECTORY
 
 /* A new list from the registry; any thread. */
 CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
 {
     crpc_channel *ch = (crpc_channel *)user;
+    crpc_loop *l = ch->loop;
+    bool served = false;
     int err = CRPC_OK;
-    crpci_loop_lock(ch->loop);
+    crpci_loop_lock(l);
+    crpci_loop_hold(l); /* sending unlocks: a callback may close the channel meanwhile */
     if (!ch->closed)
         err = crpci_providers_update(&ch->providers, list);
+    if (!ch->closed && !err && ch->providers.count && !crpci_list_empty(&ch->waiting)) {
+        crpci_attempt_serve_waiting(ch);
+        served = true;
+    }
     if (!ch->closed && !err && !list->stale) { /* a stale list is a cache's, not an answer */
         ch->directory.listed = true;
         if (ch->directory.waiter)
-            crpci_drive_end_wait(ch->loop, ch->directory.waiter);
+            crpci_drive_end_wait(l, ch->directory.waiter);
     }
-    crpci_loop_unlock(ch->loop);
+    if (served)
+        crpci_channel_flush(l);
+    crpci_loop_unlock(l);
+    crpci_loop_release(l);
     if (err)
         crpci_heap_log(list->heap, CRPC_LOG_WARN, "a list of %zu providers was not taken: %s",
                        list->count, crpc_status_text(err));
@@ -18983,7 +20020,7 @@ CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_opt
                                         const char *service, crpc_error *error)
 {
     crpc_loop *l = ch->loop;
-    int64_t ms = crpci_base_option(o->registry_timeout_ms, 3000, 0);
+    int64_t ms = o->directory.timeout_ms;
     crpci_waiter w;
     bool listed, stuck;
     memset(&w, 0, sizeof w);
@@ -19001,72 +20038,50 @@ CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_opt
                                 "%.80s: opened inside a callback of its loop, which must not wait: "
                                 "registry_timeout_ms can be -1",
                                 service);
-    if (listed || !o->must_connect)
+    if (listed || !o->directory.must_connect)
         return CRPC_OK;
     return crpci_status_set(error, CRPC_EREGISTRY,
                             "%.80s: the registry did not answer within %d ms", service, (int)ms);
 }
 
-/* Keeps what errors say about the list: apart, so that its text is not on the stack of a wait. */
-CRPCI_COLD void crpci_opening_set_where(crpc_channel *ch, const char *path,
-                                        const crpci_opening_query *which)
-{
-    char where[320];
-    crpci_status_format(where, sizeof where, "/%.120s (group \"%.63s\", version \"%.63s\")", path,
-                        which->group, which->version);
-    ch->directory.where = crpci_heap_strndup(ch->loop->heap, where, strlen(where));
-}
-
-/* zookeeper://servers/root/package.Service */
+/* zookeeper://servers/root/package.Service and the like */
 CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
-                                           const crpc_channel_options *o,
-                                           const crpci_opening_query *which, crpc_error *error)
+                                       const crpc_channel_options *o, crpci_open_request *request,
+                                       crpc_error *error)
 {
-    crpci_registry_options ro;
-    crpci_registry_query q;
-    char *slash = strrchr(u->path, '/');
-    const char *service = slash ? slash + 1 : u->path;
-    bool file = strcmp(u->scheme, "file") == 0, multicast = strcmp(u->scheme, "multicast") == 0;
+    const crpc_directory_options *d = &o->directory;
+    crpci_directory_options *ro = &request->options;
+    crpci_names_service *want = &request->want;
+    const char *service;
     int err;
-    if (strcmp(u->scheme, "zookeeper") != 0 && !file && !multicast)
-        return crpci_status_set(error, CRPC_EUNSUPPORTED,
-                                "%.40s:// is not known: tcp, unix, list, file, multicast and "
-                                "zookeeper are",
-                                u->scheme);
-    crpci_opening_set_where(ch, u->path, which);
-    if (file)
-        service = which->service;
-    else if (!*service || slash == u->path || (!slash && !multicast))
-        return crpci_status_set(error, CRPC_EINVAL,
-                                "%s://%.80s/%.80s: expected /path/package.Service", u->scheme,
-                                u->authority, u->path);
-    else if (slash)
-        *slash = '\0';
-    memset(&ro, 0, sizeof ro);
-    ro.session_timeout_ms = (int)crpci_base_option(o->session_timeout_ms, 15000, 15000);
-    ro.credential = o->registry_credential;
-    ro.application = o->application;
-    ro.register_consumer = true;
-    ro.cache = *which->cache ? which->cache : o->cache;
-    ro.interface = which->interface;
-    err = crpci_registry_open(ch->loop, u, &ro, &ch->directory.registry, error);
+    want->group = want->group ? want->group : d->group;
+    want->version = want->version ? want->version : d->version;
+    ch->directory.where =
+        crpci_heap_format(ch->loop->heap, "/%.120s (group \"%.63s\", version \"%.63s\")", u->path,
+                          want->group ? want->group : "", want->version ? want->version : "");
+    err = crpci_open_service(request, u, error);
     if (err)
         return err;
-    memset(&q, 0, sizeof q);
-    q.service = service;
-    q.group = which->group;
-    q.version = which->version;
-    q.application = o->application;
-    q.allow_empty = o->allow_empty > 0;
-    err = ch->directory.registry->ops->subscribe(ch->directory.registry, &q, crpci_opening_on_list,
-                                                 ch, &ch->directory.subscription);
+    service = want->service ? want->service : "";
+    ro->session_timeout_ms = d->session_timeout_ms;
+    ro->credential = d->credential;
+    ro->application = d->application;
+    ro->register_consumer = true;
+    ro->cache = ro->cache ? ro->cache : d->cache;
+    err = request->backend->open(ch->loop, u, ro, &ch->directory.registry, error);
+    if (err)
+        return err;
+    want->application = d->application;
+    want->allow_empty = d->allow_empty > 0;
+    err = crpci_directory_subscribe(ch->directory.registry, want, crpci_opening_on_list, ch,
+                                    &ch->directory.subscription);
     if (err)
         return crpci_status_set(error, err, "%.80s: could not be subscribed to: %s", service,
                                 crpc_status_text(err));
 #if CRPC_ZOOKEEPER_ST && CRPC_ENABLE_THREADS
     /* The single-threaded client lives in the loop, which somebody must drive. */
     crpci_loop_lock(ch->loop);
-    if (ch->private_loop && !file && !multicast)
+    if (ch->private_loop && strcmp(request->backend->scheme, "zookeeper") == 0)
         err = crpci_drive_ensure_owner(ch->loop);
     crpci_loop_unlock(ch->loop);
     if (err)
@@ -19076,97 +20091,74 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
     return crpci_opening_await_list(ch, o, service, error);
 }
 
-/* What opening works on, and is too large for the stack. */
-typedef struct crpci_opening_parts {
-    crpci_url url;
-    crpci_opening_query where;
-    crpc_channel_options options;
-} crpci_opening_parts;
+#endif /* CRPCI_DIRECTORY */
 
-CRPCI_COLD int crpci_opening_open(crpc_channel **channel, crpci_opening_parts *p, const char *url,
-                                  const crpc_channel_options *options, crpc_error *error)
+CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
+                               const crpc_channel_options *options, crpc_error *error)
 {
-    crpc_channel_options *o = &p->options;
-    crpci_opening_query *where = &p->where;
-    crpci_url *u = &p->url;
+    crpci_opening_request request;
+    crpc_channel_options o;
     crpc_channel *ch;
     crpc_loop *l;
+    crpci_url u;
     int err;
+    *channel = NULL;
+    memset(&o, 0, sizeof o);
     if (options)
-        *o = *options;
-    err = crpci_url_parse(u, url, error);
-    err = err ? err : crpci_opening_read_url(u, o, where, error);
+        o = *options;
+    err = crpci_options_check(&crpci_drive_options, &o.private_loop, error);
     if (err)
         return err;
-    l = o->loop;
+    l = o.loop;
     if (!l) {
-        err = crpc_loop_open(&l, &o->private_loop);
+        err = crpc_loop_open(&l, &o.private_loop);
         if (err)
             return crpci_status_set(error, err, "private loop: %s", crpc_status_text(err));
     }
-    ch = (crpc_channel *)crpci_heap_alloc(l->heap, sizeof *ch);
+    err = crpci_url_parse(&u, l->heap, url, error);
+    err = err ? err : crpci_opening_read_url(&u, &o, &request, error);
+    err = err ? err : crpci_opening_check(&o, error);
+    ch = err ? NULL : (crpc_channel *)crpci_heap_alloc(l->heap, sizeof *ch);
     if (!ch) {
-        if (!o->loop)
+        crpci_url_free(&u);
+        if (!o.loop)
             crpc_loop_close(l);
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+        return err ? err : crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     }
+    CRPCI_HANDLE_OPEN(ch);
     ch->loop = ch->requests.loop = ch->providers.loop = l;
-    ch->private_loop = !o->loop;
-    ch->requests.protocol = ch->providers.endpoint.protocol = where->protocol;
+    ch->private_loop = !o.loop;
+    ch->requests.protocol = ch->providers.endpoint.protocol = request.protocol;
     ch->refs = 1;
     crpci_list_init(&ch->calls);
+    crpci_list_init(&ch->waiting);
     crpci_loop_hold(l);
-    crpci_opening_configure(ch, o);
-    err = (unsigned)o->cluster > CRPC_CLUSTER_BROADCAST ? CRPC_EINVAL
-                                                        : crpci_opening_balance(ch, o->balancer);
+    crpci_opening_configure(ch, &o);
+    err = crpci_balance_open(&ch->providers.balance, o.balancer);
     if (err)
-        crpci_status_set(error, err, "cluster %d, balancer %d: %s", (int)o->cluster,
-                         (int)o->balancer, crpc_status_text(err));
-    if (!err && o->credential) {
-        ch->requests.credential = crpci_heap_strndup(l->heap, o->credential, strlen(o->credential));
+        crpci_status_set(error, err,
+                         "lb: this balancer is not compiled in: CRPC_ENABLE_POLICY is 0");
+    if (!err && o.security.credential) {
+        ch->requests.credential =
+            crpci_heap_strndup(l->heap, o.security.credential, strlen(o.security.credential));
         if (!ch->requests.credential)
             err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     }
     if (err)
         ;
-    else if (!crpci_opening_has_registry(u->scheme))
-        err = crpci_opening_static(ch, u, error);
+    else if (!crpci_opening_has_registry(u.scheme))
+        err = crpci_opening_static(ch, &u, error);
+#if CRPCI_DIRECTORY
     else
-        err = crpci_opening_directory(ch, u, o, where, error);
+        err = crpci_opening_directory(ch, &u, &o, &request.directory, error);
+#endif
+    crpci_url_free(&u);
     if (err) {
         crpc_channel_close(ch);
         return err;
     }
     *channel = ch;
     return CRPC_OK;
-}
-
-/* For a channel with a private loop there is no heap yet: the memory for the parts comes from the
- * program's hooks. */
-CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
-                               const crpc_channel_options *options, crpc_error *error)
-{
-    crpci_heap *h = options && options->loop ? options->loop->heap : NULL;
-    crpc_hooks k;
-    crpci_opening_parts *p;
-    int err;
-    *channel = NULL;
-    memset(&k, 0, sizeof k);
-    if (options && !h)
-        k = options->private_loop.hooks;
-    if (!k.resize)
-        k.resize = crpci_heap_default_resize;
-    p = (crpci_opening_parts *)(h ? crpci_heap_alloc(h, sizeof *p)
-                                  : k.resize(k.user, NULL, 0, sizeof *p));
-    if (!p)
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    memset(p, 0, sizeof *p);
-    err = crpci_opening_open(channel, p, url, options, error);
-    if (h)
-        crpci_heap_free(h, p, sizeof *p);
-    else
-        k.resize(k.user, p, sizeof *p, 0);
-    return err;
 }
 #endif /* CRPC_ENABLE_CLIENT */
 
@@ -19912,6 +20904,7 @@ typedef struct crpci_context_guard {
 
 /* Each nested struct belongs to the section of its name. */
 struct crpc_server {
+    CRPCI_HANDLE
     crpc_loop *loop;
     crpci_heap *heap;
     uint32_t refs;    /* atomic: the program's, and one of each connection with requests */
@@ -19949,7 +20942,7 @@ struct crpc_server {
         int64_t emfile_logged;
     } listener;
     struct {
-        crpci_registry *registry;
+        crpci_backend *registry;
         struct crpci_enrolment *items; /* one a service */
         size_t count;
         crpci_waiter *waiter; /* crpc_server_start waits for all of them */
@@ -20286,7 +21279,7 @@ CRPCI_COLD void crpci_context_reject(crpc_context *x)
 CRPCI_FN void crpci_context_throttle(crpci_conn *conn)
 {
     const crpc_server *s = (const crpc_server *)conn->owner;
-    int64_t max = s->options.max_queued;
+    int64_t max = s->options.limits.max_queued;
     if (!conn->paused && (conn->busy >= CRPCI_CONTEXT_CONN_MAX || (max && conn->tx_memory > max)))
         crpci_conn_pause(conn, true);
     else if (conn->paused && conn->busy < CRPCI_CONTEXT_CONN_MAX / 2 &&
@@ -20318,13 +21311,13 @@ CRPCI_FN int crpci_context_code(crpc_context *x, int status)
         return CRPC_OK;
     if (status == CRPC_EAPP && x->app_code)
         return x->app_code;
-    if (status > 0 && status <= 199) {
-        crpci_context_explain(x, "the handler returned %d, which is no crpc_status", status);
-        return CRPC_EINTERNAL;
-    }
-    if (!crpci_status_reserved(status))
-        x->app_code = status;
-    return status;
+    if (status > 199 && crpci_status_reserved(status))
+        return status;
+    crpci_context_explain(x,
+                          "the handler returned %d, which is no crpc_status: an application's "
+                          "code is set by crpc_context_fail",
+                          status);
+    return CRPC_EINTERNAL;
 }
 
 /* Ends a request when the server, and with it the program's part of it, may be gone. */
@@ -20369,7 +21362,8 @@ CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int statu
             i->after(i->user, x, status);
     }
     code = crpci_context_code(x, status);
-    if (x->app_code && code == x->app_code && crpc_context_add_field(x, CRPCI_MESSAGE_APP_FIELD, "1"))
+    if (x->app_code && code == x->app_code &&
+        crpc_context_add_field(x, CRPCI_MESSAGE_APP_FIELD, "1"))
         crpci_heap_log(s->heap, CRPC_LOG_WARN, "out of memory: application error not marked");
     end.server = x->server;
     end.loop = x->loop;
@@ -20738,8 +21732,12 @@ CRPCI_COLD int crpci_guard_status(crpc_context *x)
     const crpci_replay_reply *r;
     g->repeats = true;
     r = g->reply ? (const crpci_replay_reply *)(const void *)crpci_heap_data(g->reply) : NULL;
-    if (r && r->protocol == x->conn->protocol)
-        return r->code;
+    if (r && r->protocol == x->conn->protocol) {
+        if (crpci_status_reserved(r->code))
+            return r->code;
+        x->app_code = r->code;
+        return CRPC_EAPP;
+    }
     crpci_heap_chunk_unref(g->reply);
     g->reply = NULL;
     return crpci_context_error(x, CRPC_EINTERNAL, "executed before, but its reply was not kept");
@@ -20922,10 +21920,9 @@ CRPCI_COLD void crpci_guard_disconnect(crpc_server *s, crpci_conn *conn)
 /* --- opening ---------------------------------------------------------------------------------- */
 
 CRPCI_COLD bool crpci_guard_limit_matches(const crpc_method_limit *l, const crpc_method *m,
-                                          const char *service)
+                                          const crpc_service *service)
 {
-    return (!l->service || strcmp(l->service, service) == 0) &&
-           (!l->method || strcmp(l->method, m->name) == 0);
+    return (!l->service || l->service == service) && (!l->method || l->method == m);
 }
 
 /* Gives each method its quota; with NULL only counts those that have one. */
@@ -20936,15 +21933,15 @@ CRPCI_COLD size_t crpci_guard_share_quotas(crpc_server *s, crpci_quota *quotas)
     for (i = 0; i < s->services.count; i++) {
         const crpci_service *v = &s->services.items[i];
         for (k = 0; k < v->table->method_count; k++) {
-            for (of = 0; of < o->limit_count; of++) {
-                if (crpci_guard_limit_matches(&o->limits[of], &v->table->methods[k],
-                                              v->table->name))
+            for (of = 0; of < o->method_limit_count; of++) {
+                if (crpci_guard_limit_matches(&o->method_limits[of], &v->table->methods[k],
+                                              v->table))
                     break;
             }
-            if (of == o->limit_count)
+            if (of == o->method_limit_count)
                 continue;
             if (quotas) {
-                crpci_quota_init(&quotas[n], &o->limits[of], (uint32_t)o->workers);
+                crpci_quota_init(&quotas[n], &o->method_limits[of], (uint32_t)o->workers);
                 v->methods[k].quota = &quotas[n];
             }
             n++;
@@ -20956,31 +21953,31 @@ CRPCI_COLD size_t crpci_guard_share_quotas(crpc_server *s, crpci_quota *quotas)
 /* A limit that applies to no method is a mistake of the program. */
 CRPCI_COLD int crpci_guard_check_limit(const crpc_server *s, size_t index, crpc_error *error)
 {
-    const crpc_method_limit *l = &s->options.limits[index];
+    const crpc_method_limit *l = &s->options.method_limits[index];
     size_t i, k;
     for (i = 0; i < s->services.count; i++) {
         const crpc_service *table = s->services.items[i].table;
         for (k = 0; k < table->method_count; k++) {
-            if (crpci_guard_limit_matches(l, &table->methods[k], table->name))
+            if (crpci_guard_limit_matches(l, &table->methods[k], table))
                 return CRPC_OK;
         }
     }
-    if (!l->service)
-        return crpci_status_set(error, CRPC_EINVAL, "limits[%zu] names method %.80s, which no "
-                                                    "service of this server has",
-                                index, l->method ? l->method : "*");
     return crpci_status_set(error, CRPC_EINVAL,
-                            "limits[%zu] names %.80s.%.80s, which this server does not have", index,
-                            l->service, l->method ? l->method : "*");
+                            "method_limits[%zu] names %.80s.%.80s, which this server does not have",
+                            index,
+                            l->service  ? l->service->name
+                            : l->method ? l->method->service
+                                        : "*",
+                            l->method ? l->method->name : "*");
 }
 
 CRPCI_COLD int crpci_guard_start_limits(crpc_server *s, crpc_error *error)
 {
     size_t i;
     int err = CRPC_OK;
-    for (i = 0; i < s->options.limit_count && !err; i++)
+    for (i = 0; i < s->options.method_limit_count && !err; i++)
         err = crpci_guard_check_limit(s, i, error);
-    if (err || !s->options.limit_count || s->guard.quotas)
+    if (err || !s->options.method_limit_count || s->guard.quotas)
         return err;
     s->guard.quota_count = crpci_guard_share_quotas(s, NULL);
     s->guard.quotas =
@@ -21244,7 +22241,7 @@ CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
         __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
     } else {
         conn->protocols = crpci_protocols;
-        conn->max_body = (uint32_t)s->options.max_body;
+        conn->max_body = (uint32_t)s->options.limits.max_body;
         conn->max_skip = s->options.max_skip;
         conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
         if (s->options.idle_timeout_ms)
@@ -21348,33 +22345,44 @@ CRPC_API int crpc_server_listen_fd(crpc_server *s, int fd)
     return crpci_listener_add(s, fd, true);
 }
 
-CRPC_API int crpc_server_listen(crpc_server *s, const char *url, crpc_error *error)
+/* tcp://host:port, unix:///path or unix://@name */
+CRPCI_COLD int crpci_listener_address(crpc_server *s, const char *url, const crpci_url *u,
+                                      crpci_addr *out, crpc_error *error)
 {
     char text[CRPC_ADDRESS_MAX];
+    int err = CRPC_OK;
+    if (*u->query)
+        return crpci_status_set(error, CRPC_EINVAL, "%.100s: a listener takes no URL options", url);
+    if (strcmp(u->scheme, "unix") == 0) {
+        if ((size_t)snprintf(text, sizeof text, "unix:%s", u->path) >= sizeof text)
+            return crpci_status_set(error, CRPC_EINVAL, "unix:// path is over %d bytes",
+                                    CRPC_ADDRESS_MAX - 6);
+    } else if (strcmp(u->scheme, "tcp") == 0 && !*u->path) {
+        err = crpci_resolver_address(s->heap, u->authority, text, sizeof text, error);
+    } else {
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "%.100s: expected tcp://host:port, unix:///path or unix://@name",
+                                url);
+    }
+    if (!err && !crpci_sock_parse(out, text))
+        err = crpci_status_set(error, CRPC_EINVAL, "%.100s: not an address", url);
+    return err;
+}
+
+CRPC_API int crpc_server_listen(crpc_server *s, const char *url, crpc_error *error)
+{
     crpci_addr addr;
     crpci_url u;
     int err, fd, saved;
     if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW)
         return crpci_status_set(error, CRPC_EBUSY, "the server has been started");
-    err = crpci_url_parse(&u, url, error);
+    err = crpci_url_parse(&u, s->heap, url, error);
     if (err)
         return err;
-    if (*u.query)
-        return crpci_status_set(error, CRPC_EINVAL, "%.100s: a listener takes no URL options", url);
-    if (strcmp(u.scheme, "unix") == 0) {
-        if ((size_t)snprintf(text, sizeof text, "unix:%s", u.path) >= sizeof text)
-            return crpci_status_set(error, CRPC_EINVAL, "unix:// path is over %d bytes",
-                                    CRPC_ADDRESS_MAX - 6);
-    } else if (strcmp(u.scheme, "tcp") == 0 && !*u.path) {
-        err = crpci_resolver_address(s->heap, u.authority, text, sizeof text, error);
-        if (err)
-            return err;
-    } else {
-        return crpci_status_set(error, CRPC_EINVAL,
-                                "%.100s: expected tcp://host:port or unix:///path", url);
-    }
-    if (!crpci_sock_parse(&addr, text))
-        return crpci_status_set(error, CRPC_EINVAL, "%.100s: not an address", url);
+    err = crpci_listener_address(s, url, &u, &addr, error);
+    crpci_url_free(&u);
+    if (err)
+        return err;
     fd = crpci_sock_listen(&addr);
     saved = errno;
     if (fd < 0) {
@@ -21448,6 +22456,8 @@ typedef struct crpci_enrolment {
     bool through;
 } crpci_enrolment;
 
+#if CRPCI_DIRECTORY
+
 /* A registration got through, or a try failed; any thread. */
 CRPCI_FN void crpci_enrolment_on_status(void *user, int status, const char *text)
 {
@@ -21472,22 +22482,21 @@ CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, c
 {
     crpci_addr any = CRPC_INIT;
     const crpci_listener *n = NULL;
-    char text[256 + 8]; /* a host's name, and a port */
     crpci_list *i;
     bool wild = false;
     unsigned port = 0;
+    char *text;
     int err;
     for (i = s->listener.list.next; i != &s->listener.list && !n; i = i->next) {
         n = CRPCI_CONTAINER(i, crpci_listener, link);
         if (n->addr.u.any.sa_family == AF_UNIX)
             n = NULL;
     }
-    if (n && n->addr.u.any.sa_family == AF_INET) {
-        port = ntohs(n->addr.u.in4.sin_port);
-        wild = n->addr.u.in4.sin_addr.s_addr == htonl(INADDR_ANY);
-    } else if (n) {
-        port = ntohs(n->addr.u.in6.sin6_port);
-        wild = memcmp(&n->addr.u.in6.sin6_addr, &any.u.in6.sin6_addr, 16) == 0;
+    if (n) {
+        port = crpci_sock_port(&n->addr);
+        wild = n->addr.u.any.sa_family == AF_INET
+                   ? n->addr.u.in4.sin_addr.s_addr == htonl(INADDR_ANY)
+                   : memcmp(&n->addr.u.in6.sin6_addr, &any.u.in6.sin6_addr, 16) == 0;
     }
     if (s->enrolment.advertise) {
         const char *colon = strrchr(s->enrolment.advertise, ':'),
@@ -21498,11 +22507,12 @@ CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, c
                                     "advertise \"%.80s\": no port, and no "
                                     "tcp:// listener to take it from",
                                     s->enrolment.advertise);
-        if (has_port)
-            snprintf(text, sizeof text, "%s", s->enrolment.advertise);
-        else
-            snprintf(text, sizeof text, "%s:%u", s->enrolment.advertise, port);
+        text = has_port ? crpci_heap_format(s->heap, "%s", s->enrolment.advertise)
+                        : crpci_heap_format(s->heap, "%s:%u", s->enrolment.advertise, port);
+        if (!text)
+            return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
         err = crpci_resolver_address(s->heap, text, out, size, error);
+        crpci_heap_strfree(s->heap, text);
         return err ? crpci_status_set(error, err,
                                       "advertise \"%.80s\" is not host[:port], or "
                                       "cannot be resolved (IPv6 stands in brackets)",
@@ -21528,29 +22538,19 @@ CRPCI_COLD void crpci_enrolment_method_names(const crpc_service *table, char *ou
             (size_t)snprintf(out + used, size - used, "%s%s", i ? "," : "", table->methods[i].name);
 }
 
-/* What enrolling needs while it begins, and is too large for the stack. */
-typedef struct crpci_enrolment_parts {
-    crpci_url url;
-    char methods[1024];
-} crpci_enrolment_parts;
-
-CRPCI_COLD int crpci_enrolment_begin(crpc_server *s, crpci_enrolment_parts *p, crpc_error *error)
+CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
 {
-    char address[CRPC_ADDRESS_MAX];
-    crpci_registry_options ro;
-    crpci_registration what;
+    const size_t room = 1024; /* for the names of a service's methods */
+    char address[CRPC_ADDRESS_MAX], *methods;
+    crpci_directory_options o;
+    crpci_names_service what;
     size_t i;
     int err = crpci_enrolment_address(s, address, sizeof address, error);
-    err = err ? err : crpci_url_parse(&p->url, s->enrolment.url, error);
-    if (err)
-        return err;
-    if (*p->url.query && strcmp(p->url.scheme, "multicast") != 0)
-        return crpci_status_set(error, CRPC_EINVAL, "%.100s: a registry takes no URL options here",
-                                s->enrolment.url);
-    memset(&ro, 0, sizeof ro);
-    ro.session_timeout_ms = s->options.session_timeout_ms;
-    ro.credential = s->enrolment.credential;
-    err = crpci_registry_open(s->loop, &p->url, &ro, &s->enrolment.registry, error);
+    memset(&o, 0, sizeof o);
+    o.session_timeout_ms = s->options.directory.session_timeout_ms;
+    o.credential = s->enrolment.credential;
+    err = err ? err
+              : crpci_open_registry(s->loop, s->enrolment.url, &o, &s->enrolment.registry, error);
     if (err)
         return err;
     s->enrolment.items = (crpci_enrolment *)crpci_heap_alloc(
@@ -21558,41 +22558,35 @@ CRPCI_COLD int crpci_enrolment_begin(crpc_server *s, crpci_enrolment_parts *p, c
     if (!s->enrolment.items && s->services.count)
         return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     s->enrolment.count = s->services.count;
+    methods = (char *)crpci_heap_alloc(s->heap, room);
+    if (!methods)
+        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     memset(&what, 0, sizeof what);
     what.address = address;
     what.group = s->enrolment.group;
     what.version = s->enrolment.version;
     what.application = s->enrolment.application;
-    what.methods = p->methods;
+    what.methods = methods;
     what.weight = s->options.weight;
     what.warmup_ms = s->options.warmup_ms;
     for (i = 0; i < s->enrolment.count && !err; i++) {
         what.service = s->services.items[i].table->name;
-        crpci_enrolment_method_names(s->services.items[i].table, p->methods, sizeof p->methods);
+        crpci_enrolment_method_names(s->services.items[i].table, methods, room);
         s->enrolment.items[i].server = s;
-        err = s->enrolment.registry->ops->enroll(s->enrolment.registry, &what,
-                                                 crpci_enrolment_on_status, &s->enrolment.items[i],
-                                                 &s->enrolment.items[i].handle);
+        err = crpci_directory_enroll(s->enrolment.registry, &what, crpci_enrolment_on_status,
+                                     &s->enrolment.items[i], &s->enrolment.items[i].handle);
     }
-    return err ? crpci_status_set(error, err, "%.100s: cannot register: %s", s->enrolment.url,
-                                  crpc_status_text(err))
+    crpci_heap_free(s->heap, methods, room);
+    return err ? crpci_status_set(error, err, "%.100s: cannot register %.60s at %.60s: %s",
+                                  s->enrolment.url, what.service, address, crpc_status_text(err))
                : CRPC_OK;
-}
-
-CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
-{
-    crpci_enrolment_parts *p = (crpci_enrolment_parts *)crpci_heap_alloc(s->heap, sizeof *p);
-    int err = p ? crpci_enrolment_begin(s, p, error)
-                : crpci_status_set(error, CRPC_ENOMEM, "out of memory");
-    crpci_heap_free(s->heap, p, sizeof *p);
-    return err;
 }
 
 /* The gate: waits until all services are registered. */
 CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
 {
     crpc_loop *l = s->loop;
-    int64_t ms = s->options.registry_timeout_ms;
+    int64_t ms = s->options.directory.timeout_ms;
     crpci_waiter w;
     size_t i, through = 0;
     int err = CRPC_OK;
@@ -21607,7 +22601,7 @@ CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
         for (i = 0, through = 0; i < s->enrolment.count; i++)
             through += s->enrolment.items[i].through;
     }
-    if (through < s->enrolment.count && s->options.must_connect)
+    if (through < s->enrolment.count && s->options.directory.must_connect)
         err = crpci_status_set(error, CRPC_EREGISTRY, "%.80s: not registered within %d ms%s%.100s",
                                s->enrolment.url, (int)ms, *s->enrolment.text ? ": " : "",
                                s->enrolment.text);
@@ -21621,16 +22615,16 @@ CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
     for (i = 0; s->enrolment.registry && i < s->enrolment.count; i++) {
         void *handle = s->enrolment.items[i].handle;
         s->enrolment.items[i].handle = NULL;
-        if (handle)
-            s->enrolment.registry->ops->withdraw(s->enrolment.registry, handle);
+        crpci_directory_withdraw(s->enrolment.registry, handle);
     }
 }
+
+#endif /* CRPCI_DIRECTORY */
 
 /* ======================================================================== */
 /* >>impl-lifecycle   opening a server, starting, draining, closing         */
 /* ======================================================================== */
 
-#define CRPCI_LIFECYCLE_MAX_SERVING 8192u /* requests of one loop in service, unless told */
 #define CRPCI_LIFECYCLE_TICK        10000 /* microseconds until draining is looked at again */
 
 /* --- stopping --------------------------------------------------------------------------------- */
@@ -21703,7 +22697,9 @@ CRPC_API void crpc_server_stop(crpc_server *s)
     crpci_loop_unlock(l);
     if (state > CRPCI_SERVER_RUNNING)
         return;
+#if CRPCI_DIRECTORY
     crpci_enrolment_withdraw(s);
+#endif
     crpci_loop_lock(l); /* not before: another thread may close the server when it is drained */
     crpci_loop_timer_at(l, &s->drain.timer, lame_until);
     crpci_loop_unlock(l);
@@ -21740,7 +22736,7 @@ CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
     crpci_heap_strfree(h, s->enrolment.group);
     crpci_heap_strfree(h, s->enrolment.version);
     crpci_heap_strfree(h, s->enrolment.application);
-    crpci_heap_free(h, s, sizeof *s);
+    crpci_heap_retire(h, s, sizeof *s);
     crpci_heap_unref(h);
 }
 
@@ -21769,8 +22765,10 @@ CRPCI_COLD void crpci_lifecycle_dismantle(crpc_server *s)
     crpc_loop *l = s->loop;
     bool private_loop = s->private_loop;
     size_t i;
-    crpci_registry_close(s->enrolment.registry);
+#if CRPCI_DIRECTORY
+    crpci_directory_close(s->enrolment.registry);
     s->enrolment.registry = NULL;
+#endif
     crpci_loop_lock(l);
     crpci_listener_close_all(s);
     crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
@@ -21811,6 +22809,7 @@ CRPC_API void crpc_server_close(crpc_server *s)
     bool started;
     if (!s)
         return;
+    CRPCI_HANDLE_CLOSE(s);
     started = crpci_thread_load(&s->state) != CRPCI_SERVER_NEW;
     if (started && crpci_lifecycle_in_callback(s)) { /* which must not wait for itself */
         crpc_loop *l = s->loop;
@@ -21839,47 +22838,83 @@ CRPCI_COLD bool crpci_lifecycle_copy(crpci_heap *h, char **to, const char *from)
     return !from || *to;
 }
 
+#define CRPCI_LIFECYCLE_ROW(member, name, flags, zero, none, most)                                 \
+    CRPCI_OPTION_ROW(crpc_server_options, member, name, NULL, flags, zero, none, 1, most)
+#define CRPCI_LIFECYCLE_NUMBER(member, zero, none, most)                                           \
+    CRPCI_LIFECYCLE_ROW(member, #member, 0, zero, none, most)
+#define CRPCI_LIFECYCLE_POLICY(member, zero, none, most)                                           \
+    CRPCI_LIFECYCLE_ROW(member, #member, CRPCI_OPTION_POLICY, zero, none, most)
+#define CRPCI_LIFECYCLE_TEXT(member, name, flags)                                                  \
+    CRPCI_LIFECYCLE_ROW(member, name, CRPCI_OPTION_TEXT | (flags), 0, 0, 0)
+
+static const crpci_option crpci_lifecycle_rows[] = {
+    CRPCI_LIFECYCLE_TEXT(listen, "listen", 0),
+    CRPCI_LIFECYCLE_TEXT(registry, "registry", 0),
+    CRPCI_LIFECYCLE_TEXT(advertise, "advertise", 0),
+    CRPCI_LIFECYCLE_TEXT(directory.group, "group", 0),
+    CRPCI_LIFECYCLE_TEXT(directory.version, "version", 0),
+    CRPCI_LIFECYCLE_TEXT(directory.application, "application", 0),
+    CRPCI_LIFECYCLE_TEXT(directory.credential, "registry_credential", CRPCI_OPTION_SECRET),
+    CRPCI_LIFECYCLE_ROW(directory.timeout_ms, "registry_timeout_ms", 0, 3000, 0, 86400000),
+    CRPCI_LIFECYCLE_ROW(directory.session_timeout_ms, "session_timeout_ms", 0, 15000, 15000,
+                        86400000),
+    CRPCI_LIFECYCLE_ROW(directory.must_connect, "must_connect", 0, 0, 0, 1),
+    CRPCI_LIFECYCLE_NUMBER(weight, 100, 0, 1000000),
+    CRPCI_LIFECYCLE_NUMBER(warmup_ms, 0, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(io_threads, 0, 0, 1024),
+    CRPCI_LIFECYCLE_NUMBER(workers, 0, 0, 1024),
+    CRPCI_LIFECYCLE_NUMBER(worker_queue, 1024, 0, CRPCI_OPTION_ANY),
+    CRPCI_OPTION_ROW(crpc_server_options, worker_stack, "worker_stack", NULL, 0, 256 << 10, 0,
+                     16384, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_POLICY(ordered, 0, -1, 1),
+    CRPCI_LIFECYCLE_NUMBER(max_concurrency, 8192, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(max_connections, 1024, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
+    CRPCI_LIFECYCLE_ROW(limits.max_queued, "max_queued", 0, 4 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(max_skip, 256 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_POLICY(rate_per_client, 0, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(burst_per_client, 0, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_POLICY(replay_entries, 0, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(replay_ms, 60000, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(replay_bytes, 4 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(idle_timeout_ms, 0, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(frame_timeout_ms, 30000, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(lame_ms, 1000, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(drain_ms, 5000, 0, 86400000),
+};
+
+static const crpci_options crpci_lifecycle_options = {CRPCI_OPTIONS_OF(crpci_lifecycle_rows)};
+
+CRPC_API int crpc_server_options_parse(char *text, crpc_server_options *options, crpc_error *error)
+{
+    crpci_options_target to[] = {{&crpci_lifecycle_options, options, 0},
+                                 {&crpci_drive_options, &options->loops, 0}};
+    return crpci_options_lines(to, 2, text, error);
+}
+
+CRPCI_COLD int crpci_lifecycle_check(const crpc_server_options *o, crpc_error *error)
+{
+    int err = crpci_options_check(&crpci_lifecycle_options, o, error);
+    if (!CRPC_ENABLE_POLICY && o->method_limit_count && !err)
+        err = crpci_status_set(error, CRPC_EUNSUPPORTED,
+                               "method_limits: not compiled in: CRPC_ENABLE_POLICY is 0");
+    return err ? err : crpci_options_check(&crpci_drive_options, &o->loops, error);
+}
+
+/* Takes over checked options and gives them their final values. */
 CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_options *in)
 {
     crpc_server_options *o = &s->options;
     *o = *in;
-    o->weight = (int)crpci_base_min64(crpci_base_option(in->weight, 100, 0), 1000000);
-    o->warmup_ms = (int)crpci_base_option(in->warmup_ms, 0, 0);
-    o->io_threads = (int)crpci_base_option(in->io_threads, 0, 0);
-    o->workers = (int)crpci_base_option(in->workers, 0, 0);
-    o->worker_queue = (int)crpci_base_option(in->worker_queue, 1024, 0);
-    o->worker_stack = (int)crpci_base_option(in->worker_stack, 256 << 10, 0);
-    o->max_connections = (int)crpci_base_option(in->max_connections, 1024, 0);
-    o->max_body = crpci_base_min64(crpci_base_option(in->max_body, 64 << 20, INT32_MAX), INT32_MAX);
-    o->max_skip = crpci_base_option(in->max_skip, 256 << 20, 0);
-    o->max_queued = crpci_base_option(in->max_queued, 4 << 20, 0);
-    o->idle_timeout_ms = (int)crpci_base_option(in->idle_timeout_ms, 0, 0);
-    o->frame_timeout_ms = (int)crpci_base_option(in->frame_timeout_ms, 30000, 0);
-    o->lame_ms = (int)crpci_base_option(in->lame_ms, in->registry ? 1000 : 0, 0);
-    o->drain_ms = (int)crpci_base_option(in->drain_ms, 5000, 0);
-    o->session_timeout_ms = (int)crpci_base_option(in->session_timeout_ms, 15000, 15000);
-    o->registry_timeout_ms = (int)crpci_base_option(in->registry_timeout_ms, 3000, 0);
-    o->max_concurrency = (int)crpci_base_option(in->max_concurrency, 0, INT32_MAX);
-    s->max_serving = o->max_concurrency ? (uint32_t)o->max_concurrency
-                                        : CRPCI_LIFECYCLE_MAX_SERVING *
-                                              (uint32_t)(o->io_threads ? o->io_threads : 1);
-    o->replay_entries = (int)crpci_base_option(in->replay_entries, 0, 0);
-    o->replay_ms = (int)crpci_base_option(in->replay_ms, 60000, 0);
-    o->replay_bytes = crpci_base_option(in->replay_bytes, 4 << 20, INT64_MAX);
+    crpci_options_fill(&crpci_lifecycle_options, o);
+    s->max_serving = o->max_concurrency ? (uint32_t)o->max_concurrency : INT32_MAX;
+    if (!in->max_concurrency && o->io_threads)
+        s->max_serving *= (uint32_t)o->io_threads;
+    if (!in->lame_ms && !in->registry)
+        o->lame_ms = 0;
+    if (!o->replay_bytes)
+        o->replay_bytes = INT64_MAX;
     s->guard.all = o->ordered > 0 || o->rate_per_client > 0;
-}
-
-/* What a server cannot do without CRPC_ENABLE_POLICY is refused, not ignored. */
-CRPCI_COLD int crpci_lifecycle_refuse_policy(const crpc_server_options *o, crpc_error *error)
-{
-    const char *name = o->ordered > 0           ? "ordered"
-                       : o->replay_entries > 0  ? "replay_entries"
-                       : o->rate_per_client > 0 ? "rate_per_client"
-                       : o->limit_count         ? "limits"
-                                                : NULL;
-    return !name ? CRPC_OK
-                 : crpci_status_set(error, CRPC_EUNSUPPORTED,
-                                    "%s: not compiled in: CRPC_ENABLE_POLICY is 0", name);
 }
 
 CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *options,
@@ -21893,8 +22928,7 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     memset(&o, 0, sizeof o);
     if (options)
         o = *options;
-    if (!CRPC_ENABLE_POLICY)
-        err = crpci_lifecycle_refuse_policy(&o, error);
+    err = crpci_lifecycle_check(&o, error);
     if (err)
         return err;
     l = o.loop;
@@ -21910,6 +22944,7 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
             crpc_loop_close(l);
         return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     }
+    CRPCI_HANDLE_OPEN(s);
     s->loop = l;
     s->heap = l->heap;
     crpci_heap_ref(s->heap);
@@ -21925,13 +22960,20 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     if (!crpci_lifecycle_copy(s->heap, &s->enrolment.url, o.registry) ||
         !crpci_lifecycle_copy(s->heap, &s->enrolment.advertise, o.advertise) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.credential, o.registry_credential) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.group, o.group) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.version, o.version) ||
+        !crpci_lifecycle_copy(s->heap, &s->enrolment.credential, o.directory.credential) ||
+        !crpci_lifecycle_copy(s->heap, &s->enrolment.group, o.directory.group) ||
+        !crpci_lifecycle_copy(s->heap, &s->enrolment.version, o.directory.version) ||
         !crpci_lifecycle_copy(s->heap, &s->enrolment.application,
-                              o.application ? o.application : "crpc") ||
+                              o.directory.application ? o.directory.application : "crpc") ||
         (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
         err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+    if (!err && o.registry)
+#if CRPCI_DIRECTORY
+        err = crpci_open_registry(l, o.registry, NULL, NULL, error);
+#else
+        err = crpci_status_set(error, CRPC_EUNSUPPORTED, "%.100s: no registry is compiled in",
+                               o.registry);
+#endif
     if (!err && o.listen)
         err = crpc_server_listen(s, o.listen, error);
     if (err) {
@@ -22007,10 +23049,12 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
     crpci_loop_unlock(l);
     if (err)
         return crpci_status_set(error, err, "listening: %s", crpc_status_text(err));
+#if CRPCI_DIRECTORY
     if (s->enrolment.url) {
         err = crpci_enrolment_start(s, error);
         err = err ? err : crpci_enrolment_await(s, error);
     }
+#endif
     if (err) {
         crpci_loop_lock(l);
         s->options.lame_ms = 0; /* it is only to be closed */

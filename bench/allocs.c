@@ -136,7 +136,7 @@ static example_EchoRequest request_of(run *r, long n, crpc_call *call)
     example_EchoRequest request = example_EchoRequest_init_zero;
     size_t size = r->load->mixed ? 32u << (next_random(r) % 12) : 32;
     bool slow = r->load->timeouts && n % 8 == 7;
-    call->timeout_ms = slow ? 1 : 60000;
+    call->policy.timeout_ms = slow ? 1 : 60000;
     request.message = crpc_view_of(slow ? "~" : bytes, slow ? 1 : size);
     return request;
 }
@@ -248,7 +248,7 @@ static bool measure(const load *l, const char *server_url)
     r.random = 1;
     pthread_mutex_init(&r.lock, NULL);
     pthread_cond_init(&r.cond, NULL);
-    options.max_queued = -1;
+    options.limits.max_queued = -1;
     if (l->dead_peer) /* nothing listens on port 1 */
         snprintf(url, sizeof url, "list://127.0.0.1:1,%s", server_url + strlen("tcp://"));
     else

@@ -221,7 +221,7 @@ static crpc_channel *open_channel(const char *url, crpc_loop *loop)
     crpc_channel *channel = NULL;
 
     options.loop = loop;
-    options.timeout_ms = 3600000;
+    options.policy.timeout_ms = 3600000;
     must(crpc_channel_open(&channel, url, &options, NULL) == CRPC_OK, url);
     return channel;
 }

@@ -169,7 +169,7 @@ static void call_both(const char *url, long n, long depth)
     must(crpc_loop_open(&servers, &options), "a loop");
     server = open_server(url, servers);
     channel_options.loop = client;
-    channel_options.timeout_ms = 3600000;
+    channel_options.policy.timeout_ms = 3600000;
     must(crpc_channel_open(&both_channel, url, &channel_options, NULL), url);
     must(crpc_loop_step(client, 0), "a step"); /* from now on the program drives it */
     calls_left = n;
@@ -212,15 +212,15 @@ static void pick(const char *lb, long count, long n)
     options.private_loop.hooks.clock_us = clock_us;
     snprintf(url, sizeof url, "tcp://127.0.0.1:9?lb=%s", lb);
     must(crpc_channel_open(&channel, url, &options, NULL), url);
-    list = crpci_registry_snapshot(channel->loop->heap, (size_t)count);
+    list = crpci_directory_snapshot(channel->loop->heap, (size_t)count);
     must(list ? CRPC_OK : CRPC_ENOMEM, "a list");
     for (i = 0; i < count; i++) {
         snprintf(list->providers[i].address, CRPC_ADDRESS_MAX, "10.1.%ld.%ld:8000", i / 256, i % 256);
         list->providers[i].weight = 50 + (int)(i * 7 % 101);
     }
-    crpci_registry_sort(list);
+    crpci_directory_sort(list);
     must(crpci_opening_on_list(channel, list), "the list");
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
     memset(&call, 0, sizeof call);
     call.channel = channel;
     for (i = 0; i < n; i++) {

@@ -283,8 +283,8 @@ CT_FN crpc_channel *net_channel(const char *url, const char *query, crpc_poller 
 CT_FN void net_open(net *n, crpc_poller poller, net_mode mode)
 {
     net_open_server(n, poller, mode);
-    if (!n->channel_options.timeout_ms)
-        n->channel_options.timeout_ms = NET_PATIENCE;
+    if (!n->channel_options.policy.timeout_ms)
+        n->channel_options.policy.timeout_ms = NET_PATIENCE;
     n->channel = net_channel(n->url, n->query, poller, mode == NET_SHARED ? n->loop : NULL,
                              &n->channel_options);
 }
@@ -334,6 +334,19 @@ CT_FN uint32_t net_connections(crpc_server *s)
     crpc_loop_stats stats;
     crpc_server_stats_get(s, &stats);
     return stats.connections;
+}
+
+/* Calls Add with a deadline that passes; doubles it until the request was sent before, however slow
+ * the machine is. */
+CT_FN void net_time_out(crpc_channel *ch, int64_t n, crpc_call *call)
+{
+    dyn_Num in = net_num(n), out = dyn_Num_init_zero;
+    for (call->policy.timeout_ms = 60;; call->policy.timeout_ms *= 2) {
+        assert_int_equal(dyn_Echo_Add(ch, &in, &out, call), CRPC_ETIMEDOUT);
+        if (call->error.sent == CRPC_SENT_YES)
+            break;
+        assert_true(call->policy.timeout_ms < NET_PATIENCE);
+    }
 }
 
 /* `size` bytes that tell their place. */
@@ -1029,6 +1042,31 @@ CT_FN void done_blob(void *user, int status, const dyn_Blob *response, crpc_call
                crpc_view_size(call->reply_attachment));
     }
     pthread_mutex_unlock(&d->lock);
+}
+
+/* Runs fn in a child process, which must abort; keeps what it has printed. For checks of CRPC_DEBUG. */
+CT_FN void net_expect_abort(void (*fn)(void), char *text, size_t size)
+{
+    int fds[2], status;
+    size_t n = 0;
+    ssize_t got;
+    pid_t child;
+    assert_int_equal(pipe(fds), 0);
+    child = fork();
+    assert_true(child >= 0);
+    if (!child) {
+        dup2(fds[1], 2);
+        signal(SIGABRT, SIG_DFL);
+        fn();
+        _exit(0);
+    }
+    close(fds[1]);
+    while ((got = read(fds[0], text + n, size - 1 - n)) > 0)
+        n += (size_t)got;
+    text[n] = '\0';
+    close(fds[0]);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT);
 }
 
 /* --- several providers behind one channel ----------------------------------------------------- */

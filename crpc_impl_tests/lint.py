@@ -26,7 +26,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OTHER_TAGS = {"config", "platform", "changelog", "license"}
 # Further prefixes, less crpci_, of the internal functions of a section: {"zookeeper": ["zk"]}.
 ALIASES = {
-    "zookeeper": ["registry"],   # opens whichever registry a URL names
 }
 # Test files without a section of their own, and what they are for.
 EXTRA_TESTS = {
@@ -373,6 +372,20 @@ def writable_data(tree):
                         found.group(1), int(found.group(2), 16), pic)
 
 
+@check
+def no_registry(tree):
+    """Without ZooKeeper and without file:// and multicast:// no code of a registry is left."""
+    path, wrong = tree.compile(["-Os", "-DCRPC_ENABLE_ZOOKEEPER=0", "-DCRPC_ENABLE_SERVERLESS=0"])
+    yield from wrong
+    listed = run(["nm", "--defined-only", path]).stdout if not wrong else ""
+    for line in listed.splitlines():
+        symbol = line.split()[-1]
+        if re.match(r"crpci_(names|cache|file|multicast|zookeeper|open|coordination)_|"
+                    r"crpci_server_(enrol|on_enrol|withdraw)|crpci_channel_.*regist|crpc_registry_",
+                    symbol) and symbol != "crpci_channel_has_registry":
+            yield "crpc.h: %s is compiled in although there is no registry" % symbol
+
+
 # --- documentation --------------------------------------------------------------------------
 
 
@@ -411,7 +424,8 @@ def option_values(tree):
     """Every integer option says what 0 means, and what -1 (or, for a switch, 1) means."""
     begun, count = None, 0
     for number, line in enumerate(tree.code_lines[:tree.first_impl - 1], 1):
-        found = re.match(r"(?:typedef )?struct (crpc_\w+_options|crpc_call|crpc_hooks) \{", line)
+        found = re.match(r"(?:typedef )?struct (crpc_\w+_options|crpc_call|crpc_hooks|"
+                         r"crpc_policy|crpc_limits|crpc_method_limit) \{", line)
         if found:
             begun = (found.group(1), number)
         elif begun and re.match(r"}", line):
@@ -729,6 +743,8 @@ BROKEN = [
     ("writable-data", "crpc.h", "    static const char *const names[]", "    static __thread int calls;\n"
      "    x += calls++;\n    static const char *const names[]"),
     ("writable-data", "crpc.h", "#define CRPCI_ONE 1", "#define CRPCI_ONE 1\nint crpc_state;"),
+    ("no-registry", "crpc.h", "#define CRPCI_ONE 1",
+     "int crpci_cache_one(void);\nint crpci_cache_one(void) { return 1; }"),
     ("documented", "crpc.h", "/* Gets twice. */\n", ""),
     ("documented", "crpc.h", "/* Gets twice. */\n", "/* Gets twice. */\n\n"),
     ("option-values", "crpc.h", "0: a second. ", ""),

@@ -16,11 +16,16 @@ static void check_deadline(const char *url, crpc_poller p, int ms, int code, int
     dyn_Blob in = dyn_Blob_init_zero, out = dyn_Blob_init_zero;
     crpc_call call = CRPC_INIT;
     done_log d;
-    int64_t start = ct_now_ms(), took;
-    call.timeout_ms = ms;
+    int64_t start, took;
     call.attachment = crpc_view_of(bytes, attachment);
-    assert_int_equal(dyn_Echo_Pass(ch, &in, &out, &call), code);
-    took = ct_now_ms() - start;
+    for (;; ms *= 2) { /* until a slow machine sends the request in time */
+        call.policy.timeout_ms = ms;
+        start = ct_now_ms();
+        assert_int_equal(dyn_Echo_Pass(ch, &in, &out, &call), code);
+        took = ct_now_ms() - start;
+        if (sent == CRPC_SENT_NO || call.error.sent != CRPC_SENT_NO || ms > NET_PATIENCE)
+            break;
+    }
     assert_int_equal(call.error.code, code);
     assert_int_equal(call.error.sent, sent);
     assert_false(call.error.remote);
@@ -35,7 +40,7 @@ static void check_deadline(const char *url, crpc_poller p, int ms, int code, int
     ch = net_channel(url, query, p, NULL, NULL);
     bytes = net_bytes(attachment);
     memset(&call, 0, sizeof call);
-    call.timeout_ms = ms;
+    call.policy.timeout_ms = ms;
     call.attachment = crpc_view_of(bytes, attachment);
     done_init(&d);
     start = ct_now_ms();
@@ -100,7 +105,7 @@ static void a_silent_peer_costs_the_deadline(void **state)
     {
         peer silent;
         peer_open(&silent, peer_silent, NULL);
-        check_deadline(silent.url, p, 200, CRPC_ETIMEDOUT, CRPC_SENT_YES, 0, NULL);
+        check_deadline(silent.url, p, 60, CRPC_ETIMEDOUT, CRPC_SENT_YES, 0, NULL);
         peer_close(&silent);
     }
 }
@@ -113,7 +118,7 @@ static void half_a_reply_costs_the_deadline(void **state)
     {
         peer stalls;
         peer_open(&stalls, peer_stalls_reply, NULL);
-        check_deadline(stalls.url, p, 200, CRPC_ETIMEDOUT, CRPC_SENT_YES, 0, NULL);
+        check_deadline(stalls.url, p, 60, CRPC_ETIMEDOUT, CRPC_SENT_YES, 0, NULL);
         peer_close(&stalls);
     }
 }
@@ -140,7 +145,7 @@ static void a_peer_that_reads_nothing_costs_the_deadline(void **state)
     {
         peer deaf;
         peer_open(&deaf, peer_deaf, NULL);
-        check_deadline(deaf.url, p, 400, CRPC_ETIMEDOUT, CRPC_SENT_MAYBE, 12 << 20, NULL);
+        check_deadline(deaf.url, p, 100, CRPC_ETIMEDOUT, CRPC_SENT_MAYBE, 12 << 20, NULL);
         peer_close(&deaf);
     }
 }
@@ -232,7 +237,7 @@ static void retries_do_not_outlast_the_deadline(void **state)
         int64_t start;
         full_listeners_open(full, list, sizeof list);
         ch = net_channel(list, "?connect_timeout_ms=60&retries=10", p, NULL, NULL);
-        call.timeout_ms = 150; /* the third attempt is not over */
+        call.policy.timeout_ms = 150; /* the third attempt is not over */
         start = ct_now_ms();
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
         assert_true(ct_now_ms() - start >= 149);
@@ -261,7 +266,7 @@ static void each_provider_is_tried_once(void **state)
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ECONN);
         assert_int_equal(call.error.attempts, FULL_COUNT);
         assert_non_null(strstr(call.error.text, "attempt 4"));
-        assert_non_null(strstr(call.error.text, "(connect_timeout_ms) (local)"));
+        assert_non_null(strstr(call.error.text, "(connect_timeout_ms); no other provider to try (local)"));
         crpc_channel_close(ch);
         crpc_call_reset(&call);
         full_listeners_close(full);
@@ -285,7 +290,7 @@ static void many_deadlines_at_once(void **state)
         done_init(&d);
         for (i = 0; i < 500; i++) {
             crpc_call call = CRPC_INIT;
-            call.timeout_ms = 1 + i % 50;
+            call.policy.timeout_ms = 1 + i % 50;
             assert_int_equal(dyn_Echo_Add_async(ch, &in, done_num, &d, &call), CRPC_OK);
         }
         assert_true(CT_WAIT(done_count(&d) == 500, NET_PATIENCE));
@@ -441,7 +446,7 @@ static void what_was_not_answered_is_not_tried_elsewhere(void **state)
             crpc_call_reset(&call);
         }
         assert_in_range(late, 2, 4); /* on a busy machine a good one may be late, too */
-        assert_in_range(peer_requests(&silent), 1, 2);
+        assert_true(peer_requests(&silent) <= 2);
         assert_true(peer_requests(&silent) + peer_requests(&good) <= 4);
         crpc_channel_close(ch);
         peer_close(&good);
@@ -666,7 +671,7 @@ static void every_call_ends_once_whatever_the_peer_does(void **state)
                 int status;
                 calls[i].log = &log;
                 calls[i].number = i;
-                call.timeout_ms = 20 + (int)(ct_random_from(&random) % 200);
+                call.policy.timeout_ms = 20 + (int)(ct_random_from(&random) % 200);
                 status = ct_random_from(&random) & 64
                              ? dyn_Echo_Add_async(ch, &in, on_fault_done, &calls[i], &call)
                              : dyn_Echo_Get_async(ch, &in, on_fault_done, &calls[i], &call);
@@ -709,7 +714,7 @@ static void *call_through_faults(void *arg)
         dyn_Num in = net_num(i), out = dyn_Num_init_zero;
         crpc_call call = CRPC_INIT;
         int status;
-        call.timeout_ms = 5 + (int)(ct_random_from(&t->random) % 40);
+        call.policy.timeout_ms = 5 + (int)(ct_random_from(&t->random) % 40);
         status = dyn_Echo_Get(t->ch, &in, &out, &call);
         if (!status && out.n != i + 1)
             t->wrong++;
@@ -765,13 +770,11 @@ static void failfast_tries_once(void **state)
     for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
         fleet f;
         fleet_result r;
-        crpc_policy policy = CRPC_INIT;
         crpc_call call = CRPC_INIT;
         int i, failed = 0;
         fleet_open(&f, 2, "?lb=rr&timeout_ms=20000", NULL);
         fleet_peer_close(&f.peers[0]);
-        policy.cluster = CRPC_CLUSTER_FAILFAST;
-        call.policy = &policy;
+        call.policy.cluster = CRPC_CLUSTER_FAILFAST;
         for (i = 0; i < 2; i++) { /* one at each provider */
             r = fleet_call(&f, form, false, i, &call);
             assert_int_equal(r.error.attempts, 1);
@@ -884,7 +887,7 @@ static void a_dead_fleet_is_not_stormed(void **state)
     for (i = 0; i < 200; i++) {
         crpc_call call = CRPC_INIT;
         fleet_result r;
-        call.timeout_ms = 5000;
+        call.policy.timeout_ms = 5000;
         r = fleet_call(&f, FORM_SYNC, true, i, &call);
         assert_int_equal(r.status, CRPC_ECONN);
         attempts += r.error.attempts;
@@ -1020,9 +1023,189 @@ static void a_request_without_an_id_is_not_sent_again(void **state)
     }
 }
 
+/* --- wait=1 ----------------------------------------------------------------------------------- */
+
+static bool is_waiting(crpc_channel *ch)
+{
+    bool waits;
+    crpci_loop_lock(ch->loop);
+    waits = !crpci_list_empty(&ch->waiting);
+    crpci_loop_unlock(ch->loop);
+    return waits;
+}
+
+/* How often the channel's only provider could not be reached. */
+static int failures_of(crpc_channel *ch)
+{
+    int n;
+    crpci_loop_lock(ch->loop);
+    n = crpci_providers_at(&ch->providers, 0)->endpoint->failures;
+    crpci_loop_unlock(ch->loop);
+    return n;
+}
+
+/* As a registry pushes it. */
+static void push_list(crpc_channel *ch, const char *address)
+{
+    crpci_snapshot *list = crpci_registry_snapshot(ch->loop->heap, address ? 1 : 0);
+    assert_non_null(list);
+    if (address) {
+        snprintf(list->providers[0].address, CRPC_ADDRESS_MAX, "%s", address);
+        list->providers[0].weight = 100;
+    }
+    assert_int_equal(crpci_opening_on_list(ch, list), CRPC_OK);
+    crpci_registry_snapshot_unref(list);
+}
+
+static void a_call_waits_for_its_provider_to_start(void **state)
+{
+    static const char *const queries[] = {"?wait=1&timeout_ms=20000",
+                                          "?wait=1&timeout_ms=20000&cluster=failfast",
+                                          "?wait=1&timeout_ms=20000&retries=-1&lb=p2c"};
+    size_t i;
+    (void)state;
+    for (i = 0; i < sizeof queries / sizeof *queries; i++) {
+        fleet f;
+        fleet_result r;
+        dyn_Num in = net_num(4);
+        char listen[160];
+        memset(&r, 0, sizeof r);
+        fleet_open(&f, 1, queries[i], NULL);
+        snprintf(listen, sizeof listen, "tcp://%s", f.peers[0].address);
+        fleet_peer_close(&f.peers[0]);
+        assert_int_equal(dyn_Echo_Add_async(f.channel, &in, fleet_done, &r, NULL), CRPC_OK);
+        assert_true(CT_WAIT(failures_of(f.channel) >= 2, NET_PATIENCE));
+        assert_false(__atomic_load_n(&r.done, __ATOMIC_SEQ_CST));
+        fleet_peer_open(&f.peers[0], 0, listen);
+        assert_true(CT_WAIT(__atomic_load_n(&r.done, __ATOMIC_SEQ_CST), NET_PATIENCE));
+        assert_int_equal(r.status, CRPC_OK);
+        assert_int_equal(r.out.n, 5);
+        fleet_close(&f);
+    }
+}
+
+static void a_call_waits_for_a_list(void **state)
+{
+    static const char *const queries[] = {"?wait=1&timeout_ms=20000",
+                                          "?wait=1&timeout_ms=20000&cluster=broadcast",
+                                          "?wait=1&timeout_ms=20000&cluster=forking"};
+    size_t i;
+    (void)state;
+    for (i = 0; i < sizeof queries / sizeof *queries; i++) {
+        fleet f;
+        fleet_result r, second;
+        dyn_Num in = net_num(4);
+        memset(&r, 0, sizeof r);
+        memset(&second, 0, sizeof second);
+        fleet_open(&f, 1, queries[i], NULL);
+        push_list(f.channel, NULL);
+        assert_int_equal(dyn_Echo_Add_async(f.channel, &in, fleet_done, &r, NULL), CRPC_OK);
+        assert_int_equal(dyn_Echo_Get_async(f.channel, &in, fleet_done, &second, NULL), CRPC_OK);
+        assert_true(is_waiting(f.channel));
+        push_list(f.channel, NULL); /* an empty list is no provider */
+        assert_true(is_waiting(f.channel));
+        push_list(f.channel, f.peers[0].address);
+        assert_true(CT_WAIT(__atomic_load_n(&r.done, __ATOMIC_SEQ_CST) &&
+                                __atomic_load_n(&second.done, __ATOMIC_SEQ_CST),
+                            NET_PATIENCE));
+        assert_int_equal(r.status, CRPC_OK);
+        assert_int_equal(second.status, CRPC_OK);
+        fleet_close(&f);
+    }
+}
+
+static void waiting_ends_with_the_deadline_or_the_channel(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        crpc_call call = CRPC_INIT;
+        fleet_result r;
+        dyn_Num in = net_num(4);
+        fleet f;
+        memset(&f, 0, sizeof f);
+        f.channel = net_channel("tcp://127.0.0.1:1", "?wait=1&timeout_ms=20000",
+                                CRPC_POLLER_DEFAULT, NULL, NULL);
+        call.policy.timeout_ms = 30;
+        r = fleet_call(&f, form, false, 4, &call);
+        assert_int_equal(r.status, CRPC_ETIMEDOUT);
+        assert_int_equal(r.error.sent, CRPC_SENT_NO);
+        push_list(f.channel, NULL);
+        r = fleet_call(&f, form, false, 4, &call);
+        assert_int_equal(r.status, CRPC_ETIMEDOUT);
+        assert_non_null(strstr(r.error.text, "while waiting for a provider (local)"));
+        assert_int_equal(r.error.sent, CRPC_SENT_NO);
+        assert_false(is_waiting(f.channel));
+        memset(&r, 0, sizeof r);
+        assert_int_equal(dyn_Echo_Add_async(f.channel, &in, fleet_done, &r, NULL), CRPC_OK);
+        assert_true(is_waiting(f.channel));
+        crpc_channel_close(f.channel);
+        assert_int_equal(r.status, CRPC_ECANCELED);
+        f.channel = net_channel("tcp://127.0.0.1:1", NULL, CRPC_POLLER_DEFAULT, NULL, NULL);
+        push_list(f.channel, NULL);
+        r = fleet_call(&f, form, false, 4, NULL); /* without wait=1 */
+        assert_int_equal(r.status, CRPC_ENOPROVIDER);
+        crpc_channel_close(f.channel);
+    }
+}
+
+static void an_error_tells_why_there_was_no_retry(void **state)
+{
+    fleet f;
+    fleet_result r;
+    (void)state;
+    memset(&f, 0, sizeof f);
+    f.channel = net_channel("tcp://127.0.0.1:1", "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL,
+                            NULL);
+    r = fleet_call(&f, FORM_SYNC, false, 4, NULL);
+    assert_int_equal(r.status, CRPC_ECONN);
+    assert_non_null(strstr(r.error.text, "; no other provider to try (local)"));
+    crpc_channel_close(f.channel);
+    f.channel = net_channel("tcp://127.0.0.1:1", "?timeout_ms=20000&retries=-1",
+                            CRPC_POLLER_DEFAULT, NULL, NULL);
+    r = fleet_call(&f, FORM_SYNC, false, 4, NULL); /* none was asked for */
+    assert_null(strstr(r.error.text, "no other provider"));
+    crpc_channel_close(f.channel);
+}
+
+/* lb=hash without a key would go anywhere. A field of value 0 is not sent, and yet is a key. */
+static void consistent_hash_needs_a_key(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        crpc_call call = CRPC_INIT;
+        fleet_result r;
+        int64_t first;
+        int i;
+        fleet f;
+        fleet_open(&f, 4, "?lb=hash&timeout_ms=20000", NULL);
+        r = fleet_call(&f, form, false, 4, NULL);
+        assert_int_equal(r.status, CRPC_EINVAL);
+        assert_non_null(strstr(r.error.text,
+                               "lb=hash needs a key: set crpc_call.key, or hash_field"));
+        assert_int_equal(fleet_calls(&f), 0);
+        call.key = crpc_view_str("");
+        assert_int_equal(fleet_call(&f, form, false, 4, &call).status, CRPC_OK);
+        fleet_close(&f);
+        fleet_open(&f, 4, "?lb=hash&hash_field=1&timeout_ms=20000", NULL);
+        r = fleet_call(&f, form, false, 0, NULL);
+        assert_int_equal(r.status, CRPC_OK);
+        first = r.out.ms;
+        for (i = 0; i < 10; i++)
+            assert_int_equal(fleet_call(&f, form, false, 0, NULL).out.ms, first);
+        fleet_close(&f);
+    }
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
+        CT_TEST(a_call_waits_for_its_provider_to_start),
+        CT_TEST(a_call_waits_for_a_list),
+        CT_TEST(waiting_ends_with_the_deadline_or_the_channel),
+        CT_TEST(an_error_tells_why_there_was_no_retry),
+        CT_TEST(consistent_hash_needs_a_key),
         CT_TEST(a_refused_connection_does_not_wait_for_the_deadline),
         CT_TEST(a_silent_peer_costs_the_deadline),
         CT_TEST(half_a_reply_costs_the_deadline),

@@ -9,11 +9,11 @@
 #define KINDS 7
 #define MS INT64_C(1000)
 
-static const crpci_balance_kind kinds[KINDS] = {
-    CRPCI_BALANCE_RANDOM,       CRPCI_BALANCE_WEIGHTED_RANDOM,
-    CRPCI_BALANCE_ROUND_ROBIN,  CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
-    CRPCI_BALANCE_LEAST_ACTIVE, CRPCI_BALANCE_CONSISTENT_HASH,
-    CRPCI_BALANCE_P2C,
+static const crpc_balancer kinds[KINDS] = {
+    CRPC_BALANCER_RANDOM,       CRPC_BALANCER_WEIGHTED_RANDOM,
+    CRPC_BALANCER_ROUND_ROBIN,  CRPC_BALANCER_WEIGHTED_ROUND_ROBIN,
+    CRPC_BALANCER_LEAST_ACTIVE, CRPC_BALANCER_CONSISTENT_HASH,
+    CRPC_BALANCER_P2C,
 };
 
 /* A balancer and its providers; the list holds the first n of them unless a test changes it. */
@@ -32,7 +32,7 @@ typedef struct fleet {
 
 static fleet f; /* 200 KB: too large for the stack */
 
-static void fleet_open(crpci_balance_kind kind, size_t n, const uint32_t *weights)
+static void fleet_open(crpc_balancer kind, size_t n, const uint32_t *weights)
 {
     crpc_hooks hooks = ct_hooks();
     size_t i;
@@ -185,7 +185,7 @@ static void random_is_uniform(void **state)
     long k;
     (void)state;
     for (s = 0; s < sizeof sizes / sizeof sizes[0]; s++) {
-        fleet_open(CRPCI_BALANCE_RANDOM, sizes[s], NULL);
+        fleet_open(CRPC_BALANCER_RANDOM, sizes[s], NULL);
         memset(counts, 0, sizeof counts);
         for (i = 0; i < sizes[s]; i++)
             shares[i] = 1;
@@ -204,7 +204,7 @@ static void weighted_random_is_by_weight(void **state)
     size_t i;
     long k;
     (void)state;
-    fleet_open(CRPCI_BALANCE_WEIGHTED_RANDOM, WEIGHTS, weights);
+    fleet_open(CRPC_BALANCER_WEIGHTED_RANDOM, WEIGHTS, weights);
     for (i = 0; i < WEIGHTS; i++)
         shares[i] = weights[i];
     for (k = 0; k < 200000; k++)
@@ -231,7 +231,7 @@ static void round_robin_takes_turns(void **state)
 {
     int first, k;
     (void)state;
-    fleet_open(CRPCI_BALANCE_ROUND_ROBIN, 7, NULL);
+    fleet_open(CRPC_BALANCER_ROUND_ROBIN, 7, NULL);
     first = pick();
     for (k = 1; k < 1000; k++)
         assert_int_equal(pick(), (first + k) % 7);
@@ -252,8 +252,8 @@ static void round_robin_takes_turns(void **state)
  * within one call; and two turns of a provider are no farther apart than its weight demands. */
 static void weighted_round_robin_is_exact_and_smooth(void **state)
 {
-    static const crpci_balance_kind both[] = {CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
-                                              CRPCI_BALANCE_LEAST_ACTIVE};
+    static const crpc_balancer both[] = {CRPC_BALANCER_WEIGHTED_ROUND_ROBIN,
+                                              CRPC_BALANCER_LEAST_ACTIVE};
     size_t kind;
     (void)state;
     for (kind = 0; kind < 2; kind++) { /* one call at a time, least active is the same */
@@ -291,7 +291,7 @@ static void equal_turns(void **state)
     (void)state;
     for (kind = 0; kind < 2; kind++) {
         int i, k;
-        fleet_open(kind ? CRPCI_BALANCE_LEAST_ACTIVE : CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN, 500,
+        fleet_open(kind ? CRPC_BALANCER_LEAST_ACTIVE : CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, 500,
                    NULL);
         memset(last, 0, sizeof last);
         for (i = 0; i < 500; i++) {
@@ -313,7 +313,7 @@ static void least_active_has_the_fewest(void **state)
     (void)state;
     for (equal = 0; equal < 2; equal++) {
         int count = 0, k;
-        fleet_open(CRPCI_BALANCE_LEAST_ACTIVE, WEIGHTS, equal ? NULL : weights);
+        fleet_open(CRPC_BALANCER_LEAST_ACTIVE, WEIGHTS, equal ? NULL : weights);
         for (k = 0; k < 50000; k++) {
             if (count < 400 && (count < 300 || (ct_random_from(&f.seed) >> 40 & 1))) {
                 int at = pick();
@@ -342,7 +342,7 @@ static void least_active_ties(void **state)
     uint64_t clock = 0;
     int busy[16], count = 0, k;
     (void)state;
-    fleet_open(CRPCI_BALANCE_LEAST_ACTIVE, 32, NULL);
+    fleet_open(CRPC_BALANCER_LEAST_ACTIVE, 32, NULL);
     for (k = 0; k < 32; k++)
         taken[pick()] = ++clock;
     for (k = 0; k < 100000; k++) {
@@ -373,7 +373,7 @@ static void p2c_takes_the_better_of_two(void **state)
     size_t i;
     long k;
     (void)state;
-    fleet_open(CRPCI_BALANCE_P2C, N, NULL);
+    fleet_open(CRPC_BALANCER_P2C, N, NULL);
     for (k = 0; k < 100000; k++) /* nothing measured: uniform */
         counts[pick()]++;
     for (i = 0; i < N; i++)
@@ -451,7 +451,7 @@ static void latencies_peak_and_fade(void **state)
 {
     int k;
     (void)state;
-    fleet_open(CRPCI_BALANCE_P2C, 3, NULL);
+    fleet_open(CRPC_BALANCER_P2C, 3, NULL);
     one_call(0, true, 1000);
     assert_int_equal(latency_of(0), 1000);
     one_call(0, true, 90000); /* at once */
@@ -504,7 +504,7 @@ static void a_slow_provider_is_left_alone_and_comes_back(void **state)
     long counts[10];
     int k, phase;
     (void)state;
-    fleet_open(CRPCI_BALANCE_P2C, 10, NULL);
+    fleet_open(CRPC_BALANCER_P2C, 10, NULL);
     for (phase = 0; phase < 3; phase++) {
         memset(counts, 0, sizeof counts);
         if (phase == 2) { /* recovered: after a minute the shares are as before */
@@ -543,7 +543,7 @@ static void keys_are_spread_evenly(void **state)
     int k;
     size_t i;
     (void)state;
-    fleet_open(CRPCI_BALANCE_CONSISTENT_HASH, 10, NULL);
+    fleet_open(CRPC_BALANCER_CONSISTENT_HASH, 10, NULL);
     for (k = 0; k < 100000; k++) /* consecutive numbers, the least random keys */
         counts[pick_key((uint64_t)k)]++;
     assert_int_equal(f.asked, 100000);
@@ -569,7 +569,7 @@ static void golden_keys(void **state)
     static const int users[] = {7, 7, 2, 1, 3, 7, 8, 8};
     int i, round;
     (void)state;
-    fleet_open(CRPCI_BALANCE_CONSISTENT_HASH, 10, NULL);
+    fleet_open(CRPC_BALANCER_CONSISTENT_HASH, 10, NULL);
     for (round = 0; round < 2; round++) {
         for (i = 0; i < 8; i++) {
             char key[24];
@@ -593,7 +593,7 @@ static void only_its_keys_move(void **state)
     int k, gone;
     size_t i;
     (void)state;
-    fleet_open(CRPCI_BALANCE_CONSISTENT_HASH, 10, NULL);
+    fleet_open(CRPC_BALANCER_CONSISTENT_HASH, 10, NULL);
     for (k = 0; k < 100000; k++)
         before[k] = f.list[pick_key((uint64_t)k)];
     for (gone = 0; gone < 2; gone++) {
@@ -627,7 +627,7 @@ static void keys_when_few_are_usable(void **state)
     int k;
     size_t i;
     (void)state;
-    fleet_open(CRPCI_BALANCE_CONSISTENT_HASH, 1000, NULL);
+    fleet_open(CRPC_BALANCER_CONSISTENT_HASH, 1000, NULL);
     for (i = 0; i < 1000; i++)
         f.down[i] = i % 100 != 7;
     memset(counts, 0, sizeof counts);
@@ -651,7 +651,7 @@ static void the_ring(void **state)
         size_t points = sizes[s] * CRPCI_BALANCE_POINTS;
         static long has[MOST];
         memset(has, 0, sizeof has);
-        fleet_open(CRPCI_BALANCE_CONSISTENT_HASH, sizes[s], NULL);
+        fleet_open(CRPC_BALANCER_CONSISTENT_HASH, sizes[s], NULL);
         for (i = 0; i < points; i++) {
             assert_true(!i || f.b.ring[i - 1] < f.b.ring[i]);
             has[f.b.ring[i] & (CRPCI_BALANCE_MOST - 1)]++;
@@ -758,16 +758,16 @@ static void the_usable_share_as_if_alone(void **state)
     size_t kind, s, i;
     (void)state;
     for (kind = 0; kind < KINDS; kind++) {
-        if (kinds[kind] == CRPCI_BALANCE_CONSISTENT_HASH)
+        if (kinds[kind] == CRPC_BALANCER_CONSISTENT_HASH)
             continue;
         for (s = 0; s < 3; s++) {
             long few[500], k;
             uint64_t shares[500];
             size_t n = 0;
-            bool exact = kinds[kind] == CRPCI_BALANCE_ROUND_ROBIN ||
-                         kinds[kind] == CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN ||
-                         kinds[kind] == CRPCI_BALANCE_LEAST_ACTIVE;
-            bool weighted = kinds[kind] == CRPCI_BALANCE_WEIGHTED_RANDOM;
+            bool exact = kinds[kind] == CRPC_BALANCER_ROUND_ROBIN ||
+                         kinds[kind] == CRPC_BALANCER_WEIGHTED_ROUND_ROBIN ||
+                         kinds[kind] == CRPC_BALANCER_LEAST_ACTIVE;
+            bool weighted = kinds[kind] == CRPC_BALANCER_WEIGHTED_RANDOM;
             fleet_open(kinds[kind], 500, NULL);
             for (i = 0; i < 500; i++) {
                 f.down[i] = i % (size_t)keep[s] != 0;
@@ -798,7 +798,7 @@ static void no_burst_after_an_absence(void **state)
     (void)state;
     for (kind = 0; kind < 2; kind++) {
         int k, count = 0;
-        fleet_open(kind ? CRPCI_BALANCE_LEAST_ACTIVE : CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN, 10,
+        fleet_open(kind ? CRPC_BALANCER_LEAST_ACTIVE : CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, 10,
                    NULL);
         f.down[5] = true;
         for (k = 0; k < 100000; k++)
@@ -836,7 +836,7 @@ static void a_pick_examines_few_providers(void **state)
             if (k % 3)
                 crpci_balance_end(&f.b, (size_t)at, true, MS, f.now_us);
         }
-        assert_int_equal(f.asked, kinds[kind] == CRPCI_BALANCE_P2C ? 20000 : 10000);
+        assert_int_equal(f.asked, kinds[kind] == CRPC_BALANCER_P2C ? 20000 : 10000);
         check();
         fleet_close();
     }
@@ -849,7 +849,7 @@ static void a_provider_that_is_down_is_not_asked_again_and_again(void **state)
     size_t i;
     int k;
     (void)state;
-    fleet_open(CRPCI_BALANCE_LEAST_ACTIVE, 10, NULL);
+    fleet_open(CRPC_BALANCER_LEAST_ACTIVE, 10, NULL);
     for (i = 0; i < 10; i++) {
         if (i != 3)
             crpci_balance_begin(&f.b, i, f.now_us);
@@ -933,7 +933,7 @@ static void statistics_survive(void **state)
     uint64_t turn;
     int k;
     (void)state;
-    fleet_open(CRPCI_BALANCE_P2C, 3, NULL);
+    fleet_open(CRPC_BALANCER_P2C, 3, NULL);
     crpci_balance_begin(&f.b, 1, f.now_us);
     one_call(1, true, 5000);
     f.list[1] = &f.items[3];
@@ -946,7 +946,7 @@ static void statistics_survive(void **state)
     assert_int_equal(n->latency, 5000 << CRPCI_BALANCE_LATENCY_BITS);
     fleet_close();
     /* a list that is read again and again disturbs no turns */
-    fleet_open(CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN, 4, NULL);
+    fleet_open(CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, 4, NULL);
     for (k = 0; k < 4000; k++) {
         turn = n->turn;
         assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 4), CRPC_OK);
@@ -967,7 +967,7 @@ static void reweighing_in_a_warm_up(void **state)
     for (kind = 0; kind < 2; kind++) {
         long counts[4] = {0};
         int second, k, expected = 0;
-        fleet_open(kind ? CRPCI_BALANCE_LEAST_ACTIVE : CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN, 4, NULL);
+        fleet_open(kind ? CRPC_BALANCER_LEAST_ACTIVE : CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, 4, NULL);
         for (second = 0; second < 600; second++) {
             uint32_t w = crpci_balance_warm_weight(100, second * 1000, 600000);
             crpci_balance_reweigh(&f.b, 0, w);
@@ -995,7 +995,7 @@ static void a_greater_weight_comes_soon(void **state)
     for (kind = 0; kind < 2; kind++) {
         uint32_t w[10] = {1, 100, 100, 100, 100, 100, 100, 100, 100, 100};
         int until = 0;
-        fleet_open(kind ? CRPCI_BALANCE_LEAST_ACTIVE : CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN, 10, w);
+        fleet_open(kind ? CRPC_BALANCER_LEAST_ACTIVE : CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, 10, w);
         for (k = 0; k < 5000; k++)
             until += pick() == 0;
         assert_in_range(until, 5, 6);
@@ -1015,7 +1015,7 @@ static void new_ones_come_one_by_one(void **state)
     (void)state;
     for (kind = 0; kind < 2; kind++) {
         int fresh = 0;
-        fleet_open(kind ? CRPCI_BALANCE_LEAST_ACTIVE : CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN, 50,
+        fleet_open(kind ? CRPC_BALANCER_LEAST_ACTIVE : CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, 50,
                    NULL);
         for (k = 0; k < 1234; k++)
             pick();
@@ -1038,7 +1038,7 @@ static void one_comes_back_drained(void **state)
     int kind;
     (void)state;
     for (kind = 0; kind < 2; kind++) {
-        fleet_open(kind ? CRPCI_BALANCE_LEAST_ACTIVE : CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN, 8, NULL);
+        fleet_open(kind ? CRPC_BALANCER_LEAST_ACTIVE : CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, 8, NULL);
         f.n = 4;
         assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 4), CRPC_OK);
         f.items[6].weight = 0;
@@ -1068,7 +1068,7 @@ static void virtual_time_wraps(void **state)
         int kind;
         for (kind = 0; kind < 2; kind++) {
             long counts[WEIGHTS] = {0}, k;
-            fleet_open(kind ? CRPCI_BALANCE_LEAST_ACTIVE : CRPCI_BALANCE_WEIGHTED_ROUND_ROBIN,
+            fleet_open(kind ? CRPC_BALANCER_LEAST_ACTIVE : CRPC_BALANCER_WEIGHTED_ROUND_ROBIN,
                        WEIGHTS, weights);
             f.b.now = from[s];
             for (k = 0; k < 10L * WEIGHTS_SUM; k++)
@@ -1083,7 +1083,7 @@ static void virtual_time_wraps(void **state)
         int k, count = 0;
         uint32_t ones[3] = {1, 1, 1};
         uint64_t rounds = 0, was;
-        fleet_open(CRPCI_BALANCE_LEAST_ACTIVE, 3, ones);
+        fleet_open(CRPC_BALANCER_LEAST_ACTIVE, 3, ones);
         crpci_balance_begin(&f.b, 2, f.now_us);
         for (k = 0; k < 40000; k++) {
             was = f.b.now;
@@ -1155,7 +1155,7 @@ static void clients_begin_elsewhere(void **state)
             counts[pick()]++;
         }
         fleet_close();
-        if (kinds[kind] != CRPCI_BALANCE_CONSISTENT_HASH)
+        if (kinds[kind] != CRPC_BALANCER_CONSISTENT_HASH)
             assert_shares(counts, shares, 20);
     }
 }
@@ -1165,7 +1165,7 @@ static void clients_begin_elsewhere(void **state)
 /* Out of memory, picks are uniform over the new list; the next list may get memory again. */
 static int out_of_memory_scenario(const crpc_hooks *hooks, void *user)
 {
-    crpci_balance_kind kind = *(crpci_balance_kind *)user;
+    crpc_balancer kind = *(crpc_balancer *)user;
     static crpci_balance_item items[40];
     crpci_balance_item *list[40];
     char addresses[40][16];
@@ -1243,7 +1243,7 @@ static void memory_is_used_again(void **state)
         fleet_close();
     }
     /* more than there can be */
-    fleet_open(CRPCI_BALANCE_CONSISTENT_HASH, 2, NULL);
+    fleet_open(CRPC_BALANCER_CONSISTENT_HASH, 2, NULL);
     assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, (size_t)CRPCI_BALANCE_MOST + 1),
                      CRPC_ENOMEM);
     assert_true(crpci_balance_pick(&f.b, 1, 1, 1, NULL, NULL) >= 0);
@@ -1266,7 +1266,7 @@ static void a_subset_is_the_highest_ranks(void **state)
     static crpci_balance_choice all[200], chosen[200];
     size_t n, max, i, j;
     (void)state;
-    fleet_open(CRPCI_BALANCE_RANDOM, 1, NULL);
+    fleet_open(CRPC_BALANCER_RANDOM, 1, NULL);
     for (n = 0; n < 200; n += 7) {
         for (max = 0; max < 60; max += n % 3 + 1) {
             size_t got, above;
@@ -1294,7 +1294,7 @@ static void a_subset_is_stable(void **state)
     static crpci_balance_choice choices[1000];
     uint64_t seed;
     (void)state;
-    fleet_open(CRPCI_BALANCE_RANDOM, 1, NULL);
+    fleet_open(CRPC_BALANCER_RANDOM, 1, NULL);
     for (seed = 0; seed < 100; seed++) {
         bool in[1000] = {false};
         size_t i, gone, kept = 0;
@@ -1333,7 +1333,7 @@ static void subsets_are_spread_evenly(void **state)
     size_t i;
     int most = 0;
     (void)state;
-    fleet_open(CRPCI_BALANCE_RANDOM, 1, NULL);
+    fleet_open(CRPC_BALANCER_RANDOM, 1, NULL);
     memset(users, 0, sizeof users);
     for (client = 0; client < 4000; client++) {
         assert_int_equal(subset_of(choices, 1000, 8, client), 8);

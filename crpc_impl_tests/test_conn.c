@@ -319,7 +319,7 @@ static void check_slow_reader(crpc_poller p, const char *method, size_t size)
     size_t sent = 0;
     uint64_t memory;
     memset(&o, 0, sizeof o);
-    o.max_queued = 1 << 20;
+    o.limits.max_queued = 1 << 20;
     pump_open(&u, p, WAY_TCP, &o);
     fd = pump_connect(&u, WAY_TCP);
     setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
@@ -492,7 +492,7 @@ static void oversize_requests_get_an_answer(void **state)
         int fd;
         memset(&o, 0, sizeof o);
         memset(&ro, 0, sizeof ro);
-        o.max_body = 10000;
+        o.limits.max_body = 10000;
         pump_open(&u, p, w, &o);
         fd = pump_connect(&u, w);
         /* exactly the limit, and one byte more */
@@ -1044,6 +1044,294 @@ static void short_frames_need_no_memory_to_be_sent(void **state)
     }
 }
 
+/* --- a transport such as TLS will be ----------------------------------------------------------
+ * It reads more than it is asked for and hands it out little by little, takes one piece at a time,
+ * keeps what it was offered when it would block and wants it again, must not be read while it is
+ * written, and now and then cannot go on reading before the socket is writable. */
+
+typedef struct veil {
+    uint8_t in[9000];
+    size_t at, end; /* of what was read and not handed out */
+    uint8_t out[500];
+    size_t kept; /* bytes of `out` that have to be offered again */
+    int reads, writes, blocks;
+    bool wants_write; /* to go on reading */
+    int busy;         /* atomic: threads in it */
+    int wrong;
+} veil;
+
+static void veil_enter(veil *v)
+{
+    v->wrong += __atomic_add_fetch(&v->busy, 1, __ATOMIC_SEQ_CST) != 1;
+}
+
+static ssize_t veil_leave(veil *v, ssize_t n)
+{
+    __atomic_sub_fetch(&v->busy, 1, __ATOMIC_SEQ_CST);
+    if (n < 0)
+        errno = EAGAIN;
+    return n;
+}
+
+static ssize_t veil_readv(int fd, void *state, struct iovec *iov, int count)
+{
+    veil *v = (veil *)state;
+    ssize_t n;
+    (void)count;
+    veil_enter(v);
+    v->wants_write = ++v->reads % 3 == 0;
+    if (v->wants_write)
+        return veil_leave(v, -1);
+    if (v->at == v->end) {
+        n = recv(fd, v->in, sizeof v->in, MSG_DONTWAIT);
+        if (n <= 0)
+            return n == 0 || errno == EAGAIN ? veil_leave(v, n) : n;
+        v->at = 0;
+        v->end = (size_t)n;
+    }
+    n = (ssize_t)crpci_base_min(crpci_base_min(v->end - v->at, iov->iov_len), 100);
+    memcpy(iov->iov_base, v->in + v->at, (size_t)n);
+    v->at += (size_t)n;
+    return veil_leave(v, n);
+}
+
+static ssize_t veil_writev(int fd, void *state, struct iovec *iov, int count)
+{
+    veil *v = (veil *)state;
+    ssize_t n;
+    veil_enter(v);
+    v->wrong += count != 1;
+    if (!v->kept) {
+        v->kept = crpci_base_min(iov->iov_len, sizeof v->out);
+        memcpy(v->out, iov->iov_base, v->kept);
+        if (++v->writes % 2) { /* it has them, and sends them the next time */
+            v->blocks++;
+            return veil_leave(v, -1);
+        }
+    }
+    v->wrong += iov->iov_len < v->kept || memcmp(iov->iov_base, v->out, v->kept) != 0;
+    n = send(fd, v->out, v->kept, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (n < 0)
+        return veil_leave(v, -1);
+    v->kept -= (size_t)n;
+    memmove(v->out, v->out + n, v->kept);
+    return veil_leave(v, n);
+}
+
+/* Nothing may be asked of it while it is used. */
+static void veil_look(veil *v)
+{
+    v->wrong += __atomic_load_n(&v->busy, __ATOMIC_SEQ_CST) != 0;
+}
+
+static bool veil_pending(void *state)
+{
+    veil *v = (veil *)state;
+    veil_look(v);
+    return v->at < v->end && !v->wants_write; /* then no reading brings it forth */
+}
+
+static unsigned veil_want(void *state, unsigned events)
+{
+    veil *v = (veil *)state;
+    veil_look(v);
+    return events & CRPC_READABLE && v->wants_write ? CRPC_WRITABLE : events;
+}
+
+static bool veil_idle(int fd, void *state)
+{
+    veil *v = (veil *)state;
+    char byte;
+    veil_look(v);
+    return v->at == v->end && recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) <= 0;
+}
+
+static const crpci_transport veil_transport = {
+    "veil", CRPCI_TRANSPORT_REPEAT, veil_readv, veil_writev, veil_pending, veil_want, veil_idle};
+
+/* Puts it on the newest connection of a loop. */
+static crpci_conn *veil_on(crpc_loop *l, veil *v)
+{
+    crpci_conn *c;
+    memset(v, 0, sizeof *v);
+    crpci_loop_lock(l);
+    c = CRPCI_CONTAINER(l->conns.prev, crpci_conn, link);
+    c->io = &veil_transport;
+    c->io_state = v;
+    crpci_loop_unlock(l);
+    return c;
+}
+
+static void input_that_no_descriptor_tells_of_is_read(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        wire w = {NULL, 0, 0};
+        wire_message m;
+        crpci_conn *c;
+        pump u;
+        veil v;
+        int fd, i;
+        pump_open(&u, p, WAY_TCP, NULL);
+        fd = pump_connect(&u, WAY_TCP);
+        c = veil_on(u.loop, &v);
+        for (i = 0; i < 200; i++)
+            wire_request(&w, "Add", i, i, 0);
+        assert_true(w.n < sizeof v.in); /* it takes all at once, and then nothing is to be polled */
+        assert_true(wire_flush(fd, &w));
+        PUMP_UNTIL(&u, net_calls(&u.service) == 200 && !c->tx_head && !v.kept);
+        for (i = 0; i < 200; i++) {
+            assert_int_equal(wire_receive(fd, &m), 1);
+            assert_int_equal(m.id, i);
+            assert_int_equal(m.n, i + 1);
+            wire_done(&m);
+        }
+        assert_int_equal(v.wrong, 0);
+        assert_true(v.blocks > 0 && v.reads > 50);
+        close(fd);
+        PUMP_UNTIL(&u, pump_stats(&u).connections == 0);
+        pump_close(&u);
+    }
+}
+
+/* What the transport has of a frame it sends: taking the frame back would cut the stream. */
+static void what_has_to_be_repeated_cannot_be_withdrawn(void **state)
+{
+    crpc_loop *l = net_loop(CRPC_POLLER_DEFAULT);
+    crpci_conn_events up;
+    crpci_conn *c;
+    crpci_out *last;
+    char got[40] = "";
+    int fds[2];
+    veil v;
+    (void)state;
+    memset(&up, 0, sizeof up);
+    up.sent = ignore_sent;
+    up.closed = ignore_closed;
+    assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
+    crpci_loop_lock(l);
+    assert_int_equal(crpci_conn_new(l, fds[1], false, &up, NULL, &c), CRPC_OK);
+    crpci_loop_unlock(l);
+    veil_on(l, &v);
+    crpci_loop_lock(l);
+    assert_true(crpci_conn_idle(c));
+    queue_bytes(c, "one");
+    queue_bytes(c, "two");
+    crpci_conn_flush(c);
+    assert_true(c->blocked && v.kept == 6);
+    assert_false(crpci_conn_idle(c));
+    queue_bytes(c, "three");
+    last = c->tx_tail;
+    assert_true(crpci_conn_out_begun(c->tx_head) && crpci_conn_out_begun(c->tx_head->next));
+    assert_false(crpci_conn_out_begun(last));
+    assert_false(crpci_conn_withdraw(c, c->tx_head));
+    assert_false(crpci_conn_withdraw(c, c->tx_head->next));
+    assert_true(crpci_conn_withdraw(c, last));
+    queue_bytes(c, "four");
+    crpci_loop_unlock(l);
+    while (c->tx_head)
+        assert_int_equal(crpc_loop_step(l, 10), CRPC_OK);
+    assert_int_equal(recv(fds[0], got, sizeof got, 0), 10);
+    assert_string_equal(got, "onetwofour");
+    assert_int_equal(v.wrong, 0);
+    crpci_loop_lock(l);
+    crpci_conn_close(c, CRPC_ECLOSE, 0);
+    crpci_loop_unlock(l);
+    close(fds[0]);
+    crpc_loop_close(l);
+}
+
+/* As if another thread were in it. */
+static void one_thread_at_a_time_is_in_it(void **state)
+{
+    crpc_loop *l = net_loop(CRPC_POLLER_DEFAULT);
+    crpci_conn_events up;
+    crpci_conn *c;
+    char got[40] = "";
+    int fds[2];
+    veil v;
+    (void)state;
+    memset(&up, 0, sizeof up);
+    up.sent = ignore_sent;
+    up.closed = ignore_closed;
+    assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
+    crpci_loop_lock(l);
+    assert_int_equal(crpci_conn_new(l, fds[1], false, &up, NULL, &c), CRPC_OK);
+    c->protocols = crpci_protocols;
+    crpci_loop_unlock(l);
+    veil_on(l, &v);
+    crpci_loop_lock(l);
+    c->reading = true;
+    queue_bytes(c, "one");
+    crpci_conn_flush(c);
+    assert_int_equal(v.writes, 0);
+    assert_false(crpci_conn_idle(c));
+    c->reading = false;
+    crpci_conn_after_read(c); /* what the reader does */
+    c->writing = true;
+    assert_int_equal(send(fds[0], "PR", 2, 0), 2);
+    crpci_conn_event(l, &c->watch, CRPC_READABLE);
+    assert_int_equal(v.reads, 0);
+    assert_true(c->unread);
+    c->writing = false; /* the next flush goes on with both */
+    crpci_loop_unlock(l);
+    while (c->tx_head || !c->rx)
+        assert_int_equal(crpc_loop_step(l, 10), CRPC_OK);
+    assert_int_equal(c->rx_len, 2);
+    assert_false(c->unread);
+    assert_int_equal(recv(fds[0], got, sizeof got, 0), 3);
+    assert_int_equal(v.wrong, 0);
+    crpci_loop_lock(l);
+    crpci_conn_close(c, CRPC_ECLOSE, 0);
+    crpci_loop_unlock(l);
+    close(fds[0]);
+    crpc_loop_close(l);
+}
+
+static void nobody_reads_while_another_thread_writes(void **state)
+{
+    int side;
+    (void)state;
+    for (side = 0; side < 2; side++) { /* the server's connection, the client's */
+        dyn_Blob blob = dyn_Blob_init_zero, back = dyn_Blob_init_zero;
+        char *bytes = net_bytes(20000);
+        net n;
+        veil v;
+        int i, k;
+        memset(&n, 0, sizeof n);
+        net_open(&n, CRPC_POLLER_DEFAULT, NET_WORKERS);
+        net_check_add(n.channel, 1);
+        veil_on(side ? crpc_channel_loop(n.channel) : n.loop, &v);
+        blob.data = crpc_view_of(bytes, 20000);
+        for (i = 0; i < 5; i++) {
+            crpc_id id[20];
+            crpc_call call = CRPC_INIT;
+            call.policy.timeout_ms = NET_PATIENCE;
+            for (k = 0; k < 20; k++) {
+                dyn_Num in = net_num(k);
+                assert_int_equal(dyn_Echo_Add_begin(n.channel, &in, &id[k], NULL), CRPC_OK);
+            }
+            if (dyn_Echo_Pass(n.channel, &blob, &back, &call))
+                fail_msg("%s", call.error.text);
+            assert_int_equal(crpc_view_size(back.data), 20000);
+            assert_memory_equal(crpc_view_data(back.data), bytes, 20000);
+            crpc_call_reset(&call);
+            for (k = 0; k < 20; k++) {
+                dyn_Num out = dyn_Num_init_zero;
+                assert_int_equal(crpc_channel_wait(n.channel, id[k], NET_PATIENCE), CRPC_OK);
+                assert_int_equal(dyn_Echo_Add_fetch(n.channel, id[k], &out, NULL), CRPC_OK);
+                assert_int_equal(out.n, k + 1);
+            }
+        }
+        free(bytes);
+        net_close(&n);
+        assert_int_equal(v.wrong, 0);
+        assert_true(v.blocks > 0);
+    }
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
@@ -1066,6 +1354,10 @@ int main(void)
         CT_TEST(replies_split_anywhere),
         CT_TEST(a_connection_to_itself_counts_as_refused),
         CT_TEST(short_frames_need_no_memory_to_be_sent),
+        CT_TEST(input_that_no_descriptor_tells_of_is_read),
+        CT_TEST(what_has_to_be_repeated_cannot_be_withdrawn),
+        CT_TEST(one_thread_at_a_time_is_in_it),
+        CT_TEST(nobody_reads_while_another_thread_writes),
     };
     return CT_RUN(tests);
 }

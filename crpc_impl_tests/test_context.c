@@ -15,9 +15,11 @@ static void statuses_reach_the_caller(void **state)
         {CRPC_EAUTH, "token expired", CRPC_EAUTH, 0, "EAUTH 1004: token expired (remote)"},
         {CRPC_EAUTH, "", CRPC_EAUTH, 0, "EAUTH 1004: not authenticated (remote)"},
         {CRPC_ELIMIT, "", CRPC_ELIMIT, 0, "ELIMIT 2004: concurrency limit reached (remote)"},
-        {30000, "own", CRPC_EAPP, 30000, "application error 30000: own (remote)"},
-        {-5, "minus", CRPC_EAPP, -5, "application error -5: minus (remote)"},
-        {7, "", CRPC_EINTERNAL, 0, "the handler returned 7, which is no crpc_status (remote)"},
+        {30000, "", CRPC_EINTERNAL, 0, "the handler returned 30000, which is no crpc_status"},
+        {-1, "", CRPC_EINTERNAL, 0, "the handler returned -1, which is no crpc_status"},
+        {42, "", CRPC_EINTERNAL, 0,
+         "the handler returned 42, which is no crpc_status: an application's code is set by "
+         "crpc_context_fail (remote)"},
     };
     crpc_poller p;
     net_mode m;
@@ -335,7 +337,7 @@ static int calls_out(crpc_context *x, const dyn_Num *in, dyn_Num *out)
     crpc_channel *ch = (crpc_channel *)crpc_context_user(x);
     int status;
     call.parent = x;
-    call.timeout_ms = NET_PATIENCE;
+    call.policy.timeout_ms = NET_PATIENCE;
     switch (in->n) {
     case 1:
         status = dyn_Echo_Meta(nested_channel, &inner, &got, &call);
@@ -405,7 +407,7 @@ static void a_nested_call_inherits_deadline_and_log_id(void **state)
         crpc_call call = CRPC_INIT;
         nested_open(&n, p, workers);
         call.log_id = 12345;
-        call.timeout_ms = 15000; /* the handler's own limit is longer */
+        call.policy.timeout_ms = 15000; /* the handler's own limit is longer */
         assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
         assert_int_equal(out.n, 12345);
         assert_in_range(out.ms, 1, 15000);

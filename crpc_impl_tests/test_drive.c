@@ -167,7 +167,7 @@ static void a_signal_handler_may_stop_it(void **state)
         crpc_loop_close(loop_of_signal);
     }
     signal(SIGALRM, SIG_DFL);
-    alarm(CT_TEST_SECONDS);
+    alarm(ct_test_seconds());
 }
 
 static pthread_t callback_thread;
@@ -362,7 +362,7 @@ static void another_threads_timer_wakes_a_foreign_loop(void **state)
         peer_open(&silent, peer_silent, NULL);
         ch = net_channel(silent.url, "", p, l, NULL);
         assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
-        call.timeout_ms = 20;
+        call.policy.timeout_ms = 20;
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
         late_fired = 0;
         assert_int_equal(pthread_create(&t, NULL, set_a_timer, l), 0);

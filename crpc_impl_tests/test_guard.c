@@ -52,9 +52,9 @@ static void let_go(net *n, int fd, int count, int status)
 
 static void requests_in_service_are_limited(void **state)
 {
-    static const crpc_method_limit limits[] = {{"dyn.Echo", "Defer", 2, 0, 0, 0},
-                                               {NULL, "Defer", 1, 0, 0, 0},
-                                               {"dyn.Echo", NULL, -1, 0, -1, 0}};
+    static const crpc_method_limit limits[] = {{&dyn_Echo, dyn_Echo_Defer_method, 2, 0, 0, 0},
+                                               {NULL, dyn_Echo_Defer_method, 1, 0, 0, 0},
+                                               {&dyn_Echo, NULL, -1, 0, -1, 0}};
     crpc_poller p;
     net_mode m;
     int how;
@@ -70,8 +70,8 @@ static void requests_in_service_are_limited(void **state)
         net n;
         memset(&n, 0, sizeof n);
         if (how) {
-            n.server_options.limits = limits;
-            n.server_options.limit_count = 3;
+            n.server_options.method_limits = limits;
+            n.server_options.method_limit_count = 3;
         } else {
             n.server_options.max_concurrency = 3;
         }
@@ -98,6 +98,7 @@ static void requests_in_service_are_limited(void **state)
 
 static void a_limit_of_nothing_is_an_error(void **state)
 {
+    const crpc_method other = {"dyn.Other", "Add", NULL, NULL, 0, 0, NULL, 0, 0};
     crpc_method_limit limit = CRPC_INIT;
     crpc_server_options o;
     crpc_server *s;
@@ -106,20 +107,15 @@ static void a_limit_of_nothing_is_an_error(void **state)
     memset(&o, 0, sizeof o);
     o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
     o.listen = "tcp://127.0.0.1:0";
-    o.limits = &limit;
-    o.limit_count = 1;
-    limit.method = "Ad";
+    o.method_limits = &limit;
+    o.method_limit_count = 1;
+    limit.method = &other;
     assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
     assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, NULL), CRPC_OK);
     assert_int_equal(crpc_server_start(s, &error), CRPC_EINVAL);
-    assert_string_equal(error.text,
-                        "limits[0] names method Ad, which no service of this server has");
-    limit.service = "dyn.Ecko";
-    assert_int_equal(crpc_server_start(s, &error), CRPC_EINVAL);
-    assert_string_equal(error.text,
-                        "limits[0] names dyn.Ecko.Ad, which this server does not have");
-    limit.service = NULL;
-    limit.method = "Add";
+    assert_string_equal(error.text, "method_limits[0] names dyn.Other.Add, which this server does "
+                                    "not have");
+    limit.method = dyn_Echo_Add_method;
     assert_int_equal(crpc_server_start(s, &error), CRPC_OK);
     crpc_server_close(s);
 }
@@ -141,7 +137,8 @@ static int let_in(int fd, const char *method, int count, const char *says)
 
 static void methods_have_rates(void **state)
 {
-    static const crpc_method_limit limits[] = {{NULL, "Add", 0, 0, 2, 3}, {NULL, NULL, 0, 0, 1, 0}};
+    static const crpc_method_limit limits[] = {{NULL, dyn_Echo_Add_method, 0, 0, 2, 3},
+                                               {NULL, NULL, 0, 0, 1, 0}};
     const char *says = "too many requests of the method in a second (rate)";
     crpc_poller p;
     net_mode m;
@@ -152,8 +149,8 @@ static void methods_have_rates(void **state)
         net n;
         memset(&n, 0, sizeof n);
         n.time = NET_TIME_STANDS;
-        n.server_options.limits = limits;
-        n.server_options.limit_count = 2;
+        n.server_options.method_limits = limits;
+        n.server_options.method_limit_count = 2;
         net_open(&n, p, m);
         fd = wire_connect(n.url);
         assert_int_equal(let_in(fd, "Add", 5, says), 3);
@@ -222,7 +219,7 @@ static void clients_have_rates(void **state)
 /* The limit begins at 40. It is halved when 200 samples were failures. */
 static void adaptive_limits_adapt(void **state)
 {
-    static const crpc_method_limit limits[] = {{NULL, "Defer", 0, 1, 0, 0}};
+    static const crpc_method_limit limits[] = {{NULL, dyn_Echo_Defer_method, 0, 1, 0, 0}};
     crpc_poller p;
     net_mode m;
     (void)state;
@@ -233,8 +230,8 @@ static void adaptive_limits_adapt(void **state)
         net n;
         memset(&n, 0, sizeof n);
         n.time = NET_TIME_STANDS;
-        n.server_options.limits = limits;
-        n.server_options.limit_count = 1;
+        n.server_options.method_limits = limits;
+        n.server_options.method_limit_count = 1;
         net_open(&n, p, m);
         fd = wire_connect(n.url);
         hold(&n, fd, 40, NULL);

@@ -454,8 +454,8 @@ static int server_scenario(const crpc_hooks *hooks, void *user)
     o.listen = "tcp://127.0.0.1:0";
     o.drain_ms = 1000;
     if (plan->guarded) {
-        o.limits = &limit;
-        o.limit_count = 1;
+        o.method_limits = &limit;
+        o.method_limit_count = 1;
         o.rate_per_client = 100000;
         o.replay_entries = 10;
         o.ordered = 1;

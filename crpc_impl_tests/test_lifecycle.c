@@ -1,5 +1,6 @@
 /* Starting, stopping, draining and closing a server. */
 #define CRPC_IMPLEMENTATION
+#define CRPC_DEBUG 1 /* its checks are here too */
 #include "../crpc.h"
 #define CT_TEST_SECONDS 120
 #include "crpc_test.h"
@@ -656,9 +657,46 @@ static void many_servers_and_channels_in_one_process(void **state)
     }
 }
 
+static void close_server_twice(void)
+{
+    crpc_server_options o = CRPC_INIT;
+    crpc_server *s;
+    if (crpc_loop_open(&o.loop, NULL) || crpc_server_open(&s, &o, NULL))
+        _exit(2);
+    crpc_server_close(s);
+    crpc_server_close(s);
+}
+
+static void debug_builds_tell_a_second_close(void **state)
+{
+    char text[300];
+    (void)state;
+    net_expect_abort(close_server_twice, text, sizeof text);
+    assert_string_equal(text, "crpc: crpc_server_close: the object is closed already\n");
+}
+
+static void wrong_options_are_refused(void **state)
+{
+    crpc_server_options o = CRPC_INIT;
+    crpc_server *s;
+    crpc_error error;
+    (void)state;
+    o.weight = 1000001;
+    assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_EINVAL);
+    assert_string_equal(error.text, "weight=1000001: at most 1000000");
+    assert_null(s);
+    o.weight = 0;
+    o.loops.max_results = -7; /* as -1 */
+    o.loops.hooks.log_level = 5;
+    assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_EINVAL);
+    assert_string_equal(error.text, "log_level=5: at most 4");
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
+        CT_TEST(debug_builds_tell_a_second_close),
+        CT_TEST(wrong_options_are_refused),
         CT_TEST(services_are_added_once),
         CT_TEST(a_server_without_a_listener_does_not_start),
         CT_TEST(nothing_is_added_after_the_start),

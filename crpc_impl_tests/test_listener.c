@@ -29,10 +29,11 @@ static void several_listeners_of_a_server(void **state)
         crpc_error error;
         net_service service;
         ct_dir dir = ct_dir_make();
-        char urls[4][160], unix_url[120];
+        char urls[5][160], unix_url[120], abstract_url[60];
         int i;
         memset(&o, 0, sizeof o);
         snprintf(unix_url, sizeof unix_url, "unix://%s/socket", dir.path);
+        snprintf(abstract_url, sizeof abstract_url, "unix://@crpc-test-%ld", (long)getpid());
         o.listen = "tcp://localhost:0";
         o.loops = net_loop_options(p);
         net_service_init(&service);
@@ -40,20 +41,22 @@ static void several_listeners_of_a_server(void **state)
         assert_int_equal(crpc_server_listen(s, "tcp://[::1]:0", &error), CRPC_OK);
         assert_int_equal(crpc_server_listen(s, unix_url, &error), CRPC_OK);
         assert_int_equal(crpc_server_listen_fd(s, bound_socket(5)), CRPC_OK);
+        assert_int_equal(crpc_server_listen(s, abstract_url, &error), CRPC_OK);
         assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, &service), CRPC_OK);
         assert_int_equal(crpc_server_start(s, &error), CRPC_OK);
         assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
-        for (i = 0; i < 4; i++) {
+        for (i = 0; i < 5; i++) {
             crpc_channel *ch;
             assert_int_equal(crpc_server_address(s, (size_t)i, urls[i], sizeof urls[i]), CRPC_OK);
             ch = net_channel(urls[i], "?timeout_ms=20000", p, NULL, NULL);
             net_check_add(ch, i);
             crpc_channel_close(ch);
         }
-        assert_int_equal(crpc_server_address(s, 4, urls[0], sizeof urls[0]), CRPC_ENOTFOUND);
+        assert_int_equal(crpc_server_address(s, 5, urls[0], sizeof urls[0]), CRPC_ENOTFOUND);
         assert_memory_equal(urls[0], "tcp://127.0.0.1:", 16);
         assert_memory_equal(urls[1], "tcp://[::1]:", 12);
         assert_string_equal(urls[2], unix_url);
+        assert_string_equal(urls[4], abstract_url);
         crpc_server_close(s);
         ct_dir_remove(dir);
     }
@@ -133,7 +136,12 @@ static void what_is_no_listeners_url_is_explained(void **state)
     crpc_error error;
     (void)state;
     assert_int_equal(not_opened("list://127.0.0.1:1", &error), CRPC_EINVAL);
-    assert_string_equal(error.text, "list://127.0.0.1:1: expected tcp://host:port or unix:///path");
+    assert_string_equal(error.text, "list://127.0.0.1:1: expected tcp://host:port, unix:///path or "
+                                    "unix://@name");
+    assert_int_equal(not_opened("unix:///", &error), CRPC_EINVAL);
+    assert_non_null(strstr(error.text, "unix:///: no path"));
+    assert_int_equal(not_opened("tcp://[fe80::1%lo]:0", &error), CRPC_EINVAL);
+    assert_non_null(strstr(error.text, "an IPv6 address with a scope (%lo) is not supported"));
     assert_int_equal(not_opened("tcp://127.0.0.1:0?x=y", &error), CRPC_EINVAL);
     assert_non_null(strstr(error.text, "a listener takes no URL options"));
     assert_int_equal(not_opened("tcp://127.0.0.1", &error), CRPC_EINVAL);

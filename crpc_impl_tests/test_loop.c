@@ -130,7 +130,7 @@ static void only_the_given_clock_counts(void **state)
     assert_int_equal(crpc_loop_open(&l, &o), CRPC_OK);
     memset(&co, 0, sizeof co);
     co.loop = l;
-    co.timeout_ms = 3600000;
+    co.policy.timeout_ms = 3600000;
     assert_int_equal(crpc_channel_open(&ch, silent.url, &co, NULL), CRPC_OK);
     assert_int_equal(dyn_Echo_Add_begin(ch, &in, &id, NULL), CRPC_OK);
     for (i = 0; i < 10000 && peer_requests(&silent) == 0; i++)

@@ -22,8 +22,8 @@ static void on_line(void *user, int level, const char *line)
 
 typedef struct side {
     crpc_loop *loop;
-    crpci_registry *r;
-    void *sub;
+    crpci_backend *r;
+    crpci_subscriber *sub;
     void *reg;
     char list[1024]; /* the last one: "a:1 b:2 ", "(stale)" behind it */
     int pushes;
@@ -45,7 +45,7 @@ static int on_push(void *user, crpci_snapshot *list)
         strcat(s->list, "(stale)");
     s->pushes++;
     if (s->close_in_push) {
-        crpci_registry_close(s->r);
+        crpci_directory_close(s->r);
         s->r = NULL;
     }
     return CRPC_OK;
@@ -57,7 +57,7 @@ static void on_status(void *user, int status, const char *text)
     (void)text;
     s->status = status;
     if (s->withdraw_in_status) {
-        s->r->ops->withdraw(s->r, s->reg);
+        crpci_directory_withdraw(s->r, s->reg);
         s->reg = NULL;
     }
 }
@@ -65,8 +65,7 @@ static void on_status(void *user, int status, const char *text)
 static int try_open(side *s, const crpc_hooks *hooks)
 {
     crpc_loop_options o;
-    crpci_registry_options ro;
-    crpci_url url;
+    crpci_directory_options ro;
     char text[96];
     int err;
     memset(s, 0, sizeof *s);
@@ -81,8 +80,7 @@ static int try_open(side *s, const crpc_hooks *hooks)
         return err;
     ro.interface = "127.0.0.1";
     snprintf(text, sizeof text, "multicast://%s", group);
-    assert_int_equal(crpci_url_parse(&url, text, NULL), CRPC_OK);
-    return crpci_registry_open(s->loop, &url, &ro, &s->r, NULL);
+    return crpci_open_registry(s->loop, text, &ro, &s->r, NULL);
 }
 
 static void open_side(side *s)
@@ -95,28 +93,28 @@ static void open_side(side *s)
 
 static void close_side(side *s)
 {
-    crpci_registry_close(s->r);
+    crpci_directory_close(s->r);
     crpc_loop_close(s->loop);
 }
 
 static int subscribe(side *s, const char *service, bool allow_empty)
 {
-    crpci_registry_query q;
+    crpci_names_service q;
     memset(&q, 0, sizeof q);
     q.service = service;
     q.allow_empty = allow_empty;
-    return s->r->ops->subscribe(s->r, &q, on_push, s, &s->sub);
+    return crpci_directory_subscribe(s->r, &q, on_push, s, &s->sub);
 }
 
 static int enroll(side *s, const char *address)
 {
-    crpci_registration what;
+    crpci_names_service what;
     memset(&what, 0, sizeof what);
     what.service = "demo.Echo";
     what.address = address;
     what.methods = "Echo";
     what.weight = 100;
-    return s->r->ops->enroll(s->r, &what, on_status, s, &s->reg);
+    return crpci_directory_enroll(s->r, &what, on_status, s, &s->reg);
 }
 
 /* Lets time go by in steps of 50 ms, at each of which all sides are driven. A datagram on loopback
@@ -181,7 +179,7 @@ static void it_finds_who_announces_itself(void **state)
     assert_int_equal(enroll(&c, "10.0.0.1:8000"), CRPC_OK);
     pass(200, &a, &b, &c);
     assert_string_equal(b.list, "10.0.0.1:8000 127.0.0.1:8000 ");
-    c.r->ops->withdraw(c.r, c.reg);
+    crpci_directory_withdraw(c.r, c.reg);
     pass(200, &a, &b, &c);
     assert_string_equal(b.list, "127.0.0.1:8000 ");
     pass(60000, &a, &b, &c); /* announced again and again: nothing changes */
@@ -209,7 +207,7 @@ static void it_is_answered_when_it_asks(void **state)
         pass(700, &a, &b, NULL);
         assert_int_equal(b.pushes, 1);
         assert_string_equal(b.list, "10.0.0.1:8000 ");
-        b.r->ops->unsubscribe(b.r, b.sub);
+        crpci_directory_unsubscribe(b.r, b.sub);
     }
     close_side(&a);
     close_side(&b);
@@ -474,10 +472,9 @@ static void it_refuses_what_cannot_be(void **state)
         {"multicast://224.5.6.7:1234", "192.0.2.1", CRPC_EADDRESS},
     };
     char long_name[1500];
-    crpci_registration what;
-    crpci_registry_options ro;
-    crpci_registry *r;
-    crpci_url url;
+    crpci_names_service what;
+    crpci_directory_options ro;
+    crpci_backend *r;
     crpc_error error;
     void *handle;
     side a;
@@ -488,30 +485,29 @@ static void it_refuses_what_cannot_be(void **state)
         int err;
         memset(&ro, 0, sizeof ro);
         ro.interface = bad[i].interface;
-        assert_int_equal(crpci_url_parse(&url, bad[i].url, NULL), CRPC_OK);
-        err = crpci_registry_open(a.loop, &url, &ro, &r, &error);
+        err = crpci_open_registry(a.loop, bad[i].url, &ro, &r, &error);
         if (err != bad[i].status || r)
             fail_msg("%s: %s", bad[i].url, crpc_status_name(err));
     }
     memset(&what, 0, sizeof what);
-    assert_int_equal(a.r->ops->enroll(a.r, &what, NULL, NULL, &handle), CRPC_EINVAL);
+    assert_int_equal(crpci_directory_enroll(a.r, &what, NULL, NULL, &handle), CRPC_EINVAL);
     what.service = "S";
-    assert_int_equal(a.r->ops->enroll(a.r, &what, NULL, NULL, &handle), CRPC_EINVAL);
+    assert_int_equal(crpci_directory_enroll(a.r, &what, NULL, NULL, &handle), CRPC_EINVAL);
     what.address = "host:1";
-    assert_int_equal(a.r->ops->enroll(a.r, &what, NULL, NULL, &handle), CRPC_EINVAL);
+    assert_int_equal(crpci_directory_enroll(a.r, &what, NULL, NULL, &handle), CRPC_EINVAL);
     what.address = ":0";
-    assert_int_equal(a.r->ops->enroll(a.r, &what, NULL, NULL, &handle), CRPC_EINVAL);
+    assert_int_equal(crpci_directory_enroll(a.r, &what, NULL, NULL, &handle), CRPC_EINVAL);
     memset(long_name, 'm', sizeof long_name);
     long_name[sizeof long_name - 1] = '\0';
     what.address = ":1";
     what.methods = long_name; /* left out */
-    assert_int_equal(a.r->ops->enroll(a.r, &what, NULL, NULL, &handle), CRPC_OK);
+    assert_int_equal(crpci_directory_enroll(a.r, &what, NULL, NULL, &handle), CRPC_OK);
     what.group = long_name;
-    assert_int_equal(a.r->ops->enroll(a.r, &what, NULL, NULL, &handle), CRPC_EINVAL);
+    assert_int_equal(crpci_directory_enroll(a.r, &what, NULL, NULL, &handle), CRPC_EINVAL);
     assert_null(handle);
     assert_int_equal(subscribe(&a, "", false), CRPC_EINVAL);
-    a.r->ops->withdraw(a.r, NULL);
-    a.r->ops->unsubscribe(a.r, NULL);
+    crpci_directory_withdraw(a.r, NULL);
+    crpci_directory_unsubscribe(a.r, NULL);
     close_side(&a);
 }
 

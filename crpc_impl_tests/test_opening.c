@@ -85,7 +85,7 @@ static void closing_cancels_every_form_once(void **state)
             dyn_Num in = net_num(1);
             crpc_id id;
             memset(&o, 0, sizeof o);
-            o.timeout_ms = 60000;
+            o.policy.timeout_ms = 60000;
             o.interceptors = after;
             o.interceptor_count = 1;
             seen_after = 0;
@@ -219,26 +219,34 @@ static void bad_urls_are_explained(void **state)
         {"127.0.0.1:80", "not a URL (scheme://...): \"127.0.0.1:80\""},
         {"://x", "not a URL"},
         {"tcp://", "is not host:port"},
-        {"tcp://localhost",
-         "\"localhost\" is not host:port, with a port up to 65535 (IPv6 stands in brackets)"},
+        {"tcp://localhost", "\"localhost\" is not host:port with a port of 0 to 65535; an IPv6 "
+                            "address needs brackets"},
         {"tcp://1.2.3.4:99999", "\"1.2.3.4:99999\" is not host:port"},
         {"tcp://1.2.3.4:x", "is not host:port"},
         {"tcp://1.2.3.4:-1", "is not host:port"},
-        {"tcp://::1:80", "is not host:port, with a port up to 65535 (IPv6 stands in brackets)"},
+        {"tcp://::1:80", "with a port of 0 to 65535; an IPv6 address needs brackets: [::1]:80"},
         {"tcp://[::1:80", "is not host:port"},
         {"tcp://:80", "is not host:port"},
-        {"tcp://1.2.3.4:80/path", "tcp://1.2.3.4:80/path: a path means nothing here"},
+        {"tcp://1.2.3.4:80/path",
+         "tcp://1.2.3.4:80: tcp:// and list:// URLs take no path: \"/path\""},
+        {"tcp://1.2.3.4:0", "tcp://1.2.3.4:0: a client cannot connect to port 0"},
+        {"list://1.2.3.4:1,[::1]:0", "list://[::1]:0: a client cannot connect to port 0"},
+        {"tcp://[fe80::1%eth0]:80", "\"[fe80::1%eth0]:80\": an IPv6 address with a scope (%eth0)"},
+        {"unix:///", "unix:///: no path; expected unix:///path, or unix://@name"},
+        {"unix://?retries=1", "no path"},
+        {"unix://@", "address"},
+        {"tcp://1.2.3.4:80?retries=1&timeout_ms=5&retries=2", "URL option retries is given twice"},
         {"list://1.2.3.4:80,,1.2.3.4:81", "is not host:port"},
         {"list://1.2.3.4:80,", "is not host:port"},
         {"tcp://1.2.3.4:80?timeout=5", "URL option timeout=5: not known for tcp://"},
-        {"tcp://1.2.3.4:80?timeout_ms=", "URL option timeout_ms=: "},
-        {"tcp://1.2.3.4:80?timeout_ms=1x", "URL option timeout_ms=1x: "},
-        {"tcp://1.2.3.4:80?timeout_ms=86400001", "out of range"},
-        {"tcp://1.2.3.4:80?timeout_ms=99999999999999999999", "out of range"},
-        {"tcp://1.2.3.4:80?short_names=2", "URL option short_names=2: "},
+        {"tcp://1.2.3.4:80?timeout_ms=", "timeout_ms=: not a whole number"},
+        {"tcp://1.2.3.4:80?timeout_ms=1x", "timeout_ms=1x: not a whole number"},
+        {"tcp://1.2.3.4:80?timeout_ms=86400001", "timeout_ms=86400001: at most 86400000"},
+        {"tcp://1.2.3.4:80?timeout_ms=99999999999999999999", "timeout_ms=9223372036854775807: at most"},
+        {"tcp://1.2.3.4:80?short_names=2", "short_names=2: at most 1"},
         {"tcp://1.2.3.4:80?group=x", "URL option group=x: not known for tcp://"},
-        {"tcp://1.2.3.4:80?timeout_ms", "URL options are not key=value&key=value"},
-        {"tcp://1.2.3.4:80?a=%zz", "URL options are not key=value"},
+        {"tcp://1.2.3.4:80?timeout_ms", "URL option \"timeout_ms\" is not key=value"},
+        {"tcp://1.2.3.4:80?a=%zz", "URL option \"a\" is not key=value, or a %XX in it is not two"},
         {"unix://", "address cannot be used"},
         {"tcp://no.such.host.invalid:80", "host \"no.such.host.invalid\": getaddrinfo: "},
         {"gopher://1.2.3.4:80", "gopher"},
@@ -279,7 +287,7 @@ static void hook_options(crpc_channel_options *o, int *calls)
     memset(o, 0, sizeof *o);
     o->private_loop.hooks.user = calls;
     o->private_loop.hooks.resolve = hook_resolves;
-    o->timeout_ms = NET_PATIENCE;
+    o->policy.timeout_ms = NET_PATIENCE;
 }
 
 static void names_are_resolved_by_the_hook(void **state)
@@ -296,7 +304,7 @@ static void names_are_resolved_by_the_hook(void **state)
     snprintf(url, sizeof url, "tcp://both:%d", adds.port);
     assert_int_equal(crpc_channel_open(&ch, url, &o, &error), CRPC_OK);
     assert_int_equal(calls, 1);
-    net_check_add(ch, 1); /* the IPv4 one was taken */
+    net_check_add(ch, 1);
     assert_int_equal(calls, 1);
     crpc_channel_close(ch);
     peer_close(&adds);
@@ -328,26 +336,90 @@ static void the_hook_is_not_asked_for_an_address(void **state)
     assert_int_equal(calls, 0);
 }
 
+static int hook_knows_three(void *user, const char *host, char *addresses, size_t size)
+{
+    (void)user;
+    snprintf(addresses, size, strcmp(host, "many") == 0 ? "10.0.0.1,::1,10.0.0.2" : "10.0.0.1");
+    return CRPC_OK;
+}
+
+static void a_name_stands_for_all_its_addresses(void **state)
+{
+    static const struct {
+        const char *url;
+        size_t providers;
+        const char *last;
+    } cases[] = {
+        {"tcp://many:80", 3, "10.0.0.2:80"},
+        {"list://many:80,10.0.0.9:81", 4, "10.0.0.9:81"},
+        {"list://10.0.0.9:81,one:80,many:80", 4, "10.0.0.2:80"}, /* an address counts once */
+    };
+    crpc_channel_options o = CRPC_INIT;
+    size_t i;
+    (void)state;
+    o.private_loop = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.private_loop.hooks.resolve = hook_knows_three;
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        crpc_channel *ch;
+        crpc_error error;
+        if (crpc_channel_open(&ch, cases[i].url, &o, &error))
+            fail_msg("%s", error.text);
+        assert_int_equal(crpc_channel_providers(ch), cases[i].providers);
+        assert_string_equal(
+            crpci_providers_at(&ch->providers, cases[i].providers - 1)->endpoint->address,
+            cases[i].last);
+        crpc_channel_close(ch);
+    }
+}
+
 static void wrong_policies_are_refused(void **state)
 {
-    static const char *const bad[] = {
-        "lb=best", "lb=", "cluster=fail", "breaker=2", "forks=x", "fail_percent=101", "lb=3"};
+    static const char *const bad[][2] = {
+        {"lb=best", "lb=best: not one of random,wrandom,rr,wrr,la,hash,p2c"},
+        {"lb=", "lb=: not one of random,wrandom,rr,wrr,la,hash,p2c"},
+        {"lb=3", "lb=3: not one of random,wrandom,rr,wrr,la,hash,p2c"},
+        {"cluster=fail",
+         "cluster=fail: not one of failover,failfast,failsafe,failback,forking,broadcast"},
+        {"breaker=2", "breaker=2: at most 1"},
+        {"forks=x", "forks=x: not a whole number"},
+        {"fail_percent=101", "fail_percent=101: at most 100"},
+        {"timeout_ms=99999999999", "timeout_ms=99999999999: at most 86400000"},
+        {"credential=hush", "credential: a secret: it belongs into the options or a configuration "
+                            "line, not into a URL"},
+        {"group=g", "URL option group=g: not known for tcp://"},
+        {"listen=x", "URL option listen=x: not known for tcp://"},
+    };
+    crpc_method_options method = CRPC_INIT;
     crpc_channel_options o = CRPC_INIT;
     crpc_channel *ch;
     crpc_error error;
     char url[80];
     size_t i;
     (void)state;
-    o.cluster = (crpc_cluster)7;
+    o.policy.cluster = (crpc_cluster)7;
     assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, &error), CRPC_EINVAL);
-    assert_non_null(strstr(error.text, "cluster 7"));
-    o.cluster = CRPC_CLUSTER_DEFAULT;
+    assert_string_equal(error.text, "cluster=7: at most 6");
+    o.policy.cluster = CRPC_CLUSTER_DEFAULT;
     o.balancer = (crpc_balancer)8;
     assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, &error), CRPC_EINVAL);
+    assert_string_equal(error.text, "lb=8: at most 7");
+    o.balancer = CRPC_BALANCER_DEFAULT;
+    o.private_loop.stack_size = 1;
+    assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, &error), CRPC_EINVAL);
+    assert_string_equal(error.text, "stack_size=1: at least 16384");
+    o.private_loop.stack_size = 0;
+    o.methods = &method;
+    o.method_count = 1;
+    assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, &error), CRPC_EINVAL);
+    assert_string_equal(error.text, "methods[0] names no method");
+    method.method = dyn_Echo_Add_method;
+    method.policy.retries = 17;
+    assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, &error), CRPC_EINVAL);
+    assert_string_equal(error.text, "retries=17: at most 16");
     for (i = 0; i < sizeof bad / sizeof *bad; i++) {
-        snprintf(url, sizeof url, "tcp://127.0.0.1:9?%s", bad[i]);
+        snprintf(url, sizeof url, "tcp://127.0.0.1:9?%s", bad[i][0]);
         assert_int_equal(crpc_channel_open(&ch, url, NULL, &error), CRPC_EINVAL);
-        assert_non_null(strstr(error.text, "URL option"));
+        assert_string_equal(error.text, bad[i][1]);
     }
 }
 
@@ -360,6 +432,7 @@ int main(void)
         CT_TEST(closing_inside_a_callback_cancels_the_rest),
         CT_TEST(bad_urls_are_explained),
         CT_TEST(names_are_resolved_by_the_hook),
+        CT_TEST(a_name_stands_for_all_its_addresses),
         CT_TEST(names_that_the_hook_cannot_resolve_are_an_error),
         CT_TEST(the_hook_is_not_asked_for_an_address),
         CT_TEST(wrong_policies_are_refused),

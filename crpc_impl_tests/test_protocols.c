@@ -1,7 +1,7 @@
-/* impl-protocols, and the seam between protocols and all else: a second protocol, `line`, with other
- * ways than baidu_std's, goes through the server and the client as they are. Its replies have no ids
- * but keep the order of the requests, it says names and fields in text, and a body comes in parts,
- * so that it is found too large only late. */
+/* impl-protocols, and the seam between protocols and all else: a second protocol, `line`, that does
+ * most things differently from baidu_std, goes through server and client as they are. Its replies
+ * have no ids but keep the order of the requests, it says names and fields in text, and a body
+ * comes in parts, so that it is found too large only late. */
 #define CRPC_IMPLEMENTATION
 struct crpci_protocol;
 extern const struct crpci_protocol line_protocol;
@@ -498,7 +498,7 @@ static void a_body_that_grows_too_large_is_refused_in_its_turn(void **state)
         size_t i;
         memset(&n, 0, sizeof n);
         memset(part, 0, sizeof part);
-        n.server_options.max_body = 1000;
+        n.server_options.limits.max_body = 1000;
         net_open_server(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
         fd = wire_connect(n.url);
         line_num(&w, "Defer", 1, 0);
@@ -551,10 +551,10 @@ static void refusals_wait_for_their_turn(void **state)
     int fd;
     (void)state;
     memset(&n, 0, sizeof n);
-    limit.method = "Defer";
+    limit.method = dyn_Echo_Defer_method;
     limit.max_concurrency = 1;
-    n.server_options.limits = &limit;
-    n.server_options.limit_count = 1;
+    n.server_options.method_limits = &limit;
+    n.server_options.method_limit_count = 1;
     net_open_server(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
     fd = wire_connect(n.url);
     line_num(&w, "Defer", 1, 0);
@@ -760,7 +760,7 @@ static void late_replies_and_one_way_calls_keep_their_place(void **state)
     memset(&a, 0, sizeof a);
     n.query = "?protocol=line";
     net_open(&n, CRPC_POLLER_DEFAULT, NET_SHARED);
-    call.timeout_ms = 20;
+    call.policy.timeout_ms = 20;
     assert_int_equal(dyn_Echo_Defer(n.channel, &in, &out, &call), CRPC_ETIMEDOUT);
     crpc_call_reset(&call);
     in.n = 10;
@@ -834,7 +834,7 @@ static void a_reply_without_a_request_closes(void **state)
     ch = net_channel(p.url, "?protocol=line", CRPC_POLLER_DEFAULT, NULL, NULL);
     for (i = 0; i < 2; i++) {
         crpc_call call = CRPC_INIT;
-        call.timeout_ms = NET_PATIENCE;
+        call.policy.timeout_ms = NET_PATIENCE;
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_OK);
         assert_int_equal(out.n, 5);
         crpc_call_reset(&call);
@@ -878,7 +878,7 @@ static void kept_replies_are_for_their_protocol(void **state)
     for (i = 0; i < 3; i++) {
         crpc_call call = CRPC_INIT;
         crpc_view v;
-        call.timeout_ms = NET_PATIENCE;
+        call.policy.timeout_ms = NET_PATIENCE;
         call.request_id = crpc_view_str("the same");
         if (i < 2) {
             assert_int_equal(dyn_Echo_Fail(n.channel, &in, &out, &call), CRPC_EAPP);

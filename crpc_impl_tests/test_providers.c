@@ -192,7 +192,7 @@ static void the_breaker_does_not_eject_everyone(void **state)
 /* Gives the channel a list as a registry does; a negative weight leaves a peer out. */
 static void fleet_list(fleet *f, const int *weights)
 {
-    crpci_snapshot *list = crpci_registry_snapshot(f->channel->loop->heap, (size_t)f->count);
+    crpci_snapshot *list = crpci_directory_snapshot(f->channel->loop->heap, (size_t)f->count);
     size_t n = 0;
     int i;
     assert_non_null(list);
@@ -203,9 +203,9 @@ static void fleet_list(fleet *f, const int *weights)
         list->providers[n++].weight = weights[i];
     }
     list->count = n;
-    crpci_registry_sort(list);
+    crpci_directory_sort(list);
     assert_int_equal(crpci_opening_on_list(f->channel, list), CRPC_OK);
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
 }
 
 static void weights_share_out_the_calls(void **state)
@@ -386,7 +386,7 @@ static void a_list_does_not_begin_a_warm_up_again(void **state)
     o.private_loop.hooks.clock_us = net_clock_us;
     net_time_begin(NET_TIME_STANDS);
     assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, NULL), CRPC_OK);
-    list = crpci_registry_snapshot(ch->loop->heap, 1);
+    list = crpci_directory_snapshot(ch->loop->heap, 1);
     assert_non_null(list);
     strcpy(list->providers[0].address, "127.0.0.1:9");
     list->providers[0].weight = 100;
@@ -396,7 +396,7 @@ static void a_list_does_not_begin_a_warm_up_again(void **state)
         net_time_add(1000);
     }
     assert_in_range(crpci_providers_at(&ch->providers, 0)->balance.weight, 89, 91);
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
     crpc_channel_close(ch);
 }
 
@@ -421,7 +421,7 @@ static void a_flood_of_changes_is_followed(void **state)
         assert_int_equal(crpc_channel_open(&ch, url, &o, NULL), CRPC_OK);
         memset(&before, 0, sizeof before);
         for (i = 0; i < CHANGES / (int)(sizeof balancers / sizeof *balancers); i++) {
-            crpci_snapshot *list = crpci_registry_snapshot(ch->loop->heap, MANY);
+            crpci_snapshot *list = crpci_directory_snapshot(ch->loop->heap, MANY);
             const crpci_member *n;
             assert_non_null(list);
             for (k = 0; k < MANY; k++) {
@@ -431,7 +431,7 @@ static void a_flood_of_changes_is_followed(void **state)
                          generation & 255, (unsigned)k & 255);
                 list->providers[k].weight = 1 + (int)(generation >> 8);
             }
-            crpci_registry_sort(list);
+            crpci_directory_sort(list);
             assert_int_equal(list->count, MANY);
             assert_int_equal(crpci_opening_on_list(ch, list), CRPC_OK);
             assert_int_equal(crpc_channel_providers(ch), MANY);
@@ -442,7 +442,7 @@ static void a_flood_of_changes_is_followed(void **state)
             n = crpci_attempt_pick(&c);
             assert_non_null(n);
             assert_ptr_equal(crpci_providers_at(&ch->providers, n->balance.index), n);
-            crpci_registry_snapshot_unref(list);
+            crpci_directory_snapshot_unref(list);
             crpc_loop_stats_get(ch->loop, i == 2 ? &before : &after);
         }
         assert_true(after.memory <= before.memory + before.memory / 50);

@@ -175,7 +175,7 @@ static int64_t deadline(const crpc_channel *ch, const crpc_method *m, const crpc
     memset(&k, 0, sizeof k);
     k.method = m;
     crpci_request_method_settings(&ch->requests, &k);
-    crpci_request_call_policy(&k.policy, call);
+    crpci_request_apply_policy(&k.policy, &call->policy);
     return crpci_channel_deadline(&k.policy, call, 100);
 }
 
@@ -185,7 +185,6 @@ static void it_takes_the_nearest_policy(void **state)
 {
     crpc_method_options options[2];
     crpc_method m = method;
-    crpc_policy own = CRPC_INIT;
     crpc_call call = CRPC_INIT;
     crpci_method k;
     fixture f;
@@ -198,9 +197,9 @@ static void it_takes_the_nearest_policy(void **state)
     f.channel.requests.policy.timeout_ms = 1000;
     f.channel.requests.options = options;
     f.channel.requests.option_count = 2;
-    options[0].method = "Other";
+    options[0].method = &method;
     options[0].policy.retries = 9;
-    options[1].method = m.name;
+    options[1].method = &m;
     options[1].policy.cluster = CRPC_CLUSTER_FORKING;
     options[1].policy.forks = 3;
     options[1].policy.retries = -1;
@@ -212,18 +211,17 @@ static void it_takes_the_nearest_policy(void **state)
     assert_int_equal(k.policy.forks, 3);
     assert_int_equal(k.policy.retries, 0);
     assert_int_equal(k.policy.timeout_ms, 1000);
-    call.retries = 5;
-    own.cluster = CRPC_CLUSTER_FAILFAST;
-    own.forks = -1;
-    own.fail_percent = 1000;
-    call.policy = &own;
-    crpci_request_call_policy(&k.policy, &call);
+    call.policy.retries = 5;
+    call.policy.cluster = CRPC_CLUSTER_FAILFAST;
+    call.policy.forks = -1;
+    call.policy.fail_percent = 1000;
+    crpci_request_apply_policy(&k.policy, &call.policy);
     assert_int_equal(k.policy.cluster, CRPC_CLUSTER_FAILFAST);
     assert_int_equal(k.policy.retries, 5);
     assert_int_equal(k.policy.forks, 0); /* all */
     assert_int_equal(k.policy.fail_percent, 100);
-    own.retries = 99;
-    crpci_request_call_policy(&k.policy, &call);
+    call.policy.retries = 99;
+    crpci_request_apply_policy(&k.policy, &call.policy);
     assert_int_equal(k.policy.retries, CRPCI_REQUEST_RETRIES);
     fixture_close(&f);
 }
@@ -240,8 +238,10 @@ static void it_keeps_the_earliest_deadline(void **state)
     f.channel.requests.policy.timeout_ms = 1000;
     assert_int_equal(deadline(&f.channel, &m, &call), 1000100);
     m.timeout_ms = 7;
+    assert_int_equal(deadline(&f.channel, &m, &call), 1000100); /* URL and options go first */
+    f.channel.requests.timeout_open = true;
     assert_int_equal(deadline(&f.channel, &m, &call), 7100);
-    call.timeout_ms = 9;
+    call.policy.timeout_ms = 9;
     assert_int_equal(deadline(&f.channel, &m, &call), 9100);
     call.deadline_us = 300;
     assert_int_equal(deadline(&f.channel, &m, &call), 300);
@@ -330,7 +330,7 @@ static void a_channel_has_a_deadline_for_all_its_calls(void **state)
     crpc_channel *ch;
     (void)state;
     memset(&n, 0, sizeof n);
-    n.channel_options.timeout_ms = 30000;
+    n.channel_options.policy.timeout_ms = 30000;
     net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
     assert_in_range(left_at_server(n.channel, NULL), 20000, 30000);
     ch = net_channel(n.url, "?timeout_ms=17000", CRPC_POLLER_DEFAULT, NULL, NULL);
@@ -345,9 +345,9 @@ static void a_call_may_have_a_deadline_of_its_own(void **state)
     crpc_call call = CRPC_INIT;
     (void)state;
     memset(&n, 0, sizeof n);
-    n.channel_options.timeout_ms = 30000;
+    n.channel_options.policy.timeout_ms = 30000;
     net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
-    call.timeout_ms = 15000;
+    call.policy.timeout_ms = 15000;
     assert_in_range(left_at_server(n.channel, &call), 5000, 15000);
     call.deadline_us = crpc_loop_now_us(crpc_channel_loop(n.channel)) + 50000000;
     assert_in_range(left_at_server(n.channel, &call), 40000, 50000);
@@ -368,16 +368,24 @@ static void no_deadline_is_longer_than_a_day(void **state)
     net_close(&n);
 }
 
-/* Quick has 60 ms in its .proto, its handler takes a second. */
+/* Quick has 60 ms in its .proto. What the URL or the options of the channel say goes before it. */
 static void a_method_may_have_a_deadline_of_its_own(void **state)
 {
     net n;
+    crpc_channel *ch;
     dyn_Num in = net_num(1), out = dyn_Num_init_zero;
     (void)state;
     memset(&n, 0, sizeof n);
     net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
-    in.ms = 1000;
-    assert_int_equal(dyn_Echo_Quick(n.channel, &in, &out, NULL), CRPC_ETIMEDOUT);
+    in.ms = 200;
+    assert_int_equal(dyn_Echo_Quick(n.channel, &in, &out, NULL), CRPC_OK); /* by its options */
+    ch = net_channel(n.url, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    assert_int_equal(dyn_Echo_Quick(ch, &in, &out, NULL), CRPC_OK);
+    crpc_channel_close(ch);
+    ch = net_channel(n.url, NULL, CRPC_POLLER_DEFAULT, NULL, NULL);
+    in.ms = 2000;
+    assert_int_equal(dyn_Echo_Quick(ch, &in, &out, NULL), CRPC_ETIMEDOUT);
+    crpc_channel_close(ch);
     net_close(&n);
 }
 
@@ -396,6 +404,8 @@ static void the_default_deadline_is_a_second(void **state)
         status = dyn_Echo_Meta(ch, &in, &out, NULL);
     assert_int_equal(status, CRPC_OK);
     assert_in_range(out.ms, 1, 1000);
+    in.ms = 2000;
+    assert_int_equal(dyn_Echo_Quick(ch, &in, &out, NULL), CRPC_ETIMEDOUT);
     crpc_channel_close(ch);
     net_close(&n);
 }
@@ -473,7 +483,7 @@ static void fields_ids_and_credentials_travel(void **state)
         crpc_field fields[3] = {{"a", "one"}, {"other", ""}, {"a", "the last wins"}};
         crpc_view value;
         memset(&n, 0, sizeof n);
-        n.channel_options.credential = "channel's";
+        n.channel_options.security.credential = "channel's";
         net_open(&n, p, m);
         assert_int_equal(dyn_Echo_Meta(n.channel, &in, &out, &call), CRPC_OK);
         assert_int_equal(out.n, 0);

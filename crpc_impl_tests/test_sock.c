@@ -19,6 +19,8 @@ static void numeric_addresses_come_back(void **state)
         {"unix:/run/crpc.sock", "unix:/run/crpc.sock"},
         {"unix:here", "unix:here"},
         {"unix:/a:b?c", "unix:/a:b?c"},
+        {"unix:@name", "unix:@name"},
+        {"unix:@a", "unix:@a"},
     };
     size_t i;
     (void)state;
@@ -49,6 +51,15 @@ static void families_and_ports(void **state)
     assert_true(crpci_sock_parse(&a, "unix:/x"));
     assert_int_equal(a.u.un.sun_family, AF_UNIX);
     assert_int_equal(a.len, offsetof(struct sockaddr_un, sun_path) + 3);
+    assert_int_equal(crpci_sock_port(&a), 0);
+    assert_true(crpci_sock_parse(&a, "unix:@x")); /* a name in the abstract namespace */
+    assert_int_equal(a.u.un.sun_path[0], '\0');
+    assert_int_equal(a.u.un.sun_path[1], 'x');
+    assert_int_equal(a.len, offsetof(struct sockaddr_un, sun_path) + 2);
+    assert_true(crpci_sock_parse(&a, "1.2.3.4:258"));
+    assert_int_equal(crpci_sock_port(&a), 258);
+    assert_true(crpci_sock_parse(&a, "[::1]:258"));
+    assert_int_equal(crpci_sock_port(&a), 258);
 }
 
 static void malformed_addresses_are_refused(void **state)
@@ -78,6 +89,7 @@ static void malformed_addresses_are_refused(void **state)
         "1.2.3.4: 8",
         "1.2.3.4:+8",
         "unix:",
+        "unix:@",
         "[::g]:80",
         "1.2.3.4 :80",
         "[::1%lo]:80",
@@ -101,13 +113,15 @@ static void long_unix_paths(void **state)
 {
     size_t n, longest = 0;
     (void)state;
-    for (n = 1; n < 120; n++) {
+    for (n = 1; n < 240; n++) { /* paths, then abstract names */
         char text[160] = "unix:", out[CRPC_ADDRESS_MAX];
         crpci_addr a;
-        memset(text + 5, 'p', n);
+        memset(text + 5, 'p', n % 120);
+        if (n > 120)
+            text[5] = '@';
         if (!crpci_sock_parse(&a, text))
             continue;
-        longest = n;
+        longest = n % 120;
         crpci_sock_format(&a, out, sizeof out);
         assert_string_equal(out, text);
     }
@@ -269,6 +283,57 @@ static void a_connection_to_itself(void **state)
     }
 }
 
+/* The name goes with its socket: nothing is left behind in the file system. */
+static void abstract_sockets(void **state)
+{
+    char text[64], own[CRPC_ADDRESS_MAX];
+    crpci_addr a, bound, peer;
+    int listener, second, fd, accepted;
+    (void)state;
+    snprintf(text, sizeof text, "unix:@crpc-test-%ld", (long)getpid());
+    assert_true(crpci_sock_parse(&a, text));
+    listener = listen_on(text, &bound);
+    assert_true(listener >= 0);
+    crpci_sock_format(&bound, own, sizeof own);
+    assert_string_equal(own, text);
+    second = listen_on(text, NULL);
+    assert_int_equal(second, -1);
+    assert_int_equal(errno, EADDRINUSE);
+    fd = crpci_sock_open(&a);
+    assert_int_equal(connect(fd, &a.u.any, a.len), 0);
+    accepted = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    assert_true(accepted >= 0);
+    crpci_sock_peer(fd, &peer);
+    crpci_sock_format(&peer, own, sizeof own);
+    assert_string_equal(own, text);
+    close(accepted);
+    close(fd);
+    close(listener);
+    listener = listen_on(text, NULL);
+    assert_true(listener >= 0);
+    close(listener);
+}
+
+/* Of this host on the way to somewhere. */
+static void routes(void **state)
+{
+    crpci_addr to;
+    char host[INET6_ADDRSTRLEN];
+    struct ip_mreqn via;
+    (void)state;
+    assert_true(crpci_sock_parse(&to, "127.0.0.1:80"));
+    assert_true(crpci_sock_route(&to, NULL, host, sizeof host));
+    assert_string_equal(host, "127.0.0.1");
+    assert_true(crpci_sock_parse(&to, "239.255.1.2:80"));
+    memset(&via, 0, sizeof via);
+    via.imr_address.s_addr = htonl(INADDR_LOOPBACK);
+    assert_true(crpci_sock_route(&to, &via, host, sizeof host));
+    assert_string_equal(host, "127.0.0.1");
+    via.imr_address.s_addr = htonl(0xc0000201); /* 192.0.2.1 is nobody's */
+    assert_false(crpci_sock_route(&to, &via, host, sizeof host));
+    assert_string_equal(host, "");
+}
+
 static void stale_socket_files(void **state)
 {
     ct_dir dir = ct_dir_make();
@@ -355,6 +420,8 @@ int main(void)
         CT_TEST(sockets_are_private_tuned_and_do_not_block),
         CT_TEST(listeners),
         CT_TEST(a_connection_to_itself),
+        CT_TEST(abstract_sockets),
+        CT_TEST(routes),
         CT_TEST(stale_socket_files),
         CT_TEST(socket_files_in_use),
     };

@@ -3,13 +3,33 @@
 #include "../crpc.h"
 #include "crpc_test.h"
 
-static crpci_url url;
+static crpci_url url; /* of the heap below; expect_parts frees the one before */
+static crpci_heap *heap;
 static crpc_error error;
+
+static int parse(const char *text)
+{
+    if (!heap) {
+        crpc_hooks hooks = ct_hooks();
+        assert_int_equal(crpci_heap_open(&heap, &hooks, 0), CRPC_OK);
+    }
+    crpci_url_free(&url);
+    return crpci_url_parse(&url, heap, text, &error);
+}
+
+/* At the end of a test: everything is given back. */
+static void finish(void)
+{
+    crpci_url_free(&url);
+    crpci_heap_unref(heap);
+    heap = NULL;
+    memset(&url, 0, sizeof url);
+}
 
 static void expect_parts(const char *text, const char *scheme, const char *authority,
                          const char *path, const char *query)
 {
-    assert_int_equal(crpci_url_parse(&url, text, &error), CRPC_OK);
+    assert_int_equal(parse(text), CRPC_OK);
     assert_string_equal(url.scheme, scheme);
     assert_string_equal(url.authority, authority);
     assert_string_equal(url.path, path);
@@ -32,6 +52,7 @@ static void parts(void **state)
     expect_parts("unix://here", "unix", "", "here", "");
     expect_parts("file:///etc/list", "file", "", "etc/list", "");
     expect_parts("tcp://", "tcp", "", "", "");
+    finish();
 }
 
 static void what_is_no_url(void **state)
@@ -42,21 +63,22 @@ static void what_is_no_url(void **state)
     (void)state;
     for (i = 0; i < sizeof bad / sizeof bad[0]; i++) {
         memset(&error, 0, sizeof error);
-        assert_int_equal(crpci_url_parse(&url, bad[i], &error), CRPC_EINVAL);
+        assert_int_equal(parse(bad[i]), CRPC_EINVAL);
         assert_int_equal(error.code, CRPC_EINVAL);
         assert_true(strstr(error.text, bad[i]) != NULL);
     }
-    assert_int_equal(crpci_url_parse(&url, NULL, &error), CRPC_EINVAL);
-    assert_int_equal(crpci_url_parse(&url, "no", NULL), CRPC_EINVAL);
+    assert_int_equal(parse(NULL), CRPC_EINVAL);
+    assert_int_equal(parse("no"), CRPC_EINVAL);
     memset(text, 'x', sizeof text);
     memcpy(text, "tcp://", 6);
     text[CRPCI_URL_MAX - 1] = '\0';
-    assert_int_equal(crpci_url_parse(&url, text, &error), CRPC_OK);
+    assert_int_equal(parse(text), CRPC_OK);
     assert_int_equal(strlen(url.authority), CRPCI_URL_MAX - 1 - 6);
     text[CRPCI_URL_MAX - 1] = 'x';
     text[CRPCI_URL_MAX] = '\0';
-    assert_int_equal(crpci_url_parse(&url, text, &error), CRPC_EINVAL);
+    assert_int_equal(parse(text), CRPC_EINVAL);
     assert_true(strstr(error.text, "2047") != NULL); /* the limit is named */
+    finish();
 }
 
 /* Not a byte behind the text is looked at. */
@@ -69,19 +91,20 @@ static void every_prefix_ends_at_its_end(void **state)
         ct_guard g = ct_guard_make(whole, n + 1);
         char *key, *value;
         g.data[n] = '\0';
-        if (crpci_url_parse(&url, (const char *)g.data, NULL) == CRPC_OK) {
-            while (crpci_url_next(&url, &key, &value) == CRPC_OK)
+        if (parse((const char *)g.data) == CRPC_OK) {
+            while (crpci_url_next(&url, &key, &value, &error) == CRPC_OK)
                 assert_true(strlen(key) + strlen(value) < n);
         }
         crpci_url_decode((char *)g.data);
         ct_guard_free(g);
     }
+    finish();
 }
 
 static void expect_option(int status, const char *key, const char *value)
 {
     char *k = NULL, *v = NULL;
-    assert_int_equal(crpci_url_next(&url, &k, &v), status);
+    assert_int_equal(crpci_url_next(&url, &k, &v, &error), status);
     if (status == CRPC_OK) {
         assert_string_equal(k, key);
         assert_string_equal(v, value);
@@ -110,6 +133,45 @@ static void options_one_by_one(void **state)
     expect_option(CRPC_EINVAL, NULL, NULL);
     expect_parts("tcp://h", "tcp", "h", "", "");
     expect_option(CRPC_EPENDING, NULL, NULL);
+    finish();
+}
+
+static void a_key_twice(void **state)
+{
+    static const struct {
+        const char *url;
+        int good; /* options before the error; -1: no error */
+    } texts[] = {
+        {"tcp://h?a=1&b=2&a=3", 0},       {"tcp://h?x=1&ab=2&ab=2", 1}, {"tcp://h?a=1&&a=", 0},
+        {"tcp://h?a=1&ab=2&aa=3&=4", -1}, {"tcp://h?%61=1&a=2", 0},     {"tcp://h?a=b&b=a=1", -1},
+    };
+    size_t i;
+    (void)state;
+    for (i = 0; i < sizeof texts / sizeof *texts; i++) {
+        char *key, *value;
+        int n = 0, err;
+        assert_int_equal(parse(texts[i].url), CRPC_OK);
+        while ((err = crpci_url_next(&url, &key, &value, &error)) == CRPC_OK)
+            n++;
+        if (texts[i].good < 0 ? err != CRPC_EPENDING : err != CRPC_EINVAL || n != texts[i].good)
+            fail_msg("%s: %d after %d options", texts[i].url, err, n);
+        if (err == CRPC_EINVAL)
+            assert_non_null(strstr(error.text, "given twice"));
+    }
+    finish();
+}
+
+static void a_socket_without_a_name(void **state)
+{
+    static const char *const bad[] = {"unix://", "unix:///", "unix://?a=1", "unix:///?a=1"};
+    size_t i;
+    (void)state;
+    for (i = 0; i < sizeof bad / sizeof *bad; i++) {
+        assert_int_equal(parse(bad[i]), CRPC_EINVAL);
+        assert_non_null(strstr(error.text, "unix:///path"));
+    }
+    expect_parts("unix://@name", "unix", "", "@name", "");
+    finish();
 }
 
 static void decoding(void **state)
@@ -212,6 +274,8 @@ int main(void)
         CT_TEST(what_is_no_url),
         CT_TEST(every_prefix_ends_at_its_end),
         CT_TEST(options_one_by_one),
+        CT_TEST(a_key_twice),
+        CT_TEST(a_socket_without_a_name),
         CT_TEST(decoding),
         CT_TEST(encoding_is_javas),
         CT_TEST(encoding_and_back),

@@ -336,7 +336,7 @@ CT_FN crpc_channel *ts_channel(crpc_loop *loop, const char *url, int apart)
     crpc_error error;
     memset(&o, 0, sizeof o);
     o.loop = loop;
-    o.timeout_ms = TS_LONG_MS;
+    o.policy.timeout_ms = TS_LONG_MS;
     o.connect_timeout_ms = TS_LONG_MS + apart;
     if (crpc_channel_open(&ch, url, &o, &error) != CRPC_OK)
         ts_bad("crpc_channel_open %s: %s", url, error.text);

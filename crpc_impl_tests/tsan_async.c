@@ -51,7 +51,7 @@ static void async_begin(ts_thread *t, crpc_channel *ch, async_slot *s, bool by_i
 {
     crpc_call call = CRPC_INIT;
     ts_number in;
-    call.timeout_ms = timeout_ms;
+    call.policy.timeout_ms = timeout_ms;
     in.seq = s->seq = ts_seq(t);
     in.how = how;
     s->fired = s->done = 0;
@@ -423,8 +423,8 @@ static void serve_last(ts_thread *t)
         in.seq = ts_seq(t);
         in.how = ts_below(t, 2) ? TS_DEFER : TS_ECHO;
         memset(&out, 0, sizeof out);
-        call.retries = -1;
-        call.timeout_ms = 20000;
+        call.policy.retries = -1;
+        call.policy.timeout_ms = 20000;
         err = crpc_channel_call(s->ch[t->index % 4], &ts_methods[0], &in, &out, &call);
         TS_CHECK(err == CRPC_OK || err == CRPC_ECONN || err == CRPC_ELOGOFF);
         TS_CHECK(err != CRPC_OK || out.seq == in.seq);

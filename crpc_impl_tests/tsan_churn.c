@@ -203,6 +203,7 @@ static void owning_caller(ts_thread *t)
 static void owning_run(crpc_poller poller)
 {
     int64_t until;
+    uint64_t posted;
     owning s;
     uint32_t round;
     memset(&s, 0, sizeof s);
@@ -212,7 +213,7 @@ static void owning_run(crpc_poller poller)
     s.loop = ts_loop(0, poller);
     ts_start(1, owning_caller, &s);
     for (round = 1; round <= 300; round++) {
-        uint64_t posted = 0;
+        TS_SET(&posted, 0); /* atomic: the last round's thread may still be on its way out */
         s.ch = ts_channel(s.loop, s.peer->url, 0);
         TS_GIVE(&s.round, round);
         while (TS_TAKE(&s.peer->silent[0]) != ((uint64_t)1 << 40 | round))

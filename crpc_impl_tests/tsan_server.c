@@ -94,7 +94,7 @@ static void *finish_all(void *arg)
 
 static void run(int io_threads, int workers, bool early)
 {
-    static const crpc_method_limit limits[] = {{NULL, "Defer", 3, 1, 0, 0},
+    static const crpc_method_limit limits[] = {{NULL, dyn_Echo_Defer_method, 3, 1, 0, 0},
                                                {NULL, NULL, 0, 1, 1000000, 0}};
     static dyn_Echo_handlers handlers;
     static scenario s;
@@ -115,8 +115,8 @@ static void run(int io_threads, int workers, bool early)
     o->listen = "tcp://127.0.0.1:0";
     o->io_threads = io_threads;
     o->workers = workers;
-    o->limits = limits;
-    o->limit_count = 2;
+    o->method_limits = limits;
+    o->method_limit_count = 2;
     o->rate_per_client = 1000000;
     o->replay_entries = 50;
     o->ordered = 1;

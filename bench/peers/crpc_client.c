@@ -33,7 +33,7 @@ static conn *open_url(crpc_loop *loop, const char *url)
         must(crpc_loop_open(&loop, &loop_options), NULL);
     }
     options.loop = c->loop = loop;
-    options.timeout_ms = 10000;
+    options.policy.timeout_ms = 10000;
     must(crpc_channel_open(&c->channel, url, &options, &error), &error);
     if (bench_asynchronous()) { /* its first step says that the program drives the loop */
         must(crpc_loop_step(c->loop, 0), NULL);
@@ -75,13 +75,13 @@ static void *open_idle(int port, int number)
 static void *open_list(int port, int count)
 {
     conn *c = (conn *)open_conn(port);
-    crpci_snapshot *list = crpci_registry_snapshot(c->loop->heap, (size_t)count);
+    crpci_snapshot *list = crpci_directory_snapshot(c->loop->heap, (size_t)count);
     for (int i = 0; i < count; i++) {
         snprintf(list->providers[i].address, CRPC_ADDRESS_MAX, "127.0.0.1:%d", port + i);
         list->providers[i].weight = 100;
     }
     crpci_opening_on_list(c->channel, list);
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
     if (crpc_channel_providers(c->channel) != (size_t)count) {
         bench_die("the channel did not take the list");
     }

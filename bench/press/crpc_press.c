@@ -736,8 +736,8 @@ static int open_channels(press *r)
         int status;
 
         options.loop = r->loop;
-        options.retries = -1;
-        options.max_queued = (INT64_C(1) << 30) + i;
+        options.policy.retries = -1;
+        options.limits.max_queued = (INT64_C(1) << 30) + i;
         status = crpc_channel_open(&r->channels[i], p->url, &options, &error);
         if (status != CRPC_OK) {
             return explain(status, &error, p->url);
@@ -839,7 +839,7 @@ static bool prepare(press *r)
     r->method.request_size = sizeof(raw_request);
     r->method.response_size = sizeof(raw_reply);
     r->request.bytes = crpc_view_of(p->payload.data, p->payload.size);
-    r->call.timeout_ms = p->timeout_ms;
+    r->call.policy.timeout_ms = p->timeout_ms;
     r->call.attachment = crpc_view_of(p->attachment.data, p->attachment.size);
     return true;
 }

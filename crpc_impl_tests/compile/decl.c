@@ -16,7 +16,7 @@ size_t compile_decl(void)
     loop.hooks = hooks;
     channel.private_loop = loop;
     server.loops = loop;
-    return crpc_view_size(view) + (size_t)call.timeout_ms + (size_t)error.code +
+    return crpc_view_size(view) + (size_t)call.policy.timeout_ms + (size_t)error.code +
            (size_t)channel.private_loop.max_results + (size_t)server.loops.max_results +
            (size_t)(crpc_view_data(view) != NULL);
 }

@@ -173,8 +173,8 @@ static void check_refusals(crpc_loop *loop)
         options.ordered = i == 0;
         options.replay_entries = i == 1;
         options.rate_per_client = i == 2;
-        options.limits = i == 3 ? &limit : NULL;
-        options.limit_count = i == 3;
+        options.method_limits = i == 3 ? &limit : NULL;
+        options.method_limit_count = i == 3;
         status = crpc_server_open(&server, &options, &error);
         if (CRPC_ENABLE_POLICY) {
             expect(names[i], status == CRPC_OK);

@@ -105,7 +105,7 @@ static void run_calls(progress *p, int timeout_ms)
 {
     crpc_call call = CRPC_INIT;
 
-    call.timeout_ms = timeout_ms;
+    call.policy.timeout_ms = timeout_ms;
     while (p->ok + p->failed < p->count) {
         example_EchoRequest request = next_request(p);
         example_EchoResponse response = example_EchoResponse_init_zero;

@@ -126,12 +126,12 @@ static int call(side *s, crpc_node_op op, crpc_node *out)
  * thread that drives the loop, a moment later. */
 static bool under_way(side *s)
 {
-    crpci_zookeeper *z = s->registry->session;
+    crpci_zk_session *z = s->registry->session;
     crpci_list *i;
     bool found = false;
     crpci_loop_lock(s->loop);
-    for (i = z->tasks.next; i != &z->tasks; i = i->next)
-        found = found || CRPCI_CONTAINER(i, crpci_zookeeper_task, node)->op;
+    for (i = z->jobs.next; i != &z->jobs; i = i->next)
+        found = found || CRPCI_CONTAINER(i, crpci_zk_job, node)->sent;
     crpci_loop_unlock(s->loop);
     return found;
 }
@@ -523,9 +523,8 @@ static void it_shares_the_session(void **state)
 {
     side a;
     crpc_registry *more;
-    crpci_registry *r;
-    crpci_registry_options o;
-    crpci_url url;
+    crpci_backend *r;
+    crpci_directory_options o;
     char where[64];
     (void)state;
     clean(&server);
@@ -535,12 +534,11 @@ static void it_shares_the_session(void **state)
     memset(&o, 0, sizeof o);
     o.session_timeout_ms = TIMEOUT_MS; /* as a channel or a server would */
     snprintf(where, sizeof where, "zookeeper://127.0.0.1:%d/dubbo", server.port);
-    assert_int_equal(crpci_url_parse(&url, where, NULL), CRPC_OK);
-    assert_int_equal(crpci_registry_open(a.loop, &url, &o, &r, NULL), CRPC_OK);
+    assert_int_equal(crpci_open_registry(a.loop, where, &o, &r, NULL), CRPC_OK);
     assert_int_equal(zk_connections(&server), 1);
     assert_true(crpc_registry_session(more) == crpc_registry_session(a.registry));
     crpc_registry_close(more);
-    crpci_registry_close(r);
+    crpci_directory_close(r);
     assert_int_equal(call(&a, crpc_node_create("s", text(""), CRPC_NODE_PARENTS), NULL), CRPC_OK);
     ct_matrix(a.loop, "coordination-shares-session");
     side_close(&a);
@@ -954,7 +952,7 @@ static void it_notices_that_its_node_was_removed(void **state)
 static void it_removes_its_node_when_the_lease_runs_out(void **state)
 {
     contender a, b;
-    crpci_coordination_queue *q;
+    crpci_queue_place *q;
     (void)state;
     clean(&server);
     contender_open(&a, server.port, 10000);
@@ -963,9 +961,9 @@ static void it_removes_its_node_when_the_lease_runs_out(void **state)
     assert_true(CT_WAIT(value(&a.acquired) == 1, LATE_MS));
     assert_int_equal(crpc_lock_acquire(b.side.mutex, -1), CRPC_OK);
     assert_true(CT_WAIT(zk_watches(&server) == 1, LATE_MS));
-    q = &a.side.mutex->queue;
+    q = &a.side.mutex->place;
     crpci_loop_lock(a.side.loop);
-    crpci_coordination_queue_timer(a.side.loop, &q->item.timer);
+    crpci_queue_timer(a.side.loop, &q->item.timer);
     crpci_loop_unlock(a.side.loop);
     assert_true(CT_WAIT(value(&b.acquired) == 1, LATE_MS));
     assert_true(CT_WAIT(value(&a.lost) == 1, LATE_MS));

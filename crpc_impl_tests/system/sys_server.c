@@ -29,8 +29,8 @@ static void open_registered(net *n, int lame_ms)
     snprintf(url, sizeof url, "zookeeper://127.0.0.1:%d/test", zookeeper.port);
     n->time = NET_TIME_RUNS;
     n->server_options.registry = url;
-    n->server_options.registry_timeout_ms = NET_PATIENCE;
-    n->server_options.must_connect = 1;
+    n->server_options.directory.timeout_ms = NET_PATIENCE;
+    n->server_options.directory.must_connect = 1;
     n->server_options.warmup_ms = 30000;
     n->server_options.lame_ms = lame_ms;
     n->server_options.drain_ms = 1000;

@@ -29,8 +29,8 @@ static const char *cache; /* for the registries opened next */
 
 typedef struct side {
     crpc_loop *loop;
-    crpci_registry *registry;
-    void *sub;
+    crpci_backend *registry;
+    crpci_subscriber *sub;
     void *reg;
     pthread_mutex_t lock;
     char list[1024]; /* the last one: "a:1 b:2 " */
@@ -90,11 +90,11 @@ static int on_push(void *user, crpci_snapshot *list)
     if (s->slow_push_ms)
         ct_sleep_ms(s->slow_push_ms);
     if (s->unsubscribe_in_push) {
-        s->registry->ops->unsubscribe(s->registry, s->sub);
+        crpci_directory_unsubscribe(s->registry, s->sub);
         s->sub = NULL;
     }
     if (s->close_in_push) {
-        crpci_registry_close(s->registry);
+        crpci_directory_close(s->registry);
         s->registry = NULL;
     }
     __atomic_add_fetch(&s->pushes, 1, __ATOMIC_SEQ_CST);
@@ -107,7 +107,7 @@ static void on_status(void *user, int status, const char *text)
     side *s = (side *)user;
     (void)text;
     if (s->withdraw_in_status) {
-        s->registry->ops->withdraw(s->registry, s->reg);
+        crpci_directory_withdraw(s->registry, s->reg);
         s->reg = NULL;
     }
     __atomic_store_n(&s->status, status, __ATOMIC_SEQ_CST);
@@ -131,12 +131,11 @@ static void side_loop(side *s, int drive)
         assert_int_equal(crpc_loop_start(s->loop), CRPC_OK);
 }
 
-static crpci_registry *open_registry(crpc_loop *loop, int port, const char *credential)
+static crpci_backend *open_registry(crpc_loop *loop, int port, const char *credential)
 {
-    crpci_registry_options o;
-    crpci_registry *r;
+    crpci_directory_options o;
+    crpci_backend *r;
     crpc_error error;
-    crpci_url url;
     char text[64];
     memset(&o, 0, sizeof o);
     o.session_timeout_ms = session_ms;
@@ -146,8 +145,7 @@ static crpci_registry *open_registry(crpc_loop *loop, int port, const char *cred
     o.cache = cache;
     o.cache_interval_ms = -1;
     snprintf(text, sizeof text, "zookeeper://127.0.0.1:%d/test", port);
-    assert_int_equal(crpci_url_parse(&url, text, &error), CRPC_OK);
-    if (crpci_registry_open(loop, &url, &o, &r, &error))
+    if (crpci_open_registry(loop, text, &o, &r, &error))
         fail_msg("open: %s", error.text);
     return r;
 }
@@ -160,13 +158,13 @@ static void side_open(side *s, int port)
 
 static void side_subscribe_with(side *s, const char *group, const char *version, bool allow_empty)
 {
-    crpci_registry_query q;
+    crpci_names_service q;
     memset(&q, 0, sizeof q);
     q.service = "demo.Echo";
     q.group = group;
     q.version = version;
     q.allow_empty = allow_empty;
-    assert_int_equal(s->registry->ops->subscribe(s->registry, &q, on_push, s, &s->sub), CRPC_OK);
+    assert_int_equal(crpci_directory_subscribe(s->registry, &q, on_push, s, &s->sub), CRPC_OK);
 }
 
 static void side_subscribe_as(side *s, const char *group, const char *version)
@@ -181,7 +179,7 @@ static void side_subscribe(side *s)
 
 static void side_enroll_as(side *s, const char *address, const char *group, const char *version)
 {
-    crpci_registration what;
+    crpci_names_service what;
     memset(&what, 0, sizeof what);
     what.service = "demo.Echo";
     what.address = address;
@@ -189,7 +187,7 @@ static void side_enroll_as(side *s, const char *address, const char *group, cons
     what.version = version;
     what.methods = "Echo";
     what.weight = 100;
-    assert_int_equal(s->registry->ops->enroll(s->registry, &what, on_status, s, &s->reg), CRPC_OK);
+    assert_int_equal(crpci_directory_enroll(s->registry, &what, on_status, s, &s->reg), CRPC_OK);
 }
 
 static void side_enroll(side *s, const char *address)
@@ -199,7 +197,7 @@ static void side_enroll(side *s, const char *address)
 
 static void side_close(side *s)
 {
-    crpci_registry_close(s->registry);
+    crpci_directory_close(s->registry);
     crpc_loop_close(s->loop);
     pthread_mutex_destroy(&s->lock);
 }
@@ -256,10 +254,10 @@ static void expect_ok(side *s, int ms)
 /* The session of a side, seen from inside. */
 static int64_t side_session(side *s)
 {
-    crpci_zookeeper *z = ((crpci_zookeeper_registry *)(void *)s->registry)->session;
+    crpci_zk_session *z = ((crpci_zk_directory *)(void *)s->registry)->session;
     int64_t id;
     crpci_loop_lock(s->loop);
-    id = z->connected ? z->session_id : 0;
+    id = z->phase == CRPCI_ZK_CONNECTED ? z->id : 0;
     crpci_loop_unlock(s->loop);
     return id;
 }
@@ -437,7 +435,7 @@ static void it_sees_a_new_provider_soon(void **state)
         best = ct_now_ms() - begin < best ? ct_now_ms() - begin : best;
         /* one that withdraws is gone as soon, and the other stays */
         begin = ct_now_ms();
-        d.registry->ops->withdraw(d.registry, d.reg);
+        crpci_directory_withdraw(d.registry, d.reg);
         expect_list(&b, "10.0.0.2:8000 ", LATE_MS);
         best = ct_now_ms() - begin < best ? ct_now_ms() - begin : best;
     }
@@ -467,7 +465,7 @@ static void it_notices_a_killed_provider(void **state)
     close(input);
     expect_list(&b, "10.0.0.1:8000 ", LATE_MS);
     /* when the last one goes, it is kept: see the last good list */
-    crpci_registry_close(a.registry);
+    crpci_directory_close(a.registry);
     a.registry = NULL;
     assert_true(CT_WAIT(count_nodes(&server) == 0, LATE_MS));
     ct_sleep_ms(200);
@@ -520,7 +518,7 @@ static void it_is_gone_at_once_when_closed(void **state)
         expect_ok(&a, LATE_MS);
         assert_int_equal(count_nodes(&server), 1);
         begin = ct_now_ms();
-        crpci_registry_close(a.registry);
+        crpci_directory_close(a.registry);
         best = ct_now_ms() - begin < best ? ct_now_ms() - begin : best;
         assert_int_equal(count_nodes(&server), 0);
     }
@@ -535,7 +533,7 @@ static void it_is_gone_at_once_when_closed(void **state)
 static void it_gives_up_against_a_live_twin(void **state)
 {
     side a, b;
-    crpci_zookeeper_reg *reg;
+    crpci_zk_registration *reg;
     int rounds;
     (void)state;
     clean(&server);
@@ -549,11 +547,11 @@ static void it_gives_up_against_a_live_twin(void **state)
     /* b removes a's node, a is told, comes back and removes b's, which comes back: then both rest */
     assert_true(CT_WAIT(value(&a.told_ok) == 2 && value(&b.told_ok) == 2, LATE_MS));
     assert_true(CT_WAIT(count_nodes(&server) == 2, LATE_MS));
-    reg = (crpci_zookeeper_reg *)a.reg;
+    reg = (crpci_zk_registration *)a.reg;
     crpci_loop_lock(a.loop);
     rounds = (int)reg->rounds;
     crpci_loop_unlock(a.loop);
-    assert_true(rounds >= 1 && rounds <= (int)CRPCI_ZOOKEEPER_TWIN_ROUNDS);
+    assert_true(rounds >= 1 && rounds <= (int)CRPCI_ZK_DIRECTORY_TWIN_ROUNDS);
     ct_matrix(a.loop, "live-twins");
     side_close(&a);
     side_close(&b);
@@ -563,8 +561,8 @@ static void it_gives_up_against_a_live_twin(void **state)
 static void it_moves_with_its_address(void **state)
 {
     side a, b;
-    crpci_zookeeper *z;
-    crpci_zookeeper_reg *reg;
+    crpci_zk_session *z;
+    crpci_zk_registration *reg;
     int i;
     (void)state;
     clean(&server);
@@ -573,16 +571,15 @@ static void it_moves_with_its_address(void **state)
     side_open(&a, server.port);
     side_enroll(&a, ":8000");
     expect_list(&b, "127.0.0.1:8000 ", LATE_MS);
-    reg = (crpci_zookeeper_reg *)a.reg;
-    z = reg->task.session;
+    reg = (crpci_zk_registration *)a.reg;
+    z = reg->session;
     crpci_loop_lock(a.loop);
-    assert_true(crpci_sock_parse(&z->servers[0], "[::1]:1")); /* asked for the route only */
+    assert_true(crpci_sock_parse(&z->servers.addr[0], "[::1]:1")); /* asked for the route only */
     crpci_loop_unlock(a.loop);
     for (i = 0; i < LATE_MS / 50 && !side_has(&b, "[::1]:8000 "); i++) {
         crpci_loop_lock(a.loop); /* the check that finds it, early */
-        if (!reg->task.op)
-            reg->task.due_us = reg->check_us = 0;
-        crpci_zookeeper_kick(z);
+        crpci_zk_node_own_check(&reg->own, reg->own.check_us);
+        crpci_zk_session_kick(z);
         crpci_loop_unlock(a.loop);
         ct_sleep_ms(50);
     }
@@ -639,7 +636,7 @@ static void it_obeys_overrides(void **state)
     side_subscribe(&a);
     expect_list(&a, "10.0.0.1:8000 10.0.0.2:8000 ", LATE_MS);
     expect_weights(&a, "10 100 ");
-    assert_true(CT_WAIT(count_in(&server, OVERRIDES) == 0, LATE_MS)); /* made by the consumer */
+    assert_true(CT_WAIT(zk_watches(&server) == WATCHES(1, 0), LATE_MS)); /* though it is missing */
     add_to(&server, OVERRIDES, heavy);
     expect_weights(&a, "200 200 ");
     add_to(&server, OVERRIDES, light);
@@ -685,7 +682,7 @@ static void it_keeps_what_is_switched_off_last(void **state)
     side_subscribe_with(&b, NULL, NULL, true);
     expect_list(&a, "10.0.0.1:8000 ", LATE_MS);
     expect_list(&b, "10.0.0.1:8000 ", LATE_MS);
-    assert_true(CT_WAIT(count_in(&server, OVERRIDES) == 0, LATE_MS));
+    assert_true(CT_WAIT(zk_watches(&server) == WATCHES(2, 0), LATE_MS));
     add_to(&server, OVERRIDES, off);
     expect_stale(&a, 1);
     expect_list(&b, "", LATE_MS); /* who wants to know, is told */
@@ -748,7 +745,7 @@ static void it_is_seen_among_the_consumers(void **state)
     assert_true(CT_WAIT(count_in(&server, CONSUMERS) == 0, LATE_MS)); /* expired */
     zk_proxy_set(&p, ZK_PROXY_OPEN);
     assert_true(CT_WAIT(consumer_is(want, &stamp), LATE_MS));
-    a.registry->ops->unsubscribe(a.registry, a.sub);
+    crpci_directory_unsubscribe(a.registry, a.sub);
     assert_true(CT_WAIT(count_in(&server, CONSUMERS) == 0, LATE_MS));
     side_subscribe_as(&a, "g1", "2.0");
     assert_true(CT_WAIT(consumer_is(want, &stamp), LATE_MS));
@@ -889,7 +886,7 @@ static void it_works_on_a_loop_that_rests(void **state)
     side_open(&d, server.port);
     side_enroll(&d, "10.0.0.2:8000");
     expect_list(&a, "10.0.0.1:8000 10.0.0.2:8000 ", LATE_MS);
-    d.registry->ops->withdraw(d.registry, d.reg);
+    crpci_directory_withdraw(d.registry, d.reg);
     expect_list(&a, "10.0.0.1:8000 ", LATE_MS);
     zk_proxy_set(&p, ZK_PROXY_REFUSE);
     assert_true(CT_WAIT(count_nodes(&server) == 0, LATE_MS));
@@ -988,12 +985,12 @@ static void it_offers_a_list_again(void **state)
 /* Waits until a side has given its session up; after how many milliseconds, -1: it has not. */
 static int64_t given_up_after(side *s, int ms)
 {
-    crpci_zookeeper *z = ((crpci_zookeeper_registry *)(void *)s->registry)->session;
+    crpci_zk_session *z = ((crpci_zk_directory *)(void *)s->registry)->session;
     int64_t begin = ct_now_ms();
     while (ct_now_ms() - begin < ms) {
         bool given_up;
         crpci_loop_lock(s->loop);
-        given_up = !z->connected && (!z->link || !z->link->had_session);
+        given_up = z->phase == CRPCI_ZK_ABSENT || z->phase == CRPCI_ZK_STARTING;
         crpci_loop_unlock(s->loop);
         if (given_up)
             return ct_now_ms() - begin;
@@ -1270,9 +1267,9 @@ static void it_starts_from_its_cache(void **state)
 static void it_shares_one_session(void **state)
 {
     side a;
-    crpci_registry *more[9];
-    crpci_registry_query q;
-    void *handles[9];
+    crpci_backend *more[9];
+    crpci_names_service q;
+    crpci_subscriber *handles[9];
     side others[9];
     int i;
     (void)state;
@@ -1288,7 +1285,7 @@ static void it_shares_one_session(void **state)
         memset(&q, 0, sizeof q);
         q.service = "demo.Echo";
         q.group = i % 2 ? "*" : NULL;
-        assert_int_equal(more[i]->ops->subscribe(more[i], &q, on_push, &others[i], &handles[i]),
+        assert_int_equal(crpci_directory_subscribe(more[i], &q, on_push, &others[i], &handles[i]),
                          CRPC_OK);
     }
     for (i = 0; i < 9; i++)
@@ -1299,8 +1296,8 @@ static void it_shares_one_session(void **state)
     assert_true(a.loop->registries.next->next == &a.loop->registries);
     for (i = 0; i < 9; i++) {
         if (i % 3)
-            more[i]->ops->unsubscribe(more[i], handles[i]);
-        crpci_registry_close(more[i]); /* ends the rest */
+            crpci_directory_unsubscribe(more[i], handles[i]);
+        crpci_directory_close(more[i]); /* ends the rest */
         pthread_mutex_destroy(&others[i].lock);
     }
     assert_true(CT_WAIT(count_in(&server, CONSUMERS) == 0, LATE_MS));
@@ -1354,9 +1351,9 @@ static void it_waits_for_a_running_callback(void **state)
         side_subscribe(&a);
         assert_true(CT_WAIT(value(&a.in_push), LATE_MS));
         if (i % 2)
-            a.registry->ops->unsubscribe(a.registry, a.sub);
+            crpci_directory_unsubscribe(a.registry, a.sub);
         else
-            crpci_registry_close(a.registry);
+            crpci_directory_close(a.registry);
         assert_int_equal(value(&a.in_push), 0);
         assert_int_equal(value(&a.pushes), 1);
         if (i % 2 == 0)
@@ -1406,12 +1403,17 @@ static void it_survives_a_deleted_directory(void **state)
     side_open(&b, server.port);
     side_subscribe(&b);
     expect_list(&b, "", LATE_MS);
+    assert_true(CT_WAIT(zk_watches(&server) == WATCHES(1, 0), LATE_MS)); /* for what may come */
     c = zk_open(&server);
-    assert_true(CT_WAIT(zk_exists(c, PROVIDERS, &owner) == ZK_OK, LATE_MS));
+    assert_int_equal(zk_exists(c, PROVIDERS, &owner), ZK_NONODE); /* a consumer makes none */
+    zk_create(c, "/test", "", 0);
+    zk_create(c, SERVICE, "", 0);
+    assert_int_equal(zk_create(c, PROVIDERS, "", 0), ZK_OK);
+    assert_int_equal(zk_create(c, OVERRIDES, "", 0), ZK_OK);
     assert_true(CT_WAIT(zk_watches(&server) == WATCHES(1, 0), LATE_MS));
     clear_service(c);
-    assert_true(CT_WAIT(zk_exists(c, PROVIDERS, &owner) == ZK_OK, LATE_MS));
-    assert_true(CT_WAIT(zk_exists(c, OVERRIDES, &owner) == ZK_OK, LATE_MS));
+    assert_int_equal(zk_exists(c, PROVIDERS, &owner), ZK_NONODE);
+    assert_true(CT_WAIT(zk_watches(&server) == WATCHES(1, 0), LATE_MS));
     side_open(&a, server.port);
     side_enroll(&a, "10.0.0.1:8000");
     expect_list(&b, "10.0.0.1:8000 ", LATE_MS);
@@ -1561,14 +1563,14 @@ static void it_leaves_the_process_alone(void **state)
 static int sweep(const crpc_hooks *hooks, void *user)
 {
     crpc_loop_options o;
-    crpci_registry_options ro;
-    crpci_registration what;
-    crpci_registry_query q;
-    crpci_registry *r = NULL;
+    crpci_directory_options ro;
+    crpci_names_service what;
+    crpci_names_service q;
+    crpci_backend *r = NULL;
     crpc_loop *loop;
-    crpci_url url;
     char text[64];
-    void *sub = NULL, *reg = NULL;
+    crpci_subscriber *sub = NULL;
+    void *reg = NULL;
     int err;
     side *s = (side *)user;
     memset(&o, 0, sizeof o);
@@ -1589,19 +1591,18 @@ static int sweep(const crpc_hooks *hooks, void *user)
     if (crpc_loop_start(loop))
         fail_msg("no thread");
     snprintf(text, sizeof text, "zookeeper://127.0.0.1:%d/test", server.port);
-    crpci_url_parse(&url, text, NULL);
-    err = crpci_registry_open(loop, &url, &ro, &r, NULL);
+    err = crpci_open_registry(loop, text, &ro, &r, NULL);
     if (!err)
-        err = r->ops->subscribe(r, &q, on_push, s, &sub);
+        err = crpci_directory_subscribe(r, &q, on_push, s, &sub);
     what.service = "demo.Echo";
     what.address = "10.0.0.1:8000";
     if (!err)
-        err = r->ops->enroll(r, &what, on_status, s, &reg);
+        err = crpci_directory_enroll(r, &what, on_status, s, &reg);
     if (!err)
         (void)CT_WAIT(value(&s->pushes) && value(&s->status) == CRPC_OK, 20);
     if (!err)
-        r->ops->withdraw(r, reg);
-    crpci_registry_close(r);
+        crpci_directory_withdraw(r, reg);
+    crpci_directory_close(r);
     crpc_loop_close(loop);
     return err;
 }

@@ -50,7 +50,7 @@ static bool parse_options(int argc, char **argv, crpc_call *call)
             call->attachment = crpc_view_str(value);
         } else if (strcmp(argv[i], "--timeout-ms") == 0 &&
                    parse_number(value, 1, INT_MAX, &number)) {
-            call->timeout_ms = (int)number;
+            call->policy.timeout_ms = (int)number;
         } else if (strcmp(argv[i], "--log-id") == 0 &&
                    parse_number(value, LLONG_MIN, LLONG_MAX, &number)) {
             call->log_id = number;

@@ -235,9 +235,9 @@ static bool parse_option(provider *p, const char *name, const char *value)
     } else if (strcmp(name, "--id") == 0) {
         p->id = value;
     } else if (strcmp(name, "--group") == 0) {
-        o->group = value;
+        o->directory.group = value;
     } else if (strcmp(name, "--version") == 0) {
-        o->version = value;
+        o->directory.version = value;
     } else if (strcmp(name, "--weight") == 0) {
         good = parse_number(value, 1000000, &o->weight);
         o->weight = o->weight == 0 ? -1 : o->weight; /* in options 0 is the default */
@@ -256,7 +256,7 @@ static bool parse_option(provider *p, const char *name, const char *value)
         good = parse_number(value, INT_MAX, &o->drain_ms);
         o->drain_ms = o->drain_ms == 0 ? -1 : o->drain_ms;
     } else if (strcmp(name, "--session-ms") == 0) {
-        good = parse_number(value, INT_MAX, &o->session_timeout_ms);
+        good = parse_number(value, INT_MAX, &o->directory.session_timeout_ms);
     } else {
         good = false;
     }
@@ -271,7 +271,7 @@ int main(int argc, char **argv)
 
     snprintf(id, sizeof id, "pid-%ld", (long)getpid());
     p.id = id;
-    p.options.application = "fleet_provider";
+    p.options.directory.application = "fleet_provider";
     p.options.listen = "tcp://127.0.0.1:0";
     for (i = 2; i + 1 < argc && parse_option(&p, argv[i], argv[i + 1]); i += 2) {
     }

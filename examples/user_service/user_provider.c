@@ -265,8 +265,8 @@ static int open_and_serve(provider *p)
 
     options.listen = p->listen;
     options.registry = p->registry;
-    options.application = "user_provider";
-    options.session_timeout_ms = p->session_ms;
+    options.directory.application = "user_provider";
+    options.directory.session_timeout_ms = p->session_ms;
     status = crpc_server_open(&server, &options, &error);
     if (status != CRPC_OK) {
         return complain(status, "opening", error.text);

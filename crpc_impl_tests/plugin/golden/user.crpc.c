@@ -65,7 +65,7 @@ static int demo_UserService_AMethodWhoseNameIsLongEnoughToBreakEveryLineOfItsPro
 #define demo_UserService_AMethodWhoseNameIsLongEnoughToBreakEveryLineOfItsPrototype_serve NULL
 #endif /* CRPC_ENABLE_SERVER */
 
-static const crpc_method demo_UserService_methods[] = {
+const crpc_method demo_UserService_methods[] = {
     {"demo.UserService", "Login",
      demo_LoginRequest_fields, demo_LoginResponse_fields,
      sizeof(demo_LoginRequest), sizeof(demo_LoginResponse),

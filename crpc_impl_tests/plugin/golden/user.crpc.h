@@ -8,6 +8,15 @@
 #include "common/types.pb.h"
 #include "google/protobuf/empty.pb.h"
 
+/* A crpc_view may be initialised with {0}, which gcc takes for forgotten braces or members. */
+#if defined(__GNUC__) && !defined(__clang__)
+#ifdef __cplusplus
+#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
+#else
+#pragma GCC diagnostic ignored "-Wmissing-braces"
+#endif
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -18,6 +27,13 @@ extern "C" {
  *
  *  Every board runs one. // not a comment in C */
 extern const crpc_service demo_UserService;
+extern const crpc_method demo_UserService_methods[5];
+/* Its methods, as crpc_method_options and crpc_method_limit name them. */
+#define demo_UserService_Login_method (&demo_UserService_methods[0])
+#define demo_UserService_Balance_method (&demo_UserService_methods[1])
+#define demo_UserService_Logout_method (&demo_UserService_methods[2])
+#define demo_UserService_register_method (&demo_UserService_methods[3])
+#define demo_UserService_AMethodWhoseNameIsLongEnoughToBreakEveryLineOfItsPrototype_method (&demo_UserService_methods[4])
 
 #if CRPC_ENABLE_SERVER
 

@@ -1,4 +1,4 @@
-/* The registry in a file: lines, changes, what is wrong with it. */
+/* impl-file: lines, changes, what is wrong with a file. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -28,25 +28,25 @@ static const char *taken(const char *text, size_t *bad)
 {
     static char out[512];
     crpc_hooks hooks = ct_hooks();
-    crpci_filereg_text t;
-    crpci_registry_query q;
+    crpci_file_text t;
+    crpci_names_service q;
     crpci_snapshot *list;
     crpci_heap *h;
     ct_guard g = ct_guard_make(text, strlen(text) + 1);
     size_t i, n = 0, wrong;
     assert_int_equal(crpci_heap_open(&h, &hooks, 0), CRPC_OK);
-    assert_true(crpci_filereg_parse(h, (char *)g.data, &t));
+    assert_true(crpci_file_parse(h, (char *)g.data, &t));
     *bad = t.bad;
     memset(&q, 0, sizeof q);
     q.service = "S";
-    list = crpci_registry_collect(h, t.names.name, t.names.count, &q, NULL, &wrong);
+    list = crpci_directory_collect(h, t.names.name, t.names.count, &q, NULL, &wrong);
     assert_int_equal(wrong, 0);
     out[0] = '\0';
     for (i = 0; i < list->count; i++)
         n += (size_t)snprintf(out + n, sizeof out - n, "%s/%d/%d ", list->providers[i].address,
                               list->providers[i].weight, list->providers[i].warmup_ms);
-    crpci_registry_snapshot_unref(list);
-    crpci_registry_names_free(h, &t.names);
+    crpci_directory_snapshot_unref(list);
+    crpci_names_free(h, &t.names);
     crpci_heap_unref(h);
     ct_guard_free(g);
     return out;
@@ -118,8 +118,8 @@ typedef struct fixture {
     ct_dir dir;
     char path[128];
     crpc_loop *loop;
-    crpci_registry *r;
-    void *sub;
+    crpci_backend *r;
+    crpci_subscriber *sub;
     char list[256]; /* the last one: "a:1 b:2 ", "(stale)" behind it */
     int pushes;
     bool close_in_push;
@@ -136,7 +136,7 @@ static int on_push(void *user, crpci_snapshot *list)
         strcat(f->list, "(stale)");
     f->pushes++;
     if (f->close_in_push && f->pushes > 1) {
-        crpci_registry_close(f->r);
+        crpci_directory_close(f->r);
         f->r = NULL;
     }
     return CRPC_OK;
@@ -157,8 +157,7 @@ static void put(const fixture *f, const char *text)
 static int begin(fixture *f, const crpc_hooks *hooks, bool allow_empty, const char *text)
 {
     crpc_loop_options o;
-    crpci_registry_query q;
-    crpci_url url;
+    crpci_names_service q;
     char name[160];
     int err;
     memset(f, 0, sizeof *f);
@@ -176,16 +175,15 @@ static int begin(fixture *f, const crpc_hooks *hooks, bool allow_empty, const ch
     if (err)
         return err;
     snprintf(name, sizeof name, "file://%s", f->path);
-    assert_int_equal(crpci_url_parse(&url, name, NULL), CRPC_OK);
-    err = crpci_registry_open(f->loop, &url, NULL, &f->r, NULL);
+    err = crpci_open_registry(f->loop, name, NULL, &f->r, NULL);
     q.service = "";
     q.allow_empty = allow_empty;
-    return err ? err : f->r->ops->subscribe(f->r, &q, on_push, f, &f->sub);
+    return err ? err : crpci_directory_subscribe(f->r, &q, on_push, f, &f->sub);
 }
 
 static void end(fixture *f)
 {
-    crpci_registry_close(f->r);
+    crpci_directory_close(f->r);
     crpc_loop_close(f->loop);
     ct_dir_remove(f->dir);
 }
@@ -222,7 +220,7 @@ static void it_follows_the_file(void **state)
     pass(&f);
     assert_int_equal(f.pushes, 2);
     assert_string_equal(lines, ""); /* said once */
-    f.r->ops->unsubscribe(f.r, f.sub);
+    crpci_directory_unsubscribe(f.r, f.sub);
     put(&f, "10.0.0.3:80");
     pass(&f);
     assert_int_equal(f.pushes, 2);
@@ -292,16 +290,16 @@ static void it_may_be_closed_in_its_callback(void **state)
 
 static void it_only_reads(void **state)
 {
-    crpci_registration what;
+    crpci_names_service what;
     void *handle = &what;
     fixture f;
     (void)state;
     start(&f, false, "10.0.0.1:80\n");
     memset(&what, 0, sizeof what);
-    assert_int_equal(f.r->ops->enroll(f.r, &what, NULL, NULL, &handle), CRPC_EUNSUPPORTED);
+    assert_int_equal(crpci_directory_enroll(f.r, &what, NULL, NULL, &handle), CRPC_EUNSUPPORTED);
     assert_null(handle);
-    f.r->ops->withdraw(f.r, NULL);
-    f.r->ops->unsubscribe(f.r, NULL);
+    crpci_directory_withdraw(f.r, NULL);
+    crpci_directory_unsubscribe(f.r, NULL);
     end(&f);
 }
 
@@ -310,8 +308,7 @@ static void it_wants_a_path(void **state)
     static const char *const bad[] = {"file://", "file:///", "file://relative", "file://a/b"};
     crpc_hooks hooks = ct_hooks();
     crpc_loop_options o;
-    crpci_registry *r;
-    crpci_url url;
+    crpci_backend *r;
     crpc_loop *loop;
     size_t i;
     (void)state;
@@ -319,8 +316,7 @@ static void it_wants_a_path(void **state)
     o.hooks = hooks;
     assert_int_equal(crpc_loop_open(&loop, &o), CRPC_OK);
     for (i = 0; i < sizeof bad / sizeof *bad; i++) {
-        assert_int_equal(crpci_url_parse(&url, bad[i], NULL), CRPC_OK);
-        assert_int_equal(crpci_registry_open(loop, &url, NULL, &r, NULL), CRPC_EINVAL);
+        assert_int_equal(crpci_open_registry(loop, bad[i], NULL, &r, NULL), CRPC_EINVAL);
         assert_null(r);
     }
     crpc_loop_close(loop);

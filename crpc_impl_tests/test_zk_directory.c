@@ -1,0 +1,216 @@
+/* What zookeeper:// decides without a server: twins, sharing, arguments, memory. */
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#include "crpc_test.h"
+
+static char lines[2048]; /* what was logged */
+
+static void on_log(void *user, int level, const char *line)
+{
+    size_t n = strlen(lines);
+    (void)user;
+    (void)level;
+    snprintf(lines + n, sizeof lines - n, "%s\n", line);
+}
+
+/* "many": four addresses, one twice; "none": fails; "bad": says nonsense */
+static int on_resolve(void *user, const char *host, char *addresses, size_t size)
+{
+    (void)user;
+    if (strcmp(host, "many") == 0)
+        snprintf(addresses, size, "10.0.0.1,::1,10.0.0.2,10.0.0.1");
+    else if (strcmp(host, "bad") == 0)
+        snprintf(addresses, size, "%s", "not.a.number,,");
+    else
+        return CRPC_ERESOLVE;
+    return CRPC_OK;
+}
+
+static crpc_loop *loop_with(const crpc_hooks *hooks)
+{
+    crpc_loop_options o;
+    crpc_loop *loop;
+    memset(&o, 0, sizeof o);
+    o.hooks = hooks ? *hooks : ct_hooks();
+    o.hooks.resolve = on_resolve;
+    o.hooks.log = on_log;
+    lines[0] = '\0';
+    return crpc_loop_open(&loop, &o) ? NULL : loop;
+}
+
+static void it_knows_a_twin(void **state)
+{
+    crpci_zk_registration reg;
+    char path[256], name[256];
+    static const struct {
+        const char *url;
+        bool twin;
+    } names[] = {
+        {"crpc://10.0.0.1:80/S?pid=1&timestamp=5", false}, /* itself */
+        {"crpc://10.0.0.1:80/S?pid=2&timestamp=6", true},
+        {"crpc://10.0.0.1:80/S", true},
+        {"crpc://10.0.0.1:8/S?pid=1", false},
+        {"crpc://10.0.0.1:800/S?pid=1", false},
+        {"crpc://10.0.0.1:80", false},
+        {"dubbo://10.0.0.1:80/S", false},
+        {"", false},
+    };
+    size_t i, n;
+    (void)state;
+    memset(&reg, 0, sizeof reg);
+    strcpy(reg.offer.address, "10.0.0.1:80");
+    n = (size_t)snprintf(path, sizeof path, "/dubbo/S/providers/");
+    crpci_url_encode(path + n, sizeof path - n, names[0].url);
+    reg.own.path = path;
+    for (i = 0; i < sizeof names / sizeof *names; i++) {
+        crpci_url_encode(name, sizeof name, names[i].url);
+        if (crpci_zk_directory_is_twin(&reg, name) != names[i].twin)
+            fail_msg("%s", names[i].url);
+    }
+}
+
+static int on_push(void *user, crpci_snapshot *list)
+{
+    (void)user;
+    (void)list;
+    return CRPC_OK;
+}
+
+static void on_status(void *user, int status, const char *text)
+{
+    (void)user;
+    (void)status;
+    (void)text;
+}
+
+static int use(const crpc_hooks *hooks, void *user)
+{
+    crpc_loop *loop = loop_with(hooks);
+    crpci_backend *r = NULL, *again = NULL;
+    crpci_directory_options o;
+    crpci_names_service q;
+    crpci_names_service what;
+    char text[64];
+    crpci_subscriber *sub;
+    void *reg;
+    int err;
+    if (!loop)
+        return CRPC_ENOMEM;
+    snprintf(text, sizeof text, "zookeeper://127.0.0.1:%d", *(int *)user);
+    memset(&o, 0, sizeof o);
+    memset(&q, 0, sizeof q);
+    o.register_consumer = true;
+    q.service = "S";
+    err = crpci_open_registry(loop, text, &o, &r, NULL);
+    err = err ? err : crpci_open_registry(loop, text, NULL, &again, NULL);
+    if (!err)
+        err = crpci_directory_subscribe(again, &q, on_push, NULL, &sub);
+    q.group = "g";
+    q.version = "1";
+    if (!err)
+        err = crpci_directory_subscribe(r, &q, on_push, NULL, &sub);
+    memset(&what, 0, sizeof what);
+    what.service = "S";
+    what.address = ":80";
+    if (!err)
+        err = crpci_directory_enroll(r, &what, on_status, NULL, &reg);
+    if (!err)
+        crpci_directory_withdraw(r, reg);
+    if (!err)
+        err = crpci_directory_enroll(again, &what, NULL, NULL, &reg);
+    crpci_directory_close(r);
+    crpci_directory_close(again);
+    crpc_loop_close(loop);
+    return err;
+}
+
+static void it_leaves_nothing_behind(void **state)
+{
+    int port = ct_free_port();
+    (void)state;
+    assert_true(ct_sweep(use, &port) > 20);
+}
+
+static void it_refuses_what_cannot_be_a_node(void **state)
+{
+    static const char *const bad[] = {"", ".", "..", "a/b", "a\nb", NULL};
+    crpc_loop *loop = loop_with(NULL);
+    crpci_names_service what;
+    crpci_names_service q;
+    crpci_backend *r;
+    crpci_subscriber *sub;
+    void *handle = loop;
+    size_t i;
+    (void)state;
+    assert_int_equal(crpci_open_registry(loop, "zookeeper://127.0.0.1:1/root", NULL, &r, NULL),
+                     CRPC_OK);
+    memset(&what, 0, sizeof what);
+    memset(&q, 0, sizeof q);
+    for (i = 0; i < sizeof bad / sizeof *bad; i++) {
+        what.service = bad[i];
+        what.address = ":80";
+        assert_int_equal(crpci_directory_enroll(r, &what, NULL, NULL, &handle), CRPC_EINVAL);
+        assert_null(handle);
+        q.service = bad[i];
+        assert_int_equal(crpci_directory_subscribe(r, &q, on_push, NULL, &sub), CRPC_EINVAL);
+        assert_null(sub);
+    }
+    what.service = "S";
+    what.address = NULL;
+    assert_int_equal(crpci_directory_enroll(r, &what, NULL, NULL, &handle), CRPC_EINVAL);
+    what.address = "host.name:80";
+    assert_int_equal(crpci_directory_enroll(r, &what, NULL, NULL, &handle), CRPC_EINVAL);
+    crpci_directory_unsubscribe(r, NULL);
+    crpci_directory_withdraw(r, NULL);
+    crpci_directory_close(r);
+    crpc_loop_close(loop);
+}
+
+static void it_shares_what_is_the_same(void **state)
+{
+    static const struct {
+        const char *url, *credential, *cache;
+        int timeout_ms;
+        bool same;
+    } others[] = {
+        {"zookeeper://127.0.0.1:1/a", NULL, NULL, 0, true},
+        /* another root is another directory */
+        {"zookeeper://127.0.0.1:1/b/c", NULL, NULL, 15000, true},
+        {"zookeeper://127.0.0.1:1/a", "u:p", NULL, 0, false},
+        {"zookeeper://127.0.0.1:1/a", NULL, NULL, 4000, false},
+        {"zookeeper://127.0.0.1:1/a", NULL, "/nowhere/cache", 0, false},
+        {"zookeeper://127.0.0.1:2/a", NULL, NULL, 0, false},
+    };
+    crpc_loop *loop = loop_with(NULL);
+    crpci_backend *first, *r;
+    size_t i;
+    (void)state;
+    assert_int_equal(crpci_open_registry(loop, others[0].url, NULL, &first, NULL), CRPC_OK);
+    for (i = 0; i < sizeof others / sizeof *others; i++) {
+        crpci_directory_options o;
+        crpci_zk_session *a, *b;
+        memset(&o, 0, sizeof o);
+        o.session_timeout_ms = others[i].timeout_ms;
+        o.credential = others[i].credential;
+        o.cache = others[i].cache;
+        assert_int_equal(crpci_open_registry(loop, others[i].url, &o, &r, NULL), CRPC_OK);
+        a = ((crpci_zk_directory *)(void *)first)->session;
+        b = ((crpci_zk_directory *)(void *)r)->session;
+        assert_int_equal(a == b, others[i].same);
+        crpci_directory_close(r);
+    }
+    crpci_directory_close(first);
+    assert_true(crpci_list_empty(&loop->registries));
+    crpc_loop_close(loop);
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(it_knows_a_twin),
+        CT_TEST(it_leaves_nothing_behind),
+        CT_TEST(it_refuses_what_cannot_be_a_node),
+        CT_TEST(it_shares_what_is_the_same),
+    };
+    return CT_RUN(tests);
+}
