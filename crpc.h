@@ -1,4 +1,4 @@
-/* crpc 0.1.0 - remote procedure calls for embedded Linux, in one C header.      MIT or Unlicense
+/* crpc 0.2.0 - remote procedure calls for embedded Linux, in one C header.      MIT or Unlicense
  *
  * A program that includes this file offers protobuf services, finds services by name in ZooKeeper
  * and calls them, over brpc's baidu_std protocol: its peers may be written with crpc, or with brpc,
@@ -203,46 +203,52 @@
  *
  * CONTRACTS
  *
- * Errors. Every fallible function returns CRPC_OK, which is 0, or another crpc_status. Out of
- * memory is one of them. Output pointers are set to NULL on failure. A failed call explains itself
- * in crpc_call.error: the text names service, method, attempt, address and cause, and says which
- * side found it; `sent` says whether the request can have been executed.
+ * These rules hold for every function. A comment in the interface says where one differs.
+ *
+ * Errors. A function that can fail returns CRPC_OK, which is 0, or another crpc_status. Out of
+ * memory is one of them: crpc never aborts (unless CRPC_DEBUG asks for it). Output pointers are set
+ * to NULL on failure. A function that takes a crpc_error fills it with a sentence: what failed, on
+ * which object, which value or limit, what to do. For a call that sentence is in crpc_call.error,
+ * with the provider's address, the side that found the error (remote), and how much of the request
+ * was sent (sent).
  *
  * Completion. If an asynchronous call returns CRPC_OK, its callback runs exactly once, on the
- * thread that drives the loop, never on the caller's stack (but perhaps before the call function
- * has returned to its thread). If it returns an error, the callback never runs. Closing a channel
- * ends pending calls with CRPC_ECANCELED.
+ * thread that drives the loop, never on the caller's stack. It may run before the call function
+ * has returned to its thread. If the function returns an error, the callback never runs. Closing a
+ * channel ends its pending calls with CRPC_ECANCELED.
  *
- * Callbacks. Any function may be called in any callback, including the close of the object that
- * called back; what would wait for itself says so (CRPC_EDEADLK): a synchronous call on the same
- * loop.
+ * Callbacks. A callback may call any function, also the one that closes the object that called
+ * back. The exception is what would wait for the callback itself: a synchronous call on the same
+ * loop returns CRPC_EDEADLK.
  *
- * Threads. All functions may be called from any thread unless their comment says otherwise. An
- * object must not be used while, or after, another thread closes it; the program must make sure of
- * that itself. Every close function ignores NULL.
+ * Threads. Every function may be called from any thread unless its comment says otherwise. The
+ * program must make sure of one thing itself: that no thread uses an object while, or after,
+ * another thread closes it.
  *
- * Arguments. A pointer is not NULL unless the comment says so. In options a value below -1 counts
- * as -1.
+ * Arguments. A pointer must not be NULL unless the comment allows it. Options structs begin as
+ * CRPC_INIT. In an option 0 means the default and -1 means none; values below -1 count as -1.
  *
- * Ownership. What a function is given it borrows until it returns. What a callback is given is
- * valid until it returns. A response's views, and reply_attachment, are valid until crpc_call_reset
- * or the next use of the call. Options and URLs are copied, except hooks, interceptors, service
- * tables and handlers, which must outlive the object, and method_limits (until the start).
+ * Ownership. crpc borrows what a function is given until the function returns. What a callback is
+ * given is valid until the callback returns. A response's views and reply_attachment are valid
+ * until crpc_call_reset or the next use of the call. Options and URLs are copied. Hooks,
+ * interceptors, service tables and handlers are not: they must outlive the object. method_limits
+ * must live until the server has started. Every close function ignores NULL.
  *
- * Process. No writable global data, no signal handler, no SIGPIPE, no thread that was not asked for
- * (the ZooKeeper client has two of its own; an asynchronous call on a loop that nobody drives
- * starts the loop's, see forbid_threads, as does one that cluster=failback is to send again).
- * Descriptors are close-on-exec. Times are those of CLOCK_MONOTONIC; the wall clock says only how
- * old a provider is that is warming up. After fork the child must not use what the parent opened.
+ * Process. crpc has no writable global data, installs no signal handler, never raises SIGPIPE, and
+ * starts no thread that the program did not ask for. Two exceptions: the ZooKeeper client has two
+ * threads of its own (libzookeeper_mt), and an asynchronous call on a loop that nobody drives
+ * starts the loop's thread, unless loop options forbid_threads says no. Descriptors are
+ * close-on-exec. Times are those of CLOCK_MONOTONIC. After fork the child must not use what the
+ * parent opened.
  *
- * Delivery. A call is executed at most once unless its method is idempotent (in the .proto:
- * `option idempotency_level = IDEMPOTENT;`) or its cluster policy sends it again (failback,
- * forking, broadcast). Retries happen by themselves only when not a byte of the request was sent,
- * when the server said it was stopping (CRPC_ELOGOFF), or, idempotent, when the connection was
- * lost; each goes to a provider other than the last four tried. A request with an id (request_ids)
- * goes to its provider again; a server with replay_entries executes such a request once, however
- * often it comes. CRPC_OK means that the handler has finished. CRPC_ETIMEDOUT with sent ==
- * CRPC_SENT_YES means that nobody knows.
+ * Delivery. A call is executed at most once, unless its method is idempotent (in the .proto:
+ * `option idempotency_level = IDEMPOTENT;`) or its cluster policy sends it to several providers or
+ * again (failback, forking, broadcast). crpc retries by itself in three cases: not a byte of the
+ * request was sent; the server refused it because it is stopping (CRPC_ELOGOFF); the connection was
+ * lost and the method is idempotent. Each retry goes to a provider other than the last four that
+ * were tried. A request with an id (request_ids) is repeated at its own provider instead, and a
+ * server with replay_entries executes it once, however often it comes. CRPC_OK means that the
+ * handler has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES means that nobody knows.
  *
  * OPTIONS
  *
@@ -362,39 +368,47 @@
  *
  * LOOPS AND THREADS
  *
- * A loop is driven by whoever runs it (crpc_loop_run, _step, _start), and where nobody does, by the
- * threads that wait in synchronous calls: the first of them polls and reads for the others, and
- * hands over when its own reply is there. So a synchronous call on a private loop costs one send,
- * one wait and one receive and wakes no other thread. On a loop with a thread of its own each call
- * is handed to that thread and back, some microseconds more: for synchronous work give channels no
- * loop, or one that nobody runs. Callbacks run only where somebody owns the loop, is inside
- * crpc_loop_step, or waits for a call by id; a synchronous caller never runs them, so that it can
- * hold the program's locks. Handlers are callbacks: a synchronous call to a server on the very loop
- * that it drives gets no answer.
+ * A loop is a reactor: it waits for sockets and timers and runs what is due. One thread at a time
+ * drives it. That is whoever calls crpc_loop_run or crpc_loop_step, or the loop's own thread after
+ * crpc_loop_start. A loop that nobody drives is driven by the threads that wait in synchronous
+ * calls: one of them polls and reads for all, and when its own reply has come, the next one takes
+ * over.
  *
- * What a callback sends, calls as well as replies, goes out together when the callbacks of a step
- * have returned; what other threads or the program's own code send goes out at once, a send each.
- * Who begins many calls at a time does so in a callback: crpc_loop_post.
+ * So a synchronous call on a private loop costs one send, one wait and one receive, and wakes no
+ * other thread. On a loop with a thread of its own each call is handed to that thread and back,
+ * which costs some microseconds. For synchronous work give a channel no loop, or one that nobody
+ * runs.
+ *
+ * Callbacks run only on a thread that runs or steps the loop, or waits for a call by its id. A
+ * thread in a synchronous call never runs callbacks, so it may hold the program's locks. Handlers
+ * are callbacks too: a synchronous call to a server on the same loop gets no answer.
+ *
+ * Frames that a callback sends leave together when all callbacks of a step have returned. Frames
+ * that other threads send leave at once, with one system call each. A program that begins many
+ * calls at a time should do so inside a callback: crpc_loop_post runs one.
  *
  * A program with a poll loop of its own asks crpc_loop_pollfds and crpc_loop_timeout before each
- * wait, and calls crpc_loop_step(loop, 0) after it. It makes its first step, or asks one of the
- * two, before its first asynchronous call: from then on no thread is started for the loop.
+ * wait, and calls crpc_loop_step(loop, 0) after it. It must make its first step, or ask one of the
+ * two functions, before its first asynchronous call: from then on no thread is started for the
+ * loop.
  *
  * MESSAGES
  *
- * A message is nanopb's struct. Strings and bytes are char arrays of a fixed size (max_size in the
- * .options file) or, of any length, views:
+ * A message is a struct that nanopb generates. Strings and bytes are either char arrays of a fixed
+ * size (max_size in the .options file) or views, which may have any length:
  *
  *     *                            include:"crpc.h" callback_function:"crpc_view_field"
  *     example.EchoRequest.message  callback_datatype:"crpc_view"
  *     example.Names.list           callback_datatype:"crpc_views"
  *
- * A view to be sent points at bytes that stay until the call function returns, in a response until
- * the reply is finished (crpc_context_alloc gives such memory). A received one points into the
- * frame: nothing is copied. Types with views are cleared before they are decoded. Views do not work
- * inside a oneof. Outside calls decode with crpc_message_decode; pb_encode encodes.
+ * A view to be sent points at bytes of the program. In a request they must stay until the call
+ * function returns; in a response, until the reply is finished (crpc_context_alloc gives memory
+ * that lives so long). A received view points into the frame, so nothing is copied. A struct with
+ * views is cleared before it is decoded. Views do not work inside a oneof; the generator refuses
+ * them there. Outside a call crpc_message_decode decodes; nanopb's pb_encode encodes.
  *
- * Bulk data goes into the attachment: raw bytes behind the message that protobuf never sees.
+ * Bulk data belongs into the attachment: raw bytes behind the message, which protobuf never sees
+ * and crpc copies at most once.
  *
  * WIRE FORMAT
  *
@@ -413,100 +427,114 @@
  *     checksum_type          no                                other than 0: CRPC_EREQUEST
  *     request: log_id, trace_id, span_id, parent_span_id, timeout_ms (always); no request_id
  *
- * One connection per provider carries all calls of a loop, replies in any order; `inflight=1` is
- * for peers that can answer only one at a time. A service is found by its full name
- * ("package.Service") or its short one. An application's error code is any number but 0-199 and
- * 1000-3999; the user_fields entry "crpc-app" marks it, peers that do not set it are told by that
- * range. In a request "crpc-key" is the key of its order (crpc_server_options.ordered), "crpc-rid"
- * an id by which it is known when it comes again (replay_entries); any peer may send them.
+ * One connection to each provider carries all calls of a loop, and replies come in any order.
+ * `inflight=1` is for peers that can answer only one request at a time. A service is found by its
+ * full name ("package.Service"), else by its short name.
+ *
+ * An application's error code is any number except 0-199 and 1000-3999, which belong to operating
+ * systems and to RPC frameworks. crpc marks such an error with the user_fields entry "crpc-app";
+ * for peers that do not set the mark, the number decides. In a request, "crpc-key" is the key by
+ * which an ordered server queues it (crpc_server_options.ordered), and "crpc-rid" is the id by
+ * which a server with replay_entries knows it again. Any peer may send both.
  *
  * REGISTRY
  *
- * Providers register as Dubbo's do: an ephemeral node
+ * zookeeper:// uses the layout of Dubbo, so its tools list crpc services. A provider registers an
+ * ephemeral node for each service,
  *     /dubbo/package.Service/providers/<URL-encoded crpc://host:port/package.Service?...>
- * for each service, and consumers watch that directory. A channel takes the providers whose group
- * and version are those of its URL: unset means none, `*` any, `a,b` either. Nodes beside it, in
- * `configurators`, change providers at run time as they do with Dubbo:
+ * and consumers watch that directory. A channel takes the providers whose group and version are
+ * those of its URL: unset matches providers that have none, `*` matches all, `a,b` matches either.
+ * Nodes in `configurators` change providers at run time, as with Dubbo:
  *     override://10.0.0.1:8000/package.Service?weight=200     or disabled=true, warmup=60000
- * with 0.0.0.0 for all; an address without a port is that of one consumer, which alone obeys. The
- * consumers are listed in `consumers`; apart from that a consumer only reads, and watches also a
- * directory that does not exist yet. The last non-empty list stays in use while ZooKeeper is away,
- * and when it answers with an empty one. When it is back, a provider that it does not list yet
- * stays in use for two seconds and a session timeout more, so that the first provider to register
- * again does not get the load of all. A session that expired, or that was cut off for
- * longer than twice its timeout, is replaced and everything registered again; so is a node that
- * somebody removed. Calls never wait for ZooKeeper, except that opening waits registry_timeout_ms
- * for the first answer. The ZooKeeper client is given numeric addresses only; names are resolved
- * when a channel or a server opens. Its sockets are not close-on-exec: a program that execs closes
- * them in the child.
+ * The host 0.0.0.0 stands for all providers. An address without a port is a consumer's: only that
+ * consumer obeys. Consumers list themselves in `consumers`; apart from that a consumer only reads.
  *
- * Two registries need no server. file:///path names a file with a line for each provider,
+ * Calls never wait for ZooKeeper. Only opening waits, at most the registry timeout, for the first
+ * list. While ZooKeeper is away, or answers with an empty list, the last non-empty list stays in
+ * use. When ZooKeeper is back, a provider that it does not list yet stays in use for two seconds
+ * and a session timeout more, so that the first provider to register again does not get the load of
+ * all. A session that has expired, or has been cut off for twice its timeout, is replaced and
+ * everything is registered again; so is a node that somebody removed. The ZooKeeper client gets
+ * numeric addresses only; host names are resolved when a channel or a server opens. The client's
+ * sockets are not close-on-exec, so a program that execs must close them in the child.
+ *
+ * Two registries need no server. Both need a loop that is driven.
+ *
+ * file:///path names a file with a line for each provider. Only the address is required. A channel
+ * examines the file once a second and reads it again when it has changed; replace it by renaming,
+ * so that no half of it is read.
  *     10.0.0.1:8000 weight=100 warmup_ms=60000 group=g version=1 service=package.Service  # comment
- * in which only the address is required. A channel examines the file once a second and reads it
- * again when it has changed; replace it by renaming, so that no half of it is read. With
- * multicast://224.5.6.7:1234 providers announce themselves by UDP every five seconds, and consumers
- * drop a provider that was silent for fifteen. Whoever can send to the group can announce a
- * provider, so use it only where every host is trusted. Both work only while the loop is driven.
+ *
+ * multicast://224.5.6.7:1234 needs nothing at all: providers announce themselves every five seconds
+ * by UDP multicast, and are dropped after fifteen seconds of silence. Whoever can send to the group
+ * can announce a provider, so use it only where every host is trusted.
  *
  * CALLING POLICY
  *
- * How calls are made is set for the channel (its options, or its URL), for a method
- * (crpc_method_options) and for a call (crpc_call.policy); the most specific setting wins:
+ * A channel has three policies for its providers. The balancer (crpc_balancer) chooses a provider
+ * for each attempt. The cluster policy (crpc_cluster) decides what a failure leads to. The breaker
+ * takes providers out of the choice that fail. Each can be set for a channel in its options or its
+ * URL; the cluster policy and the timeout also for a method and for a single call. The most
+ * specific setting wins.
  *
  *     zookeeper://zk:2181/dubbo/demo.User?lb=la&retries=1&breaker=1&backup_ms=50
+ *
+ * Choosing. A provider with weight 0 is chosen only if there is no other. A provider that
+ * registered a warm-up time gets a share that grows during it, by Dubbo's formula. One that cannot
+ * be connected rests for up to a second, with a random share of that; one that says it is stopping
+ * rests for a second.
+ *
+ * Retries. All attempts of a call share its one deadline, and all retries of a channel share a
+ * budget (retry_budget), so that a fleet that is down is not stormed. A backup request goes to one
+ * more provider when an idempotent call has waited backup_ms; the first reply is used and later
+ * ones are dropped. When a call has failed for good, the method's fallback stands for the reply.
  *
  * Programs may start in any order: with wait=1 a call that is made while no provider is known, or
  * none can be reached, waits for one until its deadline.
  *
- * The balancer (crpc_balancer) chooses for each attempt; a provider with weight 0 is taken only if
- * there is no other, one that registered a warm-up time gets a share that grows in it (Dubbo's
- * formula), one whose connections fail rests for up to a second, one that said it was stopping for
- * a second. The cluster policy (crpc_cluster) says what a failure leads to. All attempts of a call
- * share its one deadline, and all retries of a channel its budget (retry_budget). The breaker takes
- * providers out that fail, at most half of them, and never the last that could be asked. What is
- * left of a call that has failed for good is the method's fallback. A backup request goes to one
- * more provider when an idempotent call has waited backup_ms; whoever answers first has answered.
+ * The breaker ejects at most half of the providers, and never the last one that could be asked.
  *
- *     graceful stop   a server unregisters, serves on for lame_ms, then refuses with CRPC_ELOGOFF,
- *                     finishes what it has, and closes at drain_ms. Channels leave it meanwhile,
- *                     and keep their connection to it until their last call there has ended.
- *     registry away   calls go on with the last list; see stale_ttl_ms, allow_empty
- *     long lists      max_endpoints chooses a part of them, another one for each channel
+ *     graceful stop   The server unregisters, serves on for lame_ms, then refuses requests with
+ *                     CRPC_ELOGOFF, finishes those it has, and closes at drain_ms. Channels leave
+ *                     it meanwhile and keep their connection until their last call has ended.
+ *     registry away   Calls go on with the last list: see stale_ttl_ms, allow_empty.
+ *     long lists      max_endpoints uses a part of them, a different one for each channel.
  *
  * COORDINATION
  *
- * A program can use the registry's session for what a fleet has to agree on: crpc_registry_open
- * gives nodes of ZooKeeper to read and write, crpc_config_watch follows a value, crpc_lock_* and
- * crpc_election_* are queues in which one is first. Callbacks run on the thread that drives the
- * loop, so a loop that the program opened has to be driven; crpc_registry_call waits instead.
+ * A program can use the registry's session for what a fleet has to agree on. crpc_registry_open
+ * gives nodes of ZooKeeper to read and write. crpc_config_watch follows a value. crpc_lock_* and
+ * crpc_election_* are queues of which one member at a time is first. Their callbacks run on the
+ * thread that drives the loop, so the loop has to be driven; crpc_registry_call waits instead.
  *
- *     what             connection lost                 session over (new one by itself)
- *     an operation     not sent: waits until its       the same
- *                      deadline; sent: CRPC_ECONN
- *                      and MAYBE, reads are repeated
- *     ephemeral node   stays                           gone, and not made again
- *     crpc_config_*    the last value stands; then     the same
- *                      it is read anew
- *     lock, waiting    keeps its place                 a new place, at the end
- *     lock, held       held for the rest of its lease  CRPC_EGONE, at the latest then
- *     leader           likewise                        told, then a candidate again
+ *     what             when the connection is lost     when the session is over
+ *     an operation     unsent: waits until its         the same
+ *                      deadline. Sent: CRPC_ECONN
+ *                      and MAYBE; reads are repeated
+ *     ephemeral node   stays                           is gone, and is not made again
+ *     crpc_config_*    keeps the last value, then      the same
+ *                      reads it again
+ *     lock, waiting    keeps its place                 gets a new place, at the end
+ *     lock, held       is held for the rest of the     CRPC_EGONE, at the latest then
+ *                      lease
+ *     leader           likewise                        is told, then becomes a candidate again
  *
- * The lease ends nine tenths of the session's timeout after the last request that was answered, so
- * before the server can give the lock to another; it is renewed every quarter. But no callback
- * reaches a process that is stopped or starved, and what it sent long ago may arrive late: where
- * two at a time would do harm, send the token with each request and have the receiver refuse one
- * that is smaller than the largest it has seen. The nodes are named as Curator's recipes name
- * theirs (InterProcessMutex, LeaderSelector).
+ * The lease ends nine tenths of the session timeout after the last request that ZooKeeper answered,
+ * which is before ZooKeeper can give the lock to another. It is renewed every quarter of the
+ * timeout. A process that is stopped or starved gets no callback in time, and what it sent earlier
+ * may arrive late. Where two holders at a time would do harm, send the lock's token with each
+ * request, and let the receiver refuse a token smaller than the largest it has seen. Nodes are
+ * named as in Curator's recipes (InterProcessMutex, LeaderSelector).
  *
  * LIMITS AND TRUST
  *
- * Bytes from a connection are not trusted: sizes are checked before memory is taken, nothing read
- * can reach an assertion, nanopb is used without its own allocation. What a peer can make a process
- * hold: max_body for each connection, max_queued of replies, 4096 requests in service (all together
- * max_concurrency), max_bytes of buffers in use for a loop (each I/O thread has one). What is over
- * a limit of the server's is answered before it is decoded. There is neither encryption nor
- * authentication in this version: keep to trusted networks, or tunnels. The ZooKeeper server is
- * trusted: its C client aborts on some malformed answers.
+ * Bytes from a connection are not trusted. Sizes are checked before memory is taken, nothing that
+ * is read can reach an assertion, and nanopb runs without allocation of its own. A peer can make a
+ * process hold: max_body for each connection, max_queued bytes of replies, 4096 requests in service
+ * on a connection (max_concurrency on all together), and max_bytes of buffers on a loop. A request
+ * over a limit of the server is answered before it is decoded. This version has neither encryption
+ * nor authentication: keep to trusted networks, or to tunnels. The ZooKeeper server is trusted,
+ * because its C client aborts on some malformed answers.
  *
  *     limit                  default     when it is reached
  *     timeout_ms             1000 ms     CRPC_ETIMEDOUT
@@ -516,7 +544,7 @@
  *     max_connections        1024        new ones are closed
  *     worker_queue           1024        CRPC_ELIMIT
  *     max_concurrency        8192        CRPC_ELIMIT; for each I/O thread
- *     method_limits, rate_per_client  none      CRPC_ELIMIT
+ *     method_limits, rate_per_client  none CRPC_ELIMIT
  *     replay_bytes           4 MiB       the oldest replies are forgotten
  *     max_results            1024        CRPC_ELIMIT
  *     max_bytes              256 MiB     CRPC_ENOMEM, or the connection is closed
@@ -530,6 +558,99 @@
  * from the clock and the process's start, poll, and a pipe. No 64-bit atomics, no unaligned access,
  * no byte order assumed. With musl threads have small stacks: crpc's own use less than 32 KiB of
  * the 256 that they are given, handlers come on top.
+ *
+ * CHANGES
+ *
+ * From 0.1 to 0.2. The wire format and the layout in ZooKeeper are the same. Generate the stubs
+ * anew.
+ *
+ *     0.1                                        0.2
+ *     crpc_channel_options.timeout_ms, retries,  .policy.*
+ *       cluster, backup_ms, forks, fail_percent
+ *     .breaker, .breaker_X                       .breaker.enabled, .breaker.X
+ *     .max_body, .max_queued                     .limits.*
+ *     .inflight, .short_names                    .wire.*
+ *     .credential                                .security.credential
+ *     .registry_credential                       .directory.credential
+ *     .registry_timeout_ms                       .directory.timeout_ms
+ *     .session_timeout_ms, must_connect,         .directory.*
+ *       application, allow_empty,
+ *       stale_ttl_ms, cache
+ *     crpc_server_options: group, version and    .directory.*, .limits.*
+ *       those above
+ *     .limits, .limit_count                      .method_limits, .method_limit_count
+ *     crpc_call.timeout_ms, .retries             .policy.timeout_ms, .policy.retries; policy is a
+ *                                                struct and no pointer
+ *     crpc_method_options.method: "Login"        a pointer: demo_UserService_Login_method;
+ *                                                crpc_method_limit likewise
+ *
+ * What is refused now: values out of range, which were clamped in part; a URL key given twice; port
+ * 0 in a channel's URL; a registry URL that is none, already in crpc_server_open; lb=hash with
+ * neither a key nor hash_field; a number that is no crpc_status as the result of a handler (only
+ * crpc_context_fail sets an application's code); what CRPC_ENABLE_POLICY=0 leaves out.
+ *
+ * What behaves otherwise: a timeout in a channel's URL or options goes before the one in the
+ * .proto. A host name gives all its addresses as providers, sixteen at most. A hash_field that the
+ * message leaves at zero is a key like any other. The text of an error names the attempt, and no
+ * longer how many there could have been.
+ *
+ * What is new: wait=1, unix://@name, CRPC_ENABLE_POLICY, CRPC_ENABLE_TEXTS, CRPC_DEBUG,
+ * crpc_channel_options_parse and crpc_server_options_parse.
+ *
+ * HACKING
+ *
+ * This chapter is for people who change this file.
+ *
+ * Rooms. The implementation stands bottom up. A section calls only sections above it in the file,
+ * so there is no prototype across sections, and the compiler enforces the order. Every function
+ * carries its section's prefix (crpci_<section>_), and a section owns its structs. Search for a tag
+ * of the index to jump.
+ *
+ *     ground      base thread status heap id list url options         no I/O
+ *     bytes       message frame meta                                  pure, fuzzed
+ *     reactor     sock resolver transport poller wake timer           one mutex a loop, one driver
+ *                 loop watch user drive
+ *     policy      limiter breaker balance                             pure: no sockets, no clock
+ *     wire        conn baidu protocols                                bytes to messages and back
+ *     directory   names cache directory file multicast zk_servers     live lists of providers
+ *                 zk_job zk_session zk_node zk_directory open
+ *     agreement   agreement operations config queue registry          on a ZooKeeper session
+ *     client      request reply endpoint providers attempt cluster channel opening
+ *     server      service worker order replay quota context guard intake listener enrolment
+ *                 lifecycle
+ *
+ * Where a lower room has to tell an upper one, the upper one installs a small table of functions:
+ * endpoint -> attempt (crpci_endpoint_events), attempt -> cluster (crpci_cluster_ops), context ->
+ * guard, session -> directory.
+ *
+ * Locks. A loop has one mutex for all that belongs to it. It is released while waiting, sending,
+ * receiving, and while user code runs. Two loops are never locked at the same time. The server's
+ * guard has a mutex that may be taken under a loop's; behind it come only those of workers and
+ * heap. Rules P1 to P11 stand where they are used (search for P1 to P11).
+ *
+ * Where to add what
+ *     a balancer       a line in crpc_balancer, a row in CRPCI_BALANCE_MAP
+ *     an option        a member of the options struct with its comment, a row in
+ *                      crpci_opening_rows (channel) or crpci_lifecycle_rows (server), a line of
+ *                      OPTIONS above
+ *     a directory      a row in crpci_open_backends, a section with its functions
+ *     a protocol       a row in crpci_protocols, a section like impl-baidu
+ *     a status         a line at the end of CRPC_STATUS_MAP
+ *     a section        a banner, a line in the index, crpc_impl_tests/test_<section>.c
+ *
+ * What to run
+ *     make test T="conn url"     the tests whose names hold one of these words, with ASan and UBSan
+ *     make test-tsan             the threads' tests, and builds with one rule left out, which must
+ *                                fail
+ *     make lint                  order, names, comments, samples; and that each check can fail
+ *     make matrix                compilers, standards, toggles
+ *     make instructions          instructions of a call against a baseline
+ *     make allocs                that a warm call allocates nothing
+ *     make size                  bytes and stacks, by section and toggle
+ *     bash .ci/run               everything
+ *
+ * A change of behaviour comes with a test that failed before it. A limit is an option with a safe
+ * default. A change of speed comes with the figures of `make instructions`.
  *
  * The licence stands at the end of the file.
  */
@@ -549,9 +670,9 @@
 /* ======================================================================== */
 
 #define CRPC_VERSION_MAJOR 0
-#define CRPC_VERSION_MINOR 1
+#define CRPC_VERSION_MINOR 2
 #define CRPC_VERSION_PATCH 0
-#define CRPC_VERSION "0.1.0"
+#define CRPC_VERSION "0.2.0"
 
 /* Each toggle is 0 or 1; define it before the include in every file, or with -D. None of them
  * changes a public struct, so two files that disagree can fail to link but never misbehave. */
@@ -725,7 +846,7 @@ typedef struct crpc_error {
 /* >>api-version   what was compiled                                        */
 /* ======================================================================== */
 
-/* The version of the compiled implementation, such as "0.1.0": compare with CRPC_VERSION. */
+/* The version of the compiled implementation, such as "0.2.0": compare with CRPC_VERSION. */
 CRPC_API const char *crpc_version(void);
 
 /* The ZooKeeper driver that was compiled in: "mt", "st" or "none". Any thread. */
@@ -16718,6 +16839,24 @@ CRPCI_FN crpci_out *crpci_request_frame(const crpci_request *r)
     return (crpci_out *)(void *)(crpci_heap_data(r->chunk) + r->front);
 }
 
+/* Copies the attachment behind the message, or borrows it. CRPC_ENOMEM alone. */
+CRPCI_FN int crpci_request_attach(crpci_message_out *o, crpci_request *r, crpc_view attachment,
+                                  bool borrow)
+{
+    size_t n = crpc_view_size(attachment);
+    r->inline_size = 0;
+    r->attachment = crpc_view_of(NULL, 0);
+    if (n && borrow && n > CRPCI_REQUEST_INLINE) {
+        r->attachment = attachment;
+    } else if (n) {
+        if (!crpci_message_reserve(o, n))
+            return CRPC_ENOMEM;
+        memcpy(crpci_heap_data(o->chunk) + o->len, crpc_view_data(attachment), n);
+        r->inline_size = n;
+    }
+    return CRPC_OK;
+}
+
 /* Encodes a request and leaves `front` bytes before it to the caller. With `borrow` a large
  * attachment is not copied. On failure nothing is held, and `error` (may be NULL) says why. */
 CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k,
@@ -16759,18 +16898,9 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     r->payload = o.len += room;
     err = crpci_message_encode(&o, m->request, request, &why);
     r->payload_size = o.len - r->payload;
-    r->inline_size = 0;
-    r->attachment = crpc_view_of(NULL, 0);
-    if (!err && attached && borrow && attached > CRPCI_REQUEST_INLINE) {
-        r->attachment = call->attachment;
-    } else if (!err && attached) {
-        if (crpci_message_reserve(&o, attached)) {
-            memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(call->attachment), attached);
-            r->inline_size = attached;
-        } else {
-            err = CRPC_ENOMEM;
-            why = "out of memory";
-        }
+    if (!err && crpci_request_attach(&o, r, call->attachment, borrow)) {
+        err = CRPC_ENOMEM;
+        why = "out of memory";
     }
     r->chunk = o.chunk;
     if (!err && r->payload_size + room + attached > INT32_MAX) {
@@ -16867,11 +16997,12 @@ CRPCI_FN void crpci_request_drop(crpci_request *r, const crpci_chunk *block)
 }
 
 /* Makes sure that nobody reads a borrowed attachment any more, so that the synchronous call can
- * return: waits for a send that another thread is making, and copies what is still unsent. Locked;
- * unlocks to wait. */
+ * return: waits for a send that another thread is making, and copies what is still unsent. Unlocks
+ * to wait. */
 CRPCI_FN void crpci_request_settle(crpc_loop *l, crpci_request *r)
 {
     crpci_out *o = crpci_request_frame(r);
+    crpci_loop_assert_locked(l);
     if (!o->queued || !o->tail_len || o->tail_chunk)
         return;
     while (o->queued && o->inflight) {
@@ -16912,10 +17043,11 @@ typedef struct crpci_reply {
     int32_t status;
 } crpci_reply;
 
-/* Keeps a message as the reply; takes a reference of its chunk. Locked. */
+/* Keeps a message as the reply; takes a reference of its chunk. */
 CRPCI_FN void crpci_reply_take(crpci_reply *r, crpc_loop *l, const crpci_protocol *p,
                                const crpci_message *m)
 {
+    crpci_loop_assert_locked(l);
     r->status = 0;
     if (!m->usual) {
         r->status = m->status;
@@ -16930,9 +17062,10 @@ CRPCI_FN void crpci_reply_take(crpci_reply *r, crpc_loop *l, const crpci_protoco
     crpci_loop_share(l, m->chunk);
 }
 
-/* Gives up a reply that nobody wants. Locked. */
+/* Gives up a reply that nobody wants. */
 CRPCI_FN void crpci_reply_drop(crpci_reply *r, crpc_loop *l)
 {
+    crpci_loop_assert_locked(l);
     if (r->chunk)
         crpci_loop_unshare(l, r->chunk);
     r->chunk = NULL;
@@ -19044,12 +19177,13 @@ CRPCI_FN int64_t crpci_channel_deadline(const crpci_policy *policy, const crpc_c
 }
 
 /* Fills a pending call whose request is encoded, and lists it in the channel. Single stores,
- * because clearing the whole struct takes longer. Locked. */
+ * because clearing the whole struct takes longer. */
 CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
                                       const crpci_method *k, crpci_call_kind kind,
                                       const crpc_call *in, int64_t start)
 {
     crpci_attempt *a = &c->attempt;
+    crpci_loop_assert_locked(ch->loop);
     crpci_list_init(&a->link);
     a->state = CRPCI_ATTEMPT_IDLE;
     a->one_way = kind == CRPCI_CALL_NOTIFY;
@@ -19115,12 +19249,13 @@ CRPCI_FN void crpci_channel_flush(crpc_loop *l)
 
 /* --- synchronous ------------------------------------------------------------------------------ */
 
-/* Runs one call to its end. Locked. */
+/* Runs one call to its end. */
 CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_pending_call *c)
 {
     crpc_loop *l = ch->loop;
     crpci_attempt *a = &c->attempt;
     crpci_waiter w;
+    crpci_loop_assert_locked(ch->loop);
     memset(&w, 0, sizeof w);
     c->waiter = &w;
     if (crpci_id_add(&l->calls, l->heap, c, &a->id)) {
@@ -19270,10 +19405,11 @@ CRPCI_FN size_t crpci_channel_front(const crpci_message_type *response)
     return CRPCI_PENDING_SIZE + ((response->size + 15) & ~(size_t)15);
 }
 
-/* Whether one more asynchronous call may begin. Locked. */
+/* Whether one more asynchronous call may begin. */
 CRPCI_FN int crpci_channel_admit(crpc_channel *ch, crpci_call_kind kind)
 {
     crpc_loop *l = ch->loop;
+    crpci_loop_assert_locked(ch->loop);
     if (ch->closed)
         return CRPC_ECANCELED;
     if (kind == CRPCI_CALL_ID && l->max_results && (int64_t)l->results >= l->max_results)
@@ -19434,10 +19570,11 @@ CRPC_API int crpc_channel_begin(crpc_channel *ch, const crpc_method *m, const vo
     return err;
 }
 
-/* The call of an id, if it is one of the channel's. Locked. */
+/* The call of an id, if it is one of the channel's. */
 CRPCI_FN crpci_pending_call *crpci_channel_find(crpc_channel *ch, crpc_id id)
 {
     crpci_pending_call *c = (crpci_pending_call *)crpci_id_get(&ch->loop->calls, id.value);
+    crpci_loop_assert_locked(ch->loop);
     return c && c->channel == ch && c->kind == CRPCI_CALL_ID ? c : NULL;
 }
 
@@ -19557,10 +19694,11 @@ CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
 
 /* --- closing ---------------------------------------------------------------------------------- */
 
-/* Ends every call of the channel with CRPC_ECANCELED. Locked. */
+/* Ends every call of the channel with CRPC_ECANCELED. */
 CRPCI_FN void crpci_channel_cancel_all(crpc_channel *ch)
 {
     crpci_list calls;
+    crpci_loop_assert_locked(ch->loop);
     crpci_list_move(&calls, &ch->calls);
     while (!crpci_list_empty(&calls)) {
         crpci_pending_call *c = CRPCI_CONTAINER(calls.next, crpci_pending_call, of_channel);

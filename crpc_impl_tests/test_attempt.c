@@ -1047,14 +1047,14 @@ static int failures_of(crpc_channel *ch)
 /* As a registry pushes it. */
 static void push_list(crpc_channel *ch, const char *address)
 {
-    crpci_snapshot *list = crpci_registry_snapshot(ch->loop->heap, address ? 1 : 0);
+    crpci_snapshot *list = crpci_directory_snapshot(ch->loop->heap, address ? 1 : 0);
     assert_non_null(list);
     if (address) {
         snprintf(list->providers[0].address, CRPC_ADDRESS_MAX, "%s", address);
         list->providers[0].weight = 100;
     }
     assert_int_equal(crpci_opening_on_list(ch, list), CRPC_OK);
-    crpci_registry_snapshot_unref(list);
+    crpci_directory_snapshot_unref(list);
 }
 
 static void a_call_waits_for_its_provider_to_start(void **state)
