@@ -8307,6 +8307,12 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     crpci_conn_drop(c); /* the loop's reference */
 }
 
+/* Whether its transport is nothing but the socket: then much need not be asked. */
+CRPCI_FN bool crpci_conn_is_plain(const crpci_conn *c)
+{
+    return CRPCI_LIKELY(c->io == &crpci_transport_plain);
+}
+
 /* Whether a thread without the lock uses a transport that only one may use at a time. */
 CRPCI_FN bool crpci_conn_engaged(const crpci_conn *c)
 {
@@ -8481,6 +8487,17 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         crpci_thread_broadcast(&c->loop->io_cond);
 }
 
+/* How many pieces of a batch the transport may be offered. 0: the connection was closed, because
+ * memory for copies was lacking, and less than was offered before cannot be offered again. */
+CRPCI_COLD int crpci_conn_may_offer(crpci_conn *c, const crpci_conn_batch *b)
+{
+    if (c->tx_head->committed && c->tx_head->next && !b->copies) {
+        crpci_conn_close(c, CRPC_ENOMEM, 0);
+        return 0;
+    }
+    return c->io->flags & CRPCI_TRANSPORT_GATHER ? b->count : 1;
+}
+
 /* Sending has to wait until the transport takes more. What it was offered it may have to be offered
  * again. */
 CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int count)
@@ -8508,7 +8525,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
     int rounds = 0, count;
     if (c->writing || c->closed || c->connecting || c->blocked)
         return;
-    if (crpci_conn_engaged(c))
+    if (!crpci_conn_is_plain(c) && crpci_conn_engaged(c))
         return; /* whoever reads queues the flush again */
     batch.copies = NULL;
     crpci_list_remove(&c->flush.link);
@@ -8524,11 +8541,11 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
             break;
         }
         crpci_conn_gather(c, &batch);
-        if (CRPCI_UNLIKELY(c->tx_head->committed) && c->tx_head->next && !batch.copies) {
-            crpci_conn_close(c, CRPC_ENOMEM, 0); /* less than was offered cannot be repeated */
+        count = batch.count;
+        if (!crpci_conn_is_plain(c))
+            count = crpci_conn_may_offer(c, &batch);
+        if (!count)
             break;
-        }
-        count = c->io->flags & CRPCI_TRANSPORT_GATHER ? batch.count : 1;
         l->stats.sends++;
         crpci_loop_unlock(l);
         n = c->io->writev(c->fd, c->io_state, batch.iov, count);
@@ -8550,7 +8567,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
         crpci_conn_cleanup(c);
     } else if (c->close_when_sent && !c->tx_head) {
         crpci_conn_close(c, CRPC_ECLOSE, 0);
-    } else if (CRPCI_UNLIKELY(c->io != &crpci_transport_plain)) {
+    } else if (!crpci_conn_is_plain(c)) {
         crpci_conn_interest(c);
         if (!c->closed && !c->paused && crpci_conn_has_unseen(c))
             crpci_conn_read_on(c);
@@ -8663,6 +8680,12 @@ CRPCI_COLD bool crpci_conn_place(crpci_conn *c, crpci_message *m)
         return false;
     }
     return true;
+}
+
+/* What a connection receives: the side that dialled gets replies. */
+CRPCI_FN crpci_message_kind crpci_conn_kind(const crpci_conn *c)
+{
+    return c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
 }
 
 /* For protocols: hands a message on. */
@@ -8898,9 +8921,11 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
     ssize_t n;
     if (!crpci_conn_catch_up(c) || c->closed || c->reading || c->paused || c->eof)
         return;
-    c->unread = crpci_conn_engaged(c);
-    if (c->unread) /* whoever writes has it read then */
-        return;
+    if (!crpci_conn_is_plain(c)) {
+        c->unread = crpci_conn_engaged(c);
+        if (c->unread) /* whoever writes has it read then */
+            return;
+    }
     if (!crpci_conn_spare(l)) {
         crpci_conn_close(c, CRPC_ENOMEM, 0);
         return;
@@ -8918,7 +8943,7 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
     saved = errno;
     crpci_loop_lock(l);
     c->reading = false;
-    if (CRPCI_UNLIKELY(c->io != &crpci_transport_plain))
+    if (!crpci_conn_is_plain(c))
         crpci_conn_after_read(c);
     if (c->closed)
         crpci_conn_cleanup(c);
@@ -8959,7 +8984,7 @@ CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
     if (c->connecting) {
         crpci_conn_connected(c);
     } else {
-        if (c->io->want)
+        if (!crpci_conn_is_plain(c) && c->io->want)
             events |= CRPC_READABLE | CRPC_WRITABLE; /* which of them goes on, it does not say */
         if (events & CRPC_WRITABLE && c->blocked) {
             c->blocked = false;
@@ -9094,11 +9119,12 @@ CRPCI_COLD bool crpci_baidu_check(const crpci_meta *m, size_t body, char *text, 
     return false;
 }
 
-/* Hands on a message whose meta may say anything; its body has `body` bytes. */
-CRPCI_FN void crpci_baidu_full(crpci_conn *c, const crpci_meta *meta, crpci_message *m, size_t body)
+/* Fills a message whose meta may say anything; its body has `body` bytes. `text` is for
+ * m->unsupported. */
+CRPCI_FN void crpci_baidu_full(const crpci_meta *meta, crpci_message *m, size_t body, char *text,
+                               size_t size)
 {
-    char text[120];
-    bool able = crpci_baidu_check(meta, body, text, sizeof text);
+    bool able = crpci_baidu_check(meta, body, text, size);
     m->unsupported = able ? NULL : text;
     m->attachment_size = able ? (size_t)meta->attachment_size : 0;
     m->payload_size = body - m->attachment_size;
@@ -9112,7 +9138,6 @@ CRPCI_FN void crpci_baidu_full(crpci_conn *c, const crpci_meta *meta, crpci_mess
     m->span_id = meta->span_id;
     m->parent_span_id = meta->parent_span_id;
     m->credential = meta->credential;
-    crpci_conn_deliver(c, m);
 }
 
 /* A body over the limit: as much of it is needed as says who is to be told. */
@@ -9133,7 +9158,7 @@ CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n
         return 0;
     }
     memset(&m, 0, sizeof m);
-    m.kind = c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
+    m.kind = crpci_conn_kind(c);
     m.id = meta.correlation_id;
     crpci_conn_oversize(c, &m, body, (uint64_t)body - size);
     return (size_t)CRPCI_FRAME_HEADER + size;
@@ -9144,6 +9169,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     uint32_t body = 0, size = 0;
     crpci_meta meta;
     crpci_message m;
+    char text[120];
     switch (crpci_frame_header(p, n, &body, &size)) {
     case CRPCI_FRAME_BAD:
         crpci_conn_bad(c, "the peer does not speak baidu_std");
@@ -9166,7 +9192,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
         crpci_conn_bad(c, "the peer's RpcMeta does not decode");
         return 0;
     }
-    m.kind = c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
+    m.kind = crpci_conn_kind(c);
     m.id = meta.correlation_id;
     m.turn = 0;
     m.timeout_ms = meta.timeout_ms;
@@ -9175,10 +9201,9 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     m.payload = p + size;
     m.payload_size = body - size;
     m.attachment_size = 0;
-    if (CRPCI_LIKELY(m.usual))
-        crpci_conn_deliver(c, &m);
-    else
-        crpci_baidu_full(c, &meta, &m, body - size);
+    if (CRPCI_UNLIKELY(!m.usual))
+        crpci_baidu_full(&meta, &m, body - size, text, sizeof text);
+    crpci_conn_deliver(c, &m);
     return (size_t)CRPCI_FRAME_HEADER + body;
 }
 
