@@ -58,7 +58,9 @@ static crpci_endpoint *pick(crpc_channel *ch, crpci_pending_call *c)
 {
     crpci_member *n;
     c->channel = ch;
+    crpci_loop_lock(ch->loop);
     n = crpci_attempt_pick(c);
+    crpci_loop_unlock(ch->loop);
     assert_non_null(n);
     return n->endpoint;
 }
@@ -439,7 +441,9 @@ static void a_flood_of_changes_is_followed(void **state)
                 assert_string_equal(crpci_providers_at(&ch->providers, (size_t)k)->endpoint->address,
                                     list->providers[k].address);
             c.channel = ch;
+            crpci_loop_lock(ch->loop);
             n = crpci_attempt_pick(&c);
+            crpci_loop_unlock(ch->loop);
             assert_non_null(n);
             assert_ptr_equal(crpci_providers_at(&ch->providers, n->balance.index), n);
             crpci_directory_snapshot_unref(list);
