@@ -1135,8 +1135,8 @@ typedef struct crpc_service {
 
 /* How a registry is used: by a channel to look providers up, by a server to register. */
 typedef struct crpc_directory_options {
-    const char *group;   /* Dubbo's; a channel's may be "*" or a list "a,b". NULL: none */
-    const char *version; /* likewise. NULL: none */
+    const char *group;       /* Dubbo's; a channel's may be "*" or a list "a,b". NULL: none */
+    const char *version;     /* likewise. NULL: none */
     const char *application; /* this program's name, shown to people who inspect the registry. NULL:
                                 "crpc" */
     const char *credential;  /* key "registry_credential": ZooKeeper digest "user:password". NULL:
@@ -1147,11 +1147,11 @@ typedef struct crpc_directory_options {
     int must_connect; /* 1: not reaching the registry in timeout_ms is an error. 0: goes on trying.
                          -1: as 0 */
     /* --- of a channel only ---------------------------------------------- */
-    int allow_empty;  /* 1: an empty list of the registry is believed, and calls fail with
-                         CRPC_ENOPROVIDER. 0: the last non-empty list stays in use. -1: as 0 */
-    int stale_ttl_ms; /* after the registry has not confirmed a list for so long, a provider of it
-                         that cannot be reached is dialled once a minute. 0: 600000. -1: as any
-                         other */
+    int allow_empty;   /* 1: an empty list of the registry is believed, and calls fail with
+                          CRPC_ENOPROVIDER. 0: the last non-empty list stays in use. -1: as 0 */
+    int stale_ttl_ms;  /* after the registry has not confirmed a list for so long, a provider of it
+                          that cannot be reached is dialled once a minute. 0: 600000. -1: as any
+                          other */
     const char *cache; /* file in which the registry's last good lists are kept, so that this
                           program can start while the registry is away. It belongs to this process
                           alone. NULL: none */
@@ -1506,11 +1506,11 @@ typedef struct crpc_method_limit {
 } crpc_method_limit;
 
 typedef struct crpc_server_options {
-    const char *listen; /* tcp://host:port (0: any), unix:///path or, for an abstract socket,
-                         * unix://@name. NULL: crpc_server_listen */
-    const char *registry; /* zookeeper://host:port,...[/root] to register in; without a root in
-                             /dubbo. Or multicast://224.5.6.7:port[?interface=eth0].
-                             Another URL is an error of crpc_server_open. NULL: nowhere */
+    const char *listen;    /* tcp://host:port (0: any), unix:///path or, for an abstract socket,
+                            * unix://@name. NULL: crpc_server_listen */
+    const char *registry;  /* zookeeper://host:port,...[/root] to register in; without a root in
+                              /dubbo. Or multicast://224.5.6.7:port[?interface=eth0].
+                              Another URL is an error of crpc_server_open. NULL: nowhere */
     const char *advertise; /* host[:port] to register, resolved when starting. NULL: the address of
                               this host that reaches the registry, unless a listener has its own */
     crpc_directory_options directory; /* how services are registered */
@@ -2701,14 +2701,14 @@ typedef struct crpci_handle {
 
 #define CRPCI_HANDLE_IS_OPEN "crpc handle"
 #if CRPC_DEBUG
-#define CRPCI_HANDLE crpci_handle handle;
+#define CRPCI_HANDLE              crpci_handle handle;
 #define CRPCI_HANDLE_OPEN(object) ((object)->handle.open = CRPCI_HANDLE_IS_OPEN)
 #define CRPCI_HANDLE_CHECK(object)                                                                 \
     CRPCI_DEMAND((object)->handle.open, "the object is closed already")
 #define CRPCI_HANDLE_CLOSE(object) (CRPCI_HANDLE_CHECK(object), (object)->handle.open = NULL)
 #else
 #define CRPCI_HANDLE
-#define CRPCI_HANDLE_OPEN(object) ((void)0)
+#define CRPCI_HANDLE_OPEN(object)  ((void)0)
 #define CRPCI_HANDLE_CHECK(object) ((void)0)
 #define CRPCI_HANDLE_CLOSE(object) ((void)0)
 #endif
@@ -3115,8 +3115,9 @@ CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, cr
         return crpci_status_set(error, CRPC_EINVAL, "not a URL (scheme://...): \"%.100s\"", text);
     if (strcmp(text, "unix://") == 0 || strcmp(text, "unix:///") == 0 ||
         strncmp(text, "unix://?", 8) == 0 || strncmp(text, "unix:///?", 9) == 0)
-        return crpci_status_set(error, CRPC_EINVAL, "%.100s: no path; expected unix:///path, or "
-                                                    "unix://@name for an abstract socket",
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "%.100s: no path; expected unix:///path, or "
+                                "unix://@name for an abstract socket",
                                 text);
     u->heap = h;
     u->size = len + 1;
@@ -3284,8 +3285,10 @@ typedef struct crpci_options {
 } crpci_options;
 
 #define CRPCI_OPTION_ROW(type, member, name, words, flags, zero, none, least, most)                \
-    {name, words, offsetof(type, member), sizeof(((type *)0)->member), flags,                      \
-     zero, none,  least,                  most}
+    {                                                                                              \
+        name, words, offsetof(type, member), sizeof(((type *)0)->member), flags, zero, none,       \
+            least, most                                                                            \
+    }
 #define CRPCI_OPTIONS_OF(rows) rows, sizeof(rows) / sizeof *(rows)
 
 CRPCI_COLD int64_t crpci_options_get(const crpci_option *o, const void *options)
@@ -3353,8 +3356,8 @@ CRPCI_COLD void crpci_options_fill(const crpci_options *set, void *options)
     for (i = 0; i < set->count; i++) {
         const crpci_option *o = &set->rows[i];
         if (!(o->flags & CRPCI_OPTION_TEXT))
-            crpci_options_put(o, options, crpci_base_option(crpci_options_get(o, options), o->zero,
-                                                            o->none));
+            crpci_options_put(o, options,
+                              crpci_base_option(crpci_options_get(o, options), o->zero, o->none));
     }
 }
 
@@ -4813,7 +4816,7 @@ CRPCI_COLD int crpci_resolver_lookup(crpci_heap *h, const char *host, char *out,
 
 /* Looks "host:port" up: writes the host's numeric addresses, separated by commas, and the port. */
 CRPCI_COLD int crpci_resolver_split(crpci_heap *h, const char *text, char *list, size_t size,
-                                      unsigned *port, crpc_error *error)
+                                    unsigned *port, crpc_error *error)
 {
     char host[256];
     if (!crpci_sock_split(text, host, sizeof host, port) || !*host)
@@ -4878,7 +4881,8 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
 /* ======================================================================== */
 
 #define CRPCI_TRANSPORT_GATHER 1u /* writev takes several pieces; else the first of them alone */
-#define CRPCI_TRANSPORT_DUPLEX 2u /* one thread may read while another writes; else one at a time */
+#define CRPCI_TRANSPORT_DUPLEX 2u /* one thread may read while another writes; else one at a time  \
+                                   */
 #define CRPCI_TRANSPORT_REPEAT 4u /* what was offered when it would block has to be offered again */
 
 /* How a connection's bytes reach the socket. readv and writev return what the system calls of these
@@ -4968,6 +4972,13 @@ typedef struct crpci_poller {
     uint64_t *snapshot_ids;
     uint32_t count, cap, snapshot_count, snapshot_cap;
     uint32_t next; /* where the next wait begins to look for events, when a batch was full */
+    /* What the last wait found. On the driver's stack it would be most of what a call needs. */
+    union {
+#if CRPC_ENABLE_EPOLL
+        struct epoll_event epoll[CRPCI_POLLER_BATCH];
+#endif
+        crpci_poller_event poll[CRPCI_POLLER_BATCH];
+    } found;
 } crpci_poller;
 
 CRPCI_FN const char *crpci_poller_name(const crpci_poller *p)
@@ -5150,21 +5161,14 @@ CRPCI_FN int crpci_poller_ms(int64_t us)
  * that every descriptor gets its turn; epoll does that by itself. A failure, such as EINTR, counts
  * as no event. An error or a hang-up is reported as readable and writable: the owner's read or
  * write then finds out. */
-CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us, crpci_poller_event *out)
+CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us)
 {
+    crpci_poller_event *out = p->found.poll;
     int n = 0, ready;
     uint32_t i;
 #if CRPC_ENABLE_EPOLL
     if (p->kind == CRPC_POLLER_EPOLL) {
-        struct epoll_event e[CRPCI_POLLER_BATCH];
-        n = epoll_wait(p->epoll_fd, e, CRPCI_POLLER_BATCH, crpci_poller_ms(us));
-        for (ready = 0; ready < n; ready++) {
-            uint32_t got = e[ready].events;
-            out[ready].id = e[ready].data.u64;
-            out[ready].events =
-                (got & (uint32_t)(EPOLLIN | EPOLLHUP | EPOLLERR) ? CRPC_READABLE : 0) |
-                (got & (uint32_t)(EPOLLOUT | EPOLLHUP | EPOLLERR) ? CRPC_WRITABLE : 0);
-        }
+        n = epoll_wait(p->epoll_fd, p->found.epoll, CRPCI_POLLER_BATCH, crpci_poller_ms(us));
         return n < 0 ? 0 : n;
     }
 #endif
@@ -5182,6 +5186,22 @@ CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us, crpci_poller_event *
             p->next = k + 1;
     }
     return n;
+}
+
+/* One of the events that the last wait has returned the number of. */
+CRPCI_FN crpci_poller_event crpci_poller_found(const crpci_poller *p, int i)
+{
+#if CRPC_ENABLE_EPOLL
+    if (p->kind == CRPC_POLLER_EPOLL) {
+        uint32_t got = p->found.epoll[i].events;
+        crpci_poller_event e;
+        e.id = p->found.epoll[i].data.u64;
+        e.events = (got & (uint32_t)(EPOLLIN | EPOLLHUP | EPOLLERR) ? CRPC_READABLE : 0) |
+                   (got & (uint32_t)(EPOLLOUT | EPOLLHUP | EPOLLERR) ? CRPC_WRITABLE : 0);
+        return e;
+    }
+#endif
+    return p->found.poll[i];
 }
 
 /* ======================================================================== */
@@ -6155,7 +6175,6 @@ CRPCI_FN int64_t crpci_drive_patience(crpc_loop *l, int64_t until, bool user)
  * flush; the step then does not sleep, and the next one flushes. */
 CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
 {
-    crpci_poller_event events[CRPCI_POLLER_BATCH];
     int64_t patience;
     int n, i;
     crpci_loop_assert_locked(l);
@@ -6173,15 +6192,16 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
     l->driver = CRPCI_LOOP_SLEEPING;
     l->fresh = false;
     crpci_loop_unlock(l);
-    n = crpci_poller_wait(&l->poller, patience, events);
+    n = crpci_poller_wait(&l->poller, patience);
     crpci_loop_lock(l);
     l->driver = CRPCI_LOOP_WORKING;
     l->fresh = false; /* a caller may have read the clock meanwhile */
     l->last_step = crpci_loop_time(l);
     for (i = 0; i < n; i++) {
-        crpci_watch *w = (crpci_watch *)crpci_id_get(&l->watches, events[i].id);
+        crpci_poller_event e = crpci_poller_found(&l->poller, i);
+        crpci_watch *w = (crpci_watch *)crpci_id_get(&l->watches, e.id);
         if (w)
-            w->fn(l, w, events[i].events);
+            w->fn(l, w, e.events);
     }
     if (user)
         crpci_loop_run_ready(l);
@@ -7215,9 +7235,9 @@ enum {
 };
 
 #define CRPCI_BALANCE_WORD(which, word, pick, needs) "," word
-#define CRPCI_BALANCE_ONE(which, word, pick, needs) +1
-#define CRPCI_BALANCE_WORDS (&(CRPCI_BALANCE_MAP(CRPCI_BALANCE_WORD))[1])
-#define CRPCI_BALANCE_KINDS (0 CRPCI_BALANCE_MAP(CRPCI_BALANCE_ONE))
+#define CRPCI_BALANCE_ONE(which, word, pick, needs)  +1
+#define CRPCI_BALANCE_WORDS                          (&(CRPCI_BALANCE_MAP(CRPCI_BALANCE_WORD))[1])
+#define CRPCI_BALANCE_KINDS                          (0 CRPCI_BALANCE_MAP(CRPCI_BALANCE_ONE))
 
 /* A provider in a balancer's list, owned by the caller. All zero but for address and weight when it
  * is first put into a list; it may leave the list and come back. In one balancer at a time. */
@@ -8289,6 +8309,12 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     crpci_conn_drop(c); /* the loop's reference */
 }
 
+/* Whether its transport is nothing but the socket: then much need not be asked. */
+CRPCI_FN bool crpci_conn_is_plain(const crpci_conn *c)
+{
+    return CRPCI_LIKELY(c->io == &crpci_transport_plain);
+}
+
 /* Whether a thread without the lock uses a transport that only one may use at a time. */
 CRPCI_FN bool crpci_conn_engaged(const crpci_conn *c)
 {
@@ -8463,6 +8489,17 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         crpci_thread_broadcast(&c->loop->io_cond);
 }
 
+/* How many pieces of a batch the transport may be offered. 0: the connection was closed, because
+ * memory for copies was lacking, and less than was offered before cannot be offered again. */
+CRPCI_COLD int crpci_conn_may_offer(crpci_conn *c, const crpci_conn_batch *b)
+{
+    if (c->tx_head->committed && c->tx_head->next && !b->copies) {
+        crpci_conn_close(c, CRPC_ENOMEM, 0);
+        return 0;
+    }
+    return c->io->flags & CRPCI_TRANSPORT_GATHER ? b->count : 1;
+}
+
 /* Sending has to wait until the transport takes more. What it was offered it may have to be offered
  * again. */
 CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int count)
@@ -8490,7 +8527,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
     int rounds = 0, count;
     if (c->writing || c->closed || c->connecting || c->blocked)
         return;
-    if (crpci_conn_engaged(c))
+    if (!crpci_conn_is_plain(c) && crpci_conn_engaged(c))
         return; /* whoever reads queues the flush again */
     batch.copies = NULL;
     crpci_list_remove(&c->flush.link);
@@ -8506,11 +8543,11 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
             break;
         }
         crpci_conn_gather(c, &batch);
-        if (CRPCI_UNLIKELY(c->tx_head->committed) && c->tx_head->next && !batch.copies) {
-            crpci_conn_close(c, CRPC_ENOMEM, 0); /* less than was offered cannot be repeated */
+        count = batch.count;
+        if (!crpci_conn_is_plain(c))
+            count = crpci_conn_may_offer(c, &batch);
+        if (!count)
             break;
-        }
-        count = c->io->flags & CRPCI_TRANSPORT_GATHER ? batch.count : 1;
         l->stats.sends++;
         crpci_loop_unlock(l);
         n = c->io->writev(c->fd, c->io_state, batch.iov, count);
@@ -8532,7 +8569,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
         crpci_conn_cleanup(c);
     } else if (c->close_when_sent && !c->tx_head) {
         crpci_conn_close(c, CRPC_ECLOSE, 0);
-    } else if (CRPCI_UNLIKELY(c->io != &crpci_transport_plain)) {
+    } else if (!crpci_conn_is_plain(c)) {
         crpci_conn_interest(c);
         if (!c->closed && !c->paused && crpci_conn_has_unseen(c))
             crpci_conn_read_on(c);
@@ -8645,6 +8682,12 @@ CRPCI_COLD bool crpci_conn_place(crpci_conn *c, crpci_message *m)
         return false;
     }
     return true;
+}
+
+/* What a connection receives: the side that dialled gets replies. */
+CRPCI_FN crpci_message_kind crpci_conn_kind(const crpci_conn *c)
+{
+    return c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
 }
 
 /* For protocols: hands a message on. */
@@ -8880,9 +8923,11 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
     ssize_t n;
     if (!crpci_conn_catch_up(c) || c->closed || c->reading || c->paused || c->eof)
         return;
-    c->unread = crpci_conn_engaged(c);
-    if (c->unread) /* whoever writes has it read then */
-        return;
+    if (!crpci_conn_is_plain(c)) {
+        c->unread = crpci_conn_engaged(c);
+        if (c->unread) /* whoever writes has it read then */
+            return;
+    }
     if (!crpci_conn_spare(l)) {
         crpci_conn_close(c, CRPC_ENOMEM, 0);
         return;
@@ -8900,7 +8945,7 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
     saved = errno;
     crpci_loop_lock(l);
     c->reading = false;
-    if (CRPCI_UNLIKELY(c->io != &crpci_transport_plain))
+    if (!crpci_conn_is_plain(c))
         crpci_conn_after_read(c);
     if (c->closed)
         crpci_conn_cleanup(c);
@@ -8941,7 +8986,7 @@ CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
     if (c->connecting) {
         crpci_conn_connected(c);
     } else {
-        if (c->io->want)
+        if (!crpci_conn_is_plain(c) && c->io->want)
             events |= CRPC_READABLE | CRPC_WRITABLE; /* which of them goes on, it does not say */
         if (events & CRPC_WRITABLE && c->blocked) {
             c->blocked = false;
@@ -9076,11 +9121,12 @@ CRPCI_COLD bool crpci_baidu_check(const crpci_meta *m, size_t body, char *text, 
     return false;
 }
 
-/* Hands on a message whose meta may say anything; its body has `body` bytes. */
-CRPCI_FN void crpci_baidu_full(crpci_conn *c, const crpci_meta *meta, crpci_message *m, size_t body)
+/* Fills a message whose meta may say anything; its body has `body` bytes. `text` is for
+ * m->unsupported. */
+CRPCI_FN void crpci_baidu_full(const crpci_meta *meta, crpci_message *m, size_t body, char *text,
+                               size_t size)
 {
-    char text[120];
-    bool able = crpci_baidu_check(meta, body, text, sizeof text);
+    bool able = crpci_baidu_check(meta, body, text, size);
     m->unsupported = able ? NULL : text;
     m->attachment_size = able ? (size_t)meta->attachment_size : 0;
     m->payload_size = body - m->attachment_size;
@@ -9094,7 +9140,6 @@ CRPCI_FN void crpci_baidu_full(crpci_conn *c, const crpci_meta *meta, crpci_mess
     m->span_id = meta->span_id;
     m->parent_span_id = meta->parent_span_id;
     m->credential = meta->credential;
-    crpci_conn_deliver(c, m);
 }
 
 /* A body over the limit: as much of it is needed as says who is to be told. */
@@ -9115,7 +9160,7 @@ CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n
         return 0;
     }
     memset(&m, 0, sizeof m);
-    m.kind = c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
+    m.kind = crpci_conn_kind(c);
     m.id = meta.correlation_id;
     crpci_conn_oversize(c, &m, body, (uint64_t)body - size);
     return (size_t)CRPCI_FRAME_HEADER + size;
@@ -9126,6 +9171,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     uint32_t body = 0, size = 0;
     crpci_meta meta;
     crpci_message m;
+    char text[120];
     switch (crpci_frame_header(p, n, &body, &size)) {
     case CRPCI_FRAME_BAD:
         crpci_conn_bad(c, "the peer does not speak baidu_std");
@@ -9148,7 +9194,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
         crpci_conn_bad(c, "the peer's RpcMeta does not decode");
         return 0;
     }
-    m.kind = c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
+    m.kind = crpci_conn_kind(c);
     m.id = meta.correlation_id;
     m.turn = 0;
     m.timeout_ms = meta.timeout_ms;
@@ -9157,10 +9203,9 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     m.payload = p + size;
     m.payload_size = body - size;
     m.attachment_size = 0;
-    if (CRPCI_LIKELY(m.usual))
-        crpci_conn_deliver(c, &m);
-    else
-        crpci_baidu_full(c, &meta, &m, body - size);
+    if (CRPCI_UNLIKELY(!m.usual))
+        crpci_baidu_full(&meta, &m, body - size, text, sizeof text);
+    crpci_conn_deliver(c, &m);
     return (size_t)CRPCI_FRAME_HEADER + body;
 }
 
@@ -9196,26 +9241,25 @@ CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_
 }
 #endif
 
-static const crpci_protocol crpci_baidu = {
-    "baidu_std",
-    0,
-    0,
-    CRPCI_META_BOUND,
-    CRPCI_META_FIELD_COST,
-    crpci_baidu_detect,
-    crpci_baidu_feed,
-    crpci_meta_put_names,
-    crpci_meta_put_field,
-    crpci_meta_field,
+static const crpci_protocol crpci_baidu = {"baidu_std",
+                                           0,
+                                           0,
+                                           CRPCI_META_BOUND,
+                                           CRPCI_META_FIELD_COST,
+                                           crpci_baidu_detect,
+                                           crpci_baidu_feed,
+                                           crpci_meta_put_names,
+                                           crpci_meta_put_field,
+                                           crpci_meta_field,
 #if CRPC_ENABLE_CLIENT
-    crpci_baidu_request,
+                                           crpci_baidu_request,
 #else
-    NULL,
+                                            NULL,
 #endif
 #if CRPC_ENABLE_SERVER
-    crpci_baidu_reply};
+                                           crpci_baidu_reply};
 #else
-    NULL};
+                                            NULL};
 #endif
 
 /* ======================================================================== */
@@ -9248,7 +9292,7 @@ CRPCI_COLD const crpci_protocol *crpci_protocols_find(const char *name)
 /* >>impl-names   provider URLs as Dubbo writes them, overrides; pure       */
 /* ======================================================================== */
 
-#define CRPCI_DIRECTORY (CRPC_ENABLE_ZOOKEEPER || CRPC_ENABLE_SERVERLESS) /* any registry */
+#define CRPCI_DIRECTORY        (CRPC_ENABLE_ZOOKEEPER || CRPC_ENABLE_SERVERLESS) /* any registry */
 
 #define CRPCI_NAMES_WEIGHT     100 /* of a provider that does not tell */
 #define CRPCI_NAMES_WEIGHT_MAX 1000000
@@ -9339,8 +9383,7 @@ CRPCI_FN void crpci_names_put(crpci_names_text *t, const char *text)
 
 /* `before`, then the value with what would end it encoded, or nothing at all if it is empty. Dubbo
  * puts values as they are; none of these characters is in one that Dubbo could read back. */
-CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before,
-                                       const char *value)
+CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before, const char *value)
 {
     if (!value || !*value)
         return;
@@ -9605,7 +9648,7 @@ CRPCI_FN bool crpci_names_override_address(crpci_names_override *r, const char *
 /* False: it is not understood. A condition that crpc does not know is one: without it the rule
  * would hit more providers than it was meant for. */
 CRPCI_FN bool crpci_names_override_param(crpci_names_override *r, bool *enabled, const char *key,
-                                        const char *value)
+                                         const char *value)
 {
     int common = crpci_names_common(&r->of, key, strcmp(value, "*") == 0 ? "" : value);
     if (common)
@@ -9659,8 +9702,8 @@ CRPCI_FN int crpci_names_override_order(const void *a, const void *b)
 
 /* Reads a directory of overrides. *bad: how many were not understood. NULL: out of memory. */
 CRPCI_FN crpci_names_overrides *crpci_names_overrides_read(crpci_heap *h, char *const *names,
-                                                         size_t count, const char *host,
-                                                         size_t *bad)
+                                                           size_t count, const char *host,
+                                                           size_t *bad)
 {
     const size_t head = (sizeof(crpci_names_overrides) + 15) & ~(size_t)15;
     size_t size = head + count * sizeof(crpci_names_override), i;
@@ -9696,7 +9739,7 @@ CRPCI_FN crpci_names_overrides *crpci_names_overrides_read(crpci_heap *h, char *
 }
 
 CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crpci_names_service *q,
-                                       const crpci_names_node *n)
+                                        const crpci_names_node *n)
 {
     size_t len = strlen(r->host);
     const char *colon = strrchr(n->address, ':');
@@ -9714,7 +9757,7 @@ CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crp
 
 /* Changes a provider as the rules (NULL: none) say. */
 CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
-                                         const crpci_names_service *q, crpci_names_node *n)
+                                          const crpci_names_service *q, crpci_names_node *n)
 {
     size_t i;
     for (i = 0; rules && i < rules->count; i++) {
@@ -11133,9 +11176,9 @@ CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
                                 "file://%.60s/%.60s: expected file:///path/of/the/list",
                                 url->authority, url->path);
     f = (crpci_file *)crpci_heap_alloc(l->heap, sizeof *f);
-    if (!f || !crpci_directory_init(&f->directory, l,
-                                    crpci_heap_format(l->heap, "file:///%s", url->path),
-                                    crpci_file_free)) {
+    if (!f ||
+        !crpci_directory_init(&f->directory, l, crpci_heap_format(l->heap, "file:///%s", url->path),
+                              crpci_file_free)) {
         crpci_heap_free(l->heap, f, sizeof *f);
         return crpci_status_set(error, CRPC_ENOMEM, "file:///%.100s: out of memory", url->path);
     }
@@ -11170,7 +11213,7 @@ CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
  * lock, as sending and receiving a datagram does not wait; while nobody drives the loop nothing is
  * announced. */
 #define CRPCI_MULTICAST_INTERVAL_MS 5000
-#define CRPCI_MULTICAST_TTL         3u /* intervals */
+#define CRPCI_MULTICAST_TTL         3u   /* intervals */
 #define CRPCI_MULTICAST_TTL_MIN_MS  1000 /* a peer's ttl is believed within these */
 #define CRPCI_MULTICAST_TTL_MAX_MS  600000
 #define CRPCI_MULTICAST_SIZE        1400u   /* bytes of a datagram */
@@ -11443,8 +11486,8 @@ CRPCI_FN bool crpci_multicast_write(const crpci_multicast_reg *reg, const char *
     size_t head = (size_t)snprintf(r->scratch, size, "%s ", verb), n;
     int round;
     for (round = 0; round < 2; round++) {
-        n = head + crpci_names_url(r->scratch + head, size - head, &what, false,
-                                   reg->offer.address, reg->offer.timestamp_ms, (long)getpid());
+        n = head + crpci_names_url(r->scratch + head, size - head, &what, false, reg->offer.address,
+                                   reg->offer.timestamp_ms, (long)getpid());
         if (n < size)
             n += (size_t)snprintf(r->scratch + n, size - n, "&ttl=%u",
                                   CRPCI_MULTICAST_INTERVAL_MS * CRPCI_MULTICAST_TTL);
@@ -11545,8 +11588,7 @@ CRPCI_FN void crpci_multicast_expire(crpci_multicast *r, int64_t now)
         crpci_multicast_forget(r, p);
         crpci_multicast_changed(r);
     }
-    for (i = r->directory.subscribers.next; rested && i != &r->directory.subscribers;
-         i = i->next) {
+    for (i = r->directory.subscribers.next; rested && i != &r->directory.subscribers; i = i->next) {
         crpci_multicast_sub *s = CRPCI_CONTAINER(i, crpci_multicast_sub, base.link);
         s->question_us = now;
         s->questions = 2;
@@ -11564,8 +11606,8 @@ CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
     memset(&names, 0, sizeof names);
     names.size = r->peer_count * sizeof *names.name + 1;
     for (i = r->peers.next; i != &r->peers; i = i->next)
-        names.size += crpci_url_encode(
-                          NULL, 0, CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) + 1;
+        names.size +=
+            crpci_url_encode(NULL, 0, CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) + 1;
     names.name = (char **)crpci_heap_alloc(h, names.size);
     if (!names.name)
         return; /* serve_us stays: tried again at the next tick */
@@ -11573,7 +11615,8 @@ CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
     for (i = r->peers.next; i != &r->peers; i = i->next) {
         names.name[names.count++] = p;
         p += crpci_url_encode(p, names.size - (size_t)(p - (char *)names.name),
-                              CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) + 1;
+                              CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) +
+             1;
     }
     r->serve_us = 0;
     report.names = names.name;
@@ -11653,8 +11696,7 @@ CRPCI_FN int crpci_multicast_enroll(crpci_backend *b, const crpci_names_service 
                                     crpci_directory_status_fn status, void *user, void **handle)
 {
     crpci_multicast *r = (crpci_multicast *)(void *)b;
-    crpci_multicast_reg *reg =
-        (crpci_multicast_reg *)crpci_heap_alloc(b->loop->heap, sizeof *reg);
+    crpci_multicast_reg *reg = (crpci_multicast_reg *)crpci_heap_alloc(b->loop->heap, sizeof *reg);
     int err;
     if (!reg)
         return CRPC_ENOMEM;
@@ -11796,8 +11838,9 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
                                 url->authority, o->interface);
     fd = crpci_multicast_socket(&group, &which, &call);
     if (fd < 0)
-        return crpci_status_set(error, CRPC_EADDRESS, "multicast://%.60s: %s: %s; interface= names "
-                                                      "the interface to use",
+        return crpci_status_set(error, CRPC_EADDRESS,
+                                "multicast://%.60s: %s: %s; interface= names "
+                                "the interface to use",
                                 url->authority, call, strerror(errno));
     r = crpci_multicast_new(l, url->authority, fd);
     if (!r) {
@@ -12189,10 +12232,10 @@ struct crpci_zk_request {
     crpci_zk_handle *handle;
     crpci_zk_job *job; /* NULL: a probe */
     crpci_zk_order order;
-    bool parent; /* it makes a directory above the node */
+    bool parent;     /* it makes a directory above the node */
     int64_t sent_us; /* 0: the client did not take it */
     size_t size;     /* of this block */
-    char path[1]; /* more follows */
+    char path[1];    /* more follows */
 };
 
 /* What the client answered; valid in the callback only. */
@@ -14811,13 +14854,12 @@ CRPCI_COLD int crpci_open_find(crpci_open_request *r, const crpci_url *u, crpc_e
             return CRPC_OK;
         }
     }
-    return crpci_status_set(error, CRPC_EUNSUPPORTED,
-                            "%.40s:// is not a registry of this build, which has%s%s", u->scheme,
-                            CRPC_ENABLE_ZOOKEEPER ? " zookeeper://"
-                                                  : " no zookeeper:// (CRPC_ENABLE_ZOOKEEPER=0)",
-                            CRPC_ENABLE_SERVERLESS
-                                ? " multicast:// file://"
-                                : " no multicast:// and file:// (CRPC_ENABLE_SERVERLESS=0)");
+    return crpci_status_set(
+        error, CRPC_EUNSUPPORTED, "%.40s:// is not a registry of this build, which has%s%s",
+        u->scheme,
+        CRPC_ENABLE_ZOOKEEPER ? " zookeeper://" : " no zookeeper:// (CRPC_ENABLE_ZOOKEEPER=0)",
+        CRPC_ENABLE_SERVERLESS ? " multicast:// file://"
+                               : " no multicast:// and file:// (CRPC_ENABLE_SERVERLESS=0)");
 }
 
 /* Takes a URL option that is the registry's. False: it is not. */
@@ -14874,10 +14916,9 @@ CRPCI_COLD int crpci_open_registry(crpc_loop *l, const char *url,
     while (!err) {
         err = crpci_url_next(&u, &key, &value, error);
         if (!err && !crpci_open_option(&r, true, key, value))
-            err = crpci_status_set(error, CRPC_EINVAL,
-                                   "URL option %.60s=%.60s: a server's %s:// takes %s", key, value,
-                                   u.scheme,
-                                   *r.backend->server_keys ? r.backend->server_keys : "none");
+            err = crpci_status_set(
+                error, CRPC_EINVAL, "URL option %.60s=%.60s: a server's %s:// takes %s", key, value,
+                u.scheme, *r.backend->server_keys ? r.backend->server_keys : "none");
     }
     if (err == CRPC_EPENDING)
         err = out ? r.backend->open(l, &u, &r.options, out, error) : CRPC_OK;
@@ -14895,7 +14936,7 @@ CRPCI_COLD int crpci_open_registry(crpc_loop *l, const char *url,
 
 /* The sections from here to impl-registry serve programs that agree on something. An operation, a
  * watched configuration, a place in a queue and the state of the session are *items* of an open
- * registry. Jobs of the session (impl-zk-session, impl-zk-node) work for them, on the thread that
+ * registry. Jobs of the session (impl-zk-job, impl-zk-node) work for them, on the thread that
  * runs the client. What the program is to hear is left in the item, whose loop task tells it on the
  * thread that drives the loop. Deadlines and leases are timers of the loop.
  *
@@ -18196,7 +18237,7 @@ struct crpc_channel {
     crpc_loop *loop;
     bool private_loop;
     bool closed;
-    bool wait; /* calls wait for a provider */
+    bool wait;      /* calls wait for a provider */
     uint32_t refs;  /* atomic: the program's, of synchronous calls, and one of all others */
     size_t pending; /* asynchronous calls that are not freed */
     crpci_list calls;
@@ -18423,8 +18464,9 @@ CRPCI_FN void crpci_attempt_expire(crpci_pending_call *c)
     crpci_attempt_finish(c, CRPC_ETIMEDOUT);
 }
 
-/* Ends a call that has nobody to be sent to. */
-CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
+/* Explains that a call has nobody to be sent to: apart, for its text need not be on the stack of
+ * what follows the end. */
+CRPCI_COLD void crpci_attempt_explain_no_provider(crpci_pending_call *c)
 {
     const crpc_channel *ch = c->channel;
     char cause[CRPC_ERROR_TEXT_MAX];
@@ -18434,6 +18476,12 @@ CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
                             : "no provider is known at ",
                         ch->directory.where ? ch->directory.where : "the channel's URL");
     crpci_attempt_explain(c, CRPC_ENOPROVIDER, cause);
+}
+
+/* Ends a call that has nobody to be sent to. */
+CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
+{
+    crpci_attempt_explain_no_provider(c);
     crpci_attempt_finish(c, CRPC_ENOPROVIDER);
 }
 
@@ -18518,13 +18566,20 @@ CRPCI_COLD bool crpci_attempt_wait(crpci_pending_call *c, int code)
     return true;
 }
 
-/* Ends a call whose last attempt has failed; `more` says why it is not retried, or is "". */
-CRPCI_COLD void crpci_attempt_give_up(crpci_pending_call *c, int code, const char *cause,
-                                      const char *more)
+/* Explains a failure: apart, for its text need not be on the stack of what follows the end. */
+CRPCI_COLD void crpci_attempt_explain_more(crpci_pending_call *c, int code, const char *cause,
+                                           const char *more)
 {
     char text[CRPC_ERROR_TEXT_MAX];
     crpci_status_format(text, sizeof text, "%s%s", cause, more);
     crpci_attempt_explain(c, code, text);
+}
+
+/* Ends a call whose last attempt has failed; `more` says why it is not retried, or is "". */
+CRPCI_COLD void crpci_attempt_give_up(crpci_pending_call *c, int code, const char *cause,
+                                      const char *more)
+{
+    crpci_attempt_explain_more(c, code, cause, more);
     crpci_attempt_finish(c, code);
 }
 
@@ -19836,8 +19891,9 @@ CRPCI_COLD int crpci_opening_read_key(const char *scheme, const char *key, const
         return CRPC_OK;
     }
     if (row && (row->flags & CRPCI_OPTION_SECRET))
-        return crpci_status_set(error, CRPC_EINVAL, "%s: a secret: it belongs into the options or "
-                                                    "a configuration line, not into a URL",
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "%s: a secret: it belongs into the options or "
+                                "a configuration line, not into a URL",
                                 key);
     if (!row || (row->flags & CRPCI_OPTION_BACKEND) ||
         (!registry && (row->flags & CRPCI_OPTION_DIRECTORY)))
@@ -19861,7 +19917,8 @@ CRPCI_COLD int crpci_opening_read_url(crpci_url *u, crpc_channel_options *o,
     if (registry)
         err = crpci_status_set(error, CRPC_EUNSUPPORTED,
                                "%.40s:// is not known: tcp, unix and list are, and no registry is "
-                               "compiled in", u->scheme);
+                               "compiled in",
+                               u->scheme);
 #endif
     while (!err) {
         err = crpci_url_next(u, &key, &value, error);
@@ -19875,10 +19932,10 @@ CRPCI_COLD int crpci_opening_read_url(crpci_url *u, crpc_channel_options *o,
 CRPCI_COLD int crpci_opening_check_policy(const crpc_policy *p, const crpc_method_options *m,
                                           crpc_error *error)
 {
-    const char *what = p->cluster > CRPC_CLUSTER_FAILFAST             ? "cluster"
-                       : m && m->degraded > 0                         ? "degraded"
+    const char *what = p->cluster > CRPC_CLUSTER_FAILFAST                ? "cluster"
+                       : m && m->degraded > 0                            ? "degraded"
                        : m && (m->fallback || crpc_view_data(m->canned)) ? "fallback, canned"
-                                                                      : NULL;
+                                                                         : NULL;
     if (CRPC_ENABLE_POLICY || !what)
         return CRPC_OK;
     return crpci_status_set(error, CRPC_EUNSUPPORTED,
@@ -19969,8 +20026,8 @@ CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_o
     p->endpoint.max_body = (uint32_t)o->limits.max_body;
     p->endpoint.max_queued = o->limits.max_queued;
     p->stale_at = INT64_MAX;
-    p->stale_ttl_us = o->directory.stale_ttl_ms ? (int64_t)o->directory.stale_ttl_ms * 1000
-                                                : INT64_MAX / 4;
+    p->stale_ttl_us =
+        o->directory.stale_ttl_ms ? (int64_t)o->directory.stale_ttl_ms * 1000 : INT64_MAX / 4;
 #if CRPC_ENABLE_POLICY
     p->max = (size_t)o->max_endpoints;
     p->seed = seed;
@@ -20021,8 +20078,7 @@ CRPCI_COLD int crpci_opening_item(crpci_snapshot *list, const char *text, crpc_e
     }
     err = crpci_resolver_split(list->heap, text, names, sizeof names, &port, error);
     while (!err && list->count < most &&
-           crpci_resolver_next(&rest, port, list->providers[list->count].address,
-                               CRPC_ADDRESS_MAX))
+           crpci_resolver_next(&rest, port, list->providers[list->count].address, CRPC_ADDRESS_MAX))
         list->count++;
     if (!err && list->count == from)
         err = crpci_status_set(error, CRPC_ERESOLVE,
@@ -20155,8 +20211,8 @@ CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_opt
 
 /* zookeeper://servers/root/package.Service and the like */
 CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
-                                       const crpc_channel_options *o,
-                                       crpci_open_request *request, crpc_error *error)
+                                       const crpc_channel_options *o, crpci_open_request *request,
+                                       crpc_error *error)
 {
     const crpc_directory_options *d = &o->directory;
     crpci_directory_options *ro = &request->options;
@@ -20165,9 +20221,9 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
     int err;
     want->group = want->group ? want->group : d->group;
     want->version = want->version ? want->version : d->version;
-    ch->directory.where = crpci_heap_format(
-        ch->loop->heap, "/%.120s (group \"%.63s\", version \"%.63s\")", u->path,
-        want->group ? want->group : "", want->version ? want->version : "");
+    ch->directory.where =
+        crpci_heap_format(ch->loop->heap, "/%.120s (group \"%.63s\", version \"%.63s\")", u->path,
+                          want->group ? want->group : "", want->version ? want->version : "");
     err = crpci_open_service(request, u, error);
     if (err)
         return err;
@@ -20248,8 +20304,8 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
         crpci_status_set(error, err,
                          "lb: this balancer is not compiled in: CRPC_ENABLE_POLICY is 0");
     if (!err && o.security.credential) {
-        ch->requests.credential = crpci_heap_strndup(l->heap, o.security.credential,
-                                                     strlen(o.security.credential));
+        ch->requests.credential =
+            crpci_heap_strndup(l->heap, o.security.credential, strlen(o.security.credential));
         if (!ch->requests.credential)
             err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     }
@@ -21422,8 +21478,9 @@ CRPCI_FN int crpci_context_code(crpc_context *x, int status)
         return x->app_code;
     if (status > 199 && crpci_status_reserved(status))
         return status;
-    crpci_context_explain(x, "the handler returned %d, which is no crpc_status: an application's "
-                             "code is set by crpc_context_fail",
+    crpci_context_explain(x,
+                          "the handler returned %d, which is no crpc_status: an application's "
+                          "code is set by crpc_context_fail",
                           status);
     return CRPC_EINTERNAL;
 }
