@@ -7973,13 +7973,13 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
     q.user = user;
     if (!b->items) {
         i = crpci_balance_pick_random(b, &q);
-    } else if (!CRPC_ENABLE_POLICY) {
+    } else if (crpci_balance_turns(b)) { /* not in the switch: called once, it is inlined */
         i = crpci_balance_pick_turn(b, &q);
     } else {
         switch (b->kind) {
 #define CRPCI_BALANCE_PICK(which, word, pick, needs)                                               \
     case which:                                                                                    \
-        i = pick(b, &q);                                                                           \
+        i = (needs) & CRPCI_BALANCE_TURNS ? -1 : pick(b, &q);                                      \
         break;
             CRPCI_BALANCE_MAP(CRPCI_BALANCE_PICK)
 #undef CRPCI_BALANCE_PICK
