@@ -7214,28 +7214,30 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
 #define CRPCI_BALANCE_LATENCY_BITS 8 /* fraction of a microsecond: small steps must count */
 #define CRPCI_BALANCE_LATENCY_MOST (INT64_C(1) << (25 + CRPCI_BALANCE_LATENCY_BITS)) /* 33 s */
 
-/* All balancers, in the order of crpc_balancer: the word of lb=, how one picks, what it learns from
- * a call's end, and what it needs. A new balancer takes a row here and a value there. */
+/* All balancers: the value of crpc_balancer, in its order, the word of lb=, the function that picks,
+ * and what it needs. A new balancer takes a row here and a value there. */
 #define CRPCI_BALANCE_MAP(X)                                                                       \
-    X("random", crpci_balance_pick_random, NULL, 0)                                                \
-    X("wrandom", crpci_balance_pick_weighted, NULL, CRPCI_BALANCE_SUMS)                            \
-    X("rr", crpci_balance_pick_next, NULL, 0)                                                      \
-    X("wrr", crpci_balance_pick_turn, NULL, CRPCI_BALANCE_TURNS)                                   \
-    X("la", crpci_balance_pick_turn, NULL, CRPCI_BALANCE_TURNS | CRPCI_BALANCE_ACTIVE)             \
-    X("hash", crpci_balance_pick_hashed, NULL, CRPCI_BALANCE_RING)                                 \
-    X("p2c", crpci_balance_pick_two, crpci_balance_measure, 0)
+    X(CRPC_BALANCER_RANDOM, "random", crpci_balance_pick_random, 0)                                \
+    X(CRPC_BALANCER_WEIGHTED_RANDOM, "wrandom", crpci_balance_pick_weighted, CRPCI_BALANCE_SUMS)   \
+    X(CRPC_BALANCER_ROUND_ROBIN, "rr", crpci_balance_pick_next, 0)                                 \
+    X(CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, "wrr", crpci_balance_pick_turn, CRPCI_BALANCE_TURNS)     \
+    X(CRPC_BALANCER_LEAST_ACTIVE, "la", crpci_balance_pick_turn,                                   \
+      CRPCI_BALANCE_TURNS | CRPCI_BALANCE_ACTIVE)                                                  \
+    X(CRPC_BALANCER_CONSISTENT_HASH, "hash", crpci_balance_pick_hashed, CRPCI_BALANCE_RING)        \
+    X(CRPC_BALANCER_P2C, "p2c", crpci_balance_pick_two, CRPCI_BALANCE_LATENCY)
 
 enum {
     CRPCI_BALANCE_SUMS = 1,   /* sums of weights */
     CRPCI_BALANCE_TURNS = 2,  /* the heap of turns */
-    CRPCI_BALANCE_ACTIVE = 4, /* whose order also depends on the calls under way */
-    CRPCI_BALANCE_RING = 8    /* the ring; each call must have a key */
+    CRPCI_BALANCE_ACTIVE = 4, /* its order also depends on the calls in flight */
+    CRPCI_BALANCE_RING = 8,   /* the ring; each call must have a key */
+    CRPCI_BALANCE_LATENCY = 16 /* each call's latency */
 };
 
-#define CRPCI_BALANCE_WORD(word, pick, measure, needs) "," word
-#define CRPCI_BALANCE_ONE(word, pick, measure, needs)  +1
-#define CRPCI_BALANCE_WORDS                            (&(CRPCI_BALANCE_MAP(CRPCI_BALANCE_WORD))[1])
-#define CRPCI_BALANCE_KINDS                            (0 CRPCI_BALANCE_MAP(CRPCI_BALANCE_ONE))
+#define CRPCI_BALANCE_WORD(which, word, pick, needs) "," word
+#define CRPCI_BALANCE_ONE(which, word, pick, needs)  +1
+#define CRPCI_BALANCE_WORDS                          (&(CRPCI_BALANCE_MAP(CRPCI_BALANCE_WORD))[1])
+#define CRPCI_BALANCE_KINDS                          (0 CRPCI_BALANCE_MAP(CRPCI_BALANCE_ONE))
 
 /* A provider in a balancer's list, owned by the caller. All zero but for address and weight when it
  * is first put into a list; it may leave the list and come back. In one balancer at a time. */
@@ -7252,11 +7254,9 @@ typedef struct crpci_balance_item {
     int64_t latency_us; /* the time at which `latency` held */
 } crpci_balance_item;
 
-typedef struct crpci_balance_ops crpci_balance_ops;
-
 typedef struct crpci_balance {
-    const crpci_balance_ops *ops;
-    uint8_t needs;   /* as in ops */
+    uint8_t kind;    /* crpc_balancer */
+    uint8_t needs;   /* CRPCI_BALANCE_*, as in the map */
     bool started;    /* the first pick has set `salt` by its random number */
     uint32_t salt;   /* clients with one list begin at different places of it */
     uint32_t next;   /* round robin: index of the next pick */
@@ -7914,33 +7914,20 @@ CRPCI_FN int crpci_balance_pick_two(crpci_balance *b, crpci_balance_query *q)
 
 /* --- the balancer as a whole ------------------------------------------------------------------ */
 
-struct crpci_balance_ops {
-    int (*pick)(crpci_balance *b, crpci_balance_query *q); /* -1: none that can be used */
-    void (*measure)(crpci_balance *b, crpci_balance_item *item, bool ok, int64_t latency_us,
-                    int64_t now_us); /* NULL: calls teach nothing */
-    uint8_t needs;
-};
-
 /* CRPC_EUNSUPPORTED: not compiled in. CRPC_EINVAL: no balancer has that number. */
 CRPCI_COLD int crpci_balance_open(crpci_balance *b, crpc_balancer which)
 {
-#if CRPC_ENABLE_POLICY
-#define CRPCI_BALANCE_OPS(word, pick, measure, needs) {pick, measure, needs},
-    static const crpci_balance_ops all[] = {CRPCI_BALANCE_MAP(CRPCI_BALANCE_OPS)};
-#undef CRPCI_BALANCE_OPS
+#define CRPCI_BALANCE_NEEDS(which, word, pick, needs) needs,
+    static const uint8_t needs[] = {CRPCI_BALANCE_MAP(CRPCI_BALANCE_NEEDS)};
+#undef CRPCI_BALANCE_NEEDS
     int64_t number = (int64_t)which; /* C++ takes an enum's range for granted */
     if (number < 1 || number > CRPCI_BALANCE_KINDS)
         return CRPC_EINVAL;
-    memset(b, 0, sizeof *b);
-    b->ops = &all[number - 1];
-#else
-    static const crpci_balance_ops turns = {crpci_balance_pick_turn, NULL, CRPCI_BALANCE_TURNS};
-    if (which != CRPC_BALANCER_WEIGHTED_ROUND_ROBIN)
+    if (!CRPC_ENABLE_POLICY && which != CRPC_BALANCER_WEIGHTED_ROUND_ROBIN)
         return CRPC_EUNSUPPORTED;
     memset(b, 0, sizeof *b);
-    b->ops = &turns;
-#endif
-    b->needs = b->ops->needs;
+    b->kind = (uint8_t)number;
+    b->needs = needs[number - 1];
     return CRPC_OK;
 }
 
@@ -7984,7 +7971,22 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
     q.now_us = now_us;
     q.usable = usable;
     q.user = user;
-    i = b->items ? b->ops->pick(b, &q) : crpci_balance_pick_random(b, &q);
+    if (!b->items) {
+        i = crpci_balance_pick_random(b, &q);
+    } else if (crpci_balance_turns(b)) { /* not in the switch: called once, it is inlined */
+        i = crpci_balance_pick_turn(b, &q);
+    } else {
+        switch (b->kind) {
+#define CRPCI_BALANCE_PICK(which, word, pick, needs)                                               \
+    case which:                                                                                    \
+        i = (needs) & CRPCI_BALANCE_TURNS ? -1 : pick(b, &q);                                      \
+        break;
+            CRPCI_BALANCE_MAP(CRPCI_BALANCE_PICK)
+#undef CRPCI_BALANCE_PICK
+        default:
+            i = -1;
+        }
+    }
     return i >= 0 ? i : crpci_balance_scan(b, &q, false, true);
 }
 
@@ -8010,8 +8012,8 @@ CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item,
 {
     if (item->active)
         item->active--;
-    if (CRPC_ENABLE_POLICY && b->ops->measure && latency_us >= 0)
-        b->ops->measure(b, item, ok, latency_us, now_us);
+    if (crpci_balance_need(b, CRPCI_BALANCE_LATENCY) && latency_us >= 0)
+        crpci_balance_measure(b, item, ok, latency_us, now_us);
     else if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, item) && item->at)
         crpci_balance_sift(b, item->at - 1);
 }

@@ -138,7 +138,9 @@ static void a_provider_that_was_tried_is_not_picked_again(void **state)
     t.call.tried.last[1] = t.order[0];
     t.call.tried.last[2] = t.order[1];
     t.call.tried.attempts = 3;
+    crpci_loop_lock(t.channel->loop);
     assert_null(crpci_attempt_pick(&t.call));
+    crpci_loop_unlock(t.channel->loop);
     turns_close(&t);
 }
 
