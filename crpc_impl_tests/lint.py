@@ -313,8 +313,8 @@ def symbols(tree):
 def macros(tree):
     """Only macros with the prefix are left in the file that includes crpc.h."""
     for define, prefix, foreign in [("", ("CRPC_",), set()),
-                                    ("#define CRPC_IMPLEMENTATION\n", ("CRPC_", "CRPCI_"),
-                                     FOREIGN_MACROS)]:
+                                    ("#define CRPC_IMPLEMENTATION\n", ("CRPC_", "CRPCI_", "crpci_"),
+                                     FOREIGN_MACROS)]:      # crpci_: it stands for a function
         path = os.path.join(tree.build, "macros.c")
         with open(path, "w") as f:
             f.write(define + '#include "crpc.h"\n')
