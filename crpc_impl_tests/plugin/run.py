@@ -170,7 +170,7 @@ class Generate(Case):
     def test_toggles_remove_code(self):
         self.generate(self.USER)
         self.assertEqual(self.symbols(['-DCRPC_ENABLE_CLIENT=0', '-DCRPC_ENABLE_SERVER=0']), {
-            'R demo_UserService', 'R demo_Empty', 'r demo_UserService_methods',
+            'R demo_UserService', 'R demo_Empty', 'R demo_UserService_methods',
             'U demo_LoginRequest_msg', 'U demo_LoginResponse_msg',
             'U demo_LoginResponse_Session_msg', 'U common_Account_msg', 'U common_Money_msg',
             'U common_very_deep_DetailedAnswer_msg', 'U google_protobuf_Empty_msg'})
