@@ -114,7 +114,7 @@ class Footprint:
         with open(os.path.join(ROOT, "crpc.h")) as f:
             self.header = f.read().split("\n")
         self.banners = [(number + 1, found.group(1)) for number, found in enumerate(
-            re.match(r"/\* >>impl-(\w+) ", line) for line in self.header) if found]
+            re.match(r"/\* >>impl-([\w-]+)", line) for line in self.header) if found]
         self.columns = {}       # features: {section: bytes}, of armv7
         self.without = {}       # toggle: bytes of everything but it, of armv7
         self.largest = {}       # figure: what is behind it
