@@ -1580,203 +1580,254 @@ CRPC_API CRPC_MUST_CHECK int crpc_channel_notify(crpc_channel *channel, const cr
 /* >>api-server   the server: services, requests, replies                   */
 /* ======================================================================== */
 
+/* Serves the methods of one or more services. */
 typedef struct crpc_server crpc_server;
 
-/* Sees every request of a server before its handler. Either function may be NULL. */
+/* Sees every request of a server before its handler. Either function may be NULL. Several threads
+ * may run them at once if the server has io_threads or workers. */
 typedef struct crpc_server_interceptor {
-    /* On the handler's thread, first to last, before the request is decoded. Other than 0 ends the
-     * request with that status, as if a handler had returned it. */
+    /* Runs on the handler's thread, in the order of the array, before the request is decoded. A
+     * result other than CRPC_OK ends the request with that status, as if the handler had returned
+     * it. */
     int (*before)(void *user, crpc_context *context);
-    /* When the reply is ready, last to first, on the thread that finished it. */
+    /* Runs when the reply is ready, in the opposite order, on the thread that finished it. */
     void (*after)(void *user, crpc_context *context, int status);
-    void *user;
+    void *user; /* first argument of both */
 } crpc_server_interceptor;
 
-/* What a method may take of a server; the first entry that matches it counts. Requests beyond it
- * are answered with CRPC_ELIMIT, undecoded. The server must offer what an entry names. */
+/* Limits one method or the methods of a service. The first entry that matches a method counts.
+ * Requests beyond a limit are answered with CRPC_ELIMIT before they are decoded. An entry that
+ * matches no method of the server makes crpc_server_start fail. */
 typedef struct crpc_method_limit {
-    const crpc_service *service; /* each method of it gets a limit of its own. NULL: any service */
-    const crpc_method *method;   /* this one alone. NULL: those of `service` */
+    const crpc_service *service; /* each of its methods gets its own limit. NULL: any service */
+    const crpc_method *method;   /* this method alone. NULL: all methods of `service` */
     int max_concurrency; /* requests in service at a time. 0: no limit. -1: no limit */
-    int adaptive;        /* 1: as many as it can serve without queueing, which is measured as brpc
-                            does ("auto"), beginning with 40, never under `workers`. 0: not */
+    int adaptive;        /* 1: as many requests at a time as the method can serve without queueing,
+                            measured as brpc's "auto" limiter does, starting with 40, never below
+                            `workers`. 0: no such limit. -1: no such limit */
     int rate;            /* requests a second. 0: no limit. -1: no limit */
     int burst;           /* requests at once after a pause. 0: as rate. -1: as rate */
 } crpc_method_limit;
 
+/* Options of a server. Texts are copied; what is borrowed is marked. */
 typedef struct crpc_server_options {
-    const char *listen; /* tcp://host:port (0: any), unix:///path or, for an abstract socket,
-                         * unix://@name. NULL: crpc_server_listen */
-    const char *registry; /* zookeeper://host:port,...[/root] to register in; without a root in
-                             /dubbo. Or multicast://224.5.6.7:port[?interface=eth0].
-                             Another URL is an error of crpc_server_open. NULL: nowhere */
-    const char *advertise; /* host[:port] to register, resolved when starting. NULL: the address of
-                              this host that reaches the registry, unless a listener has its own */
+    const char *listen; /* tcp://host:port (port 0: any free one), unix:///path, or unix://@name for
+                           an abstract socket. NULL: crpc_server_listen says where */
+    const char *registry; /* zookeeper://host:port,...[/root], without a root in /dubbo, or
+                             multicast://224.5.6.7:port[?interface=eth0]. crpc_server_open refuses
+                             any other URL. NULL: the server registers nowhere */
+    const char *advertise; /* host[:port] to register, resolved when the server starts. NULL: the
+                              listener's address; if that is 0.0.0.0, the local address from which
+                              the registry is reached */
     crpc_directory_options directory; /* how services are registered */
-    int weight; /* registered, up to 1000000: the share of calls. 0: 100. -1: 0, which is none as
-                   long as there is another provider */
-    int warmup_ms; /* registered: how long consumers raise the weight, from 1 to all of it. 0: none.
-                      -1: none */
+    int weight; /* registered: the share of calls beside other providers' weights, at most 1000000.
+                   0: 100. -1: weight 0, which gets calls only if there is no other provider */
+    int warmup_ms; /* registered: how long consumers raise the weight from 1 to its full value. 0:
+                      no warm-up. -1: no warm-up */
     crpc_loop *loop;         /* must outlive the server. NULL: a private loop */
-    crpc_loop_options loops; /* of the private loop and of the I/O threads. 0: defaults */
-    int io_threads;      /* loops, a thread each, for connections. 0: all on one loop. -1: as 0 */
-    int workers;         /* threads that run handlers. 0: they run on the I/O thread. -1: as 0 */
-    int worker_queue;    /* requests waiting for one, beyond it ELIMIT. 0: 1024. -1: no limit */
-    int worker_stack;    /* bytes. 0: 256 KiB. -1: the system's */
-    /* Requests of the same key run one after another, in the order they came: the next begins when
-     * the reply of the one before is ready, on whatever thread. The key is the user_fields entry
-     * "crpc-key" of the request. 0: others run as they come. 1: those without a key run in the
-     * order of their connection. -1: keys are ignored. At most worker_queue wait for their turn. */
+    crpc_loop_options loops; /* options of the private loop and of the I/O threads' loops */
+    int io_threads;   /* threads with a loop each, which share the connections. 0: the server's loop
+                         has all connections. -1: as 0 */
+    int workers;      /* threads that run handlers. 0: handlers run on the thread of their
+                         connection. -1: as 0 */
+    int worker_queue; /* requests that may wait for a worker; beyond it CRPC_ELIMIT. 0: 1024. -1: no
+                         limit */
+    int worker_stack; /* bytes. 0: 256 KiB. -1: the system's default */
+    /* Requests with the same key run one after another in the order in which they came: the next
+     * begins when the reply to the one before is ready, whichever thread made it. The key is the
+     * request's user_fields entry "crpc-key". At most worker_queue requests wait for their turn.
+     * 0: requests without a key run as they come. 1: requests without a key run in the order of
+     * their connection. -1: keys are ignored */
     int ordered;
     int max_concurrency; /* requests in service at a time, deferred and waiting ones included;
-                            beyond it ELIMIT. 0: 8192 for each I/O thread. -1: no limit */
-    int max_connections; /* beyond it new ones are closed. 0: 1024. -1: no limit */
+                            beyond it CRPC_ELIMIT. 0: 8192 for each I/O thread. -1: no limit */
+    int max_connections; /* further ones are closed at once. 0: 1024. -1: no limit */
     crpc_limits limits;  /* max_body: of a request; max_queued: of unsent replies */
-    int64_t max_skip;    /* an oversize request up to here is answered. 0: 256 MiB. -1: none */
+    int64_t max_skip;    /* a request over max_body, but not over this, is skipped and answered with
+                            CRPC_EREQUEST; beyond it the connection is closed. 0: 256 MiB. -1: every
+                            oversize request closes its connection */
     const crpc_method_limit *method_limits; /* borrowed until crpc_server_start has returned */
     size_t method_limit_count;
-    int rate_per_client;  /* requests a second of all connections from an IP address; those by unix
-                             sockets count as one's. 0: no limit. -1: no limit */
-    int burst_per_client; /* at once after a pause. 0: as rate_per_client. -1: as rate_per_client */
-    /* The replies to requests with a user_fields entry "crpc-rid", an id of up to 64 bytes that no
-     * other call to the method has, are kept. A request that comes again is not executed but gets
-     * the same reply, after interceptors have let it through. If all entries execute it is
-     * executed, and counted as unremembered. A reply that takes more than a quarter of replay_bytes
-     * is not kept, and repeated requests fail with EINTERNAL. */
-    int replay_entries;   /* requests to be remembered. 0: off. -1: off */
-    int replay_ms;        /* how long after their end. 0: 60000. -1: 0 */
-    int64_t replay_bytes; /* memory for them and their replies. 0: 4 MiB. -1: no limit */
-    int idle_timeout_ms; /* closes connections without a request for so long. 0: never. -1: never */
-    int frame_timeout_ms; /* a begun request must be complete in it. 0: 30000. -1: no limit */
-    int lame_ms;  /* how long stopping goes on serving after it has unregistered, for consumers that
-                     do not know yet. 0: 1000 with a registry, else none. -1: none */
-    int drain_ms; /* how long stopping then waits for requests being served. 0: 5000. -1: 0 */
+    int rate_per_client;  /* requests a second from one IP address, all its connections together;
+                             all unix sockets count as one address. 0: no limit. -1: no limit */
+    int burst_per_client; /* requests at once after a pause. 0: as rate_per_client. -1: as
+                             rate_per_client */
+    /* The server keeps its replies to requests that have an id: a user_fields entry "crpc-rid" of
+     * at most 64 bytes, which no other call to the method has. A request that comes again gets the
+     * kept reply, after the interceptors have let it through, and is not executed. If all entries
+     * belong to requests in service, a new request is executed without an entry, and counted as
+     * unremembered. A reply larger than a quarter of replay_bytes is not kept: its request fails
+     * with CRPC_EINTERNAL when it comes again. */
+    int replay_entries;   /* requests to remember. 0: none. -1: none */
+    int replay_ms;        /* how long after its end a request is remembered. 0: 60000. -1: 0 */
+    int64_t replay_bytes; /* memory for the entries and their replies. 0: 4 MiB. -1: no limit */
+    int idle_timeout_ms;  /* a connection without a request for so long is closed. 0: never. -1:
+                             never */
+    int frame_timeout_ms; /* a request that has begun to arrive must be complete in this time. 0:
+                             30000. -1: no limit */
+    int lame_ms;  /* how long a stopping server goes on serving after it has unregistered, because
+                     consumers learn of it a little later. 0: 1000 with a registry, else none. -1:
+                     not at all */
+    int drain_ms; /* how long a stopping server then waits for requests in service. 0: 5000. -1: not
+                     at all */
     const crpc_server_interceptor *interceptors; /* borrowed until the server is closed and its last
-                                                    deferred request finished */
+                                                    deferred request is finished */
     size_t interceptor_count;
 } crpc_server_options;
 
 #if CRPC_ENABLE_SERVER
 
-/* Reads options from configuration lines, as crpc_channel_options_parse does: the keys are those of
- * crpc_server_options and its `loops`. The text must stay until the server is open. Any thread. */
+/* Reads options from configuration lines, as crpc_channel_options_parse does. The keys are those of
+ * crpc_server_options and its `loops`. `text` must stay until the server is open. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_options_parse(char *text, crpc_server_options *options,
                                                        crpc_error *error);
 
-/* Makes a server and binds options->listen. NULL options mean the defaults. `error` (may be NULL)
- * tells in words. CRPC_EADDRESS: the address is taken or not this machine's. */
+/* Makes a server, and binds options->listen if it is set; the caller owns the server. NULL options
+ * mean the defaults. `error` (may be NULL) says what failed. CRPC_EINVAL: an option or a URL is
+ * malformed or out of range. CRPC_EUNSUPPORTED: an option or the registry's scheme is not compiled
+ * in. CRPC_ENOMEM; the errors of crpc_loop_open and of crpc_server_listen. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_open(crpc_server **server,
                                               const crpc_server_options *options,
                                               crpc_error *error);
 
-/* Offers a service. `handlers` is what the table's serve functions expect (generated: a struct of
- * function pointers); it and `user` must outlive the server. Before the server starts. CRPC_EBUSY:
- * a service of that name, or that short name, is there already. */
+/* Offers a service. `handlers` is what the table's serve functions expect: generated code has a
+ * struct of function pointers. `service`, `handlers` and `user` must outlive the server.
+ * CRPC_EBUSY: the server has started, or offers a service with the same short name already.
+ * CRPC_EINVAL: `service` has no name. CRPC_ENOMEM. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_add(crpc_server *server, const crpc_service *service,
                                              const void *handlers, void *user);
 
-/* Binds a further address. Before the server starts. */
+/* Binds a further address; URLs as in options->listen. `error` (may be NULL) says what failed.
+ * CRPC_EBUSY: the server has started. CRPC_EINVAL: the URL is malformed. CRPC_ERESOLVE: no address
+ * for the host name. CRPC_EADDRESS: the address is in use, is none of this machine's, or needs a
+ * permission or a directory that is missing. CRPC_ESYSTEM: another system call failed.
+ * CRPC_ENOMEM. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_listen(crpc_server *server, const char *url,
                                                 crpc_error *error);
 
-/* Takes over a bound and listening socket, as from a service manager. Closed with the server. */
+/* Takes over a bound and listening socket, as from a service manager. On CRPC_OK the server owns it
+ * and closes it with itself; on an error the caller still does. CRPC_EINVAL: the descriptor is not
+ * a listening socket. CRPC_EBUSY: the server has started. CRPC_ENOMEM. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_listen_fd(crpc_server *server, int fd);
 
-/* The address of listener `index` with its real port, as URL text. CRPC_ENOTFOUND past the last.
- * CRPC_EINVAL: it does not fit; CRPC_ADDRESS_MAX + 8 bytes are always enough. */
+/* Writes the address of listener `index`, counted from 0, as a URL with its real port.
+ * CRPC_ENOTFOUND: there are fewer listeners. CRPC_EINVAL: it does not fit into `size` bytes;
+ * CRPC_ADDRESS_MAX + 8 are always enough. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_address(crpc_server *server, size_t index, char *url,
                                                  size_t size);
 
-/* Begins to serve: accepts connections, starts io_threads and workers, registers the services. The
- * server's loop, which accepts, must be driven by the caller, also where there are io_threads:
- * crpc_server_run or crpc_loop_start(crpc_server_loop(server)) does. One that failed to start is to
- * be closed. */
+/* Begins to serve: starts io_threads and workers, accepts connections, and registers the services,
+ * for which it waits up to directory.timeout_ms, unless a callback of the loop calls it. Returns
+ * while the server serves. The caller must drive the server's loop, which accepts connections even
+ * if there are io_threads: by crpc_server_run or by crpc_loop_start(crpc_server_loop(server)).
+ *
+ * `error` (may be NULL) says what failed; a server that failed to start can only be closed.
+ * CRPC_EBUSY: it was started before. CRPC_EINVAL: no listener, or method_limits name a method that
+ * it does not offer. CRPC_EREGISTRY: the registry did not answer in time, and must_connect is 1.
+ * CRPC_ERESOLVE, CRPC_EADDRESS: advertise, or the registry's host, is of no use. CRPC_ESYSTEM: a
+ * thread or a socket could not be made. CRPC_EUNSUPPORTED: threads are not compiled in.
+ * CRPC_ENOMEM. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_start(crpc_server *server, crpc_error *error);
 
-/* crpc_server_start if need be, then drives the server's loop until crpc_server_stop has taken
- * effect or crpc_loop_stop was called on the loop; a stopped server is drained before this
- * returns. */
+/* Starts the server unless it has started, then drives its loop on this thread until
+ * crpc_server_stop has taken effect, or crpc_loop_stop was called on the loop. Either way the
+ * server is stopped and drained before this returns. Errors as crpc_server_start, which are also
+ * logged, and as crpc_loop_run. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_run(crpc_server *server);
 
-/* Begins to stop: unregisters and goes on serving for lame_ms; then closes the listeners, answers
- * new requests with CRPC_ELOGOFF and lets running ones finish for drain_ms; then closes
- * connections. Returns at once; called again it does nothing. Any thread; from a signal handler
- * call crpc_loop_stop instead. */
+/* Begins to stop, and returns at once. The server unregisters and serves on for lame_ms; then it
+ * closes its listeners, answers new requests with CRPC_ELOGOFF, and waits up to drain_ms for
+ * requests in service; then it closes its connections. A second call does nothing. Any thread, any
+ * callback; a signal handler calls crpc_loop_stop instead. */
 CRPC_API void crpc_server_stop(crpc_server *server);
 
-/* Stops, waiting lame_ms and at most drain_ms for replies, then for handlers on workers and I/O
- * threads to return, and frees. Requests finished later find their peer gone. In a handler or a
- * callback it does not wait: the server stops, and is freed by its loop when it has; the program
- * lets go of it at once, also of one that crpc_server_run runs. NULL is ignored. */
+/* Stops the server as crpc_server_stop does, waits for that and for handlers on workers and I/O
+ * threads to return, and frees the server. A request that is finished later gets CRPC_EGONE.
+ *
+ * In a handler or a callback of the server it does not wait: the server stops, and its loop frees
+ * it afterwards. The program must not use it any more in either case, even if crpc_server_run still
+ * runs it. NULL is ignored. */
 CRPC_API void crpc_server_close(crpc_server *server);
 
-/* The loop that accepts connections. */
+/* The loop that accepts connections. The server owns it if it is private. Any thread. */
 CRPC_API crpc_loop *crpc_server_loop(crpc_server *server);
 
-/* Counters of the server's loops, added up. `poller` is that of the accepting loop. */
+/* Copies the counters of the server's loops, added up. `poller` is that of the accepting loop. Any
+ * thread. */
 CRPC_API void crpc_server_stats_get(crpc_server *server, crpc_loop_stats *stats);
 
 /* --- inside a handler -------------------------------------------------------------------------
- * A handler gets its context, the decoded request and a zeroed response. It returns
- *   CRPC_OK       the response is sent,
- *   CRPC_EPENDING it keeps the context and calls crpc_context_finish later, from any thread,
- *   crpc_context_fail(...)  an error of its own,
- *   any other crpc_status   that status is sent; any other number, -1 or 42, as CRPC_EINTERNAL.
- * Request, attachment and fields stay valid until the reply is finished. */
+ * A handler gets its context, the decoded request and a zeroed response. It returns one of
+ *   CRPC_OK                 the response is sent
+ *   CRPC_EPENDING           the handler keeps the context, and the program calls
+ *                           crpc_context_finish later, from any thread
+ *   crpc_context_fail(...)  an error code of the application is sent
+ *   another crpc_status     that status is sent; a number that is no crpc_status, such as -1 or 42,
+ *                           is sent as CRPC_EINTERNAL
+ * The request, its attachment and its fields stay valid until the reply is finished. One thread at
+ * a time may use a context. */
 
-/* Ends the request with the application's own error code: any int but 0, 1-199 and 1000-3999, which
- * belong to the system and to RPC frameworks. Returns what the handler is to return. With a
- * forbidden code the caller gets CRPC_EINTERNAL and a text that says so. */
+/* Sets an error code of the application and its text, as printf does; the handler returns the
+ * result. The code is any int except 0-199 and 1000-3999, which belong to the system and to RPC
+ * frameworks; for one of those the caller gets CRPC_EINTERNAL and a text that says so. Texts are
+ * cut to CRPC_ERROR_TEXT_MAX. */
 CRPC_API int crpc_context_fail(crpc_context *context, int app_code, const char *format, ...)
     CRPC_PRINTF(3, 4);
 
-/* Adds words to a status: `return crpc_context_error(ctx, CRPC_EAUTH, "token expired");` */
+/* Sets the text of a crpc_status, as printf does, and returns the status: `return
+ * crpc_context_error(context, CRPC_EAUTH, "token expired");` */
 CRPC_API int crpc_context_error(crpc_context *context, int status, const char *format, ...)
     CRPC_PRINTF(3, 4);
 
-/* Finishes a request whose handler returned CRPC_EPENDING; the context is gone afterwards. `status`
- * as a handler would return it. CRPC_EGONE: the connection is broken or closed, nothing is sent;
- * CRPC_OK otherwise. A peer that only ended its side in order still gets its reply, and its
- * connection stays until then. Any thread; may even run before the handler has returned. */
+/* Finishes a request whose handler has returned CRPC_EPENDING, or is about to. `status` is as a
+ * handler would return it; CRPC_EPENDING counts as CRPC_EINTERNAL. The context is gone afterwards.
+ * CRPC_OK: the reply is queued. CRPC_EGONE: the connection is closed or the server has stopped, and
+ * nothing is sent. A peer that has shut down only its sending side still gets its reply. Any
+ * thread. */
 CRPC_API int crpc_context_finish(crpc_context *context, int status);
 
-/* The response struct, for deferred replies. */
+/* The response struct, for handlers that return CRPC_EPENDING. */
 CRPC_API void *crpc_context_response(crpc_context *context);
 
-/* Zeroed memory that lives until the reply is finished, for what response views point to. NULL: out
- * of memory. Not for two threads at once. */
+/* Zeroed memory that lives until the reply is finished, for what views of the response point to.
+ * NULL: out of memory. Two threads must not call it for one context at once. */
 CRPC_API void *crpc_context_alloc(crpc_context *context, size_t size);
 
-/* The user pointer given to crpc_server_add. */
+/* The `user` that was given to crpc_server_add. */
 CRPC_API void *crpc_context_user(const crpc_context *context);
 
-/* The method being served. */
+/* The method that is called. */
 CRPC_API const crpc_method *crpc_context_method(const crpc_context *context);
 
-/* Bytes that came behind the request. */
+/* The raw bytes behind the request; unset if there are none. */
 CRPC_API crpc_view crpc_context_attachment(const crpc_context *context);
 
-/* Bytes to send behind the reply: copied, unless they are (part of) the request's attachment.
- * Nothing is sent with an error. CRPC_ENOMEM or CRPC_EINVAL (over 2 GiB). */
+/* Sets the raw bytes to send behind the reply; a second call replaces the first. They are copied,
+ * unless they are the request's attachment or a part of it. Nothing is sent with an error.
+ * CRPC_EINVAL: over 2 GiB. CRPC_ENOMEM. */
 CRPC_API CRPC_MUST_CHECK int crpc_context_set_attachment(crpc_context *context, crpc_view bytes);
 
-/* A user_fields entry of the request; false if there is none. */
+/* Finds a user_fields entry of the request and writes its value, which is valid until the reply is
+ * finished. False: there is no such entry. */
 CRPC_API bool crpc_context_field(const crpc_context *context, const char *key, crpc_view *value);
 
-/* Adds a user_fields entry to the reply. */
+/* Adds a user_fields entry to the reply; copies both texts. CRPC_EINVAL: one is NULL.
+ * CRPC_ENOMEM. */
 CRPC_API CRPC_MUST_CHECK int crpc_context_add_field(crpc_context *context, const char *key,
                                                     const char *value);
 
-/* The request's authentication_data; unset if there is none. */
+/* The request's authentication_data, which crpc does not check; unset if there is none. */
 CRPC_API crpc_view crpc_context_credential(const crpc_context *context);
 
-/* The caller's log_id, 0 if none. */
+/* The log_id that the caller sent; 0 if it sent none. */
 CRPC_API int64_t crpc_context_log_id(const crpc_context *context);
 
-/* Microseconds until the caller gives up; INT64_MAX if it did not say. */
+/* Microseconds until the caller's deadline, negative after it; INT64_MAX if the caller sent
+ * none. */
 CRPC_API int64_t crpc_context_remaining_us(const crpc_context *context);
 
-/* The peer's address as text, valid as long as the context. */
+/* The peer's address as text, valid until the reply is finished; "" if the connection is closed or
+ * out of memory. */
 CRPC_API const char *crpc_context_peer(crpc_context *context);
 
 #endif /* CRPC_ENABLE_SERVER */
@@ -1785,43 +1836,47 @@ CRPC_API const char *crpc_context_peer(crpc_context *context);
 /* >>api-coordination   nodes, configuration, locks and elections in ZooKeeper */
 /* ======================================================================== */
 
-/* What the fleet agrees on, kept in ZooKeeper (manual, COORDINATION). Paths are below the root that
- * the registry's URL names; a slash in front changes nothing, and "" is the root itself. */
+/* A session with ZooKeeper, for what a fleet has to agree on (manual, COORDINATION). Paths are
+ * below the root that the registry's URL names. A leading slash changes nothing, and "" is the root
+ * itself. */
 typedef struct crpc_registry crpc_registry;
 
-/* How much of the registry is left. */
+/* The state of a registry's session. */
 typedef enum crpc_registry_state {
-    CRPC_REGISTRY_CONNECTING = 0, /* no session yet, or not again */
+    CRPC_REGISTRY_CONNECTING = 0, /* there is no session yet, or a new one is being made */
     CRPC_REGISTRY_CONNECTED = 1,
-    CRPC_REGISTRY_SUSPENDED = 2, /* the connection is lost; the session may be alive */
-    CRPC_REGISTRY_LOST = 3       /* the session is over, and with it its ephemeral nodes */
+    CRPC_REGISTRY_SUSPENDED = 2, /* the connection is lost; the session may still be alive */
+    CRPC_REGISTRY_LOST = 3       /* the session is over, and its ephemeral nodes with it */
 } crpc_registry_state;
 
-/* Tells of a new state, on the thread that drives the loop; of several in a row perhaps only the
- * last. `session` is the number of the session that is or was: with another one than before,
- * ephemeral nodes have to be made again. */
+/* Tells a new state, on the thread that drives the loop. Of several changes in a row perhaps only
+ * the last is told. `session` is the number of the present or last session. When it differs from
+ * the one before, ephemeral nodes have to be created again. */
 typedef void (*crpc_registry_state_fn)(void *user, crpc_registry_state state, int64_t session);
 
+/* Options of a registry. Texts are copied. */
 typedef struct crpc_registry_options {
-    crpc_loop_options private_loop; /* of the private loop. 0: defaults */
-    const char *credential;         /* ZooKeeper digest "user:password". NULL: none */
-    crpc_registry_state_fn on_state; /* NULL: none */
+    crpc_loop_options private_loop;  /* options of the private loop */
+    const char *credential;          /* ZooKeeper digest "user:password". NULL: none */
+    crpc_registry_state_fn on_state; /* told of every new state. NULL: none */
     void *user;                      /* its first argument */
-    int session_timeout_ms;  /* silence after which the server ends the session. 0: 15000. -1: as
-                                0 */
+    int session_timeout_ms;  /* silence until ZooKeeper ends the session. 0: 15000. -1: as 0 */
     int registry_timeout_ms; /* how long opening waits for the session. 0: 3000. -1: not at all */
-    int must_connect; /* 1: no session in time fails the opening. 0: goes on trying */
+    int must_connect; /* 1: opening fails if there is no session in time. 0: crpc goes on trying.
+                         -1: as 0 */
 } crpc_registry_options;
 
-#define CRPC_NODE_EPHEMERAL  1u /* goes with the session that made it */
-#define CRPC_NODE_SEQUENTIAL 2u /* a growing number of ten digits is put behind the name */
-#define CRPC_NODE_PARENTS    4u /* makes what is missing above it; not among several operations */
-#define CRPC_NODE_PRIVATE    8u /* for the credential's identity alone; else for everybody */
+/* Flags of a node to create, combined with |. */
+#define CRPC_NODE_EPHEMERAL  1u /* ZooKeeper deletes it when the session that created it is over */
+#define CRPC_NODE_SEQUENTIAL 2u /* ZooKeeper appends a growing number of ten digits to the name */
+#define CRPC_NODE_PARENTS    4u /* creates missing parents too; only for a single operation */
+#define CRPC_NODE_PRIVATE    8u /* only the credential's identity may use it; else everybody may */
 
-#define CRPC_NODE_BYTES_MAX 1000000 /* data of a node; of several operations together */
-#define CRPC_NODE_OPS_MAX 100       /* operations at once */
-#define CRPC_NODE_ANY (-1)          /* as a version: whichever it has */
+#define CRPC_NODE_BYTES_MAX 1000000 /* data of a node, and of one transaction together */
+#define CRPC_NODE_OPS_MAX 100       /* operations in one transaction */
+#define CRPC_NODE_ANY (-1)          /* as a version: any */
 
+/* What an operation does; see the functions that make one. */
 typedef enum crpc_node_verb {
     CRPC_NODE_CREATE = 1,
     CRPC_NODE_GET = 2,
@@ -1829,59 +1884,62 @@ typedef enum crpc_node_verb {
     CRPC_NODE_DELETE = 4,
     CRPC_NODE_EXISTS = 5,
     CRPC_NODE_CHILDREN = 6,
-    CRPC_NODE_CHECK = 7, /* only among several operations */
-    CRPC_NODE_FIRST = 8  /* the first in the queue of a lock or an election */
+    CRPC_NODE_CHECK = 7, /* only in a transaction */
+    CRPC_NODE_FIRST = 8  /* reads the first node in the queue of a lock or an election */
 } crpc_node_verb;
 
-/* One operation; made by the functions below. What it points at is copied when it is begun. */
+/* One operation on a node; crpc_node_create and the functions beside it make one. What it points to
+ * is copied when the operation begins. */
 typedef struct crpc_node_op {
     crpc_node_verb verb;
-    const char *path;
+    const char *path; /* below the registry's root */
     crpc_view data;
-    int32_t version; /* as ZooKeeper counts: 0: never written since it was made. -1: any */
+    int32_t version; /* the version that the node must have. 0: not written since it was created.
+                        -1: any */
     unsigned flags;  /* CRPC_NODE_* of a node to create */
 } crpc_node_op;
 
-/* What ZooKeeper knows of a node. */
+/* What ZooKeeper knows about a node. */
 typedef struct crpc_node_stat {
-    int64_t created;  /* the transaction that made it: the czxid */
-    int64_t modified; /* the one that wrote it last: the mzxid */
-    int32_t version;  /* how often it was written */
+    int64_t created;  /* transaction that created it (czxid) */
+    int64_t modified; /* transaction that wrote it last (mzxid) */
+    int32_t version;  /* how often it was written since */
     int32_t size;     /* bytes of data */
-    int32_t children;
+    int32_t children; /* how many nodes are below it */
     bool ephemeral;
-    bool mine; /* it is ephemeral and of the present session */
+    bool mine; /* it is ephemeral, and the present session created it */
 } crpc_node_stat;
 
-/* How one of several operations ended. */
+/* How one operation of a transaction ended. */
 typedef struct crpc_node_part {
-    int status;          /* CRPC_ECANCELED: another one failed, see crpc_node.failed */
+    int status;          /* CRPC_ECANCELED: another operation failed, see crpc_node.failed */
     const char *path;    /* as in crpc_node */
     crpc_node_stat stat; /* of a node that was written */
 } crpc_node_part;
 
-/* How operations ended. Filled by crpc_registry_call it is the caller's: zero-initialise it
- * (CRPC_INIT) before its first use and crpc_node_reset it after its last. */
+/* The result of operations. If crpc_registry_call fills it, the caller owns it: initialise it with
+ * CRPC_INIT before its first use, and call crpc_node_reset after its last. */
 typedef struct crpc_node {
-    /* code as returned; `sent` says whether the server can have done it; remote: the server said
-     * so, and app_code is its own number, such as -101; the text names operation and path. */
+    /* `code` is what was returned. `sent` says whether ZooKeeper can have executed the operations.
+     * `remote`: ZooKeeper reported the error, and app_code is its number, such as -101. The text
+     * names operation and path. */
     crpc_error error;
-    const char *path;            /* of the node, below the root; a created one's real name */
-    crpc_view data;              /* GET and FIRST: all of it; unset if it has none */
-    const char *const *children; /* CHILDREN: their names, in no order */
+    const char *path;            /* of the node, below the root; of a created node its real name */
+    crpc_view data;              /* GET and FIRST: all its data; unset if there is none */
+    const char *const *children; /* CHILDREN: the names below it, in no particular order */
     size_t child_count;
     crpc_node_stat stat;         /* GET, SET, EXISTS, FIRST */
-    const crpc_node_part *parts; /* of several operations, one each, if the server answered */
+    const crpc_node_part *parts; /* of a transaction: one for each operation, if it was answered */
     size_t part_count;
-    size_t failed; /* of several: which one failed */
+    size_t failed; /* of a transaction: index of the operation that failed */
     void *reserved[2];
 } crpc_node;
 
-/* The end of an operation, on the thread that drives the loop; `node` is valid in the callback
- * only. */
+/* Gets the result of operations on the thread that drives the loop. `node` is valid until it
+ * returns. */
 typedef void (*crpc_node_fn)(void *user, const crpc_node *node);
 
-/* An operation without data and flags; the functions below are easier to read. */
+/* An operation without data and flags. The functions below are easier to read. */
 static inline crpc_node_op crpc_node_op_of(crpc_node_verb verb, const char *path, int32_t version)
 {
     crpc_node_op op;
@@ -1893,7 +1951,8 @@ static inline crpc_node_op crpc_node_op_of(crpc_node_verb verb, const char *path
     return op;
 }
 
-/* Makes a node. CRPC_EEXISTS; CRPC_ENOTFOUND: its parent is missing. Unset data: none. */
+/* Creates a node with `data`, which may be unset, and CRPC_NODE_* flags. CRPC_EEXISTS: the node
+ * exists. CRPC_ENOTFOUND: its parent does not exist. */
 static inline crpc_node_op crpc_node_create(const char *path, crpc_view data, unsigned flags)
 {
     crpc_node_op op = crpc_node_op_of(CRPC_NODE_CREATE, path, CRPC_NODE_ANY);
@@ -1902,13 +1961,14 @@ static inline crpc_node_op crpc_node_create(const char *path, crpc_view data, un
     return op;
 }
 
-/* Reads a node. CRPC_ENOTFOUND. */
+/* Reads a node's data and stat. CRPC_ENOTFOUND: the node does not exist. */
 static inline crpc_node_op crpc_node_get(const char *path)
 {
     return crpc_node_op_of(CRPC_NODE_GET, path, CRPC_NODE_ANY);
 }
 
-/* Writes a node that exists. CRPC_ENOTFOUND; CRPC_EVERSION: it has another version. */
+/* Writes the data of an existing node, if it has this version or `version` is CRPC_NODE_ANY.
+ * CRPC_ENOTFOUND: the node does not exist. CRPC_EVERSION: it has another version. */
 static inline crpc_node_op crpc_node_set(const char *path, crpc_view data, int32_t version)
 {
     crpc_node_op op = crpc_node_op_of(CRPC_NODE_SET, path, version);
@@ -1916,148 +1976,185 @@ static inline crpc_node_op crpc_node_set(const char *path, crpc_view data, int32
     return op;
 }
 
-/* Removes a node without children. CRPC_ENOTFOUND, CRPC_EVERSION, CRPC_ENOTEMPTY. */
+/* Deletes a node, if it has this version or `version` is CRPC_NODE_ANY. CRPC_ENOTFOUND: the node
+ * does not exist. CRPC_EVERSION: it has another version. CRPC_ENOTEMPTY: it has children. */
 static inline crpc_node_op crpc_node_delete(const char *path, int32_t version)
 {
     return crpc_node_op_of(CRPC_NODE_DELETE, path, version);
 }
 
-/* Looks whether a node is there: CRPC_OK or CRPC_ENOTFOUND. */
+/* Reads a node's stat. CRPC_ENOTFOUND: the node does not exist. */
 static inline crpc_node_op crpc_node_exists(const char *path)
 {
     return crpc_node_op_of(CRPC_NODE_EXISTS, path, CRPC_NODE_ANY);
 }
 
-/* Lists the names below a node. CRPC_ENOTFOUND. */
+/* Lists the names of a node's children. CRPC_ENOTFOUND: the node does not exist. */
 static inline crpc_node_op crpc_node_children(const char *path)
 {
     return crpc_node_op_of(CRPC_NODE_CHILDREN, path, CRPC_NODE_ANY);
 }
 
-/* Among several operations: fails all of them unless the node is there, with this version. */
+/* In a transaction: all its operations fail unless the node exists (CRPC_ENOTFOUND) with this
+ * version (CRPC_EVERSION). */
 static inline crpc_node_op crpc_node_check(const char *path, int32_t version)
 {
     return crpc_node_op_of(CRPC_NODE_CHECK, path, version);
 }
 
-/* Who leads the election at a path, or has the lock: data is what it said of itself, stat.created
- * its token. CRPC_ENOTFOUND: nobody. */
+/* Reads who leads the election at a path, or holds the lock: data is the `who` that it gave,
+ * stat.created its token. CRPC_ENOTFOUND: nobody. */
 static inline crpc_node_op crpc_node_first(const char *path)
 {
     return crpc_node_op_of(CRPC_NODE_FIRST, path, CRPC_NODE_ANY);
 }
 
-/* The value of a watched node: now, and after each change; of several in a row perhaps only the
- * last. exists false: it is not there, or not any more. Valid in the callback only. */
+/* Tells the value of a watched node when watching begins and after each change, on the thread that
+ * drives the loop. Of several changes in a row perhaps only the last is told. `exists` false: there
+ * is no such node, and `value` is unset. `value` is valid until the function returns. */
 typedef void (*crpc_config_fn)(void *user, crpc_view value, int32_t version, bool exists);
 
+/* A member of the queue for one lock. */
 typedef struct crpc_lock crpc_lock;
 
-/* CRPC_OK: the lock is held; `token` is larger than that of every earlier holder, to be given to
- * whatever the lock protects. CRPC_EGONE: it was held, and is not any more. Anything else: the
- * attempt has failed. On the thread that drives the loop. */
+/* Tells what became of a lock, on the thread that drives the loop. CRPC_OK: the lock is held, and
+ * `token` is larger than that of every earlier holder; give it to whatever the lock protects.
+ * CRPC_EGONE: the lock was held and is lost. Any other status: it was not acquired (see
+ * crpc_lock_acquire). */
 typedef void (*crpc_lock_fn)(void *user, int status, int64_t token);
 
+/* A candidate in one election. */
 typedef struct crpc_election crpc_election;
 
-/* This process begins (with its token, larger than those of earlier leaders) or ceases to lead. On
- * the thread that drives the loop. */
+/* Tells, on the thread that drives the loop, that this process begins to lead, with a `token`
+ * larger than those of all earlier leaders, or that it no longer leads. */
 typedef void (*crpc_election_fn)(void *user, bool leader, int64_t token);
 
 #if CRPC_ENABLE_ZOOKEEPER
 
-/* Opens zookeeper://host:port,...[/root]; without a root paths are ZooKeeper's own. The URL may end
- * in ?session_timeout_ms=N and the like, which override the options. The session is shared with
- * channels, servers and registries of the loop that name the same servers, credential and timeout.
- * With loop NULL it gets a private one, whose thread is started by the first thing that has a
- * callback; any other loop must outlive the registry, and is driven by the program or by waiting
- * calls. Resolves names, and waits up to registry_timeout_ms for the session. NULL options mean the
- * defaults; `error` (may be NULL) tells in words. CRPC_EREGISTRY: must_connect, and no session in
- * time. */
+/* Opens a session on zookeeper://host:port,...[/root]; the caller owns the registry. Without a
+ * root, paths are ZooKeeper's own. The URL may end in
+ * ?session_timeout_ms=N&registry_timeout_ms=N&must_connect=N, which override the options. NULL
+ * options mean the defaults. Host names are resolved here, on this thread, and the function waits
+ * up to registry_timeout_ms for the session. Registries, channels and servers of one loop share a
+ * session if they name the same servers, credential and timeout.
+ *
+ * With `loop` NULL the registry gets a private loop; the first thing with a callback starts its
+ * thread. Any other loop must outlive the registry, and the program drives it, or the threads that
+ * wait in crpc_registry_call do.
+ *
+ * `error` (may be NULL) says what failed. CRPC_EINVAL: the URL or an option is malformed or out of
+ * range, or the private loop needs a thread and forbid_threads is set. CRPC_EUNSUPPORTED: another
+ * scheme. CRPC_ERESOLVE: no address for any server. CRPC_EREGISTRY: no session in time, and
+ * must_connect is 1. CRPC_EDEADLK: called inside a callback of the loop, where it would have to
+ * wait. CRPC_ENOMEM, and the errors of crpc_loop_open. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_registry_open(crpc_registry **registry, crpc_loop *loop,
                                                 const char *url,
                                                 const crpc_registry_options *options,
                                                 crpc_error *error);
 
-/* Ends all that was begun through it: operations with CRPC_ECANCELED, their callbacks run later;
- * watches; locks are released and elections left, but their handles still have to be closed. If
- * nothing else shares the session it ends, and ephemeral nodes are gone. Can take 4.5 s if the
- * server is frozen. NULL is ignored. Any thread. */
+/* Ends everything that was begun through the registry: operations end with CRPC_ECANCELED, and
+ * their callbacks still run; watches end; locks are released and elections left, but their handles
+ * still have to be closed. If nothing else shares the session, it ends too, and its ephemeral nodes
+ * are deleted; this can take 4.5 s if the ZooKeeper server is frozen. Any thread, any callback.
+ * NULL is ignored. */
 CRPC_API void crpc_registry_close(crpc_registry *registry);
 
-/* The loop it works on. */
+/* The loop that the registry works on. The registry owns it if it is private. Any thread. */
 CRPC_API crpc_loop *crpc_registry_loop(crpc_registry *registry);
 
-/* The number of the present session; 0: there is no connection. Any thread. */
+/* The number of the present session; 0 while there is no connection. Any thread. */
 CRPC_API int64_t crpc_registry_session(crpc_registry *registry);
 
-/* Does one operation, or several as one transaction (CREATE, SET, DELETE and CHECK: all or none),
- * and waits for the end. `node` may be NULL. timeout_ms 0: 5000; -1: 24 hours. What is not sent
- * when the connection is lost waits for the next one, what only reads is asked again. CRPC_ECONN:
- * no connection in time (sent NO), or it was lost before the answer (MAYBE); CRPC_ETIMEDOUT: no
- * answer in time (MAYBE); CRPC_EDEADLK inside a callback of the loop; CRPC_EINVAL, with a text.
- * Drives the loop if nobody does, but runs no callbacks. Any thread. */
+/* Executes one operation, or several as one transaction (CREATE, SET, DELETE and CHECK: all or
+ * none), and waits for the result. `node` may be NULL. timeout_ms 0: 5000. -1: 24 hours. If the
+ * connection is lost, what is unsent waits for the next connection, and reads are sent again. If
+ * nobody drives the loop, this thread does, but runs no callbacks.
+ *
+ * CRPC_ECONN: no connection in time (sent NO), or it was lost before the answer (sent MAYBE).
+ * CRPC_ETIMEDOUT: no answer in time (sent MAYBE). CRPC_EAUTH: the node's access list forbids it.
+ * CRPC_EINVAL: a path, flag, version, size or combination is wrong. CRPC_EUNSUPPORTED: the server
+ * does not know the operation. CRPC_EDEADLK: called inside a callback of the loop. CRPC_ECANCELED:
+ * another thread closed the registry. CRPC_EINTERNAL: any other error of the server (see app_code).
+ * CRPC_ENOMEM, and the errors of the operations. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_registry_call(crpc_registry *registry, const crpc_node_op *ops,
                                                 size_t count, int timeout_ms, crpc_node *node);
 
-/* The same without waiting: fn(user, node) runs exactly once if CRPC_OK is returned, and never
- * otherwise. CRPC_ELIMIT: 1000 are under way. Operations that one thread begins are sent in their
- * order. */
+/* As crpc_registry_call, without waiting. If it returns CRPC_OK, fn(user, node) runs exactly once;
+ * otherwise never. Operations that one thread begins are sent in their order. CRPC_ELIMIT: 1000
+ * operations are in flight. CRPC_EINVAL: fn is NULL, an argument is wrong, or the private loop
+ * needs a thread and forbid_threads is set. CRPC_ESYSTEM: that thread could not be started.
+ * CRPC_ENOMEM. Any thread, any callback. */
 CRPC_API CRPC_MUST_CHECK int crpc_registry_call_async(crpc_registry *registry,
                                                       const crpc_node_op *ops, size_t count,
                                                       int timeout_ms, crpc_node_fn fn, void *user);
 
-/* Frees what crpc_registry_call put into a node; its views and texts become invalid. */
+/* Frees what crpc_registry_call put into a node; its views and texts become invalid. The struct can
+ * be used again. */
 CRPC_API void crpc_node_reset(crpc_node *node);
 
-/* Follows the value of a node, which need not exist. No change is lost by reconnecting or by a new
- * session; while there is no connection the last value stands. */
+/* Follows the value of a node, which need not exist. fn is told of every change that lasts, also
+ * across reconnections and new sessions; while there is no connection the last value stands.
+ * CRPC_EINVAL: fn is NULL, the path is malformed, or the private loop needs a thread and
+ * forbid_threads is set. CRPC_ESYSTEM: that thread could not be started. CRPC_ENOMEM. Any thread,
+ * any callback. */
 CRPC_API CRPC_MUST_CHECK int crpc_config_watch(crpc_registry *registry, const char *path,
                                                crpc_config_fn fn, void *user, crpc_id *id);
 
-/* Ends it; a stale id is ignored. From the loop's own callbacks: fn does not run again. From
- * another thread: it may be running. */
+/* Ends a watch. A stale id is ignored. After a call from one of the loop's callbacks fn does not
+ * run again; after a call from another thread fn may still be running. Any thread. */
 CRPC_API void crpc_config_unwatch(crpc_registry *registry, crpc_id id);
 
-/* Makes a handle for the lock at a path, whose node and parents are made when needed; does not
- * acquire it. `who` (may be NULL, copied) is put into its nodes for people to read. */
+/* Makes a handle for the lock at a path; the caller owns it. crpc creates the node and its parents
+ * when they are needed. It does not acquire the lock. `who` (may be NULL, copied) stands in the
+ * lock's nodes for people to read. Errors as crpc_config_watch; the root itself cannot be a lock.
+ * Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_lock_open(crpc_lock **lock, crpc_registry *registry,
                                             const char *path, const char *who, crpc_lock_fn fn,
                                             void *user);
 
-/* Joins the queue for the lock, which is first come, first served. fn tells the end: CRPC_OK,
- * CRPC_ETIMEDOUT (another has it), CRPC_ECONN (the registry was not reachable), CRPC_EAUTH,
- * CRPC_ECANCELED (released or closed meanwhile). timeout_ms 0: fails at once if it is not free; -1:
- * no limit. A new session means a new place in the queue. CRPC_EBUSY: it is held, or being
- * acquired, or the end of that was not told yet. Any thread. */
+/* Joins the queue for the lock, which is first come, first served. timeout_ms 0: fails as soon as
+ * ZooKeeper answers that another holds it. -1: no limit. A new session gets a new place, at the
+ * end.
+ *
+ * If this returns CRPC_OK, fn tells the end: CRPC_OK, CRPC_ETIMEDOUT (another holds it), CRPC_ECONN
+ * (ZooKeeper could not be reached), CRPC_EAUTH (the credential may not), CRPC_ECANCELED (released
+ * or closed meanwhile). CRPC_EBUSY: the lock is held or being acquired, or fn is still to be told
+ * of the last attempt. CRPC_ECANCELED: the registry is closed. Any thread, any callback. */
 CRPC_API CRPC_MUST_CHECK int crpc_lock_acquire(crpc_lock *lock, int timeout_ms);
 
-/* For how many microseconds the lock is certainly still this one's, going by the server's last
- * answer; 0: not. Work that takes longer needs the token. Renewed all the time while the server can
- * be reached. Any thread. */
+/* For how many microseconds the lock is certainly held, by ZooKeeper's last answer; 0: it is not
+ * held. crpc renews the lease as long as ZooKeeper answers. Work that may take longer needs the
+ * token. Any thread. */
 CRPC_API int64_t crpc_lock_lease_us(crpc_lock *lock);
 
-/* Gives up the lock, or the attempt, at once from this process's view; the node is removed as soon
- * as the server can be reached. Nothing if there is neither. Any thread. */
+/* Gives up the lock or the attempt. For this process that takes effect at once; the node in
+ * ZooKeeper is deleted as soon as ZooKeeper can be reached. Does nothing if there is neither. Any
+ * thread, any callback. */
 CRPC_API void crpc_lock_release(crpc_lock *lock);
 
-/* Releases the lock and frees the handle; fn as with crpc_config_unwatch. NULL is ignored. */
+/* Releases the lock and frees the handle. fn may still be running, as with crpc_config_unwatch. Any
+ * thread, any callback. NULL is ignored. */
 CRPC_API void crpc_lock_close(crpc_lock *lock);
 
-/* Becomes a candidate at a path, after those that are there already, until it is closed; also with
- * each new session. `who` (may be unset, copied) is what crpc_node_first tells others. */
+/* Makes this process a candidate in the election at a path, behind those that are there, until
+ * crpc_election_close; with each new session it joins again, at the end. The caller owns the
+ * handle. `who` (may be unset, copied) is what crpc_node_first tells others about it. Errors as
+ * crpc_lock_open; CRPC_EINVAL also if `who` is over CRPC_NODE_BYTES_MAX. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_election_open(crpc_election **election, crpc_registry *registry,
                                                 const char *path, crpc_view who,
                                                 crpc_election_fn fn, void *user);
 
-/* As crpc_lock_lease_us: how long this process certainly leads; 0: it does not. */
+/* For how many microseconds this process certainly leads, as crpc_lock_lease_us; 0: it does not
+ * lead. Any thread. */
 CRPC_API int64_t crpc_election_lease_us(crpc_election *election);
 
-/* Steps back behind all other candidates; with none it will lead again, with a new token. */
+/* Steps back behind all other candidates. Without others this process will lead again, with a new
+ * token. Any thread, any callback. */
 CRPC_API void crpc_election_resign(crpc_election *election);
 
-/* Leaves the election and frees the handle; fn as with crpc_config_unwatch, so it is not told of
- * this end. NULL is ignored. */
+/* Leaves the election and frees the handle. fn is not told, but may still be running, as with
+ * crpc_config_unwatch. Any thread, any callback. NULL is ignored. */
 CRPC_API void crpc_election_close(crpc_election *election);
 
 #endif /* CRPC_ENABLE_ZOOKEEPER */
