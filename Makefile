@@ -57,12 +57,12 @@ STEPS :=# one word for each step so far
 step = $(eval STEPS += x)echo "  $(if $(TOTAL),$(words $(STEPS)) of $(TOTAL)  )$(1)"
 
 .PHONY: help
-help: ## this list
+help: ## print this list
 	@awk -F' ## ' '/^[a-z-]+:.* ## / { sub(/:.*/, "", $$1); printf "make %-14s %s\n", $$1, $$2 }' \
 	  Makefile bench/bench.mk
 
 .PHONY: setup
-setup: ## install the Debian packages that all of this needs
+setup: ## install the Debian packages that these targets need
 	@$(T_DIR)/setup.sh all
 
 # --- generated code -----------------------------------------------------------------------
@@ -193,7 +193,7 @@ run_tests = CRPC_TEST_FILTER='$(FILTER)' $(T_DIR)/run_tests.py --build $(B) --lo
   --jobs $(J) $(addprefix --seed=,$(SEED)) $$([ ! -e $(B)/$@-unbuilt ] || echo --build-failed)
 
 .PHONY: test
-test: ## unit and system tests with ASan and UBSan; T="name ..." FILTER='*x*' SEED=n J=n narrow it
+test: ## run unit and system tests with ASan and UBSan; T="name ...", FILTER='*x*', SEED=n, J=n
 	@$(T_DIR)/setup.sh test
 	+@$(build_tests)
 	@$(run_tests) $(UNIT_BIN) $(SYSTEM_BIN) $(SCRIPTS)
@@ -202,18 +202,18 @@ test: ## unit and system tests with ASan and UBSan; T="name ..." FILTER='*x*' SE
 NO_ASLR = $(shell setarch -R true 2>/dev/null && echo 'setarch -R')
 
 .PHONY: test-tsan
-test-tsan: ## the threads' tests with TSan, and again with each of MUTANTS, which must fail
+test-tsan: ## run the threads' tests with TSan, then with one rule of crpc left out, which must fail
 	@$(T_DIR)/setup.sh tsan
 	+@$(build_tests)
 	@$(run_tests) --prefix='$(NO_ASLR)' $(TSAN_BIN) $(MUTANT_BIN)
 
 .PHONY: matrix
-matrix: ## compile and link crpc.h: compilers, standards, toggles, static mode, sizes
+matrix: ## compile and link crpc.h: compilers, standards, toggles, static mode; print sizes
 	@$(T_DIR)/setup.sh matrix
 	@$(T_DIR)/matrix.py --build $(B)/matrix --jobs $(JOBS)
 
 .PHONY: lint
-lint: ## the rules of the source: order, names, comments, data, samples; and that they can fail
+lint: ## check order, names, comments, data and samples, and that each check can fail
 	@$(T_DIR)/setup.sh lint
 	+@$(call SUB,-k generated) >/dev/null || true
 	@$(T_DIR)/lint.py --build $(B)/lint --include $(GEN)/tests \
@@ -223,7 +223,7 @@ lint: ## the rules of the source: order, names, comments, data, samples; and tha
 generated: $(TEST_GEN_H) $(foreach g,$(EXAMPLE_GEN),$(g).pb.h $(g).crpc.h)
 
 .PHONY: distros
-distros: ## demo and unit tests in bare Debians 12 and 13 and Ubuntu 24.04, as root; SUITES="trixie" narrows
+distros: ## run demo and unit tests in bare Debian 12 and 13 and Ubuntu 24.04 (as root); SUITES="trixie"
 	@$(T_DIR)/setup.sh distros
 	@JOBS=$(JOBS) $(T_DIR)/distros.sh $(SUITES)
 
@@ -257,18 +257,18 @@ $(foreach m,$(EXAMPLE_MAIN),$(eval $(call example_rule,$(call dir_of,$(m)),$(not
 build-examples: $(EXAMPLE_BIN)
 
 .PHONY: examples
-examples: ## build/examples/*: the programs of examples/, built as a user would
+examples: ## build the programs of examples/ as a user would: build/examples/*
 	@$(T_DIR)/setup.sh build
 	+@$(call SUB,build-examples)
 
 .PHONY: demo
-demo: ## examples against a ZooKeeper of its own: register, find, call, fail over
+demo: ## run examples against a ZooKeeper of its own: register, find, call, fail over
 	@$(T_DIR)/setup.sh demo
 	+@$(call SUB,-s build-examples)
 	@BUILD=$(CURDIR)/$(B) bash examples/demo.sh
 
 .PHONY: interop
-interop: ## echo with implementations that others wrote, fetched from a network
+interop: ## run echo with implementations by others, which are fetched from the network
 	@$(T_DIR)/setup.sh build
 	+@$(call SUB,-s build-examples)
 	@BUILD=$(CURDIR)/$(B) $(T_DIR)/interop/run.py
@@ -397,7 +397,7 @@ INSTALLED := crpc.h:644:include/crpc.h protoc-gen-crpc:755:bin/protoc-gen-crpc \
   $(B)/crpc-config-version.cmake:644:lib/cmake/crpc/crpc-config-version.cmake
 
 .PHONY: install
-install: ## crpc.h, protoc-gen-crpc, crpc.pc and CMake's files to PREFIX (/usr/local) under DESTDIR
+install: ## install crpc.h, protoc-gen-crpc, crpc.pc and CMake's files to PREFIX (/usr/local) under DESTDIR
 	$(shell mkdir -p $(B))$(file >$(B)/crpc.pc,$(PC))
 	$(file >$(B)/crpc-config.cmake,$(CMAKE))$(file >$(B)/crpc-config-version.cmake,$(CMAKE_VERSION))
 	$(foreach i,$(INSTALLED),$(call install_one,$(subst :, ,$(i))))
@@ -407,7 +407,7 @@ install -D -m $(word 2,$(1)) $(word 1,$(1)) $(DESTDIR)$(PREFIX)/$(word 3,$(1))
 endef
 
 .PHONY: uninstall
-uninstall: ## remove what install put there
+uninstall: ## remove what make install installed
 	rm -f $(foreach i,$(INSTALLED),$(DESTDIR)$(PREFIX)/$(lastword $(subst :, ,$(i))))
 
 # --- the rest ----------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ format: ## clang-format all C files in place
 	clang-format -i $(FORMATTED)
 
 .PHONY: format-check
-format-check: ## what clang-format would change; reports only
+format-check: ## print what clang-format would change
 	@for f in $(FORMATTED); do \
 	  n=$$(clang-format $$f | diff $$f - | grep -c '^>'); [ $$n = 0 ] || echo "$$f: $$n lines"; done
 

@@ -674,44 +674,45 @@
 #define CRPC_VERSION_PATCH 0
 #define CRPC_VERSION "0.2.0"
 
-/* Each toggle is 0 or 1; define it before the include in every file, or with -D. None of them
- * changes a public struct, so two files that disagree can fail to link but never misbehave. */
+/* Each toggle is 0 or 1. Define it before the include in every file, or with -D. No toggle changes
+ * a public struct, so two files that disagree can fail to link but never misbehave. */
 #ifndef CRPC_ENABLE_EPOLL
-#define CRPC_ENABLE_EPOLL 1 /* the epoll poller; 0 leaves poll(2) alone */
+#define CRPC_ENABLE_EPOLL 1 /* 0: poll(2) is the only poller */
 #endif
 #ifndef CRPC_ENABLE_THREADS
-#define CRPC_ENABLE_THREADS 1 /* locks, loop threads, worker pool; 0: one thread uses crpc */
+#define CRPC_ENABLE_THREADS 1 /* 0: no locks and no threads; one thread uses crpc */
 #endif
 #ifndef CRPC_ENABLE_CLIENT
-#define CRPC_ENABLE_CLIENT 1 /* crpc_channel_* */
+#define CRPC_ENABLE_CLIENT 1 /* 0: no crpc_channel_*, no crpc_call_* */
 #endif
 #ifndef CRPC_ENABLE_SERVER
-#define CRPC_ENABLE_SERVER 1 /* crpc_server_*, crpc_context_* */
+#define CRPC_ENABLE_SERVER 1 /* 0: no crpc_server_*, no crpc_context_* */
 #endif
 #ifndef CRPC_ENABLE_ZOOKEEPER
-#define CRPC_ENABLE_ZOOKEEPER 1 /* the zookeeper:// registry; needs the ZooKeeper C client */
+#define CRPC_ENABLE_ZOOKEEPER 1 /* 0: no zookeeper://, and no ZooKeeper C client to link */
 #endif
 #ifndef CRPC_ENABLE_SERVERLESS
-#define CRPC_ENABLE_SERVERLESS 1 /* the registries file:// and multicast://, which need no server */
+#define CRPC_ENABLE_SERVERLESS 1 /* 0: no file:// and no multicast:// registry */
 #endif
 #ifndef CRPC_ENABLE_POLICY
 #define CRPC_ENABLE_POLICY 1 /* 0: weighted round robin, failover, failfast, caps, deadlines */
 #endif
 #ifndef CRPC_ENABLE_TEXTS
-#define CRPC_ENABLE_TEXTS 1 /* what errors and log lines say; 0: a code's name, a line's number */
+#define CRPC_ENABLE_TEXTS 1 /* 0: errors say a code's name, log lines a line number of crpc.h */
 #endif
 #ifndef CRPC_ENABLE_RESOLVER
-#define CRPC_ENABLE_RESOLVER 1 /* host names by getaddrinfo; 0: numeric addresses, or a hook */
+#define CRPC_ENABLE_RESOLVER 1 /* 0: no getaddrinfo; numeric addresses, or crpc_hooks.resolve */
 #endif
 #ifndef CRPC_DEBUG
-#define CRPC_DEBUG 0 /* 1: checks crpc's own rules as it runs, and aborts where one is broken */
+#define CRPC_DEBUG 0 /* 1: crpc checks its rules and their use, and aborts where one is broken */
 #endif
 #ifndef CRPC_ZOOKEEPER_ST
-#define CRPC_ZOOKEEPER_ST 0 /* 1: drive libzookeeper_st from the loop; 0: libzookeeper_mt */
+#define CRPC_ZOOKEEPER_ST 0 /* 1: libzookeeper_st, driven by the loop; 0: libzookeeper_mt */
 #endif
 
-/* Linkage of public functions. Predefine it to add a visibility attribute. CRPC_STATIC makes them
- * private to the file that includes the implementation. */
+/* Linkage of the public functions. Define CRPC_API before the include to add a visibility
+ * attribute. With CRPC_STATIC the functions are private to the file that includes the
+ * implementation. */
 #ifndef CRPC_API
 #ifdef CRPC_STATIC
 #if defined(__GNUC__)
@@ -751,7 +752,7 @@
 extern "C" {
 #endif
 
-/* nanopb's types, named here so that the interface does not include pb.h. */
+/* Types of nanopb and of poll.h, declared here so that the interface includes neither header. */
 struct pb_msgdesc_s;
 struct pb_istream_s;
 struct pb_ostream_s;
@@ -762,9 +763,11 @@ struct pollfd;
 /* >>api-status   result codes, and everything known about a failed call    */
 /* ======================================================================== */
 
-/* Every fallible function returns 0 or one of these. The numbers are crpc's own and the same on
- * every architecture. Where brpc has a code for the same thing, its number is kept, because it
- * travels on the wire; 3100 and up are crpc's. New codes are only ever appended. */
+/* Every function that can fail returns CRPC_OK or one of these codes. Their numbers are the same on
+ * every architecture. A code that brpc has too keeps brpc's number, because it travels on the wire;
+ * codes from 3100 on are crpc's own. Numbers never change, and new codes are added at the end. crpc
+ * itself never sets ETOOMANYFAILS, EBACKUPREQUEST, EHTTP and EEOF: they come from peers and
+ * handlers. */
 #define CRPC_STATUS_MAP(X)                                                                         \
     X(OK, 0, "success")                                                                            \
     X(ENOSERVICE, 1001, "no such service")                                                         \
@@ -814,64 +817,74 @@ typedef enum crpc_status {
 } crpc_status;
 /* clang-format on */
 
-/* The name of a code ("ETIMEDOUT"), or "E?" if it is none of crpc's. Any thread. */
+/* The name of a code, such as "ETIMEDOUT"; "E?" for a number that is none of crpc's. The text is
+ * static. Any thread. */
 CRPC_API const char *crpc_status_name(int status);
 
-/* One phrase that explains a code ("deadline exceeded"). Static storage. Any thread. */
+/* A phrase that explains a code, such as "deadline exceeded"; "unknown error" for a number that is
+ * none of crpc's. With CRPC_ENABLE_TEXTS=0 it is the code's name. The text is static. Any
+ * thread. */
 CRPC_API const char *crpc_status_text(int status);
 
-/* How much of a failed request can have reached the peer. */
+/* How much of a failed request can have reached a peer. */
 typedef enum crpc_sent {
-    CRPC_SENT_NO = 0,    /* not a byte left this process: it was certainly not executed */
-    CRPC_SENT_MAYBE = 1, /* part of it was handed to the kernel */
-    CRPC_SENT_YES = 2    /* all of it was: it may have been executed */
+    CRPC_SENT_NO = 0,    /* not a byte left this process: the call was certainly not executed */
+    CRPC_SENT_MAYBE = 1, /* a part of it was handed to the kernel */
+    CRPC_SENT_YES = 2    /* all of it was handed to the kernel: it may have been executed */
 } crpc_sent;
 
+/* Sizes of the texts in a crpc_error, their terminating zeros included. */
 #define CRPC_ERROR_TEXT_MAX 256
 #define CRPC_ADDRESS_MAX 112
 
-/* What is known about how a call ended. */
+/* How a call or an opening ended. A function that takes a crpc_error fills it when it fails; the
+ * caller owns it. */
 typedef struct crpc_error {
-    int code;       /* a crpc_status; CRPC_EAPP if the service answered with its own code */
+    int code;       /* a crpc_status; CRPC_EAPP if the service answered with a code of its own */
     int app_code;   /* the service's own code, 0 if there is none */
-    crpc_sent sent; /* of all attempts together, but for those that a stopping server refused */
-    bool remote;    /* the peer said so; false: found on this side */
-    int attempts;   /* how often the call was tried, the first included */
-    char endpoint[CRPC_ADDRESS_MAX]; /* the last provider tried, "" before the first */
-    char text[CRPC_ERROR_TEXT_MAX];  /* service.method, attempt, address, cause, side; never cut
-                                        in the middle of the terminating zero */
+    crpc_sent sent; /* the most that an attempt sent; attempts that a stopping server refused do not
+                       count */
+    bool remote;    /* true: the peer reported the error; false: this process found it */
+    int attempts;   /* how many attempts were made, the first one included */
+    char endpoint[CRPC_ADDRESS_MAX]; /* the provider of the last attempt, "" if there was none */
+    char text[CRPC_ERROR_TEXT_MAX];  /* what failed, on which object, the cause. Of a call:
+                                        service.method, attempt, address, cause, side. Cut to fit,
+                                        always terminated */
 } crpc_error;
 
 /* ======================================================================== */
 /* >>api-version   what was compiled                                        */
 /* ======================================================================== */
 
-/* The version of the compiled implementation, such as "0.2.0": compare with CRPC_VERSION. */
+/* The version of the implementation that was linked, such as "0.2.0". If it differs from
+ * CRPC_VERSION, the program was compiled with another crpc.h. Any thread. */
 CRPC_API const char *crpc_version(void);
 
-/* The ZooKeeper driver that was compiled in: "mt", "st" or "none". Any thread. */
+/* The ZooKeeper client that was compiled in: "mt" (libzookeeper_mt), "st" (libzookeeper_st) or
+ * "none". Any thread. */
 CRPC_API const char *crpc_zookeeper_driver(void);
 
 /* ======================================================================== */
 /* >>api-view   bytes that somebody else owns, and unbounded protobuf fields */
 /* ======================================================================== */
 
-/* A run of bytes that it does not own. As a field of a nanopb message it carries a string or bytes
- * field of any length (see the manual, MESSAGES). The shape lets nanopb's `{{NULL}, NULL}`
- * initialise it; use the functions below rather than the members. */
+/* A run of bytes that somebody else owns. A string or bytes field of a nanopb message that has this
+ * type has no limit of length (manual, MESSAGES). Use the functions below rather than the members,
+ * whose shape only makes nanopb's initialiser `{{NULL}, NULL}` valid. A zeroed view is unset. */
 typedef struct crpc_view {
     const void *at[1];
     const void *end;
 } crpc_view;
 
-/* The same for a repeated string or bytes field. To send, point it at an array of crpc_view; a
- * received one is walked with crpc_views_next, because its elements lie scattered in the frame. */
+/* The same for a repeated string or bytes field. To send it, make it of an array of crpc_view
+ * (crpc_views_of). Walk a received one with crpc_views_next: its elements lie scattered in the
+ * frame. */
 typedef struct crpc_views {
     const void *at[3];
     const void *end;
 } crpc_views;
 
-/* A view of `size` bytes at `data`. */
+/* A view of `size` bytes at `data`. With data NULL it is unset. */
 static inline crpc_view crpc_view_of(const void *data, size_t size)
 {
     crpc_view v;
@@ -880,48 +893,54 @@ static inline crpc_view crpc_view_of(const void *data, size_t size)
     return v;
 }
 
-/* Where the bytes of a view begin; not terminated by a zero. NULL if the view is unset. */
+/* Where the bytes of a view begin. No zero terminates them. NULL if the view is unset. */
 static inline const char *crpc_view_data(crpc_view v)
 {
     return (const char *)v.at[0];
 }
 
-/* How many bytes a view spans. */
+/* The number of bytes in a view; 0 if it is unset. */
 static inline size_t crpc_view_size(crpc_view v)
 {
     return v.at[0] ? (size_t)((const char *)v.end - (const char *)v.at[0]) : 0;
 }
 
-/* A view of a zero-terminated string, without the zero. NULL gives an unset view. */
+/* A view of a zero-terminated string, without the zero. With text NULL it is unset. */
 CRPC_API crpc_view crpc_view_str(const char *text);
 
-/* Whether a view holds exactly the text. */
+/* Whether the bytes of a view are those of a zero-terminated string. An unset view equals "". */
 CRPC_API bool crpc_view_equal(crpc_view v, const char *text);
 
-/* Copies a view into a char array, zero-terminated, cut to fit. Returns the view's full size. */
+/* Copies a view into a char array of out_size bytes, cut to fit and terminated by a zero; writes
+ * nothing if out_size is 0. Returns the size of the whole view: the copy is complete if that is
+ * less than out_size. */
 CRPC_API size_t crpc_view_copy(crpc_view v, char *out, size_t out_size);
 
-/* `count` views to be sent as a repeated field; the array must outlive the encoding. */
+/* `count` views, to be sent as a repeated field. The array is not copied: it must stay until the
+ * call function returns or, in a response, until the reply is finished. */
 CRPC_API crpc_views crpc_views_of(const crpc_view *items, size_t count);
 
-/* Walks a repeated field, sent or received: start with *cursor = NULL; false at the end. */
+/* Writes the next element of a repeated field, received or to be sent, to *item. Begin with *cursor
+ * NULL. Returns false after the last element. */
 CRPC_API bool crpc_views_next(const crpc_views *views, const void **cursor, crpc_view *item);
 
-/* nanopb's callback for messages whose fields are crpc_view or crpc_views: name it in the message's
- * (nanopb_msgopt).callback_function. Encodes the bytes viewed; on decoding points the view into the
- * input, which must be a buffer stream. */
+/* The nanopb callback for messages that have views: name it in (nanopb_msgopt).callback_function.
+ * It encodes the bytes of views. In decoding it points views into the input, which must be a buffer
+ * stream. It refuses fields that are not strings or bytes, and fields of a oneof. For nanopb to
+ * call, not for programs. */
 CRPC_API bool crpc_view_field(struct pb_istream_s *in, struct pb_ostream_s *out,
                               const struct pb_field_iter_s *field);
 
-/* Decodes a message that has views, outside a call: they point into `bytes`, which must stay.
- * (nanopb's pb_encode encodes one; its pb_decode refuses, because its streams do not say where the
- * bytes are.) The struct is cleared first if its type has views. CRPC_ECODEC: malformed. Any
- * thread. */
+/* Decodes a message that has views, outside a call. The views point into `bytes`, which must stay
+ * as long as they are used. If the type has views, the struct is cleared first. CRPC_ECODEC: the
+ * bytes are not such a message. Any thread. (nanopb's pb_encode encodes messages with views; its
+ * pb_decode refuses them, because its streams do not tell where the bytes are.) */
 CRPC_API CRPC_MUST_CHECK int crpc_message_decode(const void *bytes, size_t size,
                                                  const struct pb_msgdesc_s *desc, void *message,
                                                  size_t message_size);
 
-/* A user_fields entry of the meta: text that travels beside a request or a reply. */
+/* A user_fields entry: text that travels in the meta beside a request or a reply. Both texts are
+ * borrowed and terminated by a zero. */
 typedef struct crpc_field {
     const char *key;
     const char *value;
@@ -931,193 +950,218 @@ typedef struct crpc_field {
 /* >>api-hooks   allocator, log, clock, resolver                            */
 /* ======================================================================== */
 
+/* The levels of log lines: crpc_hooks.log_level and the log hook. */
 typedef enum crpc_log_level {
-    CRPC_LOG_ERROR = 1,
-    CRPC_LOG_WARN = 2,
+    CRPC_LOG_ERROR = 1, /* something failed that crpc does not mend by itself */
+    CRPC_LOG_WARN = 2,  /* something failed, and crpc goes on without it or tries again */
     CRPC_LOG_INFO = 3,
     CRPC_LOG_DEBUG = 4
 } crpc_log_level;
 
-/* Replaces what crpc takes from the system. Set it in crpc_loop_options; everything made from the
- * loop uses it. Every member may be NULL or 0 for the default. The functions may be called from any
- * thread that uses the loop, several at once, with or without crpc's locks held: they must not call
- * crpc. */
+/* What crpc takes from the system, to be replaced by the program. Hooks are set in
+ * crpc_loop_options; everything that is made on the loop uses them. A member that is NULL or 0 has
+ * its default. Every thread that uses the loop may call a hook, several threads at once, with or
+ * without crpc's locks held: a hook must not call crpc. */
 typedef struct crpc_hooks {
-    void *user; /* first argument of every hook */
-    /* realloc with sizes: new_size 0 frees and returns NULL; old_size 0 allocates. Memory must be
-     * aligned for any type. Default: CRPC_REALLOC and CRPC_FREE. */
+    void *user; /* the first argument of every hook. It must outlive the loop */
+    /* Allocates (old_size 0), resizes as realloc does, or frees (new_size 0, returns NULL). Memory
+     * must be aligned for any type. NULL: out of memory. Default: CRPC_REALLOC and CRPC_FREE. */
     void *(*resize)(void *user, void *ptr, size_t old_size, size_t new_size);
-    /* One line, without a newline. Default: to stderr. */
+    /* Takes one log line of a crpc_log_level, without a newline. Default: writes it to stderr. */
     void (*log)(void *user, int level, const char *line);
-    /* Microseconds that never go back. Default: CLOCK_MONOTONIC. */
+    /* Returns a time in microseconds that never goes back. Default: CLOCK_MONOTONIC. */
     int64_t (*clock_us)(void *user);
-    /* Resolves a host name: writes numeric addresses, separated by commas, as text. Returns 0 or a
-     * crpc_status. Called only from crpc_channel_open, crpc_server_open, _listen and _start.
-     * Default: getaddrinfo, which blocks. */
+    /* Resolves a host name: writes its numeric addresses as text, separated by commas, and returns
+     * CRPC_OK or another crpc_status. Called only from crpc_channel_open, crpc_registry_open,
+     * crpc_server_open, _listen and _start, on the calling thread. Default: getaddrinfo, which
+     * blocks. */
     int (*resolve)(void *user, const char *host, char *addresses, size_t size);
-    int log_level; /* lines above it are dropped. 0: CRPC_LOG_WARN. -1: no line at all */
+    int log_level; /* lines of a higher level are dropped. 0: CRPC_LOG_WARN. -1: all are dropped */
 } crpc_hooks;
 
 /* ======================================================================== */
 /* >>api-loop   the reactor: who drives it, file descriptors, timers        */
 /* ======================================================================== */
 
+/* A reactor: it waits for sockets and timers and runs what is due (manual, LOOPS AND THREADS). */
 typedef struct crpc_loop crpc_loop;
 
-/* Names something that a loop keeps. Never reused while the loop lives, so a stale one is safe:
- * it names nothing, and neither does an id of another loop. The value 0 names nothing. */
+/* Names something that a loop keeps: a watch, a timer, a call. While the loop lives no id is used
+ * again, so a stale id is safe: it names nothing. Ids of one loop mean nothing to another. The
+ * value 0 names nothing. */
 typedef struct crpc_id {
     uint64_t value;
 } crpc_id;
 
+/* How a loop waits for descriptors. */
 typedef enum crpc_poller {
-    CRPC_POLLER_DEFAULT = 0, /* epoll; poll where epoll is not compiled in, or refused */
+    CRPC_POLLER_DEFAULT = 0, /* epoll; poll if epoll is not compiled in, or the kernel refuses it */
     CRPC_POLLER_EPOLL = 1,
     CRPC_POLLER_POLL = 2
 } crpc_poller;
 
+/* Options of a loop. Copied when the loop is opened; the hooks' user pointer is borrowed. */
 typedef struct crpc_loop_options {
-    crpc_poller poller; /* 0: CRPC_POLLER_DEFAULT */
+    crpc_poller poller; /* 0: CRPC_POLLER_DEFAULT. -1: as 0 */
     crpc_hooks hooks;   /* 0 in a member: its default */
-    /* 1: crpc never starts a thread for this loop; an asynchronous call while nobody drives it is
-     * CRPC_EINVAL. 0: such a call starts the loop's own thread. */
+    /* 1: crpc starts no thread for this loop; an asynchronous call fails with CRPC_EINVAL while
+     * nobody drives it. 0: such a call starts the loop's own thread. -1: as 0 */
     int forbid_threads;
     const char *thread_name; /* of the loop's own thread, cut to 15 characters. NULL: "crpc" */
-    int stack_size;          /* bytes, of the loop's own thread. 0: 256 KiB. -1: the system's */
-    int max_results;         /* calls by id begun and not yet fetched. 0: 1024. -1: no limit */
-    /* Buffers in use, of all connections together; with I/O threads, of each thread's. Free buffers
-     * kept for reuse come on top. 0: 256 MiB. -1: no limit. */
+    int stack_size;  /* bytes, of the loop's own thread. 0: 256 KiB. -1: the system's default */
+    int max_results; /* calls that were begun by id and not fetched yet. 0: 1024. -1: no limit */
+    /* Bytes of buffers in use, of all connections of the loop together; each I/O thread of a server
+     * has its own. Free buffers that are kept for reuse come on top. 0: 256 MiB. -1: no limit */
     int64_t max_bytes;
 } crpc_loop_options;
 
 /* Counters of a loop since it was opened, and its present size. */
 typedef struct crpc_loop_stats {
-    const char *poller;         /* "epoll" or "poll": what really runs */
-    uint64_t waits;             /* epoll_wait or poll calls */
-    uint64_t sends;             /* send calls */
-    uint64_t receives;          /* receive calls */
-    uint64_t wakeups;           /* times another thread woke the loop */
-    uint64_t promotions;        /* times a waiting caller took over the driving */
-    uint64_t late_replies;      /* replies to no pending call: late, duplicate or forged */
-    uint64_t bad_frames;        /* connections closed for what they sent */
-    uint64_t calls;             /* calls begun */
-    uint64_t requests;          /* requests received */
-    uint64_t limited;           /* of these, refused with CRPC_ELIMIT before they were served */
-    uint64_t replayed;          /* and by crpc_server_stats_get: answered with an earlier reply */
-    uint64_t unremembered;      /* likewise: could not be noted when they came first */
-    uint32_t connections;       /* open now, both directions */
-    uint32_t pending;           /* calls not finished or not fetched now */
-    uint32_t watches;           /* file descriptors watched now, crpc's own included */
-    uint64_t memory;            /* bytes held now */
-    uint64_t memory_peak;       /* most bytes ever held */
+    const char *poller;    /* "epoll" or "poll": the one in use */
+    uint64_t waits;        /* calls of epoll_wait or poll */
+    uint64_t sends;        /* system calls that send */
+    uint64_t receives;     /* system calls that receive */
+    uint64_t wakeups;      /* times another thread woke the loop */
+    uint64_t promotions;   /* times a thread that waited in a call took over driving */
+    uint64_t late_replies; /* replies to no pending call: late, duplicate or forged */
+    uint64_t bad_frames;   /* connections closed because of what the peer sent */
+    uint64_t calls;        /* calls begun */
+    uint64_t requests;     /* requests received */
+    uint64_t limited;      /* requests refused with CRPC_ELIMIT before they were served */
+    uint64_t replayed;     /* by crpc_server_stats_get: requests answered with a kept reply */
+    uint64_t unremembered; /* likewise: requests with an id that found no free replay entry */
+    uint32_t connections;  /* open now, those of clients and of servers */
+    uint32_t pending;      /* calls that have not ended, or were not fetched yet */
+    uint32_t watches;      /* descriptors watched now, crpc's own included */
+    uint64_t memory;       /* bytes held now */
+    uint64_t memory_peak;  /* the most bytes ever held */
 } crpc_loop_stats;
 
-/* Makes a loop. NULL options mean the defaults. On failure *loop is NULL. CRPC_EABI: nanopb was
- * compiled with other options than this program sees. Any thread; the loop is the caller's, to be
- * closed with crpc_loop_close. */
+/* Makes a loop; the caller owns it and closes it with crpc_loop_close. NULL options mean the
+ * defaults. CRPC_EABI: nanopb was compiled with other options than this file sees. CRPC_EINVAL: an
+ * option is out of range. CRPC_EUNSUPPORTED: the poller is not compiled in. CRPC_ESYSTEM: the
+ * kernel refused a poller or a wake-up descriptor. CRPC_ENOMEM. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options);
 
-/* Stops and frees a loop: ends whoever runs it, joins its own thread, runs what callbacks are still
- * due, frees. Channels and servers on it must have been closed. Inside a callback of the loop it
- * takes effect when the callback has returned. NULL is ignored. */
+/* Stops and frees a loop: makes the thread that runs it return, joins the loop's own thread, and
+ * runs callbacks that are still due. Channels, servers and registries on the loop must have been
+ * closed before. Inside a callback of the loop this takes effect when the callback has returned.
+ * NULL is ignored. */
 CRPC_API void crpc_loop_close(crpc_loop *loop);
 
-/* Drives the loop on this thread until crpc_loop_stop. CRPC_EBUSY if another thread runs it,
- * CRPC_EDEADLK inside a callback of it. */
+/* Drives the loop on this thread until crpc_loop_stop is called. CRPC_EBUSY: another thread runs or
+ * steps it. CRPC_EDEADLK: called inside a callback of the loop. */
 CRPC_API CRPC_MUST_CHECK int crpc_loop_run(crpc_loop *loop);
 
-/* Drives the loop once: waits at most timeout_ms (-1: until something happens), handles what is
- * there, runs callbacks. CRPC_OK also when nothing happened; CRPC_EBUSY and CRPC_EDEADLK as
- * crpc_loop_run. A program that steps a loop goes on doing so: calls on it start no thread. */
+/* Drives the loop once: waits at most timeout_ms milliseconds (0: not at all; -1: until something
+ * happens), handles what is ready and runs callbacks. CRPC_OK also if nothing happened. CRPC_EBUSY
+ * and CRPC_EDEADLK as crpc_loop_run. From the first step on, calls start no thread for this loop:
+ * the program must go on stepping it. */
 CRPC_API CRPC_MUST_CHECK int crpc_loop_step(crpc_loop *loop, int timeout_ms);
 
-/* Gives the loop a thread of its own that drives it until crpc_loop_stop or _close. All signals are
- * blocked there. CRPC_EBUSY if somebody runs it already. */
+/* Starts a thread that drives the loop until crpc_loop_stop or crpc_loop_close. All signals are
+ * blocked in it. CRPC_EBUSY: the loop is driven already. CRPC_ESYSTEM or CRPC_ENOMEM: the thread
+ * could not be made. CRPC_EUNSUPPORTED: CRPC_ENABLE_THREADS is 0. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_loop_start(crpc_loop *loop);
 
-/* Makes crpc_loop_run, or the loop's own thread, return soon. Does not wait. If nobody runs the
- * loop, the next crpc_loop_run returns at once; a thread that is started later does not care. Any
- * thread, and a signal handler. */
+/* Makes crpc_loop_run, or the loop's own thread, return soon; does not wait for it. If nobody
+ * drives the loop, the next crpc_loop_run returns at once, but crpc_loop_start forgets the request.
+ * Any thread; also a signal handler. */
 CRPC_API void crpc_loop_stop(crpc_loop *loop);
 
-/* A file descriptor that becomes readable when crpc_loop_step(loop, 0) has something to do: put it
- * into the program's own poll set, beside crpc_loop_timeout. epoll only: -1 with poll. The loop
- * keeps it. */
+/* A descriptor that becomes readable when crpc_loop_step(loop, 0) has something to do, for the
+ * program's own poll set; timers come beside it, by crpc_loop_timeout. -1 with the poll poller: use
+ * crpc_loop_pollfds. The loop owns the descriptor. Any thread. */
 CRPC_API int crpc_loop_fd(crpc_loop *loop);
 
-/* With the poll poller: what to wait for. Fills up to `max` entries and returns how many there are.
- * Ask again before every wait. Works with epoll too (one entry). */
+/* Fills up to `max` entries with what the loop waits for, and returns how many there are, which may
+ * be more than `max`. Ask again before every wait. Works with both pollers; with epoll there is one
+ * entry. Any thread. */
 CRPC_API size_t crpc_loop_pollfds(crpc_loop *loop, struct pollfd *fds, size_t max);
 
-/* How many milliseconds the program may wait before the next crpc_loop_step is due: 0: now, -1: no
- * limit. */
+/* How many milliseconds the program may wait before it calls crpc_loop_step. 0: call it now. -1: no
+ * limit. Ask again before every wait. */
 CRPC_API int crpc_loop_timeout(crpc_loop *loop);
 
-/* Runs fn(user) once on the thread that drives the loop. fn never runs before crpc_loop_post
- * returned on the same thread. CRPC_ENOMEM: it will not run. Any thread. */
+/* Runs fn(user) once, on the thread that drives the loop. On the thread of the loop it runs after
+ * this function has returned. CRPC_ENOMEM, or CRPC_EINVAL (fn is NULL): it will not run. Any
+ * thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_loop_post(crpc_loop *loop, void (*fn)(void *user), void *user);
 
-#define CRPC_READABLE 1u /* data, a connection, end of file, or an error can be read */
-#define CRPC_WRITABLE 2u /* can be written, or has failed */
+/* What a watch waits for and what its callback is told, combined with |. */
+#define CRPC_READABLE 1u /* data, a connection, end of file or an error can be read */
+#define CRPC_WRITABLE 2u /* the descriptor can be written, or has failed */
 
+/* Runs on the thread that drives the loop; `events` are those that are ready. */
 typedef void (*crpc_watch_fn)(void *user, int fd, unsigned events);
 
-/* Calls fn whenever fd is ready for one of `events`. Level-triggered. The descriptor stays the
- * program's and must be unwatched before it is closed. CRPC_EBUSY: it is watched already. Any
- * thread. */
+/* Calls fn whenever fd is ready for one of `events`, again and again while it stays ready
+ * (level-triggered). The program owns the descriptor, and must unwatch it before it closes it.
+ * CRPC_EBUSY: the descriptor is watched already. CRPC_EINVAL: it is negative, fn is NULL, or
+ * `events` has other bits. CRPC_ESYSTEM: epoll refuses it, as it does regular files. CRPC_ENOMEM.
+ * Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_loop_watch(crpc_loop *loop, int fd, unsigned events,
                                              crpc_watch_fn fn, void *user, crpc_id *id);
 
-/* Changes what is watched for; 0 pauses. Any thread. CRPC_ENOTFOUND for a stale id. */
+/* Changes what is watched for; 0 pauses the watch. CRPC_ENOTFOUND: no watch has this id.
+ * CRPC_EINVAL: `events` has other bits. CRPC_ENOMEM, CRPC_ESYSTEM. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_loop_rewatch(crpc_loop *loop, crpc_id id, unsigned events);
 
-/* Ends a watch. A stale id is ignored. From the loop's own callbacks: fn does not run again. From
- * another thread: it may be running. */
+/* Ends a watch. A stale id is ignored. After a call from one of the loop's callbacks fn does not
+ * run again; after a call from another thread fn may still be running. Any thread. */
 CRPC_API void crpc_loop_unwatch(crpc_loop *loop, crpc_id id);
 
+/* Runs on the thread that drives the loop. */
 typedef void (*crpc_timer_fn)(void *user);
 
-/* Calls fn after delay_ms, never early, then every period_ms (0: only once). `id` may be NULL: it
- * cannot be stopped then, but by closing the loop. Any thread. */
+/* Calls fn delay_ms milliseconds from now, never earlier, and then every period_ms (0: once). `id`
+ * may be NULL; then only closing the loop stops the timer. CRPC_EINVAL: fn is NULL, or a time is
+ * negative or over 100 years. CRPC_ENOMEM. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_timer_start(crpc_loop *loop, int64_t delay_ms, int64_t period_ms,
                                               crpc_timer_fn fn, void *user, crpc_id *id);
 
-/* Ends a timer; a stale id is ignored. As crpc_loop_unwatch. */
+/* Stops a timer. A stale id is ignored. fn may still be running, as with crpc_loop_unwatch. Any
+ * thread. */
 CRPC_API void crpc_timer_stop(crpc_loop *loop, crpc_id id);
 
-/* The loop's present time in microseconds: what crpc_call.deadline_us is compared with. */
+/* The time by the loop's clock in microseconds, which crpc_call.deadline_us refers to. Any
+ * thread. */
 CRPC_API int64_t crpc_loop_now_us(const crpc_loop *loop);
 
-/* Reads the counters. Any thread. */
+/* Copies the loop's counters. Any thread. */
 CRPC_API void crpc_loop_stats_get(crpc_loop *loop, crpc_loop_stats *stats);
 
 /* ======================================================================== */
 /* >>api-service   tables that describe services; written by protoc-gen-crpc */
 /* ======================================================================== */
 
-typedef struct crpc_context crpc_context; /* one request being served */
+/* One request that a server is serving. */
+typedef struct crpc_context crpc_context;
 
-/* Runs the handler of one method: picks it from `handlers`, calls it with the right types. */
+/* Calls the handler of one method, which it picks from `handlers`, with the method's own types.
+ * Returns what the handler returns. Generated code has one for each method. */
 typedef int (*crpc_serve_fn)(crpc_context *context, const void *request, void *response,
                              const void *handlers);
 
-#define CRPC_METHOD_IDEMPOTENT 1u /* may run twice: calls may be retried after they were sent */
+/* Flag of a method: executing it twice does no harm, so calls may be retried after they were
+ * sent. */
+#define CRPC_METHOD_IDEMPOTENT 1u
 
-/* One method. All pointers must outlive every channel and server that uses the table. */
+/* Describes one method. A table is never copied: all its pointers must outlive every channel and
+ * server that uses it. */
 typedef struct crpc_method {
     const char *service;                /* full name with package: "demo.UserService" */
     const char *name;                   /* "Login" */
-    const struct pb_msgdesc_s *request; /* nanopb descriptors: demo_LoginRequest_fields */
+    const struct pb_msgdesc_s *request; /* nanopb's: demo_LoginRequest_fields */
     const struct pb_msgdesc_s *response;
     size_t request_size; /* sizeof of the structs */
     size_t response_size;
-    crpc_serve_fn serve; /* NULL in a table that only calls */
+    crpc_serve_fn serve; /* NULL in a table for clients only: servers answer CRPC_ENOMETHOD */
     unsigned flags;      /* CRPC_METHOD_* */
-    /* Deadline of calls for which neither the call, nor the method's options, nor the channel's URL
-     * or options set one. 0: 1000. -1: as 0 */
-    int timeout_ms;
+    int timeout_ms; /* deadline of calls if no policy sets one (crpc_policy). 0: 1000. -1: as 0 */
 } crpc_method;
 
+/* Describes a service, for crpc_server_add. Lives as long as crpc_method. */
 typedef struct crpc_service {
     const char *name; /* full name with package */
     const crpc_method *methods;
@@ -1128,49 +1172,53 @@ typedef struct crpc_service {
 /* >>api-options   groups of options that channels and servers share        */
 /* ======================================================================== */
 
-/* Numbers of all options: 0 means the default and -1 what the comment says; less than -1 counts as
- * -1. Out of range they fail the opening with CRPC_EINVAL. In URLs and in configuration lines (see
- * crpc_channel_options_parse) an option's key is the name of its member unless its comment gives
- * another; the manual lists them all (OPTIONS). */
+/* In every integer option 0 means the default, and -1 means what the comment says; a value below -1
+ * counts as -1. A value out of range fails the opening with CRPC_EINVAL. In URLs and in
+ * configuration lines (crpc_channel_options_parse) an option's key is the name of its member,
+ * unless its comment gives another key. The manual lists all keys and ranges (OPTIONS). */
 
-/* How a registry is used: by a channel to look providers up, by a server to register. */
+/* How a registry is used: by a channel to look up providers, by a server to register its services.
+ * Texts are copied. */
 typedef struct crpc_directory_options {
-    const char *group;       /* Dubbo's; a channel's may be "*" or a list "a,b". NULL: none */
-    const char *version;     /* likewise. NULL: none */
-    const char *application; /* this program's name, shown to people who inspect the registry. NULL:
+    const char *group;   /* Dubbo's group; of a channel also "*" or a list "a,b". NULL: none */
+    const char *version; /* Dubbo's version, likewise. NULL: none */
+    const char *application; /* name of this program, for people who inspect the registry. NULL:
                                 "crpc" */
-    const char *credential;  /* key "registry_credential": ZooKeeper digest "user:password". NULL:
+    const char *credential;  /* key "registry_credential". ZooKeeper digest "user:password". NULL:
                                 none */
-    int timeout_ms; /* key "registry_timeout_ms": how long opening a channel, or starting a server,
+    int timeout_ms; /* key "registry_timeout_ms". How long opening a channel, or starting a server,
                        waits for the registry. 0: 3000. -1: not at all */
-    int session_timeout_ms; /* of the registry session. 0: 15000. -1: as 0 */
-    int must_connect; /* 1: not reaching the registry in timeout_ms is an error. 0: goes on trying.
-                         -1: as 0 */
+    int session_timeout_ms; /* of the ZooKeeper session: how long a process that died stays
+                               registered. 0: 15000. -1: as 0 */
+    int must_connect; /* 1: a registry that does not answer in timeout_ms is an error. 0: crpc goes
+                         on trying. -1: as 0 */
     /* --- of a channel only ---------------------------------------------- */
-    int allow_empty;   /* 1: an empty list of the registry is believed, and calls fail with
-                          CRPC_ENOPROVIDER. 0: the last non-empty list stays in use. -1: as 0 */
-    int stale_ttl_ms;  /* after the registry has not confirmed a list for so long, a provider of it
-                          that cannot be reached is dialled once a minute. 0: 600000. -1: as any
-                          other */
-    const char *cache; /* file in which the registry's last good lists are kept, so that this
-                          program can start while the registry is away. It belongs to this process
-                          alone. NULL: none */
+    int allow_empty;  /* 1: an empty list from the registry counts, and calls fail with
+                         CRPC_ENOPROVIDER. 0: the last non-empty list stays in use. -1: as 0 */
+    int stale_ttl_ms; /* how long the registry may fail to confirm a list. After that a provider of
+                         it that cannot be reached is dialled only once a minute. 0: 600000. -1: it
+                         is dialled as any other */
+    const char *cache; /* file in which the registry's last non-empty lists are kept, so that this
+                          program can start while the registry is away. No other process may use
+                          it. NULL: none */
 } crpc_directory_options;
 
-/* What a peer can make this process hold. */
+/* How much a peer can make this process hold. */
 typedef struct crpc_limits {
-    int64_t max_body;   /* bytes of a received message. 0: 64 MiB. -1: 2 GiB - 1 */
-    int64_t max_queued; /* unsent bytes on a connection: a channel's call beyond it fails, a server
-                           stops reading. 0: 16 MiB, of a server 4 MiB. -1: no limit */
+    int64_t max_body;   /* bytes of a received message and attachment. 0: 64 MiB. -1: 2 GiB - 1 */
+    int64_t max_queued; /* unsent bytes on a connection. Beyond them a channel's call fails with
+                           CRPC_EOVERCROWDED, and a server stops reading. 0: 16 MiB, of a server
+                           4 MiB. -1: no limit */
 } crpc_limits;
 
-/* How messages are written for peers that are not crpc. */
+/* How requests are written for peers that are not crpc. */
 typedef struct crpc_wire_options {
     int inflight;    /* calls at a time on one connection. 0: no limit. -1: no limit */
     int short_names; /* 1: send "Service" instead of "package.Service". 0: full names. -1: as 0 */
 } crpc_wire_options;
 
-/* Who this process is. Secrets stand in options and configuration lines, never in URLs. */
+/* Who this process is. Secrets belong in options and configuration lines; URLs with secrets are
+ * refused, because URLs are logged. */
 typedef struct crpc_security_options {
     const char *credential; /* sent with every request. NULL: none */
 } crpc_security_options;
@@ -1179,161 +1227,183 @@ typedef struct crpc_security_options {
 /* >>api-channel   the client: calls                                        */
 /* ======================================================================== */
 
+/* Calls the providers of one service. */
 typedef struct crpc_channel crpc_channel;
 typedef struct crpc_call crpc_call;
 
-/* How a channel chooses among the providers that can be used. None fails while one is usable. */
+/* How a channel chooses a provider for each attempt, among those that can be used. No balancer
+ * fails while one of them can. */
 typedef enum crpc_balancer {
-    CRPC_BALANCER_DEFAULT = 0,       /* CRPC_BALANCER_WEIGHTED_ROUND_ROBIN */
-    CRPC_BALANCER_RANDOM = 1,        /* lb=random: each as often as another */
-    CRPC_BALANCER_WEIGHTED_RANDOM = 2,      /* lb=wrandom: by weight */
-    CRPC_BALANCER_ROUND_ROBIN = 3,          /* lb=rr */
-    CRPC_BALANCER_WEIGHTED_ROUND_ROBIN = 4, /* lb=wrr: smoothly by weight */
-    CRPC_BALANCER_LEAST_ACTIVE = 5,         /* lb=la: fewest calls of this channel under way */
-    CRPC_BALANCER_CONSISTENT_HASH = 6,      /* lb=hash: by crpc_call.key or hash_field */
+    CRPC_BALANCER_DEFAULT = 0,              /* CRPC_BALANCER_WEIGHTED_ROUND_ROBIN */
+    CRPC_BALANCER_RANDOM = 1,               /* lb=random: each is equally likely */
+    CRPC_BALANCER_WEIGHTED_RANDOM = 2,      /* lb=wrandom: likely in proportion to its weight */
+    CRPC_BALANCER_ROUND_ROBIN = 3,          /* lb=rr: one after another */
+    CRPC_BALANCER_WEIGHTED_ROUND_ROBIN = 4, /* lb=wrr: in turn by weight, evenly spread */
+    CRPC_BALANCER_LEAST_ACTIVE = 5,         /* lb=la: the fewest calls of this channel in flight */
+    CRPC_BALANCER_CONSISTENT_HASH = 6,      /* lb=hash: equal keys, equal provider; see key and
+                                               hash_field */
     CRPC_BALANCER_P2C = 7 /* lb=p2c: of two at random the one with less latency times calls */
 } crpc_balancer;
 
-/* What is made of the providers for one call; Dubbo's cluster modes. */
+/* How many providers a call goes to, and what its failure leads to. These are Dubbo's cluster
+ * modes. */
 typedef enum crpc_cluster {
     CRPC_CLUSTER_DEFAULT = 0,  /* CRPC_CLUSTER_FAILOVER */
-    CRPC_CLUSTER_FAILOVER = 1, /* cluster=failover: `retries` more attempts, on other providers */
+    CRPC_CLUSTER_FAILOVER = 1, /* cluster=failover: up to `retries` more attempts, on other
+                                  providers */
     CRPC_CLUSTER_FAILFAST = 2, /* cluster=failfast: one attempt */
-    CRPC_CLUSTER_FAILSAFE = 3, /* cluster=failsafe: one attempt; a failure, other than the
-                                  application's, is logged and gives an empty response */
-    CRPC_CLUSTER_FAILBACK = 4, /* cluster=failback: as failsafe, and the request is sent again in
-                                  the background, `retries` times, see failback_max */
-    CRPC_CLUSTER_FORKING = 5,  /* cluster=forking: `forks` providers at once, the first success
-                                  counts, the others are cancelled */
-    CRPC_CLUSTER_BROADCAST = 6 /* cluster=broadcast: every provider; fails if more than fail_percent
-                                  of them did */
+    CRPC_CLUSTER_FAILSAFE = 3, /* cluster=failsafe: one attempt; a failure, except an application's
+                                  error, is logged, and the call succeeds with an empty response */
+    CRPC_CLUSTER_FAILBACK = 4, /* cluster=failback: as failsafe, and crpc sends the request again in
+                                  the background, up to `retries` times (see failback_ms) */
+    CRPC_CLUSTER_FORKING = 5,  /* cluster=forking: `forks` providers at once; the first success is
+                                  the result, and the other attempts are cancelled */
+    CRPC_CLUSTER_BROADCAST = 6 /* cluster=broadcast: every provider; the call fails if more than
+                                  fail_percent of them fail */
 } crpc_cluster;
 
-/* How a call is made. The most specific setting of each member wins: the call's, then the method's
+/* How a call is made. Of each member the most specific setting wins: the call's, then the method's
  * (crpc_method_options), then the channel's URL, then the channel's options. Retries and backup
- * requests never execute a request twice unless its method is idempotent: see Delivery. FAILBACK,
- * FORKING and BROADCAST do; there the program takes the responsibility. */
+ * requests never execute a request twice, unless its method is idempotent (manual, Delivery).
+ * FAILBACK, FORKING and BROADCAST can execute it several times; a program that chooses them takes
+ * the responsibility. */
 typedef struct crpc_policy {
     crpc_cluster cluster; /* 0: CRPC_CLUSTER_FAILOVER. -1: as 0 */
-    int timeout_ms;   /* total, of all attempts. 0: the .proto's, else 1000. -1: 86400000, 24 hours;
-                         of a method or a call: as 0 */
-    int retries;      /* further attempts, up to 16. 0: 2. -1: none */
-    int backup_ms;    /* an idempotent call without a reply after so long is sent to one more
-                         provider, and the first reply counts. 0: never. -1: never */
+    int timeout_ms;   /* of the whole call, all attempts together. 0: the .proto's, else 1000.
+                         -1: 86400000, 24 hours; in the policy of a method or a call: as 0 */
+    int retries;      /* further attempts, at most 16. 0: 2. -1: none */
+    int backup_ms;    /* an idempotent call that has no reply after this time is sent to one more
+                         provider; the first reply is used. 0: never. -1: never */
     int forks;        /* providers that a forking call goes to. 0: 2. -1: all */
-    int fail_percent; /* of a broadcast's providers that may fail, 100 at most. 0: none. -1: none */
+    int fail_percent; /* share of a broadcast's providers that may fail. 0: none. -1: none */
 } crpc_policy;
 
-/* Everything about one call beside its messages: what goes in, and what comes out. It is the
- * caller's; zero-initialise it (CRPC_INIT) before its first use and crpc_call_reset it after its
- * last. It may be used for call after call. Every call function takes one last; NULL means
- * defaults and that nothing but the response is wanted. One call at a time may use it. */
+/* All about one call beside its messages. The caller owns it: initialise it with CRPC_INIT before
+ * its first use, and call crpc_call_reset after its last. It serves one call after another, but one
+ * call at a time. Every call function takes one as its last parameter; NULL means the defaults, and
+ * that the caller wants nothing but the response.
+ *
+ * The inputs are borrowed until the call function returns. Asynchronous functions only read a
+ * crpc_call; the results come in the crpc_call of the callback, or of crpc_channel_fetch. */
 struct crpc_call {
     /* --- in ------------------------------------------------------------- */
-    crpc_policy policy;  /* 0 in a member: the method's or the channel's */
-    int64_t deadline_us; /* crpc_loop_now_us time, instead of a timeout. 0: unset. -1: as 0 */
-    int64_t log_id;      /* travels in the meta and into logs. 0: the parent's, else none. -1: sent
-                            like any other number */
-    const crpc_field *fields; /* user_fields to send; borrowed during the call function */
+    crpc_policy policy;  /* 0 in a member: the method's or the channel's setting */
+    int64_t deadline_us; /* in the time of crpc_loop_now_us, instead of policy.timeout_ms. 0: unset.
+                            -1: as 0 */
+    int64_t log_id;      /* travels in the meta; servers may log it. 0: the parent's, else none. -1:
+                            sent like any other number */
+    const crpc_field *fields; /* user_fields to send */
     size_t field_count;
-    crpc_view credential;       /* authentication_data, borrowed likewise. Unset: the channel's */
-    crpc_view attachment;       /* raw bytes behind the message; borrowed likewise */
-    const crpc_context *parent; /* request on whose behalf: deadline, log and trace ids inherit */
-    crpc_view key; /* lb=hash: equal keys go to the same provider. Unset: the hash_field's */
-    /* Names the request to servers that keep replies (crpc_server_options.replay_entries): of
-     * several with one id, 64 bytes at most, one is executed. Unset: none, unless request_ids */
+    crpc_view credential;       /* authentication_data. Unset: the channel's */
+    crpc_view attachment;       /* raw bytes to send behind the message */
+    const crpc_context *parent; /* the request for which this call is made: the call inherits its
+                                   deadline, log id and trace ids. NULL: none */
+    crpc_view key;              /* for lb=hash. Unset: the value of the hash_field */
+    /* Id of the request, at most 64 bytes, for servers that keep replies
+     * (crpc_server_options.replay_entries): of several requests with one id they execute one.
+     * Unset: none, unless request_ids makes one */
     crpc_view request_id;
-    crpc_view order_key; /* servers execute requests of one key in turn. Unset: none */
+    crpc_view order_key; /* servers execute requests of one key one after another. Unset: none */
     /* --- out ------------------------------------------------------------ */
-    crpc_error error;           /* how it ended; error.code equals the returned value */
-    crpc_view reply_attachment; /* raw bytes behind the reply, until crpc_call_reset */
-    int64_t latency_us;         /* from the call function's start to the reply's arrival; if begun
-                                   in a callback, up to some milliseconds of the callbacks more */
+    crpc_error error;           /* how the call ended; error.code is what the function returned */
+    crpc_view reply_attachment; /* raw bytes behind the reply; valid until crpc_call_reset */
+    int64_t latency_us;         /* from the begin of the call function to the arrival of the reply.
+                                   Of a call begun in a callback up to some milliseconds more, the
+                                   time that earlier callbacks of the step took */
     /* --- private -------------------------------------------------------- */
     void *reserved[7];
 };
 
 #if CRPC_ENABLE_CLIENT
 
-/* Releases what a finished call holds: response views and reply_attachment become invalid. What was
- * put in stays. Also done when the call is used again. */
+/* Frees what a finished call holds: views of the response and reply_attachment become invalid. The
+ * inputs stay. A call function does this first with the crpc_call it is given. Not while a call
+ * uses it. */
 CRPC_API void crpc_call_reset(crpc_call *call);
 
-/* Adds a user_fields entry to be sent, copying it: for interceptors. Until the call function
- * returns. CRPC_EINVAL: outside an interceptor. */
+/* Adds a user_fields entry to the request; copies both texts. For the `before` function of an
+ * interceptor only: CRPC_EINVAL elsewhere, and for a NULL text. CRPC_ENOMEM. */
 CRPC_API CRPC_MUST_CHECK int crpc_call_add_field(crpc_call *call, const char *key,
                                                  const char *value);
 
-/* Finds a user_fields entry of the reply. False if there is none. Valid until crpc_call_reset. */
+/* Finds a user_fields entry of the reply, and writes its value, which is valid until
+ * crpc_call_reset. False: there is no such entry. */
 CRPC_API bool crpc_call_field(const crpc_call *call, const char *key, crpc_view *value);
 
 #endif /* CRPC_ENABLE_CLIENT */
 
-/* Sees every call of a channel. Either function may be NULL. */
+/* Sees every call of a channel. Either function may be NULL. Several threads may run them at
+ * once. */
 typedef struct crpc_client_interceptor {
-    /* Before the request is encoded, on the caller's thread, first to last: may change the call's
-     * inputs and add fields. Other than 0 ends the call with that status; later ones do not see
-     * it, earlier ones' `after` run. */
+    /* Runs before the request is encoded, on the caller's thread, in the order of the array. It may
+     * change the call's inputs and add fields. A result other than CRPC_OK ends the call with that
+     * status: later interceptors do not see the call, earlier ones' `after` run. */
     int (*before)(void *user, const crpc_method *method, crpc_call *call);
-    /* When the result is known, last to first, where it is delivered; so not for one-way calls and
-     * ids that are cancelled, never fetched, or dropped with the channel. */
+    /* Runs when the result is known, in the opposite order, on the thread that gets the result. It
+     * does not run for one-way calls, nor for ids that are cancelled, never fetched, or dropped
+     * with the channel. */
     void (*after)(void *user, const crpc_method *method, crpc_call *call, int status);
-    void *user;
+    void *user; /* first argument of both */
 } crpc_client_interceptor;
 
-/* What is peculiar to one method of a channel. Borrowed while the channel lives. */
+/* Options of one method of a channel. Borrowed while the channel lives. */
 typedef struct crpc_method_options {
     const crpc_method *method; /* as generated: demo_UserService_Login_method */
-    crpc_policy policy;        /* 0 in a member: the channel's */
-    int hash_field; /* number of the request's field that is the key of lb=hash. 0: the channel's.
+    crpc_policy policy;        /* 0 in a member: the channel's setting */
+    int hash_field; /* number of the request's field that is the key for lb=hash. 0: the channel's.
                        -1: none */
-    /* Degrading: what stands for a reply when a call has failed, but not by an application's error.
-     * `fallback` fills the cleared response and returns CRPC_OK, or the status to return; it runs
-     * where the result is delivered, and what its views point to must outlive the call. Without it,
-     * `canned` is decoded: an encoded response, which must outlive the channel. */
+    /* What stands for the reply when a call has failed, except with an application's error.
+     * `fallback` fills the cleared response and returns CRPC_OK, or another status, which becomes
+     * the call's. It runs on the thread that gets the result; what its views point to must outlive
+     * the call. NULL: `canned` is used */
     int (*fallback)(void *user, const crpc_method *method, const crpc_error *error, void *response);
-    void *user;
-    crpc_view canned;
-    int degraded; /* 1: always, without calling at all. 0: only when a call has failed. -1: as 0 */
+    void *user;       /* first argument of fallback */
+    crpc_view canned; /* an encoded response, which must outlive the channel. Unset: none */
+    int degraded; /* 1: fallback or canned is used at once, and no call is made. 0: only when a call
+                     has failed. -1: as 0 */
 } crpc_method_options;
 
-/* The breaker takes a provider whose calls fail out of the choice for a time, lets one call try it,
- * and then gives it its share back step by step. Timeouts and lost connections count as failures,
- * an application's errors as successes; CRPC_ELIMIT and cancelled calls as neither. Keys have
- * "breaker_" in front of the member's name. */
+/* The breaker takes a provider whose calls fail out of the choice for a time, then lets one call
+ * probe it, then gives its share back step by step. Timeouts and lost connections count as
+ * failures, and an application's errors as successes; CRPC_ELIMIT and cancelled calls count as
+ * neither. The keys have "breaker_" in front of the member's name. */
 typedef struct crpc_breaker_options {
     int enabled;       /* key "breaker". 1: use it. 0: no. -1: no */
-    int percent;       /* failures that open it. 0: 50. -1: as 0 */
-    int requests;      /* so many calls at least must have been seen. 0: 20. -1: 1 */
-    int window_ms;     /* in this time. 0: 10000. -1: as 0 */
-    int slow_ms;       /* slower replies count as slow. 0: none does. -1: none does */
-    int slow_percent;  /* slow replies that open it. 0: 50. -1: as 0 */
-    int open_ms;       /* the first time; doubles when it fails soon again. 0: 1000. -1: as 0 */
-    int open_max_ms;   /* where doubling ends. 0: 30000. -1: as 0 */
-    int ramp_ms;       /* until it has all of its share again. 0: 5000. -1: at once */
-    int eject_percent; /* of the providers that may be out at a time. 0: 50. -1: 100 */
+    int percent;       /* share of failed calls at which it opens. 0: 50. -1: as 0 */
+    int requests;      /* calls that must be seen in window_ms before it opens. 0: 20. -1: 1 */
+    int window_ms;     /* over which calls are counted. 0: 10000. -1: as 0 */
+    int slow_ms;       /* a reply slower than this counts as slow. 0: no reply does. -1: no reply
+                          does */
+    int slow_percent;  /* share of slow replies at which it opens. 0: 50. -1: as 0 */
+    int open_ms;       /* how long it stays open first; doubled each time the provider fails soon
+                          again. 0: 1000. -1: as 0 */
+    int open_max_ms;   /* the most that doubling leads to. 0: 30000. -1: as 0 */
+    int ramp_ms;       /* until the provider has its whole share again. 0: 5000. -1: at once */
+    int eject_percent; /* share of the providers that may be out at a time. 0: 50. -1: 100 */
 } crpc_breaker_options;
 
+/* Options of a channel. Texts are copied; what is borrowed is marked. */
 typedef struct crpc_channel_options {
     crpc_loop *loop; /* must outlive the channel. NULL: a private loop */
-    crpc_loop_options private_loop; /* of the private loop. 0: defaults */
-    crpc_policy policy;             /* of calls for which nothing else is said */
+    crpc_loop_options private_loop; /* options of the private loop */
+    crpc_policy policy;             /* of calls and methods that set nothing else */
     /* --- which provider ------------------------------------------------- */
     crpc_balancer balancer; /* key "lb". 0: CRPC_BALANCER_WEIGHTED_ROUND_ROBIN. -1: as 0 */
     int hash_field;         /* as in crpc_method_options. 0: none. -1: none */
-    int max_endpoints;      /* providers that this channel uses of a longer list, chosen by a hash
-                               that differs from channel to channel. 0: all. -1: all */
+    int max_endpoints;      /* how many providers of a longer list this channel uses; a hash chooses
+                               them, differently for each channel. 0: all. -1: all */
     /* 1: a call made while no provider is known, or none can be reached, waits for one until its
      * deadline. 0: it fails with CRPC_ENOPROVIDER or CRPC_ECONN. -1: as 0 */
     int wait;
     int connect_timeout_ms; /* of one connection attempt. 0: 500. -1: only the call's deadline */
-    /* Retries that may be made without successes: each takes one of them, each success gives a
-     * tenth back, so that a dead fleet is not stormed. Retries to a provider that has replied over
-     * its present connection are not counted, nor those after a stopping server's refusal or a
-     * connection that had gone stale. 0: 10. -1: no limit */
+    /* Retries that the channel may make without a success in between. Each retry takes one from the
+     * budget, each success gives a tenth back, so that a fleet that is down is not stormed. Retries
+     * are free if the provider has replied over its present connection, after a stopping server's
+     * refusal, and after a connection that had gone stale. 0: 10. -1: no limit */
     int retry_budget;
-    /* 1: every call gets a request id, and is sent again to its provider if the connection is lost,
-     * also where the method is not idempotent: for servers that keep replies. 0: no. -1: no */
+    /* 1: every call gets a request id. If the connection is lost, crpc sends the request to its
+     * provider again, even if the method is not idempotent; use it only with servers that keep
+     * replies (crpc_server_options.replay_entries). 0: no. -1: no */
     int request_ids;
     crpc_breaker_options breaker;
     /* --- groups that servers have too ----------------------------------- */
@@ -1342,13 +1412,14 @@ typedef struct crpc_channel_options {
     crpc_wire_options wire;
     crpc_security_options security;
     /* --- failback ------------------------------------------------------- */
-    int failback_ms;  /* between the tries of a failed call. 0: 5000. -1: as 0 */
-    int failback_max; /* such calls waiting at a time; more are dropped, and logged. 0: 100. -1:
-                         none */
-    /* Told of each waiting call that is given up, on the thread that drives the loop. NULL: it is
-     * logged. */
+    int failback_ms;  /* from one background attempt of a failed call to the next. 0: 5000. -1: as
+                         0 */
+    int failback_max; /* failed calls that may wait at a time; further ones are dropped. 0: 100.
+                         -1: none */
+    /* Told of each waiting call that is dropped, on the thread that drives the loop. NULL: it is
+     * logged */
     void (*failback_dropped)(void *user, const crpc_method *method, const crpc_error *error);
-    void *failback_user;
+    void *failback_user; /* its first argument */
     /* --- borrowed while the channel lives ------------------------------- */
     const crpc_client_interceptor *interceptors;
     size_t interceptor_count;
@@ -1365,113 +1436,141 @@ typedef struct crpc_channel_options {
  *     lb = la
  *     registry_credential = user:password
  *
- * The keys are those of URLs, and of crpc_channel_options and its private_loop (manual, OPTIONS);
- * secrets are allowed. A key may stand once. Blank lines and lines that begin with # are skipped.
- * `text` is cut in place: options that are text point into it until the channel is open. What no
- * line names stays as it is. On failure (CRPC_EINVAL) some options may have been set; `error` (may
- * be NULL) names the line and what is wrong with it. Any thread. */
+ * The keys are those of URLs, and those of crpc_channel_options and its private_loop (manual,
+ * OPTIONS); secrets are allowed. A key may stand once. Blank lines and lines that begin with # are
+ * skipped. Options that no line names stay as they are.
+ *
+ * `text` is cut in place, and options that are text point into it, so it must stay until the
+ * channel is open. CRPC_EINVAL: a line is wrong; CRPC_EUNSUPPORTED: its option is not compiled in.
+ * `error` (may be NULL) names the line and what is wrong, and some options may have been set. Any
+ * thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_options_parse(char *text, crpc_channel_options *options,
                                                         crpc_error *error);
 
-/* Opens a channel to a service:
+/* Opens a channel to a service. NULL options mean the defaults. The URL is one of
  *
  *   tcp://host:port        list://host:port,host:port
- *   unix:///path           unix://@name (Linux' abstract namespace)
+ *   unix:///path           unix://@name (Linux's abstract namespace)
  *   zookeeper://host:port,host:port/root/package.Service
  *   multicast://224.5.6.7:port/package.Service    file:///path
  *
- * Options may follow as ?key=value&key=value: those of crpc_channel_options by their keys, but for
- * secrets; lb and cluster by the words beside crpc_balancer and crpc_cluster; cache only with
- * zookeeper://; besides, with multicast:// interface (a name or an address), with file:// service,
- * and protocol (there is baidu_std, which is the default). A key that is unknown, or given twice,
- * is CRPC_EINVAL. They override `options`, which may be NULL. IPv6 addresses stand in brackets and
- * have no scope.
+ * It may end in ?key=value&key=value, which override `options`. The keys are those of
+ * crpc_channel_options except secrets, with these rules: lb and cluster take the words beside
+ * crpc_balancer and crpc_cluster; cache needs zookeeper://. Further keys are interface (a name or
+ * an address) with multicast://, service with file://, and protocol, which can be baidu_std. IPv6
+ * addresses stand in brackets and have no scope.
  *
- * Host names are resolved here, on this thread, and stand for all their addresses; connections are
- * made when calls need them. With a registry this waits for the session and the first list for
- * directory.timeout_ms. CRPC_EREGISTRY: it was
- * not reached, and must_connect. `error` (may be NULL) tells in words. Not inside a callback of the
- * loop if it has to wait (CRPC_EDEADLK). */
+ * Host names are resolved here, on this thread, and stand for all their addresses. Connections are
+ * made when calls need them. With a registry this function waits up to directory.timeout_ms for the
+ * first list. `error` (may be NULL) says what failed. CRPC_EINVAL: the URL or an option is
+ * malformed, unknown, given twice or out of range. CRPC_EUNSUPPORTED: the scheme or an option is
+ * not compiled in. CRPC_ERESOLVE: no address for a host name. CRPC_EADDRESS: the multicast group or
+ * interface cannot be used. CRPC_EREGISTRY: the registry did not answer in time, and must_connect
+ * is 1. CRPC_EDEADLK: called inside a callback of the loop, where it would have to wait.
+ * CRPC_ENOMEM, and the errors of crpc_loop_open. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_open(crpc_channel **channel, const char *url,
                                                const crpc_channel_options *options,
                                                crpc_error *error);
 
-/* Closes a channel: pending calls end with CRPC_ECANCELED (their callbacks run on the loop's
- * thread, with a private loop before this returns unless it is called from one). Any thread, any
- * callback. With zookeeper:// the last one of a loop to close can take up to 4.5 s if the server is
- * frozen. NULL is ignored. */
+/* Closes a channel. Pending calls end with CRPC_ECANCELED; their callbacks run on the loop's
+ * thread, with a private loop before this function returns, unless a callback of that loop calls
+ * it. Any thread, any callback. The last user of a loop's ZooKeeper session can wait up to 4.5 s
+ * here if the ZooKeeper server is frozen. NULL is ignored. */
 CRPC_API void crpc_channel_close(crpc_channel *channel);
 
-/* The loop the channel works on. */
+/* The loop that the channel works on. The channel owns it if it is private. Any thread. */
 CRPC_API crpc_loop *crpc_channel_loop(crpc_channel *channel);
 
-/* How many providers the channel knows now. */
+/* How many providers the channel knows now, usable or not. Any thread. */
 CRPC_API size_t crpc_channel_providers(crpc_channel *channel);
 
 /* Calls and waits for the result. `response` is a zeroed or initialised struct of the method's
- * type; after an error its contents are not defined. If its type has views, `call` must not be
- * NULL. CRPC_EDEADLK inside a callback of the channel's loop. */
+ * type; its contents are undefined after an error. If its type has views, `call` must not be NULL
+ * (CRPC_EINVAL), and the views are valid until crpc_call_reset. Any thread, except that inside a
+ * callback of the channel's loop it returns CRPC_EDEADLK.
+ *
+ * Found by this process: CRPC_ETIMEDOUT (the deadline passed), CRPC_ECONN (no provider could be
+ * reached, or the connection was lost), CRPC_ENOPROVIDER (no provider is known), CRPC_EOVERCROWDED
+ * (over max_queued), CRPC_ECODEC (the request cannot be encoded), CRPC_EINVAL (over 2 GiB),
+ * CRPC_ERESPONSE (the reply is malformed or over max_body), CRPC_EREJECT (the method's options say
+ * degraded), CRPC_ECANCELED (another thread closed the channel), CRPC_ENOMEM, and what an
+ * interceptor returned. Reported by the server, with call->error.remote set: CRPC_EAPP (see
+ * app_code), CRPC_ENOSERVICE, CRPC_ENOMETHOD, CRPC_EREQUEST, CRPC_EAUTH, CRPC_ELIMIT, CRPC_ELOGOFF,
+ * CRPC_EINTERNAL and any other code. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_call(crpc_channel *channel, const crpc_method *method,
                                                const void *request, void *response,
                                                crpc_call *call);
 
 #endif /* CRPC_ENABLE_CLIENT */
 
-typedef void (*crpc_any_fn)(void); /* a function of a type that its receiver knows */
+/* A function whose real type its receiver knows. */
+typedef void (*crpc_any_fn)(void);
 
-/* The end of an asynchronous call, as the receiver sees it. Everything is valid in the callback
- * only. */
+/* The end of an asynchronous call, as its callback sees it. Everything in it is valid until the
+ * callback returns. */
 typedef struct crpc_done {
-    int status;           /* CRPC_OK or why it failed */
-    const void *response; /* the method's response struct; NULL unless CRPC_OK */
-    crpc_call *call;      /* error, reply attachment, fields, latency */
-    void *user;
-    crpc_any_fn fn; /* as given to crpc_channel_call_async */
+    int status;           /* CRPC_OK, or a code as crpc_channel_call returns it */
+    const void *response; /* the method's response struct; NULL unless status is CRPC_OK */
+    crpc_call *call;      /* its outputs: error, reply attachment, fields, latency */
+    void *user;           /* as given to crpc_channel_call_async */
+    crpc_any_fn fn;       /* likewise */
 } crpc_done;
 
+/* Runs on the thread that drives the loop. */
 typedef void (*crpc_done_fn)(const crpc_done *done);
 
 #if CRPC_ENABLE_CLIENT
 
-/* Calls and returns at once; deliver(done) runs exactly once, on the thread that drives the loop,
- * if CRPC_OK is returned, and never otherwise. `fn` and `user` are handed through: generated code
- * puts the caller's typed callback there. If nobody drives the loop, its own thread is started
- * (unless forbid_threads: CRPC_EINVAL). */
+/* Begins a call and returns at once. If it returns CRPC_OK, deliver(done) runs exactly once, on the
+ * thread that drives the loop; otherwise never. `fn` and `user` are handed through: generated code
+ * puts the caller's typed callback there. If nobody drives the loop, crpc starts the loop's own
+ * thread. CRPC_EINVAL: `deliver` is NULL, the request is over 2 GiB, or the loop needs a thread and
+ * forbid_threads is set. CRPC_ECODEC: the request cannot be encoded. CRPC_ECANCELED: the channel is
+ * closed. CRPC_ESYSTEM: the thread could not be started. CRPC_ENOMEM, and what an interceptor
+ * returned. Any thread, any callback. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_call_async(crpc_channel *channel,
                                                      const crpc_method *method, const void *request,
                                                      crpc_done_fn deliver, crpc_any_fn fn,
                                                      void *user, const crpc_call *call);
 
-/* Calls and returns at once with an id, valid for this channel, by which the result is asked for.
- * If nobody drives the loop, its own thread is started; with forbid_threads it is crpc_channel_wait
- * that drives it. */
+/* Begins a call and returns at once with an id, which belongs to this channel and is used to wait
+ * for and fetch the result. Every id must be fetched or cancelled; closing the channel drops the
+ * rest. Errors as crpc_channel_call_async, and CRPC_ELIMIT: max_results calls were not fetched yet.
+ * If nobody drives the loop, crpc starts the loop's own thread; with forbid_threads
+ * crpc_channel_wait drives the loop instead. Any thread, any callback. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_begin(crpc_channel *channel, const crpc_method *method,
                                                 const void *request, crpc_id *id,
                                                 const crpc_call *call);
 
-/* CRPC_OK: the call has ended, fetch it. CRPC_EPENDING: not yet. CRPC_ENOTFOUND: fetched, canceled
- * or never begun. Never waits; drives nothing. */
+/* Tells whether a call by id has ended, without waiting and without driving the loop. CRPC_OK: it
+ * has; fetch it. CRPC_EPENDING: not yet. CRPC_ENOTFOUND: the id was fetched, cancelled or never
+ * begun. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_poll(crpc_channel *channel, crpc_id id);
 
-/* Waits up to timeout_ms (0: not at all; -1: until its deadline) for the call to end; results as
- * crpc_channel_poll, and CRPC_EBUSY (another thread waits for it), CRPC_EDEADLK (inside a callback
- * of the loop), CRPC_ECANCELED (the channel was closed meanwhile). If nobody drives the loop,
- * drives it, callbacks included. */
+/* Waits up to timeout_ms (0: not at all; -1: until the call's deadline) for a call by id to end.
+ * Results as crpc_channel_poll, and CRPC_EBUSY: another thread waits for it; CRPC_EDEADLK: called
+ * inside a callback of the loop; CRPC_ECANCELED: the channel was closed meanwhile. If nobody drives
+ * the loop, this thread drives it and runs callbacks. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_wait(crpc_channel *channel, crpc_id id, int timeout_ms);
 
-/* Takes the result of an ended call: returns how the call ended and fills `response` on success;
- * the bytes behind views and attachment move into `call`. CRPC_EPENDING and CRPC_ENOTFOUND as
- * crpc_channel_poll, unless call->error.remote: then the peer said so. The id is spent unless
- * CRPC_EPENDING or CRPC_EINVAL (views and a NULL call, or the id of another method's call). */
+/* Takes the result of a call by id: returns how the call ended, and fills `response` on success.
+ * The bytes behind views and attachment move into `call`. `method` must be the one that was begun.
+ *
+ * CRPC_EPENDING (not ended yet), CRPC_ENOTFOUND (no such id), and CRPC_EINVAL (the response has
+ * views and `call` is NULL, or the id is of another method) concern the fetching, unless
+ * call->error.remote is set: then they are the call's result. After any result but CRPC_EPENDING
+ * and CRPC_EINVAL the id is spent. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_fetch(crpc_channel *channel, const crpc_method *method,
                                                 crpc_id id, void *response, crpc_call *call);
 
-/* Forgets a call by id: a request not yet sent is withdrawn, a reply is dropped. CRPC_ENOTFOUND if
- * there is none. */
+/* Ends a call by id and forgets it. A request that is not sent yet is withdrawn; a reply that comes
+ * later is dropped; a thread in crpc_channel_wait gets CRPC_ENOTFOUND. CRPC_ENOTFOUND: there is no
+ * such id. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_cancel(crpc_channel *channel, crpc_id id);
 
-/* One-way: sends the request and wants no reply. CRPC_OK: queued; it is sent unless the connection
- * fails or the deadline passes first. */
+/* Sends a one-way request: no reply is wanted, and nothing tells whether it was executed. CRPC_OK:
+ * it is queued, and will be sent unless the connection fails or the deadline passes first. Errors,
+ * loop and threads as crpc_channel_call_async. */
 CRPC_API CRPC_MUST_CHECK int crpc_channel_notify(crpc_channel *channel, const crpc_method *method,
                                                  const void *request, const crpc_call *call);
 
@@ -1481,203 +1580,254 @@ CRPC_API CRPC_MUST_CHECK int crpc_channel_notify(crpc_channel *channel, const cr
 /* >>api-server   the server: services, requests, replies                   */
 /* ======================================================================== */
 
+/* Serves the methods of one or more services. */
 typedef struct crpc_server crpc_server;
 
-/* Sees every request of a server before its handler. Either function may be NULL. */
+/* Sees every request of a server before its handler. Either function may be NULL. Several threads
+ * may run them at once if the server has io_threads or workers. */
 typedef struct crpc_server_interceptor {
-    /* On the handler's thread, first to last, before the request is decoded. Other than 0 ends the
-     * request with that status, as if a handler had returned it. */
+    /* Runs on the handler's thread, in the order of the array, before the request is decoded. A
+     * result other than CRPC_OK ends the request with that status, as if the handler had returned
+     * it. */
     int (*before)(void *user, crpc_context *context);
-    /* When the reply is ready, last to first, on the thread that finished it. */
+    /* Runs when the reply is ready, in the opposite order, on the thread that finished it. */
     void (*after)(void *user, crpc_context *context, int status);
-    void *user;
+    void *user; /* first argument of both */
 } crpc_server_interceptor;
 
-/* What a method may take of a server; the first entry that matches it counts. Requests beyond it
- * are answered with CRPC_ELIMIT, undecoded. The server must offer what an entry names. */
+/* Limits one method or the methods of a service. The first entry that matches a method counts.
+ * Requests beyond a limit are answered with CRPC_ELIMIT before they are decoded. An entry that
+ * matches no method of the server makes crpc_server_start fail. */
 typedef struct crpc_method_limit {
-    const crpc_service *service; /* each method of it gets a limit of its own. NULL: any service */
-    const crpc_method *method;   /* this one alone. NULL: those of `service` */
+    const crpc_service *service; /* each of its methods gets its own limit. NULL: any service */
+    const crpc_method *method;   /* this method alone. NULL: all methods of `service` */
     int max_concurrency; /* requests in service at a time. 0: no limit. -1: no limit */
-    int adaptive;        /* 1: as many as it can serve without queueing, which is measured as brpc
-                            does ("auto"), beginning with 40, never under `workers`. 0: not */
+    int adaptive;        /* 1: as many requests at a time as the method can serve without queueing,
+                            measured as brpc's "auto" limiter does, starting with 40, never below
+                            `workers`. 0: no such limit. -1: no such limit */
     int rate;            /* requests a second. 0: no limit. -1: no limit */
     int burst;           /* requests at once after a pause. 0: as rate. -1: as rate */
 } crpc_method_limit;
 
+/* Options of a server. Texts are copied; what is borrowed is marked. */
 typedef struct crpc_server_options {
-    const char *listen;    /* tcp://host:port (0: any), unix:///path or, for an abstract socket,
-                            * unix://@name. NULL: crpc_server_listen */
-    const char *registry;  /* zookeeper://host:port,...[/root] to register in; without a root in
-                              /dubbo. Or multicast://224.5.6.7:port[?interface=eth0].
-                              Another URL is an error of crpc_server_open. NULL: nowhere */
-    const char *advertise; /* host[:port] to register, resolved when starting. NULL: the address of
-                              this host that reaches the registry, unless a listener has its own */
+    const char *listen; /* tcp://host:port (port 0: any free one), unix:///path, or unix://@name for
+                           an abstract socket. NULL: crpc_server_listen says where */
+    const char *registry; /* zookeeper://host:port,...[/root], without a root in /dubbo, or
+                             multicast://224.5.6.7:port[?interface=eth0]. crpc_server_open refuses
+                             any other URL. NULL: the server registers nowhere */
+    const char *advertise; /* host[:port] to register, resolved when the server starts. NULL: the
+                              listener's address; if that is 0.0.0.0, the local address from which
+                              the registry is reached */
     crpc_directory_options directory; /* how services are registered */
-    int weight; /* registered, up to 1000000: the share of calls. 0: 100. -1: 0, which is none as
-                   long as there is another provider */
-    int warmup_ms; /* registered: how long consumers raise the weight, from 1 to all of it. 0: none.
-                      -1: none */
+    int weight; /* registered: the share of calls beside other providers' weights, at most 1000000.
+                   0: 100. -1: weight 0, which gets calls only if there is no other provider */
+    int warmup_ms; /* registered: how long consumers raise the weight from 1 to its full value. 0:
+                      no warm-up. -1: no warm-up */
     crpc_loop *loop;         /* must outlive the server. NULL: a private loop */
-    crpc_loop_options loops; /* of the private loop and of the I/O threads. 0: defaults */
-    int io_threads;      /* loops, a thread each, for connections. 0: all on one loop. -1: as 0 */
-    int workers;         /* threads that run handlers. 0: they run on the I/O thread. -1: as 0 */
-    int worker_queue;    /* requests waiting for one, beyond it ELIMIT. 0: 1024. -1: no limit */
-    int worker_stack;    /* bytes. 0: 256 KiB. -1: the system's */
-    /* Requests of the same key run one after another, in the order they came: the next begins when
-     * the reply of the one before is ready, on whatever thread. The key is the user_fields entry
-     * "crpc-key" of the request. 0: others run as they come. 1: those without a key run in the
-     * order of their connection. -1: keys are ignored. At most worker_queue wait for their turn. */
+    crpc_loop_options loops; /* options of the private loop and of the I/O threads' loops */
+    int io_threads;   /* threads with a loop each, which share the connections. 0: the server's loop
+                         has all connections. -1: as 0 */
+    int workers;      /* threads that run handlers. 0: handlers run on the thread of their
+                         connection. -1: as 0 */
+    int worker_queue; /* requests that may wait for a worker; beyond it CRPC_ELIMIT. 0: 1024. -1: no
+                         limit */
+    int worker_stack; /* bytes. 0: 256 KiB. -1: the system's default */
+    /* Requests with the same key run one after another in the order in which they came: the next
+     * begins when the reply to the one before is ready, whichever thread made it. The key is the
+     * request's user_fields entry "crpc-key". At most worker_queue requests wait for their turn.
+     * 0: requests without a key run as they come. 1: requests without a key run in the order of
+     * their connection. -1: keys are ignored */
     int ordered;
     int max_concurrency; /* requests in service at a time, deferred and waiting ones included;
-                            beyond it ELIMIT. 0: 8192 for each I/O thread. -1: no limit */
-    int max_connections; /* beyond it new ones are closed. 0: 1024. -1: no limit */
+                            beyond it CRPC_ELIMIT. 0: 8192 for each I/O thread. -1: no limit */
+    int max_connections; /* further ones are closed at once. 0: 1024. -1: no limit */
     crpc_limits limits;  /* max_body: of a request; max_queued: of unsent replies */
-    int64_t max_skip;    /* an oversize request up to here is answered. 0: 256 MiB. -1: none */
+    int64_t max_skip;    /* a request over max_body, but not over this, is skipped and answered with
+                            CRPC_EREQUEST; beyond it the connection is closed. 0: 256 MiB. -1: every
+                            oversize request closes its connection */
     const crpc_method_limit *method_limits; /* borrowed until crpc_server_start has returned */
     size_t method_limit_count;
-    int rate_per_client;  /* requests a second of all connections from an IP address; those by unix
-                             sockets count as one's. 0: no limit. -1: no limit */
-    int burst_per_client; /* at once after a pause. 0: as rate_per_client. -1: as rate_per_client */
-    /* The replies to requests with a user_fields entry "crpc-rid", an id of up to 64 bytes that no
-     * other call to the method has, are kept. A request that comes again is not executed but gets
-     * the same reply, after interceptors have let it through. If all entries execute it is
-     * executed, and counted as unremembered. A reply that takes more than a quarter of replay_bytes
-     * is not kept, and repeated requests fail with EINTERNAL. */
-    int replay_entries;   /* requests to be remembered. 0: off. -1: off */
-    int replay_ms;        /* how long after their end. 0: 60000. -1: 0 */
-    int64_t replay_bytes; /* memory for them and their replies. 0: 4 MiB. -1: no limit */
-    int idle_timeout_ms; /* closes connections without a request for so long. 0: never. -1: never */
-    int frame_timeout_ms; /* a begun request must be complete in it. 0: 30000. -1: no limit */
-    int lame_ms;  /* how long stopping goes on serving after it has unregistered, for consumers that
-                     do not know yet. 0: 1000 with a registry, else none. -1: none */
-    int drain_ms; /* how long stopping then waits for requests being served. 0: 5000. -1: 0 */
+    int rate_per_client;  /* requests a second from one IP address, all its connections together;
+                             all unix sockets count as one address. 0: no limit. -1: no limit */
+    int burst_per_client; /* requests at once after a pause. 0: as rate_per_client. -1: as
+                             rate_per_client */
+    /* The server keeps its replies to requests that have an id: a user_fields entry "crpc-rid" of
+     * at most 64 bytes, which no other call to the method has. A request that comes again gets the
+     * kept reply, after the interceptors have let it through, and is not executed. If all entries
+     * belong to requests in service, a new request is executed without an entry, and counted as
+     * unremembered. A reply larger than a quarter of replay_bytes is not kept: its request fails
+     * with CRPC_EINTERNAL when it comes again. */
+    int replay_entries;   /* requests to remember. 0: none. -1: none */
+    int replay_ms;        /* how long after its end a request is remembered. 0: 60000. -1: 0 */
+    int64_t replay_bytes; /* memory for the entries and their replies. 0: 4 MiB. -1: no limit */
+    int idle_timeout_ms;  /* a connection without a request for so long is closed. 0: never. -1:
+                             never */
+    int frame_timeout_ms; /* a request that has begun to arrive must be complete in this time. 0:
+                             30000. -1: no limit */
+    int lame_ms;  /* how long a stopping server goes on serving after it has unregistered, because
+                     consumers learn of it a little later. 0: 1000 with a registry, else none. -1:
+                     not at all */
+    int drain_ms; /* how long a stopping server then waits for requests in service. 0: 5000. -1: not
+                     at all */
     const crpc_server_interceptor *interceptors; /* borrowed until the server is closed and its last
-                                                    deferred request finished */
+                                                    deferred request is finished */
     size_t interceptor_count;
 } crpc_server_options;
 
 #if CRPC_ENABLE_SERVER
 
-/* Reads options from configuration lines, as crpc_channel_options_parse does: the keys are those of
- * crpc_server_options and its `loops`. The text must stay until the server is open. Any thread. */
+/* Reads options from configuration lines, as crpc_channel_options_parse does. The keys are those of
+ * crpc_server_options and its `loops`. `text` must stay until the server is open. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_options_parse(char *text, crpc_server_options *options,
                                                        crpc_error *error);
 
-/* Makes a server and binds options->listen. NULL options mean the defaults. `error` (may be NULL)
- * tells in words. CRPC_EADDRESS: the address is taken or not this machine's. */
+/* Makes a server, and binds options->listen if it is set; the caller owns the server. NULL options
+ * mean the defaults. `error` (may be NULL) says what failed. CRPC_EINVAL: an option or a URL is
+ * malformed or out of range. CRPC_EUNSUPPORTED: an option or the registry's scheme is not compiled
+ * in. CRPC_ENOMEM; the errors of crpc_loop_open and of crpc_server_listen. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_open(crpc_server **server,
                                               const crpc_server_options *options,
                                               crpc_error *error);
 
-/* Offers a service. `handlers` is what the table's serve functions expect (generated: a struct of
- * function pointers); it and `user` must outlive the server. Before the server starts. CRPC_EBUSY:
- * a service of that name, or that short name, is there already. */
+/* Offers a service. `handlers` is what the table's serve functions expect: generated code has a
+ * struct of function pointers. `service`, `handlers` and `user` must outlive the server.
+ * CRPC_EBUSY: the server has started, or offers a service with the same short name already.
+ * CRPC_EINVAL: `service` has no name. CRPC_ENOMEM. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_add(crpc_server *server, const crpc_service *service,
                                              const void *handlers, void *user);
 
-/* Binds a further address. Before the server starts. */
+/* Binds a further address; URLs as in options->listen. `error` (may be NULL) says what failed.
+ * CRPC_EBUSY: the server has started. CRPC_EINVAL: the URL is malformed. CRPC_ERESOLVE: no address
+ * for the host name. CRPC_EADDRESS: the address is in use, is none of this machine's, or needs a
+ * permission or a directory that is missing. CRPC_ESYSTEM: another system call failed.
+ * CRPC_ENOMEM. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_listen(crpc_server *server, const char *url,
                                                 crpc_error *error);
 
-/* Takes over a bound and listening socket, as from a service manager. Closed with the server. */
+/* Takes over a bound and listening socket, as from a service manager. On CRPC_OK the server owns it
+ * and closes it with itself; on an error the caller still does. CRPC_EINVAL: the descriptor is not
+ * a listening socket. CRPC_EBUSY: the server has started. CRPC_ENOMEM. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_listen_fd(crpc_server *server, int fd);
 
-/* The address of listener `index` with its real port, as URL text. CRPC_ENOTFOUND past the last.
- * CRPC_EINVAL: it does not fit; CRPC_ADDRESS_MAX + 8 bytes are always enough. */
+/* Writes the address of listener `index`, counted from 0, as a URL with its real port.
+ * CRPC_ENOTFOUND: there are fewer listeners. CRPC_EINVAL: it does not fit into `size` bytes;
+ * CRPC_ADDRESS_MAX + 8 are always enough. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_address(crpc_server *server, size_t index, char *url,
                                                  size_t size);
 
-/* Begins to serve: accepts connections, starts io_threads and workers, registers the services. The
- * server's loop, which accepts, must be driven by the caller, also where there are io_threads:
- * crpc_server_run or crpc_loop_start(crpc_server_loop(server)) does. One that failed to start is to
- * be closed. */
+/* Begins to serve: starts io_threads and workers, accepts connections, and registers the services,
+ * for which it waits up to directory.timeout_ms, unless a callback of the loop calls it. Returns
+ * while the server serves. The caller must drive the server's loop, which accepts connections even
+ * if there are io_threads: by crpc_server_run or by crpc_loop_start(crpc_server_loop(server)).
+ *
+ * `error` (may be NULL) says what failed; a server that failed to start can only be closed.
+ * CRPC_EBUSY: it was started before. CRPC_EINVAL: no listener, or method_limits name a method that
+ * it does not offer. CRPC_EREGISTRY: the registry did not answer in time, and must_connect is 1.
+ * CRPC_ERESOLVE, CRPC_EADDRESS: advertise, or the registry's host, is of no use. CRPC_ESYSTEM: a
+ * thread or a socket could not be made. CRPC_EUNSUPPORTED: threads are not compiled in.
+ * CRPC_ENOMEM. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_start(crpc_server *server, crpc_error *error);
 
-/* crpc_server_start if need be, then drives the server's loop until crpc_server_stop has taken
- * effect or crpc_loop_stop was called on the loop; a stopped server is drained before this
- * returns. */
+/* Starts the server unless it has started, then drives its loop on this thread until
+ * crpc_server_stop has taken effect, or crpc_loop_stop was called on the loop. Either way the
+ * server is stopped and drained before this returns. Errors as crpc_server_start, which are also
+ * logged, and as crpc_loop_run. */
 CRPC_API CRPC_MUST_CHECK int crpc_server_run(crpc_server *server);
 
-/* Begins to stop: unregisters and goes on serving for lame_ms; then closes the listeners, answers
- * new requests with CRPC_ELOGOFF and lets running ones finish for drain_ms; then closes
- * connections. Returns at once; called again it does nothing. Any thread; from a signal handler
- * call crpc_loop_stop instead. */
+/* Begins to stop, and returns at once. The server unregisters and serves on for lame_ms; then it
+ * closes its listeners, answers new requests with CRPC_ELOGOFF, and waits up to drain_ms for
+ * requests in service; then it closes its connections. A second call does nothing. Any thread, any
+ * callback; a signal handler calls crpc_loop_stop instead. */
 CRPC_API void crpc_server_stop(crpc_server *server);
 
-/* Stops, waiting lame_ms and at most drain_ms for replies, then for handlers on workers and I/O
- * threads to return, and frees. Requests finished later find their peer gone. In a handler or a
- * callback it does not wait: the server stops, and is freed by its loop when it has; the program
- * lets go of it at once, also of one that crpc_server_run runs. NULL is ignored. */
+/* Stops the server as crpc_server_stop does, waits for that and for handlers on workers and I/O
+ * threads to return, and frees the server. A request that is finished later gets CRPC_EGONE.
+ *
+ * In a handler or a callback of the server it does not wait: the server stops, and its loop frees
+ * it afterwards. The program must not use it any more in either case, even if crpc_server_run still
+ * runs it. NULL is ignored. */
 CRPC_API void crpc_server_close(crpc_server *server);
 
-/* The loop that accepts connections. */
+/* The loop that accepts connections. The server owns it if it is private. Any thread. */
 CRPC_API crpc_loop *crpc_server_loop(crpc_server *server);
 
-/* Counters of the server's loops, added up. `poller` is that of the accepting loop. */
+/* Copies the counters of the server's loops, added up. `poller` is that of the accepting loop. Any
+ * thread. */
 CRPC_API void crpc_server_stats_get(crpc_server *server, crpc_loop_stats *stats);
 
 /* --- inside a handler -------------------------------------------------------------------------
- * A handler gets its context, the decoded request and a zeroed response. It returns
- *   CRPC_OK       the response is sent,
- *   CRPC_EPENDING it keeps the context and calls crpc_context_finish later, from any thread,
- *   crpc_context_fail(...)  an error of its own,
- *   any other crpc_status   that status is sent; any other number, -1 or 42, as CRPC_EINTERNAL.
- * Request, attachment and fields stay valid until the reply is finished. */
+ * A handler gets its context, the decoded request and a zeroed response. It returns one of
+ *   CRPC_OK                 the response is sent
+ *   CRPC_EPENDING           the handler keeps the context, and the program calls
+ *                           crpc_context_finish later, from any thread
+ *   crpc_context_fail(...)  an error code of the application is sent
+ *   another crpc_status     that status is sent; a number that is no crpc_status, such as -1 or 42,
+ *                           is sent as CRPC_EINTERNAL
+ * The request, its attachment and its fields stay valid until the reply is finished. One thread at
+ * a time may use a context. */
 
-/* Ends the request with the application's own error code: any int but 0, 1-199 and 1000-3999, which
- * belong to the system and to RPC frameworks. Returns what the handler is to return. With a
- * forbidden code the caller gets CRPC_EINTERNAL and a text that says so. */
+/* Sets an error code of the application and its text, as printf does; the handler returns the
+ * result. The code is any int except 0-199 and 1000-3999, which belong to the system and to RPC
+ * frameworks; for one of those the caller gets CRPC_EINTERNAL and a text that says so. Texts are
+ * cut to CRPC_ERROR_TEXT_MAX. */
 CRPC_API int crpc_context_fail(crpc_context *context, int app_code, const char *format, ...)
     CRPC_PRINTF(3, 4);
 
-/* Adds words to a status: `return crpc_context_error(ctx, CRPC_EAUTH, "token expired");` */
+/* Sets the text of a crpc_status, as printf does, and returns the status: `return
+ * crpc_context_error(context, CRPC_EAUTH, "token expired");` */
 CRPC_API int crpc_context_error(crpc_context *context, int status, const char *format, ...)
     CRPC_PRINTF(3, 4);
 
-/* Finishes a request whose handler returned CRPC_EPENDING; the context is gone afterwards. `status`
- * as a handler would return it. CRPC_EGONE: the connection is broken or closed, nothing is sent;
- * CRPC_OK otherwise. A peer that only ended its side in order still gets its reply, and its
- * connection stays until then. Any thread; may even run before the handler has returned. */
+/* Finishes a request whose handler has returned CRPC_EPENDING, or is about to. `status` is as a
+ * handler would return it; CRPC_EPENDING counts as CRPC_EINTERNAL. The context is gone afterwards.
+ * CRPC_OK: the reply is queued. CRPC_EGONE: the connection is closed or the server has stopped, and
+ * nothing is sent. A peer that has shut down only its sending side still gets its reply. Any
+ * thread. */
 CRPC_API int crpc_context_finish(crpc_context *context, int status);
 
-/* The response struct, for deferred replies. */
+/* The response struct, for handlers that return CRPC_EPENDING. */
 CRPC_API void *crpc_context_response(crpc_context *context);
 
-/* Zeroed memory that lives until the reply is finished, for what response views point to. NULL: out
- * of memory. Not for two threads at once. */
+/* Zeroed memory that lives until the reply is finished, for what views of the response point to.
+ * NULL: out of memory. Two threads must not call it for one context at once. */
 CRPC_API void *crpc_context_alloc(crpc_context *context, size_t size);
 
-/* The user pointer given to crpc_server_add. */
+/* The `user` that was given to crpc_server_add. */
 CRPC_API void *crpc_context_user(const crpc_context *context);
 
-/* The method being served. */
+/* The method that is called. */
 CRPC_API const crpc_method *crpc_context_method(const crpc_context *context);
 
-/* Bytes that came behind the request. */
+/* The raw bytes behind the request; unset if there are none. */
 CRPC_API crpc_view crpc_context_attachment(const crpc_context *context);
 
-/* Bytes to send behind the reply: copied, unless they are (part of) the request's attachment.
- * Nothing is sent with an error. CRPC_ENOMEM or CRPC_EINVAL (over 2 GiB). */
+/* Sets the raw bytes to send behind the reply; a second call replaces the first. They are copied,
+ * unless they are the request's attachment or a part of it. Nothing is sent with an error.
+ * CRPC_EINVAL: over 2 GiB. CRPC_ENOMEM. */
 CRPC_API CRPC_MUST_CHECK int crpc_context_set_attachment(crpc_context *context, crpc_view bytes);
 
-/* A user_fields entry of the request; false if there is none. */
+/* Finds a user_fields entry of the request and writes its value, which is valid until the reply is
+ * finished. False: there is no such entry. */
 CRPC_API bool crpc_context_field(const crpc_context *context, const char *key, crpc_view *value);
 
-/* Adds a user_fields entry to the reply. */
+/* Adds a user_fields entry to the reply; copies both texts. CRPC_EINVAL: one is NULL.
+ * CRPC_ENOMEM. */
 CRPC_API CRPC_MUST_CHECK int crpc_context_add_field(crpc_context *context, const char *key,
                                                     const char *value);
 
-/* The request's authentication_data; unset if there is none. */
+/* The request's authentication_data, which crpc does not check; unset if there is none. */
 CRPC_API crpc_view crpc_context_credential(const crpc_context *context);
 
-/* The caller's log_id, 0 if none. */
+/* The log_id that the caller sent; 0 if it sent none. */
 CRPC_API int64_t crpc_context_log_id(const crpc_context *context);
 
-/* Microseconds until the caller gives up; INT64_MAX if it did not say. */
+/* Microseconds until the caller's deadline, negative after it; INT64_MAX if the caller sent
+ * none. */
 CRPC_API int64_t crpc_context_remaining_us(const crpc_context *context);
 
-/* The peer's address as text, valid as long as the context. */
+/* The peer's address as text, valid until the reply is finished; "" if the connection is closed or
+ * out of memory. */
 CRPC_API const char *crpc_context_peer(crpc_context *context);
 
 #endif /* CRPC_ENABLE_SERVER */
@@ -1686,43 +1836,47 @@ CRPC_API const char *crpc_context_peer(crpc_context *context);
 /* >>api-coordination   nodes, configuration, locks and elections in ZooKeeper */
 /* ======================================================================== */
 
-/* What the fleet agrees on, kept in ZooKeeper (manual, COORDINATION). Paths are below the root that
- * the registry's URL names; a slash in front changes nothing, and "" is the root itself. */
+/* A session with ZooKeeper, for what a fleet has to agree on (manual, COORDINATION). Paths are
+ * below the root that the registry's URL names. A leading slash changes nothing, and "" is the root
+ * itself. */
 typedef struct crpc_registry crpc_registry;
 
-/* How much of the registry is left. */
+/* The state of a registry's session. */
 typedef enum crpc_registry_state {
-    CRPC_REGISTRY_CONNECTING = 0, /* no session yet, or not again */
+    CRPC_REGISTRY_CONNECTING = 0, /* there is no session yet, or a new one is being made */
     CRPC_REGISTRY_CONNECTED = 1,
-    CRPC_REGISTRY_SUSPENDED = 2, /* the connection is lost; the session may be alive */
-    CRPC_REGISTRY_LOST = 3       /* the session is over, and with it its ephemeral nodes */
+    CRPC_REGISTRY_SUSPENDED = 2, /* the connection is lost; the session may still be alive */
+    CRPC_REGISTRY_LOST = 3       /* the session is over, and its ephemeral nodes with it */
 } crpc_registry_state;
 
-/* Tells of a new state, on the thread that drives the loop; of several in a row perhaps only the
- * last. `session` is the number of the session that is or was: with another one than before,
- * ephemeral nodes have to be made again. */
+/* Tells a new state, on the thread that drives the loop. Of several changes in a row perhaps only
+ * the last is told. `session` is the number of the present or last session. When it differs from
+ * the one before, ephemeral nodes have to be created again. */
 typedef void (*crpc_registry_state_fn)(void *user, crpc_registry_state state, int64_t session);
 
+/* Options of a registry. Texts are copied. */
 typedef struct crpc_registry_options {
-    crpc_loop_options private_loop; /* of the private loop. 0: defaults */
-    const char *credential;         /* ZooKeeper digest "user:password". NULL: none */
-    crpc_registry_state_fn on_state; /* NULL: none */
+    crpc_loop_options private_loop;  /* options of the private loop */
+    const char *credential;          /* ZooKeeper digest "user:password". NULL: none */
+    crpc_registry_state_fn on_state; /* told of every new state. NULL: none */
     void *user;                      /* its first argument */
-    int session_timeout_ms;  /* silence after which the server ends the session. 0: 15000. -1: as
-                                0 */
+    int session_timeout_ms;  /* silence until ZooKeeper ends the session. 0: 15000. -1: as 0 */
     int registry_timeout_ms; /* how long opening waits for the session. 0: 3000. -1: not at all */
-    int must_connect; /* 1: no session in time fails the opening. 0: goes on trying */
+    int must_connect; /* 1: opening fails if there is no session in time. 0: crpc goes on trying.
+                         -1: as 0 */
 } crpc_registry_options;
 
-#define CRPC_NODE_EPHEMERAL  1u /* goes with the session that made it */
-#define CRPC_NODE_SEQUENTIAL 2u /* a growing number of ten digits is put behind the name */
-#define CRPC_NODE_PARENTS    4u /* makes what is missing above it; not among several operations */
-#define CRPC_NODE_PRIVATE    8u /* for the credential's identity alone; else for everybody */
+/* Flags of a node to create, combined with |. */
+#define CRPC_NODE_EPHEMERAL  1u /* ZooKeeper deletes it when the session that created it is over */
+#define CRPC_NODE_SEQUENTIAL 2u /* ZooKeeper appends a growing number of ten digits to the name */
+#define CRPC_NODE_PARENTS    4u /* creates missing parents too; only for a single operation */
+#define CRPC_NODE_PRIVATE    8u /* only the credential's identity may use it; else everybody may */
 
-#define CRPC_NODE_BYTES_MAX 1000000 /* data of a node; of several operations together */
-#define CRPC_NODE_OPS_MAX 100       /* operations at once */
-#define CRPC_NODE_ANY (-1)          /* as a version: whichever it has */
+#define CRPC_NODE_BYTES_MAX 1000000 /* data of a node, and of one transaction together */
+#define CRPC_NODE_OPS_MAX 100       /* operations in one transaction */
+#define CRPC_NODE_ANY (-1)          /* as a version: any */
 
+/* What an operation does; see the functions that make one. */
 typedef enum crpc_node_verb {
     CRPC_NODE_CREATE = 1,
     CRPC_NODE_GET = 2,
@@ -1730,59 +1884,62 @@ typedef enum crpc_node_verb {
     CRPC_NODE_DELETE = 4,
     CRPC_NODE_EXISTS = 5,
     CRPC_NODE_CHILDREN = 6,
-    CRPC_NODE_CHECK = 7, /* only among several operations */
-    CRPC_NODE_FIRST = 8  /* the first in the queue of a lock or an election */
+    CRPC_NODE_CHECK = 7, /* only in a transaction */
+    CRPC_NODE_FIRST = 8  /* reads the first node in the queue of a lock or an election */
 } crpc_node_verb;
 
-/* One operation; made by the functions below. What it points at is copied when it is begun. */
+/* One operation on a node; crpc_node_create and the functions beside it make one. What it points to
+ * is copied when the operation begins. */
 typedef struct crpc_node_op {
     crpc_node_verb verb;
-    const char *path;
+    const char *path; /* below the registry's root */
     crpc_view data;
-    int32_t version; /* as ZooKeeper counts: 0: never written since it was made. -1: any */
+    int32_t version; /* the version that the node must have. 0: not written since it was created.
+                        -1: any */
     unsigned flags;  /* CRPC_NODE_* of a node to create */
 } crpc_node_op;
 
-/* What ZooKeeper knows of a node. */
+/* What ZooKeeper knows about a node. */
 typedef struct crpc_node_stat {
-    int64_t created;  /* the transaction that made it: the czxid */
-    int64_t modified; /* the one that wrote it last: the mzxid */
-    int32_t version;  /* how often it was written */
+    int64_t created;  /* transaction that created it (czxid) */
+    int64_t modified; /* transaction that wrote it last (mzxid) */
+    int32_t version;  /* how often it was written since */
     int32_t size;     /* bytes of data */
-    int32_t children;
+    int32_t children; /* how many nodes are below it */
     bool ephemeral;
-    bool mine; /* it is ephemeral and of the present session */
+    bool mine; /* it is ephemeral, and the present session created it */
 } crpc_node_stat;
 
-/* How one of several operations ended. */
+/* How one operation of a transaction ended. */
 typedef struct crpc_node_part {
-    int status;          /* CRPC_ECANCELED: another one failed, see crpc_node.failed */
+    int status;          /* CRPC_ECANCELED: another operation failed, see crpc_node.failed */
     const char *path;    /* as in crpc_node */
     crpc_node_stat stat; /* of a node that was written */
 } crpc_node_part;
 
-/* How operations ended. Filled by crpc_registry_call it is the caller's: zero-initialise it
- * (CRPC_INIT) before its first use and crpc_node_reset it after its last. */
+/* The result of operations. If crpc_registry_call fills it, the caller owns it: initialise it with
+ * CRPC_INIT before its first use, and call crpc_node_reset after its last. */
 typedef struct crpc_node {
-    /* code as returned; `sent` says whether the server can have done it; remote: the server said
-     * so, and app_code is its own number, such as -101; the text names operation and path. */
+    /* `code` is what was returned. `sent` says whether ZooKeeper can have executed the operations.
+     * `remote`: ZooKeeper reported the error, and app_code is its number, such as -101. The text
+     * names operation and path. */
     crpc_error error;
-    const char *path;            /* of the node, below the root; a created one's real name */
-    crpc_view data;              /* GET and FIRST: all of it; unset if it has none */
-    const char *const *children; /* CHILDREN: their names, in no order */
+    const char *path;            /* of the node, below the root; of a created node its real name */
+    crpc_view data;              /* GET and FIRST: all its data; unset if there is none */
+    const char *const *children; /* CHILDREN: the names below it, in no particular order */
     size_t child_count;
     crpc_node_stat stat;         /* GET, SET, EXISTS, FIRST */
-    const crpc_node_part *parts; /* of several operations, one each, if the server answered */
+    const crpc_node_part *parts; /* of a transaction: one for each operation, if it was answered */
     size_t part_count;
-    size_t failed; /* of several: which one failed */
+    size_t failed; /* of a transaction: index of the operation that failed */
     void *reserved[2];
 } crpc_node;
 
-/* The end of an operation, on the thread that drives the loop; `node` is valid in the callback
- * only. */
+/* Gets the result of operations on the thread that drives the loop. `node` is valid until it
+ * returns. */
 typedef void (*crpc_node_fn)(void *user, const crpc_node *node);
 
-/* An operation without data and flags; the functions below are easier to read. */
+/* An operation without data and flags. The functions below are easier to read. */
 static inline crpc_node_op crpc_node_op_of(crpc_node_verb verb, const char *path, int32_t version)
 {
     crpc_node_op op;
@@ -1794,7 +1951,8 @@ static inline crpc_node_op crpc_node_op_of(crpc_node_verb verb, const char *path
     return op;
 }
 
-/* Makes a node. CRPC_EEXISTS; CRPC_ENOTFOUND: its parent is missing. Unset data: none. */
+/* Creates a node with `data`, which may be unset, and CRPC_NODE_* flags. CRPC_EEXISTS: the node
+ * exists. CRPC_ENOTFOUND: its parent does not exist. */
 static inline crpc_node_op crpc_node_create(const char *path, crpc_view data, unsigned flags)
 {
     crpc_node_op op = crpc_node_op_of(CRPC_NODE_CREATE, path, CRPC_NODE_ANY);
@@ -1803,13 +1961,14 @@ static inline crpc_node_op crpc_node_create(const char *path, crpc_view data, un
     return op;
 }
 
-/* Reads a node. CRPC_ENOTFOUND. */
+/* Reads a node's data and stat. CRPC_ENOTFOUND: the node does not exist. */
 static inline crpc_node_op crpc_node_get(const char *path)
 {
     return crpc_node_op_of(CRPC_NODE_GET, path, CRPC_NODE_ANY);
 }
 
-/* Writes a node that exists. CRPC_ENOTFOUND; CRPC_EVERSION: it has another version. */
+/* Writes the data of an existing node, if it has this version or `version` is CRPC_NODE_ANY.
+ * CRPC_ENOTFOUND: the node does not exist. CRPC_EVERSION: it has another version. */
 static inline crpc_node_op crpc_node_set(const char *path, crpc_view data, int32_t version)
 {
     crpc_node_op op = crpc_node_op_of(CRPC_NODE_SET, path, version);
@@ -1817,148 +1976,185 @@ static inline crpc_node_op crpc_node_set(const char *path, crpc_view data, int32
     return op;
 }
 
-/* Removes a node without children. CRPC_ENOTFOUND, CRPC_EVERSION, CRPC_ENOTEMPTY. */
+/* Deletes a node, if it has this version or `version` is CRPC_NODE_ANY. CRPC_ENOTFOUND: the node
+ * does not exist. CRPC_EVERSION: it has another version. CRPC_ENOTEMPTY: it has children. */
 static inline crpc_node_op crpc_node_delete(const char *path, int32_t version)
 {
     return crpc_node_op_of(CRPC_NODE_DELETE, path, version);
 }
 
-/* Looks whether a node is there: CRPC_OK or CRPC_ENOTFOUND. */
+/* Reads a node's stat. CRPC_ENOTFOUND: the node does not exist. */
 static inline crpc_node_op crpc_node_exists(const char *path)
 {
     return crpc_node_op_of(CRPC_NODE_EXISTS, path, CRPC_NODE_ANY);
 }
 
-/* Lists the names below a node. CRPC_ENOTFOUND. */
+/* Lists the names of a node's children. CRPC_ENOTFOUND: the node does not exist. */
 static inline crpc_node_op crpc_node_children(const char *path)
 {
     return crpc_node_op_of(CRPC_NODE_CHILDREN, path, CRPC_NODE_ANY);
 }
 
-/* Among several operations: fails all of them unless the node is there, with this version. */
+/* In a transaction: all its operations fail unless the node exists (CRPC_ENOTFOUND) with this
+ * version (CRPC_EVERSION). */
 static inline crpc_node_op crpc_node_check(const char *path, int32_t version)
 {
     return crpc_node_op_of(CRPC_NODE_CHECK, path, version);
 }
 
-/* Who leads the election at a path, or has the lock: data is what it said of itself, stat.created
- * its token. CRPC_ENOTFOUND: nobody. */
+/* Reads who leads the election at a path, or holds the lock: data is the `who` that it gave,
+ * stat.created its token. CRPC_ENOTFOUND: nobody. */
 static inline crpc_node_op crpc_node_first(const char *path)
 {
     return crpc_node_op_of(CRPC_NODE_FIRST, path, CRPC_NODE_ANY);
 }
 
-/* The value of a watched node: now, and after each change; of several in a row perhaps only the
- * last. exists false: it is not there, or not any more. Valid in the callback only. */
+/* Tells the value of a watched node when watching begins and after each change, on the thread that
+ * drives the loop. Of several changes in a row perhaps only the last is told. `exists` false: there
+ * is no such node, and `value` is unset. `value` is valid until the function returns. */
 typedef void (*crpc_config_fn)(void *user, crpc_view value, int32_t version, bool exists);
 
+/* A member of the queue for one lock. */
 typedef struct crpc_lock crpc_lock;
 
-/* CRPC_OK: the lock is held; `token` is larger than that of every earlier holder, to be given to
- * whatever the lock protects. CRPC_EGONE: it was held, and is not any more. Anything else: the
- * attempt has failed. On the thread that drives the loop. */
+/* Tells what became of a lock, on the thread that drives the loop. CRPC_OK: the lock is held, and
+ * `token` is larger than that of every earlier holder; give it to whatever the lock protects.
+ * CRPC_EGONE: the lock was held and is lost. Any other status: it was not acquired (see
+ * crpc_lock_acquire). */
 typedef void (*crpc_lock_fn)(void *user, int status, int64_t token);
 
+/* A candidate in one election. */
 typedef struct crpc_election crpc_election;
 
-/* This process begins (with its token, larger than those of earlier leaders) or ceases to lead. On
- * the thread that drives the loop. */
+/* Tells, on the thread that drives the loop, that this process begins to lead, with a `token`
+ * larger than those of all earlier leaders, or that it no longer leads. */
 typedef void (*crpc_election_fn)(void *user, bool leader, int64_t token);
 
 #if CRPC_ENABLE_ZOOKEEPER
 
-/* Opens zookeeper://host:port,...[/root]; without a root paths are ZooKeeper's own. The URL may end
- * in ?session_timeout_ms=N and the like, which override the options. The session is shared with
- * channels, servers and registries of the loop that name the same servers, credential and timeout.
- * With loop NULL it gets a private one, whose thread is started by the first thing that has a
- * callback; any other loop must outlive the registry, and is driven by the program or by waiting
- * calls. Resolves names, and waits up to registry_timeout_ms for the session. NULL options mean the
- * defaults; `error` (may be NULL) tells in words. CRPC_EREGISTRY: must_connect, and no session in
- * time. */
+/* Opens a session on zookeeper://host:port,...[/root]; the caller owns the registry. Without a
+ * root, paths are ZooKeeper's own. The URL may end in
+ * ?session_timeout_ms=N&registry_timeout_ms=N&must_connect=N, which override the options. NULL
+ * options mean the defaults. Host names are resolved here, on this thread, and the function waits
+ * up to registry_timeout_ms for the session. Registries, channels and servers of one loop share a
+ * session if they name the same servers, credential and timeout.
+ *
+ * With `loop` NULL the registry gets a private loop; the first thing with a callback starts its
+ * thread. Any other loop must outlive the registry, and the program drives it, or the threads that
+ * wait in crpc_registry_call do.
+ *
+ * `error` (may be NULL) says what failed. CRPC_EINVAL: the URL or an option is malformed or out of
+ * range, or the private loop needs a thread and forbid_threads is set. CRPC_EUNSUPPORTED: another
+ * scheme. CRPC_ERESOLVE: no address for any server. CRPC_EREGISTRY: no session in time, and
+ * must_connect is 1. CRPC_EDEADLK: called inside a callback of the loop, where it would have to
+ * wait. CRPC_ENOMEM, and the errors of crpc_loop_open. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_registry_open(crpc_registry **registry, crpc_loop *loop,
                                                 const char *url,
                                                 const crpc_registry_options *options,
                                                 crpc_error *error);
 
-/* Ends all that was begun through it: operations with CRPC_ECANCELED, their callbacks run later;
- * watches; locks are released and elections left, but their handles still have to be closed. If
- * nothing else shares the session it ends, and ephemeral nodes are gone. Can take 4.5 s if the
- * server is frozen. NULL is ignored. Any thread. */
+/* Ends everything that was begun through the registry: operations end with CRPC_ECANCELED, and
+ * their callbacks still run; watches end; locks are released and elections left, but their handles
+ * still have to be closed. If nothing else shares the session, it ends too, and its ephemeral nodes
+ * are deleted; this can take 4.5 s if the ZooKeeper server is frozen. Any thread, any callback.
+ * NULL is ignored. */
 CRPC_API void crpc_registry_close(crpc_registry *registry);
 
-/* The loop it works on. */
+/* The loop that the registry works on. The registry owns it if it is private. Any thread. */
 CRPC_API crpc_loop *crpc_registry_loop(crpc_registry *registry);
 
-/* The number of the present session; 0: there is no connection. Any thread. */
+/* The number of the present session; 0 while there is no connection. Any thread. */
 CRPC_API int64_t crpc_registry_session(crpc_registry *registry);
 
-/* Does one operation, or several as one transaction (CREATE, SET, DELETE and CHECK: all or none),
- * and waits for the end. `node` may be NULL. timeout_ms 0: 5000; -1: 24 hours. What is not sent
- * when the connection is lost waits for the next one, what only reads is asked again. CRPC_ECONN:
- * no connection in time (sent NO), or it was lost before the answer (MAYBE); CRPC_ETIMEDOUT: no
- * answer in time (MAYBE); CRPC_EDEADLK inside a callback of the loop; CRPC_EINVAL, with a text.
- * Drives the loop if nobody does, but runs no callbacks. Any thread. */
+/* Executes one operation, or several as one transaction (CREATE, SET, DELETE and CHECK: all or
+ * none), and waits for the result. `node` may be NULL. timeout_ms 0: 5000. -1: 24 hours. If the
+ * connection is lost, what is unsent waits for the next connection, and reads are sent again. If
+ * nobody drives the loop, this thread does, but runs no callbacks.
+ *
+ * CRPC_ECONN: no connection in time (sent NO), or it was lost before the answer (sent MAYBE).
+ * CRPC_ETIMEDOUT: no answer in time (sent MAYBE). CRPC_EAUTH: the node's access list forbids it.
+ * CRPC_EINVAL: a path, flag, version, size or combination is wrong. CRPC_EUNSUPPORTED: the server
+ * does not know the operation. CRPC_EDEADLK: called inside a callback of the loop. CRPC_ECANCELED:
+ * another thread closed the registry. CRPC_EINTERNAL: any other error of the server (see app_code).
+ * CRPC_ENOMEM, and the errors of the operations. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_registry_call(crpc_registry *registry, const crpc_node_op *ops,
                                                 size_t count, int timeout_ms, crpc_node *node);
 
-/* The same without waiting: fn(user, node) runs exactly once if CRPC_OK is returned, and never
- * otherwise. CRPC_ELIMIT: 1000 are under way. Operations that one thread begins are sent in their
- * order. */
+/* As crpc_registry_call, without waiting. If it returns CRPC_OK, fn(user, node) runs exactly once;
+ * otherwise never. Operations that one thread begins are sent in their order. CRPC_ELIMIT: 1000
+ * operations are in flight. CRPC_EINVAL: fn is NULL, an argument is wrong, or the private loop
+ * needs a thread and forbid_threads is set. CRPC_ESYSTEM: that thread could not be started.
+ * CRPC_ENOMEM. Any thread, any callback. */
 CRPC_API CRPC_MUST_CHECK int crpc_registry_call_async(crpc_registry *registry,
                                                       const crpc_node_op *ops, size_t count,
                                                       int timeout_ms, crpc_node_fn fn, void *user);
 
-/* Frees what crpc_registry_call put into a node; its views and texts become invalid. */
+/* Frees what crpc_registry_call put into a node; its views and texts become invalid. The struct can
+ * be used again. */
 CRPC_API void crpc_node_reset(crpc_node *node);
 
-/* Follows the value of a node, which need not exist. No change is lost by reconnecting or by a new
- * session; while there is no connection the last value stands. */
+/* Follows the value of a node, which need not exist. fn is told of every change that lasts, also
+ * across reconnections and new sessions; while there is no connection the last value stands.
+ * CRPC_EINVAL: fn is NULL, the path is malformed, or the private loop needs a thread and
+ * forbid_threads is set. CRPC_ESYSTEM: that thread could not be started. CRPC_ENOMEM. Any thread,
+ * any callback. */
 CRPC_API CRPC_MUST_CHECK int crpc_config_watch(crpc_registry *registry, const char *path,
                                                crpc_config_fn fn, void *user, crpc_id *id);
 
-/* Ends it; a stale id is ignored. From the loop's own callbacks: fn does not run again. From
- * another thread: it may be running. */
+/* Ends a watch. A stale id is ignored. After a call from one of the loop's callbacks fn does not
+ * run again; after a call from another thread fn may still be running. Any thread. */
 CRPC_API void crpc_config_unwatch(crpc_registry *registry, crpc_id id);
 
-/* Makes a handle for the lock at a path, whose node and parents are made when needed; does not
- * acquire it. `who` (may be NULL, copied) is put into its nodes for people to read. */
+/* Makes a handle for the lock at a path; the caller owns it. crpc creates the node and its parents
+ * when they are needed. It does not acquire the lock. `who` (may be NULL, copied) stands in the
+ * lock's nodes for people to read. Errors as crpc_config_watch; the root itself cannot be a lock.
+ * Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_lock_open(crpc_lock **lock, crpc_registry *registry,
                                             const char *path, const char *who, crpc_lock_fn fn,
                                             void *user);
 
-/* Joins the queue for the lock, which is first come, first served. fn tells the end: CRPC_OK,
- * CRPC_ETIMEDOUT (another has it), CRPC_ECONN (the registry was not reachable), CRPC_EAUTH,
- * CRPC_ECANCELED (released or closed meanwhile). timeout_ms 0: fails at once if it is not free; -1:
- * no limit. A new session means a new place in the queue. CRPC_EBUSY: it is held, or being
- * acquired, or the end of that was not told yet. Any thread. */
+/* Joins the queue for the lock, which is first come, first served. timeout_ms 0: fails as soon as
+ * ZooKeeper answers that another holds it. -1: no limit. A new session gets a new place, at the
+ * end.
+ *
+ * If this returns CRPC_OK, fn tells the end: CRPC_OK, CRPC_ETIMEDOUT (another holds it), CRPC_ECONN
+ * (ZooKeeper could not be reached), CRPC_EAUTH (the credential may not), CRPC_ECANCELED (released
+ * or closed meanwhile). CRPC_EBUSY: the lock is held or being acquired, or fn is still to be told
+ * of the last attempt. CRPC_ECANCELED: the registry is closed. Any thread, any callback. */
 CRPC_API CRPC_MUST_CHECK int crpc_lock_acquire(crpc_lock *lock, int timeout_ms);
 
-/* For how many microseconds the lock is certainly still this one's, going by the server's last
- * answer; 0: not. Work that takes longer needs the token. Renewed all the time while the server can
- * be reached. Any thread. */
+/* For how many microseconds the lock is certainly held, by ZooKeeper's last answer; 0: it is not
+ * held. crpc renews the lease as long as ZooKeeper answers. Work that may take longer needs the
+ * token. Any thread. */
 CRPC_API int64_t crpc_lock_lease_us(crpc_lock *lock);
 
-/* Gives up the lock, or the attempt, at once from this process's view; the node is removed as soon
- * as the server can be reached. Nothing if there is neither. Any thread. */
+/* Gives up the lock or the attempt. For this process that takes effect at once; the node in
+ * ZooKeeper is deleted as soon as ZooKeeper can be reached. Does nothing if there is neither. Any
+ * thread, any callback. */
 CRPC_API void crpc_lock_release(crpc_lock *lock);
 
-/* Releases the lock and frees the handle; fn as with crpc_config_unwatch. NULL is ignored. */
+/* Releases the lock and frees the handle. fn may still be running, as with crpc_config_unwatch. Any
+ * thread, any callback. NULL is ignored. */
 CRPC_API void crpc_lock_close(crpc_lock *lock);
 
-/* Becomes a candidate at a path, after those that are there already, until it is closed; also with
- * each new session. `who` (may be unset, copied) is what crpc_node_first tells others. */
+/* Makes this process a candidate in the election at a path, behind those that are there, until
+ * crpc_election_close; with each new session it joins again, at the end. The caller owns the
+ * handle. `who` (may be unset, copied) is what crpc_node_first tells others about it. Errors as
+ * crpc_lock_open; CRPC_EINVAL also if `who` is over CRPC_NODE_BYTES_MAX. Any thread. */
 CRPC_API CRPC_MUST_CHECK int crpc_election_open(crpc_election **election, crpc_registry *registry,
                                                 const char *path, crpc_view who,
                                                 crpc_election_fn fn, void *user);
 
-/* As crpc_lock_lease_us: how long this process certainly leads; 0: it does not. */
+/* For how many microseconds this process certainly leads, as crpc_lock_lease_us; 0: it does not
+ * lead. Any thread. */
 CRPC_API int64_t crpc_election_lease_us(crpc_election *election);
 
-/* Steps back behind all other candidates; with none it will lead again, with a new token. */
+/* Steps back behind all other candidates. Without others this process will lead again, with a new
+ * token. Any thread, any callback. */
 CRPC_API void crpc_election_resign(crpc_election *election);
 
-/* Leaves the election and frees the handle; fn as with crpc_config_unwatch, so it is not told of
- * this end. NULL is ignored. */
+/* Leaves the election and frees the handle. fn is not told, but may still be running, as with
+ * crpc_config_unwatch. Any thread, any callback. NULL is ignored. */
 CRPC_API void crpc_election_close(crpc_election *election);
 
 #endif /* CRPC_ENABLE_ZOOKEEPER */

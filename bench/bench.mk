@@ -12,7 +12,7 @@ BENCH_LIBS := -lpthread
 BENCH_GEN = $(BENCH)/gen
 
 .PHONY: bench build-bench
-bench: ## crpc beside other RPC systems and raw sockets: build/bench/report.html; QUICK=1: some of it
+bench: ## measure crpc beside other RPC systems: build/bench/report.html; QUICK=1 measures less
 	@$(T_DIR)/setup.sh build
 	+@peers=; for p in $(BENCH_PEERS); do \
 	    $(T_DIR)/setup.sh bench-$$p && peers="$$peers $$p"; done; \
@@ -124,22 +124,22 @@ build-test: $(if $(filter %/press_test.py,$(SCRIPTS)),$(BENCH)/crpc_press $(BENC
   build-examples)
 
 .PHONY: press
-press: $(BENCH)/crpc_press ## build/bench/crpc_press, a load generator for any baidu_std server
+press: $(BENCH)/crpc_press ## build build/bench/crpc_press, a load generator for any baidu_std server
 
 .PHONY: instructions
-instructions: ## instructions of a call against bench/baseline; 3 % more fail; UPDATE=1 keeps the new ones
+instructions: ## compare instructions of a call with bench/baseline; 3 % more fail; UPDATE=1 replaces the baseline
 	@$(T_DIR)/setup.sh instructions
 	+@$(call SUB,$(BENCH)/instructions)
 	@bench/instructions.py $(if $(UPDATE),--update) $(BENCH)/instructions
 
 .PHONY: size
-size: ## code, data and memory against bench/baseline and ceilings; UPDATE=1 keeps the new ones
+size: ## compare code, data and memory with bench/baseline and ceilings; UPDATE=1 replaces the baseline
 	@$(T_DIR)/setup.sh size
 	+@$(call SUB,$(BENCH)/footprint $(B)/examples/echo_server)
 	@bench/footprint.py $(if $(UPDATE),--update) --build $(B) --jobs $(JOBS)
 
 .PHONY: allocs
-allocs: ## that calls allocate nothing once warm, on either side and in every form
+allocs: ## check that warm calls of every form allocate nothing, on either side
 	@$(T_DIR)/setup.sh build
 	+@$(call SUB,$(BENCH)/allocs)
 	@$(BENCH)/allocs

@@ -4,22 +4,22 @@
  *
  *   $ crpc_press tcp://127.0.0.1:8000 example.EchoService.Echo --text-field 1=hello --rate 20000
  *
- * It does not know the message type: the request is raw bytes, put together from its options, and
+ * It does not know the message type: the request is raw bytes, put together from the options, and
  * the reply is only measured. `crpc_press --help` lists the options.
  *
- * Closed loop (no --rate): --concurrency calls are under way at any time; each that ends begins the
- * next. This finds the most a server can do. Its latencies are those of callers that wait for a
- * slow server before they ask again, and so say too little about one that stops now and then.
+ * Closed loop (no --rate): --concurrency calls are in flight at any time, and each call that ends
+ * begins the next. This measures the most that a server can do. A server that stops now and then
+ * looks better than it is, because its callers wait before they call again.
  *
- * Open loop (--rate N): calls are due N times a second, whatever became of the earlier ones, and a
- * call's latency counts from when it was due, not from when it could be sent. A server that stands
- * still for a second is charged with every call of that second: no coordinated omission. Calls that
- * were due and still not sent at the end, because --concurrency was reached, are counted too, with
- * the time they had waited. `late` says how far the sending itself was behind: if that is not far
- * below the latencies, the generator was the bottleneck.
+ * Open loop (--rate N): N calls a second are due, however slow the earlier ones are. The latency of
+ * a call counts from when it was due, not from when it was sent, so a server that stands still for
+ * a second is charged with every call of that second (no coordinated omission). Calls that were due
+ * and could not be sent by the end, because --concurrency was reached, are counted with the time
+ * they had waited. `late` says how far the sending was behind: if it is not far below the
+ * latencies, the generator was the bottleneck.
  *
- * The latencies are those of calls that were answered or timed out; other failures are counted by
- * code. Everything that was due before the end of --warmup is left out.
+ * Latencies are those of calls that were answered or timed out. Other failures are counted by code.
+ * Calls that were due before the end of --warmup are left out.
  */
 #define CRPC_IMPLEMENTATION
 #include "crpc.h"
@@ -44,25 +44,28 @@
 static const char usage_text[] =
     "usage: crpc_press URL Service.Method [OPTION...]\n"
     "\n"
-    "URL: tcp://host:port, unix:///path, list://a:1,b:2\n"
-    "the request, the parts in the order given:\n"
+    "Calls a method of a baidu_std server at a rate, or as fast as it answers, and prints\n"
+    "latencies and failures. URL: tcp://host:port, unix:///path, list://a:1,b:2\n"
+    "\n"
+    "The request is put together from these options, in the order given:\n"
     "  --payload FILE       the bytes of a file\n"
     "  --hex STR            bytes in hexadecimal; blanks are skipped\n"
     "  --text-field N=STR   protobuf field N, a string or bytes\n"
     "  --int-field N=NUM    protobuf field N, a varint\n"
-    "  --attachment X       a file's bytes, or that many (digits, with k or m) bytes\n"
-    "the load:\n"
-    "  --rate N             calls due per second (open loop); 0: as fast as they end (closed)\n"
-    "  --concurrency N      most calls under way. Closed loop: 16; open loop: 4096\n"
-    "  --connections N      connections, used in turn. 1\n"
-    "  --duration S         seconds measured. 10\n"
-    "  --warmup S           seconds before them that are not. 1\n"
-    "  --timeout-ms N       of a call. 1000\n"
-    "the output:\n"
-    "  --json               the summary as one JSON object on stdout\n"
-    "  --quiet              no line each second\n"
-    "  --print              the fields of the first reply\n"
-    "SIGINT ends the run and prints the summary; a second one ends at once.\n"
+    "  --attachment X       attachment: the bytes of file X, or X bytes (1000, 64k, 1m)\n"
+    "The load:\n"
+    "  --rate N             calls a second, however slow the replies are (open loop). Default 0:\n"
+    "                       each call that ends begins the next (closed loop)\n"
+    "  --concurrency N      calls in flight at most. Default 16; in an open loop 4096\n"
+    "  --connections N      connections, used in turn. Default 1\n"
+    "  --duration S         seconds that are measured. Default 10\n"
+    "  --warmup S           seconds of load before the measurement. Default 1\n"
+    "  --timeout-ms N       deadline of each call. Default 1000\n"
+    "The output:\n"
+    "  --json               prints the summary as one JSON object on stdout\n"
+    "  --quiet              prints no line each second\n"
+    "  --print              prints the fields of the first reply\n"
+    "SIGINT ends the run and prints the summary; a second SIGINT ends at once.\n"
     "Exit status: 0 if a call succeeded, 1 if none did, 2 for wrong usage.\n";
 
 /* --- the messages ------------------------------------------------------------------------------
@@ -347,12 +350,12 @@ static int parse(plan *p, int argc, char **argv)
     p->connections = 1;
     p->timeout_ms = 1000;
     if (strlen(argv[2]) >= sizeof p->service) {
-        return complain(argv[2], "too long");
+        return complain(argv[2], "the name is too long");
     }
     strcpy(p->service, argv[2]);
     dot = strrchr(p->service, '.');
     if (!dot || dot == p->service || !dot[1]) {
-        return complain(argv[2], "not Service.Method");
+        return complain(argv[2], "expected Service.Method, as in example.EchoService.Echo");
     }
     *dot = '\0';
     p->method = dot + 1;
@@ -361,8 +364,9 @@ static int parse(plan *p, int argc, char **argv)
             continue;
         }
         if (i + 1 == argc || !parse_value(p, argv[i], argv[i + 1])) {
-            return complain(argv[i], i + 1 == argc ? "unknown, or its value is missing"
-                                                   : "unknown, or its value cannot be used");
+            return complain(argv[i], i + 1 == argc
+                                         ? "unknown option, or its value is missing; see --help"
+                                         : "unknown option, or its value is wrong; see --help");
         }
         i++;
     }

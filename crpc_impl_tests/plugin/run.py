@@ -797,7 +797,7 @@ class Refused(Case):
                     '  rpc get_user(M) returns (M);  //!\n}\n', '',
                     ('method demo.S.get_user', 'its handler get_user is also that of '
                      'demo.S.GetUser', 'rename one of them'),
-                    parameters=['-C'], count=9)
+                    parameters=['-C'], count=10)
 
     def test_keywords_and_parameters_as_names(self):
         text = self.refuse('syntax = "proto3";\nmessage request {}\n'

@@ -2,17 +2,18 @@
  *
  *   config_watch REGISTRY_URL PATH [VALUE]
  *
- *   $ config_watch zookeeper://127.0.0.1:2181/app limits/rate 100     # writes it, and is done
+ *   $ config_watch zookeeper://127.0.0.1:2181/app limits/rate 100     # writes the value, ends
  *   $ config_watch zookeeper://127.0.0.1:2181/app limits/rate
  *   version 0: 100
  *   version 1: 250
  *   limits/rate does not exist
  *
- * Without a VALUE it prints the node's value, and each new one, until SIGTERM or SIGINT; the node
- * need not exist yet. ZooKeeper may go and come back: the last value stands, and no change that
- * lasts is missed.
+ * Without a VALUE it prints the node's value, and each new value, until SIGTERM or SIGINT. The node
+ * need not exist yet. While ZooKeeper is away the last value stands, and no change that lasts is
+ * missed.
  *
- * Shows: a watched configuration value, operations that wait, a loop that the program runs itself.
+ * Shows: a watched configuration value, operations that wait for their result, a loop that the
+ * program runs itself.
  */
 #define CRPC_IMPLEMENTATION
 #include "crpc.h"
@@ -47,7 +48,7 @@ static int complain(int status, const char *what, const char *detail)
     return status;
 }
 
-/* The value: now, and whenever it changes. The bytes are valid until this returns. */
+/* Gets the value at first and after each change. The bytes are valid until this returns. */
 static void on_value(void *user, crpc_view value, int32_t version, bool exists)
 {
     if (exists) {
@@ -69,7 +70,7 @@ static void on_state(void *user, crpc_registry_state state, int64_t session)
             (unsigned long long)session);
 }
 
-/* Makes the node with the value, or writes it if it is there already. */
+/* Creates the node with the value, or writes the value if the node exists. */
 static int write_value(crpc_registry *registry, const char *path, const char *value)
 {
     crpc_node node = CRPC_INIT;
@@ -99,7 +100,7 @@ static int watch(crpc_loop *loop, crpc_registry *registry, char *path)
     if (status != CRPC_OK) {
         return complain(status, "sigaction", "");
     }
-    status = crpc_loop_run(loop); /* until a signal stops it */
+    status = crpc_loop_run(loop); /* returns after a signal */
     return status == CRPC_OK ? status : complain(status, "running", "");
 }
 
@@ -129,7 +130,7 @@ int main(int argc, char **argv)
         status = argc == 4 ? write_value(registry, argv[2], argv[3])
                            : watch(loop, registry, argv[2]);
     }
-    signal(SIGTERM, SIG_IGN); /* the loop that on_signal stops is about to go */
+    signal(SIGTERM, SIG_IGN); /* the loop that on_signal stops is freed below */
     signal(SIGINT, SIG_IGN);
     crpc_registry_close(registry);
     crpc_loop_close(loop);

@@ -1,13 +1,13 @@
-/* echo_client: one call, and everything that can be known when it fails.
+/* echo_client: makes one call, and prints all that is known if it fails.
  *
  *   echo_client URL TEXT [--timeout-ms N] [--attachment TEXT] [--log-id N]
  *
  *   $ echo_client tcp://127.0.0.1:8000 hello
  *   hello
  *
- * Prints the reply's text; a second line shows the reply's attachment if there is one. Exits with
- * 0, with 1 if the call failed (code, address and cause are on stderr), with 2 if it was used
- * wrongly. Any URL that crpc_channel_open takes will do. brpc's echo_server can be called.
+ * Prints the reply's text and, on a second line, its attachment if there is one. URL is any that
+ * crpc_channel_open takes. The server may also be brpc's echo_server. Exit status: 0; 1 if the call
+ * failed (code, address and cause are on stderr); 2 for wrong usage.
  *
  * Shows: a synchronous call, options of one call, views in a response, errors that explain.
  */
@@ -58,10 +58,10 @@ static bool parse_options(int argc, char **argv, crpc_call *call)
             return false;
         }
     }
-    return i == argc; /* nothing is left over */
+    return i == argc; /* else the last option has no value */
 }
 
-/* A view is not terminated by a zero, and its bytes may be anything. */
+/* A view is not terminated by a zero, and may hold any bytes: no printf of %s. */
 static void print_view(const char *label, crpc_view view)
 {
     printf("%s", label);
@@ -116,7 +116,7 @@ int main(int argc, char **argv)
         return 1;
     }
     status = echo_once(channel, argv[1], argv[2], &call);
-    crpc_call_reset(&call); /* now the response's views are gone */
+    crpc_call_reset(&call); /* the response's views are invalid from here on */
     crpc_channel_close(channel);
     return status == CRPC_OK && fflush(stdout) == 0 ? 0 : 1;
 }

@@ -1,4 +1,4 @@
-/* echo_server: the smallest server that is complete.
+/* echo_server: a small but complete server.
  *
  *   echo_server URL...        URL: tcp://host:port (port 0: any free one) or unix:///path
  *
@@ -6,8 +6,9 @@
  *   listening on tcp://127.0.0.1:8000
  *   listening on unix:///tmp/echo.sock
  *
- * Answers example.EchoService.Echo with the message and the attachment of the request until SIGTERM
- * or SIGINT, finishes what it is serving, and exits with 0. brpc's echo_client can call it.
+ * Answers example.EchoService.Echo with the message and the attachment of the request. On SIGTERM
+ * or SIGINT it finishes the requests in service and exits with 0. brpc's echo_client can call it
+ * too.
  *
  * Shows: several listeners, views (texts of any length, not copied), attachments, a clean end.
  */
@@ -24,7 +25,7 @@ static crpc_loop *loop_to_stop;
 static void on_signal(int signo)
 {
     (void)signo;
-    crpc_loop_stop(loop_to_stop); /* the one function that a signal handler may call */
+    crpc_loop_stop(loop_to_stop); /* the only crpc function that a signal handler may call */
 }
 
 static int catch_signals(crpc_loop *loop)
@@ -41,8 +42,8 @@ static int catch_signals(crpc_loop *loop)
     return CRPC_OK;
 }
 
-/* The handler. What the views point at stays valid until the reply is finished, so a reply may be
- * made of pieces of its request. */
+/* The handler. The request's bytes stay valid until the reply is finished, so views of the response
+ * may point into the request. */
 static int echo(crpc_context *context, const example_EchoRequest *request,
                 example_EchoResponse *response)
 {
@@ -73,7 +74,7 @@ static int listen_on_all(crpc_server *server, char **urls, int count)
     return CRPC_OK;
 }
 
-/* Says where the server can be reached: with port 0 the system has chosen the port. */
+/* Prints the real addresses: with port 0 the system has chosen a port. */
 static void print_listeners(crpc_server *server)
 {
     char url[CRPC_ADDRESS_MAX];
@@ -126,7 +127,7 @@ int main(int argc, char **argv)
         return 1;
     }
     status = serve(server, argv + 1, argc - 1);
-    signal(SIGTERM, SIG_IGN); /* the handler's loop is about to go */
+    signal(SIGTERM, SIG_IGN); /* crpc_server_close frees the loop that on_signal stops */
     signal(SIGINT, SIG_IGN);
     crpc_server_close(server);
     return status == CRPC_OK ? 0 : 1;

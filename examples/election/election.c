@@ -1,4 +1,4 @@
-/* election: one leader among several processes, and another one when it goes.
+/* election: one leader among several processes, and another when it leaves or dies.
  *
  *   election REGISTRY_URL PATH [--name NAME] [--session-ms N] [--lead-ms N]
  *   election REGISTRY_URL PATH --ask
@@ -7,15 +7,16 @@
  *   berlin: a candidate; the leader is hamburg
  *   berlin: leads, token 4294967321
  *
- *   --name NAME       what others are told about the leader; default: "pid-N"
- *   --session-ms N    session of the registry: how long a crashed leader is still the leader;
- *                     default 15000
- *   --lead-ms N       steps back after so long and lets the next one lead; default: never
- *   --ask             prints who leads and exits; 1 if nobody does
+ *   --name NAME       name under which others see this process as leader; default "pid-N"
+ *   --session-ms N    ZooKeeper session timeout: how long a crashed leader keeps its place; default
+ *                     15000
+ *   --lead-ms N       resigns after N ms, so that the next candidate leads; default: never
+ *   --ask             prints who leads and exits, with status 1 if nobody does
  *
- * SIGTERM or SIGINT: leaves the election, so that the next one leads at once, and exits with 0.
+ * On SIGTERM or SIGINT it leaves the election, so that the next candidate leads at once, and exits
+ * with 0.
  *
- * Shows: a candidate, what a leader does when it begins and ceases to be one, asking for the leader
+ * Shows: a candidate, its callback when it begins and ceases to lead, and asking for the leader
  * without being a candidate.
  */
 #define CRPC_IMPLEMENTATION
@@ -29,7 +30,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* All callbacks run on the thread that runs the loop: nothing here needs a lock. */
+/* All callbacks run on the thread that runs the loop, so nothing here needs a mutex. */
 typedef struct candidate {
     const char *path;
     char name[32];
@@ -75,9 +76,9 @@ static void step_back(void *user)
     crpc_election_resign(((candidate *)user)->election);
 }
 
-/* Begins or ceases to lead. It ceases before another one can begin; still, what the leader
- * commands should carry the token, and whoever obeys should refuse a smaller one than before: it
- * may come from a leader that was asleep. */
+/* Told when this process begins or ceases to lead. It ceases before another can begin. Still each
+ * command of a leader should carry the token, so that its receiver can refuse a token smaller than
+ * the largest it has seen: the command may come from a leader that was stopped for a while. */
 static void on_election(void *user, bool leader, int64_t token)
 {
     candidate *c = (candidate *)user;
@@ -92,7 +93,7 @@ static void on_election(void *user, bool leader, int64_t token)
     }
 }
 
-/* Who leads, asked without waiting: the answer comes as a callback. */
+/* Gets the answer to "who leads?", asked without waiting. */
 static void on_leader(void *user, const crpc_node *node)
 {
     candidate *c = (candidate *)user;
@@ -120,11 +121,11 @@ static int stand(candidate *c)
     if (status != CRPC_OK) {
         return complain(status, "sigaction", strerror(errno));
     }
-    status = crpc_loop_run(c->loop); /* until a signal stops it */
+    status = crpc_loop_run(c->loop); /* returns after a signal */
     return status == CRPC_OK ? status : complain(status, "running", "");
 }
 
-/* The same question, waited for. */
+/* Asks who leads, and waits for the answer. */
 static int ask(candidate *c)
 {
     crpc_node node = CRPC_INIT;
@@ -158,7 +159,7 @@ static int open_and_run(candidate *c, const char *url)
     } else {
         status = c->ask ? ask(c) : stand(c);
     }
-    signal(SIGTERM, SIG_IGN); /* the loop that on_signal stops is about to go */
+    signal(SIGTERM, SIG_IGN); /* the loop that on_signal stops is freed below */
     signal(SIGINT, SIG_IGN);
     crpc_election_close(c->election);
     crpc_registry_close(c->registry);

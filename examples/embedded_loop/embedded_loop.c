@@ -1,17 +1,17 @@
-/* embedded_loop: crpc inside a program that has a poll(2) loop of its own already.
+/* embedded_loop: runs crpc inside the program's own poll(2) loop.
  *
  *   embedded_loop [epoll|poll] [CALLS]        default: epoll 100000
  *
  *   $ embedded_loop poll 100000
  *   poll: 100000 calls, 0 failed, in 172 ms; my timer fired 17 times meanwhile; 1 thread
  *
- * The program's loop waits for its own timer (a timerfd, standing for whatever the board does) and,
- * in the same poll set, for crpc. A server and a client live on the one crpc loop, in one process:
- * the program calls itself, with WINDOW calls under way at a time. No thread is started, and crpc
- * is told never to start one. Ends by itself; exits with 0 if every call succeeded.
+ * In one poll set, the program waits for its own timer (a timerfd, which stands for the board's
+ * other work) and for crpc. A server and a client use the same crpc loop, so the program calls
+ * itself, with WINDOW calls in flight. No thread is started: forbid_threads tells crpc not to. The
+ * program ends by itself and exits with 0 if every call succeeded.
  *
- * Shows: the four lines that embed crpc (in wait_and_step), both pollers, asynchronous calls that
- * begin the next call from their callback.
+ * Shows: the lines that embed crpc (in wait_and_step), both pollers, asynchronous calls whose
+ * callback begins the next call.
  */
 #define CRPC_IMPLEMENTATION
 #include "crpc.h"
@@ -26,7 +26,7 @@
 #include <sys/timerfd.h>
 #include <unistd.h>
 
-#define WINDOW  8  /* calls under way at a time */
+#define WINDOW  8  /* calls in flight */
 #define MAX_FDS 64 /* of the poll set */
 #define TICK_MS 10 /* of the program's own timer */
 
@@ -67,7 +67,7 @@ static void on_read(void *user, int status, const board_ReadResponse *response, 
     begin_call(p);
 }
 
-/* Begins the next call, if there is one to do. Its callback never runs before this has returned. */
+/* Begins the next call, if any is left. Its callback never runs before this has returned. */
 static void begin_call(program *p)
 {
     board_ReadRequest request = board_ReadRequest_init_zero;
@@ -80,7 +80,7 @@ static void begin_call(program *p)
     status = board_SensorService_Read_async(p->channel, &request, on_read, p, NULL);
     if (status != CRPC_OK) {
         fprintf(stderr, "embedded_loop: %s\n", crpc_status_text(status));
-        p->calls = p->begun; /* no callback will come, and no further call is made */
+        p->calls = p->begun; /* no callback will run, and no further call begins */
         p->ended++;
         p->failed++;
     }
@@ -97,8 +97,8 @@ static void on_my_timer(program *p)
     }
 }
 
-/* What crpc waits for: with epoll one descriptor that stands for all, with poll each of them, asked
- * for anew every time. (crpc_loop_pollfds alone would do for both.) */
+/* Adds what crpc waits for: with epoll one descriptor that stands for all, with poll each of them,
+ * which must be asked for before every wait. (crpc_loop_pollfds alone works for both.) */
 static size_t add_crpc(program *p, struct pollfd *fds, size_t max)
 {
     int fd = crpc_loop_fd(p->loop);
@@ -121,18 +121,18 @@ static int wait_and_step(program *p)
     fds[0].events = POLLIN;
     count = add_crpc(p, fds + 1, MAX_FDS);
     if (count > MAX_FDS) {
-        return CRPC_ENOMEM; /* more connections than this array has room for */
+        return CRPC_ENOMEM; /* more connections than this array has entries */
     }
-    poll(fds, (nfds_t)(1 + count), crpc_loop_timeout(p->loop)); /* EINTR: nothing is ready */
+    poll(fds, (nfds_t)(1 + count), crpc_loop_timeout(p->loop)); /* after EINTR nothing is ready */
     if (fds[0].revents & POLLIN) {
         on_my_timer(p);
     }
-    return crpc_loop_step(p->loop, 0); /* does what is due, and never waits */
+    return crpc_loop_step(p->loop, 0); /* runs what is due, and does not wait */
 }
 
 static int run(program *p)
 {
-    int i, status = crpc_loop_step(p->loop, 0); /* from now on it is this thread that drives it */
+    int i, status = crpc_loop_step(p->loop, 0); /* from now on this thread drives it */
 
     for (i = 0; i < WINDOW; i++) {
         begin_call(p);
@@ -210,7 +210,7 @@ static int open_all(program *p, bool with_poll)
     return status;
 }
 
-/* In the opposite order; a NULL is ignored. */
+/* Closes in the opposite order; every close ignores NULL. */
 static void close_all(program *p)
 {
     crpc_channel_close(p->channel);

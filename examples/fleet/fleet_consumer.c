@@ -1,4 +1,4 @@
-/* fleet_consumer: calls a fleet and shows, second by second, who answers.
+/* fleet_consumer: calls a fleet, and prints each second which providers answer.
  *
  *   fleet_consumer CHANNEL_URL [--option VALUE]... [--json]
  *
@@ -6,24 +6,25 @@
  *     1 s  ok 1000  failed 0  p99 0.4 ms  listed 3  by a:334 b:333 c:333
  *
  *   --method Do|Get      Get is idempotent, Do is not; default Do
- *   --rate N             calls a second, however slow the answers are; default 100. 0: the next
- *                        call begins when one ends
- *   --seconds N          default 10; SIGINT and SIGTERM end it earlier
- *   --concurrency N      calls under way at most; default 256. One that is due waits for a place
- *   --work-us N          CPU time that each call is to cost the provider; default 0
- *   --json               no line per second
+ *   --rate N             calls a second, however slow the replies are; default 100. 0: each call
+ *                        that ends begins the next
+ *   --seconds N          how long to call; default 10. SIGINT and SIGTERM end it earlier
+ *   --concurrency N      calls in flight at most; default 256. Beyond it calls wait, although due
+ *   --work-us N          CPU time that each call costs the provider; default 0
+ *   --json               prints no line each second
  *
- * CHANNEL_URL is what crpc_channel_open takes: balancer, retries and deadlines are set there.
+ * CHANNEL_URL is what crpc_channel_open takes; it sets balancer, retries and deadline.
  *
- * The last line is JSON: sent (calls begun), ok, failed, unsent (due, but the time was over before
- * there was a place), by_code, by_provider, attempts (more than sent where crpc tried again),
- * duplicates (replies of a second execution), p50_us and p99_us (of the ok ones, at most 1/16 too
- * much), max_gap_ms (the longest time without a successful reply). A latency counts from when the
- * call was due, so that a fleet that stands still is charged with all that it delayed. The first
- * failures are explained on stderr. Exits with 0 if some call succeeded.
+ * The last line is JSON: sent (calls begun), ok, failed, unsent (calls that were due but found no
+ * free place before the end), by_code, by_provider, attempts (retries make them more than sent),
+ * duplicates (replies to a repeated execution), p50_us and p99_us (latencies of successful calls,
+ * at most 1/16 too high), max_gap_ms (the longest time without a successful reply). The latency of
+ * a call counts from when it was due, so a fleet that stands still is charged with all calls that
+ * it delayed. The first failures are explained on stderr. Exits with 0 if at least one call
+ * succeeded.
  *
- * Shows: asynchronous calls at a rate from one thread without a lock: everything, the pacing too,
- * happens in callbacks of one loop.
+ * Shows: asynchronous calls at a rate from one thread without a mutex: everything, the pacing
+ * included, happens in callbacks of one loop.
  */
 #define CRPC_IMPLEMENTATION
 #include "crpc.h"
@@ -42,11 +43,11 @@
 #include <unistd.h>
 
 #define MAX_CONCURRENCY 65536
-#define EXPLAINED       5 /* failures */
+#define EXPLAINED       5 /* failures that are explained on stderr */
 
 typedef struct consumer consumer;
 
-typedef struct pending { /* a call under way, or a free place for one */
+typedef struct pending { /* a call in flight, or a free place for one */
     consumer *owner;
     struct pending *next;
     int64_t due_us;
@@ -94,7 +95,7 @@ static void count_failure(consumer *c, int status, const char *text)
     count_row(c->codes, name, strlen(name));
 }
 
-/* ---- calling: in callbacks of the loop, which main drives ------------------------------------ */
+/* ---- calling: in callbacks of the loop, which the main thread runs --------------------------- */
 
 static void begin_call(consumer *c, int64_t due_us);
 
@@ -118,11 +119,11 @@ static void on_reply(void *user, int status, const fleet_Reply *reply, crpc_call
     hist_add(&c->all, now - due_us);
     hist_add(&c->second, now - due_us);
     if (c->rate == 0 && now - c->start_us < c->seconds * INT64_C(1000000)) {
-        begin_call(c, now); /* after a failure on_tick does it, a little later */
+        begin_call(c, now); /* after a failure on_tick begins the next call, a little later */
     }
 }
 
-/* There is a free place. */
+/* Begins a call. The caller has made sure that there is a free place. */
 static void begin_call(consumer *c, int64_t due_us)
 {
     fleet_Request request = fleet_Request_init_zero;
@@ -131,7 +132,7 @@ static void begin_call(consumer *c, int64_t due_us)
     int status;
 
     snprintf(key, sizeof key, "key-%u", (unsigned)(c->sent % 1000));
-    request.key = crpc_view_str(key); /* is copied before the call function returns */
+    request.key = crpc_view_str(key); /* crpc copies it before the call function returns */
     request.seq = c->seq++;
     request.work_us = (uint32_t)c->work_us;
     c->free = p->next;
@@ -139,14 +140,14 @@ static void begin_call(consumer *c, int64_t due_us)
     c->sent++;
     status = c->idempotent ? fleet_Work_Get_async(c->channel, &request, on_reply, p, NULL)
                            : fleet_Work_Do_async(c->channel, &request, on_reply, p, NULL);
-    if (status != CRPC_OK) { /* then on_reply is not called */
+    if (status != CRPC_OK) { /* then on_reply does not run */
         count_failure(c, status, crpc_status_text(status));
         p->next = c->free;
         c->free = p;
     }
 }
 
-/* How many calls are due by then, the first of them at once. */
+/* How many calls are due at a time; the first is due at the start. */
 static uint64_t due_by(const consumer *c, int64_t at_us)
 {
     uint64_t all = (uint64_t)c->seconds * (uint64_t)c->rate;
@@ -193,7 +194,7 @@ static void on_tick(void *user, int fd, unsigned events)
         begin_call(c, c->start_us + (int64_t)(c->sent * 1000000 / (uint64_t)c->rate));
     }
     for (n = 0; c->rate == 0 && c->free && n < c->concurrency; n++) {
-        begin_call(c, now); /* not more than all places, however fast they fail */
+        begin_call(c, now); /* at most one for each place, however fast they fail */
     }
     if (!c->json && now - c->start_us >= (c->lines + 1) * INT64_C(1000000)) {
         print_line(c, ++c->lines);
@@ -241,7 +242,7 @@ static int catch_signals(crpc_loop *loop)
                : CRPC_ESYSTEM;
 }
 
-/* Consumers must not use each other's seq: each begins somewhere in 64 bits. */
+/* Consumers must not use each other's seq: each starts at a random number of 64 bits. */
 static int random_seq(uint64_t *seq)
 {
     FILE *f = fopen("/dev/urandom", "rb");
@@ -253,8 +254,8 @@ static int random_seq(uint64_t *seq)
     return good ? CRPC_OK : CRPC_ESYSTEM;
 }
 
-/* A descriptor that is readable every quarter of a millisecond, because crpc_timer_start counts in
- * whole ones. */
+/* Returns a descriptor that becomes readable every 0.25 ms: crpc_timer_start takes whole
+ * milliseconds. */
 static int open_clock(void)
 {
     struct itimerspec every = CRPC_INIT;
@@ -275,11 +276,11 @@ static int call_for_a_while(consumer *c, int clock)
 
     c->start_us = c->last_ok_us = now_us();
     if (status == CRPC_OK) {
-        status = crpc_loop_run(c->loop); /* until the time is over, or a signal */
+        status = crpc_loop_run(c->loop); /* until the time is over or a signal comes */
     }
     crpc_loop_unwatch(c->loop, watch);
     count_gap(c, now_us());
-    c->seconds = 0; /* no further call; those under way end, by their deadline at the latest */
+    c->seconds = 0; /* no call begins from here on; those in flight end by their deadlines */
     while (status == CRPC_OK && c->ok + c->failed < c->sent) {
         status = crpc_loop_step(c->loop, 10);
     }
@@ -318,7 +319,7 @@ static int open_and_call(consumer *c, const char *url)
         fprintf(stderr, "fleet_consumer: %s: %s (%d): %s\n", url, crpc_status_name(status), status,
                 error.text[0] ? error.text : crpc_status_text(status));
     }
-    signal(SIGTERM, SIG_IGN); /* the loop that on_signal stops is about to go */
+    signal(SIGTERM, SIG_IGN); /* the loop that on_signal stops is freed below */
     signal(SIGINT, SIG_IGN);
     crpc_channel_close(c->channel); /* NULL is ignored */
     crpc_loop_close(c->loop);

@@ -1,5 +1,5 @@
-/* fleet_count.h: what fleet_consumer counts with: a histogram of latencies, and counts by name.
- * Neither grows, however long it runs.
+/* fleet_count.h: a histogram of latencies, and counts by name, for fleet_consumer. Neither grows,
+ * however long the program runs.
  */
 #ifndef FLEET_COUNT_H_INCLUDED
 #define FLEET_COUNT_H_INCLUDED
@@ -12,7 +12,7 @@
 
 #define HIST_SLOTS (16 * 40)
 
-/* Microseconds, every power of two cut into 16. */
+/* A histogram of microseconds: every power of two is cut into 16 slots. */
 typedef struct hist {
     uint64_t count;
     uint64_t slots[HIST_SLOTS];
@@ -32,7 +32,7 @@ static void hist_add(hist *h, int64_t us)
     }
 }
 
-/* The time that `percent` of all do not exceed. */
+/* The time that `percent` of all values do not exceed. */
 static uint64_t hist_percentile(const hist *h, unsigned percent)
 {
     uint64_t seen = 0;
@@ -48,7 +48,7 @@ static uint64_t hist_percentile(const hist *h, unsigned percent)
     return 0;
 }
 
-#define ROWS 32 /* names that are counted apart; further ones are left out */
+#define ROWS 32 /* names that are counted separately; further names are left out */
 
 typedef struct row {
     char key[32];
@@ -74,7 +74,7 @@ static void print_rows(const char *name, const row *rows)
     int i;
 
     printf(",\"%s\":{", name);
-    for (i = 0; i < ROWS && rows[i].count > 0; i++) { /* keys are plain words: no escapes */
+    for (i = 0; i < ROWS && rows[i].count > 0; i++) { /* no key needs escapes */
         printf("%s\"%s\":%llu", i > 0 ? "," : "", rows[i].key, (unsigned long long)rows[i].count);
     }
     printf("}");

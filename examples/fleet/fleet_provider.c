@@ -1,33 +1,34 @@
-/* fleet_provider: one provider of a fleet that is to be slowed, overloaded, restarted and killed.
+/* fleet_provider: a provider that can be slowed, overloaded, restarted and killed.
  *
- *   fleet_provider REGISTRY_URL [--option VALUE]...        REGISTRY_URL "none": registers nowhere
+ *   fleet_provider REGISTRY_URL [--option VALUE]...        REGISTRY_URL none: does not register
  *
  *   $ fleet_provider zookeeper://127.0.0.1:2181/dubbo --id a
  *   ready tcp://127.0.0.1:40123 a
  *
  *   --listen URL         tcp://host:port or unix:///path; default tcp://127.0.0.1:0 (a free port)
- *   --id NAME            sent back in replies; default "pid-N"
- *   --weight N           share of the calls beside others' 100; default 100
- *   --group G            registered for consumers that ask for it; default none
- *   --version V          likewise
- *   --workers N          threads that run handlers; default 0: they run on the loop
- *   --delay-ms N         each reply comes so much later. Without workers a timer sends it, so that
- *                        the loop goes on; a worker sleeps. SIGUSR1 switches the delay off and on
+ *   --id NAME            name of this provider, which its replies contain; default "pid-N"
+ *   --weight N           share of the calls beside other providers' weights; default 100
+ *   --group G            group to register for; default none
+ *   --version V          version to register for; default none
+ *   --workers N          threads that run handlers; default 0: handlers run on the loop
+ *   --delay-ms N         delays each reply. Without workers a timer finishes it, so that the loop
+ *                        is not blocked; a worker sleeps. SIGUSR1 switches the delay off and on
  *   --max-concurrency N  requests in service at a time; beyond it callers get ELIMIT; default 8192
- *   --fail-percent N     so many of the calls are answered with the application's error 10001
- *   --lame-ms N          how long stopping goes on serving after it has left the registry, for
- * those who have not heard of it yet; default 1000, without a registry 0
- *   --drain-ms N         how long stopping waits for requests being served; default 5000
- *   --session-ms N       registry session: how long a crashed provider stays listed; default 15000
+ *   --fail-percent N     share of the calls that fail with the application's error 10001
+ *   --lame-ms N          how long a stopping provider goes on serving after it has unregistered,
+ *                        because consumers learn of it a little later; default 1000, without a
+ *                        registry 0
+ *   --drain-ms N         how long a stopping provider waits for requests in service; default 5000
+ *   --session-ms N       ZooKeeper session timeout: how long a crashed provider stays registered;
+ *                        default 15000
  *
- * SIGTERM or SIGINT stops it in order: it leaves the registry, goes on serving for --lame-ms,
- * finishes what it serves, and prints how many requests it executed, and how many of them not for
- * the first time:
+ * On SIGTERM or SIGINT it unregisters, goes on serving for --lame-ms, finishes the requests in
+ * service, and prints how many requests it executed, and how many of these executions were
+ * repeated:
  *
  *   end a requests 12345 repeated 0
  *
- * Shows: every way to be restarted without a failed call; replies finished later; counting that
- * does not grow.
+ * Shows: a restart without a failed call; replies finished later; counting in bounded memory.
  */
 #define CRPC_IMPLEMENTATION
 #include "crpc.h"
@@ -46,9 +47,10 @@
 
 #define FAILED_ON_PURPOSE 10001
 
-/* Executions are counted for the latest seq of each slot; an older one of the same slot is
- * forgotten. Consumers count seq up by one, so a repetition is seen unless 65536 calls of the same
- * consumer, or another one's, came between. Nothing is ever counted as repeated that was not. */
+/* Each slot counts the executions of the last seq that fell into it, and forgets earlier ones.
+ * Consumers count seq up by one, so a repeated execution is seen unless another seq of the same
+ * slot came in between: 65536 calls of the same consumer later, or by chance another consumer's. No
+ * first execution is ever counted as repeated. */
 #define SLOTS 65536
 
 typedef struct slot {
@@ -60,7 +62,7 @@ typedef struct provider {
     int delay_ms, fail_percent;
     crpc_loop *loop;
     crpc_server_options options;
-    pthread_mutex_t lock; /* guards what follows: workers run handlers at the same time */
+    pthread_mutex_t lock; /* guards the members below: workers run handlers at the same time */
     slot slots[SLOTS];
     uint64_t requests, repeated;
 } provider;
@@ -70,7 +72,7 @@ static volatile sig_atomic_t is_fast; /* the delay is switched off */
 
 /* ---- the service ----------------------------------------------------------------------------- */
 
-/* Returns how often this seq was executed, and sets *number to the request's own number. */
+/* Returns how often this seq was executed, and sets *number to how many requests came before. */
 static uint64_t count_execution(provider *p, uint64_t seq, uint64_t *number)
 {
     slot *s = &p->slots[seq % SLOTS];
@@ -100,7 +102,7 @@ static void burn_cpu(uint32_t us)
 
 static void reply_now(void *user)
 {
-    /* CRPC_EGONE, when the caller has left meanwhile, is nothing to worry about. */
+    /* CRPC_EGONE only means that the caller has disconnected meanwhile. */
     (void)crpc_context_finish((crpc_context *)user, CRPC_OK);
 }
 
@@ -109,7 +111,7 @@ static int reply_later(crpc_context *context, provider *p)
     struct timespec delay;
     int status;
 
-    if (p->options.workers > 0) { /* a worker may block: that is what it is for */
+    if (p->options.workers > 0) { /* a worker may block; the loop may not */
         delay.tv_sec = p->delay_ms / 1000;
         delay.tv_nsec = (long)(p->delay_ms % 1000) * 1000000;
         nanosleep(&delay, NULL);
@@ -128,10 +130,10 @@ static int work(crpc_context *context, const fleet_Request *request, fleet_Reply
     if (request->work_us > 0) {
         burn_cpu(request->work_us);
     }
-    if (number * 37 % 100 < (uint64_t)p->fail_percent) { /* 37: so that they do not come in a row */
+    if (number * 37 % 100 < (uint64_t)p->fail_percent) { /* 37 spreads them */
         return crpc_context_fail(context, FAILED_ON_PURPOSE, "%s fails on purpose", p->id);
     }
-    response->provider = crpc_view_str(p->id); /* outlives the reply */
+    response->provider = crpc_view_str(p->id); /* p->id outlives the reply */
     response->seq = request->seq;
     return p->delay_ms > 0 && !is_fast ? reply_later(context, p) : CRPC_OK;
 }
@@ -146,7 +148,7 @@ static void on_signal(int signo)
     if (signo == SIGUSR1) {
         is_fast = !is_fast;
     } else {
-        crpc_loop_stop(loop_to_stop); /* crpc_server_run then stops in order */
+        crpc_loop_stop(loop_to_stop); /* crpc_server_run then drains the server and returns */
     }
 }
 
@@ -192,7 +194,7 @@ static int serve(crpc_server *server, provider *p)
     }
     printf("ready %s %s\n", url, p->id);
     fflush(stdout);
-    status = crpc_server_run(server); /* until a signal; what was begun is finished then */
+    status = crpc_server_run(server); /* after a signal it drains the server and returns */
     return status == CRPC_OK ? status : complain(status, "running", "");
 }
 
@@ -206,9 +208,9 @@ static int open_and_serve(provider *p)
         return complain(status, "opening", error.text);
     }
     status = serve(server, p);
-    signal(SIGTERM, SIG_IGN); /* the loop that on_signal stops is about to go */
+    signal(SIGTERM, SIG_IGN); /* crpc_server_close frees the loop that on_signal stops */
     signal(SIGINT, SIG_IGN);
-    crpc_server_close(server); /* from here on no handler runs */
+    crpc_server_close(server); /* no handler runs after this */
     printf("end %s requests %llu repeated %llu\n", p->id, (unsigned long long)p->requests,
            (unsigned long long)p->repeated);
     return status;
@@ -276,8 +278,8 @@ int main(int argc, char **argv)
     for (i = 2; i + 1 < argc && parse_option(&p, argv[i], argv[i + 1]); i += 2) {
     }
     if (argc < 2 || i != argc) {
-        fprintf(stderr, "usage: fleet_provider REGISTRY_URL [--option VALUE]...; see the first "
-                        "lines of fleet_provider.c\n");
+        fprintf(stderr, "usage: fleet_provider REGISTRY_URL [--option VALUE]...\n"
+                        "       the options are listed at the top of fleet_provider.c\n");
         return 2;
     }
     p.options.registry = strcmp(argv[1], "none") == 0 ? NULL : argv[1];

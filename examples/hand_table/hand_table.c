@@ -7,10 +7,10 @@
  *   6 * 7 = 42
  *   1 / 0: EAPP, code 20001: ...
  *
- * Messages are C structs described with nanopb's own macros; the service is a table of crpc_method.
- * Everything that protoc-gen-crpc would have written is in the first part of this file, so it also
- * shows what generated code is made of. On the wire it is the same as with this .proto, so that any
- * peer can call it:
+ * Messages are C structs described with nanopb's own macros, and the service is a table of
+ * crpc_method. The first part of this file is what protoc-gen-crpc would have written, so it also
+ * shows what generated code consists of. The bytes on the wire are those of this .proto, so any
+ * peer can call the service:
  *
  *   syntax = "proto3";
  *   package calc;
@@ -21,8 +21,8 @@
  *     rpc Divide(Operands) returns (Result);
  *   }
  *
- * Then it serves on a thread of the server's loop and calls itself over TCP. Exits with 0 if the
- * results are right.
+ * The program starts a server, whose loop runs on a thread of its own, and calls it over TCP. It
+ * exits with 0 if the results are right.
  */
 #define CRPC_IMPLEMENTATION
 #include "crpc.h"
@@ -41,7 +41,7 @@ typedef struct result {
     int32_t value;
 } result;
 
-/* One X per field: storage, rule, type, name of the member, tag. */
+/* One X for each field: allocation, rule, type, name of the member, tag. */
 #define operands_FIELDLIST(X, a)                                                                   \
     X(a, STATIC, SINGULAR, INT32, left, 1)                                                         \
     X(a, STATIC, SINGULAR, INT32, right, 2)
@@ -57,7 +57,7 @@ PB_BIND(result, result, AUTO)
 
 /* ---- the handlers ---------------------------------------------------------------------------- */
 
-#define DIVISION_BY_ZERO 20001 /* any number but 1-199 and 1000-3999 */
+#define DIVISION_BY_ZERO 20001 /* any number except 0-199 and 1000-3999 */
 
 static int multiply(crpc_context *context, const void *request, void *response,
                     const void *handlers)
@@ -176,6 +176,6 @@ int main(void)
         printf("serving on %s\n", url);
         status = call_server(url);
     }
-    crpc_server_close(server); /* stops the thread too; NULL is ignored */
+    crpc_server_close(server); /* ends the loop's thread too; NULL is ignored */
     return status == CRPC_OK ? 0 : 1;
 }

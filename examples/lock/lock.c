@@ -1,4 +1,4 @@
-/* lock: does work that only one process of the fleet may do at a time.
+/* lock: does work that only one process in the fleet may do at a time.
  *
  *   lock REGISTRY_URL PATH [--name NAME] [--wait-ms N] [--work-ms N] [--times N] [--session-ms N]
  *
@@ -8,20 +8,20 @@
  *   berlin: begin, token 4294967309
  *   berlin: done, token 4294967309
  *
- *   --name NAME       shown to others who look at the lock; default: "pid-N"
- *   --wait-ms N       how long to wait for the lock; 0: do not wait; default: no limit
+ *   --name NAME       shown to people who inspect the lock; default "pid-N"
+ *   --wait-ms N       how long to wait for the lock. 0: not at all; default: no limit
  *   --work-ms N       how long the work takes; default 1000
- *   --times N         how often it is done; default 1; 0: until SIGTERM
- *   --session-ms N    session of the registry: how long a crashed holder keeps others waiting;
+ *   --times N         how often it is done. 0: until SIGTERM; default 1
+ *   --session-ms N    ZooKeeper session timeout: how long a crashed holder keeps others waiting;
  *                     default 15000
  *
- * Several of them take turns in the order in which they came. Exits with 0 when the work was done,
- * with 3 when the lock was not to be had in time, and with 4 when it was lost while working:
- * ZooKeeper could not be reached for so long that another one may have it now. SIGTERM or SIGINT:
- * releases the lock and exits with 0.
+ * Several processes take turns in the order in which they came. Exit status: 0 when the work is
+ * done; 3 when the lock could not be acquired in time; 4 when it was lost during the work, because
+ * ZooKeeper could not be reached for so long that another process may hold it now. SIGTERM or
+ * SIGINT releases the lock; the exit status is 0.
  *
- * Shows: waiting for a lock, giving it up, losing it, the token for whoever must not be fooled by a
- * holder that was asleep.
+ * Shows: waiting for a lock, releasing it, losing it, and the fencing token, by which the protected
+ * resource recognises a holder that was stopped for a while.
  */
 #define CRPC_IMPLEMENTATION
 #include "crpc.h"
@@ -34,7 +34,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* All callbacks run on the thread that runs the loop: nothing here needs a lock of its own. */
+/* All callbacks run on the thread that runs the loop, so nothing here needs a mutex. */
 typedef struct worker {
     const char *path;
     char name[32];
@@ -44,10 +44,10 @@ typedef struct worker {
     int session_ms;
     crpc_loop *loop;
     crpc_lock *lock;
-    crpc_id timer; /* runs while there is work */
+    crpc_id timer; /* runs while the work is being done */
     int64_t token;
     int done;
-    int result; /* of the program */
+    int result; /* exit status of the program */
 } worker;
 
 static crpc_loop *loop_to_stop;
@@ -93,7 +93,7 @@ static void acquire(worker *w)
     }
 }
 
-/* The work is done: the next one may. */
+/* The work is done: releases the lock for the next process. */
 static void on_work_done(void *user)
 {
     worker *w = (worker *)user;
@@ -105,7 +105,7 @@ static void on_work_done(void *user)
     if (w->done == w->times) {
         finish(w, 0);
     } else {
-        acquire(w); /* behind those who wait already */
+        acquire(w); /* behind the processes that wait already */
     }
 }
 
@@ -114,15 +114,15 @@ static void on_lock(void *user, int status, int64_t token)
     worker *w = (worker *)user;
 
     if (status == CRPC_OK) {
-        /* Whatever is protected, a database or a device, should be told the token with each
-         * request, and refuse one that is smaller than the largest it knows. */
+        /* Each request to the protected database or device should carry the token, so that the
+         * receiver can refuse a token smaller than the largest it has seen. */
         w->token = token;
         printf("%s: begin, token %lld\n", w->name, (long long)token);
         fflush(stdout);
         if (crpc_timer_start(w->loop, w->work_ms, 0, on_work_done, w, &w->timer) != CRPC_OK) {
             finish(w, 1);
         }
-    } else if (status == CRPC_EGONE) { /* stop working at once */
+    } else if (status == CRPC_EGONE) { /* the lock is lost: the work must end at once */
         crpc_timer_stop(w->loop, w->timer);
         printf("%s: lost, token %lld\n", w->name, (long long)token);
         fflush(stdout);
@@ -166,10 +166,10 @@ static int open_and_work(worker *w, const char *url)
     } else {
         status = work(w, registry);
     }
-    signal(SIGTERM, SIG_IGN); /* the loop that on_signal stops is about to go */
+    signal(SIGTERM, SIG_IGN); /* the loop that on_signal stops is freed below */
     signal(SIGINT, SIG_IGN);
     crpc_lock_close(w->lock);      /* releases it */
-    crpc_registry_close(registry); /* and with the session's end it is free at once */
+    crpc_registry_close(registry); /* ends the session, so its node is gone at once */
     crpc_loop_close(w->loop);
     return status;
 }

@@ -1,20 +1,20 @@
-/* user_consumer: finds the services of user_provider by name and calls them in every way there is.
+/* user_consumer: finds the services of user_provider by name and calls them in all three forms.
  *
  *   user_consumer REGISTRY_URL [--providers N] [--seconds N] [--rate N]
  *                              [--only-load] [--json]
  *
  *   $ user_consumer zookeeper://127.0.0.1:2181/dubbo --seconds 10 --rate 200
  *
- *   --providers N     first waits, up to 10 s, until so many providers are known; default 1
- *   --seconds N       after the calls one by one, logs in again and again for so long; default 0
- *   --rate N          logins per second; default 100
- *   --only-load       not the calls one by one
- *   --json            the counts at the end as one line of JSON on stdout, all else on stderr
+ *   --providers N     waits up to 10 s until N providers are known; default 1
+ *   --seconds N       after the single calls, logs in repeatedly for N seconds; default 0
+ *   --rate N          logins a second; default 100
+ *   --only-load       leaves out the single calls
+ *   --json            prints the counts as one line of JSON on stdout, and all else on stderr
  *
- * Exits with 0 if the calls one by one ended as they should and, under load, some login succeeded.
+ * Exits with 0 if the single calls ended as expected and, under load, at least one login succeeded.
  *
- * Shows: channels by name; the synchronous, callback and id forms; errors of the application. The
- * load is in user_load.h.
+ * Shows: channels by service name; the synchronous, callback and id forms of a call; error codes of
+ * the application. The load is in user_load.h.
  */
 #define CRPC_IMPLEMENTATION
 #include "crpc.h"
@@ -35,7 +35,7 @@ typedef struct consumer {
     FILE *out;
     crpc_channel *users, *friends;
     sem_t called_back;
-    int unexpected; /* results that are not what they should be */
+    int unexpected; /* how many results were not as expected */
 } consumer;
 
 /* ---- the requests ---------------------------------------------------------------------------- */
@@ -45,7 +45,7 @@ static demo_RegisterRequest new_account(const char *prefix)
     demo_RegisterRequest request = demo_RegisterRequest_init_zero;
 
     snprintf(request.name, sizeof request.name, "%s-%ld-%lld", prefix, (long)getpid(),
-             (long long)now_us()); /* a name that nobody has yet */
+             (long long)now_us()); /* a name that is not taken yet */
     snprintf(request.password, sizeof request.password, "secret");
     return request;
 }
@@ -61,7 +61,7 @@ static demo_LoginRequest login_of(const char *name, const char *password)
 
 static const demo_GetFriendListRequest friends_of_alice = {1};
 
-/* ---- the results, shown alike for all three forms -------------------------------------------- */
+/* ---- the results, printed alike for all three forms ------------------------------------------ */
 
 static void show_failure(consumer *c, const char *what, int status, const crpc_call *call)
 {
@@ -92,7 +92,7 @@ static void show_login(consumer *c, int status, const demo_LoginResponse *respon
             response->provider);
 }
 
-/* A login with a wrong password has to fail: CRPC_EAPP, and the service's own code beside it. */
+/* A login with a wrong password must fail with CRPC_EAPP and the service's own code. */
 static void show_refusal(consumer *c, int status, const crpc_call *call)
 {
     if (status != CRPC_EAPP || call->error.app_code != demo_UserError_WRONG_PASSWORD) {
@@ -132,7 +132,7 @@ static void call_and_wait(consumer *c)
     crpc_call call = CRPC_INIT;
     int status;
 
-    fprintf(c->out, "\n  Synchronous: the call returns when the reply is there\n");
+    fprintf(c->out, "\n  Synchronous: the call returns when the reply has come\n");
     status = demo_UserService_Register(c->users, &account, &registered, &call);
     show_register(c, status, &registered, &call);
     status = demo_UserService_Login(c->users, &right, &session, &call);
@@ -140,7 +140,7 @@ static void call_and_wait(consumer *c)
     status = demo_UserService_Login(c->users, &wrong, &session, &call);
     show_refusal(c, status, &call);
     status = demo_FriendService_GetFriendList(c->friends, &friends_of_alice, &friends, &call);
-    show_friends(c, status, &friends, &call); /* the names are in bytes that `call` keeps */
+    show_friends(c, status, &friends, &call); /* the names point into bytes that `call` holds */
     crpc_call_reset(&call);
 }
 
@@ -173,16 +173,16 @@ static void on_friends(void *user, int status, const demo_GetFriendListResponse 
     sem_post(&((consumer *)user)->called_back);
 }
 
-/* A call that could not begin gets no callback; one that has begun gets exactly one. No timeout is
- * needed here: every call ends, at its deadline at the latest. */
+/* If the call function fails, no callback runs; otherwise exactly one does. It needs no timeout
+ * here: a call ends at its deadline at the latest. */
 static void await_callback(consumer *c, int status)
 {
     if (status != CRPC_OK) {
-        fprintf(c->out, "    could not begin: %s\n", crpc_status_text(status));
+        fprintf(c->out, "    the call could not begin: %s\n", crpc_status_text(status));
         c->unexpected++;
         return;
     }
-    while (sem_wait(&c->called_back) != 0) { /* a signal: go on waiting */
+    while (sem_wait(&c->called_back) != 0) { /* interrupted by a signal */
     }
 }
 
@@ -199,7 +199,7 @@ static void call_with_callbacks(consumer *c)
                                                              on_friends, c, NULL));
 }
 
-/* ---- form 3: by id: four calls at once, each result taken when the program likes ------------- */
+/* ---- form 3: by id: four calls at once, whose results are fetched later ---------------------- */
 
 static bool begin_all(consumer *c, crpc_id ids[4])
 {
@@ -243,9 +243,9 @@ static void call_by_id(consumer *c)
     crpc_id ids[4] = CRPC_INIT;
     crpc_call call = CRPC_INIT;
 
-    fprintf(c->out, "\n  By id: four calls begun at once, each result fetched when it is wanted\n");
+    fprintf(c->out, "\n  By id: four calls begin at once, and their results are fetched later\n");
     if (!begin_all(c, ids)) {
-        fprintf(c->out, "    could not begin\n");
+        fprintf(c->out, "    a call could not begin\n");
         c->unexpected++;
         return;
     }
@@ -286,8 +286,8 @@ static bool await_providers(consumer *c)
         }
         sleep_us(20000);
     } while (now_us() < end_us);
-    fprintf(stderr, "user_consumer: %zu and %zu providers found, not %zu\n", users, friends,
-            wanted);
+    fprintf(stderr, "user_consumer: found %zu and %zu providers in 10 s, expected %zu\n", users,
+            friends, wanted);
     return false;
 }
 
@@ -371,7 +371,7 @@ int main(int argc, char **argv)
     good = open_channel(&c, "demo.UserService", &c.users) == CRPC_OK &&
            open_channel(&c, "demo.FriendService", &c.friends) == CRPC_OK && await_providers(&c) &&
            run(&c, &l);
-    crpc_channel_close(c.friends); /* what is still pending calls back now; NULL is ignored */
+    crpc_channel_close(c.friends); /* callbacks of pending calls run now; NULL is ignored */
     crpc_channel_close(c.users);
     pthread_mutex_destroy(&l.lock);
     sem_destroy(&c.called_back);

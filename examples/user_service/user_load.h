@@ -1,7 +1,7 @@
-/* user_load.h: the load of user_consumer: logins at a rate from one thread, counted in their
- * callbacks. Included after crpc.h and user.crpc.h.
+/* user_load.h: the load of user_consumer. One thread begins logins at a rate, and their callbacks
+ * count the results. Include it after crpc.h and user.crpc.h.
  *
- * The callbacks run on the channel's own thread, so that the counts have a lock.
+ * The callbacks run on the thread of the channel's loop, so a lock guards the counts.
  */
 #ifndef USER_LOAD_H_INCLUDED
 #define USER_LOAD_H_INCLUDED
@@ -11,7 +11,7 @@
 #include <string.h>
 #include <time.h>
 
-#define LOAD_ROWS 16 /* providers, and kinds of failure, that are counted apart */
+#define LOAD_ROWS 16 /* providers, and kinds of failure, that are counted separately */
 
 typedef struct load_row {
     char key[40];
@@ -21,7 +21,7 @@ typedef struct load_row {
 
 typedef struct load_counts {
     long sent, ok, failed;
-    long in_flight; /* of the failed ones: those of which something had been sent */
+    long in_flight; /* failed calls of which at least a part had been sent */
     load_row providers[LOAD_ROWS], codes[LOAD_ROWS];
 } load_counts;
 
@@ -117,13 +117,13 @@ static void load_send(load *l, const demo_LoginRequest *request)
 
     pthread_mutex_lock(&l->lock);
     l->counts.sent++;
-    if (status != CRPC_OK) { /* then there is no callback */
+    if (status != CRPC_OK) { /* then no callback runs */
         load_count_failure(l, status, 0, CRPC_SENT_NO);
     }
     pthread_mutex_unlock(&l->lock);
 }
 
-/* What has changed in the last second. */
+/* Prints what has changed in the last second. */
 static void load_print_second(load *l, int second, const load_counts *before,
                               const load_counts *now)
 {
@@ -139,7 +139,7 @@ static void load_print_second(load *l, int second, const load_counts *before,
     fflush(l->out);
 }
 
-/* Waits for the calls under way: each ends, at its deadline at the latest. */
+/* Waits for the calls in flight, each of which ends at its deadline at the latest. */
 static load_counts load_finish(load *l)
 {
     int64_t end_us = now_us() + 5000000;
@@ -186,7 +186,7 @@ static void load_print(FILE *out, const load_counts *n)
 {
     fprintf(out, "\n  Counts: sent %ld, ok %ld, failed %ld, without a result %ld\n", n->sent, n->ok,
             n->failed, n->sent - n->ok - n->failed);
-    fprintf(out, "  In flight, that is, failed after something had been sent: %ld\n", n->in_flight);
+    fprintf(out, "  Failed in flight (a part of the request had been sent): %ld\n", n->in_flight);
     load_print_rows(out, "answered by", n->providers);
     load_print_rows(out, "failed with", n->codes);
 }
@@ -196,7 +196,7 @@ static void load_print_json_rows(const char *label, const load_row *rows)
     int i;
 
     printf(",\"%s\":{", label);
-    for (i = 0; i < LOAD_ROWS && rows[i].count > 0; i++) { /* keys are plain words: no escapes */
+    for (i = 0; i < LOAD_ROWS && rows[i].count > 0; i++) { /* no key needs escapes */
         printf("%s\"%s\":{\"count\":%ld,\"first_ms\":%lld,\"last_ms\":%lld}", i > 0 ? "," : "",
                rows[i].key, rows[i].count, (long long)rows[i].first_ms, (long long)rows[i].last_ms);
     }

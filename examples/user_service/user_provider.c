@@ -6,17 +6,17 @@
  *   provider berlin serving on tcp://127.0.0.1:40123
  *
  *   --listen URL      tcp://host:port or unix:///path; default tcp://127.0.0.1:0 (any free port).
- *                     Consumers on other machines need tcp://0.0.0.0:port or the board's address
- *   --id NAME         sent back in replies, so that a consumer sees who answered; default: "pid-N"
- *   --login-ms N      how long a login takes, as if a database were asked; default 0
- *   --session-ms N    session of the registry: how long a crashed provider stays listed;
+ *                     For consumers on other machines: tcp://0.0.0.0:port or the board's address
+ *   --id NAME         name of this provider, which its replies contain; default "pid-N"
+ *   --login-ms N      time that a login takes, as if it asked a database; default 0
+ *   --session-ms N    ZooKeeper session timeout: how long a crashed provider stays registered;
  *                     default 15000
  *
- * Consumers find it as soon as the line is printed, or later if the registry is down: it is tried
- * again until it can be reached. SIGTERM or SIGINT: unregisters, finishes what it is serving, exits
- * with 0.
+ * Consumers find the provider when its line is printed. If ZooKeeper is down, crpc goes on trying,
+ * and they find it later. On SIGTERM or SIGINT it unregisters, finishes the requests in service and
+ * exits with 0.
  *
- * Shows: a registered server, two services in one process, errors of the application's own, a reply
+ * Shows: a registered server, two services in one process, error codes of the application, a reply
  * that is finished later, a list of views in a response.
  */
 #define CRPC_IMPLEMENTATION
@@ -38,12 +38,12 @@
 typedef struct account {
     uint64_t id;
     char name[32];
-    char password[64]; /* an example: never keep one in clear */
+    char password[64]; /* only in an example: never store passwords as plain text */
     crpc_view friends[MAX_FRIENDS];
     size_t friend_count;
 } account;
 
-/* Handlers run one at a time on the server's loop (workers and io_threads are 0), so that nothing
+/* workers and io_threads are 0, so handlers run one at a time on the server's loop, and nothing
  * here needs a lock. */
 typedef struct provider {
     const char *registry;
@@ -53,7 +53,7 @@ typedef struct provider {
     int session_ms;
     crpc_loop *loop;
     unsigned sessions;
-    account accounts[MAX_USERS]; /* in memory: each provider knows only who registered with it */
+    account accounts[MAX_USERS]; /* in memory: a provider knows only its own users */
     size_t account_count;
 } provider;
 
@@ -97,7 +97,7 @@ static account *add_account(provider *p, const char *name, const char *password)
     return a;
 }
 
-/* The three accounts that every provider knows are friends of each other. */
+/* Every provider begins with three accounts, which are friends of each other. */
 static void add_first_accounts(provider *p)
 {
     static const char *const names[] = {"alice", "bob", "carol"};
@@ -133,7 +133,8 @@ static int register_user(crpc_context *context, const demo_RegisterRequest *requ
     }
     a = add_account(p, request->name, request->password);
     if (a == NULL) {
-        return crpc_context_fail(context, demo_UserError_TOO_MANY_USERS, "no room for one more");
+        return crpc_context_fail(context, demo_UserError_TOO_MANY_USERS, "%d users are the limit",
+                                 MAX_USERS);
     }
     response->user_id = a->id;
     snprintf(response->provider, sizeof response->provider, "%s", p->id);
@@ -142,12 +143,12 @@ static int register_user(crpc_context *context, const demo_RegisterRequest *requ
 
 static void reply_now(void *user)
 {
-    /* CRPC_EGONE, when the caller has left meanwhile, is nothing to worry about. */
+    /* CRPC_EGONE only means that the caller has disconnected meanwhile. */
     (void)crpc_context_finish((crpc_context *)user, CRPC_OK);
 }
 
-/* A login that takes time does not hold up the loop: the handler says "later", and a timer finishes
- * the call. With a real database its own callback would, from whatever thread it runs on. */
+/* A login that takes time does not block the loop: the handler returns CRPC_EPENDING, and a timer
+ * finishes the request. A database's callback could do so as well, on any thread. */
 static int login(crpc_context *context, const demo_LoginRequest *request,
                  demo_LoginResponse *response)
 {
@@ -181,8 +182,8 @@ static int get_friend_list(crpc_context *context, const demo_GetFriendListReques
         return crpc_context_fail(context, demo_UserError_NO_SUCH_USER, "no user has the id %llu",
                                  (unsigned long long)request->user_id);
     }
-    /* The response is encoded after this function has returned: its views must not point at
-     * variables of this function. */
+    /* crpc encodes the response after this function has returned, so its views must not point to
+     * local variables. */
     response->names = crpc_views_of(a->friends, a->friend_count);
     return CRPC_OK;
 }
@@ -249,7 +250,7 @@ static int serve(crpc_server *server, provider *p)
     }
     printf("provider %s serving on %s\n", p->id, url);
     fflush(stdout);
-    if ((status = crpc_server_run(server)) != CRPC_OK) { /* until a signal stops its loop */
+    if ((status = crpc_server_run(server)) != CRPC_OK) { /* returns after a signal */
         return complain(status, "running", "");
     }
     printf("provider %s stopped\n", p->id);
@@ -272,7 +273,7 @@ static int open_and_serve(provider *p)
         return complain(status, "opening", error.text);
     }
     status = serve(server, p);
-    signal(SIGTERM, SIG_IGN); /* the loop that on_signal stops is about to go */
+    signal(SIGTERM, SIG_IGN); /* crpc_server_close frees the loop that on_signal stops */
     signal(SIGINT, SIG_IGN);
     crpc_server_close(server);
     return status;
