@@ -20265,23 +20265,29 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
 /* >>impl-service   finding the method that a request names                  */
 /* ======================================================================== */
 
+/* The services of a server and their methods. The map is filled before the server starts, under the
+ * lock of its loop; from then on every I/O thread reads it without a lock. Nothing here runs a
+ * handler. */
+
 #if CRPC_ENABLE_SERVER
 
-/* A method as it was added, and what is asked of it for every request. */
+/* A method as the program added it, with what is computed once so that no request has to. */
 typedef struct crpci_service_method {
     const crpc_method *method;
     const void *handlers;
     void *user;
-    crpc_view names[CRPCI_PROTOCOLS_COUNT]; /* encoded; their bytes stand behind the methods */
+    crpc_view names[CRPCI_PROTOCOLS_COUNT]; /* as each protocol encodes service and method; a
+                                             * connection compares a request's bytes with them */
     crpci_message_type request;
     crpci_message_type response;
-    void *quota; /* the upper section's; NULL: none */
+    void *quota; /* the guard's crpci_quota for the method; NULL: it has no limit */
 } crpci_service_method;
 
+/* One service. The program's table must outlive the server. */
 typedef struct crpci_service {
     const crpc_service *table;
-    const char *short_name;
-    crpci_service_method *methods; /* one block with their names */
+    const char *short_name;        /* what follows the last dot of the name; unique in the map */
+    crpci_service_method *methods; /* one block, with the bytes of their names behind them */
     size_t methods_size;
 } crpci_service;
 
@@ -20290,13 +20296,16 @@ typedef struct crpci_service_map {
     size_t count;
 } crpci_service_map;
 
+/* Names are bytes: case counts, and a view may hold zeros. */
 CRPCI_FN bool crpci_service_named(const char *name, crpc_view v)
 {
     size_t n = crpc_view_size(v);
     return strlen(name) == n && memcmp(name, crpc_view_data(v), n) == 0;
 }
 
-/* By its full name, else, without a dot, by its short one. */
+/* Looks a service up by its full name, then by its short name, as brpc does. A server has few
+ * services, and a connection remembers the method of its last request: a table would gain nothing.
+ */
 CRPCI_FN const crpci_service *crpci_service_find(const crpci_service_map *map, crpc_view name)
 {
     size_t i;
@@ -20322,7 +20331,8 @@ CRPCI_FN const crpci_service_method *crpci_service_find_method(const crpci_servi
     return NULL;
 }
 
-/* brpc's rule: an unknown name with a dot is an unknown method, one without an unknown service. */
+/* Finds the method of a request. An unknown service gets brpc's codes: CRPC_ENOMETHOD if its name
+ * has a dot, else CRPC_ENOSERVICE. */
 CRPCI_FN int crpci_service_lookup(const crpci_service_map *map, const crpci_message *m,
                                   const crpci_service_method **method)
 {
@@ -20336,12 +20346,14 @@ CRPCI_FN int crpci_service_lookup(const crpci_service_map *map, const crpci_mess
     return *method ? CRPC_OK : CRPC_ENOMETHOD;
 }
 
+/* Bytes that the encoded names of a method take at most, in any protocol. */
 CRPCI_FN size_t crpci_service_names_room(const crpc_service *table, const crpc_method *m)
 {
     return strlen(table->name) + strlen(m->name) + CRPCI_PROTOCOL_NAMES;
 }
 
-/* The methods of a table and, behind them, their encoded names. NULL: out of memory. */
+/* Makes the methods of a table and, in the same block, their encoded names. *size receives the size
+ * of the block. NULL: out of memory. */
 CRPCI_COLD crpci_service_method *crpci_service_prepare(crpci_heap *h, const crpc_service *table,
                                                        const void *handlers, void *user,
                                                        size_t *size)
@@ -20349,7 +20361,7 @@ CRPCI_COLD crpci_service_method *crpci_service_prepare(crpci_heap *h, const crpc
     size_t n = table->method_count * sizeof(crpci_service_method), i, k;
     crpci_service_method *methods;
     uint8_t *at;
-    *size = n + 1; /* of a table without methods too */
+    *size = n + 1; /* never 0, so that NULL means out of memory for an empty table too */
     for (i = 0; i < table->method_count; i++)
         *size += CRPCI_PROTOCOLS_COUNT * crpci_service_names_room(table, &table->methods[i]);
     methods = (crpci_service_method *)crpci_heap_alloc(h, *size);
@@ -20383,6 +20395,8 @@ CRPCI_COLD void crpci_service_free(crpci_service_map *map, crpci_heap *h)
     map->count = 0;
 }
 
+/* Adds a service. CRPC_EBUSY: another service has the same short name, under which a request could
+ * mean either. On failure the map has not changed. */
 CRPCI_COLD int crpci_service_add(crpci_service_map *map, crpci_heap *h, const crpc_service *table,
                                  const void *handlers, void *user)
 {
@@ -20983,104 +20997,115 @@ CRPCI_FN void crpci_quota_disconnect(crpci_quota_clients *c, crpci_quota_client 
 /* >>impl-context   one request in service: its handler, its reply, its end */
 /* ======================================================================== */
 
+/* A context is the server's record of one request, from intake to the queueing of its reply. It has
+ * one user at a time: the I/O thread or worker that runs the handler or, after CRPC_EPENDING, the
+ * thread that calls crpc_context_finish. That user needs no lock. The lock of the connection's loop
+ * is taken to make a context, to queue its reply and to release what it holds. A server's struct
+ * stands here because every request reads it. */
+
 #define CRPCI_CONTEXT_CONN_MAX 4096 /* requests of one connection in service at a time */
 
-/* NEW may be configured; LAME is unregistered, but serves; STOPPING refuses new requests. */
+/* The life of a server, which only goes forward. */
 typedef enum crpci_server_state {
-    CRPCI_SERVER_NEW,
+    CRPCI_SERVER_NEW,      /* takes services and listeners; accepts no connection yet */
     CRPCI_SERVER_RUNNING,
-    CRPCI_SERVER_LAME,
-    CRPCI_SERVER_STOPPING,
-    CRPCI_SERVER_STOPPED
+    CRPCI_SERVER_LAME,     /* has left the registry, and serves on while clients learn of it */
+    CRPCI_SERVER_STOPPING, /* listeners are closed; new requests get ELOGOFF, begun ones go on */
+    CRPCI_SERVER_STOPPED   /* connections are closed; replies that are finished now are dropped */
 } crpci_server_state;
 
-/* What the guard does for a request that has one. Called without the loop's lock. */
+/* What the guard section does for a request that has a crpci_guard. Called without the loop's
+ * lock, by the context's user. */
 typedef struct crpci_context_guard {
-    int (*serve)(crpc_context *x); /* in place of the handler; after CRPC_EPENDING x may be gone */
-    crpci_out *(*encode)(crpc_context *x, int code); /* in place of crpci_context_encode */
-    void (*end)(crpc_context *x, const crpci_message *reply, int served); /* NULL: no reply */
+    int (*serve)(crpc_context *x); /* in place of the handler; CRPC_EPENDING: x may be gone */
+    crpci_out *(*encode)(crpc_context *x, int code); /* as crpci_context_encode; then does `end` */
+    void (*end)(crpc_context *x, const crpci_message *reply, int served); /* reply NULL: none */
 } crpci_context_guard;
 
-/* Each nested struct belongs to the section of its name. */
+/* A server. The program owns it, and connections with requests in service keep it. Each nested
+ * struct belongs to the section of its name. Unless a member says otherwise, it is written before
+ * the start or under the lock of `loop`. */
 struct crpc_server {
     CRPCI_HANDLE
-    crpc_loop *loop;
+    crpc_loop *loop; /* accepts; also serves the connections if there are no I/O threads */
     crpci_heap *heap;
     uint32_t refs;    /* atomic: the program's, and one of each connection with requests */
     uint32_t state;   /* atomic crpci_server_state, written under the loop's lock */
     uint32_t active;  /* atomic: connections with requests in service */
     uint32_t serving; /* requests in service; atomic with I/O threads, else under the lock */
-    uint32_t max_serving;
-    uint32_t connections; /* atomic */
-    bool private_loop;
-    void (*destroy)(crpc_server *s); /* lifecycle's: the last reference has gone */
+    uint32_t max_serving; /* at which further requests get CRPC_ELIMIT */
+    uint32_t connections; /* atomic: open ones, of all loops */
+    bool private_loop;    /* the server opened `loop` and closes it */
+    void (*destroy)(crpc_server *s); /* the lifecycle section's: frees it with the last reference */
     crpci_service_map services;
     crpci_worker_pool workers;
-    size_t worker_count;
+    size_t worker_count; /* 0: handlers run on the I/O threads */
     struct {
-        crpc_loop **loops;
+        crpc_loop **loops; /* one for each I/O thread */
         size_t count;
-        size_t next;
+        size_t next; /* the loop of the next connection; the accepting thread's alone */
     } io;
     struct {
         const crpci_context_guard *ops;
         bool all;          /* all requests, not only those with user_fields, go through the guard */
-        crpci_mutex lock;  /* of what follows; may be taken under a loop's lock, and is the last but
-                            * the workers' and the heap's */
+        crpci_mutex lock;  /* of what follows; taken after a loop's lock, and before the workers' or
+                            * the heap's */
         bool over;         /* the workers are stopping: nothing is handed to them any more */
         crpci_order order; /* buckets NULL: no request had a key yet */
         crpci_replay replay;
-        crpci_quota *quotas; /* of methods */
+        crpci_quota *quotas; /* of the methods that have limits */
         size_t quota_count;
         crpci_quota_clients clients;
-        uint64_t replayed, unremembered;
+        uint64_t replayed, unremembered; /* requests: repeated; run without a free entry */
     } guard;
     struct {
         crpci_list list;
-        int reserve_fd; /* closed for a moment to turn a connection away when none are left */
-        int64_t emfile_logged;
+        int reserve_fd; /* closed for a moment when no descriptors are left, to accept and close a
+                         * connection in its place; -1: not to be had */
+        int64_t emfile_logged; /* when a lack of descriptors was logged last */
     } listener;
     struct {
         crpci_backend *registry;
         struct crpci_enrolment *items; /* one a service */
         size_t count;
         crpci_waiter *waiter; /* crpc_server_start waits for all of them */
-        char text[CRPC_ERROR_TEXT_MAX];
-        char *url, *credential, *advertise, *group, *version, *application;
+        char text[CRPC_ERROR_TEXT_MAX]; /* why the last registration failed */
+        char *url, *credential, *advertise, *group, *version, *application; /* copies of options */
     } enrolment;
     struct {
-        crpci_timer timer; /* the end of being lame, then whether draining is done */
-        int64_t until;
-        crpci_waiter *waiter;
+        crpci_timer timer; /* ends LAME, then looks every 10 ms whether the server is drained */
+        int64_t until;     /* when connections are closed, drained or not */
+        crpci_waiter *waiter; /* crpc_server_close or _run waits for STOPPED */
         bool running;     /* crpc_server_run is at work */
         bool close_later; /* closed in a callback: close_task does it when the server is drained */
         crpci_task close_task;
     } drain;
-    crpc_server_options options; /* its strings are not to be used */
+    crpc_server_options options; /* its strings may be gone: `enrolment` has copies */
 };
 
+/* One request in service. It lies at the start of `block`, and is gone with it. */
 struct crpc_context {
-    crpci_origin origin; /* first: channels read it */
+    crpci_origin origin; /* first: a call with this context as its parent reads it */
     crpci_task task;
     crpc_server *server;
     crpc_loop *loop;
     crpci_conn *conn;
     crpci_chunk *block; /* holds this, the request, the response, and the reply if that is short */
-    crpci_chunk *extra; /* crpc_context_alloc */
-    struct crpci_guard *guard; /* NULL: nothing of the kind; see crpci_context_guarded */
+    crpci_chunk *extra; /* list of chunks: what crpc_context_alloc gave out */
+    struct crpci_guard *guard; /* NULL: the request has no limit, order or id to heed */
     const crpci_service_method *method;
     void *request;
     void *response;
-    size_t reply_at; /* offset in the block */
-    size_t intercepted;
-    int app_code;
-    char *text; /* says more than the status; in `extra` */
-    char *peer; /* likewise */
-    crpci_message_out fields;
+    size_t reply_at;    /* offset in the block: from here the reply is encoded, if it fits */
+    size_t intercepted; /* interceptors whose `before` has passed, so that `after` is due */
+    int app_code;       /* set by crpc_context_fail; 0: none */
+    char *text; /* for the error reply; NULL: the text of the status. In `extra` */
+    char *peer; /* address, as crpc_context_peer formats it; NULL: not asked for. In `extra` */
+    crpci_message_out fields; /* of the reply */
     crpc_view attachment; /* of the reply */
     crpci_chunk *attachment_chunk;
     crpc_view credential;
-    /* Of the request, as in its crpci_message. */
+    /* the request, as in its crpci_message; `chunk` keeps its bytes */
     crpci_chunk *chunk;
     crpc_view received; /* fields */
     int64_t id;
@@ -21096,8 +21121,9 @@ CRPCI_FN bool crpci_context_guarded(const crpc_context *x)
     return CRPC_ENABLE_POLICY && x->guard;
 }
 
-/* A reply made of ready parts. Its attachment's chunk is the caller's business. NULL: out of
- * memory. */
+/* Makes a reply of the parts that `r` measures and `bytes` holds in that order. Text, fields and
+ * payload are copied; the attachment is not, so the caller sees to it that `bytes` outlives the
+ * frame (tail_chunk). NULL: out of memory. */
 CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, int64_t id, const crpci_replay_reply *r,
                                           const void *bytes)
 {
@@ -21131,7 +21157,8 @@ CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, int64_t id, const cr
     return o;
 }
 
-/* Answers a request with an error; there need be no context of it. */
+/* Answers a request with an error, without a context. Locked. Without memory for the answer the
+ * connection is closed, because a peer must not wait for a reply that cannot come. */
 CRPCI_COLD void crpci_context_refuse(crpci_conn *conn, const crpci_message *m, int code,
                                      const char *text)
 {
@@ -21160,7 +21187,7 @@ CRPC_API void *crpc_context_alloc(crpc_context *x, size_t size)
     return memset(crpci_heap_data(c), 0, size);
 }
 
-/* Words for an error; without them, or memory for them, it has those of its status. */
+/* Sets the text of an error reply. Without memory the reply has the text of its status. */
 CRPCI_COLD CRPC_PRINTF(2, 0) void crpci_context_vexplain(crpc_context *x, const char *format,
                                                          va_list ap)
 {
@@ -21170,8 +21197,8 @@ CRPCI_COLD CRPC_PRINTF(2, 0) void crpci_context_vexplain(crpc_context *x, const 
         vsnprintf(x->text, CRPC_ERROR_TEXT_MAX, format, ap);
 }
 
-/* What crpc itself says of a failed request; without texts nothing, so that the name of its status
- * is sent. What a handler says is always sent. */
+/* Texts that crpc itself gives to failed requests: CRPC_ENABLE_TEXTS=0 leaves them out, and the
+ * reply has the name of its status. The texts of handlers are always sent. */
 #if CRPC_ENABLE_TEXTS
 #define crpci_context_error crpc_context_error
 
@@ -21229,7 +21256,8 @@ CRPC_API int crpc_context_add_field(crpc_context *x, const char *key, const char
     return CRPC_OK;
 }
 
-/* Encodes the response behind `payload`. On failure the caller is told that. */
+/* Encodes the response at o->len, where the payload begins; `room` bytes of head come before it.
+ * CRPC_EINTERNAL: it cannot be encoded, or the frame would be over 2 GiB; the text says which. */
 CRPCI_FN int crpci_context_encode_response(crpc_context *x, crpci_message_out *o, size_t payload,
                                            size_t room)
 {
@@ -21244,8 +21272,10 @@ CRPCI_FN int crpci_context_encode_response(crpc_context *x, crpci_message_out *o
     return err ? CRPC_EINTERNAL : CRPC_OK;
 }
 
-/* Builds the reply of a finished request, and says in *m what it consists of: in the context's own
- * block, if it has room for one. NULL: out of memory. */
+/* Builds the reply of a finished request, and says in *m what it consists of. Layout from `front`:
+ * crpci_out, the fields, room into which the protocol writes the head backwards from the payload,
+ * the payload. The context's own block is used if it is large enough; the encoder moves to a larger
+ * chunk (and clears o.lent) if it turns out too small. NULL: out of memory. */
 CRPCI_FN crpci_out *crpci_context_encode(crpc_context *x, int status, crpci_message *m)
 {
     const crpci_protocol *p = x->conn->protocol;
@@ -21303,6 +21333,7 @@ CRPCI_FN crpci_out *crpci_context_encode(crpc_context *x, int status, crpci_mess
     return out;
 }
 
+/* Frees a context; the block goes last, because it holds the struct. Any thread, no lock needed. */
 CRPCI_FN void crpci_context_free(crpc_context *x)
 {
     crpci_chunk *extra;
@@ -21318,6 +21349,7 @@ CRPCI_FN void crpci_context_free(crpc_context *x)
 
 /* --- requests in service ---------------------------------------------------------------------- */
 
+/* Counts requests in service. One thread alone counts if there are no I/O threads: no atomics. */
 CRPCI_FN void crpci_context_count(crpc_server *s, uint32_t by)
 {
     if (s->options.io_threads)
@@ -21338,7 +21370,8 @@ CRPCI_FN void crpci_context_begin(crpc_server *s, crpci_conn *conn)
     crpci_thread_ref(&s->active);
 }
 
-/* True: it was the last one, and crpci_context_release is due when the loop is unlocked. */
+/* Undoes crpci_context_begin for one request. Locked. True: it was the connection's last one, and
+ * crpci_context_release is due when the loop is unlocked. */
 CRPCI_FN bool crpci_context_end(crpci_conn *conn)
 {
     crpci_context_count((crpc_server *)conn->owner, (uint32_t)-1);
@@ -21348,13 +21381,15 @@ CRPCI_FN bool crpci_context_end(crpci_conn *conn)
     return true;
 }
 
-/* Gives up a reference; the last one frees. No lock is held, unless it is not the last. */
+/* Gives up a reference; the last one frees the server. A caller that holds a lock must know that
+ * this is not the last one. */
 CRPCI_FN void crpci_context_drop_server(crpc_server *s)
 {
     if (crpci_thread_unref(&s->refs))
         s->destroy(s);
 }
 
+/* Gives up the references that crpci_context_begin took for a connection with requests. */
 CRPCI_FN void crpci_context_release(crpc_server *s, crpc_loop *l)
 {
     __atomic_fetch_sub(&s->active, 1, __ATOMIC_ACQ_REL);
@@ -21362,8 +21397,8 @@ CRPCI_FN void crpci_context_release(crpc_server *s, crpc_loop *l)
     crpci_context_drop_server(s);
 }
 
-/* Lets go of a request that nobody will serve. Locked: the loop is at work for the server, so these
- * are not their last references. */
+/* Frees a context whose request has been refused. Locked; the loop is at work for the server, so
+ * the references given up here are not the last ones. */
 CRPCI_COLD void crpci_context_reject(crpc_context *x)
 {
     crpc_server *s = x->server;
@@ -21373,8 +21408,8 @@ CRPCI_COLD void crpci_context_reject(crpc_context *x)
         crpci_context_release(s, conn->loop);
 }
 
-/* A connection that asked for too much, or whose replies pile up, is read again when both have come
- * down to half. */
+/* Stops reading a connection that has CRPCI_CONTEXT_CONN_MAX requests in service, or whose unsent
+ * replies take more than max_queued bytes; reads it again when both have fallen to half. Locked. */
 CRPCI_FN void crpci_context_throttle(crpci_conn *conn)
 {
     const crpc_server *s = (const crpc_server *)conn->owner;
@@ -21386,7 +21421,8 @@ CRPCI_FN void crpci_context_throttle(crpci_conn *conn)
         crpci_conn_pause(conn, false);
 }
 
-/* After the end of input: everything is answered and sent, then closed. */
+/* After the end of input: closes the connection when every request is answered and every reply
+ * sent. A peer that takes no byte of them for frame_timeout_ms is closed before. Locked. */
 CRPCI_FN void crpci_context_close_if_done(crpci_conn *conn)
 {
     if (!conn->eof || conn->busy || conn->left || conn->closed)
@@ -21395,7 +21431,7 @@ CRPCI_FN void crpci_context_close_if_done(crpci_conn *conn)
         crpci_conn_close(conn, CRPC_ECLOSE, 0);
     } else if (!conn->close_when_sent) {
         conn->close_when_sent = true;
-        conn->linger_bytes = conn->tx_bytes; /* a peer that reads nothing for so long is closed */
+        conn->linger_bytes = conn->tx_bytes; /* the timer compares: has the peer taken any? */
         if (conn->frame_timeout_us)
             crpci_loop_timer_set(conn->loop, &conn->timer, conn->frame_timeout_us);
     }
@@ -21403,7 +21439,9 @@ CRPCI_FN void crpci_context_close_if_done(crpci_conn *conn)
 
 /* --- the end of a request --------------------------------------------------------------------- */
 
-/* What is sent for the status that a handler gave. */
+/* The code that the reply carries for a handler's status: the application's code, or a crpc_status.
+ * Any other number is a mistake of the handler; below 200 it is likely an errno value, which means
+ * something else on another architecture. */
 CRPCI_FN int crpci_context_code(crpc_context *x, int status)
 {
     if (CRPCI_LIKELY(status == CRPC_OK))
@@ -21418,7 +21456,8 @@ CRPCI_FN int crpci_context_code(crpc_context *x, int status)
     return CRPC_EINTERNAL;
 }
 
-/* Ends a request when the server, and with it the program's part of it, may be gone. */
+/* Ends a request of a server that has stopped. crpc_server_close may have returned, so services and
+ * interceptors of the program must not be touched; the reply is dropped. */
 CRPCI_COLD int crpci_context_too_late(crpc_context *x)
 {
     crpc_server *s = x->server;
@@ -21436,7 +21475,7 @@ CRPCI_COLD int crpci_context_too_late(crpc_context *x)
     return CRPC_EGONE;
 }
 
-/* What a request leaves behind when its context is gone. */
+/* What is still to be done for a request when its context is gone. */
 typedef struct crpci_context_outcome {
     crpc_server *server;
     crpc_loop *loop;
@@ -21446,8 +21485,8 @@ typedef struct crpci_context_outcome {
     crpci_chunk *bytes; /* of the request */
 } crpci_context_outcome;
 
-/* Ends a request but for sending: runs what is due, encodes the reply, frees the context. Without
- * the lock. */
+/* Ends a request up to the queueing of its reply: runs the interceptors' `after` in reverse order,
+ * encodes the reply and frees the context. Without the lock, because encoding may take long. */
 CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int status)
 {
     const crpc_server *s = x->server;
@@ -21475,7 +21514,8 @@ CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int statu
     return end;
 }
 
-/* Queues the reply, locked; whoever sends next sends it. True: crpci_context_release is due. */
+/* Queues the reply; the caller or the driver sends it. Locked. The connection may have closed in
+ * the meantime: then the reply is dropped. True: crpci_context_release is due. */
 CRPCI_FN bool crpci_context_reply(const crpci_context_outcome *end)
 {
     crpci_conn *conn = end->conn;
@@ -21497,7 +21537,8 @@ CRPCI_FN bool crpci_context_reply(const crpci_context_outcome *end)
     return last;
 }
 
-/* Ends a request on any thread, without the lock. */
+/* Ends a request on any thread, without the lock. CRPC_EGONE: nobody gets the reply, because the
+ * connection is closed or the server has stopped. */
 CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
 {
     crpci_context_outcome end;
@@ -21518,6 +21559,9 @@ CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
 
 /* --- handlers --------------------------------------------------------------------------------- */
 
+/* Checks the deadline, runs the interceptors, decodes the request and runs its handler, without the
+ * lock. What an interceptor refuses is not decoded. Returns the status of the reply. After
+ * CRPC_EPENDING x may be gone: another thread may have finished it already. */
 CRPCI_FN int crpci_context_serve(crpc_context *x)
 {
     const crpc_server *s = x->server;
@@ -21547,8 +21591,8 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
     return m->serve(x, x->request, x->response, x->method->handlers);
 }
 
-/* On the I/O thread, as a task of the loop: what the handler is to send goes under the lock that is
- * taken behind it. */
+/* Runs a request on the I/O thread, as a task of the loop. The reply is queued in the hold of the
+ * lock that follows user code anyway, and the driver sends it before it sleeps. */
 CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
 {
     crpci_context_outcome end;
@@ -21568,7 +21612,7 @@ CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
         crpci_context_release(end.server, l); /* the loop works for it: not the last reference */
 }
 
-/* On a worker loop is NULL. */
+/* Runs a request. A worker passes NULL as the loop, and holds no lock. */
 CRPCI_FN void crpci_context_task(crpc_loop *l, crpci_task *task)
 {
     crpc_context *x = CRPCI_CONTAINER(task, crpc_context, task);
@@ -21582,6 +21626,9 @@ CRPCI_FN void crpci_context_task(crpc_loop *l, crpci_task *task)
         crpci_context_complete(x, status);
 }
 
+/* Makes the context of a request. One chunk holds the context, request, response and, in most
+ * cases, the reply: one allocation a request. The deadline counts from the request's arrival. NULL:
+ * out of memory. Locked. */
 CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                          const crpci_service_method *method)
 {
@@ -21670,7 +21717,7 @@ CRPC_API int crpc_context_set_attachment(crpc_context *x, crpc_view bytes)
     crpci_chunk *chunk = x->chunk;
     if (n > INT32_MAX)
         return CRPC_EINVAL;
-    if (n && p >= in && p + n <= in + x->attachment_size) {
+    if (n && p >= in && p + n <= in + x->attachment_size) { /* the request's own: not copied */
         crpci_heap_chunk_ref(chunk);
     } else if (n) {
         chunk = crpci_heap_chunk(x->loop->heap, n);
@@ -21709,6 +21756,8 @@ CRPC_API int64_t crpc_context_remaining_us(const crpc_context *x)
                : x->origin.deadline_us - crpci_heap_now(x->server->heap);
 }
 
+/* Locks, because the connection may be closing. An address that was not to be had is asked for
+ * again; of a closed connection it stays empty. */
 CRPC_API const char *crpc_context_peer(crpc_context *x)
 {
     crpci_addr a;
@@ -21730,22 +21779,30 @@ CRPC_API const char *crpc_context_peer(crpc_context *x)
 /* >>impl-guard   requests that are limited, keep an order, or come again   */
 /* ======================================================================== */
 
+/* A request gets a crpci_guard if its method or client is limited, if it has an ordering key, or if
+ * it has a request id, under which it may arrive again. Intake calls crpci_guard_inspect, _limit
+ * and _start in this order with the loop locked; crpci_guard_ops do the rest without that lock, on
+ * the thread that uses the context. s->guard.lock protects quotas, clients, order and replay
+ * entries. It is held for bookkeeping only, never while a handler runs. */
+
 #define CRPCI_GUARD_CROWDED CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
 
-/* What is kept of a request that is limited, ordered, or may come again. Its context's memory. */
+/* The guard's part of one request. Intake fills one on its stack; a request that is let in has a
+ * copy in its context's memory. */
 typedef struct crpci_guard {
     crpc_context *context;
-    bool ordered;
+    bool ordered; /* `order` is in s->guard.order, or about to be */
     crpci_order_item order;
-    crpc_view id;              /* unset: it is not one that may come again */
-    crpci_replay_entry *entry; /* it is the first with that id */
-    bool repeats;              /* it has come before: answered with `reply`, if that was kept */
-    crpci_chunk *reply;
-    crpci_quota *quota; /* that it has entered */
-    int64_t since;
+    crpc_view id;              /* request id, in the request's bytes; empty: none */
+    crpci_replay_entry *entry; /* of the id, if this request is the one that executes; else NULL */
+    bool repeats;              /* another request with the id has executed; its answer serves */
+    crpci_chunk *reply;        /* that answer, a reference; NULL: it was not kept */
+    crpci_quota *quota; /* entered and still to be left; NULL: none */
+    int64_t since;      /* when the request arrived; set if it has a quota or a client */
 } crpci_guard;
 
-/* Has a request run. False: too many wait. Locked. */
+/* Hands a request to the workers, or makes it a task of its loop. False: worker_queue is full.
+ * Locked. From here on another thread may run the request and free its context. */
 CRPCI_COLD bool crpci_guard_dispatch(crpc_server *s, crpc_context *x)
 {
     if (s->worker_count)
@@ -21754,7 +21811,9 @@ CRPCI_COLD bool crpci_guard_dispatch(crpc_server *s, crpc_context *x)
     return true;
 }
 
-/* Has a request run, now or when its turn comes. Returns why not, or NULL. Locked. */
+/* Lets a request in: it runs now, or when its turn comes. Returns NULL, or the text with which to
+ * refuse it. `of` is copied. Locked. The turn is taken before the request is handed over: its
+ * handler may end at once on another thread, and would pass on a turn that it does not have. */
 CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
 {
     crpc_server *s = x->server;
@@ -21774,7 +21833,7 @@ CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
         err = crpci_order_open(&s->guard.order, s->heap, s->options.worker_queue);
     err = err ? err : crpci_order_enter(&s->guard.order, &g->order);
     if (!err && !crpci_guard_dispatch(s, x)) {
-        crpci_order_leave(&s->guard.order, &g->order); /* nobody can wait behind it yet */
+        crpci_order_leave(&s->guard.order, &g->order); /* still locked: none waits behind it */
         err = CRPC_ELIMIT;
     }
     crpci_thread_unlock(&s->guard.lock);
@@ -21783,13 +21842,14 @@ CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
                                         : CRPCI_GUARD_CROWDED;
 }
 
-/* Has a request run that was let in before. False: the server is closed. No lock is held. */
+/* Runs a request that was let in before and whose turn has come. False: the server has stopped. No
+ * lock is held. */
 CRPCI_COLD bool crpci_guard_resume(crpc_context *x)
 {
     crpc_server *s = x->server;
     bool ok;
     if (s->options.workers) {
-        crpci_thread_lock(&s->guard.lock); /* else the workers could go meanwhile */
+        crpci_thread_lock(&s->guard.lock); /* else crpci_lifecycle_dismantle could free them now */
         ok = !s->guard.over && crpci_worker_put(&s->workers, &x->task, true);
         crpci_thread_unlock(&s->guard.lock);
         return ok;
@@ -21802,6 +21862,7 @@ CRPCI_COLD bool crpci_guard_resume(crpc_context *x)
     return ok;
 }
 
+/* Gives up a request's turn. Returns the context of the next one with its key; NULL: none waits. */
 CRPCI_COLD crpc_context *crpci_guard_leave(crpc_server *s, crpci_guard *g)
 {
     crpci_order_item *next;
@@ -21812,7 +21873,9 @@ CRPCI_COLD crpc_context *crpci_guard_leave(crpc_server *s, crpci_guard *g)
     return next ? CRPCI_CONTAINER(next, crpci_guard, order)->context : NULL;
 }
 
-/* Gives the turn to who waits for it. */
+/* Passes the turn on to the next request with the key. If the server has stopped, all that wait get
+ * CRPC_ELOGOFF. Each gives up its turn before it is completed, so that its own end does not pass
+ * the turn on again: the queue is emptied by this loop, not by recursion. */
 CRPCI_COLD void crpci_guard_pass(crpc_server *s, crpci_guard *g)
 {
     crpc_context *x = crpci_guard_leave(s, g);
@@ -21823,7 +21886,8 @@ CRPCI_COLD void crpci_guard_pass(crpc_server *s, crpci_guard *g)
     }
 }
 
-/* The status of a request that executed before. A reply's fields are encoded for one protocol. */
+/* Returns the status of a repeated request: that of the kept reply. A reply is kept in the encoding
+ * of one protocol; for a connection with another one it counts as not kept. */
 CRPCI_COLD int crpci_guard_status(crpc_context *x)
 {
     crpci_guard *g = x->guard;
@@ -21841,7 +21905,10 @@ CRPCI_COLD int crpci_guard_status(crpc_context *x)
     return crpci_context_error(x, CRPC_EINTERNAL, "executed before, but its reply was not kept");
 }
 
-/* Runs the handler of a request, unless it has come before. After CRPC_EPENDING x may be gone. */
+/* Runs the handler of a request, unless its id has come before. Then either the first request is
+ * still executing, and its crpci_guard_end will complete x (CRPC_EPENDING: x may be gone), or it
+ * has ended, and x is answered with the kept reply. If no entry is free the handler runs and is not
+ * remembered: a repetition would then execute again, which `unremembered` in the stats tells. */
 CRPCI_COLD int crpci_guard_serve(crpc_context *x)
 {
     crpc_server *s = x->server;
@@ -21871,7 +21938,7 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
     return x->method->method->serve(x, x->request, x->response, x->method->handlers);
 }
 
-/* Copies what the reply of a request consists of. NULL: out of memory. */
+/* Copies the parts of a reply, for requests with the same id. NULL: out of memory. */
 CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_message *m)
 {
     crpc_view part[4];
@@ -21882,7 +21949,8 @@ CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_message *m
     return crpci_replay_copy(x->server->heap, x->conn->protocol, m->status, part);
 }
 
-/* `served`: 1: well, 0: not, -1: it says nothing of the server. */
+/* Leaves the quota, if one was entered. `served`: 1: the handler gave an answer, an application's
+ * error included; 0: it failed; -1: the latency is no measure of the handler. */
 CRPCI_COLD void crpci_guard_quit(crpc_server *s, crpci_guard *g, int served)
 {
     int64_t now = g->quota ? crpci_heap_now(s->heap) : 0;
@@ -21894,8 +21962,9 @@ CRPCI_COLD void crpci_guard_quit(crpc_server *s, crpci_guard *g, int served)
     g->quota = NULL;
 }
 
-/* At the end of a guarded request: its reply is kept, and goes to those who wait for the same; the
- * turn goes on. `m` is its reply, or NULL. No lock is held. */
+/* Ends the guard's part of a request: leaves the quota, keeps the reply `m` (NULL: there is none)
+ * and completes the requests with the same id that wait for it, then passes the turn on. The turn
+ * goes last: the next request of the key must find what this one has left. No lock is held. */
 CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_message *m, int served)
 {
     crpc_server *s = x->server;
@@ -21926,7 +21995,8 @@ CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_message *m, int ser
         crpci_guard_pass(s, g);
 }
 
-/* crpci_context_encode, of a guarded request. */
+/* Builds the reply of a request with a guard: the kept one for a repeated request, else a new one.
+ * The attachment of a kept reply is sent from its chunk, which the frame therefore holds. */
 CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
 {
     crpci_chunk *reply = x->guard->repeats ? x->guard->reply : NULL;
@@ -21952,7 +22022,8 @@ static const crpci_context_guard crpci_guard_ops = {crpci_guard_serve, crpci_gua
 
 /* --- admission -------------------------------------------------------------------------------- */
 
-/* What a request's fields say about its order and about coming again. False: it was refused. */
+/* Reads ordering key and request id from the fields of a request. With the option `ordered`
+ * requests without a key keep the order of their connection. False: the request was refused. */
 CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                     crpci_guard *g)
 {
@@ -21976,7 +22047,8 @@ CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpc
     return false;
 }
 
-/* Whether a request is within the limits of its client and its method. Returns why not, or NULL. */
+/* Charges a request to its client's rate and to its method's limits. Returns NULL, or the text with
+ * which it is to be refused; a token of the client is spent even if the method then refuses. */
 CRPCI_COLD const char *crpci_guard_limit(crpc_server *s, const crpci_conn *conn, crpci_quota *q,
                                          crpci_guard *g)
 {
@@ -21995,7 +22067,8 @@ CRPCI_COLD const char *crpci_guard_limit(crpc_server *s, const crpci_conn *conn,
     return why;
 }
 
-/* Finds out whose a new connection is. False: out of memory. */
+/* Counts a new connection for its client, which all connections from one host share. Locked. False:
+ * out of memory. */
 CRPCI_COLD bool crpci_guard_connect(crpc_server *s, crpci_conn *conn)
 {
     crpci_addr a;
@@ -22017,13 +22090,15 @@ CRPCI_COLD void crpci_guard_disconnect(crpc_server *s, crpci_conn *conn)
 
 /* --- opening ---------------------------------------------------------------------------------- */
 
+/* Whether a limit applies to a method. A limit without service and method applies to all. */
 CRPCI_COLD bool crpci_guard_limit_matches(const crpc_method_limit *l, const crpc_method *m,
                                           const crpc_service *service)
 {
     return (!l->service || l->service == service) && (!l->method || l->method == m);
 }
 
-/* Gives each method its quota; with NULL only counts those that have one. */
+/* Gives each method the quota of the first limit that applies to it, and returns how many methods
+ * have one. With `quotas` NULL only counts. */
 CRPCI_COLD size_t crpci_guard_share_quotas(crpc_server *s, crpci_quota *quotas)
 {
     const crpc_server_options *o = &s->options;
@@ -22048,7 +22123,7 @@ CRPCI_COLD size_t crpci_guard_share_quotas(crpc_server *s, crpci_quota *quotas)
     return n;
 }
 
-/* A limit that applies to no method is a mistake of the program. */
+/* CRPC_EINVAL: a limit applies to no method of the server, so the program cannot mean it. */
 CRPCI_COLD int crpci_guard_check_limit(const crpc_server *s, size_t index, crpc_error *error)
 {
     const crpc_method_limit *l = &s->options.method_limits[index];
@@ -22069,6 +22144,8 @@ CRPCI_COLD int crpci_guard_check_limit(const crpc_server *s, size_t index, crpc_
                             l->method ? l->method->name : "*");
 }
 
+/* Sets up the quotas of methods when the server starts, because services can be added until then.
+ * After a start that failed they are there already. */
 CRPCI_COLD int crpci_guard_start_limits(crpc_server *s, crpc_error *error)
 {
     size_t i;
@@ -22087,7 +22164,7 @@ CRPCI_COLD int crpci_guard_start_limits(crpc_server *s, crpc_error *error)
     return CRPC_OK;
 }
 
-/* What is needed from the start to remember requests and to know clients. */
+/* Allocates the tables of request ids and of clients, if the options ask for them. */
 CRPCI_COLD int crpci_guard_open(crpc_server *s)
 {
     const crpc_server_options *o = &s->options;
@@ -22100,7 +22177,7 @@ CRPCI_COLD int crpci_guard_open(crpc_server *s)
     return err;
 }
 
-/* The workers are about to stop: a request that is finished later has no next one run. */
+/* Called before the workers stop: from here on crpci_guard_resume hands nothing to them. */
 CRPCI_COLD void crpci_guard_stop(crpc_server *s)
 {
     crpci_thread_lock(&s->guard.lock);
@@ -22129,7 +22206,13 @@ CRPCI_COLD void crpci_guard_close(crpc_server *s)
 /* >>impl-intake   what a server's connections bring: taken in, or refused  */
 /* ======================================================================== */
 
-/* The method of a request. On failure it has been refused by name: NULL. */
+/* The events of a server's connections. The connection section calls them with the loop locked and
+ * without unlocking; no handler runs in here. Every request is either handed on with a context or
+ * answered with an error: a request without an answer would occupy its peer's slot for good. */
+
+/* Finds the method of a request. NULL: there is none, and the request has been refused. The names
+ * are remembered as those that the connection's next request is likely to have: the protocol then
+ * marks it `usual`, and no name is looked up. */
 CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_conn *conn,
                                                          const crpci_message *m)
 {
@@ -22137,8 +22220,8 @@ CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_c
     char text[CRPC_ERROR_TEXT_MAX];
     int err;
     if (CRPCI_LIKELY(m->usual))
-        return method; /* and in this shape there is nothing to refuse */
-    if (m->unsupported) { /* refused by name rather than answered wrongly */
+        return method; /* a usual request has only what crpc supports */
+    if (m->unsupported) { /* compression and the like: a wrong answer would be worse than none */
         crpci_context_refuse(conn, m, CRPC_EREQUEST, m->unsupported);
         return NULL;
     }
@@ -22158,7 +22241,8 @@ CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_c
     return method;
 }
 
-/* Takes a request in, or refuses it. */
+/* Lets a request in, or refuses it. The limits come before the context, so that an excess costs
+ * neither memory nor decoding. A refused request leaves the quota that it has entered. */
 CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                  const crpci_service_method *method)
 {
@@ -22190,6 +22274,7 @@ CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_m
         crpci_context_reject(x);
 }
 
+/* A request is complete. */
 CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
 {
     crpc_server *s = (crpc_server *)conn->owner;
@@ -22210,6 +22295,8 @@ CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
     crpci_context_throttle(conn);
 }
 
+/* A request's head announces a body over max_body. The connection skips the body; it is never
+ * buffered. */
 CRPCI_COLD void crpci_intake_on_oversize(crpci_conn *conn, const crpci_message *m, uint64_t body)
 {
     char text[128];
@@ -22220,6 +22307,7 @@ CRPCI_COLD void crpci_intake_on_oversize(crpci_conn *conn, const crpci_message *
     crpci_context_throttle(conn);
 }
 
+/* A reply has left: a connection that was paused for its unsent replies may be read again. */
 CRPCI_FN void crpci_intake_on_sent(crpci_conn *conn, crpci_out *o)
 {
     (void)o;
@@ -22227,6 +22315,7 @@ CRPCI_FN void crpci_intake_on_sent(crpci_conn *conn, crpci_out *o)
         crpci_context_throttle(conn);
 }
 
+/* The peer sends no more, but may still read: what it asked for is answered before closing. */
 CRPCI_FN void crpci_intake_on_eof(crpci_conn *conn)
 {
     conn->eof = true;
@@ -22234,6 +22323,7 @@ CRPCI_FN void crpci_intake_on_eof(crpci_conn *conn)
     crpci_context_close_if_done(conn);
 }
 
+/* Requests in service keep the closed connection's struct until they end. */
 CRPCI_FN void crpci_intake_on_closed(crpci_conn *conn)
 {
     crpc_server *s = (crpc_server *)conn->owner;
@@ -22242,12 +22332,15 @@ CRPCI_FN void crpci_intake_on_closed(crpci_conn *conn)
     __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
 }
 
+/* Only dialled connections open; a server's are accepted. */
 CRPCI_FN void crpci_intake_on_opened(crpci_conn *conn)
 {
     (void)conn;
 }
 
-/* Closes a connection that was idle for too long, or whose request comes too slowly. */
+/* Closes a connection that was idle for idle_timeout_ms, whose request has not arrived whole within
+ * frame_timeout_ms, or which ended its input and does not read its replies. A paused connection is
+ * not read, so its peer is not to blame for a partial request. */
 CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
 {
     const crpc_server *s = (const crpc_server *)conn->owner;
@@ -22277,6 +22370,7 @@ static const crpci_conn_events crpci_intake_events = {
     crpci_intake_on_opened, crpci_intake_on_message, crpci_intake_on_oversize, crpci_intake_on_sent,
     crpci_intake_on_eof,    crpci_intake_on_closed,  crpci_intake_on_timer};
 
+/* Closes the server's connections on a loop, which other servers and channels may share. Locked. */
 CRPCI_FN void crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
 {
     crpci_list *i, *next;
@@ -22288,8 +22382,9 @@ CRPCI_FN void crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
     }
 }
 
-/* Whether any of the server's connections on a loop still has output to send, or requests that have
- * come and were not read: closing would reset it. Locked. */
+/* Whether any of the server's connections on a loop has output to send, or input that was not read:
+ * TCP answers the closing of such a connection with a reset, which can destroy replies on their
+ * way. Locked. */
 CRPCI_FN bool crpci_intake_has_output(const crpc_server *s, crpc_loop *l)
 {
     crpci_list *i;
@@ -22305,18 +22400,23 @@ CRPCI_FN bool crpci_intake_has_output(const crpc_server *s, crpc_loop *l)
 /* >>impl-listener   sockets that accept, and who gets the new connections  */
 /* ======================================================================== */
 
+/* The sockets on which a server accepts. The server's own loop watches them, so one thread accepts;
+ * new connections go to the I/O threads' loops in turn, or stay on that loop. Two loops are never
+ * locked at a time, by any thread. Listeners are added before the start and closed together. */
+
 typedef struct crpci_listener {
-    crpci_list link;
+    crpci_list link; /* in server->listener.list, under the lock of the server's loop */
     crpc_server *server;
     crpci_watch watch;
-    crpci_timer masked; /* no descriptors left: pause accepting */
+    crpci_timer masked; /* armed while accepting pauses, for want of descriptors or memory */
     int fd;
-    bool given; /* by the program: a socket's file is not ours to remove */
-    char url[CRPC_ADDRESS_MAX + 8];
+    bool given; /* opened by the program, which also removes the file of a unix socket */
+    char url[CRPC_ADDRESS_MAX + 8]; /* with the port that the kernel chose for port 0 */
     crpci_addr addr;
 } crpci_listener;
 
-/* Hands a new connection to its loop. No loop is locked: two never are at a time. */
+/* Hands a new connection to its loop. Closes it if the server has max_connections or is stopping.
+ * Called without a lock by the thread that accepts. */
 CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
 {
     crpc_loop *l = s->loop;
@@ -22333,7 +22433,8 @@ CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
     crpci_loop_lock(l);
     crpci_thread_ref(&s->connections);
     if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
-        close(fd); /* whoever stops looks at the loop's connections after this */
+        close(fd); /* the state was set before this loop was locked to close its connections, so a
+                    * connection is either refused here or closed there */
         __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
     } else if (crpci_conn_new(l, fd, false, &crpci_intake_events, s, &conn)) {
         __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
@@ -22350,8 +22451,10 @@ CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
     crpci_loop_unlock(l);
 }
 
-/* Out of descriptors: one is kept in reserve to turn the caller away, and accepting pauses, else a
- * level-triggered listener would spin. */
+/* No descriptors or memory are left. The reserve descriptor is freed to accept one connection and
+ * close it, so that its peer learns of it at once. Then accepting pauses for 100 ms, because the
+ * level-triggered listener would otherwise wake the loop without end. Logs once a second.
+ * Locked. */
 CRPCI_COLD void crpci_listener_no_descriptors(crpci_listener *n)
 {
     crpc_server *s = n->server;
@@ -22373,6 +22476,7 @@ CRPCI_COLD void crpci_listener_no_descriptors(crpci_listener *n)
     }
 }
 
+/* Accepts again; if the poller refuses, tries again in another 100 ms. */
 CRPCI_FN void crpci_listener_unmask(crpc_loop *l, crpci_timer *t)
 {
     crpci_listener *n = CRPCI_CONTAINER(t, crpci_listener, masked);
@@ -22380,6 +22484,9 @@ CRPCI_FN void crpci_listener_unmask(crpc_loop *l, crpci_timer *t)
         crpci_loop_timer_set(l, t, 100000);
 }
 
+/* Accepts up to 16 connections; the level-triggered poller reports the rest in the next step, so a
+ * storm of connections cannot hold up those that exist. The loop is unlocked to hand them out; a
+ * reference keeps the server meanwhile. */
 CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned events)
 {
     crpci_listener *n = CRPCI_CONTAINER(w, crpci_listener, watch);
@@ -22407,6 +22514,7 @@ CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned ev
     crpci_context_drop_server(s);
 }
 
+/* Adds a socket that listens. On failure the caller still owns the descriptor. */
 CRPCI_COLD int crpci_listener_add(crpc_server *s, int fd, bool given)
 {
     crpci_listener *n = (crpci_listener *)crpci_heap_alloc(s->heap, sizeof *n);
@@ -22443,7 +22551,8 @@ CRPC_API int crpc_server_listen_fd(crpc_server *s, int fd)
     return crpci_listener_add(s, fd, true);
 }
 
-/* tcp://host:port, unix:///path or unix://@name */
+/* Finds the address of tcp://host:port, unix:///path or unix://@name (Linux's abstract names). May
+ * block to resolve a host name. */
 CRPCI_COLD int crpci_listener_address(crpc_server *s, const char *url, const crpci_url *u,
                                       crpci_addr *out, crpc_error *error)
 {
@@ -22517,7 +22626,8 @@ CRPC_API int crpc_server_address(crpc_server *s, size_t index, char *url, size_t
     return err;
 }
 
-/* Begins to accept. Locked. */
+/* Begins to accept on all listeners. The kernel has queued connections since they were added.
+ * Locked. */
 CRPCI_COLD int crpci_listener_start(crpc_server *s)
 {
     crpci_list *i;
@@ -22529,7 +22639,8 @@ CRPCI_COLD int crpci_listener_start(crpc_server *s)
     return err;
 }
 
-/* Locked. */
+/* Stops accepting and frees the listeners. Connections that the kernel has queued but nobody has
+ * accepted are reset. Locked. */
 CRPCI_COLD void crpci_listener_close_all(crpc_server *s)
 {
     while (!crpci_list_empty(&s->listener.list)) {
@@ -22548,15 +22659,22 @@ CRPCI_COLD void crpci_listener_close_all(crpc_server *s)
 /* >>impl-enrolment   the services of a server in a registry                */
 /* ======================================================================== */
 
+/* Registers the services of a server when it starts, and withdraws them when it stops. The
+ * directory backend registers again after a loss by itself; here is only decided what is
+ * registered, and how long crpc_server_start waits. Functions are called without the loop's
+ * lock. */
+
+/* One registered service. */
 typedef struct crpci_enrolment {
     crpc_server *server;
-    void *handle;
-    bool through;
+    void *handle; /* the backend's; NULL: withdrawn, or never registered */
+    bool through; /* the registry has confirmed it at least once */
 } crpci_enrolment;
 
 #if CRPCI_DIRECTORY
 
-/* A registration got through, or a try failed; any thread. */
+/* The registry has confirmed a registration, or an attempt at it failed: `text` says why. Called on
+ * any thread, ZooKeeper's among them, without a lock. */
 CRPCI_FN void crpci_enrolment_on_status(void *user, int status, const char *text)
 {
     crpci_enrolment *e = (crpci_enrolment *)user;
@@ -22574,8 +22692,9 @@ CRPCI_FN void crpci_enrolment_on_status(void *user, int status, const char *text
     crpci_loop_unlock(s->loop);
 }
 
-/* The address to register: as advertised, else the first TCP listener's; a host left open is filled
- * in by the registry with the address that reaches it. */
+/* Finds the address to register: what the option `advertise` says, with the first TCP listener's
+ * port if it names none, else the first TCP listener's address. A listener on all interfaces gives
+ * an empty host or 0.0.0.0: the backend puts in the local address that reaches the registry. */
 CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, crpc_error *error)
 {
     crpci_addr any = CRPC_INIT;
@@ -22627,6 +22746,8 @@ CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, c
     return CRPC_OK;
 }
 
+/* Joins the names of a service's methods with commas, for people who inspect the registry. What
+ * does not fit is cut off. */
 CRPCI_COLD void crpci_enrolment_method_names(const crpc_service *table, char *out, size_t size)
 {
     size_t used = 0, i;
@@ -22636,6 +22757,8 @@ CRPCI_COLD void crpci_enrolment_method_names(const crpc_service *table, char *ou
             (size_t)snprintf(out + used, size - used, "%s%s", i ? "," : "", table->methods[i].name);
 }
 
+/* Opens the registry and registers every service. Does not wait for the registry: a service is
+ * registered as soon as it can be reached. */
 CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
 {
     const size_t room = 1024; /* for the names of a service's methods */
@@ -22680,7 +22803,9 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
                : CRPC_OK;
 }
 
-/* The gate: waits until all services are registered. */
+/* Waits at most registry_timeout_ms until all services are registered. CRPC_EREGISTRY: they are
+ * not, and must_connect is set; otherwise the start goes on, and so do the registrations. Does not
+ * wait inside a callback of the loop, which could not be driven meanwhile. */
 CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
 {
     crpc_loop *l = s->loop;
@@ -22707,6 +22832,8 @@ CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
     return err;
 }
 
+/* Withdraws all services. The registry stays open until the server is dismantled, so that the
+ * withdrawals reach it. */
 CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
 {
     size_t i;
@@ -22723,19 +22850,25 @@ CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
 /* >>impl-lifecycle   opening a server, starting, draining, closing         */
 /* ======================================================================== */
 
-#define CRPCI_LIFECYCLE_TICK        10000 /* microseconds until draining is looked at again */
+/* Stopping goes in steps: the services leave the registry (LAME, lame_ms); listeners close and new
+ * requests are refused (STOPPING, at most drain_ms); connections close (STOPPED). A timer of the
+ * server's loop takes the steps, so crpc_server_stop does not wait. crpc_server_close waits for the
+ * last step and then takes the server apart. */
+
+#define CRPCI_LIFECYCLE_TICK        10000 /* microseconds between two looks whether it is drained */
 
 /* --- stopping --------------------------------------------------------------------------------- */
 
-/* From here on new requests are refused. Locked. */
+/* Begins STOPPING: no connection is accepted and no new request is let in. Locked. */
 CRPCI_FN void crpci_lifecycle_drain(crpc_server *s)
 {
     crpci_thread_store(&s->state, CRPCI_SERVER_STOPPING);
     crpci_listener_close_all(s);
 }
 
-/* Looks whether the last request is answered; closes when it is, or when time is up. Called with
- * the server's loop locked; the others are locked one after another without it. */
+/* Ends LAME; then closes the connections when all is answered and sent, or when drain.until has
+ * passed. Called with the server's loop locked, which it unlocks to lock the I/O threads' loops one
+ * after another: two are never locked at a time. The reference keeps the server meanwhile. */
 CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
 {
     crpc_server *s = CRPCI_CONTAINER(t, crpc_server, drain.timer);
@@ -22753,7 +22886,7 @@ CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
         busy = crpci_intake_has_output(s, s->io.loops[i]);
         crpci_loop_unlock(s->io.loops[i]);
     }
-    busy = busy || crpci_thread_load(&s->active) > 0; /* one that was let in at the last moment */
+    busy = busy || crpci_thread_load(&s->active) > 0; /* a request that came between the looks */
     busy = busy && crpci_loop_now(l) < s->drain.until;
     for (i = 0; i < s->io.count && !busy; i++) {
         crpci_loop_lock(s->io.loops[i]);
@@ -22798,12 +22931,14 @@ CRPC_API void crpc_server_stop(crpc_server *s)
 #if CRPCI_DIRECTORY
     crpci_enrolment_withdraw(s);
 #endif
-    crpci_loop_lock(l); /* not before: another thread may close the server when it is drained */
+    /* The timer is set last: once it has fired, another thread may free the server. */
+    crpci_loop_lock(l);
     crpci_loop_timer_at(l, &s->drain.timer, lame_until);
     crpci_loop_unlock(l);
 }
 
-/* Waits for the end of stopping, driving the loop if nobody does. */
+/* Waits for STOPPED, and drives the loop if no other thread does. At most a second longer than the
+ * options allow: a clock that stands still must not keep the program from closing. */
 CRPCI_FN void crpci_lifecycle_await_stop(crpc_server *s)
 {
     crpc_loop *l = s->loop;
@@ -22820,7 +22955,8 @@ CRPCI_FN void crpci_lifecycle_await_stop(crpc_server *s)
 
 /* --- closing ---------------------------------------------------------------------------------- */
 
-/* Frees what is left when the last reference has gone. */
+/* Frees the struct when the last reference has gone: that of the program, or of a request that
+ * ended after the close. Any thread; no lock is held. */
 CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
 {
     crpci_heap *h = s->heap;
@@ -22838,6 +22974,8 @@ CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
     crpci_heap_unref(h);
 }
 
+/* Whether the calling thread is inside a callback of one of the server's loops, or is one of its
+ * workers: waiting for the server would then be waiting for itself. */
 CRPCI_FN bool crpci_lifecycle_in_callback(crpc_server *s)
 {
     bool in;
@@ -22857,7 +22995,10 @@ CRPCI_FN bool crpci_lifecycle_in_callback(crpc_server *s)
     return in;
 }
 
-/* What is left of closing when the server is stopped; in a callback of the loop at most. */
+/* Takes a stopped server apart. Runs without a lock, on the thread that closes or, if that was
+ * inside a callback, in a task of the loop. The registry is closed first: its callbacks lock the
+ * loop. The workers end before the I/O loops, to which they send their last replies. Requests that
+ * never finish keep their loop and the server's struct, which the last of them frees. */
 CRPCI_COLD void crpci_lifecycle_dismantle(crpc_server *s)
 {
     crpc_loop *l = s->loop;
@@ -22895,6 +23036,7 @@ CRPCI_COLD void crpci_lifecycle_dismantle(crpc_server *s)
     crpci_loop_release(l);
 }
 
+/* The rest of a close that was called inside a callback. */
 CRPCI_FN void crpci_lifecycle_close_task(crpc_loop *l, crpci_task *task)
 {
     crpci_loop_user_begin(l);
@@ -22909,7 +23051,7 @@ CRPC_API void crpc_server_close(crpc_server *s)
         return;
     CRPCI_HANDLE_CLOSE(s);
     started = crpci_thread_load(&s->state) != CRPCI_SERVER_NEW;
-    if (started && crpci_lifecycle_in_callback(s)) { /* which must not wait for itself */
+    if (started && crpci_lifecycle_in_callback(s)) { /* must not wait: close_task goes on */
         crpc_loop *l = s->loop;
         crpci_loop_lock(l);
         s->drain.close_later = true;
@@ -22926,9 +23068,9 @@ CRPC_API void crpc_server_close(crpc_server *s)
     crpci_lifecycle_dismantle(s);
 }
 
-/* --- opening and starting -----------------------------------------------------------------------
- */
+/* --- opening and starting --------------------------------------------------------------------- */
 
+/* Copies a text option; NULL stays NULL. False: out of memory. */
 CRPCI_COLD bool crpci_lifecycle_copy(crpci_heap *h, char **to, const char *from)
 {
     if (from)
@@ -22936,6 +23078,8 @@ CRPCI_COLD bool crpci_lifecycle_copy(crpci_heap *h, char **to, const char *from)
     return !from || *to;
 }
 
+/* The options of a server: what 0 and -1 stand for, the largest value; the least is 1. The same
+ * rows serve defaults, checks and crpc_server_options_parse. */
 #define CRPCI_LIFECYCLE_ROW(member, name, flags, zero, none, most)                                 \
     CRPCI_OPTION_ROW(crpc_server_options, member, name, NULL, flags, zero, none, 1, most)
 #define CRPCI_LIFECYCLE_NUMBER(member, zero, none, most)                                           \
@@ -22990,6 +23134,7 @@ CRPC_API int crpc_server_options_parse(char *text, crpc_server_options *options,
     return crpci_options_lines(to, 2, text, error);
 }
 
+/* Checks options before anything is allocated, so that a wrong one costs nothing to undo. */
 CRPCI_COLD int crpci_lifecycle_check(const crpc_server_options *o, crpc_error *error)
 {
     int err = crpci_options_check(&crpci_lifecycle_options, o, error);
@@ -22999,7 +23144,8 @@ CRPCI_COLD int crpci_lifecycle_check(const crpc_server_options *o, crpc_error *e
     return err ? err : crpci_options_check(&crpci_drive_options, &o->loops, error);
 }
 
-/* Takes over checked options and gives them their final values. */
+/* Takes over checked options and gives them their final values. The default of max_concurrency is
+ * for each I/O thread; lame_ms has a default only where there is a registry to leave. */
 CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_options *in)
 {
     crpc_server_options *o = &s->options;
@@ -23096,6 +23242,8 @@ CRPC_API int crpc_server_add(crpc_server *s, const crpc_service *service, const 
     return err;
 }
 
+/* Starts I/O threads and workers. After a failure crpc_server_close stops those that run. The I/O
+ * loops use the hooks of the server's heap: one log and one allocator for the whole server. */
 CRPCI_COLD int crpci_lifecycle_start_threads(crpc_server *s, crpc_error *error)
 {
     size_t want = (size_t)s->options.io_threads;
@@ -23155,7 +23303,7 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
 #endif
     if (err) {
         crpci_loop_lock(l);
-        s->options.lame_ms = 0; /* it is only to be closed */
+        s->options.lame_ms = 0; /* the program can only close it now, and need not wait */
         crpci_loop_unlock(l);
     }
     return err;
