@@ -17646,8 +17646,11 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
 /* >>impl-providers   the providers of a channel, and the choice among them */
 /* ======================================================================== */
 
-/* A channel's list of providers as it stands now; each member joins one endpoint with its share in
- * the choice. Everything here is called with the loop locked. */
+/* A channel's list of providers as it stands now. A member is one provider of one channel: it joins
+ * the endpoint, which channels share, with weight and breaker, which are the channel's own. The
+ * directory's lists replace each other here (crpci_providers_update), and attempts choose from the
+ * present one (crpci_providers_pick). Nothing here dials or sends. Everything is called with the
+ * loop locked. */
 
 #if CRPC_ENABLE_CLIENT
 
@@ -17662,26 +17665,28 @@ typedef struct crpci_member {
 #if CRPC_ENABLE_POLICY
     crpci_breaker breaker;
 #endif
-    uint32_t refs;
-    bool kept;        /* while lists are exchanged: it is in the new list too */
-    uint32_t weight;  /* when it is warm */
-    int64_t warmup_us;
+    uint32_t refs;    /* the list's, and one of each attempt */
+    bool kept;        /* set only while lists are exchanged: it is in the new list too */
+    uint32_t weight;  /* at the end of its warm-up; balance.weight is the present one */
+    int64_t warmup_us; /* how long its weight grows; 0: it does not */
     int64_t since_us; /* when it began to serve, in the loop's time */
 } crpci_member;
 
 typedef struct crpci_pending_call crpci_pending_call;
 typedef struct crpci_group crpci_group; /* attempts of one call at the same time */
 
+/* The list of one channel; a member of the channel's struct. */
 typedef struct crpci_providers {
     crpc_loop *loop;
-    const crpci_endpoint_events *events;
-    bool (*in_group)(const crpci_group *g, const crpci_endpoint *e); /* a part was there */
+    const crpci_endpoint_events *events; /* the attempt section's, for the endpoints */
+    /* The cluster section's: whether a part of the call was sent to an endpoint. */
+    bool (*in_group)(const crpci_group *g, const crpci_endpoint *e);
     crpci_endpoint_options endpoint;
     crpci_balance balance;
-    crpci_balance_item **members; /* each in a crpci_member */
+    crpci_balance_item **members; /* each in a crpci_member; the balancer knows them by index */
     size_t count;
     size_t room;        /* of the array */
-    bool sorted;        /* by address */
+    bool sorted;        /* by address, as registries give it; a URL's list may not be */
     int64_t stale_at;   /* since when nobody has confirmed the list; INT64_MAX: it is confirmed */
     int64_t stale_ttl_us;
 #if CRPC_ENABLE_POLICY
@@ -17757,6 +17762,7 @@ CRPCI_FN crpci_member *crpci_providers_find(const crpci_providers *p, const char
     return NULL;
 }
 
+/* Makes a member for an address; endpoints may exist already, for other channels of the loop. */
 CRPCI_FN int crpci_providers_new_member(crpci_providers *p, const char *address, crpci_member **out)
 {
     crpci_heap *h = p->loop->heap;
@@ -17778,6 +17784,7 @@ CRPCI_FN int crpci_providers_new_member(crpci_providers *p, const char *address,
 
 #if CRPC_ENABLE_POLICY
 
+/* Milliseconds since 1970, in which registries give the start of a provider. */
 CRPCI_FN int64_t crpci_providers_wall_ms(void)
 {
     struct timespec ts;
@@ -17969,6 +17976,7 @@ CRPCI_FN void crpci_providers_refresh(crpci_providers *p)
 #endif
 }
 
+/* Empties the list when the channel closes. Attempts under way have been abandoned before. */
 CRPCI_FN void crpci_providers_clear(crpci_providers *p)
 {
     crpci_balance_item **old = p->members;
@@ -18044,13 +18052,15 @@ CRPCI_FN void crpci_providers_age(const crpci_providers *p, crpci_endpoint *e)
 
 /* --- choosing --------------------------------------------------------------------------------- */
 
-/* What a choice leaves out. */
+/* The attempts of one call, whose endpoints a choice leaves out. */
 typedef struct crpci_tried {
     int attempts; /* made so far */
     int max_attempts;
-    const crpci_endpoint *last[CRPCI_PROVIDERS_TRIED]; /* where the last failed attempts were */
+    const crpci_endpoint *last[CRPCI_PROVIDERS_TRIED]; /* of the last failed attempts, a ring; only
+                                                        * compared, so they may be gone */
 } crpci_tried;
 
+/* What the balancer's questions about one choice are answered from; on the stack. */
 typedef struct crpci_choice {
     const crpci_providers *providers;
     const crpci_tried *tried;
@@ -18167,8 +18177,9 @@ CRPCI_FN crpci_member *crpci_providers_pick(crpci_providers *p, const crpci_trie
 
 #if CRPC_ENABLE_CLIENT
 
+/* The forms of calls. Those from CRPCI_CALL_PART on are made by the cluster section. */
 typedef enum crpci_call_kind {
-    CRPCI_CALL_SYNC,
+    CRPCI_CALL_SYNC,    /* lives on the stack of its caller, who waits */
     CRPCI_CALL_DELIVER, /* ends with a callback */
     CRPCI_CALL_ID,      /* ends with a result to be fetched */
     CRPCI_CALL_NOTIFY,  /* one-way */
@@ -18186,15 +18197,17 @@ typedef struct crpci_cluster_ops {
     bool (*retry_later)(crpci_pending_call *c, int status); /* true: c itself goes on */
 } crpci_cluster_ops;
 
+/* A channel. The program owns it until crpc_channel_close; calls keep it beyond. Members that say
+ * nothing else are set when it is opened, or belong to the loop's lock. */
 struct crpc_channel {
     CRPCI_HANDLE
     crpc_loop *loop;
-    bool private_loop;
-    bool closed;
+    bool private_loop; /* the channel opened the loop and closes it */
+    bool closed;       /* no call may begin or go on */
     bool wait; /* calls wait for a provider */
     uint32_t refs;  /* atomic: the program's, of synchronous calls, and one of all others */
     size_t pending; /* asynchronous calls that are not freed */
-    crpci_list calls;
+    crpci_list calls;   /* all pending calls but parts */
     crpci_list waiting; /* attempts that wait for a list of providers */
     crpci_request_source requests;
     crpci_providers providers;
@@ -18203,11 +18216,11 @@ struct crpc_channel {
     size_t interceptor_count;
 #if CRPC_ENABLE_POLICY
     struct {
-        bool limited;
+        bool limited; /* false: retry_budget=-1 */
         crpci_limiter_budget tokens;
     } budget; /* of retries */
     struct {
-        size_t waiting;
+        size_t waiting;   /* failed calls that were put aside, those being tried included */
         size_t max;
         int64_t pause_us; /* between tries */
         void (*dropped)(void *user, const crpc_method *method, const crpc_error *error);
@@ -18218,11 +18231,13 @@ struct crpc_channel {
         char *where; /* what is looked up, for texts; NULL: the providers stand in the URL */
         crpci_backend *registry;
         crpci_subscriber *subscription;
-        bool listed; /* a list has come */
-        crpci_waiter *waiter;
+        bool listed; /* the registry has answered, or the URL is the list */
+        crpci_waiter *waiter; /* crpc_channel_open waits for the first answer */
     } directory;
 };
 
+/* One pending call. The loop's lock protects it until it has ended; then it is the property of the
+ * thread that delivers or fetches its result. */
 struct crpci_pending_call {
     crpci_attempt attempt; /* first: the loop's table of calls points to it */
     crpci_list of_channel; /* in channel->calls, or in the group of a part's parent */
@@ -18231,9 +18246,9 @@ struct crpci_pending_call {
     crpc_channel *channel;
     const crpci_method *method;
     crpci_call_kind kind;
-    crpci_policy policy;
+    crpci_policy policy;  /* the method's, with what the call overrides */
     crpci_member *member; /* of the present attempt; NULL: it has ended */
-    int64_t start_us;
+    int64_t start_us;   /* when the program made the call; times are the loop's */
     int64_t attempt_us; /* when the present attempt began */
     int64_t end_us;     /* if the call has ended */
     int64_t backup_us;  /* when a backup request is due; INT64_MAX: never */
@@ -18241,11 +18256,11 @@ struct crpci_pending_call {
     crpci_pending_call *parent; /* of a part */
     crpci_group *group;         /* its parts; NULL: none */
     crpc_sent before; /* the most that failed attempts sent, but for those refused by ELOGOFF */
-    crpci_waiter *waiter;
+    crpci_waiter *waiter; /* on the stack of the thread that waits for the end; NULL: none does */
     crpc_error *error; /* the caller's, or in error_chunk; NULL: not wanted, or no memory */
     crpci_chunk *error_chunk;
-    int status;
-    crpc_done_fn deliver;
+    int status; /* of the call that has ended; a reply's own status is in attempt.reply */
+    crpc_done_fn deliver; /* calls fn(user, ...): generated stubs know its type */
     crpc_any_fn fn;
     void *user;
     crpci_chunk *block; /* holds this struct and the response; mostly the request's chunk too. NULL:
@@ -18253,6 +18268,7 @@ struct crpci_pending_call {
     crpci_tried tried;
 };
 
+/* What follows a pending call in its chunk is aligned for any type. */
 #define CRPCI_PENDING_SIZE ((sizeof(crpci_pending_call) + 15) & ~(size_t)15)
 
 CRPCI_FN crpci_pending_call *crpci_attempt_call(crpci_attempt *a)
@@ -18363,7 +18379,9 @@ CRPCI_FN void crpci_attempt_abandon(crpci_pending_call *c, int why)
         crpci_endpoint_give_up_slot(&c->attempt, why);
 }
 
-/* Ends the call: whoever waits for it is told, once. */
+/* Ends the call, once, with a reply or a status: queues its callback, ends its caller's wait, or
+ * leaves its result to be fetched. Frees one-way calls. The slot of its endpoint goes to the next
+ * attempt before the caller is told. */
 CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
 {
     const crpci_cluster_ops *cluster = c->channel->cluster;
@@ -18379,7 +18397,7 @@ CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
         crpci_endpoint_serve_waiting(e);
     if (CRPCI_UNLIKELY(c->group != NULL))
         cluster->drop_parts(c);
-    /* A one-way call has no reply but has not failed. */
+    /* No status and no reply is a one-way call that was sent: it has not failed. */
     if (CRPCI_UNLIKELY(c->policy.cluster == CRPC_CLUSTER_FAILBACK) && cluster &&
         (status || (c->attempt.reply.chunk && !crpci_reply_succeeded(&c->attempt.reply))) &&
         cluster->retry_later(c, status))
@@ -18407,6 +18425,7 @@ CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
         crpci_drive_end_wait(l, c->waiter);
 }
 
+/* Ends a call whose deadline has passed; the text says how far it had come. */
 CRPCI_FN void crpci_attempt_expire(crpci_pending_call *c)
 {
     bool waits = c->attempt.state == CRPCI_ATTEMPT_WAITING;
@@ -18418,7 +18437,8 @@ CRPCI_FN void crpci_attempt_expire(crpci_pending_call *c)
     crpci_attempt_finish(c, CRPC_ETIMEDOUT);
 }
 
-/* Ends a call that has nobody to be sent to. */
+/* Ends a call for which there is no provider; the text tells an empty list from a registry that has
+ * not answered. */
 CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
 {
     const crpc_channel *ch = c->channel;
@@ -18434,18 +18454,20 @@ CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
 
 /* --- attempts --------------------------------------------------------------------------------- */
 
+/* Chooses a provider that the call has not tried. NULL: there is none. */
 CRPCI_FN crpci_member *crpci_attempt_pick(const crpci_pending_call *c)
 {
     return crpci_providers_pick(&c->channel->providers, &c->tried, c->group, c->key);
 }
 
+/* Excludes the present attempt's endpoint from later choices. A ring: the oldest entry goes. */
 CRPCI_FN void crpci_attempt_mark_tried(crpci_pending_call *c)
 {
     c->tried.last[(c->tried.attempts - 1) % CRPCI_PROVIDERS_TRIED] = c->attempt.endpoint;
 }
 
-/* With wait=1: takes a call that nobody can be sent to now into the channel's waiting list, until a
- * list of providers comes or its deadline passes. False: the call does not wait. */
+/* With wait=1: puts a call for which there is no provider now into the channel's waiting list,
+ * until a list of providers comes or its deadline passes. False: the call does not wait. */
 CRPCI_COLD bool crpci_attempt_park(crpci_pending_call *c)
 {
     crpc_channel *ch = c->channel;
@@ -18529,8 +18551,8 @@ CRPCI_FN crpci_member *crpci_attempt_next(crpci_pending_call *c, int code, bool 
 {
     crpc_channel *ch = c->channel;
     crpci_member *m;
-    /* A request with an id may have been executed, and only its provider can know: it has kept the
-     * reply. If that refuses to say, nobody can. */
+    /* The request may have been executed, and has an id: only the provider that it was sent to can
+     * have kept the reply, so it goes there again; nowhere, if that provider is stopping. */
     if (c->before != CRPC_SENT_NO && !(c->method->method->flags & CRPC_METHOD_IDEMPOTENT))
         return code == CRPC_ELOGOFF ? NULL
                                     : crpci_providers_of(&ch->providers, c->attempt.endpoint);
@@ -18567,7 +18589,7 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     bool again, stale = code == CRPC_ECONN && !e->refused;
     crpci_member *m;
     if (code == CRPC_EOVERCROWDED && !e->conn->tx_bytes)
-        c->tried.max_attempts = c->tried.attempts; /* it does not even fit into an empty queue */
+        c->tried.max_attempts = c->tried.attempts; /* no queue can take it: a retry is useless */
     crpci_endpoint_detach(a);
     crpci_attempt_end(c, code == CRPC_ECONN ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_IGNORE);
     again = crpci_attempt_may_retry(c, code);
@@ -18595,8 +18617,8 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     crpci_endpoint_drop(e);
 }
 
-/* What a reply says about the provider: an application's error shows a service that works, a
- * refusal of what was asked says nothing. */
+/* What a reply's status says about the provider, for balancer and breaker: an application's error
+ * shows a service that works; a refusal of this request says nothing about the next one. */
 CRPCI_FN crpci_outcome crpci_attempt_outcome(int code)
 {
     if (CRPCI_LIKELY(code == 0))
@@ -18612,6 +18634,8 @@ CRPCI_FN crpci_outcome crpci_attempt_outcome(int code)
     }
 }
 
+/* A reply has come. One that refuses because its server is stopping counts as a failed attempt, if
+ * there is another provider to try; any other one ends the call. */
 CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
@@ -18625,11 +18649,13 @@ CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
     crpci_attempt_finish(c, CRPC_OK);
 }
 
+/* A one-way call's frame has left: that is its success. */
 CRPCI_FN void crpci_attempt_on_sent(crpci_attempt *a)
 {
     crpci_attempt_finish(crpci_attempt_call(a), CRPC_OK);
 }
 
+/* A reply has come that cannot be used. The provider has answered, so the call ends here. */
 CRPCI_COLD void crpci_attempt_on_useless(crpci_attempt *a, const char *cause)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
@@ -18640,7 +18666,8 @@ CRPCI_COLD void crpci_attempt_on_useless(crpci_attempt *a, const char *cause)
 static const crpci_endpoint_events crpci_attempt_events = {
     crpci_attempt_failed, crpci_attempt_replied, crpci_attempt_on_sent, crpci_attempt_on_useless};
 
-/* Makes the first attempt, or what the cluster policy makes in its place. */
+/* Makes the first attempt, or has the cluster section make several. Ends a call at once that is too
+ * late, lacks the key that lb=hash needs, or whose method is degraded. */
 CRPCI_FN void crpci_attempt_begin(crpci_pending_call *c)
 {
     const crpc_method_options *o = c->method->options;
@@ -18741,22 +18768,25 @@ CRPCI_FN int crpci_attempt_result(const crpci_pending_call *c, void *response, c
 /* ======================================================================== */
 
 /* FORKING, BROADCAST and backup requests give a call a group of parts: pending calls with one
- * attempt each and a copy of the request. FAILBACK puts a copy of a failed call aside. Everything
- * here is called with the loop locked. */
+ * attempt each and a copy of the request. FAILBACK puts a copy of a failed call aside and tries it
+ * again in the background. The attempt section calls in through crpci_cluster_all and knows nothing
+ * else of this section. Everything here is called with the loop locked. */
 
 #if CRPC_ENABLE_CLIENT && CRPC_ENABLE_POLICY
 
+/* The parts of one call. The call owns the group and its parts, and frees them when it ends. */
 struct crpci_group {
     crpci_list parts; /* ended ones too, so that no provider is asked twice */
-    uint32_t open;    /* under way */
-    uint32_t failed;
-    size_t lost;   /* could not be begun for want of memory */
-    bool all;      /* wait for every part; else the first success decides */
-    bool starting; /* parts are being begun, or all being ended: none of them decides */
+    uint32_t open;    /* parts under way */
+    uint32_t failed;  /* parts that have ended without success */
+    size_t lost;   /* parts that could not be begun for want of memory */
+    bool all;      /* wait for every part (BROADCAST); else the first success decides */
+    bool starting; /* parts are being begun, or dropped: one that ends must not settle the call */
     int status;    /* of the last failure */
-    crpci_endpoint *from; /* of the reply that counts; a reference */
+    crpci_endpoint *from; /* whose reply the call takes; a reference. NULL: no success yet */
 };
 
+/* Whether a part of the group was sent to an endpoint, or is about to be. */
 CRPCI_COLD bool crpci_cluster_tried(const crpci_group *g, const crpci_endpoint *e)
 {
     crpci_list *i;
@@ -18776,7 +18806,8 @@ CRPCI_COLD bool crpci_cluster_leaves_open(crpci_group *g, int status)
     return true;
 }
 
-/* Frees the parts of a call, and cancels those under way. */
+/* Frees the group of a call that has ended, and cancels the parts under way. What they sent and how
+ * many they were goes into the call's explanation. */
 CRPCI_COLD void crpci_cluster_drop_parts(crpci_pending_call *c)
 {
     crpci_group *g = c->group;
@@ -18810,7 +18841,8 @@ CRPCI_COLD void crpci_cluster_drop_parts(crpci_pending_call *c)
     crpci_heap_free(l->heap, g, sizeof *g);
 }
 
-/* Ends the call with a part's reply, which came before that of its own attempt. */
+/* Ends the call with a part's reply, which it has taken over; its own attempt is given up. The
+ * endpoint that answered becomes the call's, so that the result names it. */
 CRPCI_COLD void crpci_cluster_succeed(crpci_pending_call *c)
 {
     crpci_endpoint *own = c->attempt.endpoint;
@@ -18819,12 +18851,14 @@ CRPCI_COLD void crpci_cluster_succeed(crpci_pending_call *c)
     c->attempt.endpoint = c->group->from;
     c->group->from = NULL;
     crpci_attempt_finish(c, CRPC_OK);
-    if (own) /* its slot is free */
+    if (own) /* the attempt that was given up leaves a slot to the next call */
         crpci_endpoint_serve_waiting(own);
     crpci_endpoint_drop(own);
 }
 
-/* Ends the call if its parts have decided it. */
+/* Ends the call if its parts have decided it: BROADCAST when all have ended, with success if no
+ * more than fail_percent of them failed; the others with the first success, or when the last part
+ * and the call's own attempt have failed. */
 CRPCI_COLD void crpci_cluster_settle(crpci_pending_call *c)
 {
     crpci_group *g = c->group;
@@ -18842,7 +18876,8 @@ CRPCI_COLD void crpci_cluster_settle(crpci_pending_call *c)
         crpci_attempt_finish(c, g->status);
 }
 
-/* A part has failed: keeps why, for the case that the call fails too. */
+/* A part has failed. Its status and text become those of the call if that fails too; a later
+ * failure replaces them. */
 CRPCI_COLD void crpci_cluster_part_failed(crpci_pending_call *part, int status)
 {
     const crpci_attempt *a = &part->attempt;
@@ -18860,6 +18895,8 @@ CRPCI_COLD void crpci_cluster_part_failed(crpci_pending_call *part, int status)
                            : status;
 }
 
+/* A part, or a background try, has ended. The first success gives its reply to the call; later ones
+ * are dropped with their parts. */
 CRPCI_COLD void crpci_cluster_part_ended(crpci_pending_call *part, int status)
 {
     crpci_pending_call *c = part->parent;
@@ -18880,7 +18917,8 @@ CRPCI_COLD void crpci_cluster_part_ended(crpci_pending_call *part, int status)
     crpci_cluster_settle(c);
 }
 
-/* Makes a further attempt of a call, with a copy of its request. NULL: out of memory. */
+/* Makes a pending call for one more attempt of `c`, with a copy of its request and an id of its
+ * own, in a chunk of its own. It shares the deadline of `c`. NULL: out of memory. */
 CRPCI_COLD crpci_pending_call *crpci_cluster_part(crpci_pending_call *c)
 {
     crpc_loop *l = c->channel->loop;
@@ -18918,6 +18956,7 @@ CRPCI_COLD crpci_pending_call *crpci_cluster_part(crpci_pending_call *c)
     return part;
 }
 
+/* Gives a call a group, if it has none. False: out of memory. */
 CRPCI_COLD bool crpci_cluster_need_group(crpci_pending_call *c, bool all)
 {
     if (c->group)
@@ -18931,7 +18970,8 @@ CRPCI_COLD bool crpci_cluster_need_group(crpci_pending_call *c, bool all)
     return true;
 }
 
-/* Sends the call to up to `n` more providers. False: there was none. */
+/* Sends the call to up to `n` more providers that it has not tried. A BROADCAST counts those for
+ * which there is no memory as failed; other calls do without. False: no part was begun. */
 CRPCI_COLD bool crpci_cluster_branch(crpci_pending_call *c, size_t n)
 {
     crpci_group *g = c->group;
@@ -18955,7 +18995,8 @@ CRPCI_COLD bool crpci_cluster_branch(crpci_pending_call *c, size_t n)
     return any;
 }
 
-/* FORKING and BROADCAST: the call makes no attempt of its own. */
+/* Begins a FORKING or BROADCAST call: to `forks` providers (0: all), or to all. The call makes no
+ * attempt of its own. */
 CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
 {
     bool all = c->policy.cluster == CRPC_CLUSTER_BROADCAST;
@@ -18973,8 +19014,8 @@ CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
     }
 }
 
-/* Backup request: asks one more provider. Without memory or another provider the call goes on as it
- * was. */
+/* A backup request is due: asks one more provider, while the first attempt goes on. Without memory
+ * or another provider, and if the call was not sent anywhere yet, nothing happens. */
 CRPCI_COLD void crpci_cluster_backup(crpci_pending_call *c)
 {
     c->backup_us = INT64_MAX;
@@ -18988,7 +19029,8 @@ CRPCI_COLD void crpci_cluster_backup(crpci_pending_call *c)
 
 /* --- failback --------------------------------------------------------------------------------- */
 
-/* Tells the program of a call that is given up. */
+/* Tells the program, through failback_dropped or the log, of a call that is given up; a task that
+ * runs user code. */
 CRPCI_COLD void crpci_cluster_failback_dropped(crpc_loop *l, crpci_task *task)
 {
     crpci_pending_call *c = CRPCI_CONTAINER(task, crpci_pending_call, task);
@@ -19005,7 +19047,8 @@ CRPCI_COLD void crpci_cluster_failback_dropped(crpc_loop *l, crpci_task *task)
     crpci_attempt_free(c);
 }
 
-/* The pause before a try is over, or a try has not been answered in time. */
+/* The pause before a background try is over: begins it, with the whole timeout of the call. Or the
+ * timeout of a try has passed. */
 CRPCI_COLD void crpci_cluster_failback_timer(crpc_loop *l, crpci_timer *t)
 {
     crpci_pending_call *c = CRPCI_CONTAINER(t, crpci_pending_call, timer);
@@ -19019,7 +19062,9 @@ CRPCI_COLD void crpci_cluster_failback_timer(crpc_loop *l, crpci_timer *t)
     }
 }
 
-/* A background try has failed: pauses before the next one, or gives the call up. */
+/* A background try has failed: pauses before the next one, or gives the call up after `retries`
+ * tries, when the channel closes, or when the service answered with an error of its own, which the
+ * next try would only repeat. */
 CRPCI_COLD void crpci_cluster_failback_failed(crpci_pending_call *c, int status)
 {
     crpc_channel *ch = c->channel;
@@ -19044,8 +19089,8 @@ CRPCI_COLD void crpci_cluster_failback_failed(crpci_pending_call *c, int status)
     crpci_loop_ready(ch->loop, &c->task);
 }
 
-/* A FAILBACK call has failed: puts a copy aside that is sent later. True: the call is such a copy
- * itself, and goes on. */
+/* A FAILBACK call has failed: puts a copy aside that is sent later, unless the failure is final or
+ * failback_max copies wait. True: `c` is such a copy itself, and has been dealt with. */
 CRPCI_COLD bool crpci_cluster_retry_later(crpci_pending_call *c, int status)
 {
     crpc_channel *ch = c->channel;
@@ -19092,11 +19137,17 @@ static const crpci_cluster_ops crpci_cluster_all = {
 /* >>impl-channel   the forms of calls, and closing                         */
 /* ======================================================================== */
 
+/* The calls that programs make: synchronous, with a callback, with an id, one-way. Each encodes its
+ * request without a lock, then locks the loop, lists a pending call in the channel and hands it to
+ * crpci_attempt_begin. The public functions are called without a lock, by any thread. A synchronous
+ * call lives on its caller's stack; the others live in the chunk of their request. */
+
 #if CRPC_ENABLE_CLIENT
 
 /* --- interceptors ----------------------------------------------------------------------------- */
 
-/* Runs the interceptors' `before`; *ran says for how many `after` is due. */
+/* Runs the interceptors' `before` in order, without the lock. *ran receives for how many of them
+ * `after` is due. While they run the call knows heap and protocol, so that fields can be added. */
 CRPCI_FN int crpci_channel_before(crpc_channel *ch, const crpc_method *m, crpc_call *call,
                                   size_t *ran)
 {
@@ -19117,6 +19168,8 @@ CRPCI_FN int crpci_channel_before(crpc_channel *ch, const crpc_method *m, crpc_c
     return err;
 }
 
+/* Runs the interceptors' `after` in reverse order, for the first `ran` of them. Without the
+ * lock. */
 CRPCI_FN void crpci_channel_after(crpc_channel *ch, const crpc_method *m, crpc_call *call, int err,
                                   size_t ran)
 {
@@ -19129,6 +19182,8 @@ CRPCI_FN void crpci_channel_after(crpc_channel *ch, const crpc_method *m, crpc_c
 
 /* --- beginning a call ------------------------------------------------------------------------- */
 
+/* The deadline of a call, in the loop's time: the call's own if it has one, else the policy's
+ * timeout; never later than a day, nor than the deadline of the request that it is made for. */
 CRPCI_FN int64_t crpci_channel_deadline(const crpci_policy *policy, const crpc_call *call,
                                         int64_t now)
 {
@@ -19206,7 +19261,8 @@ CRPCI_FN void crpci_channel_enter(const crpc_channel *ch, int64_t start, const c
     crpci_drive_catch_up(l);
 }
 
-/* Rule P2: sends what was queued, unless a driver will do so before it sleeps. */
+/* Rule P2: sends what was queued, unless a driver will do so before it sleeps. Locked; sending
+ * unlocks meanwhile. */
 CRPCI_FN void crpci_channel_flush(crpc_loop *l)
 {
     if (crpci_loop_may_send(l))
@@ -19215,7 +19271,9 @@ CRPCI_FN void crpci_channel_flush(crpc_loop *l)
 
 /* --- synchronous ------------------------------------------------------------------------------ */
 
-/* Runs one call to its end. Locked. */
+/* Runs one call to its end: makes attempts and drives the loop, or follows its driver, until the
+ * call has ended or its deadline has passed. Locked; unlocks while it waits. The wait ends at the
+ * deadline by itself, so the timer only serves the backup request. */
 CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_pending_call *c)
 {
     crpc_loop *l = ch->loop;
@@ -19246,7 +19304,10 @@ CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_pending_call *c)
     l->fresh = false; /* the next caller may come much later */
 }
 
-/* Makes the call on the caller's stack. `hold`: the result may point into the reply's bytes. */
+/* Makes the call on the caller's stack. `hold`: the program passed a crpc_call, so the result may
+ * point into the reply's bytes; else they are released before this returns. Before the pending call
+ * goes out of scope crpci_request_settle waits until no thread sends from the attachment that was
+ * borrowed. CRPC_EDEADLK: inside a callback of this loop, which only its return lets go on. */
 CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_method *k, const void *request,
                                 void *response, crpc_call *call, bool hold)
 {
@@ -19255,7 +19316,7 @@ CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_method *k, const v
     int64_t start = crpci_loop_now(l);
     crpci_pending_call c;
     crpci_attempt *a = &c.attempt;
-    /* Two frames at a time cannot share the bytes. */
+    /* Borrows the attachment, unless two frames may be queued at a time, which cannot share it. */
     bool borrow = k->plain && !call->policy.cluster && !call->policy.backup_ms;
     int err = crpci_request_encode(&ch->requests, k, request, call, borrow, 0, &a->request,
                                    &call->error);
@@ -19324,7 +19385,7 @@ CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const voi
 
 /* --- asynchronous ----------------------------------------------------------------------------- */
 
-/* What crpc_call and crpc_done tell about an ended asynchronous call, before its result. */
+/* Copies what is known of an ended asynchronous call's failure, and where it went. */
 CRPCI_FN void crpci_channel_copy_error(const crpci_pending_call *c, crpc_error *to)
 {
     const crpci_endpoint *e = c->attempt.endpoint;
@@ -19334,7 +19395,9 @@ CRPCI_FN void crpci_channel_copy_error(const crpci_pending_call *c, crpc_error *
         memcpy(to->endpoint, e->address, e->address_size);
 }
 
-/* Runs a callback with the result. Decodes without the lock, into the call's own chunk. */
+/* Runs the callback of an ended call, as a task of the loop. The response is decoded without the
+ * lock into the call's own chunk, and lasts until the callback returns. The id goes first: from
+ * then on it means nothing to other threads. */
 CRPCI_FN void crpci_channel_deliver(crpc_loop *l, crpci_task *task)
 {
     crpci_pending_call *c = CRPCI_CONTAINER(task, crpci_pending_call, task);
@@ -19364,13 +19427,15 @@ CRPCI_FN void crpci_channel_deliver(crpc_loop *l, crpci_task *task)
     crpci_attempt_free(c);
 }
 
-/* How many bytes an asynchronous call and its response take in the chunk of its request. */
+/* How many bytes the pending call and its decoded response take in front of the request, in the
+ * request's chunk: one allocation a call. */
 CRPCI_FN size_t crpci_channel_front(const crpci_message_type *response)
 {
     return CRPCI_PENDING_SIZE + ((response->size + 15) & ~(size_t)15);
 }
 
-/* Whether one more asynchronous call may begin. Locked. */
+/* Whether one more asynchronous call may begin: CRPC_ECANCELED in a closed channel, CRPC_ELIMIT at
+ * max_results. Rule P8: starts the loop's thread if nobody drives. Locked. */
 CRPCI_FN int crpci_channel_admit(crpc_channel *ch, crpci_call_kind kind)
 {
     crpc_loop *l = ch->loop;
@@ -19432,7 +19497,8 @@ CRPCI_FN int crpci_channel_put(crpc_channel *ch, const crpci_method *k, crpci_ca
     return CRPC_OK;
 }
 
-/* The same with interceptors, which may change the call's inputs. */
+/* crpci_channel_put for a channel with interceptors. They get a copy of the caller's inputs, which
+ * they may change; the copy is not needed once the request is encoded. */
 CRPCI_FN int crpci_channel_put_intercepted(crpc_channel *ch, const crpci_method *k,
                                            const void *request, crpci_call_kind kind,
                                            const crpc_call *in, int64_t start,
@@ -19457,8 +19523,8 @@ CRPCI_FN int crpci_channel_put_intercepted(crpc_channel *ch, const crpci_method 
     return err;
 }
 
-/* Begins any asynchronous form. On success *out is to be completed and launched, and the loop is
- * locked. */
+/* Encodes and enters a call of any asynchronous form. On success the loop is locked: the caller
+ * sets what is special to its form in *out, then calls crpci_channel_launch. */
 CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const void *request,
                                  crpci_call_kind kind, const crpc_call *in,
                                  crpci_pending_call **out)
@@ -19528,19 +19594,21 @@ CRPC_API int crpc_channel_begin(crpc_channel *ch, const crpc_method *m, const vo
 {
     crpci_pending_call *c;
     int err = crpci_channel_async(ch, m, request, CRPCI_CALL_ID, call, &c);
-    id->value = err ? 0 : c->attempt.id; /* before anybody can see the request */
+    id->value = err ? 0 : c->attempt.id; /* while locked: the call may end before this returns */
     if (!err)
         crpci_channel_launch(ch->loop, c);
     return err;
 }
 
-/* The call of an id, if it is one of the channel's. Locked. */
+/* Finds the pending call of an id. NULL: it is not one of this channel's calls with an id, or was
+ * fetched or cancelled. Locked. */
 CRPCI_FN crpci_pending_call *crpci_channel_find(crpc_channel *ch, crpc_id id)
 {
     crpci_pending_call *c = (crpci_pending_call *)crpci_id_get(&ch->loop->calls, id.value);
     return c && c->channel == ch && c->kind == CRPCI_CALL_ID ? c : NULL;
 }
 
+/* What crpc_channel_poll says about a call; NULL is CRPC_ENOTFOUND. */
 CRPCI_FN int crpci_channel_status(const crpci_pending_call *c)
 {
     return !c                                        ? CRPC_ENOTFOUND
@@ -19577,7 +19645,7 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
         } else {
             c->waiter = &w;
             crpci_drive_wait(l, &w, until, true);
-            c = crpci_channel_find(ch, id); /* it may have been fetched or cancelled */
+            c = crpci_channel_find(ch, id); /* another thread may have fetched or cancelled it */
             if (c)
                 c->waiter = NULL;
             err = ch->closed ? CRPC_ECANCELED : crpci_channel_status(c);
@@ -19657,7 +19725,9 @@ CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
 
 /* --- closing ---------------------------------------------------------------------------------- */
 
-/* Ends every call of the channel with CRPC_ECANCELED. Locked. */
+/* Ends every call of the channel with CRPC_ECANCELED. Calls with a callback free themselves when it
+ * has run, synchronous ones belong to their callers, and those with an id are freed here.
+ * Locked. */
 CRPCI_FN void crpci_channel_cancel_all(crpc_channel *ch)
 {
     crpci_list calls;
@@ -19676,6 +19746,9 @@ CRPCI_FN void crpci_channel_cancel_all(crpc_channel *ch)
     }
 }
 
+/* First no new call can begin; then the directory is closed, without the lock, since its callback
+ * locks the loop; then calls, endpoints and the program's reference go. Threads that are still
+ * inside a synchronous call or crpc_channel_wait keep the struct until they leave. */
 CRPC_API void crpc_channel_close(crpc_channel *ch)
 {
     crpc_loop *l;
@@ -19724,8 +19797,15 @@ CRPC_API size_t crpc_channel_providers(crpc_channel *ch)
 /* >>impl-opening   URLs and options of a channel, its directory            */
 /* ======================================================================== */
 
+/* Opens channels: checks options, reads the URL, and gets the first list of providers, from the URL
+ * itself or from a registry. Runs on the program's thread without the loop's lock; only
+ * crpci_opening_on_list comes from other threads. It may block to resolve names and to wait for the
+ * registry's first answer. A channel that cannot be opened is closed like any other. */
+
 #if CRPC_ENABLE_CLIENT
 
+/* The options of a channel: what 0 and -1 stand for, the least and the largest value. The same rows
+ * serve URL options, defaults, checks and crpc_channel_options_parse. */
 #define CRPCI_OPENING_ROW(member, name, flags, zero, none, least, most)                            \
     CRPCI_OPTION_ROW(crpc_channel_options, member, name, NULL, flags, zero, none, least, most)
 #define CRPCI_OPENING_MS(member, name, flags, zero, none)                                          \
@@ -19802,7 +19882,7 @@ CRPCI_COLD bool crpci_opening_has_registry(const char *scheme)
     return strcmp(scheme, "tcp") != 0 && strcmp(scheme, "unix") != 0 && strcmp(scheme, "list") != 0;
 }
 
-/* What the URL says beside the options. */
+/* What the URL says that is no option of the channel. The texts point into the parsed URL. */
 typedef struct crpci_opening_request {
     const crpci_protocol *protocol;
 #if CRPCI_DIRECTORY
@@ -19810,7 +19890,9 @@ typedef struct crpci_opening_request {
 #endif
 } crpci_opening_request;
 
-/* Takes one key=value of a URL: the backend's, or an option. Text options point into the URL. */
+/* Takes one key=value of a URL: the backend's, or an option of the channel, which overrides `o`.
+ * Text options point into the URL. Secrets are refused, because URLs get into logs and
+ * registries. */
 CRPCI_COLD int crpci_opening_read_key(const char *scheme, const char *key, const char *value,
                                       crpc_channel_options *o, crpci_opening_request *request,
                                       crpc_error *error)
@@ -19836,7 +19918,8 @@ CRPCI_COLD int crpci_opening_read_key(const char *scheme, const char *key, const
     return crpci_options_read(row, o, value, error);
 }
 
-/* Finds the backend, unless the providers stand in the URL, and reads the URL's options. */
+/* Finds the backend of the URL's scheme, unless the providers stand in the URL, and reads the URL's
+ * options. The backend comes first because it has keys of its own. */
 CRPCI_COLD int crpci_opening_read_url(crpci_url *u, crpc_channel_options *o,
                                       crpci_opening_request *request, crpc_error *error)
 {
@@ -19861,7 +19944,8 @@ CRPCI_COLD int crpci_opening_read_url(crpci_url *u, crpc_channel_options *o,
     return err == CRPC_EPENDING ? CRPC_OK : err;
 }
 
-/* Refuses what a build without CRPC_ENABLE_POLICY cannot do, beside what the table says. */
+/* CRPC_EUNSUPPORTED: a build without CRPC_ENABLE_POLICY is asked for a cluster policy, or to answer
+ * calls itself. Options that need it are refused by their rows (CRPCI_OPTION_POLICY). */
 CRPCI_COLD int crpci_opening_check_policy(const crpc_policy *p, const crpc_method_options *m,
                                           crpc_error *error)
 {
@@ -19876,7 +19960,7 @@ CRPCI_COLD int crpci_opening_check_policy(const crpc_policy *p, const crpc_metho
                             m ? m->method->name : "", m ? ": " : "", what);
 }
 
-/* Checks the options of methods as the channel's own are. */
+/* Checks the options of each method by the rows of the channel's own. */
 CRPCI_COLD int crpci_opening_check_methods(const crpc_channel_options *o, crpc_error *error)
 {
     crpc_channel_options own;
@@ -19895,6 +19979,7 @@ CRPCI_COLD int crpci_opening_check_methods(const crpc_channel_options *o, crpc_e
     return err;
 }
 
+/* Checks all options. The URL has been read into them before. */
 CRPCI_COLD int crpci_opening_check(const crpc_channel_options *o, crpc_error *error)
 {
     int err = crpci_options_check(&crpci_opening_options, o, error);
@@ -19904,6 +19989,7 @@ CRPCI_COLD int crpci_opening_check(const crpc_channel_options *o, crpc_error *er
 
 #if CRPC_ENABLE_POLICY
 
+/* Sets up the breaker; without breaker.enabled its error_percent stays 0, which means off. */
 CRPCI_COLD void crpci_opening_breaker(crpci_providers *p, const crpc_breaker_options *o)
 {
     crpci_breaker_options *b = &p->breaker;
@@ -19922,6 +20008,8 @@ CRPCI_COLD void crpci_opening_breaker(crpci_providers *p, const crpc_breaker_opt
 
 #endif /* CRPC_ENABLE_POLICY */
 
+/* A random number of the channel: makes its request ids differ from those of other channels, and
+ * its part of a long list (max_endpoints) too. */
 CRPCI_COLD uint64_t crpci_opening_seed(crpc_loop *l)
 {
     uint64_t seed;
@@ -19931,6 +20019,8 @@ CRPCI_COLD uint64_t crpci_opening_seed(crpc_loop *l)
     return seed;
 }
 
+/* Sets up what the requests of the channel have in common. The program's array of method options
+ * is not copied. */
 CRPCI_COLD void crpci_opening_requests(crpci_request_source *s, const crpc_channel_options *o,
                                        uint64_t seed)
 {
@@ -19950,6 +20040,8 @@ CRPCI_COLD void crpci_opening_requests(crpci_request_source *s, const crpc_chann
     s->option_count = o->method_count;
 }
 
+/* Sets up the still empty list of providers. A stale_ttl of INT64_MAX / 4 never passes, and can be
+ * subtracted from a time without overflow. */
 CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_options *o,
                                         uint64_t seed)
 {
@@ -19971,7 +20063,8 @@ CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_o
 #endif
 }
 
-/* Takes over checked options; those of `o` get their final values. */
+/* Takes over checked options; those of `o` get their final values. Whether a timeout was given is
+ * noted before, because a default counts less than the .proto's timeout. */
 CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, crpc_channel_options *o)
 {
     uint64_t seed = crpci_opening_seed(ch->loop);
@@ -19997,7 +20090,8 @@ CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, crpc_channel_options *
 
 #define CRPCI_OPENING_ADDRESSES 16 /* of one host name */
 
-/* Appends the providers that one "host:port" of a URL stands for: all addresses of a name. */
+/* Appends the providers that one "host:port" of a URL stands for: at most CRPCI_OPENING_ADDRESSES
+ * addresses of a name, for which the list has room. The name is not resolved again later. */
 CRPCI_COLD int crpci_opening_item(crpci_snapshot *list, const char *text, crpc_error *error)
 {
     char names[1024], *rest = names;
@@ -20020,7 +20114,7 @@ CRPCI_COLD int crpci_opening_item(crpci_snapshot *list, const char *text, crpc_e
     return err;
 }
 
-/* The providers that stand in a tcp://, unix:// or list:// URL. */
+/* Fills the list with the providers that stand in a tcp://, unix:// or list:// URL. */
 CRPCI_COLD int crpci_opening_items(crpci_snapshot *list, crpci_url *u, crpc_error *error)
 {
     char *item, *next;
@@ -20052,7 +20146,7 @@ CRPCI_COLD int crpci_opening_items(crpci_snapshot *list, crpci_url *u, crpc_erro
     return err;
 }
 
-/* tcp://, unix:// and list://: the providers stand in the URL. */
+/* Gives a channel with a tcp://, unix:// or list:// URL its only list of providers. */
 CRPCI_COLD int crpci_opening_static(crpc_channel *ch, crpci_url *u, crpc_error *error)
 {
     size_t count = 1;
@@ -20084,7 +20178,9 @@ CRPCI_COLD int crpci_opening_static(crpc_channel *ch, crpci_url *u, crpc_error *
 
 #if CRPCI_DIRECTORY
 
-/* A new list from the registry; any thread. */
+/* Takes a new list of the directory, and lets calls that wait for one begin. Called without a lock
+ * on any thread, also while the channel is being opened or closed. An error makes the directory
+ * offer the list again, and the old one stays in use. */
 CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
 {
     crpc_channel *ch = (crpc_channel *)user;
@@ -20099,7 +20195,7 @@ CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
         crpci_attempt_serve_waiting(ch);
         served = true;
     }
-    if (!ch->closed && !err && !list->stale) { /* a stale list is a cache's, not an answer */
+    if (!ch->closed && !err && !list->stale) { /* stale: from a cache, not the registry's answer */
         ch->directory.listed = true;
         if (ch->directory.waiter)
             crpci_drive_end_wait(l, ch->directory.waiter);
@@ -20114,7 +20210,9 @@ CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
     return err;
 }
 
-/* The gate: waits for the session and the first list. */
+/* Waits at most registry_timeout_ms for the registry's first answer. Without one the channel opens
+ * all the same, and its calls fail or wait (wait=1) until a list comes, unless must_connect is set:
+ * CRPC_EREGISTRY. CRPC_EDEADLK: inside a callback of the loop, where it must not wait. */
 CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_options *o,
                                         const char *service, crpc_error *error)
 {
@@ -20143,7 +20241,9 @@ CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_opt
                             "%.80s: the registry did not answer within %d ms", service, (int)ms);
 }
 
-/* zookeeper://servers/root/package.Service and the like */
+/* Subscribes a channel to the directory that its URL names, like
+ * zookeeper://servers/root/package.Service. What the URL says counts more than the options. The
+ * subscription ends with the channel, which may fail to open after this. */
 CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
                                        const crpc_channel_options *o,
                                        crpci_open_request *request, crpc_error *error)
@@ -20192,6 +20292,8 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
 
 #endif /* CRPCI_DIRECTORY */
 
+/* In this order: what can fail without a channel, then the channel, then what crpc_channel_close
+ * can undo. */
 CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
                                const crpc_channel_options *options, crpc_error *error)
 {
