@@ -18673,14 +18673,14 @@ CRPCI_FN void crpci_attempt_begin(crpci_pending_call *c)
     const crpc_method_options *o = c->method->options;
     crpci_providers_refresh(&c->channel->providers);
     if (crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us) {
-        crpci_attempt_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before it was sent");
+        crpci_attempt_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before the request was sent");
         crpci_attempt_finish(c, CRPC_ETIMEDOUT);
     } else if (CRPCI_UNLIKELY(!c->key && crpci_balance_wants_key(&c->channel->providers.balance))) {
         crpci_attempt_explain(c, CRPC_EINVAL,
-                              "lb=hash needs a key: set crpc_call.key, or hash_field");
+                              "lb=hash needs a key: set crpc_call.key or hash_field");
         crpci_attempt_finish(c, CRPC_EINVAL);
     } else if (CRPCI_UNLIKELY(o && o->degraded > 0)) {
-        crpci_attempt_explain(c, CRPC_EREJECT, "degraded by the method's options");
+        crpci_attempt_explain(c, CRPC_EREJECT, "not sent: the method's options set degraded");
         crpci_attempt_finish(c, CRPC_EREJECT);
     } else if (CRPCI_UNLIKELY(c->policy.cluster >= CRPC_CLUSTER_FORKING) && c->channel->cluster) {
         c->channel->cluster->begin(c);
@@ -19105,8 +19105,8 @@ CRPCI_COLD bool crpci_cluster_retry_later(crpci_pending_call *c, int status)
         status == CRPC_EREJECT || !c->policy.retries || !crpci_status_reserved(code))
         return false;
     if (ch->failback.waiting >= ch->failback.max) {
-        crpci_heap_log(l->heap, CRPC_LOG_WARN, "%s.%s: dropped: %zu failed calls wait already "
-                                               "(failback_max)",
+        crpci_heap_log(l->heap, CRPC_LOG_WARN, "%s.%s: a failed call is dropped, because %zu "
+                                               "wait already (failback_max)",
                        c->method->method->service, c->method->method->name, ch->failback.waiting);
         return false;
     }
@@ -19908,8 +19908,8 @@ CRPCI_COLD int crpci_opening_read_key(const char *scheme, const char *key, const
         return CRPC_OK;
     }
     if (row && (row->flags & CRPCI_OPTION_SECRET))
-        return crpci_status_set(error, CRPC_EINVAL, "%s: a secret: it belongs into the options or "
-                                                    "a configuration line, not into a URL",
+        return crpci_status_set(error, CRPC_EINVAL, "%s: a secret must not stand in a URL: set it "
+                                                    "in the options or a configuration line",
                                 key);
     if (!row || (row->flags & CRPCI_OPTION_BACKEND) ||
         (!registry && (row->flags & CRPCI_OPTION_DIRECTORY)))
@@ -19970,7 +19970,7 @@ CRPCI_COLD int crpci_opening_check_methods(const crpc_channel_options *o, crpc_e
     for (i = 0; i < o->method_count && !err; i++) {
         const crpc_method_options *m = &o->methods[i];
         if (!m->method)
-            return crpci_status_set(error, CRPC_EINVAL, "methods[%zu] names no method", i);
+            return crpci_status_set(error, CRPC_EINVAL, "methods[%zu].method is NULL", i);
         own.policy = m->policy;
         own.hash_field = m->hash_field;
         err = crpci_options_check(&crpci_opening_options, &own, error);
@@ -20205,7 +20205,7 @@ CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
     crpci_loop_unlock(l);
     crpci_loop_release(l);
     if (err)
-        crpci_heap_log(list->heap, CRPC_LOG_WARN, "a list of %zu providers was not taken: %s",
+        crpci_heap_log(list->heap, CRPC_LOG_WARN, "channel: list of %zu providers is not used: %s",
                        list->count, crpc_status_text(err));
     return err;
 }
@@ -20233,7 +20233,7 @@ CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_opt
     if (stuck && !listed)
         return crpci_status_set(error, CRPC_EDEADLK,
                                 "%.80s: opened inside a callback of its loop, which must not wait: "
-                                "registry_timeout_ms can be -1",
+                                "set registry_timeout_ms to -1",
                                 service);
     if (listed || !o->directory.must_connect)
         return CRPC_OK;
@@ -20275,7 +20275,7 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
     err = crpci_directory_subscribe(ch->directory.registry, want, crpci_opening_on_list, ch,
                                     &ch->directory.subscription);
     if (err)
-        return crpci_status_set(error, err, "%.80s: could not be subscribed to: %s", service,
+        return crpci_status_set(error, err, "%.80s: cannot follow its providers: %s", service,
                                 crpc_status_text(err));
 #if CRPC_ZOOKEEPER_ST && CRPC_ENABLE_THREADS
     /* The single-threaded client lives in the loop, which somebody must drive. */
@@ -21321,7 +21321,7 @@ CRPC_API int crpc_context_fail(crpc_context *x, int app_code, const char *format
 {
     va_list ap;
     if (crpci_status_reserved(app_code)) {
-        crpci_context_explain(x, "the service's error code %d is reserved (0-199, 1000-3999)",
+        crpci_context_explain(x, "crpc_context_fail: code %d is reserved (0-199, 1000-3999)",
                               app_code);
         return CRPC_EINTERNAL;
     }
@@ -21552,8 +21552,8 @@ CRPCI_FN int crpci_context_code(crpc_context *x, int status)
         return x->app_code;
     if (status > 199 && crpci_status_reserved(status))
         return status;
-    crpci_context_explain(x, "the handler returned %d, which is no crpc_status: an application's "
-                             "code is set by crpc_context_fail",
+    crpci_context_explain(x, "the handler returned %d, which is no crpc_status; an application's "
+                             "code is set with crpc_context_fail",
                           status);
     return CRPC_EINTERNAL;
 }
@@ -21603,7 +21603,8 @@ CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int statu
     code = crpci_context_code(x, status);
     if (x->app_code && code == x->app_code &&
         crpc_context_add_field(x, CRPCI_MESSAGE_APP_FIELD, "1"))
-        crpci_heap_log(s->heap, CRPC_LOG_WARN, "out of memory: application error not marked");
+        crpci_heap_log(s->heap, CRPC_LOG_WARN,
+                       "server: out of memory: an application's error is sent unmarked");
     end.server = x->server;
     end.loop = x->loop;
     end.conn = x->conn;
@@ -21672,7 +21673,7 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
     int err = CRPC_OK;
     if (CRPCI_UNLIKELY(x->origin.deadline_us != INT64_MAX) &&
         crpci_heap_rough_now(s->heap) >= x->origin.deadline_us)
-        return crpci_context_error(x, CRPC_ETIMEDOUT, "deadline passed before it was executed");
+        return crpci_context_error(x, CRPC_ETIMEDOUT, "deadline passed before the handler ran");
     if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPED)
         return CRPC_ELOGOFF;
     while (x->intercepted < s->options.interceptor_count && !err) {
@@ -22004,7 +22005,8 @@ CRPCI_COLD int crpci_guard_status(crpc_context *x)
     }
     crpci_heap_chunk_unref(g->reply);
     g->reply = NULL;
-    return crpci_context_error(x, CRPC_EINTERNAL, "executed before, but its reply was not kept");
+    return crpci_context_error(x, CRPC_EINTERNAL,
+                               "the request was executed before, but its reply was not kept");
 }
 
 /* Runs the handler of a request, unless its id has come before. Then either the first request is
@@ -22145,7 +22147,7 @@ CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpc
         !conn->protocol->field(m->fields, CRPCI_MESSAGE_ID_FIELD, &g->id) ||
         crpc_view_size(g->id) <= CRPCI_REPLAY_ID_MAX)
         return true;
-    crpci_context_refuse(conn, m, CRPC_EREQUEST, "crpc-rid is over 64 bytes");
+    crpci_context_refuse(conn, m, CRPC_EREQUEST, "the request id (crpc-rid) is over 64 bytes");
     return false;
 }
 
@@ -22573,8 +22575,8 @@ CRPCI_COLD void crpci_listener_no_descriptors(crpci_listener *n)
     crpci_loop_timer_set(s->loop, &n->masked, 100000);
     if (now - s->listener.emfile_logged > 1000000) {
         s->listener.emfile_logged = now;
-        crpci_heap_log(s->heap, CRPC_LOG_WARN, "%s: no file descriptors left, connections wait",
-                       n->url);
+        crpci_heap_log(s->heap, CRPC_LOG_WARN,
+                       "listener %s: no file descriptors left; it accepts again in 100 ms", n->url);
     }
 }
 
@@ -22840,7 +22842,8 @@ CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, c
     }
     if (!n)
         return crpci_status_set(error, CRPC_EINVAL,
-                                "registry: there is no tcp:// listener to register");
+                                "registry: there is no tcp:// listener to register; set listen or "
+                                "advertise");
     if (wild)
         snprintf(out, size, "%s:%u", n->addr.u.any.sa_family == AF_INET ? "0.0.0.0" : "", port);
     else
@@ -23367,13 +23370,13 @@ CRPCI_COLD int crpci_lifecycle_start_threads(crpc_server *s, crpc_error *error)
             err = crpc_loop_start(s->io.loops[s->io.count++]);
     }
     if (err)
-        return crpci_status_set(error, err, "I/O thread %zu: %s", s->io.count,
+        return crpci_status_set(error, err, "I/O thread %zu: cannot be started: %s", s->io.count,
                                 crpc_status_text(err));
     if (s->options.workers) {
         err = crpci_worker_start(&s->workers, s->heap, (size_t)s->options.workers,
                                  s->options.worker_queue, (size_t)s->options.worker_stack);
         if (err)
-            return crpci_status_set(error, err, "workers: %s", crpc_status_text(err));
+            return crpci_status_set(error, err, "worker threads: %s", crpc_status_text(err));
         s->worker_count = (size_t)s->options.workers;
     }
     return CRPC_OK;
@@ -23386,7 +23389,7 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
     if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW || s->io.loops)
         return crpci_status_set(error, CRPC_EBUSY, "the server has been started already");
     if (crpci_list_empty(&s->listener.list))
-        return crpci_status_set(error, CRPC_EINVAL, "nothing to listen on: set options.listen");
+        return crpci_status_set(error, CRPC_EINVAL, "the server has no listener: set listen");
     err = CRPC_ENABLE_POLICY ? crpci_guard_start_limits(s, error) : CRPC_OK;
     err = err ? err : crpci_lifecycle_start_threads(s, error);
     if (err)
@@ -23396,7 +23399,7 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
     err = crpci_listener_start(s);
     crpci_loop_unlock(l);
     if (err)
-        return crpci_status_set(error, err, "listening: %s", crpc_status_text(err));
+        return crpci_status_set(error, err, "polling listeners: %s", crpc_status_text(err));
 #if CRPCI_DIRECTORY
     if (s->enrolment.url) {
         err = crpci_enrolment_start(s, error);

@@ -1183,7 +1183,7 @@ static void consistent_hash_needs_a_key(void **state)
         r = fleet_call(&f, form, false, 4, NULL);
         assert_int_equal(r.status, CRPC_EINVAL);
         assert_non_null(strstr(r.error.text,
-                               "lb=hash needs a key: set crpc_call.key, or hash_field"));
+                               "lb=hash needs a key: set crpc_call.key or hash_field"));
         assert_int_equal(fleet_calls(&f), 0);
         call.key = crpc_view_str("");
         assert_int_equal(fleet_call(&f, form, false, 4, &call).status, CRPC_OK);

@@ -18,7 +18,7 @@ static void statuses_reach_the_caller(void **state)
         {30000, "", CRPC_EINTERNAL, 0, "the handler returned 30000, which is no crpc_status"},
         {-1, "", CRPC_EINTERNAL, 0, "the handler returned -1, which is no crpc_status"},
         {42, "", CRPC_EINTERNAL, 0,
-         "the handler returned 42, which is no crpc_status: an application's code is set by "
+         "the handler returned 42, which is no crpc_status; an application's code is set with "
          "crpc_context_fail (remote)"},
     };
     crpc_poller p;

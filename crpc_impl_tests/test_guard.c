@@ -542,7 +542,7 @@ static void an_id_has_64_bytes_at_most(void **state)
     id[65] = '\0';
     fields[0].value = id;
     assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_EREQUEST);
-    assert_non_null(strstr(call.error.text, "crpc-rid is over 64 bytes"));
+    assert_non_null(strstr(call.error.text, "the request id (crpc-rid) is over 64 bytes"));
     id[64] = '\0';
     assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
     assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
@@ -647,7 +647,8 @@ static void a_reply_too_large_to_keep(void **state)
     in.data = crpc_view_of(bytes, 20000);
     assert_int_equal(dyn_Echo_Pass(n.channel, &in, &out, &call), CRPC_OK);
     assert_int_equal(dyn_Echo_Pass(n.channel, &in, &out, &call), CRPC_EINTERNAL);
-    assert_non_null(strstr(call.error.text, "executed before, but its reply was not kept"));
+    assert_non_null(strstr(call.error.text,
+                           "the request was executed before, but its reply was not kept"));
     assert_int_equal(net_calls(&n.service), 1);
     crpc_call_reset(&call);
     net_close(&n);

@@ -356,7 +356,7 @@ static void late_requests_are_answered_but_not_run(void **state)
         assert_int_equal(wire_receive(fd, &m), 1);
         assert_int_equal(m.id, 2);
         assert_int_equal(m.code, CRPC_ETIMEDOUT);
-        assert_string_equal(m.text, "deadline passed before it was executed");
+        assert_string_equal(m.text, "deadline passed before the handler ran");
         wire_done(&m);
         assert_int_equal(wire_receive(fd, &m), 1);
         assert_int_equal(m.code, 0);

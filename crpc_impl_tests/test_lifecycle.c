@@ -33,7 +33,7 @@ static void a_server_without_a_listener_does_not_start(void **state)
     o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
     assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
     assert_int_equal(crpc_server_start(s, &error), CRPC_EINVAL);
-    assert_string_equal(error.text, "nothing to listen on: set options.listen");
+    assert_string_equal(error.text, "the server has no listener: set listen");
     crpc_server_close(s);
 }
 

@@ -384,8 +384,8 @@ static void wrong_policies_are_refused(void **state)
         {"forks=x", "forks=x: not a whole number"},
         {"fail_percent=101", "fail_percent=101: at most 100"},
         {"timeout_ms=99999999999", "timeout_ms=99999999999: at most 86400000"},
-        {"credential=hush", "credential: a secret: it belongs into the options or a configuration "
-                            "line, not into a URL"},
+        {"credential=hush", "credential: a secret must not stand in a URL: set it in the options "
+                            "or a configuration line"},
         {"group=g", "URL option group=g: not known for tcp://"},
         {"listen=x", "URL option listen=x: not known for tcp://"},
     };
@@ -411,7 +411,7 @@ static void wrong_policies_are_refused(void **state)
     o.methods = &method;
     o.method_count = 1;
     assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, &error), CRPC_EINVAL);
-    assert_string_equal(error.text, "methods[0] names no method");
+    assert_string_equal(error.text, "methods[0].method is NULL");
     method.method = dyn_Echo_Add_method;
     method.policy.retries = 17;
     assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, &error), CRPC_EINVAL);
