@@ -1,4 +1,4 @@
-/* How a server registers its services: under which address, and what it says when it cannot. */
+/* Registering a server's services: the address that is registered, and the errors. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -45,7 +45,7 @@ static void it_registers_the_address_it_listens_on(void **state)
     assert_true(port_behind(address, "[::1]") > 0);
 }
 
-/* The registry puts the address by which it is reached in the place of the open host. */
+/* An empty host is left to the registry, which puts in the local address that reaches it. */
 static void it_leaves_an_open_host_to_the_registry(void **state)
 {
     char address[CRPC_ADDRESS_MAX];
@@ -100,7 +100,7 @@ static void it_lists_the_names_of_methods(void **state)
     assert_string_equal(cut, "Add,Get,P");
 }
 
-/* The text of the error with which a server with this registry does not start. */
+/* Starts a server with this registry, which must fail; checks the code and part of the text. */
 static void check_refused(const char *registry, int status, const char *says)
 {
     crpc_server_options o = options("tcp://127.0.0.1:0", NULL, registry);

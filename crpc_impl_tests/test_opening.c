@@ -6,7 +6,7 @@
 
 /* The channel is closed when part of a request has been sent: the error says that it may have been
  * executed. */
-static void closing_tells_what_was_sent(void **state)
+static void closing_reports_what_was_sent(void **state)
 {
     peer deaf;
     done_log d;
@@ -23,7 +23,7 @@ static void closing_tells_what_was_sent(void **state)
     do {
         ct_sleep_ms(1);
         crpc_loop_stats_get(crpc_channel_loop(ch), &stats);
-    } while (stats.sends < 2); /* the first has ended */
+    } while (stats.sends < 2); /* the second send shows that the first has ended */
     crpc_channel_close(ch);
     assert_int_equal(done_count(&d), 1);
     assert_int_equal(d.status, CRPC_ECANCELED);
@@ -352,7 +352,7 @@ static void a_name_stands_for_all_its_addresses(void **state)
     } cases[] = {
         {"tcp://many:80", 3, "10.0.0.2:80"},
         {"list://many:80,10.0.0.9:81", 4, "10.0.0.9:81"},
-        {"list://10.0.0.9:81,one:80,many:80", 4, "10.0.0.2:80"}, /* an address counts once */
+        {"list://10.0.0.9:81,one:80,many:80", 4, "10.0.0.2:80"}, /* each address counts once */
     };
     crpc_channel_options o = CRPC_INIT;
     size_t i;
@@ -426,7 +426,7 @@ static void wrong_policies_are_refused(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(closing_tells_what_was_sent),
+        CT_TEST(closing_reports_what_was_sent),
         CT_TEST(closing_cancels_every_form_once),
         CT_TEST(closing_inside_a_callback),
         CT_TEST(closing_inside_a_callback_cancels_the_rest),
