@@ -17995,7 +17995,8 @@ CRPCI_FN void crpci_providers_clear(crpci_providers *p)
 
 /* --- attempts --------------------------------------------------------------------------------- */
 
-/* Tells balancer and breaker that an attempt on a provider begins, and takes a reference. */
+/* Tells balancer and breaker that an attempt on a provider begins, and takes a reference for it.
+ * crpci_providers_end must follow exactly once. */
 CRPCI_FN void crpci_providers_begin(crpci_providers *p, crpci_member *m, int64_t now)
 {
     m->refs++;
@@ -18008,7 +18009,8 @@ CRPCI_FN void crpci_providers_begin(crpci_providers *p, crpci_member *m, int64_t
 
 #if CRPC_ENABLE_POLICY
 
-/* Whether more providers are ejected than may be. */
+/* Whether the breakers have ejected more than eject_percent of the providers. Then the last one to
+ * open is closed again: a fault that all providers share must not leave none. */
 CRPCI_COLD bool crpci_providers_too_many_out(const crpci_providers *p)
 {
     size_t i, out = 0;
@@ -18060,7 +18062,7 @@ typedef struct crpci_tried {
                                                         * compared, so they may be gone */
 } crpci_tried;
 
-/* What the balancer's questions about one choice are answered from; on the stack. */
+/* One choice under way, on the stack: the balancer passes it to crpci_providers_usable. */
 typedef struct crpci_choice {
     const crpci_providers *providers;
     const crpci_tried *tried;
@@ -18097,7 +18099,8 @@ CRPCI_FN bool crpci_providers_usable(void *user, size_t i)
     return !crpci_providers_has_tried(x, m->endpoint);
 }
 
-/* None can be used now: of those not tried yet, the one whose backoff ends first. */
+/* No member is usable now: chooses, among those not tried yet, the one whose backoff ends first.
+ * The attempt then waits for it. NULL: all have been tried. */
 CRPCI_COLD crpci_member *crpci_providers_last_resort(const crpci_choice *x)
 {
     const crpci_providers *p = x->providers;
@@ -18179,7 +18182,7 @@ CRPCI_FN crpci_member *crpci_providers_pick(crpci_providers *p, const crpci_trie
 
 /* The forms of calls. Those from CRPCI_CALL_PART on are made by the cluster section. */
 typedef enum crpci_call_kind {
-    CRPCI_CALL_SYNC,    /* lives on the stack of its caller, who waits */
+    CRPCI_CALL_SYNC,    /* lives on the stack of its caller, which waits */
     CRPCI_CALL_DELIVER, /* ends with a callback */
     CRPCI_CALL_ID,      /* ends with a result to be fetched */
     CRPCI_CALL_NOTIFY,  /* one-way */
@@ -18268,7 +18271,7 @@ struct crpci_pending_call {
     crpci_tried tried;
 };
 
-/* What follows a pending call in its chunk is aligned for any type. */
+/* Rounded up, because the response behind a pending call in its chunk may be of any type. */
 #define CRPCI_PENDING_SIZE ((sizeof(crpci_pending_call) + 15) & ~(size_t)15)
 
 CRPCI_FN crpci_pending_call *crpci_attempt_call(crpci_attempt *a)
@@ -18517,8 +18520,9 @@ CRPCI_FN bool crpci_attempt_may_retry(crpci_pending_call *c, int code)
            crpci_request_renew(&c->attempt.request, c->block);
 }
 
-/* With wait=1: whether a call whose last attempt could not connect begins anew, wherever a backoff
- * ends first. Endpoints bound the rate of dials, so such attempts are not counted as retries. */
+/* With wait=1: lets a call whose last attempt could not connect begin anew, at the provider whose
+ * backoff ends first. False: the call ends. Endpoints bound the rate of dials, so such attempts are
+ * not counted as retries. */
 CRPCI_COLD bool crpci_attempt_wait(crpci_pending_call *c, int code)
 {
     crpci_member *m;
@@ -18617,7 +18621,7 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     crpci_endpoint_drop(e);
 }
 
-/* What a reply's status says about the provider, for balancer and breaker: an application's error
+/* Judges the provider by a reply's status, for balancer and breaker: an application's error
  * shows a service that works; a refusal of this request says nothing about the next one. */
 CRPCI_FN crpci_outcome crpci_attempt_outcome(int code)
 {
@@ -18719,8 +18723,9 @@ CRPCI_FN void crpci_attempt_on_timer(crpc_loop *l, crpci_timer *t)
 
 /* --- results, on the thread that wants them, without the lock --------------------------------- */
 
-/* What stands for the reply of a failed call: the method's fallback or canned response, or an empty
- * response where the cluster policy hides failures. Otherwise the failure stays. */
+/* Puts a response in the place of a failed call's: the method's fallback or canned response, or an
+ * empty one where the cluster policy hides failures. Otherwise returns the failure. An
+ * application's error is an answer, and a cancelled call wants none: both stay. */
 CRPCI_COLD int crpci_attempt_degrade(const crpci_pending_call *c, void *response, crpc_call *call,
                                      int status)
 {
@@ -19608,7 +19613,7 @@ CRPCI_FN crpci_pending_call *crpci_channel_find(crpc_channel *ch, crpc_id id)
     return c && c->channel == ch && c->kind == CRPCI_CALL_ID ? c : NULL;
 }
 
-/* What crpc_channel_poll says about a call; NULL is CRPC_ENOTFOUND. */
+/* The result of crpc_channel_poll for a call; NULL is CRPC_ENOTFOUND. */
 CRPCI_FN int crpci_channel_status(const crpci_pending_call *c)
 {
     return !c                                        ? CRPC_ENOTFOUND
@@ -19882,7 +19887,7 @@ CRPCI_COLD bool crpci_opening_has_registry(const char *scheme)
     return strcmp(scheme, "tcp") != 0 && strcmp(scheme, "unix") != 0 && strcmp(scheme, "list") != 0;
 }
 
-/* What the URL says that is no option of the channel. The texts point into the parsed URL. */
+/* The parts of a URL that are no options of the channel. Texts point into the parsed URL. */
 typedef struct crpci_opening_request {
     const crpci_protocol *protocol;
 #if CRPCI_DIRECTORY
@@ -20292,8 +20297,8 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
 
 #endif /* CRPCI_DIRECTORY */
 
-/* In this order: what can fail without a channel, then the channel, then what crpc_channel_close
- * can undo. */
+/* Steps that can fail without a channel come first, then the channel is made; from there on
+ * crpc_channel_close undoes the rest. */
 CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
                                const crpc_channel_options *options, crpc_error *error)
 {
@@ -21116,8 +21121,8 @@ typedef enum crpci_server_state {
     CRPCI_SERVER_STOPPED   /* connections are closed; replies that are finished now are dropped */
 } crpci_server_state;
 
-/* What the guard section does for a request that has a crpci_guard. Called without the loop's
- * lock, by the context's user. */
+/* The guard section's functions for a request that has a crpci_guard. The user of the context calls
+ * them, without the loop's lock. */
 typedef struct crpci_context_guard {
     int (*serve)(crpc_context *x); /* in place of the handler; CRPC_EPENDING: x may be gone */
     crpci_out *(*encode)(crpc_context *x, int code); /* as crpci_context_encode; then does `end` */
@@ -21175,7 +21180,7 @@ struct crpc_server {
         char *url, *credential, *advertise, *group, *version, *application; /* copies of options */
     } enrolment;
     struct {
-        crpci_timer timer; /* ends LAME, then looks every 10 ms whether the server is drained */
+        crpci_timer timer; /* ends LAME, then checks every 10 ms whether the server is drained */
         int64_t until;     /* when connections are closed, drained or not */
         crpci_waiter *waiter; /* crpc_server_close or _run waits for STOPPED */
         bool running;     /* crpc_server_run is at work */
@@ -21217,7 +21222,8 @@ struct crpc_context {
     size_t attachment_size;
 };
 
-/* Without CRPC_ENABLE_POLICY no request has a guard: the compiler drops what it would do. */
+/* Whether a request has a guard. Constant without CRPC_ENABLE_POLICY, so that the compiler drops
+ * the code behind it. */
 CRPCI_FN bool crpci_context_guarded(const crpc_context *x)
 {
     return CRPC_ENABLE_POLICY && x->guard;
@@ -21577,7 +21583,7 @@ CRPCI_COLD int crpci_context_too_late(crpc_context *x)
     return CRPC_EGONE;
 }
 
-/* What is still to be done for a request when its context is gone. */
+/* The rest of a request's end, kept on the stack after its context is gone. */
 typedef struct crpci_context_outcome {
     crpc_server *server;
     crpc_loop *loop;
@@ -22960,7 +22966,7 @@ CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
  * server's loop takes the steps, so crpc_server_stop does not wait. crpc_server_close waits for the
  * last step and then takes the server apart. */
 
-#define CRPCI_LIFECYCLE_TICK        10000 /* microseconds between two looks whether it is drained */
+#define CRPCI_LIFECYCLE_TICK        10000 /* microseconds between two checks of a drain */
 
 /* --- stopping --------------------------------------------------------------------------------- */
 
@@ -22991,7 +22997,7 @@ CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
         busy = crpci_intake_has_output(s, s->io.loops[i]);
         crpci_loop_unlock(s->io.loops[i]);
     }
-    busy = busy || crpci_thread_load(&s->active) > 0; /* a request that came between the looks */
+    busy = busy || crpci_thread_load(&s->active) > 0; /* a request that came meanwhile */
     busy = busy && crpci_loop_now(l) < s->drain.until;
     for (i = 0; i < s->io.count && !busy; i++) {
         crpci_loop_lock(s->io.loops[i]);
