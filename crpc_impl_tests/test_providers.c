@@ -57,7 +57,9 @@ static crpci_endpoint *pick(crpc_channel *ch, crpci_pending_call *c)
 {
     crpci_member *n;
     c->channel = ch;
+    crpci_loop_lock(ch->loop);
     n = crpci_attempt_pick(c);
+    crpci_loop_unlock(ch->loop);
     assert_non_null(n);
     return n->endpoint;
 }
@@ -135,7 +137,9 @@ static void a_provider_that_was_tried_is_not_picked_again(void **state)
     t.call.tried.last[1] = t.order[0];
     t.call.tried.last[2] = t.order[1];
     t.call.tried.attempts = 3;
+    crpci_loop_lock(t.channel->loop);
     assert_null(crpci_attempt_pick(&t.call));
+    crpci_loop_unlock(t.channel->loop);
     turns_close(&t);
 }
 
@@ -438,7 +442,9 @@ static void a_flood_of_changes_is_followed(void **state)
                 assert_string_equal(crpci_providers_at(&ch->providers, (size_t)k)->endpoint->address,
                                     list->providers[k].address);
             c.channel = ch;
+            crpci_loop_lock(ch->loop);
             n = crpci_attempt_pick(&c);
+            crpci_loop_unlock(ch->loop);
             assert_non_null(n);
             assert_ptr_equal(crpci_providers_at(&ch->providers, n->balance.index), n);
             crpci_directory_snapshot_unref(list);

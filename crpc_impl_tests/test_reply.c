@@ -371,7 +371,9 @@ static void local_errors_are_explained(void **state)
         ch = net_channel(url, NULL, p, NULL, NULL);
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ECONN);
         snprintf(golden, sizeof golden,
-                 "dyn.Echo.Add attempt 1 %s: connecting: connection refused (local)", url + 6);
+                 "dyn.Echo.Add attempt 1 %s: connecting: connection refused; no other provider to "
+                 "try (local)",
+                 url + 6);
         assert_string_equal(call.error.text, golden);
         assert_string_equal(call.error.endpoint, url + 6);
         crpc_channel_close(ch);
@@ -379,7 +381,8 @@ static void local_errors_are_explained(void **state)
         ch = net_channel("unix:///nonexistent/x", NULL, p, NULL, NULL);
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ECONN);
         assert_string_equal(call.error.text, "dyn.Echo.Add attempt 1 unix:/nonexistent/x: "
-                                             "connecting: no such socket file (local)");
+                                             "connecting: no such socket file; no other "
+                                             "provider to try (local)");
         crpc_channel_close(ch);
 
         ch = net_channel(silent.url, "?retries=5", p, NULL, NULL);

@@ -1,4 +1,4 @@
-/* Calls, failover and refusals in one thread, as every build with a client and a server must do
+/* Calls, failover and refusals, all but one call in one thread, as every build with a client and a server must do
  * them, whatever else is left out of it. */
 #define CRPC_IMPLEMENTATION
 #include "crpc.h"
@@ -194,6 +194,8 @@ int main(void)
     options.hooks.log = keep_line;
     expect("loop", crpc_loop_open(&loop, &options) == CRPC_OK);
     expect("timeout", crpc_loop_timeout(loop) == -1); /* this thread drives: crpc starts none */
+    if (CRPC_ENABLE_THREADS)
+        expect("a synchronous call", serve_and_call("toggles") == 0);
     check_failover(loop);
     check_texts(loop);
     check_refusals(loop);

@@ -388,7 +388,7 @@ class Registry(Scenario):
         for name in client.get_children(self.directory):
             transaction.delete(self.directory + "/" + name)
         transaction.commit()
-        await_true(WHOLE_S, lambda: "the last 3 known are kept" in consumer.complaints(), "a word")
+        await_true(WHOLE_S, lambda: "the last 3 known stay in use" in consumer.complaints(), "a word")
         second = self.each_has_traffic(consumer, "abc")
         self.assertEqual((second.failed, second.listed), (0, 3))
         self.await_listed(3, WHOLE_S)       # the providers put their nodes back
