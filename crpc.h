@@ -7410,8 +7410,8 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
 #define CRPCI_BALANCE_LATENCY_BITS 8 /* fraction of a microsecond: small steps must count */
 #define CRPCI_BALANCE_LATENCY_MOST (INT64_C(1) << (25 + CRPCI_BALANCE_LATENCY_BITS)) /* 33 s */
 
-/* All balancers: the value of crpc_balancer, in its order, the word of lb=, the function that picks,
- * and what it needs. A new balancer takes a row here and a value there. */
+/* All balancers: the value of crpc_balancer, in its order, the word of lb=, the function that
+ * picks, and what it needs. A new balancer takes a row here and a value there. */
 #define CRPCI_BALANCE_MAP(X)                                                                       \
     X(CRPC_BALANCER_RANDOM, "random", crpci_balance_pick_random, 0)                                \
     X(CRPC_BALANCER_WEIGHTED_RANDOM, "wrandom", crpci_balance_pick_weighted, CRPCI_BALANCE_SUMS)   \
@@ -17888,8 +17888,11 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
 /* >>impl-providers   the providers of a channel, and the choice among them */
 /* ======================================================================== */
 
-/* A channel's list of providers as it stands now; each member joins one endpoint with its share in
- * the choice. Everything here is called with the loop locked. */
+/* A channel's list of providers as it stands now. A member is one provider of one channel: it joins
+ * the endpoint, which channels share, with weight and breaker, which are the channel's own. The
+ * directory's lists replace each other here (crpci_providers_update), and attempts choose from the
+ * present one (crpci_providers_pick). Nothing here dials or sends. Everything is called with the
+ * loop locked. */
 
 #if CRPC_ENABLE_CLIENT
 
@@ -17904,26 +17907,28 @@ typedef struct crpci_member {
 #if CRPC_ENABLE_POLICY
     crpci_breaker breaker;
 #endif
-    uint32_t refs;
-    bool kept;        /* while lists are exchanged: it is in the new list too */
-    uint32_t weight;  /* when it is warm */
-    int64_t warmup_us;
+    uint32_t refs;    /* the list's, and one of each attempt */
+    bool kept;        /* set only while lists are exchanged: it is in the new list too */
+    uint32_t weight;  /* at the end of its warm-up; balance.weight is the present one */
+    int64_t warmup_us; /* how long its weight grows; 0: it does not */
     int64_t since_us; /* when it began to serve, in the loop's time */
 } crpci_member;
 
 typedef struct crpci_pending_call crpci_pending_call;
 typedef struct crpci_group crpci_group; /* attempts of one call at the same time */
 
+/* The list of one channel; a member of the channel's struct. */
 typedef struct crpci_providers {
     crpc_loop *loop;
-    const crpci_endpoint_events *events;
-    bool (*in_group)(const crpci_group *g, const crpci_endpoint *e); /* a part was there */
+    const crpci_endpoint_events *events; /* the attempt section's, for the endpoints */
+    /* The cluster section's: whether a part of the call was sent to an endpoint. */
+    bool (*in_group)(const crpci_group *g, const crpci_endpoint *e);
     crpci_endpoint_options endpoint;
     crpci_balance balance;
-    crpci_balance_item **members; /* each in a crpci_member */
+    crpci_balance_item **members; /* each in a crpci_member; the balancer knows them by index */
     size_t count;
     size_t room;        /* of the array */
-    bool sorted;        /* by address */
+    bool sorted;        /* by address, as registries give it; a URL's list may not be */
     int64_t stale_at;   /* since when nobody has confirmed the list; INT64_MAX: it is confirmed */
     int64_t stale_ttl_us;
 #if CRPC_ENABLE_POLICY
@@ -17999,6 +18004,7 @@ CRPCI_FN crpci_member *crpci_providers_find(const crpci_providers *p, const char
     return NULL;
 }
 
+/* Makes a member for an address; endpoints may exist already, for other channels of the loop. */
 CRPCI_FN int crpci_providers_new_member(crpci_providers *p, const char *address, crpci_member **out)
 {
     crpci_heap *h = p->loop->heap;
@@ -18020,6 +18026,7 @@ CRPCI_FN int crpci_providers_new_member(crpci_providers *p, const char *address,
 
 #if CRPC_ENABLE_POLICY
 
+/* Milliseconds since 1970, in which registries give the start of a provider. */
 CRPCI_FN int64_t crpci_providers_wall_ms(void)
 {
     struct timespec ts;
@@ -18211,6 +18218,7 @@ CRPCI_FN void crpci_providers_refresh(crpci_providers *p)
 #endif
 }
 
+/* Empties the list when the channel closes. Attempts under way have been abandoned before. */
 CRPCI_FN void crpci_providers_clear(crpci_providers *p)
 {
     crpci_balance_item **old = p->members;
@@ -18229,7 +18237,8 @@ CRPCI_FN void crpci_providers_clear(crpci_providers *p)
 
 /* --- attempts --------------------------------------------------------------------------------- */
 
-/* Tells balancer and breaker that an attempt on a provider begins, and takes a reference. */
+/* Tells balancer and breaker that an attempt on a provider begins, and takes a reference for it.
+ * crpci_providers_end must follow exactly once. */
 CRPCI_FN void crpci_providers_begin(crpci_providers *p, crpci_member *m, int64_t now)
 {
     m->refs++;
@@ -18242,7 +18251,8 @@ CRPCI_FN void crpci_providers_begin(crpci_providers *p, crpci_member *m, int64_t
 
 #if CRPC_ENABLE_POLICY
 
-/* Whether more providers are ejected than may be. */
+/* Whether the breakers have ejected more than eject_percent of the providers. Then the last one to
+ * open is closed again: a fault that all providers share must not leave none. */
 CRPCI_COLD bool crpci_providers_too_many_out(const crpci_providers *p)
 {
     size_t i, out = 0;
@@ -18286,13 +18296,15 @@ CRPCI_FN void crpci_providers_age(const crpci_providers *p, crpci_endpoint *e)
 
 /* --- choosing --------------------------------------------------------------------------------- */
 
-/* What a choice leaves out. */
+/* The attempts of one call, whose endpoints a choice leaves out. */
 typedef struct crpci_tried {
     int attempts; /* made so far */
     int max_attempts;
-    const crpci_endpoint *last[CRPCI_PROVIDERS_TRIED]; /* where the last failed attempts were */
+    const crpci_endpoint *last[CRPCI_PROVIDERS_TRIED]; /* of the last failed attempts, a ring; only
+                                                        * compared, so they may be gone */
 } crpci_tried;
 
+/* One choice under way, on the stack: the balancer passes it to crpci_providers_usable. */
 typedef struct crpci_choice {
     const crpci_providers *providers;
     const crpci_tried *tried;
@@ -18329,7 +18341,8 @@ CRPCI_FN bool crpci_providers_usable(void *user, size_t i)
     return !crpci_providers_has_tried(x, m->endpoint);
 }
 
-/* None can be used now: of those not tried yet, the one whose backoff ends first. */
+/* No member is usable now: chooses, among those not tried yet, the one whose backoff ends first.
+ * The attempt then waits for it. NULL: all have been tried. */
 CRPCI_COLD crpci_member *crpci_providers_last_resort(const crpci_choice *x)
 {
     const crpci_providers *p = x->providers;
@@ -18409,8 +18422,9 @@ CRPCI_FN crpci_member *crpci_providers_pick(crpci_providers *p, const crpci_trie
 
 #if CRPC_ENABLE_CLIENT
 
+/* The forms of calls. Those from CRPCI_CALL_PART on are made by the cluster section. */
 typedef enum crpci_call_kind {
-    CRPCI_CALL_SYNC,
+    CRPCI_CALL_SYNC,    /* lives on the stack of its caller, which waits */
     CRPCI_CALL_DELIVER, /* ends with a callback */
     CRPCI_CALL_ID,      /* ends with a result to be fetched */
     CRPCI_CALL_NOTIFY,  /* one-way */
@@ -18428,15 +18442,17 @@ typedef struct crpci_cluster_ops {
     bool (*retry_later)(crpci_pending_call *c, int status); /* true: c itself goes on */
 } crpci_cluster_ops;
 
+/* A channel. The program owns it until crpc_channel_close; calls keep it beyond. Members that say
+ * nothing else are set when it is opened, or belong to the loop's lock. */
 struct crpc_channel {
     CRPCI_HANDLE
     crpc_loop *loop;
-    bool private_loop;
-    bool closed;
-    bool wait;      /* calls wait for a provider */
+    bool private_loop; /* the channel opened the loop and closes it */
+    bool closed;       /* no call may begin or go on */
+    bool wait; /* calls wait for a provider */
     uint32_t refs;  /* atomic: the program's, of synchronous calls, and one of all others */
     size_t pending; /* asynchronous calls that are not freed */
-    crpci_list calls;
+    crpci_list calls;   /* all pending calls but parts */
     crpci_list waiting; /* attempts that wait for a list of providers */
     crpci_request_source requests;
     crpci_providers providers;
@@ -18445,11 +18461,11 @@ struct crpc_channel {
     size_t interceptor_count;
 #if CRPC_ENABLE_POLICY
     struct {
-        bool limited;
+        bool limited; /* false: retry_budget=-1 */
         crpci_limiter_budget tokens;
     } budget; /* of retries */
     struct {
-        size_t waiting;
+        size_t waiting;   /* failed calls that were put aside, those being tried included */
         size_t max;
         int64_t pause_us; /* between tries */
         void (*dropped)(void *user, const crpc_method *method, const crpc_error *error);
@@ -18460,11 +18476,13 @@ struct crpc_channel {
         char *where; /* what is looked up, for texts; NULL: the providers stand in the URL */
         crpci_backend *registry;
         crpci_subscriber *subscription;
-        bool listed; /* a list has come */
-        crpci_waiter *waiter;
+        bool listed; /* the registry has answered, or the URL is the list */
+        crpci_waiter *waiter; /* crpc_channel_open waits for the first answer */
     } directory;
 };
 
+/* One pending call. The loop's lock protects it until it has ended; then it is the property of the
+ * thread that delivers or fetches its result. */
 struct crpci_pending_call {
     crpci_attempt attempt; /* first: the loop's table of calls points to it */
     crpci_list of_channel; /* in channel->calls, or in the group of a part's parent */
@@ -18473,9 +18491,9 @@ struct crpci_pending_call {
     crpc_channel *channel;
     const crpci_method *method;
     crpci_call_kind kind;
-    crpci_policy policy;
+    crpci_policy policy;  /* the method's, with what the call overrides */
     crpci_member *member; /* of the present attempt; NULL: it has ended */
-    int64_t start_us;
+    int64_t start_us;   /* when the program made the call; times are the loop's */
     int64_t attempt_us; /* when the present attempt began */
     int64_t end_us;     /* if the call has ended */
     int64_t backup_us;  /* when a backup request is due; INT64_MAX: never */
@@ -18483,11 +18501,11 @@ struct crpci_pending_call {
     crpci_pending_call *parent; /* of a part */
     crpci_group *group;         /* its parts; NULL: none */
     crpc_sent before; /* the most that failed attempts sent, but for those refused by ELOGOFF */
-    crpci_waiter *waiter;
+    crpci_waiter *waiter; /* on the stack of the thread that waits for the end; NULL: none does */
     crpc_error *error; /* the caller's, or in error_chunk; NULL: not wanted, or no memory */
     crpci_chunk *error_chunk;
-    int status;
-    crpc_done_fn deliver;
+    int status; /* of the call that has ended; a reply's own status is in attempt.reply */
+    crpc_done_fn deliver; /* calls fn(user, ...): generated stubs know its type */
     crpc_any_fn fn;
     void *user;
     crpci_chunk *block; /* holds this struct and the response; mostly the request's chunk too. NULL:
@@ -18495,6 +18513,7 @@ struct crpci_pending_call {
     crpci_tried tried;
 };
 
+/* Rounded up, because the response behind a pending call in its chunk may be of any type. */
 #define CRPCI_PENDING_SIZE ((sizeof(crpci_pending_call) + 15) & ~(size_t)15)
 
 CRPCI_FN crpci_pending_call *crpci_attempt_call(crpci_attempt *a)
@@ -18605,7 +18624,9 @@ CRPCI_FN void crpci_attempt_abandon(crpci_pending_call *c, int why)
         crpci_endpoint_give_up_slot(&c->attempt, why);
 }
 
-/* Ends the call: whoever waits for it is told, once. */
+/* Ends the call, once, with a reply or a status: queues its callback, ends its caller's wait, or
+ * leaves its result to be fetched. Frees one-way calls. The slot of its endpoint goes to the next
+ * attempt before the caller is told. */
 CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
 {
     const crpci_cluster_ops *cluster = c->channel->cluster;
@@ -18621,7 +18642,7 @@ CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
         crpci_endpoint_serve_waiting(e);
     if (CRPCI_UNLIKELY(c->group != NULL))
         cluster->drop_parts(c);
-    /* A one-way call has no reply but has not failed. */
+    /* No status and no reply is a one-way call that was sent: it has not failed. */
     if (CRPCI_UNLIKELY(c->policy.cluster == CRPC_CLUSTER_FAILBACK) && cluster &&
         (status || (c->attempt.reply.chunk && !crpci_reply_succeeded(&c->attempt.reply))) &&
         cluster->retry_later(c, status))
@@ -18649,6 +18670,7 @@ CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
         crpci_drive_end_wait(l, c->waiter);
 }
 
+/* Ends a call whose deadline has passed; the text says how far it had come. */
 CRPCI_FN void crpci_attempt_expire(crpci_pending_call *c)
 {
     bool waits = c->attempt.state == CRPCI_ATTEMPT_WAITING;
@@ -18660,8 +18682,8 @@ CRPCI_FN void crpci_attempt_expire(crpci_pending_call *c)
     crpci_attempt_finish(c, CRPC_ETIMEDOUT);
 }
 
-/* Explains that a call has nobody to be sent to: apart, for its text need not be on the stack of
- * what follows the end. */
+/* Explains that there is no provider for a call; tells an empty list from a registry that has not
+ * answered. A function of its own, so that its text is off the stack when the call is ended. */
 CRPCI_COLD void crpci_attempt_explain_no_provider(crpci_pending_call *c)
 {
     const crpc_channel *ch = c->channel;
@@ -18683,18 +18705,20 @@ CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
 
 /* --- attempts --------------------------------------------------------------------------------- */
 
+/* Chooses a provider that the call has not tried. NULL: there is none. */
 CRPCI_FN crpci_member *crpci_attempt_pick(const crpci_pending_call *c)
 {
     return crpci_providers_pick(&c->channel->providers, &c->tried, c->group, c->key);
 }
 
+/* Excludes the present attempt's endpoint from later choices. A ring: the oldest entry goes. */
 CRPCI_FN void crpci_attempt_mark_tried(crpci_pending_call *c)
 {
     c->tried.last[(c->tried.attempts - 1) % CRPCI_PROVIDERS_TRIED] = c->attempt.endpoint;
 }
 
-/* With wait=1: takes a call that nobody can be sent to now into the channel's waiting list, until a
- * list of providers comes or its deadline passes. False: the call does not wait. */
+/* With wait=1: puts a call for which there is no provider now into the channel's waiting list,
+ * until a list of providers comes or its deadline passes. False: the call does not wait. */
 CRPCI_COLD bool crpci_attempt_park(crpci_pending_call *c)
 {
     crpc_channel *ch = c->channel;
@@ -18744,8 +18768,9 @@ CRPCI_FN bool crpci_attempt_may_retry(crpci_pending_call *c, int code)
            crpci_request_renew(&c->attempt.request, c->block);
 }
 
-/* With wait=1: whether a call whose last attempt could not connect begins anew, wherever a backoff
- * ends first. Endpoints bound the rate of dials, so such attempts are not counted as retries. */
+/* With wait=1: lets a call whose last attempt could not connect begin anew, at the provider whose
+ * backoff ends first. False: the call ends. Endpoints bound the rate of dials, so such attempts are
+ * not counted as retries. */
 CRPCI_COLD bool crpci_attempt_wait(crpci_pending_call *c, int code)
 {
     crpci_member *m;
@@ -18785,8 +18810,8 @@ CRPCI_FN crpci_member *crpci_attempt_next(crpci_pending_call *c, int code, bool 
 {
     crpc_channel *ch = c->channel;
     crpci_member *m;
-    /* A request with an id may have been executed, and only its provider can know: it has kept the
-     * reply. If that refuses to say, nobody can. */
+    /* The request may have been executed, and has an id: only the provider that it was sent to can
+     * have kept the reply, so it goes there again; nowhere, if that provider is stopping. */
     if (c->before != CRPC_SENT_NO && !(c->method->method->flags & CRPC_METHOD_IDEMPOTENT))
         return code == CRPC_ELOGOFF ? NULL
                                     : crpci_providers_of(&ch->providers, c->attempt.endpoint);
@@ -18823,7 +18848,7 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     bool again, stale = code == CRPC_ECONN && !e->refused;
     crpci_member *m;
     if (code == CRPC_EOVERCROWDED && !e->conn->tx_bytes)
-        c->tried.max_attempts = c->tried.attempts; /* it does not even fit into an empty queue */
+        c->tried.max_attempts = c->tried.attempts; /* no queue can take it: a retry is useless */
     crpci_endpoint_detach(a);
     crpci_attempt_end(c, code == CRPC_ECONN ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_IGNORE);
     again = crpci_attempt_may_retry(c, code);
@@ -18851,8 +18876,8 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     crpci_endpoint_drop(e);
 }
 
-/* What a reply says about the provider: an application's error shows a service that works, a
- * refusal of what was asked says nothing. */
+/* Judges the provider by a reply's status, for balancer and breaker: an application's error
+ * shows a service that works; a refusal of this request says nothing about the next one. */
 CRPCI_FN crpci_outcome crpci_attempt_outcome(int code)
 {
     if (CRPCI_LIKELY(code == 0))
@@ -18868,6 +18893,8 @@ CRPCI_FN crpci_outcome crpci_attempt_outcome(int code)
     }
 }
 
+/* A reply has come. One that refuses because its server is stopping counts as a failed attempt, if
+ * there is another provider to try; any other one ends the call. */
 CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
@@ -18881,11 +18908,13 @@ CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
     crpci_attempt_finish(c, CRPC_OK);
 }
 
+/* A one-way call's frame has left: that is its success. */
 CRPCI_FN void crpci_attempt_on_sent(crpci_attempt *a)
 {
     crpci_attempt_finish(crpci_attempt_call(a), CRPC_OK);
 }
 
+/* A reply has come that cannot be used. The provider has answered, so the call ends here. */
 CRPCI_COLD void crpci_attempt_on_useless(crpci_attempt *a, const char *cause)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
@@ -18896,20 +18925,21 @@ CRPCI_COLD void crpci_attempt_on_useless(crpci_attempt *a, const char *cause)
 static const crpci_endpoint_events crpci_attempt_events = {
     crpci_attempt_failed, crpci_attempt_replied, crpci_attempt_on_sent, crpci_attempt_on_useless};
 
-/* Makes the first attempt, or what the cluster policy makes in its place. */
+/* Makes the first attempt, or has the cluster section make several. Ends a call at once that is too
+ * late, lacks the key that lb=hash needs, or whose method is degraded. */
 CRPCI_FN void crpci_attempt_begin(crpci_pending_call *c)
 {
     const crpc_method_options *o = c->method->options;
     crpci_providers_refresh(&c->channel->providers);
     if (crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us) {
-        crpci_attempt_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before it was sent");
+        crpci_attempt_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before the request was sent");
         crpci_attempt_finish(c, CRPC_ETIMEDOUT);
     } else if (CRPCI_UNLIKELY(!c->key && crpci_balance_wants_key(&c->channel->providers.balance))) {
         crpci_attempt_explain(c, CRPC_EINVAL,
-                              "lb=hash needs a key: set crpc_call.key, or hash_field");
+                              "lb=hash needs a key: set crpc_call.key or hash_field");
         crpci_attempt_finish(c, CRPC_EINVAL);
     } else if (CRPCI_UNLIKELY(o && o->degraded > 0)) {
-        crpci_attempt_explain(c, CRPC_EREJECT, "degraded by the method's options");
+        crpci_attempt_explain(c, CRPC_EREJECT, "not sent: the method's options set degraded");
         crpci_attempt_finish(c, CRPC_EREJECT);
     } else if (CRPCI_UNLIKELY(c->policy.cluster >= CRPC_CLUSTER_FORKING) && c->channel->cluster) {
         c->channel->cluster->begin(c);
@@ -18948,8 +18978,9 @@ CRPCI_FN void crpci_attempt_on_timer(crpc_loop *l, crpci_timer *t)
 
 /* --- results, on the thread that wants them, without the lock --------------------------------- */
 
-/* What stands for the reply of a failed call: the method's fallback or canned response, or an empty
- * response where the cluster policy hides failures. Otherwise the failure stays. */
+/* Puts a response in the place of a failed call's: the method's fallback or canned response, or an
+ * empty one where the cluster policy hides failures. Otherwise returns the failure. An
+ * application's error is an answer, and a cancelled call wants none: both stay. */
 CRPCI_COLD int crpci_attempt_degrade(const crpci_pending_call *c, void *response, crpc_call *call,
                                      int status)
 {
@@ -18997,22 +19028,25 @@ CRPCI_FN int crpci_attempt_result(const crpci_pending_call *c, void *response, c
 /* ======================================================================== */
 
 /* FORKING, BROADCAST and backup requests give a call a group of parts: pending calls with one
- * attempt each and a copy of the request. FAILBACK puts a copy of a failed call aside. Everything
- * here is called with the loop locked. */
+ * attempt each and a copy of the request. FAILBACK puts a copy of a failed call aside and tries it
+ * again in the background. The attempt section calls in through crpci_cluster_all and knows nothing
+ * else of this section. Everything here is called with the loop locked. */
 
 #if CRPC_ENABLE_CLIENT && CRPC_ENABLE_POLICY
 
+/* The parts of one call. The call owns the group and its parts, and frees them when it ends. */
 struct crpci_group {
     crpci_list parts; /* ended ones too, so that no provider is asked twice */
-    uint32_t open;    /* under way */
-    uint32_t failed;
-    size_t lost;   /* could not be begun for want of memory */
-    bool all;      /* wait for every part; else the first success decides */
-    bool starting; /* parts are being begun, or all being ended: none of them decides */
+    uint32_t open;    /* parts under way */
+    uint32_t failed;  /* parts that have ended without success */
+    size_t lost;   /* parts that could not be begun for want of memory */
+    bool all;      /* wait for every part (BROADCAST); else the first success decides */
+    bool starting; /* parts are being begun, or dropped: one that ends must not settle the call */
     int status;    /* of the last failure */
-    crpci_endpoint *from; /* of the reply that counts; a reference */
+    crpci_endpoint *from; /* whose reply the call takes; a reference. NULL: no success yet */
 };
 
+/* Whether a part of the group was sent to an endpoint, or is about to be. */
 CRPCI_COLD bool crpci_cluster_tried(const crpci_group *g, const crpci_endpoint *e)
 {
     crpci_list *i;
@@ -19032,7 +19066,8 @@ CRPCI_COLD bool crpci_cluster_leaves_open(crpci_group *g, int status)
     return true;
 }
 
-/* Frees the parts of a call, and cancels those under way. */
+/* Frees the group of a call that has ended, and cancels the parts under way. What they sent and how
+ * many they were goes into the call's explanation. */
 CRPCI_COLD void crpci_cluster_drop_parts(crpci_pending_call *c)
 {
     crpci_group *g = c->group;
@@ -19066,7 +19101,8 @@ CRPCI_COLD void crpci_cluster_drop_parts(crpci_pending_call *c)
     crpci_heap_free(l->heap, g, sizeof *g);
 }
 
-/* Ends the call with a part's reply, which came before that of its own attempt. */
+/* Ends the call with a part's reply, which it has taken over; its own attempt is given up. The
+ * endpoint that answered becomes the call's, so that the result names it. */
 CRPCI_COLD void crpci_cluster_succeed(crpci_pending_call *c)
 {
     crpci_endpoint *own = c->attempt.endpoint;
@@ -19075,12 +19111,14 @@ CRPCI_COLD void crpci_cluster_succeed(crpci_pending_call *c)
     c->attempt.endpoint = c->group->from;
     c->group->from = NULL;
     crpci_attempt_finish(c, CRPC_OK);
-    if (own) /* its slot is free */
+    if (own) /* the attempt that was given up leaves a slot to the next call */
         crpci_endpoint_serve_waiting(own);
     crpci_endpoint_drop(own);
 }
 
-/* Ends the call if its parts have decided it. */
+/* Ends the call if its parts have decided it: BROADCAST when all have ended, with success if no
+ * more than fail_percent of them failed; the others with the first success, or when the last part
+ * and the call's own attempt have failed. */
 CRPCI_COLD void crpci_cluster_settle(crpci_pending_call *c)
 {
     crpci_group *g = c->group;
@@ -19098,7 +19136,8 @@ CRPCI_COLD void crpci_cluster_settle(crpci_pending_call *c)
         crpci_attempt_finish(c, g->status);
 }
 
-/* A part has failed: keeps why, for the case that the call fails too. */
+/* A part has failed. Its status and text become those of the call if that fails too; a later
+ * failure replaces them. */
 CRPCI_COLD void crpci_cluster_part_failed(crpci_pending_call *part, int status)
 {
     const crpci_attempt *a = &part->attempt;
@@ -19116,6 +19155,8 @@ CRPCI_COLD void crpci_cluster_part_failed(crpci_pending_call *part, int status)
                            : status;
 }
 
+/* A part, or a background try, has ended. The first success gives its reply to the call; later ones
+ * are dropped with their parts. */
 CRPCI_COLD void crpci_cluster_part_ended(crpci_pending_call *part, int status)
 {
     crpci_pending_call *c = part->parent;
@@ -19136,7 +19177,8 @@ CRPCI_COLD void crpci_cluster_part_ended(crpci_pending_call *part, int status)
     crpci_cluster_settle(c);
 }
 
-/* Makes a further attempt of a call, with a copy of its request. NULL: out of memory. */
+/* Makes a pending call for one more attempt of `c`, with a copy of its request and an id of its
+ * own, in a chunk of its own. It shares the deadline of `c`. NULL: out of memory. */
 CRPCI_COLD crpci_pending_call *crpci_cluster_part(crpci_pending_call *c)
 {
     crpc_loop *l = c->channel->loop;
@@ -19174,6 +19216,7 @@ CRPCI_COLD crpci_pending_call *crpci_cluster_part(crpci_pending_call *c)
     return part;
 }
 
+/* Gives a call a group, if it has none. False: out of memory. */
 CRPCI_COLD bool crpci_cluster_need_group(crpci_pending_call *c, bool all)
 {
     if (c->group)
@@ -19187,7 +19230,8 @@ CRPCI_COLD bool crpci_cluster_need_group(crpci_pending_call *c, bool all)
     return true;
 }
 
-/* Sends the call to up to `n` more providers. False: there was none. */
+/* Sends the call to up to `n` more providers that it has not tried. A BROADCAST counts those for
+ * which there is no memory as failed; other calls do without. False: no part was begun. */
 CRPCI_COLD bool crpci_cluster_branch(crpci_pending_call *c, size_t n)
 {
     crpci_group *g = c->group;
@@ -19211,7 +19255,8 @@ CRPCI_COLD bool crpci_cluster_branch(crpci_pending_call *c, size_t n)
     return any;
 }
 
-/* FORKING and BROADCAST: the call makes no attempt of its own. */
+/* Begins a FORKING or BROADCAST call: to `forks` providers (0: all), or to all. The call makes no
+ * attempt of its own. */
 CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
 {
     bool all = c->policy.cluster == CRPC_CLUSTER_BROADCAST;
@@ -19229,8 +19274,8 @@ CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
     }
 }
 
-/* Backup request: asks one more provider. Without memory or another provider the call goes on as it
- * was. */
+/* A backup request is due: asks one more provider, while the first attempt goes on. Without memory
+ * or another provider, and if the call was not sent anywhere yet, nothing happens. */
 CRPCI_COLD void crpci_cluster_backup(crpci_pending_call *c)
 {
     c->backup_us = INT64_MAX;
@@ -19244,7 +19289,8 @@ CRPCI_COLD void crpci_cluster_backup(crpci_pending_call *c)
 
 /* --- failback --------------------------------------------------------------------------------- */
 
-/* Tells the program of a call that is given up. */
+/* Tells the program, through failback_dropped or the log, of a call that is given up; a task that
+ * runs user code. */
 CRPCI_COLD void crpci_cluster_failback_dropped(crpc_loop *l, crpci_task *task)
 {
     crpci_pending_call *c = CRPCI_CONTAINER(task, crpci_pending_call, task);
@@ -19261,7 +19307,8 @@ CRPCI_COLD void crpci_cluster_failback_dropped(crpc_loop *l, crpci_task *task)
     crpci_attempt_free(c);
 }
 
-/* The pause before a try is over, or a try has not been answered in time. */
+/* The pause before a background try is over: begins it, with the whole timeout of the call. Or the
+ * timeout of a try has passed. */
 CRPCI_COLD void crpci_cluster_failback_timer(crpc_loop *l, crpci_timer *t)
 {
     crpci_pending_call *c = CRPCI_CONTAINER(t, crpci_pending_call, timer);
@@ -19275,7 +19322,9 @@ CRPCI_COLD void crpci_cluster_failback_timer(crpc_loop *l, crpci_timer *t)
     }
 }
 
-/* A background try has failed: pauses before the next one, or gives the call up. */
+/* A background try has failed: pauses before the next one, or gives the call up after `retries`
+ * tries, when the channel closes, or when the service answered with an error of its own, which the
+ * next try would only repeat. */
 CRPCI_COLD void crpci_cluster_failback_failed(crpci_pending_call *c, int status)
 {
     crpc_channel *ch = c->channel;
@@ -19300,8 +19349,8 @@ CRPCI_COLD void crpci_cluster_failback_failed(crpci_pending_call *c, int status)
     crpci_loop_ready(ch->loop, &c->task);
 }
 
-/* A FAILBACK call has failed: puts a copy aside that is sent later. True: the call is such a copy
- * itself, and goes on. */
+/* A FAILBACK call has failed: puts a copy aside that is sent later, unless the failure is final or
+ * failback_max copies wait. True: `c` is such a copy itself, and has been dealt with. */
 CRPCI_COLD bool crpci_cluster_retry_later(crpci_pending_call *c, int status)
 {
     crpc_channel *ch = c->channel;
@@ -19316,8 +19365,8 @@ CRPCI_COLD bool crpci_cluster_retry_later(crpci_pending_call *c, int status)
         status == CRPC_EREJECT || !c->policy.retries || !crpci_status_reserved(code))
         return false;
     if (ch->failback.waiting >= ch->failback.max) {
-        crpci_heap_log(l->heap, CRPC_LOG_WARN, "%s.%s: dropped: %zu failed calls wait already "
-                                               "(failback_max)",
+        crpci_heap_log(l->heap, CRPC_LOG_WARN, "%s.%s: a failed call is dropped, because %zu "
+                                               "wait already (failback_max)",
                        c->method->method->service, c->method->method->name, ch->failback.waiting);
         return false;
     }
@@ -19348,11 +19397,17 @@ static const crpci_cluster_ops crpci_cluster_all = {
 /* >>impl-channel   the forms of calls, and closing                         */
 /* ======================================================================== */
 
+/* The calls that programs make: synchronous, with a callback, with an id, one-way. Each encodes its
+ * request without a lock, then locks the loop, lists a pending call in the channel and hands it to
+ * crpci_attempt_begin. The public functions are called without a lock, by any thread. A synchronous
+ * call lives on its caller's stack; the others live in the chunk of their request. */
+
 #if CRPC_ENABLE_CLIENT
 
 /* --- interceptors ----------------------------------------------------------------------------- */
 
-/* Runs the interceptors' `before`; *ran says for how many `after` is due. */
+/* Runs the interceptors' `before` in order, without the lock. *ran receives for how many of them
+ * `after` is due. While they run the call knows heap and protocol, so that fields can be added. */
 CRPCI_FN int crpci_channel_before(crpc_channel *ch, const crpc_method *m, crpc_call *call,
                                   size_t *ran)
 {
@@ -19373,6 +19428,8 @@ CRPCI_FN int crpci_channel_before(crpc_channel *ch, const crpc_method *m, crpc_c
     return err;
 }
 
+/* Runs the interceptors' `after` in reverse order, for the first `ran` of them. Without the
+ * lock. */
 CRPCI_FN void crpci_channel_after(crpc_channel *ch, const crpc_method *m, crpc_call *call, int err,
                                   size_t ran)
 {
@@ -19385,6 +19442,8 @@ CRPCI_FN void crpci_channel_after(crpc_channel *ch, const crpc_method *m, crpc_c
 
 /* --- beginning a call ------------------------------------------------------------------------- */
 
+/* The deadline of a call, in the loop's time: the call's own if it has one, else the policy's
+ * timeout; never later than a day, nor than the deadline of the request that it is made for. */
 CRPCI_FN int64_t crpci_channel_deadline(const crpci_policy *policy, const crpc_call *call,
                                         int64_t now)
 {
@@ -19463,7 +19522,8 @@ CRPCI_FN void crpci_channel_enter(const crpc_channel *ch, int64_t start, const c
     crpci_drive_catch_up(l);
 }
 
-/* Rule P2: sends what was queued, unless a driver will do so before it sleeps. */
+/* Rule P2: sends what was queued, unless a driver will do so before it sleeps. Locked; sending
+ * unlocks meanwhile. */
 CRPCI_FN void crpci_channel_flush(crpc_loop *l)
 {
     if (crpci_loop_may_send(l))
@@ -19472,7 +19532,9 @@ CRPCI_FN void crpci_channel_flush(crpc_loop *l)
 
 /* --- synchronous ------------------------------------------------------------------------------ */
 
-/* Runs one call to its end. */
+/* Runs one call to its end: makes attempts and drives the loop, or follows its driver, until the
+ * call has ended or its deadline has passed. Locked; unlocks while it waits. The wait ends at the
+ * deadline by itself, so the timer only serves the backup request. */
 CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_pending_call *c)
 {
     crpc_loop *l = ch->loop;
@@ -19504,7 +19566,10 @@ CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_pending_call *c)
     l->fresh = false; /* the next caller may come much later */
 }
 
-/* Makes the call on the caller's stack. `hold`: the result may point into the reply's bytes. */
+/* Makes the call on the caller's stack. `hold`: the program passed a crpc_call, so the result may
+ * point into the reply's bytes; else they are released before this returns. Before the pending call
+ * goes out of scope crpci_request_settle waits until no thread sends from the attachment that was
+ * borrowed. CRPC_EDEADLK: inside a callback of this loop, which only its return lets go on. */
 CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_method *k, const void *request,
                                 void *response, crpc_call *call, bool hold)
 {
@@ -19513,7 +19578,7 @@ CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_method *k, const v
     int64_t start = crpci_loop_now(l);
     crpci_pending_call c;
     crpci_attempt *a = &c.attempt;
-    /* Two frames at a time cannot share the bytes. */
+    /* Borrows the attachment, unless two frames may be queued at a time, which cannot share it. */
     bool borrow = k->plain && !call->policy.cluster && !call->policy.backup_ms;
     int err = crpci_request_encode(&ch->requests, k, request, call, borrow, 0, &a->request,
                                    &call->error);
@@ -19582,7 +19647,7 @@ CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const voi
 
 /* --- asynchronous ----------------------------------------------------------------------------- */
 
-/* What crpc_call and crpc_done tell about an ended asynchronous call, before its result. */
+/* Copies what is known of an ended asynchronous call's failure, and where it went. */
 CRPCI_FN void crpci_channel_copy_error(const crpci_pending_call *c, crpc_error *to)
 {
     const crpci_endpoint *e = c->attempt.endpoint;
@@ -19592,7 +19657,9 @@ CRPCI_FN void crpci_channel_copy_error(const crpci_pending_call *c, crpc_error *
         memcpy(to->endpoint, e->address, e->address_size);
 }
 
-/* Runs a callback with the result. Decodes without the lock, into the call's own chunk. */
+/* Runs the callback of an ended call, as a task of the loop. The response is decoded without the
+ * lock into the call's own chunk, and lasts until the callback returns. The id goes first: from
+ * then on it means nothing to other threads. */
 CRPCI_FN void crpci_channel_deliver(crpc_loop *l, crpci_task *task)
 {
     crpci_pending_call *c = CRPCI_CONTAINER(task, crpci_pending_call, task);
@@ -19622,13 +19689,15 @@ CRPCI_FN void crpci_channel_deliver(crpc_loop *l, crpci_task *task)
     crpci_attempt_free(c);
 }
 
-/* How many bytes an asynchronous call and its response take in the chunk of its request. */
+/* How many bytes the pending call and its decoded response take in front of the request, in the
+ * request's chunk: one allocation a call. */
 CRPCI_FN size_t crpci_channel_front(const crpci_message_type *response)
 {
     return CRPCI_PENDING_SIZE + ((response->size + 15) & ~(size_t)15);
 }
 
-/* Whether one more asynchronous call may begin. */
+/* Whether one more asynchronous call may begin: CRPC_ECANCELED in a closed channel, CRPC_ELIMIT at
+ * max_results. Rule P8: starts the loop's thread if nobody drives. Locked. */
 CRPCI_FN int crpci_channel_admit(crpc_channel *ch, crpci_call_kind kind)
 {
     crpc_loop *l = ch->loop;
@@ -19691,7 +19760,8 @@ CRPCI_FN int crpci_channel_put(crpc_channel *ch, const crpci_method *k, crpci_ca
     return CRPC_OK;
 }
 
-/* The same with interceptors, which may change the call's inputs. */
+/* crpci_channel_put for a channel with interceptors. They get a copy of the caller's inputs, which
+ * they may change; the copy is not needed once the request is encoded. */
 CRPCI_FN int crpci_channel_put_intercepted(crpc_channel *ch, const crpci_method *k,
                                            const void *request, crpci_call_kind kind,
                                            const crpc_call *in, int64_t start,
@@ -19716,8 +19786,8 @@ CRPCI_FN int crpci_channel_put_intercepted(crpc_channel *ch, const crpci_method 
     return err;
 }
 
-/* Begins any asynchronous form. On success *out is to be completed and launched, and the loop is
- * locked. */
+/* Encodes and enters a call of any asynchronous form. On success the loop is locked: the caller
+ * sets what is special to its form in *out, then calls crpci_channel_launch. */
 CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const void *request,
                                  crpci_call_kind kind, const crpc_call *in,
                                  crpci_pending_call **out)
@@ -19787,13 +19857,14 @@ CRPC_API int crpc_channel_begin(crpc_channel *ch, const crpc_method *m, const vo
 {
     crpci_pending_call *c;
     int err = crpci_channel_async(ch, m, request, CRPCI_CALL_ID, call, &c);
-    id->value = err ? 0 : c->attempt.id; /* before anybody can see the request */
+    id->value = err ? 0 : c->attempt.id; /* while locked: the call may end before this returns */
     if (!err)
         crpci_channel_launch(ch->loop, c);
     return err;
 }
 
-/* The call of an id, if it is one of the channel's. */
+/* Finds the pending call of an id. NULL: it is not one of this channel's calls with an id, or was
+ * fetched or cancelled. Locked. */
 CRPCI_FN crpci_pending_call *crpci_channel_find(crpc_channel *ch, crpc_id id)
 {
     crpci_pending_call *c = (crpci_pending_call *)crpci_id_get(&ch->loop->calls, id.value);
@@ -19801,6 +19872,7 @@ CRPCI_FN crpci_pending_call *crpci_channel_find(crpc_channel *ch, crpc_id id)
     return c && c->channel == ch && c->kind == CRPCI_CALL_ID ? c : NULL;
 }
 
+/* The result of crpc_channel_poll for a call; NULL is CRPC_ENOTFOUND. */
 CRPCI_FN int crpci_channel_status(const crpci_pending_call *c)
 {
     return !c                                        ? CRPC_ENOTFOUND
@@ -19837,7 +19909,7 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
         } else {
             c->waiter = &w;
             crpci_drive_wait(l, &w, until, true);
-            c = crpci_channel_find(ch, id); /* it may have been fetched or cancelled */
+            c = crpci_channel_find(ch, id); /* another thread may have fetched or cancelled it */
             if (c)
                 c->waiter = NULL;
             err = ch->closed ? CRPC_ECANCELED : crpci_channel_status(c);
@@ -19917,7 +19989,9 @@ CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
 
 /* --- closing ---------------------------------------------------------------------------------- */
 
-/* Ends every call of the channel with CRPC_ECANCELED. */
+/* Ends every call of the channel with CRPC_ECANCELED. Calls with a callback free themselves when it
+ * has run, synchronous ones belong to their callers, and those with an id are freed here.
+ * Locked. */
 CRPCI_FN void crpci_channel_cancel_all(crpc_channel *ch)
 {
     crpci_list calls;
@@ -19937,6 +20011,9 @@ CRPCI_FN void crpci_channel_cancel_all(crpc_channel *ch)
     }
 }
 
+/* First no new call can begin; then the directory is closed, without the lock, since its callback
+ * locks the loop; then calls, endpoints and the program's reference go. Threads that are still
+ * inside a synchronous call or crpc_channel_wait keep the struct until they leave. */
 CRPC_API void crpc_channel_close(crpc_channel *ch)
 {
     crpc_loop *l;
@@ -19985,8 +20062,15 @@ CRPC_API size_t crpc_channel_providers(crpc_channel *ch)
 /* >>impl-opening   URLs and options of a channel, its directory            */
 /* ======================================================================== */
 
+/* Opens channels: checks options, reads the URL, and gets the first list of providers, from the URL
+ * itself or from a registry. Runs on the program's thread without the loop's lock; only
+ * crpci_opening_on_list comes from other threads. It may block to resolve names and to wait for the
+ * registry's first answer. A channel that cannot be opened is closed like any other. */
+
 #if CRPC_ENABLE_CLIENT
 
+/* The options of a channel: what 0 and -1 stand for, the least and the largest value. The same rows
+ * serve URL options, defaults, checks and crpc_channel_options_parse. */
 #define CRPCI_OPENING_ROW(member, name, flags, zero, none, least, most)                            \
     CRPCI_OPTION_ROW(crpc_channel_options, member, name, NULL, flags, zero, none, least, most)
 #define CRPCI_OPENING_MS(member, name, flags, zero, none)                                          \
@@ -20063,7 +20147,7 @@ CRPCI_COLD bool crpci_opening_has_registry(const char *scheme)
     return strcmp(scheme, "tcp") != 0 && strcmp(scheme, "unix") != 0 && strcmp(scheme, "list") != 0;
 }
 
-/* What the URL says beside the options. */
+/* The parts of a URL that are no options of the channel. Texts point into the parsed URL. */
 typedef struct crpci_opening_request {
     const crpci_protocol *protocol;
 #if CRPCI_DIRECTORY
@@ -20071,7 +20155,9 @@ typedef struct crpci_opening_request {
 #endif
 } crpci_opening_request;
 
-/* Takes one key=value of a URL: the backend's, or an option. Text options point into the URL. */
+/* Takes one key=value of a URL: the backend's, or an option of the channel, which overrides `o`.
+ * Text options point into the URL. Secrets are refused, because URLs get into logs and
+ * registries. */
 CRPCI_COLD int crpci_opening_read_key(const char *scheme, const char *key, const char *value,
                                       crpc_channel_options *o, crpci_opening_request *request,
                                       crpc_error *error)
@@ -20088,8 +20174,8 @@ CRPCI_COLD int crpci_opening_read_key(const char *scheme, const char *key, const
     }
     if (row && (row->flags & CRPCI_OPTION_SECRET))
         return crpci_status_set(error, CRPC_EINVAL,
-                                "%s: a secret: it belongs into the options or "
-                                "a configuration line, not into a URL",
+                                "%s: a secret must not stand in a URL: set it "
+                                "in the options or a configuration line",
                                 key);
     if (!row || (row->flags & CRPCI_OPTION_BACKEND) ||
         (!registry && (row->flags & CRPCI_OPTION_DIRECTORY)))
@@ -20098,7 +20184,8 @@ CRPCI_COLD int crpci_opening_read_key(const char *scheme, const char *key, const
     return crpci_options_read(row, o, value, error);
 }
 
-/* Finds the backend, unless the providers stand in the URL, and reads the URL's options. */
+/* Finds the backend of the URL's scheme, unless the providers stand in the URL, and reads the URL's
+ * options. The backend comes first because it has keys of its own. */
 CRPCI_COLD int crpci_opening_read_url(crpci_url *u, crpc_channel_options *o,
                                       crpci_opening_request *request, crpc_error *error)
 {
@@ -20124,7 +20211,8 @@ CRPCI_COLD int crpci_opening_read_url(crpci_url *u, crpc_channel_options *o,
     return err == CRPC_EPENDING ? CRPC_OK : err;
 }
 
-/* Refuses what a build without CRPC_ENABLE_POLICY cannot do, beside what the table says. */
+/* CRPC_EUNSUPPORTED: a build without CRPC_ENABLE_POLICY is asked for a cluster policy, or to answer
+ * calls itself. Options that need it are refused by their rows (CRPCI_OPTION_POLICY). */
 CRPCI_COLD int crpci_opening_check_policy(const crpc_policy *p, const crpc_method_options *m,
                                           crpc_error *error)
 {
@@ -20139,7 +20227,7 @@ CRPCI_COLD int crpci_opening_check_policy(const crpc_policy *p, const crpc_metho
                             m ? m->method->name : "", m ? ": " : "", what);
 }
 
-/* Checks the options of methods as the channel's own are. */
+/* Checks the options of each method by the rows of the channel's own. */
 CRPCI_COLD int crpci_opening_check_methods(const crpc_channel_options *o, crpc_error *error)
 {
     crpc_channel_options own;
@@ -20149,7 +20237,7 @@ CRPCI_COLD int crpci_opening_check_methods(const crpc_channel_options *o, crpc_e
     for (i = 0; i < o->method_count && !err; i++) {
         const crpc_method_options *m = &o->methods[i];
         if (!m->method)
-            return crpci_status_set(error, CRPC_EINVAL, "methods[%zu] names no method", i);
+            return crpci_status_set(error, CRPC_EINVAL, "methods[%zu].method is NULL", i);
         own.policy = m->policy;
         own.hash_field = m->hash_field;
         err = crpci_options_check(&crpci_opening_options, &own, error);
@@ -20158,6 +20246,7 @@ CRPCI_COLD int crpci_opening_check_methods(const crpc_channel_options *o, crpc_e
     return err;
 }
 
+/* Checks all options. The URL has been read into them before. */
 CRPCI_COLD int crpci_opening_check(const crpc_channel_options *o, crpc_error *error)
 {
     int err = crpci_options_check(&crpci_opening_options, o, error);
@@ -20167,6 +20256,7 @@ CRPCI_COLD int crpci_opening_check(const crpc_channel_options *o, crpc_error *er
 
 #if CRPC_ENABLE_POLICY
 
+/* Sets up the breaker; without breaker.enabled its error_percent stays 0, which means off. */
 CRPCI_COLD void crpci_opening_breaker(crpci_providers *p, const crpc_breaker_options *o)
 {
     crpci_breaker_options *b = &p->breaker;
@@ -20185,6 +20275,8 @@ CRPCI_COLD void crpci_opening_breaker(crpci_providers *p, const crpc_breaker_opt
 
 #endif /* CRPC_ENABLE_POLICY */
 
+/* A random number of the channel: makes its request ids differ from those of other channels, and
+ * its part of a long list (max_endpoints) too. */
 CRPCI_COLD uint64_t crpci_opening_seed(crpc_loop *l)
 {
     uint64_t seed;
@@ -20194,6 +20286,8 @@ CRPCI_COLD uint64_t crpci_opening_seed(crpc_loop *l)
     return seed;
 }
 
+/* Sets up what the requests of the channel have in common. The program's array of method options
+ * is not copied. */
 CRPCI_COLD void crpci_opening_requests(crpci_request_source *s, const crpc_channel_options *o,
                                        uint64_t seed)
 {
@@ -20213,6 +20307,8 @@ CRPCI_COLD void crpci_opening_requests(crpci_request_source *s, const crpc_chann
     s->option_count = o->method_count;
 }
 
+/* Sets up the still empty list of providers. A stale_ttl of INT64_MAX / 4 never passes, and can be
+ * subtracted from a time without overflow. */
 CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_options *o,
                                         uint64_t seed)
 {
@@ -20234,7 +20330,8 @@ CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_o
 #endif
 }
 
-/* Takes over checked options; those of `o` get their final values. */
+/* Takes over checked options; those of `o` get their final values. Whether a timeout was given is
+ * noted before, because a default counts less than the .proto's timeout. */
 CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, crpc_channel_options *o)
 {
     uint64_t seed = crpci_opening_seed(ch->loop);
@@ -20260,7 +20357,8 @@ CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, crpc_channel_options *
 
 #define CRPCI_OPENING_ADDRESSES 16 /* of one host name */
 
-/* Appends the providers that one "host:port" of a URL stands for: all addresses of a name. */
+/* Appends the providers that one "host:port" of a URL stands for: at most CRPCI_OPENING_ADDRESSES
+ * addresses of a name, for which the list has room. The name is not resolved again later. */
 CRPCI_COLD int crpci_opening_item(crpci_snapshot *list, const char *text, crpc_error *error)
 {
     char names[1024], *rest = names;
@@ -20282,7 +20380,7 @@ CRPCI_COLD int crpci_opening_item(crpci_snapshot *list, const char *text, crpc_e
     return err;
 }
 
-/* The providers that stand in a tcp://, unix:// or list:// URL. */
+/* Fills the list with the providers that stand in a tcp://, unix:// or list:// URL. */
 CRPCI_COLD int crpci_opening_items(crpci_snapshot *list, crpci_url *u, crpc_error *error)
 {
     char *item, *next;
@@ -20314,7 +20412,7 @@ CRPCI_COLD int crpci_opening_items(crpci_snapshot *list, crpci_url *u, crpc_erro
     return err;
 }
 
-/* tcp://, unix:// and list://: the providers stand in the URL. */
+/* Gives a channel with a tcp://, unix:// or list:// URL its only list of providers. */
 CRPCI_COLD int crpci_opening_static(crpc_channel *ch, crpci_url *u, crpc_error *error)
 {
     size_t count = 1;
@@ -20346,7 +20444,9 @@ CRPCI_COLD int crpci_opening_static(crpc_channel *ch, crpci_url *u, crpc_error *
 
 #if CRPCI_DIRECTORY
 
-/* A new list from the registry; any thread. */
+/* Takes a new list of the directory, and lets calls that wait for one begin. Called without a lock
+ * on any thread, also while the channel is being opened or closed. An error makes the directory
+ * offer the list again, and the old one stays in use. */
 CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
 {
     crpc_channel *ch = (crpc_channel *)user;
@@ -20361,7 +20461,7 @@ CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
         crpci_attempt_serve_waiting(ch);
         served = true;
     }
-    if (!ch->closed && !err && !list->stale) { /* a stale list is a cache's, not an answer */
+    if (!ch->closed && !err && !list->stale) { /* stale: from a cache, not the registry's answer */
         ch->directory.listed = true;
         if (ch->directory.waiter)
             crpci_drive_end_wait(l, ch->directory.waiter);
@@ -20371,12 +20471,14 @@ CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
     crpci_loop_unlock(l);
     crpci_loop_release(l);
     if (err)
-        crpci_heap_log(list->heap, CRPC_LOG_WARN, "a list of %zu providers was not taken: %s",
+        crpci_heap_log(list->heap, CRPC_LOG_WARN, "channel: list of %zu providers is not used: %s",
                        list->count, crpc_status_text(err));
     return err;
 }
 
-/* The gate: waits for the session and the first list. */
+/* Waits at most registry_timeout_ms for the registry's first answer. Without one the channel opens
+ * all the same, and its calls fail or wait (wait=1) until a list comes, unless must_connect is set:
+ * CRPC_EREGISTRY. CRPC_EDEADLK: inside a callback of the loop, where it must not wait. */
 CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_options *o,
                                         const char *service, crpc_error *error)
 {
@@ -20397,7 +20499,7 @@ CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_opt
     if (stuck && !listed)
         return crpci_status_set(error, CRPC_EDEADLK,
                                 "%.80s: opened inside a callback of its loop, which must not wait: "
-                                "registry_timeout_ms can be -1",
+                                "set registry_timeout_ms to -1",
                                 service);
     if (listed || !o->directory.must_connect)
         return CRPC_OK;
@@ -20405,7 +20507,9 @@ CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_opt
                             "%.80s: the registry did not answer within %d ms", service, (int)ms);
 }
 
-/* zookeeper://servers/root/package.Service and the like */
+/* Subscribes a channel to the directory that its URL names, like
+ * zookeeper://servers/root/package.Service. What the URL says counts more than the options. The
+ * subscription ends with the channel, which may fail to open after this. */
 CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
                                        const crpc_channel_options *o, crpci_open_request *request,
                                        crpc_error *error)
@@ -20437,7 +20541,7 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
     err = crpci_directory_subscribe(ch->directory.registry, want, crpci_opening_on_list, ch,
                                     &ch->directory.subscription);
     if (err)
-        return crpci_status_set(error, err, "%.80s: could not be subscribed to: %s", service,
+        return crpci_status_set(error, err, "%.80s: cannot follow its providers: %s", service,
                                 crpc_status_text(err));
 #if CRPC_ZOOKEEPER_ST && CRPC_ENABLE_THREADS
     /* The single-threaded client lives in the loop, which somebody must drive. */
@@ -20454,6 +20558,8 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
 
 #endif /* CRPCI_DIRECTORY */
 
+/* Steps that can fail without a channel come first, then the channel is made; from there on
+ * crpc_channel_close undoes the rest. */
 CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
                                const crpc_channel_options *options, crpc_error *error)
 {
@@ -20527,23 +20633,29 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
 /* >>impl-service   finding the method that a request names                  */
 /* ======================================================================== */
 
+/* The services of a server and their methods. The map is filled before the server starts, under the
+ * lock of its loop; from then on every I/O thread reads it without a lock. Nothing here runs a
+ * handler. */
+
 #if CRPC_ENABLE_SERVER
 
-/* A method as it was added, and what is asked of it for every request. */
+/* A method as the program added it, with what is computed once so that no request has to. */
 typedef struct crpci_service_method {
     const crpc_method *method;
     const void *handlers;
     void *user;
-    crpc_view names[CRPCI_PROTOCOLS_COUNT]; /* encoded; their bytes stand behind the methods */
+    crpc_view names[CRPCI_PROTOCOLS_COUNT]; /* as each protocol encodes service and method; a
+                                             * connection compares a request's bytes with them */
     crpci_message_type request;
     crpci_message_type response;
-    void *quota; /* the upper section's; NULL: none */
+    void *quota; /* the guard's crpci_quota for the method; NULL: it has no limit */
 } crpci_service_method;
 
+/* One service. The program's table must outlive the server. */
 typedef struct crpci_service {
     const crpc_service *table;
-    const char *short_name;
-    crpci_service_method *methods; /* one block with their names */
+    const char *short_name;        /* what follows the last dot of the name; unique in the map */
+    crpci_service_method *methods; /* one block, with the bytes of their names behind them */
     size_t methods_size;
 } crpci_service;
 
@@ -20552,13 +20664,16 @@ typedef struct crpci_service_map {
     size_t count;
 } crpci_service_map;
 
+/* Names are bytes: case counts, and a view may hold zeros. */
 CRPCI_FN bool crpci_service_named(const char *name, crpc_view v)
 {
     size_t n = crpc_view_size(v);
     return strlen(name) == n && memcmp(name, crpc_view_data(v), n) == 0;
 }
 
-/* By its full name, else, without a dot, by its short one. */
+/* Looks a service up by its full name, then by its short name, as brpc does. A server has few
+ * services, and a connection remembers the method of its last request: a table would gain nothing.
+ */
 CRPCI_FN const crpci_service *crpci_service_find(const crpci_service_map *map, crpc_view name)
 {
     size_t i;
@@ -20584,7 +20699,8 @@ CRPCI_FN const crpci_service_method *crpci_service_find_method(const crpci_servi
     return NULL;
 }
 
-/* brpc's rule: an unknown name with a dot is an unknown method, one without an unknown service. */
+/* Finds the method of a request. An unknown service gets brpc's codes: CRPC_ENOMETHOD if its name
+ * has a dot, else CRPC_ENOSERVICE. */
 CRPCI_FN int crpci_service_lookup(const crpci_service_map *map, const crpci_message *m,
                                   const crpci_service_method **method)
 {
@@ -20598,12 +20714,14 @@ CRPCI_FN int crpci_service_lookup(const crpci_service_map *map, const crpci_mess
     return *method ? CRPC_OK : CRPC_ENOMETHOD;
 }
 
+/* Bytes that the encoded names of a method take at most, in any protocol. */
 CRPCI_FN size_t crpci_service_names_room(const crpc_service *table, const crpc_method *m)
 {
     return strlen(table->name) + strlen(m->name) + CRPCI_PROTOCOL_NAMES;
 }
 
-/* The methods of a table and, behind them, their encoded names. NULL: out of memory. */
+/* Makes the methods of a table and, in the same block, their encoded names. *size receives the size
+ * of the block. NULL: out of memory. */
 CRPCI_COLD crpci_service_method *crpci_service_prepare(crpci_heap *h, const crpc_service *table,
                                                        const void *handlers, void *user,
                                                        size_t *size)
@@ -20611,7 +20729,7 @@ CRPCI_COLD crpci_service_method *crpci_service_prepare(crpci_heap *h, const crpc
     size_t n = table->method_count * sizeof(crpci_service_method), i, k;
     crpci_service_method *methods;
     uint8_t *at;
-    *size = n + 1; /* of a table without methods too */
+    *size = n + 1; /* never 0, so that NULL means out of memory for an empty table too */
     for (i = 0; i < table->method_count; i++)
         *size += CRPCI_PROTOCOLS_COUNT * crpci_service_names_room(table, &table->methods[i]);
     methods = (crpci_service_method *)crpci_heap_alloc(h, *size);
@@ -20645,6 +20763,8 @@ CRPCI_COLD void crpci_service_free(crpci_service_map *map, crpci_heap *h)
     map->count = 0;
 }
 
+/* Adds a service. CRPC_EBUSY: another service has the same short name, under which a request could
+ * mean either. On failure the map has not changed. */
 CRPCI_COLD int crpci_service_add(crpci_service_map *map, crpci_heap *h, const crpc_service *table,
                                  const void *handlers, void *user)
 {
@@ -21245,104 +21365,115 @@ CRPCI_FN void crpci_quota_disconnect(crpci_quota_clients *c, crpci_quota_client 
 /* >>impl-context   one request in service: its handler, its reply, its end */
 /* ======================================================================== */
 
+/* A context is the server's record of one request, from intake to the queueing of its reply. It has
+ * one user at a time: the I/O thread or worker that runs the handler or, after CRPC_EPENDING, the
+ * thread that calls crpc_context_finish. That user needs no lock. The lock of the connection's loop
+ * is taken to make a context, to queue its reply and to release what it holds. A server's struct
+ * stands here because every request reads it. */
+
 #define CRPCI_CONTEXT_CONN_MAX 4096 /* requests of one connection in service at a time */
 
-/* NEW may be configured; LAME is unregistered, but serves; STOPPING refuses new requests. */
+/* The life of a server, which only goes forward. */
 typedef enum crpci_server_state {
-    CRPCI_SERVER_NEW,
+    CRPCI_SERVER_NEW,      /* takes services and listeners; accepts no connection yet */
     CRPCI_SERVER_RUNNING,
-    CRPCI_SERVER_LAME,
-    CRPCI_SERVER_STOPPING,
-    CRPCI_SERVER_STOPPED
+    CRPCI_SERVER_LAME,     /* has left the registry, and serves on while clients learn of it */
+    CRPCI_SERVER_STOPPING, /* listeners are closed; new requests get ELOGOFF, begun ones go on */
+    CRPCI_SERVER_STOPPED   /* connections are closed; replies that are finished now are dropped */
 } crpci_server_state;
 
-/* What the guard does for a request that has one. Called without the loop's lock. */
+/* The guard section's functions for a request that has a crpci_guard. The user of the context calls
+ * them, without the loop's lock. */
 typedef struct crpci_context_guard {
-    int (*serve)(crpc_context *x); /* in place of the handler; after CRPC_EPENDING x may be gone */
-    crpci_out *(*encode)(crpc_context *x, int code); /* in place of crpci_context_encode */
-    void (*end)(crpc_context *x, const crpci_message *reply, int served); /* NULL: no reply */
+    int (*serve)(crpc_context *x); /* in place of the handler; CRPC_EPENDING: x may be gone */
+    crpci_out *(*encode)(crpc_context *x, int code); /* as crpci_context_encode; then does `end` */
+    void (*end)(crpc_context *x, const crpci_message *reply, int served); /* reply NULL: none */
 } crpci_context_guard;
 
-/* Each nested struct belongs to the section of its name. */
+/* A server. The program owns it, and connections with requests in service keep it. Each nested
+ * struct belongs to the section of its name. Unless a member says otherwise, it is written before
+ * the start or under the lock of `loop`. */
 struct crpc_server {
     CRPCI_HANDLE
-    crpc_loop *loop;
+    crpc_loop *loop; /* accepts; also serves the connections if there are no I/O threads */
     crpci_heap *heap;
     uint32_t refs;    /* atomic: the program's, and one of each connection with requests */
     uint32_t state;   /* atomic crpci_server_state, written under the loop's lock */
     uint32_t active;  /* atomic: connections with requests in service */
     uint32_t serving; /* requests in service; atomic with I/O threads, else under the lock */
-    uint32_t max_serving;
-    uint32_t connections; /* atomic */
-    bool private_loop;
-    void (*destroy)(crpc_server *s); /* lifecycle's: the last reference has gone */
+    uint32_t max_serving; /* at which further requests get CRPC_ELIMIT */
+    uint32_t connections; /* atomic: open ones, of all loops */
+    bool private_loop;    /* the server opened `loop` and closes it */
+    void (*destroy)(crpc_server *s); /* the lifecycle section's: frees it with the last reference */
     crpci_service_map services;
     crpci_worker_pool workers;
-    size_t worker_count;
+    size_t worker_count; /* 0: handlers run on the I/O threads */
     struct {
-        crpc_loop **loops;
+        crpc_loop **loops; /* one for each I/O thread */
         size_t count;
-        size_t next;
+        size_t next; /* the loop of the next connection; the accepting thread's alone */
     } io;
     struct {
         const crpci_context_guard *ops;
         bool all;          /* all requests, not only those with user_fields, go through the guard */
-        crpci_mutex lock;  /* of what follows; may be taken under a loop's lock, and is the last but
-                            * the workers' and the heap's */
+        crpci_mutex lock;  /* of what follows; taken after a loop's lock, and before the workers' or
+                            * the heap's */
         bool over;         /* the workers are stopping: nothing is handed to them any more */
         crpci_order order; /* buckets NULL: no request had a key yet */
         crpci_replay replay;
-        crpci_quota *quotas; /* of methods */
+        crpci_quota *quotas; /* of the methods that have limits */
         size_t quota_count;
         crpci_quota_clients clients;
-        uint64_t replayed, unremembered;
+        uint64_t replayed, unremembered; /* requests: repeated; run without a free entry */
     } guard;
     struct {
         crpci_list list;
-        int reserve_fd; /* closed for a moment to turn a connection away when none are left */
-        int64_t emfile_logged;
+        int reserve_fd; /* closed for a moment when no descriptors are left, to accept and close a
+                         * connection in its place; -1: not to be had */
+        int64_t emfile_logged; /* when a lack of descriptors was logged last */
     } listener;
     struct {
         crpci_backend *registry;
         struct crpci_enrolment *items; /* one a service */
         size_t count;
         crpci_waiter *waiter; /* crpc_server_start waits for all of them */
-        char text[CRPC_ERROR_TEXT_MAX];
-        char *url, *credential, *advertise, *group, *version, *application;
+        char text[CRPC_ERROR_TEXT_MAX]; /* why the last registration failed */
+        char *url, *credential, *advertise, *group, *version, *application; /* copies of options */
     } enrolment;
     struct {
-        crpci_timer timer; /* the end of being lame, then whether draining is done */
-        int64_t until;
-        crpci_waiter *waiter;
+        crpci_timer timer; /* ends LAME, then checks every 10 ms whether the server is drained */
+        int64_t until;     /* when connections are closed, drained or not */
+        crpci_waiter *waiter; /* crpc_server_close or _run waits for STOPPED */
         bool running;     /* crpc_server_run is at work */
         bool close_later; /* closed in a callback: close_task does it when the server is drained */
         crpci_task close_task;
     } drain;
-    crpc_server_options options; /* its strings are not to be used */
+    crpc_server_options options; /* its strings may be gone: `enrolment` has copies */
 };
 
+/* One request in service. It lies at the start of `block`, and is gone with it. */
 struct crpc_context {
-    crpci_origin origin; /* first: channels read it */
+    crpci_origin origin; /* first: a call with this context as its parent reads it */
     crpci_task task;
     crpc_server *server;
     crpc_loop *loop;
     crpci_conn *conn;
     crpci_chunk *block; /* holds this, the request, the response, and the reply if that is short */
-    crpci_chunk *extra; /* crpc_context_alloc */
-    struct crpci_guard *guard; /* NULL: nothing of the kind; see crpci_context_guarded */
+    crpci_chunk *extra; /* list of chunks: what crpc_context_alloc gave out */
+    struct crpci_guard *guard; /* NULL: the request has no limit, order or id to heed */
     const crpci_service_method *method;
     void *request;
     void *response;
-    size_t reply_at; /* offset in the block */
-    size_t intercepted;
-    int app_code;
-    char *text; /* says more than the status; in `extra` */
-    char *peer; /* likewise */
-    crpci_message_out fields;
+    size_t reply_at;    /* offset in the block: from here the reply is encoded, if it fits */
+    size_t intercepted; /* interceptors whose `before` has passed, so that `after` is due */
+    int app_code;       /* set by crpc_context_fail; 0: none */
+    char *text; /* for the error reply; NULL: the text of the status. In `extra` */
+    char *peer; /* address, as crpc_context_peer formats it; NULL: not asked for. In `extra` */
+    crpci_message_out fields; /* of the reply */
     crpc_view attachment; /* of the reply */
     crpci_chunk *attachment_chunk;
     crpc_view credential;
-    /* Of the request, as in its crpci_message. */
+    /* the request, as in its crpci_message; `chunk` keeps its bytes */
     crpci_chunk *chunk;
     crpc_view received; /* fields */
     int64_t id;
@@ -21352,14 +21483,16 @@ struct crpc_context {
     size_t attachment_size;
 };
 
-/* Without CRPC_ENABLE_POLICY no request has a guard: the compiler drops what it would do. */
+/* Whether a request has a guard. Constant without CRPC_ENABLE_POLICY, so that the compiler drops
+ * the code behind it. */
 CRPCI_FN bool crpci_context_guarded(const crpc_context *x)
 {
     return CRPC_ENABLE_POLICY && x->guard;
 }
 
-/* A reply made of ready parts. Its attachment's chunk is the caller's business. NULL: out of
- * memory. */
+/* Makes a reply of the parts that `r` measures and `bytes` holds in that order. Text, fields and
+ * payload are copied; the attachment is not, so the caller sees to it that `bytes` outlives the
+ * frame (tail_chunk). NULL: out of memory. */
 CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, int64_t id, const crpci_replay_reply *r,
                                           const void *bytes)
 {
@@ -21393,7 +21526,8 @@ CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, int64_t id, const cr
     return o;
 }
 
-/* Answers a request with an error; there need be no context of it. */
+/* Answers a request with an error, without a context. Locked. Without memory for the answer the
+ * connection is closed, because a peer must not wait for a reply that cannot come. */
 CRPCI_COLD void crpci_context_refuse(crpci_conn *conn, const crpci_message *m, int code,
                                      const char *text)
 {
@@ -21422,7 +21556,7 @@ CRPC_API void *crpc_context_alloc(crpc_context *x, size_t size)
     return memset(crpci_heap_data(c), 0, size);
 }
 
-/* Words for an error; without them, or memory for them, it has those of its status. */
+/* Sets the text of an error reply. Without memory the reply has the text of its status. */
 CRPCI_COLD CRPC_PRINTF(2, 0) void crpci_context_vexplain(crpc_context *x, const char *format,
                                                          va_list ap)
 {
@@ -21432,8 +21566,8 @@ CRPCI_COLD CRPC_PRINTF(2, 0) void crpci_context_vexplain(crpc_context *x, const 
         vsnprintf(x->text, CRPC_ERROR_TEXT_MAX, format, ap);
 }
 
-/* What crpc itself says of a failed request; without texts nothing, so that the name of its status
- * is sent. What a handler says is always sent. */
+/* Texts that crpc itself gives to failed requests: CRPC_ENABLE_TEXTS=0 leaves them out, and the
+ * reply has the name of its status. The texts of handlers are always sent. */
 #if CRPC_ENABLE_TEXTS
 #define crpci_context_error crpc_context_error
 
@@ -21454,7 +21588,7 @@ CRPC_API int crpc_context_fail(crpc_context *x, int app_code, const char *format
 {
     va_list ap;
     if (crpci_status_reserved(app_code)) {
-        crpci_context_explain(x, "the service's error code %d is reserved (0-199, 1000-3999)",
+        crpci_context_explain(x, "crpc_context_fail: code %d is reserved (0-199, 1000-3999)",
                               app_code);
         return CRPC_EINTERNAL;
     }
@@ -21491,7 +21625,8 @@ CRPC_API int crpc_context_add_field(crpc_context *x, const char *key, const char
     return CRPC_OK;
 }
 
-/* Encodes the response behind `payload`. On failure the caller is told that. */
+/* Encodes the response at o->len, where the payload begins; `room` bytes of head come before it.
+ * CRPC_EINTERNAL: it cannot be encoded, or the frame would be over 2 GiB; the text says which. */
 CRPCI_FN int crpci_context_encode_response(crpc_context *x, crpci_message_out *o, size_t payload,
                                            size_t room)
 {
@@ -21506,8 +21641,10 @@ CRPCI_FN int crpci_context_encode_response(crpc_context *x, crpci_message_out *o
     return err ? CRPC_EINTERNAL : CRPC_OK;
 }
 
-/* Builds the reply of a finished request, and says in *m what it consists of: in the context's own
- * block, if it has room for one. NULL: out of memory. */
+/* Builds the reply of a finished request, and says in *m what it consists of. Layout from `front`:
+ * crpci_out, the fields, room into which the protocol writes the head backwards from the payload,
+ * the payload. The context's own block is used if it is large enough; the encoder moves to a larger
+ * chunk (and clears o.lent) if it turns out too small. NULL: out of memory. */
 CRPCI_FN crpci_out *crpci_context_encode(crpc_context *x, int status, crpci_message *m)
 {
     const crpci_protocol *p = x->conn->protocol;
@@ -21565,6 +21702,7 @@ CRPCI_FN crpci_out *crpci_context_encode(crpc_context *x, int status, crpci_mess
     return out;
 }
 
+/* Frees a context; the block goes last, because it holds the struct. Any thread, no lock needed. */
 CRPCI_FN void crpci_context_free(crpc_context *x)
 {
     crpci_chunk *extra;
@@ -21580,6 +21718,7 @@ CRPCI_FN void crpci_context_free(crpc_context *x)
 
 /* --- requests in service ---------------------------------------------------------------------- */
 
+/* Counts requests in service. One thread alone counts if there are no I/O threads: no atomics. */
 CRPCI_FN void crpci_context_count(crpc_server *s, uint32_t by)
 {
     if (s->options.io_threads)
@@ -21600,7 +21739,8 @@ CRPCI_FN void crpci_context_begin(crpc_server *s, crpci_conn *conn)
     crpci_thread_ref(&s->active);
 }
 
-/* True: it was the last one, and crpci_context_release is due when the loop is unlocked. */
+/* Undoes crpci_context_begin for one request. Locked. True: it was the connection's last one, and
+ * crpci_context_release is due when the loop is unlocked. */
 CRPCI_FN bool crpci_context_end(crpci_conn *conn)
 {
     crpci_context_count((crpc_server *)conn->owner, (uint32_t)-1);
@@ -21610,13 +21750,15 @@ CRPCI_FN bool crpci_context_end(crpci_conn *conn)
     return true;
 }
 
-/* Gives up a reference; the last one frees. No lock is held, unless it is not the last. */
+/* Gives up a reference; the last one frees the server. A caller that holds a lock must know that
+ * this is not the last one. */
 CRPCI_FN void crpci_context_drop_server(crpc_server *s)
 {
     if (crpci_thread_unref(&s->refs))
         s->destroy(s);
 }
 
+/* Gives up the references that crpci_context_begin took for a connection with requests. */
 CRPCI_FN void crpci_context_release(crpc_server *s, crpc_loop *l)
 {
     __atomic_fetch_sub(&s->active, 1, __ATOMIC_ACQ_REL);
@@ -21624,8 +21766,8 @@ CRPCI_FN void crpci_context_release(crpc_server *s, crpc_loop *l)
     crpci_context_drop_server(s);
 }
 
-/* Lets go of a request that nobody will serve. Locked: the loop is at work for the server, so these
- * are not their last references. */
+/* Frees a context whose request has been refused. Locked; the loop is at work for the server, so
+ * the references given up here are not the last ones. */
 CRPCI_COLD void crpci_context_reject(crpc_context *x)
 {
     crpc_server *s = x->server;
@@ -21635,8 +21777,8 @@ CRPCI_COLD void crpci_context_reject(crpc_context *x)
         crpci_context_release(s, conn->loop);
 }
 
-/* A connection that asked for too much, or whose replies pile up, is read again when both have come
- * down to half. */
+/* Stops reading a connection that has CRPCI_CONTEXT_CONN_MAX requests in service, or whose unsent
+ * replies take more than max_queued bytes; reads it again when both have fallen to half. Locked. */
 CRPCI_FN void crpci_context_throttle(crpci_conn *conn)
 {
     const crpc_server *s = (const crpc_server *)conn->owner;
@@ -21648,7 +21790,8 @@ CRPCI_FN void crpci_context_throttle(crpci_conn *conn)
         crpci_conn_pause(conn, false);
 }
 
-/* After the end of input: everything is answered and sent, then closed. */
+/* After the end of input: closes the connection when every request is answered and every reply
+ * sent. A peer that takes no byte of them for frame_timeout_ms is closed before. Locked. */
 CRPCI_FN void crpci_context_close_if_done(crpci_conn *conn)
 {
     if (!conn->eof || conn->busy || conn->left || conn->closed)
@@ -21657,7 +21800,7 @@ CRPCI_FN void crpci_context_close_if_done(crpci_conn *conn)
         crpci_conn_close(conn, CRPC_ECLOSE, 0);
     } else if (!conn->close_when_sent) {
         conn->close_when_sent = true;
-        conn->linger_bytes = conn->tx_bytes; /* a peer that reads nothing for so long is closed */
+        conn->linger_bytes = conn->tx_bytes; /* the timer compares: has the peer taken any? */
         if (conn->frame_timeout_us)
             crpci_loop_timer_set(conn->loop, &conn->timer, conn->frame_timeout_us);
     }
@@ -21665,7 +21808,9 @@ CRPCI_FN void crpci_context_close_if_done(crpci_conn *conn)
 
 /* --- the end of a request --------------------------------------------------------------------- */
 
-/* What is sent for the status that a handler gave. */
+/* The code that the reply carries for a handler's status: the application's code, or a crpc_status.
+ * Any other number is a mistake of the handler; below 200 it is likely an errno value, which means
+ * something else on another architecture. */
 CRPCI_FN int crpci_context_code(crpc_context *x, int status)
 {
     if (CRPCI_LIKELY(status == CRPC_OK))
@@ -21675,13 +21820,14 @@ CRPCI_FN int crpci_context_code(crpc_context *x, int status)
     if (status > 199 && crpci_status_reserved(status))
         return status;
     crpci_context_explain(x,
-                          "the handler returned %d, which is no crpc_status: an application's "
-                          "code is set by crpc_context_fail",
+                          "the handler returned %d, which is no crpc_status; an application's "
+                          "code is set with crpc_context_fail",
                           status);
     return CRPC_EINTERNAL;
 }
 
-/* Ends a request when the server, and with it the program's part of it, may be gone. */
+/* Ends a request of a server that has stopped. crpc_server_close may have returned, so services and
+ * interceptors of the program must not be touched; the reply is dropped. */
 CRPCI_COLD int crpci_context_too_late(crpc_context *x)
 {
     crpc_server *s = x->server;
@@ -21699,7 +21845,7 @@ CRPCI_COLD int crpci_context_too_late(crpc_context *x)
     return CRPC_EGONE;
 }
 
-/* What a request leaves behind when its context is gone. */
+/* The rest of a request's end, kept on the stack after its context is gone. */
 typedef struct crpci_context_outcome {
     crpc_server *server;
     crpc_loop *loop;
@@ -21709,8 +21855,8 @@ typedef struct crpci_context_outcome {
     crpci_chunk *bytes; /* of the request */
 } crpci_context_outcome;
 
-/* Ends a request but for sending: runs what is due, encodes the reply, frees the context. Without
- * the lock. */
+/* Ends a request up to the queueing of its reply: runs the interceptors' `after` in reverse order,
+ * encodes the reply and frees the context. Without the lock, because encoding may take long. */
 CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int status)
 {
     const crpc_server *s = x->server;
@@ -21725,7 +21871,8 @@ CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int statu
     code = crpci_context_code(x, status);
     if (x->app_code && code == x->app_code &&
         crpc_context_add_field(x, CRPCI_MESSAGE_APP_FIELD, "1"))
-        crpci_heap_log(s->heap, CRPC_LOG_WARN, "out of memory: application error not marked");
+        crpci_heap_log(s->heap, CRPC_LOG_WARN,
+                       "server: out of memory: an application's error is sent unmarked");
     end.server = x->server;
     end.loop = x->loop;
     end.conn = x->conn;
@@ -21738,7 +21885,8 @@ CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int statu
     return end;
 }
 
-/* Queues the reply, locked; whoever sends next sends it. True: crpci_context_release is due. */
+/* Queues the reply; the caller or the driver sends it. Locked. The connection may have closed in
+ * the meantime: then the reply is dropped. True: crpci_context_release is due. */
 CRPCI_FN bool crpci_context_reply(const crpci_context_outcome *end)
 {
     crpci_conn *conn = end->conn;
@@ -21760,7 +21908,8 @@ CRPCI_FN bool crpci_context_reply(const crpci_context_outcome *end)
     return last;
 }
 
-/* Ends a request on any thread, without the lock. */
+/* Ends a request on any thread, without the lock. CRPC_EGONE: nobody gets the reply, because the
+ * connection is closed or the server has stopped. */
 CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
 {
     crpci_context_outcome end;
@@ -21781,6 +21930,9 @@ CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
 
 /* --- handlers --------------------------------------------------------------------------------- */
 
+/* Checks the deadline, runs the interceptors, decodes the request and runs its handler, without the
+ * lock. What an interceptor refuses is not decoded. Returns the status of the reply. After
+ * CRPC_EPENDING x may be gone: another thread may have finished it already. */
 CRPCI_FN int crpci_context_serve(crpc_context *x)
 {
     const crpc_server *s = x->server;
@@ -21789,7 +21941,7 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
     int err = CRPC_OK;
     if (CRPCI_UNLIKELY(x->origin.deadline_us != INT64_MAX) &&
         crpci_heap_rough_now(s->heap) >= x->origin.deadline_us)
-        return crpci_context_error(x, CRPC_ETIMEDOUT, "deadline passed before it was executed");
+        return crpci_context_error(x, CRPC_ETIMEDOUT, "deadline passed before the handler ran");
     if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPED)
         return CRPC_ELOGOFF;
     while (x->intercepted < s->options.interceptor_count && !err) {
@@ -21810,8 +21962,8 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
     return m->serve(x, x->request, x->response, x->method->handlers);
 }
 
-/* On the I/O thread, as a task of the loop: what the handler is to send goes under the lock that is
- * taken behind it. */
+/* Runs a request on the I/O thread, as a task of the loop. The reply is queued in the hold of the
+ * lock that follows user code anyway, and the driver sends it before it sleeps. */
 CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
 {
     crpci_context_outcome end;
@@ -21831,7 +21983,7 @@ CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
         crpci_context_release(end.server, l); /* the loop works for it: not the last reference */
 }
 
-/* On a worker loop is NULL. */
+/* Runs a request. A worker passes NULL as the loop, and holds no lock. */
 CRPCI_FN void crpci_context_task(crpc_loop *l, crpci_task *task)
 {
     crpc_context *x = CRPCI_CONTAINER(task, crpc_context, task);
@@ -21845,6 +21997,9 @@ CRPCI_FN void crpci_context_task(crpc_loop *l, crpci_task *task)
         crpci_context_complete(x, status);
 }
 
+/* Makes the context of a request. One chunk holds the context, request, response and, in most
+ * cases, the reply: one allocation a request. The deadline counts from the request's arrival. NULL:
+ * out of memory. Locked. */
 CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                          const crpci_service_method *method)
 {
@@ -21933,7 +22088,7 @@ CRPC_API int crpc_context_set_attachment(crpc_context *x, crpc_view bytes)
     crpci_chunk *chunk = x->chunk;
     if (n > INT32_MAX)
         return CRPC_EINVAL;
-    if (n && p >= in && p + n <= in + x->attachment_size) {
+    if (n && p >= in && p + n <= in + x->attachment_size) { /* the request's own: not copied */
         crpci_heap_chunk_ref(chunk);
     } else if (n) {
         chunk = crpci_heap_chunk(x->loop->heap, n);
@@ -21972,6 +22127,8 @@ CRPC_API int64_t crpc_context_remaining_us(const crpc_context *x)
                : x->origin.deadline_us - crpci_heap_now(x->server->heap);
 }
 
+/* Locks, because the connection may be closing. An address that was not to be had is asked for
+ * again; of a closed connection it stays empty. */
 CRPC_API const char *crpc_context_peer(crpc_context *x)
 {
     crpci_addr a;
@@ -21993,22 +22150,30 @@ CRPC_API const char *crpc_context_peer(crpc_context *x)
 /* >>impl-guard   requests that are limited, keep an order, or come again   */
 /* ======================================================================== */
 
+/* A request gets a crpci_guard if its method or client is limited, if it has an ordering key, or if
+ * it has a request id, under which it may arrive again. Intake calls crpci_guard_inspect, _limit
+ * and _start in this order with the loop locked; crpci_guard_ops do the rest without that lock, on
+ * the thread that uses the context. s->guard.lock protects quotas, clients, order and replay
+ * entries. It is held for bookkeeping only, never while a handler runs. */
+
 #define CRPCI_GUARD_CROWDED CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
 
-/* What is kept of a request that is limited, ordered, or may come again. Its context's memory. */
+/* The guard's part of one request. Intake fills one on its stack; a request that is let in has a
+ * copy in its context's memory. */
 typedef struct crpci_guard {
     crpc_context *context;
-    bool ordered;
+    bool ordered; /* `order` is in s->guard.order, or about to be */
     crpci_order_item order;
-    crpc_view id;              /* unset: it is not one that may come again */
-    crpci_replay_entry *entry; /* it is the first with that id */
-    bool repeats;              /* it has come before: answered with `reply`, if that was kept */
-    crpci_chunk *reply;
-    crpci_quota *quota; /* that it has entered */
-    int64_t since;
+    crpc_view id;              /* request id, in the request's bytes; empty: none */
+    crpci_replay_entry *entry; /* of the id, if this request is the one that executes; else NULL */
+    bool repeats;              /* another request with the id has executed; its answer serves */
+    crpci_chunk *reply;        /* that answer, a reference; NULL: it was not kept */
+    crpci_quota *quota; /* entered and still to be left; NULL: none */
+    int64_t since;      /* when the request arrived; set if it has a quota or a client */
 } crpci_guard;
 
-/* Has a request run. False: too many wait. Locked. */
+/* Hands a request to the workers, or makes it a task of its loop. False: worker_queue is full.
+ * Locked. From here on another thread may run the request and free its context. */
 CRPCI_COLD bool crpci_guard_dispatch(crpc_server *s, crpc_context *x)
 {
     if (s->worker_count)
@@ -22017,7 +22182,9 @@ CRPCI_COLD bool crpci_guard_dispatch(crpc_server *s, crpc_context *x)
     return true;
 }
 
-/* Has a request run, now or when its turn comes. Returns why not, or NULL. Locked. */
+/* Lets a request in: it runs now, or when its turn comes. Returns NULL, or the text with which to
+ * refuse it. `of` is copied. Locked. The turn is taken before the request is handed over: its
+ * handler may end at once on another thread, and would pass on a turn that it does not have. */
 CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
 {
     crpc_server *s = x->server;
@@ -22037,7 +22204,7 @@ CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
         err = crpci_order_open(&s->guard.order, s->heap, s->options.worker_queue);
     err = err ? err : crpci_order_enter(&s->guard.order, &g->order);
     if (!err && !crpci_guard_dispatch(s, x)) {
-        crpci_order_leave(&s->guard.order, &g->order); /* nobody can wait behind it yet */
+        crpci_order_leave(&s->guard.order, &g->order); /* still locked: none waits behind it */
         err = CRPC_ELIMIT;
     }
     crpci_thread_unlock(&s->guard.lock);
@@ -22046,13 +22213,14 @@ CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
                                         : CRPCI_GUARD_CROWDED;
 }
 
-/* Has a request run that was let in before. False: the server is closed. No lock is held. */
+/* Runs a request that was let in before and whose turn has come. False: the server has stopped. No
+ * lock is held. */
 CRPCI_COLD bool crpci_guard_resume(crpc_context *x)
 {
     crpc_server *s = x->server;
     bool ok;
     if (s->options.workers) {
-        crpci_thread_lock(&s->guard.lock); /* else the workers could go meanwhile */
+        crpci_thread_lock(&s->guard.lock); /* else crpci_lifecycle_dismantle could free them now */
         ok = !s->guard.over && crpci_worker_put(&s->workers, &x->task, true);
         crpci_thread_unlock(&s->guard.lock);
         return ok;
@@ -22065,6 +22233,7 @@ CRPCI_COLD bool crpci_guard_resume(crpc_context *x)
     return ok;
 }
 
+/* Gives up a request's turn. Returns the context of the next one with its key; NULL: none waits. */
 CRPCI_COLD crpc_context *crpci_guard_leave(crpc_server *s, crpci_guard *g)
 {
     crpci_order_item *next;
@@ -22075,7 +22244,9 @@ CRPCI_COLD crpc_context *crpci_guard_leave(crpc_server *s, crpci_guard *g)
     return next ? CRPCI_CONTAINER(next, crpci_guard, order)->context : NULL;
 }
 
-/* Gives the turn to who waits for it. */
+/* Passes the turn on to the next request with the key. If the server has stopped, all that wait get
+ * CRPC_ELOGOFF. Each gives up its turn before it is completed, so that its own end does not pass
+ * the turn on again: the queue is emptied by this loop, not by recursion. */
 CRPCI_COLD void crpci_guard_pass(crpc_server *s, crpci_guard *g)
 {
     crpc_context *x = crpci_guard_leave(s, g);
@@ -22086,7 +22257,8 @@ CRPCI_COLD void crpci_guard_pass(crpc_server *s, crpci_guard *g)
     }
 }
 
-/* The status of a request that executed before. A reply's fields are encoded for one protocol. */
+/* Returns the status of a repeated request: that of the kept reply. A reply is kept in the encoding
+ * of one protocol; for a connection with another one it counts as not kept. */
 CRPCI_COLD int crpci_guard_status(crpc_context *x)
 {
     crpci_guard *g = x->guard;
@@ -22101,10 +22273,14 @@ CRPCI_COLD int crpci_guard_status(crpc_context *x)
     }
     crpci_heap_chunk_unref(g->reply);
     g->reply = NULL;
-    return crpci_context_error(x, CRPC_EINTERNAL, "executed before, but its reply was not kept");
+    return crpci_context_error(x, CRPC_EINTERNAL,
+                               "the request was executed before, but its reply was not kept");
 }
 
-/* Runs the handler of a request, unless it has come before. After CRPC_EPENDING x may be gone. */
+/* Runs the handler of a request, unless its id has come before. Then either the first request is
+ * still executing, and its crpci_guard_end will complete x (CRPC_EPENDING: x may be gone), or it
+ * has ended, and x is answered with the kept reply. If no entry is free the handler runs and is not
+ * remembered: a repetition would then execute again, which `unremembered` in the stats tells. */
 CRPCI_COLD int crpci_guard_serve(crpc_context *x)
 {
     crpc_server *s = x->server;
@@ -22134,7 +22310,7 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
     return x->method->method->serve(x, x->request, x->response, x->method->handlers);
 }
 
-/* Copies what the reply of a request consists of. NULL: out of memory. */
+/* Copies the parts of a reply, for requests with the same id. NULL: out of memory. */
 CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_message *m)
 {
     crpc_view part[4];
@@ -22145,7 +22321,8 @@ CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_message *m
     return crpci_replay_copy(x->server->heap, x->conn->protocol, m->status, part);
 }
 
-/* `served`: 1: well, 0: not, -1: it says nothing of the server. */
+/* Leaves the quota, if one was entered. `served`: 1: the handler gave an answer, an application's
+ * error included; 0: it failed; -1: the latency is no measure of the handler. */
 CRPCI_COLD void crpci_guard_quit(crpc_server *s, crpci_guard *g, int served)
 {
     int64_t now = g->quota ? crpci_heap_now(s->heap) : 0;
@@ -22157,8 +22334,9 @@ CRPCI_COLD void crpci_guard_quit(crpc_server *s, crpci_guard *g, int served)
     g->quota = NULL;
 }
 
-/* At the end of a guarded request: its reply is kept, and goes to those who wait for the same; the
- * turn goes on. `m` is its reply, or NULL. No lock is held. */
+/* Ends the guard's part of a request: leaves the quota, keeps the reply `m` (NULL: there is none)
+ * and completes the requests with the same id that wait for it, then passes the turn on. The turn
+ * goes last: the next request of the key must find what this one has left. No lock is held. */
 CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_message *m, int served)
 {
     crpc_server *s = x->server;
@@ -22189,7 +22367,8 @@ CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_message *m, int ser
         crpci_guard_pass(s, g);
 }
 
-/* crpci_context_encode, of a guarded request. */
+/* Builds the reply of a request with a guard: the kept one for a repeated request, else a new one.
+ * The attachment of a kept reply is sent from its chunk, which the frame therefore holds. */
 CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
 {
     crpci_chunk *reply = x->guard->repeats ? x->guard->reply : NULL;
@@ -22215,7 +22394,8 @@ static const crpci_context_guard crpci_guard_ops = {crpci_guard_serve, crpci_gua
 
 /* --- admission -------------------------------------------------------------------------------- */
 
-/* What a request's fields say about its order and about coming again. False: it was refused. */
+/* Reads ordering key and request id from the fields of a request. With the option `ordered`
+ * requests without a key keep the order of their connection. False: the request was refused. */
 CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                     crpci_guard *g)
 {
@@ -22235,11 +22415,12 @@ CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpc
         !conn->protocol->field(m->fields, CRPCI_MESSAGE_ID_FIELD, &g->id) ||
         crpc_view_size(g->id) <= CRPCI_REPLAY_ID_MAX)
         return true;
-    crpci_context_refuse(conn, m, CRPC_EREQUEST, "crpc-rid is over 64 bytes");
+    crpci_context_refuse(conn, m, CRPC_EREQUEST, "the request id (crpc-rid) is over 64 bytes");
     return false;
 }
 
-/* Whether a request is within the limits of its client and its method. Returns why not, or NULL. */
+/* Charges a request to its client's rate and to its method's limits. Returns NULL, or the text with
+ * which it is to be refused; a token of the client is spent even if the method then refuses. */
 CRPCI_COLD const char *crpci_guard_limit(crpc_server *s, const crpci_conn *conn, crpci_quota *q,
                                          crpci_guard *g)
 {
@@ -22258,7 +22439,8 @@ CRPCI_COLD const char *crpci_guard_limit(crpc_server *s, const crpci_conn *conn,
     return why;
 }
 
-/* Finds out whose a new connection is. False: out of memory. */
+/* Counts a new connection for its client, which all connections from one host share. Locked. False:
+ * out of memory. */
 CRPCI_COLD bool crpci_guard_connect(crpc_server *s, crpci_conn *conn)
 {
     crpci_addr a;
@@ -22280,13 +22462,15 @@ CRPCI_COLD void crpci_guard_disconnect(crpc_server *s, crpci_conn *conn)
 
 /* --- opening ---------------------------------------------------------------------------------- */
 
+/* Whether a limit applies to a method. A limit without service and method applies to all. */
 CRPCI_COLD bool crpci_guard_limit_matches(const crpc_method_limit *l, const crpc_method *m,
                                           const crpc_service *service)
 {
     return (!l->service || l->service == service) && (!l->method || l->method == m);
 }
 
-/* Gives each method its quota; with NULL only counts those that have one. */
+/* Gives each method the quota of the first limit that applies to it, and returns how many methods
+ * have one. With `quotas` NULL only counts. */
 CRPCI_COLD size_t crpci_guard_share_quotas(crpc_server *s, crpci_quota *quotas)
 {
     const crpc_server_options *o = &s->options;
@@ -22311,7 +22495,7 @@ CRPCI_COLD size_t crpci_guard_share_quotas(crpc_server *s, crpci_quota *quotas)
     return n;
 }
 
-/* A limit that applies to no method is a mistake of the program. */
+/* CRPC_EINVAL: a limit applies to no method of the server, so the program cannot mean it. */
 CRPCI_COLD int crpci_guard_check_limit(const crpc_server *s, size_t index, crpc_error *error)
 {
     const crpc_method_limit *l = &s->options.method_limits[index];
@@ -22332,6 +22516,8 @@ CRPCI_COLD int crpci_guard_check_limit(const crpc_server *s, size_t index, crpc_
                             l->method ? l->method->name : "*");
 }
 
+/* Sets up the quotas of methods when the server starts, because services can be added until then.
+ * After a start that failed they are there already. */
 CRPCI_COLD int crpci_guard_start_limits(crpc_server *s, crpc_error *error)
 {
     size_t i;
@@ -22350,7 +22536,7 @@ CRPCI_COLD int crpci_guard_start_limits(crpc_server *s, crpc_error *error)
     return CRPC_OK;
 }
 
-/* What is needed from the start to remember requests and to know clients. */
+/* Allocates the tables of request ids and of clients, if the options ask for them. */
 CRPCI_COLD int crpci_guard_open(crpc_server *s)
 {
     const crpc_server_options *o = &s->options;
@@ -22363,7 +22549,7 @@ CRPCI_COLD int crpci_guard_open(crpc_server *s)
     return err;
 }
 
-/* The workers are about to stop: a request that is finished later has no next one run. */
+/* Called before the workers stop: from here on crpci_guard_resume hands nothing to them. */
 CRPCI_COLD void crpci_guard_stop(crpc_server *s)
 {
     crpci_thread_lock(&s->guard.lock);
@@ -22392,7 +22578,13 @@ CRPCI_COLD void crpci_guard_close(crpc_server *s)
 /* >>impl-intake   what a server's connections bring: taken in, or refused  */
 /* ======================================================================== */
 
-/* The method of a request. On failure it has been refused by name: NULL. */
+/* The events of a server's connections. The connection section calls them with the loop locked and
+ * without unlocking; no handler runs in here. Every request is either handed on with a context or
+ * answered with an error: a request without an answer would occupy its peer's slot for good. */
+
+/* Finds the method of a request. NULL: there is none, and the request has been refused. The names
+ * are remembered as those that the connection's next request is likely to have: the protocol then
+ * marks it `usual`, and no name is looked up. */
 CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_conn *conn,
                                                          const crpci_message *m)
 {
@@ -22400,8 +22592,8 @@ CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_c
     char text[CRPC_ERROR_TEXT_MAX];
     int err;
     if (CRPCI_LIKELY(m->usual))
-        return method; /* and in this shape there is nothing to refuse */
-    if (m->unsupported) { /* refused by name rather than answered wrongly */
+        return method; /* a usual request has only what crpc supports */
+    if (m->unsupported) { /* compression and the like: a wrong answer would be worse than none */
         crpci_context_refuse(conn, m, CRPC_EREQUEST, m->unsupported);
         return NULL;
     }
@@ -22421,7 +22613,8 @@ CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_c
     return method;
 }
 
-/* Takes a request in, or refuses it. */
+/* Lets a request in, or refuses it. The limits come before the context, so that an excess costs
+ * neither memory nor decoding. A refused request leaves the quota that it has entered. */
 CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                  const crpci_service_method *method)
 {
@@ -22453,6 +22646,7 @@ CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_m
         crpci_context_reject(x);
 }
 
+/* A request is complete. */
 CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
 {
     crpc_server *s = (crpc_server *)conn->owner;
@@ -22473,6 +22667,8 @@ CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
     crpci_context_throttle(conn);
 }
 
+/* A request's head announces a body over max_body. The connection skips the body; it is never
+ * buffered. */
 CRPCI_COLD void crpci_intake_on_oversize(crpci_conn *conn, const crpci_message *m, uint64_t body)
 {
     char text[128];
@@ -22483,6 +22679,7 @@ CRPCI_COLD void crpci_intake_on_oversize(crpci_conn *conn, const crpci_message *
     crpci_context_throttle(conn);
 }
 
+/* A reply has left: a connection that was paused for its unsent replies may be read again. */
 CRPCI_FN void crpci_intake_on_sent(crpci_conn *conn, crpci_out *o)
 {
     (void)o;
@@ -22490,6 +22687,7 @@ CRPCI_FN void crpci_intake_on_sent(crpci_conn *conn, crpci_out *o)
         crpci_context_throttle(conn);
 }
 
+/* The peer sends no more, but may still read: what it asked for is answered before closing. */
 CRPCI_FN void crpci_intake_on_eof(crpci_conn *conn)
 {
     conn->eof = true;
@@ -22497,6 +22695,7 @@ CRPCI_FN void crpci_intake_on_eof(crpci_conn *conn)
     crpci_context_close_if_done(conn);
 }
 
+/* Requests in service keep the closed connection's struct until they end. */
 CRPCI_FN void crpci_intake_on_closed(crpci_conn *conn)
 {
     crpc_server *s = (crpc_server *)conn->owner;
@@ -22505,12 +22704,15 @@ CRPCI_FN void crpci_intake_on_closed(crpci_conn *conn)
     __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
 }
 
+/* Only dialled connections open; a server's are accepted. */
 CRPCI_FN void crpci_intake_on_opened(crpci_conn *conn)
 {
     (void)conn;
 }
 
-/* Closes a connection that was idle for too long, or whose request comes too slowly. */
+/* Closes a connection that was idle for idle_timeout_ms, whose request has not arrived whole within
+ * frame_timeout_ms, or which ended its input and does not read its replies. A paused connection is
+ * not read, so its peer is not to blame for a partial request. */
 CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
 {
     const crpc_server *s = (const crpc_server *)conn->owner;
@@ -22540,6 +22742,7 @@ static const crpci_conn_events crpci_intake_events = {
     crpci_intake_on_opened, crpci_intake_on_message, crpci_intake_on_oversize, crpci_intake_on_sent,
     crpci_intake_on_eof,    crpci_intake_on_closed,  crpci_intake_on_timer};
 
+/* Closes the server's connections on a loop, which other servers and channels may share. Locked. */
 CRPCI_FN void crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
 {
     crpci_list *i, *next;
@@ -22551,8 +22754,9 @@ CRPCI_FN void crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
     }
 }
 
-/* Whether any of the server's connections on a loop still has output to send, or requests that have
- * come and were not read: closing would reset it. Locked. */
+/* Whether any of the server's connections on a loop has output to send, or input that was not read:
+ * TCP answers the closing of such a connection with a reset, which can destroy replies on their
+ * way. Locked. */
 CRPCI_FN bool crpci_intake_has_output(const crpc_server *s, crpc_loop *l)
 {
     crpci_list *i;
@@ -22568,18 +22772,23 @@ CRPCI_FN bool crpci_intake_has_output(const crpc_server *s, crpc_loop *l)
 /* >>impl-listener   sockets that accept, and who gets the new connections  */
 /* ======================================================================== */
 
+/* The sockets on which a server accepts. The server's own loop watches them, so one thread accepts;
+ * new connections go to the I/O threads' loops in turn, or stay on that loop. Two loops are never
+ * locked at a time, by any thread. Listeners are added before the start and closed together. */
+
 typedef struct crpci_listener {
-    crpci_list link;
+    crpci_list link; /* in server->listener.list, under the lock of the server's loop */
     crpc_server *server;
     crpci_watch watch;
-    crpci_timer masked; /* no descriptors left: pause accepting */
+    crpci_timer masked; /* armed while accepting pauses, for want of descriptors or memory */
     int fd;
-    bool given; /* by the program: a socket's file is not ours to remove */
-    char url[CRPC_ADDRESS_MAX + 8];
+    bool given; /* opened by the program, which also removes the file of a unix socket */
+    char url[CRPC_ADDRESS_MAX + 8]; /* with the port that the kernel chose for port 0 */
     crpci_addr addr;
 } crpci_listener;
 
-/* Hands a new connection to its loop. No loop is locked: two never are at a time. */
+/* Hands a new connection to its loop. Closes it if the server has max_connections or is stopping.
+ * Called without a lock by the thread that accepts. */
 CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
 {
     crpc_loop *l = s->loop;
@@ -22596,7 +22805,8 @@ CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
     crpci_loop_lock(l);
     crpci_thread_ref(&s->connections);
     if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
-        close(fd); /* whoever stops looks at the loop's connections after this */
+        close(fd); /* the state was set before this loop was locked to close its connections, so a
+                    * connection is either refused here or closed there */
         __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
     } else if (crpci_conn_new(l, fd, false, &crpci_intake_events, s, &conn)) {
         __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
@@ -22613,8 +22823,10 @@ CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
     crpci_loop_unlock(l);
 }
 
-/* Out of descriptors: one is kept in reserve to turn the caller away, and accepting pauses, else a
- * level-triggered listener would spin. */
+/* No descriptors or memory are left. The reserve descriptor is freed to accept one connection and
+ * close it, so that its peer learns of it at once. Then accepting pauses for 100 ms, because the
+ * level-triggered listener would otherwise wake the loop without end. Logs once a second.
+ * Locked. */
 CRPCI_COLD void crpci_listener_no_descriptors(crpci_listener *n)
 {
     crpc_server *s = n->server;
@@ -22631,11 +22843,12 @@ CRPCI_COLD void crpci_listener_no_descriptors(crpci_listener *n)
     crpci_loop_timer_set(s->loop, &n->masked, 100000);
     if (now - s->listener.emfile_logged > 1000000) {
         s->listener.emfile_logged = now;
-        crpci_heap_log(s->heap, CRPC_LOG_WARN, "%s: no file descriptors left, connections wait",
-                       n->url);
+        crpci_heap_log(s->heap, CRPC_LOG_WARN,
+                       "listener %s: no file descriptors left; it accepts again in 100 ms", n->url);
     }
 }
 
+/* Accepts again; if the poller refuses, tries again in another 100 ms. */
 CRPCI_FN void crpci_listener_unmask(crpc_loop *l, crpci_timer *t)
 {
     crpci_listener *n = CRPCI_CONTAINER(t, crpci_listener, masked);
@@ -22643,6 +22856,9 @@ CRPCI_FN void crpci_listener_unmask(crpc_loop *l, crpci_timer *t)
         crpci_loop_timer_set(l, t, 100000);
 }
 
+/* Accepts up to 16 connections; the level-triggered poller reports the rest in the next step, so a
+ * storm of connections cannot hold up those that exist. The loop is unlocked to hand them out; a
+ * reference keeps the server meanwhile. */
 CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned events)
 {
     crpci_listener *n = CRPCI_CONTAINER(w, crpci_listener, watch);
@@ -22670,6 +22886,7 @@ CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned ev
     crpci_context_drop_server(s);
 }
 
+/* Adds a socket that listens. On failure the caller still owns the descriptor. */
 CRPCI_COLD int crpci_listener_add(crpc_server *s, int fd, bool given)
 {
     crpci_listener *n = (crpci_listener *)crpci_heap_alloc(s->heap, sizeof *n);
@@ -22706,7 +22923,8 @@ CRPC_API int crpc_server_listen_fd(crpc_server *s, int fd)
     return crpci_listener_add(s, fd, true);
 }
 
-/* tcp://host:port, unix:///path or unix://@name */
+/* Finds the address of tcp://host:port, unix:///path or unix://@name (Linux's abstract names). May
+ * block to resolve a host name. */
 CRPCI_COLD int crpci_listener_address(crpc_server *s, const char *url, const crpci_url *u,
                                       crpci_addr *out, crpc_error *error)
 {
@@ -22780,7 +22998,8 @@ CRPC_API int crpc_server_address(crpc_server *s, size_t index, char *url, size_t
     return err;
 }
 
-/* Begins to accept. Locked. */
+/* Begins to accept on all listeners. The kernel has queued connections since they were added.
+ * Locked. */
 CRPCI_COLD int crpci_listener_start(crpc_server *s)
 {
     crpci_list *i;
@@ -22792,7 +23011,8 @@ CRPCI_COLD int crpci_listener_start(crpc_server *s)
     return err;
 }
 
-/* Locked. */
+/* Stops accepting and frees the listeners. Connections that the kernel has queued but nobody has
+ * accepted are reset. Locked. */
 CRPCI_COLD void crpci_listener_close_all(crpc_server *s)
 {
     while (!crpci_list_empty(&s->listener.list)) {
@@ -22811,15 +23031,22 @@ CRPCI_COLD void crpci_listener_close_all(crpc_server *s)
 /* >>impl-enrolment   the services of a server in a registry                */
 /* ======================================================================== */
 
+/* Registers the services of a server when it starts, and withdraws them when it stops. The
+ * directory backend registers again after a loss by itself; here is only decided what is
+ * registered, and how long crpc_server_start waits. Functions are called without the loop's
+ * lock. */
+
+/* One registered service. */
 typedef struct crpci_enrolment {
     crpc_server *server;
-    void *handle;
-    bool through;
+    void *handle; /* the backend's; NULL: withdrawn, or never registered */
+    bool through; /* the registry has confirmed it at least once */
 } crpci_enrolment;
 
 #if CRPCI_DIRECTORY
 
-/* A registration got through, or a try failed; any thread. */
+/* The registry has confirmed a registration, or an attempt at it failed: `text` says why. Called on
+ * any thread, ZooKeeper's among them, without a lock. */
 CRPCI_FN void crpci_enrolment_on_status(void *user, int status, const char *text)
 {
     crpci_enrolment *e = (crpci_enrolment *)user;
@@ -22837,8 +23064,9 @@ CRPCI_FN void crpci_enrolment_on_status(void *user, int status, const char *text
     crpci_loop_unlock(s->loop);
 }
 
-/* The address to register: as advertised, else the first TCP listener's; a host left open is filled
- * in by the registry with the address that reaches it. */
+/* Finds the address to register: what the option `advertise` says, with the first TCP listener's
+ * port if it names none, else the first TCP listener's address. A listener on all interfaces gives
+ * an empty host or 0.0.0.0: the backend puts in the local address that reaches the registry. */
 CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, crpc_error *error)
 {
     crpci_addr any = CRPC_INIT;
@@ -22882,7 +23110,8 @@ CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, c
     }
     if (!n)
         return crpci_status_set(error, CRPC_EINVAL,
-                                "registry: there is no tcp:// listener to register");
+                                "registry: there is no tcp:// listener to register; set listen or "
+                                "advertise");
     if (wild)
         snprintf(out, size, "%s:%u", n->addr.u.any.sa_family == AF_INET ? "0.0.0.0" : "", port);
     else
@@ -22890,6 +23119,8 @@ CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, c
     return CRPC_OK;
 }
 
+/* Joins the names of a service's methods with commas, for people who inspect the registry. What
+ * does not fit is cut off. */
 CRPCI_COLD void crpci_enrolment_method_names(const crpc_service *table, char *out, size_t size)
 {
     size_t used = 0, i;
@@ -22899,6 +23130,8 @@ CRPCI_COLD void crpci_enrolment_method_names(const crpc_service *table, char *ou
             (size_t)snprintf(out + used, size - used, "%s%s", i ? "," : "", table->methods[i].name);
 }
 
+/* Opens the registry and registers every service. Does not wait for the registry: a service is
+ * registered as soon as it can be reached. */
 CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
 {
     const size_t room = 1024; /* for the names of a service's methods */
@@ -22943,7 +23176,9 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
                : CRPC_OK;
 }
 
-/* The gate: waits until all services are registered. */
+/* Waits at most registry_timeout_ms until all services are registered. CRPC_EREGISTRY: they are
+ * not, and must_connect is set; otherwise the start goes on, and so do the registrations. Does not
+ * wait inside a callback of the loop, which could not be driven meanwhile. */
 CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
 {
     crpc_loop *l = s->loop;
@@ -22970,6 +23205,8 @@ CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
     return err;
 }
 
+/* Withdraws all services. The registry stays open until the server is dismantled, so that the
+ * withdrawals reach it. */
 CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
 {
     size_t i;
@@ -22986,19 +23223,25 @@ CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
 /* >>impl-lifecycle   opening a server, starting, draining, closing         */
 /* ======================================================================== */
 
-#define CRPCI_LIFECYCLE_TICK        10000 /* microseconds until draining is looked at again */
+/* Stopping goes in steps: the services leave the registry (LAME, lame_ms); listeners close and new
+ * requests are refused (STOPPING, at most drain_ms); connections close (STOPPED). A timer of the
+ * server's loop takes the steps, so crpc_server_stop does not wait. crpc_server_close waits for the
+ * last step and then takes the server apart. */
+
+#define CRPCI_LIFECYCLE_TICK        10000 /* microseconds between two checks of a drain */
 
 /* --- stopping --------------------------------------------------------------------------------- */
 
-/* From here on new requests are refused. Locked. */
+/* Begins STOPPING: no connection is accepted and no new request is let in. Locked. */
 CRPCI_FN void crpci_lifecycle_drain(crpc_server *s)
 {
     crpci_thread_store(&s->state, CRPCI_SERVER_STOPPING);
     crpci_listener_close_all(s);
 }
 
-/* Looks whether the last request is answered; closes when it is, or when time is up. Called with
- * the server's loop locked; the others are locked one after another without it. */
+/* Ends LAME; then closes the connections when all is answered and sent, or when drain.until has
+ * passed. Called with the server's loop locked, which it unlocks to lock the I/O threads' loops one
+ * after another: two are never locked at a time. The reference keeps the server meanwhile. */
 CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
 {
     crpc_server *s = CRPCI_CONTAINER(t, crpc_server, drain.timer);
@@ -23016,7 +23259,7 @@ CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
         busy = crpci_intake_has_output(s, s->io.loops[i]);
         crpci_loop_unlock(s->io.loops[i]);
     }
-    busy = busy || crpci_thread_load(&s->active) > 0; /* one that was let in at the last moment */
+    busy = busy || crpci_thread_load(&s->active) > 0; /* a request that came meanwhile */
     busy = busy && crpci_loop_now(l) < s->drain.until;
     for (i = 0; i < s->io.count && !busy; i++) {
         crpci_loop_lock(s->io.loops[i]);
@@ -23061,12 +23304,14 @@ CRPC_API void crpc_server_stop(crpc_server *s)
 #if CRPCI_DIRECTORY
     crpci_enrolment_withdraw(s);
 #endif
-    crpci_loop_lock(l); /* not before: another thread may close the server when it is drained */
+    /* The timer is set last: once it has fired, another thread may free the server. */
+    crpci_loop_lock(l);
     crpci_loop_timer_at(l, &s->drain.timer, lame_until);
     crpci_loop_unlock(l);
 }
 
-/* Waits for the end of stopping, driving the loop if nobody does. */
+/* Waits for STOPPED, and drives the loop if no other thread does. At most a second longer than the
+ * options allow: a clock that stands still must not keep the program from closing. */
 CRPCI_FN void crpci_lifecycle_await_stop(crpc_server *s)
 {
     crpc_loop *l = s->loop;
@@ -23083,7 +23328,8 @@ CRPCI_FN void crpci_lifecycle_await_stop(crpc_server *s)
 
 /* --- closing ---------------------------------------------------------------------------------- */
 
-/* Frees what is left when the last reference has gone. */
+/* Frees the struct when the last reference has gone: that of the program, or of a request that
+ * ended after the close. Any thread; no lock is held. */
 CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
 {
     crpci_heap *h = s->heap;
@@ -23101,6 +23347,8 @@ CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
     crpci_heap_unref(h);
 }
 
+/* Whether the calling thread is inside a callback of one of the server's loops, or is one of its
+ * workers: waiting for the server would then be waiting for itself. */
 CRPCI_FN bool crpci_lifecycle_in_callback(crpc_server *s)
 {
     bool in;
@@ -23120,7 +23368,10 @@ CRPCI_FN bool crpci_lifecycle_in_callback(crpc_server *s)
     return in;
 }
 
-/* What is left of closing when the server is stopped; in a callback of the loop at most. */
+/* Takes a stopped server apart. Runs without a lock, on the thread that closes or, if that was
+ * inside a callback, in a task of the loop. The registry is closed first: its callbacks lock the
+ * loop. The workers end before the I/O loops, to which they send their last replies. Requests that
+ * never finish keep their loop and the server's struct, which the last of them frees. */
 CRPCI_COLD void crpci_lifecycle_dismantle(crpc_server *s)
 {
     crpc_loop *l = s->loop;
@@ -23158,6 +23409,7 @@ CRPCI_COLD void crpci_lifecycle_dismantle(crpc_server *s)
     crpci_loop_release(l);
 }
 
+/* The rest of a close that was called inside a callback. */
 CRPCI_FN void crpci_lifecycle_close_task(crpc_loop *l, crpci_task *task)
 {
     crpci_loop_user_begin(l);
@@ -23172,7 +23424,7 @@ CRPC_API void crpc_server_close(crpc_server *s)
         return;
     CRPCI_HANDLE_CLOSE(s);
     started = crpci_thread_load(&s->state) != CRPCI_SERVER_NEW;
-    if (started && crpci_lifecycle_in_callback(s)) { /* which must not wait for itself */
+    if (started && crpci_lifecycle_in_callback(s)) { /* must not wait: close_task goes on */
         crpc_loop *l = s->loop;
         crpci_loop_lock(l);
         s->drain.close_later = true;
@@ -23189,9 +23441,9 @@ CRPC_API void crpc_server_close(crpc_server *s)
     crpci_lifecycle_dismantle(s);
 }
 
-/* --- opening and starting -----------------------------------------------------------------------
- */
+/* --- opening and starting --------------------------------------------------------------------- */
 
+/* Copies a text option; NULL stays NULL. False: out of memory. */
 CRPCI_COLD bool crpci_lifecycle_copy(crpci_heap *h, char **to, const char *from)
 {
     if (from)
@@ -23199,6 +23451,8 @@ CRPCI_COLD bool crpci_lifecycle_copy(crpci_heap *h, char **to, const char *from)
     return !from || *to;
 }
 
+/* The options of a server: what 0 and -1 stand for, the largest value; the least is 1. The same
+ * rows serve defaults, checks and crpc_server_options_parse. */
 #define CRPCI_LIFECYCLE_ROW(member, name, flags, zero, none, most)                                 \
     CRPCI_OPTION_ROW(crpc_server_options, member, name, NULL, flags, zero, none, 1, most)
 #define CRPCI_LIFECYCLE_NUMBER(member, zero, none, most)                                           \
@@ -23253,6 +23507,7 @@ CRPC_API int crpc_server_options_parse(char *text, crpc_server_options *options,
     return crpci_options_lines(to, 2, text, error);
 }
 
+/* Checks options before anything is allocated, so that a wrong one costs nothing to undo. */
 CRPCI_COLD int crpci_lifecycle_check(const crpc_server_options *o, crpc_error *error)
 {
     int err = crpci_options_check(&crpci_lifecycle_options, o, error);
@@ -23262,7 +23517,8 @@ CRPCI_COLD int crpci_lifecycle_check(const crpc_server_options *o, crpc_error *e
     return err ? err : crpci_options_check(&crpci_drive_options, &o->loops, error);
 }
 
-/* Takes over checked options and gives them their final values. */
+/* Takes over checked options and gives them their final values. The default of max_concurrency is
+ * for each I/O thread; lame_ms has a default only where there is a registry to leave. */
 CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_options *in)
 {
     crpc_server_options *o = &s->options;
@@ -23359,6 +23615,8 @@ CRPC_API int crpc_server_add(crpc_server *s, const crpc_service *service, const 
     return err;
 }
 
+/* Starts I/O threads and workers. After a failure crpc_server_close stops those that run. The I/O
+ * loops use the hooks of the server's heap: one log and one allocator for the whole server. */
 CRPCI_COLD int crpci_lifecycle_start_threads(crpc_server *s, crpc_error *error)
 {
     size_t want = (size_t)s->options.io_threads;
@@ -23380,13 +23638,13 @@ CRPCI_COLD int crpci_lifecycle_start_threads(crpc_server *s, crpc_error *error)
             err = crpc_loop_start(s->io.loops[s->io.count++]);
     }
     if (err)
-        return crpci_status_set(error, err, "I/O thread %zu: %s", s->io.count,
+        return crpci_status_set(error, err, "I/O thread %zu: cannot be started: %s", s->io.count,
                                 crpc_status_text(err));
     if (s->options.workers) {
         err = crpci_worker_start(&s->workers, s->heap, (size_t)s->options.workers,
                                  s->options.worker_queue, (size_t)s->options.worker_stack);
         if (err)
-            return crpci_status_set(error, err, "workers: %s", crpc_status_text(err));
+            return crpci_status_set(error, err, "worker threads: %s", crpc_status_text(err));
         s->worker_count = (size_t)s->options.workers;
     }
     return CRPC_OK;
@@ -23399,7 +23657,7 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
     if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW || s->io.loops)
         return crpci_status_set(error, CRPC_EBUSY, "the server has been started already");
     if (crpci_list_empty(&s->listener.list))
-        return crpci_status_set(error, CRPC_EINVAL, "nothing to listen on: set options.listen");
+        return crpci_status_set(error, CRPC_EINVAL, "the server has no listener: set listen");
     err = CRPC_ENABLE_POLICY ? crpci_guard_start_limits(s, error) : CRPC_OK;
     err = err ? err : crpci_lifecycle_start_threads(s, error);
     if (err)
@@ -23409,7 +23667,7 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
     err = crpci_listener_start(s);
     crpci_loop_unlock(l);
     if (err)
-        return crpci_status_set(error, err, "listening: %s", crpc_status_text(err));
+        return crpci_status_set(error, err, "polling listeners: %s", crpc_status_text(err));
 #if CRPCI_DIRECTORY
     if (s->enrolment.url) {
         err = crpci_enrolment_start(s, error);
@@ -23418,7 +23676,7 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
 #endif
     if (err) {
         crpci_loop_lock(l);
-        s->options.lame_ms = 0; /* it is only to be closed */
+        s->options.lame_ms = 0; /* the program can only close it now, and need not wait */
         crpci_loop_unlock(l);
     }
     return err;

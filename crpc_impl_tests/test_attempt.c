@@ -1,13 +1,12 @@
-/* One try on one provider: its deadline, when another try is made, and that each call ends
- * once. */
+/* Attempts of a call: deadlines, retries on other providers; every call ends exactly once. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #define CT_TEST_SECONDS 180
 #include "crpc_test.h"
 #include "crpc_net.h"
 
-/* Calls something that does not answer, synchronously and by callback. Checks the status, that the
- * deadline was neither early nor forgotten, and how much was sent. */
+/* Calls a peer that does not answer, synchronously and by callback. Checks the status, how much was
+ * sent, and that the call ended at its deadline and not before. */
 static void check_deadline(const char *url, crpc_poller p, int ms, int code, int sent,
                            size_t attachment, const char *query)
 {
@@ -32,7 +31,7 @@ static void check_deadline(const char *url, crpc_poller p, int ms, int code, int
     if (code == CRPC_ETIMEDOUT)
         assert_true(took >= ms - 1);
     assert_true(took < ms + 5000);
-    memset(bytes, 'x', attachment); /* nobody may still read it: ASan would see the free below */
+    memset(bytes, 'x', attachment); /* ASan reports a read after the free below */
     free(bytes);
     crpc_call_reset(&call);
     crpc_channel_close(ch);
@@ -136,7 +135,7 @@ static void a_reply_that_is_cut_is_a_lost_connection(void **state)
     }
 }
 
-/* Part of the request is sent, with the caller's own bytes behind it. */
+/* The peer reads nothing, so part of the request stays unsent, the borrowed attachment included. */
 static void a_peer_that_reads_nothing_costs_the_deadline(void **state)
 {
     crpc_poller p;
@@ -237,7 +236,7 @@ static void retries_do_not_outlast_the_deadline(void **state)
         int64_t start;
         full_listeners_open(full, list, sizeof list);
         ch = net_channel(list, "?connect_timeout_ms=60&retries=10", p, NULL, NULL);
-        call.policy.timeout_ms = 150; /* the third attempt is not over */
+        call.policy.timeout_ms = 150; /* passes during the third attempt */
         start = ct_now_ms();
         assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_ETIMEDOUT);
         assert_true(ct_now_ms() - start >= 149);
@@ -303,7 +302,7 @@ static void many_deadlines_at_once(void **state)
     }
 }
 
-/* A call whose time is up before it begins is not sent at all. */
+/* A call whose deadline has passed before it begins is not sent. */
 static void a_passed_deadline_sends_nothing(void **state)
 {
     crpc_poller p;
@@ -359,7 +358,7 @@ static int succeed(const char *list, crpc_poller p, bool idempotent, int calls, 
     return good;
 }
 
-static void what_was_not_sent_is_tried_elsewhere(void **state)
+static void an_unsent_request_is_tried_elsewhere(void **state)
 {
     crpc_poller p;
     (void)state;
@@ -377,8 +376,8 @@ static void what_was_not_sent_is_tried_elsewhere(void **state)
     }
 }
 
-/* ELOGOFF says that the request was not executed. */
-static void what_was_refused_unexecuted_is_tried_elsewhere(void **state)
+/* A server that answers ELOGOFF has not executed the request. */
+static void a_refused_request_is_tried_elsewhere(void **state)
 {
     crpc_poller p;
     (void)state;
@@ -424,7 +423,7 @@ static void a_lost_request_is_tried_elsewhere_only_if_it_may_run_twice(void **st
     }
 }
 
-static void what_was_not_answered_is_not_tried_elsewhere(void **state)
+static void an_unanswered_request_is_not_tried_elsewhere(void **state)
 {
     crpc_poller p;
     (void)state;
@@ -454,7 +453,7 @@ static void what_was_not_answered_is_not_tried_elsewhere(void **state)
     }
 }
 
-static void when_all_say_logoff_the_error_is_theirs(void **state)
+static void when_all_servers_are_stopping_the_error_is_elogoff(void **state)
 {
     crpc_poller p;
     (void)state;
@@ -542,7 +541,7 @@ static bool peer_faulty(peer *p, int fd, int number)
         case 2: /* late */
             wire_reply(&later, m.id, m.n + 1);
             break;
-        case 3: /* forged, wrong whoever takes it */
+        case 3: /* forged: the wrong answer for every call */
             wire_reply(&w, m.id - (INT64_C(1) << 32), -666);
             wire_reply(&w, m.id ^ (INT64_C(1) << 62), -666);
             wire_reply(&w, m.id, m.n + 1);
@@ -812,7 +811,7 @@ static bool peer_dies(peer *p, int fd, int number)
 }
 
 /* The provider that may have executed a request with an id is gone: no other provider gets it. */
-static void a_named_request_goes_nowhere_else(void **state)
+static void a_request_with_an_id_goes_to_no_other_provider(void **state)
 {
     fleet_form form;
     (void)state;
@@ -947,7 +946,7 @@ static void named_close(fleet *f, peer *p)
 }
 
 /* A request with an id goes to its provider again, with that id, when the connection was lost. */
-static void a_named_request_is_sent_again_to_its_provider(void **state)
+static void a_request_with_an_id_is_sent_again_to_its_provider(void **state)
 {
     fleet_form form;
     (void)state;
@@ -967,7 +966,7 @@ static void a_named_request_is_sent_again_to_its_provider(void **state)
     }
 }
 
-static void the_calls_own_id_and_key_travel(void **state)
+static void a_calls_own_id_and_key_are_sent(void **state)
 {
     fleet_form form;
     (void)state;
@@ -1034,7 +1033,7 @@ static bool is_waiting(crpc_channel *ch)
     return waits;
 }
 
-/* How often the channel's only provider could not be reached. */
+/* Returns how often dialling the channel's only provider has failed. */
 static int failures_of(crpc_channel *ch)
 {
     int n;
@@ -1044,7 +1043,7 @@ static int failures_of(crpc_channel *ch)
     return n;
 }
 
-/* As a registry pushes it. */
+/* Gives the channel a list, as a registry does. */
 static void push_list(crpc_channel *ch, const char *address)
 {
     crpci_snapshot *list = crpci_directory_snapshot(ch->loop->heap, address ? 1 : 0);
@@ -1168,7 +1167,7 @@ static void an_error_tells_why_there_was_no_retry(void **state)
     crpc_channel_close(f.channel);
 }
 
-/* lb=hash without a key would go anywhere. A field of value 0 is not sent, and yet is a key. */
+/* lb=hash refuses a call without a key. A hash_field of value 0 is not encoded, but is a key. */
 static void consistent_hash_needs_a_key(void **state)
 {
     fleet_form form;
@@ -1183,7 +1182,7 @@ static void consistent_hash_needs_a_key(void **state)
         r = fleet_call(&f, form, false, 4, NULL);
         assert_int_equal(r.status, CRPC_EINVAL);
         assert_non_null(strstr(r.error.text,
-                               "lb=hash needs a key: set crpc_call.key, or hash_field"));
+                               "lb=hash needs a key: set crpc_call.key or hash_field"));
         assert_int_equal(fleet_calls(&f), 0);
         call.key = crpc_view_str("");
         assert_int_equal(fleet_call(&f, form, false, 4, &call).status, CRPC_OK);
@@ -1216,21 +1215,21 @@ int main(void)
         CT_TEST(each_provider_is_tried_once),
         CT_TEST(many_deadlines_at_once),
         CT_TEST(a_passed_deadline_sends_nothing),
-        CT_TEST(what_was_not_sent_is_tried_elsewhere),
-        CT_TEST(what_was_refused_unexecuted_is_tried_elsewhere),
+        CT_TEST(an_unsent_request_is_tried_elsewhere),
+        CT_TEST(a_refused_request_is_tried_elsewhere),
         CT_TEST(a_lost_request_is_tried_elsewhere_only_if_it_may_run_twice),
-        CT_TEST(what_was_not_answered_is_not_tried_elsewhere),
-        CT_TEST(when_all_say_logoff_the_error_is_theirs),
+        CT_TEST(an_unanswered_request_is_not_tried_elsewhere),
+        CT_TEST(when_all_servers_are_stopping_the_error_is_elogoff),
         CT_TEST(a_lost_reply_is_executed_once),
         CT_TEST(every_call_ends_once_whatever_the_peer_does),
         CT_TEST(threads_share_a_loop_through_faults),
         CT_TEST(failfast_tries_once),
         CT_TEST(failover_finds_the_provider_that_is_left),
-        CT_TEST(a_named_request_goes_nowhere_else),
+        CT_TEST(a_request_with_an_id_goes_to_no_other_provider),
         CT_TEST(a_cancelled_call_is_not_a_slow_one),
         CT_TEST(a_dead_fleet_is_not_stormed),
-        CT_TEST(a_named_request_is_sent_again_to_its_provider),
-        CT_TEST(the_calls_own_id_and_key_travel),
+        CT_TEST(a_request_with_an_id_is_sent_again_to_its_provider),
+        CT_TEST(a_calls_own_id_and_key_are_sent),
         CT_TEST(every_call_has_an_id_of_its_own),
         CT_TEST(a_request_without_an_id_is_not_sent_again),
     };

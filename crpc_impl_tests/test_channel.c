@@ -405,7 +405,7 @@ static const crpc_client_interceptor chain[] = {{client_before, client_after, in
                                                 {client_before, client_after, interceptor_stop},
                                                 {client_before, client_after, interceptor_c}};
 
-/* With the first `count` of the chain; the fifth ends every call. */
+/* Opens a channel with the first `count` interceptors of the chain; the fifth ends every call. */
 static void open_intercepted(net *n, size_t count)
 {
     memset(n, 0, sizeof *n);
@@ -442,7 +442,7 @@ static void interceptors_change_the_request(void **state)
     assert_true(crpc_view_equal(value, "from b"));
     crpc_call_reset(&call);
     assert_false(crpc_call_field(&call, "b", &value));
-    assert_int_equal(crpc_call_add_field(&call, "x", "y"), CRPC_EINVAL); /* outside of them */
+    assert_int_equal(crpc_call_add_field(&call, "x", "y"), CRPC_EINVAL); /* not in an interceptor */
     net_close(&n);
 }
 
@@ -567,7 +567,7 @@ static void without_threads_a_callback_needs_a_driver(void **state)
     peer_close(&adds);
 }
 
-/* Answers everything with an empty message. */
+/* A peer that answers every request with an empty message. */
 static bool peer_answers(peer *p, int fd, int number)
 {
     wire_message m;
@@ -651,7 +651,7 @@ static int client_scenario(const crpc_hooks *hooks, void *user)
     return status == CRPC_ECONN ? CRPC_ENOMEM : status;
 }
 
-/* The peer is a process of its own: its descriptors are not to be counted. */
+/* The peer is a separate process, so that its descriptors are not counted here. */
 static void clients_survive_being_out_of_memory(void **state)
 {
     peer answers;
@@ -707,7 +707,7 @@ static void call_with_rubbish(void)
     _exit(dyn_Echo_Add(ch, &in, &out, &call));
 }
 
-static void debug_builds_tell_misuse(void **state)
+static void debug_builds_report_misuse(void **state)
 {
     static const struct {
         void (*fn)(void);
@@ -730,7 +730,7 @@ static void debug_builds_tell_misuse(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(debug_builds_tell_misuse),
+        CT_TEST(debug_builds_report_misuse),
         CT_TEST(a_synchronous_call_tells_how_it_went),
         CT_TEST(a_call_needs_no_call_struct),
         CT_TEST(a_callback_runs_once_on_another_thread),

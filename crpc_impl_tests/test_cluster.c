@@ -209,7 +209,7 @@ static void failback_goes_on_in_the_background(void **state)
     (void)state;
     failback_fleet_open(&f, &dropped);
     assert_int_equal(fleet_call(&f, FORM_SYNC, false, 40, NULL).status, CRPC_OK);
-    assert_true(CT_WAIT(net_calls(&f.peers[0].service) >= 2, NET_PATIENCE)); /* and again */
+    assert_true(CT_WAIT(net_calls(&f.peers[0].service) >= 2, NET_PATIENCE)); /* a retry */
     fleet_mood_set(&f.peers[0], FLEET_WELL);
     assert_true(CT_WAIT(fleet_pending(&f) == 0, NET_PATIENCE));
     assert_int_equal(f.peers[0].service.order[net_calls(&f.peers[0].service) - 1], 40);
@@ -277,7 +277,7 @@ static void a_backup_request_is_sent_for_idempotent_calls(void **state)
     }
 }
 
-static void no_backup_request_is_sent_for_what_may_not_run_twice(void **state)
+static void no_backup_request_is_sent_for_calls_that_are_not_idempotent(void **state)
 {
     fleet_form form;
     (void)state;
@@ -296,8 +296,8 @@ static void no_backup_request_is_sent_for_what_may_not_run_twice(void **state)
     }
 }
 
-/* When the first attempt fails while the backup request is under way, the call waits for the
- * latter's reply. */
+/* When the first attempt fails while the backup request is under way, the call waits for the backup
+ * request's reply. */
 static void a_backup_request_outlives_the_first_attempt(void **state)
 {
     fleet f;
@@ -595,7 +595,7 @@ static void a_canned_response_stands_in_for_a_failed_call(void **state)
 }
 
 /* A reply, or the service's own error, is what the caller gets. */
-static void nothing_stands_in_for_an_answer(void **state)
+static void an_answer_is_not_replaced_by_a_fallback(void **state)
 {
     fleet_form form;
     (void)state;
@@ -639,7 +639,7 @@ int main(void)
         CT_TEST(failback_gives_up_after_its_retries),
         CT_TEST(failback_is_bounded),
         CT_TEST(a_backup_request_is_sent_for_idempotent_calls),
-        CT_TEST(no_backup_request_is_sent_for_what_may_not_run_twice),
+        CT_TEST(no_backup_request_is_sent_for_calls_that_are_not_idempotent),
         CT_TEST(a_backup_request_outlives_the_first_attempt),
         CT_TEST(a_one_way_call_is_not_sent_again),
         CT_TEST(a_degraded_method_is_never_called),
@@ -652,7 +652,7 @@ int main(void)
         CT_TEST(broadcast_without_memory_is_no_success),
         CT_TEST(a_function_stands_in_for_a_failed_call),
         CT_TEST(a_canned_response_stands_in_for_a_failed_call),
-        CT_TEST(nothing_stands_in_for_an_answer),
+        CT_TEST(an_answer_is_not_replaced_by_a_fallback),
         CT_TEST(a_degraded_method_gives_its_canned_response_unsent),
     };
     return CT_RUN(tests);

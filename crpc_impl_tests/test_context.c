@@ -1,4 +1,4 @@
-/* What a handler sees of a request, and the ways in which it is answered. */
+/* A handler's view of a request, and the ways in which it can answer. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -18,7 +18,7 @@ static void statuses_reach_the_caller(void **state)
         {30000, "", CRPC_EINTERNAL, 0, "the handler returned 30000, which is no crpc_status"},
         {-1, "", CRPC_EINTERNAL, 0, "the handler returned -1, which is no crpc_status"},
         {42, "", CRPC_EINTERNAL, 0,
-         "the handler returned 42, which is no crpc_status: an application's code is set by "
+         "the handler returned 42, which is no crpc_status; an application's code is set with "
          "crpc_context_fail (remote)"},
     };
     crpc_poller p;
@@ -62,7 +62,7 @@ static void applications_may_not_use_reserved_codes(void **state)
         strcpy(in.tag, "own words");
         for (code = -3; code < 5000; code += step) {
             bool reserved = (code >= 0 && code <= 199) || (code >= 1000 && code <= 3999);
-            step = code > 1010 ? 97 : code > 210 && code < 990 ? 77 : 1; /* all near the borders */
+            step = code > 1010 ? 97 : code > 210 && code < 990 ? 77 : 1; /* 1 near the borders */
             in.n = code;
             assert_int_equal(dyn_Echo_Fail(n.channel, &in, &out, &call),
                              reserved ? CRPC_EINTERNAL : CRPC_EAPP);
@@ -205,7 +205,7 @@ static void a_context_outlives_its_server(void **state)
         n.server_options.drain_ms = 30;
         net_open(&n, p, m);
         hold_of_a_peer_that_left(&n, 2);
-        x = net_take(&n.service); /* one ends before the server, one after it */
+        x = net_take(&n.service); /* finished before the server closes; the other one after it */
         y = net_take(&n.service);
         assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
         net_close(&n);
@@ -328,8 +328,8 @@ static void on_inner(void *user, int status, const dyn_Num *response, crpc_call 
     (void)crpc_context_finish(x, status);
 }
 
-/* n of the request says how: 1 on another loop, synchronously; 2 on the server's own loop, by
- * callback; 3 on its own loop, synchronously. */
+/* A handler that makes a call. The request's n says how: 1: synchronously, on another loop; 2: by
+ * callback, on the server's own loop; 3: synchronously, on the server's own loop. */
 static int calls_out(crpc_context *x, const dyn_Num *in, dyn_Num *out)
 {
     dyn_Num inner = net_num(5), got = dyn_Num_init_zero;
@@ -355,12 +355,12 @@ static int calls_out(crpc_context *x, const dyn_Num *in, dyn_Num *out)
     return status;
 }
 
-/* A server whose Add makes a call in turn, a service behind it, and a channel to the server. */
+/* A server whose handler of Add calls a second server, and a channel to the first. */
 typedef struct nested {
     net back;
     crpc_loop *loop;
     crpc_server *server;
-    crpc_channel *own; /* to the service behind, on the server's loop */
+    crpc_channel *own; /* to the second server, on the first one's loop */
     crpc_channel *channel;
 } nested;
 
@@ -432,7 +432,7 @@ static void a_nested_call_may_finish_the_request_later(void **state)
     }
 }
 
-/* On the loop's own thread it could never be answered. */
+/* A handler on the loop's own thread would wait for a reply that only this thread can receive. */
 static void a_nested_call_may_wait_on_a_worker_only(void **state)
 {
     crpc_poller p;

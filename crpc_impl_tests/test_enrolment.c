@@ -1,4 +1,4 @@
-/* How a server registers its services: under which address, and what it says when it cannot. */
+/* Registering a server's services: the address that is registered, and the errors. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -45,7 +45,7 @@ static void it_registers_the_address_it_listens_on(void **state)
     assert_true(port_behind(address, "[::1]") > 0);
 }
 
-/* The registry puts the address by which it is reached in the place of the open host. */
+/* An empty host is left to the registry, which puts in the local address that reaches it. */
 static void it_leaves_an_open_host_to_the_registry(void **state)
 {
     char address[CRPC_ADDRESS_MAX];
@@ -77,7 +77,8 @@ static void it_explains_an_address_that_cannot_be_registered(void **state)
     (void)state;
     assert_int_equal(address_of("unix:///tmp/crpc-test-enrolment", NULL, address, &error),
                      CRPC_EINVAL);
-    assert_string_equal(error.text, "registry: there is no tcp:// listener to register");
+    assert_string_equal(error.text, "registry: there is no tcp:// listener to register; set listen "
+                                    "or advertise");
     assert_int_equal(address_of("unix:///tmp/crpc-test-enrolment", "192.0.2.7", address, &error),
                      CRPC_EINVAL);
     assert_string_equal(error.text, "advertise \"192.0.2.7\": no port, and no tcp:// listener to "
@@ -99,7 +100,8 @@ static void it_lists_the_names_of_methods(void **state)
     assert_string_equal(cut, "Add,Get,P");
 }
 
-/* A server with this registry does not open, or else does not start: with this error. */
+/* Opens and starts a server with this registry. One of the two must fail, the start if `opens`;
+ * checks the code and part of the text. */
 static void check_refused(const char *registry, bool opens, int status, const char *says)
 {
     crpc_server_options o = options("tcp://127.0.0.1:0", NULL, registry);

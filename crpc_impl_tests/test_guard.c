@@ -1,4 +1,4 @@
-/* What keeps a request from being executed at once: limits, rates, repetition, order. */
+/* Requests that are not simply executed: concurrency limits, rates, repeated ids, ordering keys. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -12,7 +12,7 @@ static void send_request(int fd, const char *method, int64_t id, const char *bod
     assert_true(wire_flush(fd, &w));
 }
 
-/* Receives the reply to a request; its code. */
+/* Receives the reply to a request and returns its code. */
 static int64_t reply_code(int fd, int64_t id, char *text)
 {
     wire_message m;
@@ -26,7 +26,7 @@ static int64_t reply_code(int fd, int64_t id, char *text)
     return code;
 }
 
-#define GARBAGE "\xff\xff\xff", 3 /* is answered with EREQUEST when it is decoded */
+#define GARBAGE "\xff\xff\xff", 3 /* the decoder answers EREQUEST: the limits let it in */
 
 static int64_t ask_garbage(int fd, const char *method, char *text)
 {
@@ -96,7 +96,7 @@ static void requests_in_service_are_limited(void **state)
     }
 }
 
-static void a_limit_of_nothing_is_an_error(void **state)
+static void a_limit_that_applies_to_no_method_is_refused(void **state)
 {
     const crpc_method other = {"dyn.Other", "Add", NULL, NULL, 0, 0, NULL, 0, 0};
     crpc_method_limit limit = CRPC_INIT;
@@ -120,7 +120,7 @@ static void a_limit_of_nothing_is_an_error(void **state)
     crpc_server_close(s);
 }
 
-/* Sends `count` garbage requests; how many got as far as the decoder. */
+/* Sends `count` garbage requests; returns how many the limits let through to the decoder. */
 static int let_in(int fd, const char *method, int count, const char *says)
 {
     int in = 0, i;
@@ -155,7 +155,7 @@ static void methods_have_rates(void **state)
         fd = wire_connect(n.url);
         assert_int_equal(let_in(fd, "Add", 5, says), 3);
         assert_int_equal(let_in(fd, "Fail", 3, says), 1);
-        assert_int_equal(let_in(fd, "Pass", 3, says), 1); /* each method its own */
+        assert_int_equal(let_in(fd, "Pass", 3, says), 1); /* each method has its own rate */
         net_time_add(500);
         assert_int_equal(let_in(fd, "Add", 3, says), 1);
         assert_int_equal(let_in(fd, "Fail", 3, says), 0);
@@ -206,7 +206,7 @@ static void clients_have_rates(void **state)
         close(a);
         close(b);
         assert_true(CT_WAIT(net_connections(n.server) == 1, NET_PATIENCE));
-        a = connect_from(n.url, "127.0.0.1"); /* its rate is remembered */
+        a = connect_from(n.url, "127.0.0.1"); /* the server remembers its rate */
         assert_int_equal(let_in(a, "Add", 2, says), 0);
         net_time_add(2000);
         assert_int_equal(let_in(a, "Add", 4, says), 2);
@@ -216,7 +216,7 @@ static void clients_have_rates(void **state)
     }
 }
 
-/* The limit begins at 40. It is halved when 200 samples were failures. */
+/* The adaptive limit begins at 40, and halves after 200 failed samples. */
 static void adaptive_limits_adapt(void **state)
 {
     static const crpc_method_limit limits[] = {{NULL, dyn_Echo_Defer_method, 0, 1, 0, 0}};
@@ -237,7 +237,7 @@ static void adaptive_limits_adapt(void **state)
         hold(&n, fd, 40, NULL);
         assert_int_equal(ask_garbage(fd, "Defer", text), CRPC_ELIMIT);
         assert_string_equal(text, "too many requests of the method are being served (adaptive)");
-        let_go(&n, fd, 40, CRPC_EINTERNAL); /* at one time: one sample */
+        let_go(&n, fd, 40, CRPC_EINTERNAL); /* together: they count as one sample */
         for (i = 0; i < 199; i++) {
             hold(&n, fd, 1, NULL);
             net_time_add(2);
@@ -272,7 +272,7 @@ static int64_t ask_again(int fd, const char *method, const char *rid, int64_t *n
     return code;
 }
 
-/* Waits until the server has seen that `count` requests had come before. */
+/* Waits until the server has counted `count` repeated requests. */
 static void wait_replayed(net *n, uint64_t count)
 {
     crpc_loop_stats stats;
@@ -297,7 +297,7 @@ static void a_repeated_request_is_executed_once(void **state)
         memset(&n, 0, sizeof n);
         n.server_options.replay_entries = 10;
         net_open(&n, p, m);
-        for (i = 0; i < 3; i++) { /* from whichever connection it comes */
+        for (i = 0; i < 3; i++) { /* on any connection */
             int64_t sum;
             fd[i] = wire_connect(n.url);
             assert_int_equal(ask_again(fd[i], "Add", "one", &sum), CRPC_OK);
@@ -359,7 +359,7 @@ static void let_go_of(net *n)
     assert_int_equal(crpc_context_finish(net_take(&n->service), CRPC_OK), CRPC_OK);
 }
 
-static void an_id_is_of_its_method(void **state)
+static void an_id_counts_within_its_method(void **state)
 {
     crpc_poller p;
     net_mode m;
@@ -384,7 +384,7 @@ static void an_id_is_of_its_method(void **state)
     }
 }
 
-static void a_failure_is_repeated_too(void **state)
+static void a_kept_failure_is_repeated_too(void **state)
 {
     crpc_poller p;
     net_mode m;
@@ -489,8 +489,8 @@ static void guarded_close(net *n, crpc_call *call)
     net_close(n);
 }
 
-/* A request that an interceptor refused was not executed, and nobody gets the reply to
- * another's. */
+/* A request that an interceptor refused was not executed: its id is free, and the refusal is not
+ * repeated to the next request with that id. */
 static void a_refused_request_is_not_remembered(void **state)
 {
     crpc_field fields[1] = {{"crpc-rid", "x"}};
@@ -542,7 +542,7 @@ static void an_id_has_64_bytes_at_most(void **state)
     id[65] = '\0';
     fields[0].value = id;
     assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_EREQUEST);
-    assert_non_null(strstr(call.error.text, "crpc-rid is over 64 bytes"));
+    assert_non_null(strstr(call.error.text, "the request id (crpc-rid) is over 64 bytes"));
     id[64] = '\0';
     assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
     assert_int_equal(dyn_Echo_Add(n.channel, &in, &out, &call), CRPC_OK);
@@ -550,7 +550,7 @@ static void an_id_has_64_bytes_at_most(void **state)
     guarded_close(&n, &call);
 }
 
-static void an_empty_id_is_none(void **state)
+static void an_empty_id_counts_as_no_id(void **state)
 {
     crpc_field fields[1] = {{"crpc-rid", ""}};
     dyn_Num in = net_num(1), out = dyn_Num_init_zero;
@@ -582,7 +582,7 @@ static void the_oldest_reply_is_forgotten_first(void **state)
     (void)state;
     assert_int_equal(ask_again(fd, "Add", "1", NULL), CRPC_OK);
     assert_int_equal(ask_again(fd, "Add", "2", NULL), CRPC_OK);
-    assert_int_equal(ask_again(fd, "Add", "3", NULL), CRPC_OK); /* the first goes */
+    assert_int_equal(ask_again(fd, "Add", "3", NULL), CRPC_OK); /* the oldest entry is evicted */
     assert_int_equal(ask_again(fd, "Add", "3", NULL), CRPC_OK);
     assert_int_equal(ask_again(fd, "Add", "2", NULL), CRPC_OK);
     assert_int_equal(net_calls(&n.service), 3);
@@ -608,7 +608,7 @@ static void a_reply_is_forgotten_after_replay_ms(void **state)
     net_close(&n);
 }
 
-/* Entries of requests that still run cannot be given to others. */
+/* While requests run their entries cannot be evicted. */
 static void a_request_without_a_free_entry_is_run_unremembered(void **state)
 {
     crpc_loop_stats stats;
@@ -647,7 +647,8 @@ static void a_reply_too_large_to_keep(void **state)
     in.data = crpc_view_of(bytes, 20000);
     assert_int_equal(dyn_Echo_Pass(n.channel, &in, &out, &call), CRPC_OK);
     assert_int_equal(dyn_Echo_Pass(n.channel, &in, &out, &call), CRPC_EINTERNAL);
-    assert_non_null(strstr(call.error.text, "executed before, but its reply was not kept"));
+    assert_non_null(strstr(call.error.text,
+                           "the request was executed before, but its reply was not kept"));
     assert_int_equal(net_calls(&n.service), 1);
     crpc_call_reset(&call);
     net_close(&n);
@@ -664,7 +665,7 @@ static void send_keyed(int fd, int n, const char *key)
     send_request(fd, "Defer", n, body, 2, key ? fields : NULL);
 }
 
-/* Finishes the held request that came with n; false: there is none. */
+/* Finishes the held request that came with this number; false: it is not held. */
 static bool finish_keyed(net *n, int number)
 {
     net_service *s = &n->service;
@@ -909,19 +910,19 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(requests_in_service_are_limited),
-        CT_TEST(a_limit_of_nothing_is_an_error),
+        CT_TEST(a_limit_that_applies_to_no_method_is_refused),
         CT_TEST(methods_have_rates),
         CT_TEST(clients_have_rates),
         CT_TEST(adaptive_limits_adapt),
         CT_TEST(a_repeated_request_is_executed_once),
         CT_TEST(a_request_repeated_while_it_runs_waits_for_its_reply),
-        CT_TEST(an_id_is_of_its_method),
-        CT_TEST(a_failure_is_repeated_too),
+        CT_TEST(an_id_counts_within_its_method),
+        CT_TEST(a_kept_failure_is_repeated_too),
         CT_TEST(a_repeated_reply_is_complete),
         CT_TEST(a_refused_request_is_not_remembered),
         CT_TEST(an_undecodable_request_is_not_remembered),
         CT_TEST(an_id_has_64_bytes_at_most),
-        CT_TEST(an_empty_id_is_none),
+        CT_TEST(an_empty_id_counts_as_no_id),
         CT_TEST(the_oldest_reply_is_forgotten_first),
         CT_TEST(a_reply_is_forgotten_after_replay_ms),
         CT_TEST(a_request_without_a_free_entry_is_run_unremembered),

@@ -1,4 +1,4 @@
-/* From a request on a connection to its handler: names, what is refused, interceptors, workers. */
+/* From a request on a connection to its handler: names, refusals, interceptors, workers. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #define CT_TEST_SECONDS 120
@@ -73,7 +73,7 @@ static void missing_handlers_are_missing_methods(void **state)
     crpc_server_close(s);
 }
 
-static void what_is_not_supported_is_refused_by_name(void **state)
+static void unsupported_requests_are_refused_with_the_reason(void **state)
 {
     crpc_poller p;
     (void)state;
@@ -288,7 +288,7 @@ static void workers_run_handlers_beside_each_other(void **state)
     }
 }
 
-static void a_full_worker_queue_is_said(void **state)
+static void a_full_worker_queue_refuses_requests(void **state)
 {
     crpc_poller p;
     (void)state;
@@ -319,7 +319,7 @@ static void a_full_worker_queue_is_said(void **state)
             wire_done(&m);
         }
         assert_int_equal(g.begun, 4);
-        gathering_call(&g, 1); /* there is room again */
+        gathering_call(&g, 1); /* the queue has room again */
         close(fd);
         gathering_close(&g);
     }
@@ -356,7 +356,7 @@ static void late_requests_are_answered_but_not_run(void **state)
         assert_int_equal(wire_receive(fd, &m), 1);
         assert_int_equal(m.id, 2);
         assert_int_equal(m.code, CRPC_ETIMEDOUT);
-        assert_string_equal(m.text, "deadline passed before it was executed");
+        assert_string_equal(m.text, "deadline passed before the handler ran");
         wire_done(&m);
         assert_int_equal(wire_receive(fd, &m), 1);
         assert_int_equal(m.code, 0);
@@ -379,7 +379,7 @@ static uint64_t receives_of(crpc_server *s)
 }
 
 /* The server has received half of a request when it begins to stop: the sender gets ELOGOFF. */
-static void a_request_that_was_coming_is_told(void **state)
+static void a_request_received_in_part_gets_elogoff(void **state)
 {
     net n;
     wire w = {NULL, 0, 0};
@@ -394,7 +394,7 @@ static void a_request_that_was_coming_is_told(void **state)
     assert_true(wire_send(fd, w.p, w.n / 2));
     assert_true(CT_WAIT(receives_of(n.server) > 0, NET_PATIENCE));
     crpc_server_stop(n.server);
-    ct_sleep_ms(100); /* some ticks of draining */
+    ct_sleep_ms(100); /* the server looks several times whether it is drained */
     assert_true(wire_send(fd, w.p + w.n / 2, w.n - w.n / 2));
     assert_int_equal(wire_receive(fd, &m), 1);
     assert_int_equal(m.code, CRPC_ELOGOFF);
@@ -539,13 +539,13 @@ int main(void)
     static const struct CMUnitTest tests[] = {
         CT_TEST(names_and_codes_are_brpcs),
         CT_TEST(missing_handlers_are_missing_methods),
-        CT_TEST(what_is_not_supported_is_refused_by_name),
+        CT_TEST(unsupported_requests_are_refused_with_the_reason),
         CT_TEST(an_attachment_lies_within_the_body),
         CT_TEST(server_interceptors_run_in_order),
         CT_TEST(workers_run_handlers_beside_each_other),
-        CT_TEST(a_full_worker_queue_is_said),
+        CT_TEST(a_full_worker_queue_refuses_requests),
         CT_TEST(late_requests_are_answered_but_not_run),
-        CT_TEST(a_request_that_was_coming_is_told),
+        CT_TEST(a_request_received_in_part_gets_elogoff),
         CT_TEST(idle_workers_do_not_fill_the_queue),
         CT_TEST(servers_survive_being_out_of_memory),
     };

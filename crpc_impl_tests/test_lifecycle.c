@@ -32,7 +32,7 @@ static void a_server_without_a_listener_does_not_start(void **state)
     o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
     assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
     assert_int_equal(crpc_server_start(s, &error), CRPC_EINVAL);
-    assert_string_equal(error.text, "nothing to listen on: set options.listen");
+    assert_string_equal(error.text, "the server has no listener: set listen");
     crpc_server_close(s);
 }
 
@@ -98,7 +98,7 @@ static void stopping_finishes_what_runs_and_refuses_the_rest(void **state)
         assert_int_equal(got.id, 1);
         assert_int_equal(got.code, 0);
         wire_done(&got);
-        assert_int_equal(wire_receive(fd, &got), 0); /* and then the end */
+        assert_int_equal(wire_receive(fd, &got), 0); /* end of stream */
         assert_int_equal(net_calls(&n.service), 1);
         close(fd);
         net_close(&n);
@@ -295,7 +295,7 @@ static void draining_is_bounded(void **state)
 
 /* The tests' own clock stands still when its server is closed with a request that is being served:
  * the server must see the end of it all the same. */
-static void closing_ends_though_the_clock_stood(void **state)
+static void closing_ends_while_the_clock_stands_still(void **state)
 {
     crpc_poller p;
     net_mode m;
@@ -449,9 +449,9 @@ static void never_after(void *user, crpc_context *x, int status)
     too_late++;
 }
 
-/* A request that is finished after its server was closed uses nothing that was lent to the
- * server. */
-static void nothing_lent_is_used_after_the_close(void **state)
+/* A request that is finished after its server was closed uses no memory that the server
+ * borrowed. */
+static void borrowed_memory_is_not_used_after_the_close(void **state)
 {
     crpc_server_interceptor *lent = (crpc_server_interceptor *)calloc(1, sizeof *lent);
     wire w = {NULL, 0, 0};
@@ -666,7 +666,7 @@ static void close_server_twice(void)
     crpc_server_close(s);
 }
 
-static void debug_builds_tell_a_second_close(void **state)
+static void debug_builds_report_a_second_close(void **state)
 {
     char text[300];
     (void)state;
@@ -694,7 +694,7 @@ static void wrong_options_are_refused(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(debug_builds_tell_a_second_close),
+        CT_TEST(debug_builds_report_a_second_close),
         CT_TEST(wrong_options_are_refused),
         CT_TEST(services_are_added_once),
         CT_TEST(a_server_without_a_listener_does_not_start),
@@ -704,11 +704,11 @@ int main(void)
         CT_TEST(run_serves_on_when_its_loop_was_stopped),
         CT_TEST(closing_waits_for_the_end_of_serving),
         CT_TEST(draining_is_bounded),
-        CT_TEST(closing_ends_though_the_clock_stood),
+        CT_TEST(closing_ends_while_the_clock_stands_still),
         CT_TEST(closing_with_handlers_that_block),
         CT_TEST(run_returns_when_stopped),
         CT_TEST(closing_in_every_state),
-        CT_TEST(nothing_lent_is_used_after_the_close),
+        CT_TEST(borrowed_memory_is_not_used_after_the_close),
         CT_TEST(a_handler_may_close_its_server),
         CT_TEST(a_callback_may_close_the_server),
         CT_TEST(closing_in_a_storm_of_connections),

@@ -4,7 +4,7 @@
 #include "crpc_test.h"
 #include "crpc_net.h"
 
-/* A socket bound to a free port of 127.0.0.1; `backlog` < 0: that does not listen. */
+/* Opens a socket on a free port of 127.0.0.1. `backlog` < 0: it is bound but does not listen. */
 static int bound_socket(int backlog)
 {
     struct sockaddr_in a;
@@ -96,7 +96,7 @@ static void a_socket_file_goes_with_its_server(void **state)
     ct_dir_remove(dir);
 }
 
-/* The error with which a server that is to listen on `url` does not open. */
+/* Opens a server on `url`, which must fail, and returns the error. */
 static int not_opened(const char *url, crpc_error *error)
 {
     crpc_server_options o = CRPC_INIT;
@@ -110,7 +110,7 @@ static int not_opened(const char *url, crpc_error *error)
     return status;
 }
 
-static void addresses_that_cannot_be_had_are_explained(void **state)
+static void addresses_that_are_not_available_are_explained(void **state)
 {
     crpc_server_options o = CRPC_INIT;
     crpc_server *s;
@@ -131,7 +131,7 @@ static void addresses_that_cannot_be_had_are_explained(void **state)
     assert_int_equal(not_opened("unix:///nonexistent/dir/socket", &error), CRPC_EADDRESS);
 }
 
-static void what_is_no_listeners_url_is_explained(void **state)
+static void a_url_that_no_listener_can_have_is_explained(void **state)
 {
     crpc_error error;
     (void)state;
@@ -165,7 +165,7 @@ static void a_socket_file_in_use_is_left_alone(void **state)
     ct_dir_remove(dir);
 }
 
-/* The file is one that a crashed program left behind. */
+/* A crashed program has left its socket file behind: no process listens on it. */
 static void a_stale_socket_file_is_replaced(void **state)
 {
     crpc_server_options o = CRPC_INIT;
@@ -360,8 +360,8 @@ int main(void)
         CT_TEST(several_listeners_of_a_server),
         CT_TEST(an_inherited_descriptor_must_listen),
         CT_TEST(a_socket_file_goes_with_its_server),
-        CT_TEST(addresses_that_cannot_be_had_are_explained),
-        CT_TEST(what_is_no_listeners_url_is_explained),
+        CT_TEST(addresses_that_are_not_available_are_explained),
+        CT_TEST(a_url_that_no_listener_can_have_is_explained),
         CT_TEST(a_socket_file_in_use_is_left_alone),
         CT_TEST(a_stale_socket_file_is_replaced),
         CT_TEST(connections_over_the_limit_are_closed),

@@ -6,7 +6,7 @@
 
 /* The channel is closed when part of a request has been sent: the error says that it may have been
  * executed. */
-static void closing_tells_what_was_sent(void **state)
+static void closing_reports_what_was_sent(void **state)
 {
     peer deaf;
     done_log d;
@@ -23,7 +23,7 @@ static void closing_tells_what_was_sent(void **state)
     do {
         ct_sleep_ms(1);
         crpc_loop_stats_get(crpc_channel_loop(ch), &stats);
-    } while (stats.sends < 2); /* the first has ended */
+    } while (stats.sends < 2); /* the second send shows that the first has ended */
     crpc_channel_close(ch);
     assert_int_equal(done_count(&d), 1);
     assert_int_equal(d.status, CRPC_ECANCELED);
@@ -351,7 +351,7 @@ static void a_name_stands_for_all_its_addresses(void **state)
     } cases[] = {
         {"tcp://many:80", 3, "10.0.0.2:80"},
         {"list://many:80,10.0.0.9:81", 4, "10.0.0.9:81"},
-        {"list://10.0.0.9:81,one:80,many:80", 4, "10.0.0.2:80"}, /* an address counts once */
+        {"list://10.0.0.9:81,one:80,many:80", 4, "10.0.0.2:80"}, /* each address counts once */
     };
     crpc_channel_options o = CRPC_INIT;
     size_t i;
@@ -383,8 +383,8 @@ static void wrong_policies_are_refused(void **state)
         {"forks=x", "forks=x: not a whole number"},
         {"fail_percent=101", "fail_percent=101: at most 100"},
         {"timeout_ms=99999999999", "timeout_ms=99999999999: at most 86400000"},
-        {"credential=hush", "credential: a secret: it belongs into the options or a configuration "
-                            "line, not into a URL"},
+        {"credential=hush", "credential: a secret must not stand in a URL: set it in the options "
+                            "or a configuration line"},
         {"group=g", "URL option group=g: not known for tcp://"},
         {"listen=x", "URL option listen=x: not known for tcp://"},
     };
@@ -410,7 +410,7 @@ static void wrong_policies_are_refused(void **state)
     o.methods = &method;
     o.method_count = 1;
     assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, &error), CRPC_EINVAL);
-    assert_string_equal(error.text, "methods[0] names no method");
+    assert_string_equal(error.text, "methods[0].method is NULL");
     method.method = dyn_Echo_Add_method;
     method.policy.retries = 17;
     assert_int_equal(crpc_channel_open(&ch, "tcp://127.0.0.1:9", &o, &error), CRPC_EINVAL);
@@ -425,7 +425,7 @@ static void wrong_policies_are_refused(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(closing_tells_what_was_sent),
+        CT_TEST(closing_reports_what_was_sent),
         CT_TEST(closing_cancels_every_form_once),
         CT_TEST(closing_inside_a_callback),
         CT_TEST(closing_inside_a_callback_cancels_the_rest),

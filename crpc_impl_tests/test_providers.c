@@ -1,5 +1,4 @@
-/* The providers of a channel: lists, weights, whose turn it is, which of many are used,
- * breakers. */
+/* The providers of a channel: lists, weights, balancing, subsets, warm-up, breakers. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"

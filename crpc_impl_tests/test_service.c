@@ -72,7 +72,7 @@ static void names_are_found_full_first_then_short(void **state)
     fixture_close(&f);
 }
 
-static void what_is_not_there_has_brpcs_codes(void **state)
+static void unknown_names_get_brpcs_codes(void **state)
 {
     static const struct {
         const char *service, *method;
@@ -99,7 +99,7 @@ static void what_is_not_there_has_brpcs_codes(void **state)
     fixture_close(&f);
 }
 
-/* Names come from the wire: neither terminated nor without zeros. */
+/* A name from the wire has no terminating zero, and may have zeros inside. */
 static void names_are_bytes(void **state)
 {
     fixture f;
@@ -171,7 +171,7 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(names_are_found_full_first_then_short),
-        CT_TEST(what_is_not_there_has_brpcs_codes),
+        CT_TEST(unknown_names_get_brpcs_codes),
         CT_TEST(names_are_bytes),
         CT_TEST(short_names_are_unique),
         CT_TEST(adding_survives_being_out_of_memory),
