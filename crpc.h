@@ -122,7 +122,7 @@
  *     >>impl-meta          what a message is about: brpc's RpcMeta
  *     >>impl-sock          addresses and sockets, without a loop
  *     >>impl-resolver      host names to numeric addresses; blocks the calling thread
- *     >>impl-transport     how bytes get through a connected socket
+ *     >>impl-transport     how a connection's bytes reach its socket
  *     >>impl-poller        waiting for many descriptors: epoll and poll behind one face
  *     >>impl-wake          a descriptor by which another thread ends the poller's wait
  *     >>impl-timer         hashed hierarchical timing wheel: O(1) to arm and cancel
@@ -135,7 +135,7 @@
  *     >>impl-balance       balancers: which provider of a list a call goes to
  *     >>impl-conn          one connection: reading and parsing, queueing and sending
  *     >>impl-baidu         brpc's protocol baidu_std: RpcMeta to messages and back
- *     >>impl-protocols     which protocols there are
+ *     >>impl-protocols     the table of wire protocols
  *     >>impl-names         provider URLs as Dubbo writes them, overrides; pure
  *     >>impl-cache         the last good lists of providers, in a file that survives crashes
  *     >>impl-directory     the live list of a service's providers, and who is told of it
@@ -3082,7 +3082,10 @@ CRPCI_FN void crpci_list_move(crpci_list *to, crpci_list *from)
 /* >>impl-url   URLs, their options, percent-encoding                        */
 /* ======================================================================== */
 
-#define CRPCI_URL_MAX 2048u
+/* Channels, servers and registries parse the URLs that programs and operators write with this
+ * section. It allocates one copy of the text and uses no lock, so any thread may call it. */
+
+#define CRPCI_URL_MAX 2048u /* bytes, the final zero included */
 
 /* scheme://authority/path?query, split in place in a copy on the heap. */
 typedef struct crpci_url {
@@ -3092,16 +3095,18 @@ typedef struct crpci_url {
     char *scheme;
     char *authority; /* "" if there is none */
     char *path;      /* without the leading slash, "" if there is none; unix: the whole path */
-    char *query;     /* what is left of it, see crpci_url_next */
+    char *query;     /* the part that crpci_url_next has not returned yet */
 } crpci_url;
 
+/* Also accepts a URL that has been freed already, or that failed to parse. */
 CRPCI_COLD void crpci_url_free(crpci_url *u)
 {
     crpci_heap_free(u->heap, u->text, u->size);
     u->text = NULL;
 }
 
-/* After a failure there is nothing to be freed. */
+/* Splits a copy of `text`. After a failure there is nothing to be freed. A unix:// URL has a path
+ * and no authority, so that "@name" and relative paths survive as they are. */
 CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, crpc_error *error)
 {
     size_t len = text ? strlen(text) : 0;
@@ -3144,6 +3149,7 @@ CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, cr
     return CRPC_OK;
 }
 
+/* The value of a hexadecimal digit; -1: not one. */
 CRPCI_FN int crpci_url_hex(char c)
 {
     return c >= '0' && c <= '9'   ? c - '0'
@@ -3152,7 +3158,8 @@ CRPCI_FN int crpci_url_hex(char c)
                                   : -1;
 }
 
-/* Decodes %XX and '+' in place; false if a %XX is malformed or stands for a zero byte. */
+/* Decodes %XX and '+' in place. Returns false if a %XX is malformed, or stands for a zero byte,
+ * which would cut the text short unnoticed. */
 CRPCI_FN bool crpci_url_decode(char *text)
 {
     char *out = text;
@@ -3173,8 +3180,9 @@ CRPCI_FN bool crpci_url_decode(char *text)
     return true;
 }
 
-/* Encodes as Java's URLEncoder does, which Dubbo names its nodes with. Returns the length that was
- * needed; what does not fit is cut. */
+/* Encodes as Java's URLEncoder does, because Dubbo's Java clients compare znode names byte by byte.
+ * Returns the length that the whole text needs; `out` holds as much of it as fits, always
+ * terminated. */
 CRPCI_FN size_t crpci_url_encode(char *out, size_t size, const char *text)
 {
     static const char digits[] = "0123456789ABCDEF";
@@ -3203,8 +3211,8 @@ CRPCI_FN size_t crpci_url_encode(char *out, size_t size, const char *text)
     return n;
 }
 
-/* Takes the next key=value from the query, decoded. CRPC_EPENDING at the end. A key that is given
- * twice is an error, as one of the two would be ignored. */
+/* Takes the next key=value from the query and decodes it in place. Returns CRPC_EPENDING at the
+ * end. A key that is given twice is an error, because one of the two values would be ignored. */
 CRPCI_FN int crpci_url_next(crpci_url *u, char **key, char **value, crpc_error *error)
 {
     const char *again;
@@ -3236,7 +3244,7 @@ CRPCI_FN int crpci_url_next(crpci_url *u, char **key, char **value, crpc_error *
     return CRPC_OK;
 }
 
-/* A whole decimal number between -1 and max. */
+/* Reads a whole decimal number from -1 to `max`; anything else returns false. */
 CRPCI_FN bool crpci_url_number(const char *text, int64_t max, int64_t *out)
 {
     char *end;
@@ -3253,28 +3261,31 @@ CRPCI_FN bool crpci_url_number(const char *text, int64_t max, int64_t *out)
 /* >>impl-options   tables of options: defaults, ranges, URL keys, key=value lines */
 /* ======================================================================== */
 
-/* Each options struct has one table, which stands in the section that opens the object. An option's
- * default, its limits and its key stand in its row and nowhere else in the code. */
+/* Each options struct has one table, in the section that opens the object. A row states an option's
+ * default, its limits and its URL key; nothing else in the code repeats them. The functions here
+ * read URLs and key=value lines into a struct, check it, and replace 0 and -1 by what they stand
+ * for. They run while an object is opened, on the opening thread, and need no lock. */
 
-#define CRPCI_OPTION_ANY INT32_C(-1) /* as `most`: whatever fits into the member */
+#define CRPCI_OPTION_ANY INT32_C(-1) /* as `most`: any value that fits into the member */
 
 enum {
-    CRPCI_OPTION_TEXT = 1,      /* a const char *, else a number */
-    CRPCI_OPTION_SECRET = 2,    /* never in a URL, never in an error's text */
-    CRPCI_OPTION_DIRECTORY = 4, /* in a URL only if that names a registry */
-    CRPCI_OPTION_BACKEND = 8,   /* in a URL only if its registry takes it */
-    CRPCI_OPTION_POLICY = 16    /* needs CRPC_ENABLE_POLICY */
+    CRPCI_OPTION_TEXT = 1,      /* the member is a const char *; without this flag, a number */
+    CRPCI_OPTION_SECRET = 2,    /* no URL may set it, no error text may show it */
+    CRPCI_OPTION_DIRECTORY = 4, /* only a URL that names a registry may set it */
+    CRPCI_OPTION_BACKEND = 8,   /* only a URL whose kind of registry knows it may set it */
+    CRPCI_OPTION_POLICY = 16    /* an error unless CRPC_ENABLE_POLICY is 1 */
 };
 
+/* One row: how users spell an option, where its member is, and which values it may have. */
 typedef struct crpci_option {
     const char *name;  /* as users spell it */
-    const char *words; /* NULL: a number; else words separated by commas, the first means 1 */
+    const char *words; /* NULL: a number; else names separated by commas, the first means 1 */
     uint16_t offset;   /* in the options struct */
-    uint8_t size;      /* of the member */
+    uint8_t size;      /* of the member: that of int or int64_t, or of a pointer */
     uint8_t flags;     /* CRPCI_OPTION_* */
-    int32_t zero;      /* what 0 means */
-    int32_t none;      /* what -1 means */
-    int32_t least;     /* of other values */
+    int32_t zero;      /* the value that 0 stands for: the default */
+    int32_t none;      /* the value that -1 stands for: "no limit", "never" */
+    int32_t least;     /* the smallest and largest value besides 0 and -1 */
     int32_t most;
 } crpci_option;
 
@@ -3288,6 +3299,7 @@ typedef struct crpci_options {
      zero, none,  least,                  most}
 #define CRPCI_OPTIONS_OF(rows) rows, sizeof(rows) / sizeof *(rows)
 
+/* Reads a number. Members are int or int64_t; memcpy keeps this legal for any struct. */
 CRPCI_COLD int64_t crpci_options_get(const crpci_option *o, const void *options)
 {
     const char *at = (const char *)options + o->offset;
@@ -3298,6 +3310,7 @@ CRPCI_COLD int64_t crpci_options_get(const crpci_option *o, const void *options)
     return o->size == sizeof wide ? wide : narrow;
 }
 
+/* Writes a number that has passed crpci_options_check_value. */
 CRPCI_COLD void crpci_options_put(const crpci_option *o, void *options, int64_t value)
 {
     char *at = (char *)options + o->offset;
@@ -3308,7 +3321,7 @@ CRPCI_COLD void crpci_options_put(const crpci_option *o, void *options, int64_t 
         memcpy(at, &narrow, sizeof narrow);
 }
 
-/* The most that an option can be. */
+/* The largest value that an option can have. */
 CRPCI_COLD int64_t crpci_options_most(const crpci_option *o)
 {
     if (o->most != CRPCI_OPTION_ANY)
@@ -3316,7 +3329,8 @@ CRPCI_COLD int64_t crpci_options_most(const crpci_option *o)
     return o->size == sizeof(int64_t) ? INT64_MAX : INT32_MAX;
 }
 
-/* Whether a value is in the option's range; else an error that names both. */
+/* Checks one value against the option's range. The error names the option, the value and the
+ * limit. */
 CRPCI_COLD int crpci_options_check_value(const crpci_option *o, int64_t value, crpc_error *error)
 {
     int64_t most = crpci_options_most(o);
@@ -3333,7 +3347,7 @@ CRPCI_COLD int crpci_options_check_value(const crpci_option *o, int64_t value, c
     return CRPC_OK;
 }
 
-/* Checks the ranges of all options of a struct. */
+/* Checks the ranges of all numbers in a struct; the first one out of range is reported. */
 CRPCI_COLD int crpci_options_check(const crpci_options *set, const void *options, crpc_error *error)
 {
     size_t i;
@@ -3346,7 +3360,8 @@ CRPCI_COLD int crpci_options_check(const crpci_options *set, const void *options
     return err;
 }
 
-/* Puts the values that 0 and -1 stand for in their place. */
+/* Replaces 0 and -1 by the values that they stand for. Runs last: until then 0 still means "not
+ * set", so that a more specific setting can win. */
 CRPCI_COLD void crpci_options_fill(const crpci_options *set, void *options)
 {
     size_t i;
@@ -3358,7 +3373,7 @@ CRPCI_COLD void crpci_options_fill(const crpci_options *set, void *options)
     }
 }
 
-/* The row of a key. NULL: there is none. */
+/* The row of a key; NULL: the table has no such option. */
 CRPCI_COLD const crpci_option *crpci_options_find(const crpci_options *set, const char *key)
 {
     size_t i;
@@ -3369,7 +3384,8 @@ CRPCI_COLD const crpci_option *crpci_options_find(const crpci_options *set, cons
     return NULL;
 }
 
-/* Which of the words, separated by commas, this is, counted from 1; 0: none. */
+/* The position of `value` among names separated by commas, counted from 1; 0: it is none of
+ * them. */
 CRPCI_COLD int64_t crpci_options_word(const char *words, const char *value)
 {
     size_t n = strlen(value);
@@ -3383,7 +3399,8 @@ CRPCI_COLD int64_t crpci_options_word(const char *words, const char *value)
     return 0;
 }
 
-/* A whole decimal number; one that does not fit becomes the largest or smallest that does. */
+/* Reads a whole decimal number. One that does not fit becomes the largest or smallest that does, so
+ * that the range check reports it. */
 CRPCI_COLD bool crpci_options_number(const char *text, int64_t *out)
 {
     char *end;
@@ -3392,7 +3409,8 @@ CRPCI_COLD bool crpci_options_number(const char *text, int64_t *out)
     return digits && !*end;
 }
 
-/* Reads the text of an option into its member. Text options point at `value` from then on. */
+/* Reads the text of an option into its member. A text option points at `value` from then on, so the
+ * caller must keep that memory. */
 CRPCI_COLD int crpci_options_read(const crpci_option *o, void *options, const char *value,
                                   crpc_error *error)
 {
@@ -3437,7 +3455,8 @@ CRPCI_COLD char *crpci_options_trim(char *text)
     return text;
 }
 
-/* Reads one line, of which blanks are cut off. */
+/* Reads one key=value line, whose outer blanks have been cut off, into the first table that has the
+ * key. */
 CRPCI_COLD int crpci_options_line(crpci_options_target *to, size_t count, char *line,
                                   crpc_error *error)
 {
@@ -3461,7 +3480,8 @@ CRPCI_COLD int crpci_options_line(crpci_options_target *to, size_t count, char *
     return crpci_status_set(error, CRPC_EINVAL, "%.60s: no such option", line);
 }
 
-/* Reads lines into the structs of some tables; a key that several have is the first one's. */
+/* Reads key=value lines into the structs of several tables. When two tables have the same key, the
+ * first table gets the value. Empty lines and lines that begin with # are skipped. */
 CRPCI_COLD int crpci_options_lines(crpci_options_target *to, size_t count, char *text,
                                    crpc_error *error)
 {
@@ -3482,6 +3502,11 @@ CRPCI_COLD int crpci_options_lines(crpci_options_target *to, size_t count, char 
 /* ======================================================================== */
 /* >>impl-message   requests and replies; nanopb: views, encoding, decoding  */
 /* ======================================================================== */
+
+/* Between protobuf structs and bytes. A crpci_message is a request or a reply independent of the
+ * wire protocol; around it stand the calls into nanopb and the views, with which a decoded struct
+ * points into the received bytes in place of copying them. All of this is pure and runs on any
+ * thread, usually without a loop's lock. */
 
 CRPC_API crpc_view crpc_view_str(const char *text)
 {
@@ -3506,16 +3531,18 @@ CRPC_API size_t crpc_view_copy(crpc_view v, char *out, size_t out_size)
     return n;
 }
 
+/* A program's own array: at[1], which holds the tag of a received field, is NULL. */
 CRPC_API crpc_views crpc_views_of(const crpc_view *items, size_t count)
 {
     crpc_views v;
     v.at[0] = count ? items : NULL;
-    v.at[1] = v.at[2] = NULL; /* an array; a received field has its tag here */
+    v.at[1] = v.at[2] = NULL;
     v.end = count ? items + count : NULL;
     return v;
 }
 
-/* Reads a varint of at most 10 bytes; NULL if it is cut off or too long. */
+/* Reads a varint of at most 10 bytes. Returns the address behind it; NULL if it is cut off or too
+ * long. */
 CRPCI_FN const uint8_t *crpci_message_varint(const uint8_t *p, const uint8_t *end, uint64_t *value)
 {
     uint64_t v = 0;
@@ -3532,6 +3559,7 @@ CRPCI_FN const uint8_t *crpci_message_varint(const uint8_t *p, const uint8_t *en
     return NULL;
 }
 
+/* Writes a varint, 10 bytes at most, and returns the address behind it. */
 CRPCI_FN uint8_t *crpci_message_put_varint(uint8_t *p, uint64_t v)
 {
     for (; v >= 0x80; v >>= 7)
@@ -3540,7 +3568,8 @@ CRPCI_FN uint8_t *crpci_message_put_varint(uint8_t *p, uint64_t v)
     return p;
 }
 
-/* Skips a field's value, the tag having been read; NULL if it is cut off or a group. */
+/* Skips the value of a field whose key has been read. Returns NULL if the value is cut off or is a
+ * group, which proto3 no longer has. */
 CRPCI_FN const uint8_t *crpci_message_skip(const uint8_t *p, const uint8_t *end, unsigned wire_type)
 {
     uint64_t n = 0;
@@ -3562,8 +3591,9 @@ CRPCI_FN const uint8_t *crpci_message_skip(const uint8_t *p, const uint8_t *end,
     return p && n <= (uint64_t)(end - p) ? p + n : NULL;
 }
 
-/* A received field: at[0] to at[2] is the first element, at[1] the tag that the others, up to
- * `end`, stand behind. */
+/* Walks a program's array, or the elements of a received field. A received crpc_views keeps the
+ * first element between at[0] and at[2] and the field's key in at[1]; the other elements are found
+ * by searching the message up to `end` for that key. */
 CRPC_API bool crpc_views_next(const crpc_views *views, const void **cursor, crpc_view *item)
 {
     const uint8_t *p = (const uint8_t *)(*cursor ? *cursor : views->at[0]);
@@ -3598,9 +3628,9 @@ CRPC_API bool crpc_views_next(const crpc_views *views, const void **cursor, crpc
     return false;
 }
 
-/* The input stream of every decoding in crpc: bytes in memory, known by its callback. nanopb hands
- * a view's callback a stream over a stack buffer when a hostile peer sends a number in place of a
- * string; only a stream of this kind may be pointed into. */
+/* The input stream of every decoding in crpc: bytes in memory. crpci_message_decode_view recognises
+ * such a stream by this callback. nanopb hands a view's callback a stream over a stack buffer when
+ * a hostile peer sends a number in place of a string, and a view must never point into that. */
 CRPCI_FN bool crpci_message_read(pb_istream_t *stream, pb_byte_t *buf, size_t count)
 {
     const pb_byte_t *from = (const pb_byte_t *)stream->state;
@@ -3610,6 +3640,7 @@ CRPCI_FN bool crpci_message_read(pb_istream_t *stream, pb_byte_t *buf, size_t co
     return true;
 }
 
+/* Opens an input stream over bytes, which must outlive it. */
 CRPCI_FN void crpci_message_stream(pb_istream_t *s, const void *bytes, size_t size)
 {
     union {
@@ -3623,8 +3654,8 @@ CRPCI_FN void crpci_message_stream(pb_istream_t *s, const void *bytes, size_t si
     s->errmsg = NULL;
 }
 
-/* Whether a walk from the last element on finds the one at `start`. It does not where a peer split
- * the message around them in two, which protobuf would merge. */
+/* Whether crpc_views_next, continuing behind the last known element, arrives at the one at `start`.
+ * It does not when the peer split the enclosing message in two, which protobuf would merge. */
 CRPCI_FN bool crpci_message_continues(const crpc_views *views, const uint8_t *start, size_t n)
 {
     crpc_views walk = *views;
@@ -3634,6 +3665,8 @@ CRPCI_FN bool crpci_message_continues(const crpc_views *views, const uint8_t *st
     return crpc_views_next(&walk, &cursor, &item) && crpc_view_data(item) == (const char *)start;
 }
 
+/* Points a view at the received bytes. A repeated field only remembers where its elements begin and
+ * end. */
 CRPCI_FN bool crpci_message_decode_view(pb_istream_t *in, const pb_field_iter_t *field)
 {
     const uint8_t *start = (const uint8_t *)in->state;
@@ -3661,15 +3694,17 @@ CRPCI_FN bool crpci_message_decode_view(pb_istream_t *in, const pb_field_iter_t 
     return true;
 }
 
-/* Encoding goes once, straight into a chunk that grows by doubling: a user's callback runs once. */
+/* The output of an encoding: one pass, straight into a chunk that grows by doubling, in place of a
+ * pass over the whole message that only computes its size. */
 typedef struct crpci_message_out {
     crpci_heap *heap;
     crpci_chunk *chunk;
-    size_t len; /* bytes used, what stood before the message included */
-    bool lent;  /* the chunk is somebody's who keeps it if it becomes too small */
+    size_t len; /* bytes used, including those in front of the message */
+    bool lent;  /* the chunk belongs to the caller, who keeps it even if a larger one replaces it */
     bool no_memory;
 } crpci_message_out;
 
+/* Makes room for `more` bytes. On failure sets no_memory and returns false. */
 CRPCI_FN bool crpci_message_reserve(crpci_message_out *o, size_t more)
 {
     crpci_chunk *bigger;
@@ -3690,6 +3725,7 @@ CRPCI_FN bool crpci_message_reserve(crpci_message_out *o, size_t more)
     return true;
 }
 
+/* nanopb's output callback. */
 CRPCI_FN bool crpci_message_write(pb_ostream_t *stream, const pb_byte_t *buf, size_t count)
 {
     crpci_message_out *o = (crpci_message_out *)stream->state;
@@ -3700,11 +3736,12 @@ CRPCI_FN bool crpci_message_write(pb_ostream_t *stream, const pb_byte_t *buf, si
     return true;
 }
 
-/* One field of bytes; into a chunk in one piece, which is faster than by nanopb's three writes. */
+/* Encodes one field of bytes. Into a chunk it goes in one piece, which saves nanopb's three
+ * writes. */
 CRPCI_FN bool crpci_message_put_view(pb_ostream_t *out, const pb_field_iter_t *field,
                                      crpc_view item)
 {
-    size_t n = crpc_view_size(item), most = 5 + 10 + n;
+    size_t n = crpc_view_size(item), most = 5 + 10 + n; /* key, length, bytes */
     crpci_message_out *o = (crpci_message_out *)out->state;
     uint8_t *begin, *p;
     if (out->callback != crpci_message_write || out->max_size - out->bytes_written < most)
@@ -3723,6 +3760,7 @@ CRPCI_FN bool crpci_message_put_view(pb_ostream_t *out, const pb_field_iter_t *f
     return true;
 }
 
+/* An unset view is left out, as protobuf does with absent fields, unless the field is required. */
 CRPCI_FN bool crpci_message_encode_view(pb_ostream_t *out, const pb_field_iter_t *field)
 {
     const crpc_views *views = (const crpc_views *)field->pData;
@@ -3741,6 +3779,9 @@ CRPCI_FN bool crpci_message_encode_view(pb_ostream_t *out, const pb_field_iter_t
     return crpci_message_put_view(out, field, item);
 }
 
+/* nanopb's callback of messages with views. nanopb calls it for every callback field, so it must
+ * refuse the kinds on which a view would corrupt memory: numbers, oneofs, and structs of another
+ * size. */
 CRPC_API bool crpc_view_field(struct pb_istream_s *in, struct pb_ostream_s *out,
                               const struct pb_field_iter_s *field)
 {
@@ -3757,8 +3798,8 @@ CRPC_API bool crpc_view_field(struct pb_istream_s *in, struct pb_ostream_s *out,
     return in ? crpci_message_decode_view(in, field) : crpci_message_encode_view(out, field);
 }
 
-/* Whether a message type holds views, at any depth. Static nanopb structs cannot contain
- * themselves; the depth is bounded all the same. */
+/* Whether a message type holds views at any depth. Static nanopb structs cannot contain themselves;
+ * the depth is bounded all the same, against descriptors that are wrong. */
 CRPCI_FN bool crpci_message_has_views(const pb_msgdesc_t *desc, int depth)
 {
     const pb_msgdesc_t *const *sub;
@@ -3771,10 +3812,12 @@ CRPCI_FN bool crpci_message_has_views(const pb_msgdesc_t *desc, int depth)
     return false;
 }
 
+/* Deepest nesting of message types that the two functions around this look into. */
 #define CRPCI_MESSAGE_DEPTH 16
 
-/* Whether a cleared struct is a type's initial state: no field has a default of its own, or a
- * callback that the program has put there. `any` is any struct; it is not looked at. */
+/* Whether a struct of zeros is a type's initial state: no field has a default of its own or a
+ * callback that the program installs. nanopb wants the address of a struct to iterate over; `any`
+ * may be any memory, it is not read. */
 CRPCI_FN bool crpci_message_starts_clear(const pb_msgdesc_t *desc, const void *any, int depth)
 {
     const pb_msgdesc_t *const *sub;
@@ -3795,15 +3838,15 @@ CRPCI_FN bool crpci_message_starts_clear(const pb_msgdesc_t *desc, const void *a
     return true;
 }
 
-/* What is asked of a type for every message. */
+/* What crpc must know of a type for every message; computed once per method. */
 typedef struct crpci_message_type {
     const pb_msgdesc_t *desc;
     size_t size; /* of the struct */
     bool views;
-    bool clear; /* a cleared struct needs no initialising */
+    bool clear; /* zeros are its initial state: nanopb need not initialise the struct */
 } crpci_message_type;
 
-/* NULL, as in a table that is only looked at, gives a type that cannot be decoded. */
+/* `desc` may be NULL, in a table that is only inspected; such a type cannot be decoded. */
 CRPCI_FN crpci_message_type crpci_message_type_of(const pb_msgdesc_t *desc, size_t size)
 {
     crpci_message_type t;
@@ -3814,8 +3857,8 @@ CRPCI_FN crpci_message_type crpci_message_type_of(const pb_msgdesc_t *desc, size
     return t;
 }
 
-/* Decodes into a struct that was cleared, if the type has views or is `clear`; else into one as the
- * program initialised it. *why is set on failure, static text. */
+/* Decodes into a struct of zeros if the type has views or is `clear`; else into one that the
+ * program has initialised. On failure *why is set to a text that lives as long as the program. */
 CRPCI_FN bool crpci_message_decode(const void *bytes, size_t size, const crpci_message_type *type,
                                    void *message, const char **why)
 {
@@ -3840,7 +3883,7 @@ CRPC_API int crpc_message_decode(const void *bytes, size_t size, const struct pb
     return crpci_message_decode(bytes, size, &type, message, &why) ? CRPC_OK : CRPC_ECODEC;
 }
 
-/* Appends a message. CRPC_ENOMEM or CRPC_ECODEC with *why. */
+/* Appends a message to `o`. Fails with CRPC_ENOMEM or CRPC_ECODEC, with the reason in *why. */
 CRPCI_FN int crpci_message_encode(crpci_message_out *o, const pb_msgdesc_t *desc,
                                   const void *message, const char **why)
 {
@@ -3856,36 +3899,40 @@ CRPCI_FN int crpci_message_encode(crpci_message_out *o, const pb_msgdesc_t *desc
     return o->no_memory ? CRPC_ENOMEM : CRPC_ECODEC;
 }
 
-/* --- what is said ----------------------------------------------------------------------------- */
+/* --- requests and replies, independent of the protocol ---------------------------------------- */
 
-/* crpc's own fields: of a reply whose status is the application's; of a request, what names it and
- * the key of its order. */
+/* Names of crpc's own user_fields. The first marks a reply whose status code is the application's;
+ * the second carries a request's id, by which a server recognises a retry; the third its ordering
+ * key. */
 #define CRPCI_MESSAGE_APP_FIELD "crpc-app"
 #define CRPCI_MESSAGE_ID_FIELD  "crpc-rid"
 #define CRPCI_MESSAGE_KEY_FIELD "crpc-key"
 
 typedef enum crpci_message_kind { CRPCI_MESSAGE_REQUEST, CRPCI_MESSAGE_REPLY } crpci_message_kind;
 
-/* A request or a reply, whatever protocol its bytes are in. Received, all that it points to stands
- * in `chunk`, of which whoever keeps it takes a reference; of a reply the fields come first and the
- * attachment comes last. */
+/* A request or a reply, in whatever protocol its bytes are. When it was received, all its pointers
+ * point into `chunk`; code that keeps any of them takes a reference of the chunk. In a received
+ * reply the fields stand before the payload and the attachment behind it. */
 typedef struct crpci_message {
     crpci_message_kind kind;
-    /* Received: a request for the method that the connection expects, or a reply that says success.
-     * Nothing below `attachment_size` is set then, nor would be but to 0. */
+    /* Received: a request for the method that the connection expects, or a reply of success. The
+     * members below `attachment_size` are then left unset, because all of them would be 0: the
+     * reader must not look at them. */
     bool usual;
-    int64_t id;    /* connects a reply with its request; the caller's choice, 0 if there is none */
-    uint32_t turn; /* of the request on its connection, where replies keep that order */
-    int32_t timeout_ms;     /* request; 0: the caller did not say */
-    crpci_chunk *chunk;     /* received */
-    crpc_view fields;       /* received: where the protocol looks them up; to be sent: encoded */
+    /* the caller's choice, which the reply repeats; 0: the protocol carries no ids */
+    int64_t id;
+    uint32_t turn; /* position of the request on its connection, in protocols without ids */
+    int32_t timeout_ms;     /* request; 0: the caller named no deadline */
+    crpci_chunk *chunk;     /* received: holds all the bytes */
+    /* received: bytes in which protocol->field searches; to send: encoded */
+    crpc_view fields;
     const uint8_t *payload;
     size_t payload_size;
     size_t attachment_size; /* it follows the payload */
-    bool has_fields;        /* received: there may be fields */
+    bool has_fields;        /* received: false: there are certainly no user_fields */
     int32_t status;         /* reply; 0: success */
-    crpc_view text;         /* reply, of a status that is not 0 */
-    crpc_view names;        /* request to be sent: service and method, encoded */
+    crpc_view text;         /* reply: the text of an error */
+    crpc_view names;        /* request to send: service and method, encoded */
     crpc_view service;      /* request received */
     crpc_view method;
     int64_t log_id;
@@ -3893,13 +3940,15 @@ typedef struct crpci_message {
     int64_t span_id;
     int64_t parent_span_id;
     crpc_view credential;
-    const char *unsupported; /* received: what crpc cannot do of that which it asks for; NULL: all
-                              * is well. The text lasts as long as the call that hands it on. */
+    /* received: names what the peer asks for and crpc cannot do; NULL: nothing. The text is valid
+     * during the callback that gets the message. */
+    const char *unsupported;
 } crpci_message;
 
-/* What a request passes on to the calls made on its behalf; first member of a crpc_context. */
+/* What a server's handler passes on to the calls that it makes for a request: its deadline and
+ * trace. The first member of a crpc_context, so that clients need not know that struct. */
 typedef struct crpci_origin {
-    int64_t deadline_us; /* INT64_MAX: the caller did not say */
+    int64_t deadline_us; /* on the loop's clock; INT64_MAX: the caller named none */
     int64_t log_id;
     int64_t trace_id;
     int64_t span_id;
@@ -3909,7 +3958,7 @@ typedef struct crpci_origin {
 /* >>impl-frame   the 12 bytes before every message                         */
 /* ======================================================================== */
 
-/* "PRPC", body size, meta size, both big-endian 32 bits; the body is meta, payload, attachment, and
+/* "PRPC", body size, meta size, both big-endian 32 bits. The body is meta, payload and attachment;
  * its size does not count these 12 bytes. */
 #define CRPCI_FRAME_HEADER 12u
 
@@ -3919,6 +3968,8 @@ typedef enum crpci_frame_result {
     CRPCI_FRAME_BAD /* not this protocol */
 } crpci_frame_result;
 
+/* Reads a header from the first `n` received bytes. A wrong magic is found out by the first byte
+ * that differs. CRPCI_FRAME_OK guarantees *meta <= *body; limits are the caller's to check. */
 CRPCI_FN crpci_frame_result crpci_frame_header(const uint8_t *p, size_t n, uint32_t *body,
                                                uint32_t *meta)
 {
@@ -3935,23 +3986,27 @@ CRPCI_FN crpci_frame_result crpci_frame_header(const uint8_t *p, size_t n, uint3
 /* >>impl-meta   what a message is about: brpc's RpcMeta                    */
 /* ======================================================================== */
 
-/* Written backwards in front of a payload; read by a hand cursor where it has the usual shape, and
- * by nanopb where it has not. Field numbers are brpc's (baidu_rpc_meta.proto). */
+/* RpcMeta is the protobuf message that precedes every baidu_std payload; field numbers are those of
+ * brpc's baidu_rpc_meta.proto. nanopb needs about 280 ns for each direction, so crpc writes a meta
+ * backwards in front of its payload by hand, and reads the two usual shapes by comparing bytes,
+ * other plain ones with a hand-written cursor, and only the rest with nanopb. A fuzzer compares the
+ * readers. All of this is pure: any thread, no lock. */
 
+/* An RpcMeta, flattened. Reading leaves views that point into the input. */
 typedef struct crpci_meta {
-    crpc_view raw;          /* read: all of it, to look user_fields up in */
+    crpc_view raw;          /* read: the whole meta; crpci_meta_field searches user_fields in it */
     int64_t correlation_id; /* 0 if there is none */
     int32_t timeout_ms;     /* request */
     int32_t attachment_size;
-    /* Read: one of the two usual shapes. Of a request, service and method are those that were
-     * expected; a reply says success. Nothing that follows is set then, nor would be but to 0. */
+    /* Read: the meta has one of the two usual shapes, a request for the expected method or a reply
+     * of success. The members below are then left unset, because all of them would be 0. */
     bool usual;
-    bool fields;        /* it may have user_fields */
-    int32_t error_code; /* response; 0 also where there is none: success */
+    bool fields;        /* false: there are certainly no user_fields */
+    int32_t error_code; /* response; 0: success, also when the peer sent no response field */
     int32_t compress_type;
     int32_t content_type;
     int32_t checksum_type;
-    crpc_view names;   /* request to be written: service and method, encoded; unset: as below */
+    crpc_view names;   /* request to write: service and method, encoded; unset: the next two */
     crpc_view service; /* request */
     crpc_view method;
     int64_t log_id;
@@ -3959,14 +4014,14 @@ typedef struct crpci_meta {
     int64_t span_id;
     int64_t parent_span_id;
     crpc_view error_text;
-    crpc_view chunk_info; /* set: the peer splits bodies, which nobody but it understands */
+    crpc_view chunk_info; /* set: the peer splits bodies, an extension that crpc does not know */
     crpc_view credential;
     crpc_view stream_settings; /* set: the peer wants a stream */
 } crpci_meta;
 
 /* --- writing: from the payload's start towards lower addresses --------------------------------
- * so that every length is known when it is due, and nothing is encoded twice. The functions return
- * where what they wrote begins. */
+ * so that every length is known before it must be written, and nothing is encoded twice. The
+ * functions take the address in front of which they write, and return where their bytes begin. */
 
 CRPCI_FN uint8_t *crpci_meta_put_varint(uint8_t *p, uint64_t v)
 {
@@ -3983,7 +4038,7 @@ CRPCI_FN uint8_t *crpci_meta_put_varint(uint8_t *p, uint64_t v)
     return begin;
 }
 
-/* Field numbers up to 15: their keys are one byte. */
+/* Writes an integer field. Field numbers go up to 15 here: their keys are one byte. */
 CRPCI_FN uint8_t *crpci_meta_put_int(uint8_t *p, unsigned field, int64_t v)
 {
     p = crpci_meta_put_varint(p, (uint64_t)v);
@@ -3991,6 +4046,7 @@ CRPCI_FN uint8_t *crpci_meta_put_int(uint8_t *p, unsigned field, int64_t v)
     return p;
 }
 
+/* Writes bytes that are encoded already. */
 CRPCI_FN uint8_t *crpci_meta_put_raw(uint8_t *p, crpc_view bytes)
 {
     size_t n = crpc_view_size(bytes);
@@ -4008,8 +4064,8 @@ CRPCI_FN uint8_t *crpci_meta_put_bytes(uint8_t *p, unsigned field, crpc_view byt
     return p;
 }
 
-/* What a request for a method begins with: service and method, in a crpci_meta's `names`. `out` has
- * room for both and 12 bytes more. */
+/* Encodes what every request for a method begins with, service and method, for a crpci_meta's
+ * `names`. Done once per method. `out` has `room` bytes: both names and 12 more. */
 CRPCI_FN crpc_view crpci_meta_put_names(uint8_t *out, size_t room, crpc_view service,
                                         crpc_view method)
 {
@@ -4019,8 +4075,8 @@ CRPCI_FN crpc_view crpci_meta_put_names(uint8_t *out, size_t room, crpc_view ser
     return crpc_view_of(p, (size_t)(end - p));
 }
 
-/* Zeros of compress_type and correlation_id are written too: some peers insist. Takes the members
- * one by one, so that compilers need not put the struct into memory. */
+/* Zeros of compress_type and correlation_id are written too, because some peers insist on them.
+ * Takes the members one by one, so that compilers need not put the struct into memory. */
 CRPCI_FN uint8_t *crpci_meta_put_common(uint8_t *p, int32_t attachment_size, int64_t correlation_id,
                                         int32_t compress_type)
 {
@@ -4030,7 +4086,8 @@ CRPCI_FN uint8_t *crpci_meta_put_common(uint8_t *p, int32_t attachment_size, int
     return crpci_meta_put_int(p, 3, compress_type);
 }
 
-/* Closes the submessage between p and end, which is meta field `field`, and writes the header. */
+/* Closes the submessage between p and end, which is meta field `field`, and writes the frame header
+ * in front. `rest` is the size of payload and attachment together. */
 CRPCI_FN uint8_t *crpci_meta_put_header(uint8_t *p, const uint8_t *end, unsigned field,
                                         const uint8_t *payload, size_t rest)
 {
@@ -4045,15 +4102,16 @@ CRPCI_FN uint8_t *crpci_meta_put_header(uint8_t *p, const uint8_t *end, unsigned
     return p;
 }
 
-/* Callers reserve CRPCI_META_BOUND bytes and more; this only keeps a mistake from going on. */
+/* Callers reserve CRPCI_META_BOUND bytes and more. If that bound were ever wrong, this stops the
+ * program before the overrun reaches the wire. */
 CRPCI_FN void crpci_meta_check_room(const uint8_t *low, const uint8_t *begin)
 {
     if (CRPCI_UNLIKELY(begin < low))
         abort();
 }
 
-/* Writes header and request meta before the payload at `payload`; `low` is the lowest address that
- * may be written. `fields` are encoded user_fields. Returns where the frame begins. */
+/* Writes header and request meta in front of the payload at `payload`; `low` is the lowest address
+ * that may be written. `fields` are encoded user_fields. Returns where the frame begins. */
 CRPCI_FN uint8_t *crpci_meta_put_request(uint8_t *low, uint8_t *payload, size_t payload_size,
                                          const crpci_meta *m, crpc_view fields)
 {
@@ -4079,7 +4137,7 @@ CRPCI_FN uint8_t *crpci_meta_put_request(uint8_t *low, uint8_t *payload, size_t 
     return p;
 }
 
-/* The same for a reply. */
+/* Writes header and reply meta in the same way. */
 CRPCI_FN uint8_t *crpci_meta_put_reply(uint8_t *low, uint8_t *payload, size_t payload_size,
                                        const crpci_meta *m, crpc_view fields)
 {
@@ -4093,14 +4151,15 @@ CRPCI_FN uint8_t *crpci_meta_put_reply(uint8_t *low, uint8_t *payload, size_t pa
     return p;
 }
 
-/* Room that header and meta need at most, besides names, texts, credential and fields: header, nine
- * varint fields of 11 bytes, tags and lengths. */
+/* Room that header and meta need at most, besides names, texts, credential and fields: the header,
+ * nine varint fields of 11 bytes, and keys and lengths. */
 #define CRPCI_META_BOUND (CRPCI_FRAME_HEADER + 9 * 11 + 6 * 6)
 
-#define CRPCI_META_FIELD_COST (3u + 3 * 5) /* of a user_fields entry, besides key and value */
+/* A user_fields entry takes at most this besides key and value: three keys, three lengths. */
+#define CRPCI_META_FIELD_COST (3u + 3 * 5)
 
-/* Encodes one user_fields entry (field 9: key 1, value 2) into out, which has
- * CRPCI_META_FIELD_COST bytes more than key and value. Returns the bytes written. */
+/* Encodes one user_fields entry (field 9: key 1, value 2) at `out`, which has room for
+ * CRPCI_META_FIELD_COST bytes more than key and value. Returns the number of bytes written. */
 CRPCI_FN size_t crpci_meta_put_field(uint8_t *out, crpc_view key, crpc_view value)
 {
     size_t room = CRPCI_META_FIELD_COST + crpc_view_size(key) + crpc_view_size(value), n;
@@ -4115,7 +4174,8 @@ CRPCI_FN size_t crpci_meta_put_field(uint8_t *out, crpc_view key, crpc_view valu
 
 /* --- reading ---------------------------------------------------------------------------------- */
 
-/* One field: its key and either number or bytes. NULL: not of the plain shape. */
+/* Reads one field: its key, and either a number or bytes. Returns the address behind it; NULL if
+ * the input is malformed or has a group: nanopb decides then. */
 CRPCI_FN const uint8_t *crpci_meta_next(const uint8_t *p, const uint8_t *end, uint64_t *key,
                                         uint64_t *number, crpc_view *bytes)
 {
@@ -4146,7 +4206,8 @@ CRPCI_FN const uint8_t *crpci_meta_next(const uint8_t *p, const uint8_t *end, ui
     }
 }
 
-/* Fields that RpcMeta has under another wire type are not of the plain shape. */
+/* Reads RpcRequestMeta. False leaves the whole meta to nanopb: a known field has an unexpected wire
+ * type, a required name is missing, or the submessage comes a second time and has to be merged. */
 CRPCI_FN bool crpci_meta_read_request(crpc_view sub, crpci_meta *m)
 {
     const uint8_t *p = (const uint8_t *)crpc_view_data(sub), *end = (const uint8_t *)sub.end;
@@ -4188,6 +4249,7 @@ CRPCI_FN bool crpci_meta_read_request(crpc_view sub, crpci_meta *m)
     return crpc_view_data(m->service) && crpc_view_data(m->method);
 }
 
+/* Reads RpcResponseMeta under the same rules. */
 CRPCI_FN bool crpci_meta_read_response(crpc_view sub, crpci_meta *m)
 {
     const uint8_t *p = (const uint8_t *)crpc_view_data(sub), *end = (const uint8_t *)sub.end;
@@ -4207,6 +4269,8 @@ CRPCI_FN bool crpci_meta_read_response(crpc_view sub, crpci_meta *m)
     return true;
 }
 
+/* Reads any meta whose fields have their usual wire types and whose submessages come once. False
+ * means "not that plain", not "malformed": nanopb is asked next. */
 CRPCI_FN bool crpci_meta_read_plain(const uint8_t *p, const uint8_t *end, crpci_meta *m)
 {
     uint64_t key, n = 0;
@@ -4261,7 +4325,7 @@ CRPCI_FN bool crpci_meta_read_plain(const uint8_t *p, const uint8_t *end, crpci_
     return true;
 }
 
-/* A varint and nothing behind it. */
+/* Reads a varint that must end exactly at `end`. */
 CRPCI_FN bool crpci_meta_last_varint(const uint8_t *p, const uint8_t *end, int64_t *value)
 {
     uint64_t v = 0;
@@ -4271,9 +4335,10 @@ CRPCI_FN bool crpci_meta_last_varint(const uint8_t *p, const uint8_t *end, int64
     return true;
 }
 
-/* The two shapes that nearly all frames between crpc's own have, each byte as written above: a
- * request for the method of these `names`, with or without timeout_ms; and, where `names` is set
- * but empty, a successful reply. False: read it in full. */
+/* Compares a meta with the two shapes that nearly all frames between crpc peers have, byte by byte
+ * as crpci_meta_put_request and _put_reply write them: a request for the method of `names`, with or
+ * without timeout_ms; and, when `names` is set but empty, a reply of success. False: read it in
+ * full. */
 CRPCI_FN bool crpci_meta_read_usual(const uint8_t *p, size_t n, crpc_view names, crpci_meta *m)
 {
     const uint8_t *end = p + n, *sub_end;
@@ -4298,7 +4363,7 @@ CRPCI_FN bool crpci_meta_read_usual(const uint8_t *p, size_t n, crpc_view names,
            crpci_meta_last_varint(sub_end + 3, end, &m->correlation_id);
 }
 
-/* nanopb's description of the same, for every other shape and for the self-check. */
+/* nanopb's description of the same message, for every other shape and for the self-check. */
 typedef struct crpci_meta_pb_request {
     crpc_view service_name;
     crpc_view method_name;
@@ -4369,8 +4434,8 @@ typedef struct crpci_meta_pb {
 #define crpci_meta_pb_response_MSGTYPE crpci_meta_pb_response
 /* clang-format on */
 
-/* PB_BIND defines objects that others can link to; these are this file's own, because the callback
- * in them knows the streams of one copy of crpc only. */
+/* PB_BIND would define objects that other files can link to. These must stay private to this file,
+ * because the callback in them knows the streams of one copy of crpc only. */
 #define CRPCI_META_BIND(LIST, name)                                                                \
     static const uint32_t name##_field_info[] = {LIST##_FIELDLIST(PB_GEN_FIELD_INFO_2, name) 0};   \
     static const pb_msgdesc_t *const name##_submsg_info[] = {                                      \
@@ -4393,6 +4458,7 @@ CRPCI_META_BIND(CRPCI_META_PB, crpci_meta_pb)
 #undef crpci_meta_pb_request_MSGTYPE
 #undef crpci_meta_pb_response_MSGTYPE
 
+/* Reads any valid meta, slowly. False: it does not decode; the connection is to be closed. */
 CRPCI_COLD bool crpci_meta_read_nanopb(const uint8_t *p, size_t n, crpci_meta *m)
 {
     crpci_meta_pb pb;
@@ -4424,14 +4490,14 @@ CRPCI_COLD bool crpci_meta_read_nanopb(const uint8_t *p, size_t n, crpci_meta *m
     return true;
 }
 
-/* Reads a meta; false if it is none. Its views point into the input. */
+/* Reads a meta; false if it does not decode. Its views point into the input. */
 CRPCI_FN bool crpci_meta_read(const uint8_t *p, size_t n, crpci_meta *m)
 {
     memset(m, 0, sizeof *m);
     if (!crpci_meta_read_plain(p, p + n, m)) {
         if (!crpci_meta_read_nanopb(p, n, m))
             return false;
-        m->fields = true; /* nanopb was not asked */
+        m->fields = true; /* nanopb skips field 9 unseen: it may be there */
     }
     m->raw = crpc_view_of(p, n);
     return true;
@@ -4442,7 +4508,7 @@ CRPCI_FN bool crpci_meta_bytes_equal(crpc_view v, const char *text, size_t n)
     return crpc_view_size(v) == n && (n == 0 || memcmp(crpc_view_data(v), text, n) == 0);
 }
 
-/* The value of a user_fields entry; the last one wins, as in a map. */
+/* Searches the value of a user_fields entry. The last entry of a key wins, as in a protobuf map. */
 CRPCI_FN bool crpci_meta_field(crpc_view raw, const char *key, crpc_view *value)
 {
     const uint8_t *p = (const uint8_t *)crpc_view_data(raw), *end = (const uint8_t *)raw.end;
@@ -4472,8 +4538,9 @@ CRPCI_FN bool crpci_meta_field(crpc_view raw, const char *key, crpc_view *value)
     return found;
 }
 
-/* A nanopb that was compiled with other options than this file sees (PB_FIELD_32BIT, say) reads
- * descriptors wrongly and without an error. Known bytes, read and written through it, tell. */
+/* Whether nanopb reads and writes known bytes correctly. One that was compiled with other options
+ * than this file sees (PB_FIELD_32BIT, say) misreads descriptors without an error; a loop refuses
+ * to open then. */
 CRPCI_COLD bool crpci_meta_self_check(void)
 {
     static const uint8_t golden[] = {0x0a, 0x1b, 0x0a, 0x13, 'e',  'x',  'a',  'm',  'p',
@@ -4874,28 +4941,30 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
 }
 
 /* ======================================================================== */
-/* >>impl-transport   how bytes get through a connected socket               */
+/* >>impl-transport   how a connection's bytes reach its socket            */
 /* ======================================================================== */
 
-#define CRPCI_TRANSPORT_GATHER 1u /* writev takes several pieces; else the first of them alone */
-#define CRPCI_TRANSPORT_DUPLEX 2u /* one thread may read while another writes; else one at a time */
-#define CRPCI_TRANSPORT_REPEAT 4u /* what was offered when it would block has to be offered again */
+#define CRPCI_TRANSPORT_GATHER 1u /* writev takes several pieces; else only the first of them */
+#define CRPCI_TRANSPORT_DUPLEX 2u /* one thread may read while another writes */
+#define CRPCI_TRANSPORT_REPEAT 4u /* bytes offered when it would block must be offered again */
 
-/* How a connection's bytes reach the socket. readv and writev return what the system calls of these
- * names do: -1 and EAGAIN when it would block. They run without the loop's lock. The others run
- * with it, and without DUPLEX not while these two run. A transport that makes its connections
+/* A transport carries a connection's bytes: plain sockets today, TLS later. readv and writev behave
+ * like the system calls of these names (-1 and EAGAIN when they would block) and run without the
+ * loop's lock. The other functions run with the lock; without DUPLEX they must not run while readv
+ * or writev does, because all of them use the same state. A transport that sets its connections up
  * itself will add open, handshake, shut, identity, explain and close. */
 typedef struct crpci_transport {
     const char *name;
     unsigned flags;
     ssize_t (*readv)(int fd, void *state, struct iovec *iov, int count);
     ssize_t (*writev)(int fd, void *state, struct iovec *iov, int count);
-    /* Whether it holds input that the poller does not see. NULL: it never does. */
+    /* Whether the transport has buffered input that the poller cannot see. NULL: it never does. */
     bool (*pending)(void *state);
-    /* What to poll for in order to go on with `events`; asked again after each read and write, and
-     * any readiness is then tried in both directions. NULL: for the same. */
+    /* Which readiness to poll for in order to make progress on `events` (a TLS read may have to
+     * write first). Asked again after each read and write; the connection then tries both
+     * directions. NULL: poll for the same events. */
     unsigned (*want)(void *state, unsigned events);
-    /* Whether the peer has sent nothing that was not read. */
+    /* Whether no unread input from the peer is waiting. */
     bool (*idle)(int fd, void *state);
 } crpci_transport;
 
@@ -8015,81 +8084,91 @@ CRPCI_FN void crpci_balance_end(crpci_balance *b, size_t i, bool ok, int64_t lat
 /* >>impl-conn   one connection: reading and parsing, queueing and sending   */
 /* ======================================================================== */
 
-#define CRPCI_CONN_READ ((64u << 10) - CRPCI_CHUNK_HEADER) /* bytes read at a time, and the budget
-                                                            * per step */
-#define CRPCI_CONN_FRAMES 128       /* frames handled per step; the rest waits for the next */
-#define CRPCI_CONN_IOV 64
-#define CRPCI_CONN_SHORT 512 /* frames up to here are copied together */
-#define CRPCI_CONN_FLAT (8192 - CRPCI_CHUNK_HEADER) /* bytes of them in one send */
-#define CRPCI_CONN_ROUNDS 16 /* sends in a row, if somebody drives who can go on */
+/* A crpci_conn is one connection, dialled by a channel or accepted by a server. It owns the
+ * descriptor, cuts input into messages with its protocol, and queues and sends frames. Channels and
+ * servers are called back through crpci_conn_events. All functions need the loop's lock; flush and
+ * read release it around the system call, so a connection may be closed by another thread
+ * meanwhile. This section never retries and never knows what a message is for. */
 
-/* A frame to be sent. It stands at the beginning of its own chunk, before the bytes. */
+/* Bytes and frames that one connection may use up in one step of the loop, so that a flooding peer
+ * cannot starve the others. The rest waits for the next step. */
+#define CRPCI_CONN_READ ((64u << 10) - CRPCI_CHUNK_HEADER)
+#define CRPCI_CONN_FRAMES 128
+
+#define CRPCI_CONN_IOV 64    /* pieces in one send */
+#define CRPCI_CONN_SHORT 512 /* frames up to this size are copied together before a send */
+#define CRPCI_CONN_FLAT (8192 - CRPCI_CHUNK_HEADER) /* bytes of such copies in one send */
+#define CRPCI_CONN_ROUNDS 16 /* sends in a row before a flush hands over to the loop's driver */
+
+/* A frame to be sent. The struct stands at the beginning of the chunk that also holds the frame's
+ * head. A request's frame belongs to its call, which can withdraw it; a reply's frame belongs to
+ * the connection once it is queued. */
 typedef struct crpci_out crpci_out;
 struct crpci_out {
     crpci_out *next;
     crpci_chunk *chunk; /* holds this struct and the head */
     const uint8_t *head;
     size_t head_len;
-    const uint8_t *tail; /* attachment: in tail_chunk, or borrowed if that is NULL */
+    const uint8_t *tail; /* attachment: in tail_chunk; borrowed from the program if that is NULL */
     size_t tail_len;
     crpci_chunk *tail_chunk;
     size_t sent;   /* bytes handed to the transport */
-    void *owner;   /* the call that waits for it, and has the chunk; NULL: the chunk is its own */
+    void *owner;   /* the call, which holds the chunk; NULL: the frame holds it itself */
     struct crpci_conn *conn; /* while queued */
-    int64_t id;     /* of a request: what its reply will be known by */
-    uint32_t turn;  /* of a reply, where they keep the order of the requests */
-    bool inflight;  /* in a send that runs without the lock */
-    bool committed; /* a send of it has to be repeated: CRPCI_TRANSPORT_REPEAT */
-    bool awaited;   /* its id is in the connection's `awaited` */
+    int64_t id;     /* of a request; its reply will carry the same id */
+    uint32_t turn;  /* of a reply, in ordered protocols: the position of its request */
+    bool inflight;  /* a send that runs without the lock uses it */
+    bool committed; /* must be offered to the transport again: CRPCI_TRANSPORT_REPEAT */
+    bool awaited;   /* its id is in the connection's ring of awaited replies */
     bool queued;
 };
 
 typedef struct crpci_conn crpci_conn;
 
-/* What the section above is told. All are called with the loop locked and must not unlock it. */
+/* Callbacks of the connection's owner, a channel's endpoint or a server. All are called with the
+ * loop locked and must not unlock it. */
 typedef struct crpci_conn_events {
     void (*opened)(crpci_conn *c); /* a dialled connection is up */
     void (*message)(crpci_conn *c, const crpci_message *m);
-    void (*oversize)(crpci_conn *c, const crpci_message *m, uint64_t body); /* m has no payload */
-    void (*sent)(crpci_conn *c, crpci_out *out); /* all of a frame left; before it is released */
-    void (*eof)(crpci_conn *c); /* the peer sends no more, it may still read */
-    void (*closed)(crpci_conn *c); /* once, whoever closed it; c->why says why */
+    void (*oversize)(crpci_conn *c, const crpci_message *m, uint64_t body); /* no payload in m */
+    void (*sent)(crpci_conn *c, crpci_out *out); /* the kernel has the whole frame */
+    void (*eof)(crpci_conn *c); /* the peer sends no more; it may still read */
+    void (*closed)(crpci_conn *c); /* exactly once, whichever side closed; c->why is set */
     void (*timer)(crpci_conn *c);
 } crpci_conn_events;
 
 typedef enum crpci_detected {
     CRPCI_DETECTED_NO,
     CRPCI_DETECTED_YES,
-    CRPCI_DETECTED_MORE /* not to be told by so few bytes */
+    CRPCI_DETECTED_MORE /* too few bytes to decide */
 } crpci_detected;
 
-#define CRPCI_PROTOCOL_ORDERED 1u /* replies have no id: they come in the order of the requests */
-#define CRPCI_PROTOCOL_NAMES 16u  /* bytes that encoded names may take beside the names */
+#define CRPCI_PROTOCOL_ORDERED 1u /* no ids: replies come in the order of the requests */
+#define CRPCI_PROTOCOL_NAMES 16u  /* bytes that encoding may add to service and method */
 
-/* A protocol cuts bytes into messages and makes bytes of messages. A server finds out by the first
- * bytes of a connection which one it is in; a channel's URL says it, because fields and room are
- * laid out before a connection exists. Flags SINGLE, STREAMS and ATTACH, and open, close, eof,
- * submit, writable, consumed, bind, cancel, farewell and timer come with the protocols that need
- * them. */
+/* A protocol turns bytes into messages and messages into bytes. A server recognises it by the first
+ * bytes of a connection; a channel's URL names it, because a request's bytes are laid out before a
+ * connection exists. Flags SINGLE, STREAMS and ATTACH, and open, close, eof, submit, writable,
+ * consumed, bind, cancel, farewell and timer will come with the protocols that need them. */
 typedef struct crpci_protocol {
-    const char *name; /* as protocol= in a URL has it */
+    const char *name; /* the value of protocol= in a URL */
     unsigned flags;
-    size_t state_size; /* of a connection's own state, which begins as zeros; 0: none */
-    size_t headroom;   /* before a payload at most; names, text, credential, fields come on top */
-    size_t field_cost; /* of a field at most, besides its key and value */
+    size_t state_size; /* of the state that each connection gets, all zeros at first; 0: none */
+    size_t headroom;   /* most bytes before a payload, besides names, text, credential, fields */
+    size_t field_cost; /* most bytes of a field besides its key and value */
     crpci_detected (*detect)(const uint8_t *p, size_t n);
-    /* Takes one message, or part of one, from the front of what has come, and hands it on with
-     * crpci_conn_deliver. Returns the bytes used. 0: the same bytes come again when there are
-     * c->rx_total of them, which it has set to more than n; it then uses them all or asks again.
-     * `chunk` holds the bytes. Locked; the connection may be closed by it. */
+    /* Takes one message, or part of one, from the front of the input in `chunk`, and passes it to
+     * crpci_conn_deliver. Returns the number of bytes used. When it needs more, it sets
+     * c->rx_total to more than n and returns 0: the connection calls again with that many bytes,
+     * and feed then uses all of them or asks for more. Locked; it may close the connection. */
     size_t (*feed)(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n);
-    /* The rest is pure, and called on any thread. `names` encodes service and method for a
-     * request's `names` into `out`, whose `room` is CRPCI_PROTOCOL_NAMES more than both take, and
-     * returns where they stand there. */
+    /* The functions below are pure and run on any thread. `names` encodes service and method into
+     * `out`, once per method; `room` is CRPCI_PROTOCOL_NAMES more than both texts take. Returns
+     * the encoded part of `out`, for a request's `names`. */
     crpc_view (*names)(uint8_t *out, size_t room, crpc_view service, crpc_view method);
-    size_t (*put_field)(uint8_t *out, crpc_view key, crpc_view value); /* returns its length */
+    size_t (*put_field)(uint8_t *out, crpc_view key, crpc_view value); /* returns bytes written */
     bool (*field)(crpc_view fields, const char *key, crpc_view *value);
-    /* Write what comes before a payload that stands at `payload`, but not below `low`. Return where
+    /* Write a frame's head in front of the payload at `payload`, not below `low`, and return where
      * it begins. The attachment is sent behind the payload. */
     uint8_t *(*request)(uint8_t *low, uint8_t *payload, const crpci_message *m);
     uint8_t *(*reply)(uint8_t *low, uint8_t *payload, const crpci_message *m);
@@ -8104,13 +8183,13 @@ struct crpci_conn {
     crpci_timer timer;
     const crpci_transport *io;
     void *io_state;
-    const crpci_protocol *protocol;           /* NULL: the peer has not said enough yet */
-    const crpci_protocol *const *protocols;   /* accepted: one of these, which end with NULL */
-    size_t protocol_index;                    /* of `protocol` in `protocols` */
+    const crpci_protocol *protocol;         /* NULL: not detected yet */
+    const crpci_protocol *const *protocols; /* accepted: the candidates, ended by NULL */
+    size_t protocol_index;                  /* of `protocol` in `protocols` */
     void *protocol_state;
     const crpci_conn_events *up;
     void *owner;
-    void *client; /* the upper section's word for the peer; NULL: none */
+    void *client; /* a server's record of the client host, for its limits; NULL: none */
     uint32_t refs;
     uint32_t busy; /* requests being served */
     int fd;
@@ -8118,36 +8197,38 @@ struct crpci_conn {
     int why_errno; /* 0: none */
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
-    bool unread; /* reading was put off while another thread wrote */
-    bool awaits; /* dialled, and replies keep the order of requests */
+    bool unread; /* input is waiting: it could not be read while another thread wrote */
+    bool awaits; /* dialled, ordered protocol: `awaited` is in use */
     uint32_t max_body;
     int64_t max_skip;
     uint64_t skip;      /* bytes of a refused body still to be dropped */
-    crpci_chunk *rx;    /* a frame that has begun */
+    crpci_chunk *rx;    /* a message of which only a part has arrived; NULL: none */
     size_t rx_len;
-    size_t rx_need;     /* read so far at least, then look again */
-    size_t rx_total;    /* that the protocol asked for */
-    int64_t rx_since;   /* when it began */
+    size_t rx_need;     /* bytes to collect in rx before it grows or is parsed */
+    size_t rx_total;    /* bytes that the protocol asked for */
+    int64_t rx_since;   /* when the partial message began, for frame_timeout_us */
     int64_t frame_timeout_us; /* 0: none */
-    int64_t linger_bytes;     /* close_when_sent: tx_bytes when the timer was set */
+    int64_t linger_bytes;     /* tx_bytes when the timer of close_when_sent was set */
     crpci_chunk *left;  /* input over the step's budget */
     const uint8_t *left_at;
     size_t left_len;
     crpci_out *tx_head;
     crpci_out *tx_tail;
     int64_t tx_bytes;
-    int64_t tx_memory; /* that the queue holds: small frames take more than their bytes */
-    /* Where replies keep the order of requests. Accepted: turns are given to requests, and replies
-     * whose turn has not come wait in `held`, by turn. Dialled: ids of requests that are leaving
-     * or have left wait in a ring for their replies. */
+    int64_t tx_memory; /* bytes of memory in the queue: small frames take more than tx_bytes */
+    /* In ordered protocols. Accepted: each request gets a turn, and `held` keeps the replies whose
+     * turn has not come, sorted. Dialled: the ring `awaited` holds the ids of requests that are
+     * being sent or were sent, in the order in which their replies will arrive. */
     uint32_t turns;
     uint32_t turn_due;
     crpci_out *held;
     int64_t *awaited;
     size_t awaited_size, awaited_first, awaited_count;
-    int64_t active_us; /* last message */
-    crpc_view expect;  /* the names that the next request is likely to have, "" for replies... */
-    const void *expected; /* ... and the upper section's method for them */
+    int64_t active_us; /* when the last message arrived */
+    /* Encoded names that the next request is likely to have, so that crpci_meta_read_usual can
+     * compare them, and the server's method for them; "" when replies are expected. */
+    crpc_view expect;
+    const void *expected;
 };
 
 CRPCI_FN size_t crpci_conn_out_len(const crpci_out *o)
@@ -8155,12 +8236,13 @@ CRPCI_FN size_t crpci_conn_out_len(const crpci_out *o)
     return o->head_len + o->tail_len;
 }
 
-/* Whether the peer may have got some of it: it can no longer be taken back. */
+/* Whether the peer may have received part of a frame, so that it can no longer be withdrawn. */
 CRPCI_FN bool crpci_conn_out_begun(const crpci_out *o)
 {
     return o->sent || o->inflight || o->committed;
 }
 
+/* Memory that a queued frame is charged with, against the limit of a connection's queue. */
 CRPCI_FN int64_t crpci_conn_out_memory(const crpci_out *o)
 {
     return (int64_t)(CRPCI_CHUNK_HEADER + o->chunk->cap + o->tail_len);
@@ -8173,13 +8255,15 @@ CRPCI_FN void crpci_conn_out_free(crpci_out *o)
         crpci_heap_chunk_unref(o->chunk);
 }
 
-/* A frame that can no longer be taken back outlives the call that owned it. */
+/* Lets a frame that can no longer be withdrawn outlive the call that owned it. An attachment that
+ * is borrowed from the program must have been copied before. */
 CRPCI_FN void crpci_conn_out_orphan(crpci_out *o)
 {
     o->owner = NULL;
     crpci_heap_chunk_ref(o->chunk);
 }
 
+/* A short text for a connection's errno, 0 included, which means end of input. */
 CRPCI_COLD const char *crpci_conn_errno_text(int e)
 {
     if (!CRPC_ENABLE_TEXTS)
@@ -8214,6 +8298,8 @@ CRPCI_COLD const char *crpci_conn_errno_text(int e)
     }
 }
 
+/* Keeps the struct alive over a call that may close the connection. The loop holds one reference
+ * until the close. */
 CRPCI_FN void crpci_conn_hold(crpci_conn *c)
 {
     c->refs++;
@@ -8244,11 +8330,12 @@ CRPCI_FN void crpci_conn_out_free_all(crpci_out **list)
     }
 }
 
-/* After a close: gives back what nobody uses any more. */
+/* After a close: releases the queue, the buffers and the descriptor, unless a thread without the
+ * lock still uses them. */
 CRPCI_FN void crpci_conn_cleanup(crpci_conn *c)
 {
     if (c->reading || c->writing)
-        return; /* P7: whoever uses the descriptor comes here when it is done */
+        return; /* rule P7: the thread that uses the descriptor calls this when it is done */
     crpci_conn_out_free_all(&c->tx_head);
     crpci_conn_out_free_all(&c->held);
     c->tx_tail = NULL;
@@ -8260,7 +8347,9 @@ CRPCI_FN void crpci_conn_cleanup(crpci_conn *c)
     c->fd = -1;
 }
 
-/* Closes at once; queued output is dropped. Safe to call again. */
+/* Closes at once and drops queued output. Calling it again does nothing. A descriptor in use by
+ * another thread is shut down, which ends that thread's system call, and closed by that thread: the
+ * kernel could otherwise give its number to another file meanwhile. */
 CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
 {
     crpc_loop *l = c->loop;
@@ -8287,17 +8376,17 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     crpci_conn_drop(c); /* the loop's reference */
 }
 
-/* Whether a thread without the lock uses a transport that only one may use at a time. */
+/* Whether a thread without the lock is using a transport that only one thread may use at a time. */
 CRPCI_FN bool crpci_conn_engaged(const crpci_conn *c)
 {
     return (c->reading || c->writing) && !(c->io->flags & CRPCI_TRANSPORT_DUPLEX);
 }
 
-/* Tells the poller what the connection waits for. */
+/* Tells the poller which events the connection waits for. May close the connection. */
 CRPCI_FN void crpci_conn_interest(crpci_conn *c)
 {
     unsigned events = 0;
-    if (c->closed || crpci_conn_engaged(c)) /* whoever uses the transport comes here afterwards */
+    if (c->closed || crpci_conn_engaged(c)) /* the thread in the transport calls this afterwards */
         return;
     if (!c->connecting && !c->paused && !c->eof)
         events |= CRPC_READABLE;
@@ -8309,14 +8398,14 @@ CRPCI_FN void crpci_conn_interest(crpci_conn *c)
         crpci_conn_close(c, CRPC_ENOMEM, 0);
 }
 
-/* Has what the poller cannot see be read with the next step. */
+/* Schedules a read for the next step, for input that the poller cannot see. */
 CRPCI_FN void crpci_conn_read_on(crpci_conn *c)
 {
     crpci_loop_queue(&c->loop->resume, &c->resume);
     crpci_loop_kick(c->loop);
 }
 
-/* Whether there is input that no descriptor will tell of. */
+/* Whether there is input that the poller will not report: already read, or inside the transport. */
 CRPCI_FN bool crpci_conn_has_unseen(const crpci_conn *c)
 {
     if (c->left || c->unread)
@@ -8324,12 +8413,14 @@ CRPCI_FN bool crpci_conn_has_unseen(const crpci_conn *c)
     return c->io->pending && !crpci_conn_engaged(c) && c->io->pending(c->io_state);
 }
 
+/* Stops or resumes reading, when a server's queue is full. The time of a partial message begins
+ * anew on resuming, because the pause was not the peer's slowness. */
 CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
 {
     if (c->paused == paused || c->closed)
         return;
     c->paused = paused;
-    c->rx_since = crpci_loop_now(c->loop); /* a pause is not the peer's slowness */
+    c->rx_since = crpci_loop_now(c->loop);
     if (!paused && crpci_conn_has_unseen(c))
         crpci_conn_read_on(c);
     crpci_conn_interest(c);
@@ -8337,15 +8428,17 @@ CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
 
 /* --- sending ---------------------------------------------------------------------------------- */
 
-/* What one send takes: the kernel spends more on a piece than a copy of a short one costs. */
+/* The pieces of one send. Short frames are copied together, because the kernel spends more time on
+ * each piece of an iovec than the copy takes. The copies are on the heap: on the stack they would
+ * be most of the stack that a synchronous call needs. */
 typedef struct crpci_conn_batch {
     struct iovec iov[CRPCI_CONN_IOV];
     int count;
     size_t used;
-    crpci_chunk *copies; /* of short frames; NULL: there is one frame, or no memory: none is copied.
-                          * On the stack it would be most of what a synchronous call needs. */
+    crpci_chunk *copies; /* NULL: there is only one frame, or no memory; none is copied then */
 } crpci_conn_batch;
 
+/* Adds a piece that the send reads where it is. */
 CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n)
 {
     union {
@@ -8357,7 +8450,7 @@ CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n)
     b->iov[b->count++].iov_len = n;
 }
 
-/* Adds a short frame as a copy, behind another one where that is possible. */
+/* Adds a copy of a short frame, joined with the copy before it where possible. */
 CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t n)
 {
     uint8_t *to = crpci_heap_data(b->copies) + b->used;
@@ -8370,8 +8463,8 @@ CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t 
         crpci_conn_add(b, to, n);
 }
 
-/* Notes that a request is about to leave: its reply is the next one after those of the others. This
- * comes before the send, because another thread may read the reply before this one has the lock
+/* Appends the id of a request that is about to be sent to the ring of awaited replies. This must
+ * happen before the send, because another thread may read the reply before this one has the lock
  * again. */
 CRPCI_COLD void crpci_conn_await(crpci_conn *c, crpci_out *o)
 {
@@ -8394,19 +8487,21 @@ CRPCI_COLD void crpci_conn_await(crpci_conn *c, crpci_out *o)
     o->awaited = true;
 }
 
-/* Takes back the notes of requests of which a send has taken nothing: they can still be withdrawn,
- * and are the last ones. */
+/* Removes the ids of requests of which a send has taken no byte: they can still be withdrawn. They
+ * are the last ones of the ring. */
 CRPCI_COLD void crpci_conn_await_not(crpci_conn *c)
 {
     crpci_out *o;
     for (o = c->tx_head; o && (o->awaited || o->sent); o = o->next) {
         if (!o->sent) {
             o->awaited = false;
-            c->awaited_count -= c->awaited_count != 0; /* a peer may have answered too soon */
+            c->awaited_count -= c->awaited_count != 0; /* 0: the peer answered unsent requests */
         }
     }
 }
 
+/* Collects queued frames for one send and marks them as in flight. The first frame may be sent in
+ * part already; its `sent` bytes are skipped. */
 CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
 {
     crpci_out *o;
@@ -8429,7 +8524,7 @@ CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
     }
 }
 
-/* Accounts for `n` sent bytes; frames that are complete leave the queue. */
+/* Accounts for `n` sent bytes. Complete frames leave the queue, and their owners are told. */
 CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
 {
     crpci_chunk *chunk, *tail;
@@ -8450,8 +8545,8 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         c->tx_memory -= crpci_conn_out_memory(o);
         chunk = o->owner ? NULL : o->chunk;
         tail = o->tail_chunk;
-        if (!c->closed) /* else its owner was told, and may be gone */
-            c->up->sent(c, o); /* and an owner may go with the frame */
+        if (!c->closed) /* else the owner got `closed`, and may have freed itself */
+            c->up->sent(c, o); /* the owner may free `o` here */
         crpci_heap_chunk_unref(tail);
         crpci_heap_chunk_unref(chunk);
     }
@@ -8461,8 +8556,9 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         crpci_thread_broadcast(&c->loop->io_cond);
 }
 
-/* Sending has to wait until the transport takes more. What it was offered it may have to be offered
- * again. */
+/* The transport takes no more: waits until the poller reports it writable. With
+ * CRPCI_TRANSPORT_REPEAT, the frames that were offered are marked, so that they are offered again
+ * unchanged. */
 CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int count)
 {
     crpci_out *o = c->tx_head;
@@ -8479,8 +8575,8 @@ CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int cou
     crpci_conn_interest(c);
 }
 
-/* Sends what is queued until the transport takes no more. Unlocks while sending; others only append
- * meanwhile. */
+/* Sends the queue until it is empty or the transport takes no more. Unlocks the loop while sending;
+ * other threads only append to the queue meanwhile, or mark the connection closed. */
 CRPCI_FN void crpci_conn_flush(crpci_conn *c)
 {
     crpc_loop *l = c->loop;
@@ -8489,7 +8585,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
     if (c->writing || c->closed || c->connecting || c->blocked)
         return;
     if (crpci_conn_engaged(c))
-        return; /* whoever reads queues the flush again */
+        return; /* the thread that reads queues the flush again */
     batch.copies = NULL;
     crpci_list_remove(&c->flush.link);
     crpci_conn_hold(c);
@@ -8498,14 +8594,15 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
         int saved;
         ssize_t n;
         if (rounds++ >= CRPCI_CONN_ROUNDS && l->driver) {
-            /* Others append as fast as it sends: nobody is to be kept here by them. */
+            /* Other threads append as fast as this one sends: the loop's driver goes on, so that a
+             * synchronous caller can return to its own call. */
             crpci_loop_queue(&l->dirty, &c->flush);
             crpci_loop_kick(l);
             break;
         }
         crpci_conn_gather(c, &batch);
         if (CRPCI_UNLIKELY(c->tx_head->committed) && c->tx_head->next && !batch.copies) {
-            crpci_conn_close(c, CRPC_ENOMEM, 0); /* less than was offered cannot be repeated */
+            crpci_conn_close(c, CRPC_ENOMEM, 0); /* the transport must see the same bytes again */
             break;
         }
         count = c->io->flags & CRPCI_TRANSPORT_GATHER ? batch.count : 1;
@@ -8544,8 +8641,8 @@ CRPCI_FN void crpci_conn_flush_task(crpc_loop *l, crpci_task *task)
     crpci_conn_flush(CRPCI_CONTAINER(task, crpci_conn, flush));
 }
 
-/* Queues a frame; if it has no owner, the connection now has its reference of the chunk. Sent by
- * whoever drives. */
+/* Appends a frame; the loop's driver will send it. If the frame has no owner, the connection takes
+ * over the caller's reference of the chunk. */
 CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
 {
     o->next = NULL;
@@ -8565,7 +8662,8 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
 }
 
 #if CRPC_ENABLE_SERVER
-/* Queues the reply to the request of that turn, or keeps it until the turn has come. */
+/* Queues the reply to the request of `turn`. In an ordered protocol, keeps it until the replies to
+ * all earlier requests are queued. */
 CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
 {
     crpci_out **at = &c->held;
@@ -8588,7 +8686,7 @@ CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
 }
 #endif
 
-/* Takes back a frame of which nothing was sent. False if that is too late. */
+/* Removes a queued frame of which nothing was sent. False: part of it may have left already. */
 CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
 {
     crpci_out **at = &c->tx_head, *before = NULL;
@@ -8612,6 +8710,7 @@ CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
 
 /* --- receiving -------------------------------------------------------------------------------- */
 
+/* Closes a connection whose peer broke its protocol, with a warning that says how. */
 CRPCI_FN void crpci_conn_bad(crpci_conn *c, const char *what)
 {
     c->loop->stats.bad_frames++;
@@ -8619,7 +8718,8 @@ CRPCI_FN void crpci_conn_bad(crpci_conn *c, const char *what)
     crpci_conn_close(c, CRPC_ERESPONSE, 0);
 }
 
-/* A frame has begun whose end is not there: it has a time to come in. */
+/* A partial message is buffered: starts its timeout, unless the timer fires earlier for another
+ * reason. */
 CRPCI_FN void crpci_conn_begun(crpci_conn *c)
 {
     c->rx_since = crpci_loop_now(c->loop);
@@ -8628,8 +8728,8 @@ CRPCI_FN void crpci_conn_begun(crpci_conn *c)
         crpci_loop_timer_set(c->loop, &c->timer, c->frame_timeout_us);
 }
 
-/* Gives a message of an ordered protocol its place: a request its turn, a reply the id of its
- * request. False: the connection is closed. */
+/* Orders a message of an ordered protocol: a request gets the next turn, a reply the id of the
+ * oldest awaited request. False: the connection was closed. */
 CRPCI_COLD bool crpci_conn_place(crpci_conn *c, crpci_message *m)
 {
     if (m->kind == CRPCI_MESSAGE_REQUEST) {
@@ -8645,7 +8745,7 @@ CRPCI_COLD bool crpci_conn_place(crpci_conn *c, crpci_message *m)
     return true;
 }
 
-/* For protocols: hands a message on. */
+/* For protocols: passes a complete message to the connection's owner. May close the connection. */
 CRPCI_FN void crpci_conn_deliver(crpci_conn *c, crpci_message *m)
 {
     c->active_us = crpci_loop_time(c->loop);
@@ -8654,7 +8754,8 @@ CRPCI_FN void crpci_conn_deliver(crpci_conn *c, crpci_message *m)
 }
 
 /* For protocols: reports a message whose body of `size` bytes is over max_body, and skips the next
- * `skip` bytes of input. */
+ * `skip` bytes of input. The connection stays usable, so that the peer gets an error in place of a
+ * reset. */
 CRPCI_COLD void crpci_conn_oversize(crpci_conn *c, crpci_message *m, uint64_t size, uint64_t skip)
 {
     c->active_us = crpci_loop_time(c->loop);
@@ -8665,7 +8766,7 @@ CRPCI_COLD void crpci_conn_oversize(crpci_conn *c, crpci_message *m, uint64_t si
         c->up->oversize(c, m, size);
 }
 
-/* The connection is in this protocol from now on. False: it was closed, for want of memory. */
+/* Fixes the connection's protocol. False: out of memory, and the connection was closed. */
 CRPCI_FN bool crpci_conn_speak(crpci_conn *c, const crpci_protocol *p)
 {
     c->protocol = p;
@@ -8679,7 +8780,7 @@ CRPCI_FN bool crpci_conn_speak(crpci_conn *c, const crpci_protocol *p)
 }
 
 #if CRPC_ENABLE_SERVER
-/* Finds out the protocol of an accepted connection. False: not yet, or it was closed. */
+/* Recognises the protocol of an accepted connection. False: too few bytes yet, or closed. */
 CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
 {
     bool more = false;
@@ -8700,8 +8801,8 @@ CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
 }
 #endif
 
-/* Gives bytes to the protocol. Returns the bytes used. 0: it needs more, or the connection is
- * closed. */
+/* Passes input to the protocol and returns the number of bytes it used. 0: it needs more
+ * (c->rx_total), or the connection is closed. */
 CRPCI_FN size_t crpci_conn_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
 #if CRPC_ENABLE_SERVER
@@ -8711,8 +8812,8 @@ CRPCI_FN size_t crpci_conn_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_
     return c->protocol->feed(c, chunk, p, n);
 }
 
-/* A chunk for a frame that has begun with `have` bytes. A large one is trusted with its full size
- * only when a good part of it has come. */
+/* Buffers the first `have` bytes of a message. The full size is allocated at once only when a good
+ * part of it has arrived: a peer must not reserve memory by announcing large sizes. */
 CRPCI_FN bool crpci_conn_begin(crpci_conn *c, const uint8_t *p, size_t have)
 {
     size_t cap = c->rx_total;
@@ -8730,7 +8831,7 @@ CRPCI_FN bool crpci_conn_begin(crpci_conn *c, const uint8_t *p, size_t have)
     return true;
 }
 
-/* The message in c->rx, which stays, gets room for all that the protocol asked for. */
+/* Enlarges c->rx towards the size that the protocol asked for, under the same rule. */
 CRPCI_FN void crpci_conn_grow(crpci_conn *c)
 {
     crpci_chunk *bigger;
@@ -8750,7 +8851,7 @@ CRPCI_FN void crpci_conn_grow(crpci_conn *c)
     c->rx_need = crpci_base_min(c->rx_total, c->rx->cap);
 }
 
-/* The message in c->rx has got the bytes that were asked for: it is whole, or needs more. */
+/* c->rx holds the bytes that were asked for: parses them, and grows if the protocol needs more. */
 CRPCI_FN void crpci_conn_rx_full(crpci_conn *c)
 {
     crpci_chunk *chunk = c->rx;
@@ -8765,8 +8866,8 @@ CRPCI_FN void crpci_conn_rx_full(crpci_conn *c)
     crpci_conn_grow(c);
 }
 
-/* Takes one piece of input: a whole message where it stands, else what continues or begins c->rx.
- * Returns the bytes used. */
+/* Takes one piece of input: a whole message in place, or bytes that begin or continue c->rx.
+ * Returns the number of bytes used. */
 CRPCI_FN size_t crpci_conn_feed_one(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
     size_t used;
@@ -8789,7 +8890,8 @@ CRPCI_FN size_t crpci_conn_feed_one(crpci_conn *c, crpci_chunk *chunk, const uin
     return crpci_conn_begin(c, p, n) ? n : 0;
 }
 
-/* Takes input until the step's budget is used up; the rest waits in c->left. */
+/* Takes input until the step's budget is used up or the connection pauses; the rest waits in
+ * c->left. */
 CRPCI_FN void crpci_conn_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
     int frames = 0;
@@ -8810,7 +8912,7 @@ CRPCI_FN void crpci_conn_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *
     }
 }
 
-/* Goes on with input that was over the budget. False if there is more of it still. */
+/* Continues with input that was over the budget. False if some of it is still left. */
 CRPCI_FN bool crpci_conn_catch_up(crpci_conn *c)
 {
     crpci_chunk *chunk = c->left;
@@ -8824,8 +8926,9 @@ CRPCI_FN bool crpci_conn_catch_up(crpci_conn *c)
     return !c->left;
 }
 
-/* The loop's receive buffer: one for all connections, because only the driver reads. Frames still
- * pointed into keep their part of it; the next read goes behind them. */
+/* Provides the loop's receive buffer, one for all connections, because only the driver reads.
+ * Messages that somebody still points into keep their part of it; the next read goes behind
+ * them. */
 CRPCI_FN bool crpci_conn_spare(crpc_loop *l)
 {
     if (l->spare && crpci_loop_spare_alone(l))
@@ -8839,12 +8942,13 @@ CRPCI_FN bool crpci_conn_spare(crpc_loop *l)
     return l->spare != NULL;
 }
 
+/* Processes `n` bytes that readv put into c->rx and, behind that, into the loop's buffer. */
 CRPCI_FN void crpci_conn_received(crpci_conn *c, size_t n)
 {
     crpc_loop *l = c->loop;
     crpci_chunk *chunk = l->spare;
     const uint8_t *p = crpci_heap_data(chunk) + l->spare_pos;
-    crpci_loop_share(l, chunk); /* a callee may let go of the spare */
+    crpci_loop_share(l, chunk); /* a callback may drop the loop's buffer */
     if (c->rx) {
         size_t direct = crpci_base_min(n, c->rx_need - c->rx_len);
         c->rx_len += direct;
@@ -8858,7 +8962,8 @@ CRPCI_FN void crpci_conn_received(crpci_conn *c, size_t n)
         l->spare_pos += (n + 7) & ~(size_t)7;
 }
 
-/* What a read may have changed with a transport that is more than a socket. */
+/* With a transport that is more than a socket, a read may have changed what it waits for, and
+ * whether it can write. */
 CRPCI_COLD void crpci_conn_after_read(crpci_conn *c)
 {
     if (c->closed)
@@ -8870,6 +8975,8 @@ CRPCI_COLD void crpci_conn_after_read(crpci_conn *c)
     crpci_conn_interest(c);
 }
 
+/* Reads once. Partial messages are read straight into their chunk. Unlocks the loop while
+ * reading. */
 CRPCI_FN void crpci_conn_read(crpci_conn *c)
 {
     crpc_loop *l = c->loop;
@@ -8879,7 +8986,7 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
     if (!crpci_conn_catch_up(c) || c->closed || c->reading || c->paused || c->eof)
         return;
     c->unread = crpci_conn_engaged(c);
-    if (c->unread) /* whoever writes has it read then */
+    if (c->unread) /* the thread that writes schedules the read when it is done */
         return;
     if (!crpci_conn_spare(l)) {
         crpci_conn_close(c, CRPC_ENOMEM, 0);
@@ -8912,6 +9019,8 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
 
 /* --- opening ---------------------------------------------------------------------------------- */
 
+/* A dialled socket has become writable: it is connected, or SO_ERROR says why not. A socket that
+ * connected to itself, which the kernel does on local ephemeral ports, counts as refused. */
 CRPCI_FN void crpci_conn_connected(crpci_conn *c)
 {
     int e = 0;
@@ -8931,6 +9040,7 @@ CRPCI_FN void crpci_conn_connected(crpci_conn *c)
         c->up->opened(c);
 }
 
+/* The poller's callback. */
 CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
 {
     crpci_conn *c = CRPCI_CONTAINER(w, crpci_conn, watch);
@@ -8940,7 +9050,7 @@ CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
         crpci_conn_connected(c);
     } else {
         if (c->io->want)
-            events |= CRPC_READABLE | CRPC_WRITABLE; /* which of them goes on, it does not say */
+            events |= CRPC_READABLE | CRPC_WRITABLE; /* either may let the transport go on */
         if (events & CRPC_WRITABLE && c->blocked) {
             c->blocked = false;
             crpci_conn_interest(c);
@@ -8952,7 +9062,8 @@ CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
     crpci_conn_drop(c);
 }
 
-/* Goes on with input that was over the budget, or that no descriptor tells of. */
+/* Runs in the next step: continues with input over the budget, then with input that the poller
+ * cannot see. */
 CRPCI_FN void crpci_conn_resume_task(crpc_loop *l, crpci_task *task)
 {
     crpci_conn *c = CRPCI_CONTAINER(task, crpci_conn, resume);
@@ -8972,7 +9083,8 @@ CRPCI_FN void crpci_conn_on_timer(crpc_loop *l, crpci_timer *t)
 }
 
 #if CRPC_ENABLE_SERVER
-/* Whether a connection is at rest: nothing to be sent, nothing received in part or not yet. */
+/* Whether a connection is at rest: nothing to send, nothing partly received, nothing unread. A
+ * draining server closes only such connections without losing a request. */
 CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
 {
     return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip && !crpci_conn_engaged(c) &&
@@ -8980,8 +9092,9 @@ CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
 }
 #endif
 
-/* Takes over a socket, connecting or accepted; on failure it is closed. The loop has a reference
- * until the connection closes. An accepted one needs `protocols`, the other one a protocol. */
+/* Takes over a socket, connecting or accepted; on failure the socket is closed. The loop has a
+ * reference until the connection closes. The caller sets `protocols` of an accepted connection, and
+ * calls crpci_conn_speak for a dialled one, before the loop runs again. */
 CRPCI_FN int crpci_conn_new(crpc_loop *l, int fd, bool connecting, const crpci_conn_events *up,
                             void *owner, crpci_conn **out)
 {
@@ -9017,7 +9130,7 @@ CRPCI_FN int crpci_conn_new(crpc_loop *l, int fd, bool connecting, const crpci_c
     return CRPC_OK;
 }
 
-/* Begins to connect. CRPC_ECONN with errno in *e if that failed at once. */
+/* Begins to connect. Fails with CRPC_ECONN and the errno in *e if connect failed at once. */
 CRPCI_FN int crpci_conn_dial(crpc_loop *l, const crpci_addr *to, const crpci_conn_events *up,
                              void *owner, crpci_conn **out, int *e)
 {
@@ -9041,8 +9154,12 @@ CRPCI_FN int crpci_conn_dial(crpc_loop *l, const crpci_addr *to, const crpci_con
 /* >>impl-baidu   brpc's protocol baidu_std: RpcMeta to messages and back   */
 /* ======================================================================== */
 
-#define CRPCI_BAIDU_META_MAX (64u << 10) /* of a frame that is refused for its size */
+/* Cuts baidu_std's frames (see impl-frame, impl-meta) into messages, and lays out requests and
+ * replies. The peer is not trusted: each size is checked before memory is reserved for it. */
 
+#define CRPCI_BAIDU_META_MAX (64u << 10) /* largest meta read of a frame over the size limit */
+
+/* The first four bytes are "PRPC"; fewer that match leave it open. */
 CRPCI_FN crpci_detected crpci_baidu_detect(const uint8_t *p, size_t n)
 {
     if (memcmp(p, "PRPC", crpci_base_min(n, 4)) != 0)
@@ -9050,7 +9167,8 @@ CRPCI_FN crpci_detected crpci_baidu_detect(const uint8_t *p, size_t n)
     return n < 4 ? CRPCI_DETECTED_MORE : CRPCI_DETECTED_YES;
 }
 
-/* Whether crpc can do all that a meta asks for; else `text` says what it cannot. */
+/* Whether crpc supports all that a meta asks for; if not, `text` says what it does not support, for
+ * the error reply. */
 CRPCI_COLD bool crpci_baidu_check(const crpci_meta *m, size_t body, char *text, size_t size)
 {
     if (m->attachment_size < 0 || (size_t)m->attachment_size > body)
@@ -9074,7 +9192,8 @@ CRPCI_COLD bool crpci_baidu_check(const crpci_meta *m, size_t body, char *text, 
     return false;
 }
 
-/* Hands on a message whose meta may say anything; its body has `body` bytes. */
+/* Delivers a message whose meta does not have one of the usual shapes; `body` is the size of
+ * payload and attachment. */
 CRPCI_FN void crpci_baidu_full(crpci_conn *c, const crpci_meta *meta, crpci_message *m, size_t body)
 {
     char text[120];
@@ -9095,7 +9214,8 @@ CRPCI_FN void crpci_baidu_full(crpci_conn *c, const crpci_meta *meta, crpci_mess
     crpci_conn_deliver(c, m);
 }
 
-/* A body over the limit: as much of it is needed as says who is to be told. */
+/* A body over the limit: reads the meta, which names the call to answer with an error, and skips
+ * the rest. Closes the connection instead if even skipping would exceed max_skip. */
 CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n, uint32_t body,
                                        uint32_t size)
 {
@@ -9119,6 +9239,8 @@ CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n
     return (size_t)CRPCI_FRAME_HEADER + size;
 }
 
+/* The hot path of every request and reply. The message is filled member by member, not cleared: see
+ * crpci_message.usual. */
 CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
     uint32_t body = 0, size = 0;
@@ -9165,7 +9287,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
 #if CRPC_ENABLE_CLIENT
 CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
-    crpci_meta meta; /* what a request has of it */
+    crpci_meta meta; /* only the members that crpci_meta_put_request reads */
     meta.names = m->names;
     meta.credential = m->credential;
     meta.log_id = m->log_id;
@@ -9184,7 +9306,7 @@ CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpc
 #if CRPC_ENABLE_SERVER
 CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
-    crpci_meta meta; /* what a reply has of it */
+    crpci_meta meta; /* only the members that crpci_meta_put_reply reads */
     meta.error_code = m->status;
     meta.error_text = m->text;
     meta.attachment_size = (int32_t)m->attachment_size;
@@ -9217,11 +9339,11 @@ static const crpci_protocol crpci_baidu = {
 #endif
 
 /* ======================================================================== */
-/* >>impl-protocols   which protocols there are                             */
+/* >>impl-protocols   the table of wire protocols                          */
 /* ======================================================================== */
 
-/* What a server detects, in this order, and a channel may name. A test adds its own; so does who
- * adds one to crpc. */
+/* A server tries these in order to detect a connection's protocol; a channel's URL names one. A new
+ * protocol is added here; tests add theirs through CRPCI_TEST_PROTOCOLS. */
 static const crpci_protocol *const crpci_protocols[] = {
     &crpci_baidu,
 #ifdef CRPCI_TEST_PROTOCOLS
@@ -9231,7 +9353,7 @@ static const crpci_protocol *const crpci_protocols[] = {
 
 #define CRPCI_PROTOCOLS_COUNT (sizeof crpci_protocols / sizeof crpci_protocols[0] - 1)
 
-/* The protocol of that name. NULL: there is none. */
+/* The protocol of that name; NULL: there is none. */
 CRPCI_COLD const crpci_protocol *crpci_protocols_find(const char *name)
 {
     size_t i;
