@@ -136,13 +136,13 @@
  *     >>impl-conn          one connection: reading and parsing, queueing and sending
  *     >>impl-baidu         brpc's protocol baidu_std: RpcMeta to messages and back
  *     >>impl-protocols     the table of wire protocols
- *     >>impl-names         provider URLs as Dubbo writes them, overrides; pure
+ *     >>impl-names         provider URLs in Dubbo's notation, and an operator's overrides; pure
  *     >>impl-cache         the last good lists of providers, in a file that survives crashes
- *     >>impl-directory     the live list of a service's providers, and who is told of it
+ *     >>impl-directory     the live list of a service's providers, and its subscribers
  *     >>impl-file          providers listed in a file: file://
  *     >>impl-multicast     serverless registry over UDP multicast: multicast://
- *     >>impl-zk-servers    the servers of an ensemble, and the way to them
- *     >>impl-zk-job        requests to ZooKeeper: who asks, what, and what came of it
+ *     >>impl-zk-servers    servers of an ensemble; the local address towards them
+ *     >>impl-zk-job        requests to ZooKeeper: who sends them, and how answers are handled
  *     >>impl-zk-session    a session with ZooKeeper: start, loss, expiry
  *     >>impl-zk-node       the two primitives: to watch a node, and to own one
  *     >>impl-zk-directory  zookeeper:// as Dubbo lays it out: providers, consumers, overrides
@@ -9365,29 +9365,35 @@ CRPCI_COLD const crpci_protocol *crpci_protocols_find(const char *name)
 }
 
 /* ======================================================================== */
-/* >>impl-names   provider URLs as Dubbo writes them, overrides; pure       */
+/* >>impl-names   provider URLs in Dubbo's notation, and an operator's overrides; pure */
 /* ======================================================================== */
+
+/* Registries store a provider as the name of a znode or the text of a datagram: a URL in Dubbo's
+ * notation. This section writes and reads those URLs, decides whether a provider is what a consumer
+ * wants, and applies an operator's override:// rules. It is pure: any thread, no lock; names come
+ * from the network and are not trusted. */
 
 #define CRPCI_DIRECTORY (CRPC_ENABLE_ZOOKEEPER || CRPC_ENABLE_SERVERLESS) /* any registry */
 
-#define CRPCI_NAMES_WEIGHT     100 /* of a provider that does not tell */
+#define CRPCI_NAMES_WEIGHT     100 /* of a provider whose URL has no weight= */
 #define CRPCI_NAMES_WEIGHT_MAX 1000000
 
-/* A service, as a provider offers it or a consumer wants it. In texts NULL stands for "". */
+/* A service, as a provider offers it or a consumer wants it. A text that is NULL counts as "". */
 typedef struct crpci_names_service {
     const char *service; /* "demo.UserService" */
     const char *group;
     const char *version;
-    const char *application; /* the program's name, for people and overrides */
+    const char *application; /* the program's name: shown to operators, matched by overrides */
     const char *methods;     /* of a provider: "Login,Register" */
-    const char *address;     /* of a provider: "host:port", the host numeric; ":port": the address
-                              * that reaches the registry; "0.0.0.0:port": the IPv4 one that does */
+    const char *address;     /* of a provider: "host:port", the host numeric. ":port": the local
+                              * address on the route to the registry; "0.0.0.0:port": the same, but
+                              * an IPv4 address */
     int weight;
     int warmup_ms;    /* 0: none */
-    bool allow_empty; /* of a consumer: an empty list, read without a fault, is believed */
+    bool allow_empty; /* of a consumer: an empty list, read completely, replaces a good one */
 } crpci_names_service;
 
-/* Names of nodes, in one block. */
+/* Encoded provider names; the array and the texts are one block at `name`. */
 typedef struct crpci_names {
     size_t size; /* of the block at `name` */
     size_t count;
@@ -9401,7 +9407,7 @@ CRPCI_COLD void crpci_names_free(crpci_heap *h, crpci_names *n)
     n->count = 0;
 }
 
-/* Copies a service with its texts, which are one block; the address is not copied. False: out of
+/* Copies a service and its texts, which form one block; the address is not copied. False: out of
  * memory. */
 CRPCI_FN bool crpci_names_copy(crpci_heap *h, crpci_names_service *to,
                                const crpci_names_service *from)
@@ -9432,7 +9438,7 @@ CRPCI_FN bool crpci_names_copy(crpci_heap *h, crpci_names_service *to,
 /* Frees the texts of a copy. A service that is all zero has none. */
 CRPCI_FN void crpci_names_release(crpci_heap *h, crpci_names_service *s)
 {
-    if (s->service) /* the block begins with it, and ends with the methods */
+    if (s->service) /* the block begins with `service` and ends with `methods` */
         crpci_heap_free(h, (void *)(uintptr_t)s->service,
                         (size_t)(s->methods - s->service) + strlen(s->methods) + 1);
     memset(s, 0, sizeof *s);
@@ -9440,7 +9446,7 @@ CRPCI_FN void crpci_names_release(crpci_heap *h, crpci_names_service *s)
 
 /* --- node names: Dubbo's URLs ----------------------------------------------------------------- */
 
-/* Text that is measured when it does not fit, as with snprintf. */
+/* Output of a URL. As with snprintf, `len` counts what does not fit too. */
 typedef struct crpci_names_text {
     char *out;
     size_t size;
@@ -9457,8 +9463,9 @@ CRPCI_FN void crpci_names_put(crpci_names_text *t, const char *text)
         t->out[t->len < t->size ? t->len : t->size - 1] = '\0';
 }
 
-/* `before`, then the value with what would end it encoded, or nothing at all if it is empty. Dubbo
- * puts values as they are; none of these characters is in one that Dubbo could read back. */
+/* Appends `before` and the value, percent-encoding the characters that would end a value; appends
+ * nothing if the value is empty. Dubbo writes values unencoded, but could not read back one that
+ * has such a character. */
 CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before,
                                        const char *value)
 {
@@ -9481,8 +9488,8 @@ CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before,
 }
 
 /* Writes the URL of a provider, or of a consumer, whose address is a host without a port. The
- * parameters stand in alphabetical order, as Dubbo writes them. Returns the length that was
- * needed. */
+ * parameters are in alphabetical order, as Dubbo writes them. Returns the length that the whole URL
+ * needs. */
 CRPCI_FN size_t crpci_names_url(char *out, size_t size, const crpci_names_service *s, bool consumer,
                                 const char *address, int64_t timestamp_ms, long pid)
 {
@@ -9516,17 +9523,18 @@ CRPCI_FN size_t crpci_names_url(char *out, size_t size, const crpci_names_servic
     return t.len;
 }
 
-/* What the name of a node says. The texts point into the name. */
+/* The contents of a provider's name. The texts point into the name, which is modified. */
 typedef struct crpci_names_node {
     const char *scheme;
-    char address[CRPC_ADDRESS_MAX]; /* in its one canonical form: equal if it is the same */
+    char address[CRPC_ADDRESS_MAX]; /* canonical: equal addresses are equal texts */
     crpci_names_service of;
-    bool enabled;  /* not enabled=false: it is no provider at all */
-    bool disabled; /* disabled=true, which can be overridden */
+    bool enabled;  /* false: enabled=false; the provider is ignored, overrides or not */
+    bool disabled; /* disabled=true, which an override can change */
     int64_t timestamp_ms;
 } crpci_names_node;
 
-/* A number that is not negative, or -1, which counts as 0. False, and nothing changed: none. */
+/* Reads a number that is not negative; -1 counts as 0. False: it is malformed, and *out is
+ * unchanged. */
 CRPCI_FN bool crpci_names_number(const char *value, int64_t max, int *out)
 {
     int64_t number;
@@ -9536,8 +9544,8 @@ CRPCI_FN bool crpci_names_number(const char *value, int64_t max, int *out)
     return true;
 }
 
-/* Takes a parameter that providers and overrides have in common. 1: taken; 0: another one; -1: its
- * value is malformed, and nothing changed. */
+/* Takes a parameter that providers and overrides have in common. Returns 1 if it is one of these, 0
+ * if not, and -1 if its value is malformed, which leaves the service unchanged. */
 CRPCI_FN int crpci_names_common(crpci_names_service *s, const char *key, const char *value)
 {
     if (strcmp(key, "group") == 0)
@@ -9557,6 +9565,8 @@ CRPCI_FN int crpci_names_common(crpci_names_service *s, const char *key, const c
     return 1;
 }
 
+/* A malformed value of a provider is ignored: a registry shared with other software holds
+ * surprises, and a provider with its default weight is better than none. */
 CRPCI_FN void crpci_names_param(crpci_names_node *n, const char *key, const char *value)
 {
     int64_t number;
@@ -9570,7 +9580,7 @@ CRPCI_FN void crpci_names_param(crpci_names_node *n, const char *key, const char
         n->timestamp_ms = number < 0 ? 0 : number;
 }
 
-/* Takes a URL apart, in place. False: it is none. What is missing is "". */
+/* Splits a URL in place. Parts that are missing become "". False: the text is not a URL. */
 CRPCI_FN bool crpci_names_split(char *url, char **address, char **service, char **query)
 {
     char *path, *user;
@@ -9595,8 +9605,8 @@ CRPCI_FN bool crpci_names_split(char *url, char **address, char **service, char 
     return true;
 }
 
-/* Takes the next key=value of a query, the value decoded. 1: here it is; 0: the end; -1: a value
- * is malformed. */
+/* Takes the next key=value of a query and decodes the value. Returns 1 for a pair, 0 at the end, -1
+ * if a value is malformed. */
 CRPCI_FN int crpci_names_next(char **query, char **key, char **value)
 {
     while (**query) {
@@ -9614,7 +9624,7 @@ CRPCI_FN int crpci_names_next(char **query, char **key, char **value)
     return 0;
 }
 
-/* Reads a provider's URL, in place. False: it is none, or its address is not numeric. */
+/* Reads a provider's URL, in place. False: malformed, or its address is not numeric. */
 CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
 {
     char *address, *service, *query, *key, *value;
@@ -9636,14 +9646,14 @@ CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
     return more == 0;
 }
 
-/* Reads the name of a node, in place: a URL encoded once more. */
+/* Reads the name of a znode, in place. It is a provider's URL, percent-encoded as a whole. */
 CRPCI_FN bool crpci_names_parse(crpci_names_node *n, char *name)
 {
     return crpci_url_decode(name) && crpci_names_read(n, name);
 }
 
-/* Whether what a consumer wants ("" or NULL: the plain one, "*": any, or a list "a,b") is what a
- * provider has. */
+/* Whether a consumer's group or version ("" or NULL: only "", "*": any, "a,b": either) accepts a
+ * provider's. */
 CRPCI_FN bool crpci_names_match(const char *want, const char *have)
 {
     size_t n = strlen(have);
@@ -9659,6 +9669,8 @@ CRPCI_FN bool crpci_names_match(const char *want, const char *have)
     return false;
 }
 
+/* Whether a consumer wants a provider. Registries are shared with Dubbo, so only URLs of schemes
+ * that speak baidu_std are taken. */
 CRPCI_FN bool crpci_names_takes(const crpci_names_service *q, const crpci_names_node *n)
 {
     if (strcmp(n->scheme, "crpc") != 0 && strcmp(n->scheme, "brpc") != 0 &&
@@ -9669,20 +9681,21 @@ CRPCI_FN bool crpci_names_takes(const crpci_names_service *q, const crpci_names_
            (!*n->of.service || !*q->service || strcmp(n->of.service, q->service) == 0);
 }
 
-/* --- overrides: what an operator changes at run time ------------------------------------------ */
+/* --- overrides: rules by which an operator changes providers at run time ---------------------- */
 
-/* One of Dubbo's override:// URLs. Its texts are the block's. */
+/* One of Dubbo's override:// rules. Its texts are in the block of its crpci_names_overrides. */
 typedef struct crpci_names_override {
-    const char *name; /* of the node */
-    char host[INET6_ADDRSTRLEN + 2]; /* canonical, IPv6 in brackets; "": any */
-    unsigned port;                   /* 0: any */
-    bool here; /* the host is this consumer's, as where no port is given: any provider */
-    crpci_names_service of; /* "": any; weight and warm-up -1: left as they are */
+    const char *name; /* of the znode; set only while the rules are sorted */
+    char host[INET6_ADDRSTRLEN + 2]; /* canonical, IPv6 in brackets; "": any host */
+    unsigned port;                   /* 0: any port */
+    bool here; /* the host, given without a port, is this consumer's: hits all providers */
+    crpci_names_service of; /* conditions, "": any; weight and warm-up to set, -1: unchanged */
     int64_t priority;
-    int disabled; /* -1: left as it is */
+    int disabled; /* to set; -1: unchanged */
 } crpci_names_override;
 
-/* Those of a directory, in the order in which they are applied. Never changes. */
+/* The rules of a directory in the order in which they are applied. Immutable, so that readers need
+ * only a reference, no lock. */
 typedef struct crpci_names_overrides {
     uint32_t refs;
     crpci_heap *heap;
@@ -9701,7 +9714,8 @@ CRPCI_FN void crpci_names_overrides_unref(crpci_names_overrides *r)
     crpci_heap_unref(h);
 }
 
-/* Any host, and "host" without a port, are 0.0.0.0:0 and host:0. */
+/* Reads a rule's host and port. Any host is written as 0.0.0.0, and a missing port means any
+ * port. */
 CRPCI_FN bool crpci_names_override_address(crpci_names_override *r, const char *address)
 {
     const char *colon = strrchr(address, ':'), *bracket = strrchr(address, ']');
@@ -9722,8 +9736,8 @@ CRPCI_FN bool crpci_names_override_address(crpci_names_override *r, const char *
     return true;
 }
 
-/* False: it is not understood. A condition that crpc does not know is one: without it the rule
- * would hit more providers than it was meant for. */
+/* Takes one parameter. False: crpc does not understand it. That rejects the whole rule, because
+ * without an unknown condition it would hit more providers than the operator meant. */
 CRPCI_FN bool crpci_names_override_param(crpci_names_override *r, bool *enabled, const char *key,
                                         const char *value)
 {
@@ -9741,8 +9755,9 @@ CRPCI_FN bool crpci_names_override_param(crpci_names_override *r, bool *enabled,
     return true;
 }
 
-/* Reads the name of a node, in place. 1: a rule; 0: one that changes nothing here; -1: none.
- * `host`: this consumer's, as the rule would write it. */
+/* Reads a rule from the name of a znode, in place. Returns 1 for a rule to apply, 0 for one that
+ * changes nothing here, -1 if it is not understood. `host` is this consumer's address, as a rule
+ * would write it. */
 CRPCI_FN int crpci_names_override_read(crpci_names_override *r, char *name, const char *host)
 {
     char *address, *service, *query, *key, *value;
@@ -9766,7 +9781,8 @@ CRPCI_FN int crpci_names_override_read(crpci_names_override *r, char *name, cons
            !(r->of.weight < 0 && r->of.warmup_ms < 0 && r->disabled < 0);
 }
 
-/* Dubbo's: any host before a certain one; then by priority, the highest last. */
+/* Dubbo's order: rules for any host before those for one host, then by priority, the highest last,
+ * so that the most specific setting wins. */
 CRPCI_FN int crpci_names_override_order(const void *a, const void *b)
 {
     const crpci_names_override *p = (const crpci_names_override *)a;
@@ -9777,7 +9793,7 @@ CRPCI_FN int crpci_names_override_order(const void *a, const void *b)
     return c ? c : strcmp(p->name, q->name);
 }
 
-/* Reads a directory of overrides. *bad: how many were not understood. NULL: out of memory. */
+/* Reads the names of all rules. *bad: how many were not understood. NULL: out of memory. */
 CRPCI_FN crpci_names_overrides *crpci_names_overrides_read(crpci_heap *h, char *const *names,
                                                          size_t count, const char *host,
                                                          size_t *bad)
@@ -9811,10 +9827,12 @@ CRPCI_FN crpci_names_overrides *crpci_names_overrides_read(crpci_heap *h, char *
     if (r->count)
         qsort(r->rules, r->count, sizeof *r->rules, crpci_names_override_order);
     for (i = 0; i < r->count; i++)
-        r->rules[i].name = NULL; /* borrowed, for the order of those that say the same */
+        r->rules[i].name = NULL; /* borrowed from the caller, only as a tie-breaker of the sort */
     return r;
 }
 
+/* Whether a rule's conditions hold for a provider. The application may be the provider's or the
+ * consumer's, as in Dubbo. */
 CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crpci_names_service *q,
                                        const crpci_names_node *n)
 {
@@ -9832,7 +9850,7 @@ CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crp
             (q->application && strcmp(r->of.application, q->application) == 0));
 }
 
-/* Changes a provider as the rules (NULL: none) say. */
+/* Changes a provider by the rules, in their order. `rules` may be NULL. */
 CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
                                          const crpci_names_service *q, crpci_names_node *n)
 {
@@ -9851,33 +9869,36 @@ CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
 /* >>impl-cache   the last good lists of providers, in a file that survives crashes */
 /* ======================================================================== */
 
-/* What directories held, in a file, so that a program can start while its registry is away:
+/* Directories put their lists into a file, so that a program can start while its registry is away:
  *
  *     crpc-cache 1
  *     D zookeeper://10.0.0.1:2181/dubbo/demo.Echo/providers
  *     N crpc%3A%2F%2F10.0.0.2%3A8000%2Fdemo.Echo%3F...
  *     C 0123abcd
  *
- * The last line is the CRC-32 of all before it. A file in which anything is wrong is as good as
- * none. It is replaced as a whole, by renaming, and several programs, or loops of one, may share
- * it: each leaves what others wrote. In memory it is the same text, without its first and last
- * lines; the lines of one directory are called its part. */
+ * The last line is the CRC-32 of all lines before it. A file with any error in it is ignored. It is
+ * replaced as a whole, by renaming, and several programs, or loops of one program, may share it:
+ * each keeps the lists of the others. In memory it is the same text without its first and last
+ * line; the lines of one directory are called its part. The loop's lock guards the struct; the file
+ * is read and written without it. */
 #define CRPCI_CACHE_HEAD "crpc-cache 1\n"
-#define CRPCI_CACHE_MAX  (1u << 20) /* bytes of a file */
-#define CRPCI_CACHE_MS   60000      /* least time between two writes: flash wears out */
+#define CRPCI_CACHE_MAX  (1u << 20) /* largest file, in bytes */
+#define CRPCI_CACHE_MS   60000      /* default time between two writes: flash wears out */
 
+/* The cache file of one registry session. */
 typedef struct crpci_cache {
     crpci_heap *heap;
     char *path;  /* NULL: no cache */
-    char *found; /* what the file held when it was loaded; NULL: nothing */
-    char *own;   /* what this program has read since, also that a directory is empty; or NULL */
+    char *found; /* the file's parts when it was loaded; NULL: none */
+    char *own;   /* parts that this program has read since, empty ones too; NULL: none */
     int64_t interval_us;
-    int64_t written_us; /* 0: not by this object yet */
-    bool dirty;         /* something is to be written */
-    bool writing;
-    bool failed; /* it was logged that it cannot be written */
+    int64_t written_us; /* the last write; 0: none by this object */
+    bool dirty;         /* `own` has news that the file lacks */
+    bool writing;       /* crpci_cache_save is at work without the lock */
+    bool failed; /* the last write failed, which was logged */
 } crpci_cache;
 
+/* CRC-32 as in zlib, bit by bit: a table would be larger than the time it saves is worth. */
 CRPCI_FN uint32_t crpci_cache_crc(const char *data, size_t n)
 {
     uint32_t crc = 0xffffffffu;
@@ -9890,7 +9911,7 @@ CRPCI_FN uint32_t crpci_cache_crc(const char *data, size_t n)
     return ~crc;
 }
 
-/* False: out of memory; crpci_cache_clear either way. */
+/* False: out of memory. crpci_cache_clear is due in either case. */
 CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path, int interval_ms)
 {
     memset(c, 0, sizeof *c);
@@ -9900,7 +9921,7 @@ CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path
     return c->path != NULL;
 }
 
-/* A cache that is all zero has nothing to be freed. */
+/* A cache that is all zero has nothing to free. */
 CRPCI_COLD void crpci_cache_clear(crpci_cache *c)
 {
     crpci_heap_strfree(c->heap, c->path);
@@ -9909,7 +9930,7 @@ CRPCI_COLD void crpci_cache_clear(crpci_cache *c)
     c->path = c->found = c->own = NULL;
 }
 
-/* The part of a directory, whose name ends with a newline or zero. NULL: there is none. */
+/* The part of a directory; `name` ends with a newline or zero. NULL: it has none. */
 CRPCI_FN const char *crpci_cache_find(const char *text, const char *name, size_t *len)
 {
     size_t n = strcspn(name, "\n");
@@ -9923,8 +9944,8 @@ CRPCI_FN const char *crpci_cache_find(const char *text, const char *name, size_t
     return NULL;
 }
 
-/* Puts a part in the place of the one that its directory has; `empty`: even one without a name.
- * False: out of memory, and nothing changed. */
+/* Replaces the part of a directory, or appends it. A part without names removes the old one unless
+ * `empty` is set. False: out of memory, and nothing changed. */
 CRPCI_COLD bool crpci_cache_set(crpci_heap *h, char **text, const char *part, size_t len,
                                 bool empty)
 {
@@ -9948,7 +9969,7 @@ CRPCI_COLD bool crpci_cache_set(crpci_heap *h, char **text, const char *part, si
     return true;
 }
 
-/* Takes the names that a directory holds. False: out of memory. */
+/* Takes the names that a directory holds now. False: out of memory. */
 CRPCI_COLD bool crpci_cache_put(crpci_cache *c, const char *name, char *const *names, size_t count)
 {
     size_t size = strlen(name) + 4, n, i, len = 0;
@@ -9973,7 +9994,7 @@ CRPCI_COLD bool crpci_cache_put(crpci_cache *c, const char *name, char *const *n
     return ok;
 }
 
-/* Empty: nothing is known, or out of memory. */
+/* The names that were last known of a directory. Empty: none, or out of memory. */
 CRPCI_COLD void crpci_cache_get(const crpci_cache *c, const char *name, crpci_names *out)
 {
     size_t count = 0, len = 0, i;
@@ -9999,8 +10020,8 @@ CRPCI_COLD void crpci_cache_get(const crpci_cache *c, const char *name, crpci_na
     }
 }
 
-/* The bytes of a file, ended by a zero byte, and the size of the block. NULL: it cannot be read, or
- * is larger than `max`. */
+/* The bytes of a file, with a zero byte behind them; *size is that of the block. NULL: the file
+ * cannot be read, changes while it is read, or is larger than `max`. */
 CRPCI_COLD char *crpci_cache_read_file(crpci_heap *h, const char *path, size_t max, size_t *size)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -10023,14 +10044,14 @@ CRPCI_COLD char *crpci_cache_read_file(crpci_heap *h, const char *path, size_t m
             n += (size_t)got;
     }
     close(fd);
-    if (out && (got < 0 || n + 1 != *size)) { /* it shrank meanwhile: not to be had in one piece */
+    if (out && (got < 0 || n + 1 != *size)) { /* the file shrank meanwhile */
         crpci_heap_free(h, out, *size);
         out = NULL;
     }
     return out;
 }
 
-/* Whether a file's text is whole, and nothing but parts. */
+/* Whether a file's text is complete and consists of parts only. */
 CRPCI_COLD bool crpci_cache_is_good(const char *text, size_t len)
 {
     const size_t head = sizeof CRPCI_CACHE_HEAD - 1, tail = 11; /* "C 0123abcd\n" */
@@ -10045,12 +10066,12 @@ CRPCI_COLD bool crpci_cache_is_good(const char *text, size_t len)
     for (p = text + head; p < end; p += strcspn(p, "\n") + 1) {
         if (end - p < 4 || p[1] != ' ' || p[2] == '\n' ||
             (*p != 'D' && (*p != 'N' || p == text + head)))
-            return false; /* the sum is right: another program's format */
+            return false; /* the checksum is right, but the lines are not ours */
     }
     return true;
 }
 
-/* The parts that a file holds. NULL: none, it is damaged, or out of memory. */
+/* The parts that a file holds. NULL: none, the file is damaged, or out of memory. */
 CRPCI_COLD char *crpci_cache_read(crpci_heap *h, const char *path)
 {
     const size_t head = sizeof CRPCI_CACHE_HEAD - 1;
@@ -10060,8 +10081,8 @@ CRPCI_COLD char *crpci_cache_read(crpci_heap *h, const char *path)
         out = crpci_heap_strndup(h, text + head, size - 1 - head - 11);
     else if (text)
         crpci_heap_log(h, CRPC_LOG_WARN,
-                       "registry: the cache file %.200s is damaged; it is not used, and replaced "
-                       "by the next one",
+                       "registry: cache file %.200s is damaged (wrong format or checksum); it is "
+                       "ignored and will be overwritten",
                        path);
     crpci_heap_free(h, text, size);
     return out;
@@ -10073,7 +10094,9 @@ CRPCI_COLD void crpci_cache_load(crpci_cache *c)
     c->found = crpci_cache_read(c->heap, c->path);
 }
 
-/* Opens the temporary file and locks it, so that one program writes at a time. -1: not now. */
+/* Opens the temporary file and locks it, so that one program writes at a time. -1: another one is
+ * writing. The file may have been renamed between open and flock, and would then be the real file
+ * by now; comparing inodes finds that. */
 CRPCI_COLD int crpci_cache_lock(const char *path)
 {
     int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
@@ -10083,12 +10106,13 @@ CRPCI_COLD int crpci_cache_lock(const char *path)
     if ((flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) && fstat(fd, &a) == 0 &&
         stat(path, &b) == 0 && a.st_ino == b.st_ino && a.st_dev == b.st_dev)
         return fd;
-    close(fd); /* or it was renamed between opening and locking: it is the real file now */
+    close(fd);
     errno = EWOULDBLOCK;
     return -1;
 }
 
-/* Makes a file of parts, and gives it its name when it is safely on the disk. */
+/* Writes a whole file under the temporary name, and renames it when it is safely on the disk: after
+ * a power cut either the old file is there or the new one. */
 CRPCI_COLD bool crpci_cache_replace(crpci_heap *h, int fd, const char *temp, const char *path,
                                     const char *parts)
 {
@@ -10108,8 +10132,8 @@ CRPCI_COLD bool crpci_cache_replace(crpci_heap *h, int fd, const char *temp, con
     return ok && fsync(fd) == 0 && rename(temp, path) == 0;
 }
 
-/* Writes the program's own parts, and what else is in the file. Waits for the disk, without the
- * lock. False: not now. */
+/* Merges the program's own parts into the file. Waits for the disk, so the caller must not hold the
+ * lock. False: it could not be written now. */
 CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *own)
 {
     char *temp = crpci_heap_format(h, "%s.tmp", path), *all = NULL;
@@ -10127,7 +10151,7 @@ CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *o
         news = true;
     }
     if (ok && news)
-        ok = crpci_cache_replace(h, fd, temp, path, all) || /* too much with that of others? */
+        ok = crpci_cache_replace(h, fd, temp, path, all) || /* perhaps over CRPCI_CACHE_MAX? */
              crpci_cache_replace(h, fd, temp, path, mine);
     else if (fd >= 0)
         unlink(temp);
@@ -10138,7 +10162,7 @@ CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *o
     return ok;
 }
 
-/* When it is to be written next; INT64_MAX: there is nothing new. */
+/* When the file should be written next, on the loop's clock; INT64_MAX: there is nothing new. */
 CRPCI_FN int64_t crpci_cache_due(const crpci_cache *c)
 {
     if (!c->path || !c->dirty || c->writing)
@@ -10146,7 +10170,8 @@ CRPCI_FN int64_t crpci_cache_due(const crpci_cache *c)
     return c->written_us ? c->written_us + c->interval_us : 0;
 }
 
-/* Writes what is new. Locked, unlocks meanwhile; `cond` is signalled at the end. */
+/* Writes the news to the file. Called locked; unlocks while it waits for the disk, and signals
+ * `cond` at the end. After a failure the news stay due. */
 CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
 {
     char *own = c->own ? crpci_heap_strndup(c->heap, c->own, strlen(c->own)) : NULL;
@@ -10157,7 +10182,7 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
     ok = own && crpci_cache_write(c->heap, c->path, own);
     if (!ok && !c->failed)
         crpci_heap_log(c->heap, CRPC_LOG_WARN,
-                       "registry: the cache file %.200s cannot be written: %s; tried again later",
+                       "registry: cache file %.200s cannot be written: %s; crpc tries again later",
                        c->path, strerror(errno));
     crpci_heap_strfree(c->heap, own);
     crpci_loop_lock(l);
@@ -10169,7 +10194,7 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
 }
 
 /* ======================================================================== */
-/* >>impl-directory   the live list of a service's providers, and who is told of it */
+/* >>impl-directory   the live list of a service's providers, and its subscribers */
 /* ======================================================================== */
 
 /* A backend (a file, a multicast group, ZooKeeper) finds out which providers there are and reports
@@ -10180,42 +10205,43 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
  * A backend uses it like this:
  *
  *     crpci_directory_init      one directory for each service, or one for a whole file or group
- *     crpci_directory_add       a subscriber has come; crpci_directory_recall gives it what the
- *                               cache file knows
+ *     crpci_directory_add       adds a subscriber; crpci_directory_recall then gives it the list
+ *                               of the cache file
  *     crpci_directory_update    these names were read just now
- *     crpci_directory_override  these overrides were read just now; they count from the next update
- *     crpci_directory_age       what was read no longer counts: the registry is away or unreadable
- *     crpci_directory_remove    a subscriber goes
- *     crpci_directory_end       all of them go, and the backend's reference with them
+ *     crpci_directory_override  these overrides were read just now; the next update applies them
+ *     crpci_directory_age       marks all lists stale: the registry is away or unreadable
+ *     crpci_directory_remove    removes a subscriber
+ *     crpci_directory_end       removes all of them, and drops the backend's reference
  *
  * All but the first are called with the loop's lock held, on any thread. Those marked "unlocks"
  * release the lock while lists are made and callbacks run; anything may have changed when they
- * return. The directory lasts as long as it has references (`refs`): a backend takes one around
- * calls that unlock. A result of false means that not every subscriber took its list, for want of
- * memory, or because a callback of it or another pass is running just now: the backend reports the
- * same again about a second later. */
+ * return. The directory lives as long as it has references (`refs`); a backend holds one around
+ * calls that unlock. A result of false means that some subscriber did not take its list, because
+ * memory is short, or its callback or another pass is running: the backend must report the same
+ * again about a second later. */
 
-/* An instance that offers a service. */
+/* One instance that offers a service, after overrides were applied. */
 typedef struct crpci_provider {
     char address[CRPC_ADDRESS_MAX]; /* numeric: "10.0.0.1:8000", "[::1]:8000" */
-    int weight;                     /* its share of the calls; 0: none */
+    int weight;                     /* its share of the calls; 0: it gets none */
     int warmup_ms;                  /* after timestamp_ms, in which its share rises; 0: none */
-    int64_t timestamp_ms;           /* wall clock when it registered; 0: not told */
-    bool kept;                      /* the registry has not listed it again since it was away */
+    int64_t timestamp_ms;           /* wall clock when it registered; 0: unknown */
+    bool kept;                      /* protected: not listed again since the registry was away */
 } crpci_provider;
 
-/* All providers of a service at one time, sorted by address, each address once. Never changes once
- * it was handed out, so that readers need no lock. */
+/* All providers of a service at one time, sorted by address, each address once. Immutable once it
+ * has been handed out, so that readers need a reference but no lock. */
 typedef struct crpci_snapshot {
     uint32_t refs;
     crpci_heap *heap;
     size_t size; /* of the block */
-    bool stale;  /* the last good list; the registry says otherwise by now, or is away */
+    bool stale;  /* the registry is away, or lists nothing: this is the last good list */
     size_t count;
     crpci_provider *providers;
 } crpci_snapshot;
 
-/* One block with room for `count` zeroed providers and one reference; NULL when out of memory. */
+/* A list with room for `count` zeroed providers, in one block, with one reference. NULL: out of
+ * memory. */
 CRPCI_FN crpci_snapshot *crpci_directory_snapshot(crpci_heap *h, size_t count)
 {
     const size_t head = (sizeof(crpci_snapshot) + 15) & ~(size_t)15;
@@ -10252,7 +10278,8 @@ CRPCI_FN void crpci_directory_snapshot_unref(crpci_snapshot *s)
     crpci_heap_unref(h);
 }
 
-/* Whether a subscriber would see a difference. */
+/* Whether a subscriber would see no difference. `kept` is not compared: it is the directory's own
+ * mark. */
 CRPCI_FN bool crpci_directory_snapshot_equal(const crpci_snapshot *a, const crpci_snapshot *b)
 {
     size_t i;
@@ -10267,7 +10294,7 @@ CRPCI_FN bool crpci_directory_snapshot_equal(const crpci_snapshot *a, const crpc
     return true;
 }
 
-/* By address; of one address the newest first. */
+/* Sorts by address; of one address the newest registration comes first. */
 CRPCI_FN int crpci_directory_order(const void *a, const void *b)
 {
     const crpci_provider *p = (const crpci_provider *)a, *q = (const crpci_provider *)b;
@@ -10277,6 +10304,8 @@ CRPCI_FN int crpci_directory_order(const void *a, const void *b)
     return p->timestamp_ms < q->timestamp_ms ? 1 : p->timestamp_ms > q->timestamp_ms ? -1 : 0;
 }
 
+/* Sorts a list and removes duplicates. A provider that restarted within its session timeout has two
+ * znodes; only the newer one counts. */
 CRPCI_FN void crpci_directory_sort(crpci_snapshot *s)
 {
     size_t i, n = 0;
@@ -10285,7 +10314,7 @@ CRPCI_FN void crpci_directory_sort(crpci_snapshot *s)
     qsort(s->providers, s->count, sizeof *s->providers, crpci_directory_order);
     for (i = 0; i < s->count; i++) {
         if (n && strcmp(s->providers[n - 1].address, s->providers[i].address) == 0)
-            continue; /* an older node of the same address: a process that was there before */
+            continue;
         if (n != i)
             s->providers[n] = s->providers[i];
         n++;
@@ -10293,8 +10322,8 @@ CRPCI_FN void crpci_directory_sort(crpci_snapshot *s)
     s->count = n;
 }
 
-/* Makes the list of those names that a consumer wants, as changed by the overrides (NULL: none).
- * *bad: how many could not be read. NULL: out of memory. */
+/* Makes the list of those names that a consumer wants, with the overrides applied (NULL: none).
+ * *bad: how many names were malformed. NULL: out of memory. Runs without the lock. */
 CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *names, size_t count,
                                                  const crpci_names_service *want,
                                                  const crpci_names_overrides *overrides,
@@ -10342,21 +10371,21 @@ CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *nam
 
 /* --- callbacks -------------------------------------------------------------------------------- */
 
-/* A new list. On any thread, no lock held; the list is borrowed. Other than 0: it was not taken,
- * and is to be offered again. */
+/* Gives a subscriber a new list. Called on any thread, without a lock; the list is borrowed. A
+ * result other than 0 means that it was not taken; the directory offers it again later. */
 typedef int (*crpci_directory_push_fn)(void *user, crpci_snapshot *list);
 
-/* A service was registered (CRPC_OK), or an attempt failed; attempts go on. On any thread, no lock
- * held. */
+/* Reports that a service was registered (CRPC_OK), or that an attempt failed; attempts go on.
+ * Called on any thread, without a lock. */
 typedef void (*crpci_directory_status_fn)(void *user, int status, const char *text);
 
-/* Whether a callback of the upper sections is running, and on which thread. */
+/* Whether a subscriber's or provider's callback is running, and on which thread. */
 typedef struct crpci_directory_caller {
     bool running;
     crpci_thread thread;
 } crpci_directory_caller;
 
-/* The callback runs between these two, without the loop's lock. */
+/* The callback runs between this and crpci_directory_call_end, without the loop's lock. */
 CRPCI_FN void crpci_directory_call_begin(crpc_loop *l, crpci_directory_caller *c)
 {
     c->running = true;
@@ -10371,7 +10400,8 @@ CRPCI_FN void crpci_directory_call_end(crpc_loop *l, crpci_cond *cond, crpci_dir
     crpci_thread_broadcast(cond);
 }
 
-/* Waits until the callback does not run, except on this thread. */
+/* Waits until the callback has returned. On the thread that is inside it returns at once, so that a
+ * callback may remove its own subscriber. */
 CRPCI_FN void crpci_directory_call_wait(crpc_loop *l, crpci_cond *cond,
                                         const crpci_directory_caller *c)
 {
@@ -10379,25 +10409,26 @@ CRPCI_FN void crpci_directory_call_wait(crpc_loop *l, crpci_cond *cond,
         crpci_thread_wait(cond, &l->lock, -1);
 }
 
-/* --- what a backend registers ----------------------------------------------------------------- */
+/* --- registrations ---------------------------------------------------------------------------- */
 
-/* A service that this process offers. A backend's own struct holds it. */
+/* A service that this process registers, or a consumer that it announces. Part of a backend's own
+ * struct; guarded by the loop's lock. */
 typedef struct crpci_directory_offer {
     crpci_names_service what;
-    crpci_directory_status_fn status; /* NULL: nobody wants to know */
+    crpci_directory_status_fn status; /* NULL: none */
     void *user;
     crpci_directory_caller caller;
-    int64_t timestamp_ms; /* part of the name: the same for as long as it is offered */
+    int64_t timestamp_ms; /* part of the name, so constant while the service is offered */
     unsigned port;        /* 0: a consumer */
-    bool auto_host;       /* the address is the one of this host that leads to the registry... */
-    bool v4;              /* ... and an IPv4 one, because the listener takes no IPv6 */
-    bool ended;           /* withdrawn: nobody is told any more */
-    char host[INET6_ADDRSTRLEN];    /* as found out last; "": not yet, or given */
-    char address[CRPC_ADDRESS_MAX]; /* "" as long as the host is not known */
+    bool auto_host;       /* the host is the local address on the route to the registry */
+    bool v4;              /* ... and must be IPv4, because the listener takes no IPv6 */
+    bool ended;           /* withdrawn: `status` is not called any more */
+    char host[INET6_ADDRSTRLEN];    /* auto_host: as last determined; "": unknown yet */
+    char address[CRPC_ADDRESS_MAX]; /* "" as long as the host is unknown */
 } crpci_directory_offer;
 
-/* Takes over what is to be registered; without an address it is a consumer, which has no port.
- * CRPC_EINVAL: the address is not "host:port" with a numeric host. */
+/* Prepares a registration. Without an address it is a consumer, which has no port. CRPC_EINVAL: the
+ * address is not "host:port" with a numeric host. */
 CRPCI_FN int crpci_directory_offer_init(crpci_directory_offer *o, crpci_heap *h,
                                         const crpci_names_service *what,
                                         crpci_directory_status_fn status, void *user)
@@ -10420,13 +10451,13 @@ CRPCI_FN int crpci_directory_offer_init(crpci_directory_offer *o, crpci_heap *h,
         else
             crpci_sock_format(&a, o->address, sizeof o->address);
     }
-    clock_gettime(CLOCK_REALTIME, &ts); /* people read it; nothing is timed by it */
+    clock_gettime(CLOCK_REALTIME, &ts); /* shown to operators; crpc times nothing by it */
     o->timestamp_ms = (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
     return crpci_names_copy(h, &o->what, what) ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* The host by which others reach this one, when it is to be found out. True: it is another one than
- * before. */
+/* Sets the host of an automatic address. True: it differs from before, so that the service has to
+ * be registered anew. */
 CRPCI_FN bool crpci_directory_offer_move(crpci_directory_offer *o, const char *host)
 {
     if (strcmp(host, o->host) == 0)
@@ -10438,7 +10469,7 @@ CRPCI_FN bool crpci_directory_offer_move(crpci_directory_offer *o, const char *h
     return true;
 }
 
-/* Locked, unlocks for the callback. */
+/* Calls the status callback, unless it runs already. Locked; unlocks for the callback. */
 CRPCI_FN void crpci_directory_tell(crpc_loop *l, crpci_cond *cond, crpci_directory_offer *o,
                                    int status, const char *text)
 {
@@ -10451,28 +10482,29 @@ CRPCI_FN void crpci_directory_tell(crpc_loop *l, crpci_cond *cond, crpci_directo
 
 /* --- the directory ---------------------------------------------------------------------------- */
 
+/* One list and its subscribers; part of a backend's own struct. The loop's lock guards it. */
 typedef struct crpci_directory crpci_directory;
 struct crpci_directory {
-    crpc_loop *loop; /* its lock guards all of this */
+    crpc_loop *loop;
     char *name;      /* in log lines and the cache file: "zookeeper://10.0.0.1/dubbo/S/providers" */
-    uint32_t refs;   /* the backend's, each subscriber's, each call's that unlocks */
-    void (*free)(crpci_directory *d); /* no reference is left: frees the block; locked */
+    uint32_t refs;   /* of the backend, of each subscriber, and of each call that unlocks */
+    void (*free)(crpci_directory *d); /* frees the block at the last reference; locked */
     crpci_cond cond;                  /* a callback has returned */
-    crpci_timer timer;                /* the next hold_until_us */
+    crpci_timer timer;                /* fires at the earliest hold_until_us */
     crpci_list subscribers;
-    uint32_t round; /* counts the passes over the subscribers */
+    uint32_t round; /* number of the current pass over the subscribers */
     bool busy;      /* a pass is under way */
     bool ended;
-    bool names_warned;     /* it was logged that a name is unreadable... */
-    bool overrides_warned; /* ... and that an override is */
-    /* What a backend sets after crpci_directory_init, if it has it: */
+    bool names_warned;     /* a malformed name was logged */
+    bool overrides_warned; /* an override that is not understood was logged */
+    /* Optional; a backend sets these after crpci_directory_init: */
     int64_t hold_us;     /* how long protection lasts; 0: none */
     crpci_cache *cache;  /* NULL: none */
-    char *override_name; /* of the overrides in the cache; on the heap, given to the directory */
+    char *override_name; /* name of the overrides in the cache; the directory frees it */
     crpci_names_overrides *overrides; /* as read last; NULL: none */
 };
 
-/* Who wants the list. A backend's own struct may begin with it. */
+/* One consumer of a directory's list. A backend's own struct may begin with it. */
 typedef struct crpci_subscriber {
     crpci_list link; /* in directory->subscribers */
     crpci_directory *directory;
@@ -10483,15 +10515,15 @@ typedef struct crpci_subscriber {
     crpci_directory_push_fn push;
     void *user;
     crpci_directory_caller caller;
-    crpci_snapshot *last;  /* the list it has; NULL: none yet */
-    int64_t first_us;      /* until then an empty first list is not handed out */
-    int64_t hold_until_us; /* until then `last` may hold kept providers; 0: it has none */
-    bool doubted;          /* its list was called stale: what the next one lacks may come back */
-    bool warned;           /* it was logged that the last good list is kept */
-    bool ended;            /* nothing is pushed any more */
+    crpci_snapshot *last;  /* the list that it took last; NULL: none yet */
+    int64_t first_us;      /* before this time an empty first list is withheld */
+    int64_t hold_until_us; /* end of protection; 0: `last` has no kept providers */
+    bool doubted;          /* its list is stale: providers missing in the next one are kept */
+    bool warned;           /* keeping the last good list was logged */
+    bool ended;            /* removed: nothing is pushed any more */
 } crpci_subscriber;
 
-/* Locked. */
+/* Drops a reference, the last one frees the directory. Locked. */
 CRPCI_FN void crpci_directory_unref(crpci_directory *d)
 {
     if (--d->refs)
@@ -10503,7 +10535,8 @@ CRPCI_FN void crpci_directory_unref(crpci_directory *d)
     d->free(d);
 }
 
-/* Adds a subscriber whose block has `size` bytes, the rest of it zero. NULL: out of memory. */
+/* Adds a subscriber whose block has `size` bytes, zero behind the subscriber. NULL: out of
+ * memory. */
 CRPCI_FN crpci_subscriber *crpci_directory_add(crpci_directory *d, size_t size,
                                                const crpci_names_service *want,
                                                crpci_directory_push_fn push, void *user)
@@ -10516,7 +10549,7 @@ CRPCI_FN crpci_subscriber *crpci_directory_add(crpci_directory *d, size_t size,
     s->directory = d;
     s->size = size;
     s->refs = 1;
-    s->round = d->round; /* a pass that is under way is not for it */
+    s->round = d->round; /* a pass that is under way skips it: its report is older */
     s->push = push;
     s->user = user;
     d->refs++;
@@ -10535,7 +10568,7 @@ CRPCI_FN void crpci_directory_subscriber_unref(crpci_subscriber *s)
     crpci_directory_unref(d);
 }
 
-/* Takes a subscriber off, and waits for its callback unless this is inside it. Unlocks. */
+/* Removes a subscriber, and waits for its callback unless this thread is inside it. Unlocks. */
 CRPCI_FN void crpci_directory_remove(crpci_subscriber *s)
 {
     s->ended = true;
@@ -10544,7 +10577,7 @@ CRPCI_FN void crpci_directory_remove(crpci_subscriber *s)
     crpci_directory_subscriber_unref(s);
 }
 
-/* Removes every subscriber, and gives up the reference of crpci_directory_init. Unlocks. */
+/* Removes every subscriber, and drops the reference of crpci_directory_init. Unlocks. */
 CRPCI_FN void crpci_directory_end(crpci_directory *d)
 {
     d->ended = true;
@@ -10554,22 +10587,22 @@ CRPCI_FN void crpci_directory_end(crpci_directory *d)
     crpci_directory_unref(d);
 }
 
-/* What a backend has read. */
+/* What a backend has read, borrowed during the call. */
 typedef struct crpci_directory_report {
     char *const *names;
     size_t count;
-    bool whole; /* nothing is missing, so that an empty list can be believed */
+    bool whole; /* read completely and without an error: an empty list is credible */
 } crpci_directory_report;
 
-/* --- what a subscriber gets ------------------------------------------------------------------- */
+/* --- one subscriber's list -------------------------------------------------------------------- */
 
-/* Hands a list to the callback. False: it was not taken. Unlocks. */
+/* Calls a subscriber with a list. False: it did not take it. Unlocks. */
 CRPCI_FN bool crpci_directory_push(crpci_subscriber *s, crpci_snapshot *list)
 {
     crpci_directory *d = s->directory;
     bool taken;
     if (s->caller.running)
-        return false; /* on another thread, or further up on this one's stack */
+        return false; /* on another thread, or further up this thread's stack */
     crpci_directory_snapshot_ref(list);
     crpci_directory_call_begin(d->loop, &s->caller);
     taken = s->push(s->user, list) == CRPC_OK;
@@ -10583,7 +10616,7 @@ CRPCI_FN bool crpci_directory_push(crpci_subscriber *s, crpci_snapshot *list)
     return taken;
 }
 
-/* A copy of a list, stale or not, with or without the providers that are only kept. NULL: out of
+/* A copy of a list with a given `stale`, with or without the protected providers. NULL: out of
  * memory. */
 CRPCI_FN crpci_snapshot *crpci_directory_copy(const crpci_snapshot *from, bool stale,
                                               bool with_kept)
@@ -10601,7 +10634,7 @@ CRPCI_FN crpci_snapshot *crpci_directory_copy(const crpci_snapshot *from, bool s
     return s;
 }
 
-/* Tells a subscriber, once, that its list is stale. False: it was not told. Unlocks. */
+/* Marks a subscriber's list stale and tells it so, once. False: it did not take that. Unlocks. */
 CRPCI_FN bool crpci_directory_doubt(crpci_subscriber *s, const crpci_directory_report *r)
 {
     crpci_snapshot *list;
@@ -10618,11 +10651,11 @@ CRPCI_FN bool crpci_directory_doubt(crpci_subscriber *s, const crpci_directory_r
     return taken;
 }
 
-/* Protection: the first list after a time of doubt may be that of a registry to which the providers
- * are only just coming back. If the subscriber followed it at once, the first provider to return
- * would get everybody's load. So what the list lacks is kept until the hold is over, or until a
- * list has named it again: from then on its absence is believed. Returns the list to use, with a
- * reference; NULL: out of memory. */
+/* Protection. After an outage of the registry, providers register again one after another. If a
+ * subscriber followed the first list at once, the first provider to return would get the load of
+ * all. So providers that the list lacks are kept until hold_us has passed; one that a list has
+ * named again is no longer protected. Returns the list to use, with a reference; NULL: out of
+ * memory. */
 CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snapshot *list)
 {
     const crpci_directory *d = s->directory;
@@ -10660,10 +10693,10 @@ CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snap
     return out;
 }
 
-/* Hands a subscriber a list that was read, if it is news. `whole`: everything could be read. An
- * empty list takes the place of a good one only where the program allowed that and all was read: it
- * may come from a wiped server, from a mistaken delete, or from providers that all lost their
- * sessions at once. False: it was not taken. Unlocks. */
+/* Gives a subscriber a list that was read, if it differs. An empty list replaces a good one only if
+ * the program allowed that (allow_empty) and the registry was read completely (`whole`): it may
+ * come from a wiped server, from a mistaken delete, or from providers that all lost their sessions
+ * at once. False: the subscriber did not take it. Unlocks. */
 CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list, bool whole)
 {
     crpci_directory *d = s->directory;
@@ -10673,7 +10706,7 @@ CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list,
     if (s->last && s->last->count && !list->count && !(s->want.allow_empty && whole)) {
         if (!s->warned)
             crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
-                           "registry %s: no provider of %s is left; the last %zu known stay in use",
+                           "registry %s: no provider of %s is listed; the last %zu stay in use",
                            d->name, s->want.service, s->last->count);
         s->warned = true;
         return crpci_directory_doubt(s, NULL);
@@ -10684,7 +10717,7 @@ CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list,
         return false;
     if (!s->last || !crpci_directory_snapshot_equal(s->last, list)) {
         taken = crpci_directory_push(s, list);
-    } else { /* which providers are kept may differ */
+    } else { /* the `kept` marks may differ */
         crpci_directory_snapshot_ref(list);
         crpci_directory_snapshot_unref(s->last);
         s->last = list;
@@ -10694,7 +10727,7 @@ CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list,
     return taken;
 }
 
-/* Makes a subscriber's list of what was read and offers it. Unlocks. */
+/* Makes a subscriber's list from a report and offers it. Unlocks. */
 CRPCI_FN bool crpci_directory_serve(crpci_subscriber *s, const crpci_directory_report *r)
 {
     crpci_directory *d = s->directory;
@@ -10719,7 +10752,7 @@ CRPCI_FN bool crpci_directory_serve(crpci_subscriber *s, const crpci_directory_r
     return taken;
 }
 
-/* The hold is over: what no list has named again is dropped. Unlocks. */
+/* Protection has ended: drops the providers that no list has named again. Unlocks. */
 CRPCI_FN bool crpci_directory_release(crpci_subscriber *s, const crpci_directory_report *r)
 {
     crpci_snapshot *list;
@@ -10727,7 +10760,7 @@ CRPCI_FN bool crpci_directory_release(crpci_subscriber *s, const crpci_directory
     (void)r;
     if (!s->hold_until_us || s->hold_until_us > crpci_loop_now(s->directory->loop))
         return true;
-    if (s->doubted || !s->last) { /* the registry is away again: the next list begins a new hold */
+    if (s->doubted || !s->last) { /* the registry is away again: its next list begins a new hold */
         s->hold_until_us = 0;
         return true;
     }
@@ -10741,7 +10774,8 @@ CRPCI_FN bool crpci_directory_release(crpci_subscriber *s, const crpci_directory
 
 /* --- passes over all subscribers -------------------------------------------------------------- */
 
-/* Sets the timer to the end of the first hold; `retry`: to a second from now at the latest. */
+/* Sets the timer to the end of the first protection; with `retry`, to a second from now at the
+ * latest. */
 CRPCI_FN void crpci_directory_arm(crpci_directory *d, bool retry)
 {
     int64_t now = crpci_loop_now(d->loop), next = retry ? now + 1000000 : INT64_MAX;
@@ -10755,7 +10789,10 @@ CRPCI_FN void crpci_directory_arm(crpci_directory *d, bool retry)
         crpci_loop_timer_set(d->loop, &d->timer, next - now);
 }
 
-/* Does something to each subscriber once; they may come and go meanwhile. Unlocks. */
+/* Calls `each` once for every subscriber. The list may change while a callback runs unlocked, so
+ * each pass has a number, subscribers remember the last pass that reached them, and the walk
+ * restarts from the front. False: some subscriber has to be served again, or another pass is
+ * running. Unlocks. */
 CRPCI_FN bool crpci_directory_run(crpci_directory *d,
                                   bool (*each)(crpci_subscriber *, const crpci_directory_report *),
                                   const crpci_directory_report *report)
@@ -10763,7 +10800,7 @@ CRPCI_FN bool crpci_directory_run(crpci_directory *d,
     bool complete = true;
     crpci_list *i;
     if (d->busy)
-        return false; /* another thread is at it: two passes would undo each other's marks */
+        return false; /* on another thread: two passes would overwrite each other's marks */
     d->busy = true;
     d->refs++;
     d->round++;
@@ -10793,9 +10830,9 @@ CRPCI_FN void crpci_directory_on_timer(crpc_loop *l, crpci_timer *timer)
     crpci_directory_unref(d);
 }
 
-/* Makes a directory with one reference in a block of zeroes. `name` is on the heap and the
- * directory's from now on; NULL: there was no memory for it. False: out of memory; nothing is left
- * to be freed but the block. Without the lock. */
+/* Makes a directory with one reference in a block of zeros. It takes over `name`, a heap text, or
+ * NULL for "out of memory". False: out of memory; only the block is left to free. Runs without the
+ * lock. */
 CRPCI_FN bool crpci_directory_init(crpci_directory *d, crpc_loop *l, char *name,
                                    void (*free_fn)(crpci_directory *d))
 {
@@ -10812,14 +10849,14 @@ CRPCI_FN bool crpci_directory_init(crpci_directory *d, crpc_loop *l, char *name,
     return true;
 }
 
-/* What was read no longer counts: the registry is away, or refuses. Unlocks. */
+/* The registry is away or refuses to be read: marks all lists stale. Unlocks. */
 CRPCI_FN bool crpci_directory_age(crpci_directory *d)
 {
     return crpci_directory_run(d, crpci_directory_doubt, NULL);
 }
 
-/* Puts names into the cache file's next version. Those of providers only if one is usable: an empty
- * list there would be of no use to a program that starts. Unlocks. */
+/* Puts names into the cache's next version. A list of providers is put there only if it has a
+ * usable one: an empty list is useless to a program that starts. Unlocks. */
 CRPCI_COLD void crpci_directory_remember(crpci_directory *d, const char *name, char *const *names,
                                          size_t count)
 {
@@ -10843,7 +10880,7 @@ CRPCI_COLD void crpci_directory_remember(crpci_directory *d, const char *name, c
         (void)crpci_cache_put(d->cache, name, names, count);
 }
 
-/* These names were read. Unlocks. */
+/* Serves all subscribers from names that were just read. Unlocks. */
 CRPCI_FN bool crpci_directory_update(crpci_directory *d, const crpci_directory_report *report)
 {
     bool complete;
@@ -10855,9 +10892,9 @@ CRPCI_FN bool crpci_directory_update(crpci_directory *d, const crpci_directory_r
     return complete;
 }
 
-/* These overrides were read; `host` is this consumer's address, as an override would name it. 1:
- * they may change lists: the providers are to be read again; 0: they change nothing; -1: out of
- * memory. Unlocks. */
+/* Replaces the overrides by those that were just read; `host` is this consumer's address as an
+ * override would write it. Returns 1 if lists may change, so that the backend must read the
+ * providers again, 0 if not, and -1 when out of memory. Unlocks. */
 CRPCI_FN int crpci_directory_override(crpci_directory *d, char *const *names, size_t count,
                                       const char *host)
 {
@@ -10886,7 +10923,7 @@ CRPCI_FN int crpci_directory_override(crpci_directory *d, char *const *names, si
     return changed;
 }
 
-/* Gives a new subscriber what the cache file knows, as a stale list, so that a program can start
+/* Gives a new subscriber the list of the cache file, marked stale, so that a program can start
  * while its registry is away. Unlocks. */
 CRPCI_COLD void crpci_directory_recall(crpci_subscriber *s)
 {
@@ -10919,26 +10956,27 @@ CRPCI_COLD void crpci_directory_recall(crpci_subscriber *s)
 
 /* --- backends --------------------------------------------------------------------------------- */
 
-/* What a registry is opened with; all 0: defaults. */
+/* Options of an open registry; zero means the default. */
 typedef struct crpci_directory_options {
     int session_timeout_ms;
     const char *credential;  /* NULL: none */
-    const char *application; /* the program's name, for people and overrides. NULL: "crpc" */
-    bool register_consumer;  /* subscriptions are registered too, so that people see them */
+    const char *application; /* the program's name, for operators and overrides. NULL: "crpc" */
+    bool register_consumer;  /* registers subscriptions too, so that operators see them */
     const char *cache;       /* file for the last good lists; NULL: none */
     int cache_interval_ms;   /* between two writes of it. 0: 60000. -1: none */
-    int spread_ms;           /* in which a fleet comes back to a registry. 0: 2000. -1: none */
-    const char *interface;   /* multicast: its name or IPv4 address. NULL: by the routing table */
+    int spread_ms;           /* random delay of a reconnect, for fleets. 0: 2000. -1: none */
+    const char *interface;   /* multicast: name or IPv4 address. NULL: by the routing table */
 } crpci_directory_options;
 
+/* An open registry; a backend's own struct begins with this. */
 typedef struct crpci_backend crpci_backend;
 
-/* The functions of a backend. None waits for the network; all are called without the loop's lock,
- * on any thread, in callbacks too. After `withdraw` or `unsubscribe` has returned, the callback
- * does not run any more: it is waited for, unless it is this thread that is inside it. `close` ends
- * what is still registered and subscribed through the handle. */
+/* The functions of a backend. None waits for the network. All are called without the loop's lock,
+ * on any thread, and inside callbacks too. `withdraw` and `unsubscribe` wait for a callback that is
+ * running, unless this thread is inside it; afterwards it is not called any more. `close` ends all
+ * registrations and subscriptions that were made through the handle. */
 typedef struct crpci_backend_ops {
-    /* Both NULL: nothing can be registered there. */
+    /* Both NULL: the backend has no registrations. */
     int (*enroll)(crpci_backend *b, const crpci_names_service *what,
                   crpci_directory_status_fn status, void *user, void **handle);
     void (*withdraw)(crpci_backend *b, void *handle);
@@ -10995,7 +11033,7 @@ CRPCI_FN void crpci_directory_close(crpci_backend *b)
         b->ops->close(b);
 }
 
-/* `unsubscribe` of a backend for which nothing depends on its subscribers. */
+/* The `unsubscribe` of backends that keep nothing else for a subscriber. */
 CRPCI_FN void crpci_directory_leave(crpci_backend *b, crpci_subscriber *s)
 {
     crpci_loop_lock(b->loop);
@@ -11013,31 +11051,32 @@ CRPCI_FN void crpci_directory_leave(crpci_backend *b, crpci_subscriber *s)
  *
  *     host:port [weight=N] [warmup_ms=N] [group=G] [version=V] [service=S]     # comment
  *
- * Hosts are numeric, as nothing may resolve names while a loop runs. The file is examined once a
- * second, when the loop is driven; it is never written. */
+ * Hosts are numeric, because resolving names would block the loop. The loop checks the file once a
+ * second for a change; crpc never writes it. */
 #define CRPCI_FILE_PERIOD_US 1000000
-#define CRPCI_FILE_MAX       (1u << 20) /* bytes */
+#define CRPCI_FILE_MAX       (1u << 20) /* largest file, in bytes */
 
+/* A file://; its directory serves all services in the file. The loop's lock guards it. */
 typedef struct crpci_file {
     crpci_backend base;
-    crpci_directory directory; /* of all services in the file; holds the block */
+    crpci_directory directory; /* its last reference frees this struct */
     crpci_timer timer;
-    const char *path; /* in the directory's name */
-    struct stat seen; /* when it was read last; zeroes: it is to be read anyway */
-    bool again;       /* it can have changed within the same tick of the file system's clock */
-    size_t bad;       /* lines that were logged as unreadable, and the first of them */
+    const char *path; /* points into the directory's name */
+    struct stat seen; /* of the last read; zeros: read it in any case */
+    bool again;       /* read once more: a change within the same tick of mtime is invisible */
+    size_t bad;       /* number of malformed lines that was logged, and the first of them */
     size_t bad_line;
 } crpci_file;
 
-/* What a file gave. */
+/* The result of reading a file. */
 typedef struct crpci_file_text {
     crpci_names names;
     crpci_directory_report report;
     size_t bad;
-    size_t bad_line; /* the first of them */
+    size_t bad_line; /* number of the first one */
 } crpci_file_text;
 
-/* Writes one line, which it takes apart, as a URL. False: it is not of the form above. */
+/* Translates one line, in place, into a provider's URL. False: malformed, or an unknown key. */
 CRPCI_FN bool crpci_file_line(char *line, char *out, size_t size)
 {
     static const char blank[] = " \t\r";
@@ -11078,7 +11117,7 @@ CRPCI_FN bool crpci_file_line(char *line, char *out, size_t size)
     return t.len < size;
 }
 
-/* Reads a text, which it takes apart. False: out of memory. */
+/* Parses a text, in place. Malformed lines are counted and skipped. False: out of memory. */
 CRPCI_FN bool crpci_file_parse(crpci_heap *h, char *text, crpci_file_text *out)
 {
     size_t lines = 1, len = strlen(text), number = 0, used = 0;
@@ -11087,7 +11126,7 @@ CRPCI_FN bool crpci_file_parse(crpci_heap *h, char *text, crpci_file_text *out)
     memset(out, 0, sizeof *out);
     for (p = text; *p; p++)
         lines += *p == '\n';
-    /* each line grows by what a URL needs, and threefold, twice */
+    /* A line grows by a URL's fixed parts, and each of its bytes may be encoded twice, as 3 x 3. */
     names->size = lines * (sizeof *names->name + 256) + 9 * len;
     names->name = (char **)crpci_heap_alloc(h, names->size);
     if (!names->name)
@@ -11114,8 +11153,8 @@ CRPCI_FN bool crpci_file_parse(crpci_heap *h, char *text, crpci_file_text *out)
     return true;
 }
 
-/* Reads the file. CRPC_OK: here it is, empty if it does not exist; CRPC_ESYSTEM: it cannot be read;
- * CRPC_ENOMEM. Without the lock. */
+/* Reads the file. CRPC_OK: read; a missing file counts as empty. CRPC_ESYSTEM: it cannot be read.
+ * Also CRPC_ENOMEM. Runs without the lock. */
 CRPCI_FN int crpci_file_read(const crpci_file *f, crpci_file_text *out)
 {
     crpci_heap *h = f->base.loop->heap;
@@ -11133,7 +11172,7 @@ CRPCI_FN int crpci_file_read(const crpci_file *f, crpci_file_text *out)
     return ok ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* Logs which lines are wrong, when that has changed. Locked. */
+/* Logs malformed lines, once for each change of their number or place. Locked. */
 CRPCI_FN void crpci_file_complain(crpci_file *f, const crpci_file_text *text)
 {
     if (text->bad && (text->bad != f->bad || text->bad_line != f->bad_line))
@@ -11162,7 +11201,7 @@ CRPCI_FN void crpci_file_examine(crpci_file *f)
     crpci_loop_unlock(d->loop);
     if (stat(f->path, &st)) {
         memset(&st, 0, sizeof st);
-        st.st_size = -1; /* missing: not the same as never examined */
+        st.st_size = -1; /* missing, in contrast to never examined */
     }
     crpci_loop_lock(d->loop);
     same = crpci_file_same(&st, &f->seen);
@@ -11196,7 +11235,7 @@ CRPCI_FN void crpci_file_on_timer(crpc_loop *l, crpci_timer *timer)
     crpci_directory_unref(&f->directory);
 }
 
-/* Reads the file on the caller's thread, so that the list is there when this returns. */
+/* Reads the file on the caller's thread, so that the subscriber has a list when this returns. */
 CRPCI_FN int crpci_file_subscribe(crpci_backend *b, const crpci_names_service *want,
                                   crpci_directory_push_fn push, void *user, crpci_subscriber **out)
 {
@@ -11211,7 +11250,7 @@ CRPCI_FN int crpci_file_subscribe(crpci_backend *b, const crpci_names_service *w
     if (s) {
         *out = s;
         s->refs++;
-        memset(&f->seen, 0, sizeof f->seen); /* the file may have changed since */
+        memset(&f->seen, 0, sizeof f->seen); /* the file may have changed since the read */
         crpci_loop_timer_set(b->loop, &f->timer, CRPCI_FILE_PERIOD_US);
         (void)crpci_directory_serve(s, &text.report);
         crpci_directory_subscriber_unref(s);
@@ -11221,7 +11260,7 @@ CRPCI_FN int crpci_file_subscribe(crpci_backend *b, const crpci_names_service *w
     return s ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* Frees the block, when nobody refers to the directory any more. */
+/* The directory's `free`: no reference is left. */
 CRPCI_FN void crpci_file_free(crpci_directory *d)
 {
     crpci_heap_free(d->loop->heap, CRPCI_CONTAINER(d, crpci_file, directory), sizeof(crpci_file));
@@ -11241,7 +11280,7 @@ CRPCI_FN void crpci_file_close(crpci_backend *b)
 static const crpci_backend_ops crpci_file_ops = {NULL, NULL, crpci_file_subscribe,
                                                  crpci_directory_leave, crpci_file_close};
 
-/* file:///path */
+/* Opens file:///path. The file need not exist yet. */
 CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
                                const crpci_directory_options *options, crpci_backend **out,
                                crpc_error *error)
@@ -11278,57 +11317,58 @@ CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
 
 /* Datagrams of one line, as Dubbo's multicast registry sends them:
  *
- *     register crpc://10.0.0.1:8000/demo.Echo?...&ttl=15000     this provider is here: sent when it
- *                                                               starts, at every interval, and when
- *                                                               somebody asks
- *     unregister crpc://...                                     this provider goes
- *     subscribe consumer://10.0.0.9/demo.Echo?...               which providers are there?
+ *     register crpc://10.0.0.1:8000/demo.Echo?...&ttl=15000     announces a provider: at its start,
+ *                                                               at every interval, and in answer
+ *                                                               to a subscribe
+ *     unregister crpc://...                                     the provider is about to stop
+ *     subscribe consumer://10.0.0.9/demo.Echo?...               asks for announcements
  *
- * A provider that was not heard for its ttl (in milliseconds) is gone. What others send is not
- * trusted: malformed datagrams are counted and dropped, providers that nobody here wants are not
- * kept, and the number of those that are kept has a limit. All of it happens on the loop, under its
- * lock, as sending and receiving a datagram does not wait; while nobody drives the loop nothing is
+ * A provider that was not heard for its ttl (in milliseconds) is dropped. Peers are not trusted:
+ * malformed datagrams are counted and dropped, providers without a subscriber here are not kept,
+ * and the number of kept ones is limited. Everything happens on the loop and under its lock,
+ * because sending and receiving a datagram does not block; while nobody drives the loop, nothing is
  * announced. */
 #define CRPCI_MULTICAST_INTERVAL_MS 5000
 #define CRPCI_MULTICAST_TTL         3u /* intervals */
-#define CRPCI_MULTICAST_TTL_MIN_MS  1000 /* a peer's ttl is believed within these */
+#define CRPCI_MULTICAST_TTL_MIN_MS  1000 /* a peer's ttl is clamped to this range */
 #define CRPCI_MULTICAST_TTL_MAX_MS  600000
 #define CRPCI_MULTICAST_SIZE        1400u   /* bytes of a datagram */
-#define CRPCI_MULTICAST_MAX         1024u   /* providers of all services */
+#define CRPCI_MULTICAST_MAX         1024u   /* kept providers, of all services together */
 #define CRPCI_MULTICAST_BATCH       16u     /* datagrams read in one step */
-#define CRPCI_MULTICAST_ANSWER_US   100000  /* answers to a question are spread over this */
+#define CRPCI_MULTICAST_ANSWER_US   100000  /* answers to a subscribe are spread over this */
 #define CRPCI_MULTICAST_QUIET_US    500000  /* least time between two announcements of a service */
-#define CRPCI_MULTICAST_GATHER_US   10000   /* changes within it are reported together */
-#define CRPCI_MULTICAST_FIRST_US    1000000 /* no answer until then: no provider is there */
+#define CRPCI_MULTICAST_GATHER_US   10000   /* changes within this time are reported together */
+#define CRPCI_MULTICAST_FIRST_US    1000000 /* without an answer until then the list is empty */
 #define CRPCI_MULTICAST_TICK_US     1000000
-#define CRPCI_MULTICAST_GRACE_US    2000000 /* for providers to answer after the loop has rested */
+#define CRPCI_MULTICAST_GRACE_US    2000000 /* time for answers after the loop did not run */
 
-/* A provider that was heard. One block, with the URL twice behind it. */
+/* A provider that was heard. One block, with two copies of the URL behind the struct. */
 typedef struct crpci_multicast_peer {
     crpci_list link;
     size_t size;         /* of the block */
-    char *url;           /* as it came */
-    crpci_names_node is; /* what the URL says; its texts are the second copy */
+    char *url;           /* as received */
+    crpci_names_node is; /* the parsed URL; its texts point into the second copy */
     int64_t expires_us;
 } crpci_multicast_peer;
 
+/* One multicast:// group. The loop's lock guards it. */
 typedef struct crpci_multicast {
     crpci_backend base;
-    crpci_directory directory; /* of all services; holds the block */
+    crpci_directory directory; /* of all services; its last reference frees this struct */
     crpci_timer timer;
     int fd;
     crpci_watch watch;
     crpci_addr group;
-    struct ip_mreqn which; /* interface */
+    struct ip_mreqn which; /* the interface to send and receive on */
     crpci_list peers;
     size_t peer_count;
-    crpci_list regs;
-    int64_t serve_us; /* when changes are to be reported; 0: there are none */
+    crpci_list regs; /* services that this process offers */
+    int64_t serve_us; /* when to report changes to the directory; 0: there are none */
     int64_t tick_us;  /* when the timer ran last */
     uint32_t ignored; /* malformed datagrams, and providers above the limit */
-    bool failed;      /* it was logged that nothing can be sent */
+    bool failed;      /* the last send failed, which was logged */
     char datagram[CRPCI_MULTICAST_SIZE + 1]; /* the one just received */
-    char scratch[CRPCI_MULTICAST_SIZE + 1];  /* to take apart, or to send; under the lock */
+    char scratch[CRPCI_MULTICAST_SIZE + 1];  /* a copy to parse in place, or a text to send */
 } crpci_multicast;
 
 /* A service that is offered here. */
@@ -11339,18 +11379,19 @@ typedef struct crpci_multicast_reg {
     crpci_directory_offer offer;
     int64_t due_us;  /* of the next announcement */
     int64_t sent_us; /* of the last one */
-    int told;        /* the status that was reported last; -1: none */
+    int told;        /* the status last reported to the program; -1: none */
 } crpci_multicast_reg;
 
 typedef struct crpci_multicast_sub {
     crpci_subscriber base;
-    int64_t question_us; /* when to ask next */
-    unsigned questions;  /* left to be asked: a datagram can be lost */
+    int64_t question_us; /* when to send the next subscribe */
+    unsigned questions;  /* how many are left to send: a datagram can be lost */
 } crpci_multicast_sub;
 
 /* --- the socket ------------------------------------------------------------------------------- */
 
-/* `interface`: the address of one, its name, or NULL: where the routing table leads. */
+/* Reads the option `interface`: an IPv4 address, a name, or NULL for the routing table's choice.
+ * False: no such interface. */
 CRPCI_COLD bool crpci_multicast_interface(const char *interface, struct ip_mreqn *out)
 {
     memset(out, 0, sizeof *out);
@@ -11360,7 +11401,8 @@ CRPCI_COLD bool crpci_multicast_interface(const char *interface, struct ip_mreqn
     return out->imr_ifindex != 0;
 }
 
-/* A socket that is in the group. On failure -1, errno, and in *call which call failed. */
+/* A socket that has joined the group. On failure returns -1 and errno, with the name of the failed
+ * call in *call. Datagrams stay within the local network (TTL 1). */
 CRPCI_COLD int crpci_multicast_socket(const crpci_addr *group, struct ip_mreqn *which,
                                       const char **call)
 {
@@ -11385,7 +11427,7 @@ CRPCI_COLD int crpci_multicast_socket(const crpci_addr *group, struct ip_mreqn *
     return -1;
 }
 
-/* Sends a text to the group. Locked. */
+/* Sends a text to the group. A failure is logged once until a send succeeds again. Locked. */
 CRPCI_FN bool crpci_multicast_send(crpci_multicast *r, const char *text)
 {
     size_t n = strlen(text);
@@ -11398,8 +11440,9 @@ CRPCI_FN bool crpci_multicast_send(crpci_multicast *r, const char *text)
     return ok;
 }
 
-/* --- what is heard ---------------------------------------------------------------------------- */
+/* --- receiving -------------------------------------------------------------------------------- */
 
+/* The kept providers have changed: schedules a report to the directory. */
 CRPCI_FN void crpci_multicast_changed(crpci_multicast *r)
 {
     if (!r->serve_us)
@@ -11413,7 +11456,7 @@ CRPCI_FN void crpci_multicast_forget(crpci_multicast *r, crpci_multicast_peer *p
     crpci_heap_free(r->base.loop->heap, p, p->size);
 }
 
-/* The peer that is the same provider, perhaps before it was restarted. */
+/* The kept entry of the same provider, possibly of an earlier run of it. */
 CRPCI_FN crpci_multicast_peer *crpci_multicast_find(const crpci_multicast *r,
                                                     const crpci_names_node *n)
 {
@@ -11429,6 +11472,7 @@ CRPCI_FN crpci_multicast_peer *crpci_multicast_find(const crpci_multicast *r,
     return NULL;
 }
 
+/* Whether any subscriber wants this provider; others are not kept, to bound memory. */
 CRPCI_FN bool crpci_multicast_wanted(const crpci_multicast *r, const crpci_names_node *n)
 {
     crpci_list *i;
@@ -11439,7 +11483,7 @@ CRPCI_FN bool crpci_multicast_wanted(const crpci_multicast *r, const crpci_names
     return false;
 }
 
-/* For how long a URL is valid, in microseconds. */
+/* How long a URL is valid, in microseconds; clamped, because peers are not trusted. */
 CRPCI_FN int64_t crpci_multicast_ttl(const char *url)
 {
     const char *at = strstr(url, "&ttl=");
@@ -11452,7 +11496,7 @@ CRPCI_FN int64_t crpci_multicast_ttl(const char *url)
     return (int64_t)ms * 1000;
 }
 
-/* Whether an address is one that a connection can be made to. */
+/* Whether an address can be connected to: neither a multicast nor an unspecified one. */
 CRPCI_FN bool crpci_multicast_is_host(const char *address)
 {
     crpci_addr a;
@@ -11464,7 +11508,7 @@ CRPCI_FN bool crpci_multicast_is_host(const char *address)
     return ntohl(a.u.in4.sin_addr.s_addr) >> 28 < 14 && a.u.in4.sin_addr.s_addr != 0;
 }
 
-/* Keeps what a URL says, in the place of `old`, if that is not NULL. */
+/* Stores a provider, and removes its earlier entry `old`, if there is one. */
 CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, crpci_multicast_peer *old)
 {
     size_t n = strlen(url) + 1, size = sizeof(crpci_multicast_peer) + 2 * n;
@@ -11475,7 +11519,7 @@ CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, crpci_mu
     p->url = (char *)(p + 1);
     memcpy(p->url, url, n);
     memcpy(p->url + n, url, n);
-    (void)crpci_names_read(&p->is, p->url + n); /* it was read before */
+    (void)crpci_names_read(&p->is, p->url + n); /* cannot fail: the caller has parsed this URL */
     p->expires_us = crpci_loop_now(r->base.loop) + crpci_multicast_ttl(url);
     if (old)
         crpci_multicast_forget(r, old);
@@ -11484,7 +11528,8 @@ CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, crpci_mu
     crpci_multicast_changed(r);
 }
 
-/* A provider announces itself, or says that it goes. False: malformed, or above the limit. */
+/* A provider announces itself, or is about to stop (`going`). False: malformed, or over the limit
+ * of kept providers. */
 CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool going)
 {
     crpci_names_node n;
@@ -11494,7 +11539,7 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
         return false;
     old = crpci_multicast_find(r, &n);
     if (old && old->is.timestamp_ms > n.timestamp_ms)
-        return true; /* it arrives late: the provider has been restarted since */
+        return true; /* delayed in the network: the provider has been restarted since */
     if (going) {
         if (old) {
             crpci_multicast_forget(r, old);
@@ -11512,8 +11557,9 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
     return true;
 }
 
-/* A consumer asks for a service. Those who offer it answer, not all in the same moment, and each
- * at most twice a second, so that questions cannot be amplified into a flood. */
+/* A consumer asks for a service: our providers of it announce themselves soon. The answers are
+ * spread at random, and a provider answers at most twice a second, so that questions cannot be
+ * amplified into a flood. */
 CRPCI_FN bool crpci_multicast_asked(crpci_multicast *r, const char *url)
 {
     char *address, *service, *query;
@@ -11534,7 +11580,8 @@ CRPCI_FN bool crpci_multicast_asked(crpci_multicast *r, const char *url)
     return true;
 }
 
-/* One datagram; `size` as the network says, also of what did not fit. False: it is malformed. */
+/* Handles one datagram. `size` is its original size; larger ones arrive cut off. False:
+ * malformed. */
 CRPCI_FN bool crpci_multicast_take(crpci_multicast *r, char *text, size_t size)
 {
     if (size > CRPCI_MULTICAST_SIZE || memchr(text, '\0', size))
@@ -11551,10 +11598,10 @@ CRPCI_FN bool crpci_multicast_take(crpci_multicast *r, char *text, size_t size)
     return false;
 }
 
-/* --- what is said ----------------------------------------------------------------------------- */
+/* --- sending ---------------------------------------------------------------------------------- */
 
-/* Writes "register URL" into the scratch; without the methods if it is too long with them. False:
- * too long. */
+/* Writes "VERB URL" into the scratch buffer; without the methods if it would be too long. False:
+ * too long even so. */
 CRPCI_FN bool crpci_multicast_write(const crpci_multicast_reg *reg, const char *verb)
 {
     crpci_multicast *r = reg->owner;
@@ -11584,7 +11631,8 @@ CRPCI_FN void crpci_multicast_reg_unref(crpci_multicast_reg *reg)
     crpci_heap_free(h, reg, sizeof *reg);
 }
 
-/* Announces a service, and reports it when the outcome is another one than the last. Unlocks. */
+/* Announces a service and schedules the next announcement. Tells the program when the outcome
+ * differs from the last one. Unlocks. */
 CRPCI_FN void crpci_multicast_announce(crpci_multicast_reg *reg)
 {
     crpci_multicast *r = reg->owner;
@@ -11613,6 +11661,7 @@ CRPCI_FN void crpci_multicast_announce(crpci_multicast_reg *reg)
     crpci_multicast_reg_unref(reg);
 }
 
+/* Asks providers of a service to announce themselves. */
 CRPCI_FN void crpci_multicast_ask(crpci_multicast *r, const crpci_names_service *want)
 {
     static const char head[] = "subscribe ";
@@ -11627,6 +11676,7 @@ CRPCI_FN void crpci_multicast_ask(crpci_multicast *r, const crpci_names_service 
 
 /* --- the timer -------------------------------------------------------------------------------- */
 
+/* Sets the timer to the next thing that is due, a tick from now at the latest. */
 CRPCI_FN void crpci_multicast_arm(crpci_multicast *r)
 {
     int64_t now = crpci_loop_now(r->base.loop), next = now + CRPCI_MULTICAST_TICK_US;
@@ -11647,9 +11697,9 @@ CRPCI_FN void crpci_multicast_arm(crpci_multicast *r)
     crpci_loop_timer_set(r->base.loop, &r->timer, next - now);
 }
 
-/* Drops the providers that were silent for too long. After the loop has rested silence proves
- * nothing: what was sent meanwhile is not read yet, or was lost; so all are asked, and get time to
- * answer. */
+/* Drops providers that were silent for too long. If the loop did not run for several ticks, silence
+ * proves nothing, because datagrams were not read or were lost: then all are asked to announce
+ * themselves, and get time to answer. */
 CRPCI_FN void crpci_multicast_expire(crpci_multicast *r, int64_t now)
 {
     bool rested = now - r->tick_us > 3 * (int64_t)CRPCI_MULTICAST_TICK_US;
@@ -11673,7 +11723,7 @@ CRPCI_FN void crpci_multicast_expire(crpci_multicast *r, int64_t now)
     }
 }
 
-/* Reports the providers to the directory. Unlocks. */
+/* Reports the kept providers to the directory. Unlocks. */
 CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
 {
     crpci_heap *h = r->base.loop->heap;
@@ -11688,7 +11738,7 @@ CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
                           NULL, 0, CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) + 1;
     names.name = (char **)crpci_heap_alloc(h, names.size);
     if (!names.name)
-        return; /* serve_us stays: tried again at the next tick */
+        return; /* serve_us stays set: the next tick tries again */
     p = (char *)(names.name + r->peer_count);
     for (i = r->peers.next; i != &r->peers; i = i->next) {
         names.name[names.count++] = p;
@@ -11704,7 +11754,7 @@ CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
     crpci_names_free(h, &names);
 }
 
-/* Does what is due. Unlocks. */
+/* Does everything that is due. Unlocks. */
 CRPCI_FN void crpci_multicast_run(crpci_multicast *r)
 {
     int64_t now = crpci_loop_now(r->base.loop);
@@ -11717,7 +11767,7 @@ CRPCI_FN void crpci_multicast_run(crpci_multicast *r)
             s->questions--;
             crpci_multicast_ask(r, &s->base.want);
         }
-        if (!s->base.last && s->base.first_us <= now) /* no answer: the list is empty */
+        if (!s->base.last && s->base.first_us <= now) /* nobody answered: the list is empty */
             crpci_multicast_changed(r);
     }
     for (i = r->regs.next; i != &r->regs && !r->directory.ended;) {
@@ -11726,7 +11776,7 @@ CRPCI_FN void crpci_multicast_run(crpci_multicast *r)
         if (reg->due_us > now)
             continue;
         crpci_multicast_announce(reg);
-        i = r->regs.next; /* anything can have come and gone */
+        i = r->regs.next; /* the list may have changed while unlocked */
     }
     if (r->serve_us && r->serve_us <= now && !r->directory.ended)
         crpci_multicast_serve(r);
@@ -11742,6 +11792,7 @@ CRPCI_FN void crpci_multicast_on_timer(crpc_loop *l, crpci_timer *timer)
     crpci_directory_unref(&r->directory);
 }
 
+/* Reads a bounded number of datagrams; the poller reports the rest in the next step. */
 CRPCI_FN void crpci_multicast_on_event(crpc_loop *l, crpci_watch *watch, unsigned events)
 {
     crpci_multicast *r = CRPCI_CONTAINER(watch, crpci_multicast, watch);
@@ -11767,7 +11818,7 @@ CRPCI_FN void crpci_multicast_on_event(crpc_loop *l, crpci_watch *watch, unsigne
     crpci_multicast_arm(r);
 }
 
-/* --- the interface ---------------------------------------------------------------------------- */
+/* --- the backend's functions ------------------------------------------------------------------ */
 
 CRPCI_FN int crpci_multicast_enroll(crpci_backend *b, const crpci_names_service *what,
                                     crpci_directory_status_fn status, void *user, void **handle)
@@ -11784,7 +11835,7 @@ CRPCI_FN int crpci_multicast_enroll(crpci_backend *b, const crpci_names_service 
     crpci_list_init(&reg->link);
     err = crpci_directory_offer_init(&reg->offer, b->loop->heap, what, status, user);
     crpci_loop_lock(b->loop);
-    /* with the longest address, and the longer verb, it must fit a datagram */
+    /* The datagram must fit with the longest address and the longer verb. */
     if (reg->offer.auto_host)
         snprintf(reg->offer.address, sizeof reg->offer.address, "255.255.255.255:65535");
     if (!err && !crpci_multicast_write(reg, "unregister"))
@@ -11801,7 +11852,8 @@ CRPCI_FN int crpci_multicast_enroll(crpci_backend *b, const crpci_names_service 
     return err;
 }
 
-/* Locked, unlocks meanwhile. */
+/* Withdraws a service: says so to the group, and waits for its callback. Locked, unlocks
+ * meanwhile. */
 CRPCI_FN void crpci_multicast_reg_end(crpci_multicast_reg *reg)
 {
     crpci_multicast *r = reg->owner;
@@ -11844,7 +11896,7 @@ CRPCI_FN int crpci_multicast_subscribe(crpci_backend *b, const crpci_names_servi
     return s ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* Frees the block, when nobody refers to the directory any more. */
+/* The directory's `free`: no reference is left. */
 CRPCI_FN void crpci_multicast_free(crpci_directory *d)
 {
     crpci_multicast *r = CRPCI_CONTAINER(d, crpci_multicast, directory);
@@ -11872,7 +11924,7 @@ static const crpci_backend_ops crpci_multicast_ops = {
     crpci_multicast_enroll, crpci_multicast_withdraw, crpci_multicast_subscribe,
     crpci_directory_leave, crpci_multicast_close};
 
-/* An open registry that is in the group. NULL: out of memory. */
+/* Makes the object for a socket that has joined the group. NULL: out of memory. */
 CRPCI_COLD crpci_multicast *crpci_multicast_new(crpc_loop *l, const char *authority, int fd)
 {
     crpci_multicast *r = (crpci_multicast *)crpci_heap_alloc(l->heap, sizeof *r);
@@ -11893,7 +11945,7 @@ CRPCI_COLD crpci_multicast *crpci_multicast_new(crpc_loop *l, const char *author
     return r;
 }
 
-/* multicast://224.5.6.7:port */
+/* Opens multicast://224.5.6.7:port. */
 CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
                                     const crpci_directory_options *o, crpci_backend **out,
                                     crpc_error *error)
@@ -11943,7 +11995,7 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
 #endif /* CRPC_ENABLE_SERVERLESS */
 
 /* ======================================================================== */
-/* >>impl-zk-servers   the servers of an ensemble, and the way to them       */
+/* >>impl-zk-servers   servers of an ensemble; the local address towards them */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_ZOOKEEPER
@@ -11952,9 +12004,13 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
 #endif
 #include <zookeeper/zookeeper.h>
 
-#define CRPCI_ZK_SERVERS_PORT 2181
+/* Runs while a session is opened, mostly without the lock: resolving names blocks the caller. The
+ * list is fixed afterwards; a changed DNS entry needs a new session. */
 
-/* What a URL's authority stands for. Filled once, then only read (a test changes an address). */
+#define CRPCI_ZK_SERVERS_PORT 2181 /* where the URL names no port */
+
+/* The servers that a URL's authority names. Filled once, then only read (a test changes an
+ * address). */
 typedef struct crpci_zk_servers {
     crpci_heap *heap;
     const char *authority; /* as the user wrote it; the owner of this struct keeps it */
@@ -11969,6 +12025,7 @@ CRPCI_COLD void crpci_zk_servers_free(crpci_zk_servers *z)
     crpci_heap_free(z->heap, z->addr, z->count * sizeof *z->addr);
 }
 
+/* Adds an address unless it is there already. CRPC_ERESOLVE: not numeric. */
 CRPCI_COLD int crpci_zk_servers_add(crpci_zk_servers *z, const char *host, unsigned port)
 {
     char text[CRPC_ADDRESS_MAX];
@@ -12020,9 +12077,9 @@ CRPCI_COLD int crpci_zk_servers_resolve_one(crpci_zk_servers *z, const char *ite
     return added;
 }
 
-/* Resolves every server, because the client must get numbers only: it would resolve names on its
- * own thread whenever it is not connected, and spin when that fails. One name that cannot be
- * resolved among others is only logged. */
+/* Resolves every server, because the client must get numeric addresses only: it would resolve names
+ * on its own thread whenever it is not connected, and would spin when that fails. A name that
+ * cannot be resolved is only logged if another server is left. */
 CRPCI_COLD int crpci_zk_servers_resolve(crpci_zk_servers *z, crpc_error *error)
 {
     char item[256] = "";
@@ -12058,9 +12115,9 @@ CRPCI_COLD int crpci_zk_servers_resolve(crpci_zk_servers *z, crpc_error *error)
                             z->authority);
 }
 
-/* Whether IPv4 servers are written as IPv6 ones. The client has getaddrinfo look at its list
- * whenever it is not connected; with glibc that fails for an IPv4 address, however numeric, while
- * the host has an IPv6 address but lost its IPv4 one, and the client spins. */
+/* Whether IPv4 servers must be written as IPv4-mapped IPv6 addresses. The client passes its list to
+ * getaddrinfo whenever it is not connected. glibc's fails even for a numeric IPv4 address while the
+ * host has an IPv6 address but has lost its IPv4 one, and the client would spin. */
 CRPCI_FN bool crpci_zk_servers_maps_v4(void)
 {
 #ifdef __GLIBC__
@@ -12086,7 +12143,7 @@ CRPCI_FN int crpci_zk_servers_host(const crpci_addr *a, bool map, char *out, siz
                     ntohs(v6 ? a->u.in6.sin6_port : a->u.in4.sin_port));
 }
 
-/* Shuffles the servers, so that a fleet spreads over them, and lists them for the client. */
+/* Shuffles the servers, so that a fleet spreads over them, and writes the list for the client. */
 CRPCI_COLD int crpci_zk_servers_list(crpci_zk_servers *z, crpc_loop *loop)
 {
     const size_t each = INET6_ADDRSTRLEN + 8;
@@ -12113,8 +12170,8 @@ CRPCI_COLD int crpci_zk_servers_list(crpci_zk_servers *z, crpc_loop *loop)
     return z->hosts ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* Finds the address of this host (v4: an IPv4 one) on the way to the servers. The routing table is
- * asked: connecting a datagram socket sends nothing. False: there is no way to any server. */
+/* Determines the local address (v4: an IPv4 one) on the route to the servers. Connecting a datagram
+ * socket consults the routing table and sends nothing. False: there is no route to any server. */
 CRPCI_FN bool crpci_zk_servers_local(const crpci_zk_servers *z, bool v4, char *out, size_t size)
 {
     size_t i;
@@ -12141,7 +12198,7 @@ CRPCI_FN bool crpci_zk_servers_local(const crpci_zk_servers *z, bool v4, char *o
     return *out != '\0';
 }
 
-/* Whether somebody accepts connections at a server. Waits for up to 200 ms; unlocked. */
+/* Whether a server accepts connections. Blocks for up to 200 ms; call it without the lock. */
 CRPCI_FN bool crpci_zk_servers_reachable(const crpci_addr *to)
 {
     int fd = socket(to->u.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
@@ -12163,48 +12220,49 @@ CRPCI_FN bool crpci_zk_servers_reachable(const crpci_addr *to)
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
 /* ======================================================================== */
-/* >>impl-zk-job   requests to ZooKeeper: who asks, what, and what came of it */
+/* >>impl-zk-job   requests to ZooKeeper: who sends them, and how answers are handled */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_ZOOKEEPER
 
 /* Everything in a loop that names the same servers, credential, timeout and cache file shares one
- * session. The sections below put *jobs* on it. A job knows what it wants to send next and when;
- * the session (impl-zk-session) sends it, at most one request a job at a time, and tells the job
- * what came of it. These structs belong to both sections; others use of a session its members loop,
- * heap, authority, phase, id and negotiated_ms.
+ * session. The sections below put *jobs* on it. A job decides what to send next and when; the
+ * session (impl-zk-session) sends it, at most one request per job at a time, and tells the job the
+ * outcome. These structs belong to both sections; other sections may use only the members loop,
+ * heap, authority, phase, id and negotiated_ms of a session.
  *
- * The loop's lock guards all of this. It is never held while the client is called, nor while the
- * client's callbacks call the program.
+ * The loop's lock guards all of this. It is never held while the client library is called, nor
+ * while the program is called back.
  *
- * What the client can still call back with must outlive it. Each completion holds a request; those
- * that never come, because the handle was closed at the wrong moment, are freed with the handle.
- * Watches, which may fire again or never, hold the handle alone, and jobs recognise them by path.
- */
+ * The context of a client callback must outlive the last call of it. Each completion holds a
+ * request; requests whose completion never comes, because the handle was closed at the wrong
+ * moment, are freed with the handle. Watches may fire several times or never, so they hold only the
+ * handle, and jobs recognise them by path. */
 
-#define CRPCI_ZK_JOB_RETRY_US   1000000  /* after a request that got no answer */
+#define CRPCI_ZK_JOB_RETRY_US   1000000  /* wait after a request that got no answer */
 #define CRPCI_ZK_JOB_BACKOFF_US 30000000 /* longest wait between two tries */
 
 typedef struct crpci_zk_session crpci_zk_session;
 typedef struct crpci_zk_job crpci_zk_job;
+/* One request in flight, from sending to its completion. */
 typedef struct crpci_zk_request crpci_zk_request;
 
-/* One handle of the client. */
+/* One zhandle_t of the client library, from its making to its last callback. */
 typedef struct crpci_zk_handle {
     crpci_zk_session *session;
     zhandle_t *zh;
-    crpci_list requests; /* all that may still be called back */
+    crpci_list requests; /* those whose completion may still come */
     bool ready;          /* zookeeper_init2 has returned: zh may be used */
-    bool authed;         /* the client has the credential */
-    bool inside;         /* a callback runs... */
-    crpci_thread thread; /* ... on this thread */
+    bool authed;         /* the client has accepted the credential for sending */
+    bool inside;         /* a callback of the client is running, on `thread` */
+    crpci_thread thread;
     int64_t born_us;
 #if !CRPC_ZOOKEEPER_ST
-    pthread_key_t key;
+    pthread_key_t key; /* its destructor frees this struct, see crpci_zk_session_free_later */
 #endif
 } crpci_zk_handle;
 
-/* Where a session stands:
+/* The states of a session:
  *
  *     ABSENT     no handle; one is made at renew_us      handle made         -> STARTING
  *     STARTING   a handle that never had a session       connected           -> CONNECTED
@@ -12212,8 +12270,8 @@ typedef struct crpci_zk_handle {
  *     LOST       since lost_us; the session may live     connected           -> CONNECTED
  *     OVER       the handle has to be replaced           handle closed       -> ABSENT
  *
- * OVER follows from each of the three before it: the session expired, the credential was refused,
- * no ZooKeeper answered there, or the watchdog gave the session up. */
+ * OVER can follow each of the three states before it: the session expired, the servers refused the
+ * credential, the peer was not a ZooKeeper server, or the watchdog gave the session up. */
 typedef enum crpci_zk_phase {
     CRPCI_ZK_ABSENT,
     CRPCI_ZK_STARTING,
@@ -12223,66 +12281,68 @@ typedef enum crpci_zk_phase {
 } crpci_zk_phase;
 
 struct crpci_zk_session {
-    crpci_list node; /* in loop->registries */
+    crpci_list node; /* in loop->registries, while it has users */
     crpc_loop *loop;
     crpci_heap *heap;
-    uint32_t refs;    /* users, handles, steps, and what outlives its user */
-    uint32_t users;   /* the last one closes the session */
-    uint32_t handles; /* not yet free of callbacks */
+    uint32_t refs;    /* of users, of handles, and of functions that unlock */
+    uint32_t users;   /* open registries and directories; the last one closes the session */
+    uint32_t handles; /* handles whose callbacks may still come */
     char *authority;
     char *credential; /* or NULL */
-    int timeout_ms;   /* asked for */
-    int negotiated_ms;
+    int timeout_ms;   /* requested */
+    int negotiated_ms; /* granted by the server */
     int64_t spread_us;
     crpci_zk_servers servers;
-    crpci_cache cache;   /* the last good lists of `services`; its path NULL: none */
-    crpci_list services; /* that are followed: impl-zk-directory's, like the next two */
-    int64_t stamp_ms;    /* the last consumer's: no two are the same */
-    /* What was read is out of date: calls the lists stale. Locked, unlocks meanwhile. False: out of
-     * memory, so it is called again. NULL: no directory lives on this session. */
+    crpci_cache cache;   /* the last good lists of `services`; path NULL: no cache */
+    /* The next three belong to impl-zk-directory: the services that it follows; the timestamp of
+     * the last consumer, because no two may be equal; and a function that marks all lists stale
+     * (locked, unlocks meanwhile; false: call it again; NULL: no directory uses this session). */
+    crpci_list services;
+    int64_t stamp_ms;
     bool (*age)(crpci_zk_session *s);
-    crpci_cond cond; /* `busy`, a callback, a handle or the wish to live ended */
+    crpci_cond cond; /* `busy`, a callback or a handle has ended, or `closing` was set */
     crpci_timer timer;
     crpci_list jobs;
     crpci_zk_handle *handle;
     crpci_zk_phase phase;
-    bool busy;
+    bool busy; /* busy_thread alone uses or replaces the handle */
     crpci_thread busy_thread;
-    bool again; /* run once more: something changed while busy */
+    bool again; /* something changed while busy: run once more */
     bool closing;
-    bool deferred; /* closed inside a callback: the step that runs it finishes the closing */
-    bool aged;     /* what was read was called stale, since the loss */
-    bool probing;  /* a probe is under way */
-    bool warned;
-    int64_t id; /* 0: this handle had no session yet */
+    bool deferred; /* closed inside a callback: crpci_zk_session_run finishes the closing */
+    bool aged;     /* the lists have been marked stale since the loss */
+    bool probing;  /* a probe is in flight */
+    bool warned;   /* the current trouble has been logged */
+    int64_t id;    /* the server's session id; 0: this handle has had none yet */
     int64_t lost_us;
-    int64_t probe_us;
-    int64_t renew_us;
-    unsigned refused;  /* connections that were closed without a session, since the loss */
+    int64_t probe_us; /* LOST: when to probe next */
+    int64_t renew_us; /* ABSENT: when to make the next handle */
+    unsigned refused;  /* connections accepted and closed without a session, since the loss */
     unsigned failures; /* handles made since the last good answer */
-    unsigned turn;     /* which server the next probe asks */
+    unsigned turn;     /* index of the server that the next probe dials */
 #if CRPC_ZOOKEEPER_ST
     crpci_watch watch;
     unsigned events;
     int fd;
-    int64_t client_us;  /* when the client wants to be called again */
-    int64_t refused_us; /* when the next refusal counts */
+    int64_t client_us;  /* when the client must be called again */
+    int64_t refused_us; /* refusals before this time are not counted */
 #endif
 };
 
 /* --- requests --------------------------------------------------------------------------------- */
 
 typedef enum crpci_zk_verb {
-    CRPCI_ZK_STAT, /* does it exist? */
+    CRPCI_ZK_STAT, /* whether the znode exists */
     CRPCI_ZK_GET,
     CRPCI_ZK_LIST,
-    CRPCI_ZK_CREATE, /* from here on: done twice is not the same as done once */
+    CRPCI_ZK_CREATE, /* this one and those below are not idempotent */
     CRPCI_ZK_SET,
     CRPCI_ZK_DELETE,
     CRPCI_ZK_MULTI
 } crpci_zk_verb;
 
-/* What zoo_amulti fills in while it waits: one block. */
+/* Operations and results of a transaction, in one block that must live until zoo_amulti's
+ * completion. */
 typedef struct crpci_zk_multi {
     size_t size; /* of the block */
     int count;
@@ -12290,7 +12350,7 @@ typedef struct crpci_zk_multi {
     zoo_op_result_t *results;
 } crpci_zk_multi;
 
-/* What to send. The path is copied when it is sent; the data must last as long as the job. */
+/* What a job wants to send. The path is copied; the data must live as long as the job. */
 typedef struct crpci_zk_order {
     crpci_zk_verb verb;
     const char *path;
@@ -12299,9 +12359,9 @@ typedef struct crpci_zk_order {
     int version;           /* SET, DELETE; -1: any */
     int flags;             /* CREATE: the client's */
     bool creator;          /* CREATE: only the credential of this session may use the node */
-    bool parents;          /* CREATE: make the directories above it, if they are missing */
-    bool watch;            /* STAT, GET, LIST: and watch the path */
-    crpci_zk_multi *multi; /* goes to the request */
+    bool parents;          /* CREATE: also make the znodes above it, if they are missing */
+    bool watch;            /* STAT, GET, LIST: also set a watch on the path */
+    crpci_zk_multi *multi; /* the request takes it over */
 } crpci_zk_order;
 
 struct crpci_zk_request {
@@ -12309,13 +12369,13 @@ struct crpci_zk_request {
     crpci_zk_handle *handle;
     crpci_zk_job *job; /* NULL: a probe */
     crpci_zk_order order;
-    bool parent; /* it makes a directory above the node */
-    int64_t sent_us; /* 0: the client did not take it */
+    bool parent; /* it creates a znode above the one that the job wants */
+    int64_t sent_us; /* 0: the client refused it */
     size_t size;     /* of this block */
     char path[1]; /* more follows */
 };
 
-/* What the client answered; valid in the callback only. */
+/* The server's answer; valid only during the callback. */
 typedef struct crpci_zk_answer {
     int rc;
     const struct Stat *stat;
@@ -12324,78 +12384,81 @@ typedef struct crpci_zk_answer {
     int size;
 } crpci_zk_answer;
 
-/* What a job is told. The last six come while the session goes through its jobs: there the job must
- * neither unlock nor take another job off the session. */
+/* Events of a job. The last six are sent while the session walks its list of jobs: during these the
+ * job must neither unlock nor remove another job from the session. */
 typedef enum crpci_zk_event {
-    CRPCI_ZK_ANSWERED,  /* with the request and its answer; nothing is due any more */
-    CRPCI_ZK_DOUBTED,   /* a write, with the request: perhaps it was done; nobody will say */
+    /* with the request and its answer; the job has nothing due until it sets due_us */
+    CRPCI_ZK_ANSWERED,
+    /* with the request, a write: no answer will come; it may have been executed */
+    CRPCI_ZK_DOUBTED,
     CRPCI_ZK_RESUMED,   /* connected again, with the same session */
     CRPCI_ZK_RENEWED,   /* connected, with another session than before */
     CRPCI_ZK_SUSPENDED, /* the connection is lost */
-    CRPCI_ZK_ENDED,     /* the session is over, and its nodes with it; twice is possible */
-    CRPCI_ZK_CHANGED,   /* what `watched` names */
-    CRPCI_ZK_REMOVED    /* what `watched` names is gone */
+    CRPCI_ZK_ENDED,     /* the session and its ephemeral nodes are gone; may come twice */
+    CRPCI_ZK_CHANGED,   /* the znode at `watched` has changed */
+    CRPCI_ZK_REMOVED    /* the znode at `watched` was removed */
 } crpci_zk_event;
 
+/* The functions of a kind of job. The session calls them locked. */
 typedef struct crpci_zk_work {
-    /* Says what to send now. False: nothing; then the job has set due_us, or is asked again in a
-     * second. Must not unlock. NULL: the job only listens. */
+    /* Fills in the next request. False: nothing to send; unless the job has set due_us, it is asked
+     * again in a second. Must not unlock. NULL: the job only listens to events. */
     bool (*order)(crpci_zk_job *job, crpci_zk_order *order);
     void (*event)(crpci_zk_job *job, crpci_zk_event event, const crpci_zk_request *q,
                   const crpci_zk_answer *a);
-    void (*clear)(crpci_zk_job *job); /* frees what it points at. NULL: nothing. Locked */
+    void (*clear)(crpci_zk_job *job); /* frees what the job owns. NULL: it owns nothing */
 } crpci_zk_work;
 
-/* Something that uses the session. Its holder's struct contains it, and is let go of when neither
- * the session nor a request refers to the job any more. */
+/* A user of the session, part of its holder's struct. `release` drops the reference to the holder
+ * when neither the session nor a request refers to the job any more. */
 struct crpci_zk_job {
     crpci_list node; /* in session->jobs */
     const crpci_zk_work *work;
     void *holder;
     void (*release)(void *holder); /* locked */
     crpci_zk_session *session;
-    uint32_t refs;          /* the session's list, requests, steps */
-    crpci_zk_request *sent; /* under way */
-    int64_t due_us;         /* when to ask `order`; 0: now; INT64_MAX: not at all */
-    const char *watched;    /* a path, or NULL; the job's */
-    char *parent;           /* the directory that is to be made first, or NULL... */
-    size_t made;            /* ... of which so much is tried now */
+    uint32_t refs;          /* of the session's list, of requests, of functions that unlock */
+    crpci_zk_request *sent; /* in flight; NULL: none, or its answer no longer matters */
+    int64_t due_us;         /* when to call `order`; 0: now; INT64_MAX: not at all */
+    const char *watched;    /* path whose watch events the job gets, or NULL; the job's memory */
+    char *parent;           /* a missing directory that must be created first, or NULL */
+    size_t made;            /* length of the part of `parent` that is being created now */
 };
 
-/* --- when ------------------------------------------------------------------------------------- */
+/* --- waits ------------------------------------------------------------------------------------ */
 
 CRPCI_FN int64_t crpci_zk_job_now(const crpci_zk_session *s)
 {
     return crpci_heap_now(s->heap);
 }
 
-/* `us`, give or take so many percent, so that a fleet does not act as one. Locked. */
+/* Varies `us` at random by so many percent, so that a fleet does not act in step. Locked. */
 CRPCI_FN int64_t crpci_zk_job_spread(crpci_zk_session *s, int64_t us, unsigned percent)
 {
     int64_t part = us / 100 * percent;
     return us - part + (int64_t)(crpci_loop_random(s->loop) % 1024u) * part / 512;
 }
 
-/* The wait before try number `n` after the first: doubling, random within a factor of two. */
+/* The wait before retry number `n`: it doubles, and is random within a factor of two. */
 CRPCI_FN int64_t crpci_zk_job_backoff(crpci_zk_session *s, unsigned n)
 {
     int64_t us = (int64_t)CRPCI_ZK_JOB_RETRY_US / 2 << (n < 8 ? n : 8);
     return crpci_zk_job_spread(s, crpci_base_min64(us, CRPCI_ZK_JOB_BACKOFF_US), 33);
 }
 
-/* The job's next request is due in so many microseconds. */
+/* Lets the job send its next request in `us` microseconds. */
 CRPCI_FN void crpci_zk_job_later(crpci_zk_job *job, int64_t us)
 {
     job->due_us = crpci_zk_job_now(job->session) + us;
 }
 
-/* The same, give or take so many percent. */
+/* The same, varied at random by so many percent. */
 CRPCI_FN void crpci_zk_job_around(crpci_zk_job *job, int64_t us, unsigned percent)
 {
     crpci_zk_job_later(job, crpci_zk_job_spread(job->session, us, percent));
 }
 
-/* Whether a code says nothing about what became of the request. */
+/* Whether a code leaves open whether the server executed the request. */
 CRPCI_FN bool crpci_zk_job_unanswered(int rc)
 {
     return (rc < 0 && rc > ZAPIERROR && rc != ZUNIMPLEMENTED && rc != ZBADARGUMENTS) ||
@@ -12404,8 +12467,8 @@ CRPCI_FN bool crpci_zk_job_unanswered(int rc)
 
 /* --- memory ----------------------------------------------------------------------------------- */
 
-/* Puts a job on its session, with a reference to its holder. For `due_us` INT64_MAX it only
- * listens. Locked. */
+/* Puts a job on its session; it takes over one reference to its holder. With due_us INT64_MAX it
+ * only listens. Locked. */
 CRPCI_FN void crpci_zk_job_add(crpci_zk_job *job, const crpci_zk_work *work, crpci_zk_session *s,
                                int64_t due_us, void *holder, void (*release)(void *holder))
 {
@@ -12429,7 +12492,8 @@ CRPCI_FN void crpci_zk_job_unref(crpci_zk_job *job)
     job->release(job->holder);
 }
 
-/* Takes a job off its session; the list's reference goes. Nothing if it is off already. */
+/* Removes a job from its session, and the list's reference with it. Does nothing if it is not
+ * there. */
 CRPCI_FN void crpci_zk_job_drop(crpci_zk_job *job)
 {
     if (crpci_list_empty(&job->node))
@@ -12438,7 +12502,7 @@ CRPCI_FN void crpci_zk_job_drop(crpci_zk_job *job)
     crpci_zk_job_unref(job);
 }
 
-/* The answer to what is under way is of no interest any more. */
+/* The answer to the request in flight no longer matters. */
 CRPCI_FN void crpci_zk_job_forget(crpci_zk_job *job)
 {
     job->sent = NULL;
@@ -12446,19 +12510,19 @@ CRPCI_FN void crpci_zk_job_forget(crpci_zk_job *job)
     job->parent = NULL;
 }
 
-/* Whether a request is under way that may have been carried out. */
+/* Whether a request of the job itself is in flight; creating parents does not count. */
 CRPCI_FN bool crpci_zk_job_pending(const crpci_zk_job *job)
 {
     return job->sent && !job->sent->parent;
 }
 
-/* Whether that one changes something. */
+/* Whether that request changes something. */
 CRPCI_FN bool crpci_zk_job_writing(const crpci_zk_job *job)
 {
     return crpci_zk_job_pending(job) && job->sent->order.verb >= CRPCI_ZK_CREATE;
 }
 
-/* NULL: out of memory. */
+/* A request for s->handle; `job` is NULL for a probe. NULL: out of memory. */
 CRPCI_FN crpci_zk_request *crpci_zk_job_request(crpci_zk_session *s, crpci_zk_job *job,
                                                 const crpci_zk_order *order)
 {
@@ -12494,10 +12558,10 @@ CRPCI_FN void crpci_zk_job_request_free(crpci_zk_request *q)
     crpci_heap_free(h, q, q->size);
 }
 
-/* --- what comes of it ------------------------------------------------------------------------- */
+/* --- answers ---------------------------------------------------------------------------------- */
 
-/* Takes the answer to the making of a parent: goes up while the one above is missing, then down
- * again. 1: the whole directory is there. 0: go on. -1: it cannot be made. */
+/* Handles the answer to the creation of a parent: goes up while the one above is missing too, then
+ * down again. 1: the whole directory exists. 0: go on. -1: it cannot be created. */
 CRPCI_FN int crpci_zk_job_made(crpci_zk_job *job, int rc)
 {
     if (rc == ZOK || rc == ZNODEEXISTS) {
@@ -12513,8 +12577,8 @@ CRPCI_FN int crpci_zk_job_made(crpci_zk_job *job, int rc)
     return job->made ? 0 : -1;
 }
 
-/* A CREATE failed because the directory is missing: that is made first. False: there is none, or no
- * memory, and the answer stands. */
+/* A CREATE failed because its directory is missing: schedules the creation of that. False: the path
+ * has no directory, or out of memory; the job gets the original answer. */
 CRPCI_FN bool crpci_zk_job_make_parent(crpci_zk_job *job, const char *path)
 {
     size_t n = (size_t)(strrchr(path, '/') - path);
@@ -12524,7 +12588,7 @@ CRPCI_FN bool crpci_zk_job_make_parent(crpci_zk_job *job, const char *path)
     return job->parent != NULL;
 }
 
-/* Decides what an answer means to the job that asked. Locked; the job may unlock. */
+/* Decides what an answer means for its job. Locked; the job may unlock. */
 CRPCI_FN void crpci_zk_job_take(crpci_zk_request *q, const crpci_zk_answer *a)
 {
     crpci_zk_job *job = q->job;
@@ -12535,7 +12599,7 @@ CRPCI_FN void crpci_zk_job_take(crpci_zk_request *q, const crpci_zk_answer *a)
         crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
         if (o->verb >= CRPCI_ZK_CREATE && !q->parent)
             job->work->event(job, CRPCI_ZK_DOUBTED, q, a);
-        return; /* what changes nothing is sent again */
+        return; /* a read is simply sent again */
     }
     job->due_us = 0;
     if (q->parent && job->parent) {
@@ -12554,7 +12618,7 @@ CRPCI_FN void crpci_zk_job_take(crpci_zk_request *q, const crpci_zk_answer *a)
     job->work->event(job, CRPCI_ZK_ANSWERED, q, a);
 }
 
-/* Tells every job. */
+/* Sends an event to every job. */
 CRPCI_FN void crpci_zk_job_tell(crpci_zk_session *s, crpci_zk_event event)
 {
     crpci_list *i, *next;
@@ -12565,7 +12629,8 @@ CRPCI_FN void crpci_zk_job_tell(crpci_zk_session *s, crpci_zk_event event)
     }
 }
 
-/* The session is over, and what is under way gets no answer that counts. */
+/* The session is over: requests in flight get no answer that counts. Jobs with a write in flight
+ * hear DOUBTED first, then all hear ENDED. */
 CRPCI_FN void crpci_zk_job_over(crpci_zk_session *s)
 {
     crpci_list *i, *next;
