@@ -144,12 +144,12 @@
  *     >>impl-zk-servers    servers of an ensemble; the local address towards them
  *     >>impl-zk-job        requests to ZooKeeper: who sends them, and how answers are handled
  *     >>impl-zk-session    a session with ZooKeeper: start, loss, expiry
- *     >>impl-zk-node       the two primitives: to watch a node, and to own one
- *     >>impl-zk-directory  zookeeper:// as Dubbo lays it out: providers, consumers, overrides
+ *     >>impl-zk-node       the two primitives: watching a znode, and owning one
+ *     >>impl-zk-directory  zookeeper:// in Dubbo's layout: providers, consumers, overrides
  *     >>impl-open          the table of directory backends: schemes, URL options, paths
- *     >>impl-agreement     what is opened through a registry: lifetime, paths, codes
- *     >>impl-operations    reading and writing nodes, one or several at once
- *     >>impl-config        following the value of a node
+ *     >>impl-agreement     common parts of what programs open in ZooKeeper: lifetime, paths, codes
+ *     >>impl-operations    reading and writing znodes, one or several at once
+ *     >>impl-config        following the value of a znode
  *     >>impl-queue         locks and elections
  *     >>impl-registry      opening and closing a session that programs use
  *     >>impl-request       a method as a channel knows it, and an encoded request
@@ -3180,9 +3180,8 @@ CRPCI_FN bool crpci_url_decode(char *text)
     return true;
 }
 
-/* Encodes as Java's URLEncoder does, because Dubbo's Java clients compare znode names byte by byte.
- * Returns the length that the whole text needs; `out` holds as much of it as fits, always
- * terminated. */
+/* Encodes as Java's URLEncoder does, because Dubbo names its znodes with it. Returns the length
+ * that the whole text needs; `out` holds as much of it as fits, always terminated. */
 CRPCI_FN size_t crpci_url_encode(char *out, size_t size, const char *text)
 {
     static const char digits[] = "0123456789ABCDEF";
@@ -8131,7 +8130,7 @@ typedef struct crpci_conn_events {
     void (*opened)(crpci_conn *c); /* a dialled connection is up */
     void (*message)(crpci_conn *c, const crpci_message *m);
     void (*oversize)(crpci_conn *c, const crpci_message *m, uint64_t body); /* no payload in m */
-    void (*sent)(crpci_conn *c, crpci_out *out); /* the kernel has the whole frame */
+    void (*sent)(crpci_conn *c, crpci_out *out); /* all bytes left; freed next */
     void (*eof)(crpci_conn *c); /* the peer sends no more; it may still read */
     void (*closed)(crpci_conn *c); /* exactly once, whichever side closed; c->why is set */
     void (*timer)(crpci_conn *c);
@@ -8255,8 +8254,8 @@ CRPCI_FN void crpci_conn_out_free(crpci_out *o)
         crpci_heap_chunk_unref(o->chunk);
 }
 
-/* Lets a frame that can no longer be withdrawn outlive the call that owned it. An attachment that
- * is borrowed from the program must have been copied before. */
+/* Lets a frame that can no longer be withdrawn outlive the call that owned it. If it borrows the
+ * call's attachment, crpci_request_settle must follow. */
 CRPCI_FN void crpci_conn_out_orphan(crpci_out *o)
 {
     o->owner = NULL;
@@ -8413,8 +8412,8 @@ CRPCI_FN bool crpci_conn_has_unseen(const crpci_conn *c)
     return c->io->pending && !crpci_conn_engaged(c) && c->io->pending(c->io_state);
 }
 
-/* Stops or resumes reading, when a server's queue is full. The time of a partial message begins
- * anew on resuming, because the pause was not the peer's slowness. */
+/* Stops or resumes reading, while a peer's requests or the replies to them pile up. The time of a
+ * partial message begins anew on resuming, because the pause was not the peer's slowness. */
 CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
 {
     if (c->paused == paused || c->closed)
@@ -8576,7 +8575,8 @@ CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int cou
 }
 
 /* Sends the queue until it is empty or the transport takes no more. Unlocks the loop while sending;
- * other threads only append to the queue meanwhile, or mark the connection closed. */
+ * meanwhile other threads may append frames, withdraw frames that are not in flight, or close the
+ * connection. */
 CRPCI_FN void crpci_conn_flush(crpci_conn *c)
 {
     crpc_loop *l = c->loop;
@@ -9084,7 +9084,7 @@ CRPCI_FN void crpci_conn_on_timer(crpc_loop *l, crpci_timer *t)
 
 #if CRPC_ENABLE_SERVER
 /* Whether a connection is at rest: nothing to send, nothing partly received, nothing unread. A
- * draining server closes only such connections without losing a request. */
+ * draining server can close such a connection without losing a request. */
 CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
 {
     return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip && !crpci_conn_engaged(c) &&
@@ -9565,8 +9565,7 @@ CRPCI_FN int crpci_names_common(crpci_names_service *s, const char *key, const c
     return 1;
 }
 
-/* A malformed value of a provider is ignored: a registry shared with other software holds
- * surprises, and a provider with its default weight is better than none. */
+/* A malformed value is ignored, so that a provider whose weight cannot be read still gets calls. */
 CRPCI_FN void crpci_names_param(crpci_names_node *n, const char *key, const char *value)
 {
     int64_t number;
@@ -9898,7 +9897,7 @@ typedef struct crpci_cache {
     bool failed; /* the last write failed, which was logged */
 } crpci_cache;
 
-/* CRC-32 as in zlib, bit by bit: a table would be larger than the time it saves is worth. */
+/* CRC-32 as in zlib. Bit by bit, because files are small and a table would take 1 KiB. */
 CRPCI_FN uint32_t crpci_cache_crc(const char *data, size_t n)
 {
     uint32_t crc = 0xffffffffu;
@@ -12653,62 +12652,63 @@ CRPCI_FN void crpci_zk_job_over(crpci_zk_session *s)
 
 #if CRPC_ENABLE_ZOOKEEPER
 
-/* A handle is one zhandle_t of the client, from its making to its end. When a session is over, or
- * has to be given up, its handle is replaced and every job is told that it begins anew. `busy`
- * marks the one thread that uses or replaces the handle.
+/* Keeps a session with ZooKeeper alive for the jobs on it. When a session has expired, or must be
+ * abandoned, its handle is replaced and every job is told to begin anew. `busy` marks the one
+ * thread that uses or replaces the handle.
  *
- * With libzookeeper_mt answers and events come on the client's completion thread. Whatever must
- * happen in time happens there, because nobody may step the loop for hours: reading and pushing
- * lists, replacing a handle and waiting before that. The loop's timer paces retries and checks, and
- * the watchdog: a loss of connection that outlasts two session timeouts ends the session, because a
- * server that lost its data refuses an old session for ever and never says that it expired. Closing
- * a handle can block, so the timer only sends a probe. Its completion, which comes with an error
- * while no server answers, brings the completion thread to the place where it replaces the handle.
+ * With libzookeeper_mt, answers and events come on the client's completion thread. Everything that
+ * must happen in time happens there, because the program may not drive the loop for hours: reading
+ * and pushing lists, replacing a handle and waiting before that. The loop's timer paces retries and
+ * checks, and drives the watchdog: a connection that stays lost for two session timeouts ends the
+ * session, because a server that has lost its data refuses an old session for ever and never says
+ * that it expired. Closing a handle can block, so the timer does not do that; it sends a probe. The
+ * probe's completion, which comes with an error while no server answers, runs on the completion
+ * thread and lets that thread replace the handle.
  *
  * With libzookeeper_st everything happens in crpci_zk_session_run on the thread that drives the
  * loop.
  *
- * A handle that is closed from outside is free of callbacks when zookeeper_close returns. Closed
- * inside one of its own callbacks, libzookeeper_mt frees itself later, on its completion thread:
- * there a destructor of thread-specific data frees the handle when that thread ends. */
+ * When a handle is closed outside its callbacks, no callback comes after zookeeper_close returns.
+ * When it is closed inside one, libzookeeper_mt cleans up later, on its completion thread; a
+ * destructor of thread-specific data then frees the handle when that thread ends. */
 
 #define CRPCI_ZK_SESSION_SPREAD_MS      2000
 #define CRPCI_ZK_SESSION_TIMEOUT_MS     15000
 #define CRPCI_ZK_SESSION_TIMEOUT_MAX_MS 3600000 /* no ZooKeeper grants a longer one */
 #define CRPCI_ZK_SESSION_TIMEOUT_MIN_MS 200     /* the client redials every sixtieth of it */
-#define CRPCI_ZK_SESSION_LINGER_US      200000  /* closing waits so long for answers */
-#define CRPCI_ZK_SESSION_SILENT_US      2000000 /* then a start without an answer is logged */
-#define CRPCI_ZK_SESSION_REFUSALS       3u /* accepted and closed: the server has no such session */
+#define CRPCI_ZK_SESSION_LINGER_US      200000  /* closing waits this long for answers */
+#define CRPCI_ZK_SESSION_SILENT_US      2000000 /* a start without an answer is logged after it */
+#define CRPCI_ZK_SESSION_REFUSALS       3u /* connections accepted and closed: session unknown */
 
-/* Every callback of the client ends here: the section's one cycle. It runs what is due, which may
- * send requests whose answers come in the same way. Unlocks. */
+/* Every callback of the client ends with this function. It sends requests that are due, and these
+ * refer to the callbacks: the one cycle of this section, hence the prototype. Unlocks. */
 static void crpci_zk_session_leave(crpci_zk_handle *handle);
 
 /* --- waits ------------------------------------------------------------------------------------ */
 
-/* A random moment within the spread, or within half of a short session. Locked. */
+/* A random delay within the spread, or within half of a short session timeout. Locked. */
 CRPCI_FN int64_t crpci_zk_session_scatter(crpci_zk_session *s)
 {
     int64_t most = crpci_base_min64((int64_t)s->timeout_ms * 500, s->spread_us);
     return (int64_t)(crpci_loop_random(s->loop) % 4096u) * most / 4096;
 }
 
-/* How long a lost connection may stay lost. */
+/* How long a connection may stay lost before the session is abandoned, in microseconds. */
 CRPCI_FN int64_t crpci_zk_session_patience(const crpci_zk_session *s)
 {
     return (int64_t)s->negotiated_ms * 2000;
 }
 
-/* How often a server is probed meanwhile: not so often that one which takes its time to start, and
- * closes connections until then, looks like one that refuses the session. */
+/* The time between two probes. Not shorter than a second, because a server that is starting closes
+ * connections too, and would look like one that refuses the session. */
 CRPCI_FN int64_t crpci_zk_session_pace(const crpci_zk_session *s)
 {
     int64_t us = (int64_t)s->negotiated_ms * 250;
     return us > 1000000 ? us : 1000000;
 }
 
-/* The wait before a handle is replaced: random at first, so that a fleet that lost its server does
- * not come back as one. */
+/* The wait before a handle is replaced. Random at first, so that a fleet that lost its server does
+ * not return all at once. */
 CRPCI_FN int64_t crpci_zk_session_delay(crpci_zk_session *s)
 {
     return s->failures ? crpci_zk_job_backoff(s, s->failures) : crpci_zk_session_scatter(s);
@@ -12716,7 +12716,8 @@ CRPCI_FN int64_t crpci_zk_session_delay(crpci_zk_session *s)
 
 /* --- handles and sessions: memory ---------------------------------------------------------- */
 
-/* No callback of the handle can come any more: what the client did not call back for goes too. */
+/* No callback of the handle can come any more: frees it, and the requests whose completion never
+ * came. */
 CRPCI_FN void crpci_zk_session_handle_free(crpci_zk_handle *handle)
 {
     crpci_zk_session *s = handle->session;
@@ -12724,7 +12725,7 @@ CRPCI_FN void crpci_zk_session_handle_free(crpci_zk_handle *handle)
         crpci_zk_job_request_free(CRPCI_CONTAINER(handle->requests.next, crpci_zk_request, node));
     crpci_heap_free(s->heap, handle, sizeof *handle);
     s->handles--;
-    s->refs--; /* never the last: whoever calls this has one */
+    s->refs--; /* never the last one: the caller has one too */
     crpci_thread_broadcast(&s->cond);
 }
 
@@ -12741,7 +12742,7 @@ CRPCI_COLD void crpci_zk_session_free(crpci_zk_session *s)
     crpci_loop_release(l);
 }
 
-/* Unlocks, and lets go of a reference. */
+/* Unlocks the loop and drops one reference of the session. */
 CRPCI_FN void crpci_zk_session_unlock(crpci_zk_session *s)
 {
     bool last = --s->refs == 0;
@@ -12750,23 +12751,25 @@ CRPCI_FN void crpci_zk_session_unlock(crpci_zk_session *s)
         crpci_zk_session_free(s);
 }
 
-/* --- what the client calls -------------------------------------------------------------------- */
+/* --- callbacks of the client ------------------------------------------------------------------ */
 
-/* The client's lines do not say whose they are, so nobody is handed them; the session's own lines
- * tell of every loss and return once. */
+/* Drops the client's log lines, because they do not say which session they concern. The session's
+ * own lines report each loss and each return once. */
 CRPCI_FN void crpci_zk_session_on_log(const char *line)
 {
     (void)line;
 }
 
-/* Runs on the client's I/O thread, in places with the client's locks held. A refused credential
- * comes as a session event too. */
+/* Runs on the client's I/O thread, sometimes with the client's locks held, so it does nothing. A
+ * credential that is refused is reported as a session event too. */
 CRPCI_FN void crpci_zk_session_on_auth(int rc, const void *data)
 {
     (void)rc;
     (void)data;
 }
 
+/* A callback of the client begins: locks, and notes which thread is inside. crpci_zk_session_leave
+ * ends it. */
 CRPCI_FN void crpci_zk_session_enter(crpci_zk_handle *handle)
 {
     crpci_loop_lock(handle->session->loop);
@@ -12774,22 +12777,24 @@ CRPCI_FN void crpci_zk_session_enter(crpci_zk_handle *handle)
     handle->thread = crpci_thread_self();
 }
 
-/* Whether what was read is to be called stale: the registry has been away for as long as a session
- * lasts, so that from now on anything can have happened there. */
+/* Whether the lists must be marked stale now: the connection has been lost for as long as a session
+ * lives, so that anything may have changed at the registry. */
 CRPCI_FN bool crpci_zk_session_is_old(const crpci_zk_session *s)
 {
     return !s->aged && s->phase == CRPCI_ZK_LOST &&
            crpci_zk_job_now(s) - s->lost_us >= (int64_t)s->negotiated_ms * 1000;
 }
 
-/* Locked, unlocks meanwhile; on the thread that delivers lists, so that the two never meet. */
+/* Marks the lists stale. On the thread that delivers lists, so that the two never overlap. Locked,
+ * unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_age(crpci_zk_session *s)
 {
     s->aged = !s->age || s->age(s);
 }
 
-/* The answer to a probe: nobody is there yet. A server that accepts a connection without giving the
- * session back does not know the session. Only libzookeeper_mt needs to be asked. */
+/* Handles a failed probe: still no connection. Dials one server itself: a server that accepts
+ * connections and never returns the session does not know the session. Only libzookeeper_mt needs
+ * this. */
 CRPCI_FN void crpci_zk_session_probed(crpci_zk_session *s, crpci_zk_handle *handle, int rc)
 {
     s->probing = false;
@@ -12807,12 +12812,14 @@ CRPCI_FN void crpci_zk_session_probed(crpci_zk_session *s, crpci_zk_handle *hand
     }
     if (s->closing || s->handle != handle || s->phase != CRPCI_ZK_LOST ||
         zoo_state(handle->zh) == ZOO_CONNECTED_STATE)
-        return; /* it came back this moment, and that event stands behind this in the queue */
+        return; /* connected this moment: that event is behind this one in the client's queue */
     if (s->refused >= CRPCI_ZK_SESSION_REFUSALS ||
         crpci_zk_job_now(s) - s->lost_us >= crpci_zk_session_patience(s))
         s->phase = CRPCI_ZK_OVER;
 }
 
+/* Every completion of the client comes here. An answer counts only if it is that of the current
+ * handle and of the job's request in flight. */
 CRPCI_FN void crpci_zk_session_on_answer(const void *data, const crpci_zk_answer *a)
 {
     crpci_zk_request *q = (crpci_zk_request *)(uintptr_t)data;
@@ -12871,9 +12878,9 @@ CRPCI_FN void crpci_zk_session_on_names(int rc, const struct String_vector *name
     crpci_zk_session_on_answer(data, &a);
 }
 
-/* A watch fired. A job with a request under way is not told: events come before the answers that
- * show what they tell of, so that the answer will show it. Also called for session events, which
- * the other watcher sees to. */
+/* A watch fired. A job with a request in flight is not told, because the client delivers watch
+ * events before answers that already show the change. Watches also get session events, which
+ * crpci_zk_session_on_session handles. */
 CRPCI_FN void crpci_zk_session_on_change(zhandle_t *zh, int type, int state, const char *path,
                                          void *context)
 {
@@ -12895,14 +12902,16 @@ CRPCI_FN void crpci_zk_session_on_change(zhandle_t *zh, int type, int state, con
     crpci_zk_session_leave(handle);
 }
 
+/* The client has connected. A peer that is not ZooKeeper can grant an absurd timeout, by which it
+ * is recognised. */
 CRPCI_FN void crpci_zk_session_connected(crpci_zk_session *s, int64_t id, int timeout_ms)
 {
     bool fresh = id != s->id;
     if (timeout_ms <= 0 || timeout_ms > CRPCI_ZK_SESSION_TIMEOUT_MAX_MS) {
         crpci_heap_log(
             s->heap, CRPC_LOG_ERROR,
-            "registry zookeeper://%s: what answers there is no ZooKeeper (session timeout "
-            "%d ms); trying again later",
+            "registry zookeeper://%s: the peer is not a ZooKeeper server (it granted a session "
+            "timeout of %d ms); trying again later",
             s->authority, timeout_ms);
         s->failures += s->failures == 0;
         s->phase = CRPCI_ZK_OVER;
@@ -12930,7 +12939,8 @@ CRPCI_FN void crpci_zk_session_disconnected(crpci_zk_session *s)
     s->phase = CRPCI_ZK_LOST;
     s->warned = true;
     s->lost_us = now;
-    /* When to probe; with libzookeeper_st, which can be seen at work, when to give it up. */
+    /* With libzookeeper_mt, when to probe. With libzookeeper_st the loop sees each failed dial
+     * itself, and this is when to abandon the session. */
     s->probe_us =
         now + (CRPC_ZOOKEEPER_ST ? crpci_zk_session_patience(s) : crpci_zk_session_pace(s));
 #if CRPC_ZOOKEEPER_ST
@@ -12939,6 +12949,7 @@ CRPCI_FN void crpci_zk_session_disconnected(crpci_zk_session *s)
     crpci_zk_job_tell(s, CRPCI_ZK_SUSPENDED);
 }
 
+/* The server ended the session, or refused the credential. */
 CRPCI_FN void crpci_zk_session_expired(crpci_zk_session *s, bool credential)
 {
     crpci_heap_log(s->heap, credential ? CRPC_LOG_ERROR : CRPC_LOG_WARN,
@@ -12953,6 +12964,7 @@ CRPCI_FN void crpci_zk_session_expired(crpci_zk_session *s, bool credential)
     crpci_zk_job_over(s);
 }
 
+/* The client's session events. They come for every handle, also for one that was replaced. */
 CRPCI_FN void crpci_zk_session_on_session(zhandle_t *zh, int type, int state, const char *path,
                                           void *context)
 {
@@ -12979,9 +12991,10 @@ CRPCI_FN void crpci_zk_session_on_session(zhandle_t *zh, int type, int state, co
     crpci_zk_session_leave(handle);
 }
 
-/* --- what calls the client -------------------------------------------------------------------- */
+/* --- calls of the client ---------------------------------------------------------------------- */
 
-/* Unlocked. The client's code for what it takes; see crpci_zk_session_send for the others. */
+/* Passes a request to the client. Unlocked. Returns the client's code; crpci_zk_session_send
+ * handles errors. */
 CRPCI_FN int crpci_zk_session_call(zhandle_t *zh, crpci_zk_request *q)
 {
     const crpci_zk_order *o = &q->order;
@@ -13007,8 +13020,8 @@ CRPCI_FN int crpci_zk_session_call(zhandle_t *zh, crpci_zk_request *q)
     }
 }
 
-/* Sends a request. With libzookeeper_mt it may be answered, and gone, before this returns. Locked,
- * unlocks meanwhile. */
+/* Sends a request. With libzookeeper_mt it may be answered and freed before this returns, so the
+ * job is held meanwhile and `q` is compared, not read. Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_send(crpci_zk_session *s, crpci_zk_request *q)
 {
     crpci_zk_job *job = q->job;
@@ -13031,8 +13044,8 @@ CRPCI_FN void crpci_zk_session_send(crpci_zk_session *s, crpci_zk_request *q)
             job->sent = NULL;
             crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
         }
-        /* Out of memory the client may have queued half of it, and still call back: then the
-         * request is left to the handle. */
+        /* When out of memory, the client may have queued the request all the same and may call
+         * back: then it is left to the handle, which frees it at the end. */
         if (a.rc == ZINVALIDSTATE || a.rc == ZBADARGUMENTS)
             crpci_zk_job_request_free(q);
     }
@@ -13040,7 +13053,7 @@ CRPCI_FN void crpci_zk_session_send(crpci_zk_session *s, crpci_zk_request *q)
         crpci_zk_job_unref(job);
 }
 
-/* Asks a job what to send: the next part of a missing directory, or what it wants itself. */
+/* Gets a job's next request: the creation of a missing parent, or what the job itself wants. */
 CRPCI_FN bool crpci_zk_session_ask(crpci_zk_job *job, crpci_zk_order *o)
 {
     memset(o, 0, sizeof *o);
@@ -13053,6 +13066,7 @@ CRPCI_FN bool crpci_zk_session_ask(crpci_zk_job *job, crpci_zk_order *o)
     return true;
 }
 
+/* Sends a job's next request. If it has none, or memory is short, it is asked again later. */
 CRPCI_FN void crpci_zk_session_issue(crpci_zk_session *s, crpci_zk_job *job)
 {
     crpci_zk_request *q = NULL;
@@ -13075,6 +13089,7 @@ CRPCI_FN void crpci_zk_session_issue(crpci_zk_session *s, crpci_zk_job *job)
     crpci_zk_job_unref(job);
 }
 
+/* A job whose next request is due; NULL: none. */
 CRPCI_FN crpci_zk_job *crpci_zk_session_next(crpci_zk_session *s)
 {
     int64_t now = crpci_zk_job_now(s);
@@ -13087,8 +13102,8 @@ CRPCI_FN crpci_zk_job *crpci_zk_session_next(crpci_zk_session *s)
     return NULL;
 }
 
-/* The client remembers a credential and sends it with each connection; it takes none between two
- * tries to connect. Locked, unlocks meanwhile. */
+/* Gives the client the credential, which it then sends with each connection. The client refuses it
+ * while it is between two dials, so this is repeated. Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_authenticate(crpci_zk_session *s)
 {
     crpci_zk_handle *handle = s->handle;
@@ -13107,14 +13122,14 @@ CRPCI_FN bool crpci_zk_session_is_up(const crpci_zk_session *s)
     return s->phase == CRPCI_ZK_CONNECTED && s->handle->ready && !s->closing;
 }
 
-/* Whether requests may be sent, with the credential before them. */
+/* Whether requests may be sent. With a credential only after the client has taken it. */
 CRPCI_FN bool crpci_zk_session_may_issue(const crpci_zk_session *s)
 {
     return crpci_zk_session_is_up(s) && (!s->credential || s->handle->authed);
 }
 
-/* zookeeper_init2 with all signals blocked: the client's threads inherit the mask, so that none of
- * them runs the program's signal handlers. Unlocked. */
+/* Calls zookeeper_init2 with all signals blocked: the client's threads inherit the mask, so that
+ * none of them runs the program's signal handlers. Unlocked. */
 CRPCI_FN zhandle_t *crpci_zk_session_init(const crpci_zk_session *s, crpci_zk_handle *handle)
 {
     zhandle_t *zh;
@@ -13136,8 +13151,9 @@ CRPCI_FN zhandle_t *crpci_zk_session_init(const crpci_zk_session *s, crpci_zk_ha
     return zh;
 }
 
-/* Makes a handle, or fails: the client wants memory, and getaddrinfo refuses an IPv4 server while
- * the host has an IPv6 address but no IPv4 address yet. Busy; locked, unlocks meanwhile. */
+/* Makes a handle. That can fail: memory is short, or getaddrinfo refuses an IPv4 server while the
+ * host has an IPv6 address but no IPv4 address yet. The caller is busy; locked, unlocks
+ * meanwhile. */
 CRPCI_FN void crpci_zk_session_connect(crpci_zk_session *s)
 {
     crpci_zk_handle *handle = (crpci_zk_handle *)crpci_heap_alloc(s->heap, sizeof *handle);
@@ -13175,7 +13191,8 @@ CRPCI_FN void crpci_zk_session_connect(crpci_zk_session *s)
 }
 
 #if !CRPC_ZOOKEEPER_ST
-/* The completion thread of a handle that was closed in its own callback has run its last one. */
+/* The completion thread of a handle that was closed in its own callback is ending: no callback can
+ * come. */
 CRPCI_FN void crpci_zk_session_on_thread_end(void *data)
 {
     crpci_zk_handle *handle = (crpci_zk_handle *)data;
@@ -13187,8 +13204,9 @@ CRPCI_FN void crpci_zk_session_on_thread_end(void *data)
     crpci_zk_session_unlock(s);
 }
 
-/* True: the handle will be freed when this thread, its own, ends. Where no key can be had it never
- * is: nothing else tells when that is safe. */
+/* Whether the handle is being closed inside its own callback. If so, it will be freed when this
+ * thread, its own, ends. If no key is available the handle is leaked: nothing else tells when
+ * freeing is safe. */
 CRPCI_FN bool crpci_zk_session_free_later(crpci_zk_handle *handle)
 {
     if (!handle->inside || !crpci_thread_is_self(handle->thread))
@@ -13198,13 +13216,13 @@ CRPCI_FN bool crpci_zk_session_free_later(crpci_zk_handle *handle)
             return true;
         pthread_key_delete(handle->key);
     }
-    handle->session->handles--; /* so that nobody waits for it */
+    handle->session->handles--; /* so that crpci_zk_session_shut does not wait for it */
     return true;
 }
 #endif
 
-/* Closes the handle: its session ends at once, if a server can be told, and with it the nodes.
- * Busy; locked, unlocks meanwhile. */
+/* Closes the handle. Its session ends at once if a server can be told, and with it the ephemeral
+ * nodes. The caller is busy; locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_disconnect(crpci_zk_session *s)
 {
     crpci_zk_handle *handle = s->handle;
@@ -13231,7 +13249,7 @@ CRPCI_FN void crpci_zk_session_disconnect(crpci_zk_session *s)
 CRPCI_COLD void crpci_zk_session_log_renewal(crpci_zk_session *s)
 {
     crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                   "registry zookeeper://%s: giving the session up for a new one", s->authority);
+                   "registry zookeeper://%s: session abandoned; opening a new one", s->authority);
 }
 
 #if CRPC_ZOOKEEPER_ST
@@ -13242,8 +13260,8 @@ CRPCI_FN void crpci_zk_session_process(crpci_zk_session *s)
     unsigned events = s->events;
     int before, after;
     s->events = 0;
-    /* From here on the client may close its socket at any time, and the number may become somebody
-     * else's: it is not watched until the client says anew what it waits for. */
+    /* From here on the client may close its socket at any time, and another file of the program may
+     * get the number: it is not watched until the client names its descriptor again. */
     crpci_watch_set(s->loop, &s->watch, s->fd, 0);
     crpci_loop_unlock(s->loop);
     before = zoo_state(zh);
@@ -13251,7 +13269,8 @@ CRPCI_FN void crpci_zk_session_process(crpci_zk_session *s)
                               (events & CRPC_WRITABLE ? ZOOKEEPER_WRITE : 0));
     after = zoo_state(zh);
     crpci_loop_lock(s->loop);
-    /* The client tries again within milliseconds; a server that is starting refuses as often. */
+    /* Counted at most once per pace: the client redials within milliseconds, and a server that is
+     * starting closes each connection. */
     if (before == ZOO_ASSOCIATING_STATE && after != before && after != ZOO_CONNECTED_STATE &&
         s->phase == CRPCI_ZK_LOST && crpci_zk_job_now(s) >= s->refused_us) {
         s->refused++;
@@ -13259,7 +13278,8 @@ CRPCI_FN void crpci_zk_session_process(crpci_zk_session *s)
     }
 }
 
-/* Asks the client what to wait for. An error leaves old values behind, or closed a socket. */
+/* Asks the client which descriptor and events to wait for. After an error its answers are invalid:
+ * they may be those of a closed socket. */
 CRPCI_FN void crpci_zk_session_interest(crpci_zk_session *s)
 {
     zhandle_t *zh = s->handle->zh;
@@ -13273,14 +13293,15 @@ CRPCI_FN void crpci_zk_session_interest(crpci_zk_session *s)
     state = zoo_state(zh);
     crpci_loop_lock(s->loop);
     if (state != ZOO_CONNECTED_STATE && state != ZOO_READONLY_STATE)
-        crpci_zk_session_disconnected(s); /* found by a send: no event tells of it */
+        crpci_zk_session_disconnected(s); /* a loss noticed while sending raises no event */
     if (rc == ZINVALIDSTATE) {
         s->phase = CRPCI_ZK_OVER;
         s->again = true;
     }
     if (rc != ZOK) {
         fd = -1;
-        if (state == ZOO_CONNECTED_STATE) /* a ping failed: only reading or writing makes it see */
+        /* a ping failed: only reading or writing reveals the loss */
+        if (state == ZOO_CONNECTED_STATE)
             s->events = CRPC_READABLE | CRPC_WRITABLE;
     }
     events = fd < 0 ? 0
@@ -13291,12 +13312,13 @@ CRPCI_FN void crpci_zk_session_interest(crpci_zk_session *s)
     s->fd = fd;
     s->client_us = crpci_zk_job_now(s) + (int64_t)tv.tv_sec * 1000000 + tv.tv_usec;
     if (events && crpci_watch_set(s->loop, &s->watch, fd, events)) {
-        s->events = events; /* no memory to watch it: ask the client from time to time */
+        s->events = events; /* no memory to watch it: call the client ten times a second */
         s->client_us = crpci_zk_job_now(s) + 100000;
     }
 }
 
-/* Ends what has to end; closing a handle may block this loop. Busy; locked, unlocks meanwhile. */
+/* Replaces a session that is over or must be abandoned. Closing a handle may block this loop. The
+ * caller is busy; locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_renew(crpci_zk_session *s)
 {
     if (s->phase == CRPCI_ZK_LOST &&
@@ -13311,7 +13333,8 @@ CRPCI_FN void crpci_zk_session_renew(crpci_zk_session *s)
     }
 }
 #else
-/* Has the completion thread called, see above. Locked, unlocks meanwhile. */
+/* Sends a request whose completion, with or without an answer, calls crpci_zk_session_probed on the
+ * completion thread. Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
 {
     crpci_zk_request *q;
@@ -13327,7 +13350,8 @@ CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
 }
 #endif
 
-/* Looks after a handle without a connection. Busy; locked, unlocks meanwhile. */
+/* Handles the states without a connection: makes a handle, logs silence, probes. The caller is
+ * busy; locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_supervise(crpci_zk_session *s)
 {
     int64_t now = crpci_zk_job_now(s);
@@ -13351,7 +13375,7 @@ CRPCI_FN void crpci_zk_session_supervise(crpci_zk_session *s)
 #endif
 }
 
-/* Sets the timer to what comes next. Locked. */
+/* Sets the timer to the next thing that is due. Locked. */
 CRPCI_FN void crpci_zk_session_arm(crpci_zk_session *s)
 {
     int64_t next = INT64_MAX, now = crpci_zk_job_now(s);
@@ -13380,7 +13404,8 @@ CRPCI_FN void crpci_zk_session_arm(crpci_zk_session *s)
         crpci_loop_timer_cancel(s->loop, &s->timer);
 }
 
-/* Ends the session. Locked, unlocks meanwhile; closing was set, nobody is busy. */
+/* Ends the session: waits briefly for answers, closes the handle, and releases the jobs. `closing`
+ * is set and no thread is busy. Locked, unlocks meanwhile. */
 CRPCI_COLD void crpci_zk_session_shut(crpci_zk_session *s)
 {
     bool inside = s->handle && s->handle->inside && crpci_thread_is_self(s->handle->thread);
@@ -13392,7 +13417,7 @@ CRPCI_COLD void crpci_zk_session_shut(crpci_zk_session *s)
     s->deferred = false;
     crpci_loop_timer_cancel(s->loop, &s->timer);
 #if !CRPC_ZOOKEEPER_ST
-    /* What the client is not done with when it is closed, it never frees. */
+    /* The client leaks requests that are unfinished when it is closed. */
     while (s->phase == CRPCI_ZK_CONNECTED && !inside && !crpci_list_empty(&s->handle->requests) &&
            crpci_zk_job_now(s) < until)
         crpci_thread_wait(&s->cond, &s->loop->lock, until - crpci_zk_job_now(s));
@@ -13406,8 +13431,8 @@ CRPCI_COLD void crpci_zk_session_shut(crpci_zk_session *s)
         crpci_thread_wait(&s->cond, &s->loop->lock, -1);
 }
 
-/* Does what is due, unless another thread is at it, which then does it too. Locked, unlocks
- * meanwhile. */
+/* Does everything that is due. If another thread is busy, that thread will do it (`again`). Locked,
+ * unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_run(crpci_zk_session *s)
 {
     crpci_zk_job *job;
@@ -13441,8 +13466,8 @@ CRPCI_FN void crpci_zk_session_run(crpci_zk_session *s)
 }
 
 #if !CRPC_ZOOKEEPER_ST
-/* Replaces the handle, on its own completion thread, which has nothing else to do any more and so
- * can do the waiting too. Locked, unlocks meanwhile. */
+/* Replaces the handle on its own completion thread. That thread has nothing else to do any more, so
+ * it can also wait for the delay. Locked, unlocks meanwhile. */
 CRPCI_COLD void crpci_zk_session_replace(crpci_zk_session *s, const crpci_zk_handle *handle)
 {
     int64_t until;
@@ -13472,6 +13497,7 @@ CRPCI_COLD void crpci_zk_session_replace(crpci_zk_session *s, const crpci_zk_han
 }
 #endif
 
+/* Writes the cache file when it is due. Unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_save(crpci_zk_session *s)
 {
     if (!s->closing && crpci_cache_due(&s->cache) <= crpci_zk_job_now(s))
@@ -13486,13 +13512,13 @@ static void crpci_zk_session_leave(crpci_zk_handle *handle)
 #if !CRPC_ZOOKEEPER_ST
     if (s->phase == CRPCI_ZK_OVER && s->handle == handle)
         crpci_zk_session_replace(s, handle);
-    crpci_zk_session_save(s); /* here, not in the loop: it takes a while */
+    crpci_zk_session_save(s); /* here and not only in the loop: writing waits for the disk */
 #endif
     handle->inside = false;
     crpci_loop_unlock(l);
 }
 
-/* --- what the loop calls ---------------------------------------------------------------------- */
+/* --- callbacks of the loop -------------------------------------------------------------------- */
 
 CRPCI_FN void crpci_zk_session_on_timer(crpc_loop *l, crpci_timer *timer)
 {
@@ -13516,7 +13542,8 @@ CRPCI_FN void crpci_zk_session_on_event(crpc_loop *l, crpci_watch *watch, unsign
 }
 #endif
 
-/* Has the session look at its jobs soon, from where the client must not be called. Locked. */
+/* Schedules a run by the loop's timer. For callers that must not unlock or call the client.
+ * Locked. */
 CRPCI_FN void crpci_zk_session_soon(crpci_zk_session *s)
 {
     s->again = true;
@@ -13524,7 +13551,8 @@ CRPCI_FN void crpci_zk_session_soon(crpci_zk_session *s)
         crpci_loop_timer_set(s->loop, &s->timer, 0);
 }
 
-/* The same, at once if this thread may call the client. Locked, unlocks meanwhile. */
+/* Runs what is due now, or schedules it where only the loop's thread may call the client. Locked,
+ * unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_kick(crpci_zk_session *s)
 {
 #if CRPC_ZOOKEEPER_ST
@@ -13536,13 +13564,13 @@ CRPCI_FN void crpci_zk_session_kick(crpci_zk_session *s)
 
 /* --- opening and closing ---------------------------------------------------------------------- */
 
-/* All 0: defaults. */
+/* Options of a session; all 0: defaults. */
 typedef struct crpci_zk_session_options {
     int timeout_ms;
-    int spread_ms;          /* in which a fleet comes back. 0: 2000. -1: none */
+    int spread_ms;          /* random delay of a reconnect, for fleets. 0: 2000. -1: none */
     const char *credential; /* "user:password"; NULL: none */
     const char *cache;      /* file; NULL: none */
-    int cache_interval_ms;  /* between two writes of it. 0: 60000. -1: none */
+    int cache_interval_ms;  /* least time between two writes. 0: 60000. -1: none */
 } crpci_zk_session_options;
 
 CRPCI_FN bool crpci_zk_session_same(const char *a, const char *b)
@@ -13557,7 +13585,7 @@ CRPCI_FN bool crpci_zk_session_copy(crpci_heap *h, const char *from, char **to)
     return *to || !from;
 }
 
-/* The open session that fits, or NULL. Locked. */
+/* The open session with the same servers and options, or NULL. Locked. */
 CRPCI_FN crpci_zk_session *crpci_zk_session_find(crpc_loop *l, const char *authority,
                                                  const crpci_zk_session_options *o)
 {
@@ -13572,7 +13600,7 @@ CRPCI_FN crpci_zk_session *crpci_zk_session_find(crpc_loop *l, const char *autho
     return NULL;
 }
 
-/* A session that nobody knows of yet. Resolves names, so unlocked. */
+/* Makes a session that is not in the loop's list yet. Resolves names, so it must run unlocked. */
 CRPCI_COLD int crpci_zk_session_new(crpc_loop *l, const char *authority,
                                     const crpci_zk_session_options *o, crpci_zk_session **out,
                                     crpc_error *error)
@@ -13621,7 +13649,8 @@ CRPCI_COLD int crpci_zk_session_new(crpc_loop *l, const char *authority,
     return CRPC_OK;
 }
 
-/* Joins the session that fits, or begins one. Resolves names, never waits for a server. */
+/* Joins the open session with the same options, or begins one. Resolves names; never waits for a
+ * server. */
 CRPCI_COLD int crpci_zk_session_open(crpc_loop *l, const char *authority,
                                      const crpci_zk_session_options *options,
                                      crpci_zk_session **out, crpc_error *error)
@@ -13635,7 +13664,7 @@ CRPCI_COLD int crpci_zk_session_open(crpc_loop *l, const char *authority,
         o.timeout_ms = CRPCI_ZK_SESSION_TIMEOUT_MIN_MS;
     crpci_loop_lock(l);
     s = crpci_zk_session_find(l, authority, &o);
-    if (!s) { /* names are resolved without the lock; another thread may be faster */
+    if (!s) { /* without the lock, to resolve names: another thread may open the same meanwhile */
         crpci_loop_unlock(l);
         err = crpci_zk_session_new(l, authority, &o, &made, error);
         if (err)
@@ -13652,7 +13681,7 @@ CRPCI_COLD int crpci_zk_session_open(crpc_loop *l, const char *authority,
         crpci_list_append(&l->registries, &s->node);
         s->busy = true;
         s->busy_thread = crpci_thread_self();
-        crpci_zk_session_connect(s); /* if that fails it is tried again, as later on */
+        crpci_zk_session_connect(s); /* after a failure the timer tries again */
         s->failures = 0;
         s->busy = false;
         crpci_thread_broadcast(&s->cond);
@@ -13665,8 +13694,8 @@ CRPCI_COLD int crpci_zk_session_open(crpc_loop *l, const char *authority,
     return CRPC_OK;
 }
 
-/* A user is about to close. True: it is the last one, so that the session takes nothing new and is
- * found by nobody any more. Locked; crpci_zk_session_close follows. */
+/* A user begins to close. Returns true for the last one; the session then accepts nothing new and
+ * is no longer found. Locked; crpci_zk_session_close must follow. */
 CRPCI_FN bool crpci_zk_session_leave_user(crpci_zk_session *s)
 {
     if (--s->users)
@@ -13677,8 +13706,8 @@ CRPCI_FN bool crpci_zk_session_leave_user(crpci_zk_session *s)
     return true;
 }
 
-/* Ends what crpci_zk_session_leave_user began, and unlocks. With libzookeeper_mt and a server that
- * is frozen this can take up to 4.5 s. */
+/* Completes what crpci_zk_session_leave_user began, and unlocks. With libzookeeper_mt and a server
+ * that hangs, this can take up to 4.5 s. */
 CRPCI_FN void crpci_zk_session_close(crpci_zk_session *s, bool last)
 {
     if (last && s->busy && CRPC_ZOOKEEPER_ST && crpci_thread_is_self(s->busy_thread)) {
@@ -13686,7 +13715,7 @@ CRPCI_FN void crpci_zk_session_close(crpci_zk_session *s, bool last)
     } else if (last) {
         while (s->busy || s->cache.writing)
             crpci_thread_wait(&s->cond, &s->loop->lock, -1);
-        if (crpci_cache_due(&s->cache) != INT64_MAX) /* before its time, because it is the last */
+        if (crpci_cache_due(&s->cache) != INT64_MAX) /* unsaved news: write them now */
             crpci_cache_save(&s->cache, s->loop, &s->cond);
         crpci_zk_session_shut(s);
     }
@@ -13695,21 +13724,22 @@ CRPCI_FN void crpci_zk_session_close(crpci_zk_session *s, bool last)
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
 /* ======================================================================== */
-/* >>impl-zk-node   the two primitives: to watch a node, and to own one       */
+/* >>impl-zk-node   the two primitives: watching a znode, and owning one   */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_ZOOKEEPER
 
-/* Everything that crpc does in ZooKeeper for longer than one request is one of these two. They
- * alone know how watches are set again, what follows when a request gets no answer, when to try
- * again and when to read anew. What they tell comes locked, on the thread that runs the client. */
+/* Everything that crpc does in ZooKeeper for longer than one request is one of these two jobs. They
+ * alone set watches again, decide what follows a request without an answer, when to retry and when
+ * to read again. Their callbacks come locked, on the thread that runs the client. */
 
-#define CRPCI_ZK_NODE_REFUSED_US 5000000   /* between reads of what may not be read */
-#define CRPCI_ZK_NODE_REREAD_US  300000000 /* in case a watch was lost */
-#define CRPCI_ZK_NODE_CHECK_US   60000000  /* is the own node still there, and this session's? */
-#define CRPCI_ZK_NODE_BACK_US    500000    /* before a node that somebody removed is made again */
+#define CRPCI_ZK_NODE_REFUSED_US 5000000   /* between reads that the server refuses */
+#define CRPCI_ZK_NODE_REREAD_US  300000000 /* between reads without an event: a watch can be lost */
+#define CRPCI_ZK_NODE_CHECK_US   60000000  /* between checks that the own node still exists */
+#define CRPCI_ZK_NODE_BACK_US    500000    /* before a node that was removed is made again */
 #define CRPCI_ZK_NODE_FIGHTS     3u        /* evictions of another session's node without a wait */
-#define CRPCI_ZK_NODE_FORGET     10u /* failures to remove a node until it is left to the session */
+/* failed removals; then it is left to the session's end */
+#define CRPCI_ZK_NODE_FORGET     10u
 
 /* --- paths and numbers ------------------------------------------------------------------------ */
 
@@ -13719,7 +13749,7 @@ CRPCI_FN char *crpci_zk_node_join(crpci_heap *h, const char *directory, const ch
     return crpci_heap_format(h, "%s/%s", directory, name);
 }
 
-/* Whether ZooKeeper takes a text as one part of a path. */
+/* Whether ZooKeeper accepts a text as one part of a path. */
 CRPCI_FN bool crpci_zk_node_is_part(const char *text, size_t n)
 {
     size_t i;
@@ -13732,7 +13762,8 @@ CRPCI_FN bool crpci_zk_node_is_part(const char *text, size_t n)
     return true;
 }
 
-/* The root of a tree from a URL's path: "a/b" and "a/b/" give "/a/b", "" gives `otherwise`. */
+/* Makes the root of a tree from a URL's path: "a/b" and "a/b/" give "/a/b", "" gives
+ * `otherwise`. */
 CRPCI_COLD int crpci_zk_node_root(crpci_heap *h, const char *path, const char *otherwise,
                                   char **out, crpc_error *error)
 {
@@ -13744,7 +13775,7 @@ CRPCI_COLD int crpci_zk_node_root(crpci_heap *h, const char *path, const char *o
         part = part < n - at ? part : n - at;
         if (!crpci_zk_node_is_part(path + at, part))
             return crpci_status_set(error, CRPC_EINVAL,
-                                    "zookeeper: root \"%.100s\" is no path in ZooKeeper: it has an "
+                                    "zookeeper: root \"%.100s\" is not a valid path: it has an "
                                     "empty part, \".\", \"..\" or a control character",
                                     path);
         at += part + 1;
@@ -13754,15 +13785,15 @@ CRPCI_COLD int crpci_zk_node_root(crpci_heap *h, const char *path, const char *o
     return *out ? CRPC_OK : crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
 }
 
-/* The names in an answer, and how many. */
+/* The names in the answer to a LIST, and their number. NULL: none. */
 CRPCI_FN char *const *crpci_zk_node_names(const crpci_zk_answer *a, size_t *count)
 {
     *count = a->rc == ZOK && a->names && a->names->count > 0 ? (size_t)a->names->count : 0;
     return *count ? a->names->data : NULL;
 }
 
-/* Reads a sequential node's number, which ZooKeeper has written with "%010d"; after 2147483647
- * follows -2147483648. False: the text is no such number. */
+/* Reads a sequential node's number, which ZooKeeper writes with "%010d". The counter wraps:
+ * -2147483648 follows 2147483647. False: not such a number. */
 CRPCI_FN bool crpci_zk_node_number(const char *text, int32_t *number)
 {
     bool negative = *text == '-';
@@ -13777,7 +13808,8 @@ CRPCI_FN bool crpci_zk_node_number(const char *text, int32_t *number)
     return true;
 }
 
-/* Whether number `a` was given out before `b`, going by the shorter way round. */
+/* Whether number `a` was given out before `b`, assuming that less than half of the range lies
+ * between. */
 CRPCI_FN bool crpci_zk_node_earlier(int32_t a, int32_t b)
 {
     return (uint32_t)a - (uint32_t)b > UINT32_C(0x80000000);
@@ -13786,24 +13818,24 @@ CRPCI_FN bool crpci_zk_node_earlier(int32_t a, int32_t b)
 /* --- watch ------------------------------------------------------------------------------------ */
 
 typedef enum crpci_zk_watch_kind {
-    CRPCI_ZK_WATCH_CHILDREN,      /* the names below it */
-    CRPCI_ZK_WATCH_DATA,          /* its bytes */
-    CRPCI_ZK_WATCH_CHILDREN_ONCE, /* the names, told once: no watch is set */
-    CRPCI_ZK_WATCH_END            /* that it does not exist, told once */
+    CRPCI_ZK_WATCH_CHILDREN,      /* reports the names below the node */
+    CRPCI_ZK_WATCH_DATA,          /* reports its bytes */
+    CRPCI_ZK_WATCH_CHILDREN_ONCE, /* reports the names once; sets no watch */
+    CRPCI_ZK_WATCH_END            /* reports once, when the node does not exist */
 } crpci_zk_watch_kind;
 
-/* Follows a node. `value` is told what is read: at first, after each change, after each connection,
- * and every few minutes. The answer's rc is ZOK, ZNONODE (the node does not exist), or why it
- * cannot be read (then it is read again soon). It may unlock, except when an END is told. False:
- * out of memory, the same is read again. */
+/* Follows a node. `value` is called with each answer: at first, after each change, after each
+ * reconnect, and every few minutes. The answer's rc is ZOK, ZNONODE (the node does not exist), or
+ * the reason why it cannot be read (then it is read again soon). `value` may unlock, except when it
+ * reports an END. If it returns false, out of memory, the same is read again. */
 typedef struct crpci_zk_watch {
     crpci_zk_job job;
     bool (*value)(struct crpci_zk_watch *w, const crpci_zk_answer *a);
     crpci_zk_watch_kind kind;
     char *path;   /* on the heap */
-    bool missing; /* it was not there when it was read: a watch is set on its creation next */
-    bool told;    /* something, in this session */
-    bool refused; /* it was logged that it cannot be read */
+    bool missing; /* the node did not exist: the next request sets a watch on its creation */
+    bool told;    /* `value` was called in this session */
+    bool refused; /* the server refuses to let it be read, which was logged */
 } crpci_zk_watch;
 
 CRPCI_FN crpci_zk_watch *crpci_zk_node_watch_of(crpci_zk_job *job)
@@ -13811,7 +13843,8 @@ CRPCI_FN crpci_zk_watch *crpci_zk_node_watch_of(crpci_zk_job *job)
     return CRPCI_CONTAINER(job, crpci_zk_watch, job);
 }
 
-/* Reads it, or, while there is none, looks whether there is one: either leaves a watch. */
+/* Reads the node or, while it does not exist, asks whether it exists: either request sets a
+ * watch. */
 CRPCI_FN bool crpci_zk_node_watch_order(crpci_zk_job *job, crpci_zk_order *o)
 {
     crpci_zk_watch *w = crpci_zk_node_watch_of(job);
@@ -13822,6 +13855,7 @@ CRPCI_FN bool crpci_zk_node_watch_order(crpci_zk_job *job, crpci_zk_order *o)
     return true;
 }
 
+/* Decides what an answer means, schedules the next read, and calls `value`. */
 CRPCI_FN void crpci_zk_node_watch_answered(crpci_zk_watch *w, const crpci_zk_request *q,
                                            const crpci_zk_answer *a)
 {
@@ -13829,7 +13863,7 @@ CRPCI_FN void crpci_zk_node_watch_answered(crpci_zk_watch *w, const crpci_zk_req
     bool once = w->kind == CRPCI_ZK_WATCH_CHILDREN_ONCE;
     bool looked = q->order.verb == CRPCI_ZK_STAT, gone = a->rc == ZNONODE, taken;
     w->missing = gone && !looked && !once && w->kind != CRPCI_ZK_WATCH_END;
-    if (w->missing || (looked && a->rc == ZOK)) { /* look for its creation; or read it again */
+    if (w->missing || (looked && a->rc == ZOK)) { /* ask for its creation; or it exists: read it */
         job->due_us = 0;
         return;
     }
@@ -13860,7 +13894,7 @@ CRPCI_FN void crpci_zk_node_watch_event(crpci_zk_job *job, crpci_zk_event event,
         crpci_zk_node_watch_answered(w, q, a);
         return;
     }
-    if (job->due_us == INT64_MAX && !job->sent) /* nothing is to be read: told once, or not begun */
+    if (job->due_us == INT64_MAX && !job->sent) /* idle: it has reported once, or has not begun */
         return;
     if (event == CRPCI_ZK_REMOVED && w->kind == CRPCI_ZK_WATCH_END) {
         crpci_zk_answer gone;
@@ -13874,8 +13908,8 @@ CRPCI_FN void crpci_zk_node_watch_event(crpci_zk_job *job, crpci_zk_event event,
     if (event == CRPCI_ZK_RENEWED)
         w->told = false;
     if (event == CRPCI_ZK_RESUMED && w->told)
-        /* In the same session the watches tell of what was missed. Reading all the same is the net
-         * below them, and no reason for a whole fleet to do so in the same moment. */
+        /* In the same session, watches report what was missed. Reading is only a safety net, so it
+         * is spread over time for the sake of a whole fleet. */
         crpci_zk_job_later(job, crpci_zk_session_scatter(job->session));
     else if (event != CRPCI_ZK_SUSPENDED && event != CRPCI_ZK_ENDED) {
         job->due_us = 0;
@@ -13891,7 +13925,7 @@ CRPCI_FN void crpci_zk_node_watch_clear(crpci_zk_job *job)
 static const crpci_zk_work crpci_zk_node_watch_work = {
     crpci_zk_node_watch_order, crpci_zk_node_watch_event, crpci_zk_node_watch_clear};
 
-/* Puts a watch on the session, with a reference to its holder. Reads nothing yet. */
+/* Puts an idle watch on the session; it takes over a reference to its holder. */
 CRPCI_FN void crpci_zk_node_watch_init(crpci_zk_watch *w, crpci_zk_session *s,
                                        bool (*value)(crpci_zk_watch *, const crpci_zk_answer *),
                                        void *holder, void (*release)(void *holder))
@@ -13900,8 +13934,8 @@ CRPCI_FN void crpci_zk_node_watch_init(crpci_zk_watch *w, crpci_zk_session *s,
     w->value = value;
 }
 
-/* Begins to follow `path`, which it takes, instead of what was followed before. NULL, for want of
- * memory or because nothing is to be followed: false. The caller kicks the session. */
+/* Begins to follow `path`, in place of the path before; it takes over the text. False if `path` is
+ * NULL, because memory is short or nothing is to be followed. The caller kicks the session. */
 CRPCI_FN bool crpci_zk_node_watch_set(crpci_zk_watch *w, crpci_zk_watch_kind kind, char *path)
 {
     crpci_zk_job_forget(&w->job);
@@ -13914,14 +13948,14 @@ CRPCI_FN bool crpci_zk_node_watch_set(crpci_zk_watch *w, crpci_zk_watch_kind kin
     return path != NULL;
 }
 
-/* Nothing is read any more; `again` begins anew. */
+/* Stops reading; crpci_zk_node_watch_again begins anew. */
 CRPCI_FN void crpci_zk_node_watch_stop(crpci_zk_watch *w)
 {
     crpci_zk_job_forget(&w->job);
     w->job.due_us = INT64_MAX;
 }
 
-/* It is read now, whatever was under way. */
+/* Reads the node now; the answer to a request in flight is ignored. */
 CRPCI_FN void crpci_zk_node_watch_again(crpci_zk_watch *w)
 {
     crpci_zk_job_forget(&w->job);
@@ -13930,9 +13964,9 @@ CRPCI_FN void crpci_zk_node_watch_again(crpci_zk_watch *w)
 
 /* --- own -------------------------------------------------------------------------------------- */
 
-/* Where an own node stands, the request that is sent there, and what its answer leads to. Without
- * an answer the same is sent again; the one exception is named. Where several states can follow,
- * the owner's wish (below) decides.
+/* The states of an owned node, the request that is sent in each, and the state that the answer
+ * leads to. A request without an answer is sent again; the one exception is named. Where several
+ * states can follow, the owner's wish (below) decides.
  *
  *     ABSENT  nothing is there                 nothing             wanted: CREATE
  *     CREATE  under a new name                 create              ok: OWNED; exists: CHECK;
@@ -13964,44 +13998,45 @@ typedef enum crpci_zk_own_state {
 
 typedef enum crpci_zk_wish {
     CRPCI_ZK_WISH_UNWANTED,
-    CRPCI_ZK_WISH_ENDED,  /* unwanted, and off the session when nothing is left there */
-    CRPCI_ZK_WISH_AFRESH, /* unwanted until nothing is left there, then WANTED */
+    CRPCI_ZK_WISH_ENDED,  /* unwanted; the job leaves the session when the node is removed */
+    CRPCI_ZK_WISH_AFRESH, /* unwanted until the node is removed, then WANTED */
     CRPCI_ZK_WISH_WANTED
 } crpci_zk_wish;
 
 typedef struct crpci_zk_own crpci_zk_own;
 
-/* What the owner of a node is asked and told. */
+/* Functions of a node's owner. All are called locked. */
 typedef struct crpci_zk_owner {
-    /* The path of the node to be made, on the heap; of a sequential one what comes before the
-     * number, another one each time. NULL: there is none now, or no memory. Must not unlock. */
+    /* Returns the path of the node to be made, on the heap; for a sequential one, the part before
+     * the number, different each time. NULL: no path now, or no memory. Must not unlock. */
     char *(*name)(crpci_zk_own *own);
-    /* The node is there and this session's: it was at `sent_us`. Told again with each check; only
-     * the first time since it was made it is `news`. `stat` is NULL when it was just made or found.
-     * May unlock. */
+    /* The node existed and belonged to this session at some time after `sent_us`. Called with each
+     * check; `news` is set only the first time since it was made. `stat` is NULL when it was just
+     * made or found. May unlock. */
     void (*owned)(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat, bool news);
-    /* ZNONODE: somebody removed it. ZSESSIONEXPIRED: the session is over. Others: a try failed for
-     * a reason that a new connection does not cure; then it may unlock. What is wanted is tried on.
-     */
+    /* ZNONODE: another client removed the node. ZSESSIONEXPIRED: the session is over. Other codes:
+     * an attempt failed for a reason that a new connection does not cure; then it may unlock. A
+     * wanted node is tried again in all cases. */
     void (*lost)(crpci_zk_own *own, int rc);
 } crpci_zk_owner;
 
-/* An ephemeral node. */
+/* An ephemeral node that this process wants to exist, or to be removed. */
 struct crpci_zk_own {
     crpci_zk_job job;
     const crpci_zk_owner *owner;
     crpci_zk_own_state state;
     crpci_zk_wish wish;
     bool sequential;
-    bool unwatched;   /* no watch: that it was removed is found by the next check */
-    const char *dir;  /* the directory; the owner's, like... */
-    const char *data; /* ... what the node holds */
+    bool unwatched;   /* sets no watch: the next check notices a removal */
+    const char *dir;  /* the directory; the owner's memory */
+    const char *data; /* the node's content; the owner's memory */
     int size;
     int64_t check_us; /* between two checks */
-    char *path;       /* of a node that may be there, or NULL */
-    char *prefix;     /* sequential: its name so far, while a create may have made it; or NULL */
+    char *path;       /* of a node that may exist; NULL: none */
+    /* sequential: name without number, while a create may have made it; or NULL */
+    char *prefix;
     unsigned failures;
-    unsigned fights; /* times the node was another session's in a row */
+    unsigned fights; /* how often in a row the node was another session's */
 };
 
 CRPCI_FN crpci_zk_own *crpci_zk_node_own_of(crpci_zk_job *job)
@@ -14009,6 +14044,7 @@ CRPCI_FN crpci_zk_own *crpci_zk_node_own_of(crpci_zk_job *job)
     return CRPCI_CONTAINER(job, crpci_zk_own, job);
 }
 
+/* Replaces own->path or own->prefix. */
 CRPCI_FN void crpci_zk_node_own_set(crpci_zk_own *own, char **text, char *value)
 {
     crpci_heap_strfree(own->job.session->heap, *text);
@@ -14016,7 +14052,7 @@ CRPCI_FN void crpci_zk_node_own_set(crpci_zk_own *own, char **text, char *value)
     own->job.watched = own->path;
 }
 
-/* Takes the wish into account, and has the session act on it; unless a request is under way, whose
+/* Adjusts the state to the wish, and schedules the state's request. If a request is in flight, its
  * answer leads back here. */
 CRPCI_FN void crpci_zk_node_own_next(crpci_zk_own *own)
 {
@@ -14044,14 +14080,14 @@ CRPCI_FN void crpci_zk_node_own_to(crpci_zk_own *own, crpci_zk_own_state state)
     crpci_zk_node_own_next(own);
 }
 
-/* The same, but not at once. */
+/* Postpones the state's request. */
 CRPCI_FN void crpci_zk_node_own_wait(crpci_zk_own *own, int64_t us)
 {
     if (own->job.due_us != INT64_MAX)
         crpci_zk_job_later(&own->job, us);
 }
 
-/* A try failed, and to try again at once would not help. */
+/* An attempt failed, and retrying at once would not help: backs off. */
 CRPCI_FN void crpci_zk_node_own_fail(crpci_zk_own *own, int rc, const char *why)
 {
     crpci_zk_session *s = own->job.session;
@@ -14061,7 +14097,7 @@ CRPCI_FN void crpci_zk_node_own_fail(crpci_zk_own *own, int rc, const char *why)
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
                        "registry zookeeper://%s: cannot %s a node in %s: %s; next attempt in %d ms",
                        s->authority, wanted ? "make" : "remove", own->dir, why, (int)(wait / 1000));
-    if (!wanted && own->failures > CRPCI_ZK_NODE_FORGET) { /* it will go with the session */
+    if (!wanted && own->failures > CRPCI_ZK_NODE_FORGET) { /* ends with the session */
         crpci_zk_node_own_set(own, &own->path, NULL);
         crpci_zk_node_own_set(own, &own->prefix, NULL);
     }
@@ -14071,14 +14107,14 @@ CRPCI_FN void crpci_zk_node_own_fail(crpci_zk_own *own, int rc, const char *why)
         own->owner->lost(own, rc);
 }
 
-/* Names the node that is to be made. If a node may be there under an earlier name, because the
- * address has changed meanwhile, that one is removed first. False: not now. */
+/* Determines the name of the node to be made. If a node may exist under an earlier name, because
+ * the local address has changed, that one is removed first. False: not now. */
 CRPCI_FN bool crpci_zk_node_own_name(crpci_zk_own *own)
 {
     char *path = own->owner->name(own);
     if (!path) {
         crpci_zk_node_own_fail(own, 0,
-                               "no local address leads to the servers (give one with the "
+                               "no local address can reach the servers (name one with the "
                                "option `advertise`), or out of memory");
         return false;
     }
@@ -14091,6 +14127,7 @@ CRPCI_FN bool crpci_zk_node_own_name(crpci_zk_own *own)
     return true;
 }
 
+/* The state's request, by the table above. */
 CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
 {
     static const uint8_t verbs[] = {CRPCI_ZK_STAT,   CRPCI_ZK_CREATE, CRPCI_ZK_LIST,
@@ -14109,27 +14146,27 @@ CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
     return o->path != NULL;
 }
 
-/* The node is there, and ours. One that was just made is checked at once, which sets the watch. */
+/* The node exists and is ours. One that was just made is checked at once, which sets the watch. */
 CRPCI_FN void crpci_zk_node_own_mine(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat)
 {
     bool news = own->state != CRPCI_ZK_OWN_OWNED;
     own->failures = own->fights = 0;
     crpci_zk_node_own_to(own, CRPCI_ZK_OWN_OWNED);
     if (own->state != CRPCI_ZK_OWN_OWNED)
-        return; /* not wanted any more */
+        return; /* no longer wanted: it is being removed */
     if (stat || own->unwatched)
         crpci_zk_job_around(&own->job, own->check_us, 20);
     own->owner->owned(own, sent_us, stat, news);
 }
 
-/* A create was answered with success. */
+/* A create succeeded. */
 CRPCI_FN void crpci_zk_node_own_made(crpci_zk_own *own, int64_t sent_us, const char *path)
 {
     bool again = own->state == CRPCI_ZK_OWN_AGAIN;
     if (own->sequential) {
         char *copy =
             again || !path ? NULL : crpci_heap_strndup(own->job.session->heap, path, strlen(path));
-        if (!copy) { /* looked for by its prefix; the earlier create may have made one as well */
+        if (!copy) { /* out of memory, or an earlier create may have made a second one: list them */
             crpci_zk_node_own_to(own, CRPCI_ZK_OWN_FIND);
             return;
         }
@@ -14139,8 +14176,8 @@ CRPCI_FN void crpci_zk_node_own_made(crpci_zk_own *own, int64_t sent_us, const c
     crpci_zk_node_own_mine(own, sent_us, NULL);
 }
 
-/* The directory was listed for nodes with the prefix: those that a create without an answer made.
- */
+/* The directory was listed for nodes with the prefix, which creates without an answer may have
+ * made. The earliest one is kept, a later one is removed. */
 CRPCI_FN void crpci_zk_node_own_found(crpci_zk_own *own, int64_t sent_us, const crpci_zk_answer *a)
 {
     const char *base = strrchr(own->prefix, '/') + 1, *first = NULL, *later = NULL;
@@ -14180,9 +14217,9 @@ CRPCI_FN void crpci_zk_node_own_found(crpci_zk_own *own, int64_t sent_us, const 
     crpci_zk_node_own_mine(own, sent_us, NULL);
 }
 
-/* The node is not there, or it is another session's (foreign): what a process that died a moment
- * ago with the same name left, or this one's own before its session expired. That one would vanish
- * with its session, so it is made anew. */
+/* The node does not exist, or belongs to another session (`foreign`): left by a process of the same
+ * name that died a moment ago, or by this process before its session expired. It would vanish with
+ * that session, so it is made anew. */
 CRPCI_FN void crpci_zk_node_own_lose(crpci_zk_own *own, bool foreign)
 {
     bool tell = own->wish == CRPCI_ZK_WISH_WANTED && own->state == CRPCI_ZK_OWN_OWNED;
@@ -14223,7 +14260,7 @@ CRPCI_FN void crpci_zk_node_own_answered(crpci_zk_own *own, const crpci_zk_reque
     }
 }
 
-/* The session is over. A node with a fixed name may still be there, as another session's. */
+/* The session is over. A node with a fixed name may still exist, as another session's. */
 CRPCI_FN void crpci_zk_node_own_over(crpci_zk_own *own)
 {
     bool tell = own->state == CRPCI_ZK_OWN_OWNED && own->wish == CRPCI_ZK_WISH_WANTED;
@@ -14254,7 +14291,7 @@ CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
         crpci_zk_node_own_to(own, own->prefix && !own->path ? CRPCI_ZK_OWN_FIND : own->state);
         crpci_zk_node_own_wait(own, crpci_zk_job_spread(s, CRPCI_ZK_JOB_RETRY_US, 50));
         break;
-    case CRPCI_ZK_RESUMED: /* the way there may be another one, with another address */
+    case CRPCI_ZK_RESUMED: /* the local address may have changed: check soon */
         own->failures = 0;
         crpci_zk_node_own_next(own);
         soon = crpci_base_min64(crpci_zk_session_scatter(s), own->check_us / 16);
@@ -14266,7 +14303,7 @@ CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
         crpci_zk_node_own_over(own);
         break;
     case CRPCI_ZK_REMOVED:
-        /* That may have been a whole tree: not all its nodes come back in the same moment. */
+        /* A whole tree may have been removed: its owners make their nodes again at random times. */
         soon = crpci_zk_job_now(s) + crpci_zk_job_spread(s, CRPCI_ZK_NODE_BACK_US, 90);
         if (own->state == CRPCI_ZK_OWN_OWNED)
             job->due_us = crpci_base_min64(job->due_us, soon);
@@ -14286,7 +14323,7 @@ CRPCI_FN void crpci_zk_node_own_clear(crpci_zk_job *job)
 static const crpci_zk_work crpci_zk_node_own_work = {
     crpci_zk_node_own_order, crpci_zk_node_own_event, crpci_zk_node_own_clear};
 
-/* Puts it on the session, with a reference to its holder. No node is wanted yet. */
+/* Puts the job on the session; it takes over a reference to its holder. No node is wanted yet. */
 CRPCI_FN void crpci_zk_node_own_init(crpci_zk_own *own, crpci_zk_session *s,
                                      const crpci_zk_owner *owner, const char *dir, void *holder,
                                      void (*release)(void *holder))
@@ -14297,8 +14334,8 @@ CRPCI_FN void crpci_zk_node_own_init(crpci_zk_own *own, crpci_zk_session *s,
     own->check_us = CRPCI_ZK_NODE_CHECK_US;
 }
 
-/* Changes the wish; the caller kicks the session. ENDED may free the node's owner, unless something
- * else refers to that. */
+/* Changes the wish; the caller kicks the session. ENDED may free the owner, unless it has other
+ * references. */
 CRPCI_FN void crpci_zk_node_own_want(crpci_zk_own *own, crpci_zk_wish wish)
 {
     own->wish = wish;
@@ -14306,7 +14343,7 @@ CRPCI_FN void crpci_zk_node_own_want(crpci_zk_own *own, crpci_zk_wish wish)
     crpci_zk_node_own_next(own);
 }
 
-/* Checks it now, and from now on this often. */
+/* Checks the node now, and from now on at this interval. */
 CRPCI_FN void crpci_zk_node_own_check(crpci_zk_own *own, int64_t check_us)
 {
     own->check_us = check_us;
@@ -14316,7 +14353,7 @@ CRPCI_FN void crpci_zk_node_own_check(crpci_zk_own *own, int64_t check_us)
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
 /* ======================================================================== */
-/* >>impl-zk-directory   zookeeper:// as Dubbo lays it out: providers, consumers, overrides */
+/* >>impl-zk-directory   zookeeper:// in Dubbo's layout: providers, consumers, overrides */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_ZOOKEEPER
@@ -14324,29 +14361,30 @@ CRPCI_FN void crpci_zk_node_own_check(crpci_zk_own *own, int64_t check_us)
 /* Below the root, "/dubbo" unless the URL names another, each service has a directory:
  *
  *     /dubbo/demo.UserService/providers/      an ephemeral node for each provider
- *     /dubbo/demo.UserService/consumers/      one for each consumer that wants to be seen
+ *     /dubbo/demo.UserService/consumers/      one for each consumer, with register_consumer
  *     /dubbo/demo.UserService/configurators/  the operator's overrides
  *
- * A node's name says everything: it is a URL (impl-names). Providers and overrides are watched, own
- * nodes are owned (impl-zk-node); lists, protection and the cache file are impl-directory's. */
+ * A node's name is a URL (impl-names); its content is the host. This section watches the
+ * providers and overrides, and owns the nodes of this process (impl-zk-node); impl-directory keeps
+ * lists, protection and the cache file. The loop's lock guards everything here. */
 
 #define CRPCI_ZK_DIRECTORY_ROOT        "/dubbo"
-#define CRPCI_ZK_DIRECTORY_TWIN_US     5000000 /* before stale twins are looked for once more */
-#define CRPCI_ZK_DIRECTORY_TWIN_ROUNDS 5u
+#define CRPCI_ZK_DIRECTORY_TWIN_US     5000000 /* before the next sweep for stale twins; doubles */
+#define CRPCI_ZK_DIRECTORY_TWIN_ROUNDS 5u      /* sweeps that removed a node; then it gives up */
 
-/* A service that is followed, for all its subscribers on the session. */
+/* A service with subscribers; shared by all subscribers on the session. */
 typedef struct crpci_zk_service {
     crpci_directory directory;
     crpci_list link; /* in session->services */
     crpci_zk_session *session;
     crpci_zk_watch providers;
     crpci_zk_watch overrides;
-    bool following; /* providers are read: not before the overrides were, so that one which is
-                     * switched off is never seen */
-    bool aged;      /* in this round of calling lists stale */
+    bool following; /* providers are read: only after the overrides, so that no subscriber sees a
+                     * provider that an override has disabled */
+    bool aged;      /* visited by the current pass of crpci_zk_directory_age */
 } crpci_zk_service;
 
-/* What a URL opened. */
+/* An open zookeeper:// URL. */
 typedef struct crpci_zk_directory {
     crpci_backend base;
     crpci_zk_session *session;
@@ -14357,7 +14395,7 @@ typedef struct crpci_zk_directory {
     crpci_list subscribers;
 } crpci_zk_directory;
 
-/* A provider or a consumer. Referred to by its backend's list, and by its two jobs. */
+/* A registered provider or consumer. Its references are its backend's list and its two jobs. */
 typedef struct crpci_zk_registration {
     crpci_list link; /* in backend->registrations */
     uint32_t refs;
@@ -14368,16 +14406,16 @@ typedef struct crpci_zk_registration {
     /* A sweep removes twins: nodes of the same address that a dead session left. */
     crpci_zk_job sweep;
     crpci_zk_verb step; /* LIST; of each twin STAT, then DELETE */
-    char *twin;         /* the path of the one that was looked at last, or NULL */
+    char *twin;         /* path of the twin that was examined last, or NULL */
     int twin_version;
     bool evicted;    /* this sweep removed one */
-    unsigned rounds; /* sweeps that removed some */
+    unsigned rounds; /* number of sweeps that removed one */
 } crpci_zk_registration;
 
 typedef struct crpci_zk_subscriber {
     crpci_subscriber base;
     crpci_list link;                 /* in backend->subscribers */
-    crpci_zk_registration *consumer; /* NULL: not registered as one */
+    crpci_zk_registration *consumer; /* NULL: register_consumer is off */
 } crpci_zk_subscriber;
 
 /* "/dubbo/demo.UserService/providers" on the heap, or another category of the service. */
@@ -14387,7 +14425,7 @@ CRPCI_FN char *crpci_zk_directory_path(const crpci_zk_directory *b, const char *
     return crpci_heap_format(b->session->heap, "%s/%s/%s", b->root, service, category);
 }
 
-/* The session's `age`. */
+/* The session's `age`: marks the lists of all services stale. */
 CRPCI_FN bool crpci_zk_directory_age(crpci_zk_session *s)
 {
     bool complete = true;
@@ -14401,14 +14439,14 @@ CRPCI_FN bool crpci_zk_directory_age(crpci_zk_session *s)
             continue;
         v->aged = true;
         complete = crpci_directory_age(&v->directory) && complete;
-        i = s->services.next; /* anything can have come and gone */
+        i = s->services.next; /* the list may have changed while unlocked */
     }
     return complete;
 }
 
-/* --- following a service ---------------------------------------------------------------------- */
+/* --- services --------------------------------------------------------------------------------- */
 
-/* The overrides are known, or cannot be read: providers are read from now on, or anew. */
+/* The overrides are known, or cannot be read: begins to read the providers, or reads them again. */
 CRPCI_FN void crpci_zk_directory_follow(crpci_zk_service *v, bool anew)
 {
     if (!v->following || anew)
@@ -14416,7 +14454,7 @@ CRPCI_FN void crpci_zk_directory_follow(crpci_zk_service *v, bool anew)
     v->following = true;
 }
 
-/* Unlocks. */
+/* New overrides were read, or none exist. Unlocks. */
 CRPCI_FN bool crpci_zk_directory_on_overrides(crpci_zk_watch *w, const crpci_zk_answer *a)
 {
     crpci_zk_service *v = CRPCI_CONTAINER(w, crpci_zk_service, overrides);
@@ -14434,7 +14472,8 @@ CRPCI_FN bool crpci_zk_directory_on_overrides(crpci_zk_watch *w, const crpci_zk_
     return changed >= 0;
 }
 
-/* Unlocks. A directory that does not exist is an empty one: whoever registers makes it. */
+/* The providers were read. A directory that does not exist counts as empty, because the first
+ * provider creates it. Unlocks. */
 CRPCI_FN bool crpci_zk_directory_on_providers(crpci_zk_watch *w, const crpci_zk_answer *a)
 {
     crpci_zk_service *v = CRPCI_CONTAINER(w, crpci_zk_service, providers);
@@ -14457,7 +14496,7 @@ CRPCI_FN void crpci_zk_directory_release(void *service)
     crpci_directory_unref(&((crpci_zk_service *)service)->directory);
 }
 
-/* Nobody subscribes to the service any more. Unlocks. */
+/* The last subscriber has left: stops watching. Unlocks. */
 CRPCI_FN void crpci_zk_directory_service_end(crpci_zk_service *v)
 {
     crpci_list_remove(&v->link);
@@ -14502,7 +14541,7 @@ CRPCI_FN crpci_zk_service *crpci_zk_directory_service_new(const crpci_zk_directo
     return v;
 }
 
-/* The service, which is followed from now on if it was not. NULL: out of memory. Locked. */
+/* The service, which is watched from now on. NULL: out of memory. Locked. */
 CRPCI_FN crpci_zk_service *crpci_zk_directory_service_get(const crpci_zk_directory *b,
                                                           const char *service)
 {
@@ -14524,8 +14563,8 @@ CRPCI_FN crpci_zk_registration *crpci_zk_directory_sweeper(crpci_zk_job *job)
     return CRPCI_CONTAINER(job, crpci_zk_registration, sweep);
 }
 
-/* Whether a name is that of another node with the registration's address: up to there the two names
- * are the same. Nodes of other software begin with other schemes. */
+/* Whether a name is that of another node with the same address: both names begin with the same
+ * encoded "crpc://address/". Nodes of other software have other schemes and are left alone. */
 CRPCI_FN bool crpci_zk_directory_is_twin(const crpci_zk_registration *reg, const char *name)
 {
     const char *own = strrchr(reg->own.path, '/') + 1;
@@ -14534,8 +14573,8 @@ CRPCI_FN bool crpci_zk_directory_is_twin(const crpci_zk_registration *reg, const
     return strncmp(name, own, n) == 0 && strcmp(name, own) != 0;
 }
 
-/* Takes the next twin in the order of names, so that each is looked at once in a sweep. False:
- * there is none left, or no memory. */
+/* Takes the next twin in the order of names, so that a sweep visits each once. False: none is left,
+ * or out of memory. */
 CRPCI_FN bool crpci_zk_directory_next_twin(crpci_zk_registration *reg, const crpci_zk_answer *a)
 {
     crpci_heap *h = reg->sweep.session->heap;
@@ -14554,8 +14593,9 @@ CRPCI_FN bool crpci_zk_directory_next_twin(crpci_zk_registration *reg, const crp
     return path != NULL;
 }
 
-/* A sweep is over. Those that remove nodes come ever more rarely: if the other one is alive, two
- * processes are set up with one address, and no removing will settle that. */
+/* A sweep has ended. Sweeps that removed a node are repeated at growing intervals and then given
+ * up: if the node comes back, another live process is configured with the same address, and
+ * removing does not settle that. */
 CRPCI_FN void crpci_zk_directory_swept(crpci_zk_registration *reg)
 {
     crpci_zk_session *s = reg->sweep.session;
@@ -14573,7 +14613,7 @@ CRPCI_FN void crpci_zk_directory_swept(crpci_zk_registration *reg)
 CRPCI_FN bool crpci_zk_directory_sweep_order(crpci_zk_job *job, crpci_zk_order *o)
 {
     crpci_zk_registration *reg = crpci_zk_directory_sweeper(job);
-    if (reg->own.state != CRPCI_ZK_OWN_OWNED) { /* it begins anew when that is done */
+    if (reg->own.state != CRPCI_ZK_OWN_OWNED) { /* crpci_zk_directory_owned starts it again */
         job->due_us = INT64_MAX;
         return false;
     }
@@ -14583,6 +14623,7 @@ CRPCI_FN bool crpci_zk_directory_sweep_order(crpci_zk_job *job, crpci_zk_order *
     return true;
 }
 
+/* Lists the directory, asks whose each twin is, and deletes those of other sessions. */
 CRPCI_FN void crpci_zk_directory_sweep_event(crpci_zk_job *job, crpci_zk_event event,
                                              const crpci_zk_request *q, const crpci_zk_answer *a)
 {
@@ -14605,7 +14646,7 @@ CRPCI_FN void crpci_zk_directory_sweep_event(crpci_zk_job *job, crpci_zk_event e
             crpci_zk_directory_swept(reg);
         }
     } else if (q->order.verb == CRPCI_ZK_STAT) {
-        /* A node without an owner was put there by hand, for good. */
+        /* A node without an owning session was made by an operator, and stays. */
         if (a->rc == ZOK && a->stat->ephemeralOwner != 0 && a->stat->ephemeralOwner != s->id) {
             reg->twin_version = a->stat->version;
             reg->step = CRPCI_ZK_DELETE;
@@ -14620,6 +14661,7 @@ CRPCI_FN void crpci_zk_directory_sweep_event(crpci_zk_job *job, crpci_zk_event e
 
 /* --- registrations ---------------------------------------------------------------------------- */
 
+/* Drops a reference, that of a job or of the list. */
 CRPCI_FN void crpci_zk_directory_unref(void *registration)
 {
     crpci_zk_registration *reg = (crpci_zk_registration *)registration;
@@ -14640,8 +14682,8 @@ CRPCI_FN crpci_zk_registration *crpci_zk_directory_reg_of(crpci_zk_own *own)
     return CRPCI_CONTAINER(own, crpci_zk_registration, own);
 }
 
-/* Finds out the address of this host, if it is not given. False: there is no way to the servers.
- * *moved: it is another one than before. */
+/* Determines the local address, unless the program gave one. False: no route to the servers.
+ * *moved: it has changed. */
 CRPCI_FN bool crpci_zk_directory_locate(crpci_zk_registration *reg, char *host, size_t size,
                                         bool *moved)
 {
@@ -14686,6 +14728,8 @@ CRPCI_FN char *crpci_zk_directory_name(crpci_zk_own *own)
     return path;
 }
 
+/* The node is registered. If the local address has changed since, it is registered anew under the
+ * new one. */
 CRPCI_FN void crpci_zk_directory_owned(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat,
                                        bool news)
 {
@@ -14711,6 +14755,7 @@ CRPCI_FN void crpci_zk_directory_owned(crpci_zk_own *own, int64_t sent_us, const
     crpci_directory_tell(s->loop, &s->cond, &reg->offer, CRPC_OK, "registered");
 }
 
+/* Reports a failed registration to the program; removal and expiry are repaired silently. */
 CRPCI_FN void crpci_zk_directory_lost(crpci_zk_own *own, int rc)
 {
     crpci_zk_registration *reg = crpci_zk_directory_reg_of(own);
@@ -14728,7 +14773,7 @@ CRPCI_FN void crpci_zk_directory_lost(crpci_zk_own *own, int rc)
 static const crpci_zk_owner crpci_zk_directory_owner = {
     crpci_zk_directory_name, crpci_zk_directory_owned, crpci_zk_directory_lost};
 
-/* Registers a service, or, without an address, a consumer. Locked; the caller kicks the session. */
+/* Registers a provider or, without an address, a consumer. Locked; the caller kicks the session. */
 CRPCI_FN int crpci_zk_directory_register(crpci_zk_directory *b, const crpci_names_service *what,
                                          crpci_directory_status_fn status, void *user,
                                          crpci_zk_registration **out)
@@ -14748,7 +14793,7 @@ CRPCI_FN int crpci_zk_directory_register(crpci_zk_directory *b, const crpci_name
         crpci_zk_directory_unref(reg);
         return err ? err : CRPC_ENOMEM;
     }
-    if (!what->address) /* the timestamp is what tells the consumers of a process apart */
+    if (!what->address) /* only the timestamp distinguishes the consumers of one process */
         reg->offer.timestamp_ms = s->stamp_ms =
             reg->offer.timestamp_ms > s->stamp_ms ? reg->offer.timestamp_ms : s->stamp_ms + 1;
     reg->step = CRPCI_ZK_LIST;
@@ -14764,8 +14809,8 @@ CRPCI_FN int crpci_zk_directory_register(crpci_zk_directory *b, const crpci_name
     return CRPC_OK;
 }
 
-/* The node is removed after this has returned, or goes with the session. Locked, unlocks meanwhile.
- */
+/* Withdraws a registration. The node is removed after this has returned, or ends with the session.
+ * Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_directory_registration_end(crpci_zk_registration *reg)
 {
     crpci_zk_session *s = reg->session;
@@ -14811,7 +14856,7 @@ CRPCI_FN void crpci_zk_directory_withdraw(crpci_backend *base, void *handle)
     crpci_loop_unlock(base->loop);
 }
 
-/* Locked, unlocks meanwhile. */
+/* Removes a subscriber and its consumer's node. Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_directory_leave(crpci_zk_subscriber *sub)
 {
     crpci_zk_service *v = CRPCI_CONTAINER(sub->base.directory, crpci_zk_service, directory);
@@ -14825,6 +14870,7 @@ CRPCI_FN void crpci_zk_directory_leave(crpci_zk_subscriber *sub)
     crpci_directory_unref(&v->directory);
 }
 
+/* If ZooKeeper is not connected, the subscriber gets the list of the cache file first. */
 CRPCI_FN int crpci_zk_directory_subscribe(crpci_backend *base, const crpci_names_service *want,
                                           crpci_directory_push_fn push, void *user,
                                           crpci_subscriber **out)
@@ -14872,6 +14918,7 @@ CRPCI_FN void crpci_zk_directory_unsubscribe(crpci_backend *base, crpci_subscrib
     crpci_loop_unlock(base->loop);
 }
 
+/* Withdraws everything that was registered and subscribed through this URL. */
 CRPCI_FN void crpci_zk_directory_close(crpci_backend *base)
 {
     crpci_zk_directory *b = (crpci_zk_directory *)(void *)base;
@@ -14897,6 +14944,7 @@ static const crpci_backend_ops crpci_zk_directory_ops = {
     crpci_zk_directory_enroll, crpci_zk_directory_withdraw, crpci_zk_directory_subscribe,
     crpci_zk_directory_unsubscribe, crpci_zk_directory_close};
 
+/* Opens zookeeper://host:port,.../root. Resolves names; never waits for a server. */
 CRPCI_COLD int crpci_zk_directory_open(crpc_loop *l, const crpci_url *url,
                                        const crpci_directory_options *o, crpci_backend **out,
                                        crpc_error *error)
@@ -14943,18 +14991,18 @@ CRPCI_COLD int crpci_zk_directory_open(crpc_loop *l, const crpci_url *url,
 /* >>impl-open   the table of directory backends: schemes, URL options, paths */
 /* ======================================================================== */
 
-/* Every kind of registry is one row of crpci_open_backends; nothing else names them. A new backend
- * is a section above this one, with an open function and a table of crpci_backend_ops, and a row
- * here. */
+/* Every kind of registry is one row of crpci_open_backends; no other code names a scheme. A new
+ * backend is a section above this one, with an open function and a table of crpci_backend_ops, and
+ * a row here. Channels and servers open their registries through this section. */
 typedef struct crpci_open_backend {
     const char *scheme;
-    /* Waits for name resolution, never for the registry. The options are not NULL. */
+    /* May wait for name resolution, never for the registry. The options are not NULL. */
     int (*open)(crpc_loop *l, const crpci_url *url, const crpci_directory_options *options,
                 crpci_backend **out, crpc_error *error);
-    unsigned parts;          /* least number of parts of a channel's path, the last of which is
-                              * the service; 0: the whole path is the backend's */
-    const char *keys;        /* URL options that it takes from a channel... */
-    const char *server_keys; /* ... and from a server */
+    unsigned parts;          /* least number of parts in a channel's path, the last of which is
+                              * the service; 0: the backend interprets the whole path */
+    const char *keys;        /* URL options that a channel's URL may have */
+    const char *server_keys; /* URL options that a server's URL may have */
 } crpci_open_backend;
 
 #if CRPCI_DIRECTORY
@@ -14969,7 +15017,7 @@ static const crpci_open_backend crpci_open_backends[] = {
 #endif
 };
 
-/* What a URL says beside the address of the registry. The texts stand in the URL. */
+/* The contents of a URL besides the registry's address. The texts point into the URL. */
 typedef struct crpci_open_request {
     const crpci_open_backend *backend;
     crpci_directory_options options;
@@ -15005,7 +15053,7 @@ CRPCI_COLD int crpci_open_find(crpci_open_request *r, const crpci_url *u, crpc_e
                                 : " no multicast:// and file:// (CRPC_ENABLE_SERVERLESS=0)");
 }
 
-/* Takes a URL option that is the registry's. False: it is not. */
+/* Takes a URL option that belongs to the registry. False: it does not. */
 CRPCI_COLD bool crpci_open_option(crpci_open_request *r, bool server, const char *key,
                                   const char *value)
 {
@@ -15021,7 +15069,7 @@ CRPCI_COLD bool crpci_open_option(crpci_open_request *r, bool server, const char
     return false;
 }
 
-/* Takes the service off the end of a channel's path. */
+/* Cuts the service off the end of a channel's path. */
 CRPCI_COLD int crpci_open_service(crpci_open_request *r, crpci_url *u, crpc_error *error)
 {
     char *slash = strrchr(u->path, '/');
@@ -15039,8 +15087,8 @@ CRPCI_COLD int crpci_open_service(crpci_open_request *r, crpci_url *u, crpc_erro
     return CRPC_OK;
 }
 
-/* Opens a server's registry. Options of the URL win over the given ones (NULL: defaults). With
- * `out` NULL the URL is only checked. */
+/* Opens a server's registry. Options in the URL win over `options` (NULL: defaults). With `out`
+ * NULL the URL is only checked. */
 CRPCI_COLD int crpci_open_registry(crpc_loop *l, const char *url,
                                    const crpci_directory_options *options, crpci_backend **out,
                                    crpc_error *error)
@@ -15073,25 +15121,27 @@ CRPCI_COLD int crpci_open_registry(crpc_loop *l, const char *url,
 #endif /* CRPCI_DIRECTORY */
 
 /* ======================================================================== */
-/* >>impl-agreement   what is opened through a registry: lifetime, paths, codes */
+/* >>impl-agreement   common parts of what programs open in ZooKeeper: lifetime, paths, codes */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_ZOOKEEPER
 
-/* The sections from here to impl-registry serve programs that agree on something. An operation, a
- * watched configuration, a place in a queue and the state of the session are *items* of an open
- * registry. Jobs of the session (impl-zk-session, impl-zk-node) work for them, on the thread that
- * runs the client. What the program is to hear is left in the item, whose loop task tells it on the
- * thread that drives the loop. Deadlines and leases are timers of the loop.
+/* The sections from here to impl-registry implement crpc_registry: reading and writing znodes,
+ * configuration, locks and elections. Operations, watched values, places in a queue and the state
+ * of the session are *items* of an open registry. Jobs of the session (impl-zk-session, impl-zk-
+ * node) do their work, on the thread that runs the client, and store results in the item; the
+ * item's loop task then calls the program on the thread that drives the loop. Deadlines and leases
+ * are timers of the loop.
  *
- * An item is referred to by its jobs, by its queued loop task, by whoever waits for it, and by the
- * handle of a lock or an election. It refers to the session, so that the session outlives it. */
+ * An item's references are those of its jobs, of its queued loop task, of a synchronous caller that
+ * waits for it, and of the handle of a lock or an election. The item has a reference to the
+ * session, so that the session outlives it. */
 
-#define CRPCI_AGREEMENT_LONGEST_MS 86400000
-#define CRPCI_AGREEMENT_PATH       4096u
+#define CRPCI_AGREEMENT_LONGEST_MS 86400000 /* longest timeout that an option accepts */
+#define CRPCI_AGREEMENT_PATH       4096u    /* longest path, in bytes */
 #define CRPCI_AGREEMENT_MARK       "-lock-" /* before a queue's number, as in Curator's recipes */
 
-/* Shared by the sections of this room. */
+/* An open registry, as programs have it. The sections down to impl-registry share its members. */
 struct crpc_registry {
     crpc_loop *loop;
     bool private_loop;
@@ -15099,33 +15149,33 @@ struct crpc_registry {
     char *root; /* "/app", or "" */
     crpci_list items;
     crpci_id_table configs;
-    uint32_t pending; /* operations */
+    uint32_t pending; /* operations that have not finished */
 };
 
 typedef struct crpci_item crpci_item;
 
-/* All are called locked. */
+/* Functions of a kind of item. All are called locked. */
 typedef struct crpci_item_kind {
     size_t size;                    /* of the struct that contains the item */
     void (*tell)(crpci_item *item); /* runs the program's callback; unlocks meanwhile */
-    void (*end)(crpci_item *item);  /* the registry is closed; takes the item off it */
-    void (*free)(crpci_item *item); /* frees what the item points at. NULL: nothing */
+    void (*end)(crpci_item *item);  /* the registry closes: removes the item from it */
+    void (*free)(crpci_item *item); /* frees what the item owns. NULL: nothing */
 } crpci_item_kind;
 
-/* The struct that contains it begins with it. */
+/* First member of the struct of each kind. The loop's lock guards it. */
 struct crpci_item {
     const crpci_item_kind *kind;
     crpci_list node;      /* in owner->items */
-    crpc_registry *owner; /* NULL: ended */
+    crpc_registry *owner; /* NULL: the item has ended */
     crpci_zk_session *session;
     uint32_t refs;
-    crpci_task ready;
+    crpci_task ready;     /* queued when the program is to be told something */
     crpci_timer timer;
     void *user;
 };
 
-/* Locked, like the following. The caller holds the session, or the item is not the last that does.
- */
+/* Drops a reference. Locked, like the functions below. The caller must hold the session, or know
+ * that the item is not its last holder. */
 CRPCI_FN void crpci_agreement_unref(void *holder)
 {
     crpci_item *item = (crpci_item *)holder;
@@ -15138,6 +15188,7 @@ CRPCI_FN void crpci_agreement_unref(void *holder)
     crpci_heap_free(s->heap, item, item->kind->size);
 }
 
+/* The loop task of an item, on the thread that drives the loop. */
 CRPCI_FN void crpci_agreement_run(crpc_loop *l, crpci_task *task)
 {
     crpci_item *item = CRPCI_CONTAINER(task, crpci_item, ready);
@@ -15149,7 +15200,7 @@ CRPCI_FN void crpci_agreement_run(crpc_loop *l, crpci_task *task)
     crpci_loop_lock(l);
 }
 
-/* Has the program told, on the thread that drives the loop. */
+/* Schedules the program's callback on the thread that drives the loop. */
 CRPCI_FN void crpci_agreement_ready(crpci_item *item)
 {
     if (!crpci_list_empty(&item->ready.link))
@@ -15183,7 +15234,7 @@ CRPCI_FN void *crpci_agreement_new(crpc_registry *r, const crpci_item_kind *kind
     return item;
 }
 
-/* The registry has nothing to do with it any more. */
+/* Removes an item from its registry, which may close without it now. */
 CRPCI_FN void crpci_agreement_end(crpci_item *item)
 {
     item->owner = NULL;
@@ -15191,14 +15242,14 @@ CRPCI_FN void crpci_agreement_end(crpci_item *item)
     crpci_loop_timer_cancel(item->session->loop, &item->timer);
 }
 
-/* A new item could not be made whole. */
+/* Removes a new item that could not be completed for want of memory. */
 CRPCI_FN void crpci_agreement_discard(crpci_item *item)
 {
     crpci_agreement_end(item);
     crpci_agreement_unref(item);
 }
 
-/* A private loop needs a thread for whatever has a callback. */
+/* Makes sure that a private loop has a thread, which everything with a callback needs. */
 CRPCI_FN int crpci_agreement_need_owner(const crpc_registry *r)
 {
     return r->private_loop ? crpci_drive_ensure_owner(r->loop) : CRPC_OK;
@@ -15206,8 +15257,8 @@ CRPCI_FN int crpci_agreement_need_owner(const crpc_registry *r)
 
 /* --- paths ------------------------------------------------------------------------------------ */
 
-/* Whether a path below the root can be a node's. A sequential one may end in a slash: then the
- * number is all of its name. */
+/* Whether a path below the root is valid. A sequential one may end in a slash: its name is then the
+ * number alone. */
 CRPCI_FN bool crpci_agreement_path_ok(const char *path, bool sequential)
 {
     size_t n;
@@ -15225,8 +15276,8 @@ CRPCI_FN bool crpci_agreement_path_ok(const char *path, bool sequential)
     return true;
 }
 
-/* Writes ZooKeeper's own path of one below the root, which has room for both, and returns its
- * length; with NULL it is only measured. */
+/* Writes the full path of a path below the root into `out`, which has room for both, and returns
+ * its length; with `out` NULL it only computes the length. */
 CRPCI_FN size_t crpci_agreement_full(char *out, const char *root, const char *path)
 {
     size_t n = strlen(root), m;
@@ -15245,7 +15296,7 @@ CRPCI_FN size_t crpci_agreement_full(char *out, const char *root, const char *pa
     return n + (m != 0) + m;
 }
 
-/* The same on the heap. */
+/* The full path, on the heap. */
 CRPCI_FN char *crpci_agreement_path(crpci_heap *h, const char *root, const char *path)
 {
     char *out = (char *)crpci_heap_alloc(h, crpci_agreement_full(NULL, root, path) + 1);
@@ -15254,17 +15305,17 @@ CRPCI_FN char *crpci_agreement_path(crpci_heap *h, const char *root, const char 
     return out;
 }
 
-/* Back again, for the program. */
+/* The path below the root, for the program. `root` is the root's length. */
 CRPCI_FN const char *crpci_agreement_relative(const char *full, size_t root)
 {
-    if (strlen(full) >= root) /* a server that answers nonsense is not believed */
+    if (strlen(full) >= root) /* false only for a server that answers nonsense */
         full += root;
     return full + (*full == '/');
 }
 
-/* --- queues as others see them ---------------------------------------------------------------- */
+/* --- the nodes of a queue --------------------------------------------------------------------- */
 
-/* The number of a node in a queue. False: the node is none of a queue. */
+/* Reads the number in the name of a queue's node. False: the node is not part of a queue. */
 CRPCI_FN bool crpci_agreement_number(const char *name, int32_t *number)
 {
     const char *at = NULL, *next = name;
@@ -15273,7 +15324,7 @@ CRPCI_FN bool crpci_agreement_number(const char *name, int32_t *number)
     return at && crpci_zk_node_number(at + strlen(CRPCI_AGREEMENT_MARK), number);
 }
 
-/* Which node is the last before the node `than`, or, with NULL, the first of all. NULL: none. */
+/* The last node before the node `than` or, with NULL, the first of all. NULL: none. */
 CRPCI_FN const char *crpci_agreement_pick(char *const *names, size_t count, const char *than)
 {
     const char *best = NULL;
@@ -15293,7 +15344,7 @@ CRPCI_FN const char *crpci_agreement_pick(char *const *names, size_t count, cons
     return best;
 }
 
-/* What the client's codes are called here. */
+/* Translates a code of the client. */
 CRPCI_FN int crpci_agreement_status(int rc)
 {
     static const struct {
@@ -15318,13 +15369,17 @@ CRPCI_FN int crpci_agreement_status(int rc)
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
 /* ======================================================================== */
-/* >>impl-operations   reading and writing nodes, one or several at once     */
+/* >>impl-operations   reading and writing znodes, one or several at once  */
 /* ======================================================================== */
+
+/* An operation is an item (impl-agreement) with one job. A write is sent at most once: without an
+ * answer it is reported as CRPC_SENT_MAYBE. Reads are repeated until the deadline. Programs call
+ * this section on any thread; it takes the loop's lock itself. */
 
 #if CRPC_ENABLE_ZOOKEEPER
 
-#define CRPCI_OPERATIONS_TIMEOUT_MS 5000
-#define CRPCI_OPERATIONS_PENDING    1000u
+#define CRPCI_OPERATIONS_TIMEOUT_MS 5000  /* where the program gives 0 */
+#define CRPCI_OPERATIONS_PENDING    1000u /* unfinished asynchronous operations of a registry */
 
 /* One operation, or several as one transaction. */
 typedef struct crpci_operations_call {
@@ -15332,11 +15387,11 @@ typedef struct crpci_operations_call {
     crpci_zk_job job;
     crpc_node_fn fn;
     crpci_waiter *waiter; /* of a synchronous one */
-    crpc_node_op *ops;    /* in a block, with all that they point at; paths are ZooKeeper's own */
+    crpc_node_op *ops;    /* copies, in one block with their data and full paths */
     size_t count;
     size_t block_size;
-    size_t root; /* length of what paths have in front */
-    char *first; /* FIRST: the node that was found */
+    size_t root; /* length of the root in front of the paths */
+    char *first; /* CRPC_NODE_FIRST: the node that was found */
     bool finished;
     int64_t deadline_us;
     crpc_node result;
@@ -15354,9 +15409,9 @@ CRPCI_FN const char *crpci_operations_name(crpc_node_verb verb)
     return words[verb >= CRPC_NODE_CREATE && verb <= CRPC_NODE_FIRST ? verb : 0];
 }
 
-/* --- what goes in ----------------------------------------------------------------------------- */
+/* --- requests --------------------------------------------------------------------------------- */
 
-/* Whether an operation can be one of `count`. */
+/* Whether an operation can be one of `count`. ZooKeeper's transactions have no reads. */
 CRPCI_FN bool crpci_operations_allowed(const crpc_node_op *o, size_t count)
 {
     const unsigned all =
@@ -15370,7 +15425,7 @@ CRPCI_FN bool crpci_operations_allowed(const crpc_node_op *o, size_t count)
            o->verb == CRPC_NODE_SET || o->verb == CRPC_NODE_DELETE || o->verb == CRPC_NODE_CHECK;
 }
 
-/* Looks at operations before anything is done. *size: of a block that holds copies. */
+/* Checks operations before any of them is sent. *size: bytes that their copies need. */
 CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op *ops, size_t count,
                                       size_t *size, crpc_error *error)
 {
@@ -15391,7 +15446,7 @@ CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op
                             : "no such operation, or bad flags or a bad version");
         if (!crpci_agreement_path_ok(o->path, (o->flags & CRPC_NODE_SEQUENTIAL) != 0))
             return crpci_status_set(error, CRPC_EINVAL,
-                                    "%s \"%.100s\": no path in ZooKeeper: it has an empty part, "
+                                    "%s \"%.100s\": not a valid path: it has an empty part, "
                                     "\".\", \"..\" or a control character, or is too long",
                                     verb, o->path ? o->path : "");
         if (n > CRPC_NODE_BYTES_MAX || bytes > CRPC_NODE_BYTES_MAX - n)
@@ -15403,6 +15458,7 @@ CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op
     return CRPC_OK;
 }
 
+/* Copies operations into the block at c->ops, with full paths. */
 CRPCI_FN void crpci_operations_copy(crpci_operations_call *c, const char *root,
                                     const crpc_node_op *ops)
 {
@@ -15420,7 +15476,7 @@ CRPCI_FN void crpci_operations_copy(crpci_operations_call *c, const char *root,
     }
 }
 
-/* What zoo_amulti wants to be given and to have kept. NULL: out of memory. */
+/* The arrays that zoo_amulti needs until its completion. NULL: out of memory. */
 CRPCI_FN crpci_zk_multi *crpci_operations_multi(const crpci_operations_call *c)
 {
     const size_t each = sizeof(zoo_op_t) + sizeof(zoo_op_result_t) + sizeof(struct Stat);
@@ -15430,7 +15486,7 @@ CRPCI_FN crpci_zk_multi *crpci_operations_multi(const crpci_operations_call *c)
     struct Stat *stats;
     char *names;
     for (i = 0; i < c->count; i++)
-        size += strlen(c->ops[i].path) + 16; /* the number of a sequential one */
+        size += strlen(c->ops[i].path) + 16; /* a sequential node's name gets a number */
     m = (crpci_zk_multi *)crpci_heap_alloc(c->item.session->heap, size);
     if (!m)
         return NULL;
@@ -15480,14 +15536,14 @@ CRPCI_FN bool crpci_operations_order(crpci_zk_job *job, crpci_zk_order *order)
     order->data = crpc_view_data(o->data);
     order->size = (int)crpc_view_size(o->data);
     order->version = o->version;
-    order->flags = (int)(o->flags & 3u); /* the client's numbers are the same */
+    order->flags = (int)(o->flags & 3u); /* EPHEMERAL and SEQUENTIAL equal the client's flags */
     order->creator = (o->flags & CRPC_NODE_PRIVATE) != 0;
     order->parents = (o->flags & CRPC_NODE_PARENTS) != 0;
     order->multi = c->count > 1 ? crpci_operations_multi(c) : NULL;
     return c->count == 1 || order->multi;
 }
 
-/* --- what comes out --------------------------------------------------------------------------- */
+/* --- results ---------------------------------------------------------------------------------- */
 
 CRPCI_FN void crpci_operations_stat(const crpci_zk_session *s, crpc_node_stat *out,
                                     const struct Stat *stat)
@@ -15501,7 +15557,7 @@ CRPCI_FN void crpci_operations_stat(const crpci_zk_session *s, crpc_node_stat *o
     out->mine = stat->ephemeralOwner != 0 && stat->ephemeralOwner == s->id;
 }
 
-/* Takes memory from a block that was measured before. */
+/* Copies bytes to *at, in a block whose size was computed before. */
 CRPCI_FN char *crpci_operations_put(char **at, const char *bytes, size_t size)
 {
     char *out = *at;
@@ -15511,6 +15567,8 @@ CRPCI_FN char *crpci_operations_put(char **at, const char *bytes, size_t size)
     return out;
 }
 
+/* The results of a transaction. When it failed, one part has the reason and the others are
+ * CRPC_ECANCELED. */
 CRPCI_FN void crpci_operations_put_parts(crpci_operations_call *c, crpc_node_part *parts, char **at,
                                          const crpci_zk_multi *m, int rc)
 {
@@ -15538,8 +15596,8 @@ CRPCI_FN void crpci_operations_put_parts(crpci_operations_call *c, crpc_node_par
     c->result.part_count = c->count;
 }
 
-/* Copies all that the answer says into one chunk, because the client's own is gone soon. `q` and
- * `a` are NULL if there was no answer. False: out of memory. */
+/* Copies the whole answer into one chunk, because the client frees its own after the callback. `q`
+ * and `a` are NULL if there was no answer. False: out of memory. */
 CRPCI_FN bool crpci_operations_keep(crpci_operations_call *c, const crpci_zk_request *q,
                                     const crpci_zk_answer *a)
 {
@@ -15584,7 +15642,8 @@ CRPCI_FN bool crpci_operations_keep(crpci_operations_call *c, const crpci_zk_req
     return true;
 }
 
-/* The end of an operation. Without an answer `q` and `a` are NULL. */
+/* Ends an operation and wakes its caller or schedules its callback. `q` and `a` are NULL if there
+ * was no answer. */
 CRPCI_FN void crpci_operations_finish(crpci_operations_call *c, int code, crpc_sent sent,
                                       const crpci_zk_request *q, const crpci_zk_answer *a)
 {
@@ -15630,6 +15689,7 @@ CRPCI_FN void crpci_operations_tell(crpci_item *item)
     crpci_loop_user_end(item->session->loop);
 }
 
+/* The deadline of an operation. */
 CRPCI_FN void crpci_operations_timer(crpc_loop *l, crpci_timer *timer)
 {
     crpci_item *item = CRPCI_CONTAINER(timer, crpci_item, timer);
@@ -15640,7 +15700,7 @@ CRPCI_FN void crpci_operations_timer(crpc_loop *l, crpci_timer *timer)
                             sent ? CRPC_SENT_MAYBE : CRPC_SENT_NO, NULL, NULL);
 }
 
-/* The answers of FIRST: a list, then what the first of it holds. */
+/* The answers of CRPC_NODE_FIRST: a list, then the content of its first node. */
 CRPCI_FN void crpci_operations_first(crpci_operations_call *c, const crpci_zk_request *q,
                                      const crpci_zk_answer *a)
 {
@@ -15649,7 +15709,7 @@ CRPCI_FN void crpci_operations_first(crpci_operations_call *c, const crpci_zk_re
     char *const *names = crpci_zk_node_names(a, &count);
     const char *first;
     if (q->order.verb == CRPCI_ZK_GET && a->rc == ZNONODE) {
-        crpci_heap_strfree(h, c->first); /* it has gone meanwhile: which one comes next? */
+        crpci_heap_strfree(h, c->first); /* removed since the list was read: list again */
         c->first = NULL;
         c->job.due_us = 0;
         return;
@@ -15686,7 +15746,7 @@ CRPCI_FN void crpci_operations_event(crpci_zk_job *job, crpci_zk_event event,
 static const crpci_zk_work crpci_operations_work = {crpci_operations_order, crpci_operations_event,
                                                     NULL};
 
-/* The registry is closed. */
+/* The registry closes. */
 CRPCI_FN void crpci_operations_end(crpci_item *item)
 {
     crpci_operations_call *c = CRPCI_CONTAINER(item, crpci_operations_call, item);
@@ -15707,8 +15767,8 @@ static const crpci_item_kind crpci_operations_kind = {sizeof(crpci_operations_ca
                                                       crpci_operations_tell, crpci_operations_end,
                                                       crpci_operations_free};
 
-/* Begins an operation; of the one in `out` the caller has a reference. Locked, unlocks meanwhile.
- */
+/* Begins an operation. The caller gets a reference to the one in *out. Locked, unlocks
+ * meanwhile. */
 CRPCI_FN int crpci_operations_begin(crpc_registry *r, const crpc_node_op *ops, size_t count,
                                     size_t size, int timeout_ms, crpc_node_fn fn, void *user,
                                     crpci_waiter *waiter, crpci_operations_call **out)
@@ -15777,7 +15837,7 @@ CRPC_API int crpc_registry_call(crpc_registry *r, const crpc_node_op *ops, size_
                                                     : "out of memory");
     }
     crpci_drive_wait(l, &w, c->deadline_us, false);
-    if (!c->finished) /* the thread that drives the loop has not come to its timers */
+    if (!c->finished) /* the wait has timed out before the loop's driver ran the timer */
         crpci_operations_timer(l, &c->item.timer);
     c->waiter = NULL;
     err = c->result.error.code;
@@ -15812,11 +15872,16 @@ CRPC_API int crpc_registry_call_async(crpc_registry *r, const crpc_node_op *ops,
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
 /* ======================================================================== */
-/* >>impl-config   following the value of a node                             */
+/* >>impl-config   following the value of a znode                          */
 /* ======================================================================== */
+
+/* A watched configuration value is an item (impl-agreement) with one crpci_zk_watch. The program is
+ * told of the present value and of later ones; values that are replaced before the callback runs
+ * are skipped. */
 
 #if CRPC_ENABLE_ZOOKEEPER
 
+/* One watched value. The loop's lock guards it. */
 typedef struct crpci_config_watch {
     crpci_item item;
     crpci_zk_watch watch;
@@ -15824,10 +15889,11 @@ typedef struct crpci_config_watch {
     crpci_chunk *value; /* the bytes; NULL: the node does not exist, or was not read yet */
     size_t size;
     struct Stat stat;
-    bool known; /* it was read */
-    bool news;  /* the program has not been told of the present value */
+    bool known; /* the node was read at least once */
+    bool news;  /* the program has not been told of the present value yet */
 } crpci_config_watch;
 
+/* A value was read, on the thread that runs the client. Equal ones are not reported again. */
 CRPCI_FN bool crpci_config_on_value(crpci_zk_watch *w, const crpci_zk_answer *a)
 {
     crpci_config_watch *c = CRPCI_CONTAINER(w, crpci_config_watch, watch);
@@ -15855,6 +15921,8 @@ CRPCI_FN bool crpci_config_on_value(crpci_zk_watch *w, const crpci_zk_answer *a)
     return true;
 }
 
+/* Calls the program until it has the present value. The value is held over the callback, because a
+ * new one may replace it meanwhile. */
 CRPCI_FN void crpci_config_tell(crpci_item *item)
 {
     crpci_config_watch *c = CRPCI_CONTAINER(item, crpci_config_watch, item);
@@ -15905,7 +15973,7 @@ CRPC_API int crpc_config_watch(crpc_registry *r, const char *path, crpc_config_f
         c = (crpci_config_watch *)crpci_agreement_new(r, &crpci_config_kind, NULL, user);
         err = c && full ? crpci_id_add(&r->configs, s->heap, c, &id->value) : CRPC_ENOMEM;
     }
-    if (!err) { /* the job takes the item's only reference */
+    if (!err) { /* the job takes over the item's only reference */
         c->fn = fn;
         crpci_zk_node_watch_init(&c->watch, s, crpci_config_on_value, &c->item,
                                  crpci_agreement_unref);
@@ -15939,18 +16007,19 @@ CRPC_API void crpc_config_unwatch(crpc_registry *r, crpc_id id)
 
 #if CRPC_ENABLE_ZOOKEEPER
 
-/* Each contender owns an ephemeral sequential node. The lowest number is the first and holds; every
- * other contender watches the node before its own, so that an end wakes one of them. The name
- * carries an id, by which a node is found again whose creation got no answer. (Apache ZooKeeper's
- * recipes, with the protection of Curator, whose names these are too.)
+/* Each contender owns an ephemeral sequential node. The one with the lowest number holds the lock;
+ * every other contender watches the node before its own, so that a release wakes only one of them.
+ * The name carries an id, by which a contender finds its node again if the create got no answer.
+ * (These are Apache ZooKeeper's recipes with the protection and the node names of Curator.)
  *
- * A holder has a lease: a server ends a session when it has heard nothing for the session's
- * timeout, and each answered request reached it after it was sent. So a check of the own node,
- * every quarter of the timeout, proves that the session lives for the whole of it; a tenth is kept
- * back. When the lease runs out, for whatever reason, the lock is lost here before anybody else can
- * have it there. If the session turns out to have lived on, its node is removed all the same.
+ * A holder has a lease. A server ends a session after it has heard nothing for the session's
+ * timeout, and an answered request reached the server after it was sent. So an answered check of
+ * the own node, made every quarter of the timeout, proves that the session lives for one timeout
+ * from the moment of sending; the lease is that less a tenth. When it expires, this process gives
+ * the lock up before another process can get it. If the session turns out to be alive, its node is
+ * removed all the same.
  *
- *     OUT    no place is wanted           acquire, or the election opens       -> ENTER
+ *     OUT    not in the queue             acquire, or the election opens       -> ENTER
  *     ENTER  the node is being made       it is owned                          -> LOOK
  *     LOOK   the queue is being read      none is before it                    -> FIRST
  *                                         one is                               -> WAIT, or OUT if
@@ -15971,32 +16040,32 @@ typedef enum crpci_queue_state {
     CRPCI_QUEUE_HELD
 } crpci_queue_state;
 
-/* What the program knows. */
+/* What the program was told last, and what it must be told next. */
 typedef enum crpci_queue_told {
-    CRPCI_QUEUE_QUIET, /* nothing is held, nothing was asked for */
-    CRPCI_QUEUE_ASKED, /* of a lock: the end of an attempt is due, with `outcome` or success */
-    CRPCI_QUEUE_LEADS, /* that it holds, with told_token: the end of that is due */
-    CRPCI_QUEUE_CLOSED /* the handle is closed: nothing is told any more */
+    CRPCI_QUEUE_QUIET, /* it holds nothing, and waits for nothing */
+    CRPCI_QUEUE_ASKED, /* a lock: the acquire callback is still due, with `outcome` or success */
+    CRPCI_QUEUE_LEADS, /* it holds, with told_token: the loss must be reported */
+    CRPCI_QUEUE_CLOSED /* the handle is closed: no callback any more */
 } crpci_queue_told;
 
-/* A place in the queue for a lock or for the lead. */
+/* A place in the queue of a lock or an election. The loop's lock guards it. */
 typedef struct crpci_queue_place {
     crpci_item item;
     crpci_zk_own own;
-    crpci_zk_watch list;   /* of the directory */
-    crpci_zk_watch before; /* of the node before the own one */
+    crpci_zk_watch list;   /* lists the directory */
+    crpci_zk_watch before; /* waits for the end of the node before the own one */
     crpci_queue_state state;
     crpci_queue_told told;
     bool once;   /* the attempt fails unless the lock is free now */
-    int outcome; /* of the attempt, if it failed; or 0 */
+    int outcome; /* why the attempt failed; 0: it has not */
     int64_t told_token;
-    int64_t token;    /* HELD */
-    int64_t lease_us; /* HELD: until when for certain */
+    int64_t token;    /* HELD: the fencing token, which is the node's creation zxid */
+    int64_t lease_us; /* HELD: when the lease expires, on the loop's clock */
     char *dir;
-    char *who; /* what the node holds */
+    char *who; /* content of the node: the holder's description */
     size_t who_size;
-    crpc_lock_fn on_lock;         /* of a lock... */
-    crpc_election_fn on_election; /* ... or of an election */
+    crpc_lock_fn on_lock;         /* set for a lock; else NULL */
+    crpc_election_fn on_election; /* set for an election; else NULL */
 } crpci_queue_place;
 
 struct crpc_lock {
@@ -16014,7 +16083,7 @@ CRPCI_FN void crpci_queue_look(crpci_queue_place *q)
     crpci_zk_node_watch_again(&q->list);
 }
 
-/* Leaves the place for another state, and what was known of the queue with it. */
+/* Enters another state, forgets what was read of the queue, and changes the wish for the node. */
 CRPCI_FN void crpci_queue_to(crpci_queue_place *q, crpci_queue_state state, crpci_zk_wish wish)
 {
     q->state = state;
@@ -16024,7 +16093,8 @@ CRPCI_FN void crpci_queue_to(crpci_queue_place *q, crpci_queue_state state, crpc
     crpci_zk_node_own_want(&q->own, wish);
 }
 
-/* A place is lost or given up. `status` is the outcome of an attempt that goes on. */
+/* Leaves the queue, or loses the place. `status` becomes the outcome of an attempt that is under
+ * way. */
 CRPCI_FN void crpci_queue_out(crpci_queue_place *q, int status)
 {
     if (q->told == CRPCI_QUEUE_ASKED && !q->outcome)
@@ -16034,15 +16104,15 @@ CRPCI_FN void crpci_queue_out(crpci_queue_place *q, int status)
     crpci_agreement_ready(&q->item);
 }
 
-/* It is not held any more. A node that may still be there goes first. */
+/* No longer held. An existing node is removed before an election queues again. */
 CRPCI_FN void crpci_queue_lose(crpci_queue_place *q)
 {
-    crpci_queue_out(q, CRPC_EGONE); /* of an attempt: before the program heard of its success */
+    crpci_queue_out(q, CRPC_EGONE); /* for an attempt whose success was not reported yet */
     if (q->on_election && q->told != CRPCI_QUEUE_CLOSED)
         crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_AFRESH);
 }
 
-/* The lease has run out, or the time of an attempt. */
+/* The lease has expired, or the time to wait in the queue is over. */
 CRPCI_FN void crpci_queue_timer(crpc_loop *l, crpci_timer *timer)
 {
     crpci_item *item = CRPCI_CONTAINER(timer, crpci_item, timer);
@@ -16067,7 +16137,7 @@ CRPCI_FN crpci_queue_place *crpci_queue_of(crpci_zk_own *own)
     return CRPCI_CONTAINER(own, crpci_queue_place, own);
 }
 
-/* An id in the shape of a UUID, because some readers look for that. */
+/* A new id in the shape of a UUID, because other implementations parse it as one. */
 CRPCI_FN char *crpci_queue_name(crpci_zk_own *own)
 {
     crpci_zk_session *s = own->job.session;
@@ -16080,7 +16150,8 @@ CRPCI_FN char *crpci_queue_name(crpci_zk_own *own)
     return crpci_zk_node_join(s->heap, own->dir, name);
 }
 
-/* The own node is the first, and was there when the check was sent: it is held, or held on. */
+/* The own node is the first, and existed when the check was sent: the lock is held, or its lease is
+ * extended. */
 CRPCI_FN void crpci_queue_grant(crpci_queue_place *q, int64_t sent_us, const struct Stat *stat)
 {
     crpci_zk_session *s = q->item.session;
@@ -16113,7 +16184,7 @@ CRPCI_FN void crpci_queue_lost(crpci_zk_own *own, int rc)
     bool gone = rc == ZNONODE || rc == ZSESSIONEXPIRED;
     if (rc == ZNONODE)
         crpci_heap_log(q->item.session->heap, CRPC_LOG_WARN,
-                       "%s %s: somebody else removed this process's node",
+                       "%s %s: another client removed this process's node; the place is lost",
                        q->on_lock ? "lock" : "election", q->dir);
     if (q->state == CRPCI_QUEUE_HELD && gone)
         crpci_queue_lose(q);
@@ -16125,6 +16196,7 @@ CRPCI_FN void crpci_queue_lost(crpci_zk_own *own, int rc)
 
 /* --- the queue -------------------------------------------------------------------------------- */
 
+/* The queue was read: the place is the first, or it waits for the node before it. */
 CRPCI_FN bool crpci_queue_on_list(crpci_zk_watch *w, const crpci_zk_answer *a)
 {
     crpci_queue_place *q = CRPCI_CONTAINER(w, crpci_queue_place, list);
@@ -16153,6 +16225,8 @@ CRPCI_FN bool crpci_queue_on_list(crpci_zk_watch *w, const crpci_zk_answer *a)
     return true;
 }
 
+/* The node before the own one was removed: it may have been a waiting contender, so the queue is
+ * read again. */
 CRPCI_FN bool crpci_queue_on_before(crpci_zk_watch *w, const crpci_zk_answer *a)
 {
     crpci_queue_place *q = CRPCI_CONTAINER(w, crpci_queue_place, before);
@@ -16161,7 +16235,7 @@ CRPCI_FN bool crpci_queue_on_before(crpci_zk_watch *w, const crpci_zk_answer *a)
     return true;
 }
 
-/* --- telling ---------------------------------------------------------------------------------- */
+/* --- callbacks -------------------------------------------------------------------------------- */
 
 CRPCI_FN void crpci_queue_say(crpci_queue_place *q, int status, int64_t token)
 {
@@ -16174,7 +16248,8 @@ CRPCI_FN void crpci_queue_say(crpci_queue_place *q, int status, int64_t token)
     crpci_loop_user_end(l);
 }
 
-/* An end is told before the next beginning, even if both came before the program was asked. */
+/* Reports a loss before the next success, even if both happened before the program's
+ * callback ran. */
 CRPCI_FN void crpci_queue_tell(crpci_item *item)
 {
     crpci_queue_place *q = CRPCI_CONTAINER(item, crpci_queue_place, item);
@@ -16209,7 +16284,7 @@ CRPCI_FN void crpci_queue_free(crpci_item *item)
     crpci_heap_strfree(item->session->heap, q->dir);
 }
 
-/* What remains is the session's: to remove the node. */
+/* The program or the registry closes the place; the session removes the node afterwards. */
 CRPCI_FN void crpci_queue_end(crpci_item *item)
 {
     crpci_queue_place *q = CRPCI_CONTAINER(item, crpci_queue_place, item);
@@ -16228,7 +16303,7 @@ CRPCI_FN void crpci_queue_end(crpci_item *item)
 static const crpci_item_kind crpci_queue_kind = {sizeof(crpci_queue_place), crpci_queue_tell,
                                                  crpci_queue_end, crpci_queue_free};
 
-/* A new place, not wanted yet, with a reference for the handle. Locked. */
+/* A new place outside the queue, with a reference for the handle. Locked. */
 CRPCI_FN int crpci_queue_new(crpc_registry *r, const char *path, crpc_view who, void *user,
                              crpci_queue_place **out)
 {
@@ -16245,7 +16320,7 @@ CRPCI_FN int crpci_queue_new(crpc_registry *r, const char *path, crpc_view who, 
         return CRPC_ENOMEM;
     q->dir = crpci_agreement_path(h, r->root, path);
     list = crpci_agreement_path(h, r->root, path);
-    q->who_size = crpc_view_size(who) + 1; /* a block of no bytes is none */
+    q->who_size = crpc_view_size(who) + 1; /* never 0: the heap has no empty blocks */
     q->who = (char *)crpci_heap_alloc(h, q->who_size);
     if (!q->dir || !list || !q->who) {
         crpci_heap_strfree(h, list);
@@ -16285,6 +16360,7 @@ CRPCI_FN void crpci_queue_close(crpci_queue_place *q)
     crpci_zk_session_unlock(s);
 }
 
+/* Time left of the lease, in microseconds; 0: not held. Any thread. */
 CRPCI_FN int64_t crpci_queue_lease(crpci_queue_place *q)
 {
     crpci_zk_session *s = q->item.session;
@@ -16411,21 +16487,27 @@ CRPC_API void crpc_election_close(crpc_election *election)
 /* >>impl-registry   opening and closing a session that programs use         */
 /* ======================================================================== */
 
+/* crpc_registry_open joins a session and puts a listener on it, the gate, which reports the
+ * session's state to the program and lets the opening thread wait for the first connection. Any
+ * thread; takes the loop's lock. */
+
 #if CRPC_ENABLE_ZOOKEEPER
 
-#define CRPCI_REGISTRY_OPEN_MS 3000
+#define CRPCI_REGISTRY_OPEN_MS 3000 /* default wait for a session; see registry_timeout_ms */
 
-/* What the program, and who opens the registry, hear of the session. */
+/* Reports the session's state to the program and to the thread that opens the registry. */
 typedef struct crpci_registry_gate {
     crpci_item item;
     crpci_zk_job job;
     crpc_registry_state state;
-    int64_t session; /* the last one that was connected */
-    bool news;
+    int64_t session; /* id of the last connected session */
+    bool news;       /* the program has not been told of the present state yet */
     crpc_registry_state_fn fn;
     crpci_waiter *waiter;
 } crpci_registry_gate;
 
+/* The state of the session has changed: wakes the opening thread, schedules the program's
+ * callback. */
 CRPCI_FN void crpci_registry_set(crpci_registry_gate *g, crpc_registry_state state)
 {
     int64_t session = g->item.session->id;
@@ -16442,6 +16524,7 @@ CRPCI_FN void crpci_registry_set(crpci_registry_gate *g, crpc_registry_state sta
         crpci_agreement_ready(&g->item);
 }
 
+/* Calls the program until it knows the present state; states in between are skipped. */
 CRPCI_FN void crpci_registry_tell(crpci_item *item)
 {
     crpci_registry_gate *g = CRPCI_CONTAINER(item, crpci_registry_gate, item);
@@ -16470,7 +16553,7 @@ CRPCI_FN void crpci_registry_event(crpci_zk_job *job, crpci_zk_event event,
         crpci_registry_set(g, CRPC_REGISTRY_LOST);
 }
 
-/* It only listens. */
+/* The job sends no requests. */
 static const crpci_zk_work crpci_registry_work = {NULL, crpci_registry_event, NULL};
 
 CRPCI_FN void crpci_registry_end(crpci_item *item)
@@ -16482,7 +16565,7 @@ CRPCI_FN void crpci_registry_end(crpci_item *item)
 static const crpci_item_kind crpci_registry_kind = {sizeof(crpci_registry_gate),
                                                     crpci_registry_tell, crpci_registry_end, NULL};
 
-/* Takes over the options that the URL names. */
+/* Takes over the options that the URL names; they win over the program's. */
 CRPCI_COLD int crpci_registry_options(crpci_url *u, crpc_registry_options *o, crpc_error *error)
 {
     char *key, *value;
@@ -16507,7 +16590,7 @@ CRPCI_COLD int crpci_registry_options(crpci_url *u, crpc_registry_options *o, cr
     return err == CRPC_EPENDING ? CRPC_OK : err;
 }
 
-/* Puts the listener on the session, and waits until there is a session. */
+/* Puts the gate on the session, and waits up to registry_timeout_ms for a connection. */
 CRPCI_COLD int crpci_registry_await(crpc_registry *r, const crpc_registry_options *o,
                                     crpc_error *error)
 {
@@ -16524,12 +16607,12 @@ CRPCI_COLD int crpci_registry_await(crpc_registry *r, const crpc_registry_option
         crpci_loop_unlock(l);
         return crpci_status_set(error, CRPC_ENOMEM, "registry: out of memory");
     }
-    g->fn = o->on_state; /* the job takes the item's only reference */
+    g->fn = o->on_state; /* the job takes over the item's only reference */
     crpci_zk_job_add(&g->job, &crpci_registry_work, r->session, INT64_MAX, &g->item,
                      crpci_agreement_unref);
     if (r->session->phase == CRPCI_ZK_CONNECTED)
         crpci_registry_set(g, CRPC_REGISTRY_CONNECTED);
-    if (o->on_state || CRPC_ZOOKEEPER_ST) /* a client that lives in the loop */
+    if (o->on_state || CRPC_ZOOKEEPER_ST) /* libzookeeper_st runs only while the loop is driven */
         err = crpci_agreement_need_owner(r);
     stuck = ms && crpci_loop_in_callback(l);
     if (!err && ms && !stuck && g->state != CRPC_REGISTRY_CONNECTED) {
@@ -16586,7 +16669,7 @@ CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const
     err = crpci_url_parse(&u, loop->heap, url, error);
     if (!err && strcmp(u.scheme, "zookeeper") != 0)
         err = crpci_status_set(error, CRPC_EUNSUPPORTED,
-                               "registry: %.40s:// cannot be opened; zookeeper:// can", u.scheme);
+                               "registry: %.40s:// is not supported; use zookeeper://", u.scheme);
     err = err ? err : crpci_registry_options(&u, &o, error);
     r = err ? NULL : (crpc_registry *)crpci_heap_alloc(loop->heap, sizeof *r);
     if (!r) {
@@ -16654,16 +16737,17 @@ CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 /* >>impl-request   a method as a channel knows it, and an encoded request  */
 /* ======================================================================== */
 
-/* Encoding runs on the caller's thread, without the loop's lock. The result can be framed again and
- * again, because what differs from attempt to attempt is written in front of it. */
+/* Channels prepare each method once, and encode each request once, on the caller's thread and
+ * without the loop's lock. Every attempt sends the same bytes: what differs between attempts (id,
+ * remaining time) is written into the headroom in front of them. */
 
 #if CRPC_ENABLE_CLIENT
 
 #define CRPCI_REQUEST_LONGEST_MS 86400000 /* no call waits longer than a day */
-#define CRPCI_REQUEST_RETRIES 16   /* attempts that fail at once nest: this bounds the stack */
+#define CRPCI_REQUEST_RETRIES 16   /* attempts that fail immediately recurse: bounds the stack */
 #define CRPCI_REQUEST_INLINE  4096 /* attachments up to this size are copied behind the message */
 
-/* The words of cluster=, in the order of crpc_cluster. */
+/* The values of cluster=, in the order of crpc_cluster. */
 #define CRPCI_REQUEST_CLUSTERS "failover,failfast,failsafe,failback,forking,broadcast"
 
 /* A policy in which every member has its final value. */
@@ -16671,12 +16755,12 @@ typedef struct crpci_policy {
     uint8_t cluster;
     uint8_t retries;
     uint8_t fail_percent;
-    int timeout_ms; /* 0: the method's or the channel's */
+    int timeout_ms; /* 0: none of its own; the method's or the channel's applies */
     int backup_ms;  /* 0: none */
-    int forks;      /* 0: all */
+    int forks;      /* 0: all providers */
 } crpci_policy;
 
-/* What a channel keeps about a method from its first call on. */
+/* What a channel keeps about a method from its first call on. Immutable. */
 typedef struct crpci_method {
     struct crpci_method *next;
     const crpc_method *method;
@@ -16684,12 +16768,14 @@ typedef struct crpci_method {
     crpc_view names;  /* service and method, encoded */
     crpci_message_type response;
     crpci_policy policy;
-    bool plain;                         /* never two attempts at a time, never degraded */
+    /* at most one attempt at a time, never degraded: fast path */
+    bool plain;
     uint32_t hash_field;                /* 0: none */
     const crpc_method_options *options; /* NULL: none */
 } crpci_method;
 
-/* What all requests of a channel have in common. */
+/* What all requests of a channel share. Fixed when the channel opens, but for the atomic
+ * members. */
 typedef struct crpci_request_source {
     crpc_loop *loop;
     const crpci_protocol *protocol;
@@ -16697,19 +16783,19 @@ typedef struct crpci_request_source {
     bool short_names;
     bool intercepted; /* interceptors may have added fields */
     bool ids;         /* every request gets an id */
-    bool timeout_open; /* neither URL nor options set one: the .proto's counts */
+    bool timeout_open; /* neither URL nor options set a timeout: the .proto's applies */
     int hash_field;   /* 0: none */
     uint64_t seed;
-    uint32_t last_id; /* atomic */
+    uint32_t last_id; /* atomic; mixed with the seed into request ids */
     crpci_policy policy;
     const crpc_method_options *options;
     size_t option_count;
     crpci_method *methods; /* atomic: read without the lock; entries are only ever added */
 } crpci_request_source;
 
-/* An encoded request. Its chunk holds, in this order: perhaps a pending call (`front` bytes), the
- * crpci_out, fields, credential, headroom for what the protocol puts first, message, small
- * attachment. */
+/* An encoded request. Its chunk holds, in this order: `front` bytes of the caller, usually the
+ * pending call; the crpci_out; fields; credential; headroom for what the protocol writes first; the
+ * message; a small attachment. */
 typedef struct crpci_request {
     crpci_chunk *chunk;
     size_t front;       /* offset of the crpci_out */
@@ -16722,7 +16808,7 @@ typedef struct crpci_request {
     crpc_view names;      /* this and the rest as in crpci_message */
     crpc_view credential;
     int64_t log_id, trace_id, span_id, parent_span_id;
-    bool identified; /* it has an id: a server that keeps replies executes it once */
+    bool identified; /* it has a request id: a server with replay_entries executes it once */
 } crpci_request;
 
 /* --- the caller's crpc_call ------------------------------------------------------------------- */
@@ -16730,18 +16816,19 @@ typedef struct crpci_request {
 /* What crpc_call.reserved holds. */
 enum {
     CRPCI_CALL_HELD,      /* chunk of the reply that response views point into */
-    CRPCI_CALL_RAW,       /* the reply's fields, ... */
-    CRPCI_CALL_RAW_END,   /* ... and their end */
-    CRPCI_CALL_ADDED,     /* chunk of the fields that interceptors add, ... */
-    CRPCI_CALL_ADDED_LEN, /* ... and how many bytes they are */
+    CRPCI_CALL_RAW,       /* begin of the reply's fields */
+    CRPCI_CALL_RAW_END,   /* end of the reply's fields */
+    CRPCI_CALL_ADDED,     /* chunk of the fields that interceptors have added */
+    CRPCI_CALL_ADDED_LEN, /* bytes of these fields */
     CRPCI_CALL_HEAP,      /* set only while interceptors run */
-    CRPCI_CALL_PROTOCOL   /* that the fields are encoded for */
+    CRPCI_CALL_PROTOCOL   /* protocol in which the fields are encoded */
 };
 
-/* Whether a call is zero-initialised, or one that crpc has filled. */
+/* Whether a call is zero-initialised, or holds a result of crpc: a bare stack variable is
+ * neither. */
 CRPCI_FN bool crpci_request_valid_call(const crpc_call *call)
 {
-    const void *protocol = call->reserved[CRPCI_CALL_PROTOCOL]; /* of one that holds something */
+    const void *protocol = call->reserved[CRPCI_CALL_PROTOCOL]; /* set in a call with a result */
     size_t i;
     for (i = 0; crpci_protocols[i]; i++) {
         if (protocol == crpci_protocols[i])
@@ -16798,8 +16885,8 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
     return CRPC_OK;
 }
 
-/* Does for the inputs what CRPC_INIT does. Single stores, because for these few bytes a call of
- * memset, or the string instructions that compilers put in its place, take longer. */
+/* Does for the inputs what CRPC_INIT does. With single stores, because for so few bytes a call of
+ * memset, or the string instructions that compilers put in its place, takes longer. */
 CRPCI_FN void crpci_request_clear_inputs(crpc_call *call)
 {
     call->policy.cluster = CRPC_CLUSTER_DEFAULT;
@@ -16813,7 +16900,7 @@ CRPCI_FN void crpci_request_clear_inputs(crpc_call *call)
     call->parent = NULL;
 }
 
-/* The same for the whole call; of the two texts only the first byte is cleared. */
+/* The same for the whole call; only the first byte of each text is cleared. */
 CRPCI_FN void crpci_request_clear_call(crpc_call *call)
 {
     crpc_error *e = &call->error;
@@ -16831,7 +16918,7 @@ CRPCI_FN void crpci_request_clear_call(crpc_call *call)
 
 /* --- methods ---------------------------------------------------------------------------------- */
 
-/* Writes those members of `p` that are set over the ones in `to`. */
+/* Overwrites members of `to` with those that are set in `p`. */
 CRPCI_FN void crpci_request_apply_policy(crpci_policy *to, const crpc_policy *p)
 {
     if (p->cluster && (unsigned)p->cluster <= CRPC_CLUSTER_BROADCAST)
@@ -16851,15 +16938,15 @@ CRPCI_FN void crpci_request_apply_policy(crpci_policy *to, const crpc_policy *p)
                                                              : p->fail_percent);
 }
 
-/* Whether a call sets any member of its policy. */
+/* Whether any member is set. */
 CRPCI_FN bool crpci_request_has_policy(const crpc_policy *p)
 {
     return ((int)p->cluster | p->timeout_ms | p->retries | p->backup_ms | p->forks |
             p->fail_percent) != 0;
 }
 
-/* Works out the settings of a method: its options, else the channel's; the .proto's timeout if
- * neither sets one. */
+/* Determines the settings of a method: its own options win over the channel's, the .proto's timeout
+ * applies if neither sets one. */
 CRPCI_COLD void crpci_request_method_settings(const crpci_request_source *s, crpci_method *k)
 {
     const crpc_method *m = k->method;
@@ -16881,7 +16968,7 @@ CRPCI_COLD void crpci_request_method_settings(const crpci_request_source *s, crp
                !(k->options && k->options->degraded > 0);
 }
 
-/* Makes the entry of a method that is called for the first time. NULL: out of memory. */
+/* Makes the entry of a method at its first call. NULL: out of memory. */
 CRPCI_COLD crpci_method *crpci_request_add_method(crpci_request_source *s, const crpc_method *m)
 {
     const char *dot = s->short_names ? strrchr(m->service, '.') : NULL;
@@ -16896,7 +16983,7 @@ CRPCI_COLD crpci_method *crpci_request_add_method(crpci_request_source *s, const
     k->response = crpci_message_type_of(m->response, m->response_size);
     crpci_request_method_settings(s, k);
     crpci_loop_lock(s->loop);
-    k->next = s->methods; /* two threads may both add a method: lookups find either entry */
+    k->next = s->methods; /* two threads may both add one; a lookup finds either, both are equal */
     __atomic_store_n(&s->methods, k, __ATOMIC_RELEASE);
     crpci_loop_unlock(s->loop);
     return k;
@@ -16925,8 +17012,8 @@ CRPCI_COLD void crpci_request_source_free(crpci_request_source *s)
 
 /* --- encoding --------------------------------------------------------------------------------- */
 
-/* Counts the bytes of the fields that a call sends: its own, `added` bytes of interceptors,
- * its id and its order key. */
+/* Most bytes that a call's fields can take: its own, `added` bytes of interceptors, its id and its
+ * order key. */
 CRPCI_FN size_t crpci_request_fields_size(const crpc_call *call, size_t cost, size_t added,
                                           crpc_view id)
 {
@@ -16940,13 +17027,14 @@ CRPCI_FN size_t crpci_request_fields_size(const crpc_call *call, size_t cost, si
     return n;
 }
 
+/* Appends a field, for which there must be room. */
 CRPCI_FN void crpci_request_put_field(const crpci_protocol *p, crpci_message_out *o,
                                       const char *key, crpc_view value)
 {
     o->len += p->put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
 }
 
-/* Writes what crpci_request_fields_size counted. */
+/* Writes the fields that crpci_request_fields_size counted. */
 CRPCI_FN void crpci_request_put_fields(const crpci_protocol *p, crpci_message_out *o,
                                        const crpc_call *call, size_t added, crpc_view id)
 {
@@ -16963,7 +17051,7 @@ CRPCI_FN void crpci_request_put_fields(const crpci_protocol *p, crpci_message_ou
         crpci_request_put_field(p, o, CRPCI_MESSAGE_KEY_FIELD, call->order_key);
 }
 
-/* Gives the request's id: the call's own, or a new one written to `text` if the channel wants ids,
+/* The request's id: the call's own; else, if the channel wants ids, a new one, written to `text`;
  * else none. */
 CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *call, char text[17])
 {
@@ -16975,8 +17063,8 @@ CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *ca
     return crpc_view_of(text, 16);
 }
 
-/* The key of lb=hash in an encoded message: a hash of the bytes of the last field with that number.
- * A field that is absent, as proto3 leaves out zeros, counts as one of no bytes. */
+/* The key of lb=hash: a hash of the last field of that number in the encoded message. proto3 leaves
+ * out fields that are zero; an absent field counts as one without bytes. */
 CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t field)
 {
     const uint8_t *p = crpci_heap_data(r->chunk) + r->payload, *end = p + r->payload_size;
@@ -16990,7 +17078,7 @@ CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t fiel
     return key;
 }
 
-/* Log and trace ids: the call's, else those of the request on whose behalf it is made. */
+/* Log and trace ids: the call's own, else those of the server's request for which it is made. */
 CRPCI_FN void crpci_request_inherit(const crpc_call *call, crpci_request *r)
 {
     r->log_id = call->log_id;
@@ -17010,7 +17098,7 @@ CRPCI_FN crpci_out *crpci_request_frame(const crpci_request *r)
     return (crpci_out *)(void *)(crpci_heap_data(r->chunk) + r->front);
 }
 
-/* Copies the attachment behind the message, or borrows it. CRPC_ENOMEM alone. */
+/* Copies the attachment behind the message, or borrows it. Fails only with CRPC_ENOMEM. */
 CRPCI_FN int crpci_request_attach(crpci_message_out *o, crpci_request *r, crpc_view attachment,
                                   bool borrow)
 {
@@ -17028,8 +17116,9 @@ CRPCI_FN int crpci_request_attach(crpci_message_out *o, crpci_request *r, crpc_v
     return CRPC_OK;
 }
 
-/* Encodes a request and leaves `front` bytes before it to the caller. With `borrow` a large
- * attachment is not copied. On failure nothing is held, and `error` (may be NULL) says why. */
+/* Encodes a request behind `front` bytes, which are the caller's. With `borrow` a large attachment
+ * is not copied, and must live until the call has ended. On failure nothing is held, and `error`
+ * (may be NULL) says why. */
 CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k,
                                   const void *request, const crpc_call *call, bool borrow,
                                   size_t front, crpci_request *r, crpc_error *error)
@@ -17038,7 +17127,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     const crpc_method *m = k->method;
     crpc_view credential = crpc_view_data(call->credential) ? call->credential
                                                             : crpc_view_str(s->credential);
-    /* Without interceptors the length may be left from a call on another channel. */
+    /* Without interceptors the member may be a remnant of a call on another channel. */
     size_t added = s->intercepted ? (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN] : 0;
     char id_text[17];
     crpc_view id = crpci_request_id(s, call, id_text);
@@ -17089,7 +17178,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     return CRPC_OK;
 }
 
-/* Writes what comes before the encoded message. Returns where the frame begins. */
+/* Writes what precedes the encoded message, for one attempt. Returns where the frame begins. */
 CRPCI_FN uint8_t *crpci_request_head(const crpci_request *r, const crpci_protocol *p, int64_t id,
                                      int32_t timeout_ms)
 {
@@ -17112,7 +17201,7 @@ CRPCI_FN uint8_t *crpci_request_head(const crpci_request *r, const crpci_protoco
 
 /* --- copies and the end ----------------------------------------------------------------------- */
 
-/* How many bytes a copy of the request takes. */
+/* Bytes that a copy of the request takes. */
 CRPCI_FN size_t crpci_request_size(const crpci_request *r)
 {
     return r->payload + r->payload_size + r->inline_size - r->front;
@@ -17138,10 +17227,10 @@ CRPCI_FN void crpci_request_copy(crpci_request *to, const crpci_request *from, c
                                       crpc_view_size(from->credential));
 }
 
-/* Makes the request ready for another attempt. The frame of the last one may still be in a send on
- * a dying connection; then the request moves to a chunk of its own. `block` is the chunk that the
- * pending call itself is in, whose reference stays. False: out of memory, or the attachment is
- * borrowed, which two frames cannot be at a time. */
+/* Prepares the request for another attempt. The last attempt's frame may still be part of a send on
+ * a dying connection; the request then moves to a chunk of its own. `block` is the chunk that holds
+ * the pending call; its reference stays. False: out of memory, or the attachment is borrowed, which
+ * two frames cannot share. */
 CRPCI_FN bool crpci_request_renew(crpci_request *r, const crpci_chunk *block)
 {
     crpci_request old = *r;
@@ -17159,7 +17248,7 @@ CRPCI_FN bool crpci_request_renew(crpci_request *r, const crpci_chunk *block)
     return true;
 }
 
-/* Gives up the request's bytes, unless the pending call stands among them. */
+/* Releases the request's bytes, unless they share the pending call's chunk. */
 CRPCI_FN void crpci_request_drop(crpci_request *r, const crpci_chunk *block)
 {
     if (r->chunk != block)
@@ -17167,9 +17256,9 @@ CRPCI_FN void crpci_request_drop(crpci_request *r, const crpci_chunk *block)
     r->chunk = NULL;
 }
 
-/* Makes sure that nobody reads a borrowed attachment any more, so that the synchronous call can
- * return: waits for a send that another thread is making, and copies what is still unsent. Locked;
- * unlocks to wait. */
+/* Makes sure that no send reads a borrowed attachment any more, so that a synchronous call can
+ * return: waits for a send on another thread, and copies what is still unsent. Locked; unlocks to
+ * wait. */
 CRPCI_FN void crpci_request_settle(crpc_loop *l, crpci_request *r)
 {
     crpci_out *o = crpci_request_frame(r);
@@ -17197,16 +17286,20 @@ CRPCI_FN void crpci_request_settle(crpc_loop *l, crpci_request *r)
 /* >>impl-reply   a reply: kept, decoded, handed to the caller              */
 /* ======================================================================== */
 
+/* From the message that answers a call to the caller's struct. The loop's thread keeps the reply,
+ * locked; the thread that wants the result decodes it without the lock, straight out of the
+ * received bytes. */
+
 #if CRPC_ENABLE_CLIENT
 
-#define CRPCI_REPLY_COPY 2048 /* replies up to this size are copied out of a shared buffer */
+#define CRPCI_REPLY_COPY 2048 /* replies up to this size do not keep a shared buffer alive */
 
-/* What is kept of the message that answers a call. */
+/* The kept message that answers a call. Its pointers point into `chunk`. */
 typedef struct crpci_reply {
     crpci_chunk *chunk;     /* holds a reference; NULL: there is no reply */
     const crpci_protocol *protocol;
     crpc_view fields;
-    crpc_view text;         /* if there is a status */
+    crpc_view text;         /* set only if status is not 0 */
     const uint8_t *payload; /* the attachment stands behind it */
     size_t payload_size;
     size_t attachment_size;
@@ -17231,7 +17324,7 @@ CRPCI_FN void crpci_reply_take(crpci_reply *r, crpc_loop *l, const crpci_protoco
     crpci_loop_share(l, m->chunk);
 }
 
-/* Gives up a reply that nobody wants. Locked. */
+/* Releases a reply that is not wanted. Locked. */
 CRPCI_FN void crpci_reply_drop(crpci_reply *r, crpc_loop *l)
 {
     if (r->chunk)
@@ -17239,14 +17332,14 @@ CRPCI_FN void crpci_reply_drop(crpci_reply *r, crpc_loop *l)
     r->chunk = NULL;
 }
 
-/* Whether the call got what it was made for. */
+/* Whether the provider executed the call successfully. */
 CRPCI_FN bool crpci_reply_succeeded(const crpci_reply *r)
 {
     return r->chunk && r->status == 0;
 }
 
-/* Copies a small reply out of the receive buffer, which many replies share; a large one keeps its
- * part of the buffer. */
+/* Copies a small reply out of the loop's receive buffer, so that it does not keep 64 KiB alive; a
+ * large one keeps its reference to the buffer. */
 CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
 {
     const uint8_t *from = (const uint8_t *)crpc_view_data(r->fields);
@@ -17257,7 +17350,7 @@ CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
         return;
     chunk = crpci_heap_chunk(h, n);
     if (!chunk)
-        return; /* out of memory: it stays where it is */
+        return; /* out of memory: the reply keeps the buffer */
     to = crpci_heap_data(chunk);
     memcpy(to, from, n);
     r->payload = to + (r->payload - from);
@@ -17269,9 +17362,11 @@ CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
     r->chunk = chunk;
 }
 
-/* --- on the thread that wants the result, without the lock ------------------------------------ */
+/* --- on the caller's thread, without the lock ------------------------------------------------- */
 
-/* Explains a reply that carries an error. Returns the status of the call. e->endpoint is set. */
+/* Explains a reply that carries an error, and returns the status of the call. e->endpoint is set
+ * already. A code is the application's if a crpc peer marks it so, or if neither brpc nor crpc
+ * defines it. */
 CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method *m,
                                         int attempts, crpc_error *e)
 {
@@ -17295,6 +17390,7 @@ CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method 
     return e->code;
 }
 
+/* Explains a reply that cannot be used. */
 CRPCI_COLD int crpci_reply_malformed(const crpc_method *m, int attempts, crpc_error *e,
                                      const char *what)
 {
@@ -17332,7 +17428,7 @@ CRPCI_FN int crpci_reply_decode(const crpci_reply *r, const crpci_method *k, int
     return CRPC_OK;
 }
 
-/* Gives the reply's chunk to the caller: views, attachment and fields point into it until
+/* Gives the reply's chunk to the caller: views, attachment and fields are valid until
  * crpc_call_reset. */
 CRPCI_FN void crpci_reply_hand_over(crpci_reply *r, crpc_call *call)
 {
@@ -17341,7 +17437,7 @@ CRPCI_FN void crpci_reply_hand_over(crpci_reply *r, crpc_call *call)
     r->chunk = NULL;
 }
 
-/* Ends the life of what crpci_reply_decode made `call` point to. */
+/* Frees a reply that was decoded for a callback, and clears what `call` points to in it. */
 CRPCI_FN void crpci_reply_release(crpci_reply *r, crpc_call *call)
 {
     if (r->chunk)
@@ -17357,20 +17453,21 @@ CRPCI_FN void crpci_reply_release(crpci_reply *r, crpc_call *call)
 /* >>impl-endpoint   one provider: its connection and the attempts on it    */
 /* ======================================================================== */
 
-/* An endpoint belongs to a loop: all channels of the loop that want the same address with the same
- * options share it. Everything here is called with the loop locked. */
+/* An endpoint dials a provider, backs off, and matches replies with attempts. It belongs to a loop:
+ * all channels of the loop with the same address and options share it. It never retries; the
+ * attempt section decides that in its callbacks. All functions need the loop's lock. */
 
 #if CRPC_ENABLE_CLIENT
 
-#define CRPCI_ENDPOINT_DEAD        3       /* failed dials in a row */
+#define CRPCI_ENDPOINT_DEAD        3       /* failed dials in a row that make it count as dead */
 #define CRPCI_ENDPOINT_BACKOFF_MIN 50000   /* microseconds */
-#define CRPCI_ENDPOINT_BACKOFF_MAX 1000000 /* microseconds: an ordinary call can wait for it */
+#define CRPCI_ENDPOINT_BACKOFF_MAX 1000000 /* not longer than an ordinary call's deadline */
 
-/* What must be equal for an endpoint to be shared. */
+/* Channels share an endpoint only if these are equal. */
 typedef struct crpci_endpoint_options {
     const crpci_protocol *protocol;
-    int connect_timeout_ms; /* 0: only the call's deadline */
-    uint32_t inflight;      /* requests at a time; 0: no limit */
+    int connect_timeout_ms; /* 0: only the call's deadline limits dialling */
+    uint32_t inflight;      /* requests in flight on the connection; 0: no limit */
     uint32_t max_body;
     int64_t max_queued; /* 0: no limit */
 } crpci_endpoint_options;
@@ -17378,7 +17475,7 @@ typedef struct crpci_endpoint_options {
 typedef struct crpci_endpoint crpci_endpoint;
 
 typedef enum crpci_attempt_state {
-    CRPCI_ATTEMPT_IDLE,
+    CRPCI_ATTEMPT_IDLE,    /* on no endpoint's list */
     CRPCI_ATTEMPT_WAITING, /* in endpoint->waiting */
     CRPCI_ATTEMPT_ACTIVE,  /* in endpoint->active */
     CRPCI_ATTEMPT_DONE     /* its call has ended */
@@ -17389,23 +17486,23 @@ typedef enum crpci_attempt_state {
 typedef struct crpci_attempt {
     crpci_list link;
     crpci_attempt_state state;
-    bool one_way; /* ends when it is sent, unless the endpoint answers few at a time */
-    crpc_sent sent;
-    uint64_t id;              /* in loop->calls; the message's id */
-    crpci_out *out;           /* queued on the connection; NULL: not */
-    crpci_endpoint *endpoint; /* of this attempt, or the last; a reference */
+    bool one_way; /* ends when its frame was sent, unless the endpoint limits requests in flight */
+    crpc_sent sent; /* how far the request got, in this attempt */
+    uint64_t id;              /* in loop->calls; also the id in the message */
+    crpci_out *out;           /* its frame, while queued on the connection; else NULL */
+    crpci_endpoint *endpoint; /* of this attempt or the last one; a reference */
     int64_t deadline_us;
     crpci_request request;
     crpci_reply reply;
 } crpci_attempt;
 
-/* What the attempt section is told. A function may end the attempt and free its call. */
+/* Callbacks of the attempt section. Each may end the attempt and free its call. */
 typedef struct crpci_endpoint_events {
-    /* It could not be sent, or its connection is gone. `cause` explains. */
+    /* The attempt could not be sent, or its connection was lost. `cause` explains. */
     void (*failed)(crpci_attempt *a, int code, const char *cause);
     void (*replied)(crpci_attempt *a, const crpci_message *m);
-    void (*sent)(crpci_attempt *a); /* all of a frame that needs no reply has left */
-    void (*useless)(crpci_attempt *a, const char *cause); /* a reply came that cannot be taken */
+    void (*sent)(crpci_attempt *a); /* a frame that gets no reply was sent completely */
+    void (*useless)(crpci_attempt *a, const char *cause); /* the reply cannot be used */
 } crpci_endpoint_events;
 
 struct crpci_endpoint {
@@ -17413,7 +17510,7 @@ struct crpci_endpoint {
     crpc_loop *loop;
     const crpci_endpoint_events *events;
     uint32_t refs;
-    uint32_t users; /* references that want its connection too: members of channels */
+    uint32_t users; /* channels; while there is one, the endpoint keeps its connection */
     char address[CRPC_ADDRESS_MAX];
     size_t address_size; /* the terminating zero included */
     crpci_addr addr;
@@ -17423,22 +17520,22 @@ struct crpci_endpoint {
     crpci_list active;  /* attempts queued on or sent over conn */
     uint32_t active_count;
     bool serving;      /* crpci_endpoint_serve_waiting is on the stack */
-    bool refused;      /* the last connection was never established */
+    bool refused;      /* the last dial failed */
     crpci_timer timer; /* end of the backoff */
-    int failures;      /* dials and connections since the last reply */
-    int64_t usable_at; /* end of a backoff, or of the rest after ELOGOFF; 0: usable */
+    int failures;      /* dials and connections since the last reply: doubles the backoff */
+    int64_t usable_at; /* end of the backoff, also of that after CRPC_ELOGOFF; 0: usable now */
     int64_t dialled_at;
-    int last_errno;
+    int last_errno;    /* of the last connection that failed */
 };
 
-/* NULL is ignored. */
+/* Drops a reference. NULL is ignored. */
 CRPCI_FN void crpci_endpoint_drop(crpci_endpoint *e)
 {
     if (e && --e->refs == 0)
         crpci_heap_free(e->loop->heap, e, sizeof *e);
 }
 
-/* Gives up a reference that wanted the connection: the last one closes it. */
+/* A channel leaves the endpoint; the last one closes the connection. */
 CRPCI_FN void crpci_endpoint_leave(crpci_endpoint *e)
 {
     crpci_conn *c = e->conn;
@@ -17455,14 +17552,14 @@ CRPCI_FN void crpci_endpoint_leave(crpci_endpoint *e)
     crpci_endpoint_drop(e);
 }
 
-/* Whether it could not be reached several times in a row. */
+/* Whether several dials in a row have failed. */
 CRPCI_FN bool crpci_endpoint_is_dead(const crpci_endpoint *e)
 {
     return e->refused && !e->conn && e->failures >= CRPCI_ENDPOINT_DEAD;
 }
 
-/* Whether it has replied over its present connection. A retry to such a provider cannot storm a
- * dead one, so it is not charged to the retry budget. */
+/* Whether the present connection has brought a reply. A retry there cannot overload a provider that
+ * is down, so it is not charged to the retry budget. */
 CRPCI_FN bool crpci_endpoint_is_proven(const crpci_endpoint *e)
 {
     return e->conn && !e->conn->connecting && !e->failures;
@@ -17477,15 +17574,15 @@ CRPCI_FN bool crpci_endpoint_has_slot(const crpci_endpoint *e)
 
 /* --- attempts --------------------------------------------------------------------------------- */
 
-/* Whether the attempt ends with the sending of its frame. Where a peer answers few at a time its
- * slot stays taken until the reply, also for a one-way call. */
+/* Whether the attempt ends when its frame was sent. With a limit of requests in flight, a one-way
+ * call too occupies its slot until the peer's reply. */
 CRPCI_FN bool crpci_endpoint_unanswered(const crpci_attempt *a)
 {
     return a->one_way && !a->endpoint->options.inflight;
 }
 
 /* Takes an attempt off its endpoint. A frame of which nothing was sent is withdrawn; any other
- * stays in the connection's queue on its own. */
+ * stays in the connection's queue, on its own. */
 CRPCI_FN void crpci_endpoint_detach(crpci_attempt *a)
 {
     crpci_out *o = a->out;
@@ -17512,8 +17609,8 @@ CRPCI_COLD void crpci_endpoint_overcrowded(crpci_attempt *a)
     e->events->failed(a, CRPC_EOVERCROWDED, cause);
 }
 
-/* Puts the attempt's frame on the open connection, or fails it if the queue has no room. The
- * request's remaining time is stamped here, where it begins its way. */
+/* Queues the attempt's frame on the open connection, or fails the attempt if the queue is full. The
+ * request's remaining time is written here, so that time spent waiting counts. */
 CRPCI_FN void crpci_endpoint_send(crpci_endpoint *e, crpci_attempt *a)
 {
     crpci_request *r = &a->request;
@@ -17540,14 +17637,14 @@ CRPCI_FN void crpci_endpoint_send(crpci_endpoint *e, crpci_attempt *a)
     crpci_conn_queue(e->conn, o);
 }
 
-/* Lets waiting attempts onto the connection, as far as there are slots. An attempt that fails in
- * here may bring its call back here: the outer turn goes on then. */
+/* Sends waiting attempts while there are slots. A failing attempt may start another call, which
+ * comes back here: `serving` leaves the work to the outer call. */
 CRPCI_FN void crpci_endpoint_serve_waiting(crpci_endpoint *e)
 {
     if (e->serving || crpci_list_empty(&e->waiting))
         return;
     e->serving = true;
-    e->refs++; /* a failing attempt gives up its reference */
+    e->refs++; /* a failing attempt drops its reference to the endpoint */
     while (!crpci_list_empty(&e->waiting) && crpci_endpoint_has_slot(e)) {
         crpci_attempt *a = CRPCI_CONTAINER(e->waiting.next, crpci_attempt, link);
         crpci_list_remove(&a->link);
@@ -17558,7 +17655,7 @@ CRPCI_FN void crpci_endpoint_serve_waiting(crpci_endpoint *e)
     crpci_endpoint_drop(e);
 }
 
-/* Fails all attempts of a list, but not those that come back to the endpoint meanwhile. */
+/* Fails all attempts of a list, except those that callbacks add meanwhile. */
 CRPCI_FN void crpci_endpoint_fail_all(crpci_endpoint *e, crpci_list *which, const char *cause)
 {
     crpci_list now;
@@ -17567,8 +17664,8 @@ CRPCI_FN void crpci_endpoint_fail_all(crpci_endpoint *e, crpci_list *which, cons
         e->events->failed(CRPCI_CONTAINER(now.next, crpci_attempt, link), CRPC_ECONN, cause);
 }
 
-/* The attempt that a reply belongs to: pending on this very connection, and sent at least in
- * part. NULL: the reply is late, doubled or forged. */
+/* The attempt that a reply belongs to: pending on this very connection, and sent at least in part.
+ * NULL: the reply is late, a duplicate, or forged. */
 CRPCI_FN crpci_attempt *crpci_endpoint_match(crpci_conn *conn, const crpci_message *m)
 {
     crpci_attempt *a = (crpci_attempt *)crpci_id_get(&conn->loop->calls, (uint64_t)m->id);
@@ -17582,8 +17679,8 @@ CRPCI_FN crpci_attempt *crpci_endpoint_match(crpci_conn *conn, const crpci_messa
 
 /* --- the connection --------------------------------------------------------------------------- */
 
-/* Chooses when to dial again: somewhere in a window that doubles with each failure ("full jitter"),
- * so that the clients of a provider that comes back do not all dial at once. */
+/* Chooses when to dial again: at random within a window that doubles with each failure ("full
+ * jitter"), so that the clients of a provider that returns do not all dial at once. */
 CRPCI_FN void crpci_endpoint_back_off(crpci_endpoint *e)
 {
     int shift = e->failures < 8 ? e->failures : 8;
@@ -17598,10 +17695,12 @@ CRPCI_FN void crpci_endpoint_on_opened(crpci_conn *conn)
 {
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
     e->usable_at = 0;
-    e->failures++; /* a peer that accepts and then closes has failed, until a reply comes */
+    e->failures++; /* until a reply comes, the peer may just accept and then close */
     crpci_endpoint_serve_waiting(e);
 }
 
+/* A reply. CRPC_ELOGOFF means that the server is stopping: the endpoint is not chosen for a
+ * second. */
 CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m)
 {
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
@@ -17622,6 +17721,7 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m
     e->events->replied(a, m);
 }
 
+/* A reply over max_body: the connection skips it and stays open. */
 CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_message *m, uint64_t body)
 {
     crpci_attempt *a = crpci_endpoint_match(conn, m);
@@ -17634,6 +17734,7 @@ CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_message *
     a->endpoint->events->useless(a, cause);
 }
 
+/* A whole frame was sent; o->owner is NULL if its call has ended before. */
 CRPCI_FN void crpci_endpoint_on_sent(crpci_conn *conn, crpci_out *o)
 {
     crpci_attempt *a = (crpci_attempt *)o->owner;
@@ -17657,7 +17758,7 @@ CRPCI_FN void crpci_endpoint_on_conn_timer(crpci_conn *conn)
         crpci_conn_close(conn, CRPC_ETIMEDOUT, ETIMEDOUT);
 }
 
-/* Notes how far the frames of a closing connection came, before its queue is given up. */
+/* A connection is closing: records how far each frame got, before its queue is freed. */
 CRPCI_FN void crpci_endpoint_disown_frames(crpci_conn *conn)
 {
     crpci_out *o, *after;
@@ -17674,8 +17775,8 @@ CRPCI_FN void crpci_endpoint_disown_frames(crpci_conn *conn)
     }
 }
 
-/* Dialling is one cycle: a dial fails attempts, which may dial again; the events of the connection
- * lead back to it. */
+/* Connects now, or when the backoff is over. Attempts that fail may dial again, and the
+ * connection's events lead back here: a cycle, hence this prototype. */
 CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e);
 
 CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
@@ -17698,10 +17799,10 @@ CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
     if (connecting || e->failures)
         crpci_endpoint_back_off(e);
     e->conn = NULL;
-    if (connecting) /* before the active ones, which may come to wait for the next connection */
+    if (connecting) /* first the waiting ones: active ones that fail may join this list and stay */
         crpci_endpoint_fail_all(e, &e->waiting, cause);
     crpci_endpoint_fail_all(e, &e->active, cause);
-    if (!e->conn && !crpci_list_empty(&e->waiting)) /* they waited for a slot: no failure */
+    if (!e->conn && !crpci_list_empty(&e->waiting)) /* these waited for a slot: dial for them */
         crpci_endpoint_dial(e);
     crpci_conn_drop(conn);
     crpci_endpoint_drop(e);
@@ -17741,10 +17842,10 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
     crpci_conn_hold(e->conn);
     e->conn->max_body = e->options.max_body;
     e->conn->expect = crpc_view_of("", 0);
-    e->conn->max_skip = (int64_t)UINT32_MAX; /* we chose this peer: any reply may be skipped */
+    e->conn->max_skip = (int64_t)UINT32_MAX; /* a provider is trusted: skip replies of any size */
     if (e->options.connect_timeout_ms > 0)
         crpci_loop_timer_set(l, &e->conn->timer, (int64_t)e->options.connect_timeout_ms * 1000);
-    crpci_conn_speak(e->conn, e->options.protocol); /* the last step: out of memory it closes */
+    crpci_conn_speak(e->conn, e->options.protocol); /* last, because it may close e->conn */
 }
 
 CRPCI_FN void crpci_endpoint_on_timer(crpc_loop *l, crpci_timer *t)
@@ -17772,9 +17873,9 @@ CRPCI_FN void crpci_endpoint_submit(crpci_endpoint *e, crpci_attempt *a)
         crpci_endpoint_dial(e);
 }
 
-/* After a sent attempt was detached without its reply: the peer still works on it. Where it has few
- * slots the next request must neither go on top nor take the late reply for its own, so the
- * connection is closed. */
+/* A sent attempt was detached before its reply, so the peer still works on it. With a limit of
+ * requests in flight the slot is still occupied, and the late reply could be taken for that of the
+ * next request: closes the connection. */
 CRPCI_FN void crpci_endpoint_give_up_slot(crpci_attempt *a, int why)
 {
     crpci_endpoint *e = a->endpoint;
@@ -17789,8 +17890,8 @@ CRPCI_FN bool crpci_endpoint_same_options(const crpci_endpoint_options *a,
            a->max_queued == b->max_queued && a->connect_timeout_ms == b->connect_timeout_ms;
 }
 
-/* Finds or makes the loop's endpoint for an address, with a reference that wants its
- * connection. CRPC_EINVAL: not a numeric address. */
+/* Finds or makes the loop's endpoint for an address, for a channel that wants its connection.
+ * CRPC_EINVAL: the address is not numeric. */
 CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
                                 const crpci_endpoint_options *options,
                                 const crpci_endpoint_events *events, crpci_endpoint **out)
