@@ -122,7 +122,7 @@
  *     >>impl-meta          what a message is about: brpc's RpcMeta
  *     >>impl-sock          addresses and sockets, without a loop
  *     >>impl-resolver      host names to numeric addresses; blocks the calling thread
- *     >>impl-transport     how bytes get through a connected socket
+ *     >>impl-transport     how a connection's bytes reach its socket
  *     >>impl-poller        waiting for many descriptors: epoll and poll behind one face
  *     >>impl-wake          a descriptor by which another thread ends the poller's wait
  *     >>impl-timer         hashed hierarchical timing wheel: O(1) to arm and cancel
@@ -135,21 +135,21 @@
  *     >>impl-balance       balancers: which provider of a list a call goes to
  *     >>impl-conn          one connection: reading and parsing, queueing and sending
  *     >>impl-baidu         brpc's protocol baidu_std: RpcMeta to messages and back
- *     >>impl-protocols     which protocols there are
- *     >>impl-names         provider URLs as Dubbo writes them, overrides; pure
+ *     >>impl-protocols     the table of wire protocols
+ *     >>impl-names         provider URLs in Dubbo's notation, and an operator's overrides; pure
  *     >>impl-cache         the last good lists of providers, in a file that survives crashes
- *     >>impl-directory     the live list of a service's providers, and who is told of it
+ *     >>impl-directory     the live list of a service's providers, and its subscribers
  *     >>impl-file          providers listed in a file: file://
  *     >>impl-multicast     serverless registry over UDP multicast: multicast://
- *     >>impl-zk-servers    the servers of an ensemble, and the way to them
- *     >>impl-zk-job        requests to ZooKeeper: who asks, what, and what came of it
+ *     >>impl-zk-servers    servers of an ensemble; the local address towards them
+ *     >>impl-zk-job        requests to ZooKeeper: who sends them, and how answers are handled
  *     >>impl-zk-session    a session with ZooKeeper: start, loss, expiry
- *     >>impl-zk-node       the two primitives: to watch a node, and to own one
- *     >>impl-zk-directory  zookeeper:// as Dubbo lays it out: providers, consumers, overrides
+ *     >>impl-zk-node       the two primitives: watching a znode, and owning one
+ *     >>impl-zk-directory  zookeeper:// in Dubbo's layout: providers, consumers, overrides
  *     >>impl-open          the table of directory backends: schemes, URL options, paths
- *     >>impl-agreement     what is opened through a registry: lifetime, paths, codes
- *     >>impl-operations    reading and writing nodes, one or several at once
- *     >>impl-config        following the value of a node
+ *     >>impl-agreement     common parts of what programs open in ZooKeeper: lifetime, paths, codes
+ *     >>impl-operations    reading and writing znodes, one or several at once
+ *     >>impl-config        following the value of a znode
  *     >>impl-queue         locks and elections
  *     >>impl-registry      opening and closing a session that programs use
  *     >>impl-request       a method as a channel knows it, and an encoded request
@@ -3278,7 +3278,10 @@ CRPCI_FN void crpci_list_move(crpci_list *to, crpci_list *from)
 /* >>impl-url   URLs, their options, percent-encoding                        */
 /* ======================================================================== */
 
-#define CRPCI_URL_MAX 2048u
+/* Channels, servers and registries parse the URLs that programs and operators write with this
+ * section. It allocates one copy of the text and uses no lock, so any thread may call it. */
+
+#define CRPCI_URL_MAX 2048u /* bytes, the final zero included */
 
 /* scheme://authority/path?query, split in place in a copy on the heap. */
 typedef struct crpci_url {
@@ -3288,16 +3291,18 @@ typedef struct crpci_url {
     char *scheme;
     char *authority; /* "" if there is none */
     char *path;      /* without the leading slash, "" if there is none; unix: the whole path */
-    char *query;     /* what is left of it, see crpci_url_next */
+    char *query;     /* the part that crpci_url_next has not returned yet */
 } crpci_url;
 
+/* Also accepts a URL that has been freed already, or that failed to parse. */
 CRPCI_COLD void crpci_url_free(crpci_url *u)
 {
     crpci_heap_free(u->heap, u->text, u->size);
     u->text = NULL;
 }
 
-/* After a failure there is nothing to be freed. */
+/* Splits a copy of `text`. After a failure there is nothing to be freed. A unix:// URL has a path
+ * and no authority, so that "@name" and relative paths survive as they are. */
 CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, crpc_error *error)
 {
     size_t len = text ? strlen(text) : 0;
@@ -3341,6 +3346,7 @@ CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, cr
     return CRPC_OK;
 }
 
+/* The value of a hexadecimal digit; -1: not one. */
 CRPCI_FN int crpci_url_hex(char c)
 {
     return c >= '0' && c <= '9'   ? c - '0'
@@ -3349,7 +3355,8 @@ CRPCI_FN int crpci_url_hex(char c)
                                   : -1;
 }
 
-/* Decodes %XX and '+' in place; false if a %XX is malformed or stands for a zero byte. */
+/* Decodes %XX and '+' in place. Returns false if a %XX is malformed, or stands for a zero byte,
+ * which would cut the text short unnoticed. */
 CRPCI_FN bool crpci_url_decode(char *text)
 {
     char *out = text;
@@ -3370,8 +3377,8 @@ CRPCI_FN bool crpci_url_decode(char *text)
     return true;
 }
 
-/* Encodes as Java's URLEncoder does, which Dubbo names its nodes with. Returns the length that was
- * needed; what does not fit is cut. */
+/* Encodes as Java's URLEncoder does, because Dubbo names its znodes with it. Returns the length
+ * that the whole text needs; `out` holds as much of it as fits, always terminated. */
 CRPCI_FN size_t crpci_url_encode(char *out, size_t size, const char *text)
 {
     static const char digits[] = "0123456789ABCDEF";
@@ -3400,8 +3407,8 @@ CRPCI_FN size_t crpci_url_encode(char *out, size_t size, const char *text)
     return n;
 }
 
-/* Takes the next key=value from the query, decoded. CRPC_EPENDING at the end. A key that is given
- * twice is an error, as one of the two would be ignored. */
+/* Takes the next key=value from the query and decodes it in place. Returns CRPC_EPENDING at the
+ * end. A key that is given twice is an error, because one of the two values would be ignored. */
 CRPCI_FN int crpci_url_next(crpci_url *u, char **key, char **value, crpc_error *error)
 {
     const char *again;
@@ -3433,7 +3440,7 @@ CRPCI_FN int crpci_url_next(crpci_url *u, char **key, char **value, crpc_error *
     return CRPC_OK;
 }
 
-/* A whole decimal number between -1 and max. */
+/* Reads a whole decimal number from -1 to `max`; anything else returns false. */
 CRPCI_FN bool crpci_url_number(const char *text, int64_t max, int64_t *out)
 {
     char *end;
@@ -3450,28 +3457,31 @@ CRPCI_FN bool crpci_url_number(const char *text, int64_t max, int64_t *out)
 /* >>impl-options   tables of options: defaults, ranges, URL keys, key=value lines */
 /* ======================================================================== */
 
-/* Each options struct has one table, which stands in the section that opens the object. An option's
- * default, its limits and its key stand in its row and nowhere else in the code. */
+/* Each options struct has one table, in the section that opens the object. A row states an option's
+ * default, its limits and its URL key; nothing else in the code repeats them. The functions here
+ * read URLs and key=value lines into a struct, check it, and replace 0 and -1 by what they stand
+ * for. They run while an object is opened, on the opening thread, and need no lock. */
 
-#define CRPCI_OPTION_ANY INT32_C(-1) /* as `most`: whatever fits into the member */
+#define CRPCI_OPTION_ANY INT32_C(-1) /* as `most`: any value that fits into the member */
 
 enum {
-    CRPCI_OPTION_TEXT = 1,      /* a const char *, else a number */
-    CRPCI_OPTION_SECRET = 2,    /* never in a URL, never in an error's text */
-    CRPCI_OPTION_DIRECTORY = 4, /* in a URL only if that names a registry */
-    CRPCI_OPTION_BACKEND = 8,   /* in a URL only if its registry takes it */
-    CRPCI_OPTION_POLICY = 16    /* needs CRPC_ENABLE_POLICY */
+    CRPCI_OPTION_TEXT = 1,      /* the member is a const char *; without this flag, a number */
+    CRPCI_OPTION_SECRET = 2,    /* no URL may set it, no error text may show it */
+    CRPCI_OPTION_DIRECTORY = 4, /* only a URL that names a registry may set it */
+    CRPCI_OPTION_BACKEND = 8,   /* only a URL whose kind of registry knows it may set it */
+    CRPCI_OPTION_POLICY = 16    /* an error unless CRPC_ENABLE_POLICY is 1 */
 };
 
+/* One row: how users spell an option, where its member is, and which values it may have. */
 typedef struct crpci_option {
     const char *name;  /* as users spell it */
-    const char *words; /* NULL: a number; else words separated by commas, the first means 1 */
+    const char *words; /* NULL: a number; else names separated by commas, the first means 1 */
     uint16_t offset;   /* in the options struct */
-    uint8_t size;      /* of the member */
+    uint8_t size;      /* of the member: that of int or int64_t, or of a pointer */
     uint8_t flags;     /* CRPCI_OPTION_* */
-    int32_t zero;      /* what 0 means */
-    int32_t none;      /* what -1 means */
-    int32_t least;     /* of other values */
+    int32_t zero;      /* the value that 0 stands for: the default */
+    int32_t none;      /* the value that -1 stands for: "no limit", "never" */
+    int32_t least;     /* the smallest and largest value besides 0 and -1 */
     int32_t most;
 } crpci_option;
 
@@ -3487,6 +3497,7 @@ typedef struct crpci_options {
     }
 #define CRPCI_OPTIONS_OF(rows) rows, sizeof(rows) / sizeof *(rows)
 
+/* Reads a number. Members are int or int64_t; memcpy keeps this legal for any struct. */
 CRPCI_COLD int64_t crpci_options_get(const crpci_option *o, const void *options)
 {
     const char *at = (const char *)options + o->offset;
@@ -3497,6 +3508,7 @@ CRPCI_COLD int64_t crpci_options_get(const crpci_option *o, const void *options)
     return o->size == sizeof wide ? wide : narrow;
 }
 
+/* Writes a number that has passed crpci_options_check_value. */
 CRPCI_COLD void crpci_options_put(const crpci_option *o, void *options, int64_t value)
 {
     char *at = (char *)options + o->offset;
@@ -3507,7 +3519,7 @@ CRPCI_COLD void crpci_options_put(const crpci_option *o, void *options, int64_t 
         memcpy(at, &narrow, sizeof narrow);
 }
 
-/* The most that an option can be. */
+/* The largest value that an option can have. */
 CRPCI_COLD int64_t crpci_options_most(const crpci_option *o)
 {
     if (o->most != CRPCI_OPTION_ANY)
@@ -3515,7 +3527,8 @@ CRPCI_COLD int64_t crpci_options_most(const crpci_option *o)
     return o->size == sizeof(int64_t) ? INT64_MAX : INT32_MAX;
 }
 
-/* Whether a value is in the option's range; else an error that names both. */
+/* Checks one value against the option's range. The error names the option, the value and the
+ * limit. */
 CRPCI_COLD int crpci_options_check_value(const crpci_option *o, int64_t value, crpc_error *error)
 {
     int64_t most = crpci_options_most(o);
@@ -3532,7 +3545,7 @@ CRPCI_COLD int crpci_options_check_value(const crpci_option *o, int64_t value, c
     return CRPC_OK;
 }
 
-/* Checks the ranges of all options of a struct. */
+/* Checks the ranges of all numbers in a struct; the first one out of range is reported. */
 CRPCI_COLD int crpci_options_check(const crpci_options *set, const void *options, crpc_error *error)
 {
     size_t i;
@@ -3545,7 +3558,8 @@ CRPCI_COLD int crpci_options_check(const crpci_options *set, const void *options
     return err;
 }
 
-/* Puts the values that 0 and -1 stand for in their place. */
+/* Replaces 0 and -1 by the values that they stand for. Runs last: until then 0 still means "not
+ * set", so that a more specific setting can win. */
 CRPCI_COLD void crpci_options_fill(const crpci_options *set, void *options)
 {
     size_t i;
@@ -3557,7 +3571,7 @@ CRPCI_COLD void crpci_options_fill(const crpci_options *set, void *options)
     }
 }
 
-/* The row of a key. NULL: there is none. */
+/* The row of a key; NULL: the table has no such option. */
 CRPCI_COLD const crpci_option *crpci_options_find(const crpci_options *set, const char *key)
 {
     size_t i;
@@ -3568,7 +3582,8 @@ CRPCI_COLD const crpci_option *crpci_options_find(const crpci_options *set, cons
     return NULL;
 }
 
-/* Which of the words, separated by commas, this is, counted from 1; 0: none. */
+/* The position of `value` among names separated by commas, counted from 1; 0: it is none of
+ * them. */
 CRPCI_COLD int64_t crpci_options_word(const char *words, const char *value)
 {
     size_t n = strlen(value);
@@ -3582,7 +3597,8 @@ CRPCI_COLD int64_t crpci_options_word(const char *words, const char *value)
     return 0;
 }
 
-/* A whole decimal number; one that does not fit becomes the largest or smallest that does. */
+/* Reads a whole decimal number. One that does not fit becomes the largest or smallest that does, so
+ * that the range check reports it. */
 CRPCI_COLD bool crpci_options_number(const char *text, int64_t *out)
 {
     char *end;
@@ -3591,7 +3607,8 @@ CRPCI_COLD bool crpci_options_number(const char *text, int64_t *out)
     return digits && !*end;
 }
 
-/* Reads the text of an option into its member. Text options point at `value` from then on. */
+/* Reads the text of an option into its member. A text option points at `value` from then on, so the
+ * caller must keep that memory. */
 CRPCI_COLD int crpci_options_read(const crpci_option *o, void *options, const char *value,
                                   crpc_error *error)
 {
@@ -3636,7 +3653,8 @@ CRPCI_COLD char *crpci_options_trim(char *text)
     return text;
 }
 
-/* Reads one line, of which blanks are cut off. */
+/* Reads one key=value line, whose outer blanks have been cut off, into the first table that has the
+ * key. */
 CRPCI_COLD int crpci_options_line(crpci_options_target *to, size_t count, char *line,
                                   crpc_error *error)
 {
@@ -3660,7 +3678,8 @@ CRPCI_COLD int crpci_options_line(crpci_options_target *to, size_t count, char *
     return crpci_status_set(error, CRPC_EINVAL, "%.60s: no such option", line);
 }
 
-/* Reads lines into the structs of some tables; a key that several have is the first one's. */
+/* Reads key=value lines into the structs of several tables. When two tables have the same key, the
+ * first table gets the value. Empty lines and lines that begin with # are skipped. */
 CRPCI_COLD int crpci_options_lines(crpci_options_target *to, size_t count, char *text,
                                    crpc_error *error)
 {
@@ -3681,6 +3700,11 @@ CRPCI_COLD int crpci_options_lines(crpci_options_target *to, size_t count, char 
 /* ======================================================================== */
 /* >>impl-message   requests and replies; nanopb: views, encoding, decoding  */
 /* ======================================================================== */
+
+/* Between protobuf structs and bytes. A crpci_message is a request or a reply independent of the
+ * wire protocol; around it stand the calls into nanopb and the views, with which a decoded struct
+ * points into the received bytes in place of copying them. All of this is pure and runs on any
+ * thread, usually without a loop's lock. */
 
 CRPC_API crpc_view crpc_view_str(const char *text)
 {
@@ -3705,16 +3729,18 @@ CRPC_API size_t crpc_view_copy(crpc_view v, char *out, size_t out_size)
     return n;
 }
 
+/* A program's own array: at[1], which holds the tag of a received field, is NULL. */
 CRPC_API crpc_views crpc_views_of(const crpc_view *items, size_t count)
 {
     crpc_views v;
     v.at[0] = count ? items : NULL;
-    v.at[1] = v.at[2] = NULL; /* an array; a received field has its tag here */
+    v.at[1] = v.at[2] = NULL;
     v.end = count ? items + count : NULL;
     return v;
 }
 
-/* Reads a varint of at most 10 bytes; NULL if it is cut off or too long. */
+/* Reads a varint of at most 10 bytes. Returns the address behind it; NULL if it is cut off or too
+ * long. */
 CRPCI_FN const uint8_t *crpci_message_varint(const uint8_t *p, const uint8_t *end, uint64_t *value)
 {
     uint64_t v = 0;
@@ -3731,6 +3757,7 @@ CRPCI_FN const uint8_t *crpci_message_varint(const uint8_t *p, const uint8_t *en
     return NULL;
 }
 
+/* Writes a varint, 10 bytes at most, and returns the address behind it. */
 CRPCI_FN uint8_t *crpci_message_put_varint(uint8_t *p, uint64_t v)
 {
     for (; v >= 0x80; v >>= 7)
@@ -3739,7 +3766,8 @@ CRPCI_FN uint8_t *crpci_message_put_varint(uint8_t *p, uint64_t v)
     return p;
 }
 
-/* Skips a field's value, the tag having been read; NULL if it is cut off or a group. */
+/* Skips the value of a field whose key has been read. Returns NULL if the value is cut off or is a
+ * group, which proto3 no longer has. */
 CRPCI_FN const uint8_t *crpci_message_skip(const uint8_t *p, const uint8_t *end, unsigned wire_type)
 {
     uint64_t n = 0;
@@ -3761,8 +3789,9 @@ CRPCI_FN const uint8_t *crpci_message_skip(const uint8_t *p, const uint8_t *end,
     return p && n <= (uint64_t)(end - p) ? p + n : NULL;
 }
 
-/* A received field: at[0] to at[2] is the first element, at[1] the tag that the others, up to
- * `end`, stand behind. */
+/* Walks a program's array, or the elements of a received field. A received crpc_views keeps the
+ * first element between at[0] and at[2] and the field's key in at[1]; the other elements are found
+ * by searching the message up to `end` for that key. */
 CRPC_API bool crpc_views_next(const crpc_views *views, const void **cursor, crpc_view *item)
 {
     const uint8_t *p = (const uint8_t *)(*cursor ? *cursor : views->at[0]);
@@ -3797,9 +3826,9 @@ CRPC_API bool crpc_views_next(const crpc_views *views, const void **cursor, crpc
     return false;
 }
 
-/* The input stream of every decoding in crpc: bytes in memory, known by its callback. nanopb hands
- * a view's callback a stream over a stack buffer when a hostile peer sends a number in place of a
- * string; only a stream of this kind may be pointed into. */
+/* The input stream of every decoding in crpc: bytes in memory. crpci_message_decode_view recognises
+ * such a stream by this callback. nanopb hands a view's callback a stream over a stack buffer when
+ * a hostile peer sends a number in place of a string, and a view must never point into that. */
 CRPCI_FN bool crpci_message_read(pb_istream_t *stream, pb_byte_t *buf, size_t count)
 {
     const pb_byte_t *from = (const pb_byte_t *)stream->state;
@@ -3809,6 +3838,7 @@ CRPCI_FN bool crpci_message_read(pb_istream_t *stream, pb_byte_t *buf, size_t co
     return true;
 }
 
+/* Opens an input stream over bytes, which must outlive it. */
 CRPCI_FN void crpci_message_stream(pb_istream_t *s, const void *bytes, size_t size)
 {
     union {
@@ -3822,8 +3852,8 @@ CRPCI_FN void crpci_message_stream(pb_istream_t *s, const void *bytes, size_t si
     s->errmsg = NULL;
 }
 
-/* Whether a walk from the last element on finds the one at `start`. It does not where a peer split
- * the message around them in two, which protobuf would merge. */
+/* Whether crpc_views_next, continuing behind the last known element, arrives at the one at `start`.
+ * It does not when the peer split the enclosing message in two, which protobuf would merge. */
 CRPCI_FN bool crpci_message_continues(const crpc_views *views, const uint8_t *start, size_t n)
 {
     crpc_views walk = *views;
@@ -3833,6 +3863,8 @@ CRPCI_FN bool crpci_message_continues(const crpc_views *views, const uint8_t *st
     return crpc_views_next(&walk, &cursor, &item) && crpc_view_data(item) == (const char *)start;
 }
 
+/* Points a view at the received bytes. A repeated field only remembers where its elements begin and
+ * end. */
 CRPCI_FN bool crpci_message_decode_view(pb_istream_t *in, const pb_field_iter_t *field)
 {
     const uint8_t *start = (const uint8_t *)in->state;
@@ -3860,15 +3892,17 @@ CRPCI_FN bool crpci_message_decode_view(pb_istream_t *in, const pb_field_iter_t 
     return true;
 }
 
-/* Encoding goes once, straight into a chunk that grows by doubling: a user's callback runs once. */
+/* The output of an encoding: one pass, straight into a chunk that grows by doubling, in place of a
+ * pass over the whole message that only computes its size. */
 typedef struct crpci_message_out {
     crpci_heap *heap;
     crpci_chunk *chunk;
-    size_t len; /* bytes used, what stood before the message included */
-    bool lent;  /* the chunk is somebody's who keeps it if it becomes too small */
+    size_t len; /* bytes used, including those in front of the message */
+    bool lent;  /* the chunk belongs to the caller, who keeps it even if a larger one replaces it */
     bool no_memory;
 } crpci_message_out;
 
+/* Makes room for `more` bytes. On failure sets no_memory and returns false. */
 CRPCI_FN bool crpci_message_reserve(crpci_message_out *o, size_t more)
 {
     crpci_chunk *bigger;
@@ -3889,6 +3923,7 @@ CRPCI_FN bool crpci_message_reserve(crpci_message_out *o, size_t more)
     return true;
 }
 
+/* nanopb's output callback. */
 CRPCI_FN bool crpci_message_write(pb_ostream_t *stream, const pb_byte_t *buf, size_t count)
 {
     crpci_message_out *o = (crpci_message_out *)stream->state;
@@ -3899,11 +3934,12 @@ CRPCI_FN bool crpci_message_write(pb_ostream_t *stream, const pb_byte_t *buf, si
     return true;
 }
 
-/* One field of bytes; into a chunk in one piece, which is faster than by nanopb's three writes. */
+/* Encodes one field of bytes. Into a chunk it goes in one piece, which saves nanopb's three
+ * writes. */
 CRPCI_FN bool crpci_message_put_view(pb_ostream_t *out, const pb_field_iter_t *field,
                                      crpc_view item)
 {
-    size_t n = crpc_view_size(item), most = 5 + 10 + n;
+    size_t n = crpc_view_size(item), most = 5 + 10 + n; /* key, length, bytes */
     crpci_message_out *o = (crpci_message_out *)out->state;
     uint8_t *begin, *p;
     if (out->callback != crpci_message_write || out->max_size - out->bytes_written < most)
@@ -3922,6 +3958,7 @@ CRPCI_FN bool crpci_message_put_view(pb_ostream_t *out, const pb_field_iter_t *f
     return true;
 }
 
+/* An unset view is left out, as protobuf does with absent fields, unless the field is required. */
 CRPCI_FN bool crpci_message_encode_view(pb_ostream_t *out, const pb_field_iter_t *field)
 {
     const crpc_views *views = (const crpc_views *)field->pData;
@@ -3940,6 +3977,9 @@ CRPCI_FN bool crpci_message_encode_view(pb_ostream_t *out, const pb_field_iter_t
     return crpci_message_put_view(out, field, item);
 }
 
+/* nanopb's callback of messages with views. nanopb calls it for every callback field, so it must
+ * refuse the kinds on which a view would corrupt memory: numbers, oneofs, and structs of another
+ * size. */
 CRPC_API bool crpc_view_field(struct pb_istream_s *in, struct pb_ostream_s *out,
                               const struct pb_field_iter_s *field)
 {
@@ -3956,8 +3996,8 @@ CRPC_API bool crpc_view_field(struct pb_istream_s *in, struct pb_ostream_s *out,
     return in ? crpci_message_decode_view(in, field) : crpci_message_encode_view(out, field);
 }
 
-/* Whether a message type holds views, at any depth. Static nanopb structs cannot contain
- * themselves; the depth is bounded all the same. */
+/* Whether a message type holds views at any depth. Static nanopb structs cannot contain themselves;
+ * the depth is bounded all the same, against descriptors that are wrong. */
 CRPCI_FN bool crpci_message_has_views(const pb_msgdesc_t *desc, int depth)
 {
     const pb_msgdesc_t *const *sub;
@@ -3970,10 +4010,12 @@ CRPCI_FN bool crpci_message_has_views(const pb_msgdesc_t *desc, int depth)
     return false;
 }
 
+/* Deepest nesting of message types that the two functions around this look into. */
 #define CRPCI_MESSAGE_DEPTH 16
 
-/* Whether a cleared struct is a type's initial state: no field has a default of its own, or a
- * callback that the program has put there. `any` is any struct; it is not looked at. */
+/* Whether a struct of zeros is a type's initial state: no field has a default of its own or a
+ * callback that the program installs. nanopb wants the address of a struct to iterate over; `any`
+ * may be any memory, it is not read. */
 CRPCI_FN bool crpci_message_starts_clear(const pb_msgdesc_t *desc, const void *any, int depth)
 {
     const pb_msgdesc_t *const *sub;
@@ -3994,15 +4036,15 @@ CRPCI_FN bool crpci_message_starts_clear(const pb_msgdesc_t *desc, const void *a
     return true;
 }
 
-/* What is asked of a type for every message. */
+/* What crpc must know of a type for every message; computed once per method. */
 typedef struct crpci_message_type {
     const pb_msgdesc_t *desc;
     size_t size; /* of the struct */
     bool views;
-    bool clear; /* a cleared struct needs no initialising */
+    bool clear; /* zeros are its initial state: nanopb need not initialise the struct */
 } crpci_message_type;
 
-/* NULL, as in a table that is only looked at, gives a type that cannot be decoded. */
+/* `desc` may be NULL, in a table that is only inspected; such a type cannot be decoded. */
 CRPCI_FN crpci_message_type crpci_message_type_of(const pb_msgdesc_t *desc, size_t size)
 {
     crpci_message_type t;
@@ -4013,8 +4055,8 @@ CRPCI_FN crpci_message_type crpci_message_type_of(const pb_msgdesc_t *desc, size
     return t;
 }
 
-/* Decodes into a struct that was cleared, if the type has views or is `clear`; else into one as the
- * program initialised it. *why is set on failure, static text. */
+/* Decodes into a struct of zeros if the type has views or is `clear`; else into one that the
+ * program has initialised. On failure *why is set to a text that lives as long as the program. */
 CRPCI_FN bool crpci_message_decode(const void *bytes, size_t size, const crpci_message_type *type,
                                    void *message, const char **why)
 {
@@ -4039,7 +4081,7 @@ CRPC_API int crpc_message_decode(const void *bytes, size_t size, const struct pb
     return crpci_message_decode(bytes, size, &type, message, &why) ? CRPC_OK : CRPC_ECODEC;
 }
 
-/* Appends a message. CRPC_ENOMEM or CRPC_ECODEC with *why. */
+/* Appends a message to `o`. Fails with CRPC_ENOMEM or CRPC_ECODEC, with the reason in *why. */
 CRPCI_FN int crpci_message_encode(crpci_message_out *o, const pb_msgdesc_t *desc,
                                   const void *message, const char **why)
 {
@@ -4055,36 +4097,40 @@ CRPCI_FN int crpci_message_encode(crpci_message_out *o, const pb_msgdesc_t *desc
     return o->no_memory ? CRPC_ENOMEM : CRPC_ECODEC;
 }
 
-/* --- what is said ----------------------------------------------------------------------------- */
+/* --- requests and replies, independent of the protocol ---------------------------------------- */
 
-/* crpc's own fields: of a reply whose status is the application's; of a request, what names it and
- * the key of its order. */
+/* Names of crpc's own user_fields. The first marks a reply whose status code is the application's;
+ * the second carries a request's id, by which a server recognises a retry; the third its ordering
+ * key. */
 #define CRPCI_MESSAGE_APP_FIELD "crpc-app"
 #define CRPCI_MESSAGE_ID_FIELD  "crpc-rid"
 #define CRPCI_MESSAGE_KEY_FIELD "crpc-key"
 
 typedef enum crpci_message_kind { CRPCI_MESSAGE_REQUEST, CRPCI_MESSAGE_REPLY } crpci_message_kind;
 
-/* A request or a reply, whatever protocol its bytes are in. Received, all that it points to stands
- * in `chunk`, of which whoever keeps it takes a reference; of a reply the fields come first and the
- * attachment comes last. */
+/* A request or a reply, in whatever protocol its bytes are. When it was received, all its pointers
+ * point into `chunk`; code that keeps any of them takes a reference of the chunk. In a received
+ * reply the fields stand before the payload and the attachment behind it. */
 typedef struct crpci_message {
     crpci_message_kind kind;
-    /* Received: a request for the method that the connection expects, or a reply that says success.
-     * Nothing below `attachment_size` is set then, nor would be but to 0. */
+    /* Received: a request for the method that the connection expects, or a reply of success. The
+     * members below `attachment_size` are then left unset, because all of them would be 0: the
+     * reader must not look at them. */
     bool usual;
-    int64_t id;    /* connects a reply with its request; the caller's choice, 0 if there is none */
-    uint32_t turn; /* of the request on its connection, where replies keep that order */
-    int32_t timeout_ms;     /* request; 0: the caller did not say */
-    crpci_chunk *chunk;     /* received */
-    crpc_view fields;       /* received: where the protocol looks them up; to be sent: encoded */
+    /* the caller's choice, which the reply repeats; 0: the protocol carries no ids */
+    int64_t id;
+    uint32_t turn; /* position of the request on its connection, in protocols without ids */
+    int32_t timeout_ms;     /* request; 0: the caller named no deadline */
+    crpci_chunk *chunk;     /* received: holds all the bytes */
+    /* received: bytes in which protocol->field searches; to send: encoded */
+    crpc_view fields;
     const uint8_t *payload;
     size_t payload_size;
     size_t attachment_size; /* it follows the payload */
-    bool has_fields;        /* received: there may be fields */
+    bool has_fields;        /* received: false: there are certainly no user_fields */
     int32_t status;         /* reply; 0: success */
-    crpc_view text;         /* reply, of a status that is not 0 */
-    crpc_view names;        /* request to be sent: service and method, encoded */
+    crpc_view text;         /* reply: the text of an error */
+    crpc_view names;        /* request to send: service and method, encoded */
     crpc_view service;      /* request received */
     crpc_view method;
     int64_t log_id;
@@ -4092,13 +4138,15 @@ typedef struct crpci_message {
     int64_t span_id;
     int64_t parent_span_id;
     crpc_view credential;
-    const char *unsupported; /* received: what crpc cannot do of that which it asks for; NULL: all
-                              * is well. The text lasts as long as the call that hands it on. */
+    /* received: names what the peer asks for and crpc cannot do; NULL: nothing. The text is valid
+     * during the callback that gets the message. */
+    const char *unsupported;
 } crpci_message;
 
-/* What a request passes on to the calls made on its behalf; first member of a crpc_context. */
+/* What a server's handler passes on to the calls that it makes for a request: its deadline and
+ * trace. The first member of a crpc_context, so that clients need not know that struct. */
 typedef struct crpci_origin {
-    int64_t deadline_us; /* INT64_MAX: the caller did not say */
+    int64_t deadline_us; /* on the loop's clock; INT64_MAX: the caller named none */
     int64_t log_id;
     int64_t trace_id;
     int64_t span_id;
@@ -4108,7 +4156,7 @@ typedef struct crpci_origin {
 /* >>impl-frame   the 12 bytes before every message                         */
 /* ======================================================================== */
 
-/* "PRPC", body size, meta size, both big-endian 32 bits; the body is meta, payload, attachment, and
+/* "PRPC", body size, meta size, both big-endian 32 bits. The body is meta, payload and attachment;
  * its size does not count these 12 bytes. */
 #define CRPCI_FRAME_HEADER 12u
 
@@ -4118,6 +4166,8 @@ typedef enum crpci_frame_result {
     CRPCI_FRAME_BAD /* not this protocol */
 } crpci_frame_result;
 
+/* Reads a header from the first `n` received bytes. A wrong magic is found out by the first byte
+ * that differs. CRPCI_FRAME_OK guarantees *meta <= *body; limits are the caller's to check. */
 CRPCI_FN crpci_frame_result crpci_frame_header(const uint8_t *p, size_t n, uint32_t *body,
                                                uint32_t *meta)
 {
@@ -4134,23 +4184,27 @@ CRPCI_FN crpci_frame_result crpci_frame_header(const uint8_t *p, size_t n, uint3
 /* >>impl-meta   what a message is about: brpc's RpcMeta                    */
 /* ======================================================================== */
 
-/* Written backwards in front of a payload; read by a hand cursor where it has the usual shape, and
- * by nanopb where it has not. Field numbers are brpc's (baidu_rpc_meta.proto). */
+/* RpcMeta is the protobuf message that precedes every baidu_std payload; field numbers are those of
+ * brpc's baidu_rpc_meta.proto. nanopb needs about 280 ns for each direction, so crpc writes a meta
+ * backwards in front of its payload by hand, and reads the two usual shapes by comparing bytes,
+ * other plain ones with a hand-written cursor, and only the rest with nanopb. A fuzzer compares the
+ * readers. All of this is pure: any thread, no lock. */
 
+/* An RpcMeta, flattened. Reading leaves views that point into the input. */
 typedef struct crpci_meta {
-    crpc_view raw;          /* read: all of it, to look user_fields up in */
+    crpc_view raw;          /* read: the whole meta; crpci_meta_field searches user_fields in it */
     int64_t correlation_id; /* 0 if there is none */
     int32_t timeout_ms;     /* request */
     int32_t attachment_size;
-    /* Read: one of the two usual shapes. Of a request, service and method are those that were
-     * expected; a reply says success. Nothing that follows is set then, nor would be but to 0. */
+    /* Read: the meta has one of the two usual shapes, a request for the expected method or a reply
+     * of success. The members below are then left unset, because all of them would be 0. */
     bool usual;
-    bool fields;        /* it may have user_fields */
-    int32_t error_code; /* response; 0 also where there is none: success */
+    bool fields;        /* false: there are certainly no user_fields */
+    int32_t error_code; /* response; 0: success, also when the peer sent no response field */
     int32_t compress_type;
     int32_t content_type;
     int32_t checksum_type;
-    crpc_view names;   /* request to be written: service and method, encoded; unset: as below */
+    crpc_view names;   /* request to write: service and method, encoded; unset: the next two */
     crpc_view service; /* request */
     crpc_view method;
     int64_t log_id;
@@ -4158,14 +4212,14 @@ typedef struct crpci_meta {
     int64_t span_id;
     int64_t parent_span_id;
     crpc_view error_text;
-    crpc_view chunk_info; /* set: the peer splits bodies, which nobody but it understands */
+    crpc_view chunk_info; /* set: the peer splits bodies, an extension that crpc does not know */
     crpc_view credential;
     crpc_view stream_settings; /* set: the peer wants a stream */
 } crpci_meta;
 
 /* --- writing: from the payload's start towards lower addresses --------------------------------
- * so that every length is known when it is due, and nothing is encoded twice. The functions return
- * where what they wrote begins. */
+ * so that every length is known before it must be written, and nothing is encoded twice. The
+ * functions take the address in front of which they write, and return where their bytes begin. */
 
 CRPCI_FN uint8_t *crpci_meta_put_varint(uint8_t *p, uint64_t v)
 {
@@ -4182,7 +4236,7 @@ CRPCI_FN uint8_t *crpci_meta_put_varint(uint8_t *p, uint64_t v)
     return begin;
 }
 
-/* Field numbers up to 15: their keys are one byte. */
+/* Writes an integer field. Field numbers go up to 15 here: their keys are one byte. */
 CRPCI_FN uint8_t *crpci_meta_put_int(uint8_t *p, unsigned field, int64_t v)
 {
     p = crpci_meta_put_varint(p, (uint64_t)v);
@@ -4190,6 +4244,7 @@ CRPCI_FN uint8_t *crpci_meta_put_int(uint8_t *p, unsigned field, int64_t v)
     return p;
 }
 
+/* Writes bytes that are encoded already. */
 CRPCI_FN uint8_t *crpci_meta_put_raw(uint8_t *p, crpc_view bytes)
 {
     size_t n = crpc_view_size(bytes);
@@ -4207,8 +4262,8 @@ CRPCI_FN uint8_t *crpci_meta_put_bytes(uint8_t *p, unsigned field, crpc_view byt
     return p;
 }
 
-/* What a request for a method begins with: service and method, in a crpci_meta's `names`. `out` has
- * room for both and 12 bytes more. */
+/* Encodes what every request for a method begins with, service and method, for a crpci_meta's
+ * `names`. Done once per method. `out` has `room` bytes: both names and 12 more. */
 CRPCI_FN crpc_view crpci_meta_put_names(uint8_t *out, size_t room, crpc_view service,
                                         crpc_view method)
 {
@@ -4218,8 +4273,8 @@ CRPCI_FN crpc_view crpci_meta_put_names(uint8_t *out, size_t room, crpc_view ser
     return crpc_view_of(p, (size_t)(end - p));
 }
 
-/* Zeros of compress_type and correlation_id are written too: some peers insist. Takes the members
- * one by one, so that compilers need not put the struct into memory. */
+/* Zeros of compress_type and correlation_id are written too, because some peers insist on them.
+ * Takes the members one by one, so that compilers need not put the struct into memory. */
 CRPCI_FN uint8_t *crpci_meta_put_common(uint8_t *p, int32_t attachment_size, int64_t correlation_id,
                                         int32_t compress_type)
 {
@@ -4229,7 +4284,8 @@ CRPCI_FN uint8_t *crpci_meta_put_common(uint8_t *p, int32_t attachment_size, int
     return crpci_meta_put_int(p, 3, compress_type);
 }
 
-/* Closes the submessage between p and end, which is meta field `field`, and writes the header. */
+/* Closes the submessage between p and end, which is meta field `field`, and writes the frame header
+ * in front. `rest` is the size of payload and attachment together. */
 CRPCI_FN uint8_t *crpci_meta_put_header(uint8_t *p, const uint8_t *end, unsigned field,
                                         const uint8_t *payload, size_t rest)
 {
@@ -4244,15 +4300,16 @@ CRPCI_FN uint8_t *crpci_meta_put_header(uint8_t *p, const uint8_t *end, unsigned
     return p;
 }
 
-/* Callers reserve CRPCI_META_BOUND bytes and more; this only keeps a mistake from going on. */
+/* Callers reserve CRPCI_META_BOUND bytes and more. If that bound were ever wrong, this stops the
+ * program before the overrun reaches the wire. */
 CRPCI_FN void crpci_meta_check_room(const uint8_t *low, const uint8_t *begin)
 {
     if (CRPCI_UNLIKELY(begin < low))
         abort();
 }
 
-/* Writes header and request meta before the payload at `payload`; `low` is the lowest address that
- * may be written. `fields` are encoded user_fields. Returns where the frame begins. */
+/* Writes header and request meta in front of the payload at `payload`; `low` is the lowest address
+ * that may be written. `fields` are encoded user_fields. Returns where the frame begins. */
 CRPCI_FN uint8_t *crpci_meta_put_request(uint8_t *low, uint8_t *payload, size_t payload_size,
                                          const crpci_meta *m, crpc_view fields)
 {
@@ -4278,7 +4335,7 @@ CRPCI_FN uint8_t *crpci_meta_put_request(uint8_t *low, uint8_t *payload, size_t 
     return p;
 }
 
-/* The same for a reply. */
+/* Writes header and reply meta in the same way. */
 CRPCI_FN uint8_t *crpci_meta_put_reply(uint8_t *low, uint8_t *payload, size_t payload_size,
                                        const crpci_meta *m, crpc_view fields)
 {
@@ -4292,14 +4349,15 @@ CRPCI_FN uint8_t *crpci_meta_put_reply(uint8_t *low, uint8_t *payload, size_t pa
     return p;
 }
 
-/* Room that header and meta need at most, besides names, texts, credential and fields: header, nine
- * varint fields of 11 bytes, tags and lengths. */
+/* Room that header and meta need at most, besides names, texts, credential and fields: the header,
+ * nine varint fields of 11 bytes, and keys and lengths. */
 #define CRPCI_META_BOUND (CRPCI_FRAME_HEADER + 9 * 11 + 6 * 6)
 
-#define CRPCI_META_FIELD_COST (3u + 3 * 5) /* of a user_fields entry, besides key and value */
+/* A user_fields entry takes at most this besides key and value: three keys, three lengths. */
+#define CRPCI_META_FIELD_COST (3u + 3 * 5)
 
-/* Encodes one user_fields entry (field 9: key 1, value 2) into out, which has
- * CRPCI_META_FIELD_COST bytes more than key and value. Returns the bytes written. */
+/* Encodes one user_fields entry (field 9: key 1, value 2) at `out`, which has room for
+ * CRPCI_META_FIELD_COST bytes more than key and value. Returns the number of bytes written. */
 CRPCI_FN size_t crpci_meta_put_field(uint8_t *out, crpc_view key, crpc_view value)
 {
     size_t room = CRPCI_META_FIELD_COST + crpc_view_size(key) + crpc_view_size(value), n;
@@ -4314,7 +4372,8 @@ CRPCI_FN size_t crpci_meta_put_field(uint8_t *out, crpc_view key, crpc_view valu
 
 /* --- reading ---------------------------------------------------------------------------------- */
 
-/* One field: its key and either number or bytes. NULL: not of the plain shape. */
+/* Reads one field: its key, and either a number or bytes. Returns the address behind it; NULL if
+ * the input is malformed or has a group: nanopb decides then. */
 CRPCI_FN const uint8_t *crpci_meta_next(const uint8_t *p, const uint8_t *end, uint64_t *key,
                                         uint64_t *number, crpc_view *bytes)
 {
@@ -4345,7 +4404,8 @@ CRPCI_FN const uint8_t *crpci_meta_next(const uint8_t *p, const uint8_t *end, ui
     }
 }
 
-/* Fields that RpcMeta has under another wire type are not of the plain shape. */
+/* Reads RpcRequestMeta. False leaves the whole meta to nanopb: a known field has an unexpected wire
+ * type, a required name is missing, or the submessage comes a second time and has to be merged. */
 CRPCI_FN bool crpci_meta_read_request(crpc_view sub, crpci_meta *m)
 {
     const uint8_t *p = (const uint8_t *)crpc_view_data(sub), *end = (const uint8_t *)sub.end;
@@ -4387,6 +4447,7 @@ CRPCI_FN bool crpci_meta_read_request(crpc_view sub, crpci_meta *m)
     return crpc_view_data(m->service) && crpc_view_data(m->method);
 }
 
+/* Reads RpcResponseMeta under the same rules. */
 CRPCI_FN bool crpci_meta_read_response(crpc_view sub, crpci_meta *m)
 {
     const uint8_t *p = (const uint8_t *)crpc_view_data(sub), *end = (const uint8_t *)sub.end;
@@ -4406,6 +4467,8 @@ CRPCI_FN bool crpci_meta_read_response(crpc_view sub, crpci_meta *m)
     return true;
 }
 
+/* Reads any meta whose fields have their usual wire types and whose submessages come once. False
+ * means "not that plain", not "malformed": nanopb is asked next. */
 CRPCI_FN bool crpci_meta_read_plain(const uint8_t *p, const uint8_t *end, crpci_meta *m)
 {
     uint64_t key, n = 0;
@@ -4460,7 +4523,7 @@ CRPCI_FN bool crpci_meta_read_plain(const uint8_t *p, const uint8_t *end, crpci_
     return true;
 }
 
-/* A varint and nothing behind it. */
+/* Reads a varint that must end exactly at `end`. */
 CRPCI_FN bool crpci_meta_last_varint(const uint8_t *p, const uint8_t *end, int64_t *value)
 {
     uint64_t v = 0;
@@ -4470,9 +4533,10 @@ CRPCI_FN bool crpci_meta_last_varint(const uint8_t *p, const uint8_t *end, int64
     return true;
 }
 
-/* The two shapes that nearly all frames between crpc's own have, each byte as written above: a
- * request for the method of these `names`, with or without timeout_ms; and, where `names` is set
- * but empty, a successful reply. False: read it in full. */
+/* Compares a meta with the two shapes that nearly all frames between crpc peers have, byte by byte
+ * as crpci_meta_put_request and _put_reply write them: a request for the method of `names`, with or
+ * without timeout_ms; and, when `names` is set but empty, a reply of success. False: read it in
+ * full. */
 CRPCI_FN bool crpci_meta_read_usual(const uint8_t *p, size_t n, crpc_view names, crpci_meta *m)
 {
     const uint8_t *end = p + n, *sub_end;
@@ -4497,7 +4561,7 @@ CRPCI_FN bool crpci_meta_read_usual(const uint8_t *p, size_t n, crpc_view names,
            crpci_meta_last_varint(sub_end + 3, end, &m->correlation_id);
 }
 
-/* nanopb's description of the same, for every other shape and for the self-check. */
+/* nanopb's description of the same message, for every other shape and for the self-check. */
 typedef struct crpci_meta_pb_request {
     crpc_view service_name;
     crpc_view method_name;
@@ -4568,8 +4632,8 @@ typedef struct crpci_meta_pb {
 #define crpci_meta_pb_response_MSGTYPE crpci_meta_pb_response
 /* clang-format on */
 
-/* PB_BIND defines objects that others can link to; these are this file's own, because the callback
- * in them knows the streams of one copy of crpc only. */
+/* PB_BIND would define objects that other files can link to. These must stay private to this file,
+ * because the callback in them knows the streams of one copy of crpc only. */
 #define CRPCI_META_BIND(LIST, name)                                                                \
     static const uint32_t name##_field_info[] = {LIST##_FIELDLIST(PB_GEN_FIELD_INFO_2, name) 0};   \
     static const pb_msgdesc_t *const name##_submsg_info[] = {                                      \
@@ -4592,6 +4656,7 @@ CRPCI_META_BIND(CRPCI_META_PB, crpci_meta_pb)
 #undef crpci_meta_pb_request_MSGTYPE
 #undef crpci_meta_pb_response_MSGTYPE
 
+/* Reads any valid meta, slowly. False: it does not decode; the connection is to be closed. */
 CRPCI_COLD bool crpci_meta_read_nanopb(const uint8_t *p, size_t n, crpci_meta *m)
 {
     crpci_meta_pb pb;
@@ -4623,14 +4688,14 @@ CRPCI_COLD bool crpci_meta_read_nanopb(const uint8_t *p, size_t n, crpci_meta *m
     return true;
 }
 
-/* Reads a meta; false if it is none. Its views point into the input. */
+/* Reads a meta; false if it does not decode. Its views point into the input. */
 CRPCI_FN bool crpci_meta_read(const uint8_t *p, size_t n, crpci_meta *m)
 {
     memset(m, 0, sizeof *m);
     if (!crpci_meta_read_plain(p, p + n, m)) {
         if (!crpci_meta_read_nanopb(p, n, m))
             return false;
-        m->fields = true; /* nanopb was not asked */
+        m->fields = true; /* nanopb skips field 9 unseen: it may be there */
     }
     m->raw = crpc_view_of(p, n);
     return true;
@@ -4641,7 +4706,7 @@ CRPCI_FN bool crpci_meta_bytes_equal(crpc_view v, const char *text, size_t n)
     return crpc_view_size(v) == n && (n == 0 || memcmp(crpc_view_data(v), text, n) == 0);
 }
 
-/* The value of a user_fields entry; the last one wins, as in a map. */
+/* Searches the value of a user_fields entry. The last entry of a key wins, as in a protobuf map. */
 CRPCI_FN bool crpci_meta_field(crpc_view raw, const char *key, crpc_view *value)
 {
     const uint8_t *p = (const uint8_t *)crpc_view_data(raw), *end = (const uint8_t *)raw.end;
@@ -4671,8 +4736,9 @@ CRPCI_FN bool crpci_meta_field(crpc_view raw, const char *key, crpc_view *value)
     return found;
 }
 
-/* A nanopb that was compiled with other options than this file sees (PB_FIELD_32BIT, say) reads
- * descriptors wrongly and without an error. Known bytes, read and written through it, tell. */
+/* Whether nanopb reads and writes known bytes correctly. One that was compiled with other options
+ * than this file sees (PB_FIELD_32BIT, say) misreads descriptors without an error; a loop refuses
+ * to open then. */
 CRPCI_COLD bool crpci_meta_self_check(void)
 {
     static const uint8_t golden[] = {0x0a, 0x1b, 0x0a, 0x13, 'e',  'x',  'a',  'm',  'p',
@@ -5073,29 +5139,30 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
 }
 
 /* ======================================================================== */
-/* >>impl-transport   how bytes get through a connected socket               */
+/* >>impl-transport   how a connection's bytes reach its socket            */
 /* ======================================================================== */
 
-#define CRPCI_TRANSPORT_GATHER 1u /* writev takes several pieces; else the first of them alone */
-#define CRPCI_TRANSPORT_DUPLEX 2u /* one thread may read while another writes; else one at a time  \
-                                   */
-#define CRPCI_TRANSPORT_REPEAT 4u /* what was offered when it would block has to be offered again */
+#define CRPCI_TRANSPORT_GATHER 1u /* writev takes several pieces; else only the first of them */
+#define CRPCI_TRANSPORT_DUPLEX 2u /* one thread may read while another writes */
+#define CRPCI_TRANSPORT_REPEAT 4u /* bytes offered when it would block must be offered again */
 
-/* How a connection's bytes reach the socket. readv and writev return what the system calls of these
- * names do: -1 and EAGAIN when it would block. They run without the loop's lock. The others run
- * with it, and without DUPLEX not while these two run. A transport that makes its connections
+/* A transport carries a connection's bytes: plain sockets today, TLS later. readv and writev behave
+ * like the system calls of these names (-1 and EAGAIN when they would block) and run without the
+ * loop's lock. The other functions run with the lock; without DUPLEX they must not run while readv
+ * or writev does, because all of them use the same state. A transport that sets its connections up
  * itself will add open, handshake, shut, identity, explain and close. */
 typedef struct crpci_transport {
     const char *name;
     unsigned flags;
     ssize_t (*readv)(int fd, void *state, struct iovec *iov, int count);
     ssize_t (*writev)(int fd, void *state, struct iovec *iov, int count);
-    /* Whether it holds input that the poller does not see. NULL: it never does. */
+    /* Whether the transport has buffered input that the poller cannot see. NULL: it never does. */
     bool (*pending)(void *state);
-    /* What to poll for in order to go on with `events`; asked again after each read and write, and
-     * any readiness is then tried in both directions. NULL: for the same. */
+    /* Which readiness to poll for in order to make progress on `events` (a TLS read may have to
+     * write first). Asked again after each read and write; the connection then tries both
+     * directions. NULL: poll for the same events. */
     unsigned (*want)(void *state, unsigned events);
-    /* Whether the peer has sent nothing that was not read. */
+    /* Whether no unread input from the peer is waiting. */
     bool (*idle)(int fd, void *state);
 } crpci_transport;
 
@@ -8233,81 +8300,91 @@ CRPCI_FN void crpci_balance_end(crpci_balance *b, size_t i, bool ok, int64_t lat
 /* >>impl-conn   one connection: reading and parsing, queueing and sending   */
 /* ======================================================================== */
 
-#define CRPCI_CONN_READ ((64u << 10) - CRPCI_CHUNK_HEADER) /* bytes read at a time, and the budget
-                                                            * per step */
-#define CRPCI_CONN_FRAMES 128       /* frames handled per step; the rest waits for the next */
-#define CRPCI_CONN_IOV 64
-#define CRPCI_CONN_SHORT 512 /* frames up to here are copied together */
-#define CRPCI_CONN_FLAT (8192 - CRPCI_CHUNK_HEADER) /* bytes of them in one send */
-#define CRPCI_CONN_ROUNDS 16 /* sends in a row, if somebody drives who can go on */
+/* A crpci_conn is one connection, dialled by a channel or accepted by a server. It owns the
+ * descriptor, cuts input into messages with its protocol, and queues and sends frames. Channels and
+ * servers are called back through crpci_conn_events. All functions need the loop's lock; flush and
+ * read release it around the system call, so a connection may be closed by another thread
+ * meanwhile. This section never retries and never knows what a message is for. */
 
-/* A frame to be sent. It stands at the beginning of its own chunk, before the bytes. */
+/* Bytes and frames that one connection may use up in one step of the loop, so that a flooding peer
+ * cannot starve the others. The rest waits for the next step. */
+#define CRPCI_CONN_READ ((64u << 10) - CRPCI_CHUNK_HEADER)
+#define CRPCI_CONN_FRAMES 128
+
+#define CRPCI_CONN_IOV 64    /* pieces in one send */
+#define CRPCI_CONN_SHORT 512 /* frames up to this size are copied together before a send */
+#define CRPCI_CONN_FLAT (8192 - CRPCI_CHUNK_HEADER) /* bytes of such copies in one send */
+#define CRPCI_CONN_ROUNDS 16 /* sends in a row before a flush hands over to the loop's driver */
+
+/* A frame to be sent. The struct stands at the beginning of the chunk that also holds the frame's
+ * head. A request's frame belongs to its call, which can withdraw it; a reply's frame belongs to
+ * the connection once it is queued. */
 typedef struct crpci_out crpci_out;
 struct crpci_out {
     crpci_out *next;
     crpci_chunk *chunk; /* holds this struct and the head */
     const uint8_t *head;
     size_t head_len;
-    const uint8_t *tail; /* attachment: in tail_chunk, or borrowed if that is NULL */
+    const uint8_t *tail; /* attachment: in tail_chunk; borrowed from the program if that is NULL */
     size_t tail_len;
     crpci_chunk *tail_chunk;
     size_t sent;   /* bytes handed to the transport */
-    void *owner;   /* the call that waits for it, and has the chunk; NULL: the chunk is its own */
+    void *owner;   /* the call, which holds the chunk; NULL: the frame holds it itself */
     struct crpci_conn *conn; /* while queued */
-    int64_t id;     /* of a request: what its reply will be known by */
-    uint32_t turn;  /* of a reply, where they keep the order of the requests */
-    bool inflight;  /* in a send that runs without the lock */
-    bool committed; /* a send of it has to be repeated: CRPCI_TRANSPORT_REPEAT */
-    bool awaited;   /* its id is in the connection's `awaited` */
+    int64_t id;     /* of a request; its reply will carry the same id */
+    uint32_t turn;  /* of a reply, in ordered protocols: the position of its request */
+    bool inflight;  /* a send that runs without the lock uses it */
+    bool committed; /* must be offered to the transport again: CRPCI_TRANSPORT_REPEAT */
+    bool awaited;   /* its id is in the connection's ring of awaited replies */
     bool queued;
 };
 
 typedef struct crpci_conn crpci_conn;
 
-/* What the section above is told. All are called with the loop locked and must not unlock it. */
+/* Callbacks of the connection's owner, a channel's endpoint or a server. All are called with the
+ * loop locked and must not unlock it. */
 typedef struct crpci_conn_events {
     void (*opened)(crpci_conn *c); /* a dialled connection is up */
     void (*message)(crpci_conn *c, const crpci_message *m);
-    void (*oversize)(crpci_conn *c, const crpci_message *m, uint64_t body); /* m has no payload */
-    void (*sent)(crpci_conn *c, crpci_out *out); /* all of a frame left; before it is released */
-    void (*eof)(crpci_conn *c); /* the peer sends no more, it may still read */
-    void (*closed)(crpci_conn *c); /* once, whoever closed it; c->why says why */
+    void (*oversize)(crpci_conn *c, const crpci_message *m, uint64_t body); /* no payload in m */
+    void (*sent)(crpci_conn *c, crpci_out *out); /* all bytes left; freed next */
+    void (*eof)(crpci_conn *c); /* the peer sends no more; it may still read */
+    void (*closed)(crpci_conn *c); /* exactly once, whichever side closed; c->why is set */
     void (*timer)(crpci_conn *c);
 } crpci_conn_events;
 
 typedef enum crpci_detected {
     CRPCI_DETECTED_NO,
     CRPCI_DETECTED_YES,
-    CRPCI_DETECTED_MORE /* not to be told by so few bytes */
+    CRPCI_DETECTED_MORE /* too few bytes to decide */
 } crpci_detected;
 
-#define CRPCI_PROTOCOL_ORDERED 1u /* replies have no id: they come in the order of the requests */
-#define CRPCI_PROTOCOL_NAMES 16u  /* bytes that encoded names may take beside the names */
+#define CRPCI_PROTOCOL_ORDERED 1u /* no ids: replies come in the order of the requests */
+#define CRPCI_PROTOCOL_NAMES 16u  /* bytes that encoding may add to service and method */
 
-/* A protocol cuts bytes into messages and makes bytes of messages. A server finds out by the first
- * bytes of a connection which one it is in; a channel's URL says it, because fields and room are
- * laid out before a connection exists. Flags SINGLE, STREAMS and ATTACH, and open, close, eof,
- * submit, writable, consumed, bind, cancel, farewell and timer come with the protocols that need
- * them. */
+/* A protocol turns bytes into messages and messages into bytes. A server recognises it by the first
+ * bytes of a connection; a channel's URL names it, because a request's bytes are laid out before a
+ * connection exists. Flags SINGLE, STREAMS and ATTACH, and open, close, eof, submit, writable,
+ * consumed, bind, cancel, farewell and timer will come with the protocols that need them. */
 typedef struct crpci_protocol {
-    const char *name; /* as protocol= in a URL has it */
+    const char *name; /* the value of protocol= in a URL */
     unsigned flags;
-    size_t state_size; /* of a connection's own state, which begins as zeros; 0: none */
-    size_t headroom;   /* before a payload at most; names, text, credential, fields come on top */
-    size_t field_cost; /* of a field at most, besides its key and value */
+    size_t state_size; /* of the state that each connection gets, all zeros at first; 0: none */
+    size_t headroom;   /* most bytes before a payload, besides names, text, credential, fields */
+    size_t field_cost; /* most bytes of a field besides its key and value */
     crpci_detected (*detect)(const uint8_t *p, size_t n);
-    /* Takes one message, or part of one, from the front of what has come, and hands it on with
-     * crpci_conn_deliver. Returns the bytes used. 0: the same bytes come again when there are
-     * c->rx_total of them, which it has set to more than n; it then uses them all or asks again.
-     * `chunk` holds the bytes. Locked; the connection may be closed by it. */
+    /* Takes one message, or part of one, from the front of the input in `chunk`, and passes it to
+     * crpci_conn_deliver. Returns the number of bytes used. When it needs more, it sets
+     * c->rx_total to more than n and returns 0: the connection calls again with that many bytes,
+     * and feed then uses all of them or asks for more. Locked; it may close the connection. */
     size_t (*feed)(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n);
-    /* The rest is pure, and called on any thread. `names` encodes service and method for a
-     * request's `names` into `out`, whose `room` is CRPCI_PROTOCOL_NAMES more than both take, and
-     * returns where they stand there. */
+    /* The functions below are pure and run on any thread. `names` encodes service and method into
+     * `out`, once per method; `room` is CRPCI_PROTOCOL_NAMES more than both texts take. Returns
+     * the encoded part of `out`, for a request's `names`. */
     crpc_view (*names)(uint8_t *out, size_t room, crpc_view service, crpc_view method);
-    size_t (*put_field)(uint8_t *out, crpc_view key, crpc_view value); /* returns its length */
+    size_t (*put_field)(uint8_t *out, crpc_view key, crpc_view value); /* returns bytes written */
     bool (*field)(crpc_view fields, const char *key, crpc_view *value);
-    /* Write what comes before a payload that stands at `payload`, but not below `low`. Return where
+    /* Write a frame's head in front of the payload at `payload`, not below `low`, and return where
      * it begins. The attachment is sent behind the payload. */
     uint8_t *(*request)(uint8_t *low, uint8_t *payload, const crpci_message *m);
     uint8_t *(*reply)(uint8_t *low, uint8_t *payload, const crpci_message *m);
@@ -8322,13 +8399,13 @@ struct crpci_conn {
     crpci_timer timer;
     const crpci_transport *io;
     void *io_state;
-    const crpci_protocol *protocol;           /* NULL: the peer has not said enough yet */
-    const crpci_protocol *const *protocols;   /* accepted: one of these, which end with NULL */
-    size_t protocol_index;                    /* of `protocol` in `protocols` */
+    const crpci_protocol *protocol;         /* NULL: not detected yet */
+    const crpci_protocol *const *protocols; /* accepted: the candidates, ended by NULL */
+    size_t protocol_index;                  /* of `protocol` in `protocols` */
     void *protocol_state;
     const crpci_conn_events *up;
     void *owner;
-    void *client; /* the upper section's word for the peer; NULL: none */
+    void *client; /* a server's record of the client host, for its limits; NULL: none */
     uint32_t refs;
     uint32_t busy; /* requests being served */
     int fd;
@@ -8336,36 +8413,38 @@ struct crpci_conn {
     int why_errno; /* 0: none */
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
-    bool unread; /* reading was put off while another thread wrote */
-    bool awaits; /* dialled, and replies keep the order of requests */
+    bool unread; /* input is waiting: it could not be read while another thread wrote */
+    bool awaits; /* dialled, ordered protocol: `awaited` is in use */
     uint32_t max_body;
     int64_t max_skip;
     uint64_t skip;      /* bytes of a refused body still to be dropped */
-    crpci_chunk *rx;    /* a frame that has begun */
+    crpci_chunk *rx;    /* a message of which only a part has arrived; NULL: none */
     size_t rx_len;
-    size_t rx_need;     /* read so far at least, then look again */
-    size_t rx_total;    /* that the protocol asked for */
-    int64_t rx_since;   /* when it began */
+    size_t rx_need;     /* bytes to collect in rx before it grows or is parsed */
+    size_t rx_total;    /* bytes that the protocol asked for */
+    int64_t rx_since;   /* when the partial message began, for frame_timeout_us */
     int64_t frame_timeout_us; /* 0: none */
-    int64_t linger_bytes;     /* close_when_sent: tx_bytes when the timer was set */
+    int64_t linger_bytes;     /* tx_bytes when the timer of close_when_sent was set */
     crpci_chunk *left;  /* input over the step's budget */
     const uint8_t *left_at;
     size_t left_len;
     crpci_out *tx_head;
     crpci_out *tx_tail;
     int64_t tx_bytes;
-    int64_t tx_memory; /* that the queue holds: small frames take more than their bytes */
-    /* Where replies keep the order of requests. Accepted: turns are given to requests, and replies
-     * whose turn has not come wait in `held`, by turn. Dialled: ids of requests that are leaving
-     * or have left wait in a ring for their replies. */
+    int64_t tx_memory; /* bytes of memory in the queue: small frames take more than tx_bytes */
+    /* In ordered protocols. Accepted: each request gets a turn, and `held` keeps the replies whose
+     * turn has not come, sorted. Dialled: the ring `awaited` holds the ids of requests that are
+     * being sent or were sent, in the order in which their replies will arrive. */
     uint32_t turns;
     uint32_t turn_due;
     crpci_out *held;
     int64_t *awaited;
     size_t awaited_size, awaited_first, awaited_count;
-    int64_t active_us; /* last message */
-    crpc_view expect;  /* the names that the next request is likely to have, "" for replies... */
-    const void *expected; /* ... and the upper section's method for them */
+    int64_t active_us; /* when the last message arrived */
+    /* Encoded names that the next request is likely to have, so that crpci_meta_read_usual can
+     * compare them, and the server's method for them; "" when replies are expected. */
+    crpc_view expect;
+    const void *expected;
 };
 
 CRPCI_FN size_t crpci_conn_out_len(const crpci_out *o)
@@ -8373,12 +8452,13 @@ CRPCI_FN size_t crpci_conn_out_len(const crpci_out *o)
     return o->head_len + o->tail_len;
 }
 
-/* Whether the peer may have got some of it: it can no longer be taken back. */
+/* Whether the peer may have received part of a frame, so that it can no longer be withdrawn. */
 CRPCI_FN bool crpci_conn_out_begun(const crpci_out *o)
 {
     return o->sent || o->inflight || o->committed;
 }
 
+/* Memory that a queued frame is charged with, against the limit of a connection's queue. */
 CRPCI_FN int64_t crpci_conn_out_memory(const crpci_out *o)
 {
     return (int64_t)(CRPCI_CHUNK_HEADER + o->chunk->cap + o->tail_len);
@@ -8391,13 +8471,15 @@ CRPCI_FN void crpci_conn_out_free(crpci_out *o)
         crpci_heap_chunk_unref(o->chunk);
 }
 
-/* A frame that can no longer be taken back outlives the call that owned it. */
+/* Lets a frame that can no longer be withdrawn outlive the call that owned it. If it borrows the
+ * call's attachment, crpci_request_settle must follow. */
 CRPCI_FN void crpci_conn_out_orphan(crpci_out *o)
 {
     o->owner = NULL;
     crpci_heap_chunk_ref(o->chunk);
 }
 
+/* A short text for a connection's errno, 0 included, which means end of input. */
 CRPCI_COLD const char *crpci_conn_errno_text(int e)
 {
     if (!CRPC_ENABLE_TEXTS)
@@ -8432,6 +8514,8 @@ CRPCI_COLD const char *crpci_conn_errno_text(int e)
     }
 }
 
+/* Keeps the struct alive over a call that may close the connection. The loop holds one reference
+ * until the close. */
 CRPCI_FN void crpci_conn_hold(crpci_conn *c)
 {
     c->refs++;
@@ -8462,11 +8546,12 @@ CRPCI_FN void crpci_conn_out_free_all(crpci_out **list)
     }
 }
 
-/* After a close: gives back what nobody uses any more. */
+/* After a close: releases the queue, the buffers and the descriptor, unless a thread without the
+ * lock still uses them. */
 CRPCI_FN void crpci_conn_cleanup(crpci_conn *c)
 {
     if (c->reading || c->writing)
-        return; /* P7: whoever uses the descriptor comes here when it is done */
+        return; /* rule P7: the thread that uses the descriptor calls this when it is done */
     crpci_conn_out_free_all(&c->tx_head);
     crpci_conn_out_free_all(&c->held);
     c->tx_tail = NULL;
@@ -8478,7 +8563,9 @@ CRPCI_FN void crpci_conn_cleanup(crpci_conn *c)
     c->fd = -1;
 }
 
-/* Closes at once; queued output is dropped. Safe to call again. */
+/* Closes at once and drops queued output. Calling it again does nothing. A descriptor in use by
+ * another thread is shut down, which ends that thread's system call, and closed by that thread: the
+ * kernel could otherwise give its number to another file meanwhile. */
 CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
 {
     crpc_loop *l = c->loop;
@@ -8517,11 +8604,11 @@ CRPCI_FN bool crpci_conn_engaged(const crpci_conn *c)
     return (c->reading || c->writing) && !(c->io->flags & CRPCI_TRANSPORT_DUPLEX);
 }
 
-/* Tells the poller what the connection waits for. */
+/* Tells the poller which events the connection waits for. May close the connection. */
 CRPCI_FN void crpci_conn_interest(crpci_conn *c)
 {
     unsigned events = 0;
-    if (c->closed || crpci_conn_engaged(c)) /* whoever uses the transport comes here afterwards */
+    if (c->closed || crpci_conn_engaged(c)) /* the thread in the transport calls this afterwards */
         return;
     if (!c->connecting && !c->paused && !c->eof)
         events |= CRPC_READABLE;
@@ -8533,14 +8620,14 @@ CRPCI_FN void crpci_conn_interest(crpci_conn *c)
         crpci_conn_close(c, CRPC_ENOMEM, 0);
 }
 
-/* Has what the poller cannot see be read with the next step. */
+/* Schedules a read for the next step, for input that the poller cannot see. */
 CRPCI_FN void crpci_conn_read_on(crpci_conn *c)
 {
     crpci_loop_queue(&c->loop->resume, &c->resume);
     crpci_loop_kick(c->loop);
 }
 
-/* Whether there is input that no descriptor will tell of. */
+/* Whether there is input that the poller will not report: already read, or inside the transport. */
 CRPCI_FN bool crpci_conn_has_unseen(const crpci_conn *c)
 {
     if (c->left || c->unread)
@@ -8548,12 +8635,14 @@ CRPCI_FN bool crpci_conn_has_unseen(const crpci_conn *c)
     return c->io->pending && !crpci_conn_engaged(c) && c->io->pending(c->io_state);
 }
 
+/* Stops or resumes reading, while a peer's requests or the replies to them pile up. The time of a
+ * partial message begins anew on resuming, because the pause was not the peer's slowness. */
 CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
 {
     if (c->paused == paused || c->closed)
         return;
     c->paused = paused;
-    c->rx_since = crpci_loop_now(c->loop); /* a pause is not the peer's slowness */
+    c->rx_since = crpci_loop_now(c->loop);
     if (!paused && crpci_conn_has_unseen(c))
         crpci_conn_read_on(c);
     crpci_conn_interest(c);
@@ -8561,15 +8650,17 @@ CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
 
 /* --- sending ---------------------------------------------------------------------------------- */
 
-/* What one send takes: the kernel spends more on a piece than a copy of a short one costs. */
+/* The pieces of one send. Short frames are copied together, because the kernel spends more time on
+ * each piece of an iovec than the copy takes. The copies are on the heap: on the stack they would
+ * be most of the stack that a synchronous call needs. */
 typedef struct crpci_conn_batch {
     struct iovec iov[CRPCI_CONN_IOV];
     int count;
     size_t used;
-    crpci_chunk *copies; /* of short frames; NULL: there is one frame, or no memory: none is copied.
-                          * On the stack it would be most of what a synchronous call needs. */
+    crpci_chunk *copies; /* NULL: there is only one frame, or no memory; none is copied then */
 } crpci_conn_batch;
 
+/* Adds a piece that the send reads where it is. */
 CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n)
 {
     union {
@@ -8581,7 +8672,7 @@ CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n)
     b->iov[b->count++].iov_len = n;
 }
 
-/* Adds a short frame as a copy, behind another one where that is possible. */
+/* Adds a copy of a short frame, joined with the copy before it where possible. */
 CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t n)
 {
     uint8_t *to = crpci_heap_data(b->copies) + b->used;
@@ -8594,8 +8685,8 @@ CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t 
         crpci_conn_add(b, to, n);
 }
 
-/* Notes that a request is about to leave: its reply is the next one after those of the others. This
- * comes before the send, because another thread may read the reply before this one has the lock
+/* Appends the id of a request that is about to be sent to the ring of awaited replies. This must
+ * happen before the send, because another thread may read the reply before this one has the lock
  * again. */
 CRPCI_COLD void crpci_conn_await(crpci_conn *c, crpci_out *o)
 {
@@ -8618,19 +8709,21 @@ CRPCI_COLD void crpci_conn_await(crpci_conn *c, crpci_out *o)
     o->awaited = true;
 }
 
-/* Takes back the notes of requests of which a send has taken nothing: they can still be withdrawn,
- * and are the last ones. */
+/* Removes the ids of requests of which a send has taken no byte: they can still be withdrawn. They
+ * are the last ones of the ring. */
 CRPCI_COLD void crpci_conn_await_not(crpci_conn *c)
 {
     crpci_out *o;
     for (o = c->tx_head; o && (o->awaited || o->sent); o = o->next) {
         if (!o->sent) {
             o->awaited = false;
-            c->awaited_count -= c->awaited_count != 0; /* a peer may have answered too soon */
+            c->awaited_count -= c->awaited_count != 0; /* 0: the peer answered unsent requests */
         }
     }
 }
 
+/* Collects queued frames for one send and marks them as in flight. The first frame may be sent in
+ * part already; its `sent` bytes are skipped. */
 CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
 {
     crpci_out *o;
@@ -8653,7 +8746,7 @@ CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
     }
 }
 
-/* Accounts for `n` sent bytes; frames that are complete leave the queue. */
+/* Accounts for `n` sent bytes. Complete frames leave the queue, and their owners are told. */
 CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
 {
     crpci_chunk *chunk, *tail;
@@ -8674,8 +8767,8 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         c->tx_memory -= crpci_conn_out_memory(o);
         chunk = o->owner ? NULL : o->chunk;
         tail = o->tail_chunk;
-        if (!c->closed) /* else its owner was told, and may be gone */
-            c->up->sent(c, o); /* and an owner may go with the frame */
+        if (!c->closed) /* else the owner got `closed`, and may have freed itself */
+            c->up->sent(c, o); /* the owner may free `o` here */
         crpci_heap_chunk_unref(tail);
         crpci_heap_chunk_unref(chunk);
     }
@@ -8714,8 +8807,9 @@ CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int cou
     crpci_conn_interest(c);
 }
 
-/* Sends what is queued until the transport takes no more. Unlocks while sending; others only append
- * meanwhile. */
+/* Sends the queue until it is empty or the transport takes no more. Unlocks the loop while sending;
+ * meanwhile other threads may append frames, withdraw frames that are not in flight, or close the
+ * connection. */
 CRPCI_FN void crpci_conn_flush(crpci_conn *c)
 {
     crpc_loop *l = c->loop;
@@ -8733,7 +8827,8 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
         int saved;
         ssize_t n;
         if (rounds++ >= CRPCI_CONN_ROUNDS && l->driver) {
-            /* Others append as fast as it sends: nobody is to be kept here by them. */
+            /* Other threads append as fast as this one sends: the loop's driver goes on, so that a
+             * synchronous caller can return to its own call. */
             crpci_loop_queue(&l->dirty, &c->flush);
             crpci_loop_kick(l);
             break;
@@ -8779,8 +8874,8 @@ CRPCI_FN void crpci_conn_flush_task(crpc_loop *l, crpci_task *task)
     crpci_conn_flush(CRPCI_CONTAINER(task, crpci_conn, flush));
 }
 
-/* Queues a frame; if it has no owner, the connection now has its reference of the chunk. Sent by
- * whoever drives. */
+/* Appends a frame; the loop's driver will send it. If the frame has no owner, the connection takes
+ * over the caller's reference of the chunk. */
 CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
 {
     o->next = NULL;
@@ -8800,7 +8895,8 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
 }
 
 #if CRPC_ENABLE_SERVER
-/* Queues the reply to the request of that turn, or keeps it until the turn has come. */
+/* Queues the reply to the request of `turn`. In an ordered protocol, keeps it until the replies to
+ * all earlier requests are queued. */
 CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
 {
     crpci_out **at = &c->held;
@@ -8823,7 +8919,7 @@ CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
 }
 #endif
 
-/* Takes back a frame of which nothing was sent. False if that is too late. */
+/* Removes a queued frame of which nothing was sent. False: part of it may have left already. */
 CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
 {
     crpci_out **at = &c->tx_head, *before = NULL;
@@ -8847,6 +8943,7 @@ CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
 
 /* --- receiving -------------------------------------------------------------------------------- */
 
+/* Closes a connection whose peer broke its protocol, with a warning that says how. */
 CRPCI_FN void crpci_conn_bad(crpci_conn *c, const char *what)
 {
     c->loop->stats.bad_frames++;
@@ -8854,7 +8951,8 @@ CRPCI_FN void crpci_conn_bad(crpci_conn *c, const char *what)
     crpci_conn_close(c, CRPC_ERESPONSE, 0);
 }
 
-/* A frame has begun whose end is not there: it has a time to come in. */
+/* A partial message is buffered: starts its timeout, unless the timer fires earlier for another
+ * reason. */
 CRPCI_FN void crpci_conn_begun(crpci_conn *c)
 {
     c->rx_since = crpci_loop_now(c->loop);
@@ -8863,8 +8961,8 @@ CRPCI_FN void crpci_conn_begun(crpci_conn *c)
         crpci_loop_timer_set(c->loop, &c->timer, c->frame_timeout_us);
 }
 
-/* Gives a message of an ordered protocol its place: a request its turn, a reply the id of its
- * request. False: the connection is closed. */
+/* Orders a message of an ordered protocol: a request gets the next turn, a reply the id of the
+ * oldest awaited request. False: the connection was closed. */
 CRPCI_COLD bool crpci_conn_place(crpci_conn *c, crpci_message *m)
 {
     if (m->kind == CRPCI_MESSAGE_REQUEST) {
@@ -8895,7 +8993,8 @@ CRPCI_FN void crpci_conn_deliver(crpci_conn *c, crpci_message *m)
 }
 
 /* For protocols: reports a message whose body of `size` bytes is over max_body, and skips the next
- * `skip` bytes of input. */
+ * `skip` bytes of input. The connection stays usable, so that the peer gets an error in place of a
+ * reset. */
 CRPCI_COLD void crpci_conn_oversize(crpci_conn *c, crpci_message *m, uint64_t size, uint64_t skip)
 {
     c->active_us = crpci_loop_time(c->loop);
@@ -8906,7 +9005,7 @@ CRPCI_COLD void crpci_conn_oversize(crpci_conn *c, crpci_message *m, uint64_t si
         c->up->oversize(c, m, size);
 }
 
-/* The connection is in this protocol from now on. False: it was closed, for want of memory. */
+/* Fixes the connection's protocol. False: out of memory, and the connection was closed. */
 CRPCI_FN bool crpci_conn_speak(crpci_conn *c, const crpci_protocol *p)
 {
     c->protocol = p;
@@ -8920,7 +9019,7 @@ CRPCI_FN bool crpci_conn_speak(crpci_conn *c, const crpci_protocol *p)
 }
 
 #if CRPC_ENABLE_SERVER
-/* Finds out the protocol of an accepted connection. False: not yet, or it was closed. */
+/* Recognises the protocol of an accepted connection. False: too few bytes yet, or closed. */
 CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
 {
     bool more = false;
@@ -8941,8 +9040,8 @@ CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
 }
 #endif
 
-/* Gives bytes to the protocol. Returns the bytes used. 0: it needs more, or the connection is
- * closed. */
+/* Passes input to the protocol and returns the number of bytes it used. 0: it needs more
+ * (c->rx_total), or the connection is closed. */
 CRPCI_FN size_t crpci_conn_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
 #if CRPC_ENABLE_SERVER
@@ -8952,8 +9051,8 @@ CRPCI_FN size_t crpci_conn_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_
     return c->protocol->feed(c, chunk, p, n);
 }
 
-/* A chunk for a frame that has begun with `have` bytes. A large one is trusted with its full size
- * only when a good part of it has come. */
+/* Buffers the first `have` bytes of a message. The full size is allocated at once only when a good
+ * part of it has arrived: a peer must not reserve memory by announcing large sizes. */
 CRPCI_FN bool crpci_conn_begin(crpci_conn *c, const uint8_t *p, size_t have)
 {
     size_t cap = c->rx_total;
@@ -8971,7 +9070,7 @@ CRPCI_FN bool crpci_conn_begin(crpci_conn *c, const uint8_t *p, size_t have)
     return true;
 }
 
-/* The message in c->rx, which stays, gets room for all that the protocol asked for. */
+/* Enlarges c->rx towards the size that the protocol asked for, under the same rule. */
 CRPCI_FN void crpci_conn_grow(crpci_conn *c)
 {
     crpci_chunk *bigger;
@@ -8991,7 +9090,7 @@ CRPCI_FN void crpci_conn_grow(crpci_conn *c)
     c->rx_need = crpci_base_min(c->rx_total, c->rx->cap);
 }
 
-/* The message in c->rx has got the bytes that were asked for: it is whole, or needs more. */
+/* c->rx holds the bytes that were asked for: parses them, and grows if the protocol needs more. */
 CRPCI_FN void crpci_conn_rx_full(crpci_conn *c)
 {
     crpci_chunk *chunk = c->rx;
@@ -9006,8 +9105,8 @@ CRPCI_FN void crpci_conn_rx_full(crpci_conn *c)
     crpci_conn_grow(c);
 }
 
-/* Takes one piece of input: a whole message where it stands, else what continues or begins c->rx.
- * Returns the bytes used. */
+/* Takes one piece of input: a whole message in place, or bytes that begin or continue c->rx.
+ * Returns the number of bytes used. */
 CRPCI_FN size_t crpci_conn_feed_one(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
     size_t used;
@@ -9030,7 +9129,8 @@ CRPCI_FN size_t crpci_conn_feed_one(crpci_conn *c, crpci_chunk *chunk, const uin
     return crpci_conn_begin(c, p, n) ? n : 0;
 }
 
-/* Takes input until the step's budget is used up; the rest waits in c->left. */
+/* Takes input until the step's budget is used up or the connection pauses; the rest waits in
+ * c->left. */
 CRPCI_FN void crpci_conn_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
     int frames = 0;
@@ -9051,7 +9151,7 @@ CRPCI_FN void crpci_conn_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *
     }
 }
 
-/* Goes on with input that was over the budget. False if there is more of it still. */
+/* Continues with input that was over the budget. False if some of it is still left. */
 CRPCI_FN bool crpci_conn_catch_up(crpci_conn *c)
 {
     crpci_chunk *chunk = c->left;
@@ -9065,8 +9165,9 @@ CRPCI_FN bool crpci_conn_catch_up(crpci_conn *c)
     return !c->left;
 }
 
-/* The loop's receive buffer: one for all connections, because only the driver reads. Frames still
- * pointed into keep their part of it; the next read goes behind them. */
+/* Provides the loop's receive buffer, one for all connections, because only the driver reads.
+ * Messages that somebody still points into keep their part of it; the next read goes behind
+ * them. */
 CRPCI_FN bool crpci_conn_spare(crpc_loop *l)
 {
     if (l->spare && crpci_loop_spare_alone(l))
@@ -9080,12 +9181,13 @@ CRPCI_FN bool crpci_conn_spare(crpc_loop *l)
     return l->spare != NULL;
 }
 
+/* Processes `n` bytes that readv put into c->rx and, behind that, into the loop's buffer. */
 CRPCI_FN void crpci_conn_received(crpci_conn *c, size_t n)
 {
     crpc_loop *l = c->loop;
     crpci_chunk *chunk = l->spare;
     const uint8_t *p = crpci_heap_data(chunk) + l->spare_pos;
-    crpci_loop_share(l, chunk); /* a callee may let go of the spare */
+    crpci_loop_share(l, chunk); /* a callback may drop the loop's buffer */
     if (c->rx) {
         size_t direct = crpci_base_min(n, c->rx_need - c->rx_len);
         c->rx_len += direct;
@@ -9099,7 +9201,8 @@ CRPCI_FN void crpci_conn_received(crpci_conn *c, size_t n)
         l->spare_pos += (n + 7) & ~(size_t)7;
 }
 
-/* What a read may have changed with a transport that is more than a socket. */
+/* With a transport that is more than a socket, a read may have changed what it waits for, and
+ * whether it can write. */
 CRPCI_COLD void crpci_conn_after_read(crpci_conn *c)
 {
     if (c->closed)
@@ -9111,6 +9214,8 @@ CRPCI_COLD void crpci_conn_after_read(crpci_conn *c)
     crpci_conn_interest(c);
 }
 
+/* Reads once. Partial messages are read straight into their chunk. Unlocks the loop while
+ * reading. */
 CRPCI_FN void crpci_conn_read(crpci_conn *c)
 {
     crpc_loop *l = c->loop;
@@ -9155,6 +9260,8 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
 
 /* --- opening ---------------------------------------------------------------------------------- */
 
+/* A dialled socket has become writable: it is connected, or SO_ERROR says why not. A socket that
+ * connected to itself, which the kernel does on local ephemeral ports, counts as refused. */
 CRPCI_FN void crpci_conn_connected(crpci_conn *c)
 {
     int e = 0;
@@ -9174,6 +9281,7 @@ CRPCI_FN void crpci_conn_connected(crpci_conn *c)
         c->up->opened(c);
 }
 
+/* The poller's callback. */
 CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
 {
     crpci_conn *c = CRPCI_CONTAINER(w, crpci_conn, watch);
@@ -9195,7 +9303,8 @@ CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
     crpci_conn_drop(c);
 }
 
-/* Goes on with input that was over the budget, or that no descriptor tells of. */
+/* Runs in the next step: continues with input over the budget, then with input that the poller
+ * cannot see. */
 CRPCI_FN void crpci_conn_resume_task(crpc_loop *l, crpci_task *task)
 {
     crpci_conn *c = CRPCI_CONTAINER(task, crpci_conn, resume);
@@ -9215,7 +9324,8 @@ CRPCI_FN void crpci_conn_on_timer(crpc_loop *l, crpci_timer *t)
 }
 
 #if CRPC_ENABLE_SERVER
-/* Whether a connection is at rest: nothing to be sent, nothing received in part or not yet. */
+/* Whether a connection is at rest: nothing to send, nothing partly received, nothing unread. A
+ * draining server can close such a connection without losing a request. */
 CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
 {
     return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip && !crpci_conn_engaged(c) &&
@@ -9223,8 +9333,9 @@ CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
 }
 #endif
 
-/* Takes over a socket, connecting or accepted; on failure it is closed. The loop has a reference
- * until the connection closes. An accepted one needs `protocols`, the other one a protocol. */
+/* Takes over a socket, connecting or accepted; on failure the socket is closed. The loop has a
+ * reference until the connection closes. The caller sets `protocols` of an accepted connection, and
+ * calls crpci_conn_speak for a dialled one, before the loop runs again. */
 CRPCI_FN int crpci_conn_new(crpc_loop *l, int fd, bool connecting, const crpci_conn_events *up,
                             void *owner, crpci_conn **out)
 {
@@ -9260,7 +9371,7 @@ CRPCI_FN int crpci_conn_new(crpc_loop *l, int fd, bool connecting, const crpci_c
     return CRPC_OK;
 }
 
-/* Begins to connect. CRPC_ECONN with errno in *e if that failed at once. */
+/* Begins to connect. Fails with CRPC_ECONN and the errno in *e if connect failed at once. */
 CRPCI_FN int crpci_conn_dial(crpc_loop *l, const crpci_addr *to, const crpci_conn_events *up,
                              void *owner, crpci_conn **out, int *e)
 {
@@ -9284,8 +9395,12 @@ CRPCI_FN int crpci_conn_dial(crpc_loop *l, const crpci_addr *to, const crpci_con
 /* >>impl-baidu   brpc's protocol baidu_std: RpcMeta to messages and back   */
 /* ======================================================================== */
 
-#define CRPCI_BAIDU_META_MAX (64u << 10) /* of a frame that is refused for its size */
+/* Cuts baidu_std's frames (see impl-frame, impl-meta) into messages, and lays out requests and
+ * replies. The peer is not trusted: each size is checked before memory is reserved for it. */
 
+#define CRPCI_BAIDU_META_MAX (64u << 10) /* largest meta read of a frame over the size limit */
+
+/* The first four bytes are "PRPC"; fewer that match leave it open. */
 CRPCI_FN crpci_detected crpci_baidu_detect(const uint8_t *p, size_t n)
 {
     if (memcmp(p, "PRPC", crpci_base_min(n, 4)) != 0)
@@ -9293,7 +9408,8 @@ CRPCI_FN crpci_detected crpci_baidu_detect(const uint8_t *p, size_t n)
     return n < 4 ? CRPCI_DETECTED_MORE : CRPCI_DETECTED_YES;
 }
 
-/* Whether crpc can do all that a meta asks for; else `text` says what it cannot. */
+/* Whether crpc supports all that a meta asks for; if not, `text` says what it does not support, for
+ * the error reply. */
 CRPCI_COLD bool crpci_baidu_check(const crpci_meta *m, size_t body, char *text, size_t size)
 {
     if (m->attachment_size < 0 || (size_t)m->attachment_size > body)
@@ -9338,7 +9454,8 @@ CRPCI_FN void crpci_baidu_full(const crpci_meta *meta, crpci_message *m, size_t 
     m->credential = meta->credential;
 }
 
-/* A body over the limit: as much of it is needed as says who is to be told. */
+/* A body over the limit: reads the meta, which names the call to answer with an error, and skips
+ * the rest. Closes the connection instead if even skipping would exceed max_skip. */
 CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n, uint32_t body,
                                        uint32_t size)
 {
@@ -9362,6 +9479,8 @@ CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n
     return (size_t)CRPCI_FRAME_HEADER + size;
 }
 
+/* The hot path of every request and reply. The message is filled member by member, not cleared: see
+ * crpci_message.usual. */
 CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
     uint32_t body = 0, size = 0;
@@ -9408,7 +9527,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
 #if CRPC_ENABLE_CLIENT
 CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
-    crpci_meta meta; /* what a request has of it */
+    crpci_meta meta; /* only the members that crpci_meta_put_request reads */
     meta.names = m->names;
     meta.credential = m->credential;
     meta.log_id = m->log_id;
@@ -9427,7 +9546,7 @@ CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpc
 #if CRPC_ENABLE_SERVER
 CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
-    crpci_meta meta; /* what a reply has of it */
+    crpci_meta meta; /* only the members that crpci_meta_put_reply reads */
     meta.error_code = m->status;
     meta.error_text = m->text;
     meta.attachment_size = (int32_t)m->attachment_size;
@@ -9459,11 +9578,11 @@ static const crpci_protocol crpci_baidu = {"baidu_std",
 #endif
 
 /* ======================================================================== */
-/* >>impl-protocols   which protocols there are                             */
+/* >>impl-protocols   the table of wire protocols                          */
 /* ======================================================================== */
 
-/* What a server detects, in this order, and a channel may name. A test adds its own; so does who
- * adds one to crpc. */
+/* A server tries these in order to detect a connection's protocol; a channel's URL names one. A new
+ * protocol is added here; tests add theirs through CRPCI_TEST_PROTOCOLS. */
 static const crpci_protocol *const crpci_protocols[] = {
     &crpci_baidu,
 #ifdef CRPCI_TEST_PROTOCOLS
@@ -9473,7 +9592,7 @@ static const crpci_protocol *const crpci_protocols[] = {
 
 #define CRPCI_PROTOCOLS_COUNT (sizeof crpci_protocols / sizeof crpci_protocols[0] - 1)
 
-/* The protocol of that name. NULL: there is none. */
+/* The protocol of that name; NULL: there is none. */
 CRPCI_COLD const crpci_protocol *crpci_protocols_find(const char *name)
 {
     size_t i;
@@ -9485,29 +9604,35 @@ CRPCI_COLD const crpci_protocol *crpci_protocols_find(const char *name)
 }
 
 /* ======================================================================== */
-/* >>impl-names   provider URLs as Dubbo writes them, overrides; pure       */
+/* >>impl-names   provider URLs in Dubbo's notation, and an operator's overrides; pure */
 /* ======================================================================== */
 
-#define CRPCI_DIRECTORY        (CRPC_ENABLE_ZOOKEEPER || CRPC_ENABLE_SERVERLESS) /* any registry */
+/* Registries store a provider as the name of a znode or the text of a datagram: a URL in Dubbo's
+ * notation. This section writes and reads those URLs, decides whether a provider is what a consumer
+ * wants, and applies an operator's override:// rules. It is pure: any thread, no lock; names come
+ * from the network and are not trusted. */
 
-#define CRPCI_NAMES_WEIGHT     100 /* of a provider that does not tell */
+#define CRPCI_DIRECTORY (CRPC_ENABLE_ZOOKEEPER || CRPC_ENABLE_SERVERLESS) /* any registry */
+
+#define CRPCI_NAMES_WEIGHT     100 /* of a provider whose URL has no weight= */
 #define CRPCI_NAMES_WEIGHT_MAX 1000000
 
-/* A service, as a provider offers it or a consumer wants it. In texts NULL stands for "". */
+/* A service, as a provider offers it or a consumer wants it. A text that is NULL counts as "". */
 typedef struct crpci_names_service {
     const char *service; /* "demo.UserService" */
     const char *group;
     const char *version;
-    const char *application; /* the program's name, for people and overrides */
+    const char *application; /* the program's name: shown to operators, matched by overrides */
     const char *methods;     /* of a provider: "Login,Register" */
-    const char *address;     /* of a provider: "host:port", the host numeric; ":port": the address
-                              * that reaches the registry; "0.0.0.0:port": the IPv4 one that does */
+    const char *address;     /* of a provider: "host:port", the host numeric. ":port": the local
+                              * address on the route to the registry; "0.0.0.0:port": the same, but
+                              * an IPv4 address */
     int weight;
     int warmup_ms;    /* 0: none */
-    bool allow_empty; /* of a consumer: an empty list, read without a fault, is believed */
+    bool allow_empty; /* of a consumer: an empty list, read completely, replaces a good one */
 } crpci_names_service;
 
-/* Names of nodes, in one block. */
+/* Encoded provider names; the array and the texts are one block at `name`. */
 typedef struct crpci_names {
     size_t size; /* of the block at `name` */
     size_t count;
@@ -9521,7 +9646,7 @@ CRPCI_COLD void crpci_names_free(crpci_heap *h, crpci_names *n)
     n->count = 0;
 }
 
-/* Copies a service with its texts, which are one block; the address is not copied. False: out of
+/* Copies a service and its texts, which form one block; the address is not copied. False: out of
  * memory. */
 CRPCI_FN bool crpci_names_copy(crpci_heap *h, crpci_names_service *to,
                                const crpci_names_service *from)
@@ -9552,7 +9677,7 @@ CRPCI_FN bool crpci_names_copy(crpci_heap *h, crpci_names_service *to,
 /* Frees the texts of a copy. A service that is all zero has none. */
 CRPCI_FN void crpci_names_release(crpci_heap *h, crpci_names_service *s)
 {
-    if (s->service) /* the block begins with it, and ends with the methods */
+    if (s->service) /* the block begins with `service` and ends with `methods` */
         crpci_heap_free(h, (void *)(uintptr_t)s->service,
                         (size_t)(s->methods - s->service) + strlen(s->methods) + 1);
     memset(s, 0, sizeof *s);
@@ -9560,7 +9685,7 @@ CRPCI_FN void crpci_names_release(crpci_heap *h, crpci_names_service *s)
 
 /* --- node names: Dubbo's URLs ----------------------------------------------------------------- */
 
-/* Text that is measured when it does not fit, as with snprintf. */
+/* Output of a URL. As with snprintf, `len` counts what does not fit too. */
 typedef struct crpci_names_text {
     char *out;
     size_t size;
@@ -9577,9 +9702,11 @@ CRPCI_FN void crpci_names_put(crpci_names_text *t, const char *text)
         t->out[t->len < t->size ? t->len : t->size - 1] = '\0';
 }
 
-/* `before`, then the value with what would end it encoded, or nothing at all if it is empty. Dubbo
- * puts values as they are; none of these characters is in one that Dubbo could read back. */
-CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before, const char *value)
+/* Appends `before` and the value, percent-encoding the characters that would end a value; appends
+ * nothing if the value is empty. Dubbo writes values unencoded, but could not read back one that
+ * has such a character. */
+CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before,
+                                       const char *value)
 {
     if (!value || !*value)
         return;
@@ -9600,8 +9727,8 @@ CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before, con
 }
 
 /* Writes the URL of a provider, or of a consumer, whose address is a host without a port. The
- * parameters stand in alphabetical order, as Dubbo writes them. Returns the length that was
- * needed. */
+ * parameters are in alphabetical order, as Dubbo writes them. Returns the length that the whole URL
+ * needs. */
 CRPCI_FN size_t crpci_names_url(char *out, size_t size, const crpci_names_service *s, bool consumer,
                                 const char *address, int64_t timestamp_ms, long pid)
 {
@@ -9635,17 +9762,18 @@ CRPCI_FN size_t crpci_names_url(char *out, size_t size, const crpci_names_servic
     return t.len;
 }
 
-/* What the name of a node says. The texts point into the name. */
+/* The contents of a provider's name. The texts point into the name, which is modified. */
 typedef struct crpci_names_node {
     const char *scheme;
-    char address[CRPC_ADDRESS_MAX]; /* in its one canonical form: equal if it is the same */
+    char address[CRPC_ADDRESS_MAX]; /* canonical: equal addresses are equal texts */
     crpci_names_service of;
-    bool enabled;  /* not enabled=false: it is no provider at all */
-    bool disabled; /* disabled=true, which can be overridden */
+    bool enabled;  /* false: enabled=false; the provider is ignored, overrides or not */
+    bool disabled; /* disabled=true, which an override can change */
     int64_t timestamp_ms;
 } crpci_names_node;
 
-/* A number that is not negative, or -1, which counts as 0. False, and nothing changed: none. */
+/* Reads a number that is not negative; -1 counts as 0. False: it is malformed, and *out is
+ * unchanged. */
 CRPCI_FN bool crpci_names_number(const char *value, int64_t max, int *out)
 {
     int64_t number;
@@ -9655,8 +9783,8 @@ CRPCI_FN bool crpci_names_number(const char *value, int64_t max, int *out)
     return true;
 }
 
-/* Takes a parameter that providers and overrides have in common. 1: taken; 0: another one; -1: its
- * value is malformed, and nothing changed. */
+/* Takes a parameter that providers and overrides have in common. Returns 1 if it is one of these, 0
+ * if not, and -1 if its value is malformed, which leaves the service unchanged. */
 CRPCI_FN int crpci_names_common(crpci_names_service *s, const char *key, const char *value)
 {
     if (strcmp(key, "group") == 0)
@@ -9676,6 +9804,7 @@ CRPCI_FN int crpci_names_common(crpci_names_service *s, const char *key, const c
     return 1;
 }
 
+/* A malformed value is ignored, so that a provider whose weight cannot be read still gets calls. */
 CRPCI_FN void crpci_names_param(crpci_names_node *n, const char *key, const char *value)
 {
     int64_t number;
@@ -9689,7 +9818,7 @@ CRPCI_FN void crpci_names_param(crpci_names_node *n, const char *key, const char
         n->timestamp_ms = number < 0 ? 0 : number;
 }
 
-/* Takes a URL apart, in place. False: it is none. What is missing is "". */
+/* Splits a URL in place. Parts that are missing become "". False: the text is not a URL. */
 CRPCI_FN bool crpci_names_split(char *url, char **address, char **service, char **query)
 {
     char *path, *user;
@@ -9714,8 +9843,8 @@ CRPCI_FN bool crpci_names_split(char *url, char **address, char **service, char 
     return true;
 }
 
-/* Takes the next key=value of a query, the value decoded. 1: here it is; 0: the end; -1: a value
- * is malformed. */
+/* Takes the next key=value of a query and decodes the value. Returns 1 for a pair, 0 at the end, -1
+ * if a value is malformed. */
 CRPCI_FN int crpci_names_next(char **query, char **key, char **value)
 {
     while (**query) {
@@ -9733,7 +9862,7 @@ CRPCI_FN int crpci_names_next(char **query, char **key, char **value)
     return 0;
 }
 
-/* Reads a provider's URL, in place. False: it is none, or its address is not numeric. */
+/* Reads a provider's URL, in place. False: malformed, or its address is not numeric. */
 CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
 {
     char *address, *service, *query, *key, *value;
@@ -9755,14 +9884,14 @@ CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
     return more == 0;
 }
 
-/* Reads the name of a node, in place: a URL encoded once more. */
+/* Reads the name of a znode, in place. It is a provider's URL, percent-encoded as a whole. */
 CRPCI_FN bool crpci_names_parse(crpci_names_node *n, char *name)
 {
     return crpci_url_decode(name) && crpci_names_read(n, name);
 }
 
-/* Whether what a consumer wants ("" or NULL: the plain one, "*": any, or a list "a,b") is what a
- * provider has. */
+/* Whether a consumer's group or version ("" or NULL: only "", "*": any, "a,b": either) accepts a
+ * provider's. */
 CRPCI_FN bool crpci_names_match(const char *want, const char *have)
 {
     size_t n = strlen(have);
@@ -9778,6 +9907,8 @@ CRPCI_FN bool crpci_names_match(const char *want, const char *have)
     return false;
 }
 
+/* Whether a consumer wants a provider. Registries are shared with Dubbo, so only URLs of schemes
+ * that speak baidu_std are taken. */
 CRPCI_FN bool crpci_names_takes(const crpci_names_service *q, const crpci_names_node *n)
 {
     if (strcmp(n->scheme, "crpc") != 0 && strcmp(n->scheme, "brpc") != 0 &&
@@ -9788,20 +9919,21 @@ CRPCI_FN bool crpci_names_takes(const crpci_names_service *q, const crpci_names_
            (!*n->of.service || !*q->service || strcmp(n->of.service, q->service) == 0);
 }
 
-/* --- overrides: what an operator changes at run time ------------------------------------------ */
+/* --- overrides: rules by which an operator changes providers at run time ---------------------- */
 
-/* One of Dubbo's override:// URLs. Its texts are the block's. */
+/* One of Dubbo's override:// rules. Its texts are in the block of its crpci_names_overrides. */
 typedef struct crpci_names_override {
-    const char *name; /* of the node */
-    char host[INET6_ADDRSTRLEN + 2]; /* canonical, IPv6 in brackets; "": any */
-    unsigned port;                   /* 0: any */
-    bool here; /* the host is this consumer's, as where no port is given: any provider */
-    crpci_names_service of; /* "": any; weight and warm-up -1: left as they are */
+    const char *name; /* of the znode; set only while the rules are sorted */
+    char host[INET6_ADDRSTRLEN + 2]; /* canonical, IPv6 in brackets; "": any host */
+    unsigned port;                   /* 0: any port */
+    bool here; /* the host, given without a port, is this consumer's: hits all providers */
+    crpci_names_service of; /* conditions, "": any; weight and warm-up to set, -1: unchanged */
     int64_t priority;
-    int disabled; /* -1: left as it is */
+    int disabled; /* to set; -1: unchanged */
 } crpci_names_override;
 
-/* Those of a directory, in the order in which they are applied. Never changes. */
+/* The rules of a directory in the order in which they are applied. Immutable, so that readers need
+ * only a reference, no lock. */
 typedef struct crpci_names_overrides {
     uint32_t refs;
     crpci_heap *heap;
@@ -9820,7 +9952,8 @@ CRPCI_FN void crpci_names_overrides_unref(crpci_names_overrides *r)
     crpci_heap_unref(h);
 }
 
-/* Any host, and "host" without a port, are 0.0.0.0:0 and host:0. */
+/* Reads a rule's host and port. Any host is written as 0.0.0.0, and a missing port means any
+ * port. */
 CRPCI_FN bool crpci_names_override_address(crpci_names_override *r, const char *address)
 {
     const char *colon = strrchr(address, ':'), *bracket = strrchr(address, ']');
@@ -9841,8 +9974,8 @@ CRPCI_FN bool crpci_names_override_address(crpci_names_override *r, const char *
     return true;
 }
 
-/* False: it is not understood. A condition that crpc does not know is one: without it the rule
- * would hit more providers than it was meant for. */
+/* Takes one parameter. False: crpc does not understand it. That rejects the whole rule, because
+ * without an unknown condition it would hit more providers than the operator meant. */
 CRPCI_FN bool crpci_names_override_param(crpci_names_override *r, bool *enabled, const char *key,
                                          const char *value)
 {
@@ -9860,8 +9993,9 @@ CRPCI_FN bool crpci_names_override_param(crpci_names_override *r, bool *enabled,
     return true;
 }
 
-/* Reads the name of a node, in place. 1: a rule; 0: one that changes nothing here; -1: none.
- * `host`: this consumer's, as the rule would write it. */
+/* Reads a rule from the name of a znode, in place. Returns 1 for a rule to apply, 0 for one that
+ * changes nothing here, -1 if it is not understood. `host` is this consumer's address, as a rule
+ * would write it. */
 CRPCI_FN int crpci_names_override_read(crpci_names_override *r, char *name, const char *host)
 {
     char *address, *service, *query, *key, *value;
@@ -9885,7 +10019,8 @@ CRPCI_FN int crpci_names_override_read(crpci_names_override *r, char *name, cons
            !(r->of.weight < 0 && r->of.warmup_ms < 0 && r->disabled < 0);
 }
 
-/* Dubbo's: any host before a certain one; then by priority, the highest last. */
+/* Dubbo's order: rules for any host before those for one host, then by priority, the highest last,
+ * so that the most specific setting wins. */
 CRPCI_FN int crpci_names_override_order(const void *a, const void *b)
 {
     const crpci_names_override *p = (const crpci_names_override *)a;
@@ -9896,7 +10031,7 @@ CRPCI_FN int crpci_names_override_order(const void *a, const void *b)
     return c ? c : strcmp(p->name, q->name);
 }
 
-/* Reads a directory of overrides. *bad: how many were not understood. NULL: out of memory. */
+/* Reads the names of all rules. *bad: how many were not understood. NULL: out of memory. */
 CRPCI_FN crpci_names_overrides *crpci_names_overrides_read(crpci_heap *h, char *const *names,
                                                            size_t count, const char *host,
                                                            size_t *bad)
@@ -9930,10 +10065,12 @@ CRPCI_FN crpci_names_overrides *crpci_names_overrides_read(crpci_heap *h, char *
     if (r->count)
         qsort(r->rules, r->count, sizeof *r->rules, crpci_names_override_order);
     for (i = 0; i < r->count; i++)
-        r->rules[i].name = NULL; /* borrowed, for the order of those that say the same */
+        r->rules[i].name = NULL; /* borrowed from the caller, only as a tie-breaker of the sort */
     return r;
 }
 
+/* Whether a rule's conditions hold for a provider. The application may be the provider's or the
+ * consumer's, as in Dubbo. */
 CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crpci_names_service *q,
                                         const crpci_names_node *n)
 {
@@ -9951,7 +10088,7 @@ CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crp
             (q->application && strcmp(r->of.application, q->application) == 0));
 }
 
-/* Changes a provider as the rules (NULL: none) say. */
+/* Changes a provider by the rules, in their order. `rules` may be NULL. */
 CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
                                           const crpci_names_service *q, crpci_names_node *n)
 {
@@ -9970,33 +10107,36 @@ CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
 /* >>impl-cache   the last good lists of providers, in a file that survives crashes */
 /* ======================================================================== */
 
-/* What directories held, in a file, so that a program can start while its registry is away:
+/* Directories put their lists into a file, so that a program can start while its registry is away:
  *
  *     crpc-cache 1
  *     D zookeeper://10.0.0.1:2181/dubbo/demo.Echo/providers
  *     N crpc%3A%2F%2F10.0.0.2%3A8000%2Fdemo.Echo%3F...
  *     C 0123abcd
  *
- * The last line is the CRC-32 of all before it. A file in which anything is wrong is as good as
- * none. It is replaced as a whole, by renaming, and several programs, or loops of one, may share
- * it: each leaves what others wrote. In memory it is the same text, without its first and last
- * lines; the lines of one directory are called its part. */
+ * The last line is the CRC-32 of all lines before it. A file with any error in it is ignored. It is
+ * replaced as a whole, by renaming, and several programs, or loops of one program, may share it:
+ * each keeps the lists of the others. In memory it is the same text without its first and last
+ * line; the lines of one directory are called its part. The loop's lock guards the struct; the file
+ * is read and written without it. */
 #define CRPCI_CACHE_HEAD "crpc-cache 1\n"
-#define CRPCI_CACHE_MAX  (1u << 20) /* bytes of a file */
-#define CRPCI_CACHE_MS   60000      /* least time between two writes: flash wears out */
+#define CRPCI_CACHE_MAX  (1u << 20) /* largest file, in bytes */
+#define CRPCI_CACHE_MS   60000      /* default time between two writes: flash wears out */
 
+/* The cache file of one registry session. */
 typedef struct crpci_cache {
     crpci_heap *heap;
     char *path;  /* NULL: no cache */
-    char *found; /* what the file held when it was loaded; NULL: nothing */
-    char *own;   /* what this program has read since, also that a directory is empty; or NULL */
+    char *found; /* the file's parts when it was loaded; NULL: none */
+    char *own;   /* parts that this program has read since, empty ones too; NULL: none */
     int64_t interval_us;
-    int64_t written_us; /* 0: not by this object yet */
-    bool dirty;         /* something is to be written */
-    bool writing;
-    bool failed; /* it was logged that it cannot be written */
+    int64_t written_us; /* the last write; 0: none by this object */
+    bool dirty;         /* `own` has news that the file lacks */
+    bool writing;       /* crpci_cache_save is at work without the lock */
+    bool failed; /* the last write failed, which was logged */
 } crpci_cache;
 
+/* CRC-32 as in zlib. Bit by bit, because files are small and a table would take 1 KiB. */
 CRPCI_FN uint32_t crpci_cache_crc(const char *data, size_t n)
 {
     uint32_t crc = 0xffffffffu;
@@ -10009,7 +10149,7 @@ CRPCI_FN uint32_t crpci_cache_crc(const char *data, size_t n)
     return ~crc;
 }
 
-/* False: out of memory; crpci_cache_clear either way. */
+/* False: out of memory. crpci_cache_clear is due in either case. */
 CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path, int interval_ms)
 {
     memset(c, 0, sizeof *c);
@@ -10019,7 +10159,7 @@ CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path
     return c->path != NULL;
 }
 
-/* A cache that is all zero has nothing to be freed. */
+/* A cache that is all zero has nothing to free. */
 CRPCI_COLD void crpci_cache_clear(crpci_cache *c)
 {
     crpci_heap_strfree(c->heap, c->path);
@@ -10028,7 +10168,7 @@ CRPCI_COLD void crpci_cache_clear(crpci_cache *c)
     c->path = c->found = c->own = NULL;
 }
 
-/* The part of a directory, whose name ends with a newline or zero. NULL: there is none. */
+/* The part of a directory; `name` ends with a newline or zero. NULL: it has none. */
 CRPCI_FN const char *crpci_cache_find(const char *text, const char *name, size_t *len)
 {
     size_t n = strcspn(name, "\n");
@@ -10042,8 +10182,8 @@ CRPCI_FN const char *crpci_cache_find(const char *text, const char *name, size_t
     return NULL;
 }
 
-/* Puts a part in the place of the one that its directory has; `empty`: even one without a name.
- * False: out of memory, and nothing changed. */
+/* Replaces the part of a directory, or appends it. A part without names removes the old one unless
+ * `empty` is set. False: out of memory, and nothing changed. */
 CRPCI_COLD bool crpci_cache_set(crpci_heap *h, char **text, const char *part, size_t len,
                                 bool empty)
 {
@@ -10067,7 +10207,7 @@ CRPCI_COLD bool crpci_cache_set(crpci_heap *h, char **text, const char *part, si
     return true;
 }
 
-/* Takes the names that a directory holds. False: out of memory. */
+/* Takes the names that a directory holds now. False: out of memory. */
 CRPCI_COLD bool crpci_cache_put(crpci_cache *c, const char *name, char *const *names, size_t count)
 {
     size_t size = strlen(name) + 4, n, i, len = 0;
@@ -10092,7 +10232,7 @@ CRPCI_COLD bool crpci_cache_put(crpci_cache *c, const char *name, char *const *n
     return ok;
 }
 
-/* Empty: nothing is known, or out of memory. */
+/* The names that were last known of a directory. Empty: none, or out of memory. */
 CRPCI_COLD void crpci_cache_get(const crpci_cache *c, const char *name, crpci_names *out)
 {
     size_t count = 0, len = 0, i;
@@ -10118,8 +10258,8 @@ CRPCI_COLD void crpci_cache_get(const crpci_cache *c, const char *name, crpci_na
     }
 }
 
-/* The bytes of a file, ended by a zero byte, and the size of the block. NULL: it cannot be read, or
- * is larger than `max`. */
+/* The bytes of a file, with a zero byte behind them; *size is that of the block. NULL: the file
+ * cannot be read, changes while it is read, or is larger than `max`. */
 CRPCI_COLD char *crpci_cache_read_file(crpci_heap *h, const char *path, size_t max, size_t *size)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -10142,14 +10282,14 @@ CRPCI_COLD char *crpci_cache_read_file(crpci_heap *h, const char *path, size_t m
             n += (size_t)got;
     }
     close(fd);
-    if (out && (got < 0 || n + 1 != *size)) { /* it shrank meanwhile: not to be had in one piece */
+    if (out && (got < 0 || n + 1 != *size)) { /* the file shrank meanwhile */
         crpci_heap_free(h, out, *size);
         out = NULL;
     }
     return out;
 }
 
-/* Whether a file's text is whole, and nothing but parts. */
+/* Whether a file's text is complete and consists of parts only. */
 CRPCI_COLD bool crpci_cache_is_good(const char *text, size_t len)
 {
     const size_t head = sizeof CRPCI_CACHE_HEAD - 1, tail = 11; /* "C 0123abcd\n" */
@@ -10164,12 +10304,12 @@ CRPCI_COLD bool crpci_cache_is_good(const char *text, size_t len)
     for (p = text + head; p < end; p += strcspn(p, "\n") + 1) {
         if (end - p < 4 || p[1] != ' ' || p[2] == '\n' ||
             (*p != 'D' && (*p != 'N' || p == text + head)))
-            return false; /* the sum is right: another program's format */
+            return false; /* the checksum is right, but the lines are not ours */
     }
     return true;
 }
 
-/* The parts that a file holds. NULL: none, it is damaged, or out of memory. */
+/* The parts that a file holds. NULL: none, the file is damaged, or out of memory. */
 CRPCI_COLD char *crpci_cache_read(crpci_heap *h, const char *path)
 {
     const size_t head = sizeof CRPCI_CACHE_HEAD - 1;
@@ -10179,8 +10319,8 @@ CRPCI_COLD char *crpci_cache_read(crpci_heap *h, const char *path)
         out = crpci_heap_strndup(h, text + head, size - 1 - head - 11);
     else if (text)
         crpci_heap_log(h, CRPC_LOG_WARN,
-                       "registry: the cache file %.200s is damaged; it is not used, and replaced "
-                       "by the next one",
+                       "registry: cache file %.200s is damaged (wrong format or checksum); it is "
+                       "ignored and will be overwritten",
                        path);
     crpci_heap_free(h, text, size);
     return out;
@@ -10192,7 +10332,9 @@ CRPCI_COLD void crpci_cache_load(crpci_cache *c)
     c->found = crpci_cache_read(c->heap, c->path);
 }
 
-/* Opens the temporary file and locks it, so that one program writes at a time. -1: not now. */
+/* Opens the temporary file and locks it, so that one program writes at a time. -1: another one is
+ * writing. The file may have been renamed between open and flock, and would then be the real file
+ * by now; comparing inodes finds that. */
 CRPCI_COLD int crpci_cache_lock(const char *path)
 {
     int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
@@ -10202,12 +10344,13 @@ CRPCI_COLD int crpci_cache_lock(const char *path)
     if ((flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) && fstat(fd, &a) == 0 &&
         stat(path, &b) == 0 && a.st_ino == b.st_ino && a.st_dev == b.st_dev)
         return fd;
-    close(fd); /* or it was renamed between opening and locking: it is the real file now */
+    close(fd);
     errno = EWOULDBLOCK;
     return -1;
 }
 
-/* Makes a file of parts, and gives it its name when it is safely on the disk. */
+/* Writes a whole file under the temporary name, and renames it when it is safely on the disk: after
+ * a power cut either the old file is there or the new one. */
 CRPCI_COLD bool crpci_cache_replace(crpci_heap *h, int fd, const char *temp, const char *path,
                                     const char *parts)
 {
@@ -10227,8 +10370,8 @@ CRPCI_COLD bool crpci_cache_replace(crpci_heap *h, int fd, const char *temp, con
     return ok && fsync(fd) == 0 && rename(temp, path) == 0;
 }
 
-/* Writes the program's own parts, and what else is in the file. Waits for the disk, without the
- * lock. False: not now. */
+/* Merges the program's own parts into the file. Waits for the disk, so the caller must not hold the
+ * lock. False: it could not be written now. */
 CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *own)
 {
     char *temp = crpci_heap_format(h, "%s.tmp", path), *all = NULL;
@@ -10246,7 +10389,7 @@ CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *o
         news = true;
     }
     if (ok && news)
-        ok = crpci_cache_replace(h, fd, temp, path, all) || /* too much with that of others? */
+        ok = crpci_cache_replace(h, fd, temp, path, all) || /* perhaps over CRPCI_CACHE_MAX? */
              crpci_cache_replace(h, fd, temp, path, mine);
     else if (fd >= 0)
         unlink(temp);
@@ -10257,7 +10400,7 @@ CRPCI_COLD bool crpci_cache_write(crpci_heap *h, const char *path, const char *o
     return ok;
 }
 
-/* When it is to be written next; INT64_MAX: there is nothing new. */
+/* When the file should be written next, on the loop's clock; INT64_MAX: there is nothing new. */
 CRPCI_FN int64_t crpci_cache_due(const crpci_cache *c)
 {
     if (!c->path || !c->dirty || c->writing)
@@ -10265,7 +10408,8 @@ CRPCI_FN int64_t crpci_cache_due(const crpci_cache *c)
     return c->written_us ? c->written_us + c->interval_us : 0;
 }
 
-/* Writes what is new. Locked, unlocks meanwhile; `cond` is signalled at the end. */
+/* Writes the news to the file. Called locked; unlocks while it waits for the disk, and signals
+ * `cond` at the end. After a failure the news stay due. */
 CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
 {
     char *own = c->own ? crpci_heap_strndup(c->heap, c->own, strlen(c->own)) : NULL;
@@ -10276,7 +10420,7 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
     ok = own && crpci_cache_write(c->heap, c->path, own);
     if (!ok && !c->failed)
         crpci_heap_log(c->heap, CRPC_LOG_WARN,
-                       "registry: the cache file %.200s cannot be written: %s; tried again later",
+                       "registry: cache file %.200s cannot be written: %s; crpc tries again later",
                        c->path, strerror(errno));
     crpci_heap_strfree(c->heap, own);
     crpci_loop_lock(l);
@@ -10288,7 +10432,7 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
 }
 
 /* ======================================================================== */
-/* >>impl-directory   the live list of a service's providers, and who is told of it */
+/* >>impl-directory   the live list of a service's providers, and its subscribers */
 /* ======================================================================== */
 
 /* A backend (a file, a multicast group, ZooKeeper) finds out which providers there are and reports
@@ -10299,42 +10443,43 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
  * A backend uses it like this:
  *
  *     crpci_directory_init      one directory for each service, or one for a whole file or group
- *     crpci_directory_add       a subscriber has come; crpci_directory_recall gives it what the
- *                               cache file knows
+ *     crpci_directory_add       adds a subscriber; crpci_directory_recall then gives it the list
+ *                               of the cache file
  *     crpci_directory_update    these names were read just now
- *     crpci_directory_override  these overrides were read just now; they count from the next update
- *     crpci_directory_age       what was read no longer counts: the registry is away or unreadable
- *     crpci_directory_remove    a subscriber goes
- *     crpci_directory_end       all of them go, and the backend's reference with them
+ *     crpci_directory_override  these overrides were read just now; the next update applies them
+ *     crpci_directory_age       marks all lists stale: the registry is away or unreadable
+ *     crpci_directory_remove    removes a subscriber
+ *     crpci_directory_end       removes all of them, and drops the backend's reference
  *
  * All but the first are called with the loop's lock held, on any thread. Those marked "unlocks"
  * release the lock while lists are made and callbacks run; anything may have changed when they
- * return. The directory lasts as long as it has references (`refs`): a backend takes one around
- * calls that unlock. A result of false means that not every subscriber took its list, for want of
- * memory, or because a callback of it or another pass is running just now: the backend reports the
- * same again about a second later. */
+ * return. The directory lives as long as it has references (`refs`); a backend holds one around
+ * calls that unlock. A result of false means that some subscriber did not take its list, because
+ * memory is short, or its callback or another pass is running: the backend must report the same
+ * again about a second later. */
 
-/* An instance that offers a service. */
+/* One instance that offers a service, after overrides were applied. */
 typedef struct crpci_provider {
     char address[CRPC_ADDRESS_MAX]; /* numeric: "10.0.0.1:8000", "[::1]:8000" */
-    int weight;                     /* its share of the calls; 0: none */
+    int weight;                     /* its share of the calls; 0: it gets none */
     int warmup_ms;                  /* after timestamp_ms, in which its share rises; 0: none */
-    int64_t timestamp_ms;           /* wall clock when it registered; 0: not told */
-    bool kept;                      /* the registry has not listed it again since it was away */
+    int64_t timestamp_ms;           /* wall clock when it registered; 0: unknown */
+    bool kept;                      /* protected: not listed again since the registry was away */
 } crpci_provider;
 
-/* All providers of a service at one time, sorted by address, each address once. Never changes once
- * it was handed out, so that readers need no lock. */
+/* All providers of a service at one time, sorted by address, each address once. Immutable once it
+ * has been handed out, so that readers need a reference but no lock. */
 typedef struct crpci_snapshot {
     uint32_t refs;
     crpci_heap *heap;
     size_t size; /* of the block */
-    bool stale;  /* the last good list; the registry says otherwise by now, or is away */
+    bool stale;  /* the registry is away, or lists nothing: this is the last good list */
     size_t count;
     crpci_provider *providers;
 } crpci_snapshot;
 
-/* One block with room for `count` zeroed providers and one reference; NULL when out of memory. */
+/* A list with room for `count` zeroed providers, in one block, with one reference. NULL: out of
+ * memory. */
 CRPCI_FN crpci_snapshot *crpci_directory_snapshot(crpci_heap *h, size_t count)
 {
     const size_t head = (sizeof(crpci_snapshot) + 15) & ~(size_t)15;
@@ -10371,7 +10516,8 @@ CRPCI_FN void crpci_directory_snapshot_unref(crpci_snapshot *s)
     crpci_heap_unref(h);
 }
 
-/* Whether a subscriber would see a difference. */
+/* Whether a subscriber would see no difference. `kept` is not compared: it is the directory's own
+ * mark. */
 CRPCI_FN bool crpci_directory_snapshot_equal(const crpci_snapshot *a, const crpci_snapshot *b)
 {
     size_t i;
@@ -10386,7 +10532,7 @@ CRPCI_FN bool crpci_directory_snapshot_equal(const crpci_snapshot *a, const crpc
     return true;
 }
 
-/* By address; of one address the newest first. */
+/* Sorts by address; of one address the newest registration comes first. */
 CRPCI_FN int crpci_directory_order(const void *a, const void *b)
 {
     const crpci_provider *p = (const crpci_provider *)a, *q = (const crpci_provider *)b;
@@ -10396,6 +10542,8 @@ CRPCI_FN int crpci_directory_order(const void *a, const void *b)
     return p->timestamp_ms < q->timestamp_ms ? 1 : p->timestamp_ms > q->timestamp_ms ? -1 : 0;
 }
 
+/* Sorts a list and removes duplicates. A provider that restarted within its session timeout has two
+ * znodes; only the newer one counts. */
 CRPCI_FN void crpci_directory_sort(crpci_snapshot *s)
 {
     size_t i, n = 0;
@@ -10404,7 +10552,7 @@ CRPCI_FN void crpci_directory_sort(crpci_snapshot *s)
     qsort(s->providers, s->count, sizeof *s->providers, crpci_directory_order);
     for (i = 0; i < s->count; i++) {
         if (n && strcmp(s->providers[n - 1].address, s->providers[i].address) == 0)
-            continue; /* an older node of the same address: a process that was there before */
+            continue;
         if (n != i)
             s->providers[n] = s->providers[i];
         n++;
@@ -10412,8 +10560,8 @@ CRPCI_FN void crpci_directory_sort(crpci_snapshot *s)
     s->count = n;
 }
 
-/* Makes the list of those names that a consumer wants, as changed by the overrides (NULL: none).
- * *bad: how many could not be read. NULL: out of memory. */
+/* Makes the list of those names that a consumer wants, with the overrides applied (NULL: none).
+ * *bad: how many names were malformed. NULL: out of memory. Runs without the lock. */
 CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *names, size_t count,
                                                  const crpci_names_service *want,
                                                  const crpci_names_overrides *overrides,
@@ -10461,21 +10609,21 @@ CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *nam
 
 /* --- callbacks -------------------------------------------------------------------------------- */
 
-/* A new list. On any thread, no lock held; the list is borrowed. Other than 0: it was not taken,
- * and is to be offered again. */
+/* Gives a subscriber a new list. Called on any thread, without a lock; the list is borrowed. A
+ * result other than 0 means that it was not taken; the directory offers it again later. */
 typedef int (*crpci_directory_push_fn)(void *user, crpci_snapshot *list);
 
-/* A service was registered (CRPC_OK), or an attempt failed; attempts go on. On any thread, no lock
- * held. */
+/* Reports that a service was registered (CRPC_OK), or that an attempt failed; attempts go on.
+ * Called on any thread, without a lock. */
 typedef void (*crpci_directory_status_fn)(void *user, int status, const char *text);
 
-/* Whether a callback of the upper sections is running, and on which thread. */
+/* Whether a subscriber's or provider's callback is running, and on which thread. */
 typedef struct crpci_directory_caller {
     bool running;
     crpci_thread thread;
 } crpci_directory_caller;
 
-/* The callback runs between these two, without the loop's lock. */
+/* The callback runs between this and crpci_directory_call_end, without the loop's lock. */
 CRPCI_FN void crpci_directory_call_begin(crpc_loop *l, crpci_directory_caller *c)
 {
     c->running = true;
@@ -10490,7 +10638,8 @@ CRPCI_FN void crpci_directory_call_end(crpc_loop *l, crpci_cond *cond, crpci_dir
     crpci_thread_broadcast(cond);
 }
 
-/* Waits until the callback does not run, except on this thread. */
+/* Waits until the callback has returned. On the thread that is inside it returns at once, so that a
+ * callback may remove its own subscriber. */
 CRPCI_FN void crpci_directory_call_wait(crpc_loop *l, crpci_cond *cond,
                                         const crpci_directory_caller *c)
 {
@@ -10498,25 +10647,26 @@ CRPCI_FN void crpci_directory_call_wait(crpc_loop *l, crpci_cond *cond,
         crpci_thread_wait(cond, &l->lock, -1);
 }
 
-/* --- what a backend registers ----------------------------------------------------------------- */
+/* --- registrations ---------------------------------------------------------------------------- */
 
-/* A service that this process offers. A backend's own struct holds it. */
+/* A service that this process registers, or a consumer that it announces. Part of a backend's own
+ * struct; guarded by the loop's lock. */
 typedef struct crpci_directory_offer {
     crpci_names_service what;
-    crpci_directory_status_fn status; /* NULL: nobody wants to know */
+    crpci_directory_status_fn status; /* NULL: none */
     void *user;
     crpci_directory_caller caller;
-    int64_t timestamp_ms; /* part of the name: the same for as long as it is offered */
+    int64_t timestamp_ms; /* part of the name, so constant while the service is offered */
     unsigned port;        /* 0: a consumer */
-    bool auto_host;       /* the address is the one of this host that leads to the registry... */
-    bool v4;              /* ... and an IPv4 one, because the listener takes no IPv6 */
-    bool ended;           /* withdrawn: nobody is told any more */
-    char host[INET6_ADDRSTRLEN];    /* as found out last; "": not yet, or given */
-    char address[CRPC_ADDRESS_MAX]; /* "" as long as the host is not known */
+    bool auto_host;       /* the host is the local address on the route to the registry */
+    bool v4;              /* ... and must be IPv4, because the listener takes no IPv6 */
+    bool ended;           /* withdrawn: `status` is not called any more */
+    char host[INET6_ADDRSTRLEN];    /* auto_host: as last determined; "": unknown yet */
+    char address[CRPC_ADDRESS_MAX]; /* "" as long as the host is unknown */
 } crpci_directory_offer;
 
-/* Takes over what is to be registered; without an address it is a consumer, which has no port.
- * CRPC_EINVAL: the address is not "host:port" with a numeric host. */
+/* Prepares a registration. Without an address it is a consumer, which has no port. CRPC_EINVAL: the
+ * address is not "host:port" with a numeric host. */
 CRPCI_FN int crpci_directory_offer_init(crpci_directory_offer *o, crpci_heap *h,
                                         const crpci_names_service *what,
                                         crpci_directory_status_fn status, void *user)
@@ -10539,13 +10689,13 @@ CRPCI_FN int crpci_directory_offer_init(crpci_directory_offer *o, crpci_heap *h,
         else
             crpci_sock_format(&a, o->address, sizeof o->address);
     }
-    clock_gettime(CLOCK_REALTIME, &ts); /* people read it; nothing is timed by it */
+    clock_gettime(CLOCK_REALTIME, &ts); /* shown to operators; crpc times nothing by it */
     o->timestamp_ms = (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
     return crpci_names_copy(h, &o->what, what) ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* The host by which others reach this one, when it is to be found out. True: it is another one than
- * before. */
+/* Sets the host of an automatic address. True: it differs from before, so that the service has to
+ * be registered anew. */
 CRPCI_FN bool crpci_directory_offer_move(crpci_directory_offer *o, const char *host)
 {
     if (strcmp(host, o->host) == 0)
@@ -10557,7 +10707,7 @@ CRPCI_FN bool crpci_directory_offer_move(crpci_directory_offer *o, const char *h
     return true;
 }
 
-/* Locked, unlocks for the callback. */
+/* Calls the status callback, unless it runs already. Locked; unlocks for the callback. */
 CRPCI_FN void crpci_directory_tell(crpc_loop *l, crpci_cond *cond, crpci_directory_offer *o,
                                    int status, const char *text)
 {
@@ -10570,28 +10720,29 @@ CRPCI_FN void crpci_directory_tell(crpc_loop *l, crpci_cond *cond, crpci_directo
 
 /* --- the directory ---------------------------------------------------------------------------- */
 
+/* One list and its subscribers; part of a backend's own struct. The loop's lock guards it. */
 typedef struct crpci_directory crpci_directory;
 struct crpci_directory {
-    crpc_loop *loop; /* its lock guards all of this */
+    crpc_loop *loop;
     char *name;      /* in log lines and the cache file: "zookeeper://10.0.0.1/dubbo/S/providers" */
-    uint32_t refs;   /* the backend's, each subscriber's, each call's that unlocks */
-    void (*free)(crpci_directory *d); /* no reference is left: frees the block; locked */
+    uint32_t refs;   /* of the backend, of each subscriber, and of each call that unlocks */
+    void (*free)(crpci_directory *d); /* frees the block at the last reference; locked */
     crpci_cond cond;                  /* a callback has returned */
-    crpci_timer timer;                /* the next hold_until_us */
+    crpci_timer timer;                /* fires at the earliest hold_until_us */
     crpci_list subscribers;
-    uint32_t round; /* counts the passes over the subscribers */
+    uint32_t round; /* number of the current pass over the subscribers */
     bool busy;      /* a pass is under way */
     bool ended;
-    bool names_warned;     /* it was logged that a name is unreadable... */
-    bool overrides_warned; /* ... and that an override is */
-    /* What a backend sets after crpci_directory_init, if it has it: */
+    bool names_warned;     /* a malformed name was logged */
+    bool overrides_warned; /* an override that is not understood was logged */
+    /* Optional; a backend sets these after crpci_directory_init: */
     int64_t hold_us;     /* how long protection lasts; 0: none */
     crpci_cache *cache;  /* NULL: none */
-    char *override_name; /* of the overrides in the cache; on the heap, given to the directory */
+    char *override_name; /* name of the overrides in the cache; the directory frees it */
     crpci_names_overrides *overrides; /* as read last; NULL: none */
 };
 
-/* Who wants the list. A backend's own struct may begin with it. */
+/* One consumer of a directory's list. A backend's own struct may begin with it. */
 typedef struct crpci_subscriber {
     crpci_list link; /* in directory->subscribers */
     crpci_directory *directory;
@@ -10602,15 +10753,15 @@ typedef struct crpci_subscriber {
     crpci_directory_push_fn push;
     void *user;
     crpci_directory_caller caller;
-    crpci_snapshot *last;  /* the list it has; NULL: none yet */
-    int64_t first_us;      /* until then an empty first list is not handed out */
-    int64_t hold_until_us; /* until then `last` may hold kept providers; 0: it has none */
-    bool doubted;          /* its list was called stale: what the next one lacks may come back */
-    bool warned;           /* it was logged that the last good list is kept */
-    bool ended;            /* nothing is pushed any more */
+    crpci_snapshot *last;  /* the list that it took last; NULL: none yet */
+    int64_t first_us;      /* before this time an empty first list is withheld */
+    int64_t hold_until_us; /* end of protection; 0: `last` has no kept providers */
+    bool doubted;          /* its list is stale: providers missing in the next one are kept */
+    bool warned;           /* keeping the last good list was logged */
+    bool ended;            /* removed: nothing is pushed any more */
 } crpci_subscriber;
 
-/* Locked. */
+/* Drops a reference, the last one frees the directory. Locked. */
 CRPCI_FN void crpci_directory_unref(crpci_directory *d)
 {
     if (--d->refs)
@@ -10622,7 +10773,8 @@ CRPCI_FN void crpci_directory_unref(crpci_directory *d)
     d->free(d);
 }
 
-/* Adds a subscriber whose block has `size` bytes, the rest of it zero. NULL: out of memory. */
+/* Adds a subscriber whose block has `size` bytes, zero behind the subscriber. NULL: out of
+ * memory. */
 CRPCI_FN crpci_subscriber *crpci_directory_add(crpci_directory *d, size_t size,
                                                const crpci_names_service *want,
                                                crpci_directory_push_fn push, void *user)
@@ -10635,7 +10787,7 @@ CRPCI_FN crpci_subscriber *crpci_directory_add(crpci_directory *d, size_t size,
     s->directory = d;
     s->size = size;
     s->refs = 1;
-    s->round = d->round; /* a pass that is under way is not for it */
+    s->round = d->round; /* a pass that is under way skips it: its report is older */
     s->push = push;
     s->user = user;
     d->refs++;
@@ -10654,7 +10806,7 @@ CRPCI_FN void crpci_directory_subscriber_unref(crpci_subscriber *s)
     crpci_directory_unref(d);
 }
 
-/* Takes a subscriber off, and waits for its callback unless this is inside it. Unlocks. */
+/* Removes a subscriber, and waits for its callback unless this thread is inside it. Unlocks. */
 CRPCI_FN void crpci_directory_remove(crpci_subscriber *s)
 {
     s->ended = true;
@@ -10663,7 +10815,7 @@ CRPCI_FN void crpci_directory_remove(crpci_subscriber *s)
     crpci_directory_subscriber_unref(s);
 }
 
-/* Removes every subscriber, and gives up the reference of crpci_directory_init. Unlocks. */
+/* Removes every subscriber, and drops the reference of crpci_directory_init. Unlocks. */
 CRPCI_FN void crpci_directory_end(crpci_directory *d)
 {
     d->ended = true;
@@ -10673,22 +10825,22 @@ CRPCI_FN void crpci_directory_end(crpci_directory *d)
     crpci_directory_unref(d);
 }
 
-/* What a backend has read. */
+/* What a backend has read, borrowed during the call. */
 typedef struct crpci_directory_report {
     char *const *names;
     size_t count;
-    bool whole; /* nothing is missing, so that an empty list can be believed */
+    bool whole; /* read completely and without an error: an empty list is credible */
 } crpci_directory_report;
 
-/* --- what a subscriber gets ------------------------------------------------------------------- */
+/* --- one subscriber's list -------------------------------------------------------------------- */
 
-/* Hands a list to the callback. False: it was not taken. Unlocks. */
+/* Calls a subscriber with a list. False: it did not take it. Unlocks. */
 CRPCI_FN bool crpci_directory_push(crpci_subscriber *s, crpci_snapshot *list)
 {
     crpci_directory *d = s->directory;
     bool taken;
     if (s->caller.running)
-        return false; /* on another thread, or further up on this one's stack */
+        return false; /* on another thread, or further up this thread's stack */
     crpci_directory_snapshot_ref(list);
     crpci_directory_call_begin(d->loop, &s->caller);
     taken = s->push(s->user, list) == CRPC_OK;
@@ -10702,7 +10854,7 @@ CRPCI_FN bool crpci_directory_push(crpci_subscriber *s, crpci_snapshot *list)
     return taken;
 }
 
-/* A copy of a list, stale or not, with or without the providers that are only kept. NULL: out of
+/* A copy of a list with a given `stale`, with or without the protected providers. NULL: out of
  * memory. */
 CRPCI_FN crpci_snapshot *crpci_directory_copy(const crpci_snapshot *from, bool stale,
                                               bool with_kept)
@@ -10720,7 +10872,7 @@ CRPCI_FN crpci_snapshot *crpci_directory_copy(const crpci_snapshot *from, bool s
     return s;
 }
 
-/* Tells a subscriber, once, that its list is stale. False: it was not told. Unlocks. */
+/* Marks a subscriber's list stale and tells it so, once. False: it did not take that. Unlocks. */
 CRPCI_FN bool crpci_directory_doubt(crpci_subscriber *s, const crpci_directory_report *r)
 {
     crpci_snapshot *list;
@@ -10737,11 +10889,11 @@ CRPCI_FN bool crpci_directory_doubt(crpci_subscriber *s, const crpci_directory_r
     return taken;
 }
 
-/* Protection: the first list after a time of doubt may be that of a registry to which the providers
- * are only just coming back. If the subscriber followed it at once, the first provider to return
- * would get everybody's load. So what the list lacks is kept until the hold is over, or until a
- * list has named it again: from then on its absence is believed. Returns the list to use, with a
- * reference; NULL: out of memory. */
+/* Protection. After an outage of the registry, providers register again one after another. If a
+ * subscriber followed the first list at once, the first provider to return would get the load of
+ * all. So providers that the list lacks are kept until hold_us has passed; one that a list has
+ * named again is no longer protected. Returns the list to use, with a reference; NULL: out of
+ * memory. */
 CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snapshot *list)
 {
     const crpci_directory *d = s->directory;
@@ -10779,10 +10931,10 @@ CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snap
     return out;
 }
 
-/* Hands a subscriber a list that was read, if it is news. `whole`: everything could be read. An
- * empty list takes the place of a good one only where the program allowed that and all was read: it
- * may come from a wiped server, from a mistaken delete, or from providers that all lost their
- * sessions at once. False: it was not taken. Unlocks. */
+/* Gives a subscriber a list that was read, if it differs. An empty list replaces a good one only if
+ * the program allowed that (allow_empty) and the registry was read completely (`whole`): it may
+ * come from a wiped server, from a mistaken delete, or from providers that all lost their sessions
+ * at once. False: the subscriber did not take it. Unlocks. */
 CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list, bool whole)
 {
     crpci_directory *d = s->directory;
@@ -10792,7 +10944,7 @@ CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list,
     if (s->last && s->last->count && !list->count && !(s->want.allow_empty && whole)) {
         if (!s->warned)
             crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
-                           "registry %s: no provider of %s is left; the last %zu known stay in use",
+                           "registry %s: no provider of %s is listed; the last %zu stay in use",
                            d->name, s->want.service, s->last->count);
         s->warned = true;
         return crpci_directory_doubt(s, NULL);
@@ -10803,7 +10955,7 @@ CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list,
         return false;
     if (!s->last || !crpci_directory_snapshot_equal(s->last, list)) {
         taken = crpci_directory_push(s, list);
-    } else { /* which providers are kept may differ */
+    } else { /* the `kept` marks may differ */
         crpci_directory_snapshot_ref(list);
         crpci_directory_snapshot_unref(s->last);
         s->last = list;
@@ -10813,7 +10965,7 @@ CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list,
     return taken;
 }
 
-/* Makes a subscriber's list of what was read and offers it. Unlocks. */
+/* Makes a subscriber's list from a report and offers it. Unlocks. */
 CRPCI_FN bool crpci_directory_serve(crpci_subscriber *s, const crpci_directory_report *r)
 {
     crpci_directory *d = s->directory;
@@ -10838,7 +10990,7 @@ CRPCI_FN bool crpci_directory_serve(crpci_subscriber *s, const crpci_directory_r
     return taken;
 }
 
-/* The hold is over: what no list has named again is dropped. Unlocks. */
+/* Protection has ended: drops the providers that no list has named again. Unlocks. */
 CRPCI_FN bool crpci_directory_release(crpci_subscriber *s, const crpci_directory_report *r)
 {
     crpci_snapshot *list;
@@ -10846,7 +10998,7 @@ CRPCI_FN bool crpci_directory_release(crpci_subscriber *s, const crpci_directory
     (void)r;
     if (!s->hold_until_us || s->hold_until_us > crpci_loop_now(s->directory->loop))
         return true;
-    if (s->doubted || !s->last) { /* the registry is away again: the next list begins a new hold */
+    if (s->doubted || !s->last) { /* the registry is away again: its next list begins a new hold */
         s->hold_until_us = 0;
         return true;
     }
@@ -10860,7 +11012,8 @@ CRPCI_FN bool crpci_directory_release(crpci_subscriber *s, const crpci_directory
 
 /* --- passes over all subscribers -------------------------------------------------------------- */
 
-/* Sets the timer to the end of the first hold; `retry`: to a second from now at the latest. */
+/* Sets the timer to the end of the first protection; with `retry`, to a second from now at the
+ * latest. */
 CRPCI_FN void crpci_directory_arm(crpci_directory *d, bool retry)
 {
     int64_t now = crpci_loop_now(d->loop), next = retry ? now + 1000000 : INT64_MAX;
@@ -10874,7 +11027,10 @@ CRPCI_FN void crpci_directory_arm(crpci_directory *d, bool retry)
         crpci_loop_timer_set(d->loop, &d->timer, next - now);
 }
 
-/* Does something to each subscriber once; they may come and go meanwhile. Unlocks. */
+/* Calls `each` once for every subscriber. The list may change while a callback runs unlocked, so
+ * each pass has a number, subscribers remember the last pass that reached them, and the walk
+ * restarts from the front. False: some subscriber has to be served again, or another pass is
+ * running. Unlocks. */
 CRPCI_FN bool crpci_directory_run(crpci_directory *d,
                                   bool (*each)(crpci_subscriber *, const crpci_directory_report *),
                                   const crpci_directory_report *report)
@@ -10882,7 +11038,7 @@ CRPCI_FN bool crpci_directory_run(crpci_directory *d,
     bool complete = true;
     crpci_list *i;
     if (d->busy)
-        return false; /* another thread is at it: two passes would undo each other's marks */
+        return false; /* on another thread: two passes would overwrite each other's marks */
     d->busy = true;
     d->refs++;
     d->round++;
@@ -10912,9 +11068,9 @@ CRPCI_FN void crpci_directory_on_timer(crpc_loop *l, crpci_timer *timer)
     crpci_directory_unref(d);
 }
 
-/* Makes a directory with one reference in a block of zeroes. `name` is on the heap and the
- * directory's from now on; NULL: there was no memory for it. False: out of memory; nothing is left
- * to be freed but the block. Without the lock. */
+/* Makes a directory with one reference in a block of zeros. It takes over `name`, a heap text, or
+ * NULL for "out of memory". False: out of memory; only the block is left to free. Runs without the
+ * lock. */
 CRPCI_FN bool crpci_directory_init(crpci_directory *d, crpc_loop *l, char *name,
                                    void (*free_fn)(crpci_directory *d))
 {
@@ -10931,14 +11087,14 @@ CRPCI_FN bool crpci_directory_init(crpci_directory *d, crpc_loop *l, char *name,
     return true;
 }
 
-/* What was read no longer counts: the registry is away, or refuses. Unlocks. */
+/* The registry is away or refuses to be read: marks all lists stale. Unlocks. */
 CRPCI_FN bool crpci_directory_age(crpci_directory *d)
 {
     return crpci_directory_run(d, crpci_directory_doubt, NULL);
 }
 
-/* Puts names into the cache file's next version. Those of providers only if one is usable: an empty
- * list there would be of no use to a program that starts. Unlocks. */
+/* Puts names into the cache's next version. A list of providers is put there only if it has a
+ * usable one: an empty list is useless to a program that starts. Unlocks. */
 CRPCI_COLD void crpci_directory_remember(crpci_directory *d, const char *name, char *const *names,
                                          size_t count)
 {
@@ -10962,7 +11118,7 @@ CRPCI_COLD void crpci_directory_remember(crpci_directory *d, const char *name, c
         (void)crpci_cache_put(d->cache, name, names, count);
 }
 
-/* These names were read. Unlocks. */
+/* Serves all subscribers from names that were just read. Unlocks. */
 CRPCI_FN bool crpci_directory_update(crpci_directory *d, const crpci_directory_report *report)
 {
     bool complete;
@@ -10974,9 +11130,9 @@ CRPCI_FN bool crpci_directory_update(crpci_directory *d, const crpci_directory_r
     return complete;
 }
 
-/* These overrides were read; `host` is this consumer's address, as an override would name it. 1:
- * they may change lists: the providers are to be read again; 0: they change nothing; -1: out of
- * memory. Unlocks. */
+/* Replaces the overrides by those that were just read; `host` is this consumer's address as an
+ * override would write it. Returns 1 if lists may change, so that the backend must read the
+ * providers again, 0 if not, and -1 when out of memory. Unlocks. */
 CRPCI_FN int crpci_directory_override(crpci_directory *d, char *const *names, size_t count,
                                       const char *host)
 {
@@ -11005,7 +11161,7 @@ CRPCI_FN int crpci_directory_override(crpci_directory *d, char *const *names, si
     return changed;
 }
 
-/* Gives a new subscriber what the cache file knows, as a stale list, so that a program can start
+/* Gives a new subscriber the list of the cache file, marked stale, so that a program can start
  * while its registry is away. Unlocks. */
 CRPCI_COLD void crpci_directory_recall(crpci_subscriber *s)
 {
@@ -11038,26 +11194,27 @@ CRPCI_COLD void crpci_directory_recall(crpci_subscriber *s)
 
 /* --- backends --------------------------------------------------------------------------------- */
 
-/* What a registry is opened with; all 0: defaults. */
+/* Options of an open registry; zero means the default. */
 typedef struct crpci_directory_options {
     int session_timeout_ms;
     const char *credential;  /* NULL: none */
-    const char *application; /* the program's name, for people and overrides. NULL: "crpc" */
-    bool register_consumer;  /* subscriptions are registered too, so that people see them */
+    const char *application; /* the program's name, for operators and overrides. NULL: "crpc" */
+    bool register_consumer;  /* registers subscriptions too, so that operators see them */
     const char *cache;       /* file for the last good lists; NULL: none */
     int cache_interval_ms;   /* between two writes of it. 0: 60000. -1: none */
-    int spread_ms;           /* in which a fleet comes back to a registry. 0: 2000. -1: none */
-    const char *interface;   /* multicast: its name or IPv4 address. NULL: by the routing table */
+    int spread_ms;           /* random delay of a reconnect, for fleets. 0: 2000. -1: none */
+    const char *interface;   /* multicast: name or IPv4 address. NULL: by the routing table */
 } crpci_directory_options;
 
+/* An open registry; a backend's own struct begins with this. */
 typedef struct crpci_backend crpci_backend;
 
-/* The functions of a backend. None waits for the network; all are called without the loop's lock,
- * on any thread, in callbacks too. After `withdraw` or `unsubscribe` has returned, the callback
- * does not run any more: it is waited for, unless it is this thread that is inside it. `close` ends
- * what is still registered and subscribed through the handle. */
+/* The functions of a backend. None waits for the network. All are called without the loop's lock,
+ * on any thread, and inside callbacks too. `withdraw` and `unsubscribe` wait for a callback that is
+ * running, unless this thread is inside it; afterwards it is not called any more. `close` ends all
+ * registrations and subscriptions that were made through the handle. */
 typedef struct crpci_backend_ops {
-    /* Both NULL: nothing can be registered there. */
+    /* Both NULL: the backend has no registrations. */
     int (*enroll)(crpci_backend *b, const crpci_names_service *what,
                   crpci_directory_status_fn status, void *user, void **handle);
     void (*withdraw)(crpci_backend *b, void *handle);
@@ -11114,7 +11271,7 @@ CRPCI_FN void crpci_directory_close(crpci_backend *b)
         b->ops->close(b);
 }
 
-/* `unsubscribe` of a backend for which nothing depends on its subscribers. */
+/* The `unsubscribe` of backends that keep nothing else for a subscriber. */
 CRPCI_FN void crpci_directory_leave(crpci_backend *b, crpci_subscriber *s)
 {
     crpci_loop_lock(b->loop);
@@ -11132,31 +11289,32 @@ CRPCI_FN void crpci_directory_leave(crpci_backend *b, crpci_subscriber *s)
  *
  *     host:port [weight=N] [warmup_ms=N] [group=G] [version=V] [service=S]     # comment
  *
- * Hosts are numeric, as nothing may resolve names while a loop runs. The file is examined once a
- * second, when the loop is driven; it is never written. */
+ * Hosts are numeric, because resolving names would block the loop. The loop checks the file once a
+ * second for a change; crpc never writes it. */
 #define CRPCI_FILE_PERIOD_US 1000000
-#define CRPCI_FILE_MAX       (1u << 20) /* bytes */
+#define CRPCI_FILE_MAX       (1u << 20) /* largest file, in bytes */
 
+/* A file://; its directory serves all services in the file. The loop's lock guards it. */
 typedef struct crpci_file {
     crpci_backend base;
-    crpci_directory directory; /* of all services in the file; holds the block */
+    crpci_directory directory; /* its last reference frees this struct */
     crpci_timer timer;
-    const char *path; /* in the directory's name */
-    struct stat seen; /* when it was read last; zeroes: it is to be read anyway */
-    bool again;       /* it can have changed within the same tick of the file system's clock */
-    size_t bad;       /* lines that were logged as unreadable, and the first of them */
+    const char *path; /* points into the directory's name */
+    struct stat seen; /* of the last read; zeros: read it in any case */
+    bool again;       /* read once more: a change within the same tick of mtime is invisible */
+    size_t bad;       /* number of malformed lines that was logged, and the first of them */
     size_t bad_line;
 } crpci_file;
 
-/* What a file gave. */
+/* The result of reading a file. */
 typedef struct crpci_file_text {
     crpci_names names;
     crpci_directory_report report;
     size_t bad;
-    size_t bad_line; /* the first of them */
+    size_t bad_line; /* number of the first one */
 } crpci_file_text;
 
-/* Writes one line, which it takes apart, as a URL. False: it is not of the form above. */
+/* Translates one line, in place, into a provider's URL. False: malformed, or an unknown key. */
 CRPCI_FN bool crpci_file_line(char *line, char *out, size_t size)
 {
     static const char blank[] = " \t\r";
@@ -11197,7 +11355,7 @@ CRPCI_FN bool crpci_file_line(char *line, char *out, size_t size)
     return t.len < size;
 }
 
-/* Reads a text, which it takes apart. False: out of memory. */
+/* Parses a text, in place. Malformed lines are counted and skipped. False: out of memory. */
 CRPCI_FN bool crpci_file_parse(crpci_heap *h, char *text, crpci_file_text *out)
 {
     size_t lines = 1, len = strlen(text), number = 0, used = 0;
@@ -11206,7 +11364,7 @@ CRPCI_FN bool crpci_file_parse(crpci_heap *h, char *text, crpci_file_text *out)
     memset(out, 0, sizeof *out);
     for (p = text; *p; p++)
         lines += *p == '\n';
-    /* each line grows by what a URL needs, and threefold, twice */
+    /* A line grows by a URL's fixed parts, and each of its bytes may be encoded twice, as 3 x 3. */
     names->size = lines * (sizeof *names->name + 256) + 9 * len;
     names->name = (char **)crpci_heap_alloc(h, names->size);
     if (!names->name)
@@ -11233,8 +11391,8 @@ CRPCI_FN bool crpci_file_parse(crpci_heap *h, char *text, crpci_file_text *out)
     return true;
 }
 
-/* Reads the file. CRPC_OK: here it is, empty if it does not exist; CRPC_ESYSTEM: it cannot be read;
- * CRPC_ENOMEM. Without the lock. */
+/* Reads the file. CRPC_OK: read; a missing file counts as empty. CRPC_ESYSTEM: it cannot be read.
+ * Also CRPC_ENOMEM. Runs without the lock. */
 CRPCI_FN int crpci_file_read(const crpci_file *f, crpci_file_text *out)
 {
     crpci_heap *h = f->base.loop->heap;
@@ -11252,7 +11410,7 @@ CRPCI_FN int crpci_file_read(const crpci_file *f, crpci_file_text *out)
     return ok ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* Logs which lines are wrong, when that has changed. Locked. */
+/* Logs malformed lines, once for each change of their number or place. Locked. */
 CRPCI_FN void crpci_file_complain(crpci_file *f, const crpci_file_text *text)
 {
     if (text->bad && (text->bad != f->bad || text->bad_line != f->bad_line))
@@ -11281,7 +11439,7 @@ CRPCI_FN void crpci_file_examine(crpci_file *f)
     crpci_loop_unlock(d->loop);
     if (stat(f->path, &st)) {
         memset(&st, 0, sizeof st);
-        st.st_size = -1; /* missing: not the same as never examined */
+        st.st_size = -1; /* missing, in contrast to never examined */
     }
     crpci_loop_lock(d->loop);
     same = crpci_file_same(&st, &f->seen);
@@ -11315,7 +11473,7 @@ CRPCI_FN void crpci_file_on_timer(crpc_loop *l, crpci_timer *timer)
     crpci_directory_unref(&f->directory);
 }
 
-/* Reads the file on the caller's thread, so that the list is there when this returns. */
+/* Reads the file on the caller's thread, so that the subscriber has a list when this returns. */
 CRPCI_FN int crpci_file_subscribe(crpci_backend *b, const crpci_names_service *want,
                                   crpci_directory_push_fn push, void *user, crpci_subscriber **out)
 {
@@ -11330,7 +11488,7 @@ CRPCI_FN int crpci_file_subscribe(crpci_backend *b, const crpci_names_service *w
     if (s) {
         *out = s;
         s->refs++;
-        memset(&f->seen, 0, sizeof f->seen); /* the file may have changed since */
+        memset(&f->seen, 0, sizeof f->seen); /* the file may have changed since the read */
         crpci_loop_timer_set(b->loop, &f->timer, CRPCI_FILE_PERIOD_US);
         (void)crpci_directory_serve(s, &text.report);
         crpci_directory_subscriber_unref(s);
@@ -11340,7 +11498,7 @@ CRPCI_FN int crpci_file_subscribe(crpci_backend *b, const crpci_names_service *w
     return s ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* Frees the block, when nobody refers to the directory any more. */
+/* The directory's `free`: no reference is left. */
 CRPCI_FN void crpci_file_free(crpci_directory *d)
 {
     crpci_heap_free(d->loop->heap, CRPCI_CONTAINER(d, crpci_file, directory), sizeof(crpci_file));
@@ -11360,7 +11518,7 @@ CRPCI_FN void crpci_file_close(crpci_backend *b)
 static const crpci_backend_ops crpci_file_ops = {NULL, NULL, crpci_file_subscribe,
                                                  crpci_directory_leave, crpci_file_close};
 
-/* file:///path */
+/* Opens file:///path. The file need not exist yet. */
 CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
                                const crpci_directory_options *options, crpci_backend **out,
                                crpc_error *error)
@@ -11397,57 +11555,58 @@ CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
 
 /* Datagrams of one line, as Dubbo's multicast registry sends them:
  *
- *     register crpc://10.0.0.1:8000/demo.Echo?...&ttl=15000     this provider is here: sent when it
- *                                                               starts, at every interval, and when
- *                                                               somebody asks
- *     unregister crpc://...                                     this provider goes
- *     subscribe consumer://10.0.0.9/demo.Echo?...               which providers are there?
+ *     register crpc://10.0.0.1:8000/demo.Echo?...&ttl=15000     announces a provider: at its start,
+ *                                                               at every interval, and in answer
+ *                                                               to a subscribe
+ *     unregister crpc://...                                     the provider is about to stop
+ *     subscribe consumer://10.0.0.9/demo.Echo?...               asks for announcements
  *
- * A provider that was not heard for its ttl (in milliseconds) is gone. What others send is not
- * trusted: malformed datagrams are counted and dropped, providers that nobody here wants are not
- * kept, and the number of those that are kept has a limit. All of it happens on the loop, under its
- * lock, as sending and receiving a datagram does not wait; while nobody drives the loop nothing is
+ * A provider that was not heard for its ttl (in milliseconds) is dropped. Peers are not trusted:
+ * malformed datagrams are counted and dropped, providers without a subscriber here are not kept,
+ * and the number of kept ones is limited. Everything happens on the loop and under its lock,
+ * because sending and receiving a datagram does not block; while nobody drives the loop, nothing is
  * announced. */
 #define CRPCI_MULTICAST_INTERVAL_MS 5000
-#define CRPCI_MULTICAST_TTL         3u   /* intervals */
-#define CRPCI_MULTICAST_TTL_MIN_MS  1000 /* a peer's ttl is believed within these */
+#define CRPCI_MULTICAST_TTL         3u /* intervals */
+#define CRPCI_MULTICAST_TTL_MIN_MS  1000 /* a peer's ttl is clamped to this range */
 #define CRPCI_MULTICAST_TTL_MAX_MS  600000
 #define CRPCI_MULTICAST_SIZE        1400u   /* bytes of a datagram */
-#define CRPCI_MULTICAST_MAX         1024u   /* providers of all services */
+#define CRPCI_MULTICAST_MAX         1024u   /* kept providers, of all services together */
 #define CRPCI_MULTICAST_BATCH       16u     /* datagrams read in one step */
-#define CRPCI_MULTICAST_ANSWER_US   100000  /* answers to a question are spread over this */
+#define CRPCI_MULTICAST_ANSWER_US   100000  /* answers to a subscribe are spread over this */
 #define CRPCI_MULTICAST_QUIET_US    500000  /* least time between two announcements of a service */
-#define CRPCI_MULTICAST_GATHER_US   10000   /* changes within it are reported together */
-#define CRPCI_MULTICAST_FIRST_US    1000000 /* no answer until then: no provider is there */
+#define CRPCI_MULTICAST_GATHER_US   10000   /* changes within this time are reported together */
+#define CRPCI_MULTICAST_FIRST_US    1000000 /* without an answer until then the list is empty */
 #define CRPCI_MULTICAST_TICK_US     1000000
-#define CRPCI_MULTICAST_GRACE_US    2000000 /* for providers to answer after the loop has rested */
+#define CRPCI_MULTICAST_GRACE_US    2000000 /* time for answers after the loop did not run */
 
-/* A provider that was heard. One block, with the URL twice behind it. */
+/* A provider that was heard. One block, with two copies of the URL behind the struct. */
 typedef struct crpci_multicast_peer {
     crpci_list link;
     size_t size;         /* of the block */
-    char *url;           /* as it came */
-    crpci_names_node is; /* what the URL says; its texts are the second copy */
+    char *url;           /* as received */
+    crpci_names_node is; /* the parsed URL; its texts point into the second copy */
     int64_t expires_us;
 } crpci_multicast_peer;
 
+/* One multicast:// group. The loop's lock guards it. */
 typedef struct crpci_multicast {
     crpci_backend base;
-    crpci_directory directory; /* of all services; holds the block */
+    crpci_directory directory; /* of all services; its last reference frees this struct */
     crpci_timer timer;
     int fd;
     crpci_watch watch;
     crpci_addr group;
-    struct ip_mreqn which; /* interface */
+    struct ip_mreqn which; /* the interface to send and receive on */
     crpci_list peers;
     size_t peer_count;
-    crpci_list regs;
-    int64_t serve_us; /* when changes are to be reported; 0: there are none */
+    crpci_list regs; /* services that this process offers */
+    int64_t serve_us; /* when to report changes to the directory; 0: there are none */
     int64_t tick_us;  /* when the timer ran last */
     uint32_t ignored; /* malformed datagrams, and providers above the limit */
-    bool failed;      /* it was logged that nothing can be sent */
+    bool failed;      /* the last send failed, which was logged */
     char datagram[CRPCI_MULTICAST_SIZE + 1]; /* the one just received */
-    char scratch[CRPCI_MULTICAST_SIZE + 1];  /* to take apart, or to send; under the lock */
+    char scratch[CRPCI_MULTICAST_SIZE + 1];  /* a copy to parse in place, or a text to send */
 } crpci_multicast;
 
 /* A service that is offered here. */
@@ -11458,18 +11617,19 @@ typedef struct crpci_multicast_reg {
     crpci_directory_offer offer;
     int64_t due_us;  /* of the next announcement */
     int64_t sent_us; /* of the last one */
-    int told;        /* the status that was reported last; -1: none */
+    int told;        /* the status last reported to the program; -1: none */
 } crpci_multicast_reg;
 
 typedef struct crpci_multicast_sub {
     crpci_subscriber base;
-    int64_t question_us; /* when to ask next */
-    unsigned questions;  /* left to be asked: a datagram can be lost */
+    int64_t question_us; /* when to send the next subscribe */
+    unsigned questions;  /* how many are left to send: a datagram can be lost */
 } crpci_multicast_sub;
 
 /* --- the socket ------------------------------------------------------------------------------- */
 
-/* `interface`: the address of one, its name, or NULL: where the routing table leads. */
+/* Reads the option `interface`: an IPv4 address, a name, or NULL for the routing table's choice.
+ * False: no such interface. */
 CRPCI_COLD bool crpci_multicast_interface(const char *interface, struct ip_mreqn *out)
 {
     memset(out, 0, sizeof *out);
@@ -11479,7 +11639,8 @@ CRPCI_COLD bool crpci_multicast_interface(const char *interface, struct ip_mreqn
     return out->imr_ifindex != 0;
 }
 
-/* A socket that is in the group. On failure -1, errno, and in *call which call failed. */
+/* A socket that has joined the group. On failure returns -1 and errno, with the name of the failed
+ * call in *call. Datagrams stay within the local network (TTL 1). */
 CRPCI_COLD int crpci_multicast_socket(const crpci_addr *group, struct ip_mreqn *which,
                                       const char **call)
 {
@@ -11504,7 +11665,7 @@ CRPCI_COLD int crpci_multicast_socket(const crpci_addr *group, struct ip_mreqn *
     return -1;
 }
 
-/* Sends a text to the group. Locked. */
+/* Sends a text to the group. A failure is logged once until a send succeeds again. Locked. */
 CRPCI_FN bool crpci_multicast_send(crpci_multicast *r, const char *text)
 {
     size_t n = strlen(text);
@@ -11517,8 +11678,9 @@ CRPCI_FN bool crpci_multicast_send(crpci_multicast *r, const char *text)
     return ok;
 }
 
-/* --- what is heard ---------------------------------------------------------------------------- */
+/* --- receiving -------------------------------------------------------------------------------- */
 
+/* The kept providers have changed: schedules a report to the directory. */
 CRPCI_FN void crpci_multicast_changed(crpci_multicast *r)
 {
     if (!r->serve_us)
@@ -11532,7 +11694,7 @@ CRPCI_FN void crpci_multicast_forget(crpci_multicast *r, crpci_multicast_peer *p
     crpci_heap_free(r->base.loop->heap, p, p->size);
 }
 
-/* The peer that is the same provider, perhaps before it was restarted. */
+/* The kept entry of the same provider, possibly of an earlier run of it. */
 CRPCI_FN crpci_multicast_peer *crpci_multicast_find(const crpci_multicast *r,
                                                     const crpci_names_node *n)
 {
@@ -11548,6 +11710,7 @@ CRPCI_FN crpci_multicast_peer *crpci_multicast_find(const crpci_multicast *r,
     return NULL;
 }
 
+/* Whether any subscriber wants this provider; others are not kept, to bound memory. */
 CRPCI_FN bool crpci_multicast_wanted(const crpci_multicast *r, const crpci_names_node *n)
 {
     crpci_list *i;
@@ -11558,7 +11721,7 @@ CRPCI_FN bool crpci_multicast_wanted(const crpci_multicast *r, const crpci_names
     return false;
 }
 
-/* For how long a URL is valid, in microseconds. */
+/* How long a URL is valid, in microseconds; clamped, because peers are not trusted. */
 CRPCI_FN int64_t crpci_multicast_ttl(const char *url)
 {
     const char *at = strstr(url, "&ttl=");
@@ -11571,7 +11734,7 @@ CRPCI_FN int64_t crpci_multicast_ttl(const char *url)
     return (int64_t)ms * 1000;
 }
 
-/* Whether an address is one that a connection can be made to. */
+/* Whether an address can be connected to: neither a multicast nor an unspecified one. */
 CRPCI_FN bool crpci_multicast_is_host(const char *address)
 {
     crpci_addr a;
@@ -11583,7 +11746,7 @@ CRPCI_FN bool crpci_multicast_is_host(const char *address)
     return ntohl(a.u.in4.sin_addr.s_addr) >> 28 < 14 && a.u.in4.sin_addr.s_addr != 0;
 }
 
-/* Keeps what a URL says, in the place of `old`, if that is not NULL. */
+/* Stores a provider, and removes its earlier entry `old`, if there is one. */
 CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, crpci_multicast_peer *old)
 {
     size_t n = strlen(url) + 1, size = sizeof(crpci_multicast_peer) + 2 * n;
@@ -11594,7 +11757,7 @@ CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, crpci_mu
     p->url = (char *)(p + 1);
     memcpy(p->url, url, n);
     memcpy(p->url + n, url, n);
-    (void)crpci_names_read(&p->is, p->url + n); /* it was read before */
+    (void)crpci_names_read(&p->is, p->url + n); /* cannot fail: the caller has parsed this URL */
     p->expires_us = crpci_loop_now(r->base.loop) + crpci_multicast_ttl(url);
     if (old)
         crpci_multicast_forget(r, old);
@@ -11603,7 +11766,8 @@ CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, crpci_mu
     crpci_multicast_changed(r);
 }
 
-/* A provider announces itself, or says that it goes. False: malformed, or above the limit. */
+/* A provider announces itself, or is about to stop (`going`). False: malformed, or over the limit
+ * of kept providers. */
 CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool going)
 {
     crpci_names_node n;
@@ -11613,7 +11777,7 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
         return false;
     old = crpci_multicast_find(r, &n);
     if (old && old->is.timestamp_ms > n.timestamp_ms)
-        return true; /* it arrives late: the provider has been restarted since */
+        return true; /* delayed in the network: the provider has been restarted since */
     if (going) {
         if (old) {
             crpci_multicast_forget(r, old);
@@ -11631,8 +11795,9 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
     return true;
 }
 
-/* A consumer asks for a service. Those who offer it answer, not all in the same moment, and each
- * at most twice a second, so that questions cannot be amplified into a flood. */
+/* A consumer asks for a service: our providers of it announce themselves soon. The answers are
+ * spread at random, and a provider answers at most twice a second, so that questions cannot be
+ * amplified into a flood. */
 CRPCI_FN bool crpci_multicast_asked(crpci_multicast *r, const char *url)
 {
     char *address, *service, *query;
@@ -11653,7 +11818,8 @@ CRPCI_FN bool crpci_multicast_asked(crpci_multicast *r, const char *url)
     return true;
 }
 
-/* One datagram; `size` as the network says, also of what did not fit. False: it is malformed. */
+/* Handles one datagram. `size` is its original size; larger ones arrive cut off. False:
+ * malformed. */
 CRPCI_FN bool crpci_multicast_take(crpci_multicast *r, char *text, size_t size)
 {
     if (size > CRPCI_MULTICAST_SIZE || memchr(text, '\0', size))
@@ -11670,10 +11836,10 @@ CRPCI_FN bool crpci_multicast_take(crpci_multicast *r, char *text, size_t size)
     return false;
 }
 
-/* --- what is said ----------------------------------------------------------------------------- */
+/* --- sending ---------------------------------------------------------------------------------- */
 
-/* Writes "register URL" into the scratch; without the methods if it is too long with them. False:
- * too long. */
+/* Writes "VERB URL" into the scratch buffer; without the methods if it would be too long. False:
+ * too long even so. */
 CRPCI_FN bool crpci_multicast_write(const crpci_multicast_reg *reg, const char *verb)
 {
     crpci_multicast *r = reg->owner;
@@ -11703,7 +11869,8 @@ CRPCI_FN void crpci_multicast_reg_unref(crpci_multicast_reg *reg)
     crpci_heap_free(h, reg, sizeof *reg);
 }
 
-/* Announces a service, and reports it when the outcome is another one than the last. Unlocks. */
+/* Announces a service and schedules the next announcement. Tells the program when the outcome
+ * differs from the last one. Unlocks. */
 CRPCI_FN void crpci_multicast_announce(crpci_multicast_reg *reg)
 {
     crpci_multicast *r = reg->owner;
@@ -11732,6 +11899,7 @@ CRPCI_FN void crpci_multicast_announce(crpci_multicast_reg *reg)
     crpci_multicast_reg_unref(reg);
 }
 
+/* Asks providers of a service to announce themselves. */
 CRPCI_FN void crpci_multicast_ask(crpci_multicast *r, const crpci_names_service *want)
 {
     static const char head[] = "subscribe ";
@@ -11746,6 +11914,7 @@ CRPCI_FN void crpci_multicast_ask(crpci_multicast *r, const crpci_names_service 
 
 /* --- the timer -------------------------------------------------------------------------------- */
 
+/* Sets the timer to the next thing that is due, a tick from now at the latest. */
 CRPCI_FN void crpci_multicast_arm(crpci_multicast *r)
 {
     int64_t now = crpci_loop_now(r->base.loop), next = now + CRPCI_MULTICAST_TICK_US;
@@ -11766,9 +11935,9 @@ CRPCI_FN void crpci_multicast_arm(crpci_multicast *r)
     crpci_loop_timer_set(r->base.loop, &r->timer, next - now);
 }
 
-/* Drops the providers that were silent for too long. After the loop has rested silence proves
- * nothing: what was sent meanwhile is not read yet, or was lost; so all are asked, and get time to
- * answer. */
+/* Drops providers that were silent for too long. If the loop did not run for several ticks, silence
+ * proves nothing, because datagrams were not read or were lost: then all are asked to announce
+ * themselves, and get time to answer. */
 CRPCI_FN void crpci_multicast_expire(crpci_multicast *r, int64_t now)
 {
     bool rested = now - r->tick_us > 3 * (int64_t)CRPCI_MULTICAST_TICK_US;
@@ -11791,7 +11960,7 @@ CRPCI_FN void crpci_multicast_expire(crpci_multicast *r, int64_t now)
     }
 }
 
-/* Reports the providers to the directory. Unlocks. */
+/* Reports the kept providers to the directory. Unlocks. */
 CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
 {
     crpci_heap *h = r->base.loop->heap;
@@ -11806,7 +11975,7 @@ CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
             crpci_url_encode(NULL, 0, CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) + 1;
     names.name = (char **)crpci_heap_alloc(h, names.size);
     if (!names.name)
-        return; /* serve_us stays: tried again at the next tick */
+        return; /* serve_us stays set: the next tick tries again */
     p = (char *)(names.name + r->peer_count);
     for (i = r->peers.next; i != &r->peers; i = i->next) {
         names.name[names.count++] = p;
@@ -11823,7 +11992,7 @@ CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
     crpci_names_free(h, &names);
 }
 
-/* Does what is due. Unlocks. */
+/* Does everything that is due. Unlocks. */
 CRPCI_FN void crpci_multicast_run(crpci_multicast *r)
 {
     int64_t now = crpci_loop_now(r->base.loop);
@@ -11836,7 +12005,7 @@ CRPCI_FN void crpci_multicast_run(crpci_multicast *r)
             s->questions--;
             crpci_multicast_ask(r, &s->base.want);
         }
-        if (!s->base.last && s->base.first_us <= now) /* no answer: the list is empty */
+        if (!s->base.last && s->base.first_us <= now) /* nobody answered: the list is empty */
             crpci_multicast_changed(r);
     }
     for (i = r->regs.next; i != &r->regs && !r->directory.ended;) {
@@ -11845,7 +12014,7 @@ CRPCI_FN void crpci_multicast_run(crpci_multicast *r)
         if (reg->due_us > now)
             continue;
         crpci_multicast_announce(reg);
-        i = r->regs.next; /* anything can have come and gone */
+        i = r->regs.next; /* the list may have changed while unlocked */
     }
     if (r->serve_us && r->serve_us <= now && !r->directory.ended)
         crpci_multicast_serve(r);
@@ -11861,6 +12030,7 @@ CRPCI_FN void crpci_multicast_on_timer(crpc_loop *l, crpci_timer *timer)
     crpci_directory_unref(&r->directory);
 }
 
+/* Reads a bounded number of datagrams; the poller reports the rest in the next step. */
 CRPCI_FN void crpci_multicast_on_event(crpc_loop *l, crpci_watch *watch, unsigned events)
 {
     crpci_multicast *r = CRPCI_CONTAINER(watch, crpci_multicast, watch);
@@ -11886,7 +12056,7 @@ CRPCI_FN void crpci_multicast_on_event(crpc_loop *l, crpci_watch *watch, unsigne
     crpci_multicast_arm(r);
 }
 
-/* --- the interface ---------------------------------------------------------------------------- */
+/* --- the backend's functions ------------------------------------------------------------------ */
 
 CRPCI_FN int crpci_multicast_enroll(crpci_backend *b, const crpci_names_service *what,
                                     crpci_directory_status_fn status, void *user, void **handle)
@@ -11902,7 +12072,7 @@ CRPCI_FN int crpci_multicast_enroll(crpci_backend *b, const crpci_names_service 
     crpci_list_init(&reg->link);
     err = crpci_directory_offer_init(&reg->offer, b->loop->heap, what, status, user);
     crpci_loop_lock(b->loop);
-    /* with the longest address, and the longer verb, it must fit a datagram */
+    /* The datagram must fit with the longest address and the longer verb. */
     if (reg->offer.auto_host)
         snprintf(reg->offer.address, sizeof reg->offer.address, "255.255.255.255:65535");
     if (!err && !crpci_multicast_write(reg, "unregister"))
@@ -11919,7 +12089,8 @@ CRPCI_FN int crpci_multicast_enroll(crpci_backend *b, const crpci_names_service 
     return err;
 }
 
-/* Locked, unlocks meanwhile. */
+/* Withdraws a service: says so to the group, and waits for its callback. Locked, unlocks
+ * meanwhile. */
 CRPCI_FN void crpci_multicast_reg_end(crpci_multicast_reg *reg)
 {
     crpci_multicast *r = reg->owner;
@@ -11962,7 +12133,7 @@ CRPCI_FN int crpci_multicast_subscribe(crpci_backend *b, const crpci_names_servi
     return s ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* Frees the block, when nobody refers to the directory any more. */
+/* The directory's `free`: no reference is left. */
 CRPCI_FN void crpci_multicast_free(crpci_directory *d)
 {
     crpci_multicast *r = CRPCI_CONTAINER(d, crpci_multicast, directory);
@@ -11990,7 +12161,7 @@ static const crpci_backend_ops crpci_multicast_ops = {
     crpci_multicast_enroll, crpci_multicast_withdraw, crpci_multicast_subscribe,
     crpci_directory_leave, crpci_multicast_close};
 
-/* An open registry that is in the group. NULL: out of memory. */
+/* Makes the object for a socket that has joined the group. NULL: out of memory. */
 CRPCI_COLD crpci_multicast *crpci_multicast_new(crpc_loop *l, const char *authority, int fd)
 {
     crpci_multicast *r = (crpci_multicast *)crpci_heap_alloc(l->heap, sizeof *r);
@@ -12011,7 +12182,7 @@ CRPCI_COLD crpci_multicast *crpci_multicast_new(crpc_loop *l, const char *author
     return r;
 }
 
-/* multicast://224.5.6.7:port */
+/* Opens multicast://224.5.6.7:port. */
 CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
                                     const crpci_directory_options *o, crpci_backend **out,
                                     crpc_error *error)
@@ -12062,7 +12233,7 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
 #endif /* CRPC_ENABLE_SERVERLESS */
 
 /* ======================================================================== */
-/* >>impl-zk-servers   the servers of an ensemble, and the way to them       */
+/* >>impl-zk-servers   servers of an ensemble; the local address towards them */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_ZOOKEEPER
@@ -12071,9 +12242,13 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
 #endif
 #include <zookeeper/zookeeper.h>
 
-#define CRPCI_ZK_SERVERS_PORT 2181
+/* Runs while a session is opened, mostly without the lock: resolving names blocks the caller. The
+ * list is fixed afterwards; a changed DNS entry needs a new session. */
 
-/* What a URL's authority stands for. Filled once, then only read (a test changes an address). */
+#define CRPCI_ZK_SERVERS_PORT 2181 /* where the URL names no port */
+
+/* The servers that a URL's authority names. Filled once, then only read (a test changes an
+ * address). */
 typedef struct crpci_zk_servers {
     crpci_heap *heap;
     const char *authority; /* as the user wrote it; the owner of this struct keeps it */
@@ -12088,6 +12263,7 @@ CRPCI_COLD void crpci_zk_servers_free(crpci_zk_servers *z)
     crpci_heap_free(z->heap, z->addr, z->count * sizeof *z->addr);
 }
 
+/* Adds an address unless it is there already. CRPC_ERESOLVE: not numeric. */
 CRPCI_COLD int crpci_zk_servers_add(crpci_zk_servers *z, const char *host, unsigned port)
 {
     char text[CRPC_ADDRESS_MAX];
@@ -12139,9 +12315,9 @@ CRPCI_COLD int crpci_zk_servers_resolve_one(crpci_zk_servers *z, const char *ite
     return added;
 }
 
-/* Resolves every server, because the client must get numbers only: it would resolve names on its
- * own thread whenever it is not connected, and spin when that fails. One name that cannot be
- * resolved among others is only logged. */
+/* Resolves every server, because the client must get numeric addresses only: it would resolve names
+ * on its own thread whenever it is not connected, and would spin when that fails. A name that
+ * cannot be resolved is only logged if another server is left. */
 CRPCI_COLD int crpci_zk_servers_resolve(crpci_zk_servers *z, crpc_error *error)
 {
     char item[256] = "";
@@ -12177,9 +12353,9 @@ CRPCI_COLD int crpci_zk_servers_resolve(crpci_zk_servers *z, crpc_error *error)
                             z->authority);
 }
 
-/* Whether IPv4 servers are written as IPv6 ones. The client has getaddrinfo look at its list
- * whenever it is not connected; with glibc that fails for an IPv4 address, however numeric, while
- * the host has an IPv6 address but lost its IPv4 one, and the client spins. */
+/* Whether IPv4 servers must be written as IPv4-mapped IPv6 addresses. The client passes its list to
+ * getaddrinfo whenever it is not connected. glibc's fails even for a numeric IPv4 address while the
+ * host has an IPv6 address but has lost its IPv4 one, and the client would spin. */
 CRPCI_FN bool crpci_zk_servers_maps_v4(void)
 {
 #ifdef __GLIBC__
@@ -12205,7 +12381,7 @@ CRPCI_FN int crpci_zk_servers_host(const crpci_addr *a, bool map, char *out, siz
                     ntohs(v6 ? a->u.in6.sin6_port : a->u.in4.sin_port));
 }
 
-/* Shuffles the servers, so that a fleet spreads over them, and lists them for the client. */
+/* Shuffles the servers, so that a fleet spreads over them, and writes the list for the client. */
 CRPCI_COLD int crpci_zk_servers_list(crpci_zk_servers *z, crpc_loop *loop)
 {
     const size_t each = INET6_ADDRSTRLEN + 8;
@@ -12232,8 +12408,8 @@ CRPCI_COLD int crpci_zk_servers_list(crpci_zk_servers *z, crpc_loop *loop)
     return z->hosts ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* Finds the address of this host (v4: an IPv4 one) on the way to the servers. The routing table is
- * asked: connecting a datagram socket sends nothing. False: there is no way to any server. */
+/* Determines the local address (v4: an IPv4 one) on the route to the servers. Connecting a datagram
+ * socket consults the routing table and sends nothing. False: there is no route to any server. */
 CRPCI_FN bool crpci_zk_servers_local(const crpci_zk_servers *z, bool v4, char *out, size_t size)
 {
     size_t i;
@@ -12260,7 +12436,7 @@ CRPCI_FN bool crpci_zk_servers_local(const crpci_zk_servers *z, bool v4, char *o
     return *out != '\0';
 }
 
-/* Whether somebody accepts connections at a server. Waits for up to 200 ms; unlocked. */
+/* Whether a server accepts connections. Blocks for up to 200 ms; call it without the lock. */
 CRPCI_FN bool crpci_zk_servers_reachable(const crpci_addr *to)
 {
     int fd = socket(to->u.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
@@ -12282,48 +12458,49 @@ CRPCI_FN bool crpci_zk_servers_reachable(const crpci_addr *to)
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
 /* ======================================================================== */
-/* >>impl-zk-job   requests to ZooKeeper: who asks, what, and what came of it */
+/* >>impl-zk-job   requests to ZooKeeper: who sends them, and how answers are handled */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_ZOOKEEPER
 
 /* Everything in a loop that names the same servers, credential, timeout and cache file shares one
- * session. The sections below put *jobs* on it. A job knows what it wants to send next and when;
- * the session (impl-zk-session) sends it, at most one request a job at a time, and tells the job
- * what came of it. These structs belong to both sections; others use of a session its members loop,
- * heap, authority, phase, id and negotiated_ms.
+ * session. The sections below put *jobs* on it. A job decides what to send next and when; the
+ * session (impl-zk-session) sends it, at most one request per job at a time, and tells the job the
+ * outcome. These structs belong to both sections; other sections may use only the members loop,
+ * heap, authority, phase, id and negotiated_ms of a session.
  *
- * The loop's lock guards all of this. It is never held while the client is called, nor while the
- * client's callbacks call the program.
+ * The loop's lock guards all of this. It is never held while the client library is called, nor
+ * while the program is called back.
  *
- * What the client can still call back with must outlive it. Each completion holds a request; those
- * that never come, because the handle was closed at the wrong moment, are freed with the handle.
- * Watches, which may fire again or never, hold the handle alone, and jobs recognise them by path.
- */
+ * The context of a client callback must outlive the last call of it. Each completion holds a
+ * request; requests whose completion never comes, because the handle was closed at the wrong
+ * moment, are freed with the handle. Watches may fire several times or never, so they hold only the
+ * handle, and jobs recognise them by path. */
 
-#define CRPCI_ZK_JOB_RETRY_US   1000000  /* after a request that got no answer */
+#define CRPCI_ZK_JOB_RETRY_US   1000000  /* wait after a request that got no answer */
 #define CRPCI_ZK_JOB_BACKOFF_US 30000000 /* longest wait between two tries */
 
 typedef struct crpci_zk_session crpci_zk_session;
 typedef struct crpci_zk_job crpci_zk_job;
+/* One request in flight, from sending to its completion. */
 typedef struct crpci_zk_request crpci_zk_request;
 
-/* One handle of the client. */
+/* One zhandle_t of the client library, from its making to its last callback. */
 typedef struct crpci_zk_handle {
     crpci_zk_session *session;
     zhandle_t *zh;
-    crpci_list requests; /* all that may still be called back */
+    crpci_list requests; /* those whose completion may still come */
     bool ready;          /* zookeeper_init2 has returned: zh may be used */
-    bool authed;         /* the client has the credential */
-    bool inside;         /* a callback runs... */
-    crpci_thread thread; /* ... on this thread */
+    bool authed;         /* the client has accepted the credential for sending */
+    bool inside;         /* a callback of the client is running, on `thread` */
+    crpci_thread thread;
     int64_t born_us;
 #if !CRPC_ZOOKEEPER_ST
-    pthread_key_t key;
+    pthread_key_t key; /* its destructor frees this struct, see crpci_zk_session_free_later */
 #endif
 } crpci_zk_handle;
 
-/* Where a session stands:
+/* The states of a session:
  *
  *     ABSENT     no handle; one is made at renew_us      handle made         -> STARTING
  *     STARTING   a handle that never had a session       connected           -> CONNECTED
@@ -12331,8 +12508,8 @@ typedef struct crpci_zk_handle {
  *     LOST       since lost_us; the session may live     connected           -> CONNECTED
  *     OVER       the handle has to be replaced           handle closed       -> ABSENT
  *
- * OVER follows from each of the three before it: the session expired, the credential was refused,
- * no ZooKeeper answered there, or the watchdog gave the session up. */
+ * OVER can follow each of the three states before it: the session expired, the servers refused the
+ * credential, the peer was not a ZooKeeper server, or the watchdog gave the session up. */
 typedef enum crpci_zk_phase {
     CRPCI_ZK_ABSENT,
     CRPCI_ZK_STARTING,
@@ -12342,66 +12519,68 @@ typedef enum crpci_zk_phase {
 } crpci_zk_phase;
 
 struct crpci_zk_session {
-    crpci_list node; /* in loop->registries */
+    crpci_list node; /* in loop->registries, while it has users */
     crpc_loop *loop;
     crpci_heap *heap;
-    uint32_t refs;    /* users, handles, steps, and what outlives its user */
-    uint32_t users;   /* the last one closes the session */
-    uint32_t handles; /* not yet free of callbacks */
+    uint32_t refs;    /* of users, of handles, and of functions that unlock */
+    uint32_t users;   /* open registries and directories; the last one closes the session */
+    uint32_t handles; /* handles whose callbacks may still come */
     char *authority;
     char *credential; /* or NULL */
-    int timeout_ms;   /* asked for */
-    int negotiated_ms;
+    int timeout_ms;   /* requested */
+    int negotiated_ms; /* granted by the server */
     int64_t spread_us;
     crpci_zk_servers servers;
-    crpci_cache cache;   /* the last good lists of `services`; its path NULL: none */
-    crpci_list services; /* that are followed: impl-zk-directory's, like the next two */
-    int64_t stamp_ms;    /* the last consumer's: no two are the same */
-    /* What was read is out of date: calls the lists stale. Locked, unlocks meanwhile. False: out of
-     * memory, so it is called again. NULL: no directory lives on this session. */
+    crpci_cache cache;   /* the last good lists of `services`; path NULL: no cache */
+    /* The next three belong to impl-zk-directory: the services that it follows; the timestamp of
+     * the last consumer, because no two may be equal; and a function that marks all lists stale
+     * (locked, unlocks meanwhile; false: call it again; NULL: no directory uses this session). */
+    crpci_list services;
+    int64_t stamp_ms;
     bool (*age)(crpci_zk_session *s);
-    crpci_cond cond; /* `busy`, a callback, a handle or the wish to live ended */
+    crpci_cond cond; /* `busy`, a callback or a handle has ended, or `closing` was set */
     crpci_timer timer;
     crpci_list jobs;
     crpci_zk_handle *handle;
     crpci_zk_phase phase;
-    bool busy;
+    bool busy; /* busy_thread alone uses or replaces the handle */
     crpci_thread busy_thread;
-    bool again; /* run once more: something changed while busy */
+    bool again; /* something changed while busy: run once more */
     bool closing;
-    bool deferred; /* closed inside a callback: the step that runs it finishes the closing */
-    bool aged;     /* what was read was called stale, since the loss */
-    bool probing;  /* a probe is under way */
-    bool warned;
-    int64_t id; /* 0: this handle had no session yet */
+    bool deferred; /* closed inside a callback: crpci_zk_session_run finishes the closing */
+    bool aged;     /* the lists have been marked stale since the loss */
+    bool probing;  /* a probe is in flight */
+    bool warned;   /* the current trouble has been logged */
+    int64_t id;    /* the server's session id; 0: this handle has had none yet */
     int64_t lost_us;
-    int64_t probe_us;
-    int64_t renew_us;
-    unsigned refused;  /* connections that were closed without a session, since the loss */
+    int64_t probe_us; /* LOST: when to probe next */
+    int64_t renew_us; /* ABSENT: when to make the next handle */
+    unsigned refused;  /* connections accepted and closed without a session, since the loss */
     unsigned failures; /* handles made since the last good answer */
-    unsigned turn;     /* which server the next probe asks */
+    unsigned turn;     /* index of the server that the next probe dials */
 #if CRPC_ZOOKEEPER_ST
     crpci_watch watch;
     unsigned events;
     int fd;
-    int64_t client_us;  /* when the client wants to be called again */
-    int64_t refused_us; /* when the next refusal counts */
+    int64_t client_us;  /* when the client must be called again */
+    int64_t refused_us; /* refusals before this time are not counted */
 #endif
 };
 
 /* --- requests --------------------------------------------------------------------------------- */
 
 typedef enum crpci_zk_verb {
-    CRPCI_ZK_STAT, /* does it exist? */
+    CRPCI_ZK_STAT, /* whether the znode exists */
     CRPCI_ZK_GET,
     CRPCI_ZK_LIST,
-    CRPCI_ZK_CREATE, /* from here on: done twice is not the same as done once */
+    CRPCI_ZK_CREATE, /* this one and those below are not idempotent */
     CRPCI_ZK_SET,
     CRPCI_ZK_DELETE,
     CRPCI_ZK_MULTI
 } crpci_zk_verb;
 
-/* What zoo_amulti fills in while it waits: one block. */
+/* Operations and results of a transaction, in one block that must live until zoo_amulti's
+ * completion. */
 typedef struct crpci_zk_multi {
     size_t size; /* of the block */
     int count;
@@ -12409,7 +12588,7 @@ typedef struct crpci_zk_multi {
     zoo_op_result_t *results;
 } crpci_zk_multi;
 
-/* What to send. The path is copied when it is sent; the data must last as long as the job. */
+/* What a job wants to send. The path is copied; the data must live as long as the job. */
 typedef struct crpci_zk_order {
     crpci_zk_verb verb;
     const char *path;
@@ -12418,9 +12597,9 @@ typedef struct crpci_zk_order {
     int version;           /* SET, DELETE; -1: any */
     int flags;             /* CREATE: the client's */
     bool creator;          /* CREATE: only the credential of this session may use the node */
-    bool parents;          /* CREATE: make the directories above it, if they are missing */
-    bool watch;            /* STAT, GET, LIST: and watch the path */
-    crpci_zk_multi *multi; /* goes to the request */
+    bool parents;          /* CREATE: also make the znodes above it, if they are missing */
+    bool watch;            /* STAT, GET, LIST: also set a watch on the path */
+    crpci_zk_multi *multi; /* the request takes it over */
 } crpci_zk_order;
 
 struct crpci_zk_request {
@@ -12428,13 +12607,13 @@ struct crpci_zk_request {
     crpci_zk_handle *handle;
     crpci_zk_job *job; /* NULL: a probe */
     crpci_zk_order order;
-    bool parent;     /* it makes a directory above the node */
-    int64_t sent_us; /* 0: the client did not take it */
+    bool parent; /* it creates a znode above the one that the job wants */
+    int64_t sent_us; /* 0: the client refused it */
     size_t size;     /* of this block */
     char path[1];    /* more follows */
 };
 
-/* What the client answered; valid in the callback only. */
+/* The server's answer; valid only during the callback. */
 typedef struct crpci_zk_answer {
     int rc;
     const struct Stat *stat;
@@ -12443,78 +12622,81 @@ typedef struct crpci_zk_answer {
     int size;
 } crpci_zk_answer;
 
-/* What a job is told. The last six come while the session goes through its jobs: there the job must
- * neither unlock nor take another job off the session. */
+/* Events of a job. The last six are sent while the session walks its list of jobs: during these the
+ * job must neither unlock nor remove another job from the session. */
 typedef enum crpci_zk_event {
-    CRPCI_ZK_ANSWERED,  /* with the request and its answer; nothing is due any more */
-    CRPCI_ZK_DOUBTED,   /* a write, with the request: perhaps it was done; nobody will say */
+    /* with the request and its answer; the job has nothing due until it sets due_us */
+    CRPCI_ZK_ANSWERED,
+    /* with the request, a write: no answer will come; it may have been executed */
+    CRPCI_ZK_DOUBTED,
     CRPCI_ZK_RESUMED,   /* connected again, with the same session */
     CRPCI_ZK_RENEWED,   /* connected, with another session than before */
     CRPCI_ZK_SUSPENDED, /* the connection is lost */
-    CRPCI_ZK_ENDED,     /* the session is over, and its nodes with it; twice is possible */
-    CRPCI_ZK_CHANGED,   /* what `watched` names */
-    CRPCI_ZK_REMOVED    /* what `watched` names is gone */
+    CRPCI_ZK_ENDED,     /* the session and its ephemeral nodes are gone; may come twice */
+    CRPCI_ZK_CHANGED,   /* the znode at `watched` has changed */
+    CRPCI_ZK_REMOVED    /* the znode at `watched` was removed */
 } crpci_zk_event;
 
+/* The functions of a kind of job. The session calls them locked. */
 typedef struct crpci_zk_work {
-    /* Says what to send now. False: nothing; then the job has set due_us, or is asked again in a
-     * second. Must not unlock. NULL: the job only listens. */
+    /* Fills in the next request. False: nothing to send; unless the job has set due_us, it is asked
+     * again in a second. Must not unlock. NULL: the job only listens to events. */
     bool (*order)(crpci_zk_job *job, crpci_zk_order *order);
     void (*event)(crpci_zk_job *job, crpci_zk_event event, const crpci_zk_request *q,
                   const crpci_zk_answer *a);
-    void (*clear)(crpci_zk_job *job); /* frees what it points at. NULL: nothing. Locked */
+    void (*clear)(crpci_zk_job *job); /* frees what the job owns. NULL: it owns nothing */
 } crpci_zk_work;
 
-/* Something that uses the session. Its holder's struct contains it, and is let go of when neither
- * the session nor a request refers to the job any more. */
+/* A user of the session, part of its holder's struct. `release` drops the reference to the holder
+ * when neither the session nor a request refers to the job any more. */
 struct crpci_zk_job {
     crpci_list node; /* in session->jobs */
     const crpci_zk_work *work;
     void *holder;
     void (*release)(void *holder); /* locked */
     crpci_zk_session *session;
-    uint32_t refs;          /* the session's list, requests, steps */
-    crpci_zk_request *sent; /* under way */
-    int64_t due_us;         /* when to ask `order`; 0: now; INT64_MAX: not at all */
-    const char *watched;    /* a path, or NULL; the job's */
-    char *parent;           /* the directory that is to be made first, or NULL... */
-    size_t made;            /* ... of which so much is tried now */
+    uint32_t refs;          /* of the session's list, of requests, of functions that unlock */
+    crpci_zk_request *sent; /* in flight; NULL: none, or its answer no longer matters */
+    int64_t due_us;         /* when to call `order`; 0: now; INT64_MAX: not at all */
+    const char *watched;    /* path whose watch events the job gets, or NULL; the job's memory */
+    char *parent;           /* a missing directory that must be created first, or NULL */
+    size_t made;            /* length of the part of `parent` that is being created now */
 };
 
-/* --- when ------------------------------------------------------------------------------------- */
+/* --- waits ------------------------------------------------------------------------------------ */
 
 CRPCI_FN int64_t crpci_zk_job_now(const crpci_zk_session *s)
 {
     return crpci_heap_now(s->heap);
 }
 
-/* `us`, give or take so many percent, so that a fleet does not act as one. Locked. */
+/* Varies `us` at random by so many percent, so that a fleet does not act in step. Locked. */
 CRPCI_FN int64_t crpci_zk_job_spread(crpci_zk_session *s, int64_t us, unsigned percent)
 {
     int64_t part = us / 100 * percent;
     return us - part + (int64_t)(crpci_loop_random(s->loop) % 1024u) * part / 512;
 }
 
-/* The wait before try number `n` after the first: doubling, random within a factor of two. */
+/* The wait before retry number `n`: it doubles, and is random within a factor of two. */
 CRPCI_FN int64_t crpci_zk_job_backoff(crpci_zk_session *s, unsigned n)
 {
     int64_t us = (int64_t)CRPCI_ZK_JOB_RETRY_US / 2 << (n < 8 ? n : 8);
     return crpci_zk_job_spread(s, crpci_base_min64(us, CRPCI_ZK_JOB_BACKOFF_US), 33);
 }
 
-/* The job's next request is due in so many microseconds. */
+/* Lets the job send its next request in `us` microseconds. */
 CRPCI_FN void crpci_zk_job_later(crpci_zk_job *job, int64_t us)
 {
     job->due_us = crpci_zk_job_now(job->session) + us;
 }
 
-/* The same, give or take so many percent. */
+/* The same, varied at random by so many percent. */
 CRPCI_FN void crpci_zk_job_around(crpci_zk_job *job, int64_t us, unsigned percent)
 {
     crpci_zk_job_later(job, crpci_zk_job_spread(job->session, us, percent));
 }
 
-/* Whether a code says nothing about what became of the request. */
+/* Whether a code leaves open whether the server executed the request. */
 CRPCI_FN bool crpci_zk_job_unanswered(int rc)
 {
     return (rc < 0 && rc > ZAPIERROR && rc != ZUNIMPLEMENTED && rc != ZBADARGUMENTS) ||
@@ -12523,8 +12705,8 @@ CRPCI_FN bool crpci_zk_job_unanswered(int rc)
 
 /* --- memory ----------------------------------------------------------------------------------- */
 
-/* Puts a job on its session, with a reference to its holder. For `due_us` INT64_MAX it only
- * listens. Locked. */
+/* Puts a job on its session; it takes over one reference to its holder. With due_us INT64_MAX it
+ * only listens. Locked. */
 CRPCI_FN void crpci_zk_job_add(crpci_zk_job *job, const crpci_zk_work *work, crpci_zk_session *s,
                                int64_t due_us, void *holder, void (*release)(void *holder))
 {
@@ -12548,7 +12730,8 @@ CRPCI_FN void crpci_zk_job_unref(crpci_zk_job *job)
     job->release(job->holder);
 }
 
-/* Takes a job off its session; the list's reference goes. Nothing if it is off already. */
+/* Removes a job from its session, and the list's reference with it. Does nothing if it is not
+ * there. */
 CRPCI_FN void crpci_zk_job_drop(crpci_zk_job *job)
 {
     if (crpci_list_empty(&job->node))
@@ -12557,7 +12740,7 @@ CRPCI_FN void crpci_zk_job_drop(crpci_zk_job *job)
     crpci_zk_job_unref(job);
 }
 
-/* The answer to what is under way is of no interest any more. */
+/* The answer to the request in flight no longer matters. */
 CRPCI_FN void crpci_zk_job_forget(crpci_zk_job *job)
 {
     job->sent = NULL;
@@ -12565,19 +12748,19 @@ CRPCI_FN void crpci_zk_job_forget(crpci_zk_job *job)
     job->parent = NULL;
 }
 
-/* Whether a request is under way that may have been carried out. */
+/* Whether a request of the job itself is in flight; creating parents does not count. */
 CRPCI_FN bool crpci_zk_job_pending(const crpci_zk_job *job)
 {
     return job->sent && !job->sent->parent;
 }
 
-/* Whether that one changes something. */
+/* Whether that request changes something. */
 CRPCI_FN bool crpci_zk_job_writing(const crpci_zk_job *job)
 {
     return crpci_zk_job_pending(job) && job->sent->order.verb >= CRPCI_ZK_CREATE;
 }
 
-/* NULL: out of memory. */
+/* A request for s->handle; `job` is NULL for a probe. NULL: out of memory. */
 CRPCI_FN crpci_zk_request *crpci_zk_job_request(crpci_zk_session *s, crpci_zk_job *job,
                                                 const crpci_zk_order *order)
 {
@@ -12613,10 +12796,10 @@ CRPCI_FN void crpci_zk_job_request_free(crpci_zk_request *q)
     crpci_heap_free(h, q, q->size);
 }
 
-/* --- what comes of it ------------------------------------------------------------------------- */
+/* --- answers ---------------------------------------------------------------------------------- */
 
-/* Takes the answer to the making of a parent: goes up while the one above is missing, then down
- * again. 1: the whole directory is there. 0: go on. -1: it cannot be made. */
+/* Handles the answer to the creation of a parent: goes up while the one above is missing too, then
+ * down again. 1: the whole directory exists. 0: go on. -1: it cannot be created. */
 CRPCI_FN int crpci_zk_job_made(crpci_zk_job *job, int rc)
 {
     if (rc == ZOK || rc == ZNODEEXISTS) {
@@ -12632,8 +12815,8 @@ CRPCI_FN int crpci_zk_job_made(crpci_zk_job *job, int rc)
     return job->made ? 0 : -1;
 }
 
-/* A CREATE failed because the directory is missing: that is made first. False: there is none, or no
- * memory, and the answer stands. */
+/* A CREATE failed because its directory is missing: schedules the creation of that. False: the path
+ * has no directory, or out of memory; the job gets the original answer. */
 CRPCI_FN bool crpci_zk_job_make_parent(crpci_zk_job *job, const char *path)
 {
     size_t n = (size_t)(strrchr(path, '/') - path);
@@ -12643,7 +12826,7 @@ CRPCI_FN bool crpci_zk_job_make_parent(crpci_zk_job *job, const char *path)
     return job->parent != NULL;
 }
 
-/* Decides what an answer means to the job that asked. Locked; the job may unlock. */
+/* Decides what an answer means for its job. Locked; the job may unlock. */
 CRPCI_FN void crpci_zk_job_take(crpci_zk_request *q, const crpci_zk_answer *a)
 {
     crpci_zk_job *job = q->job;
@@ -12654,7 +12837,7 @@ CRPCI_FN void crpci_zk_job_take(crpci_zk_request *q, const crpci_zk_answer *a)
         crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
         if (o->verb >= CRPCI_ZK_CREATE && !q->parent)
             job->work->event(job, CRPCI_ZK_DOUBTED, q, a);
-        return; /* what changes nothing is sent again */
+        return; /* a read is simply sent again */
     }
     job->due_us = 0;
     if (q->parent && job->parent) {
@@ -12673,7 +12856,7 @@ CRPCI_FN void crpci_zk_job_take(crpci_zk_request *q, const crpci_zk_answer *a)
     job->work->event(job, CRPCI_ZK_ANSWERED, q, a);
 }
 
-/* Tells every job. */
+/* Sends an event to every job. */
 CRPCI_FN void crpci_zk_job_tell(crpci_zk_session *s, crpci_zk_event event)
 {
     crpci_list *i, *next;
@@ -12684,7 +12867,8 @@ CRPCI_FN void crpci_zk_job_tell(crpci_zk_session *s, crpci_zk_event event)
     }
 }
 
-/* The session is over, and what is under way gets no answer that counts. */
+/* The session is over: requests in flight get no answer that counts. Jobs with a write in flight
+ * hear DOUBTED first, then all hear ENDED. */
 CRPCI_FN void crpci_zk_job_over(crpci_zk_session *s)
 {
     crpci_list *i, *next;
@@ -12707,62 +12891,63 @@ CRPCI_FN void crpci_zk_job_over(crpci_zk_session *s)
 
 #if CRPC_ENABLE_ZOOKEEPER
 
-/* A handle is one zhandle_t of the client, from its making to its end. When a session is over, or
- * has to be given up, its handle is replaced and every job is told that it begins anew. `busy`
- * marks the one thread that uses or replaces the handle.
+/* Keeps a session with ZooKeeper alive for the jobs on it. When a session has expired, or must be
+ * abandoned, its handle is replaced and every job is told to begin anew. `busy` marks the one
+ * thread that uses or replaces the handle.
  *
- * With libzookeeper_mt answers and events come on the client's completion thread. Whatever must
- * happen in time happens there, because nobody may step the loop for hours: reading and pushing
- * lists, replacing a handle and waiting before that. The loop's timer paces retries and checks, and
- * the watchdog: a loss of connection that outlasts two session timeouts ends the session, because a
- * server that lost its data refuses an old session for ever and never says that it expired. Closing
- * a handle can block, so the timer only sends a probe. Its completion, which comes with an error
- * while no server answers, brings the completion thread to the place where it replaces the handle.
+ * With libzookeeper_mt, answers and events come on the client's completion thread. Everything that
+ * must happen in time happens there, because the program may not drive the loop for hours: reading
+ * and pushing lists, replacing a handle and waiting before that. The loop's timer paces retries and
+ * checks, and drives the watchdog: a connection that stays lost for two session timeouts ends the
+ * session, because a server that has lost its data refuses an old session for ever and never says
+ * that it expired. Closing a handle can block, so the timer does not do that; it sends a probe. The
+ * probe's completion, which comes with an error while no server answers, runs on the completion
+ * thread and lets that thread replace the handle.
  *
  * With libzookeeper_st everything happens in crpci_zk_session_run on the thread that drives the
  * loop.
  *
- * A handle that is closed from outside is free of callbacks when zookeeper_close returns. Closed
- * inside one of its own callbacks, libzookeeper_mt frees itself later, on its completion thread:
- * there a destructor of thread-specific data frees the handle when that thread ends. */
+ * When a handle is closed outside its callbacks, no callback comes after zookeeper_close returns.
+ * When it is closed inside one, libzookeeper_mt cleans up later, on its completion thread; a
+ * destructor of thread-specific data then frees the handle when that thread ends. */
 
 #define CRPCI_ZK_SESSION_SPREAD_MS      2000
 #define CRPCI_ZK_SESSION_TIMEOUT_MS     15000
 #define CRPCI_ZK_SESSION_TIMEOUT_MAX_MS 3600000 /* no ZooKeeper grants a longer one */
 #define CRPCI_ZK_SESSION_TIMEOUT_MIN_MS 200     /* the client redials every sixtieth of it */
-#define CRPCI_ZK_SESSION_LINGER_US      200000  /* closing waits so long for answers */
-#define CRPCI_ZK_SESSION_SILENT_US      2000000 /* then a start without an answer is logged */
-#define CRPCI_ZK_SESSION_REFUSALS       3u /* accepted and closed: the server has no such session */
+#define CRPCI_ZK_SESSION_LINGER_US      200000  /* closing waits this long for answers */
+#define CRPCI_ZK_SESSION_SILENT_US      2000000 /* a start without an answer is logged after it */
+#define CRPCI_ZK_SESSION_REFUSALS       3u /* connections accepted and closed: session unknown */
 
-/* Every callback of the client ends here: the section's one cycle. It runs what is due, which may
- * send requests whose answers come in the same way. Unlocks. */
+/* Every callback of the client ends with this function. It sends requests that are due, and these
+ * refer to the callbacks: the one cycle of this section, hence the prototype. Unlocks. */
 static void crpci_zk_session_leave(crpci_zk_handle *handle);
 
 /* --- waits ------------------------------------------------------------------------------------ */
 
-/* A random moment within the spread, or within half of a short session. Locked. */
+/* A random delay within the spread, or within half of a short session timeout. Locked. */
 CRPCI_FN int64_t crpci_zk_session_scatter(crpci_zk_session *s)
 {
     int64_t most = crpci_base_min64((int64_t)s->timeout_ms * 500, s->spread_us);
     return (int64_t)(crpci_loop_random(s->loop) % 4096u) * most / 4096;
 }
 
-/* How long a lost connection may stay lost. */
+/* How long a connection may stay lost before the session is abandoned, in microseconds. */
 CRPCI_FN int64_t crpci_zk_session_patience(const crpci_zk_session *s)
 {
     return (int64_t)s->negotiated_ms * 2000;
 }
 
-/* How often a server is probed meanwhile: not so often that one which takes its time to start, and
- * closes connections until then, looks like one that refuses the session. */
+/* The time between two probes. Not shorter than a second, because a server that is starting closes
+ * connections too, and would look like one that refuses the session. */
 CRPCI_FN int64_t crpci_zk_session_pace(const crpci_zk_session *s)
 {
     int64_t us = (int64_t)s->negotiated_ms * 250;
     return us > 1000000 ? us : 1000000;
 }
 
-/* The wait before a handle is replaced: random at first, so that a fleet that lost its server does
- * not come back as one. */
+/* The wait before a handle is replaced. Random at first, so that a fleet that lost its server does
+ * not return all at once. */
 CRPCI_FN int64_t crpci_zk_session_delay(crpci_zk_session *s)
 {
     return s->failures ? crpci_zk_job_backoff(s, s->failures) : crpci_zk_session_scatter(s);
@@ -12770,7 +12955,8 @@ CRPCI_FN int64_t crpci_zk_session_delay(crpci_zk_session *s)
 
 /* --- handles and sessions: memory ---------------------------------------------------------- */
 
-/* No callback of the handle can come any more: what the client did not call back for goes too. */
+/* No callback of the handle can come any more: frees it, and the requests whose completion never
+ * came. */
 CRPCI_FN void crpci_zk_session_handle_free(crpci_zk_handle *handle)
 {
     crpci_zk_session *s = handle->session;
@@ -12778,7 +12964,7 @@ CRPCI_FN void crpci_zk_session_handle_free(crpci_zk_handle *handle)
         crpci_zk_job_request_free(CRPCI_CONTAINER(handle->requests.next, crpci_zk_request, node));
     crpci_heap_free(s->heap, handle, sizeof *handle);
     s->handles--;
-    s->refs--; /* never the last: whoever calls this has one */
+    s->refs--; /* never the last one: the caller has one too */
     crpci_thread_broadcast(&s->cond);
 }
 
@@ -12795,7 +12981,7 @@ CRPCI_COLD void crpci_zk_session_free(crpci_zk_session *s)
     crpci_loop_release(l);
 }
 
-/* Unlocks, and lets go of a reference. */
+/* Unlocks the loop and drops one reference of the session. */
 CRPCI_FN void crpci_zk_session_unlock(crpci_zk_session *s)
 {
     bool last = --s->refs == 0;
@@ -12804,23 +12990,25 @@ CRPCI_FN void crpci_zk_session_unlock(crpci_zk_session *s)
         crpci_zk_session_free(s);
 }
 
-/* --- what the client calls -------------------------------------------------------------------- */
+/* --- callbacks of the client ------------------------------------------------------------------ */
 
-/* The client's lines do not say whose they are, so nobody is handed them; the session's own lines
- * tell of every loss and return once. */
+/* Drops the client's log lines, because they do not say which session they concern. The session's
+ * own lines report each loss and each return once. */
 CRPCI_FN void crpci_zk_session_on_log(const char *line)
 {
     (void)line;
 }
 
-/* Runs on the client's I/O thread, in places with the client's locks held. A refused credential
- * comes as a session event too. */
+/* Runs on the client's I/O thread, sometimes with the client's locks held, so it does nothing. A
+ * credential that is refused is reported as a session event too. */
 CRPCI_FN void crpci_zk_session_on_auth(int rc, const void *data)
 {
     (void)rc;
     (void)data;
 }
 
+/* A callback of the client begins: locks, and notes which thread is inside. crpci_zk_session_leave
+ * ends it. */
 CRPCI_FN void crpci_zk_session_enter(crpci_zk_handle *handle)
 {
     crpci_loop_lock(handle->session->loop);
@@ -12828,22 +13016,24 @@ CRPCI_FN void crpci_zk_session_enter(crpci_zk_handle *handle)
     handle->thread = crpci_thread_self();
 }
 
-/* Whether what was read is to be called stale: the registry has been away for as long as a session
- * lasts, so that from now on anything can have happened there. */
+/* Whether the lists must be marked stale now: the connection has been lost for as long as a session
+ * lives, so that anything may have changed at the registry. */
 CRPCI_FN bool crpci_zk_session_is_old(const crpci_zk_session *s)
 {
     return !s->aged && s->phase == CRPCI_ZK_LOST &&
            crpci_zk_job_now(s) - s->lost_us >= (int64_t)s->negotiated_ms * 1000;
 }
 
-/* Locked, unlocks meanwhile; on the thread that delivers lists, so that the two never meet. */
+/* Marks the lists stale. On the thread that delivers lists, so that the two never overlap. Locked,
+ * unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_age(crpci_zk_session *s)
 {
     s->aged = !s->age || s->age(s);
 }
 
-/* The answer to a probe: nobody is there yet. A server that accepts a connection without giving the
- * session back does not know the session. Only libzookeeper_mt needs to be asked. */
+/* Handles a failed probe: still no connection. Dials one server itself: a server that accepts
+ * connections and never returns the session does not know the session. Only libzookeeper_mt needs
+ * this. */
 CRPCI_FN void crpci_zk_session_probed(crpci_zk_session *s, crpci_zk_handle *handle, int rc)
 {
     s->probing = false;
@@ -12861,12 +13051,14 @@ CRPCI_FN void crpci_zk_session_probed(crpci_zk_session *s, crpci_zk_handle *hand
     }
     if (s->closing || s->handle != handle || s->phase != CRPCI_ZK_LOST ||
         zoo_state(handle->zh) == ZOO_CONNECTED_STATE)
-        return; /* it came back this moment, and that event stands behind this in the queue */
+        return; /* connected this moment: that event is behind this one in the client's queue */
     if (s->refused >= CRPCI_ZK_SESSION_REFUSALS ||
         crpci_zk_job_now(s) - s->lost_us >= crpci_zk_session_patience(s))
         s->phase = CRPCI_ZK_OVER;
 }
 
+/* Every completion of the client comes here. An answer counts only if it is that of the current
+ * handle and of the job's request in flight. */
 CRPCI_FN void crpci_zk_session_on_answer(const void *data, const crpci_zk_answer *a)
 {
     crpci_zk_request *q = (crpci_zk_request *)(uintptr_t)data;
@@ -12925,9 +13117,9 @@ CRPCI_FN void crpci_zk_session_on_names(int rc, const struct String_vector *name
     crpci_zk_session_on_answer(data, &a);
 }
 
-/* A watch fired. A job with a request under way is not told: events come before the answers that
- * show what they tell of, so that the answer will show it. Also called for session events, which
- * the other watcher sees to. */
+/* A watch fired. A job with a request in flight is not told, because the client delivers watch
+ * events before answers that already show the change. Watches also get session events, which
+ * crpci_zk_session_on_session handles. */
 CRPCI_FN void crpci_zk_session_on_change(zhandle_t *zh, int type, int state, const char *path,
                                          void *context)
 {
@@ -12949,14 +13141,16 @@ CRPCI_FN void crpci_zk_session_on_change(zhandle_t *zh, int type, int state, con
     crpci_zk_session_leave(handle);
 }
 
+/* The client has connected. A peer that is not ZooKeeper can grant an absurd timeout, by which it
+ * is recognised. */
 CRPCI_FN void crpci_zk_session_connected(crpci_zk_session *s, int64_t id, int timeout_ms)
 {
     bool fresh = id != s->id;
     if (timeout_ms <= 0 || timeout_ms > CRPCI_ZK_SESSION_TIMEOUT_MAX_MS) {
         crpci_heap_log(
             s->heap, CRPC_LOG_ERROR,
-            "registry zookeeper://%s: what answers there is no ZooKeeper (session timeout "
-            "%d ms); trying again later",
+            "registry zookeeper://%s: the peer is not a ZooKeeper server (it granted a session "
+            "timeout of %d ms); trying again later",
             s->authority, timeout_ms);
         s->failures += s->failures == 0;
         s->phase = CRPCI_ZK_OVER;
@@ -12984,7 +13178,8 @@ CRPCI_FN void crpci_zk_session_disconnected(crpci_zk_session *s)
     s->phase = CRPCI_ZK_LOST;
     s->warned = true;
     s->lost_us = now;
-    /* When to probe; with libzookeeper_st, which can be seen at work, when to give it up. */
+    /* With libzookeeper_mt, when to probe. With libzookeeper_st the loop sees each failed dial
+     * itself, and this is when to abandon the session. */
     s->probe_us =
         now + (CRPC_ZOOKEEPER_ST ? crpci_zk_session_patience(s) : crpci_zk_session_pace(s));
 #if CRPC_ZOOKEEPER_ST
@@ -12993,6 +13188,7 @@ CRPCI_FN void crpci_zk_session_disconnected(crpci_zk_session *s)
     crpci_zk_job_tell(s, CRPCI_ZK_SUSPENDED);
 }
 
+/* The server ended the session, or refused the credential. */
 CRPCI_FN void crpci_zk_session_expired(crpci_zk_session *s, bool credential)
 {
     crpci_heap_log(s->heap, credential ? CRPC_LOG_ERROR : CRPC_LOG_WARN,
@@ -13007,6 +13203,7 @@ CRPCI_FN void crpci_zk_session_expired(crpci_zk_session *s, bool credential)
     crpci_zk_job_over(s);
 }
 
+/* The client's session events. They come for every handle, also for one that was replaced. */
 CRPCI_FN void crpci_zk_session_on_session(zhandle_t *zh, int type, int state, const char *path,
                                           void *context)
 {
@@ -13033,9 +13230,10 @@ CRPCI_FN void crpci_zk_session_on_session(zhandle_t *zh, int type, int state, co
     crpci_zk_session_leave(handle);
 }
 
-/* --- what calls the client -------------------------------------------------------------------- */
+/* --- calls of the client ---------------------------------------------------------------------- */
 
-/* Unlocked. The client's code for what it takes; see crpci_zk_session_send for the others. */
+/* Passes a request to the client. Unlocked. Returns the client's code; crpci_zk_session_send
+ * handles errors. */
 CRPCI_FN int crpci_zk_session_call(zhandle_t *zh, crpci_zk_request *q)
 {
     const crpci_zk_order *o = &q->order;
@@ -13061,8 +13259,8 @@ CRPCI_FN int crpci_zk_session_call(zhandle_t *zh, crpci_zk_request *q)
     }
 }
 
-/* Sends a request. With libzookeeper_mt it may be answered, and gone, before this returns. Locked,
- * unlocks meanwhile. */
+/* Sends a request. With libzookeeper_mt it may be answered and freed before this returns, so the
+ * job is held meanwhile and `q` is compared, not read. Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_send(crpci_zk_session *s, crpci_zk_request *q)
 {
     crpci_zk_job *job = q->job;
@@ -13085,8 +13283,8 @@ CRPCI_FN void crpci_zk_session_send(crpci_zk_session *s, crpci_zk_request *q)
             job->sent = NULL;
             crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
         }
-        /* Out of memory the client may have queued half of it, and still call back: then the
-         * request is left to the handle. */
+        /* When out of memory, the client may have queued the request all the same and may call
+         * back: then it is left to the handle, which frees it at the end. */
         if (a.rc == ZINVALIDSTATE || a.rc == ZBADARGUMENTS)
             crpci_zk_job_request_free(q);
     }
@@ -13094,7 +13292,7 @@ CRPCI_FN void crpci_zk_session_send(crpci_zk_session *s, crpci_zk_request *q)
         crpci_zk_job_unref(job);
 }
 
-/* Asks a job what to send: the next part of a missing directory, or what it wants itself. */
+/* Gets a job's next request: the creation of a missing parent, or what the job itself wants. */
 CRPCI_FN bool crpci_zk_session_ask(crpci_zk_job *job, crpci_zk_order *o)
 {
     memset(o, 0, sizeof *o);
@@ -13107,6 +13305,7 @@ CRPCI_FN bool crpci_zk_session_ask(crpci_zk_job *job, crpci_zk_order *o)
     return true;
 }
 
+/* Sends a job's next request. If it has none, or memory is short, it is asked again later. */
 CRPCI_FN void crpci_zk_session_issue(crpci_zk_session *s, crpci_zk_job *job)
 {
     crpci_zk_request *q = NULL;
@@ -13129,6 +13328,7 @@ CRPCI_FN void crpci_zk_session_issue(crpci_zk_session *s, crpci_zk_job *job)
     crpci_zk_job_unref(job);
 }
 
+/* A job whose next request is due; NULL: none. */
 CRPCI_FN crpci_zk_job *crpci_zk_session_next(crpci_zk_session *s)
 {
     int64_t now = crpci_zk_job_now(s);
@@ -13141,8 +13341,8 @@ CRPCI_FN crpci_zk_job *crpci_zk_session_next(crpci_zk_session *s)
     return NULL;
 }
 
-/* The client remembers a credential and sends it with each connection; it takes none between two
- * tries to connect. Locked, unlocks meanwhile. */
+/* Gives the client the credential, which it then sends with each connection. The client refuses it
+ * while it is between two dials, so this is repeated. Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_authenticate(crpci_zk_session *s)
 {
     crpci_zk_handle *handle = s->handle;
@@ -13161,14 +13361,14 @@ CRPCI_FN bool crpci_zk_session_is_up(const crpci_zk_session *s)
     return s->phase == CRPCI_ZK_CONNECTED && s->handle->ready && !s->closing;
 }
 
-/* Whether requests may be sent, with the credential before them. */
+/* Whether requests may be sent. With a credential only after the client has taken it. */
 CRPCI_FN bool crpci_zk_session_may_issue(const crpci_zk_session *s)
 {
     return crpci_zk_session_is_up(s) && (!s->credential || s->handle->authed);
 }
 
-/* zookeeper_init2 with all signals blocked: the client's threads inherit the mask, so that none of
- * them runs the program's signal handlers. Unlocked. */
+/* Calls zookeeper_init2 with all signals blocked: the client's threads inherit the mask, so that
+ * none of them runs the program's signal handlers. Unlocked. */
 CRPCI_FN zhandle_t *crpci_zk_session_init(const crpci_zk_session *s, crpci_zk_handle *handle)
 {
     zhandle_t *zh;
@@ -13190,8 +13390,9 @@ CRPCI_FN zhandle_t *crpci_zk_session_init(const crpci_zk_session *s, crpci_zk_ha
     return zh;
 }
 
-/* Makes a handle, or fails: the client wants memory, and getaddrinfo refuses an IPv4 server while
- * the host has an IPv6 address but no IPv4 address yet. Busy; locked, unlocks meanwhile. */
+/* Makes a handle. That can fail: memory is short, or getaddrinfo refuses an IPv4 server while the
+ * host has an IPv6 address but no IPv4 address yet. The caller is busy; locked, unlocks
+ * meanwhile. */
 CRPCI_FN void crpci_zk_session_connect(crpci_zk_session *s)
 {
     crpci_zk_handle *handle = (crpci_zk_handle *)crpci_heap_alloc(s->heap, sizeof *handle);
@@ -13229,7 +13430,8 @@ CRPCI_FN void crpci_zk_session_connect(crpci_zk_session *s)
 }
 
 #if !CRPC_ZOOKEEPER_ST
-/* The completion thread of a handle that was closed in its own callback has run its last one. */
+/* The completion thread of a handle that was closed in its own callback is ending: no callback can
+ * come. */
 CRPCI_FN void crpci_zk_session_on_thread_end(void *data)
 {
     crpci_zk_handle *handle = (crpci_zk_handle *)data;
@@ -13241,8 +13443,9 @@ CRPCI_FN void crpci_zk_session_on_thread_end(void *data)
     crpci_zk_session_unlock(s);
 }
 
-/* True: the handle will be freed when this thread, its own, ends. Where no key can be had it never
- * is: nothing else tells when that is safe. */
+/* Whether the handle is being closed inside its own callback. If so, it will be freed when this
+ * thread, its own, ends. If no key is available the handle is leaked: nothing else tells when
+ * freeing is safe. */
 CRPCI_FN bool crpci_zk_session_free_later(crpci_zk_handle *handle)
 {
     if (!handle->inside || !crpci_thread_is_self(handle->thread))
@@ -13252,13 +13455,13 @@ CRPCI_FN bool crpci_zk_session_free_later(crpci_zk_handle *handle)
             return true;
         pthread_key_delete(handle->key);
     }
-    handle->session->handles--; /* so that nobody waits for it */
+    handle->session->handles--; /* so that crpci_zk_session_shut does not wait for it */
     return true;
 }
 #endif
 
-/* Closes the handle: its session ends at once, if a server can be told, and with it the nodes.
- * Busy; locked, unlocks meanwhile. */
+/* Closes the handle. Its session ends at once if a server can be told, and with it the ephemeral
+ * nodes. The caller is busy; locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_disconnect(crpci_zk_session *s)
 {
     crpci_zk_handle *handle = s->handle;
@@ -13285,7 +13488,7 @@ CRPCI_FN void crpci_zk_session_disconnect(crpci_zk_session *s)
 CRPCI_COLD void crpci_zk_session_log_renewal(crpci_zk_session *s)
 {
     crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                   "registry zookeeper://%s: giving the session up for a new one", s->authority);
+                   "registry zookeeper://%s: session abandoned; opening a new one", s->authority);
 }
 
 #if CRPC_ZOOKEEPER_ST
@@ -13296,8 +13499,8 @@ CRPCI_FN void crpci_zk_session_process(crpci_zk_session *s)
     unsigned events = s->events;
     int before, after;
     s->events = 0;
-    /* From here on the client may close its socket at any time, and the number may become somebody
-     * else's: it is not watched until the client says anew what it waits for. */
+    /* From here on the client may close its socket at any time, and another file of the program may
+     * get the number: it is not watched until the client names its descriptor again. */
     crpci_watch_set(s->loop, &s->watch, s->fd, 0);
     crpci_loop_unlock(s->loop);
     before = zoo_state(zh);
@@ -13305,7 +13508,8 @@ CRPCI_FN void crpci_zk_session_process(crpci_zk_session *s)
                               (events & CRPC_WRITABLE ? ZOOKEEPER_WRITE : 0));
     after = zoo_state(zh);
     crpci_loop_lock(s->loop);
-    /* The client tries again within milliseconds; a server that is starting refuses as often. */
+    /* Counted at most once per pace: the client redials within milliseconds, and a server that is
+     * starting closes each connection. */
     if (before == ZOO_ASSOCIATING_STATE && after != before && after != ZOO_CONNECTED_STATE &&
         s->phase == CRPCI_ZK_LOST && crpci_zk_job_now(s) >= s->refused_us) {
         s->refused++;
@@ -13313,7 +13517,8 @@ CRPCI_FN void crpci_zk_session_process(crpci_zk_session *s)
     }
 }
 
-/* Asks the client what to wait for. An error leaves old values behind, or closed a socket. */
+/* Asks the client which descriptor and events to wait for. After an error its answers are invalid:
+ * they may be those of a closed socket. */
 CRPCI_FN void crpci_zk_session_interest(crpci_zk_session *s)
 {
     zhandle_t *zh = s->handle->zh;
@@ -13327,14 +13532,15 @@ CRPCI_FN void crpci_zk_session_interest(crpci_zk_session *s)
     state = zoo_state(zh);
     crpci_loop_lock(s->loop);
     if (state != ZOO_CONNECTED_STATE && state != ZOO_READONLY_STATE)
-        crpci_zk_session_disconnected(s); /* found by a send: no event tells of it */
+        crpci_zk_session_disconnected(s); /* a loss noticed while sending raises no event */
     if (rc == ZINVALIDSTATE) {
         s->phase = CRPCI_ZK_OVER;
         s->again = true;
     }
     if (rc != ZOK) {
         fd = -1;
-        if (state == ZOO_CONNECTED_STATE) /* a ping failed: only reading or writing makes it see */
+        /* a ping failed: only reading or writing reveals the loss */
+        if (state == ZOO_CONNECTED_STATE)
             s->events = CRPC_READABLE | CRPC_WRITABLE;
     }
     events = fd < 0 ? 0
@@ -13345,12 +13551,13 @@ CRPCI_FN void crpci_zk_session_interest(crpci_zk_session *s)
     s->fd = fd;
     s->client_us = crpci_zk_job_now(s) + (int64_t)tv.tv_sec * 1000000 + tv.tv_usec;
     if (events && crpci_watch_set(s->loop, &s->watch, fd, events)) {
-        s->events = events; /* no memory to watch it: ask the client from time to time */
+        s->events = events; /* no memory to watch it: call the client ten times a second */
         s->client_us = crpci_zk_job_now(s) + 100000;
     }
 }
 
-/* Ends what has to end; closing a handle may block this loop. Busy; locked, unlocks meanwhile. */
+/* Replaces a session that is over or must be abandoned. Closing a handle may block this loop. The
+ * caller is busy; locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_renew(crpci_zk_session *s)
 {
     if (s->phase == CRPCI_ZK_LOST &&
@@ -13365,7 +13572,8 @@ CRPCI_FN void crpci_zk_session_renew(crpci_zk_session *s)
     }
 }
 #else
-/* Has the completion thread called, see above. Locked, unlocks meanwhile. */
+/* Sends a request whose completion, with or without an answer, calls crpci_zk_session_probed on the
+ * completion thread. Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
 {
     crpci_zk_request *q;
@@ -13381,7 +13589,8 @@ CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
 }
 #endif
 
-/* Looks after a handle without a connection. Busy; locked, unlocks meanwhile. */
+/* Handles the states without a connection: makes a handle, logs silence, probes. The caller is
+ * busy; locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_supervise(crpci_zk_session *s)
 {
     int64_t now = crpci_zk_job_now(s);
@@ -13405,7 +13614,7 @@ CRPCI_FN void crpci_zk_session_supervise(crpci_zk_session *s)
 #endif
 }
 
-/* Sets the timer to what comes next. Locked. */
+/* Sets the timer to the next thing that is due. Locked. */
 CRPCI_FN void crpci_zk_session_arm(crpci_zk_session *s)
 {
     int64_t next = INT64_MAX, now = crpci_zk_job_now(s);
@@ -13434,7 +13643,8 @@ CRPCI_FN void crpci_zk_session_arm(crpci_zk_session *s)
         crpci_loop_timer_cancel(s->loop, &s->timer);
 }
 
-/* Ends the session. Locked, unlocks meanwhile; closing was set, nobody is busy. */
+/* Ends the session: waits briefly for answers, closes the handle, and releases the jobs. `closing`
+ * is set and no thread is busy. Locked, unlocks meanwhile. */
 CRPCI_COLD void crpci_zk_session_shut(crpci_zk_session *s)
 {
     bool inside = s->handle && s->handle->inside && crpci_thread_is_self(s->handle->thread);
@@ -13446,7 +13656,7 @@ CRPCI_COLD void crpci_zk_session_shut(crpci_zk_session *s)
     s->deferred = false;
     crpci_loop_timer_cancel(s->loop, &s->timer);
 #if !CRPC_ZOOKEEPER_ST
-    /* What the client is not done with when it is closed, it never frees. */
+    /* The client leaks requests that are unfinished when it is closed. */
     while (s->phase == CRPCI_ZK_CONNECTED && !inside && !crpci_list_empty(&s->handle->requests) &&
            crpci_zk_job_now(s) < until)
         crpci_thread_wait(&s->cond, &s->loop->lock, until - crpci_zk_job_now(s));
@@ -13460,8 +13670,8 @@ CRPCI_COLD void crpci_zk_session_shut(crpci_zk_session *s)
         crpci_thread_wait(&s->cond, &s->loop->lock, -1);
 }
 
-/* Does what is due, unless another thread is at it, which then does it too. Locked, unlocks
- * meanwhile. */
+/* Does everything that is due. If another thread is busy, that thread will do it (`again`). Locked,
+ * unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_run(crpci_zk_session *s)
 {
     crpci_zk_job *job;
@@ -13495,8 +13705,8 @@ CRPCI_FN void crpci_zk_session_run(crpci_zk_session *s)
 }
 
 #if !CRPC_ZOOKEEPER_ST
-/* Replaces the handle, on its own completion thread, which has nothing else to do any more and so
- * can do the waiting too. Locked, unlocks meanwhile. */
+/* Replaces the handle on its own completion thread. That thread has nothing else to do any more, so
+ * it can also wait for the delay. Locked, unlocks meanwhile. */
 CRPCI_COLD void crpci_zk_session_replace(crpci_zk_session *s, const crpci_zk_handle *handle)
 {
     int64_t until;
@@ -13526,6 +13736,7 @@ CRPCI_COLD void crpci_zk_session_replace(crpci_zk_session *s, const crpci_zk_han
 }
 #endif
 
+/* Writes the cache file when it is due. Unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_save(crpci_zk_session *s)
 {
     if (!s->closing && crpci_cache_due(&s->cache) <= crpci_zk_job_now(s))
@@ -13540,13 +13751,13 @@ static void crpci_zk_session_leave(crpci_zk_handle *handle)
 #if !CRPC_ZOOKEEPER_ST
     if (s->phase == CRPCI_ZK_OVER && s->handle == handle)
         crpci_zk_session_replace(s, handle);
-    crpci_zk_session_save(s); /* here, not in the loop: it takes a while */
+    crpci_zk_session_save(s); /* here and not only in the loop: writing waits for the disk */
 #endif
     handle->inside = false;
     crpci_loop_unlock(l);
 }
 
-/* --- what the loop calls ---------------------------------------------------------------------- */
+/* --- callbacks of the loop -------------------------------------------------------------------- */
 
 CRPCI_FN void crpci_zk_session_on_timer(crpc_loop *l, crpci_timer *timer)
 {
@@ -13570,7 +13781,8 @@ CRPCI_FN void crpci_zk_session_on_event(crpc_loop *l, crpci_watch *watch, unsign
 }
 #endif
 
-/* Has the session look at its jobs soon, from where the client must not be called. Locked. */
+/* Schedules a run by the loop's timer. For callers that must not unlock or call the client.
+ * Locked. */
 CRPCI_FN void crpci_zk_session_soon(crpci_zk_session *s)
 {
     s->again = true;
@@ -13578,7 +13790,8 @@ CRPCI_FN void crpci_zk_session_soon(crpci_zk_session *s)
         crpci_loop_timer_set(s->loop, &s->timer, 0);
 }
 
-/* The same, at once if this thread may call the client. Locked, unlocks meanwhile. */
+/* Runs what is due now, or schedules it where only the loop's thread may call the client. Locked,
+ * unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_kick(crpci_zk_session *s)
 {
 #if CRPC_ZOOKEEPER_ST
@@ -13590,13 +13803,13 @@ CRPCI_FN void crpci_zk_session_kick(crpci_zk_session *s)
 
 /* --- opening and closing ---------------------------------------------------------------------- */
 
-/* All 0: defaults. */
+/* Options of a session; all 0: defaults. */
 typedef struct crpci_zk_session_options {
     int timeout_ms;
-    int spread_ms;          /* in which a fleet comes back. 0: 2000. -1: none */
+    int spread_ms;          /* random delay of a reconnect, for fleets. 0: 2000. -1: none */
     const char *credential; /* "user:password"; NULL: none */
     const char *cache;      /* file; NULL: none */
-    int cache_interval_ms;  /* between two writes of it. 0: 60000. -1: none */
+    int cache_interval_ms;  /* least time between two writes. 0: 60000. -1: none */
 } crpci_zk_session_options;
 
 CRPCI_FN bool crpci_zk_session_same(const char *a, const char *b)
@@ -13611,7 +13824,7 @@ CRPCI_FN bool crpci_zk_session_copy(crpci_heap *h, const char *from, char **to)
     return *to || !from;
 }
 
-/* The open session that fits, or NULL. Locked. */
+/* The open session with the same servers and options, or NULL. Locked. */
 CRPCI_FN crpci_zk_session *crpci_zk_session_find(crpc_loop *l, const char *authority,
                                                  const crpci_zk_session_options *o)
 {
@@ -13626,7 +13839,7 @@ CRPCI_FN crpci_zk_session *crpci_zk_session_find(crpc_loop *l, const char *autho
     return NULL;
 }
 
-/* A session that nobody knows of yet. Resolves names, so unlocked. */
+/* Makes a session that is not in the loop's list yet. Resolves names, so it must run unlocked. */
 CRPCI_COLD int crpci_zk_session_new(crpc_loop *l, const char *authority,
                                     const crpci_zk_session_options *o, crpci_zk_session **out,
                                     crpc_error *error)
@@ -13675,7 +13888,8 @@ CRPCI_COLD int crpci_zk_session_new(crpc_loop *l, const char *authority,
     return CRPC_OK;
 }
 
-/* Joins the session that fits, or begins one. Resolves names, never waits for a server. */
+/* Joins the open session with the same options, or begins one. Resolves names; never waits for a
+ * server. */
 CRPCI_COLD int crpci_zk_session_open(crpc_loop *l, const char *authority,
                                      const crpci_zk_session_options *options,
                                      crpci_zk_session **out, crpc_error *error)
@@ -13689,7 +13903,7 @@ CRPCI_COLD int crpci_zk_session_open(crpc_loop *l, const char *authority,
         o.timeout_ms = CRPCI_ZK_SESSION_TIMEOUT_MIN_MS;
     crpci_loop_lock(l);
     s = crpci_zk_session_find(l, authority, &o);
-    if (!s) { /* names are resolved without the lock; another thread may be faster */
+    if (!s) { /* without the lock, to resolve names: another thread may open the same meanwhile */
         crpci_loop_unlock(l);
         err = crpci_zk_session_new(l, authority, &o, &made, error);
         if (err)
@@ -13706,7 +13920,7 @@ CRPCI_COLD int crpci_zk_session_open(crpc_loop *l, const char *authority,
         crpci_list_append(&l->registries, &s->node);
         s->busy = true;
         s->busy_thread = crpci_thread_self();
-        crpci_zk_session_connect(s); /* if that fails it is tried again, as later on */
+        crpci_zk_session_connect(s); /* after a failure the timer tries again */
         s->failures = 0;
         s->busy = false;
         crpci_thread_broadcast(&s->cond);
@@ -13719,8 +13933,8 @@ CRPCI_COLD int crpci_zk_session_open(crpc_loop *l, const char *authority,
     return CRPC_OK;
 }
 
-/* A user is about to close. True: it is the last one, so that the session takes nothing new and is
- * found by nobody any more. Locked; crpci_zk_session_close follows. */
+/* A user begins to close. Returns true for the last one; the session then accepts nothing new and
+ * is no longer found. Locked; crpci_zk_session_close must follow. */
 CRPCI_FN bool crpci_zk_session_leave_user(crpci_zk_session *s)
 {
     if (--s->users)
@@ -13731,8 +13945,8 @@ CRPCI_FN bool crpci_zk_session_leave_user(crpci_zk_session *s)
     return true;
 }
 
-/* Ends what crpci_zk_session_leave_user began, and unlocks. With libzookeeper_mt and a server that
- * is frozen this can take up to 4.5 s. */
+/* Completes what crpci_zk_session_leave_user began, and unlocks. With libzookeeper_mt and a server
+ * that hangs, this can take up to 4.5 s. */
 CRPCI_FN void crpci_zk_session_close(crpci_zk_session *s, bool last)
 {
     if (last && s->busy && CRPC_ZOOKEEPER_ST && crpci_thread_is_self(s->busy_thread)) {
@@ -13740,7 +13954,7 @@ CRPCI_FN void crpci_zk_session_close(crpci_zk_session *s, bool last)
     } else if (last) {
         while (s->busy || s->cache.writing)
             crpci_thread_wait(&s->cond, &s->loop->lock, -1);
-        if (crpci_cache_due(&s->cache) != INT64_MAX) /* before its time, because it is the last */
+        if (crpci_cache_due(&s->cache) != INT64_MAX) /* unsaved news: write them now */
             crpci_cache_save(&s->cache, s->loop, &s->cond);
         crpci_zk_session_shut(s);
     }
@@ -13749,21 +13963,22 @@ CRPCI_FN void crpci_zk_session_close(crpci_zk_session *s, bool last)
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
 /* ======================================================================== */
-/* >>impl-zk-node   the two primitives: to watch a node, and to own one       */
+/* >>impl-zk-node   the two primitives: watching a znode, and owning one   */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_ZOOKEEPER
 
-/* Everything that crpc does in ZooKeeper for longer than one request is one of these two. They
- * alone know how watches are set again, what follows when a request gets no answer, when to try
- * again and when to read anew. What they tell comes locked, on the thread that runs the client. */
+/* Everything that crpc does in ZooKeeper for longer than one request is one of these two jobs. They
+ * alone set watches again, decide what follows a request without an answer, when to retry and when
+ * to read again. Their callbacks come locked, on the thread that runs the client. */
 
-#define CRPCI_ZK_NODE_REFUSED_US 5000000   /* between reads of what may not be read */
-#define CRPCI_ZK_NODE_REREAD_US  300000000 /* in case a watch was lost */
-#define CRPCI_ZK_NODE_CHECK_US   60000000  /* is the own node still there, and this session's? */
-#define CRPCI_ZK_NODE_BACK_US    500000    /* before a node that somebody removed is made again */
+#define CRPCI_ZK_NODE_REFUSED_US 5000000   /* between reads that the server refuses */
+#define CRPCI_ZK_NODE_REREAD_US  300000000 /* between reads without an event: a watch can be lost */
+#define CRPCI_ZK_NODE_CHECK_US   60000000  /* between checks that the own node still exists */
+#define CRPCI_ZK_NODE_BACK_US    500000    /* before a node that was removed is made again */
 #define CRPCI_ZK_NODE_FIGHTS     3u        /* evictions of another session's node without a wait */
-#define CRPCI_ZK_NODE_FORGET     10u /* failures to remove a node until it is left to the session */
+/* failed removals; then it is left to the session's end */
+#define CRPCI_ZK_NODE_FORGET     10u
 
 /* --- paths and numbers ------------------------------------------------------------------------ */
 
@@ -13773,7 +13988,7 @@ CRPCI_FN char *crpci_zk_node_join(crpci_heap *h, const char *directory, const ch
     return crpci_heap_format(h, "%s/%s", directory, name);
 }
 
-/* Whether ZooKeeper takes a text as one part of a path. */
+/* Whether ZooKeeper accepts a text as one part of a path. */
 CRPCI_FN bool crpci_zk_node_is_part(const char *text, size_t n)
 {
     size_t i;
@@ -13786,7 +14001,8 @@ CRPCI_FN bool crpci_zk_node_is_part(const char *text, size_t n)
     return true;
 }
 
-/* The root of a tree from a URL's path: "a/b" and "a/b/" give "/a/b", "" gives `otherwise`. */
+/* Makes the root of a tree from a URL's path: "a/b" and "a/b/" give "/a/b", "" gives
+ * `otherwise`. */
 CRPCI_COLD int crpci_zk_node_root(crpci_heap *h, const char *path, const char *otherwise,
                                   char **out, crpc_error *error)
 {
@@ -13798,7 +14014,7 @@ CRPCI_COLD int crpci_zk_node_root(crpci_heap *h, const char *path, const char *o
         part = part < n - at ? part : n - at;
         if (!crpci_zk_node_is_part(path + at, part))
             return crpci_status_set(error, CRPC_EINVAL,
-                                    "zookeeper: root \"%.100s\" is no path in ZooKeeper: it has an "
+                                    "zookeeper: root \"%.100s\" is not a valid path: it has an "
                                     "empty part, \".\", \"..\" or a control character",
                                     path);
         at += part + 1;
@@ -13808,15 +14024,15 @@ CRPCI_COLD int crpci_zk_node_root(crpci_heap *h, const char *path, const char *o
     return *out ? CRPC_OK : crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
 }
 
-/* The names in an answer, and how many. */
+/* The names in the answer to a LIST, and their number. NULL: none. */
 CRPCI_FN char *const *crpci_zk_node_names(const crpci_zk_answer *a, size_t *count)
 {
     *count = a->rc == ZOK && a->names && a->names->count > 0 ? (size_t)a->names->count : 0;
     return *count ? a->names->data : NULL;
 }
 
-/* Reads a sequential node's number, which ZooKeeper has written with "%010d"; after 2147483647
- * follows -2147483648. False: the text is no such number. */
+/* Reads a sequential node's number, which ZooKeeper writes with "%010d". The counter wraps:
+ * -2147483648 follows 2147483647. False: not such a number. */
 CRPCI_FN bool crpci_zk_node_number(const char *text, int32_t *number)
 {
     bool negative = *text == '-';
@@ -13831,7 +14047,8 @@ CRPCI_FN bool crpci_zk_node_number(const char *text, int32_t *number)
     return true;
 }
 
-/* Whether number `a` was given out before `b`, going by the shorter way round. */
+/* Whether number `a` was given out before `b`, assuming that less than half of the range lies
+ * between. */
 CRPCI_FN bool crpci_zk_node_earlier(int32_t a, int32_t b)
 {
     return (uint32_t)a - (uint32_t)b > UINT32_C(0x80000000);
@@ -13840,24 +14057,24 @@ CRPCI_FN bool crpci_zk_node_earlier(int32_t a, int32_t b)
 /* --- watch ------------------------------------------------------------------------------------ */
 
 typedef enum crpci_zk_watch_kind {
-    CRPCI_ZK_WATCH_CHILDREN,      /* the names below it */
-    CRPCI_ZK_WATCH_DATA,          /* its bytes */
-    CRPCI_ZK_WATCH_CHILDREN_ONCE, /* the names, told once: no watch is set */
-    CRPCI_ZK_WATCH_END            /* that it does not exist, told once */
+    CRPCI_ZK_WATCH_CHILDREN,      /* reports the names below the node */
+    CRPCI_ZK_WATCH_DATA,          /* reports its bytes */
+    CRPCI_ZK_WATCH_CHILDREN_ONCE, /* reports the names once; sets no watch */
+    CRPCI_ZK_WATCH_END            /* reports once, when the node does not exist */
 } crpci_zk_watch_kind;
 
-/* Follows a node. `value` is told what is read: at first, after each change, after each connection,
- * and every few minutes. The answer's rc is ZOK, ZNONODE (the node does not exist), or why it
- * cannot be read (then it is read again soon). It may unlock, except when an END is told. False:
- * out of memory, the same is read again. */
+/* Follows a node. `value` is called with each answer: at first, after each change, after each
+ * reconnect, and every few minutes. The answer's rc is ZOK, ZNONODE (the node does not exist), or
+ * the reason why it cannot be read (then it is read again soon). `value` may unlock, except when it
+ * reports an END. If it returns false, out of memory, the same is read again. */
 typedef struct crpci_zk_watch {
     crpci_zk_job job;
     bool (*value)(struct crpci_zk_watch *w, const crpci_zk_answer *a);
     crpci_zk_watch_kind kind;
     char *path;   /* on the heap */
-    bool missing; /* it was not there when it was read: a watch is set on its creation next */
-    bool told;    /* something, in this session */
-    bool refused; /* it was logged that it cannot be read */
+    bool missing; /* the node did not exist: the next request sets a watch on its creation */
+    bool told;    /* `value` was called in this session */
+    bool refused; /* the server refuses to let it be read, which was logged */
 } crpci_zk_watch;
 
 CRPCI_FN crpci_zk_watch *crpci_zk_node_watch_of(crpci_zk_job *job)
@@ -13865,7 +14082,8 @@ CRPCI_FN crpci_zk_watch *crpci_zk_node_watch_of(crpci_zk_job *job)
     return CRPCI_CONTAINER(job, crpci_zk_watch, job);
 }
 
-/* Reads it, or, while there is none, looks whether there is one: either leaves a watch. */
+/* Reads the node or, while it does not exist, asks whether it exists: either request sets a
+ * watch. */
 CRPCI_FN bool crpci_zk_node_watch_order(crpci_zk_job *job, crpci_zk_order *o)
 {
     crpci_zk_watch *w = crpci_zk_node_watch_of(job);
@@ -13876,6 +14094,7 @@ CRPCI_FN bool crpci_zk_node_watch_order(crpci_zk_job *job, crpci_zk_order *o)
     return true;
 }
 
+/* Decides what an answer means, schedules the next read, and calls `value`. */
 CRPCI_FN void crpci_zk_node_watch_answered(crpci_zk_watch *w, const crpci_zk_request *q,
                                            const crpci_zk_answer *a)
 {
@@ -13883,7 +14102,7 @@ CRPCI_FN void crpci_zk_node_watch_answered(crpci_zk_watch *w, const crpci_zk_req
     bool once = w->kind == CRPCI_ZK_WATCH_CHILDREN_ONCE;
     bool looked = q->order.verb == CRPCI_ZK_STAT, gone = a->rc == ZNONODE, taken;
     w->missing = gone && !looked && !once && w->kind != CRPCI_ZK_WATCH_END;
-    if (w->missing || (looked && a->rc == ZOK)) { /* look for its creation; or read it again */
+    if (w->missing || (looked && a->rc == ZOK)) { /* ask for its creation; or it exists: read it */
         job->due_us = 0;
         return;
     }
@@ -13914,7 +14133,7 @@ CRPCI_FN void crpci_zk_node_watch_event(crpci_zk_job *job, crpci_zk_event event,
         crpci_zk_node_watch_answered(w, q, a);
         return;
     }
-    if (job->due_us == INT64_MAX && !job->sent) /* nothing is to be read: told once, or not begun */
+    if (job->due_us == INT64_MAX && !job->sent) /* idle: it has reported once, or has not begun */
         return;
     if (event == CRPCI_ZK_REMOVED && w->kind == CRPCI_ZK_WATCH_END) {
         crpci_zk_answer gone;
@@ -13928,8 +14147,8 @@ CRPCI_FN void crpci_zk_node_watch_event(crpci_zk_job *job, crpci_zk_event event,
     if (event == CRPCI_ZK_RENEWED)
         w->told = false;
     if (event == CRPCI_ZK_RESUMED && w->told)
-        /* In the same session the watches tell of what was missed. Reading all the same is the net
-         * below them, and no reason for a whole fleet to do so in the same moment. */
+        /* In the same session, watches report what was missed. Reading is only a safety net, so it
+         * is spread over time for the sake of a whole fleet. */
         crpci_zk_job_later(job, crpci_zk_session_scatter(job->session));
     else if (event != CRPCI_ZK_SUSPENDED && event != CRPCI_ZK_ENDED) {
         job->due_us = 0;
@@ -13945,7 +14164,7 @@ CRPCI_FN void crpci_zk_node_watch_clear(crpci_zk_job *job)
 static const crpci_zk_work crpci_zk_node_watch_work = {
     crpci_zk_node_watch_order, crpci_zk_node_watch_event, crpci_zk_node_watch_clear};
 
-/* Puts a watch on the session, with a reference to its holder. Reads nothing yet. */
+/* Puts an idle watch on the session; it takes over a reference to its holder. */
 CRPCI_FN void crpci_zk_node_watch_init(crpci_zk_watch *w, crpci_zk_session *s,
                                        bool (*value)(crpci_zk_watch *, const crpci_zk_answer *),
                                        void *holder, void (*release)(void *holder))
@@ -13954,8 +14173,8 @@ CRPCI_FN void crpci_zk_node_watch_init(crpci_zk_watch *w, crpci_zk_session *s,
     w->value = value;
 }
 
-/* Begins to follow `path`, which it takes, instead of what was followed before. NULL, for want of
- * memory or because nothing is to be followed: false. The caller kicks the session. */
+/* Begins to follow `path`, in place of the path before; it takes over the text. False if `path` is
+ * NULL, because memory is short or nothing is to be followed. The caller kicks the session. */
 CRPCI_FN bool crpci_zk_node_watch_set(crpci_zk_watch *w, crpci_zk_watch_kind kind, char *path)
 {
     crpci_zk_job_forget(&w->job);
@@ -13968,14 +14187,14 @@ CRPCI_FN bool crpci_zk_node_watch_set(crpci_zk_watch *w, crpci_zk_watch_kind kin
     return path != NULL;
 }
 
-/* Nothing is read any more; `again` begins anew. */
+/* Stops reading; crpci_zk_node_watch_again begins anew. */
 CRPCI_FN void crpci_zk_node_watch_stop(crpci_zk_watch *w)
 {
     crpci_zk_job_forget(&w->job);
     w->job.due_us = INT64_MAX;
 }
 
-/* It is read now, whatever was under way. */
+/* Reads the node now; the answer to a request in flight is ignored. */
 CRPCI_FN void crpci_zk_node_watch_again(crpci_zk_watch *w)
 {
     crpci_zk_job_forget(&w->job);
@@ -13984,9 +14203,9 @@ CRPCI_FN void crpci_zk_node_watch_again(crpci_zk_watch *w)
 
 /* --- own -------------------------------------------------------------------------------------- */
 
-/* Where an own node stands, the request that is sent there, and what its answer leads to. Without
- * an answer the same is sent again; the one exception is named. Where several states can follow,
- * the owner's wish (below) decides.
+/* The states of an owned node, the request that is sent in each, and the state that the answer
+ * leads to. A request without an answer is sent again; the one exception is named. Where several
+ * states can follow, the owner's wish (below) decides.
  *
  *     ABSENT  nothing is there                 nothing             wanted: CREATE
  *     CREATE  under a new name                 create              ok: OWNED; exists: CHECK;
@@ -14018,44 +14237,45 @@ typedef enum crpci_zk_own_state {
 
 typedef enum crpci_zk_wish {
     CRPCI_ZK_WISH_UNWANTED,
-    CRPCI_ZK_WISH_ENDED,  /* unwanted, and off the session when nothing is left there */
-    CRPCI_ZK_WISH_AFRESH, /* unwanted until nothing is left there, then WANTED */
+    CRPCI_ZK_WISH_ENDED,  /* unwanted; the job leaves the session when the node is removed */
+    CRPCI_ZK_WISH_AFRESH, /* unwanted until the node is removed, then WANTED */
     CRPCI_ZK_WISH_WANTED
 } crpci_zk_wish;
 
 typedef struct crpci_zk_own crpci_zk_own;
 
-/* What the owner of a node is asked and told. */
+/* Functions of a node's owner. All are called locked. */
 typedef struct crpci_zk_owner {
-    /* The path of the node to be made, on the heap; of a sequential one what comes before the
-     * number, another one each time. NULL: there is none now, or no memory. Must not unlock. */
+    /* Returns the path of the node to be made, on the heap; for a sequential one, the part before
+     * the number, different each time. NULL: no path now, or no memory. Must not unlock. */
     char *(*name)(crpci_zk_own *own);
-    /* The node is there and this session's: it was at `sent_us`. Told again with each check; only
-     * the first time since it was made it is `news`. `stat` is NULL when it was just made or found.
-     * May unlock. */
+    /* The node existed and belonged to this session at some time after `sent_us`. Called with each
+     * check; `news` is set only the first time since it was made. `stat` is NULL when it was just
+     * made or found. May unlock. */
     void (*owned)(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat, bool news);
-    /* ZNONODE: somebody removed it. ZSESSIONEXPIRED: the session is over. Others: a try failed for
-     * a reason that a new connection does not cure; then it may unlock. What is wanted is tried on.
-     */
+    /* ZNONODE: another client removed the node. ZSESSIONEXPIRED: the session is over. Other codes:
+     * an attempt failed for a reason that a new connection does not cure; then it may unlock. A
+     * wanted node is tried again in all cases. */
     void (*lost)(crpci_zk_own *own, int rc);
 } crpci_zk_owner;
 
-/* An ephemeral node. */
+/* An ephemeral node that this process wants to exist, or to be removed. */
 struct crpci_zk_own {
     crpci_zk_job job;
     const crpci_zk_owner *owner;
     crpci_zk_own_state state;
     crpci_zk_wish wish;
     bool sequential;
-    bool unwatched;   /* no watch: that it was removed is found by the next check */
-    const char *dir;  /* the directory; the owner's, like... */
-    const char *data; /* ... what the node holds */
+    bool unwatched;   /* sets no watch: the next check notices a removal */
+    const char *dir;  /* the directory; the owner's memory */
+    const char *data; /* the node's content; the owner's memory */
     int size;
     int64_t check_us; /* between two checks */
-    char *path;       /* of a node that may be there, or NULL */
-    char *prefix;     /* sequential: its name so far, while a create may have made it; or NULL */
+    char *path;       /* of a node that may exist; NULL: none */
+    /* sequential: name without number, while a create may have made it; or NULL */
+    char *prefix;
     unsigned failures;
-    unsigned fights; /* times the node was another session's in a row */
+    unsigned fights; /* how often in a row the node was another session's */
 };
 
 CRPCI_FN crpci_zk_own *crpci_zk_node_own_of(crpci_zk_job *job)
@@ -14063,6 +14283,7 @@ CRPCI_FN crpci_zk_own *crpci_zk_node_own_of(crpci_zk_job *job)
     return CRPCI_CONTAINER(job, crpci_zk_own, job);
 }
 
+/* Replaces own->path or own->prefix. */
 CRPCI_FN void crpci_zk_node_own_set(crpci_zk_own *own, char **text, char *value)
 {
     crpci_heap_strfree(own->job.session->heap, *text);
@@ -14070,7 +14291,7 @@ CRPCI_FN void crpci_zk_node_own_set(crpci_zk_own *own, char **text, char *value)
     own->job.watched = own->path;
 }
 
-/* Takes the wish into account, and has the session act on it; unless a request is under way, whose
+/* Adjusts the state to the wish, and schedules the state's request. If a request is in flight, its
  * answer leads back here. */
 CRPCI_FN void crpci_zk_node_own_next(crpci_zk_own *own)
 {
@@ -14098,14 +14319,14 @@ CRPCI_FN void crpci_zk_node_own_to(crpci_zk_own *own, crpci_zk_own_state state)
     crpci_zk_node_own_next(own);
 }
 
-/* The same, but not at once. */
+/* Postpones the state's request. */
 CRPCI_FN void crpci_zk_node_own_wait(crpci_zk_own *own, int64_t us)
 {
     if (own->job.due_us != INT64_MAX)
         crpci_zk_job_later(&own->job, us);
 }
 
-/* A try failed, and to try again at once would not help. */
+/* An attempt failed, and retrying at once would not help: backs off. */
 CRPCI_FN void crpci_zk_node_own_fail(crpci_zk_own *own, int rc, const char *why)
 {
     crpci_zk_session *s = own->job.session;
@@ -14115,7 +14336,7 @@ CRPCI_FN void crpci_zk_node_own_fail(crpci_zk_own *own, int rc, const char *why)
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
                        "registry zookeeper://%s: cannot %s a node in %s: %s; next attempt in %d ms",
                        s->authority, wanted ? "make" : "remove", own->dir, why, (int)(wait / 1000));
-    if (!wanted && own->failures > CRPCI_ZK_NODE_FORGET) { /* it will go with the session */
+    if (!wanted && own->failures > CRPCI_ZK_NODE_FORGET) { /* ends with the session */
         crpci_zk_node_own_set(own, &own->path, NULL);
         crpci_zk_node_own_set(own, &own->prefix, NULL);
     }
@@ -14125,14 +14346,14 @@ CRPCI_FN void crpci_zk_node_own_fail(crpci_zk_own *own, int rc, const char *why)
         own->owner->lost(own, rc);
 }
 
-/* Names the node that is to be made. If a node may be there under an earlier name, because the
- * address has changed meanwhile, that one is removed first. False: not now. */
+/* Determines the name of the node to be made. If a node may exist under an earlier name, because
+ * the local address has changed, that one is removed first. False: not now. */
 CRPCI_FN bool crpci_zk_node_own_name(crpci_zk_own *own)
 {
     char *path = own->owner->name(own);
     if (!path) {
         crpci_zk_node_own_fail(own, 0,
-                               "no local address leads to the servers (give one with the "
+                               "no local address can reach the servers (name one with the "
                                "option `advertise`), or out of memory");
         return false;
     }
@@ -14145,6 +14366,7 @@ CRPCI_FN bool crpci_zk_node_own_name(crpci_zk_own *own)
     return true;
 }
 
+/* The state's request, by the table above. */
 CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
 {
     static const uint8_t verbs[] = {CRPCI_ZK_STAT,   CRPCI_ZK_CREATE, CRPCI_ZK_LIST,
@@ -14163,27 +14385,27 @@ CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
     return o->path != NULL;
 }
 
-/* The node is there, and ours. One that was just made is checked at once, which sets the watch. */
+/* The node exists and is ours. One that was just made is checked at once, which sets the watch. */
 CRPCI_FN void crpci_zk_node_own_mine(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat)
 {
     bool news = own->state != CRPCI_ZK_OWN_OWNED;
     own->failures = own->fights = 0;
     crpci_zk_node_own_to(own, CRPCI_ZK_OWN_OWNED);
     if (own->state != CRPCI_ZK_OWN_OWNED)
-        return; /* not wanted any more */
+        return; /* no longer wanted: it is being removed */
     if (stat || own->unwatched)
         crpci_zk_job_around(&own->job, own->check_us, 20);
     own->owner->owned(own, sent_us, stat, news);
 }
 
-/* A create was answered with success. */
+/* A create succeeded. */
 CRPCI_FN void crpci_zk_node_own_made(crpci_zk_own *own, int64_t sent_us, const char *path)
 {
     bool again = own->state == CRPCI_ZK_OWN_AGAIN;
     if (own->sequential) {
         char *copy =
             again || !path ? NULL : crpci_heap_strndup(own->job.session->heap, path, strlen(path));
-        if (!copy) { /* looked for by its prefix; the earlier create may have made one as well */
+        if (!copy) { /* out of memory, or an earlier create may have made a second one: list them */
             crpci_zk_node_own_to(own, CRPCI_ZK_OWN_FIND);
             return;
         }
@@ -14193,8 +14415,8 @@ CRPCI_FN void crpci_zk_node_own_made(crpci_zk_own *own, int64_t sent_us, const c
     crpci_zk_node_own_mine(own, sent_us, NULL);
 }
 
-/* The directory was listed for nodes with the prefix: those that a create without an answer made.
- */
+/* The directory was listed for nodes with the prefix, which creates without an answer may have
+ * made. The earliest one is kept, a later one is removed. */
 CRPCI_FN void crpci_zk_node_own_found(crpci_zk_own *own, int64_t sent_us, const crpci_zk_answer *a)
 {
     const char *base = strrchr(own->prefix, '/') + 1, *first = NULL, *later = NULL;
@@ -14234,9 +14456,9 @@ CRPCI_FN void crpci_zk_node_own_found(crpci_zk_own *own, int64_t sent_us, const 
     crpci_zk_node_own_mine(own, sent_us, NULL);
 }
 
-/* The node is not there, or it is another session's (foreign): what a process that died a moment
- * ago with the same name left, or this one's own before its session expired. That one would vanish
- * with its session, so it is made anew. */
+/* The node does not exist, or belongs to another session (`foreign`): left by a process of the same
+ * name that died a moment ago, or by this process before its session expired. It would vanish with
+ * that session, so it is made anew. */
 CRPCI_FN void crpci_zk_node_own_lose(crpci_zk_own *own, bool foreign)
 {
     bool tell = own->wish == CRPCI_ZK_WISH_WANTED && own->state == CRPCI_ZK_OWN_OWNED;
@@ -14277,7 +14499,7 @@ CRPCI_FN void crpci_zk_node_own_answered(crpci_zk_own *own, const crpci_zk_reque
     }
 }
 
-/* The session is over. A node with a fixed name may still be there, as another session's. */
+/* The session is over. A node with a fixed name may still exist, as another session's. */
 CRPCI_FN void crpci_zk_node_own_over(crpci_zk_own *own)
 {
     bool tell = own->state == CRPCI_ZK_OWN_OWNED && own->wish == CRPCI_ZK_WISH_WANTED;
@@ -14308,7 +14530,7 @@ CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
         crpci_zk_node_own_to(own, own->prefix && !own->path ? CRPCI_ZK_OWN_FIND : own->state);
         crpci_zk_node_own_wait(own, crpci_zk_job_spread(s, CRPCI_ZK_JOB_RETRY_US, 50));
         break;
-    case CRPCI_ZK_RESUMED: /* the way there may be another one, with another address */
+    case CRPCI_ZK_RESUMED: /* the local address may have changed: check soon */
         own->failures = 0;
         crpci_zk_node_own_next(own);
         soon = crpci_base_min64(crpci_zk_session_scatter(s), own->check_us / 16);
@@ -14320,7 +14542,7 @@ CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
         crpci_zk_node_own_over(own);
         break;
     case CRPCI_ZK_REMOVED:
-        /* That may have been a whole tree: not all its nodes come back in the same moment. */
+        /* A whole tree may have been removed: its owners make their nodes again at random times. */
         soon = crpci_zk_job_now(s) + crpci_zk_job_spread(s, CRPCI_ZK_NODE_BACK_US, 90);
         if (own->state == CRPCI_ZK_OWN_OWNED)
             job->due_us = crpci_base_min64(job->due_us, soon);
@@ -14340,7 +14562,7 @@ CRPCI_FN void crpci_zk_node_own_clear(crpci_zk_job *job)
 static const crpci_zk_work crpci_zk_node_own_work = {
     crpci_zk_node_own_order, crpci_zk_node_own_event, crpci_zk_node_own_clear};
 
-/* Puts it on the session, with a reference to its holder. No node is wanted yet. */
+/* Puts the job on the session; it takes over a reference to its holder. No node is wanted yet. */
 CRPCI_FN void crpci_zk_node_own_init(crpci_zk_own *own, crpci_zk_session *s,
                                      const crpci_zk_owner *owner, const char *dir, void *holder,
                                      void (*release)(void *holder))
@@ -14351,8 +14573,8 @@ CRPCI_FN void crpci_zk_node_own_init(crpci_zk_own *own, crpci_zk_session *s,
     own->check_us = CRPCI_ZK_NODE_CHECK_US;
 }
 
-/* Changes the wish; the caller kicks the session. ENDED may free the node's owner, unless something
- * else refers to that. */
+/* Changes the wish; the caller kicks the session. ENDED may free the owner, unless it has other
+ * references. */
 CRPCI_FN void crpci_zk_node_own_want(crpci_zk_own *own, crpci_zk_wish wish)
 {
     own->wish = wish;
@@ -14360,7 +14582,7 @@ CRPCI_FN void crpci_zk_node_own_want(crpci_zk_own *own, crpci_zk_wish wish)
     crpci_zk_node_own_next(own);
 }
 
-/* Checks it now, and from now on this often. */
+/* Checks the node now, and from now on at this interval. */
 CRPCI_FN void crpci_zk_node_own_check(crpci_zk_own *own, int64_t check_us)
 {
     own->check_us = check_us;
@@ -14370,7 +14592,7 @@ CRPCI_FN void crpci_zk_node_own_check(crpci_zk_own *own, int64_t check_us)
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
 /* ======================================================================== */
-/* >>impl-zk-directory   zookeeper:// as Dubbo lays it out: providers, consumers, overrides */
+/* >>impl-zk-directory   zookeeper:// in Dubbo's layout: providers, consumers, overrides */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_ZOOKEEPER
@@ -14378,29 +14600,30 @@ CRPCI_FN void crpci_zk_node_own_check(crpci_zk_own *own, int64_t check_us)
 /* Below the root, "/dubbo" unless the URL names another, each service has a directory:
  *
  *     /dubbo/demo.UserService/providers/      an ephemeral node for each provider
- *     /dubbo/demo.UserService/consumers/      one for each consumer that wants to be seen
+ *     /dubbo/demo.UserService/consumers/      one for each consumer, with register_consumer
  *     /dubbo/demo.UserService/configurators/  the operator's overrides
  *
- * A node's name says everything: it is a URL (impl-names). Providers and overrides are watched, own
- * nodes are owned (impl-zk-node); lists, protection and the cache file are impl-directory's. */
+ * A node's name is a URL (impl-names); its content is the host. This section watches the
+ * providers and overrides, and owns the nodes of this process (impl-zk-node); impl-directory keeps
+ * lists, protection and the cache file. The loop's lock guards everything here. */
 
 #define CRPCI_ZK_DIRECTORY_ROOT        "/dubbo"
-#define CRPCI_ZK_DIRECTORY_TWIN_US     5000000 /* before stale twins are looked for once more */
-#define CRPCI_ZK_DIRECTORY_TWIN_ROUNDS 5u
+#define CRPCI_ZK_DIRECTORY_TWIN_US     5000000 /* before the next sweep for stale twins; doubles */
+#define CRPCI_ZK_DIRECTORY_TWIN_ROUNDS 5u      /* sweeps that removed a node; then it gives up */
 
-/* A service that is followed, for all its subscribers on the session. */
+/* A service with subscribers; shared by all subscribers on the session. */
 typedef struct crpci_zk_service {
     crpci_directory directory;
     crpci_list link; /* in session->services */
     crpci_zk_session *session;
     crpci_zk_watch providers;
     crpci_zk_watch overrides;
-    bool following; /* providers are read: not before the overrides were, so that one which is
-                     * switched off is never seen */
-    bool aged;      /* in this round of calling lists stale */
+    bool following; /* providers are read: only after the overrides, so that no subscriber sees a
+                     * provider that an override has disabled */
+    bool aged;      /* visited by the current pass of crpci_zk_directory_age */
 } crpci_zk_service;
 
-/* What a URL opened. */
+/* An open zookeeper:// URL. */
 typedef struct crpci_zk_directory {
     crpci_backend base;
     crpci_zk_session *session;
@@ -14411,7 +14634,7 @@ typedef struct crpci_zk_directory {
     crpci_list subscribers;
 } crpci_zk_directory;
 
-/* A provider or a consumer. Referred to by its backend's list, and by its two jobs. */
+/* A registered provider or consumer. Its references are its backend's list and its two jobs. */
 typedef struct crpci_zk_registration {
     crpci_list link; /* in backend->registrations */
     uint32_t refs;
@@ -14422,16 +14645,16 @@ typedef struct crpci_zk_registration {
     /* A sweep removes twins: nodes of the same address that a dead session left. */
     crpci_zk_job sweep;
     crpci_zk_verb step; /* LIST; of each twin STAT, then DELETE */
-    char *twin;         /* the path of the one that was looked at last, or NULL */
+    char *twin;         /* path of the twin that was examined last, or NULL */
     int twin_version;
     bool evicted;    /* this sweep removed one */
-    unsigned rounds; /* sweeps that removed some */
+    unsigned rounds; /* number of sweeps that removed one */
 } crpci_zk_registration;
 
 typedef struct crpci_zk_subscriber {
     crpci_subscriber base;
     crpci_list link;                 /* in backend->subscribers */
-    crpci_zk_registration *consumer; /* NULL: not registered as one */
+    crpci_zk_registration *consumer; /* NULL: register_consumer is off */
 } crpci_zk_subscriber;
 
 /* "/dubbo/demo.UserService/providers" on the heap, or another category of the service. */
@@ -14441,7 +14664,7 @@ CRPCI_FN char *crpci_zk_directory_path(const crpci_zk_directory *b, const char *
     return crpci_heap_format(b->session->heap, "%s/%s/%s", b->root, service, category);
 }
 
-/* The session's `age`. */
+/* The session's `age`: marks the lists of all services stale. */
 CRPCI_FN bool crpci_zk_directory_age(crpci_zk_session *s)
 {
     bool complete = true;
@@ -14455,14 +14678,14 @@ CRPCI_FN bool crpci_zk_directory_age(crpci_zk_session *s)
             continue;
         v->aged = true;
         complete = crpci_directory_age(&v->directory) && complete;
-        i = s->services.next; /* anything can have come and gone */
+        i = s->services.next; /* the list may have changed while unlocked */
     }
     return complete;
 }
 
-/* --- following a service ---------------------------------------------------------------------- */
+/* --- services --------------------------------------------------------------------------------- */
 
-/* The overrides are known, or cannot be read: providers are read from now on, or anew. */
+/* The overrides are known, or cannot be read: begins to read the providers, or reads them again. */
 CRPCI_FN void crpci_zk_directory_follow(crpci_zk_service *v, bool anew)
 {
     if (!v->following || anew)
@@ -14470,7 +14693,7 @@ CRPCI_FN void crpci_zk_directory_follow(crpci_zk_service *v, bool anew)
     v->following = true;
 }
 
-/* Unlocks. */
+/* New overrides were read, or none exist. Unlocks. */
 CRPCI_FN bool crpci_zk_directory_on_overrides(crpci_zk_watch *w, const crpci_zk_answer *a)
 {
     crpci_zk_service *v = CRPCI_CONTAINER(w, crpci_zk_service, overrides);
@@ -14488,7 +14711,8 @@ CRPCI_FN bool crpci_zk_directory_on_overrides(crpci_zk_watch *w, const crpci_zk_
     return changed >= 0;
 }
 
-/* Unlocks. A directory that does not exist is an empty one: whoever registers makes it. */
+/* The providers were read. A directory that does not exist counts as empty, because the first
+ * provider creates it. Unlocks. */
 CRPCI_FN bool crpci_zk_directory_on_providers(crpci_zk_watch *w, const crpci_zk_answer *a)
 {
     crpci_zk_service *v = CRPCI_CONTAINER(w, crpci_zk_service, providers);
@@ -14511,7 +14735,7 @@ CRPCI_FN void crpci_zk_directory_release(void *service)
     crpci_directory_unref(&((crpci_zk_service *)service)->directory);
 }
 
-/* Nobody subscribes to the service any more. Unlocks. */
+/* The last subscriber has left: stops watching. Unlocks. */
 CRPCI_FN void crpci_zk_directory_service_end(crpci_zk_service *v)
 {
     crpci_list_remove(&v->link);
@@ -14556,7 +14780,7 @@ CRPCI_FN crpci_zk_service *crpci_zk_directory_service_new(const crpci_zk_directo
     return v;
 }
 
-/* The service, which is followed from now on if it was not. NULL: out of memory. Locked. */
+/* The service, which is watched from now on. NULL: out of memory. Locked. */
 CRPCI_FN crpci_zk_service *crpci_zk_directory_service_get(const crpci_zk_directory *b,
                                                           const char *service)
 {
@@ -14578,8 +14802,8 @@ CRPCI_FN crpci_zk_registration *crpci_zk_directory_sweeper(crpci_zk_job *job)
     return CRPCI_CONTAINER(job, crpci_zk_registration, sweep);
 }
 
-/* Whether a name is that of another node with the registration's address: up to there the two names
- * are the same. Nodes of other software begin with other schemes. */
+/* Whether a name is that of another node with the same address: both names begin with the same
+ * encoded "crpc://address/". Nodes of other software have other schemes and are left alone. */
 CRPCI_FN bool crpci_zk_directory_is_twin(const crpci_zk_registration *reg, const char *name)
 {
     const char *own = strrchr(reg->own.path, '/') + 1;
@@ -14588,8 +14812,8 @@ CRPCI_FN bool crpci_zk_directory_is_twin(const crpci_zk_registration *reg, const
     return strncmp(name, own, n) == 0 && strcmp(name, own) != 0;
 }
 
-/* Takes the next twin in the order of names, so that each is looked at once in a sweep. False:
- * there is none left, or no memory. */
+/* Takes the next twin in the order of names, so that a sweep visits each once. False: none is left,
+ * or out of memory. */
 CRPCI_FN bool crpci_zk_directory_next_twin(crpci_zk_registration *reg, const crpci_zk_answer *a)
 {
     crpci_heap *h = reg->sweep.session->heap;
@@ -14608,8 +14832,9 @@ CRPCI_FN bool crpci_zk_directory_next_twin(crpci_zk_registration *reg, const crp
     return path != NULL;
 }
 
-/* A sweep is over. Those that remove nodes come ever more rarely: if the other one is alive, two
- * processes are set up with one address, and no removing will settle that. */
+/* A sweep has ended. Sweeps that removed a node are repeated at growing intervals and then given
+ * up: if the node comes back, another live process is configured with the same address, and
+ * removing does not settle that. */
 CRPCI_FN void crpci_zk_directory_swept(crpci_zk_registration *reg)
 {
     crpci_zk_session *s = reg->sweep.session;
@@ -14627,7 +14852,7 @@ CRPCI_FN void crpci_zk_directory_swept(crpci_zk_registration *reg)
 CRPCI_FN bool crpci_zk_directory_sweep_order(crpci_zk_job *job, crpci_zk_order *o)
 {
     crpci_zk_registration *reg = crpci_zk_directory_sweeper(job);
-    if (reg->own.state != CRPCI_ZK_OWN_OWNED) { /* it begins anew when that is done */
+    if (reg->own.state != CRPCI_ZK_OWN_OWNED) { /* crpci_zk_directory_owned starts it again */
         job->due_us = INT64_MAX;
         return false;
     }
@@ -14637,6 +14862,7 @@ CRPCI_FN bool crpci_zk_directory_sweep_order(crpci_zk_job *job, crpci_zk_order *
     return true;
 }
 
+/* Lists the directory, asks whose each twin is, and deletes those of other sessions. */
 CRPCI_FN void crpci_zk_directory_sweep_event(crpci_zk_job *job, crpci_zk_event event,
                                              const crpci_zk_request *q, const crpci_zk_answer *a)
 {
@@ -14659,7 +14885,7 @@ CRPCI_FN void crpci_zk_directory_sweep_event(crpci_zk_job *job, crpci_zk_event e
             crpci_zk_directory_swept(reg);
         }
     } else if (q->order.verb == CRPCI_ZK_STAT) {
-        /* A node without an owner was put there by hand, for good. */
+        /* A node without an owning session was made by an operator, and stays. */
         if (a->rc == ZOK && a->stat->ephemeralOwner != 0 && a->stat->ephemeralOwner != s->id) {
             reg->twin_version = a->stat->version;
             reg->step = CRPCI_ZK_DELETE;
@@ -14674,6 +14900,7 @@ CRPCI_FN void crpci_zk_directory_sweep_event(crpci_zk_job *job, crpci_zk_event e
 
 /* --- registrations ---------------------------------------------------------------------------- */
 
+/* Drops a reference, that of a job or of the list. */
 CRPCI_FN void crpci_zk_directory_unref(void *registration)
 {
     crpci_zk_registration *reg = (crpci_zk_registration *)registration;
@@ -14694,8 +14921,8 @@ CRPCI_FN crpci_zk_registration *crpci_zk_directory_reg_of(crpci_zk_own *own)
     return CRPCI_CONTAINER(own, crpci_zk_registration, own);
 }
 
-/* Finds out the address of this host, if it is not given. False: there is no way to the servers.
- * *moved: it is another one than before. */
+/* Determines the local address, unless the program gave one. False: no route to the servers.
+ * *moved: it has changed. */
 CRPCI_FN bool crpci_zk_directory_locate(crpci_zk_registration *reg, char *host, size_t size,
                                         bool *moved)
 {
@@ -14740,6 +14967,8 @@ CRPCI_FN char *crpci_zk_directory_name(crpci_zk_own *own)
     return path;
 }
 
+/* The node is registered. If the local address has changed since, it is registered anew under the
+ * new one. */
 CRPCI_FN void crpci_zk_directory_owned(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat,
                                        bool news)
 {
@@ -14765,6 +14994,7 @@ CRPCI_FN void crpci_zk_directory_owned(crpci_zk_own *own, int64_t sent_us, const
     crpci_directory_tell(s->loop, &s->cond, &reg->offer, CRPC_OK, "registered");
 }
 
+/* Reports a failed registration to the program; removal and expiry are repaired silently. */
 CRPCI_FN void crpci_zk_directory_lost(crpci_zk_own *own, int rc)
 {
     crpci_zk_registration *reg = crpci_zk_directory_reg_of(own);
@@ -14782,7 +15012,7 @@ CRPCI_FN void crpci_zk_directory_lost(crpci_zk_own *own, int rc)
 static const crpci_zk_owner crpci_zk_directory_owner = {
     crpci_zk_directory_name, crpci_zk_directory_owned, crpci_zk_directory_lost};
 
-/* Registers a service, or, without an address, a consumer. Locked; the caller kicks the session. */
+/* Registers a provider or, without an address, a consumer. Locked; the caller kicks the session. */
 CRPCI_FN int crpci_zk_directory_register(crpci_zk_directory *b, const crpci_names_service *what,
                                          crpci_directory_status_fn status, void *user,
                                          crpci_zk_registration **out)
@@ -14802,7 +15032,7 @@ CRPCI_FN int crpci_zk_directory_register(crpci_zk_directory *b, const crpci_name
         crpci_zk_directory_unref(reg);
         return err ? err : CRPC_ENOMEM;
     }
-    if (!what->address) /* the timestamp is what tells the consumers of a process apart */
+    if (!what->address) /* only the timestamp distinguishes the consumers of one process */
         reg->offer.timestamp_ms = s->stamp_ms =
             reg->offer.timestamp_ms > s->stamp_ms ? reg->offer.timestamp_ms : s->stamp_ms + 1;
     reg->step = CRPCI_ZK_LIST;
@@ -14818,8 +15048,8 @@ CRPCI_FN int crpci_zk_directory_register(crpci_zk_directory *b, const crpci_name
     return CRPC_OK;
 }
 
-/* The node is removed after this has returned, or goes with the session. Locked, unlocks meanwhile.
- */
+/* Withdraws a registration. The node is removed after this has returned, or ends with the session.
+ * Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_directory_registration_end(crpci_zk_registration *reg)
 {
     crpci_zk_session *s = reg->session;
@@ -14865,7 +15095,7 @@ CRPCI_FN void crpci_zk_directory_withdraw(crpci_backend *base, void *handle)
     crpci_loop_unlock(base->loop);
 }
 
-/* Locked, unlocks meanwhile. */
+/* Removes a subscriber and its consumer's node. Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_directory_leave(crpci_zk_subscriber *sub)
 {
     crpci_zk_service *v = CRPCI_CONTAINER(sub->base.directory, crpci_zk_service, directory);
@@ -14879,6 +15109,7 @@ CRPCI_FN void crpci_zk_directory_leave(crpci_zk_subscriber *sub)
     crpci_directory_unref(&v->directory);
 }
 
+/* If ZooKeeper is not connected, the subscriber gets the list of the cache file first. */
 CRPCI_FN int crpci_zk_directory_subscribe(crpci_backend *base, const crpci_names_service *want,
                                           crpci_directory_push_fn push, void *user,
                                           crpci_subscriber **out)
@@ -14926,6 +15157,7 @@ CRPCI_FN void crpci_zk_directory_unsubscribe(crpci_backend *base, crpci_subscrib
     crpci_loop_unlock(base->loop);
 }
 
+/* Withdraws everything that was registered and subscribed through this URL. */
 CRPCI_FN void crpci_zk_directory_close(crpci_backend *base)
 {
     crpci_zk_directory *b = (crpci_zk_directory *)(void *)base;
@@ -14951,6 +15183,7 @@ static const crpci_backend_ops crpci_zk_directory_ops = {
     crpci_zk_directory_enroll, crpci_zk_directory_withdraw, crpci_zk_directory_subscribe,
     crpci_zk_directory_unsubscribe, crpci_zk_directory_close};
 
+/* Opens zookeeper://host:port,.../root. Resolves names; never waits for a server. */
 CRPCI_COLD int crpci_zk_directory_open(crpc_loop *l, const crpci_url *url,
                                        const crpci_directory_options *o, crpci_backend **out,
                                        crpc_error *error)
@@ -14997,18 +15230,18 @@ CRPCI_COLD int crpci_zk_directory_open(crpc_loop *l, const crpci_url *url,
 /* >>impl-open   the table of directory backends: schemes, URL options, paths */
 /* ======================================================================== */
 
-/* Every kind of registry is one row of crpci_open_backends; nothing else names them. A new backend
- * is a section above this one, with an open function and a table of crpci_backend_ops, and a row
- * here. */
+/* Every kind of registry is one row of crpci_open_backends; no other code names a scheme. A new
+ * backend is a section above this one, with an open function and a table of crpci_backend_ops, and
+ * a row here. Channels and servers open their registries through this section. */
 typedef struct crpci_open_backend {
     const char *scheme;
-    /* Waits for name resolution, never for the registry. The options are not NULL. */
+    /* May wait for name resolution, never for the registry. The options are not NULL. */
     int (*open)(crpc_loop *l, const crpci_url *url, const crpci_directory_options *options,
                 crpci_backend **out, crpc_error *error);
-    unsigned parts;          /* least number of parts of a channel's path, the last of which is
-                              * the service; 0: the whole path is the backend's */
-    const char *keys;        /* URL options that it takes from a channel... */
-    const char *server_keys; /* ... and from a server */
+    unsigned parts;          /* least number of parts in a channel's path, the last of which is
+                              * the service; 0: the backend interprets the whole path */
+    const char *keys;        /* URL options that a channel's URL may have */
+    const char *server_keys; /* URL options that a server's URL may have */
 } crpci_open_backend;
 
 #if CRPCI_DIRECTORY
@@ -15023,7 +15256,7 @@ static const crpci_open_backend crpci_open_backends[] = {
 #endif
 };
 
-/* What a URL says beside the address of the registry. The texts stand in the URL. */
+/* The contents of a URL besides the registry's address. The texts point into the URL. */
 typedef struct crpci_open_request {
     const crpci_open_backend *backend;
     crpci_directory_options options;
@@ -15058,7 +15291,7 @@ CRPCI_COLD int crpci_open_find(crpci_open_request *r, const crpci_url *u, crpc_e
                                : " no multicast:// and file:// (CRPC_ENABLE_SERVERLESS=0)");
 }
 
-/* Takes a URL option that is the registry's. False: it is not. */
+/* Takes a URL option that belongs to the registry. False: it does not. */
 CRPCI_COLD bool crpci_open_option(crpci_open_request *r, bool server, const char *key,
                                   const char *value)
 {
@@ -15074,7 +15307,7 @@ CRPCI_COLD bool crpci_open_option(crpci_open_request *r, bool server, const char
     return false;
 }
 
-/* Takes the service off the end of a channel's path. */
+/* Cuts the service off the end of a channel's path. */
 CRPCI_COLD int crpci_open_service(crpci_open_request *r, crpci_url *u, crpc_error *error)
 {
     char *slash = strrchr(u->path, '/');
@@ -15092,8 +15325,8 @@ CRPCI_COLD int crpci_open_service(crpci_open_request *r, crpci_url *u, crpc_erro
     return CRPC_OK;
 }
 
-/* Opens a server's registry. Options of the URL win over the given ones (NULL: defaults). With
- * `out` NULL the URL is only checked. */
+/* Opens a server's registry. Options in the URL win over `options` (NULL: defaults). With `out`
+ * NULL the URL is only checked. */
 CRPCI_COLD int crpci_open_registry(crpc_loop *l, const char *url,
                                    const crpci_directory_options *options, crpci_backend **out,
                                    crpc_error *error)
@@ -15125,7 +15358,7 @@ CRPCI_COLD int crpci_open_registry(crpc_loop *l, const char *url,
 #endif /* CRPCI_DIRECTORY */
 
 /* ======================================================================== */
-/* >>impl-agreement   what is opened through a registry: lifetime, paths, codes */
+/* >>impl-agreement   common parts of what programs open in ZooKeeper: lifetime, paths, codes */
 /* ======================================================================== */
 
 #if CRPC_ENABLE_ZOOKEEPER
@@ -15136,14 +15369,15 @@ CRPCI_COLD int crpci_open_registry(crpc_loop *l, const char *url,
  * runs the client. What the program is to hear is left in the item, whose loop task tells it on the
  * thread that drives the loop. Deadlines and leases are timers of the loop.
  *
- * An item is referred to by its jobs, by its queued loop task, by whoever waits for it, and by the
- * handle of a lock or an election. It refers to the session, so that the session outlives it. */
+ * An item's references are those of its jobs, of its queued loop task, of a synchronous caller that
+ * waits for it, and of the handle of a lock or an election. The item has a reference to the
+ * session, so that the session outlives it. */
 
-#define CRPCI_AGREEMENT_LONGEST_MS 86400000
-#define CRPCI_AGREEMENT_PATH       4096u
+#define CRPCI_AGREEMENT_LONGEST_MS 86400000 /* longest timeout that an option accepts */
+#define CRPCI_AGREEMENT_PATH       4096u    /* longest path, in bytes */
 #define CRPCI_AGREEMENT_MARK       "-lock-" /* before a queue's number, as in Curator's recipes */
 
-/* Shared by the sections of this room. */
+/* An open registry, as programs have it. The sections down to impl-registry share its members. */
 struct crpc_registry {
     crpc_loop *loop;
     bool private_loop;
@@ -15151,33 +15385,33 @@ struct crpc_registry {
     char *root; /* "/app", or "" */
     crpci_list items;
     crpci_id_table configs;
-    uint32_t pending; /* operations */
+    uint32_t pending; /* operations that have not finished */
 };
 
 typedef struct crpci_item crpci_item;
 
-/* All are called locked. */
+/* Functions of a kind of item. All are called locked. */
 typedef struct crpci_item_kind {
     size_t size;                    /* of the struct that contains the item */
     void (*tell)(crpci_item *item); /* runs the program's callback; unlocks meanwhile */
-    void (*end)(crpci_item *item);  /* the registry is closed; takes the item off it */
-    void (*free)(crpci_item *item); /* frees what the item points at. NULL: nothing */
+    void (*end)(crpci_item *item);  /* the registry closes: removes the item from it */
+    void (*free)(crpci_item *item); /* frees what the item owns. NULL: nothing */
 } crpci_item_kind;
 
-/* The struct that contains it begins with it. */
+/* First member of the struct of each kind. The loop's lock guards it. */
 struct crpci_item {
     const crpci_item_kind *kind;
     crpci_list node;      /* in owner->items */
-    crpc_registry *owner; /* NULL: ended */
+    crpc_registry *owner; /* NULL: the item has ended */
     crpci_zk_session *session;
     uint32_t refs;
-    crpci_task ready;
+    crpci_task ready;     /* queued when the program is to be told something */
     crpci_timer timer;
     void *user;
 };
 
-/* Locked, like the following. The caller holds the session, or the item is not the last that does.
- */
+/* Drops a reference. Locked, like the functions below. The caller must hold the session, or know
+ * that the item is not its last holder. */
 CRPCI_FN void crpci_agreement_unref(void *holder)
 {
     crpci_item *item = (crpci_item *)holder;
@@ -15190,6 +15424,7 @@ CRPCI_FN void crpci_agreement_unref(void *holder)
     crpci_heap_free(s->heap, item, item->kind->size);
 }
 
+/* The loop task of an item, on the thread that drives the loop. */
 CRPCI_FN void crpci_agreement_run(crpc_loop *l, crpci_task *task)
 {
     crpci_item *item = CRPCI_CONTAINER(task, crpci_item, ready);
@@ -15201,7 +15436,7 @@ CRPCI_FN void crpci_agreement_run(crpc_loop *l, crpci_task *task)
     crpci_loop_lock(l);
 }
 
-/* Has the program told, on the thread that drives the loop. */
+/* Schedules the program's callback on the thread that drives the loop. */
 CRPCI_FN void crpci_agreement_ready(crpci_item *item)
 {
     if (!crpci_list_empty(&item->ready.link))
@@ -15235,7 +15470,7 @@ CRPCI_FN void *crpci_agreement_new(crpc_registry *r, const crpci_item_kind *kind
     return item;
 }
 
-/* The registry has nothing to do with it any more. */
+/* Removes an item from its registry, which may close without it now. */
 CRPCI_FN void crpci_agreement_end(crpci_item *item)
 {
     item->owner = NULL;
@@ -15243,14 +15478,14 @@ CRPCI_FN void crpci_agreement_end(crpci_item *item)
     crpci_loop_timer_cancel(item->session->loop, &item->timer);
 }
 
-/* A new item could not be made whole. */
+/* Removes a new item that could not be completed for want of memory. */
 CRPCI_FN void crpci_agreement_discard(crpci_item *item)
 {
     crpci_agreement_end(item);
     crpci_agreement_unref(item);
 }
 
-/* A private loop needs a thread for whatever has a callback. */
+/* Makes sure that a private loop has a thread, which everything with a callback needs. */
 CRPCI_FN int crpci_agreement_need_owner(const crpc_registry *r)
 {
     return r->private_loop ? crpci_drive_ensure_owner(r->loop) : CRPC_OK;
@@ -15258,8 +15493,8 @@ CRPCI_FN int crpci_agreement_need_owner(const crpc_registry *r)
 
 /* --- paths ------------------------------------------------------------------------------------ */
 
-/* Whether a path below the root can be a node's. A sequential one may end in a slash: then the
- * number is all of its name. */
+/* Whether a path below the root is valid. A sequential one may end in a slash: its name is then the
+ * number alone. */
 CRPCI_FN bool crpci_agreement_path_ok(const char *path, bool sequential)
 {
     size_t n;
@@ -15277,8 +15512,8 @@ CRPCI_FN bool crpci_agreement_path_ok(const char *path, bool sequential)
     return true;
 }
 
-/* Writes ZooKeeper's own path of one below the root, which has room for both, and returns its
- * length; with NULL it is only measured. */
+/* Writes the full path of a path below the root into `out`, which has room for both, and returns
+ * its length; with `out` NULL it only computes the length. */
 CRPCI_FN size_t crpci_agreement_full(char *out, const char *root, const char *path)
 {
     size_t n = strlen(root), m;
@@ -15297,7 +15532,7 @@ CRPCI_FN size_t crpci_agreement_full(char *out, const char *root, const char *pa
     return n + (m != 0) + m;
 }
 
-/* The same on the heap. */
+/* The full path, on the heap. */
 CRPCI_FN char *crpci_agreement_path(crpci_heap *h, const char *root, const char *path)
 {
     char *out = (char *)crpci_heap_alloc(h, crpci_agreement_full(NULL, root, path) + 1);
@@ -15306,17 +15541,17 @@ CRPCI_FN char *crpci_agreement_path(crpci_heap *h, const char *root, const char 
     return out;
 }
 
-/* Back again, for the program. */
+/* The path below the root, for the program. `root` is the root's length. */
 CRPCI_FN const char *crpci_agreement_relative(const char *full, size_t root)
 {
-    if (strlen(full) >= root) /* a server that answers nonsense is not believed */
+    if (strlen(full) >= root) /* false only for a server that answers nonsense */
         full += root;
     return full + (*full == '/');
 }
 
-/* --- queues as others see them ---------------------------------------------------------------- */
+/* --- the nodes of a queue --------------------------------------------------------------------- */
 
-/* The number of a node in a queue. False: the node is none of a queue. */
+/* Reads the number in the name of a queue's node. False: the node is not part of a queue. */
 CRPCI_FN bool crpci_agreement_number(const char *name, int32_t *number)
 {
     const char *at = NULL, *next = name;
@@ -15325,7 +15560,7 @@ CRPCI_FN bool crpci_agreement_number(const char *name, int32_t *number)
     return at && crpci_zk_node_number(at + strlen(CRPCI_AGREEMENT_MARK), number);
 }
 
-/* Which node is the last before the node `than`, or, with NULL, the first of all. NULL: none. */
+/* The last node before the node `than` or, with NULL, the first of all. NULL: none. */
 CRPCI_FN const char *crpci_agreement_pick(char *const *names, size_t count, const char *than)
 {
     const char *best = NULL;
@@ -15345,7 +15580,7 @@ CRPCI_FN const char *crpci_agreement_pick(char *const *names, size_t count, cons
     return best;
 }
 
-/* What the client's codes are called here. */
+/* Translates a code of the client. */
 CRPCI_FN int crpci_agreement_status(int rc)
 {
     static const struct {
@@ -15370,13 +15605,17 @@ CRPCI_FN int crpci_agreement_status(int rc)
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
 /* ======================================================================== */
-/* >>impl-operations   reading and writing nodes, one or several at once     */
+/* >>impl-operations   reading and writing znodes, one or several at once  */
 /* ======================================================================== */
+
+/* An operation is an item (impl-agreement) with one job. A write is sent at most once: without an
+ * answer it is reported as CRPC_SENT_MAYBE. Reads are repeated until the deadline. Programs call
+ * this section on any thread; it takes the loop's lock itself. */
 
 #if CRPC_ENABLE_ZOOKEEPER
 
-#define CRPCI_OPERATIONS_TIMEOUT_MS 5000
-#define CRPCI_OPERATIONS_PENDING    1000u
+#define CRPCI_OPERATIONS_TIMEOUT_MS 5000  /* where the program gives 0 */
+#define CRPCI_OPERATIONS_PENDING    1000u /* unfinished asynchronous operations of a registry */
 
 /* One operation, or several as one transaction. */
 typedef struct crpci_operations_call {
@@ -15384,11 +15623,11 @@ typedef struct crpci_operations_call {
     crpci_zk_job job;
     crpc_node_fn fn;
     crpci_waiter *waiter; /* of a synchronous one */
-    crpc_node_op *ops;    /* in a block, with all that they point at; paths are ZooKeeper's own */
+    crpc_node_op *ops;    /* copies, in one block with their data and full paths */
     size_t count;
     size_t block_size;
-    size_t root; /* length of what paths have in front */
-    char *first; /* FIRST: the node that was found */
+    size_t root; /* length of the root in front of the paths */
+    char *first; /* CRPC_NODE_FIRST: the node that was found */
     bool finished;
     int64_t deadline_us;
     crpc_node result;
@@ -15406,9 +15645,9 @@ CRPCI_FN const char *crpci_operations_name(crpc_node_verb verb)
     return words[verb >= CRPC_NODE_CREATE && verb <= CRPC_NODE_FIRST ? verb : 0];
 }
 
-/* --- what goes in ----------------------------------------------------------------------------- */
+/* --- requests --------------------------------------------------------------------------------- */
 
-/* Whether an operation can be one of `count`. */
+/* Whether an operation can be one of `count`. ZooKeeper's transactions have no reads. */
 CRPCI_FN bool crpci_operations_allowed(const crpc_node_op *o, size_t count)
 {
     const unsigned all =
@@ -15422,7 +15661,7 @@ CRPCI_FN bool crpci_operations_allowed(const crpc_node_op *o, size_t count)
            o->verb == CRPC_NODE_SET || o->verb == CRPC_NODE_DELETE || o->verb == CRPC_NODE_CHECK;
 }
 
-/* Looks at operations before anything is done. *size: of a block that holds copies. */
+/* Checks operations before any of them is sent. *size: bytes that their copies need. */
 CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op *ops, size_t count,
                                       size_t *size, crpc_error *error)
 {
@@ -15443,7 +15682,7 @@ CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op
                             : "no such operation, or bad flags or a bad version");
         if (!crpci_agreement_path_ok(o->path, (o->flags & CRPC_NODE_SEQUENTIAL) != 0))
             return crpci_status_set(error, CRPC_EINVAL,
-                                    "%s \"%.100s\": no path in ZooKeeper: it has an empty part, "
+                                    "%s \"%.100s\": not a valid path: it has an empty part, "
                                     "\".\", \"..\" or a control character, or is too long",
                                     verb, o->path ? o->path : "");
         if (n > CRPC_NODE_BYTES_MAX || bytes > CRPC_NODE_BYTES_MAX - n)
@@ -15455,6 +15694,7 @@ CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op
     return CRPC_OK;
 }
 
+/* Copies operations into the block at c->ops, with full paths. */
 CRPCI_FN void crpci_operations_copy(crpci_operations_call *c, const char *root,
                                     const crpc_node_op *ops)
 {
@@ -15472,7 +15712,7 @@ CRPCI_FN void crpci_operations_copy(crpci_operations_call *c, const char *root,
     }
 }
 
-/* What zoo_amulti wants to be given and to have kept. NULL: out of memory. */
+/* The arrays that zoo_amulti needs until its completion. NULL: out of memory. */
 CRPCI_FN crpci_zk_multi *crpci_operations_multi(const crpci_operations_call *c)
 {
     const size_t each = sizeof(zoo_op_t) + sizeof(zoo_op_result_t) + sizeof(struct Stat);
@@ -15482,7 +15722,7 @@ CRPCI_FN crpci_zk_multi *crpci_operations_multi(const crpci_operations_call *c)
     struct Stat *stats;
     char *names;
     for (i = 0; i < c->count; i++)
-        size += strlen(c->ops[i].path) + 16; /* the number of a sequential one */
+        size += strlen(c->ops[i].path) + 16; /* a sequential node's name gets a number */
     m = (crpci_zk_multi *)crpci_heap_alloc(c->item.session->heap, size);
     if (!m)
         return NULL;
@@ -15532,14 +15772,14 @@ CRPCI_FN bool crpci_operations_order(crpci_zk_job *job, crpci_zk_order *order)
     order->data = crpc_view_data(o->data);
     order->size = (int)crpc_view_size(o->data);
     order->version = o->version;
-    order->flags = (int)(o->flags & 3u); /* the client's numbers are the same */
+    order->flags = (int)(o->flags & 3u); /* EPHEMERAL and SEQUENTIAL equal the client's flags */
     order->creator = (o->flags & CRPC_NODE_PRIVATE) != 0;
     order->parents = (o->flags & CRPC_NODE_PARENTS) != 0;
     order->multi = c->count > 1 ? crpci_operations_multi(c) : NULL;
     return c->count == 1 || order->multi;
 }
 
-/* --- what comes out --------------------------------------------------------------------------- */
+/* --- results ---------------------------------------------------------------------------------- */
 
 CRPCI_FN void crpci_operations_stat(const crpci_zk_session *s, crpc_node_stat *out,
                                     const struct Stat *stat)
@@ -15553,7 +15793,7 @@ CRPCI_FN void crpci_operations_stat(const crpci_zk_session *s, crpc_node_stat *o
     out->mine = stat->ephemeralOwner != 0 && stat->ephemeralOwner == s->id;
 }
 
-/* Takes memory from a block that was measured before. */
+/* Copies bytes to *at, in a block whose size was computed before. */
 CRPCI_FN char *crpci_operations_put(char **at, const char *bytes, size_t size)
 {
     char *out = *at;
@@ -15563,6 +15803,8 @@ CRPCI_FN char *crpci_operations_put(char **at, const char *bytes, size_t size)
     return out;
 }
 
+/* The results of a transaction. When it failed, one part has the reason and the others are
+ * CRPC_ECANCELED. */
 CRPCI_FN void crpci_operations_put_parts(crpci_operations_call *c, crpc_node_part *parts, char **at,
                                          const crpci_zk_multi *m, int rc)
 {
@@ -15590,8 +15832,8 @@ CRPCI_FN void crpci_operations_put_parts(crpci_operations_call *c, crpc_node_par
     c->result.part_count = c->count;
 }
 
-/* Copies all that the answer says into one chunk, because the client's own is gone soon. `q` and
- * `a` are NULL if there was no answer. False: out of memory. */
+/* Copies the whole answer into one chunk, because the client frees its own after the callback. `q`
+ * and `a` are NULL if there was no answer. False: out of memory. */
 CRPCI_FN bool crpci_operations_keep(crpci_operations_call *c, const crpci_zk_request *q,
                                     const crpci_zk_answer *a)
 {
@@ -15636,7 +15878,8 @@ CRPCI_FN bool crpci_operations_keep(crpci_operations_call *c, const crpci_zk_req
     return true;
 }
 
-/* The end of an operation. Without an answer `q` and `a` are NULL. */
+/* Ends an operation and wakes its caller or schedules its callback. `q` and `a` are NULL if there
+ * was no answer. */
 CRPCI_FN void crpci_operations_finish(crpci_operations_call *c, int code, crpc_sent sent,
                                       const crpci_zk_request *q, const crpci_zk_answer *a)
 {
@@ -15682,6 +15925,7 @@ CRPCI_FN void crpci_operations_tell(crpci_item *item)
     crpci_loop_user_end(item->session->loop);
 }
 
+/* The deadline of an operation. */
 CRPCI_FN void crpci_operations_timer(crpc_loop *l, crpci_timer *timer)
 {
     crpci_item *item = CRPCI_CONTAINER(timer, crpci_item, timer);
@@ -15692,7 +15936,7 @@ CRPCI_FN void crpci_operations_timer(crpc_loop *l, crpci_timer *timer)
                             sent ? CRPC_SENT_MAYBE : CRPC_SENT_NO, NULL, NULL);
 }
 
-/* The answers of FIRST: a list, then what the first of it holds. */
+/* The answers of CRPC_NODE_FIRST: a list, then the content of its first node. */
 CRPCI_FN void crpci_operations_first(crpci_operations_call *c, const crpci_zk_request *q,
                                      const crpci_zk_answer *a)
 {
@@ -15701,7 +15945,7 @@ CRPCI_FN void crpci_operations_first(crpci_operations_call *c, const crpci_zk_re
     char *const *names = crpci_zk_node_names(a, &count);
     const char *first;
     if (q->order.verb == CRPCI_ZK_GET && a->rc == ZNONODE) {
-        crpci_heap_strfree(h, c->first); /* it has gone meanwhile: which one comes next? */
+        crpci_heap_strfree(h, c->first); /* removed since the list was read: list again */
         c->first = NULL;
         c->job.due_us = 0;
         return;
@@ -15738,7 +15982,7 @@ CRPCI_FN void crpci_operations_event(crpci_zk_job *job, crpci_zk_event event,
 static const crpci_zk_work crpci_operations_work = {crpci_operations_order, crpci_operations_event,
                                                     NULL};
 
-/* The registry is closed. */
+/* The registry closes. */
 CRPCI_FN void crpci_operations_end(crpci_item *item)
 {
     crpci_operations_call *c = CRPCI_CONTAINER(item, crpci_operations_call, item);
@@ -15759,8 +16003,8 @@ static const crpci_item_kind crpci_operations_kind = {sizeof(crpci_operations_ca
                                                       crpci_operations_tell, crpci_operations_end,
                                                       crpci_operations_free};
 
-/* Begins an operation; of the one in `out` the caller has a reference. Locked, unlocks meanwhile.
- */
+/* Begins an operation. The caller gets a reference to the one in *out. Locked, unlocks
+ * meanwhile. */
 CRPCI_FN int crpci_operations_begin(crpc_registry *r, const crpc_node_op *ops, size_t count,
                                     size_t size, int timeout_ms, crpc_node_fn fn, void *user,
                                     crpci_waiter *waiter, crpci_operations_call **out)
@@ -15829,7 +16073,7 @@ CRPC_API int crpc_registry_call(crpc_registry *r, const crpc_node_op *ops, size_
                                                     : "out of memory");
     }
     crpci_drive_wait(l, &w, c->deadline_us, false);
-    if (!c->finished) /* the thread that drives the loop has not come to its timers */
+    if (!c->finished) /* the wait has timed out before the loop's driver ran the timer */
         crpci_operations_timer(l, &c->item.timer);
     c->waiter = NULL;
     err = c->result.error.code;
@@ -15864,11 +16108,16 @@ CRPC_API int crpc_registry_call_async(crpc_registry *r, const crpc_node_op *ops,
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
 /* ======================================================================== */
-/* >>impl-config   following the value of a node                             */
+/* >>impl-config   following the value of a znode                          */
 /* ======================================================================== */
+
+/* A watched configuration value is an item (impl-agreement) with one crpci_zk_watch. The program is
+ * told of the present value and of later ones; values that are replaced before the callback runs
+ * are skipped. */
 
 #if CRPC_ENABLE_ZOOKEEPER
 
+/* One watched value. The loop's lock guards it. */
 typedef struct crpci_config_watch {
     crpci_item item;
     crpci_zk_watch watch;
@@ -15876,10 +16125,11 @@ typedef struct crpci_config_watch {
     crpci_chunk *value; /* the bytes; NULL: the node does not exist, or was not read yet */
     size_t size;
     struct Stat stat;
-    bool known; /* it was read */
-    bool news;  /* the program has not been told of the present value */
+    bool known; /* the node was read at least once */
+    bool news;  /* the program has not been told of the present value yet */
 } crpci_config_watch;
 
+/* A value was read, on the thread that runs the client. Equal ones are not reported again. */
 CRPCI_FN bool crpci_config_on_value(crpci_zk_watch *w, const crpci_zk_answer *a)
 {
     crpci_config_watch *c = CRPCI_CONTAINER(w, crpci_config_watch, watch);
@@ -15907,6 +16157,8 @@ CRPCI_FN bool crpci_config_on_value(crpci_zk_watch *w, const crpci_zk_answer *a)
     return true;
 }
 
+/* Calls the program until it has the present value. The value is held over the callback, because a
+ * new one may replace it meanwhile. */
 CRPCI_FN void crpci_config_tell(crpci_item *item)
 {
     crpci_config_watch *c = CRPCI_CONTAINER(item, crpci_config_watch, item);
@@ -15957,7 +16209,7 @@ CRPC_API int crpc_config_watch(crpc_registry *r, const char *path, crpc_config_f
         c = (crpci_config_watch *)crpci_agreement_new(r, &crpci_config_kind, NULL, user);
         err = c && full ? crpci_id_add(&r->configs, s->heap, c, &id->value) : CRPC_ENOMEM;
     }
-    if (!err) { /* the job takes the item's only reference */
+    if (!err) { /* the job takes over the item's only reference */
         c->fn = fn;
         crpci_zk_node_watch_init(&c->watch, s, crpci_config_on_value, &c->item,
                                  crpci_agreement_unref);
@@ -15991,18 +16243,19 @@ CRPC_API void crpc_config_unwatch(crpc_registry *r, crpc_id id)
 
 #if CRPC_ENABLE_ZOOKEEPER
 
-/* Each contender owns an ephemeral sequential node. The lowest number is the first and holds; every
- * other contender watches the node before its own, so that an end wakes one of them. The name
- * carries an id, by which a node is found again whose creation got no answer. (Apache ZooKeeper's
- * recipes, with the protection of Curator, whose names these are too.)
+/* Each contender owns an ephemeral sequential node. The one with the lowest number holds the lock;
+ * every other contender watches the node before its own, so that a release wakes only one of them.
+ * The name carries an id, by which a contender finds its node again if the create got no answer.
+ * (These are Apache ZooKeeper's recipes with the protection and the node names of Curator.)
  *
- * A holder has a lease: a server ends a session when it has heard nothing for the session's
- * timeout, and each answered request reached it after it was sent. So a check of the own node,
- * every quarter of the timeout, proves that the session lives for the whole of it; a tenth is kept
- * back. When the lease runs out, for whatever reason, the lock is lost here before anybody else can
- * have it there. If the session turns out to have lived on, its node is removed all the same.
+ * A holder has a lease. A server ends a session after it has heard nothing for the session's
+ * timeout, and an answered request reached the server after it was sent. So an answered check of
+ * the own node, made every quarter of the timeout, proves that the session lives for one timeout
+ * from the moment of sending; the lease is that less a tenth. When it expires, this process gives
+ * the lock up before another process can get it. If the session turns out to be alive, its node is
+ * removed all the same.
  *
- *     OUT    no place is wanted           acquire, or the election opens       -> ENTER
+ *     OUT    not in the queue             acquire, or the election opens       -> ENTER
  *     ENTER  the node is being made       it is owned                          -> LOOK
  *     LOOK   the queue is being read      none is before it                    -> FIRST
  *                                         one is                               -> WAIT, or OUT if
@@ -16023,32 +16276,32 @@ typedef enum crpci_queue_state {
     CRPCI_QUEUE_HELD
 } crpci_queue_state;
 
-/* What the program knows. */
+/* What the program was told last, and what it must be told next. */
 typedef enum crpci_queue_told {
-    CRPCI_QUEUE_QUIET, /* nothing is held, nothing was asked for */
-    CRPCI_QUEUE_ASKED, /* of a lock: the end of an attempt is due, with `outcome` or success */
-    CRPCI_QUEUE_LEADS, /* that it holds, with told_token: the end of that is due */
-    CRPCI_QUEUE_CLOSED /* the handle is closed: nothing is told any more */
+    CRPCI_QUEUE_QUIET, /* it holds nothing, and waits for nothing */
+    CRPCI_QUEUE_ASKED, /* a lock: the acquire callback is still due, with `outcome` or success */
+    CRPCI_QUEUE_LEADS, /* it holds, with told_token: the loss must be reported */
+    CRPCI_QUEUE_CLOSED /* the handle is closed: no callback any more */
 } crpci_queue_told;
 
-/* A place in the queue for a lock or for the lead. */
+/* A place in the queue of a lock or an election. The loop's lock guards it. */
 typedef struct crpci_queue_place {
     crpci_item item;
     crpci_zk_own own;
-    crpci_zk_watch list;   /* of the directory */
-    crpci_zk_watch before; /* of the node before the own one */
+    crpci_zk_watch list;   /* lists the directory */
+    crpci_zk_watch before; /* waits for the end of the node before the own one */
     crpci_queue_state state;
     crpci_queue_told told;
     bool once;   /* the attempt fails unless the lock is free now */
-    int outcome; /* of the attempt, if it failed; or 0 */
+    int outcome; /* why the attempt failed; 0: it has not */
     int64_t told_token;
-    int64_t token;    /* HELD */
-    int64_t lease_us; /* HELD: until when for certain */
+    int64_t token;    /* HELD: the fencing token, which is the node's creation zxid */
+    int64_t lease_us; /* HELD: when the lease expires, on the loop's clock */
     char *dir;
-    char *who; /* what the node holds */
+    char *who; /* content of the node: the holder's description */
     size_t who_size;
-    crpc_lock_fn on_lock;         /* of a lock... */
-    crpc_election_fn on_election; /* ... or of an election */
+    crpc_lock_fn on_lock;         /* set for a lock; else NULL */
+    crpc_election_fn on_election; /* set for an election; else NULL */
 } crpci_queue_place;
 
 struct crpc_lock {
@@ -16066,7 +16319,7 @@ CRPCI_FN void crpci_queue_look(crpci_queue_place *q)
     crpci_zk_node_watch_again(&q->list);
 }
 
-/* Leaves the place for another state, and what was known of the queue with it. */
+/* Enters another state, forgets what was read of the queue, and changes the wish for the node. */
 CRPCI_FN void crpci_queue_to(crpci_queue_place *q, crpci_queue_state state, crpci_zk_wish wish)
 {
     q->state = state;
@@ -16076,7 +16329,8 @@ CRPCI_FN void crpci_queue_to(crpci_queue_place *q, crpci_queue_state state, crpc
     crpci_zk_node_own_want(&q->own, wish);
 }
 
-/* A place is lost or given up. `status` is the outcome of an attempt that goes on. */
+/* Leaves the queue, or loses the place. `status` becomes the outcome of an attempt that is under
+ * way. */
 CRPCI_FN void crpci_queue_out(crpci_queue_place *q, int status)
 {
     if (q->told == CRPCI_QUEUE_ASKED && !q->outcome)
@@ -16086,15 +16340,15 @@ CRPCI_FN void crpci_queue_out(crpci_queue_place *q, int status)
     crpci_agreement_ready(&q->item);
 }
 
-/* It is not held any more. A node that may still be there goes first. */
+/* No longer held. An existing node is removed before an election queues again. */
 CRPCI_FN void crpci_queue_lose(crpci_queue_place *q)
 {
-    crpci_queue_out(q, CRPC_EGONE); /* of an attempt: before the program heard of its success */
+    crpci_queue_out(q, CRPC_EGONE); /* for an attempt whose success was not reported yet */
     if (q->on_election && q->told != CRPCI_QUEUE_CLOSED)
         crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_AFRESH);
 }
 
-/* The lease has run out, or the time of an attempt. */
+/* The lease has expired, or the time to wait in the queue is over. */
 CRPCI_FN void crpci_queue_timer(crpc_loop *l, crpci_timer *timer)
 {
     crpci_item *item = CRPCI_CONTAINER(timer, crpci_item, timer);
@@ -16119,7 +16373,7 @@ CRPCI_FN crpci_queue_place *crpci_queue_of(crpci_zk_own *own)
     return CRPCI_CONTAINER(own, crpci_queue_place, own);
 }
 
-/* An id in the shape of a UUID, because some readers look for that. */
+/* A new id in the shape of a UUID, because other implementations parse it as one. */
 CRPCI_FN char *crpci_queue_name(crpci_zk_own *own)
 {
     crpci_zk_session *s = own->job.session;
@@ -16132,7 +16386,8 @@ CRPCI_FN char *crpci_queue_name(crpci_zk_own *own)
     return crpci_zk_node_join(s->heap, own->dir, name);
 }
 
-/* The own node is the first, and was there when the check was sent: it is held, or held on. */
+/* The own node is the first, and existed when the check was sent: the lock is held, or its lease is
+ * extended. */
 CRPCI_FN void crpci_queue_grant(crpci_queue_place *q, int64_t sent_us, const struct Stat *stat)
 {
     crpci_zk_session *s = q->item.session;
@@ -16165,7 +16420,7 @@ CRPCI_FN void crpci_queue_lost(crpci_zk_own *own, int rc)
     bool gone = rc == ZNONODE || rc == ZSESSIONEXPIRED;
     if (rc == ZNONODE)
         crpci_heap_log(q->item.session->heap, CRPC_LOG_WARN,
-                       "%s %s: somebody else removed this process's node",
+                       "%s %s: another client removed this process's node; the place is lost",
                        q->on_lock ? "lock" : "election", q->dir);
     if (q->state == CRPCI_QUEUE_HELD && gone)
         crpci_queue_lose(q);
@@ -16177,6 +16432,7 @@ CRPCI_FN void crpci_queue_lost(crpci_zk_own *own, int rc)
 
 /* --- the queue -------------------------------------------------------------------------------- */
 
+/* The queue was read: the place is the first, or it waits for the node before it. */
 CRPCI_FN bool crpci_queue_on_list(crpci_zk_watch *w, const crpci_zk_answer *a)
 {
     crpci_queue_place *q = CRPCI_CONTAINER(w, crpci_queue_place, list);
@@ -16205,6 +16461,8 @@ CRPCI_FN bool crpci_queue_on_list(crpci_zk_watch *w, const crpci_zk_answer *a)
     return true;
 }
 
+/* The node before the own one was removed: it may have been a waiting contender, so the queue is
+ * read again. */
 CRPCI_FN bool crpci_queue_on_before(crpci_zk_watch *w, const crpci_zk_answer *a)
 {
     crpci_queue_place *q = CRPCI_CONTAINER(w, crpci_queue_place, before);
@@ -16213,7 +16471,7 @@ CRPCI_FN bool crpci_queue_on_before(crpci_zk_watch *w, const crpci_zk_answer *a)
     return true;
 }
 
-/* --- telling ---------------------------------------------------------------------------------- */
+/* --- callbacks -------------------------------------------------------------------------------- */
 
 CRPCI_FN void crpci_queue_say(crpci_queue_place *q, int status, int64_t token)
 {
@@ -16226,7 +16484,8 @@ CRPCI_FN void crpci_queue_say(crpci_queue_place *q, int status, int64_t token)
     crpci_loop_user_end(l);
 }
 
-/* An end is told before the next beginning, even if both came before the program was asked. */
+/* Reports a loss before the next success, even if both happened before the program's
+ * callback ran. */
 CRPCI_FN void crpci_queue_tell(crpci_item *item)
 {
     crpci_queue_place *q = CRPCI_CONTAINER(item, crpci_queue_place, item);
@@ -16261,7 +16520,7 @@ CRPCI_FN void crpci_queue_free(crpci_item *item)
     crpci_heap_strfree(item->session->heap, q->dir);
 }
 
-/* What remains is the session's: to remove the node. */
+/* The program or the registry closes the place; the session removes the node afterwards. */
 CRPCI_FN void crpci_queue_end(crpci_item *item)
 {
     crpci_queue_place *q = CRPCI_CONTAINER(item, crpci_queue_place, item);
@@ -16280,7 +16539,7 @@ CRPCI_FN void crpci_queue_end(crpci_item *item)
 static const crpci_item_kind crpci_queue_kind = {sizeof(crpci_queue_place), crpci_queue_tell,
                                                  crpci_queue_end, crpci_queue_free};
 
-/* A new place, not wanted yet, with a reference for the handle. Locked. */
+/* A new place outside the queue, with a reference for the handle. Locked. */
 CRPCI_FN int crpci_queue_new(crpc_registry *r, const char *path, crpc_view who, void *user,
                              crpci_queue_place **out)
 {
@@ -16297,7 +16556,7 @@ CRPCI_FN int crpci_queue_new(crpc_registry *r, const char *path, crpc_view who, 
         return CRPC_ENOMEM;
     q->dir = crpci_agreement_path(h, r->root, path);
     list = crpci_agreement_path(h, r->root, path);
-    q->who_size = crpc_view_size(who) + 1; /* a block of no bytes is none */
+    q->who_size = crpc_view_size(who) + 1; /* never 0: the heap has no empty blocks */
     q->who = (char *)crpci_heap_alloc(h, q->who_size);
     if (!q->dir || !list || !q->who) {
         crpci_heap_strfree(h, list);
@@ -16337,6 +16596,7 @@ CRPCI_FN void crpci_queue_close(crpci_queue_place *q)
     crpci_zk_session_unlock(s);
 }
 
+/* Time left of the lease, in microseconds; 0: not held. Any thread. */
 CRPCI_FN int64_t crpci_queue_lease(crpci_queue_place *q)
 {
     crpci_zk_session *s = q->item.session;
@@ -16463,21 +16723,27 @@ CRPC_API void crpc_election_close(crpc_election *election)
 /* >>impl-registry   opening and closing a session that programs use         */
 /* ======================================================================== */
 
+/* crpc_registry_open joins a session and puts a listener on it, the gate, which reports the
+ * session's state to the program and lets the opening thread wait for the first connection. Any
+ * thread; takes the loop's lock. */
+
 #if CRPC_ENABLE_ZOOKEEPER
 
-#define CRPCI_REGISTRY_OPEN_MS 3000
+#define CRPCI_REGISTRY_OPEN_MS 3000 /* default wait for a session; see registry_timeout_ms */
 
-/* What the program, and who opens the registry, hear of the session. */
+/* Reports the session's state to the program and to the thread that opens the registry. */
 typedef struct crpci_registry_gate {
     crpci_item item;
     crpci_zk_job job;
     crpc_registry_state state;
-    int64_t session; /* the last one that was connected */
-    bool news;
+    int64_t session; /* id of the last connected session */
+    bool news;       /* the program has not been told of the present state yet */
     crpc_registry_state_fn fn;
     crpci_waiter *waiter;
 } crpci_registry_gate;
 
+/* The state of the session has changed: wakes the opening thread, schedules the program's
+ * callback. */
 CRPCI_FN void crpci_registry_set(crpci_registry_gate *g, crpc_registry_state state)
 {
     int64_t session = g->item.session->id;
@@ -16494,6 +16760,7 @@ CRPCI_FN void crpci_registry_set(crpci_registry_gate *g, crpc_registry_state sta
         crpci_agreement_ready(&g->item);
 }
 
+/* Calls the program until it knows the present state; states in between are skipped. */
 CRPCI_FN void crpci_registry_tell(crpci_item *item)
 {
     crpci_registry_gate *g = CRPCI_CONTAINER(item, crpci_registry_gate, item);
@@ -16522,7 +16789,7 @@ CRPCI_FN void crpci_registry_event(crpci_zk_job *job, crpci_zk_event event,
         crpci_registry_set(g, CRPC_REGISTRY_LOST);
 }
 
-/* It only listens. */
+/* The job sends no requests. */
 static const crpci_zk_work crpci_registry_work = {NULL, crpci_registry_event, NULL};
 
 CRPCI_FN void crpci_registry_end(crpci_item *item)
@@ -16534,7 +16801,7 @@ CRPCI_FN void crpci_registry_end(crpci_item *item)
 static const crpci_item_kind crpci_registry_kind = {sizeof(crpci_registry_gate),
                                                     crpci_registry_tell, crpci_registry_end, NULL};
 
-/* Takes over the options that the URL names. */
+/* Takes over the options that the URL names; they win over the program's. */
 CRPCI_COLD int crpci_registry_options(crpci_url *u, crpc_registry_options *o, crpc_error *error)
 {
     char *key, *value;
@@ -16559,7 +16826,7 @@ CRPCI_COLD int crpci_registry_options(crpci_url *u, crpc_registry_options *o, cr
     return err == CRPC_EPENDING ? CRPC_OK : err;
 }
 
-/* Puts the listener on the session, and waits until there is a session. */
+/* Puts the gate on the session, and waits up to registry_timeout_ms for a connection. */
 CRPCI_COLD int crpci_registry_await(crpc_registry *r, const crpc_registry_options *o,
                                     crpc_error *error)
 {
@@ -16576,12 +16843,12 @@ CRPCI_COLD int crpci_registry_await(crpc_registry *r, const crpc_registry_option
         crpci_loop_unlock(l);
         return crpci_status_set(error, CRPC_ENOMEM, "registry: out of memory");
     }
-    g->fn = o->on_state; /* the job takes the item's only reference */
+    g->fn = o->on_state; /* the job takes over the item's only reference */
     crpci_zk_job_add(&g->job, &crpci_registry_work, r->session, INT64_MAX, &g->item,
                      crpci_agreement_unref);
     if (r->session->phase == CRPCI_ZK_CONNECTED)
         crpci_registry_set(g, CRPC_REGISTRY_CONNECTED);
-    if (o->on_state || CRPC_ZOOKEEPER_ST) /* a client that lives in the loop */
+    if (o->on_state || CRPC_ZOOKEEPER_ST) /* libzookeeper_st runs only while the loop is driven */
         err = crpci_agreement_need_owner(r);
     stuck = ms && crpci_loop_in_callback(l);
     if (!err && ms && !stuck && g->state != CRPC_REGISTRY_CONNECTED) {
@@ -16638,7 +16905,7 @@ CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const
     err = crpci_url_parse(&u, loop->heap, url, error);
     if (!err && strcmp(u.scheme, "zookeeper") != 0)
         err = crpci_status_set(error, CRPC_EUNSUPPORTED,
-                               "registry: %.40s:// cannot be opened; zookeeper:// can", u.scheme);
+                               "registry: %.40s:// is not supported; use zookeeper://", u.scheme);
     err = err ? err : crpci_registry_options(&u, &o, error);
     r = err ? NULL : (crpc_registry *)crpci_heap_alloc(loop->heap, sizeof *r);
     if (!r) {
@@ -16706,16 +16973,17 @@ CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 /* >>impl-request   a method as a channel knows it, and an encoded request  */
 /* ======================================================================== */
 
-/* Encoding runs on the caller's thread, without the loop's lock. The result can be framed again and
- * again, because what differs from attempt to attempt is written in front of it. */
+/* Channels prepare each method once, and encode each request once, on the caller's thread and
+ * without the loop's lock. Every attempt sends the same bytes: what differs between attempts (id,
+ * remaining time) is written into the headroom in front of them. */
 
 #if CRPC_ENABLE_CLIENT
 
 #define CRPCI_REQUEST_LONGEST_MS 86400000 /* no call waits longer than a day */
-#define CRPCI_REQUEST_RETRIES 16   /* attempts that fail at once nest: this bounds the stack */
+#define CRPCI_REQUEST_RETRIES 16   /* attempts that fail immediately recurse: bounds the stack */
 #define CRPCI_REQUEST_INLINE  4096 /* attachments up to this size are copied behind the message */
 
-/* The words of cluster=, in the order of crpc_cluster. */
+/* The values of cluster=, in the order of crpc_cluster. */
 #define CRPCI_REQUEST_CLUSTERS "failover,failfast,failsafe,failback,forking,broadcast"
 
 /* A policy in which every member has its final value. */
@@ -16723,12 +16991,12 @@ typedef struct crpci_policy {
     uint8_t cluster;
     uint8_t retries;
     uint8_t fail_percent;
-    int timeout_ms; /* 0: the method's or the channel's */
+    int timeout_ms; /* 0: none of its own; the method's or the channel's applies */
     int backup_ms;  /* 0: none */
-    int forks;      /* 0: all */
+    int forks;      /* 0: all providers */
 } crpci_policy;
 
-/* What a channel keeps about a method from its first call on. */
+/* What a channel keeps about a method from its first call on. Immutable. */
 typedef struct crpci_method {
     struct crpci_method *next;
     const crpc_method *method;
@@ -16736,12 +17004,14 @@ typedef struct crpci_method {
     crpc_view names;  /* service and method, encoded */
     crpci_message_type response;
     crpci_policy policy;
-    bool plain;                         /* never two attempts at a time, never degraded */
+    /* at most one attempt at a time, never degraded: fast path */
+    bool plain;
     uint32_t hash_field;                /* 0: none */
     const crpc_method_options *options; /* NULL: none */
 } crpci_method;
 
-/* What all requests of a channel have in common. */
+/* What all requests of a channel share. Fixed when the channel opens, but for the atomic
+ * members. */
 typedef struct crpci_request_source {
     crpc_loop *loop;
     const crpci_protocol *protocol;
@@ -16749,19 +17019,19 @@ typedef struct crpci_request_source {
     bool short_names;
     bool intercepted; /* interceptors may have added fields */
     bool ids;         /* every request gets an id */
-    bool timeout_open; /* neither URL nor options set one: the .proto's counts */
+    bool timeout_open; /* neither URL nor options set a timeout: the .proto's applies */
     int hash_field;   /* 0: none */
     uint64_t seed;
-    uint32_t last_id; /* atomic */
+    uint32_t last_id; /* atomic; mixed with the seed into request ids */
     crpci_policy policy;
     const crpc_method_options *options;
     size_t option_count;
     crpci_method *methods; /* atomic: read without the lock; entries are only ever added */
 } crpci_request_source;
 
-/* An encoded request. Its chunk holds, in this order: perhaps a pending call (`front` bytes), the
- * crpci_out, fields, credential, headroom for what the protocol puts first, message, small
- * attachment. */
+/* An encoded request. Its chunk holds, in this order: `front` bytes of the caller, usually the
+ * pending call; the crpci_out; fields; credential; headroom for what the protocol writes first; the
+ * message; a small attachment. */
 typedef struct crpci_request {
     crpci_chunk *chunk;
     size_t front;       /* offset of the crpci_out */
@@ -16774,7 +17044,7 @@ typedef struct crpci_request {
     crpc_view names;      /* this and the rest as in crpci_message */
     crpc_view credential;
     int64_t log_id, trace_id, span_id, parent_span_id;
-    bool identified; /* it has an id: a server that keeps replies executes it once */
+    bool identified; /* it has a request id: a server with replay_entries executes it once */
 } crpci_request;
 
 /* --- the caller's crpc_call ------------------------------------------------------------------- */
@@ -16782,18 +17052,19 @@ typedef struct crpci_request {
 /* What crpc_call.reserved holds. */
 enum {
     CRPCI_CALL_HELD,      /* chunk of the reply that response views point into */
-    CRPCI_CALL_RAW,       /* the reply's fields, ... */
-    CRPCI_CALL_RAW_END,   /* ... and their end */
-    CRPCI_CALL_ADDED,     /* chunk of the fields that interceptors add, ... */
-    CRPCI_CALL_ADDED_LEN, /* ... and how many bytes they are */
+    CRPCI_CALL_RAW,       /* begin of the reply's fields */
+    CRPCI_CALL_RAW_END,   /* end of the reply's fields */
+    CRPCI_CALL_ADDED,     /* chunk of the fields that interceptors have added */
+    CRPCI_CALL_ADDED_LEN, /* bytes of these fields */
     CRPCI_CALL_HEAP,      /* set only while interceptors run */
-    CRPCI_CALL_PROTOCOL   /* that the fields are encoded for */
+    CRPCI_CALL_PROTOCOL   /* protocol in which the fields are encoded */
 };
 
-/* Whether a call is zero-initialised, or one that crpc has filled. */
+/* Whether a call is zero-initialised, or holds a result of crpc: a bare stack variable is
+ * neither. */
 CRPCI_FN bool crpci_request_valid_call(const crpc_call *call)
 {
-    const void *protocol = call->reserved[CRPCI_CALL_PROTOCOL]; /* of one that holds something */
+    const void *protocol = call->reserved[CRPCI_CALL_PROTOCOL]; /* set in a call with a result */
     size_t i;
     for (i = 0; crpci_protocols[i]; i++) {
         if (protocol == crpci_protocols[i])
@@ -16850,8 +17121,8 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
     return CRPC_OK;
 }
 
-/* Does for the inputs what CRPC_INIT does. Single stores, because for these few bytes a call of
- * memset, or the string instructions that compilers put in its place, take longer. */
+/* Does for the inputs what CRPC_INIT does. With single stores, because for so few bytes a call of
+ * memset, or the string instructions that compilers put in its place, takes longer. */
 CRPCI_FN void crpci_request_clear_inputs(crpc_call *call)
 {
     call->policy.cluster = CRPC_CLUSTER_DEFAULT;
@@ -16865,7 +17136,7 @@ CRPCI_FN void crpci_request_clear_inputs(crpc_call *call)
     call->parent = NULL;
 }
 
-/* The same for the whole call; of the two texts only the first byte is cleared. */
+/* The same for the whole call; only the first byte of each text is cleared. */
 CRPCI_FN void crpci_request_clear_call(crpc_call *call)
 {
     crpc_error *e = &call->error;
@@ -16883,7 +17154,7 @@ CRPCI_FN void crpci_request_clear_call(crpc_call *call)
 
 /* --- methods ---------------------------------------------------------------------------------- */
 
-/* Writes those members of `p` that are set over the ones in `to`. */
+/* Overwrites members of `to` with those that are set in `p`. */
 CRPCI_FN void crpci_request_apply_policy(crpci_policy *to, const crpc_policy *p)
 {
     if (p->cluster && (unsigned)p->cluster <= CRPC_CLUSTER_BROADCAST)
@@ -16903,15 +17174,15 @@ CRPCI_FN void crpci_request_apply_policy(crpci_policy *to, const crpc_policy *p)
                                                              : p->fail_percent);
 }
 
-/* Whether a call sets any member of its policy. */
+/* Whether any member is set. */
 CRPCI_FN bool crpci_request_has_policy(const crpc_policy *p)
 {
     return ((int)p->cluster | p->timeout_ms | p->retries | p->backup_ms | p->forks |
             p->fail_percent) != 0;
 }
 
-/* Works out the settings of a method: its options, else the channel's; the .proto's timeout if
- * neither sets one. */
+/* Determines the settings of a method: its own options win over the channel's, the .proto's timeout
+ * applies if neither sets one. */
 CRPCI_COLD void crpci_request_method_settings(const crpci_request_source *s, crpci_method *k)
 {
     const crpc_method *m = k->method;
@@ -16933,7 +17204,7 @@ CRPCI_COLD void crpci_request_method_settings(const crpci_request_source *s, crp
                !(k->options && k->options->degraded > 0);
 }
 
-/* Makes the entry of a method that is called for the first time. NULL: out of memory. */
+/* Makes the entry of a method at its first call. NULL: out of memory. */
 CRPCI_COLD crpci_method *crpci_request_add_method(crpci_request_source *s, const crpc_method *m)
 {
     const char *dot = s->short_names ? strrchr(m->service, '.') : NULL;
@@ -16948,7 +17219,7 @@ CRPCI_COLD crpci_method *crpci_request_add_method(crpci_request_source *s, const
     k->response = crpci_message_type_of(m->response, m->response_size);
     crpci_request_method_settings(s, k);
     crpci_loop_lock(s->loop);
-    k->next = s->methods; /* two threads may both add a method: lookups find either entry */
+    k->next = s->methods; /* two threads may both add one; a lookup finds either, both are equal */
     __atomic_store_n(&s->methods, k, __ATOMIC_RELEASE);
     crpci_loop_unlock(s->loop);
     return k;
@@ -16977,8 +17248,8 @@ CRPCI_COLD void crpci_request_source_free(crpci_request_source *s)
 
 /* --- encoding --------------------------------------------------------------------------------- */
 
-/* Counts the bytes of the fields that a call sends: its own, `added` bytes of interceptors,
- * its id and its order key. */
+/* Most bytes that a call's fields can take: its own, `added` bytes of interceptors, its id and its
+ * order key. */
 CRPCI_FN size_t crpci_request_fields_size(const crpc_call *call, size_t cost, size_t added,
                                           crpc_view id)
 {
@@ -16992,13 +17263,14 @@ CRPCI_FN size_t crpci_request_fields_size(const crpc_call *call, size_t cost, si
     return n;
 }
 
+/* Appends a field, for which there must be room. */
 CRPCI_FN void crpci_request_put_field(const crpci_protocol *p, crpci_message_out *o,
                                       const char *key, crpc_view value)
 {
     o->len += p->put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
 }
 
-/* Writes what crpci_request_fields_size counted. */
+/* Writes the fields that crpci_request_fields_size counted. */
 CRPCI_FN void crpci_request_put_fields(const crpci_protocol *p, crpci_message_out *o,
                                        const crpc_call *call, size_t added, crpc_view id)
 {
@@ -17015,7 +17287,7 @@ CRPCI_FN void crpci_request_put_fields(const crpci_protocol *p, crpci_message_ou
         crpci_request_put_field(p, o, CRPCI_MESSAGE_KEY_FIELD, call->order_key);
 }
 
-/* Gives the request's id: the call's own, or a new one written to `text` if the channel wants ids,
+/* The request's id: the call's own; else, if the channel wants ids, a new one, written to `text`;
  * else none. */
 CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *call, char text[17])
 {
@@ -17027,8 +17299,8 @@ CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *ca
     return crpc_view_of(text, 16);
 }
 
-/* The key of lb=hash in an encoded message: a hash of the bytes of the last field with that number.
- * A field that is absent, as proto3 leaves out zeros, counts as one of no bytes. */
+/* The key of lb=hash: a hash of the last field of that number in the encoded message. proto3 leaves
+ * out fields that are zero; an absent field counts as one without bytes. */
 CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t field)
 {
     const uint8_t *p = crpci_heap_data(r->chunk) + r->payload, *end = p + r->payload_size;
@@ -17042,7 +17314,7 @@ CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t fiel
     return key;
 }
 
-/* Log and trace ids: the call's, else those of the request on whose behalf it is made. */
+/* Log and trace ids: the call's own, else those of the server's request for which it is made. */
 CRPCI_FN void crpci_request_inherit(const crpc_call *call, crpci_request *r)
 {
     r->log_id = call->log_id;
@@ -17062,7 +17334,7 @@ CRPCI_FN crpci_out *crpci_request_frame(const crpci_request *r)
     return (crpci_out *)(void *)(crpci_heap_data(r->chunk) + r->front);
 }
 
-/* Copies the attachment behind the message, or borrows it. CRPC_ENOMEM alone. */
+/* Copies the attachment behind the message, or borrows it. Fails only with CRPC_ENOMEM. */
 CRPCI_FN int crpci_request_attach(crpci_message_out *o, crpci_request *r, crpc_view attachment,
                                   bool borrow)
 {
@@ -17080,8 +17352,9 @@ CRPCI_FN int crpci_request_attach(crpci_message_out *o, crpci_request *r, crpc_v
     return CRPC_OK;
 }
 
-/* Encodes a request and leaves `front` bytes before it to the caller. With `borrow` a large
- * attachment is not copied. On failure nothing is held, and `error` (may be NULL) says why. */
+/* Encodes a request behind `front` bytes, which are the caller's. With `borrow` a large attachment
+ * is not copied, and must live until the call has ended. On failure nothing is held, and `error`
+ * (may be NULL) says why. */
 CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k,
                                   const void *request, const crpc_call *call, bool borrow,
                                   size_t front, crpci_request *r, crpc_error *error)
@@ -17090,7 +17363,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     const crpc_method *m = k->method;
     crpc_view credential = crpc_view_data(call->credential) ? call->credential
                                                             : crpc_view_str(s->credential);
-    /* Without interceptors the length may be left from a call on another channel. */
+    /* Without interceptors the member may be a remnant of a call on another channel. */
     size_t added = s->intercepted ? (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN] : 0;
     char id_text[17];
     crpc_view id = crpci_request_id(s, call, id_text);
@@ -17141,7 +17414,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     return CRPC_OK;
 }
 
-/* Writes what comes before the encoded message. Returns where the frame begins. */
+/* Writes what precedes the encoded message, for one attempt. Returns where the frame begins. */
 CRPCI_FN uint8_t *crpci_request_head(const crpci_request *r, const crpci_protocol *p, int64_t id,
                                      int32_t timeout_ms)
 {
@@ -17164,7 +17437,7 @@ CRPCI_FN uint8_t *crpci_request_head(const crpci_request *r, const crpci_protoco
 
 /* --- copies and the end ----------------------------------------------------------------------- */
 
-/* How many bytes a copy of the request takes. */
+/* Bytes that a copy of the request takes. */
 CRPCI_FN size_t crpci_request_size(const crpci_request *r)
 {
     return r->payload + r->payload_size + r->inline_size - r->front;
@@ -17190,10 +17463,10 @@ CRPCI_FN void crpci_request_copy(crpci_request *to, const crpci_request *from, c
                                       crpc_view_size(from->credential));
 }
 
-/* Makes the request ready for another attempt. The frame of the last one may still be in a send on
- * a dying connection; then the request moves to a chunk of its own. `block` is the chunk that the
- * pending call itself is in, whose reference stays. False: out of memory, or the attachment is
- * borrowed, which two frames cannot be at a time. */
+/* Prepares the request for another attempt. The last attempt's frame may still be part of a send on
+ * a dying connection; the request then moves to a chunk of its own. `block` is the chunk that holds
+ * the pending call; its reference stays. False: out of memory, or the attachment is borrowed, which
+ * two frames cannot share. */
 CRPCI_FN bool crpci_request_renew(crpci_request *r, const crpci_chunk *block)
 {
     crpci_request old = *r;
@@ -17211,7 +17484,7 @@ CRPCI_FN bool crpci_request_renew(crpci_request *r, const crpci_chunk *block)
     return true;
 }
 
-/* Gives up the request's bytes, unless the pending call stands among them. */
+/* Releases the request's bytes, unless they share the pending call's chunk. */
 CRPCI_FN void crpci_request_drop(crpci_request *r, const crpci_chunk *block)
 {
     if (r->chunk != block)
@@ -17219,9 +17492,9 @@ CRPCI_FN void crpci_request_drop(crpci_request *r, const crpci_chunk *block)
     r->chunk = NULL;
 }
 
-/* Makes sure that nobody reads a borrowed attachment any more, so that the synchronous call can
- * return: waits for a send that another thread is making, and copies what is still unsent. Unlocks
- * to wait. */
+/* Makes sure that no send reads a borrowed attachment any more, so that a synchronous call can
+ * return: waits for a send on another thread, and copies what is still unsent. Locked; unlocks to
+ * wait. */
 CRPCI_FN void crpci_request_settle(crpc_loop *l, crpci_request *r)
 {
     crpci_out *o = crpci_request_frame(r);
@@ -17250,16 +17523,20 @@ CRPCI_FN void crpci_request_settle(crpc_loop *l, crpci_request *r)
 /* >>impl-reply   a reply: kept, decoded, handed to the caller              */
 /* ======================================================================== */
 
+/* From the message that answers a call to the caller's struct. The loop's thread keeps the reply,
+ * locked; the thread that wants the result decodes it without the lock, straight out of the
+ * received bytes. */
+
 #if CRPC_ENABLE_CLIENT
 
-#define CRPCI_REPLY_COPY 2048 /* replies up to this size are copied out of a shared buffer */
+#define CRPCI_REPLY_COPY 2048 /* replies up to this size do not keep a shared buffer alive */
 
-/* What is kept of the message that answers a call. */
+/* The kept message that answers a call. Its pointers point into `chunk`. */
 typedef struct crpci_reply {
     crpci_chunk *chunk;     /* holds a reference; NULL: there is no reply */
     const crpci_protocol *protocol;
     crpc_view fields;
-    crpc_view text;         /* if there is a status */
+    crpc_view text;         /* set only if status is not 0 */
     const uint8_t *payload; /* the attachment stands behind it */
     size_t payload_size;
     size_t attachment_size;
@@ -17285,7 +17562,7 @@ CRPCI_FN void crpci_reply_take(crpci_reply *r, crpc_loop *l, const crpci_protoco
     crpci_loop_share(l, m->chunk);
 }
 
-/* Gives up a reply that nobody wants. */
+/* Releases a reply that is not wanted. Locked. */
 CRPCI_FN void crpci_reply_drop(crpci_reply *r, crpc_loop *l)
 {
     crpci_loop_assert_locked(l);
@@ -17294,14 +17571,14 @@ CRPCI_FN void crpci_reply_drop(crpci_reply *r, crpc_loop *l)
     r->chunk = NULL;
 }
 
-/* Whether the call got what it was made for. */
+/* Whether the provider executed the call successfully. */
 CRPCI_FN bool crpci_reply_succeeded(const crpci_reply *r)
 {
     return r->chunk && r->status == 0;
 }
 
-/* Copies a small reply out of the receive buffer, which many replies share; a large one keeps its
- * part of the buffer. */
+/* Copies a small reply out of the loop's receive buffer, so that it does not keep 64 KiB alive; a
+ * large one keeps its reference to the buffer. */
 CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
 {
     const uint8_t *from = (const uint8_t *)crpc_view_data(r->fields);
@@ -17312,7 +17589,7 @@ CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
         return;
     chunk = crpci_heap_chunk(h, n);
     if (!chunk)
-        return; /* out of memory: it stays where it is */
+        return; /* out of memory: the reply keeps the buffer */
     to = crpci_heap_data(chunk);
     memcpy(to, from, n);
     r->payload = to + (r->payload - from);
@@ -17324,9 +17601,11 @@ CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
     r->chunk = chunk;
 }
 
-/* --- on the thread that wants the result, without the lock ------------------------------------ */
+/* --- on the caller's thread, without the lock ------------------------------------------------- */
 
-/* Explains a reply that carries an error. Returns the status of the call. e->endpoint is set. */
+/* Explains a reply that carries an error, and returns the status of the call. e->endpoint is set
+ * already. A code is the application's if a crpc peer marks it so, or if neither brpc nor crpc
+ * defines it. */
 CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method *m,
                                         int attempts, crpc_error *e)
 {
@@ -17350,6 +17629,7 @@ CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method 
     return e->code;
 }
 
+/* Explains a reply that cannot be used. */
 CRPCI_COLD int crpci_reply_malformed(const crpc_method *m, int attempts, crpc_error *e,
                                      const char *what)
 {
@@ -17387,7 +17667,7 @@ CRPCI_FN int crpci_reply_decode(const crpci_reply *r, const crpci_method *k, int
     return CRPC_OK;
 }
 
-/* Gives the reply's chunk to the caller: views, attachment and fields point into it until
+/* Gives the reply's chunk to the caller: views, attachment and fields are valid until
  * crpc_call_reset. */
 CRPCI_FN void crpci_reply_hand_over(crpci_reply *r, crpc_call *call)
 {
@@ -17396,7 +17676,7 @@ CRPCI_FN void crpci_reply_hand_over(crpci_reply *r, crpc_call *call)
     r->chunk = NULL;
 }
 
-/* Ends the life of what crpci_reply_decode made `call` point to. */
+/* Frees a reply that was decoded for a callback, and clears what `call` points to in it. */
 CRPCI_FN void crpci_reply_release(crpci_reply *r, crpc_call *call)
 {
     if (r->chunk)
@@ -17412,20 +17692,21 @@ CRPCI_FN void crpci_reply_release(crpci_reply *r, crpc_call *call)
 /* >>impl-endpoint   one provider: its connection and the attempts on it    */
 /* ======================================================================== */
 
-/* An endpoint belongs to a loop: all channels of the loop that want the same address with the same
- * options share it. Everything here is called with the loop locked. */
+/* An endpoint dials a provider, backs off, and matches replies with attempts. It belongs to a loop:
+ * all channels of the loop with the same address and options share it. It never retries; the
+ * attempt section decides that in its callbacks. All functions need the loop's lock. */
 
 #if CRPC_ENABLE_CLIENT
 
-#define CRPCI_ENDPOINT_DEAD        3       /* failed dials in a row */
+#define CRPCI_ENDPOINT_DEAD        3       /* failed dials in a row that make it count as dead */
 #define CRPCI_ENDPOINT_BACKOFF_MIN 50000   /* microseconds */
-#define CRPCI_ENDPOINT_BACKOFF_MAX 1000000 /* microseconds: an ordinary call can wait for it */
+#define CRPCI_ENDPOINT_BACKOFF_MAX 1000000 /* not longer than an ordinary call's deadline */
 
-/* What must be equal for an endpoint to be shared. */
+/* Channels share an endpoint only if these are equal. */
 typedef struct crpci_endpoint_options {
     const crpci_protocol *protocol;
-    int connect_timeout_ms; /* 0: only the call's deadline */
-    uint32_t inflight;      /* requests at a time; 0: no limit */
+    int connect_timeout_ms; /* 0: only the call's deadline limits dialling */
+    uint32_t inflight;      /* requests in flight on the connection; 0: no limit */
     uint32_t max_body;
     int64_t max_queued; /* 0: no limit */
 } crpci_endpoint_options;
@@ -17433,7 +17714,7 @@ typedef struct crpci_endpoint_options {
 typedef struct crpci_endpoint crpci_endpoint;
 
 typedef enum crpci_attempt_state {
-    CRPCI_ATTEMPT_IDLE,
+    CRPCI_ATTEMPT_IDLE,    /* on no endpoint's list */
     CRPCI_ATTEMPT_WAITING, /* in endpoint->waiting */
     CRPCI_ATTEMPT_ACTIVE,  /* in endpoint->active */
     CRPCI_ATTEMPT_DONE     /* its call has ended */
@@ -17444,23 +17725,23 @@ typedef enum crpci_attempt_state {
 typedef struct crpci_attempt {
     crpci_list link;
     crpci_attempt_state state;
-    bool one_way; /* ends when it is sent, unless the endpoint answers few at a time */
-    crpc_sent sent;
-    uint64_t id;              /* in loop->calls; the message's id */
-    crpci_out *out;           /* queued on the connection; NULL: not */
-    crpci_endpoint *endpoint; /* of this attempt, or the last; a reference */
+    bool one_way; /* ends when its frame was sent, unless the endpoint limits requests in flight */
+    crpc_sent sent; /* how far the request got, in this attempt */
+    uint64_t id;              /* in loop->calls; also the id in the message */
+    crpci_out *out;           /* its frame, while queued on the connection; else NULL */
+    crpci_endpoint *endpoint; /* of this attempt or the last one; a reference */
     int64_t deadline_us;
     crpci_request request;
     crpci_reply reply;
 } crpci_attempt;
 
-/* What the attempt section is told. A function may end the attempt and free its call. */
+/* Callbacks of the attempt section. Each may end the attempt and free its call. */
 typedef struct crpci_endpoint_events {
-    /* It could not be sent, or its connection is gone. `cause` explains. */
+    /* The attempt could not be sent, or its connection was lost. `cause` explains. */
     void (*failed)(crpci_attempt *a, int code, const char *cause);
     void (*replied)(crpci_attempt *a, const crpci_message *m);
-    void (*sent)(crpci_attempt *a); /* all of a frame that needs no reply has left */
-    void (*useless)(crpci_attempt *a, const char *cause); /* a reply came that cannot be taken */
+    void (*sent)(crpci_attempt *a); /* a frame that gets no reply was sent completely */
+    void (*useless)(crpci_attempt *a, const char *cause); /* the reply cannot be used */
 } crpci_endpoint_events;
 
 struct crpci_endpoint {
@@ -17468,7 +17749,7 @@ struct crpci_endpoint {
     crpc_loop *loop;
     const crpci_endpoint_events *events;
     uint32_t refs;
-    uint32_t users; /* references that want its connection too: members of channels */
+    uint32_t users; /* channels; while there is one, the endpoint keeps its connection */
     char address[CRPC_ADDRESS_MAX];
     size_t address_size; /* the terminating zero included */
     crpci_addr addr;
@@ -17478,22 +17759,22 @@ struct crpci_endpoint {
     crpci_list active;  /* attempts queued on or sent over conn */
     uint32_t active_count;
     bool serving;      /* crpci_endpoint_serve_waiting is on the stack */
-    bool refused;      /* the last connection was never established */
+    bool refused;      /* the last dial failed */
     crpci_timer timer; /* end of the backoff */
-    int failures;      /* dials and connections since the last reply */
-    int64_t usable_at; /* end of a backoff, or of the rest after ELOGOFF; 0: usable */
+    int failures;      /* dials and connections since the last reply: doubles the backoff */
+    int64_t usable_at; /* end of the backoff, also of that after CRPC_ELOGOFF; 0: usable now */
     int64_t dialled_at;
-    int last_errno;
+    int last_errno;    /* of the last connection that failed */
 };
 
-/* NULL is ignored. */
+/* Drops a reference. NULL is ignored. */
 CRPCI_FN void crpci_endpoint_drop(crpci_endpoint *e)
 {
     if (e && --e->refs == 0)
         crpci_heap_free(e->loop->heap, e, sizeof *e);
 }
 
-/* Gives up a reference that wanted the connection: the last one closes it. */
+/* A channel leaves the endpoint; the last one closes the connection. */
 CRPCI_FN void crpci_endpoint_leave(crpci_endpoint *e)
 {
     crpci_conn *c = e->conn;
@@ -17510,14 +17791,14 @@ CRPCI_FN void crpci_endpoint_leave(crpci_endpoint *e)
     crpci_endpoint_drop(e);
 }
 
-/* Whether it could not be reached several times in a row. */
+/* Whether several dials in a row have failed. */
 CRPCI_FN bool crpci_endpoint_is_dead(const crpci_endpoint *e)
 {
     return e->refused && !e->conn && e->failures >= CRPCI_ENDPOINT_DEAD;
 }
 
-/* Whether it has replied over its present connection. A retry to such a provider cannot storm a
- * dead one, so it is not charged to the retry budget. */
+/* Whether the present connection has brought a reply. A retry there cannot overload a provider that
+ * is down, so it is not charged to the retry budget. */
 CRPCI_FN bool crpci_endpoint_is_proven(const crpci_endpoint *e)
 {
     return e->conn && !e->conn->connecting && !e->failures;
@@ -17532,15 +17813,15 @@ CRPCI_FN bool crpci_endpoint_has_slot(const crpci_endpoint *e)
 
 /* --- attempts --------------------------------------------------------------------------------- */
 
-/* Whether the attempt ends with the sending of its frame. Where a peer answers few at a time its
- * slot stays taken until the reply, also for a one-way call. */
+/* Whether the attempt ends when its frame was sent. With a limit of requests in flight, a one-way
+ * call too occupies its slot until the peer's reply. */
 CRPCI_FN bool crpci_endpoint_unanswered(const crpci_attempt *a)
 {
     return a->one_way && !a->endpoint->options.inflight;
 }
 
 /* Takes an attempt off its endpoint. A frame of which nothing was sent is withdrawn; any other
- * stays in the connection's queue on its own. */
+ * stays in the connection's queue, on its own. */
 CRPCI_FN void crpci_endpoint_detach(crpci_attempt *a)
 {
     crpci_out *o = a->out;
@@ -17567,8 +17848,8 @@ CRPCI_COLD void crpci_endpoint_overcrowded(crpci_attempt *a)
     e->events->failed(a, CRPC_EOVERCROWDED, cause);
 }
 
-/* Puts the attempt's frame on the open connection, or fails it if the queue has no room. The
- * request's remaining time is stamped here, where it begins its way. */
+/* Queues the attempt's frame on the open connection, or fails the attempt if the queue is full. The
+ * request's remaining time is written here, so that time spent waiting counts. */
 CRPCI_FN void crpci_endpoint_send(crpci_endpoint *e, crpci_attempt *a)
 {
     crpci_request *r = &a->request;
@@ -17595,14 +17876,14 @@ CRPCI_FN void crpci_endpoint_send(crpci_endpoint *e, crpci_attempt *a)
     crpci_conn_queue(e->conn, o);
 }
 
-/* Lets waiting attempts onto the connection, as far as there are slots. An attempt that fails in
- * here may bring its call back here: the outer turn goes on then. */
+/* Sends waiting attempts while there are slots. A failing attempt may start another call, which
+ * comes back here: `serving` leaves the work to the outer call. */
 CRPCI_FN void crpci_endpoint_serve_waiting(crpci_endpoint *e)
 {
     if (e->serving || crpci_list_empty(&e->waiting))
         return;
     e->serving = true;
-    e->refs++; /* a failing attempt gives up its reference */
+    e->refs++; /* a failing attempt drops its reference to the endpoint */
     while (!crpci_list_empty(&e->waiting) && crpci_endpoint_has_slot(e)) {
         crpci_attempt *a = CRPCI_CONTAINER(e->waiting.next, crpci_attempt, link);
         crpci_list_remove(&a->link);
@@ -17613,7 +17894,7 @@ CRPCI_FN void crpci_endpoint_serve_waiting(crpci_endpoint *e)
     crpci_endpoint_drop(e);
 }
 
-/* Fails all attempts of a list, but not those that come back to the endpoint meanwhile. */
+/* Fails all attempts of a list, except those that callbacks add meanwhile. */
 CRPCI_FN void crpci_endpoint_fail_all(crpci_endpoint *e, crpci_list *which, const char *cause)
 {
     crpci_list now;
@@ -17622,8 +17903,8 @@ CRPCI_FN void crpci_endpoint_fail_all(crpci_endpoint *e, crpci_list *which, cons
         e->events->failed(CRPCI_CONTAINER(now.next, crpci_attempt, link), CRPC_ECONN, cause);
 }
 
-/* The attempt that a reply belongs to: pending on this very connection, and sent at least in
- * part. NULL: the reply is late, doubled or forged. */
+/* The attempt that a reply belongs to: pending on this very connection, and sent at least in part.
+ * NULL: the reply is late, a duplicate, or forged. */
 CRPCI_FN crpci_attempt *crpci_endpoint_match(crpci_conn *conn, const crpci_message *m)
 {
     crpci_attempt *a = (crpci_attempt *)crpci_id_get(&conn->loop->calls, (uint64_t)m->id);
@@ -17637,8 +17918,8 @@ CRPCI_FN crpci_attempt *crpci_endpoint_match(crpci_conn *conn, const crpci_messa
 
 /* --- the connection --------------------------------------------------------------------------- */
 
-/* Chooses when to dial again: somewhere in a window that doubles with each failure ("full jitter"),
- * so that the clients of a provider that comes back do not all dial at once. */
+/* Chooses when to dial again: at random within a window that doubles with each failure ("full
+ * jitter"), so that the clients of a provider that returns do not all dial at once. */
 CRPCI_FN void crpci_endpoint_back_off(crpci_endpoint *e)
 {
     int shift = e->failures < 8 ? e->failures : 8;
@@ -17653,10 +17934,12 @@ CRPCI_FN void crpci_endpoint_on_opened(crpci_conn *conn)
 {
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
     e->usable_at = 0;
-    e->failures++; /* a peer that accepts and then closes has failed, until a reply comes */
+    e->failures++; /* until a reply comes, the peer may just accept and then close */
     crpci_endpoint_serve_waiting(e);
 }
 
+/* A reply. CRPC_ELOGOFF means that the server is stopping: the endpoint is not chosen for a
+ * second. */
 CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m)
 {
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
@@ -17677,6 +17960,7 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m
     e->events->replied(a, m);
 }
 
+/* A reply over max_body: the connection skips it and stays open. */
 CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_message *m, uint64_t body)
 {
     crpci_attempt *a = crpci_endpoint_match(conn, m);
@@ -17689,6 +17973,7 @@ CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_message *
     a->endpoint->events->useless(a, cause);
 }
 
+/* A whole frame was sent; o->owner is NULL if its call has ended before. */
 CRPCI_FN void crpci_endpoint_on_sent(crpci_conn *conn, crpci_out *o)
 {
     crpci_attempt *a = (crpci_attempt *)o->owner;
@@ -17712,7 +17997,7 @@ CRPCI_FN void crpci_endpoint_on_conn_timer(crpci_conn *conn)
         crpci_conn_close(conn, CRPC_ETIMEDOUT, ETIMEDOUT);
 }
 
-/* Notes how far the frames of a closing connection came, before its queue is given up. */
+/* A connection is closing: records how far each frame got, before its queue is freed. */
 CRPCI_FN void crpci_endpoint_disown_frames(crpci_conn *conn)
 {
     crpci_out *o, *after;
@@ -17729,8 +18014,8 @@ CRPCI_FN void crpci_endpoint_disown_frames(crpci_conn *conn)
     }
 }
 
-/* Dialling is one cycle: a dial fails attempts, which may dial again; the events of the connection
- * lead back to it. */
+/* Connects now, or when the backoff is over. Attempts that fail may dial again, and the
+ * connection's events lead back here: a cycle, hence this prototype. */
 CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e);
 
 CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
@@ -17753,10 +18038,10 @@ CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
     if (connecting || e->failures)
         crpci_endpoint_back_off(e);
     e->conn = NULL;
-    if (connecting) /* before the active ones, which may come to wait for the next connection */
+    if (connecting) /* first the waiting ones: active ones that fail may join this list and stay */
         crpci_endpoint_fail_all(e, &e->waiting, cause);
     crpci_endpoint_fail_all(e, &e->active, cause);
-    if (!e->conn && !crpci_list_empty(&e->waiting)) /* they waited for a slot: no failure */
+    if (!e->conn && !crpci_list_empty(&e->waiting)) /* these waited for a slot: dial for them */
         crpci_endpoint_dial(e);
     crpci_conn_drop(conn);
     crpci_endpoint_drop(e);
@@ -17796,10 +18081,10 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
     crpci_conn_hold(e->conn);
     e->conn->max_body = e->options.max_body;
     e->conn->expect = crpc_view_of("", 0);
-    e->conn->max_skip = (int64_t)UINT32_MAX; /* we chose this peer: any reply may be skipped */
+    e->conn->max_skip = (int64_t)UINT32_MAX; /* a provider is trusted: skip replies of any size */
     if (e->options.connect_timeout_ms > 0)
         crpci_loop_timer_set(l, &e->conn->timer, (int64_t)e->options.connect_timeout_ms * 1000);
-    crpci_conn_speak(e->conn, e->options.protocol); /* the last step: out of memory it closes */
+    crpci_conn_speak(e->conn, e->options.protocol); /* last, because it may close e->conn */
 }
 
 CRPCI_FN void crpci_endpoint_on_timer(crpc_loop *l, crpci_timer *t)
@@ -17827,9 +18112,9 @@ CRPCI_FN void crpci_endpoint_submit(crpci_endpoint *e, crpci_attempt *a)
         crpci_endpoint_dial(e);
 }
 
-/* After a sent attempt was detached without its reply: the peer still works on it. Where it has few
- * slots the next request must neither go on top nor take the late reply for its own, so the
- * connection is closed. */
+/* A sent attempt was detached before its reply, so the peer still works on it. With a limit of
+ * requests in flight the slot is still occupied, and the late reply could be taken for that of the
+ * next request: closes the connection. */
 CRPCI_FN void crpci_endpoint_give_up_slot(crpci_attempt *a, int why)
 {
     crpci_endpoint *e = a->endpoint;
@@ -17844,8 +18129,8 @@ CRPCI_FN bool crpci_endpoint_same_options(const crpci_endpoint_options *a,
            a->max_queued == b->max_queued && a->connect_timeout_ms == b->connect_timeout_ms;
 }
 
-/* Finds or makes the loop's endpoint for an address, with a reference that wants its
- * connection. CRPC_EINVAL: not a numeric address. */
+/* Finds or makes the loop's endpoint for an address, for a channel that wants its connection.
+ * CRPC_EINVAL: the address is not numeric. */
 CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
                                 const crpci_endpoint_options *options,
                                 const crpci_endpoint_events *events, crpci_endpoint **out)
