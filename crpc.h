@@ -7642,10 +7642,10 @@ CRPCI_FN bool crpci_balance_turns(const crpci_balance *b)
 }
 
 /* Whether x is picked before y. Neither has weight 0. */
-CRPCI_FN bool crpci_balance_before(const crpci_balance *b, const crpci_balance_item *x,
+CRPCI_FN bool crpci_balance_before(bool by_active, const crpci_balance_item *x,
                                    const crpci_balance_item *y)
 {
-    if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE)) {
+    if (by_active) {
         uint64_t busy = (uint64_t)x->active * y->weight, other = (uint64_t)y->active * x->weight;
         if (busy != other)
             return busy < other;
@@ -7663,17 +7663,19 @@ CRPCI_FN void crpci_balance_place(crpci_balance *b, uint32_t at, uint32_t index)
 /* Restores the heap after the item at a position has changed. */
 CRPCI_FN void crpci_balance_sift(crpci_balance *b, uint32_t at)
 {
+    const bool by_active = crpci_balance_need(b, CRPCI_BALANCE_ACTIVE); /* read once, not a level */
     uint32_t index = b->heap[at], child;
     const crpci_balance_item *item = b->items[index];
-    while (at && crpci_balance_before(b, item, b->items[b->heap[(at - 1) / 2]])) {
+    while (at && crpci_balance_before(by_active, item, b->items[b->heap[(at - 1) / 2]])) {
         crpci_balance_place(b, at, b->heap[(at - 1) / 2]);
         at = (at - 1) / 2;
     }
     while ((child = 2 * at + 1) < b->heaped) {
         if (child + 1 < b->heaped &&
-            crpci_balance_before(b, b->items[b->heap[child + 1]], b->items[b->heap[child]]))
+            crpci_balance_before(by_active, b->items[b->heap[child + 1]],
+                                 b->items[b->heap[child]]))
             child++;
-        if (!crpci_balance_before(b, b->items[b->heap[child]], item))
+        if (!crpci_balance_before(by_active, b->items[b->heap[child]], item))
             break;
         crpci_balance_place(b, at, b->heap[child]);
         at = child;
@@ -8023,6 +8025,7 @@ CRPCI_FN int crpci_balance_pick_next(crpci_balance *b, crpci_balance_query *q)
 /* The first item of the heap; one that cannot be used loses its turn. */
 CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, crpci_balance_query *q)
 {
+    const bool by_active = crpci_balance_need(b, CRPCI_BALANCE_ACTIVE);
     crpci_balance_item *best = NULL;
     int tries;
     size_t i;
@@ -8037,7 +8040,7 @@ CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, crpci_balance_query *q)
     }
     for (i = 0; i < b->count; i++) {
         crpci_balance_item *item = b->items[i];
-        if (item->weight && (!best || crpci_balance_before(b, item, best)) &&
+        if (item->weight && (!best || crpci_balance_before(by_active, item, best)) &&
             crpci_balance_usable(q, i))
             best = item;
     }

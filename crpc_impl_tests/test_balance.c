@@ -111,7 +111,8 @@ static void check(void)
         assert_true(n->weight != 0);
         assert_true((int64_t)(n->turn - f.b.now) <= CRPCI_BALANCE_TURN);
         if (at)
-            assert_false(crpci_balance_before(&f.b, n, f.list[f.b.heap[(at - 1) / 2]]));
+            assert_false(crpci_balance_before(crpci_balance_need(&f.b, CRPCI_BALANCE_ACTIVE), n,
+                                              f.list[f.b.heap[(at - 1) / 2]]));
     }
 }
 
