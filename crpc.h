@@ -1617,8 +1617,8 @@ typedef struct crpc_server_options {
                              multicast://224.5.6.7:port[?interface=eth0]. crpc_server_open refuses
                              any other URL. NULL: the server registers nowhere */
     const char *advertise; /* host[:port] to register, resolved when the server starts. NULL: the
-                              listener's address; if that is 0.0.0.0, the local address from which
-                              the registry is reached */
+                              address of the first TCP listener; if that is 0.0.0.0 or [::], the
+                              local address from which the registry is reached */
     crpc_directory_options directory; /* how services are registered */
     int weight; /* registered: the share of calls beside other providers' weights, at most 1000000.
                    0: 100. -1: weight 0, which gets calls only if there is no other provider */
@@ -1774,8 +1774,8 @@ CRPC_API void crpc_server_stats_get(crpc_server *server, crpc_loop_stats *stats)
 CRPC_API int crpc_context_fail(crpc_context *context, int app_code, const char *format, ...)
     CRPC_PRINTF(3, 4);
 
-/* Sets the text of a crpc_status, as printf does, and returns the status: `return
- * crpc_context_error(context, CRPC_EAUTH, "token expired");` */
+/* Sets the text that is sent with a crpc_status, as printf does, and returns the status:
+ *     return crpc_context_error(context, CRPC_EAUTH, "token expired"); */
 CRPC_API int crpc_context_error(crpc_context *context, int status, const char *format, ...)
     CRPC_PRINTF(3, 4);
 

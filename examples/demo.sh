@@ -3,9 +3,9 @@
 #
 #   examples/demo.sh [DIRECTORY WITH THE EXAMPLE PROGRAMS]     default: $BUILD/examples
 #
-# Starts a ZooKeeper, two providers and a consumer that finds them by name; then, under load, kills
-# one provider. Exits with 0 only if everything went as the text says. Needs the Debian packages
-# zookeeper and default-jre. Every process it starts is stopped again, whichever way it ends.
+# Starts a ZooKeeper server, two providers, and a consumer that finds them by name; then it kills one
+# provider under load. Exits with 0 only if everything went as the text says. Needs the Debian packages
+# zookeeper and default-jre. It stops every process that it has started, however it ends.
 set -u
 
 readonly here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -197,15 +197,15 @@ say "Each login takes $login_ms ms, so some are always under way on both provide
 start_consumer --only-load --seconds $load_seconds --rate $rate
 sleep $kill_after
 { kill -KILL "${pid[berlin]}" && finish berlin 5; } 2>/dev/null || fail "berlin cannot be killed"
-say ">>> kill -9 berlin: no farewell. ZooKeeper notices in about $((session_ms / 1000)) s."
+say ">>> kill -9 berlin. It cannot unregister: ZooKeeper lists it for about $((session_ms / 1000)) s more."
 finish consumer $((load_seconds + 20)) || fail "the consumer did not end"
 consumer_code=$code
 
 heading "5. What happened"
-say "Connections to berlin broke at once. A call that waited for its answer there has failed:" \
-    "whether it was executed cannot be known, and a login is not declared idempotent, so crpc" \
-    "does not repeat it. All others were tried again on tokyo or went there in the first place," \
-    "even while ZooKeeper still listed berlin."
+say "The connections to berlin broke at once. Calls that waited there for a reply have failed:" \
+    "nobody knows whether berlin executed them, and Login is not declared idempotent, so crpc" \
+    "does not retry them. All other calls were retried on tokyo or went to tokyo at once, even" \
+    "while ZooKeeper still listed berlin."
 echo
 ok=$(number ok) failed=$(number failed) in_flight=$(number failed_in_flight)
 berlin=$(last_answer berlin) tokyo=$(last_answer tokyo)
@@ -213,7 +213,7 @@ check "consumer_code == 0" "the consumer ended well"
 check "${ok:-0} > 0" "calls succeeded: ${ok:-none}"
 check "${failed:--1} == ${in_flight:--2}" \
     "only calls in flight failed: ${failed:-?} failed, ${in_flight:-?} of them in flight"
-check "$(number unfinished) + 0 == 0" "every call ended, one way or the other"
+check "$(number unfinished) + 0 == 0" "every call ended, with a result or an error"
 check "${berlin:-0} > 0" "berlin answered, for the last time after ${berlin:-?} ms"
 check "${tokyo:-0} > ${berlin:-0} + 1000" "tokyo went on answering, up to ${tokyo:-?} ms"
 
