@@ -133,7 +133,9 @@
  *     >>impl-limiter       token buckets, retry budgets, adaptive concurrency limits
  *     >>impl-breaker       a provider that fails gets no calls, then a probe, then more
  *     >>impl-balance       balancers: which provider of a list a call goes to
- *     >>impl-conn          one connection: reading and parsing, queueing and sending
+ *     >>impl-conn          one connection: its state, queueing and sending, closing
+ *     >>impl-receive       messages out of a connection: buffers, parsing, limits
+ *     >>impl-connect       sockets become connections: dialled, accepted; their events
  *     >>impl-baidu         brpc's protocol baidu_std: RpcMeta to messages and back
  *     >>impl-protocols     the table of wire protocols
  *     >>impl-names         provider URLs in Dubbo's notation, and an operator's overrides; pure
@@ -8080,7 +8082,7 @@ CRPCI_FN void crpci_balance_end(crpci_balance *b, size_t i, bool ok, int64_t lat
 }
 
 /* ======================================================================== */
-/* >>impl-conn   one connection: reading and parsing, queueing and sending   */
+/* >>impl-conn   one connection: its state, queueing and sending, closing  */
 /* ======================================================================== */
 
 /* A crpci_conn is one connection, dialled by a channel or accepted by a server. It owns the
@@ -8157,7 +8159,7 @@ typedef struct crpci_protocol {
     size_t field_cost; /* most bytes of a field besides its key and value */
     crpci_detected (*detect)(const uint8_t *p, size_t n);
     /* Takes one message, or part of one, from the front of the input in `chunk`, and passes it to
-     * crpci_conn_deliver. Returns the number of bytes used. When it needs more, it sets
+     * crpci_receive_deliver. Returns the number of bytes used. When it needs more, it sets
      * c->rx_total to more than n and returns 0: the connection calls again with that many bytes,
      * and feed then uses all of them or asks for more. Locked; it may close the connection. */
     size_t (*feed)(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n);
@@ -8424,6 +8426,16 @@ CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
         crpci_conn_read_on(c);
     crpci_conn_interest(c);
 }
+
+#if CRPC_ENABLE_SERVER
+/* Whether a connection is at rest: nothing to send, nothing partly received, nothing unread. A
+ * draining server can close such a connection without losing a request. */
+CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
+{
+    return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip && !crpci_conn_engaged(c) &&
+           c->io->idle(c->fd, c->io_state);
+}
+#endif
 
 /* --- sending ---------------------------------------------------------------------------------- */
 
@@ -8708,10 +8720,18 @@ CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
     return true;
 }
 
-/* --- receiving -------------------------------------------------------------------------------- */
+/* ======================================================================== */
+/* >>impl-receive   messages out of a connection: buffers, parsing, limits */
+/* ======================================================================== */
+
+/* Reads a connection's socket, collects messages that arrive in parts, and feeds the protocol,
+ * which calls back with whole messages. The peer is not trusted: a step of the loop takes a bounded
+ * number of bytes and messages from each connection, and memory is reserved only for bytes that
+ * have come. All functions need the loop's lock; crpci_receive_read releases it around the system
+ * call. */
 
 /* Closes a connection whose peer broke its protocol, with a warning that says how. */
-CRPCI_FN void crpci_conn_bad(crpci_conn *c, const char *what)
+CRPCI_FN void crpci_receive_bad(crpci_conn *c, const char *what)
 {
     c->loop->stats.bad_frames++;
     crpci_heap_log(c->loop->heap, CRPC_LOG_WARN, "connection closed: %s", what);
@@ -8720,7 +8740,7 @@ CRPCI_FN void crpci_conn_bad(crpci_conn *c, const char *what)
 
 /* A partial message is buffered: starts its timeout, unless the timer fires earlier for another
  * reason. */
-CRPCI_FN void crpci_conn_begun(crpci_conn *c)
+CRPCI_FN void crpci_receive_begun(crpci_conn *c)
 {
     c->rx_since = crpci_loop_now(c->loop);
     if (c->frame_timeout_us &&
@@ -8730,7 +8750,7 @@ CRPCI_FN void crpci_conn_begun(crpci_conn *c)
 
 /* Orders a message of an ordered protocol: a request gets the next turn, a reply the id of the
  * oldest awaited request. False: the connection was closed. */
-CRPCI_COLD bool crpci_conn_place(crpci_conn *c, crpci_message *m)
+CRPCI_COLD bool crpci_receive_place(crpci_conn *c, crpci_message *m)
 {
     if (m->kind == CRPCI_MESSAGE_REQUEST) {
         m->turn = c->turns++;
@@ -8739,35 +8759,36 @@ CRPCI_COLD bool crpci_conn_place(crpci_conn *c, crpci_message *m)
         c->awaited_first = (c->awaited_first + 1) % c->awaited_size;
         c->awaited_count--;
     } else {
-        crpci_conn_bad(c, "a reply that no request was sent for");
+        crpci_receive_bad(c, "a reply that no request was sent for");
         return false;
     }
     return true;
 }
 
 /* For protocols: passes a complete message to the connection's owner. May close the connection. */
-CRPCI_FN void crpci_conn_deliver(crpci_conn *c, crpci_message *m)
+CRPCI_FN void crpci_receive_deliver(crpci_conn *c, crpci_message *m)
 {
     c->active_us = crpci_loop_time(c->loop);
-    if (CRPCI_LIKELY(!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED)) || crpci_conn_place(c, m))
+    if (CRPCI_LIKELY(!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED)) || crpci_receive_place(c, m))
         c->up->message(c, m);
 }
 
 /* For protocols: reports a message whose body of `size` bytes is over max_body, and skips the next
  * `skip` bytes of input. The connection stays usable, so that the peer gets an error in place of a
  * reset. */
-CRPCI_COLD void crpci_conn_oversize(crpci_conn *c, crpci_message *m, uint64_t size, uint64_t skip)
+CRPCI_COLD void crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t size,
+                                       uint64_t skip)
 {
     c->active_us = crpci_loop_time(c->loop);
     c->skip = skip;
     if (skip)
-        crpci_conn_begun(c);
-    if (!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED) || crpci_conn_place(c, m))
+        crpci_receive_begun(c);
+    if (!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED) || crpci_receive_place(c, m))
         c->up->oversize(c, m, size);
 }
 
 /* Fixes the connection's protocol. False: out of memory, and the connection was closed. */
-CRPCI_FN bool crpci_conn_speak(crpci_conn *c, const crpci_protocol *p)
+CRPCI_FN bool crpci_receive_speak(crpci_conn *c, const crpci_protocol *p)
 {
     c->protocol = p;
     c->awaits = !c->protocols && p->flags & CRPCI_PROTOCOL_ORDERED;
@@ -8781,7 +8802,7 @@ CRPCI_FN bool crpci_conn_speak(crpci_conn *c, const crpci_protocol *p)
 
 #if CRPC_ENABLE_SERVER
 /* Recognises the protocol of an accepted connection. False: too few bytes yet, or closed. */
-CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
+CRPCI_COLD bool crpci_receive_detect(crpci_conn *c, const uint8_t *p, size_t n)
 {
     bool more = false;
     size_t i;
@@ -8789,24 +8810,24 @@ CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
         crpci_detected found = c->protocols[i]->detect(p, n);
         if (found == CRPCI_DETECTED_YES) {
             c->protocol_index = i;
-            return crpci_conn_speak(c, c->protocols[i]);
+            return crpci_receive_speak(c, c->protocols[i]);
         }
         more = more || found == CRPCI_DETECTED_MORE;
     }
     if (more)
         c->rx_total = n + 1;
     else
-        crpci_conn_bad(c, "the peer does not speak a protocol that is served here");
+        crpci_receive_bad(c, "the peer does not speak a protocol that is served here");
     return false;
 }
 #endif
 
 /* Passes input to the protocol and returns the number of bytes it used. 0: it needs more
  * (c->rx_total), or the connection is closed. */
-CRPCI_FN size_t crpci_conn_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
+CRPCI_FN size_t crpci_receive_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
 #if CRPC_ENABLE_SERVER
-    if (CRPCI_UNLIKELY(!c->protocol) && !crpci_conn_detect(c, p, n))
+    if (CRPCI_UNLIKELY(!c->protocol) && !crpci_receive_detect(c, p, n))
         return 0;
 #endif
     return c->protocol->feed(c, chunk, p, n);
@@ -8814,7 +8835,7 @@ CRPCI_FN size_t crpci_conn_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_
 
 /* Buffers the first `have` bytes of a message. The full size is allocated at once only when a good
  * part of it has arrived: a peer must not reserve memory by announcing large sizes. */
-CRPCI_FN bool crpci_conn_begin(crpci_conn *c, const uint8_t *p, size_t have)
+CRPCI_FN bool crpci_receive_begin(crpci_conn *c, const uint8_t *p, size_t have)
 {
     size_t cap = c->rx_total;
     if (cap > CRPCI_CONN_READ && have < CRPCI_CONN_READ / 2)
@@ -8825,14 +8846,14 @@ CRPCI_FN bool crpci_conn_begin(crpci_conn *c, const uint8_t *p, size_t have)
         return false;
     }
     memcpy(crpci_heap_data(c->rx), p, have);
-    crpci_conn_begun(c);
+    crpci_receive_begun(c);
     c->rx_len = have;
     c->rx_need = cap;
     return true;
 }
 
 /* Enlarges c->rx towards the size that the protocol asked for, under the same rule. */
-CRPCI_FN void crpci_conn_grow(crpci_conn *c)
+CRPCI_FN void crpci_receive_grow(crpci_conn *c)
 {
     crpci_chunk *bigger;
     size_t cap = c->rx_total;
@@ -8852,23 +8873,24 @@ CRPCI_FN void crpci_conn_grow(crpci_conn *c)
 }
 
 /* c->rx holds the bytes that were asked for: parses them, and grows if the protocol needs more. */
-CRPCI_FN void crpci_conn_rx_full(crpci_conn *c)
+CRPCI_FN void crpci_receive_full(crpci_conn *c)
 {
     crpci_chunk *chunk = c->rx;
     if (c->rx_len == c->rx_total) {
         c->rx = NULL;
-        if (crpci_conn_parse(c, chunk, crpci_heap_data(chunk), c->rx_len) || c->closed) {
+        if (crpci_receive_parse(c, chunk, crpci_heap_data(chunk), c->rx_len) || c->closed) {
             crpci_heap_chunk_unref(chunk);
             return;
         }
         c->rx = chunk;
     }
-    crpci_conn_grow(c);
+    crpci_receive_grow(c);
 }
 
 /* Takes one piece of input: a whole message in place, or bytes that begin or continue c->rx.
  * Returns the number of bytes used. */
-CRPCI_FN size_t crpci_conn_feed_one(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
+CRPCI_FN size_t crpci_receive_feed_one(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p,
+                                       size_t n)
 {
     size_t used;
     if (c->skip) {
@@ -8881,18 +8903,18 @@ CRPCI_FN size_t crpci_conn_feed_one(crpci_conn *c, crpci_chunk *chunk, const uin
         memcpy(crpci_heap_data(c->rx) + c->rx_len, p, n);
         c->rx_len += n;
         if (c->rx_len == c->rx_need)
-            crpci_conn_rx_full(c);
+            crpci_receive_full(c);
         return n;
     }
-    used = crpci_conn_parse(c, chunk, p, n);
+    used = crpci_receive_parse(c, chunk, p, n);
     if (CRPCI_LIKELY(used) || c->closed)
         return used;
-    return crpci_conn_begin(c, p, n) ? n : 0;
+    return crpci_receive_begin(c, p, n) ? n : 0;
 }
 
 /* Takes input until the step's budget is used up or the connection pauses; the rest waits in
  * c->left. */
-CRPCI_FN void crpci_conn_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
+CRPCI_FN void crpci_receive_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
     int frames = 0;
     while (n && !c->closed) {
@@ -8906,14 +8928,14 @@ CRPCI_FN void crpci_conn_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *
                 crpci_loop_queue(&c->loop->resume, &c->resume);
             return;
         }
-        used = crpci_conn_feed_one(c, chunk, p, n);
+        used = crpci_receive_feed_one(c, chunk, p, n);
         p += used;
         n -= used;
     }
 }
 
 /* Continues with input that was over the budget. False if some of it is still left. */
-CRPCI_FN bool crpci_conn_catch_up(crpci_conn *c)
+CRPCI_FN bool crpci_receive_catch_up(crpci_conn *c)
 {
     crpci_chunk *chunk = c->left;
     if (!chunk)
@@ -8921,7 +8943,7 @@ CRPCI_FN bool crpci_conn_catch_up(crpci_conn *c)
     if (c->paused)
         return false;
     c->left = NULL;
-    crpci_conn_feed(c, chunk, c->left_at, c->left_len);
+    crpci_receive_feed(c, chunk, c->left_at, c->left_len);
     crpci_heap_chunk_unref(chunk);
     return !c->left;
 }
@@ -8929,7 +8951,7 @@ CRPCI_FN bool crpci_conn_catch_up(crpci_conn *c)
 /* Provides the loop's receive buffer, one for all connections, because only the driver reads.
  * Messages that somebody still points into keep their part of it; the next read goes behind
  * them. */
-CRPCI_FN bool crpci_conn_spare(crpc_loop *l)
+CRPCI_FN bool crpci_receive_spare(crpc_loop *l)
 {
     if (l->spare && crpci_loop_spare_alone(l))
         l->spare_pos = 0;
@@ -8943,7 +8965,7 @@ CRPCI_FN bool crpci_conn_spare(crpc_loop *l)
 }
 
 /* Processes `n` bytes that readv put into c->rx and, behind that, into the loop's buffer. */
-CRPCI_FN void crpci_conn_received(crpci_conn *c, size_t n)
+CRPCI_FN void crpci_receive_bytes(crpci_conn *c, size_t n)
 {
     crpc_loop *l = c->loop;
     crpci_chunk *chunk = l->spare;
@@ -8954,9 +8976,9 @@ CRPCI_FN void crpci_conn_received(crpci_conn *c, size_t n)
         c->rx_len += direct;
         n -= direct;
         if (c->rx_len == c->rx_need)
-            crpci_conn_rx_full(c);
+            crpci_receive_full(c);
     }
-    crpci_conn_feed(c, chunk, p, n);
+    crpci_receive_feed(c, chunk, p, n);
     crpci_loop_unshare(l, chunk);
     if (l->spare == chunk)
         l->spare_pos += (n + 7) & ~(size_t)7;
@@ -8964,7 +8986,7 @@ CRPCI_FN void crpci_conn_received(crpci_conn *c, size_t n)
 
 /* With a transport that is more than a socket, a read may have changed what it waits for, and
  * whether it can write. */
-CRPCI_COLD void crpci_conn_after_read(crpci_conn *c)
+CRPCI_COLD void crpci_receive_after_read(crpci_conn *c)
 {
     if (c->closed)
         return;
@@ -8977,18 +8999,18 @@ CRPCI_COLD void crpci_conn_after_read(crpci_conn *c)
 
 /* Reads once. Partial messages are read straight into their chunk. Unlocks the loop while
  * reading. */
-CRPCI_FN void crpci_conn_read(crpci_conn *c)
+CRPCI_FN void crpci_receive_read(crpci_conn *c)
 {
     crpc_loop *l = c->loop;
     struct iovec iov[2];
     int count = 0, saved;
     ssize_t n;
-    if (!crpci_conn_catch_up(c) || c->closed || c->reading || c->paused || c->eof)
+    if (!crpci_receive_catch_up(c) || c->closed || c->reading || c->paused || c->eof)
         return;
     c->unread = crpci_conn_engaged(c);
     if (c->unread) /* the thread that writes schedules the read when it is done */
         return;
-    if (!crpci_conn_spare(l)) {
+    if (!crpci_receive_spare(l)) {
         crpci_conn_close(c, CRPC_ENOMEM, 0);
         return;
     }
@@ -9006,22 +9028,28 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
     crpci_loop_lock(l);
     c->reading = false;
     if (CRPCI_UNLIKELY(c->io != &crpci_transport_plain))
-        crpci_conn_after_read(c);
+        crpci_receive_after_read(c);
     if (c->closed)
         crpci_conn_cleanup(c);
     else if (n > 0)
-        crpci_conn_received(c, (size_t)n);
+        crpci_receive_bytes(c, (size_t)n);
     else if (n == 0)
         c->up->eof(c);
     else if (saved != EAGAIN && saved != EWOULDBLOCK && saved != EINTR)
         crpci_conn_close(c, CRPC_ECONN, saved);
 }
 
-/* --- opening ---------------------------------------------------------------------------------- */
+/* ======================================================================== */
+/* >>impl-connect   sockets become connections: dialled, accepted; their events */
+/* ======================================================================== */
+
+/* The last part of a connection, on top of sending and receiving: the callbacks of the poller, the
+ * loop's tasks and the timer, and the two ways to get a connection. Endpoints dial, listeners hand
+ * over accepted sockets. All functions need the loop's lock and never block. */
 
 /* A dialled socket has become writable: it is connected, or SO_ERROR says why not. A socket that
  * connected to itself, which the kernel does on local ephemeral ports, counts as refused. */
-CRPCI_FN void crpci_conn_connected(crpci_conn *c)
+CRPCI_FN void crpci_connect_finish(crpci_conn *c)
 {
     int e = 0;
     socklen_t len = sizeof e;
@@ -9041,13 +9069,13 @@ CRPCI_FN void crpci_conn_connected(crpci_conn *c)
 }
 
 /* The poller's callback. */
-CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
+CRPCI_FN void crpci_connect_event(crpc_loop *l, crpci_watch *w, unsigned events)
 {
     crpci_conn *c = CRPCI_CONTAINER(w, crpci_conn, watch);
     (void)l;
     crpci_conn_hold(c);
     if (c->connecting) {
-        crpci_conn_connected(c);
+        crpci_connect_finish(c);
     } else {
         if (c->io->want)
             events |= CRPC_READABLE | CRPC_WRITABLE; /* either may let the transport go on */
@@ -9057,23 +9085,23 @@ CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
             crpci_loop_queue(&l->dirty, &c->flush);
         }
         if (events & CRPC_READABLE && !c->closed)
-            crpci_conn_read(c);
+            crpci_receive_read(c);
     }
     crpci_conn_drop(c);
 }
 
 /* Runs in the next step: continues with input over the budget, then with input that the poller
  * cannot see. */
-CRPCI_FN void crpci_conn_resume_task(crpc_loop *l, crpci_task *task)
+CRPCI_FN void crpci_connect_resume_task(crpc_loop *l, crpci_task *task)
 {
     crpci_conn *c = CRPCI_CONTAINER(task, crpci_conn, resume);
     crpci_conn_hold(c);
-    if (!c->closed && crpci_conn_catch_up(c) && !c->closed && crpci_conn_has_unseen(c))
-        crpci_conn_event(l, &c->watch, CRPC_READABLE);
+    if (!c->closed && crpci_receive_catch_up(c) && !c->closed && crpci_conn_has_unseen(c))
+        crpci_connect_event(l, &c->watch, CRPC_READABLE);
     crpci_conn_drop(c);
 }
 
-CRPCI_FN void crpci_conn_on_timer(crpc_loop *l, crpci_timer *t)
+CRPCI_FN void crpci_connect_on_timer(crpc_loop *l, crpci_timer *t)
 {
     crpci_conn *c = CRPCI_CONTAINER(t, crpci_conn, timer);
     (void)l;
@@ -9082,21 +9110,11 @@ CRPCI_FN void crpci_conn_on_timer(crpc_loop *l, crpci_timer *t)
     crpci_conn_drop(c);
 }
 
-#if CRPC_ENABLE_SERVER
-/* Whether a connection is at rest: nothing to send, nothing partly received, nothing unread. A
- * draining server can close such a connection without losing a request. */
-CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
-{
-    return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip && !crpci_conn_engaged(c) &&
-           c->io->idle(c->fd, c->io_state);
-}
-#endif
-
 /* Takes over a socket, connecting or accepted; on failure the socket is closed. The loop has a
  * reference until the connection closes. The caller sets `protocols` of an accepted connection, and
- * calls crpci_conn_speak for a dialled one, before the loop runs again. */
-CRPCI_FN int crpci_conn_new(crpc_loop *l, int fd, bool connecting, const crpci_conn_events *up,
-                            void *owner, crpci_conn **out)
+ * calls crpci_receive_speak for a dialled one, before the loop runs again. */
+CRPCI_FN int crpci_connect_new(crpc_loop *l, int fd, bool connecting, const crpci_conn_events *up,
+                               void *owner, crpci_conn **out)
 {
     crpci_conn *c = (crpci_conn *)crpci_heap_alloc(l->heap, sizeof *c);
     *out = NULL;
@@ -9114,10 +9132,10 @@ CRPCI_FN int crpci_conn_new(crpc_loop *l, int fd, bool connecting, const crpci_c
     c->max_body = INT32_MAX;
     c->max_skip = 0;
     c->active_us = crpci_loop_now(l);
-    crpci_watch_init(&c->watch, crpci_conn_event);
+    crpci_watch_init(&c->watch, crpci_connect_event);
     crpci_loop_task_init(&c->flush, crpci_conn_flush_task);
-    crpci_loop_task_init(&c->resume, crpci_conn_resume_task);
-    crpci_timer_init(&c->timer, crpci_conn_on_timer);
+    crpci_loop_task_init(&c->resume, crpci_connect_resume_task);
+    crpci_timer_init(&c->timer, crpci_connect_on_timer);
     crpci_list_append(&l->conns, &c->link);
     if (crpci_watch_set(l, &c->watch, fd, connecting ? CRPC_WRITABLE : CRPC_READABLE)) {
         crpci_list_remove(&c->link);
@@ -9131,8 +9149,8 @@ CRPCI_FN int crpci_conn_new(crpc_loop *l, int fd, bool connecting, const crpci_c
 }
 
 /* Begins to connect. Fails with CRPC_ECONN and the errno in *e if connect failed at once. */
-CRPCI_FN int crpci_conn_dial(crpc_loop *l, const crpci_addr *to, const crpci_conn_events *up,
-                             void *owner, crpci_conn **out, int *e)
+CRPCI_FN int crpci_connect_dial(crpc_loop *l, const crpci_addr *to, const crpci_conn_events *up,
+                                void *owner, crpci_conn **out, int *e)
 {
     int fd = crpci_sock_open(to);
     *out = NULL;
@@ -9147,7 +9165,7 @@ CRPCI_FN int crpci_conn_dial(crpc_loop *l, const crpci_addr *to, const crpci_con
         return CRPC_ECONN;
     }
     /* Connected at once (a unix socket) or later: the poller reports it writable either way. */
-    return crpci_conn_new(l, fd, true, up, owner, out);
+    return crpci_connect_new(l, fd, true, up, owner, out);
 }
 
 /* ======================================================================== */
@@ -9211,7 +9229,7 @@ CRPCI_FN void crpci_baidu_full(crpci_conn *c, const crpci_meta *meta, crpci_mess
     m->span_id = meta->span_id;
     m->parent_span_id = meta->parent_span_id;
     m->credential = meta->credential;
-    crpci_conn_deliver(c, m);
+    crpci_receive_deliver(c, m);
 }
 
 /* A body over the limit: reads the meta, which names the call to answer with an error, and skips
@@ -9222,20 +9240,20 @@ CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n
     crpci_meta meta;
     crpci_message m;
     if ((int64_t)body > c->max_skip || size > CRPCI_BAIDU_META_MAX) {
-        crpci_conn_bad(c, "a body over the limit announced");
+        crpci_receive_bad(c, "a body over the limit announced");
         return 0;
     }
     c->rx_total = (size_t)CRPCI_FRAME_HEADER + size;
     if (n < c->rx_total)
         return 0;
     if (!crpci_meta_read(p + CRPCI_FRAME_HEADER, size, &meta)) {
-        crpci_conn_bad(c, "the peer's RpcMeta does not decode");
+        crpci_receive_bad(c, "the peer's RpcMeta does not decode");
         return 0;
     }
     memset(&m, 0, sizeof m);
     m.kind = c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
     m.id = meta.correlation_id;
-    crpci_conn_oversize(c, &m, body, (uint64_t)body - size);
+    crpci_receive_oversize(c, &m, body, (uint64_t)body - size);
     return (size_t)CRPCI_FRAME_HEADER + size;
 }
 
@@ -9248,7 +9266,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     crpci_message m;
     switch (crpci_frame_header(p, n, &body, &size)) {
     case CRPCI_FRAME_BAD:
-        crpci_conn_bad(c, "the peer does not speak baidu_std");
+        crpci_receive_bad(c, "the peer does not speak baidu_std");
         return 0;
     case CRPCI_FRAME_NEED:
         c->rx_total = CRPCI_FRAME_HEADER;
@@ -9265,7 +9283,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     p += CRPCI_FRAME_HEADER;
     m.usual = crpci_meta_read_usual(p, size, c->expect, &meta);
     if (CRPCI_UNLIKELY(!m.usual) && !crpci_meta_read(p, size, &meta)) {
-        crpci_conn_bad(c, "the peer's RpcMeta does not decode");
+        crpci_receive_bad(c, "the peer's RpcMeta does not decode");
         return 0;
     }
     m.kind = c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
@@ -9278,7 +9296,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     m.payload_size = body - size;
     m.attachment_size = 0;
     if (CRPCI_LIKELY(m.usual))
-        crpci_conn_deliver(c, &m);
+        crpci_receive_deliver(c, &m);
     else
         crpci_baidu_full(c, &meta, &m, body - size);
     return (size_t)CRPCI_FRAME_HEADER + body;
@@ -17825,7 +17843,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
         return;
     }
     e->dialled_at = crpci_loop_now(l);
-    err = crpci_conn_dial(l, &e->addr, &crpci_endpoint_conn_events, e, &e->conn, &system_error);
+    err = crpci_connect_dial(l, &e->addr, &crpci_endpoint_conn_events, e, &e->conn, &system_error);
     if (err) {
         char cause[96];
         e->last_errno = system_error;
@@ -17845,7 +17863,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
     e->conn->max_skip = (int64_t)UINT32_MAX; /* a provider is trusted: skip replies of any size */
     if (e->options.connect_timeout_ms > 0)
         crpci_loop_timer_set(l, &e->conn->timer, (int64_t)e->options.connect_timeout_ms * 1000);
-    crpci_conn_speak(e->conn, e->options.protocol); /* last, because it may close e->conn */
+    crpci_receive_speak(e->conn, e->options.protocol); /* last, because it may close e->conn */
 }
 
 CRPCI_FN void crpci_endpoint_on_timer(crpc_loop *l, crpci_timer *t)
@@ -22623,7 +22641,7 @@ CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
     if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
         close(fd); /* whoever stops looks at the loop's connections after this */
         __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
-    } else if (crpci_conn_new(l, fd, false, &crpci_intake_events, s, &conn)) {
+    } else if (crpci_connect_new(l, fd, false, &crpci_intake_events, s, &conn)) {
         __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
     } else {
         conn->protocols = crpci_protocols;
