@@ -146,6 +146,7 @@
  *     >>impl-zk-servers    servers of an ensemble; the local address towards them
  *     >>impl-zk-job        requests to ZooKeeper: who sends them, and how answers are handled
  *     >>impl-zk-session    a session with ZooKeeper: start, loss, expiry
+ *     >>impl-zk-pool       sessions that several users of a loop share: opening, closing
  *     >>impl-zk-node       the two primitives: watching a znode, and owning one
  *     >>impl-zk-directory  zookeeper:// in Dubbo's layout: providers, consumers, overrides
  *     >>impl-open          the table of directory backends: schemes, URL options, paths
@@ -12463,6 +12464,34 @@ CRPCI_FN int64_t crpci_zk_job_backoff(crpci_zk_session *s, unsigned n)
     return crpci_zk_job_spread(s, crpci_base_min64(us, CRPCI_ZK_JOB_BACKOFF_US), 33);
 }
 
+/* A random delay within the spread, or within half of a short session timeout. Locked. */
+CRPCI_FN int64_t crpci_zk_job_scatter(crpci_zk_session *s)
+{
+    int64_t most = crpci_base_min64((int64_t)s->timeout_ms * 500, s->spread_us);
+    return (int64_t)(crpci_loop_random(s->loop) % 4096u) * most / 4096;
+}
+
+/* How long a connection may stay lost before the session is abandoned, in microseconds. */
+CRPCI_FN int64_t crpci_zk_job_patience(const crpci_zk_session *s)
+{
+    return (int64_t)s->negotiated_ms * 2000;
+}
+
+/* The time between two probes. Not shorter than a second, because a server that is starting closes
+ * connections too, and would look like one that refuses the session. */
+CRPCI_FN int64_t crpci_zk_job_pace(const crpci_zk_session *s)
+{
+    int64_t us = (int64_t)s->negotiated_ms * 250;
+    return us > 1000000 ? us : 1000000;
+}
+
+/* The wait before a handle is replaced. Random at first, so that a fleet that lost its server does
+ * not return all at once. */
+CRPCI_FN int64_t crpci_zk_job_delay(crpci_zk_session *s)
+{
+    return s->failures ? crpci_zk_job_backoff(s, s->failures) : crpci_zk_job_scatter(s);
+}
+
 /* Lets the job send its next request in `us` microseconds. */
 CRPCI_FN void crpci_zk_job_later(crpci_zk_job *job, int64_t us)
 {
@@ -12690,10 +12719,7 @@ CRPCI_FN void crpci_zk_job_over(crpci_zk_session *s)
  * When it is closed inside one, libzookeeper_mt cleans up later, on its completion thread; a
  * destructor of thread-specific data then frees the handle when that thread ends. */
 
-#define CRPCI_ZK_SESSION_SPREAD_MS      2000
-#define CRPCI_ZK_SESSION_TIMEOUT_MS     15000
 #define CRPCI_ZK_SESSION_TIMEOUT_MAX_MS 3600000 /* no ZooKeeper grants a longer one */
-#define CRPCI_ZK_SESSION_TIMEOUT_MIN_MS 200     /* the client redials every sixtieth of it */
 #define CRPCI_ZK_SESSION_LINGER_US      200000  /* closing waits this long for answers */
 #define CRPCI_ZK_SESSION_SILENT_US      2000000 /* a start without an answer is logged after it */
 #define CRPCI_ZK_SESSION_REFUSALS       3u /* connections accepted and closed: session unknown */
@@ -12701,36 +12727,6 @@ CRPCI_FN void crpci_zk_job_over(crpci_zk_session *s)
 /* Every callback of the client ends with this function. It sends requests that are due, and these
  * refer to the callbacks: the one cycle of this section, hence the prototype. Unlocks. */
 static void crpci_zk_session_leave(crpci_zk_handle *handle);
-
-/* --- waits ------------------------------------------------------------------------------------ */
-
-/* A random delay within the spread, or within half of a short session timeout. Locked. */
-CRPCI_FN int64_t crpci_zk_session_scatter(crpci_zk_session *s)
-{
-    int64_t most = crpci_base_min64((int64_t)s->timeout_ms * 500, s->spread_us);
-    return (int64_t)(crpci_loop_random(s->loop) % 4096u) * most / 4096;
-}
-
-/* How long a connection may stay lost before the session is abandoned, in microseconds. */
-CRPCI_FN int64_t crpci_zk_session_patience(const crpci_zk_session *s)
-{
-    return (int64_t)s->negotiated_ms * 2000;
-}
-
-/* The time between two probes. Not shorter than a second, because a server that is starting closes
- * connections too, and would look like one that refuses the session. */
-CRPCI_FN int64_t crpci_zk_session_pace(const crpci_zk_session *s)
-{
-    int64_t us = (int64_t)s->negotiated_ms * 250;
-    return us > 1000000 ? us : 1000000;
-}
-
-/* The wait before a handle is replaced. Random at first, so that a fleet that lost its server does
- * not return all at once. */
-CRPCI_FN int64_t crpci_zk_session_delay(crpci_zk_session *s)
-{
-    return s->failures ? crpci_zk_job_backoff(s, s->failures) : crpci_zk_session_scatter(s);
-}
 
 /* --- handles and sessions: memory ---------------------------------------------------------- */
 
@@ -12832,7 +12828,7 @@ CRPCI_FN void crpci_zk_session_probed(crpci_zk_session *s, crpci_zk_handle *hand
         zoo_state(handle->zh) == ZOO_CONNECTED_STATE)
         return; /* connected this moment: that event is behind this one in the client's queue */
     if (s->refused >= CRPCI_ZK_SESSION_REFUSALS ||
-        crpci_zk_job_now(s) - s->lost_us >= crpci_zk_session_patience(s))
+        crpci_zk_job_now(s) - s->lost_us >= crpci_zk_job_patience(s))
         s->phase = CRPCI_ZK_OVER;
 }
 
@@ -12960,9 +12956,9 @@ CRPCI_FN void crpci_zk_session_disconnected(crpci_zk_session *s)
     /* With libzookeeper_mt, when to probe. With libzookeeper_st the loop sees each failed dial
      * itself, and this is when to abandon the session. */
     s->probe_us =
-        now + (CRPC_ZOOKEEPER_ST ? crpci_zk_session_patience(s) : crpci_zk_session_pace(s));
+        now + (CRPC_ZOOKEEPER_ST ? crpci_zk_job_patience(s) : crpci_zk_job_pace(s));
 #if CRPC_ZOOKEEPER_ST
-    s->refused_us = now + crpci_zk_session_pace(s);
+    s->refused_us = now + crpci_zk_job_pace(s);
 #endif
     crpci_zk_job_tell(s, CRPCI_ZK_SUSPENDED);
 }
@@ -13292,7 +13288,7 @@ CRPCI_FN void crpci_zk_session_process(crpci_zk_session *s)
     if (before == ZOO_ASSOCIATING_STATE && after != before && after != ZOO_CONNECTED_STATE &&
         s->phase == CRPCI_ZK_LOST && crpci_zk_job_now(s) >= s->refused_us) {
         s->refused++;
-        s->refused_us = crpci_zk_job_now(s) + crpci_zk_session_pace(s);
+        s->refused_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
     }
 }
 
@@ -13347,7 +13343,7 @@ CRPCI_FN void crpci_zk_session_renew(crpci_zk_session *s)
     if (s->phase == CRPCI_ZK_OVER && !s->closing) {
         crpci_zk_session_log_renewal(s);
         crpci_zk_session_disconnect(s);
-        s->renew_us = crpci_zk_job_now(s) + crpci_zk_session_delay(s);
+        s->renew_us = crpci_zk_job_now(s) + crpci_zk_job_delay(s);
     }
 }
 #else
@@ -13359,7 +13355,7 @@ CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
     crpci_zk_order o;
     memset(&o, 0, sizeof o);
     o.path = "/";
-    s->probe_us = crpci_zk_job_now(s) + crpci_zk_session_pace(s);
+    s->probe_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
     q = crpci_zk_job_request(s, NULL, &o);
     if (q) {
         s->probing = true;
@@ -13498,7 +13494,7 @@ CRPCI_COLD void crpci_zk_session_replace(crpci_zk_session *s, const crpci_zk_han
     s->busy = true;
     s->busy_thread = crpci_thread_self();
     crpci_zk_session_log_renewal(s);
-    until = crpci_zk_job_now(s) + crpci_zk_session_delay(s);
+    until = crpci_zk_job_now(s) + crpci_zk_job_delay(s);
     crpci_zk_session_disconnect(s);
     while (!s->closing && !s->handle) {
         int64_t left = until - crpci_zk_job_now(s);
@@ -13579,49 +13575,62 @@ CRPCI_FN void crpci_zk_session_kick(crpci_zk_session *s)
     crpci_zk_session_run(s);
 #endif
 }
+#endif /* CRPC_ENABLE_ZOOKEEPER */
 
-/* --- opening and closing ---------------------------------------------------------------------- */
+/* ======================================================================== */
+/* >>impl-zk-pool   sessions that several users of a loop share: opening, closing */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_ZOOKEEPER
+
+/* Channels, servers and registries of a loop that name the same servers, credential, timeout and
+ * cache file join one session here; the last one to leave closes it. Opening resolves names and so
+ * blocks the calling thread, without the lock; it never waits for a server. */
+
+#define CRPCI_ZK_POOL_SPREAD_MS      2000
+#define CRPCI_ZK_POOL_TIMEOUT_MS     15000
+#define CRPCI_ZK_POOL_TIMEOUT_MIN_MS 200 /* the client redials every sixtieth of it */
 
 /* Options of a session; all 0: defaults. */
-typedef struct crpci_zk_session_options {
+typedef struct crpci_zk_pool_options {
     int timeout_ms;
     int spread_ms;          /* random delay of a reconnect, for fleets. 0: 2000. -1: none */
     const char *credential; /* "user:password"; NULL: none */
     const char *cache;      /* file; NULL: none */
     int cache_interval_ms;  /* least time between two writes. 0: 60000. -1: none */
-} crpci_zk_session_options;
+} crpci_zk_pool_options;
 
-CRPCI_FN bool crpci_zk_session_same(const char *a, const char *b)
+CRPCI_FN bool crpci_zk_pool_same(const char *a, const char *b)
 {
     return strcmp(a ? a : "", b ? b : "") == 0;
 }
 
 /* Copies a text that may be NULL. False: out of memory. */
-CRPCI_FN bool crpci_zk_session_copy(crpci_heap *h, const char *from, char **to)
+CRPCI_FN bool crpci_zk_pool_copy(crpci_heap *h, const char *from, char **to)
 {
     *to = from ? crpci_heap_strndup(h, from, strlen(from)) : NULL;
     return *to || !from;
 }
 
 /* The open session with the same servers and options, or NULL. Locked. */
-CRPCI_FN crpci_zk_session *crpci_zk_session_find(crpc_loop *l, const char *authority,
-                                                 const crpci_zk_session_options *o)
+CRPCI_FN crpci_zk_session *crpci_zk_pool_find(crpc_loop *l, const char *authority,
+                                              const crpci_zk_pool_options *o)
 {
     crpci_list *i;
     for (i = l->registries.next; i != &l->registries; i = i->next) {
         crpci_zk_session *s = CRPCI_CONTAINER(i, crpci_zk_session, node);
         if (strcmp(s->authority, authority) == 0 && s->timeout_ms == o->timeout_ms &&
-            crpci_zk_session_same(s->credential, o->credential) &&
-            crpci_zk_session_same(s->cache.path, o->cache))
+            crpci_zk_pool_same(s->credential, o->credential) &&
+            crpci_zk_pool_same(s->cache.path, o->cache))
             return s;
     }
     return NULL;
 }
 
 /* Makes a session that is not in the loop's list yet. Resolves names, so it must run unlocked. */
-CRPCI_COLD int crpci_zk_session_new(crpc_loop *l, const char *authority,
-                                    const crpci_zk_session_options *o, crpci_zk_session **out,
-                                    crpc_error *error)
+CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
+                                 const crpci_zk_pool_options *o, crpci_zk_session **out,
+                                 crpc_error *error)
 {
     crpci_zk_session *s = (crpci_zk_session *)crpci_heap_alloc(l->heap, sizeof *s);
     int err = CRPC_OK;
@@ -13638,7 +13647,7 @@ CRPCI_COLD int crpci_zk_session_new(crpc_loop *l, const char *authority,
     s->refs = 1;
     s->users = 1;
     s->timeout_ms = o->timeout_ms;
-    s->spread_us = crpci_base_option(o->spread_ms, CRPCI_ZK_SESSION_SPREAD_MS, 0) * 1000;
+    s->spread_us = crpci_base_option(o->spread_ms, CRPCI_ZK_POOL_SPREAD_MS, 0) * 1000;
     crpci_timer_init(&s->timer, crpci_zk_session_on_timer);
 #if CRPC_ZOOKEEPER_ST
     crpci_watch_init(&s->watch, crpci_zk_session_on_event);
@@ -13646,8 +13655,8 @@ CRPCI_COLD int crpci_zk_session_new(crpc_loop *l, const char *authority,
 #endif
     crpci_list_init(&s->services);
     s->servers.heap = s->cache.heap = s->heap;
-    if (!crpci_zk_session_copy(s->heap, authority, &s->authority) ||
-        !crpci_zk_session_copy(s->heap, o->credential, &s->credential) ||
+    if (!crpci_zk_pool_copy(s->heap, authority, &s->authority) ||
+        !crpci_zk_pool_copy(s->heap, o->credential, &s->credential) ||
         (o->cache && !crpci_cache_init(&s->cache, s->heap, o->cache, o->cache_interval_ms)))
         err = CRPC_ENOMEM;
     s->servers.authority = s->authority;
@@ -13669,26 +13678,26 @@ CRPCI_COLD int crpci_zk_session_new(crpc_loop *l, const char *authority,
 
 /* Joins the open session with the same options, or begins one. Resolves names; never waits for a
  * server. */
-CRPCI_COLD int crpci_zk_session_open(crpc_loop *l, const char *authority,
-                                     const crpci_zk_session_options *options,
-                                     crpci_zk_session **out, crpc_error *error)
+CRPCI_COLD int crpci_zk_pool_open(crpc_loop *l, const char *authority,
+                                  const crpci_zk_pool_options *options,
+                                  crpci_zk_session **out, crpc_error *error)
 {
-    crpci_zk_session_options o = *options;
+    crpci_zk_pool_options o = *options;
     crpci_zk_session *s, *made = NULL;
     int err = CRPC_OK;
-    o.timeout_ms = (int)crpci_base_option(o.timeout_ms, CRPCI_ZK_SESSION_TIMEOUT_MS,
-                                          CRPCI_ZK_SESSION_TIMEOUT_MS);
-    if (o.timeout_ms < CRPCI_ZK_SESSION_TIMEOUT_MIN_MS)
-        o.timeout_ms = CRPCI_ZK_SESSION_TIMEOUT_MIN_MS;
+    o.timeout_ms = (int)crpci_base_option(o.timeout_ms, CRPCI_ZK_POOL_TIMEOUT_MS,
+                                          CRPCI_ZK_POOL_TIMEOUT_MS);
+    if (o.timeout_ms < CRPCI_ZK_POOL_TIMEOUT_MIN_MS)
+        o.timeout_ms = CRPCI_ZK_POOL_TIMEOUT_MIN_MS;
     crpci_loop_lock(l);
-    s = crpci_zk_session_find(l, authority, &o);
+    s = crpci_zk_pool_find(l, authority, &o);
     if (!s) { /* without the lock, to resolve names: another thread may open the same meanwhile */
         crpci_loop_unlock(l);
-        err = crpci_zk_session_new(l, authority, &o, &made, error);
+        err = crpci_zk_pool_new(l, authority, &o, &made, error);
         if (err)
             return err;
         crpci_loop_lock(l);
-        s = crpci_zk_session_find(l, authority, &o);
+        s = crpci_zk_pool_find(l, authority, &o);
     }
     if (s) {
         s->refs++;
@@ -13713,8 +13722,8 @@ CRPCI_COLD int crpci_zk_session_open(crpc_loop *l, const char *authority,
 }
 
 /* A user begins to close. Returns true for the last one; the session then accepts nothing new and
- * is no longer found. Locked; crpci_zk_session_close must follow. */
-CRPCI_FN bool crpci_zk_session_leave_user(crpci_zk_session *s)
+ * is no longer found. Locked; crpci_zk_pool_close must follow. */
+CRPCI_FN bool crpci_zk_pool_leave(crpci_zk_session *s)
 {
     if (--s->users)
         return false;
@@ -13724,9 +13733,9 @@ CRPCI_FN bool crpci_zk_session_leave_user(crpci_zk_session *s)
     return true;
 }
 
-/* Completes what crpci_zk_session_leave_user began, and unlocks. With libzookeeper_mt and a server
+/* Completes what crpci_zk_pool_leave began, and unlocks. With libzookeeper_mt and a server
  * that hangs, this can take up to 4.5 s. */
-CRPCI_FN void crpci_zk_session_close(crpci_zk_session *s, bool last)
+CRPCI_FN void crpci_zk_pool_close(crpci_zk_session *s, bool last)
 {
     if (last && s->busy && CRPC_ZOOKEEPER_ST && crpci_thread_is_self(s->busy_thread)) {
         s->deferred = true;
@@ -13928,7 +13937,7 @@ CRPCI_FN void crpci_zk_node_watch_event(crpci_zk_job *job, crpci_zk_event event,
     if (event == CRPCI_ZK_RESUMED && w->told)
         /* In the same session, watches report what was missed. Reading is only a safety net, so it
          * is spread over time for the sake of a whole fleet. */
-        crpci_zk_job_later(job, crpci_zk_session_scatter(job->session));
+        crpci_zk_job_later(job, crpci_zk_job_scatter(job->session));
     else if (event != CRPCI_ZK_SUSPENDED && event != CRPCI_ZK_ENDED) {
         job->due_us = 0;
         w->missing = false;
@@ -14312,7 +14321,7 @@ CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
     case CRPCI_ZK_RESUMED: /* the local address may have changed: check soon */
         own->failures = 0;
         crpci_zk_node_own_next(own);
-        soon = crpci_base_min64(crpci_zk_session_scatter(s), own->check_us / 16);
+        soon = crpci_base_min64(crpci_zk_job_scatter(s), own->check_us / 16);
         if (own->state == CRPCI_ZK_OWN_OWNED)
             crpci_zk_node_own_wait(own, soon);
         break;
@@ -14945,13 +14954,13 @@ CRPCI_FN void crpci_zk_directory_close(crpci_backend *base)
     bool last;
     crpci_heap_ref(h);
     crpci_loop_lock(s->loop);
-    last = crpci_zk_session_leave_user(s);
+    last = crpci_zk_pool_leave(s);
     while (!crpci_list_empty(&b->subscribers))
         crpci_zk_directory_leave(CRPCI_CONTAINER(b->subscribers.next, crpci_zk_subscriber, link));
     while (!crpci_list_empty(&b->registrations))
         crpci_zk_directory_registration_end(
             CRPCI_CONTAINER(b->registrations.next, crpci_zk_registration, link));
-    crpci_zk_session_close(s, last);
+    crpci_zk_pool_close(s, last);
     crpci_heap_strfree(h, b->application);
     crpci_heap_strfree(h, b->root);
     crpci_heap_free(h, b, sizeof *b);
@@ -14970,7 +14979,7 @@ CRPCI_COLD int crpci_zk_directory_open(crpc_loop *l, const crpci_url *url,
     crpci_heap *h = l->heap;
     crpci_zk_directory *b = (crpci_zk_directory *)crpci_heap_alloc(h, sizeof *b);
     const char *application = o->application ? o->application : "";
-    crpci_zk_session_options so;
+    crpci_zk_pool_options so;
     int err;
     memset(&so, 0, sizeof so);
     so.timeout_ms = o->session_timeout_ms;
@@ -14988,7 +14997,7 @@ CRPCI_COLD int crpci_zk_directory_open(crpc_loop *l, const crpci_url *url,
     err = crpci_zk_node_root(h, url->path, CRPCI_ZK_DIRECTORY_ROOT, &b->root, error);
     if (!err) {
         b->application = crpci_heap_strndup(h, application, strlen(application));
-        err = b->application ? crpci_zk_session_open(l, url->authority, &so, &b->session, error)
+        err = b->application ? crpci_zk_pool_open(l, url->authority, &so, &b->session, error)
                              : crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
     }
     if (!err) {
@@ -16657,12 +16666,12 @@ CRPCI_COLD int crpci_registry_await(crpc_registry *r, const crpc_registry_option
 CRPCI_COLD int crpci_registry_join(crpc_registry *r, crpci_url *u, const crpc_registry_options *o,
                                    crpc_error *error)
 {
-    crpci_zk_session_options so;
+    crpci_zk_pool_options so;
     int err = crpci_zk_node_root(r->loop->heap, u->path, "", &r->root, error);
     memset(&so, 0, sizeof so);
     so.timeout_ms = o->session_timeout_ms;
     so.credential = o->credential;
-    err = err ? err : crpci_zk_session_open(r->loop, u->authority, &so, &r->session, error);
+    err = err ? err : crpci_zk_pool_open(r->loop, u->authority, &so, &r->session, error);
     return err ? err : crpci_registry_await(r, o, error);
 }
 
@@ -16721,12 +16730,12 @@ CRPC_API void crpc_registry_close(crpc_registry *r)
     if (r->session) {
         bool last;
         crpci_loop_lock(l);
-        last = crpci_zk_session_leave_user(r->session);
+        last = crpci_zk_pool_leave(r->session);
         while (!crpci_list_empty(&r->items)) {
             crpci_item *item = CRPCI_CONTAINER(r->items.next, crpci_item, node);
             item->kind->end(item);
         }
-        crpci_zk_session_close(r->session, last);
+        crpci_zk_pool_close(r->session, last);
     }
     crpci_id_free(&r->configs, l->heap);
     crpci_heap_strfree(l->heap, r->root);
