@@ -3090,7 +3090,8 @@ CRPCI_FN void crpci_list_move(crpci_list *to, crpci_list *from)
 
 #define CRPCI_URL_MAX 2048u /* bytes, the final zero included */
 
-/* scheme://authority/path?query, split in place in a copy on the heap. */
+/* scheme://authority/path?query, split in place in a copy on the heap. The caller owns it and frees
+ * it with crpci_url_free. */
 typedef struct crpci_url {
     crpci_heap *heap;
     char *text; /* NULL: not a URL */
@@ -9304,6 +9305,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
 }
 
 #if CRPC_ENABLE_CLIENT
+/* Writes the head of a request, see crpci_protocol.request. */
 CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
     crpci_meta meta; /* only the members that crpci_meta_put_request reads */
@@ -9323,6 +9325,7 @@ CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpc
 #endif
 
 #if CRPC_ENABLE_SERVER
+/* Writes the head of a reply. */
 CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
     crpci_meta meta; /* only the members that crpci_meta_put_reply reads */
@@ -11202,6 +11205,8 @@ CRPCI_FN void crpci_file_complain(crpci_file *f, const crpci_file_text *text)
     f->bad_line = text->bad_line;
 }
 
+/* Whether two stats are those of the same, unchanged file. Renaming a new file over the old one
+ * changes the inode. */
 CRPCI_FN bool crpci_file_same(const struct stat *a, const struct stat *b)
 {
     return a->st_ino == b->st_ino && a->st_dev == b->st_dev && a->st_size == b->st_size &&
@@ -11243,6 +11248,7 @@ CRPCI_FN void crpci_file_examine(crpci_file *f)
     crpci_names_free(d->loop->heap, &text.names);
 }
 
+/* Checks the file once a second while there are subscribers. */
 CRPCI_FN void crpci_file_on_timer(crpc_loop *l, crpci_timer *timer)
 {
     crpci_file *f = CRPCI_CONTAINER(timer, crpci_file, timer);
@@ -11284,6 +11290,7 @@ CRPCI_FN void crpci_file_free(crpci_directory *d)
     crpci_heap_free(d->loop->heap, CRPCI_CONTAINER(d, crpci_file, directory), sizeof(crpci_file));
 }
 
+/* Ends the timer and the subscribers, and releases the loop. */
 CRPCI_FN void crpci_file_close(crpci_backend *b)
 {
     crpci_file *f = (crpci_file *)(void *)b;
@@ -11389,7 +11396,8 @@ typedef struct crpci_multicast {
     char scratch[CRPCI_MULTICAST_SIZE + 1];  /* a copy to parse in place, or a text to send */
 } crpci_multicast;
 
-/* A service that is offered here. */
+/* A service that this process offers. Its references are the handle's, and one around its
+ * callback. */
 typedef struct crpci_multicast_reg {
     crpci_list link;
     crpci_multicast *owner;
@@ -11400,6 +11408,7 @@ typedef struct crpci_multicast_reg {
     int told;        /* the status last reported to the program; -1: none */
 } crpci_multicast_reg;
 
+/* A subscriber, and the subscribes that it still has to send. */
 typedef struct crpci_multicast_sub {
     crpci_subscriber base;
     int64_t question_us; /* when to send the next subscribe */
@@ -11467,6 +11476,7 @@ CRPCI_FN void crpci_multicast_changed(crpci_multicast *r)
         r->serve_us = crpci_loop_now(r->base.loop) + CRPCI_MULTICAST_GATHER_US;
 }
 
+/* Frees a kept provider. The caller reports the change. */
 CRPCI_FN void crpci_multicast_forget(crpci_multicast *r, crpci_multicast_peer *p)
 {
     crpci_list_remove(&p->link);
@@ -11640,6 +11650,7 @@ CRPCI_FN bool crpci_multicast_write(const crpci_multicast_reg *reg, const char *
     return false;
 }
 
+/* Drops a reference; the last one frees the registration. Locked. */
 CRPCI_FN void crpci_multicast_reg_unref(crpci_multicast_reg *reg)
 {
     crpci_heap *h = reg->owner->base.loop->heap;
@@ -11800,6 +11811,8 @@ CRPCI_FN void crpci_multicast_run(crpci_multicast *r)
         crpci_multicast_serve(r);
 }
 
+/* Does what is due, then sets the timer anew. The reference keeps the object alive while a callback
+ * closes it. */
 CRPCI_FN void crpci_multicast_on_timer(crpc_loop *l, crpci_timer *timer)
 {
     crpci_multicast *r = CRPCI_CONTAINER(timer, crpci_multicast, timer);
@@ -11838,6 +11851,7 @@ CRPCI_FN void crpci_multicast_on_event(crpc_loop *l, crpci_watch *watch, unsigne
 
 /* --- the backend's functions ------------------------------------------------------------------ */
 
+/* The first announcement is due at once; the loop sends it. */
 CRPCI_FN int crpci_multicast_enroll(crpci_backend *b, const crpci_names_service *what,
                                     crpci_directory_status_fn status, void *user, void **handle)
 {
@@ -11890,6 +11904,7 @@ CRPCI_FN void crpci_multicast_withdraw(crpci_backend *b, void *handle)
     crpci_loop_unlock(b->loop);
 }
 
+/* Asks twice, half a second apart. Without an answer after a second the first list is empty. */
 CRPCI_FN int crpci_multicast_subscribe(crpci_backend *b, const crpci_names_service *want,
                                        crpci_directory_push_fn push, void *user,
                                        crpci_subscriber **out)
@@ -11924,6 +11939,7 @@ CRPCI_FN void crpci_multicast_free(crpci_directory *d)
     crpci_heap_free(d->loop->heap, r, sizeof *r);
 }
 
+/* Withdraws what is still registered, leaves the group with the socket, and releases the loop. */
 CRPCI_FN void crpci_multicast_close(crpci_backend *b)
 {
     crpci_multicast *r = (crpci_multicast *)(void *)b;
@@ -12148,7 +12164,8 @@ CRPCI_FN bool crpci_zk_servers_maps_v4(void)
 #endif
 }
 
-/* Writes one server in the client's notation: IPv6 without brackets. Returns the length. */
+/* Writes one server in the client's notation: IPv6 without brackets, then the port. Returns the
+ * length. */
 CRPCI_FN int crpci_zk_servers_host(const crpci_addr *a, bool map, char *out, size_t size)
 {
     char ip[INET6_ADDRSTRLEN] = "";
@@ -13600,6 +13617,7 @@ typedef struct crpci_zk_pool_options {
     int cache_interval_ms;  /* least time between two writes. 0: 60000. -1: none */
 } crpci_zk_pool_options;
 
+/* Whether two texts are equal; NULL equals "". */
 CRPCI_FN bool crpci_zk_pool_same(const char *a, const char *b)
 {
     return strcmp(a ? a : "", b ? b : "") == 0;
@@ -14439,13 +14457,14 @@ typedef struct crpci_zk_registration {
     unsigned rounds; /* number of sweeps that removed one */
 } crpci_zk_registration;
 
+/* One subscription, with the consumer node that announces it. */
 typedef struct crpci_zk_subscriber {
     crpci_subscriber base;
     crpci_list link;                 /* in backend->subscribers */
     crpci_zk_registration *consumer; /* NULL: register_consumer is off */
 } crpci_zk_subscriber;
 
-/* "/dubbo/demo.UserService/providers" on the heap, or another category of the service. */
+/* "/dubbo/demo.UserService/providers", or another category of the service, on the heap. */
 CRPCI_FN char *crpci_zk_directory_path(const crpci_zk_directory *b, const char *service,
                                        const char *category)
 {
@@ -14518,6 +14537,7 @@ CRPCI_FN void crpci_zk_directory_service_free(crpci_directory *d)
                     sizeof(crpci_zk_service));
 }
 
+/* Drops the directory's reference of one of the two watches. */
 CRPCI_FN void crpci_zk_directory_release(void *service)
 {
     crpci_directory_unref(&((crpci_zk_service *)service)->directory);
@@ -14853,6 +14873,8 @@ CRPCI_FN void crpci_zk_directory_registration_end(crpci_zk_registration *reg)
 
 /* --- the backend ------------------------------------------------------------------------------ */
 
+/* A loopback address that only this host can reach is registered all the same, with a warning,
+ * because tests and single-host systems want it. */
 CRPCI_FN int crpci_zk_directory_enroll(crpci_backend *base, const crpci_names_service *what,
                                        crpci_directory_status_fn status, void *user, void **handle)
 {
@@ -15408,7 +15430,8 @@ CRPCI_FN int crpci_agreement_status(int rc)
 #define CRPCI_OPERATIONS_TIMEOUT_MS 5000  /* where the program gives 0 */
 #define CRPCI_OPERATIONS_PENDING    1000u /* unfinished asynchronous operations of a registry */
 
-/* One operation, or several as one transaction. */
+/* One operation, or several as one transaction. The item's references are the job, the queued
+ * callback, and a synchronous caller. The loop's lock guards it. */
 typedef struct crpci_operations_call {
     crpci_item item;
     crpci_zk_job job;
@@ -15429,6 +15452,7 @@ CRPCI_FN crpci_operations_call *crpci_operations_of(crpci_zk_job *job)
     return CRPCI_CONTAINER(job, crpci_operations_call, job);
 }
 
+/* An operation's name, for error texts. */
 CRPCI_FN const char *crpci_operations_name(crpc_node_verb verb)
 {
     static const char words[][10] = {"?",      "create", "get",   "set",     "delete",
@@ -15572,6 +15596,7 @@ CRPCI_FN bool crpci_operations_order(crpci_zk_job *job, crpci_zk_order *order)
 
 /* --- results ---------------------------------------------------------------------------------- */
 
+/* Translates ZooKeeper's Stat. `mine` compares with the present session. */
 CRPCI_FN void crpci_operations_stat(const crpci_zk_session *s, crpc_node_stat *out,
                                     const struct Stat *stat)
 {
@@ -15682,6 +15707,7 @@ CRPCI_FN void crpci_operations_finish(crpci_operations_call *c, int code, crpc_s
         return;
     c->finished = true;
     c->result.path = "";
+    /* false: the server's answer is lost for want of memory */
     kept = crpci_operations_keep(c, q, a);
     if (!kept)
         code = code ? code : CRPC_ENOMEM;
@@ -15708,6 +15734,7 @@ CRPCI_FN void crpci_operations_finish(crpci_operations_call *c, int code, crpc_s
     crpci_zk_job_drop(&c->job);
 }
 
+/* Runs an asynchronous operation's callback; the result is freed with the item. */
 CRPCI_FN void crpci_operations_tell(crpci_item *item)
 {
     crpci_operations_call *c = CRPCI_CONTAINER(item, crpci_operations_call, item);
@@ -15828,6 +15855,7 @@ CRPCI_FN int crpci_operations_begin(crpc_registry *r, const crpc_node_op *ops, s
     return CRPC_OK;
 }
 
+/* A node that holds nothing, or was reset before, is accepted. */
 CRPC_API void crpc_node_reset(crpc_node *node)
 {
     crpci_chunk *chunk = (crpci_chunk *)node->reserved[0];
@@ -15835,6 +15863,8 @@ CRPC_API void crpc_node_reset(crpc_node *node)
     crpci_heap_chunk_unref(chunk);
 }
 
+/* The waiter is on this thread's stack: c->waiter is cleared before the return, and the reference
+ * of *out keeps the item until the result has been moved to the caller. */
 CRPC_API int crpc_registry_call(crpc_registry *r, const crpc_node_op *ops, size_t count,
                                 int timeout_ms, crpc_node *node)
 {
@@ -15969,6 +15999,7 @@ CRPCI_FN void crpci_config_tell(crpci_item *item)
     }
 }
 
+/* Ends a watch, for the program or for the registry that closes. */
 CRPCI_FN void crpci_config_end(crpci_item *item)
 {
     crpci_agreement_end(item);
@@ -15983,6 +16014,8 @@ CRPCI_FN void crpci_config_free(crpci_item *item)
 static const crpci_item_kind crpci_config_kind = {sizeof(crpci_config_watch), crpci_config_tell,
                                                   crpci_config_end, crpci_config_free};
 
+/* The program may be called before this returns, on the thread that drives the loop; *id is set
+ * before. */
 CRPC_API int crpc_config_watch(crpc_registry *r, const char *path, crpc_config_fn fn, void *user,
                                crpc_id *id)
 {
@@ -16015,6 +16048,7 @@ CRPC_API int crpc_config_watch(crpc_registry *r, const char *path, crpc_config_f
     return err;
 }
 
+/* After this no callback begins; one that is running on another thread may still be inside. */
 CRPC_API void crpc_config_unwatch(crpc_registry *r, crpc_id id)
 {
     crpci_config_watch *c;
@@ -16583,6 +16617,7 @@ CRPCI_FN void crpci_registry_event(crpci_zk_job *job, crpci_zk_event event,
 /* The job sends no requests. */
 static const crpci_zk_work crpci_registry_work = {NULL, crpci_registry_event, NULL};
 
+/* The registry closes: no state is reported any more. */
 CRPCI_FN void crpci_registry_end(crpci_item *item)
 {
     crpci_agreement_end(item);
@@ -16663,6 +16698,7 @@ CRPCI_COLD int crpci_registry_await(crpc_registry *r, const crpc_registry_option
                             r->session->authority, (int)ms);
 }
 
+/* Opens or joins the session, then waits for it. On failure crpc_registry_close cleans up. */
 CRPCI_COLD int crpci_registry_join(crpc_registry *r, crpci_url *u, const crpc_registry_options *o,
                                    crpc_error *error)
 {
@@ -16675,6 +16711,7 @@ CRPCI_COLD int crpci_registry_join(crpc_registry *r, crpci_url *u, const crpc_re
     return err ? err : crpci_registry_await(r, o, error);
 }
 
+/* With loop NULL the registry has a private loop, which it closes at the end. */
 CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const char *url,
                                 const crpc_registry_options *options, crpc_error *error)
 {
@@ -16719,6 +16756,8 @@ CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const
     return CRPC_OK;
 }
 
+/* Ends all items, each with its own outcome, before it leaves the session. May block while the last
+ * user's handle closes, see crpci_zk_pool_close. */
 CRPC_API void crpc_registry_close(crpc_registry *r)
 {
     crpc_loop *l;
@@ -16750,6 +16789,7 @@ CRPC_API crpc_loop *crpc_registry_loop(crpc_registry *r)
     return r->loop;
 }
 
+/* The id of the connected session; 0 while there is no connection. */
 CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 {
     int64_t id;
