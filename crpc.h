@@ -133,7 +133,9 @@
  *     >>impl-limiter       token buckets, retry budgets, adaptive concurrency limits
  *     >>impl-breaker       a provider that fails gets no calls, then a probe, then more
  *     >>impl-balance       balancers: which provider of a list a call goes to
- *     >>impl-conn          one connection: reading and parsing, queueing and sending
+ *     >>impl-conn          one connection: its state, queueing and sending, closing
+ *     >>impl-receive       messages out of a connection: buffers, parsing, limits
+ *     >>impl-connect       sockets become connections: dialled, accepted; their events
  *     >>impl-baidu         brpc's protocol baidu_std: RpcMeta to messages and back
  *     >>impl-protocols     the table of wire protocols
  *     >>impl-names         provider URLs in Dubbo's notation, and an operator's overrides; pure
@@ -144,6 +146,7 @@
  *     >>impl-zk-servers    servers of an ensemble; the local address towards them
  *     >>impl-zk-job        requests to ZooKeeper: who sends them, and how answers are handled
  *     >>impl-zk-session    a session with ZooKeeper: start, loss, expiry
+ *     >>impl-zk-pool       sessions that several users of a loop share: opening, closing
  *     >>impl-zk-node       the two primitives: watching a znode, and owning one
  *     >>impl-zk-directory  zookeeper:// in Dubbo's layout: providers, consumers, overrides
  *     >>impl-open          the table of directory backends: schemes, URL options, paths
@@ -3283,7 +3286,8 @@ CRPCI_FN void crpci_list_move(crpci_list *to, crpci_list *from)
 
 #define CRPCI_URL_MAX 2048u /* bytes, the final zero included */
 
-/* scheme://authority/path?query, split in place in a copy on the heap. */
+/* scheme://authority/path?query, split in place in a copy on the heap. The caller owns it and frees
+ * it with crpci_url_free. */
 typedef struct crpci_url {
     crpci_heap *heap;
     char *text; /* NULL: not a URL */
@@ -8300,7 +8304,7 @@ CRPCI_FN void crpci_balance_end(crpci_balance *b, size_t i, bool ok, int64_t lat
 }
 
 /* ======================================================================== */
-/* >>impl-conn   one connection: reading and parsing, queueing and sending   */
+/* >>impl-conn   one connection: its state, queueing and sending, closing  */
 /* ======================================================================== */
 
 /* A crpci_conn is one connection, dialled by a channel or accepted by a server. It owns the
@@ -8377,7 +8381,7 @@ typedef struct crpci_protocol {
     size_t field_cost; /* most bytes of a field besides its key and value */
     crpci_detected (*detect)(const uint8_t *p, size_t n);
     /* Takes one message, or part of one, from the front of the input in `chunk`, and passes it to
-     * crpci_conn_deliver. Returns the number of bytes used. When it needs more, it sets
+     * crpci_receive_deliver. Returns the number of bytes used. When it needs more, it sets
      * c->rx_total to more than n and returns 0: the connection calls again with that many bytes,
      * and feed then uses all of them or asks for more. Locked; it may close the connection. */
     size_t (*feed)(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n);
@@ -8650,6 +8654,16 @@ CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
         crpci_conn_read_on(c);
     crpci_conn_interest(c);
 }
+
+#if CRPC_ENABLE_SERVER
+/* Whether a connection is at rest: nothing to send, nothing partly received, nothing unread. A
+ * draining server can close such a connection without losing a request. */
+CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
+{
+    return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip && !crpci_conn_engaged(c) &&
+           c->io->idle(c->fd, c->io_state);
+}
+#endif
 
 /* --- sending ---------------------------------------------------------------------------------- */
 
@@ -8944,10 +8958,18 @@ CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
     return true;
 }
 
-/* --- receiving -------------------------------------------------------------------------------- */
+/* ======================================================================== */
+/* >>impl-receive   messages out of a connection: buffers, parsing, limits */
+/* ======================================================================== */
+
+/* Reads a connection's socket, collects messages that arrive in parts, and feeds the protocol,
+ * which calls back with whole messages. The peer is not trusted: a step of the loop takes a bounded
+ * number of bytes and messages from each connection, and memory is reserved only for bytes that
+ * have come. All functions need the loop's lock; crpci_receive_read releases it around the system
+ * call. */
 
 /* Closes a connection whose peer broke its protocol, with a warning that says how. */
-CRPCI_FN void crpci_conn_bad(crpci_conn *c, const char *what)
+CRPCI_FN void crpci_receive_bad(crpci_conn *c, const char *what)
 {
     c->loop->stats.bad_frames++;
     crpci_heap_log(c->loop->heap, CRPC_LOG_WARN, "connection closed: %s", what);
@@ -8956,7 +8978,7 @@ CRPCI_FN void crpci_conn_bad(crpci_conn *c, const char *what)
 
 /* A partial message is buffered: starts its timeout, unless the timer fires earlier for another
  * reason. */
-CRPCI_FN void crpci_conn_begun(crpci_conn *c)
+CRPCI_FN void crpci_receive_begun(crpci_conn *c)
 {
     c->rx_since = crpci_loop_now(c->loop);
     if (c->frame_timeout_us &&
@@ -8966,7 +8988,7 @@ CRPCI_FN void crpci_conn_begun(crpci_conn *c)
 
 /* Orders a message of an ordered protocol: a request gets the next turn, a reply the id of the
  * oldest awaited request. False: the connection was closed. */
-CRPCI_COLD bool crpci_conn_place(crpci_conn *c, crpci_message *m)
+CRPCI_COLD bool crpci_receive_place(crpci_conn *c, crpci_message *m)
 {
     if (m->kind == CRPCI_MESSAGE_REQUEST) {
         m->turn = c->turns++;
@@ -8975,41 +8997,42 @@ CRPCI_COLD bool crpci_conn_place(crpci_conn *c, crpci_message *m)
         c->awaited_first = (c->awaited_first + 1) % c->awaited_size;
         c->awaited_count--;
     } else {
-        crpci_conn_bad(c, "a reply that no request was sent for");
+        crpci_receive_bad(c, "a reply that no request was sent for");
         return false;
     }
     return true;
 }
 
 /* What a connection receives: the side that dialled gets replies. */
-CRPCI_FN crpci_message_kind crpci_conn_kind(const crpci_conn *c)
+CRPCI_FN crpci_message_kind crpci_receive_kind(const crpci_conn *c)
 {
     return c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
 }
 
-/* For protocols: hands a message on. */
-CRPCI_FN void crpci_conn_deliver(crpci_conn *c, crpci_message *m)
+/* For protocols: passes a complete message to the connection's owner. May close the connection. */
+CRPCI_FN void crpci_receive_deliver(crpci_conn *c, crpci_message *m)
 {
     c->active_us = crpci_loop_time(c->loop);
-    if (CRPCI_LIKELY(!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED)) || crpci_conn_place(c, m))
+    if (CRPCI_LIKELY(!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED)) || crpci_receive_place(c, m))
         c->up->message(c, m);
 }
 
 /* For protocols: reports a message whose body of `size` bytes is over max_body, and skips the next
  * `skip` bytes of input. The connection stays usable, so that the peer gets an error in place of a
  * reset. */
-CRPCI_COLD void crpci_conn_oversize(crpci_conn *c, crpci_message *m, uint64_t size, uint64_t skip)
+CRPCI_COLD void crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t size,
+                                       uint64_t skip)
 {
     c->active_us = crpci_loop_time(c->loop);
     c->skip = skip;
     if (skip)
-        crpci_conn_begun(c);
-    if (!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED) || crpci_conn_place(c, m))
+        crpci_receive_begun(c);
+    if (!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED) || crpci_receive_place(c, m))
         c->up->oversize(c, m, size);
 }
 
 /* Fixes the connection's protocol. False: out of memory, and the connection was closed. */
-CRPCI_FN bool crpci_conn_speak(crpci_conn *c, const crpci_protocol *p)
+CRPCI_FN bool crpci_receive_speak(crpci_conn *c, const crpci_protocol *p)
 {
     c->protocol = p;
     c->awaits = !c->protocols && p->flags & CRPCI_PROTOCOL_ORDERED;
@@ -9023,7 +9046,7 @@ CRPCI_FN bool crpci_conn_speak(crpci_conn *c, const crpci_protocol *p)
 
 #if CRPC_ENABLE_SERVER
 /* Recognises the protocol of an accepted connection. False: too few bytes yet, or closed. */
-CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
+CRPCI_COLD bool crpci_receive_detect(crpci_conn *c, const uint8_t *p, size_t n)
 {
     bool more = false;
     size_t i;
@@ -9031,24 +9054,24 @@ CRPCI_COLD bool crpci_conn_detect(crpci_conn *c, const uint8_t *p, size_t n)
         crpci_detected found = c->protocols[i]->detect(p, n);
         if (found == CRPCI_DETECTED_YES) {
             c->protocol_index = i;
-            return crpci_conn_speak(c, c->protocols[i]);
+            return crpci_receive_speak(c, c->protocols[i]);
         }
         more = more || found == CRPCI_DETECTED_MORE;
     }
     if (more)
         c->rx_total = n + 1;
     else
-        crpci_conn_bad(c, "the peer does not speak a protocol that is served here");
+        crpci_receive_bad(c, "the peer does not speak a protocol that is served here");
     return false;
 }
 #endif
 
 /* Passes input to the protocol and returns the number of bytes it used. 0: it needs more
  * (c->rx_total), or the connection is closed. */
-CRPCI_FN size_t crpci_conn_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
+CRPCI_FN size_t crpci_receive_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
 #if CRPC_ENABLE_SERVER
-    if (CRPCI_UNLIKELY(!c->protocol) && !crpci_conn_detect(c, p, n))
+    if (CRPCI_UNLIKELY(!c->protocol) && !crpci_receive_detect(c, p, n))
         return 0;
 #endif
     return c->protocol->feed(c, chunk, p, n);
@@ -9056,7 +9079,7 @@ CRPCI_FN size_t crpci_conn_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_
 
 /* Buffers the first `have` bytes of a message. The full size is allocated at once only when a good
  * part of it has arrived: a peer must not reserve memory by announcing large sizes. */
-CRPCI_FN bool crpci_conn_begin(crpci_conn *c, const uint8_t *p, size_t have)
+CRPCI_FN bool crpci_receive_begin(crpci_conn *c, const uint8_t *p, size_t have)
 {
     size_t cap = c->rx_total;
     if (cap > CRPCI_CONN_READ && have < CRPCI_CONN_READ / 2)
@@ -9067,14 +9090,14 @@ CRPCI_FN bool crpci_conn_begin(crpci_conn *c, const uint8_t *p, size_t have)
         return false;
     }
     memcpy(crpci_heap_data(c->rx), p, have);
-    crpci_conn_begun(c);
+    crpci_receive_begun(c);
     c->rx_len = have;
     c->rx_need = cap;
     return true;
 }
 
 /* Enlarges c->rx towards the size that the protocol asked for, under the same rule. */
-CRPCI_FN void crpci_conn_grow(crpci_conn *c)
+CRPCI_FN void crpci_receive_grow(crpci_conn *c)
 {
     crpci_chunk *bigger;
     size_t cap = c->rx_total;
@@ -9094,23 +9117,24 @@ CRPCI_FN void crpci_conn_grow(crpci_conn *c)
 }
 
 /* c->rx holds the bytes that were asked for: parses them, and grows if the protocol needs more. */
-CRPCI_FN void crpci_conn_rx_full(crpci_conn *c)
+CRPCI_FN void crpci_receive_full(crpci_conn *c)
 {
     crpci_chunk *chunk = c->rx;
     if (c->rx_len == c->rx_total) {
         c->rx = NULL;
-        if (crpci_conn_parse(c, chunk, crpci_heap_data(chunk), c->rx_len) || c->closed) {
+        if (crpci_receive_parse(c, chunk, crpci_heap_data(chunk), c->rx_len) || c->closed) {
             crpci_heap_chunk_unref(chunk);
             return;
         }
         c->rx = chunk;
     }
-    crpci_conn_grow(c);
+    crpci_receive_grow(c);
 }
 
 /* Takes one piece of input: a whole message in place, or bytes that begin or continue c->rx.
  * Returns the number of bytes used. */
-CRPCI_FN size_t crpci_conn_feed_one(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
+CRPCI_FN size_t crpci_receive_feed_one(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p,
+                                       size_t n)
 {
     size_t used;
     if (c->skip) {
@@ -9123,18 +9147,18 @@ CRPCI_FN size_t crpci_conn_feed_one(crpci_conn *c, crpci_chunk *chunk, const uin
         memcpy(crpci_heap_data(c->rx) + c->rx_len, p, n);
         c->rx_len += n;
         if (c->rx_len == c->rx_need)
-            crpci_conn_rx_full(c);
+            crpci_receive_full(c);
         return n;
     }
-    used = crpci_conn_parse(c, chunk, p, n);
+    used = crpci_receive_parse(c, chunk, p, n);
     if (CRPCI_LIKELY(used) || c->closed)
         return used;
-    return crpci_conn_begin(c, p, n) ? n : 0;
+    return crpci_receive_begin(c, p, n) ? n : 0;
 }
 
 /* Takes input until the step's budget is used up or the connection pauses; the rest waits in
  * c->left. */
-CRPCI_FN void crpci_conn_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
+CRPCI_FN void crpci_receive_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
     int frames = 0;
     while (n && !c->closed) {
@@ -9148,14 +9172,14 @@ CRPCI_FN void crpci_conn_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *
                 crpci_loop_queue(&c->loop->resume, &c->resume);
             return;
         }
-        used = crpci_conn_feed_one(c, chunk, p, n);
+        used = crpci_receive_feed_one(c, chunk, p, n);
         p += used;
         n -= used;
     }
 }
 
 /* Continues with input that was over the budget. False if some of it is still left. */
-CRPCI_FN bool crpci_conn_catch_up(crpci_conn *c)
+CRPCI_FN bool crpci_receive_catch_up(crpci_conn *c)
 {
     crpci_chunk *chunk = c->left;
     if (!chunk)
@@ -9163,7 +9187,7 @@ CRPCI_FN bool crpci_conn_catch_up(crpci_conn *c)
     if (c->paused)
         return false;
     c->left = NULL;
-    crpci_conn_feed(c, chunk, c->left_at, c->left_len);
+    crpci_receive_feed(c, chunk, c->left_at, c->left_len);
     crpci_heap_chunk_unref(chunk);
     return !c->left;
 }
@@ -9171,7 +9195,7 @@ CRPCI_FN bool crpci_conn_catch_up(crpci_conn *c)
 /* Provides the loop's receive buffer, one for all connections, because only the driver reads.
  * Messages that somebody still points into keep their part of it; the next read goes behind
  * them. */
-CRPCI_FN bool crpci_conn_spare(crpc_loop *l)
+CRPCI_FN bool crpci_receive_spare(crpc_loop *l)
 {
     if (l->spare && crpci_loop_spare_alone(l))
         l->spare_pos = 0;
@@ -9185,7 +9209,7 @@ CRPCI_FN bool crpci_conn_spare(crpc_loop *l)
 }
 
 /* Processes `n` bytes that readv put into c->rx and, behind that, into the loop's buffer. */
-CRPCI_FN void crpci_conn_received(crpci_conn *c, size_t n)
+CRPCI_FN void crpci_receive_bytes(crpci_conn *c, size_t n)
 {
     crpc_loop *l = c->loop;
     crpci_chunk *chunk = l->spare;
@@ -9196,9 +9220,9 @@ CRPCI_FN void crpci_conn_received(crpci_conn *c, size_t n)
         c->rx_len += direct;
         n -= direct;
         if (c->rx_len == c->rx_need)
-            crpci_conn_rx_full(c);
+            crpci_receive_full(c);
     }
-    crpci_conn_feed(c, chunk, p, n);
+    crpci_receive_feed(c, chunk, p, n);
     crpci_loop_unshare(l, chunk);
     if (l->spare == chunk)
         l->spare_pos += (n + 7) & ~(size_t)7;
@@ -9206,7 +9230,7 @@ CRPCI_FN void crpci_conn_received(crpci_conn *c, size_t n)
 
 /* With a transport that is more than a socket, a read may have changed what it waits for, and
  * whether it can write. */
-CRPCI_COLD void crpci_conn_after_read(crpci_conn *c)
+CRPCI_COLD void crpci_receive_after_read(crpci_conn *c)
 {
     if (c->closed)
         return;
@@ -9219,20 +9243,20 @@ CRPCI_COLD void crpci_conn_after_read(crpci_conn *c)
 
 /* Reads once. Partial messages are read straight into their chunk. Unlocks the loop while
  * reading. */
-CRPCI_FN void crpci_conn_read(crpci_conn *c)
+CRPCI_FN void crpci_receive_read(crpci_conn *c)
 {
     crpc_loop *l = c->loop;
     struct iovec iov[2];
     int count = 0, saved;
     ssize_t n;
-    if (!crpci_conn_catch_up(c) || c->closed || c->reading || c->paused || c->eof)
+    if (!crpci_receive_catch_up(c) || c->closed || c->reading || c->paused || c->eof)
         return;
     if (!crpci_conn_is_plain(c)) {
         c->unread = crpci_conn_engaged(c);
-        if (c->unread) /* whoever writes has it read then */
+        if (c->unread) /* the thread that writes schedules the read when it is done */
             return;
     }
-    if (!crpci_conn_spare(l)) {
+    if (!crpci_receive_spare(l)) {
         crpci_conn_close(c, CRPC_ENOMEM, 0);
         return;
     }
@@ -9250,22 +9274,28 @@ CRPCI_FN void crpci_conn_read(crpci_conn *c)
     crpci_loop_lock(l);
     c->reading = false;
     if (!crpci_conn_is_plain(c))
-        crpci_conn_after_read(c);
+        crpci_receive_after_read(c);
     if (c->closed)
         crpci_conn_cleanup(c);
     else if (n > 0)
-        crpci_conn_received(c, (size_t)n);
+        crpci_receive_bytes(c, (size_t)n);
     else if (n == 0)
         c->up->eof(c);
     else if (saved != EAGAIN && saved != EWOULDBLOCK && saved != EINTR)
         crpci_conn_close(c, CRPC_ECONN, saved);
 }
 
-/* --- opening ---------------------------------------------------------------------------------- */
+/* ======================================================================== */
+/* >>impl-connect   sockets become connections: dialled, accepted; their events */
+/* ======================================================================== */
+
+/* The last part of a connection, on top of sending and receiving: the callbacks of the poller, the
+ * loop's tasks and the timer, and the two ways to get a connection. Endpoints dial, listeners hand
+ * over accepted sockets. All functions need the loop's lock and never block. */
 
 /* A dialled socket has become writable: it is connected, or SO_ERROR says why not. A socket that
  * connected to itself, which the kernel does on local ephemeral ports, counts as refused. */
-CRPCI_FN void crpci_conn_connected(crpci_conn *c)
+CRPCI_FN void crpci_connect_finish(crpci_conn *c)
 {
     int e = 0;
     socklen_t len = sizeof e;
@@ -9285,13 +9315,13 @@ CRPCI_FN void crpci_conn_connected(crpci_conn *c)
 }
 
 /* The poller's callback. */
-CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
+CRPCI_FN void crpci_connect_event(crpc_loop *l, crpci_watch *w, unsigned events)
 {
     crpci_conn *c = CRPCI_CONTAINER(w, crpci_conn, watch);
     (void)l;
     crpci_conn_hold(c);
     if (c->connecting) {
-        crpci_conn_connected(c);
+        crpci_connect_finish(c);
     } else {
         if (!crpci_conn_is_plain(c) && c->io->want)
             events |= CRPC_READABLE | CRPC_WRITABLE; /* which of them goes on, it does not say */
@@ -9301,23 +9331,23 @@ CRPCI_FN void crpci_conn_event(crpc_loop *l, crpci_watch *w, unsigned events)
             crpci_loop_queue(&l->dirty, &c->flush);
         }
         if (events & CRPC_READABLE && !c->closed)
-            crpci_conn_read(c);
+            crpci_receive_read(c);
     }
     crpci_conn_drop(c);
 }
 
 /* Runs in the next step: continues with input over the budget, then with input that the poller
  * cannot see. */
-CRPCI_FN void crpci_conn_resume_task(crpc_loop *l, crpci_task *task)
+CRPCI_FN void crpci_connect_resume_task(crpc_loop *l, crpci_task *task)
 {
     crpci_conn *c = CRPCI_CONTAINER(task, crpci_conn, resume);
     crpci_conn_hold(c);
-    if (!c->closed && crpci_conn_catch_up(c) && !c->closed && crpci_conn_has_unseen(c))
-        crpci_conn_event(l, &c->watch, CRPC_READABLE);
+    if (!c->closed && crpci_receive_catch_up(c) && !c->closed && crpci_conn_has_unseen(c))
+        crpci_connect_event(l, &c->watch, CRPC_READABLE);
     crpci_conn_drop(c);
 }
 
-CRPCI_FN void crpci_conn_on_timer(crpc_loop *l, crpci_timer *t)
+CRPCI_FN void crpci_connect_on_timer(crpc_loop *l, crpci_timer *t)
 {
     crpci_conn *c = CRPCI_CONTAINER(t, crpci_conn, timer);
     (void)l;
@@ -9326,21 +9356,11 @@ CRPCI_FN void crpci_conn_on_timer(crpc_loop *l, crpci_timer *t)
     crpci_conn_drop(c);
 }
 
-#if CRPC_ENABLE_SERVER
-/* Whether a connection is at rest: nothing to send, nothing partly received, nothing unread. A
- * draining server can close such a connection without losing a request. */
-CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
-{
-    return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip && !crpci_conn_engaged(c) &&
-           c->io->idle(c->fd, c->io_state);
-}
-#endif
-
 /* Takes over a socket, connecting or accepted; on failure the socket is closed. The loop has a
  * reference until the connection closes. The caller sets `protocols` of an accepted connection, and
- * calls crpci_conn_speak for a dialled one, before the loop runs again. */
-CRPCI_FN int crpci_conn_new(crpc_loop *l, int fd, bool connecting, const crpci_conn_events *up,
-                            void *owner, crpci_conn **out)
+ * calls crpci_receive_speak for a dialled one, before the loop runs again. */
+CRPCI_FN int crpci_connect_new(crpc_loop *l, int fd, bool connecting, const crpci_conn_events *up,
+                               void *owner, crpci_conn **out)
 {
     crpci_conn *c = (crpci_conn *)crpci_heap_alloc(l->heap, sizeof *c);
     *out = NULL;
@@ -9358,10 +9378,10 @@ CRPCI_FN int crpci_conn_new(crpc_loop *l, int fd, bool connecting, const crpci_c
     c->max_body = INT32_MAX;
     c->max_skip = 0;
     c->active_us = crpci_loop_now(l);
-    crpci_watch_init(&c->watch, crpci_conn_event);
+    crpci_watch_init(&c->watch, crpci_connect_event);
     crpci_loop_task_init(&c->flush, crpci_conn_flush_task);
-    crpci_loop_task_init(&c->resume, crpci_conn_resume_task);
-    crpci_timer_init(&c->timer, crpci_conn_on_timer);
+    crpci_loop_task_init(&c->resume, crpci_connect_resume_task);
+    crpci_timer_init(&c->timer, crpci_connect_on_timer);
     crpci_list_append(&l->conns, &c->link);
     if (crpci_watch_set(l, &c->watch, fd, connecting ? CRPC_WRITABLE : CRPC_READABLE)) {
         crpci_list_remove(&c->link);
@@ -9375,8 +9395,8 @@ CRPCI_FN int crpci_conn_new(crpc_loop *l, int fd, bool connecting, const crpci_c
 }
 
 /* Begins to connect. Fails with CRPC_ECONN and the errno in *e if connect failed at once. */
-CRPCI_FN int crpci_conn_dial(crpc_loop *l, const crpci_addr *to, const crpci_conn_events *up,
-                             void *owner, crpci_conn **out, int *e)
+CRPCI_FN int crpci_connect_dial(crpc_loop *l, const crpci_addr *to, const crpci_conn_events *up,
+                                void *owner, crpci_conn **out, int *e)
 {
     int fd = crpci_sock_open(to);
     *out = NULL;
@@ -9391,7 +9411,7 @@ CRPCI_FN int crpci_conn_dial(crpc_loop *l, const crpci_addr *to, const crpci_con
         return CRPC_ECONN;
     }
     /* Connected at once (a unix socket) or later: the poller reports it writable either way. */
-    return crpci_conn_new(l, fd, true, up, owner, out);
+    return crpci_connect_new(l, fd, true, up, owner, out);
 }
 
 /* ======================================================================== */
@@ -9465,20 +9485,20 @@ CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n
     crpci_meta meta;
     crpci_message m;
     if ((int64_t)body > c->max_skip || size > CRPCI_BAIDU_META_MAX) {
-        crpci_conn_bad(c, "a body over the limit announced");
+        crpci_receive_bad(c, "a body over the limit announced");
         return 0;
     }
     c->rx_total = (size_t)CRPCI_FRAME_HEADER + size;
     if (n < c->rx_total)
         return 0;
     if (!crpci_meta_read(p + CRPCI_FRAME_HEADER, size, &meta)) {
-        crpci_conn_bad(c, "the peer's RpcMeta does not decode");
+        crpci_receive_bad(c, "the peer's RpcMeta does not decode");
         return 0;
     }
     memset(&m, 0, sizeof m);
-    m.kind = crpci_conn_kind(c);
+    m.kind = crpci_receive_kind(c);
     m.id = meta.correlation_id;
-    crpci_conn_oversize(c, &m, body, (uint64_t)body - size);
+    crpci_receive_oversize(c, &m, body, (uint64_t)body - size);
     return (size_t)CRPCI_FRAME_HEADER + size;
 }
 
@@ -9492,7 +9512,7 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     char text[120];
     switch (crpci_frame_header(p, n, &body, &size)) {
     case CRPCI_FRAME_BAD:
-        crpci_conn_bad(c, "the peer does not speak baidu_std");
+        crpci_receive_bad(c, "the peer does not speak baidu_std");
         return 0;
     case CRPCI_FRAME_NEED:
         c->rx_total = CRPCI_FRAME_HEADER;
@@ -9509,10 +9529,10 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     p += CRPCI_FRAME_HEADER;
     m.usual = crpci_meta_read_usual(p, size, c->expect, &meta);
     if (CRPCI_UNLIKELY(!m.usual) && !crpci_meta_read(p, size, &meta)) {
-        crpci_conn_bad(c, "the peer's RpcMeta does not decode");
+        crpci_receive_bad(c, "the peer's RpcMeta does not decode");
         return 0;
     }
-    m.kind = crpci_conn_kind(c);
+    m.kind = crpci_receive_kind(c);
     m.id = meta.correlation_id;
     m.turn = 0;
     m.timeout_ms = meta.timeout_ms;
@@ -9523,11 +9543,12 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     m.attachment_size = 0;
     if (CRPCI_UNLIKELY(!m.usual))
         crpci_baidu_full(&meta, &m, body - size, text, sizeof text);
-    crpci_conn_deliver(c, &m);
+    crpci_receive_deliver(c, &m);
     return (size_t)CRPCI_FRAME_HEADER + body;
 }
 
 #if CRPC_ENABLE_CLIENT
+/* Writes the head of a request, see crpci_protocol.request. */
 CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
     crpci_meta meta; /* only the members that crpci_meta_put_request reads */
@@ -9547,6 +9568,7 @@ CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpc
 #endif
 
 #if CRPC_ENABLE_SERVER
+/* Writes the head of a reply. */
 CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
     crpci_meta meta; /* only the members that crpci_meta_put_reply reads */
@@ -11425,6 +11447,8 @@ CRPCI_FN void crpci_file_complain(crpci_file *f, const crpci_file_text *text)
     f->bad_line = text->bad_line;
 }
 
+/* Whether two stats are those of the same, unchanged file. Renaming a new file over the old one
+ * changes the inode. */
 CRPCI_FN bool crpci_file_same(const struct stat *a, const struct stat *b)
 {
     return a->st_ino == b->st_ino && a->st_dev == b->st_dev && a->st_size == b->st_size &&
@@ -11466,6 +11490,7 @@ CRPCI_FN void crpci_file_examine(crpci_file *f)
     crpci_names_free(d->loop->heap, &text.names);
 }
 
+/* Checks the file once a second while there are subscribers. */
 CRPCI_FN void crpci_file_on_timer(crpc_loop *l, crpci_timer *timer)
 {
     crpci_file *f = CRPCI_CONTAINER(timer, crpci_file, timer);
@@ -11507,6 +11532,7 @@ CRPCI_FN void crpci_file_free(crpci_directory *d)
     crpci_heap_free(d->loop->heap, CRPCI_CONTAINER(d, crpci_file, directory), sizeof(crpci_file));
 }
 
+/* Ends the timer and the subscribers, and releases the loop. */
 CRPCI_FN void crpci_file_close(crpci_backend *b)
 {
     crpci_file *f = (crpci_file *)(void *)b;
@@ -11612,7 +11638,8 @@ typedef struct crpci_multicast {
     char scratch[CRPCI_MULTICAST_SIZE + 1];  /* a copy to parse in place, or a text to send */
 } crpci_multicast;
 
-/* A service that is offered here. */
+/* A service that this process offers. Its references are the handle's, and one around its
+ * callback. */
 typedef struct crpci_multicast_reg {
     crpci_list link;
     crpci_multicast *owner;
@@ -11623,6 +11650,7 @@ typedef struct crpci_multicast_reg {
     int told;        /* the status last reported to the program; -1: none */
 } crpci_multicast_reg;
 
+/* A subscriber, and the subscribes that it still has to send. */
 typedef struct crpci_multicast_sub {
     crpci_subscriber base;
     int64_t question_us; /* when to send the next subscribe */
@@ -11690,6 +11718,7 @@ CRPCI_FN void crpci_multicast_changed(crpci_multicast *r)
         r->serve_us = crpci_loop_now(r->base.loop) + CRPCI_MULTICAST_GATHER_US;
 }
 
+/* Frees a kept provider. The caller reports the change. */
 CRPCI_FN void crpci_multicast_forget(crpci_multicast *r, crpci_multicast_peer *p)
 {
     crpci_list_remove(&p->link);
@@ -11863,6 +11892,7 @@ CRPCI_FN bool crpci_multicast_write(const crpci_multicast_reg *reg, const char *
     return false;
 }
 
+/* Drops a reference; the last one frees the registration. Locked. */
 CRPCI_FN void crpci_multicast_reg_unref(crpci_multicast_reg *reg)
 {
     crpci_heap *h = reg->owner->base.loop->heap;
@@ -12023,6 +12053,8 @@ CRPCI_FN void crpci_multicast_run(crpci_multicast *r)
         crpci_multicast_serve(r);
 }
 
+/* Does what is due, then sets the timer anew. The reference keeps the object alive while a callback
+ * closes it. */
 CRPCI_FN void crpci_multicast_on_timer(crpc_loop *l, crpci_timer *timer)
 {
     crpci_multicast *r = CRPCI_CONTAINER(timer, crpci_multicast, timer);
@@ -12061,6 +12093,7 @@ CRPCI_FN void crpci_multicast_on_event(crpc_loop *l, crpci_watch *watch, unsigne
 
 /* --- the backend's functions ------------------------------------------------------------------ */
 
+/* The first announcement is due at once; the loop sends it. */
 CRPCI_FN int crpci_multicast_enroll(crpci_backend *b, const crpci_names_service *what,
                                     crpci_directory_status_fn status, void *user, void **handle)
 {
@@ -12112,6 +12145,7 @@ CRPCI_FN void crpci_multicast_withdraw(crpci_backend *b, void *handle)
     crpci_loop_unlock(b->loop);
 }
 
+/* Asks twice, half a second apart. Without an answer after a second the first list is empty. */
 CRPCI_FN int crpci_multicast_subscribe(crpci_backend *b, const crpci_names_service *want,
                                        crpci_directory_push_fn push, void *user,
                                        crpci_subscriber **out)
@@ -12146,6 +12180,7 @@ CRPCI_FN void crpci_multicast_free(crpci_directory *d)
     crpci_heap_free(d->loop->heap, r, sizeof *r);
 }
 
+/* Withdraws what is still registered, leaves the group with the socket, and releases the loop. */
 CRPCI_FN void crpci_multicast_close(crpci_backend *b)
 {
     crpci_multicast *r = (crpci_multicast *)(void *)b;
@@ -12371,7 +12406,8 @@ CRPCI_FN bool crpci_zk_servers_maps_v4(void)
 #endif
 }
 
-/* Writes one server in the client's notation: IPv6 without brackets. Returns the length. */
+/* Writes one server in the client's notation: IPv6 without brackets, then the port. Returns the
+ * length. */
 CRPCI_FN int crpci_zk_servers_host(const crpci_addr *a, bool map, char *out, size_t size)
 {
     char ip[INET6_ADDRSTRLEN] = "";
@@ -12687,6 +12723,34 @@ CRPCI_FN int64_t crpci_zk_job_backoff(crpci_zk_session *s, unsigned n)
     return crpci_zk_job_spread(s, crpci_base_min64(us, CRPCI_ZK_JOB_BACKOFF_US), 33);
 }
 
+/* A random delay within the spread, or within half of a short session timeout. Locked. */
+CRPCI_FN int64_t crpci_zk_job_scatter(crpci_zk_session *s)
+{
+    int64_t most = crpci_base_min64((int64_t)s->timeout_ms * 500, s->spread_us);
+    return (int64_t)(crpci_loop_random(s->loop) % 4096u) * most / 4096;
+}
+
+/* How long a connection may stay lost before the session is abandoned, in microseconds. */
+CRPCI_FN int64_t crpci_zk_job_patience(const crpci_zk_session *s)
+{
+    return (int64_t)s->negotiated_ms * 2000;
+}
+
+/* The time between two probes. Not shorter than a second, because a server that is starting closes
+ * connections too, and would look like one that refuses the session. */
+CRPCI_FN int64_t crpci_zk_job_pace(const crpci_zk_session *s)
+{
+    int64_t us = (int64_t)s->negotiated_ms * 250;
+    return us > 1000000 ? us : 1000000;
+}
+
+/* The wait before a handle is replaced. Random at first, so that a fleet that lost its server does
+ * not return all at once. */
+CRPCI_FN int64_t crpci_zk_job_delay(crpci_zk_session *s)
+{
+    return s->failures ? crpci_zk_job_backoff(s, s->failures) : crpci_zk_job_scatter(s);
+}
+
 /* Lets the job send its next request in `us` microseconds. */
 CRPCI_FN void crpci_zk_job_later(crpci_zk_job *job, int64_t us)
 {
@@ -12914,10 +12978,7 @@ CRPCI_FN void crpci_zk_job_over(crpci_zk_session *s)
  * When it is closed inside one, libzookeeper_mt cleans up later, on its completion thread; a
  * destructor of thread-specific data then frees the handle when that thread ends. */
 
-#define CRPCI_ZK_SESSION_SPREAD_MS      2000
-#define CRPCI_ZK_SESSION_TIMEOUT_MS     15000
 #define CRPCI_ZK_SESSION_TIMEOUT_MAX_MS 3600000 /* no ZooKeeper grants a longer one */
-#define CRPCI_ZK_SESSION_TIMEOUT_MIN_MS 200     /* the client redials every sixtieth of it */
 #define CRPCI_ZK_SESSION_LINGER_US      200000  /* closing waits this long for answers */
 #define CRPCI_ZK_SESSION_SILENT_US      2000000 /* a start without an answer is logged after it */
 #define CRPCI_ZK_SESSION_REFUSALS       3u /* connections accepted and closed: session unknown */
@@ -12925,36 +12986,6 @@ CRPCI_FN void crpci_zk_job_over(crpci_zk_session *s)
 /* Every callback of the client ends with this function. It sends requests that are due, and these
  * refer to the callbacks: the one cycle of this section, hence the prototype. Unlocks. */
 static void crpci_zk_session_leave(crpci_zk_handle *handle);
-
-/* --- waits ------------------------------------------------------------------------------------ */
-
-/* A random delay within the spread, or within half of a short session timeout. Locked. */
-CRPCI_FN int64_t crpci_zk_session_scatter(crpci_zk_session *s)
-{
-    int64_t most = crpci_base_min64((int64_t)s->timeout_ms * 500, s->spread_us);
-    return (int64_t)(crpci_loop_random(s->loop) % 4096u) * most / 4096;
-}
-
-/* How long a connection may stay lost before the session is abandoned, in microseconds. */
-CRPCI_FN int64_t crpci_zk_session_patience(const crpci_zk_session *s)
-{
-    return (int64_t)s->negotiated_ms * 2000;
-}
-
-/* The time between two probes. Not shorter than a second, because a server that is starting closes
- * connections too, and would look like one that refuses the session. */
-CRPCI_FN int64_t crpci_zk_session_pace(const crpci_zk_session *s)
-{
-    int64_t us = (int64_t)s->negotiated_ms * 250;
-    return us > 1000000 ? us : 1000000;
-}
-
-/* The wait before a handle is replaced. Random at first, so that a fleet that lost its server does
- * not return all at once. */
-CRPCI_FN int64_t crpci_zk_session_delay(crpci_zk_session *s)
-{
-    return s->failures ? crpci_zk_job_backoff(s, s->failures) : crpci_zk_session_scatter(s);
-}
 
 /* --- handles and sessions: memory ---------------------------------------------------------- */
 
@@ -13056,7 +13087,7 @@ CRPCI_FN void crpci_zk_session_probed(crpci_zk_session *s, crpci_zk_handle *hand
         zoo_state(handle->zh) == ZOO_CONNECTED_STATE)
         return; /* connected this moment: that event is behind this one in the client's queue */
     if (s->refused >= CRPCI_ZK_SESSION_REFUSALS ||
-        crpci_zk_job_now(s) - s->lost_us >= crpci_zk_session_patience(s))
+        crpci_zk_job_now(s) - s->lost_us >= crpci_zk_job_patience(s))
         s->phase = CRPCI_ZK_OVER;
 }
 
@@ -13184,9 +13215,9 @@ CRPCI_FN void crpci_zk_session_disconnected(crpci_zk_session *s)
     /* With libzookeeper_mt, when to probe. With libzookeeper_st the loop sees each failed dial
      * itself, and this is when to abandon the session. */
     s->probe_us =
-        now + (CRPC_ZOOKEEPER_ST ? crpci_zk_session_patience(s) : crpci_zk_session_pace(s));
+        now + (CRPC_ZOOKEEPER_ST ? crpci_zk_job_patience(s) : crpci_zk_job_pace(s));
 #if CRPC_ZOOKEEPER_ST
-    s->refused_us = now + crpci_zk_session_pace(s);
+    s->refused_us = now + crpci_zk_job_pace(s);
 #endif
     crpci_zk_job_tell(s, CRPCI_ZK_SUSPENDED);
 }
@@ -13516,7 +13547,7 @@ CRPCI_FN void crpci_zk_session_process(crpci_zk_session *s)
     if (before == ZOO_ASSOCIATING_STATE && after != before && after != ZOO_CONNECTED_STATE &&
         s->phase == CRPCI_ZK_LOST && crpci_zk_job_now(s) >= s->refused_us) {
         s->refused++;
-        s->refused_us = crpci_zk_job_now(s) + crpci_zk_session_pace(s);
+        s->refused_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
     }
 }
 
@@ -13571,7 +13602,7 @@ CRPCI_FN void crpci_zk_session_renew(crpci_zk_session *s)
     if (s->phase == CRPCI_ZK_OVER && !s->closing) {
         crpci_zk_session_log_renewal(s);
         crpci_zk_session_disconnect(s);
-        s->renew_us = crpci_zk_job_now(s) + crpci_zk_session_delay(s);
+        s->renew_us = crpci_zk_job_now(s) + crpci_zk_job_delay(s);
     }
 }
 #else
@@ -13583,7 +13614,7 @@ CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
     crpci_zk_order o;
     memset(&o, 0, sizeof o);
     o.path = "/";
-    s->probe_us = crpci_zk_job_now(s) + crpci_zk_session_pace(s);
+    s->probe_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
     q = crpci_zk_job_request(s, NULL, &o);
     if (q) {
         s->probing = true;
@@ -13722,7 +13753,7 @@ CRPCI_COLD void crpci_zk_session_replace(crpci_zk_session *s, const crpci_zk_han
     s->busy = true;
     s->busy_thread = crpci_thread_self();
     crpci_zk_session_log_renewal(s);
-    until = crpci_zk_job_now(s) + crpci_zk_session_delay(s);
+    until = crpci_zk_job_now(s) + crpci_zk_job_delay(s);
     crpci_zk_session_disconnect(s);
     while (!s->closing && !s->handle) {
         int64_t left = until - crpci_zk_job_now(s);
@@ -13803,49 +13834,63 @@ CRPCI_FN void crpci_zk_session_kick(crpci_zk_session *s)
     crpci_zk_session_run(s);
 #endif
 }
+#endif /* CRPC_ENABLE_ZOOKEEPER */
 
-/* --- opening and closing ---------------------------------------------------------------------- */
+/* ======================================================================== */
+/* >>impl-zk-pool   sessions that several users of a loop share: opening, closing */
+/* ======================================================================== */
+
+#if CRPC_ENABLE_ZOOKEEPER
+
+/* Channels, servers and registries of a loop that name the same servers, credential, timeout and
+ * cache file join one session here; the last one to leave closes it. Opening resolves names and so
+ * blocks the calling thread, without the lock; it never waits for a server. */
+
+#define CRPCI_ZK_POOL_SPREAD_MS      2000
+#define CRPCI_ZK_POOL_TIMEOUT_MS     15000
+#define CRPCI_ZK_POOL_TIMEOUT_MIN_MS 200 /* the client redials every sixtieth of it */
 
 /* Options of a session; all 0: defaults. */
-typedef struct crpci_zk_session_options {
+typedef struct crpci_zk_pool_options {
     int timeout_ms;
     int spread_ms;          /* random delay of a reconnect, for fleets. 0: 2000. -1: none */
     const char *credential; /* "user:password"; NULL: none */
     const char *cache;      /* file; NULL: none */
     int cache_interval_ms;  /* least time between two writes. 0: 60000. -1: none */
-} crpci_zk_session_options;
+} crpci_zk_pool_options;
 
-CRPCI_FN bool crpci_zk_session_same(const char *a, const char *b)
+/* Whether two texts are equal; NULL equals "". */
+CRPCI_FN bool crpci_zk_pool_same(const char *a, const char *b)
 {
     return strcmp(a ? a : "", b ? b : "") == 0;
 }
 
 /* Copies a text that may be NULL. False: out of memory. */
-CRPCI_FN bool crpci_zk_session_copy(crpci_heap *h, const char *from, char **to)
+CRPCI_FN bool crpci_zk_pool_copy(crpci_heap *h, const char *from, char **to)
 {
     *to = from ? crpci_heap_strndup(h, from, strlen(from)) : NULL;
     return *to || !from;
 }
 
 /* The open session with the same servers and options, or NULL. Locked. */
-CRPCI_FN crpci_zk_session *crpci_zk_session_find(crpc_loop *l, const char *authority,
-                                                 const crpci_zk_session_options *o)
+CRPCI_FN crpci_zk_session *crpci_zk_pool_find(crpc_loop *l, const char *authority,
+                                              const crpci_zk_pool_options *o)
 {
     crpci_list *i;
     for (i = l->registries.next; i != &l->registries; i = i->next) {
         crpci_zk_session *s = CRPCI_CONTAINER(i, crpci_zk_session, node);
         if (strcmp(s->authority, authority) == 0 && s->timeout_ms == o->timeout_ms &&
-            crpci_zk_session_same(s->credential, o->credential) &&
-            crpci_zk_session_same(s->cache.path, o->cache))
+            crpci_zk_pool_same(s->credential, o->credential) &&
+            crpci_zk_pool_same(s->cache.path, o->cache))
             return s;
     }
     return NULL;
 }
 
 /* Makes a session that is not in the loop's list yet. Resolves names, so it must run unlocked. */
-CRPCI_COLD int crpci_zk_session_new(crpc_loop *l, const char *authority,
-                                    const crpci_zk_session_options *o, crpci_zk_session **out,
-                                    crpc_error *error)
+CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
+                                 const crpci_zk_pool_options *o, crpci_zk_session **out,
+                                 crpc_error *error)
 {
     crpci_zk_session *s = (crpci_zk_session *)crpci_heap_alloc(l->heap, sizeof *s);
     int err = CRPC_OK;
@@ -13862,7 +13907,7 @@ CRPCI_COLD int crpci_zk_session_new(crpc_loop *l, const char *authority,
     s->refs = 1;
     s->users = 1;
     s->timeout_ms = o->timeout_ms;
-    s->spread_us = crpci_base_option(o->spread_ms, CRPCI_ZK_SESSION_SPREAD_MS, 0) * 1000;
+    s->spread_us = crpci_base_option(o->spread_ms, CRPCI_ZK_POOL_SPREAD_MS, 0) * 1000;
     crpci_timer_init(&s->timer, crpci_zk_session_on_timer);
 #if CRPC_ZOOKEEPER_ST
     crpci_watch_init(&s->watch, crpci_zk_session_on_event);
@@ -13870,8 +13915,8 @@ CRPCI_COLD int crpci_zk_session_new(crpc_loop *l, const char *authority,
 #endif
     crpci_list_init(&s->services);
     s->servers.heap = s->cache.heap = s->heap;
-    if (!crpci_zk_session_copy(s->heap, authority, &s->authority) ||
-        !crpci_zk_session_copy(s->heap, o->credential, &s->credential) ||
+    if (!crpci_zk_pool_copy(s->heap, authority, &s->authority) ||
+        !crpci_zk_pool_copy(s->heap, o->credential, &s->credential) ||
         (o->cache && !crpci_cache_init(&s->cache, s->heap, o->cache, o->cache_interval_ms)))
         err = CRPC_ENOMEM;
     s->servers.authority = s->authority;
@@ -13893,26 +13938,26 @@ CRPCI_COLD int crpci_zk_session_new(crpc_loop *l, const char *authority,
 
 /* Joins the open session with the same options, or begins one. Resolves names; never waits for a
  * server. */
-CRPCI_COLD int crpci_zk_session_open(crpc_loop *l, const char *authority,
-                                     const crpci_zk_session_options *options,
-                                     crpci_zk_session **out, crpc_error *error)
+CRPCI_COLD int crpci_zk_pool_open(crpc_loop *l, const char *authority,
+                                  const crpci_zk_pool_options *options,
+                                  crpci_zk_session **out, crpc_error *error)
 {
-    crpci_zk_session_options o = *options;
+    crpci_zk_pool_options o = *options;
     crpci_zk_session *s, *made = NULL;
     int err = CRPC_OK;
-    o.timeout_ms = (int)crpci_base_option(o.timeout_ms, CRPCI_ZK_SESSION_TIMEOUT_MS,
-                                          CRPCI_ZK_SESSION_TIMEOUT_MS);
-    if (o.timeout_ms < CRPCI_ZK_SESSION_TIMEOUT_MIN_MS)
-        o.timeout_ms = CRPCI_ZK_SESSION_TIMEOUT_MIN_MS;
+    o.timeout_ms = (int)crpci_base_option(o.timeout_ms, CRPCI_ZK_POOL_TIMEOUT_MS,
+                                          CRPCI_ZK_POOL_TIMEOUT_MS);
+    if (o.timeout_ms < CRPCI_ZK_POOL_TIMEOUT_MIN_MS)
+        o.timeout_ms = CRPCI_ZK_POOL_TIMEOUT_MIN_MS;
     crpci_loop_lock(l);
-    s = crpci_zk_session_find(l, authority, &o);
+    s = crpci_zk_pool_find(l, authority, &o);
     if (!s) { /* without the lock, to resolve names: another thread may open the same meanwhile */
         crpci_loop_unlock(l);
-        err = crpci_zk_session_new(l, authority, &o, &made, error);
+        err = crpci_zk_pool_new(l, authority, &o, &made, error);
         if (err)
             return err;
         crpci_loop_lock(l);
-        s = crpci_zk_session_find(l, authority, &o);
+        s = crpci_zk_pool_find(l, authority, &o);
     }
     if (s) {
         s->refs++;
@@ -13937,8 +13982,8 @@ CRPCI_COLD int crpci_zk_session_open(crpc_loop *l, const char *authority,
 }
 
 /* A user begins to close. Returns true for the last one; the session then accepts nothing new and
- * is no longer found. Locked; crpci_zk_session_close must follow. */
-CRPCI_FN bool crpci_zk_session_leave_user(crpci_zk_session *s)
+ * is no longer found. Locked; crpci_zk_pool_close must follow. */
+CRPCI_FN bool crpci_zk_pool_leave(crpci_zk_session *s)
 {
     if (--s->users)
         return false;
@@ -13948,9 +13993,9 @@ CRPCI_FN bool crpci_zk_session_leave_user(crpci_zk_session *s)
     return true;
 }
 
-/* Completes what crpci_zk_session_leave_user began, and unlocks. With libzookeeper_mt and a server
+/* Completes what crpci_zk_pool_leave began, and unlocks. With libzookeeper_mt and a server
  * that hangs, this can take up to 4.5 s. */
-CRPCI_FN void crpci_zk_session_close(crpci_zk_session *s, bool last)
+CRPCI_FN void crpci_zk_pool_close(crpci_zk_session *s, bool last)
 {
     if (last && s->busy && CRPC_ZOOKEEPER_ST && crpci_thread_is_self(s->busy_thread)) {
         s->deferred = true;
@@ -14152,7 +14197,7 @@ CRPCI_FN void crpci_zk_node_watch_event(crpci_zk_job *job, crpci_zk_event event,
     if (event == CRPCI_ZK_RESUMED && w->told)
         /* In the same session, watches report what was missed. Reading is only a safety net, so it
          * is spread over time for the sake of a whole fleet. */
-        crpci_zk_job_later(job, crpci_zk_session_scatter(job->session));
+        crpci_zk_job_later(job, crpci_zk_job_scatter(job->session));
     else if (event != CRPCI_ZK_SUSPENDED && event != CRPCI_ZK_ENDED) {
         job->due_us = 0;
         w->missing = false;
@@ -14536,7 +14581,7 @@ CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
     case CRPCI_ZK_RESUMED: /* the local address may have changed: check soon */
         own->failures = 0;
         crpci_zk_node_own_next(own);
-        soon = crpci_base_min64(crpci_zk_session_scatter(s), own->check_us / 16);
+        soon = crpci_base_min64(crpci_zk_job_scatter(s), own->check_us / 16);
         if (own->state == CRPCI_ZK_OWN_OWNED)
             crpci_zk_node_own_wait(own, soon);
         break;
@@ -14654,13 +14699,14 @@ typedef struct crpci_zk_registration {
     unsigned rounds; /* number of sweeps that removed one */
 } crpci_zk_registration;
 
+/* One subscription, with the consumer node that announces it. */
 typedef struct crpci_zk_subscriber {
     crpci_subscriber base;
     crpci_list link;                 /* in backend->subscribers */
     crpci_zk_registration *consumer; /* NULL: register_consumer is off */
 } crpci_zk_subscriber;
 
-/* "/dubbo/demo.UserService/providers" on the heap, or another category of the service. */
+/* "/dubbo/demo.UserService/providers", or another category of the service, on the heap. */
 CRPCI_FN char *crpci_zk_directory_path(const crpci_zk_directory *b, const char *service,
                                        const char *category)
 {
@@ -14733,6 +14779,7 @@ CRPCI_FN void crpci_zk_directory_service_free(crpci_directory *d)
                     sizeof(crpci_zk_service));
 }
 
+/* Drops the directory's reference of one of the two watches. */
 CRPCI_FN void crpci_zk_directory_release(void *service)
 {
     crpci_directory_unref(&((crpci_zk_service *)service)->directory);
@@ -15068,6 +15115,8 @@ CRPCI_FN void crpci_zk_directory_registration_end(crpci_zk_registration *reg)
 
 /* --- the backend ------------------------------------------------------------------------------ */
 
+/* A loopback address that only this host can reach is registered all the same, with a warning,
+ * because tests and single-host systems want it. */
 CRPCI_FN int crpci_zk_directory_enroll(crpci_backend *base, const crpci_names_service *what,
                                        crpci_directory_status_fn status, void *user, void **handle)
 {
@@ -15169,13 +15218,13 @@ CRPCI_FN void crpci_zk_directory_close(crpci_backend *base)
     bool last;
     crpci_heap_ref(h);
     crpci_loop_lock(s->loop);
-    last = crpci_zk_session_leave_user(s);
+    last = crpci_zk_pool_leave(s);
     while (!crpci_list_empty(&b->subscribers))
         crpci_zk_directory_leave(CRPCI_CONTAINER(b->subscribers.next, crpci_zk_subscriber, link));
     while (!crpci_list_empty(&b->registrations))
         crpci_zk_directory_registration_end(
             CRPCI_CONTAINER(b->registrations.next, crpci_zk_registration, link));
-    crpci_zk_session_close(s, last);
+    crpci_zk_pool_close(s, last);
     crpci_heap_strfree(h, b->application);
     crpci_heap_strfree(h, b->root);
     crpci_heap_free(h, b, sizeof *b);
@@ -15194,7 +15243,7 @@ CRPCI_COLD int crpci_zk_directory_open(crpc_loop *l, const crpci_url *url,
     crpci_heap *h = l->heap;
     crpci_zk_directory *b = (crpci_zk_directory *)crpci_heap_alloc(h, sizeof *b);
     const char *application = o->application ? o->application : "";
-    crpci_zk_session_options so;
+    crpci_zk_pool_options so;
     int err;
     memset(&so, 0, sizeof so);
     so.timeout_ms = o->session_timeout_ms;
@@ -15212,7 +15261,7 @@ CRPCI_COLD int crpci_zk_directory_open(crpc_loop *l, const crpci_url *url,
     err = crpci_zk_node_root(h, url->path, CRPCI_ZK_DIRECTORY_ROOT, &b->root, error);
     if (!err) {
         b->application = crpci_heap_strndup(h, application, strlen(application));
-        err = b->application ? crpci_zk_session_open(l, url->authority, &so, &b->session, error)
+        err = b->application ? crpci_zk_pool_open(l, url->authority, &so, &b->session, error)
                              : crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
     }
     if (!err) {
@@ -15620,7 +15669,8 @@ CRPCI_FN int crpci_agreement_status(int rc)
 #define CRPCI_OPERATIONS_TIMEOUT_MS 5000  /* where the program gives 0 */
 #define CRPCI_OPERATIONS_PENDING    1000u /* unfinished asynchronous operations of a registry */
 
-/* One operation, or several as one transaction. */
+/* One operation, or several as one transaction. The item's references are the job, the queued
+ * callback, and a synchronous caller. The loop's lock guards it. */
 typedef struct crpci_operations_call {
     crpci_item item;
     crpci_zk_job job;
@@ -15641,6 +15691,7 @@ CRPCI_FN crpci_operations_call *crpci_operations_of(crpci_zk_job *job)
     return CRPCI_CONTAINER(job, crpci_operations_call, job);
 }
 
+/* An operation's name, for error texts. */
 CRPCI_FN const char *crpci_operations_name(crpc_node_verb verb)
 {
     static const char words[][10] = {"?",      "create", "get",   "set",     "delete",
@@ -15784,6 +15835,7 @@ CRPCI_FN bool crpci_operations_order(crpci_zk_job *job, crpci_zk_order *order)
 
 /* --- results ---------------------------------------------------------------------------------- */
 
+/* Translates ZooKeeper's Stat. `mine` compares with the present session. */
 CRPCI_FN void crpci_operations_stat(const crpci_zk_session *s, crpc_node_stat *out,
                                     const struct Stat *stat)
 {
@@ -15894,6 +15946,7 @@ CRPCI_FN void crpci_operations_finish(crpci_operations_call *c, int code, crpc_s
         return;
     c->finished = true;
     c->result.path = "";
+    /* false: the server's answer is lost for want of memory */
     kept = crpci_operations_keep(c, q, a);
     if (!kept)
         code = code ? code : CRPC_ENOMEM;
@@ -15920,6 +15973,7 @@ CRPCI_FN void crpci_operations_finish(crpci_operations_call *c, int code, crpc_s
     crpci_zk_job_drop(&c->job);
 }
 
+/* Runs an asynchronous operation's callback; the result is freed with the item. */
 CRPCI_FN void crpci_operations_tell(crpci_item *item)
 {
     crpci_operations_call *c = CRPCI_CONTAINER(item, crpci_operations_call, item);
@@ -16040,6 +16094,7 @@ CRPCI_FN int crpci_operations_begin(crpc_registry *r, const crpc_node_op *ops, s
     return CRPC_OK;
 }
 
+/* A node that holds nothing, or was reset before, is accepted. */
 CRPC_API void crpc_node_reset(crpc_node *node)
 {
     crpci_chunk *chunk = (crpci_chunk *)node->reserved[0];
@@ -16047,6 +16102,8 @@ CRPC_API void crpc_node_reset(crpc_node *node)
     crpci_heap_chunk_unref(chunk);
 }
 
+/* The waiter is on this thread's stack: c->waiter is cleared before the return, and the reference
+ * of *out keeps the item until the result has been moved to the caller. */
 CRPC_API int crpc_registry_call(crpc_registry *r, const crpc_node_op *ops, size_t count,
                                 int timeout_ms, crpc_node *node)
 {
@@ -16181,6 +16238,7 @@ CRPCI_FN void crpci_config_tell(crpci_item *item)
     }
 }
 
+/* Ends a watch, for the program or for the registry that closes. */
 CRPCI_FN void crpci_config_end(crpci_item *item)
 {
     crpci_agreement_end(item);
@@ -16195,6 +16253,8 @@ CRPCI_FN void crpci_config_free(crpci_item *item)
 static const crpci_item_kind crpci_config_kind = {sizeof(crpci_config_watch), crpci_config_tell,
                                                   crpci_config_end, crpci_config_free};
 
+/* The program may be called before this returns, on the thread that drives the loop; *id is set
+ * before. */
 CRPC_API int crpc_config_watch(crpc_registry *r, const char *path, crpc_config_fn fn, void *user,
                                crpc_id *id)
 {
@@ -16227,6 +16287,7 @@ CRPC_API int crpc_config_watch(crpc_registry *r, const char *path, crpc_config_f
     return err;
 }
 
+/* After this no callback begins; one that is running on another thread may still be inside. */
 CRPC_API void crpc_config_unwatch(crpc_registry *r, crpc_id id)
 {
     crpci_config_watch *c;
@@ -16795,6 +16856,7 @@ CRPCI_FN void crpci_registry_event(crpci_zk_job *job, crpci_zk_event event,
 /* The job sends no requests. */
 static const crpci_zk_work crpci_registry_work = {NULL, crpci_registry_event, NULL};
 
+/* The registry closes: no state is reported any more. */
 CRPCI_FN void crpci_registry_end(crpci_item *item)
 {
     crpci_agreement_end(item);
@@ -16875,18 +16937,20 @@ CRPCI_COLD int crpci_registry_await(crpc_registry *r, const crpc_registry_option
                             r->session->authority, (int)ms);
 }
 
+/* Opens or joins the session, then waits for it. On failure crpc_registry_close cleans up. */
 CRPCI_COLD int crpci_registry_join(crpc_registry *r, crpci_url *u, const crpc_registry_options *o,
                                    crpc_error *error)
 {
-    crpci_zk_session_options so;
+    crpci_zk_pool_options so;
     int err = crpci_zk_node_root(r->loop->heap, u->path, "", &r->root, error);
     memset(&so, 0, sizeof so);
     so.timeout_ms = o->session_timeout_ms;
     so.credential = o->credential;
-    err = err ? err : crpci_zk_session_open(r->loop, u->authority, &so, &r->session, error);
+    err = err ? err : crpci_zk_pool_open(r->loop, u->authority, &so, &r->session, error);
     return err ? err : crpci_registry_await(r, o, error);
 }
 
+/* With loop NULL the registry has a private loop, which it closes at the end. */
 CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const char *url,
                                 const crpc_registry_options *options, crpc_error *error)
 {
@@ -16931,6 +16995,8 @@ CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const
     return CRPC_OK;
 }
 
+/* Ends all items, each with its own outcome, before it leaves the session. May block while the last
+ * user's handle closes, see crpci_zk_pool_close. */
 CRPC_API void crpc_registry_close(crpc_registry *r)
 {
     crpc_loop *l;
@@ -16942,12 +17008,12 @@ CRPC_API void crpc_registry_close(crpc_registry *r)
     if (r->session) {
         bool last;
         crpci_loop_lock(l);
-        last = crpci_zk_session_leave_user(r->session);
+        last = crpci_zk_pool_leave(r->session);
         while (!crpci_list_empty(&r->items)) {
             crpci_item *item = CRPCI_CONTAINER(r->items.next, crpci_item, node);
             item->kind->end(item);
         }
-        crpci_zk_session_close(r->session, last);
+        crpci_zk_pool_close(r->session, last);
     }
     crpci_id_free(&r->configs, l->heap);
     crpci_heap_strfree(l->heap, r->root);
@@ -16962,6 +17028,7 @@ CRPC_API crpc_loop *crpc_registry_loop(crpc_registry *r)
     return r->loop;
 }
 
+/* The id of the connected session; 0 while there is no connection. */
 CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 {
     int64_t id;
@@ -18067,7 +18134,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
         return;
     }
     e->dialled_at = crpci_loop_now(l);
-    err = crpci_conn_dial(l, &e->addr, &crpci_endpoint_conn_events, e, &e->conn, &system_error);
+    err = crpci_connect_dial(l, &e->addr, &crpci_endpoint_conn_events, e, &e->conn, &system_error);
     if (err) {
         char cause[96];
         e->last_errno = system_error;
@@ -18087,7 +18154,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
     e->conn->max_skip = (int64_t)UINT32_MAX; /* a provider is trusted: skip replies of any size */
     if (e->options.connect_timeout_ms > 0)
         crpci_loop_timer_set(l, &e->conn->timer, (int64_t)e->options.connect_timeout_ms * 1000);
-    crpci_conn_speak(e->conn, e->options.protocol); /* last, because it may close e->conn */
+    crpci_receive_speak(e->conn, e->options.protocol); /* last, because it may close e->conn */
 }
 
 CRPCI_FN void crpci_endpoint_on_timer(crpc_loop *l, crpci_timer *t)
@@ -23096,7 +23163,7 @@ CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
         close(fd); /* the state was set before this loop was locked to close its connections, so a
                     * connection is either refused here or closed there */
         __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
-    } else if (crpci_conn_new(l, fd, false, &crpci_intake_events, s, &conn)) {
+    } else if (crpci_connect_new(l, fd, false, &crpci_intake_events, s, &conn)) {
         __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
     } else {
         conn->protocols = crpci_protocols;

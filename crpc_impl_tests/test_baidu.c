@@ -51,12 +51,12 @@ static void fixture_open(fixture *f, bool accepted)
     assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
     close(fds[1]);
     crpci_loop_lock(f->loop);
-    assert_int_equal(crpci_conn_new(f->loop, fds[0], false, &f->up, f, &f->c), CRPC_OK);
+    assert_int_equal(crpci_connect_new(f->loop, fds[0], false, &f->up, f, &f->c), CRPC_OK);
     crpci_conn_hold(f->c);
     if (accepted)
         f->c->protocols = crpci_protocols;
     f->c->max_skip = 10000;
-    assert_true(crpci_conn_speak(f->c, &crpci_baidu));
+    assert_true(crpci_receive_speak(f->c, &crpci_baidu));
 }
 
 static void fixture_close(fixture *f)
@@ -71,7 +71,7 @@ static void feed(fixture *f, const wire *w)
 {
     crpci_chunk *chunk = crpci_heap_chunk(f->loop->heap, w->n);
     memcpy(crpci_heap_data(chunk), w->p, w->n);
-    crpci_conn_feed(f->c, chunk, crpci_heap_data(chunk), w->n);
+    crpci_receive_feed(f->c, chunk, crpci_heap_data(chunk), w->n);
     crpci_heap_chunk_unref(chunk);
 }
 

@@ -108,7 +108,7 @@ static bool line_deliver(crpci_conn *c, crpci_chunk *chunk, crpc_view head, cons
         }
     }
     m.payload_size -= m.attachment_size;
-    crpci_conn_deliver(c, &m);
+    crpci_receive_deliver(c, &m);
     crpci_heap_chunk_unref(own);
     return true;
 }
@@ -130,7 +130,7 @@ static size_t line_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, siz
     }
     at = 8 + (size_t)crpci_base_get32(p + 4);
     if (memcmp(p, "PRL:", 4) != 0 || at == 8 || at > LINE_HEAD_MAX) {
-        crpci_conn_bad(c, "the peer does not speak line");
+        crpci_receive_bad(c, "the peer does not speak line");
         return 0;
     }
     do {
@@ -144,7 +144,7 @@ static size_t line_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, siz
             crpci_message m;
             line_read(c, head, &m);
             s->dropping = (part & LINE_MORE) != 0;
-            crpci_conn_oversize(c, &m, total, part & ~LINE_MORE);
+            crpci_receive_oversize(c, &m, total, part & ~LINE_MORE);
             return at + 4;
         }
         at += 4 + (part & ~LINE_MORE);

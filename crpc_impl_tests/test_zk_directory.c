@@ -1,4 +1,4 @@
-/* What zookeeper:// decides without a server: twins, sharing, arguments, memory. */
+/* What zookeeper:// decides without a server: twins, arguments, memory. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -166,51 +166,12 @@ static void it_refuses_what_cannot_be_a_node(void **state)
     crpc_loop_close(loop);
 }
 
-static void it_shares_what_is_the_same(void **state)
-{
-    static const struct {
-        const char *url, *credential, *cache;
-        int timeout_ms;
-        bool same;
-    } others[] = {
-        {"zookeeper://127.0.0.1:1/a", NULL, NULL, 0, true},
-        /* another root is another directory */
-        {"zookeeper://127.0.0.1:1/b/c", NULL, NULL, 15000, true},
-        {"zookeeper://127.0.0.1:1/a", "u:p", NULL, 0, false},
-        {"zookeeper://127.0.0.1:1/a", NULL, NULL, 4000, false},
-        {"zookeeper://127.0.0.1:1/a", NULL, "/nowhere/cache", 0, false},
-        {"zookeeper://127.0.0.1:2/a", NULL, NULL, 0, false},
-    };
-    crpc_loop *loop = loop_with(NULL);
-    crpci_backend *first, *r;
-    size_t i;
-    (void)state;
-    assert_int_equal(crpci_open_registry(loop, others[0].url, NULL, &first, NULL), CRPC_OK);
-    for (i = 0; i < sizeof others / sizeof *others; i++) {
-        crpci_directory_options o;
-        crpci_zk_session *a, *b;
-        memset(&o, 0, sizeof o);
-        o.session_timeout_ms = others[i].timeout_ms;
-        o.credential = others[i].credential;
-        o.cache = others[i].cache;
-        assert_int_equal(crpci_open_registry(loop, others[i].url, &o, &r, NULL), CRPC_OK);
-        a = ((crpci_zk_directory *)(void *)first)->session;
-        b = ((crpci_zk_directory *)(void *)r)->session;
-        assert_int_equal(a == b, others[i].same);
-        crpci_directory_close(r);
-    }
-    crpci_directory_close(first);
-    assert_true(crpci_list_empty(&loop->registries));
-    crpc_loop_close(loop);
-}
-
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(it_knows_a_twin),
         CT_TEST(it_leaves_nothing_behind),
         CT_TEST(it_refuses_what_cannot_be_a_node),
-        CT_TEST(it_shares_what_is_the_same),
     };
     return CT_RUN(tests);
 }

@@ -1,4 +1,4 @@
-/* What a session with ZooKeeper decides without a server: waits, phases. */
+/* Phases of a session with ZooKeeper, without a server. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
@@ -41,38 +41,10 @@ static crpc_loop *loop_with(const crpc_hooks *hooks)
 /* A session that was not begun. */
 static int session(crpc_loop *loop, const char *authority, crpci_zk_session **s)
 {
-    crpci_zk_session_options o;
+    crpci_zk_pool_options o;
     memset(&o, 0, sizeof o);
     o.timeout_ms = 4000;
-    return crpci_zk_session_new(loop, authority, &o, s, NULL);
-}
-
-static void it_waits_before_it_comes_back(void **state)
-{
-    int64_t low = INT64_MAX, high = 0;
-    crpc_loop *loop = loop_with(NULL);
-    crpci_zk_session *s;
-    int i;
-    (void)state;
-    assert_int_equal(session(loop, "10.0.0.1", &s), CRPC_OK);
-    for (i = 0; i < 1000; i++) { /* the first session after a lost one: 0 to 2 s */
-        int64_t us = crpci_zk_session_delay(s);
-        low = us < low ? us : low;
-        high = us > high ? us : high;
-    }
-    assert_true(low >= 0 && low < 100000 && high <= 2000000 && high > 1900000);
-    s->timeout_ms = 400; /* and half of a short session */
-    for (i = 0; i < 1000; i++)
-        assert_true(crpci_zk_session_delay(s) <= 200000);
-    s->spread_us = 0;
-    assert_true(crpci_zk_session_delay(s) == 0);
-    s->negotiated_ms = 1000;
-    assert_true(crpci_zk_session_pace(s) == 1000000);
-    s->negotiated_ms = 15000;
-    assert_true(crpci_zk_session_pace(s) == 3750000);
-    assert_true(crpci_zk_session_patience(s) == 30000000);
-    crpci_zk_session_free(s);
-    crpc_loop_close(loop);
+    return crpci_zk_pool_new(loop, authority, &o, s, NULL);
 }
 
 static int64_t clock_of_client;
@@ -81,38 +53,6 @@ static int64_t client_clock(void *user)
 {
     (void)user;
     return clock_of_client;
-}
-
-/* 500 devices with one image lose their sessions when a registry is started anew. All they differ in
- * is some microseconds of the time since they were switched on. */
-static void it_spreads_a_fleet(void **state)
-{
-    crpc_hooks hooks = ct_hooks();
-    int bucket[20], i, most = 0;
-    (void)state;
-    memset(bucket, 0, sizeof bucket);
-    hooks.clock_us = client_clock;
-    for (i = 0; i < 500; i++) {
-        crpci_zk_session_options o;
-        crpci_zk_session *s;
-        crpc_loop *loop;
-        int at;
-        clock_of_client = 30000000 + 3 * i;
-        loop = loop_with(&hooks);
-        assert_non_null(loop);
-        memset(&o, 0, sizeof o);
-        o.timeout_ms = CRPCI_ZK_SESSION_TIMEOUT_MS;
-        assert_int_equal(crpci_zk_session_new(loop, "10.0.0.1", &o, &s, NULL), CRPC_OK);
-        at = (int)(crpci_zk_session_delay(s) / 100000);
-        assert_in_range(at, 0, 19);
-        bucket[at]++;
-        crpci_zk_session_free(s);
-        crpc_loop_close(loop);
-    }
-    for (i = 0; i < 20; i++)
-        most = bucket[i] > most ? bucket[i] : most;
-    if (most > 50) /* twice what an even spread of 2 s gives each 100 ms */
-        fail_msg("%d of 500 come within 100 ms", most);
 }
 
 /* What was read is out of date once the loss has lasted as long as a session, and that is told once. */
@@ -164,8 +104,6 @@ static void it_takes_only_what_a_zookeeper_grants(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(it_waits_before_it_comes_back),
-        CT_TEST(it_spreads_a_fleet),
         CT_TEST(it_grows_old),
         CT_TEST(it_takes_only_what_a_zookeeper_grants),
     };
