@@ -434,7 +434,7 @@ static void it_protects_after_a_wipe(void **state)
 }
 
 /* If all that had come back goes too, what is left is the last good list. */
-static void it_is_never_emptied_by_the_end_of_a_hold(void **state)
+static void the_end_of_protection_never_empties_a_list(void **state)
 {
     fixture f;
     reader r;
@@ -684,7 +684,7 @@ int main(void)
         CT_TEST(it_does_not_believe_an_unreadable_list),
         CT_TEST(it_protects_providers_that_come_back),
         CT_TEST(it_protects_after_a_wipe),
-        CT_TEST(it_is_never_emptied_by_the_end_of_a_hold),
+        CT_TEST(the_end_of_protection_never_empties_a_list),
         CT_TEST(it_gives_each_what_it_wants),
         CT_TEST(it_waits_for_a_first_list),
         CT_TEST(it_applies_overrides),
