@@ -327,7 +327,7 @@ static void it_keeps_the_last_good_list(void **state)
         assert_string_equal(lines, "");
         assert_true(read_names(&f, "", false)); /* something was unreadable */
         expect_pushed(&r, "1 2 (stale) ");
-        assert_non_null(strstr(lines, "registry test://x: no provider of S is left"));
+        assert_non_null(strstr(lines, "registry test://x: no provider of S is listed"));
         lines[0] = '\0';
         assert_true(read_names(&f, "", false)); /* said once, pushed once */
         assert_true(age(&f));
@@ -345,7 +345,7 @@ static void it_keeps_the_last_good_list(void **state)
         assert_true(read_names(&f, "12", true));
         expect_pushed(&r, "1 2 ");
         assert_true(read_names(&f, "", false)); /* and again after it was good */
-        assert_non_null(strstr(lines, "no provider of S is left"));
+        assert_non_null(strstr(lines, "no provider of S is listed"));
         expect_pushed(&r, "1 2 (stale) ");
         crpci_loop_lock(f.loop);
         crpci_directory_remove(r.sub);
