@@ -9193,8 +9193,7 @@ CRPCI_FN bool crpci_receive_catch_up(crpci_conn *c)
 }
 
 /* Provides the loop's receive buffer, one for all connections, because only the driver reads.
- * Messages that somebody still points into keep their part of it; the next read goes behind
- * them. */
+ * Messages that are still referred to keep their part of it; the next read goes behind them. */
 CRPCI_FN bool crpci_receive_spare(crpc_loop *l)
 {
     if (l->spare && crpci_loop_spare_alone(l))
@@ -11231,7 +11230,6 @@ typedef struct crpci_directory_options {
     const char *interface;   /* multicast: name or IPv4 address. NULL: by the routing table */
 } crpci_directory_options;
 
-/* An open registry; a backend's own struct begins with this. */
 typedef struct crpci_backend crpci_backend;
 
 /* The functions of a backend. None waits for the network. All are called without the loop's lock,
@@ -11249,7 +11247,7 @@ typedef struct crpci_backend_ops {
     void (*close)(crpci_backend *b);
 } crpci_backend_ops;
 
-/* A registry that was opened; a backend's own struct begins with it. */
+/* An open registry; a backend's own struct begins with this. */
 struct crpci_backend {
     const crpci_backend_ops *ops;
     crpc_loop *loop;
@@ -12521,7 +12519,6 @@ CRPCI_FN bool crpci_zk_servers_reachable(const crpci_addr *to)
 
 typedef struct crpci_zk_session crpci_zk_session;
 typedef struct crpci_zk_job crpci_zk_job;
-/* One request in flight, from sending to its completion. */
 typedef struct crpci_zk_request crpci_zk_request;
 
 /* One zhandle_t of the client library, from its making to its last callback. */
@@ -12641,6 +12638,7 @@ typedef struct crpci_zk_order {
     crpci_zk_multi *multi; /* the request takes it over */
 } crpci_zk_order;
 
+/* One request in flight, from sending to its completion. */
 struct crpci_zk_request {
     crpci_list node; /* in handle->requests */
     crpci_zk_handle *handle;
@@ -12757,7 +12755,7 @@ CRPCI_FN void crpci_zk_job_later(crpci_zk_job *job, int64_t us)
     job->due_us = crpci_zk_job_now(job->session) + us;
 }
 
-/* The same, varied at random by so many percent. */
+/* Schedules it in `us` microseconds, varied at random by so many percent. */
 CRPCI_FN void crpci_zk_job_around(crpci_zk_job *job, int64_t us, unsigned percent)
 {
     crpci_zk_job_later(job, crpci_zk_job_spread(job->session, us, percent));
@@ -17206,7 +17204,7 @@ CRPCI_FN void crpci_request_clear_inputs(crpc_call *call)
     call->parent = NULL;
 }
 
-/* The same for the whole call; only the first byte of each text is cleared. */
+/* Does for the whole call what CRPC_INIT does, but clears only the first byte of each text. */
 CRPCI_FN void crpci_request_clear_call(crpc_call *call)
 {
     crpc_error *e = &call->error;

@@ -96,7 +96,7 @@ static void expect(const char *what, const char *got, const char *want)
         fail_msg("%s is %s, not %s", what, got ? got : "none", want ? want : "none");
 }
 
-static void it_finds_the_one_before(void **state)
+static void the_node_before_is_found(void **state)
 {
     char name[8][64];
     char *names[10];
@@ -116,7 +116,7 @@ static void it_finds_the_one_before(void **state)
     expect("before, of none", crpci_agreement_pick(NULL, 0, name[1]), NULL);
 }
 
-static void it_names_the_codes_of_the_client(void **state)
+static void client_codes_are_translated(void **state)
 {
     (void)state;
     assert_int_equal(crpci_agreement_status(ZOK), CRPC_OK);
@@ -132,8 +132,8 @@ int main(void)
         CT_TEST(it_puts_paths_below_the_root),
         CT_TEST(it_takes_paths_that_zookeeper_takes),
         CT_TEST(it_reads_numbers_of_ten_digits),
-        CT_TEST(it_finds_the_one_before),
-        CT_TEST(it_names_the_codes_of_the_client),
+        CT_TEST(the_node_before_is_found),
+        CT_TEST(client_codes_are_translated),
     };
     return CT_RUN(tests);
 }

@@ -75,7 +75,7 @@ static void feed(fixture *f, const wire *w)
     crpci_heap_chunk_unref(chunk);
 }
 
-static void four_bytes_tell(void **state)
+static void the_first_four_bytes_identify_it(void **state)
 {
     static const uint8_t magic[] = "PRPCx";
     size_t n;
@@ -88,8 +88,8 @@ static void four_bytes_tell(void **state)
     assert_int_equal(crpci_baidu.detect((const uint8_t *)"GET", 3), CRPCI_DETECTED_NO);
 }
 
-/* With each prefix it says how much more it needs; with all of it nothing is left over. */
-static void it_asks_for_what_is_missing(void **state)
+/* For each prefix of a frame, feed names the bytes that it needs; the whole frame is used up. */
+static void a_partial_frame_asks_for_the_missing_bytes(void **state)
 {
     wire w = {NULL, 0, 0};
     fixture f;
@@ -126,7 +126,7 @@ static void check_unsupported(fixture *f, const wire_request_options *o, const c
     wire_free(&w);
 }
 
-static void what_it_cannot_do_it_says_in_words(void **state)
+static void unsupported_metas_are_explained(void **state)
 {
     fixture f;
     (void)state;
@@ -177,7 +177,7 @@ static void a_body_over_the_limit_is_reported_and_skipped(void **state)
     fixture_close(&f);
 }
 
-static void replies_have_a_role_and_not_a_shape(void **state)
+static void the_side_decides_what_is_a_reply(void **state)
 {
     wire w = {NULL, 0, 0};
     fixture f;
@@ -207,7 +207,7 @@ static void replies_have_a_role_and_not_a_shape(void **state)
 }
 
 /* What it writes it reads. */
-static void messages_survive(void **state)
+static void messages_come_back_as_written(void **state)
 {
     uint8_t buffer[600], fields[100], *payload = buffer + 500, *begin;
     crpci_message m;
@@ -285,12 +285,12 @@ static void rubbish_closes(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(four_bytes_tell),
-        CT_TEST(it_asks_for_what_is_missing),
-        CT_TEST(what_it_cannot_do_it_says_in_words),
+        CT_TEST(the_first_four_bytes_identify_it),
+        CT_TEST(a_partial_frame_asks_for_the_missing_bytes),
+        CT_TEST(unsupported_metas_are_explained),
         CT_TEST(a_body_over_the_limit_is_reported_and_skipped),
-        CT_TEST(replies_have_a_role_and_not_a_shape),
-        CT_TEST(messages_survive),
+        CT_TEST(the_side_decides_what_is_a_reply),
+        CT_TEST(messages_come_back_as_written),
         CT_TEST(rubbish_closes),
     };
     return CT_RUN(tests);

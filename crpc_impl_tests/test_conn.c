@@ -151,7 +151,7 @@ static void check_slow_reader(crpc_poller p, const char *method, size_t size)
     pump_close(&u);
 }
 
-static void slow_readers_cost_no_memory(void **state)
+static void slow_readers_are_paused_and_memory_is_bounded(void **state)
 {
     crpc_poller p;
     (void)state;
@@ -427,7 +427,7 @@ static void queue_bytes(crpci_conn *c, const char *text)
     crpci_conn_queue(c, o);
 }
 
-/* Short frames leave in one piece; where there is no memory for the copies, as they are. */
+/* Short frames are copied into one piece; without memory for that they are sent one by one. */
 static void short_frames_need_no_memory_to_be_sent(void **state)
 {
     crpci_transport counting = crpci_transport_plain;
@@ -541,7 +541,7 @@ static ssize_t veil_writev(int fd, void *state, struct iovec *iov, int count)
     return veil_leave(v, n);
 }
 
-/* Nothing may be asked of it while it is used. */
+/* The connection must not query the transport while another thread is inside it. */
 static void veil_look(veil *v)
 {
     v->wrong += __atomic_load_n(&v->busy, __ATOMIC_SEQ_CST) != 0;
@@ -572,7 +572,7 @@ static bool veil_idle(int fd, void *state)
 static const crpci_transport veil_transport = {
     "veil", CRPCI_TRANSPORT_REPEAT, veil_readv, veil_writev, veil_pending, veil_want, veil_idle};
 
-/* Puts it on the newest connection of a loop. */
+/* Gives the transport to the newest connection of a loop. */
 static crpci_conn *veil_on(crpc_loop *l, veil *v)
 {
     crpci_conn *c;
@@ -585,7 +585,7 @@ static crpci_conn *veil_on(crpc_loop *l, veil *v)
     return c;
 }
 
-static void input_that_no_descriptor_tells_of_is_read(void **state)
+static void input_buffered_in_the_transport_is_read(void **state)
 {
     crpc_poller p;
     (void)state;
@@ -620,7 +620,7 @@ static void input_that_no_descriptor_tells_of_is_read(void **state)
 }
 
 /* What the transport has of a frame it sends: taking the frame back would cut the stream. */
-static void what_has_to_be_repeated_cannot_be_withdrawn(void **state)
+static void frames_offered_to_the_transport_cannot_be_withdrawn(void **state)
 {
     crpc_loop *l = net_loop(CRPC_POLLER_DEFAULT);
     crpci_conn_events up;
@@ -666,8 +666,8 @@ static void what_has_to_be_repeated_cannot_be_withdrawn(void **state)
     crpc_loop_close(l);
 }
 
-/* As if another thread were in it. */
-static void one_thread_at_a_time_is_in_it(void **state)
+/* The flags `reading` and `writing` stand in for a second thread. */
+static void a_half_duplex_transport_has_one_thread_at_a_time(void **state)
 {
     crpc_loop *l = net_loop(CRPC_POLLER_DEFAULT);
     crpci_conn_events up;
@@ -759,16 +759,16 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(small_socket_buffers),
-        CT_TEST(slow_readers_cost_no_memory),
+        CT_TEST(slow_readers_are_paused_and_memory_is_bounded),
         CT_TEST(half_closed_connections_get_their_replies),
         CT_TEST(half_closed_with_replies_that_come_late),
         CT_TEST(resets_in_the_middle_of_replies),
         CT_TEST(slow_frames_and_idle_connections_are_closed),
         CT_TEST(connections_in_use_are_not_idle),
         CT_TEST(short_frames_need_no_memory_to_be_sent),
-        CT_TEST(input_that_no_descriptor_tells_of_is_read),
-        CT_TEST(what_has_to_be_repeated_cannot_be_withdrawn),
-        CT_TEST(one_thread_at_a_time_is_in_it),
+        CT_TEST(input_buffered_in_the_transport_is_read),
+        CT_TEST(frames_offered_to_the_transport_cannot_be_withdrawn),
+        CT_TEST(a_half_duplex_transport_has_one_thread_at_a_time),
         CT_TEST(nobody_reads_while_another_thread_writes),
     };
     return CT_RUN(tests);

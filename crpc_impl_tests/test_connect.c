@@ -5,7 +5,8 @@
 #include "crpc_test.h"
 #include "crpc_net.h"
 
-/* A connection to itself is none: dialling a dead port of the ephemeral range can end in one. */
+/* The kernel may connect a socket to itself when a closed port of the ephemeral range is dialled;
+ * that must count as refused. */
 static void a_connection_to_itself_counts_as_refused(void **state)
 {
     int tries, fd, found = 0;

@@ -327,7 +327,7 @@ static void it_keeps_the_last_good_list(void **state)
         assert_string_equal(lines, "");
         assert_true(read_names(&f, "", false)); /* something was unreadable */
         expect_pushed(&r, "1 2 (stale) ");
-        assert_non_null(strstr(lines, "registry test://x: no provider of S is left"));
+        assert_non_null(strstr(lines, "registry test://x: no provider of S is listed"));
         lines[0] = '\0';
         assert_true(read_names(&f, "", false)); /* said once, pushed once */
         assert_true(age(&f));
@@ -345,7 +345,7 @@ static void it_keeps_the_last_good_list(void **state)
         assert_true(read_names(&f, "12", true));
         expect_pushed(&r, "1 2 ");
         assert_true(read_names(&f, "", false)); /* and again after it was good */
-        assert_non_null(strstr(lines, "no provider of S is left"));
+        assert_non_null(strstr(lines, "no provider of S is listed"));
         expect_pushed(&r, "1 2 (stale) ");
         crpci_loop_lock(f.loop);
         crpci_directory_remove(r.sub);
@@ -434,7 +434,7 @@ static void it_protects_after_a_wipe(void **state)
 }
 
 /* If all that had come back goes too, what is left is the last good list. */
-static void it_is_never_emptied_by_the_end_of_a_hold(void **state)
+static void the_end_of_protection_never_empties_a_list(void **state)
 {
     fixture f;
     reader r;
@@ -684,7 +684,7 @@ int main(void)
         CT_TEST(it_does_not_believe_an_unreadable_list),
         CT_TEST(it_protects_providers_that_come_back),
         CT_TEST(it_protects_after_a_wipe),
-        CT_TEST(it_is_never_emptied_by_the_end_of_a_hold),
+        CT_TEST(the_end_of_protection_never_empties_a_list),
         CT_TEST(it_gives_each_what_it_wants),
         CT_TEST(it_waits_for_a_first_list),
         CT_TEST(it_applies_overrides),

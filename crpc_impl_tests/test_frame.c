@@ -23,7 +23,7 @@ static void golden_header(void **state)
     assert_int_equal(meta, 0x21);
 }
 
-static void a_part_needs_more(void **state)
+static void a_partial_header_needs_more_bytes(void **state)
 {
     uint32_t body = 7, meta = 7;
     size_t n;
@@ -35,7 +35,7 @@ static void a_part_needs_more(void **state)
 }
 
 /* Another protocol is known by its first wrong byte: nobody waits for twelve. */
-static void other_protocols_are_seen_at_once(void **state)
+static void a_wrong_magic_is_seen_at_its_first_byte(void **state)
 {
     uint32_t body, meta;
     size_t n;
@@ -97,8 +97,8 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(golden_header),
-        CT_TEST(a_part_needs_more),
-        CT_TEST(other_protocols_are_seen_at_once),
+        CT_TEST(a_partial_header_needs_more_bytes),
+        CT_TEST(a_wrong_magic_is_seen_at_its_first_byte),
         CT_TEST(sizes),
         CT_TEST(random_headers),
     };

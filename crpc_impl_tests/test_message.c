@@ -624,7 +624,7 @@ static void over_the_limit_is_out_of_memory(void **state)
     crpci_heap_unref(h);
 }
 
-static void what_nanopb_refuses_is_said(void **state)
+static void encoding_errors_are_explained(void **state)
 {
     crpci_heap *h = heap_open(0);
     crpci_message_out o;
@@ -725,7 +725,7 @@ int main(void)
         CT_TEST(a_callback_runs_once),
         CT_TEST(growing_keeps_what_was_written),
         CT_TEST(over_the_limit_is_out_of_memory),
-        CT_TEST(what_nanopb_refuses_is_said),
+        CT_TEST(encoding_errors_are_explained),
         CT_TEST(out_of_memory_while_encoding),
         CT_TEST(varints_and_skipping),
     };

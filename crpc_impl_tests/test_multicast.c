@@ -160,7 +160,7 @@ static void say_text(const char *text)
 
 /* --- tests -------------------------------------------------------------------------------------- */
 
-static void it_finds_who_announces_itself(void **state)
+static void announced_providers_are_found(void **state)
 {
     side a, b, c;
     (void)state;
@@ -192,7 +192,7 @@ static void it_finds_who_announces_itself(void **state)
 }
 
 /* Who comes later asks, and is answered long before the next announcement. */
-static void it_is_answered_when_it_asks(void **state)
+static void providers_answer_a_subscribe(void **state)
 {
     side a, b;
     int i;
@@ -213,7 +213,7 @@ static void it_is_answered_when_it_asks(void **state)
     close_side(&b);
 }
 
-static void it_forgets_who_is_silent(void **state)
+static void silent_providers_expire(void **state)
 {
     side a, b, c;
     (void)state;
@@ -239,7 +239,7 @@ static void it_forgets_who_is_silent(void **state)
 }
 
 /* Nobody drives the consumer's loop for an hour: then nobody has gone by that. */
-static void it_works_on_a_loop_that_rests(void **state)
+static void a_loop_that_did_not_run_expires_nobody(void **state)
 {
     side a, b;
     int pushes;
@@ -347,8 +347,8 @@ static void it_reads_anything_safely(void **state)
     close_side(&b);
 }
 
-/* A flood of invented providers costs no more than the bound, and those that are known stay. */
-static void it_is_bounded(void **state)
+/* A flood of invented providers is bounded, and does not push out known ones. */
+static void the_number_of_providers_is_bounded(void **state)
 {
     crpci_multicast *r;
     char text[CRPCI_MULTICAST_SIZE + 1];
@@ -400,7 +400,7 @@ static void it_takes_the_newest_of_an_address(void **state)
     close_side(&b);
 }
 
-static void it_believes_a_ttl_within_reason(void **state)
+static void a_ttl_is_clamped(void **state)
 {
     (void)state;
     assert_true(crpci_multicast_ttl("crpc://x?a=b") == 15000000);
@@ -410,8 +410,8 @@ static void it_believes_a_ttl_within_reason(void **state)
     assert_true(crpci_multicast_ttl("crpc://x?a=b&ttl=99999999999999999999") == 600000000);
 }
 
-/* However often it is asked, it announces itself twice a second at the most. */
-static void it_is_no_amplifier(void **state)
+/* However often consumers ask, a provider announces itself at most twice a second. */
+static void questions_are_not_amplified(void **state)
 {
     side a, b;
     uint32_t heard = 0;
@@ -588,16 +588,16 @@ static void it_survives_want_of_memory(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(it_finds_who_announces_itself),
-        CT_TEST(it_is_answered_when_it_asks),
-        CT_TEST(it_forgets_who_is_silent),
-        CT_TEST(it_works_on_a_loop_that_rests),
+        CT_TEST(announced_providers_are_found),
+        CT_TEST(providers_answer_a_subscribe),
+        CT_TEST(silent_providers_expire),
+        CT_TEST(a_loop_that_did_not_run_expires_nobody),
         CT_TEST(it_ignores_nonsense),
         CT_TEST(it_reads_anything_safely),
-        CT_TEST(it_is_bounded),
+        CT_TEST(the_number_of_providers_is_bounded),
         CT_TEST(it_takes_the_newest_of_an_address),
-        CT_TEST(it_believes_a_ttl_within_reason),
-        CT_TEST(it_is_no_amplifier),
+        CT_TEST(a_ttl_is_clamped),
+        CT_TEST(questions_are_not_amplified),
         CT_TEST(it_may_be_closed_in_its_callbacks),
         CT_TEST(it_refuses_what_cannot_be),
         CT_TEST(it_serves_channels),

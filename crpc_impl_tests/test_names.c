@@ -102,7 +102,7 @@ static void it_leaves_out_what_is_empty(void **state)
                              "&warmup=60000&weight=0");
 }
 
-static void it_measures_what_does_not_fit(void **state)
+static void the_length_of_a_url_that_does_not_fit_is_known(void **state)
 {
     crpci_names_service r = golden_registration();
     char full[512];
@@ -204,7 +204,7 @@ static void it_has_defaults(void **state)
     ct_guard_free(g);
 }
 
-static void it_refuses_what_is_no_provider(void **state)
+static void names_that_are_not_providers_are_refused(void **state)
 {
     static const char *const bad[] = {
         "",
@@ -432,12 +432,12 @@ int main(void)
         CT_TEST(it_names_a_node_as_dubbo_would),
         CT_TEST(it_names_a_consumer_as_dubbo_would),
         CT_TEST(it_leaves_out_what_is_empty),
-        CT_TEST(it_measures_what_does_not_fit),
+        CT_TEST(the_length_of_a_url_that_does_not_fit_is_known),
         CT_TEST(it_reads_what_it_writes),
         CT_TEST(it_carries_any_character),
         CT_TEST(it_reads_dubbos_own),
         CT_TEST(it_has_defaults),
-        CT_TEST(it_refuses_what_is_no_provider),
+        CT_TEST(names_that_are_not_providers_are_refused),
         CT_TEST(it_reads_cut_and_changed_names_safely),
         CT_TEST(it_matches_groups_and_versions),
         CT_TEST(it_overrides_what_it_fits),

@@ -13,7 +13,7 @@ static crpc_loop *loop_of_test(void)
     return loop;
 }
 
-static void it_knows_no_other_scheme(void **state)
+static void unknown_schemes_are_refused(void **state)
 {
     static const char *const others[] = {"etcd://10.0.0.1:1/x", "tcp://10.0.0.1:1", "Zookeeper://h"};
     crpc_loop *loop = loop_of_test();
@@ -203,7 +203,7 @@ static void it_opens_in_want_of_memory(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(it_knows_no_other_scheme),
+        CT_TEST(unknown_schemes_are_refused),
         CT_TEST(its_table_is_complete),
         CT_TEST(it_reads_what_a_channel_wants),
         CT_TEST(it_checks_a_servers_url),

@@ -88,7 +88,7 @@ static void it_says_that_nothing_was_sent(void **state)
     crpc_loop_close(loop);
 }
 
-static void it_ends_what_is_pending_once(void **state)
+static void each_pending_operation_ends_once(void **state)
 {
     crpc_loop *loop = nowhere_loop(NULL);
     crpc_registry *r;
@@ -113,7 +113,7 @@ int main(void)
     static const struct CMUnitTest tests[] = {
         CT_TEST(it_refuses_bad_operations),
         CT_TEST(it_says_that_nothing_was_sent),
-        CT_TEST(it_ends_what_is_pending_once),
+        CT_TEST(each_pending_operation_ends_once),
     };
     return CT_RUN(tests);
 }

@@ -202,7 +202,7 @@ static void it_takes_a_new_place_in_a_new_session(void **state)
 }
 
 /* Whoever only tries does not wait. */
-static void it_gives_up_when_it_only_tries(void **state)
+static void an_attempt_without_waiting_fails_on_a_held_lock(void **state)
 {
     fixture f;
     (void)state;
@@ -256,7 +256,7 @@ int main(void)
         CT_TEST(it_tells_each_attempt_once),
         CT_TEST(it_holds_only_with_a_lease),
         CT_TEST(it_takes_a_new_place_in_a_new_session),
-        CT_TEST(it_gives_up_when_it_only_tries),
+        CT_TEST(an_attempt_without_waiting_fails_on_a_held_lock),
     };
     return CT_RUN(tests);
 }

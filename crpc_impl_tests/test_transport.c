@@ -95,8 +95,8 @@ static void on_pipe(int number)
     pipes++;
 }
 
-/* A peer that has gone is an error code, and no signal: a library has no business with those. */
-static void a_gone_peer_is_no_signal(void **state)
+/* Writing to a peer that has closed gives an error code: a library must not raise SIGPIPE. */
+static void writing_to_a_closed_peer_raises_no_signal(void **state)
 {
     struct sigaction action, before;
     char text[] = "text";
@@ -118,7 +118,7 @@ static void a_gone_peer_is_no_signal(void **state)
     sigaction(SIGPIPE, &before, NULL);
 }
 
-static void a_socket_hides_nothing(void **state)
+static void a_socket_buffers_no_input(void **state)
 {
     int fds[2];
     (void)state;
@@ -143,8 +143,8 @@ int main(void)
         CT_TEST(gathers_and_scatters),
         CT_TEST(would_block),
         CT_TEST(end_of_file_is_zero),
-        CT_TEST(a_gone_peer_is_no_signal),
-        CT_TEST(a_socket_hides_nothing),
+        CT_TEST(writing_to_a_closed_peer_raises_no_signal),
+        CT_TEST(a_socket_buffers_no_input),
     };
     return CT_RUN(tests);
 }

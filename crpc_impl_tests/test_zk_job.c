@@ -1,9 +1,9 @@
-/* Requests to ZooKeeper: what an answer means, what follows when none comes. */
+/* Requests to ZooKeeper: answers, and requests that get none. */
 #define CRPC_IMPLEMENTATION
 #include "../crpc.h"
 #include "crpc_test.h"
 
-/* A session that nobody began, and a job on it that notes what it is told. */
+/* A session without a server, and a job on it that records its events. */
 typedef struct fixture {
     crpc_loop *loop;
     crpci_zk_session s;
@@ -79,7 +79,7 @@ static void answer(fixture *f, crpci_zk_verb verb, const char *path, int rc)
 }
 
 /* What only reads is asked again when no answer came; of a write the job has to find out. */
-static void it_repeats_what_changes_nothing(void **state)
+static void reads_without_an_answer_are_repeated(void **state)
 {
     fixture f;
     (void)state;
@@ -97,7 +97,7 @@ static void it_repeats_what_changes_nothing(void **state)
 }
 
 /* A missing directory is made on the way, without the job's knowing. */
-static void it_makes_what_is_missing_above(void **state)
+static void missing_parents_are_created(void **state)
 {
     fixture f;
     (void)state;
@@ -122,7 +122,7 @@ static void it_makes_what_is_missing_above(void **state)
 }
 
 /* The end of the session leaves a write in doubt, and a read to be asked again. */
-static void it_is_told_of_the_end_of_a_session(void **state)
+static void jobs_hear_of_the_end_of_a_session(void **state)
 {
     crpci_zk_request *q;
     crpci_zk_order o;
@@ -145,7 +145,7 @@ static void it_is_told_of_the_end_of_a_session(void **state)
     end(&f);
 }
 
-static void it_waits_with_jitter_and_bounds(void **state)
+static void waits_are_random_and_bounded(void **state)
 {
     int64_t low = INT64_MAX, high = 0;
     fixture f;
@@ -206,7 +206,7 @@ static void it_makes_directories_from_below(void **state)
     make("/a/b/c", 3, false);
 }
 
-static void it_tells_lost_from_refused(void **state)
+static void codes_that_leave_the_outcome_open(void **state)
 {
     static const int lost[] = {ZCONNECTIONLOSS, ZOPERATIONTIMEOUT,     ZSESSIONEXPIRED,
                                ZINVALIDSTATE,   ZCLOSING,              ZSESSIONMOVED,
@@ -227,12 +227,12 @@ static void it_tells_lost_from_refused(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(it_repeats_what_changes_nothing),
-        CT_TEST(it_makes_what_is_missing_above),
-        CT_TEST(it_is_told_of_the_end_of_a_session),
-        CT_TEST(it_waits_with_jitter_and_bounds),
+        CT_TEST(reads_without_an_answer_are_repeated),
+        CT_TEST(missing_parents_are_created),
+        CT_TEST(jobs_hear_of_the_end_of_a_session),
+        CT_TEST(waits_are_random_and_bounded),
         CT_TEST(it_makes_directories_from_below),
-        CT_TEST(it_tells_lost_from_refused),
+        CT_TEST(codes_that_leave_the_outcome_open),
     };
     return CT_RUN(tests);
 }

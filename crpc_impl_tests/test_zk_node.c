@@ -5,7 +5,7 @@
 
 /* --- paths and numbers -------------------------------------------------------------------------- */
 
-static void it_takes_roots_that_zookeeper_takes(void **state)
+static void roots_must_be_valid_paths(void **state)
 {
     static const struct {
         const char *path, *root;
@@ -30,7 +30,7 @@ static void it_takes_roots_that_zookeeper_takes(void **state)
     crpci_heap_unref(h);
 }
 
-static void it_orders_numbers_round_the_end(void **state)
+static void sequence_numbers_may_wrap(void **state)
 {
     static const int32_t in_order[] = {INT32_MAX - 1, INT32_MAX, INT32_MIN, INT32_MIN + 1};
     size_t i, k;
@@ -226,8 +226,8 @@ static void it_makes_and_keeps_a_node(void **state)
     end(&f);
 }
 
-/* A process that died left its node; it would vanish with that one's session. */
-static void it_takes_over_what_another_session_left(void **state)
+/* A process that died has left its node, which will vanish with that session. */
+static void a_node_of_another_session_is_replaced(void **state)
 {
     fixture f;
     int i;
@@ -249,8 +249,8 @@ static void it_takes_over_what_another_session_left(void **state)
     end(&f);
 }
 
-/* The create is sent again; if it had been carried out the node is found to be there. */
-static void it_is_sure_after_a_doubtful_create(void **state)
+/* The create is sent again; if the first one was executed, the answer is "exists". */
+static void a_create_without_an_answer_is_repeated(void **state)
 {
     fixture f;
     (void)state;
@@ -264,8 +264,8 @@ static void it_is_sure_after_a_doubtful_create(void **state)
     end(&f);
 }
 
-/* Not wanted any more before it was known whether it was made: it goes all the same. */
-static void it_leaves_nothing_after_a_doubtful_create(void **state)
+/* Withdrawn before the create was answered: a node that it made is removed all the same. */
+static void an_unwanted_node_of_a_lost_create_is_removed(void **state)
 {
     fixture f;
     (void)state;
@@ -325,7 +325,7 @@ static void it_finds_its_node_by_the_id(void **state)
     end(&f);
 }
 
-static void it_begins_anew_with_the_session(void **state)
+static void a_new_session_makes_a_new_node(void **state)
 {
     fixture f;
     (void)state;
@@ -357,7 +357,7 @@ static void it_begins_anew_with_the_session(void **state)
 }
 
 /* The address has changed: the node of the old one goes before there is one of the new. */
-static void it_moves(void **state)
+static void a_changed_address_makes_a_new_node(void **state)
 {
     fixture f;
     (void)state;
@@ -377,7 +377,7 @@ static void it_moves(void **state)
 
 /* What a new connection does not cure is tried again, ever more rarely; and not for ever, when all
  * that is left to do is to remove a node. */
-static void it_tries_on_after_a_refusal(void **state)
+static void a_refused_create_is_retried(void **state)
 {
     crpci_zk_order o;
     fixture f;
@@ -421,7 +421,7 @@ static void value(fixture *f, crpci_zk_verb verb, int rc)
     answer(sent(f, &f->watch.job, verb, "/p"), rc, NULL, NULL, &names);
 }
 
-static void it_reads_again_after_each_change(void **state)
+static void each_change_is_read(void **state)
 {
     fixture f;
     (void)state;
@@ -452,7 +452,7 @@ static void it_reads_again_after_each_change(void **state)
     end(&f);
 }
 
-static void it_waits_for_what_is_missing(void **state)
+static void a_missing_node_is_watched_for_its_creation(void **state)
 {
     fixture f;
     (void)state;
@@ -476,7 +476,7 @@ static void it_waits_for_what_is_missing(void **state)
     end(&f);
 }
 
-static void it_tells_an_end_once(void **state)
+static void the_end_of_a_node_is_reported_once(void **state)
 {
     fixture f;
     (void)state;
@@ -505,19 +505,19 @@ static void it_tells_an_end_once(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(it_takes_roots_that_zookeeper_takes),
-        CT_TEST(it_orders_numbers_round_the_end),
+        CT_TEST(roots_must_be_valid_paths),
+        CT_TEST(sequence_numbers_may_wrap),
         CT_TEST(it_makes_and_keeps_a_node),
-        CT_TEST(it_takes_over_what_another_session_left),
-        CT_TEST(it_is_sure_after_a_doubtful_create),
-        CT_TEST(it_leaves_nothing_after_a_doubtful_create),
+        CT_TEST(a_node_of_another_session_is_replaced),
+        CT_TEST(a_create_without_an_answer_is_repeated),
+        CT_TEST(an_unwanted_node_of_a_lost_create_is_removed),
         CT_TEST(it_finds_its_node_by_the_id),
-        CT_TEST(it_begins_anew_with_the_session),
-        CT_TEST(it_moves),
-        CT_TEST(it_tries_on_after_a_refusal),
-        CT_TEST(it_reads_again_after_each_change),
-        CT_TEST(it_waits_for_what_is_missing),
-        CT_TEST(it_tells_an_end_once),
+        CT_TEST(a_new_session_makes_a_new_node),
+        CT_TEST(a_changed_address_makes_a_new_node),
+        CT_TEST(a_refused_create_is_retried),
+        CT_TEST(each_change_is_read),
+        CT_TEST(a_missing_node_is_watched_for_its_creation),
+        CT_TEST(the_end_of_a_node_is_reported_once),
     };
     return CT_RUN(tests);
 }

@@ -38,7 +38,7 @@ static crpc_loop *loop_with(const crpc_hooks *hooks)
     return crpc_loop_open(&loop, &o) ? NULL : loop;
 }
 
-/* A session that was not begun. */
+/* A session without a handle. */
 static int session(crpc_loop *loop, const char *authority, crpci_zk_session **s)
 {
     crpci_zk_pool_options o;
@@ -47,7 +47,7 @@ static int session(crpc_loop *loop, const char *authority, crpci_zk_session **s)
     return crpci_zk_pool_new(loop, authority, &o, s, NULL);
 }
 
-static void it_waits_before_it_comes_back(void **state)
+static void the_wait_before_a_new_handle_is_random(void **state)
 {
     int64_t low = INT64_MAX, high = 0;
     crpc_loop *loop = loop_with(NULL);
@@ -83,9 +83,9 @@ static int64_t client_clock(void *user)
     return clock_of_client;
 }
 
-/* 500 devices with one image lose their sessions when a registry is started anew. All they differ in
- * is some microseconds of the time since they were switched on. */
-static void it_spreads_a_fleet(void **state)
+/* 500 devices with the same image lose their sessions when a registry restarts. Their clocks differ
+ * by a few microseconds only. */
+static void a_fleet_spreads_its_reconnects(void **state)
 {
     crpc_hooks hooks = ct_hooks();
     int bucket[20], i, most = 0;
@@ -156,8 +156,8 @@ static void users_with_equal_options_share_a_session(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(it_waits_before_it_comes_back),
-        CT_TEST(it_spreads_a_fleet),
+        CT_TEST(the_wait_before_a_new_handle_is_random),
+        CT_TEST(a_fleet_spreads_its_reconnects),
         CT_TEST(users_with_equal_options_share_a_session),
     };
     return CT_RUN(tests);

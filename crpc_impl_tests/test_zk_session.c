@@ -38,7 +38,7 @@ static crpc_loop *loop_with(const crpc_hooks *hooks)
     return crpc_loop_open(&loop, &o) ? NULL : loop;
 }
 
-/* A session that was not begun. */
+/* A session without a handle. */
 static int session(crpc_loop *loop, const char *authority, crpci_zk_session **s)
 {
     crpci_zk_pool_options o;
@@ -55,8 +55,8 @@ static int64_t client_clock(void *user)
     return clock_of_client;
 }
 
-/* What was read is out of date once the loss has lasted as long as a session, and that is told once. */
-static void it_grows_old(void **state)
+/* Lists become stale when the loss has lasted as long as a session; that is reported once. */
+static void lists_become_stale_after_a_session_timeout(void **state)
 {
     crpc_hooks hooks = ct_hooks();
     crpci_zk_session *s;
@@ -80,8 +80,8 @@ static void it_grows_old(void **state)
     crpc_loop_close(loop);
 }
 
-/* What a server that is none makes of the session's timeout is not believed. */
-static void it_takes_only_what_a_zookeeper_grants(void **state)
+/* A peer that is not ZooKeeper grants an absurd session timeout. */
+static void a_peer_that_is_not_zookeeper_is_recognised(void **state)
 {
     crpc_loop *loop = loop_with(NULL);
     crpci_zk_session *s;
@@ -104,8 +104,8 @@ static void it_takes_only_what_a_zookeeper_grants(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        CT_TEST(it_grows_old),
-        CT_TEST(it_takes_only_what_a_zookeeper_grants),
+        CT_TEST(lists_become_stale_after_a_session_timeout),
+        CT_TEST(a_peer_that_is_not_zookeeper_is_recognised),
     };
     return CT_RUN(tests);
 }
