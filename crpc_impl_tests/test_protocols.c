@@ -60,7 +60,7 @@ static void line_read(const crpci_conn *c, crpc_view head, crpci_message *m)
 {
     const char *p = crpc_view_data(head), *stop, *slash;
     memset(m, 0, sizeof *m);
-    m->kind = crpci_conn_kind(c);
+    m->kind = crpci_receive_kind(c);
     m->fields = head;
     m->has_fields = true;
     m->timeout_ms = (int32_t)line_number(head, "d:");

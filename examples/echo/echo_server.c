@@ -77,7 +77,7 @@ static int listen_on_all(crpc_server *server, char **urls, int count)
 /* Prints the real addresses: with port 0 the system has chosen a port. */
 static void print_listeners(crpc_server *server)
 {
-    char url[CRPC_ADDRESS_MAX];
+    char url[CRPC_ADDRESS_MAX + 8];
     size_t i;
 
     for (i = 0; crpc_server_address(server, i, url, sizeof url) == CRPC_OK; i++) {

@@ -171,7 +171,7 @@ static int open_server(program *p, crpc_error *error)
 static int open_channel(program *p, crpc_error *error)
 {
     crpc_channel_options options = CRPC_INIT;
-    char url[CRPC_ADDRESS_MAX];
+    char url[CRPC_ADDRESS_MAX + 8];
     int status = crpc_server_address(p->server, 0, url, sizeof url);
 
     options.loop = p->loop;

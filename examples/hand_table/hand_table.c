@@ -169,7 +169,7 @@ static int call_server(const char *url)
 int main(void)
 {
     crpc_server *server = NULL;
-    char url[CRPC_ADDRESS_MAX];
+    char url[CRPC_ADDRESS_MAX + 8];
     int status = start_server(&server, url, sizeof url);
 
     if (status == CRPC_OK) {

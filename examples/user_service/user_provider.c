@@ -232,7 +232,7 @@ static int add_services(crpc_server *server, provider *p)
 static int serve(crpc_server *server, provider *p)
 {
     crpc_error error = CRPC_INIT;
-    char url[CRPC_ADDRESS_MAX];
+    char url[CRPC_ADDRESS_MAX + 8];
     int status;
 
     p->loop = crpc_server_loop(server);
