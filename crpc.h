@@ -614,9 +614,9 @@
  *     reactor     sock resolver transport poller wake timer           one mutex a loop, one driver
  *                 loop watch user drive
  *     policy      limiter breaker balance                             pure: no sockets, no clock
- *     wire        conn baidu protocols                                bytes to messages and back
+ *     wire        conn receive connect baidu protocols                bytes to messages and back
  *     directory   names cache directory file multicast zk_servers     live lists of providers
- *                 zk_job zk_session zk_node zk_directory open
+ *                 zk_job zk_session zk_pool zk_node zk_directory open
  *     agreement   agreement operations config queue registry          on a ZooKeeper session
  *     client      request reply endpoint providers attempt cluster channel opening
  *     server      service worker order replay quota context guard intake listener enrolment
