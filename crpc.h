@@ -133,8 +133,8 @@
  *     >>impl-limiter       token buckets, retry budgets, adaptive concurrency limits
  *     >>impl-breaker       a provider that fails gets no calls, then a probe, then more
  *     >>impl-balance       balancers: which provider of a list a call goes to
- *     >>impl-conn          one connection: its state, queueing and sending, closing
- *     >>impl-receive       messages out of a connection: buffers, parsing, limits
+ *     >>impl-conn          one connection: its state and descriptor, queueing and sending, closing
+ *     >>impl-receive       messages out of a connection: buffers, parsing, bodies over max_body
  *     >>impl-connect       sockets become connections: dialled, accepted; their events
  *     >>impl-baidu         brpc's protocol baidu_std: RpcMeta to messages and back
  *     >>impl-protocols     the table of wire protocols
@@ -157,7 +157,7 @@
  *     >>impl-registry      opening and closing a session that programs use
  *     >>impl-request       a method as a channel knows it, and an encoded request
  *     >>impl-reply         a reply: kept, decoded, handed to the caller
- *     >>impl-endpoint      one provider: its connection and the attempts on it
+ *     >>impl-endpoint      one provider: dialling it, backoff, and the attempts on its connection
  *     >>impl-providers     the providers of a channel, and the choice among them
  *     >>impl-attempt       a pending call: one attempt after another, and its end
  *     >>impl-cluster       several attempts at a time, and tries in the background
@@ -173,7 +173,7 @@
  *     >>impl-intake        what a server's connections bring: taken in, or refused
  *     >>impl-listener      sockets that accept, and who gets the new connections
  *     >>impl-enrolment     the services of a server in a registry
- *     >>impl-lifecycle     opening a server, starting, draining, closing
+ *     >>impl-lifecycle     a server's options; opening a server, starting, draining, closing
  *
  * BUILD AND OPTIONS
  *
@@ -3481,7 +3481,7 @@ typedef struct crpci_option {
     const char *name;  /* as users spell it */
     const char *words; /* NULL: a number; else names separated by commas, the first means 1 */
     uint16_t offset;   /* in the options struct */
-    uint8_t size;      /* of the member: that of int or int64_t, or of a pointer */
+    uint8_t size;      /* of the member in bytes: of an int, an int64_t or a pointer */
     uint8_t flags;     /* CRPCI_OPTION_* */
     int32_t zero;      /* the value that 0 stands for: the default */
     int32_t none;      /* the value that -1 stands for: "no limit", "never" */
@@ -5775,7 +5775,7 @@ struct crpc_loop {
     crpci_loop_thread_state thread_state;
     crpci_loop_end end;
     bool kicked;        /* the wake descriptor is readable, or the driver is about to drain it */
-    bool skip_sleep;    /* what the driver waits for came about in the step that is under way */
+    bool skip_sleep;    /* the driver's own wait ended during this step: do not sleep */
     bool step_user;     /* the step that is under way runs user code */
     int64_t wake_at;    /* when the driver will wake by itself */
     int64_t foreign_at; /* when the foreign loop will */
@@ -5856,7 +5856,7 @@ CRPCI_FN void crpci_loop_unshare(crpc_loop *l, crpci_chunk *c)
         crpci_heap_chunk_unref(c);
 }
 
-/* Whether no message points into the receive buffer any more. */
+/* Whether the loop alone still refers to its receive buffer: no message points into it. */
 CRPCI_FN bool crpci_loop_spare_alone(const crpc_loop *l)
 {
     return crpci_thread_load(&l->spare->refs) == 1 + l->spare_refs;
@@ -7411,9 +7411,9 @@ CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options 
            (slows && slows * 100 >= calls * (uint64_t)o->slow_percent);
 }
 
-/* A call that began has ended; latency_us is the time since then. True: the breaker has just
- * opened, also because its probe failed. The caller limits how many providers are taken out at a
- * time, and calls crpci_breaker_reset for one too many. */
+/* Counts the end of a call, which took latency_us. True: the breaker has just opened, perhaps
+ * because a probe failed. If the caller has taken out as many providers as it may, it closes this
+ * breaker again with crpci_breaker_reset. */
 CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o,
                                 crpci_outcome outcome, int64_t latency_us, int64_t now_us,
                                 uint32_t random)
@@ -7496,7 +7496,7 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
 enum {
     CRPCI_BALANCE_SUMS = 1,   /* sums of weights */
     CRPCI_BALANCE_TURNS = 2,  /* the heap of turns */
-    CRPCI_BALANCE_ACTIVE = 4, /* its order also depends on the calls in flight */
+    CRPCI_BALANCE_ACTIVE = 4, /* the heap is ordered by calls in flight first */
     CRPCI_BALANCE_RING = 8,   /* the ring; each call must have a key */
     CRPCI_BALANCE_LATENCY = 16 /* each call's latency */
 };
@@ -8304,7 +8304,7 @@ CRPCI_FN void crpci_balance_end(crpci_balance *b, size_t i, bool ok, int64_t lat
 }
 
 /* ======================================================================== */
-/* >>impl-conn   one connection: its state, queueing and sending, closing  */
+/* >>impl-conn   one connection: its state and descriptor, queueing and sending, closing */
 /* ======================================================================== */
 
 /* A crpci_conn is one connection, dialled by a channel or accepted by a server. It owns the
@@ -8959,7 +8959,7 @@ CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
 }
 
 /* ======================================================================== */
-/* >>impl-receive   messages out of a connection: buffers, parsing, limits */
+/* >>impl-receive   messages out of a connection: buffers, parsing, bodies over max_body */
 /* ======================================================================== */
 
 /* Reads a connection's socket, collects messages that arrive in parts, and feeds the protocol,
@@ -10797,8 +10797,8 @@ CRPCI_FN void crpci_directory_unref(crpci_directory *d)
     d->free(d);
 }
 
-/* Adds a subscriber whose block has `size` bytes, zero behind the subscriber. NULL: out of
- * memory. */
+/* Adds a subscriber, which stands at the start of a block of `size` bytes; the rest of the block
+ * is zero. NULL: out of memory. */
 CRPCI_FN crpci_subscriber *crpci_directory_add(crpci_directory *d, size_t size,
                                                const crpci_names_service *want,
                                                crpci_directory_push_fn push, void *user)
@@ -14317,7 +14317,7 @@ struct crpci_zk_own {
     const char *data; /* the node's content; the owner's memory */
     int size;
     int64_t check_us; /* between two checks */
-    char *path;       /* of a node that may exist; NULL: none */
+    char *path;       /* of the node, once it may exist; NULL: none does */
     /* sequential: name without number, while a create may have made it; or NULL */
     char *prefix;
     unsigned failures;
@@ -14461,8 +14461,8 @@ CRPCI_FN void crpci_zk_node_own_made(crpci_zk_own *own, int64_t sent_us, const c
     crpci_zk_node_own_mine(own, sent_us, NULL);
 }
 
-/* The directory was listed for nodes with the prefix, which creates without an answer may have
- * made. The earliest one is kept, a later one is removed. */
+/* Each create whose answer was lost may have made a node, so there may be several. The directory
+ * has been listed: keeps the earliest node with this prefix and removes a later one. */
 CRPCI_FN void crpci_zk_node_own_found(crpci_zk_own *own, int64_t sent_us, const crpci_zk_answer *a)
 {
     const char *base = strrchr(own->prefix, '/') + 1, *first = NULL, *later = NULL;
@@ -14948,7 +14948,7 @@ CRPCI_FN void crpci_zk_directory_sweep_event(crpci_zk_job *job, crpci_zk_event e
 
 /* --- registrations ---------------------------------------------------------------------------- */
 
-/* Drops a reference, that of a job or of the list. */
+/* Drops a reference to a registration: its two jobs and the list of registrations hold one each. */
 CRPCI_FN void crpci_zk_directory_unref(void *registration)
 {
     crpci_zk_registration *reg = (crpci_zk_registration *)registration;
@@ -17392,7 +17392,7 @@ CRPCI_FN void crpci_request_inherit(const crpc_call *call, crpci_request *r)
         r->log_id = r->log_id ? r->log_id : from->log_id;
         r->trace_id = from->trace_id;
         r->parent_span_id = from->span_id;
-        r->span_id = from->span_id + 1; /* unique enough until spans are recorded */
+        r->span_id = from->span_id + 1; /* all calls made for one request share it */
     }
 }
 
@@ -17757,7 +17757,7 @@ CRPCI_FN void crpci_reply_release(crpci_reply *r, crpc_call *call)
 #endif /* CRPC_ENABLE_CLIENT */
 
 /* ======================================================================== */
-/* >>impl-endpoint   one provider: its connection and the attempts on it    */
+/* >>impl-endpoint   one provider: dialling it, backoff, and the attempts on its connection */
 /* ======================================================================== */
 
 /* An endpoint dials a provider, backs off, and matches replies with attempts. It belongs to a loop:
@@ -21454,8 +21454,8 @@ CRPCI_FN uint64_t crpci_replay_hash(const void *method, crpc_view id)
                              (uint64_t)(uintptr_t)method);
 }
 
-/* The entry of the request of a method with an id, of at most CRPCI_REPLAY_ID_MAX bytes. NULL: the
- * request is new, or its entry has expired. */
+/* Finds the entry of a request by its method and its id, which has at most CRPCI_REPLAY_ID_MAX
+ * bytes. NULL: the request is new, or its entry has expired. */
 CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *method, crpc_view id,
                                                int64_t now)
 {
@@ -23483,8 +23483,8 @@ CRPCI_COLD void crpci_enrolment_method_names(const crpc_service *table, char *ou
             (size_t)snprintf(out + used, size - used, "%s%s", i ? "," : "", table->methods[i].name);
 }
 
-/* Opens the registry and registers every service. Does not wait for the registry: a service is
- * registered as soon as it can be reached. */
+/* Opens the registry and enters every service in it. Does not wait: while the registry cannot be
+ * reached, the registrations stay queued. */
 CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
 {
     const size_t room = 1024; /* for the names of a service's methods */
@@ -23573,7 +23573,7 @@ CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
 #endif /* CRPCI_DIRECTORY */
 
 /* ======================================================================== */
-/* >>impl-lifecycle   opening a server, starting, draining, closing         */
+/* >>impl-lifecycle   a server's options; opening a server, starting, draining, closing */
 /* ======================================================================== */
 
 /* Stopping goes in steps: the services leave the registry (LAME, lame_ms); listeners close and new
