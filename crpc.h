@@ -133,8 +133,8 @@
  *     >>impl-limiter       token buckets, retry budgets, adaptive concurrency limits
  *     >>impl-breaker       a provider that fails gets no calls, then a probe, then more
  *     >>impl-balance       balancers: which provider of a list a call goes to
- *     >>impl-conn          one connection: its state, queueing and sending, closing
- *     >>impl-receive       messages out of a connection: buffers, parsing, limits
+ *     >>impl-conn          one connection: its state and descriptor, queueing and sending, closing
+ *     >>impl-receive       messages out of a connection: buffers, parsing, bodies over max_body
  *     >>impl-connect       sockets become connections: dialled, accepted; their events
  *     >>impl-baidu         brpc's protocol baidu_std: RpcMeta to messages and back
  *     >>impl-protocols     the table of wire protocols
@@ -157,7 +157,7 @@
  *     >>impl-registry      opening and closing a session that programs use
  *     >>impl-request       a method as a channel knows it, and an encoded request
  *     >>impl-reply         a reply: kept, decoded, handed to the caller
- *     >>impl-endpoint      one provider: its connection and the attempts on it
+ *     >>impl-endpoint      one provider: dialling it, backoff, and the attempts on its connection
  *     >>impl-providers     the providers of a channel, and the choice among them
  *     >>impl-attempt       a pending call: one attempt after another, and its end
  *     >>impl-cluster       several attempts at a time, and tries in the background
@@ -173,7 +173,7 @@
  *     >>impl-intake        what a server's connections bring: taken in, or refused
  *     >>impl-listener      sockets that accept, and who gets the new connections
  *     >>impl-enrolment     the services of a server in a registry
- *     >>impl-lifecycle     opening a server, starting, draining, closing
+ *     >>impl-lifecycle     a server's options; opening a server, starting, draining, closing
  *
  * BUILD AND OPTIONS
  *
@@ -3481,7 +3481,7 @@ typedef struct crpci_option {
     const char *name;  /* as users spell it */
     const char *words; /* NULL: a number; else names separated by commas, the first means 1 */
     uint16_t offset;   /* in the options struct */
-    uint8_t size;      /* of the member: that of int or int64_t, or of a pointer */
+    uint8_t size;      /* of the member in bytes: of an int, an int64_t or a pointer */
     uint8_t flags;     /* CRPCI_OPTION_* */
     int32_t zero;      /* the value that 0 stands for: the default */
     int32_t none;      /* the value that -1 stands for: "no limit", "never" */
@@ -5055,7 +5055,8 @@ CRPCI_COLD int crpci_resolver_system(const char *host, char *out, size_t size)
     freeaddrinfo(list);
     if (*out)
         return CRPC_OK;
-    crpci_status_format(out, size, "getaddrinfo gave no address that can be used");
+    crpci_status_format(out, size,
+                        "getaddrinfo: no IPv4 or IPv6 address (link-local ones do not count)");
     return CRPC_ERESOLVE;
 }
 #endif
@@ -5775,7 +5776,7 @@ struct crpc_loop {
     crpci_loop_thread_state thread_state;
     crpci_loop_end end;
     bool kicked;        /* the wake descriptor is readable, or the driver is about to drain it */
-    bool skip_sleep;    /* what the driver waits for came about in the step that is under way */
+    bool skip_sleep;    /* the driver's own wait ended during this step: do not sleep */
     bool step_user;     /* the step that is under way runs user code */
     int64_t wake_at;    /* when the driver will wake by itself */
     int64_t foreign_at; /* when the foreign loop will */
@@ -5856,7 +5857,7 @@ CRPCI_FN void crpci_loop_unshare(crpc_loop *l, crpci_chunk *c)
         crpci_heap_chunk_unref(c);
 }
 
-/* Whether no message points into the receive buffer any more. */
+/* Whether the loop alone still refers to its receive buffer: no message points into it. */
 CRPCI_FN bool crpci_loop_spare_alone(const crpc_loop *l)
 {
     return crpci_thread_load(&l->spare->refs) == 1 + l->spare_refs;
@@ -7411,9 +7412,9 @@ CRPCI_FN bool crpci_breaker_count(crpci_breaker *b, const crpci_breaker_options 
            (slows && slows * 100 >= calls * (uint64_t)o->slow_percent);
 }
 
-/* A call that began has ended; latency_us is the time since then. True: the breaker has just
- * opened, also because its probe failed. The caller limits how many providers are taken out at a
- * time, and calls crpci_breaker_reset for one too many. */
+/* Counts the end of a call, which took latency_us. True: the breaker has just opened, perhaps
+ * because a probe failed. If the caller has taken out as many providers as it may, it closes this
+ * breaker again with crpci_breaker_reset. */
 CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o,
                                 crpci_outcome outcome, int64_t latency_us, int64_t now_us,
                                 uint32_t random)
@@ -7496,7 +7497,7 @@ CRPCI_FN bool crpci_breaker_end(crpci_breaker *b, const crpci_breaker_options *o
 enum {
     CRPCI_BALANCE_SUMS = 1,   /* sums of weights */
     CRPCI_BALANCE_TURNS = 2,  /* the heap of turns */
-    CRPCI_BALANCE_ACTIVE = 4, /* its order also depends on the calls in flight */
+    CRPCI_BALANCE_ACTIVE = 4, /* the heap is ordered by calls in flight first */
     CRPCI_BALANCE_RING = 8,   /* the ring; each call must have a key */
     CRPCI_BALANCE_LATENCY = 16 /* each call's latency */
 };
@@ -8304,7 +8305,7 @@ CRPCI_FN void crpci_balance_end(crpci_balance *b, size_t i, bool ok, int64_t lat
 }
 
 /* ======================================================================== */
-/* >>impl-conn   one connection: its state, queueing and sending, closing  */
+/* >>impl-conn   one connection: its state and descriptor, queueing and sending, closing */
 /* ======================================================================== */
 
 /* A crpci_conn is one connection, dialled by a channel or accepted by a server. It owns the
@@ -8959,7 +8960,7 @@ CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
 }
 
 /* ======================================================================== */
-/* >>impl-receive   messages out of a connection: buffers, parsing, limits */
+/* >>impl-receive   messages out of a connection: buffers, parsing, bodies over max_body */
 /* ======================================================================== */
 
 /* Reads a connection's socket, collects messages that arrive in parts, and feeds the protocol,
@@ -8997,7 +8998,7 @@ CRPCI_COLD bool crpci_receive_place(crpci_conn *c, crpci_message *m)
         c->awaited_first = (c->awaited_first + 1) % c->awaited_size;
         c->awaited_count--;
     } else {
-        crpci_receive_bad(c, "a reply that no request was sent for");
+        crpci_receive_bad(c, "the peer sent a reply, but no request awaits one");
         return false;
     }
     return true;
@@ -9061,7 +9062,7 @@ CRPCI_COLD bool crpci_receive_detect(crpci_conn *c, const uint8_t *p, size_t n)
     if (more)
         c->rx_total = n + 1;
     else
-        crpci_receive_bad(c, "the peer does not speak a protocol that is served here");
+        crpci_receive_bad(c, "the peer speaks none of the protocols of this server");
     return false;
 }
 #endif
@@ -9484,7 +9485,8 @@ CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n
     crpci_meta meta;
     crpci_message m;
     if ((int64_t)body > c->max_skip || size > CRPCI_BAIDU_META_MAX) {
-        crpci_receive_bad(c, "a body over the limit announced");
+        crpci_receive_bad(c,
+                          "the peer announced a body over max_skip, or its RpcMeta is over 64 KiB");
         return 0;
     }
     c->rx_total = (size_t)CRPCI_FRAME_HEADER + size;
@@ -10797,8 +10799,8 @@ CRPCI_FN void crpci_directory_unref(crpci_directory *d)
     d->free(d);
 }
 
-/* Adds a subscriber whose block has `size` bytes, zero behind the subscriber. NULL: out of
- * memory. */
+/* Adds a subscriber, which stands at the start of a block of `size` bytes; the rest of the block
+ * is zero. NULL: out of memory. */
 CRPCI_FN crpci_subscriber *crpci_directory_add(crpci_directory *d, size_t size,
                                                const crpci_names_service *want,
                                                crpci_directory_push_fn push, void *user)
@@ -10968,7 +10970,8 @@ CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list,
     if (s->last && s->last->count && !list->count && !(s->want.allow_empty && whole)) {
         if (!s->warned)
             crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
-                           "registry %s: no provider of %s is listed; the last %zu stay in use",
+                           "registry %s: no provider of %s is listed; "
+                           "the last %zu known stay in use",
                            d->name, s->want.service, s->last->count);
         s->warned = true;
         return crpci_directory_doubt(s, NULL);
@@ -11169,8 +11172,8 @@ CRPCI_FN int crpci_directory_override(crpci_directory *d, char *const *names, si
     crpci_loop_lock(d->loop);
     if (bad && !d->overrides_warned)
         crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
-                       "registry %s: %zu overrides are not understood; they are ignored", d->name,
-                       bad);
+                       "registry %s: %zu overrides are malformed or unsupported; they are ignored",
+                       d->name, bad);
     d->overrides_warned = d->overrides_warned || bad;
     if (!now) {
         crpci_directory_unref(d);
@@ -11701,7 +11704,7 @@ CRPCI_FN bool crpci_multicast_send(crpci_multicast *r, const char *text)
     bool ok = sendto(r->fd, text, n, MSG_NOSIGNAL, &r->group.u.any, r->group.len) == (ssize_t)n;
     if (!ok && !r->failed)
         crpci_heap_log(r->base.loop->heap, CRPC_LOG_WARN,
-                       "registry %s: sendto: %s; tried again at every announcement",
+                       "registry %s: sendto: %s; crpc tries again at every announcement",
                        r->directory.name, strerror(errno));
     r->failed = !ok;
     return ok;
@@ -12384,8 +12387,10 @@ CRPCI_COLD int crpci_zk_servers_resolve(crpci_zk_servers *z, crpc_error *error)
     if (!result)
         return CRPC_OK;
     if (!*z->authority)
-        return crpci_status_set(error, result, "zookeeper://: a server is missing, as host:port");
-    return crpci_status_set(error, CRPC_ERESOLVE, "zookeeper://%.150s: no server can be resolved",
+        return crpci_status_set(
+            error, result, "zookeeper://: no server named; expected zookeeper://host:port,...");
+    return crpci_status_set(error, CRPC_ERESOLVE,
+                            "zookeeper://%.150s: none of its host names can be resolved",
                             z->authority);
 }
 
@@ -13205,7 +13210,7 @@ CRPCI_FN void crpci_zk_session_disconnected(crpci_zk_session *s)
     if (s->phase != CRPCI_ZK_CONNECTED)
         return;
     crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                   "registry zookeeper://%s: connection lost; what was read stays in use",
+                   "registry zookeeper://%s: connection lost; data already read stays in use",
                    s->authority);
     s->phase = CRPCI_ZK_LOST;
     s->warned = true;
@@ -13520,7 +13525,8 @@ CRPCI_FN void crpci_zk_session_disconnect(crpci_zk_session *s)
 CRPCI_COLD void crpci_zk_session_log_renewal(crpci_zk_session *s)
 {
     crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                   "registry zookeeper://%s: session abandoned; opening a new one", s->authority);
+                   "registry zookeeper://%s: session expired, refused or silent; opening another",
+                   s->authority);
 }
 
 #if CRPC_ZOOKEEPER_ST
@@ -13637,7 +13643,7 @@ CRPCI_FN void crpci_zk_session_supervise(crpci_zk_session *s)
              now - s->handle->born_us >= CRPCI_ZK_SESSION_SILENT_US) {
         s->warned = true;
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                       "registry zookeeper://%s: no server has answered yet; still trying",
+                       "registry zookeeper://%s: no server has answered yet; crpc keeps trying",
                        s->authority);
     }
 #if !CRPC_ZOOKEEPER_ST
@@ -14317,7 +14323,7 @@ struct crpci_zk_own {
     const char *data; /* the node's content; the owner's memory */
     int size;
     int64_t check_us; /* between two checks */
-    char *path;       /* of a node that may exist; NULL: none */
+    char *path;       /* of the node, once it may exist; NULL: none does */
     /* sequential: name without number, while a create may have made it; or NULL */
     char *prefix;
     unsigned failures;
@@ -14461,8 +14467,8 @@ CRPCI_FN void crpci_zk_node_own_made(crpci_zk_own *own, int64_t sent_us, const c
     crpci_zk_node_own_mine(own, sent_us, NULL);
 }
 
-/* The directory was listed for nodes with the prefix, which creates without an answer may have
- * made. The earliest one is kept, a later one is removed. */
+/* Each create whose answer was lost may have made a node, so there may be several. The directory
+ * has been listed: keeps the earliest node with this prefix and removes a later one. */
 CRPCI_FN void crpci_zk_node_own_found(crpci_zk_own *own, int64_t sent_us, const crpci_zk_answer *a)
 {
     const char *base = strrchr(own->prefix, '/') + 1, *first = NULL, *later = NULL;
@@ -14948,7 +14954,7 @@ CRPCI_FN void crpci_zk_directory_sweep_event(crpci_zk_job *job, crpci_zk_event e
 
 /* --- registrations ---------------------------------------------------------------------------- */
 
-/* Drops a reference, that of a job or of the list. */
+/* Drops a reference to a registration: its two jobs and the list of registrations hold one each. */
 CRPCI_FN void crpci_zk_directory_unref(void *registration)
 {
     crpci_zk_registration *reg = (crpci_zk_registration *)registration;
@@ -15129,7 +15135,7 @@ CRPCI_FN int crpci_zk_directory_enroll(crpci_backend *base, const crpci_names_se
         !crpci_sock_is_loopback(s->servers.hosts))
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
                        "registry zookeeper://%s: %s is registered at %s, which other hosts cannot "
-                       "reach",
+                       "reach; set advertise",
                        s->authority, what->service, reg->offer.address);
     if (!err)
         crpci_zk_session_kick(s);
@@ -15720,7 +15726,7 @@ CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op
     size_t i, bytes = 0;
     *size = 0;
     if (!ops || count == 0 || count > CRPC_NODE_OPS_MAX)
-        return crpci_status_set(error, CRPC_EINVAL, "%zu operations: 1 to %d can be done at once",
+        return crpci_status_set(error, CRPC_EINVAL, "%zu operations in one call: expected 1 to %d",
                                 ops ? count : 0, CRPC_NODE_OPS_MAX);
     for (i = 0; i < count; i++) {
         const crpc_node_op *o = &ops[i];
@@ -15729,9 +15735,12 @@ CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op
         if (!crpci_operations_allowed(o, count))
             return crpci_status_set(
                 error, CRPC_EINVAL, "operation %zu (%s): %s", i, verb,
-                count == 1 && o->verb == CRPC_NODE_CHECK ? "check needs other operations beside it"
-                : count > 1 ? "cannot be done among several, or has bad flags or a bad version"
-                            : "no such operation, or bad flags or a bad version");
+                count == 1 && o->verb == CRPC_NODE_CHECK
+                    ? "check cannot be the only operation of a call"
+                : count > 1
+                    ? "only create without PARENTS, set, delete and check go together; else check "
+                      "its flags and version"
+                    : "unknown verb, or flags or a version that it does not take");
         if (!crpci_agreement_path_ok(o->path, (o->flags & CRPC_NODE_SEQUENTIAL) != 0))
             return crpci_status_set(error, CRPC_EINVAL,
                                     "%s \"%.100s\": not a valid path: it has an empty part, "
@@ -15955,7 +15964,7 @@ CRPCI_FN void crpci_operations_finish(crpci_operations_call *c, int code, crpc_s
                          crpci_operations_name(o->verb), crpci_agreement_relative(o->path, c->root),
                          s->authority, crpc_status_text(code),
                          sent == CRPC_SENT_YES     ? "remote"
-                         : sent == CRPC_SENT_MAYBE ? "local; it may have been done"
+                         : sent == CRPC_SENT_MAYBE ? "local; ZooKeeper may have executed it"
                                                    : "local; nothing was sent");
     e->sent = sent;
     e->remote = sent == CRPC_SENT_YES && kept;
@@ -16931,7 +16940,8 @@ CRPCI_COLD int crpci_registry_await(crpc_registry *r, const crpc_registry_option
                                 "wait; set registry_timeout_ms to -1");
     if (connected || !o->must_connect)
         return CRPC_OK;
-    return crpci_status_set(error, CRPC_EREGISTRY, "zookeeper://%.100s: no session within %d ms",
+    return crpci_status_set(error, CRPC_EREGISTRY,
+                            "zookeeper://%.100s: no session within %d ms (registry_timeout_ms)",
                             r->session->authority, (int)ms);
 }
 
@@ -16964,7 +16974,7 @@ CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const
     if (private_loop) {
         err = crpc_loop_open(&loop, &o.private_loop);
         if (err)
-            return crpci_status_set(error, err, "registry: private loop: %s",
+            return crpci_status_set(error, err, "registry: cannot open its private loop: %s",
                                     crpc_status_text(err));
     }
     err = crpci_url_parse(&u, loop->heap, url, error);
@@ -17392,7 +17402,7 @@ CRPCI_FN void crpci_request_inherit(const crpc_call *call, crpci_request *r)
         r->log_id = r->log_id ? r->log_id : from->log_id;
         r->trace_id = from->trace_id;
         r->parent_span_id = from->span_id;
-        r->span_id = from->span_id + 1; /* unique enough until spans are recorded */
+        r->span_id = from->span_id + 1; /* all calls made for one request share it */
     }
 }
 
@@ -17757,7 +17767,7 @@ CRPCI_FN void crpci_reply_release(crpci_reply *r, crpc_call *call)
 #endif /* CRPC_ENABLE_CLIENT */
 
 /* ======================================================================== */
-/* >>impl-endpoint   one provider: its connection and the attempts on it    */
+/* >>impl-endpoint   one provider: dialling it, backoff, and the attempts on its connection */
 /* ======================================================================== */
 
 /* An endpoint dials a provider, backs off, and matches replies with attempts. It belongs to a loop:
@@ -19355,7 +19365,8 @@ CRPCI_COLD int crpci_attempt_degrade(const crpci_pending_call *c, void *response
     }
     if (c->policy.cluster != CRPC_CLUSTER_FAILSAFE && c->policy.cluster != CRPC_CLUSTER_FAILBACK)
         return status;
-    crpci_heap_log(c->channel->loop->heap, CRPC_LOG_WARN, "%s", call->error.text);
+    crpci_heap_log(c->channel->loop->heap, CRPC_LOG_WARN, "%s; the call returns an empty response",
+                   call->error.text);
     memset(response, 0, type->size);
     return CRPC_OK;
 #else
@@ -19655,7 +19666,8 @@ CRPCI_COLD void crpci_cluster_failback_dropped(crpc_loop *l, crpci_task *task)
     if (ch->failback.dropped)
         ch->failback.dropped(ch->failback.user, c->method->method, c->error ? c->error : &unknown);
     else
-        crpci_heap_log(l->heap, CRPC_LOG_WARN, "given up: %s", c->error ? c->error->text : "");
+        crpci_heap_log(l->heap, CRPC_LOG_WARN, "failback: call given up: %s",
+                       c->error ? c->error->text : "");
     crpci_loop_user_end(l);
     crpci_attempt_free(c);
 }
@@ -19718,7 +19730,7 @@ CRPCI_COLD bool crpci_cluster_retry_later(crpci_pending_call *c, int status)
         status == CRPC_EREJECT || !c->policy.retries || !crpci_status_reserved(code))
         return false;
     if (ch->failback.waiting >= ch->failback.max) {
-        crpci_heap_log(l->heap, CRPC_LOG_WARN, "%s.%s: a failed call is dropped, because %zu "
+        crpci_heap_log(l->heap, CRPC_LOG_WARN, "%s.%s: failed call not retried: %zu calls "
                                                "wait already (failback_max)",
                        c->method->method->service, c->method->method->name, ch->failback.waiting);
         return false;
@@ -20289,8 +20301,9 @@ CRPC_API int crpc_channel_fetch(crpc_channel *ch, const crpc_method *m, crpc_id 
         err = CRPC_EINVAL;
     if (err) {
         crpci_loop_unlock(l);
-        return crpci_status_set(call ? &call->error : NULL, err, "%s.%s: fetching: %s (local)",
-                                m->service, m->name, crpc_status_text(err));
+        return crpci_status_set(call ? &call->error : NULL, err,
+                                "%s.%s: crpc_channel_fetch: %s (local)", m->service, m->name,
+                                crpc_status_text(err));
     }
     crpci_id_remove(&l->calls, c->attempt.id); /* from here on the call is this thread's alone */
     c->attempt.id = 0;
@@ -20780,15 +20793,18 @@ CRPCI_COLD int crpci_opening_static(crpc_channel *ch, crpci_url *u, crpc_error *
         count += *p == ',';
     list = crpci_directory_snapshot(ch->loop->heap, count * CRPCI_OPENING_ADDRESSES);
     if (!list)
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+        return crpci_status_set(error, CRPC_ENOMEM, "channel: out of memory");
     err = crpci_opening_items(list, u, error);
     if (!err) {
         crpci_loop_lock(ch->loop);
         err = crpci_providers_update(&ch->providers, list);
         crpci_loop_unlock(ch->loop);
         if (err)
-            crpci_status_set(error, err, err == CRPC_ENOMEM ? "out of memory"
-                                                            : "an address cannot be used");
+            crpci_status_set(
+                error, err,
+                err == CRPC_ENOMEM
+                    ? "channel: out of memory"
+                    : "channel: an address of its URL is neither IP:port nor unix:path");
     }
     ch->directory.listed = true;
     crpci_directory_snapshot_unref(list);
@@ -20824,7 +20840,8 @@ CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
     crpci_loop_unlock(l);
     crpci_loop_release(l);
     if (err)
-        crpci_heap_log(list->heap, CRPC_LOG_WARN, "channel: list of %zu providers is not used: %s",
+        crpci_heap_log(list->heap, CRPC_LOG_WARN,
+                       "channel: new list of %zu providers refused, the old one stays: %s",
                        list->count, crpc_status_text(err));
     return err;
 }
@@ -20857,7 +20874,8 @@ CRPCI_COLD int crpci_opening_await_list(crpc_channel *ch, const crpc_channel_opt
     if (listed || !o->directory.must_connect)
         return CRPC_OK;
     return crpci_status_set(error, CRPC_EREGISTRY,
-                            "%.80s: the registry did not answer within %d ms", service, (int)ms);
+                            "%.80s: no answer from the registry in %d ms (registry_timeout_ms)",
+                            service, (int)ms);
 }
 
 /* Subscribes a channel to the directory that its URL names, like
@@ -20894,7 +20912,7 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
     err = crpci_directory_subscribe(ch->directory.registry, want, crpci_opening_on_list, ch,
                                     &ch->directory.subscription);
     if (err)
-        return crpci_status_set(error, err, "%.80s: cannot follow its providers: %s", service,
+        return crpci_status_set(error, err, "%.80s: cannot subscribe to its providers: %s", service,
                                 crpc_status_text(err));
 #if CRPC_ZOOKEEPER_ST && CRPC_ENABLE_THREADS
     /* The single-threaded client lives in the loop, which somebody must drive. */
@@ -20904,7 +20922,7 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
     crpci_loop_unlock(ch->loop);
     if (err)
         return crpci_status_set(error, err, "zookeeper:// needs a loop that is driven: run it, or "
-                                            "allow threads");
+                                            "unset private_loop.forbid_threads");
 #endif
     return crpci_opening_await_list(ch, o, service, error);
 }
@@ -20933,7 +20951,8 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     if (!l) {
         err = crpc_loop_open(&l, &o.private_loop);
         if (err)
-            return crpci_status_set(error, err, "private loop: %s", crpc_status_text(err));
+            return crpci_status_set(error, err, "channel: cannot open its private loop: %s",
+                                    crpc_status_text(err));
     }
     err = crpci_url_parse(&u, l->heap, url, error);
     err = err ? err : crpci_opening_read_url(&u, &o, &request, error);
@@ -20943,7 +20962,7 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
         crpci_url_free(&u);
         if (!o.loop)
             crpc_loop_close(l);
-        return err ? err : crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+        return err ? err : crpci_status_set(error, CRPC_ENOMEM, "channel: out of memory");
     }
     CRPCI_HANDLE_OPEN(ch);
     ch->loop = ch->requests.loop = ch->providers.loop = l;
@@ -20962,7 +20981,7 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
         ch->requests.credential =
             crpci_heap_strndup(l->heap, o.security.credential, strlen(o.security.credential));
         if (!ch->requests.credential)
-            err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+            err = crpci_status_set(error, CRPC_ENOMEM, "channel: out of memory");
     }
     if (err)
         ;
@@ -21454,8 +21473,8 @@ CRPCI_FN uint64_t crpci_replay_hash(const void *method, crpc_view id)
                              (uint64_t)(uintptr_t)method);
 }
 
-/* The entry of the request of a method with an id, of at most CRPCI_REPLAY_ID_MAX bytes. NULL: the
- * request is new, or its entry has expired. */
+/* Finds the entry of a request by its method and its id, which has at most CRPCI_REPLAY_ID_MAX
+ * bytes. NULL: the request is new, or its entry has expired. */
 CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *method, crpc_view id,
                                                int64_t now)
 {
@@ -22225,7 +22244,7 @@ CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int statu
     if (x->app_code && code == x->app_code &&
         crpc_context_add_field(x, CRPCI_MESSAGE_APP_FIELD, "1"))
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                       "server: out of memory: an application's error is sent unmarked");
+                       "server: out of memory: a client takes the handler's error for crpc's own");
     end.server = x->server;
     end.loop = x->loop;
     end.conn = x->conn;
@@ -22883,7 +22902,7 @@ CRPCI_COLD int crpci_guard_start_limits(crpc_server *s, crpc_error *error)
     s->guard.quotas =
         (crpci_quota *)crpci_heap_alloc(s->heap, s->guard.quota_count * sizeof *s->guard.quotas);
     if (!s->guard.quotas)
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+        return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
     crpci_guard_share_quotas(s, s->guard.quotas);
     s->guard.all = true;
     return CRPC_OK;
@@ -23297,7 +23316,8 @@ CRPCI_COLD int crpci_listener_address(crpc_server *s, const char *url, const crp
                                 url);
     }
     if (!err && !crpci_sock_parse(out, text))
-        err = crpci_status_set(error, CRPC_EINVAL, "%.100s: not an address", url);
+        err = crpci_status_set(error, CRPC_EINVAL,
+                               "%.100s: not an address that a socket can be bound to", url);
     return err;
 }
 
@@ -23307,7 +23327,8 @@ CRPC_API int crpc_server_listen(crpc_server *s, const char *url, crpc_error *err
     crpci_url u;
     int err, fd, saved;
     if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW)
-        return crpci_status_set(error, CRPC_EBUSY, "the server has been started");
+        return crpci_status_set(error, CRPC_EBUSY,
+                                "listen: the server has been started; add listeners before that");
     err = crpci_url_parse(&u, s->heap, url, error);
     if (err)
         return err;
@@ -23328,7 +23349,7 @@ CRPC_API int crpc_server_listen(crpc_server *s, const char *url, crpc_error *err
     err = crpci_listener_add(s, fd, false);
     if (err) {
         close(fd);
-        crpci_status_set(error, err, "out of memory");
+        crpci_status_set(error, err, "server: out of memory");
     }
     return err;
 }
@@ -23452,7 +23473,7 @@ CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, c
         text = has_port ? crpci_heap_format(s->heap, "%s", s->enrolment.advertise)
                         : crpci_heap_format(s->heap, "%s:%u", s->enrolment.advertise, port);
         if (!text)
-            return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+            return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
         err = crpci_resolver_address(s->heap, text, out, size, error);
         crpci_heap_strfree(s->heap, text);
         return err ? crpci_status_set(error, err,
@@ -23483,8 +23504,8 @@ CRPCI_COLD void crpci_enrolment_method_names(const crpc_service *table, char *ou
             (size_t)snprintf(out + used, size - used, "%s%s", i ? "," : "", table->methods[i].name);
 }
 
-/* Opens the registry and registers every service. Does not wait for the registry: a service is
- * registered as soon as it can be reached. */
+/* Opens the registry and enters every service in it. Does not wait: while the registry cannot be
+ * reached, the registrations stay queued. */
 CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
 {
     const size_t room = 1024; /* for the names of a service's methods */
@@ -23503,11 +23524,11 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
     s->enrolment.items = (crpci_enrolment *)crpci_heap_alloc(
         s->heap, s->services.count * sizeof *s->enrolment.items);
     if (!s->enrolment.items && s->services.count)
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+        return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
     s->enrolment.count = s->services.count;
     methods = (char *)crpci_heap_alloc(s->heap, room);
     if (!methods)
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+        return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
     memset(&what, 0, sizeof what);
     what.address = address;
     what.group = s->enrolment.group;
@@ -23551,7 +23572,8 @@ CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
             through += s->enrolment.items[i].through;
     }
     if (through < s->enrolment.count && s->options.directory.must_connect)
-        err = crpci_status_set(error, CRPC_EREGISTRY, "%.80s: not registered within %d ms%s%.100s",
+        err = crpci_status_set(error, CRPC_EREGISTRY,
+                               "%.80s: not registered within %d ms (registry_timeout_ms)%s%.100s",
                                s->enrolment.url, (int)ms, *s->enrolment.text ? ": " : "",
                                s->enrolment.text);
     crpci_loop_unlock(l);
@@ -23573,7 +23595,7 @@ CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
 #endif /* CRPCI_DIRECTORY */
 
 /* ======================================================================== */
-/* >>impl-lifecycle   opening a server, starting, draining, closing         */
+/* >>impl-lifecycle   a server's options; opening a server, starting, draining, closing */
 /* ======================================================================== */
 
 /* Stopping goes in steps: the services leave the registry (LAME, lame_ms); listeners close and new
@@ -23905,14 +23927,15 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     if (!l) {
         err = crpc_loop_open(&l, &o.loops);
         if (err)
-            return crpci_status_set(error, err, "private loop: %s", crpc_status_text(err));
+            return crpci_status_set(error, err, "server: cannot open its private loop: %s",
+                                    crpc_status_text(err));
     }
     s = (crpc_server *)crpci_heap_alloc(l->heap, sizeof *s);
     if (!s || (CRPC_ENABLE_POLICY && crpci_thread_mutex_init(&s->guard.lock))) {
         crpci_heap_free(l->heap, s, sizeof *s);
         if (!o.loop)
             crpc_loop_close(l);
-        return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+        return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
     }
     CRPCI_HANDLE_OPEN(s);
     s->loop = l;
@@ -23936,7 +23959,7 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
         !crpci_lifecycle_copy(s->heap, &s->enrolment.application,
                               o.directory.application ? o.directory.application : "crpc") ||
         (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
-        err = crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+        err = crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
     if (!err && o.registry)
 #if CRPCI_DIRECTORY
         err = crpci_open_registry(l, o.registry, NULL, NULL, error);
@@ -23983,7 +24006,7 @@ CRPCI_COLD int crpci_lifecycle_start_threads(crpc_server *s, crpc_error *error)
     if (want) {
         s->io.loops = (crpc_loop **)crpci_heap_alloc(s->heap, want * sizeof *s->io.loops);
         if (!s->io.loops)
-            return crpci_status_set(error, CRPC_ENOMEM, "out of memory");
+            return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
     }
     while (!err && s->io.count < want) {
         err = crpc_loop_open(&s->io.loops[s->io.count], &lo);
@@ -23997,7 +24020,8 @@ CRPCI_COLD int crpci_lifecycle_start_threads(crpc_server *s, crpc_error *error)
         err = crpci_worker_start(&s->workers, s->heap, (size_t)s->options.workers,
                                  s->options.worker_queue, (size_t)s->options.worker_stack);
         if (err)
-            return crpci_status_set(error, err, "worker threads: %s", crpc_status_text(err));
+            return crpci_status_set(error, err, "worker threads cannot be started: %s",
+                                    crpc_status_text(err));
         s->worker_count = (size_t)s->options.workers;
     }
     return CRPC_OK;
@@ -24008,7 +24032,8 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
     crpc_loop *l = s->loop;
     int err;
     if (crpci_thread_load(&s->state) != CRPCI_SERVER_NEW || s->io.loops)
-        return crpci_status_set(error, CRPC_EBUSY, "the server has been started already");
+        return crpci_status_set(error, CRPC_EBUSY,
+                                "the server has been started already; it can be started only once");
     if (crpci_list_empty(&s->listener.list))
         return crpci_status_set(error, CRPC_EINVAL, "the server has no listener: set listen");
     err = CRPC_ENABLE_POLICY ? crpci_guard_start_limits(s, error) : CRPC_OK;
@@ -24020,7 +24045,9 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
     err = crpci_listener_start(s);
     crpci_loop_unlock(l);
     if (err)
-        return crpci_status_set(error, err, "polling listeners: %s", crpc_status_text(err));
+        return crpci_status_set(error, err,
+                                "server: cannot wait for connections on its listeners: %s",
+                                crpc_status_text(err));
 #if CRPCI_DIRECTORY
     if (s->enrolment.url) {
         err = crpci_enrolment_start(s, error);
@@ -24044,7 +24071,7 @@ CRPC_API int crpc_server_run(crpc_server *s)
     if (crpci_thread_load(&s->state) == CRPCI_SERVER_NEW)
         err = crpc_server_start(s, &error);
     if (err) {
-        crpci_heap_log(s->heap, CRPC_LOG_ERROR, "%s", error.text);
+        crpci_heap_log(s->heap, CRPC_LOG_ERROR, "server: cannot start: %s", error.text);
         return err;
     }
     crpci_loop_hold(l); /* a callback may close the server, and with it the loop */

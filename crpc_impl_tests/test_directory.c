@@ -514,7 +514,7 @@ static void it_applies_overrides(void **state)
     assert_true(read_names(&f, "12", true));
     expect_pushed(&r, "1 2* ");
     assert_int_equal(override(&f, "override://0.0.0.0/S?weight=heavy"), 1); /* the old one went */
-    assert_non_null(strstr(lines, "registry test://x: 1 overrides are not understood"));
+    assert_non_null(strstr(lines, "registry test://x: 1 overrides are malformed or unsupported"));
     assert_int_equal(override(&f, NULL), 0);
     assert_true(read_names(&f, "12", true));
     expect_pushed(&r, "1 2 ");
