@@ -18993,8 +18993,11 @@ CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
     crpci_timer_cancel(&c->timer);
     if (e)
         crpci_endpoint_serve_waiting(e);
-    if (CRPCI_UNLIKELY(c->group != NULL))
+    if (CRPCI_UNLIKELY(c->group != NULL)) {
         cluster->drop_parts(c);
+        if (status) /* a BROADCAST that is cut short may have a reply of one of its parts */
+            crpci_reply_drop(&c->attempt.reply, l);
+    }
     /* No status and no reply is a one-way call that was sent: it has not failed. */
     if (CRPCI_UNLIKELY(c->policy.cluster == CRPC_CLUSTER_FAILBACK) && cluster &&
         (status || (c->attempt.reply.chunk && !crpci_reply_succeeded(&c->attempt.reply))) &&
