@@ -1396,7 +1396,8 @@ typedef struct crpc_channel_options {
     int max_endpoints;      /* how many providers of a longer list this channel uses; a hash chooses
                                them, differently for each channel. 0: all. -1: all */
     /* 1: a call made while no provider is known, or none can be reached, waits for one until its
-     * deadline. 0: it fails with CRPC_ENOPROVIDER or CRPC_ECONN. -1: as 0 */
+     * deadline; a BROADCAST only for a list of providers. 0: it fails with CRPC_ENOPROVIDER or
+     * CRPC_ECONN. -1: as 0 */
     int wait;
     int connect_timeout_ms; /* of one connection attempt. 0: 500. -1: only the call's deadline */
     /* Retries that the channel may make without a success in between. Each retry takes one from the
@@ -19136,6 +19137,9 @@ CRPCI_COLD bool crpci_attempt_wait(crpci_pending_call *c, int code)
         !crpci_request_renew(&c->attempt.request, c->block))
         return false;
     memset(c->tried.last, 0, sizeof c->tried.last);
+    if (c->tried.max_attempts < c->tried.attempts) /* the parts of a FORKING call were more */
+        c->tried.max_attempts = c->tried.attempts;
+    c->tried.max_attempts++;
     m = crpci_attempt_pick(c);
     if (!m || m->endpoint->usable_at > c->attempt.deadline_us)
         return crpci_attempt_park(c);
@@ -19472,6 +19476,19 @@ CRPCI_COLD void crpci_cluster_succeed(crpci_pending_call *c)
     crpci_endpoint_drop(own);
 }
 
+/* Ends a call none of whose parts is under way or has succeeded. With wait=1, if none could connect,
+ * the call goes on with attempts of its own; the parts go first, so that their providers can be
+ * chosen again. A BROADCAST ends: one attempt would not reach everyone. */
+CRPCI_COLD void crpci_cluster_fail(crpci_pending_call *c)
+{
+    int status = c->group->status;
+    bool may_wait = c->channel->wait && !c->group->all;
+    if (may_wait)
+        crpci_cluster_drop_parts(c);
+    if (!may_wait || !crpci_attempt_wait(c, status))
+        crpci_attempt_finish(c, status);
+}
+
 /* Ends the call if its parts have decided it: BROADCAST when all have ended, with success if no
  * more than fail_percent of them failed; the others with the first success, or when the last part
  * and the call's own attempt have failed. */
@@ -19489,7 +19506,7 @@ CRPCI_COLD void crpci_cluster_settle(crpci_pending_call *c)
     if (c->attempt.reply.chunk)
         crpci_cluster_succeed(c);
     else if (!g->open && c->attempt.state == CRPCI_ATTEMPT_IDLE)
-        crpci_attempt_finish(c, g->status);
+        crpci_cluster_fail(c);
 }
 
 /* A part has failed. Its status and text become those of the call if that fails too; a later
