@@ -19130,14 +19130,18 @@ CRPCI_FN bool crpci_attempt_may_retry(crpci_pending_call *c, int code)
  * not counted as retries. */
 CRPCI_COLD bool crpci_attempt_wait(crpci_pending_call *c, int code)
 {
+    crpc_channel *ch = c->channel;
     crpci_member *m;
-    if (!c->channel->wait || code != CRPC_ECONN || c->before != CRPC_SENT_NO ||
-        c->channel->closed || c->kind >= CRPCI_CALL_PART ||
-        crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us ||
+    if (!ch->wait || code != CRPC_ECONN || ch->closed || c->kind >= CRPCI_CALL_PART)
+        return false;
+    if (c->group) /* its parts have failed: their providers can be chosen again */
+        ch->cluster->drop_parts(c);
+    if (c->before != CRPC_SENT_NO ||
+        crpci_loop_rough_time(ch->loop) >= c->attempt.deadline_us ||
         !crpci_request_renew(&c->attempt.request, c->block))
         return false;
     memset(c->tried.last, 0, sizeof c->tried.last);
-    if (c->tried.max_attempts < c->tried.attempts) /* the parts of a FORKING call were more */
+    if (c->tried.max_attempts < c->tried.attempts) /* the parts were more than that */
         c->tried.max_attempts = c->tried.attempts;
     c->tried.max_attempts++;
     m = crpci_attempt_pick(c);
@@ -19477,15 +19481,12 @@ CRPCI_COLD void crpci_cluster_succeed(crpci_pending_call *c)
 }
 
 /* Ends a call none of whose parts is under way or has succeeded. With wait=1, if none could connect,
- * the call goes on with attempts of its own; the parts go first, so that their providers can be
- * chosen again. A BROADCAST ends: one attempt would not reach everyone. */
+ * the call goes on with attempts of its own. A BROADCAST ends: one attempt would not reach
+ * everyone. */
 CRPCI_COLD void crpci_cluster_fail(crpci_pending_call *c)
 {
     int status = c->group->status;
-    bool may_wait = c->channel->wait && !c->group->all;
-    if (may_wait)
-        crpci_cluster_drop_parts(c);
-    if (!may_wait || !crpci_attempt_wait(c, status))
+    if (c->group->all || !crpci_attempt_wait(c, status))
         crpci_attempt_finish(c, status);
 }
 

@@ -1149,6 +1149,38 @@ static void a_waiting_call_outlasts_its_backup_request(void **state)
     }
 }
 
+/* The provider of a backup request that could not connect is dialled again when the call waits. */
+static void a_waiting_call_returns_to_where_its_backup_failed(void **state)
+{
+    full_listener full;
+    fleet f;
+    fleet_result r;
+    dyn_Num in = net_num(4);
+    peer p;
+    char url[96];
+    int port;
+    (void)state;
+    memset(&f, 0, sizeof f);
+    memset(&r, 0, sizeof r);
+    full_listener_open(&full);
+    peer_open(&p, peer_adds, NULL);
+    port = p.port;
+    peer_close(&p);
+    snprintf(url, sizeof url, "list://127.0.0.1:%d,127.0.0.1:%d", full.port, port);
+    f.channel = net_channel(
+        url, "?lb=rr&wait=1&timeout_ms=9000&connect_timeout_ms=500&backup_ms=20&retries=-1",
+        CRPC_POLLER_DEFAULT, NULL, NULL);
+    assert_int_equal(dyn_Echo_Get_async(f.channel, &in, fleet_done, &r, NULL), CRPC_OK);
+    assert_true(CT_WAIT(failures_of(f.channel) >= 1, NET_PATIENCE)); /* the first attempt's */
+    p.sequential = false;
+    peer_open_on(&p, port, peer_adds, NULL);
+    assert_true(CT_WAIT(__atomic_load_n(&r.done, __ATOMIC_SEQ_CST), NET_PATIENCE));
+    assert_int_equal(r.status, CRPC_OK);
+    crpc_channel_close(f.channel);
+    peer_close(&p);
+    full_listener_close(&full);
+}
+
 static void a_call_waits_for_a_list(void **state)
 {
     static const char *const queries[] = {"?wait=1&timeout_ms=20000",
@@ -1269,6 +1301,7 @@ int main(void)
         CT_TEST(a_call_waits_for_its_provider_to_start),
         CT_TEST(a_call_that_has_waited_is_still_retried),
         CT_TEST(a_waiting_call_outlasts_its_backup_request),
+        CT_TEST(a_waiting_call_returns_to_where_its_backup_failed),
         CT_TEST(a_call_waits_for_a_list),
         CT_TEST(waiting_ends_with_the_deadline_or_the_channel),
         CT_TEST(an_error_tells_why_there_was_no_retry),
