@@ -1396,7 +1396,8 @@ typedef struct crpc_channel_options {
     int max_endpoints;      /* how many providers of a longer list this channel uses; a hash chooses
                                them, differently for each channel. 0: all. -1: all */
     /* 1: a call made while no provider is known, or none can be reached, waits for one until its
-     * deadline. 0: it fails with CRPC_ENOPROVIDER or CRPC_ECONN. -1: as 0 */
+     * deadline; a BROADCAST only for a list of providers. 0: it fails with CRPC_ENOPROVIDER or
+     * CRPC_ECONN. -1: as 0 */
     int wait;
     int connect_timeout_ms; /* of one connection attempt. 0: 500. -1: only the call's deadline */
     /* Retries that the channel may make without a success in between. Each retry takes one from the
@@ -19003,8 +19004,11 @@ CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
     crpci_timer_cancel(&c->timer);
     if (e)
         crpci_endpoint_serve_waiting(e);
-    if (CRPCI_UNLIKELY(c->group != NULL))
+    if (CRPCI_UNLIKELY(c->group != NULL)) {
         cluster->drop_parts(c);
+        if (status) /* a BROADCAST that is cut short may have a reply of one of its parts */
+            crpci_reply_drop(&c->attempt.reply, l);
+    }
     /* No status and no reply is a one-way call that was sent: it has not failed. */
     if (CRPCI_UNLIKELY(c->policy.cluster == CRPC_CLUSTER_FAILBACK) && cluster &&
         (status || (c->attempt.reply.chunk && !crpci_reply_succeeded(&c->attempt.reply))) &&
@@ -19136,13 +19140,20 @@ CRPCI_FN bool crpci_attempt_may_retry(crpci_pending_call *c, int code)
  * not counted as retries. */
 CRPCI_COLD bool crpci_attempt_wait(crpci_pending_call *c, int code)
 {
+    crpc_channel *ch = c->channel;
     crpci_member *m;
-    if (!c->channel->wait || code != CRPC_ECONN || c->before != CRPC_SENT_NO ||
-        c->channel->closed || c->kind >= CRPCI_CALL_PART ||
-        crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us ||
+    if (!ch->wait || code != CRPC_ECONN || ch->closed || c->kind >= CRPCI_CALL_PART)
+        return false;
+    if (c->group) /* its parts have failed: their providers can be chosen again */
+        ch->cluster->drop_parts(c);
+    if (c->before != CRPC_SENT_NO ||
+        crpci_loop_rough_time(ch->loop) >= c->attempt.deadline_us ||
         !crpci_request_renew(&c->attempt.request, c->block))
         return false;
     memset(c->tried.last, 0, sizeof c->tried.last);
+    if (c->tried.max_attempts < c->tried.attempts) /* the parts were more than that */
+        c->tried.max_attempts = c->tried.attempts;
+    c->tried.max_attempts++;
     m = crpci_attempt_pick(c);
     if (!m || m->endpoint->usable_at > c->attempt.deadline_us)
         return crpci_attempt_park(c);
@@ -19480,6 +19491,16 @@ CRPCI_COLD void crpci_cluster_succeed(crpci_pending_call *c)
     crpci_endpoint_drop(own);
 }
 
+/* Ends a call none of whose parts is under way or has succeeded. With wait=1, if none could connect,
+ * the call goes on with attempts of its own. A BROADCAST ends: one attempt would not reach
+ * everyone. */
+CRPCI_COLD void crpci_cluster_fail(crpci_pending_call *c)
+{
+    int status = c->group->status;
+    if (c->group->all || !crpci_attempt_wait(c, status))
+        crpci_attempt_finish(c, status);
+}
+
 /* Ends the call if its parts have decided it: BROADCAST when all have ended, with success if no
  * more than fail_percent of them failed; the others with the first success, or when the last part
  * and the call's own attempt have failed. */
@@ -19497,7 +19518,7 @@ CRPCI_COLD void crpci_cluster_settle(crpci_pending_call *c)
     if (c->attempt.reply.chunk)
         crpci_cluster_succeed(c);
     else if (!g->open && c->attempt.state == CRPCI_ATTEMPT_IDLE)
-        crpci_attempt_finish(c, g->status);
+        crpci_cluster_fail(c);
 }
 
 /* A part has failed. Its status and text become those of the call if that fails too; a later

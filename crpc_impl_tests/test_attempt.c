@@ -1060,6 +1060,7 @@ static void a_call_waits_for_its_provider_to_start(void **state)
 {
     static const char *const queries[] = {"?wait=1&timeout_ms=20000",
                                           "?wait=1&timeout_ms=20000&cluster=failfast",
+                                          "?wait=1&timeout_ms=20000&cluster=forking",
                                           "?wait=1&timeout_ms=20000&retries=-1&lb=p2c"};
     size_t i;
     (void)state;
@@ -1081,6 +1082,103 @@ static void a_call_waits_for_its_provider_to_start(void **state)
         assert_int_equal(r.out.n, 5);
         fleet_close(&f);
     }
+}
+
+/* Closes the connection of the first request; answers those of later connections. */
+static bool peer_drops_first(peer *p, int fd, int number)
+{
+    wire_message m;
+    if (number > 0)
+        return peer_adds(p, fd, number);
+    if (peer_receive(p, fd, &m) == 1)
+        wire_done(&m);
+    return true;
+}
+
+/* Dials in vain do not use up the retries of a call that waits. */
+static void a_call_that_has_waited_is_still_retried(void **state)
+{
+    fleet f;
+    fleet_result r;
+    peer p;
+    dyn_Num in = net_num(4);
+    int port;
+    (void)state;
+    memset(&f, 0, sizeof f);
+    memset(&r, 0, sizeof r);
+    peer_open(&p, peer_adds, NULL);
+    port = p.port;
+    f.channel = net_channel(p.url, "?wait=1&timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    peer_close(&p);
+    assert_int_equal(dyn_Echo_Get_async(f.channel, &in, fleet_done, &r, NULL), CRPC_OK);
+    assert_true(CT_WAIT(failures_of(f.channel) >= 4, NET_PATIENCE));
+    p.sequential = false;
+    peer_open_on(&p, port, peer_drops_first, NULL);
+    assert_true(CT_WAIT(__atomic_load_n(&r.done, __ATOMIC_SEQ_CST), NET_PATIENCE));
+    assert_int_equal(r.status, CRPC_OK);
+    assert_int_equal(r.out.n, 5);
+    crpc_channel_close(f.channel);
+    peer_close(&p);
+}
+
+/* The first attempt and the backup request cannot connect: the call waits all the same. */
+static void a_waiting_call_outlasts_its_backup_request(void **state)
+{
+    int round;
+    (void)state;
+    for (round = 0; round < 6; round++) {
+        fleet f;
+        fleet_result r[8];
+        dyn_Num in = net_num(4);
+        char listen[160];
+        size_t i;
+        memset(r, 0, sizeof r);
+        fleet_open(&f, 2, "?wait=1&timeout_ms=20000&backup_ms=40", NULL);
+        snprintf(listen, sizeof listen, "tcp://%s", f.peers[0].address);
+        fleet_peer_close(&f.peers[0]);
+        fleet_peer_close(&f.peers[1]);
+        for (i = 0; i < 8; i++)
+            assert_int_equal(dyn_Echo_Get_async(f.channel, &in, fleet_done, &r[i], NULL), CRPC_OK);
+        assert_true(CT_WAIT(failures_of(f.channel) >= 3, NET_PATIENCE));
+        fleet_peer_open(&f.peers[0], 0, listen);
+        for (i = 0; i < 8; i++) {
+            assert_true(CT_WAIT(__atomic_load_n(&r[i].done, __ATOMIC_SEQ_CST), NET_PATIENCE));
+            assert_int_equal(r[i].status, CRPC_OK);
+        }
+        fleet_close(&f);
+    }
+}
+
+/* The provider of a backup request that could not connect is dialled again when the call waits. */
+static void a_waiting_call_returns_to_where_its_backup_failed(void **state)
+{
+    full_listener full;
+    fleet f;
+    fleet_result r;
+    dyn_Num in = net_num(4);
+    peer p;
+    char url[96];
+    int port;
+    (void)state;
+    memset(&f, 0, sizeof f);
+    memset(&r, 0, sizeof r);
+    full_listener_open(&full);
+    peer_open(&p, peer_adds, NULL);
+    port = p.port;
+    peer_close(&p);
+    snprintf(url, sizeof url, "list://127.0.0.1:%d,127.0.0.1:%d", full.port, port);
+    f.channel = net_channel(
+        url, "?lb=rr&wait=1&timeout_ms=9000&connect_timeout_ms=500&backup_ms=20&retries=-1",
+        CRPC_POLLER_DEFAULT, NULL, NULL);
+    assert_int_equal(dyn_Echo_Get_async(f.channel, &in, fleet_done, &r, NULL), CRPC_OK);
+    assert_true(CT_WAIT(failures_of(f.channel) >= 1, NET_PATIENCE)); /* the first attempt's */
+    p.sequential = false;
+    peer_open_on(&p, port, peer_adds, NULL);
+    assert_true(CT_WAIT(__atomic_load_n(&r.done, __ATOMIC_SEQ_CST), NET_PATIENCE));
+    assert_int_equal(r.status, CRPC_OK);
+    crpc_channel_close(f.channel);
+    peer_close(&p);
+    full_listener_close(&full);
 }
 
 static void a_call_waits_for_a_list(void **state)
@@ -1201,6 +1299,9 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(a_call_waits_for_its_provider_to_start),
+        CT_TEST(a_call_that_has_waited_is_still_retried),
+        CT_TEST(a_waiting_call_outlasts_its_backup_request),
+        CT_TEST(a_waiting_call_returns_to_where_its_backup_failed),
         CT_TEST(a_call_waits_for_a_list),
         CT_TEST(waiting_ends_with_the_deadline_or_the_channel),
         CT_TEST(an_error_tells_why_there_was_no_retry),

@@ -156,6 +156,44 @@ static void broadcast_fails_when_too_many_have_failed(void **state)
     }
 }
 
+/* Whether the channel's only call has taken a reply of one of its parts. */
+static bool has_reply(crpc_channel *ch)
+{
+    bool has;
+    crpci_loop_lock(ch->loop);
+    has = CRPCI_CONTAINER(ch->calls.next, crpci_pending_call, of_channel)->attempt.reply.chunk;
+    crpci_loop_unlock(ch->loop);
+    return has;
+}
+
+/* One provider has answered and one has not when the call ends at its deadline or with its channel:
+ * that is no success. */
+static void an_unfinished_broadcast_is_no_success(void **state)
+{
+    fleet_form form;
+    (void)state;
+    for (form = FORM_SYNC; form < FORMS; form = (fleet_form)(form + 1)) {
+        crpc_call call = CRPC_INIT;
+        fleet_result r;
+        dyn_Num request = net_num(1);
+        fleet f;
+        fleet_open(&f, 2, "?cluster=broadcast&timeout_ms=20000", NULL);
+        fleet_mood_set(&f.peers[1], FLEET_SILENT);
+        call.policy.timeout_ms = 300;
+        r = fleet_call(&f, form, false, 1, &call);
+        assert_int_equal(r.status, CRPC_ETIMEDOUT);
+        assert_int_equal(r.error.attempts, 2);
+        assert_false(r.error.remote);
+        memset(&r, 0, sizeof r);
+        assert_int_equal(dyn_Echo_Add_async(f.channel, &request, fleet_done, &r, NULL), CRPC_OK);
+        assert_true(CT_WAIT(has_reply(f.channel), NET_PATIENCE));
+        crpc_channel_close(f.channel);
+        f.channel = NULL;
+        assert_int_equal(r.status, CRPC_ECANCELED);
+        fleet_close(&f);
+    }
+}
+
 static void failsafe_swallows_failures(void **state)
 {
     fleet_form form;
@@ -634,6 +672,7 @@ int main(void)
         CT_TEST(forks_end_with_their_channel),
         CT_TEST(broadcast_reaches_everyone),
         CT_TEST(broadcast_fails_when_too_many_have_failed),
+        CT_TEST(an_unfinished_broadcast_is_no_success),
         CT_TEST(failsafe_swallows_failures),
         CT_TEST(failback_goes_on_in_the_background),
         CT_TEST(failback_gives_up_after_its_retries),
