@@ -10913,11 +10913,25 @@ CRPCI_FN bool crpci_directory_doubt(crpci_subscriber *s, const crpci_directory_r
     return taken;
 }
 
+/* Whether an operator's override disables a provider that is no longer listed. Of its URL only the
+ * address is known, so a rule for one group or version counts if the subscriber wants just that. */
+CRPCI_FN bool crpci_directory_disabled(const crpci_subscriber *s, const crpci_provider *p)
+{
+    crpci_names_node node;
+    memset(&node, 0, sizeof node);
+    memcpy(node.address, p->address, sizeof node.address);
+    node.of.group = s->want.group ? s->want.group : "";
+    node.of.version = s->want.version ? s->want.version : "";
+    node.of.application = "";
+    crpci_names_overrides_apply(s->directory->overrides, &s->want, &node);
+    return node.disabled;
+}
+
 /* Protection. After an outage of the registry, providers register again one after another. If a
  * subscriber followed the first list at once, the first provider to return would get the load of
- * all. So providers that the list lacks are kept until hold_us has passed; one that a list has
- * named again is no longer protected. Returns the list to use, with a reference; NULL: out of
- * memory. */
+ * all. So providers that the list lacks are kept until hold_us has passed, except those that an
+ * override disables; one that a list has named again is no longer protected. Returns the list to
+ * use, with a reference; NULL: out of memory. */
 CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snapshot *list)
 {
     const crpci_directory *d = s->directory;
@@ -10941,7 +10955,8 @@ CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snap
         while (k < list->count && strcmp(list->providers[k].address, p->address) < 0)
             k++;
         if ((s->doubted || p->kept) &&
-            (k == list->count || strcmp(list->providers[k].address, p->address) != 0)) {
+            (k == list->count || strcmp(list->providers[k].address, p->address) != 0) &&
+            !crpci_directory_disabled(s, p)) {
             out->providers[out->count] = *p;
             out->providers[out->count++].kept = true;
         }
