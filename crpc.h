@@ -10231,7 +10231,8 @@ CRPCI_COLD bool crpci_cache_set(crpci_heap *h, char **text, const char *part, si
     return true;
 }
 
-/* Takes the names that a directory holds now. False: out of memory. */
+/* Takes the names that a directory holds now; NULL among them, from an answer that the client could
+ * not read, is left out. False: out of memory. */
 CRPCI_COLD bool crpci_cache_put(crpci_cache *c, const char *name, char *const *names, size_t count)
 {
     size_t size = strlen(name) + 4, n, i, len = 0;
@@ -10240,13 +10241,13 @@ CRPCI_COLD bool crpci_cache_put(crpci_cache *c, const char *name, char *const *n
     bool ok, same;
     char *part;
     for (i = 0; i < count; i++)
-        size += strlen(names[i]) + 3;
+        size += names[i] ? strlen(names[i]) + 3 : 0;
     part = (char *)crpci_heap_alloc(c->heap, size);
     if (!part)
         return false;
     n = (size_t)snprintf(part, size, "D %s\n", name);
     for (i = 0; i < count; i++) {
-        if (*names[i] && !strchr(names[i], '\n'))
+        if (names[i] && *names[i] && !strchr(names[i], '\n'))
             n += (size_t)snprintf(part + n, size - n, "N %s\n", names[i]);
     }
     same = old ? len == n && memcmp(old, part, n) == 0 : n == strlen(name) + 3;
