@@ -21781,6 +21781,7 @@ struct crpc_server {
         crpc_loop **loops; /* one for each I/O thread */
         size_t count;
         size_t next; /* the loop of the next connection; the accepting thread's alone */
+        char thread_name[16];
     } io;
     struct {
         const crpci_context_guard *ops;
@@ -21817,7 +21818,7 @@ struct crpc_server {
         bool close_later; /* closed in a callback: close_task does it when the server is drained */
         crpci_task close_task;
     } drain;
-    crpc_server_options options; /* its strings may be gone: `enrolment` has copies */
+    crpc_server_options options; /* its strings may be gone: `enrolment` and `io` have copies */
 };
 
 /* One request in service. It lies at the start of `block`, and is gone with it. */
@@ -23892,6 +23893,8 @@ CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_opti
 {
     crpc_server_options *o = &s->options;
     *o = *in;
+    snprintf(s->io.thread_name, sizeof s->io.thread_name, "%s",
+             in->loops.thread_name ? in->loops.thread_name : "crpc-io");
     crpci_options_fill(&crpci_lifecycle_options, o);
     s->max_serving = o->max_concurrency ? (uint32_t)o->max_concurrency : INT32_MAX;
     if (!in->max_concurrency && o->io_threads)
@@ -23994,8 +23997,7 @@ CRPCI_COLD int crpci_lifecycle_start_threads(crpc_server *s, crpc_error *error)
     lo.hooks = s->heap->hooks;
     if (!lo.hooks.log_level)
         lo.hooks.log_level = -1;
-    if (!lo.thread_name)
-        lo.thread_name = "crpc-io";
+    lo.thread_name = s->io.thread_name;
     if (want) {
         s->io.loops = (crpc_loop **)crpci_heap_alloc(s->heap, want * sizeof *s->io.loops);
         if (!s->io.loops)
