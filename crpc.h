@@ -14428,13 +14428,14 @@ CRPCI_FN bool crpci_zk_node_own_name(crpci_zk_own *own)
     return true;
 }
 
-/* The state's request, by the table above. */
+/* The state's request, by the table above. The wish may have changed while a parent was created. */
 CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
 {
     static const uint8_t verbs[] = {CRPCI_ZK_STAT,   CRPCI_ZK_CREATE, CRPCI_ZK_LIST,
                                     CRPCI_ZK_CREATE, CRPCI_ZK_STAT,   CRPCI_ZK_STAT,
                                     CRPCI_ZK_DELETE, CRPCI_ZK_DELETE};
     crpci_zk_own *own = crpci_zk_node_own_of(job);
+    crpci_zk_node_own_next(own);
     if (own->state == CRPCI_ZK_OWN_CREATE && !crpci_zk_node_own_name(own))
         return false;
     o->verb = (crpci_zk_verb)verbs[own->state];
