@@ -10234,7 +10234,8 @@ CRPCI_COLD bool crpci_cache_set(crpci_heap *h, char **text, const char *part, si
     return true;
 }
 
-/* Takes the names that a directory holds now. False: out of memory. */
+/* Takes the names that a directory holds now; NULL among them, from an answer that the client could
+ * not read, is left out. False: out of memory. */
 CRPCI_COLD bool crpci_cache_put(crpci_cache *c, const char *name, char *const *names, size_t count)
 {
     size_t size = strlen(name) + 4, n, i, len = 0;
@@ -10243,13 +10244,13 @@ CRPCI_COLD bool crpci_cache_put(crpci_cache *c, const char *name, char *const *n
     bool ok, same;
     char *part;
     for (i = 0; i < count; i++)
-        size += strlen(names[i]) + 3;
+        size += names[i] ? strlen(names[i]) + 3 : 0;
     part = (char *)crpci_heap_alloc(c->heap, size);
     if (!part)
         return false;
     n = (size_t)snprintf(part, size, "D %s\n", name);
     for (i = 0; i < count; i++) {
-        if (*names[i] && !strchr(names[i], '\n'))
+        if (names[i] && *names[i] && !strchr(names[i], '\n'))
             n += (size_t)snprintf(part + n, size - n, "N %s\n", names[i]);
     }
     same = old ? len == n && memcmp(old, part, n) == 0 : n == strlen(name) + 3;
@@ -10916,11 +10917,25 @@ CRPCI_FN bool crpci_directory_doubt(crpci_subscriber *s, const crpci_directory_r
     return taken;
 }
 
+/* Whether an operator's override disables a provider that is no longer listed. Of its URL only the
+ * address is known, so a rule for one group or version counts if the subscriber wants just that. */
+CRPCI_FN bool crpci_directory_disabled(const crpci_subscriber *s, const crpci_provider *p)
+{
+    crpci_names_node node;
+    memset(&node, 0, sizeof node);
+    memcpy(node.address, p->address, sizeof node.address);
+    node.of.group = s->want.group ? s->want.group : "";
+    node.of.version = s->want.version ? s->want.version : "";
+    node.of.application = "";
+    crpci_names_overrides_apply(s->directory->overrides, &s->want, &node);
+    return node.disabled;
+}
+
 /* Protection. After an outage of the registry, providers register again one after another. If a
  * subscriber followed the first list at once, the first provider to return would get the load of
- * all. So providers that the list lacks are kept until hold_us has passed; one that a list has
- * named again is no longer protected. Returns the list to use, with a reference; NULL: out of
- * memory. */
+ * all. So providers that the list lacks are kept until hold_us has passed, except those that an
+ * override disables; one that a list has named again is no longer protected. Returns the list to
+ * use, with a reference; NULL: out of memory. */
 CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snapshot *list)
 {
     const crpci_directory *d = s->directory;
@@ -10944,7 +10959,8 @@ CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snap
         while (k < list->count && strcmp(list->providers[k].address, p->address) < 0)
             k++;
         if ((s->doubted || p->kept) &&
-            (k == list->count || strcmp(list->providers[k].address, p->address) != 0)) {
+            (k == list->count || strcmp(list->providers[k].address, p->address) != 0) &&
+            !crpci_directory_disabled(s, p)) {
             out->providers[out->count] = *p;
             out->providers[out->count++].kept = true;
         }
@@ -14419,13 +14435,14 @@ CRPCI_FN bool crpci_zk_node_own_name(crpci_zk_own *own)
     return true;
 }
 
-/* The state's request, by the table above. */
+/* The state's request, by the table above. The wish may have changed while a parent was created. */
 CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
 {
     static const uint8_t verbs[] = {CRPCI_ZK_STAT,   CRPCI_ZK_CREATE, CRPCI_ZK_LIST,
                                     CRPCI_ZK_CREATE, CRPCI_ZK_STAT,   CRPCI_ZK_STAT,
                                     CRPCI_ZK_DELETE, CRPCI_ZK_DELETE};
     crpci_zk_own *own = crpci_zk_node_own_of(job);
+    crpci_zk_node_own_next(own);
     if (own->state == CRPCI_ZK_OWN_CREATE && !crpci_zk_node_own_name(own))
         return false;
     o->verb = (crpci_zk_verb)verbs[own->state];
@@ -21805,6 +21822,7 @@ struct crpc_server {
         crpc_loop **loops; /* one for each I/O thread */
         size_t count;
         size_t next; /* the loop of the next connection; the accepting thread's alone */
+        char thread_name[16];
     } io;
     struct {
         const crpci_context_guard *ops;
@@ -21841,7 +21859,7 @@ struct crpc_server {
         bool close_later; /* closed in a callback: close_task does it when the server is drained */
         crpci_task close_task;
     } drain;
-    crpc_server_options options; /* its strings may be gone: `enrolment` has copies */
+    crpc_server_options options; /* its strings may be gone: `enrolment` and `io` have copies */
 };
 
 /* One request in service. It lies at the start of `block`, and is gone with it. */
@@ -23919,6 +23937,8 @@ CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_opti
 {
     crpc_server_options *o = &s->options;
     *o = *in;
+    snprintf(s->io.thread_name, sizeof s->io.thread_name, "%s",
+             in->loops.thread_name ? in->loops.thread_name : "crpc-io");
     crpci_options_fill(&crpci_lifecycle_options, o);
     s->max_serving = o->max_concurrency ? (uint32_t)o->max_concurrency : INT32_MAX;
     if (!in->max_concurrency && o->io_threads)
@@ -24022,8 +24042,7 @@ CRPCI_COLD int crpci_lifecycle_start_threads(crpc_server *s, crpc_error *error)
     lo.hooks = s->heap->hooks;
     if (!lo.hooks.log_level)
         lo.hooks.log_level = -1;
-    if (!lo.thread_name)
-        lo.thread_name = "crpc-io";
+    lo.thread_name = s->io.thread_name;
     if (want) {
         s->io.loops = (crpc_loop **)crpci_heap_alloc(s->heap, want * sizeof *s->io.loops);
         if (!s->io.loops)

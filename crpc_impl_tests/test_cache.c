@@ -208,6 +208,24 @@ static void it_spares_the_flash(void **state)
     ct_dir_remove(dir);
 }
 
+/* The client's list of names has NULL where the server's answer was malformed. */
+static void it_leaves_out_what_is_no_name(void **state)
+{
+    char *odd_names[] = {NULL, (char *)"", (char *)"a\nb", two_names[0]};
+    crpci_heap *h = silent_heap();
+    crpci_names names;
+    crpci_cache c;
+    (void)state;
+    assert_true(crpci_cache_init(&c, h, "unused", 0));
+    assert_true(crpci_cache_put(&c, "S", odd_names, 4));
+    crpci_cache_get(&c, "S", &names);
+    assert_int_equal(names.count, 1);
+    assert_string_equal(names.name[0], two_names[0]);
+    crpci_names_free(h, &names);
+    crpci_cache_clear(&c);
+    crpci_heap_unref(h);
+}
+
 static int cache_scenario(const crpc_hooks *hooks, void *user)
 {
     crpci_cache c;
@@ -250,6 +268,7 @@ int main(void)
         CT_TEST(it_takes_a_cache_file_whole_or_not_at_all),
         CT_TEST(it_shares_its_cache_file),
         CT_TEST(it_spares_the_flash),
+        CT_TEST(it_leaves_out_what_is_no_name),
         CT_TEST(it_caches_in_want_of_memory),
     };
     return CT_RUN(tests);

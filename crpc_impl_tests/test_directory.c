@@ -433,6 +433,27 @@ static void it_protects_after_a_wipe(void **state)
     end(&f);
 }
 
+/* What an operator disables is not kept: neither while it is listed, nor when it has gone. */
+static void protection_does_not_keep_what_is_disabled(void **state)
+{
+    fixture f;
+    reader r;
+    (void)state;
+    start(&f);
+    f.directory.hold_us = HOLD_US;
+    assert_true(join(&f, &r, "S", false));
+    assert_true(read_names(&f, "1234", true));
+    assert_true(age(&f));
+    expect_pushed(&r, "1 2 3 4 1 2 3 4 (stale) ");
+    assert_int_equal(override(&f, "override://10.0.0.2:1/S?disabled=true"), 1); /* while away */
+    assert_true(read_names(&f, "12", true));
+    expect_pushed(&r, "1 3 4 ");
+    assert_int_equal(override(&f, "override://10.0.0.3:1/S?disabled=true"), 1); /* in the hold */
+    assert_true(read_names(&f, "1", true));
+    expect_pushed(&r, "1 4 ");
+    end(&f);
+}
+
 /* If all that had come back goes too, what is left is the last good list. */
 static void the_end_of_protection_never_empties_a_list(void **state)
 {
@@ -684,6 +705,7 @@ int main(void)
         CT_TEST(it_does_not_believe_an_unreadable_list),
         CT_TEST(it_protects_providers_that_come_back),
         CT_TEST(it_protects_after_a_wipe),
+        CT_TEST(protection_does_not_keep_what_is_disabled),
         CT_TEST(the_end_of_protection_never_empties_a_list),
         CT_TEST(it_gives_each_what_it_wants),
         CT_TEST(it_waits_for_a_first_list),

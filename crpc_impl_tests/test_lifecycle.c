@@ -36,6 +36,25 @@ static void a_server_without_a_listener_does_not_start(void **state)
     crpc_server_close(s);
 }
 
+/* Texts of options may go when the server is open; its threads start later. */
+static void options_are_copied_when_a_server_opens(void **state)
+{
+    char *name = strdup("of-the-test");
+    crpc_server *s;
+    crpc_server_options o = CRPC_INIT;
+    (void)state;
+    assert_non_null(name);
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.loops.thread_name = name;
+    o.listen = "tcp://127.0.0.1:0";
+    o.io_threads = 1;
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    free(name);
+    assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+    assert_string_equal(s->io.loops[0]->thread_name, "of-the-test");
+    crpc_server_close(s);
+}
+
 static void nothing_is_added_after_the_start(void **state)
 {
     static const crpc_service late = {"Late", NULL, 0};
@@ -698,6 +717,7 @@ int main(void)
         CT_TEST(wrong_options_are_refused),
         CT_TEST(services_are_added_once),
         CT_TEST(a_server_without_a_listener_does_not_start),
+        CT_TEST(options_are_copied_when_a_server_opens),
         CT_TEST(nothing_is_added_after_the_start),
         CT_TEST(stopping_finishes_what_runs_and_refuses_the_rest),
         CT_TEST(stopping_serves_then_refuses_then_closes),

@@ -290,6 +290,28 @@ static void an_unwanted_node_of_a_lost_create_is_removed(void **state)
     end(&f);
 }
 
+/* Withdrawn while its directory is being made: it must not appear any more. */
+static void an_unwanted_node_is_not_made_after_its_parent(void **state)
+{
+    crpci_zk_request *q;
+    crpci_zk_order o;
+    fixture f;
+    (void)state;
+    begin(&f, false);
+    want(&f, CRPCI_ZK_WISH_WANTED);
+    own(&f, CRPCI_ZK_CREATE, "/d/one", ZNONODE, 0);
+    assert_true(crpci_zk_session_ask(&f.own.job, &o));
+    assert_string_equal(o.path, "/d");
+    q = crpci_zk_job_request(&f.s, &f.own.job, &o);
+    q->parent = true;
+    f.own.job.sent = q;
+    want(&f, CRPCI_ZK_WISH_ENDED);
+    answer(q, ZOK, "/d", NULL, NULL);
+    own(&f, CRPCI_ZK_DELETE, "/d/one", ZNONODE, 0);
+    assert_int_equal(f.released, 1);
+    end(&f);
+}
+
 /* A sequential node whose creation got no answer is found by its id, and only one remains. */
 static void it_finds_its_node_by_the_id(void **state)
 {
@@ -511,6 +533,7 @@ int main(void)
         CT_TEST(a_node_of_another_session_is_replaced),
         CT_TEST(a_create_without_an_answer_is_repeated),
         CT_TEST(an_unwanted_node_of_a_lost_create_is_removed),
+        CT_TEST(an_unwanted_node_is_not_made_after_its_parent),
         CT_TEST(it_finds_its_node_by_the_id),
         CT_TEST(a_new_session_makes_a_new_node),
         CT_TEST(a_changed_address_makes_a_new_node),
