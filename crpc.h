@@ -17421,6 +17421,13 @@ CRPCI_FN int crpci_request_attach(crpci_message_out *o, crpci_request *r, crpc_v
     return CRPC_OK;
 }
 
+/* Whether a call asks for what only CRPC_ENABLE_POLICY=1 has. Constant in a build that has it. */
+CRPCI_FN bool crpci_request_lacks_policy(const crpc_policy *p)
+{
+    return !CRPC_ENABLE_POLICY && ((int)p->cluster > CRPC_CLUSTER_FAILFAST || p->backup_ms > 0 ||
+                                   p->forks > 0 || p->fail_percent > 0);
+}
+
 /* Encodes a request behind `front` bytes, which are the caller's. With `borrow` a large attachment
  * is not copied, and must live until the call has ended. On failure nothing is held, and `error`
  * (may be NULL) says why. */
@@ -17443,6 +17450,10 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     const char *why = "";
     crpci_message_out o;
     int err;
+    if (crpci_request_lacks_policy(&call->policy))
+        return crpci_status_set(error, CRPC_EUNSUPPORTED,
+                                "%s.%s: policy: not compiled in: CRPC_ENABLE_POLICY is 0 (local)",
+                                m->service, m->name);
     crpci_request_inherit(call, r);
     r->names = k->names;
     r->identified = crpc_view_data(id) != NULL;
@@ -20590,7 +20601,7 @@ CRPCI_COLD int crpci_opening_read_url(crpci_url *u, crpc_channel_options *o,
 CRPCI_COLD int crpci_opening_check_policy(const crpc_policy *p, const crpc_method_options *m,
                                           crpc_error *error)
 {
-    const char *what = p->cluster > CRPC_CLUSTER_FAILFAST                ? "cluster"
+    const char *what = (int)p->cluster > CRPC_CLUSTER_FAILFAST           ? "cluster"
                        : m && m->degraded > 0                            ? "degraded"
                        : m && (m->fallback || crpc_view_data(m->canned)) ? "fallback, canned"
                                                                          : NULL;
