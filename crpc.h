@@ -19491,8 +19491,8 @@ CRPCI_COLD void crpci_cluster_succeed(crpci_pending_call *c)
     crpci_endpoint_drop(own);
 }
 
-/* Ends a call none of whose parts is under way or has succeeded. With wait=1, if none could connect,
- * the call goes on with attempts of its own. A BROADCAST ends: one attempt would not reach
+/* Ends a call none of whose parts is under way or has succeeded. With wait=1, if none could
+ * connect, the call goes on with attempts of its own. A BROADCAST ends: one attempt would not reach
  * everyone. */
 CRPCI_COLD void crpci_cluster_fail(crpci_pending_call *c)
 {

@@ -209,7 +209,8 @@ static void check_call_policies(crpc_loop *loop)
         call.policy.cluster = i == 1 ? CRPC_CLUSTER_FORKING : (crpc_cluster)-1;
         status = crpc_channel_begin(channel, &toggle_methods[0], &request, &id, &call);
         expect("policy of a call", status == (i < 2 ? want : CRPC_OK));
-        expect("cancelled", crpc_channel_cancel(channel, id) == (status ? CRPC_ENOTFOUND : CRPC_OK));
+        expect("cancelled",
+               crpc_channel_cancel(channel, id) == (status ? CRPC_ENOTFOUND : CRPC_OK));
     }
     crpc_channel_close(channel);
     crpc_server_close(server);
