@@ -3665,8 +3665,10 @@ CRPCI_COLD int crpci_options_line(crpci_options_target *to, size_t count, char *
 {
     char *value = strchr(line, '=');
     size_t i;
-    if (!value)
+    if (!value) { /* what follows the first word may be a secret */
+        line[strcspn(line, " \t:")] = '\0';
         return crpci_status_set(error, CRPC_EINVAL, "\"%.60s\" is not key=value", line);
+    }
     *value = '\0';
     line = crpci_options_trim(line);
     value = crpci_options_trim(value + 1);
