@@ -3665,8 +3665,10 @@ CRPCI_COLD int crpci_options_line(crpci_options_target *to, size_t count, char *
 {
     char *value = strchr(line, '=');
     size_t i;
-    if (!value)
+    if (!value) { /* what follows the first word may be a secret */
+        line[strcspn(line, " \t:")] = '\0';
         return crpci_status_set(error, CRPC_EINVAL, "\"%.60s\" is not key=value", line);
+    }
     *value = '\0';
     line = crpci_options_trim(line);
     value = crpci_options_trim(value + 1);
@@ -17448,6 +17450,13 @@ CRPCI_FN int crpci_request_attach(crpci_message_out *o, crpci_request *r, crpc_v
     return CRPC_OK;
 }
 
+/* Whether a call asks for what only CRPC_ENABLE_POLICY=1 has. Constant in a build that has it. */
+CRPCI_FN bool crpci_request_lacks_policy(const crpc_policy *p)
+{
+    return !CRPC_ENABLE_POLICY && ((int)p->cluster > CRPC_CLUSTER_FAILFAST || p->backup_ms > 0 ||
+                                   p->forks > 0 || p->fail_percent > 0);
+}
+
 /* Encodes a request behind `front` bytes, which are the caller's. With `borrow` a large attachment
  * is not copied, and must live until the call has ended. On failure nothing is held, and `error`
  * (may be NULL) says why. */
@@ -17470,6 +17479,10 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     const char *why = "";
     crpci_message_out o;
     int err;
+    if (crpci_request_lacks_policy(&call->policy))
+        return crpci_status_set(error, CRPC_EUNSUPPORTED,
+                                "%s.%s: policy: not compiled in: CRPC_ENABLE_POLICY is 0 (local)",
+                                m->service, m->name);
     crpci_request_inherit(call, r);
     r->names = k->names;
     r->identified = crpc_view_data(id) != NULL;
@@ -19508,8 +19521,8 @@ CRPCI_COLD void crpci_cluster_succeed(crpci_pending_call *c)
     crpci_endpoint_drop(own);
 }
 
-/* Ends a call none of whose parts is under way or has succeeded. With wait=1, if none could connect,
- * the call goes on with attempts of its own. A BROADCAST ends: one attempt would not reach
+/* Ends a call none of whose parts is under way or has succeeded. With wait=1, if none could
+ * connect, the call goes on with attempts of its own. A BROADCAST ends: one attempt would not reach
  * everyone. */
 CRPCI_COLD void crpci_cluster_fail(crpci_pending_call *c)
 {
@@ -20620,7 +20633,7 @@ CRPCI_COLD int crpci_opening_read_url(crpci_url *u, crpc_channel_options *o,
 CRPCI_COLD int crpci_opening_check_policy(const crpc_policy *p, const crpc_method_options *m,
                                           crpc_error *error)
 {
-    const char *what = p->cluster > CRPC_CLUSTER_FAILFAST                ? "cluster"
+    const char *what = (int)p->cluster > CRPC_CLUSTER_FAILFAST           ? "cluster"
                        : m && m->degraded > 0                            ? "degraded"
                        : m && (m->fallback || crpc_view_data(m->canned)) ? "fallback, canned"
                                                                          : NULL;

@@ -132,6 +132,8 @@ static void a_bad_line_is_named(void **state)
     static const char *const bad[][2] = {
         {"\n\ncount=21\n", "line 3: count=21: at most 20"},
         {"count=4\nkindly\n", "line 2: \"kindly\" is not key=value"},
+        {"secret: hush", "line 1: \"secret\" is not key=value"},
+        {"secret hush", "line 1: \"secret\" is not key=value"},
         {"#\ncuont=4", "line 2: cuont: no such option"},
         {"=4", "line 1: : no such option"},
         {"count=4\nname=x\ncount=5\n", "line 3: count: given twice"},

@@ -187,6 +187,35 @@ static void check_refusals(crpc_loop *loop)
     }
 }
 
+/* So does a call. A cluster policy of -1 is the default everywhere. */
+static void check_call_policies(crpc_loop *loop)
+{
+    static const int addend = 1000;
+    int want = CRPC_ENABLE_POLICY ? CRPC_OK : CRPC_EUNSUPPORTED, i;
+    char url[CRPC_ADDRESS_MAX];
+    crpc_server *server = serve(loop, &addend, url, sizeof url);
+    crpc_channel *channel = NULL;
+    crpc_channel_options options = CRPC_INIT;
+    crpc_error error = CRPC_INIT;
+    options.loop = loop;
+    options.policy.cluster = (crpc_cluster)-1;
+    expect("channel", crpc_channel_open(&channel, url, &options, &error) == CRPC_OK);
+    for (i = 0; i < 3 && channel; i++) {
+        crpc_call call = CRPC_INIT;
+        hand_Number request = {234};
+        crpc_id id = CRPC_INIT;
+        int status;
+        call.policy.backup_ms = i == 0 ? 1000 : 0;
+        call.policy.cluster = i == 1 ? CRPC_CLUSTER_FORKING : (crpc_cluster)-1;
+        status = crpc_channel_begin(channel, &toggle_methods[0], &request, &id, &call);
+        expect("policy of a call", status == (i < 2 ? want : CRPC_OK));
+        expect("cancelled",
+               crpc_channel_cancel(channel, id) == (status ? CRPC_ENOTFOUND : CRPC_OK));
+    }
+    crpc_channel_close(channel);
+    crpc_server_close(server);
+}
+
 int main(void)
 {
     crpc_loop *loop = NULL;
@@ -199,6 +228,7 @@ int main(void)
     check_failover(loop);
     check_texts(loop);
     check_refusals(loop);
+    check_call_policies(loop);
     crpc_loop_close(loop);
     printf("policy %d, texts %d: %d failed\n", CRPC_ENABLE_POLICY, CRPC_ENABLE_TEXTS, failures);
     return failures ? 1 : 0;
