@@ -12540,6 +12540,7 @@ CRPCI_FN bool crpci_zk_servers_reachable(const crpci_addr *to)
 
 #define CRPCI_ZK_JOB_RETRY_US   1000000  /* wait after a request that got no answer */
 #define CRPCI_ZK_JOB_BACKOFF_US 30000000 /* longest wait between two tries */
+#define CRPCI_ZK_JOB_THROTTLED  (-127)   /* ZTHROTTLEDOP, which older clients do not define */
 
 typedef struct crpci_zk_session crpci_zk_session;
 typedef struct crpci_zk_job crpci_zk_job;
@@ -12922,6 +12923,10 @@ CRPCI_FN void crpci_zk_job_take(crpci_zk_request *q, const crpci_zk_answer *a)
     const crpci_zk_order *o = &q->order;
     int made = 1;
     job->sent = NULL;
+    if (a->rc == CRPCI_ZK_JOB_THROTTLED) { /* not executed: to be sent again */
+        crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
+        return;
+    }
     if (crpci_zk_job_unanswered(a->rc)) {
         crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
         if (o->verb >= CRPCI_ZK_CREATE && !q->parent)

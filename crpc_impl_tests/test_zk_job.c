@@ -96,6 +96,27 @@ static void reads_without_an_answer_are_repeated(void **state)
     end(&f);
 }
 
+/* A server with too much to do refuses a request without executing it: it is sent again. */
+static void throttled_requests_are_repeated(void **state)
+{
+    static const crpci_zk_verb verbs[] = {CRPCI_ZK_GET, CRPCI_ZK_CREATE, CRPCI_ZK_DELETE};
+    fixture f;
+    size_t i;
+    (void)state;
+    begin(&f);
+    for (i = 0; i < sizeof verbs / sizeof *verbs; i++) {
+        answer(&f, verbs[i], "/a/b", -127);
+        assert_string_equal(f.told, "");
+        assert_true(f.job.due_us > crpci_zk_job_now(&f.s) && f.job.due_us != INT64_MAX);
+    }
+    answer(&f, CRPCI_ZK_CREATE, "/a/b", ZNONODE);
+    answer(&f, CRPCI_ZK_CREATE, "/a", -127);
+    assert_string_equal(f.told, "");
+    assert_string_equal(f.job.parent, "/a");
+    answer(&f, CRPCI_ZK_CREATE, "/a", ZOK);
+    end(&f);
+}
+
 /* A missing directory is made on the way, without the job's knowing. */
 static void missing_parents_are_created(void **state)
 {
@@ -228,6 +249,7 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(reads_without_an_answer_are_repeated),
+        CT_TEST(throttled_requests_are_repeated),
         CT_TEST(missing_parents_are_created),
         CT_TEST(jobs_hear_of_the_end_of_a_session),
         CT_TEST(waits_are_random_and_bounded),
