@@ -11705,7 +11705,7 @@ CRPCI_COLD int crpci_multicast_socket(const crpci_addr *group, struct ip_mreqn *
     crpci_sock_set(fd, IPPROTO_IP, IP_MULTICAST_TTL, 1);
     *call = "bind";
     if (bind(fd, &group->u.any, group->len) == 0) {
-        *call = "joining the group";
+        *call = CRPCI_STATUS_TEXT("joining the group");
         if (crpci_sock_leave_by(fd, which) &&
             setsockopt(fd, IPPROTO_IP, IP_ADD_MEMBERSHIP, which, sizeof *which) == 0)
             return fd;
@@ -15081,9 +15081,9 @@ CRPCI_FN void crpci_zk_directory_lost(crpci_zk_own *own, int rc)
     char text[CRPC_ERROR_TEXT_MAX];
     if (rc == ZNONODE || rc == ZSESSIONEXPIRED)
         return;
-    snprintf(text, sizeof text, "registering %s%.70s at zookeeper://%.70s: %.50s",
-             reg->offer.port ? "" : "as a consumer of ", reg->offer.what.service, s->authority,
-             zerror(rc));
+    crpci_status_format(text, sizeof text, "registering %s%.70s at zookeeper://%.70s: %.50s",
+                        reg->offer.port ? "" : "as a consumer of ", reg->offer.what.service,
+                        s->authority, zerror(rc));
     crpci_directory_tell(s->loop, &s->cond, &reg->offer,
                          rc == ZNOAUTH ? CRPC_EAUTH : CRPC_EREGISTRY, text);
 }
