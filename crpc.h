@@ -5141,9 +5141,11 @@ CRPCI_COLD int crpci_resolver_address(crpci_heap *h, const char *text, char *out
         if (!*out || (*out == '[' && *one != '['))
             snprintf(out, size, "%s", one);
     }
-    return *out ? CRPC_OK
-                : crpci_status_set(error, CRPC_ERESOLVE,
-                                   "\"%.80s\": the resolve hook gave no numeric address", text);
+    if (crpci_sock_parse(&a, out)) /* it is there, and whole */
+        return CRPC_OK;
+    return crpci_status_set(error, CRPC_ERESOLVE,
+                            "\"%.80s\": the resolve hook gave no numeric address: \"%.80s\"", text,
+                            list);
 }
 
 /* ======================================================================== */
@@ -20798,7 +20800,8 @@ CRPCI_COLD int crpci_opening_item(crpci_snapshot *list, const char *text, crpc_e
         list->count++;
     if (!err && list->count == from)
         err = crpci_status_set(error, CRPC_ERESOLVE,
-                               "\"%.80s\": the resolve hook gave no numeric address", text);
+                               "\"%.80s\": the resolve hook gave no numeric address: \"%.80s\"",
+                               text, names);
     return err;
 }
 

@@ -104,7 +104,7 @@ static void failures_name_the_host(void **state)
     assert_non_null(strstr(error.text, "no numeric address"));
     answer = "not.a.number";
     assert_int_equal(ask("gone.example:80"), CRPC_ERESOLVE);
-    assert_string_equal(error.text, "host \"gone.example\": the resolve hook gave no numeric "
+    assert_string_equal(error.text, "\"gone.example:80\": the resolve hook gave no numeric "
                                     "address: \"not.a.number\"");
     assert_int_equal(crpci_resolver_address(heap, "gone.example:80", out, sizeof out, NULL),
                      CRPC_ERESOLVE);
