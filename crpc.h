@@ -2904,8 +2904,12 @@ typedef struct crpci_handle {
 #define CRPCI_HANDLE              crpci_handle handle;
 #define CRPCI_HANDLE_OPEN(object) ((object)->handle.open = CRPCI_HANDLE_IS_OPEN)
 #define CRPCI_HANDLE_CHECK(object)                                                                 \
-    CRPCI_DEMAND((object)->handle.open, "the object is closed already")
-#define CRPCI_HANDLE_CLOSE(object) (CRPCI_HANDLE_CHECK(object), (object)->handle.open = NULL)
+    CRPCI_DEMAND(__atomic_load_n(&(object)->handle.open, __ATOMIC_RELAXED),                        \
+                 "the object is closed already") /* another thread may be closing it right now */
+#define CRPCI_HANDLE_CLOSE(object)                                                                 \
+    CRPCI_DEMAND(                                                                                  \
+        __atomic_exchange_n(&(object)->handle.open, (const char *)NULL, __ATOMIC_RELAXED),         \
+        "the object is closed already")
 #else
 #define CRPCI_HANDLE
 #define CRPCI_HANDLE_OPEN(object)  ((void)0)
