@@ -1220,8 +1220,8 @@ typedef struct crpc_wire_options {
     int short_names; /* 1: send "Service" instead of "package.Service". 0: full names. -1: as 0 */
 } crpc_wire_options;
 
-/* Who this process is. Secrets belong in options and configuration lines; URLs with secrets are
- * refused, because URLs are logged. */
+/* How this process authenticates itself. Secrets belong in options and configuration lines. crpc
+ * refuses a URL with a secret, because it logs URLs. */
 typedef struct crpc_security_options {
     const char *credential; /* sent with every request. NULL: none */
 } crpc_security_options;
@@ -8093,7 +8093,7 @@ CRPCI_FN int crpci_balance_pick_hashed(crpci_balance *b, crpci_balance_query *q)
 
 /* --- p2c: the cost of a call to a provider ---------------------------------------------------- */
 
-/* What is left of a latency after some time, rounded up. Between two halvings the parabola
+/* Lets a latency decay by the time that has passed, rounded up. Between two halvings the parabola
  * 1 - 0.675 x + 0.175 x^2 stands for 2^-x, with an error of 0.4 per cent. */
 CRPCI_FN int64_t crpci_balance_fade(int64_t latency, int64_t passed_us)
 {
@@ -9013,7 +9013,7 @@ CRPCI_COLD bool crpci_receive_place(crpci_conn *c, crpci_message *m)
     return true;
 }
 
-/* What a connection receives: the side that dialled gets replies. */
+/* Tells whether a connection receives requests or replies: the side that dialled gets replies. */
 CRPCI_FN crpci_message_kind crpci_receive_kind(const crpci_conn *c)
 {
     return c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;

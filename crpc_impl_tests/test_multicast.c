@@ -191,7 +191,7 @@ static void announced_providers_are_found(void **state)
     close_side(&c);
 }
 
-/* Who comes later asks, and is answered long before the next announcement. */
+/* A consumer that comes later asks, and gets an answer long before the next announcement. */
 static void providers_answer_a_subscribe(void **state)
 {
     side a, b;

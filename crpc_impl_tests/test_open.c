@@ -150,7 +150,7 @@ static void it_checks_a_servers_url(void **state)
     crpc_loop_close(loop);
 }
 
-/* That is found when the server is opened, not when it is started. */
+/* crpc_server_open finds it, before the server is started. */
 static void a_server_refuses_a_registry_that_is_none(void **state)
 {
     static const char *const bad[] = {"zookeeper", "etcd://10.0.0.1:1", "tcp://10.0.0.1:1",

@@ -776,7 +776,7 @@ static void late_replies_and_one_way_calls_keep_their_place(void **state)
     net_close(&n);
 }
 
-/* What is taken back before it is sent takes no place. */
+/* A request that is withdrawn before it is sent takes no place in the order. */
 static void begin_and_cancel(void *user)
 {
     async *a = (async *)user;

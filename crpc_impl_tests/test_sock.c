@@ -314,7 +314,7 @@ static void abstract_sockets(void **state)
     close(listener);
 }
 
-/* Of this host on the way to somewhere. */
+/* The routing table gives the local address from which a destination is reached. */
 static void routes(void **state)
 {
     crpci_addr to;

@@ -77,7 +77,7 @@ static void *call_much(void *arg)
     return NULL;
 }
 
-/* What is held when the server stops is finished when it is closed; others may wait behind it. */
+/* Finishes, when the server closes, the requests that it held when it stopped; others may wait. */
 static void *finish_all(void *arg)
 {
     scenario *s = (scenario *)arg;
