@@ -7136,11 +7136,6 @@ CRPCI_FN void crpci_limiter_auto_init(crpci_limiter_auto *a, uint32_t least, uin
     a->soon = true;
 }
 
-CRPCI_FN uint32_t crpci_limiter_auto_limit(const crpci_limiter_auto *a)
-{
-    return a->limit;
-}
-
 /* Lets a call in, which must then leave. False: the limit is reached. */
 CRPCI_FN bool crpci_limiter_auto_enter(crpci_limiter_auto *a)
 {
@@ -8296,21 +8291,6 @@ CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item,
         crpci_balance_measure(b, item, ok, latency_us, now_us);
     else if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, item) && item->at)
         crpci_balance_sift(b, item->at - 1);
-}
-
-/* The same for the item of an index. Without memory for the list the items are not known, and
- * nothing is counted. */
-CRPCI_FN void crpci_balance_begin(crpci_balance *b, size_t i, int64_t now_us)
-{
-    if (b->items && i < b->count)
-        crpci_balance_item_begin(b, b->items[i], now_us);
-}
-
-CRPCI_FN void crpci_balance_end(crpci_balance *b, size_t i, bool ok, int64_t latency_us,
-                                int64_t now_us)
-{
-    if (b->items && i < b->count)
-        crpci_balance_item_end(b, b->items[i], ok, latency_us, now_us);
 }
 
 /* ======================================================================== */

@@ -17,6 +17,19 @@ static const crpc_balancer kinds[KINDS] = {
 };
 
 /* A balancer and its providers; the list holds the first n of them unless a test changes it. */
+/* Begins and ends a call to the item at an index; without memory for the list no item is known. */
+static void balance_begin(crpci_balance *b, size_t i, int64_t now_us)
+{
+    if (b->items && i < b->count)
+        crpci_balance_item_begin(b, b->items[i], now_us);
+}
+
+static void balance_end(crpci_balance *b, size_t i, bool ok, int64_t latency_us, int64_t now_us)
+{
+    if (b->items && i < b->count)
+        crpci_balance_item_end(b, b->items[i], ok, latency_us, now_us);
+}
+
 typedef struct fleet {
     crpci_heap *heap;
     crpci_balance b;
@@ -268,8 +281,8 @@ static void weighted_round_robin_is_exact_and_smooth(void **state)
                         k - last[at] <= WEIGHTS_SUM / (long)weights[at] + (long)WEIGHTS);
             counts[at]++;
             last[at] = k;
-            crpci_balance_begin(&f.b, (size_t)at, f.now_us);
-            crpci_balance_end(&f.b, (size_t)at, true, MS, f.now_us);
+            balance_begin(&f.b, (size_t)at, f.now_us);
+            balance_end(&f.b, (size_t)at, true, MS, f.now_us);
             if (k % WEIGHTS_SUM)
                 continue;
             round = (int)(k / WEIGHTS_SUM);
@@ -322,11 +335,11 @@ static void least_active_has_the_fewest(void **state)
                 for (i = 0; i < f.n; i++)
                     assert_true((uint64_t)f.items[at].active * f.items[i].weight <=
                                 (uint64_t)f.items[i].active * f.items[at].weight);
-                crpci_balance_begin(&f.b, (size_t)at, f.now_us);
+                balance_begin(&f.b, (size_t)at, f.now_us);
                 under_way[count++] = at;
             } else {
                 size_t which = crpci_balance_below(&f.seed, (size_t)count);
-                crpci_balance_end(&f.b, (size_t)under_way[which], true, MS, f.now_us);
+                balance_end(&f.b, (size_t)under_way[which], true, MS, f.now_us);
                 under_way[which] = under_way[--count];
             }
             if (k % 1000 == 0)
@@ -353,11 +366,11 @@ static void least_active_ties(void **state)
             for (i = 0; i < 32; i++)
                 assert_true(f.items[i].active || taken[at] <= taken[i]);
             taken[at] = ++clock;
-            crpci_balance_begin(&f.b, (size_t)at, f.now_us);
+            balance_begin(&f.b, (size_t)at, f.now_us);
             busy[count++] = at;
         } else if (count) {
             size_t which = crpci_balance_below(&f.seed, (size_t)count);
-            crpci_balance_end(&f.b, (size_t)busy[which], true, MS, f.now_us);
+            balance_end(&f.b, (size_t)busy[which], true, MS, f.now_us);
             busy[which] = busy[--count];
         }
     }
@@ -381,8 +394,8 @@ static void p2c_takes_the_better_of_two(void **state)
         shares[i] = 1;
     assert_shares(counts, shares, N);
     for (i = 0; i < N; i++) {
-        crpci_balance_begin(&f.b, i, f.now_us);
-        crpci_balance_end(&f.b, i, true, (int64_t)(1000 + 10 * i), f.now_us);
+        balance_begin(&f.b, i, f.now_us);
+        balance_end(&f.b, i, true, (int64_t)(1000 + 10 * i), f.now_us);
         shares[i] = N - 1 - i;
     }
     memset(counts, 0, sizeof counts);
@@ -401,7 +414,7 @@ static void p2c_takes_the_better_of_two(void **state)
     assert_shares(counts, shares, N);
     for (i = 0; i < N; i++) { /* by calls under way: again the first */
         for (k = 0; k < (long)i; k++)
-            crpci_balance_begin(&f.b, i, f.now_us);
+            balance_begin(&f.b, i, f.now_us);
         shares[i] = N - 1 - i;
     }
     memset(counts, 0, sizeof counts);
@@ -443,9 +456,9 @@ static int64_t latency_of(size_t i)
 
 static void one_call(size_t i, bool ok, int64_t latency)
 {
-    crpci_balance_begin(&f.b, i, f.now_us);
+    balance_begin(&f.b, i, f.now_us);
     f.now_us += latency;
-    crpci_balance_end(&f.b, i, ok, latency, f.now_us);
+    balance_end(&f.b, i, ok, latency, f.now_us);
 }
 
 static void latencies_peak_and_fade(void **state)
@@ -527,9 +540,9 @@ static void a_slow_provider_is_left_alone_and_comes_back(void **state)
     memset(counts, 0, sizeof counts);
     for (k = 0; k < 1000; k++) {
         int i = pick();
-        crpci_balance_begin(&f.b, (size_t)i, f.now_us);
+        balance_begin(&f.b, (size_t)i, f.now_us);
         if (i != 10)
-            crpci_balance_end(&f.b, (size_t)i, true, 1000, f.now_us);
+            balance_end(&f.b, (size_t)i, true, 1000, f.now_us);
     }
     assert_int_equal(f.items[10].active, 1);
     fleet_close();
@@ -713,10 +726,10 @@ static void a_pick_never_fails_while_one_is_usable(void **state)
                     assert_int_equal(at >= 0, up > 0);
                     assert_true(at < 0 || !weighty || f.items[at].weight);
                     if (at >= 0 && k % 2) {
-                        crpci_balance_begin(&f.b, (size_t)at, f.now_us);
+                        balance_begin(&f.b, (size_t)at, f.now_us);
                         f.now_us += 777;
                         if (k == 3)
-                            crpci_balance_end(&f.b, (size_t)at, true, 777, f.now_us);
+                            balance_end(&f.b, (size_t)at, true, 777, f.now_us);
                     }
                 }
                 check();
@@ -833,9 +846,9 @@ static void a_pick_examines_few_providers(void **state)
         fleet_open(kinds[kind], 2000, NULL);
         for (k = 0; k < 10000; k++) {
             int at = pick();
-            crpci_balance_begin(&f.b, (size_t)at, f.now_us);
+            balance_begin(&f.b, (size_t)at, f.now_us);
             if (k % 3)
-                crpci_balance_end(&f.b, (size_t)at, true, MS, f.now_us);
+                balance_end(&f.b, (size_t)at, true, MS, f.now_us);
         }
         assert_int_equal(f.asked, kinds[kind] == CRPC_BALANCER_P2C ? 20000 : 10000);
         check();
@@ -853,7 +866,7 @@ static void a_provider_that_is_down_is_not_asked_again_and_again(void **state)
     fleet_open(CRPC_BALANCER_LEAST_ACTIVE, 10, NULL);
     for (i = 0; i < 10; i++) {
         if (i != 3)
-            crpci_balance_begin(&f.b, i, f.now_us);
+            balance_begin(&f.b, i, f.now_us);
     }
     f.down[3] = true;
     for (k = 0; k < 1000; k++)
@@ -907,7 +920,7 @@ static void churn(void **state)
                     continue;
                 calls[under_way].item = f.list[at];
                 calls[under_way++].begin = f.now_us;
-                crpci_balance_begin(&f.b, (size_t)at, f.now_us);
+                balance_begin(&f.b, (size_t)at, f.now_us);
                 active[f.list[at] - f.items]++;
             } else if (under_way) {
                 size_t which = (r >> 20) % (size_t)under_way;
@@ -935,7 +948,7 @@ static void statistics_survive(void **state)
     int k;
     (void)state;
     fleet_open(CRPC_BALANCER_P2C, 3, NULL);
-    crpci_balance_begin(&f.b, 1, f.now_us);
+    balance_begin(&f.b, 1, f.now_us);
     one_call(1, true, 5000);
     f.list[1] = &f.items[3];
     assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 3), CRPC_OK);
@@ -975,8 +988,8 @@ static void reweighing_in_a_warm_up(void **state)
             for (k = 0; k < 1000; k++) {
                 int at = pick();
                 counts[at]++;
-                crpci_balance_begin(&f.b, (size_t)at, f.now_us);
-                crpci_balance_end(&f.b, (size_t)at, true, MS, f.now_us);
+                balance_begin(&f.b, (size_t)at, f.now_us);
+                balance_end(&f.b, (size_t)at, true, MS, f.now_us);
             }
             expected += 1000 * (int)w / (300 + (int)w);
         }
@@ -1046,11 +1059,11 @@ static void one_comes_back_drained(void **state)
         f.n = 8;
         assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 8), CRPC_OK);
         check();
-        crpci_balance_begin(&f.b, 6, f.now_us);
+        balance_begin(&f.b, 6, f.now_us);
         check();
         crpci_balance_reweigh(&f.b, 6, 100);
         check();
-        crpci_balance_end(&f.b, 6, true, MS, f.now_us);
+        balance_end(&f.b, 6, true, MS, f.now_us);
         check();
         fleet_close();
     }
@@ -1085,7 +1098,7 @@ static void virtual_time_wraps(void **state)
         uint32_t ones[3] = {1, 1, 1};
         uint64_t rounds = 0, was;
         fleet_open(CRPC_BALANCER_LEAST_ACTIVE, 3, ones);
-        crpci_balance_begin(&f.b, 2, f.now_us);
+        balance_begin(&f.b, 2, f.now_us);
         for (k = 0; k < 40000; k++) {
             was = f.b.now;
             assert_int_not_equal(pick(), 2);
@@ -1093,7 +1106,7 @@ static void virtual_time_wraps(void **state)
         }
         assert_true(rounds >= 2);
         check();
-        crpci_balance_end(&f.b, 2, true, MS, f.now_us);
+        balance_end(&f.b, 2, true, MS, f.now_us);
         for (k = 0; k < 300; k++)
             count += pick() == 2;
         assert_in_range(count, 99, 101);
@@ -1112,20 +1125,20 @@ static void extremes(void **state)
         for (k = 0; k < 10000; k++) {
             int at = pick();
             assert_true(at >= 0 && at < 3);
-            crpci_balance_begin(&f.b, (size_t)at, f.now_us);
+            balance_begin(&f.b, (size_t)at, f.now_us);
             if (k % 3 == 0)
-                crpci_balance_end(&f.b, (size_t)at, k % 2 != 0, INT64_MAX / 2, INT64_MAX / 2);
+                balance_end(&f.b, (size_t)at, k % 2 != 0, INT64_MAX / 2, INT64_MAX / 2);
         }
         f.items[0].active = f.items[1].active = UINT32_MAX - 1;
         for (k = 0; k < 100; k++)
             assert_true(pick() >= 0);
         crpci_balance_reweigh(&f.b, 4, 1); /* not in the list: nothing happens */
-        crpci_balance_begin(&f.b, 4, f.now_us);
-        crpci_balance_end(&f.b, 4, true, 1, f.now_us);
+        balance_begin(&f.b, 4, f.now_us);
+        balance_end(&f.b, 4, true, 1, f.now_us);
         f.n = 0;
         assert_int_equal(crpci_balance_reset(&f.b, f.heap, NULL, 0), CRPC_OK);
         assert_int_equal(pick(), -1);
-        crpci_balance_begin(&f.b, 0, f.now_us);
+        balance_begin(&f.b, 0, f.now_us);
         f.n = 1;
         assert_int_equal(crpci_balance_reset(&f.b, f.heap, f.list, 1), CRPC_OK);
         assert_int_equal(crpci_balance_pick(&f.b, 1, 1, 1, NULL, NULL), 0); /* all are usable */
@@ -1196,8 +1209,8 @@ static int out_of_memory_scenario(const crpc_hooks *hooks, void *user)
                                         (uint32_t)(ct_random_from(&seed) >> 32), k, NULL, NULL);
             assert_true(at >= 0 && at < (int)n);
             counts[at]++;
-            crpci_balance_begin(&b, (size_t)at, k);
-            crpci_balance_end(&b, (size_t)at, true, 1000, k);
+            balance_begin(&b, (size_t)at, k);
+            balance_end(&b, (size_t)at, true, 1000, k);
             crpci_balance_item_begin(&b, &items[at], k); /* these know their item */
             crpci_balance_item_end(&b, &items[at], true, 1000, k);
             assert_int_equal(items[at].active, 0);

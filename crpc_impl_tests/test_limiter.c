@@ -297,7 +297,7 @@ static void sim_measure(sim *s, int64_t for_us)
     sim_run(s, for_us);
     if (getenv("CRPC_TEST_VERBOSE"))
         print_message("capacity %d: limit %u, goodput %ld%%, %ld of %ld accepted, %ld slow\n",
-                      s->capacity, crpci_limiter_auto_limit(&s->limit), sim_goodput(s, for_us),
+                      s->capacity, s->limit.limit, sim_goodput(s, for_us),
                       s->accepted, s->offered, s->slow);
 }
 
@@ -323,7 +323,7 @@ static void the_limit_finds_the_capacity(void **state)
         sim_load(&s, 300);
         sim_run(&s, 3000000);
         sim_measure(&s, 4000000);
-        limit = crpci_limiter_auto_limit(&s.limit);
+        limit = s.limit.limit;
         assert_in_range(limit, capacity, capacity * 135 / 100 + 2);
         assert_true(sim_goodput(&s, 4000000) >= 80);
         if (capacity > 1) /* with one worker, a queue of one call doubles the latency */
@@ -340,7 +340,7 @@ static void an_overload_from_the_start_is_seen_through(void **state)
     sim_load(&s, 300);
     sim_run(&s, 20000000);
     sim_measure(&s, 10000000);
-    assert_in_range(crpci_limiter_auto_limit(&s.limit), 8, 12);
+    assert_in_range(s.limit.limit, 8, 12);
     assert_true(sim_goodput(&s, 10000000) >= 80);
     assert_true(s.slow * 100 <= s.done);
 }
@@ -374,17 +374,17 @@ static void it_follows_a_capacity_that_changes(void **state)
     sim_run(&s, 5000000);
     sim_load(&s, 300);
     sim_run(&s, 10000000);
-    assert_in_range(crpci_limiter_auto_limit(&s.limit), 16, 22);
+    assert_in_range(s.limit.limit, 16, 22);
     s.capacity = 4; /* three quarters of its workers hang */
     sim_run(&s, 120000000);
     sim_measure(&s, 10000000);
-    assert_in_range(crpci_limiter_auto_limit(&s.limit), 4, 8);
+    assert_in_range(s.limit.limit, 4, 8);
     assert_true(sim_goodput(&s, 10000000) >= 80);
     memset(s.free_us, 0, sizeof s.free_us);
     s.capacity = 16; /* and work again */
     sim_run(&s, 20000000);
     sim_measure(&s, 10000000);
-    assert_in_range(crpci_limiter_auto_limit(&s.limit), 14, 22);
+    assert_in_range(s.limit.limit, 14, 22);
     assert_true(sim_goodput(&s, 10000000) >= 80);
 }
 
@@ -397,7 +397,7 @@ static void a_quiet_time_does_not_lower_the_limit(void **state)
     sim_init(&s, 32, 10000);
     sim_load(&s, 5); /* 160 calls a second, one or two at a time */
     sim_run(&s, 120000000);
-    assert_true(crpci_limiter_auto_limit(&s.limit) >= 40);
+    assert_true(s.limit.limit >= 40);
     for (i = s.under_way; i < 40; i++)
         assert_true(crpci_limiter_auto_enter(&s.limit));
 }
@@ -411,16 +411,16 @@ static void failures(void **state)
     (void)state;
     crpci_limiter_auto_init(&a, 3, 100);
     for (i = 0; i < 200; i++) {
-        assert_int_equal(crpci_limiter_auto_limit(&a), 100);
+        assert_int_equal(a.limit, 100);
         assert_true(crpci_limiter_auto_enter(&a));
         crpci_limiter_auto_leave(&a, false, 1000, now += 1000);
     }
-    assert_int_equal(crpci_limiter_auto_limit(&a), 50); /* a window in which nothing succeeded */
+    assert_int_equal(a.limit, 50); /* a window in which nothing succeeded */
     for (i = 0; i < 2000; i++) {
         assert_true(crpci_limiter_auto_enter(&a));
         crpci_limiter_auto_leave(&a, false, 1000, now += 1000);
     }
-    assert_int_equal(crpci_limiter_auto_limit(&a), 3); /* never below */
+    assert_int_equal(a.limit, 3); /* never below */
     for (i = 0; i < 2000; i++) { /* what comes in threes, and is served: 3000 a second, 1 ms each */
         assert_true(crpci_limiter_auto_enter(&a));
         assert_true(crpci_limiter_auto_enter(&a));
@@ -429,7 +429,7 @@ static void failures(void **state)
         crpci_limiter_auto_leave(&a, true, 1000, now += 333);
         crpci_limiter_auto_leave(&a, i % 13 != 0, 1000, now += 334);
     }
-    assert_int_equal(crpci_limiter_auto_limit(&a),
+    assert_int_equal(a.limit,
                      4); /* 3 x 1.3, and a bit less for the failures */
 }
 
@@ -439,9 +439,9 @@ static void entering_and_leaving(void **state)
     int i;
     (void)state;
     crpci_limiter_auto_init(&a, 0, 0);
-    assert_int_equal(crpci_limiter_auto_limit(&a), 1);
+    assert_int_equal(a.limit, 1);
     crpci_limiter_auto_init(&a, 5, 2);
-    assert_int_equal(crpci_limiter_auto_limit(&a), 5);
+    assert_int_equal(a.limit, 5);
     for (i = 0; i < 5; i++)
         assert_true(crpci_limiter_auto_enter(&a));
     assert_false(crpci_limiter_auto_enter(&a));
@@ -452,7 +452,7 @@ static void entering_and_leaving(void **state)
         crpci_limiter_auto_leave(&a, i % 2 != 0, -1, 1000 * i);
         assert_true(crpci_limiter_auto_enter(&a));
     }
-    assert_int_equal(crpci_limiter_auto_limit(&a), 5);
+    assert_int_equal(a.limit, 5);
     for (i = 0; i < 10; i++) /* one leave too many is ignored */
         crpci_limiter_auto_leave(&a, true, -1, 1);
     assert_int_equal(a.active, 0);
@@ -507,7 +507,7 @@ static void measuring_anew(void **state)
         crpci_limiter_auto_leave(&a, true, 10000, now += 250);
     }
     assert_in_range(now, 2000000, 4100000);
-    assert_int_equal(crpci_limiter_auto_limit(&a), 20); /* half of the product */
+    assert_int_equal(a.limit, 20); /* half of the product */
     drained = a.drained_us;
     assert_int_equal(drained, now + 20000);
     while (now + 250 < drained) {
