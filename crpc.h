@@ -10969,7 +10969,7 @@ CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snap
 CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list, bool whole)
 {
     crpci_directory *d = s->directory;
-    bool taken = true;
+    bool taken = true, doubted;
     if (s->ended || (!s->last && !list->count && crpci_loop_now(d->loop) < s->first_us))
         return true;
     if (s->last && s->last->count && !list->count && !(s->want.allow_empty && whole)) {
@@ -10985,6 +10985,8 @@ CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list,
     list = crpci_directory_protect(s, list);
     if (!list)
         return false;
+    doubted = s->doubted;
+    s->doubted = false; /* before the push, which unlocks: the registry may go away meanwhile */
     if (!s->last || !crpci_directory_snapshot_equal(s->last, list)) {
         taken = crpci_directory_push(s, list);
     } else { /* the `kept` marks may differ */
@@ -10993,7 +10995,7 @@ CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list,
         s->last = list;
     }
     crpci_directory_snapshot_unref(list);
-    s->doubted = s->doubted && !taken;
+    s->doubted = s->doubted || (doubted && !taken);
     return taken;
 }
 
@@ -11122,6 +11124,13 @@ CRPCI_FN bool crpci_directory_init(crpci_directory *d, crpc_loop *l, char *name,
 /* The registry is away or refuses to be read: marks all lists stale. Unlocks. */
 CRPCI_FN bool crpci_directory_age(crpci_directory *d)
 {
+    crpci_list *i;
+    /* Before the pass, which does not begin while another one runs: their next lists are protected
+     * all the same. */
+    for (i = d->subscribers.next; i != &d->subscribers; i = i->next) {
+        crpci_subscriber *s = CRPCI_CONTAINER(i, crpci_subscriber, link);
+        s->doubted = s->doubted || (s->last && s->last->count);
+    }
     return crpci_directory_run(d, crpci_directory_doubt, NULL);
 }
 

@@ -171,6 +171,7 @@ typedef struct reader {
     char pushed[256];
     bool refuse;
     bool leave;
+    bool lose; /* the registry goes away while the callback runs */
 } reader;
 
 static void on_free(crpci_directory *d)
@@ -230,6 +231,12 @@ static int on_push(void *user, crpci_snapshot *list)
         crpc_loop *l = r->sub->directory->loop;
         crpci_loop_lock(l);
         crpci_directory_remove(r->sub);
+        crpci_loop_unlock(l);
+    }
+    if (r->lose) {
+        crpc_loop *l = r->sub->directory->loop;
+        crpci_loop_lock(l);
+        assert_false(crpci_directory_age(r->sub->directory)); /* a pass is under way */
         crpci_loop_unlock(l);
     }
     return CRPC_OK;
@@ -451,6 +458,25 @@ static void protection_does_not_keep_what_is_disabled(void **state)
     assert_int_equal(override(&f, "override://10.0.0.3:1/S?disabled=true"), 1); /* in the hold */
     assert_true(read_names(&f, "1", true));
     expect_pushed(&r, "1 4 ");
+    end(&f);
+}
+
+/* A registry that goes away while a list is handed out is doubted like any other: what its next list
+ * lacks is kept. */
+static void a_registry_lost_in_a_callback_is_doubted(void **state)
+{
+    fixture f;
+    reader r;
+    (void)state;
+    start(&f);
+    f.directory.hold_us = HOLD_US;
+    assert_true(join(&f, &r, "S", false));
+    assert_true(read_names(&f, "12", true));
+    r.lose = true;
+    assert_true(read_names(&f, "123", true));
+    r.lose = false;
+    assert_true(read_names(&f, "1", true));
+    expect_pushed(&r, "1 2 1 2 3 "); /* 2 and 3 are kept, so nothing has changed */
     end(&f);
 }
 
@@ -706,6 +732,7 @@ int main(void)
         CT_TEST(it_protects_providers_that_come_back),
         CT_TEST(it_protects_after_a_wipe),
         CT_TEST(protection_does_not_keep_what_is_disabled),
+        CT_TEST(a_registry_lost_in_a_callback_is_doubted),
         CT_TEST(the_end_of_protection_never_empties_a_list),
         CT_TEST(it_gives_each_what_it_wants),
         CT_TEST(it_waits_for_a_first_list),
