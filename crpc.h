@@ -410,6 +410,9 @@
  * views is cleared before it is decoded. Views do not work inside a oneof; the generator refuses
  * them there. Outside a call crpc_message_decode decodes; nanopb's pb_encode encodes.
  *
+ * nanopb 0.4.8 and later initialise a view in X_init_zero with `{0}`, of which gcc warns. X.crpc.h
+ * switches that warning off; a program that includes only X.pb.h adds -Wno-missing-braces.
+ *
  * Bulk data belongs into the attachment: raw bytes behind the message, which protobuf never sees
  * and crpc copies at most once.
  *

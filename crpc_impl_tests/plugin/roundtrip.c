@@ -2,7 +2,7 @@
  * "roundtrip decode" reads one from standard input and compares every field, "roundtrip
  * decode-split" does so for a hostile one. protoc itself, the third party, translates between these
  * bytes and text. */
-#include "views.pb.h"
+#include "views.crpc.h"
 
 #include <pb_encode.h>
 #include <stdio.h>
