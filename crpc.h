@@ -4108,6 +4108,44 @@ CRPCI_FN int crpci_message_encode(crpci_message_out *o, const pb_msgdesc_t *desc
     return o->no_memory ? CRPC_ENOMEM : CRPC_ECODEC;
 }
 
+/* --- whether nanopb is the one of the headers ------------------------------------------------- */
+
+typedef struct crpci_message_probe {
+    crpc_view text;
+    bool has_number;
+    int64_t number;
+} crpci_message_probe;
+
+#define CRPCI_MESSAGE_PROBE_FIELDLIST(X, a)                                                        \
+    X(a, CALLBACK, REQUIRED, STRING, text, 1)                                                      \
+    X(a, STATIC, OPTIONAL, INT64, number, 4)
+
+/* PB_BIND would define an object that other files can link to. */
+static const uint32_t crpci_message_probe_info[] = {
+    CRPCI_MESSAGE_PROBE_FIELDLIST(PB_GEN_FIELD_INFO_2, crpci_message_probe) 0};
+static const pb_msgdesc_t *const crpci_message_probe_parts[] = {NULL};
+static const pb_msgdesc_t crpci_message_probe_msg = {
+    crpci_message_probe_info, crpci_message_probe_parts, NULL, crpc_view_field, 2, 1, 4};
+
+/* Whether nanopb reads and writes known bytes correctly. One that was compiled with other options
+ * than this file sees (PB_FIELD_32BIT, say) misreads descriptors without an error; a loop refuses
+ * to open then. */
+CRPCI_COLD bool crpci_message_self_check(void)
+{
+    static const char golden[] = "\x0a\x04" "Echo\x20\x81\x80\x80\x80\x10"; /* 2^32 + 1 */
+    uint8_t out[sizeof golden + 8];
+    pb_ostream_t stream = pb_ostream_from_buffer(out, sizeof out);
+    crpci_message_probe probe;
+    memset(&probe, 0, sizeof probe);
+    return crpc_message_decode(golden, sizeof golden - 1, &crpci_message_probe_msg, &probe,
+                               sizeof probe) == CRPC_OK &&
+           crpc_view_equal(probe.text, "Echo") && probe.has_number &&
+           probe.number == INT64_C(0x100000001) &&
+           pb_encode(&stream, &crpci_message_probe_msg, &probe) &&
+           stream.bytes_written == sizeof golden - 1 &&
+           memcmp(out, golden, sizeof golden - 1) == 0;
+}
+
 /* --- requests and replies, independent of the protocol ---------------------------------------- */
 
 /* Names of crpc's own user_fields. The first marks a reply whose status code is the application's;
@@ -4197,9 +4235,9 @@ CRPCI_FN crpci_frame_result crpci_frame_header(const uint8_t *p, size_t n, uint3
 
 /* RpcMeta is the protobuf message that precedes every baidu_std payload; field numbers are those of
  * brpc's baidu_rpc_meta.proto. nanopb needs about 280 ns for each direction, so crpc writes a meta
- * backwards in front of its payload by hand, and reads the two usual shapes by comparing bytes,
- * other plain ones with a hand-written cursor, and only the rest with nanopb. A fuzzer compares the
- * readers. All of this is pure: any thread, no lock. */
+ * backwards in front of its payload by hand, and reads it by hand: the two usual shapes by comparing
+ * bytes, others field by field. A fuzzer compares both readers with nanopb. All of this is pure:
+ * any thread, no lock. */
 
 /* An RpcMeta, flattened. Reading leaves views that point into the input. */
 typedef struct crpci_meta {
@@ -4384,7 +4422,7 @@ CRPCI_FN size_t crpci_meta_put_field(uint8_t *out, crpc_view key, crpc_view valu
 /* --- reading ---------------------------------------------------------------------------------- */
 
 /* Reads one field: its key, and either a number or bytes. Returns the address behind it; NULL if
- * the input is malformed or has a group: nanopb decides then. */
+ * the input is malformed or has a group. */
 CRPCI_FN const uint8_t *crpci_meta_next(const uint8_t *p, const uint8_t *end, uint64_t *key,
                                         uint64_t *number, crpc_view *bytes)
 {
@@ -4415,123 +4453,97 @@ CRPCI_FN const uint8_t *crpci_meta_next(const uint8_t *p, const uint8_t *end, ui
     }
 }
 
-/* Reads RpcRequestMeta. False leaves the whole meta to nanopb: a known field has an unexpected wire
- * type, a required name is missing, or the submessage comes a second time and has to be merged. */
-CRPCI_FN bool crpci_meta_read_request(crpc_view sub, crpci_meta *m)
-{
-    const uint8_t *p = (const uint8_t *)crpc_view_data(sub), *end = (const uint8_t *)sub.end;
-    uint64_t key, n = 0;
-    crpc_view v = {{NULL}, NULL};
-    if (crpc_view_data(m->service))
-        return false;
-    while (p < end) {
-        p = crpci_meta_next(p, end, &key, &n, &v);
-        if (!p)
-            return false;
-        switch (key) {
-        case 1 << 3 | 2:
-            m->service = v;
-            break;
-        case 2 << 3 | 2:
-            m->method = v;
-            break;
-        case 3 << 3:
-            m->log_id = (int64_t)n;
-            break;
-        case 4 << 3:
-            m->trace_id = (int64_t)n;
-            break;
-        case 5 << 3:
-            m->span_id = (int64_t)n;
-            break;
-        case 6 << 3:
-            m->parent_span_id = (int64_t)n;
-            break;
-        case 8 << 3:
-            m->timeout_ms = (int32_t)(uint32_t)n;
-            break;
-        default:
-            if (key >> 3 <= 8 && key >> 3 != 7)
-                return false;
-        }
-    }
-    return crpc_view_data(m->service) && crpc_view_data(m->method);
-}
+/* The messages that make up a meta, and what their fields hold. */
+enum { CRPCI_META_OUTER, CRPCI_META_REQUEST, CRPCI_META_RESPONSE };
 
-/* Reads RpcResponseMeta under the same rules. */
-CRPCI_FN bool crpci_meta_read_response(crpc_view sub, crpci_meta *m)
-{
-    const uint8_t *p = (const uint8_t *)crpc_view_data(sub), *end = (const uint8_t *)sub.end;
-    uint64_t key, n = 0;
-    crpc_view v = {{NULL}, NULL};
-    while (p < end) {
-        p = crpci_meta_next(p, end, &key, &n, &v);
-        if (!p)
-            return false;
-        if (key == (1 << 3))
-            m->error_code = (int32_t)(uint32_t)n;
-        else if (key == (2 << 3 | 2))
-            m->error_text = v;
-        else if (key >> 3 <= 2)
-            return false;
-    }
-    return true;
-}
+typedef enum crpci_meta_kind {
+    CRPCI_META_UNKNOWN,
+    CRPCI_META_FIELDS, /* user_fields, which crpci_meta_field reads */
+    CRPCI_META_INT32,
+    CRPCI_META_INT64,
+    CRPCI_META_BYTES, /* this kind and those behind it: wire type 2, before it: 0 */
+    CRPCI_META_PART   /* one of the messages */
+} crpci_meta_kind;
 
-/* Reads any meta whose fields have their usual wire types and whose submessages come once. False
- * means "not that plain", not "malformed": nanopb is asked next. */
-CRPCI_FN bool crpci_meta_read_plain(const uint8_t *p, const uint8_t *end, crpci_meta *m)
+typedef struct crpci_meta_row {
+    uint8_t kind;
+    uint8_t at; /* offset in crpci_meta; a part: which */
+} crpci_meta_row;
+
+/* Reads one part into `m`. A part that comes twice is merged, as protobuf asks: the last value of a
+ * field counts. False: it is malformed, a known field has an unexpected wire type, or a request
+ * does not name service and method. */
+CRPCI_FN bool crpci_meta_read_part(const uint8_t *p, const uint8_t *end, unsigned part,
+                                   crpci_meta *m)
 {
+#define CRPCI_META_ROW(kind, member) {CRPCI_META_##kind, offsetof(crpci_meta, member)}
+    /* clang-format off */
+    static const crpci_meta_row rows[3][12] = {{ /* by field number */
+        {CRPCI_META_UNKNOWN, 0},
+        {CRPCI_META_PART, CRPCI_META_REQUEST},
+        {CRPCI_META_PART, CRPCI_META_RESPONSE},
+        CRPCI_META_ROW(INT32, compress_type),
+        CRPCI_META_ROW(INT64, correlation_id),
+        CRPCI_META_ROW(INT32, attachment_size),
+        CRPCI_META_ROW(BYTES, chunk_info),
+        CRPCI_META_ROW(BYTES, credential),
+        CRPCI_META_ROW(BYTES, stream_settings),
+        {CRPCI_META_FIELDS, 0},
+        CRPCI_META_ROW(INT32, content_type),
+        CRPCI_META_ROW(INT32, checksum_type)
+    }, {
+        {CRPCI_META_UNKNOWN, 0},
+        CRPCI_META_ROW(BYTES, service),
+        CRPCI_META_ROW(BYTES, method),
+        CRPCI_META_ROW(INT64, log_id),
+        CRPCI_META_ROW(INT64, trace_id),
+        CRPCI_META_ROW(INT64, span_id),
+        CRPCI_META_ROW(INT64, parent_span_id),
+        {CRPCI_META_UNKNOWN, 0},
+        CRPCI_META_ROW(INT32, timeout_ms)
+    }, {
+        {CRPCI_META_UNKNOWN, 0},
+        CRPCI_META_ROW(INT32, error_code),
+        CRPCI_META_ROW(BYTES, error_text)
+    }};
+    /* clang-format on */
+#undef CRPCI_META_ROW
     uint64_t key, n = 0;
     crpc_view v = {{NULL}, NULL};
-    bool has_response = false;
+    if (part == CRPCI_META_REQUEST)
+        m->service = m->method = v;
     while (p < end) {
+        const crpci_meta_row *row;
+        void *at;
         p = crpci_meta_next(p, end, &key, &n, &v);
         if (!p)
             return false;
-        switch (key) {
-        case 1 << 3 | 2:
-            if (!crpci_meta_read_request(v, m))
-                return false;
-            break;
-        case 2 << 3 | 2:
-            if (has_response || !crpci_meta_read_response(v, m))
-                return false;
-            has_response = true;
-            break;
-        case 3 << 3:
-            m->compress_type = (int32_t)(uint32_t)n;
-            break;
-        case 4 << 3:
-            m->correlation_id = (int64_t)n;
-            break;
-        case 5 << 3:
-            m->attachment_size = (int32_t)(uint32_t)n;
-            break;
-        case 6 << 3 | 2:
-            m->chunk_info = v;
-            break;
-        case 7 << 3 | 2:
-            m->credential = v;
-            break;
-        case 8 << 3 | 2:
-            m->stream_settings = v;
-            break;
-        case 9 << 3 | 2:
+        row = &rows[part][key >> 3 < 12 ? key >> 3 : 0];
+        at = (char *)m + row->at;
+        if (row->kind >= CRPCI_META_INT32 && (key & 7) != (row->kind < CRPCI_META_BYTES ? 0 : 2))
+            return false;
+        if (row->kind == CRPCI_META_FIELDS)
             m->fields = true;
-            break;
-        case 10 << 3:
-            m->content_type = (int32_t)(uint32_t)n;
-            break;
-        case 11 << 3:
-            m->checksum_type = (int32_t)(uint32_t)n;
-            break;
-        default:
-            if (key >> 3 <= 11)
-                return false;
-        }
+        else if (row->kind == CRPCI_META_INT32)
+            *(int32_t *)at = (int32_t)(uint32_t)n;
+        else if (row->kind == CRPCI_META_INT64)
+            *(int64_t *)at = (int64_t)n;
+        else if (row->kind == CRPCI_META_BYTES)
+            *(crpc_view *)at = v;
+        else if (row->kind == CRPCI_META_PART &&
+                 !crpci_meta_read_part((const uint8_t *)crpc_view_data(v), (const uint8_t *)v.end,
+                                       row->at, m))
+            return false;
     }
-    return true;
+    return part != CRPCI_META_REQUEST || (crpc_view_data(m->service) && crpc_view_data(m->method));
+}
+
+/* Reads a meta; false if it does not decode. Its views point into the input. */
+CRPCI_FN bool crpci_meta_read(const uint8_t *p, size_t n, crpci_meta *m)
+{
+    memset(m, 0, sizeof *m);
+    m->raw = crpc_view_of(p, n);
+    return crpci_meta_read_part(p, p + n, CRPCI_META_OUTER, m);
 }
 
 /* Reads a varint that must end exactly at `end`. */
@@ -4572,146 +4584,6 @@ CRPCI_FN bool crpci_meta_read_usual(const uint8_t *p, size_t n, crpc_view names,
            crpci_meta_last_varint(sub_end + 3, end, &m->correlation_id);
 }
 
-/* nanopb's description of the same message, for every other shape and for the self-check. */
-typedef struct crpci_meta_pb_request {
-    crpc_view service_name;
-    crpc_view method_name;
-    bool has_log_id;
-    int64_t log_id;
-    bool has_trace_id;
-    int64_t trace_id;
-    bool has_span_id;
-    int64_t span_id;
-    bool has_parent_span_id;
-    int64_t parent_span_id;
-    bool has_timeout_ms;
-    int32_t timeout_ms;
-} crpci_meta_pb_request;
-
-typedef struct crpci_meta_pb_response {
-    bool has_error_code;
-    int32_t error_code;
-    crpc_view error_text;
-} crpci_meta_pb_response;
-
-typedef struct crpci_meta_pb {
-    bool has_request;
-    crpci_meta_pb_request request;
-    bool has_response;
-    crpci_meta_pb_response response;
-    bool has_compress_type;
-    int32_t compress_type;
-    bool has_correlation_id;
-    int64_t correlation_id;
-    bool has_attachment_size;
-    int32_t attachment_size;
-    crpc_view chunk_info;
-    crpc_view authentication_data;
-    crpc_view stream_settings;
-    bool has_content_type;
-    int32_t content_type;
-    bool has_checksum_type;
-    int32_t checksum_type;
-} crpci_meta_pb;
-
-/* clang-format off */
-#define CRPCI_META_PB_REQUEST_FIELDLIST(X, a)                                                      \
-    X(a, CALLBACK, REQUIRED, STRING, service_name, 1)                                              \
-    X(a, CALLBACK, REQUIRED, STRING, method_name, 2)                                               \
-    X(a, STATIC, OPTIONAL, INT64, log_id, 3)                                                       \
-    X(a, STATIC, OPTIONAL, INT64, trace_id, 4)                                                     \
-    X(a, STATIC, OPTIONAL, INT64, span_id, 5)                                                      \
-    X(a, STATIC, OPTIONAL, INT64, parent_span_id, 6)                                               \
-    X(a, STATIC, OPTIONAL, INT32, timeout_ms, 8)
-
-#define CRPCI_META_PB_RESPONSE_FIELDLIST(X, a)                                                     \
-    X(a, STATIC, OPTIONAL, INT32, error_code, 1)                                                   \
-    X(a, CALLBACK, OPTIONAL, STRING, error_text, 2)
-
-#define CRPCI_META_PB_FIELDLIST(X, a)                                                              \
-    X(a, STATIC, OPTIONAL, MESSAGE, request, 1)                                                    \
-    X(a, STATIC, OPTIONAL, MESSAGE, response, 2)                                                   \
-    X(a, STATIC, OPTIONAL, INT32, compress_type, 3)                                                \
-    X(a, STATIC, OPTIONAL, INT64, correlation_id, 4)                                               \
-    X(a, STATIC, OPTIONAL, INT32, attachment_size, 5)                                              \
-    X(a, CALLBACK, OPTIONAL, BYTES, chunk_info, 6)                                                 \
-    X(a, CALLBACK, OPTIONAL, BYTES, authentication_data, 7)                                        \
-    X(a, CALLBACK, OPTIONAL, BYTES, stream_settings, 8)                                            \
-    X(a, STATIC, OPTIONAL, INT32, content_type, 10)                                                \
-    X(a, STATIC, OPTIONAL, INT32, checksum_type, 11)
-#define crpci_meta_pb_request_MSGTYPE crpci_meta_pb_request
-#define crpci_meta_pb_response_MSGTYPE crpci_meta_pb_response
-/* clang-format on */
-
-/* PB_BIND would define objects that other files can link to. These must stay private to this file,
- * because the callback in them knows the streams of one copy of crpc only. */
-#define CRPCI_META_BIND(LIST, name)                                                                \
-    static const uint32_t name##_field_info[] = {LIST##_FIELDLIST(PB_GEN_FIELD_INFO_2, name) 0};   \
-    static const pb_msgdesc_t *const name##_submsg_info[] = {                                      \
-        LIST##_FIELDLIST(PB_GEN_SUBMSG_INFO, name) NULL};                                          \
-    static const pb_msgdesc_t name##_msg = {                                                       \
-        name##_field_info,                                                                         \
-        name##_submsg_info,                                                                        \
-        NULL,                                                                                      \
-        crpc_view_field,                                                                           \
-        0 LIST##_FIELDLIST(PB_GEN_FIELD_COUNT, name),                                              \
-        0 LIST##_FIELDLIST(PB_GEN_REQ_FIELD_COUNT, name),                                          \
-        0 LIST##_FIELDLIST(PB_GEN_LARGEST_TAG, name)};                                             \
-    LIST##_FIELDLIST(PB_GEN_FIELD_INFO_ASSERT_2, name)
-
-/* clang-format off */
-CRPCI_META_BIND(CRPCI_META_PB_REQUEST, crpci_meta_pb_request)
-CRPCI_META_BIND(CRPCI_META_PB_RESPONSE, crpci_meta_pb_response)
-CRPCI_META_BIND(CRPCI_META_PB, crpci_meta_pb)
-/* clang-format on */
-#undef crpci_meta_pb_request_MSGTYPE
-#undef crpci_meta_pb_response_MSGTYPE
-
-/* Reads any valid meta, slowly. False: it does not decode; the connection is to be closed. */
-CRPCI_COLD bool crpci_meta_read_nanopb(const uint8_t *p, size_t n, crpci_meta *m)
-{
-    crpci_meta_pb pb;
-    crpci_message_type type;
-    const char *why;
-    type.desc = &crpci_meta_pb_msg;
-    type.clear = true;
-    memset(&pb, 0, sizeof pb);
-    memset(m, 0, sizeof *m);
-    if (!crpci_message_decode(p, n, &type, &pb, &why))
-        return false;
-    m->service = pb.request.service_name;
-    m->method = pb.request.method_name;
-    m->log_id = pb.request.log_id;
-    m->trace_id = pb.request.trace_id;
-    m->span_id = pb.request.span_id;
-    m->parent_span_id = pb.request.parent_span_id;
-    m->timeout_ms = pb.request.timeout_ms;
-    m->error_code = pb.response.error_code;
-    m->error_text = pb.response.error_text;
-    m->correlation_id = pb.correlation_id;
-    m->compress_type = pb.compress_type;
-    m->attachment_size = pb.attachment_size;
-    m->content_type = pb.content_type;
-    m->checksum_type = pb.checksum_type;
-    m->chunk_info = pb.chunk_info;
-    m->credential = pb.authentication_data;
-    m->stream_settings = pb.stream_settings;
-    return true;
-}
-
-/* Reads a meta; false if it does not decode. Its views point into the input. */
-CRPCI_FN bool crpci_meta_read(const uint8_t *p, size_t n, crpci_meta *m)
-{
-    memset(m, 0, sizeof *m);
-    if (!crpci_meta_read_plain(p, p + n, m)) {
-        if (!crpci_meta_read_nanopb(p, n, m))
-            return false;
-        m->fields = true; /* nanopb skips field 9 unseen: it may be there */
-    }
-    m->raw = crpc_view_of(p, n);
-    return true;
-}
-
 CRPCI_FN bool crpci_meta_bytes_equal(crpc_view v, const char *text, size_t n)
 {
     return crpc_view_size(v) == n && (n == 0 || memcmp(crpc_view_data(v), text, n) == 0);
@@ -4745,30 +4617,6 @@ CRPCI_FN bool crpci_meta_field(crpc_view raw, const char *key, crpc_view *value)
         }
     }
     return found;
-}
-
-/* Whether nanopb reads and writes known bytes correctly. One that was compiled with other options
- * than this file sees (PB_FIELD_32BIT, say) misreads descriptors without an error; a loop refuses
- * to open then. */
-CRPCI_COLD bool crpci_meta_self_check(void)
-{
-    static const uint8_t golden[] = {0x0a, 0x1b, 0x0a, 0x13, 'e',  'x',  'a',  'm',  'p',
-                                     'l',  'e',  '.',  'E',  'c',  'h',  'o',  'S',  'e',
-                                     'r',  'v',  'i',  'c',  'e',  0x12, 0x04, 'E',  'c',
-                                     'h',  'o',  0x18, 0x00, 0x20, 0x01};
-    uint8_t out[sizeof golden + 8];
-    pb_ostream_t stream = pb_ostream_from_buffer(out, sizeof out);
-    crpci_meta_pb pb;
-    crpci_meta m;
-    memset(&pb, 0, sizeof pb);
-    pb.has_request = pb.has_compress_type = pb.has_correlation_id = true;
-    pb.request.service_name = crpc_view_str("example.EchoService");
-    pb.request.method_name = crpc_view_str("Echo");
-    pb.correlation_id = 1;
-    return crpci_meta_read_nanopb(golden, sizeof golden, &m) && m.correlation_id == 1 &&
-           crpc_view_equal(m.service, "example.EchoService") && crpc_view_equal(m.method, "Echo") &&
-           pb_encode(&stream, &crpci_meta_pb_msg, &pb) && stream.bytes_written == sizeof golden &&
-           memcmp(out, golden, sizeof golden) == 0;
 }
 
 /* ======================================================================== */
@@ -6803,7 +6651,7 @@ CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
     memset(&o, 0, sizeof o);
     if (options)
         o = *options;
-    if (!crpci_meta_self_check())
+    if (!crpci_message_self_check())
         return CRPC_EABI;
     err = crpci_options_check(&crpci_drive_options, &o, NULL);
     if (err)
