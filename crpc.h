@@ -3449,14 +3449,13 @@ CRPCI_FN int crpci_url_next(crpci_url *u, char **key, char **value, crpc_error *
     return CRPC_OK;
 }
 
-/* Reads a whole decimal number from -1 to `max`; anything else returns false. */
+/* Reads a whole decimal number from -1 to `max`; anything else returns false. One that is too large
+ * for an int64_t counts as INT64_MAX. */
 CRPCI_FN bool crpci_url_number(const char *text, int64_t max, int64_t *out)
 {
     char *end;
-    long long v;
-    errno = 0;
-    v = strtoll(text, &end, 10);
-    if (errno || !((*text >= '0' && *text <= '9') || *text == '-') || *end || v < -1 || v > max)
+    long long v = strtoll(text, &end, 10);
+    if (!((*text >= '0' && *text <= '9') || *text == '-') || *end || v < -1 || v > max)
         return false;
     *out = v;
     return true;
@@ -3478,20 +3477,22 @@ enum {
     CRPCI_OPTION_SECRET = 2,    /* no URL may set it, no error text may show it */
     CRPCI_OPTION_DIRECTORY = 4, /* only a URL that names a registry may set it */
     CRPCI_OPTION_BACKEND = 8,   /* only a URL whose kind of registry knows it may set it */
-    CRPCI_OPTION_POLICY = 16    /* an error unless CRPC_ENABLE_POLICY is 1 */
+    CRPCI_OPTION_POLICY = 16,   /* an error unless CRPC_ENABLE_POLICY is 1 */
+    CRPCI_OPTION_WORDS = 32,    /* users write a word, see crpci_options_words */
+    CRPCI_OPTION_STACK = 64     /* a thread's stack: CRPCI_OPTION_STACK_MIN bytes at least */
 };
+
+#define CRPCI_OPTION_STACK_MIN 16384 /* Linux gives no thread less */
 
 /* One row: how users spell an option, where its member is, and which values it may have. */
 typedef struct crpci_option {
-    const char *name;  /* as users spell it */
-    const char *words; /* NULL: a number; else names separated by commas, the first means 1 */
-    uint16_t offset;   /* in the options struct */
-    uint8_t size;      /* of the member in bytes: of an int, an int64_t or a pointer */
-    uint8_t flags;     /* CRPCI_OPTION_* */
-    int32_t zero;      /* the value that 0 stands for: the default */
-    int32_t none;      /* the value that -1 stands for: "no limit", "never" */
-    int32_t least;     /* the smallest and largest value besides 0 and -1 */
-    int32_t most;
+    const char *name; /* as users spell it */
+    uint16_t offset;  /* in the options struct */
+    uint8_t size;     /* of the member in bytes: of an int, an int64_t or a pointer */
+    uint8_t flags;    /* CRPCI_OPTION_* */
+    int32_t zero;     /* the value that 0 stands for: the default */
+    int32_t none;     /* the value that -1 stands for: "no limit", "never" */
+    int32_t most;     /* the largest value; the smallest besides 0 and -1 is 1 */
 } crpci_option;
 
 typedef struct crpci_options {
@@ -3499,11 +3500,8 @@ typedef struct crpci_options {
     size_t count;
 } crpci_options;
 
-#define CRPCI_OPTION_ROW(type, member, name, words, flags, zero, none, least, most)                \
-    {                                                                                              \
-        name, words, offsetof(type, member), sizeof(((type *)0)->member), flags, zero, none,       \
-            least, most                                                                            \
-    }
+#define CRPCI_OPTION_ROW(type, member, name, flags, zero, none, most)                              \
+    {name, offsetof(type, member), sizeof(((type *)0)->member), flags, zero, none, most}
 #define CRPCI_OPTIONS_OF(rows) rows, sizeof(rows) / sizeof *(rows)
 
 /* Reads a number. Members are int or int64_t; memcpy keeps this legal for any struct. */
@@ -3528,19 +3526,13 @@ CRPCI_COLD void crpci_options_put(const crpci_option *o, void *options, int64_t 
         memcpy(at, &narrow, sizeof narrow);
 }
 
-/* The largest value that an option can have. */
-CRPCI_COLD int64_t crpci_options_most(const crpci_option *o)
-{
-    if (o->most != CRPCI_OPTION_ANY)
-        return o->most;
-    return o->size == sizeof(int64_t) ? INT64_MAX : INT32_MAX;
-}
-
 /* Checks one value against the option's range. The error names the option, the value and the
  * limit. */
 CRPCI_COLD int crpci_options_check_value(const crpci_option *o, int64_t value, crpc_error *error)
 {
-    int64_t most = crpci_options_most(o);
+    int64_t most = o->most;
+    if (most == CRPCI_OPTION_ANY)
+        most = o->size == sizeof(int64_t) ? INT64_MAX : INT32_MAX;
     if (value > 0 && !CRPC_ENABLE_POLICY && (o->flags & CRPCI_OPTION_POLICY))
         return crpci_status_set(error, CRPC_EUNSUPPORTED,
                                 "%s=%lld: not compiled in: CRPC_ENABLE_POLICY is 0", o->name,
@@ -3548,9 +3540,9 @@ CRPCI_COLD int crpci_options_check_value(const crpci_option *o, int64_t value, c
     if (value > most)
         return crpci_status_set(error, CRPC_EINVAL, "%s=%lld: at most %lld", o->name,
                                 (long long)value, (long long)most);
-    if (value > 0 && value < o->least)
-        return crpci_status_set(error, CRPC_EINVAL, "%s=%lld: at least %lld", o->name,
-                                (long long)value, (long long)o->least);
+    if (value > 0 && value < CRPCI_OPTION_STACK_MIN && (o->flags & CRPCI_OPTION_STACK))
+        return crpci_status_set(error, CRPC_EINVAL, "%s=%lld: at least %d", o->name,
+                                (long long)value, CRPCI_OPTION_STACK_MIN);
     return CRPC_OK;
 }
 
@@ -3591,29 +3583,23 @@ CRPCI_COLD const crpci_option *crpci_options_find(const crpci_options *set, cons
     return NULL;
 }
 
-/* The position of `value` among names separated by commas, counted from 1; 0: it is none of
- * them. */
+/* The words of an option, each behind a comma; the first means 1. They stand behind the zero byte
+ * of its name: few rows have any. */
+CRPCI_COLD const char *crpci_options_words(const crpci_option *o)
+{
+    return o->name + strlen(o->name) + 1;
+}
+
+/* The position of `value` among such words, counted from 1; 0: it is none of them. */
 CRPCI_COLD int64_t crpci_options_word(const char *words, const char *value)
 {
     size_t n = strlen(value);
     int64_t i;
-    for (i = 1; words; i++) {
-        if (n && strncmp(words, value, n) == 0 && (words[n] == ',' || words[n] == '\0'))
+    for (i = 1; words; words = strchr(words + 1, ','), i++) {
+        if (n && strncmp(words + 1, value, n) == 0 && (words[1 + n] == ',' || words[1 + n] == '\0'))
             return i;
-        words = strchr(words, ',');
-        words = words ? words + 1 : NULL;
     }
     return 0;
-}
-
-/* Reads a whole decimal number. One that does not fit becomes the largest or smallest that does, so
- * that the range check reports it. */
-CRPCI_COLD bool crpci_options_number(const char *text, int64_t *out)
-{
-    char *end;
-    bool digits = *text == '-' ? text[1] >= '0' && text[1] <= '9' : *text >= '0' && *text <= '9';
-    *out = strtoll(text, &end, 10);
-    return digits && !*end;
 }
 
 /* Reads the text of an option into its member. A text option points at `value` from then on, so the
@@ -3627,14 +3613,15 @@ CRPCI_COLD int crpci_options_read(const crpci_option *o, void *options, const ch
         memcpy((char *)options + o->offset, &value, sizeof value);
         return CRPC_OK;
     }
-    n = o->words ? crpci_options_word(o->words, value) : 0;
-    if (o->words && !n)
-        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: not one of %s", o->name, value,
-                                o->words);
-    if (!o->words && !crpci_options_number(value, &n))
-        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: not a whole number", o->name, value);
-    if (n < -1)
-        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: at least -1", o->name, value);
+    if (o->flags & CRPCI_OPTION_WORDS) {
+        n = crpci_options_word(crpci_options_words(o), value);
+        if (!n)
+            return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: not one of %s", o->name, value,
+                                    crpci_options_words(o) + 1);
+    } else if (!crpci_url_number(value, INT64_MAX, &n)) {
+        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: not a whole number from -1 on",
+                                o->name, value);
+    }
     err = crpci_options_check_value(o, n, error);
     if (!err)
         crpci_options_put(o, options, n);
@@ -6585,19 +6572,19 @@ CRPCI_FN int crpci_drive_ensure_owner(crpc_loop *l)
 
 /* --- opening and closing ---------------------------------------------------------------------- */
 
-#define CRPCI_DRIVE_OPTION(member, zero, none, least, most)                                        \
-    CRPCI_OPTION_ROW(crpc_loop_options, member, #member, NULL, 0, zero, none, least, most)
+#define CRPCI_DRIVE_OPTION(member, name, flags, zero, none, most)                                  \
+    CRPCI_OPTION_ROW(crpc_loop_options, member, name, flags, zero, none, most)
 
 static const crpci_option crpci_drive_rows[] = {
-    CRPCI_OPTION_ROW(crpc_loop_options, poller, "poller", "epoll,poll", 0, 0, 0, 1, 2),
-    CRPCI_DRIVE_OPTION(forbid_threads, 0, 0, 1, 1),
-    CRPCI_DRIVE_OPTION(stack_size, 256 << 10, 0, 16384, CRPCI_OPTION_ANY),
-    CRPCI_DRIVE_OPTION(max_results, 1024, 0, 1, CRPCI_OPTION_ANY),
-    CRPCI_DRIVE_OPTION(max_bytes, 256 << 20, 0, 1, CRPCI_OPTION_ANY),
+    CRPCI_DRIVE_OPTION(poller, "poller\0,epoll,poll", CRPCI_OPTION_WORDS, 0, 0, 2),
+    CRPCI_DRIVE_OPTION(forbid_threads, "forbid_threads", 0, 0, 0, 1),
+    CRPCI_DRIVE_OPTION(stack_size, "stack_size", CRPCI_OPTION_STACK, 256 << 10, 0,
+                       CRPCI_OPTION_ANY),
+    CRPCI_DRIVE_OPTION(max_results, "max_results", 0, 1024, 0, CRPCI_OPTION_ANY),
+    CRPCI_DRIVE_OPTION(max_bytes, "max_bytes", 0, 256 << 20, 0, CRPCI_OPTION_ANY),
     /* The hooks are resolved by the heap, which loops share with their I/O threads. */
-    CRPCI_OPTION_ROW(crpc_loop_options, hooks.log_level, "log_level", NULL, 0, 0, -1, 1, 4),
-    CRPCI_OPTION_ROW(crpc_loop_options, thread_name, "thread_name", NULL, CRPCI_OPTION_TEXT, 0, 0,
-                     0, 0),
+    CRPCI_DRIVE_OPTION(hooks.log_level, "log_level", 0, 0, -1, 4),
+    CRPCI_DRIVE_OPTION(thread_name, "thread_name", CRPCI_OPTION_TEXT, 0, 0, 0),
 };
 
 static const crpci_options crpci_drive_options = {CRPCI_OPTIONS_OF(crpci_drive_rows)};
@@ -7356,7 +7343,7 @@ enum {
 
 #define CRPCI_BALANCE_WORD(which, word, pick, needs) "," word
 #define CRPCI_BALANCE_ONE(which, word, pick, needs)  +1
-#define CRPCI_BALANCE_WORDS                          (&(CRPCI_BALANCE_MAP(CRPCI_BALANCE_WORD))[1])
+#define CRPCI_BALANCE_WORDS                          CRPCI_BALANCE_MAP(CRPCI_BALANCE_WORD)
 #define CRPCI_BALANCE_KINDS                          (0 CRPCI_BALANCE_MAP(CRPCI_BALANCE_ONE))
 
 /* A provider in a balancer's list, owned by the caller. All zero but for address and weight when it
@@ -16930,7 +16917,7 @@ CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 #define CRPCI_REQUEST_INLINE  4096 /* attachments up to this size are copied behind the message */
 
 /* The values of cluster=, in the order of crpc_cluster. */
-#define CRPCI_REQUEST_CLUSTERS "failover,failfast,failsafe,failback,forking,broadcast"
+#define CRPCI_REQUEST_CLUSTERS ",failover,failfast,failsafe,failback,forking,broadcast"
 
 /* A policy in which every member has its final value. */
 typedef struct crpci_policy {
@@ -20334,48 +20321,46 @@ CRPC_API size_t crpc_channel_providers(crpc_channel *ch)
 
 #if CRPC_ENABLE_CLIENT
 
-/* The options of a channel: what 0 and -1 stand for, the least and the largest value. The same rows
+/* The options of a channel: what 0 and -1 stand for, and the largest value. The same rows
  * serve URL options, defaults, checks and crpc_channel_options_parse. */
-#define CRPCI_OPENING_ROW(member, name, flags, zero, none, least, most)                            \
-    CRPCI_OPTION_ROW(crpc_channel_options, member, name, NULL, flags, zero, none, least, most)
+#define CRPCI_OPENING_ROW(member, name, flags, zero, none, most)                                   \
+    CRPCI_OPTION_ROW(crpc_channel_options, member, name, flags, zero, none, most)
 #define CRPCI_OPENING_MS(member, name, flags, zero, none)                                          \
-    CRPCI_OPENING_ROW(member, name, flags, zero, none, 1, CRPCI_REQUEST_LONGEST_MS)
+    CRPCI_OPENING_ROW(member, name, flags, zero, none, CRPCI_REQUEST_LONGEST_MS)
 #define CRPCI_OPENING_TEXT(member, name, flags)                                                    \
-    CRPCI_OPENING_ROW(member, name, CRPCI_OPTION_TEXT | (flags), 0, 0, 0, 0)
-#define CRPCI_OPENING_FLAG(member, name, flags) CRPCI_OPENING_ROW(member, name, flags, 0, 0, 1, 1)
+    CRPCI_OPENING_ROW(member, name, CRPCI_OPTION_TEXT | (flags), 0, 0, 0)
+#define CRPCI_OPENING_FLAG(member, name, flags) CRPCI_OPENING_ROW(member, name, flags, 0, 0, 1)
 
 static const crpci_option crpci_opening_rows[] = {
-    CRPCI_OPTION_ROW(crpc_channel_options, policy.cluster, "cluster", CRPCI_REQUEST_CLUSTERS, 0,
-                     CRPC_CLUSTER_FAILOVER, CRPC_CLUSTER_FAILOVER, 1, CRPC_CLUSTER_BROADCAST),
+    CRPCI_OPENING_ROW(policy.cluster, "cluster\0" CRPCI_REQUEST_CLUSTERS, CRPCI_OPTION_WORDS,
+                      CRPC_CLUSTER_FAILOVER, CRPC_CLUSTER_FAILOVER, CRPC_CLUSTER_BROADCAST),
     CRPCI_OPENING_MS(policy.timeout_ms, "timeout_ms", 0, 1000, CRPCI_REQUEST_LONGEST_MS),
-    CRPCI_OPENING_ROW(policy.retries, "retries", 0, 2, 0, 1, CRPCI_REQUEST_RETRIES),
+    CRPCI_OPENING_ROW(policy.retries, "retries", 0, 2, 0, CRPCI_REQUEST_RETRIES),
     CRPCI_OPENING_MS(policy.backup_ms, "backup_ms", CRPCI_OPTION_POLICY, 0, 0),
-    CRPCI_OPENING_ROW(policy.forks, "forks", CRPCI_OPTION_POLICY, 2, 0, 1, CRPCI_OPTION_ANY),
-    CRPCI_OPENING_ROW(policy.fail_percent, "fail_percent", CRPCI_OPTION_POLICY, 0, 0, 1, 100),
-    CRPCI_OPTION_ROW(crpc_channel_options, balancer, "lb", CRPCI_BALANCE_WORDS, 0,
-                     CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, 1,
-                     CRPCI_BALANCE_KINDS),
-    CRPCI_OPENING_ROW(hash_field, "hash_field", CRPCI_OPTION_POLICY, 0, 0, 1, 0x1fffffff),
-    CRPCI_OPENING_ROW(max_endpoints, "max_endpoints", CRPCI_OPTION_POLICY, 0, 0, 1,
-                      CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(policy.forks, "forks", CRPCI_OPTION_POLICY, 2, 0, CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(policy.fail_percent, "fail_percent", CRPCI_OPTION_POLICY, 0, 0, 100),
+    CRPCI_OPENING_ROW(balancer, "lb\0" CRPCI_BALANCE_WORDS, CRPCI_OPTION_WORDS,
+                      CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, CRPC_BALANCER_WEIGHTED_ROUND_ROBIN,
+                      CRPCI_BALANCE_KINDS),
+    CRPCI_OPENING_ROW(hash_field, "hash_field", CRPCI_OPTION_POLICY, 0, 0, 0x1fffffff),
+    CRPCI_OPENING_ROW(max_endpoints, "max_endpoints", CRPCI_OPTION_POLICY, 0, 0, CRPCI_OPTION_ANY),
     CRPCI_OPENING_FLAG(wait, "wait", 0),
     CRPCI_OPENING_MS(connect_timeout_ms, "connect_timeout_ms", 0, 500, 0),
-    CRPCI_OPENING_ROW(retry_budget, "retry_budget", CRPCI_OPTION_POLICY, 10, -1, 1,
-                      CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(retry_budget, "retry_budget", CRPCI_OPTION_POLICY, 10, -1, CRPCI_OPTION_ANY),
     CRPCI_OPENING_FLAG(request_ids, "request_ids", 0),
     CRPCI_OPENING_FLAG(breaker.enabled, "breaker", CRPCI_OPTION_POLICY),
-    CRPCI_OPENING_ROW(breaker.percent, "breaker_percent", CRPCI_OPTION_POLICY, 50, 50, 1, 100),
-    CRPCI_OPENING_ROW(breaker.requests, "breaker_requests", CRPCI_OPTION_POLICY, 20, 1, 1,
+    CRPCI_OPENING_ROW(breaker.percent, "breaker_percent", CRPCI_OPTION_POLICY, 50, 50, 100),
+    CRPCI_OPENING_ROW(breaker.requests, "breaker_requests", CRPCI_OPTION_POLICY, 20, 1,
                       CRPCI_OPTION_ANY),
     CRPCI_OPENING_MS(breaker.window_ms, "breaker_window_ms", CRPCI_OPTION_POLICY, 10000, 10000),
     CRPCI_OPENING_MS(breaker.slow_ms, "breaker_slow_ms", CRPCI_OPTION_POLICY, 0, 0),
-    CRPCI_OPENING_ROW(breaker.slow_percent, "breaker_slow_percent", CRPCI_OPTION_POLICY, 50, 50, 1,
+    CRPCI_OPENING_ROW(breaker.slow_percent, "breaker_slow_percent", CRPCI_OPTION_POLICY, 50, 50,
                       100),
     CRPCI_OPENING_MS(breaker.open_ms, "breaker_open_ms", CRPCI_OPTION_POLICY, 1000, 1000),
     CRPCI_OPENING_MS(breaker.open_max_ms, "breaker_open_max_ms", CRPCI_OPTION_POLICY, 30000, 30000),
     CRPCI_OPENING_MS(breaker.ramp_ms, "breaker_ramp_ms", CRPCI_OPTION_POLICY, 5000, 0),
     CRPCI_OPENING_ROW(breaker.eject_percent, "breaker_eject_percent", CRPCI_OPTION_POLICY, 50, 100,
-                      1, 100),
+                      100),
     CRPCI_OPENING_TEXT(directory.group, "group", CRPCI_OPTION_BACKEND),
     CRPCI_OPENING_TEXT(directory.version, "version", CRPCI_OPTION_BACKEND),
     CRPCI_OPENING_TEXT(directory.application, "application", CRPCI_OPTION_DIRECTORY),
@@ -20386,14 +20371,13 @@ static const crpci_option crpci_opening_rows[] = {
     CRPCI_OPENING_FLAG(directory.allow_empty, "allow_empty", 0),
     CRPCI_OPENING_MS(directory.stale_ttl_ms, "stale_ttl_ms", 0, 600000, 0),
     CRPCI_OPENING_TEXT(directory.cache, "cache", CRPCI_OPTION_BACKEND),
-    CRPCI_OPENING_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, 1, INT32_MAX),
-    CRPCI_OPENING_ROW(limits.max_queued, "max_queued", 0, 16 << 20, 0, 1, CRPCI_OPTION_ANY),
-    CRPCI_OPENING_ROW(wire.inflight, "inflight", 0, 0, 0, 1, CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
+    CRPCI_OPENING_ROW(limits.max_queued, "max_queued", 0, 16 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(wire.inflight, "inflight", 0, 0, 0, CRPCI_OPTION_ANY),
     CRPCI_OPENING_FLAG(wire.short_names, "short_names", 0),
     CRPCI_OPENING_TEXT(security.credential, "credential", CRPCI_OPTION_SECRET),
     CRPCI_OPENING_MS(failback_ms, "failback_ms", CRPCI_OPTION_POLICY, 5000, 5000),
-    CRPCI_OPENING_ROW(failback_max, "failback_max", CRPCI_OPTION_POLICY, 100, 0, 1,
-                      CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(failback_max, "failback_max", CRPCI_OPTION_POLICY, 100, 0, CRPCI_OPTION_ANY),
 };
 
 static const crpci_options crpci_opening_options = {CRPCI_OPTIONS_OF(crpci_opening_rows)};
@@ -23727,10 +23711,10 @@ CRPCI_COLD bool crpci_lifecycle_copy(crpci_heap *h, char **to, const char *from)
     return !from || *to;
 }
 
-/* The options of a server: what 0 and -1 stand for, the largest value; the least is 1. The same
- * rows serve defaults, checks and crpc_server_options_parse. */
+/* The options of a server: what 0 and -1 stand for, and the largest value. The same rows serve
+ * defaults, checks and crpc_server_options_parse. */
 #define CRPCI_LIFECYCLE_ROW(member, name, flags, zero, none, most)                                 \
-    CRPCI_OPTION_ROW(crpc_server_options, member, name, NULL, flags, zero, none, 1, most)
+    CRPCI_OPTION_ROW(crpc_server_options, member, name, flags, zero, none, most)
 #define CRPCI_LIFECYCLE_NUMBER(member, zero, none, most)                                           \
     CRPCI_LIFECYCLE_ROW(member, #member, 0, zero, none, most)
 #define CRPCI_LIFECYCLE_POLICY(member, zero, none, most)                                           \
@@ -23755,8 +23739,8 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_NUMBER(io_threads, 0, 0, 1024),
     CRPCI_LIFECYCLE_NUMBER(workers, 0, 0, 1024),
     CRPCI_LIFECYCLE_NUMBER(worker_queue, 1024, 0, CRPCI_OPTION_ANY),
-    CRPCI_OPTION_ROW(crpc_server_options, worker_stack, "worker_stack", NULL, 0, 256 << 10, 0,
-                     16384, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_ROW(worker_stack, "worker_stack", CRPCI_OPTION_STACK, 256 << 10, 0,
+                        CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_POLICY(ordered, 0, -1, 1),
     CRPCI_LIFECYCLE_NUMBER(max_concurrency, 8192, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(max_connections, 1024, 0, CRPCI_OPTION_ANY),
