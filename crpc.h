@@ -5374,12 +5374,13 @@ CRPCI_FN void crpci_wake_drain(const crpci_wake *w)
 /* ======================================================================== */
 
 /* After G. Varghese, T. Lauck: Hashed and Hierarchical Timing Wheels (1987), scheme 7. A tick is a
- * millisecond; due times are rounded up to ticks, so no timer is early. Level k has 64 slots of
- * 64^k ticks each. A timer goes to the level that the highest bit tells in which its tick differs
+ * millisecond; due times are rounded up to ticks, so no timer is early. Level k has 32 slots of
+ * 32^k ticks each. A timer goes to the level that the highest bit tells in which its tick differs
  * from the present one, and when the wheel comes to its slot, to a lower level, until it fires on
  * level 0. A timer farther off than 2^30 ticks (12 days) waits in the last slot of the top level
- * and is put in again from there. */
-#define CRPCI_TIMER_LEVELS 5
+ * and is put in again from there. The slots repeat every 2^30 ticks, so 32 bits of a tick find
+ * them. */
+#define CRPCI_TIMER_LEVELS 6
 
 typedef struct crpci_timer crpci_timer;
 struct crpci_timer {
@@ -5393,8 +5394,9 @@ struct crpci_timer {
 typedef struct crpci_timer_wheel {
     int64_t tick;       /* all timers up to this tick have fired */
     crpci_timer *fired; /* timers that are due, for the loop to run */
-    uint64_t used[CRPCI_TIMER_LEVELS]; /* a bit for each slot that may hold a timer */
-    crpci_timer *slots[CRPCI_TIMER_LEVELS][64];
+    uint32_t levels; /* a bit for each level that may hold a timer */
+    uint32_t used[CRPCI_TIMER_LEVELS]; /* likewise for each slot */
+    crpci_timer *slots[CRPCI_TIMER_LEVELS][32];
 } crpci_timer_wheel;
 
 CRPCI_FN void crpci_timer_init(crpci_timer *t, void (*fn)(crpc_loop *, crpci_timer *))
@@ -5426,22 +5428,22 @@ CRPCI_FN void crpci_timer_cancel(crpci_timer *t)
 /* Puts a timer into its slot, or into the list at `due` if its tick has come. */
 CRPCI_FN void crpci_timer_insert(crpci_timer_wheel *w, crpci_timer *t, crpci_timer **due)
 {
-    int64_t tick = t->due_us / 1000 + (t->due_us % 1000 > 0);
-    uint64_t differ;
+    const uint32_t most = (1u << 5 * CRPCI_TIMER_LEVELS) - (1u << 5 * (CRPCI_TIMER_LEVELS - 1));
+    int64_t ahead = t->due_us / 1000 + (t->due_us % 1000 > 0) - w->tick;
+    uint32_t now = (uint32_t)w->tick, tick;
     unsigned level, slot;
-    if (tick <= w->tick) {
+    if (ahead <= 0) {
         crpci_timer_link(due, t);
         return;
     }
-    tick = crpci_base_min64(tick, w->tick + (INT64_C(1) << (6 * CRPCI_TIMER_LEVELS)) -
-                                      (INT64_C(1) << (6 * (CRPCI_TIMER_LEVELS - 1))));
-    differ = (uint64_t)tick ^ (uint64_t)w->tick;
-    level = (63u - (unsigned)__builtin_clzll(differ)) / 6;
+    tick = now + (ahead < most ? (uint32_t)ahead : most);
+    level = (31u - (unsigned)__builtin_clz(tick ^ now)) / 5;
     if (level >= CRPCI_TIMER_LEVELS) /* in the next turn of the top level, and not yet this slot */
         level = CRPCI_TIMER_LEVELS - 1;
-    slot = (unsigned)(tick >> (6 * level)) & 63;
+    slot = tick >> 5 * level & 31;
     crpci_timer_link(&w->slots[level][slot], t);
-    w->used[level] |= UINT64_C(1) << slot;
+    w->used[level] |= 1u << slot;
+    w->levels |= 1u << level;
 }
 
 /* Arms a timer, or moves one that is armed. */
@@ -5452,26 +5454,21 @@ CRPCI_FN void crpci_timer_set(crpci_timer_wheel *w, crpci_timer *t, int64_t due_
     crpci_timer_insert(w, t, &w->fired);
 }
 
-/* The tick at which the next used slot begins, and which slot that is. No timer is due before that
- * tick. INT64_MAX: there is no timer. */
-CRPCI_FN int64_t crpci_timer_next_slot(const crpci_timer_wheel *w, unsigned *level, unsigned *slot)
+/* How many ticks ahead the next used slot begins, and which slot that is. No timer in the slots is
+ * due before. INT64_MAX: they hold none. */
+CRPCI_FN int64_t crpci_timer_ahead(const crpci_timer_wheel *w, unsigned *level, unsigned *slot)
 {
-    unsigned k;
-    if (w->fired)
-        return w->tick;
-    if (!(w->used[0] | w->used[1] | w->used[2] | w->used[3] | w->used[4]))
-        return INT64_MAX;
-    for (k = 0; k < CRPCI_TIMER_LEVELS; k++) {
-        unsigned now = (unsigned)(w->tick >> (6 * k)) & 63, ahead;
-        uint64_t bits = w->used[k];
-        bits = now ? bits >> now | bits << (64 - now) : bits;
-        bits &= ~UINT64_C(1); /* the present slot was emptied; its bit is of a cancelled timer */
+    uint32_t tick = (uint32_t)w->tick, levels;
+    for (levels = w->levels; levels; levels &= levels - 1) {
+        unsigned k = (unsigned)__builtin_ctz(levels), now = tick >> 5 * k & 31, steps;
+        uint32_t bits = w->used[k] >> now | w->used[k] << (-now & 31);
+        bits &= ~1u; /* the present slot was emptied; its bit is of a cancelled timer */
         if (!bits)
             continue;
-        ahead = (unsigned)__builtin_ctzll(bits);
+        steps = (unsigned)__builtin_ctz(bits);
         *level = k;
-        *slot = (now + ahead) & 63;
-        return ((w->tick >> (6 * k)) + ahead) << (6 * k);
+        *slot = (now + steps) & 31;
+        return (uint32_t)((((tick >> 5 * k) + steps) << 5 * k) - tick);
     }
     return INT64_MAX;
 }
@@ -5486,17 +5483,16 @@ CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
         end = &(*end)->next;
     while (now > w->tick) {
         unsigned level = 0, slot = 0;
-        crpci_timer *fired = w->fired, *turned = NULL, *t;
-        int64_t at;
-        w->fired = NULL;
-        at = crpci_timer_next_slot(w, &level, &slot);
-        w->fired = fired;
-        if (at > now) {
+        int64_t ahead = crpci_timer_ahead(w, &level, &slot);
+        crpci_timer *turned = NULL, *t;
+        if (ahead > now - w->tick) {
             w->tick = now;
             return;
         }
-        w->tick = at;
-        w->used[level] &= ~(UINT64_C(1) << slot);
+        w->tick += ahead;
+        w->used[level] &= ~(1u << slot);
+        if (!w->used[level])
+            w->levels &= ~(1u << level);
         while ((t = w->slots[level][slot]) != NULL) { /* armed last stands first: turn the order */
             crpci_timer_cancel(t);
             crpci_timer_link(&turned, t);
@@ -5515,8 +5511,8 @@ CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
 CRPCI_FN int64_t crpci_timer_next_us(const crpci_timer_wheel *w)
 {
     unsigned level, slot;
-    int64_t at = crpci_timer_next_slot(w, &level, &slot);
-    return at == INT64_MAX ? at : at * 1000;
+    int64_t ahead = w->fired ? 0 : crpci_timer_ahead(w, &level, &slot);
+    return ahead == INT64_MAX ? ahead : (w->tick + ahead) * 1000;
 }
 
 /* ======================================================================== */
