@@ -5065,7 +5065,7 @@ static const crpci_transport crpci_transport_plain = {
 typedef struct crpci_poller_item {
     int fd;
     unsigned events; /* registered for; 0: not registered */
-    uint32_t at;     /* poll: index in fds and items */
+    uint32_t at;     /* poll: index in `items` */
     uint64_t id;     /* the owner's; the poller reports it with the events */
 } crpci_poller_item;
 
@@ -5077,12 +5077,12 @@ typedef struct crpci_poller_event {
 typedef struct crpci_poller {
     crpc_poller kind;
     int epoll_fd;
-    /* poll: what is registered, and the copy on which a wait works without the lock */
-    struct pollfd *fds;
+    /* poll: what is registered */
     crpci_poller_item **items;
-    struct pollfd *snapshot;
-    uint64_t *snapshot_ids;
-    uint32_t count, cap, snapshot_count, snapshot_cap;
+    uint32_t count, cap;
+    /* poll: a copy of it, on which a wait works without the lock: ids, behind them pollfds */
+    uint64_t *ids;
+    uint32_t copied, room;
     uint32_t next; /* where the next wait begins to look for events, when a batch was full */
     /* What the last wait found. On the driver's stack it would be most of what a call needs. */
     union {
@@ -5092,6 +5092,24 @@ typedef struct crpci_poller {
         crpci_poller_event poll[CRPCI_POLLER_BATCH];
     } found;
 } crpci_poller;
+
+/* Bytes of a descriptor's copy. */
+#define CRPCI_POLLER_COPY (sizeof(uint64_t) + sizeof(struct pollfd))
+
+/* What poll calls events; epoll has the same numbers for these. */
+CRPCI_FN short crpci_poller_mask(unsigned events)
+{
+    return (short)((events & CRPC_READABLE ? POLLIN : 0) | (events & CRPC_WRITABLE ? POLLOUT : 0));
+}
+
+/* An error or a hang-up is reported as readable and writable: the owner's read or write then finds
+ * out. */
+CRPCI_FN unsigned crpci_poller_events(unsigned mask)
+{
+    const unsigned both = POLLHUP | POLLERR | POLLNVAL;
+    return (mask & (POLLIN | both) ? CRPC_READABLE : 0) |
+           (mask & (POLLOUT | both) ? CRPC_WRITABLE : 0);
+}
 
 CRPCI_FN const char *crpci_poller_name(const crpci_poller *p)
 {
@@ -5124,15 +5142,18 @@ CRPCI_FN void crpci_poller_close(crpci_poller *p, crpci_heap *h)
 {
     if (p->epoll_fd >= 0)
         close(p->epoll_fd);
-    crpci_heap_free(h, p->fds, p->cap * sizeof *p->fds);
     crpci_heap_free(h, p->items, p->cap * sizeof *p->items);
-    crpci_heap_free(h, p->snapshot, p->snapshot_cap * sizeof *p->snapshot);
-    crpci_heap_free(h, p->snapshot_ids, p->snapshot_cap * sizeof *p->snapshot_ids);
+    crpci_heap_free(h, p->ids, p->room * CRPCI_POLLER_COPY);
     memset(p, 0, sizeof *p);
     p->epoll_fd = -1;
 }
 
 #if CRPC_ENABLE_EPOLL
+typedef char crpci_poller_same_numbers[EPOLLIN == POLLIN && EPOLLOUT == POLLOUT &&
+                                               EPOLLERR == POLLERR && EPOLLHUP == POLLHUP
+                                           ? 1
+                                           : -1];
+
 /* ENOENT and EEXIST are no errors: a library that owns the descriptor (the ZooKeeper client) may
  * have closed it, which took it out of the epoll set, and the number may be that of another one
  * now. */
@@ -5141,8 +5162,7 @@ CRPCI_FN int crpci_poller_epoll_set(crpci_poller *p, crpci_poller_item *i, unsig
     struct epoll_event e;
     memset(&e, 0, sizeof e);
     e.data.u64 = i->id;
-    e.events = (events & CRPC_READABLE ? (uint32_t)EPOLLIN : 0u) |
-               (events & CRPC_WRITABLE ? (uint32_t)EPOLLOUT : 0u);
+    e.events = (uint32_t)crpci_poller_mask(events);
     if (!events) {
         epoll_ctl(p->epoll_fd, EPOLL_CTL_DEL, i->fd, &e);
         return CRPC_OK;
@@ -5157,49 +5177,28 @@ CRPCI_FN int crpci_poller_epoll_set(crpci_poller *p, crpci_poller_item *i, unsig
 }
 #endif
 
-CRPCI_FN int crpci_poller_poll_grow(crpci_poller *p, crpci_heap *h)
-{
-    uint32_t cap = p->cap ? p->cap * 2 : 16;
-    struct pollfd *fds =
-        (struct pollfd *)crpci_heap_resize(h, p->fds, p->cap * sizeof *fds, cap * sizeof *fds);
-    crpci_poller_item **items;
-    if (!fds)
-        return CRPC_ENOMEM;
-    p->fds = fds;
-    items = (crpci_poller_item **)crpci_heap_resize(h, p->items, p->cap * sizeof *items,
-                                                    cap * sizeof *items);
-    if (!items) {
-        fds = (struct pollfd *)crpci_heap_resize(h, fds, cap * sizeof *fds, p->cap * sizeof *fds);
-        if (fds || !p->cap)
-            p->fds = fds;
-        return CRPC_ENOMEM;
-    }
-    p->items = items;
-    p->cap = cap;
-    return CRPC_OK;
-}
-
 /* Removing fills the gap with the last entry. */
 CRPCI_FN int crpci_poller_poll_set(crpci_poller *p, crpci_heap *h, crpci_poller_item *i,
                                    unsigned events)
 {
     if (!events) {
-        uint32_t last = --p->count;
-        p->fds[i->at] = p->fds[last];
-        p->items[i->at] = p->items[last];
+        p->items[i->at] = p->items[--p->count];
         p->items[i->at]->at = i->at;
         return CRPC_OK;
     }
-    if (!i->events) {
-        if (p->count == p->cap && crpci_poller_poll_grow(p, h))
+    if (i->events)
+        return CRPC_OK;
+    if (p->count == p->cap) {
+        uint32_t cap = p->cap ? p->cap * 2 : 16;
+        crpci_poller_item **items = (crpci_poller_item **)crpci_heap_resize(
+            h, p->items, p->cap * sizeof *items, cap * sizeof *items);
+        if (!items)
             return CRPC_ENOMEM;
-        i->at = p->count++;
-        p->items[i->at] = i;
+        p->items = items;
+        p->cap = cap;
     }
-    p->fds[i->at].fd = i->fd;
-    p->fds[i->at].revents = 0;
-    p->fds[i->at].events = (short)((events & CRPC_READABLE ? POLLIN : 0) |
-                                   (events & CRPC_WRITABLE ? POLLOUT : 0));
+    i->at = p->count++;
+    p->items[i->at] = i;
     return CRPC_OK;
 }
 
@@ -5221,44 +5220,42 @@ CRPCI_FN int crpci_poller_set(crpci_poller *p, crpci_heap *h, crpci_poller_item 
     return err;
 }
 
-CRPCI_FN int crpci_poller_snapshot_grow(crpci_poller *p, crpci_heap *h)
+CRPCI_FN struct pollfd *crpci_poller_fds(const crpci_poller *p)
 {
-    struct pollfd *fds = (struct pollfd *)crpci_heap_resize(
-        h, p->snapshot, p->snapshot_cap * sizeof *fds, p->cap * sizeof *fds);
-    uint64_t *ids;
-    if (!fds)
-        return CRPC_ENOMEM;
-    p->snapshot = fds;
-    ids = (uint64_t *)crpci_heap_resize(h, p->snapshot_ids, p->snapshot_cap * sizeof *ids,
-                                        p->cap * sizeof *ids);
-    if (!ids) {
-        fds = (struct pollfd *)crpci_heap_resize(h, p->snapshot, p->cap * sizeof *fds,
-                                                 p->snapshot_cap * sizeof *fds);
-        if (fds || !p->snapshot_cap)
-            p->snapshot = fds;
-        return CRPC_ENOMEM;
-    }
-    p->snapshot_ids = ids;
-    p->snapshot_cap = p->cap;
-    return CRPC_OK;
+    return (struct pollfd *)(void *)(p->ids + p->room);
+}
+
+CRPCI_FN struct pollfd crpci_poller_pollfd(const crpci_poller_item *i)
+{
+    struct pollfd f;
+    f.fd = i->fd;
+    f.events = crpci_poller_mask(i->events);
+    f.revents = 0;
+    return f;
 }
 
 /* Under the loop's lock, before a wait without it. CRPC_ENOMEM: the wait covers only as many
  * descriptors as the last copy had room for. */
 CRPCI_FN int crpci_poller_prepare(crpci_poller *p, crpci_heap *h)
 {
-    int err = CRPC_OK;
+    uint64_t *ids;
     uint32_t i;
     if (p->kind == CRPC_POLLER_EPOLL)
         return CRPC_OK;
-    if (p->snapshot_cap < p->cap)
-        err = crpci_poller_snapshot_grow(p, h);
-    p->snapshot_count = p->count < p->snapshot_cap ? p->count : p->snapshot_cap;
-    for (i = 0; i < p->snapshot_count; i++) {
-        p->snapshot[i] = p->fds[i];
-        p->snapshot_ids[i] = p->items[i]->id;
+    if (p->room < p->cap) {
+        ids = (uint64_t *)crpci_heap_resize(h, p->ids, p->room * CRPCI_POLLER_COPY,
+                                            p->cap * CRPCI_POLLER_COPY);
+        if (ids) {
+            p->ids = ids;
+            p->room = p->cap;
+        }
     }
-    return err;
+    p->copied = p->count < p->room ? p->count : p->room;
+    for (i = 0; i < p->copied; i++) {
+        p->ids[i] = p->items[i]->id;
+        crpci_poller_fds(p)[i] = crpci_poller_pollfd(p->items[i]);
+    }
+    return p->room < p->cap ? CRPC_ENOMEM : CRPC_OK;
 }
 
 /* Milliseconds for epoll_wait and poll, rounded up; negative: no limit; a day at most. */
@@ -5271,8 +5268,7 @@ CRPCI_FN int crpci_poller_ms(int64_t us)
  * the lock, by one thread at a time. Returns how many events it put into out[CRPCI_POLLER_BATCH].
  * Further ones come with the next wait, which under poll begins behind the last one reported, so
  * that every descriptor gets its turn; epoll does that by itself. A failure, such as EINTR, counts
- * as no event. An error or a hang-up is reported as readable and writable: the owner's read or
- * write then finds out. */
+ * as no event. */
 CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us)
 {
     crpci_poller_event *out = p->found.poll;
@@ -5284,16 +5280,15 @@ CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us)
         return n < 0 ? 0 : n;
     }
 #endif
-    ready = poll(p->snapshot, (nfds_t)p->snapshot_count, crpci_poller_ms(us));
-    for (i = 0; ready > 0 && i < p->snapshot_count && n < CRPCI_POLLER_BATCH; i++) {
-        uint32_t k = (p->next + i) % p->snapshot_count;
-        int got = p->snapshot[k].revents;
+    ready = poll(crpci_poller_fds(p), (nfds_t)p->copied, crpci_poller_ms(us));
+    for (i = 0; ready > 0 && i < p->copied && n < CRPCI_POLLER_BATCH; i++) {
+        uint32_t k = (p->next + i) % p->copied;
+        unsigned got = (unsigned short)crpci_poller_fds(p)[k].revents;
         if (!got)
             continue;
         ready--;
-        out[n].id = p->snapshot_ids[k];
-        out[n].events = (got & (POLLIN | POLLHUP | POLLERR | POLLNVAL) ? CRPC_READABLE : 0) |
-                        (got & (POLLOUT | POLLHUP | POLLERR | POLLNVAL) ? CRPC_WRITABLE : 0);
+        out[n].id = p->ids[k];
+        out[n].events = crpci_poller_events(got);
         if (++n == CRPCI_POLLER_BATCH)
             p->next = k + 1;
     }
@@ -5305,11 +5300,9 @@ CRPCI_FN crpci_poller_event crpci_poller_found(const crpci_poller *p, int i)
 {
 #if CRPC_ENABLE_EPOLL
     if (p->kind == CRPC_POLLER_EPOLL) {
-        uint32_t got = p->found.epoll[i].events;
         crpci_poller_event e;
         e.id = p->found.epoll[i].data.u64;
-        e.events = (got & (uint32_t)(EPOLLIN | EPOLLHUP | EPOLLERR) ? CRPC_READABLE : 0) |
-                   (got & (uint32_t)(EPOLLOUT | EPOLLHUP | EPOLLERR) ? CRPC_WRITABLE : 0);
+        e.events = crpci_poller_events(p->found.epoll[i].events);
         return e;
     }
 #endif
@@ -6788,7 +6781,7 @@ CRPC_API size_t crpc_loop_pollfds(crpc_loop *l, struct pollfd *fds, size_t max)
     } else {
         n = l->poller.count;
         for (i = 0; i < n && i < max; i++)
-            fds[i] = l->poller.fds[i];
+            fds[i] = crpci_poller_pollfd(l->poller.items[i]);
     }
     crpci_loop_unlock(l);
     return n;
