@@ -2726,11 +2726,11 @@ typedef struct crpci_heap {
     crpc_hooks hooks;
     crpci_mutex lock;
     uint32_t refs; /* under the lock, which taking or giving a chunk needs anyway */
-    int64_t limit; /* of chunk_bytes; 0: no limit */
-    int64_t chunk_bytes; /* in chunks that are in use */
-    int64_t kept_bytes;  /* in chunks that wait for reuse */
-    int64_t bytes;       /* everything */
-    int64_t peak;        /* the most that `bytes` ever was */
+    size_t limit; /* of chunk_bytes; 0: no limit */
+    size_t chunk_bytes; /* in chunks that are in use */
+    size_t kept_bytes;  /* in chunks that wait for reuse */
+    size_t bytes;       /* everything */
+    size_t peak;        /* the most that `bytes` ever was */
     crpci_heap_class classes[CRPCI_CHUNK_CLASSES];
 #if CRPC_DEBUG
     void *closed; /* handles of objects that are gone, see crpci_heap_retire */
@@ -2845,7 +2845,7 @@ CRPCI_FN void *crpci_heap_resize_locked(crpci_heap *h, void *ptr, size_t old_siz
     CRPCI_ASSERT(crpci_thread_holds(&h->lock), "the heap is not locked by this thread");
     out = h->hooks.resize(h->hooks.user, ptr, old_size, new_size);
     if (out || !new_size) {
-        h->bytes += (int64_t)new_size - (int64_t)old_size;
+        h->bytes += new_size - old_size;
         if (h->bytes > h->peak)
             h->peak = h->bytes;
     }
@@ -2974,9 +2974,9 @@ CRPCI_FN int crpci_heap_open(crpci_heap **out, const crpc_hooks *hooks, int64_t 
         return CRPC_ENOMEM;
     memset(h, 0, sizeof *h);
     h->hooks = k;
-    h->limit = limit;
+    h->limit = (size_t)crpci_base_min64(limit, PTRDIFF_MAX);
     h->refs = 1;
-    h->bytes = h->peak = (int64_t)sizeof *h;
+    h->bytes = h->peak = sizeof *h;
     if (crpci_thread_mutex_init(&h->lock)) {
         k.resize(k.user, h, sizeof *h, 0);
         return CRPC_ENOMEM;
@@ -3052,7 +3052,7 @@ CRPCI_FN crpci_chunk *crpci_heap_take(crpci_heap *h, crpci_heap_class *k, size_t
     if (CRPCI_LIKELY(c != NULL)) {
         k->kept = c->next;
         k->kept_count--;
-        h->kept_bytes -= (int64_t)total;
+        h->kept_bytes -= total;
     } else {
         c = (crpci_chunk *)crpci_heap_resize_locked(h, NULL, 0, total);
     }
@@ -3072,13 +3072,13 @@ CRPCI_FN void crpci_heap_give(crpci_heap *h, crpci_heap_class *k, crpci_chunk *c
     c->next = k->kept;
     k->kept = c;
     k->kept_count++;
-    h->kept_bytes += (int64_t)total;
+    h->kept_bytes += total;
     while (CRPCI_UNLIKELY(k->used + k->kept_count > enough) &&
            k->kept_count * total > CRPCI_HEAP_KEEP) {
         c = k->kept;
         k->kept = c->next;
         k->kept_count--;
-        h->kept_bytes -= (int64_t)total;
+        h->kept_bytes -= total;
         crpci_heap_resize_locked(h, c, total, 0);
     }
 }
@@ -3094,12 +3094,12 @@ CRPCI_FN crpci_chunk *crpci_heap_chunk(crpci_heap *h, size_t size)
     if (total < size)
         return NULL;
     crpci_thread_lock(&h->lock);
-    if (!h->limit || h->chunk_bytes + (int64_t)total <= h->limit)
+    if (!h->limit || (h->chunk_bytes <= h->limit && total <= h->limit - h->chunk_bytes))
         c = k < CRPCI_CHUNK_CLASSES
                 ? crpci_heap_take(h, &h->classes[k], total)
                 : (crpci_chunk *)crpci_heap_resize_locked(h, NULL, 0, total);
     if (c) {
-        h->chunk_bytes += (int64_t)total;
+        h->chunk_bytes += total;
         h->refs++;
     }
     crpci_thread_unlock(&h->lock);
@@ -3123,17 +3123,17 @@ CRPCI_FN void crpci_heap_chunk_ref(crpci_chunk *c)
 CRPCI_FN void crpci_heap_chunk_unref(crpci_chunk *c)
 {
     crpci_heap *h;
-    int64_t total;
+    size_t total;
     if (!c || !crpci_thread_unref(&c->refs))
         return;
     h = c->heap;
-    total = (int64_t)(c->cap + CRPCI_CHUNK_HEADER);
+    total = c->cap + CRPCI_CHUNK_HEADER;
     crpci_thread_lock(&h->lock);
     h->chunk_bytes -= total;
     if (c->size_class < CRPCI_CHUNK_CLASSES)
-        crpci_heap_give(h, &h->classes[c->size_class], c, (size_t)total);
+        crpci_heap_give(h, &h->classes[c->size_class], c, total);
     else
-        crpci_heap_resize_locked(h, c, (size_t)total, 0);
+        crpci_heap_resize_locked(h, c, total, 0);
     crpci_heap_unlock_unref(h);
 }
 
