@@ -3255,6 +3255,7 @@ CRPCI_FN bool crpci_list_empty(const crpci_list *l)
     return l->next == l;
 }
 
+    bool is_unix;
 CRPCI_FN void crpci_list_append(crpci_list *head, crpci_list *item)
 {
     item->prev = head->prev;
@@ -3323,8 +3324,8 @@ CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, cr
                                 CRPCI_URL_MAX - 1);
     if (!colon || colon == text)
         return crpci_status_set(error, CRPC_EINVAL, "not a URL (scheme://...): \"%.100s\"", text);
-    if (strcmp(text, "unix://") == 0 || strcmp(text, "unix:///") == 0 ||
-        strncmp(text, "unix://?", 8) == 0 || strncmp(text, "unix:///?", 9) == 0)
+    is_unix = strncmp(text, "unix://", 7) == 0;
+    if (is_unix && strcspn(text + 7, "?") <= (size_t)(text[7] == '/'))
         return crpci_status_set(error, CRPC_EINVAL,
                                 "%.100s: no path; expected unix:///path, or "
                                 "unix://@name for an abstract socket",
@@ -3343,7 +3344,7 @@ CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, cr
         *u->query++ = '\0';
     else
         u->query = u->text + len;
-    if (strcmp(u->scheme, "unix") == 0) {
+    if (is_unix) {
         u->path = u->authority;
         u->authority = u->text + len;
         return CRPC_OK;
