@@ -2327,8 +2327,8 @@ CRPCI_FN uint64_t crpci_base_hash(const void *bytes, size_t n)
 /* >>impl-thread   mutexes, condition variables, threads, atomic counters    */
 /* ======================================================================== */
 
-/* With CRPC_ENABLE_THREADS=0 the same functions exist and do nothing, so that the sections below
- * need no #if to lock. */
+/* With CRPC_ENABLE_THREADS=0 macros of the same names do nothing, so that the sections below need
+ * no #if to lock. */
 #if CRPC_ENABLE_THREADS
 typedef struct crpci_mutex {
     pthread_mutex_t mutex;
@@ -2415,25 +2415,21 @@ CRPCI_FN void crpci_thread_broadcast(crpci_cond *c)
     pthread_cond_broadcast(c);
 }
 
-/* Unlocks, waits until signalled or for `us` microseconds (negative: no limit), locks again. It may
- * return early, so callers wait in a loop. More than a day is cut to a day: sums stay in range. */
+/* Unlocks, waits until signalled or for `us` microseconds, locks again. Negative, or more than a
+ * day: a day, so that sums stay in range. It may return early: callers wait in a loop. */
 CRPCI_FN void crpci_thread_wait(crpci_cond *c, crpci_mutex *m, int64_t us)
 {
+    const int64_t day = INT64_C(86400000000);
     struct timespec ts;
-    crpci_thread_set_held(m, false);
-    if (us < 0) {
-        pthread_cond_wait(c, &m->mutex);
-        crpci_thread_set_held(m, true);
-        return;
-    }
+    us = us < 0 || us > day ? day : us;
     clock_gettime(CLOCK_MONOTONIC, &ts);
-    us = crpci_base_min64(us, INT64_C(86400000000));
     ts.tv_sec += (time_t)(us / 1000000);
     ts.tv_nsec += (long)(us % 1000000) * 1000;
     if (ts.tv_nsec >= 1000000000) {
         ts.tv_sec++;
         ts.tv_nsec -= 1000000000;
     }
+    crpci_thread_set_held(m, false);
     pthread_cond_timedwait(c, &m->mutex, &ts);
     crpci_thread_set_held(m, true);
 }
@@ -2484,76 +2480,19 @@ typedef char crpci_mutex;
 typedef char crpci_cond;
 typedef char crpci_thread;
 
-CRPCI_FN int crpci_thread_mutex_init(crpci_mutex *m)
-{
-    *m = 0;
-    return CRPC_OK;
-}
-
-CRPCI_FN void crpci_thread_mutex_free(crpci_mutex *m)
-{
-    (void)m;
-}
-
-CRPCI_FN void crpci_thread_lock(crpci_mutex *m)
-{
-    (void)m;
-}
-
-CRPCI_FN void crpci_thread_unlock(crpci_mutex *m)
-{
-    (void)m;
-}
-
-CRPCI_FN int crpci_thread_cond_init(crpci_cond *c)
-{
-    *c = 0;
-    return CRPC_OK;
-}
-
-CRPCI_FN void crpci_thread_cond_free(crpci_cond *c)
-{
-    (void)c;
-}
-
-CRPCI_FN void crpci_thread_signal(crpci_cond *c)
-{
-    (void)c;
-}
-
-CRPCI_FN void crpci_thread_broadcast(crpci_cond *c)
-{
-    (void)c;
-}
-
-CRPCI_FN void crpci_thread_wait(crpci_cond *c, crpci_mutex *m, int64_t us)
-{
-    (void)c;
-    (void)m;
-    (void)us;
-}
-
-CRPCI_FN crpci_thread crpci_thread_self(void)
-{
-    return 0;
-}
-
-CRPCI_FN bool crpci_thread_is_self(crpci_thread t)
-{
-    (void)t;
-    return true;
-}
-
-CRPCI_FN uintptr_t crpci_thread_tag(void)
-{
-    return 1;
-}
-
-CRPCI_FN bool crpci_thread_holds(const crpci_mutex *m)
-{
-    (void)m;
-    return true;
-}
+#define crpci_thread_tag()          ((uintptr_t)1)
+#define crpci_thread_holds(m)       ((void)(m), true)
+#define crpci_thread_mutex_init(m)  (*(m) = 0)
+#define crpci_thread_mutex_free(m)  ((void)(m))
+#define crpci_thread_lock(m)        ((void)(m))
+#define crpci_thread_unlock(m)      ((void)(m))
+#define crpci_thread_cond_init(c)   (*(c) = 0)
+#define crpci_thread_cond_free(c)   ((void)(c))
+#define crpci_thread_signal(c)      ((void)(c))
+#define crpci_thread_broadcast(c)   ((void)(c))
+#define crpci_thread_wait(c, m, us) ((void)(c), (void)(m), (void)(us))
+#define crpci_thread_self()         ((crpci_thread)0)
+#define crpci_thread_is_self(t)     ((void)(t), true)
 #endif
 
 /* --- atomic counters and flags: 32 bits wide, for which no Linux target needs libatomic ------- */
