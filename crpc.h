@@ -3194,7 +3194,6 @@ CRPCI_FN bool crpci_list_empty(const crpci_list *l)
     return l->next == l;
 }
 
-    bool is_unix;
 CRPCI_FN void crpci_list_append(crpci_list *head, crpci_list *item)
 {
     item->prev = head->prev;
@@ -3256,6 +3255,7 @@ CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, cr
 {
     size_t len = text ? strlen(text) : 0;
     const char *colon = text ? strstr(text, "://") : NULL;
+    bool is_unix;
     char *p;
     memset(u, 0, sizeof *u);
     if (!text || len >= CRPCI_URL_MAX)
@@ -5824,31 +5824,19 @@ CRPCI_FN void crpci_loop_user_end(crpc_loop *l)
     l->fresh = false;
 }
 
-/* Runs the tasks that are on the list now; one that queues itself again runs the next time. */
+/* Runs the tasks that are on the list now; one that queues itself again runs the next time. What
+ * user tasks send goes out every 32 tasks, so that one send carries several replies. */
 CRPCI_FN void crpci_loop_run_list(crpc_loop *l, crpci_list *list)
 {
     crpci_list now;
+    unsigned n = 0;
     crpci_loop_assert_locked(l);
     crpci_list_move(&now, list);
     while (!crpci_list_empty(&now)) {
         crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
         crpci_list_remove(&t->link);
         t->run(l, t);
-    }
-}
-
-/* Runs the user tasks that are queued now. What they send goes out every 32 tasks, so that one
- * send carries several replies. */
-CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
-{
-    crpci_list now;
-    unsigned n = 0;
-    crpci_list_move(&now, &l->ready);
-    while (!crpci_list_empty(&now)) {
-        crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
-        crpci_list_remove(&t->link);
-        t->run(l, t);
-        if (++n % 32 == 0)
+        if (++n % 32 == 0 && list == &l->ready)
             crpci_loop_run_list(l, &l->dirty);
     }
 }
@@ -6224,7 +6212,7 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
     crpci_loop_run_timers(l);
     crpci_loop_run_list(l, &l->resume);
     if (user)
-        crpci_loop_run_ready(l);
+        crpci_loop_run_list(l, &l->ready);
     crpci_loop_run_list(l, &l->dirty);
     patience = crpci_drive_patience(l, until, user);
     if (crpci_poller_prepare(&l->poller, l->heap)) /* out of memory: some are not waited for */
@@ -6245,7 +6233,7 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
             w->fn(l, w, e.events);
     }
     if (user)
-        crpci_loop_run_ready(l);
+        crpci_loop_run_list(l, &l->ready);
     crpci_loop_run_list(l, &l->dirty);
 }
 
@@ -6302,7 +6290,7 @@ CRPCI_FN void crpci_drive_end_wait(crpc_loop *l, crpci_waiter *w)
 /* Sleeps among the followers until promoted, done, or past `until`. */
 CRPCI_FN void crpci_drive_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
 {
-    int64_t us = until == INT64_MAX ? -1 : until - crpci_loop_now(l);
+    int64_t us = until - crpci_loop_now(l);
     if (crpci_thread_cond_init(&w->cond)) {
         w->done = true; /* no memory for a condition variable: giving up is better than to spin */
         return;
@@ -6310,7 +6298,7 @@ CRPCI_FN void crpci_drive_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
     w->place = CRPCI_WAITER_QUEUED;
     l->fresh = false;
     crpci_list_append(&l->followers, &w->link);
-    crpci_thread_wait(&w->cond, &l->lock, until != INT64_MAX && us < 0 ? 0 : us);
+    crpci_thread_wait(&w->cond, &l->lock, us > 0 ? us : 0);
     if (w->place == CRPCI_WAITER_QUEUED) {
         crpci_list_remove(&w->link);
         w->place = CRPCI_WAITER_APART;
@@ -6392,7 +6380,7 @@ CRPCI_COLD void crpci_drive_finish(crpc_loop *l)
 {
     int rounds = 1000;
     while (!crpci_list_empty(&l->ready) && rounds--)
-        crpci_loop_run_ready(l);
+        crpci_loop_run_list(l, &l->ready);
     crpci_user_remove_all(l);
 }
 
@@ -6527,14 +6515,6 @@ CRPCI_FN void crpci_drive_on_wake(crpc_loop *l, crpci_watch *w, unsigned events)
     l->kicked = false;
 }
 
-CRPCI_FN void crpci_drive_set_options(crpc_loop *l, const crpc_loop_options *o)
-{
-    l->forbid_threads = o->forbid_threads || !CRPC_ENABLE_THREADS;
-    snprintf(l->thread_name, sizeof l->thread_name, "%s", o->thread_name ? o->thread_name : "crpc");
-    l->stack_size = o->stack_size;
-    l->max_results = o->max_results;
-}
-
 /* Fills in a loop that is all zero. The seed of the random numbers differs from process to process,
  * the salt of the ids from loop to loop. */
 CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_options *o)
@@ -6549,7 +6529,10 @@ CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_opti
     crpci_list_init(&l->conns);
     crpci_list_init(&l->endpoints);
     crpci_list_init(&l->registries);
-    crpci_drive_set_options(l, o);
+    l->forbid_threads = o->forbid_threads || !CRPC_ENABLE_THREADS;
+    snprintf(l->thread_name, sizeof l->thread_name, "%s", o->thread_name ? o->thread_name : "crpc");
+    l->stack_size = o->stack_size;
+    l->max_results = o->max_results;
     l->last_step = crpci_loop_now(l);
     l->timers.tick = l->last_step / 1000;
     l->random = crpci_loop_seed(l);
@@ -6619,19 +6602,12 @@ CRPC_API void crpc_loop_close(crpc_loop *l)
         crpci_wake_kick(&l->wake);
         crpci_thread_wait(&l->owner_cond, &l->lock, 100000);
     }
-#if CRPC_ENABLE_THREADS
-    if (l->thread_state != CRPCI_LOOP_NO_THREAD) {
-        crpci_loop_unlock(l);
-        crpci_thread_join(l->thread);
-        crpci_loop_lock(l);
-        l->thread_state = CRPCI_LOOP_NO_THREAD;
-    }
-#endif
     if (crpci_drive_own(l) == CRPC_OK) {
         crpci_drive_finish(l);
         l->mode = CRPCI_LOOP_PASSIVE;
         crpci_drive_leave(l);
     }
+    crpci_drive_join(l); /* now: an owner that leaves may still have sent, unlocked, until it left */
     crpci_loop_unlock(l);
     crpci_loop_release(l);
 }
@@ -6752,8 +6728,8 @@ CRPC_API void crpc_loop_stats_get(crpc_loop *l, crpc_loop_stats *stats)
     stats->pending = l->calls.used;
     crpci_loop_unlock(l);
     crpci_thread_lock(&l->heap->lock);
-    stats->memory = (uint64_t)l->heap->bytes;
-    stats->memory_peak = (uint64_t)l->heap->peak;
+    stats->memory = l->heap->bytes;
+    stats->memory_peak = l->heap->peak;
     crpci_thread_unlock(&l->heap->lock);
 }
 
