@@ -2330,8 +2330,8 @@ CRPCI_FN uint64_t crpci_base_hash(const void *bytes, size_t n)
 /* >>impl-thread   mutexes, condition variables, threads, atomic counters    */
 /* ======================================================================== */
 
-/* With CRPC_ENABLE_THREADS=0 the same functions exist and do nothing, so that the sections below
- * need no #if to lock. */
+/* With CRPC_ENABLE_THREADS=0 macros of the same names do nothing, so that the sections below need
+ * no #if to lock. */
 #if CRPC_ENABLE_THREADS
 typedef struct crpci_mutex {
     pthread_mutex_t mutex;
@@ -2418,25 +2418,21 @@ CRPCI_FN void crpci_thread_broadcast(crpci_cond *c)
     pthread_cond_broadcast(c);
 }
 
-/* Unlocks, waits until signalled or for `us` microseconds (negative: no limit), locks again. It may
- * return early, so callers wait in a loop. More than a day is cut to a day: sums stay in range. */
+/* Unlocks, waits until signalled or for `us` microseconds, locks again. Negative, or more than a
+ * day: a day, so that sums stay in range. It may return early: callers wait in a loop. */
 CRPCI_FN void crpci_thread_wait(crpci_cond *c, crpci_mutex *m, int64_t us)
 {
+    const int64_t day = INT64_C(86400000000);
     struct timespec ts;
-    crpci_thread_set_held(m, false);
-    if (us < 0) {
-        pthread_cond_wait(c, &m->mutex);
-        crpci_thread_set_held(m, true);
-        return;
-    }
+    us = us < 0 || us > day ? day : us;
     clock_gettime(CLOCK_MONOTONIC, &ts);
-    us = crpci_base_min64(us, INT64_C(86400000000));
     ts.tv_sec += (time_t)(us / 1000000);
     ts.tv_nsec += (long)(us % 1000000) * 1000;
     if (ts.tv_nsec >= 1000000000) {
         ts.tv_sec++;
         ts.tv_nsec -= 1000000000;
     }
+    crpci_thread_set_held(m, false);
     pthread_cond_timedwait(c, &m->mutex, &ts);
     crpci_thread_set_held(m, true);
 }
@@ -2487,76 +2483,19 @@ typedef char crpci_mutex;
 typedef char crpci_cond;
 typedef char crpci_thread;
 
-CRPCI_FN int crpci_thread_mutex_init(crpci_mutex *m)
-{
-    *m = 0;
-    return CRPC_OK;
-}
-
-CRPCI_FN void crpci_thread_mutex_free(crpci_mutex *m)
-{
-    (void)m;
-}
-
-CRPCI_FN void crpci_thread_lock(crpci_mutex *m)
-{
-    (void)m;
-}
-
-CRPCI_FN void crpci_thread_unlock(crpci_mutex *m)
-{
-    (void)m;
-}
-
-CRPCI_FN int crpci_thread_cond_init(crpci_cond *c)
-{
-    *c = 0;
-    return CRPC_OK;
-}
-
-CRPCI_FN void crpci_thread_cond_free(crpci_cond *c)
-{
-    (void)c;
-}
-
-CRPCI_FN void crpci_thread_signal(crpci_cond *c)
-{
-    (void)c;
-}
-
-CRPCI_FN void crpci_thread_broadcast(crpci_cond *c)
-{
-    (void)c;
-}
-
-CRPCI_FN void crpci_thread_wait(crpci_cond *c, crpci_mutex *m, int64_t us)
-{
-    (void)c;
-    (void)m;
-    (void)us;
-}
-
-CRPCI_FN crpci_thread crpci_thread_self(void)
-{
-    return 0;
-}
-
-CRPCI_FN bool crpci_thread_is_self(crpci_thread t)
-{
-    (void)t;
-    return true;
-}
-
-CRPCI_FN uintptr_t crpci_thread_tag(void)
-{
-    return 1;
-}
-
-CRPCI_FN bool crpci_thread_holds(const crpci_mutex *m)
-{
-    (void)m;
-    return true;
-}
+#define crpci_thread_tag()          ((uintptr_t)1)
+#define crpci_thread_holds(m)       ((void)(m), true)
+#define crpci_thread_mutex_init(m)  (*(m) = 0)
+#define crpci_thread_mutex_free(m)  ((void)(m))
+#define crpci_thread_lock(m)        ((void)(m))
+#define crpci_thread_unlock(m)      ((void)(m))
+#define crpci_thread_cond_init(c)   (*(c) = 0)
+#define crpci_thread_cond_free(c)   ((void)(c))
+#define crpci_thread_signal(c)      ((void)(c))
+#define crpci_thread_broadcast(c)   ((void)(c))
+#define crpci_thread_wait(c, m, us) ((void)(c), (void)(m), (void)(us))
+#define crpci_thread_self()         ((crpci_thread)0)
+#define crpci_thread_is_self(t)     ((void)(t), true)
 #endif
 
 /* --- atomic counters and flags: 32 bits wide, for which no Linux target needs libatomic ------- */
@@ -2729,11 +2668,11 @@ typedef struct crpci_heap {
     crpc_hooks hooks;
     crpci_mutex lock;
     uint32_t refs; /* under the lock, which taking or giving a chunk needs anyway */
-    int64_t limit; /* of chunk_bytes; 0: no limit */
-    int64_t chunk_bytes; /* in chunks that are in use */
-    int64_t kept_bytes;  /* in chunks that wait for reuse */
-    int64_t bytes;       /* everything */
-    int64_t peak;        /* the most that `bytes` ever was */
+    size_t limit; /* of chunk_bytes; 0: no limit */
+    size_t chunk_bytes; /* in chunks that are in use */
+    size_t kept_bytes;  /* in chunks that wait for reuse */
+    size_t bytes;       /* everything */
+    size_t peak;        /* the most that `bytes` ever was */
     crpci_heap_class classes[CRPCI_CHUNK_CLASSES];
 #if CRPC_DEBUG
     void *closed; /* handles of objects that are gone, see crpci_heap_retire */
@@ -2848,7 +2787,7 @@ CRPCI_FN void *crpci_heap_resize_locked(crpci_heap *h, void *ptr, size_t old_siz
     CRPCI_ASSERT(crpci_thread_holds(&h->lock), "the heap is not locked by this thread");
     out = h->hooks.resize(h->hooks.user, ptr, old_size, new_size);
     if (out || !new_size) {
-        h->bytes += (int64_t)new_size - (int64_t)old_size;
+        h->bytes += new_size - old_size;
         if (h->bytes > h->peak)
             h->peak = h->bytes;
     }
@@ -2977,9 +2916,9 @@ CRPCI_FN int crpci_heap_open(crpci_heap **out, const crpc_hooks *hooks, int64_t 
         return CRPC_ENOMEM;
     memset(h, 0, sizeof *h);
     h->hooks = k;
-    h->limit = limit;
+    h->limit = (size_t)crpci_base_min64(limit, PTRDIFF_MAX);
     h->refs = 1;
-    h->bytes = h->peak = (int64_t)sizeof *h;
+    h->bytes = h->peak = sizeof *h;
     if (crpci_thread_mutex_init(&h->lock)) {
         k.resize(k.user, h, sizeof *h, 0);
         return CRPC_ENOMEM;
@@ -3055,7 +2994,7 @@ CRPCI_FN crpci_chunk *crpci_heap_take(crpci_heap *h, crpci_heap_class *k, size_t
     if (CRPCI_LIKELY(c != NULL)) {
         k->kept = c->next;
         k->kept_count--;
-        h->kept_bytes -= (int64_t)total;
+        h->kept_bytes -= total;
     } else {
         c = (crpci_chunk *)crpci_heap_resize_locked(h, NULL, 0, total);
     }
@@ -3075,13 +3014,13 @@ CRPCI_FN void crpci_heap_give(crpci_heap *h, crpci_heap_class *k, crpci_chunk *c
     c->next = k->kept;
     k->kept = c;
     k->kept_count++;
-    h->kept_bytes += (int64_t)total;
+    h->kept_bytes += total;
     while (CRPCI_UNLIKELY(k->used + k->kept_count > enough) &&
            k->kept_count * total > CRPCI_HEAP_KEEP) {
         c = k->kept;
         k->kept = c->next;
         k->kept_count--;
-        h->kept_bytes -= (int64_t)total;
+        h->kept_bytes -= total;
         crpci_heap_resize_locked(h, c, total, 0);
     }
 }
@@ -3097,12 +3036,12 @@ CRPCI_FN crpci_chunk *crpci_heap_chunk(crpci_heap *h, size_t size)
     if (total < size)
         return NULL;
     crpci_thread_lock(&h->lock);
-    if (!h->limit || h->chunk_bytes + (int64_t)total <= h->limit)
+    if (!h->limit || (h->chunk_bytes <= h->limit && total <= h->limit - h->chunk_bytes))
         c = k < CRPCI_CHUNK_CLASSES
                 ? crpci_heap_take(h, &h->classes[k], total)
                 : (crpci_chunk *)crpci_heap_resize_locked(h, NULL, 0, total);
     if (c) {
-        h->chunk_bytes += (int64_t)total;
+        h->chunk_bytes += total;
         h->refs++;
     }
     crpci_thread_unlock(&h->lock);
@@ -3126,17 +3065,17 @@ CRPCI_FN void crpci_heap_chunk_ref(crpci_chunk *c)
 CRPCI_FN void crpci_heap_chunk_unref(crpci_chunk *c)
 {
     crpci_heap *h;
-    int64_t total;
+    size_t total;
     if (!c || !crpci_thread_unref(&c->refs))
         return;
     h = c->heap;
-    total = (int64_t)(c->cap + CRPCI_CHUNK_HEADER);
+    total = c->cap + CRPCI_CHUNK_HEADER;
     crpci_thread_lock(&h->lock);
     h->chunk_bytes -= total;
     if (c->size_class < CRPCI_CHUNK_CLASSES)
-        crpci_heap_give(h, &h->classes[c->size_class], c, (size_t)total);
+        crpci_heap_give(h, &h->classes[c->size_class], c, total);
     else
-        crpci_heap_resize_locked(h, c, (size_t)total, 0);
+        crpci_heap_resize_locked(h, c, total, 0);
     crpci_heap_unlock_unref(h);
 }
 
@@ -3319,6 +3258,7 @@ CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, cr
 {
     size_t len = text ? strlen(text) : 0;
     const char *colon = text ? strstr(text, "://") : NULL;
+    bool is_unix;
     char *p;
     memset(u, 0, sizeof *u);
     if (!text || len >= CRPCI_URL_MAX)
@@ -3326,8 +3266,8 @@ CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, cr
                                 CRPCI_URL_MAX - 1);
     if (!colon || colon == text)
         return crpci_status_set(error, CRPC_EINVAL, "not a URL (scheme://...): \"%.100s\"", text);
-    if (strcmp(text, "unix://") == 0 || strcmp(text, "unix:///") == 0 ||
-        strncmp(text, "unix://?", 8) == 0 || strncmp(text, "unix:///?", 9) == 0)
+    is_unix = strncmp(text, "unix://", 7) == 0;
+    if (is_unix && strcspn(text + 7, "?") <= (size_t)(text[7] == '/'))
         return crpci_status_set(error, CRPC_EINVAL,
                                 "%.100s: no path; expected unix:///path, or "
                                 "unix://@name for an abstract socket",
@@ -3346,7 +3286,7 @@ CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, cr
         *u->query++ = '\0';
     else
         u->query = u->text + len;
-    if (strcmp(u->scheme, "unix") == 0) {
+    if (is_unix) {
         u->path = u->authority;
         u->authority = u->text + len;
         return CRPC_OK;
@@ -3452,14 +3392,13 @@ CRPCI_FN int crpci_url_next(crpci_url *u, char **key, char **value, crpc_error *
     return CRPC_OK;
 }
 
-/* Reads a whole decimal number from -1 to `max`; anything else returns false. */
+/* Reads a whole decimal number from -1 to `max`; anything else returns false. One that is too large
+ * for an int64_t counts as INT64_MAX. */
 CRPCI_FN bool crpci_url_number(const char *text, int64_t max, int64_t *out)
 {
     char *end;
-    long long v;
-    errno = 0;
-    v = strtoll(text, &end, 10);
-    if (errno || !((*text >= '0' && *text <= '9') || *text == '-') || *end || v < -1 || v > max)
+    long long v = strtoll(text, &end, 10);
+    if (!((*text >= '0' && *text <= '9') || *text == '-') || *end || v < -1 || v > max)
         return false;
     *out = v;
     return true;
@@ -3481,20 +3420,22 @@ enum {
     CRPCI_OPTION_SECRET = 2,    /* no URL may set it, no error text may show it */
     CRPCI_OPTION_DIRECTORY = 4, /* only a URL that names a registry may set it */
     CRPCI_OPTION_BACKEND = 8,   /* only a URL whose kind of registry knows it may set it */
-    CRPCI_OPTION_POLICY = 16    /* an error unless CRPC_ENABLE_POLICY is 1 */
+    CRPCI_OPTION_POLICY = 16,   /* an error unless CRPC_ENABLE_POLICY is 1 */
+    CRPCI_OPTION_WORDS = 32,    /* users write a word, see crpci_options_words */
+    CRPCI_OPTION_STACK = 64     /* a thread's stack: CRPCI_OPTION_STACK_MIN bytes at least */
 };
+
+#define CRPCI_OPTION_STACK_MIN 16384 /* Linux gives no thread less */
 
 /* One row: how users spell an option, where its member is, and which values it may have. */
 typedef struct crpci_option {
-    const char *name;  /* as users spell it */
-    const char *words; /* NULL: a number; else names separated by commas, the first means 1 */
-    uint16_t offset;   /* in the options struct */
-    uint8_t size;      /* of the member in bytes: of an int, an int64_t or a pointer */
-    uint8_t flags;     /* CRPCI_OPTION_* */
-    int32_t zero;      /* the value that 0 stands for: the default */
-    int32_t none;      /* the value that -1 stands for: "no limit", "never" */
-    int32_t least;     /* the smallest and largest value besides 0 and -1 */
-    int32_t most;
+    const char *name; /* as users spell it */
+    uint16_t offset;  /* in the options struct */
+    uint8_t size;     /* of the member in bytes: of an int, an int64_t or a pointer */
+    uint8_t flags;    /* CRPCI_OPTION_* */
+    int32_t zero;     /* the value that 0 stands for: the default */
+    int32_t none;     /* the value that -1 stands for: "no limit", "never" */
+    int32_t most;     /* the largest value; the smallest besides 0 and -1 is 1 */
 } crpci_option;
 
 typedef struct crpci_options {
@@ -3502,11 +3443,8 @@ typedef struct crpci_options {
     size_t count;
 } crpci_options;
 
-#define CRPCI_OPTION_ROW(type, member, name, words, flags, zero, none, least, most)                \
-    {                                                                                              \
-        name, words, offsetof(type, member), sizeof(((type *)0)->member), flags, zero, none,       \
-            least, most                                                                            \
-    }
+#define CRPCI_OPTION_ROW(type, member, name, flags, zero, none, most)                              \
+    {name, offsetof(type, member), sizeof(((type *)0)->member), flags, zero, none, most}
 #define CRPCI_OPTIONS_OF(rows) rows, sizeof(rows) / sizeof *(rows)
 
 /* Reads a number. Members are int or int64_t; memcpy keeps this legal for any struct. */
@@ -3531,19 +3469,13 @@ CRPCI_COLD void crpci_options_put(const crpci_option *o, void *options, int64_t 
         memcpy(at, &narrow, sizeof narrow);
 }
 
-/* The largest value that an option can have. */
-CRPCI_COLD int64_t crpci_options_most(const crpci_option *o)
-{
-    if (o->most != CRPCI_OPTION_ANY)
-        return o->most;
-    return o->size == sizeof(int64_t) ? INT64_MAX : INT32_MAX;
-}
-
 /* Checks one value against the option's range. The error names the option, the value and the
  * limit. */
 CRPCI_COLD int crpci_options_check_value(const crpci_option *o, int64_t value, crpc_error *error)
 {
-    int64_t most = crpci_options_most(o);
+    int64_t most = o->most;
+    if (most == CRPCI_OPTION_ANY)
+        most = o->size == sizeof(int64_t) ? INT64_MAX : INT32_MAX;
     if (value > 0 && !CRPC_ENABLE_POLICY && (o->flags & CRPCI_OPTION_POLICY))
         return crpci_status_set(error, CRPC_EUNSUPPORTED,
                                 "%s=%lld: not compiled in: CRPC_ENABLE_POLICY is 0", o->name,
@@ -3551,9 +3483,9 @@ CRPCI_COLD int crpci_options_check_value(const crpci_option *o, int64_t value, c
     if (value > most)
         return crpci_status_set(error, CRPC_EINVAL, "%s=%lld: at most %lld", o->name,
                                 (long long)value, (long long)most);
-    if (value > 0 && value < o->least)
-        return crpci_status_set(error, CRPC_EINVAL, "%s=%lld: at least %lld", o->name,
-                                (long long)value, (long long)o->least);
+    if (value > 0 && value < CRPCI_OPTION_STACK_MIN && (o->flags & CRPCI_OPTION_STACK))
+        return crpci_status_set(error, CRPC_EINVAL, "%s=%lld: at least %d", o->name,
+                                (long long)value, CRPCI_OPTION_STACK_MIN);
     return CRPC_OK;
 }
 
@@ -3594,29 +3526,23 @@ CRPCI_COLD const crpci_option *crpci_options_find(const crpci_options *set, cons
     return NULL;
 }
 
-/* The position of `value` among names separated by commas, counted from 1; 0: it is none of
- * them. */
+/* The words of an option, each behind a comma; the first means 1. They stand behind the zero byte
+ * of its name: few rows have any. */
+CRPCI_COLD const char *crpci_options_words(const crpci_option *o)
+{
+    return o->name + strlen(o->name) + 1;
+}
+
+/* The position of `value` among such words, counted from 1; 0: it is none of them. */
 CRPCI_COLD int64_t crpci_options_word(const char *words, const char *value)
 {
     size_t n = strlen(value);
     int64_t i;
-    for (i = 1; words; i++) {
-        if (n && strncmp(words, value, n) == 0 && (words[n] == ',' || words[n] == '\0'))
+    for (i = 1; words; words = strchr(words + 1, ','), i++) {
+        if (n && strncmp(words + 1, value, n) == 0 && (words[1 + n] == ',' || words[1 + n] == '\0'))
             return i;
-        words = strchr(words, ',');
-        words = words ? words + 1 : NULL;
     }
     return 0;
-}
-
-/* Reads a whole decimal number. One that does not fit becomes the largest or smallest that does, so
- * that the range check reports it. */
-CRPCI_COLD bool crpci_options_number(const char *text, int64_t *out)
-{
-    char *end;
-    bool digits = *text == '-' ? text[1] >= '0' && text[1] <= '9' : *text >= '0' && *text <= '9';
-    *out = strtoll(text, &end, 10);
-    return digits && !*end;
 }
 
 /* Reads the text of an option into its member. A text option points at `value` from then on, so the
@@ -3630,14 +3556,15 @@ CRPCI_COLD int crpci_options_read(const crpci_option *o, void *options, const ch
         memcpy((char *)options + o->offset, &value, sizeof value);
         return CRPC_OK;
     }
-    n = o->words ? crpci_options_word(o->words, value) : 0;
-    if (o->words && !n)
-        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: not one of %s", o->name, value,
-                                o->words);
-    if (!o->words && !crpci_options_number(value, &n))
-        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: not a whole number", o->name, value);
-    if (n < -1)
-        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: at least -1", o->name, value);
+    if (o->flags & CRPCI_OPTION_WORDS) {
+        n = crpci_options_word(crpci_options_words(o), value);
+        if (!n)
+            return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: not one of %s", o->name, value,
+                                    crpci_options_words(o) + 1);
+    } else if (!crpci_url_number(value, INT64_MAX, &n)) {
+        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: not a whole number from -1 on",
+                                o->name, value);
+    }
     err = crpci_options_check_value(o, n, error);
     if (!err)
         crpci_options_put(o, options, n);
@@ -4111,6 +4038,44 @@ CRPCI_FN int crpci_message_encode(crpci_message_out *o, const pb_msgdesc_t *desc
     return o->no_memory ? CRPC_ENOMEM : CRPC_ECODEC;
 }
 
+/* --- whether nanopb is the one of the headers ------------------------------------------------- */
+
+typedef struct crpci_message_probe {
+    crpc_view text;
+    bool has_number;
+    int64_t number;
+} crpci_message_probe;
+
+#define CRPCI_MESSAGE_PROBE_FIELDLIST(X, a)                                                        \
+    X(a, CALLBACK, REQUIRED, STRING, text, 1)                                                      \
+    X(a, STATIC, OPTIONAL, INT64, number, 4)
+
+/* PB_BIND would define an object that other files can link to. */
+static const uint32_t crpci_message_probe_info[] = {
+    CRPCI_MESSAGE_PROBE_FIELDLIST(PB_GEN_FIELD_INFO_2, crpci_message_probe) 0};
+static const pb_msgdesc_t *const crpci_message_probe_parts[] = {NULL};
+static const pb_msgdesc_t crpci_message_probe_msg = {
+    crpci_message_probe_info, crpci_message_probe_parts, NULL, crpc_view_field, 2, 1, 4};
+
+/* Whether nanopb reads and writes known bytes correctly. One that was compiled with other options
+ * than this file sees (PB_FIELD_32BIT, say) misreads descriptors without an error; a loop refuses
+ * to open then. */
+CRPCI_COLD bool crpci_message_self_check(void)
+{
+    static const char golden[] = "\x0a\x04" "Echo\x20\x81\x80\x80\x80\x10"; /* 2^32 + 1 */
+    uint8_t out[sizeof golden + 8];
+    pb_ostream_t stream = pb_ostream_from_buffer(out, sizeof out);
+    crpci_message_probe probe;
+    memset(&probe, 0, sizeof probe);
+    return crpc_message_decode(golden, sizeof golden - 1, &crpci_message_probe_msg, &probe,
+                               sizeof probe) == CRPC_OK &&
+           crpc_view_equal(probe.text, "Echo") && probe.has_number &&
+           probe.number == INT64_C(0x100000001) &&
+           pb_encode(&stream, &crpci_message_probe_msg, &probe) &&
+           stream.bytes_written == sizeof golden - 1 &&
+           memcmp(out, golden, sizeof golden - 1) == 0;
+}
+
 /* --- requests and replies, independent of the protocol ---------------------------------------- */
 
 /* Names of crpc's own user_fields. The first marks a reply whose status code is the application's;
@@ -4200,9 +4165,9 @@ CRPCI_FN crpci_frame_result crpci_frame_header(const uint8_t *p, size_t n, uint3
 
 /* RpcMeta is the protobuf message that precedes every baidu_std payload; field numbers are those of
  * brpc's baidu_rpc_meta.proto. nanopb needs about 280 ns for each direction, so crpc writes a meta
- * backwards in front of its payload by hand, and reads the two usual shapes by comparing bytes,
- * other plain ones with a hand-written cursor, and only the rest with nanopb. A fuzzer compares the
- * readers. All of this is pure: any thread, no lock. */
+ * backwards in front of its payload by hand, and reads it by hand: the two usual shapes by comparing
+ * bytes, others field by field. A fuzzer compares both readers with nanopb. All of this is pure:
+ * any thread, no lock. */
 
 /* An RpcMeta, flattened. Reading leaves views that point into the input. */
 typedef struct crpci_meta {
@@ -4387,7 +4352,7 @@ CRPCI_FN size_t crpci_meta_put_field(uint8_t *out, crpc_view key, crpc_view valu
 /* --- reading ---------------------------------------------------------------------------------- */
 
 /* Reads one field: its key, and either a number or bytes. Returns the address behind it; NULL if
- * the input is malformed or has a group: nanopb decides then. */
+ * the input is malformed or has a group. */
 CRPCI_FN const uint8_t *crpci_meta_next(const uint8_t *p, const uint8_t *end, uint64_t *key,
                                         uint64_t *number, crpc_view *bytes)
 {
@@ -4418,123 +4383,97 @@ CRPCI_FN const uint8_t *crpci_meta_next(const uint8_t *p, const uint8_t *end, ui
     }
 }
 
-/* Reads RpcRequestMeta. False leaves the whole meta to nanopb: a known field has an unexpected wire
- * type, a required name is missing, or the submessage comes a second time and has to be merged. */
-CRPCI_FN bool crpci_meta_read_request(crpc_view sub, crpci_meta *m)
-{
-    const uint8_t *p = (const uint8_t *)crpc_view_data(sub), *end = (const uint8_t *)sub.end;
-    uint64_t key, n = 0;
-    crpc_view v = {{NULL}, NULL};
-    if (crpc_view_data(m->service))
-        return false;
-    while (p < end) {
-        p = crpci_meta_next(p, end, &key, &n, &v);
-        if (!p)
-            return false;
-        switch (key) {
-        case 1 << 3 | 2:
-            m->service = v;
-            break;
-        case 2 << 3 | 2:
-            m->method = v;
-            break;
-        case 3 << 3:
-            m->log_id = (int64_t)n;
-            break;
-        case 4 << 3:
-            m->trace_id = (int64_t)n;
-            break;
-        case 5 << 3:
-            m->span_id = (int64_t)n;
-            break;
-        case 6 << 3:
-            m->parent_span_id = (int64_t)n;
-            break;
-        case 8 << 3:
-            m->timeout_ms = (int32_t)(uint32_t)n;
-            break;
-        default:
-            if (key >> 3 <= 8 && key >> 3 != 7)
-                return false;
-        }
-    }
-    return crpc_view_data(m->service) && crpc_view_data(m->method);
-}
+/* The messages that make up a meta, and what their fields hold. */
+enum { CRPCI_META_OUTER, CRPCI_META_REQUEST, CRPCI_META_RESPONSE };
 
-/* Reads RpcResponseMeta under the same rules. */
-CRPCI_FN bool crpci_meta_read_response(crpc_view sub, crpci_meta *m)
-{
-    const uint8_t *p = (const uint8_t *)crpc_view_data(sub), *end = (const uint8_t *)sub.end;
-    uint64_t key, n = 0;
-    crpc_view v = {{NULL}, NULL};
-    while (p < end) {
-        p = crpci_meta_next(p, end, &key, &n, &v);
-        if (!p)
-            return false;
-        if (key == (1 << 3))
-            m->error_code = (int32_t)(uint32_t)n;
-        else if (key == (2 << 3 | 2))
-            m->error_text = v;
-        else if (key >> 3 <= 2)
-            return false;
-    }
-    return true;
-}
+typedef enum crpci_meta_kind {
+    CRPCI_META_UNKNOWN,
+    CRPCI_META_FIELDS, /* user_fields, which crpci_meta_field reads */
+    CRPCI_META_INT32,
+    CRPCI_META_INT64,
+    CRPCI_META_BYTES, /* this kind and those behind it: wire type 2, before it: 0 */
+    CRPCI_META_PART   /* one of the messages */
+} crpci_meta_kind;
 
-/* Reads any meta whose fields have their usual wire types and whose submessages come once. False
- * means "not that plain", not "malformed": nanopb is asked next. */
-CRPCI_FN bool crpci_meta_read_plain(const uint8_t *p, const uint8_t *end, crpci_meta *m)
+typedef struct crpci_meta_row {
+    uint8_t kind;
+    uint8_t at; /* offset in crpci_meta; a part: which */
+} crpci_meta_row;
+
+/* Reads one part into `m`. A part that comes twice is merged, as protobuf asks: the last value of a
+ * field counts. False: it is malformed, a known field has an unexpected wire type, or a request
+ * does not name service and method. */
+CRPCI_FN bool crpci_meta_read_part(const uint8_t *p, const uint8_t *end, unsigned part,
+                                   crpci_meta *m)
 {
+#define CRPCI_META_ROW(kind, member) {CRPCI_META_##kind, offsetof(crpci_meta, member)}
+    /* clang-format off */
+    static const crpci_meta_row rows[3][12] = {{ /* by field number */
+        {CRPCI_META_UNKNOWN, 0},
+        {CRPCI_META_PART, CRPCI_META_REQUEST},
+        {CRPCI_META_PART, CRPCI_META_RESPONSE},
+        CRPCI_META_ROW(INT32, compress_type),
+        CRPCI_META_ROW(INT64, correlation_id),
+        CRPCI_META_ROW(INT32, attachment_size),
+        CRPCI_META_ROW(BYTES, chunk_info),
+        CRPCI_META_ROW(BYTES, credential),
+        CRPCI_META_ROW(BYTES, stream_settings),
+        {CRPCI_META_FIELDS, 0},
+        CRPCI_META_ROW(INT32, content_type),
+        CRPCI_META_ROW(INT32, checksum_type)
+    }, {
+        {CRPCI_META_UNKNOWN, 0},
+        CRPCI_META_ROW(BYTES, service),
+        CRPCI_META_ROW(BYTES, method),
+        CRPCI_META_ROW(INT64, log_id),
+        CRPCI_META_ROW(INT64, trace_id),
+        CRPCI_META_ROW(INT64, span_id),
+        CRPCI_META_ROW(INT64, parent_span_id),
+        {CRPCI_META_UNKNOWN, 0},
+        CRPCI_META_ROW(INT32, timeout_ms)
+    }, {
+        {CRPCI_META_UNKNOWN, 0},
+        CRPCI_META_ROW(INT32, error_code),
+        CRPCI_META_ROW(BYTES, error_text)
+    }};
+    /* clang-format on */
+#undef CRPCI_META_ROW
     uint64_t key, n = 0;
     crpc_view v = {{NULL}, NULL};
-    bool has_response = false;
+    if (part == CRPCI_META_REQUEST)
+        m->service = m->method = v;
     while (p < end) {
+        const crpci_meta_row *row;
+        void *at;
         p = crpci_meta_next(p, end, &key, &n, &v);
         if (!p)
             return false;
-        switch (key) {
-        case 1 << 3 | 2:
-            if (!crpci_meta_read_request(v, m))
-                return false;
-            break;
-        case 2 << 3 | 2:
-            if (has_response || !crpci_meta_read_response(v, m))
-                return false;
-            has_response = true;
-            break;
-        case 3 << 3:
-            m->compress_type = (int32_t)(uint32_t)n;
-            break;
-        case 4 << 3:
-            m->correlation_id = (int64_t)n;
-            break;
-        case 5 << 3:
-            m->attachment_size = (int32_t)(uint32_t)n;
-            break;
-        case 6 << 3 | 2:
-            m->chunk_info = v;
-            break;
-        case 7 << 3 | 2:
-            m->credential = v;
-            break;
-        case 8 << 3 | 2:
-            m->stream_settings = v;
-            break;
-        case 9 << 3 | 2:
+        row = &rows[part][key >> 3 < 12 ? key >> 3 : 0];
+        at = (char *)m + row->at;
+        if (row->kind >= CRPCI_META_INT32 && (key & 7) != (row->kind < CRPCI_META_BYTES ? 0 : 2))
+            return false;
+        if (row->kind == CRPCI_META_FIELDS)
             m->fields = true;
-            break;
-        case 10 << 3:
-            m->content_type = (int32_t)(uint32_t)n;
-            break;
-        case 11 << 3:
-            m->checksum_type = (int32_t)(uint32_t)n;
-            break;
-        default:
-            if (key >> 3 <= 11)
-                return false;
-        }
+        else if (row->kind == CRPCI_META_INT32)
+            *(int32_t *)at = (int32_t)(uint32_t)n;
+        else if (row->kind == CRPCI_META_INT64)
+            *(int64_t *)at = (int64_t)n;
+        else if (row->kind == CRPCI_META_BYTES)
+            *(crpc_view *)at = v;
+        else if (row->kind == CRPCI_META_PART &&
+                 !crpci_meta_read_part((const uint8_t *)crpc_view_data(v), (const uint8_t *)v.end,
+                                       row->at, m))
+            return false;
     }
-    return true;
+    return part != CRPCI_META_REQUEST || (crpc_view_data(m->service) && crpc_view_data(m->method));
+}
+
+/* Reads a meta; false if it does not decode. Its views point into the input. */
+CRPCI_FN bool crpci_meta_read(const uint8_t *p, size_t n, crpci_meta *m)
+{
+    memset(m, 0, sizeof *m);
+    m->raw = crpc_view_of(p, n);
+    return crpci_meta_read_part(p, p + n, CRPCI_META_OUTER, m);
 }
 
 /* Reads a varint that must end exactly at `end`. */
@@ -4575,146 +4514,6 @@ CRPCI_FN bool crpci_meta_read_usual(const uint8_t *p, size_t n, crpc_view names,
            crpci_meta_last_varint(sub_end + 3, end, &m->correlation_id);
 }
 
-/* nanopb's description of the same message, for every other shape and for the self-check. */
-typedef struct crpci_meta_pb_request {
-    crpc_view service_name;
-    crpc_view method_name;
-    bool has_log_id;
-    int64_t log_id;
-    bool has_trace_id;
-    int64_t trace_id;
-    bool has_span_id;
-    int64_t span_id;
-    bool has_parent_span_id;
-    int64_t parent_span_id;
-    bool has_timeout_ms;
-    int32_t timeout_ms;
-} crpci_meta_pb_request;
-
-typedef struct crpci_meta_pb_response {
-    bool has_error_code;
-    int32_t error_code;
-    crpc_view error_text;
-} crpci_meta_pb_response;
-
-typedef struct crpci_meta_pb {
-    bool has_request;
-    crpci_meta_pb_request request;
-    bool has_response;
-    crpci_meta_pb_response response;
-    bool has_compress_type;
-    int32_t compress_type;
-    bool has_correlation_id;
-    int64_t correlation_id;
-    bool has_attachment_size;
-    int32_t attachment_size;
-    crpc_view chunk_info;
-    crpc_view authentication_data;
-    crpc_view stream_settings;
-    bool has_content_type;
-    int32_t content_type;
-    bool has_checksum_type;
-    int32_t checksum_type;
-} crpci_meta_pb;
-
-/* clang-format off */
-#define CRPCI_META_PB_REQUEST_FIELDLIST(X, a)                                                      \
-    X(a, CALLBACK, REQUIRED, STRING, service_name, 1)                                              \
-    X(a, CALLBACK, REQUIRED, STRING, method_name, 2)                                               \
-    X(a, STATIC, OPTIONAL, INT64, log_id, 3)                                                       \
-    X(a, STATIC, OPTIONAL, INT64, trace_id, 4)                                                     \
-    X(a, STATIC, OPTIONAL, INT64, span_id, 5)                                                      \
-    X(a, STATIC, OPTIONAL, INT64, parent_span_id, 6)                                               \
-    X(a, STATIC, OPTIONAL, INT32, timeout_ms, 8)
-
-#define CRPCI_META_PB_RESPONSE_FIELDLIST(X, a)                                                     \
-    X(a, STATIC, OPTIONAL, INT32, error_code, 1)                                                   \
-    X(a, CALLBACK, OPTIONAL, STRING, error_text, 2)
-
-#define CRPCI_META_PB_FIELDLIST(X, a)                                                              \
-    X(a, STATIC, OPTIONAL, MESSAGE, request, 1)                                                    \
-    X(a, STATIC, OPTIONAL, MESSAGE, response, 2)                                                   \
-    X(a, STATIC, OPTIONAL, INT32, compress_type, 3)                                                \
-    X(a, STATIC, OPTIONAL, INT64, correlation_id, 4)                                               \
-    X(a, STATIC, OPTIONAL, INT32, attachment_size, 5)                                              \
-    X(a, CALLBACK, OPTIONAL, BYTES, chunk_info, 6)                                                 \
-    X(a, CALLBACK, OPTIONAL, BYTES, authentication_data, 7)                                        \
-    X(a, CALLBACK, OPTIONAL, BYTES, stream_settings, 8)                                            \
-    X(a, STATIC, OPTIONAL, INT32, content_type, 10)                                                \
-    X(a, STATIC, OPTIONAL, INT32, checksum_type, 11)
-#define crpci_meta_pb_request_MSGTYPE crpci_meta_pb_request
-#define crpci_meta_pb_response_MSGTYPE crpci_meta_pb_response
-/* clang-format on */
-
-/* PB_BIND would define objects that other files can link to. These must stay private to this file,
- * because the callback in them knows the streams of one copy of crpc only. */
-#define CRPCI_META_BIND(LIST, name)                                                                \
-    static const uint32_t name##_field_info[] = {LIST##_FIELDLIST(PB_GEN_FIELD_INFO_2, name) 0};   \
-    static const pb_msgdesc_t *const name##_submsg_info[] = {                                      \
-        LIST##_FIELDLIST(PB_GEN_SUBMSG_INFO, name) NULL};                                          \
-    static const pb_msgdesc_t name##_msg = {                                                       \
-        name##_field_info,                                                                         \
-        name##_submsg_info,                                                                        \
-        NULL,                                                                                      \
-        crpc_view_field,                                                                           \
-        0 LIST##_FIELDLIST(PB_GEN_FIELD_COUNT, name),                                              \
-        0 LIST##_FIELDLIST(PB_GEN_REQ_FIELD_COUNT, name),                                          \
-        0 LIST##_FIELDLIST(PB_GEN_LARGEST_TAG, name)};                                             \
-    LIST##_FIELDLIST(PB_GEN_FIELD_INFO_ASSERT_2, name)
-
-/* clang-format off */
-CRPCI_META_BIND(CRPCI_META_PB_REQUEST, crpci_meta_pb_request)
-CRPCI_META_BIND(CRPCI_META_PB_RESPONSE, crpci_meta_pb_response)
-CRPCI_META_BIND(CRPCI_META_PB, crpci_meta_pb)
-/* clang-format on */
-#undef crpci_meta_pb_request_MSGTYPE
-#undef crpci_meta_pb_response_MSGTYPE
-
-/* Reads any valid meta, slowly. False: it does not decode; the connection is to be closed. */
-CRPCI_COLD bool crpci_meta_read_nanopb(const uint8_t *p, size_t n, crpci_meta *m)
-{
-    crpci_meta_pb pb;
-    crpci_message_type type;
-    const char *why;
-    type.desc = &crpci_meta_pb_msg;
-    type.clear = true;
-    memset(&pb, 0, sizeof pb);
-    memset(m, 0, sizeof *m);
-    if (!crpci_message_decode(p, n, &type, &pb, &why))
-        return false;
-    m->service = pb.request.service_name;
-    m->method = pb.request.method_name;
-    m->log_id = pb.request.log_id;
-    m->trace_id = pb.request.trace_id;
-    m->span_id = pb.request.span_id;
-    m->parent_span_id = pb.request.parent_span_id;
-    m->timeout_ms = pb.request.timeout_ms;
-    m->error_code = pb.response.error_code;
-    m->error_text = pb.response.error_text;
-    m->correlation_id = pb.correlation_id;
-    m->compress_type = pb.compress_type;
-    m->attachment_size = pb.attachment_size;
-    m->content_type = pb.content_type;
-    m->checksum_type = pb.checksum_type;
-    m->chunk_info = pb.chunk_info;
-    m->credential = pb.authentication_data;
-    m->stream_settings = pb.stream_settings;
-    return true;
-}
-
-/* Reads a meta; false if it does not decode. Its views point into the input. */
-CRPCI_FN bool crpci_meta_read(const uint8_t *p, size_t n, crpci_meta *m)
-{
-    memset(m, 0, sizeof *m);
-    if (!crpci_meta_read_plain(p, p + n, m)) {
-        if (!crpci_meta_read_nanopb(p, n, m))
-            return false;
-        m->fields = true; /* nanopb skips field 9 unseen: it may be there */
-    }
-    m->raw = crpc_view_of(p, n);
-    return true;
-}
-
 CRPCI_FN bool crpci_meta_bytes_equal(crpc_view v, const char *text, size_t n)
 {
     return crpc_view_size(v) == n && (n == 0 || memcmp(crpc_view_data(v), text, n) == 0);
@@ -4748,30 +4547,6 @@ CRPCI_FN bool crpci_meta_field(crpc_view raw, const char *key, crpc_view *value)
         }
     }
     return found;
-}
-
-/* Whether nanopb reads and writes known bytes correctly. One that was compiled with other options
- * than this file sees (PB_FIELD_32BIT, say) misreads descriptors without an error; a loop refuses
- * to open then. */
-CRPCI_COLD bool crpci_meta_self_check(void)
-{
-    static const uint8_t golden[] = {0x0a, 0x1b, 0x0a, 0x13, 'e',  'x',  'a',  'm',  'p',
-                                     'l',  'e',  '.',  'E',  'c',  'h',  'o',  'S',  'e',
-                                     'r',  'v',  'i',  'c',  'e',  0x12, 0x04, 'E',  'c',
-                                     'h',  'o',  0x18, 0x00, 0x20, 0x01};
-    uint8_t out[sizeof golden + 8];
-    pb_ostream_t stream = pb_ostream_from_buffer(out, sizeof out);
-    crpci_meta_pb pb;
-    crpci_meta m;
-    memset(&pb, 0, sizeof pb);
-    pb.has_request = pb.has_compress_type = pb.has_correlation_id = true;
-    pb.request.service_name = crpc_view_str("example.EchoService");
-    pb.request.method_name = crpc_view_str("Echo");
-    pb.correlation_id = 1;
-    return crpci_meta_read_nanopb(golden, sizeof golden, &m) && m.correlation_id == 1 &&
-           crpc_view_equal(m.service, "example.EchoService") && crpc_view_equal(m.method, "Echo") &&
-           pb_encode(&stream, &crpci_meta_pb_msg, &pb) && stream.bytes_written == sizeof golden &&
-           memcmp(out, golden, sizeof golden) == 0;
 }
 
 /* ======================================================================== */
@@ -5233,7 +5008,7 @@ static const crpci_transport crpci_transport_plain = {
 typedef struct crpci_poller_item {
     int fd;
     unsigned events; /* registered for; 0: not registered */
-    uint32_t at;     /* poll: index in fds and items */
+    uint32_t at;     /* poll: index in `items` */
     uint64_t id;     /* the owner's; the poller reports it with the events */
 } crpci_poller_item;
 
@@ -5245,12 +5020,12 @@ typedef struct crpci_poller_event {
 typedef struct crpci_poller {
     crpc_poller kind;
     int epoll_fd;
-    /* poll: what is registered, and the copy on which a wait works without the lock */
-    struct pollfd *fds;
+    /* poll: what is registered */
     crpci_poller_item **items;
-    struct pollfd *snapshot;
-    uint64_t *snapshot_ids;
-    uint32_t count, cap, snapshot_count, snapshot_cap;
+    uint32_t count, cap;
+    /* poll: a copy of it, on which a wait works without the lock: ids, behind them pollfds */
+    uint64_t *ids;
+    uint32_t copied, room;
     uint32_t next; /* where the next wait begins to look for events, when a batch was full */
     /* What the last wait found. On the driver's stack it would be most of what a call needs. */
     union {
@@ -5260,6 +5035,24 @@ typedef struct crpci_poller {
         crpci_poller_event poll[CRPCI_POLLER_BATCH];
     } found;
 } crpci_poller;
+
+/* Bytes of a descriptor's copy. */
+#define CRPCI_POLLER_COPY (sizeof(uint64_t) + sizeof(struct pollfd))
+
+/* What poll calls events; epoll has the same numbers for these. */
+CRPCI_FN short crpci_poller_mask(unsigned events)
+{
+    return (short)((events & CRPC_READABLE ? POLLIN : 0) | (events & CRPC_WRITABLE ? POLLOUT : 0));
+}
+
+/* An error or a hang-up is reported as readable and writable: the owner's read or write then finds
+ * out. */
+CRPCI_FN unsigned crpci_poller_events(unsigned mask)
+{
+    const unsigned both = POLLHUP | POLLERR | POLLNVAL;
+    return (mask & (POLLIN | both) ? CRPC_READABLE : 0) |
+           (mask & (POLLOUT | both) ? CRPC_WRITABLE : 0);
+}
 
 CRPCI_FN const char *crpci_poller_name(const crpci_poller *p)
 {
@@ -5292,15 +5085,18 @@ CRPCI_FN void crpci_poller_close(crpci_poller *p, crpci_heap *h)
 {
     if (p->epoll_fd >= 0)
         close(p->epoll_fd);
-    crpci_heap_free(h, p->fds, p->cap * sizeof *p->fds);
     crpci_heap_free(h, p->items, p->cap * sizeof *p->items);
-    crpci_heap_free(h, p->snapshot, p->snapshot_cap * sizeof *p->snapshot);
-    crpci_heap_free(h, p->snapshot_ids, p->snapshot_cap * sizeof *p->snapshot_ids);
+    crpci_heap_free(h, p->ids, p->room * CRPCI_POLLER_COPY);
     memset(p, 0, sizeof *p);
     p->epoll_fd = -1;
 }
 
 #if CRPC_ENABLE_EPOLL
+typedef char crpci_poller_same_numbers[EPOLLIN == POLLIN && EPOLLOUT == POLLOUT &&
+                                               EPOLLERR == POLLERR && EPOLLHUP == POLLHUP
+                                           ? 1
+                                           : -1];
+
 /* ENOENT and EEXIST are no errors: a library that owns the descriptor (the ZooKeeper client) may
  * have closed it, which took it out of the epoll set, and the number may be that of another one
  * now. */
@@ -5309,8 +5105,7 @@ CRPCI_FN int crpci_poller_epoll_set(crpci_poller *p, crpci_poller_item *i, unsig
     struct epoll_event e;
     memset(&e, 0, sizeof e);
     e.data.u64 = i->id;
-    e.events = (events & CRPC_READABLE ? (uint32_t)EPOLLIN : 0u) |
-               (events & CRPC_WRITABLE ? (uint32_t)EPOLLOUT : 0u);
+    e.events = (uint32_t)crpci_poller_mask(events);
     if (!events) {
         epoll_ctl(p->epoll_fd, EPOLL_CTL_DEL, i->fd, &e);
         return CRPC_OK;
@@ -5325,49 +5120,28 @@ CRPCI_FN int crpci_poller_epoll_set(crpci_poller *p, crpci_poller_item *i, unsig
 }
 #endif
 
-CRPCI_FN int crpci_poller_poll_grow(crpci_poller *p, crpci_heap *h)
-{
-    uint32_t cap = p->cap ? p->cap * 2 : 16;
-    struct pollfd *fds =
-        (struct pollfd *)crpci_heap_resize(h, p->fds, p->cap * sizeof *fds, cap * sizeof *fds);
-    crpci_poller_item **items;
-    if (!fds)
-        return CRPC_ENOMEM;
-    p->fds = fds;
-    items = (crpci_poller_item **)crpci_heap_resize(h, p->items, p->cap * sizeof *items,
-                                                    cap * sizeof *items);
-    if (!items) {
-        fds = (struct pollfd *)crpci_heap_resize(h, fds, cap * sizeof *fds, p->cap * sizeof *fds);
-        if (fds || !p->cap)
-            p->fds = fds;
-        return CRPC_ENOMEM;
-    }
-    p->items = items;
-    p->cap = cap;
-    return CRPC_OK;
-}
-
 /* Removing fills the gap with the last entry. */
 CRPCI_FN int crpci_poller_poll_set(crpci_poller *p, crpci_heap *h, crpci_poller_item *i,
                                    unsigned events)
 {
     if (!events) {
-        uint32_t last = --p->count;
-        p->fds[i->at] = p->fds[last];
-        p->items[i->at] = p->items[last];
+        p->items[i->at] = p->items[--p->count];
         p->items[i->at]->at = i->at;
         return CRPC_OK;
     }
-    if (!i->events) {
-        if (p->count == p->cap && crpci_poller_poll_grow(p, h))
+    if (i->events)
+        return CRPC_OK;
+    if (p->count == p->cap) {
+        uint32_t cap = p->cap ? p->cap * 2 : 16;
+        crpci_poller_item **items = (crpci_poller_item **)crpci_heap_resize(
+            h, p->items, p->cap * sizeof *items, cap * sizeof *items);
+        if (!items)
             return CRPC_ENOMEM;
-        i->at = p->count++;
-        p->items[i->at] = i;
+        p->items = items;
+        p->cap = cap;
     }
-    p->fds[i->at].fd = i->fd;
-    p->fds[i->at].revents = 0;
-    p->fds[i->at].events = (short)((events & CRPC_READABLE ? POLLIN : 0) |
-                                   (events & CRPC_WRITABLE ? POLLOUT : 0));
+    i->at = p->count++;
+    p->items[i->at] = i;
     return CRPC_OK;
 }
 
@@ -5389,44 +5163,42 @@ CRPCI_FN int crpci_poller_set(crpci_poller *p, crpci_heap *h, crpci_poller_item 
     return err;
 }
 
-CRPCI_FN int crpci_poller_snapshot_grow(crpci_poller *p, crpci_heap *h)
+CRPCI_FN struct pollfd *crpci_poller_fds(const crpci_poller *p)
 {
-    struct pollfd *fds = (struct pollfd *)crpci_heap_resize(
-        h, p->snapshot, p->snapshot_cap * sizeof *fds, p->cap * sizeof *fds);
-    uint64_t *ids;
-    if (!fds)
-        return CRPC_ENOMEM;
-    p->snapshot = fds;
-    ids = (uint64_t *)crpci_heap_resize(h, p->snapshot_ids, p->snapshot_cap * sizeof *ids,
-                                        p->cap * sizeof *ids);
-    if (!ids) {
-        fds = (struct pollfd *)crpci_heap_resize(h, p->snapshot, p->cap * sizeof *fds,
-                                                 p->snapshot_cap * sizeof *fds);
-        if (fds || !p->snapshot_cap)
-            p->snapshot = fds;
-        return CRPC_ENOMEM;
-    }
-    p->snapshot_ids = ids;
-    p->snapshot_cap = p->cap;
-    return CRPC_OK;
+    return (struct pollfd *)(void *)(p->ids + p->room);
+}
+
+CRPCI_FN struct pollfd crpci_poller_pollfd(const crpci_poller_item *i)
+{
+    struct pollfd f;
+    f.fd = i->fd;
+    f.events = crpci_poller_mask(i->events);
+    f.revents = 0;
+    return f;
 }
 
 /* Under the loop's lock, before a wait without it. CRPC_ENOMEM: the wait covers only as many
  * descriptors as the last copy had room for. */
 CRPCI_FN int crpci_poller_prepare(crpci_poller *p, crpci_heap *h)
 {
-    int err = CRPC_OK;
+    uint64_t *ids;
     uint32_t i;
     if (p->kind == CRPC_POLLER_EPOLL)
         return CRPC_OK;
-    if (p->snapshot_cap < p->cap)
-        err = crpci_poller_snapshot_grow(p, h);
-    p->snapshot_count = p->count < p->snapshot_cap ? p->count : p->snapshot_cap;
-    for (i = 0; i < p->snapshot_count; i++) {
-        p->snapshot[i] = p->fds[i];
-        p->snapshot_ids[i] = p->items[i]->id;
+    if (p->room < p->cap) {
+        ids = (uint64_t *)crpci_heap_resize(h, p->ids, p->room * CRPCI_POLLER_COPY,
+                                            p->cap * CRPCI_POLLER_COPY);
+        if (ids) {
+            p->ids = ids;
+            p->room = p->cap;
+        }
     }
-    return err;
+    p->copied = p->count < p->room ? p->count : p->room;
+    for (i = 0; i < p->copied; i++) {
+        p->ids[i] = p->items[i]->id;
+        crpci_poller_fds(p)[i] = crpci_poller_pollfd(p->items[i]);
+    }
+    return p->room < p->cap ? CRPC_ENOMEM : CRPC_OK;
 }
 
 /* Milliseconds for epoll_wait and poll, rounded up; negative: no limit; a day at most. */
@@ -5439,8 +5211,7 @@ CRPCI_FN int crpci_poller_ms(int64_t us)
  * the lock, by one thread at a time. Returns how many events it put into out[CRPCI_POLLER_BATCH].
  * Further ones come with the next wait, which under poll begins behind the last one reported, so
  * that every descriptor gets its turn; epoll does that by itself. A failure, such as EINTR, counts
- * as no event. An error or a hang-up is reported as readable and writable: the owner's read or
- * write then finds out. */
+ * as no event. */
 CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us)
 {
     crpci_poller_event *out = p->found.poll;
@@ -5452,16 +5223,15 @@ CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us)
         return n < 0 ? 0 : n;
     }
 #endif
-    ready = poll(p->snapshot, (nfds_t)p->snapshot_count, crpci_poller_ms(us));
-    for (i = 0; ready > 0 && i < p->snapshot_count && n < CRPCI_POLLER_BATCH; i++) {
-        uint32_t k = (p->next + i) % p->snapshot_count;
-        int got = p->snapshot[k].revents;
+    ready = poll(crpci_poller_fds(p), (nfds_t)p->copied, crpci_poller_ms(us));
+    for (i = 0; ready > 0 && i < p->copied && n < CRPCI_POLLER_BATCH; i++) {
+        uint32_t k = (p->next + i) % p->copied;
+        unsigned got = (unsigned short)crpci_poller_fds(p)[k].revents;
         if (!got)
             continue;
         ready--;
-        out[n].id = p->snapshot_ids[k];
-        out[n].events = (got & (POLLIN | POLLHUP | POLLERR | POLLNVAL) ? CRPC_READABLE : 0) |
-                        (got & (POLLOUT | POLLHUP | POLLERR | POLLNVAL) ? CRPC_WRITABLE : 0);
+        out[n].id = p->ids[k];
+        out[n].events = crpci_poller_events(got);
         if (++n == CRPCI_POLLER_BATCH)
             p->next = k + 1;
     }
@@ -5473,11 +5243,9 @@ CRPCI_FN crpci_poller_event crpci_poller_found(const crpci_poller *p, int i)
 {
 #if CRPC_ENABLE_EPOLL
     if (p->kind == CRPC_POLLER_EPOLL) {
-        uint32_t got = p->found.epoll[i].events;
         crpci_poller_event e;
         e.id = p->found.epoll[i].data.u64;
-        e.events = (got & (uint32_t)(EPOLLIN | EPOLLHUP | EPOLLERR) ? CRPC_READABLE : 0) |
-                   (got & (uint32_t)(EPOLLOUT | EPOLLHUP | EPOLLERR) ? CRPC_WRITABLE : 0);
+        e.events = crpci_poller_events(p->found.epoll[i].events);
         return e;
     }
 #endif
@@ -5542,12 +5310,13 @@ CRPCI_FN void crpci_wake_drain(const crpci_wake *w)
 /* ======================================================================== */
 
 /* After G. Varghese, T. Lauck: Hashed and Hierarchical Timing Wheels (1987), scheme 7. A tick is a
- * millisecond; due times are rounded up to ticks, so no timer is early. Level k has 64 slots of
- * 64^k ticks each. A timer goes to the level that the highest bit tells in which its tick differs
+ * millisecond; due times are rounded up to ticks, so no timer is early. Level k has 32 slots of
+ * 32^k ticks each. A timer goes to the level that the highest bit tells in which its tick differs
  * from the present one, and when the wheel comes to its slot, to a lower level, until it fires on
  * level 0. A timer farther off than 2^30 ticks (12 days) waits in the last slot of the top level
- * and is put in again from there. */
-#define CRPCI_TIMER_LEVELS 5
+ * and is put in again from there. The slots repeat every 2^30 ticks, so 32 bits of a tick find
+ * them. */
+#define CRPCI_TIMER_LEVELS 6
 
 typedef struct crpci_timer crpci_timer;
 struct crpci_timer {
@@ -5561,8 +5330,9 @@ struct crpci_timer {
 typedef struct crpci_timer_wheel {
     int64_t tick;       /* all timers up to this tick have fired */
     crpci_timer *fired; /* timers that are due, for the loop to run */
-    uint64_t used[CRPCI_TIMER_LEVELS]; /* a bit for each slot that may hold a timer */
-    crpci_timer *slots[CRPCI_TIMER_LEVELS][64];
+    uint32_t levels; /* a bit for each level that may hold a timer */
+    uint32_t used[CRPCI_TIMER_LEVELS]; /* likewise for each slot */
+    crpci_timer *slots[CRPCI_TIMER_LEVELS][32];
 } crpci_timer_wheel;
 
 CRPCI_FN void crpci_timer_init(crpci_timer *t, void (*fn)(crpc_loop *, crpci_timer *))
@@ -5594,22 +5364,22 @@ CRPCI_FN void crpci_timer_cancel(crpci_timer *t)
 /* Puts a timer into its slot, or into the list at `due` if its tick has come. */
 CRPCI_FN void crpci_timer_insert(crpci_timer_wheel *w, crpci_timer *t, crpci_timer **due)
 {
-    int64_t tick = t->due_us / 1000 + (t->due_us % 1000 > 0);
-    uint64_t differ;
+    const uint32_t most = (1u << 5 * CRPCI_TIMER_LEVELS) - (1u << 5 * (CRPCI_TIMER_LEVELS - 1));
+    int64_t ahead = t->due_us / 1000 + (t->due_us % 1000 > 0) - w->tick;
+    uint32_t now = (uint32_t)w->tick, tick;
     unsigned level, slot;
-    if (tick <= w->tick) {
+    if (ahead <= 0) {
         crpci_timer_link(due, t);
         return;
     }
-    tick = crpci_base_min64(tick, w->tick + (INT64_C(1) << (6 * CRPCI_TIMER_LEVELS)) -
-                                      (INT64_C(1) << (6 * (CRPCI_TIMER_LEVELS - 1))));
-    differ = (uint64_t)tick ^ (uint64_t)w->tick;
-    level = (63u - (unsigned)__builtin_clzll(differ)) / 6;
+    tick = now + (ahead < most ? (uint32_t)ahead : most);
+    level = (31u - (unsigned)__builtin_clz(tick ^ now)) / 5;
     if (level >= CRPCI_TIMER_LEVELS) /* in the next turn of the top level, and not yet this slot */
         level = CRPCI_TIMER_LEVELS - 1;
-    slot = (unsigned)(tick >> (6 * level)) & 63;
+    slot = tick >> 5 * level & 31;
     crpci_timer_link(&w->slots[level][slot], t);
-    w->used[level] |= UINT64_C(1) << slot;
+    w->used[level] |= 1u << slot;
+    w->levels |= 1u << level;
 }
 
 /* Arms a timer, or moves one that is armed. */
@@ -5620,26 +5390,21 @@ CRPCI_FN void crpci_timer_set(crpci_timer_wheel *w, crpci_timer *t, int64_t due_
     crpci_timer_insert(w, t, &w->fired);
 }
 
-/* The tick at which the next used slot begins, and which slot that is. No timer is due before that
- * tick. INT64_MAX: there is no timer. */
-CRPCI_FN int64_t crpci_timer_next_slot(const crpci_timer_wheel *w, unsigned *level, unsigned *slot)
+/* How many ticks ahead the next used slot begins, and which slot that is. No timer in the slots is
+ * due before. INT64_MAX: they hold none. */
+CRPCI_FN int64_t crpci_timer_ahead(const crpci_timer_wheel *w, unsigned *level, unsigned *slot)
 {
-    unsigned k;
-    if (w->fired)
-        return w->tick;
-    if (!(w->used[0] | w->used[1] | w->used[2] | w->used[3] | w->used[4]))
-        return INT64_MAX;
-    for (k = 0; k < CRPCI_TIMER_LEVELS; k++) {
-        unsigned now = (unsigned)(w->tick >> (6 * k)) & 63, ahead;
-        uint64_t bits = w->used[k];
-        bits = now ? bits >> now | bits << (64 - now) : bits;
-        bits &= ~UINT64_C(1); /* the present slot was emptied; its bit is of a cancelled timer */
+    uint32_t tick = (uint32_t)w->tick, levels;
+    for (levels = w->levels; levels; levels &= levels - 1) {
+        unsigned k = (unsigned)__builtin_ctz(levels), now = tick >> 5 * k & 31, steps;
+        uint32_t bits = w->used[k] >> now | w->used[k] << (-now & 31);
+        bits &= ~1u; /* the present slot was emptied; its bit is of a cancelled timer */
         if (!bits)
             continue;
-        ahead = (unsigned)__builtin_ctzll(bits);
+        steps = (unsigned)__builtin_ctz(bits);
         *level = k;
-        *slot = (now + ahead) & 63;
-        return ((w->tick >> (6 * k)) + ahead) << (6 * k);
+        *slot = (now + steps) & 31;
+        return (uint32_t)((((tick >> 5 * k) + steps) << 5 * k) - tick);
     }
     return INT64_MAX;
 }
@@ -5654,17 +5419,16 @@ CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
         end = &(*end)->next;
     while (now > w->tick) {
         unsigned level = 0, slot = 0;
-        crpci_timer *fired = w->fired, *turned = NULL, *t;
-        int64_t at;
-        w->fired = NULL;
-        at = crpci_timer_next_slot(w, &level, &slot);
-        w->fired = fired;
-        if (at > now) {
+        int64_t ahead = crpci_timer_ahead(w, &level, &slot);
+        crpci_timer *turned = NULL, *t;
+        if (ahead > now - w->tick) {
             w->tick = now;
             return;
         }
-        w->tick = at;
-        w->used[level] &= ~(UINT64_C(1) << slot);
+        w->tick += ahead;
+        w->used[level] &= ~(1u << slot);
+        if (!w->used[level])
+            w->levels &= ~(1u << level);
         while ((t = w->slots[level][slot]) != NULL) { /* armed last stands first: turn the order */
             crpci_timer_cancel(t);
             crpci_timer_link(&turned, t);
@@ -5683,8 +5447,8 @@ CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
 CRPCI_FN int64_t crpci_timer_next_us(const crpci_timer_wheel *w)
 {
     unsigned level, slot;
-    int64_t at = crpci_timer_next_slot(w, &level, &slot);
-    return at == INT64_MAX ? at : at * 1000;
+    int64_t ahead = w->fired ? 0 : crpci_timer_ahead(w, &level, &slot);
+    return ahead == INT64_MAX ? ahead : (w->tick + ahead) * 1000;
 }
 
 /* ======================================================================== */
@@ -6063,31 +5827,19 @@ CRPCI_FN void crpci_loop_user_end(crpc_loop *l)
     l->fresh = false;
 }
 
-/* Runs the tasks that are on the list now; one that queues itself again runs the next time. */
+/* Runs the tasks that are on the list now; one that queues itself again runs the next time. What
+ * user tasks send goes out every 32 tasks, so that one send carries several replies. */
 CRPCI_FN void crpci_loop_run_list(crpc_loop *l, crpci_list *list)
 {
     crpci_list now;
+    unsigned n = 0;
     crpci_loop_assert_locked(l);
     crpci_list_move(&now, list);
     while (!crpci_list_empty(&now)) {
         crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
         crpci_list_remove(&t->link);
         t->run(l, t);
-    }
-}
-
-/* Runs the user tasks that are queued now. What they send goes out every 32 tasks, so that one
- * send carries several replies. */
-CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
-{
-    crpci_list now;
-    unsigned n = 0;
-    crpci_list_move(&now, &l->ready);
-    while (!crpci_list_empty(&now)) {
-        crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
-        crpci_list_remove(&t->link);
-        t->run(l, t);
-        if (++n % 32 == 0)
+        if (++n % 32 == 0 && list == &l->ready)
             crpci_loop_run_list(l, &l->dirty);
     }
 }
@@ -6463,7 +6215,7 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
     crpci_loop_run_timers(l);
     crpci_loop_run_list(l, &l->resume);
     if (user)
-        crpci_loop_run_ready(l);
+        crpci_loop_run_list(l, &l->ready);
     crpci_loop_run_list(l, &l->dirty);
     patience = crpci_drive_patience(l, until, user);
     if (crpci_poller_prepare(&l->poller, l->heap)) /* out of memory: some are not waited for */
@@ -6484,7 +6236,7 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
             w->fn(l, w, e.events);
     }
     if (user)
-        crpci_loop_run_ready(l);
+        crpci_loop_run_list(l, &l->ready);
     crpci_loop_run_list(l, &l->dirty);
 }
 
@@ -6541,7 +6293,7 @@ CRPCI_FN void crpci_drive_end_wait(crpc_loop *l, crpci_waiter *w)
 /* Sleeps among the followers until promoted, done, or past `until`. */
 CRPCI_FN void crpci_drive_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
 {
-    int64_t us = until == INT64_MAX ? -1 : until - crpci_loop_now(l);
+    int64_t us = until - crpci_loop_now(l);
     if (crpci_thread_cond_init(&w->cond)) {
         w->done = true; /* no memory for a condition variable: giving up is better than to spin */
         return;
@@ -6549,7 +6301,7 @@ CRPCI_FN void crpci_drive_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
     w->place = CRPCI_WAITER_QUEUED;
     l->fresh = false;
     crpci_list_append(&l->followers, &w->link);
-    crpci_thread_wait(&w->cond, &l->lock, until != INT64_MAX && us < 0 ? 0 : us);
+    crpci_thread_wait(&w->cond, &l->lock, us > 0 ? us : 0);
     if (w->place == CRPCI_WAITER_QUEUED) {
         crpci_list_remove(&w->link);
         w->place = CRPCI_WAITER_APART;
@@ -6631,7 +6383,7 @@ CRPCI_COLD void crpci_drive_finish(crpc_loop *l)
 {
     int rounds = 1000;
     while (!crpci_list_empty(&l->ready) && rounds--)
-        crpci_loop_run_ready(l);
+        crpci_loop_run_list(l, &l->ready);
     crpci_user_remove_all(l);
 }
 
@@ -6740,19 +6492,19 @@ CRPCI_FN int crpci_drive_ensure_owner(crpc_loop *l)
 
 /* --- opening and closing ---------------------------------------------------------------------- */
 
-#define CRPCI_DRIVE_OPTION(member, zero, none, least, most)                                        \
-    CRPCI_OPTION_ROW(crpc_loop_options, member, #member, NULL, 0, zero, none, least, most)
+#define CRPCI_DRIVE_OPTION(member, name, flags, zero, none, most)                                  \
+    CRPCI_OPTION_ROW(crpc_loop_options, member, name, flags, zero, none, most)
 
 static const crpci_option crpci_drive_rows[] = {
-    CRPCI_OPTION_ROW(crpc_loop_options, poller, "poller", "epoll,poll", 0, 0, 0, 1, 2),
-    CRPCI_DRIVE_OPTION(forbid_threads, 0, 0, 1, 1),
-    CRPCI_DRIVE_OPTION(stack_size, 256 << 10, 0, 16384, CRPCI_OPTION_ANY),
-    CRPCI_DRIVE_OPTION(max_results, 1024, 0, 1, CRPCI_OPTION_ANY),
-    CRPCI_DRIVE_OPTION(max_bytes, 256 << 20, 0, 1, CRPCI_OPTION_ANY),
+    CRPCI_DRIVE_OPTION(poller, "poller\0,epoll,poll", CRPCI_OPTION_WORDS, 0, 0, 2),
+    CRPCI_DRIVE_OPTION(forbid_threads, "forbid_threads", 0, 0, 0, 1),
+    CRPCI_DRIVE_OPTION(stack_size, "stack_size", CRPCI_OPTION_STACK, 256 << 10, 0,
+                       CRPCI_OPTION_ANY),
+    CRPCI_DRIVE_OPTION(max_results, "max_results", 0, 1024, 0, CRPCI_OPTION_ANY),
+    CRPCI_DRIVE_OPTION(max_bytes, "max_bytes", 0, 256 << 20, 0, CRPCI_OPTION_ANY),
     /* The hooks are resolved by the heap, which loops share with their I/O threads. */
-    CRPCI_OPTION_ROW(crpc_loop_options, hooks.log_level, "log_level", NULL, 0, 0, -1, 1, 4),
-    CRPCI_OPTION_ROW(crpc_loop_options, thread_name, "thread_name", NULL, CRPCI_OPTION_TEXT, 0, 0,
-                     0, 0),
+    CRPCI_DRIVE_OPTION(hooks.log_level, "log_level", 0, 0, -1, 4),
+    CRPCI_DRIVE_OPTION(thread_name, "thread_name", CRPCI_OPTION_TEXT, 0, 0, 0),
 };
 
 static const crpci_options crpci_drive_options = {CRPCI_OPTIONS_OF(crpci_drive_rows)};
@@ -6764,14 +6516,6 @@ CRPCI_FN void crpci_drive_on_wake(crpc_loop *l, crpci_watch *w, unsigned events)
     (void)events;
     crpci_wake_drain(&l->wake);
     l->kicked = false;
-}
-
-CRPCI_FN void crpci_drive_set_options(crpc_loop *l, const crpc_loop_options *o)
-{
-    l->forbid_threads = o->forbid_threads || !CRPC_ENABLE_THREADS;
-    snprintf(l->thread_name, sizeof l->thread_name, "%s", o->thread_name ? o->thread_name : "crpc");
-    l->stack_size = o->stack_size;
-    l->max_results = o->max_results;
 }
 
 /* Fills in a loop that is all zero. The seed of the random numbers differs from process to process,
@@ -6788,7 +6532,10 @@ CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_opti
     crpci_list_init(&l->conns);
     crpci_list_init(&l->endpoints);
     crpci_list_init(&l->registries);
-    crpci_drive_set_options(l, o);
+    l->forbid_threads = o->forbid_threads || !CRPC_ENABLE_THREADS;
+    snprintf(l->thread_name, sizeof l->thread_name, "%s", o->thread_name ? o->thread_name : "crpc");
+    l->stack_size = o->stack_size;
+    l->max_results = o->max_results;
     l->last_step = crpci_loop_now(l);
     l->timers.tick = l->last_step / 1000;
     l->random = crpci_loop_seed(l);
@@ -6806,7 +6553,7 @@ CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
     memset(&o, 0, sizeof o);
     if (options)
         o = *options;
-    if (!crpci_meta_self_check())
+    if (!crpci_message_self_check())
         return CRPC_EABI;
     err = crpci_options_check(&crpci_drive_options, &o, NULL);
     if (err)
@@ -6858,19 +6605,12 @@ CRPC_API void crpc_loop_close(crpc_loop *l)
         crpci_wake_kick(&l->wake);
         crpci_thread_wait(&l->owner_cond, &l->lock, 100000);
     }
-#if CRPC_ENABLE_THREADS
-    if (l->thread_state != CRPCI_LOOP_NO_THREAD) {
-        crpci_loop_unlock(l);
-        crpci_thread_join(l->thread);
-        crpci_loop_lock(l);
-        l->thread_state = CRPCI_LOOP_NO_THREAD;
-    }
-#endif
     if (crpci_drive_own(l) == CRPC_OK) {
         crpci_drive_finish(l);
         l->mode = CRPCI_LOOP_PASSIVE;
         crpci_drive_leave(l);
     }
+    crpci_drive_join(l); /* now: an owner that leaves may still have sent, unlocked, until it left */
     crpci_loop_unlock(l);
     crpci_loop_release(l);
 }
@@ -6960,7 +6700,7 @@ CRPC_API size_t crpc_loop_pollfds(crpc_loop *l, struct pollfd *fds, size_t max)
     } else {
         n = l->poller.count;
         for (i = 0; i < n && i < max; i++)
-            fds[i] = l->poller.fds[i];
+            fds[i] = crpci_poller_pollfd(l->poller.items[i]);
     }
     crpci_loop_unlock(l);
     return n;
@@ -6991,8 +6731,8 @@ CRPC_API void crpc_loop_stats_get(crpc_loop *l, crpc_loop_stats *stats)
     stats->pending = l->calls.used;
     crpci_loop_unlock(l);
     crpci_thread_lock(&l->heap->lock);
-    stats->memory = (uint64_t)l->heap->bytes;
-    stats->memory_peak = (uint64_t)l->heap->peak;
+    stats->memory = l->heap->bytes;
+    stats->memory_peak = l->heap->peak;
     crpci_thread_unlock(&l->heap->lock);
 }
 
@@ -7511,7 +7251,7 @@ enum {
 
 #define CRPCI_BALANCE_WORD(which, word, pick, needs) "," word
 #define CRPCI_BALANCE_ONE(which, word, pick, needs)  +1
-#define CRPCI_BALANCE_WORDS                          (&(CRPCI_BALANCE_MAP(CRPCI_BALANCE_WORD))[1])
+#define CRPCI_BALANCE_WORDS                          CRPCI_BALANCE_MAP(CRPCI_BALANCE_WORD)
 #define CRPCI_BALANCE_KINDS                          (0 CRPCI_BALANCE_MAP(CRPCI_BALANCE_ONE))
 
 /* A provider in a balancer's list, owned by the caller. All zero but for address and weight when it
@@ -17085,7 +16825,7 @@ CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 #define CRPCI_REQUEST_INLINE  4096 /* attachments up to this size are copied behind the message */
 
 /* The values of cluster=, in the order of crpc_cluster. */
-#define CRPCI_REQUEST_CLUSTERS "failover,failfast,failsafe,failback,forking,broadcast"
+#define CRPCI_REQUEST_CLUSTERS ",failover,failfast,failsafe,failback,forking,broadcast"
 
 /* A policy in which every member has its final value. */
 typedef struct crpci_policy {
@@ -20489,48 +20229,46 @@ CRPC_API size_t crpc_channel_providers(crpc_channel *ch)
 
 #if CRPC_ENABLE_CLIENT
 
-/* The options of a channel: what 0 and -1 stand for, the least and the largest value. The same rows
+/* The options of a channel: what 0 and -1 stand for, and the largest value. The same rows
  * serve URL options, defaults, checks and crpc_channel_options_parse. */
-#define CRPCI_OPENING_ROW(member, name, flags, zero, none, least, most)                            \
-    CRPCI_OPTION_ROW(crpc_channel_options, member, name, NULL, flags, zero, none, least, most)
+#define CRPCI_OPENING_ROW(member, name, flags, zero, none, most)                                   \
+    CRPCI_OPTION_ROW(crpc_channel_options, member, name, flags, zero, none, most)
 #define CRPCI_OPENING_MS(member, name, flags, zero, none)                                          \
-    CRPCI_OPENING_ROW(member, name, flags, zero, none, 1, CRPCI_REQUEST_LONGEST_MS)
+    CRPCI_OPENING_ROW(member, name, flags, zero, none, CRPCI_REQUEST_LONGEST_MS)
 #define CRPCI_OPENING_TEXT(member, name, flags)                                                    \
-    CRPCI_OPENING_ROW(member, name, CRPCI_OPTION_TEXT | (flags), 0, 0, 0, 0)
-#define CRPCI_OPENING_FLAG(member, name, flags) CRPCI_OPENING_ROW(member, name, flags, 0, 0, 1, 1)
+    CRPCI_OPENING_ROW(member, name, CRPCI_OPTION_TEXT | (flags), 0, 0, 0)
+#define CRPCI_OPENING_FLAG(member, name, flags) CRPCI_OPENING_ROW(member, name, flags, 0, 0, 1)
 
 static const crpci_option crpci_opening_rows[] = {
-    CRPCI_OPTION_ROW(crpc_channel_options, policy.cluster, "cluster", CRPCI_REQUEST_CLUSTERS, 0,
-                     CRPC_CLUSTER_FAILOVER, CRPC_CLUSTER_FAILOVER, 1, CRPC_CLUSTER_BROADCAST),
+    CRPCI_OPENING_ROW(policy.cluster, "cluster\0" CRPCI_REQUEST_CLUSTERS, CRPCI_OPTION_WORDS,
+                      CRPC_CLUSTER_FAILOVER, CRPC_CLUSTER_FAILOVER, CRPC_CLUSTER_BROADCAST),
     CRPCI_OPENING_MS(policy.timeout_ms, "timeout_ms", 0, 1000, CRPCI_REQUEST_LONGEST_MS),
-    CRPCI_OPENING_ROW(policy.retries, "retries", 0, 2, 0, 1, CRPCI_REQUEST_RETRIES),
+    CRPCI_OPENING_ROW(policy.retries, "retries", 0, 2, 0, CRPCI_REQUEST_RETRIES),
     CRPCI_OPENING_MS(policy.backup_ms, "backup_ms", CRPCI_OPTION_POLICY, 0, 0),
-    CRPCI_OPENING_ROW(policy.forks, "forks", CRPCI_OPTION_POLICY, 2, 0, 1, CRPCI_OPTION_ANY),
-    CRPCI_OPENING_ROW(policy.fail_percent, "fail_percent", CRPCI_OPTION_POLICY, 0, 0, 1, 100),
-    CRPCI_OPTION_ROW(crpc_channel_options, balancer, "lb", CRPCI_BALANCE_WORDS, 0,
-                     CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, 1,
-                     CRPCI_BALANCE_KINDS),
-    CRPCI_OPENING_ROW(hash_field, "hash_field", CRPCI_OPTION_POLICY, 0, 0, 1, 0x1fffffff),
-    CRPCI_OPENING_ROW(max_endpoints, "max_endpoints", CRPCI_OPTION_POLICY, 0, 0, 1,
-                      CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(policy.forks, "forks", CRPCI_OPTION_POLICY, 2, 0, CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(policy.fail_percent, "fail_percent", CRPCI_OPTION_POLICY, 0, 0, 100),
+    CRPCI_OPENING_ROW(balancer, "lb\0" CRPCI_BALANCE_WORDS, CRPCI_OPTION_WORDS,
+                      CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, CRPC_BALANCER_WEIGHTED_ROUND_ROBIN,
+                      CRPCI_BALANCE_KINDS),
+    CRPCI_OPENING_ROW(hash_field, "hash_field", CRPCI_OPTION_POLICY, 0, 0, 0x1fffffff),
+    CRPCI_OPENING_ROW(max_endpoints, "max_endpoints", CRPCI_OPTION_POLICY, 0, 0, CRPCI_OPTION_ANY),
     CRPCI_OPENING_FLAG(wait, "wait", 0),
     CRPCI_OPENING_MS(connect_timeout_ms, "connect_timeout_ms", 0, 500, 0),
-    CRPCI_OPENING_ROW(retry_budget, "retry_budget", CRPCI_OPTION_POLICY, 10, -1, 1,
-                      CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(retry_budget, "retry_budget", CRPCI_OPTION_POLICY, 10, -1, CRPCI_OPTION_ANY),
     CRPCI_OPENING_FLAG(request_ids, "request_ids", 0),
     CRPCI_OPENING_FLAG(breaker.enabled, "breaker", CRPCI_OPTION_POLICY),
-    CRPCI_OPENING_ROW(breaker.percent, "breaker_percent", CRPCI_OPTION_POLICY, 50, 50, 1, 100),
-    CRPCI_OPENING_ROW(breaker.requests, "breaker_requests", CRPCI_OPTION_POLICY, 20, 1, 1,
+    CRPCI_OPENING_ROW(breaker.percent, "breaker_percent", CRPCI_OPTION_POLICY, 50, 50, 100),
+    CRPCI_OPENING_ROW(breaker.requests, "breaker_requests", CRPCI_OPTION_POLICY, 20, 1,
                       CRPCI_OPTION_ANY),
     CRPCI_OPENING_MS(breaker.window_ms, "breaker_window_ms", CRPCI_OPTION_POLICY, 10000, 10000),
     CRPCI_OPENING_MS(breaker.slow_ms, "breaker_slow_ms", CRPCI_OPTION_POLICY, 0, 0),
-    CRPCI_OPENING_ROW(breaker.slow_percent, "breaker_slow_percent", CRPCI_OPTION_POLICY, 50, 50, 1,
+    CRPCI_OPENING_ROW(breaker.slow_percent, "breaker_slow_percent", CRPCI_OPTION_POLICY, 50, 50,
                       100),
     CRPCI_OPENING_MS(breaker.open_ms, "breaker_open_ms", CRPCI_OPTION_POLICY, 1000, 1000),
     CRPCI_OPENING_MS(breaker.open_max_ms, "breaker_open_max_ms", CRPCI_OPTION_POLICY, 30000, 30000),
     CRPCI_OPENING_MS(breaker.ramp_ms, "breaker_ramp_ms", CRPCI_OPTION_POLICY, 5000, 0),
     CRPCI_OPENING_ROW(breaker.eject_percent, "breaker_eject_percent", CRPCI_OPTION_POLICY, 50, 100,
-                      1, 100),
+                      100),
     CRPCI_OPENING_TEXT(directory.group, "group", CRPCI_OPTION_BACKEND),
     CRPCI_OPENING_TEXT(directory.version, "version", CRPCI_OPTION_BACKEND),
     CRPCI_OPENING_TEXT(directory.application, "application", CRPCI_OPTION_DIRECTORY),
@@ -20541,14 +20279,13 @@ static const crpci_option crpci_opening_rows[] = {
     CRPCI_OPENING_FLAG(directory.allow_empty, "allow_empty", 0),
     CRPCI_OPENING_MS(directory.stale_ttl_ms, "stale_ttl_ms", 0, 600000, 0),
     CRPCI_OPENING_TEXT(directory.cache, "cache", CRPCI_OPTION_BACKEND),
-    CRPCI_OPENING_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, 1, INT32_MAX),
-    CRPCI_OPENING_ROW(limits.max_queued, "max_queued", 0, 16 << 20, 0, 1, CRPCI_OPTION_ANY),
-    CRPCI_OPENING_ROW(wire.inflight, "inflight", 0, 0, 0, 1, CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
+    CRPCI_OPENING_ROW(limits.max_queued, "max_queued", 0, 16 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(wire.inflight, "inflight", 0, 0, 0, CRPCI_OPTION_ANY),
     CRPCI_OPENING_FLAG(wire.short_names, "short_names", 0),
     CRPCI_OPENING_TEXT(security.credential, "credential", CRPCI_OPTION_SECRET),
     CRPCI_OPENING_MS(failback_ms, "failback_ms", CRPCI_OPTION_POLICY, 5000, 5000),
-    CRPCI_OPENING_ROW(failback_max, "failback_max", CRPCI_OPTION_POLICY, 100, 0, 1,
-                      CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(failback_max, "failback_max", CRPCI_OPTION_POLICY, 100, 0, CRPCI_OPTION_ANY),
 };
 
 static const crpci_options crpci_opening_options = {CRPCI_OPTIONS_OF(crpci_opening_rows)};
@@ -23882,10 +23619,10 @@ CRPCI_COLD bool crpci_lifecycle_copy(crpci_heap *h, char **to, const char *from)
     return !from || *to;
 }
 
-/* The options of a server: what 0 and -1 stand for, the largest value; the least is 1. The same
- * rows serve defaults, checks and crpc_server_options_parse. */
+/* The options of a server: what 0 and -1 stand for, and the largest value. The same rows serve
+ * defaults, checks and crpc_server_options_parse. */
 #define CRPCI_LIFECYCLE_ROW(member, name, flags, zero, none, most)                                 \
-    CRPCI_OPTION_ROW(crpc_server_options, member, name, NULL, flags, zero, none, 1, most)
+    CRPCI_OPTION_ROW(crpc_server_options, member, name, flags, zero, none, most)
 #define CRPCI_LIFECYCLE_NUMBER(member, zero, none, most)                                           \
     CRPCI_LIFECYCLE_ROW(member, #member, 0, zero, none, most)
 #define CRPCI_LIFECYCLE_POLICY(member, zero, none, most)                                           \
@@ -23910,8 +23647,8 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_NUMBER(io_threads, 0, 0, 1024),
     CRPCI_LIFECYCLE_NUMBER(workers, 0, 0, 1024),
     CRPCI_LIFECYCLE_NUMBER(worker_queue, 1024, 0, CRPCI_OPTION_ANY),
-    CRPCI_OPTION_ROW(crpc_server_options, worker_stack, "worker_stack", NULL, 0, 256 << 10, 0,
-                     16384, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_ROW(worker_stack, "worker_stack", CRPCI_OPTION_STACK, 256 << 10, 0,
+                        CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_POLICY(ordered, 0, -1, 1),
     CRPCI_LIFECYCLE_NUMBER(max_concurrency, 8192, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(max_connections, 1024, 0, CRPCI_OPTION_ANY),
