@@ -8313,6 +8313,17 @@ CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item,
 #define CRPCI_CONN_FLAT (8192 - CRPCI_CHUNK_HEADER) /* bytes of such copies in one send */
 #define CRPCI_CONN_ROUNDS 16 /* sends in a row before a flush hands over to the loop's driver */
 
+/* Whether there are transports besides plain sockets, and protocols besides baidu_std. While there
+ * are none the compiler drops what only those need. Tests bring their own. */
+#ifndef CRPCI_CONN_TRANSPORTS
+#define CRPCI_CONN_TRANSPORTS 0
+#endif
+#ifdef CRPCI_TEST_PROTOCOLS
+#define CRPCI_CONN_PROTOCOLS 1
+#else
+#define CRPCI_CONN_PROTOCOLS 0
+#endif
+
 /* A frame to be sent. The struct stands at the beginning of the chunk that also holds the frame's
  * head. A request's frame belongs to its call, which can withdraw it; a reply's frame belongs to
  * the connection once it is queued. */
@@ -8411,7 +8422,6 @@ struct crpci_conn {
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
     bool unread; /* input is waiting: it could not be read while another thread wrote */
-    bool awaits; /* dialled, ordered protocol: `awaited` is in use */
     uint32_t max_body;
     int64_t max_skip;
     uint64_t skip;      /* bytes of a refused body still to be dropped */
@@ -8443,6 +8453,18 @@ struct crpci_conn {
     crpc_view expect;
     const void *expected;
 };
+
+/* Whether replies come in the order of the requests, in place of ids. */
+CRPCI_FN bool crpci_conn_ordered(const crpci_conn *c)
+{
+    return CRPCI_CONN_PROTOCOLS && CRPCI_UNLIKELY(c->protocol->flags & CRPCI_PROTOCOL_ORDERED);
+}
+
+/* Whether the ids of sent requests have to be kept in `awaited`: the side that dialled does so. */
+CRPCI_FN bool crpci_conn_awaits(const crpci_conn *c)
+{
+    return crpci_conn_ordered(c) && !c->protocols;
+}
 
 CRPCI_FN size_t crpci_conn_out_len(const crpci_out *o)
 {
@@ -8521,9 +8543,10 @@ CRPCI_FN void crpci_conn_hold(crpci_conn *c)
 CRPCI_COLD void crpci_conn_free(crpci_conn *c)
 {
     crpci_heap *h = c->loop->heap;
-    if (c->protocol_state)
+    if (CRPCI_CONN_PROTOCOLS && c->protocol) {
         crpci_heap_free(h, c->protocol_state, c->protocol->state_size);
-    crpci_heap_free(h, c->awaited, c->awaited_size * sizeof *c->awaited);
+        crpci_heap_free(h, c->awaited, c->awaited_size * sizeof *c->awaited);
+    }
     crpci_heap_free(h, c, sizeof *c);
 }
 
@@ -8589,16 +8612,22 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     crpci_conn_drop(c); /* the loop's reference */
 }
 
+CRPCI_FN const crpci_transport *crpci_conn_transport(const crpci_conn *c)
+{
+    return CRPCI_CONN_TRANSPORTS ? c->io : &crpci_transport_plain;
+}
+
 /* Whether its transport is nothing but the socket: then much need not be asked. */
 CRPCI_FN bool crpci_conn_is_plain(const crpci_conn *c)
 {
-    return CRPCI_LIKELY(c->io == &crpci_transport_plain);
+    return CRPCI_LIKELY(crpci_conn_transport(c) == &crpci_transport_plain);
 }
 
 /* Whether a thread without the lock uses a transport that only one may use at a time. */
 CRPCI_FN bool crpci_conn_engaged(const crpci_conn *c)
 {
-    return (c->reading || c->writing) && !(c->io->flags & CRPCI_TRANSPORT_DUPLEX);
+    return !crpci_conn_is_plain(c) && (c->reading || c->writing) &&
+           !(c->io->flags & CRPCI_TRANSPORT_DUPLEX);
 }
 
 /* Tells the poller which events the connection waits for. May close the connection. */
@@ -8611,7 +8640,7 @@ CRPCI_FN void crpci_conn_interest(crpci_conn *c)
         events |= CRPC_READABLE;
     if (c->connecting || c->blocked)
         events |= CRPC_WRITABLE;
-    if (c->io->want && !c->connecting)
+    if (!crpci_conn_is_plain(c) && c->io->want && !c->connecting)
         events = c->io->want(c->io_state, events);
     if (crpci_watch_set(c->loop, &c->watch, c->fd, events))
         crpci_conn_close(c, CRPC_ENOMEM, 0);
@@ -8629,7 +8658,8 @@ CRPCI_FN bool crpci_conn_has_unseen(const crpci_conn *c)
 {
     if (c->left || c->unread)
         return true;
-    return c->io->pending && !crpci_conn_engaged(c) && c->io->pending(c->io_state);
+    return !crpci_conn_is_plain(c) && c->io->pending && !crpci_conn_engaged(c) &&
+           c->io->pending(c->io_state);
 }
 
 /* Stops or resumes reading, while a peer's requests or the replies to them pile up. The time of a
@@ -8651,7 +8681,7 @@ CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
 CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
 {
     return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip && !crpci_conn_engaged(c) &&
-           c->io->idle(c->fd, c->io_state);
+           crpci_conn_transport(c)->idle(c->fd, c->io_state);
 }
 #endif
 
@@ -8748,7 +8778,7 @@ CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
             crpci_conn_add(b, o->tail + (head ? 0 : skip - o->head_len),
                            o->tail_len - (head ? 0 : skip - o->head_len));
         o->inflight = true;
-        if (CRPCI_UNLIKELY(c->awaits) && !o->awaited)
+        if (crpci_conn_awaits(c) && !o->awaited)
             crpci_conn_await(c, o);
     }
 }
@@ -8779,7 +8809,7 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         crpci_heap_chunk_unref(tail);
         crpci_heap_chunk_unref(chunk);
     }
-    if (CRPCI_UNLIKELY(c->awaits))
+    if (crpci_conn_awaits(c))
         crpci_conn_await_not(c);
     if (c->loop->io_waiters)
         crpci_thread_broadcast(&c->loop->io_cond);
@@ -8803,7 +8833,7 @@ CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int cou
     crpci_out *o = c->tx_head;
     size_t offered = 0;
     c->blocked = true;
-    if (CRPCI_UNLIKELY(c->io->flags & CRPCI_TRANSPORT_REPEAT)) {
+    if (!crpci_conn_is_plain(c) && c->io->flags & CRPCI_TRANSPORT_REPEAT) {
         while (count)
             offered += iov[--count].iov_len;
         for (; o && offered; o = o->next) {
@@ -8824,7 +8854,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
     int rounds = 0, count;
     if (c->writing || c->closed || c->connecting || c->blocked)
         return;
-    if (!crpci_conn_is_plain(c) && crpci_conn_engaged(c))
+    if (crpci_conn_engaged(c))
         return; /* whoever reads queues the flush again */
     batch.copies = NULL;
     crpci_list_remove(&c->flush.link);
@@ -8848,7 +8878,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
             break;
         l->stats.sends++;
         crpci_loop_unlock(l);
-        n = c->io->writev(c->fd, c->io_state, batch.iov, count);
+        n = crpci_conn_transport(c)->writev(c->fd, c->io_state, batch.iov, count);
         saved = errno;
         crpci_loop_lock(l);
         crpci_conn_advance(c, n > 0 ? (size_t)n : 0);
@@ -8907,7 +8937,7 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
 CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
 {
     crpci_out **at = &c->held;
-    if (CRPCI_LIKELY(!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED))) {
+    if (!crpci_conn_ordered(c)) {
         crpci_conn_queue(c, o);
         return;
     }
@@ -9003,7 +9033,7 @@ CRPCI_FN crpci_message_kind crpci_receive_kind(const crpci_conn *c)
 CRPCI_FN void crpci_receive_deliver(crpci_conn *c, crpci_message *m)
 {
     c->active_us = crpci_loop_time(c->loop);
-    if (CRPCI_LIKELY(!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED)) || crpci_receive_place(c, m))
+    if (!crpci_conn_ordered(c) || crpci_receive_place(c, m))
         c->up->message(c, m);
 }
 
@@ -9017,7 +9047,7 @@ CRPCI_COLD void crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t
     c->skip = skip;
     if (skip)
         crpci_receive_begun(c);
-    if (!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED) || crpci_receive_place(c, m))
+    if (!crpci_conn_ordered(c) || crpci_receive_place(c, m))
         c->up->oversize(c, m, size);
 }
 
@@ -9025,8 +9055,7 @@ CRPCI_COLD void crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t
 CRPCI_FN bool crpci_receive_speak(crpci_conn *c, const crpci_protocol *p)
 {
     c->protocol = p;
-    c->awaits = !c->protocols && p->flags & CRPCI_PROTOCOL_ORDERED;
-    if (CRPCI_LIKELY(!p->state_size))
+    if (!CRPCI_CONN_PROTOCOLS || !p->state_size)
         return true;
     c->protocol_state = crpci_heap_alloc(c->loop->heap, p->state_size);
     if (!c->protocol_state)
@@ -9240,11 +9269,9 @@ CRPCI_FN void crpci_receive_read(crpci_conn *c)
     ssize_t n;
     if (!crpci_receive_catch_up(c) || c->closed || c->reading || c->paused || c->eof)
         return;
-    if (!crpci_conn_is_plain(c)) {
-        c->unread = crpci_conn_engaged(c);
-        if (c->unread) /* the thread that writes schedules the read when it is done */
-            return;
-    }
+    c->unread = crpci_conn_engaged(c);
+    if (c->unread) /* the thread that writes schedules the read when it is done */
+        return;
     if (!crpci_receive_spare(l)) {
         crpci_conn_close(c, CRPC_ENOMEM, 0);
         return;
@@ -9258,7 +9285,7 @@ CRPCI_FN void crpci_receive_read(crpci_conn *c)
     l->stats.receives++;
     c->reading = true;
     crpci_loop_unlock(l);
-    n = c->io->readv(c->fd, c->io_state, iov, count);
+    n = crpci_conn_transport(c)->readv(c->fd, c->io_state, iov, count);
     saved = errno;
     crpci_loop_lock(l);
     c->reading = false;
