@@ -3282,6 +3282,16 @@ CRPCI_FN void crpci_list_move(crpci_list *to, crpci_list *from)
     crpci_list_init(from);
 }
 
+/* Makes the empty lists of a hash table. NULL: out of memory. */
+CRPCI_COLD crpci_list *crpci_list_table(crpci_heap *h, size_t count)
+{
+    crpci_list *table = (crpci_list *)crpci_heap_alloc(h, count * sizeof *table);
+    size_t i;
+    for (i = 0; table && i < count; i++)
+        crpci_list_init(&table[i]);
+    return table;
+}
+
 /* ======================================================================== */
 /* >>impl-url   URLs, their options, percent-encoding                        */
 /* ======================================================================== */
@@ -21281,11 +21291,6 @@ CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_task *t, bool admitte
     return room;
 }
 
-CRPCI_FN bool crpci_worker_push(crpci_worker_pool *p, crpci_task *t)
-{
-    return crpci_worker_put(p, t, false);
-}
-
 #if CRPC_ENABLE_THREADS
 CRPCI_FN void *crpci_worker_thread(void *arg)
 {
@@ -21385,31 +21390,23 @@ typedef struct crpci_order_item {
 
 /* The caller locks. */
 typedef struct crpci_order {
-    crpci_list *buckets;
+    crpci_list buckets[CRPCI_ORDER_BUCKETS];
     int64_t waiting;
     int64_t max_waiting; /* 0: no limit */
 } crpci_order;
 
-CRPCI_FN crpci_list *crpci_order_bucket(const crpci_order *o, const crpci_order_item *i)
+CRPCI_FN crpci_list *crpci_order_bucket(crpci_order *o, const crpci_order_item *i)
 {
     return &o->buckets[i->key % CRPCI_ORDER_BUCKETS];
 }
 
-CRPCI_COLD int crpci_order_open(crpci_order *o, crpci_heap *h, int64_t max_waiting)
+CRPCI_COLD void crpci_order_init(crpci_order *o, int64_t max_waiting)
 {
     unsigned i;
     o->waiting = 0;
     o->max_waiting = max_waiting;
-    o->buckets = (crpci_list *)crpci_heap_alloc(h, CRPCI_ORDER_BUCKETS * sizeof *o->buckets);
-    for (i = 0; o->buckets && i < CRPCI_ORDER_BUCKETS; i++)
+    for (i = 0; i < CRPCI_ORDER_BUCKETS; i++)
         crpci_list_init(&o->buckets[i]);
-    return o->buckets ? CRPC_OK : CRPC_ENOMEM;
-}
-
-CRPCI_COLD void crpci_order_close(crpci_order *o, crpci_heap *h)
-{
-    crpci_heap_free(h, o->buckets, CRPCI_ORDER_BUCKETS * sizeof *o->buckets);
-    o->buckets = NULL;
 }
 
 /* CRPC_OK: the request is the first of its key and may run. CRPC_EPENDING: it waits for its turn.
@@ -21454,15 +21451,11 @@ CRPCI_FN crpci_order_item *crpci_order_leave(crpci_order *o, crpci_order_item *i
 #define CRPCI_REPLAY_ID_MAX 64 /* bytes of a request's id */
 #define CRPCI_REPLAY_BUCKETS_MAX 4096u
 
-/* A reply without its correlation id, in a chunk of its own: sizes of its parts; their bytes follow
- * in this order. */
+/* A reply, in a chunk of its own, with the bytes that it refers to. */
 typedef struct crpci_replay_reply {
     const void *protocol; /* that the fields are encoded for */
-    int code;
-    size_t text;
-    size_t fields;
-    size_t payload;
-    size_t attachment;
+    crpci_message m;      /* a repeated request puts in its own id; the attachment is behind the
+                           * payload */
 } crpci_replay_reply;
 
 /* A request that is executing, or has finished. */
@@ -21495,21 +21488,16 @@ typedef struct crpci_replay {
 CRPCI_COLD int crpci_replay_open(crpci_replay *r, crpci_heap *h, size_t entries, int64_t max_bytes,
                                  int64_t keep_us)
 {
-    size_t i;
     memset(r, 0, sizeof *r);
     r->heap = h;
     r->max = entries;
     r->max_bytes = max_bytes;
     r->keep_us = keep_us;
     crpci_list_init(&r->age);
-    for (r->bucket_count = 16; r->bucket_count < entries;) {
-        if (r->bucket_count == CRPCI_REPLAY_BUCKETS_MAX)
-            break;
+    r->bucket_count = 16;
+    while (r->bucket_count < entries && r->bucket_count < CRPCI_REPLAY_BUCKETS_MAX)
         r->bucket_count *= 2;
-    }
-    r->buckets = (crpci_list *)crpci_heap_alloc(h, r->bucket_count * sizeof *r->buckets);
-    for (i = 0; r->buckets && i < r->bucket_count; i++)
-        crpci_list_init(&r->buckets[i]);
+    r->buckets = crpci_list_table(h, r->bucket_count);
     return r->buckets ? CRPC_OK : CRPC_ENOMEM;
 }
 
@@ -21546,7 +21534,7 @@ CRPCI_FN void crpci_replay_expire(crpci_replay *r, int64_t now)
         crpci_replay_evict(r);
 }
 
-CRPCI_FN uint64_t crpci_replay_hash(const void *method, crpc_view id)
+CRPCI_COLD uint64_t crpci_replay_hash(const void *method, crpc_view id)
 {
     return crpci_base_mix(crpci_base_hash(crpc_view_data(id), crpc_view_size(id)) ^
                              (uint64_t)(uintptr_t)method);
@@ -21627,33 +21615,37 @@ CRPCI_COLD void crpci_replay_close(crpci_replay *r)
     r->buckets = NULL;
 }
 
-/* Makes a chunk that holds a crpci_replay_reply: code, text, user fields (encoded for `protocol`),
- * payload and attachment. NULL: out of memory. */
-CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol, int code,
-                                        const crpc_view part[4])
+/* Copies bytes to *at, which moves behind them. */
+CRPCI_COLD crpc_view crpci_replay_append(uint8_t **at, const void *bytes, size_t n)
 {
-    size_t size = sizeof(crpci_replay_reply), i;
+    uint8_t *to = *at;
+    if (n)
+        memcpy(to, bytes, n);
+    *at += n;
+    return crpc_view_of(n ? to : NULL, n);
+}
+
+/* Makes a chunk that holds a crpci_replay_reply: a copy of a reply, whose attachment may be
+ * elsewhere. NULL: out of memory. */
+CRPCI_COLD crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol,
+                                          const crpci_message *m, const void *attachment)
+{
+    size_t text = crpc_view_size(m->text), fields = crpc_view_size(m->fields);
+    crpci_chunk *c = crpci_heap_chunk(
+        h, sizeof(crpci_replay_reply) + text + fields + m->payload_size + m->attachment_size);
     crpci_replay_reply *r;
-    crpci_chunk *c;
-    uint8_t *to;
-    for (i = 0; i < 4; i++)
-        size += crpc_view_size(part[i]);
-    c = crpci_heap_chunk(h, size);
+    uint8_t *at;
     if (!c)
         return NULL;
     r = (crpci_replay_reply *)(void *)crpci_heap_data(c);
-    to = (uint8_t *)(r + 1);
+    at = (uint8_t *)(r + 1);
     r->protocol = protocol;
-    r->code = code;
-    r->text = crpc_view_size(part[0]);
-    r->fields = crpc_view_size(part[1]);
-    r->payload = crpc_view_size(part[2]);
-    r->attachment = crpc_view_size(part[3]);
-    for (i = 0; i < 4; i++) {
-        if (crpc_view_size(part[i]))
-            memcpy(to, crpc_view_data(part[i]), crpc_view_size(part[i]));
-        to += crpc_view_size(part[i]);
-    }
+    r->m = *m;
+    r->m.text = crpci_replay_append(&at, crpc_view_data(m->text), text);
+    r->m.fields = crpci_replay_append(&at, crpc_view_data(m->fields), fields);
+    r->m.payload = at;
+    crpci_replay_append(&at, m->payload, m->payload_size);
+    crpci_replay_append(&at, attachment, m->attachment_size);
     return c;
 }
 
@@ -21667,6 +21659,7 @@ CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol, int
 
 /* The limits of one method. The caller locks. All zero, there are none. */
 typedef struct crpci_quota {
+    struct crpci_quota *next; /* of the server's quotas */
     uint32_t max; /* requests in service; 0: no limit */
     uint32_t active;
     bool adaptive;
@@ -21731,15 +21724,12 @@ typedef struct crpci_quota_clients {
 
 CRPCI_COLD int crpci_quota_open(crpci_quota_clients *c, crpci_heap *h, int64_t rate, int64_t burst)
 {
-    size_t i;
     memset(c, 0, sizeof *c);
     c->heap = h;
     c->rate = rate;
     c->burst = burst;
     crpci_list_init(&c->idle);
-    c->buckets = (crpci_list *)crpci_heap_alloc(h, CRPCI_QUOTA_BUCKETS * sizeof *c->buckets);
-    for (i = 0; c->buckets && i < CRPCI_QUOTA_BUCKETS; i++)
-        crpci_list_init(&c->buckets[i]);
+    c->buckets = crpci_list_table(h, CRPCI_QUOTA_BUCKETS);
     return c->buckets ? CRPC_OK : CRPC_ENOMEM;
 }
 
@@ -21823,6 +21813,7 @@ CRPCI_FN void crpci_quota_disconnect(crpci_quota_clients *c, crpci_quota_client 
  * stands here because every request reads it. */
 
 #define CRPCI_CONTEXT_CONN_MAX 4096 /* requests of one connection in service at a time */
+#define CRPCI_CONTEXT_CROWDED CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
 
 /* The life of a server, which only goes forward. */
 typedef enum crpci_server_state {
@@ -21871,10 +21862,9 @@ struct crpc_server {
         crpci_mutex lock;  /* of what follows; taken after a loop's lock, and before the workers' or
                             * the heap's */
         bool over;         /* the workers are stopping: nothing is handed to them any more */
-        crpci_order order; /* buckets NULL: no request had a key yet */
+        crpci_order order;
         crpci_replay replay;
-        crpci_quota *quotas; /* of the methods that have limits */
-        size_t quota_count;
+        crpci_quota *quotas; /* list: of the methods that have limits */
         crpci_quota_clients clients;
         uint64_t replayed, unremembered; /* requests: repeated; run without a free entry */
     } guard;
@@ -21890,7 +21880,6 @@ struct crpc_server {
         size_t count;
         crpci_waiter *waiter; /* crpc_server_start waits for all of them */
         char text[CRPC_ERROR_TEXT_MAX]; /* why the last registration failed */
-        char *url, *credential, *advertise, *group, *version, *application; /* copies of options */
     } enrolment;
     struct {
         crpci_timer timer; /* ends LAME, then checks every 10 ms whether the server is drained */
@@ -21900,7 +21889,7 @@ struct crpc_server {
         bool close_later; /* closed in a callback: close_task does it when the server is drained */
         crpci_task close_task;
     } drain;
-    crpc_server_options options; /* its strings may be gone: `enrolment` and `io` have copies */
+    crpc_server_options options; /* with copies of the program's texts; loops.thread_name is in `io` */
 };
 
 /* One request in service. It lies at the start of `block`, and is gone with it. */
@@ -21942,17 +21931,14 @@ CRPCI_FN bool crpci_context_guarded(const crpc_context *x)
     return CRPC_ENABLE_POLICY && x->guard;
 }
 
-/* Makes a reply of the parts that `r` measures and `bytes` holds in that order. Text, fields and
- * payload are copied; the attachment is not, so the caller sees to it that `bytes` outlives the
- * frame (tail_chunk). NULL: out of memory. */
-CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, int64_t id, const crpci_replay_reply *r,
-                                          const void *bytes)
+/* Makes the frame of a reply. Text, fields and payload are copied; the attachment behind the
+ * payload is not, so the caller sees to it that its bytes outlive the frame (tail_chunk). NULL: out
+ * of memory. */
+CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, const crpci_message *m)
 {
-    const uint8_t *text = (const uint8_t *)bytes, *fields = text + r->text;
-    const uint8_t *payload = fields + r->fields;
-    size_t head = sizeof(crpci_out) + conn->protocol->headroom + r->text + r->fields;
-    crpci_chunk *chunk = crpci_heap_chunk(conn->loop->heap, head + r->payload);
-    crpci_message m;
+    size_t head = sizeof(crpci_out) + conn->protocol->headroom + crpc_view_size(m->text) +
+                  crpc_view_size(m->fields);
+    crpci_chunk *chunk = crpci_heap_chunk(conn->loop->heap, head + m->payload_size);
     uint8_t *data;
     crpci_out *o;
     if (!chunk)
@@ -21960,21 +21946,13 @@ CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, int64_t id, const cr
     data = crpci_heap_data(chunk);
     o = (crpci_out *)(void *)data;
     memset(o, 0, sizeof *o);
-    memset(&m, 0, sizeof m);
-    m.kind = CRPCI_MESSAGE_REPLY;
-    m.id = id;
-    m.status = r->code;
-    m.text = crpc_view_of(text, r->text);
-    m.fields = crpc_view_of(r->fields ? fields : NULL, r->fields);
-    m.payload_size = r->payload;
-    m.attachment_size = r->attachment;
-    if (r->payload)
-        memcpy(data + head, payload, r->payload);
-    o->head = conn->protocol->reply(data + sizeof *o, data + head, &m);
-    o->head_len = (size_t)(data + head + r->payload - o->head);
+    if (m->payload_size)
+        memcpy(data + head, m->payload, m->payload_size);
+    o->head = conn->protocol->reply(data + sizeof *o, data + head, m);
+    o->head_len = (size_t)(data + head + m->payload_size - o->head);
     o->chunk = chunk;
-    o->tail = payload + r->payload;
-    o->tail_len = r->attachment;
+    o->tail = m->attachment_size ? m->payload + m->payload_size : NULL;
+    o->tail_len = m->attachment_size;
     return o;
 }
 
@@ -21983,14 +21961,16 @@ CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, int64_t id, const cr
 CRPCI_COLD void crpci_context_refuse(crpci_conn *conn, const crpci_message *m, int code,
                                      const char *text)
 {
-    crpci_replay_reply r;
+    crpci_message reply;
     crpci_out *o;
     if (!CRPC_ENABLE_TEXTS)
         text = crpc_status_name(code);
-    memset(&r, 0, sizeof r);
-    r.code = code;
-    r.text = crpci_base_min(strlen(text), CRPC_ERROR_TEXT_MAX);
-    o = crpci_context_frame(conn, m->id, &r, text);
+    memset(&reply, 0, sizeof reply);
+    reply.kind = CRPCI_MESSAGE_REPLY;
+    reply.id = m->id;
+    reply.status = code;
+    reply.text = crpc_view_of(text, crpci_base_min(strlen(text), CRPC_ERROR_TEXT_MAX));
+    o = crpci_context_frame(conn, &reply);
     conn->loop->stats.limited += code == CRPC_ELIMIT;
     if (o)
         crpci_conn_reply(conn, o, m->turn);
@@ -22435,6 +22415,19 @@ CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
         crpci_context_release(end.server, l); /* the loop works for it: not the last reference */
 }
 
+/* Hands a request to the workers, or makes it a task of its loop. Returns NULL, or the text with
+ * which to refuse it. Locked. From here on another thread may run the request and free its
+ * context. */
+CRPCI_FN const char *crpci_context_dispatch(crpc_context *x)
+{
+    crpc_server *s = x->server;
+    if (!s->worker_count)
+        crpci_loop_ready(x->loop, &x->task);
+    else if (!crpci_worker_put(&s->workers, &x->task, false))
+        return CRPCI_CONTEXT_CROWDED;
+    return NULL;
+}
+
 /* Runs a request. A worker passes NULL as the loop, and holds no lock. */
 CRPCI_FN void crpci_context_task(crpc_loop *l, crpci_task *task)
 {
@@ -22608,8 +22601,6 @@ CRPC_API const char *crpc_context_peer(crpc_context *x)
  * the thread that uses the context. s->guard.lock protects quotas, clients, order and replay
  * entries. It is held for bookkeeping only, never while a handler runs. */
 
-#define CRPCI_GUARD_CROWDED CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
-
 /* The guard's part of one request. Intake fills one on its stack; a request that is let in has a
  * copy in its context's memory. */
 typedef struct crpci_guard {
@@ -22624,16 +22615,6 @@ typedef struct crpci_guard {
     int64_t since;      /* when the request arrived; set if it has a quota or a client */
 } crpci_guard;
 
-/* Hands a request to the workers, or makes it a task of its loop. False: worker_queue is full.
- * Locked. From here on another thread may run the request and free its context. */
-CRPCI_COLD bool crpci_guard_dispatch(crpc_server *s, crpc_context *x)
-{
-    if (s->worker_count)
-        return crpci_worker_push(&s->workers, &x->task);
-    crpci_loop_ready(x->loop, &x->task);
-    return true;
-}
-
 /* Lets a request in: it runs now, or when its turn comes. Returns NULL, or the text with which to
  * refuse it. `of` is copied. Locked. The turn is taken before the request is handed over: its
  * handler may end at once on another thread, and would pass on a turn that it does not have. */
@@ -22641,28 +22622,27 @@ CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
 {
     crpc_server *s = x->server;
     crpci_guard *g;
-    int err = CRPC_OK;
+    const char *why = NULL;
+    int err;
     if (!of->ordered && !of->quota && !crpc_view_size(of->id))
-        return crpci_guard_dispatch(s, x) ? NULL : CRPCI_GUARD_CROWDED;
+        return crpci_context_dispatch(x);
     x->guard = g = (crpci_guard *)crpc_context_alloc(x, sizeof *g);
     if (!g)
         return CRPCI_STATUS_TEXT("out of memory");
     *g = *of;
     g->context = x;
     if (!g->ordered)
-        return crpci_guard_dispatch(s, x) ? NULL : CRPCI_GUARD_CROWDED;
+        return crpci_context_dispatch(x);
     crpci_thread_lock(&s->guard.lock);
-    if (!s->guard.order.buckets)
-        err = crpci_order_open(&s->guard.order, s->heap, s->options.worker_queue);
-    err = err ? err : crpci_order_enter(&s->guard.order, &g->order);
-    if (!err && !crpci_guard_dispatch(s, x)) {
+    err = crpci_order_enter(&s->guard.order, &g->order);
+    if (err == CRPC_ELIMIT)
+        why = CRPCI_CONTEXT_CROWDED;
+    else if (!err)
+        why = crpci_context_dispatch(x);
+    if (!err && why)
         crpci_order_leave(&s->guard.order, &g->order); /* still locked: none waits behind it */
-        err = CRPC_ELIMIT;
-    }
     crpci_thread_unlock(&s->guard.lock);
-    return !err || err == CRPC_EPENDING ? NULL
-           : err == CRPC_ENOMEM         ? CRPCI_STATUS_TEXT("out of memory")
-                                        : CRPCI_GUARD_CROWDED;
+    return why;
 }
 
 /* Runs a request that was let in before and whose turn has come. False: the server has stopped. No
@@ -22718,9 +22698,9 @@ CRPCI_COLD int crpci_guard_status(crpc_context *x)
     g->repeats = true;
     r = g->reply ? (const crpci_replay_reply *)(const void *)crpci_heap_data(g->reply) : NULL;
     if (r && r->protocol == x->conn->protocol) {
-        if (crpci_status_reserved(r->code))
-            return r->code;
-        x->app_code = r->code;
+        if (crpci_status_reserved(r->m.status))
+            return r->m.status;
+        x->app_code = r->m.status;
         return CRPC_EAPP;
     }
     crpci_heap_chunk_unref(g->reply);
@@ -22762,24 +22742,14 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
     return x->method->method->serve(x, x->request, x->response, x->method->handlers);
 }
 
-/* Copies the parts of a reply, for requests with the same id. NULL: out of memory. */
-CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_message *m)
-{
-    crpc_view part[4];
-    part[0] = m->text;
-    part[1] = m->fields;
-    part[2] = crpc_view_of(m->payload, m->payload_size);
-    part[3] = m->attachment_size ? x->attachment : crpc_view_of(NULL, 0);
-    return crpci_replay_copy(x->server->heap, x->conn->protocol, m->status, part);
-}
-
 /* Leaves the quota, if one was entered. `served`: 1: the handler gave an answer, an application's
  * error included; 0: it failed; -1: the latency is no measure of the handler. */
 CRPCI_COLD void crpci_guard_quit(crpc_server *s, crpci_guard *g, int served)
 {
-    int64_t now = g->quota ? crpci_heap_now(s->heap) : 0;
+    int64_t now;
     if (!g->quota)
         return;
+    now = crpci_heap_now(s->heap);
     crpci_thread_lock(&s->guard.lock);
     crpci_quota_leave(g->quota, served > 0, served < 0 ? -1 : now - g->since, now);
     crpci_thread_unlock(&s->guard.lock);
@@ -22793,11 +22763,13 @@ CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_message *m, int ser
 {
     crpc_server *s = x->server;
     crpci_guard *g = x->guard;
-    crpci_chunk *reply = g->entry && m ? crpci_guard_copy(x, m) : NULL;
+    crpci_chunk *reply = NULL;
     crpci_list waiting;
     crpci_list_init(&waiting);
     crpci_guard_quit(s, g, served);
     if (g->entry) {
+        if (m)
+            reply = crpci_replay_copy(s->heap, x->conn->protocol, m, crpc_view_data(x->attachment));
         crpci_thread_lock(&s->guard.lock);
         crpci_replay_finish(&s->guard.replay, g->entry, reply, crpci_heap_rough_now(s->heap),
                             &waiting);
@@ -22827,14 +22799,15 @@ CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
     crpci_message m;
     crpci_out *out;
     if (reply) {
-        const crpci_replay_reply *r =
-            (const crpci_replay_reply *)(const void *)crpci_heap_data(reply);
-        out = crpci_context_frame(x->conn, x->id, r, r + 1);
+        m = ((const crpci_replay_reply *)(const void *)crpci_heap_data(reply))->m;
+        m.id = x->id;
+        out = crpci_context_frame(x->conn, &m);
         if (out && out->tail_len) {
             out->tail_chunk = reply;
             crpci_heap_chunk_ref(reply);
         }
     } else {
+        memset(&m, 0, sizeof m);
         out = crpci_context_encode(x, code, &m);
     }
     crpci_guard_end(x, reply || !out ? NULL : &m, x->guard->repeats ? -1 : !code || x->app_code);
@@ -22921,44 +22894,43 @@ CRPCI_COLD bool crpci_guard_limit_matches(const crpc_method_limit *l, const crpc
     return (!l->service || l->service == service) && (!l->method || l->method == m);
 }
 
-/* Gives each method the quota of the first limit that applies to it, and returns how many methods
- * have one. With `quotas` NULL only counts. */
-CRPCI_COLD size_t crpci_guard_share_quotas(crpc_server *s, crpci_quota *quotas)
+/* Gives a method a quota of its own. One that an earlier limit or an earlier start that failed gave
+ * it stays. */
+CRPCI_COLD int crpci_guard_add_quota(crpc_server *s, crpci_service_method *m,
+                                     const crpc_method_limit *l)
 {
-    const crpc_server_options *o = &s->options;
-    size_t i, k, n = 0, of;
+    crpci_quota *q;
+    if (m->quota)
+        return CRPC_OK;
+    m->quota = q = (crpci_quota *)crpci_heap_alloc(s->heap, sizeof *q);
+    if (!q)
+        return CRPC_ENOMEM;
+    crpci_quota_init(q, l, (uint32_t)s->options.workers);
+    q->next = s->guard.quotas;
+    s->guard.quotas = q;
+    s->guard.all = true;
+    return CRPC_OK;
+}
+
+/* Applies a limit. CRPC_EINVAL: it applies to no method of the server, so the program cannot mean
+ * it. */
+CRPCI_COLD int crpci_guard_apply_limit(crpc_server *s, size_t index, crpc_error *error)
+{
+    const crpc_method_limit *l = &s->options.method_limits[index];
+    bool applies = false;
+    size_t i, k;
     for (i = 0; i < s->services.count; i++) {
         const crpci_service *v = &s->services.items[i];
         for (k = 0; k < v->table->method_count; k++) {
-            for (of = 0; of < o->method_limit_count; of++) {
-                if (crpci_guard_limit_matches(&o->method_limits[of], &v->table->methods[k],
-                                              v->table))
-                    break;
-            }
-            if (of == o->method_limit_count)
+            if (!crpci_guard_limit_matches(l, &v->table->methods[k], v->table))
                 continue;
-            if (quotas) {
-                crpci_quota_init(&quotas[n], &o->method_limits[of], (uint32_t)o->workers);
-                v->methods[k].quota = &quotas[n];
-            }
-            n++;
+            if (crpci_guard_add_quota(s, &v->methods[k], l))
+                return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
+            applies = true;
         }
     }
-    return n;
-}
-
-/* CRPC_EINVAL: a limit applies to no method of the server, so the program cannot mean it. */
-CRPCI_COLD int crpci_guard_check_limit(const crpc_server *s, size_t index, crpc_error *error)
-{
-    const crpc_method_limit *l = &s->options.method_limits[index];
-    size_t i, k;
-    for (i = 0; i < s->services.count; i++) {
-        const crpc_service *table = s->services.items[i].table;
-        for (k = 0; k < table->method_count; k++) {
-            if (crpci_guard_limit_matches(l, &table->methods[k], table))
-                return CRPC_OK;
-        }
-    }
+    if (applies)
+        return CRPC_OK;
     return crpci_status_set(error, CRPC_EINVAL,
                             "method_limits[%zu] names %.80s.%.80s, which this server does not have",
                             index,
@@ -22969,23 +22941,14 @@ CRPCI_COLD int crpci_guard_check_limit(const crpc_server *s, size_t index, crpc_
 }
 
 /* Sets up the quotas of methods when the server starts, because services can be added until then.
- * After a start that failed they are there already. */
+ * A method gets that of the first limit that applies to it. */
 CRPCI_COLD int crpci_guard_start_limits(crpc_server *s, crpc_error *error)
 {
     size_t i;
     int err = CRPC_OK;
     for (i = 0; i < s->options.method_limit_count && !err; i++)
-        err = crpci_guard_check_limit(s, i, error);
-    if (err || !s->options.method_limit_count || s->guard.quotas)
-        return err;
-    s->guard.quota_count = crpci_guard_share_quotas(s, NULL);
-    s->guard.quotas =
-        (crpci_quota *)crpci_heap_alloc(s->heap, s->guard.quota_count * sizeof *s->guard.quotas);
-    if (!s->guard.quotas)
-        return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
-    crpci_guard_share_quotas(s, s->guard.quotas);
-    s->guard.all = true;
-    return CRPC_OK;
+        err = crpci_guard_apply_limit(s, i, error);
+    return err;
 }
 
 /* Allocates the tables of request ids and of clients, if the options ask for them. */
@@ -22993,6 +22956,7 @@ CRPCI_COLD int crpci_guard_open(crpc_server *s)
 {
     const crpc_server_options *o = &s->options;
     int err = CRPC_OK;
+    crpci_order_init(&s->guard.order, o->worker_queue);
     if (o->replay_entries)
         err = crpci_replay_open(&s->guard.replay, s->heap, (size_t)o->replay_entries,
                                 o->replay_bytes, (int64_t)o->replay_ms * 1000);
@@ -23019,10 +22983,13 @@ CRPCI_COLD void crpci_guard_stats(crpc_server *s, crpc_loop_stats *stats)
 
 CRPCI_COLD void crpci_guard_close(crpc_server *s)
 {
+    crpci_quota *q;
+    while ((q = s->guard.quotas) != NULL) {
+        s->guard.quotas = q->next;
+        crpci_heap_free(s->heap, q, sizeof *q);
+    }
     crpci_replay_close(&s->guard.replay);
-    crpci_order_close(&s->guard.order, s->heap);
     crpci_quota_close(&s->guard.clients);
-    crpci_heap_free(s->heap, s->guard.quotas, s->guard.quota_count * sizeof *s->guard.quotas);
     crpci_thread_mutex_free(&s->guard.lock);
 }
 
@@ -23085,10 +23052,8 @@ CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_m
     }
     if (x && CRPCI_UNLIKELY(guarded))
         why = crpci_guard_start(x, &g);
-    else if (x && !s->worker_count)
-        crpci_loop_ready(conn->loop, &x->task);
-    else if (x && !crpci_worker_push(&s->workers, &x->task))
-        why = CRPCI_GUARD_CROWDED;
+    else if (x)
+        why = crpci_context_dispatch(x);
     if (CRPCI_LIKELY(!why))
         return;
     if (guarded)
@@ -23194,8 +23159,9 @@ static const crpci_conn_events crpci_intake_events = {
     crpci_intake_on_opened, crpci_intake_on_message, crpci_intake_on_oversize, crpci_intake_on_sent,
     crpci_intake_on_eof,    crpci_intake_on_closed,  crpci_intake_on_timer};
 
-/* Closes the server's connections on a loop, which other servers and channels may share. Locked. */
-CRPCI_FN void crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
+/* Closes the server's connections on a loop, which other servers and channels may share. Locked.
+ * Returns false, as crpci_lifecycle_any wants to hear. */
+CRPCI_FN bool crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
 {
     crpci_list *i, *next;
     for (i = l->conns.next; i != &l->conns; i = next) {
@@ -23204,12 +23170,13 @@ CRPCI_FN void crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
         if (c->up == &crpci_intake_events && c->owner == s)
             crpci_conn_close(c, CRPC_ECLOSE, 0);
     }
+    return false;
 }
 
 /* Whether any of the server's connections on a loop has output to send, or input that was not read:
  * TCP answers the closing of such a connection with a reset, which can destroy replies on their
  * way. Locked. */
-CRPCI_FN bool crpci_intake_has_output(const crpc_server *s, crpc_loop *l)
+CRPCI_FN bool crpci_intake_has_output(crpc_server *s, crpc_loop *l)
 {
     crpci_list *i;
     for (i = l->conns.next; i != &l->conns; i = i->next) {
@@ -23541,17 +23508,17 @@ CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, c
                    ? n->addr.u.in4.sin_addr.s_addr == htonl(INADDR_ANY)
                    : memcmp(&n->addr.u.in6.sin6_addr, &any.u.in6.sin6_addr, 16) == 0;
     }
-    if (s->enrolment.advertise) {
-        const char *colon = strrchr(s->enrolment.advertise, ':'),
-                   *bracket = strrchr(s->enrolment.advertise, ']');
+    if (s->options.advertise) {
+        const char *colon = strrchr(s->options.advertise, ':'),
+                   *bracket = strrchr(s->options.advertise, ']');
         bool has_port = colon && (!bracket || colon > bracket);
         if (!has_port && !n)
             return crpci_status_set(error, CRPC_EINVAL,
                                     "advertise \"%.80s\": no port, and no "
                                     "tcp:// listener to take it from",
-                                    s->enrolment.advertise);
-        text = has_port ? crpci_heap_format(s->heap, "%s", s->enrolment.advertise)
-                        : crpci_heap_format(s->heap, "%s:%u", s->enrolment.advertise, port);
+                                    s->options.advertise);
+        text = has_port ? crpci_heap_format(s->heap, "%s", s->options.advertise)
+                        : crpci_heap_format(s->heap, "%s:%u", s->options.advertise, port);
         if (!text)
             return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
         err = crpci_resolver_address(s->heap, text, out, size, error);
@@ -23559,7 +23526,7 @@ CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, c
         return err ? crpci_status_set(error, err,
                                       "advertise \"%.80s\" is not host[:port], or "
                                       "cannot be resolved (IPv6 stands in brackets)",
-                                      s->enrolment.advertise)
+                                      s->options.advertise)
                    : CRPC_OK;
     }
     if (!n)
@@ -23596,9 +23563,9 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
     int err = crpci_enrolment_address(s, address, sizeof address, error);
     memset(&o, 0, sizeof o);
     o.session_timeout_ms = s->options.directory.session_timeout_ms;
-    o.credential = s->enrolment.credential;
+    o.credential = s->options.directory.credential;
     err = err ? err
-              : crpci_open_registry(s->loop, s->enrolment.url, &o, &s->enrolment.registry, error);
+              : crpci_open_registry(s->loop, s->options.registry, &o, &s->enrolment.registry, error);
     if (err)
         return err;
     s->enrolment.items = (crpci_enrolment *)crpci_heap_alloc(
@@ -23611,9 +23578,9 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
         return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
     memset(&what, 0, sizeof what);
     what.address = address;
-    what.group = s->enrolment.group;
-    what.version = s->enrolment.version;
-    what.application = s->enrolment.application;
+    what.group = s->options.directory.group;
+    what.version = s->options.directory.version;
+    what.application = s->options.directory.application;
     what.methods = methods;
     what.weight = s->options.weight;
     what.warmup_ms = s->options.warmup_ms;
@@ -23626,7 +23593,7 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
     }
     crpci_heap_free(s->heap, methods, room);
     return err ? crpci_status_set(error, err, "%.100s: cannot register %.60s at %.60s: %s",
-                                  s->enrolment.url, what.service, address, crpc_status_text(err))
+                                  s->options.registry, what.service, address, crpc_status_text(err))
                : CRPC_OK;
 }
 
@@ -23654,7 +23621,7 @@ CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
     if (through < s->enrolment.count && s->options.directory.must_connect)
         err = crpci_status_set(error, CRPC_EREGISTRY,
                                "%.80s: not registered within %d ms (registry_timeout_ms)%s%.100s",
-                               s->enrolment.url, (int)ms, *s->enrolment.text ? ": " : "",
+                               s->options.registry, (int)ms, *s->enrolment.text ? ": " : "",
                                s->enrolment.text);
     crpci_loop_unlock(l);
     return err;
@@ -23683,9 +23650,113 @@ CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
  * server's loop takes the steps, so crpc_server_stop does not wait. crpc_server_close waits for the
  * last step and then takes the server apart. */
 
-#define CRPCI_LIFECYCLE_TICK        10000 /* microseconds between two checks of a drain */
+#define CRPCI_LIFECYCLE_TICK 10000 /* microseconds between two checks of a drain */
+
+/* --- options ---------------------------------------------------------------------------------- */
+
+/* The options of a server: what 0 and -1 stand for, the largest value; the least is 1. The same
+ * rows serve defaults, checks and crpc_server_options_parse. */
+#define CRPCI_LIFECYCLE_ROW(member, name, flags, zero, none, most)                                 \
+    CRPCI_OPTION_ROW(crpc_server_options, member, name, NULL, flags, zero, none, 1, most)
+#define CRPCI_LIFECYCLE_NUMBER(member, zero, none, most)                                           \
+    CRPCI_LIFECYCLE_ROW(member, #member, 0, zero, none, most)
+#define CRPCI_LIFECYCLE_POLICY(member, zero, none, most)                                           \
+    CRPCI_LIFECYCLE_ROW(member, #member, CRPCI_OPTION_POLICY, zero, none, most)
+#define CRPCI_LIFECYCLE_TEXT(member, name, flags)                                                  \
+    CRPCI_LIFECYCLE_ROW(member, name, CRPCI_OPTION_TEXT | (flags), 0, 0, 0)
+
+static const crpci_option crpci_lifecycle_rows[] = {
+    CRPCI_LIFECYCLE_TEXT(listen, "listen", 0),
+    CRPCI_LIFECYCLE_TEXT(registry, "registry", 0),
+    CRPCI_LIFECYCLE_TEXT(advertise, "advertise", 0),
+    CRPCI_LIFECYCLE_TEXT(directory.group, "group", 0),
+    CRPCI_LIFECYCLE_TEXT(directory.version, "version", 0),
+    CRPCI_LIFECYCLE_TEXT(directory.application, "application", 0),
+    CRPCI_LIFECYCLE_TEXT(directory.credential, "registry_credential", CRPCI_OPTION_SECRET),
+    CRPCI_LIFECYCLE_ROW(directory.timeout_ms, "registry_timeout_ms", 0, 3000, 0, 86400000),
+    CRPCI_LIFECYCLE_ROW(directory.session_timeout_ms, "session_timeout_ms", 0, 15000, 15000,
+                        86400000),
+    CRPCI_LIFECYCLE_ROW(directory.must_connect, "must_connect", 0, 0, 0, 1),
+    CRPCI_LIFECYCLE_NUMBER(weight, 100, 0, 1000000),
+    CRPCI_LIFECYCLE_NUMBER(warmup_ms, 0, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(io_threads, 0, 0, 1024),
+    CRPCI_LIFECYCLE_NUMBER(workers, 0, 0, 1024),
+    CRPCI_LIFECYCLE_NUMBER(worker_queue, 1024, 0, CRPCI_OPTION_ANY),
+    CRPCI_OPTION_ROW(crpc_server_options, worker_stack, "worker_stack", NULL, 0, 256 << 10, 0,
+                     16384, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_POLICY(ordered, 0, -1, 1),
+    CRPCI_LIFECYCLE_NUMBER(max_concurrency, 8192, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(max_connections, 1024, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
+    CRPCI_LIFECYCLE_ROW(limits.max_queued, "max_queued", 0, 4 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(max_skip, 256 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_POLICY(rate_per_client, 0, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(burst_per_client, 0, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_POLICY(replay_entries, 0, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(replay_ms, 60000, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(replay_bytes, 4 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(idle_timeout_ms, 0, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(frame_timeout_ms, 30000, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(lame_ms, 1000, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(drain_ms, 5000, 0, 86400000),
+};
+
+static const crpci_options crpci_lifecycle_options = {CRPCI_OPTIONS_OF(crpci_lifecycle_rows)};
+
+CRPC_API int crpc_server_options_parse(char *text, crpc_server_options *options, crpc_error *error)
+{
+    crpci_options_target to[] = {{&crpci_lifecycle_options, options, 0},
+                                 {&crpci_drive_options, &options->loops, 0}};
+    return crpci_options_lines(to, 2, text, error);
+}
+
+/* Replaces the texts of the options by copies, because the program may free its own. CRPC_ENOMEM:
+ * some are NULL now. */
+CRPCI_COLD int crpci_lifecycle_copy_texts(crpc_server *s)
+{
+    size_t i;
+    int err = CRPC_OK;
+    for (i = 0; i < crpci_lifecycle_options.count; i++) {
+        char *at = (char *)&s->options + crpci_lifecycle_rows[i].offset, *copy;
+        const char *text;
+        if (!(crpci_lifecycle_rows[i].flags & CRPCI_OPTION_TEXT))
+            continue;
+        memcpy(&text, at, sizeof text);
+        copy = text ? crpci_heap_strndup(s->heap, text, strlen(text)) : NULL;
+        memcpy(at, &copy, sizeof copy);
+        err = text && !copy ? CRPC_ENOMEM : err;
+    }
+    return err;
+}
+
+CRPCI_COLD void crpci_lifecycle_free_texts(crpc_server *s)
+{
+    size_t i;
+    for (i = 0; i < crpci_lifecycle_options.count; i++) {
+        char *text;
+        if (!(crpci_lifecycle_rows[i].flags & CRPCI_OPTION_TEXT))
+            continue;
+        memcpy(&text, (char *)&s->options + crpci_lifecycle_rows[i].offset, sizeof text);
+        crpci_heap_strfree(s->heap, text);
+    }
+}
 
 /* --- stopping --------------------------------------------------------------------------------- */
+
+/* Asks `what` about each loop of the server until one answers true. No lock is held: two loops are
+ * never locked at a time. */
+CRPCI_FN bool crpci_lifecycle_any(crpc_server *s, bool (*what)(crpc_server *s, crpc_loop *l))
+{
+    bool yes = false;
+    size_t i;
+    for (i = 0; i <= s->io.count && !yes; i++) {
+        crpc_loop *l = i ? s->io.loops[i - 1] : s->loop;
+        crpci_loop_lock(l);
+        yes = what(s, l);
+        crpci_loop_unlock(l);
+    }
+    return yes;
+}
 
 /* Begins STOPPING: no connection is accepted and no new request is let in. Locked. */
 CRPCI_FN void crpci_lifecycle_drain(crpc_server *s)
@@ -23695,37 +23766,28 @@ CRPCI_FN void crpci_lifecycle_drain(crpc_server *s)
 }
 
 /* Ends LAME; then closes the connections when all is answered and sent, or when drain.until has
- * passed. Called with the server's loop locked, which it unlocks to lock the I/O threads' loops one
- * after another: two are never locked at a time. The reference keeps the server meanwhile. */
+ * passed. Called with the server's loop locked, which it unlocks to visit all loops. The reference
+ * keeps the server meanwhile. `active` is read first, so that no reply is queued unseen between the
+ * two, and again for a request that came meanwhile. */
 CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
 {
     crpc_server *s = CRPCI_CONTAINER(t, crpc_server, drain.timer);
     bool busy;
-    size_t i;
     if (crpci_thread_load(&s->state) == CRPCI_SERVER_LAME)
         crpci_lifecycle_drain(s);
     if (crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPING)
         return;
-    busy = crpci_thread_load(&s->active) > 0 || crpci_intake_has_output(s, l);
     crpci_thread_ref(&s->refs);
     crpci_loop_unlock(l);
-    for (i = 0; i < s->io.count && !busy; i++) {
-        crpci_loop_lock(s->io.loops[i]);
-        busy = crpci_intake_has_output(s, s->io.loops[i]);
-        crpci_loop_unlock(s->io.loops[i]);
-    }
-    busy = busy || crpci_thread_load(&s->active) > 0; /* a request that came meanwhile */
+    busy = crpci_thread_load(&s->active) || crpci_lifecycle_any(s, crpci_intake_has_output) ||
+           crpci_thread_load(&s->active);
     busy = busy && crpci_loop_now(l) < s->drain.until;
-    for (i = 0; i < s->io.count && !busy; i++) {
-        crpci_loop_lock(s->io.loops[i]);
-        crpci_intake_close_conns(s, s->io.loops[i]);
-        crpci_loop_unlock(s->io.loops[i]);
-    }
+    if (!busy)
+        crpci_lifecycle_any(s, crpci_intake_close_conns);
     crpci_loop_lock(l);
     if (busy) {
         crpci_loop_timer_set(l, t, CRPCI_LIFECYCLE_TICK);
     } else {
-        crpci_intake_close_conns(s, l);
         crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
         if (s->drain.waiter)
             crpci_drive_end_wait(l, s->drain.waiter);
@@ -23792,31 +23854,24 @@ CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
     if (CRPC_ENABLE_POLICY)
         crpci_guard_close(s);
     crpci_heap_free(h, s->enrolment.items, s->enrolment.count * sizeof *s->enrolment.items);
-    crpci_heap_strfree(h, s->enrolment.url);
-    crpci_heap_strfree(h, s->enrolment.advertise);
-    crpci_heap_strfree(h, s->enrolment.credential);
-    crpci_heap_strfree(h, s->enrolment.group);
-    crpci_heap_strfree(h, s->enrolment.version);
-    crpci_heap_strfree(h, s->enrolment.application);
+    crpci_lifecycle_free_texts(s);
     crpci_heap_retire(h, s, sizeof *s);
     crpci_heap_unref(h);
+}
+
+CRPCI_FN bool crpci_lifecycle_calls_back(crpc_server *s, crpc_loop *l)
+{
+    (void)s;
+    return crpci_loop_in_callback(l);
 }
 
 /* Whether the calling thread is inside a callback of one of the server's loops, or is one of its
  * workers: waiting for the server would then be waiting for itself. */
 CRPCI_FN bool crpci_lifecycle_in_callback(crpc_server *s)
 {
-    bool in;
-    size_t i;
-    crpci_loop_lock(s->loop);
-    in = crpci_loop_in_callback(s->loop);
-    crpci_loop_unlock(s->loop);
-    for (i = 0; i < s->io.count && !in; i++) {
-        crpci_loop_lock(s->io.loops[i]);
-        in = crpci_loop_in_callback(s->io.loops[i]);
-        crpci_loop_unlock(s->io.loops[i]);
-    }
+    bool in = crpci_lifecycle_any(s, crpci_lifecycle_calls_back);
 #if CRPC_ENABLE_THREADS
+    size_t i;
     for (i = 0; i < s->worker_count && !in; i++)
         in = crpci_thread_is_self(s->workers.threads[i]);
 #endif
@@ -23840,18 +23895,14 @@ CRPCI_COLD void crpci_lifecycle_dismantle(crpc_server *s)
     crpci_listener_close_all(s);
     crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
     crpci_timer_cancel(&s->drain.timer);
-    crpci_intake_close_conns(s, l);
     crpci_loop_unlock(l);
+    crpci_lifecycle_any(s, crpci_intake_close_conns);
     if (CRPC_ENABLE_POLICY)
         crpci_guard_stop(s);
     crpci_worker_stop(&s->workers, s->heap, s->worker_count);
     s->worker_count = 0;
-    for (i = 0; i < s->io.count; i++) {
-        crpci_loop_lock(s->io.loops[i]);
-        crpci_intake_close_conns(s, s->io.loops[i]);
-        crpci_loop_unlock(s->io.loops[i]);
+    for (i = 0; i < s->io.count; i++)
         crpc_loop_close(s->io.loops[i]);
-    }
     crpci_heap_free(s->heap, s->io.loops, (size_t)s->options.io_threads * sizeof *s->io.loops);
     s->io.loops = NULL;
     s->io.count = 0;
@@ -23898,70 +23949,6 @@ CRPC_API void crpc_server_close(crpc_server *s)
 
 /* --- opening and starting --------------------------------------------------------------------- */
 
-/* Copies a text option; NULL stays NULL. False: out of memory. */
-CRPCI_COLD bool crpci_lifecycle_copy(crpci_heap *h, char **to, const char *from)
-{
-    if (from)
-        *to = crpci_heap_strndup(h, from, strlen(from));
-    return !from || *to;
-}
-
-/* The options of a server: what 0 and -1 stand for, the largest value; the least is 1. The same
- * rows serve defaults, checks and crpc_server_options_parse. */
-#define CRPCI_LIFECYCLE_ROW(member, name, flags, zero, none, most)                                 \
-    CRPCI_OPTION_ROW(crpc_server_options, member, name, NULL, flags, zero, none, 1, most)
-#define CRPCI_LIFECYCLE_NUMBER(member, zero, none, most)                                           \
-    CRPCI_LIFECYCLE_ROW(member, #member, 0, zero, none, most)
-#define CRPCI_LIFECYCLE_POLICY(member, zero, none, most)                                           \
-    CRPCI_LIFECYCLE_ROW(member, #member, CRPCI_OPTION_POLICY, zero, none, most)
-#define CRPCI_LIFECYCLE_TEXT(member, name, flags)                                                  \
-    CRPCI_LIFECYCLE_ROW(member, name, CRPCI_OPTION_TEXT | (flags), 0, 0, 0)
-
-static const crpci_option crpci_lifecycle_rows[] = {
-    CRPCI_LIFECYCLE_TEXT(listen, "listen", 0),
-    CRPCI_LIFECYCLE_TEXT(registry, "registry", 0),
-    CRPCI_LIFECYCLE_TEXT(advertise, "advertise", 0),
-    CRPCI_LIFECYCLE_TEXT(directory.group, "group", 0),
-    CRPCI_LIFECYCLE_TEXT(directory.version, "version", 0),
-    CRPCI_LIFECYCLE_TEXT(directory.application, "application", 0),
-    CRPCI_LIFECYCLE_TEXT(directory.credential, "registry_credential", CRPCI_OPTION_SECRET),
-    CRPCI_LIFECYCLE_ROW(directory.timeout_ms, "registry_timeout_ms", 0, 3000, 0, 86400000),
-    CRPCI_LIFECYCLE_ROW(directory.session_timeout_ms, "session_timeout_ms", 0, 15000, 15000,
-                        86400000),
-    CRPCI_LIFECYCLE_ROW(directory.must_connect, "must_connect", 0, 0, 0, 1),
-    CRPCI_LIFECYCLE_NUMBER(weight, 100, 0, 1000000),
-    CRPCI_LIFECYCLE_NUMBER(warmup_ms, 0, 0, 86400000),
-    CRPCI_LIFECYCLE_NUMBER(io_threads, 0, 0, 1024),
-    CRPCI_LIFECYCLE_NUMBER(workers, 0, 0, 1024),
-    CRPCI_LIFECYCLE_NUMBER(worker_queue, 1024, 0, CRPCI_OPTION_ANY),
-    CRPCI_OPTION_ROW(crpc_server_options, worker_stack, "worker_stack", NULL, 0, 256 << 10, 0,
-                     16384, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_POLICY(ordered, 0, -1, 1),
-    CRPCI_LIFECYCLE_NUMBER(max_concurrency, 8192, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_NUMBER(max_connections, 1024, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
-    CRPCI_LIFECYCLE_ROW(limits.max_queued, "max_queued", 0, 4 << 20, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_NUMBER(max_skip, 256 << 20, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_POLICY(rate_per_client, 0, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_NUMBER(burst_per_client, 0, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_POLICY(replay_entries, 0, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_NUMBER(replay_ms, 60000, 0, 86400000),
-    CRPCI_LIFECYCLE_NUMBER(replay_bytes, 4 << 20, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_NUMBER(idle_timeout_ms, 0, 0, 86400000),
-    CRPCI_LIFECYCLE_NUMBER(frame_timeout_ms, 30000, 0, 86400000),
-    CRPCI_LIFECYCLE_NUMBER(lame_ms, 1000, 0, 86400000),
-    CRPCI_LIFECYCLE_NUMBER(drain_ms, 5000, 0, 86400000),
-};
-
-static const crpci_options crpci_lifecycle_options = {CRPCI_OPTIONS_OF(crpci_lifecycle_rows)};
-
-CRPC_API int crpc_server_options_parse(char *text, crpc_server_options *options, crpc_error *error)
-{
-    crpci_options_target to[] = {{&crpci_lifecycle_options, options, 0},
-                                 {&crpci_drive_options, &options->loops, 0}};
-    return crpci_options_lines(to, 2, text, error);
-}
-
 /* Checks options before anything is allocated, so that a wrong one costs nothing to undo. */
 CRPCI_COLD int crpci_lifecycle_check(const crpc_server_options *o, crpc_error *error)
 {
@@ -23981,6 +23968,8 @@ CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_opti
     snprintf(s->io.thread_name, sizeof s->io.thread_name, "%s",
              in->loops.thread_name ? in->loops.thread_name : "crpc-io");
     crpci_options_fill(&crpci_lifecycle_options, o);
+    if (!o->directory.application)
+        o->directory.application = "crpc";
     s->max_serving = o->max_concurrency ? (uint32_t)o->max_concurrency : INT32_MAX;
     if (!in->max_concurrency && o->io_threads)
         s->max_serving *= (uint32_t)o->io_threads;
@@ -24033,14 +24022,7 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     crpci_loop_task_init(&s->drain.close_task, crpci_lifecycle_close_task);
     crpci_lifecycle_configure(s, &o);
     s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    if (!crpci_lifecycle_copy(s->heap, &s->enrolment.url, o.registry) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.advertise, o.advertise) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.credential, o.directory.credential) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.group, o.directory.group) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.version, o.directory.version) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.application,
-                              o.directory.application ? o.directory.application : "crpc") ||
-        (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
+    if (crpci_lifecycle_copy_texts(s) || (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
         err = crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
     if (!err && o.registry)
 #if CRPCI_DIRECTORY
@@ -24130,7 +24112,7 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
                                 "server: cannot wait for connections on its listeners: %s",
                                 crpc_status_text(err));
 #if CRPCI_DIRECTORY
-    if (s->enrolment.url) {
+    if (s->options.registry) {
         err = crpci_enrolment_start(s, error);
         err = err ? err : crpci_enrolment_await(s, error);
     }
@@ -24182,21 +24164,15 @@ CRPC_API crpc_loop *crpc_server_loop(crpc_server *s)
 
 CRPC_API void crpc_server_stats_get(crpc_server *s, crpc_loop_stats *stats)
 {
-    size_t i;
+    const size_t first = offsetof(crpc_loop_stats, waits);
+    const size_t last = offsetof(crpc_loop_stats, limited);
+    size_t i, at;
     crpc_loop_stats_get(s->loop, stats);
     for (i = 0; i < s->io.count; i++) {
         crpc_loop_stats one;
         crpc_loop_stats_get(s->io.loops[i], &one);
-        stats->waits += one.waits;
-        stats->sends += one.sends;
-        stats->receives += one.receives;
-        stats->wakeups += one.wakeups;
-        stats->promotions += one.promotions;
-        stats->late_replies += one.late_replies;
-        stats->bad_frames += one.bad_frames;
-        stats->calls += one.calls;
-        stats->requests += one.requests;
-        stats->limited += one.limited;
+        for (at = first; at <= last; at += sizeof(uint64_t)) /* all members between are counters */
+            *(uint64_t *)(void *)((char *)stats + at) += *(uint64_t *)(void *)((char *)&one + at);
         stats->connections += one.connections;
         stats->pending += one.pending;
         stats->watches += one.watches;
