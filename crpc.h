@@ -8511,36 +8511,31 @@ CRPCI_FN void crpci_conn_out_orphan(crpci_out *o)
 /* A short text for a connection's errno, 0 included, which means end of input. */
 CRPCI_COLD const char *crpci_conn_errno_text(int e)
 {
+    static const struct {
+        int number;
+        const char *text;
+    } known[] = {{0, "closed by the peer"},
+                 {ECONNREFUSED, "connection refused"},
+                 {ECONNRESET, "connection reset by the peer"},
+                 {EPIPE, "connection reset by the peer"},
+                 {ETIMEDOUT, "no answer from the peer's host"},
+                 {EHOSTUNREACH, "host or network unreachable"},
+                 {ENETUNREACH, "host or network unreachable"},
+                 {EMFILE, "too many open files"},
+                 {ENFILE, "too many open files"},
+                 {ENOENT, "no such socket file"},
+                 {EACCES, "not permitted"},
+                 {EPERM, "not permitted"},
+                 {EADDRNOTAVAIL, "no local port or address available"},
+                 {EADDRINUSE, "address already in use"}};
+    size_t i;
     if (!CRPC_ENABLE_TEXTS)
         return "";
-    switch (e) {
-    case 0:
-        return "closed by the peer";
-    case ECONNREFUSED:
-        return "connection refused";
-    case ECONNRESET:
-    case EPIPE:
-        return "connection reset by the peer";
-    case ETIMEDOUT:
-        return "no answer from the peer's host";
-    case EHOSTUNREACH:
-    case ENETUNREACH:
-        return "host or network unreachable";
-    case EMFILE:
-    case ENFILE:
-        return "too many open files";
-    case ENOENT:
-        return "no such socket file";
-    case EACCES:
-    case EPERM:
-        return "not permitted";
-    case EADDRNOTAVAIL:
-        return "no local port or address available";
-    case EADDRINUSE:
-        return "address already in use";
-    default:
-        return "system error";
+    for (i = 0; i < sizeof known / sizeof *known; i++) {
+        if (known[i].number == e)
+            return known[i].text;
     }
+    return "system error";
 }
 
 /* Keeps the struct alive over a call that may close the connection. The loop holds one reference
@@ -9106,43 +9101,26 @@ CRPCI_FN size_t crpci_receive_parse(crpci_conn *c, crpci_chunk *chunk, const uin
     return c->protocol->feed(c, chunk, p, n);
 }
 
-/* Buffers the first `have` bytes of a message. The full size is allocated at once only when a good
- * part of it has arrived: a peer must not reserve memory by announcing large sizes. */
-CRPCI_FN bool crpci_receive_begin(crpci_conn *c, const uint8_t *p, size_t have)
+/* Moves the first `have` bytes of a message into a new, larger c->rx. The full size is allocated at
+ * once only when a good part of it has arrived: a peer must not reserve memory by announcing large
+ * sizes. False: out of memory, and the connection was closed. */
+CRPCI_FN bool crpci_receive_reserve(crpci_conn *c, const uint8_t *p, size_t have)
 {
     size_t cap = c->rx_total;
+    crpci_chunk *chunk;
     if (cap > CRPCI_CONN_READ && have < CRPCI_CONN_READ / 2)
         cap = CRPCI_CONN_READ;
-    c->rx = crpci_heap_chunk(c->loop->heap, cap);
-    if (!c->rx) {
+    chunk = crpci_heap_chunk(c->loop->heap, cap);
+    if (!chunk) {
         crpci_conn_close(c, CRPC_ENOMEM, 0);
         return false;
     }
-    memcpy(crpci_heap_data(c->rx), p, have);
-    crpci_receive_begun(c);
+    memcpy(crpci_heap_data(chunk), p, have);
+    crpci_heap_chunk_unref(c->rx);
+    c->rx = chunk;
     c->rx_len = have;
     c->rx_need = cap;
     return true;
-}
-
-/* Enlarges c->rx towards the size that the protocol asked for, under the same rule. */
-CRPCI_FN void crpci_receive_grow(crpci_conn *c)
-{
-    crpci_chunk *bigger;
-    size_t cap = c->rx_total;
-    if (c->rx_total > c->rx->cap) {
-        if (cap > CRPCI_CONN_READ && c->rx_len < CRPCI_CONN_READ / 2)
-            cap = CRPCI_CONN_READ;
-        bigger = crpci_heap_chunk(c->loop->heap, cap);
-        if (!bigger) {
-            crpci_conn_close(c, CRPC_ENOMEM, 0);
-            return;
-        }
-        memcpy(crpci_heap_data(bigger), crpci_heap_data(c->rx), c->rx_len);
-        crpci_heap_chunk_unref(c->rx);
-        c->rx = bigger;
-    }
-    c->rx_need = crpci_base_min(c->rx_total, c->rx->cap);
 }
 
 /* c->rx holds the bytes that were asked for: parses them, and grows if the protocol needs more. */
@@ -9157,7 +9135,9 @@ CRPCI_FN void crpci_receive_full(crpci_conn *c)
         }
         c->rx = chunk;
     }
-    crpci_receive_grow(c);
+    c->rx_need = c->rx_total;
+    if (c->rx_total > chunk->cap)
+        crpci_receive_reserve(c, crpci_heap_data(chunk), c->rx_len);
 }
 
 /* Takes one piece of input: a whole message in place, or bytes that begin or continue c->rx.
@@ -9180,9 +9160,10 @@ CRPCI_FN size_t crpci_receive_feed_one(crpci_conn *c, crpci_chunk *chunk, const 
         return n;
     }
     used = crpci_receive_parse(c, chunk, p, n);
-    if (CRPCI_LIKELY(used) || c->closed)
+    if (CRPCI_LIKELY(used) || c->closed || !crpci_receive_reserve(c, p, n))
         return used;
-    return crpci_receive_begin(c, p, n) ? n : 0;
+    crpci_receive_begun(c);
+    return n;
 }
 
 /* Takes input until the step's budget is used up or the connection pauses; the rest waits in
@@ -21132,18 +21113,16 @@ CRPCI_FN bool crpci_service_named(const char *name, crpc_view v)
     return strlen(name) == n && memcmp(name, crpc_view_data(v), n) == 0;
 }
 
-/* Looks a service up by its full name, then by its short name, as brpc does. A server has few
+/* Looks a service up by its full or its short name, as brpc does. The name without a dot of one
+ * service is the short name of no other, so the first that fits is the right one. A server has few
  * services, and a connection remembers the method of its last request: a table would gain nothing.
  */
 CRPCI_FN const crpci_service *crpci_service_find(const crpci_service_map *map, crpc_view name)
 {
     size_t i;
     for (i = 0; i < map->count; i++) {
-        if (crpci_service_named(map->items[i].table->name, name))
-            return &map->items[i];
-    }
-    for (i = 0; i < map->count; i++) {
-        if (crpci_service_named(map->items[i].short_name, name))
+        if (crpci_service_named(map->items[i].table->name, name) ||
+            crpci_service_named(map->items[i].short_name, name))
             return &map->items[i];
     }
     return NULL;
@@ -21878,6 +21857,7 @@ struct crpc_server {
         crpci_backend *registry;
         struct crpci_enrolment *items; /* one a service */
         size_t count;
+        size_t missing; /* services that the registry has not confirmed yet */
         crpci_waiter *waiter; /* crpc_server_start waits for all of them */
         char text[CRPC_ERROR_TEXT_MAX]; /* why the last registration failed */
     } enrolment;
@@ -22002,28 +21982,18 @@ CRPCI_COLD CRPC_PRINTF(2, 0) void crpci_context_vexplain(crpc_context *x, const 
  * reply has the name of its status. The texts of handlers are always sent. */
 #if CRPC_ENABLE_TEXTS
 #define crpci_context_error crpc_context_error
-
-CRPCI_COLD CRPC_PRINTF(2, 3) void crpci_context_explain(crpc_context *x, const char *format, ...)
-{
-    va_list ap;
-    va_start(ap, format);
-    crpci_context_vexplain(x, format, ap);
-    va_end(ap);
-}
 #else
 #define crpci_context_error(x, status, ...)                                                        \
     (0 ? crpc_context_error(x, status, __VA_ARGS__) : (status))
-#define crpci_context_explain(x, ...) ((void)crpci_context_error(x, 0, __VA_ARGS__))
 #endif
 
 CRPC_API int crpc_context_fail(crpc_context *x, int app_code, const char *format, ...)
 {
     va_list ap;
-    if (crpci_status_reserved(app_code)) {
-        crpci_context_explain(x, "crpc_context_fail: code %d is reserved (0-199, 1000-3999)",
-                              app_code);
-        return CRPC_EINTERNAL;
-    }
+    if (crpci_status_reserved(app_code))
+        return crpci_context_error(x, CRPC_EINTERNAL,
+                                   "crpc_context_fail: code %d is reserved (0-199, 1000-3999)",
+                                   app_code);
     x->app_code = app_code;
     va_start(ap, format);
     crpci_context_vexplain(x, format, ap);
@@ -22068,9 +22038,9 @@ CRPCI_FN int crpci_context_encode_response(crpc_context *x, crpci_message_out *o
         err = CRPC_ECODEC;
         why = CRPCI_STATUS_TEXT("it is over 2 GiB with its attachment");
     }
-    if (err)
-        crpci_context_explain(x, "the response could not be encoded: %s", why);
-    return err ? CRPC_EINTERNAL : CRPC_OK;
+    return CRPCI_LIKELY(!err) ? CRPC_OK
+                              : crpci_context_error(x, CRPC_EINTERNAL,
+                                                    "the response could not be encoded: %s", why);
 }
 
 /* Builds the reply of a finished request, and says in *m what it consists of. Layout from `front`:
@@ -22251,16 +22221,15 @@ CRPCI_FN int crpci_context_code(crpc_context *x, int status)
         return x->app_code;
     if (status > 199 && crpci_status_reserved(status))
         return status;
-    crpci_context_explain(x,
-                          "the handler returned %d, which is no crpc_status; an application's "
-                          "code is set with crpc_context_fail",
-                          status);
-    return CRPC_EINTERNAL;
+    return crpci_context_error(x, CRPC_EINTERNAL,
+                               "the handler returned %d, which is no crpc_status; an "
+                               "application's code is set with crpc_context_fail",
+                               status);
 }
 
 /* Ends a request of a server that has stopped. crpc_server_close may have returned, so services and
  * interceptors of the program must not be touched; the reply is dropped. */
-CRPCI_COLD int crpci_context_too_late(crpc_context *x)
+CRPCI_COLD void crpci_context_too_late(crpc_context *x)
 {
     crpc_server *s = x->server;
     crpc_loop *l = x->loop;
@@ -22274,7 +22243,6 @@ CRPCI_COLD int crpci_context_too_late(crpc_context *x)
     crpci_loop_unlock(l);
     if (last)
         crpci_context_release(s, l);
-    return CRPC_EGONE;
 }
 
 /* The rest of a request's end, kept on the stack after its context is gone. */
@@ -22288,13 +22256,17 @@ typedef struct crpci_context_outcome {
 } crpci_context_outcome;
 
 /* Ends a request up to the queueing of its reply: runs the interceptors' `after` in reverse order,
- * encodes the reply and frees the context. Without the lock, because encoding may take long. */
-CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int status)
+ * encodes the reply and frees the context. Without the lock, because encoding may take long. False:
+ * the server has stopped, and there is nothing left to do. */
+CRPCI_FN bool crpci_context_conclude(crpc_context *x, int status, crpci_context_outcome *end)
 {
     const crpc_server *s = x->server;
-    crpci_context_outcome end;
     crpci_message m;
     int code;
+    if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) == CRPCI_SERVER_STOPPED)) {
+        crpci_context_too_late(x);
+        return false;
+    }
     while (x->intercepted) {
         const crpc_server_interceptor *i = &s->options.interceptors[--x->intercepted];
         if (i->after)
@@ -22305,16 +22277,16 @@ CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int statu
         crpc_context_add_field(x, CRPCI_MESSAGE_APP_FIELD, "1"))
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
                        "server: out of memory: a client takes the handler's error for crpc's own");
-    end.server = x->server;
-    end.loop = x->loop;
-    end.conn = x->conn;
-    end.turn = x->turn;
-    end.bytes = x->chunk;
-    end.reply = CRPCI_LIKELY(!crpci_context_guarded(x)) ? crpci_context_encode(x, code, &m)
-                                                        : s->guard.ops->encode(x, code);
+    end->server = x->server;
+    end->loop = x->loop;
+    end->conn = x->conn;
+    end->turn = x->turn;
+    end->bytes = x->chunk;
+    end->reply = CRPCI_LIKELY(!crpci_context_guarded(x)) ? crpci_context_encode(x, code, &m)
+                                                         : s->guard.ops->encode(x, code);
     x->chunk = NULL;
     crpci_context_free(x);
-    return end;
+    return true;
 }
 
 /* Queues the reply; the caller or the driver sends it. Locked. The connection may have closed in
@@ -22346,9 +22318,8 @@ CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
 {
     crpci_context_outcome end;
     bool gone, last;
-    if (CRPCI_UNLIKELY(crpci_thread_load(&x->server->state) == CRPCI_SERVER_STOPPED))
-        return crpci_context_too_late(x);
-    end = crpci_context_conclude(x, status);
+    if (!crpci_context_conclude(x, status, &end))
+        return CRPC_EGONE;
     crpci_loop_lock(end.loop);
     gone = end.conn->closed;
     last = crpci_context_reply(&end);
@@ -22400,18 +22371,12 @@ CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
 {
     crpci_context_outcome end;
     int status;
-    bool now = false;
+    bool due;
     crpci_loop_user_begin(l);
     status = crpci_context_serve(x);
-    if (CRPCI_UNLIKELY(status != CRPC_EPENDING &&
-                       crpci_thread_load(&x->server->state) == CRPCI_SERVER_STOPPED)) {
-        crpci_context_too_late(x);
-    } else if (status != CRPC_EPENDING) {
-        end = crpci_context_conclude(x, status);
-        now = true;
-    }
+    due = status != CRPC_EPENDING && crpci_context_conclude(x, status, &end);
     crpci_loop_user_end(l);
-    if (now && crpci_context_reply(&end))
+    if (due && crpci_context_reply(&end))
         crpci_context_release(end.server, l); /* the loop works for it: not the last reference */
 }
 
@@ -22459,15 +22424,7 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     if (!block)
         return NULL;
     x = (crpc_context *)(void *)crpci_heap_data(block);
-    memset((char *)x + at, 0, reply_at - at);
-    memset(&x->fields, 0, sizeof x->fields);
-    x->guard = NULL;
-    x->intercepted = 0;
-    x->app_code = 0;
-    x->extra = x->attachment_chunk = NULL;
-    x->text = x->peer = NULL;
-    x->attachment = x->credential = crpc_view_of(NULL, 0);
-    x->origin.log_id = x->origin.trace_id = x->origin.span_id = 0;
+    memset(x, 0, reply_at);
     x->block = block;
     x->request = (char *)x + at;
     x->response = (char *)x + response_at;
@@ -23121,12 +23078,6 @@ CRPCI_FN void crpci_intake_on_closed(crpci_conn *conn)
     __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
 }
 
-/* Only dialled connections open; a server's are accepted. */
-CRPCI_FN void crpci_intake_on_opened(crpci_conn *conn)
-{
-    (void)conn;
-}
-
 /* Closes a connection that was idle for idle_timeout_ms, whose request has not arrived whole within
  * frame_timeout_ms, or which ended its input and does not read its replies. A paused connection is
  * not read, so its peer is not to blame for a partial request. */
@@ -23156,8 +23107,13 @@ CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
 }
 
 static const crpci_conn_events crpci_intake_events = {
-    crpci_intake_on_opened, crpci_intake_on_message, crpci_intake_on_oversize, crpci_intake_on_sent,
-    crpci_intake_on_eof,    crpci_intake_on_closed,  crpci_intake_on_timer};
+    NULL, /* only dialled connections open */
+    crpci_intake_on_message,
+    crpci_intake_on_oversize,
+    crpci_intake_on_sent,
+    crpci_intake_on_eof,
+    crpci_intake_on_closed,
+    crpci_intake_on_timer};
 
 /* Closes the server's connections on a loop, which other servers and channels may share. Locked.
  * Returns false, as crpci_lifecycle_any wants to hear. */
@@ -23222,14 +23178,11 @@ CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
         return;
     }
     crpci_loop_lock(l);
-    crpci_thread_ref(&s->connections);
     if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
         close(fd); /* the state was set before this loop was locked to close its connections, so a
                     * connection is either refused here or closed there */
-        __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
-    } else if (crpci_connect_new(l, fd, false, &crpci_intake_events, s, &conn)) {
-        __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
-    } else {
+    } else if (!crpci_connect_new(l, fd, false, &crpci_intake_events, s, &conn)) {
+        crpci_thread_ref(&s->connections);
         conn->protocols = crpci_protocols;
         conn->max_body = (uint32_t)s->options.limits.max_body;
         conn->max_skip = s->options.max_skip;
@@ -23472,16 +23425,14 @@ CRPCI_FN void crpci_enrolment_on_status(void *user, int status, const char *text
 {
     crpci_enrolment *e = (crpci_enrolment *)user;
     crpc_server *s = e->server;
-    size_t i, through = 0;
     crpci_loop_lock(s->loop);
-    if (!status)
-        e->through = true;
-    else
+    if (status) {
         snprintf(s->enrolment.text, sizeof s->enrolment.text, "%s", text ? text : "");
-    for (i = 0; i < s->enrolment.count; i++)
-        through += s->enrolment.items[i].through;
-    if (through == s->enrolment.count && s->enrolment.waiter)
-        crpci_drive_end_wait(s->loop, s->enrolment.waiter);
+    } else if (!e->through) {
+        e->through = true;
+        if (--s->enrolment.missing == 0 && s->enrolment.waiter)
+            crpci_drive_end_wait(s->loop, s->enrolment.waiter);
+    }
     crpci_loop_unlock(s->loop);
 }
 
@@ -23572,7 +23523,7 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
         s->heap, s->services.count * sizeof *s->enrolment.items);
     if (!s->enrolment.items && s->services.count)
         return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
-    s->enrolment.count = s->services.count;
+    s->enrolment.count = s->enrolment.missing = s->services.count;
     methods = (char *)crpci_heap_alloc(s->heap, room);
     if (!methods)
         return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
@@ -23605,20 +23556,15 @@ CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
     crpc_loop *l = s->loop;
     int64_t ms = s->options.directory.timeout_ms;
     crpci_waiter w;
-    size_t i, through = 0;
     int err = CRPC_OK;
     memset(&w, 0, sizeof w);
     crpci_loop_lock(l);
-    for (i = 0; i < s->enrolment.count; i++)
-        through += s->enrolment.items[i].through;
-    if (through < s->enrolment.count && ms && !crpci_loop_in_callback(l)) {
+    if (s->enrolment.missing && ms && !crpci_loop_in_callback(l)) {
         s->enrolment.waiter = &w;
         crpci_drive_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
         s->enrolment.waiter = NULL;
-        for (i = 0, through = 0; i < s->enrolment.count; i++)
-            through += s->enrolment.items[i].through;
     }
-    if (through < s->enrolment.count && s->options.directory.must_connect)
+    if (s->enrolment.missing && s->options.directory.must_connect)
         err = crpci_status_set(error, CRPC_EREGISTRY,
                                "%.80s: not registered within %d ms (registry_timeout_ms)%s%.100s",
                                s->options.registry, (int)ms, *s->enrolment.text ? ": " : "",
