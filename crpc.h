@@ -7129,9 +7129,9 @@ typedef struct crpci_limiter_auto {
     int64_t sum_us;     /* of the samples' latencies */
     int64_t window_us;  /* when this window began; 0: none has */
     int64_t sample_us;  /* when the last sample was taken */
-    int64_t free_us;    /* latency without a queue; 0: not measured */
-    int64_t free_was;   /* its value from the measurement before */
-    int64_t qps;        /* the most replies a second, fading; in thousandths */
+    uint32_t free_us;   /* latency without a queue; 0: not measured */
+    uint32_t free_was;  /* its value from the measurement before */
+    uint32_t qps;       /* the most replies a second, fading; in thousandths */
     int64_t anew_us;    /* when to measure free_us anew; 0: not planned */
     int64_t drained_us; /* while it is measured: when the queue will be gone; 0: it is not */
 } crpci_limiter_auto;
@@ -7184,9 +7184,9 @@ CRPCI_FN void crpci_limiter_auto_plan(crpci_limiter_auto *a, int64_t now_us)
 }
 
 /* Takes the averages of a full window into the two measured numbers. */
-CRPCI_FN void crpci_limiter_auto_measure(crpci_limiter_auto *a, int64_t avg_us, int64_t qps)
+CRPCI_FN void crpci_limiter_auto_measure(crpci_limiter_auto *a, uint32_t avg_us, uint32_t qps)
 {
-    int64_t part = a->refused ? 20 : 100;
+    uint32_t part = a->refused ? 20 : 100;
     if (!a->free_us) {
         a->free_us = avg_us;
         a->soon = !a->free_was || avg_us < a->free_was - a->free_was / 5;
@@ -7201,21 +7201,23 @@ CRPCI_FN void crpci_limiter_auto_measure(crpci_limiter_auto *a, int64_t avg_us, 
 CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
 {
     int64_t passed = now_us > a->window_us ? now_us - a->window_us : 1;
-    int64_t avg_us = (a->sum_us + a->ok - 1) / a->ok; /* the failures' time counts too */
-    int64_t qps =
-        crpci_base_min64((int64_t)a->replies * 1000000000 / passed, CRPCI_LIMITER_QPS_MOST);
-    int64_t percent, limit;
+    /* the failures' time counts too */
+    uint32_t avg_us = (uint32_t)crpci_base_min64((a->sum_us + a->ok - 1) / a->ok,
+                                                 CRPCI_LIMITER_LATENCY_MOST);
+    uint32_t qps = (uint32_t)crpci_base_min64((int64_t)a->replies * 1000000000 / passed,
+                                              CRPCI_LIMITER_QPS_MOST);
+    uint32_t percent;
+    int64_t limit;
     bool quick;
-    avg_us = crpci_base_min64(avg_us, CRPCI_LIMITER_LATENCY_MOST);
     crpci_limiter_auto_measure(a, avg_us, qps);
-    quick = avg_us * 100 <= a->free_us * (100 + CRPCI_LIMITER_EXPLORE_LEAST);
+    quick = (uint64_t)avg_us * 100 <= (uint64_t)a->free_us * (100 + CRPCI_LIMITER_EXPLORE_LEAST);
     if (!a->anew_us)
         crpci_limiter_auto_plan(a, now_us);
     if (now_us >= a->anew_us) {
         percent = a->refused ? 50 : 90;
         a->drained_us = now_us + avg_us * 2;
     } else {
-        if (quick || qps * (100 + CRPCI_LIMITER_EXPLORE_LEAST) <= a->qps * 100)
+        if (quick || (uint64_t)qps * (100 + CRPCI_LIMITER_EXPLORE_LEAST) <= (uint64_t)a->qps * 100)
             a->explore = (uint8_t)(a->explore + CRPCI_LIMITER_EXPLORE_STEP);
         else
             a->explore = (uint8_t)(a->explore - CRPCI_LIMITER_EXPLORE_STEP);
@@ -7226,7 +7228,7 @@ CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
         percent = 100 + a->explore;
     }
     /* both factors are below 2^30, so this is below 2^60 */
-    limit = (a->free_us * a->qps / 1000 * percent + 99999999) / 100000000;
+    limit = ((int64_t)a->free_us * a->qps / 1000 * percent + 99999999) / 100000000;
     if (limit < (int64_t)a->limit && a->peak < a->limit && avg_us * 2 <= a->free_us * 3)
         return; /* the calls did not reach the limit, and latency was low */
     crpci_limiter_auto_set(a, limit);
@@ -23598,95 +23600,6 @@ CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
 
 #define CRPCI_LIFECYCLE_TICK 10000 /* microseconds between two checks of a drain */
 
-/* --- options ---------------------------------------------------------------------------------- */
-
-/* The options of a server: what 0 and -1 stand for, the largest value; the least is 1. The same
- * rows serve defaults, checks and crpc_server_options_parse. */
-#define CRPCI_LIFECYCLE_ROW(member, name, flags, zero, none, most)                                 \
-    CRPCI_OPTION_ROW(crpc_server_options, member, name, NULL, flags, zero, none, 1, most)
-#define CRPCI_LIFECYCLE_NUMBER(member, zero, none, most)                                           \
-    CRPCI_LIFECYCLE_ROW(member, #member, 0, zero, none, most)
-#define CRPCI_LIFECYCLE_POLICY(member, zero, none, most)                                           \
-    CRPCI_LIFECYCLE_ROW(member, #member, CRPCI_OPTION_POLICY, zero, none, most)
-#define CRPCI_LIFECYCLE_TEXT(member, name, flags)                                                  \
-    CRPCI_LIFECYCLE_ROW(member, name, CRPCI_OPTION_TEXT | (flags), 0, 0, 0)
-
-static const crpci_option crpci_lifecycle_rows[] = {
-    CRPCI_LIFECYCLE_TEXT(listen, "listen", 0),
-    CRPCI_LIFECYCLE_TEXT(registry, "registry", 0),
-    CRPCI_LIFECYCLE_TEXT(advertise, "advertise", 0),
-    CRPCI_LIFECYCLE_TEXT(directory.group, "group", 0),
-    CRPCI_LIFECYCLE_TEXT(directory.version, "version", 0),
-    CRPCI_LIFECYCLE_TEXT(directory.application, "application", 0),
-    CRPCI_LIFECYCLE_TEXT(directory.credential, "registry_credential", CRPCI_OPTION_SECRET),
-    CRPCI_LIFECYCLE_ROW(directory.timeout_ms, "registry_timeout_ms", 0, 3000, 0, 86400000),
-    CRPCI_LIFECYCLE_ROW(directory.session_timeout_ms, "session_timeout_ms", 0, 15000, 15000,
-                        86400000),
-    CRPCI_LIFECYCLE_ROW(directory.must_connect, "must_connect", 0, 0, 0, 1),
-    CRPCI_LIFECYCLE_NUMBER(weight, 100, 0, 1000000),
-    CRPCI_LIFECYCLE_NUMBER(warmup_ms, 0, 0, 86400000),
-    CRPCI_LIFECYCLE_NUMBER(io_threads, 0, 0, 1024),
-    CRPCI_LIFECYCLE_NUMBER(workers, 0, 0, 1024),
-    CRPCI_LIFECYCLE_NUMBER(worker_queue, 1024, 0, CRPCI_OPTION_ANY),
-    CRPCI_OPTION_ROW(crpc_server_options, worker_stack, "worker_stack", NULL, 0, 256 << 10, 0,
-                     16384, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_POLICY(ordered, 0, -1, 1),
-    CRPCI_LIFECYCLE_NUMBER(max_concurrency, 8192, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_NUMBER(max_connections, 1024, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
-    CRPCI_LIFECYCLE_ROW(limits.max_queued, "max_queued", 0, 4 << 20, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_NUMBER(max_skip, 256 << 20, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_POLICY(rate_per_client, 0, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_NUMBER(burst_per_client, 0, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_POLICY(replay_entries, 0, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_NUMBER(replay_ms, 60000, 0, 86400000),
-    CRPCI_LIFECYCLE_NUMBER(replay_bytes, 4 << 20, 0, CRPCI_OPTION_ANY),
-    CRPCI_LIFECYCLE_NUMBER(idle_timeout_ms, 0, 0, 86400000),
-    CRPCI_LIFECYCLE_NUMBER(frame_timeout_ms, 30000, 0, 86400000),
-    CRPCI_LIFECYCLE_NUMBER(lame_ms, 1000, 0, 86400000),
-    CRPCI_LIFECYCLE_NUMBER(drain_ms, 5000, 0, 86400000),
-};
-
-static const crpci_options crpci_lifecycle_options = {CRPCI_OPTIONS_OF(crpci_lifecycle_rows)};
-
-CRPC_API int crpc_server_options_parse(char *text, crpc_server_options *options, crpc_error *error)
-{
-    crpci_options_target to[] = {{&crpci_lifecycle_options, options, 0},
-                                 {&crpci_drive_options, &options->loops, 0}};
-    return crpci_options_lines(to, 2, text, error);
-}
-
-/* Replaces the texts of the options by copies, because the program may free its own. CRPC_ENOMEM:
- * some are NULL now. */
-CRPCI_COLD int crpci_lifecycle_copy_texts(crpc_server *s)
-{
-    size_t i;
-    int err = CRPC_OK;
-    for (i = 0; i < crpci_lifecycle_options.count; i++) {
-        char *at = (char *)&s->options + crpci_lifecycle_rows[i].offset, *copy;
-        const char *text;
-        if (!(crpci_lifecycle_rows[i].flags & CRPCI_OPTION_TEXT))
-            continue;
-        memcpy(&text, at, sizeof text);
-        copy = text ? crpci_heap_strndup(s->heap, text, strlen(text)) : NULL;
-        memcpy(at, &copy, sizeof copy);
-        err = text && !copy ? CRPC_ENOMEM : err;
-    }
-    return err;
-}
-
-CRPCI_COLD void crpci_lifecycle_free_texts(crpc_server *s)
-{
-    size_t i;
-    for (i = 0; i < crpci_lifecycle_options.count; i++) {
-        char *text;
-        if (!(crpci_lifecycle_rows[i].flags & CRPCI_OPTION_TEXT))
-            continue;
-        memcpy(&text, (char *)&s->options + crpci_lifecycle_rows[i].offset, sizeof text);
-        crpci_heap_strfree(s->heap, text);
-    }
-}
-
 /* --- stopping --------------------------------------------------------------------------------- */
 
 /* Asks `what` about each loop of the server until one answers true. No lock is held: two loops are
@@ -23791,20 +23704,6 @@ CRPCI_FN void crpci_lifecycle_await_stop(crpc_server *s)
 
 /* --- closing ---------------------------------------------------------------------------------- */
 
-/* Frees the struct when the last reference has gone: that of the program, or of a request that
- * ended after the close. Any thread; no lock is held. */
-CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
-{
-    crpci_heap *h = s->heap;
-    crpci_service_free(&s->services, h);
-    if (CRPC_ENABLE_POLICY)
-        crpci_guard_close(s);
-    crpci_heap_free(h, s->enrolment.items, s->enrolment.count * sizeof *s->enrolment.items);
-    crpci_lifecycle_free_texts(s);
-    crpci_heap_retire(h, s, sizeof *s);
-    crpci_heap_unref(h);
-}
-
 CRPCI_FN bool crpci_lifecycle_calls_back(crpc_server *s, crpc_loop *l)
 {
     (void)s;
@@ -23895,6 +23794,62 @@ CRPC_API void crpc_server_close(crpc_server *s)
 
 /* --- opening and starting --------------------------------------------------------------------- */
 
+/* The options of a server: what 0 and -1 stand for, the largest value; the least is 1. The same
+ * rows serve defaults, checks and crpc_server_options_parse. */
+#define CRPCI_LIFECYCLE_ROW(member, name, flags, zero, none, most)                                 \
+    CRPCI_OPTION_ROW(crpc_server_options, member, name, NULL, flags, zero, none, 1, most)
+#define CRPCI_LIFECYCLE_NUMBER(member, zero, none, most)                                           \
+    CRPCI_LIFECYCLE_ROW(member, #member, 0, zero, none, most)
+#define CRPCI_LIFECYCLE_POLICY(member, zero, none, most)                                           \
+    CRPCI_LIFECYCLE_ROW(member, #member, CRPCI_OPTION_POLICY, zero, none, most)
+#define CRPCI_LIFECYCLE_TEXT(member, name, flags)                                                  \
+    CRPCI_LIFECYCLE_ROW(member, name, CRPCI_OPTION_TEXT | (flags), 0, 0, 0)
+
+static const crpci_option crpci_lifecycle_rows[] = {
+    CRPCI_LIFECYCLE_TEXT(listen, "listen", 0),
+    CRPCI_LIFECYCLE_TEXT(registry, "registry", 0),
+    CRPCI_LIFECYCLE_TEXT(advertise, "advertise", 0),
+    CRPCI_LIFECYCLE_TEXT(directory.group, "group", 0),
+    CRPCI_LIFECYCLE_TEXT(directory.version, "version", 0),
+    CRPCI_LIFECYCLE_TEXT(directory.application, "application", 0),
+    CRPCI_LIFECYCLE_TEXT(directory.credential, "registry_credential", CRPCI_OPTION_SECRET),
+    CRPCI_LIFECYCLE_ROW(directory.timeout_ms, "registry_timeout_ms", 0, 3000, 0, 86400000),
+    CRPCI_LIFECYCLE_ROW(directory.session_timeout_ms, "session_timeout_ms", 0, 15000, 15000,
+                        86400000),
+    CRPCI_LIFECYCLE_ROW(directory.must_connect, "must_connect", 0, 0, 0, 1),
+    CRPCI_LIFECYCLE_NUMBER(weight, 100, 0, 1000000),
+    CRPCI_LIFECYCLE_NUMBER(warmup_ms, 0, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(io_threads, 0, 0, 1024),
+    CRPCI_LIFECYCLE_NUMBER(workers, 0, 0, 1024),
+    CRPCI_LIFECYCLE_NUMBER(worker_queue, 1024, 0, CRPCI_OPTION_ANY),
+    CRPCI_OPTION_ROW(crpc_server_options, worker_stack, "worker_stack", NULL, 0, 256 << 10, 0,
+                     16384, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_POLICY(ordered, 0, -1, 1),
+    CRPCI_LIFECYCLE_NUMBER(max_concurrency, 8192, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(max_connections, 1024, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
+    CRPCI_LIFECYCLE_ROW(limits.max_queued, "max_queued", 0, 4 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(max_skip, 256 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_POLICY(rate_per_client, 0, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(burst_per_client, 0, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_POLICY(replay_entries, 0, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(replay_ms, 60000, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(replay_bytes, 4 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(idle_timeout_ms, 0, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(frame_timeout_ms, 30000, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(lame_ms, 1000, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(drain_ms, 5000, 0, 86400000),
+};
+
+static const crpci_options crpci_lifecycle_options = {CRPCI_OPTIONS_OF(crpci_lifecycle_rows)};
+
+CRPC_API int crpc_server_options_parse(char *text, crpc_server_options *options, crpc_error *error)
+{
+    crpci_options_target to[] = {{&crpci_lifecycle_options, options, 0},
+                                 {&crpci_drive_options, &options->loops, 0}};
+    return crpci_options_lines(to, 2, text, error);
+}
+
 /* Checks options before anything is allocated, so that a wrong one costs nothing to undo. */
 CRPCI_COLD int crpci_lifecycle_check(const crpc_server_options *o, crpc_error *error)
 {
@@ -23924,6 +23879,51 @@ CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_opti
     if (!o->replay_bytes)
         o->replay_bytes = INT64_MAX;
     s->guard.all = o->ordered > 0 || o->rate_per_client > 0;
+}
+
+/* Replaces the texts of the options by copies, because the program may free its own. CRPC_ENOMEM:
+ * some are NULL now. */
+CRPCI_COLD int crpci_lifecycle_copy_texts(crpc_server *s)
+{
+    size_t i;
+    int err = CRPC_OK;
+    for (i = 0; i < crpci_lifecycle_options.count; i++) {
+        char *at = (char *)&s->options + crpci_lifecycle_rows[i].offset, *copy;
+        const char *text;
+        if (!(crpci_lifecycle_rows[i].flags & CRPCI_OPTION_TEXT))
+            continue;
+        memcpy(&text, at, sizeof text);
+        copy = text ? crpci_heap_strndup(s->heap, text, strlen(text)) : NULL;
+        memcpy(at, &copy, sizeof copy);
+        err = text && !copy ? CRPC_ENOMEM : err;
+    }
+    return err;
+}
+
+CRPCI_COLD void crpci_lifecycle_free_texts(crpc_server *s)
+{
+    size_t i;
+    for (i = 0; i < crpci_lifecycle_options.count; i++) {
+        char *text;
+        if (!(crpci_lifecycle_rows[i].flags & CRPCI_OPTION_TEXT))
+            continue;
+        memcpy(&text, (char *)&s->options + crpci_lifecycle_rows[i].offset, sizeof text);
+        crpci_heap_strfree(s->heap, text);
+    }
+}
+
+/* Frees the struct when the last reference has gone: that of the program, or of a request that
+ * ended after the close. Any thread; no lock is held. */
+CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
+{
+    crpci_heap *h = s->heap;
+    crpci_service_free(&s->services, h);
+    if (CRPC_ENABLE_POLICY)
+        crpci_guard_close(s);
+    crpci_heap_free(h, s->enrolment.items, s->enrolment.count * sizeof *s->enrolment.items);
+    crpci_lifecycle_free_texts(s);
+    crpci_heap_retire(h, s, sizeof *s);
+    crpci_heap_unref(h);
 }
 
 CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *options,
