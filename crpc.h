@@ -7029,7 +7029,7 @@ typedef struct crpci_limiter_bucket {
 } crpci_limiter_bucket;
 
 /* per_second below 1: no limit. burst below 1: one second's worth. */
-CRPCI_FN void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_second, int64_t burst)
+CRPCI_COLD void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_second, int64_t burst)
 {
     memset(b, 0, sizeof *b);
     if (per_second < 1)
@@ -8514,27 +8514,23 @@ CRPCI_FN void crpci_conn_out_orphan(crpci_out *o)
 CRPCI_COLD const char *crpci_conn_errno_text(int e)
 {
     static const struct {
-        int number;
+        int number, twin;
         const char *text;
-    } known[] = {{0, "closed by the peer"},
-                 {ECONNREFUSED, "connection refused"},
-                 {ECONNRESET, "connection reset by the peer"},
-                 {EPIPE, "connection reset by the peer"},
-                 {ETIMEDOUT, "no answer from the peer's host"},
-                 {EHOSTUNREACH, "host or network unreachable"},
-                 {ENETUNREACH, "host or network unreachable"},
-                 {EMFILE, "too many open files"},
-                 {ENFILE, "too many open files"},
-                 {ENOENT, "no such socket file"},
-                 {EACCES, "not permitted"},
-                 {EPERM, "not permitted"},
-                 {EADDRNOTAVAIL, "no local port or address available"},
-                 {EADDRINUSE, "address already in use"}};
+    } known[] = {{0, 0, "closed by the peer"},
+                 {ECONNREFUSED, 0, "connection refused"},
+                 {ECONNRESET, EPIPE, "connection reset by the peer"},
+                 {ETIMEDOUT, 0, "no answer from the peer's host"},
+                 {EHOSTUNREACH, ENETUNREACH, "host or network unreachable"},
+                 {EMFILE, ENFILE, "too many open files"},
+                 {ENOENT, 0, "no such socket file"},
+                 {EACCES, EPERM, "not permitted"},
+                 {EADDRNOTAVAIL, 0, "no local port or address available"},
+                 {EADDRINUSE, 0, "address already in use"}};
     size_t i;
     if (!CRPC_ENABLE_TEXTS)
         return "";
     for (i = 0; i < sizeof known / sizeof *known; i++) {
-        if (known[i].number == e)
+        if (e == known[i].number || e == known[i].twin)
             return known[i].text;
     }
     return "system error";
@@ -8682,7 +8678,6 @@ CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
     crpci_conn_interest(c);
 }
 
-#if CRPC_ENABLE_SERVER
 /* Whether a connection is at rest: nothing to send, nothing partly received, nothing unread. A
  * draining server can close such a connection without losing a request. */
 CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
@@ -8690,7 +8685,6 @@ CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
     return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip && !crpci_conn_engaged(c) &&
            crpci_conn_transport(c)->idle(c->fd, c->io_state);
 }
-#endif
 
 /* --- sending ---------------------------------------------------------------------------------- */
 
@@ -8707,12 +8701,7 @@ typedef struct crpci_conn_batch {
 /* Adds a piece that the send reads where it is. */
 CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n)
 {
-    union {
-        const uint8_t *in;
-        void *out;
-    } cast; /* iovec has no const */
-    cast.in = p;
-    b->iov[b->count].iov_base = cast.out;
+    b->iov[b->count].iov_base = (void *)(uintptr_t)p; /* iovec has no const */
     b->iov[b->count++].iov_len = n;
 }
 
@@ -8781,9 +8770,9 @@ CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
             crpci_conn_add_copy(b, o->head + skip, head);
         else if (head)
             crpci_conn_add(b, o->head + skip, head);
+        skip = head ? 0 : skip - o->head_len;
         if (o->tail_len)
-            crpci_conn_add(b, o->tail + (head ? 0 : skip - o->head_len),
-                           o->tail_len - (head ? 0 : skip - o->head_len));
+            crpci_conn_add(b, o->tail + skip, o->tail_len - skip);
         o->inflight = true;
         if (crpci_conn_awaits(c) && !o->awaited)
             crpci_conn_await(c, o);
@@ -8938,7 +8927,6 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
         crpci_loop_queue(&c->loop->dirty, &c->flush);
 }
 
-#if CRPC_ENABLE_SERVER
 /* Queues the reply to the request of `turn`. In an ordered protocol, keeps it until the replies to
  * all earlier requests are queued. */
 CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
@@ -8961,7 +8949,6 @@ CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
         crpci_conn_queue(c, o);
     }
 }
-#endif
 
 /* Removes a queued frame of which nothing was sent. False: part of it may have left already. */
 CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
@@ -9070,7 +9057,6 @@ CRPCI_FN bool crpci_receive_speak(crpci_conn *c, const crpci_protocol *p)
     return c->protocol_state != NULL;
 }
 
-#if CRPC_ENABLE_SERVER
 /* Recognises the protocol of an accepted connection. False: too few bytes yet, or closed. */
 CRPCI_COLD bool crpci_receive_detect(crpci_conn *c, const uint8_t *p, size_t n)
 {
@@ -9090,16 +9076,13 @@ CRPCI_COLD bool crpci_receive_detect(crpci_conn *c, const uint8_t *p, size_t n)
         crpci_receive_bad(c, "the peer speaks none of the protocols of this server");
     return false;
 }
-#endif
 
 /* Passes input to the protocol and returns the number of bytes it used. 0: it needs more
  * (c->rx_total), or the connection is closed. */
 CRPCI_FN size_t crpci_receive_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
-#if CRPC_ENABLE_SERVER
-    if (CRPCI_UNLIKELY(!c->protocol) && !crpci_receive_detect(c, p, n))
+    if (CRPC_ENABLE_SERVER && CRPCI_UNLIKELY(!c->protocol) && !crpci_receive_detect(c, p, n))
         return 0;
-#endif
     return c->protocol->feed(c, chunk, p, n);
 }
 
@@ -9557,7 +9540,6 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     return (size_t)CRPCI_FRAME_HEADER + body;
 }
 
-#if CRPC_ENABLE_CLIENT
 /* Writes the head of a request, see crpci_protocol.request. */
 CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
@@ -9575,9 +9557,6 @@ CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpc
     return crpci_meta_put_request(low, payload, m->payload_size, &meta, m->fields);
 }
 
-#endif
-
-#if CRPC_ENABLE_SERVER
 /* Writes the head of a reply. */
 CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
@@ -9589,7 +9568,6 @@ CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_
     meta.compress_type = 0;
     return crpci_meta_put_reply(low, payload, m->payload_size, &meta, m->fields);
 }
-#endif
 
 static const crpci_protocol crpci_baidu = {"baidu_std",
                                            0,
@@ -9601,16 +9579,8 @@ static const crpci_protocol crpci_baidu = {"baidu_std",
                                            crpci_meta_put_names,
                                            crpci_meta_put_field,
                                            crpci_meta_field,
-#if CRPC_ENABLE_CLIENT
-                                           crpci_baidu_request,
-#else
-                                            NULL,
-#endif
-#if CRPC_ENABLE_SERVER
-                                           crpci_baidu_reply};
-#else
-                                            NULL};
-#endif
+                                           CRPC_ENABLE_CLIENT ? crpci_baidu_request : NULL,
+                                           CRPC_ENABLE_SERVER ? crpci_baidu_reply : NULL};
 
 /* ======================================================================== */
 /* >>impl-protocols   the table of wire protocols                          */
@@ -21882,20 +21852,10 @@ struct crpc_context {
     crpc_loop *loop;
     crpci_conn *conn;
     crpci_chunk *block; /* holds this, the request, the response, and the reply if that is short */
-    crpci_chunk *extra; /* list of chunks: what crpc_context_alloc gave out */
-    struct crpci_guard *guard; /* NULL: the request has no limit, order or id to heed */
     const crpci_service_method *method;
     void *request;
     void *response;
-    size_t reply_at;    /* offset in the block: from here the reply is encoded, if it fits */
-    size_t intercepted; /* interceptors whose `before` has passed, so that `after` is due */
-    int app_code;       /* set by crpc_context_fail; 0: none */
-    char *text; /* for the error reply; NULL: the text of the status. In `extra` */
-    char *peer; /* address, as crpc_context_peer formats it; NULL: not asked for. In `extra` */
-    crpci_message_out fields; /* of the reply */
-    crpc_view attachment; /* of the reply */
-    crpci_chunk *attachment_chunk;
-    crpc_view credential;
+    size_t reply_at; /* offset in the block: from here the reply is encoded, if it fits */
     /* the request, as in its crpci_message; `chunk` keeps its bytes */
     crpci_chunk *chunk;
     crpc_view received; /* fields */
@@ -21904,6 +21864,18 @@ struct crpc_context {
     const uint8_t *payload; /* the attachment stands behind it */
     size_t payload_size;
     size_t attachment_size;
+    /* from here on all is 0 at first */
+    crpci_chunk *extra; /* list of chunks: what crpc_context_alloc gave out */
+    struct crpci_guard *guard; /* NULL: the request has no limit, order or id to heed */
+    size_t intercepted; /* interceptors whose `before` has passed, so that `after` is due */
+    int app_code;       /* set by crpc_context_fail; 0: none */
+    char *text; /* for the error reply; NULL: the text of the status. In `extra` */
+    char *peer; /* address, as crpc_context_peer formats it; NULL: not asked for. In `extra` */
+    crpci_message_out fields; /* of the reply */
+    crpc_view attachment; /* of the reply */
+    crpci_chunk *attachment_chunk;
+    crpci_out *reply; /* when the request is concluded; NULL: no memory, or the server has stopped */
+    crpc_view credential;
 };
 
 /* Whether a request has a guard. Constant without CRPC_ENABLE_POLICY, so that the compiler drops
@@ -22154,8 +22126,7 @@ CRPCI_FN bool crpci_context_end(crpci_conn *conn)
     return true;
 }
 
-/* Gives up a reference; the last one frees the server. A caller that holds a lock must know that
- * this is not the last one. */
+/* Gives up a reference; the last one frees the server, which takes no lock but the heap's. */
 CRPCI_FN void crpci_context_drop_server(crpc_server *s)
 {
     if (crpci_thread_unref(&s->refs))
@@ -22229,45 +22200,19 @@ CRPCI_FN int crpci_context_code(crpc_context *x, int status)
                                status);
 }
 
-/* Ends a request of a server that has stopped. crpc_server_close may have returned, so services and
- * interceptors of the program must not be touched; the reply is dropped. */
-CRPCI_COLD void crpci_context_too_late(crpc_context *x)
-{
-    crpc_server *s = x->server;
-    crpc_loop *l = x->loop;
-    crpci_conn *conn = x->conn;
-    bool last;
-    if (crpci_context_guarded(x))
-        s->guard.ops->end(x, NULL, -1);
-    crpci_context_free(x);
-    crpci_loop_lock(l);
-    last = crpci_context_end(conn);
-    crpci_loop_unlock(l);
-    if (last)
-        crpci_context_release(s, l);
-}
-
-/* The rest of a request's end, kept on the stack after its context is gone. */
-typedef struct crpci_context_outcome {
-    crpc_server *server;
-    crpc_loop *loop;
-    crpci_conn *conn;
-    uint32_t turn;
-    crpci_out *reply;   /* NULL: there was no memory for one */
-    crpci_chunk *bytes; /* of the request */
-} crpci_context_outcome;
-
-/* Ends a request up to the queueing of its reply: runs the interceptors' `after` in reverse order,
- * encodes the reply and frees the context. Without the lock, because encoding may take long. False:
- * the server has stopped, and there is nothing left to do. */
-CRPCI_FN bool crpci_context_conclude(crpc_context *x, int status, crpci_context_outcome *end)
+/* Ends a request up to the queueing of its reply: runs the interceptors' `after` in reverse order
+ * and encodes the reply. Without the lock, because encoding may take long. If the server has
+ * stopped there is no reply: crpc_server_close may have returned, so services and interceptors of
+ * the program must not be touched. */
+CRPCI_FN void crpci_context_conclude(crpc_context *x, int status)
 {
     const crpc_server *s = x->server;
     crpci_message m;
     int code;
     if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) == CRPCI_SERVER_STOPPED)) {
-        crpci_context_too_late(x);
-        return false;
+        if (crpci_context_guarded(x))
+            s->guard.ops->end(x, NULL, -1);
+        return;
     }
     while (x->intercepted) {
         const crpc_server_interceptor *i = &s->options.interceptors[--x->intercepted];
@@ -22279,32 +22224,29 @@ CRPCI_FN bool crpci_context_conclude(crpc_context *x, int status, crpci_context_
         crpc_context_add_field(x, CRPCI_MESSAGE_APP_FIELD, "1"))
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
                        "server: out of memory: a client takes the handler's error for crpc's own");
-    end->server = x->server;
-    end->loop = x->loop;
-    end->conn = x->conn;
-    end->turn = x->turn;
-    end->bytes = x->chunk;
-    end->reply = CRPCI_LIKELY(!crpci_context_guarded(x)) ? crpci_context_encode(x, code, &m)
-                                                         : s->guard.ops->encode(x, code);
-    x->chunk = NULL;
-    crpci_context_free(x);
-    return true;
+    x->reply = CRPCI_LIKELY(!crpci_context_guarded(x)) ? crpci_context_encode(x, code, &m)
+                                                       : s->guard.ops->encode(x, code);
 }
 
-/* Queues the reply; the caller or the driver sends it. Locked. The connection may have closed in
- * the meantime: then the reply is dropped. True: crpci_context_release is due. */
-CRPCI_FN bool crpci_context_reply(const crpci_context_outcome *end)
+/* Frees the context of a concluded request and queues its reply; the caller or the driver sends it.
+ * Locked. The connection may have closed in the meantime: then the reply is dropped. True:
+ * crpci_context_release is due. */
+CRPCI_FN bool crpci_context_reply(crpc_context *x)
 {
-    crpci_conn *conn = end->conn;
+    crpci_conn *conn = x->conn;
+    crpci_out *reply = x->reply;
+    uint32_t turn = x->turn;
     bool last;
-    crpci_loop_unshare(end->loop, end->bytes);
+    crpci_loop_unshare(x->loop, x->chunk);
+    x->chunk = NULL;
+    crpci_context_free(x);
     crpci_conn_hold(conn);
     last = crpci_context_end(conn);
     if (conn->closed) {
-        if (end->reply)
-            crpci_conn_out_free(end->reply);
-    } else if (end->reply) {
-        crpci_conn_reply(conn, end->reply, end->turn);
+        if (reply)
+            crpci_conn_out_free(reply);
+    } else if (reply) {
+        crpci_conn_reply(conn, reply, turn);
         crpci_context_throttle(conn);
         crpci_context_close_if_done(conn);
     } else {
@@ -22315,21 +22257,21 @@ CRPCI_FN bool crpci_context_reply(const crpci_context_outcome *end)
 }
 
 /* Ends a request on any thread, without the lock. CRPC_EGONE: nobody gets the reply, because the
- * connection is closed or the server has stopped. */
+ * connection is closed, the server has stopped, or there was no memory for it. */
 CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
 {
-    crpci_context_outcome end;
+    crpc_server *s = x->server;
+    crpc_loop *l = x->loop;
     bool gone, last;
-    if (!crpci_context_conclude(x, status, &end))
-        return CRPC_EGONE;
-    crpci_loop_lock(end.loop);
-    gone = end.conn->closed;
-    last = crpci_context_reply(&end);
-    if (crpci_loop_may_send(end.loop))
-        crpci_loop_run_list(end.loop, &end.loop->dirty);
-    crpci_loop_unlock(end.loop);
+    crpci_context_conclude(x, status);
+    crpci_loop_lock(l);
+    gone = !x->reply || x->conn->closed;
+    last = crpci_context_reply(x);
+    if (crpci_loop_may_send(l))
+        crpci_loop_run_list(l, &l->dirty);
+    crpci_loop_unlock(l);
     if (last)
-        crpci_context_release(end.server, end.loop);
+        crpci_context_release(s, l);
     return gone ? CRPC_EGONE : CRPC_OK;
 }
 
@@ -22371,26 +22313,26 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
  * lock that follows user code anyway, and the driver sends it before it sleeps. */
 CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
 {
-    crpci_context_outcome end;
+    crpc_server *s = x->server;
     int status;
-    bool due;
     crpci_loop_user_begin(l);
     status = crpci_context_serve(x);
-    due = status != CRPC_EPENDING && crpci_context_conclude(x, status, &end);
+    if (status != CRPC_EPENDING)
+        crpci_context_conclude(x, status);
     crpci_loop_user_end(l);
-    if (due && crpci_context_reply(&end))
-        crpci_context_release(end.server, l); /* the loop works for it: not the last reference */
+    if (status != CRPC_EPENDING && crpci_context_reply(x))
+        crpci_context_release(s, l);
 }
 
-/* Hands a request to the workers, or makes it a task of its loop. Returns NULL, or the text with
- * which to refuse it. Locked. From here on another thread may run the request and free its
- * context. */
-CRPCI_FN const char *crpci_context_dispatch(crpc_context *x)
+/* Hands a request to the workers, or makes it a task of its loop, which is locked then. Returns
+ * NULL, or the text with which to refuse it; one that was `admitted` before is not refused. From
+ * here on another thread may run the request and free its context. */
+CRPCI_FN const char *crpci_context_dispatch(crpc_context *x, bool admitted)
 {
     crpc_server *s = x->server;
     if (!s->worker_count)
         crpci_loop_ready(x->loop, &x->task);
-    else if (!crpci_worker_put(&s->workers, &x->task, false))
+    else if (!crpci_worker_put(&s->workers, &x->task, admitted))
         return CRPCI_CONTEXT_CROWDED;
     return NULL;
 }
@@ -22415,7 +22357,7 @@ CRPCI_FN void crpci_context_task(crpc_loop *l, crpci_task *task)
 CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                          const crpci_service_method *method)
 {
-    const size_t align = 15;
+    const size_t align = 15, zero = offsetof(crpc_context, extra);
     size_t at = (sizeof(crpc_context) + align) & ~align;
     size_t response_at = (at + method->request.size + align) & ~align;
     size_t reply_at = (response_at + method->response.size + align) & ~align;
@@ -22426,7 +22368,8 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     if (!block)
         return NULL;
     x = (crpc_context *)(void *)crpci_heap_data(block);
-    memset(x, 0, reply_at);
+    memset((char *)x + zero, 0, reply_at - zero);
+    x->origin.log_id = x->origin.trace_id = x->origin.span_id = 0;
     x->block = block;
     x->request = (char *)x + at;
     x->response = (char *)x + response_at;
@@ -22584,20 +22527,20 @@ CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
     const char *why = NULL;
     int err;
     if (!of->ordered && !of->quota && !crpc_view_size(of->id))
-        return crpci_context_dispatch(x);
+        return crpci_context_dispatch(x, false);
     x->guard = g = (crpci_guard *)crpc_context_alloc(x, sizeof *g);
     if (!g)
         return CRPCI_STATUS_TEXT("out of memory");
     *g = *of;
     g->context = x;
     if (!g->ordered)
-        return crpci_context_dispatch(x);
+        return crpci_context_dispatch(x, false);
     crpci_thread_lock(&s->guard.lock);
     err = crpci_order_enter(&s->guard.order, &g->order);
     if (err == CRPC_ELIMIT)
         why = CRPCI_CONTEXT_CROWDED;
     else if (!err)
-        why = crpci_context_dispatch(x);
+        why = crpci_context_dispatch(x, false);
     if (!err && why)
         crpci_order_leave(&s->guard.order, &g->order); /* still locked: none waits behind it */
     crpci_thread_unlock(&s->guard.lock);
@@ -22612,14 +22555,14 @@ CRPCI_COLD bool crpci_guard_resume(crpc_context *x)
     bool ok;
     if (s->options.workers) {
         crpci_thread_lock(&s->guard.lock); /* else crpci_lifecycle_dismantle could free them now */
-        ok = !s->guard.over && crpci_worker_put(&s->workers, &x->task, true);
+        ok = !s->guard.over && !crpci_context_dispatch(x, true);
         crpci_thread_unlock(&s->guard.lock);
         return ok;
     }
     crpci_loop_lock(x->loop);
     ok = crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPED; /* else nobody may drive the loop */
     if (ok)
-        crpci_loop_ready(x->loop, &x->task);
+        crpci_context_dispatch(x, true);
     crpci_loop_unlock(x->loop);
     return ok;
 }
@@ -22846,13 +22789,6 @@ CRPCI_COLD void crpci_guard_disconnect(crpc_server *s, crpci_conn *conn)
 
 /* --- opening ---------------------------------------------------------------------------------- */
 
-/* Whether a limit applies to a method. A limit without service and method applies to all. */
-CRPCI_COLD bool crpci_guard_limit_matches(const crpc_method_limit *l, const crpc_method *m,
-                                          const crpc_service *service)
-{
-    return (!l->service || l->service == service) && (!l->method || l->method == m);
-}
-
 /* Gives a method a quota of its own. One that an earlier limit or an earlier start that failed gave
  * it stays. */
 CRPCI_COLD int crpci_guard_add_quota(crpc_server *s, crpci_service_method *m,
@@ -22871,7 +22807,7 @@ CRPCI_COLD int crpci_guard_add_quota(crpc_server *s, crpci_service_method *m,
     return CRPC_OK;
 }
 
-/* Applies a limit. CRPC_EINVAL: it applies to no method of the server, so the program cannot mean
+/* Applies a limit; one without service and method is for all methods. CRPC_EINVAL: it applies to no method of the server, so the program cannot mean
  * it. */
 CRPCI_COLD int crpci_guard_apply_limit(crpc_server *s, size_t index, crpc_error *error)
 {
@@ -22880,8 +22816,10 @@ CRPCI_COLD int crpci_guard_apply_limit(crpc_server *s, size_t index, crpc_error 
     size_t i, k;
     for (i = 0; i < s->services.count; i++) {
         const crpci_service *v = &s->services.items[i];
+        if (l->service && l->service != v->table)
+            continue;
         for (k = 0; k < v->table->method_count; k++) {
-            if (!crpci_guard_limit_matches(l, &v->table->methods[k], v->table))
+            if (l->method && l->method != &v->table->methods[k])
                 continue;
             if (crpci_guard_add_quota(s, &v->methods[k], l))
                 return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
@@ -23012,7 +22950,7 @@ CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_m
     if (x && CRPCI_UNLIKELY(guarded))
         why = crpci_guard_start(x, &g);
     else if (x)
-        why = crpci_context_dispatch(x);
+        why = crpci_context_dispatch(x, false);
     if (CRPCI_LIKELY(!why))
         return;
     if (guarded)
@@ -23913,7 +23851,7 @@ CRPCI_COLD void crpci_lifecycle_free_texts(crpc_server *s)
 }
 
 /* Frees the struct when the last reference has gone: that of the program, or of a request that
- * ended after the close. Any thread; no lock is held. */
+ * ended after the close. Any thread; a loop may be locked. */
 CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
 {
     crpci_heap *h = s->heap;
