@@ -3224,6 +3224,16 @@ CRPCI_FN void crpci_list_move(crpci_list *to, crpci_list *from)
     crpci_list_init(from);
 }
 
+/* Makes the empty lists of a hash table. NULL: out of memory. */
+CRPCI_COLD crpci_list *crpci_list_table(crpci_heap *h, size_t count)
+{
+    crpci_list *table = (crpci_list *)crpci_heap_alloc(h, count * sizeof *table);
+    size_t i;
+    for (i = 0; table && i < count; i++)
+        crpci_list_init(&table[i]);
+    return table;
+}
+
 /* ======================================================================== */
 /* >>impl-url   URLs, their options, percent-encoding                        */
 /* ======================================================================== */
@@ -6762,7 +6772,7 @@ typedef struct crpci_limiter_bucket {
 } crpci_limiter_bucket;
 
 /* per_second below 1: no limit. burst below 1: one second's worth. */
-CRPCI_FN void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_second, int64_t burst)
+CRPCI_COLD void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_second, int64_t burst)
 {
     memset(b, 0, sizeof *b);
     if (per_second < 1)
@@ -6862,9 +6872,9 @@ typedef struct crpci_limiter_auto {
     int64_t sum_us;     /* of the samples' latencies */
     int64_t window_us;  /* when this window began; 0: none has */
     int64_t sample_us;  /* when the last sample was taken */
-    int64_t free_us;    /* latency without a queue; 0: not measured */
-    int64_t free_was;   /* its value from the measurement before */
-    int64_t qps;        /* the most replies a second, fading; in thousandths */
+    uint32_t free_us;   /* latency without a queue; 0: not measured */
+    uint32_t free_was;  /* its value from the measurement before */
+    uint32_t qps;       /* the most replies a second, fading; in thousandths */
     int64_t anew_us;    /* when to measure free_us anew; 0: not planned */
     int64_t drained_us; /* while it is measured: when the queue will be gone; 0: it is not */
 } crpci_limiter_auto;
@@ -6917,9 +6927,9 @@ CRPCI_FN void crpci_limiter_auto_plan(crpci_limiter_auto *a, int64_t now_us)
 }
 
 /* Takes the averages of a full window into the two measured numbers. */
-CRPCI_FN void crpci_limiter_auto_measure(crpci_limiter_auto *a, int64_t avg_us, int64_t qps)
+CRPCI_FN void crpci_limiter_auto_measure(crpci_limiter_auto *a, uint32_t avg_us, uint32_t qps)
 {
-    int64_t part = a->refused ? 20 : 100;
+    uint32_t part = a->refused ? 20 : 100;
     if (!a->free_us) {
         a->free_us = avg_us;
         a->soon = !a->free_was || avg_us < a->free_was - a->free_was / 5;
@@ -6934,21 +6944,23 @@ CRPCI_FN void crpci_limiter_auto_measure(crpci_limiter_auto *a, int64_t avg_us, 
 CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
 {
     int64_t passed = now_us > a->window_us ? now_us - a->window_us : 1;
-    int64_t avg_us = (a->sum_us + a->ok - 1) / a->ok; /* the failures' time counts too */
-    int64_t qps =
-        crpci_base_min64((int64_t)a->replies * 1000000000 / passed, CRPCI_LIMITER_QPS_MOST);
-    int64_t percent, limit;
+    /* the failures' time counts too */
+    uint32_t avg_us = (uint32_t)crpci_base_min64((a->sum_us + a->ok - 1) / a->ok,
+                                                 CRPCI_LIMITER_LATENCY_MOST);
+    uint32_t qps = (uint32_t)crpci_base_min64((int64_t)a->replies * 1000000000 / passed,
+                                              CRPCI_LIMITER_QPS_MOST);
+    uint32_t percent;
+    int64_t limit;
     bool quick;
-    avg_us = crpci_base_min64(avg_us, CRPCI_LIMITER_LATENCY_MOST);
     crpci_limiter_auto_measure(a, avg_us, qps);
-    quick = avg_us * 100 <= a->free_us * (100 + CRPCI_LIMITER_EXPLORE_LEAST);
+    quick = (uint64_t)avg_us * 100 <= (uint64_t)a->free_us * (100 + CRPCI_LIMITER_EXPLORE_LEAST);
     if (!a->anew_us)
         crpci_limiter_auto_plan(a, now_us);
     if (now_us >= a->anew_us) {
         percent = a->refused ? 50 : 90;
         a->drained_us = now_us + avg_us * 2;
     } else {
-        if (quick || qps * (100 + CRPCI_LIMITER_EXPLORE_LEAST) <= a->qps * 100)
+        if (quick || (uint64_t)qps * (100 + CRPCI_LIMITER_EXPLORE_LEAST) <= (uint64_t)a->qps * 100)
             a->explore = (uint8_t)(a->explore + CRPCI_LIMITER_EXPLORE_STEP);
         else
             a->explore = (uint8_t)(a->explore - CRPCI_LIMITER_EXPLORE_STEP);
@@ -6959,7 +6971,7 @@ CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
         percent = 100 + a->explore;
     }
     /* both factors are below 2^30, so this is below 2^60 */
-    limit = (a->free_us * a->qps / 1000 * percent + 99999999) / 100000000;
+    limit = ((int64_t)a->free_us * a->qps / 1000 * percent + 99999999) / 100000000;
     if (limit < (int64_t)a->limit && a->peak < a->limit && avg_us * 2 <= a->free_us * 3)
         return; /* the calls did not reach the limit, and latency was low */
     crpci_limiter_auto_set(a, limit);
@@ -8056,6 +8068,17 @@ CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item,
 #define CRPCI_CONN_FLAT (8192 - CRPCI_CHUNK_HEADER) /* bytes of such copies in one send */
 #define CRPCI_CONN_ROUNDS 16 /* sends in a row before a flush hands over to the loop's driver */
 
+/* Whether there are transports besides plain sockets, and protocols besides baidu_std. While there
+ * are none the compiler drops what only those need. Tests bring their own. */
+#ifndef CRPCI_CONN_TRANSPORTS
+#define CRPCI_CONN_TRANSPORTS 0
+#endif
+#ifdef CRPCI_TEST_PROTOCOLS
+#define CRPCI_CONN_PROTOCOLS 1
+#else
+#define CRPCI_CONN_PROTOCOLS 0
+#endif
+
 /* A frame to be sent. The struct stands at the beginning of the chunk that also holds the frame's
  * head. A request's frame belongs to its call, which can withdraw it; a reply's frame belongs to
  * the connection once it is queued. */
@@ -8154,7 +8177,6 @@ struct crpci_conn {
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
     bool unread; /* input is waiting: it could not be read while another thread wrote */
-    bool awaits; /* dialled, ordered protocol: `awaited` is in use */
     uint32_t max_body;
     int64_t max_skip;
     uint64_t skip;      /* bytes of a refused body still to be dropped */
@@ -8186,6 +8208,18 @@ struct crpci_conn {
     crpc_view expect;
     const void *expected;
 };
+
+/* Whether replies come in the order of the requests, in place of ids. */
+CRPCI_FN bool crpci_conn_ordered(const crpci_conn *c)
+{
+    return CRPCI_CONN_PROTOCOLS && CRPCI_UNLIKELY(c->protocol->flags & CRPCI_PROTOCOL_ORDERED);
+}
+
+/* Whether the ids of sent requests have to be kept in `awaited`: the side that dialled does so. */
+CRPCI_FN bool crpci_conn_awaits(const crpci_conn *c)
+{
+    return crpci_conn_ordered(c) && !c->protocols;
+}
 
 CRPCI_FN size_t crpci_conn_out_len(const crpci_out *o)
 {
@@ -8222,36 +8256,27 @@ CRPCI_FN void crpci_conn_out_orphan(crpci_out *o)
 /* A short text for a connection's errno, 0 included, which means end of input. */
 CRPCI_COLD const char *crpci_conn_errno_text(int e)
 {
+    static const struct {
+        int number, twin;
+        const char *text;
+    } known[] = {{0, 0, "closed by the peer"},
+                 {ECONNREFUSED, 0, "connection refused"},
+                 {ECONNRESET, EPIPE, "connection reset by the peer"},
+                 {ETIMEDOUT, 0, "no answer from the peer's host"},
+                 {EHOSTUNREACH, ENETUNREACH, "host or network unreachable"},
+                 {EMFILE, ENFILE, "too many open files"},
+                 {ENOENT, 0, "no such socket file"},
+                 {EACCES, EPERM, "not permitted"},
+                 {EADDRNOTAVAIL, 0, "no local port or address available"},
+                 {EADDRINUSE, 0, "address already in use"}};
+    size_t i;
     if (!CRPC_ENABLE_TEXTS)
         return "";
-    switch (e) {
-    case 0:
-        return "closed by the peer";
-    case ECONNREFUSED:
-        return "connection refused";
-    case ECONNRESET:
-    case EPIPE:
-        return "connection reset by the peer";
-    case ETIMEDOUT:
-        return "no answer from the peer's host";
-    case EHOSTUNREACH:
-    case ENETUNREACH:
-        return "host or network unreachable";
-    case EMFILE:
-    case ENFILE:
-        return "too many open files";
-    case ENOENT:
-        return "no such socket file";
-    case EACCES:
-    case EPERM:
-        return "not permitted";
-    case EADDRNOTAVAIL:
-        return "no local port or address available";
-    case EADDRINUSE:
-        return "address already in use";
-    default:
-        return "system error";
+    for (i = 0; i < sizeof known / sizeof *known; i++) {
+        if (e == known[i].number || e == known[i].twin)
+            return known[i].text;
     }
+    return "system error";
 }
 
 /* Keeps the struct alive over a call that may close the connection. The loop holds one reference
@@ -8264,9 +8289,10 @@ CRPCI_FN void crpci_conn_hold(crpci_conn *c)
 CRPCI_COLD void crpci_conn_free(crpci_conn *c)
 {
     crpci_heap *h = c->loop->heap;
-    if (c->protocol_state)
+    if (CRPCI_CONN_PROTOCOLS && c->protocol) {
         crpci_heap_free(h, c->protocol_state, c->protocol->state_size);
-    crpci_heap_free(h, c->awaited, c->awaited_size * sizeof *c->awaited);
+        crpci_heap_free(h, c->awaited, c->awaited_size * sizeof *c->awaited);
+    }
     crpci_heap_free(h, c, sizeof *c);
 }
 
@@ -8332,16 +8358,22 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     crpci_conn_drop(c); /* the loop's reference */
 }
 
+CRPCI_FN const crpci_transport *crpci_conn_transport(const crpci_conn *c)
+{
+    return CRPCI_CONN_TRANSPORTS ? c->io : &crpci_transport_plain;
+}
+
 /* Whether its transport is nothing but the socket: then much need not be asked. */
 CRPCI_FN bool crpci_conn_is_plain(const crpci_conn *c)
 {
-    return CRPCI_LIKELY(c->io == &crpci_transport_plain);
+    return CRPCI_LIKELY(crpci_conn_transport(c) == &crpci_transport_plain);
 }
 
 /* Whether a thread without the lock uses a transport that only one may use at a time. */
 CRPCI_FN bool crpci_conn_engaged(const crpci_conn *c)
 {
-    return (c->reading || c->writing) && !(c->io->flags & CRPCI_TRANSPORT_DUPLEX);
+    return !crpci_conn_is_plain(c) && (c->reading || c->writing) &&
+           !(c->io->flags & CRPCI_TRANSPORT_DUPLEX);
 }
 
 /* Tells the poller which events the connection waits for. May close the connection. */
@@ -8354,7 +8386,7 @@ CRPCI_FN void crpci_conn_interest(crpci_conn *c)
         events |= CRPC_READABLE;
     if (c->connecting || c->blocked)
         events |= CRPC_WRITABLE;
-    if (c->io->want && !c->connecting)
+    if (!crpci_conn_is_plain(c) && c->io->want && !c->connecting)
         events = c->io->want(c->io_state, events);
     if (crpci_watch_set(c->loop, &c->watch, c->fd, events))
         crpci_conn_close(c, CRPC_ENOMEM, 0);
@@ -8372,7 +8404,8 @@ CRPCI_FN bool crpci_conn_has_unseen(const crpci_conn *c)
 {
     if (c->left || c->unread)
         return true;
-    return c->io->pending && !crpci_conn_engaged(c) && c->io->pending(c->io_state);
+    return !crpci_conn_is_plain(c) && c->io->pending && !crpci_conn_engaged(c) &&
+           c->io->pending(c->io_state);
 }
 
 /* Stops or resumes reading, while a peer's requests or the replies to them pile up. The time of a
@@ -8388,15 +8421,13 @@ CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
     crpci_conn_interest(c);
 }
 
-#if CRPC_ENABLE_SERVER
 /* Whether a connection is at rest: nothing to send, nothing partly received, nothing unread. A
  * draining server can close such a connection without losing a request. */
 CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
 {
     return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip && !crpci_conn_engaged(c) &&
-           c->io->idle(c->fd, c->io_state);
+           crpci_conn_transport(c)->idle(c->fd, c->io_state);
 }
-#endif
 
 /* --- sending ---------------------------------------------------------------------------------- */
 
@@ -8413,12 +8444,7 @@ typedef struct crpci_conn_batch {
 /* Adds a piece that the send reads where it is. */
 CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n)
 {
-    union {
-        const uint8_t *in;
-        void *out;
-    } cast; /* iovec has no const */
-    cast.in = p;
-    b->iov[b->count].iov_base = cast.out;
+    b->iov[b->count].iov_base = (void *)(uintptr_t)p; /* iovec has no const */
     b->iov[b->count++].iov_len = n;
 }
 
@@ -8487,11 +8513,11 @@ CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
             crpci_conn_add_copy(b, o->head + skip, head);
         else if (head)
             crpci_conn_add(b, o->head + skip, head);
+        skip = head ? 0 : skip - o->head_len;
         if (o->tail_len)
-            crpci_conn_add(b, o->tail + (head ? 0 : skip - o->head_len),
-                           o->tail_len - (head ? 0 : skip - o->head_len));
+            crpci_conn_add(b, o->tail + skip, o->tail_len - skip);
         o->inflight = true;
-        if (CRPCI_UNLIKELY(c->awaits) && !o->awaited)
+        if (crpci_conn_awaits(c) && !o->awaited)
             crpci_conn_await(c, o);
     }
 }
@@ -8522,7 +8548,7 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         crpci_heap_chunk_unref(tail);
         crpci_heap_chunk_unref(chunk);
     }
-    if (CRPCI_UNLIKELY(c->awaits))
+    if (crpci_conn_awaits(c))
         crpci_conn_await_not(c);
     if (c->loop->io_waiters)
         crpci_thread_broadcast(&c->loop->io_cond);
@@ -8546,7 +8572,7 @@ CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int cou
     crpci_out *o = c->tx_head;
     size_t offered = 0;
     c->blocked = true;
-    if (CRPCI_UNLIKELY(c->io->flags & CRPCI_TRANSPORT_REPEAT)) {
+    if (!crpci_conn_is_plain(c) && c->io->flags & CRPCI_TRANSPORT_REPEAT) {
         while (count)
             offered += iov[--count].iov_len;
         for (; o && offered; o = o->next) {
@@ -8567,7 +8593,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
     int rounds = 0, count;
     if (c->writing || c->closed || c->connecting || c->blocked)
         return;
-    if (!crpci_conn_is_plain(c) && crpci_conn_engaged(c))
+    if (crpci_conn_engaged(c))
         return; /* whoever reads queues the flush again */
     batch.copies = NULL;
     crpci_list_remove(&c->flush.link);
@@ -8591,7 +8617,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
             break;
         l->stats.sends++;
         crpci_loop_unlock(l);
-        n = c->io->writev(c->fd, c->io_state, batch.iov, count);
+        n = crpci_conn_transport(c)->writev(c->fd, c->io_state, batch.iov, count);
         saved = errno;
         crpci_loop_lock(l);
         crpci_conn_advance(c, n > 0 ? (size_t)n : 0);
@@ -8644,13 +8670,12 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
         crpci_loop_queue(&c->loop->dirty, &c->flush);
 }
 
-#if CRPC_ENABLE_SERVER
 /* Queues the reply to the request of `turn`. In an ordered protocol, keeps it until the replies to
  * all earlier requests are queued. */
 CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
 {
     crpci_out **at = &c->held;
-    if (CRPCI_LIKELY(!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED))) {
+    if (!crpci_conn_ordered(c)) {
         crpci_conn_queue(c, o);
         return;
     }
@@ -8667,7 +8692,6 @@ CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
         crpci_conn_queue(c, o);
     }
 }
-#endif
 
 /* Removes a queued frame of which nothing was sent. False: part of it may have left already. */
 CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
@@ -8746,7 +8770,7 @@ CRPCI_FN crpci_message_kind crpci_receive_kind(const crpci_conn *c)
 CRPCI_FN void crpci_receive_deliver(crpci_conn *c, crpci_message *m)
 {
     c->active_us = crpci_loop_time(c->loop);
-    if (CRPCI_LIKELY(!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED)) || crpci_receive_place(c, m))
+    if (!crpci_conn_ordered(c) || crpci_receive_place(c, m))
         c->up->message(c, m);
 }
 
@@ -8760,7 +8784,7 @@ CRPCI_COLD void crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t
     c->skip = skip;
     if (skip)
         crpci_receive_begun(c);
-    if (!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED) || crpci_receive_place(c, m))
+    if (!crpci_conn_ordered(c) || crpci_receive_place(c, m))
         c->up->oversize(c, m, size);
 }
 
@@ -8768,8 +8792,7 @@ CRPCI_COLD void crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t
 CRPCI_FN bool crpci_receive_speak(crpci_conn *c, const crpci_protocol *p)
 {
     c->protocol = p;
-    c->awaits = !c->protocols && p->flags & CRPCI_PROTOCOL_ORDERED;
-    if (CRPCI_LIKELY(!p->state_size))
+    if (!CRPCI_CONN_PROTOCOLS || !p->state_size)
         return true;
     c->protocol_state = crpci_heap_alloc(c->loop->heap, p->state_size);
     if (!c->protocol_state)
@@ -8777,7 +8800,6 @@ CRPCI_FN bool crpci_receive_speak(crpci_conn *c, const crpci_protocol *p)
     return c->protocol_state != NULL;
 }
 
-#if CRPC_ENABLE_SERVER
 /* Recognises the protocol of an accepted connection. False: too few bytes yet, or closed. */
 CRPCI_COLD bool crpci_receive_detect(crpci_conn *c, const uint8_t *p, size_t n)
 {
@@ -8797,56 +8819,36 @@ CRPCI_COLD bool crpci_receive_detect(crpci_conn *c, const uint8_t *p, size_t n)
         crpci_receive_bad(c, "the peer speaks none of the protocols of this server");
     return false;
 }
-#endif
 
 /* Passes input to the protocol and returns the number of bytes it used. 0: it needs more
  * (c->rx_total), or the connection is closed. */
 CRPCI_FN size_t crpci_receive_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
-#if CRPC_ENABLE_SERVER
-    if (CRPCI_UNLIKELY(!c->protocol) && !crpci_receive_detect(c, p, n))
+    if (CRPC_ENABLE_SERVER && CRPCI_UNLIKELY(!c->protocol) && !crpci_receive_detect(c, p, n))
         return 0;
-#endif
     return c->protocol->feed(c, chunk, p, n);
 }
 
-/* Buffers the first `have` bytes of a message. The full size is allocated at once only when a good
- * part of it has arrived: a peer must not reserve memory by announcing large sizes. */
-CRPCI_FN bool crpci_receive_begin(crpci_conn *c, const uint8_t *p, size_t have)
+/* Moves the first `have` bytes of a message into a new, larger c->rx. The full size is allocated at
+ * once only when a good part of it has arrived: a peer must not reserve memory by announcing large
+ * sizes. False: out of memory, and the connection was closed. */
+CRPCI_FN bool crpci_receive_reserve(crpci_conn *c, const uint8_t *p, size_t have)
 {
     size_t cap = c->rx_total;
+    crpci_chunk *chunk;
     if (cap > CRPCI_CONN_READ && have < CRPCI_CONN_READ / 2)
         cap = CRPCI_CONN_READ;
-    c->rx = crpci_heap_chunk(c->loop->heap, cap);
-    if (!c->rx) {
+    chunk = crpci_heap_chunk(c->loop->heap, cap);
+    if (!chunk) {
         crpci_conn_close(c, CRPC_ENOMEM, 0);
         return false;
     }
-    memcpy(crpci_heap_data(c->rx), p, have);
-    crpci_receive_begun(c);
+    memcpy(crpci_heap_data(chunk), p, have);
+    crpci_heap_chunk_unref(c->rx);
+    c->rx = chunk;
     c->rx_len = have;
     c->rx_need = cap;
     return true;
-}
-
-/* Enlarges c->rx towards the size that the protocol asked for, under the same rule. */
-CRPCI_FN void crpci_receive_grow(crpci_conn *c)
-{
-    crpci_chunk *bigger;
-    size_t cap = c->rx_total;
-    if (c->rx_total > c->rx->cap) {
-        if (cap > CRPCI_CONN_READ && c->rx_len < CRPCI_CONN_READ / 2)
-            cap = CRPCI_CONN_READ;
-        bigger = crpci_heap_chunk(c->loop->heap, cap);
-        if (!bigger) {
-            crpci_conn_close(c, CRPC_ENOMEM, 0);
-            return;
-        }
-        memcpy(crpci_heap_data(bigger), crpci_heap_data(c->rx), c->rx_len);
-        crpci_heap_chunk_unref(c->rx);
-        c->rx = bigger;
-    }
-    c->rx_need = crpci_base_min(c->rx_total, c->rx->cap);
 }
 
 /* c->rx holds the bytes that were asked for: parses them, and grows if the protocol needs more. */
@@ -8861,7 +8863,9 @@ CRPCI_FN void crpci_receive_full(crpci_conn *c)
         }
         c->rx = chunk;
     }
-    crpci_receive_grow(c);
+    c->rx_need = c->rx_total;
+    if (c->rx_total > chunk->cap)
+        crpci_receive_reserve(c, crpci_heap_data(chunk), c->rx_len);
 }
 
 /* Takes one piece of input: a whole message in place, or bytes that begin or continue c->rx.
@@ -8884,9 +8888,10 @@ CRPCI_FN size_t crpci_receive_feed_one(crpci_conn *c, crpci_chunk *chunk, const 
         return n;
     }
     used = crpci_receive_parse(c, chunk, p, n);
-    if (CRPCI_LIKELY(used) || c->closed)
+    if (CRPCI_LIKELY(used) || c->closed || !crpci_receive_reserve(c, p, n))
         return used;
-    return crpci_receive_begin(c, p, n) ? n : 0;
+    crpci_receive_begun(c);
+    return n;
 }
 
 /* Takes input until the step's budget is used up or the connection pauses; the rest waits in
@@ -8983,11 +8988,9 @@ CRPCI_FN void crpci_receive_read(crpci_conn *c)
     ssize_t n;
     if (!crpci_receive_catch_up(c) || c->closed || c->reading || c->paused || c->eof)
         return;
-    if (!crpci_conn_is_plain(c)) {
-        c->unread = crpci_conn_engaged(c);
-        if (c->unread) /* the thread that writes schedules the read when it is done */
-            return;
-    }
+    c->unread = crpci_conn_engaged(c);
+    if (c->unread) /* the thread that writes schedules the read when it is done */
+        return;
     if (!crpci_receive_spare(l)) {
         crpci_conn_close(c, CRPC_ENOMEM, 0);
         return;
@@ -9001,7 +9004,7 @@ CRPCI_FN void crpci_receive_read(crpci_conn *c)
     l->stats.receives++;
     c->reading = true;
     crpci_loop_unlock(l);
-    n = c->io->readv(c->fd, c->io_state, iov, count);
+    n = crpci_conn_transport(c)->readv(c->fd, c->io_state, iov, count);
     saved = errno;
     crpci_loop_lock(l);
     c->reading = false;
@@ -9280,7 +9283,6 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     return (size_t)CRPCI_FRAME_HEADER + body;
 }
 
-#if CRPC_ENABLE_CLIENT
 /* Writes the head of a request, see crpci_protocol.request. */
 CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
@@ -9298,9 +9300,6 @@ CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpc
     return crpci_meta_put_request(low, payload, m->payload_size, &meta, m->fields);
 }
 
-#endif
-
-#if CRPC_ENABLE_SERVER
 /* Writes the head of a reply. */
 CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
@@ -9312,7 +9311,6 @@ CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_
     meta.compress_type = 0;
     return crpci_meta_put_reply(low, payload, m->payload_size, &meta, m->fields);
 }
-#endif
 
 static const crpci_protocol crpci_baidu = {"baidu_std",
                                            0,
@@ -9324,16 +9322,8 @@ static const crpci_protocol crpci_baidu = {"baidu_std",
                                            crpci_meta_put_names,
                                            crpci_meta_put_field,
                                            crpci_meta_field,
-#if CRPC_ENABLE_CLIENT
-                                           crpci_baidu_request,
-#else
-                                            NULL,
-#endif
-#if CRPC_ENABLE_SERVER
-                                           crpci_baidu_reply};
-#else
-                                            NULL};
-#endif
+                                           CRPC_ENABLE_CLIENT ? crpci_baidu_request : NULL,
+                                           CRPC_ENABLE_SERVER ? crpci_baidu_reply : NULL};
 
 /* ======================================================================== */
 /* >>impl-protocols   the table of wire protocols                          */
@@ -20835,18 +20825,16 @@ CRPCI_FN bool crpci_service_named(const char *name, crpc_view v)
     return strlen(name) == n && memcmp(name, crpc_view_data(v), n) == 0;
 }
 
-/* Looks a service up by its full name, then by its short name, as brpc does. A server has few
+/* Looks a service up by its full or its short name, as brpc does. The name without a dot of one
+ * service is the short name of no other, so the first that fits is the right one. A server has few
  * services, and a connection remembers the method of its last request: a table would gain nothing.
  */
 CRPCI_FN const crpci_service *crpci_service_find(const crpci_service_map *map, crpc_view name)
 {
     size_t i;
     for (i = 0; i < map->count; i++) {
-        if (crpci_service_named(map->items[i].table->name, name))
-            return &map->items[i];
-    }
-    for (i = 0; i < map->count; i++) {
-        if (crpci_service_named(map->items[i].short_name, name))
+        if (crpci_service_named(map->items[i].table->name, name) ||
+            crpci_service_named(map->items[i].short_name, name))
             return &map->items[i];
     }
     return NULL;
@@ -20994,11 +20982,6 @@ CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_task *t, bool admitte
     return room;
 }
 
-CRPCI_FN bool crpci_worker_push(crpci_worker_pool *p, crpci_task *t)
-{
-    return crpci_worker_put(p, t, false);
-}
-
 #if CRPC_ENABLE_THREADS
 CRPCI_FN void *crpci_worker_thread(void *arg)
 {
@@ -21098,31 +21081,23 @@ typedef struct crpci_order_item {
 
 /* The caller locks. */
 typedef struct crpci_order {
-    crpci_list *buckets;
+    crpci_list buckets[CRPCI_ORDER_BUCKETS];
     int64_t waiting;
     int64_t max_waiting; /* 0: no limit */
 } crpci_order;
 
-CRPCI_FN crpci_list *crpci_order_bucket(const crpci_order *o, const crpci_order_item *i)
+CRPCI_FN crpci_list *crpci_order_bucket(crpci_order *o, const crpci_order_item *i)
 {
     return &o->buckets[i->key % CRPCI_ORDER_BUCKETS];
 }
 
-CRPCI_COLD int crpci_order_open(crpci_order *o, crpci_heap *h, int64_t max_waiting)
+CRPCI_COLD void crpci_order_init(crpci_order *o, int64_t max_waiting)
 {
     unsigned i;
     o->waiting = 0;
     o->max_waiting = max_waiting;
-    o->buckets = (crpci_list *)crpci_heap_alloc(h, CRPCI_ORDER_BUCKETS * sizeof *o->buckets);
-    for (i = 0; o->buckets && i < CRPCI_ORDER_BUCKETS; i++)
+    for (i = 0; i < CRPCI_ORDER_BUCKETS; i++)
         crpci_list_init(&o->buckets[i]);
-    return o->buckets ? CRPC_OK : CRPC_ENOMEM;
-}
-
-CRPCI_COLD void crpci_order_close(crpci_order *o, crpci_heap *h)
-{
-    crpci_heap_free(h, o->buckets, CRPCI_ORDER_BUCKETS * sizeof *o->buckets);
-    o->buckets = NULL;
 }
 
 /* CRPC_OK: the request is the first of its key and may run. CRPC_EPENDING: it waits for its turn.
@@ -21167,15 +21142,11 @@ CRPCI_FN crpci_order_item *crpci_order_leave(crpci_order *o, crpci_order_item *i
 #define CRPCI_REPLAY_ID_MAX 64 /* bytes of a request's id */
 #define CRPCI_REPLAY_BUCKETS_MAX 4096u
 
-/* A reply without its correlation id, in a chunk of its own: sizes of its parts; their bytes follow
- * in this order. */
+/* A reply, in a chunk of its own, with the bytes that it refers to. */
 typedef struct crpci_replay_reply {
     const void *protocol; /* that the fields are encoded for */
-    int code;
-    size_t text;
-    size_t fields;
-    size_t payload;
-    size_t attachment;
+    crpci_message m;      /* a repeated request puts in its own id; the attachment is behind the
+                           * payload */
 } crpci_replay_reply;
 
 /* A request that is executing, or has finished. */
@@ -21208,21 +21179,16 @@ typedef struct crpci_replay {
 CRPCI_COLD int crpci_replay_open(crpci_replay *r, crpci_heap *h, size_t entries, int64_t max_bytes,
                                  int64_t keep_us)
 {
-    size_t i;
     memset(r, 0, sizeof *r);
     r->heap = h;
     r->max = entries;
     r->max_bytes = max_bytes;
     r->keep_us = keep_us;
     crpci_list_init(&r->age);
-    for (r->bucket_count = 16; r->bucket_count < entries;) {
-        if (r->bucket_count == CRPCI_REPLAY_BUCKETS_MAX)
-            break;
+    r->bucket_count = 16;
+    while (r->bucket_count < entries && r->bucket_count < CRPCI_REPLAY_BUCKETS_MAX)
         r->bucket_count *= 2;
-    }
-    r->buckets = (crpci_list *)crpci_heap_alloc(h, r->bucket_count * sizeof *r->buckets);
-    for (i = 0; r->buckets && i < r->bucket_count; i++)
-        crpci_list_init(&r->buckets[i]);
+    r->buckets = crpci_list_table(h, r->bucket_count);
     return r->buckets ? CRPC_OK : CRPC_ENOMEM;
 }
 
@@ -21259,7 +21225,7 @@ CRPCI_FN void crpci_replay_expire(crpci_replay *r, int64_t now)
         crpci_replay_evict(r);
 }
 
-CRPCI_FN uint64_t crpci_replay_hash(const void *method, crpc_view id)
+CRPCI_COLD uint64_t crpci_replay_hash(const void *method, crpc_view id)
 {
     return crpci_base_mix(crpci_base_hash(crpc_view_data(id), crpc_view_size(id)) ^
                              (uint64_t)(uintptr_t)method);
@@ -21340,33 +21306,37 @@ CRPCI_COLD void crpci_replay_close(crpci_replay *r)
     r->buckets = NULL;
 }
 
-/* Makes a chunk that holds a crpci_replay_reply: code, text, user fields (encoded for `protocol`),
- * payload and attachment. NULL: out of memory. */
-CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol, int code,
-                                        const crpc_view part[4])
+/* Copies bytes to *at, which moves behind them. */
+CRPCI_COLD crpc_view crpci_replay_append(uint8_t **at, const void *bytes, size_t n)
 {
-    size_t size = sizeof(crpci_replay_reply), i;
+    uint8_t *to = *at;
+    if (n)
+        memcpy(to, bytes, n);
+    *at += n;
+    return crpc_view_of(n ? to : NULL, n);
+}
+
+/* Makes a chunk that holds a crpci_replay_reply: a copy of a reply, whose attachment may be
+ * elsewhere. NULL: out of memory. */
+CRPCI_COLD crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol,
+                                          const crpci_message *m, const void *attachment)
+{
+    size_t text = crpc_view_size(m->text), fields = crpc_view_size(m->fields);
+    crpci_chunk *c = crpci_heap_chunk(
+        h, sizeof(crpci_replay_reply) + text + fields + m->payload_size + m->attachment_size);
     crpci_replay_reply *r;
-    crpci_chunk *c;
-    uint8_t *to;
-    for (i = 0; i < 4; i++)
-        size += crpc_view_size(part[i]);
-    c = crpci_heap_chunk(h, size);
+    uint8_t *at;
     if (!c)
         return NULL;
     r = (crpci_replay_reply *)(void *)crpci_heap_data(c);
-    to = (uint8_t *)(r + 1);
+    at = (uint8_t *)(r + 1);
     r->protocol = protocol;
-    r->code = code;
-    r->text = crpc_view_size(part[0]);
-    r->fields = crpc_view_size(part[1]);
-    r->payload = crpc_view_size(part[2]);
-    r->attachment = crpc_view_size(part[3]);
-    for (i = 0; i < 4; i++) {
-        if (crpc_view_size(part[i]))
-            memcpy(to, crpc_view_data(part[i]), crpc_view_size(part[i]));
-        to += crpc_view_size(part[i]);
-    }
+    r->m = *m;
+    r->m.text = crpci_replay_append(&at, crpc_view_data(m->text), text);
+    r->m.fields = crpci_replay_append(&at, crpc_view_data(m->fields), fields);
+    r->m.payload = at;
+    crpci_replay_append(&at, m->payload, m->payload_size);
+    crpci_replay_append(&at, attachment, m->attachment_size);
     return c;
 }
 
@@ -21380,6 +21350,7 @@ CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol, int
 
 /* The limits of one method. The caller locks. All zero, there are none. */
 typedef struct crpci_quota {
+    struct crpci_quota *next; /* of the server's quotas */
     uint32_t max; /* requests in service; 0: no limit */
     uint32_t active;
     bool adaptive;
@@ -21444,15 +21415,12 @@ typedef struct crpci_quota_clients {
 
 CRPCI_COLD int crpci_quota_open(crpci_quota_clients *c, crpci_heap *h, int64_t rate, int64_t burst)
 {
-    size_t i;
     memset(c, 0, sizeof *c);
     c->heap = h;
     c->rate = rate;
     c->burst = burst;
     crpci_list_init(&c->idle);
-    c->buckets = (crpci_list *)crpci_heap_alloc(h, CRPCI_QUOTA_BUCKETS * sizeof *c->buckets);
-    for (i = 0; c->buckets && i < CRPCI_QUOTA_BUCKETS; i++)
-        crpci_list_init(&c->buckets[i]);
+    c->buckets = crpci_list_table(h, CRPCI_QUOTA_BUCKETS);
     return c->buckets ? CRPC_OK : CRPC_ENOMEM;
 }
 
@@ -21536,6 +21504,7 @@ CRPCI_FN void crpci_quota_disconnect(crpci_quota_clients *c, crpci_quota_client 
  * stands here because every request reads it. */
 
 #define CRPCI_CONTEXT_CONN_MAX 4096 /* requests of one connection in service at a time */
+#define CRPCI_CONTEXT_CROWDED CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
 
 /* The life of a server, which only goes forward. */
 typedef enum crpci_server_state {
@@ -21584,10 +21553,9 @@ struct crpc_server {
         crpci_mutex lock;  /* of what follows; taken after a loop's lock, and before the workers' or
                             * the heap's */
         bool over;         /* the workers are stopping: nothing is handed to them any more */
-        crpci_order order; /* buckets NULL: no request had a key yet */
+        crpci_order order;
         crpci_replay replay;
-        crpci_quota *quotas; /* of the methods that have limits */
-        size_t quota_count;
+        crpci_quota *quotas; /* list: of the methods that have limits */
         crpci_quota_clients clients;
         uint64_t replayed, unremembered; /* requests: repeated; run without a free entry */
     } guard;
@@ -21601,9 +21569,9 @@ struct crpc_server {
         crpci_backend *registry;
         struct crpci_enrolment *items; /* one a service */
         size_t count;
+        size_t missing; /* services that the registry has not confirmed yet */
         crpci_waiter *waiter; /* crpc_server_start waits for all of them */
         char text[CRPC_ERROR_TEXT_MAX]; /* why the last registration failed */
-        char *url, *credential, *advertise, *group, *version, *application; /* copies of options */
     } enrolment;
     struct {
         crpci_timer timer; /* ends LAME, then checks every 10 ms whether the server is drained */
@@ -21613,7 +21581,7 @@ struct crpc_server {
         bool close_later; /* closed in a callback: close_task does it when the server is drained */
         crpci_task close_task;
     } drain;
-    crpc_server_options options; /* its strings may be gone: `enrolment` and `io` have copies */
+    crpc_server_options options; /* with copies of the program's texts; loops.thread_name is in `io` */
 };
 
 /* One request in service. It lies at the start of `block`, and is gone with it. */
@@ -21624,20 +21592,10 @@ struct crpc_context {
     crpc_loop *loop;
     crpci_conn *conn;
     crpci_chunk *block; /* holds this, the request, the response, and the reply if that is short */
-    crpci_chunk *extra; /* list of chunks: what crpc_context_alloc gave out */
-    struct crpci_guard *guard; /* NULL: the request has no limit, order or id to heed */
     const crpci_service_method *method;
     void *request;
     void *response;
-    size_t reply_at;    /* offset in the block: from here the reply is encoded, if it fits */
-    size_t intercepted; /* interceptors whose `before` has passed, so that `after` is due */
-    int app_code;       /* set by crpc_context_fail; 0: none */
-    char *text; /* for the error reply; NULL: the text of the status. In `extra` */
-    char *peer; /* address, as crpc_context_peer formats it; NULL: not asked for. In `extra` */
-    crpci_message_out fields; /* of the reply */
-    crpc_view attachment; /* of the reply */
-    crpci_chunk *attachment_chunk;
-    crpc_view credential;
+    size_t reply_at; /* offset in the block: from here the reply is encoded, if it fits */
     /* the request, as in its crpci_message; `chunk` keeps its bytes */
     crpci_chunk *chunk;
     crpc_view received; /* fields */
@@ -21646,6 +21604,18 @@ struct crpc_context {
     const uint8_t *payload; /* the attachment stands behind it */
     size_t payload_size;
     size_t attachment_size;
+    /* from here on all is 0 at first */
+    crpci_chunk *extra; /* list of chunks: what crpc_context_alloc gave out */
+    struct crpci_guard *guard; /* NULL: the request has no limit, order or id to heed */
+    size_t intercepted; /* interceptors whose `before` has passed, so that `after` is due */
+    int app_code;       /* set by crpc_context_fail; 0: none */
+    char *text; /* for the error reply; NULL: the text of the status. In `extra` */
+    char *peer; /* address, as crpc_context_peer formats it; NULL: not asked for. In `extra` */
+    crpci_message_out fields; /* of the reply */
+    crpc_view attachment; /* of the reply */
+    crpci_chunk *attachment_chunk;
+    crpci_out *reply; /* when the request is concluded; NULL: no memory, or the server has stopped */
+    crpc_view credential;
 };
 
 /* Whether a request has a guard. Constant without CRPC_ENABLE_POLICY, so that the compiler drops
@@ -21655,17 +21625,14 @@ CRPCI_FN bool crpci_context_guarded(const crpc_context *x)
     return CRPC_ENABLE_POLICY && x->guard;
 }
 
-/* Makes a reply of the parts that `r` measures and `bytes` holds in that order. Text, fields and
- * payload are copied; the attachment is not, so the caller sees to it that `bytes` outlives the
- * frame (tail_chunk). NULL: out of memory. */
-CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, int64_t id, const crpci_replay_reply *r,
-                                          const void *bytes)
+/* Makes the frame of a reply. Text, fields and payload are copied; the attachment behind the
+ * payload is not, so the caller sees to it that its bytes outlive the frame (tail_chunk). NULL: out
+ * of memory. */
+CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, const crpci_message *m)
 {
-    const uint8_t *text = (const uint8_t *)bytes, *fields = text + r->text;
-    const uint8_t *payload = fields + r->fields;
-    size_t head = sizeof(crpci_out) + conn->protocol->headroom + r->text + r->fields;
-    crpci_chunk *chunk = crpci_heap_chunk(conn->loop->heap, head + r->payload);
-    crpci_message m;
+    size_t head = sizeof(crpci_out) + conn->protocol->headroom + crpc_view_size(m->text) +
+                  crpc_view_size(m->fields);
+    crpci_chunk *chunk = crpci_heap_chunk(conn->loop->heap, head + m->payload_size);
     uint8_t *data;
     crpci_out *o;
     if (!chunk)
@@ -21673,21 +21640,13 @@ CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, int64_t id, const cr
     data = crpci_heap_data(chunk);
     o = (crpci_out *)(void *)data;
     memset(o, 0, sizeof *o);
-    memset(&m, 0, sizeof m);
-    m.kind = CRPCI_MESSAGE_REPLY;
-    m.id = id;
-    m.status = r->code;
-    m.text = crpc_view_of(text, r->text);
-    m.fields = crpc_view_of(r->fields ? fields : NULL, r->fields);
-    m.payload_size = r->payload;
-    m.attachment_size = r->attachment;
-    if (r->payload)
-        memcpy(data + head, payload, r->payload);
-    o->head = conn->protocol->reply(data + sizeof *o, data + head, &m);
-    o->head_len = (size_t)(data + head + r->payload - o->head);
+    if (m->payload_size)
+        memcpy(data + head, m->payload, m->payload_size);
+    o->head = conn->protocol->reply(data + sizeof *o, data + head, m);
+    o->head_len = (size_t)(data + head + m->payload_size - o->head);
     o->chunk = chunk;
-    o->tail = payload + r->payload;
-    o->tail_len = r->attachment;
+    o->tail = m->attachment_size ? m->payload + m->payload_size : NULL;
+    o->tail_len = m->attachment_size;
     return o;
 }
 
@@ -21696,14 +21655,16 @@ CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, int64_t id, const cr
 CRPCI_COLD void crpci_context_refuse(crpci_conn *conn, const crpci_message *m, int code,
                                      const char *text)
 {
-    crpci_replay_reply r;
+    crpci_message reply;
     crpci_out *o;
     if (!CRPC_ENABLE_TEXTS)
         text = crpc_status_name(code);
-    memset(&r, 0, sizeof r);
-    r.code = code;
-    r.text = crpci_base_min(strlen(text), CRPC_ERROR_TEXT_MAX);
-    o = crpci_context_frame(conn, m->id, &r, text);
+    memset(&reply, 0, sizeof reply);
+    reply.kind = CRPCI_MESSAGE_REPLY;
+    reply.id = m->id;
+    reply.status = code;
+    reply.text = crpc_view_of(text, crpci_base_min(strlen(text), CRPC_ERROR_TEXT_MAX));
+    o = crpci_context_frame(conn, &reply);
     conn->loop->stats.limited += code == CRPC_ELIMIT;
     if (o)
         crpci_conn_reply(conn, o, m->turn);
@@ -21735,28 +21696,18 @@ CRPCI_COLD CRPC_PRINTF(2, 0) void crpci_context_vexplain(crpc_context *x, const 
  * reply has the name of its status. The texts of handlers are always sent. */
 #if CRPC_ENABLE_TEXTS
 #define crpci_context_error crpc_context_error
-
-CRPCI_COLD CRPC_PRINTF(2, 3) void crpci_context_explain(crpc_context *x, const char *format, ...)
-{
-    va_list ap;
-    va_start(ap, format);
-    crpci_context_vexplain(x, format, ap);
-    va_end(ap);
-}
 #else
 #define crpci_context_error(x, status, ...)                                                        \
     (0 ? crpc_context_error(x, status, __VA_ARGS__) : (status))
-#define crpci_context_explain(x, ...) ((void)crpci_context_error(x, 0, __VA_ARGS__))
 #endif
 
 CRPC_API int crpc_context_fail(crpc_context *x, int app_code, const char *format, ...)
 {
     va_list ap;
-    if (crpci_status_reserved(app_code)) {
-        crpci_context_explain(x, "crpc_context_fail: code %d is reserved (0-199, 1000-3999)",
-                              app_code);
-        return CRPC_EINTERNAL;
-    }
+    if (crpci_status_reserved(app_code))
+        return crpci_context_error(x, CRPC_EINTERNAL,
+                                   "crpc_context_fail: code %d is reserved (0-199, 1000-3999)",
+                                   app_code);
     x->app_code = app_code;
     va_start(ap, format);
     crpci_context_vexplain(x, format, ap);
@@ -21801,9 +21752,9 @@ CRPCI_FN int crpci_context_encode_response(crpc_context *x, crpci_message_out *o
         err = CRPC_ECODEC;
         why = CRPCI_STATUS_TEXT("it is over 2 GiB with its attachment");
     }
-    if (err)
-        crpci_context_explain(x, "the response could not be encoded: %s", why);
-    return err ? CRPC_EINTERNAL : CRPC_OK;
+    return CRPCI_LIKELY(!err) ? CRPC_OK
+                              : crpci_context_error(x, CRPC_EINTERNAL,
+                                                    "the response could not be encoded: %s", why);
 }
 
 /* Builds the reply of a finished request, and says in *m what it consists of. Layout from `front`:
@@ -21915,8 +21866,7 @@ CRPCI_FN bool crpci_context_end(crpci_conn *conn)
     return true;
 }
 
-/* Gives up a reference; the last one frees the server. A caller that holds a lock must know that
- * this is not the last one. */
+/* Gives up a reference; the last one frees the server, which takes no lock but the heap's. */
 CRPCI_FN void crpci_context_drop_server(crpc_server *s)
 {
     if (crpci_thread_unref(&s->refs))
@@ -21984,50 +21934,26 @@ CRPCI_FN int crpci_context_code(crpc_context *x, int status)
         return x->app_code;
     if (status > 199 && crpci_status_reserved(status))
         return status;
-    crpci_context_explain(x,
-                          "the handler returned %d, which is no crpc_status; an application's "
-                          "code is set with crpc_context_fail",
-                          status);
-    return CRPC_EINTERNAL;
+    return crpci_context_error(x, CRPC_EINTERNAL,
+                               "the handler returned %d, which is no crpc_status; an "
+                               "application's code is set with crpc_context_fail",
+                               status);
 }
 
-/* Ends a request of a server that has stopped. crpc_server_close may have returned, so services and
- * interceptors of the program must not be touched; the reply is dropped. */
-CRPCI_COLD int crpci_context_too_late(crpc_context *x)
-{
-    crpc_server *s = x->server;
-    crpc_loop *l = x->loop;
-    crpci_conn *conn = x->conn;
-    bool last;
-    if (crpci_context_guarded(x))
-        s->guard.ops->end(x, NULL, -1);
-    crpci_context_free(x);
-    crpci_loop_lock(l);
-    last = crpci_context_end(conn);
-    crpci_loop_unlock(l);
-    if (last)
-        crpci_context_release(s, l);
-    return CRPC_EGONE;
-}
-
-/* The rest of a request's end, kept on the stack after its context is gone. */
-typedef struct crpci_context_outcome {
-    crpc_server *server;
-    crpc_loop *loop;
-    crpci_conn *conn;
-    uint32_t turn;
-    crpci_out *reply;   /* NULL: there was no memory for one */
-    crpci_chunk *bytes; /* of the request */
-} crpci_context_outcome;
-
-/* Ends a request up to the queueing of its reply: runs the interceptors' `after` in reverse order,
- * encodes the reply and frees the context. Without the lock, because encoding may take long. */
-CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int status)
+/* Ends a request up to the queueing of its reply: runs the interceptors' `after` in reverse order
+ * and encodes the reply. Without the lock, because encoding may take long. If the server has
+ * stopped there is no reply: crpc_server_close may have returned, so services and interceptors of
+ * the program must not be touched. */
+CRPCI_FN void crpci_context_conclude(crpc_context *x, int status)
 {
     const crpc_server *s = x->server;
-    crpci_context_outcome end;
     crpci_message m;
     int code;
+    if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) == CRPCI_SERVER_STOPPED)) {
+        if (crpci_context_guarded(x))
+            s->guard.ops->end(x, NULL, -1);
+        return;
+    }
     while (x->intercepted) {
         const crpc_server_interceptor *i = &s->options.interceptors[--x->intercepted];
         if (i->after)
@@ -22038,32 +21964,29 @@ CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int statu
         crpc_context_add_field(x, CRPCI_MESSAGE_APP_FIELD, "1"))
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
                        "server: out of memory: a client takes the handler's error for crpc's own");
-    end.server = x->server;
-    end.loop = x->loop;
-    end.conn = x->conn;
-    end.turn = x->turn;
-    end.bytes = x->chunk;
-    end.reply = CRPCI_LIKELY(!crpci_context_guarded(x)) ? crpci_context_encode(x, code, &m)
-                                                        : s->guard.ops->encode(x, code);
-    x->chunk = NULL;
-    crpci_context_free(x);
-    return end;
+    x->reply = CRPCI_LIKELY(!crpci_context_guarded(x)) ? crpci_context_encode(x, code, &m)
+                                                       : s->guard.ops->encode(x, code);
 }
 
-/* Queues the reply; the caller or the driver sends it. Locked. The connection may have closed in
- * the meantime: then the reply is dropped. True: crpci_context_release is due. */
-CRPCI_FN bool crpci_context_reply(const crpci_context_outcome *end)
+/* Frees the context of a concluded request and queues its reply; the caller or the driver sends it.
+ * Locked. The connection may have closed in the meantime: then the reply is dropped. True:
+ * crpci_context_release is due. */
+CRPCI_FN bool crpci_context_reply(crpc_context *x)
 {
-    crpci_conn *conn = end->conn;
+    crpci_conn *conn = x->conn;
+    crpci_out *reply = x->reply;
+    uint32_t turn = x->turn;
     bool last;
-    crpci_loop_unshare(end->loop, end->bytes);
+    crpci_loop_unshare(x->loop, x->chunk);
+    x->chunk = NULL;
+    crpci_context_free(x);
     crpci_conn_hold(conn);
     last = crpci_context_end(conn);
     if (conn->closed) {
-        if (end->reply)
-            crpci_conn_out_free(end->reply);
-    } else if (end->reply) {
-        crpci_conn_reply(conn, end->reply, end->turn);
+        if (reply)
+            crpci_conn_out_free(reply);
+    } else if (reply) {
+        crpci_conn_reply(conn, reply, turn);
         crpci_context_throttle(conn);
         crpci_context_close_if_done(conn);
     } else {
@@ -22074,22 +21997,21 @@ CRPCI_FN bool crpci_context_reply(const crpci_context_outcome *end)
 }
 
 /* Ends a request on any thread, without the lock. CRPC_EGONE: nobody gets the reply, because the
- * connection is closed or the server has stopped. */
+ * connection is closed, the server has stopped, or there was no memory for it. */
 CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
 {
-    crpci_context_outcome end;
+    crpc_server *s = x->server;
+    crpc_loop *l = x->loop;
     bool gone, last;
-    if (CRPCI_UNLIKELY(crpci_thread_load(&x->server->state) == CRPCI_SERVER_STOPPED))
-        return crpci_context_too_late(x);
-    end = crpci_context_conclude(x, status);
-    crpci_loop_lock(end.loop);
-    gone = end.conn->closed;
-    last = crpci_context_reply(&end);
-    if (crpci_loop_may_send(end.loop))
-        crpci_loop_run_list(end.loop, &end.loop->dirty);
-    crpci_loop_unlock(end.loop);
+    crpci_context_conclude(x, status);
+    crpci_loop_lock(l);
+    gone = !x->reply || x->conn->closed;
+    last = crpci_context_reply(x);
+    if (crpci_loop_may_send(l))
+        crpci_loop_run_list(l, &l->dirty);
+    crpci_loop_unlock(l);
     if (last)
-        crpci_context_release(end.server, end.loop);
+        crpci_context_release(s, l);
     return gone ? CRPC_EGONE : CRPC_OK;
 }
 
@@ -22131,21 +22053,28 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
  * lock that follows user code anyway, and the driver sends it before it sleeps. */
 CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
 {
-    crpci_context_outcome end;
+    crpc_server *s = x->server;
     int status;
-    bool now = false;
     crpci_loop_user_begin(l);
     status = crpci_context_serve(x);
-    if (CRPCI_UNLIKELY(status != CRPC_EPENDING &&
-                       crpci_thread_load(&x->server->state) == CRPCI_SERVER_STOPPED)) {
-        crpci_context_too_late(x);
-    } else if (status != CRPC_EPENDING) {
-        end = crpci_context_conclude(x, status);
-        now = true;
-    }
+    if (status != CRPC_EPENDING)
+        crpci_context_conclude(x, status);
     crpci_loop_user_end(l);
-    if (now && crpci_context_reply(&end))
-        crpci_context_release(end.server, l); /* the loop works for it: not the last reference */
+    if (status != CRPC_EPENDING && crpci_context_reply(x))
+        crpci_context_release(s, l);
+}
+
+/* Hands a request to the workers, or makes it a task of its loop, which is locked then. Returns
+ * NULL, or the text with which to refuse it; one that was `admitted` before is not refused. From
+ * here on another thread may run the request and free its context. */
+CRPCI_FN const char *crpci_context_dispatch(crpc_context *x, bool admitted)
+{
+    crpc_server *s = x->server;
+    if (!s->worker_count)
+        crpci_loop_ready(x->loop, &x->task);
+    else if (!crpci_worker_put(&s->workers, &x->task, admitted))
+        return CRPCI_CONTEXT_CROWDED;
+    return NULL;
 }
 
 /* Runs a request. A worker passes NULL as the loop, and holds no lock. */
@@ -22168,7 +22097,7 @@ CRPCI_FN void crpci_context_task(crpc_loop *l, crpci_task *task)
 CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                          const crpci_service_method *method)
 {
-    const size_t align = 15;
+    const size_t align = 15, zero = offsetof(crpc_context, extra);
     size_t at = (sizeof(crpc_context) + align) & ~align;
     size_t response_at = (at + method->request.size + align) & ~align;
     size_t reply_at = (response_at + method->response.size + align) & ~align;
@@ -22179,14 +22108,7 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     if (!block)
         return NULL;
     x = (crpc_context *)(void *)crpci_heap_data(block);
-    memset((char *)x + at, 0, reply_at - at);
-    memset(&x->fields, 0, sizeof x->fields);
-    x->guard = NULL;
-    x->intercepted = 0;
-    x->app_code = 0;
-    x->extra = x->attachment_chunk = NULL;
-    x->text = x->peer = NULL;
-    x->attachment = x->credential = crpc_view_of(NULL, 0);
+    memset((char *)x + zero, 0, reply_at - zero);
     x->origin.log_id = x->origin.trace_id = x->origin.span_id = 0;
     x->block = block;
     x->request = (char *)x + at;
@@ -22321,8 +22243,6 @@ CRPC_API const char *crpc_context_peer(crpc_context *x)
  * the thread that uses the context. s->guard.lock protects quotas, clients, order and replay
  * entries. It is held for bookkeeping only, never while a handler runs. */
 
-#define CRPCI_GUARD_CROWDED CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
-
 /* The guard's part of one request. Intake fills one on its stack; a request that is let in has a
  * copy in its context's memory. */
 typedef struct crpci_guard {
@@ -22337,16 +22257,6 @@ typedef struct crpci_guard {
     int64_t since;      /* when the request arrived; set if it has a quota or a client */
 } crpci_guard;
 
-/* Hands a request to the workers, or makes it a task of its loop. False: worker_queue is full.
- * Locked. From here on another thread may run the request and free its context. */
-CRPCI_COLD bool crpci_guard_dispatch(crpc_server *s, crpc_context *x)
-{
-    if (s->worker_count)
-        return crpci_worker_push(&s->workers, &x->task);
-    crpci_loop_ready(x->loop, &x->task);
-    return true;
-}
-
 /* Lets a request in: it runs now, or when its turn comes. Returns NULL, or the text with which to
  * refuse it. `of` is copied. Locked. The turn is taken before the request is handed over: its
  * handler may end at once on another thread, and would pass on a turn that it does not have. */
@@ -22354,28 +22264,27 @@ CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
 {
     crpc_server *s = x->server;
     crpci_guard *g;
-    int err = CRPC_OK;
+    const char *why = NULL;
+    int err;
     if (!of->ordered && !of->quota && !crpc_view_size(of->id))
-        return crpci_guard_dispatch(s, x) ? NULL : CRPCI_GUARD_CROWDED;
+        return crpci_context_dispatch(x, false);
     x->guard = g = (crpci_guard *)crpc_context_alloc(x, sizeof *g);
     if (!g)
         return CRPCI_STATUS_TEXT("out of memory");
     *g = *of;
     g->context = x;
     if (!g->ordered)
-        return crpci_guard_dispatch(s, x) ? NULL : CRPCI_GUARD_CROWDED;
+        return crpci_context_dispatch(x, false);
     crpci_thread_lock(&s->guard.lock);
-    if (!s->guard.order.buckets)
-        err = crpci_order_open(&s->guard.order, s->heap, s->options.worker_queue);
-    err = err ? err : crpci_order_enter(&s->guard.order, &g->order);
-    if (!err && !crpci_guard_dispatch(s, x)) {
+    err = crpci_order_enter(&s->guard.order, &g->order);
+    if (err == CRPC_ELIMIT)
+        why = CRPCI_CONTEXT_CROWDED;
+    else if (!err)
+        why = crpci_context_dispatch(x, false);
+    if (!err && why)
         crpci_order_leave(&s->guard.order, &g->order); /* still locked: none waits behind it */
-        err = CRPC_ELIMIT;
-    }
     crpci_thread_unlock(&s->guard.lock);
-    return !err || err == CRPC_EPENDING ? NULL
-           : err == CRPC_ENOMEM         ? CRPCI_STATUS_TEXT("out of memory")
-                                        : CRPCI_GUARD_CROWDED;
+    return why;
 }
 
 /* Runs a request that was let in before and whose turn has come. False: the server has stopped. No
@@ -22386,14 +22295,14 @@ CRPCI_COLD bool crpci_guard_resume(crpc_context *x)
     bool ok;
     if (s->options.workers) {
         crpci_thread_lock(&s->guard.lock); /* else crpci_lifecycle_dismantle could free them now */
-        ok = !s->guard.over && crpci_worker_put(&s->workers, &x->task, true);
+        ok = !s->guard.over && !crpci_context_dispatch(x, true);
         crpci_thread_unlock(&s->guard.lock);
         return ok;
     }
     crpci_loop_lock(x->loop);
     ok = crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPED; /* else nobody may drive the loop */
     if (ok)
-        crpci_loop_ready(x->loop, &x->task);
+        crpci_context_dispatch(x, true);
     crpci_loop_unlock(x->loop);
     return ok;
 }
@@ -22431,9 +22340,9 @@ CRPCI_COLD int crpci_guard_status(crpc_context *x)
     g->repeats = true;
     r = g->reply ? (const crpci_replay_reply *)(const void *)crpci_heap_data(g->reply) : NULL;
     if (r && r->protocol == x->conn->protocol) {
-        if (crpci_status_reserved(r->code))
-            return r->code;
-        x->app_code = r->code;
+        if (crpci_status_reserved(r->m.status))
+            return r->m.status;
+        x->app_code = r->m.status;
         return CRPC_EAPP;
     }
     crpci_heap_chunk_unref(g->reply);
@@ -22475,24 +22384,14 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
     return x->method->method->serve(x, x->request, x->response, x->method->handlers);
 }
 
-/* Copies the parts of a reply, for requests with the same id. NULL: out of memory. */
-CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_message *m)
-{
-    crpc_view part[4];
-    part[0] = m->text;
-    part[1] = m->fields;
-    part[2] = crpc_view_of(m->payload, m->payload_size);
-    part[3] = m->attachment_size ? x->attachment : crpc_view_of(NULL, 0);
-    return crpci_replay_copy(x->server->heap, x->conn->protocol, m->status, part);
-}
-
 /* Leaves the quota, if one was entered. `served`: 1: the handler gave an answer, an application's
  * error included; 0: it failed; -1: the latency is no measure of the handler. */
 CRPCI_COLD void crpci_guard_quit(crpc_server *s, crpci_guard *g, int served)
 {
-    int64_t now = g->quota ? crpci_heap_now(s->heap) : 0;
+    int64_t now;
     if (!g->quota)
         return;
+    now = crpci_heap_now(s->heap);
     crpci_thread_lock(&s->guard.lock);
     crpci_quota_leave(g->quota, served > 0, served < 0 ? -1 : now - g->since, now);
     crpci_thread_unlock(&s->guard.lock);
@@ -22506,11 +22405,13 @@ CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_message *m, int ser
 {
     crpc_server *s = x->server;
     crpci_guard *g = x->guard;
-    crpci_chunk *reply = g->entry && m ? crpci_guard_copy(x, m) : NULL;
+    crpci_chunk *reply = NULL;
     crpci_list waiting;
     crpci_list_init(&waiting);
     crpci_guard_quit(s, g, served);
     if (g->entry) {
+        if (m)
+            reply = crpci_replay_copy(s->heap, x->conn->protocol, m, crpc_view_data(x->attachment));
         crpci_thread_lock(&s->guard.lock);
         crpci_replay_finish(&s->guard.replay, g->entry, reply, crpci_heap_rough_now(s->heap),
                             &waiting);
@@ -22540,14 +22441,15 @@ CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
     crpci_message m;
     crpci_out *out;
     if (reply) {
-        const crpci_replay_reply *r =
-            (const crpci_replay_reply *)(const void *)crpci_heap_data(reply);
-        out = crpci_context_frame(x->conn, x->id, r, r + 1);
+        m = ((const crpci_replay_reply *)(const void *)crpci_heap_data(reply))->m;
+        m.id = x->id;
+        out = crpci_context_frame(x->conn, &m);
         if (out && out->tail_len) {
             out->tail_chunk = reply;
             crpci_heap_chunk_ref(reply);
         }
     } else {
+        memset(&m, 0, sizeof m);
         out = crpci_context_encode(x, code, &m);
     }
     crpci_guard_end(x, reply || !out ? NULL : &m, x->guard->repeats ? -1 : !code || x->app_code);
@@ -22627,51 +22529,45 @@ CRPCI_COLD void crpci_guard_disconnect(crpc_server *s, crpci_conn *conn)
 
 /* --- opening ---------------------------------------------------------------------------------- */
 
-/* Whether a limit applies to a method. A limit without service and method applies to all. */
-CRPCI_COLD bool crpci_guard_limit_matches(const crpc_method_limit *l, const crpc_method *m,
-                                          const crpc_service *service)
+/* Gives a method a quota of its own. One that an earlier limit or an earlier start that failed gave
+ * it stays. */
+CRPCI_COLD int crpci_guard_add_quota(crpc_server *s, crpci_service_method *m,
+                                     const crpc_method_limit *l)
 {
-    return (!l->service || l->service == service) && (!l->method || l->method == m);
+    crpci_quota *q;
+    if (m->quota)
+        return CRPC_OK;
+    m->quota = q = (crpci_quota *)crpci_heap_alloc(s->heap, sizeof *q);
+    if (!q)
+        return CRPC_ENOMEM;
+    crpci_quota_init(q, l, (uint32_t)s->options.workers);
+    q->next = s->guard.quotas;
+    s->guard.quotas = q;
+    s->guard.all = true;
+    return CRPC_OK;
 }
 
-/* Gives each method the quota of the first limit that applies to it, and returns how many methods
- * have one. With `quotas` NULL only counts. */
-CRPCI_COLD size_t crpci_guard_share_quotas(crpc_server *s, crpci_quota *quotas)
-{
-    const crpc_server_options *o = &s->options;
-    size_t i, k, n = 0, of;
-    for (i = 0; i < s->services.count; i++) {
-        const crpci_service *v = &s->services.items[i];
-        for (k = 0; k < v->table->method_count; k++) {
-            for (of = 0; of < o->method_limit_count; of++) {
-                if (crpci_guard_limit_matches(&o->method_limits[of], &v->table->methods[k],
-                                              v->table))
-                    break;
-            }
-            if (of == o->method_limit_count)
-                continue;
-            if (quotas) {
-                crpci_quota_init(&quotas[n], &o->method_limits[of], (uint32_t)o->workers);
-                v->methods[k].quota = &quotas[n];
-            }
-            n++;
-        }
-    }
-    return n;
-}
-
-/* CRPC_EINVAL: a limit applies to no method of the server, so the program cannot mean it. */
-CRPCI_COLD int crpci_guard_check_limit(const crpc_server *s, size_t index, crpc_error *error)
+/* Applies a limit; one without service and method is for all methods. CRPC_EINVAL: it applies to no method of the server, so the program cannot mean
+ * it. */
+CRPCI_COLD int crpci_guard_apply_limit(crpc_server *s, size_t index, crpc_error *error)
 {
     const crpc_method_limit *l = &s->options.method_limits[index];
+    bool applies = false;
     size_t i, k;
     for (i = 0; i < s->services.count; i++) {
-        const crpc_service *table = s->services.items[i].table;
-        for (k = 0; k < table->method_count; k++) {
-            if (crpci_guard_limit_matches(l, &table->methods[k], table))
-                return CRPC_OK;
+        const crpci_service *v = &s->services.items[i];
+        if (l->service && l->service != v->table)
+            continue;
+        for (k = 0; k < v->table->method_count; k++) {
+            if (l->method && l->method != &v->table->methods[k])
+                continue;
+            if (crpci_guard_add_quota(s, &v->methods[k], l))
+                return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
+            applies = true;
         }
     }
+    if (applies)
+        return CRPC_OK;
     return crpci_status_set(error, CRPC_EINVAL,
                             "method_limits[%zu] names %.80s.%.80s, which this server does not have",
                             index,
@@ -22682,23 +22578,14 @@ CRPCI_COLD int crpci_guard_check_limit(const crpc_server *s, size_t index, crpc_
 }
 
 /* Sets up the quotas of methods when the server starts, because services can be added until then.
- * After a start that failed they are there already. */
+ * A method gets that of the first limit that applies to it. */
 CRPCI_COLD int crpci_guard_start_limits(crpc_server *s, crpc_error *error)
 {
     size_t i;
     int err = CRPC_OK;
     for (i = 0; i < s->options.method_limit_count && !err; i++)
-        err = crpci_guard_check_limit(s, i, error);
-    if (err || !s->options.method_limit_count || s->guard.quotas)
-        return err;
-    s->guard.quota_count = crpci_guard_share_quotas(s, NULL);
-    s->guard.quotas =
-        (crpci_quota *)crpci_heap_alloc(s->heap, s->guard.quota_count * sizeof *s->guard.quotas);
-    if (!s->guard.quotas)
-        return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
-    crpci_guard_share_quotas(s, s->guard.quotas);
-    s->guard.all = true;
-    return CRPC_OK;
+        err = crpci_guard_apply_limit(s, i, error);
+    return err;
 }
 
 /* Allocates the tables of request ids and of clients, if the options ask for them. */
@@ -22706,6 +22593,7 @@ CRPCI_COLD int crpci_guard_open(crpc_server *s)
 {
     const crpc_server_options *o = &s->options;
     int err = CRPC_OK;
+    crpci_order_init(&s->guard.order, o->worker_queue);
     if (o->replay_entries)
         err = crpci_replay_open(&s->guard.replay, s->heap, (size_t)o->replay_entries,
                                 o->replay_bytes, (int64_t)o->replay_ms * 1000);
@@ -22732,10 +22620,13 @@ CRPCI_COLD void crpci_guard_stats(crpc_server *s, crpc_loop_stats *stats)
 
 CRPCI_COLD void crpci_guard_close(crpc_server *s)
 {
+    crpci_quota *q;
+    while ((q = s->guard.quotas) != NULL) {
+        s->guard.quotas = q->next;
+        crpci_heap_free(s->heap, q, sizeof *q);
+    }
     crpci_replay_close(&s->guard.replay);
-    crpci_order_close(&s->guard.order, s->heap);
     crpci_quota_close(&s->guard.clients);
-    crpci_heap_free(s->heap, s->guard.quotas, s->guard.quota_count * sizeof *s->guard.quotas);
     crpci_thread_mutex_free(&s->guard.lock);
 }
 
@@ -22798,10 +22689,8 @@ CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_m
     }
     if (x && CRPCI_UNLIKELY(guarded))
         why = crpci_guard_start(x, &g);
-    else if (x && !s->worker_count)
-        crpci_loop_ready(conn->loop, &x->task);
-    else if (x && !crpci_worker_push(&s->workers, &x->task))
-        why = CRPCI_GUARD_CROWDED;
+    else if (x)
+        why = crpci_context_dispatch(x, false);
     if (CRPCI_LIKELY(!why))
         return;
     if (guarded)
@@ -22869,12 +22758,6 @@ CRPCI_FN void crpci_intake_on_closed(crpci_conn *conn)
     __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
 }
 
-/* Only dialled connections open; a server's are accepted. */
-CRPCI_FN void crpci_intake_on_opened(crpci_conn *conn)
-{
-    (void)conn;
-}
-
 /* Closes a connection that was idle for idle_timeout_ms, whose request has not arrived whole within
  * frame_timeout_ms, or which ended its input and does not read its replies. A paused connection is
  * not read, so its peer is not to blame for a partial request. */
@@ -22904,11 +22787,17 @@ CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
 }
 
 static const crpci_conn_events crpci_intake_events = {
-    crpci_intake_on_opened, crpci_intake_on_message, crpci_intake_on_oversize, crpci_intake_on_sent,
-    crpci_intake_on_eof,    crpci_intake_on_closed,  crpci_intake_on_timer};
+    NULL, /* only dialled connections open */
+    crpci_intake_on_message,
+    crpci_intake_on_oversize,
+    crpci_intake_on_sent,
+    crpci_intake_on_eof,
+    crpci_intake_on_closed,
+    crpci_intake_on_timer};
 
-/* Closes the server's connections on a loop, which other servers and channels may share. Locked. */
-CRPCI_FN void crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
+/* Closes the server's connections on a loop, which other servers and channels may share. Locked.
+ * Returns false, as crpci_lifecycle_any wants to hear. */
+CRPCI_FN bool crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
 {
     crpci_list *i, *next;
     for (i = l->conns.next; i != &l->conns; i = next) {
@@ -22917,12 +22806,13 @@ CRPCI_FN void crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
         if (c->up == &crpci_intake_events && c->owner == s)
             crpci_conn_close(c, CRPC_ECLOSE, 0);
     }
+    return false;
 }
 
 /* Whether any of the server's connections on a loop has output to send, or input that was not read:
  * TCP answers the closing of such a connection with a reset, which can destroy replies on their
  * way. Locked. */
-CRPCI_FN bool crpci_intake_has_output(const crpc_server *s, crpc_loop *l)
+CRPCI_FN bool crpci_intake_has_output(crpc_server *s, crpc_loop *l)
 {
     crpci_list *i;
     for (i = l->conns.next; i != &l->conns; i = i->next) {
@@ -22968,14 +22858,11 @@ CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
         return;
     }
     crpci_loop_lock(l);
-    crpci_thread_ref(&s->connections);
     if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
         close(fd); /* the state was set before this loop was locked to close its connections, so a
                     * connection is either refused here or closed there */
-        __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
-    } else if (crpci_connect_new(l, fd, false, &crpci_intake_events, s, &conn)) {
-        __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
-    } else {
+    } else if (!crpci_connect_new(l, fd, false, &crpci_intake_events, s, &conn)) {
+        crpci_thread_ref(&s->connections);
         conn->protocols = crpci_protocols;
         conn->max_body = (uint32_t)s->options.limits.max_body;
         conn->max_skip = s->options.max_skip;
@@ -23218,16 +23105,14 @@ CRPCI_FN void crpci_enrolment_on_status(void *user, int status, const char *text
 {
     crpci_enrolment *e = (crpci_enrolment *)user;
     crpc_server *s = e->server;
-    size_t i, through = 0;
     crpci_loop_lock(s->loop);
-    if (!status)
-        e->through = true;
-    else
+    if (status) {
         snprintf(s->enrolment.text, sizeof s->enrolment.text, "%s", text ? text : "");
-    for (i = 0; i < s->enrolment.count; i++)
-        through += s->enrolment.items[i].through;
-    if (through == s->enrolment.count && s->enrolment.waiter)
-        crpci_drive_end_wait(s->loop, s->enrolment.waiter);
+    } else if (!e->through) {
+        e->through = true;
+        if (--s->enrolment.missing == 0 && s->enrolment.waiter)
+            crpci_drive_end_wait(s->loop, s->enrolment.waiter);
+    }
     crpci_loop_unlock(s->loop);
 }
 
@@ -23254,17 +23139,17 @@ CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, c
                    ? n->addr.u.in4.sin_addr.s_addr == htonl(INADDR_ANY)
                    : memcmp(&n->addr.u.in6.sin6_addr, &any.u.in6.sin6_addr, 16) == 0;
     }
-    if (s->enrolment.advertise) {
-        const char *colon = strrchr(s->enrolment.advertise, ':'),
-                   *bracket = strrchr(s->enrolment.advertise, ']');
+    if (s->options.advertise) {
+        const char *colon = strrchr(s->options.advertise, ':'),
+                   *bracket = strrchr(s->options.advertise, ']');
         bool has_port = colon && (!bracket || colon > bracket);
         if (!has_port && !n)
             return crpci_status_set(error, CRPC_EINVAL,
                                     "advertise \"%.80s\": no port, and no "
                                     "tcp:// listener to take it from",
-                                    s->enrolment.advertise);
-        text = has_port ? crpci_heap_format(s->heap, "%s", s->enrolment.advertise)
-                        : crpci_heap_format(s->heap, "%s:%u", s->enrolment.advertise, port);
+                                    s->options.advertise);
+        text = has_port ? crpci_heap_format(s->heap, "%s", s->options.advertise)
+                        : crpci_heap_format(s->heap, "%s:%u", s->options.advertise, port);
         if (!text)
             return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
         err = crpci_resolver_address(s->heap, text, out, size, error);
@@ -23272,7 +23157,7 @@ CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, c
         return err ? crpci_status_set(error, err,
                                       "advertise \"%.80s\" is not host[:port], or "
                                       "cannot be resolved (IPv6 stands in brackets)",
-                                      s->enrolment.advertise)
+                                      s->options.advertise)
                    : CRPC_OK;
     }
     if (!n)
@@ -23309,24 +23194,24 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
     int err = crpci_enrolment_address(s, address, sizeof address, error);
     memset(&o, 0, sizeof o);
     o.session_timeout_ms = s->options.directory.session_timeout_ms;
-    o.credential = s->enrolment.credential;
+    o.credential = s->options.directory.credential;
     err = err ? err
-              : crpci_open_registry(s->loop, s->enrolment.url, &o, &s->enrolment.registry, error);
+              : crpci_open_registry(s->loop, s->options.registry, &o, &s->enrolment.registry, error);
     if (err)
         return err;
     s->enrolment.items = (crpci_enrolment *)crpci_heap_alloc(
         s->heap, s->services.count * sizeof *s->enrolment.items);
     if (!s->enrolment.items && s->services.count)
         return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
-    s->enrolment.count = s->services.count;
+    s->enrolment.count = s->enrolment.missing = s->services.count;
     methods = (char *)crpci_heap_alloc(s->heap, room);
     if (!methods)
         return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
     memset(&what, 0, sizeof what);
     what.address = address;
-    what.group = s->enrolment.group;
-    what.version = s->enrolment.version;
-    what.application = s->enrolment.application;
+    what.group = s->options.directory.group;
+    what.version = s->options.directory.version;
+    what.application = s->options.directory.application;
     what.methods = methods;
     what.weight = s->options.weight;
     what.warmup_ms = s->options.warmup_ms;
@@ -23339,7 +23224,7 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
     }
     crpci_heap_free(s->heap, methods, room);
     return err ? crpci_status_set(error, err, "%.100s: cannot register %.60s at %.60s: %s",
-                                  s->enrolment.url, what.service, address, crpc_status_text(err))
+                                  s->options.registry, what.service, address, crpc_status_text(err))
                : CRPC_OK;
 }
 
@@ -23351,23 +23236,18 @@ CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
     crpc_loop *l = s->loop;
     int64_t ms = s->options.directory.timeout_ms;
     crpci_waiter w;
-    size_t i, through = 0;
     int err = CRPC_OK;
     memset(&w, 0, sizeof w);
     crpci_loop_lock(l);
-    for (i = 0; i < s->enrolment.count; i++)
-        through += s->enrolment.items[i].through;
-    if (through < s->enrolment.count && ms && !crpci_loop_in_callback(l)) {
+    if (s->enrolment.missing && ms && !crpci_loop_in_callback(l)) {
         s->enrolment.waiter = &w;
         crpci_drive_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
         s->enrolment.waiter = NULL;
-        for (i = 0, through = 0; i < s->enrolment.count; i++)
-            through += s->enrolment.items[i].through;
     }
-    if (through < s->enrolment.count && s->options.directory.must_connect)
+    if (s->enrolment.missing && s->options.directory.must_connect)
         err = crpci_status_set(error, CRPC_EREGISTRY,
                                "%.80s: not registered within %d ms (registry_timeout_ms)%s%.100s",
-                               s->enrolment.url, (int)ms, *s->enrolment.text ? ": " : "",
+                               s->options.registry, (int)ms, *s->enrolment.text ? ": " : "",
                                s->enrolment.text);
     crpci_loop_unlock(l);
     return err;
@@ -23396,9 +23276,24 @@ CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
  * server's loop takes the steps, so crpc_server_stop does not wait. crpc_server_close waits for the
  * last step and then takes the server apart. */
 
-#define CRPCI_LIFECYCLE_TICK        10000 /* microseconds between two checks of a drain */
+#define CRPCI_LIFECYCLE_TICK 10000 /* microseconds between two checks of a drain */
 
 /* --- stopping --------------------------------------------------------------------------------- */
+
+/* Asks `what` about each loop of the server until one answers true. No lock is held: two loops are
+ * never locked at a time. */
+CRPCI_FN bool crpci_lifecycle_any(crpc_server *s, bool (*what)(crpc_server *s, crpc_loop *l))
+{
+    bool yes = false;
+    size_t i;
+    for (i = 0; i <= s->io.count && !yes; i++) {
+        crpc_loop *l = i ? s->io.loops[i - 1] : s->loop;
+        crpci_loop_lock(l);
+        yes = what(s, l);
+        crpci_loop_unlock(l);
+    }
+    return yes;
+}
 
 /* Begins STOPPING: no connection is accepted and no new request is let in. Locked. */
 CRPCI_FN void crpci_lifecycle_drain(crpc_server *s)
@@ -23408,37 +23303,28 @@ CRPCI_FN void crpci_lifecycle_drain(crpc_server *s)
 }
 
 /* Ends LAME; then closes the connections when all is answered and sent, or when drain.until has
- * passed. Called with the server's loop locked, which it unlocks to lock the I/O threads' loops one
- * after another: two are never locked at a time. The reference keeps the server meanwhile. */
+ * passed. Called with the server's loop locked, which it unlocks to visit all loops. The reference
+ * keeps the server meanwhile. `active` is read first, so that no reply is queued unseen between the
+ * two, and again for a request that came meanwhile. */
 CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
 {
     crpc_server *s = CRPCI_CONTAINER(t, crpc_server, drain.timer);
     bool busy;
-    size_t i;
     if (crpci_thread_load(&s->state) == CRPCI_SERVER_LAME)
         crpci_lifecycle_drain(s);
     if (crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPING)
         return;
-    busy = crpci_thread_load(&s->active) > 0 || crpci_intake_has_output(s, l);
     crpci_thread_ref(&s->refs);
     crpci_loop_unlock(l);
-    for (i = 0; i < s->io.count && !busy; i++) {
-        crpci_loop_lock(s->io.loops[i]);
-        busy = crpci_intake_has_output(s, s->io.loops[i]);
-        crpci_loop_unlock(s->io.loops[i]);
-    }
-    busy = busy || crpci_thread_load(&s->active) > 0; /* a request that came meanwhile */
+    busy = crpci_thread_load(&s->active) || crpci_lifecycle_any(s, crpci_intake_has_output) ||
+           crpci_thread_load(&s->active);
     busy = busy && crpci_loop_now(l) < s->drain.until;
-    for (i = 0; i < s->io.count && !busy; i++) {
-        crpci_loop_lock(s->io.loops[i]);
-        crpci_intake_close_conns(s, s->io.loops[i]);
-        crpci_loop_unlock(s->io.loops[i]);
-    }
+    if (!busy)
+        crpci_lifecycle_any(s, crpci_intake_close_conns);
     crpci_loop_lock(l);
     if (busy) {
         crpci_loop_timer_set(l, t, CRPCI_LIFECYCLE_TICK);
     } else {
-        crpci_intake_close_conns(s, l);
         crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
         if (s->drain.waiter)
             crpci_drive_end_wait(l, s->drain.waiter);
@@ -23496,40 +23382,19 @@ CRPCI_FN void crpci_lifecycle_await_stop(crpc_server *s)
 
 /* --- closing ---------------------------------------------------------------------------------- */
 
-/* Frees the struct when the last reference has gone: that of the program, or of a request that
- * ended after the close. Any thread; no lock is held. */
-CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
+CRPCI_FN bool crpci_lifecycle_calls_back(crpc_server *s, crpc_loop *l)
 {
-    crpci_heap *h = s->heap;
-    crpci_service_free(&s->services, h);
-    if (CRPC_ENABLE_POLICY)
-        crpci_guard_close(s);
-    crpci_heap_free(h, s->enrolment.items, s->enrolment.count * sizeof *s->enrolment.items);
-    crpci_heap_strfree(h, s->enrolment.url);
-    crpci_heap_strfree(h, s->enrolment.advertise);
-    crpci_heap_strfree(h, s->enrolment.credential);
-    crpci_heap_strfree(h, s->enrolment.group);
-    crpci_heap_strfree(h, s->enrolment.version);
-    crpci_heap_strfree(h, s->enrolment.application);
-    crpci_heap_retire(h, s, sizeof *s);
-    crpci_heap_unref(h);
+    (void)s;
+    return crpci_loop_in_callback(l);
 }
 
 /* Whether the calling thread is inside a callback of one of the server's loops, or is one of its
  * workers: waiting for the server would then be waiting for itself. */
 CRPCI_FN bool crpci_lifecycle_in_callback(crpc_server *s)
 {
-    bool in;
-    size_t i;
-    crpci_loop_lock(s->loop);
-    in = crpci_loop_in_callback(s->loop);
-    crpci_loop_unlock(s->loop);
-    for (i = 0; i < s->io.count && !in; i++) {
-        crpci_loop_lock(s->io.loops[i]);
-        in = crpci_loop_in_callback(s->io.loops[i]);
-        crpci_loop_unlock(s->io.loops[i]);
-    }
+    bool in = crpci_lifecycle_any(s, crpci_lifecycle_calls_back);
 #if CRPC_ENABLE_THREADS
+    size_t i;
     for (i = 0; i < s->worker_count && !in; i++)
         in = crpci_thread_is_self(s->workers.threads[i]);
 #endif
@@ -23553,18 +23418,14 @@ CRPCI_COLD void crpci_lifecycle_dismantle(crpc_server *s)
     crpci_listener_close_all(s);
     crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
     crpci_timer_cancel(&s->drain.timer);
-    crpci_intake_close_conns(s, l);
     crpci_loop_unlock(l);
+    crpci_lifecycle_any(s, crpci_intake_close_conns);
     if (CRPC_ENABLE_POLICY)
         crpci_guard_stop(s);
     crpci_worker_stop(&s->workers, s->heap, s->worker_count);
     s->worker_count = 0;
-    for (i = 0; i < s->io.count; i++) {
-        crpci_loop_lock(s->io.loops[i]);
-        crpci_intake_close_conns(s, s->io.loops[i]);
-        crpci_loop_unlock(s->io.loops[i]);
+    for (i = 0; i < s->io.count; i++)
         crpc_loop_close(s->io.loops[i]);
-    }
     crpci_heap_free(s->heap, s->io.loops, (size_t)s->options.io_threads * sizeof *s->io.loops);
     s->io.loops = NULL;
     s->io.count = 0;
@@ -23610,14 +23471,6 @@ CRPC_API void crpc_server_close(crpc_server *s)
 }
 
 /* --- opening and starting --------------------------------------------------------------------- */
-
-/* Copies a text option; NULL stays NULL. False: out of memory. */
-CRPCI_COLD bool crpci_lifecycle_copy(crpci_heap *h, char **to, const char *from)
-{
-    if (from)
-        *to = crpci_heap_strndup(h, from, strlen(from));
-    return !from || *to;
-}
 
 /* The options of a server: what 0 and -1 stand for, and the largest value. The same rows serve
  * defaults, checks and crpc_server_options_parse. */
@@ -23694,6 +23547,8 @@ CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_opti
     snprintf(s->io.thread_name, sizeof s->io.thread_name, "%s",
              in->loops.thread_name ? in->loops.thread_name : "crpc-io");
     crpci_options_fill(&crpci_lifecycle_options, o);
+    if (!o->directory.application)
+        o->directory.application = "crpc";
     s->max_serving = o->max_concurrency ? (uint32_t)o->max_concurrency : INT32_MAX;
     if (!in->max_concurrency && o->io_threads)
         s->max_serving *= (uint32_t)o->io_threads;
@@ -23702,6 +23557,51 @@ CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_opti
     if (!o->replay_bytes)
         o->replay_bytes = INT64_MAX;
     s->guard.all = o->ordered > 0 || o->rate_per_client > 0;
+}
+
+/* Replaces the texts of the options by copies, because the program may free its own. CRPC_ENOMEM:
+ * some are NULL now. */
+CRPCI_COLD int crpci_lifecycle_copy_texts(crpc_server *s)
+{
+    size_t i;
+    int err = CRPC_OK;
+    for (i = 0; i < crpci_lifecycle_options.count; i++) {
+        char *at = (char *)&s->options + crpci_lifecycle_rows[i].offset, *copy;
+        const char *text;
+        if (!(crpci_lifecycle_rows[i].flags & CRPCI_OPTION_TEXT))
+            continue;
+        memcpy(&text, at, sizeof text);
+        copy = text ? crpci_heap_strndup(s->heap, text, strlen(text)) : NULL;
+        memcpy(at, &copy, sizeof copy);
+        err = text && !copy ? CRPC_ENOMEM : err;
+    }
+    return err;
+}
+
+CRPCI_COLD void crpci_lifecycle_free_texts(crpc_server *s)
+{
+    size_t i;
+    for (i = 0; i < crpci_lifecycle_options.count; i++) {
+        char *text;
+        if (!(crpci_lifecycle_rows[i].flags & CRPCI_OPTION_TEXT))
+            continue;
+        memcpy(&text, (char *)&s->options + crpci_lifecycle_rows[i].offset, sizeof text);
+        crpci_heap_strfree(s->heap, text);
+    }
+}
+
+/* Frees the struct when the last reference has gone: that of the program, or of a request that
+ * ended after the close. Any thread; a loop may be locked. */
+CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
+{
+    crpci_heap *h = s->heap;
+    crpci_service_free(&s->services, h);
+    if (CRPC_ENABLE_POLICY)
+        crpci_guard_close(s);
+    crpci_heap_free(h, s->enrolment.items, s->enrolment.count * sizeof *s->enrolment.items);
+    crpci_lifecycle_free_texts(s);
+    crpci_heap_retire(h, s, sizeof *s);
+    crpci_heap_unref(h);
 }
 
 CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *options,
@@ -23746,14 +23646,7 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     crpci_loop_task_init(&s->drain.close_task, crpci_lifecycle_close_task);
     crpci_lifecycle_configure(s, &o);
     s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    if (!crpci_lifecycle_copy(s->heap, &s->enrolment.url, o.registry) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.advertise, o.advertise) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.credential, o.directory.credential) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.group, o.directory.group) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.version, o.directory.version) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.application,
-                              o.directory.application ? o.directory.application : "crpc") ||
-        (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
+    if (crpci_lifecycle_copy_texts(s) || (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
         err = crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
     if (!err && o.registry)
 #if CRPCI_DIRECTORY
@@ -23843,7 +23736,7 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
                                 "server: cannot wait for connections on its listeners: %s",
                                 crpc_status_text(err));
 #if CRPCI_DIRECTORY
-    if (s->enrolment.url) {
+    if (s->options.registry) {
         err = crpci_enrolment_start(s, error);
         err = err ? err : crpci_enrolment_await(s, error);
     }
@@ -23895,21 +23788,15 @@ CRPC_API crpc_loop *crpc_server_loop(crpc_server *s)
 
 CRPC_API void crpc_server_stats_get(crpc_server *s, crpc_loop_stats *stats)
 {
-    size_t i;
+    const size_t first = offsetof(crpc_loop_stats, waits);
+    const size_t last = offsetof(crpc_loop_stats, limited);
+    size_t i, at;
     crpc_loop_stats_get(s->loop, stats);
     for (i = 0; i < s->io.count; i++) {
         crpc_loop_stats one;
         crpc_loop_stats_get(s->io.loops[i], &one);
-        stats->waits += one.waits;
-        stats->sends += one.sends;
-        stats->receives += one.receives;
-        stats->wakeups += one.wakeups;
-        stats->promotions += one.promotions;
-        stats->late_replies += one.late_replies;
-        stats->bad_frames += one.bad_frames;
-        stats->calls += one.calls;
-        stats->requests += one.requests;
-        stats->limited += one.limited;
+        for (at = first; at <= last; at += sizeof(uint64_t)) /* all members between are counters */
+            *(uint64_t *)(void *)((char *)stats + at) += *(uint64_t *)(void *)((char *)&one + at);
         stats->connections += one.connections;
         stats->pending += one.pending;
         stats->watches += one.watches;
