@@ -9647,6 +9647,17 @@ typedef struct crpci_names_service {
     bool allow_empty; /* of a consumer: an empty list, read completely, replaces a good one */
 } crpci_names_service;
 
+/* One instance that offers a service. */
+typedef struct crpci_provider {
+    char address[CRPC_ADDRESS_MAX]; /* canonical, with a numeric host: "[::1]:8000" */
+    int weight;                     /* its share of the calls; 0: it gets none */
+    int warmup_ms;                  /* after timestamp_ms, in which its share rises; 0: none */
+    int64_t timestamp_ms;           /* wall clock when it registered; 0: unknown */
+    uint64_t group, version, application; /* their hashes: all that overrides compare */
+    bool disabled; /* by its URL (disabled=true) or an override; lists leave it out */
+    bool kept;     /* protected: not listed again since the registry was away */
+} crpci_provider;
+
 /* Encoded provider names; the array and the texts are one block at `name`. */
 typedef struct crpci_names {
     size_t size; /* of the block at `name` */
@@ -9780,12 +9791,15 @@ CRPCI_FN size_t crpci_names_url(char *out, size_t size, const crpci_names_servic
 /* The contents of a provider's name. The texts point into the name, which is modified. */
 typedef struct crpci_names_node {
     const char *scheme;
-    char address[CRPC_ADDRESS_MAX]; /* canonical: equal addresses are equal texts */
+    crpci_provider provider;
     crpci_names_service of;
-    bool enabled;  /* false: enabled=false; the provider is ignored, overrides or not */
-    bool disabled; /* disabled=true, which an override can change */
-    int64_t timestamp_ms;
+    bool enabled; /* false: enabled=false; the provider is ignored, overrides or not */
 } crpci_names_node;
+
+CRPCI_FN uint64_t crpci_names_hash(const char *text)
+{
+    return crpci_base_hash(text, strlen(text));
+}
 
 /* Reads a number that is not negative; -1 counts as 0. False: it is malformed, and *out is
  * unchanged. */
@@ -9828,9 +9842,9 @@ CRPCI_FN void crpci_names_param(crpci_names_node *n, const char *key, const char
     if (strcmp(key, "enabled") == 0)
         n->enabled = n->enabled && strcmp(value, "false") != 0;
     else if (strcmp(key, "disabled") == 0)
-        n->disabled = n->disabled || strcmp(value, "true") == 0;
+        n->provider.disabled = n->provider.disabled || strcmp(value, "true") == 0;
     else if (strcmp(key, "timestamp") == 0 && crpci_url_number(value, INT64_MAX, &number))
-        n->timestamp_ms = number < 0 ? 0 : number;
+        n->provider.timestamp_ms = number < 0 ? 0 : number;
 }
 
 /* Splits a URL in place. Parts that are missing become "". False: the text is not a URL. */
@@ -9893,9 +9907,14 @@ CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
     n->of.service = service;
     if (!crpci_sock_parse(&a, address) || !crpci_sock_port(&a))
         return false;
-    crpci_sock_format(&a, n->address, sizeof n->address);
+    crpci_sock_format(&a, n->provider.address, sizeof n->provider.address);
     while ((more = crpci_names_next(&query, &key, &value)) > 0)
         crpci_names_param(n, key, value);
+    n->provider.weight = n->of.weight;
+    n->provider.warmup_ms = n->of.warmup_ms;
+    n->provider.group = crpci_names_hash(n->of.group);
+    n->provider.version = crpci_names_hash(n->of.version);
+    n->provider.application = crpci_names_hash(n->of.application);
     return more == 0;
 }
 
@@ -10087,34 +10106,34 @@ CRPCI_FN crpci_names_overrides *crpci_names_overrides_read(crpci_heap *h, char *
 /* Whether a rule's conditions hold for a provider. The application may be the provider's or the
  * consumer's, as in Dubbo. */
 CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crpci_names_service *q,
-                                        const crpci_names_node *n)
+                                        const crpci_provider *p)
 {
     size_t len = strlen(r->host);
-    const char *colon = strrchr(n->address, ':');
+    const char *colon = strrchr(p->address, ':');
     if (len && !r->here &&
-        (len != (size_t)(colon - n->address) || memcmp(r->host, n->address, len) != 0))
+        (len != (size_t)(colon - p->address) || memcmp(r->host, p->address, len) != 0))
         return false;
     if (r->port && r->port != (unsigned)strtoul(colon + 1, NULL, 10))
         return false;
     return (!*r->of.service || strcmp(r->of.service, q->service) == 0) &&
-           (!*r->of.group || strcmp(r->of.group, n->of.group) == 0) &&
-           (!*r->of.version || strcmp(r->of.version, n->of.version) == 0) &&
-           (!*r->of.application || strcmp(r->of.application, n->of.application) == 0 ||
+           (!*r->of.group || crpci_names_hash(r->of.group) == p->group) &&
+           (!*r->of.version || crpci_names_hash(r->of.version) == p->version) &&
+           (!*r->of.application || crpci_names_hash(r->of.application) == p->application ||
             (q->application && strcmp(r->of.application, q->application) == 0));
 }
 
 /* Changes a provider by the rules, in their order. `rules` may be NULL. */
 CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
-                                          const crpci_names_service *q, crpci_names_node *n)
+                                          const crpci_names_service *q, crpci_provider *p)
 {
     size_t i;
     for (i = 0; rules && i < rules->count; i++) {
         const crpci_names_override *r = &rules->rules[i];
-        if (!crpci_names_override_fits(r, q, n))
+        if (!crpci_names_override_fits(r, q, p))
             continue;
-        n->of.weight = r->of.weight < 0 ? n->of.weight : r->of.weight;
-        n->of.warmup_ms = r->of.warmup_ms < 0 ? n->of.warmup_ms : r->of.warmup_ms;
-        n->disabled = r->disabled < 0 ? n->disabled : r->disabled != 0;
+        p->weight = r->of.weight < 0 ? p->weight : r->of.weight;
+        p->warmup_ms = r->of.warmup_ms < 0 ? p->warmup_ms : r->of.warmup_ms;
+        p->disabled = r->disabled < 0 ? p->disabled : r->disabled != 0;
     }
 }
 
@@ -10474,15 +10493,6 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
  * memory is short, or its callback or another pass is running: the backend must report the same
  * again about a second later. */
 
-/* One instance that offers a service, after overrides were applied. */
-typedef struct crpci_provider {
-    char address[CRPC_ADDRESS_MAX]; /* numeric: "10.0.0.1:8000", "[::1]:8000" */
-    int weight;                     /* its share of the calls; 0: it gets none */
-    int warmup_ms;                  /* after timestamp_ms, in which its share rises; 0: none */
-    int64_t timestamp_ms;           /* wall clock when it registered; 0: unknown */
-    bool kept;                      /* protected: not listed again since the registry was away */
-} crpci_provider;
-
 /* All providers of a service at one time, sorted by address, each address once. Immutable once it
  * has been handed out, so that readers need a reference but no lock. */
 typedef struct crpci_snapshot {
@@ -10548,11 +10558,13 @@ CRPCI_FN bool crpci_directory_snapshot_equal(const crpci_snapshot *a, const crpc
     return true;
 }
 
-/* Sorts by address; of one address the newest registration comes first. */
+/* Sorts by address; of one address a listed entry comes before a protected one, and the newest
+ * registration first. */
 CRPCI_FN int crpci_directory_order(const void *a, const void *b)
 {
     const crpci_provider *p = (const crpci_provider *)a, *q = (const crpci_provider *)b;
     int c = strcmp(p->address, q->address);
+    c = c ? c : p->kept - q->kept;
     if (c)
         return c;
     return p->timestamp_ms < q->timestamp_ms ? 1 : p->timestamp_ms > q->timestamp_ms ? -1 : 0;
@@ -10563,15 +10575,10 @@ CRPCI_FN int crpci_directory_order(const void *a, const void *b)
 CRPCI_FN void crpci_directory_sort(crpci_snapshot *s)
 {
     size_t i, n = 0;
-    if (s->count < 2)
-        return;
     qsort(s->providers, s->count, sizeof *s->providers, crpci_directory_order);
     for (i = 0; i < s->count; i++) {
-        if (n && strcmp(s->providers[n - 1].address, s->providers[i].address) == 0)
-            continue;
-        if (n != i)
-            s->providers[n] = s->providers[i];
-        n++;
+        if (!n || strcmp(s->providers[n - 1].address, s->providers[i].address) != 0)
+            s->providers[n++] = s->providers[i];
     }
     s->count = n;
 }
@@ -10601,7 +10608,6 @@ CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *nam
     s->count = 0;
     for (i = 0; i < count; i++) {
         crpci_names_node node;
-        crpci_provider *p = &s->providers[s->count];
         memcpy(text, names[i] ? names[i] : "", names[i] ? strlen(names[i]) + 1 : 1);
         if (!crpci_names_parse(&node, text)) {
             ++*bad;
@@ -10609,14 +10615,9 @@ CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *nam
         }
         if (!crpci_names_takes(want, &node))
             continue;
-        crpci_names_overrides_apply(overrides, want, &node);
-        if (node.disabled)
-            continue;
-        memcpy(p->address, node.address, sizeof p->address);
-        p->weight = node.of.weight;
-        p->warmup_ms = node.of.warmup_ms;
-        p->timestamp_ms = node.timestamp_ms;
-        s->count++;
+        crpci_names_overrides_apply(overrides, want, &node.provider);
+        s->providers[s->count] = node.provider;
+        s->count += !node.provider.disabled;
     }
     crpci_heap_free(h, text, longest + 1);
     crpci_directory_sort(s);
@@ -10850,18 +10851,19 @@ typedef struct crpci_directory_report {
 
 /* --- one subscriber's list -------------------------------------------------------------------- */
 
-/* Calls a subscriber with a list. False: it did not take it. Unlocks. */
+/* Calls a subscriber with a list, unless it would see no difference; takes over the caller's
+ * reference. False: it did not take the list. Unlocks. */
 CRPCI_FN bool crpci_directory_push(crpci_subscriber *s, crpci_snapshot *list)
 {
     crpci_directory *d = s->directory;
-    bool taken;
-    if (s->caller.running)
-        return false; /* on another thread, or further up this thread's stack */
-    crpci_directory_snapshot_ref(list);
-    crpci_directory_call_begin(d->loop, &s->caller);
-    taken = s->push(s->user, list) == CRPC_OK;
-    crpci_directory_call_end(d->loop, &d->cond, &s->caller);
-    if (taken) {
+    bool running = s->caller.running; /* on another thread, or further up this thread's stack */
+    bool taken = !running && s->last && crpci_directory_snapshot_equal(s->last, list);
+    if (!running && !taken) {
+        crpci_directory_call_begin(d->loop, &s->caller);
+        taken = s->push(s->user, list) == CRPC_OK;
+        crpci_directory_call_end(d->loop, &d->cond, &s->caller);
+    }
+    if (taken) { /* where the lists are equal, the `kept` marks may differ */
         crpci_snapshot *before = s->last;
         s->last = list;
         list = before;
@@ -10870,96 +10872,64 @@ CRPCI_FN bool crpci_directory_push(crpci_subscriber *s, crpci_snapshot *list)
     return taken;
 }
 
-/* A copy of a list with a given `stale`, with or without the protected providers. NULL: out of
+/* Protection. After an outage of the registry, providers register again one after another. If a
+ * subscriber followed the first list at once, the first provider to return would get the load of
+ * all. So providers that the list lacks are kept until hold_us has passed; one that a list has
+ * named again is no longer protected. With `list` NULL, where none can be believed, the whole last
+ * list is kept. Overrides still count: a provider that they disable is never kept. NULL: out of
  * memory. */
-CRPCI_FN crpci_snapshot *crpci_directory_copy(const crpci_snapshot *from, bool stale,
-                                              bool with_kept)
+CRPCI_FN crpci_snapshot *crpci_directory_protect(const crpci_subscriber *s,
+                                                 const crpci_snapshot *list)
 {
-    crpci_snapshot *s = crpci_directory_snapshot(from->heap, from->count);
-    size_t i;
-    if (!s)
+    const crpci_directory *d = s->directory;
+    bool hold = !list || (list->count && crpci_loop_now(d->loop) < s->hold_until_us);
+    size_t listed = list ? list->count : 0, kept = hold && s->last ? s->last->count : 0, i;
+    crpci_snapshot *out = crpci_directory_snapshot(d->loop->heap, listed + kept);
+    if (!out)
         return NULL;
-    s->count = 0;
-    s->stale = stale;
-    for (i = 0; i < from->count; i++) {
-        if (with_kept || !from->providers[i].kept)
-            s->providers[s->count++] = from->providers[i];
+    if (listed)
+        memcpy(out->providers, list->providers, listed * sizeof *list->providers);
+    out->count = listed;
+    for (i = 0; i < kept; i++) {
+        crpci_provider *p = &out->providers[out->count];
+        *p = s->last->providers[i];
+        if (list && !s->doubted && !p->kept)
+            continue;
+        p->kept = p->kept || list;
+        crpci_names_overrides_apply(d->overrides, &s->want, p);
+        out->count += !p->disabled;
     }
-    return s;
+    out->stale = !list && out->count;
+    crpci_directory_sort(out);
+    return out;
 }
 
-/* Marks a subscriber's list stale and tells it so, once. False: it did not take that. Unlocks. */
-CRPCI_FN bool crpci_directory_doubt(crpci_subscriber *s, const crpci_directory_report *r)
+/* Offers a list that was read, and the providers that protection keeps; with NULL, the last list,
+ * marked stale. False: the subscriber did not take it. Unlocks. */
+CRPCI_FN bool crpci_directory_propose(crpci_subscriber *s, const crpci_snapshot *list)
 {
-    crpci_snapshot *list;
-    bool taken;
-    (void)r;
-    if (s->ended || !s->last || !s->last->count)
-        return true;
-    s->doubted = true;
-    if (s->last->stale)
-        return true;
-    list = crpci_directory_copy(s->last, true, true);
-    taken = list && crpci_directory_push(s, list);
-    crpci_directory_snapshot_unref(list);
+    const crpci_directory *d = s->directory;
+    crpci_snapshot *out;
+    bool taken, doubted;
+    if (!list)
+        s->doubted = true;
+    else if (s->doubted)
+        s->hold_until_us = crpci_loop_now(d->loop) + d->hold_us;
+    out = crpci_directory_protect(s, list);
+    if (!out)
+        return false;
+    doubted = s->doubted;
+    s->doubted = !list; /* before the push, which unlocks: the registry may go away meanwhile */
+    taken = crpci_directory_push(s, out);
+    s->doubted = s->doubted || (doubted && !taken);
     return taken;
 }
 
-/* Whether an operator's override disables a provider that is no longer listed. Of its URL only the
- * address is known, so a rule for one group or version counts if the subscriber wants just that. */
-CRPCI_FN bool crpci_directory_disabled(const crpci_subscriber *s, const crpci_provider *p)
+/* The registry is away: marks a subscriber's list stale and tells it so, once. Unlocks. */
+CRPCI_FN bool crpci_directory_doubt(crpci_subscriber *s, const crpci_directory_report *r)
 {
-    crpci_names_node node;
-    memset(&node, 0, sizeof node);
-    memcpy(node.address, p->address, sizeof node.address);
-    node.of.group = s->want.group ? s->want.group : "";
-    node.of.version = s->want.version ? s->want.version : "";
-    node.of.application = "";
-    crpci_names_overrides_apply(s->directory->overrides, &s->want, &node);
-    return node.disabled;
-}
-
-/* Protection. After an outage of the registry, providers register again one after another. If a
- * subscriber followed the first list at once, the first provider to return would get the load of
- * all. So providers that the list lacks are kept until hold_us has passed, except those that an
- * override disables; one that a list has named again is no longer protected. Returns the list to
- * use, with a reference; NULL: out of memory. */
-CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snapshot *list)
-{
-    const crpci_directory *d = s->directory;
-    int64_t now = crpci_loop_now(d->loop);
-    const crpci_snapshot *last = s->last;
-    crpci_snapshot *out;
-    size_t i, k = 0;
-    if (s->doubted)
-        s->hold_until_us = now + d->hold_us;
-    if (!last || !list->count || now >= s->hold_until_us) {
-        crpci_directory_snapshot_ref(list);
-        return list;
-    }
-    out = crpci_directory_snapshot(d->loop->heap, list->count + last->count);
-    if (!out)
-        return NULL;
-    memcpy(out->providers, list->providers, list->count * sizeof *list->providers);
-    out->count = list->count;
-    for (i = 0; i < last->count; i++) {
-        const crpci_provider *p = &last->providers[i];
-        while (k < list->count && strcmp(list->providers[k].address, p->address) < 0)
-            k++;
-        if ((s->doubted || p->kept) &&
-            (k == list->count || strcmp(list->providers[k].address, p->address) != 0) &&
-            !crpci_directory_disabled(s, p)) {
-            out->providers[out->count] = *p;
-            out->providers[out->count++].kept = true;
-        }
-    }
-    if (out->count == list->count) {
-        crpci_directory_snapshot_unref(out);
-        crpci_directory_snapshot_ref(list);
-        return list;
-    }
-    crpci_directory_sort(out);
-    return out;
+    (void)r;
+    return s->ended || !s->last || !s->last->count || crpci_directory_propose(s, NULL);
 }
 
 /* Gives a subscriber a list that was read, if it differs. An empty list replaces a good one only if
@@ -10969,33 +10939,17 @@ CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snap
 CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list, bool whole)
 {
     crpci_directory *d = s->directory;
-    bool taken = true, doubted;
+    bool refused = s->last && s->last->count && !list->count && !(s->want.allow_empty && whole);
+    bool taken;
     if (s->ended || (!s->last && !list->count && crpci_loop_now(d->loop) < s->first_us))
         return true;
-    if (s->last && s->last->count && !list->count && !(s->want.allow_empty && whole)) {
-        if (!s->warned)
-            crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
-                           "registry %s: no provider of %s is listed; "
-                           "the last %zu known stay in use",
-                           d->name, s->want.service, s->last->count);
-        s->warned = true;
-        return crpci_directory_doubt(s, NULL);
-    }
-    s->warned = false;
-    list = crpci_directory_protect(s, list);
-    if (!list)
-        return false;
-    doubted = s->doubted;
-    s->doubted = false; /* before the push, which unlocks: the registry may go away meanwhile */
-    if (!s->last || !crpci_directory_snapshot_equal(s->last, list)) {
-        taken = crpci_directory_push(s, list);
-    } else { /* the `kept` marks may differ */
-        crpci_directory_snapshot_ref(list);
-        crpci_directory_snapshot_unref(s->last);
-        s->last = list;
-    }
-    crpci_directory_snapshot_unref(list);
-    s->doubted = s->doubted || (doubted && !taken);
+    taken = crpci_directory_propose(s, refused ? NULL : list);
+    if (refused && !s->warned && s->last->count)
+        crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
+                       "registry %s: no provider of %s is listed; "
+                       "the last %zu known stay in use",
+                       d->name, s->want.service, s->last->count);
+    s->warned = refused;
     return taken;
 }
 
@@ -11029,15 +10983,20 @@ CRPCI_FN bool crpci_directory_release(crpci_subscriber *s, const crpci_directory
 {
     crpci_snapshot *list;
     bool taken;
+    size_t i;
     (void)r;
     if (!s->hold_until_us || s->hold_until_us > crpci_loop_now(s->directory->loop))
         return true;
-    if (s->doubted || !s->last) { /* the registry is away again: its next list begins a new hold */
-        s->hold_until_us = 0;
-        return true;
+    taken = s->doubted || !s->last; /* away again: the registry's next list begins a new hold */
+    list = taken ? NULL : crpci_directory_snapshot(s->last->heap, s->last->count);
+    if (list) {
+        list->count = 0;
+        for (i = 0; i < s->last->count; i++) {
+            list->providers[list->count] = s->last->providers[i];
+            list->count += !s->last->providers[i].kept;
+        }
+        taken = crpci_directory_deliver(s, list, false);
     }
-    list = crpci_directory_copy(s->last, s->last->stale, false);
-    taken = list && crpci_directory_deliver(s, list, false);
     crpci_directory_snapshot_unref(list);
     if (taken)
         s->hold_until_us = 0;
@@ -11228,8 +11187,9 @@ CRPCI_COLD void crpci_directory_recall(crpci_subscriber *s)
     if (list && list->count && !s->last && !s->ended) {
         list->stale = true;
         (void)crpci_directory_push(s, list);
+    } else {
+        crpci_directory_snapshot_unref(list);
     }
-    crpci_directory_snapshot_unref(list);
     crpci_directory_subscriber_unref(s);
 }
 
@@ -11748,7 +11708,7 @@ CRPCI_FN crpci_multicast_peer *crpci_multicast_find(const crpci_multicast *r,
     crpci_list *i;
     for (i = r->peers.next; i != &r->peers; i = i->next) {
         crpci_multicast_peer *p = CRPCI_CONTAINER(i, crpci_multicast_peer, link);
-        if (strcmp(p->is.address, n->address) == 0 &&
+        if (strcmp(p->is.provider.address, n->provider.address) == 0 &&
             strcmp(p->is.of.service, n->of.service) == 0 &&
             strcmp(p->is.of.group, n->of.group) == 0 &&
             strcmp(p->is.of.version, n->of.version) == 0)
@@ -11820,10 +11780,10 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
     crpci_names_node n;
     crpci_multicast_peer *old;
     memcpy(r->scratch, url, strlen(url) + 1);
-    if (!crpci_names_read(&n, r->scratch) || !*n.of.service || !crpci_multicast_is_host(n.address))
+    if (!crpci_names_read(&n, r->scratch) || !*n.of.service || !crpci_multicast_is_host(n.provider.address))
         return false;
     old = crpci_multicast_find(r, &n);
-    if (old && old->is.timestamp_ms > n.timestamp_ms)
+    if (old && old->is.provider.timestamp_ms > n.provider.timestamp_ms)
         return true; /* delayed in the network: the provider has been restarted since */
     if (going) {
         if (old) {
