@@ -7529,27 +7529,27 @@ typedef struct crpci_balance_item {
 typedef struct crpci_balance {
     uint8_t kind;    /* crpc_balancer */
     uint8_t needs;   /* CRPCI_BALANCE_*, as in the map */
-    bool started;    /* the first pick has set `salt` by its random number */
+    bool uniform;    /* no memory for the list: picks are uniform */
     uint32_t salt;   /* clients with one list begin at different places of it */
     uint32_t next;   /* round robin: index of the next pick */
     uint32_t heaped; /* items in the heap */
     uint32_t shift;  /* a point >> shift is its bucket */
     size_t count;
+    crpci_balance_item **items; /* the caller's array, which must stay until the next list */
     void *memory;
     size_t size; /* of memory, in bytes */
-    /* These point into memory. All NULL: out of memory, picks are uniform. */
-    crpci_balance_item **items;
-    uint64_t *sums;    /* Fenwick tree of the weights: sums[i - 1] is of (i & -i) items up to i */
-    uint32_t *heap;    /* indices, in heap order of crpci_balance_before */
-    uint64_t *ring;    /* points, sorted */
-    uint32_t *buckets; /* where in the ring each bucket ends */
-    uint64_t total;    /* of the weights */
-    uint64_t now;      /* virtual time */
-    int64_t latency;   /* slow average of all successful calls, in 1/256 us */
+    /* These point into memory, of which each kind of balancer uses what it needs. */
+    uint64_t *sums; /* Fenwick tree of the weights: sums[i - 1] is of (i & -i) items up to i */
+    crpci_balance_item **heap; /* in heap order of crpci_balance_before */
+    uint64_t *ring;            /* points, sorted */
+    uint32_t *buckets;         /* where in the ring each bucket ends */
+    uint64_t total;            /* of the weights */
+    uint64_t now;              /* virtual time */
+    int64_t latency;           /* slow average of all successful calls, in 1/256 us */
 } crpci_balance;
 
-/* Whether a provider can be used. It may be called twice for a provider in one pick, and must
- * return the same value both times. */
+/* Whether a provider can be used. It may be called several times for a provider in one pick, and
+ * must return the same value each time. */
 typedef bool (*crpci_balance_usable_fn)(void *user, size_t index);
 
 /* splitmix64: the next random number of a sequence that begins with any state. */
@@ -7572,14 +7572,8 @@ CRPCI_FN uint32_t crpci_balance_warm_weight(uint32_t weight, int64_t uptime_ms, 
     uint64_t w;
     if (!weight || uptime_ms >= warmup_ms || warmup_ms <= 0)
         return weight;
-    if (uptime_ms <= 0)
-        return 1;
-    while (warmup_ms > INT32_MAX) {
-        warmup_ms /= 2;
-        uptime_ms /= 2;
-    }
-    w = (uint64_t)uptime_ms * weight / (uint64_t)warmup_ms;
-    return w < 1 ? 1 : w > weight ? weight : (uint32_t)w;
+    w = uptime_ms > 0 ? (uint64_t)uptime_ms * weight / (uint64_t)warmup_ms : 0;
+    return w ? (uint32_t)w : 1;
 }
 
 /* A provider that a client's subset may take in. */
@@ -7596,45 +7590,20 @@ CRPCI_FN void crpci_balance_choice_init(crpci_balance_choice *c, size_t index, c
     c->index = index;
 }
 
-CRPCI_FN void crpci_balance_choice_sift(crpci_balance_choice *c, size_t n, size_t i)
+CRPCI_FN int crpci_balance_choice_order(const void *a, const void *b)
 {
-    crpci_balance_choice moved = c[i];
-    size_t child;
-    while ((child = 2 * i + 1) < n) {
-        child += child + 1 < n && c[child + 1].rank < c[child].rank;
-        if (moved.rank <= c[child].rank)
-            break;
-        c[i] = c[child];
-        i = child;
-    }
-    c[i] = moved;
+    const crpci_balance_choice *x = (const crpci_balance_choice *)a;
+    const crpci_balance_choice *y = (const crpci_balance_choice *)b;
+    return x->rank > y->rank ? -1 : x->rank < y->rank;
 }
 
-/* Rendezvous hashing: moves the `max` choices of the highest rank to the front, in no order, and
- * returns how many there are. Clients with different seeds get different subsets, and a provider
- * that joins or leaves the list changes at most one place of a subset. O(count log max). */
+/* Rendezvous hashing: moves the `max` choices of the highest rank to the front, and returns how
+ * many there are. Clients with different seeds get different subsets, and a provider that joins or
+ * leaves the list changes at most one place of a subset. */
 CRPCI_FN size_t crpci_balance_subset(crpci_balance_choice *choices, size_t count, size_t max)
 {
-    size_t i;
-    if (!max || count <= max)
-        return max ? count : 0;
-    for (i = max / 2; i-- > 0;)
-        crpci_balance_choice_sift(choices, max, i);
-    for (i = max; i < count; i++) {
-        crpci_balance_choice c = choices[i];
-        if (c.rank <= choices[0].rank)
-            continue;
-        choices[i] = choices[0];
-        choices[0] = c;
-        crpci_balance_choice_sift(choices, max, 0);
-    }
-    return max;
-}
-
-CRPCI_FN void crpci_balance_close(crpci_balance *b, crpci_heap *h)
-{
-    crpci_heap_free(h, b->memory, b->size);
-    memset(b, 0, sizeof *b);
+    qsort(choices, count, sizeof *choices, crpci_balance_choice_order);
+    return crpci_base_min(count, max);
 }
 
 /* --- turns: weighted round robin and least active, which keep a heap -------------------------- */
@@ -7643,11 +7612,6 @@ CRPCI_FN void crpci_balance_close(crpci_balance *b, crpci_heap *h)
 CRPCI_FN bool crpci_balance_need(const crpci_balance *b, unsigned what)
 {
     return CRPC_ENABLE_POLICY ? (b->needs & what) != 0 : what == CRPCI_BALANCE_TURNS;
-}
-
-CRPCI_FN bool crpci_balance_turns(const crpci_balance *b)
-{
-    return crpci_balance_need(b, CRPCI_BALANCE_TURNS);
 }
 
 /* Whether x is picked before y. Neither has weight 0. */
@@ -7662,45 +7626,37 @@ CRPCI_FN bool crpci_balance_before(bool by_active, const crpci_balance_item *x,
     return (int64_t)(x->turn - y->turn) < 0;
 }
 
-/* Puts the item of an index at a position of the heap. */
-CRPCI_FN void crpci_balance_place(crpci_balance *b, uint32_t at, uint32_t index)
+CRPCI_FN void crpci_balance_place(crpci_balance *b, uint32_t at, crpci_balance_item *item)
 {
-    b->heap[at] = index;
-    b->items[index]->at = at + 1;
+    b->heap[at] = item;
+    item->at = at + 1;
 }
 
 /* Restores the heap after the item at a position has changed. */
 CRPCI_FN void crpci_balance_sift(crpci_balance *b, uint32_t at)
 {
-    const bool by_active = crpci_balance_need(b, CRPCI_BALANCE_ACTIVE); /* read once, not a level */
-    uint32_t index = b->heap[at], child;
-    const crpci_balance_item *item = b->items[index];
-    while (at && crpci_balance_before(by_active, item, b->items[b->heap[(at - 1) / 2]])) {
+    const bool by_active = crpci_balance_need(b, CRPCI_BALANCE_ACTIVE);
+    crpci_balance_item *item = b->heap[at], *next;
+    uint32_t child;
+    while (at && crpci_balance_before(by_active, item, b->heap[(at - 1) / 2])) {
         crpci_balance_place(b, at, b->heap[(at - 1) / 2]);
         at = (at - 1) / 2;
     }
     while ((child = 2 * at + 1) < b->heaped) {
-        if (child + 1 < b->heaped &&
-            crpci_balance_before(by_active, b->items[b->heap[child + 1]],
-                                 b->items[b->heap[child]]))
-            child++;
-        if (!crpci_balance_before(by_active, b->items[b->heap[child]], item))
+        next = b->heap[child];
+        if (child + 1 < b->heaped && crpci_balance_before(by_active, b->heap[child + 1], next))
+            next = b->heap[++child];
+        if (!crpci_balance_before(by_active, next, item))
             break;
-        crpci_balance_place(b, at, b->heap[child]);
+        crpci_balance_place(b, at, next);
         at = child;
     }
-    crpci_balance_place(b, at, index);
-}
-
-/* The first turn: at a random time within its length, so that items of equal weight do not follow
- * each other in the order of the list. */
-CRPCI_FN void crpci_balance_first_turn(crpci_balance *b, crpci_balance_item *item)
-{
-    item->turn = b->now + crpci_base_mix(item->hash ^ b->salt) % item->length;
+    crpci_balance_place(b, at, item);
 }
 
 /* After an item's weight has changed, or it joined the list: its next turn is no later than before,
- * and no later than one turn of the new length from now. */
+ * and no later than one turn of the new length from now. The first one is at a random time within
+ * its length, so that items of equal weight do not follow each other in the order of the list. */
 CRPCI_FN void crpci_balance_retime(crpci_balance *b, crpci_balance_item *item)
 {
     int64_t ahead = (int64_t)(item->turn - b->now);
@@ -7709,9 +7665,28 @@ CRPCI_FN void crpci_balance_retime(crpci_balance *b, crpci_balance_item *item)
     if (!item->weight)
         return;
     if (fresh || ahead > CRPCI_BALANCE_TURN || ahead < -CRPCI_BALANCE_TURN)
-        crpci_balance_first_turn(b, item);
+        item->turn = b->now + crpci_base_mix(item->hash ^ b->salt) % item->length;
     else if (ahead > (int64_t)item->length)
         item->turn = b->now + item->length;
+}
+
+/* Gives an item its place in the heap, or takes it out if it is drained. */
+CRPCI_FN void crpci_balance_turn(crpci_balance *b, crpci_balance_item *item)
+{
+    uint32_t at = item->at - 1;
+    crpci_balance_retime(b, item);
+    if (item->weight) {
+        if (!item->at)
+            crpci_balance_place(b, b->heaped++, item);
+        crpci_balance_sift(b, item->at - 1);
+    } else if (item->at) {
+        crpci_balance_item *last = b->heap[--b->heaped];
+        item->at = 0;
+        if (last == item)
+            return;
+        crpci_balance_place(b, at, last);
+        crpci_balance_sift(b, at);
+    }
 }
 
 /* Moves turns that lie in the past to the present: no two times may be 2^63 apart, where the sign
@@ -7720,7 +7695,7 @@ CRPCI_FN void crpci_balance_catch_up(crpci_balance *b)
 {
     uint32_t at;
     for (at = 0; at < b->heaped; at++) {
-        crpci_balance_item *item = b->items[b->heap[at]];
+        crpci_balance_item *item = b->heap[at];
         if ((int64_t)(item->turn - b->now) < 0)
             item->turn = b->now;
     }
@@ -7739,22 +7714,6 @@ CRPCI_FN void crpci_balance_take(crpci_balance *b, crpci_balance_item *item)
     crpci_balance_sift(b, item->at - 1);
     if ((was ^ b->now) >> CRPCI_BALANCE_CATCH_UP_BITS)
         crpci_balance_catch_up(b);
-}
-
-CRPCI_FN void crpci_balance_heap_out(crpci_balance *b, crpci_balance_item *item)
-{
-    uint32_t at = item->at - 1, last = b->heap[--b->heaped];
-    item->at = 0;
-    if (at == b->heaped)
-        return;
-    crpci_balance_place(b, at, last);
-    crpci_balance_sift(b, at);
-}
-
-CRPCI_FN void crpci_balance_heap_in(crpci_balance *b, crpci_balance_item *item)
-{
-    crpci_balance_place(b, b->heaped++, item->index);
-    crpci_balance_sift(b, item->at - 1);
 }
 
 /* --- the ring: consistent hash ---------------------------------------------------------------- */
@@ -7832,51 +7791,19 @@ CRPCI_FN size_t crpci_balance_sums_find(const crpci_balance *b, uint64_t offset)
     return i;
 }
 
-/* The ring of so many providers has 2^bits buckets, about a quarter of its points. */
-CRPCI_FN unsigned crpci_balance_bucket_bits(size_t count)
+/* The memory that the list needs, in bytes. A ring has a quarter as many buckets as points. */
+CRPCI_FN size_t crpci_balance_bytes(crpci_balance *b)
 {
-    unsigned bits = 1;
-    while (count * CRPCI_BALANCE_POINTS >> (bits + 2))
-        bits++;
-    return bits;
-}
-
-/* The memory that a list of so many providers needs, in bytes. */
-CRPCI_FN size_t crpci_balance_bytes(const crpci_balance *b, size_t count)
-{
-    size_t each = sizeof *b->items;
-    if (!count)
-        return 0;
+    size_t points = b->count * CRPCI_BALANCE_POINTS;
     if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
-        each += sizeof *b->sums;
-    if (crpci_balance_turns(b))
-        each += sizeof *b->heap;
-    if (crpci_balance_need(b, CRPCI_BALANCE_RING))
-        return count * (each + CRPCI_BALANCE_POINTS * sizeof *b->ring) +
-               (sizeof *b->buckets << crpci_balance_bucket_bits(count));
-    return count * each;
-}
-
-/* Divides the memory among the arrays; those of 8-byte numbers come first, for their alignment. */
-CRPCI_FN void crpci_balance_layout(crpci_balance *b)
-{
-    uint8_t *at = (uint8_t *)b->memory;
-    memset(at, 0, b->size);
-    if (crpci_balance_need(b, CRPCI_BALANCE_SUMS)) {
-        b->sums = (uint64_t *)(void *)at;
-        at += b->count * sizeof *b->sums;
-    } else if (crpci_balance_need(b, CRPCI_BALANCE_RING)) {
-        unsigned bits = crpci_balance_bucket_bits(b->count);
-        b->shift = 64 - bits;
-        b->ring = (uint64_t *)(void *)at;
-        at += b->count * CRPCI_BALANCE_POINTS * sizeof *b->ring;
-        b->buckets = (uint32_t *)(void *)at;
-        at += sizeof *b->buckets << bits;
-    }
-    b->items = (crpci_balance_item **)(void *)at;
-    at += b->count * sizeof *b->items;
-    if (crpci_balance_turns(b))
-        b->heap = (uint32_t *)(void *)at;
+        return b->count * sizeof *b->sums;
+    if (crpci_balance_need(b, CRPCI_BALANCE_TURNS))
+        return b->count * sizeof *b->heap;
+    if (!crpci_balance_need(b, CRPCI_BALANCE_RING) || !points)
+        return 0;
+    for (b->shift = 63; points >> (66 - b->shift);)
+        b->shift--;
+    return points * sizeof *b->ring + (sizeof *b->buckets << (64 - b->shift));
 }
 
 /* Memory for a list of b->count. A block that is large enough, and not four times too large,
@@ -7884,48 +7811,55 @@ CRPCI_FN void crpci_balance_layout(crpci_balance *b)
 CRPCI_FN int crpci_balance_reserve(crpci_balance *b, crpci_heap *h)
 {
     bool many = b->count > CRPCI_BALANCE_MOST;
-    size_t size = many ? 0 : crpci_balance_bytes(b, b->count);
-    b->items = NULL;
+    size_t size = many ? 0 : crpci_balance_bytes(b);
     if (size > b->size || size < b->size / 4) {
         crpci_heap_free(h, b->memory, b->size);
-        b->size = 0;
         b->memory = size ? crpci_heap_alloc(h, size) : NULL;
         b->size = b->memory ? size : 0;
     }
-    if (many || b->size < size)
+    b->uniform = many || b->size < size;
+    if (b->uniform)
         return CRPC_ENOMEM;
     if (size)
-        crpci_balance_layout(b);
+        memset(b->memory, 0, size);
+    b->sums = b->ring = (uint64_t *)b->memory;
+    b->heap = (crpci_balance_item **)b->memory;
+    b->buckets = size ? (uint32_t *)(void *)(b->ring + b->count * CRPCI_BALANCE_POINTS) : NULL;
     return CRPC_OK;
 }
 
-/* Replaces the list. The balancer keeps pointers to the items, not the array. An item that was in
- * the old list keeps its statistics; one that is not in the new list is not used again and may be
- * freed. CRPC_ENOMEM: picks are uniform over the new list from now on. */
+/* Takes the weight of an item into what the balancer keeps: it has grown by `more`, modulo 2^64. */
+CRPCI_FN void crpci_balance_weigh(crpci_balance *b, crpci_balance_item *item, uint64_t more)
+{
+    b->total += more;
+    if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
+        crpci_balance_sums_add(b, item->index, more);
+    else if (crpci_balance_need(b, CRPCI_BALANCE_TURNS))
+        crpci_balance_turn(b, item);
+}
+
+/* Replaces the list. An item that was in the old list, which must still exist, keeps its
+ * statistics; one that is not in the new list is not used again. An empty list holds no memory.
+ * CRPC_ENOMEM: picks are uniform over the new list from now on. */
 CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_item **items,
                                  size_t count)
 {
     size_t i;
+    while (b->heaped)
+        b->heap[--b->heaped]->at = 0;
+    b->items = items;
     b->count = count;
-    b->heaped = 0;
     b->total = 0;
-    if (b->next >= count)
-        b->next = 0;
     if (crpci_balance_reserve(b, h))
         return CRPC_ENOMEM;
+    if (count)
+        b->next %= (uint32_t)count;
     for (i = 0; i < count; i++) {
         crpci_balance_item *item = items[i];
-        b->items[i] = item;
         item->index = (uint32_t)i;
-        item->at = 0;
         if (!item->hash)
             item->hash = crpci_base_hash(item->address, strlen(item->address));
-        b->total += item->weight;
-        crpci_balance_retime(b, item);
-        if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
-            crpci_balance_sums_add(b, i, item->weight);
-        if (crpci_balance_turns(b) && item->weight)
-            crpci_balance_heap_in(b, item);
+        crpci_balance_weigh(b, item, item->weight);
     }
     if (crpci_balance_need(b, CRPCI_BALANCE_RING) && count)
         crpci_balance_ring_build(b);
@@ -7935,25 +7869,14 @@ CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_
 /* Changes the weight of item i of the list. */
 CRPCI_FN void crpci_balance_reweigh(crpci_balance *b, size_t i, uint32_t weight)
 {
-    crpci_balance_item *item;
+    crpci_balance_item *item = i < b->count ? b->items[i] : NULL;
     uint64_t more;
-    if (!b->items || i >= b->count || b->items[i]->weight == weight)
+    if (!item || item->weight == weight)
         return;
-    item = b->items[i];
-    more = (uint64_t)weight - item->weight; /* modulo 2^64 */
+    more = (uint64_t)weight - item->weight;
     item->weight = weight;
-    b->total += more;
-    crpci_balance_retime(b, item);
-    if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
-        crpci_balance_sums_add(b, i, more);
-    if (!crpci_balance_turns(b))
-        return;
-    if (!weight)
-        crpci_balance_heap_out(b, item);
-    else if (!item->at)
-        crpci_balance_heap_in(b, item);
-    else
-        crpci_balance_sift(b, item->at - 1);
+    if (!b->uniform)
+        crpci_balance_weigh(b, item, more);
 }
 
 /* --- picking ---------------------------------------------------------------------------------- */
@@ -7964,32 +7887,27 @@ typedef struct crpci_balance_query {
     int64_t now_us;
     crpci_balance_usable_fn usable;
     void *user;
+    int except; /* a search of the whole list leaves it out; -1: none */
 } crpci_balance_query;
-
-CRPCI_FN bool crpci_balance_usable(const crpci_balance_query *q, size_t i)
-{
-    return !q->usable || q->usable(q->user, i);
-}
 
 /* Whether item i can be used and is not drained. */
 CRPCI_FN bool crpci_balance_fit(const crpci_balance *b, const crpci_balance_query *q, size_t i)
 {
-    return (!b->items || b->items[i]->weight) && crpci_balance_usable(q, i);
+    return b->items[i]->weight && q->usable(q->user, i);
 }
 
-/* Searches the whole list: a random one, by weight or uniformly, of the providers that can be used
- * and are drained, or are not. -1: there is none. */
-CRPCI_FN int crpci_balance_scan(const crpci_balance *b, crpci_balance_query *q, bool weighted,
-                                bool drained)
+/* Searches the whole list: a random one, by weight where the balancer goes by it, of the providers
+ * that can be used and are drained, or are not. -1: there is none. */
+CRPCI_FN int crpci_balance_scan(const crpci_balance *b, crpci_balance_query *q, bool drained)
 {
     uint64_t total = 0;
     int chosen = -1;
     size_t i;
     for (i = 0; i < b->count; i++) {
-        uint32_t weight = b->items ? b->items[i]->weight : 1;
-        if ((weight == 0) != drained || !crpci_balance_usable(q, i))
+        uint32_t weight = b->items[i]->weight;
+        if ((weight == 0) != drained || (int)i == q->except || !q->usable(q->user, i))
             continue;
-        weight = weighted ? weight : 1;
+        weight = weight && crpci_balance_need(b, CRPCI_BALANCE_SUMS) ? weight : 1;
         total += weight;
         if (crpci_balance_draw(&q->state) % total < weight)
             chosen = (int)i;
@@ -8005,7 +7923,7 @@ CRPCI_FN int crpci_balance_pick_random(crpci_balance *b, crpci_balance_query *q)
         if (crpci_balance_fit(b, q, i))
             return (int)i;
     }
-    return crpci_balance_scan(b, q, false, false);
+    return crpci_balance_scan(b, q, false);
 }
 
 CRPCI_FN int crpci_balance_pick_weighted(crpci_balance *b, crpci_balance_query *q)
@@ -8013,10 +7931,10 @@ CRPCI_FN int crpci_balance_pick_weighted(crpci_balance *b, crpci_balance_query *
     int tries;
     for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->total; tries++) {
         size_t i = crpci_balance_sums_find(b, crpci_balance_draw(&q->state) % b->total);
-        if (crpci_balance_usable(q, i))
+        if (q->usable(q->user, i))
             return (int)i;
     }
-    return crpci_balance_scan(b, q, true, false);
+    return crpci_balance_scan(b, q, false);
 }
 
 CRPCI_FN int crpci_balance_pick_next(crpci_balance *b, crpci_balance_query *q)
@@ -8039,8 +7957,8 @@ CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, crpci_balance_query *q)
     int tries;
     size_t i;
     for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->heaped; tries++) {
-        crpci_balance_item *item = b->items[b->heap[0]];
-        bool usable = crpci_balance_usable(q, item->index);
+        crpci_balance_item *item = b->heap[0];
+        bool usable = q->usable(q->user, item->index);
         crpci_balance_take(b, item);
         if (usable)
             return (int)item->index;
@@ -8050,7 +7968,7 @@ CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, crpci_balance_query *q)
     for (i = 0; i < b->count; i++) {
         crpci_balance_item *item = b->items[i];
         if (item->weight && (!best || crpci_balance_before(by_active, item, best)) &&
-            crpci_balance_usable(q, i))
+            q->usable(q->user, i))
             best = item;
     }
     if (!best)
@@ -8141,56 +8059,32 @@ CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_item *item, 
     item->latency_us = now_us;
 }
 
-CRPCI_FN int crpci_balance_better(const crpci_balance *b, size_t i, size_t j, int64_t now_us)
-{
-    return (int)(crpci_balance_cost(b->items[j], now_us) < crpci_balance_cost(b->items[i], now_us)
-                     ? j
-                     : i);
-}
-
-/* Searches the whole list for two that can be used, each pair with the same chance, and returns the
- * better one. -1: there is none. */
-CRPCI_FN int crpci_balance_scan_two(const crpci_balance *b, crpci_balance_query *q)
-{
-    size_t two[2] = {0, 0}, seen = 0, i, place;
-    for (i = 0; i < b->count; i++) {
-        if (!crpci_balance_fit(b, q, i))
-            continue;
-        place = seen < 2 ? seen : crpci_balance_below(&q->state, seen + 1);
-        if (place < 2)
-            two[place] = i;
-        seen++;
-    }
-    if (seen < 2)
-        return seen ? (int)two[0] : -1;
-    place = crpci_balance_below(&q->state, 2); /* equals are picked equally often */
-    return crpci_balance_better(b, two[place], two[1 - place], q->now_us);
-}
-
 CRPCI_FN int crpci_balance_pick_two(crpci_balance *b, crpci_balance_query *q)
 {
-    size_t first = 0, second;
-    int tries;
-    for (tries = 0; tries < CRPCI_BALANCE_TRIES; tries++) {
-        first = crpci_balance_below(&q->state, b->count);
-        if (crpci_balance_fit(b, q, first))
+    int first = -1, i, tries;
+    for (;;) {
+        for (tries = 0; tries < CRPCI_BALANCE_TRIES; tries++) {
+            i = (int)crpci_balance_below(&q->state, b->count);
+            if (i != first && crpci_balance_fit(b, q, (size_t)i))
+                break;
+        }
+        if (tries == CRPCI_BALANCE_TRIES)
+            i = crpci_balance_scan(b, q, false);
+        if (i < 0 || first >= 0)
             break;
+        q->except = first = i;
     }
-    if (tries == CRPCI_BALANCE_TRIES)
-        return crpci_balance_scan_two(b, q);
-    for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->count > 1; tries++) {
-        second = first + 1 + crpci_balance_below(&q->state, b->count - 1);
-        second -= second < b->count ? 0 : b->count;
-        if (crpci_balance_fit(b, q, second))
-            return crpci_balance_better(b, first, second, q->now_us);
-    }
-    return (int)first;
+    return i >= 0 && crpci_balance_cost(b->items[i], q->now_us) <
+                         crpci_balance_cost(b->items[first], q->now_us)
+               ? i
+               : first;
 }
 
 /* --- the balancer as a whole ------------------------------------------------------------------ */
 
-/* CRPC_EUNSUPPORTED: not compiled in. CRPC_EINVAL: no balancer has that number. */
-CRPCI_COLD int crpci_balance_open(crpci_balance *b, crpc_balancer which)
+/* salt: a random number, by which each client begins at a place of its own. CRPC_EUNSUPPORTED: not
+ * compiled in. CRPC_EINVAL: no balancer has that number. */
+CRPCI_COLD int crpci_balance_open(crpci_balance *b, crpc_balancer which, uint32_t salt)
 {
 #define CRPCI_BALANCE_NEEDS(which, word, pick, needs) needs,
     static const uint8_t needs[] = {CRPCI_BALANCE_MAP(CRPCI_BALANCE_NEEDS)};
@@ -8203,35 +8097,12 @@ CRPCI_COLD int crpci_balance_open(crpci_balance *b, crpc_balancer which)
     memset(b, 0, sizeof *b);
     b->kind = (uint8_t)number;
     b->needs = needs[number - 1];
+    b->salt = b->next = salt;
     return CRPC_OK;
 }
 
-/* Whether every call must have a key. */
-CRPCI_FN bool crpci_balance_wants_key(const crpci_balance *b)
-{
-    return crpci_balance_need(b, CRPCI_BALANCE_RING);
-}
-
-/* At the first pick: each client begins at a place of its own. */
-CRPCI_FN void crpci_balance_start(crpci_balance *b, uint32_t random)
-{
-    size_t i;
-    b->started = true;
-    b->salt = random;
-    b->next = random % (uint32_t)b->count;
-    if (!b->items || !crpci_balance_turns(b))
-        return;
-    b->heaped = 0;
-    for (i = 0; i < b->count; i++) {
-        if (!b->items[i]->weight)
-            continue;
-        crpci_balance_first_turn(b, b->items[i]);
-        crpci_balance_heap_in(b, b->items[i]);
-    }
-}
-
 /* The index of the provider for a call; -1: none can be used. key: any number, for the consistent
- * hash only. random: any random number. usable may be NULL: every provider can be used. */
+ * hash only. random: any random number. */
 CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random, int64_t now_us,
                                 crpci_balance_usable_fn usable, void *user)
 {
@@ -8239,16 +8110,16 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
     int i;
     if (!b->count)
         return -1;
-    if (!b->started)
-        crpci_balance_start(b, random);
     q.key = key;
     q.state = random;
     q.now_us = now_us;
     q.usable = usable;
     q.user = user;
-    if (!b->items) {
+    q.except = -1;
+    if (b->uniform) {
         i = crpci_balance_pick_random(b, &q);
-    } else if (crpci_balance_turns(b)) { /* not in the switch: called once, it is inlined */
+    } else if (crpci_balance_need(b, CRPCI_BALANCE_TURNS)) {
+        /* not in the switch: called once, it is inlined */
         i = crpci_balance_pick_turn(b, &q);
     } else {
         switch (b->kind) {
@@ -8262,21 +8133,14 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
             i = -1;
         }
     }
-    return i >= 0 ? i : crpci_balance_scan(b, &q, false, true);
-}
-
-/* Whether an item is in the present list. */
-CRPCI_FN bool crpci_balance_has(const crpci_balance *b, const crpci_balance_item *item)
-{
-    return b->items && item->index < b->count && b->items[item->index] == item;
+    return i >= 0 ? i : crpci_balance_scan(b, &q, true);
 }
 
 /* A call goes to an item. */
-CRPCI_FN void crpci_balance_item_begin(crpci_balance *b, crpci_balance_item *item, int64_t now_us)
+CRPCI_FN void crpci_balance_item_begin(crpci_balance *b, crpci_balance_item *item)
 {
-    (void)now_us;
     item->active++;
-    if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, item) && item->at)
+    if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && item->at)
         crpci_balance_sift(b, item->at - 1);
 }
 
@@ -8289,7 +8153,7 @@ CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item,
         item->active--;
     if (crpci_balance_need(b, CRPCI_BALANCE_LATENCY) && latency_us >= 0)
         crpci_balance_measure(b, item, ok, latency_us, now_us);
-    else if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, item) && item->at)
+    else if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && item->at)
         crpci_balance_sift(b, item->at - 1);
 }
 
@@ -11780,7 +11644,8 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
     crpci_names_node n;
     crpci_multicast_peer *old;
     memcpy(r->scratch, url, strlen(url) + 1);
-    if (!crpci_names_read(&n, r->scratch) || !*n.of.service || !crpci_multicast_is_host(n.provider.address))
+    if (!crpci_names_read(&n, r->scratch) || !*n.of.service ||
+        !crpci_multicast_is_host(n.provider.address))
         return false;
     old = crpci_multicast_find(r, &n);
     if (old && old->is.provider.timestamp_ms > n.provider.timestamp_ms)
@@ -18595,8 +18460,9 @@ CRPCI_FN void crpci_providers_clear(crpci_providers *p)
  * crpci_providers_end must follow exactly once. */
 CRPCI_FN void crpci_providers_begin(crpci_providers *p, crpci_member *m, int64_t now)
 {
+    (void)now;
     m->refs++;
-    crpci_balance_item_begin(&p->balance, &m->balance, now);
+    crpci_balance_item_begin(&p->balance, &m->balance);
 #if CRPC_ENABLE_POLICY
     if (p->breaker.error_percent)
         crpci_breaker_begin(&m->breaker, &p->breaker, now);
@@ -18882,7 +18748,6 @@ CRPCI_FN void crpci_attempt_drop_channel(crpc_channel *ch)
     if (!crpci_thread_unref(&ch->refs))
         return;
     crpci_request_source_free(&ch->requests);
-    crpci_balance_close(&ch->providers.balance, l->heap);
     crpci_heap_strfree(l->heap, ch->directory.where);
     crpci_heap_retire(l->heap, ch, sizeof *ch);
     crpci_loop_release(l);
@@ -19298,7 +19163,8 @@ CRPCI_FN void crpci_attempt_begin(crpci_pending_call *c)
     if (crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us) {
         crpci_attempt_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before the request was sent");
         crpci_attempt_finish(c, CRPC_ETIMEDOUT);
-    } else if (CRPCI_UNLIKELY(!c->key && crpci_balance_wants_key(&c->channel->providers.balance))) {
+    } else if (CRPCI_UNLIKELY(!c->key && crpci_balance_need(&c->channel->providers.balance,
+                                                            CRPCI_BALANCE_RING))) {
         crpci_attempt_explain(c, CRPC_EINVAL,
                               "lb=hash needs a key: set crpc_call.key or hash_field");
         crpci_attempt_finish(c, CRPC_EINVAL);
@@ -20985,7 +20851,7 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     crpci_list_init(&ch->waiting);
     crpci_loop_hold(l);
     crpci_opening_configure(ch, &o);
-    err = crpci_balance_open(&ch->providers.balance, o.balancer);
+    err = crpci_balance_open(&ch->providers.balance, o.balancer, (uint32_t)ch->requests.seed);
     if (err)
         crpci_status_set(error, err,
                          "lb: this balancer is not compiled in: CRPC_ENABLE_POLICY is 0");
