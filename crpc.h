@@ -7099,7 +7099,7 @@ CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
 #define CRPCI_LIMITER_WINDOW_US 1000000 /* the longest window */
 #define CRPCI_LIMITER_ANEW_US 25000000  /* once to twice this, between measurements of free_us */
 #define CRPCI_LIMITER_ANEW_SOON_US 2000000 /* the same while the last one may hold a queue */
-#define CRPCI_LIMITER_EXPLORE_LEAST 6 /* per cent */
+#define CRPCI_LIMITER_EXPLORE_LEAST 6 /* per cent; steps lead from one end exactly to the other */
 #define CRPCI_LIMITER_EXPLORE_MOST 30
 #define CRPCI_LIMITER_EXPLORE_STEP 2
 #define CRPCI_LIMITER_LATENCY_MOST 60000000        /* longer ones count as this */
@@ -7110,8 +7110,8 @@ typedef struct crpci_limiter_auto {
     uint32_t limit;
     uint32_t active;    /* calls in service */
     uint32_t peak;      /* the most of them in this window */
-    uint32_t ok;        /* samples of this window that succeeded */
-    uint32_t failed;    /* and that did not */
+    uint32_t samples;   /* of this window */
+    uint32_t ok;        /* those that succeeded */
     uint32_t replies;   /* all successes of this window, samples or not */
     bool refused;       /* a call was refused in this window */
     bool soon;          /* free_us may still contain a queue: measure it again soon */
@@ -7152,7 +7152,7 @@ CRPCI_FN bool crpci_limiter_auto_enter(crpci_limiter_auto *a)
 CRPCI_FN void crpci_limiter_auto_window(crpci_limiter_auto *a, int64_t now_us)
 {
     a->peak = a->active;
-    a->ok = a->failed = a->replies = 0;
+    a->samples = a->ok = a->replies = 0;
     a->refused = false;
     a->sum_us = 0;
     a->window_us = now_us;
@@ -7195,7 +7195,7 @@ CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
     int64_t qps =
         crpci_base_min64((int64_t)a->replies * 1000000000 / passed, CRPCI_LIMITER_QPS_MOST);
     int64_t percent, limit;
-    bool quick;
+    bool quick, more;
     avg_us = crpci_base_min64(avg_us, CRPCI_LIMITER_LATENCY_MOST);
     crpci_limiter_auto_measure(a, avg_us, qps);
     quick = avg_us * 100 <= a->free_us * (100 + CRPCI_LIMITER_EXPLORE_LEAST);
@@ -7205,14 +7205,11 @@ CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
         percent = a->refused ? 50 : 90;
         a->drained_us = now_us + avg_us * 2;
     } else {
-        if (quick || qps * (100 + CRPCI_LIMITER_EXPLORE_LEAST) <= a->qps * 100)
+        more = quick || qps * (100 + CRPCI_LIMITER_EXPLORE_LEAST) <= a->qps * 100;
+        if (more && a->explore < CRPCI_LIMITER_EXPLORE_MOST)
             a->explore = (uint8_t)(a->explore + CRPCI_LIMITER_EXPLORE_STEP);
-        else
+        else if (!more && a->explore > CRPCI_LIMITER_EXPLORE_LEAST)
             a->explore = (uint8_t)(a->explore - CRPCI_LIMITER_EXPLORE_STEP);
-        if (a->explore > CRPCI_LIMITER_EXPLORE_MOST)
-            a->explore = CRPCI_LIMITER_EXPLORE_MOST;
-        if (a->explore < CRPCI_LIMITER_EXPLORE_LEAST)
-            a->explore = CRPCI_LIMITER_EXPLORE_LEAST;
         percent = 100 + a->explore;
     }
     /* both factors are below 2^30, so this is below 2^60 */
@@ -7246,16 +7243,13 @@ CRPCI_FN void crpci_limiter_auto_leave(crpci_limiter_auto *a, bool ok, int64_t l
     if (!a->window_us)
         crpci_limiter_auto_window(a, now_us);
     a->sum_us += crpci_base_min64(latency_us, CRPCI_LIMITER_LATENCY_MOST);
-    if (ok)
-        a->ok++;
-    else
-        a->failed++;
-    if (a->ok + a->failed < CRPCI_LIMITER_SAMPLES &&
-        now_us - a->window_us < CRPCI_LIMITER_WINDOW_US)
+    a->samples++;
+    a->ok += ok;
+    if (a->samples < CRPCI_LIMITER_SAMPLES && now_us - a->window_us < CRPCI_LIMITER_WINDOW_US)
         return;
-    if (a->ok && a->ok + a->failed >= CRPCI_LIMITER_SAMPLES_LEAST)
+    if (a->samples >= CRPCI_LIMITER_SAMPLES_LEAST && a->ok)
         crpci_limiter_auto_adjust(a, now_us);
-    else if (a->ok + a->failed >= CRPCI_LIMITER_SAMPLES_LEAST)
+    else if (a->samples >= CRPCI_LIMITER_SAMPLES_LEAST)
         crpci_limiter_auto_set(a, a->limit / 2);
     crpci_limiter_auto_window(a, now_us);
 }
@@ -7308,11 +7302,6 @@ typedef struct crpci_breaker {
     int64_t slice;    /* number of the newest slice: time / width of a slice */
     crpci_breaker_slice slices[CRPCI_BREAKER_SLICES];
 } crpci_breaker;
-
-CRPCI_FN void crpci_breaker_init(crpci_breaker *b)
-{
-    memset(b, 0, sizeof *b);
-}
 
 /* Closes at once, with no ramp and nothing counted. */
 CRPCI_FN void crpci_breaker_reset(crpci_breaker *b)
@@ -9582,37 +9571,29 @@ typedef struct crpci_names_text {
     size_t len;
 } crpci_names_text;
 
-CRPCI_FN void crpci_names_put(crpci_names_text *t, const char *text)
+CRPCI_FN CRPC_PRINTF(2, 3) void crpci_names_put(crpci_names_text *t, const char *format, ...)
 {
-    for (; *text; text++, t->len++) {
-        if (t->len + 1 < t->size)
-            t->out[t->len] = *text;
-    }
-    if (t->size)
-        t->out[t->len < t->size ? t->len : t->size - 1] = '\0';
+    size_t used = crpci_base_min(t->len, t->size);
+    va_list args;
+    int n;
+    va_start(args, format);
+    n = vsnprintf(t->size ? t->out + used : NULL, t->size - used, format, args);
+    va_end(args);
+    t->len += n > 0 ? (size_t)n : 0;
 }
 
 /* Appends `before` and the value, percent-encoding the characters that would end a value; appends
  * nothing if the value is empty. Dubbo writes values unencoded, but could not read back one that
  * has such a character. */
-CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before,
-                                       const char *value)
+CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before, const char *value)
 {
     if (!value || !*value)
         return;
-    crpci_names_put(t, before);
+    crpci_names_put(t, "%s", before);
     for (; *value; value++) {
-        static const char digits[] = "0123456789ABCDEF";
         unsigned char c = (unsigned char)*value;
-        char text[4];
-        text[0] = (char)c;
-        text[1] = text[2] = text[3] = '\0';
-        if (c <= ' ' || c == 0x7f || strchr("%&=#+?", c)) {
-            text[0] = '%';
-            text[1] = digits[c >> 4];
-            text[2] = digits[c & 15];
-        }
-        crpci_names_put(t, text);
+        bool odd = c <= ' ' || c == 0x7f || strchr("%&=#+?", c);
+        crpci_names_put(t, odd ? "%%%02X" : "%c", c);
     }
 }
 
@@ -9622,33 +9603,26 @@ CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before,
 CRPCI_FN size_t crpci_names_url(char *out, size_t size, const crpci_names_service *s, bool consumer,
                                 const char *address, int64_t timestamp_ms, long pid)
 {
+    const char *application = s->application && *s->application ? s->application : "crpc";
     crpci_names_text t;
-    char number[24];
     t.out = out;
     t.size = size;
     t.len = 0;
-    crpci_names_put(&t, consumer ? "consumer://" : "crpc://");
-    crpci_names_put(&t, address);
+    crpci_names_put(&t, "%s://%s", consumer ? "consumer" : "crpc", address);
     crpci_names_put_value(&t, "/", s->service);
-    crpci_names_put_value(
-        &t, "?application=", s->application && *s->application ? s->application : "crpc");
-    crpci_names_put(&t, consumer ? "&category=consumers&check=false"
-                                 : "&category=providers&dynamic=true&enabled=true");
+    crpci_names_put_value(&t, "?application=", application);
+    crpci_names_put(&t, "%s", consumer ? "&category=consumers&check=false"
+                                       : "&category=providers&dynamic=true&enabled=true");
     crpci_names_put_value(&t, "&group=", s->group);
     crpci_names_put_value(&t, "&interface=", s->service);
     crpci_names_put_value(&t, "&methods=", consumer ? NULL : s->methods);
-    snprintf(number, sizeof number, "%ld", pid);
-    crpci_names_put_value(&t, "&pid=", number);
-    snprintf(number, sizeof number, "%lld", (long long)timestamp_ms);
-    crpci_names_put(&t, consumer ? "&side=consumer" : "&side=provider");
-    crpci_names_put_value(&t, "&timestamp=", number);
+    crpci_names_put(&t, "&pid=%ld&side=%s&timestamp=%lld", pid, consumer ? "consumer" : "provider",
+                    (long long)timestamp_ms);
     crpci_names_put_value(&t, "&version=", s->version);
-    if (consumer)
-        return t.len;
-    snprintf(number, sizeof number, "%d", s->warmup_ms);
-    crpci_names_put_value(&t, "&warmup=", s->warmup_ms > 0 ? number : NULL);
-    snprintf(number, sizeof number, "%d", s->weight < 0 ? 0 : s->weight);
-    crpci_names_put_value(&t, "&weight=", number);
+    if (!consumer && s->warmup_ms > 0)
+        crpci_names_put(&t, "&warmup=%d", s->warmup_ms);
+    if (!consumer)
+        crpci_names_put(&t, "&weight=%d", s->weight < 0 ? 0 : s->weight);
     return t.len;
 }
 
@@ -10025,7 +9999,7 @@ CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
 typedef struct crpci_cache {
     crpci_heap *heap;
     char *path;  /* NULL: no cache */
-    char *found; /* the file's parts when it was loaded; NULL: none */
+    char *found; /* the file's parts at the start; NULL: none */
     char *own;   /* parts that this program has read since, empty ones too; NULL: none */
     int64_t interval_us;
     int64_t written_us; /* the last write; 0: none by this object */
@@ -10045,16 +10019,6 @@ CRPCI_FN uint32_t crpci_cache_crc(const char *data, size_t n)
             crc = crc >> 1 ^ (0xedb88320u & (0u - (crc & 1)));
     }
     return ~crc;
-}
-
-/* False: out of memory. crpci_cache_clear is due in either case. */
-CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path, int interval_ms)
-{
-    memset(c, 0, sizeof *c);
-    c->heap = h;
-    c->interval_us = crpci_base_option(interval_ms, CRPCI_CACHE_MS, 0) * 1000;
-    c->path = crpci_heap_strndup(h, path, strlen(path));
-    return c->path != NULL;
 }
 
 /* A cache that is all zero has nothing to free. */
@@ -10225,10 +10189,15 @@ CRPCI_COLD char *crpci_cache_read(crpci_heap *h, const char *path)
     return out;
 }
 
-CRPCI_COLD void crpci_cache_load(crpci_cache *c)
+/* Begins with what the file holds. False: out of memory. crpci_cache_clear is due in either case. */
+CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path, int interval_ms)
 {
-    crpci_heap_strfree(c->heap, c->found);
-    c->found = crpci_cache_read(c->heap, c->path);
+    memset(c, 0, sizeof *c);
+    c->heap = h;
+    c->interval_us = crpci_base_option(interval_ms, CRPCI_CACHE_MS, 0) * 1000;
+    c->path = crpci_heap_strndup(h, path, strlen(path));
+    c->found = crpci_cache_read(h, path);
+    return c->path != NULL;
 }
 
 /* Opens the temporary file and locks it, so that one program writes at a time. -1: another one is
@@ -10869,19 +10838,19 @@ CRPCI_FN bool crpci_directory_release(crpci_subscriber *s, const crpci_directory
 
 /* --- passes over all subscribers -------------------------------------------------------------- */
 
-/* Sets the timer to the end of the first protection; with `retry`, to a second from now at the
- * latest. */
-CRPCI_FN void crpci_directory_arm(crpci_directory *d, bool retry)
+/* Sets the timer to the end of the first protection; to a second from now for one that has ended,
+ * but whose subscriber did not take the list without it. */
+CRPCI_FN void crpci_directory_arm(crpci_directory *d)
 {
-    int64_t now = crpci_loop_now(d->loop), next = retry ? now + 1000000 : INT64_MAX;
+    int64_t now = crpci_loop_now(d->loop), next = INT64_MAX;
     crpci_list *i;
     for (i = d->subscribers.next; i != &d->subscribers; i = i->next) {
         const crpci_subscriber *s = CRPCI_CONTAINER(i, crpci_subscriber, link);
-        if (s->hold_until_us > now)
-            next = crpci_base_min64(next, s->hold_until_us);
+        if (s->hold_until_us)
+            next = crpci_base_min64(next, s->hold_until_us > now ? s->hold_until_us - now : 1000000);
     }
     if (next != INT64_MAX && !d->ended)
-        crpci_loop_timer_set(d->loop, &d->timer, next - now);
+        crpci_loop_timer_set(d->loop, &d->timer, next);
 }
 
 /* Calls `each` once for every subscriber. The list may change while a callback runs unlocked, so
@@ -10911,18 +10880,16 @@ CRPCI_FN bool crpci_directory_run(crpci_directory *d,
         i = d->subscribers.next;
     }
     d->busy = false;
-    crpci_directory_arm(d, false);
+    crpci_directory_arm(d);
     crpci_directory_unref(d);
     return complete;
 }
 
 CRPCI_FN void crpci_directory_on_timer(crpc_loop *l, crpci_timer *timer)
 {
-    crpci_directory *d = CRPCI_CONTAINER(timer, crpci_directory, timer);
-    (void)l;
-    d->refs++;
-    crpci_directory_arm(d, !crpci_directory_run(d, crpci_directory_release, NULL));
-    crpci_directory_unref(d);
+    (void)l; /* a pass that is under way arms the timer anew */
+    (void)crpci_directory_run(CRPCI_CONTAINER(timer, crpci_directory, timer),
+                              crpci_directory_release, NULL);
 }
 
 /* Makes a directory with one reference in a block of zeros. It takes over `name`, a heap text, or
@@ -11000,9 +10967,9 @@ CRPCI_FN bool crpci_directory_update(crpci_directory *d, const crpci_directory_r
 CRPCI_FN int crpci_directory_override(crpci_directory *d, char *const *names, size_t count,
                                       const char *host)
 {
-    crpci_names_overrides *before, *now;
+    crpci_names_overrides *now;
     size_t bad = 0;
-    int changed;
+    int changed = -1;
     d->refs++;
     crpci_loop_unlock(d->loop);
     now = crpci_names_overrides_read(d->loop->heap, names, count, host, &bad);
@@ -11012,15 +10979,12 @@ CRPCI_FN int crpci_directory_override(crpci_directory *d, char *const *names, si
                        "registry %s: %zu overrides are malformed or unsupported; they are ignored",
                        d->name, bad);
     d->overrides_warned = d->overrides_warned || bad;
-    if (!now) {
-        crpci_directory_unref(d);
-        return -1;
+    if (now) {
+        crpci_directory_remember(d, d->override_name, names, count);
+        changed = now->count || (d->overrides && d->overrides->count);
+        crpci_names_overrides_unref(d->overrides);
+        d->overrides = now;
     }
-    crpci_directory_remember(d, d->override_name, names, count);
-    before = d->overrides;
-    changed = now->count || (before && before->count);
-    d->overrides = now;
-    crpci_names_overrides_unref(before);
     crpci_directory_unref(d);
     return changed;
 }
@@ -11200,9 +11164,7 @@ CRPCI_FN bool crpci_file_line(char *line, char *out, size_t size)
     t.out = out;
     t.size = size;
     t.len = 0;
-    crpci_names_put(&t, "crpc://");
-    crpci_names_put(&t, word);
-    crpci_names_put(&t, "/?side=provider");
+    crpci_names_put(&t, "crpc://%s/?side=provider", word);
     while ((word = strtok_r(NULL, blank, &save)) != NULL) {
         for (i = 0; i < sizeof known / sizeof *known; i++) {
             const char *value = word + strlen(known[i].word);
@@ -13778,8 +13740,6 @@ CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
         crpci_zk_session_free(s);
         return err;
     }
-    if (o->cache)
-        crpci_cache_load(&s->cache);
     *out = s;
     return CRPC_OK;
 }
@@ -18236,9 +18196,6 @@ CRPCI_FN int crpci_providers_new_member(crpci_providers *p, const char *address,
     }
     m->refs = 1;
     m->balance.address = m->endpoint->address;
-#if CRPC_ENABLE_POLICY
-    crpci_breaker_init(&m->breaker);
-#endif
     *out = m;
     return CRPC_OK;
 }
