@@ -6852,7 +6852,7 @@ CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
 #define CRPCI_LIMITER_WINDOW_US 1000000 /* the longest window */
 #define CRPCI_LIMITER_ANEW_US 25000000  /* once to twice this, between measurements of free_us */
 #define CRPCI_LIMITER_ANEW_SOON_US 2000000 /* the same while the last one may hold a queue */
-#define CRPCI_LIMITER_EXPLORE_LEAST 6 /* per cent */
+#define CRPCI_LIMITER_EXPLORE_LEAST 6 /* per cent; steps lead from one end exactly to the other */
 #define CRPCI_LIMITER_EXPLORE_MOST 30
 #define CRPCI_LIMITER_EXPLORE_STEP 2
 #define CRPCI_LIMITER_LATENCY_MOST 60000000        /* longer ones count as this */
@@ -6863,8 +6863,8 @@ typedef struct crpci_limiter_auto {
     uint32_t limit;
     uint32_t active;    /* calls in service */
     uint32_t peak;      /* the most of them in this window */
-    uint32_t ok;        /* samples of this window that succeeded */
-    uint32_t failed;    /* and that did not */
+    uint32_t samples;   /* of this window */
+    uint32_t ok;        /* those that succeeded */
     uint32_t replies;   /* all successes of this window, samples or not */
     bool refused;       /* a call was refused in this window */
     bool soon;          /* free_us may still contain a queue: measure it again soon */
@@ -6905,7 +6905,7 @@ CRPCI_FN bool crpci_limiter_auto_enter(crpci_limiter_auto *a)
 CRPCI_FN void crpci_limiter_auto_window(crpci_limiter_auto *a, int64_t now_us)
 {
     a->peak = a->active;
-    a->ok = a->failed = a->replies = 0;
+    a->samples = a->ok = a->replies = 0;
     a->refused = false;
     a->sum_us = 0;
     a->window_us = now_us;
@@ -6951,7 +6951,7 @@ CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
                                               CRPCI_LIMITER_QPS_MOST);
     uint32_t percent;
     int64_t limit;
-    bool quick;
+    bool quick, more;
     crpci_limiter_auto_measure(a, avg_us, qps);
     quick = (uint64_t)avg_us * 100 <= (uint64_t)a->free_us * (100 + CRPCI_LIMITER_EXPLORE_LEAST);
     if (!a->anew_us)
@@ -6960,14 +6960,12 @@ CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
         percent = a->refused ? 50 : 90;
         a->drained_us = now_us + avg_us * 2;
     } else {
-        if (quick || (uint64_t)qps * (100 + CRPCI_LIMITER_EXPLORE_LEAST) <= (uint64_t)a->qps * 100)
+        more = quick ||
+               (uint64_t)qps * (100 + CRPCI_LIMITER_EXPLORE_LEAST) <= (uint64_t)a->qps * 100;
+        if (more && a->explore < CRPCI_LIMITER_EXPLORE_MOST)
             a->explore = (uint8_t)(a->explore + CRPCI_LIMITER_EXPLORE_STEP);
-        else
+        else if (!more && a->explore > CRPCI_LIMITER_EXPLORE_LEAST)
             a->explore = (uint8_t)(a->explore - CRPCI_LIMITER_EXPLORE_STEP);
-        if (a->explore > CRPCI_LIMITER_EXPLORE_MOST)
-            a->explore = CRPCI_LIMITER_EXPLORE_MOST;
-        if (a->explore < CRPCI_LIMITER_EXPLORE_LEAST)
-            a->explore = CRPCI_LIMITER_EXPLORE_LEAST;
         percent = 100 + a->explore;
     }
     /* both factors are below 2^30, so this is below 2^60 */
@@ -7001,16 +6999,13 @@ CRPCI_FN void crpci_limiter_auto_leave(crpci_limiter_auto *a, bool ok, int64_t l
     if (!a->window_us)
         crpci_limiter_auto_window(a, now_us);
     a->sum_us += crpci_base_min64(latency_us, CRPCI_LIMITER_LATENCY_MOST);
-    if (ok)
-        a->ok++;
-    else
-        a->failed++;
-    if (a->ok + a->failed < CRPCI_LIMITER_SAMPLES &&
-        now_us - a->window_us < CRPCI_LIMITER_WINDOW_US)
+    a->samples++;
+    a->ok += ok;
+    if (a->samples < CRPCI_LIMITER_SAMPLES && now_us - a->window_us < CRPCI_LIMITER_WINDOW_US)
         return;
-    if (a->ok && a->ok + a->failed >= CRPCI_LIMITER_SAMPLES_LEAST)
+    if (a->samples >= CRPCI_LIMITER_SAMPLES_LEAST && a->ok)
         crpci_limiter_auto_adjust(a, now_us);
-    else if (a->ok + a->failed >= CRPCI_LIMITER_SAMPLES_LEAST)
+    else if (a->samples >= CRPCI_LIMITER_SAMPLES_LEAST)
         crpci_limiter_auto_set(a, a->limit / 2);
     crpci_limiter_auto_window(a, now_us);
 }
@@ -7063,11 +7058,6 @@ typedef struct crpci_breaker {
     int64_t slice;    /* number of the newest slice: time / width of a slice */
     crpci_breaker_slice slices[CRPCI_BREAKER_SLICES];
 } crpci_breaker;
-
-CRPCI_FN void crpci_breaker_init(crpci_breaker *b)
-{
-    memset(b, 0, sizeof *b);
-}
 
 /* Closes at once, with no ramp and nothing counted. */
 CRPCI_FN void crpci_breaker_reset(crpci_breaker *b)
@@ -7284,27 +7274,27 @@ typedef struct crpci_balance_item {
 typedef struct crpci_balance {
     uint8_t kind;    /* crpc_balancer */
     uint8_t needs;   /* CRPCI_BALANCE_*, as in the map */
-    bool started;    /* the first pick has set `salt` by its random number */
+    bool uniform;    /* no memory for the list: picks are uniform */
     uint32_t salt;   /* clients with one list begin at different places of it */
     uint32_t next;   /* round robin: index of the next pick */
     uint32_t heaped; /* items in the heap */
     uint32_t shift;  /* a point >> shift is its bucket */
     size_t count;
+    crpci_balance_item **items; /* the caller's array, which must stay until the next list */
     void *memory;
     size_t size; /* of memory, in bytes */
-    /* These point into memory. All NULL: out of memory, picks are uniform. */
-    crpci_balance_item **items;
-    uint64_t *sums;    /* Fenwick tree of the weights: sums[i - 1] is of (i & -i) items up to i */
-    uint32_t *heap;    /* indices, in heap order of crpci_balance_before */
-    uint64_t *ring;    /* points, sorted */
-    uint32_t *buckets; /* where in the ring each bucket ends */
-    uint64_t total;    /* of the weights */
-    uint64_t now;      /* virtual time */
-    int64_t latency;   /* slow average of all successful calls, in 1/256 us */
+    /* These point into memory, of which each kind of balancer uses what it needs. */
+    uint64_t *sums; /* Fenwick tree of the weights: sums[i - 1] is of (i & -i) items up to i */
+    crpci_balance_item **heap; /* in heap order of crpci_balance_before */
+    uint64_t *ring;            /* points, sorted */
+    uint32_t *buckets;         /* where in the ring each bucket ends */
+    uint64_t total;            /* of the weights */
+    uint64_t now;              /* virtual time */
+    int64_t latency;           /* slow average of all successful calls, in 1/256 us */
 } crpci_balance;
 
-/* Whether a provider can be used. It may be called twice for a provider in one pick, and must
- * return the same value both times. */
+/* Whether a provider can be used. It may be called several times for a provider in one pick, and
+ * must return the same value each time. */
 typedef bool (*crpci_balance_usable_fn)(void *user, size_t index);
 
 /* splitmix64: the next random number of a sequence that begins with any state. */
@@ -7327,14 +7317,8 @@ CRPCI_FN uint32_t crpci_balance_warm_weight(uint32_t weight, int64_t uptime_ms, 
     uint64_t w;
     if (!weight || uptime_ms >= warmup_ms || warmup_ms <= 0)
         return weight;
-    if (uptime_ms <= 0)
-        return 1;
-    while (warmup_ms > INT32_MAX) {
-        warmup_ms /= 2;
-        uptime_ms /= 2;
-    }
-    w = (uint64_t)uptime_ms * weight / (uint64_t)warmup_ms;
-    return w < 1 ? 1 : w > weight ? weight : (uint32_t)w;
+    w = uptime_ms > 0 ? (uint64_t)uptime_ms * weight / (uint64_t)warmup_ms : 0;
+    return w ? (uint32_t)w : 1;
 }
 
 /* A provider that a client's subset may take in. */
@@ -7351,45 +7335,20 @@ CRPCI_FN void crpci_balance_choice_init(crpci_balance_choice *c, size_t index, c
     c->index = index;
 }
 
-CRPCI_FN void crpci_balance_choice_sift(crpci_balance_choice *c, size_t n, size_t i)
+CRPCI_FN int crpci_balance_choice_order(const void *a, const void *b)
 {
-    crpci_balance_choice moved = c[i];
-    size_t child;
-    while ((child = 2 * i + 1) < n) {
-        child += child + 1 < n && c[child + 1].rank < c[child].rank;
-        if (moved.rank <= c[child].rank)
-            break;
-        c[i] = c[child];
-        i = child;
-    }
-    c[i] = moved;
+    const crpci_balance_choice *x = (const crpci_balance_choice *)a;
+    const crpci_balance_choice *y = (const crpci_balance_choice *)b;
+    return x->rank > y->rank ? -1 : x->rank < y->rank;
 }
 
-/* Rendezvous hashing: moves the `max` choices of the highest rank to the front, in no order, and
- * returns how many there are. Clients with different seeds get different subsets, and a provider
- * that joins or leaves the list changes at most one place of a subset. O(count log max). */
+/* Rendezvous hashing: moves the `max` choices of the highest rank to the front, and returns how
+ * many there are. Clients with different seeds get different subsets, and a provider that joins or
+ * leaves the list changes at most one place of a subset. */
 CRPCI_FN size_t crpci_balance_subset(crpci_balance_choice *choices, size_t count, size_t max)
 {
-    size_t i;
-    if (!max || count <= max)
-        return max ? count : 0;
-    for (i = max / 2; i-- > 0;)
-        crpci_balance_choice_sift(choices, max, i);
-    for (i = max; i < count; i++) {
-        crpci_balance_choice c = choices[i];
-        if (c.rank <= choices[0].rank)
-            continue;
-        choices[i] = choices[0];
-        choices[0] = c;
-        crpci_balance_choice_sift(choices, max, 0);
-    }
-    return max;
-}
-
-CRPCI_FN void crpci_balance_close(crpci_balance *b, crpci_heap *h)
-{
-    crpci_heap_free(h, b->memory, b->size);
-    memset(b, 0, sizeof *b);
+    qsort(choices, count, sizeof *choices, crpci_balance_choice_order);
+    return crpci_base_min(count, max);
 }
 
 /* --- turns: weighted round robin and least active, which keep a heap -------------------------- */
@@ -7398,11 +7357,6 @@ CRPCI_FN void crpci_balance_close(crpci_balance *b, crpci_heap *h)
 CRPCI_FN bool crpci_balance_need(const crpci_balance *b, unsigned what)
 {
     return CRPC_ENABLE_POLICY ? (b->needs & what) != 0 : what == CRPCI_BALANCE_TURNS;
-}
-
-CRPCI_FN bool crpci_balance_turns(const crpci_balance *b)
-{
-    return crpci_balance_need(b, CRPCI_BALANCE_TURNS);
 }
 
 /* Whether x is picked before y. Neither has weight 0. */
@@ -7417,45 +7371,37 @@ CRPCI_FN bool crpci_balance_before(bool by_active, const crpci_balance_item *x,
     return (int64_t)(x->turn - y->turn) < 0;
 }
 
-/* Puts the item of an index at a position of the heap. */
-CRPCI_FN void crpci_balance_place(crpci_balance *b, uint32_t at, uint32_t index)
+CRPCI_FN void crpci_balance_place(crpci_balance *b, uint32_t at, crpci_balance_item *item)
 {
-    b->heap[at] = index;
-    b->items[index]->at = at + 1;
+    b->heap[at] = item;
+    item->at = at + 1;
 }
 
 /* Restores the heap after the item at a position has changed. */
 CRPCI_FN void crpci_balance_sift(crpci_balance *b, uint32_t at)
 {
-    const bool by_active = crpci_balance_need(b, CRPCI_BALANCE_ACTIVE); /* read once, not a level */
-    uint32_t index = b->heap[at], child;
-    const crpci_balance_item *item = b->items[index];
-    while (at && crpci_balance_before(by_active, item, b->items[b->heap[(at - 1) / 2]])) {
+    const bool by_active = crpci_balance_need(b, CRPCI_BALANCE_ACTIVE);
+    crpci_balance_item *item = b->heap[at], *next;
+    uint32_t child;
+    while (at && crpci_balance_before(by_active, item, b->heap[(at - 1) / 2])) {
         crpci_balance_place(b, at, b->heap[(at - 1) / 2]);
         at = (at - 1) / 2;
     }
     while ((child = 2 * at + 1) < b->heaped) {
-        if (child + 1 < b->heaped &&
-            crpci_balance_before(by_active, b->items[b->heap[child + 1]],
-                                 b->items[b->heap[child]]))
-            child++;
-        if (!crpci_balance_before(by_active, b->items[b->heap[child]], item))
+        next = b->heap[child];
+        if (child + 1 < b->heaped && crpci_balance_before(by_active, b->heap[child + 1], next))
+            next = b->heap[++child];
+        if (!crpci_balance_before(by_active, next, item))
             break;
-        crpci_balance_place(b, at, b->heap[child]);
+        crpci_balance_place(b, at, next);
         at = child;
     }
-    crpci_balance_place(b, at, index);
-}
-
-/* The first turn: at a random time within its length, so that items of equal weight do not follow
- * each other in the order of the list. */
-CRPCI_FN void crpci_balance_first_turn(crpci_balance *b, crpci_balance_item *item)
-{
-    item->turn = b->now + crpci_base_mix(item->hash ^ b->salt) % item->length;
+    crpci_balance_place(b, at, item);
 }
 
 /* After an item's weight has changed, or it joined the list: its next turn is no later than before,
- * and no later than one turn of the new length from now. */
+ * and no later than one turn of the new length from now. The first one is at a random time within
+ * its length, so that items of equal weight do not follow each other in the order of the list. */
 CRPCI_FN void crpci_balance_retime(crpci_balance *b, crpci_balance_item *item)
 {
     int64_t ahead = (int64_t)(item->turn - b->now);
@@ -7464,9 +7410,28 @@ CRPCI_FN void crpci_balance_retime(crpci_balance *b, crpci_balance_item *item)
     if (!item->weight)
         return;
     if (fresh || ahead > CRPCI_BALANCE_TURN || ahead < -CRPCI_BALANCE_TURN)
-        crpci_balance_first_turn(b, item);
+        item->turn = b->now + crpci_base_mix(item->hash ^ b->salt) % item->length;
     else if (ahead > (int64_t)item->length)
         item->turn = b->now + item->length;
+}
+
+/* Gives an item its place in the heap, or takes it out if it is drained. */
+CRPCI_FN void crpci_balance_turn(crpci_balance *b, crpci_balance_item *item)
+{
+    uint32_t at = item->at - 1;
+    crpci_balance_retime(b, item);
+    if (item->weight) {
+        if (!item->at)
+            crpci_balance_place(b, b->heaped++, item);
+        crpci_balance_sift(b, item->at - 1);
+    } else if (item->at) {
+        crpci_balance_item *last = b->heap[--b->heaped];
+        item->at = 0;
+        if (last == item)
+            return;
+        crpci_balance_place(b, at, last);
+        crpci_balance_sift(b, at);
+    }
 }
 
 /* Moves turns that lie in the past to the present: no two times may be 2^63 apart, where the sign
@@ -7475,7 +7440,7 @@ CRPCI_FN void crpci_balance_catch_up(crpci_balance *b)
 {
     uint32_t at;
     for (at = 0; at < b->heaped; at++) {
-        crpci_balance_item *item = b->items[b->heap[at]];
+        crpci_balance_item *item = b->heap[at];
         if ((int64_t)(item->turn - b->now) < 0)
             item->turn = b->now;
     }
@@ -7494,22 +7459,6 @@ CRPCI_FN void crpci_balance_take(crpci_balance *b, crpci_balance_item *item)
     crpci_balance_sift(b, item->at - 1);
     if ((was ^ b->now) >> CRPCI_BALANCE_CATCH_UP_BITS)
         crpci_balance_catch_up(b);
-}
-
-CRPCI_FN void crpci_balance_heap_out(crpci_balance *b, crpci_balance_item *item)
-{
-    uint32_t at = item->at - 1, last = b->heap[--b->heaped];
-    item->at = 0;
-    if (at == b->heaped)
-        return;
-    crpci_balance_place(b, at, last);
-    crpci_balance_sift(b, at);
-}
-
-CRPCI_FN void crpci_balance_heap_in(crpci_balance *b, crpci_balance_item *item)
-{
-    crpci_balance_place(b, b->heaped++, item->index);
-    crpci_balance_sift(b, item->at - 1);
 }
 
 /* --- the ring: consistent hash ---------------------------------------------------------------- */
@@ -7587,51 +7536,19 @@ CRPCI_FN size_t crpci_balance_sums_find(const crpci_balance *b, uint64_t offset)
     return i;
 }
 
-/* The ring of so many providers has 2^bits buckets, about a quarter of its points. */
-CRPCI_FN unsigned crpci_balance_bucket_bits(size_t count)
+/* The memory that the list needs, in bytes. A ring has a quarter as many buckets as points. */
+CRPCI_FN size_t crpci_balance_bytes(crpci_balance *b)
 {
-    unsigned bits = 1;
-    while (count * CRPCI_BALANCE_POINTS >> (bits + 2))
-        bits++;
-    return bits;
-}
-
-/* The memory that a list of so many providers needs, in bytes. */
-CRPCI_FN size_t crpci_balance_bytes(const crpci_balance *b, size_t count)
-{
-    size_t each = sizeof *b->items;
-    if (!count)
-        return 0;
+    size_t points = b->count * CRPCI_BALANCE_POINTS;
     if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
-        each += sizeof *b->sums;
-    if (crpci_balance_turns(b))
-        each += sizeof *b->heap;
-    if (crpci_balance_need(b, CRPCI_BALANCE_RING))
-        return count * (each + CRPCI_BALANCE_POINTS * sizeof *b->ring) +
-               (sizeof *b->buckets << crpci_balance_bucket_bits(count));
-    return count * each;
-}
-
-/* Divides the memory among the arrays; those of 8-byte numbers come first, for their alignment. */
-CRPCI_FN void crpci_balance_layout(crpci_balance *b)
-{
-    uint8_t *at = (uint8_t *)b->memory;
-    memset(at, 0, b->size);
-    if (crpci_balance_need(b, CRPCI_BALANCE_SUMS)) {
-        b->sums = (uint64_t *)(void *)at;
-        at += b->count * sizeof *b->sums;
-    } else if (crpci_balance_need(b, CRPCI_BALANCE_RING)) {
-        unsigned bits = crpci_balance_bucket_bits(b->count);
-        b->shift = 64 - bits;
-        b->ring = (uint64_t *)(void *)at;
-        at += b->count * CRPCI_BALANCE_POINTS * sizeof *b->ring;
-        b->buckets = (uint32_t *)(void *)at;
-        at += sizeof *b->buckets << bits;
-    }
-    b->items = (crpci_balance_item **)(void *)at;
-    at += b->count * sizeof *b->items;
-    if (crpci_balance_turns(b))
-        b->heap = (uint32_t *)(void *)at;
+        return b->count * sizeof *b->sums;
+    if (crpci_balance_need(b, CRPCI_BALANCE_TURNS))
+        return b->count * sizeof *b->heap;
+    if (!crpci_balance_need(b, CRPCI_BALANCE_RING) || !points)
+        return 0;
+    for (b->shift = 63; points >> (66 - b->shift);)
+        b->shift--;
+    return points * sizeof *b->ring + (sizeof *b->buckets << (64 - b->shift));
 }
 
 /* Memory for a list of b->count. A block that is large enough, and not four times too large,
@@ -7639,48 +7556,55 @@ CRPCI_FN void crpci_balance_layout(crpci_balance *b)
 CRPCI_FN int crpci_balance_reserve(crpci_balance *b, crpci_heap *h)
 {
     bool many = b->count > CRPCI_BALANCE_MOST;
-    size_t size = many ? 0 : crpci_balance_bytes(b, b->count);
-    b->items = NULL;
+    size_t size = many ? 0 : crpci_balance_bytes(b);
     if (size > b->size || size < b->size / 4) {
         crpci_heap_free(h, b->memory, b->size);
-        b->size = 0;
         b->memory = size ? crpci_heap_alloc(h, size) : NULL;
         b->size = b->memory ? size : 0;
     }
-    if (many || b->size < size)
+    b->uniform = many || b->size < size;
+    if (b->uniform)
         return CRPC_ENOMEM;
     if (size)
-        crpci_balance_layout(b);
+        memset(b->memory, 0, size);
+    b->sums = b->ring = (uint64_t *)b->memory;
+    b->heap = (crpci_balance_item **)b->memory;
+    b->buckets = size ? (uint32_t *)(void *)(b->ring + b->count * CRPCI_BALANCE_POINTS) : NULL;
     return CRPC_OK;
 }
 
-/* Replaces the list. The balancer keeps pointers to the items, not the array. An item that was in
- * the old list keeps its statistics; one that is not in the new list is not used again and may be
- * freed. CRPC_ENOMEM: picks are uniform over the new list from now on. */
+/* Takes the weight of an item into what the balancer keeps: it has grown by `more`, modulo 2^64. */
+CRPCI_FN void crpci_balance_weigh(crpci_balance *b, crpci_balance_item *item, uint64_t more)
+{
+    b->total += more;
+    if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
+        crpci_balance_sums_add(b, item->index, more);
+    else if (crpci_balance_need(b, CRPCI_BALANCE_TURNS))
+        crpci_balance_turn(b, item);
+}
+
+/* Replaces the list. An item that was in the old list, which must still exist, keeps its
+ * statistics; one that is not in the new list is not used again. An empty list holds no memory.
+ * CRPC_ENOMEM: picks are uniform over the new list from now on. */
 CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_item **items,
                                  size_t count)
 {
     size_t i;
+    while (b->heaped)
+        b->heap[--b->heaped]->at = 0;
+    b->items = items;
     b->count = count;
-    b->heaped = 0;
     b->total = 0;
-    if (b->next >= count)
-        b->next = 0;
     if (crpci_balance_reserve(b, h))
         return CRPC_ENOMEM;
+    if (count)
+        b->next %= (uint32_t)count;
     for (i = 0; i < count; i++) {
         crpci_balance_item *item = items[i];
-        b->items[i] = item;
         item->index = (uint32_t)i;
-        item->at = 0;
         if (!item->hash)
             item->hash = crpci_base_hash(item->address, strlen(item->address));
-        b->total += item->weight;
-        crpci_balance_retime(b, item);
-        if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
-            crpci_balance_sums_add(b, i, item->weight);
-        if (crpci_balance_turns(b) && item->weight)
-            crpci_balance_heap_in(b, item);
+        crpci_balance_weigh(b, item, item->weight);
     }
     if (crpci_balance_need(b, CRPCI_BALANCE_RING) && count)
         crpci_balance_ring_build(b);
@@ -7690,25 +7614,14 @@ CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_
 /* Changes the weight of item i of the list. */
 CRPCI_FN void crpci_balance_reweigh(crpci_balance *b, size_t i, uint32_t weight)
 {
-    crpci_balance_item *item;
+    crpci_balance_item *item = i < b->count ? b->items[i] : NULL;
     uint64_t more;
-    if (!b->items || i >= b->count || b->items[i]->weight == weight)
+    if (!item || item->weight == weight)
         return;
-    item = b->items[i];
-    more = (uint64_t)weight - item->weight; /* modulo 2^64 */
+    more = (uint64_t)weight - item->weight;
     item->weight = weight;
-    b->total += more;
-    crpci_balance_retime(b, item);
-    if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
-        crpci_balance_sums_add(b, i, more);
-    if (!crpci_balance_turns(b))
-        return;
-    if (!weight)
-        crpci_balance_heap_out(b, item);
-    else if (!item->at)
-        crpci_balance_heap_in(b, item);
-    else
-        crpci_balance_sift(b, item->at - 1);
+    if (!b->uniform)
+        crpci_balance_weigh(b, item, more);
 }
 
 /* --- picking ---------------------------------------------------------------------------------- */
@@ -7719,32 +7632,27 @@ typedef struct crpci_balance_query {
     int64_t now_us;
     crpci_balance_usable_fn usable;
     void *user;
+    int except; /* a search of the whole list leaves it out; -1: none */
 } crpci_balance_query;
-
-CRPCI_FN bool crpci_balance_usable(const crpci_balance_query *q, size_t i)
-{
-    return !q->usable || q->usable(q->user, i);
-}
 
 /* Whether item i can be used and is not drained. */
 CRPCI_FN bool crpci_balance_fit(const crpci_balance *b, const crpci_balance_query *q, size_t i)
 {
-    return (!b->items || b->items[i]->weight) && crpci_balance_usable(q, i);
+    return b->items[i]->weight && q->usable(q->user, i);
 }
 
-/* Searches the whole list: a random one, by weight or uniformly, of the providers that can be used
- * and are drained, or are not. -1: there is none. */
-CRPCI_FN int crpci_balance_scan(const crpci_balance *b, crpci_balance_query *q, bool weighted,
-                                bool drained)
+/* Searches the whole list: a random one, by weight where the balancer goes by it, of the providers
+ * that can be used and are drained, or are not. -1: there is none. */
+CRPCI_FN int crpci_balance_scan(const crpci_balance *b, crpci_balance_query *q, bool drained)
 {
     uint64_t total = 0;
     int chosen = -1;
     size_t i;
     for (i = 0; i < b->count; i++) {
-        uint32_t weight = b->items ? b->items[i]->weight : 1;
-        if ((weight == 0) != drained || !crpci_balance_usable(q, i))
+        uint32_t weight = b->items[i]->weight;
+        if ((weight == 0) != drained || (int)i == q->except || !q->usable(q->user, i))
             continue;
-        weight = weighted ? weight : 1;
+        weight = weight && crpci_balance_need(b, CRPCI_BALANCE_SUMS) ? weight : 1;
         total += weight;
         if (crpci_balance_draw(&q->state) % total < weight)
             chosen = (int)i;
@@ -7760,7 +7668,7 @@ CRPCI_FN int crpci_balance_pick_random(crpci_balance *b, crpci_balance_query *q)
         if (crpci_balance_fit(b, q, i))
             return (int)i;
     }
-    return crpci_balance_scan(b, q, false, false);
+    return crpci_balance_scan(b, q, false);
 }
 
 CRPCI_FN int crpci_balance_pick_weighted(crpci_balance *b, crpci_balance_query *q)
@@ -7768,10 +7676,10 @@ CRPCI_FN int crpci_balance_pick_weighted(crpci_balance *b, crpci_balance_query *
     int tries;
     for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->total; tries++) {
         size_t i = crpci_balance_sums_find(b, crpci_balance_draw(&q->state) % b->total);
-        if (crpci_balance_usable(q, i))
+        if (q->usable(q->user, i))
             return (int)i;
     }
-    return crpci_balance_scan(b, q, true, false);
+    return crpci_balance_scan(b, q, false);
 }
 
 CRPCI_FN int crpci_balance_pick_next(crpci_balance *b, crpci_balance_query *q)
@@ -7794,8 +7702,8 @@ CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, crpci_balance_query *q)
     int tries;
     size_t i;
     for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->heaped; tries++) {
-        crpci_balance_item *item = b->items[b->heap[0]];
-        bool usable = crpci_balance_usable(q, item->index);
+        crpci_balance_item *item = b->heap[0];
+        bool usable = q->usable(q->user, item->index);
         crpci_balance_take(b, item);
         if (usable)
             return (int)item->index;
@@ -7805,7 +7713,7 @@ CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, crpci_balance_query *q)
     for (i = 0; i < b->count; i++) {
         crpci_balance_item *item = b->items[i];
         if (item->weight && (!best || crpci_balance_before(by_active, item, best)) &&
-            crpci_balance_usable(q, i))
+            q->usable(q->user, i))
             best = item;
     }
     if (!best)
@@ -7896,56 +7804,32 @@ CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_item *item, 
     item->latency_us = now_us;
 }
 
-CRPCI_FN int crpci_balance_better(const crpci_balance *b, size_t i, size_t j, int64_t now_us)
-{
-    return (int)(crpci_balance_cost(b->items[j], now_us) < crpci_balance_cost(b->items[i], now_us)
-                     ? j
-                     : i);
-}
-
-/* Searches the whole list for two that can be used, each pair with the same chance, and returns the
- * better one. -1: there is none. */
-CRPCI_FN int crpci_balance_scan_two(const crpci_balance *b, crpci_balance_query *q)
-{
-    size_t two[2] = {0, 0}, seen = 0, i, place;
-    for (i = 0; i < b->count; i++) {
-        if (!crpci_balance_fit(b, q, i))
-            continue;
-        place = seen < 2 ? seen : crpci_balance_below(&q->state, seen + 1);
-        if (place < 2)
-            two[place] = i;
-        seen++;
-    }
-    if (seen < 2)
-        return seen ? (int)two[0] : -1;
-    place = crpci_balance_below(&q->state, 2); /* equals are picked equally often */
-    return crpci_balance_better(b, two[place], two[1 - place], q->now_us);
-}
-
 CRPCI_FN int crpci_balance_pick_two(crpci_balance *b, crpci_balance_query *q)
 {
-    size_t first = 0, second;
-    int tries;
-    for (tries = 0; tries < CRPCI_BALANCE_TRIES; tries++) {
-        first = crpci_balance_below(&q->state, b->count);
-        if (crpci_balance_fit(b, q, first))
+    int first = -1, i, tries;
+    for (;;) {
+        for (tries = 0; tries < CRPCI_BALANCE_TRIES; tries++) {
+            i = (int)crpci_balance_below(&q->state, b->count);
+            if (i != first && crpci_balance_fit(b, q, (size_t)i))
+                break;
+        }
+        if (tries == CRPCI_BALANCE_TRIES)
+            i = crpci_balance_scan(b, q, false);
+        if (i < 0 || first >= 0)
             break;
+        q->except = first = i;
     }
-    if (tries == CRPCI_BALANCE_TRIES)
-        return crpci_balance_scan_two(b, q);
-    for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->count > 1; tries++) {
-        second = first + 1 + crpci_balance_below(&q->state, b->count - 1);
-        second -= second < b->count ? 0 : b->count;
-        if (crpci_balance_fit(b, q, second))
-            return crpci_balance_better(b, first, second, q->now_us);
-    }
-    return (int)first;
+    return i >= 0 && crpci_balance_cost(b->items[i], q->now_us) <
+                         crpci_balance_cost(b->items[first], q->now_us)
+               ? i
+               : first;
 }
 
 /* --- the balancer as a whole ------------------------------------------------------------------ */
 
-/* CRPC_EUNSUPPORTED: not compiled in. CRPC_EINVAL: no balancer has that number. */
-CRPCI_COLD int crpci_balance_open(crpci_balance *b, crpc_balancer which)
+/* salt: a random number, by which each client begins at a place of its own. CRPC_EUNSUPPORTED: not
+ * compiled in. CRPC_EINVAL: no balancer has that number. */
+CRPCI_COLD int crpci_balance_open(crpci_balance *b, crpc_balancer which, uint32_t salt)
 {
 #define CRPCI_BALANCE_NEEDS(which, word, pick, needs) needs,
     static const uint8_t needs[] = {CRPCI_BALANCE_MAP(CRPCI_BALANCE_NEEDS)};
@@ -7958,35 +7842,12 @@ CRPCI_COLD int crpci_balance_open(crpci_balance *b, crpc_balancer which)
     memset(b, 0, sizeof *b);
     b->kind = (uint8_t)number;
     b->needs = needs[number - 1];
+    b->salt = b->next = salt;
     return CRPC_OK;
 }
 
-/* Whether every call must have a key. */
-CRPCI_FN bool crpci_balance_wants_key(const crpci_balance *b)
-{
-    return crpci_balance_need(b, CRPCI_BALANCE_RING);
-}
-
-/* At the first pick: each client begins at a place of its own. */
-CRPCI_FN void crpci_balance_start(crpci_balance *b, uint32_t random)
-{
-    size_t i;
-    b->started = true;
-    b->salt = random;
-    b->next = random % (uint32_t)b->count;
-    if (!b->items || !crpci_balance_turns(b))
-        return;
-    b->heaped = 0;
-    for (i = 0; i < b->count; i++) {
-        if (!b->items[i]->weight)
-            continue;
-        crpci_balance_first_turn(b, b->items[i]);
-        crpci_balance_heap_in(b, b->items[i]);
-    }
-}
-
 /* The index of the provider for a call; -1: none can be used. key: any number, for the consistent
- * hash only. random: any random number. usable may be NULL: every provider can be used. */
+ * hash only. random: any random number. */
 CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random, int64_t now_us,
                                 crpci_balance_usable_fn usable, void *user)
 {
@@ -7994,16 +7855,16 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
     int i;
     if (!b->count)
         return -1;
-    if (!b->started)
-        crpci_balance_start(b, random);
     q.key = key;
     q.state = random;
     q.now_us = now_us;
     q.usable = usable;
     q.user = user;
-    if (!b->items) {
+    q.except = -1;
+    if (b->uniform) {
         i = crpci_balance_pick_random(b, &q);
-    } else if (crpci_balance_turns(b)) { /* not in the switch: called once, it is inlined */
+    } else if (crpci_balance_need(b, CRPCI_BALANCE_TURNS)) {
+        /* not in the switch: called once, it is inlined */
         i = crpci_balance_pick_turn(b, &q);
     } else {
         switch (b->kind) {
@@ -8017,21 +7878,14 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
             i = -1;
         }
     }
-    return i >= 0 ? i : crpci_balance_scan(b, &q, false, true);
-}
-
-/* Whether an item is in the present list. */
-CRPCI_FN bool crpci_balance_has(const crpci_balance *b, const crpci_balance_item *item)
-{
-    return b->items && item->index < b->count && b->items[item->index] == item;
+    return i >= 0 ? i : crpci_balance_scan(b, &q, true);
 }
 
 /* A call goes to an item. */
-CRPCI_FN void crpci_balance_item_begin(crpci_balance *b, crpci_balance_item *item, int64_t now_us)
+CRPCI_FN void crpci_balance_item_begin(crpci_balance *b, crpci_balance_item *item)
 {
-    (void)now_us;
     item->active++;
-    if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, item) && item->at)
+    if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && item->at)
         crpci_balance_sift(b, item->at - 1);
 }
 
@@ -8044,7 +7898,7 @@ CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item,
         item->active--;
     if (crpci_balance_need(b, CRPCI_BALANCE_LATENCY) && latency_us >= 0)
         crpci_balance_measure(b, item, ok, latency_us, now_us);
-    else if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, item) && item->at)
+    else if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && item->at)
         crpci_balance_sift(b, item->at - 1);
 }
 
@@ -9380,6 +9234,17 @@ typedef struct crpci_names_service {
     bool allow_empty; /* of a consumer: an empty list, read completely, replaces a good one */
 } crpci_names_service;
 
+/* One instance that offers a service. */
+typedef struct crpci_provider {
+    char address[CRPC_ADDRESS_MAX]; /* canonical, with a numeric host: "[::1]:8000" */
+    int weight;                     /* its share of the calls; 0: it gets none */
+    int warmup_ms;                  /* after timestamp_ms, in which its share rises; 0: none */
+    int64_t timestamp_ms;           /* wall clock when it registered; 0: unknown */
+    uint64_t group, version, application; /* their hashes: all that overrides compare */
+    bool disabled; /* by its URL (disabled=true) or an override; lists leave it out */
+    bool kept;     /* protected: not listed again since the registry was away */
+} crpci_provider;
+
 /* Encoded provider names; the array and the texts are one block at `name`. */
 typedef struct crpci_names {
     size_t size; /* of the block at `name` */
@@ -9440,37 +9305,29 @@ typedef struct crpci_names_text {
     size_t len;
 } crpci_names_text;
 
-CRPCI_FN void crpci_names_put(crpci_names_text *t, const char *text)
+CRPCI_FN CRPC_PRINTF(2, 3) void crpci_names_put(crpci_names_text *t, const char *format, ...)
 {
-    for (; *text; text++, t->len++) {
-        if (t->len + 1 < t->size)
-            t->out[t->len] = *text;
-    }
-    if (t->size)
-        t->out[t->len < t->size ? t->len : t->size - 1] = '\0';
+    size_t used = crpci_base_min(t->len, t->size);
+    va_list args;
+    int n;
+    va_start(args, format);
+    n = vsnprintf(t->size ? t->out + used : NULL, t->size - used, format, args);
+    va_end(args);
+    t->len += n > 0 ? (size_t)n : 0;
 }
 
 /* Appends `before` and the value, percent-encoding the characters that would end a value; appends
  * nothing if the value is empty. Dubbo writes values unencoded, but could not read back one that
  * has such a character. */
-CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before,
-                                       const char *value)
+CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before, const char *value)
 {
     if (!value || !*value)
         return;
-    crpci_names_put(t, before);
+    crpci_names_put(t, "%s", before);
     for (; *value; value++) {
-        static const char digits[] = "0123456789ABCDEF";
         unsigned char c = (unsigned char)*value;
-        char text[4];
-        text[0] = (char)c;
-        text[1] = text[2] = text[3] = '\0';
-        if (c <= ' ' || c == 0x7f || strchr("%&=#+?", c)) {
-            text[0] = '%';
-            text[1] = digits[c >> 4];
-            text[2] = digits[c & 15];
-        }
-        crpci_names_put(t, text);
+        bool odd = c <= ' ' || c == 0x7f || strchr("%&=#+?", c);
+        crpci_names_put(t, odd ? "%%%02X" : "%c", c);
     }
 }
 
@@ -9480,45 +9337,41 @@ CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before,
 CRPCI_FN size_t crpci_names_url(char *out, size_t size, const crpci_names_service *s, bool consumer,
                                 const char *address, int64_t timestamp_ms, long pid)
 {
+    const char *application = s->application && *s->application ? s->application : "crpc";
     crpci_names_text t;
-    char number[24];
     t.out = out;
     t.size = size;
     t.len = 0;
-    crpci_names_put(&t, consumer ? "consumer://" : "crpc://");
-    crpci_names_put(&t, address);
+    crpci_names_put(&t, "%s://%s", consumer ? "consumer" : "crpc", address);
     crpci_names_put_value(&t, "/", s->service);
-    crpci_names_put_value(
-        &t, "?application=", s->application && *s->application ? s->application : "crpc");
-    crpci_names_put(&t, consumer ? "&category=consumers&check=false"
-                                 : "&category=providers&dynamic=true&enabled=true");
+    crpci_names_put_value(&t, "?application=", application);
+    crpci_names_put(&t, "%s", consumer ? "&category=consumers&check=false"
+                                       : "&category=providers&dynamic=true&enabled=true");
     crpci_names_put_value(&t, "&group=", s->group);
     crpci_names_put_value(&t, "&interface=", s->service);
     crpci_names_put_value(&t, "&methods=", consumer ? NULL : s->methods);
-    snprintf(number, sizeof number, "%ld", pid);
-    crpci_names_put_value(&t, "&pid=", number);
-    snprintf(number, sizeof number, "%lld", (long long)timestamp_ms);
-    crpci_names_put(&t, consumer ? "&side=consumer" : "&side=provider");
-    crpci_names_put_value(&t, "&timestamp=", number);
+    crpci_names_put(&t, "&pid=%ld&side=%s&timestamp=%lld", pid, consumer ? "consumer" : "provider",
+                    (long long)timestamp_ms);
     crpci_names_put_value(&t, "&version=", s->version);
-    if (consumer)
-        return t.len;
-    snprintf(number, sizeof number, "%d", s->warmup_ms);
-    crpci_names_put_value(&t, "&warmup=", s->warmup_ms > 0 ? number : NULL);
-    snprintf(number, sizeof number, "%d", s->weight < 0 ? 0 : s->weight);
-    crpci_names_put_value(&t, "&weight=", number);
+    if (!consumer && s->warmup_ms > 0)
+        crpci_names_put(&t, "&warmup=%d", s->warmup_ms);
+    if (!consumer)
+        crpci_names_put(&t, "&weight=%d", s->weight < 0 ? 0 : s->weight);
     return t.len;
 }
 
 /* The contents of a provider's name. The texts point into the name, which is modified. */
 typedef struct crpci_names_node {
     const char *scheme;
-    char address[CRPC_ADDRESS_MAX]; /* canonical: equal addresses are equal texts */
+    crpci_provider provider;
     crpci_names_service of;
-    bool enabled;  /* false: enabled=false; the provider is ignored, overrides or not */
-    bool disabled; /* disabled=true, which an override can change */
-    int64_t timestamp_ms;
+    bool enabled; /* false: enabled=false; the provider is ignored, overrides or not */
 } crpci_names_node;
+
+CRPCI_FN uint64_t crpci_names_hash(const char *text)
+{
+    return crpci_base_hash(text, strlen(text));
+}
 
 /* Reads a number that is not negative; -1 counts as 0. False: it is malformed, and *out is
  * unchanged. */
@@ -9561,9 +9414,9 @@ CRPCI_FN void crpci_names_param(crpci_names_node *n, const char *key, const char
     if (strcmp(key, "enabled") == 0)
         n->enabled = n->enabled && strcmp(value, "false") != 0;
     else if (strcmp(key, "disabled") == 0)
-        n->disabled = n->disabled || strcmp(value, "true") == 0;
+        n->provider.disabled = n->provider.disabled || strcmp(value, "true") == 0;
     else if (strcmp(key, "timestamp") == 0 && crpci_url_number(value, INT64_MAX, &number))
-        n->timestamp_ms = number < 0 ? 0 : number;
+        n->provider.timestamp_ms = number < 0 ? 0 : number;
 }
 
 /* Splits a URL in place. Parts that are missing become "". False: the text is not a URL. */
@@ -9626,9 +9479,14 @@ CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
     n->of.service = service;
     if (!crpci_sock_parse(&a, address) || !crpci_sock_port(&a))
         return false;
-    crpci_sock_format(&a, n->address, sizeof n->address);
+    crpci_sock_format(&a, n->provider.address, sizeof n->provider.address);
     while ((more = crpci_names_next(&query, &key, &value)) > 0)
         crpci_names_param(n, key, value);
+    n->provider.weight = n->of.weight;
+    n->provider.warmup_ms = n->of.warmup_ms;
+    n->provider.group = crpci_names_hash(n->of.group);
+    n->provider.version = crpci_names_hash(n->of.version);
+    n->provider.application = crpci_names_hash(n->of.application);
     return more == 0;
 }
 
@@ -9820,34 +9678,34 @@ CRPCI_FN crpci_names_overrides *crpci_names_overrides_read(crpci_heap *h, char *
 /* Whether a rule's conditions hold for a provider. The application may be the provider's or the
  * consumer's, as in Dubbo. */
 CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crpci_names_service *q,
-                                        const crpci_names_node *n)
+                                        const crpci_provider *p)
 {
     size_t len = strlen(r->host);
-    const char *colon = strrchr(n->address, ':');
+    const char *colon = strrchr(p->address, ':');
     if (len && !r->here &&
-        (len != (size_t)(colon - n->address) || memcmp(r->host, n->address, len) != 0))
+        (len != (size_t)(colon - p->address) || memcmp(r->host, p->address, len) != 0))
         return false;
     if (r->port && r->port != (unsigned)strtoul(colon + 1, NULL, 10))
         return false;
     return (!*r->of.service || strcmp(r->of.service, q->service) == 0) &&
-           (!*r->of.group || strcmp(r->of.group, n->of.group) == 0) &&
-           (!*r->of.version || strcmp(r->of.version, n->of.version) == 0) &&
-           (!*r->of.application || strcmp(r->of.application, n->of.application) == 0 ||
+           (!*r->of.group || crpci_names_hash(r->of.group) == p->group) &&
+           (!*r->of.version || crpci_names_hash(r->of.version) == p->version) &&
+           (!*r->of.application || crpci_names_hash(r->of.application) == p->application ||
             (q->application && strcmp(r->of.application, q->application) == 0));
 }
 
 /* Changes a provider by the rules, in their order. `rules` may be NULL. */
 CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
-                                          const crpci_names_service *q, crpci_names_node *n)
+                                          const crpci_names_service *q, crpci_provider *p)
 {
     size_t i;
     for (i = 0; rules && i < rules->count; i++) {
         const crpci_names_override *r = &rules->rules[i];
-        if (!crpci_names_override_fits(r, q, n))
+        if (!crpci_names_override_fits(r, q, p))
             continue;
-        n->of.weight = r->of.weight < 0 ? n->of.weight : r->of.weight;
-        n->of.warmup_ms = r->of.warmup_ms < 0 ? n->of.warmup_ms : r->of.warmup_ms;
-        n->disabled = r->disabled < 0 ? n->disabled : r->disabled != 0;
+        p->weight = r->of.weight < 0 ? p->weight : r->of.weight;
+        p->warmup_ms = r->of.warmup_ms < 0 ? p->warmup_ms : r->of.warmup_ms;
+        p->disabled = r->disabled < 0 ? p->disabled : r->disabled != 0;
     }
 }
 
@@ -9875,7 +9733,7 @@ CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
 typedef struct crpci_cache {
     crpci_heap *heap;
     char *path;  /* NULL: no cache */
-    char *found; /* the file's parts when it was loaded; NULL: none */
+    char *found; /* the file's parts at the start; NULL: none */
     char *own;   /* parts that this program has read since, empty ones too; NULL: none */
     int64_t interval_us;
     int64_t written_us; /* the last write; 0: none by this object */
@@ -9895,16 +9753,6 @@ CRPCI_FN uint32_t crpci_cache_crc(const char *data, size_t n)
             crc = crc >> 1 ^ (0xedb88320u & (0u - (crc & 1)));
     }
     return ~crc;
-}
-
-/* False: out of memory. crpci_cache_clear is due in either case. */
-CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path, int interval_ms)
-{
-    memset(c, 0, sizeof *c);
-    c->heap = h;
-    c->interval_us = crpci_base_option(interval_ms, CRPCI_CACHE_MS, 0) * 1000;
-    c->path = crpci_heap_strndup(h, path, strlen(path));
-    return c->path != NULL;
 }
 
 /* A cache that is all zero has nothing to free. */
@@ -10075,10 +9923,15 @@ CRPCI_COLD char *crpci_cache_read(crpci_heap *h, const char *path)
     return out;
 }
 
-CRPCI_COLD void crpci_cache_load(crpci_cache *c)
+/* Begins with what the file holds. False: out of memory. crpci_cache_clear is due in either case. */
+CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path, int interval_ms)
 {
-    crpci_heap_strfree(c->heap, c->found);
-    c->found = crpci_cache_read(c->heap, c->path);
+    memset(c, 0, sizeof *c);
+    c->heap = h;
+    c->interval_us = crpci_base_option(interval_ms, CRPCI_CACHE_MS, 0) * 1000;
+    c->path = crpci_heap_strndup(h, path, strlen(path));
+    c->found = crpci_cache_read(h, path);
+    return c->path != NULL;
 }
 
 /* Opens the temporary file and locks it, so that one program writes at a time. -1: another one is
@@ -10207,15 +10060,6 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
  * memory is short, or its callback or another pass is running: the backend must report the same
  * again about a second later. */
 
-/* One instance that offers a service, after overrides were applied. */
-typedef struct crpci_provider {
-    char address[CRPC_ADDRESS_MAX]; /* numeric: "10.0.0.1:8000", "[::1]:8000" */
-    int weight;                     /* its share of the calls; 0: it gets none */
-    int warmup_ms;                  /* after timestamp_ms, in which its share rises; 0: none */
-    int64_t timestamp_ms;           /* wall clock when it registered; 0: unknown */
-    bool kept;                      /* protected: not listed again since the registry was away */
-} crpci_provider;
-
 /* All providers of a service at one time, sorted by address, each address once. Immutable once it
  * has been handed out, so that readers need a reference but no lock. */
 typedef struct crpci_snapshot {
@@ -10281,11 +10125,13 @@ CRPCI_FN bool crpci_directory_snapshot_equal(const crpci_snapshot *a, const crpc
     return true;
 }
 
-/* Sorts by address; of one address the newest registration comes first. */
+/* Sorts by address; of one address a listed entry comes before a protected one, and the newest
+ * registration first. */
 CRPCI_FN int crpci_directory_order(const void *a, const void *b)
 {
     const crpci_provider *p = (const crpci_provider *)a, *q = (const crpci_provider *)b;
     int c = strcmp(p->address, q->address);
+    c = c ? c : p->kept - q->kept;
     if (c)
         return c;
     return p->timestamp_ms < q->timestamp_ms ? 1 : p->timestamp_ms > q->timestamp_ms ? -1 : 0;
@@ -10296,15 +10142,10 @@ CRPCI_FN int crpci_directory_order(const void *a, const void *b)
 CRPCI_FN void crpci_directory_sort(crpci_snapshot *s)
 {
     size_t i, n = 0;
-    if (s->count < 2)
-        return;
     qsort(s->providers, s->count, sizeof *s->providers, crpci_directory_order);
     for (i = 0; i < s->count; i++) {
-        if (n && strcmp(s->providers[n - 1].address, s->providers[i].address) == 0)
-            continue;
-        if (n != i)
-            s->providers[n] = s->providers[i];
-        n++;
+        if (!n || strcmp(s->providers[n - 1].address, s->providers[i].address) != 0)
+            s->providers[n++] = s->providers[i];
     }
     s->count = n;
 }
@@ -10334,7 +10175,6 @@ CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *nam
     s->count = 0;
     for (i = 0; i < count; i++) {
         crpci_names_node node;
-        crpci_provider *p = &s->providers[s->count];
         memcpy(text, names[i] ? names[i] : "", names[i] ? strlen(names[i]) + 1 : 1);
         if (!crpci_names_parse(&node, text)) {
             ++*bad;
@@ -10342,14 +10182,9 @@ CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *nam
         }
         if (!crpci_names_takes(want, &node))
             continue;
-        crpci_names_overrides_apply(overrides, want, &node);
-        if (node.disabled)
-            continue;
-        memcpy(p->address, node.address, sizeof p->address);
-        p->weight = node.of.weight;
-        p->warmup_ms = node.of.warmup_ms;
-        p->timestamp_ms = node.timestamp_ms;
-        s->count++;
+        crpci_names_overrides_apply(overrides, want, &node.provider);
+        s->providers[s->count] = node.provider;
+        s->count += !node.provider.disabled;
     }
     crpci_heap_free(h, text, longest + 1);
     crpci_directory_sort(s);
@@ -10583,18 +10418,19 @@ typedef struct crpci_directory_report {
 
 /* --- one subscriber's list -------------------------------------------------------------------- */
 
-/* Calls a subscriber with a list. False: it did not take it. Unlocks. */
+/* Calls a subscriber with a list, unless it would see no difference; takes over the caller's
+ * reference. False: it did not take the list. Unlocks. */
 CRPCI_FN bool crpci_directory_push(crpci_subscriber *s, crpci_snapshot *list)
 {
     crpci_directory *d = s->directory;
-    bool taken;
-    if (s->caller.running)
-        return false; /* on another thread, or further up this thread's stack */
-    crpci_directory_snapshot_ref(list);
-    crpci_directory_call_begin(d->loop, &s->caller);
-    taken = s->push(s->user, list) == CRPC_OK;
-    crpci_directory_call_end(d->loop, &d->cond, &s->caller);
-    if (taken) {
+    bool running = s->caller.running; /* on another thread, or further up this thread's stack */
+    bool taken = !running && s->last && crpci_directory_snapshot_equal(s->last, list);
+    if (!running && !taken) {
+        crpci_directory_call_begin(d->loop, &s->caller);
+        taken = s->push(s->user, list) == CRPC_OK;
+        crpci_directory_call_end(d->loop, &d->cond, &s->caller);
+    }
+    if (taken) { /* where the lists are equal, the `kept` marks may differ */
         crpci_snapshot *before = s->last;
         s->last = list;
         list = before;
@@ -10603,96 +10439,64 @@ CRPCI_FN bool crpci_directory_push(crpci_subscriber *s, crpci_snapshot *list)
     return taken;
 }
 
-/* A copy of a list with a given `stale`, with or without the protected providers. NULL: out of
+/* Protection. After an outage of the registry, providers register again one after another. If a
+ * subscriber followed the first list at once, the first provider to return would get the load of
+ * all. So providers that the list lacks are kept until hold_us has passed; one that a list has
+ * named again is no longer protected. With `list` NULL, where none can be believed, the whole last
+ * list is kept. Overrides still count: a provider that they disable is never kept. NULL: out of
  * memory. */
-CRPCI_FN crpci_snapshot *crpci_directory_copy(const crpci_snapshot *from, bool stale,
-                                              bool with_kept)
+CRPCI_FN crpci_snapshot *crpci_directory_protect(const crpci_subscriber *s,
+                                                 const crpci_snapshot *list)
 {
-    crpci_snapshot *s = crpci_directory_snapshot(from->heap, from->count);
-    size_t i;
-    if (!s)
+    const crpci_directory *d = s->directory;
+    bool hold = !list || (list->count && crpci_loop_now(d->loop) < s->hold_until_us);
+    size_t listed = list ? list->count : 0, kept = hold && s->last ? s->last->count : 0, i;
+    crpci_snapshot *out = crpci_directory_snapshot(d->loop->heap, listed + kept);
+    if (!out)
         return NULL;
-    s->count = 0;
-    s->stale = stale;
-    for (i = 0; i < from->count; i++) {
-        if (with_kept || !from->providers[i].kept)
-            s->providers[s->count++] = from->providers[i];
+    if (listed)
+        memcpy(out->providers, list->providers, listed * sizeof *list->providers);
+    out->count = listed;
+    for (i = 0; i < kept; i++) {
+        crpci_provider *p = &out->providers[out->count];
+        *p = s->last->providers[i];
+        if (list && !s->doubted && !p->kept)
+            continue;
+        p->kept = p->kept || list;
+        crpci_names_overrides_apply(d->overrides, &s->want, p);
+        out->count += !p->disabled;
     }
-    return s;
+    out->stale = !list && out->count;
+    crpci_directory_sort(out);
+    return out;
 }
 
-/* Marks a subscriber's list stale and tells it so, once. False: it did not take that. Unlocks. */
-CRPCI_FN bool crpci_directory_doubt(crpci_subscriber *s, const crpci_directory_report *r)
+/* Offers a list that was read, and the providers that protection keeps; with NULL, the last list,
+ * marked stale. False: the subscriber did not take it. Unlocks. */
+CRPCI_FN bool crpci_directory_propose(crpci_subscriber *s, const crpci_snapshot *list)
 {
-    crpci_snapshot *list;
-    bool taken;
-    (void)r;
-    if (s->ended || !s->last || !s->last->count)
-        return true;
-    s->doubted = true;
-    if (s->last->stale)
-        return true;
-    list = crpci_directory_copy(s->last, true, true);
-    taken = list && crpci_directory_push(s, list);
-    crpci_directory_snapshot_unref(list);
+    const crpci_directory *d = s->directory;
+    crpci_snapshot *out;
+    bool taken, doubted;
+    if (!list)
+        s->doubted = true;
+    else if (s->doubted)
+        s->hold_until_us = crpci_loop_now(d->loop) + d->hold_us;
+    out = crpci_directory_protect(s, list);
+    if (!out)
+        return false;
+    doubted = s->doubted;
+    s->doubted = !list; /* before the push, which unlocks: the registry may go away meanwhile */
+    taken = crpci_directory_push(s, out);
+    s->doubted = s->doubted || (doubted && !taken);
     return taken;
 }
 
-/* Whether an operator's override disables a provider that is no longer listed. Of its URL only the
- * address is known, so a rule for one group or version counts if the subscriber wants just that. */
-CRPCI_FN bool crpci_directory_disabled(const crpci_subscriber *s, const crpci_provider *p)
+/* The registry is away: marks a subscriber's list stale and tells it so, once. Unlocks. */
+CRPCI_FN bool crpci_directory_doubt(crpci_subscriber *s, const crpci_directory_report *r)
 {
-    crpci_names_node node;
-    memset(&node, 0, sizeof node);
-    memcpy(node.address, p->address, sizeof node.address);
-    node.of.group = s->want.group ? s->want.group : "";
-    node.of.version = s->want.version ? s->want.version : "";
-    node.of.application = "";
-    crpci_names_overrides_apply(s->directory->overrides, &s->want, &node);
-    return node.disabled;
-}
-
-/* Protection. After an outage of the registry, providers register again one after another. If a
- * subscriber followed the first list at once, the first provider to return would get the load of
- * all. So providers that the list lacks are kept until hold_us has passed, except those that an
- * override disables; one that a list has named again is no longer protected. Returns the list to
- * use, with a reference; NULL: out of memory. */
-CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snapshot *list)
-{
-    const crpci_directory *d = s->directory;
-    int64_t now = crpci_loop_now(d->loop);
-    const crpci_snapshot *last = s->last;
-    crpci_snapshot *out;
-    size_t i, k = 0;
-    if (s->doubted)
-        s->hold_until_us = now + d->hold_us;
-    if (!last || !list->count || now >= s->hold_until_us) {
-        crpci_directory_snapshot_ref(list);
-        return list;
-    }
-    out = crpci_directory_snapshot(d->loop->heap, list->count + last->count);
-    if (!out)
-        return NULL;
-    memcpy(out->providers, list->providers, list->count * sizeof *list->providers);
-    out->count = list->count;
-    for (i = 0; i < last->count; i++) {
-        const crpci_provider *p = &last->providers[i];
-        while (k < list->count && strcmp(list->providers[k].address, p->address) < 0)
-            k++;
-        if ((s->doubted || p->kept) &&
-            (k == list->count || strcmp(list->providers[k].address, p->address) != 0) &&
-            !crpci_directory_disabled(s, p)) {
-            out->providers[out->count] = *p;
-            out->providers[out->count++].kept = true;
-        }
-    }
-    if (out->count == list->count) {
-        crpci_directory_snapshot_unref(out);
-        crpci_directory_snapshot_ref(list);
-        return list;
-    }
-    crpci_directory_sort(out);
-    return out;
+    (void)r;
+    return s->ended || !s->last || !s->last->count || crpci_directory_propose(s, NULL);
 }
 
 /* Gives a subscriber a list that was read, if it differs. An empty list replaces a good one only if
@@ -10702,33 +10506,17 @@ CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snap
 CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list, bool whole)
 {
     crpci_directory *d = s->directory;
-    bool taken = true, doubted;
+    bool refused = s->last && s->last->count && !list->count && !(s->want.allow_empty && whole);
+    bool taken;
     if (s->ended || (!s->last && !list->count && crpci_loop_now(d->loop) < s->first_us))
         return true;
-    if (s->last && s->last->count && !list->count && !(s->want.allow_empty && whole)) {
-        if (!s->warned)
-            crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
-                           "registry %s: no provider of %s is listed; "
-                           "the last %zu known stay in use",
-                           d->name, s->want.service, s->last->count);
-        s->warned = true;
-        return crpci_directory_doubt(s, NULL);
-    }
-    s->warned = false;
-    list = crpci_directory_protect(s, list);
-    if (!list)
-        return false;
-    doubted = s->doubted;
-    s->doubted = false; /* before the push, which unlocks: the registry may go away meanwhile */
-    if (!s->last || !crpci_directory_snapshot_equal(s->last, list)) {
-        taken = crpci_directory_push(s, list);
-    } else { /* the `kept` marks may differ */
-        crpci_directory_snapshot_ref(list);
-        crpci_directory_snapshot_unref(s->last);
-        s->last = list;
-    }
-    crpci_directory_snapshot_unref(list);
-    s->doubted = s->doubted || (doubted && !taken);
+    taken = crpci_directory_propose(s, refused ? NULL : list);
+    if (refused && !s->warned && s->last->count)
+        crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
+                       "registry %s: no provider of %s is listed; "
+                       "the last %zu known stay in use",
+                       d->name, s->want.service, s->last->count);
+    s->warned = refused;
     return taken;
 }
 
@@ -10762,15 +10550,20 @@ CRPCI_FN bool crpci_directory_release(crpci_subscriber *s, const crpci_directory
 {
     crpci_snapshot *list;
     bool taken;
+    size_t i;
     (void)r;
     if (!s->hold_until_us || s->hold_until_us > crpci_loop_now(s->directory->loop))
         return true;
-    if (s->doubted || !s->last) { /* the registry is away again: its next list begins a new hold */
-        s->hold_until_us = 0;
-        return true;
+    taken = s->doubted || !s->last; /* away again: the registry's next list begins a new hold */
+    list = taken ? NULL : crpci_directory_snapshot(s->last->heap, s->last->count);
+    if (list) {
+        list->count = 0;
+        for (i = 0; i < s->last->count; i++) {
+            list->providers[list->count] = s->last->providers[i];
+            list->count += !s->last->providers[i].kept;
+        }
+        taken = crpci_directory_deliver(s, list, false);
     }
-    list = crpci_directory_copy(s->last, s->last->stale, false);
-    taken = list && crpci_directory_deliver(s, list, false);
     crpci_directory_snapshot_unref(list);
     if (taken)
         s->hold_until_us = 0;
@@ -10779,19 +10572,19 @@ CRPCI_FN bool crpci_directory_release(crpci_subscriber *s, const crpci_directory
 
 /* --- passes over all subscribers -------------------------------------------------------------- */
 
-/* Sets the timer to the end of the first protection; with `retry`, to a second from now at the
- * latest. */
-CRPCI_FN void crpci_directory_arm(crpci_directory *d, bool retry)
+/* Sets the timer to the end of the first protection; to a second from now for one that has ended,
+ * but whose subscriber did not take the list without it. */
+CRPCI_FN void crpci_directory_arm(crpci_directory *d)
 {
-    int64_t now = crpci_loop_now(d->loop), next = retry ? now + 1000000 : INT64_MAX;
+    int64_t now = crpci_loop_now(d->loop), next = INT64_MAX;
     crpci_list *i;
     for (i = d->subscribers.next; i != &d->subscribers; i = i->next) {
         const crpci_subscriber *s = CRPCI_CONTAINER(i, crpci_subscriber, link);
-        if (s->hold_until_us > now)
-            next = crpci_base_min64(next, s->hold_until_us);
+        if (s->hold_until_us)
+            next = crpci_base_min64(next, s->hold_until_us > now ? s->hold_until_us - now : 1000000);
     }
     if (next != INT64_MAX && !d->ended)
-        crpci_loop_timer_set(d->loop, &d->timer, next - now);
+        crpci_loop_timer_set(d->loop, &d->timer, next);
 }
 
 /* Calls `each` once for every subscriber. The list may change while a callback runs unlocked, so
@@ -10821,18 +10614,16 @@ CRPCI_FN bool crpci_directory_run(crpci_directory *d,
         i = d->subscribers.next;
     }
     d->busy = false;
-    crpci_directory_arm(d, false);
+    crpci_directory_arm(d);
     crpci_directory_unref(d);
     return complete;
 }
 
 CRPCI_FN void crpci_directory_on_timer(crpc_loop *l, crpci_timer *timer)
 {
-    crpci_directory *d = CRPCI_CONTAINER(timer, crpci_directory, timer);
-    (void)l;
-    d->refs++;
-    crpci_directory_arm(d, !crpci_directory_run(d, crpci_directory_release, NULL));
-    crpci_directory_unref(d);
+    (void)l; /* a pass that is under way arms the timer anew */
+    (void)crpci_directory_run(CRPCI_CONTAINER(timer, crpci_directory, timer),
+                              crpci_directory_release, NULL);
 }
 
 /* Makes a directory with one reference in a block of zeros. It takes over `name`, a heap text, or
@@ -10910,9 +10701,9 @@ CRPCI_FN bool crpci_directory_update(crpci_directory *d, const crpci_directory_r
 CRPCI_FN int crpci_directory_override(crpci_directory *d, char *const *names, size_t count,
                                       const char *host)
 {
-    crpci_names_overrides *before, *now;
+    crpci_names_overrides *now;
     size_t bad = 0;
-    int changed;
+    int changed = -1;
     d->refs++;
     crpci_loop_unlock(d->loop);
     now = crpci_names_overrides_read(d->loop->heap, names, count, host, &bad);
@@ -10922,15 +10713,12 @@ CRPCI_FN int crpci_directory_override(crpci_directory *d, char *const *names, si
                        "registry %s: %zu overrides are malformed or unsupported; they are ignored",
                        d->name, bad);
     d->overrides_warned = d->overrides_warned || bad;
-    if (!now) {
-        crpci_directory_unref(d);
-        return -1;
+    if (now) {
+        crpci_directory_remember(d, d->override_name, names, count);
+        changed = now->count || (d->overrides && d->overrides->count);
+        crpci_names_overrides_unref(d->overrides);
+        d->overrides = now;
     }
-    crpci_directory_remember(d, d->override_name, names, count);
-    before = d->overrides;
-    changed = now->count || (before && before->count);
-    d->overrides = now;
-    crpci_names_overrides_unref(before);
     crpci_directory_unref(d);
     return changed;
 }
@@ -10961,8 +10749,9 @@ CRPCI_COLD void crpci_directory_recall(crpci_subscriber *s)
     if (list && list->count && !s->last && !s->ended) {
         list->stale = true;
         (void)crpci_directory_push(s, list);
+    } else {
+        crpci_directory_snapshot_unref(list);
     }
-    crpci_directory_snapshot_unref(list);
     crpci_directory_subscriber_unref(s);
 }
 
@@ -11109,9 +10898,7 @@ CRPCI_FN bool crpci_file_line(char *line, char *out, size_t size)
     t.out = out;
     t.size = size;
     t.len = 0;
-    crpci_names_put(&t, "crpc://");
-    crpci_names_put(&t, word);
-    crpci_names_put(&t, "/?side=provider");
+    crpci_names_put(&t, "crpc://%s/?side=provider", word);
     while ((word = strtok_r(NULL, blank, &save)) != NULL) {
         for (i = 0; i < sizeof known / sizeof *known; i++) {
             const char *value = word + strlen(known[i].word);
@@ -11481,7 +11268,7 @@ CRPCI_FN crpci_multicast_peer *crpci_multicast_find(const crpci_multicast *r,
     crpci_list *i;
     for (i = r->peers.next; i != &r->peers; i = i->next) {
         crpci_multicast_peer *p = CRPCI_CONTAINER(i, crpci_multicast_peer, link);
-        if (strcmp(p->is.address, n->address) == 0 &&
+        if (strcmp(p->is.provider.address, n->provider.address) == 0 &&
             strcmp(p->is.of.service, n->of.service) == 0 &&
             strcmp(p->is.of.group, n->of.group) == 0 &&
             strcmp(p->is.of.version, n->of.version) == 0)
@@ -11553,10 +11340,11 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
     crpci_names_node n;
     crpci_multicast_peer *old;
     memcpy(r->scratch, url, strlen(url) + 1);
-    if (!crpci_names_read(&n, r->scratch) || !*n.of.service || !crpci_multicast_is_host(n.address))
+    if (!crpci_names_read(&n, r->scratch) || !*n.of.service ||
+        !crpci_multicast_is_host(n.provider.address))
         return false;
     old = crpci_multicast_find(r, &n);
-    if (old && old->is.timestamp_ms > n.timestamp_ms)
+    if (old && old->is.provider.timestamp_ms > n.provider.timestamp_ms)
         return true; /* delayed in the network: the provider has been restarted since */
     if (going) {
         if (old) {
@@ -13686,8 +13474,6 @@ CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
         crpci_zk_session_free(s);
         return err;
     }
-    if (o->cache)
-        crpci_cache_load(&s->cache);
     *out = s;
     return CRPC_OK;
 }
@@ -18144,9 +17930,6 @@ CRPCI_FN int crpci_providers_new_member(crpci_providers *p, const char *address,
     }
     m->refs = 1;
     m->balance.address = m->endpoint->address;
-#if CRPC_ENABLE_POLICY
-    crpci_breaker_init(&m->breaker);
-#endif
     *out = m;
     return CRPC_OK;
 }
@@ -18368,8 +18151,9 @@ CRPCI_FN void crpci_providers_clear(crpci_providers *p)
  * crpci_providers_end must follow exactly once. */
 CRPCI_FN void crpci_providers_begin(crpci_providers *p, crpci_member *m, int64_t now)
 {
+    (void)now;
     m->refs++;
-    crpci_balance_item_begin(&p->balance, &m->balance, now);
+    crpci_balance_item_begin(&p->balance, &m->balance);
 #if CRPC_ENABLE_POLICY
     if (p->breaker.error_percent)
         crpci_breaker_begin(&m->breaker, &p->breaker, now);
@@ -18655,7 +18439,6 @@ CRPCI_FN void crpci_attempt_drop_channel(crpc_channel *ch)
     if (!crpci_thread_unref(&ch->refs))
         return;
     crpci_request_source_free(&ch->requests);
-    crpci_balance_close(&ch->providers.balance, l->heap);
     crpci_heap_strfree(l->heap, ch->directory.where);
     crpci_heap_retire(l->heap, ch, sizeof *ch);
     crpci_loop_release(l);
@@ -19071,7 +18854,8 @@ CRPCI_FN void crpci_attempt_begin(crpci_pending_call *c)
     if (crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us) {
         crpci_attempt_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before the request was sent");
         crpci_attempt_finish(c, CRPC_ETIMEDOUT);
-    } else if (CRPCI_UNLIKELY(!c->key && crpci_balance_wants_key(&c->channel->providers.balance))) {
+    } else if (CRPCI_UNLIKELY(!c->key && crpci_balance_need(&c->channel->providers.balance,
+                                                            CRPCI_BALANCE_RING))) {
         crpci_attempt_explain(c, CRPC_EINVAL,
                               "lb=hash needs a key: set crpc_call.key or hash_field");
         crpci_attempt_finish(c, CRPC_EINVAL);
@@ -20755,7 +20539,7 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     crpci_list_init(&ch->waiting);
     crpci_loop_hold(l);
     crpci_opening_configure(ch, &o);
-    err = crpci_balance_open(&ch->providers.balance, o.balancer);
+    err = crpci_balance_open(&ch->providers.balance, o.balancer, (uint32_t)ch->requests.seed);
     if (err)
         crpci_status_set(error, err,
                          "lb: this balancer is not compiled in: CRPC_ENABLE_POLICY is 0");
