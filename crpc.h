@@ -16646,22 +16646,18 @@ typedef struct crpci_request_source {
     crpci_method *methods; /* atomic: read without the lock; entries are only ever added */
 } crpci_request_source;
 
-/* An encoded request. Its chunk holds, in this order: `front` bytes of the caller, usually the
- * pending call; the crpci_out; fields; credential; headroom for what the protocol writes first; the
- * message; a small attachment. */
+/* An encoded request. Its chunk holds, in this order: `front` bytes of the caller, which begin with
+ * this struct, as a pending call does; the crpci_out; fields; credential; headroom for what the
+ * protocol writes first; the message; a small attachment. */
 typedef struct crpci_request {
     crpci_chunk *chunk;
     size_t front;       /* offset of the crpci_out */
     size_t low;         /* offset of the headroom */
     size_t payload;     /* offset of the message */
-    size_t payload_size;
     size_t inline_size; /* attachment behind the message */
-    crpc_view fields;
     crpc_view attachment; /* outside the chunk, borrowed from the caller */
-    crpc_view names;      /* this and the rest as in crpci_message */
-    crpc_view credential;
-    int64_t log_id, trace_id, span_id, parent_span_id;
     bool identified; /* it has a request id: a server with replay_entries executes it once */
+    crpci_message message; /* only the members that a request has are set */
 } crpci_request;
 
 /* --- the caller's crpc_call ------------------------------------------------------------------- */
@@ -16920,7 +16916,7 @@ CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *ca
  * out fields that are zero; an absent field counts as one without bytes. */
 CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t field)
 {
-    const uint8_t *p = crpci_heap_data(r->chunk) + r->payload, *end = p + r->payload_size;
+    const uint8_t *p = crpci_heap_data(r->chunk) + r->payload, *end = p + r->message.payload_size;
     uint64_t key = crpci_base_hash(NULL, 0), tag = 0;
     while (p && p < end) {
         const uint8_t *value = crpci_message_varint(p, end, &tag);
@@ -16932,16 +16928,16 @@ CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t fiel
 }
 
 /* Log and trace ids: the call's own, else those of the server's request for which it is made. */
-CRPCI_FN void crpci_request_inherit(const crpc_call *call, crpci_request *r)
+CRPCI_FN void crpci_request_inherit(const crpc_call *call, crpci_message *m)
 {
-    r->log_id = call->log_id;
-    r->trace_id = r->span_id = r->parent_span_id = 0;
+    m->log_id = call->log_id;
+    m->trace_id = m->span_id = m->parent_span_id = 0;
     if (call->parent) {
         const crpci_origin *from = (const crpci_origin *)(const void *)call->parent;
-        r->log_id = r->log_id ? r->log_id : from->log_id;
-        r->trace_id = from->trace_id;
-        r->parent_span_id = from->span_id;
-        r->span_id = from->span_id + 1; /* all calls made for one request share it */
+        m->log_id = m->log_id ? m->log_id : from->log_id;
+        m->trace_id = from->trace_id;
+        m->parent_span_id = from->span_id;
+        m->span_id = from->span_id + 1; /* all calls made for one request share it */
     }
 }
 
@@ -16951,24 +16947,6 @@ CRPCI_FN crpci_out *crpci_request_frame(const crpci_request *r)
     return (crpci_out *)(void *)(crpci_heap_data(r->chunk) + r->front);
 }
 
-/* Copies the attachment behind the message, or borrows it. Fails only with CRPC_ENOMEM. */
-CRPCI_FN int crpci_request_attach(crpci_message_out *o, crpci_request *r, crpc_view attachment,
-                                  bool borrow)
-{
-    size_t n = crpc_view_size(attachment);
-    r->inline_size = 0;
-    r->attachment = crpc_view_of(NULL, 0);
-    if (n && borrow && n > CRPCI_REQUEST_INLINE) {
-        r->attachment = attachment;
-    } else if (n) {
-        if (!crpci_message_reserve(o, n))
-            return CRPC_ENOMEM;
-        memcpy(crpci_heap_data(o->chunk) + o->len, crpc_view_data(attachment), n);
-        r->inline_size = n;
-    }
-    return CRPC_OK;
-}
-
 /* Whether a call asks for what only CRPC_ENABLE_POLICY=1 has. Constant in a build that has it. */
 CRPCI_FN bool crpci_request_lacks_policy(const crpc_policy *p)
 {
@@ -16976,12 +16954,19 @@ CRPCI_FN bool crpci_request_lacks_policy(const crpc_policy *p)
                                    p->forks > 0 || p->fail_percent > 0);
 }
 
+/* Explains why a call is not made, or its result not given. Returns `err`. */
+CRPCI_COLD int crpci_request_refuse(crpc_error *error, const crpc_method *m, int err,
+                                    const char *what, const char *why)
+{
+    return crpci_status_set(error, err, "%s.%s: %s%s (local)", m->service, m->name, what, why);
+}
+
 /* Encodes a request behind `front` bytes, which are the caller's. With `borrow` a large attachment
  * is not copied, and must live until the call has ended. On failure nothing is held, and `error`
  * (may be NULL) says why. */
 CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k,
                                   const void *request, const crpc_call *call, bool borrow,
-                                  size_t front, crpci_request *r, crpc_error *error)
+                                  size_t front, crpci_request **out, crpc_error *error)
 {
     const crpci_protocol *p = s->protocol;
     const crpc_method *m = k->method;
@@ -16995,72 +16980,76 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     size_t secret = crpc_view_size(credential);
     size_t room = p->headroom + crpc_view_size(k->names) + fields + secret;
     size_t attached = crpc_view_size(call->attachment), base = front + sizeof(crpci_out);
+    size_t copied = borrow && attached > CRPCI_REQUEST_INLINE ? 0 : attached, payload;
     const char *why = "";
     crpci_message_out o;
+    crpci_request *r;
     int err;
     if (crpci_request_lacks_policy(&call->policy))
-        return crpci_status_set(error, CRPC_EUNSUPPORTED,
-                                "%s.%s: policy: not compiled in: CRPC_ENABLE_POLICY is 0 (local)",
-                                m->service, m->name);
-    crpci_request_inherit(call, r);
-    r->names = k->names;
-    r->identified = crpc_view_data(id) != NULL;
+        return crpci_request_refuse(error, m, CRPC_EUNSUPPORTED, "policy: not compiled in: ",
+                                    "CRPC_ENABLE_POLICY is 0");
     o.heap = s->loop->heap;
     o.len = base;
     o.lent = o.no_memory = false;
     o.chunk = crpci_heap_chunk(o.heap, base + fields + secret + room + m->request_size + 64);
     if (!o.chunk)
-        return crpci_status_set(error, CRPC_ENOMEM, "%s.%s: out of memory (local)", m->service,
-                                m->name);
+        return crpci_request_refuse(error, m, CRPC_ENOMEM, "", "out of memory");
     if (fields)
         crpci_request_put_fields(p, &o, call, added, id);
     fields = o.len - base;
     if (secret)
         memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(credential), secret);
-    r->front = front;
-    r->low = o.len += secret;
-    r->payload = o.len += room;
+    payload = o.len += secret + room;
     err = crpci_message_encode(&o, m->request, request, &why);
-    r->payload_size = o.len - r->payload;
-    if (!err && crpci_request_attach(&o, r, call->attachment, borrow)) {
+    if (!err && o.len - payload + room + attached > INT32_MAX) {
+        err = CRPC_EINVAL;
+        why = "message and attachment are over 2 GiB together";
+    } else if (!err && !crpci_message_reserve(&o, copied)) {
         err = CRPC_ENOMEM;
         why = "out of memory";
     }
-    r->chunk = o.chunk;
-    if (!err && r->payload_size + room + attached > INT32_MAX) {
-        err = CRPC_EINVAL;
-        why = "message and attachment are over 2 GiB together";
-    }
     if (CRPCI_UNLIKELY(err)) {
         crpci_heap_chunk_unref(o.chunk);
-        return crpci_status_set(error, err, "%s.%s: request not encoded: %s (local)", m->service,
-                                m->name, why);
+        return crpci_request_refuse(error, m, err, "request not encoded: ", why);
     }
+    r = (crpci_request *)(void *)crpci_heap_data(o.chunk);
+    if (copied)
+        memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(call->attachment), copied);
+    r->chunk = o.chunk;
+    r->front = front;
+    r->low = base + fields + secret;
+    r->payload = payload;
+    r->inline_size = copied;
+    r->attachment = attached > copied ? call->attachment : crpc_view_of(NULL, 0);
+    r->identified = crpc_view_data(id) != NULL;
+    r->message.kind = CRPCI_MESSAGE_REQUEST;
+    r->message.names = k->names;
+    r->message.fields = crpc_view_of(crpci_heap_data(o.chunk) + base, fields);
+    r->message.credential = crpc_view_of(secret ? crpci_heap_data(o.chunk) + base + fields : NULL,
+                                         secret);
+    r->message.payload_size = o.len - payload;
+    r->message.attachment_size = attached;
+    crpci_request_inherit(call, &r->message);
     crpci_request_frame(r)->queued = false; /* sending sets the other members */
-    r->fields = crpc_view_of(crpci_heap_data(o.chunk) + base, fields);
-    r->credential = crpc_view_of(secret ? crpci_heap_data(o.chunk) + base + fields : NULL, secret);
+    *out = r;
     return CRPC_OK;
 }
 
-/* Writes what precedes the encoded message, for one attempt. Returns where the frame begins. */
-CRPCI_FN uint8_t *crpci_request_head(const crpci_request *r, const crpci_protocol *p, int64_t id,
-                                     int32_t timeout_ms)
+/* Writes what precedes the encoded message, for one attempt. Returns the frame, to be queued. */
+CRPCI_FN crpci_out *crpci_request_prepare(crpci_request *r, const crpci_protocol *p, int64_t id,
+                                          int32_t timeout_ms)
 {
-    uint8_t *data = crpci_heap_data(r->chunk);
-    crpci_message m; /* only the members that a request has are set */
-    m.kind = CRPCI_MESSAGE_REQUEST;
-    m.id = id;
-    m.timeout_ms = timeout_ms;
-    m.fields = r->fields;
-    m.payload_size = r->payload_size;
-    m.attachment_size = r->inline_size + crpc_view_size(r->attachment);
-    m.names = r->names;
-    m.credential = r->credential;
-    m.log_id = r->log_id;
-    m.trace_id = r->trace_id;
-    m.span_id = r->span_id;
-    m.parent_span_id = r->parent_span_id;
-    return p->request(data + r->low, data + r->payload, &m);
+    uint8_t *data = crpci_heap_data(r->chunk), *payload = data + r->payload;
+    crpci_out *o = crpci_request_frame(r);
+    r->message.id = o->id = id;
+    r->message.timeout_ms = timeout_ms;
+    o->chunk = r->chunk;
+    o->head = p->request(data + r->low, payload, &r->message);
+    o->head_len = (size_t)(payload - o->head) + r->message.payload_size + r->inline_size;
+    o->tail = (const uint8_t *)crpc_view_data(r->attachment);
+    o->tail_len = crpc_view_size(r->attachment);
+    o->tail_chunk = NULL;
+    return o;
 }
 
 /* --- copies and the end ----------------------------------------------------------------------- */
@@ -17068,7 +17057,7 @@ CRPCI_FN uint8_t *crpci_request_head(const crpci_request *r, const crpci_protoco
 /* Bytes that a copy of the request takes. */
 CRPCI_FN size_t crpci_request_size(const crpci_request *r)
 {
-    return r->payload + r->payload_size + r->inline_size - r->front;
+    return r->payload + r->message.payload_size + r->inline_size - r->front;
 }
 
 /* Copies a request to offset `front` of a chunk that has room for it. A borrowed attachment stays
@@ -17085,10 +17074,10 @@ CRPCI_FN void crpci_request_copy(crpci_request *to, const crpci_request *from, c
     to->payload = from->payload - from->front + front;
     crpci_request_frame(to)->queued = false;
     at += sizeof(crpci_out);
-    to->fields = crpc_view_of(at, crpc_view_size(from->fields));
-    if (crpc_view_data(from->credential))
-        to->credential = crpc_view_of(at + crpc_view_size(from->fields),
-                                      crpc_view_size(from->credential));
+    to->message.fields = crpc_view_of(at, crpc_view_size(from->message.fields));
+    if (crpc_view_data(from->message.credential))
+        to->message.credential = crpc_view_of(at + crpc_view_size(from->message.fields),
+                                              crpc_view_size(from->message.credential));
 }
 
 /* Prepares the request for another attempt. The last attempt's frame may still be part of a send on
@@ -17304,16 +17293,6 @@ CRPCI_FN void crpci_reply_hand_over(crpci_reply *r, crpc_call *call)
     r->chunk = NULL;
 }
 
-/* Frees a reply that was decoded for a callback, and clears what `call` points to in it. */
-CRPCI_FN void crpci_reply_release(crpci_reply *r, crpc_call *call)
-{
-    if (r->chunk)
-        crpci_heap_chunk_unref(r->chunk);
-    r->chunk = NULL;
-    call->reserved[CRPCI_CALL_RAW] = call->reserved[CRPCI_CALL_RAW_END] = NULL;
-    call->reply_attachment = crpc_view_of(NULL, 0);
-}
-
 #endif /* CRPC_ENABLE_CLIENT */
 
 /* ======================================================================== */
@@ -17351,6 +17330,7 @@ typedef enum crpci_attempt_state {
 /* One try on one provider, as the endpoint sees it. First member of a pending call, which makes one
  * attempt after another with it. */
 typedef struct crpci_attempt {
+    crpci_request request; /* first: it stands at the beginning of its chunk */
     crpci_list link;
     crpci_attempt_state state;
     bool one_way; /* ends when its frame was sent, unless the endpoint limits requests in flight */
@@ -17359,7 +17339,6 @@ typedef struct crpci_attempt {
     crpci_out *out;           /* its frame, while queued on the connection; else NULL */
     crpci_endpoint *endpoint; /* of this attempt or the last one; a reference */
     int64_t deadline_us;
-    crpci_request request;
     crpci_reply reply;
 } crpci_attempt;
 
@@ -17480,22 +17459,15 @@ CRPCI_COLD void crpci_endpoint_overcrowded(crpci_attempt *a)
  * request's remaining time is written here, so that time spent waiting counts. */
 CRPCI_FN void crpci_endpoint_send(crpci_endpoint *e, crpci_attempt *a)
 {
-    crpci_request *r = &a->request;
-    uint8_t *data = crpci_heap_data(r->chunk);
-    crpci_out *o = crpci_request_frame(r);
+    int64_t id = crpci_endpoint_unanswered(a) ? 0 : (int64_t)a->id;
     int64_t left = (a->deadline_us - crpci_loop_rough_time(e->loop)) / 1000;
-    o->id = crpci_endpoint_unanswered(a) ? 0 : (int64_t)a->id;
-    o->head = crpci_request_head(r, e->options.protocol, o->id, (int32_t)(left > 1 ? left : 1));
-    o->head_len = (size_t)(data + r->payload - o->head) + r->payload_size + r->inline_size;
-    o->tail = (const uint8_t *)crpc_view_data(r->attachment);
-    o->tail_len = crpc_view_size(r->attachment);
+    crpci_out *o = crpci_request_prepare(&a->request, e->options.protocol, id,
+                                         (int32_t)(left > 1 ? left : 1));
     if (e->options.max_queued &&
         e->conn->tx_bytes + (int64_t)crpci_conn_out_len(o) > e->options.max_queued) {
         crpci_endpoint_overcrowded(a);
         return;
     }
-    o->chunk = r->chunk;
-    o->tail_chunk = NULL;
     o->owner = a;
     crpci_list_append(&e->active, &a->link);
     e->active_count++;
@@ -18335,7 +18307,7 @@ CRPCI_FN crpci_member *crpci_providers_pick(crpci_providers *p, const crpci_trie
 
 /* The forms of calls. Those from CRPCI_CALL_PART on are made by the cluster section. */
 typedef enum crpci_call_kind {
-    CRPCI_CALL_SYNC,    /* lives on the stack of its caller, which waits */
+    CRPCI_CALL_SYNC,    /* its caller waits for its end */
     CRPCI_CALL_DELIVER, /* ends with a callback */
     CRPCI_CALL_ID,      /* ends with a result to be fetched */
     CRPCI_CALL_NOTIFY,  /* one-way */
@@ -18361,8 +18333,7 @@ struct crpc_channel {
     bool private_loop; /* the channel opened the loop and closes it */
     bool closed;       /* no call may begin or go on */
     bool wait; /* calls wait for a provider */
-    uint32_t refs;  /* atomic: the program's, of synchronous calls, and one of all others */
-    size_t pending; /* asynchronous calls that are not freed */
+    uint32_t refs; /* atomic: the program's, and one of each pending call but parts */
     crpci_list calls;   /* all pending calls but parts */
     crpci_list waiting; /* attempts that wait for a list of providers */
     crpci_request_source requests;
@@ -18395,7 +18366,8 @@ struct crpc_channel {
 /* One pending call. The loop's lock protects it until it has ended; then it is the property of the
  * thread that delivers or fetches its result. */
 struct crpci_pending_call {
-    crpci_attempt attempt; /* first: the loop's table of calls points to it */
+    crpci_attempt attempt; /* first: the loop's table of calls points to it, and its request begins
+                            * the chunk */
     crpci_list of_channel; /* in channel->calls, or in the group of a part's parent */
     crpci_task task;
     crpci_timer timer; /* the next of backup request and deadline */
@@ -18419,12 +18391,11 @@ struct crpci_pending_call {
     crpc_done_fn deliver; /* calls fn(user, ...): generated stubs know its type */
     crpc_any_fn fn;
     void *user;
-    crpci_chunk *block; /* holds this struct and the response; mostly the request's chunk too. NULL:
-                         * this struct is on a caller's stack */
+    crpci_chunk *block; /* holds this struct; mostly the request's chunk too */
     crpci_tried tried;
 };
 
-/* Rounded up, because the response behind a pending call in its chunk may be of any type. */
+/* Rounded up, because the response that may stand behind a pending call can be of any type. */
 #define CRPCI_PENDING_SIZE ((sizeof(crpci_pending_call) + 15) & ~(size_t)15)
 
 CRPCI_FN crpci_pending_call *crpci_attempt_call(crpci_attempt *a)
@@ -18504,24 +18475,34 @@ CRPCI_FN void crpci_attempt_end(crpci_pending_call *c, crpci_outcome outcome)
     crpci_providers_end(&ch->providers, m, outcome, now - c->attempt_us, now);
 }
 
-/* Frees an asynchronous call. */
+/* Takes a call out of what its loop knows: from here on it is the calling thread's alone. Locked. */
+CRPCI_FN void crpci_attempt_take(crpci_pending_call *c)
+{
+    crpc_loop *l = c->channel->loop;
+    crpci_list_remove(&c->of_channel);
+    crpci_timer_cancel(&c->timer);
+    crpci_id_remove(&l->calls, c->attempt.id);
+    if (c->kind == CRPCI_CALL_ID)
+        l->results--;
+    crpci_endpoint_drop(c->attempt.endpoint);
+}
+
+/* Frees a call that was taken. With or without the lock. */
 CRPCI_FN void crpci_attempt_free(crpci_pending_call *c)
 {
     crpc_channel *ch = c->channel;
-    crpc_loop *l = ch->loop;
-    crpci_list_remove(&c->of_channel);
-    crpci_timer_cancel(&c->timer);
-    if (c->attempt.id)
-        crpci_id_remove(&l->calls, c->attempt.id);
-    if (c->kind == CRPCI_CALL_ID)
-        l->results--;
-    crpci_reply_drop(&c->attempt.reply, l);
-    crpci_endpoint_drop(c->attempt.endpoint);
+    crpci_heap_chunk_unref(c->attempt.reply.chunk);
     crpci_request_drop(&c->attempt.request, c->block);
     crpci_heap_chunk_unref(c->error_chunk);
     crpci_heap_chunk_unref(c->block);
-    if (--ch->pending == 0)
-        crpci_attempt_drop_channel(ch);
+    crpci_attempt_drop_channel(ch);
+}
+
+/* Takes and frees a call whose result nobody wants. Locked. */
+CRPCI_FN void crpci_attempt_discard(crpci_pending_call *c)
+{
+    crpci_attempt_take(c);
+    crpci_attempt_free(c);
 }
 
 /* Gives up the present attempt before its reply came. */
@@ -18572,7 +18553,7 @@ CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
         crpci_request_drop(&c->attempt.request, c->block);
         break;
     case CRPCI_CALL_NOTIFY:
-        crpci_attempt_free(c);
+        crpci_attempt_discard(c);
         return;
     case CRPCI_CALL_PART:
     case CRPCI_CALL_FAILBACK:
@@ -18940,7 +18921,11 @@ CRPCI_FN int crpci_attempt_result(const crpci_pending_call *c, void *response, c
     const crpci_reply *r = &c->attempt.reply;
     int status =
         r->chunk ? crpci_reply_decode(r, c->method, c->tried.attempts, response, call) : c->status;
-    return CRPCI_LIKELY(!status) ? status : crpci_attempt_degrade(c, response, call, status);
+    if (CRPCI_UNLIKELY(status))
+        status = crpci_attempt_degrade(c, response, call, status);
+    call->error.code = status;
+    call->latency_us = c->end_us - c->start_us;
+    return status;
 }
 
 #endif /* CRPC_ENABLE_CLIENT */
@@ -19094,7 +19079,7 @@ CRPCI_COLD void crpci_cluster_part_ended(crpci_pending_call *part, int status)
     crpci_pending_call *c = part->parent;
     if (part->kind == CRPCI_CALL_FAILBACK) { /* with success; failures go to retry_later */
         part->channel->failback.waiting--;
-        crpci_attempt_free(part);
+        crpci_attempt_discard(part);
         return;
     }
     c->group->open--;
@@ -19237,7 +19222,7 @@ CRPCI_COLD void crpci_cluster_failback_dropped(crpc_loop *l, crpci_task *task)
         crpci_heap_log(l->heap, CRPC_LOG_WARN, "failback: call given up: %s",
                        c->error ? c->error->text : "");
     crpci_loop_user_end(l);
-    crpci_attempt_free(c);
+    crpci_attempt_discard(c);
 }
 
 /* The pause before a background try is over: begins it, with the whole timeout of the call. Or the
@@ -19313,8 +19298,7 @@ CRPCI_COLD bool crpci_cluster_retry_later(crpci_pending_call *c, int status)
     crpci_loop_task_init(&back->task, crpci_cluster_failback_dropped);
     crpci_timer_init(&back->timer, crpci_cluster_failback_timer);
     ch->failback.waiting++;
-    if (ch->pending++ == 0)
-        crpci_thread_ref(&ch->refs);
+    crpci_thread_ref(&ch->refs);
     crpci_loop_timer_set(l, &back->timer, ch->failback.pause_us);
     crpci_drive_ensure_owner(l); /* where threads are forbidden it waits until somebody drives */
     return false;
@@ -19332,8 +19316,9 @@ static const crpci_cluster_ops crpci_cluster_all = {
 
 /* The calls that programs make: synchronous, with a callback, with an id, one-way. Each encodes its
  * request without a lock, then locks the loop, lists a pending call in the channel and hands it to
- * crpci_attempt_begin. The public functions are called without a lock, by any thread. A synchronous
- * call lives on its caller's stack; the others live in the chunk of their request. */
+ * crpci_attempt_begin. The public functions are called without a lock, by any thread. A call lives in
+ * the chunk of its request. A synchronous call differs from one with an id in that its caller waits
+ * at once. */
 
 #if CRPC_ENABLE_CLIENT
 
@@ -19356,8 +19341,8 @@ CRPCI_FN int crpci_channel_before(crpc_channel *ch, const crpc_method *m, crpc_c
     }
     call->reserved[CRPCI_CALL_HEAP] = NULL;
     if (err)
-        crpci_status_set(&call->error, err, "%s.%s: ended by an interceptor: %s (local)",
-                         m->service, m->name, crpc_status_text(err));
+        crpci_request_refuse(&call->error, m, err, "ended by an interceptor: ",
+                             crpc_status_text(err));
     return err;
 }
 
@@ -19403,7 +19388,6 @@ CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
     a->state = CRPCI_ATTEMPT_IDLE;
     a->one_way = kind == CRPCI_CALL_NOTIFY;
     a->sent = c->before = CRPC_SENT_NO;
-    a->id = 0;
     a->out = NULL;
     a->endpoint = NULL;
     a->reply.chunk = NULL;
@@ -19440,16 +19424,15 @@ CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
     ch->loop->stats.calls++;
 }
 
-/* Locks for a call that began at `start`, and lets the loop catch up, which unlocks meanwhile. The
- * start serves as the loop's time, unless interceptors or a large message may have taken long. */
-CRPCI_FN void crpci_channel_enter(const crpc_channel *ch, int64_t start, const crpci_request *r)
+/* Locks for a call that begins at `start`, and lets the loop catch up, which unlocks meanwhile. The
+ * start serves as the loop's time, unless encoding a large message may have taken long. */
+CRPCI_FN void crpci_channel_enter(crpc_loop *l, int64_t start, const crpci_request *r)
 {
-    crpc_loop *l = ch->loop;
     crpci_loop_lock(l);
     if (start > l->now)
         l->now = start;
     l->fresh = false;
-    if (ch->interceptor_count || r->payload_size > CRPCI_REQUEST_INLINE)
+    if (r->message.payload_size > CRPCI_REQUEST_INLINE)
         crpci_loop_rough_time(l);
     l->fresh = true;
     crpci_drive_catch_up(l);
@@ -19463,136 +19446,20 @@ CRPCI_FN void crpci_channel_flush(crpc_loop *l)
         crpci_loop_run_list(l, &l->dirty);
 }
 
-/* --- synchronous ------------------------------------------------------------------------------ */
+/* --- all forms -------------------------------------------------------------------------------- */
 
-/* Runs one call to its end: makes attempts and drives the loop, or follows its driver, until the
- * call has ended or its deadline has passed. Locked; unlocks while it waits. The wait ends at the
- * deadline by itself, so the timer only serves the backup request. */
-CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_pending_call *c)
-{
-    crpc_loop *l = ch->loop;
-    crpci_attempt *a = &c->attempt;
-    crpci_waiter w;
-    crpci_loop_assert_locked(ch->loop);
-    memset(&w, 0, sizeof w);
-    c->waiter = &w;
-    if (crpci_id_add(&l->calls, l->heap, c, &a->id)) {
-        crpci_attempt_explain(c, CRPC_ENOMEM, "out of memory");
-        crpci_attempt_finish(c, CRPC_ENOMEM);
-    } else {
-        if (c->backup_us < a->deadline_us)
-            crpci_loop_timer_at(l, &c->timer, c->backup_us);
-        crpci_attempt_begin(c);
-    }
-    crpci_channel_flush(l);
-    crpci_drive_wait(l, &w, a->deadline_us, false);
-    c->waiter = NULL;
-    if (a->state != CRPCI_ATTEMPT_DONE) {
-        crpci_attempt_expire(c);
-        crpci_channel_flush(l); /* the next call for its slot */
-    }
-    if (a->endpoint) /* else no attempt of its own was made, and the parts have explained */
-        memcpy(c->error->endpoint, a->endpoint->address, a->endpoint->address_size);
-    crpci_endpoint_drop(a->endpoint);
-    crpci_id_remove(&l->calls, a->id);
-    crpci_list_remove(&c->of_channel);
-    l->fresh = false; /* the next caller may come much later */
-}
-
-/* Makes the call on the caller's stack. `hold`: the program passed a crpc_call, so the result may
- * point into the reply's bytes; else they are released before this returns. Before the pending call
- * goes out of scope crpci_request_settle waits until no thread sends from the attachment that was
- * borrowed. CRPC_EDEADLK: inside a callback of this loop, which only its return lets go on. */
-CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_method *k, const void *request,
-                                void *response, crpc_call *call, bool hold)
-{
-    const crpc_method *m = k->method;
-    crpc_loop *l = ch->loop;
-    int64_t start = crpci_loop_now(l);
-    crpci_pending_call c;
-    crpci_attempt *a = &c.attempt;
-    /* Borrows the attachment, unless two frames may be queued at a time, which cannot share it. */
-    bool borrow = k->plain && !call->policy.cluster && !call->policy.backup_ms;
-    int err = crpci_request_encode(&ch->requests, k, request, call, borrow, 0, &a->request,
-                                   &call->error);
-    if (err)
-        return err;
-    crpci_channel_enter(ch, start, &a->request);
-    if (crpci_loop_in_callback(l) || ch->closed) {
-        err = ch->closed ? CRPC_ECANCELED : CRPC_EDEADLK;
-        l->fresh = false;
-        crpci_loop_unlock(l);
-        crpci_heap_chunk_unref(a->request.chunk);
-        return crpci_status_set(&call->error, err, "%s.%s: %s (local)", m->service, m->name,
-                                crpc_status_text(err));
-    }
-    c.block = NULL;
-    crpci_channel_init_call(&c, ch, k, CRPCI_CALL_SYNC, call, start);
-    crpci_loop_task_init(&c.task, NULL);
-    crpci_timer_init(&c.timer, crpci_attempt_on_timer);
-    c.error = &call->error;
-    crpci_channel_run(ch, &c);
-    crpci_request_settle(l, &a->request);
-    crpci_loop_unlock(l);
-    crpci_heap_chunk_unref(a->request.chunk);
-    err = crpci_attempt_result(&c, response, call);
-    call->error.code = err;
-    call->latency_us = c.end_us - start;
-    if (hold && a->reply.chunk)
-        crpci_reply_hand_over(&a->reply, call);
-    else
-        crpci_reply_release(&a->reply, call);
-    return err;
-}
-
-CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const void *request,
-                               void *response, crpc_call *call)
-{
-    const crpci_method *k;
-    bool hold = call != NULL;
-    crpc_call local;
-    size_t ran;
-    int err;
-    CRPCI_HANDLE_CHECK(ch);
-    crpci_thread_ref(&ch->refs); /* another thread may close the channel meanwhile */
-    k = crpci_request_find_method(&ch->requests, m);
-    if (hold)
-        crpc_call_reset(call);
-    else
-        crpci_request_clear_call(&local);
-    err = !k ? CRPC_ENOMEM : !hold && k->response.views ? CRPC_EINVAL : CRPC_OK;
-    if (CRPCI_UNLIKELY(err)) {
-        if (hold)
-            crpci_status_set(&call->error, err, "%s.%s: out of memory (local)", m->service,
-                             m->name);
-    } else {
-        call = hold ? call : &local;
-        err = crpci_channel_before(ch, m, call, &ran);
-        if (!err)
-            err = crpci_channel_sync(ch, k, request, response, call, hold);
-        crpci_channel_after(ch, m, call, err, ran);
-        if (!hold)
-            crpc_call_reset(call);
-    }
-    crpci_attempt_drop_channel(ch);
-    return err;
-}
-
-/* --- asynchronous ----------------------------------------------------------------------------- */
-
-/* Copies what is known of an ended asynchronous call's failure, and where it went. */
+/* Copies what is known of an ended call's failure, and where it went. */
 CRPCI_FN void crpci_channel_copy_error(const crpci_pending_call *c, crpc_error *to)
 {
     const crpci_endpoint *e = c->attempt.endpoint;
-    if (c->error)
+    if (c->error && c->error != to)
         *to = *c->error;
-    if (e)
+    if (e) /* else no attempt of its own was made, and the parts have explained */
         memcpy(to->endpoint, e->address, e->address_size);
 }
 
 /* Runs the callback of an ended call, as a task of the loop. The response is decoded without the
- * lock into the call's own chunk, and lasts until the callback returns. The id goes first: from
- * then on it means nothing to other threads. */
+ * lock into the call's own chunk, and lasts until the callback returns. */
 CRPCI_FN void crpci_channel_deliver(crpc_loop *l, crpci_task *task)
 {
     crpci_pending_call *c = CRPCI_CONTAINER(task, crpci_pending_call, task);
@@ -19601,42 +19468,35 @@ CRPCI_FN void crpci_channel_deliver(crpc_loop *l, crpci_task *task)
     void *response = (char *)c + CRPCI_PENDING_SIZE;
     crpc_call call;
     crpc_done done;
-    if (c->attempt.id)
-        crpci_id_remove(&l->calls, c->attempt.id);
-    c->attempt.id = 0;
-    crpci_loop_user_begin(l);
     crpci_request_clear_call(&call);
     crpci_channel_copy_error(c, &call.error);
+    crpci_attempt_take(c);
+    crpci_loop_user_begin(l);
     if (c->attempt.reply.chunk && !type->views && !type->clear)
         memset(response, 0, type->size);
     done.status = crpci_attempt_result(c, response, &call);
     done.response = done.status ? NULL : response;
-    call.error.code = done.status;
-    call.latency_us = c->end_us - c->start_us;
     crpci_channel_after(ch, c->method->method, &call, done.status, ch->interceptor_count);
     done.call = &call;
     done.user = c->user;
     done.fn = c->fn;
     c->deliver(&done);
     crpci_loop_user_end(l);
+    crpci_reply_drop(&c->attempt.reply, l);
     crpci_attempt_free(c);
 }
 
-/* How many bytes the pending call and its decoded response take in front of the request, in the
- * request's chunk: one allocation a call. */
-CRPCI_FN size_t crpci_channel_front(const crpci_message_type *response)
-{
-    return CRPCI_PENDING_SIZE + ((response->size + 15) & ~(size_t)15);
-}
-
-/* Whether one more asynchronous call may begin: CRPC_ECANCELED in a closed channel, CRPC_ELIMIT at
+/* Whether one more call may begin: CRPC_ECANCELED in a closed channel, CRPC_EDEADLK for a
+ * synchronous one inside a callback of this loop, which only its return lets go on, CRPC_ELIMIT at
  * max_results. Rule P8: starts the loop's thread if nobody drives. Locked. */
 CRPCI_FN int crpci_channel_admit(crpc_channel *ch, crpci_call_kind kind)
 {
     crpc_loop *l = ch->loop;
-    crpci_loop_assert_locked(ch->loop);
+    crpci_loop_assert_locked(l);
     if (ch->closed)
         return CRPC_ECANCELED;
+    if (kind == CRPCI_CALL_SYNC)
+        return crpci_loop_in_callback(l) ? CRPC_EDEADLK : CRPC_OK;
     if (kind == CRPCI_CALL_ID && l->max_results && (int64_t)l->results >= l->max_results)
         return CRPC_ELIMIT;
     if (kind == CRPCI_CALL_ID && l->forbid_threads)
@@ -19644,113 +19504,204 @@ CRPCI_FN int crpci_channel_admit(crpc_channel *ch, crpci_call_kind kind)
     return crpci_drive_ensure_owner(l);
 }
 
-/* Puts a call into its request's chunk. A result may stay unfetched for long, so if the request is
- * large the call gets a chunk of its own. NULL: out of memory. */
+/* The pending call of a request, which stands in the request's chunk. A result may stay unfetched
+ * for long, so if the request is large a call with an id gets a chunk of its own. NULL: out of
+ * memory. */
 CRPCI_FN crpci_pending_call *crpci_channel_place(crpc_loop *l, crpci_call_kind kind,
-                                                 const crpci_request *r, size_t response_size)
+                                                 crpci_request *r)
 {
-    crpci_chunk *block = r->chunk;
-    crpci_pending_call *c;
-    if (kind == CRPCI_CALL_ID && r->payload_size + r->inline_size > CRPCI_REQUEST_INLINE)
-        block = crpci_heap_chunk(l->heap, CRPCI_PENDING_SIZE + response_size);
-    if (!block)
-        return NULL;
-    c = (crpci_pending_call *)(void *)crpci_heap_data(block);
-    c->attempt.request = *r;
-    c->block = block;
-    return c;
+    crpci_pending_call *c = CRPCI_CONTAINER(r, crpci_pending_call, attempt.request);
+    c->block = r->chunk;
+    if (kind == CRPCI_CALL_ID && r->message.payload_size + r->inline_size > CRPCI_REQUEST_INLINE) {
+        crpci_chunk *block = crpci_heap_chunk(l->heap, CRPCI_PENDING_SIZE);
+        if (!block)
+            return NULL;
+        c = (crpci_pending_call *)(void *)crpci_heap_data(block);
+        c->attempt.request = *r;
+        c->block = block;
+    }
+    if (CRPCI_LIKELY(!crpci_id_add(&l->calls, l->heap, c, &c->attempt.id)))
+        return c;
+    if (c->block != r->chunk)
+        crpci_heap_chunk_unref(c->block);
+    return NULL;
 }
 
-/* Enters a call whose request is encoded. On success *out is to be completed and launched, and the
- * loop is locked. On failure the request is gone and nothing is locked. */
+/* Encodes and enters a call of any form. On success the loop is locked, and the call has taken over
+ * a reference of the channel from the caller, who sets what is special to its form in *out and
+ * launches it. On failure nothing is locked, and `error` (may be NULL) says why. */
 CRPCI_FN int crpci_channel_put(crpc_channel *ch, const crpci_method *k, crpci_call_kind kind,
-                               const crpc_call *in, const crpci_request *r, int64_t start,
+                               const void *request, const crpc_call *in, crpc_error *error,
                                crpci_pending_call **out)
 {
     crpc_loop *l = ch->loop;
+    int64_t start = crpci_loop_start_time(l);
+    /* In front of the request: the call, and the response that is decoded for a callback. */
+    size_t front = CRPCI_PENDING_SIZE +
+                   (kind == CRPCI_CALL_DELIVER ? (k->response.size + 15) & ~(size_t)15 : 0);
+    /* Borrows the attachment of a synchronous call, unless two frames may be queued at a time,
+     * which cannot share it. */
+    bool borrow = kind == CRPCI_CALL_SYNC && k->plain && !in->policy.cluster &&
+                  !in->policy.backup_ms;
+    crpci_request *r;
     crpci_pending_call *c;
-    int err;
-    crpci_channel_enter(ch, start, r);
+    int err = crpci_request_encode(&ch->requests, k, request, in, borrow, front, &r, error);
+    if (err)
+        return err;
+    crpci_channel_enter(l, start, r);
     err = crpci_channel_admit(ch, kind);
-    c = err ? NULL : crpci_channel_place(l, kind, r, k->response.size);
+    c = err ? NULL : crpci_channel_place(l, kind, r);
     if (CRPCI_UNLIKELY(!c)) {
+        err = err ? err : CRPC_ENOMEM;
+        l->fresh = false;
         crpci_loop_unlock(l);
         crpci_heap_chunk_unref(r->chunk);
-        return err ? err : CRPC_ENOMEM;
+        return crpci_request_refuse(error, k->method, err, "", crpc_status_text(err));
     }
     crpci_channel_init_call(c, ch, k, kind, in, start);
     crpci_loop_task_init(&c->task, crpci_channel_deliver);
     crpci_timer_init(&c->timer, crpci_attempt_on_timer);
-    l->results += kind == CRPCI_CALL_ID;
-    if (ch->pending++ == 0)
-        crpci_thread_ref(&ch->refs);
-    if (CRPCI_UNLIKELY(crpci_id_add(&l->calls, l->heap, c, &c->attempt.id))) {
-        crpci_attempt_free(c);
-        crpci_loop_unlock(l);
-        return CRPC_ENOMEM;
-    }
     *out = c;
     return CRPC_OK;
 }
 
+/* Makes the first attempt and sends it. Locked; unlocks meanwhile. An asynchronous call may end and
+ * be freed in here. A synchronous call's wait ends at the deadline by itself, so its timer only
+ * serves the backup request. */
+CRPCI_FN void crpci_channel_launch(crpc_loop *l, crpci_pending_call *c)
+{
+    int64_t at = c->backup_us;
+    if (c->kind != CRPCI_CALL_SYNC)
+        at = crpci_base_min64(at, c->attempt.deadline_us);
+    if (at < INT64_MAX)
+        crpci_loop_timer_at(l, &c->timer, at);
+    crpci_attempt_begin(c);
+    crpci_channel_flush(l);
+}
+
+/* Gives the result of a call that was taken, and frees the call. Views, attachment and fields are
+ * valid until crpc_call_reset. Without the lock. */
+CRPCI_FN int crpci_channel_result(crpci_pending_call *c, void *response, crpc_call *call)
+{
+    crpc_channel *ch = c->channel;
+    int err = crpci_attempt_result(c, response, call);
+    crpci_reply_hand_over(&c->attempt.reply, call);
+    crpci_channel_after(ch, c->method->method, call, err, ch->interceptor_count);
+    crpci_attempt_free(c);
+    return err;
+}
+
+/* --- synchronous ------------------------------------------------------------------------------ */
+
+/* Runs one call to its end: makes attempts and drives the loop, or follows its driver, until the
+ * call has ended or its deadline has passed. Unlocks. crpci_request_settle waits until no thread
+ * sends from the attachment that was borrowed. */
+CRPCI_FN void crpci_channel_run(crpc_loop *l, crpci_pending_call *c)
+{
+    crpci_waiter w;
+    memset(&w, 0, sizeof w);
+    c->waiter = &w;
+    crpci_channel_launch(l, c);
+    crpci_drive_wait(l, &w, c->attempt.deadline_us, false);
+    c->waiter = NULL;
+    if (c->attempt.state != CRPCI_ATTEMPT_DONE) {
+        crpci_attempt_expire(c);
+        crpci_channel_flush(l); /* the next call for its slot */
+    }
+    crpci_channel_copy_error(c, c->error);
+    crpci_attempt_take(c);
+    crpci_request_settle(l, &c->attempt.request);
+    l->fresh = false; /* the next caller may come much later */
+    crpci_loop_unlock(l);
+}
+
+CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const void *request,
+                               void *response, crpc_call *call)
+{
+    const crpci_method *k;
+    crpci_pending_call *c;
+    crpc_call local;
+    size_t ran = 0;
+    int err;
+    CRPCI_HANDLE_CHECK(ch);
+    crpci_thread_ref(&ch->refs); /* another thread may close the channel meanwhile */
+    k = crpci_request_find_method(&ch->requests, m);
+    if (call)
+        crpc_call_reset(call);
+    else
+        crpci_request_clear_call(&local);
+    if (CRPCI_UNLIKELY(!k || (!call && k->response.views))) {
+        crpci_attempt_drop_channel(ch);
+        return crpci_request_refuse(call ? &call->error : NULL, m, k ? CRPC_EINVAL : CRPC_ENOMEM,
+                                    "", "out of memory");
+    }
+    call = call ? call : &local;
+    err = ch->interceptor_count ? crpci_channel_before(ch, m, call, &ran) : CRPC_OK;
+    err = err ? err
+              : crpci_channel_put(ch, k, CRPCI_CALL_SYNC, request, call, &call->error, &c);
+    if (CRPCI_LIKELY(!err)) {
+        c->error = &call->error;
+        crpci_channel_run(ch->loop, c);
+        err = crpci_channel_result(c, response, call);
+    } else {
+        crpci_channel_after(ch, m, call, err, ran);
+        crpci_attempt_drop_channel(ch);
+    }
+    if (call == &local)
+        crpc_call_reset(call);
+    return err;
+}
+
+/* --- asynchronous ----------------------------------------------------------------------------- */
+
 /* crpci_channel_put for a channel with interceptors. They get a copy of the caller's inputs, which
  * they may change; the copy is not needed once the request is encoded. */
 CRPCI_FN int crpci_channel_put_intercepted(crpc_channel *ch, const crpci_method *k,
-                                           const void *request, crpci_call_kind kind,
-                                           const crpc_call *in, int64_t start,
-                                           crpci_pending_call **out)
+                                           crpci_call_kind kind, const void *request,
+                                           const crpc_call *in, crpci_pending_call **out)
 {
-    crpci_request r;
     crpc_call call;
     size_t ran;
     int err;
     crpci_request_clear_call(&call);
     memcpy(&call, in, offsetof(crpc_call, error));
-    crpci_thread_ref(&ch->refs); /* an interceptor may close the channel */
     err = crpci_channel_before(ch, k->method, &call, &ran);
-    err = err ? err
-              : crpci_request_encode(&ch->requests, k, request, &call, false,
-                                     crpci_channel_front(&k->response), &r, NULL);
-    err = err ? err : crpci_channel_put(ch, k, kind, &call, &r, start, out);
+    err = err ? err : crpci_channel_put(ch, k, kind, request, &call, NULL, out);
     if (err)
         crpci_channel_after(ch, k->method, &call, err, ran);
     crpc_call_reset(&call);
-    crpci_attempt_drop_channel(ch);
     return err;
 }
 
 /* Encodes and enters a call of any asynchronous form. On success the loop is locked: the caller
- * sets what is special to its form in *out, then calls crpci_channel_launch. */
+ * sets what is special to its form in *out, then calls crpci_channel_start. */
 CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const void *request,
                                  crpci_call_kind kind, const crpc_call *in,
                                  crpci_pending_call **out)
 {
-    int64_t start = crpci_loop_start_time(ch->loop);
     const crpci_method *k = crpci_request_find_method(&ch->requests, m);
     crpc_call defaults;
-    crpci_request r;
     int err;
     *out = NULL;
     crpci_request_clear_inputs(&defaults);
     in = in ? in : &defaults;
     if (CRPCI_UNLIKELY(!k))
         return CRPC_ENOMEM;
-    if (ch->interceptor_count)
-        return crpci_channel_put_intercepted(ch, k, request, kind, in, start, out);
-    err = crpci_request_encode(&ch->requests, k, request, in, false,
-                               crpci_channel_front(&k->response), &r, NULL);
-    return err ? err : crpci_channel_put(ch, k, kind, in, &r, start, out);
+    crpci_thread_ref(&ch->refs); /* the call's; an interceptor may close the channel */
+    err = ch->interceptor_count ? crpci_channel_put_intercepted(ch, k, kind, request, in, out)
+                                : crpci_channel_put(ch, k, kind, request, in, NULL, out);
+    if (err)
+        crpci_attempt_drop_channel(ch);
+    return err;
 }
 
-/* Makes the first attempt and unlocks. The call may end, and be freed, in here. */
-CRPCI_FN void crpci_channel_launch(crpc_loop *l, crpci_pending_call *c)
+/* Launches an asynchronous call, and unlocks. */
+CRPCI_FN void crpci_channel_start(crpc_loop *l, crpci_pending_call *c)
 {
     bool send = crpci_loop_may_send(l);
     if (send)
         crpci_loop_hold(l); /* sending unlocks: a callback may close the channel meanwhile */
-    crpci_loop_timer_at(l, &c->timer, crpci_base_min64(c->backup_us, c->attempt.deadline_us));
-    crpci_attempt_begin(c);
-    crpci_channel_flush(l);
+    crpci_channel_launch(l, c);
     l->fresh = false;
     crpci_loop_unlock(l);
     if (send)
@@ -19769,7 +19720,7 @@ CRPC_API int crpc_channel_call_async(crpc_channel *ch, const crpc_method *m, con
     c->deliver = deliver;
     c->fn = fn;
     c->user = user;
-    crpci_channel_launch(ch->loop, c);
+    crpci_channel_start(ch->loop, c);
     return CRPC_OK;
 }
 
@@ -19779,7 +19730,7 @@ CRPC_API int crpc_channel_notify(crpc_channel *ch, const crpc_method *m, const v
     crpci_pending_call *c;
     int err = crpci_channel_async(ch, m, request, CRPCI_CALL_NOTIFY, call, &c);
     if (!err)
-        crpci_channel_launch(ch->loop, c);
+        crpci_channel_start(ch->loop, c);
     return err;
 }
 
@@ -19791,8 +19742,10 @@ CRPC_API int crpc_channel_begin(crpc_channel *ch, const crpc_method *m, const vo
     crpci_pending_call *c;
     int err = crpci_channel_async(ch, m, request, CRPCI_CALL_ID, call, &c);
     id->value = err ? 0 : c->attempt.id; /* while locked: the call may end before this returns */
-    if (!err)
-        crpci_channel_launch(ch->loop, c);
+    if (!err) {
+        ch->loop->results++;
+        crpci_channel_start(ch->loop, c);
+    }
     return err;
 }
 
@@ -19829,8 +19782,7 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
     crpci_pending_call *c;
     int err;
     memset(&w, 0, sizeof w);
-    crpci_loop_hold(l); /* another thread may close the channel meanwhile */
-    crpci_thread_ref(&ch->refs);
+    crpci_thread_ref(&ch->refs); /* another thread may close the channel meanwhile */
     crpci_loop_lock(l);
     c = crpci_channel_find(ch, id);
     err = crpci_channel_status(c);
@@ -19850,7 +19802,6 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
     }
     crpci_drive_unlock(l);
     crpci_attempt_drop_channel(ch);
-    crpci_loop_release(l);
     return err;
 }
 
@@ -19860,7 +19811,6 @@ CRPC_API int crpc_channel_fetch(crpc_channel *ch, const crpc_method *m, crpc_id 
     crpc_loop *l = ch->loop;
     crpc_call local;
     crpci_pending_call *c;
-    bool hold = call != NULL;
     int err;
     crpci_loop_lock(l);
     c = crpci_channel_find(ch, id);
@@ -19869,35 +19819,22 @@ CRPC_API int crpc_channel_fetch(crpc_channel *ch, const crpc_method *m, crpc_id 
         err = CRPC_EINVAL;
     if (err) {
         crpci_loop_unlock(l);
-        return crpci_status_set(call ? &call->error : NULL, err,
-                                "%s.%s: crpc_channel_fetch: %s (local)", m->service, m->name,
-                                crpc_status_text(err));
+        return crpci_request_refuse(call ? &call->error : NULL, m, err, "crpc_channel_fetch: ",
+                                    crpc_status_text(err));
     }
-    crpci_id_remove(&l->calls, c->attempt.id); /* from here on the call is this thread's alone */
-    c->attempt.id = 0;
-    crpci_list_remove(&c->of_channel);
-    crpci_loop_hold(l); /* an interceptor may close the channel */
-    crpci_loop_unlock(l);
-    if (!call) {
+    if (call) {
+        crpc_call_reset(call);
+        memset(&call->error, 0, sizeof call->error);
+    } else {
         memset(&local, 0, sizeof local);
         call = &local;
-    } else {
-        crpc_call_reset(call);
     }
-    memset(&call->error, 0, sizeof call->error);
     crpci_channel_copy_error(c, &call->error);
-    err = crpci_attempt_result(c, response, call);
-    call->error.code = err;
-    call->latency_us = c->end_us - c->start_us;
-    if (hold)
-        crpci_reply_hand_over(&c->attempt.reply, call);
-    else
-        crpci_reply_release(&c->attempt.reply, call);
-    crpci_channel_after(ch, m, call, err, ch->interceptor_count);
-    crpci_loop_lock(l);
-    crpci_attempt_free(c);
+    crpci_attempt_take(c);
     crpci_loop_unlock(l);
-    crpci_loop_release(l);
+    err = crpci_channel_result(c, response, call);
+    if (call == &local)
+        crpc_call_reset(call);
     return err;
 }
 
@@ -19914,7 +19851,7 @@ CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
         }
         if (c->waiter)
             crpci_drive_end_wait(l, c->waiter);
-        crpci_attempt_free(c);
+        crpci_attempt_discard(c);
         crpci_channel_flush(l); /* the next call for its slot */
     }
     crpci_loop_unlock(l);
@@ -19941,7 +19878,7 @@ CRPCI_FN void crpci_channel_cancel_all(crpc_channel *ch)
             crpci_attempt_finish(c, CRPC_ECANCELED);
         }
         if (by_id)
-            crpci_attempt_free(c);
+            crpci_attempt_discard(c);
     }
 }
 
