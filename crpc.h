@@ -4180,8 +4180,8 @@ typedef struct crpci_meta {
     int32_t compress_type;
     int32_t content_type;
     int32_t checksum_type;
-    crpc_view names;   /* request to write: service and method, encoded; unset: the next two */
-    crpc_view service; /* request */
+    crpc_view names;   /* request to write: service and method, encoded */
+    crpc_view service; /* request read */
     crpc_view method;
     int64_t log_id;
     int64_t trace_id;
@@ -4302,10 +4302,7 @@ CRPCI_FN uint8_t *crpci_meta_put_request(uint8_t *low, uint8_t *payload, size_t 
     }
     if (m->log_id)
         p = crpci_meta_put_int(p, 3, m->log_id);
-    if (crpc_view_data(m->names))
-        p = crpci_meta_put_raw(p, m->names);
-    else
-        p = crpci_meta_put_bytes(crpci_meta_put_bytes(p, 2, m->method), 1, m->service);
+    p = crpci_meta_put_raw(p, m->names);
     p = crpci_meta_put_header(p, end, 1, payload, payload_size + (size_t)m->attachment_size);
     crpci_meta_check_room(low, p);
     return p;
@@ -4511,16 +4508,10 @@ CRPCI_FN bool crpci_meta_read_usual(const uint8_t *p, size_t n, crpc_view names,
            crpci_meta_last_varint(sub_end + 3, end, &m->correlation_id);
 }
 
-CRPCI_FN bool crpci_meta_bytes_equal(crpc_view v, const char *text, size_t n)
-{
-    return crpc_view_size(v) == n && (n == 0 || memcmp(crpc_view_data(v), text, n) == 0);
-}
-
 /* Searches the value of a user_fields entry. The last entry of a key wins, as in a protobuf map. */
 CRPCI_FN bool crpci_meta_field(crpc_view raw, const char *key, crpc_view *value)
 {
     const uint8_t *p = (const uint8_t *)crpc_view_data(raw), *end = (const uint8_t *)raw.end;
-    size_t key_len = strlen(key);
     bool found = false;
     while (p && p < end) {
         uint64_t k = 0, n = 0;
@@ -4538,7 +4529,7 @@ CRPCI_FN bool crpci_meta_field(crpc_view raw, const char *key, crpc_view *value)
             else if (q && k == (2 << 3 | 2))
                 text = v;
         }
-        if (q && crpci_meta_bytes_equal(name, key, key_len)) {
+        if (q && crpc_view_equal(name, key)) {
             *value = text;
             found = true;
         }
