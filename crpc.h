@@ -5928,23 +5928,16 @@ CRPCI_FN int crpci_watch_set(crpc_loop *l, crpci_watch *w, int fd, unsigned even
 /* ======================================================================== */
 
 /* Posts, timers and watches of the program are objects of one type: a task that runs a callback in
- * user code, with an id in l->users. A post, and a timer without a period, removes itself after its
- * callback; the others stay until the program ends them or closes the loop. */
-typedef enum crpci_user_kind {
-    CRPCI_USER_POST,
-    CRPCI_USER_TIMER,
-    CRPCI_USER_WATCH
-} crpci_user_kind;
-
+ * user code, with an id in l->users. A timer without a period, and a post, which is one that is due
+ * at once, removes itself after its callback; the others stay until the program ends them or closes
+ * the loop. */
 typedef struct crpci_user {
-    crpci_user_kind kind;
     crpci_task task;
     uint64_t id;
     void *user;
     bool running;
     bool ended; /* while its callback ran, which frees it */
-    void (*post)(void *user);
-    crpc_timer_fn on_timer;
+    crpc_timer_fn on_timer; /* NULL: a watch */
     crpci_timer timer;
     int64_t period_us;
     crpc_watch_fn on_event;
@@ -5984,9 +5977,7 @@ CRPCI_FN void crpci_user_run(crpc_loop *l, crpci_task *task)
     u->got = 0;
     u->running = true;
     crpci_loop_user_begin(l);
-    if (u->kind == CRPCI_USER_POST)
-        u->post(u->user);
-    else if (u->kind == CRPCI_USER_TIMER)
+    if (u->on_timer)
         u->on_timer(u->user);
     else if (got)
         u->on_event(u->user, u->fd, got);
@@ -5994,10 +5985,10 @@ CRPCI_FN void crpci_user_run(crpc_loop *l, crpci_task *task)
     u->running = false;
     if (u->ended)
         crpci_heap_free(l->heap, u, sizeof *u);
-    else if (u->kind == CRPCI_USER_POST || (u->kind == CRPCI_USER_TIMER && !u->period_us))
-        crpci_user_remove(l, u);
-    else if (u->kind == CRPCI_USER_WATCH)
+    else if (!u->on_timer)
         crpci_watch_set(l, &u->watch, u->fd, u->wanted);
+    else if (!u->period_us)
+        crpci_user_remove(l, u);
 }
 
 /* A periodic timer keeps its rhythm; periods that have passed entirely are left out. */
@@ -6022,14 +6013,14 @@ CRPCI_FN void crpci_user_on_event(crpc_loop *l, crpci_watch *watch, unsigned eve
         crpci_watch_set(l, watch, u->fd, 0);
 }
 
-/* A new object with an id, whose callback the caller sets. NULL: out of memory. */
-CRPCI_FN crpci_user *crpci_user_add(crpc_loop *l, crpci_user_kind kind, void *user)
+/* A new object with an id; of a watch the caller sets the rest. NULL: out of memory. */
+CRPCI_FN crpci_user *crpci_user_add(crpc_loop *l, crpc_timer_fn on_timer, void *user)
 {
     crpci_user *u = (crpci_user *)crpci_heap_alloc(l->heap, sizeof *u);
     crpci_loop_assert_locked(l);
     if (!u)
         return NULL;
-    u->kind = kind;
+    u->on_timer = on_timer;
     u->user = user;
     u->fd = -1;
     crpci_loop_task_init(&u->task, crpci_user_run);
@@ -6048,11 +6039,9 @@ CRPC_API int crpc_loop_post(crpc_loop *l, void (*fn)(void *user), void *user)
     if (!fn)
         return CRPC_EINVAL;
     crpci_loop_lock(l);
-    u = crpci_user_add(l, CRPCI_USER_POST, user);
-    if (u) {
-        u->post = fn;
+    u = crpci_user_add(l, fn, user);
+    if (u)
         crpci_loop_ready(l, &u->task);
-    }
     crpci_loop_unlock(l);
     return u ? CRPC_OK : CRPC_ENOMEM;
 }
@@ -6063,7 +6052,7 @@ CRPCI_FN bool crpci_user_watches(const crpc_loop *l, int fd)
     uint32_t i;
     for (i = 0; i < l->users.cap; i++) {
         const crpci_user *u = (const crpci_user *)l->users.slots[i].object;
-        if (u && u->kind == CRPCI_USER_WATCH && u->fd == fd)
+        if (u && !u->on_timer && u->fd == fd)
             return true;
     }
     return false;
@@ -6082,7 +6071,7 @@ CRPC_API int crpc_loop_watch(crpc_loop *l, int fd, unsigned events, crpc_watch_f
         crpci_loop_unlock(l);
         return CRPC_EBUSY;
     }
-    u = crpci_user_add(l, CRPCI_USER_WATCH, user);
+    u = crpci_user_add(l, NULL, user);
     if (u) {
         u->fd = fd;
         u->on_event = fn;
@@ -6105,7 +6094,7 @@ CRPC_API int crpc_loop_rewatch(crpc_loop *l, crpc_id id, unsigned events)
         return CRPC_EINVAL;
     crpci_loop_lock(l);
     u = (crpci_user *)crpci_id_get(&l->users, id.value);
-    if (u && u->kind == CRPCI_USER_WATCH) {
+    if (u && !u->on_timer) {
         u->wanted = events;
         err = crpci_watch_set(l, &u->watch, u->fd, events);
     }
@@ -6114,19 +6103,19 @@ CRPC_API int crpc_loop_rewatch(crpc_loop *l, crpc_id id, unsigned events)
 }
 
 /* Ends a timer or a watch; an id that is stale, or of the other kind, is ignored. */
-CRPCI_FN void crpci_user_stop(crpc_loop *l, crpc_id id, crpci_user_kind kind)
+CRPCI_FN void crpci_user_stop(crpc_loop *l, crpc_id id, bool timer)
 {
     crpci_user *u;
     crpci_loop_lock(l);
     u = (crpci_user *)crpci_id_get(&l->users, id.value);
-    if (u && u->kind == kind)
+    if (u && timer == (u->on_timer != NULL))
         crpci_user_remove(l, u);
     crpci_loop_unlock(l);
 }
 
 CRPC_API void crpc_loop_unwatch(crpc_loop *l, crpc_id id)
 {
-    crpci_user_stop(l, id, CRPCI_USER_WATCH);
+    crpci_user_stop(l, id, false);
 }
 
 CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms, crpc_timer_fn fn,
@@ -6140,9 +6129,8 @@ CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms,
     if (!fn || delay_ms < 0 || period_ms < 0 || delay_ms > longest || period_ms > longest)
         return CRPC_EINVAL;
     crpci_loop_lock(l);
-    u = crpci_user_add(l, CRPCI_USER_TIMER, user);
+    u = crpci_user_add(l, fn, user);
     if (u) {
-        u->on_timer = fn;
         u->period_us = period_ms * 1000;
         crpci_loop_timer_set(l, &u->timer, delay_ms * 1000);
         id->value = u->id;
@@ -6153,7 +6141,7 @@ CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms,
 
 CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
 {
-    crpci_user_stop(l, id, CRPCI_USER_TIMER);
+    crpci_user_stop(l, id, true);
 }
 
 /* ======================================================================== */
