@@ -4162,9 +4162,9 @@ CRPCI_FN crpci_frame_result crpci_frame_header(const uint8_t *p, size_t n, uint3
 
 /* RpcMeta is the protobuf message that precedes every baidu_std payload; field numbers are those of
  * brpc's baidu_rpc_meta.proto. nanopb needs about 280 ns for each direction, so crpc writes a meta
- * backwards in front of its payload by hand, and reads it by hand: the two usual shapes by comparing
- * bytes, others field by field. A fuzzer compares both readers with nanopb. All of this is pure:
- * any thread, no lock. */
+ * backwards in front of its payload by hand, and reads by hand too: the two usual shapes by
+ * comparing bytes, others field by field. A fuzzer compares both readers with nanopb. All of this
+ * is pure: any thread, no lock. */
 
 /* An RpcMeta, flattened. Reading leaves views that point into the input. */
 typedef struct crpci_meta {
@@ -4394,44 +4394,46 @@ typedef struct crpci_meta_row {
     uint8_t at; /* offset in crpci_meta; a part: which */
 } crpci_meta_row;
 
+#define CRPCI_META_ROW(kind, member) {CRPCI_META_##kind, offsetof(crpci_meta, member)}
+/* clang-format off */
+/* Of each message, by field number. */
+static const crpci_meta_row crpci_meta_rows[3][12] = {{
+    {CRPCI_META_UNKNOWN, 0},
+    {CRPCI_META_PART, CRPCI_META_REQUEST},
+    {CRPCI_META_PART, CRPCI_META_RESPONSE},
+    CRPCI_META_ROW(INT32, compress_type),
+    CRPCI_META_ROW(INT64, correlation_id),
+    CRPCI_META_ROW(INT32, attachment_size),
+    CRPCI_META_ROW(BYTES, chunk_info),
+    CRPCI_META_ROW(BYTES, credential),
+    CRPCI_META_ROW(BYTES, stream_settings),
+    {CRPCI_META_FIELDS, 0},
+    CRPCI_META_ROW(INT32, content_type),
+    CRPCI_META_ROW(INT32, checksum_type)
+}, {
+    {CRPCI_META_UNKNOWN, 0},
+    CRPCI_META_ROW(BYTES, service),
+    CRPCI_META_ROW(BYTES, method),
+    CRPCI_META_ROW(INT64, log_id),
+    CRPCI_META_ROW(INT64, trace_id),
+    CRPCI_META_ROW(INT64, span_id),
+    CRPCI_META_ROW(INT64, parent_span_id),
+    {CRPCI_META_UNKNOWN, 0},
+    CRPCI_META_ROW(INT32, timeout_ms)
+}, {
+    {CRPCI_META_UNKNOWN, 0},
+    CRPCI_META_ROW(INT32, error_code),
+    CRPCI_META_ROW(BYTES, error_text)
+}};
+/* clang-format on */
+#undef CRPCI_META_ROW
+
 /* Reads one part into `m`. A part that comes twice is merged, as protobuf asks: the last value of a
  * field counts. False: it is malformed, a known field has an unexpected wire type, or a request
  * does not name service and method. */
 CRPCI_FN bool crpci_meta_read_part(const uint8_t *p, const uint8_t *end, unsigned part,
                                    crpci_meta *m)
 {
-#define CRPCI_META_ROW(kind, member) {CRPCI_META_##kind, offsetof(crpci_meta, member)}
-    /* clang-format off */
-    static const crpci_meta_row rows[3][12] = {{ /* by field number */
-        {CRPCI_META_UNKNOWN, 0},
-        {CRPCI_META_PART, CRPCI_META_REQUEST},
-        {CRPCI_META_PART, CRPCI_META_RESPONSE},
-        CRPCI_META_ROW(INT32, compress_type),
-        CRPCI_META_ROW(INT64, correlation_id),
-        CRPCI_META_ROW(INT32, attachment_size),
-        CRPCI_META_ROW(BYTES, chunk_info),
-        CRPCI_META_ROW(BYTES, credential),
-        CRPCI_META_ROW(BYTES, stream_settings),
-        {CRPCI_META_FIELDS, 0},
-        CRPCI_META_ROW(INT32, content_type),
-        CRPCI_META_ROW(INT32, checksum_type)
-    }, {
-        {CRPCI_META_UNKNOWN, 0},
-        CRPCI_META_ROW(BYTES, service),
-        CRPCI_META_ROW(BYTES, method),
-        CRPCI_META_ROW(INT64, log_id),
-        CRPCI_META_ROW(INT64, trace_id),
-        CRPCI_META_ROW(INT64, span_id),
-        CRPCI_META_ROW(INT64, parent_span_id),
-        {CRPCI_META_UNKNOWN, 0},
-        CRPCI_META_ROW(INT32, timeout_ms)
-    }, {
-        {CRPCI_META_UNKNOWN, 0},
-        CRPCI_META_ROW(INT32, error_code),
-        CRPCI_META_ROW(BYTES, error_text)
-    }};
-    /* clang-format on */
-#undef CRPCI_META_ROW
     uint64_t key, n = 0;
     crpc_view v = {{NULL}, NULL};
     if (part == CRPCI_META_REQUEST)
@@ -4442,7 +4444,7 @@ CRPCI_FN bool crpci_meta_read_part(const uint8_t *p, const uint8_t *end, unsigne
         p = crpci_meta_next(p, end, &key, &n, &v);
         if (!p)
             return false;
-        row = &rows[part][key >> 3 < 12 ? key >> 3 : 0];
+        row = &crpci_meta_rows[part][key >> 3 < 12 ? key >> 3 : 0];
         at = (char *)m + row->at;
         if (row->kind >= CRPCI_META_INT32 && (key & 7) != (row->kind < CRPCI_META_BYTES ? 0 : 2))
             return false;
@@ -6586,7 +6588,7 @@ CRPC_API void crpc_loop_close(crpc_loop *l)
         l->mode = CRPCI_LOOP_PASSIVE;
         crpci_drive_leave(l);
     }
-    crpci_drive_join(l); /* now: an owner that leaves may still have sent, unlocked, until it left */
+    crpci_drive_join(l); /* not before: a thread that leaves may send, unlocked, until it left */
     crpci_loop_unlock(l);
     crpci_loop_release(l);
 }
