@@ -5817,19 +5817,31 @@ CRPCI_FN void crpci_loop_user_end(crpc_loop *l)
     l->fresh = false;
 }
 
-/* Runs the tasks that are on the list now; one that queues itself again runs the next time. What
- * user tasks send goes out every 32 tasks, so that one send carries several replies. */
+/* Runs the tasks that are on the list now; one that queues itself again runs the next time. */
 CRPCI_FN void crpci_loop_run_list(crpc_loop *l, crpci_list *list)
 {
     crpci_list now;
-    unsigned n = 0;
     crpci_loop_assert_locked(l);
     crpci_list_move(&now, list);
     while (!crpci_list_empty(&now)) {
         crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
         crpci_list_remove(&t->link);
         t->run(l, t);
-        if (++n % 32 == 0 && list == &l->ready)
+    }
+}
+
+/* Runs the user tasks that are queued now. What they send goes out every 32 tasks, so that one
+ * send carries several replies. */
+CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
+{
+    crpci_list now;
+    unsigned n = 0;
+    crpci_list_move(&now, &l->ready);
+    while (!crpci_list_empty(&now)) {
+        crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
+        crpci_list_remove(&t->link);
+        t->run(l, t);
+        if (++n % 32 == 0)
             crpci_loop_run_list(l, &l->dirty);
     }
 }
@@ -6193,7 +6205,7 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
     crpci_loop_run_timers(l);
     crpci_loop_run_list(l, &l->resume);
     if (user)
-        crpci_loop_run_list(l, &l->ready);
+        crpci_loop_run_ready(l);
     crpci_loop_run_list(l, &l->dirty);
     patience = crpci_drive_patience(l, until, user);
     if (crpci_poller_prepare(&l->poller, l->heap)) /* out of memory: some are not waited for */
@@ -6214,7 +6226,7 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
             w->fn(l, w, e.events);
     }
     if (user)
-        crpci_loop_run_list(l, &l->ready);
+        crpci_loop_run_ready(l);
     crpci_loop_run_list(l, &l->dirty);
 }
 
@@ -6361,7 +6373,7 @@ CRPCI_COLD void crpci_drive_finish(crpc_loop *l)
 {
     int rounds = 1000;
     while (!crpci_list_empty(&l->ready) && rounds--)
-        crpci_loop_run_list(l, &l->ready);
+        crpci_loop_run_ready(l);
     crpci_user_remove_all(l);
 }
 
