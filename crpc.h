@@ -4175,9 +4175,9 @@ CRPCI_FN crpci_frame_result crpci_frame_header(const uint8_t *p, size_t n, uint3
 
 /* RpcMeta is the protobuf message that precedes every baidu_std payload; field numbers are those of
  * brpc's baidu_rpc_meta.proto. nanopb needs about 280 ns for each direction, so crpc writes a meta
- * backwards in front of its payload by hand, and reads it by hand: the two usual shapes by comparing
- * bytes, others field by field. A fuzzer compares both readers with nanopb. All of this is pure:
- * any thread, no lock. */
+ * backwards in front of its payload by hand, and reads by hand too: the two usual shapes by
+ * comparing bytes, others field by field. A fuzzer compares both readers with nanopb. All of this
+ * is pure: any thread, no lock. */
 
 /* An RpcMeta, flattened. Reading leaves views that point into the input. */
 typedef struct crpci_meta {
@@ -4193,8 +4193,8 @@ typedef struct crpci_meta {
     int32_t compress_type;
     int32_t content_type;
     int32_t checksum_type;
-    crpc_view names;   /* request to write: service and method, encoded; unset: the next two */
-    crpc_view service; /* request */
+    crpc_view names;   /* request to write: service and method, encoded */
+    crpc_view service; /* request read */
     crpc_view method;
     int64_t log_id;
     int64_t trace_id;
@@ -4315,10 +4315,7 @@ CRPCI_FN uint8_t *crpci_meta_put_request(uint8_t *low, uint8_t *payload, size_t 
     }
     if (m->log_id)
         p = crpci_meta_put_int(p, 3, m->log_id);
-    if (crpc_view_data(m->names))
-        p = crpci_meta_put_raw(p, m->names);
-    else
-        p = crpci_meta_put_bytes(crpci_meta_put_bytes(p, 2, m->method), 1, m->service);
+    p = crpci_meta_put_raw(p, m->names);
     p = crpci_meta_put_header(p, end, 1, payload, payload_size + (size_t)m->attachment_size);
     crpci_meta_check_room(low, p);
     return p;
@@ -4410,44 +4407,46 @@ typedef struct crpci_meta_row {
     uint8_t at; /* offset in crpci_meta; a part: which */
 } crpci_meta_row;
 
+#define CRPCI_META_ROW(kind, member) {CRPCI_META_##kind, offsetof(crpci_meta, member)}
+/* clang-format off */
+/* Of each message, by field number. */
+static const crpci_meta_row crpci_meta_rows[3][12] = {{
+    {CRPCI_META_UNKNOWN, 0},
+    {CRPCI_META_PART, CRPCI_META_REQUEST},
+    {CRPCI_META_PART, CRPCI_META_RESPONSE},
+    CRPCI_META_ROW(INT32, compress_type),
+    CRPCI_META_ROW(INT64, correlation_id),
+    CRPCI_META_ROW(INT32, attachment_size),
+    CRPCI_META_ROW(BYTES, chunk_info),
+    CRPCI_META_ROW(BYTES, credential),
+    CRPCI_META_ROW(BYTES, stream_settings),
+    {CRPCI_META_FIELDS, 0},
+    CRPCI_META_ROW(INT32, content_type),
+    CRPCI_META_ROW(INT32, checksum_type)
+}, {
+    {CRPCI_META_UNKNOWN, 0},
+    CRPCI_META_ROW(BYTES, service),
+    CRPCI_META_ROW(BYTES, method),
+    CRPCI_META_ROW(INT64, log_id),
+    CRPCI_META_ROW(INT64, trace_id),
+    CRPCI_META_ROW(INT64, span_id),
+    CRPCI_META_ROW(INT64, parent_span_id),
+    {CRPCI_META_UNKNOWN, 0},
+    CRPCI_META_ROW(INT32, timeout_ms)
+}, {
+    {CRPCI_META_UNKNOWN, 0},
+    CRPCI_META_ROW(INT32, error_code),
+    CRPCI_META_ROW(BYTES, error_text)
+}};
+/* clang-format on */
+#undef CRPCI_META_ROW
+
 /* Reads one part into `m`. A part that comes twice is merged, as protobuf asks: the last value of a
  * field counts. False: it is malformed, a known field has an unexpected wire type, or a request
  * does not name service and method. */
 CRPCI_FN bool crpci_meta_read_part(const uint8_t *p, const uint8_t *end, unsigned part,
                                    crpci_meta *m)
 {
-#define CRPCI_META_ROW(kind, member) {CRPCI_META_##kind, offsetof(crpci_meta, member)}
-    /* clang-format off */
-    static const crpci_meta_row rows[3][12] = {{ /* by field number */
-        {CRPCI_META_UNKNOWN, 0},
-        {CRPCI_META_PART, CRPCI_META_REQUEST},
-        {CRPCI_META_PART, CRPCI_META_RESPONSE},
-        CRPCI_META_ROW(INT32, compress_type),
-        CRPCI_META_ROW(INT64, correlation_id),
-        CRPCI_META_ROW(INT32, attachment_size),
-        CRPCI_META_ROW(BYTES, chunk_info),
-        CRPCI_META_ROW(BYTES, credential),
-        CRPCI_META_ROW(BYTES, stream_settings),
-        {CRPCI_META_FIELDS, 0},
-        CRPCI_META_ROW(INT32, content_type),
-        CRPCI_META_ROW(INT32, checksum_type)
-    }, {
-        {CRPCI_META_UNKNOWN, 0},
-        CRPCI_META_ROW(BYTES, service),
-        CRPCI_META_ROW(BYTES, method),
-        CRPCI_META_ROW(INT64, log_id),
-        CRPCI_META_ROW(INT64, trace_id),
-        CRPCI_META_ROW(INT64, span_id),
-        CRPCI_META_ROW(INT64, parent_span_id),
-        {CRPCI_META_UNKNOWN, 0},
-        CRPCI_META_ROW(INT32, timeout_ms)
-    }, {
-        {CRPCI_META_UNKNOWN, 0},
-        CRPCI_META_ROW(INT32, error_code),
-        CRPCI_META_ROW(BYTES, error_text)
-    }};
-    /* clang-format on */
-#undef CRPCI_META_ROW
     uint64_t key, n = 0;
     crpc_view v = {{NULL}, NULL};
     if (part == CRPCI_META_REQUEST)
@@ -4458,7 +4457,7 @@ CRPCI_FN bool crpci_meta_read_part(const uint8_t *p, const uint8_t *end, unsigne
         p = crpci_meta_next(p, end, &key, &n, &v);
         if (!p)
             return false;
-        row = &rows[part][key >> 3 < 12 ? key >> 3 : 0];
+        row = &crpci_meta_rows[part][key >> 3 < 12 ? key >> 3 : 0];
         at = (char *)m + row->at;
         if (row->kind >= CRPCI_META_INT32 && (key & 7) != (row->kind < CRPCI_META_BYTES ? 0 : 2))
             return false;
@@ -4524,16 +4523,10 @@ CRPCI_FN bool crpci_meta_read_usual(const uint8_t *p, size_t n, crpc_view names,
            crpci_meta_last_varint(sub_end + 3, end, &m->correlation_id);
 }
 
-CRPCI_FN bool crpci_meta_bytes_equal(crpc_view v, const char *text, size_t n)
-{
-    return crpc_view_size(v) == n && (n == 0 || memcmp(crpc_view_data(v), text, n) == 0);
-}
-
 /* Searches the value of a user_fields entry. The last entry of a key wins, as in a protobuf map. */
 CRPCI_FN bool crpci_meta_field(crpc_view raw, const char *key, crpc_view *value)
 {
     const uint8_t *p = (const uint8_t *)crpc_view_data(raw), *end = (const uint8_t *)raw.end;
-    size_t key_len = strlen(key);
     bool found = false;
     while (p && p < end) {
         uint64_t k = 0, n = 0;
@@ -4551,7 +4544,7 @@ CRPCI_FN bool crpci_meta_field(crpc_view raw, const char *key, crpc_view *value)
             else if (q && k == (2 << 3 | 2))
                 text = v;
         }
-        if (q && crpci_meta_bytes_equal(name, key, key_len)) {
+        if (q && crpc_view_equal(name, key)) {
             *value = text;
             found = true;
         }
@@ -5837,19 +5830,31 @@ CRPCI_FN void crpci_loop_user_end(crpc_loop *l)
     l->fresh = false;
 }
 
-/* Runs the tasks that are on the list now; one that queues itself again runs the next time. What
- * user tasks send goes out every 32 tasks, so that one send carries several replies. */
+/* Runs the tasks that are on the list now; one that queues itself again runs the next time. */
 CRPCI_FN void crpci_loop_run_list(crpc_loop *l, crpci_list *list)
 {
     crpci_list now;
-    unsigned n = 0;
     crpci_loop_assert_locked(l);
     crpci_list_move(&now, list);
     while (!crpci_list_empty(&now)) {
         crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
         crpci_list_remove(&t->link);
         t->run(l, t);
-        if (++n % 32 == 0 && list == &l->ready)
+    }
+}
+
+/* Runs the user tasks that are queued now. What they send goes out every 32 tasks, so that one
+ * send carries several replies. */
+CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
+{
+    crpci_list now;
+    unsigned n = 0;
+    crpci_list_move(&now, &l->ready);
+    while (!crpci_list_empty(&now)) {
+        crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
+        crpci_list_remove(&t->link);
+        t->run(l, t);
+        if (++n % 32 == 0)
             crpci_loop_run_list(l, &l->dirty);
     }
 }
@@ -5950,23 +5955,16 @@ CRPCI_FN int crpci_watch_set(crpc_loop *l, crpci_watch *w, int fd, unsigned even
 /* ======================================================================== */
 
 /* Posts, timers and watches of the program are objects of one type: a task that runs a callback in
- * user code, with an id in l->users. A post, and a timer without a period, removes itself after its
- * callback; the others stay until the program ends them or closes the loop. */
-typedef enum crpci_user_kind {
-    CRPCI_USER_POST,
-    CRPCI_USER_TIMER,
-    CRPCI_USER_WATCH
-} crpci_user_kind;
-
+ * user code, with an id in l->users. A timer without a period, and a post, which is one that is due
+ * at once, removes itself after its callback; the others stay until the program ends them or closes
+ * the loop. */
 typedef struct crpci_user {
-    crpci_user_kind kind;
     crpci_task task;
     uint64_t id;
     void *user;
     bool running;
     bool ended; /* while its callback ran, which frees it */
-    void (*post)(void *user);
-    crpc_timer_fn on_timer;
+    crpc_timer_fn on_timer; /* NULL: a watch */
     crpci_timer timer;
     int64_t period_us;
     crpc_watch_fn on_event;
@@ -6006,9 +6004,7 @@ CRPCI_FN void crpci_user_run(crpc_loop *l, crpci_task *task)
     u->got = 0;
     u->running = true;
     crpci_loop_user_begin(l);
-    if (u->kind == CRPCI_USER_POST)
-        u->post(u->user);
-    else if (u->kind == CRPCI_USER_TIMER)
+    if (u->on_timer)
         u->on_timer(u->user);
     else if (got)
         u->on_event(u->user, u->fd, got);
@@ -6016,10 +6012,10 @@ CRPCI_FN void crpci_user_run(crpc_loop *l, crpci_task *task)
     u->running = false;
     if (u->ended)
         crpci_heap_free(l->heap, u, sizeof *u);
-    else if (u->kind == CRPCI_USER_POST || (u->kind == CRPCI_USER_TIMER && !u->period_us))
-        crpci_user_remove(l, u);
-    else if (u->kind == CRPCI_USER_WATCH)
+    else if (!u->on_timer)
         crpci_watch_set(l, &u->watch, u->fd, u->wanted);
+    else if (!u->period_us)
+        crpci_user_remove(l, u);
 }
 
 /* A periodic timer keeps its rhythm; periods that have passed entirely are left out. */
@@ -6044,14 +6040,14 @@ CRPCI_FN void crpci_user_on_event(crpc_loop *l, crpci_watch *watch, unsigned eve
         crpci_watch_set(l, watch, u->fd, 0);
 }
 
-/* A new object with an id, whose callback the caller sets. NULL: out of memory. */
-CRPCI_FN crpci_user *crpci_user_add(crpc_loop *l, crpci_user_kind kind, void *user)
+/* A new object with an id; of a watch the caller sets the rest. NULL: out of memory. */
+CRPCI_FN crpci_user *crpci_user_add(crpc_loop *l, crpc_timer_fn on_timer, void *user)
 {
     crpci_user *u = (crpci_user *)crpci_heap_alloc(l->heap, sizeof *u);
     crpci_loop_assert_locked(l);
     if (!u)
         return NULL;
-    u->kind = kind;
+    u->on_timer = on_timer;
     u->user = user;
     u->fd = -1;
     crpci_loop_task_init(&u->task, crpci_user_run);
@@ -6070,11 +6066,9 @@ CRPC_API int crpc_loop_post(crpc_loop *l, void (*fn)(void *user), void *user)
     if (!fn)
         return CRPC_EINVAL;
     crpci_loop_lock(l);
-    u = crpci_user_add(l, CRPCI_USER_POST, user);
-    if (u) {
-        u->post = fn;
+    u = crpci_user_add(l, fn, user);
+    if (u)
         crpci_loop_ready(l, &u->task);
-    }
     crpci_loop_unlock(l);
     return u ? CRPC_OK : CRPC_ENOMEM;
 }
@@ -6085,7 +6079,7 @@ CRPCI_FN bool crpci_user_watches(const crpc_loop *l, int fd)
     uint32_t i;
     for (i = 0; i < l->users.cap; i++) {
         const crpci_user *u = (const crpci_user *)l->users.slots[i].object;
-        if (u && u->kind == CRPCI_USER_WATCH && u->fd == fd)
+        if (u && !u->on_timer && u->fd == fd)
             return true;
     }
     return false;
@@ -6104,7 +6098,7 @@ CRPC_API int crpc_loop_watch(crpc_loop *l, int fd, unsigned events, crpc_watch_f
         crpci_loop_unlock(l);
         return CRPC_EBUSY;
     }
-    u = crpci_user_add(l, CRPCI_USER_WATCH, user);
+    u = crpci_user_add(l, NULL, user);
     if (u) {
         u->fd = fd;
         u->on_event = fn;
@@ -6127,7 +6121,7 @@ CRPC_API int crpc_loop_rewatch(crpc_loop *l, crpc_id id, unsigned events)
         return CRPC_EINVAL;
     crpci_loop_lock(l);
     u = (crpci_user *)crpci_id_get(&l->users, id.value);
-    if (u && u->kind == CRPCI_USER_WATCH) {
+    if (u && !u->on_timer) {
         u->wanted = events;
         err = crpci_watch_set(l, &u->watch, u->fd, events);
     }
@@ -6136,19 +6130,19 @@ CRPC_API int crpc_loop_rewatch(crpc_loop *l, crpc_id id, unsigned events)
 }
 
 /* Ends a timer or a watch; an id that is stale, or of the other kind, is ignored. */
-CRPCI_FN void crpci_user_stop(crpc_loop *l, crpc_id id, crpci_user_kind kind)
+CRPCI_FN void crpci_user_stop(crpc_loop *l, crpc_id id, bool timer)
 {
     crpci_user *u;
     crpci_loop_lock(l);
     u = (crpci_user *)crpci_id_get(&l->users, id.value);
-    if (u && u->kind == kind)
+    if (u && timer == (u->on_timer != NULL))
         crpci_user_remove(l, u);
     crpci_loop_unlock(l);
 }
 
 CRPC_API void crpc_loop_unwatch(crpc_loop *l, crpc_id id)
 {
-    crpci_user_stop(l, id, CRPCI_USER_WATCH);
+    crpci_user_stop(l, id, false);
 }
 
 CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms, crpc_timer_fn fn,
@@ -6162,9 +6156,8 @@ CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms,
     if (!fn || delay_ms < 0 || period_ms < 0 || delay_ms > longest || period_ms > longest)
         return CRPC_EINVAL;
     crpci_loop_lock(l);
-    u = crpci_user_add(l, CRPCI_USER_TIMER, user);
+    u = crpci_user_add(l, fn, user);
     if (u) {
-        u->on_timer = fn;
         u->period_us = period_ms * 1000;
         crpci_loop_timer_set(l, &u->timer, delay_ms * 1000);
         id->value = u->id;
@@ -6175,7 +6168,7 @@ CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms,
 
 CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
 {
-    crpci_user_stop(l, id, CRPCI_USER_TIMER);
+    crpci_user_stop(l, id, true);
 }
 
 /* ======================================================================== */
@@ -6225,7 +6218,7 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
     crpci_loop_run_timers(l);
     crpci_loop_run_list(l, &l->resume);
     if (user)
-        crpci_loop_run_list(l, &l->ready);
+        crpci_loop_run_ready(l);
     crpci_loop_run_list(l, &l->dirty);
     patience = crpci_drive_patience(l, until, user);
     if (crpci_poller_prepare(&l->poller, l->heap)) /* out of memory: some are not waited for */
@@ -6246,7 +6239,7 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
             w->fn(l, w, e.events);
     }
     if (user)
-        crpci_loop_run_list(l, &l->ready);
+        crpci_loop_run_ready(l);
     crpci_loop_run_list(l, &l->dirty);
 }
 
@@ -6393,7 +6386,7 @@ CRPCI_COLD void crpci_drive_finish(crpc_loop *l)
 {
     int rounds = 1000;
     while (!crpci_list_empty(&l->ready) && rounds--)
-        crpci_loop_run_list(l, &l->ready);
+        crpci_loop_run_ready(l);
     crpci_user_remove_all(l);
 }
 
@@ -6620,7 +6613,7 @@ CRPC_API void crpc_loop_close(crpc_loop *l)
         l->mode = CRPCI_LOOP_PASSIVE;
         crpci_drive_leave(l);
     }
-    crpci_drive_join(l); /* now: an owner that leaves may still have sent, unlocked, until it left */
+    crpci_drive_join(l); /* not before: a thread that leaves may send, unlocked, until it left */
     crpci_loop_unlock(l);
     crpci_loop_release(l);
 }
