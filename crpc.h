@@ -10189,7 +10189,7 @@ CRPCI_COLD char *crpci_cache_read(crpci_heap *h, const char *path)
     return out;
 }
 
-/* Begins with what the file holds. False: out of memory. crpci_cache_clear is due in either case. */
+/* Begins with what the file holds. False: out of memory; crpci_cache_clear is due all the same. */
 CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path, int interval_ms)
 {
     memset(c, 0, sizeof *c);
@@ -10325,6 +10325,8 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
  * calls that unlock. A result of false means that some subscriber did not take its list, because
  * memory is short, or its callback or another pass is running: the backend must report the same
  * again about a second later. */
+
+#define CRPCI_DIRECTORY_RETRY_US 1000000 /* before a list that was not taken is offered again */
 
 /* All providers of a service at one time, sorted by address, each address once. Immutable once it
  * has been handed out, so that readers need a reference but no lock. */
@@ -10842,7 +10844,8 @@ CRPCI_FN void crpci_directory_arm(crpci_directory *d)
     for (i = d->subscribers.next; i != &d->subscribers; i = i->next) {
         const crpci_subscriber *s = CRPCI_CONTAINER(i, crpci_subscriber, link);
         if (s->hold_until_us)
-            next = crpci_base_min64(next, s->hold_until_us > now ? s->hold_until_us - now : 1000000);
+            next = crpci_base_min64(next, s->hold_until_us > now ? s->hold_until_us - now
+                                                                 : CRPCI_DIRECTORY_RETRY_US);
     }
     if (next != INT64_MAX && !d->ended)
         crpci_loop_timer_set(d->loop, &d->timer, next);
@@ -11132,8 +11135,7 @@ typedef struct crpci_file {
 /* The result of reading a file. */
 typedef struct crpci_file_text {
     crpci_names names;
-    crpci_directory_report report;
-    size_t bad;
+    size_t bad;      /* malformed lines */
     size_t bad_line; /* number of the first one */
 } crpci_file_text;
 
@@ -11206,9 +11208,6 @@ CRPCI_FN bool crpci_file_parse(crpci_heap *h, char *text, crpci_file_text *out)
         names->name[names->count++] = pool + used;
         used += crpci_url_encode(pool + used, lines * 256 + 9 * len - used, url) + 1;
     }
-    out->report.names = names->name;
-    out->report.count = names->count;
-    out->report.whole = out->bad == 0;
     return true;
 }
 
@@ -11223,7 +11222,6 @@ CRPCI_FN int crpci_file_read(const crpci_file *f, crpci_file_text *out)
     memset(out, 0, sizeof *out);
     errno = 0;
     text = crpci_cache_read_file(h, f->path, CRPCI_FILE_MAX, &size);
-    out->report.whole = errno == ENOENT;
     if (!text)
         return errno == ENOENT ? CRPC_OK : CRPC_ESYSTEM;
     ok = crpci_file_parse(h, text, out);
@@ -11243,6 +11241,7 @@ CRPCI_FN bool crpci_file_same(const struct stat *a, const struct stat *b)
 CRPCI_FN void crpci_file_examine(crpci_file *f)
 {
     crpci_directory *d = &f->directory;
+    crpci_directory_report report;
     crpci_file_text text;
     struct stat st;
     bool same;
@@ -11270,7 +11269,10 @@ CRPCI_FN void crpci_file_examine(crpci_file *f)
     f->bad_line = text.bad_line;
     if (err == CRPC_ESYSTEM)
         (void)crpci_directory_age(d);
-    if (err || !crpci_directory_update(d, &text.report))
+    report.names = text.names.name;
+    report.count = text.names.count;
+    report.whole = !text.bad;
+    if (err || !crpci_directory_update(d, &report))
         memset(&f->seen, 0, sizeof f->seen);
     crpci_names_free(d->loop->heap, &text.names);
 }
