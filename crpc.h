@@ -9916,7 +9916,7 @@ CRPCI_COLD char *crpci_cache_read(crpci_heap *h, const char *path)
     return out;
 }
 
-/* Begins with what the file holds. False: out of memory. crpci_cache_clear is due in either case. */
+/* Begins with what the file holds. False: out of memory; crpci_cache_clear is due all the same. */
 CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path, int interval_ms)
 {
     memset(c, 0, sizeof *c);
@@ -10053,6 +10053,8 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
  * memory is short, or its callback or another pass is running: the backend must report the same
  * again about a second later. */
 
+#define CRPCI_DIRECTORY_RETRY_US 1000000 /* before a list that was not taken is offered again */
+
 /* All providers of a service at one time, sorted by address, each address once. Immutable once it
  * has been handed out, so that readers need a reference but no lock. */
 typedef struct crpci_snapshot {
@@ -10150,37 +10152,32 @@ CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *nam
                                                  const crpci_names_overrides *overrides,
                                                  size_t *bad)
 {
-    size_t i, longest = 0;
-    crpci_snapshot *s;
-    char *text;
+    crpci_snapshot *s = crpci_directory_snapshot(h, count);
+    crpci_names_node node;
+    size_t i;
     *bad = 0;
-    for (i = 0; i < count; i++) {
-        size_t n = names[i] ? strlen(names[i]) : 0;
-        longest = n > longest ? n : longest;
-    }
-    s = crpci_directory_snapshot(h, count);
-    text = (char *)crpci_heap_alloc(h, longest + 1);
-    if (!s || !text) {
-        crpci_directory_snapshot_unref(s);
-        crpci_heap_free(h, text, longest + 1);
-        return NULL;
-    }
-    s->count = 0;
-    for (i = 0; i < count; i++) {
-        crpci_names_node node;
-        memcpy(text, names[i] ? names[i] : "", names[i] ? strlen(names[i]) + 1 : 1);
+    if (s)
+        s->count = 0;
+    for (i = 0; s && i < count; i++) {
+        const char *name = names[i] ? names[i] : "";
+        size_t size = strlen(name) + 1;
+        char *text = (char *)crpci_heap_alloc(h, size);
+        if (!text) {
+            crpci_directory_snapshot_unref(s);
+            return NULL;
+        }
+        memcpy(text, name, size);
         if (!crpci_names_parse(&node, text)) {
             ++*bad;
-            continue;
+        } else if (crpci_names_takes(want, &node)) {
+            crpci_names_overrides_apply(overrides, want, &node.provider);
+            s->providers[s->count] = node.provider;
+            s->count += !node.provider.disabled;
         }
-        if (!crpci_names_takes(want, &node))
-            continue;
-        crpci_names_overrides_apply(overrides, want, &node.provider);
-        s->providers[s->count] = node.provider;
-        s->count += !node.provider.disabled;
+        crpci_heap_free(h, text, size);
     }
-    crpci_heap_free(h, text, longest + 1);
-    crpci_directory_sort(s);
+    if (s)
+        crpci_directory_sort(s);
     return s;
 }
 
@@ -10574,7 +10571,8 @@ CRPCI_FN void crpci_directory_arm(crpci_directory *d)
     for (i = d->subscribers.next; i != &d->subscribers; i = i->next) {
         const crpci_subscriber *s = CRPCI_CONTAINER(i, crpci_subscriber, link);
         if (s->hold_until_us)
-            next = crpci_base_min64(next, s->hold_until_us > now ? s->hold_until_us - now : 1000000);
+            next = crpci_base_min64(next, s->hold_until_us > now ? s->hold_until_us - now
+                                                                 : CRPCI_DIRECTORY_RETRY_US);
     }
     if (next != INT64_MAX && !d->ended)
         crpci_loop_timer_set(d->loop, &d->timer, next);
@@ -10864,8 +10862,7 @@ typedef struct crpci_file {
 /* The result of reading a file. */
 typedef struct crpci_file_text {
     crpci_names names;
-    crpci_directory_report report;
-    size_t bad;
+    size_t bad;      /* malformed lines */
     size_t bad_line; /* number of the first one */
 } crpci_file_text;
 
@@ -10938,9 +10935,6 @@ CRPCI_FN bool crpci_file_parse(crpci_heap *h, char *text, crpci_file_text *out)
         names->name[names->count++] = pool + used;
         used += crpci_url_encode(pool + used, lines * 256 + 9 * len - used, url) + 1;
     }
-    out->report.names = names->name;
-    out->report.count = names->count;
-    out->report.whole = out->bad == 0;
     return true;
 }
 
@@ -10955,24 +10949,11 @@ CRPCI_FN int crpci_file_read(const crpci_file *f, crpci_file_text *out)
     memset(out, 0, sizeof *out);
     errno = 0;
     text = crpci_cache_read_file(h, f->path, CRPCI_FILE_MAX, &size);
-    out->report.whole = errno == ENOENT;
     if (!text)
         return errno == ENOENT ? CRPC_OK : CRPC_ESYSTEM;
     ok = crpci_file_parse(h, text, out);
     crpci_heap_free(h, text, size);
     return ok ? CRPC_OK : CRPC_ENOMEM;
-}
-
-/* Logs malformed lines, once for each change of their number or place. Locked. */
-CRPCI_FN void crpci_file_complain(crpci_file *f, const crpci_file_text *text)
-{
-    if (text->bad && (text->bad != f->bad || text->bad_line != f->bad_line))
-        crpci_heap_log(f->base.loop->heap, CRPC_LOG_WARN,
-                       "registry %.200s: %zu lines are not \"host:port key=value ...\" with a "
-                       "numeric host and known keys, the first of them line %zu; they are ignored",
-                       f->directory.name, text->bad, text->bad_line);
-    f->bad = text->bad;
-    f->bad_line = text->bad_line;
 }
 
 /* Whether two stats are those of the same, unchanged file. Renaming a new file over the old one
@@ -10987,9 +10968,10 @@ CRPCI_FN bool crpci_file_same(const struct stat *a, const struct stat *b)
 CRPCI_FN void crpci_file_examine(crpci_file *f)
 {
     crpci_directory *d = &f->directory;
+    crpci_directory_report report;
     crpci_file_text text;
     struct stat st;
-    bool same, taken;
+    bool same;
     int err;
     crpci_loop_unlock(d->loop);
     if (stat(f->path, &st)) {
@@ -11005,15 +10987,19 @@ CRPCI_FN void crpci_file_examine(crpci_file *f)
     crpci_loop_unlock(d->loop);
     err = crpci_file_read(f, &text);
     crpci_loop_lock(d->loop);
-    if (err == CRPC_OK) {
-        crpci_file_complain(f, &text);
-        taken = crpci_directory_update(d, &text.report);
-    } else {
-        taken = false;
-        if (err == CRPC_ESYSTEM)
-            (void)crpci_directory_age(d);
-    }
-    if (!taken)
+    if (text.bad && (text.bad != f->bad || text.bad_line != f->bad_line))
+        crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
+                       "registry %.200s: %zu lines are not \"host:port key=value ...\" with a "
+                       "numeric host and known keys, the first of them line %zu; they are ignored",
+                       d->name, text.bad, text.bad_line);
+    f->bad = text.bad;
+    f->bad_line = text.bad_line;
+    if (err == CRPC_ESYSTEM)
+        (void)crpci_directory_age(d);
+    report.names = text.names.name;
+    report.count = text.names.count;
+    report.whole = !text.bad;
+    if (err || !crpci_directory_update(d, &report))
         memset(&f->seen, 0, sizeof f->seen);
     crpci_names_free(d->loop->heap, &text.names);
 }
@@ -11035,22 +11021,14 @@ CRPCI_FN int crpci_file_subscribe(crpci_backend *b, const crpci_names_service *w
 {
     crpci_file *f = (crpci_file *)(void *)b;
     crpci_subscriber *s;
-    crpci_file_text text;
-    if (crpci_file_read(f, &text) == CRPC_ENOMEM)
-        return CRPC_ENOMEM;
     crpci_loop_lock(b->loop);
-    crpci_file_complain(f, &text);
     s = crpci_directory_add(&f->directory, sizeof *s, want, push, user);
     if (s) {
         *out = s;
-        s->refs++;
-        memset(&f->seen, 0, sizeof f->seen); /* the file may have changed since the read */
-        crpci_loop_timer_set(b->loop, &f->timer, CRPCI_FILE_PERIOD_US);
-        (void)crpci_directory_serve(s, &text.report);
-        crpci_directory_subscriber_unref(s);
+        memset(&f->seen, 0, sizeof f->seen); /* read it, changed or not */
+        crpci_file_on_timer(b->loop, &f->timer);
     }
     crpci_loop_unlock(b->loop);
-    crpci_names_free(b->loop->heap, &text.names);
     return s ? CRPC_OK : CRPC_ENOMEM;
 }
 
@@ -11137,12 +11115,13 @@ CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
 #define CRPCI_MULTICAST_TICK_US     1000000
 #define CRPCI_MULTICAST_GRACE_US    2000000 /* time for answers after the loop did not run */
 
-/* A provider that was heard. One block, with two copies of the URL behind the struct. */
+/* A provider that was heard. One block, with the name behind the struct. */
 typedef struct crpci_multicast_peer {
     crpci_list link;
-    size_t size;         /* of the block */
-    char *url;           /* as received */
-    crpci_names_node is; /* the parsed URL; its texts point into the second copy */
+    size_t size; /* of the block */
+    char *name;  /* its URL, percent-encoded as the name of a znode is */
+    uint64_t url, service; /* hashes of the URL and of the service */
+    crpci_provider is;
     int64_t expires_us;
 } crpci_multicast_peer;
 
@@ -11258,13 +11237,12 @@ CRPCI_FN void crpci_multicast_forget(crpci_multicast *r, crpci_multicast_peer *p
 CRPCI_FN crpci_multicast_peer *crpci_multicast_find(const crpci_multicast *r,
                                                     const crpci_names_node *n)
 {
+    uint64_t service = crpci_names_hash(n->of.service);
     crpci_list *i;
     for (i = r->peers.next; i != &r->peers; i = i->next) {
         crpci_multicast_peer *p = CRPCI_CONTAINER(i, crpci_multicast_peer, link);
-        if (strcmp(p->is.provider.address, n->provider.address) == 0 &&
-            strcmp(p->is.of.service, n->of.service) == 0 &&
-            strcmp(p->is.of.group, n->of.group) == 0 &&
-            strcmp(p->is.of.version, n->of.version) == 0)
+        if (p->service == service && p->is.group == n->provider.group &&
+            p->is.version == n->provider.version && strcmp(p->is.address, n->provider.address) == 0)
             return p;
     }
     return NULL;
@@ -11307,17 +11285,19 @@ CRPCI_FN bool crpci_multicast_is_host(const char *address)
 }
 
 /* Stores a provider, and removes its earlier entry `old`, if there is one. */
-CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, crpci_multicast_peer *old)
+CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, const crpci_names_node *n,
+                                   crpci_multicast_peer *old)
 {
-    size_t n = strlen(url) + 1, size = sizeof(crpci_multicast_peer) + 2 * n;
+    size_t len = crpci_url_encode(NULL, 0, url) + 1, size = sizeof(crpci_multicast_peer) + len;
     crpci_multicast_peer *p = (crpci_multicast_peer *)crpci_heap_alloc(r->base.loop->heap, size);
     if (!p)
         return; /* the provider will announce itself again */
     p->size = size;
-    p->url = (char *)(p + 1);
-    memcpy(p->url, url, n);
-    memcpy(p->url + n, url, n);
-    (void)crpci_names_read(&p->is, p->url + n); /* cannot fail: the caller has parsed this URL */
+    p->name = (char *)(p + 1);
+    crpci_url_encode(p->name, len, url);
+    p->url = crpci_names_hash(url);
+    p->service = crpci_names_hash(n->of.service);
+    p->is = n->provider;
     p->expires_us = crpci_loop_now(r->base.loop) + crpci_multicast_ttl(url);
     if (old)
         crpci_multicast_forget(r, old);
@@ -11337,7 +11317,7 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
         !crpci_multicast_is_host(n.provider.address))
         return false;
     old = crpci_multicast_find(r, &n);
-    if (old && old->is.provider.timestamp_ms > n.provider.timestamp_ms)
+    if (old && old->is.timestamp_ms > n.provider.timestamp_ms)
         return true; /* delayed in the network: the provider has been restarted since */
     if (going) {
         if (old) {
@@ -11346,12 +11326,12 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
         }
         return true;
     }
-    if (old && strcmp(old->url, url) == 0)
+    if (old && old->url == crpci_names_hash(url))
         old->expires_us = crpci_loop_now(r->base.loop) + crpci_multicast_ttl(url);
     else if (crpci_multicast_wanted(r, &n)) {
         if (!old && r->peer_count >= CRPCI_MULTICAST_MAX)
             return false;
-        crpci_multicast_keep(r, url, old);
+        crpci_multicast_keep(r, url, &n, old);
     }
     return true;
 }
@@ -11533,17 +11513,16 @@ CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
     memset(&names, 0, sizeof names);
     names.size = r->peer_count * sizeof *names.name + 1;
     for (i = r->peers.next; i != &r->peers; i = i->next)
-        names.size +=
-            crpci_url_encode(NULL, 0, CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) + 1;
+        names.size += strlen(CRPCI_CONTAINER(i, crpci_multicast_peer, link)->name) + 1;
     names.name = (char **)crpci_heap_alloc(h, names.size);
     if (!names.name)
         return; /* serve_us stays set: the next tick tries again */
     p = (char *)(names.name + r->peer_count);
     for (i = r->peers.next; i != &r->peers; i = i->next) {
-        names.name[names.count++] = p;
-        p += crpci_url_encode(p, names.size - (size_t)(p - (char *)names.name),
-                              CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) +
-             1;
+        const char *name = CRPCI_CONTAINER(i, crpci_multicast_peer, link)->name;
+        size_t n = strlen(name) + 1;
+        names.name[names.count++] = (char *)memcpy(p, name, n);
+        p += n;
     }
     r->serve_us = 0;
     report.names = names.name;
@@ -11705,7 +11684,8 @@ CRPCI_FN void crpci_multicast_free(crpci_directory *d)
     crpci_multicast *r = CRPCI_CONTAINER(d, crpci_multicast, directory);
     while (!crpci_list_empty(&r->peers))
         crpci_multicast_forget(r, CRPCI_CONTAINER(r->peers.next, crpci_multicast_peer, link));
-    close(r->fd);
+    if (r->fd >= 0)
+        close(r->fd);
     crpci_heap_free(d->loop->heap, r, sizeof *r);
 }
 
@@ -11728,37 +11708,16 @@ static const crpci_backend_ops crpci_multicast_ops = {
     crpci_multicast_enroll, crpci_multicast_withdraw, crpci_multicast_subscribe,
     crpci_directory_leave, crpci_multicast_close};
 
-/* Makes the object for a socket that has joined the group. NULL: out of memory. */
-CRPCI_COLD crpci_multicast *crpci_multicast_new(crpc_loop *l, const char *authority, int fd)
-{
-    crpci_multicast *r = (crpci_multicast *)crpci_heap_alloc(l->heap, sizeof *r);
-    if (!r || !crpci_directory_init(&r->directory, l,
-                                    crpci_heap_format(l->heap, "multicast://%s", authority),
-                                    crpci_multicast_free)) {
-        crpci_heap_free(l->heap, r, sizeof *r);
-        return NULL;
-    }
-    r->base.ops = &crpci_multicast_ops;
-    r->base.loop = l;
-    r->fd = fd;
-    crpci_list_init(&r->peers);
-    crpci_list_init(&r->regs);
-    crpci_timer_init(&r->timer, crpci_multicast_on_timer);
-    crpci_watch_init(&r->watch, crpci_multicast_on_event);
-    crpci_loop_hold(l);
-    return r;
-}
-
 /* Opens multicast://224.5.6.7:port. */
 CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
                                     const crpci_directory_options *o, crpci_backend **out,
                                     crpc_error *error)
 {
-    const char *call;
+    const char *call = NULL;
     struct ip_mreqn which;
     crpci_addr group;
     crpci_multicast *r;
-    int fd, err;
+    int err = CRPC_OK;
     if (!crpci_sock_parse(&group, url->authority) || group.u.any.sa_family != AF_INET ||
         ntohl(group.u.in4.sin_addr.s_addr) >> 28 != 14 || group.u.in4.sin_port == 0)
         return crpci_status_set(error, CRPC_EINVAL,
@@ -11770,31 +11729,42 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
                                 "multicast://%.60s: interface \"%.40s\" does not exist; see "
                                 "`ip address`",
                                 url->authority, o->interface);
-    fd = crpci_multicast_socket(&group, &which, &call);
-    if (fd < 0)
-        return crpci_status_set(error, CRPC_EADDRESS,
-                                "multicast://%.60s: %s: %s; interface= names "
-                                "the interface to use",
-                                url->authority, call, strerror(errno));
-    r = crpci_multicast_new(l, url->authority, fd);
-    if (!r) {
-        close(fd);
+    r = (crpci_multicast *)crpci_heap_alloc(l->heap, sizeof *r);
+    if (!r || !crpci_directory_init(&r->directory, l,
+                                    crpci_heap_format(l->heap, "multicast://%s", url->authority),
+                                    crpci_multicast_free)) {
+        crpci_heap_free(l->heap, r, sizeof *r);
         return crpci_status_set(error, CRPC_ENOMEM, "multicast://%.60s: out of memory",
                                 url->authority);
     }
+    r->base.ops = &crpci_multicast_ops;
+    r->base.loop = l;
     r->group = group;
     r->which = which;
-    crpci_loop_lock(l);
-    r->tick_us = crpci_loop_now(l);
-    err = crpci_watch_set(l, &r->watch, fd, CRPC_READABLE);
-    crpci_loop_unlock(l);
-    if (err) {
-        crpci_multicast_close(&r->base);
-        return crpci_status_set(error, err, "multicast://%.60s: %s", url->authority,
-                                crpc_status_text(err));
+    crpci_list_init(&r->peers);
+    crpci_list_init(&r->regs);
+    crpci_timer_init(&r->timer, crpci_multicast_on_timer);
+    crpci_watch_init(&r->watch, crpci_multicast_on_event);
+    crpci_loop_hold(l);
+    r->fd = crpci_multicast_socket(&group, &r->which, &call);
+    if (r->fd < 0) {
+        err = crpci_status_set(error, CRPC_EADDRESS,
+                               "multicast://%.60s: %s: %s; interface= names the interface to use",
+                               url->authority, call, strerror(errno));
+    } else {
+        crpci_loop_lock(l);
+        r->tick_us = crpci_loop_now(l);
+        err = crpci_watch_set(l, &r->watch, r->fd, CRPC_READABLE);
+        crpci_loop_unlock(l);
+        if (err)
+            crpci_status_set(error, err, "multicast://%.60s: %s", url->authority,
+                             crpc_status_text(err));
     }
-    *out = &r->base;
-    return CRPC_OK;
+    if (err)
+        crpci_multicast_close(&r->base);
+    else
+        *out = &r->base;
+    return err;
 }
 
 #endif /* CRPC_ENABLE_SERVERLESS */
