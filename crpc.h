@@ -12546,23 +12546,21 @@ typedef struct crpci_zk_handle {
     crpci_zk_session *session;
     zhandle_t *zh;
     crpci_list requests; /* those whose completion may still come */
-    bool ready;          /* zookeeper_init2 has returned: zh may be used */
-    bool authed;         /* the client has accepted the credential for sending */
+    bool authed;         /* there is no credential, or the client has accepted it for sending */
     bool inside;         /* a callback of the client is running, on `thread` */
     crpci_thread thread;
-    int64_t born_us;
 #if !CRPC_ZOOKEEPER_ST
     pthread_key_t key; /* its destructor frees this struct, see crpci_zk_session_free_later */
 #endif
 } crpci_zk_handle;
 
-/* The states of a session:
+/* The states of a session, and what is done at due_us:
  *
- *     ABSENT     no handle; one is made at renew_us      handle made         -> STARTING
- *     STARTING   a handle that never had a session       connected           -> CONNECTED
- *     CONNECTED  requests may be sent                    connection lost     -> LOST
- *     LOST       since lost_us; the session may live     connected           -> CONNECTED
- *     OVER       the handle has to be replaced           handle closed       -> ABSENT
+ *     ABSENT     no handle                        make one         made       -> STARTING
+ *     STARTING   the handle never had a session   log the silence  connected  -> CONNECTED
+ *     CONNECTED  requests may be sent                              lost       -> LOST
+ *     LOST       the session may live             probe            connected  -> CONNECTED
+ *     OVER       the handle has to be replaced                     closed     -> ABSENT
  *
  * OVER can follow each of the three states before it: the session expired, the servers refused the
  * credential, the peer was not a ZooKeeper server, or the watchdog gave the session up. */
@@ -12605,21 +12603,20 @@ struct crpci_zk_session {
     bool closing;
     bool deferred; /* closed inside a callback: crpci_zk_session_run finishes the closing */
     bool aged;     /* the lists have been marked stale since the loss */
-    bool probing;  /* a probe is in flight */
     bool warned;   /* the current trouble has been logged */
     int64_t id;    /* the server's session id; 0: this handle has had none yet */
     int64_t lost_us;
-    int64_t probe_us; /* LOST: when to probe next */
-    int64_t renew_us; /* ABSENT: when to make the next handle */
-    unsigned refused;  /* connections accepted and closed without a session, since the loss */
+    int64_t due_us; /* see the states; INT64_MAX: nothing is due */
+    /* LOST: connections accepted and closed without a session, since the session's timeout */
+    unsigned refused;
     unsigned failures; /* handles made since the last good answer */
     unsigned turn;     /* index of the server that the next probe dials */
 #if CRPC_ZOOKEEPER_ST
     crpci_watch watch;
     unsigned events;
     int fd;
-    int64_t client_us;  /* when the client must be called again */
-    int64_t refused_us; /* refusals before this time are not counted */
+    int64_t client_us; /* when the client must be called again */
+    bool refusal;      /* one was counted since the last probe */
 #endif
 };
 
@@ -12746,12 +12743,6 @@ CRPCI_FN int64_t crpci_zk_job_scatter(crpci_zk_session *s)
 {
     int64_t most = crpci_base_min64((int64_t)s->timeout_ms * 500, s->spread_us);
     return (int64_t)(crpci_loop_random(s->loop) % 4096u) * most / 4096;
-}
-
-/* How long a connection may stay lost before the session is abandoned, in microseconds. */
-CRPCI_FN int64_t crpci_zk_job_patience(const crpci_zk_session *s)
-{
-    return (int64_t)s->negotiated_ms * 2000;
 }
 
 /* The time between two probes. Not shorter than a second, because a server that is starting closes
@@ -13004,6 +12995,7 @@ CRPCI_FN void crpci_zk_job_over(crpci_zk_session *s)
 #define CRPCI_ZK_SESSION_LINGER_US      200000  /* closing waits this long for answers */
 #define CRPCI_ZK_SESSION_SILENT_US      2000000 /* a start without an answer is logged after it */
 #define CRPCI_ZK_SESSION_REFUSALS       3u /* connections accepted and closed: session unknown */
+#define CRPCI_ZK_SESSION_PATIENCE       2u /* session timeouts without a connection: given up */
 
 /* Every callback of the client ends with this function. It sends requests that are due, and these
  * refer to the callbacks: the one cycle of this section, hence the prototype. Unlocks. */
@@ -13055,14 +13047,6 @@ CRPCI_FN void crpci_zk_session_on_log(const char *line)
     (void)line;
 }
 
-/* Runs on the client's I/O thread, sometimes with the client's locks held, so it does nothing. A
- * credential that is refused is reported as a session event too. */
-CRPCI_FN void crpci_zk_session_on_auth(int rc, const void *data)
-{
-    (void)rc;
-    (void)data;
-}
-
 /* A callback of the client begins: locks, and notes which thread is inside. crpci_zk_session_leave
  * ends it. */
 CRPCI_FN void crpci_zk_session_enter(crpci_zk_handle *handle)
@@ -13072,46 +13056,62 @@ CRPCI_FN void crpci_zk_session_enter(crpci_zk_handle *handle)
     handle->thread = crpci_thread_self();
 }
 
-/* Whether the lists must be marked stale now: the connection has been lost for as long as a session
- * lives, so that anything may have changed at the registry. */
-CRPCI_FN bool crpci_zk_session_is_old(const crpci_zk_session *s)
+/* Enters a phase, in which something is due in `us` microseconds. INT64_MAX: nothing is. */
+CRPCI_FN void crpci_zk_session_to(crpci_zk_session *s, crpci_zk_phase phase, int64_t us)
 {
-    return !s->aged && s->phase == CRPCI_ZK_LOST &&
-           crpci_zk_job_now(s) - s->lost_us >= (int64_t)s->negotiated_ms * 1000;
+    s->phase = phase;
+    s->due_us = us == INT64_MAX ? us : crpci_zk_job_now(s) + us;
 }
 
-/* Marks the lists stale. On the thread that delivers lists, so that the two never overlap. Locked,
- * unlocks meanwhile. */
+/* For how many whole session timeouts the connection has been lost. From the first on the session
+ * may be gone and anything may have changed at the registry. */
+CRPCI_FN unsigned crpci_zk_session_absence(const crpci_zk_session *s)
+{
+    if (s->phase != CRPCI_ZK_LOST)
+        return 0;
+    return (unsigned)((crpci_zk_job_now(s) - s->lost_us) / ((int64_t)s->negotiated_ms * 1000));
+}
+
+/* Whether the session has been lost or refused for too long. A load balancer or a restart can
+ * refuse connections for almost a session timeout while the session lives on: only later refusals
+ * are counted. */
+CRPCI_FN bool crpci_zk_session_is_hopeless(const crpci_zk_session *s)
+{
+    return s->phase == CRPCI_ZK_LOST && (s->refused >= CRPCI_ZK_SESSION_REFUSALS ||
+                                         crpci_zk_session_absence(s) >= CRPCI_ZK_SESSION_PATIENCE);
+}
+
+/* Marks the lists stale, once for each loss. On the thread that delivers lists, so that the two
+ * never overlap. Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_age(crpci_zk_session *s)
 {
-    s->aged = !s->age || s->age(s);
+    if (!s->aged)
+        s->aged = !s->age || s->age(s);
 }
 
+#if !CRPC_ZOOKEEPER_ST
 /* Handles a failed probe: still no connection. Dials one server itself: a server that accepts
- * connections and never returns the session does not know the session. Only libzookeeper_mt needs
- * this. */
+ * connections and never returns the session does not know the session. Unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_probed(crpci_zk_session *s, crpci_zk_handle *handle, int rc)
 {
-    s->probing = false;
-    if (rc == ZOK || s->phase != CRPCI_ZK_LOST)
+    const crpci_addr *to;
+    bool accepts;
+    s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
+    if (rc == ZOK || !crpci_zk_session_absence(s))
         return;
-    if (crpci_zk_session_is_old(s))
-        crpci_zk_session_age(s);
-    if (s->servers.count && !s->closing) {
-        const crpci_addr *to = &s->servers.addr[s->turn++ % s->servers.count];
-        bool accepts;
-        crpci_loop_unlock(s->loop);
-        accepts = crpci_zk_servers_reachable(to);
-        crpci_loop_lock(s->loop);
-        s->refused += accepts;
-    }
+    crpci_zk_session_age(s);
+    to = &s->servers.addr[s->turn++ % s->servers.count];
+    crpci_loop_unlock(s->loop);
+    accepts = crpci_zk_servers_reachable(to);
+    crpci_loop_lock(s->loop);
     if (s->closing || s->handle != handle || s->phase != CRPCI_ZK_LOST ||
         zoo_state(handle->zh) == ZOO_CONNECTED_STATE)
         return; /* connected this moment: that event is behind this one in the client's queue */
-    if (s->refused >= CRPCI_ZK_SESSION_REFUSALS ||
-        crpci_zk_job_now(s) - s->lost_us >= crpci_zk_job_patience(s))
-        s->phase = CRPCI_ZK_OVER;
+    s->refused += accepts;
+    if (crpci_zk_session_is_hopeless(s))
+        crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
 }
+#endif
 
 /* Every completion of the client comes here. An answer counts only if it is that of the current
  * handle and of the job's request in flight. */
@@ -13124,10 +13124,12 @@ CRPCI_FN void crpci_zk_session_on_answer(const void *data, const crpci_zk_answer
     if (!crpci_zk_job_unanswered(a->rc))
         s->failures = 0;
     if (handle == s->handle && !s->closing) {
-        if (!q->job)
-            crpci_zk_session_probed(s, handle, a->rc);
-        else if (q->job->sent == q)
+        if (q->job && q->job->sent == q)
             crpci_zk_job_take(q, a);
+#if !CRPC_ZOOKEEPER_ST
+        else if (!q->job)
+            crpci_zk_session_probed(s, handle, a->rc);
+#endif
     } else if (q->job && q->job->sent == q) {
         q->job->sent = NULL;
     }
@@ -13140,12 +13142,7 @@ CRPCI_FN void crpci_zk_session_on_answer(const void *data, const crpci_zk_answer
 CRPCI_FN void crpci_zk_session_on_data(int rc, const char *bytes, int size, const struct Stat *stat,
                                        const void *data)
 {
-    crpci_zk_answer a;
-    memset(&a, 0, sizeof a);
-    a.rc = rc;
-    a.stat = stat;
-    a.text = bytes;
-    a.size = size;
+    crpci_zk_answer a = {rc, stat, NULL, bytes, size};
     crpci_zk_session_on_answer(data, &a);
 }
 
@@ -13166,10 +13163,7 @@ CRPCI_FN void crpci_zk_session_on_void(int rc, const void *data)
 
 CRPCI_FN void crpci_zk_session_on_names(int rc, const struct String_vector *names, const void *data)
 {
-    crpci_zk_answer a;
-    memset(&a, 0, sizeof a);
-    a.rc = rc;
-    a.names = names;
+    crpci_zk_answer a = {rc, NULL, names, NULL, 0};
     crpci_zk_session_on_answer(data, &a);
 }
 
@@ -13209,13 +13203,13 @@ CRPCI_FN void crpci_zk_session_connected(crpci_zk_session *s, int64_t id, int ti
             "timeout of %d ms); trying again later",
             s->authority, timeout_ms);
         s->failures += s->failures == 0;
-        s->phase = CRPCI_ZK_OVER;
+        crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
         return;
     }
     crpci_heap_log(s->heap, s->warned ? CRPC_LOG_WARN : CRPC_LOG_INFO,
                    "registry zookeeper://%s: connected, %s session 0x%llx, timeout %d ms",
                    s->authority, fresh ? "new" : "same", (unsigned long long)id, timeout_ms);
-    s->phase = CRPCI_ZK_CONNECTED;
+    crpci_zk_session_to(s, CRPCI_ZK_CONNECTED, INT64_MAX);
     s->warned = s->aged = false;
     s->id = id;
     s->negotiated_ms = timeout_ms;
@@ -13225,37 +13219,28 @@ CRPCI_FN void crpci_zk_session_connected(crpci_zk_session *s, int64_t id, int ti
 
 CRPCI_FN void crpci_zk_session_disconnected(crpci_zk_session *s)
 {
-    int64_t now = crpci_zk_job_now(s);
     if (s->phase != CRPCI_ZK_CONNECTED)
         return;
     crpci_heap_log(s->heap, CRPC_LOG_WARN,
                    "registry zookeeper://%s: connection lost; data already read stays in use",
                    s->authority);
-    s->phase = CRPCI_ZK_LOST;
+    crpci_zk_session_to(s, CRPCI_ZK_LOST, (int64_t)s->negotiated_ms * 1000);
     s->warned = true;
-    s->lost_us = now;
-    /* With libzookeeper_mt, when to probe. With libzookeeper_st the loop sees each failed dial
-     * itself, and this is when to abandon the session. */
-    s->probe_us =
-        now + (CRPC_ZOOKEEPER_ST ? crpci_zk_job_patience(s) : crpci_zk_job_pace(s));
-#if CRPC_ZOOKEEPER_ST
-    s->refused_us = now + crpci_zk_job_pace(s);
-#endif
+    s->lost_us = crpci_zk_job_now(s);
     crpci_zk_job_tell(s, CRPCI_ZK_SUSPENDED);
 }
 
 /* The server ended the session, or refused the credential. */
 CRPCI_FN void crpci_zk_session_expired(crpci_zk_session *s, bool credential)
 {
-    crpci_heap_log(s->heap, credential ? CRPC_LOG_ERROR : CRPC_LOG_WARN,
-                   credential
-                       ? "registry zookeeper://%s: the servers refuse the credential; trying again "
-                         "later"
-                       : "registry zookeeper://%s: session expired; opening a new one",
-                   s->authority);
+    if (credential)
+        crpci_heap_log(s->heap, CRPC_LOG_ERROR,
+                       "registry zookeeper://%s: the servers refuse the credential; trying again "
+                       "later",
+                       s->authority);
     s->warned = true;
     s->failures += credential && s->failures == 0;
-    s->phase = CRPCI_ZK_OVER;
+    crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
     crpci_zk_job_over(s);
 }
 
@@ -13331,7 +13316,7 @@ CRPCI_FN void crpci_zk_session_send(crpci_zk_session *s, crpci_zk_request *q)
     crpci_loop_lock(s->loop);
     if (a.rc != ZOK) {
         if (!job) {
-            s->probing = false;
+            s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
         } else if (job->sent == q && a.rc != ZINVALIDSTATE) {
             q->sent_us = 0;
             crpci_zk_job_take(q, &a);
@@ -13403,24 +13388,18 @@ CRPCI_FN void crpci_zk_session_authenticate(crpci_zk_session *s)
 {
     crpci_zk_handle *handle = s->handle;
     int rc;
-    if (!s->credential || handle->authed)
+    if (handle->authed)
         return;
     crpci_loop_unlock(s->loop);
-    rc = zoo_add_auth(handle->zh, "digest", s->credential, (int)strlen(s->credential),
-                      crpci_zk_session_on_auth, NULL);
+    rc = zoo_add_auth(handle->zh, "digest", s->credential, (int)strlen(s->credential), NULL, NULL);
     crpci_loop_lock(s->loop);
     handle->authed = rc == ZOK;
-}
-
-CRPCI_FN bool crpci_zk_session_is_up(const crpci_zk_session *s)
-{
-    return s->phase == CRPCI_ZK_CONNECTED && s->handle->ready && !s->closing;
 }
 
 /* Whether requests may be sent. With a credential only after the client has taken it. */
 CRPCI_FN bool crpci_zk_session_may_issue(const crpci_zk_session *s)
 {
-    return crpci_zk_session_is_up(s) && (!s->credential || s->handle->authed);
+    return s->phase == CRPCI_ZK_CONNECTED && s->handle->authed && !s->closing;
 }
 
 /* Calls zookeeper_init2 with all signals blocked: the client's threads inherit the mask, so that
@@ -13454,16 +13433,16 @@ CRPCI_FN void crpci_zk_session_connect(crpci_zk_session *s)
     crpci_zk_handle *handle = (crpci_zk_handle *)crpci_heap_alloc(s->heap, sizeof *handle);
     int64_t wait = crpci_zk_job_backoff(s, ++s->failures);
     int failure;
-    s->renew_us = crpci_zk_job_now(s) + wait;
+    crpci_zk_session_to(s, CRPCI_ZK_ABSENT, wait);
     if (!handle)
         return;
     crpci_list_init(&handle->requests);
     handle->session = s;
-    handle->born_us = crpci_zk_job_now(s);
+    handle->authed = !s->credential;
     s->refs++;
     s->handles++;
     s->handle = handle; /* events may come before zookeeper_init2 returns */
-    s->phase = CRPCI_ZK_STARTING;
+    crpci_zk_session_to(s, CRPCI_ZK_STARTING, CRPCI_ZK_SESSION_SILENT_US);
     s->id = 0;
     crpci_loop_unlock(s->loop);
     handle->zh = crpci_zk_session_init(s, handle);
@@ -13471,7 +13450,7 @@ CRPCI_FN void crpci_zk_session_connect(crpci_zk_session *s)
     crpci_loop_lock(s->loop);
     if (!handle->zh) {
         s->handle = NULL;
-        s->phase = CRPCI_ZK_ABSENT;
+        crpci_zk_session_to(s, CRPCI_ZK_ABSENT, wait);
         crpci_zk_session_handle_free(handle);
         if (!s->warned)
             crpci_heap_log(s->heap, CRPC_LOG_WARN,
@@ -13481,7 +13460,6 @@ CRPCI_FN void crpci_zk_session_connect(crpci_zk_session *s)
         return;
     }
     crpci_zk_session_authenticate(s);
-    handle->ready = true;
     s->again = true;
 }
 
@@ -13523,8 +13501,12 @@ CRPCI_FN void crpci_zk_session_disconnect(crpci_zk_session *s)
     crpci_zk_handle *handle = s->handle;
     bool later = false;
     s->handle = NULL;
-    s->phase = CRPCI_ZK_ABSENT;
-    s->probing = false;
+    crpci_zk_session_to(s, CRPCI_ZK_ABSENT, crpci_zk_job_delay(s));
+    if (!s->closing)
+        crpci_heap_log(s->heap, CRPC_LOG_WARN,
+                       "registry zookeeper://%s: session expired, refused or silent; opening "
+                       "another",
+                       s->authority);
     crpci_zk_job_over(s);
     if (!handle)
         return;
@@ -13539,13 +13521,6 @@ CRPCI_FN void crpci_zk_session_disconnect(crpci_zk_session *s)
     crpci_loop_lock(s->loop);
     if (!later)
         crpci_zk_session_handle_free(handle);
-}
-
-CRPCI_COLD void crpci_zk_session_log_renewal(crpci_zk_session *s)
-{
-    crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                   "registry zookeeper://%s: session expired, refused or silent; opening another",
-                   s->authority);
 }
 
 #if CRPC_ZOOKEEPER_ST
@@ -13568,9 +13543,9 @@ CRPCI_FN void crpci_zk_session_process(crpci_zk_session *s)
     /* Counted at most once per pace: the client redials within milliseconds, and a server that is
      * starting closes each connection. */
     if (before == ZOO_ASSOCIATING_STATE && after != before && after != ZOO_CONNECTED_STATE &&
-        s->phase == CRPCI_ZK_LOST && crpci_zk_job_now(s) >= s->refused_us) {
+        crpci_zk_session_absence(s) && !s->refusal) {
         s->refused++;
-        s->refused_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
+        s->refusal = true;
     }
 }
 
@@ -13591,7 +13566,7 @@ CRPCI_FN void crpci_zk_session_interest(crpci_zk_session *s)
     if (state != ZOO_CONNECTED_STATE && state != ZOO_READONLY_STATE)
         crpci_zk_session_disconnected(s); /* a loss noticed while sending raises no event */
     if (rc == ZINVALIDSTATE) {
-        s->phase = CRPCI_ZK_OVER;
+        crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
         s->again = true;
     }
     if (rc != ZOK) {
@@ -13617,16 +13592,20 @@ CRPCI_FN void crpci_zk_session_interest(crpci_zk_session *s)
  * caller is busy; locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_renew(crpci_zk_session *s)
 {
-    if (s->phase == CRPCI_ZK_LOST &&
-        (s->refused >= CRPCI_ZK_SESSION_REFUSALS || crpci_zk_job_now(s) >= s->probe_us))
-        s->phase = CRPCI_ZK_OVER;
-    if (crpci_zk_session_is_old(s) || (s->phase == CRPCI_ZK_OVER && !s->aged))
+    if (crpci_zk_session_is_hopeless(s))
+        crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
+    if (crpci_zk_session_absence(s) || s->phase == CRPCI_ZK_OVER)
         crpci_zk_session_age(s);
-    if (s->phase == CRPCI_ZK_OVER && !s->closing) {
-        crpci_zk_session_log_renewal(s);
+    if (s->phase == CRPCI_ZK_OVER && !s->closing)
         crpci_zk_session_disconnect(s);
-        s->renew_us = crpci_zk_job_now(s) + crpci_zk_job_delay(s);
-    }
+}
+
+/* The client dials by itself and crpci_zk_session_process sees how that ends: lets it count the
+ * next refusal. */
+CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
+{
+    s->refusal = false;
+    s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
 }
 #else
 /* Sends a request whose completion, with or without an answer, calls crpci_zk_session_probed on the
@@ -13637,63 +13616,52 @@ CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
     crpci_zk_order o;
     memset(&o, 0, sizeof o);
     o.path = "/";
-    s->probe_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
     q = crpci_zk_job_request(s, NULL, &o);
-    if (q) {
-        s->probing = true;
+    if (q)
         crpci_zk_session_send(s, q);
-    }
+    else
+        s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
 }
 #endif
 
-/* Handles the states without a connection: makes a handle, logs silence, probes. The caller is
- * busy; locked, unlocks meanwhile. */
+/* Does what the phase has due. The caller is busy; locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_supervise(crpci_zk_session *s)
 {
-    int64_t now = crpci_zk_job_now(s);
 #if CRPC_ZOOKEEPER_ST
     crpci_zk_session_renew(s);
 #endif
-    if (s->closing)
+    if (s->closing || crpci_zk_job_now(s) < s->due_us)
         return;
-    if (s->phase == CRPCI_ZK_ABSENT && now >= s->renew_us)
+    s->due_us = INT64_MAX;
+    if (s->phase == CRPCI_ZK_ABSENT) {
         crpci_zk_session_connect(s);
-    else if (s->phase == CRPCI_ZK_STARTING && !s->warned &&
-             now - s->handle->born_us >= CRPCI_ZK_SESSION_SILENT_US) {
+    } else if (s->phase == CRPCI_ZK_LOST) {
+        crpci_zk_session_probe(s);
+    } else if (s->phase == CRPCI_ZK_STARTING && !s->warned) {
         s->warned = true;
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
                        "registry zookeeper://%s: no server has answered yet; crpc keeps trying",
                        s->authority);
     }
-#if !CRPC_ZOOKEEPER_ST
-    else if (s->phase == CRPCI_ZK_LOST && s->handle->ready && !s->probing && now >= s->probe_us)
-        crpci_zk_session_probe(s);
-#endif
 }
 
 /* Sets the timer to the next thing that is due. Locked. */
 CRPCI_FN void crpci_zk_session_arm(crpci_zk_session *s)
 {
-    int64_t next = INT64_MAX, now = crpci_zk_job_now(s);
+    int64_t next = crpci_base_min64(s->due_us, crpci_cache_due(&s->cache));
+    int64_t now = crpci_zk_job_now(s);
     crpci_list *i;
     for (i = s->jobs.next; crpci_zk_session_may_issue(s) && i != &s->jobs; i = i->next) {
         crpci_zk_job *job = CRPCI_CONTAINER(i, crpci_zk_job, node);
         if (!job->sent)
             next = crpci_base_min64(next, job->due_us);
     }
-    if (s->phase == CRPCI_ZK_CONNECTED && s->credential && !s->handle->authed)
-        next = now + CRPCI_ZK_JOB_RETRY_US / 10;
-    if (s->phase == CRPCI_ZK_ABSENT)
-        next = crpci_base_min64(next, s->renew_us);
-    else if (s->phase == CRPCI_ZK_LOST && !s->probing)
-        next = crpci_base_min64(next, s->probe_us);
-    else if (s->phase == CRPCI_ZK_STARTING && !s->warned)
-        next = crpci_base_min64(next, s->handle->born_us + CRPCI_ZK_SESSION_SILENT_US);
+    if (s->phase == CRPCI_ZK_CONNECTED && !s->handle->authed)
+        next = crpci_base_min64(next, now + CRPCI_ZK_JOB_RETRY_US / 10);
 #if CRPC_ZOOKEEPER_ST
     if (s->handle)
         next = crpci_base_min64(next, s->client_us);
 #endif
-    next = crpci_base_min64(next, crpci_cache_due(&s->cache));
     if (next != INT64_MAX)
         crpci_loop_timer_set(s->loop, &s->timer, next - now);
     else
@@ -13744,7 +13712,7 @@ CRPCI_FN void crpci_zk_session_run(crpci_zk_session *s)
             crpci_zk_session_process(s);
 #endif
         crpci_zk_session_supervise(s);
-        if (crpci_zk_session_is_up(s))
+        if (s->phase == CRPCI_ZK_CONNECTED && !s->closing)
             crpci_zk_session_authenticate(s);
         while (crpci_zk_session_may_issue(s) && (job = crpci_zk_session_next(s)) != NULL)
             crpci_zk_session_issue(s, job);
@@ -13766,26 +13734,20 @@ CRPCI_FN void crpci_zk_session_run(crpci_zk_session *s)
  * it can also wait for the delay. Locked, unlocks meanwhile. */
 CRPCI_COLD void crpci_zk_session_replace(crpci_zk_session *s, const crpci_zk_handle *handle)
 {
-    int64_t until;
-    if (!s->aged)
-        crpci_zk_session_age(s);
+    crpci_zk_session_age(s);
     while (s->busy && !s->closing)
         crpci_thread_wait(&s->cond, &s->loop->lock, -1);
     if (s->closing || s->handle != handle)
         return;
     s->busy = true;
     s->busy_thread = crpci_thread_self();
-    crpci_zk_session_log_renewal(s);
-    until = crpci_zk_job_now(s) + crpci_zk_job_delay(s);
     crpci_zk_session_disconnect(s);
     while (!s->closing && !s->handle) {
-        int64_t left = until - crpci_zk_job_now(s);
-        if (left > 0) {
+        int64_t left = s->due_us - crpci_zk_job_now(s);
+        if (left > 0)
             crpci_thread_wait(&s->cond, &s->loop->lock, left);
-        } else {
+        else
             crpci_zk_session_connect(s);
-            until = s->renew_us;
-        }
     }
     s->busy = false;
     crpci_thread_broadcast(&s->cond);
@@ -13989,13 +13951,7 @@ CRPCI_COLD int crpci_zk_pool_open(crpc_loop *l, const char *authority,
         s = made;
         made = NULL;
         crpci_list_append(&l->registries, &s->node);
-        s->busy = true;
-        s->busy_thread = crpci_thread_self();
-        crpci_zk_session_connect(s); /* after a failure the timer tries again */
-        s->failures = 0;
-        s->busy = false;
-        crpci_thread_broadcast(&s->cond);
-        crpci_zk_session_kick(s);
+        crpci_zk_session_kick(s); /* makes a handle; after a failure the timer tries again */
     }
     crpci_loop_unlock(l);
     if (made)

@@ -27,7 +27,6 @@ static void the_wait_before_a_new_handle_is_random(void **state)
     assert_true(crpci_zk_job_pace(s) == 1000000);
     s->negotiated_ms = 15000;
     assert_true(crpci_zk_job_pace(s) == 3750000);
-    assert_true(crpci_zk_job_patience(s) == 30000000);
     crpci_zk_session_free(s);
     crpc_loop_close(loop);
 }
