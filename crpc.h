@@ -12298,7 +12298,7 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
 /* Runs while a session is opened, mostly without the lock: resolving names blocks the caller. The
  * list is fixed afterwards; a changed DNS entry needs a new session. */
 
-#define CRPCI_ZK_SERVERS_PORT 2181 /* where the URL names no port */
+#define CRPCI_ZK_SERVERS_PORT ":2181" /* where the URL names no port */
 
 /* The servers that a URL's authority names. Filled once, then only read (a test changes an
  * address). */
@@ -12316,56 +12316,48 @@ CRPCI_COLD void crpci_zk_servers_free(crpci_zk_servers *z)
     crpci_heap_free(z->heap, z->addr, z->count * sizeof *z->addr);
 }
 
-/* Adds an address unless it is there already. CRPC_ERESOLVE: not numeric. */
-CRPCI_COLD int crpci_zk_servers_add(crpci_zk_servers *z, const char *host, unsigned port)
+/* Adds an address unless it is there already. */
+CRPCI_COLD int crpci_zk_servers_add(crpci_zk_servers *z, const crpci_addr *a)
 {
-    char text[CRPC_ADDRESS_MAX];
-    crpci_addr a, *more;
-    size_t i;
-    snprintf(text, sizeof text, strchr(host, ':') ? "[%s]:%u" : "%s:%u", host, port);
-    if (port == 0 || !crpci_sock_parse(&a, text))
-        return CRPC_ERESOLVE;
+    size_t i, size = z->count * sizeof *z->addr;
+    crpci_addr *more;
     for (i = 0; i < z->count; i++) {
-        if (a.len == z->addr[i].len && memcmp(&a.u, &z->addr[i].u, a.len) == 0)
+        if (a->len == z->addr[i].len && memcmp(&a->u, &z->addr[i].u, a->len) == 0)
             return CRPC_OK;
     }
-    more = (crpci_addr *)crpci_heap_resize(z->heap, z->addr, z->count * sizeof *more,
-                                           (z->count + 1) * sizeof *more);
+    more = (crpci_addr *)crpci_heap_resize(z->heap, z->addr, size, size + sizeof *more);
     if (!more)
         return CRPC_ENOMEM;
+    more[z->count++] = *a;
     z->addr = more;
-    z->addr[z->count++] = a;
     return CRPC_OK;
 }
 
 /* Resolves one part of the authority: "host", "host:port", "[v6]" or "[v6]:port". A name stands for
  * all of its addresses. */
-CRPCI_COLD int crpci_zk_servers_resolve_one(crpci_zk_servers *z, const char *item)
+CRPCI_COLD int crpci_zk_servers_resolve_one(crpci_zk_servers *z, const char *item, size_t size,
+                                            crpc_error *why)
 {
-    const char *colon = strrchr(item, ':'), *bracket = strrchr(item, ']');
-    char text[300], host[256], list[1024], *one, *next;
+    char text[300], list[1024], one[CRPC_ADDRESS_MAX], *rest = list;
+    const char *colon;
     unsigned port;
     crpci_addr a;
     int err, added = CRPC_ERESOLVE;
-    if (!colon || (bracket && colon < bracket))
-        snprintf(text, sizeof text, "%s:%d", item, CRPCI_ZK_SERVERS_PORT);
-    else
-        snprintf(text, sizeof text, "%s", item);
-    if (!crpci_sock_split(text, host, sizeof host, &port) || !*host)
-        return CRPC_EINVAL;
-    if (crpci_sock_parse(&a, text))
-        return crpci_zk_servers_add(z, host, port);
-    err = crpci_resolver_lookup(z->heap, host, list, sizeof list);
-    for (one = err ? NULL : list; one && *one; one = next) {
-        next = strchr(one, ',');
-        if (next)
-            *next++ = '\0';
-        err = crpci_zk_servers_add(z, one, port);
-        if (err == CRPC_ENOMEM)
-            return err;
-        added = err ? added : CRPC_OK;
+    snprintf(text, sizeof text - strlen(CRPCI_ZK_SERVERS_PORT), "%.*s", (int)size, item);
+    colon = strrchr(text, ':');
+    if (!colon || strchr(colon, ']'))
+        memcpy(text + strlen(text), CRPCI_ZK_SERVERS_PORT, sizeof CRPCI_ZK_SERVERS_PORT);
+    if (crpci_sock_parse(&a, text) && crpci_sock_port(&a))
+        return crpci_zk_servers_add(z, &a);
+    err = crpci_resolver_split(z->heap, text, list, sizeof list, &port, why);
+    if (err)
+        return err;
+    while (added != CRPC_ENOMEM && crpci_resolver_next(&rest, port, one, sizeof one)) {
+        if (crpci_sock_parse(&a, one) && crpci_sock_port(&a))
+            added = crpci_zk_servers_add(z, &a);
     }
-    return added;
+    return added ? crpci_status_set(why, added, "\"%.80s\": no numeric address, or port 0", text)
+                 : CRPC_OK;
 }
 
 /* Resolves every server, because the client must get numeric addresses only: it would resolve names
@@ -12373,39 +12365,25 @@ CRPCI_COLD int crpci_zk_servers_resolve_one(crpci_zk_servers *z, const char *ite
  * cannot be resolved is only logged if another server is left. */
 CRPCI_COLD int crpci_zk_servers_resolve(crpci_zk_servers *z, crpc_error *error)
 {
-    char item[256] = "";
     const char *p = z->authority;
-    int result = CRPC_EINVAL;
+    crpc_error why;
+    int err = crpci_status_set(&why, CRPC_EINVAL, "no server named; expected host:port,...");
     while (*p) {
         size_t n = strcspn(p, ",");
-        int err = CRPC_EINVAL;
-        if (n && n < sizeof item) {
-            memcpy(item, p, n);
-            item[n] = '\0';
-            err = crpci_zk_servers_resolve_one(z, item);
-        }
-        if (err == CRPC_ENOMEM)
-            return crpci_status_set(error, err, "zookeeper://%.150s: out of memory", z->authority);
-        if (err == CRPC_EINVAL)
-            return crpci_status_set(error, err, "zookeeper://%.150s: \"%.40s\" is not host:port",
-                                    z->authority, n && n < sizeof item ? item : "");
+        err = crpci_zk_servers_resolve_one(z, p, n, &why);
+        if (err && err != CRPC_ERESOLVE)
+            break;
         if (err)
-            crpci_heap_log(z->heap, CRPC_LOG_WARN,
-                           "registry zookeeper://%s: server \"%s\" cannot be resolved; left out",
-                           z->authority, item);
-        else
-            result = CRPC_OK;
+            crpci_heap_log(z->heap, CRPC_LOG_WARN, "registry zookeeper://%s: %s; left out",
+                           z->authority, why.text);
         p += n;
         p += *p == ',';
+        err = z->count ? CRPC_OK : err;
     }
-    if (!result)
-        return CRPC_OK;
-    if (!*z->authority)
-        return crpci_status_set(
-            error, result, "zookeeper://: no server named; expected zookeeper://host:port,...");
-    return crpci_status_set(error, CRPC_ERESOLVE,
-                            "zookeeper://%.150s: none of its host names can be resolved",
-                            z->authority);
+    if (err == CRPC_ENOMEM)
+        return crpci_status_set(error, err, "zookeeper://%.150s: out of memory", z->authority);
+    return err ? crpci_status_set(error, err, "zookeeper://%.80s: %.160s", z->authority, why.text)
+               : CRPC_OK;
 }
 
 /* Whether IPv4 servers must be written as IPv4-mapped IPv6 addresses. The client passes its list to
@@ -12423,90 +12401,61 @@ CRPCI_FN bool crpci_zk_servers_maps_v4(void)
 #endif
 }
 
-/* Writes one server in the client's notation: IPv6 without brackets, then the port. Returns the
- * length. */
-CRPCI_FN int crpci_zk_servers_host(const crpci_addr *a, bool map, char *out, size_t size)
-{
-    char ip[INET6_ADDRSTRLEN] = "";
-    bool v6 = a->u.any.sa_family == AF_INET6;
-    if (v6)
-        inet_ntop(AF_INET6, &a->u.in6.sin6_addr, ip, sizeof ip);
-    else
-        inet_ntop(AF_INET, &a->u.in4.sin_addr, ip, sizeof ip);
-    return snprintf(out, size, "%s%s:%u", map && !v6 ? "::ffff:" : "", ip,
-                    ntohs(v6 ? a->u.in6.sin6_port : a->u.in4.sin_port));
-}
-
-/* Shuffles the servers, so that a fleet spreads over them, and writes the list for the client. */
+/* Shuffles the servers, so that a fleet spreads over them, and writes the list for the client,
+ * which wants IPv6 addresses without brackets. */
 CRPCI_COLD int crpci_zk_servers_list(crpci_zk_servers *z, crpc_loop *loop)
 {
-    const size_t each = INET6_ADDRSTRLEN + 8;
-    size_t size = z->count * each, i, n = 0;
-    char *text = (char *)crpci_heap_alloc(z->heap, size);
     bool map = crpci_zk_servers_maps_v4();
-    if (!text)
-        return CRPC_ENOMEM;
-    crpci_loop_lock(loop);
-    for (i = z->count; i > 1; i--) {
-        size_t j = crpci_loop_random(loop) % i;
-        crpci_addr swap = z->addr[i - 1];
-        z->addr[i - 1] = z->addr[j];
-        z->addr[j] = swap;
-    }
-    crpci_loop_unlock(loop);
+    char text[CRPC_ADDRESS_MAX], *bracket, *longer;
+    size_t i, j;
     for (i = 0; i < z->count; i++) {
-        if (i)
-            text[n++] = ',';
-        n += (size_t)crpci_zk_servers_host(&z->addr[i], map, text + n, size - n);
+        crpci_addr swap = z->addr[i];
+        crpci_loop_lock(loop);
+        j = i + crpci_loop_random(loop) % (z->count - i);
+        crpci_loop_unlock(loop);
+        z->addr[i] = z->addr[j];
+        z->addr[j] = swap;
+        crpci_sock_format(&z->addr[i], text, sizeof text);
+        bracket = strchr(text, ']');
+        if (bracket)
+            *bracket++ = '\0';
+        longer = crpci_heap_format(z->heap, "%s%s%s%s%s", z->hosts ? z->hosts : "", i ? "," : "",
+                                   map && !bracket ? "::ffff:" : "", text + (bracket != NULL),
+                                   bracket ? bracket : "");
+        crpci_heap_strfree(z->heap, z->hosts);
+        z->hosts = longer;
+        if (!longer)
+            return CRPC_ENOMEM;
     }
-    z->hosts = crpci_heap_strndup(z->heap, text, n);
-    crpci_heap_free(z->heap, text, size);
-    return z->hosts ? CRPC_OK : CRPC_ENOMEM;
+    return CRPC_OK;
 }
 
-/* Determines the local address (v4: an IPv4 one) on the route to the servers. Connecting a datagram
- * socket consults the routing table and sends nothing. False: there is no route to any server. */
+/* Determines the local address (v4: an IPv4 one) on the route to the servers. False: there is no
+ * route to any server. */
 CRPCI_FN bool crpci_zk_servers_local(const crpci_zk_servers *z, bool v4, char *out, size_t size)
 {
     size_t i;
     *out = '\0';
-    for (i = 0; i < z->count && !*out; i++) {
-        const crpci_addr *to = &z->addr[i];
-        int fd = v4 && to->u.any.sa_family != AF_INET
-                     ? -1
-                     : socket(to->u.any.sa_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-        crpci_addr a;
-        if (fd < 0)
-            continue;
-        if (connect(fd, &to->u.any, to->len) == 0) {
-            crpci_sock_local(fd, &a);
-            if (a.len && a.u.any.sa_family == AF_INET && a.u.in4.sin_addr.s_addr != INADDR_ANY)
-                inet_ntop(AF_INET, &a.u.in4.sin_addr, out, (socklen_t)size);
-            else if (a.len && a.u.any.sa_family == AF_INET6 &&
-                     !IN6_IS_ADDR_UNSPECIFIED(&a.u.in6.sin6_addr) &&
-                     !IN6_IS_ADDR_LINKLOCAL(&a.u.in6.sin6_addr))
-                inet_ntop(AF_INET6, &a.u.in6.sin6_addr, out, (socklen_t)size);
-        }
-        close(fd);
+    for (i = 0; i < z->count; i++) {
+        if ((!v4 || z->addr[i].u.any.sa_family == AF_INET) &&
+            crpci_sock_route(&z->addr[i], NULL, out, size))
+            return true;
     }
-    return *out != '\0';
+    return false;
 }
 
 /* Whether a server accepts connections. Blocks for up to 200 ms; call it without the lock. */
 CRPCI_FN bool crpci_zk_servers_reachable(const crpci_addr *to)
 {
-    int fd = socket(to->u.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    int failed = 1;
+    int fd = crpci_sock_open(to), failed = 0;
     socklen_t len = sizeof failed;
     struct pollfd p;
     if (fd < 0)
         return false;
     p.fd = fd;
     p.events = POLLOUT;
-    if (connect(fd, &to->u.any, to->len) == 0)
-        failed = 0;
-    else if (errno != EINPROGRESS || poll(&p, 1, 200) != 1 ||
-             getsockopt(fd, SOL_SOCKET, SO_ERROR, &failed, &len))
+    if (connect(fd, &to->u.any, to->len) && (errno != EINPROGRESS || poll(&p, 1, 200) != 1 ||
+                                             getsockopt(fd, SOL_SOCKET, SO_ERROR, &failed, &len)))
         failed = 1;
     close(fd);
     return failed == 0;
