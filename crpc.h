@@ -12856,21 +12856,17 @@ CRPCI_FN void crpci_zk_job_take(crpci_zk_request *q, const crpci_zk_answer *a)
 {
     crpci_zk_job *job = q->job;
     const crpci_zk_order *o = &q->order;
-    int made = 1;
+    bool skipped = a->rc == CRPCI_ZK_JOB_THROTTLED || a->rc == ZINVALIDSTATE; /* not executed */
     job->sent = NULL;
-    if (a->rc == CRPCI_ZK_JOB_THROTTLED) { /* not executed: to be sent again */
+    if (skipped || crpci_zk_job_unanswered(a->rc)) { /* to be sent again, except a doubtful write */
         crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
+        if (!skipped && o->verb >= CRPCI_ZK_CREATE && !q->parent)
+            job->work->event(job, CRPCI_ZK_DOUBTED, q, a);
         return;
     }
-    if (crpci_zk_job_unanswered(a->rc)) {
-        crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
-        if (o->verb >= CRPCI_ZK_CREATE && !q->parent)
-            job->work->event(job, CRPCI_ZK_DOUBTED, q, a);
-        return; /* a read is simply sent again */
-    }
     job->due_us = 0;
-    if (q->parent && job->parent) {
-        made = crpci_zk_job_made(job, a->rc);
+    if (q->parent) {
+        int made = crpci_zk_job_made(job, a->rc);
         if (made) {
             crpci_heap_strfree(job->session->heap, job->parent);
             job->parent = NULL;
@@ -13266,12 +13262,9 @@ CRPCI_FN void crpci_zk_session_send(crpci_zk_session *s, crpci_zk_request *q)
     if (a.rc != ZOK) {
         if (!job) {
             s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
-        } else if (job->sent == q && a.rc != ZINVALIDSTATE) {
+        } else if (job->sent == q) {
             q->sent_us = 0;
             crpci_zk_job_take(q, &a);
-        } else if (job->sent == q) {
-            job->sent = NULL;
-            crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
         }
         /* When out of memory, the client may have queued the request all the same and may call
          * back: then it is left to the handle, which frees it at the end. */
@@ -13282,27 +13275,22 @@ CRPCI_FN void crpci_zk_session_send(crpci_zk_session *s, crpci_zk_request *q)
         crpci_zk_job_unref(job);
 }
 
-/* Gets a job's next request: the creation of a missing parent, or what the job itself wants. */
-CRPCI_FN bool crpci_zk_session_ask(crpci_zk_job *job, crpci_zk_order *o)
-{
-    memset(o, 0, sizeof *o);
-    o->version = -1;
-    if (!job->parent)
-        return job->work->order(job, o);
-    o->verb = CRPCI_ZK_CREATE;
-    o->path = job->parent;
-    o->data = "";
-    return true;
-}
-
-/* Sends a job's next request. If it has none, or memory is short, it is asked again later. */
+/* Sends a job's next request: the creation of a missing parent, or what the job itself wants. If it
+ * has none, or memory is short, it is asked again later. */
 CRPCI_FN void crpci_zk_session_issue(crpci_zk_session *s, crpci_zk_job *job)
 {
     crpci_zk_request *q = NULL;
     crpci_zk_order o;
     int64_t now = crpci_zk_job_now(s);
+    memset(&o, 0, sizeof o);
+    o.version = -1;
+    if (job->parent) {
+        o.verb = CRPCI_ZK_CREATE;
+        o.path = job->parent;
+        o.data = "";
+    }
     job->refs++;
-    if (crpci_zk_session_ask(job, &o))
+    if (job->parent || job->work->order(job, &o))
         q = crpci_zk_job_request(s, job, &o);
     if (q) {
         q->parent = job->parent != NULL;
@@ -13316,19 +13304,6 @@ CRPCI_FN void crpci_zk_session_issue(crpci_zk_session *s, crpci_zk_job *job)
             crpci_zk_job_later(job, CRPCI_ZK_JOB_RETRY_US);
     }
     crpci_zk_job_unref(job);
-}
-
-/* A job whose next request is due; NULL: none. */
-CRPCI_FN crpci_zk_job *crpci_zk_session_next(crpci_zk_session *s)
-{
-    int64_t now = crpci_zk_job_now(s);
-    crpci_list *i;
-    for (i = s->jobs.next; i != &s->jobs; i = i->next) {
-        crpci_zk_job *job = CRPCI_CONTAINER(i, crpci_zk_job, node);
-        if (!job->sent && job->due_us <= now)
-            return job;
-    }
-    return NULL;
 }
 
 /* Gives the client the credential, which it then sends with each connection. The client refuses it
@@ -13345,10 +13320,20 @@ CRPCI_FN void crpci_zk_session_authenticate(crpci_zk_session *s)
     handle->authed = rc == ZOK;
 }
 
-/* Whether requests may be sent. With a credential only after the client has taken it. */
-CRPCI_FN bool crpci_zk_session_may_issue(const crpci_zk_session *s)
+/* The job whose next request is due first. NULL: there is none, or requests may not be sent: with a
+ * credential they may only after the client has taken it. */
+CRPCI_FN crpci_zk_job *crpci_zk_session_next(crpci_zk_session *s)
 {
-    return s->phase == CRPCI_ZK_CONNECTED && s->handle->authed && !s->closing;
+    crpci_zk_job *first = NULL;
+    crpci_list *i;
+    if (s->phase != CRPCI_ZK_CONNECTED || !s->handle->authed || s->closing)
+        return NULL;
+    for (i = s->jobs.next; i != &s->jobs; i = i->next) {
+        crpci_zk_job *job = CRPCI_CONTAINER(i, crpci_zk_job, node);
+        if (!job->sent && (!first || job->due_us < first->due_us))
+            first = job;
+    }
+    return first;
 }
 
 /* Calls zookeeper_init2 with all signals blocked: the client's threads inherit the mask, so that
@@ -13599,12 +13584,9 @@ CRPCI_FN void crpci_zk_session_arm(crpci_zk_session *s)
 {
     int64_t next = crpci_base_min64(s->due_us, crpci_cache_due(&s->cache));
     int64_t now = crpci_zk_job_now(s);
-    crpci_list *i;
-    for (i = s->jobs.next; crpci_zk_session_may_issue(s) && i != &s->jobs; i = i->next) {
-        crpci_zk_job *job = CRPCI_CONTAINER(i, crpci_zk_job, node);
-        if (!job->sent)
-            next = crpci_base_min64(next, job->due_us);
-    }
+    const crpci_zk_job *job = crpci_zk_session_next(s);
+    if (job)
+        next = crpci_base_min64(next, job->due_us);
     if (s->phase == CRPCI_ZK_CONNECTED && !s->handle->authed)
         next = crpci_base_min64(next, now + CRPCI_ZK_JOB_RETRY_US / 10);
 #if CRPC_ZOOKEEPER_ST
@@ -13663,7 +13645,7 @@ CRPCI_FN void crpci_zk_session_run(crpci_zk_session *s)
         crpci_zk_session_supervise(s);
         if (s->phase == CRPCI_ZK_CONNECTED && !s->closing)
             crpci_zk_session_authenticate(s);
-        while (crpci_zk_session_may_issue(s) && (job = crpci_zk_session_next(s)) != NULL)
+        while ((job = crpci_zk_session_next(s)) != NULL && job->due_us <= crpci_zk_job_now(s))
             crpci_zk_session_issue(s, job);
 #if CRPC_ZOOKEEPER_ST
         if (s->handle && !s->closing)
@@ -13742,10 +13724,7 @@ CRPCI_FN void crpci_zk_session_on_event(crpc_loop *l, crpci_watch *watch, unsign
 {
     crpci_zk_session *s = CRPCI_CONTAINER(watch, crpci_zk_session, watch);
     s->events |= events;
-    s->refs++;
-    crpci_zk_session_run(s);
-    crpci_zk_session_unlock(s);
-    crpci_loop_lock(l);
+    crpci_zk_session_on_timer(l, &s->timer);
 }
 #endif
 

@@ -300,7 +300,10 @@ static void an_unwanted_node_is_not_made_after_its_parent(void **state)
     begin(&f, false);
     want(&f, CRPCI_ZK_WISH_WANTED);
     own(&f, CRPCI_ZK_CREATE, "/d/one", ZNONODE, 0);
-    assert_true(crpci_zk_session_ask(&f.own.job, &o));
+    memset(&o, 0, sizeof o);
+    o.verb = CRPCI_ZK_CREATE;
+    o.path = f.own.job.parent;
+    assert_non_null(o.path);
     assert_string_equal(o.path, "/d");
     q = crpci_zk_job_request(&f.s, &f.own.job, &o);
     q->parent = true;
