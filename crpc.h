@@ -13763,36 +13763,20 @@ CRPCI_FN void crpci_zk_session_kick(crpci_zk_session *s)
 #define CRPCI_ZK_POOL_TIMEOUT_MS     15000
 #define CRPCI_ZK_POOL_TIMEOUT_MIN_MS 200 /* the client redials every sixtieth of it */
 
-/* Options of a session; all 0: defaults. */
-typedef struct crpci_zk_pool_options {
-    int timeout_ms;
-    int spread_ms;          /* random delay of a reconnect, for fleets. 0: 2000. -1: none */
-    const char *credential; /* "user:password"; NULL: none */
-    const char *cache;      /* file; NULL: none */
-    int cache_interval_ms;  /* least time between two writes. 0: 60000. -1: none */
-} crpci_zk_pool_options;
-
 /* Whether two texts are equal; NULL equals "". */
 CRPCI_FN bool crpci_zk_pool_same(const char *a, const char *b)
 {
     return strcmp(a ? a : "", b ? b : "") == 0;
 }
 
-/* Copies a text that may be NULL. False: out of memory. */
-CRPCI_FN bool crpci_zk_pool_copy(crpci_heap *h, const char *from, char **to)
-{
-    *to = from ? crpci_heap_strndup(h, from, strlen(from)) : NULL;
-    return *to || !from;
-}
-
 /* The open session with the same servers and options, or NULL. Locked. */
 CRPCI_FN crpci_zk_session *crpci_zk_pool_find(crpc_loop *l, const char *authority,
-                                              const crpci_zk_pool_options *o)
+                                              const crpci_directory_options *o)
 {
     crpci_list *i;
     for (i = l->registries.next; i != &l->registries; i = i->next) {
         crpci_zk_session *s = CRPCI_CONTAINER(i, crpci_zk_session, node);
-        if (strcmp(s->authority, authority) == 0 && s->timeout_ms == o->timeout_ms &&
+        if (strcmp(s->authority, authority) == 0 && s->timeout_ms == o->session_timeout_ms &&
             crpci_zk_pool_same(s->credential, o->credential) &&
             crpci_zk_pool_same(s->cache.path, o->cache))
             return s;
@@ -13802,7 +13786,7 @@ CRPCI_FN crpci_zk_session *crpci_zk_pool_find(crpc_loop *l, const char *authorit
 
 /* Makes a session that is not in the loop's list yet. Resolves names, so it must run unlocked. */
 CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
-                                 const crpci_zk_pool_options *o, crpci_zk_session **out,
+                                 const crpci_directory_options *o, crpci_zk_session **out,
                                  crpc_error *error)
 {
     crpci_zk_session *s = (crpci_zk_session *)crpci_heap_alloc(l->heap, sizeof *s);
@@ -13819,7 +13803,7 @@ CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
     s->heap = l->heap;
     s->refs = 1;
     s->users = 1;
-    s->timeout_ms = o->timeout_ms;
+    s->timeout_ms = o->session_timeout_ms;
     s->spread_us = crpci_base_option(o->spread_ms, CRPCI_ZK_POOL_SPREAD_MS, 0) * 1000;
     crpci_timer_init(&s->timer, crpci_zk_session_on_timer);
 #if CRPC_ZOOKEEPER_ST
@@ -13828,8 +13812,10 @@ CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
 #endif
     crpci_list_init(&s->services);
     s->servers.heap = s->cache.heap = s->heap;
-    if (!crpci_zk_pool_copy(s->heap, authority, &s->authority) ||
-        !crpci_zk_pool_copy(s->heap, o->credential, &s->credential) ||
+    s->authority = crpci_heap_strndup(s->heap, authority, strlen(authority));
+    if (o->credential)
+        s->credential = crpci_heap_strndup(s->heap, o->credential, strlen(o->credential));
+    if (!s->authority || (o->credential && !s->credential) ||
         (o->cache && !crpci_cache_init(&s->cache, s->heap, o->cache, o->cache_interval_ms)))
         err = CRPC_ENOMEM;
     s->servers.authority = s->authority;
@@ -13852,16 +13838,16 @@ CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
 /* Joins the open session with the same options, or begins one. Resolves names; never waits for a
  * server. */
 CRPCI_COLD int crpci_zk_pool_open(crpc_loop *l, const char *authority,
-                                  const crpci_zk_pool_options *options,
-                                  crpci_zk_session **out, crpc_error *error)
+                                  const crpci_directory_options *options, crpci_zk_session **out,
+                                  crpc_error *error)
 {
-    crpci_zk_pool_options o = *options;
+    crpci_directory_options o = *options;
     crpci_zk_session *s, *made = NULL;
     int err = CRPC_OK;
-    o.timeout_ms = (int)crpci_base_option(o.timeout_ms, CRPCI_ZK_POOL_TIMEOUT_MS,
-                                          CRPCI_ZK_POOL_TIMEOUT_MS);
-    if (o.timeout_ms < CRPCI_ZK_POOL_TIMEOUT_MIN_MS)
-        o.timeout_ms = CRPCI_ZK_POOL_TIMEOUT_MIN_MS;
+    o.session_timeout_ms = (int)crpci_base_option(o.session_timeout_ms, CRPCI_ZK_POOL_TIMEOUT_MS,
+                                                  CRPCI_ZK_POOL_TIMEOUT_MS);
+    if (o.session_timeout_ms < CRPCI_ZK_POOL_TIMEOUT_MIN_MS)
+        o.session_timeout_ms = CRPCI_ZK_POOL_TIMEOUT_MIN_MS;
     crpci_loop_lock(l);
     s = crpci_zk_pool_find(l, authority, &o);
     if (!s) { /* without the lock, to resolve names: another thread may open the same meanwhile */
@@ -14032,16 +14018,11 @@ typedef struct crpci_zk_watch {
     bool refused; /* the server refuses to let it be read, which was logged */
 } crpci_zk_watch;
 
-CRPCI_FN crpci_zk_watch *crpci_zk_node_watch_of(crpci_zk_job *job)
-{
-    return CRPCI_CONTAINER(job, crpci_zk_watch, job);
-}
-
 /* Reads the node or, while it does not exist, asks whether it exists: either request sets a
  * watch. */
 CRPCI_FN bool crpci_zk_node_watch_order(crpci_zk_job *job, crpci_zk_order *o)
 {
-    crpci_zk_watch *w = crpci_zk_node_watch_of(job);
+    crpci_zk_watch *w = CRPCI_CONTAINER(job, crpci_zk_watch, job);
     bool children = w->kind == CRPCI_ZK_WATCH_CHILDREN || w->kind == CRPCI_ZK_WATCH_CHILDREN_ONCE;
     o->verb = w->missing ? CRPCI_ZK_STAT : children ? CRPCI_ZK_LIST : CRPCI_ZK_GET;
     o->watch = w->kind != CRPCI_ZK_WATCH_CHILDREN_ONCE;
@@ -14055,7 +14036,7 @@ CRPCI_FN void crpci_zk_node_watch_answered(crpci_zk_watch *w, const crpci_zk_req
 {
     crpci_zk_job *job = &w->job;
     bool once = w->kind == CRPCI_ZK_WATCH_CHILDREN_ONCE;
-    bool looked = q->order.verb == CRPCI_ZK_STAT, gone = a->rc == ZNONODE, taken;
+    bool looked = q->order.verb == CRPCI_ZK_STAT, gone = a->rc == ZNONODE;
     w->missing = gone && !looked && !once && w->kind != CRPCI_ZK_WATCH_END;
     if (w->missing || (looked && a->rc == ZOK)) { /* ask for its creation; or it exists: read it */
         job->due_us = 0;
@@ -14075,15 +14056,14 @@ CRPCI_FN void crpci_zk_node_watch_answered(crpci_zk_watch *w, const crpci_zk_req
     if (w->kind == CRPCI_ZK_WATCH_END && !gone)
         return;
     w->told = true;
-    taken = w->value(w, a);
-    if (!taken)
+    if (!w->value(w, a))
         crpci_zk_job_later(job, CRPCI_ZK_JOB_RETRY_US);
 }
 
 CRPCI_FN void crpci_zk_node_watch_event(crpci_zk_job *job, crpci_zk_event event,
                                         const crpci_zk_request *q, const crpci_zk_answer *a)
 {
-    crpci_zk_watch *w = crpci_zk_node_watch_of(job);
+    crpci_zk_watch *w = CRPCI_CONTAINER(job, crpci_zk_watch, job);
     if (event == CRPCI_ZK_ANSWERED) {
         crpci_zk_node_watch_answered(w, q, a);
         return;
@@ -14091,9 +14071,7 @@ CRPCI_FN void crpci_zk_node_watch_event(crpci_zk_job *job, crpci_zk_event event,
     if (job->due_us == INT64_MAX && !job->sent) /* idle: it has reported once, or has not begun */
         return;
     if (event == CRPCI_ZK_REMOVED && w->kind == CRPCI_ZK_WATCH_END) {
-        crpci_zk_answer gone;
-        memset(&gone, 0, sizeof gone);
-        gone.rc = ZNONODE;
+        const crpci_zk_answer gone = {ZNONODE, NULL, NULL, NULL, 0};
         job->due_us = INT64_MAX;
         if (!w->value(w, &gone))
             crpci_zk_job_later(job, CRPCI_ZK_JOB_RETRY_US);
@@ -14113,7 +14091,7 @@ CRPCI_FN void crpci_zk_node_watch_event(crpci_zk_job *job, crpci_zk_event event,
 
 CRPCI_FN void crpci_zk_node_watch_clear(crpci_zk_job *job)
 {
-    crpci_heap_strfree(job->session->heap, crpci_zk_node_watch_of(job)->path);
+    crpci_heap_strfree(job->session->heap, CRPCI_CONTAINER(job, crpci_zk_watch, job)->path);
 }
 
 static const crpci_zk_work crpci_zk_node_watch_work = {
@@ -14233,11 +14211,6 @@ struct crpci_zk_own {
     unsigned fights; /* how often in a row the node was another session's */
 };
 
-CRPCI_FN crpci_zk_own *crpci_zk_node_own_of(crpci_zk_job *job)
-{
-    return CRPCI_CONTAINER(job, crpci_zk_own, job);
-}
-
 /* Replaces own->path or own->prefix. */
 CRPCI_FN void crpci_zk_node_own_set(crpci_zk_own *own, char **text, char *value)
 {
@@ -14327,7 +14300,7 @@ CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
     static const uint8_t verbs[] = {CRPCI_ZK_STAT,   CRPCI_ZK_CREATE, CRPCI_ZK_LIST,
                                     CRPCI_ZK_CREATE, CRPCI_ZK_STAT,   CRPCI_ZK_STAT,
                                     CRPCI_ZK_DELETE, CRPCI_ZK_DELETE};
-    crpci_zk_own *own = crpci_zk_node_own_of(job);
+    crpci_zk_own *own = CRPCI_CONTAINER(job, crpci_zk_own, job);
     crpci_zk_node_own_next(own);
     if (own->state == CRPCI_ZK_OWN_CREATE && !crpci_zk_node_own_name(own))
         return false;
@@ -14475,7 +14448,7 @@ CRPCI_FN void crpci_zk_node_own_over(crpci_zk_own *own)
 CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
                                       const crpci_zk_request *q, const crpci_zk_answer *a)
 {
-    crpci_zk_own *own = crpci_zk_node_own_of(job);
+    crpci_zk_own *own = CRPCI_CONTAINER(job, crpci_zk_own, job);
     crpci_zk_session *s = job->session;
     int64_t soon;
     switch (event) {
@@ -14510,7 +14483,7 @@ CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
 
 CRPCI_FN void crpci_zk_node_own_clear(crpci_zk_job *job)
 {
-    crpci_zk_own *own = crpci_zk_node_own_of(job);
+    crpci_zk_own *own = CRPCI_CONTAINER(job, crpci_zk_own, job);
     crpci_zk_node_own_set(own, &own->path, NULL);
     crpci_zk_node_own_set(own, &own->prefix, NULL);
 }
@@ -14642,15 +14615,8 @@ CRPCI_FN bool crpci_zk_directory_age(crpci_zk_session *s)
 
 /* --- services --------------------------------------------------------------------------------- */
 
-/* The overrides are known, or cannot be read: begins to read the providers, or reads them again. */
-CRPCI_FN void crpci_zk_directory_follow(crpci_zk_service *v, bool anew)
-{
-    if (!v->following || anew)
-        crpci_zk_node_watch_again(&v->providers);
-    v->following = true;
-}
-
-/* New overrides were read, or none exist. Unlocks. */
+/* The overrides were read, do not exist, or cannot be read: begins to read the providers, or reads
+ * them again. Unlocks. */
 CRPCI_FN bool crpci_zk_directory_on_overrides(crpci_zk_watch *w, const crpci_zk_answer *a)
 {
     crpci_zk_service *v = CRPCI_CONTAINER(w, crpci_zk_service, overrides);
@@ -14663,9 +14629,12 @@ CRPCI_FN bool crpci_zk_directory_on_overrides(crpci_zk_watch *w, const crpci_zk_
         snprintf(host, sizeof host, strchr(ip, ':') ? "[%s]" : "%s", ip);
         changed = crpci_directory_override(&v->directory, names, count, host);
     }
-    if (changed >= 0)
-        crpci_zk_directory_follow(v, changed > 0);
-    return changed >= 0;
+    if (changed < 0)
+        return false;
+    if (changed || !v->following)
+        crpci_zk_node_watch_again(&v->providers);
+    v->following = true;
+    return true;
 }
 
 /* The providers were read. A directory that does not exist counts as empty, because the first
@@ -14702,13 +14671,13 @@ CRPCI_FN void crpci_zk_directory_service_end(crpci_zk_service *v)
     crpci_directory_end(&v->directory);
 }
 
-/* Watches a service. NULL: out of memory. Locked. */
+/* Watches a service, whose directory of providers is at `providers`; takes that text over. NULL:
+ * out of memory. Locked. */
 CRPCI_FN crpci_zk_service *crpci_zk_directory_service_new(const crpci_zk_directory *b,
-                                                          const char *service)
+                                                          const char *service, char *providers)
 {
     crpci_zk_session *s = b->session;
     crpci_zk_service *v = (crpci_zk_service *)crpci_heap_alloc(s->heap, sizeof *v);
-    char *providers = crpci_zk_directory_path(b, service, "providers");
     char *overrides = crpci_zk_directory_path(b, service, "configurators");
     bool ok = v && providers && overrides &&
               crpci_directory_init(
@@ -14744,21 +14713,17 @@ CRPCI_FN crpci_zk_service *crpci_zk_directory_service_get(const crpci_zk_directo
 {
     char *path = crpci_zk_directory_path(b, service, "providers");
     crpci_list *all = &b->session->services, *i;
-    crpci_zk_service *v = NULL;
-    for (i = all->next; path && i != all && !v; i = i->next) {
-        v = CRPCI_CONTAINER(i, crpci_zk_service, link);
-        v = strcmp(v->providers.path, path) == 0 ? v : NULL;
+    for (i = all->next; path && i != all; i = i->next) {
+        crpci_zk_service *v = CRPCI_CONTAINER(i, crpci_zk_service, link);
+        if (strcmp(v->providers.path, path) == 0) {
+            crpci_heap_strfree(b->session->heap, path);
+            return v;
+        }
     }
-    crpci_heap_strfree(b->session->heap, path);
-    return v ? v : path ? crpci_zk_directory_service_new(b, service) : NULL;
+    return crpci_zk_directory_service_new(b, service, path);
 }
 
 /* --- stale twins ------------------------------------------------------------------------------ */
-
-CRPCI_FN crpci_zk_registration *crpci_zk_directory_sweeper(crpci_zk_job *job)
-{
-    return CRPCI_CONTAINER(job, crpci_zk_registration, sweep);
-}
 
 /* Whether a name is that of another node with the same address: both names begin with the same
  * encoded "crpc://address/". Nodes of other software have other schemes and are left alone. */
@@ -14809,7 +14774,7 @@ CRPCI_FN void crpci_zk_directory_swept(crpci_zk_registration *reg)
 
 CRPCI_FN bool crpci_zk_directory_sweep_order(crpci_zk_job *job, crpci_zk_order *o)
 {
-    crpci_zk_registration *reg = crpci_zk_directory_sweeper(job);
+    crpci_zk_registration *reg = CRPCI_CONTAINER(job, crpci_zk_registration, sweep);
     if (reg->own.state != CRPCI_ZK_OWN_OWNED) { /* crpci_zk_directory_owned starts it again */
         job->due_us = INT64_MAX;
         return false;
@@ -14824,7 +14789,7 @@ CRPCI_FN bool crpci_zk_directory_sweep_order(crpci_zk_job *job, crpci_zk_order *
 CRPCI_FN void crpci_zk_directory_sweep_event(crpci_zk_job *job, crpci_zk_event event,
                                              const crpci_zk_request *q, const crpci_zk_answer *a)
 {
-    crpci_zk_registration *reg = crpci_zk_directory_sweeper(job);
+    crpci_zk_registration *reg = CRPCI_CONTAINER(job, crpci_zk_registration, sweep);
     crpci_zk_session *s = job->session;
     if (event != CRPCI_ZK_ANSWERED && event != CRPCI_ZK_DOUBTED)
         return;
@@ -14874,11 +14839,6 @@ CRPCI_FN void crpci_zk_directory_unref(void *registration)
 static const crpci_zk_work crpci_zk_directory_sweep = {crpci_zk_directory_sweep_order,
                                                        crpci_zk_directory_sweep_event, NULL};
 
-CRPCI_FN crpci_zk_registration *crpci_zk_directory_reg_of(crpci_zk_own *own)
-{
-    return CRPCI_CONTAINER(own, crpci_zk_registration, own);
-}
-
 /* Determines the local address, unless the program gave one. False: no route to the servers.
  * *moved: it has changed. */
 CRPCI_FN bool crpci_zk_directory_locate(crpci_zk_registration *reg, char *host, size_t size,
@@ -14896,7 +14856,7 @@ CRPCI_FN bool crpci_zk_directory_locate(crpci_zk_registration *reg, char *host, 
 /* The node's path, with the present address. */
 CRPCI_FN char *crpci_zk_directory_name(crpci_zk_own *own)
 {
-    crpci_zk_registration *reg = crpci_zk_directory_reg_of(own);
+    crpci_zk_registration *reg = CRPCI_CONTAINER(own, crpci_zk_registration, own);
     crpci_directory_offer *o = &reg->offer;
     crpci_heap *h = own->job.session->heap;
     char host[INET6_ADDRSTRLEN], *url, *name = NULL, *path = NULL;
@@ -14930,7 +14890,7 @@ CRPCI_FN char *crpci_zk_directory_name(crpci_zk_own *own)
 CRPCI_FN void crpci_zk_directory_owned(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat,
                                        bool news)
 {
-    crpci_zk_registration *reg = crpci_zk_directory_reg_of(own);
+    crpci_zk_registration *reg = CRPCI_CONTAINER(own, crpci_zk_registration, own);
     crpci_zk_session *s = own->job.session;
     bool provider = reg->offer.port != 0, moved;
     char host[INET6_ADDRSTRLEN];
@@ -14955,7 +14915,7 @@ CRPCI_FN void crpci_zk_directory_owned(crpci_zk_own *own, int64_t sent_us, const
 /* Reports a failed registration to the program; removal and expiry are repaired silently. */
 CRPCI_FN void crpci_zk_directory_lost(crpci_zk_own *own, int rc)
 {
-    crpci_zk_registration *reg = crpci_zk_directory_reg_of(own);
+    crpci_zk_registration *reg = CRPCI_CONTAINER(own, crpci_zk_registration, own);
     crpci_zk_session *s = own->job.session;
     char text[CRPC_ERROR_TEXT_MAX];
     if (rc == ZNONODE || rc == ZSESSIONEXPIRED)
@@ -15151,14 +15111,7 @@ CRPCI_COLD int crpci_zk_directory_open(crpc_loop *l, const crpci_url *url,
     crpci_heap *h = l->heap;
     crpci_zk_directory *b = (crpci_zk_directory *)crpci_heap_alloc(h, sizeof *b);
     const char *application = o->application ? o->application : "";
-    crpci_zk_pool_options so;
     int err;
-    memset(&so, 0, sizeof so);
-    so.timeout_ms = o->session_timeout_ms;
-    so.spread_ms = o->spread_ms;
-    so.credential = o->credential;
-    so.cache = o->cache;
-    so.cache_interval_ms = o->cache_interval_ms;
     if (!b)
         return crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
     b->base.ops = &crpci_zk_directory_ops;
@@ -15169,7 +15122,7 @@ CRPCI_COLD int crpci_zk_directory_open(crpc_loop *l, const crpci_url *url,
     err = crpci_zk_node_root(h, url->path, CRPCI_ZK_DIRECTORY_ROOT, &b->root, error);
     if (!err) {
         b->application = crpci_heap_strndup(h, application, strlen(application));
-        err = b->application ? crpci_zk_pool_open(l, url->authority, &so, &b->session, error)
+        err = b->application ? crpci_zk_pool_open(l, url->authority, o, &b->session, error)
                              : crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
     }
     if (!err) {
@@ -16777,27 +16730,32 @@ CRPCI_FN void crpci_registry_end(crpci_item *item)
 static const crpci_item_kind crpci_registry_kind = {sizeof(crpci_registry_gate),
                                                     crpci_registry_tell, crpci_registry_end, NULL};
 
+/* The options that a URL may name. */
+static const crpci_option crpci_registry_rows[] = {
+    CRPCI_OPTION_ROW(crpc_registry_options, session_timeout_ms, "session_timeout_ms", NULL, 0, 0,
+                     -1, 0, CRPCI_AGREEMENT_LONGEST_MS),
+    CRPCI_OPTION_ROW(crpc_registry_options, registry_timeout_ms, "registry_timeout_ms", NULL, 0, 0,
+                     -1, 0, CRPCI_AGREEMENT_LONGEST_MS),
+    CRPCI_OPTION_ROW(crpc_registry_options, must_connect, "must_connect", NULL, 0, 0, -1, 0,
+                     CRPCI_AGREEMENT_LONGEST_MS)};
+
+static const crpci_options crpci_registry_table = {CRPCI_OPTIONS_OF(crpci_registry_rows)};
+
 /* Takes over the options that the URL names; they win over the program's. */
 CRPCI_COLD int crpci_registry_options(crpci_url *u, crpc_registry_options *o, crpc_error *error)
 {
     char *key, *value;
-    int64_t n;
     int err;
     while ((err = crpci_url_next(u, &key, &value, error)) == CRPC_OK) {
-        int *to = strcmp(key, "session_timeout_ms") == 0    ? &o->session_timeout_ms
-                  : strcmp(key, "registry_timeout_ms") == 0 ? &o->registry_timeout_ms
-                  : strcmp(key, "must_connect") == 0        ? &o->must_connect
-                                                            : NULL;
-        if (!to)
+        const crpci_option *row = crpci_options_find(&crpci_registry_table, key);
+        if (!row)
             return crpci_status_set(error, CRPC_EINVAL,
                                     "URL option %.60s: unknown; a registry has session_timeout_ms, "
                                     "registry_timeout_ms and must_connect",
                                     key);
-        if (!crpci_url_number(value, CRPCI_AGREEMENT_LONGEST_MS, &n))
-            return crpci_status_set(error, CRPC_EINVAL,
-                                    "URL option %.60s=%.60s: not a number from -1 to %d", key,
-                                    value, CRPCI_AGREEMENT_LONGEST_MS);
-        *to = (int)n;
+        err = crpci_options_read(row, o, value, error);
+        if (err)
+            return err;
     }
     return err == CRPC_EPENDING ? CRPC_OK : err;
 }
@@ -16849,30 +16807,19 @@ CRPCI_COLD int crpci_registry_await(crpc_registry *r, const crpc_registry_option
                             r->session->authority, (int)ms);
 }
 
-/* Opens or joins the session, then waits for it. On failure crpc_registry_close cleans up. */
-CRPCI_COLD int crpci_registry_join(crpc_registry *r, crpci_url *u, const crpc_registry_options *o,
-                                   crpc_error *error)
-{
-    crpci_zk_pool_options so;
-    int err = crpci_zk_node_root(r->loop->heap, u->path, "", &r->root, error);
-    memset(&so, 0, sizeof so);
-    so.timeout_ms = o->session_timeout_ms;
-    so.credential = o->credential;
-    err = err ? err : crpci_zk_pool_open(r->loop, u->authority, &so, &r->session, error);
-    return err ? err : crpci_registry_await(r, o, error);
-}
-
 /* With loop NULL the registry has a private loop, which it closes at the end. */
 CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const char *url,
                                 const crpc_registry_options *options, crpc_error *error)
 {
     crpc_registry_options o;
+    crpci_directory_options so;
     bool private_loop = !loop;
     crpc_registry *r;
     crpci_url u;
     int err;
     *registry = NULL;
     memset(&o, 0, sizeof o);
+    memset(&so, 0, sizeof so);
     if (options)
         o = *options;
     if (private_loop) {
@@ -16881,23 +16828,26 @@ CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const
             return crpci_status_set(error, err, "registry: cannot open its private loop: %s",
                                     crpc_status_text(err));
     }
-    err = crpci_url_parse(&u, loop->heap, url, error);
-    if (!err && strcmp(u.scheme, "zookeeper") != 0)
-        err = crpci_status_set(error, CRPC_EUNSUPPORTED,
-                               "registry: %.40s:// is not supported; use zookeeper://", u.scheme);
-    err = err ? err : crpci_registry_options(&u, &o, error);
-    r = err ? NULL : (crpc_registry *)crpci_heap_alloc(loop->heap, sizeof *r);
+    r = (crpc_registry *)crpci_heap_alloc(loop->heap, sizeof *r);
     if (!r) {
-        crpci_url_free(&u);
         if (private_loop)
             crpc_loop_close(loop);
-        return err ? err : crpci_status_set(error, CRPC_ENOMEM, "registry: out of memory");
+        return crpci_status_set(error, CRPC_ENOMEM, "registry: out of memory");
     }
     r->loop = loop;
     r->private_loop = private_loop;
     crpci_list_init(&r->items);
     crpci_loop_hold(loop);
-    err = crpci_registry_join(r, &u, &o, error);
+    err = crpci_url_parse(&u, loop->heap, url, error);
+    if (!err && strcmp(u.scheme, "zookeeper") != 0)
+        err = crpci_status_set(error, CRPC_EUNSUPPORTED,
+                               "registry: %.40s:// is not supported; use zookeeper://", u.scheme);
+    err = err ? err : crpci_registry_options(&u, &o, error);
+    err = err ? err : crpci_zk_node_root(loop->heap, u.path, "", &r->root, error);
+    so.session_timeout_ms = o.session_timeout_ms;
+    so.credential = o.credential;
+    err = err ? err : crpci_zk_pool_open(loop, u.authority, &so, &r->session, error);
+    err = err ? err : crpci_registry_await(r, &o, error);
     crpci_url_free(&u);
     if (err) {
         crpc_registry_close(r);
