@@ -15358,13 +15358,8 @@ CRPCI_FN void crpci_agreement_ready(crpci_item *item)
     crpci_loop_ready(item->session->loop, &item->ready);
 }
 
-CRPCI_FN void crpci_agreement_no_timer(crpc_loop *l, crpci_timer *timer)
-{
-    (void)l;
-    (void)timer;
-}
-
-/* A new item with one reference, the caller's. `timer` may be NULL. NULL: out of memory. */
+/* A new item with one reference, the caller's. `timer` is NULL where the kind sets none. NULL: out
+ * of memory. */
 CRPCI_FN void *crpci_agreement_new(crpc_registry *r, const crpci_item_kind *kind,
                                    void (*timer)(crpc_loop *l, crpci_timer *timer), void *user)
 {
@@ -15378,7 +15373,7 @@ CRPCI_FN void *crpci_agreement_new(crpc_registry *r, const crpci_item_kind *kind
     item->refs = 1;
     item->user = user;
     crpci_loop_task_init(&item->ready, crpci_agreement_run);
-    crpci_timer_init(&item->timer, timer ? timer : crpci_agreement_no_timer);
+    crpci_timer_init(&item->timer, timer);
     crpci_list_append(&r->items, &item->node);
     return item;
 }
@@ -15425,32 +15420,20 @@ CRPCI_FN bool crpci_agreement_path_ok(const char *path, bool sequential)
     return true;
 }
 
-/* Writes the full path of a path below the root into `out`, which has room for both, and returns
- * its length; with `out` NULL it only computes the length. */
-CRPCI_FN size_t crpci_agreement_full(char *out, const char *root, const char *path)
+/* Writes the full path of a path below the root, and returns its length, as snprintf does. */
+CRPCI_FN size_t crpci_agreement_full(char *out, size_t size, const char *root, const char *path)
 {
-    size_t n = strlen(root), m;
     path += *path == '/';
-    m = strlen(path);
-    if (!n && !m) {
-        if (out)
-            memcpy(out, "/", 2);
-        return 1;
-    }
-    if (out) {
-        memcpy(out, root, n);
-        out[n] = '/';
-        memcpy(out + n + (m != 0), path, m + 1);
-    }
-    return n + (m != 0) + m;
+    return (size_t)snprintf(out, size, "%s%s%s", root, *path || !*root ? "/" : "", path);
 }
 
 /* The full path, on the heap. */
 CRPCI_FN char *crpci_agreement_path(crpci_heap *h, const char *root, const char *path)
 {
-    char *out = (char *)crpci_heap_alloc(h, crpci_agreement_full(NULL, root, path) + 1);
+    size_t size = crpci_agreement_full(NULL, 0, root, path) + 1;
+    char *out = (char *)crpci_heap_alloc(h, size);
     if (out)
-        crpci_agreement_full(out, root, path);
+        crpci_agreement_full(out, size, root, path);
     return out;
 }
 
@@ -15547,11 +15530,6 @@ typedef struct crpci_operations_call {
     crpc_node result;
 } crpci_operations_call;
 
-CRPCI_FN crpci_operations_call *crpci_operations_of(crpci_zk_job *job)
-{
-    return CRPCI_CONTAINER(job, crpci_operations_call, job);
-}
-
 /* An operation's name, for error texts. */
 CRPCI_FN const char *crpci_operations_name(crpc_node_verb verb)
 {
@@ -15590,14 +15568,13 @@ CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op
         const char *verb = crpci_operations_name(o->verb);
         size_t n = crpc_view_size(o->data);
         if (!crpci_operations_allowed(o, count))
-            return crpci_status_set(
-                error, CRPC_EINVAL, "operation %zu (%s): %s", i, verb,
-                count == 1 && o->verb == CRPC_NODE_CHECK
-                    ? "check cannot be the only operation of a call"
-                : count > 1
-                    ? "only create without PARENTS, set, delete and check go together; else check "
-                      "its flags and version"
-                    : "unknown verb, or flags or a version that it does not take");
+            return crpci_status_set(error, CRPC_EINVAL,
+                                    "operation %zu (%s): unknown verb, flags or version that it "
+                                    "does not take, or %s",
+                                    i, verb,
+                                    count == 1 ? "check cannot be the only operation of a call"
+                                               : "not one of create without PARENTS, set, delete "
+                                                 "and check, which go together");
         if (!crpci_agreement_path_ok(o->path, (o->flags & CRPC_NODE_SEQUENTIAL) != 0))
             return crpci_status_set(error, CRPC_EINVAL,
                                     "%s \"%.100s\": not a valid path: it has an empty part, "
@@ -15607,7 +15584,7 @@ CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op
             return crpci_status_set(error, CRPC_EINVAL, "%s \"%.100s\": over %d bytes of data",
                                     verb, o->path, CRPC_NODE_BYTES_MAX);
         bytes += n;
-        *size += sizeof *o + crpci_agreement_full(NULL, r->root, o->path) + 1 + n;
+        *size += sizeof *o + crpci_agreement_full(NULL, 0, r->root, o->path) + 1 + n;
     }
     return CRPC_OK;
 }
@@ -15616,13 +15593,13 @@ CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op
 CRPCI_FN void crpci_operations_copy(crpci_operations_call *c, const char *root,
                                     const crpc_node_op *ops)
 {
-    char *at = (char *)(c->ops + c->count);
+    char *at = (char *)(c->ops + c->count), *end = (char *)c->ops + c->block_size;
     size_t i;
     for (i = 0; i < c->count; i++) {
         size_t n = crpc_view_size(ops[i].data);
         c->ops[i] = ops[i];
         c->ops[i].path = at;
-        at += crpci_agreement_full(at, root, ops[i].path) + 1;
+        at += crpci_agreement_full(at, (size_t)(end - at), root, ops[i].path) + 1;
         if (n)
             memcpy(at, crpc_view_data(ops[i].data), n);
         c->ops[i].data = crpc_view_of(at, n);
@@ -15681,7 +15658,7 @@ CRPCI_FN bool crpci_operations_order(crpci_zk_job *job, crpci_zk_order *order)
                                     CRPCI_ZK_LIST,
                                     0,
                                     CRPCI_ZK_LIST};
-    crpci_operations_call *c = crpci_operations_of(job);
+    crpci_operations_call *c = CRPCI_CONTAINER(job, crpci_operations_call, job);
     const crpc_node_op *o = &c->ops[0];
     order->verb = c->count > 1 ? CRPCI_ZK_MULTI
                   : c->first   ? CRPCI_ZK_GET
@@ -15886,7 +15863,7 @@ CRPCI_FN void crpci_operations_first(crpci_operations_call *c, const crpci_zk_re
 CRPCI_FN void crpci_operations_event(crpci_zk_job *job, crpci_zk_event event,
                                      const crpci_zk_request *q, const crpci_zk_answer *a)
 {
-    crpci_operations_call *c = crpci_operations_of(job);
+    crpci_operations_call *c = CRPCI_CONTAINER(job, crpci_operations_call, job);
     if (event == CRPCI_ZK_RESUMED || event == CRPCI_ZK_RENEWED)
         job->due_us = 0;
     else if (event == CRPCI_ZK_DOUBTED)
@@ -15924,28 +15901,34 @@ static const crpci_item_kind crpci_operations_kind = {sizeof(crpci_operations_ca
                                                       crpci_operations_tell, crpci_operations_end,
                                                       crpci_operations_free};
 
-/* Begins an operation. The caller gets a reference to the one in *out. Locked, unlocks
+/* Checks and begins an operation. The caller gets a reference to the one in *out. Locked, unlocks
  * meanwhile. */
 CRPCI_FN int crpci_operations_begin(crpc_registry *r, const crpc_node_op *ops, size_t count,
-                                    size_t size, int timeout_ms, crpc_node_fn fn, void *user,
-                                    crpci_waiter *waiter, crpci_operations_call **out)
+                                    int timeout_ms, crpc_node_fn fn, void *user,
+                                    crpci_waiter *waiter, crpci_operations_call **out,
+                                    crpc_error *error)
 {
     int64_t ms =
         crpci_base_option(timeout_ms, CRPCI_OPERATIONS_TIMEOUT_MS, CRPCI_AGREEMENT_LONGEST_MS);
-    crpci_operations_call *c = (crpci_operations_call *)crpci_agreement_new(
-        r, &crpci_operations_kind, crpci_operations_timer, user);
-    if (!c)
-        return CRPC_ENOMEM;
+    size_t size;
+    crpci_operations_call *c;
+    int err = crpci_operations_check(r, ops, count, &size, error);
+    if (err)
+        return err;
+    c = (crpci_operations_call *)crpci_agreement_new(r, &crpci_operations_kind,
+                                                     crpci_operations_timer, user);
+    if (c)
+        c->ops = (crpc_node_op *)crpci_heap_alloc(r->session->heap, size);
+    if (!c || !c->ops) {
+        if (c)
+            crpci_agreement_discard(&c->item);
+        return crpci_status_set(error, CRPC_ENOMEM, "crpc_registry_call: out of memory");
+    }
     c->fn = fn;
     c->waiter = waiter;
     c->root = strlen(r->root);
     c->count = count;
     c->block_size = size;
-    c->ops = (crpc_node_op *)crpci_heap_alloc(r->session->heap, size);
-    if (!c->ops) {
-        crpci_agreement_discard(&c->item);
-        return CRPC_ENOMEM;
-    }
     crpci_operations_copy(c, r->root, ops);
     r->pending++;
     c->deadline_us = crpci_loop_now(r->loop) + ms * 1000;
@@ -15976,25 +15959,20 @@ CRPC_API int crpc_registry_call(crpc_registry *r, const crpc_node_op *ops, size_
     crpc_loop *l = r->loop;
     crpci_operations_call *c;
     crpci_waiter w;
-    size_t size;
     int err;
     if (node)
         crpc_node_reset(node);
     memset(&w, 0, sizeof w);
-    err = crpci_operations_check(r, ops, count, &size, error);
-    if (err)
-        return err;
     crpci_loop_lock(l);
     s->refs++; /* another thread may close the registry meanwhile */
-    err = crpci_loop_in_callback(l)
-              ? CRPC_EDEADLK
-              : crpci_operations_begin(r, ops, count, size, timeout_ms, NULL, NULL, &w, &c);
+    if (crpci_loop_in_callback(l))
+        err = crpci_status_set(error, CRPC_EDEADLK, "crpc_registry_call: it waits, so it must not "
+                                                    "be called inside a callback of its loop");
+    else
+        err = crpci_operations_begin(r, ops, count, timeout_ms, NULL, NULL, &w, &c, error);
     if (err) {
         crpci_zk_session_unlock(s);
-        return crpci_status_set(error, err, "crpc_registry_call: %s",
-                                err == CRPC_EDEADLK ? "it waits, so it must not be called inside a "
-                                                      "callback of its loop"
-                                                    : "out of memory");
+        return err;
     }
     crpci_drive_wait(l, &w, c->deadline_us, false);
     if (!c->finished) /* the wait has timed out before the loop's driver ran the timer */
@@ -16015,15 +15993,14 @@ CRPC_API int crpc_registry_call_async(crpc_registry *r, const crpc_node_op *ops,
 {
     crpci_zk_session *s = r->session;
     crpci_operations_call *c;
-    size_t size;
-    int err = fn ? crpci_operations_check(r, ops, count, &size, NULL) : CRPC_EINVAL;
-    if (err)
-        return err;
+    int err;
+    if (!fn)
+        return CRPC_EINVAL;
     crpci_loop_lock(r->loop);
     s->refs++;
     err = r->pending >= CRPCI_OPERATIONS_PENDING ? CRPC_ELIMIT : crpci_agreement_need_owner(r);
-    if (!err)
-        err = crpci_operations_begin(r, ops, count, size, timeout_ms, fn, user, NULL, &c);
+    err = err ? err
+              : crpci_operations_begin(r, ops, count, timeout_ms, fn, user, NULL, &c, NULL);
     if (!err)
         crpci_agreement_unref(&c->item);
     crpci_zk_session_unlock(s);
@@ -16296,11 +16273,6 @@ CRPCI_FN void crpci_queue_timer(crpc_loop *l, crpci_timer *timer)
 
 /* --- the own node ----------------------------------------------------------------------------- */
 
-CRPCI_FN crpci_queue_place *crpci_queue_of(crpci_zk_own *own)
-{
-    return CRPCI_CONTAINER(own, crpci_queue_place, own);
-}
-
 /* A new id in the shape of a UUID, because other implementations parse it as one. */
 CRPCI_FN char *crpci_queue_name(crpci_zk_own *own)
 {
@@ -16334,7 +16306,7 @@ CRPCI_FN void crpci_queue_grant(crpci_queue_place *q, int64_t sent_us, const str
 CRPCI_FN void crpci_queue_owned(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat,
                                 bool news)
 {
-    crpci_queue_place *q = crpci_queue_of(own);
+    crpci_queue_place *q = CRPCI_CONTAINER(own, crpci_queue_place, own);
     (void)news;
     if (q->state == CRPCI_QUEUE_ENTER)
         crpci_queue_look(q);
@@ -16344,7 +16316,7 @@ CRPCI_FN void crpci_queue_owned(crpci_zk_own *own, int64_t sent_us, const struct
 
 CRPCI_FN void crpci_queue_lost(crpci_zk_own *own, int rc)
 {
-    crpci_queue_place *q = crpci_queue_of(own);
+    crpci_queue_place *q = CRPCI_CONTAINER(own, crpci_queue_place, own);
     bool gone = rc == ZNONODE || rc == ZSESSIONEXPIRED;
     if (rc == ZNONODE)
         crpci_heap_log(q->item.session->heap, CRPC_LOG_WARN,
@@ -16476,7 +16448,6 @@ CRPCI_FN int crpci_queue_new(crpc_registry *r, const char *path, crpc_view who, 
     crpci_queue_place *q;
     char *list;
     int err = crpci_agreement_need_owner(r);
-    *out = NULL;
     if (err)
         return err;
     q = (crpci_queue_place *)crpci_agreement_new(r, &crpci_queue_kind, crpci_queue_timer, user);
@@ -16506,10 +16477,23 @@ CRPCI_FN int crpci_queue_new(crpc_registry *r, const char *path, crpc_view who, 
     return CRPC_OK;
 }
 
-CRPCI_FN bool crpci_queue_args_ok(const char *path, crpc_view who)
+/* Opens a place for a lock or, with `on_election`, for an election. */
+CRPCI_FN int crpci_queue_open(crpc_registry *r, const char *path, crpc_view who,
+                              crpc_lock_fn on_lock, crpc_election_fn on_election, void *user,
+                              crpci_queue_place **out)
 {
-    return crpci_agreement_path_ok(path, false) && path[*path == '/'] &&
-           crpc_view_size(who) <= CRPC_NODE_BYTES_MAX;
+    int err;
+    if ((!on_lock && !on_election) || !crpci_agreement_path_ok(path, false) ||
+        !path[*path == '/'] || crpc_view_size(who) > CRPC_NODE_BYTES_MAX)
+        return CRPC_EINVAL;
+    crpci_loop_lock(r->loop);
+    err = crpci_queue_new(r, path, who, user, out);
+    if (!err) {
+        (*out)->on_lock = on_lock;
+        (*out)->on_election = on_election;
+    }
+    crpci_loop_unlock(r->loop);
+    return err;
 }
 
 CRPCI_FN void crpci_queue_close(crpci_queue_place *q)
@@ -16538,19 +16522,9 @@ CRPCI_FN int64_t crpci_queue_lease(crpci_queue_place *q)
 CRPC_API int crpc_lock_open(crpc_lock **lock, crpc_registry *r, const char *path, const char *who,
                             crpc_lock_fn fn, void *user)
 {
-    crpc_view text = crpc_view_str(who);
     crpci_queue_place *q;
-    int err;
-    *lock = NULL;
-    if (!fn || !crpci_queue_args_ok(path, text))
-        return CRPC_EINVAL;
-    crpci_loop_lock(r->loop);
-    err = crpci_queue_new(r, path, text, user, &q);
-    if (!err) {
-        q->on_lock = fn;
-        *lock = CRPCI_CONTAINER(q, crpc_lock, place);
-    }
-    crpci_loop_unlock(r->loop);
+    int err = crpci_queue_open(r, path, crpc_view_str(who), fn, NULL, user, &q);
+    *lock = err ? NULL : CRPCI_CONTAINER(q, crpc_lock, place);
     return err;
 }
 
@@ -16607,20 +16581,15 @@ CRPC_API int crpc_election_open(crpc_election **election, crpc_registry *r, cons
                                 crpc_view who, crpc_election_fn fn, void *user)
 {
     crpci_queue_place *q;
-    int err;
-    *election = NULL;
-    if (!fn || !crpci_queue_args_ok(path, who))
-        return CRPC_EINVAL;
-    crpci_loop_lock(r->loop);
-    err = crpci_queue_new(r, path, who, user, &q);
-    if (!err) {
-        q->on_election = fn;
-        *election = CRPCI_CONTAINER(q, crpc_election, place);
-        crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_WANTED);
-        crpci_zk_session_kick(r->session);
-    }
+    int err = crpci_queue_open(r, path, who, NULL, fn, user, &q);
+    *election = err ? NULL : CRPCI_CONTAINER(q, crpc_election, place);
+    if (err)
+        return err;
+    crpci_loop_lock(r->loop); /* the callback can run from here on, and finds *election set */
+    crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_WANTED);
+    crpci_zk_session_kick(r->session);
     crpci_loop_unlock(r->loop);
-    return err;
+    return CRPC_OK;
 }
 
 CRPC_API int64_t crpc_election_lease_us(crpc_election *election)
