@@ -12380,8 +12380,6 @@ CRPCI_COLD int crpci_zk_servers_resolve(crpci_zk_servers *z, crpc_error *error)
         p += *p == ',';
         err = z->count ? CRPC_OK : err;
     }
-    if (err == CRPC_ENOMEM)
-        return crpci_status_set(error, err, "zookeeper://%.150s: out of memory", z->authority);
     return err ? crpci_status_set(error, err, "zookeeper://%.80s: %.160s", z->authority, why.text)
                : CRPC_OK;
 }
@@ -12581,27 +12579,24 @@ typedef enum crpci_zk_verb {
     CRPCI_ZK_MULTI
 } crpci_zk_verb;
 
-/* Operations and results of a transaction, in one block that must live until zoo_amulti's
- * completion. */
+/* Operations and results of a transaction. */
 typedef struct crpci_zk_multi {
-    size_t size; /* of the block */
     int count;
     zoo_op_t *ops;
     zoo_op_result_t *results;
 } crpci_zk_multi;
 
-/* What a job wants to send. The path is copied; the data must live as long as the job. */
+/* What a job wants to send. The path is copied; the data and `multi` must live as long as the
+ * job, which each request holds until its completion. */
 typedef struct crpci_zk_order {
     crpci_zk_verb verb;
     const char *path;
     const char *data; /* CREATE, SET */
     int size;
-    int version;           /* SET, DELETE; -1: any */
-    int flags;             /* CREATE: the client's */
-    bool creator;          /* CREATE: only the credential of this session may use the node */
-    bool parents;          /* CREATE: also make the znodes above it, if they are missing */
-    bool watch;            /* STAT, GET, LIST: also set a watch on the path */
-    crpci_zk_multi *multi; /* the request takes it over */
+    int version;    /* SET, DELETE; -1: any */
+    unsigned flags; /* CREATE: CRPC_NODE_* */
+    bool watch;     /* STAT, GET, LIST: also set a watch on the path */
+    const crpci_zk_multi *multi;
 } crpci_zk_order;
 
 /* One request in flight, from sending to its completion. */
@@ -12805,17 +12800,10 @@ CRPCI_FN crpci_zk_request *crpci_zk_job_request(crpci_zk_session *s, crpci_zk_jo
     return q;
 }
 
-CRPCI_FN void crpci_zk_job_multi_free(crpci_heap *h, crpci_zk_multi *m)
-{
-    if (m)
-        crpci_heap_free(h, m, m->size);
-}
-
 CRPCI_FN void crpci_zk_job_request_free(crpci_zk_request *q)
 {
     crpci_heap *h = q->handle->session->heap;
     crpci_list_remove(&q->node);
-    crpci_zk_job_multi_free(h, q->order.multi);
     if (q->job)
         crpci_zk_job_unref(q->job);
     crpci_heap_free(h, q, q->size);
@@ -12873,7 +12861,7 @@ CRPCI_FN void crpci_zk_job_take(crpci_zk_request *q, const crpci_zk_answer *a)
         }
         if (made >= 0)
             return;
-    } else if (o->verb == CRPCI_ZK_CREATE && o->parents && a->rc == ZNONODE &&
+    } else if (o->verb == CRPCI_ZK_CREATE && (o->flags & CRPC_NODE_PARENTS) && a->rc == ZNONODE &&
                crpci_zk_job_make_parent(job, o->path)) {
         return;
     }
@@ -12939,6 +12927,7 @@ CRPCI_FN void crpci_zk_job_over(crpci_zk_session *s)
 #define CRPCI_ZK_SESSION_TIMEOUT_MAX_MS 3600000 /* no ZooKeeper grants a longer one */
 #define CRPCI_ZK_SESSION_LINGER_US      200000  /* closing waits this long for answers */
 #define CRPCI_ZK_SESSION_SILENT_US      2000000 /* a start without an answer is logged after it */
+#define CRPCI_ZK_SESSION_FLAGS          3u /* CRPC_NODE_EPHEMERAL, _SEQUENTIAL: as the client's */
 #define CRPCI_ZK_SESSION_REFUSALS       3u /* connections accepted and closed: session unknown */
 #define CRPCI_ZK_SESSION_PATIENCE       2u /* session timeouts without a connection: given up */
 
@@ -13218,6 +13207,12 @@ CRPCI_FN void crpci_zk_session_on_session(zhandle_t *zh, int type, int state, co
 
 /* --- calls of the client ---------------------------------------------------------------------- */
 
+/* Who may use a node that is created. */
+CRPCI_FN const struct ACL_vector *crpci_zk_session_acl(unsigned flags)
+{
+    return flags & CRPC_NODE_PRIVATE ? &ZOO_CREATOR_ALL_ACL : &ZOO_OPEN_ACL_UNSAFE;
+}
+
 /* Passes a request to the client. Unlocked. Returns the client's code; crpci_zk_session_send
  * handles errors. */
 CRPCI_FN int crpci_zk_session_call(zhandle_t *zh, crpci_zk_request *q)
@@ -13230,9 +13225,8 @@ CRPCI_FN int crpci_zk_session_call(zhandle_t *zh, crpci_zk_request *q)
     case CRPCI_ZK_GET:
         return zoo_awget(zh, o->path, watch, q->handle, crpci_zk_session_on_data, q);
     case CRPCI_ZK_CREATE:
-        return zoo_acreate(zh, o->path, o->data, o->size,
-                           o->creator ? &ZOO_CREATOR_ALL_ACL : &ZOO_OPEN_ACL_UNSAFE, o->flags,
-                           crpci_zk_session_on_string, q);
+        return zoo_acreate(zh, o->path, o->data, o->size, crpci_zk_session_acl(o->flags),
+                           (int)(o->flags & CRPCI_ZK_SESSION_FLAGS), crpci_zk_session_on_string, q);
     case CRPCI_ZK_SET:
         return zoo_aset(zh, o->path, o->data, o->size, o->version, crpci_zk_session_on_stat, q);
     case CRPCI_ZK_DELETE:
@@ -13245,16 +13239,14 @@ CRPCI_FN int crpci_zk_session_call(zhandle_t *zh, crpci_zk_request *q)
     }
 }
 
-/* Sends a request. With libzookeeper_mt it may be answered and freed before this returns, so the
- * job is held meanwhile and `q` is compared, not read. Locked, unlocks meanwhile. */
+/* Sends a request, whose job the caller holds. With libzookeeper_mt it may be answered and freed
+ * before this returns: `q` is compared, not read. Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_send(crpci_zk_session *s, crpci_zk_request *q)
 {
     crpci_zk_job *job = q->job;
     zhandle_t *zh = q->handle->zh;
     crpci_zk_answer a;
     memset(&a, 0, sizeof a);
-    if (job)
-        job->refs++;
     q->sent_us = crpci_zk_job_now(s);
     crpci_loop_unlock(s->loop);
     a.rc = crpci_zk_session_call(zh, q);
@@ -13271,8 +13263,6 @@ CRPCI_FN void crpci_zk_session_send(crpci_zk_session *s, crpci_zk_request *q)
         if (a.rc == ZINVALIDSTATE || a.rc == ZBADARGUMENTS)
             crpci_zk_job_request_free(q);
     }
-    if (job)
-        crpci_zk_job_unref(job);
 }
 
 /* Sends a job's next request: the creation of a missing parent, or what the job itself wants. If it
@@ -13298,10 +13288,8 @@ CRPCI_FN void crpci_zk_session_issue(crpci_zk_session *s, crpci_zk_job *job)
             q->path[job->made] = '\0';
         job->sent = q;
         crpci_zk_session_send(s, q);
-    } else {
-        crpci_zk_job_multi_free(s->heap, o.multi);
-        if (job->due_us <= now)
-            crpci_zk_job_later(job, CRPCI_ZK_JOB_RETRY_US);
+    } else if (job->due_us <= now) {
+        crpci_zk_job_later(job, CRPCI_ZK_JOB_RETRY_US);
     }
     crpci_zk_job_unref(job);
 }
@@ -13819,10 +13807,8 @@ CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
         (o->cache && !crpci_cache_init(&s->cache, s->heap, o->cache, o->cache_interval_ms)))
         err = CRPC_ENOMEM;
     s->servers.authority = s->authority;
-    if (!err)
-        err = crpci_zk_servers_resolve(&s->servers, error);
-    if (!err && crpci_zk_servers_list(&s->servers, l))
-        err = CRPC_ENOMEM;
+    err = err ? err : crpci_zk_servers_resolve(&s->servers, error);
+    err = err ? err : crpci_zk_servers_list(&s->servers, l);
     if (err == CRPC_ENOMEM)
         crpci_status_set(error, err, "zookeeper://%.150s: out of memory", authority);
     if (err) {
@@ -13942,24 +13928,31 @@ CRPCI_FN bool crpci_zk_node_is_part(const char *text, size_t n)
     return true;
 }
 
+/* Whether the first `n` bytes of a path are such parts with single slashes between them. */
+CRPCI_FN bool crpci_zk_node_is_path(const char *path, size_t n)
+{
+    size_t at, part;
+    for (at = 0; at < n; at += part + 1) {
+        part = crpci_base_min(strcspn(path + at, "/"), n - at);
+        if (!crpci_zk_node_is_part(path + at, part))
+            return false;
+    }
+    return n == 0 || path[n - 1] != '/';
+}
+
 /* Makes the root of a tree from a URL's path: "a/b" and "a/b/" give "/a/b", "" gives
  * `otherwise`. */
 CRPCI_COLD int crpci_zk_node_root(crpci_heap *h, const char *path, const char *otherwise,
                                   char **out, crpc_error *error)
 {
-    size_t n = strlen(path), at;
+    size_t n = strlen(path);
     while (n && path[n - 1] == '/')
         n--;
-    for (at = 0; at < n;) {
-        size_t part = strcspn(path + at, "/");
-        part = part < n - at ? part : n - at;
-        if (!crpci_zk_node_is_part(path + at, part))
-            return crpci_status_set(error, CRPC_EINVAL,
-                                    "zookeeper: root \"%.100s\" is not a valid path: it has an "
-                                    "empty part, \".\", \"..\" or a control character",
-                                    path);
-        at += part + 1;
-    }
+    if (!crpci_zk_node_is_path(path, n))
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "zookeeper: root \"%.100s\" is not a valid path: it has an empty "
+                                "part, \".\", \"..\" or a control character",
+                                path);
     *out = n ? crpci_heap_format(h, "/%.*s", (int)n, path)
              : crpci_heap_strndup(h, otherwise, strlen(otherwise));
     return *out ? CRPC_OK : crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
@@ -14097,15 +14090,6 @@ CRPCI_FN void crpci_zk_node_watch_clear(crpci_zk_job *job)
 static const crpci_zk_work crpci_zk_node_watch_work = {
     crpci_zk_node_watch_order, crpci_zk_node_watch_event, crpci_zk_node_watch_clear};
 
-/* Puts an idle watch on the session; it takes over a reference to its holder. */
-CRPCI_FN void crpci_zk_node_watch_init(crpci_zk_watch *w, crpci_zk_session *s,
-                                       bool (*value)(crpci_zk_watch *, const crpci_zk_answer *),
-                                       void *holder, void (*release)(void *holder))
-{
-    crpci_zk_job_add(&w->job, &crpci_zk_node_watch_work, s, INT64_MAX, holder, release);
-    w->value = value;
-}
-
 /* Begins to follow `path`, in place of the path before; it takes over the text. False if `path` is
  * NULL, because memory is short or nothing is to be followed. The caller kicks the session. */
 CRPCI_FN bool crpci_zk_node_watch_set(crpci_zk_watch *w, crpci_zk_watch_kind kind, char *path)
@@ -14132,6 +14116,19 @@ CRPCI_FN void crpci_zk_node_watch_again(crpci_zk_watch *w)
 {
     crpci_zk_job_forget(&w->job);
     w->job.due_us = 0;
+}
+
+/* Puts an idle watch on the session; crpci_zk_node_watch_again begins. It takes over `path`, which
+ * may be NULL, and a reference to its holder. */
+CRPCI_FN void crpci_zk_node_watch_init(crpci_zk_watch *w, crpci_zk_session *s,
+                                       crpci_zk_watch_kind kind, char *path,
+                                       bool (*value)(crpci_zk_watch *, const crpci_zk_answer *),
+                                       void *holder, void (*release)(void *holder))
+{
+    crpci_zk_job_add(&w->job, &crpci_zk_node_watch_work, s, INT64_MAX, holder, release);
+    w->value = value;
+    crpci_zk_node_watch_set(w, kind, path);
+    crpci_zk_node_watch_stop(w);
 }
 
 /* --- own -------------------------------------------------------------------------------------- */
@@ -14309,8 +14306,8 @@ CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
     o->watch = o->verb == CRPCI_ZK_STAT && !own->unwatched;
     o->data = own->data;
     o->size = own->size;
-    o->flags = own->sequential ? ZOO_EPHEMERAL | ZOO_SEQUENCE : ZOO_EPHEMERAL;
-    o->parents = true;
+    o->flags = CRPC_NODE_EPHEMERAL | CRPC_NODE_PARENTS;
+    o->flags |= own->sequential ? CRPC_NODE_SEQUENTIAL : 0;
     return o->path != NULL;
 }
 
@@ -14696,13 +14693,11 @@ CRPCI_FN crpci_zk_service *crpci_zk_directory_service_new(const crpci_zk_directo
     v->directory.override_name =
         crpci_heap_format(s->heap, "zookeeper://%s%s", s->authority, overrides);
     v->directory.refs += 2;
-    crpci_zk_node_watch_init(&v->overrides, s, crpci_zk_directory_on_overrides, v,
-                             crpci_zk_directory_release);
-    crpci_zk_node_watch_init(&v->providers, s, crpci_zk_directory_on_providers, v,
-                             crpci_zk_directory_release);
-    crpci_zk_node_watch_set(&v->overrides, CRPCI_ZK_WATCH_CHILDREN, overrides);
-    crpci_zk_node_watch_set(&v->providers, CRPCI_ZK_WATCH_CHILDREN, providers);
-    crpci_zk_node_watch_stop(&v->providers);
+    crpci_zk_node_watch_init(&v->overrides, s, CRPCI_ZK_WATCH_CHILDREN, overrides,
+                             crpci_zk_directory_on_overrides, v, crpci_zk_directory_release);
+    crpci_zk_node_watch_init(&v->providers, s, CRPCI_ZK_WATCH_CHILDREN, providers,
+                             crpci_zk_directory_on_providers, v, crpci_zk_directory_release);
+    crpci_zk_node_watch_again(&v->overrides);
     crpci_list_append(&s->services, &v->link);
     return v;
 }
@@ -14859,8 +14854,8 @@ CRPCI_FN char *crpci_zk_directory_name(crpci_zk_own *own)
     crpci_zk_registration *reg = CRPCI_CONTAINER(own, crpci_zk_registration, own);
     crpci_directory_offer *o = &reg->offer;
     crpci_heap *h = own->job.session->heap;
-    char host[INET6_ADDRSTRLEN], *url, *name = NULL, *path = NULL;
-    size_t url_size, name_size = 0;
+    char host[INET6_ADDRSTRLEN], *url, *path;
+    size_t url_size, size, at = strlen(reg->dir) + 1;
     long pid = (long)getpid();
     bool moved;
     if (!crpci_zk_directory_locate(reg, host, sizeof host, &moved))
@@ -14871,16 +14866,15 @@ CRPCI_FN char *crpci_zk_directory_name(crpci_zk_own *own)
     own->size = (int)strlen(o->host);
     url_size = crpci_names_url(NULL, 0, &o->what, !o->port, o->address, o->timestamp_ms, pid) + 1;
     url = (char *)crpci_heap_alloc(h, url_size);
-    if (url) {
-        crpci_names_url(url, url_size, &o->what, !o->port, o->address, o->timestamp_ms, pid);
-        name_size = crpci_url_encode(NULL, 0, url) + 1;
-        name = (char *)crpci_heap_alloc(h, name_size);
+    if (!url)
+        return NULL;
+    crpci_names_url(url, url_size, &o->what, !o->port, o->address, o->timestamp_ms, pid);
+    size = at + crpci_url_encode(NULL, 0, url) + 1;
+    path = (char *)crpci_heap_alloc(h, size);
+    if (path) {
+        snprintf(path, size, "%s/", reg->dir);
+        crpci_url_encode(path + at, size - at, url);
     }
-    if (name) {
-        crpci_url_encode(name, name_size, url);
-        path = crpci_zk_node_join(h, reg->dir, name);
-    }
-    crpci_heap_free(h, name, name_size);
     crpci_heap_free(h, url, url_size);
     return path;
 }
@@ -15077,6 +15071,13 @@ CRPCI_FN void crpci_zk_directory_unsubscribe(crpci_backend *base, crpci_subscrib
     crpci_loop_unlock(base->loop);
 }
 
+CRPCI_FN void crpci_zk_directory_free(crpci_heap *h, crpci_zk_directory *b)
+{
+    crpci_heap_strfree(h, b->application);
+    crpci_heap_strfree(h, b->root);
+    crpci_heap_free(h, b, sizeof *b);
+}
+
 /* Withdraws everything that was registered and subscribed through this URL. */
 CRPCI_FN void crpci_zk_directory_close(crpci_backend *base)
 {
@@ -15093,9 +15094,7 @@ CRPCI_FN void crpci_zk_directory_close(crpci_backend *base)
         crpci_zk_directory_registration_end(
             CRPCI_CONTAINER(b->registrations.next, crpci_zk_registration, link));
     crpci_zk_pool_close(s, last);
-    crpci_heap_strfree(h, b->application);
-    crpci_heap_strfree(h, b->root);
-    crpci_heap_free(h, b, sizeof *b);
+    crpci_zk_directory_free(h, b);
     crpci_heap_unref(h);
 }
 
@@ -15119,23 +15118,20 @@ CRPCI_COLD int crpci_zk_directory_open(crpc_loop *l, const crpci_url *url,
     b->register_consumer = o->register_consumer;
     crpci_list_init(&b->registrations);
     crpci_list_init(&b->subscribers);
-    err = crpci_zk_node_root(h, url->path, CRPCI_ZK_DIRECTORY_ROOT, &b->root, error);
-    if (!err) {
-        b->application = crpci_heap_strndup(h, application, strlen(application));
-        err = b->application ? crpci_zk_pool_open(l, url->authority, o, &b->session, error)
-                             : crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
+    b->application = crpci_heap_strndup(h, application, strlen(application));
+    err = b->application
+              ? crpci_zk_node_root(h, url->path, CRPCI_ZK_DIRECTORY_ROOT, &b->root, error)
+              : crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
+    err = err ? err : crpci_zk_pool_open(l, url->authority, o, &b->session, error);
+    if (err) {
+        crpci_zk_directory_free(h, b);
+        return err;
     }
-    if (!err) {
-        crpci_loop_lock(l);
-        b->session->age = crpci_zk_directory_age;
-        crpci_loop_unlock(l);
-        *out = &b->base;
-        return CRPC_OK;
-    }
-    crpci_heap_strfree(h, b->application);
-    crpci_heap_strfree(h, b->root);
-    crpci_heap_free(h, b, sizeof *b);
-    return err;
+    crpci_loop_lock(l);
+    b->session->age = crpci_zk_directory_age;
+    crpci_loop_unlock(l);
+    *out = &b->base;
+    return CRPC_OK;
 }
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
@@ -15405,19 +15401,12 @@ CRPCI_FN int crpci_agreement_need_owner(const crpc_registry *r)
  * number alone. */
 CRPCI_FN bool crpci_agreement_path_ok(const char *path, bool sequential)
 {
-    size_t n;
-    if (!path || strlen(path) > CRPCI_AGREEMENT_PATH)
+    size_t n = path ? strlen(path) : 0;
+    if (!path || n > CRPCI_AGREEMENT_PATH)
         return false;
-    path += *path == '/';
-    while (*path) {
-        n = strcspn(path, "/");
-        if (!crpci_zk_node_is_part(path, n))
-            return false;
-        path += n;
-        if (*path == '/' && !*++path)
-            return sequential;
-    }
-    return true;
+    if (sequential && n > 1 && path[n - 1] == '/')
+        n--;
+    return *path == '/' ? crpci_zk_node_is_path(path + 1, n - 1) : crpci_zk_node_is_path(path, n);
 }
 
 /* Writes the full path of a path below the root, and returns its length, as snprintf does. */
@@ -15512,6 +15501,7 @@ CRPCI_FN int crpci_agreement_status(int rc)
 
 #define CRPCI_OPERATIONS_TIMEOUT_MS 5000  /* where the program gives 0 */
 #define CRPCI_OPERATIONS_PENDING    1000u /* unfinished asynchronous operations of a registry */
+#define CRPCI_OPERATIONS_NUMBER     16    /* room for what ZooKeeper appends to a sequential name */
 
 /* One operation, or several as one transaction. The item's references are the job, the queued
  * callback, and a synchronous caller. The loop's lock guards it. */
@@ -15520,8 +15510,10 @@ typedef struct crpci_operations_call {
     crpci_zk_job job;
     crpc_node_fn fn;
     crpci_waiter *waiter; /* of a synchronous one */
-    crpc_node_op *ops;    /* copies, in one block with their data and full paths */
+    crpc_node_op *ops;    /* copies with full paths, in the block */
+    crpci_zk_multi multi; /* the same for a transaction, in the block */
     size_t count;
+    void *block; /* see crpci_operations_copy */
     size_t block_size;
     size_t root; /* length of the root in front of the paths */
     char *first; /* CRPC_NODE_FIRST: the node that was found */
@@ -15584,94 +15576,69 @@ CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op
             return crpci_status_set(error, CRPC_EINVAL, "%s \"%.100s\": over %d bytes of data",
                                     verb, o->path, CRPC_NODE_BYTES_MAX);
         bytes += n;
-        *size += sizeof *o + crpci_agreement_full(NULL, 0, r->root, o->path) + 1 + n;
+        *size += sizeof *o + sizeof(zoo_op_t) + sizeof(zoo_op_result_t) + sizeof(struct Stat) + n +
+                 2 * (crpci_agreement_full(NULL, 0, r->root, o->path) + 1) +
+                 CRPCI_OPERATIONS_NUMBER;
     }
     return CRPC_OK;
 }
 
-/* Copies operations into the block at c->ops, with full paths. */
+/* Copies operations with full paths, and prepares the arrays that zoo_amulti needs until its
+ * completion: all of them in the block, the most aligned first. */
 CRPCI_FN void crpci_operations_copy(crpci_operations_call *c, const char *root,
                                     const crpc_node_op *ops)
 {
-    char *at = (char *)(c->ops + c->count), *end = (char *)c->ops + c->block_size;
+    struct Stat *stats = (struct Stat *)c->block;
+    char *at, *end = (char *)c->block + c->block_size;
     size_t i;
+    c->ops = (crpc_node_op *)(void *)(stats + c->count);
+    c->multi.count = (int)c->count;
+    c->multi.ops = (zoo_op_t *)(void *)(c->ops + c->count);
+    c->multi.results = (zoo_op_result_t *)(void *)(c->multi.ops + c->count);
+    at = (char *)(c->multi.results + c->count);
     for (i = 0; i < c->count; i++) {
-        size_t n = crpc_view_size(ops[i].data);
-        c->ops[i] = ops[i];
-        c->ops[i].path = at;
-        at += crpci_agreement_full(at, (size_t)(end - at), root, ops[i].path) + 1;
+        zoo_op_t *to = &c->multi.ops[i];
+        crpc_node_op *o = &c->ops[i];
+        size_t n = crpc_view_size(ops[i].data), room;
+        char *path = at, *data;
+        room = crpci_agreement_full(at, (size_t)(end - at), root, ops[i].path) + 1;
+        data = at += room;
         if (n)
-            memcpy(at, crpc_view_data(ops[i].data), n);
-        c->ops[i].data = crpc_view_of(at, n);
+            memcpy(data, crpc_view_data(ops[i].data), n);
         at += n;
-    }
-}
-
-/* The arrays that zoo_amulti needs until its completion. NULL: out of memory. */
-CRPCI_FN crpci_zk_multi *crpci_operations_multi(const crpci_operations_call *c)
-{
-    const size_t each = sizeof(zoo_op_t) + sizeof(zoo_op_result_t) + sizeof(struct Stat);
-    const size_t head = (sizeof(crpci_zk_multi) + 15) & ~(size_t)15;
-    size_t size = head + c->count * each, i;
-    crpci_zk_multi *m;
-    struct Stat *stats;
-    char *names;
-    for (i = 0; i < c->count; i++)
-        size += strlen(c->ops[i].path) + 16; /* a sequential node's name gets a number */
-    m = (crpci_zk_multi *)crpci_heap_alloc(c->item.session->heap, size);
-    if (!m)
-        return NULL;
-    m->size = size;
-    m->count = (int)c->count;
-    stats = (struct Stat *)(void *)((char *)m + head); /* the most aligned come first */
-    m->ops = (zoo_op_t *)(void *)(stats + c->count);
-    m->results = (zoo_op_result_t *)(void *)(m->ops + c->count);
-    names = (char *)(m->results + c->count);
-    for (i = 0; i < c->count; i++) {
-        const crpc_node_op *o = &c->ops[i];
-        const char *data = crpc_view_data(o->data);
-        int n = (int)crpc_view_size(o->data), room = (int)strlen(o->path) + 16;
+        *o = ops[i];
+        o->path = path;
+        o->data = crpc_view_of(data, n);
+        room += CRPCI_OPERATIONS_NUMBER;
         if (o->verb == CRPC_NODE_CREATE)
-            zoo_create_op_init(&m->ops[i], o->path, data, n,
-                               o->flags & CRPC_NODE_PRIVATE ? &ZOO_CREATOR_ALL_ACL
-                                                            : &ZOO_OPEN_ACL_UNSAFE,
-                               (int)(o->flags & 3u), names, room);
+            zoo_create_op_init(to, path, data, (int)n, crpci_zk_session_acl(o->flags),
+                               (int)(o->flags & CRPCI_ZK_SESSION_FLAGS), at, (int)room);
         else if (o->verb == CRPC_NODE_SET)
-            zoo_set_op_init(&m->ops[i], o->path, data, n, o->version, &stats[i]);
+            zoo_set_op_init(to, path, data, (int)n, o->version, &stats[i]);
         else if (o->verb == CRPC_NODE_DELETE)
-            zoo_delete_op_init(&m->ops[i], o->path, o->version);
+            zoo_delete_op_init(to, path, o->version);
         else
-            zoo_check_op_init(&m->ops[i], o->path, o->version);
-        names += room;
+            zoo_check_op_init(to, path, o->version);
+        at += room;
     }
-    return m;
 }
 
 CRPCI_FN bool crpci_operations_order(crpci_zk_job *job, crpci_zk_order *order)
 {
-    static const uint8_t verbs[] = {0,
-                                    CRPCI_ZK_CREATE,
-                                    CRPCI_ZK_GET,
-                                    CRPCI_ZK_SET,
-                                    CRPCI_ZK_DELETE,
-                                    CRPCI_ZK_STAT,
-                                    CRPCI_ZK_LIST,
-                                    0,
-                                    CRPCI_ZK_LIST};
+    static const uint8_t verbs[] = {CRPCI_ZK_CREATE, CRPCI_ZK_GET,  CRPCI_ZK_SET,   CRPCI_ZK_DELETE,
+                                    CRPCI_ZK_STAT,   CRPCI_ZK_LIST, CRPCI_ZK_MULTI, CRPCI_ZK_LIST};
     crpci_operations_call *c = CRPCI_CONTAINER(job, crpci_operations_call, job);
     const crpc_node_op *o = &c->ops[0];
     order->verb = c->count > 1 ? CRPCI_ZK_MULTI
                   : c->first   ? CRPCI_ZK_GET
-                               : (crpci_zk_verb)verbs[o->verb];
+                               : (crpci_zk_verb)verbs[o->verb - CRPC_NODE_CREATE];
     order->path = c->first ? c->first : o->path;
     order->data = crpc_view_data(o->data);
     order->size = (int)crpc_view_size(o->data);
     order->version = o->version;
-    order->flags = (int)(o->flags & 3u); /* EPHEMERAL and SEQUENTIAL equal the client's flags */
-    order->creator = (o->flags & CRPC_NODE_PRIVATE) != 0;
-    order->parents = (o->flags & CRPC_NODE_PARENTS) != 0;
-    order->multi = c->count > 1 ? crpci_operations_multi(c) : NULL;
-    return c->count == 1 || order->multi;
+    order->flags = o->flags;
+    order->multi = c->count > 1 ? &c->multi : NULL;
+    return true;
 }
 
 /* --- results ---------------------------------------------------------------------------------- */
@@ -15748,7 +15715,7 @@ CRPCI_FN bool crpci_operations_keep(crpci_operations_call *c, const crpci_zk_req
     for (i = 0; i < count; i++)
         size += (names[i] ? strlen(names[i]) : 0) + 1;
     for (i = 0; m && i < c->count; i++)
-        size += sizeof(crpc_node_part) + strlen(c->ops[i].path) + 16;
+        size += sizeof(crpc_node_part) + strlen(c->ops[i].path) + CRPCI_OPERATIONS_NUMBER;
     chunk = crpci_heap_chunk(c->item.session->heap, size);
     if (!chunk)
         return false;
@@ -15893,7 +15860,7 @@ CRPCI_FN void crpci_operations_free(crpci_item *item)
 {
     crpci_operations_call *c = CRPCI_CONTAINER(item, crpci_operations_call, item);
     crpci_heap_chunk_unref((crpci_chunk *)c->result.reserved[0]);
-    crpci_heap_free(item->session->heap, c->ops, c->block_size);
+    crpci_heap_free(item->session->heap, c->block, c->block_size);
     crpci_heap_strfree(item->session->heap, c->first);
 }
 
@@ -15918,8 +15885,8 @@ CRPCI_FN int crpci_operations_begin(crpc_registry *r, const crpc_node_op *ops, s
     c = (crpci_operations_call *)crpci_agreement_new(r, &crpci_operations_kind,
                                                      crpci_operations_timer, user);
     if (c)
-        c->ops = (crpc_node_op *)crpci_heap_alloc(r->session->heap, size);
-    if (!c || !c->ops) {
+        c->block = crpci_heap_alloc(r->session->heap, size);
+    if (!c || !c->block) {
         if (c)
             crpci_agreement_discard(&c->item);
         return crpci_status_set(error, CRPC_ENOMEM, "crpc_registry_call: out of memory");
@@ -15966,8 +15933,9 @@ CRPC_API int crpc_registry_call(crpc_registry *r, const crpc_node_op *ops, size_
     crpci_loop_lock(l);
     s->refs++; /* another thread may close the registry meanwhile */
     if (crpci_loop_in_callback(l))
-        err = crpci_status_set(error, CRPC_EDEADLK, "crpc_registry_call: it waits, so it must not "
-                                                    "be called inside a callback of its loop");
+        err = crpci_status_set(error, CRPC_EDEADLK,
+                               "crpc_registry_call: it waits, so it must not be called inside a "
+                               "callback of its loop");
     else
         err = crpci_operations_begin(r, ops, count, timeout_ms, NULL, NULL, &w, &c, error);
     if (err) {
@@ -15999,8 +15967,7 @@ CRPC_API int crpc_registry_call_async(crpc_registry *r, const crpc_node_op *ops,
     crpci_loop_lock(r->loop);
     s->refs++;
     err = r->pending >= CRPCI_OPERATIONS_PENDING ? CRPC_ELIMIT : crpci_agreement_need_owner(r);
-    err = err ? err
-              : crpci_operations_begin(r, ops, count, timeout_ms, fn, user, NULL, &c, NULL);
+    err = err ? err : crpci_operations_begin(r, ops, count, timeout_ms, fn, user, NULL, &c, NULL);
     if (!err)
         crpci_agreement_unref(&c->item);
     crpci_zk_session_unlock(s);
@@ -16115,9 +16082,9 @@ CRPC_API int crpc_config_watch(crpc_registry *r, const char *path, crpc_config_f
     }
     if (!err) { /* the job takes over the item's only reference */
         c->fn = fn;
-        crpci_zk_node_watch_init(&c->watch, s, crpci_config_on_value, &c->item,
-                                 crpci_agreement_unref);
-        crpci_zk_node_watch_set(&c->watch, CRPCI_ZK_WATCH_DATA, full);
+        crpci_zk_node_watch_init(&c->watch, s, CRPCI_ZK_WATCH_DATA, full, crpci_config_on_value,
+                                 &c->item, crpci_agreement_unref);
+        crpci_zk_node_watch_again(&c->watch);
         crpci_zk_session_kick(s);
     } else {
         crpci_heap_strfree(s->heap, full);
@@ -16469,10 +16436,10 @@ CRPCI_FN int crpci_queue_new(crpc_registry *r, const char *path, crpc_view who, 
     q->own.sequential = q->own.unwatched = true;
     q->own.data = q->who;
     q->own.size = (int)q->who_size - 1;
-    crpci_zk_node_watch_init(&q->list, s, crpci_queue_on_list, &q->item, crpci_agreement_unref);
-    crpci_zk_node_watch_init(&q->before, s, crpci_queue_on_before, &q->item, crpci_agreement_unref);
-    crpci_zk_node_watch_set(&q->list, CRPCI_ZK_WATCH_CHILDREN_ONCE, list);
-    crpci_zk_node_watch_stop(&q->list);
+    crpci_zk_node_watch_init(&q->list, s, CRPCI_ZK_WATCH_CHILDREN_ONCE, list, crpci_queue_on_list,
+                             &q->item, crpci_agreement_unref);
+    crpci_zk_node_watch_init(&q->before, s, CRPCI_ZK_WATCH_END, NULL, crpci_queue_on_before,
+                             &q->item, crpci_agreement_unref);
     *out = q;
     return CRPC_OK;
 }

@@ -65,7 +65,7 @@ static void answer(fixture *f, crpci_zk_verb verb, const char *path, int rc)
     memset(&a, 0, sizeof a);
     o.verb = verb;
     o.path = path;
-    o.parents = true;
+    o.flags = CRPC_NODE_PARENTS;
     a.rc = rc;
     f->told[0] = f->told[1] = '\0';
     q = crpci_zk_job_request(&f->s, &f->job, &o);

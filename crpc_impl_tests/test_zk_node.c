@@ -118,7 +118,8 @@ static void begin(fixture *f, bool sequential)
     f->handle.session = &f->s;
     crpci_zk_node_own_init(&f->own, &f->s, &owner, "/d", f, on_release);
     f->own.sequential = sequential;
-    crpci_zk_node_watch_init(&f->watch, &f->s, on_value, f, on_release);
+    crpci_zk_node_watch_init(&f->watch, &f->s, CRPCI_ZK_WATCH_CHILDREN, NULL, on_value, f,
+                             on_release);
     f->name = sequential ? "id-lock-" : "one";
 }
 
