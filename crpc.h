@@ -12603,7 +12603,7 @@ typedef struct crpci_zk_order {
 struct crpci_zk_request {
     crpci_list node; /* in handle->requests */
     crpci_zk_handle *handle;
-    crpci_zk_job *job; /* NULL: a probe */
+    crpci_zk_job *job;
     crpci_zk_order order;
     bool parent; /* it creates a znode above the one that the job wants */
     int64_t sent_us; /* 0: the client refused it */
@@ -12780,7 +12780,7 @@ CRPCI_FN bool crpci_zk_job_writing(const crpci_zk_job *job)
     return crpci_zk_job_pending(job) && job->sent->order.verb >= CRPCI_ZK_CREATE;
 }
 
-/* A request for s->handle; `job` is NULL for a probe. NULL: out of memory. */
+/* A request for s->handle. NULL: out of memory. */
 CRPCI_FN crpci_zk_request *crpci_zk_job_request(crpci_zk_session *s, crpci_zk_job *job,
                                                 const crpci_zk_order *order)
 {
@@ -12794,8 +12794,7 @@ CRPCI_FN crpci_zk_request *crpci_zk_job_request(crpci_zk_session *s, crpci_zk_jo
     q->order = *order;
     q->order.path = q->path;
     memcpy(q->path, order->path, n);
-    if (job)
-        job->refs++;
+    job->refs++;
     crpci_list_append(&s->handle->requests, &q->node);
     return q;
 }
@@ -12804,8 +12803,7 @@ CRPCI_FN void crpci_zk_job_request_free(crpci_zk_request *q)
 {
     crpci_heap *h = q->handle->session->heap;
     crpci_list_remove(&q->node);
-    if (q->job)
-        crpci_zk_job_unref(q->job);
+    crpci_zk_job_unref(q->job);
     crpci_heap_free(h, q, q->size);
 }
 
@@ -13023,31 +13021,7 @@ CRPCI_FN void crpci_zk_session_age(crpci_zk_session *s)
         s->aged = !s->age || s->age(s);
 }
 
-#if !CRPC_ZOOKEEPER_ST
-/* Handles a failed probe: still no connection. Dials one server itself: a server that accepts
- * connections and never returns the session does not know the session. Unlocks meanwhile. */
-CRPCI_FN void crpci_zk_session_probed(crpci_zk_session *s, crpci_zk_handle *handle, int rc)
-{
-    const crpci_addr *to;
-    bool accepts;
-    s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
-    if (rc == ZOK || !crpci_zk_session_absence(s))
-        return;
-    crpci_zk_session_age(s);
-    to = &s->servers.addr[s->turn++ % s->servers.count];
-    crpci_loop_unlock(s->loop);
-    accepts = crpci_zk_servers_reachable(to);
-    crpci_loop_lock(s->loop);
-    if (s->closing || s->handle != handle || s->phase != CRPCI_ZK_LOST ||
-        zoo_state(handle->zh) == ZOO_CONNECTED_STATE)
-        return; /* connected this moment: that event is behind this one in the client's queue */
-    s->refused += accepts;
-    if (crpci_zk_session_is_hopeless(s))
-        crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
-}
-#endif
-
-/* Every completion of the client comes here. An answer counts only if it is that of the current
+/* Every completion of a request comes here. An answer counts only if it is that of the current
  * handle and of the job's request in flight. */
 CRPCI_FN void crpci_zk_session_on_answer(const void *data, const crpci_zk_answer *a)
 {
@@ -13057,15 +13031,10 @@ CRPCI_FN void crpci_zk_session_on_answer(const void *data, const crpci_zk_answer
     crpci_zk_session_enter(handle);
     if (!crpci_zk_job_unanswered(a->rc))
         s->failures = 0;
-    if (handle == s->handle && !s->closing) {
-        if (q->job && q->job->sent == q)
-            crpci_zk_job_take(q, a);
-#if !CRPC_ZOOKEEPER_ST
-        else if (!q->job)
-            crpci_zk_session_probed(s, handle, a->rc);
-#endif
-    } else if (q->job && q->job->sent == q) {
+    if (q->job->sent == q) {
         q->job->sent = NULL;
+        if (handle == s->handle && !s->closing)
+            crpci_zk_job_take(q, a);
     }
     crpci_zk_job_request_free(q);
     if (s->closing)
@@ -13184,15 +13153,11 @@ CRPCI_FN void crpci_zk_session_on_session(zhandle_t *zh, int type, int state, co
 {
     crpci_zk_handle *handle = (crpci_zk_handle *)context;
     crpci_zk_session *s = handle->session;
-    int64_t id = 0;
-    int timeout_ms = 0;
+    int64_t id = zoo_client_id(zh)->client_id;
+    int timeout_ms = state == ZOO_CONNECTED_STATE ? zoo_recv_timeout(zh) : 0;
     (void)path;
     if (type != ZOO_SESSION_EVENT)
         return;
-    if (state == ZOO_CONNECTED_STATE) {
-        id = zoo_client_id(zh)->client_id;
-        timeout_ms = zoo_recv_timeout(zh);
-    }
     crpci_zk_session_enter(handle);
     if (handle == s->handle && !s->closing) {
         if (state == ZOO_CONNECTED_STATE || state == ZOO_READONLY_STATE)
@@ -13252,9 +13217,7 @@ CRPCI_FN void crpci_zk_session_send(crpci_zk_session *s, crpci_zk_request *q)
     a.rc = crpci_zk_session_call(zh, q);
     crpci_loop_lock(s->loop);
     if (a.rc != ZOK) {
-        if (!job) {
-            s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
-        } else if (job->sent == q) {
+        if (job->sent == q) {
             q->sent_us = 0;
             crpci_zk_job_take(q, &a);
         }
@@ -13510,10 +13473,12 @@ CRPCI_FN void crpci_zk_session_interest(crpci_zk_session *s)
     }
 }
 
-/* Replaces a session that is over or must be abandoned. Closing a handle may block this loop. The
- * caller is busy; locked, unlocks meanwhile. */
+/* Lets the client run, and replaces a session that is over or must be abandoned. Closing a handle
+ * may block this loop. The caller is busy; locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_renew(crpci_zk_session *s)
 {
+    if (s->handle)
+        crpci_zk_session_process(s);
     if (crpci_zk_session_is_hopeless(s))
         crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
     if (crpci_zk_session_absence(s) || s->phase == CRPCI_ZK_OVER)
@@ -13530,18 +13495,49 @@ CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
     s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
 }
 #else
-/* Sends a request whose completion, with or without an answer, calls crpci_zk_session_probed on the
- * completion thread. Locked, unlocks meanwhile. */
+/* Handles a failed probe: still no connection. Dials one server itself: a server that accepts
+ * connections and never returns the session does not know the session. Unlocks meanwhile. */
+CRPCI_FN void crpci_zk_session_probed(crpci_zk_session *s, crpci_zk_handle *handle, int rc)
+{
+    const crpci_addr *to;
+    bool accepts;
+    s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
+    if (rc == ZOK || !crpci_zk_session_absence(s))
+        return;
+    crpci_zk_session_age(s);
+    to = &s->servers.addr[s->turn++ % s->servers.count];
+    crpci_loop_unlock(s->loop);
+    accepts = crpci_zk_servers_reachable(to);
+    crpci_loop_lock(s->loop);
+    if (s->closing || s->handle != handle || !crpci_zk_session_absence(s) ||
+        zoo_state(handle->zh) == ZOO_CONNECTED_STATE)
+        return; /* connected this moment: that event is behind this one in the client's queue */
+    s->refused += accepts;
+    if (crpci_zk_session_is_hopeless(s))
+        crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
+}
+
+CRPCI_FN void crpci_zk_session_on_probe(int rc, const struct Stat *stat, const void *data)
+{
+    crpci_zk_handle *handle = (crpci_zk_handle *)(uintptr_t)data;
+    crpci_zk_session *s = handle->session;
+    (void)stat;
+    crpci_zk_session_enter(handle);
+    if (handle == s->handle && !s->closing)
+        crpci_zk_session_probed(s, handle, rc);
+    crpci_zk_session_leave(handle);
+}
+
+/* Sends a request whose completion, with or without an answer, comes on the completion thread.
+ * Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
 {
-    crpci_zk_request *q;
-    crpci_zk_order o;
-    memset(&o, 0, sizeof o);
-    o.path = "/";
-    q = crpci_zk_job_request(s, NULL, &o);
-    if (q)
-        crpci_zk_session_send(s, q);
-    else
+    crpci_zk_handle *handle = s->handle;
+    int rc;
+    crpci_loop_unlock(s->loop);
+    rc = zoo_aexists(handle->zh, "/", 0, crpci_zk_session_on_probe, handle);
+    crpci_loop_lock(s->loop);
+    if (rc != ZOK)
         s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
 }
 #endif
@@ -13592,19 +13588,15 @@ CRPCI_FN void crpci_zk_session_arm(crpci_zk_session *s)
 CRPCI_COLD void crpci_zk_session_shut(crpci_zk_session *s)
 {
     bool inside = s->handle && s->handle->inside && crpci_thread_is_self(s->handle->thread);
-#if !CRPC_ZOOKEEPER_ST
-    int64_t until = crpci_zk_job_now(s) + CRPCI_ZK_SESSION_LINGER_US;
-#endif
+    int64_t until = crpci_zk_job_now(s) + (CRPC_ZOOKEEPER_ST ? 0 : CRPCI_ZK_SESSION_LINGER_US);
     s->busy = true;
     s->busy_thread = crpci_thread_self();
     s->deferred = false;
     crpci_loop_timer_cancel(s->loop, &s->timer);
-#if !CRPC_ZOOKEEPER_ST
-    /* The client leaks requests that are unfinished when it is closed. */
+    /* libzookeeper_mt leaks requests that are unfinished when it is closed. */
     while (s->phase == CRPCI_ZK_CONNECTED && !inside && !crpci_list_empty(&s->handle->requests) &&
            crpci_zk_job_now(s) < until)
         crpci_thread_wait(&s->cond, &s->loop->lock, until - crpci_zk_job_now(s));
-#endif
     crpci_zk_session_disconnect(s);
     while (!crpci_list_empty(&s->jobs))
         crpci_zk_job_drop(CRPCI_CONTAINER(s->jobs.next, crpci_zk_job, node));
@@ -13626,10 +13618,6 @@ CRPCI_FN void crpci_zk_session_run(crpci_zk_session *s)
     s->busy_thread = crpci_thread_self();
     while (s->again && !s->closing) {
         s->again = false;
-#if CRPC_ZOOKEEPER_ST
-        if (s->handle)
-            crpci_zk_session_process(s);
-#endif
         crpci_zk_session_supervise(s);
         if (s->phase == CRPCI_ZK_CONNECTED && !s->closing)
             crpci_zk_session_authenticate(s);
@@ -14028,9 +14016,9 @@ CRPCI_FN void crpci_zk_node_watch_answered(crpci_zk_watch *w, const crpci_zk_req
                                            const crpci_zk_answer *a)
 {
     crpci_zk_job *job = &w->job;
-    bool once = w->kind == CRPCI_ZK_WATCH_CHILDREN_ONCE;
+    bool follows = w->kind == CRPCI_ZK_WATCH_CHILDREN || w->kind == CRPCI_ZK_WATCH_DATA;
     bool looked = q->order.verb == CRPCI_ZK_STAT, gone = a->rc == ZNONODE;
-    w->missing = gone && !looked && !once && w->kind != CRPCI_ZK_WATCH_END;
+    w->missing = gone && !looked && follows;
     if (w->missing || (looked && a->rc == ZOK)) { /* ask for its creation; or it exists: read it */
         job->due_us = 0;
         return;
@@ -14044,7 +14032,7 @@ CRPCI_FN void crpci_zk_node_watch_answered(crpci_zk_watch *w, const crpci_zk_req
         crpci_zk_job_around(job, CRPCI_ZK_NODE_REFUSED_US, 20);
     else if (w->kind == CRPCI_ZK_WATCH_END && !gone)
         crpci_zk_job_around(job, CRPCI_ZK_NODE_CHECK_US, 20);
-    else if (!once && w->kind != CRPCI_ZK_WATCH_END)
+    else if (follows)
         crpci_zk_job_around(job, CRPCI_ZK_NODE_REREAD_US, 20);
     if (w->kind == CRPCI_ZK_WATCH_END && !gone)
         return;
@@ -14541,7 +14529,6 @@ CRPCI_FN void crpci_zk_node_own_check(crpci_zk_own *own, int64_t check_us)
 typedef struct crpci_zk_service {
     crpci_directory directory;
     crpci_list link; /* in session->services */
-    crpci_zk_session *session;
     crpci_zk_watch providers;
     crpci_zk_watch overrides;
     bool following; /* providers are read: only after the overrides, so that no subscriber sees a
@@ -14622,7 +14609,7 @@ CRPCI_FN bool crpci_zk_directory_on_overrides(crpci_zk_watch *w, const crpci_zk_
     char *const *names = crpci_zk_node_names(a, &count);
     int changed = 0;
     if (a->rc == ZOK || a->rc == ZNONODE) {
-        crpci_zk_servers_local(&v->session->servers, false, ip, sizeof ip);
+        crpci_zk_servers_local(&w->job.session->servers, false, ip, sizeof ip);
         snprintf(host, sizeof host, strchr(ip, ':') ? "[%s]" : "%s", ip);
         changed = crpci_directory_override(&v->directory, names, count, host);
     }
@@ -14687,7 +14674,6 @@ CRPCI_FN crpci_zk_service *crpci_zk_directory_service_new(const crpci_zk_directo
         crpci_heap_free(s->heap, v, sizeof *v);
         return NULL;
     }
-    v->session = s;
     v->directory.hold_us = s->spread_us + (int64_t)s->timeout_ms * 1000;
     v->directory.cache = s->cache.path ? &s->cache : NULL;
     v->directory.override_name =
