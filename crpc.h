@@ -12657,8 +12657,8 @@ struct crpci_zk_job {
     crpci_zk_request *sent; /* in flight; NULL: none, or its answer no longer matters */
     int64_t due_us;         /* when to call `order`; 0: now; INT64_MAX: not at all */
     const char *watched;    /* path whose watch events the job gets, or NULL; the job's memory */
-    char *parent;           /* a missing directory that must be created first, or NULL */
-    size_t made;            /* length of the part of `parent` that is being created now */
+    /* CREATE: length of the part of the path that is created next; 0: the node itself */
+    size_t made;
 };
 
 /* --- waits ------------------------------------------------------------------------------------ */
@@ -12744,7 +12744,6 @@ CRPCI_FN void crpci_zk_job_unref(crpci_zk_job *job)
 {
     if (--job->refs)
         return;
-    crpci_heap_strfree(job->session->heap, job->parent);
     if (job->work->clear)
         job->work->clear(job);
     job->release(job->holder);
@@ -12764,8 +12763,7 @@ CRPCI_FN void crpci_zk_job_drop(crpci_zk_job *job)
 CRPCI_FN void crpci_zk_job_forget(crpci_zk_job *job)
 {
     job->sent = NULL;
-    crpci_heap_strfree(job->session->heap, job->parent);
-    job->parent = NULL;
+    job->made = 0;
 }
 
 /* Whether a request of the job itself is in flight; creating parents does not count. */
@@ -12780,7 +12778,8 @@ CRPCI_FN bool crpci_zk_job_writing(const crpci_zk_job *job)
     return crpci_zk_job_pending(job) && job->sent->order.verb >= CRPCI_ZK_CREATE;
 }
 
-/* A request for s->handle. NULL: out of memory. */
+/* A request for s->handle: the order or, while job->made is set, the creation of a directory above
+ * the node. NULL: out of memory. */
 CRPCI_FN crpci_zk_request *crpci_zk_job_request(crpci_zk_session *s, crpci_zk_job *job,
                                                 const crpci_zk_order *order)
 {
@@ -12794,6 +12793,13 @@ CRPCI_FN crpci_zk_request *crpci_zk_job_request(crpci_zk_session *s, crpci_zk_jo
     q->order = *order;
     q->order.path = q->path;
     memcpy(q->path, order->path, n);
+    q->parent = job->made && order->verb == CRPCI_ZK_CREATE;
+    if (q->parent) {
+        q->path[job->made] = '\0';
+        q->order.data = "";
+        q->order.size = 0;
+        q->order.flags = CRPC_NODE_PARENTS;
+    }
     job->refs++;
     crpci_list_append(&s->handle->requests, &q->node);
     return q;
@@ -12809,32 +12815,20 @@ CRPCI_FN void crpci_zk_job_request_free(crpci_zk_request *q)
 
 /* --- answers ---------------------------------------------------------------------------------- */
 
-/* Handles the answer to the creation of a parent: goes up while the one above is missing too, then
- * down again. 1: the whole directory exists. 0: go on. -1: it cannot be created. */
-CRPCI_FN int crpci_zk_job_made(crpci_zk_job *job, int rc)
+/* Handles the answer to a CREATE whose directory may be missing. job->made goes up the path while
+ * the directory above is missing too, then down again. False: the answer is meant for the job. */
+CRPCI_FN bool crpci_zk_job_climb(crpci_zk_job *job, const crpci_zk_request *q, int rc)
 {
-    if (rc == ZOK || rc == ZNODEEXISTS) {
-        if (!job->parent[job->made])
-            return 1;
-        job->made += 1 + strcspn(job->parent + job->made + 1, "/");
-        return 0;
+    const char *slash = NULL;
+    if (q->parent && (rc == ZOK || rc == ZNODEEXISTS)) { /* the rest of the path follows its \0 */
+        slash = strchr(q->path + strlen(q->path) + 1, '/');
+        job->made = slash ? (size_t)(slash - q->path) : 0;
+        return true;
     }
-    if (rc != ZNONODE)
-        return -1;
-    while (job->made > 0 && job->parent[--job->made] != '/') {
-    }
-    return job->made ? 0 : -1;
-}
-
-/* A CREATE failed because its directory is missing: schedules the creation of that. False: the path
- * has no directory, or out of memory; the job gets the original answer. */
-CRPCI_FN bool crpci_zk_job_make_parent(crpci_zk_job *job, const char *path)
-{
-    size_t n = (size_t)(strrchr(path, '/') - path);
-    if (n)
-        job->parent = crpci_heap_strndup(job->session->heap, path, n);
-    job->made = n;
-    return job->parent != NULL;
+    if (rc == ZNONODE && q->order.verb == CRPCI_ZK_CREATE && q->order.flags & CRPC_NODE_PARENTS)
+        slash = strrchr(q->path, '/');
+    job->made = slash ? (size_t)(slash - q->path) : 0;
+    return job->made != 0;
 }
 
 /* Decides what an answer means for its job. Locked; the job may unlock. */
@@ -12851,18 +12845,8 @@ CRPCI_FN void crpci_zk_job_take(crpci_zk_request *q, const crpci_zk_answer *a)
         return;
     }
     job->due_us = 0;
-    if (q->parent) {
-        int made = crpci_zk_job_made(job, a->rc);
-        if (made) {
-            crpci_heap_strfree(job->session->heap, job->parent);
-            job->parent = NULL;
-        }
-        if (made >= 0)
-            return;
-    } else if (o->verb == CRPCI_ZK_CREATE && (o->flags & CRPC_NODE_PARENTS) && a->rc == ZNONODE &&
-               crpci_zk_job_make_parent(job, o->path)) {
+    if (crpci_zk_job_climb(job, q, a->rc))
         return;
-    }
     job->due_us = INT64_MAX;
     job->work->event(job, CRPCI_ZK_ANSWERED, q, a);
 }
@@ -13228,8 +13212,7 @@ CRPCI_FN void crpci_zk_session_send(crpci_zk_session *s, crpci_zk_request *q)
     }
 }
 
-/* Sends a job's next request: the creation of a missing parent, or what the job itself wants. If it
- * has none, or memory is short, it is asked again later. */
+/* Sends a job's next request. If it has none, or memory is short, it is asked again later. */
 CRPCI_FN void crpci_zk_session_issue(crpci_zk_session *s, crpci_zk_job *job)
 {
     crpci_zk_request *q = NULL;
@@ -13237,18 +13220,10 @@ CRPCI_FN void crpci_zk_session_issue(crpci_zk_session *s, crpci_zk_job *job)
     int64_t now = crpci_zk_job_now(s);
     memset(&o, 0, sizeof o);
     o.version = -1;
-    if (job->parent) {
-        o.verb = CRPCI_ZK_CREATE;
-        o.path = job->parent;
-        o.data = "";
-    }
     job->refs++;
-    if (job->parent || job->work->order(job, &o))
+    if (job->work->order(job, &o))
         q = crpci_zk_job_request(s, job, &o);
     if (q) {
-        q->parent = job->parent != NULL;
-        if (q->parent)
-            q->path[job->made] = '\0';
         job->sent = q;
         crpci_zk_session_send(s, q);
     } else if (job->due_us <= now) {
@@ -13717,11 +13692,10 @@ CRPCI_FN void crpci_zk_session_soon(crpci_zk_session *s)
  * unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_kick(crpci_zk_session *s)
 {
-#if CRPC_ZOOKEEPER_ST
-    crpci_zk_session_soon(s);
-#else
-    crpci_zk_session_run(s);
-#endif
+    if (CRPC_ZOOKEEPER_ST)
+        crpci_zk_session_soon(s);
+    else
+        crpci_zk_session_run(s);
 }
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
@@ -15630,8 +15604,8 @@ CRPCI_FN bool crpci_operations_order(crpci_zk_job *job, crpci_zk_order *order)
 /* --- results ---------------------------------------------------------------------------------- */
 
 /* Translates ZooKeeper's Stat. `mine` compares with the present session. */
-CRPCI_FN void crpci_operations_stat(const crpci_zk_session *s, crpc_node_stat *out,
-                                    const struct Stat *stat)
+CRPCI_COLD void crpci_operations_stat(const crpci_zk_session *s, crpc_node_stat *out,
+                                      const struct Stat *stat)
 {
     out->created = stat->czxid;
     out->modified = stat->mzxid;
