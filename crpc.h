@@ -11782,7 +11782,7 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
 /* Runs while a session is opened, mostly without the lock: resolving names blocks the caller. The
  * list is fixed afterwards; a changed DNS entry needs a new session. */
 
-#define CRPCI_ZK_SERVERS_PORT 2181 /* where the URL names no port */
+#define CRPCI_ZK_SERVERS_PORT ":2181" /* where the URL names no port */
 
 /* The servers that a URL's authority names. Filled once, then only read (a test changes an
  * address). */
@@ -11800,56 +11800,48 @@ CRPCI_COLD void crpci_zk_servers_free(crpci_zk_servers *z)
     crpci_heap_free(z->heap, z->addr, z->count * sizeof *z->addr);
 }
 
-/* Adds an address unless it is there already. CRPC_ERESOLVE: not numeric. */
-CRPCI_COLD int crpci_zk_servers_add(crpci_zk_servers *z, const char *host, unsigned port)
+/* Adds an address unless it is there already. */
+CRPCI_COLD int crpci_zk_servers_add(crpci_zk_servers *z, const crpci_addr *a)
 {
-    char text[CRPC_ADDRESS_MAX];
-    crpci_addr a, *more;
-    size_t i;
-    snprintf(text, sizeof text, strchr(host, ':') ? "[%s]:%u" : "%s:%u", host, port);
-    if (port == 0 || !crpci_sock_parse(&a, text))
-        return CRPC_ERESOLVE;
+    size_t i, size = z->count * sizeof *z->addr;
+    crpci_addr *more;
     for (i = 0; i < z->count; i++) {
-        if (a.len == z->addr[i].len && memcmp(&a.u, &z->addr[i].u, a.len) == 0)
+        if (a->len == z->addr[i].len && memcmp(&a->u, &z->addr[i].u, a->len) == 0)
             return CRPC_OK;
     }
-    more = (crpci_addr *)crpci_heap_resize(z->heap, z->addr, z->count * sizeof *more,
-                                           (z->count + 1) * sizeof *more);
+    more = (crpci_addr *)crpci_heap_resize(z->heap, z->addr, size, size + sizeof *more);
     if (!more)
         return CRPC_ENOMEM;
+    more[z->count++] = *a;
     z->addr = more;
-    z->addr[z->count++] = a;
     return CRPC_OK;
 }
 
 /* Resolves one part of the authority: "host", "host:port", "[v6]" or "[v6]:port". A name stands for
  * all of its addresses. */
-CRPCI_COLD int crpci_zk_servers_resolve_one(crpci_zk_servers *z, const char *item)
+CRPCI_COLD int crpci_zk_servers_resolve_one(crpci_zk_servers *z, const char *item, size_t size,
+                                            crpc_error *why)
 {
-    const char *colon = strrchr(item, ':'), *bracket = strrchr(item, ']');
-    char text[300], host[256], list[1024], *one, *next;
+    char text[300], list[1024], one[CRPC_ADDRESS_MAX], *rest = list;
+    const char *colon;
     unsigned port;
     crpci_addr a;
     int err, added = CRPC_ERESOLVE;
-    if (!colon || (bracket && colon < bracket))
-        snprintf(text, sizeof text, "%s:%d", item, CRPCI_ZK_SERVERS_PORT);
-    else
-        snprintf(text, sizeof text, "%s", item);
-    if (!crpci_sock_split(text, host, sizeof host, &port) || !*host)
-        return CRPC_EINVAL;
-    if (crpci_sock_parse(&a, text))
-        return crpci_zk_servers_add(z, host, port);
-    err = crpci_resolver_lookup(z->heap, host, list, sizeof list);
-    for (one = err ? NULL : list; one && *one; one = next) {
-        next = strchr(one, ',');
-        if (next)
-            *next++ = '\0';
-        err = crpci_zk_servers_add(z, one, port);
-        if (err == CRPC_ENOMEM)
-            return err;
-        added = err ? added : CRPC_OK;
+    snprintf(text, sizeof text - strlen(CRPCI_ZK_SERVERS_PORT), "%.*s", (int)size, item);
+    colon = strrchr(text, ':');
+    if (!colon || strchr(colon, ']'))
+        memcpy(text + strlen(text), CRPCI_ZK_SERVERS_PORT, sizeof CRPCI_ZK_SERVERS_PORT);
+    if (crpci_sock_parse(&a, text) && crpci_sock_port(&a))
+        return crpci_zk_servers_add(z, &a);
+    err = crpci_resolver_split(z->heap, text, list, sizeof list, &port, why);
+    if (err)
+        return err;
+    while (added != CRPC_ENOMEM && crpci_resolver_next(&rest, port, one, sizeof one)) {
+        if (crpci_sock_parse(&a, one) && crpci_sock_port(&a))
+            added = crpci_zk_servers_add(z, &a);
     }
-    return added;
+    return added ? crpci_status_set(why, added, "\"%.80s\": no numeric address, or port 0", text)
+                 : CRPC_OK;
 }
 
 /* Resolves every server, because the client must get numeric addresses only: it would resolve names
@@ -11857,39 +11849,23 @@ CRPCI_COLD int crpci_zk_servers_resolve_one(crpci_zk_servers *z, const char *ite
  * cannot be resolved is only logged if another server is left. */
 CRPCI_COLD int crpci_zk_servers_resolve(crpci_zk_servers *z, crpc_error *error)
 {
-    char item[256] = "";
     const char *p = z->authority;
-    int result = CRPC_EINVAL;
+    crpc_error why;
+    int err = crpci_status_set(&why, CRPC_EINVAL, "no server named; expected host:port,...");
     while (*p) {
         size_t n = strcspn(p, ",");
-        int err = CRPC_EINVAL;
-        if (n && n < sizeof item) {
-            memcpy(item, p, n);
-            item[n] = '\0';
-            err = crpci_zk_servers_resolve_one(z, item);
-        }
-        if (err == CRPC_ENOMEM)
-            return crpci_status_set(error, err, "zookeeper://%.150s: out of memory", z->authority);
-        if (err == CRPC_EINVAL)
-            return crpci_status_set(error, err, "zookeeper://%.150s: \"%.40s\" is not host:port",
-                                    z->authority, n && n < sizeof item ? item : "");
+        err = crpci_zk_servers_resolve_one(z, p, n, &why);
+        if (err && err != CRPC_ERESOLVE)
+            break;
         if (err)
-            crpci_heap_log(z->heap, CRPC_LOG_WARN,
-                           "registry zookeeper://%s: server \"%s\" cannot be resolved; left out",
-                           z->authority, item);
-        else
-            result = CRPC_OK;
+            crpci_heap_log(z->heap, CRPC_LOG_WARN, "registry zookeeper://%s: %s; left out",
+                           z->authority, why.text);
         p += n;
         p += *p == ',';
+        err = z->count ? CRPC_OK : err;
     }
-    if (!result)
-        return CRPC_OK;
-    if (!*z->authority)
-        return crpci_status_set(
-            error, result, "zookeeper://: no server named; expected zookeeper://host:port,...");
-    return crpci_status_set(error, CRPC_ERESOLVE,
-                            "zookeeper://%.150s: none of its host names can be resolved",
-                            z->authority);
+    return err ? crpci_status_set(error, err, "zookeeper://%.80s: %.160s", z->authority, why.text)
+               : CRPC_OK;
 }
 
 /* Whether IPv4 servers must be written as IPv4-mapped IPv6 addresses. The client passes its list to
@@ -11907,90 +11883,61 @@ CRPCI_FN bool crpci_zk_servers_maps_v4(void)
 #endif
 }
 
-/* Writes one server in the client's notation: IPv6 without brackets, then the port. Returns the
- * length. */
-CRPCI_FN int crpci_zk_servers_host(const crpci_addr *a, bool map, char *out, size_t size)
-{
-    char ip[INET6_ADDRSTRLEN] = "";
-    bool v6 = a->u.any.sa_family == AF_INET6;
-    if (v6)
-        inet_ntop(AF_INET6, &a->u.in6.sin6_addr, ip, sizeof ip);
-    else
-        inet_ntop(AF_INET, &a->u.in4.sin_addr, ip, sizeof ip);
-    return snprintf(out, size, "%s%s:%u", map && !v6 ? "::ffff:" : "", ip,
-                    ntohs(v6 ? a->u.in6.sin6_port : a->u.in4.sin_port));
-}
-
-/* Shuffles the servers, so that a fleet spreads over them, and writes the list for the client. */
+/* Shuffles the servers, so that a fleet spreads over them, and writes the list for the client,
+ * which wants IPv6 addresses without brackets. */
 CRPCI_COLD int crpci_zk_servers_list(crpci_zk_servers *z, crpc_loop *loop)
 {
-    const size_t each = INET6_ADDRSTRLEN + 8;
-    size_t size = z->count * each, i, n = 0;
-    char *text = (char *)crpci_heap_alloc(z->heap, size);
     bool map = crpci_zk_servers_maps_v4();
-    if (!text)
-        return CRPC_ENOMEM;
-    crpci_loop_lock(loop);
-    for (i = z->count; i > 1; i--) {
-        size_t j = crpci_loop_random(loop) % i;
-        crpci_addr swap = z->addr[i - 1];
-        z->addr[i - 1] = z->addr[j];
-        z->addr[j] = swap;
-    }
-    crpci_loop_unlock(loop);
+    char text[CRPC_ADDRESS_MAX], *bracket, *longer;
+    size_t i, j;
     for (i = 0; i < z->count; i++) {
-        if (i)
-            text[n++] = ',';
-        n += (size_t)crpci_zk_servers_host(&z->addr[i], map, text + n, size - n);
+        crpci_addr swap = z->addr[i];
+        crpci_loop_lock(loop);
+        j = i + crpci_loop_random(loop) % (z->count - i);
+        crpci_loop_unlock(loop);
+        z->addr[i] = z->addr[j];
+        z->addr[j] = swap;
+        crpci_sock_format(&z->addr[i], text, sizeof text);
+        bracket = strchr(text, ']');
+        if (bracket)
+            *bracket++ = '\0';
+        longer = crpci_heap_format(z->heap, "%s%s%s%s%s", z->hosts ? z->hosts : "", i ? "," : "",
+                                   map && !bracket ? "::ffff:" : "", text + (bracket != NULL),
+                                   bracket ? bracket : "");
+        crpci_heap_strfree(z->heap, z->hosts);
+        z->hosts = longer;
+        if (!longer)
+            return CRPC_ENOMEM;
     }
-    z->hosts = crpci_heap_strndup(z->heap, text, n);
-    crpci_heap_free(z->heap, text, size);
-    return z->hosts ? CRPC_OK : CRPC_ENOMEM;
+    return CRPC_OK;
 }
 
-/* Determines the local address (v4: an IPv4 one) on the route to the servers. Connecting a datagram
- * socket consults the routing table and sends nothing. False: there is no route to any server. */
+/* Determines the local address (v4: an IPv4 one) on the route to the servers. False: there is no
+ * route to any server. */
 CRPCI_FN bool crpci_zk_servers_local(const crpci_zk_servers *z, bool v4, char *out, size_t size)
 {
     size_t i;
     *out = '\0';
-    for (i = 0; i < z->count && !*out; i++) {
-        const crpci_addr *to = &z->addr[i];
-        int fd = v4 && to->u.any.sa_family != AF_INET
-                     ? -1
-                     : socket(to->u.any.sa_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-        crpci_addr a;
-        if (fd < 0)
-            continue;
-        if (connect(fd, &to->u.any, to->len) == 0) {
-            crpci_sock_local(fd, &a);
-            if (a.len && a.u.any.sa_family == AF_INET && a.u.in4.sin_addr.s_addr != INADDR_ANY)
-                inet_ntop(AF_INET, &a.u.in4.sin_addr, out, (socklen_t)size);
-            else if (a.len && a.u.any.sa_family == AF_INET6 &&
-                     !IN6_IS_ADDR_UNSPECIFIED(&a.u.in6.sin6_addr) &&
-                     !IN6_IS_ADDR_LINKLOCAL(&a.u.in6.sin6_addr))
-                inet_ntop(AF_INET6, &a.u.in6.sin6_addr, out, (socklen_t)size);
-        }
-        close(fd);
+    for (i = 0; i < z->count; i++) {
+        if ((!v4 || z->addr[i].u.any.sa_family == AF_INET) &&
+            crpci_sock_route(&z->addr[i], NULL, out, size))
+            return true;
     }
-    return *out != '\0';
+    return false;
 }
 
 /* Whether a server accepts connections. Blocks for up to 200 ms; call it without the lock. */
 CRPCI_FN bool crpci_zk_servers_reachable(const crpci_addr *to)
 {
-    int fd = socket(to->u.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    int failed = 1;
+    int fd = crpci_sock_open(to), failed = 0;
     socklen_t len = sizeof failed;
     struct pollfd p;
     if (fd < 0)
         return false;
     p.fd = fd;
     p.events = POLLOUT;
-    if (connect(fd, &to->u.any, to->len) == 0)
-        failed = 0;
-    else if (errno != EINPROGRESS || poll(&p, 1, 200) != 1 ||
-             getsockopt(fd, SOL_SOCKET, SO_ERROR, &failed, &len))
+    if (connect(fd, &to->u.any, to->len) && (errno != EINPROGRESS || poll(&p, 1, 200) != 1 ||
+                                             getsockopt(fd, SOL_SOCKET, SO_ERROR, &failed, &len)))
         failed = 1;
     close(fd);
     return failed == 0;
@@ -12030,23 +11977,21 @@ typedef struct crpci_zk_handle {
     crpci_zk_session *session;
     zhandle_t *zh;
     crpci_list requests; /* those whose completion may still come */
-    bool ready;          /* zookeeper_init2 has returned: zh may be used */
-    bool authed;         /* the client has accepted the credential for sending */
+    bool authed;         /* there is no credential, or the client has accepted it for sending */
     bool inside;         /* a callback of the client is running, on `thread` */
     crpci_thread thread;
-    int64_t born_us;
 #if !CRPC_ZOOKEEPER_ST
     pthread_key_t key; /* its destructor frees this struct, see crpci_zk_session_free_later */
 #endif
 } crpci_zk_handle;
 
-/* The states of a session:
+/* The states of a session, and what is done at due_us:
  *
- *     ABSENT     no handle; one is made at renew_us      handle made         -> STARTING
- *     STARTING   a handle that never had a session       connected           -> CONNECTED
- *     CONNECTED  requests may be sent                    connection lost     -> LOST
- *     LOST       since lost_us; the session may live     connected           -> CONNECTED
- *     OVER       the handle has to be replaced           handle closed       -> ABSENT
+ *     ABSENT     no handle                        make one         made       -> STARTING
+ *     STARTING   the handle never had a session   log the silence  connected  -> CONNECTED
+ *     CONNECTED  requests may be sent                              lost       -> LOST
+ *     LOST       the session may live             probe            connected  -> CONNECTED
+ *     OVER       the handle has to be replaced                     closed     -> ABSENT
  *
  * OVER can follow each of the three states before it: the session expired, the servers refused the
  * credential, the peer was not a ZooKeeper server, or the watchdog gave the session up. */
@@ -12089,21 +12034,20 @@ struct crpci_zk_session {
     bool closing;
     bool deferred; /* closed inside a callback: crpci_zk_session_run finishes the closing */
     bool aged;     /* the lists have been marked stale since the loss */
-    bool probing;  /* a probe is in flight */
     bool warned;   /* the current trouble has been logged */
     int64_t id;    /* the server's session id; 0: this handle has had none yet */
     int64_t lost_us;
-    int64_t probe_us; /* LOST: when to probe next */
-    int64_t renew_us; /* ABSENT: when to make the next handle */
-    unsigned refused;  /* connections accepted and closed without a session, since the loss */
+    int64_t due_us; /* see the states; INT64_MAX: nothing is due */
+    /* LOST: connections accepted and closed without a session, since the session's timeout */
+    unsigned refused;
     unsigned failures; /* handles made since the last good answer */
     unsigned turn;     /* index of the server that the next probe dials */
 #if CRPC_ZOOKEEPER_ST
     crpci_watch watch;
     unsigned events;
     int fd;
-    int64_t client_us;  /* when the client must be called again */
-    int64_t refused_us; /* refusals before this time are not counted */
+    int64_t client_us; /* when the client must be called again */
+    bool refusal;      /* one was counted since the last probe */
 #endif
 };
 
@@ -12119,34 +12063,31 @@ typedef enum crpci_zk_verb {
     CRPCI_ZK_MULTI
 } crpci_zk_verb;
 
-/* Operations and results of a transaction, in one block that must live until zoo_amulti's
- * completion. */
+/* Operations and results of a transaction. */
 typedef struct crpci_zk_multi {
-    size_t size; /* of the block */
     int count;
     zoo_op_t *ops;
     zoo_op_result_t *results;
 } crpci_zk_multi;
 
-/* What a job wants to send. The path is copied; the data must live as long as the job. */
+/* What a job wants to send. The path is copied; the data and `multi` must live as long as the
+ * job, which each request holds until its completion. */
 typedef struct crpci_zk_order {
     crpci_zk_verb verb;
     const char *path;
     const char *data; /* CREATE, SET */
     int size;
-    int version;           /* SET, DELETE; -1: any */
-    int flags;             /* CREATE: the client's */
-    bool creator;          /* CREATE: only the credential of this session may use the node */
-    bool parents;          /* CREATE: also make the znodes above it, if they are missing */
-    bool watch;            /* STAT, GET, LIST: also set a watch on the path */
-    crpci_zk_multi *multi; /* the request takes it over */
+    int version;    /* SET, DELETE; -1: any */
+    unsigned flags; /* CREATE: CRPC_NODE_* */
+    bool watch;     /* STAT, GET, LIST: also set a watch on the path */
+    const crpci_zk_multi *multi;
 } crpci_zk_order;
 
 /* One request in flight, from sending to its completion. */
 struct crpci_zk_request {
     crpci_list node; /* in handle->requests */
     crpci_zk_handle *handle;
-    crpci_zk_job *job; /* NULL: a probe */
+    crpci_zk_job *job;
     crpci_zk_order order;
     bool parent; /* it creates a znode above the one that the job wants */
     int64_t sent_us; /* 0: the client refused it */
@@ -12200,8 +12141,8 @@ struct crpci_zk_job {
     crpci_zk_request *sent; /* in flight; NULL: none, or its answer no longer matters */
     int64_t due_us;         /* when to call `order`; 0: now; INT64_MAX: not at all */
     const char *watched;    /* path whose watch events the job gets, or NULL; the job's memory */
-    char *parent;           /* a missing directory that must be created first, or NULL */
-    size_t made;            /* length of the part of `parent` that is being created now */
+    /* CREATE: length of the part of the path that is created next; 0: the node itself */
+    size_t made;
 };
 
 /* --- waits ------------------------------------------------------------------------------------ */
@@ -12230,12 +12171,6 @@ CRPCI_FN int64_t crpci_zk_job_scatter(crpci_zk_session *s)
 {
     int64_t most = crpci_base_min64((int64_t)s->timeout_ms * 500, s->spread_us);
     return (int64_t)(crpci_loop_random(s->loop) % 4096u) * most / 4096;
-}
-
-/* How long a connection may stay lost before the session is abandoned, in microseconds. */
-CRPCI_FN int64_t crpci_zk_job_patience(const crpci_zk_session *s)
-{
-    return (int64_t)s->negotiated_ms * 2000;
 }
 
 /* The time between two probes. Not shorter than a second, because a server that is starting closes
@@ -12293,7 +12228,6 @@ CRPCI_FN void crpci_zk_job_unref(crpci_zk_job *job)
 {
     if (--job->refs)
         return;
-    crpci_heap_strfree(job->session->heap, job->parent);
     if (job->work->clear)
         job->work->clear(job);
     job->release(job->holder);
@@ -12313,8 +12247,7 @@ CRPCI_FN void crpci_zk_job_drop(crpci_zk_job *job)
 CRPCI_FN void crpci_zk_job_forget(crpci_zk_job *job)
 {
     job->sent = NULL;
-    crpci_heap_strfree(job->session->heap, job->parent);
-    job->parent = NULL;
+    job->made = 0;
 }
 
 /* Whether a request of the job itself is in flight; creating parents does not count. */
@@ -12329,7 +12262,8 @@ CRPCI_FN bool crpci_zk_job_writing(const crpci_zk_job *job)
     return crpci_zk_job_pending(job) && job->sent->order.verb >= CRPCI_ZK_CREATE;
 }
 
-/* A request for s->handle; `job` is NULL for a probe. NULL: out of memory. */
+/* A request for s->handle: the order or, while job->made is set, the creation of a directory above
+ * the node. NULL: out of memory. */
 CRPCI_FN crpci_zk_request *crpci_zk_job_request(crpci_zk_session *s, crpci_zk_job *job,
                                                 const crpci_zk_order *order)
 {
@@ -12343,56 +12277,42 @@ CRPCI_FN crpci_zk_request *crpci_zk_job_request(crpci_zk_session *s, crpci_zk_jo
     q->order = *order;
     q->order.path = q->path;
     memcpy(q->path, order->path, n);
-    if (job)
-        job->refs++;
+    q->parent = job->made && order->verb == CRPCI_ZK_CREATE;
+    if (q->parent) {
+        q->path[job->made] = '\0';
+        q->order.data = "";
+        q->order.size = 0;
+        q->order.flags = CRPC_NODE_PARENTS;
+    }
+    job->refs++;
     crpci_list_append(&s->handle->requests, &q->node);
     return q;
-}
-
-CRPCI_FN void crpci_zk_job_multi_free(crpci_heap *h, crpci_zk_multi *m)
-{
-    if (m)
-        crpci_heap_free(h, m, m->size);
 }
 
 CRPCI_FN void crpci_zk_job_request_free(crpci_zk_request *q)
 {
     crpci_heap *h = q->handle->session->heap;
     crpci_list_remove(&q->node);
-    crpci_zk_job_multi_free(h, q->order.multi);
-    if (q->job)
-        crpci_zk_job_unref(q->job);
+    crpci_zk_job_unref(q->job);
     crpci_heap_free(h, q, q->size);
 }
 
 /* --- answers ---------------------------------------------------------------------------------- */
 
-/* Handles the answer to the creation of a parent: goes up while the one above is missing too, then
- * down again. 1: the whole directory exists. 0: go on. -1: it cannot be created. */
-CRPCI_FN int crpci_zk_job_made(crpci_zk_job *job, int rc)
+/* Handles the answer to a CREATE whose directory may be missing. job->made goes up the path while
+ * the directory above is missing too, then down again. False: the answer is meant for the job. */
+CRPCI_FN bool crpci_zk_job_climb(crpci_zk_job *job, const crpci_zk_request *q, int rc)
 {
-    if (rc == ZOK || rc == ZNODEEXISTS) {
-        if (!job->parent[job->made])
-            return 1;
-        job->made += 1 + strcspn(job->parent + job->made + 1, "/");
-        return 0;
+    const char *slash = NULL;
+    if (q->parent && (rc == ZOK || rc == ZNODEEXISTS)) { /* the rest of the path follows its \0 */
+        slash = strchr(q->path + strlen(q->path) + 1, '/');
+        job->made = slash ? (size_t)(slash - q->path) : 0;
+        return true;
     }
-    if (rc != ZNONODE)
-        return -1;
-    while (job->made > 0 && job->parent[--job->made] != '/') {
-    }
-    return job->made ? 0 : -1;
-}
-
-/* A CREATE failed because its directory is missing: schedules the creation of that. False: the path
- * has no directory, or out of memory; the job gets the original answer. */
-CRPCI_FN bool crpci_zk_job_make_parent(crpci_zk_job *job, const char *path)
-{
-    size_t n = (size_t)(strrchr(path, '/') - path);
-    if (n)
-        job->parent = crpci_heap_strndup(job->session->heap, path, n);
-    job->made = n;
-    return job->parent != NULL;
+    if (rc == ZNONODE && q->order.verb == CRPCI_ZK_CREATE && q->order.flags & CRPC_NODE_PARENTS)
+        slash = strrchr(q->path, '/');
+    job->made = slash ? (size_t)(slash - q->path) : 0;
+    return job->made != 0;
 }
 
 /* Decides what an answer means for its job. Locked; the job may unlock. */
@@ -12400,31 +12320,17 @@ CRPCI_FN void crpci_zk_job_take(crpci_zk_request *q, const crpci_zk_answer *a)
 {
     crpci_zk_job *job = q->job;
     const crpci_zk_order *o = &q->order;
-    int made = 1;
+    bool skipped = a->rc == CRPCI_ZK_JOB_THROTTLED || a->rc == ZINVALIDSTATE; /* not executed */
     job->sent = NULL;
-    if (a->rc == CRPCI_ZK_JOB_THROTTLED) { /* not executed: to be sent again */
+    if (skipped || crpci_zk_job_unanswered(a->rc)) { /* to be sent again, except a doubtful write */
         crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
-        return;
-    }
-    if (crpci_zk_job_unanswered(a->rc)) {
-        crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
-        if (o->verb >= CRPCI_ZK_CREATE && !q->parent)
+        if (!skipped && o->verb >= CRPCI_ZK_CREATE && !q->parent)
             job->work->event(job, CRPCI_ZK_DOUBTED, q, a);
-        return; /* a read is simply sent again */
+        return;
     }
     job->due_us = 0;
-    if (q->parent && job->parent) {
-        made = crpci_zk_job_made(job, a->rc);
-        if (made) {
-            crpci_heap_strfree(job->session->heap, job->parent);
-            job->parent = NULL;
-        }
-        if (made >= 0)
-            return;
-    } else if (o->verb == CRPCI_ZK_CREATE && o->parents && a->rc == ZNONODE &&
-               crpci_zk_job_make_parent(job, o->path)) {
+    if (crpci_zk_job_climb(job, q, a->rc))
         return;
-    }
     job->due_us = INT64_MAX;
     job->work->event(job, CRPCI_ZK_ANSWERED, q, a);
 }
@@ -12487,7 +12393,9 @@ CRPCI_FN void crpci_zk_job_over(crpci_zk_session *s)
 #define CRPCI_ZK_SESSION_TIMEOUT_MAX_MS 3600000 /* no ZooKeeper grants a longer one */
 #define CRPCI_ZK_SESSION_LINGER_US      200000  /* closing waits this long for answers */
 #define CRPCI_ZK_SESSION_SILENT_US      2000000 /* a start without an answer is logged after it */
+#define CRPCI_ZK_SESSION_FLAGS          3u /* CRPC_NODE_EPHEMERAL, _SEQUENTIAL: as the client's */
 #define CRPCI_ZK_SESSION_REFUSALS       3u /* connections accepted and closed: session unknown */
+#define CRPCI_ZK_SESSION_PATIENCE       2u /* session timeouts without a connection: given up */
 
 /* Every callback of the client ends with this function. It sends requests that are due, and these
  * refer to the callbacks: the one cycle of this section, hence the prototype. Unlocks. */
@@ -12539,14 +12447,6 @@ CRPCI_FN void crpci_zk_session_on_log(const char *line)
     (void)line;
 }
 
-/* Runs on the client's I/O thread, sometimes with the client's locks held, so it does nothing. A
- * credential that is refused is reported as a session event too. */
-CRPCI_FN void crpci_zk_session_on_auth(int rc, const void *data)
-{
-    (void)rc;
-    (void)data;
-}
-
 /* A callback of the client begins: locks, and notes which thread is inside. crpci_zk_session_leave
  * ends it. */
 CRPCI_FN void crpci_zk_session_enter(crpci_zk_handle *handle)
@@ -12556,48 +12456,40 @@ CRPCI_FN void crpci_zk_session_enter(crpci_zk_handle *handle)
     handle->thread = crpci_thread_self();
 }
 
-/* Whether the lists must be marked stale now: the connection has been lost for as long as a session
- * lives, so that anything may have changed at the registry. */
-CRPCI_FN bool crpci_zk_session_is_old(const crpci_zk_session *s)
+/* Enters a phase, in which something is due in `us` microseconds. INT64_MAX: nothing is. */
+CRPCI_FN void crpci_zk_session_to(crpci_zk_session *s, crpci_zk_phase phase, int64_t us)
 {
-    return !s->aged && s->phase == CRPCI_ZK_LOST &&
-           crpci_zk_job_now(s) - s->lost_us >= (int64_t)s->negotiated_ms * 1000;
+    s->phase = phase;
+    s->due_us = us == INT64_MAX ? us : crpci_zk_job_now(s) + us;
 }
 
-/* Marks the lists stale. On the thread that delivers lists, so that the two never overlap. Locked,
- * unlocks meanwhile. */
+/* For how many whole session timeouts the connection has been lost. From the first on the session
+ * may be gone and anything may have changed at the registry. */
+CRPCI_FN unsigned crpci_zk_session_absence(const crpci_zk_session *s)
+{
+    if (s->phase != CRPCI_ZK_LOST)
+        return 0;
+    return (unsigned)((crpci_zk_job_now(s) - s->lost_us) / ((int64_t)s->negotiated_ms * 1000));
+}
+
+/* Whether the session has been lost or refused for too long. A load balancer or a restart can
+ * refuse connections for almost a session timeout while the session lives on: only later refusals
+ * are counted. */
+CRPCI_FN bool crpci_zk_session_is_hopeless(const crpci_zk_session *s)
+{
+    return s->phase == CRPCI_ZK_LOST && (s->refused >= CRPCI_ZK_SESSION_REFUSALS ||
+                                         crpci_zk_session_absence(s) >= CRPCI_ZK_SESSION_PATIENCE);
+}
+
+/* Marks the lists stale, once for each loss. On the thread that delivers lists, so that the two
+ * never overlap. Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_age(crpci_zk_session *s)
 {
-    s->aged = !s->age || s->age(s);
+    if (!s->aged)
+        s->aged = !s->age || s->age(s);
 }
 
-/* Handles a failed probe: still no connection. Dials one server itself: a server that accepts
- * connections and never returns the session does not know the session. Only libzookeeper_mt needs
- * this. */
-CRPCI_FN void crpci_zk_session_probed(crpci_zk_session *s, crpci_zk_handle *handle, int rc)
-{
-    s->probing = false;
-    if (rc == ZOK || s->phase != CRPCI_ZK_LOST)
-        return;
-    if (crpci_zk_session_is_old(s))
-        crpci_zk_session_age(s);
-    if (s->servers.count && !s->closing) {
-        const crpci_addr *to = &s->servers.addr[s->turn++ % s->servers.count];
-        bool accepts;
-        crpci_loop_unlock(s->loop);
-        accepts = crpci_zk_servers_reachable(to);
-        crpci_loop_lock(s->loop);
-        s->refused += accepts;
-    }
-    if (s->closing || s->handle != handle || s->phase != CRPCI_ZK_LOST ||
-        zoo_state(handle->zh) == ZOO_CONNECTED_STATE)
-        return; /* connected this moment: that event is behind this one in the client's queue */
-    if (s->refused >= CRPCI_ZK_SESSION_REFUSALS ||
-        crpci_zk_job_now(s) - s->lost_us >= crpci_zk_job_patience(s))
-        s->phase = CRPCI_ZK_OVER;
-}
-
-/* Every completion of the client comes here. An answer counts only if it is that of the current
+/* Every completion of a request comes here. An answer counts only if it is that of the current
  * handle and of the job's request in flight. */
 CRPCI_FN void crpci_zk_session_on_answer(const void *data, const crpci_zk_answer *a)
 {
@@ -12607,13 +12499,10 @@ CRPCI_FN void crpci_zk_session_on_answer(const void *data, const crpci_zk_answer
     crpci_zk_session_enter(handle);
     if (!crpci_zk_job_unanswered(a->rc))
         s->failures = 0;
-    if (handle == s->handle && !s->closing) {
-        if (!q->job)
-            crpci_zk_session_probed(s, handle, a->rc);
-        else if (q->job->sent == q)
-            crpci_zk_job_take(q, a);
-    } else if (q->job && q->job->sent == q) {
+    if (q->job->sent == q) {
         q->job->sent = NULL;
+        if (handle == s->handle && !s->closing)
+            crpci_zk_job_take(q, a);
     }
     crpci_zk_job_request_free(q);
     if (s->closing)
@@ -12624,12 +12513,7 @@ CRPCI_FN void crpci_zk_session_on_answer(const void *data, const crpci_zk_answer
 CRPCI_FN void crpci_zk_session_on_data(int rc, const char *bytes, int size, const struct Stat *stat,
                                        const void *data)
 {
-    crpci_zk_answer a;
-    memset(&a, 0, sizeof a);
-    a.rc = rc;
-    a.stat = stat;
-    a.text = bytes;
-    a.size = size;
+    crpci_zk_answer a = {rc, stat, NULL, bytes, size};
     crpci_zk_session_on_answer(data, &a);
 }
 
@@ -12650,10 +12534,7 @@ CRPCI_FN void crpci_zk_session_on_void(int rc, const void *data)
 
 CRPCI_FN void crpci_zk_session_on_names(int rc, const struct String_vector *names, const void *data)
 {
-    crpci_zk_answer a;
-    memset(&a, 0, sizeof a);
-    a.rc = rc;
-    a.names = names;
+    crpci_zk_answer a = {rc, NULL, names, NULL, 0};
     crpci_zk_session_on_answer(data, &a);
 }
 
@@ -12693,13 +12574,13 @@ CRPCI_FN void crpci_zk_session_connected(crpci_zk_session *s, int64_t id, int ti
             "timeout of %d ms); trying again later",
             s->authority, timeout_ms);
         s->failures += s->failures == 0;
-        s->phase = CRPCI_ZK_OVER;
+        crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
         return;
     }
     crpci_heap_log(s->heap, s->warned ? CRPC_LOG_WARN : CRPC_LOG_INFO,
                    "registry zookeeper://%s: connected, %s session 0x%llx, timeout %d ms",
                    s->authority, fresh ? "new" : "same", (unsigned long long)id, timeout_ms);
-    s->phase = CRPCI_ZK_CONNECTED;
+    crpci_zk_session_to(s, CRPCI_ZK_CONNECTED, INT64_MAX);
     s->warned = s->aged = false;
     s->id = id;
     s->negotiated_ms = timeout_ms;
@@ -12709,37 +12590,28 @@ CRPCI_FN void crpci_zk_session_connected(crpci_zk_session *s, int64_t id, int ti
 
 CRPCI_FN void crpci_zk_session_disconnected(crpci_zk_session *s)
 {
-    int64_t now = crpci_zk_job_now(s);
     if (s->phase != CRPCI_ZK_CONNECTED)
         return;
     crpci_heap_log(s->heap, CRPC_LOG_WARN,
                    "registry zookeeper://%s: connection lost; data already read stays in use",
                    s->authority);
-    s->phase = CRPCI_ZK_LOST;
+    crpci_zk_session_to(s, CRPCI_ZK_LOST, (int64_t)s->negotiated_ms * 1000);
     s->warned = true;
-    s->lost_us = now;
-    /* With libzookeeper_mt, when to probe. With libzookeeper_st the loop sees each failed dial
-     * itself, and this is when to abandon the session. */
-    s->probe_us =
-        now + (CRPC_ZOOKEEPER_ST ? crpci_zk_job_patience(s) : crpci_zk_job_pace(s));
-#if CRPC_ZOOKEEPER_ST
-    s->refused_us = now + crpci_zk_job_pace(s);
-#endif
+    s->lost_us = crpci_zk_job_now(s);
     crpci_zk_job_tell(s, CRPCI_ZK_SUSPENDED);
 }
 
 /* The server ended the session, or refused the credential. */
 CRPCI_FN void crpci_zk_session_expired(crpci_zk_session *s, bool credential)
 {
-    crpci_heap_log(s->heap, credential ? CRPC_LOG_ERROR : CRPC_LOG_WARN,
-                   credential
-                       ? "registry zookeeper://%s: the servers refuse the credential; trying again "
-                         "later"
-                       : "registry zookeeper://%s: session expired; opening a new one",
-                   s->authority);
+    if (credential)
+        crpci_heap_log(s->heap, CRPC_LOG_ERROR,
+                       "registry zookeeper://%s: the servers refuse the credential; trying again "
+                       "later",
+                       s->authority);
     s->warned = true;
     s->failures += credential && s->failures == 0;
-    s->phase = CRPCI_ZK_OVER;
+    crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
     crpci_zk_job_over(s);
 }
 
@@ -12749,15 +12621,11 @@ CRPCI_FN void crpci_zk_session_on_session(zhandle_t *zh, int type, int state, co
 {
     crpci_zk_handle *handle = (crpci_zk_handle *)context;
     crpci_zk_session *s = handle->session;
-    int64_t id = 0;
-    int timeout_ms = 0;
+    int64_t id = zoo_client_id(zh)->client_id;
+    int timeout_ms = state == ZOO_CONNECTED_STATE ? zoo_recv_timeout(zh) : 0;
     (void)path;
     if (type != ZOO_SESSION_EVENT)
         return;
-    if (state == ZOO_CONNECTED_STATE) {
-        id = zoo_client_id(zh)->client_id;
-        timeout_ms = zoo_recv_timeout(zh);
-    }
     crpci_zk_session_enter(handle);
     if (handle == s->handle && !s->closing) {
         if (state == ZOO_CONNECTED_STATE || state == ZOO_READONLY_STATE)
@@ -12772,6 +12640,12 @@ CRPCI_FN void crpci_zk_session_on_session(zhandle_t *zh, int type, int state, co
 
 /* --- calls of the client ---------------------------------------------------------------------- */
 
+/* Who may use a node that is created. */
+CRPCI_FN const struct ACL_vector *crpci_zk_session_acl(unsigned flags)
+{
+    return flags & CRPC_NODE_PRIVATE ? &ZOO_CREATOR_ALL_ACL : &ZOO_OPEN_ACL_UNSAFE;
+}
+
 /* Passes a request to the client. Unlocked. Returns the client's code; crpci_zk_session_send
  * handles errors. */
 CRPCI_FN int crpci_zk_session_call(zhandle_t *zh, crpci_zk_request *q)
@@ -12784,9 +12658,8 @@ CRPCI_FN int crpci_zk_session_call(zhandle_t *zh, crpci_zk_request *q)
     case CRPCI_ZK_GET:
         return zoo_awget(zh, o->path, watch, q->handle, crpci_zk_session_on_data, q);
     case CRPCI_ZK_CREATE:
-        return zoo_acreate(zh, o->path, o->data, o->size,
-                           o->creator ? &ZOO_CREATOR_ALL_ACL : &ZOO_OPEN_ACL_UNSAFE, o->flags,
-                           crpci_zk_session_on_string, q);
+        return zoo_acreate(zh, o->path, o->data, o->size, crpci_zk_session_acl(o->flags),
+                           (int)(o->flags & CRPCI_ZK_SESSION_FLAGS), crpci_zk_session_on_string, q);
     case CRPCI_ZK_SET:
         return zoo_aset(zh, o->path, o->data, o->size, o->version, crpci_zk_session_on_stat, q);
     case CRPCI_ZK_DELETE:
@@ -12799,50 +12672,28 @@ CRPCI_FN int crpci_zk_session_call(zhandle_t *zh, crpci_zk_request *q)
     }
 }
 
-/* Sends a request. With libzookeeper_mt it may be answered and freed before this returns, so the
- * job is held meanwhile and `q` is compared, not read. Locked, unlocks meanwhile. */
+/* Sends a request, whose job the caller holds. With libzookeeper_mt it may be answered and freed
+ * before this returns: `q` is compared, not read. Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_send(crpci_zk_session *s, crpci_zk_request *q)
 {
     crpci_zk_job *job = q->job;
     zhandle_t *zh = q->handle->zh;
     crpci_zk_answer a;
     memset(&a, 0, sizeof a);
-    if (job)
-        job->refs++;
     q->sent_us = crpci_zk_job_now(s);
     crpci_loop_unlock(s->loop);
     a.rc = crpci_zk_session_call(zh, q);
     crpci_loop_lock(s->loop);
     if (a.rc != ZOK) {
-        if (!job) {
-            s->probing = false;
-        } else if (job->sent == q && a.rc != ZINVALIDSTATE) {
+        if (job->sent == q) {
             q->sent_us = 0;
             crpci_zk_job_take(q, &a);
-        } else if (job->sent == q) {
-            job->sent = NULL;
-            crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
         }
         /* When out of memory, the client may have queued the request all the same and may call
          * back: then it is left to the handle, which frees it at the end. */
         if (a.rc == ZINVALIDSTATE || a.rc == ZBADARGUMENTS)
             crpci_zk_job_request_free(q);
     }
-    if (job)
-        crpci_zk_job_unref(job);
-}
-
-/* Gets a job's next request: the creation of a missing parent, or what the job itself wants. */
-CRPCI_FN bool crpci_zk_session_ask(crpci_zk_job *job, crpci_zk_order *o)
-{
-    memset(o, 0, sizeof *o);
-    o->version = -1;
-    if (!job->parent)
-        return job->work->order(job, o);
-    o->verb = CRPCI_ZK_CREATE;
-    o->path = job->parent;
-    o->data = "";
-    return true;
 }
 
 /* Sends a job's next request. If it has none, or memory is short, it is asked again later. */
@@ -12851,34 +12702,18 @@ CRPCI_FN void crpci_zk_session_issue(crpci_zk_session *s, crpci_zk_job *job)
     crpci_zk_request *q = NULL;
     crpci_zk_order o;
     int64_t now = crpci_zk_job_now(s);
+    memset(&o, 0, sizeof o);
+    o.version = -1;
     job->refs++;
-    if (crpci_zk_session_ask(job, &o))
+    if (job->work->order(job, &o))
         q = crpci_zk_job_request(s, job, &o);
     if (q) {
-        q->parent = job->parent != NULL;
-        if (q->parent)
-            q->path[job->made] = '\0';
         job->sent = q;
         crpci_zk_session_send(s, q);
-    } else {
-        crpci_zk_job_multi_free(s->heap, o.multi);
-        if (job->due_us <= now)
-            crpci_zk_job_later(job, CRPCI_ZK_JOB_RETRY_US);
+    } else if (job->due_us <= now) {
+        crpci_zk_job_later(job, CRPCI_ZK_JOB_RETRY_US);
     }
     crpci_zk_job_unref(job);
-}
-
-/* A job whose next request is due; NULL: none. */
-CRPCI_FN crpci_zk_job *crpci_zk_session_next(crpci_zk_session *s)
-{
-    int64_t now = crpci_zk_job_now(s);
-    crpci_list *i;
-    for (i = s->jobs.next; i != &s->jobs; i = i->next) {
-        crpci_zk_job *job = CRPCI_CONTAINER(i, crpci_zk_job, node);
-        if (!job->sent && job->due_us <= now)
-            return job;
-    }
-    return NULL;
 }
 
 /* Gives the client the credential, which it then sends with each connection. The client refuses it
@@ -12887,24 +12722,28 @@ CRPCI_FN void crpci_zk_session_authenticate(crpci_zk_session *s)
 {
     crpci_zk_handle *handle = s->handle;
     int rc;
-    if (!s->credential || handle->authed)
+    if (handle->authed)
         return;
     crpci_loop_unlock(s->loop);
-    rc = zoo_add_auth(handle->zh, "digest", s->credential, (int)strlen(s->credential),
-                      crpci_zk_session_on_auth, NULL);
+    rc = zoo_add_auth(handle->zh, "digest", s->credential, (int)strlen(s->credential), NULL, NULL);
     crpci_loop_lock(s->loop);
     handle->authed = rc == ZOK;
 }
 
-CRPCI_FN bool crpci_zk_session_is_up(const crpci_zk_session *s)
+/* The job whose next request is due first. NULL: there is none, or requests may not be sent: with a
+ * credential they may only after the client has taken it. */
+CRPCI_FN crpci_zk_job *crpci_zk_session_next(crpci_zk_session *s)
 {
-    return s->phase == CRPCI_ZK_CONNECTED && s->handle->ready && !s->closing;
-}
-
-/* Whether requests may be sent. With a credential only after the client has taken it. */
-CRPCI_FN bool crpci_zk_session_may_issue(const crpci_zk_session *s)
-{
-    return crpci_zk_session_is_up(s) && (!s->credential || s->handle->authed);
+    crpci_zk_job *first = NULL;
+    crpci_list *i;
+    if (s->phase != CRPCI_ZK_CONNECTED || !s->handle->authed || s->closing)
+        return NULL;
+    for (i = s->jobs.next; i != &s->jobs; i = i->next) {
+        crpci_zk_job *job = CRPCI_CONTAINER(i, crpci_zk_job, node);
+        if (!job->sent && (!first || job->due_us < first->due_us))
+            first = job;
+    }
+    return first;
 }
 
 /* Calls zookeeper_init2 with all signals blocked: the client's threads inherit the mask, so that
@@ -12938,16 +12777,16 @@ CRPCI_FN void crpci_zk_session_connect(crpci_zk_session *s)
     crpci_zk_handle *handle = (crpci_zk_handle *)crpci_heap_alloc(s->heap, sizeof *handle);
     int64_t wait = crpci_zk_job_backoff(s, ++s->failures);
     int failure;
-    s->renew_us = crpci_zk_job_now(s) + wait;
+    crpci_zk_session_to(s, CRPCI_ZK_ABSENT, wait);
     if (!handle)
         return;
     crpci_list_init(&handle->requests);
     handle->session = s;
-    handle->born_us = crpci_zk_job_now(s);
+    handle->authed = !s->credential;
     s->refs++;
     s->handles++;
     s->handle = handle; /* events may come before zookeeper_init2 returns */
-    s->phase = CRPCI_ZK_STARTING;
+    crpci_zk_session_to(s, CRPCI_ZK_STARTING, CRPCI_ZK_SESSION_SILENT_US);
     s->id = 0;
     crpci_loop_unlock(s->loop);
     handle->zh = crpci_zk_session_init(s, handle);
@@ -12955,7 +12794,7 @@ CRPCI_FN void crpci_zk_session_connect(crpci_zk_session *s)
     crpci_loop_lock(s->loop);
     if (!handle->zh) {
         s->handle = NULL;
-        s->phase = CRPCI_ZK_ABSENT;
+        crpci_zk_session_to(s, CRPCI_ZK_ABSENT, wait);
         crpci_zk_session_handle_free(handle);
         if (!s->warned)
             crpci_heap_log(s->heap, CRPC_LOG_WARN,
@@ -12965,7 +12804,6 @@ CRPCI_FN void crpci_zk_session_connect(crpci_zk_session *s)
         return;
     }
     crpci_zk_session_authenticate(s);
-    handle->ready = true;
     s->again = true;
 }
 
@@ -13007,8 +12845,12 @@ CRPCI_FN void crpci_zk_session_disconnect(crpci_zk_session *s)
     crpci_zk_handle *handle = s->handle;
     bool later = false;
     s->handle = NULL;
-    s->phase = CRPCI_ZK_ABSENT;
-    s->probing = false;
+    crpci_zk_session_to(s, CRPCI_ZK_ABSENT, crpci_zk_job_delay(s));
+    if (!s->closing)
+        crpci_heap_log(s->heap, CRPC_LOG_WARN,
+                       "registry zookeeper://%s: session expired, refused or silent; opening "
+                       "another",
+                       s->authority);
     crpci_zk_job_over(s);
     if (!handle)
         return;
@@ -13023,13 +12865,6 @@ CRPCI_FN void crpci_zk_session_disconnect(crpci_zk_session *s)
     crpci_loop_lock(s->loop);
     if (!later)
         crpci_zk_session_handle_free(handle);
-}
-
-CRPCI_COLD void crpci_zk_session_log_renewal(crpci_zk_session *s)
-{
-    crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                   "registry zookeeper://%s: session expired, refused or silent; opening another",
-                   s->authority);
 }
 
 #if CRPC_ZOOKEEPER_ST
@@ -13052,9 +12887,9 @@ CRPCI_FN void crpci_zk_session_process(crpci_zk_session *s)
     /* Counted at most once per pace: the client redials within milliseconds, and a server that is
      * starting closes each connection. */
     if (before == ZOO_ASSOCIATING_STATE && after != before && after != ZOO_CONNECTED_STATE &&
-        s->phase == CRPCI_ZK_LOST && crpci_zk_job_now(s) >= s->refused_us) {
+        crpci_zk_session_absence(s) && !s->refusal) {
         s->refused++;
-        s->refused_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
+        s->refusal = true;
     }
 }
 
@@ -13075,7 +12910,7 @@ CRPCI_FN void crpci_zk_session_interest(crpci_zk_session *s)
     if (state != ZOO_CONNECTED_STATE && state != ZOO_READONLY_STATE)
         crpci_zk_session_disconnected(s); /* a loss noticed while sending raises no event */
     if (rc == ZINVALIDSTATE) {
-        s->phase = CRPCI_ZK_OVER;
+        crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
         s->again = true;
     }
     if (rc != ZOK) {
@@ -13097,87 +12932,110 @@ CRPCI_FN void crpci_zk_session_interest(crpci_zk_session *s)
     }
 }
 
-/* Replaces a session that is over or must be abandoned. Closing a handle may block this loop. The
- * caller is busy; locked, unlocks meanwhile. */
+/* Lets the client run, and replaces a session that is over or must be abandoned. Closing a handle
+ * may block this loop. The caller is busy; locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_renew(crpci_zk_session *s)
 {
-    if (s->phase == CRPCI_ZK_LOST &&
-        (s->refused >= CRPCI_ZK_SESSION_REFUSALS || crpci_zk_job_now(s) >= s->probe_us))
-        s->phase = CRPCI_ZK_OVER;
-    if (crpci_zk_session_is_old(s) || (s->phase == CRPCI_ZK_OVER && !s->aged))
+    if (s->handle)
+        crpci_zk_session_process(s);
+    if (crpci_zk_session_is_hopeless(s))
+        crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
+    if (crpci_zk_session_absence(s) || s->phase == CRPCI_ZK_OVER)
         crpci_zk_session_age(s);
-    if (s->phase == CRPCI_ZK_OVER && !s->closing) {
-        crpci_zk_session_log_renewal(s);
+    if (s->phase == CRPCI_ZK_OVER && !s->closing)
         crpci_zk_session_disconnect(s);
-        s->renew_us = crpci_zk_job_now(s) + crpci_zk_job_delay(s);
-    }
 }
-#else
-/* Sends a request whose completion, with or without an answer, calls crpci_zk_session_probed on the
- * completion thread. Locked, unlocks meanwhile. */
+
+/* The client dials by itself and crpci_zk_session_process sees how that ends: lets it count the
+ * next refusal. */
 CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
 {
-    crpci_zk_request *q;
-    crpci_zk_order o;
-    memset(&o, 0, sizeof o);
-    o.path = "/";
-    s->probe_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
-    q = crpci_zk_job_request(s, NULL, &o);
-    if (q) {
-        s->probing = true;
-        crpci_zk_session_send(s, q);
-    }
+    s->refusal = false;
+    s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
+}
+#else
+/* Handles a failed probe: still no connection. Dials one server itself: a server that accepts
+ * connections and never returns the session does not know the session. Unlocks meanwhile. */
+CRPCI_FN void crpci_zk_session_probed(crpci_zk_session *s, crpci_zk_handle *handle, int rc)
+{
+    const crpci_addr *to;
+    bool accepts;
+    s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
+    if (rc == ZOK || !crpci_zk_session_absence(s))
+        return;
+    crpci_zk_session_age(s);
+    to = &s->servers.addr[s->turn++ % s->servers.count];
+    crpci_loop_unlock(s->loop);
+    accepts = crpci_zk_servers_reachable(to);
+    crpci_loop_lock(s->loop);
+    if (s->closing || s->handle != handle || !crpci_zk_session_absence(s) ||
+        zoo_state(handle->zh) == ZOO_CONNECTED_STATE)
+        return; /* connected this moment: that event is behind this one in the client's queue */
+    s->refused += accepts;
+    if (crpci_zk_session_is_hopeless(s))
+        crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
+}
+
+CRPCI_FN void crpci_zk_session_on_probe(int rc, const struct Stat *stat, const void *data)
+{
+    crpci_zk_handle *handle = (crpci_zk_handle *)(uintptr_t)data;
+    crpci_zk_session *s = handle->session;
+    (void)stat;
+    crpci_zk_session_enter(handle);
+    if (handle == s->handle && !s->closing)
+        crpci_zk_session_probed(s, handle, rc);
+    crpci_zk_session_leave(handle);
+}
+
+/* Sends a request whose completion, with or without an answer, comes on the completion thread.
+ * Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
+{
+    crpci_zk_handle *handle = s->handle;
+    int rc;
+    crpci_loop_unlock(s->loop);
+    rc = zoo_aexists(handle->zh, "/", 0, crpci_zk_session_on_probe, handle);
+    crpci_loop_lock(s->loop);
+    if (rc != ZOK)
+        s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
 }
 #endif
 
-/* Handles the states without a connection: makes a handle, logs silence, probes. The caller is
- * busy; locked, unlocks meanwhile. */
+/* Does what the phase has due. The caller is busy; locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_supervise(crpci_zk_session *s)
 {
-    int64_t now = crpci_zk_job_now(s);
 #if CRPC_ZOOKEEPER_ST
     crpci_zk_session_renew(s);
 #endif
-    if (s->closing)
+    if (s->closing || crpci_zk_job_now(s) < s->due_us)
         return;
-    if (s->phase == CRPCI_ZK_ABSENT && now >= s->renew_us)
+    s->due_us = INT64_MAX;
+    if (s->phase == CRPCI_ZK_ABSENT) {
         crpci_zk_session_connect(s);
-    else if (s->phase == CRPCI_ZK_STARTING && !s->warned &&
-             now - s->handle->born_us >= CRPCI_ZK_SESSION_SILENT_US) {
+    } else if (s->phase == CRPCI_ZK_LOST) {
+        crpci_zk_session_probe(s);
+    } else if (s->phase == CRPCI_ZK_STARTING && !s->warned) {
         s->warned = true;
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
                        "registry zookeeper://%s: no server has answered yet; crpc keeps trying",
                        s->authority);
     }
-#if !CRPC_ZOOKEEPER_ST
-    else if (s->phase == CRPCI_ZK_LOST && s->handle->ready && !s->probing && now >= s->probe_us)
-        crpci_zk_session_probe(s);
-#endif
 }
 
 /* Sets the timer to the next thing that is due. Locked. */
 CRPCI_FN void crpci_zk_session_arm(crpci_zk_session *s)
 {
-    int64_t next = INT64_MAX, now = crpci_zk_job_now(s);
-    crpci_list *i;
-    for (i = s->jobs.next; crpci_zk_session_may_issue(s) && i != &s->jobs; i = i->next) {
-        crpci_zk_job *job = CRPCI_CONTAINER(i, crpci_zk_job, node);
-        if (!job->sent)
-            next = crpci_base_min64(next, job->due_us);
-    }
-    if (s->phase == CRPCI_ZK_CONNECTED && s->credential && !s->handle->authed)
-        next = now + CRPCI_ZK_JOB_RETRY_US / 10;
-    if (s->phase == CRPCI_ZK_ABSENT)
-        next = crpci_base_min64(next, s->renew_us);
-    else if (s->phase == CRPCI_ZK_LOST && !s->probing)
-        next = crpci_base_min64(next, s->probe_us);
-    else if (s->phase == CRPCI_ZK_STARTING && !s->warned)
-        next = crpci_base_min64(next, s->handle->born_us + CRPCI_ZK_SESSION_SILENT_US);
+    int64_t next = crpci_base_min64(s->due_us, crpci_cache_due(&s->cache));
+    int64_t now = crpci_zk_job_now(s);
+    const crpci_zk_job *job = crpci_zk_session_next(s);
+    if (job)
+        next = crpci_base_min64(next, job->due_us);
+    if (s->phase == CRPCI_ZK_CONNECTED && !s->handle->authed)
+        next = crpci_base_min64(next, now + CRPCI_ZK_JOB_RETRY_US / 10);
 #if CRPC_ZOOKEEPER_ST
     if (s->handle)
         next = crpci_base_min64(next, s->client_us);
 #endif
-    next = crpci_base_min64(next, crpci_cache_due(&s->cache));
     if (next != INT64_MAX)
         crpci_loop_timer_set(s->loop, &s->timer, next - now);
     else
@@ -13189,19 +13047,15 @@ CRPCI_FN void crpci_zk_session_arm(crpci_zk_session *s)
 CRPCI_COLD void crpci_zk_session_shut(crpci_zk_session *s)
 {
     bool inside = s->handle && s->handle->inside && crpci_thread_is_self(s->handle->thread);
-#if !CRPC_ZOOKEEPER_ST
-    int64_t until = crpci_zk_job_now(s) + CRPCI_ZK_SESSION_LINGER_US;
-#endif
+    int64_t until = crpci_zk_job_now(s) + (CRPC_ZOOKEEPER_ST ? 0 : CRPCI_ZK_SESSION_LINGER_US);
     s->busy = true;
     s->busy_thread = crpci_thread_self();
     s->deferred = false;
     crpci_loop_timer_cancel(s->loop, &s->timer);
-#if !CRPC_ZOOKEEPER_ST
-    /* The client leaks requests that are unfinished when it is closed. */
+    /* libzookeeper_mt leaks requests that are unfinished when it is closed. */
     while (s->phase == CRPCI_ZK_CONNECTED && !inside && !crpci_list_empty(&s->handle->requests) &&
            crpci_zk_job_now(s) < until)
         crpci_thread_wait(&s->cond, &s->loop->lock, until - crpci_zk_job_now(s));
-#endif
     crpci_zk_session_disconnect(s);
     while (!crpci_list_empty(&s->jobs))
         crpci_zk_job_drop(CRPCI_CONTAINER(s->jobs.next, crpci_zk_job, node));
@@ -13223,14 +13077,10 @@ CRPCI_FN void crpci_zk_session_run(crpci_zk_session *s)
     s->busy_thread = crpci_thread_self();
     while (s->again && !s->closing) {
         s->again = false;
-#if CRPC_ZOOKEEPER_ST
-        if (s->handle)
-            crpci_zk_session_process(s);
-#endif
         crpci_zk_session_supervise(s);
-        if (crpci_zk_session_is_up(s))
+        if (s->phase == CRPCI_ZK_CONNECTED && !s->closing)
             crpci_zk_session_authenticate(s);
-        while (crpci_zk_session_may_issue(s) && (job = crpci_zk_session_next(s)) != NULL)
+        while ((job = crpci_zk_session_next(s)) != NULL && job->due_us <= crpci_zk_job_now(s))
             crpci_zk_session_issue(s, job);
 #if CRPC_ZOOKEEPER_ST
         if (s->handle && !s->closing)
@@ -13250,26 +13100,20 @@ CRPCI_FN void crpci_zk_session_run(crpci_zk_session *s)
  * it can also wait for the delay. Locked, unlocks meanwhile. */
 CRPCI_COLD void crpci_zk_session_replace(crpci_zk_session *s, const crpci_zk_handle *handle)
 {
-    int64_t until;
-    if (!s->aged)
-        crpci_zk_session_age(s);
+    crpci_zk_session_age(s);
     while (s->busy && !s->closing)
         crpci_thread_wait(&s->cond, &s->loop->lock, -1);
     if (s->closing || s->handle != handle)
         return;
     s->busy = true;
     s->busy_thread = crpci_thread_self();
-    crpci_zk_session_log_renewal(s);
-    until = crpci_zk_job_now(s) + crpci_zk_job_delay(s);
     crpci_zk_session_disconnect(s);
     while (!s->closing && !s->handle) {
-        int64_t left = until - crpci_zk_job_now(s);
-        if (left > 0) {
+        int64_t left = s->due_us - crpci_zk_job_now(s);
+        if (left > 0)
             crpci_thread_wait(&s->cond, &s->loop->lock, left);
-        } else {
+        else
             crpci_zk_session_connect(s);
-            until = s->renew_us;
-        }
     }
     s->busy = false;
     crpci_thread_broadcast(&s->cond);
@@ -13315,10 +13159,7 @@ CRPCI_FN void crpci_zk_session_on_event(crpc_loop *l, crpci_watch *watch, unsign
 {
     crpci_zk_session *s = CRPCI_CONTAINER(watch, crpci_zk_session, watch);
     s->events |= events;
-    s->refs++;
-    crpci_zk_session_run(s);
-    crpci_zk_session_unlock(s);
-    crpci_loop_lock(l);
+    crpci_zk_session_on_timer(l, &s->timer);
 }
 #endif
 
@@ -13335,11 +13176,10 @@ CRPCI_FN void crpci_zk_session_soon(crpci_zk_session *s)
  * unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_kick(crpci_zk_session *s)
 {
-#if CRPC_ZOOKEEPER_ST
-    crpci_zk_session_soon(s);
-#else
-    crpci_zk_session_run(s);
-#endif
+    if (CRPC_ZOOKEEPER_ST)
+        crpci_zk_session_soon(s);
+    else
+        crpci_zk_session_run(s);
 }
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
@@ -13357,36 +13197,20 @@ CRPCI_FN void crpci_zk_session_kick(crpci_zk_session *s)
 #define CRPCI_ZK_POOL_TIMEOUT_MS     15000
 #define CRPCI_ZK_POOL_TIMEOUT_MIN_MS 200 /* the client redials every sixtieth of it */
 
-/* Options of a session; all 0: defaults. */
-typedef struct crpci_zk_pool_options {
-    int timeout_ms;
-    int spread_ms;          /* random delay of a reconnect, for fleets. 0: 2000. -1: none */
-    const char *credential; /* "user:password"; NULL: none */
-    const char *cache;      /* file; NULL: none */
-    int cache_interval_ms;  /* least time between two writes. 0: 60000. -1: none */
-} crpci_zk_pool_options;
-
 /* Whether two texts are equal; NULL equals "". */
 CRPCI_FN bool crpci_zk_pool_same(const char *a, const char *b)
 {
     return strcmp(a ? a : "", b ? b : "") == 0;
 }
 
-/* Copies a text that may be NULL. False: out of memory. */
-CRPCI_FN bool crpci_zk_pool_copy(crpci_heap *h, const char *from, char **to)
-{
-    *to = from ? crpci_heap_strndup(h, from, strlen(from)) : NULL;
-    return *to || !from;
-}
-
 /* The open session with the same servers and options, or NULL. Locked. */
 CRPCI_FN crpci_zk_session *crpci_zk_pool_find(crpc_loop *l, const char *authority,
-                                              const crpci_zk_pool_options *o)
+                                              const crpci_directory_options *o)
 {
     crpci_list *i;
     for (i = l->registries.next; i != &l->registries; i = i->next) {
         crpci_zk_session *s = CRPCI_CONTAINER(i, crpci_zk_session, node);
-        if (strcmp(s->authority, authority) == 0 && s->timeout_ms == o->timeout_ms &&
+        if (strcmp(s->authority, authority) == 0 && s->timeout_ms == o->session_timeout_ms &&
             crpci_zk_pool_same(s->credential, o->credential) &&
             crpci_zk_pool_same(s->cache.path, o->cache))
             return s;
@@ -13396,7 +13220,7 @@ CRPCI_FN crpci_zk_session *crpci_zk_pool_find(crpc_loop *l, const char *authorit
 
 /* Makes a session that is not in the loop's list yet. Resolves names, so it must run unlocked. */
 CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
-                                 const crpci_zk_pool_options *o, crpci_zk_session **out,
+                                 const crpci_directory_options *o, crpci_zk_session **out,
                                  crpc_error *error)
 {
     crpci_zk_session *s = (crpci_zk_session *)crpci_heap_alloc(l->heap, sizeof *s);
@@ -13413,7 +13237,7 @@ CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
     s->heap = l->heap;
     s->refs = 1;
     s->users = 1;
-    s->timeout_ms = o->timeout_ms;
+    s->timeout_ms = o->session_timeout_ms;
     s->spread_us = crpci_base_option(o->spread_ms, CRPCI_ZK_POOL_SPREAD_MS, 0) * 1000;
     crpci_timer_init(&s->timer, crpci_zk_session_on_timer);
 #if CRPC_ZOOKEEPER_ST
@@ -13422,15 +13246,15 @@ CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
 #endif
     crpci_list_init(&s->services);
     s->servers.heap = s->cache.heap = s->heap;
-    if (!crpci_zk_pool_copy(s->heap, authority, &s->authority) ||
-        !crpci_zk_pool_copy(s->heap, o->credential, &s->credential) ||
+    s->authority = crpci_heap_strndup(s->heap, authority, strlen(authority));
+    if (o->credential)
+        s->credential = crpci_heap_strndup(s->heap, o->credential, strlen(o->credential));
+    if (!s->authority || (o->credential && !s->credential) ||
         (o->cache && !crpci_cache_init(&s->cache, s->heap, o->cache, o->cache_interval_ms)))
         err = CRPC_ENOMEM;
     s->servers.authority = s->authority;
-    if (!err)
-        err = crpci_zk_servers_resolve(&s->servers, error);
-    if (!err && crpci_zk_servers_list(&s->servers, l))
-        err = CRPC_ENOMEM;
+    err = err ? err : crpci_zk_servers_resolve(&s->servers, error);
+    err = err ? err : crpci_zk_servers_list(&s->servers, l);
     if (err == CRPC_ENOMEM)
         crpci_status_set(error, err, "zookeeper://%.150s: out of memory", authority);
     if (err) {
@@ -13444,16 +13268,16 @@ CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
 /* Joins the open session with the same options, or begins one. Resolves names; never waits for a
  * server. */
 CRPCI_COLD int crpci_zk_pool_open(crpc_loop *l, const char *authority,
-                                  const crpci_zk_pool_options *options,
-                                  crpci_zk_session **out, crpc_error *error)
+                                  const crpci_directory_options *options, crpci_zk_session **out,
+                                  crpc_error *error)
 {
-    crpci_zk_pool_options o = *options;
+    crpci_directory_options o = *options;
     crpci_zk_session *s, *made = NULL;
     int err = CRPC_OK;
-    o.timeout_ms = (int)crpci_base_option(o.timeout_ms, CRPCI_ZK_POOL_TIMEOUT_MS,
-                                          CRPCI_ZK_POOL_TIMEOUT_MS);
-    if (o.timeout_ms < CRPCI_ZK_POOL_TIMEOUT_MIN_MS)
-        o.timeout_ms = CRPCI_ZK_POOL_TIMEOUT_MIN_MS;
+    o.session_timeout_ms = (int)crpci_base_option(o.session_timeout_ms, CRPCI_ZK_POOL_TIMEOUT_MS,
+                                                  CRPCI_ZK_POOL_TIMEOUT_MS);
+    if (o.session_timeout_ms < CRPCI_ZK_POOL_TIMEOUT_MIN_MS)
+        o.session_timeout_ms = CRPCI_ZK_POOL_TIMEOUT_MIN_MS;
     crpci_loop_lock(l);
     s = crpci_zk_pool_find(l, authority, &o);
     if (!s) { /* without the lock, to resolve names: another thread may open the same meanwhile */
@@ -13471,13 +13295,7 @@ CRPCI_COLD int crpci_zk_pool_open(crpc_loop *l, const char *authority,
         s = made;
         made = NULL;
         crpci_list_append(&l->registries, &s->node);
-        s->busy = true;
-        s->busy_thread = crpci_thread_self();
-        crpci_zk_session_connect(s); /* after a failure the timer tries again */
-        s->failures = 0;
-        s->busy = false;
-        crpci_thread_broadcast(&s->cond);
-        crpci_zk_session_kick(s);
+        crpci_zk_session_kick(s); /* makes a handle; after a failure the timer tries again */
     }
     crpci_loop_unlock(l);
     if (made)
@@ -13554,24 +13372,31 @@ CRPCI_FN bool crpci_zk_node_is_part(const char *text, size_t n)
     return true;
 }
 
+/* Whether the first `n` bytes of a path are such parts with single slashes between them. */
+CRPCI_FN bool crpci_zk_node_is_path(const char *path, size_t n)
+{
+    size_t at, part;
+    for (at = 0; at < n; at += part + 1) {
+        part = crpci_base_min(strcspn(path + at, "/"), n - at);
+        if (!crpci_zk_node_is_part(path + at, part))
+            return false;
+    }
+    return n == 0 || path[n - 1] != '/';
+}
+
 /* Makes the root of a tree from a URL's path: "a/b" and "a/b/" give "/a/b", "" gives
  * `otherwise`. */
 CRPCI_COLD int crpci_zk_node_root(crpci_heap *h, const char *path, const char *otherwise,
                                   char **out, crpc_error *error)
 {
-    size_t n = strlen(path), at;
+    size_t n = strlen(path);
     while (n && path[n - 1] == '/')
         n--;
-    for (at = 0; at < n;) {
-        size_t part = strcspn(path + at, "/");
-        part = part < n - at ? part : n - at;
-        if (!crpci_zk_node_is_part(path + at, part))
-            return crpci_status_set(error, CRPC_EINVAL,
-                                    "zookeeper: root \"%.100s\" is not a valid path: it has an "
-                                    "empty part, \".\", \"..\" or a control character",
-                                    path);
-        at += part + 1;
-    }
+    if (!crpci_zk_node_is_path(path, n))
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "zookeeper: root \"%.100s\" is not a valid path: it has an empty "
+                                "part, \".\", \"..\" or a control character",
+                                path);
     *out = n ? crpci_heap_format(h, "/%.*s", (int)n, path)
              : crpci_heap_strndup(h, otherwise, strlen(otherwise));
     return *out ? CRPC_OK : crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
@@ -13630,16 +13455,11 @@ typedef struct crpci_zk_watch {
     bool refused; /* the server refuses to let it be read, which was logged */
 } crpci_zk_watch;
 
-CRPCI_FN crpci_zk_watch *crpci_zk_node_watch_of(crpci_zk_job *job)
-{
-    return CRPCI_CONTAINER(job, crpci_zk_watch, job);
-}
-
 /* Reads the node or, while it does not exist, asks whether it exists: either request sets a
  * watch. */
 CRPCI_FN bool crpci_zk_node_watch_order(crpci_zk_job *job, crpci_zk_order *o)
 {
-    crpci_zk_watch *w = crpci_zk_node_watch_of(job);
+    crpci_zk_watch *w = CRPCI_CONTAINER(job, crpci_zk_watch, job);
     bool children = w->kind == CRPCI_ZK_WATCH_CHILDREN || w->kind == CRPCI_ZK_WATCH_CHILDREN_ONCE;
     o->verb = w->missing ? CRPCI_ZK_STAT : children ? CRPCI_ZK_LIST : CRPCI_ZK_GET;
     o->watch = w->kind != CRPCI_ZK_WATCH_CHILDREN_ONCE;
@@ -13652,9 +13472,9 @@ CRPCI_FN void crpci_zk_node_watch_answered(crpci_zk_watch *w, const crpci_zk_req
                                            const crpci_zk_answer *a)
 {
     crpci_zk_job *job = &w->job;
-    bool once = w->kind == CRPCI_ZK_WATCH_CHILDREN_ONCE;
-    bool looked = q->order.verb == CRPCI_ZK_STAT, gone = a->rc == ZNONODE, taken;
-    w->missing = gone && !looked && !once && w->kind != CRPCI_ZK_WATCH_END;
+    bool follows = w->kind == CRPCI_ZK_WATCH_CHILDREN || w->kind == CRPCI_ZK_WATCH_DATA;
+    bool looked = q->order.verb == CRPCI_ZK_STAT, gone = a->rc == ZNONODE;
+    w->missing = gone && !looked && follows;
     if (w->missing || (looked && a->rc == ZOK)) { /* ask for its creation; or it exists: read it */
         job->due_us = 0;
         return;
@@ -13668,20 +13488,19 @@ CRPCI_FN void crpci_zk_node_watch_answered(crpci_zk_watch *w, const crpci_zk_req
         crpci_zk_job_around(job, CRPCI_ZK_NODE_REFUSED_US, 20);
     else if (w->kind == CRPCI_ZK_WATCH_END && !gone)
         crpci_zk_job_around(job, CRPCI_ZK_NODE_CHECK_US, 20);
-    else if (!once && w->kind != CRPCI_ZK_WATCH_END)
+    else if (follows)
         crpci_zk_job_around(job, CRPCI_ZK_NODE_REREAD_US, 20);
     if (w->kind == CRPCI_ZK_WATCH_END && !gone)
         return;
     w->told = true;
-    taken = w->value(w, a);
-    if (!taken)
+    if (!w->value(w, a))
         crpci_zk_job_later(job, CRPCI_ZK_JOB_RETRY_US);
 }
 
 CRPCI_FN void crpci_zk_node_watch_event(crpci_zk_job *job, crpci_zk_event event,
                                         const crpci_zk_request *q, const crpci_zk_answer *a)
 {
-    crpci_zk_watch *w = crpci_zk_node_watch_of(job);
+    crpci_zk_watch *w = CRPCI_CONTAINER(job, crpci_zk_watch, job);
     if (event == CRPCI_ZK_ANSWERED) {
         crpci_zk_node_watch_answered(w, q, a);
         return;
@@ -13689,9 +13508,7 @@ CRPCI_FN void crpci_zk_node_watch_event(crpci_zk_job *job, crpci_zk_event event,
     if (job->due_us == INT64_MAX && !job->sent) /* idle: it has reported once, or has not begun */
         return;
     if (event == CRPCI_ZK_REMOVED && w->kind == CRPCI_ZK_WATCH_END) {
-        crpci_zk_answer gone;
-        memset(&gone, 0, sizeof gone);
-        gone.rc = ZNONODE;
+        const crpci_zk_answer gone = {ZNONODE, NULL, NULL, NULL, 0};
         job->due_us = INT64_MAX;
         if (!w->value(w, &gone))
             crpci_zk_job_later(job, CRPCI_ZK_JOB_RETRY_US);
@@ -13711,20 +13528,11 @@ CRPCI_FN void crpci_zk_node_watch_event(crpci_zk_job *job, crpci_zk_event event,
 
 CRPCI_FN void crpci_zk_node_watch_clear(crpci_zk_job *job)
 {
-    crpci_heap_strfree(job->session->heap, crpci_zk_node_watch_of(job)->path);
+    crpci_heap_strfree(job->session->heap, CRPCI_CONTAINER(job, crpci_zk_watch, job)->path);
 }
 
 static const crpci_zk_work crpci_zk_node_watch_work = {
     crpci_zk_node_watch_order, crpci_zk_node_watch_event, crpci_zk_node_watch_clear};
-
-/* Puts an idle watch on the session; it takes over a reference to its holder. */
-CRPCI_FN void crpci_zk_node_watch_init(crpci_zk_watch *w, crpci_zk_session *s,
-                                       bool (*value)(crpci_zk_watch *, const crpci_zk_answer *),
-                                       void *holder, void (*release)(void *holder))
-{
-    crpci_zk_job_add(&w->job, &crpci_zk_node_watch_work, s, INT64_MAX, holder, release);
-    w->value = value;
-}
 
 /* Begins to follow `path`, in place of the path before; it takes over the text. False if `path` is
  * NULL, because memory is short or nothing is to be followed. The caller kicks the session. */
@@ -13752,6 +13560,19 @@ CRPCI_FN void crpci_zk_node_watch_again(crpci_zk_watch *w)
 {
     crpci_zk_job_forget(&w->job);
     w->job.due_us = 0;
+}
+
+/* Puts an idle watch on the session; crpci_zk_node_watch_again begins. It takes over `path`, which
+ * may be NULL, and a reference to its holder. */
+CRPCI_FN void crpci_zk_node_watch_init(crpci_zk_watch *w, crpci_zk_session *s,
+                                       crpci_zk_watch_kind kind, char *path,
+                                       bool (*value)(crpci_zk_watch *, const crpci_zk_answer *),
+                                       void *holder, void (*release)(void *holder))
+{
+    crpci_zk_job_add(&w->job, &crpci_zk_node_watch_work, s, INT64_MAX, holder, release);
+    w->value = value;
+    crpci_zk_node_watch_set(w, kind, path);
+    crpci_zk_node_watch_stop(w);
 }
 
 /* --- own -------------------------------------------------------------------------------------- */
@@ -13830,11 +13651,6 @@ struct crpci_zk_own {
     unsigned failures;
     unsigned fights; /* how often in a row the node was another session's */
 };
-
-CRPCI_FN crpci_zk_own *crpci_zk_node_own_of(crpci_zk_job *job)
-{
-    return CRPCI_CONTAINER(job, crpci_zk_own, job);
-}
 
 /* Replaces own->path or own->prefix. */
 CRPCI_FN void crpci_zk_node_own_set(crpci_zk_own *own, char **text, char *value)
@@ -13925,7 +13741,7 @@ CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
     static const uint8_t verbs[] = {CRPCI_ZK_STAT,   CRPCI_ZK_CREATE, CRPCI_ZK_LIST,
                                     CRPCI_ZK_CREATE, CRPCI_ZK_STAT,   CRPCI_ZK_STAT,
                                     CRPCI_ZK_DELETE, CRPCI_ZK_DELETE};
-    crpci_zk_own *own = crpci_zk_node_own_of(job);
+    crpci_zk_own *own = CRPCI_CONTAINER(job, crpci_zk_own, job);
     crpci_zk_node_own_next(own);
     if (own->state == CRPCI_ZK_OWN_CREATE && !crpci_zk_node_own_name(own))
         return false;
@@ -13934,8 +13750,8 @@ CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
     o->watch = o->verb == CRPCI_ZK_STAT && !own->unwatched;
     o->data = own->data;
     o->size = own->size;
-    o->flags = own->sequential ? ZOO_EPHEMERAL | ZOO_SEQUENCE : ZOO_EPHEMERAL;
-    o->parents = true;
+    o->flags = CRPC_NODE_EPHEMERAL | CRPC_NODE_PARENTS;
+    o->flags |= own->sequential ? CRPC_NODE_SEQUENTIAL : 0;
     return o->path != NULL;
 }
 
@@ -14073,7 +13889,7 @@ CRPCI_FN void crpci_zk_node_own_over(crpci_zk_own *own)
 CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
                                       const crpci_zk_request *q, const crpci_zk_answer *a)
 {
-    crpci_zk_own *own = crpci_zk_node_own_of(job);
+    crpci_zk_own *own = CRPCI_CONTAINER(job, crpci_zk_own, job);
     crpci_zk_session *s = job->session;
     int64_t soon;
     switch (event) {
@@ -14108,7 +13924,7 @@ CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
 
 CRPCI_FN void crpci_zk_node_own_clear(crpci_zk_job *job)
 {
-    crpci_zk_own *own = crpci_zk_node_own_of(job);
+    crpci_zk_own *own = CRPCI_CONTAINER(job, crpci_zk_own, job);
     crpci_zk_node_own_set(own, &own->path, NULL);
     crpci_zk_node_own_set(own, &own->prefix, NULL);
 }
@@ -14169,7 +13985,6 @@ CRPCI_FN void crpci_zk_node_own_check(crpci_zk_own *own, int64_t check_us)
 typedef struct crpci_zk_service {
     crpci_directory directory;
     crpci_list link; /* in session->services */
-    crpci_zk_session *session;
     crpci_zk_watch providers;
     crpci_zk_watch overrides;
     bool following; /* providers are read: only after the overrides, so that no subscriber sees a
@@ -14240,15 +14055,8 @@ CRPCI_FN bool crpci_zk_directory_age(crpci_zk_session *s)
 
 /* --- services --------------------------------------------------------------------------------- */
 
-/* The overrides are known, or cannot be read: begins to read the providers, or reads them again. */
-CRPCI_FN void crpci_zk_directory_follow(crpci_zk_service *v, bool anew)
-{
-    if (!v->following || anew)
-        crpci_zk_node_watch_again(&v->providers);
-    v->following = true;
-}
-
-/* New overrides were read, or none exist. Unlocks. */
+/* The overrides were read, do not exist, or cannot be read: begins to read the providers, or reads
+ * them again. Unlocks. */
 CRPCI_FN bool crpci_zk_directory_on_overrides(crpci_zk_watch *w, const crpci_zk_answer *a)
 {
     crpci_zk_service *v = CRPCI_CONTAINER(w, crpci_zk_service, overrides);
@@ -14257,13 +14065,16 @@ CRPCI_FN bool crpci_zk_directory_on_overrides(crpci_zk_watch *w, const crpci_zk_
     char *const *names = crpci_zk_node_names(a, &count);
     int changed = 0;
     if (a->rc == ZOK || a->rc == ZNONODE) {
-        crpci_zk_servers_local(&v->session->servers, false, ip, sizeof ip);
+        crpci_zk_servers_local(&w->job.session->servers, false, ip, sizeof ip);
         snprintf(host, sizeof host, strchr(ip, ':') ? "[%s]" : "%s", ip);
         changed = crpci_directory_override(&v->directory, names, count, host);
     }
-    if (changed >= 0)
-        crpci_zk_directory_follow(v, changed > 0);
-    return changed >= 0;
+    if (changed < 0)
+        return false;
+    if (changed || !v->following)
+        crpci_zk_node_watch_again(&v->providers);
+    v->following = true;
+    return true;
 }
 
 /* The providers were read. A directory that does not exist counts as empty, because the first
@@ -14300,13 +14111,13 @@ CRPCI_FN void crpci_zk_directory_service_end(crpci_zk_service *v)
     crpci_directory_end(&v->directory);
 }
 
-/* Watches a service. NULL: out of memory. Locked. */
+/* Watches a service, whose directory of providers is at `providers`; takes that text over. NULL:
+ * out of memory. Locked. */
 CRPCI_FN crpci_zk_service *crpci_zk_directory_service_new(const crpci_zk_directory *b,
-                                                          const char *service)
+                                                          const char *service, char *providers)
 {
     crpci_zk_session *s = b->session;
     crpci_zk_service *v = (crpci_zk_service *)crpci_heap_alloc(s->heap, sizeof *v);
-    char *providers = crpci_zk_directory_path(b, service, "providers");
     char *overrides = crpci_zk_directory_path(b, service, "configurators");
     bool ok = v && providers && overrides &&
               crpci_directory_init(
@@ -14319,19 +14130,16 @@ CRPCI_FN crpci_zk_service *crpci_zk_directory_service_new(const crpci_zk_directo
         crpci_heap_free(s->heap, v, sizeof *v);
         return NULL;
     }
-    v->session = s;
     v->directory.hold_us = s->spread_us + (int64_t)s->timeout_ms * 1000;
     v->directory.cache = s->cache.path ? &s->cache : NULL;
     v->directory.override_name =
         crpci_heap_format(s->heap, "zookeeper://%s%s", s->authority, overrides);
     v->directory.refs += 2;
-    crpci_zk_node_watch_init(&v->overrides, s, crpci_zk_directory_on_overrides, v,
-                             crpci_zk_directory_release);
-    crpci_zk_node_watch_init(&v->providers, s, crpci_zk_directory_on_providers, v,
-                             crpci_zk_directory_release);
-    crpci_zk_node_watch_set(&v->overrides, CRPCI_ZK_WATCH_CHILDREN, overrides);
-    crpci_zk_node_watch_set(&v->providers, CRPCI_ZK_WATCH_CHILDREN, providers);
-    crpci_zk_node_watch_stop(&v->providers);
+    crpci_zk_node_watch_init(&v->overrides, s, CRPCI_ZK_WATCH_CHILDREN, overrides,
+                             crpci_zk_directory_on_overrides, v, crpci_zk_directory_release);
+    crpci_zk_node_watch_init(&v->providers, s, CRPCI_ZK_WATCH_CHILDREN, providers,
+                             crpci_zk_directory_on_providers, v, crpci_zk_directory_release);
+    crpci_zk_node_watch_again(&v->overrides);
     crpci_list_append(&s->services, &v->link);
     return v;
 }
@@ -14342,21 +14150,17 @@ CRPCI_FN crpci_zk_service *crpci_zk_directory_service_get(const crpci_zk_directo
 {
     char *path = crpci_zk_directory_path(b, service, "providers");
     crpci_list *all = &b->session->services, *i;
-    crpci_zk_service *v = NULL;
-    for (i = all->next; path && i != all && !v; i = i->next) {
-        v = CRPCI_CONTAINER(i, crpci_zk_service, link);
-        v = strcmp(v->providers.path, path) == 0 ? v : NULL;
+    for (i = all->next; path && i != all; i = i->next) {
+        crpci_zk_service *v = CRPCI_CONTAINER(i, crpci_zk_service, link);
+        if (strcmp(v->providers.path, path) == 0) {
+            crpci_heap_strfree(b->session->heap, path);
+            return v;
+        }
     }
-    crpci_heap_strfree(b->session->heap, path);
-    return v ? v : path ? crpci_zk_directory_service_new(b, service) : NULL;
+    return crpci_zk_directory_service_new(b, service, path);
 }
 
 /* --- stale twins ------------------------------------------------------------------------------ */
-
-CRPCI_FN crpci_zk_registration *crpci_zk_directory_sweeper(crpci_zk_job *job)
-{
-    return CRPCI_CONTAINER(job, crpci_zk_registration, sweep);
-}
 
 /* Whether a name is that of another node with the same address: both names begin with the same
  * encoded "crpc://address/". Nodes of other software have other schemes and are left alone. */
@@ -14407,7 +14211,7 @@ CRPCI_FN void crpci_zk_directory_swept(crpci_zk_registration *reg)
 
 CRPCI_FN bool crpci_zk_directory_sweep_order(crpci_zk_job *job, crpci_zk_order *o)
 {
-    crpci_zk_registration *reg = crpci_zk_directory_sweeper(job);
+    crpci_zk_registration *reg = CRPCI_CONTAINER(job, crpci_zk_registration, sweep);
     if (reg->own.state != CRPCI_ZK_OWN_OWNED) { /* crpci_zk_directory_owned starts it again */
         job->due_us = INT64_MAX;
         return false;
@@ -14422,7 +14226,7 @@ CRPCI_FN bool crpci_zk_directory_sweep_order(crpci_zk_job *job, crpci_zk_order *
 CRPCI_FN void crpci_zk_directory_sweep_event(crpci_zk_job *job, crpci_zk_event event,
                                              const crpci_zk_request *q, const crpci_zk_answer *a)
 {
-    crpci_zk_registration *reg = crpci_zk_directory_sweeper(job);
+    crpci_zk_registration *reg = CRPCI_CONTAINER(job, crpci_zk_registration, sweep);
     crpci_zk_session *s = job->session;
     if (event != CRPCI_ZK_ANSWERED && event != CRPCI_ZK_DOUBTED)
         return;
@@ -14472,11 +14276,6 @@ CRPCI_FN void crpci_zk_directory_unref(void *registration)
 static const crpci_zk_work crpci_zk_directory_sweep = {crpci_zk_directory_sweep_order,
                                                        crpci_zk_directory_sweep_event, NULL};
 
-CRPCI_FN crpci_zk_registration *crpci_zk_directory_reg_of(crpci_zk_own *own)
-{
-    return CRPCI_CONTAINER(own, crpci_zk_registration, own);
-}
-
 /* Determines the local address, unless the program gave one. False: no route to the servers.
  * *moved: it has changed. */
 CRPCI_FN bool crpci_zk_directory_locate(crpci_zk_registration *reg, char *host, size_t size,
@@ -14494,11 +14293,11 @@ CRPCI_FN bool crpci_zk_directory_locate(crpci_zk_registration *reg, char *host, 
 /* The node's path, with the present address. */
 CRPCI_FN char *crpci_zk_directory_name(crpci_zk_own *own)
 {
-    crpci_zk_registration *reg = crpci_zk_directory_reg_of(own);
+    crpci_zk_registration *reg = CRPCI_CONTAINER(own, crpci_zk_registration, own);
     crpci_directory_offer *o = &reg->offer;
     crpci_heap *h = own->job.session->heap;
-    char host[INET6_ADDRSTRLEN], *url, *name = NULL, *path = NULL;
-    size_t url_size, name_size = 0;
+    char host[INET6_ADDRSTRLEN], *url, *path;
+    size_t url_size, size, at = strlen(reg->dir) + 1;
     long pid = (long)getpid();
     bool moved;
     if (!crpci_zk_directory_locate(reg, host, sizeof host, &moved))
@@ -14509,16 +14308,15 @@ CRPCI_FN char *crpci_zk_directory_name(crpci_zk_own *own)
     own->size = (int)strlen(o->host);
     url_size = crpci_names_url(NULL, 0, &o->what, !o->port, o->address, o->timestamp_ms, pid) + 1;
     url = (char *)crpci_heap_alloc(h, url_size);
-    if (url) {
-        crpci_names_url(url, url_size, &o->what, !o->port, o->address, o->timestamp_ms, pid);
-        name_size = crpci_url_encode(NULL, 0, url) + 1;
-        name = (char *)crpci_heap_alloc(h, name_size);
+    if (!url)
+        return NULL;
+    crpci_names_url(url, url_size, &o->what, !o->port, o->address, o->timestamp_ms, pid);
+    size = at + crpci_url_encode(NULL, 0, url) + 1;
+    path = (char *)crpci_heap_alloc(h, size);
+    if (path) {
+        snprintf(path, size, "%s/", reg->dir);
+        crpci_url_encode(path + at, size - at, url);
     }
-    if (name) {
-        crpci_url_encode(name, name_size, url);
-        path = crpci_zk_node_join(h, reg->dir, name);
-    }
-    crpci_heap_free(h, name, name_size);
     crpci_heap_free(h, url, url_size);
     return path;
 }
@@ -14528,7 +14326,7 @@ CRPCI_FN char *crpci_zk_directory_name(crpci_zk_own *own)
 CRPCI_FN void crpci_zk_directory_owned(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat,
                                        bool news)
 {
-    crpci_zk_registration *reg = crpci_zk_directory_reg_of(own);
+    crpci_zk_registration *reg = CRPCI_CONTAINER(own, crpci_zk_registration, own);
     crpci_zk_session *s = own->job.session;
     bool provider = reg->offer.port != 0, moved;
     char host[INET6_ADDRSTRLEN];
@@ -14553,7 +14351,7 @@ CRPCI_FN void crpci_zk_directory_owned(crpci_zk_own *own, int64_t sent_us, const
 /* Reports a failed registration to the program; removal and expiry are repaired silently. */
 CRPCI_FN void crpci_zk_directory_lost(crpci_zk_own *own, int rc)
 {
-    crpci_zk_registration *reg = crpci_zk_directory_reg_of(own);
+    crpci_zk_registration *reg = CRPCI_CONTAINER(own, crpci_zk_registration, own);
     crpci_zk_session *s = own->job.session;
     char text[CRPC_ERROR_TEXT_MAX];
     if (rc == ZNONODE || rc == ZSESSIONEXPIRED)
@@ -14715,6 +14513,13 @@ CRPCI_FN void crpci_zk_directory_unsubscribe(crpci_backend *base, crpci_subscrib
     crpci_loop_unlock(base->loop);
 }
 
+CRPCI_FN void crpci_zk_directory_free(crpci_heap *h, crpci_zk_directory *b)
+{
+    crpci_heap_strfree(h, b->application);
+    crpci_heap_strfree(h, b->root);
+    crpci_heap_free(h, b, sizeof *b);
+}
+
 /* Withdraws everything that was registered and subscribed through this URL. */
 CRPCI_FN void crpci_zk_directory_close(crpci_backend *base)
 {
@@ -14731,9 +14536,7 @@ CRPCI_FN void crpci_zk_directory_close(crpci_backend *base)
         crpci_zk_directory_registration_end(
             CRPCI_CONTAINER(b->registrations.next, crpci_zk_registration, link));
     crpci_zk_pool_close(s, last);
-    crpci_heap_strfree(h, b->application);
-    crpci_heap_strfree(h, b->root);
-    crpci_heap_free(h, b, sizeof *b);
+    crpci_zk_directory_free(h, b);
     crpci_heap_unref(h);
 }
 
@@ -14749,14 +14552,7 @@ CRPCI_COLD int crpci_zk_directory_open(crpc_loop *l, const crpci_url *url,
     crpci_heap *h = l->heap;
     crpci_zk_directory *b = (crpci_zk_directory *)crpci_heap_alloc(h, sizeof *b);
     const char *application = o->application ? o->application : "";
-    crpci_zk_pool_options so;
     int err;
-    memset(&so, 0, sizeof so);
-    so.timeout_ms = o->session_timeout_ms;
-    so.spread_ms = o->spread_ms;
-    so.credential = o->credential;
-    so.cache = o->cache;
-    so.cache_interval_ms = o->cache_interval_ms;
     if (!b)
         return crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
     b->base.ops = &crpci_zk_directory_ops;
@@ -14764,23 +14560,20 @@ CRPCI_COLD int crpci_zk_directory_open(crpc_loop *l, const crpci_url *url,
     b->register_consumer = o->register_consumer;
     crpci_list_init(&b->registrations);
     crpci_list_init(&b->subscribers);
-    err = crpci_zk_node_root(h, url->path, CRPCI_ZK_DIRECTORY_ROOT, &b->root, error);
-    if (!err) {
-        b->application = crpci_heap_strndup(h, application, strlen(application));
-        err = b->application ? crpci_zk_pool_open(l, url->authority, &so, &b->session, error)
-                             : crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
+    b->application = crpci_heap_strndup(h, application, strlen(application));
+    err = b->application
+              ? crpci_zk_node_root(h, url->path, CRPCI_ZK_DIRECTORY_ROOT, &b->root, error)
+              : crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
+    err = err ? err : crpci_zk_pool_open(l, url->authority, o, &b->session, error);
+    if (err) {
+        crpci_zk_directory_free(h, b);
+        return err;
     }
-    if (!err) {
-        crpci_loop_lock(l);
-        b->session->age = crpci_zk_directory_age;
-        crpci_loop_unlock(l);
-        *out = &b->base;
-        return CRPC_OK;
-    }
-    crpci_heap_strfree(h, b->application);
-    crpci_heap_strfree(h, b->root);
-    crpci_heap_free(h, b, sizeof *b);
-    return err;
+    crpci_loop_lock(l);
+    b->session->age = crpci_zk_directory_age;
+    crpci_loop_unlock(l);
+    *out = &b->base;
+    return CRPC_OK;
 }
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
@@ -15003,13 +14796,8 @@ CRPCI_FN void crpci_agreement_ready(crpci_item *item)
     crpci_loop_ready(item->session->loop, &item->ready);
 }
 
-CRPCI_FN void crpci_agreement_no_timer(crpc_loop *l, crpci_timer *timer)
-{
-    (void)l;
-    (void)timer;
-}
-
-/* A new item with one reference, the caller's. `timer` may be NULL. NULL: out of memory. */
+/* A new item with one reference, the caller's. `timer` is NULL where the kind sets none. NULL: out
+ * of memory. */
 CRPCI_FN void *crpci_agreement_new(crpc_registry *r, const crpci_item_kind *kind,
                                    void (*timer)(crpc_loop *l, crpci_timer *timer), void *user)
 {
@@ -15023,7 +14811,7 @@ CRPCI_FN void *crpci_agreement_new(crpc_registry *r, const crpci_item_kind *kind
     item->refs = 1;
     item->user = user;
     crpci_loop_task_init(&item->ready, crpci_agreement_run);
-    crpci_timer_init(&item->timer, timer ? timer : crpci_agreement_no_timer);
+    crpci_timer_init(&item->timer, timer);
     crpci_list_append(&r->items, &item->node);
     return item;
 }
@@ -15055,47 +14843,28 @@ CRPCI_FN int crpci_agreement_need_owner(const crpc_registry *r)
  * number alone. */
 CRPCI_FN bool crpci_agreement_path_ok(const char *path, bool sequential)
 {
-    size_t n;
-    if (!path || strlen(path) > CRPCI_AGREEMENT_PATH)
+    size_t n = path ? strlen(path) : 0;
+    if (!path || n > CRPCI_AGREEMENT_PATH)
         return false;
-    path += *path == '/';
-    while (*path) {
-        n = strcspn(path, "/");
-        if (!crpci_zk_node_is_part(path, n))
-            return false;
-        path += n;
-        if (*path == '/' && !*++path)
-            return sequential;
-    }
-    return true;
+    if (sequential && n > 1 && path[n - 1] == '/')
+        n--;
+    return *path == '/' ? crpci_zk_node_is_path(path + 1, n - 1) : crpci_zk_node_is_path(path, n);
 }
 
-/* Writes the full path of a path below the root into `out`, which has room for both, and returns
- * its length; with `out` NULL it only computes the length. */
-CRPCI_FN size_t crpci_agreement_full(char *out, const char *root, const char *path)
+/* Writes the full path of a path below the root, and returns its length, as snprintf does. */
+CRPCI_FN size_t crpci_agreement_full(char *out, size_t size, const char *root, const char *path)
 {
-    size_t n = strlen(root), m;
     path += *path == '/';
-    m = strlen(path);
-    if (!n && !m) {
-        if (out)
-            memcpy(out, "/", 2);
-        return 1;
-    }
-    if (out) {
-        memcpy(out, root, n);
-        out[n] = '/';
-        memcpy(out + n + (m != 0), path, m + 1);
-    }
-    return n + (m != 0) + m;
+    return (size_t)snprintf(out, size, "%s%s%s", root, *path || !*root ? "/" : "", path);
 }
 
 /* The full path, on the heap. */
 CRPCI_FN char *crpci_agreement_path(crpci_heap *h, const char *root, const char *path)
 {
-    char *out = (char *)crpci_heap_alloc(h, crpci_agreement_full(NULL, root, path) + 1);
+    size_t size = crpci_agreement_full(NULL, 0, root, path) + 1;
+    char *out = (char *)crpci_heap_alloc(h, size);
     if (out)
-        crpci_agreement_full(out, root, path);
+        crpci_agreement_full(out, size, root, path);
     return out;
 }
 
@@ -15174,6 +14943,7 @@ CRPCI_FN int crpci_agreement_status(int rc)
 
 #define CRPCI_OPERATIONS_TIMEOUT_MS 5000  /* where the program gives 0 */
 #define CRPCI_OPERATIONS_PENDING    1000u /* unfinished asynchronous operations of a registry */
+#define CRPCI_OPERATIONS_NUMBER     16    /* room for what ZooKeeper appends to a sequential name */
 
 /* One operation, or several as one transaction. The item's references are the job, the queued
  * callback, and a synchronous caller. The loop's lock guards it. */
@@ -15182,8 +14952,10 @@ typedef struct crpci_operations_call {
     crpci_zk_job job;
     crpc_node_fn fn;
     crpci_waiter *waiter; /* of a synchronous one */
-    crpc_node_op *ops;    /* copies, in one block with their data and full paths */
+    crpc_node_op *ops;    /* copies with full paths, in the block */
+    crpci_zk_multi multi; /* the same for a transaction, in the block */
     size_t count;
+    void *block; /* see crpci_operations_copy */
     size_t block_size;
     size_t root; /* length of the root in front of the paths */
     char *first; /* CRPC_NODE_FIRST: the node that was found */
@@ -15191,11 +14963,6 @@ typedef struct crpci_operations_call {
     int64_t deadline_us;
     crpc_node result;
 } crpci_operations_call;
-
-CRPCI_FN crpci_operations_call *crpci_operations_of(crpci_zk_job *job)
-{
-    return CRPCI_CONTAINER(job, crpci_operations_call, job);
-}
 
 /* An operation's name, for error texts. */
 CRPCI_FN const char *crpci_operations_name(crpc_node_verb verb)
@@ -15235,14 +15002,13 @@ CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op
         const char *verb = crpci_operations_name(o->verb);
         size_t n = crpc_view_size(o->data);
         if (!crpci_operations_allowed(o, count))
-            return crpci_status_set(
-                error, CRPC_EINVAL, "operation %zu (%s): %s", i, verb,
-                count == 1 && o->verb == CRPC_NODE_CHECK
-                    ? "check cannot be the only operation of a call"
-                : count > 1
-                    ? "only create without PARENTS, set, delete and check go together; else check "
-                      "its flags and version"
-                    : "unknown verb, or flags or a version that it does not take");
+            return crpci_status_set(error, CRPC_EINVAL,
+                                    "operation %zu (%s): unknown verb, flags or version that it "
+                                    "does not take, or %s",
+                                    i, verb,
+                                    count == 1 ? "check cannot be the only operation of a call"
+                                               : "not one of create without PARENTS, set, delete "
+                                                 "and check, which go together");
         if (!crpci_agreement_path_ok(o->path, (o->flags & CRPC_NODE_SEQUENTIAL) != 0))
             return crpci_status_set(error, CRPC_EINVAL,
                                     "%s \"%.100s\": not a valid path: it has an empty part, "
@@ -15252,101 +15018,76 @@ CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op
             return crpci_status_set(error, CRPC_EINVAL, "%s \"%.100s\": over %d bytes of data",
                                     verb, o->path, CRPC_NODE_BYTES_MAX);
         bytes += n;
-        *size += sizeof *o + crpci_agreement_full(NULL, r->root, o->path) + 1 + n;
+        *size += sizeof *o + sizeof(zoo_op_t) + sizeof(zoo_op_result_t) + sizeof(struct Stat) + n +
+                 2 * (crpci_agreement_full(NULL, 0, r->root, o->path) + 1) +
+                 CRPCI_OPERATIONS_NUMBER;
     }
     return CRPC_OK;
 }
 
-/* Copies operations into the block at c->ops, with full paths. */
+/* Copies operations with full paths, and prepares the arrays that zoo_amulti needs until its
+ * completion: all of them in the block, the most aligned first. */
 CRPCI_FN void crpci_operations_copy(crpci_operations_call *c, const char *root,
                                     const crpc_node_op *ops)
 {
-    char *at = (char *)(c->ops + c->count);
+    struct Stat *stats = (struct Stat *)c->block;
+    char *at, *end = (char *)c->block + c->block_size;
     size_t i;
+    c->ops = (crpc_node_op *)(void *)(stats + c->count);
+    c->multi.count = (int)c->count;
+    c->multi.ops = (zoo_op_t *)(void *)(c->ops + c->count);
+    c->multi.results = (zoo_op_result_t *)(void *)(c->multi.ops + c->count);
+    at = (char *)(c->multi.results + c->count);
     for (i = 0; i < c->count; i++) {
-        size_t n = crpc_view_size(ops[i].data);
-        c->ops[i] = ops[i];
-        c->ops[i].path = at;
-        at += crpci_agreement_full(at, root, ops[i].path) + 1;
+        zoo_op_t *to = &c->multi.ops[i];
+        crpc_node_op *o = &c->ops[i];
+        size_t n = crpc_view_size(ops[i].data), room;
+        char *path = at, *data;
+        room = crpci_agreement_full(at, (size_t)(end - at), root, ops[i].path) + 1;
+        data = at += room;
         if (n)
-            memcpy(at, crpc_view_data(ops[i].data), n);
-        c->ops[i].data = crpc_view_of(at, n);
+            memcpy(data, crpc_view_data(ops[i].data), n);
         at += n;
-    }
-}
-
-/* The arrays that zoo_amulti needs until its completion. NULL: out of memory. */
-CRPCI_FN crpci_zk_multi *crpci_operations_multi(const crpci_operations_call *c)
-{
-    const size_t each = sizeof(zoo_op_t) + sizeof(zoo_op_result_t) + sizeof(struct Stat);
-    const size_t head = (sizeof(crpci_zk_multi) + 15) & ~(size_t)15;
-    size_t size = head + c->count * each, i;
-    crpci_zk_multi *m;
-    struct Stat *stats;
-    char *names;
-    for (i = 0; i < c->count; i++)
-        size += strlen(c->ops[i].path) + 16; /* a sequential node's name gets a number */
-    m = (crpci_zk_multi *)crpci_heap_alloc(c->item.session->heap, size);
-    if (!m)
-        return NULL;
-    m->size = size;
-    m->count = (int)c->count;
-    stats = (struct Stat *)(void *)((char *)m + head); /* the most aligned come first */
-    m->ops = (zoo_op_t *)(void *)(stats + c->count);
-    m->results = (zoo_op_result_t *)(void *)(m->ops + c->count);
-    names = (char *)(m->results + c->count);
-    for (i = 0; i < c->count; i++) {
-        const crpc_node_op *o = &c->ops[i];
-        const char *data = crpc_view_data(o->data);
-        int n = (int)crpc_view_size(o->data), room = (int)strlen(o->path) + 16;
+        *o = ops[i];
+        o->path = path;
+        o->data = crpc_view_of(data, n);
+        room += CRPCI_OPERATIONS_NUMBER;
         if (o->verb == CRPC_NODE_CREATE)
-            zoo_create_op_init(&m->ops[i], o->path, data, n,
-                               o->flags & CRPC_NODE_PRIVATE ? &ZOO_CREATOR_ALL_ACL
-                                                            : &ZOO_OPEN_ACL_UNSAFE,
-                               (int)(o->flags & 3u), names, room);
+            zoo_create_op_init(to, path, data, (int)n, crpci_zk_session_acl(o->flags),
+                               (int)(o->flags & CRPCI_ZK_SESSION_FLAGS), at, (int)room);
         else if (o->verb == CRPC_NODE_SET)
-            zoo_set_op_init(&m->ops[i], o->path, data, n, o->version, &stats[i]);
+            zoo_set_op_init(to, path, data, (int)n, o->version, &stats[i]);
         else if (o->verb == CRPC_NODE_DELETE)
-            zoo_delete_op_init(&m->ops[i], o->path, o->version);
+            zoo_delete_op_init(to, path, o->version);
         else
-            zoo_check_op_init(&m->ops[i], o->path, o->version);
-        names += room;
+            zoo_check_op_init(to, path, o->version);
+        at += room;
     }
-    return m;
 }
 
 CRPCI_FN bool crpci_operations_order(crpci_zk_job *job, crpci_zk_order *order)
 {
-    static const uint8_t verbs[] = {0,
-                                    CRPCI_ZK_CREATE,
-                                    CRPCI_ZK_GET,
-                                    CRPCI_ZK_SET,
-                                    CRPCI_ZK_DELETE,
-                                    CRPCI_ZK_STAT,
-                                    CRPCI_ZK_LIST,
-                                    0,
-                                    CRPCI_ZK_LIST};
-    crpci_operations_call *c = crpci_operations_of(job);
+    static const uint8_t verbs[] = {CRPCI_ZK_CREATE, CRPCI_ZK_GET,  CRPCI_ZK_SET,   CRPCI_ZK_DELETE,
+                                    CRPCI_ZK_STAT,   CRPCI_ZK_LIST, CRPCI_ZK_MULTI, CRPCI_ZK_LIST};
+    crpci_operations_call *c = CRPCI_CONTAINER(job, crpci_operations_call, job);
     const crpc_node_op *o = &c->ops[0];
     order->verb = c->count > 1 ? CRPCI_ZK_MULTI
                   : c->first   ? CRPCI_ZK_GET
-                               : (crpci_zk_verb)verbs[o->verb];
+                               : (crpci_zk_verb)verbs[o->verb - CRPC_NODE_CREATE];
     order->path = c->first ? c->first : o->path;
     order->data = crpc_view_data(o->data);
     order->size = (int)crpc_view_size(o->data);
     order->version = o->version;
-    order->flags = (int)(o->flags & 3u); /* EPHEMERAL and SEQUENTIAL equal the client's flags */
-    order->creator = (o->flags & CRPC_NODE_PRIVATE) != 0;
-    order->parents = (o->flags & CRPC_NODE_PARENTS) != 0;
-    order->multi = c->count > 1 ? crpci_operations_multi(c) : NULL;
-    return c->count == 1 || order->multi;
+    order->flags = o->flags;
+    order->multi = c->count > 1 ? &c->multi : NULL;
+    return true;
 }
 
 /* --- results ---------------------------------------------------------------------------------- */
 
 /* Translates ZooKeeper's Stat. `mine` compares with the present session. */
-CRPCI_FN void crpci_operations_stat(const crpci_zk_session *s, crpc_node_stat *out,
-                                    const struct Stat *stat)
+CRPCI_COLD void crpci_operations_stat(const crpci_zk_session *s, crpc_node_stat *out,
+                                      const struct Stat *stat)
 {
     out->created = stat->czxid;
     out->modified = stat->mzxid;
@@ -15416,7 +15157,7 @@ CRPCI_FN bool crpci_operations_keep(crpci_operations_call *c, const crpci_zk_req
     for (i = 0; i < count; i++)
         size += (names[i] ? strlen(names[i]) : 0) + 1;
     for (i = 0; m && i < c->count; i++)
-        size += sizeof(crpc_node_part) + strlen(c->ops[i].path) + 16;
+        size += sizeof(crpc_node_part) + strlen(c->ops[i].path) + CRPCI_OPERATIONS_NUMBER;
     chunk = crpci_heap_chunk(c->item.session->heap, size);
     if (!chunk)
         return false;
@@ -15531,7 +15272,7 @@ CRPCI_FN void crpci_operations_first(crpci_operations_call *c, const crpci_zk_re
 CRPCI_FN void crpci_operations_event(crpci_zk_job *job, crpci_zk_event event,
                                      const crpci_zk_request *q, const crpci_zk_answer *a)
 {
-    crpci_operations_call *c = crpci_operations_of(job);
+    crpci_operations_call *c = CRPCI_CONTAINER(job, crpci_operations_call, job);
     if (event == CRPCI_ZK_RESUMED || event == CRPCI_ZK_RENEWED)
         job->due_us = 0;
     else if (event == CRPCI_ZK_DOUBTED)
@@ -15561,7 +15302,7 @@ CRPCI_FN void crpci_operations_free(crpci_item *item)
 {
     crpci_operations_call *c = CRPCI_CONTAINER(item, crpci_operations_call, item);
     crpci_heap_chunk_unref((crpci_chunk *)c->result.reserved[0]);
-    crpci_heap_free(item->session->heap, c->ops, c->block_size);
+    crpci_heap_free(item->session->heap, c->block, c->block_size);
     crpci_heap_strfree(item->session->heap, c->first);
 }
 
@@ -15569,28 +15310,34 @@ static const crpci_item_kind crpci_operations_kind = {sizeof(crpci_operations_ca
                                                       crpci_operations_tell, crpci_operations_end,
                                                       crpci_operations_free};
 
-/* Begins an operation. The caller gets a reference to the one in *out. Locked, unlocks
+/* Checks and begins an operation. The caller gets a reference to the one in *out. Locked, unlocks
  * meanwhile. */
 CRPCI_FN int crpci_operations_begin(crpc_registry *r, const crpc_node_op *ops, size_t count,
-                                    size_t size, int timeout_ms, crpc_node_fn fn, void *user,
-                                    crpci_waiter *waiter, crpci_operations_call **out)
+                                    int timeout_ms, crpc_node_fn fn, void *user,
+                                    crpci_waiter *waiter, crpci_operations_call **out,
+                                    crpc_error *error)
 {
     int64_t ms =
         crpci_base_option(timeout_ms, CRPCI_OPERATIONS_TIMEOUT_MS, CRPCI_AGREEMENT_LONGEST_MS);
-    crpci_operations_call *c = (crpci_operations_call *)crpci_agreement_new(
-        r, &crpci_operations_kind, crpci_operations_timer, user);
-    if (!c)
-        return CRPC_ENOMEM;
+    size_t size;
+    crpci_operations_call *c;
+    int err = crpci_operations_check(r, ops, count, &size, error);
+    if (err)
+        return err;
+    c = (crpci_operations_call *)crpci_agreement_new(r, &crpci_operations_kind,
+                                                     crpci_operations_timer, user);
+    if (c)
+        c->block = crpci_heap_alloc(r->session->heap, size);
+    if (!c || !c->block) {
+        if (c)
+            crpci_agreement_discard(&c->item);
+        return crpci_status_set(error, CRPC_ENOMEM, "crpc_registry_call: out of memory");
+    }
     c->fn = fn;
     c->waiter = waiter;
     c->root = strlen(r->root);
     c->count = count;
     c->block_size = size;
-    c->ops = (crpc_node_op *)crpci_heap_alloc(r->session->heap, size);
-    if (!c->ops) {
-        crpci_agreement_discard(&c->item);
-        return CRPC_ENOMEM;
-    }
     crpci_operations_copy(c, r->root, ops);
     r->pending++;
     c->deadline_us = crpci_loop_now(r->loop) + ms * 1000;
@@ -15621,25 +15368,21 @@ CRPC_API int crpc_registry_call(crpc_registry *r, const crpc_node_op *ops, size_
     crpc_loop *l = r->loop;
     crpci_operations_call *c;
     crpci_waiter w;
-    size_t size;
     int err;
     if (node)
         crpc_node_reset(node);
     memset(&w, 0, sizeof w);
-    err = crpci_operations_check(r, ops, count, &size, error);
-    if (err)
-        return err;
     crpci_loop_lock(l);
     s->refs++; /* another thread may close the registry meanwhile */
-    err = crpci_loop_in_callback(l)
-              ? CRPC_EDEADLK
-              : crpci_operations_begin(r, ops, count, size, timeout_ms, NULL, NULL, &w, &c);
+    if (crpci_loop_in_callback(l))
+        err = crpci_status_set(error, CRPC_EDEADLK,
+                               "crpc_registry_call: it waits, so it must not be called inside a "
+                               "callback of its loop");
+    else
+        err = crpci_operations_begin(r, ops, count, timeout_ms, NULL, NULL, &w, &c, error);
     if (err) {
         crpci_zk_session_unlock(s);
-        return crpci_status_set(error, err, "crpc_registry_call: %s",
-                                err == CRPC_EDEADLK ? "it waits, so it must not be called inside a "
-                                                      "callback of its loop"
-                                                    : "out of memory");
+        return err;
     }
     crpci_drive_wait(l, &w, c->deadline_us, false);
     if (!c->finished) /* the wait has timed out before the loop's driver ran the timer */
@@ -15660,15 +15403,13 @@ CRPC_API int crpc_registry_call_async(crpc_registry *r, const crpc_node_op *ops,
 {
     crpci_zk_session *s = r->session;
     crpci_operations_call *c;
-    size_t size;
-    int err = fn ? crpci_operations_check(r, ops, count, &size, NULL) : CRPC_EINVAL;
-    if (err)
-        return err;
+    int err;
+    if (!fn)
+        return CRPC_EINVAL;
     crpci_loop_lock(r->loop);
     s->refs++;
     err = r->pending >= CRPCI_OPERATIONS_PENDING ? CRPC_ELIMIT : crpci_agreement_need_owner(r);
-    if (!err)
-        err = crpci_operations_begin(r, ops, count, size, timeout_ms, fn, user, NULL, &c);
+    err = err ? err : crpci_operations_begin(r, ops, count, timeout_ms, fn, user, NULL, &c, NULL);
     if (!err)
         crpci_agreement_unref(&c->item);
     crpci_zk_session_unlock(s);
@@ -15783,9 +15524,9 @@ CRPC_API int crpc_config_watch(crpc_registry *r, const char *path, crpc_config_f
     }
     if (!err) { /* the job takes over the item's only reference */
         c->fn = fn;
-        crpci_zk_node_watch_init(&c->watch, s, crpci_config_on_value, &c->item,
-                                 crpci_agreement_unref);
-        crpci_zk_node_watch_set(&c->watch, CRPCI_ZK_WATCH_DATA, full);
+        crpci_zk_node_watch_init(&c->watch, s, CRPCI_ZK_WATCH_DATA, full, crpci_config_on_value,
+                                 &c->item, crpci_agreement_unref);
+        crpci_zk_node_watch_again(&c->watch);
         crpci_zk_session_kick(s);
     } else {
         crpci_heap_strfree(s->heap, full);
@@ -15941,11 +15682,6 @@ CRPCI_FN void crpci_queue_timer(crpc_loop *l, crpci_timer *timer)
 
 /* --- the own node ----------------------------------------------------------------------------- */
 
-CRPCI_FN crpci_queue_place *crpci_queue_of(crpci_zk_own *own)
-{
-    return CRPCI_CONTAINER(own, crpci_queue_place, own);
-}
-
 /* A new id in the shape of a UUID, because other implementations parse it as one. */
 CRPCI_FN char *crpci_queue_name(crpci_zk_own *own)
 {
@@ -15979,7 +15715,7 @@ CRPCI_FN void crpci_queue_grant(crpci_queue_place *q, int64_t sent_us, const str
 CRPCI_FN void crpci_queue_owned(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat,
                                 bool news)
 {
-    crpci_queue_place *q = crpci_queue_of(own);
+    crpci_queue_place *q = CRPCI_CONTAINER(own, crpci_queue_place, own);
     (void)news;
     if (q->state == CRPCI_QUEUE_ENTER)
         crpci_queue_look(q);
@@ -15989,7 +15725,7 @@ CRPCI_FN void crpci_queue_owned(crpci_zk_own *own, int64_t sent_us, const struct
 
 CRPCI_FN void crpci_queue_lost(crpci_zk_own *own, int rc)
 {
-    crpci_queue_place *q = crpci_queue_of(own);
+    crpci_queue_place *q = CRPCI_CONTAINER(own, crpci_queue_place, own);
     bool gone = rc == ZNONODE || rc == ZSESSIONEXPIRED;
     if (rc == ZNONODE)
         crpci_heap_log(q->item.session->heap, CRPC_LOG_WARN,
@@ -16121,7 +15857,6 @@ CRPCI_FN int crpci_queue_new(crpc_registry *r, const char *path, crpc_view who, 
     crpci_queue_place *q;
     char *list;
     int err = crpci_agreement_need_owner(r);
-    *out = NULL;
     if (err)
         return err;
     q = (crpci_queue_place *)crpci_agreement_new(r, &crpci_queue_kind, crpci_queue_timer, user);
@@ -16143,18 +15878,31 @@ CRPCI_FN int crpci_queue_new(crpc_registry *r, const char *path, crpc_view who, 
     q->own.sequential = q->own.unwatched = true;
     q->own.data = q->who;
     q->own.size = (int)q->who_size - 1;
-    crpci_zk_node_watch_init(&q->list, s, crpci_queue_on_list, &q->item, crpci_agreement_unref);
-    crpci_zk_node_watch_init(&q->before, s, crpci_queue_on_before, &q->item, crpci_agreement_unref);
-    crpci_zk_node_watch_set(&q->list, CRPCI_ZK_WATCH_CHILDREN_ONCE, list);
-    crpci_zk_node_watch_stop(&q->list);
+    crpci_zk_node_watch_init(&q->list, s, CRPCI_ZK_WATCH_CHILDREN_ONCE, list, crpci_queue_on_list,
+                             &q->item, crpci_agreement_unref);
+    crpci_zk_node_watch_init(&q->before, s, CRPCI_ZK_WATCH_END, NULL, crpci_queue_on_before,
+                             &q->item, crpci_agreement_unref);
     *out = q;
     return CRPC_OK;
 }
 
-CRPCI_FN bool crpci_queue_args_ok(const char *path, crpc_view who)
+/* Opens a place for a lock or, with `on_election`, for an election. */
+CRPCI_FN int crpci_queue_open(crpc_registry *r, const char *path, crpc_view who,
+                              crpc_lock_fn on_lock, crpc_election_fn on_election, void *user,
+                              crpci_queue_place **out)
 {
-    return crpci_agreement_path_ok(path, false) && path[*path == '/'] &&
-           crpc_view_size(who) <= CRPC_NODE_BYTES_MAX;
+    int err;
+    if ((!on_lock && !on_election) || !crpci_agreement_path_ok(path, false) ||
+        !path[*path == '/'] || crpc_view_size(who) > CRPC_NODE_BYTES_MAX)
+        return CRPC_EINVAL;
+    crpci_loop_lock(r->loop);
+    err = crpci_queue_new(r, path, who, user, out);
+    if (!err) {
+        (*out)->on_lock = on_lock;
+        (*out)->on_election = on_election;
+    }
+    crpci_loop_unlock(r->loop);
+    return err;
 }
 
 CRPCI_FN void crpci_queue_close(crpci_queue_place *q)
@@ -16183,19 +15931,9 @@ CRPCI_FN int64_t crpci_queue_lease(crpci_queue_place *q)
 CRPC_API int crpc_lock_open(crpc_lock **lock, crpc_registry *r, const char *path, const char *who,
                             crpc_lock_fn fn, void *user)
 {
-    crpc_view text = crpc_view_str(who);
     crpci_queue_place *q;
-    int err;
-    *lock = NULL;
-    if (!fn || !crpci_queue_args_ok(path, text))
-        return CRPC_EINVAL;
-    crpci_loop_lock(r->loop);
-    err = crpci_queue_new(r, path, text, user, &q);
-    if (!err) {
-        q->on_lock = fn;
-        *lock = CRPCI_CONTAINER(q, crpc_lock, place);
-    }
-    crpci_loop_unlock(r->loop);
+    int err = crpci_queue_open(r, path, crpc_view_str(who), fn, NULL, user, &q);
+    *lock = err ? NULL : CRPCI_CONTAINER(q, crpc_lock, place);
     return err;
 }
 
@@ -16252,20 +15990,15 @@ CRPC_API int crpc_election_open(crpc_election **election, crpc_registry *r, cons
                                 crpc_view who, crpc_election_fn fn, void *user)
 {
     crpci_queue_place *q;
-    int err;
-    *election = NULL;
-    if (!fn || !crpci_queue_args_ok(path, who))
-        return CRPC_EINVAL;
-    crpci_loop_lock(r->loop);
-    err = crpci_queue_new(r, path, who, user, &q);
-    if (!err) {
-        q->on_election = fn;
-        *election = CRPCI_CONTAINER(q, crpc_election, place);
-        crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_WANTED);
-        crpci_zk_session_kick(r->session);
-    }
+    int err = crpci_queue_open(r, path, who, NULL, fn, user, &q);
+    *election = err ? NULL : CRPCI_CONTAINER(q, crpc_election, place);
+    if (err)
+        return err;
+    crpci_loop_lock(r->loop); /* the callback can run from here on, and finds *election set */
+    crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_WANTED);
+    crpci_zk_session_kick(r->session);
     crpci_loop_unlock(r->loop);
-    return err;
+    return CRPC_OK;
 }
 
 CRPC_API int64_t crpc_election_lease_us(crpc_election *election)
@@ -16375,27 +16108,32 @@ CRPCI_FN void crpci_registry_end(crpci_item *item)
 static const crpci_item_kind crpci_registry_kind = {sizeof(crpci_registry_gate),
                                                     crpci_registry_tell, crpci_registry_end, NULL};
 
+/* The options that a URL may name. */
+static const crpci_option crpci_registry_rows[] = {
+    CRPCI_OPTION_ROW(crpc_registry_options, session_timeout_ms, "session_timeout_ms", NULL, 0, 0,
+                     -1, 0, CRPCI_AGREEMENT_LONGEST_MS),
+    CRPCI_OPTION_ROW(crpc_registry_options, registry_timeout_ms, "registry_timeout_ms", NULL, 0, 0,
+                     -1, 0, CRPCI_AGREEMENT_LONGEST_MS),
+    CRPCI_OPTION_ROW(crpc_registry_options, must_connect, "must_connect", NULL, 0, 0, -1, 0,
+                     CRPCI_AGREEMENT_LONGEST_MS)};
+
+static const crpci_options crpci_registry_table = {CRPCI_OPTIONS_OF(crpci_registry_rows)};
+
 /* Takes over the options that the URL names; they win over the program's. */
 CRPCI_COLD int crpci_registry_options(crpci_url *u, crpc_registry_options *o, crpc_error *error)
 {
     char *key, *value;
-    int64_t n;
     int err;
     while ((err = crpci_url_next(u, &key, &value, error)) == CRPC_OK) {
-        int *to = strcmp(key, "session_timeout_ms") == 0    ? &o->session_timeout_ms
-                  : strcmp(key, "registry_timeout_ms") == 0 ? &o->registry_timeout_ms
-                  : strcmp(key, "must_connect") == 0        ? &o->must_connect
-                                                            : NULL;
-        if (!to)
+        const crpci_option *row = crpci_options_find(&crpci_registry_table, key);
+        if (!row)
             return crpci_status_set(error, CRPC_EINVAL,
                                     "URL option %.60s: unknown; a registry has session_timeout_ms, "
                                     "registry_timeout_ms and must_connect",
                                     key);
-        if (!crpci_url_number(value, CRPCI_AGREEMENT_LONGEST_MS, &n))
-            return crpci_status_set(error, CRPC_EINVAL,
-                                    "URL option %.60s=%.60s: not a number from -1 to %d", key,
-                                    value, CRPCI_AGREEMENT_LONGEST_MS);
-        *to = (int)n;
+        err = crpci_options_read(row, o, value, error);
+        if (err)
+            return err;
     }
     return err == CRPC_EPENDING ? CRPC_OK : err;
 }
@@ -16447,30 +16185,19 @@ CRPCI_COLD int crpci_registry_await(crpc_registry *r, const crpc_registry_option
                             r->session->authority, (int)ms);
 }
 
-/* Opens or joins the session, then waits for it. On failure crpc_registry_close cleans up. */
-CRPCI_COLD int crpci_registry_join(crpc_registry *r, crpci_url *u, const crpc_registry_options *o,
-                                   crpc_error *error)
-{
-    crpci_zk_pool_options so;
-    int err = crpci_zk_node_root(r->loop->heap, u->path, "", &r->root, error);
-    memset(&so, 0, sizeof so);
-    so.timeout_ms = o->session_timeout_ms;
-    so.credential = o->credential;
-    err = err ? err : crpci_zk_pool_open(r->loop, u->authority, &so, &r->session, error);
-    return err ? err : crpci_registry_await(r, o, error);
-}
-
 /* With loop NULL the registry has a private loop, which it closes at the end. */
 CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const char *url,
                                 const crpc_registry_options *options, crpc_error *error)
 {
     crpc_registry_options o;
+    crpci_directory_options so;
     bool private_loop = !loop;
     crpc_registry *r;
     crpci_url u;
     int err;
     *registry = NULL;
     memset(&o, 0, sizeof o);
+    memset(&so, 0, sizeof so);
     if (options)
         o = *options;
     if (private_loop) {
@@ -16479,23 +16206,26 @@ CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const
             return crpci_status_set(error, err, "registry: cannot open its private loop: %s",
                                     crpc_status_text(err));
     }
-    err = crpci_url_parse(&u, loop->heap, url, error);
-    if (!err && strcmp(u.scheme, "zookeeper") != 0)
-        err = crpci_status_set(error, CRPC_EUNSUPPORTED,
-                               "registry: %.40s:// is not supported; use zookeeper://", u.scheme);
-    err = err ? err : crpci_registry_options(&u, &o, error);
-    r = err ? NULL : (crpc_registry *)crpci_heap_alloc(loop->heap, sizeof *r);
+    r = (crpc_registry *)crpci_heap_alloc(loop->heap, sizeof *r);
     if (!r) {
-        crpci_url_free(&u);
         if (private_loop)
             crpc_loop_close(loop);
-        return err ? err : crpci_status_set(error, CRPC_ENOMEM, "registry: out of memory");
+        return crpci_status_set(error, CRPC_ENOMEM, "registry: out of memory");
     }
     r->loop = loop;
     r->private_loop = private_loop;
     crpci_list_init(&r->items);
     crpci_loop_hold(loop);
-    err = crpci_registry_join(r, &u, &o, error);
+    err = crpci_url_parse(&u, loop->heap, url, error);
+    if (!err && strcmp(u.scheme, "zookeeper") != 0)
+        err = crpci_status_set(error, CRPC_EUNSUPPORTED,
+                               "registry: %.40s:// is not supported; use zookeeper://", u.scheme);
+    err = err ? err : crpci_registry_options(&u, &o, error);
+    err = err ? err : crpci_zk_node_root(loop->heap, u.path, "", &r->root, error);
+    so.session_timeout_ms = o.session_timeout_ms;
+    so.credential = o.credential;
+    err = err ? err : crpci_zk_pool_open(loop, u.authority, &so, &r->session, error);
+    err = err ? err : crpci_registry_await(r, &o, error);
     crpci_url_free(&u);
     if (err) {
         crpc_registry_close(r);
