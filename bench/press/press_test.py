@@ -99,7 +99,7 @@ def refusals():
         url = server.url
     for line, status in [([url, ECHO], 1), ([url], 2), ([url, ECHO, "--rate", "x"], 2),
                          ([url, ECHO, "--hex", "abc"], 2), ([url, "Echo"], 2),
-                         ([url, ECHO, "--text-field", "x=1"], 2), ([url, ECHO, "--cake", "1"], 2)]:
+                         ([url, ECHO, "--text-field", "x=1"], 2), ([url, ECHO, "--user-field", "x"], 2), ([url, ECHO, "--cake", "1"], 2)]:
         done = subprocess.run([PRESS, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         check("exit status of %s" % line[1:], done.returncode == status, done)
 
