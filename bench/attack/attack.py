@@ -29,6 +29,7 @@ import argparse
 import ctypes
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -43,11 +44,12 @@ import attackers
 HERE = os.path.dirname(os.path.abspath(__file__))
 ECHO = "example.EchoService.Echo"
 CONFIGS = ["0/0", "0/4", "2/0", "2/4"]
-QUICK_CONFIGS = ["0/0", "2/4"]
+QUICK_CONFIGS = ["0/4"]
 MIB = 1 << 20
 MAX_BYTES = 256 * MIB       # the server's default, for each loop
 BESIDE_BUFFERS = 16 * MIB   # RSS that may come on top: stacks, connections, pages of the program
-DRAIN_MS = 3000
+DRAIN_MS = 3000             # of attacks with stop_s, which must be less; of all in the long form
+QUICK_DRAIN_MS = 300
 READY_S = 3                 # that an attacker may take for its set-up
 DEADLINE_MS = 1000
 
@@ -114,7 +116,8 @@ class Server(Child):
         path = os.path.join(directory, "server")
         if os.path.exists(path):
             os.unlink(path)     # of a server that was killed
-        options = "io_threads=%s\nworkers=%s\ndrain_ms=%d\n" % (io_threads, workers, DRAIN_MS)
+        options = "io_threads=%s\nworkers=%s\ndrain_ms=%d\n" % (
+            io_threads, workers, bench.drain_ms(attack))
         super().__init__([bench.server, options, "tcp://127.0.0.1:0", "unix://" + path],
                          stderr=subprocess.PIPE if attack.stderr_pipe else subprocess.DEVNULL)
         lines = self.lines(2, 10)
@@ -192,12 +195,15 @@ class Attacker(Child):
 class Honest:
     """What crpc_press has seen, of one run."""
 
-    def __init__(self, summary):
+    def __init__(self, summary, expected, complaint=""):
         self.ok = summary.get("ok", 0)
-        self.due = summary.get("sent", 0) + summary.get("not_sent", 0) or 1
+        self.due = summary.get("sent", 0) + summary.get("not_sent", 0) or expected
         self.rate = summary.get("calls_per_s", 0)
         self.failures = dict(summary.get("failures", {}), **(
             {"not sent": summary["not_sent"]} if summary.get("not_sent") else {}))
+        if not summary:     # crpc_press gives up if its first call gets no reply
+            found = re.search(r"the first call: (\w+)", complaint)
+            self.failures["first call: " + found.group(1) if found else "crpc_press hung"] = expected
         # failures of the client's own, such as ECONN, are no latencies: they show in `answered`
         self.p99 = (summary["latency_us"]["p99"] / 1000 if self.ok else float(DEADLINE_MS))
 
@@ -265,17 +271,20 @@ class Bench:
             if not os.path.exists(program):
                 sys.exit("attack.py: %s is not built: call `make attack`" % program)
 
-    def press(self, url, attack, seconds, *load):
+    def drain_ms(self, attack):
+        return QUICK_DRAIN_MS if self.options.quick and not attack.stop_s else DRAIN_MS
+
+    def press(self, url, attack, seconds, *load, expected=1):
         command = [self.press_program, url, ECHO, "--text-field", "1=honest", "--json", "--quiet",
                    "--timeout-ms", str(DEADLINE_MS), "--connections", "4", "--warmup", "0.1",
                    "--duration", str(seconds), *attack.honest, *load]
         try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                   stdin=subprocess.DEVNULL, timeout=seconds + 20,
                                   preexec_fn=prepare())
-            return Honest(json.loads(done.stdout or "{}"))
+            return Honest(json.loads(done.stdout or "{}"), expected, done.stderr.decode())
         except subprocess.TimeoutExpired:
-            return Honest({})
+            return Honest({}, expected)
 
     def capacity(self, attack, config):
         """Calls a second, 64 at a time; the honest load is a fifth of it."""
@@ -283,7 +292,9 @@ class Bench:
             return self.press(server.url, attack, 0.5, "--concurrency", "64").rate
 
     def honest(self, server, row):
-        return self.press(server.url, row.attack, self.options.seconds, "--rate", "%d" % row.rate)
+        seconds = self.options.seconds
+        return self.press(server.url, row.attack, seconds, "--rate", "%d" % row.rate,
+                          expected=int(row.rate * seconds))
 
     def window(self, row, last):
         """Honest calls beside the attack; the last window goes on to idling and to a stop."""
@@ -300,7 +311,7 @@ class Bench:
                     self.stop(server, row)
 
     def stop(self, server, row):
-        most = row.attack.stop_s or DRAIN_MS / 1000 + self.limits.beyond_drain_s
+        most = row.attack.stop_s or self.drain_ms(row.attack) / 1000 + self.limits.beyond_drain_s
         row.stop, wrong = server.stop(most)
         if wrong:
             row.wrong.append("stop: " + wrong)

@@ -116,10 +116,16 @@ class Attack:
                     self.receive_buffer)
 
     def setup(self):
-        pass
+        self.peers = []
 
     def step(self):
         time.sleep(0.05)
+
+    def settle(self):
+        """Goes on until everything is sent, for 0.3 s at least and for a second at most."""
+        began = time.monotonic()
+        while time.monotonic() - began < (1 if any(p.unsent for p in self.peers) else 0.3):
+            self.step()
 
 
 class Holder(Attack):
@@ -223,11 +229,12 @@ class polls(Holder):
             for peer in self.peers:
                 peer.drop_input()
                 peer.send(echo(b"park", cid) + between)
-        while any(peer.open and peer.unsent for peer in self.peers):
-            for peer in self.peers:
-                peer.drop_input()
-                peer.send()
-            time.sleep(0.001)
+
+    def step(self):
+        for peer in self.peers:
+            peer.drop_input()
+            peer.send()
+        time.sleep(0.001 if any(peer.unsent for peer in self.peers) else 0.05)
 
 
 class metas(Flooder):
@@ -306,22 +313,23 @@ class pipeline(Flooder):
 
 
 class deferred(Flooder):
-    """two connections ask for more long polls than max_concurrency, and go on asking"""
-    count = 2
-    pause = 0.05
+    """two connections to each loop ask for more long polls than max_concurrency, and go on"""
 
     def block(self):
         return b"".join(echo(b"park", cid) for cid in range(100))
 
     def setup(self):
+        """Asks at a rate that workers can follow, or worker_queue refuses most of it."""
+        self.pause = 0.005
+        self.count = 2 * self.loops
         super().setup()
-        for peer in self.peers:
-            peer.send(self.data * 50 * self.loops)
+        for _ in range(60):
+            self.step()
+        self.pause = 0.05
 
 
 class hot_key(deferred):
     """one ordering key, whose first request is a long poll, for all places where requests wait"""
-    count = 1
     honest = ("--user-field", "crpc-key=honest")
 
     def block(self):
@@ -373,6 +381,7 @@ def main():
     attack = ATTACKS[sys.argv[1]]((host, int(port)) if host else sys.argv[2],
                                   *map(int, sys.argv[3:]))
     attack.setup()
+    attack.settle()
     print("ready", flush=True)
     while True:
         attack.step()
