@@ -11,8 +11,9 @@ An attacker prints "ready" once it holds what it wants to hold. Its connections 
 and the addresses behind it, because a server's accounts are by address and the honest client's is
 127.0.0.1. It never waits for its victim: all sockets are non-blocking.
 
-An attack is a class below: its docstring says what it tries, `setup` takes the first hold, and `step`
-is called again and again. A connection that the server closes is opened anew.
+An attack is a class below, named as on the command line: its docstring says what it tries, `setup`
+takes the first hold, and `step` is called again and again. A connection that the server closes is
+opened anew.
 """
 import errno
 import os
@@ -194,15 +195,17 @@ class announce(Holder):
 
 class drop(Attack):
     """replies of nine sizes, 64 KiB to 16 MiB, are asked for, and the connections closed unread"""
+    receive_buffer = 4 * KIB
     turn = 0
 
     def step(self):
         size = 64 * KIB << self.turn % 9
-        peers = [self.connect() for _ in range(16)]
-        for peer in peers:
-            peer.send(echo(b"reply %d" % size))
-        time.sleep(0.02)
-        for peer in peers:
+        each = max(1, 6 * MIB // size)      # more than the kernel's buffers and max_queued hold
+        self.peers = [self.connect() for _ in range(64)]
+        for peer in self.peers:
+            peer.send(echo(b"reply %d" % size) * each)
+        time.sleep(0.1)
+        for peer in self.peers:
             peer.close()
         self.turn += 1
 
