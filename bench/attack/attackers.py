@@ -194,13 +194,13 @@ class announce(Holder):
 
 
 class drop(Attack):
-    """replies of nine sizes, 64 KiB to 16 MiB, are asked for, and the connections closed unread"""
+    """replies of nine sizes, 16 KiB to 4 MiB, are asked for, and the connections closed unread"""
     receive_buffer = 4 * KIB
     turn = 0
 
     def step(self):
-        size = 64 * KIB << self.turn % 9
-        each = max(1, 6 * MIB // size)      # more than the kernel's buffers and max_queued hold
+        size = 16 * KIB << self.turn % 9
+        each = 6 * MIB // size     # more than the kernel's buffers and max_queued hold
         self.peers = [self.connect() for _ in range(64)]
         for peer in self.peers:
             peer.send(echo(b"reply %d" % size) * each)
