@@ -24,7 +24,7 @@ What must be true of each attack and configuration:
 --quick takes one window without a sink, a fixed low rate and looser limits, and does not judge p99, so
 that a busy machine does not decide. The last line is "N passed, N failed", counting attacks times
 configurations. An attack also counts as failed where the honest calls beside the sink do not reach
-the limit: the machine is too busy to tell.
+the limit, or the attacker needs more than 5 s to take its first hold: the machine is too busy to tell.
 """
 import argparse
 import ctypes
@@ -51,7 +51,7 @@ MAX_BYTES = 256 * MIB       # the server's default, for each loop
 BESIDE_BUFFERS = 16 * MIB   # RSS that may come on top: stacks, connections, pages of the program
 DRAIN_MS = 3000             # of attacks with stop_s, which must be less; of all in the long form
 QUICK_DRAIN_MS = 300
-READY_S = 3                 # that an attacker may take for its set-up
+READY_S = 5                 # that an attacker may take for its set-up
 DEADLINE_MS = 1000
 
 
@@ -188,7 +188,7 @@ class Attacker(Child):
     def __init__(self, attack, target, loops):
         super().__init__([sys.executable, attackers.__file__, attack.__name__, target, str(loops)],
                          19)
-        self.lines(1, READY_S)
+        self.ready = bool(self.lines(1, READY_S))
 
 
 # --- measurements ---------------------------------------------------------------------------------
@@ -216,6 +216,7 @@ class Row:
         self.attack, self.config, self.rate = attack, config, rate
         self.attacked, self.beside_sink = [], []    # Honest, one for each window
         self.growth = 0
+        self.unready = 0        # windows in which the attacker was not ready in time
         self.idle = self.stop = None
         self.wrong = []
 
@@ -233,6 +234,8 @@ class Row:
             self.wrong.append("answered")
         if self.beside_sink and self.answered(self.beside_sink) < limits.answered:
             self.wrong.append("busy machine: answered beside the sink")
+        if self.beside_sink and self.unready:
+            self.wrong.append("busy machine: attacker not ready in %d windows" % self.unready)
         if self.beside_sink and p99 > 3 * self.p99(self.beside_sink) + 5:
             self.wrong.append("p99")
         if self.growth > MAX_BYTES * loops + BESIDE_BUFFERS:
@@ -303,6 +306,7 @@ class Bench:
         """Honest calls beside the attack; the last window goes on to idling and to a stop."""
         with Server(self, row.config, row.attack, self.directory) as server:
             with Attacker(row.attack, server.target, server.loops) as attacker:
+                row.unready += not attacker.ready
                 row.attacked.append(self.honest(server, row))
                 row.growth = max(row.growth, server.growth())
                 died = server.process.poll()
