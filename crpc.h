@@ -16110,11 +16110,11 @@ static const crpci_item_kind crpci_registry_kind = {sizeof(crpci_registry_gate),
 
 /* The options that a URL may name. */
 static const crpci_option crpci_registry_rows[] = {
-    CRPCI_OPTION_ROW(crpc_registry_options, session_timeout_ms, "session_timeout_ms", NULL, 0, 0,
-                     -1, 0, CRPCI_AGREEMENT_LONGEST_MS),
-    CRPCI_OPTION_ROW(crpc_registry_options, registry_timeout_ms, "registry_timeout_ms", NULL, 0, 0,
-                     -1, 0, CRPCI_AGREEMENT_LONGEST_MS),
-    CRPCI_OPTION_ROW(crpc_registry_options, must_connect, "must_connect", NULL, 0, 0, -1, 0,
+    CRPCI_OPTION_ROW(crpc_registry_options, session_timeout_ms, "session_timeout_ms", 0, 0, -1,
+                     CRPCI_AGREEMENT_LONGEST_MS),
+    CRPCI_OPTION_ROW(crpc_registry_options, registry_timeout_ms, "registry_timeout_ms", 0, 0, -1,
+                     CRPCI_AGREEMENT_LONGEST_MS),
+    CRPCI_OPTION_ROW(crpc_registry_options, must_connect, "must_connect", 0, 0, -1,
                      CRPCI_AGREEMENT_LONGEST_MS)};
 
 static const crpci_options crpci_registry_table = {CRPCI_OPTIONS_OF(crpci_registry_rows)};
