@@ -7029,7 +7029,8 @@ typedef struct crpci_limiter_bucket {
 } crpci_limiter_bucket;
 
 /* per_second below 1: no limit. burst below 1: one second's worth. */
-CRPCI_COLD void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_second, int64_t burst)
+CRPCI_COLD void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_second,
+                                          int64_t burst)
 {
     memset(b, 0, sizeof *b);
     if (per_second < 1)
@@ -21757,7 +21758,8 @@ CRPCI_FN void crpci_quota_disconnect(crpci_quota_clients *c, crpci_quota_client 
  * stands here because every request reads it. */
 
 #define CRPCI_CONTEXT_CONN_MAX 4096 /* requests of one connection in service at a time */
-#define CRPCI_CONTEXT_CROWDED CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
+#define CRPCI_CONTEXT_CROWDED                                                                      \
+    CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
 
 /* The life of a server, which only goes forward. */
 typedef enum crpci_server_state {
@@ -21793,7 +21795,7 @@ struct crpc_server {
     void (*destroy)(crpc_server *s); /* the lifecycle section's: frees it with the last reference */
     crpci_service_map services;
     crpci_worker_pool workers;
-    size_t worker_count; /* 0: handlers run on the I/O threads. Stays when the workers have stopped */
+    size_t worker_count; /* also when they have stopped; 0: handlers run on the I/O threads */
     struct {
         crpc_loop **loops; /* one for each I/O thread */
         size_t count;
@@ -21833,7 +21835,7 @@ struct crpc_server {
         bool close_later; /* closed in a callback: close_task does it when the server is drained */
         crpci_task close_task;
     } drain;
-    crpc_server_options options; /* with copies of the program's texts; loops.thread_name is in `io` */
+    crpc_server_options options; /* its texts are copies; loops.thread_name may be gone, see `io` */
 };
 
 /* One request in service. It lies at the start of `block`, and is gone with it. */
@@ -21866,7 +21868,7 @@ struct crpc_context {
     crpci_message_out fields; /* of the reply */
     crpc_view attachment; /* of the reply */
     crpci_chunk *attachment_chunk;
-    crpci_out *reply; /* when the request is concluded; NULL: no memory, or the server has stopped */
+    crpci_out *reply; /* of a concluded request; NULL: no memory, or the server has stopped */
     crpc_view credential;
 };
 
@@ -22795,8 +22797,8 @@ CRPCI_COLD int crpci_guard_add_quota(crpc_server *s, crpci_service_method *m,
     return CRPC_OK;
 }
 
-/* Applies a limit; one without service and method is for all methods. CRPC_EINVAL: it applies to no method of the server, so the program cannot mean
- * it. */
+/* Applies a limit; one without service and method is for all methods. CRPC_EINVAL: it applies to no
+ * method of the server, so the program cannot mean it. */
 CRPCI_COLD int crpci_guard_apply_limit(crpc_server *s, size_t index, crpc_error *error)
 {
     const crpc_method_limit *l = &s->options.method_limits[index];
@@ -23427,8 +23429,8 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
     memset(&o, 0, sizeof o);
     o.session_timeout_ms = s->options.directory.session_timeout_ms;
     o.credential = s->options.directory.credential;
-    err = err ? err
-              : crpci_open_registry(s->loop, s->options.registry, &o, &s->enrolment.registry, error);
+    if (!err)
+        err = crpci_open_registry(s->loop, s->options.registry, &o, &s->enrolment.registry, error);
     if (err)
         return err;
     s->enrolment.items = (crpci_enrolment *)crpci_heap_alloc(
