@@ -6765,7 +6765,8 @@ typedef struct crpci_limiter_bucket {
 } crpci_limiter_bucket;
 
 /* per_second below 1: no limit. burst below 1: one second's worth. */
-CRPCI_COLD void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_second, int64_t burst)
+CRPCI_COLD void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_second,
+                                          int64_t burst)
 {
     memset(b, 0, sizeof *b);
     if (per_second < 1)
@@ -8037,8 +8038,8 @@ struct crpci_conn {
     crpci_chunk *left;  /* input over the step's budget */
     const uint8_t *left_at;
     size_t left_len;
-    crpci_out *tx_head;
-    crpci_out *tx_tail;
+    crpci_out *tx_head; /* the queue, and where to append the next frame */
+    crpci_out **tx_end;
     int64_t tx_bytes;
     int64_t tx_memory; /* bytes of memory in the queue: small frames take more than tx_bytes */
     /* In ordered protocols. Accepted: each request gets a turn, and `held` keeps the replies whose
@@ -8167,7 +8168,7 @@ CRPCI_FN void crpci_conn_cleanup(crpci_conn *c)
         return; /* rule P7: the thread that uses the descriptor calls this when it is done */
     crpci_conn_out_free_all(&c->tx_head);
     crpci_conn_out_free_all(&c->held);
-    c->tx_tail = NULL;
+    c->tx_end = &c->tx_head;
     crpci_heap_chunk_unref(c->rx);
     crpci_heap_chunk_unref(c->left);
     c->rx = c->left = NULL;
@@ -8288,24 +8289,22 @@ typedef struct crpci_conn_batch {
     crpci_chunk *copies; /* NULL: there is only one frame, or no memory; none is copied then */
 } crpci_conn_batch;
 
-/* Adds a piece that the send reads where it is. */
-CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n)
+/* Adds a piece: a copy of it, joined with the copy before where possible, or what the send reads
+ * where it is. */
+CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n, bool copy)
 {
-    b->iov[b->count].iov_base = (void *)(uintptr_t)p; /* iovec has no const */
-    b->iov[b->count++].iov_len = n;
-}
-
-/* Adds a copy of a short frame, joined with the copy before it where possible. */
-CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t n)
-{
-    uint8_t *to = crpci_heap_data(b->copies) + b->used;
-    struct iovec *last = b->count ? &b->iov[b->count - 1] : NULL;
-    memcpy(to, p, n);
-    b->used += n;
-    if (last && (uint8_t *)last->iov_base + last->iov_len == to)
-        last->iov_len += n;
-    else
-        crpci_conn_add(b, to, n);
+    struct iovec *next = &b->iov[b->count];
+    if (copy) {
+        p = (uint8_t *)memcpy(crpci_heap_data(b->copies) + b->used, p, n);
+        b->used += n;
+    }
+    if (copy && b->count && (uint8_t *)next[-1].iov_base + next[-1].iov_len == p) {
+        next[-1].iov_len += n;
+        return;
+    }
+    next->iov_base = (void *)(uintptr_t)p; /* iovec has no const */
+    next->iov_len = n;
+    b->count++;
 }
 
 /* Appends the id of a request that is about to be sent to the ring of awaited replies. This must
@@ -8356,13 +8355,13 @@ CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
         b->copies = crpci_heap_chunk(c->loop->heap, CRPCI_CONN_FLAT);
     for (o = c->tx_head; o && b->count + 2 <= CRPCI_CONN_IOV; o = o->next) {
         size_t skip = o->sent, head = skip < o->head_len ? o->head_len - skip : 0;
-        if (head && head <= CRPCI_CONN_SHORT && b->copies && head <= CRPCI_CONN_FLAT - b->used)
-            crpci_conn_add_copy(b, o->head + skip, head);
-        else if (head)
-            crpci_conn_add(b, o->head + skip, head);
+        if (head)
+            crpci_conn_add(b, o->head + skip, head,
+                           b->copies && head <= CRPCI_CONN_SHORT &&
+                               head <= CRPCI_CONN_FLAT - b->used);
         skip = head ? 0 : skip - o->head_len;
         if (o->tail_len)
-            crpci_conn_add(b, o->tail + skip, o->tail_len - skip);
+            crpci_conn_add(b, o->tail + skip, o->tail_len - skip, false);
         o->inflight = true;
         if (crpci_conn_awaits(c) && !o->awaited)
             crpci_conn_await(c, o);
@@ -8385,7 +8384,7 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
             break;
         c->tx_head = o->next;
         if (!c->tx_head)
-            c->tx_tail = NULL;
+            c->tx_end = &c->tx_head;
         o->queued = false;
         c->tx_memory -= crpci_conn_out_memory(o);
         chunk = o->owner ? NULL : o->chunk;
@@ -8506,11 +8505,8 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
     o->inflight = o->committed = o->awaited = false;
     o->queued = true;
     o->conn = c;
-    if (c->tx_tail)
-        c->tx_tail->next = o;
-    else
-        c->tx_head = o;
-    c->tx_tail = o;
+    *c->tx_end = o;
+    c->tx_end = &o->next;
     c->tx_bytes += (int64_t)crpci_conn_out_len(o);
     c->tx_memory += crpci_conn_out_memory(o);
     if (!c->blocked && !c->writing)
@@ -8543,18 +8539,14 @@ CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
 /* Removes a queued frame of which nothing was sent. False: part of it may have left already. */
 CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
 {
-    crpci_out **at = &c->tx_head, *before = NULL;
+    crpci_out **at = &c->tx_head;
     if (!o->queued || crpci_conn_out_begun(o))
         return false;
-    while (*at && *at != o) {
-        before = *at;
+    while (*at != o)
         at = &(*at)->next;
-    }
-    if (!*at)
-        return false;
     *at = o->next;
-    if (c->tx_tail == o)
-        c->tx_tail = before;
+    if (!o->next)
+        c->tx_end = at;
     c->tx_bytes -= (int64_t)crpci_conn_out_len(o);
     c->tx_memory -= crpci_conn_out_memory(o);
     o->queued = false;
@@ -8940,15 +8932,14 @@ CRPCI_FN void crpci_connect_on_timer(crpc_loop *l, crpci_timer *t)
 
 /* Takes over a socket, connecting or accepted; on failure the socket is closed. The loop has a
  * reference until the connection closes. The caller sets `protocols` of an accepted connection, and
- * calls crpci_receive_speak for a dialled one, before the loop runs again. */
-CRPCI_FN int crpci_connect_new(crpc_loop *l, int fd, bool connecting, const crpci_conn_events *up,
-                               void *owner, crpci_conn **out)
+ * calls crpci_receive_speak for a dialled one, before the loop runs again. NULL: out of memory. */
+CRPCI_FN crpci_conn *crpci_connect_new(crpc_loop *l, int fd, bool connecting,
+                                       const crpci_conn_events *up, void *owner)
 {
     crpci_conn *c = (crpci_conn *)crpci_heap_alloc(l->heap, sizeof *c);
-    *out = NULL;
     if (!c) {
         close(fd);
-        return CRPC_ENOMEM;
+        return NULL;
     }
     c->loop = l;
     c->fd = fd;
@@ -8958,7 +8949,7 @@ CRPCI_FN int crpci_connect_new(crpc_loop *l, int fd, bool connecting, const crpc
     c->owner = owner;
     c->connecting = connecting;
     c->max_body = INT32_MAX;
-    c->max_skip = 0;
+    c->tx_end = &c->tx_head;
     c->active_us = crpci_loop_now(l);
     crpci_watch_init(&c->watch, crpci_connect_event);
     crpci_loop_task_init(&c->flush, crpci_conn_flush_task);
@@ -8969,11 +8960,10 @@ CRPCI_FN int crpci_connect_new(crpc_loop *l, int fd, bool connecting, const crpc
         crpci_list_remove(&c->link);
         close(fd);
         crpci_heap_free(l->heap, c, sizeof *c);
-        return CRPC_ENOMEM;
+        return NULL;
     }
     l->stats.connections++;
-    *out = c;
-    return CRPC_OK;
+    return c;
 }
 
 /* Begins to connect. Fails with CRPC_ECONN and the errno in *e if connect failed at once. */
@@ -8993,7 +8983,8 @@ CRPCI_FN int crpci_connect_dial(crpc_loop *l, const crpci_addr *to, const crpci_
         return CRPC_ECONN;
     }
     /* Connected at once (a unix socket) or later: the poller reports it writable either way. */
-    return crpci_connect_new(l, fd, true, up, owner, out);
+    *out = crpci_connect_new(l, fd, true, up, owner);
+    return *out ? CRPC_OK : CRPC_ENOMEM;
 }
 
 /* ======================================================================== */
@@ -20424,11 +20415,10 @@ CRPCI_FN void *crpci_worker_thread(void *arg)
 }
 #endif
 
-/* Runs what is queued, ends the threads and frees the pool. allocated: length of p->threads. */
+/* Runs what is queued and ends the threads. From here on crpci_worker_put refuses everything.
+ * allocated: length of p->threads. */
 CRPCI_COLD void crpci_worker_stop(crpci_worker_pool *p, crpci_heap *h, size_t allocated)
 {
-    if (!allocated)
-        return;
     crpci_thread_lock(&p->lock);
     p->stopping = true;
     crpci_thread_broadcast(&p->work);
@@ -20438,15 +20428,21 @@ CRPCI_COLD void crpci_worker_stop(crpci_worker_pool *p, crpci_heap *h, size_t al
         crpci_thread_join(p->threads[--p->count]);
 #endif
     crpci_heap_free(h, p->threads, allocated * sizeof *p->threads);
+    p->threads = NULL;
+}
+
+/* Frees a pool that was stopped. */
+CRPCI_COLD void crpci_worker_free(crpci_worker_pool *p)
+{
     crpci_thread_cond_free(&p->work);
     crpci_thread_mutex_free(&p->lock);
-    p->threads = NULL;
 }
 
 /* Starts `count` threads. stack: bytes of each one's stack, 0: the system's default. */
 CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t count,
                                   int64_t max_queued, size_t stack)
 {
+    int err = CRPC_EUNSUPPORTED;
     memset(p, 0, sizeof *p);
     crpci_list_init(&p->queue);
     p->max_queued = max_queued;
@@ -20458,24 +20454,22 @@ CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t co
         return CRPC_ENOMEM;
     }
     p->threads = (crpci_thread *)crpci_heap_alloc(h, count * sizeof *p->threads);
-    if (!p->threads) {
-        crpci_thread_cond_free(&p->work);
-        crpci_thread_mutex_free(&p->lock);
-        return CRPC_ENOMEM;
+    while (p->threads && p->count < count) {
+        if (crpci_thread_start(&p->threads[p->count], stack, crpci_worker_thread, p))
+            break;
+        p->count++;
     }
-    for (; p->count < count; p->count++) {
-        if (crpci_thread_start(&p->threads[p->count], stack, crpci_worker_thread, p)) {
-            crpci_worker_stop(p, h, count);
-            return CRPC_ESYSTEM;
-        }
-    }
-    return CRPC_OK;
+    if (p->count == count)
+        return CRPC_OK;
+    err = p->threads ? CRPC_ESYSTEM : CRPC_ENOMEM;
+    crpci_worker_stop(p, h, count);
+    crpci_worker_free(p);
 #else
     (void)h;
     (void)count;
     (void)stack;
-    return CRPC_EUNSUPPORTED;
 #endif
+    return err;
 }
 
 /* ======================================================================== */
@@ -20918,7 +20912,8 @@ CRPCI_FN void crpci_quota_disconnect(crpci_quota_clients *c, crpci_quota_client 
  * stands here because every request reads it. */
 
 #define CRPCI_CONTEXT_CONN_MAX 4096 /* requests of one connection in service at a time */
-#define CRPCI_CONTEXT_CROWDED CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
+#define CRPCI_CONTEXT_CROWDED                                                                      \
+    CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
 
 /* The life of a server, which only goes forward. */
 typedef enum crpci_server_state {
@@ -20954,7 +20949,7 @@ struct crpc_server {
     void (*destroy)(crpc_server *s); /* the lifecycle section's: frees it with the last reference */
     crpci_service_map services;
     crpci_worker_pool workers;
-    size_t worker_count; /* 0: handlers run on the I/O threads */
+    size_t worker_count; /* also when they have stopped; 0: handlers run on the I/O threads */
     struct {
         crpc_loop **loops; /* one for each I/O thread */
         size_t count;
@@ -20966,7 +20961,6 @@ struct crpc_server {
         bool all;          /* all requests, not only those with user_fields, go through the guard */
         crpci_mutex lock;  /* of what follows; taken after a loop's lock, and before the workers' or
                             * the heap's */
-        bool over;         /* the workers are stopping: nothing is handed to them any more */
         crpci_order order;
         crpci_replay replay;
         crpci_quota *quotas; /* list: of the methods that have limits */
@@ -20995,7 +20989,7 @@ struct crpc_server {
         bool close_later; /* closed in a callback: close_task does it when the server is drained */
         crpci_task close_task;
     } drain;
-    crpc_server_options options; /* with copies of the program's texts; loops.thread_name is in `io` */
+    crpc_server_options options; /* its texts are copies; loops.thread_name may be gone, see `io` */
 };
 
 /* One request in service. It lies at the start of `block`, and is gone with it. */
@@ -21028,7 +21022,7 @@ struct crpc_context {
     crpci_message_out fields; /* of the reply */
     crpc_view attachment; /* of the reply */
     crpci_chunk *attachment_chunk;
-    crpci_out *reply; /* when the request is concluded; NULL: no memory, or the server has stopped */
+    crpci_out *reply; /* of a concluded request; NULL: no memory, or the server has stopped */
     crpc_view credential;
 };
 
@@ -21707,12 +21701,8 @@ CRPCI_COLD bool crpci_guard_resume(crpc_context *x)
 {
     crpc_server *s = x->server;
     bool ok;
-    if (s->options.workers) {
-        crpci_thread_lock(&s->guard.lock); /* else crpci_lifecycle_dismantle could free them now */
-        ok = !s->guard.over && !crpci_context_dispatch(x, true);
-        crpci_thread_unlock(&s->guard.lock);
-        return ok;
-    }
+    if (s->worker_count)
+        return !crpci_context_dispatch(x, true);
     crpci_loop_lock(x->loop);
     ok = crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPED; /* else nobody may drive the loop */
     if (ok)
@@ -21743,6 +21733,14 @@ CRPCI_COLD void crpci_guard_pass(crpc_server *s, crpci_guard *g)
         crpci_context_complete(x, CRPC_ELOGOFF);
         x = next;
     }
+}
+
+/* One more reference of a kept reply; NULL stays NULL. */
+CRPCI_COLD crpci_chunk *crpci_guard_ref(crpci_chunk *reply)
+{
+    if (reply)
+        crpci_heap_chunk_ref(reply);
+    return reply;
 }
 
 /* Returns the status of a repeated request: that of the kept reply. A reply is kept in the encoding
@@ -21779,22 +21777,18 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
         crpci_thread_lock(&s->guard.lock);
         e = crpci_replay_find(&s->guard.replay, x->method, g->id, crpci_heap_rough_now(s->heap));
         waits = e && !e->finished;
-        if (!e) {
-            g->entry = crpci_replay_add(&s->guard.replay, x->method, g->id);
-            s->guard.unremembered += !g->entry;
-        } else if (waits) {
+        if (waits)
             crpci_list_append(&e->waiting, &x->task.link);
-        } else if (e->reply) {
-            g->reply = e->reply;
-            crpci_heap_chunk_ref(g->reply);
-        }
+        else if (e)
+            g->reply = crpci_guard_ref(e->reply);
+        else
+            g->entry = crpci_replay_add(&s->guard.replay, x->method, g->id);
         s->guard.replayed += e != NULL;
+        s->guard.unremembered += !e && !g->entry;
         crpci_thread_unlock(&s->guard.lock);
     }
-    if (waits)
-        return CRPC_EPENDING;
     if (e)
-        return crpci_guard_status(x);
+        return waits ? CRPC_EPENDING : crpci_guard_status(x);
     return x->method->method->serve(x, x->request, x->response, x->method->handlers);
 }
 
@@ -21835,9 +21829,7 @@ CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_message *m, int ser
         crpci_task *t = CRPCI_CONTAINER(waiting.next, crpci_task, link);
         crpc_context *w = CRPCI_CONTAINER(t, crpc_context, task);
         crpci_list_remove(&t->link);
-        w->guard->reply = reply;
-        if (reply)
-            crpci_heap_chunk_ref(reply);
+        w->guard->reply = crpci_guard_ref(reply);
         crpci_context_complete(w, crpci_guard_status(w));
     }
     crpci_heap_chunk_unref(reply);
@@ -21858,10 +21850,8 @@ CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
         m = ((const crpci_replay_reply *)(const void *)crpci_heap_data(reply))->m;
         m.id = x->id;
         out = crpci_context_frame(x->conn, &m);
-        if (out && out->tail_len) {
-            out->tail_chunk = reply;
-            crpci_heap_chunk_ref(reply);
-        }
+        if (out && out->tail_len)
+            out->tail_chunk = crpci_guard_ref(reply);
     } else {
         memset(&m, 0, sizeof m);
         out = crpci_context_encode(x, code, &m);
@@ -21961,8 +21951,8 @@ CRPCI_COLD int crpci_guard_add_quota(crpc_server *s, crpci_service_method *m,
     return CRPC_OK;
 }
 
-/* Applies a limit; one without service and method is for all methods. CRPC_EINVAL: it applies to no method of the server, so the program cannot mean
- * it. */
+/* Applies a limit; one without service and method is for all methods. CRPC_EINVAL: it applies to no
+ * method of the server, so the program cannot mean it. */
 CRPCI_COLD int crpci_guard_apply_limit(crpc_server *s, size_t index, crpc_error *error)
 {
     const crpc_method_limit *l = &s->options.method_limits[index];
@@ -22014,14 +22004,6 @@ CRPCI_COLD int crpci_guard_open(crpc_server *s)
     if (!err && o->rate_per_client > 0)
         err = crpci_quota_open(&s->guard.clients, s->heap, o->rate_per_client, o->burst_per_client);
     return err;
-}
-
-/* Called before the workers stop: from here on crpci_guard_resume hands nothing to them. */
-CRPCI_COLD void crpci_guard_stop(crpc_server *s)
-{
-    crpci_thread_lock(&s->guard.lock);
-    s->guard.over = true;
-    crpci_thread_unlock(&s->guard.lock);
 }
 
 CRPCI_COLD void crpci_guard_stats(crpc_server *s, crpc_loop_stats *stats)
@@ -22210,7 +22192,7 @@ static const crpci_conn_events crpci_intake_events = {
     crpci_intake_on_timer};
 
 /* Closes the server's connections on a loop, which other servers and channels may share. Locked.
- * Returns false, as crpci_lifecycle_any wants to hear. */
+ * Returns false: crpci_lifecycle_any shall go on. */
 CRPCI_FN bool crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
 {
     crpci_list *i, *next;
@@ -22275,7 +22257,7 @@ CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
     if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
         close(fd); /* the state was set before this loop was locked to close its connections, so a
                     * connection is either refused here or closed there */
-    } else if (!crpci_connect_new(l, fd, false, &crpci_intake_events, s, &conn)) {
+    } else if ((conn = crpci_connect_new(l, fd, false, &crpci_intake_events, s)) != NULL) {
         crpci_thread_ref(&s->connections);
         conn->protocols = crpci_protocols;
         conn->max_body = (uint32_t)s->options.limits.max_body;
@@ -22535,11 +22517,9 @@ CRPCI_FN void crpci_enrolment_on_status(void *user, int status, const char *text
  * an empty host or 0.0.0.0: the backend puts in the local address that reaches the registry. */
 CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, crpc_error *error)
 {
-    crpci_addr any = CRPC_INIT;
+    const char *advertise = s->options.advertise, *colon, *bracket;
     const crpci_listener *n = NULL;
     crpci_list *i;
-    bool wild = false;
-    unsigned port = 0;
     char *text;
     int err;
     for (i = s->listener.list.next; i != &s->listener.list && !n; i = i->next) {
@@ -22547,42 +22527,36 @@ CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, c
         if (n->addr.u.any.sa_family == AF_UNIX)
             n = NULL;
     }
-    if (n) {
-        port = crpci_sock_port(&n->addr);
-        wild = n->addr.u.any.sa_family == AF_INET
-                   ? n->addr.u.in4.sin_addr.s_addr == htonl(INADDR_ANY)
-                   : memcmp(&n->addr.u.in6.sin6_addr, &any.u.in6.sin6_addr, 16) == 0;
-    }
-    if (s->options.advertise) {
-        const char *colon = strrchr(s->options.advertise, ':'),
-                   *bracket = strrchr(s->options.advertise, ']');
-        bool has_port = colon && (!bracket || colon > bracket);
-        if (!has_port && !n)
-            return crpci_status_set(error, CRPC_EINVAL,
-                                    "advertise \"%.80s\": no port, and no "
-                                    "tcp:// listener to take it from",
-                                    s->options.advertise);
-        text = has_port ? crpci_heap_format(s->heap, "%s", s->options.advertise)
-                        : crpci_heap_format(s->heap, "%s:%u", s->options.advertise, port);
-        if (!text)
-            return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
-        err = crpci_resolver_address(s->heap, text, out, size, error);
-        crpci_heap_strfree(s->heap, text);
-        return err ? crpci_status_set(error, err,
-                                      "advertise \"%.80s\" is not host[:port], or "
-                                      "cannot be resolved (IPv6 stands in brackets)",
-                                      s->options.advertise)
-                   : CRPC_OK;
-    }
-    if (!n)
+    if (!n && !advertise)
         return crpci_status_set(error, CRPC_EINVAL,
                                 "registry: there is no tcp:// listener to register; set listen or "
                                 "advertise");
-    if (wild)
-        snprintf(out, size, "%s:%u", n->addr.u.any.sa_family == AF_INET ? "0.0.0.0" : "", port);
-    else
+    if (!advertise) {
         crpci_sock_format(&n->addr, out, size);
-    return CRPC_OK;
+        if (strncmp(out, "[::]", 4) == 0)
+            memmove(out, out + 4, strlen(out + 4) + 1);
+        return CRPC_OK;
+    }
+    colon = strrchr(advertise, ':');
+    bracket = strrchr(advertise, ']');
+    if (colon && (!bracket || colon > bracket))
+        text = crpci_heap_format(s->heap, "%s", advertise);
+    else if (n)
+        text = crpci_heap_format(s->heap, "%s:%u", advertise, crpci_sock_port(&n->addr));
+    else
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "advertise \"%.80s\": no port, and no "
+                                "tcp:// listener to take it from",
+                                advertise);
+    if (!text)
+        return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
+    err = crpci_resolver_address(s->heap, text, out, size, error);
+    crpci_heap_strfree(s->heap, text);
+    return err ? crpci_status_set(error, err,
+                                  "advertise \"%.80s\" is not host[:port], or "
+                                  "cannot be resolved (IPv6 stands in brackets)",
+                                  advertise)
+               : CRPC_OK;
 }
 
 /* Joins the names of a service's methods with commas, for people who inspect the registry. What
@@ -22609,8 +22583,8 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
     memset(&o, 0, sizeof o);
     o.session_timeout_ms = s->options.directory.session_timeout_ms;
     o.credential = s->options.directory.credential;
-    err = err ? err
-              : crpci_open_registry(s->loop, s->options.registry, &o, &s->enrolment.registry, error);
+    if (!err)
+        err = crpci_open_registry(s->loop, s->options.registry, &o, &s->enrolment.registry, error);
     if (err)
         return err;
     s->enrolment.items = (crpci_enrolment *)crpci_heap_alloc(
@@ -22834,10 +22808,8 @@ CRPCI_COLD void crpci_lifecycle_dismantle(crpc_server *s)
     crpci_timer_cancel(&s->drain.timer);
     crpci_loop_unlock(l);
     crpci_lifecycle_any(s, crpci_intake_close_conns);
-    if (CRPC_ENABLE_POLICY)
-        crpci_guard_stop(s);
-    crpci_worker_stop(&s->workers, s->heap, s->worker_count);
-    s->worker_count = 0;
+    if (s->worker_count)
+        crpci_worker_stop(&s->workers, s->heap, s->worker_count);
     for (i = 0; i < s->io.count; i++)
         crpc_loop_close(s->io.loops[i]);
     crpci_heap_free(s->heap, s->io.loops, (size_t)s->options.io_threads * sizeof *s->io.loops);
@@ -22973,35 +22945,24 @@ CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_opti
     s->guard.all = o->ordered > 0 || o->rate_per_client > 0;
 }
 
-/* Replaces the texts of the options by copies, because the program may free its own. CRPC_ENOMEM:
- * some are NULL now. */
-CRPCI_COLD int crpci_lifecycle_copy_texts(crpc_server *s)
+/* With `keep` replaces the texts of the options by copies, because the program may free its own;
+ * without it frees the copies. CRPC_ENOMEM: some are NULL now. */
+CRPCI_COLD int crpci_lifecycle_keep_texts(crpc_server *s, bool keep)
 {
     size_t i;
     int err = CRPC_OK;
     for (i = 0; i < crpci_lifecycle_options.count; i++) {
-        char *at = (char *)&s->options + crpci_lifecycle_rows[i].offset, *copy;
-        const char *text;
+        char *at = (char *)&s->options + crpci_lifecycle_rows[i].offset, *text, *copy = NULL;
         if (!(crpci_lifecycle_rows[i].flags & CRPCI_OPTION_TEXT))
             continue;
         memcpy(&text, at, sizeof text);
-        copy = text ? crpci_heap_strndup(s->heap, text, strlen(text)) : NULL;
+        if (!keep)
+            crpci_heap_strfree(s->heap, text);
+        else if (text && (copy = crpci_heap_strndup(s->heap, text, strlen(text))) == NULL)
+            err = CRPC_ENOMEM;
         memcpy(at, &copy, sizeof copy);
-        err = text && !copy ? CRPC_ENOMEM : err;
     }
     return err;
-}
-
-CRPCI_COLD void crpci_lifecycle_free_texts(crpc_server *s)
-{
-    size_t i;
-    for (i = 0; i < crpci_lifecycle_options.count; i++) {
-        char *text;
-        if (!(crpci_lifecycle_rows[i].flags & CRPCI_OPTION_TEXT))
-            continue;
-        memcpy(&text, (char *)&s->options + crpci_lifecycle_rows[i].offset, sizeof text);
-        crpci_heap_strfree(s->heap, text);
-    }
 }
 
 /* Frees the struct when the last reference has gone: that of the program, or of a request that
@@ -23010,10 +22971,12 @@ CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
 {
     crpci_heap *h = s->heap;
     crpci_service_free(&s->services, h);
+    if (s->worker_count)
+        crpci_worker_free(&s->workers);
     if (CRPC_ENABLE_POLICY)
         crpci_guard_close(s);
     crpci_heap_free(h, s->enrolment.items, s->enrolment.count * sizeof *s->enrolment.items);
-    crpci_lifecycle_free_texts(s);
+    crpci_lifecycle_keep_texts(s, false);
     crpci_heap_retire(h, s, sizeof *s);
     crpci_heap_unref(h);
 }
@@ -23060,7 +23023,7 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     crpci_loop_task_init(&s->drain.close_task, crpci_lifecycle_close_task);
     crpci_lifecycle_configure(s, &o);
     s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    if (crpci_lifecycle_copy_texts(s) || (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
+    if (crpci_lifecycle_keep_texts(s, true) || (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
         err = crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
     if (!err && o.registry)
 #if CRPCI_DIRECTORY
