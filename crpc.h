@@ -17084,16 +17084,6 @@ CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 /* The values of cluster=, in the order of crpc_cluster. */
 #define CRPCI_REQUEST_CLUSTERS "failover,failfast,failsafe,failback,forking,broadcast"
 
-/* A policy in which every member has its final value. */
-typedef struct crpci_policy {
-    uint8_t cluster;
-    uint8_t retries;
-    uint8_t fail_percent;
-    int timeout_ms; /* 0: none of its own; the method's or the channel's applies */
-    int backup_ms;  /* 0: none */
-    int forks;      /* 0: all providers */
-} crpci_policy;
-
 /* What a channel keeps about a method from its first call on. Immutable. */
 typedef struct crpci_method {
     struct crpci_method *next;
@@ -17101,7 +17091,8 @@ typedef struct crpci_method {
     size_t size;      /* of this struct with the encoded names behind it */
     crpc_view names;  /* service and method, encoded */
     crpci_message_type response;
-    crpci_policy policy;
+    crpc_policy policy; /* in which every member has its final value: 0 in timeout_ms and backup_ms
+                         * means none, in forks all providers */
     /* at most one attempt at a time, never degraded: fast path */
     bool plain;
     uint32_t hash_field;                /* 0: none */
@@ -17121,7 +17112,7 @@ typedef struct crpci_request_source {
     int hash_field;   /* 0: none */
     uint64_t seed;
     uint32_t last_id; /* atomic; mixed with the seed into request ids */
-    crpci_policy policy;
+    crpc_policy policy;
     const crpc_method_options *options;
     size_t option_count;
     crpci_method *methods; /* atomic: read without the lock; entries are only ever added */
@@ -17132,13 +17123,16 @@ typedef struct crpci_request_source {
  * protocol writes first; the message; a small attachment. */
 typedef struct crpci_request {
     crpci_chunk *chunk;
-    size_t front;       /* offset of the crpci_out */
-    size_t low;         /* offset of the headroom */
-    size_t payload;     /* offset of the message */
-    size_t inline_size; /* attachment behind the message */
+    size_t front;           /* offset of the crpci_out */
+    size_t fields_size;     /* these stand right behind it */
+    size_t credential_size; /* and this behind the fields */
+    size_t payload;         /* offset of the message behind the crpci_out */
+    size_t payload_size;
+    size_t inline_size;   /* attachment behind the message */
     crpc_view attachment; /* outside the chunk, borrowed from the caller */
+    crpc_view names;      /* this and the rest as in crpci_message */
+    int64_t log_id, trace_id, span_id, parent_span_id;
     bool identified; /* it has a request id: a server with replay_entries executes it once */
-    crpci_message message; /* only the members that a request has are set */
 } crpci_request;
 
 /* --- the caller's crpc_call ------------------------------------------------------------------- */
@@ -17248,24 +17242,27 @@ CRPCI_FN void crpci_request_clear_call(crpc_call *call)
 
 /* --- methods ---------------------------------------------------------------------------------- */
 
+/* A setting of a call, which nobody has checked: 0 to `most`. */
+CRPCI_FN int crpci_request_within(int value, int most)
+{
+    return value < 0 ? 0 : value > most ? most : value;
+}
+
 /* Overwrites members of `to` with those that are set in `p`. */
-CRPCI_FN void crpci_request_apply_policy(crpci_policy *to, const crpc_policy *p)
+CRPCI_FN void crpci_request_apply_policy(crpc_policy *to, const crpc_policy *p)
 {
     if (p->cluster && (unsigned)p->cluster <= CRPC_CLUSTER_BROADCAST)
-        to->cluster = (uint8_t)p->cluster;
+        to->cluster = p->cluster;
     if (p->timeout_ms > 0)
         to->timeout_ms = p->timeout_ms;
     if (p->retries)
-        to->retries = (uint8_t)crpci_base_min64(p->retries < 0 ? 0 : p->retries,
-                                                CRPCI_REQUEST_RETRIES);
+        to->retries = crpci_request_within(p->retries, CRPCI_REQUEST_RETRIES);
     if (p->backup_ms)
-        to->backup_ms = p->backup_ms < 0 ? 0 : p->backup_ms;
+        to->backup_ms = crpci_request_within(p->backup_ms, INT32_MAX);
     if (p->forks)
-        to->forks = p->forks < 0 ? 0 : p->forks;
+        to->forks = crpci_request_within(p->forks, INT32_MAX);
     if (p->fail_percent)
-        to->fail_percent = (uint8_t)(p->fail_percent < 0     ? 0
-                                     : p->fail_percent > 100 ? 100
-                                                             : p->fail_percent);
+        to->fail_percent = crpci_request_within(p->fail_percent, 100);
 }
 
 /* Whether any member is set. */
@@ -17393,11 +17390,18 @@ CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *ca
     return crpc_view_of(text, 16);
 }
 
+/* The frame inside the request's chunk. */
+CRPCI_FN crpci_out *crpci_request_frame(const crpci_request *r)
+{
+    return (crpci_out *)(void *)(crpci_heap_data(r->chunk) + r->front);
+}
+
 /* The key of lb=hash: a hash of the last field of that number in the encoded message. proto3 leaves
  * out fields that are zero; an absent field counts as one without bytes. */
 CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t field)
 {
-    const uint8_t *p = crpci_heap_data(r->chunk) + r->payload, *end = p + r->message.payload_size;
+    const uint8_t *p = (const uint8_t *)(crpci_request_frame(r) + 1) + r->payload;
+    const uint8_t *end = p + r->payload_size;
     uint64_t key = crpci_base_hash(NULL, 0), tag = 0;
     while (p && p < end) {
         const uint8_t *value = crpci_message_varint(p, end, &tag);
@@ -17409,23 +17413,17 @@ CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t fiel
 }
 
 /* Log and trace ids: the call's own, else those of the server's request for which it is made. */
-CRPCI_FN void crpci_request_inherit(const crpc_call *call, crpci_message *m)
+CRPCI_FN void crpci_request_inherit(const crpc_call *call, crpci_request *r)
 {
-    m->log_id = call->log_id;
-    m->trace_id = m->span_id = m->parent_span_id = 0;
+    r->log_id = call->log_id;
+    r->trace_id = r->span_id = r->parent_span_id = 0;
     if (call->parent) {
         const crpci_origin *from = (const crpci_origin *)(const void *)call->parent;
-        m->log_id = m->log_id ? m->log_id : from->log_id;
-        m->trace_id = from->trace_id;
-        m->parent_span_id = from->span_id;
-        m->span_id = from->span_id + 1; /* all calls made for one request share it */
+        r->log_id = r->log_id ? r->log_id : from->log_id;
+        r->trace_id = from->trace_id;
+        r->parent_span_id = from->span_id;
+        r->span_id = from->span_id + 1; /* all calls made for one request share it */
     }
-}
-
-/* The frame inside the request's chunk. */
-CRPCI_FN crpci_out *crpci_request_frame(const crpci_request *r)
-{
-    return (crpci_out *)(void *)(crpci_heap_data(r->chunk) + r->front);
 }
 
 /* Whether a call asks for what only CRPC_ENABLE_POLICY=1 has. Constant in a build that has it. */
@@ -17498,38 +17496,46 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
         memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(call->attachment), copied);
     r->chunk = o.chunk;
     r->front = front;
-    r->low = base + fields + secret;
-    r->payload = payload;
+    r->fields_size = fields;
+    r->credential_size = secret;
+    r->payload = payload - base;
+    r->payload_size = o.len - payload;
     r->inline_size = copied;
     r->attachment = attached > copied ? call->attachment : crpc_view_of(NULL, 0);
+    r->names = k->names;
     r->identified = crpc_view_data(id) != NULL;
-    r->message.kind = CRPCI_MESSAGE_REQUEST;
-    r->message.names = k->names;
-    r->message.fields = crpc_view_of(crpci_heap_data(o.chunk) + base, fields);
-    r->message.credential = crpc_view_of(secret ? crpci_heap_data(o.chunk) + base + fields : NULL,
-                                         secret);
-    r->message.payload_size = o.len - payload;
-    r->message.attachment_size = attached;
-    crpci_request_inherit(call, &r->message);
+    crpci_request_inherit(call, r);
     crpci_request_frame(r)->queued = false; /* sending sets the other members */
     *out = r;
     return CRPC_OK;
 }
 
 /* Writes what precedes the encoded message, for one attempt. Returns the frame, to be queued. */
-CRPCI_FN crpci_out *crpci_request_prepare(crpci_request *r, const crpci_protocol *p, int64_t id,
-                                          int32_t timeout_ms)
+CRPCI_FN crpci_out *crpci_request_prepare(const crpci_request *r, const crpci_protocol *p,
+                                          int64_t id, int32_t timeout_ms)
 {
-    uint8_t *data = crpci_heap_data(r->chunk), *payload = data + r->payload;
     crpci_out *o = crpci_request_frame(r);
-    r->message.id = o->id = id;
-    r->message.timeout_ms = timeout_ms;
-    o->chunk = r->chunk;
-    o->head = p->request(data + r->low, payload, &r->message);
-    o->head_len = (size_t)(payload - o->head) + r->message.payload_size + r->inline_size;
+    uint8_t *fields = (uint8_t *)(o + 1), *payload = fields + r->payload;
+    uint8_t *credential = fields + r->fields_size;
+    crpci_message m; /* only the members that a request has are set */
+    m.kind = CRPCI_MESSAGE_REQUEST;
+    m.id = o->id = id;
+    m.timeout_ms = timeout_ms;
+    m.fields = crpc_view_of(fields, r->fields_size);
+    m.credential = crpc_view_of(r->credential_size ? credential : NULL, r->credential_size);
+    m.names = r->names;
+    m.log_id = r->log_id;
+    m.trace_id = r->trace_id;
+    m.span_id = r->span_id;
+    m.parent_span_id = r->parent_span_id;
     o->tail = (const uint8_t *)crpc_view_data(r->attachment);
     o->tail_len = crpc_view_size(r->attachment);
+    m.payload_size = r->payload_size;
+    m.attachment_size = r->inline_size + o->tail_len;
+    o->chunk = r->chunk;
     o->tail_chunk = NULL;
+    o->head = p->request(credential + r->credential_size, payload, &m);
+    o->head_len = (size_t)(payload - o->head) + r->payload_size + r->inline_size;
     return o;
 }
 
@@ -17538,7 +17544,7 @@ CRPCI_FN crpci_out *crpci_request_prepare(crpci_request *r, const crpci_protocol
 /* Bytes that a copy of the request takes. */
 CRPCI_FN size_t crpci_request_size(const crpci_request *r)
 {
-    return r->payload + r->message.payload_size + r->inline_size - r->front;
+    return sizeof(crpci_out) + r->payload + r->payload_size + r->inline_size;
 }
 
 /* Copies a request to offset `front` of a chunk that has room for it. A borrowed attachment stays
@@ -17546,19 +17552,11 @@ CRPCI_FN size_t crpci_request_size(const crpci_request *r)
 CRPCI_FN void crpci_request_copy(crpci_request *to, const crpci_request *from, crpci_chunk *chunk,
                                  size_t front)
 {
-    uint8_t *at = crpci_heap_data(chunk) + front;
+    memcpy(crpci_heap_data(chunk) + front, crpci_request_frame(from), crpci_request_size(from));
     *to = *from;
-    memcpy(at, crpci_request_frame(from), crpci_request_size(from));
     to->chunk = chunk;
     to->front = front;
-    to->low = from->low - from->front + front;
-    to->payload = from->payload - from->front + front;
     crpci_request_frame(to)->queued = false;
-    at += sizeof(crpci_out);
-    to->message.fields = crpc_view_of(at, crpc_view_size(from->message.fields));
-    if (crpc_view_data(from->message.credential))
-        to->message.credential = crpc_view_of(at + crpc_view_size(from->message.fields),
-                                              crpc_view_size(from->message.credential));
 }
 
 /* Prepares the request for another attempt. The last attempt's frame may still be part of a send on
@@ -18857,7 +18855,7 @@ struct crpci_pending_call {
     crpc_channel *channel;
     const crpci_method *method;
     crpci_call_kind kind;
-    crpci_policy policy;  /* the method's, with what the call overrides */
+    crpc_policy policy;   /* the method's, with what the call overrides */
     crpci_member *member; /* of the present attempt; NULL: it has ended */
     int64_t start_us;   /* when the program made the call; times are the loop's */
     int64_t attempt_us; /* when the present attempt began */
@@ -19845,7 +19843,7 @@ CRPCI_FN void crpci_channel_after(crpc_channel *ch, const crpc_method *m, crpc_c
 
 /* The deadline of a call, in the loop's time: the call's own if it has one, else the policy's
  * timeout; never later than a day, nor than the deadline of the request that it is made for. */
-CRPCI_FN int64_t crpci_channel_deadline(const crpci_policy *policy, const crpc_call *call,
+CRPCI_FN int64_t crpci_channel_deadline(const crpc_policy *policy, const crpc_call *call,
                                         int64_t now)
 {
     int64_t ms = policy->timeout_ms;
@@ -19915,7 +19913,7 @@ CRPCI_FN void crpci_channel_enter(crpc_loop *l, int64_t start, const crpci_reque
     if (start > l->now)
         l->now = start;
     l->fresh = false;
-    if (r->message.payload_size > CRPCI_REQUEST_INLINE)
+    if (r->payload_size > CRPCI_REQUEST_INLINE)
         crpci_loop_rough_time(l);
     l->fresh = true;
     crpci_drive_catch_up(l);
@@ -19995,7 +19993,7 @@ CRPCI_FN crpci_pending_call *crpci_channel_place(crpc_loop *l, crpci_call_kind k
 {
     crpci_pending_call *c = CRPCI_CONTAINER(r, crpci_pending_call, attempt.request);
     c->block = r->chunk;
-    if (kind == CRPCI_CALL_ID && r->message.payload_size + r->inline_size > CRPCI_REQUEST_INLINE) {
+    if (kind == CRPCI_CALL_ID && r->payload_size + r->inline_size > CRPCI_REQUEST_INLINE) {
         crpci_chunk *block = crpci_heap_chunk(l->heap, CRPCI_PENDING_SIZE);
         if (!block)
             return NULL;
@@ -20026,7 +20024,7 @@ CRPCI_FN int crpci_channel_put(crpc_channel *ch, const crpci_method *k, crpci_ca
      * which cannot share it. */
     bool borrow = kind == CRPCI_CALL_SYNC && k->plain && !in->policy.cluster &&
                   !in->policy.backup_ms;
-    crpci_request *r;
+    crpci_request *r = NULL;
     crpci_pending_call *c;
     int err = crpci_request_encode(&ch->requests, k, request, in, borrow, front, &r, error);
     if (err)
@@ -20645,13 +20643,7 @@ CRPCI_COLD uint64_t crpci_opening_seed(crpc_loop *l)
 CRPCI_COLD void crpci_opening_requests(crpci_request_source *s, const crpc_channel_options *o,
                                        uint64_t seed)
 {
-    crpci_policy *p = &s->policy;
-    p->cluster = (uint8_t)o->policy.cluster;
-    p->retries = (uint8_t)o->policy.retries;
-    p->fail_percent = (uint8_t)o->policy.fail_percent;
-    p->timeout_ms = o->policy.timeout_ms;
-    p->backup_ms = o->policy.backup_ms;
-    p->forks = o->policy.forks;
+    s->policy = o->policy;
     s->short_names = o->wire.short_names != 0;
     s->intercepted = o->interceptor_count != 0;
     s->ids = o->request_ids != 0;
