@@ -18076,43 +18076,22 @@ CRPCI_FN void crpci_endpoint_on_conn_timer(crpci_conn *conn)
         crpci_conn_close(conn, CRPC_ETIMEDOUT, ETIMEDOUT);
 }
 
-/* A connection is closing: records how far each frame got, before its queue is freed. */
-CRPCI_FN void crpci_endpoint_disown_frames(crpci_conn *conn)
-{
-    crpci_out *o, *after;
-    for (o = conn->tx_head; o; o = after) {
-        crpci_attempt *a = (crpci_attempt *)o->owner;
-        after = o->next;
-        if (!a)
-            continue;
-        if (crpci_conn_out_begun(o))
-            a->sent = CRPC_SENT_MAYBE;
-        a->out = NULL;
-        if (!crpci_conn_withdraw(conn, o))
-            crpci_conn_out_orphan(o);
-    }
-}
-
 /* Connects now, or when the backoff is over. Attempts that fail may dial again, and the
  * connection's events lead back here: a cycle, hence this prototype. */
 CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e);
 
-CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
+/* A dial or a connection has failed, and no more comes of it: fails its attempts. */
+CRPCI_FN void crpci_endpoint_fail(crpci_endpoint *e, bool connecting, int why, int system_error)
 {
-    crpci_endpoint *e = (crpci_endpoint *)conn->owner;
-    bool connecting = conn->connecting;
     char cause[96];
-    if (!e)
-        return;
-    e->refs++;
     crpci_status_format(cause, sizeof cause, "%s%s%s",
                         connecting ? "connecting: " : "connection lost: ",
-                        conn->why == CRPC_ECONN    ? crpci_conn_errno_text(conn->why_errno)
-                        : conn->why == CRPC_ENOMEM ? "out of memory"
-                                                   : crpc_status_text(conn->why),
-                        connecting && conn->why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
-    crpci_endpoint_disown_frames(conn);
-    e->last_errno = conn->why_errno;
+                        why == CRPC_ECONN    ? crpci_conn_errno_text(system_error)
+                        : why == CRPC_ENOMEM ? "out of memory"
+                                             : crpc_status_text(why),
+                        connecting && why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
+    e->refs++; /* a failing attempt drops its reference to the endpoint */
+    e->last_errno = system_error;
     e->refused = connecting;
     if (connecting || e->failures)
         crpci_endpoint_back_off(e);
@@ -18122,8 +18101,16 @@ CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
     crpci_endpoint_fail_all(e, &e->active, cause);
     if (!e->conn && !crpci_list_empty(&e->waiting)) /* these waited for a slot: dial for them */
         crpci_endpoint_dial(e);
-    crpci_conn_drop(conn);
     crpci_endpoint_drop(e);
+}
+
+CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
+{
+    crpci_endpoint *e = (crpci_endpoint *)conn->owner;
+    if (!e)
+        return;
+    crpci_endpoint_fail(e, conn->connecting, conn->why, conn->why_errno);
+    crpci_conn_drop(conn);
 }
 
 static const crpci_conn_events crpci_endpoint_conn_events = {
@@ -18145,16 +18132,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
     e->dialled_at = crpci_loop_now(l);
     err = crpci_connect_dial(l, &e->addr, &crpci_endpoint_conn_events, e, &e->conn, &system_error);
     if (err) {
-        char cause[96];
-        e->last_errno = system_error;
-        e->refused = true;
-        crpci_status_format(cause, sizeof cause, "connecting: %s",
-                            err == CRPC_ENOMEM ? "out of memory"
-                                               : crpci_conn_errno_text(system_error));
-        crpci_endpoint_back_off(e);
-        e->refs++;
-        crpci_endpoint_fail_all(e, &e->waiting, cause);
-        crpci_endpoint_drop(e);
+        crpci_endpoint_fail(e, true, err, system_error);
         return;
     }
     crpci_conn_hold(e->conn);
