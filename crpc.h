@@ -17826,8 +17826,9 @@ typedef struct crpci_endpoint_events {
     /* The attempt could not be sent, or its connection was lost. `cause` explains. */
     void (*failed)(crpci_attempt *a, int code, const char *cause);
     void (*replied)(crpci_attempt *a, const crpci_message *m);
-    void (*sent)(crpci_attempt *a); /* a frame that gets no reply was sent completely */
-    void (*useless)(crpci_attempt *a, const char *cause); /* the reply cannot be used */
+    /* CRPC_OK: a frame that gets no reply was sent completely. Else the reply cannot be used, and
+     * `cause` explains. */
+    void (*ended)(crpci_attempt *a, int code, const char *cause);
 } crpci_endpoint_events;
 
 struct crpci_endpoint {
@@ -18033,7 +18034,7 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m
     if (!m->usual && m->unsupported && !m->status) {
         char cause[CRPC_ERROR_TEXT_MAX];
         crpci_status_format(cause, sizeof cause, "reply: %s", m->unsupported);
-        e->events->useless(a, cause);
+        e->events->ended(a, CRPC_ERESPONSE, cause);
         return;
     }
     e->events->replied(a, m);
@@ -18049,7 +18050,7 @@ CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_message *
     crpci_status_format(cause, sizeof cause, "reply of %llu bytes is over max_body, %u",
                         (unsigned long long)body, conn->max_body);
     a->sent = CRPC_SENT_YES;
-    a->endpoint->events->useless(a, cause);
+    a->endpoint->events->ended(a, CRPC_ERESPONSE, cause);
 }
 
 /* A whole frame was sent; o->owner is NULL if its call has ended before. */
@@ -18062,7 +18063,7 @@ CRPCI_FN void crpci_endpoint_on_sent(crpci_conn *conn, crpci_out *o)
     a->out = NULL;
     a->sent = CRPC_SENT_YES;
     if (crpci_endpoint_unanswered(a))
-        a->endpoint->events->sent(a);
+        a->endpoint->events->ended(a, CRPC_OK, NULL);
 }
 
 CRPCI_FN void crpci_endpoint_on_eof(crpci_conn *conn)
@@ -18898,7 +18899,8 @@ CRPCI_FN crpc_sent crpci_attempt_sent(const crpci_pending_call *c)
 }
 
 /* Writes why the present attempt failed. A part whose parent has ended explains nothing. */
-CRPCI_COLD void crpci_attempt_explain(crpci_pending_call *c, int code, const char *cause)
+CRPCI_COLD void crpci_attempt_explain(crpci_pending_call *c, int code, const char *cause,
+                                      const char *more)
 {
     const crpci_endpoint *at = c->attempt.endpoint;
     const crpc_method *m = c->method->method;
@@ -18912,8 +18914,9 @@ CRPCI_COLD void crpci_attempt_explain(crpci_pending_call *c, int code, const cha
     e->sent = crpci_attempt_sent(c);
     e->attempts = c->tried.attempts;
     snprintf(e->endpoint, sizeof e->endpoint, "%s", at ? at->address : "");
-    crpci_status_explain(e, "%s.%s attempt %d%s%s: %s (%s)", m->service, m->name, c->tried.attempts,
-                         at ? " " : "", e->endpoint, cause, e->remote ? "remote" : "local");
+    crpci_status_explain(e, "%s.%s attempt %d%s%s: %s%s (%s)", m->service, m->name,
+                         c->tried.attempts, at ? " " : "", e->endpoint, cause, more,
+                         e->remote ? "remote" : "local");
 }
 
 /* --- ends ------------------------------------------------------------------------------------- */
@@ -19024,37 +19027,35 @@ CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
         crpci_drive_end_wait(l, c->waiter);
 }
 
+/* Ends a call that has failed on this side; `more` completes the cause, or is "". */
+CRPCI_COLD void crpci_attempt_give_up(crpci_pending_call *c, int code, const char *cause,
+                                      const char *more)
+{
+    crpci_attempt_explain(c, code, cause, more);
+    crpci_attempt_finish(c, code);
+}
+
 /* Ends a call whose deadline has passed; the text says how far it had come. */
 CRPCI_FN void crpci_attempt_expire(crpci_pending_call *c)
 {
     bool waits = c->attempt.state == CRPCI_ATTEMPT_WAITING;
     crpci_attempt_abandon(c, CRPC_ETIMEDOUT);
-    crpci_attempt_explain(c, CRPC_ETIMEDOUT,
-                          !waits                ? "deadline exceeded"
-                          : c->attempt.endpoint ? "deadline exceeded while waiting for a connection"
-                                                : "deadline exceeded while waiting for a provider");
-    crpci_attempt_finish(c, CRPC_ETIMEDOUT);
+    crpci_attempt_give_up(c, CRPC_ETIMEDOUT, "deadline exceeded",
+                          !waits                ? ""
+                          : c->attempt.endpoint ? " while waiting for a connection"
+                                                : " while waiting for a provider");
 }
 
-/* Explains that there is no provider for a call; tells an empty list from a registry that has not
- * answered. A function of its own, so that its text is off the stack when the call is ended. */
-CRPCI_COLD void crpci_attempt_explain_no_provider(crpci_pending_call *c)
-{
-    const crpc_channel *ch = c->channel;
-    char cause[CRPC_ERROR_TEXT_MAX];
-    crpci_status_format(cause, sizeof cause, "%s%.180s",
-                        ch->directory.registry && !ch->directory.listed
-                            ? "the registry has not answered yet about "
-                            : "no provider is known at ",
-                        ch->directory.where ? ch->directory.where : "the channel's URL");
-    crpci_attempt_explain(c, CRPC_ENOPROVIDER, cause);
-}
-
-/* Ends a call that has nobody to be sent to. */
+/* Ends a call that has nobody to be sent to; tells an empty list from a registry that has not
+ * answered. */
 CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
 {
-    crpci_attempt_explain_no_provider(c);
-    crpci_attempt_finish(c, CRPC_ENOPROVIDER);
+    const crpc_channel *ch = c->channel;
+    crpci_attempt_give_up(c, CRPC_ENOPROVIDER,
+                          ch->directory.registry && !ch->directory.listed
+                              ? "the registry has not answered yet about "
+                              : "no provider is known at ",
+                          ch->directory.where ? ch->directory.where : "the channel's URL");
 }
 
 /* --- attempts --------------------------------------------------------------------------------- */
@@ -19148,23 +19149,6 @@ CRPCI_COLD bool crpci_attempt_wait(crpci_pending_call *c, int code)
     return true;
 }
 
-/* Explains a failure: apart, for its text need not be on the stack of what follows the end. */
-CRPCI_COLD void crpci_attempt_explain_more(crpci_pending_call *c, int code, const char *cause,
-                                           const char *more)
-{
-    char text[CRPC_ERROR_TEXT_MAX];
-    crpci_status_format(text, sizeof text, "%s%s", cause, more);
-    crpci_attempt_explain(c, code, text);
-}
-
-/* Ends a call whose last attempt has failed; `more` says why it is not retried, or is "". */
-CRPCI_COLD void crpci_attempt_give_up(crpci_pending_call *c, int code, const char *cause,
-                                      const char *more)
-{
-    crpci_attempt_explain_more(c, code, cause, more);
-    crpci_attempt_finish(c, code);
-}
-
 /* Chooses where a failed attempt is made again. NULL: nowhere. `stale`: perhaps only the connection
  * was dead, not the provider. */
 CRPCI_FN crpci_member *crpci_attempt_next(crpci_pending_call *c, int code, bool stale)
@@ -19215,7 +19199,7 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     again = crpci_attempt_may_retry(c, code);
     if (code != CRPC_ELOGOFF && a->sent > c->before)
         c->before = a->sent;
-    crpci_attempt_explain(c, code, cause);
+    crpci_attempt_explain(c, code, cause, "");
     crpci_attempt_mark_tried(c);
 #if CRPC_ENABLE_POLICY
     ch->providers.choose_again =
@@ -19269,22 +19253,19 @@ CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
     crpci_attempt_finish(c, CRPC_OK);
 }
 
-/* A one-way call's frame has left: that is its success. */
-CRPCI_FN void crpci_attempt_on_sent(crpci_attempt *a)
-{
-    crpci_attempt_finish(crpci_attempt_call(a), CRPC_OK);
-}
-
-/* A reply has come that cannot be used. The provider has answered, so the call ends here. */
-CRPCI_COLD void crpci_attempt_on_useless(crpci_attempt *a, const char *cause)
+/* A one-way call's frame has left, which is its success; or a reply has come that cannot be used:
+ * the provider has answered, so the call ends here. */
+CRPCI_FN void crpci_attempt_ended(crpci_attempt *a, int code, const char *cause)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
-    crpci_attempt_explain(c, CRPC_ERESPONSE, cause);
-    crpci_attempt_finish(c, CRPC_ERESPONSE);
+    if (code)
+        crpci_attempt_give_up(c, code, cause, "");
+    else
+        crpci_attempt_finish(c, CRPC_OK);
 }
 
 static const crpci_endpoint_events crpci_attempt_events = {
-    crpci_attempt_failed, crpci_attempt_replied, crpci_attempt_on_sent, crpci_attempt_on_useless};
+    crpci_attempt_failed, crpci_attempt_replied, crpci_attempt_ended};
 
 /* Makes the first attempt, or has the cluster section make several. Ends a call at once that is too
  * late, lacks the key that lb=hash needs, or whose method is degraded. */
@@ -19293,15 +19274,13 @@ CRPCI_FN void crpci_attempt_begin(crpci_pending_call *c)
     const crpc_method_options *o = c->method->options;
     crpci_providers_refresh(&c->channel->providers);
     if (crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us) {
-        crpci_attempt_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before the request was sent");
-        crpci_attempt_finish(c, CRPC_ETIMEDOUT);
+        crpci_attempt_give_up(c, CRPC_ETIMEDOUT, "deadline exceeded",
+                              " before the request was sent");
     } else if (CRPCI_UNLIKELY(!c->key && crpci_balance_wants_key(&c->channel->providers.balance))) {
-        crpci_attempt_explain(c, CRPC_EINVAL,
-                              "lb=hash needs a key: set crpc_call.key or hash_field");
-        crpci_attempt_finish(c, CRPC_EINVAL);
+        crpci_attempt_give_up(c, CRPC_EINVAL, "lb=hash needs a key:",
+                              " set crpc_call.key or hash_field");
     } else if (CRPCI_UNLIKELY(o && o->degraded > 0)) {
-        crpci_attempt_explain(c, CRPC_EREJECT, "not sent: the method's options set degraded");
-        crpci_attempt_finish(c, CRPC_EREJECT);
+        crpci_attempt_give_up(c, CRPC_EREJECT, "not sent:", " the method's options set degraded");
     } else if (CRPCI_UNLIKELY(c->policy.cluster >= CRPC_CLUSTER_FORKING) && c->channel->cluster) {
         c->channel->cluster->begin(c);
     } else {
@@ -19618,7 +19597,7 @@ CRPCI_COLD bool crpci_cluster_branch(crpci_pending_call *c, size_t n)
         crpci_pending_call *part = m ? crpci_cluster_part(c) : NULL;
         if (!part && m && g->all) {
             g->lost = n;
-            crpci_attempt_explain(c, CRPC_ENOMEM, "out of memory");
+            crpci_attempt_explain(c, CRPC_ENOMEM, "out of memory", "");
         }
         if (!part)
             break;
@@ -19645,8 +19624,7 @@ CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
     } else if (crpci_cluster_need_group(c, all) && crpci_cluster_branch(c, n)) {
         crpci_cluster_settle(c);
     } else {
-        crpci_attempt_explain(c, CRPC_ENOMEM, "out of memory");
-        crpci_attempt_finish(c, CRPC_ENOMEM);
+        crpci_attempt_give_up(c, CRPC_ENOMEM, "out of memory", "");
     }
 }
 
@@ -20333,8 +20311,7 @@ CRPCI_FN void crpci_channel_cancel_all(crpc_channel *ch)
         crpci_list_remove(&c->of_channel);
         if (c->attempt.state != CRPCI_ATTEMPT_DONE) {
             crpci_attempt_abandon(c, CRPC_ECANCELED);
-            crpci_attempt_explain(c, CRPC_ECANCELED, "the channel was closed");
-            crpci_attempt_finish(c, CRPC_ECANCELED);
+            crpci_attempt_give_up(c, CRPC_ECANCELED, "the channel was closed", "");
         }
         if (by_id)
             crpci_attempt_discard(c);
