@@ -18268,10 +18268,10 @@ typedef struct crpci_providers {
     bool (*in_group)(const crpci_group *g, const crpci_endpoint *e);
     crpci_endpoint_options endpoint;
     crpci_balance balance;
-    crpci_balance_item **members; /* each in a crpci_member; the balancer knows them by index */
+    crpci_balance_item **members; /* each in a crpci_member, sorted by address; the balancer knows
+                                   * them by index */
     size_t count;
     size_t room;        /* of the array */
-    bool sorted;        /* by address, as registries give it; a URL's list may not be */
     int64_t stale_at;   /* since when nobody has confirmed the list; INT64_MAX: it is confirmed */
     int64_t stale_ttl_us;
 #if CRPC_ENABLE_POLICY
@@ -18327,22 +18327,16 @@ CRPCI_FN void crpci_providers_unlist(crpci_balance_item **members, size_t count)
     }
 }
 
-/* The present member with an address. Lists of a registry are sorted: `hint` is the place behind
- * the last one that was found, where the next mostly stands. */
+/* The present member with an address. Lists are sorted: `from` is where the search goes on behind
+ * the address before. NULL: there is none. */
 CRPCI_FN crpci_member *crpci_providers_find(const crpci_providers *p, const char *address,
-                                            size_t *hint)
+                                            size_t *from)
 {
-    size_t i;
-    for (i = 0; i < p->count; i++) {
-        size_t k = *hint + i < p->count ? *hint + i : *hint + i - p->count;
-        crpci_member *m = crpci_providers_at(p, k);
+    for (; *from < p->count; ++*from) {
+        crpci_member *m = crpci_providers_at(p, *from);
         int order = strcmp(m->endpoint->address, address);
-        if (order == 0) {
-            *hint = k + 1;
-            return m;
-        }
-        if (order > 0 && p->sorted && k >= *hint)
-            break; /* it would have stood before this one */
+        if (order >= 0)
+            return order == 0 ? m : NULL;
     }
     return NULL;
 }
@@ -18369,124 +18363,94 @@ CRPCI_FN int crpci_providers_new_member(crpci_providers *p, const char *address,
 
 #if CRPC_ENABLE_POLICY
 
-/* Milliseconds since 1970, in which registries give the start of a provider. */
-CRPCI_FN int64_t crpci_providers_wall_ms(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_REALTIME, &ts);
-    return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
-
 /* Takes over what the registry says about a provider. Its start time is wall clock, which both
  * hosts are expected to keep. */
-CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p, int64_t now,
-                                       int64_t wall_ms)
+CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p, int64_t now)
 {
+    struct timespec wall;
+    int64_t age_ms;
+    clock_gettime(CLOCK_REALTIME, &wall);
+    age_ms = (int64_t)wall.tv_sec * 1000 + wall.tv_nsec / 1000000 - p->timestamp_ms;
     m->weight = (uint32_t)p->weight;
     m->warmup_us = (int64_t)p->warmup_ms * 1000;
     if (!m->kept)
         m->since_us = now;
-    if (p->timestamp_ms && p->timestamp_ms < wall_ms)
-        m->since_us = now - crpci_base_min64(wall_ms - p->timestamp_ms, INT64_C(1) << 40) * 1000;
+    if (p->timestamp_ms && age_ms > 0)
+        m->since_us = now - crpci_base_min64(age_ms, INT64_C(1) << 40) * 1000;
     m->balance.weight =
         crpci_balance_warm_weight(m->weight, (now - m->since_us) / 1000, p->warmup_ms);
 }
 
-/* Marks which entries of a list this channel uses: all, or the `max` that a hash of address and
- * channel puts first, with those that cannot be reached last. Without memory it uses all: more
+/* Marks which entries of a list this channel uses: the `max` that a hash of address and channel
+ * puts first, with those that cannot be reached last. NULL: all of them; without memory too: more
  * connections, but nothing is lost. */
-CRPCI_FN void crpci_providers_choose_members(const crpci_providers *p, const crpci_snapshot *list,
-                                             bool *chosen)
+CRPCI_FN bool *crpci_providers_choose(const crpci_providers *p, const crpci_snapshot *list)
 {
     crpci_heap *h = p->loop->heap;
-    crpci_balance_choice *choices = NULL;
-    size_t i, n, hint = 0;
-    if (p->max && list->count > p->max)
-        choices = (crpci_balance_choice *)crpci_heap_alloc(h, list->count * sizeof *choices);
-    for (i = 0; i < list->count; i++) {
-        chosen[i] = !choices;
-        if (choices)
-            crpci_balance_choice_init(&choices[i], i, list->providers[i].address, p->seed);
-    }
-    if (!choices)
-        return;
-    for (i = 0; i < list->count; i++) {
-        crpci_member *m = crpci_providers_find(p, list->providers[i].address, &hint);
+    size_t size = list->count * sizeof(crpci_balance_choice), i, n, from = 0;
+    crpci_balance_choice *choices;
+    bool *chosen = NULL;
+    if (!p->max || list->count <= p->max)
+        return NULL;
+    choices = (crpci_balance_choice *)crpci_heap_alloc(h, size);
+    if (choices)
+        chosen = (bool *)crpci_heap_alloc(h, list->count);
+    for (i = 0; i < list->count && chosen; i++) {
+        const char *address = list->providers[i].address;
+        crpci_member *m = crpci_providers_find(p, address, &from);
+        crpci_balance_choice_init(&choices[i], i, address, p->seed);
         if (m && crpci_endpoint_is_dead(m->endpoint))
             choices[i].rank = 0;
     }
-    n = crpci_balance_subset(choices, list->count, p->max);
+    n = chosen ? crpci_balance_subset(choices, list->count, p->max) : 0;
     for (i = 0; i < n; i++)
         chosen[choices[i].index] = true;
-    crpci_heap_free(h, choices, list->count * sizeof *choices);
+    crpci_heap_free(h, choices, size);
+    return chosen;
 }
 
 #else
 
-CRPCI_FN int64_t crpci_providers_wall_ms(void)
+CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p, int64_t now)
 {
-    return 0;
-}
-
-CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p, int64_t now,
-                                       int64_t wall_ms)
-{
-    (void)now, (void)wall_ms;
+    (void)now;
     m->balance.weight = (uint32_t)p->weight;
 }
 
-CRPCI_FN void crpci_providers_choose_members(const crpci_providers *p, const crpci_snapshot *list,
-                                             bool *chosen)
+CRPCI_FN bool *crpci_providers_choose(const crpci_providers *p, const crpci_snapshot *list)
 {
-    (void)p;
-    memset(chosen, true, list->count);
+    (void)p, (void)list;
+    return NULL;
 }
 
 #endif /* CRPC_ENABLE_POLICY */
 
-/* Whether an address is among the new members already: in a sorted list it would be the last. */
-CRPCI_FN bool crpci_providers_is_double(crpci_balance_item *const *members, size_t n,
-                                        const char *address, bool sorted)
-{
-    size_t i;
-    for (i = n; i; i--) {
-        int order = strcmp(members[i - 1]->address, address);
-        if (order == 0)
-            return true;
-        if (order < 0 && sorted)
-            return false;
-    }
-    return false;
-}
-
 /* Fills `fresh` with the members of a list, of which `chosen` are wanted; members that exist are
  * kept. On failure *count says how many there are already. */
 CRPCI_FN int crpci_providers_make(crpci_providers *p, const crpci_snapshot *list,
-                                  const bool *chosen, crpci_balance_item **fresh, size_t *count,
-                                  bool *sorted)
+                                  const bool *chosen, crpci_balance_item **fresh, size_t *count)
 {
-    int64_t now = crpci_loop_now(p->loop), wall = crpci_providers_wall_ms();
-    size_t i, n = 0, hint = 0;
-    int err = CRPC_OK;
-    *sorted = true;
-    for (i = 0; i < list->count && !err; i++) {
+    int64_t now = crpci_loop_now(p->loop);
+    size_t i, from = 0;
+    *count = 0;
+    for (i = 0; i < list->count; i++) {
         const crpci_provider *provider = &list->providers[i];
         crpci_member *m;
-        if (!chosen[i] || crpci_providers_is_double(fresh, n, provider->address, *sorted))
+        int err;
+        if (chosen && !chosen[i])
             continue;
-        m = crpci_providers_find(p, provider->address, &hint);
-        if (m)
+        m = crpci_providers_find(p, provider->address, &from);
+        if (m) {
             m->kept = true;
-        else
+        } else {
             err = crpci_providers_new_member(p, provider->address, &m);
-        if (err)
-            break;
-        *sorted = *sorted && (!n || strcmp(fresh[n - 1]->address, provider->address) < 0);
-        crpci_providers_describe(m, provider, now, wall);
-        fresh[n++] = &m->balance;
+            if (err)
+                return err;
+        }
+        crpci_providers_describe(m, provider, now);
+        fresh[(*count)++] = &m->balance;
     }
-    *count = n;
-    return err;
+    return CRPC_OK;
 }
 
 /* Replaces the list. Providers that stay keep what is known about them; calls under way keep their
@@ -18494,16 +18458,16 @@ CRPCI_FN int crpci_providers_make(crpci_providers *p, const crpci_snapshot *list
 CRPCI_FN int crpci_providers_set(crpci_providers *p, const crpci_snapshot *list)
 {
     crpci_heap *h = p->loop->heap;
-    size_t room = list->count + 1, old_room = p->room, old_count = p->count, n = 0;
-    bool *chosen = (bool *)crpci_heap_alloc(h, room), sorted = true;
+    size_t room = list->count + 1, old_room = p->room, old_count = p->count, n;
     crpci_balance_item **old = p->members;
     crpci_balance_item **fresh = (crpci_balance_item **)crpci_heap_alloc(h, room * sizeof *fresh);
-    int err = chosen && fresh ? CRPC_OK : CRPC_ENOMEM;
-    if (!err) {
-        crpci_providers_choose_members(p, list, chosen);
-        err = crpci_providers_make(p, list, chosen, fresh, &n, &sorted);
-    }
-    crpci_heap_free(h, chosen, room);
+    bool *chosen;
+    int err;
+    if (!fresh)
+        return CRPC_ENOMEM;
+    chosen = crpci_providers_choose(p, list);
+    err = crpci_providers_make(p, list, chosen, fresh, &n);
+    crpci_heap_free(h, chosen, list->count);
     if (err) {
         crpci_providers_unlist(fresh, n);
         crpci_heap_free(h, fresh, room * sizeof *fresh);
@@ -18512,7 +18476,6 @@ CRPCI_FN int crpci_providers_set(crpci_providers *p, const crpci_snapshot *list)
     p->members = fresh;
     p->count = n;
     p->room = room;
-    p->sorted = sorted;
     err = crpci_balance_reset(&p->balance, h, fresh, n);
 #if CRPC_ENABLE_POLICY
     p->reweigh_at = crpci_loop_now(p->loop);
@@ -20711,6 +20674,7 @@ CRPCI_COLD int crpci_opening_items(crpci_snapshot *list, crpci_url *u, crpc_erro
     }
     for (i = 0; i < list->count; i++)
         list->providers[i].weight = CRPCI_NAMES_WEIGHT;
+    crpci_directory_sort(list);
     return err;
 }
 
