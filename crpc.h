@@ -17838,7 +17838,6 @@ struct crpci_endpoint {
     uint32_t refs;
     uint32_t users; /* channels; while there is one, the endpoint keeps its connection */
     char address[CRPC_ADDRESS_MAX];
-    size_t address_size; /* the terminating zero included */
     crpci_addr addr;
     crpci_endpoint_options options;
     crpci_conn *conn;
@@ -18214,8 +18213,7 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
     e->loop = l;
     e->events = events;
     e->refs = e->users = 1;
-    e->address_size = strlen(address) + 1;
-    memcpy(e->address, address, e->address_size);
+    memcpy(e->address, address, strlen(address)); /* the rest is zero */
     e->options = *options;
     crpci_list_init(&e->waiting);
     crpci_list_init(&e->active);
@@ -18824,6 +18822,39 @@ struct crpci_pending_call {
 CRPCI_FN crpci_pending_call *crpci_attempt_call(crpci_attempt *a)
 {
     return CRPCI_CONTAINER(a, crpci_pending_call, attempt);
+}
+
+/* Fills a pending call that has its request, id and block. Its policy is the method's, and it may
+ * make one attempt. Single stores, because clearing the whole struct takes longer. */
+CRPCI_FN void crpci_attempt_init(crpci_pending_call *c, crpc_channel *ch, const crpci_method *k,
+                                 crpci_call_kind kind, int64_t start)
+{
+    crpci_attempt *a = &c->attempt;
+    crpci_loop_assert_locked(ch->loop);
+    crpci_list_init(&a->link);
+    a->state = CRPCI_ATTEMPT_IDLE;
+    a->one_way = kind == CRPCI_CALL_NOTIFY;
+    a->sent = c->before = CRPC_SENT_NO;
+    a->out = NULL;
+    a->endpoint = NULL;
+    a->reply.chunk = NULL;
+    c->timer.prev = NULL;
+    c->channel = ch;
+    c->method = k;
+    c->kind = kind;
+    c->policy = k->policy;
+    c->member = NULL;
+    c->start_us = start;
+    c->backup_us = INT64_MAX;
+    c->key = 0;
+    c->parent = NULL;
+    c->group = NULL;
+    c->waiter = NULL;
+    c->error = NULL;
+    c->error_chunk = NULL;
+    c->status = CRPC_OK;
+    c->tried.attempts = 0;
+    c->tried.max_attempts = 1;
 }
 
 /* Gives up a reference of a channel; the last one frees it. */
@@ -19465,7 +19496,7 @@ CRPCI_COLD void crpci_cluster_part_failed(crpci_pending_call *part, int status)
     if (e) {
         e->sent = CRPC_SENT_YES;
         e->attempts = part->tried.attempts;
-        memcpy(e->endpoint, a->endpoint->address, a->endpoint->address_size);
+        memcpy(e->endpoint, a->endpoint->address, sizeof e->endpoint);
     }
     c->group->status =
         e ? crpci_reply_remote_error(&a->reply, part->method->method, part->tried.attempts, e)
@@ -19503,34 +19534,22 @@ CRPCI_COLD crpci_pending_call *crpci_cluster_part(crpci_pending_call *c)
     crpci_chunk *chunk = crpci_heap_chunk(
         l->heap, CRPCI_PENDING_SIZE + crpci_request_size(&c->attempt.request));
     crpci_pending_call *part;
-    crpci_attempt *a;
     if (!chunk)
         return NULL;
     part = (crpci_pending_call *)(void *)crpci_heap_data(chunk);
-    memset(part, 0, sizeof *part);
-    a = &part->attempt;
-    crpci_list_init(&a->link);
-    a->sent = CRPC_SENT_NO;
-    a->deadline_us = c->attempt.deadline_us;
-    crpci_request_copy(&a->request, &c->attempt.request, chunk, CRPCI_PENDING_SIZE);
-    crpci_list_init(&part->of_channel);
-    crpci_loop_task_init(&part->task, NULL);
-    part->channel = c->channel;
-    part->method = c->method;
-    part->kind = CRPCI_CALL_PART;
-    part->policy = c->policy;
-    part->policy.cluster = CRPC_CLUSTER_FAILFAST;
-    part->start_us = crpci_loop_time(l); /* the provider is not charged for the call's wait */
-    part->backup_us = INT64_MAX;
-    part->key = c->key;
-    part->parent = c;
-    part->tried.max_attempts = 1;
-    part->before = CRPC_SENT_NO;
-    part->block = chunk;
-    if (crpci_id_add(&l->calls, l->heap, part, &a->id)) {
+    if (crpci_id_add(&l->calls, l->heap, part, &part->attempt.id)) {
         crpci_heap_chunk_unref(chunk);
         return NULL;
     }
+    /* The provider is not charged for the call's wait. */
+    crpci_attempt_init(part, c->channel, c->method, CRPCI_CALL_PART, crpci_loop_time(l));
+    crpci_request_copy(&part->attempt.request, &c->attempt.request, chunk, CRPCI_PENDING_SIZE);
+    part->attempt.deadline_us = c->attempt.deadline_us;
+    part->policy = c->policy;
+    part->policy.cluster = CRPC_CLUSTER_FAILFAST;
+    part->key = c->key;
+    part->parent = c;
+    part->block = chunk;
     return part;
 }
 
@@ -19776,48 +19795,22 @@ CRPCI_FN int64_t crpci_channel_deadline(const crpc_policy *policy, const crpc_ca
     return at;
 }
 
-/* Fills a pending call whose request is encoded, and lists it in the channel. Single stores,
- * because clearing the whole struct takes longer. */
+/* Fills a pending call whose request is encoded, and lists it in the channel. */
 CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
                                       const crpci_method *k, crpci_call_kind kind,
                                       const crpc_call *in, int64_t start)
 {
-    crpci_attempt *a = &c->attempt;
-    crpci_loop_assert_locked(ch->loop);
-    crpci_list_init(&a->link);
-    a->state = CRPCI_ATTEMPT_IDLE;
-    a->one_way = kind == CRPCI_CALL_NOTIFY;
-    a->sent = c->before = CRPC_SENT_NO;
-    a->out = NULL;
-    a->endpoint = NULL;
-    a->reply.chunk = NULL;
-    c->timer.prev = NULL;
-    c->channel = ch;
-    c->method = k;
-    c->kind = kind;
-    c->member = NULL;
-    c->parent = NULL;
-    c->group = NULL;
-    c->waiter = NULL;
-    c->error = NULL;
-    c->error_chunk = NULL;
-    c->status = CRPC_OK;
-    c->policy = k->policy;
+    crpci_attempt_init(c, ch, k, kind, start);
     if (CRPCI_UNLIKELY(crpci_request_has_policy(&in->policy)))
         crpci_request_apply_policy(&c->policy, &in->policy);
-    c->start_us = start;
-    a->deadline_us = crpci_channel_deadline(&c->policy, in, start);
-    c->backup_us = INT64_MAX;
+    c->attempt.deadline_us = crpci_channel_deadline(&c->policy, in, start);
     if (CRPCI_UNLIKELY(c->policy.backup_ms && kind != CRPCI_CALL_NOTIFY &&
                        (k->method->flags & CRPC_METHOD_IDEMPOTENT)))
         c->backup_us = start + (int64_t)c->policy.backup_ms * 1000;
-    c->key = crpc_view_data(in->key)
-                 ? crpci_base_hash(crpc_view_data(in->key), crpc_view_size(in->key))
-                 : 0;
+    if (crpc_view_data(in->key))
+        c->key = crpci_base_hash(crpc_view_data(in->key), crpc_view_size(in->key));
     if (CRPCI_UNLIKELY(k->hash_field && !c->key))
-        c->key = crpci_request_hash_key(&a->request, k->hash_field);
-    c->tried.attempts = 0;
-    c->tried.max_attempts = 1;
+        c->key = crpci_request_hash_key(&c->attempt.request, k->hash_field);
     if (c->policy.cluster == CRPC_CLUSTER_FAILOVER)
         c->tried.max_attempts += c->policy.retries;
     crpci_list_append(&ch->calls, &c->of_channel);
@@ -19855,7 +19848,7 @@ CRPCI_FN void crpci_channel_copy_error(const crpci_pending_call *c, crpc_error *
     if (c->error && c->error != to)
         *to = *c->error;
     if (e) /* else no attempt of its own was made, and the parts have explained */
-        memcpy(to->endpoint, e->address, e->address_size);
+        memcpy(to->endpoint, e->address, sizeof to->endpoint);
 }
 
 /* Runs the callback of an ended call, as a task of the loop. The response is decoded without the
