@@ -17184,11 +17184,22 @@ CRPC_API bool crpc_call_field(const crpc_call *call, const char *key, crpc_view 
     return fields.end && p->field(fields, key, value);
 }
 
+/* Appends a field to what is encoded. False: out of memory, as o->no_memory says then. */
+CRPCI_FN bool crpci_request_put_field(const crpci_protocol *p, crpci_message_out *o,
+                                      const char *key, crpc_view value)
+{
+    if (!crpci_message_reserve(o, strlen(key) + crpc_view_size(value) + p->field_cost))
+        return false;
+    o->len += p->put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
+    return true;
+}
+
 CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *value)
 {
     crpci_heap *h = (crpci_heap *)call->reserved[CRPCI_CALL_HEAP];
     const crpci_protocol *p = (const crpci_protocol *)call->reserved[CRPCI_CALL_PROTOCOL];
     crpci_message_out o;
+    bool added;
     if (!h || !key || !value)
         return CRPC_EINVAL;
     o.heap = h;
@@ -17199,20 +17210,19 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
         o.chunk = crpci_heap_chunk(h, 64);
     if (!o.chunk)
         return CRPC_ENOMEM;
-    call->reserved[CRPCI_CALL_ADDED] = o.chunk;
-    if (!crpci_message_reserve(&o, strlen(key) + strlen(value) + p->field_cost))
-        return CRPC_ENOMEM;
-    o.len += p->put_field(crpci_heap_data(o.chunk) + o.len, crpc_view_str(key),
-                          crpc_view_str(value));
+    added = crpci_request_put_field(p, &o, key, crpc_view_str(value));
     call->reserved[CRPCI_CALL_ADDED] = o.chunk;
     call->reserved[CRPCI_CALL_ADDED_LEN] = (void *)(uintptr_t)o.len;
-    return CRPC_OK;
+    return added ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* Does for the inputs what CRPC_INIT does. With single stores, because for so few bytes a call of
- * memset, or the string instructions that compilers put in its place, takes longer. */
-CRPCI_FN void crpci_request_clear_inputs(crpc_call *call)
+/* Does for the whole call what CRPC_INIT does, but clears only the first byte of each text. With
+ * single stores, because for so few bytes a call of memset, or the string instructions that
+ * compilers put in its place, takes longer. */
+CRPCI_FN void crpci_request_clear_call(crpc_call *call)
 {
+    crpc_error *e = &call->error;
+    size_t i;
     call->policy.cluster = CRPC_CLUSTER_DEFAULT;
     call->policy.timeout_ms = call->policy.retries = call->policy.backup_ms = 0;
     call->policy.forks = call->policy.fail_percent = 0;
@@ -17222,14 +17232,6 @@ CRPCI_FN void crpci_request_clear_inputs(crpc_call *call)
     call->credential = call->attachment = call->key = crpc_view_of(NULL, 0);
     call->request_id = call->order_key = crpc_view_of(NULL, 0);
     call->parent = NULL;
-}
-
-/* Does for the whole call what CRPC_INIT does, but clears only the first byte of each text. */
-CRPCI_FN void crpci_request_clear_call(crpc_call *call)
-{
-    crpc_error *e = &call->error;
-    size_t i;
-    crpci_request_clear_inputs(call);
     e->code = e->app_code = e->attempts = 0;
     e->sent = CRPC_SENT_NO;
     e->remote = false;
@@ -17263,13 +17265,6 @@ CRPCI_FN void crpci_request_apply_policy(crpc_policy *to, const crpc_policy *p)
         to->forks = crpci_request_within(p->forks, INT32_MAX);
     if (p->fail_percent)
         to->fail_percent = crpci_request_within(p->fail_percent, 100);
-}
-
-/* Whether any member is set. */
-CRPCI_FN bool crpci_request_has_policy(const crpc_policy *p)
-{
-    return ((int)p->cluster | p->timeout_ms | p->retries | p->backup_ms | p->forks |
-            p->fail_percent) != 0;
 }
 
 /* Determines the settings of a method: its own options win over the channel's, the .proto's timeout
@@ -17339,39 +17334,19 @@ CRPCI_COLD void crpci_request_source_free(crpci_request_source *s)
 
 /* --- encoding --------------------------------------------------------------------------------- */
 
-/* Most bytes that a call's fields can take: its own, `added` bytes of interceptors, its id and its
- * order key. */
-CRPCI_FN size_t crpci_request_fields_size(const crpc_call *call, size_t cost, size_t added,
-                                          crpc_view id)
-{
-    size_t n = added, i;
-    for (i = 0; i < call->field_count; i++)
-        n += strlen(call->fields[i].key) + strlen(call->fields[i].value) + cost;
-    if (crpc_view_data(id))
-        n += sizeof CRPCI_MESSAGE_ID_FIELD + crpc_view_size(id) + cost;
-    if (crpc_view_data(call->order_key))
-        n += sizeof CRPCI_MESSAGE_KEY_FIELD + crpc_view_size(call->order_key) + cost;
-    return n;
-}
-
-/* Appends a field, for which there must be room. */
-CRPCI_FN void crpci_request_put_field(const crpci_protocol *p, crpci_message_out *o,
-                                      const char *key, crpc_view value)
-{
-    o->len += p->put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
-}
-
-/* Writes the fields that crpci_request_fields_size counted. */
+/* Appends a call's fields: its own, `added` bytes of interceptors, its id and its order key. On
+ * failure o->no_memory is set. */
 CRPCI_FN void crpci_request_put_fields(const crpci_protocol *p, crpci_message_out *o,
                                        const crpc_call *call, size_t added, crpc_view id)
 {
     size_t i;
     for (i = 0; i < call->field_count; i++)
         crpci_request_put_field(p, o, call->fields[i].key, crpc_view_str(call->fields[i].value));
-    if (added)
+    if (CRPCI_UNLIKELY(added) && crpci_message_reserve(o, added)) {
         memcpy(crpci_heap_data(o->chunk) + o->len,
                crpci_heap_data((crpci_chunk *)call->reserved[CRPCI_CALL_ADDED]), added);
-    o->len += added;
+        o->len += added;
+    }
     if (crpc_view_data(id))
         crpci_request_put_field(p, o, CRPCI_MESSAGE_ID_FIELD, id);
     if (crpc_view_data(call->order_key))
@@ -17455,37 +17430,38 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     size_t added = s->intercepted ? (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN] : 0;
     char id_text[17];
     crpc_view id = crpci_request_id(s, call, id_text);
-    size_t fields = crpci_request_fields_size(call, p->field_cost, added, id);
     size_t secret = crpc_view_size(credential);
-    size_t room = p->headroom + crpc_view_size(k->names) + fields + secret;
+    size_t room = p->headroom + crpc_view_size(k->names);
     size_t attached = crpc_view_size(call->attachment), base = front + sizeof(crpci_out);
-    size_t copied = borrow && attached > CRPCI_REQUEST_INLINE ? 0 : attached, payload;
-    const char *why = "";
+    size_t copied = borrow && attached > CRPCI_REQUEST_INLINE ? 0 : attached, fields, payload;
+    const char *why = "out of memory";
     crpci_message_out o;
     crpci_request *r;
-    int err;
+    int err = CRPC_ENOMEM;
     if (crpci_request_lacks_policy(&call->policy))
         return crpci_request_refuse(error, m, CRPC_EUNSUPPORTED, "policy: not compiled in: ",
                                     "CRPC_ENABLE_POLICY is 0");
     o.heap = s->loop->heap;
     o.len = base;
     o.lent = o.no_memory = false;
-    o.chunk = crpci_heap_chunk(o.heap, base + fields + secret + room + m->request_size + 64);
+    o.chunk = crpci_heap_chunk(o.heap, base + room + m->request_size + 64);
     if (!o.chunk)
-        return crpci_request_refuse(error, m, CRPC_ENOMEM, "", "out of memory");
-    if (fields)
-        crpci_request_put_fields(p, &o, call, added, id);
+        return crpci_request_refuse(error, m, err, "request not encoded: ", why);
+    crpci_request_put_fields(p, &o, call, added, id);
     fields = o.len - base;
-    if (secret)
-        memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(credential), secret);
-    payload = o.len += secret + room;
-    err = crpci_message_encode(&o, m->request, request, &why);
+    room += fields + secret;
+    payload = o.len + secret + room;
+    if (crpci_message_reserve(&o, secret + room) && !o.no_memory) {
+        if (secret)
+            memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(credential), secret);
+        o.len = payload;
+        err = crpci_message_encode(&o, m->request, request, &why);
+    }
     if (!err && o.len - payload + room + attached > INT32_MAX) {
         err = CRPC_EINVAL;
         why = "message and attachment are over 2 GiB together";
     } else if (!err && !crpci_message_reserve(&o, copied)) {
         err = CRPC_ENOMEM;
-        why = "out of memory";
     }
     if (CRPCI_UNLIKELY(err)) {
         crpci_heap_chunk_unref(o.chunk);
@@ -19801,8 +19777,7 @@ CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
                                       const crpc_call *in, int64_t start)
 {
     crpci_attempt_init(c, ch, k, kind, start);
-    if (CRPCI_UNLIKELY(crpci_request_has_policy(&in->policy)))
-        crpci_request_apply_policy(&c->policy, &in->policy);
+    crpci_request_apply_policy(&c->policy, &in->policy);
     c->attempt.deadline_us = crpci_channel_deadline(&c->policy, in, start);
     if (CRPCI_UNLIKELY(c->policy.backup_ms && kind != CRPCI_CALL_NOTIFY &&
                        (k->method->flags & CRPC_METHOD_IDEMPOTENT)))
@@ -20047,44 +20022,37 @@ CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const voi
 
 /* --- asynchronous ----------------------------------------------------------------------------- */
 
-/* crpci_channel_put for a channel with interceptors. They get a copy of the caller's inputs, which
- * they may change; the copy is not needed once the request is encoded. */
-CRPCI_FN int crpci_channel_put_intercepted(crpc_channel *ch, const crpci_method *k,
-                                           crpci_call_kind kind, const void *request,
-                                           const crpc_call *in, crpci_pending_call **out)
-{
-    crpc_call call;
-    size_t ran;
-    int err;
-    crpci_request_clear_call(&call);
-    memcpy(&call, in, offsetof(crpc_call, error));
-    err = crpci_channel_before(ch, k->method, &call, &ran);
-    err = err ? err : crpci_channel_put(ch, k, kind, request, &call, NULL, out);
-    if (err)
-        crpci_channel_after(ch, k->method, &call, err, ran);
-    crpc_call_reset(&call);
-    return err;
-}
-
-/* Encodes and enters a call of any asynchronous form. On success the loop is locked: the caller
- * sets what is special to its form in *out, then calls crpci_channel_start. */
+/* Encodes and enters a call of any asynchronous form. Interceptors get a copy of the caller's inputs,
+ * which they may change; it is not needed once the request is encoded. On success the loop is
+ * locked: the caller sets what is special to its form in *out, then calls crpci_channel_start. */
 CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const void *request,
                                  crpci_call_kind kind, const crpc_call *in,
                                  crpci_pending_call **out)
 {
     const crpci_method *k = crpci_request_find_method(&ch->requests, m);
-    crpc_call defaults;
-    int err;
+    bool intercepted = ch->interceptor_count != 0;
+    crpc_call copy;
+    size_t ran = 0;
+    int err = CRPC_OK;
     *out = NULL;
-    crpci_request_clear_inputs(&defaults);
-    in = in ? in : &defaults;
     if (CRPCI_UNLIKELY(!k))
         return CRPC_ENOMEM;
+    if (!in || intercepted) {
+        crpci_request_clear_call(&copy);
+        if (in)
+            memcpy(&copy, in, offsetof(crpc_call, error));
+        in = &copy;
+    }
     crpci_thread_ref(&ch->refs); /* the call's; an interceptor may close the channel */
-    err = ch->interceptor_count ? crpci_channel_put_intercepted(ch, k, kind, request, in, out)
-                                : crpci_channel_put(ch, k, kind, request, in, NULL, out);
-    if (err)
+    if (intercepted)
+        err = crpci_channel_before(ch, m, &copy, &ran);
+    err = err ? err : crpci_channel_put(ch, k, kind, request, in, NULL, out);
+    if (err) {
+        crpci_channel_after(ch, m, &copy, err, ran);
         crpci_attempt_drop_channel(ch);
+    }
+    if (intercepted)
+        crpc_call_reset(&copy);
     return err;
 }
 
