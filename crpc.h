@@ -18730,7 +18730,7 @@ struct crpc_channel {
     bool private_loop; /* the channel opened the loop and closes it */
     bool closed;       /* no call may begin or go on */
     bool wait; /* calls wait for a provider */
-    uint32_t refs; /* atomic: the program's, and one of each pending call but parts */
+    uint32_t refs; /* atomic: the program's, and one of each pending call */
     crpci_list calls;   /* all pending calls but parts */
     crpci_list waiting; /* attempts that wait for a list of providers */
     crpci_request_source requests;
@@ -19402,10 +19402,7 @@ CRPCI_COLD void crpci_cluster_drop_parts(crpci_pending_call *c)
         crpci_reply_drop(&a->reply, l);
         if (a->endpoint)
             crpci_endpoint_serve_waiting(a->endpoint);
-        crpci_id_remove(&l->calls, a->id);
-        crpci_endpoint_drop(a->endpoint);
-        crpci_request_drop(&a->request, part->block);
-        crpci_heap_chunk_unref(part->block);
+        crpci_attempt_discard(part);
     }
     c->group = NULL;
     if (c->error) {
@@ -19431,22 +19428,14 @@ CRPCI_COLD void crpci_cluster_succeed(crpci_pending_call *c)
     crpci_endpoint_drop(own);
 }
 
-/* Ends a call none of whose parts is under way or has succeeded. With wait=1, if none could
- * connect, the call goes on with attempts of its own. A BROADCAST ends: one attempt would not reach
- * everyone. */
-CRPCI_COLD void crpci_cluster_fail(crpci_pending_call *c)
-{
-    int status = c->group->status;
-    if (c->group->all || !crpci_attempt_wait(c, status))
-        crpci_attempt_finish(c, status);
-}
-
 /* Ends the call if its parts have decided it: BROADCAST when all have ended, with success if no
  * more than fail_percent of them failed; the others with the first success, or when the last part
- * and the call's own attempt have failed. */
+ * and the call's own attempt have failed. With wait=1, if none could connect, the call then goes on
+ * with attempts of its own; a BROADCAST ends, because one attempt would not reach everyone. */
 CRPCI_COLD void crpci_cluster_settle(crpci_pending_call *c)
 {
     crpci_group *g = c->group;
+    int status = g->status;
     size_t all = g->lost;
     const crpci_list *i;
     if (g->starting || (g->all && g->open))
@@ -19457,27 +19446,23 @@ CRPCI_COLD void crpci_cluster_settle(crpci_pending_call *c)
         crpci_reply_drop(&c->attempt.reply, c->channel->loop); /* too many failed */
     if (c->attempt.reply.chunk)
         crpci_cluster_succeed(c);
-    else if (!g->open && c->attempt.state == CRPCI_ATTEMPT_IDLE)
-        crpci_cluster_fail(c);
+    else if (!g->open && c->attempt.state == CRPCI_ATTEMPT_IDLE &&
+             (g->all || !crpci_attempt_wait(c, status)))
+        crpci_attempt_finish(c, status);
 }
 
-/* A part has failed. Its status and text become those of the call if that fails too; a later
- * failure replaces them. */
-CRPCI_COLD void crpci_cluster_part_failed(crpci_pending_call *part, int status)
+/* The status of an attempt that has failed. A reply explains the call: a part's status and text
+ * become those of the call if that fails too, and a later failure replaces them. */
+CRPCI_COLD int crpci_cluster_explain(crpci_pending_call *c, int status)
 {
-    const crpci_attempt *a = &part->attempt;
-    crpci_pending_call *c = part->parent;
+    const crpci_attempt *a = &c->attempt;
     crpc_error *e = a->reply.chunk ? crpci_attempt_error(c) : NULL;
-    c->group->failed++;
-    if (e) {
-        e->sent = CRPC_SENT_YES;
-        e->attempts = part->tried.attempts;
-        memcpy(e->endpoint, a->endpoint->address, sizeof e->endpoint);
-    }
-    c->group->status =
-        e ? crpci_reply_remote_error(&a->reply, part->method->method, part->tried.attempts, e)
-          : a->reply.chunk ? CRPC_ERESPONSE
-                           : status;
+    if (!e)
+        return a->reply.chunk ? CRPC_ERESPONSE : status;
+    e->sent = CRPC_SENT_YES;
+    e->attempts = c->tried.attempts;
+    memcpy(e->endpoint, a->endpoint->address, sizeof e->endpoint);
+    return crpci_reply_remote_error(&a->reply, c->method->method, c->tried.attempts, e);
 }
 
 /* A part, or a background try, has ended. The first success gives its reply to the call; later ones
@@ -19492,7 +19477,8 @@ CRPCI_COLD void crpci_cluster_part_ended(crpci_pending_call *part, int status)
     }
     c->group->open--;
     if (!crpci_reply_succeeded(&part->attempt.reply)) {
-        crpci_cluster_part_failed(part, status);
+        c->group->failed++;
+        c->group->status = crpci_cluster_explain(part, status);
     } else if (!c->attempt.reply.chunk) {
         c->group->from = part->attempt.endpoint;
         c->group->from->refs++;
@@ -19526,6 +19512,7 @@ CRPCI_COLD crpci_pending_call *crpci_cluster_part(crpci_pending_call *c)
     part->key = c->key;
     part->parent = c;
     part->block = chunk;
+    crpci_thread_ref(&c->channel->refs);
     return part;
 }
 
@@ -19642,11 +19629,8 @@ CRPCI_COLD void crpci_cluster_failback_failed(crpci_pending_call *c, int status)
 {
     crpc_channel *ch = c->channel;
     crpci_reply *r = &c->attempt.reply;
-    crpc_error *e = r->chunk ? crpci_attempt_error(c) : NULL;
     bool answered = r->chunk && !crpci_status_reserved(r->status);
-    if (r->chunk)
-        status = e ? crpci_reply_remote_error(r, c->method->method, c->tried.attempts, e)
-                   : CRPC_ERESPONSE;
+    status = crpci_cluster_explain(c, status);
     crpci_reply_drop(r, ch->loop);
     if (c->policy.retries > 1 && !answered && !ch->closed &&
         crpci_request_renew(&c->attempt.request, c->block)) {
@@ -19693,7 +19677,6 @@ CRPCI_COLD bool crpci_cluster_retry_later(crpci_pending_call *c, int status)
     crpci_loop_task_init(&back->task, crpci_cluster_failback_dropped);
     crpci_timer_init(&back->timer, crpci_cluster_failback_timer);
     ch->failback.waiting++;
-    crpci_thread_ref(&ch->refs);
     crpci_loop_timer_set(l, &back->timer, ch->failback.pause_us);
     crpci_drive_ensure_owner(l); /* where threads are forbidden it waits until somebody drives */
     return false;
