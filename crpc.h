@@ -18335,12 +18335,11 @@ CRPCI_FN int crpci_providers_new_member(crpci_providers *p, const char *address,
     return CRPC_OK;
 }
 
-#if CRPC_ENABLE_POLICY
-
 /* Takes over what the registry says about a provider. Its start time is wall clock, which both
  * hosts are expected to keep. */
 CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p, int64_t now)
 {
+#if CRPC_ENABLE_POLICY
     struct timespec wall;
     int64_t age_ms;
     clock_gettime(CLOCK_REALTIME, &wall);
@@ -18353,7 +18352,13 @@ CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p,
         m->since_us = now - crpci_base_min64(age_ms, INT64_C(1) << 40) * 1000;
     m->balance.weight =
         crpci_balance_warm_weight(m->weight, (now - m->since_us) / 1000, p->warmup_ms);
+#else
+    (void)now;
+    m->balance.weight = (uint32_t)p->weight;
+#endif
 }
+
+#if CRPC_ENABLE_POLICY
 
 /* Marks which entries of a list this channel uses: the `max` that a hash of address and channel
  * puts first, with those that cannot be reached last. NULL: all of them; without memory too: more
@@ -18381,20 +18386,6 @@ CRPCI_FN bool *crpci_providers_choose(const crpci_providers *p, const crpci_snap
         chosen[choices[i].index] = true;
     crpci_heap_free(h, choices, size);
     return chosen;
-}
-
-#else
-
-CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p, int64_t now)
-{
-    (void)now;
-    m->balance.weight = (uint32_t)p->weight;
-}
-
-CRPCI_FN bool *crpci_providers_choose(const crpci_providers *p, const crpci_snapshot *list)
-{
-    (void)p, (void)list;
-    return NULL;
 }
 
 #endif /* CRPC_ENABLE_POLICY */
@@ -18435,11 +18426,13 @@ CRPCI_FN int crpci_providers_set(crpci_providers *p, const crpci_snapshot *list)
     size_t room = list->count + 1, old_room = p->room, old_count = p->count, n;
     crpci_balance_item **old = p->members;
     crpci_balance_item **fresh = (crpci_balance_item **)crpci_heap_alloc(h, room * sizeof *fresh);
-    bool *chosen;
+    bool *chosen = NULL;
     int err;
     if (!fresh)
         return CRPC_ENOMEM;
+#if CRPC_ENABLE_POLICY
     chosen = crpci_providers_choose(p, list);
+#endif
     err = crpci_providers_make(p, list, chosen, fresh, &n);
     crpci_heap_free(h, chosen, list->count);
     if (err) {
