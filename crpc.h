@@ -17675,11 +17675,10 @@ CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
 
 /* --- on the caller's thread, without the lock ------------------------------------------------- */
 
-/* Explains a reply that carries an error, and returns the status of the call. e->endpoint is set
- * already. A code is the application's if a crpc peer marks it so, or if neither brpc nor crpc
- * defines it. */
-CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method *m,
-                                        int attempts, crpc_error *e)
+/* Explains a reply that carries an error, and returns the status of the call. e->endpoint and
+ * e->attempts are set already. A code is the application's if a crpc peer marks it so, or if
+ * neither brpc nor crpc defines it. */
+CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method *m, crpc_error *e)
 {
     int code = r->status, length;
     crpc_view mark = {{NULL}, NULL}, text = r->text;
@@ -17694,20 +17693,20 @@ CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method 
     length = (int)crpci_base_min(crpc_view_size(text), CRPC_ERROR_TEXT_MAX);
     if (CRPC_ENABLE_TEXTS)
         snprintf(e->text, sizeof e->text, "%s.%s attempt %d %s: %s %d: %.*s (remote)", m->service,
-                 m->name, attempts, e->endpoint, app ? "application error" : crpc_status_name(code),
-                 code, length, crpc_view_data(text));
+                 m->name, e->attempts, e->endpoint,
+                 app ? "application error" : crpc_status_name(code), code, length,
+                 crpc_view_data(text));
     else
         snprintf(e->text, sizeof e->text, "%.*s", length, crpc_view_data(text));
     return e->code;
 }
 
 /* Explains a reply that cannot be used. */
-CRPCI_COLD int crpci_reply_malformed(const crpc_method *m, int attempts, crpc_error *e,
-                                     const char *what)
+CRPCI_COLD int crpci_reply_malformed(const crpc_method *m, crpc_error *e, const char *what)
 {
     e->code = CRPC_ERESPONSE;
-    crpci_status_explain(e, "%s.%s attempt %d %s: reply: %s (local)", m->service, m->name, attempts,
-                         e->endpoint, what);
+    crpci_status_explain(e, "%s.%s attempt %d %s: reply: %s (local)", m->service, m->name,
+                         e->attempts, e->endpoint, what);
     return CRPC_ERESPONSE;
 }
 
@@ -17727,25 +17726,16 @@ CRPCI_FN int crpci_reply_decode(const crpci_reply *r, const crpci_method *k, int
     call->reserved[CRPCI_CALL_RAW_END] = (void *)(uintptr_t)r->fields.end;
     call->reserved[CRPCI_CALL_PROTOCOL] = (void *)(uintptr_t)r->protocol;
     if (CRPCI_UNLIKELY(r->status != 0))
-        return crpci_reply_remote_error(r, k->method, attempts, e);
+        return crpci_reply_remote_error(r, k->method, e);
     if (type->views || type->clear)
         memset(response, 0, type->size);
     if (!crpci_message_decode(r->payload, r->payload_size, type, response, &why))
-        return crpci_reply_malformed(k->method, attempts, e, why);
+        return crpci_reply_malformed(k->method, e, why);
     e->code = CRPC_OK;
     e->text[0] = '\0';
     if (r->attachment_size)
         call->reply_attachment = crpc_view_of(r->payload + r->payload_size, r->attachment_size);
     return CRPC_OK;
-}
-
-/* Gives the reply's chunk to the caller: views, attachment and fields are valid until
- * crpc_call_reset. */
-CRPCI_FN void crpci_reply_hand_over(crpci_reply *r, crpc_call *call)
-{
-    if (r->chunk)
-        call->reserved[CRPCI_CALL_HELD] = r->chunk;
-    r->chunk = NULL;
 }
 
 #endif /* CRPC_ENABLE_CLIENT */
@@ -19301,7 +19291,7 @@ CRPCI_COLD int crpci_attempt_degrade(const crpci_pending_call *c, void *response
         if (crpci_message_decode(crpc_view_data(o->canned), crpc_view_size(o->canned), type,
                                  response, &why))
             return CRPC_OK;
-        return crpci_reply_malformed(c->method->method, c->tried.attempts, &call->error, why);
+        return crpci_reply_malformed(c->method->method, &call->error, why);
     }
     if (c->policy.cluster != CRPC_CLUSTER_FAILSAFE && c->policy.cluster != CRPC_CLUSTER_FAILBACK)
         return status;
@@ -19455,7 +19445,7 @@ CRPCI_COLD int crpci_cluster_explain(crpci_pending_call *c, int status)
     e->sent = CRPC_SENT_YES;
     e->attempts = c->tried.attempts;
     memcpy(e->endpoint, a->endpoint->address, sizeof e->endpoint);
-    return crpci_reply_remote_error(&a->reply, c->method->method, c->tried.attempts, e);
+    return crpci_reply_remote_error(&a->reply, c->method->method, e);
 }
 
 /* A part, or a background try, has ended. The first success gives its reply to the call; later ones
@@ -19929,7 +19919,8 @@ CRPCI_FN int crpci_channel_result(crpci_pending_call *c, void *response, crpc_ca
 {
     crpc_channel *ch = c->channel;
     int err = crpci_attempt_result(c, response, call);
-    crpci_reply_hand_over(&c->attempt.reply, call);
+    call->reserved[CRPCI_CALL_HELD] = c->attempt.reply.chunk;
+    c->attempt.reply.chunk = NULL;
     crpci_channel_after(ch, c->method->method, call, err, ch->interceptor_count);
     crpci_attempt_free(c);
     return err;
@@ -19998,9 +19989,10 @@ CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const voi
 
 /* --- asynchronous ----------------------------------------------------------------------------- */
 
-/* Encodes and enters a call of any asynchronous form. Interceptors get a copy of the caller's inputs,
- * which they may change; it is not needed once the request is encoded. On success the loop is
- * locked: the caller sets what is special to its form in *out, then calls crpci_channel_start. */
+/* Encodes and enters a call of any asynchronous form. Interceptors get a copy of the caller's
+ * inputs, which they may change; it is not needed once the request is encoded. On success the loop
+ * is locked: the caller sets what is special to its form in *out, then calls
+ * crpci_channel_start. */
 CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const void *request,
                                  crpci_call_kind kind, const crpc_call *in,
                                  crpci_pending_call **out)
