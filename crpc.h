@@ -18135,16 +18135,6 @@ CRPCI_FN void crpci_endpoint_submit(crpci_endpoint *e, crpci_attempt *a)
         crpci_endpoint_dial(e);
 }
 
-/* A sent attempt was detached before its reply, so the peer still works on it. With a limit of
- * requests in flight the slot is still occupied, and the late reply could be taken for that of the
- * next request: closes the connection. */
-CRPCI_FN void crpci_endpoint_give_up_slot(crpci_attempt *a, int why)
-{
-    crpci_endpoint *e = a->endpoint;
-    if (e->options.inflight && a->sent != CRPC_SENT_NO && e->conn)
-        crpci_conn_close(e->conn, why, 0);
-}
-
 CRPCI_FN bool crpci_endpoint_same_options(const crpci_endpoint_options *a,
                                           const crpci_endpoint_options *b)
 {
@@ -18160,6 +18150,7 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
 {
     crpci_list *i;
     crpci_endpoint *e;
+    crpci_addr addr;
     for (i = l->endpoints.next; i != &l->endpoints; i = i->next) {
         e = CRPCI_CONTAINER(i, crpci_endpoint, link);
         if (strcmp(e->address, address) == 0 && crpci_endpoint_same_options(&e->options, options)) {
@@ -18169,13 +18160,12 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
             return CRPC_OK;
         }
     }
+    if (strlen(address) >= sizeof e->address || !crpci_sock_parse(&addr, address))
+        return CRPC_EINVAL;
     e = (crpci_endpoint *)crpci_heap_alloc(l->heap, sizeof *e);
     if (!e)
         return CRPC_ENOMEM;
-    if (strlen(address) >= sizeof e->address || !crpci_sock_parse(&e->addr, address)) {
-        crpci_heap_free(l->heap, e, sizeof *e);
-        return CRPC_EINVAL;
-    }
+    e->addr = addr;
     e->loop = l;
     e->events = events;
     e->refs = e->users = 1;
@@ -18891,7 +18881,8 @@ CRPCI_FN void crpci_attempt_end(crpci_pending_call *c, crpci_outcome outcome)
     crpci_providers_end(&ch->providers, m, outcome, now - c->attempt_us, now);
 }
 
-/* Takes a call out of what its loop knows: from here on it is the calling thread's alone. Locked. */
+/* Takes a call out of what its loop knows: from here on it is the calling thread's alone.
+ * Locked. */
 CRPCI_FN void crpci_attempt_take(crpci_pending_call *c)
 {
     crpc_loop *l = c->channel->loop;
@@ -18921,14 +18912,17 @@ CRPCI_FN void crpci_attempt_discard(crpci_pending_call *c)
     crpci_attempt_free(c);
 }
 
-/* Gives up the present attempt before its reply came. */
+/* Gives up the present attempt before its reply came. A peer that was sent the request still works
+ * on it. With a limit of requests in flight the slot is still occupied then, and the late reply
+ * could be taken for that of the next request: closes the connection. */
 CRPCI_FN void crpci_attempt_abandon(crpci_pending_call *c, int why)
 {
+    crpci_endpoint *e = c->attempt.endpoint;
     bool active = c->attempt.state == CRPCI_ATTEMPT_ACTIVE;
     crpci_endpoint_detach(&c->attempt);
     crpci_attempt_end(c, why == CRPC_ETIMEDOUT ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_IGNORE);
-    if (active)
-        crpci_endpoint_give_up_slot(&c->attempt, why);
+    if (active && e->options.inflight && c->attempt.sent != CRPC_SENT_NO && e->conn)
+        crpci_conn_close(e->conn, why, 0);
 }
 
 /* Ends the call, once, with a reply or a status: queues its callback, ends its caller's wait, or
@@ -19499,26 +19493,22 @@ CRPCI_COLD crpci_pending_call *crpci_cluster_part(crpci_pending_call *c)
     return part;
 }
 
-/* Gives a call a group, if it has none. False: out of memory. */
-CRPCI_COLD bool crpci_cluster_need_group(crpci_pending_call *c, bool all)
-{
-    if (c->group)
-        return true;
-    c->group = (crpci_group *)crpci_heap_alloc(c->channel->loop->heap, sizeof *c->group);
-    if (!c->group)
-        return false;
-    crpci_list_init(&c->group->parts);
-    c->group->all = all;
-    c->group->status = CRPC_ENOMEM;
-    return true;
-}
-
-/* Sends the call to up to `n` more providers that it has not tried. A BROADCAST counts those for
- * which there is no memory as failed; other calls do without. False: no part was begun. */
-CRPCI_COLD bool crpci_cluster_branch(crpci_pending_call *c, size_t n)
+/* Sends the call to up to `n` more providers that it has not tried; `all`: to all, as a BROADCAST,
+ * which counts those for which there is no memory as failed. Other calls do without. False: no part
+ * was begun. */
+CRPCI_COLD bool crpci_cluster_branch(crpci_pending_call *c, size_t n, bool all)
 {
     crpci_group *g = c->group;
     bool any = false;
+    if (!g) {
+        g = (crpci_group *)crpci_heap_alloc(c->channel->loop->heap, sizeof *g);
+        if (!g)
+            return false;
+        crpci_list_init(&g->parts);
+        g->all = all;
+        g->status = CRPC_ENOMEM;
+        c->group = g;
+    }
     g->starting = true;
     for (; n; n--) {
         crpci_member *m = crpci_attempt_pick(c);
@@ -19549,7 +19539,7 @@ CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
         ; /* waits for a list */
     } else if (!count) {
         crpci_attempt_no_provider(c);
-    } else if (crpci_cluster_need_group(c, all) && crpci_cluster_branch(c, n)) {
+    } else if (crpci_cluster_branch(c, n, all)) {
         crpci_cluster_settle(c);
     } else {
         crpci_attempt_give_up(c, CRPC_ENOMEM, "out of memory", "");
@@ -19561,11 +19551,10 @@ CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
 CRPCI_COLD void crpci_cluster_backup(crpci_pending_call *c)
 {
     c->backup_us = INT64_MAX;
-    if (c->attempt.state == CRPCI_ATTEMPT_DONE || !c->attempt.endpoint ||
-        !crpci_cluster_need_group(c, false))
+    if (c->attempt.state == CRPCI_ATTEMPT_DONE || !c->attempt.endpoint)
         return;
     crpci_attempt_mark_tried(c);
-    if (crpci_cluster_branch(c, 1))
+    if (crpci_cluster_branch(c, 1, false))
         crpci_cluster_settle(c);
 }
 
@@ -19677,9 +19666,9 @@ static const crpci_cluster_ops crpci_cluster_all = {
 
 /* The calls that programs make: synchronous, with a callback, with an id, one-way. Each encodes its
  * request without a lock, then locks the loop, lists a pending call in the channel and hands it to
- * crpci_attempt_begin. The public functions are called without a lock, by any thread. A call lives in
- * the chunk of its request. A synchronous call differs from one with an id in that its caller waits
- * at once. */
+ * crpci_attempt_begin. The public functions are called without a lock, by any thread. A call lives
+ * in the chunk of its request. A synchronous call differs from one with an id in that its caller
+ * waits at once. */
 
 #if CRPC_ENABLE_CLIENT
 
@@ -20426,12 +20415,14 @@ CRPCI_COLD int crpci_opening_check_policy(const crpc_policy *p, const crpc_metho
                             m ? m->method->name : "", m ? ": " : "", what);
 }
 
-/* Checks the options of each method by the rows of the channel's own. */
-CRPCI_COLD int crpci_opening_check_methods(const crpc_channel_options *o, crpc_error *error)
+/* Checks all options, into which the URL has been read before; those of each method by the rows of
+ * the channel's own. */
+CRPCI_COLD int crpci_opening_check(const crpc_channel_options *o, crpc_error *error)
 {
+    int err = crpci_options_check(&crpci_opening_options, o, error);
     crpc_channel_options own;
     size_t i;
-    int err = CRPC_OK;
+    err = err ? err : crpci_opening_check_policy(&o->policy, NULL, error);
     memset(&own, 0, sizeof own);
     for (i = 0; i < o->method_count && !err; i++) {
         const crpc_method_options *m = &o->methods[i];
@@ -20443,14 +20434,6 @@ CRPCI_COLD int crpci_opening_check_methods(const crpc_channel_options *o, crpc_e
         err = err ? err : crpci_opening_check_policy(&m->policy, m, error);
     }
     return err;
-}
-
-/* Checks all options. The URL has been read into them before. */
-CRPCI_COLD int crpci_opening_check(const crpc_channel_options *o, crpc_error *error)
-{
-    int err = crpci_options_check(&crpci_opening_options, o, error);
-    err = err ? err : crpci_opening_check_policy(&o->policy, NULL, error);
-    return err ? err : crpci_opening_check_methods(o, error);
 }
 
 #if CRPC_ENABLE_POLICY
@@ -20473,32 +20456,6 @@ CRPCI_COLD void crpci_opening_breaker(crpci_providers *p, const crpc_breaker_opt
 }
 
 #endif /* CRPC_ENABLE_POLICY */
-
-/* A random number of the channel: makes its request ids differ from those of other channels, and
- * its part of a long list (max_endpoints) too. */
-CRPCI_COLD uint64_t crpci_opening_seed(crpc_loop *l)
-{
-    uint64_t seed;
-    crpci_loop_lock(l);
-    seed = (uint64_t)crpci_loop_random(l) << 32 | crpci_loop_random(l);
-    crpci_loop_unlock(l);
-    return seed;
-}
-
-/* Sets up what the requests of the channel have in common. The program's array of method options
- * is not copied. */
-CRPCI_COLD void crpci_opening_requests(crpci_request_source *s, const crpc_channel_options *o,
-                                       uint64_t seed)
-{
-    s->policy = o->policy;
-    s->short_names = o->wire.short_names != 0;
-    s->intercepted = o->interceptor_count != 0;
-    s->ids = o->request_ids != 0;
-    s->seed = seed;
-    s->hash_field = o->hash_field;
-    s->options = o->methods;
-    s->option_count = o->method_count;
-}
 
 /* Sets up the still empty list of providers. A stale_ttl of INT64_MAX / 4 never passes, and can be
  * subtracted from a time without overflow. */
@@ -20524,13 +20481,26 @@ CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_o
 }
 
 /* Takes over checked options; those of `o` get their final values. Whether a timeout was given is
- * noted before, because a default counts less than the .proto's timeout. */
+ * noted before, because a default counts less than the .proto's timeout. The seed makes the
+ * channel's request ids, and its part of a long list (max_endpoints), differ from those of
+ * others. */
 CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, crpc_channel_options *o)
 {
-    uint64_t seed = crpci_opening_seed(ch->loop);
-    ch->requests.timeout_open = !o->policy.timeout_ms;
+    crpci_request_source *s = &ch->requests;
+    uint64_t seed;
+    crpci_loop_lock(ch->loop);
+    seed = (uint64_t)crpci_loop_random(ch->loop) << 32 | crpci_loop_random(ch->loop);
+    crpci_loop_unlock(ch->loop);
+    s->timeout_open = !o->policy.timeout_ms;
     crpci_options_fill(&crpci_opening_options, o);
-    crpci_opening_requests(&ch->requests, o, seed);
+    s->policy = o->policy;
+    s->short_names = o->wire.short_names != 0;
+    s->intercepted = o->interceptor_count != 0;
+    s->ids = o->request_ids != 0;
+    s->seed = seed;
+    s->hash_field = o->hash_field;
+    s->options = o->methods; /* the program's array, not a copy */
+    s->option_count = o->method_count;
     crpci_opening_providers(&ch->providers, o, seed);
     ch->wait = o->wait > 0;
     ch->interceptors = o->interceptors;
@@ -20649,23 +20619,20 @@ CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
 {
     crpc_channel *ch = (crpc_channel *)user;
     crpc_loop *l = ch->loop;
-    bool served = false;
     int err = CRPC_OK;
     crpci_loop_lock(l);
     crpci_loop_hold(l); /* sending unlocks: a callback may close the channel meanwhile */
     if (!ch->closed)
         err = crpci_providers_update(&ch->providers, list);
-    if (!ch->closed && !err && ch->providers.count && !crpci_list_empty(&ch->waiting)) {
-        crpci_attempt_serve_waiting(ch);
-        served = true;
-    }
     if (!ch->closed && !err && !list->stale) { /* stale: from a cache, not the registry's answer */
         ch->directory.listed = true;
         if (ch->directory.waiter)
             crpci_drive_end_wait(l, ch->directory.waiter);
     }
-    if (served)
+    if (!ch->closed && !err && ch->providers.count && !crpci_list_empty(&ch->waiting)) {
+        crpci_attempt_serve_waiting(ch);
         crpci_channel_flush(l);
+    }
     crpci_loop_unlock(l);
     crpci_loop_release(l);
     if (err)
