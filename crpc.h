@@ -16287,16 +16287,6 @@ CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 /* The values of cluster=, in the order of crpc_cluster. */
 #define CRPCI_REQUEST_CLUSTERS ",failover,failfast,failsafe,failback,forking,broadcast"
 
-/* A policy in which every member has its final value. */
-typedef struct crpci_policy {
-    uint8_t cluster;
-    uint8_t retries;
-    uint8_t fail_percent;
-    int timeout_ms; /* 0: none of its own; the method's or the channel's applies */
-    int backup_ms;  /* 0: none */
-    int forks;      /* 0: all providers */
-} crpci_policy;
-
 /* What a channel keeps about a method from its first call on. Immutable. */
 typedef struct crpci_method {
     struct crpci_method *next;
@@ -16304,7 +16294,8 @@ typedef struct crpci_method {
     size_t size;      /* of this struct with the encoded names behind it */
     crpc_view names;  /* service and method, encoded */
     crpci_message_type response;
-    crpci_policy policy;
+    crpc_policy policy; /* in which every member has its final value: 0 in timeout_ms and backup_ms
+                         * means none, in forks all providers */
     /* at most one attempt at a time, never degraded: fast path */
     bool plain;
     uint32_t hash_field;                /* 0: none */
@@ -16324,7 +16315,7 @@ typedef struct crpci_request_source {
     int hash_field;   /* 0: none */
     uint64_t seed;
     uint32_t last_id; /* atomic; mixed with the seed into request ids */
-    crpci_policy policy;
+    crpc_policy policy;
     const crpc_method_options *options;
     size_t option_count;
     crpci_method *methods; /* atomic: read without the lock; entries are only ever added */
@@ -16335,13 +16326,16 @@ typedef struct crpci_request_source {
  * protocol writes first; the message; a small attachment. */
 typedef struct crpci_request {
     crpci_chunk *chunk;
-    size_t front;       /* offset of the crpci_out */
-    size_t low;         /* offset of the headroom */
-    size_t payload;     /* offset of the message */
-    size_t inline_size; /* attachment behind the message */
+    size_t front;           /* offset of the crpci_out */
+    size_t fields_size;     /* these stand right behind it */
+    size_t credential_size; /* and this behind the fields */
+    size_t payload;         /* offset of the message behind the crpci_out */
+    size_t payload_size;
+    size_t inline_size;   /* attachment behind the message */
     crpc_view attachment; /* outside the chunk, borrowed from the caller */
+    crpc_view names;      /* this and the rest as in crpci_message */
+    int64_t log_id, trace_id, span_id, parent_span_id;
     bool identified; /* it has a request id: a server with replay_entries executes it once */
-    crpci_message message; /* only the members that a request has are set */
 } crpci_request;
 
 /* --- the caller's crpc_call ------------------------------------------------------------------- */
@@ -16393,11 +16387,22 @@ CRPC_API bool crpc_call_field(const crpc_call *call, const char *key, crpc_view 
     return fields.end && p->field(fields, key, value);
 }
 
+/* Appends a field to what is encoded. False: out of memory, as o->no_memory says then. */
+CRPCI_FN bool crpci_request_put_field(const crpci_protocol *p, crpci_message_out *o,
+                                      const char *key, crpc_view value)
+{
+    if (!crpci_message_reserve(o, strlen(key) + crpc_view_size(value) + p->field_cost))
+        return false;
+    o->len += p->put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
+    return true;
+}
+
 CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *value)
 {
     crpci_heap *h = (crpci_heap *)call->reserved[CRPCI_CALL_HEAP];
     const crpci_protocol *p = (const crpci_protocol *)call->reserved[CRPCI_CALL_PROTOCOL];
     crpci_message_out o;
+    bool added;
     if (!h || !key || !value)
         return CRPC_EINVAL;
     o.heap = h;
@@ -16408,20 +16413,19 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
         o.chunk = crpci_heap_chunk(h, 64);
     if (!o.chunk)
         return CRPC_ENOMEM;
-    call->reserved[CRPCI_CALL_ADDED] = o.chunk;
-    if (!crpci_message_reserve(&o, strlen(key) + strlen(value) + p->field_cost))
-        return CRPC_ENOMEM;
-    o.len += p->put_field(crpci_heap_data(o.chunk) + o.len, crpc_view_str(key),
-                          crpc_view_str(value));
+    added = crpci_request_put_field(p, &o, key, crpc_view_str(value));
     call->reserved[CRPCI_CALL_ADDED] = o.chunk;
     call->reserved[CRPCI_CALL_ADDED_LEN] = (void *)(uintptr_t)o.len;
-    return CRPC_OK;
+    return added ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* Does for the inputs what CRPC_INIT does. With single stores, because for so few bytes a call of
- * memset, or the string instructions that compilers put in its place, takes longer. */
-CRPCI_FN void crpci_request_clear_inputs(crpc_call *call)
+/* Does for the whole call what CRPC_INIT does, but clears only the first byte of each text. With
+ * single stores, because for so few bytes a call of memset, or the string instructions that
+ * compilers put in its place, takes longer. */
+CRPCI_FN void crpci_request_clear_call(crpc_call *call)
 {
+    crpc_error *e = &call->error;
+    size_t i;
     call->policy.cluster = CRPC_CLUSTER_DEFAULT;
     call->policy.timeout_ms = call->policy.retries = call->policy.backup_ms = 0;
     call->policy.forks = call->policy.fail_percent = 0;
@@ -16431,14 +16435,6 @@ CRPCI_FN void crpci_request_clear_inputs(crpc_call *call)
     call->credential = call->attachment = call->key = crpc_view_of(NULL, 0);
     call->request_id = call->order_key = crpc_view_of(NULL, 0);
     call->parent = NULL;
-}
-
-/* Does for the whole call what CRPC_INIT does, but clears only the first byte of each text. */
-CRPCI_FN void crpci_request_clear_call(crpc_call *call)
-{
-    crpc_error *e = &call->error;
-    size_t i;
-    crpci_request_clear_inputs(call);
     e->code = e->app_code = e->attempts = 0;
     e->sent = CRPC_SENT_NO;
     e->remote = false;
@@ -16451,31 +16447,27 @@ CRPCI_FN void crpci_request_clear_call(crpc_call *call)
 
 /* --- methods ---------------------------------------------------------------------------------- */
 
+/* A setting of a call, which nobody has checked: 0 to `most`. */
+CRPCI_FN int crpci_request_within(int value, int most)
+{
+    return value < 0 ? 0 : value > most ? most : value;
+}
+
 /* Overwrites members of `to` with those that are set in `p`. */
-CRPCI_FN void crpci_request_apply_policy(crpci_policy *to, const crpc_policy *p)
+CRPCI_FN void crpci_request_apply_policy(crpc_policy *to, const crpc_policy *p)
 {
     if (p->cluster && (unsigned)p->cluster <= CRPC_CLUSTER_BROADCAST)
-        to->cluster = (uint8_t)p->cluster;
+        to->cluster = p->cluster;
     if (p->timeout_ms > 0)
         to->timeout_ms = p->timeout_ms;
     if (p->retries)
-        to->retries = (uint8_t)crpci_base_min64(p->retries < 0 ? 0 : p->retries,
-                                                CRPCI_REQUEST_RETRIES);
+        to->retries = crpci_request_within(p->retries, CRPCI_REQUEST_RETRIES);
     if (p->backup_ms)
-        to->backup_ms = p->backup_ms < 0 ? 0 : p->backup_ms;
+        to->backup_ms = crpci_request_within(p->backup_ms, INT32_MAX);
     if (p->forks)
-        to->forks = p->forks < 0 ? 0 : p->forks;
+        to->forks = crpci_request_within(p->forks, INT32_MAX);
     if (p->fail_percent)
-        to->fail_percent = (uint8_t)(p->fail_percent < 0     ? 0
-                                     : p->fail_percent > 100 ? 100
-                                                             : p->fail_percent);
-}
-
-/* Whether any member is set. */
-CRPCI_FN bool crpci_request_has_policy(const crpc_policy *p)
-{
-    return ((int)p->cluster | p->timeout_ms | p->retries | p->backup_ms | p->forks |
-            p->fail_percent) != 0;
+        to->fail_percent = crpci_request_within(p->fail_percent, 100);
 }
 
 /* Determines the settings of a method: its own options win over the channel's, the .proto's timeout
@@ -16545,39 +16537,19 @@ CRPCI_COLD void crpci_request_source_free(crpci_request_source *s)
 
 /* --- encoding --------------------------------------------------------------------------------- */
 
-/* Most bytes that a call's fields can take: its own, `added` bytes of interceptors, its id and its
- * order key. */
-CRPCI_FN size_t crpci_request_fields_size(const crpc_call *call, size_t cost, size_t added,
-                                          crpc_view id)
-{
-    size_t n = added, i;
-    for (i = 0; i < call->field_count; i++)
-        n += strlen(call->fields[i].key) + strlen(call->fields[i].value) + cost;
-    if (crpc_view_data(id))
-        n += sizeof CRPCI_MESSAGE_ID_FIELD + crpc_view_size(id) + cost;
-    if (crpc_view_data(call->order_key))
-        n += sizeof CRPCI_MESSAGE_KEY_FIELD + crpc_view_size(call->order_key) + cost;
-    return n;
-}
-
-/* Appends a field, for which there must be room. */
-CRPCI_FN void crpci_request_put_field(const crpci_protocol *p, crpci_message_out *o,
-                                      const char *key, crpc_view value)
-{
-    o->len += p->put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
-}
-
-/* Writes the fields that crpci_request_fields_size counted. */
+/* Appends a call's fields: its own, `added` bytes of interceptors, its id and its order key. On
+ * failure o->no_memory is set. */
 CRPCI_FN void crpci_request_put_fields(const crpci_protocol *p, crpci_message_out *o,
                                        const crpc_call *call, size_t added, crpc_view id)
 {
     size_t i;
     for (i = 0; i < call->field_count; i++)
         crpci_request_put_field(p, o, call->fields[i].key, crpc_view_str(call->fields[i].value));
-    if (added)
+    if (CRPCI_UNLIKELY(added) && crpci_message_reserve(o, added)) {
         memcpy(crpci_heap_data(o->chunk) + o->len,
                crpci_heap_data((crpci_chunk *)call->reserved[CRPCI_CALL_ADDED]), added);
-    o->len += added;
+        o->len += added;
+    }
     if (crpc_view_data(id))
         crpci_request_put_field(p, o, CRPCI_MESSAGE_ID_FIELD, id);
     if (crpc_view_data(call->order_key))
@@ -16596,11 +16568,18 @@ CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *ca
     return crpc_view_of(text, 16);
 }
 
+/* The frame inside the request's chunk. */
+CRPCI_FN crpci_out *crpci_request_frame(const crpci_request *r)
+{
+    return (crpci_out *)(void *)(crpci_heap_data(r->chunk) + r->front);
+}
+
 /* The key of lb=hash: a hash of the last field of that number in the encoded message. proto3 leaves
  * out fields that are zero; an absent field counts as one without bytes. */
 CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t field)
 {
-    const uint8_t *p = crpci_heap_data(r->chunk) + r->payload, *end = p + r->message.payload_size;
+    const uint8_t *p = (const uint8_t *)(crpci_request_frame(r) + 1) + r->payload;
+    const uint8_t *end = p + r->payload_size;
     uint64_t key = crpci_base_hash(NULL, 0), tag = 0;
     while (p && p < end) {
         const uint8_t *value = crpci_message_varint(p, end, &tag);
@@ -16612,23 +16591,17 @@ CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t fiel
 }
 
 /* Log and trace ids: the call's own, else those of the server's request for which it is made. */
-CRPCI_FN void crpci_request_inherit(const crpc_call *call, crpci_message *m)
+CRPCI_FN void crpci_request_inherit(const crpc_call *call, crpci_request *r)
 {
-    m->log_id = call->log_id;
-    m->trace_id = m->span_id = m->parent_span_id = 0;
+    r->log_id = call->log_id;
+    r->trace_id = r->span_id = r->parent_span_id = 0;
     if (call->parent) {
         const crpci_origin *from = (const crpci_origin *)(const void *)call->parent;
-        m->log_id = m->log_id ? m->log_id : from->log_id;
-        m->trace_id = from->trace_id;
-        m->parent_span_id = from->span_id;
-        m->span_id = from->span_id + 1; /* all calls made for one request share it */
+        r->log_id = r->log_id ? r->log_id : from->log_id;
+        r->trace_id = from->trace_id;
+        r->parent_span_id = from->span_id;
+        r->span_id = from->span_id + 1; /* all calls made for one request share it */
     }
-}
-
-/* The frame inside the request's chunk. */
-CRPCI_FN crpci_out *crpci_request_frame(const crpci_request *r)
-{
-    return (crpci_out *)(void *)(crpci_heap_data(r->chunk) + r->front);
 }
 
 /* Whether a call asks for what only CRPC_ENABLE_POLICY=1 has. Constant in a build that has it. */
@@ -16660,37 +16633,38 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     size_t added = s->intercepted ? (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN] : 0;
     char id_text[17];
     crpc_view id = crpci_request_id(s, call, id_text);
-    size_t fields = crpci_request_fields_size(call, p->field_cost, added, id);
     size_t secret = crpc_view_size(credential);
-    size_t room = p->headroom + crpc_view_size(k->names) + fields + secret;
+    size_t room = p->headroom + crpc_view_size(k->names);
     size_t attached = crpc_view_size(call->attachment), base = front + sizeof(crpci_out);
-    size_t copied = borrow && attached > CRPCI_REQUEST_INLINE ? 0 : attached, payload;
-    const char *why = "";
+    size_t copied = borrow && attached > CRPCI_REQUEST_INLINE ? 0 : attached, fields, payload;
+    const char *why = "out of memory";
     crpci_message_out o;
     crpci_request *r;
-    int err;
+    int err = CRPC_ENOMEM;
     if (crpci_request_lacks_policy(&call->policy))
         return crpci_request_refuse(error, m, CRPC_EUNSUPPORTED, "policy: not compiled in: ",
                                     "CRPC_ENABLE_POLICY is 0");
     o.heap = s->loop->heap;
     o.len = base;
     o.lent = o.no_memory = false;
-    o.chunk = crpci_heap_chunk(o.heap, base + fields + secret + room + m->request_size + 64);
+    o.chunk = crpci_heap_chunk(o.heap, base + room + m->request_size + 64);
     if (!o.chunk)
-        return crpci_request_refuse(error, m, CRPC_ENOMEM, "", "out of memory");
-    if (fields)
-        crpci_request_put_fields(p, &o, call, added, id);
+        return crpci_request_refuse(error, m, err, "request not encoded: ", why);
+    crpci_request_put_fields(p, &o, call, added, id);
     fields = o.len - base;
-    if (secret)
-        memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(credential), secret);
-    payload = o.len += secret + room;
-    err = crpci_message_encode(&o, m->request, request, &why);
+    room += fields + secret;
+    payload = o.len + secret + room;
+    if (crpci_message_reserve(&o, secret + room) && !o.no_memory) {
+        if (secret)
+            memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(credential), secret);
+        o.len = payload;
+        err = crpci_message_encode(&o, m->request, request, &why);
+    }
     if (!err && o.len - payload + room + attached > INT32_MAX) {
         err = CRPC_EINVAL;
         why = "message and attachment are over 2 GiB together";
     } else if (!err && !crpci_message_reserve(&o, copied)) {
         err = CRPC_ENOMEM;
-        why = "out of memory";
     }
     if (CRPCI_UNLIKELY(err)) {
         crpci_heap_chunk_unref(o.chunk);
@@ -16701,38 +16675,46 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
         memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(call->attachment), copied);
     r->chunk = o.chunk;
     r->front = front;
-    r->low = base + fields + secret;
-    r->payload = payload;
+    r->fields_size = fields;
+    r->credential_size = secret;
+    r->payload = payload - base;
+    r->payload_size = o.len - payload;
     r->inline_size = copied;
     r->attachment = attached > copied ? call->attachment : crpc_view_of(NULL, 0);
+    r->names = k->names;
     r->identified = crpc_view_data(id) != NULL;
-    r->message.kind = CRPCI_MESSAGE_REQUEST;
-    r->message.names = k->names;
-    r->message.fields = crpc_view_of(crpci_heap_data(o.chunk) + base, fields);
-    r->message.credential = crpc_view_of(secret ? crpci_heap_data(o.chunk) + base + fields : NULL,
-                                         secret);
-    r->message.payload_size = o.len - payload;
-    r->message.attachment_size = attached;
-    crpci_request_inherit(call, &r->message);
+    crpci_request_inherit(call, r);
     crpci_request_frame(r)->queued = false; /* sending sets the other members */
     *out = r;
     return CRPC_OK;
 }
 
 /* Writes what precedes the encoded message, for one attempt. Returns the frame, to be queued. */
-CRPCI_FN crpci_out *crpci_request_prepare(crpci_request *r, const crpci_protocol *p, int64_t id,
-                                          int32_t timeout_ms)
+CRPCI_FN crpci_out *crpci_request_prepare(const crpci_request *r, const crpci_protocol *p,
+                                          int64_t id, int32_t timeout_ms)
 {
-    uint8_t *data = crpci_heap_data(r->chunk), *payload = data + r->payload;
     crpci_out *o = crpci_request_frame(r);
-    r->message.id = o->id = id;
-    r->message.timeout_ms = timeout_ms;
-    o->chunk = r->chunk;
-    o->head = p->request(data + r->low, payload, &r->message);
-    o->head_len = (size_t)(payload - o->head) + r->message.payload_size + r->inline_size;
+    uint8_t *fields = (uint8_t *)(o + 1), *payload = fields + r->payload;
+    uint8_t *credential = fields + r->fields_size;
+    crpci_message m; /* only the members that a request has are set */
+    m.kind = CRPCI_MESSAGE_REQUEST;
+    m.id = o->id = id;
+    m.timeout_ms = timeout_ms;
+    m.fields = crpc_view_of(fields, r->fields_size);
+    m.credential = crpc_view_of(r->credential_size ? credential : NULL, r->credential_size);
+    m.names = r->names;
+    m.log_id = r->log_id;
+    m.trace_id = r->trace_id;
+    m.span_id = r->span_id;
+    m.parent_span_id = r->parent_span_id;
     o->tail = (const uint8_t *)crpc_view_data(r->attachment);
     o->tail_len = crpc_view_size(r->attachment);
+    m.payload_size = r->payload_size;
+    m.attachment_size = r->inline_size + o->tail_len;
+    o->chunk = r->chunk;
     o->tail_chunk = NULL;
+    o->head = p->request(credential + r->credential_size, payload, &m);
+    o->head_len = (size_t)(payload - o->head) + r->payload_size + r->inline_size;
     return o;
 }
 
@@ -16741,7 +16723,7 @@ CRPCI_FN crpci_out *crpci_request_prepare(crpci_request *r, const crpci_protocol
 /* Bytes that a copy of the request takes. */
 CRPCI_FN size_t crpci_request_size(const crpci_request *r)
 {
-    return r->payload + r->message.payload_size + r->inline_size - r->front;
+    return sizeof(crpci_out) + r->payload + r->payload_size + r->inline_size;
 }
 
 /* Copies a request to offset `front` of a chunk that has room for it. A borrowed attachment stays
@@ -16749,19 +16731,11 @@ CRPCI_FN size_t crpci_request_size(const crpci_request *r)
 CRPCI_FN void crpci_request_copy(crpci_request *to, const crpci_request *from, crpci_chunk *chunk,
                                  size_t front)
 {
-    uint8_t *at = crpci_heap_data(chunk) + front;
+    memcpy(crpci_heap_data(chunk) + front, crpci_request_frame(from), crpci_request_size(from));
     *to = *from;
-    memcpy(at, crpci_request_frame(from), crpci_request_size(from));
     to->chunk = chunk;
     to->front = front;
-    to->low = from->low - from->front + front;
-    to->payload = from->payload - from->front + front;
     crpci_request_frame(to)->queued = false;
-    at += sizeof(crpci_out);
-    to->message.fields = crpc_view_of(at, crpc_view_size(from->message.fields));
-    if (crpc_view_data(from->message.credential))
-        to->message.credential = crpc_view_of(at + crpc_view_size(from->message.fields),
-                                              crpc_view_size(from->message.credential));
 }
 
 /* Prepares the request for another attempt. The last attempt's frame may still be part of a send on
@@ -16904,11 +16878,10 @@ CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
 
 /* --- on the caller's thread, without the lock ------------------------------------------------- */
 
-/* Explains a reply that carries an error, and returns the status of the call. e->endpoint is set
- * already. A code is the application's if a crpc peer marks it so, or if neither brpc nor crpc
- * defines it. */
-CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method *m,
-                                        int attempts, crpc_error *e)
+/* Explains a reply that carries an error, and returns the status of the call. e->endpoint and
+ * e->attempts are set already. A code is the application's if a crpc peer marks it so, or if
+ * neither brpc nor crpc defines it. */
+CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method *m, crpc_error *e)
 {
     int code = r->status, length;
     crpc_view mark = {{NULL}, NULL}, text = r->text;
@@ -16923,20 +16896,20 @@ CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method 
     length = (int)crpci_base_min(crpc_view_size(text), CRPC_ERROR_TEXT_MAX);
     if (CRPC_ENABLE_TEXTS)
         snprintf(e->text, sizeof e->text, "%s.%s attempt %d %s: %s %d: %.*s (remote)", m->service,
-                 m->name, attempts, e->endpoint, app ? "application error" : crpc_status_name(code),
-                 code, length, crpc_view_data(text));
+                 m->name, e->attempts, e->endpoint,
+                 app ? "application error" : crpc_status_name(code), code, length,
+                 crpc_view_data(text));
     else
         snprintf(e->text, sizeof e->text, "%.*s", length, crpc_view_data(text));
     return e->code;
 }
 
 /* Explains a reply that cannot be used. */
-CRPCI_COLD int crpci_reply_malformed(const crpc_method *m, int attempts, crpc_error *e,
-                                     const char *what)
+CRPCI_COLD int crpci_reply_malformed(const crpc_method *m, crpc_error *e, const char *what)
 {
     e->code = CRPC_ERESPONSE;
-    crpci_status_explain(e, "%s.%s attempt %d %s: reply: %s (local)", m->service, m->name, attempts,
-                         e->endpoint, what);
+    crpci_status_explain(e, "%s.%s attempt %d %s: reply: %s (local)", m->service, m->name,
+                         e->attempts, e->endpoint, what);
     return CRPC_ERESPONSE;
 }
 
@@ -16956,25 +16929,16 @@ CRPCI_FN int crpci_reply_decode(const crpci_reply *r, const crpci_method *k, int
     call->reserved[CRPCI_CALL_RAW_END] = (void *)(uintptr_t)r->fields.end;
     call->reserved[CRPCI_CALL_PROTOCOL] = (void *)(uintptr_t)r->protocol;
     if (CRPCI_UNLIKELY(r->status != 0))
-        return crpci_reply_remote_error(r, k->method, attempts, e);
+        return crpci_reply_remote_error(r, k->method, e);
     if (type->views || type->clear)
         memset(response, 0, type->size);
     if (!crpci_message_decode(r->payload, r->payload_size, type, response, &why))
-        return crpci_reply_malformed(k->method, attempts, e, why);
+        return crpci_reply_malformed(k->method, e, why);
     e->code = CRPC_OK;
     e->text[0] = '\0';
     if (r->attachment_size)
         call->reply_attachment = crpc_view_of(r->payload + r->payload_size, r->attachment_size);
     return CRPC_OK;
-}
-
-/* Gives the reply's chunk to the caller: views, attachment and fields are valid until
- * crpc_call_reset. */
-CRPCI_FN void crpci_reply_hand_over(crpci_reply *r, crpc_call *call)
-{
-    if (r->chunk)
-        call->reserved[CRPCI_CALL_HELD] = r->chunk;
-    r->chunk = NULL;
 }
 
 #endif /* CRPC_ENABLE_CLIENT */
@@ -17031,8 +16995,9 @@ typedef struct crpci_endpoint_events {
     /* The attempt could not be sent, or its connection was lost. `cause` explains. */
     void (*failed)(crpci_attempt *a, int code, const char *cause);
     void (*replied)(crpci_attempt *a, const crpci_message *m);
-    void (*sent)(crpci_attempt *a); /* a frame that gets no reply was sent completely */
-    void (*useless)(crpci_attempt *a, const char *cause); /* the reply cannot be used */
+    /* CRPC_OK: a frame that gets no reply was sent completely. Else the reply cannot be used, and
+     * `cause` explains. */
+    void (*ended)(crpci_attempt *a, int code, const char *cause);
 } crpci_endpoint_events;
 
 struct crpci_endpoint {
@@ -17042,7 +17007,6 @@ struct crpci_endpoint {
     uint32_t refs;
     uint32_t users; /* channels; while there is one, the endpoint keeps its connection */
     char address[CRPC_ADDRESS_MAX];
-    size_t address_size; /* the terminating zero included */
     crpci_addr addr;
     crpci_endpoint_options options;
     crpci_conn *conn;
@@ -17238,7 +17202,7 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m
     if (!m->usual && m->unsupported && !m->status) {
         char cause[CRPC_ERROR_TEXT_MAX];
         crpci_status_format(cause, sizeof cause, "reply: %s", m->unsupported);
-        e->events->useless(a, cause);
+        e->events->ended(a, CRPC_ERESPONSE, cause);
         return;
     }
     e->events->replied(a, m);
@@ -17254,7 +17218,7 @@ CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_message *
     crpci_status_format(cause, sizeof cause, "reply of %llu bytes is over max_body, %u",
                         (unsigned long long)body, conn->max_body);
     a->sent = CRPC_SENT_YES;
-    a->endpoint->events->useless(a, cause);
+    a->endpoint->events->ended(a, CRPC_ERESPONSE, cause);
 }
 
 /* A whole frame was sent; o->owner is NULL if its call has ended before. */
@@ -17267,7 +17231,7 @@ CRPCI_FN void crpci_endpoint_on_sent(crpci_conn *conn, crpci_out *o)
     a->out = NULL;
     a->sent = CRPC_SENT_YES;
     if (crpci_endpoint_unanswered(a))
-        a->endpoint->events->sent(a);
+        a->endpoint->events->ended(a, CRPC_OK, NULL);
 }
 
 CRPCI_FN void crpci_endpoint_on_eof(crpci_conn *conn)
@@ -17281,43 +17245,22 @@ CRPCI_FN void crpci_endpoint_on_conn_timer(crpci_conn *conn)
         crpci_conn_close(conn, CRPC_ETIMEDOUT, ETIMEDOUT);
 }
 
-/* A connection is closing: records how far each frame got, before its queue is freed. */
-CRPCI_FN void crpci_endpoint_disown_frames(crpci_conn *conn)
-{
-    crpci_out *o, *after;
-    for (o = conn->tx_head; o; o = after) {
-        crpci_attempt *a = (crpci_attempt *)o->owner;
-        after = o->next;
-        if (!a)
-            continue;
-        if (crpci_conn_out_begun(o))
-            a->sent = CRPC_SENT_MAYBE;
-        a->out = NULL;
-        if (!crpci_conn_withdraw(conn, o))
-            crpci_conn_out_orphan(o);
-    }
-}
-
 /* Connects now, or when the backoff is over. Attempts that fail may dial again, and the
  * connection's events lead back here: a cycle, hence this prototype. */
 CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e);
 
-CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
+/* A dial or a connection has failed, and no more comes of it: fails its attempts. */
+CRPCI_FN void crpci_endpoint_fail(crpci_endpoint *e, bool connecting, int why, int system_error)
 {
-    crpci_endpoint *e = (crpci_endpoint *)conn->owner;
-    bool connecting = conn->connecting;
     char cause[96];
-    if (!e)
-        return;
-    e->refs++;
     crpci_status_format(cause, sizeof cause, "%s%s%s",
                         connecting ? "connecting: " : "connection lost: ",
-                        conn->why == CRPC_ECONN    ? crpci_conn_errno_text(conn->why_errno)
-                        : conn->why == CRPC_ENOMEM ? "out of memory"
-                                                   : crpc_status_text(conn->why),
-                        connecting && conn->why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
-    crpci_endpoint_disown_frames(conn);
-    e->last_errno = conn->why_errno;
+                        why == CRPC_ECONN    ? crpci_conn_errno_text(system_error)
+                        : why == CRPC_ENOMEM ? "out of memory"
+                                             : crpc_status_text(why),
+                        connecting && why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
+    e->refs++; /* a failing attempt drops its reference to the endpoint */
+    e->last_errno = system_error;
     e->refused = connecting;
     if (connecting || e->failures)
         crpci_endpoint_back_off(e);
@@ -17327,8 +17270,16 @@ CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
     crpci_endpoint_fail_all(e, &e->active, cause);
     if (!e->conn && !crpci_list_empty(&e->waiting)) /* these waited for a slot: dial for them */
         crpci_endpoint_dial(e);
-    crpci_conn_drop(conn);
     crpci_endpoint_drop(e);
+}
+
+CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
+{
+    crpci_endpoint *e = (crpci_endpoint *)conn->owner;
+    if (!e)
+        return;
+    crpci_endpoint_fail(e, conn->connecting, conn->why, conn->why_errno);
+    crpci_conn_drop(conn);
 }
 
 static const crpci_conn_events crpci_endpoint_conn_events = {
@@ -17350,16 +17301,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
     e->dialled_at = crpci_loop_now(l);
     err = crpci_connect_dial(l, &e->addr, &crpci_endpoint_conn_events, e, &e->conn, &system_error);
     if (err) {
-        char cause[96];
-        e->last_errno = system_error;
-        e->refused = true;
-        crpci_status_format(cause, sizeof cause, "connecting: %s",
-                            err == CRPC_ENOMEM ? "out of memory"
-                                               : crpci_conn_errno_text(system_error));
-        crpci_endpoint_back_off(e);
-        e->refs++;
-        crpci_endpoint_fail_all(e, &e->waiting, cause);
-        crpci_endpoint_drop(e);
+        crpci_endpoint_fail(e, true, err, system_error);
         return;
     }
     crpci_conn_hold(e->conn);
@@ -17396,16 +17338,6 @@ CRPCI_FN void crpci_endpoint_submit(crpci_endpoint *e, crpci_attempt *a)
         crpci_endpoint_dial(e);
 }
 
-/* A sent attempt was detached before its reply, so the peer still works on it. With a limit of
- * requests in flight the slot is still occupied, and the late reply could be taken for that of the
- * next request: closes the connection. */
-CRPCI_FN void crpci_endpoint_give_up_slot(crpci_attempt *a, int why)
-{
-    crpci_endpoint *e = a->endpoint;
-    if (e->options.inflight && a->sent != CRPC_SENT_NO && e->conn)
-        crpci_conn_close(e->conn, why, 0);
-}
-
 CRPCI_FN bool crpci_endpoint_same_options(const crpci_endpoint_options *a,
                                           const crpci_endpoint_options *b)
 {
@@ -17421,6 +17353,7 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
 {
     crpci_list *i;
     crpci_endpoint *e;
+    crpci_addr addr;
     for (i = l->endpoints.next; i != &l->endpoints; i = i->next) {
         e = CRPCI_CONTAINER(i, crpci_endpoint, link);
         if (strcmp(e->address, address) == 0 && crpci_endpoint_same_options(&e->options, options)) {
@@ -17430,18 +17363,16 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
             return CRPC_OK;
         }
     }
+    if (strlen(address) >= sizeof e->address || !crpci_sock_parse(&addr, address))
+        return CRPC_EINVAL;
     e = (crpci_endpoint *)crpci_heap_alloc(l->heap, sizeof *e);
     if (!e)
         return CRPC_ENOMEM;
-    if (strlen(address) >= sizeof e->address || !crpci_sock_parse(&e->addr, address)) {
-        crpci_heap_free(l->heap, e, sizeof *e);
-        return CRPC_EINVAL;
-    }
+    e->addr = addr;
     e->loop = l;
     e->events = events;
     e->refs = e->users = 1;
-    e->address_size = strlen(address) + 1;
-    memcpy(e->address, address, e->address_size);
+    memcpy(e->address, address, strlen(address)); /* the rest is zero */
     e->options = *options;
     crpci_list_init(&e->waiting);
     crpci_list_init(&e->active);
@@ -17494,10 +17425,10 @@ typedef struct crpci_providers {
     bool (*in_group)(const crpci_group *g, const crpci_endpoint *e);
     crpci_endpoint_options endpoint;
     crpci_balance balance;
-    crpci_balance_item **members; /* each in a crpci_member; the balancer knows them by index */
+    crpci_balance_item **members; /* each in a crpci_member, sorted by address; the balancer knows
+                                   * them by index */
     size_t count;
     size_t room;        /* of the array */
-    bool sorted;        /* by address, as registries give it; a URL's list may not be */
     int64_t stale_at;   /* since when nobody has confirmed the list; INT64_MAX: it is confirmed */
     int64_t stale_ttl_us;
 #if CRPC_ENABLE_POLICY
@@ -17553,22 +17484,16 @@ CRPCI_FN void crpci_providers_unlist(crpci_balance_item **members, size_t count)
     }
 }
 
-/* The present member with an address. Lists of a registry are sorted: `hint` is the place behind
- * the last one that was found, where the next mostly stands. */
+/* The present member with an address. Lists are sorted: `from` is where the search goes on behind
+ * the address before. NULL: there is none. */
 CRPCI_FN crpci_member *crpci_providers_find(const crpci_providers *p, const char *address,
-                                            size_t *hint)
+                                            size_t *from)
 {
-    size_t i;
-    for (i = 0; i < p->count; i++) {
-        size_t k = *hint + i < p->count ? *hint + i : *hint + i - p->count;
-        crpci_member *m = crpci_providers_at(p, k);
+    for (; *from < p->count; ++*from) {
+        crpci_member *m = crpci_providers_at(p, *from);
         int order = strcmp(m->endpoint->address, address);
-        if (order == 0) {
-            *hint = k + 1;
-            return m;
-        }
-        if (order > 0 && p->sorted && k >= *hint)
-            break; /* it would have stood before this one */
+        if (order >= 0)
+            return order == 0 ? m : NULL;
     }
     return NULL;
 }
@@ -17590,126 +17515,87 @@ CRPCI_FN int crpci_providers_new_member(crpci_providers *p, const char *address,
     return CRPC_OK;
 }
 
-#if CRPC_ENABLE_POLICY
-
-/* Milliseconds since 1970, in which registries give the start of a provider. */
-CRPCI_FN int64_t crpci_providers_wall_ms(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_REALTIME, &ts);
-    return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
-
 /* Takes over what the registry says about a provider. Its start time is wall clock, which both
  * hosts are expected to keep. */
-CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p, int64_t now,
-                                       int64_t wall_ms)
+CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p, int64_t now)
 {
+#if CRPC_ENABLE_POLICY
+    struct timespec wall;
+    int64_t age_ms;
+    clock_gettime(CLOCK_REALTIME, &wall);
+    age_ms = (int64_t)wall.tv_sec * 1000 + wall.tv_nsec / 1000000 - p->timestamp_ms;
     m->weight = (uint32_t)p->weight;
     m->warmup_us = (int64_t)p->warmup_ms * 1000;
     if (!m->kept)
         m->since_us = now;
-    if (p->timestamp_ms && p->timestamp_ms < wall_ms)
-        m->since_us = now - crpci_base_min64(wall_ms - p->timestamp_ms, INT64_C(1) << 40) * 1000;
+    if (p->timestamp_ms && age_ms > 0)
+        m->since_us = now - crpci_base_min64(age_ms, INT64_C(1) << 40) * 1000;
     m->balance.weight =
         crpci_balance_warm_weight(m->weight, (now - m->since_us) / 1000, p->warmup_ms);
+#else
+    (void)now;
+    m->balance.weight = (uint32_t)p->weight;
+#endif
 }
 
-/* Marks which entries of a list this channel uses: all, or the `max` that a hash of address and
- * channel puts first, with those that cannot be reached last. Without memory it uses all: more
+#if CRPC_ENABLE_POLICY
+
+/* Marks which entries of a list this channel uses: the `max` that a hash of address and channel
+ * puts first, with those that cannot be reached last. NULL: all of them; without memory too: more
  * connections, but nothing is lost. */
-CRPCI_FN void crpci_providers_choose_members(const crpci_providers *p, const crpci_snapshot *list,
-                                             bool *chosen)
+CRPCI_FN bool *crpci_providers_choose(const crpci_providers *p, const crpci_snapshot *list)
 {
     crpci_heap *h = p->loop->heap;
-    crpci_balance_choice *choices = NULL;
-    size_t i, n, hint = 0;
-    if (p->max && list->count > p->max)
-        choices = (crpci_balance_choice *)crpci_heap_alloc(h, list->count * sizeof *choices);
-    for (i = 0; i < list->count; i++) {
-        chosen[i] = !choices;
-        if (choices)
-            crpci_balance_choice_init(&choices[i], i, list->providers[i].address, p->seed);
-    }
-    if (!choices)
-        return;
-    for (i = 0; i < list->count; i++) {
-        crpci_member *m = crpci_providers_find(p, list->providers[i].address, &hint);
+    size_t size = list->count * sizeof(crpci_balance_choice), i, n, from = 0;
+    crpci_balance_choice *choices;
+    bool *chosen = NULL;
+    if (!p->max || list->count <= p->max)
+        return NULL;
+    choices = (crpci_balance_choice *)crpci_heap_alloc(h, size);
+    if (choices)
+        chosen = (bool *)crpci_heap_alloc(h, list->count);
+    for (i = 0; i < list->count && chosen; i++) {
+        const char *address = list->providers[i].address;
+        crpci_member *m = crpci_providers_find(p, address, &from);
+        crpci_balance_choice_init(&choices[i], i, address, p->seed);
         if (m && crpci_endpoint_is_dead(m->endpoint))
             choices[i].rank = 0;
     }
-    n = crpci_balance_subset(choices, list->count, p->max);
+    n = chosen ? crpci_balance_subset(choices, list->count, p->max) : 0;
     for (i = 0; i < n; i++)
         chosen[choices[i].index] = true;
-    crpci_heap_free(h, choices, list->count * sizeof *choices);
-}
-
-#else
-
-CRPCI_FN int64_t crpci_providers_wall_ms(void)
-{
-    return 0;
-}
-
-CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p, int64_t now,
-                                       int64_t wall_ms)
-{
-    (void)now, (void)wall_ms;
-    m->balance.weight = (uint32_t)p->weight;
-}
-
-CRPCI_FN void crpci_providers_choose_members(const crpci_providers *p, const crpci_snapshot *list,
-                                             bool *chosen)
-{
-    (void)p;
-    memset(chosen, true, list->count);
+    crpci_heap_free(h, choices, size);
+    return chosen;
 }
 
 #endif /* CRPC_ENABLE_POLICY */
 
-/* Whether an address is among the new members already: in a sorted list it would be the last. */
-CRPCI_FN bool crpci_providers_is_double(crpci_balance_item *const *members, size_t n,
-                                        const char *address, bool sorted)
-{
-    size_t i;
-    for (i = n; i; i--) {
-        int order = strcmp(members[i - 1]->address, address);
-        if (order == 0)
-            return true;
-        if (order < 0 && sorted)
-            return false;
-    }
-    return false;
-}
-
 /* Fills `fresh` with the members of a list, of which `chosen` are wanted; members that exist are
  * kept. On failure *count says how many there are already. */
 CRPCI_FN int crpci_providers_make(crpci_providers *p, const crpci_snapshot *list,
-                                  const bool *chosen, crpci_balance_item **fresh, size_t *count,
-                                  bool *sorted)
+                                  const bool *chosen, crpci_balance_item **fresh, size_t *count)
 {
-    int64_t now = crpci_loop_now(p->loop), wall = crpci_providers_wall_ms();
-    size_t i, n = 0, hint = 0;
-    int err = CRPC_OK;
-    *sorted = true;
-    for (i = 0; i < list->count && !err; i++) {
+    int64_t now = crpci_loop_now(p->loop);
+    size_t i, from = 0;
+    *count = 0;
+    for (i = 0; i < list->count; i++) {
         const crpci_provider *provider = &list->providers[i];
         crpci_member *m;
-        if (!chosen[i] || crpci_providers_is_double(fresh, n, provider->address, *sorted))
+        int err;
+        if (chosen && !chosen[i])
             continue;
-        m = crpci_providers_find(p, provider->address, &hint);
-        if (m)
+        m = crpci_providers_find(p, provider->address, &from);
+        if (m) {
             m->kept = true;
-        else
+        } else {
             err = crpci_providers_new_member(p, provider->address, &m);
-        if (err)
-            break;
-        *sorted = *sorted && (!n || strcmp(fresh[n - 1]->address, provider->address) < 0);
-        crpci_providers_describe(m, provider, now, wall);
-        fresh[n++] = &m->balance;
+            if (err)
+                return err;
+        }
+        crpci_providers_describe(m, provider, now);
+        fresh[(*count)++] = &m->balance;
     }
-    *count = n;
-    return err;
+    return CRPC_OK;
 }
 
 /* Replaces the list. Providers that stay keep what is known about them; calls under way keep their
@@ -17717,16 +17603,18 @@ CRPCI_FN int crpci_providers_make(crpci_providers *p, const crpci_snapshot *list
 CRPCI_FN int crpci_providers_set(crpci_providers *p, const crpci_snapshot *list)
 {
     crpci_heap *h = p->loop->heap;
-    size_t room = list->count + 1, old_room = p->room, old_count = p->count, n = 0;
-    bool *chosen = (bool *)crpci_heap_alloc(h, room), sorted = true;
+    size_t room = list->count + 1, old_room = p->room, old_count = p->count, n;
     crpci_balance_item **old = p->members;
     crpci_balance_item **fresh = (crpci_balance_item **)crpci_heap_alloc(h, room * sizeof *fresh);
-    int err = chosen && fresh ? CRPC_OK : CRPC_ENOMEM;
-    if (!err) {
-        crpci_providers_choose_members(p, list, chosen);
-        err = crpci_providers_make(p, list, chosen, fresh, &n, &sorted);
-    }
-    crpci_heap_free(h, chosen, room);
+    bool *chosen = NULL;
+    int err;
+    if (!fresh)
+        return CRPC_ENOMEM;
+#if CRPC_ENABLE_POLICY
+    chosen = crpci_providers_choose(p, list);
+#endif
+    err = crpci_providers_make(p, list, chosen, fresh, &n);
+    crpci_heap_free(h, chosen, list->count);
     if (err) {
         crpci_providers_unlist(fresh, n);
         crpci_heap_free(h, fresh, room * sizeof *fresh);
@@ -17735,7 +17623,6 @@ CRPCI_FN int crpci_providers_set(crpci_providers *p, const crpci_snapshot *list)
     p->members = fresh;
     p->count = n;
     p->room = room;
-    p->sorted = sorted;
     err = crpci_balance_reset(&p->balance, h, fresh, n);
 #if CRPC_ENABLE_POLICY
     p->reweigh_at = crpci_loop_now(p->loop);
@@ -18017,7 +17904,7 @@ struct crpc_channel {
     bool private_loop; /* the channel opened the loop and closes it */
     bool closed;       /* no call may begin or go on */
     bool wait; /* calls wait for a provider */
-    uint32_t refs; /* atomic: the program's, and one of each pending call but parts */
+    uint32_t refs; /* atomic: the program's, and one of each pending call */
     crpci_list calls;   /* all pending calls but parts */
     crpci_list waiting; /* attempts that wait for a list of providers */
     crpci_request_source requests;
@@ -18058,7 +17945,7 @@ struct crpci_pending_call {
     crpc_channel *channel;
     const crpci_method *method;
     crpci_call_kind kind;
-    crpci_policy policy;  /* the method's, with what the call overrides */
+    crpc_policy policy;   /* the method's, with what the call overrides */
     crpci_member *member; /* of the present attempt; NULL: it has ended */
     int64_t start_us;   /* when the program made the call; times are the loop's */
     int64_t attempt_us; /* when the present attempt began */
@@ -18085,6 +17972,39 @@ struct crpci_pending_call {
 CRPCI_FN crpci_pending_call *crpci_attempt_call(crpci_attempt *a)
 {
     return CRPCI_CONTAINER(a, crpci_pending_call, attempt);
+}
+
+/* Fills a pending call that has its request, id and block. Its policy is the method's, and it may
+ * make one attempt. Single stores, because clearing the whole struct takes longer. */
+CRPCI_FN void crpci_attempt_init(crpci_pending_call *c, crpc_channel *ch, const crpci_method *k,
+                                 crpci_call_kind kind, int64_t start)
+{
+    crpci_attempt *a = &c->attempt;
+    crpci_loop_assert_locked(ch->loop);
+    crpci_list_init(&a->link);
+    a->state = CRPCI_ATTEMPT_IDLE;
+    a->one_way = kind == CRPCI_CALL_NOTIFY;
+    a->sent = c->before = CRPC_SENT_NO;
+    a->out = NULL;
+    a->endpoint = NULL;
+    a->reply.chunk = NULL;
+    c->timer.prev = NULL;
+    c->channel = ch;
+    c->method = k;
+    c->kind = kind;
+    c->policy = k->policy;
+    c->member = NULL;
+    c->start_us = start;
+    c->backup_us = INT64_MAX;
+    c->key = 0;
+    c->parent = NULL;
+    c->group = NULL;
+    c->waiter = NULL;
+    c->error = NULL;
+    c->error_chunk = NULL;
+    c->status = CRPC_OK;
+    c->tried.attempts = 0;
+    c->tried.max_attempts = 1;
 }
 
 /* Gives up a reference of a channel; the last one frees it. */
@@ -18122,7 +18042,8 @@ CRPCI_FN crpc_sent crpci_attempt_sent(const crpci_pending_call *c)
 }
 
 /* Writes why the present attempt failed. A part whose parent has ended explains nothing. */
-CRPCI_COLD void crpci_attempt_explain(crpci_pending_call *c, int code, const char *cause)
+CRPCI_COLD void crpci_attempt_explain(crpci_pending_call *c, int code, const char *cause,
+                                      const char *more)
 {
     const crpci_endpoint *at = c->attempt.endpoint;
     const crpc_method *m = c->method->method;
@@ -18136,8 +18057,9 @@ CRPCI_COLD void crpci_attempt_explain(crpci_pending_call *c, int code, const cha
     e->sent = crpci_attempt_sent(c);
     e->attempts = c->tried.attempts;
     snprintf(e->endpoint, sizeof e->endpoint, "%s", at ? at->address : "");
-    crpci_status_explain(e, "%s.%s attempt %d%s%s: %s (%s)", m->service, m->name, c->tried.attempts,
-                         at ? " " : "", e->endpoint, cause, e->remote ? "remote" : "local");
+    crpci_status_explain(e, "%s.%s attempt %d%s%s: %s%s (%s)", m->service, m->name,
+                         c->tried.attempts, at ? " " : "", e->endpoint, cause, more,
+                         e->remote ? "remote" : "local");
 }
 
 /* --- ends ------------------------------------------------------------------------------------- */
@@ -18159,7 +18081,8 @@ CRPCI_FN void crpci_attempt_end(crpci_pending_call *c, crpci_outcome outcome)
     crpci_providers_end(&ch->providers, m, outcome, now - c->attempt_us, now);
 }
 
-/* Takes a call out of what its loop knows: from here on it is the calling thread's alone. Locked. */
+/* Takes a call out of what its loop knows: from here on it is the calling thread's alone.
+ * Locked. */
 CRPCI_FN void crpci_attempt_take(crpci_pending_call *c)
 {
     crpc_loop *l = c->channel->loop;
@@ -18189,14 +18112,17 @@ CRPCI_FN void crpci_attempt_discard(crpci_pending_call *c)
     crpci_attempt_free(c);
 }
 
-/* Gives up the present attempt before its reply came. */
+/* Gives up the present attempt before its reply came. A peer that was sent the request still works
+ * on it. With a limit of requests in flight the slot is still occupied then, and the late reply
+ * could be taken for that of the next request: closes the connection. */
 CRPCI_FN void crpci_attempt_abandon(crpci_pending_call *c, int why)
 {
+    crpci_endpoint *e = c->attempt.endpoint;
     bool active = c->attempt.state == CRPCI_ATTEMPT_ACTIVE;
     crpci_endpoint_detach(&c->attempt);
     crpci_attempt_end(c, why == CRPC_ETIMEDOUT ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_IGNORE);
-    if (active)
-        crpci_endpoint_give_up_slot(&c->attempt, why);
+    if (active && e->options.inflight && c->attempt.sent != CRPC_SENT_NO && e->conn)
+        crpci_conn_close(e->conn, why, 0);
 }
 
 /* Ends the call, once, with a reply or a status: queues its callback, ends its caller's wait, or
@@ -18248,37 +18174,35 @@ CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
         crpci_drive_end_wait(l, c->waiter);
 }
 
+/* Ends a call that has failed on this side; `more` completes the cause, or is "". */
+CRPCI_COLD void crpci_attempt_give_up(crpci_pending_call *c, int code, const char *cause,
+                                      const char *more)
+{
+    crpci_attempt_explain(c, code, cause, more);
+    crpci_attempt_finish(c, code);
+}
+
 /* Ends a call whose deadline has passed; the text says how far it had come. */
 CRPCI_FN void crpci_attempt_expire(crpci_pending_call *c)
 {
     bool waits = c->attempt.state == CRPCI_ATTEMPT_WAITING;
     crpci_attempt_abandon(c, CRPC_ETIMEDOUT);
-    crpci_attempt_explain(c, CRPC_ETIMEDOUT,
-                          !waits                ? "deadline exceeded"
-                          : c->attempt.endpoint ? "deadline exceeded while waiting for a connection"
-                                                : "deadline exceeded while waiting for a provider");
-    crpci_attempt_finish(c, CRPC_ETIMEDOUT);
+    crpci_attempt_give_up(c, CRPC_ETIMEDOUT, "deadline exceeded",
+                          !waits                ? ""
+                          : c->attempt.endpoint ? " while waiting for a connection"
+                                                : " while waiting for a provider");
 }
 
-/* Explains that there is no provider for a call; tells an empty list from a registry that has not
- * answered. A function of its own, so that its text is off the stack when the call is ended. */
-CRPCI_COLD void crpci_attempt_explain_no_provider(crpci_pending_call *c)
-{
-    const crpc_channel *ch = c->channel;
-    char cause[CRPC_ERROR_TEXT_MAX];
-    crpci_status_format(cause, sizeof cause, "%s%.180s",
-                        ch->directory.registry && !ch->directory.listed
-                            ? "the registry has not answered yet about "
-                            : "no provider is known at ",
-                        ch->directory.where ? ch->directory.where : "the channel's URL");
-    crpci_attempt_explain(c, CRPC_ENOPROVIDER, cause);
-}
-
-/* Ends a call that has nobody to be sent to. */
+/* Ends a call that has nobody to be sent to; tells an empty list from a registry that has not
+ * answered. */
 CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
 {
-    crpci_attempt_explain_no_provider(c);
-    crpci_attempt_finish(c, CRPC_ENOPROVIDER);
+    const crpc_channel *ch = c->channel;
+    crpci_attempt_give_up(c, CRPC_ENOPROVIDER,
+                          ch->directory.registry && !ch->directory.listed
+                              ? "the registry has not answered yet about "
+                              : "no provider is known at ",
+                          ch->directory.where ? ch->directory.where : "the channel's URL");
 }
 
 /* --- attempts --------------------------------------------------------------------------------- */
@@ -18372,23 +18296,6 @@ CRPCI_COLD bool crpci_attempt_wait(crpci_pending_call *c, int code)
     return true;
 }
 
-/* Explains a failure: apart, for its text need not be on the stack of what follows the end. */
-CRPCI_COLD void crpci_attempt_explain_more(crpci_pending_call *c, int code, const char *cause,
-                                           const char *more)
-{
-    char text[CRPC_ERROR_TEXT_MAX];
-    crpci_status_format(text, sizeof text, "%s%s", cause, more);
-    crpci_attempt_explain(c, code, text);
-}
-
-/* Ends a call whose last attempt has failed; `more` says why it is not retried, or is "". */
-CRPCI_COLD void crpci_attempt_give_up(crpci_pending_call *c, int code, const char *cause,
-                                      const char *more)
-{
-    crpci_attempt_explain_more(c, code, cause, more);
-    crpci_attempt_finish(c, code);
-}
-
 /* Chooses where a failed attempt is made again. NULL: nowhere. `stale`: perhaps only the connection
  * was dead, not the provider. */
 CRPCI_FN crpci_member *crpci_attempt_next(crpci_pending_call *c, int code, bool stale)
@@ -18439,7 +18346,7 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     again = crpci_attempt_may_retry(c, code);
     if (code != CRPC_ELOGOFF && a->sent > c->before)
         c->before = a->sent;
-    crpci_attempt_explain(c, code, cause);
+    crpci_attempt_explain(c, code, cause, "");
     crpci_attempt_mark_tried(c);
 #if CRPC_ENABLE_POLICY
     ch->providers.choose_again =
@@ -18493,22 +18400,19 @@ CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
     crpci_attempt_finish(c, CRPC_OK);
 }
 
-/* A one-way call's frame has left: that is its success. */
-CRPCI_FN void crpci_attempt_on_sent(crpci_attempt *a)
-{
-    crpci_attempt_finish(crpci_attempt_call(a), CRPC_OK);
-}
-
-/* A reply has come that cannot be used. The provider has answered, so the call ends here. */
-CRPCI_COLD void crpci_attempt_on_useless(crpci_attempt *a, const char *cause)
+/* A one-way call's frame has left, which is its success; or a reply has come that cannot be used:
+ * the provider has answered, so the call ends here. */
+CRPCI_FN void crpci_attempt_ended(crpci_attempt *a, int code, const char *cause)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
-    crpci_attempt_explain(c, CRPC_ERESPONSE, cause);
-    crpci_attempt_finish(c, CRPC_ERESPONSE);
+    if (code)
+        crpci_attempt_give_up(c, code, cause, "");
+    else
+        crpci_attempt_finish(c, CRPC_OK);
 }
 
 static const crpci_endpoint_events crpci_attempt_events = {
-    crpci_attempt_failed, crpci_attempt_replied, crpci_attempt_on_sent, crpci_attempt_on_useless};
+    crpci_attempt_failed, crpci_attempt_replied, crpci_attempt_ended};
 
 /* Makes the first attempt, or has the cluster section make several. Ends a call at once that is too
  * late, lacks the key that lb=hash needs, or whose method is degraded. */
@@ -18517,16 +18421,14 @@ CRPCI_FN void crpci_attempt_begin(crpci_pending_call *c)
     const crpc_method_options *o = c->method->options;
     crpci_providers_refresh(&c->channel->providers);
     if (crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us) {
-        crpci_attempt_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before the request was sent");
-        crpci_attempt_finish(c, CRPC_ETIMEDOUT);
+        crpci_attempt_give_up(c, CRPC_ETIMEDOUT, "deadline exceeded",
+                              " before the request was sent");
     } else if (CRPCI_UNLIKELY(!c->key && crpci_balance_need(&c->channel->providers.balance,
                                                             CRPCI_BALANCE_RING))) {
-        crpci_attempt_explain(c, CRPC_EINVAL,
-                              "lb=hash needs a key: set crpc_call.key or hash_field");
-        crpci_attempt_finish(c, CRPC_EINVAL);
+        crpci_attempt_give_up(c, CRPC_EINVAL, "lb=hash needs a key:",
+                              " set crpc_call.key or hash_field");
     } else if (CRPCI_UNLIKELY(o && o->degraded > 0)) {
-        crpci_attempt_explain(c, CRPC_EREJECT, "not sent: the method's options set degraded");
-        crpci_attempt_finish(c, CRPC_EREJECT);
+        crpci_attempt_give_up(c, CRPC_EREJECT, "not sent:", " the method's options set degraded");
     } else if (CRPCI_UNLIKELY(c->policy.cluster >= CRPC_CLUSTER_FORKING) && c->channel->cluster) {
         c->channel->cluster->begin(c);
     } else {
@@ -18584,7 +18486,7 @@ CRPCI_COLD int crpci_attempt_degrade(const crpci_pending_call *c, void *response
         if (crpci_message_decode(crpc_view_data(o->canned), crpc_view_size(o->canned), type,
                                  response, &why))
             return CRPC_OK;
-        return crpci_reply_malformed(c->method->method, c->tried.attempts, &call->error, why);
+        return crpci_reply_malformed(c->method->method, &call->error, why);
     }
     if (c->policy.cluster != CRPC_CLUSTER_FAILSAFE && c->policy.cluster != CRPC_CLUSTER_FAILBACK)
         return status;
@@ -18678,10 +18580,7 @@ CRPCI_COLD void crpci_cluster_drop_parts(crpci_pending_call *c)
         crpci_reply_drop(&a->reply, l);
         if (a->endpoint)
             crpci_endpoint_serve_waiting(a->endpoint);
-        crpci_id_remove(&l->calls, a->id);
-        crpci_endpoint_drop(a->endpoint);
-        crpci_request_drop(&a->request, part->block);
-        crpci_heap_chunk_unref(part->block);
+        crpci_attempt_discard(part);
     }
     c->group = NULL;
     if (c->error) {
@@ -18707,22 +18606,14 @@ CRPCI_COLD void crpci_cluster_succeed(crpci_pending_call *c)
     crpci_endpoint_drop(own);
 }
 
-/* Ends a call none of whose parts is under way or has succeeded. With wait=1, if none could
- * connect, the call goes on with attempts of its own. A BROADCAST ends: one attempt would not reach
- * everyone. */
-CRPCI_COLD void crpci_cluster_fail(crpci_pending_call *c)
-{
-    int status = c->group->status;
-    if (c->group->all || !crpci_attempt_wait(c, status))
-        crpci_attempt_finish(c, status);
-}
-
 /* Ends the call if its parts have decided it: BROADCAST when all have ended, with success if no
  * more than fail_percent of them failed; the others with the first success, or when the last part
- * and the call's own attempt have failed. */
+ * and the call's own attempt have failed. With wait=1, if none could connect, the call then goes on
+ * with attempts of its own; a BROADCAST ends, because one attempt would not reach everyone. */
 CRPCI_COLD void crpci_cluster_settle(crpci_pending_call *c)
 {
     crpci_group *g = c->group;
+    int status = g->status;
     size_t all = g->lost;
     const crpci_list *i;
     if (g->starting || (g->all && g->open))
@@ -18733,27 +18624,23 @@ CRPCI_COLD void crpci_cluster_settle(crpci_pending_call *c)
         crpci_reply_drop(&c->attempt.reply, c->channel->loop); /* too many failed */
     if (c->attempt.reply.chunk)
         crpci_cluster_succeed(c);
-    else if (!g->open && c->attempt.state == CRPCI_ATTEMPT_IDLE)
-        crpci_cluster_fail(c);
+    else if (!g->open && c->attempt.state == CRPCI_ATTEMPT_IDLE &&
+             (g->all || !crpci_attempt_wait(c, status)))
+        crpci_attempt_finish(c, status);
 }
 
-/* A part has failed. Its status and text become those of the call if that fails too; a later
- * failure replaces them. */
-CRPCI_COLD void crpci_cluster_part_failed(crpci_pending_call *part, int status)
+/* The status of an attempt that has failed. A reply explains the call: a part's status and text
+ * become those of the call if that fails too, and a later failure replaces them. */
+CRPCI_COLD int crpci_cluster_explain(crpci_pending_call *c, int status)
 {
-    const crpci_attempt *a = &part->attempt;
-    crpci_pending_call *c = part->parent;
+    const crpci_attempt *a = &c->attempt;
     crpc_error *e = a->reply.chunk ? crpci_attempt_error(c) : NULL;
-    c->group->failed++;
-    if (e) {
-        e->sent = CRPC_SENT_YES;
-        e->attempts = part->tried.attempts;
-        memcpy(e->endpoint, a->endpoint->address, a->endpoint->address_size);
-    }
-    c->group->status =
-        e ? crpci_reply_remote_error(&a->reply, part->method->method, part->tried.attempts, e)
-          : a->reply.chunk ? CRPC_ERESPONSE
-                           : status;
+    if (!e)
+        return a->reply.chunk ? CRPC_ERESPONSE : status;
+    e->sent = CRPC_SENT_YES;
+    e->attempts = c->tried.attempts;
+    memcpy(e->endpoint, a->endpoint->address, sizeof e->endpoint);
+    return crpci_reply_remote_error(&a->reply, c->method->method, e);
 }
 
 /* A part, or a background try, has ended. The first success gives its reply to the call; later ones
@@ -18768,7 +18655,8 @@ CRPCI_COLD void crpci_cluster_part_ended(crpci_pending_call *part, int status)
     }
     c->group->open--;
     if (!crpci_reply_succeeded(&part->attempt.reply)) {
-        crpci_cluster_part_failed(part, status);
+        c->group->failed++;
+        c->group->status = crpci_cluster_explain(part, status);
     } else if (!c->attempt.reply.chunk) {
         c->group->from = part->attempt.endpoint;
         c->group->from->refs++;
@@ -18786,64 +18674,49 @@ CRPCI_COLD crpci_pending_call *crpci_cluster_part(crpci_pending_call *c)
     crpci_chunk *chunk = crpci_heap_chunk(
         l->heap, CRPCI_PENDING_SIZE + crpci_request_size(&c->attempt.request));
     crpci_pending_call *part;
-    crpci_attempt *a;
     if (!chunk)
         return NULL;
     part = (crpci_pending_call *)(void *)crpci_heap_data(chunk);
-    memset(part, 0, sizeof *part);
-    a = &part->attempt;
-    crpci_list_init(&a->link);
-    a->sent = CRPC_SENT_NO;
-    a->deadline_us = c->attempt.deadline_us;
-    crpci_request_copy(&a->request, &c->attempt.request, chunk, CRPCI_PENDING_SIZE);
-    crpci_list_init(&part->of_channel);
-    crpci_loop_task_init(&part->task, NULL);
-    part->channel = c->channel;
-    part->method = c->method;
-    part->kind = CRPCI_CALL_PART;
-    part->policy = c->policy;
-    part->policy.cluster = CRPC_CLUSTER_FAILFAST;
-    part->start_us = crpci_loop_time(l); /* the provider is not charged for the call's wait */
-    part->backup_us = INT64_MAX;
-    part->key = c->key;
-    part->parent = c;
-    part->tried.max_attempts = 1;
-    part->before = CRPC_SENT_NO;
-    part->block = chunk;
-    if (crpci_id_add(&l->calls, l->heap, part, &a->id)) {
+    if (crpci_id_add(&l->calls, l->heap, part, &part->attempt.id)) {
         crpci_heap_chunk_unref(chunk);
         return NULL;
     }
+    /* The provider is not charged for the call's wait. */
+    crpci_attempt_init(part, c->channel, c->method, CRPCI_CALL_PART, crpci_loop_time(l));
+    crpci_request_copy(&part->attempt.request, &c->attempt.request, chunk, CRPCI_PENDING_SIZE);
+    part->attempt.deadline_us = c->attempt.deadline_us;
+    part->policy = c->policy;
+    part->policy.cluster = CRPC_CLUSTER_FAILFAST;
+    part->key = c->key;
+    part->parent = c;
+    part->block = chunk;
+    crpci_thread_ref(&c->channel->refs);
     return part;
 }
 
-/* Gives a call a group, if it has none. False: out of memory. */
-CRPCI_COLD bool crpci_cluster_need_group(crpci_pending_call *c, bool all)
-{
-    if (c->group)
-        return true;
-    c->group = (crpci_group *)crpci_heap_alloc(c->channel->loop->heap, sizeof *c->group);
-    if (!c->group)
-        return false;
-    crpci_list_init(&c->group->parts);
-    c->group->all = all;
-    c->group->status = CRPC_ENOMEM;
-    return true;
-}
-
-/* Sends the call to up to `n` more providers that it has not tried. A BROADCAST counts those for
- * which there is no memory as failed; other calls do without. False: no part was begun. */
-CRPCI_COLD bool crpci_cluster_branch(crpci_pending_call *c, size_t n)
+/* Sends the call to up to `n` more providers that it has not tried; `all`: to all, as a BROADCAST,
+ * which counts those for which there is no memory as failed. Other calls do without. False: no part
+ * was begun. */
+CRPCI_COLD bool crpci_cluster_branch(crpci_pending_call *c, size_t n, bool all)
 {
     crpci_group *g = c->group;
     bool any = false;
+    if (!g) {
+        g = (crpci_group *)crpci_heap_alloc(c->channel->loop->heap, sizeof *g);
+        if (!g)
+            return false;
+        crpci_list_init(&g->parts);
+        g->all = all;
+        g->status = CRPC_ENOMEM;
+        c->group = g;
+    }
     g->starting = true;
     for (; n; n--) {
         crpci_member *m = crpci_attempt_pick(c);
         crpci_pending_call *part = m ? crpci_cluster_part(c) : NULL;
         if (!part && m && g->all) {
             g->lost = n;
-            crpci_attempt_explain(c, CRPC_ENOMEM, "out of memory");
+            crpci_attempt_explain(c, CRPC_ENOMEM, "out of memory", "");
         }
         if (!part)
             break;
@@ -18867,11 +18740,10 @@ CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
         ; /* waits for a list */
     } else if (!count) {
         crpci_attempt_no_provider(c);
-    } else if (crpci_cluster_need_group(c, all) && crpci_cluster_branch(c, n)) {
+    } else if (crpci_cluster_branch(c, n, all)) {
         crpci_cluster_settle(c);
     } else {
-        crpci_attempt_explain(c, CRPC_ENOMEM, "out of memory");
-        crpci_attempt_finish(c, CRPC_ENOMEM);
+        crpci_attempt_give_up(c, CRPC_ENOMEM, "out of memory", "");
     }
 }
 
@@ -18880,11 +18752,10 @@ CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
 CRPCI_COLD void crpci_cluster_backup(crpci_pending_call *c)
 {
     c->backup_us = INT64_MAX;
-    if (c->attempt.state == CRPCI_ATTEMPT_DONE || !c->attempt.endpoint ||
-        !crpci_cluster_need_group(c, false))
+    if (c->attempt.state == CRPCI_ATTEMPT_DONE || !c->attempt.endpoint)
         return;
     crpci_attempt_mark_tried(c);
-    if (crpci_cluster_branch(c, 1))
+    if (crpci_cluster_branch(c, 1, false))
         crpci_cluster_settle(c);
 }
 
@@ -18931,11 +18802,8 @@ CRPCI_COLD void crpci_cluster_failback_failed(crpci_pending_call *c, int status)
 {
     crpc_channel *ch = c->channel;
     crpci_reply *r = &c->attempt.reply;
-    crpc_error *e = r->chunk ? crpci_attempt_error(c) : NULL;
     bool answered = r->chunk && !crpci_status_reserved(r->status);
-    if (r->chunk)
-        status = e ? crpci_reply_remote_error(r, c->method->method, c->tried.attempts, e)
-                   : CRPC_ERESPONSE;
+    status = crpci_cluster_explain(c, status);
     crpci_reply_drop(r, ch->loop);
     if (c->policy.retries > 1 && !answered && !ch->closed &&
         crpci_request_renew(&c->attempt.request, c->block)) {
@@ -18982,7 +18850,6 @@ CRPCI_COLD bool crpci_cluster_retry_later(crpci_pending_call *c, int status)
     crpci_loop_task_init(&back->task, crpci_cluster_failback_dropped);
     crpci_timer_init(&back->timer, crpci_cluster_failback_timer);
     ch->failback.waiting++;
-    crpci_thread_ref(&ch->refs);
     crpci_loop_timer_set(l, &back->timer, ch->failback.pause_us);
     crpci_drive_ensure_owner(l); /* where threads are forbidden it waits until somebody drives */
     return false;
@@ -19000,9 +18867,9 @@ static const crpci_cluster_ops crpci_cluster_all = {
 
 /* The calls that programs make: synchronous, with a callback, with an id, one-way. Each encodes its
  * request without a lock, then locks the loop, lists a pending call in the channel and hands it to
- * crpci_attempt_begin. The public functions are called without a lock, by any thread. A call lives in
- * the chunk of its request. A synchronous call differs from one with an id in that its caller waits
- * at once. */
+ * crpci_attempt_begin. The public functions are called without a lock, by any thread. A call lives
+ * in the chunk of its request. A synchronous call differs from one with an id in that its caller
+ * waits at once. */
 
 #if CRPC_ENABLE_CLIENT
 
@@ -19046,7 +18913,7 @@ CRPCI_FN void crpci_channel_after(crpc_channel *ch, const crpc_method *m, crpc_c
 
 /* The deadline of a call, in the loop's time: the call's own if it has one, else the policy's
  * timeout; never later than a day, nor than the deadline of the request that it is made for. */
-CRPCI_FN int64_t crpci_channel_deadline(const crpci_policy *policy, const crpc_call *call,
+CRPCI_FN int64_t crpci_channel_deadline(const crpc_policy *policy, const crpc_call *call,
                                         int64_t now)
 {
     int64_t ms = policy->timeout_ms;
@@ -19060,48 +18927,21 @@ CRPCI_FN int64_t crpci_channel_deadline(const crpci_policy *policy, const crpc_c
     return at;
 }
 
-/* Fills a pending call whose request is encoded, and lists it in the channel. Single stores,
- * because clearing the whole struct takes longer. */
+/* Fills a pending call whose request is encoded, and lists it in the channel. */
 CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
                                       const crpci_method *k, crpci_call_kind kind,
                                       const crpc_call *in, int64_t start)
 {
-    crpci_attempt *a = &c->attempt;
-    crpci_loop_assert_locked(ch->loop);
-    crpci_list_init(&a->link);
-    a->state = CRPCI_ATTEMPT_IDLE;
-    a->one_way = kind == CRPCI_CALL_NOTIFY;
-    a->sent = c->before = CRPC_SENT_NO;
-    a->out = NULL;
-    a->endpoint = NULL;
-    a->reply.chunk = NULL;
-    c->timer.prev = NULL;
-    c->channel = ch;
-    c->method = k;
-    c->kind = kind;
-    c->member = NULL;
-    c->parent = NULL;
-    c->group = NULL;
-    c->waiter = NULL;
-    c->error = NULL;
-    c->error_chunk = NULL;
-    c->status = CRPC_OK;
-    c->policy = k->policy;
-    if (CRPCI_UNLIKELY(crpci_request_has_policy(&in->policy)))
-        crpci_request_apply_policy(&c->policy, &in->policy);
-    c->start_us = start;
-    a->deadline_us = crpci_channel_deadline(&c->policy, in, start);
-    c->backup_us = INT64_MAX;
+    crpci_attempt_init(c, ch, k, kind, start);
+    crpci_request_apply_policy(&c->policy, &in->policy);
+    c->attempt.deadline_us = crpci_channel_deadline(&c->policy, in, start);
     if (CRPCI_UNLIKELY(c->policy.backup_ms && kind != CRPCI_CALL_NOTIFY &&
                        (k->method->flags & CRPC_METHOD_IDEMPOTENT)))
         c->backup_us = start + (int64_t)c->policy.backup_ms * 1000;
-    c->key = crpc_view_data(in->key)
-                 ? crpci_base_hash(crpc_view_data(in->key), crpc_view_size(in->key))
-                 : 0;
+    if (crpc_view_data(in->key))
+        c->key = crpci_base_hash(crpc_view_data(in->key), crpc_view_size(in->key));
     if (CRPCI_UNLIKELY(k->hash_field && !c->key))
-        c->key = crpci_request_hash_key(&a->request, k->hash_field);
-    c->tried.attempts = 0;
-    c->tried.max_attempts = 1;
+        c->key = crpci_request_hash_key(&c->attempt.request, k->hash_field);
     if (c->policy.cluster == CRPC_CLUSTER_FAILOVER)
         c->tried.max_attempts += c->policy.retries;
     crpci_list_append(&ch->calls, &c->of_channel);
@@ -19116,7 +18956,7 @@ CRPCI_FN void crpci_channel_enter(crpc_loop *l, int64_t start, const crpci_reque
     if (start > l->now)
         l->now = start;
     l->fresh = false;
-    if (r->message.payload_size > CRPCI_REQUEST_INLINE)
+    if (r->payload_size > CRPCI_REQUEST_INLINE)
         crpci_loop_rough_time(l);
     l->fresh = true;
     crpci_drive_catch_up(l);
@@ -19139,7 +18979,7 @@ CRPCI_FN void crpci_channel_copy_error(const crpci_pending_call *c, crpc_error *
     if (c->error && c->error != to)
         *to = *c->error;
     if (e) /* else no attempt of its own was made, and the parts have explained */
-        memcpy(to->endpoint, e->address, e->address_size);
+        memcpy(to->endpoint, e->address, sizeof to->endpoint);
 }
 
 /* Runs the callback of an ended call, as a task of the loop. The response is decoded without the
@@ -19196,7 +19036,7 @@ CRPCI_FN crpci_pending_call *crpci_channel_place(crpc_loop *l, crpci_call_kind k
 {
     crpci_pending_call *c = CRPCI_CONTAINER(r, crpci_pending_call, attempt.request);
     c->block = r->chunk;
-    if (kind == CRPCI_CALL_ID && r->message.payload_size + r->inline_size > CRPCI_REQUEST_INLINE) {
+    if (kind == CRPCI_CALL_ID && r->payload_size + r->inline_size > CRPCI_REQUEST_INLINE) {
         crpci_chunk *block = crpci_heap_chunk(l->heap, CRPCI_PENDING_SIZE);
         if (!block)
             return NULL;
@@ -19269,7 +19109,8 @@ CRPCI_FN int crpci_channel_result(crpci_pending_call *c, void *response, crpc_ca
 {
     crpc_channel *ch = c->channel;
     int err = crpci_attempt_result(c, response, call);
-    crpci_reply_hand_over(&c->attempt.reply, call);
+    call->reserved[CRPCI_CALL_HELD] = c->attempt.reply.chunk;
+    c->attempt.reply.chunk = NULL;
     crpci_channel_after(ch, c->method->method, call, err, ch->interceptor_count);
     crpci_attempt_free(c);
     return err;
@@ -19338,44 +19179,38 @@ CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const voi
 
 /* --- asynchronous ----------------------------------------------------------------------------- */
 
-/* crpci_channel_put for a channel with interceptors. They get a copy of the caller's inputs, which
- * they may change; the copy is not needed once the request is encoded. */
-CRPCI_FN int crpci_channel_put_intercepted(crpc_channel *ch, const crpci_method *k,
-                                           crpci_call_kind kind, const void *request,
-                                           const crpc_call *in, crpci_pending_call **out)
-{
-    crpc_call call;
-    size_t ran;
-    int err;
-    crpci_request_clear_call(&call);
-    memcpy(&call, in, offsetof(crpc_call, error));
-    err = crpci_channel_before(ch, k->method, &call, &ran);
-    err = err ? err : crpci_channel_put(ch, k, kind, request, &call, NULL, out);
-    if (err)
-        crpci_channel_after(ch, k->method, &call, err, ran);
-    crpc_call_reset(&call);
-    return err;
-}
-
-/* Encodes and enters a call of any asynchronous form. On success the loop is locked: the caller
- * sets what is special to its form in *out, then calls crpci_channel_start. */
+/* Encodes and enters a call of any asynchronous form. Interceptors get a copy of the caller's
+ * inputs, which they may change; it is not needed once the request is encoded. On success the loop
+ * is locked: the caller sets what is special to its form in *out, then calls
+ * crpci_channel_start. */
 CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const void *request,
                                  crpci_call_kind kind, const crpc_call *in,
                                  crpci_pending_call **out)
 {
     const crpci_method *k = crpci_request_find_method(&ch->requests, m);
-    crpc_call defaults;
-    int err;
+    bool intercepted = ch->interceptor_count != 0;
+    crpc_call copy;
+    size_t ran = 0;
+    int err = CRPC_OK;
     *out = NULL;
-    crpci_request_clear_inputs(&defaults);
-    in = in ? in : &defaults;
     if (CRPCI_UNLIKELY(!k))
         return CRPC_ENOMEM;
+    if (!in || intercepted) {
+        crpci_request_clear_call(&copy);
+        if (in)
+            memcpy(&copy, in, offsetof(crpc_call, error));
+        in = &copy;
+    }
     crpci_thread_ref(&ch->refs); /* the call's; an interceptor may close the channel */
-    err = ch->interceptor_count ? crpci_channel_put_intercepted(ch, k, kind, request, in, out)
-                                : crpci_channel_put(ch, k, kind, request, in, NULL, out);
-    if (err)
+    if (intercepted)
+        err = crpci_channel_before(ch, m, &copy, &ran);
+    err = err ? err : crpci_channel_put(ch, k, kind, request, in, NULL, out);
+    if (err) {
+        crpci_channel_after(ch, m, &copy, err, ran);
         crpci_attempt_drop_channel(ch);
+    }
+    if (intercepted)
+        crpc_call_reset(&copy);
     return err;
 }
 
@@ -19558,8 +19393,7 @@ CRPCI_FN void crpci_channel_cancel_all(crpc_channel *ch)
         crpci_list_remove(&c->of_channel);
         if (c->attempt.state != CRPCI_ATTEMPT_DONE) {
             crpci_attempt_abandon(c, CRPC_ECANCELED);
-            crpci_attempt_explain(c, CRPC_ECANCELED, "the channel was closed");
-            crpci_attempt_finish(c, CRPC_ECANCELED);
+            crpci_attempt_give_up(c, CRPC_ECANCELED, "the channel was closed", "");
         }
         if (by_id)
             crpci_attempt_discard(c);
@@ -19779,12 +19613,14 @@ CRPCI_COLD int crpci_opening_check_policy(const crpc_policy *p, const crpc_metho
                             m ? m->method->name : "", m ? ": " : "", what);
 }
 
-/* Checks the options of each method by the rows of the channel's own. */
-CRPCI_COLD int crpci_opening_check_methods(const crpc_channel_options *o, crpc_error *error)
+/* Checks all options, into which the URL has been read before; those of each method by the rows of
+ * the channel's own. */
+CRPCI_COLD int crpci_opening_check(const crpc_channel_options *o, crpc_error *error)
 {
+    int err = crpci_options_check(&crpci_opening_options, o, error);
     crpc_channel_options own;
     size_t i;
-    int err = CRPC_OK;
+    err = err ? err : crpci_opening_check_policy(&o->policy, NULL, error);
     memset(&own, 0, sizeof own);
     for (i = 0; i < o->method_count && !err; i++) {
         const crpc_method_options *m = &o->methods[i];
@@ -19796,14 +19632,6 @@ CRPCI_COLD int crpci_opening_check_methods(const crpc_channel_options *o, crpc_e
         err = err ? err : crpci_opening_check_policy(&m->policy, m, error);
     }
     return err;
-}
-
-/* Checks all options. The URL has been read into them before. */
-CRPCI_COLD int crpci_opening_check(const crpc_channel_options *o, crpc_error *error)
-{
-    int err = crpci_options_check(&crpci_opening_options, o, error);
-    err = err ? err : crpci_opening_check_policy(&o->policy, NULL, error);
-    return err ? err : crpci_opening_check_methods(o, error);
 }
 
 #if CRPC_ENABLE_POLICY
@@ -19826,38 +19654,6 @@ CRPCI_COLD void crpci_opening_breaker(crpci_providers *p, const crpc_breaker_opt
 }
 
 #endif /* CRPC_ENABLE_POLICY */
-
-/* A random number of the channel: makes its request ids differ from those of other channels, and
- * its part of a long list (max_endpoints) too. */
-CRPCI_COLD uint64_t crpci_opening_seed(crpc_loop *l)
-{
-    uint64_t seed;
-    crpci_loop_lock(l);
-    seed = (uint64_t)crpci_loop_random(l) << 32 | crpci_loop_random(l);
-    crpci_loop_unlock(l);
-    return seed;
-}
-
-/* Sets up what the requests of the channel have in common. The program's array of method options
- * is not copied. */
-CRPCI_COLD void crpci_opening_requests(crpci_request_source *s, const crpc_channel_options *o,
-                                       uint64_t seed)
-{
-    crpci_policy *p = &s->policy;
-    p->cluster = (uint8_t)o->policy.cluster;
-    p->retries = (uint8_t)o->policy.retries;
-    p->fail_percent = (uint8_t)o->policy.fail_percent;
-    p->timeout_ms = o->policy.timeout_ms;
-    p->backup_ms = o->policy.backup_ms;
-    p->forks = o->policy.forks;
-    s->short_names = o->wire.short_names != 0;
-    s->intercepted = o->interceptor_count != 0;
-    s->ids = o->request_ids != 0;
-    s->seed = seed;
-    s->hash_field = o->hash_field;
-    s->options = o->methods;
-    s->option_count = o->method_count;
-}
 
 /* Sets up the still empty list of providers. A stale_ttl of INT64_MAX / 4 never passes, and can be
  * subtracted from a time without overflow. */
@@ -19883,13 +19679,26 @@ CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_o
 }
 
 /* Takes over checked options; those of `o` get their final values. Whether a timeout was given is
- * noted before, because a default counts less than the .proto's timeout. */
+ * noted before, because a default counts less than the .proto's timeout. The seed makes the
+ * channel's request ids, and its part of a long list (max_endpoints), differ from those of
+ * others. */
 CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, crpc_channel_options *o)
 {
-    uint64_t seed = crpci_opening_seed(ch->loop);
-    ch->requests.timeout_open = !o->policy.timeout_ms;
+    crpci_request_source *s = &ch->requests;
+    uint64_t seed;
+    crpci_loop_lock(ch->loop);
+    seed = (uint64_t)crpci_loop_random(ch->loop) << 32 | crpci_loop_random(ch->loop);
+    crpci_loop_unlock(ch->loop);
+    s->timeout_open = !o->policy.timeout_ms;
     crpci_options_fill(&crpci_opening_options, o);
-    crpci_opening_requests(&ch->requests, o, seed);
+    s->policy = o->policy;
+    s->short_names = o->wire.short_names != 0;
+    s->intercepted = o->interceptor_count != 0;
+    s->ids = o->request_ids != 0;
+    s->seed = seed;
+    s->hash_field = o->hash_field;
+    s->options = o->methods; /* the program's array, not a copy */
+    s->option_count = o->method_count;
     crpci_opening_providers(&ch->providers, o, seed);
     ch->wait = o->wait > 0;
     ch->interceptors = o->interceptors;
@@ -19962,6 +19771,7 @@ CRPCI_COLD int crpci_opening_items(crpci_snapshot *list, crpci_url *u, crpc_erro
     }
     for (i = 0; i < list->count; i++)
         list->providers[i].weight = CRPCI_NAMES_WEIGHT;
+    crpci_directory_sort(list);
     return err;
 }
 
@@ -20007,23 +19817,20 @@ CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
 {
     crpc_channel *ch = (crpc_channel *)user;
     crpc_loop *l = ch->loop;
-    bool served = false;
     int err = CRPC_OK;
     crpci_loop_lock(l);
     crpci_loop_hold(l); /* sending unlocks: a callback may close the channel meanwhile */
     if (!ch->closed)
         err = crpci_providers_update(&ch->providers, list);
-    if (!ch->closed && !err && ch->providers.count && !crpci_list_empty(&ch->waiting)) {
-        crpci_attempt_serve_waiting(ch);
-        served = true;
-    }
     if (!ch->closed && !err && !list->stale) { /* stale: from a cache, not the registry's answer */
         ch->directory.listed = true;
         if (ch->directory.waiter)
             crpci_drive_end_wait(l, ch->directory.waiter);
     }
-    if (served)
+    if (!ch->closed && !err && ch->providers.count && !crpci_list_empty(&ch->waiting)) {
+        crpci_attempt_serve_waiting(ch);
         crpci_channel_flush(l);
+    }
     crpci_loop_unlock(l);
     crpci_loop_release(l);
     if (err)
