@@ -167,7 +167,8 @@
  *     >>impl-worker        a pool of threads for handlers, with a bounded queue
  *     >>impl-order         requests with the same ordering key run one after another
  *     >>impl-replay        replies kept for requests that arrive again with the same id
- *     >>impl-quota         limits of a method and of a client: concurrency and rates
+ *     >>impl-peer          the peers of a server: networks, and the accounts of hosts
+ *     >>impl-quota         limits of a method: concurrency and rates
  *     >>impl-context       one request in service: its handler, its reply, its end
  *     >>impl-guard         requests that are limited, keep an order, or come again
  *     >>impl-intake        what a server's connections bring: taken in, or refused
@@ -1036,6 +1037,10 @@ typedef struct crpc_loop_stats {
     uint64_t limited;      /* requests refused with CRPC_ELIMIT before they were served */
     uint64_t replayed;     /* by crpc_server_stats_get: requests answered with a kept reply */
     uint64_t unremembered; /* likewise: requests with an id that found no free replay entry */
+    uint64_t refused;      /* connections of a server not accepted: access.allow, max_connections */
+    uint64_t evicted;      /* connections of a server closed in favour of other hosts */
+    uint64_t timeouts;     /* connections closed for idle_timeout_ms, frame_timeout_ms and
+                              first_request_ms */
     uint32_t connections;  /* open now, those of clients and of servers */
     uint32_t pending;      /* calls that have not ended, or were not fetched yet */
     uint32_t watches;      /* descriptors watched now, crpc's own included */
@@ -1228,6 +1233,15 @@ typedef struct crpc_wire_options {
 typedef struct crpc_security_options {
     const char *credential; /* sent with every request. NULL: none */
 } crpc_security_options;
+
+/* Who may connect to a server, and how much each may take. */
+typedef struct crpc_access_options {
+    const char *allow; /* networks whose connections are accepted, as "10.0.0.0/8,fd00::/8,unix";
+                          others are closed at once. NULL: all */
+    const char *peers; /* weights of hosts and networks that stand for many clients, such as
+                          gateways: "10.0.0.7:16,10.1.0.0/16:4". The most specific entry counts.
+                          NULL: each host has weight 1 */
+} crpc_access_options;
 
 /* ======================================================================== */
 /* >>api-channel   the client: calls                                        */
@@ -1648,7 +1662,13 @@ typedef struct crpc_server_options {
     int ordered;
     int max_concurrency; /* requests in service at a time, deferred and waiting ones included;
                             beyond it CRPC_ELIMIT. 0: 8192 for each I/O thread. -1: no limit */
-    int max_connections; /* further ones are closed at once. 0: 1024. -1: no limit */
+    int max_connections; /* open at a time. Above three quarters of it the host with the most
+                            connections, by its weight, gets no more, and yields one to a newcomer
+                            when none is left. What is refused gets CRPC_ELIMIT. 0: 1024. -1: no
+                            limit */
+    int first_request_ms; /* a new connection must send a request in this time. 0: 60000. -1: no
+                             limit */
+    crpc_access_options access;
     crpc_limits limits;  /* max_body: of a request; max_queued: of unsent replies */
     int64_t max_skip;    /* a request over max_body, but not over this, is skipped and answered with
                             CRPC_EREQUEST; beyond it the connection is closed. 0: 256 MiB. -1: every
@@ -1833,8 +1853,8 @@ CRPC_API int64_t crpc_context_log_id(const crpc_context *context);
  * none. */
 CRPC_API int64_t crpc_context_remaining_us(const crpc_context *context);
 
-/* The peer's address as text, valid until the reply is finished; "" if the connection is closed or
- * out of memory. */
+/* The peer as text, valid until the reply is finished: "10.0.0.7:1234", "[fe80::1%2]:1234", or for a
+ * unix socket "unix:uid=1000". "": out of memory. */
 CRPC_API const char *crpc_context_peer(crpc_context *context);
 
 #endif /* CRPC_ENABLE_SERVER */
@@ -2324,6 +2344,50 @@ CRPCI_FN uint64_t crpci_base_hash(const void *bytes, size_t n)
     for (i = 0; i < n; i++)
         h = (h ^ p[i]) * UINT64_C(0x100000001b3);
     return crpci_base_mix(h);
+}
+
+/* SipHash-2-4 (Aumasson and Bernstein), for keys that a peer chooses: without the secret key it
+ * cannot find two of one hash. */
+CRPCI_FN void crpci_base_siprounds(uint64_t v[4], int rounds)
+{
+    while (rounds--) {
+        v[0] += v[1];
+        v[2] += v[3];
+        v[1] = (v[1] << 13 | v[1] >> 51) ^ v[0];
+        v[3] = (v[3] << 16 | v[3] >> 48) ^ v[2];
+        v[0] = v[0] << 32 | v[0] >> 32;
+        v[2] += v[1];
+        v[0] += v[3];
+        v[1] = (v[1] << 17 | v[1] >> 47) ^ v[2];
+        v[3] = (v[3] << 21 | v[3] >> 43) ^ v[0];
+        v[2] = v[2] << 32 | v[2] >> 32;
+    }
+}
+
+CRPCI_FN uint64_t crpci_base_siphash(const uint64_t key[2], const void *bytes, size_t n)
+{
+    const uint8_t *p = (const uint8_t *)bytes;
+    uint64_t v[4], word;
+    size_t left = n, i;
+    v[0] = key[0] ^ UINT64_C(0x736f6d6570736575);
+    v[1] = key[1] ^ UINT64_C(0x646f72616e646f6d);
+    v[2] = key[0] ^ UINT64_C(0x6c7967656e657261);
+    v[3] = key[1] ^ UINT64_C(0x7465646279746573);
+    for (;;) { /* words of eight bytes, little-endian; the last one ends with the length */
+        word = left < 8 ? (uint64_t)n << 56 : 0;
+        for (i = 0; i < 8 && i < left; i++)
+            word |= (uint64_t)p[i] << 8 * i;
+        v[3] ^= word;
+        crpci_base_siprounds(v, 2);
+        v[0] ^= word;
+        if (left < 8)
+            break;
+        p += 8;
+        left -= 8;
+    }
+    v[2] ^= 0xff;
+    crpci_base_siprounds(v, 4);
+    return v[0] ^ v[1] ^ v[2] ^ v[3];
 }
 
 /* ======================================================================== */
@@ -4892,6 +4956,67 @@ CRPCI_FN void crpci_sock_peer(int fd, crpci_addr *a)
         a->len = 0;
 }
 
+#define CRPCI_SOCK_NAME_MAX 64 /* bytes of a crpci_sock_name as text */
+
+typedef enum crpci_sock_kind {
+    CRPCI_SOCK_IP, /* IPv4 addresses are mapped: ::ffff:a.b.c.d */
+    CRPCI_SOCK_UNIX
+} crpci_sock_kind;
+
+/* The other end of a connection, kept as long as the connection is, since the kernel forgets it when
+ * the peer resets. */
+typedef struct crpci_sock_name {
+    uint8_t address[16]; /* of a unix socket all zeros */
+    uint32_t scope;      /* interface of a link-local address; of a unix socket the peer's uid */
+    uint16_t port;
+    uint8_t kind; /* crpci_sock_kind */
+} crpci_sock_name;
+
+static const uint8_t crpci_sock_mapped[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff};
+
+CRPCI_FN bool crpci_sock_is_ipv4(const crpci_sock_name *p)
+{
+    return p->kind == CRPCI_SOCK_IP && memcmp(p->address, crpci_sock_mapped, 12) == 0;
+}
+
+/* Names the peer with the address `a` of a connected socket. A unix peer whose user the kernel does
+ * not tell gets the uid 65534, nobody. */
+CRPCI_FN void crpci_sock_name_of(crpci_sock_name *p, const crpci_addr *a, int fd)
+{
+    memset(p, 0, sizeof *p);
+    if (a->u.any.sa_family == AF_INET6) {
+        memcpy(p->address, &a->u.in6.sin6_addr, 16);
+        p->port = ntohs(a->u.in6.sin6_port);
+        p->scope = a->u.in6.sin6_scope_id;
+    } else if (a->u.any.sa_family == AF_INET) {
+        memcpy(p->address, crpci_sock_mapped, 12);
+        memcpy(p->address + 12, &a->u.in4.sin_addr, 4);
+        p->port = ntohs(a->u.in4.sin_port);
+    } else {
+        struct ucred who;
+        socklen_t len = sizeof who;
+        p->kind = CRPCI_SOCK_UNIX;
+        p->scope = getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &who, &len) ? 65534 : who.uid;
+    }
+}
+
+/* Writes "10.0.0.7:1234", "[fe80::1%2]:1234" or "unix:uid=1000". */
+CRPCI_COLD void crpci_sock_name_format(const crpci_sock_name *p, char *out, size_t size)
+{
+    char host[INET6_ADDRSTRLEN] = "?", scope[16] = "";
+    if (p->kind == CRPCI_SOCK_UNIX) {
+        snprintf(out, size, "unix:uid=%u", (unsigned)p->scope);
+    } else if (crpci_sock_is_ipv4(p)) {
+        snprintf(out, size, "%s:%u", inet_ntop(AF_INET, p->address + 12, host, sizeof host),
+                 p->port);
+    } else {
+        if (p->scope)
+            snprintf(scope, sizeof scope, "%%%u", (unsigned)p->scope);
+        snprintf(out, size, "[%s%s]:%u", inet_ntop(AF_INET6, p->address, host, sizeof host), scope,
+                 p->port);
+    }
+}
+
 CRPCI_FN void crpci_sock_set(int fd, int level, int option, int value)
 {
     setsockopt(fd, level, option, &value, sizeof value);
@@ -4999,12 +5124,16 @@ CRPCI_COLD void crpci_sock_unlink_stale(const crpci_addr *a)
 /* Accepts a connection; its descriptor does not block and is closed on exec. ARM kernels before
  * 2.6.36, and some sandboxes, refuse accept4: then a child that another thread forks and executes
  * between the calls inherits the descriptor. -1 and errno on failure. */
-CRPCI_FN int crpci_sock_accept(int listener)
+CRPCI_FN int crpci_sock_accept(int listener, crpci_addr *peer)
 {
-    int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    int fd;
+    memset(peer, 0, sizeof *peer);
+    peer->len = sizeof peer->u;
+    fd = accept4(listener, &peer->u.any, &peer->len, SOCK_NONBLOCK | SOCK_CLOEXEC);
     if (fd >= 0 || (errno != ENOSYS && errno != EPERM))
         return fd;
-    fd = accept(listener, NULL, NULL);
+    peer->len = sizeof peer->u;
+    fd = accept(listener, &peer->u.any, &peer->len);
     if (fd >= 0) {
         fcntl(fd, F_SETFL, O_NONBLOCK);
         fcntl(fd, F_SETFD, FD_CLOEXEC);
@@ -5918,24 +6047,32 @@ CRPCI_FN uint32_t crpci_loop_random(crpc_loop *l)
     return l->random;
 }
 
-/* Bytes of the kernel's random generator. Kernels before 3.17, and some sandboxes, have no
- * getrandom; then the clock, the process id, an address and the random bytes that the kernel gave
- * the process at its start must do, since boards with one image may boot in the same
- * microsecond. */
-CRPCI_COLD uint32_t crpci_loop_seed(const crpc_loop *l)
+/* 128 bits that no peer can guess, from the kernel's random generator. Kernels before 3.17, and some
+ * sandboxes, have no getrandom; then the random bytes that the kernel gave the process at its start
+ * must do, mixed with the clock, the process id and an address, since boards with one image may
+ * boot in the same microsecond. */
+CRPCI_COLD void crpci_loop_secret(const crpc_loop *l, uint64_t out[2])
 {
-    uint64_t seed = (uint64_t)crpci_heap_now(l->heap) ^ (uint64_t)(uintptr_t)l << 20 ^
+    uint64_t here = (uint64_t)crpci_heap_now(l->heap) ^ (uint64_t)(uintptr_t)out << 20 ^
                     (uint64_t)getpid() << 44;
     const void *start = (const void *)(uintptr_t)getauxval(AT_RANDOM);
-    uint64_t bytes = 0;
     long n = -1;
+    out[0] = out[1] = 0;
 #ifdef SYS_getrandom
-    n = syscall(SYS_getrandom, &bytes, sizeof bytes, 1 /* GRND_NONBLOCK */);
+    n = syscall(SYS_getrandom, out, 16, 1 /* GRND_NONBLOCK */);
 #endif
-    if (n != (long)sizeof bytes && start)
-        memcpy(&bytes, start, sizeof bytes);
-    seed = crpci_base_mix(seed ^ crpci_base_mix(bytes));
-    return (uint32_t)seed ? (uint32_t)seed : 1; /* xorshift never leaves 0 */
+    if (n != 16 && start)
+        memcpy(out, start, 16);
+    out[0] = crpci_base_mix(out[0] ^ crpci_base_mix(here));
+    out[1] = crpci_base_mix(out[1] ^ crpci_base_mix(here + 1));
+}
+
+/* Seed of crpci_loop_random. xorshift never leaves 0. */
+CRPCI_COLD uint32_t crpci_loop_seed(const crpc_loop *l)
+{
+    uint64_t bytes[2];
+    crpci_loop_secret(l, bytes);
+    return (uint32_t)bytes[0] ? (uint32_t)bytes[0] : 1;
 }
 
 CRPCI_FN int64_t crpci_loop_now(const crpc_loop *l)
@@ -8405,7 +8542,8 @@ struct crpci_conn {
     void *protocol_state;
     const crpci_conn_events *up;
     void *owner;
-    void *client; /* a server's record of the client host, for its limits; NULL: none */
+    crpci_sock_name peer;
+    void *account; /* a server's account of the peer's host; NULL: none */
     uint32_t refs;
     uint32_t busy; /* requests being served */
     int fd;
@@ -8413,6 +8551,7 @@ struct crpci_conn {
     int why_errno; /* 0: none */
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
+    bool refused; /* accepted over max_connections, only to say so */
     bool unread; /* input is waiting: it could not be read while another thread wrote */
     bool awaits; /* dialled, ordered protocol: `awaited` is in use */
     uint32_t max_body;
@@ -8440,6 +8579,7 @@ struct crpci_conn {
     crpci_out *held;
     int64_t *awaited;
     size_t awaited_size, awaited_first, awaited_count;
+    int64_t opened_us;
     int64_t active_us; /* when the last message arrived */
     /* Encoded names that the next request is likely to have, so that crpci_meta_read_usual can
      * compare them, and the server's method for them; "" when replies are expected. */
@@ -8964,8 +9104,10 @@ CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
 /* Closes a connection whose peer broke its protocol, with a warning that says how. */
 CRPCI_FN void crpci_receive_bad(crpci_conn *c, const char *what)
 {
+    char peer[CRPCI_SOCK_NAME_MAX];
     c->loop->stats.bad_frames++;
-    crpci_heap_log(c->loop->heap, CRPC_LOG_WARN, "connection closed: %s", what);
+    crpci_sock_name_format(&c->peer, peer, sizeof peer);
+    crpci_heap_log(c->loop->heap, CRPC_LOG_WARN, "connection with %s closed: %s", peer, what);
     crpci_conn_close(c, CRPC_ERESPONSE, 0);
 }
 
@@ -9369,7 +9511,7 @@ CRPCI_FN int crpci_connect_new(crpc_loop *l, int fd, bool connecting, const crpc
     c->connecting = connecting;
     c->max_body = INT32_MAX;
     c->max_skip = 0;
-    c->active_us = crpci_loop_now(l);
+    c->opened_us = c->active_us = crpci_loop_now(l);
     crpci_watch_init(&c->watch, crpci_connect_event);
     crpci_loop_task_init(&c->flush, crpci_conn_flush_task);
     crpci_loop_task_init(&c->resume, crpci_connect_resume_task);
@@ -9390,7 +9532,7 @@ CRPCI_FN int crpci_connect_new(crpc_loop *l, int fd, bool connecting, const crpc
 CRPCI_FN int crpci_connect_dial(crpc_loop *l, const crpci_addr *to, const crpci_conn_events *up,
                                 void *owner, crpci_conn **out, int *e)
 {
-    int fd = crpci_sock_open(to);
+    int fd = crpci_sock_open(to), err;
     *out = NULL;
     *e = 0;
     if (fd < 0) {
@@ -9403,7 +9545,10 @@ CRPCI_FN int crpci_connect_dial(crpc_loop *l, const crpci_addr *to, const crpci_
         return CRPC_ECONN;
     }
     /* Connected at once (a unix socket) or later: the poller reports it writable either way. */
-    return crpci_connect_new(l, fd, true, up, owner, out);
+    err = crpci_connect_new(l, fd, true, up, owner, out);
+    if (!err)
+        crpci_sock_name_of(&(*out)->peer, to, fd);
+    return err;
 }
 
 /* ======================================================================== */
@@ -21634,12 +21779,308 @@ CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol, int
 }
 
 /* ======================================================================== */
-/* >>impl-quota   limits of a method and of a client: concurrency and rates */
+/* >>impl-peer   the peers of a server: networks, and the accounts of hosts  */
 /* ======================================================================== */
 
-#define CRPCI_QUOTA_START 40u       /* requests in service at which an adaptive limit begins */
-#define CRPCI_QUOTA_BUCKETS 256u
-#define CRPCI_QUOTA_IDLE_MAX 1024u  /* clients without a connection that are kept */
+/* A server shares what it has among accounts: all connections of one host are one account. An
+ * account exists while it has a connection. What has to outlive it, the debt of its token bucket,
+ * goes into a sketch of fixed size, so that no number of other hosts can push it out. The caller
+ * locks a table; networks are pure. */
+
+#define CRPCI_PEER_BUCKETS   64u
+#define CRPCI_PEER_SKETCH    4096u /* cells in each of the sketch's two rows */
+#define CRPCI_PEER_UNIT_US   15625 /* of the sketch's times: 1/64 s, which wraps after two years */
+
+/* Makes the key of a peer's account: the address without what one host can choose. A host with global IPv6 has at least a /64 to choose addresses
+ * from, so those 64 bits are dropped; link-local and unique-local addresses (RFC 4193) are kept
+ * whole, because all hosts of a site share their /64. */
+CRPCI_FN crpci_sock_name crpci_peer_key(const crpci_sock_name *p)
+{
+    crpci_sock_name key = *p;
+    bool local = (p->address[0] == 0xfe && (p->address[1] & 0xc0) == 0x80) ||
+                 (p->address[0] & 0xfe) == 0xfc;
+    key.port = 0;
+    if (p->kind == CRPCI_SOCK_IP && !local) {
+        key.scope = 0;
+        if (!crpci_sock_is_ipv4(p) && memcmp(p->address, &in6addr_loopback, 16) != 0)
+            memset(key.address + 8, 0, 8);
+    }
+    return key;
+}
+
+/* --- networks --------------------------------------------------------------------------------- */
+
+typedef struct crpci_peer_network {
+    crpci_sock_name base; /* of a unix network only the kind counts */
+    unsigned bits;        /* leading bits of `base` that an address must share */
+    uint32_t weight;
+} crpci_peer_network;
+
+typedef struct crpci_peer_networks {
+    crpci_peer_network *items;
+    size_t count;
+} crpci_peer_networks;
+
+/* Reads one network: "unix", "10.0.0.0/8" or "fd00::/8", with ":WEIGHT" behind it if `weighted`.
+ * Changes the text. False: it is none of these. */
+CRPCI_COLD bool crpci_peer_read_network(crpci_peer_network *n, char *text, bool weighted)
+{
+    char *slash, *colon = weighted ? strrchr(text, ':') : NULL;
+    int64_t weight = 1, bits = 128;
+    size_t i;
+    memset(n, 0, sizeof *n);
+    if (weighted && (!colon || !crpci_url_number(colon + 1, 1000000, &weight) || weight < 1))
+        return false;
+    if (colon)
+        *colon = '\0';
+    n->weight = (uint32_t)weight;
+    n->base.kind = strcmp(text, "unix") == 0 ? CRPCI_SOCK_UNIX : CRPCI_SOCK_IP;
+    if (n->base.kind == CRPCI_SOCK_UNIX)
+        return true;
+    slash = strchr(text, '/');
+    if (slash) {
+        *slash = '\0';
+        if (!crpci_url_number(slash + 1, 128, &bits) || bits < 0)
+            return false;
+    }
+    if (inet_pton(AF_INET, text, n->base.address + 12) == 1) {
+        memcpy(n->base.address, crpci_sock_mapped, 12);
+        if (slash && bits > 32)
+            return false;
+        n->bits = slash ? (unsigned)bits + 96 : 128;
+    } else if (inet_pton(AF_INET6, text, n->base.address) == 1) {
+        n->bits = (unsigned)bits;
+    } else {
+        return false;
+    }
+    for (i = n->bits; i < 128; i++) { /* 10.0.0.7/8 is a slip for 10.0.0.0/8 or for 10.0.0.7 */
+        if (n->base.address[i / 8] & 0x80 >> i % 8)
+            return false;
+    }
+    return true;
+}
+
+/* Reads a list such as "10.0.0.0/8,fd00::/8,unix", or with weights "10.0.0.7:16,10.1.0.0/16:4".
+ * NULL and "" are an empty list. `option` names the list in the error. */
+CRPCI_COLD int crpci_peer_read_networks(crpci_peer_networks *list, crpci_heap *h, const char *text,
+                                        const char *option, bool weighted, crpc_error *error)
+{
+    const char *from = text ? text : "", *end;
+    char item[INET6_ADDRSTRLEN + 16];
+    memset(list, 0, sizeof *list);
+    for (; *from; from = *end ? end + 1 : end) {
+        crpci_peer_network *grown;
+        size_t n;
+        end = strchr(from, ',');
+        end = end ? end : from + strlen(from);
+        n = crpci_base_min((size_t)(end - from), sizeof item - 1);
+        memcpy(item, from, n);
+        item[n] = '\0';
+        grown = (crpci_peer_network *)crpci_heap_resize(h, list->items,
+                                                        list->count * sizeof *list->items,
+                                                        (list->count + 1) * sizeof *list->items);
+        if (!grown)
+            return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
+        list->items = grown;
+        if (!crpci_peer_read_network(&grown[list->count++], item, weighted))
+            return crpci_status_set(error, CRPC_EINVAL,
+                                    "%s: \"%.*s\" is not a network: expected ADDRESS, ADDRESS/BITS "
+                                    "with zeros behind the bits, or unix%s",
+                                    option, (int)crpci_base_min((size_t)(end - from), 60), from,
+                                    weighted ? ", each with :WEIGHT from 1 to 1000000" : "");
+    }
+    return CRPC_OK;
+}
+
+CRPCI_COLD void crpci_peer_free_networks(crpci_peer_networks *list, crpci_heap *h)
+{
+    crpci_heap_free(h, list->items, list->count * sizeof *list->items);
+    memset(list, 0, sizeof *list);
+}
+
+CRPCI_FN bool crpci_peer_in_network(const crpci_peer_network *n, const crpci_sock_name *p)
+{
+    unsigned whole = n->bits / 8, rest = n->bits % 8;
+    if (n->base.kind != p->kind)
+        return false;
+    return p->kind == CRPCI_SOCK_UNIX ||
+           (memcmp(n->base.address, p->address, whole) == 0 &&
+            (!rest || (n->base.address[whole] ^ p->address[whole]) >> (8 - rest) == 0));
+}
+
+/* The smallest network of a list that holds a peer. NULL: none does. */
+CRPCI_FN const crpci_peer_network *crpci_peer_find_network(const crpci_peer_networks *list,
+                                                           const crpci_sock_name *p)
+{
+    const crpci_peer_network *best = NULL;
+    size_t i;
+    for (i = 0; i < list->count; i++) {
+        if (crpci_peer_in_network(&list->items[i], p) && (!best || list->items[i].bits > best->bits))
+            best = &list->items[i];
+    }
+    return best;
+}
+
+/* --- accounts --------------------------------------------------------------------------------- */
+
+typedef struct crpci_peer_account {
+    crpci_list link; /* in its bucket */
+    crpci_sock_name key;
+    uint32_t weight;
+    uint32_t connections;
+    crpci_limiter_bucket bucket; /* of rate_per_client */
+} crpci_peer_account;
+
+typedef struct crpci_peer_table {
+    crpci_heap *heap;
+    crpci_list buckets[CRPCI_PEER_BUCKETS];
+    uint64_t secret[2]; /* a peer cannot choose addresses that fall into one bucket or cell */
+    crpci_peer_networks weights;
+    int64_t rate, burst; /* of each account's token bucket; rate 0: none */
+    /* With a rate: when the debts of departed accounts are paid, in CRPCI_PEER_UNIT_US. An account
+     * has a cell in each row, and the lower one counts: both are wrong only if others share both. */
+    uint32_t *sketch;
+} crpci_peer_table;
+
+/* `t` is all zero, but for its weights. */
+CRPCI_COLD int crpci_peer_open(crpci_peer_table *t, crpci_heap *h, const uint64_t secret[2],
+                               int64_t rate, int64_t burst)
+{
+    size_t i;
+    t->heap = h;
+    t->secret[0] = secret[0];
+    t->secret[1] = secret[1];
+    t->rate = rate;
+    t->burst = burst;
+    for (i = 0; i < CRPCI_PEER_BUCKETS; i++)
+        crpci_list_init(&t->buckets[i]);
+    if (rate > 0)
+        t->sketch = (uint32_t *)crpci_heap_alloc(h, 2 * CRPCI_PEER_SKETCH * sizeof *t->sketch);
+    return rate > 0 && !t->sketch ? CRPC_ENOMEM : CRPC_OK;
+}
+
+/* All connections have ended, and all accounts with them. */
+CRPCI_COLD void crpci_peer_close(crpci_peer_table *t, crpci_heap *h)
+{
+    crpci_heap_free(h, t->sketch, 2 * CRPCI_PEER_SKETCH * sizeof *t->sketch);
+    t->sketch = NULL;
+    crpci_peer_free_networks(&t->weights, h);
+}
+
+CRPCI_FN uint64_t crpci_peer_hash(const crpci_peer_table *t, const crpci_sock_name *key)
+{
+    uint8_t bytes[21];
+    memcpy(bytes, key->address, 16);
+    crpci_base_put32(bytes + 16, key->scope);
+    bytes[20] = key->kind;
+    return crpci_base_siphash(t->secret, bytes, sizeof bytes);
+}
+
+CRPCI_FN uint32_t *crpci_peer_cell(const crpci_peer_table *t, uint64_t hash, unsigned row)
+{
+    return &t->sketch[row * CRPCI_PEER_SKETCH + (hash >> row * 32) % CRPCI_PEER_SKETCH];
+}
+
+/* Gives a new account the debt with which its host left. A time in a cell that is further away than
+ * any debt lasts is an old one, from before the counter wrapped. */
+CRPCI_FN void crpci_peer_restore_debt(const crpci_peer_table *t, crpci_limiter_bucket *b,
+                                      uint64_t hash, int64_t now_us)
+{
+    uint32_t now = (uint32_t)(now_us / CRPCI_PEER_UNIT_US);
+    uint32_t first = *crpci_peer_cell(t, hash, 0) - now, second = *crpci_peer_cell(t, hash, 1) - now;
+    int64_t left = (int64_t)(first < second ? first : second) * CRPCI_PEER_UNIT_US;
+    if (first > INT32_MAX || second > INT32_MAX || left > b->clear_us + 2 * CRPCI_PEER_UNIT_US)
+        return;
+    b->debt = crpci_base_min64(left * b->per_second, b->most);
+    b->at_us = now_us;
+}
+
+/* Keeps the debt of an account that ends, rounded up, unless a cell holds a longer one. */
+CRPCI_FN void crpci_peer_keep_debt(crpci_peer_table *t, const crpci_limiter_bucket *b,
+                                   uint64_t hash, int64_t now_us)
+{
+    int64_t left = b->debt / b->per_second - (now_us - b->at_us);
+    uint32_t now = (uint32_t)(now_us / CRPCI_PEER_UNIT_US), until;
+    unsigned row;
+    if (left <= 0)
+        return;
+    until = now + (uint32_t)crpci_base_min64(left / CRPCI_PEER_UNIT_US + 1, INT32_MAX);
+    for (row = 0; row < 2; row++) {
+        uint32_t *cell = crpci_peer_cell(t, hash, row);
+        if (*cell - now > INT32_MAX || *cell - now < until - now)
+            *cell = until;
+    }
+}
+
+/* Counts a new connection for its account. NULL: out of memory. */
+CRPCI_FN crpci_peer_account *crpci_peer_connect(crpci_peer_table *t, const crpci_sock_name *name,
+                                                int64_t now_us)
+{
+    crpci_sock_name key = crpci_peer_key(name);
+    uint64_t hash = crpci_peer_hash(t, &key);
+    crpci_list *bucket = &t->buckets[hash % CRPCI_PEER_BUCKETS], *i;
+    const crpci_peer_network *network = crpci_peer_find_network(&t->weights, name);
+    crpci_peer_account *a;
+    for (i = bucket->next; i != bucket; i = i->next) {
+        a = CRPCI_CONTAINER(i, crpci_peer_account, link);
+        if (a->key.kind == key.kind && a->key.scope == key.scope &&
+            memcmp(a->key.address, key.address, 16) == 0) {
+            a->connections++;
+            return a;
+        }
+    }
+    a = (crpci_peer_account *)crpci_heap_alloc(t->heap, sizeof *a);
+    if (!a)
+        return NULL;
+    a->key = key;
+    a->weight = network ? network->weight : 1;
+    a->connections = 1;
+    crpci_limiter_bucket_init(&a->bucket, t->rate, t->burst);
+    if (t->sketch)
+        crpci_peer_restore_debt(t, &a->bucket, hash, now_us);
+    crpci_list_append(bucket, &a->link);
+    return a;
+}
+
+/* A connection has ended; the account goes with its last one. */
+CRPCI_FN void crpci_peer_disconnect(crpci_peer_table *t, crpci_peer_account *a, int64_t now_us)
+{
+    if (--a->connections)
+        return;
+    if (t->sketch)
+        crpci_peer_keep_debt(t, &a->bucket, crpci_peer_hash(t, &a->key), now_us);
+    crpci_list_remove(&a->link);
+    crpci_heap_free(t->heap, a, sizeof *a);
+}
+
+/* Whether account `a` has more connections by its weight than `b`. */
+CRPCI_FN bool crpci_peer_is_larger(const crpci_peer_account *a, const crpci_peer_account *b)
+{
+    return (uint64_t)a->connections * b->weight > (uint64_t)b->connections * a->weight;
+}
+
+/* The account other than `but` with most connections by its weight. NULL: there is no other. */
+CRPCI_COLD crpci_peer_account *crpci_peer_largest(const crpci_peer_table *t,
+                                                  const crpci_peer_account *but)
+{
+    crpci_peer_account *best = NULL;
+    size_t k;
+    for (k = 0; k < CRPCI_PEER_BUCKETS; k++) {
+        const crpci_list *i;
+        for (i = t->buckets[k].next; i != &t->buckets[k]; i = i->next) {
+            crpci_peer_account *a = CRPCI_CONTAINER(i, crpci_peer_account, link);
+            if (a != but && (!best || crpci_peer_is_larger(a, best)))
+                best = a;
+        }
+    }
+    return best;
+}
+
+/* ======================================================================== */
+/* >>impl-quota   limits of a method: concurrency and rates                  */
+/* ======================================================================== */
+
+#define CRPCI_QUOTA_START 40u /* requests in service at which an adaptive limit begins */
 
 /* The limits of one method. The caller locks. All zero, there are none. */
 typedef struct crpci_quota {
@@ -21683,109 +22124,6 @@ CRPCI_FN void crpci_quota_leave(crpci_quota *q, bool ok, int64_t latency_us, int
     q->active--;
     if (q->adaptive)
         crpci_limiter_auto_leave(&q->limiter, ok, latency_us, now_us);
-}
-
-/* A client: all connections from one host. */
-typedef struct crpci_quota_client {
-    crpci_list link; /* in its bucket */
-    crpci_list idle; /* without connections: in the order in which clients left */
-    uint32_t connections;
-    uint8_t host[16];
-    crpci_limiter_bucket bucket;
-} crpci_quota_client;
-
-/* The clients of a server. The caller locks. A client that has closed its connections is kept until
- * CRPCI_QUOTA_IDLE_MAX others have left after it: reconnecting does not fill its token bucket. */
-typedef struct crpci_quota_clients {
-    crpci_heap *heap;
-    crpci_list *buckets; /* NULL: clients are not limited */
-    crpci_list idle;
-    size_t idle_count;
-    int64_t rate;
-    int64_t burst;
-} crpci_quota_clients;
-
-CRPCI_COLD int crpci_quota_open(crpci_quota_clients *c, crpci_heap *h, int64_t rate, int64_t burst)
-{
-    size_t i;
-    memset(c, 0, sizeof *c);
-    c->heap = h;
-    c->rate = rate;
-    c->burst = burst;
-    crpci_list_init(&c->idle);
-    c->buckets = (crpci_list *)crpci_heap_alloc(h, CRPCI_QUOTA_BUCKETS * sizeof *c->buckets);
-    for (i = 0; c->buckets && i < CRPCI_QUOTA_BUCKETS; i++)
-        crpci_list_init(&c->buckets[i]);
-    return c->buckets ? CRPC_OK : CRPC_ENOMEM;
-}
-
-/* Frees the client that has been without connections for longest. */
-CRPCI_FN void crpci_quota_evict(crpci_quota_clients *c)
-{
-    crpci_quota_client *k = CRPCI_CONTAINER(c->idle.next, crpci_quota_client, idle);
-    crpci_list_remove(&k->idle);
-    crpci_list_remove(&k->link);
-    crpci_heap_free(c->heap, k, sizeof *k);
-    c->idle_count--;
-}
-
-CRPCI_COLD void crpci_quota_close(crpci_quota_clients *c)
-{
-    while (c->buckets && !crpci_list_empty(&c->idle))
-        crpci_quota_evict(c);
-    crpci_heap_free(c->heap, c->buckets, CRPCI_QUOTA_BUCKETS * sizeof *c->buckets);
-    c->buckets = NULL;
-}
-
-/* The host of an address: an IPv6 address, to which an IPv4 one is mapped. All unix sockets are one
- * client, of the address 0. */
-CRPCI_FN void crpci_quota_host(uint8_t host[16], const crpci_addr *a)
-{
-    memset(host, 0, 16);
-    if (a->u.any.sa_family == AF_INET6) {
-        memcpy(host, &a->u.in6.sin6_addr, 16);
-    } else if (a->u.any.sa_family == AF_INET) {
-        host[10] = host[11] = 0xff;
-        memcpy(host + 12, &a->u.in4.sin_addr, 4);
-    }
-}
-
-/* The client of a new connection; crpci_quota_disconnect ends it. NULL: out of memory. */
-CRPCI_FN crpci_quota_client *crpci_quota_connect(crpci_quota_clients *c, const crpci_addr *a)
-{
-    crpci_quota_client *k;
-    crpci_list *bucket, *i;
-    uint8_t host[16];
-    crpci_quota_host(host, a);
-    bucket = &c->buckets[crpci_base_hash(host, 16) % CRPCI_QUOTA_BUCKETS];
-    for (i = bucket->next; i != bucket; i = i->next) {
-        k = CRPCI_CONTAINER(i, crpci_quota_client, link);
-        if (memcmp(k->host, host, 16) != 0)
-            continue;
-        if (!k->connections++) {
-            crpci_list_remove(&k->idle);
-            c->idle_count--;
-        }
-        return k;
-    }
-    k = (crpci_quota_client *)crpci_heap_alloc(c->heap, sizeof *k);
-    if (!k)
-        return NULL;
-    memcpy(k->host, host, 16);
-    k->connections = 1;
-    crpci_limiter_bucket_init(&k->bucket, c->rate, c->burst);
-    crpci_list_init(&k->idle);
-    crpci_list_append(bucket, &k->link);
-    return k;
-}
-
-CRPCI_FN void crpci_quota_disconnect(crpci_quota_clients *c, crpci_quota_client *k)
-{
-    if (--k->connections)
-        return;
-    crpci_list_append(&c->idle, &k->idle);
-    if (++c->idle_count > CRPCI_QUOTA_IDLE_MAX)
-        crpci_quota_evict(c);
 }
 
 /* ======================================================================== */
@@ -21851,11 +22189,13 @@ struct crpc_server {
         crpci_replay replay;
         crpci_quota *quotas; /* of the methods that have limits */
         size_t quota_count;
-        crpci_quota_clients clients;
+        crpci_peer_table peers;
         uint64_t replayed, unremembered; /* requests: repeated; run without a free entry */
     } guard;
     struct {
         crpci_list list;
+        crpci_peer_networks allow; /* empty: all */
+        uint32_t refusing;         /* atomic: connections that are open only to be refused */
         int reserve_fd; /* closed for a moment when no descriptors are left, to accept and close a
                          * connection in its place; -1: not to be had */
         int64_t emfile_logged; /* when a lack of descriptors was logged last */
@@ -22555,22 +22895,13 @@ CRPC_API int64_t crpc_context_remaining_us(const crpc_context *x)
                : x->origin.deadline_us - crpci_heap_now(x->server->heap);
 }
 
-/* Locks, because the connection may be closing. An address that was not to be had is asked for
- * again; of a closed connection it stays empty. */
 CRPC_API const char *crpc_context_peer(crpc_context *x)
 {
-    crpci_addr a;
     if (!x->peer)
-        x->peer = (char *)crpc_context_alloc(x, CRPC_ADDRESS_MAX);
-    if (!x->peer || x->peer[0])
-        return x->peer ? x->peer : "";
-    crpci_loop_lock(x->loop);
-    if (x->conn->fd >= 0) {
-        crpci_sock_peer(x->conn->fd, &a);
-        if (a.len)
-            crpci_sock_format(&a, x->peer, CRPC_ADDRESS_MAX);
-    }
-    crpci_loop_unlock(x->loop);
+        x->peer = (char *)crpc_context_alloc(x, CRPCI_SOCK_NAME_MAX);
+    if (!x->peer)
+        return "";
+    crpci_sock_name_format(&x->conn->peer, x->peer, CRPCI_SOCK_NAME_MAX);
     return x->peer;
 }
 
@@ -22852,13 +23183,11 @@ CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpc
 CRPCI_COLD const char *crpci_guard_limit(crpc_server *s, const crpci_conn *conn, crpci_quota *q,
                                          crpci_guard *g)
 {
-    crpci_quota_client *client = (crpci_quota_client *)conn->client;
+    crpci_peer_account *account = (crpci_peer_account *)conn->account;
     const char *why = NULL;
-    if (!client && !q)
-        return NULL;
     g->since = conn->active_us;
     crpci_thread_lock(&s->guard.lock);
-    if (client && !crpci_limiter_bucket_take(&client->bucket, g->since))
+    if (account && !crpci_limiter_bucket_take(&account->bucket, g->since))
         why = CRPCI_STATUS_TEXT("too many requests of this client in a second (rate_per_client)");
     else if (q)
         why = crpci_quota_enter(q, g->since);
@@ -22867,25 +23196,48 @@ CRPCI_COLD const char *crpci_guard_limit(crpc_server *s, const crpci_conn *conn,
     return why;
 }
 
-/* Counts a new connection for its client, which all connections from one host share. Locked. False:
- * out of memory. */
-CRPCI_COLD bool crpci_guard_connect(crpc_server *s, crpci_conn *conn)
+/* --- connections ------------------------------------------------------------------------------ */
+
+/* Counts a new connection for its account. NULL: out of memory. */
+CRPCI_COLD crpci_peer_account *crpci_guard_connect(crpc_server *s, const crpci_sock_name *peer)
 {
-    crpci_addr a;
-    crpci_sock_peer(conn->fd, &a);
+    crpci_peer_account *account;
     crpci_thread_lock(&s->guard.lock);
-    conn->client = crpci_quota_connect(&s->guard.clients, &a);
+    account = crpci_peer_connect(&s->guard.peers, peer, crpci_heap_now(s->heap));
     crpci_thread_unlock(&s->guard.lock);
-    return conn->client != NULL;
+    return account;
 }
 
-/* Gives back what crpci_guard_connect took. Locked. */
-CRPCI_COLD void crpci_guard_disconnect(crpc_server *s, crpci_conn *conn)
+/* Gives back what crpci_guard_connect took. */
+CRPCI_COLD void crpci_guard_disconnect(crpc_server *s, void *account)
 {
     crpci_thread_lock(&s->guard.lock);
-    crpci_quota_disconnect(&s->guard.clients, (crpci_quota_client *)conn->client);
+    crpci_peer_disconnect(&s->guard.peers, (crpci_peer_account *)account,
+                          crpci_heap_now(s->heap));
     crpci_thread_unlock(&s->guard.lock);
-    conn->client = NULL;
+}
+
+/* Whether a connection of account `own`, counted already, may stay when `count` connections are
+ * open with it. Up to three quarters of max_connections anybody may have all. Above them the
+ * largest account gets no more, so that the rest is there for others. If none is left, a connection
+ * of *victim must be closed first; NULL: none need be. A host's first connection is never one too
+ * many while there is room. */
+CRPCI_COLD bool crpci_guard_has_room(crpc_server *s, const crpci_peer_account *own, uint32_t count,
+                                     const crpci_peer_account **victim)
+{
+    uint32_t most = (uint32_t)s->options.max_connections;
+    const crpci_peer_account *other;
+    bool largest;
+    *victim = NULL;
+    if (!most || count <= most - most / 4)
+        return true;
+    crpci_thread_lock(&s->guard.lock);
+    other = crpci_peer_largest(&s->guard.peers, own);
+    largest = own->connections > 1 && (!other || crpci_peer_is_larger(own, other));
+    if (count > most && !largest && crpci_peer_is_larger(other, own))
+        *victim = other;
+    crpci_thread_unlock(&s->guard.lock);
+    return !largest && (count <= most || *victim);
 }
 
 /* --- opening ---------------------------------------------------------------------------------- */
@@ -22964,16 +23316,19 @@ CRPCI_COLD int crpci_guard_start_limits(crpc_server *s, crpc_error *error)
     return CRPC_OK;
 }
 
-/* Allocates the tables of request ids and of clients, if the options ask for them. */
+/* Sets up the tables of request ids and of accounts. */
 CRPCI_COLD int crpci_guard_open(crpc_server *s)
 {
     const crpc_server_options *o = &s->options;
+    uint64_t secret[2];
     int err = CRPC_OK;
     if (o->replay_entries)
         err = crpci_replay_open(&s->guard.replay, s->heap, (size_t)o->replay_entries,
                                 o->replay_bytes, (int64_t)o->replay_ms * 1000);
-    if (!err && o->rate_per_client > 0)
-        err = crpci_quota_open(&s->guard.clients, s->heap, o->rate_per_client, o->burst_per_client);
+    crpci_loop_secret(s->loop, secret);
+    if (!err)
+        err = crpci_peer_open(&s->guard.peers, s->heap, secret, o->rate_per_client,
+                              o->burst_per_client);
     return err;
 }
 
@@ -22997,7 +23352,7 @@ CRPCI_COLD void crpci_guard_close(crpc_server *s)
 {
     crpci_replay_close(&s->guard.replay);
     crpci_order_close(&s->guard.order, s->heap);
-    crpci_quota_close(&s->guard.clients);
+    crpci_peer_close(&s->guard.peers, s->heap);
     crpci_heap_free(s->heap, s->guard.quotas, s->guard.quota_count * sizeof *s->guard.quotas);
     crpci_thread_mutex_free(&s->guard.lock);
 }
@@ -23080,6 +23435,11 @@ CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
     crpc_server *s = (crpc_server *)conn->owner;
     const crpci_service_method *method;
     conn->loop->stats.requests++;
+    if (CRPCI_UNLIKELY(conn->refused)) {
+        crpci_context_refuse(conn, m, CRPC_ELIMIT,
+                             "the server has too many connections (max_connections)");
+        return;
+    }
     if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING)) {
         crpci_context_refuse(conn, m, CRPC_ELOGOFF, "the server is stopping");
         crpci_context_throttle(conn);
@@ -23127,8 +23487,10 @@ CRPCI_FN void crpci_intake_on_eof(crpci_conn *conn)
 CRPCI_FN void crpci_intake_on_closed(crpci_conn *conn)
 {
     crpc_server *s = (crpc_server *)conn->owner;
-    if (CRPC_ENABLE_POLICY && conn->client)
-        crpci_guard_disconnect(s, conn);
+    if (CRPC_ENABLE_POLICY && conn->account)
+        crpci_guard_disconnect(s, conn->account);
+    if (conn->refused)
+        __atomic_fetch_sub(&s->listener.refusing, 1, __ATOMIC_ACQ_REL);
     __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
 }
 
@@ -23138,17 +23500,28 @@ CRPCI_FN void crpci_intake_on_opened(crpci_conn *conn)
     (void)conn;
 }
 
-/* Closes a connection that was idle for idle_timeout_ms, whose request has not arrived whole within
- * frame_timeout_ms, or which ended its input and does not read its replies. A paused connection is
+CRPCI_FN void crpci_intake_expire(crpci_conn *conn)
+{
+    conn->loop->stats.timeouts++;
+    crpci_conn_close(conn, CRPC_ECLOSE, 0);
+}
+
+/* Closes a connection that was idle for idle_timeout_ms, that has asked for no method of the server
+ * within first_request_ms, whose request has not arrived whole within frame_timeout_ms, or which ended its input and does not read its replies. A paused connection is
  * not read, so its peer is not to blame for a partial request. */
 CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
 {
     const crpc_server *s = (const crpc_server *)conn->owner;
     int64_t now = crpci_loop_now(conn->loop), next = INT64_MAX;
     int64_t idle = (int64_t)s->options.idle_timeout_ms * 1000;
+    int64_t first = (int64_t)s->options.first_request_ms * 1000;
+    if (conn->refused) {
+        crpci_conn_close(conn, CRPC_ECLOSE, 0);
+        return;
+    }
     if (conn->close_when_sent && conn->frame_timeout_us) {
         if (conn->tx_bytes == conn->linger_bytes)
-            crpci_conn_close(conn, CRPC_ECLOSE, 0);
+            crpci_intake_expire(conn);
         else
             crpci_loop_timer_set(conn->loop, &conn->timer, conn->frame_timeout_us);
         conn->linger_bytes = conn->tx_bytes;
@@ -23160,8 +23533,10 @@ CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
         next = crpci_base_min64(next, conn->active_us + idle);
     else if (idle)
         next = crpci_base_min64(next, now + idle);
+    if (first && !conn->expected)
+        next = crpci_base_min64(next, conn->opened_us + first);
     if (next <= now)
-        crpci_conn_close(conn, CRPC_ECLOSE, 0);
+        crpci_intake_expire(conn);
     else if (next != INT64_MAX)
         crpci_loop_timer_set(conn->loop, &conn->timer, next - now);
 }
@@ -23180,6 +23555,27 @@ CRPCI_FN void crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
         if (c->up == &crpci_intake_events && c->owner == s)
             crpci_conn_close(c, CRPC_ECLOSE, 0);
     }
+}
+
+/* Closes one connection of an account on a loop: one that has not asked for a method of the server
+ * yet or, if `idle`, the one that has been without a request for longest. Locked. False: there is
+ * none. */
+CRPCI_COLD bool crpci_intake_evict(crpc_server *s, crpc_loop *l, const void *account, bool idle)
+{
+    crpci_conn *victim = NULL;
+    crpci_list *i;
+    for (i = l->conns.next; i != &l->conns; i = i->next) {
+        crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
+        if (c->up == &crpci_intake_events && c->owner == s && c->account == account &&
+            !c->refused && (!c->expected || (idle && !c->busy && crpci_conn_idle(c))) &&
+            (!victim || c->active_us < victim->active_us))
+            victim = c;
+    }
+    if (!victim)
+        return false;
+    l->stats.evicted++;
+    crpci_conn_close(victim, CRPC_ECLOSE, 0);
+    return true;
 }
 
 /* Whether any of the server's connections on a loop has output to send, or input that was not read:
@@ -23215,40 +23611,100 @@ typedef struct crpci_listener {
     crpci_addr addr;
 } crpci_listener;
 
-/* Hands a new connection to its loop. Closes it if the server has max_connections or is stopping.
- * Called without a lock by the thread that accepts. */
-CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
+#define CRPCI_LISTENER_REFUSING  32      /* connections at a time that are told they are refused */
+#define CRPCI_LISTENER_REFUSE_US 1000000 /* how long each of them stays */
+
+/* Takes a connection from an account that has more than its share. Locks one loop after another.
+ * False: all of the account's connections are at work. */
+CRPCI_COLD bool crpci_listener_evict(crpc_server *s, const void *account)
 {
-    crpc_loop *l = s->loop;
-    crpci_conn *conn;
-    if (s->io.count) {
-        l = s->io.loops[s->io.next % s->io.count];
-        s->io.next++;
+    bool done = false;
+    size_t i, n = s->io.count ? s->io.count : 1;
+    for (i = 0; i < 2 * n && !done; i++) {
+        crpc_loop *l = s->io.count ? s->io.loops[i % n] : s->loop;
+        crpci_loop_lock(l);
+        done = crpci_intake_evict(s, l, account, i >= n);
+        crpci_loop_unlock(l);
     }
-    if (s->options.max_connections &&
-        crpci_thread_load(&s->connections) >= (uint32_t)s->options.max_connections) {
+    return done;
+}
+
+/* Opens a connection only to refuse its requests: its peer learns that they were not executed, and
+ * may try another server. False: enough connections are being refused already. Locked. */
+CRPCI_COLD bool crpci_listener_refuse(crpc_server *s, crpci_conn *conn)
+{
+    conn->loop->stats.refused++;
+    if (__atomic_add_fetch(&s->listener.refusing, 1, __ATOMIC_ACQ_REL) > CRPCI_LISTENER_REFUSING) {
+        __atomic_fetch_sub(&s->listener.refusing, 1, __ATOMIC_ACQ_REL);
+        return false;
+    }
+    conn->refused = true;
+    crpci_loop_timer_set(conn->loop, &conn->timer, CRPCI_LISTENER_REFUSE_US);
+    return true;
+}
+
+/* Sets up an accepted connection. Locked. */
+CRPCI_FN void crpci_listener_configure(const crpc_server *s, crpci_conn *conn)
+{
+    int64_t first = s->options.first_request_ms, idle = s->options.idle_timeout_ms;
+    conn->protocols = crpci_protocols;
+    conn->max_body = (uint32_t)s->options.limits.max_body;
+    conn->max_skip = s->options.max_skip;
+    conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
+    first = first && (!idle || first < idle) ? first : idle;
+    if (first)
+        crpci_loop_timer_set(conn->loop, &conn->timer, first * 1000);
+}
+
+/* Makes a connection of a socket that was counted for `account`. False: it could not, and the
+ * socket is closed. Called without a lock. The server's state was set before this loop was locked
+ * to close its connections, so a connection is either refused here or closed there. */
+CRPCI_FN bool crpci_listener_adopt(crpc_server *s, crpc_loop *l, int fd,
+                                   const crpci_sock_name *peer, void *account, bool room)
+{
+    crpci_conn *conn = NULL;
+    crpci_loop_lock(l);
+    if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
+        close(fd);
+    } else if (!crpci_connect_new(l, fd, false, &crpci_intake_events, s, &conn)) {
+        crpci_thread_ref(&s->connections);
+        conn->peer = *peer;
+        conn->account = account;
+        crpci_listener_configure(s, conn);
+        if (!room && !crpci_listener_refuse(s, conn))
+            crpci_conn_close(conn, CRPC_ECLOSE, 0);
+    }
+    crpci_loop_unlock(l);
+    return conn != NULL;
+}
+
+/* Gives an accepted socket to one of the server's loops, in turn, if the peer may connect. Called
+ * without a lock by the thread that accepts, so s->connections only becomes less meanwhile. */
+CRPCI_FN void crpci_listener_share(crpc_server *s, int fd, const crpci_sock_name *peer)
+{
+    crpc_loop *l = s->io.count ? s->io.loops[s->io.next++ % s->io.count] : s->loop;
+    uint32_t count = crpci_thread_load(&s->connections) + 1;
+    const crpci_peer_account *victim = NULL;
+    crpci_peer_account *account = NULL;
+    bool room = !s->options.max_connections || count <= (uint32_t)s->options.max_connections;
+    if (s->listener.allow.count && !crpci_peer_find_network(&s->listener.allow, peer)) {
+        crpci_loop_lock(l);
+        l->stats.refused++;
+        crpci_loop_unlock(l);
         close(fd);
         return;
     }
-    crpci_loop_lock(l);
-    crpci_thread_ref(&s->connections);
-    if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
-        close(fd); /* the state was set before this loop was locked to close its connections, so a
-                    * connection is either refused here or closed there */
-        __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
-    } else if (crpci_connect_new(l, fd, false, &crpci_intake_events, s, &conn)) {
-        __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
-    } else {
-        conn->protocols = crpci_protocols;
-        conn->max_body = (uint32_t)s->options.limits.max_body;
-        conn->max_skip = s->options.max_skip;
-        conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
-        if (s->options.idle_timeout_ms)
-            crpci_loop_timer_set(l, &conn->timer, (int64_t)s->options.idle_timeout_ms * 1000);
-        if (CRPC_ENABLE_POLICY && s->guard.clients.buckets && !crpci_guard_connect(s, conn))
-            crpci_conn_close(conn, CRPC_ENOMEM, 0);
+    if (CRPC_ENABLE_POLICY) {
+        account = crpci_guard_connect(s, peer);
+        if (!account) {
+            close(fd);
+            return;
+        }
+        room = crpci_guard_has_room(s, account, count, &victim) &&
+               (!victim || crpci_listener_evict(s, victim));
     }
-    crpci_loop_unlock(l);
+    if (!crpci_listener_adopt(s, l, fd, peer, account, room) && account)
+        crpci_guard_disconnect(s, account);
 }
 
 /* No descriptors or memory are left. The reserve descriptor is freed to accept one connection and
@@ -23259,10 +23715,11 @@ CRPCI_COLD void crpci_listener_no_descriptors(crpci_listener *n)
 {
     crpc_server *s = n->server;
     int64_t now = crpci_loop_now(s->loop);
+    crpci_addr peer;
     int fd;
     if (s->listener.reserve_fd >= 0) {
         close(s->listener.reserve_fd);
-        fd = crpci_sock_accept(n->fd);
+        fd = crpci_sock_accept(n->fd, &peer);
         if (fd >= 0)
             close(fd);
         s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
@@ -23291,10 +23748,12 @@ CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned ev
 {
     crpci_listener *n = CRPCI_CONTAINER(w, crpci_listener, watch);
     crpc_server *s = n->server;
+    crpci_sock_name peers[16];
     int fds[16], count = 0, i;
     (void)events;
     while (count < 16) {
-        int fd = crpci_sock_accept(n->fd);
+        crpci_addr peer;
+        int fd = crpci_sock_accept(n->fd, &peer);
         if (fd < 0) {
             if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
                 crpci_listener_no_descriptors(n);
@@ -23302,6 +23761,7 @@ CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned ev
         }
         if (n->addr.u.any.sa_family != AF_UNIX)
             crpci_sock_tune(fd);
+        crpci_sock_name_of(&peers[count], &peer, fd);
         fds[count++] = fd;
     }
     if (!count)
@@ -23309,7 +23769,7 @@ CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned ev
     crpci_thread_ref(&s->refs);
     crpci_loop_unlock(l);
     for (i = 0; i < count; i++)
-        crpci_listener_adopt(s, fds[i]);
+        crpci_listener_share(s, fds[i], &peers[i]);
     crpci_loop_lock(l);
     crpci_context_drop_server(s);
 }
@@ -23767,6 +24227,7 @@ CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
     crpci_service_free(&s->services, h);
     if (CRPC_ENABLE_POLICY)
         crpci_guard_close(s);
+    crpci_peer_free_networks(&s->listener.allow, h);
     crpci_heap_free(h, s->enrolment.items, s->enrolment.count * sizeof *s->enrolment.items);
     crpci_heap_strfree(h, s->enrolment.url);
     crpci_heap_strfree(h, s->enrolment.advertise);
@@ -23915,6 +24376,9 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_POLICY(ordered, 0, -1, 1),
     CRPCI_LIFECYCLE_NUMBER(max_concurrency, 8192, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(max_connections, 1024, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(first_request_ms, 60000, 0, 86400000),
+    CRPCI_LIFECYCLE_TEXT(access.allow, "allow", 0),
+    CRPCI_LIFECYCLE_TEXT(access.peers, "peers", 0),
     CRPCI_LIFECYCLE_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
     CRPCI_LIFECYCLE_ROW(limits.max_queued, "max_queued", 0, 4 << 20, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(max_skip, 256 << 20, 0, CRPCI_OPTION_ANY),
@@ -24018,6 +24482,12 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
                               o.directory.application ? o.directory.application : "crpc") ||
         (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
         err = crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
+    if (!err)
+        err = crpci_peer_read_networks(&s->listener.allow, s->heap, o.access.allow, "allow", false,
+                                       error);
+    if (!err && CRPC_ENABLE_POLICY)
+        err = crpci_peer_read_networks(&s->guard.peers.weights, s->heap, o.access.peers, "peers",
+                                       true, error);
     if (!err && o.registry)
 #if CRPCI_DIRECTORY
         err = crpci_open_registry(l, o.registry, NULL, NULL, error);
@@ -24173,6 +24643,9 @@ CRPC_API void crpc_server_stats_get(crpc_server *s, crpc_loop_stats *stats)
         stats->calls += one.calls;
         stats->requests += one.requests;
         stats->limited += one.limited;
+        stats->refused += one.refused;
+        stats->evicted += one.evicted;
+        stats->timeouts += one.timeouts;
         stats->connections += one.connections;
         stats->pending += one.pending;
         stats->watches += one.watches;
