@@ -347,6 +347,9 @@
  *     ordered                 0           -1          1
  *     max_concurrency         8192        0           1 and more
  *     max_connections         1024        0           1 and more
+ *     first_request_ms        60000       0           1 to 86400000
+ *     allow                   text
+ *     peers                   text
  *     max_body                64 MiB      2 GiB - 1   1 to 2 GiB - 1
  *     max_queued              4 MiB       0           1 and more
  *     max_skip                256 MiB     0           1 and more
@@ -548,7 +551,7 @@
  *     max_body               64 MiB      request: CRPC_EREQUEST; reply: CRPC_ERESPONSE; skipped
  *     channel max_queued     16 MiB      CRPC_EOVERCROWDED, also for one request that is larger
  *     server max_queued      4 MiB       the connection is not read until half is sent
- *     max_connections        1024        new ones are closed
+ *     max_connections        1024        CRPC_ELIMIT, 32 at a time, else closed; see below
  *     worker_queue           1024        CRPC_ELIMIT
  *     max_concurrency        8192        CRPC_ELIMIT; for each I/O thread
  *     method_limits, rate_per_client  none CRPC_ELIMIT
@@ -556,6 +559,15 @@
  *     max_results            1024        CRPC_ELIMIT
  *     max_bytes              256 MiB     CRPC_ENOMEM, or the connection is closed
  *     URL                    2047 bytes  CRPC_EINVAL
+ *
+ * All connections of one host are an account: an IPv4 address, the /64 of a global IPv6 address, a
+ * whole link-local or unique-local one, the user of a unix socket. Below three quarters of
+ * max_connections any account may have all of them. Above that, the account with the most, divided
+ * by its weight (access.peers), gets no more, and when none is left a newcomer of a smaller account
+ * takes one of its connections: one that has asked for nothing yet, else the one that has been idle
+ * for longest, never one with a request in service. A gateway that stands for a hundred boards needs
+ * a weight. Attackers with as many addresses as max_connections can still shut others out: admit
+ * only known networks (access.allow).
  *
  * PORTING
  *
@@ -1037,7 +1049,7 @@ typedef struct crpc_loop_stats {
     uint64_t limited;      /* requests refused with CRPC_ELIMIT before they were served */
     uint64_t replayed;     /* by crpc_server_stats_get: requests answered with a kept reply */
     uint64_t unremembered; /* likewise: requests with an id that found no free replay entry */
-    uint64_t refused;      /* connections of a server not accepted: access.allow, max_connections */
+    uint64_t refused;      /* connections that a server refused: access.allow, max_connections */
     uint64_t evicted;      /* connections of a server closed in favour of other hosts */
     uint64_t timeouts;     /* connections closed for idle_timeout_ms, frame_timeout_ms and
                               first_request_ms */
