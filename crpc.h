@@ -1047,12 +1047,12 @@ typedef struct crpc_loop_stats {
     uint64_t calls;        /* calls begun */
     uint64_t requests;     /* requests received */
     uint64_t limited;      /* requests refused with CRPC_ELIMIT before they were served */
-    uint64_t replayed;     /* by crpc_server_stats_get: requests answered with a kept reply */
-    uint64_t unremembered; /* likewise: requests with an id that found no free replay entry */
     uint64_t refused;      /* connections that a server refused: access.allow, max_connections */
     uint64_t evicted;      /* connections of a server closed in favour of other hosts */
     uint64_t timeouts;     /* connections closed for idle_timeout_ms, frame_timeout_ms and
                               first_request_ms */
+    uint64_t replayed;     /* by crpc_server_stats_get: requests answered with a kept reply */
+    uint64_t unremembered; /* likewise: requests with an id that found no free replay entry */
     uint32_t connections;  /* open now, those of clients and of servers */
     uint32_t pending;      /* calls that have not ended, or were not fetched yet */
     uint32_t watches;      /* descriptors watched now, crpc's own included */
@@ -2406,8 +2406,8 @@ CRPCI_FN uint64_t crpci_base_siphash(const uint64_t key[2], const void *bytes, s
 /* >>impl-thread   mutexes, condition variables, threads, atomic counters    */
 /* ======================================================================== */
 
-/* With CRPC_ENABLE_THREADS=0 the same functions exist and do nothing, so that the sections below
- * need no #if to lock. */
+/* With CRPC_ENABLE_THREADS=0 macros of the same names do nothing, so that the sections below need
+ * no #if to lock. */
 #if CRPC_ENABLE_THREADS
 typedef struct crpci_mutex {
     pthread_mutex_t mutex;
@@ -2494,25 +2494,21 @@ CRPCI_FN void crpci_thread_broadcast(crpci_cond *c)
     pthread_cond_broadcast(c);
 }
 
-/* Unlocks, waits until signalled or for `us` microseconds (negative: no limit), locks again. It may
- * return early, so callers wait in a loop. More than a day is cut to a day: sums stay in range. */
+/* Unlocks, waits until signalled or for `us` microseconds, locks again. Negative, or more than a
+ * day: a day, so that sums stay in range. It may return early: callers wait in a loop. */
 CRPCI_FN void crpci_thread_wait(crpci_cond *c, crpci_mutex *m, int64_t us)
 {
+    const int64_t day = INT64_C(86400000000);
     struct timespec ts;
-    crpci_thread_set_held(m, false);
-    if (us < 0) {
-        pthread_cond_wait(c, &m->mutex);
-        crpci_thread_set_held(m, true);
-        return;
-    }
+    us = us < 0 || us > day ? day : us;
     clock_gettime(CLOCK_MONOTONIC, &ts);
-    us = crpci_base_min64(us, INT64_C(86400000000));
     ts.tv_sec += (time_t)(us / 1000000);
     ts.tv_nsec += (long)(us % 1000000) * 1000;
     if (ts.tv_nsec >= 1000000000) {
         ts.tv_sec++;
         ts.tv_nsec -= 1000000000;
     }
+    crpci_thread_set_held(m, false);
     pthread_cond_timedwait(c, &m->mutex, &ts);
     crpci_thread_set_held(m, true);
 }
@@ -2563,76 +2559,19 @@ typedef char crpci_mutex;
 typedef char crpci_cond;
 typedef char crpci_thread;
 
-CRPCI_FN int crpci_thread_mutex_init(crpci_mutex *m)
-{
-    *m = 0;
-    return CRPC_OK;
-}
-
-CRPCI_FN void crpci_thread_mutex_free(crpci_mutex *m)
-{
-    (void)m;
-}
-
-CRPCI_FN void crpci_thread_lock(crpci_mutex *m)
-{
-    (void)m;
-}
-
-CRPCI_FN void crpci_thread_unlock(crpci_mutex *m)
-{
-    (void)m;
-}
-
-CRPCI_FN int crpci_thread_cond_init(crpci_cond *c)
-{
-    *c = 0;
-    return CRPC_OK;
-}
-
-CRPCI_FN void crpci_thread_cond_free(crpci_cond *c)
-{
-    (void)c;
-}
-
-CRPCI_FN void crpci_thread_signal(crpci_cond *c)
-{
-    (void)c;
-}
-
-CRPCI_FN void crpci_thread_broadcast(crpci_cond *c)
-{
-    (void)c;
-}
-
-CRPCI_FN void crpci_thread_wait(crpci_cond *c, crpci_mutex *m, int64_t us)
-{
-    (void)c;
-    (void)m;
-    (void)us;
-}
-
-CRPCI_FN crpci_thread crpci_thread_self(void)
-{
-    return 0;
-}
-
-CRPCI_FN bool crpci_thread_is_self(crpci_thread t)
-{
-    (void)t;
-    return true;
-}
-
-CRPCI_FN uintptr_t crpci_thread_tag(void)
-{
-    return 1;
-}
-
-CRPCI_FN bool crpci_thread_holds(const crpci_mutex *m)
-{
-    (void)m;
-    return true;
-}
+#define crpci_thread_tag()          ((uintptr_t)1)
+#define crpci_thread_holds(m)       ((void)(m), true)
+#define crpci_thread_mutex_init(m)  (*(m) = 0)
+#define crpci_thread_mutex_free(m)  ((void)(m))
+#define crpci_thread_lock(m)        ((void)(m))
+#define crpci_thread_unlock(m)      ((void)(m))
+#define crpci_thread_cond_init(c)   (*(c) = 0)
+#define crpci_thread_cond_free(c)   ((void)(c))
+#define crpci_thread_signal(c)      ((void)(c))
+#define crpci_thread_broadcast(c)   ((void)(c))
+#define crpci_thread_wait(c, m, us) ((void)(c), (void)(m), (void)(us))
+#define crpci_thread_self()         ((crpci_thread)0)
+#define crpci_thread_is_self(t)     ((void)(t), true)
 #endif
 
 /* --- atomic counters and flags: 32 bits wide, for which no Linux target needs libatomic ------- */
@@ -2805,11 +2744,11 @@ typedef struct crpci_heap {
     crpc_hooks hooks;
     crpci_mutex lock;
     uint32_t refs; /* under the lock, which taking or giving a chunk needs anyway */
-    int64_t limit; /* of chunk_bytes; 0: no limit */
-    int64_t chunk_bytes; /* in chunks that are in use */
-    int64_t kept_bytes;  /* in chunks that wait for reuse */
-    int64_t bytes;       /* everything */
-    int64_t peak;        /* the most that `bytes` ever was */
+    size_t limit; /* of chunk_bytes; 0: no limit */
+    size_t chunk_bytes; /* in chunks that are in use */
+    size_t kept_bytes;  /* in chunks that wait for reuse */
+    size_t bytes;       /* everything */
+    size_t peak;        /* the most that `bytes` ever was */
     crpci_heap_class classes[CRPCI_CHUNK_CLASSES];
 #if CRPC_DEBUG
     void *closed; /* handles of objects that are gone, see crpci_heap_retire */
@@ -2924,7 +2863,7 @@ CRPCI_FN void *crpci_heap_resize_locked(crpci_heap *h, void *ptr, size_t old_siz
     CRPCI_ASSERT(crpci_thread_holds(&h->lock), "the heap is not locked by this thread");
     out = h->hooks.resize(h->hooks.user, ptr, old_size, new_size);
     if (out || !new_size) {
-        h->bytes += (int64_t)new_size - (int64_t)old_size;
+        h->bytes += new_size - old_size;
         if (h->bytes > h->peak)
             h->peak = h->bytes;
     }
@@ -3053,9 +2992,9 @@ CRPCI_FN int crpci_heap_open(crpci_heap **out, const crpc_hooks *hooks, int64_t 
         return CRPC_ENOMEM;
     memset(h, 0, sizeof *h);
     h->hooks = k;
-    h->limit = limit;
+    h->limit = (size_t)crpci_base_min64(limit, PTRDIFF_MAX);
     h->refs = 1;
-    h->bytes = h->peak = (int64_t)sizeof *h;
+    h->bytes = h->peak = sizeof *h;
     if (crpci_thread_mutex_init(&h->lock)) {
         k.resize(k.user, h, sizeof *h, 0);
         return CRPC_ENOMEM;
@@ -3131,7 +3070,7 @@ CRPCI_FN crpci_chunk *crpci_heap_take(crpci_heap *h, crpci_heap_class *k, size_t
     if (CRPCI_LIKELY(c != NULL)) {
         k->kept = c->next;
         k->kept_count--;
-        h->kept_bytes -= (int64_t)total;
+        h->kept_bytes -= total;
     } else {
         c = (crpci_chunk *)crpci_heap_resize_locked(h, NULL, 0, total);
     }
@@ -3151,13 +3090,13 @@ CRPCI_FN void crpci_heap_give(crpci_heap *h, crpci_heap_class *k, crpci_chunk *c
     c->next = k->kept;
     k->kept = c;
     k->kept_count++;
-    h->kept_bytes += (int64_t)total;
+    h->kept_bytes += total;
     while (CRPCI_UNLIKELY(k->used + k->kept_count > enough) &&
            k->kept_count * total > CRPCI_HEAP_KEEP) {
         c = k->kept;
         k->kept = c->next;
         k->kept_count--;
-        h->kept_bytes -= (int64_t)total;
+        h->kept_bytes -= total;
         crpci_heap_resize_locked(h, c, total, 0);
     }
 }
@@ -3173,12 +3112,12 @@ CRPCI_FN crpci_chunk *crpci_heap_chunk(crpci_heap *h, size_t size)
     if (total < size)
         return NULL;
     crpci_thread_lock(&h->lock);
-    if (!h->limit || h->chunk_bytes + (int64_t)total <= h->limit)
+    if (!h->limit || (h->chunk_bytes <= h->limit && total <= h->limit - h->chunk_bytes))
         c = k < CRPCI_CHUNK_CLASSES
                 ? crpci_heap_take(h, &h->classes[k], total)
                 : (crpci_chunk *)crpci_heap_resize_locked(h, NULL, 0, total);
     if (c) {
-        h->chunk_bytes += (int64_t)total;
+        h->chunk_bytes += total;
         h->refs++;
     }
     crpci_thread_unlock(&h->lock);
@@ -3202,17 +3141,17 @@ CRPCI_FN void crpci_heap_chunk_ref(crpci_chunk *c)
 CRPCI_FN void crpci_heap_chunk_unref(crpci_chunk *c)
 {
     crpci_heap *h;
-    int64_t total;
+    size_t total;
     if (!c || !crpci_thread_unref(&c->refs))
         return;
     h = c->heap;
-    total = (int64_t)(c->cap + CRPCI_CHUNK_HEADER);
+    total = c->cap + CRPCI_CHUNK_HEADER;
     crpci_thread_lock(&h->lock);
     h->chunk_bytes -= total;
     if (c->size_class < CRPCI_CHUNK_CLASSES)
-        crpci_heap_give(h, &h->classes[c->size_class], c, (size_t)total);
+        crpci_heap_give(h, &h->classes[c->size_class], c, total);
     else
-        crpci_heap_resize_locked(h, c, (size_t)total, 0);
+        crpci_heap_resize_locked(h, c, total, 0);
     crpci_heap_unlock_unref(h);
 }
 
@@ -3361,6 +3300,16 @@ CRPCI_FN void crpci_list_move(crpci_list *to, crpci_list *from)
     crpci_list_init(from);
 }
 
+/* Makes the empty lists of a hash table. NULL: out of memory. */
+CRPCI_COLD crpci_list *crpci_list_table(crpci_heap *h, size_t count)
+{
+    crpci_list *table = (crpci_list *)crpci_heap_alloc(h, count * sizeof *table);
+    size_t i;
+    for (i = 0; table && i < count; i++)
+        crpci_list_init(&table[i]);
+    return table;
+}
+
 /* ======================================================================== */
 /* >>impl-url   URLs, their options, percent-encoding                        */
 /* ======================================================================== */
@@ -3395,6 +3344,7 @@ CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, cr
 {
     size_t len = text ? strlen(text) : 0;
     const char *colon = text ? strstr(text, "://") : NULL;
+    bool is_unix;
     char *p;
     memset(u, 0, sizeof *u);
     if (!text || len >= CRPCI_URL_MAX)
@@ -3402,8 +3352,8 @@ CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, cr
                                 CRPCI_URL_MAX - 1);
     if (!colon || colon == text)
         return crpci_status_set(error, CRPC_EINVAL, "not a URL (scheme://...): \"%.100s\"", text);
-    if (strcmp(text, "unix://") == 0 || strcmp(text, "unix:///") == 0 ||
-        strncmp(text, "unix://?", 8) == 0 || strncmp(text, "unix:///?", 9) == 0)
+    is_unix = strncmp(text, "unix://", 7) == 0;
+    if (is_unix && strcspn(text + 7, "?") <= (size_t)(text[7] == '/'))
         return crpci_status_set(error, CRPC_EINVAL,
                                 "%.100s: no path; expected unix:///path, or "
                                 "unix://@name for an abstract socket",
@@ -3422,7 +3372,7 @@ CRPCI_COLD int crpci_url_parse(crpci_url *u, crpci_heap *h, const char *text, cr
         *u->query++ = '\0';
     else
         u->query = u->text + len;
-    if (strcmp(u->scheme, "unix") == 0) {
+    if (is_unix) {
         u->path = u->authority;
         u->authority = u->text + len;
         return CRPC_OK;
@@ -3528,14 +3478,13 @@ CRPCI_FN int crpci_url_next(crpci_url *u, char **key, char **value, crpc_error *
     return CRPC_OK;
 }
 
-/* Reads a whole decimal number from -1 to `max`; anything else returns false. */
+/* Reads a whole decimal number from -1 to `max`; anything else returns false. One that is too large
+ * for an int64_t counts as INT64_MAX. */
 CRPCI_FN bool crpci_url_number(const char *text, int64_t max, int64_t *out)
 {
     char *end;
-    long long v;
-    errno = 0;
-    v = strtoll(text, &end, 10);
-    if (errno || !((*text >= '0' && *text <= '9') || *text == '-') || *end || v < -1 || v > max)
+    long long v = strtoll(text, &end, 10);
+    if (!((*text >= '0' && *text <= '9') || *text == '-') || *end || v < -1 || v > max)
         return false;
     *out = v;
     return true;
@@ -3557,20 +3506,22 @@ enum {
     CRPCI_OPTION_SECRET = 2,    /* no URL may set it, no error text may show it */
     CRPCI_OPTION_DIRECTORY = 4, /* only a URL that names a registry may set it */
     CRPCI_OPTION_BACKEND = 8,   /* only a URL whose kind of registry knows it may set it */
-    CRPCI_OPTION_POLICY = 16    /* an error unless CRPC_ENABLE_POLICY is 1 */
+    CRPCI_OPTION_POLICY = 16,   /* an error unless CRPC_ENABLE_POLICY is 1 */
+    CRPCI_OPTION_WORDS = 32,    /* users write a word, see crpci_options_words */
+    CRPCI_OPTION_STACK = 64     /* a thread's stack: CRPCI_OPTION_STACK_MIN bytes at least */
 };
+
+#define CRPCI_OPTION_STACK_MIN 16384 /* Linux gives no thread less */
 
 /* One row: how users spell an option, where its member is, and which values it may have. */
 typedef struct crpci_option {
-    const char *name;  /* as users spell it */
-    const char *words; /* NULL: a number; else names separated by commas, the first means 1 */
-    uint16_t offset;   /* in the options struct */
-    uint8_t size;      /* of the member in bytes: of an int, an int64_t or a pointer */
-    uint8_t flags;     /* CRPCI_OPTION_* */
-    int32_t zero;      /* the value that 0 stands for: the default */
-    int32_t none;      /* the value that -1 stands for: "no limit", "never" */
-    int32_t least;     /* the smallest and largest value besides 0 and -1 */
-    int32_t most;
+    const char *name; /* as users spell it */
+    uint16_t offset;  /* in the options struct */
+    uint8_t size;     /* of the member in bytes: of an int, an int64_t or a pointer */
+    uint8_t flags;    /* CRPCI_OPTION_* */
+    int32_t zero;     /* the value that 0 stands for: the default */
+    int32_t none;     /* the value that -1 stands for: "no limit", "never" */
+    int32_t most;     /* the largest value; the smallest besides 0 and -1 is 1 */
 } crpci_option;
 
 typedef struct crpci_options {
@@ -3578,11 +3529,8 @@ typedef struct crpci_options {
     size_t count;
 } crpci_options;
 
-#define CRPCI_OPTION_ROW(type, member, name, words, flags, zero, none, least, most)                \
-    {                                                                                              \
-        name, words, offsetof(type, member), sizeof(((type *)0)->member), flags, zero, none,       \
-            least, most                                                                            \
-    }
+#define CRPCI_OPTION_ROW(type, member, name, flags, zero, none, most)                              \
+    {name, offsetof(type, member), sizeof(((type *)0)->member), flags, zero, none, most}
 #define CRPCI_OPTIONS_OF(rows) rows, sizeof(rows) / sizeof *(rows)
 
 /* Reads a number. Members are int or int64_t; memcpy keeps this legal for any struct. */
@@ -3607,19 +3555,13 @@ CRPCI_COLD void crpci_options_put(const crpci_option *o, void *options, int64_t 
         memcpy(at, &narrow, sizeof narrow);
 }
 
-/* The largest value that an option can have. */
-CRPCI_COLD int64_t crpci_options_most(const crpci_option *o)
-{
-    if (o->most != CRPCI_OPTION_ANY)
-        return o->most;
-    return o->size == sizeof(int64_t) ? INT64_MAX : INT32_MAX;
-}
-
 /* Checks one value against the option's range. The error names the option, the value and the
  * limit. */
 CRPCI_COLD int crpci_options_check_value(const crpci_option *o, int64_t value, crpc_error *error)
 {
-    int64_t most = crpci_options_most(o);
+    int64_t most = o->most;
+    if (most == CRPCI_OPTION_ANY)
+        most = o->size == sizeof(int64_t) ? INT64_MAX : INT32_MAX;
     if (value > 0 && !CRPC_ENABLE_POLICY && (o->flags & CRPCI_OPTION_POLICY))
         return crpci_status_set(error, CRPC_EUNSUPPORTED,
                                 "%s=%lld: not compiled in: CRPC_ENABLE_POLICY is 0", o->name,
@@ -3627,9 +3569,9 @@ CRPCI_COLD int crpci_options_check_value(const crpci_option *o, int64_t value, c
     if (value > most)
         return crpci_status_set(error, CRPC_EINVAL, "%s=%lld: at most %lld", o->name,
                                 (long long)value, (long long)most);
-    if (value > 0 && value < o->least)
-        return crpci_status_set(error, CRPC_EINVAL, "%s=%lld: at least %lld", o->name,
-                                (long long)value, (long long)o->least);
+    if (value > 0 && value < CRPCI_OPTION_STACK_MIN && (o->flags & CRPCI_OPTION_STACK))
+        return crpci_status_set(error, CRPC_EINVAL, "%s=%lld: at least %d", o->name,
+                                (long long)value, CRPCI_OPTION_STACK_MIN);
     return CRPC_OK;
 }
 
@@ -3670,29 +3612,23 @@ CRPCI_COLD const crpci_option *crpci_options_find(const crpci_options *set, cons
     return NULL;
 }
 
-/* The position of `value` among names separated by commas, counted from 1; 0: it is none of
- * them. */
+/* The words of an option, each behind a comma; the first means 1. They stand behind the zero byte
+ * of its name: few rows have any. */
+CRPCI_COLD const char *crpci_options_words(const crpci_option *o)
+{
+    return o->name + strlen(o->name) + 1;
+}
+
+/* The position of `value` among such words, counted from 1; 0: it is none of them. */
 CRPCI_COLD int64_t crpci_options_word(const char *words, const char *value)
 {
     size_t n = strlen(value);
     int64_t i;
-    for (i = 1; words; i++) {
-        if (n && strncmp(words, value, n) == 0 && (words[n] == ',' || words[n] == '\0'))
+    for (i = 1; words; words = strchr(words + 1, ','), i++) {
+        if (n && strncmp(words + 1, value, n) == 0 && (words[1 + n] == ',' || words[1 + n] == '\0'))
             return i;
-        words = strchr(words, ',');
-        words = words ? words + 1 : NULL;
     }
     return 0;
-}
-
-/* Reads a whole decimal number. One that does not fit becomes the largest or smallest that does, so
- * that the range check reports it. */
-CRPCI_COLD bool crpci_options_number(const char *text, int64_t *out)
-{
-    char *end;
-    bool digits = *text == '-' ? text[1] >= '0' && text[1] <= '9' : *text >= '0' && *text <= '9';
-    *out = strtoll(text, &end, 10);
-    return digits && !*end;
 }
 
 /* Reads the text of an option into its member. A text option points at `value` from then on, so the
@@ -3706,14 +3642,15 @@ CRPCI_COLD int crpci_options_read(const crpci_option *o, void *options, const ch
         memcpy((char *)options + o->offset, &value, sizeof value);
         return CRPC_OK;
     }
-    n = o->words ? crpci_options_word(o->words, value) : 0;
-    if (o->words && !n)
-        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: not one of %s", o->name, value,
-                                o->words);
-    if (!o->words && !crpci_options_number(value, &n))
-        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: not a whole number", o->name, value);
-    if (n < -1)
-        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: at least -1", o->name, value);
+    if (o->flags & CRPCI_OPTION_WORDS) {
+        n = crpci_options_word(crpci_options_words(o), value);
+        if (!n)
+            return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: not one of %s", o->name, value,
+                                    crpci_options_words(o) + 1);
+    } else if (!crpci_url_number(value, INT64_MAX, &n)) {
+        return crpci_status_set(error, CRPC_EINVAL, "%s=%.60s: not a whole number from -1 on",
+                                o->name, value);
+    }
     err = crpci_options_check_value(o, n, error);
     if (!err)
         crpci_options_put(o, options, n);
@@ -4187,6 +4124,44 @@ CRPCI_FN int crpci_message_encode(crpci_message_out *o, const pb_msgdesc_t *desc
     return o->no_memory ? CRPC_ENOMEM : CRPC_ECODEC;
 }
 
+/* --- whether nanopb is the one of the headers ------------------------------------------------- */
+
+typedef struct crpci_message_probe {
+    crpc_view text;
+    bool has_number;
+    int64_t number;
+} crpci_message_probe;
+
+#define CRPCI_MESSAGE_PROBE_FIELDLIST(X, a)                                                        \
+    X(a, CALLBACK, REQUIRED, STRING, text, 1)                                                      \
+    X(a, STATIC, OPTIONAL, INT64, number, 4)
+
+/* PB_BIND would define an object that other files can link to. */
+static const uint32_t crpci_message_probe_info[] = {
+    CRPCI_MESSAGE_PROBE_FIELDLIST(PB_GEN_FIELD_INFO_2, crpci_message_probe) 0};
+static const pb_msgdesc_t *const crpci_message_probe_parts[] = {NULL};
+static const pb_msgdesc_t crpci_message_probe_msg = {
+    crpci_message_probe_info, crpci_message_probe_parts, NULL, crpc_view_field, 2, 1, 4};
+
+/* Whether nanopb reads and writes known bytes correctly. One that was compiled with other options
+ * than this file sees (PB_FIELD_32BIT, say) misreads descriptors without an error; a loop refuses
+ * to open then. */
+CRPCI_COLD bool crpci_message_self_check(void)
+{
+    static const char golden[] = "\x0a\x04" "Echo\x20\x81\x80\x80\x80\x10"; /* 2^32 + 1 */
+    uint8_t out[sizeof golden + 8];
+    pb_ostream_t stream = pb_ostream_from_buffer(out, sizeof out);
+    crpci_message_probe probe;
+    memset(&probe, 0, sizeof probe);
+    return crpc_message_decode(golden, sizeof golden - 1, &crpci_message_probe_msg, &probe,
+                               sizeof probe) == CRPC_OK &&
+           crpc_view_equal(probe.text, "Echo") && probe.has_number &&
+           probe.number == INT64_C(0x100000001) &&
+           pb_encode(&stream, &crpci_message_probe_msg, &probe) &&
+           stream.bytes_written == sizeof golden - 1 &&
+           memcmp(out, golden, sizeof golden - 1) == 0;
+}
+
 /* --- requests and replies, independent of the protocol ---------------------------------------- */
 
 /* Names of crpc's own user_fields. The first marks a reply whose status code is the application's;
@@ -4276,9 +4251,9 @@ CRPCI_FN crpci_frame_result crpci_frame_header(const uint8_t *p, size_t n, uint3
 
 /* RpcMeta is the protobuf message that precedes every baidu_std payload; field numbers are those of
  * brpc's baidu_rpc_meta.proto. nanopb needs about 280 ns for each direction, so crpc writes a meta
- * backwards in front of its payload by hand, and reads the two usual shapes by comparing bytes,
- * other plain ones with a hand-written cursor, and only the rest with nanopb. A fuzzer compares the
- * readers. All of this is pure: any thread, no lock. */
+ * backwards in front of its payload by hand, and reads it by hand: the two usual shapes by comparing
+ * bytes, others field by field. A fuzzer compares both readers with nanopb. All of this is pure:
+ * any thread, no lock. */
 
 /* An RpcMeta, flattened. Reading leaves views that point into the input. */
 typedef struct crpci_meta {
@@ -4463,7 +4438,7 @@ CRPCI_FN size_t crpci_meta_put_field(uint8_t *out, crpc_view key, crpc_view valu
 /* --- reading ---------------------------------------------------------------------------------- */
 
 /* Reads one field: its key, and either a number or bytes. Returns the address behind it; NULL if
- * the input is malformed or has a group: nanopb decides then. */
+ * the input is malformed or has a group. */
 CRPCI_FN const uint8_t *crpci_meta_next(const uint8_t *p, const uint8_t *end, uint64_t *key,
                                         uint64_t *number, crpc_view *bytes)
 {
@@ -4494,123 +4469,97 @@ CRPCI_FN const uint8_t *crpci_meta_next(const uint8_t *p, const uint8_t *end, ui
     }
 }
 
-/* Reads RpcRequestMeta. False leaves the whole meta to nanopb: a known field has an unexpected wire
- * type, a required name is missing, or the submessage comes a second time and has to be merged. */
-CRPCI_FN bool crpci_meta_read_request(crpc_view sub, crpci_meta *m)
-{
-    const uint8_t *p = (const uint8_t *)crpc_view_data(sub), *end = (const uint8_t *)sub.end;
-    uint64_t key, n = 0;
-    crpc_view v = {{NULL}, NULL};
-    if (crpc_view_data(m->service))
-        return false;
-    while (p < end) {
-        p = crpci_meta_next(p, end, &key, &n, &v);
-        if (!p)
-            return false;
-        switch (key) {
-        case 1 << 3 | 2:
-            m->service = v;
-            break;
-        case 2 << 3 | 2:
-            m->method = v;
-            break;
-        case 3 << 3:
-            m->log_id = (int64_t)n;
-            break;
-        case 4 << 3:
-            m->trace_id = (int64_t)n;
-            break;
-        case 5 << 3:
-            m->span_id = (int64_t)n;
-            break;
-        case 6 << 3:
-            m->parent_span_id = (int64_t)n;
-            break;
-        case 8 << 3:
-            m->timeout_ms = (int32_t)(uint32_t)n;
-            break;
-        default:
-            if (key >> 3 <= 8 && key >> 3 != 7)
-                return false;
-        }
-    }
-    return crpc_view_data(m->service) && crpc_view_data(m->method);
-}
+/* The messages that make up a meta, and what their fields hold. */
+enum { CRPCI_META_OUTER, CRPCI_META_REQUEST, CRPCI_META_RESPONSE };
 
-/* Reads RpcResponseMeta under the same rules. */
-CRPCI_FN bool crpci_meta_read_response(crpc_view sub, crpci_meta *m)
-{
-    const uint8_t *p = (const uint8_t *)crpc_view_data(sub), *end = (const uint8_t *)sub.end;
-    uint64_t key, n = 0;
-    crpc_view v = {{NULL}, NULL};
-    while (p < end) {
-        p = crpci_meta_next(p, end, &key, &n, &v);
-        if (!p)
-            return false;
-        if (key == (1 << 3))
-            m->error_code = (int32_t)(uint32_t)n;
-        else if (key == (2 << 3 | 2))
-            m->error_text = v;
-        else if (key >> 3 <= 2)
-            return false;
-    }
-    return true;
-}
+typedef enum crpci_meta_kind {
+    CRPCI_META_UNKNOWN,
+    CRPCI_META_FIELDS, /* user_fields, which crpci_meta_field reads */
+    CRPCI_META_INT32,
+    CRPCI_META_INT64,
+    CRPCI_META_BYTES, /* this kind and those behind it: wire type 2, before it: 0 */
+    CRPCI_META_PART   /* one of the messages */
+} crpci_meta_kind;
 
-/* Reads any meta whose fields have their usual wire types and whose submessages come once. False
- * means "not that plain", not "malformed": nanopb is asked next. */
-CRPCI_FN bool crpci_meta_read_plain(const uint8_t *p, const uint8_t *end, crpci_meta *m)
+typedef struct crpci_meta_row {
+    uint8_t kind;
+    uint8_t at; /* offset in crpci_meta; a part: which */
+} crpci_meta_row;
+
+/* Reads one part into `m`. A part that comes twice is merged, as protobuf asks: the last value of a
+ * field counts. False: it is malformed, a known field has an unexpected wire type, or a request
+ * does not name service and method. */
+CRPCI_FN bool crpci_meta_read_part(const uint8_t *p, const uint8_t *end, unsigned part,
+                                   crpci_meta *m)
 {
+#define CRPCI_META_ROW(kind, member) {CRPCI_META_##kind, offsetof(crpci_meta, member)}
+    /* clang-format off */
+    static const crpci_meta_row rows[3][12] = {{ /* by field number */
+        {CRPCI_META_UNKNOWN, 0},
+        {CRPCI_META_PART, CRPCI_META_REQUEST},
+        {CRPCI_META_PART, CRPCI_META_RESPONSE},
+        CRPCI_META_ROW(INT32, compress_type),
+        CRPCI_META_ROW(INT64, correlation_id),
+        CRPCI_META_ROW(INT32, attachment_size),
+        CRPCI_META_ROW(BYTES, chunk_info),
+        CRPCI_META_ROW(BYTES, credential),
+        CRPCI_META_ROW(BYTES, stream_settings),
+        {CRPCI_META_FIELDS, 0},
+        CRPCI_META_ROW(INT32, content_type),
+        CRPCI_META_ROW(INT32, checksum_type)
+    }, {
+        {CRPCI_META_UNKNOWN, 0},
+        CRPCI_META_ROW(BYTES, service),
+        CRPCI_META_ROW(BYTES, method),
+        CRPCI_META_ROW(INT64, log_id),
+        CRPCI_META_ROW(INT64, trace_id),
+        CRPCI_META_ROW(INT64, span_id),
+        CRPCI_META_ROW(INT64, parent_span_id),
+        {CRPCI_META_UNKNOWN, 0},
+        CRPCI_META_ROW(INT32, timeout_ms)
+    }, {
+        {CRPCI_META_UNKNOWN, 0},
+        CRPCI_META_ROW(INT32, error_code),
+        CRPCI_META_ROW(BYTES, error_text)
+    }};
+    /* clang-format on */
+#undef CRPCI_META_ROW
     uint64_t key, n = 0;
     crpc_view v = {{NULL}, NULL};
-    bool has_response = false;
+    if (part == CRPCI_META_REQUEST)
+        m->service = m->method = v;
     while (p < end) {
+        const crpci_meta_row *row;
+        void *at;
         p = crpci_meta_next(p, end, &key, &n, &v);
         if (!p)
             return false;
-        switch (key) {
-        case 1 << 3 | 2:
-            if (!crpci_meta_read_request(v, m))
-                return false;
-            break;
-        case 2 << 3 | 2:
-            if (has_response || !crpci_meta_read_response(v, m))
-                return false;
-            has_response = true;
-            break;
-        case 3 << 3:
-            m->compress_type = (int32_t)(uint32_t)n;
-            break;
-        case 4 << 3:
-            m->correlation_id = (int64_t)n;
-            break;
-        case 5 << 3:
-            m->attachment_size = (int32_t)(uint32_t)n;
-            break;
-        case 6 << 3 | 2:
-            m->chunk_info = v;
-            break;
-        case 7 << 3 | 2:
-            m->credential = v;
-            break;
-        case 8 << 3 | 2:
-            m->stream_settings = v;
-            break;
-        case 9 << 3 | 2:
+        row = &rows[part][key >> 3 < 12 ? key >> 3 : 0];
+        at = (char *)m + row->at;
+        if (row->kind >= CRPCI_META_INT32 && (key & 7) != (row->kind < CRPCI_META_BYTES ? 0 : 2))
+            return false;
+        if (row->kind == CRPCI_META_FIELDS)
             m->fields = true;
-            break;
-        case 10 << 3:
-            m->content_type = (int32_t)(uint32_t)n;
-            break;
-        case 11 << 3:
-            m->checksum_type = (int32_t)(uint32_t)n;
-            break;
-        default:
-            if (key >> 3 <= 11)
-                return false;
-        }
+        else if (row->kind == CRPCI_META_INT32)
+            *(int32_t *)at = (int32_t)(uint32_t)n;
+        else if (row->kind == CRPCI_META_INT64)
+            *(int64_t *)at = (int64_t)n;
+        else if (row->kind == CRPCI_META_BYTES)
+            *(crpc_view *)at = v;
+        else if (row->kind == CRPCI_META_PART &&
+                 !crpci_meta_read_part((const uint8_t *)crpc_view_data(v), (const uint8_t *)v.end,
+                                       row->at, m))
+            return false;
     }
-    return true;
+    return part != CRPCI_META_REQUEST || (crpc_view_data(m->service) && crpc_view_data(m->method));
+}
+
+/* Reads a meta; false if it does not decode. Its views point into the input. */
+CRPCI_FN bool crpci_meta_read(const uint8_t *p, size_t n, crpci_meta *m)
+{
+    memset(m, 0, sizeof *m);
+    m->raw = crpc_view_of(p, n);
+    return crpci_meta_read_part(p, p + n, CRPCI_META_OUTER, m);
 }
 
 /* Reads a varint that must end exactly at `end`. */
@@ -4651,146 +4600,6 @@ CRPCI_FN bool crpci_meta_read_usual(const uint8_t *p, size_t n, crpc_view names,
            crpci_meta_last_varint(sub_end + 3, end, &m->correlation_id);
 }
 
-/* nanopb's description of the same message, for every other shape and for the self-check. */
-typedef struct crpci_meta_pb_request {
-    crpc_view service_name;
-    crpc_view method_name;
-    bool has_log_id;
-    int64_t log_id;
-    bool has_trace_id;
-    int64_t trace_id;
-    bool has_span_id;
-    int64_t span_id;
-    bool has_parent_span_id;
-    int64_t parent_span_id;
-    bool has_timeout_ms;
-    int32_t timeout_ms;
-} crpci_meta_pb_request;
-
-typedef struct crpci_meta_pb_response {
-    bool has_error_code;
-    int32_t error_code;
-    crpc_view error_text;
-} crpci_meta_pb_response;
-
-typedef struct crpci_meta_pb {
-    bool has_request;
-    crpci_meta_pb_request request;
-    bool has_response;
-    crpci_meta_pb_response response;
-    bool has_compress_type;
-    int32_t compress_type;
-    bool has_correlation_id;
-    int64_t correlation_id;
-    bool has_attachment_size;
-    int32_t attachment_size;
-    crpc_view chunk_info;
-    crpc_view authentication_data;
-    crpc_view stream_settings;
-    bool has_content_type;
-    int32_t content_type;
-    bool has_checksum_type;
-    int32_t checksum_type;
-} crpci_meta_pb;
-
-/* clang-format off */
-#define CRPCI_META_PB_REQUEST_FIELDLIST(X, a)                                                      \
-    X(a, CALLBACK, REQUIRED, STRING, service_name, 1)                                              \
-    X(a, CALLBACK, REQUIRED, STRING, method_name, 2)                                               \
-    X(a, STATIC, OPTIONAL, INT64, log_id, 3)                                                       \
-    X(a, STATIC, OPTIONAL, INT64, trace_id, 4)                                                     \
-    X(a, STATIC, OPTIONAL, INT64, span_id, 5)                                                      \
-    X(a, STATIC, OPTIONAL, INT64, parent_span_id, 6)                                               \
-    X(a, STATIC, OPTIONAL, INT32, timeout_ms, 8)
-
-#define CRPCI_META_PB_RESPONSE_FIELDLIST(X, a)                                                     \
-    X(a, STATIC, OPTIONAL, INT32, error_code, 1)                                                   \
-    X(a, CALLBACK, OPTIONAL, STRING, error_text, 2)
-
-#define CRPCI_META_PB_FIELDLIST(X, a)                                                              \
-    X(a, STATIC, OPTIONAL, MESSAGE, request, 1)                                                    \
-    X(a, STATIC, OPTIONAL, MESSAGE, response, 2)                                                   \
-    X(a, STATIC, OPTIONAL, INT32, compress_type, 3)                                                \
-    X(a, STATIC, OPTIONAL, INT64, correlation_id, 4)                                               \
-    X(a, STATIC, OPTIONAL, INT32, attachment_size, 5)                                              \
-    X(a, CALLBACK, OPTIONAL, BYTES, chunk_info, 6)                                                 \
-    X(a, CALLBACK, OPTIONAL, BYTES, authentication_data, 7)                                        \
-    X(a, CALLBACK, OPTIONAL, BYTES, stream_settings, 8)                                            \
-    X(a, STATIC, OPTIONAL, INT32, content_type, 10)                                                \
-    X(a, STATIC, OPTIONAL, INT32, checksum_type, 11)
-#define crpci_meta_pb_request_MSGTYPE crpci_meta_pb_request
-#define crpci_meta_pb_response_MSGTYPE crpci_meta_pb_response
-/* clang-format on */
-
-/* PB_BIND would define objects that other files can link to. These must stay private to this file,
- * because the callback in them knows the streams of one copy of crpc only. */
-#define CRPCI_META_BIND(LIST, name)                                                                \
-    static const uint32_t name##_field_info[] = {LIST##_FIELDLIST(PB_GEN_FIELD_INFO_2, name) 0};   \
-    static const pb_msgdesc_t *const name##_submsg_info[] = {                                      \
-        LIST##_FIELDLIST(PB_GEN_SUBMSG_INFO, name) NULL};                                          \
-    static const pb_msgdesc_t name##_msg = {                                                       \
-        name##_field_info,                                                                         \
-        name##_submsg_info,                                                                        \
-        NULL,                                                                                      \
-        crpc_view_field,                                                                           \
-        0 LIST##_FIELDLIST(PB_GEN_FIELD_COUNT, name),                                              \
-        0 LIST##_FIELDLIST(PB_GEN_REQ_FIELD_COUNT, name),                                          \
-        0 LIST##_FIELDLIST(PB_GEN_LARGEST_TAG, name)};                                             \
-    LIST##_FIELDLIST(PB_GEN_FIELD_INFO_ASSERT_2, name)
-
-/* clang-format off */
-CRPCI_META_BIND(CRPCI_META_PB_REQUEST, crpci_meta_pb_request)
-CRPCI_META_BIND(CRPCI_META_PB_RESPONSE, crpci_meta_pb_response)
-CRPCI_META_BIND(CRPCI_META_PB, crpci_meta_pb)
-/* clang-format on */
-#undef crpci_meta_pb_request_MSGTYPE
-#undef crpci_meta_pb_response_MSGTYPE
-
-/* Reads any valid meta, slowly. False: it does not decode; the connection is to be closed. */
-CRPCI_COLD bool crpci_meta_read_nanopb(const uint8_t *p, size_t n, crpci_meta *m)
-{
-    crpci_meta_pb pb;
-    crpci_message_type type;
-    const char *why;
-    type.desc = &crpci_meta_pb_msg;
-    type.clear = true;
-    memset(&pb, 0, sizeof pb);
-    memset(m, 0, sizeof *m);
-    if (!crpci_message_decode(p, n, &type, &pb, &why))
-        return false;
-    m->service = pb.request.service_name;
-    m->method = pb.request.method_name;
-    m->log_id = pb.request.log_id;
-    m->trace_id = pb.request.trace_id;
-    m->span_id = pb.request.span_id;
-    m->parent_span_id = pb.request.parent_span_id;
-    m->timeout_ms = pb.request.timeout_ms;
-    m->error_code = pb.response.error_code;
-    m->error_text = pb.response.error_text;
-    m->correlation_id = pb.correlation_id;
-    m->compress_type = pb.compress_type;
-    m->attachment_size = pb.attachment_size;
-    m->content_type = pb.content_type;
-    m->checksum_type = pb.checksum_type;
-    m->chunk_info = pb.chunk_info;
-    m->credential = pb.authentication_data;
-    m->stream_settings = pb.stream_settings;
-    return true;
-}
-
-/* Reads a meta; false if it does not decode. Its views point into the input. */
-CRPCI_FN bool crpci_meta_read(const uint8_t *p, size_t n, crpci_meta *m)
-{
-    memset(m, 0, sizeof *m);
-    if (!crpci_meta_read_plain(p, p + n, m)) {
-        if (!crpci_meta_read_nanopb(p, n, m))
-            return false;
-        m->fields = true; /* nanopb skips field 9 unseen: it may be there */
-    }
-    m->raw = crpc_view_of(p, n);
-    return true;
-}
-
 CRPCI_FN bool crpci_meta_bytes_equal(crpc_view v, const char *text, size_t n)
 {
     return crpc_view_size(v) == n && (n == 0 || memcmp(crpc_view_data(v), text, n) == 0);
@@ -4824,30 +4633,6 @@ CRPCI_FN bool crpci_meta_field(crpc_view raw, const char *key, crpc_view *value)
         }
     }
     return found;
-}
-
-/* Whether nanopb reads and writes known bytes correctly. One that was compiled with other options
- * than this file sees (PB_FIELD_32BIT, say) misreads descriptors without an error; a loop refuses
- * to open then. */
-CRPCI_COLD bool crpci_meta_self_check(void)
-{
-    static const uint8_t golden[] = {0x0a, 0x1b, 0x0a, 0x13, 'e',  'x',  'a',  'm',  'p',
-                                     'l',  'e',  '.',  'E',  'c',  'h',  'o',  'S',  'e',
-                                     'r',  'v',  'i',  'c',  'e',  0x12, 0x04, 'E',  'c',
-                                     'h',  'o',  0x18, 0x00, 0x20, 0x01};
-    uint8_t out[sizeof golden + 8];
-    pb_ostream_t stream = pb_ostream_from_buffer(out, sizeof out);
-    crpci_meta_pb pb;
-    crpci_meta m;
-    memset(&pb, 0, sizeof pb);
-    pb.has_request = pb.has_compress_type = pb.has_correlation_id = true;
-    pb.request.service_name = crpc_view_str("example.EchoService");
-    pb.request.method_name = crpc_view_str("Echo");
-    pb.correlation_id = 1;
-    return crpci_meta_read_nanopb(golden, sizeof golden, &m) && m.correlation_id == 1 &&
-           crpc_view_equal(m.service, "example.EchoService") && crpc_view_equal(m.method, "Echo") &&
-           pb_encode(&stream, &crpci_meta_pb_msg, &pb) && stream.bytes_written == sizeof golden &&
-           memcmp(out, golden, sizeof golden) == 0;
 }
 
 /* ======================================================================== */
@@ -5374,7 +5159,7 @@ static const crpci_transport crpci_transport_plain = {
 typedef struct crpci_poller_item {
     int fd;
     unsigned events; /* registered for; 0: not registered */
-    uint32_t at;     /* poll: index in fds and items */
+    uint32_t at;     /* poll: index in `items` */
     uint64_t id;     /* the owner's; the poller reports it with the events */
 } crpci_poller_item;
 
@@ -5386,12 +5171,12 @@ typedef struct crpci_poller_event {
 typedef struct crpci_poller {
     crpc_poller kind;
     int epoll_fd;
-    /* poll: what is registered, and the copy on which a wait works without the lock */
-    struct pollfd *fds;
+    /* poll: what is registered */
     crpci_poller_item **items;
-    struct pollfd *snapshot;
-    uint64_t *snapshot_ids;
-    uint32_t count, cap, snapshot_count, snapshot_cap;
+    uint32_t count, cap;
+    /* poll: a copy of it, on which a wait works without the lock: ids, behind them pollfds */
+    uint64_t *ids;
+    uint32_t copied, room;
     uint32_t next; /* where the next wait begins to look for events, when a batch was full */
     /* What the last wait found. On the driver's stack it would be most of what a call needs. */
     union {
@@ -5401,6 +5186,24 @@ typedef struct crpci_poller {
         crpci_poller_event poll[CRPCI_POLLER_BATCH];
     } found;
 } crpci_poller;
+
+/* Bytes of a descriptor's copy. */
+#define CRPCI_POLLER_COPY (sizeof(uint64_t) + sizeof(struct pollfd))
+
+/* What poll calls events; epoll has the same numbers for these. */
+CRPCI_FN short crpci_poller_mask(unsigned events)
+{
+    return (short)((events & CRPC_READABLE ? POLLIN : 0) | (events & CRPC_WRITABLE ? POLLOUT : 0));
+}
+
+/* An error or a hang-up is reported as readable and writable: the owner's read or write then finds
+ * out. */
+CRPCI_FN unsigned crpci_poller_events(unsigned mask)
+{
+    const unsigned both = POLLHUP | POLLERR | POLLNVAL;
+    return (mask & (POLLIN | both) ? CRPC_READABLE : 0) |
+           (mask & (POLLOUT | both) ? CRPC_WRITABLE : 0);
+}
 
 CRPCI_FN const char *crpci_poller_name(const crpci_poller *p)
 {
@@ -5433,15 +5236,18 @@ CRPCI_FN void crpci_poller_close(crpci_poller *p, crpci_heap *h)
 {
     if (p->epoll_fd >= 0)
         close(p->epoll_fd);
-    crpci_heap_free(h, p->fds, p->cap * sizeof *p->fds);
     crpci_heap_free(h, p->items, p->cap * sizeof *p->items);
-    crpci_heap_free(h, p->snapshot, p->snapshot_cap * sizeof *p->snapshot);
-    crpci_heap_free(h, p->snapshot_ids, p->snapshot_cap * sizeof *p->snapshot_ids);
+    crpci_heap_free(h, p->ids, p->room * CRPCI_POLLER_COPY);
     memset(p, 0, sizeof *p);
     p->epoll_fd = -1;
 }
 
 #if CRPC_ENABLE_EPOLL
+typedef char crpci_poller_same_numbers[EPOLLIN == POLLIN && EPOLLOUT == POLLOUT &&
+                                               EPOLLERR == POLLERR && EPOLLHUP == POLLHUP
+                                           ? 1
+                                           : -1];
+
 /* ENOENT and EEXIST are no errors: a library that owns the descriptor (the ZooKeeper client) may
  * have closed it, which took it out of the epoll set, and the number may be that of another one
  * now. */
@@ -5450,8 +5256,7 @@ CRPCI_FN int crpci_poller_epoll_set(crpci_poller *p, crpci_poller_item *i, unsig
     struct epoll_event e;
     memset(&e, 0, sizeof e);
     e.data.u64 = i->id;
-    e.events = (events & CRPC_READABLE ? (uint32_t)EPOLLIN : 0u) |
-               (events & CRPC_WRITABLE ? (uint32_t)EPOLLOUT : 0u);
+    e.events = (uint32_t)crpci_poller_mask(events);
     if (!events) {
         epoll_ctl(p->epoll_fd, EPOLL_CTL_DEL, i->fd, &e);
         return CRPC_OK;
@@ -5466,49 +5271,28 @@ CRPCI_FN int crpci_poller_epoll_set(crpci_poller *p, crpci_poller_item *i, unsig
 }
 #endif
 
-CRPCI_FN int crpci_poller_poll_grow(crpci_poller *p, crpci_heap *h)
-{
-    uint32_t cap = p->cap ? p->cap * 2 : 16;
-    struct pollfd *fds =
-        (struct pollfd *)crpci_heap_resize(h, p->fds, p->cap * sizeof *fds, cap * sizeof *fds);
-    crpci_poller_item **items;
-    if (!fds)
-        return CRPC_ENOMEM;
-    p->fds = fds;
-    items = (crpci_poller_item **)crpci_heap_resize(h, p->items, p->cap * sizeof *items,
-                                                    cap * sizeof *items);
-    if (!items) {
-        fds = (struct pollfd *)crpci_heap_resize(h, fds, cap * sizeof *fds, p->cap * sizeof *fds);
-        if (fds || !p->cap)
-            p->fds = fds;
-        return CRPC_ENOMEM;
-    }
-    p->items = items;
-    p->cap = cap;
-    return CRPC_OK;
-}
-
 /* Removing fills the gap with the last entry. */
 CRPCI_FN int crpci_poller_poll_set(crpci_poller *p, crpci_heap *h, crpci_poller_item *i,
                                    unsigned events)
 {
     if (!events) {
-        uint32_t last = --p->count;
-        p->fds[i->at] = p->fds[last];
-        p->items[i->at] = p->items[last];
+        p->items[i->at] = p->items[--p->count];
         p->items[i->at]->at = i->at;
         return CRPC_OK;
     }
-    if (!i->events) {
-        if (p->count == p->cap && crpci_poller_poll_grow(p, h))
+    if (i->events)
+        return CRPC_OK;
+    if (p->count == p->cap) {
+        uint32_t cap = p->cap ? p->cap * 2 : 16;
+        crpci_poller_item **items = (crpci_poller_item **)crpci_heap_resize(
+            h, p->items, p->cap * sizeof *items, cap * sizeof *items);
+        if (!items)
             return CRPC_ENOMEM;
-        i->at = p->count++;
-        p->items[i->at] = i;
+        p->items = items;
+        p->cap = cap;
     }
-    p->fds[i->at].fd = i->fd;
-    p->fds[i->at].revents = 0;
-    p->fds[i->at].events = (short)((events & CRPC_READABLE ? POLLIN : 0) |
-                                   (events & CRPC_WRITABLE ? POLLOUT : 0));
+    i->at = p->count++;
+    p->items[i->at] = i;
     return CRPC_OK;
 }
 
@@ -5530,44 +5314,42 @@ CRPCI_FN int crpci_poller_set(crpci_poller *p, crpci_heap *h, crpci_poller_item 
     return err;
 }
 
-CRPCI_FN int crpci_poller_snapshot_grow(crpci_poller *p, crpci_heap *h)
+CRPCI_FN struct pollfd *crpci_poller_fds(const crpci_poller *p)
 {
-    struct pollfd *fds = (struct pollfd *)crpci_heap_resize(
-        h, p->snapshot, p->snapshot_cap * sizeof *fds, p->cap * sizeof *fds);
-    uint64_t *ids;
-    if (!fds)
-        return CRPC_ENOMEM;
-    p->snapshot = fds;
-    ids = (uint64_t *)crpci_heap_resize(h, p->snapshot_ids, p->snapshot_cap * sizeof *ids,
-                                        p->cap * sizeof *ids);
-    if (!ids) {
-        fds = (struct pollfd *)crpci_heap_resize(h, p->snapshot, p->cap * sizeof *fds,
-                                                 p->snapshot_cap * sizeof *fds);
-        if (fds || !p->snapshot_cap)
-            p->snapshot = fds;
-        return CRPC_ENOMEM;
-    }
-    p->snapshot_ids = ids;
-    p->snapshot_cap = p->cap;
-    return CRPC_OK;
+    return (struct pollfd *)(void *)(p->ids + p->room);
+}
+
+CRPCI_FN struct pollfd crpci_poller_pollfd(const crpci_poller_item *i)
+{
+    struct pollfd f;
+    f.fd = i->fd;
+    f.events = crpci_poller_mask(i->events);
+    f.revents = 0;
+    return f;
 }
 
 /* Under the loop's lock, before a wait without it. CRPC_ENOMEM: the wait covers only as many
  * descriptors as the last copy had room for. */
 CRPCI_FN int crpci_poller_prepare(crpci_poller *p, crpci_heap *h)
 {
-    int err = CRPC_OK;
+    uint64_t *ids;
     uint32_t i;
     if (p->kind == CRPC_POLLER_EPOLL)
         return CRPC_OK;
-    if (p->snapshot_cap < p->cap)
-        err = crpci_poller_snapshot_grow(p, h);
-    p->snapshot_count = p->count < p->snapshot_cap ? p->count : p->snapshot_cap;
-    for (i = 0; i < p->snapshot_count; i++) {
-        p->snapshot[i] = p->fds[i];
-        p->snapshot_ids[i] = p->items[i]->id;
+    if (p->room < p->cap) {
+        ids = (uint64_t *)crpci_heap_resize(h, p->ids, p->room * CRPCI_POLLER_COPY,
+                                            p->cap * CRPCI_POLLER_COPY);
+        if (ids) {
+            p->ids = ids;
+            p->room = p->cap;
+        }
     }
-    return err;
+    p->copied = p->count < p->room ? p->count : p->room;
+    for (i = 0; i < p->copied; i++) {
+        p->ids[i] = p->items[i]->id;
+        crpci_poller_fds(p)[i] = crpci_poller_pollfd(p->items[i]);
+    }
+    return p->room < p->cap ? CRPC_ENOMEM : CRPC_OK;
 }
 
 /* Milliseconds for epoll_wait and poll, rounded up; negative: no limit; a day at most. */
@@ -5580,8 +5362,7 @@ CRPCI_FN int crpci_poller_ms(int64_t us)
  * the lock, by one thread at a time. Returns how many events it put into out[CRPCI_POLLER_BATCH].
  * Further ones come with the next wait, which under poll begins behind the last one reported, so
  * that every descriptor gets its turn; epoll does that by itself. A failure, such as EINTR, counts
- * as no event. An error or a hang-up is reported as readable and writable: the owner's read or
- * write then finds out. */
+ * as no event. */
 CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us)
 {
     crpci_poller_event *out = p->found.poll;
@@ -5593,16 +5374,15 @@ CRPCI_FN int crpci_poller_wait(crpci_poller *p, int64_t us)
         return n < 0 ? 0 : n;
     }
 #endif
-    ready = poll(p->snapshot, (nfds_t)p->snapshot_count, crpci_poller_ms(us));
-    for (i = 0; ready > 0 && i < p->snapshot_count && n < CRPCI_POLLER_BATCH; i++) {
-        uint32_t k = (p->next + i) % p->snapshot_count;
-        int got = p->snapshot[k].revents;
+    ready = poll(crpci_poller_fds(p), (nfds_t)p->copied, crpci_poller_ms(us));
+    for (i = 0; ready > 0 && i < p->copied && n < CRPCI_POLLER_BATCH; i++) {
+        uint32_t k = (p->next + i) % p->copied;
+        unsigned got = (unsigned short)crpci_poller_fds(p)[k].revents;
         if (!got)
             continue;
         ready--;
-        out[n].id = p->snapshot_ids[k];
-        out[n].events = (got & (POLLIN | POLLHUP | POLLERR | POLLNVAL) ? CRPC_READABLE : 0) |
-                        (got & (POLLOUT | POLLHUP | POLLERR | POLLNVAL) ? CRPC_WRITABLE : 0);
+        out[n].id = p->ids[k];
+        out[n].events = crpci_poller_events(got);
         if (++n == CRPCI_POLLER_BATCH)
             p->next = k + 1;
     }
@@ -5614,11 +5394,9 @@ CRPCI_FN crpci_poller_event crpci_poller_found(const crpci_poller *p, int i)
 {
 #if CRPC_ENABLE_EPOLL
     if (p->kind == CRPC_POLLER_EPOLL) {
-        uint32_t got = p->found.epoll[i].events;
         crpci_poller_event e;
         e.id = p->found.epoll[i].data.u64;
-        e.events = (got & (uint32_t)(EPOLLIN | EPOLLHUP | EPOLLERR) ? CRPC_READABLE : 0) |
-                   (got & (uint32_t)(EPOLLOUT | EPOLLHUP | EPOLLERR) ? CRPC_WRITABLE : 0);
+        e.events = crpci_poller_events(p->found.epoll[i].events);
         return e;
     }
 #endif
@@ -5683,12 +5461,13 @@ CRPCI_FN void crpci_wake_drain(const crpci_wake *w)
 /* ======================================================================== */
 
 /* After G. Varghese, T. Lauck: Hashed and Hierarchical Timing Wheels (1987), scheme 7. A tick is a
- * millisecond; due times are rounded up to ticks, so no timer is early. Level k has 64 slots of
- * 64^k ticks each. A timer goes to the level that the highest bit tells in which its tick differs
+ * millisecond; due times are rounded up to ticks, so no timer is early. Level k has 32 slots of
+ * 32^k ticks each. A timer goes to the level that the highest bit tells in which its tick differs
  * from the present one, and when the wheel comes to its slot, to a lower level, until it fires on
  * level 0. A timer farther off than 2^30 ticks (12 days) waits in the last slot of the top level
- * and is put in again from there. */
-#define CRPCI_TIMER_LEVELS 5
+ * and is put in again from there. The slots repeat every 2^30 ticks, so 32 bits of a tick find
+ * them. */
+#define CRPCI_TIMER_LEVELS 6
 
 typedef struct crpci_timer crpci_timer;
 struct crpci_timer {
@@ -5702,8 +5481,9 @@ struct crpci_timer {
 typedef struct crpci_timer_wheel {
     int64_t tick;       /* all timers up to this tick have fired */
     crpci_timer *fired; /* timers that are due, for the loop to run */
-    uint64_t used[CRPCI_TIMER_LEVELS]; /* a bit for each slot that may hold a timer */
-    crpci_timer *slots[CRPCI_TIMER_LEVELS][64];
+    uint32_t levels; /* a bit for each level that may hold a timer */
+    uint32_t used[CRPCI_TIMER_LEVELS]; /* likewise for each slot */
+    crpci_timer *slots[CRPCI_TIMER_LEVELS][32];
 } crpci_timer_wheel;
 
 CRPCI_FN void crpci_timer_init(crpci_timer *t, void (*fn)(crpc_loop *, crpci_timer *))
@@ -5735,22 +5515,22 @@ CRPCI_FN void crpci_timer_cancel(crpci_timer *t)
 /* Puts a timer into its slot, or into the list at `due` if its tick has come. */
 CRPCI_FN void crpci_timer_insert(crpci_timer_wheel *w, crpci_timer *t, crpci_timer **due)
 {
-    int64_t tick = t->due_us / 1000 + (t->due_us % 1000 > 0);
-    uint64_t differ;
+    const uint32_t most = (1u << 5 * CRPCI_TIMER_LEVELS) - (1u << 5 * (CRPCI_TIMER_LEVELS - 1));
+    int64_t ahead = t->due_us / 1000 + (t->due_us % 1000 > 0) - w->tick;
+    uint32_t now = (uint32_t)w->tick, tick;
     unsigned level, slot;
-    if (tick <= w->tick) {
+    if (ahead <= 0) {
         crpci_timer_link(due, t);
         return;
     }
-    tick = crpci_base_min64(tick, w->tick + (INT64_C(1) << (6 * CRPCI_TIMER_LEVELS)) -
-                                      (INT64_C(1) << (6 * (CRPCI_TIMER_LEVELS - 1))));
-    differ = (uint64_t)tick ^ (uint64_t)w->tick;
-    level = (63u - (unsigned)__builtin_clzll(differ)) / 6;
+    tick = now + (ahead < most ? (uint32_t)ahead : most);
+    level = (31u - (unsigned)__builtin_clz(tick ^ now)) / 5;
     if (level >= CRPCI_TIMER_LEVELS) /* in the next turn of the top level, and not yet this slot */
         level = CRPCI_TIMER_LEVELS - 1;
-    slot = (unsigned)(tick >> (6 * level)) & 63;
+    slot = tick >> 5 * level & 31;
     crpci_timer_link(&w->slots[level][slot], t);
-    w->used[level] |= UINT64_C(1) << slot;
+    w->used[level] |= 1u << slot;
+    w->levels |= 1u << level;
 }
 
 /* Arms a timer, or moves one that is armed. */
@@ -5761,26 +5541,21 @@ CRPCI_FN void crpci_timer_set(crpci_timer_wheel *w, crpci_timer *t, int64_t due_
     crpci_timer_insert(w, t, &w->fired);
 }
 
-/* The tick at which the next used slot begins, and which slot that is. No timer is due before that
- * tick. INT64_MAX: there is no timer. */
-CRPCI_FN int64_t crpci_timer_next_slot(const crpci_timer_wheel *w, unsigned *level, unsigned *slot)
+/* How many ticks ahead the next used slot begins, and which slot that is. No timer in the slots is
+ * due before. INT64_MAX: they hold none. */
+CRPCI_FN int64_t crpci_timer_ahead(const crpci_timer_wheel *w, unsigned *level, unsigned *slot)
 {
-    unsigned k;
-    if (w->fired)
-        return w->tick;
-    if (!(w->used[0] | w->used[1] | w->used[2] | w->used[3] | w->used[4]))
-        return INT64_MAX;
-    for (k = 0; k < CRPCI_TIMER_LEVELS; k++) {
-        unsigned now = (unsigned)(w->tick >> (6 * k)) & 63, ahead;
-        uint64_t bits = w->used[k];
-        bits = now ? bits >> now | bits << (64 - now) : bits;
-        bits &= ~UINT64_C(1); /* the present slot was emptied; its bit is of a cancelled timer */
+    uint32_t tick = (uint32_t)w->tick, levels;
+    for (levels = w->levels; levels; levels &= levels - 1) {
+        unsigned k = (unsigned)__builtin_ctz(levels), now = tick >> 5 * k & 31, steps;
+        uint32_t bits = w->used[k] >> now | w->used[k] << (-now & 31);
+        bits &= ~1u; /* the present slot was emptied; its bit is of a cancelled timer */
         if (!bits)
             continue;
-        ahead = (unsigned)__builtin_ctzll(bits);
+        steps = (unsigned)__builtin_ctz(bits);
         *level = k;
-        *slot = (now + ahead) & 63;
-        return ((w->tick >> (6 * k)) + ahead) << (6 * k);
+        *slot = (now + steps) & 31;
+        return (uint32_t)((((tick >> 5 * k) + steps) << 5 * k) - tick);
     }
     return INT64_MAX;
 }
@@ -5795,17 +5570,16 @@ CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
         end = &(*end)->next;
     while (now > w->tick) {
         unsigned level = 0, slot = 0;
-        crpci_timer *fired = w->fired, *turned = NULL, *t;
-        int64_t at;
-        w->fired = NULL;
-        at = crpci_timer_next_slot(w, &level, &slot);
-        w->fired = fired;
-        if (at > now) {
+        int64_t ahead = crpci_timer_ahead(w, &level, &slot);
+        crpci_timer *turned = NULL, *t;
+        if (ahead > now - w->tick) {
             w->tick = now;
             return;
         }
-        w->tick = at;
-        w->used[level] &= ~(UINT64_C(1) << slot);
+        w->tick += ahead;
+        w->used[level] &= ~(1u << slot);
+        if (!w->used[level])
+            w->levels &= ~(1u << level);
         while ((t = w->slots[level][slot]) != NULL) { /* armed last stands first: turn the order */
             crpci_timer_cancel(t);
             crpci_timer_link(&turned, t);
@@ -5824,8 +5598,8 @@ CRPCI_FN void crpci_timer_advance(crpci_timer_wheel *w, int64_t now_us)
 CRPCI_FN int64_t crpci_timer_next_us(const crpci_timer_wheel *w)
 {
     unsigned level, slot;
-    int64_t at = crpci_timer_next_slot(w, &level, &slot);
-    return at == INT64_MAX ? at : at * 1000;
+    int64_t ahead = w->fired ? 0 : crpci_timer_ahead(w, &level, &slot);
+    return ahead == INT64_MAX ? ahead : (w->tick + ahead) * 1000;
 }
 
 /* ======================================================================== */
@@ -6212,31 +5986,19 @@ CRPCI_FN void crpci_loop_user_end(crpc_loop *l)
     l->fresh = false;
 }
 
-/* Runs the tasks that are on the list now; one that queues itself again runs the next time. */
+/* Runs the tasks that are on the list now; one that queues itself again runs the next time. What
+ * user tasks send goes out every 32 tasks, so that one send carries several replies. */
 CRPCI_FN void crpci_loop_run_list(crpc_loop *l, crpci_list *list)
 {
     crpci_list now;
+    unsigned n = 0;
     crpci_loop_assert_locked(l);
     crpci_list_move(&now, list);
     while (!crpci_list_empty(&now)) {
         crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
         crpci_list_remove(&t->link);
         t->run(l, t);
-    }
-}
-
-/* Runs the user tasks that are queued now. What they send goes out every 32 tasks, so that one
- * send carries several replies. */
-CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
-{
-    crpci_list now;
-    unsigned n = 0;
-    crpci_list_move(&now, &l->ready);
-    while (!crpci_list_empty(&now)) {
-        crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
-        crpci_list_remove(&t->link);
-        t->run(l, t);
-        if (++n % 32 == 0)
+        if (++n % 32 == 0 && list == &l->ready)
             crpci_loop_run_list(l, &l->dirty);
     }
 }
@@ -6612,7 +6374,7 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
     crpci_loop_run_timers(l);
     crpci_loop_run_list(l, &l->resume);
     if (user)
-        crpci_loop_run_ready(l);
+        crpci_loop_run_list(l, &l->ready);
     crpci_loop_run_list(l, &l->dirty);
     patience = crpci_drive_patience(l, until, user);
     if (crpci_poller_prepare(&l->poller, l->heap)) /* out of memory: some are not waited for */
@@ -6633,7 +6395,7 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
             w->fn(l, w, e.events);
     }
     if (user)
-        crpci_loop_run_ready(l);
+        crpci_loop_run_list(l, &l->ready);
     crpci_loop_run_list(l, &l->dirty);
 }
 
@@ -6690,7 +6452,7 @@ CRPCI_FN void crpci_drive_end_wait(crpc_loop *l, crpci_waiter *w)
 /* Sleeps among the followers until promoted, done, or past `until`. */
 CRPCI_FN void crpci_drive_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
 {
-    int64_t us = until == INT64_MAX ? -1 : until - crpci_loop_now(l);
+    int64_t us = until - crpci_loop_now(l);
     if (crpci_thread_cond_init(&w->cond)) {
         w->done = true; /* no memory for a condition variable: giving up is better than to spin */
         return;
@@ -6698,7 +6460,7 @@ CRPCI_FN void crpci_drive_follow(crpc_loop *l, crpci_waiter *w, int64_t until)
     w->place = CRPCI_WAITER_QUEUED;
     l->fresh = false;
     crpci_list_append(&l->followers, &w->link);
-    crpci_thread_wait(&w->cond, &l->lock, until != INT64_MAX && us < 0 ? 0 : us);
+    crpci_thread_wait(&w->cond, &l->lock, us > 0 ? us : 0);
     if (w->place == CRPCI_WAITER_QUEUED) {
         crpci_list_remove(&w->link);
         w->place = CRPCI_WAITER_APART;
@@ -6780,7 +6542,7 @@ CRPCI_COLD void crpci_drive_finish(crpc_loop *l)
 {
     int rounds = 1000;
     while (!crpci_list_empty(&l->ready) && rounds--)
-        crpci_loop_run_ready(l);
+        crpci_loop_run_list(l, &l->ready);
     crpci_user_remove_all(l);
 }
 
@@ -6889,19 +6651,19 @@ CRPCI_FN int crpci_drive_ensure_owner(crpc_loop *l)
 
 /* --- opening and closing ---------------------------------------------------------------------- */
 
-#define CRPCI_DRIVE_OPTION(member, zero, none, least, most)                                        \
-    CRPCI_OPTION_ROW(crpc_loop_options, member, #member, NULL, 0, zero, none, least, most)
+#define CRPCI_DRIVE_OPTION(member, name, flags, zero, none, most)                                  \
+    CRPCI_OPTION_ROW(crpc_loop_options, member, name, flags, zero, none, most)
 
 static const crpci_option crpci_drive_rows[] = {
-    CRPCI_OPTION_ROW(crpc_loop_options, poller, "poller", "epoll,poll", 0, 0, 0, 1, 2),
-    CRPCI_DRIVE_OPTION(forbid_threads, 0, 0, 1, 1),
-    CRPCI_DRIVE_OPTION(stack_size, 256 << 10, 0, 16384, CRPCI_OPTION_ANY),
-    CRPCI_DRIVE_OPTION(max_results, 1024, 0, 1, CRPCI_OPTION_ANY),
-    CRPCI_DRIVE_OPTION(max_bytes, 256 << 20, 0, 1, CRPCI_OPTION_ANY),
+    CRPCI_DRIVE_OPTION(poller, "poller\0,epoll,poll", CRPCI_OPTION_WORDS, 0, 0, 2),
+    CRPCI_DRIVE_OPTION(forbid_threads, "forbid_threads", 0, 0, 0, 1),
+    CRPCI_DRIVE_OPTION(stack_size, "stack_size", CRPCI_OPTION_STACK, 256 << 10, 0,
+                       CRPCI_OPTION_ANY),
+    CRPCI_DRIVE_OPTION(max_results, "max_results", 0, 1024, 0, CRPCI_OPTION_ANY),
+    CRPCI_DRIVE_OPTION(max_bytes, "max_bytes", 0, 256 << 20, 0, CRPCI_OPTION_ANY),
     /* The hooks are resolved by the heap, which loops share with their I/O threads. */
-    CRPCI_OPTION_ROW(crpc_loop_options, hooks.log_level, "log_level", NULL, 0, 0, -1, 1, 4),
-    CRPCI_OPTION_ROW(crpc_loop_options, thread_name, "thread_name", NULL, CRPCI_OPTION_TEXT, 0, 0,
-                     0, 0),
+    CRPCI_DRIVE_OPTION(hooks.log_level, "log_level", 0, 0, -1, 4),
+    CRPCI_DRIVE_OPTION(thread_name, "thread_name", CRPCI_OPTION_TEXT, 0, 0, 0),
 };
 
 static const crpci_options crpci_drive_options = {CRPCI_OPTIONS_OF(crpci_drive_rows)};
@@ -6913,14 +6675,6 @@ CRPCI_FN void crpci_drive_on_wake(crpc_loop *l, crpci_watch *w, unsigned events)
     (void)events;
     crpci_wake_drain(&l->wake);
     l->kicked = false;
-}
-
-CRPCI_FN void crpci_drive_set_options(crpc_loop *l, const crpc_loop_options *o)
-{
-    l->forbid_threads = o->forbid_threads || !CRPC_ENABLE_THREADS;
-    snprintf(l->thread_name, sizeof l->thread_name, "%s", o->thread_name ? o->thread_name : "crpc");
-    l->stack_size = o->stack_size;
-    l->max_results = o->max_results;
 }
 
 /* Fills in a loop that is all zero. The seed of the random numbers differs from process to process,
@@ -6937,7 +6691,10 @@ CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_opti
     crpci_list_init(&l->conns);
     crpci_list_init(&l->endpoints);
     crpci_list_init(&l->registries);
-    crpci_drive_set_options(l, o);
+    l->forbid_threads = o->forbid_threads || !CRPC_ENABLE_THREADS;
+    snprintf(l->thread_name, sizeof l->thread_name, "%s", o->thread_name ? o->thread_name : "crpc");
+    l->stack_size = o->stack_size;
+    l->max_results = o->max_results;
     l->last_step = crpci_loop_now(l);
     l->timers.tick = l->last_step / 1000;
     l->random = crpci_loop_seed(l);
@@ -6955,7 +6712,7 @@ CRPC_API int crpc_loop_open(crpc_loop **loop, const crpc_loop_options *options)
     memset(&o, 0, sizeof o);
     if (options)
         o = *options;
-    if (!crpci_meta_self_check())
+    if (!crpci_message_self_check())
         return CRPC_EABI;
     err = crpci_options_check(&crpci_drive_options, &o, NULL);
     if (err)
@@ -7007,19 +6764,12 @@ CRPC_API void crpc_loop_close(crpc_loop *l)
         crpci_wake_kick(&l->wake);
         crpci_thread_wait(&l->owner_cond, &l->lock, 100000);
     }
-#if CRPC_ENABLE_THREADS
-    if (l->thread_state != CRPCI_LOOP_NO_THREAD) {
-        crpci_loop_unlock(l);
-        crpci_thread_join(l->thread);
-        crpci_loop_lock(l);
-        l->thread_state = CRPCI_LOOP_NO_THREAD;
-    }
-#endif
     if (crpci_drive_own(l) == CRPC_OK) {
         crpci_drive_finish(l);
         l->mode = CRPCI_LOOP_PASSIVE;
         crpci_drive_leave(l);
     }
+    crpci_drive_join(l); /* now: an owner that leaves may still have sent, unlocked, until it left */
     crpci_loop_unlock(l);
     crpci_loop_release(l);
 }
@@ -7109,7 +6859,7 @@ CRPC_API size_t crpc_loop_pollfds(crpc_loop *l, struct pollfd *fds, size_t max)
     } else {
         n = l->poller.count;
         for (i = 0; i < n && i < max; i++)
-            fds[i] = l->poller.fds[i];
+            fds[i] = crpci_poller_pollfd(l->poller.items[i]);
     }
     crpci_loop_unlock(l);
     return n;
@@ -7140,8 +6890,8 @@ CRPC_API void crpc_loop_stats_get(crpc_loop *l, crpc_loop_stats *stats)
     stats->pending = l->calls.used;
     crpci_loop_unlock(l);
     crpci_thread_lock(&l->heap->lock);
-    stats->memory = (uint64_t)l->heap->bytes;
-    stats->memory_peak = (uint64_t)l->heap->peak;
+    stats->memory = l->heap->bytes;
+    stats->memory_peak = l->heap->peak;
     crpci_thread_unlock(&l->heap->lock);
 }
 
@@ -7171,7 +6921,7 @@ typedef struct crpci_limiter_bucket {
 } crpci_limiter_bucket;
 
 /* per_second below 1: no limit. burst below 1: one second's worth. */
-CRPCI_FN void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_second, int64_t burst)
+CRPCI_COLD void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_second, int64_t burst)
 {
     memset(b, 0, sizeof *b);
     if (per_second < 1)
@@ -7251,7 +7001,7 @@ CRPCI_FN void crpci_limiter_budget_earn(crpci_limiter_budget *b)
 #define CRPCI_LIMITER_WINDOW_US 1000000 /* the longest window */
 #define CRPCI_LIMITER_ANEW_US 25000000  /* once to twice this, between measurements of free_us */
 #define CRPCI_LIMITER_ANEW_SOON_US 2000000 /* the same while the last one may hold a queue */
-#define CRPCI_LIMITER_EXPLORE_LEAST 6 /* per cent */
+#define CRPCI_LIMITER_EXPLORE_LEAST 6 /* per cent; steps lead from one end exactly to the other */
 #define CRPCI_LIMITER_EXPLORE_MOST 30
 #define CRPCI_LIMITER_EXPLORE_STEP 2
 #define CRPCI_LIMITER_LATENCY_MOST 60000000        /* longer ones count as this */
@@ -7262,8 +7012,8 @@ typedef struct crpci_limiter_auto {
     uint32_t limit;
     uint32_t active;    /* calls in service */
     uint32_t peak;      /* the most of them in this window */
-    uint32_t ok;        /* samples of this window that succeeded */
-    uint32_t failed;    /* and that did not */
+    uint32_t samples;   /* of this window */
+    uint32_t ok;        /* those that succeeded */
     uint32_t replies;   /* all successes of this window, samples or not */
     bool refused;       /* a call was refused in this window */
     bool soon;          /* free_us may still contain a queue: measure it again soon */
@@ -7271,9 +7021,9 @@ typedef struct crpci_limiter_auto {
     int64_t sum_us;     /* of the samples' latencies */
     int64_t window_us;  /* when this window began; 0: none has */
     int64_t sample_us;  /* when the last sample was taken */
-    int64_t free_us;    /* latency without a queue; 0: not measured */
-    int64_t free_was;   /* its value from the measurement before */
-    int64_t qps;        /* the most replies a second, fading; in thousandths */
+    uint32_t free_us;   /* latency without a queue; 0: not measured */
+    uint32_t free_was;  /* its value from the measurement before */
+    uint32_t qps;       /* the most replies a second, fading; in thousandths */
     int64_t anew_us;    /* when to measure free_us anew; 0: not planned */
     int64_t drained_us; /* while it is measured: when the queue will be gone; 0: it is not */
 } crpci_limiter_auto;
@@ -7304,7 +7054,7 @@ CRPCI_FN bool crpci_limiter_auto_enter(crpci_limiter_auto *a)
 CRPCI_FN void crpci_limiter_auto_window(crpci_limiter_auto *a, int64_t now_us)
 {
     a->peak = a->active;
-    a->ok = a->failed = a->replies = 0;
+    a->samples = a->ok = a->replies = 0;
     a->refused = false;
     a->sum_us = 0;
     a->window_us = now_us;
@@ -7326,9 +7076,9 @@ CRPCI_FN void crpci_limiter_auto_plan(crpci_limiter_auto *a, int64_t now_us)
 }
 
 /* Takes the averages of a full window into the two measured numbers. */
-CRPCI_FN void crpci_limiter_auto_measure(crpci_limiter_auto *a, int64_t avg_us, int64_t qps)
+CRPCI_FN void crpci_limiter_auto_measure(crpci_limiter_auto *a, uint32_t avg_us, uint32_t qps)
 {
-    int64_t part = a->refused ? 20 : 100;
+    uint32_t part = a->refused ? 20 : 100;
     if (!a->free_us) {
         a->free_us = avg_us;
         a->soon = !a->free_was || avg_us < a->free_was - a->free_was / 5;
@@ -7343,32 +7093,32 @@ CRPCI_FN void crpci_limiter_auto_measure(crpci_limiter_auto *a, int64_t avg_us, 
 CRPCI_FN void crpci_limiter_auto_adjust(crpci_limiter_auto *a, int64_t now_us)
 {
     int64_t passed = now_us > a->window_us ? now_us - a->window_us : 1;
-    int64_t avg_us = (a->sum_us + a->ok - 1) / a->ok; /* the failures' time counts too */
-    int64_t qps =
-        crpci_base_min64((int64_t)a->replies * 1000000000 / passed, CRPCI_LIMITER_QPS_MOST);
-    int64_t percent, limit;
-    bool quick;
-    avg_us = crpci_base_min64(avg_us, CRPCI_LIMITER_LATENCY_MOST);
+    /* the failures' time counts too */
+    uint32_t avg_us = (uint32_t)crpci_base_min64((a->sum_us + a->ok - 1) / a->ok,
+                                                 CRPCI_LIMITER_LATENCY_MOST);
+    uint32_t qps = (uint32_t)crpci_base_min64((int64_t)a->replies * 1000000000 / passed,
+                                              CRPCI_LIMITER_QPS_MOST);
+    uint32_t percent;
+    int64_t limit;
+    bool quick, more;
     crpci_limiter_auto_measure(a, avg_us, qps);
-    quick = avg_us * 100 <= a->free_us * (100 + CRPCI_LIMITER_EXPLORE_LEAST);
+    quick = (uint64_t)avg_us * 100 <= (uint64_t)a->free_us * (100 + CRPCI_LIMITER_EXPLORE_LEAST);
     if (!a->anew_us)
         crpci_limiter_auto_plan(a, now_us);
     if (now_us >= a->anew_us) {
         percent = a->refused ? 50 : 90;
         a->drained_us = now_us + avg_us * 2;
     } else {
-        if (quick || qps * (100 + CRPCI_LIMITER_EXPLORE_LEAST) <= a->qps * 100)
+        more = quick ||
+               (uint64_t)qps * (100 + CRPCI_LIMITER_EXPLORE_LEAST) <= (uint64_t)a->qps * 100;
+        if (more && a->explore < CRPCI_LIMITER_EXPLORE_MOST)
             a->explore = (uint8_t)(a->explore + CRPCI_LIMITER_EXPLORE_STEP);
-        else
+        else if (!more && a->explore > CRPCI_LIMITER_EXPLORE_LEAST)
             a->explore = (uint8_t)(a->explore - CRPCI_LIMITER_EXPLORE_STEP);
-        if (a->explore > CRPCI_LIMITER_EXPLORE_MOST)
-            a->explore = CRPCI_LIMITER_EXPLORE_MOST;
-        if (a->explore < CRPCI_LIMITER_EXPLORE_LEAST)
-            a->explore = CRPCI_LIMITER_EXPLORE_LEAST;
         percent = 100 + a->explore;
     }
     /* both factors are below 2^30, so this is below 2^60 */
-    limit = (a->free_us * a->qps / 1000 * percent + 99999999) / 100000000;
+    limit = ((int64_t)a->free_us * a->qps / 1000 * percent + 99999999) / 100000000;
     if (limit < (int64_t)a->limit && a->peak < a->limit && avg_us * 2 <= a->free_us * 3)
         return; /* the calls did not reach the limit, and latency was low */
     crpci_limiter_auto_set(a, limit);
@@ -7398,16 +7148,13 @@ CRPCI_FN void crpci_limiter_auto_leave(crpci_limiter_auto *a, bool ok, int64_t l
     if (!a->window_us)
         crpci_limiter_auto_window(a, now_us);
     a->sum_us += crpci_base_min64(latency_us, CRPCI_LIMITER_LATENCY_MOST);
-    if (ok)
-        a->ok++;
-    else
-        a->failed++;
-    if (a->ok + a->failed < CRPCI_LIMITER_SAMPLES &&
-        now_us - a->window_us < CRPCI_LIMITER_WINDOW_US)
+    a->samples++;
+    a->ok += ok;
+    if (a->samples < CRPCI_LIMITER_SAMPLES && now_us - a->window_us < CRPCI_LIMITER_WINDOW_US)
         return;
-    if (a->ok && a->ok + a->failed >= CRPCI_LIMITER_SAMPLES_LEAST)
+    if (a->samples >= CRPCI_LIMITER_SAMPLES_LEAST && a->ok)
         crpci_limiter_auto_adjust(a, now_us);
-    else if (a->ok + a->failed >= CRPCI_LIMITER_SAMPLES_LEAST)
+    else if (a->samples >= CRPCI_LIMITER_SAMPLES_LEAST)
         crpci_limiter_auto_set(a, a->limit / 2);
     crpci_limiter_auto_window(a, now_us);
 }
@@ -7460,11 +7207,6 @@ typedef struct crpci_breaker {
     int64_t slice;    /* number of the newest slice: time / width of a slice */
     crpci_breaker_slice slices[CRPCI_BREAKER_SLICES];
 } crpci_breaker;
-
-CRPCI_FN void crpci_breaker_init(crpci_breaker *b)
-{
-    memset(b, 0, sizeof *b);
-}
 
 /* Closes at once, with no ramp and nothing counted. */
 CRPCI_FN void crpci_breaker_reset(crpci_breaker *b)
@@ -7660,7 +7402,7 @@ enum {
 
 #define CRPCI_BALANCE_WORD(which, word, pick, needs) "," word
 #define CRPCI_BALANCE_ONE(which, word, pick, needs)  +1
-#define CRPCI_BALANCE_WORDS                          (&(CRPCI_BALANCE_MAP(CRPCI_BALANCE_WORD))[1])
+#define CRPCI_BALANCE_WORDS                          CRPCI_BALANCE_MAP(CRPCI_BALANCE_WORD)
 #define CRPCI_BALANCE_KINDS                          (0 CRPCI_BALANCE_MAP(CRPCI_BALANCE_ONE))
 
 /* A provider in a balancer's list, owned by the caller. All zero but for address and weight when it
@@ -7681,27 +7423,27 @@ typedef struct crpci_balance_item {
 typedef struct crpci_balance {
     uint8_t kind;    /* crpc_balancer */
     uint8_t needs;   /* CRPCI_BALANCE_*, as in the map */
-    bool started;    /* the first pick has set `salt` by its random number */
+    bool uniform;    /* no memory for the list: picks are uniform */
     uint32_t salt;   /* clients with one list begin at different places of it */
     uint32_t next;   /* round robin: index of the next pick */
     uint32_t heaped; /* items in the heap */
     uint32_t shift;  /* a point >> shift is its bucket */
     size_t count;
+    crpci_balance_item **items; /* the caller's array, which must stay until the next list */
     void *memory;
     size_t size; /* of memory, in bytes */
-    /* These point into memory. All NULL: out of memory, picks are uniform. */
-    crpci_balance_item **items;
-    uint64_t *sums;    /* Fenwick tree of the weights: sums[i - 1] is of (i & -i) items up to i */
-    uint32_t *heap;    /* indices, in heap order of crpci_balance_before */
-    uint64_t *ring;    /* points, sorted */
-    uint32_t *buckets; /* where in the ring each bucket ends */
-    uint64_t total;    /* of the weights */
-    uint64_t now;      /* virtual time */
-    int64_t latency;   /* slow average of all successful calls, in 1/256 us */
+    /* These point into memory, of which each kind of balancer uses what it needs. */
+    uint64_t *sums; /* Fenwick tree of the weights: sums[i - 1] is of (i & -i) items up to i */
+    crpci_balance_item **heap; /* in heap order of crpci_balance_before */
+    uint64_t *ring;            /* points, sorted */
+    uint32_t *buckets;         /* where in the ring each bucket ends */
+    uint64_t total;            /* of the weights */
+    uint64_t now;              /* virtual time */
+    int64_t latency;           /* slow average of all successful calls, in 1/256 us */
 } crpci_balance;
 
-/* Whether a provider can be used. It may be called twice for a provider in one pick, and must
- * return the same value both times. */
+/* Whether a provider can be used. It may be called several times for a provider in one pick, and
+ * must return the same value each time. */
 typedef bool (*crpci_balance_usable_fn)(void *user, size_t index);
 
 /* splitmix64: the next random number of a sequence that begins with any state. */
@@ -7724,14 +7466,8 @@ CRPCI_FN uint32_t crpci_balance_warm_weight(uint32_t weight, int64_t uptime_ms, 
     uint64_t w;
     if (!weight || uptime_ms >= warmup_ms || warmup_ms <= 0)
         return weight;
-    if (uptime_ms <= 0)
-        return 1;
-    while (warmup_ms > INT32_MAX) {
-        warmup_ms /= 2;
-        uptime_ms /= 2;
-    }
-    w = (uint64_t)uptime_ms * weight / (uint64_t)warmup_ms;
-    return w < 1 ? 1 : w > weight ? weight : (uint32_t)w;
+    w = uptime_ms > 0 ? (uint64_t)uptime_ms * weight / (uint64_t)warmup_ms : 0;
+    return w ? (uint32_t)w : 1;
 }
 
 /* A provider that a client's subset may take in. */
@@ -7748,45 +7484,20 @@ CRPCI_FN void crpci_balance_choice_init(crpci_balance_choice *c, size_t index, c
     c->index = index;
 }
 
-CRPCI_FN void crpci_balance_choice_sift(crpci_balance_choice *c, size_t n, size_t i)
+CRPCI_FN int crpci_balance_choice_order(const void *a, const void *b)
 {
-    crpci_balance_choice moved = c[i];
-    size_t child;
-    while ((child = 2 * i + 1) < n) {
-        child += child + 1 < n && c[child + 1].rank < c[child].rank;
-        if (moved.rank <= c[child].rank)
-            break;
-        c[i] = c[child];
-        i = child;
-    }
-    c[i] = moved;
+    const crpci_balance_choice *x = (const crpci_balance_choice *)a;
+    const crpci_balance_choice *y = (const crpci_balance_choice *)b;
+    return x->rank > y->rank ? -1 : x->rank < y->rank;
 }
 
-/* Rendezvous hashing: moves the `max` choices of the highest rank to the front, in no order, and
- * returns how many there are. Clients with different seeds get different subsets, and a provider
- * that joins or leaves the list changes at most one place of a subset. O(count log max). */
+/* Rendezvous hashing: moves the `max` choices of the highest rank to the front, and returns how
+ * many there are. Clients with different seeds get different subsets, and a provider that joins or
+ * leaves the list changes at most one place of a subset. */
 CRPCI_FN size_t crpci_balance_subset(crpci_balance_choice *choices, size_t count, size_t max)
 {
-    size_t i;
-    if (!max || count <= max)
-        return max ? count : 0;
-    for (i = max / 2; i-- > 0;)
-        crpci_balance_choice_sift(choices, max, i);
-    for (i = max; i < count; i++) {
-        crpci_balance_choice c = choices[i];
-        if (c.rank <= choices[0].rank)
-            continue;
-        choices[i] = choices[0];
-        choices[0] = c;
-        crpci_balance_choice_sift(choices, max, 0);
-    }
-    return max;
-}
-
-CRPCI_FN void crpci_balance_close(crpci_balance *b, crpci_heap *h)
-{
-    crpci_heap_free(h, b->memory, b->size);
-    memset(b, 0, sizeof *b);
+    qsort(choices, count, sizeof *choices, crpci_balance_choice_order);
+    return crpci_base_min(count, max);
 }
 
 /* --- turns: weighted round robin and least active, which keep a heap -------------------------- */
@@ -7795,11 +7506,6 @@ CRPCI_FN void crpci_balance_close(crpci_balance *b, crpci_heap *h)
 CRPCI_FN bool crpci_balance_need(const crpci_balance *b, unsigned what)
 {
     return CRPC_ENABLE_POLICY ? (b->needs & what) != 0 : what == CRPCI_BALANCE_TURNS;
-}
-
-CRPCI_FN bool crpci_balance_turns(const crpci_balance *b)
-{
-    return crpci_balance_need(b, CRPCI_BALANCE_TURNS);
 }
 
 /* Whether x is picked before y. Neither has weight 0. */
@@ -7814,45 +7520,37 @@ CRPCI_FN bool crpci_balance_before(bool by_active, const crpci_balance_item *x,
     return (int64_t)(x->turn - y->turn) < 0;
 }
 
-/* Puts the item of an index at a position of the heap. */
-CRPCI_FN void crpci_balance_place(crpci_balance *b, uint32_t at, uint32_t index)
+CRPCI_FN void crpci_balance_place(crpci_balance *b, uint32_t at, crpci_balance_item *item)
 {
-    b->heap[at] = index;
-    b->items[index]->at = at + 1;
+    b->heap[at] = item;
+    item->at = at + 1;
 }
 
 /* Restores the heap after the item at a position has changed. */
 CRPCI_FN void crpci_balance_sift(crpci_balance *b, uint32_t at)
 {
-    const bool by_active = crpci_balance_need(b, CRPCI_BALANCE_ACTIVE); /* read once, not a level */
-    uint32_t index = b->heap[at], child;
-    const crpci_balance_item *item = b->items[index];
-    while (at && crpci_balance_before(by_active, item, b->items[b->heap[(at - 1) / 2]])) {
+    const bool by_active = crpci_balance_need(b, CRPCI_BALANCE_ACTIVE);
+    crpci_balance_item *item = b->heap[at], *next;
+    uint32_t child;
+    while (at && crpci_balance_before(by_active, item, b->heap[(at - 1) / 2])) {
         crpci_balance_place(b, at, b->heap[(at - 1) / 2]);
         at = (at - 1) / 2;
     }
     while ((child = 2 * at + 1) < b->heaped) {
-        if (child + 1 < b->heaped &&
-            crpci_balance_before(by_active, b->items[b->heap[child + 1]],
-                                 b->items[b->heap[child]]))
-            child++;
-        if (!crpci_balance_before(by_active, b->items[b->heap[child]], item))
+        next = b->heap[child];
+        if (child + 1 < b->heaped && crpci_balance_before(by_active, b->heap[child + 1], next))
+            next = b->heap[++child];
+        if (!crpci_balance_before(by_active, next, item))
             break;
-        crpci_balance_place(b, at, b->heap[child]);
+        crpci_balance_place(b, at, next);
         at = child;
     }
-    crpci_balance_place(b, at, index);
-}
-
-/* The first turn: at a random time within its length, so that items of equal weight do not follow
- * each other in the order of the list. */
-CRPCI_FN void crpci_balance_first_turn(crpci_balance *b, crpci_balance_item *item)
-{
-    item->turn = b->now + crpci_base_mix(item->hash ^ b->salt) % item->length;
+    crpci_balance_place(b, at, item);
 }
 
 /* After an item's weight has changed, or it joined the list: its next turn is no later than before,
- * and no later than one turn of the new length from now. */
+ * and no later than one turn of the new length from now. The first one is at a random time within
+ * its length, so that items of equal weight do not follow each other in the order of the list. */
 CRPCI_FN void crpci_balance_retime(crpci_balance *b, crpci_balance_item *item)
 {
     int64_t ahead = (int64_t)(item->turn - b->now);
@@ -7861,9 +7559,28 @@ CRPCI_FN void crpci_balance_retime(crpci_balance *b, crpci_balance_item *item)
     if (!item->weight)
         return;
     if (fresh || ahead > CRPCI_BALANCE_TURN || ahead < -CRPCI_BALANCE_TURN)
-        crpci_balance_first_turn(b, item);
+        item->turn = b->now + crpci_base_mix(item->hash ^ b->salt) % item->length;
     else if (ahead > (int64_t)item->length)
         item->turn = b->now + item->length;
+}
+
+/* Gives an item its place in the heap, or takes it out if it is drained. */
+CRPCI_FN void crpci_balance_turn(crpci_balance *b, crpci_balance_item *item)
+{
+    uint32_t at = item->at - 1;
+    crpci_balance_retime(b, item);
+    if (item->weight) {
+        if (!item->at)
+            crpci_balance_place(b, b->heaped++, item);
+        crpci_balance_sift(b, item->at - 1);
+    } else if (item->at) {
+        crpci_balance_item *last = b->heap[--b->heaped];
+        item->at = 0;
+        if (last == item)
+            return;
+        crpci_balance_place(b, at, last);
+        crpci_balance_sift(b, at);
+    }
 }
 
 /* Moves turns that lie in the past to the present: no two times may be 2^63 apart, where the sign
@@ -7872,7 +7589,7 @@ CRPCI_FN void crpci_balance_catch_up(crpci_balance *b)
 {
     uint32_t at;
     for (at = 0; at < b->heaped; at++) {
-        crpci_balance_item *item = b->items[b->heap[at]];
+        crpci_balance_item *item = b->heap[at];
         if ((int64_t)(item->turn - b->now) < 0)
             item->turn = b->now;
     }
@@ -7891,22 +7608,6 @@ CRPCI_FN void crpci_balance_take(crpci_balance *b, crpci_balance_item *item)
     crpci_balance_sift(b, item->at - 1);
     if ((was ^ b->now) >> CRPCI_BALANCE_CATCH_UP_BITS)
         crpci_balance_catch_up(b);
-}
-
-CRPCI_FN void crpci_balance_heap_out(crpci_balance *b, crpci_balance_item *item)
-{
-    uint32_t at = item->at - 1, last = b->heap[--b->heaped];
-    item->at = 0;
-    if (at == b->heaped)
-        return;
-    crpci_balance_place(b, at, last);
-    crpci_balance_sift(b, at);
-}
-
-CRPCI_FN void crpci_balance_heap_in(crpci_balance *b, crpci_balance_item *item)
-{
-    crpci_balance_place(b, b->heaped++, item->index);
-    crpci_balance_sift(b, item->at - 1);
 }
 
 /* --- the ring: consistent hash ---------------------------------------------------------------- */
@@ -7984,51 +7685,19 @@ CRPCI_FN size_t crpci_balance_sums_find(const crpci_balance *b, uint64_t offset)
     return i;
 }
 
-/* The ring of so many providers has 2^bits buckets, about a quarter of its points. */
-CRPCI_FN unsigned crpci_balance_bucket_bits(size_t count)
+/* The memory that the list needs, in bytes. A ring has a quarter as many buckets as points. */
+CRPCI_FN size_t crpci_balance_bytes(crpci_balance *b)
 {
-    unsigned bits = 1;
-    while (count * CRPCI_BALANCE_POINTS >> (bits + 2))
-        bits++;
-    return bits;
-}
-
-/* The memory that a list of so many providers needs, in bytes. */
-CRPCI_FN size_t crpci_balance_bytes(const crpci_balance *b, size_t count)
-{
-    size_t each = sizeof *b->items;
-    if (!count)
-        return 0;
+    size_t points = b->count * CRPCI_BALANCE_POINTS;
     if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
-        each += sizeof *b->sums;
-    if (crpci_balance_turns(b))
-        each += sizeof *b->heap;
-    if (crpci_balance_need(b, CRPCI_BALANCE_RING))
-        return count * (each + CRPCI_BALANCE_POINTS * sizeof *b->ring) +
-               (sizeof *b->buckets << crpci_balance_bucket_bits(count));
-    return count * each;
-}
-
-/* Divides the memory among the arrays; those of 8-byte numbers come first, for their alignment. */
-CRPCI_FN void crpci_balance_layout(crpci_balance *b)
-{
-    uint8_t *at = (uint8_t *)b->memory;
-    memset(at, 0, b->size);
-    if (crpci_balance_need(b, CRPCI_BALANCE_SUMS)) {
-        b->sums = (uint64_t *)(void *)at;
-        at += b->count * sizeof *b->sums;
-    } else if (crpci_balance_need(b, CRPCI_BALANCE_RING)) {
-        unsigned bits = crpci_balance_bucket_bits(b->count);
-        b->shift = 64 - bits;
-        b->ring = (uint64_t *)(void *)at;
-        at += b->count * CRPCI_BALANCE_POINTS * sizeof *b->ring;
-        b->buckets = (uint32_t *)(void *)at;
-        at += sizeof *b->buckets << bits;
-    }
-    b->items = (crpci_balance_item **)(void *)at;
-    at += b->count * sizeof *b->items;
-    if (crpci_balance_turns(b))
-        b->heap = (uint32_t *)(void *)at;
+        return b->count * sizeof *b->sums;
+    if (crpci_balance_need(b, CRPCI_BALANCE_TURNS))
+        return b->count * sizeof *b->heap;
+    if (!crpci_balance_need(b, CRPCI_BALANCE_RING) || !points)
+        return 0;
+    for (b->shift = 63; points >> (66 - b->shift);)
+        b->shift--;
+    return points * sizeof *b->ring + (sizeof *b->buckets << (64 - b->shift));
 }
 
 /* Memory for a list of b->count. A block that is large enough, and not four times too large,
@@ -8036,48 +7705,55 @@ CRPCI_FN void crpci_balance_layout(crpci_balance *b)
 CRPCI_FN int crpci_balance_reserve(crpci_balance *b, crpci_heap *h)
 {
     bool many = b->count > CRPCI_BALANCE_MOST;
-    size_t size = many ? 0 : crpci_balance_bytes(b, b->count);
-    b->items = NULL;
+    size_t size = many ? 0 : crpci_balance_bytes(b);
     if (size > b->size || size < b->size / 4) {
         crpci_heap_free(h, b->memory, b->size);
-        b->size = 0;
         b->memory = size ? crpci_heap_alloc(h, size) : NULL;
         b->size = b->memory ? size : 0;
     }
-    if (many || b->size < size)
+    b->uniform = many || b->size < size;
+    if (b->uniform)
         return CRPC_ENOMEM;
     if (size)
-        crpci_balance_layout(b);
+        memset(b->memory, 0, size);
+    b->sums = b->ring = (uint64_t *)b->memory;
+    b->heap = (crpci_balance_item **)b->memory;
+    b->buckets = size ? (uint32_t *)(void *)(b->ring + b->count * CRPCI_BALANCE_POINTS) : NULL;
     return CRPC_OK;
 }
 
-/* Replaces the list. The balancer keeps pointers to the items, not the array. An item that was in
- * the old list keeps its statistics; one that is not in the new list is not used again and may be
- * freed. CRPC_ENOMEM: picks are uniform over the new list from now on. */
+/* Takes the weight of an item into what the balancer keeps: it has grown by `more`, modulo 2^64. */
+CRPCI_FN void crpci_balance_weigh(crpci_balance *b, crpci_balance_item *item, uint64_t more)
+{
+    b->total += more;
+    if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
+        crpci_balance_sums_add(b, item->index, more);
+    else if (crpci_balance_need(b, CRPCI_BALANCE_TURNS))
+        crpci_balance_turn(b, item);
+}
+
+/* Replaces the list. An item that was in the old list, which must still exist, keeps its
+ * statistics; one that is not in the new list is not used again. An empty list holds no memory.
+ * CRPC_ENOMEM: picks are uniform over the new list from now on. */
 CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_item **items,
                                  size_t count)
 {
     size_t i;
+    while (b->heaped)
+        b->heap[--b->heaped]->at = 0;
+    b->items = items;
     b->count = count;
-    b->heaped = 0;
     b->total = 0;
-    if (b->next >= count)
-        b->next = 0;
     if (crpci_balance_reserve(b, h))
         return CRPC_ENOMEM;
+    if (count)
+        b->next %= (uint32_t)count;
     for (i = 0; i < count; i++) {
         crpci_balance_item *item = items[i];
-        b->items[i] = item;
         item->index = (uint32_t)i;
-        item->at = 0;
         if (!item->hash)
             item->hash = crpci_base_hash(item->address, strlen(item->address));
-        b->total += item->weight;
-        crpci_balance_retime(b, item);
-        if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
-            crpci_balance_sums_add(b, i, item->weight);
-        if (crpci_balance_turns(b) && item->weight)
-            crpci_balance_heap_in(b, item);
+        crpci_balance_weigh(b, item, item->weight);
     }
     if (crpci_balance_need(b, CRPCI_BALANCE_RING) && count)
         crpci_balance_ring_build(b);
@@ -8087,25 +7763,14 @@ CRPCI_FN int crpci_balance_reset(crpci_balance *b, crpci_heap *h, crpci_balance_
 /* Changes the weight of item i of the list. */
 CRPCI_FN void crpci_balance_reweigh(crpci_balance *b, size_t i, uint32_t weight)
 {
-    crpci_balance_item *item;
+    crpci_balance_item *item = i < b->count ? b->items[i] : NULL;
     uint64_t more;
-    if (!b->items || i >= b->count || b->items[i]->weight == weight)
+    if (!item || item->weight == weight)
         return;
-    item = b->items[i];
-    more = (uint64_t)weight - item->weight; /* modulo 2^64 */
+    more = (uint64_t)weight - item->weight;
     item->weight = weight;
-    b->total += more;
-    crpci_balance_retime(b, item);
-    if (crpci_balance_need(b, CRPCI_BALANCE_SUMS))
-        crpci_balance_sums_add(b, i, more);
-    if (!crpci_balance_turns(b))
-        return;
-    if (!weight)
-        crpci_balance_heap_out(b, item);
-    else if (!item->at)
-        crpci_balance_heap_in(b, item);
-    else
-        crpci_balance_sift(b, item->at - 1);
+    if (!b->uniform)
+        crpci_balance_weigh(b, item, more);
 }
 
 /* --- picking ---------------------------------------------------------------------------------- */
@@ -8116,32 +7781,27 @@ typedef struct crpci_balance_query {
     int64_t now_us;
     crpci_balance_usable_fn usable;
     void *user;
+    int except; /* a search of the whole list leaves it out; -1: none */
 } crpci_balance_query;
-
-CRPCI_FN bool crpci_balance_usable(const crpci_balance_query *q, size_t i)
-{
-    return !q->usable || q->usable(q->user, i);
-}
 
 /* Whether item i can be used and is not drained. */
 CRPCI_FN bool crpci_balance_fit(const crpci_balance *b, const crpci_balance_query *q, size_t i)
 {
-    return (!b->items || b->items[i]->weight) && crpci_balance_usable(q, i);
+    return b->items[i]->weight && q->usable(q->user, i);
 }
 
-/* Searches the whole list: a random one, by weight or uniformly, of the providers that can be used
- * and are drained, or are not. -1: there is none. */
-CRPCI_FN int crpci_balance_scan(const crpci_balance *b, crpci_balance_query *q, bool weighted,
-                                bool drained)
+/* Searches the whole list: a random one, by weight where the balancer goes by it, of the providers
+ * that can be used and are drained, or are not. -1: there is none. */
+CRPCI_FN int crpci_balance_scan(const crpci_balance *b, crpci_balance_query *q, bool drained)
 {
     uint64_t total = 0;
     int chosen = -1;
     size_t i;
     for (i = 0; i < b->count; i++) {
-        uint32_t weight = b->items ? b->items[i]->weight : 1;
-        if ((weight == 0) != drained || !crpci_balance_usable(q, i))
+        uint32_t weight = b->items[i]->weight;
+        if ((weight == 0) != drained || (int)i == q->except || !q->usable(q->user, i))
             continue;
-        weight = weighted ? weight : 1;
+        weight = weight && crpci_balance_need(b, CRPCI_BALANCE_SUMS) ? weight : 1;
         total += weight;
         if (crpci_balance_draw(&q->state) % total < weight)
             chosen = (int)i;
@@ -8157,7 +7817,7 @@ CRPCI_FN int crpci_balance_pick_random(crpci_balance *b, crpci_balance_query *q)
         if (crpci_balance_fit(b, q, i))
             return (int)i;
     }
-    return crpci_balance_scan(b, q, false, false);
+    return crpci_balance_scan(b, q, false);
 }
 
 CRPCI_FN int crpci_balance_pick_weighted(crpci_balance *b, crpci_balance_query *q)
@@ -8165,10 +7825,10 @@ CRPCI_FN int crpci_balance_pick_weighted(crpci_balance *b, crpci_balance_query *
     int tries;
     for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->total; tries++) {
         size_t i = crpci_balance_sums_find(b, crpci_balance_draw(&q->state) % b->total);
-        if (crpci_balance_usable(q, i))
+        if (q->usable(q->user, i))
             return (int)i;
     }
-    return crpci_balance_scan(b, q, true, false);
+    return crpci_balance_scan(b, q, false);
 }
 
 CRPCI_FN int crpci_balance_pick_next(crpci_balance *b, crpci_balance_query *q)
@@ -8191,8 +7851,8 @@ CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, crpci_balance_query *q)
     int tries;
     size_t i;
     for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->heaped; tries++) {
-        crpci_balance_item *item = b->items[b->heap[0]];
-        bool usable = crpci_balance_usable(q, item->index);
+        crpci_balance_item *item = b->heap[0];
+        bool usable = q->usable(q->user, item->index);
         crpci_balance_take(b, item);
         if (usable)
             return (int)item->index;
@@ -8202,7 +7862,7 @@ CRPCI_FN int crpci_balance_pick_turn(crpci_balance *b, crpci_balance_query *q)
     for (i = 0; i < b->count; i++) {
         crpci_balance_item *item = b->items[i];
         if (item->weight && (!best || crpci_balance_before(by_active, item, best)) &&
-            crpci_balance_usable(q, i))
+            q->usable(q->user, i))
             best = item;
     }
     if (!best)
@@ -8293,56 +7953,32 @@ CRPCI_FN void crpci_balance_measure(crpci_balance *b, crpci_balance_item *item, 
     item->latency_us = now_us;
 }
 
-CRPCI_FN int crpci_balance_better(const crpci_balance *b, size_t i, size_t j, int64_t now_us)
-{
-    return (int)(crpci_balance_cost(b->items[j], now_us) < crpci_balance_cost(b->items[i], now_us)
-                     ? j
-                     : i);
-}
-
-/* Searches the whole list for two that can be used, each pair with the same chance, and returns the
- * better one. -1: there is none. */
-CRPCI_FN int crpci_balance_scan_two(const crpci_balance *b, crpci_balance_query *q)
-{
-    size_t two[2] = {0, 0}, seen = 0, i, place;
-    for (i = 0; i < b->count; i++) {
-        if (!crpci_balance_fit(b, q, i))
-            continue;
-        place = seen < 2 ? seen : crpci_balance_below(&q->state, seen + 1);
-        if (place < 2)
-            two[place] = i;
-        seen++;
-    }
-    if (seen < 2)
-        return seen ? (int)two[0] : -1;
-    place = crpci_balance_below(&q->state, 2); /* equals are picked equally often */
-    return crpci_balance_better(b, two[place], two[1 - place], q->now_us);
-}
-
 CRPCI_FN int crpci_balance_pick_two(crpci_balance *b, crpci_balance_query *q)
 {
-    size_t first = 0, second;
-    int tries;
-    for (tries = 0; tries < CRPCI_BALANCE_TRIES; tries++) {
-        first = crpci_balance_below(&q->state, b->count);
-        if (crpci_balance_fit(b, q, first))
+    int first = -1, i, tries;
+    for (;;) {
+        for (tries = 0; tries < CRPCI_BALANCE_TRIES; tries++) {
+            i = (int)crpci_balance_below(&q->state, b->count);
+            if (i != first && crpci_balance_fit(b, q, (size_t)i))
+                break;
+        }
+        if (tries == CRPCI_BALANCE_TRIES)
+            i = crpci_balance_scan(b, q, false);
+        if (i < 0 || first >= 0)
             break;
+        q->except = first = i;
     }
-    if (tries == CRPCI_BALANCE_TRIES)
-        return crpci_balance_scan_two(b, q);
-    for (tries = 0; tries < CRPCI_BALANCE_TRIES && b->count > 1; tries++) {
-        second = first + 1 + crpci_balance_below(&q->state, b->count - 1);
-        second -= second < b->count ? 0 : b->count;
-        if (crpci_balance_fit(b, q, second))
-            return crpci_balance_better(b, first, second, q->now_us);
-    }
-    return (int)first;
+    return i >= 0 && crpci_balance_cost(b->items[i], q->now_us) <
+                         crpci_balance_cost(b->items[first], q->now_us)
+               ? i
+               : first;
 }
 
 /* --- the balancer as a whole ------------------------------------------------------------------ */
 
-/* CRPC_EUNSUPPORTED: not compiled in. CRPC_EINVAL: no balancer has that number. */
-CRPCI_COLD int crpci_balance_open(crpci_balance *b, crpc_balancer which)
+/* salt: a random number, by which each client begins at a place of its own. CRPC_EUNSUPPORTED: not
+ * compiled in. CRPC_EINVAL: no balancer has that number. */
+CRPCI_COLD int crpci_balance_open(crpci_balance *b, crpc_balancer which, uint32_t salt)
 {
 #define CRPCI_BALANCE_NEEDS(which, word, pick, needs) needs,
     static const uint8_t needs[] = {CRPCI_BALANCE_MAP(CRPCI_BALANCE_NEEDS)};
@@ -8355,35 +7991,12 @@ CRPCI_COLD int crpci_balance_open(crpci_balance *b, crpc_balancer which)
     memset(b, 0, sizeof *b);
     b->kind = (uint8_t)number;
     b->needs = needs[number - 1];
+    b->salt = b->next = salt;
     return CRPC_OK;
 }
 
-/* Whether every call must have a key. */
-CRPCI_FN bool crpci_balance_wants_key(const crpci_balance *b)
-{
-    return crpci_balance_need(b, CRPCI_BALANCE_RING);
-}
-
-/* At the first pick: each client begins at a place of its own. */
-CRPCI_FN void crpci_balance_start(crpci_balance *b, uint32_t random)
-{
-    size_t i;
-    b->started = true;
-    b->salt = random;
-    b->next = random % (uint32_t)b->count;
-    if (!b->items || !crpci_balance_turns(b))
-        return;
-    b->heaped = 0;
-    for (i = 0; i < b->count; i++) {
-        if (!b->items[i]->weight)
-            continue;
-        crpci_balance_first_turn(b, b->items[i]);
-        crpci_balance_heap_in(b, b->items[i]);
-    }
-}
-
 /* The index of the provider for a call; -1: none can be used. key: any number, for the consistent
- * hash only. random: any random number. usable may be NULL: every provider can be used. */
+ * hash only. random: any random number. */
 CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random, int64_t now_us,
                                 crpci_balance_usable_fn usable, void *user)
 {
@@ -8391,16 +8004,16 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
     int i;
     if (!b->count)
         return -1;
-    if (!b->started)
-        crpci_balance_start(b, random);
     q.key = key;
     q.state = random;
     q.now_us = now_us;
     q.usable = usable;
     q.user = user;
-    if (!b->items) {
+    q.except = -1;
+    if (b->uniform) {
         i = crpci_balance_pick_random(b, &q);
-    } else if (crpci_balance_turns(b)) { /* not in the switch: called once, it is inlined */
+    } else if (crpci_balance_need(b, CRPCI_BALANCE_TURNS)) {
+        /* not in the switch: called once, it is inlined */
         i = crpci_balance_pick_turn(b, &q);
     } else {
         switch (b->kind) {
@@ -8414,21 +8027,14 @@ CRPCI_FN int crpci_balance_pick(crpci_balance *b, uint64_t key, uint32_t random,
             i = -1;
         }
     }
-    return i >= 0 ? i : crpci_balance_scan(b, &q, false, true);
-}
-
-/* Whether an item is in the present list. */
-CRPCI_FN bool crpci_balance_has(const crpci_balance *b, const crpci_balance_item *item)
-{
-    return b->items && item->index < b->count && b->items[item->index] == item;
+    return i >= 0 ? i : crpci_balance_scan(b, &q, true);
 }
 
 /* A call goes to an item. */
-CRPCI_FN void crpci_balance_item_begin(crpci_balance *b, crpci_balance_item *item, int64_t now_us)
+CRPCI_FN void crpci_balance_item_begin(crpci_balance *b, crpci_balance_item *item)
 {
-    (void)now_us;
     item->active++;
-    if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, item) && item->at)
+    if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && item->at)
         crpci_balance_sift(b, item->at - 1);
 }
 
@@ -8441,7 +8047,7 @@ CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item,
         item->active--;
     if (crpci_balance_need(b, CRPCI_BALANCE_LATENCY) && latency_us >= 0)
         crpci_balance_measure(b, item, ok, latency_us, now_us);
-    else if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && crpci_balance_has(b, item) && item->at)
+    else if (crpci_balance_need(b, CRPCI_BALANCE_ACTIVE) && item->at)
         crpci_balance_sift(b, item->at - 1);
 }
 
@@ -8464,6 +8070,17 @@ CRPCI_FN void crpci_balance_item_end(crpci_balance *b, crpci_balance_item *item,
 #define CRPCI_CONN_SHORT 512 /* frames up to this size are copied together before a send */
 #define CRPCI_CONN_FLAT (8192 - CRPCI_CHUNK_HEADER) /* bytes of such copies in one send */
 #define CRPCI_CONN_ROUNDS 16 /* sends in a row before a flush hands over to the loop's driver */
+
+/* Whether there are transports besides plain sockets, and protocols besides baidu_std. While there
+ * are none the compiler drops what only those need. Tests bring their own. */
+#ifndef CRPCI_CONN_TRANSPORTS
+#define CRPCI_CONN_TRANSPORTS 0
+#endif
+#ifdef CRPCI_TEST_PROTOCOLS
+#define CRPCI_CONN_PROTOCOLS 1
+#else
+#define CRPCI_CONN_PROTOCOLS 0
+#endif
 
 /* A frame to be sent. The struct stands at the beginning of the chunk that also holds the frame's
  * head. A request's frame belongs to its call, which can withdraw it; a reply's frame belongs to
@@ -8565,7 +8182,6 @@ struct crpci_conn {
     bool close_when_sent;
     bool refused; /* accepted over max_connections, only to say so */
     bool unread; /* input is waiting: it could not be read while another thread wrote */
-    bool awaits; /* dialled, ordered protocol: `awaited` is in use */
     uint32_t max_body;
     int64_t max_skip;
     uint64_t skip;      /* bytes of a refused body still to be dropped */
@@ -8598,6 +8214,18 @@ struct crpci_conn {
     crpc_view expect;
     const void *expected;
 };
+
+/* Whether replies come in the order of the requests, in place of ids. */
+CRPCI_FN bool crpci_conn_ordered(const crpci_conn *c)
+{
+    return CRPCI_CONN_PROTOCOLS && CRPCI_UNLIKELY(c->protocol->flags & CRPCI_PROTOCOL_ORDERED);
+}
+
+/* Whether the ids of sent requests have to be kept in `awaited`: the side that dialled does so. */
+CRPCI_FN bool crpci_conn_awaits(const crpci_conn *c)
+{
+    return crpci_conn_ordered(c) && !c->protocols;
+}
 
 CRPCI_FN size_t crpci_conn_out_len(const crpci_out *o)
 {
@@ -8634,36 +8262,27 @@ CRPCI_FN void crpci_conn_out_orphan(crpci_out *o)
 /* A short text for a connection's errno, 0 included, which means end of input. */
 CRPCI_COLD const char *crpci_conn_errno_text(int e)
 {
+    static const struct {
+        int number, twin;
+        const char *text;
+    } known[] = {{0, 0, "closed by the peer"},
+                 {ECONNREFUSED, 0, "connection refused"},
+                 {ECONNRESET, EPIPE, "connection reset by the peer"},
+                 {ETIMEDOUT, 0, "no answer from the peer's host"},
+                 {EHOSTUNREACH, ENETUNREACH, "host or network unreachable"},
+                 {EMFILE, ENFILE, "too many open files"},
+                 {ENOENT, 0, "no such socket file"},
+                 {EACCES, EPERM, "not permitted"},
+                 {EADDRNOTAVAIL, 0, "no local port or address available"},
+                 {EADDRINUSE, 0, "address already in use"}};
+    size_t i;
     if (!CRPC_ENABLE_TEXTS)
         return "";
-    switch (e) {
-    case 0:
-        return "closed by the peer";
-    case ECONNREFUSED:
-        return "connection refused";
-    case ECONNRESET:
-    case EPIPE:
-        return "connection reset by the peer";
-    case ETIMEDOUT:
-        return "no answer from the peer's host";
-    case EHOSTUNREACH:
-    case ENETUNREACH:
-        return "host or network unreachable";
-    case EMFILE:
-    case ENFILE:
-        return "too many open files";
-    case ENOENT:
-        return "no such socket file";
-    case EACCES:
-    case EPERM:
-        return "not permitted";
-    case EADDRNOTAVAIL:
-        return "no local port or address available";
-    case EADDRINUSE:
-        return "address already in use";
-    default:
-        return "system error";
+    for (i = 0; i < sizeof known / sizeof *known; i++) {
+        if (e == known[i].number || e == known[i].twin)
+            return known[i].text;
     }
+    return "system error";
 }
 
 /* Keeps the struct alive over a call that may close the connection. The loop holds one reference
@@ -8676,9 +8295,10 @@ CRPCI_FN void crpci_conn_hold(crpci_conn *c)
 CRPCI_COLD void crpci_conn_free(crpci_conn *c)
 {
     crpci_heap *h = c->loop->heap;
-    if (c->protocol_state)
+    if (CRPCI_CONN_PROTOCOLS && c->protocol) {
         crpci_heap_free(h, c->protocol_state, c->protocol->state_size);
-    crpci_heap_free(h, c->awaited, c->awaited_size * sizeof *c->awaited);
+        crpci_heap_free(h, c->awaited, c->awaited_size * sizeof *c->awaited);
+    }
     crpci_heap_free(h, c, sizeof *c);
 }
 
@@ -8744,16 +8364,22 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     crpci_conn_drop(c); /* the loop's reference */
 }
 
+CRPCI_FN const crpci_transport *crpci_conn_transport(const crpci_conn *c)
+{
+    return CRPCI_CONN_TRANSPORTS ? c->io : &crpci_transport_plain;
+}
+
 /* Whether its transport is nothing but the socket: then much need not be asked. */
 CRPCI_FN bool crpci_conn_is_plain(const crpci_conn *c)
 {
-    return CRPCI_LIKELY(c->io == &crpci_transport_plain);
+    return CRPCI_LIKELY(crpci_conn_transport(c) == &crpci_transport_plain);
 }
 
 /* Whether a thread without the lock uses a transport that only one may use at a time. */
 CRPCI_FN bool crpci_conn_engaged(const crpci_conn *c)
 {
-    return (c->reading || c->writing) && !(c->io->flags & CRPCI_TRANSPORT_DUPLEX);
+    return !crpci_conn_is_plain(c) && (c->reading || c->writing) &&
+           !(c->io->flags & CRPCI_TRANSPORT_DUPLEX);
 }
 
 /* Tells the poller which events the connection waits for. May close the connection. */
@@ -8766,7 +8392,7 @@ CRPCI_FN void crpci_conn_interest(crpci_conn *c)
         events |= CRPC_READABLE;
     if (c->connecting || c->blocked)
         events |= CRPC_WRITABLE;
-    if (c->io->want && !c->connecting)
+    if (!crpci_conn_is_plain(c) && c->io->want && !c->connecting)
         events = c->io->want(c->io_state, events);
     if (crpci_watch_set(c->loop, &c->watch, c->fd, events))
         crpci_conn_close(c, CRPC_ENOMEM, 0);
@@ -8784,7 +8410,8 @@ CRPCI_FN bool crpci_conn_has_unseen(const crpci_conn *c)
 {
     if (c->left || c->unread)
         return true;
-    return c->io->pending && !crpci_conn_engaged(c) && c->io->pending(c->io_state);
+    return !crpci_conn_is_plain(c) && c->io->pending && !crpci_conn_engaged(c) &&
+           c->io->pending(c->io_state);
 }
 
 /* Stops or resumes reading, while a peer's requests or the replies to them pile up. The time of a
@@ -8800,15 +8427,13 @@ CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
     crpci_conn_interest(c);
 }
 
-#if CRPC_ENABLE_SERVER
 /* Whether a connection is at rest: nothing to send, nothing partly received, nothing unread. A
  * draining server can close such a connection without losing a request. */
 CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
 {
     return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip && !crpci_conn_engaged(c) &&
-           c->io->idle(c->fd, c->io_state);
+           crpci_conn_transport(c)->idle(c->fd, c->io_state);
 }
-#endif
 
 /* --- sending ---------------------------------------------------------------------------------- */
 
@@ -8825,12 +8450,7 @@ typedef struct crpci_conn_batch {
 /* Adds a piece that the send reads where it is. */
 CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n)
 {
-    union {
-        const uint8_t *in;
-        void *out;
-    } cast; /* iovec has no const */
-    cast.in = p;
-    b->iov[b->count].iov_base = cast.out;
+    b->iov[b->count].iov_base = (void *)(uintptr_t)p; /* iovec has no const */
     b->iov[b->count++].iov_len = n;
 }
 
@@ -8899,11 +8519,11 @@ CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
             crpci_conn_add_copy(b, o->head + skip, head);
         else if (head)
             crpci_conn_add(b, o->head + skip, head);
+        skip = head ? 0 : skip - o->head_len;
         if (o->tail_len)
-            crpci_conn_add(b, o->tail + (head ? 0 : skip - o->head_len),
-                           o->tail_len - (head ? 0 : skip - o->head_len));
+            crpci_conn_add(b, o->tail + skip, o->tail_len - skip);
         o->inflight = true;
-        if (CRPCI_UNLIKELY(c->awaits) && !o->awaited)
+        if (crpci_conn_awaits(c) && !o->awaited)
             crpci_conn_await(c, o);
     }
 }
@@ -8934,7 +8554,7 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
         crpci_heap_chunk_unref(tail);
         crpci_heap_chunk_unref(chunk);
     }
-    if (CRPCI_UNLIKELY(c->awaits))
+    if (crpci_conn_awaits(c))
         crpci_conn_await_not(c);
     if (c->loop->io_waiters)
         crpci_thread_broadcast(&c->loop->io_cond);
@@ -8958,7 +8578,7 @@ CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int cou
     crpci_out *o = c->tx_head;
     size_t offered = 0;
     c->blocked = true;
-    if (CRPCI_UNLIKELY(c->io->flags & CRPCI_TRANSPORT_REPEAT)) {
+    if (!crpci_conn_is_plain(c) && c->io->flags & CRPCI_TRANSPORT_REPEAT) {
         while (count)
             offered += iov[--count].iov_len;
         for (; o && offered; o = o->next) {
@@ -8979,7 +8599,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
     int rounds = 0, count;
     if (c->writing || c->closed || c->connecting || c->blocked)
         return;
-    if (!crpci_conn_is_plain(c) && crpci_conn_engaged(c))
+    if (crpci_conn_engaged(c))
         return; /* whoever reads queues the flush again */
     batch.copies = NULL;
     crpci_list_remove(&c->flush.link);
@@ -9003,7 +8623,7 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
             break;
         l->stats.sends++;
         crpci_loop_unlock(l);
-        n = c->io->writev(c->fd, c->io_state, batch.iov, count);
+        n = crpci_conn_transport(c)->writev(c->fd, c->io_state, batch.iov, count);
         saved = errno;
         crpci_loop_lock(l);
         crpci_conn_advance(c, n > 0 ? (size_t)n : 0);
@@ -9056,13 +8676,12 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
         crpci_loop_queue(&c->loop->dirty, &c->flush);
 }
 
-#if CRPC_ENABLE_SERVER
 /* Queues the reply to the request of `turn`. In an ordered protocol, keeps it until the replies to
  * all earlier requests are queued. */
 CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
 {
     crpci_out **at = &c->held;
-    if (CRPCI_LIKELY(!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED))) {
+    if (!crpci_conn_ordered(c)) {
         crpci_conn_queue(c, o);
         return;
     }
@@ -9079,7 +8698,6 @@ CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
         crpci_conn_queue(c, o);
     }
 }
-#endif
 
 /* Removes a queued frame of which nothing was sent. False: part of it may have left already. */
 CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
@@ -9160,7 +8778,7 @@ CRPCI_FN crpci_message_kind crpci_receive_kind(const crpci_conn *c)
 CRPCI_FN void crpci_receive_deliver(crpci_conn *c, crpci_message *m)
 {
     c->active_us = crpci_loop_time(c->loop);
-    if (CRPCI_LIKELY(!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED)) || crpci_receive_place(c, m))
+    if (!crpci_conn_ordered(c) || crpci_receive_place(c, m))
         c->up->message(c, m);
 }
 
@@ -9174,7 +8792,7 @@ CRPCI_COLD void crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t
     c->skip = skip;
     if (skip)
         crpci_receive_begun(c);
-    if (!(c->protocol->flags & CRPCI_PROTOCOL_ORDERED) || crpci_receive_place(c, m))
+    if (!crpci_conn_ordered(c) || crpci_receive_place(c, m))
         c->up->oversize(c, m, size);
 }
 
@@ -9182,8 +8800,7 @@ CRPCI_COLD void crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t
 CRPCI_FN bool crpci_receive_speak(crpci_conn *c, const crpci_protocol *p)
 {
     c->protocol = p;
-    c->awaits = !c->protocols && p->flags & CRPCI_PROTOCOL_ORDERED;
-    if (CRPCI_LIKELY(!p->state_size))
+    if (!CRPCI_CONN_PROTOCOLS || !p->state_size)
         return true;
     c->protocol_state = crpci_heap_alloc(c->loop->heap, p->state_size);
     if (!c->protocol_state)
@@ -9191,7 +8808,6 @@ CRPCI_FN bool crpci_receive_speak(crpci_conn *c, const crpci_protocol *p)
     return c->protocol_state != NULL;
 }
 
-#if CRPC_ENABLE_SERVER
 /* Recognises the protocol of an accepted connection. False: too few bytes yet, or closed. */
 CRPCI_COLD bool crpci_receive_detect(crpci_conn *c, const uint8_t *p, size_t n)
 {
@@ -9211,56 +8827,36 @@ CRPCI_COLD bool crpci_receive_detect(crpci_conn *c, const uint8_t *p, size_t n)
         crpci_receive_bad(c, "the peer speaks none of the protocols of this server");
     return false;
 }
-#endif
 
 /* Passes input to the protocol and returns the number of bytes it used. 0: it needs more
  * (c->rx_total), or the connection is closed. */
 CRPCI_FN size_t crpci_receive_parse(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
-#if CRPC_ENABLE_SERVER
-    if (CRPCI_UNLIKELY(!c->protocol) && !crpci_receive_detect(c, p, n))
+    if (CRPC_ENABLE_SERVER && CRPCI_UNLIKELY(!c->protocol) && !crpci_receive_detect(c, p, n))
         return 0;
-#endif
     return c->protocol->feed(c, chunk, p, n);
 }
 
-/* Buffers the first `have` bytes of a message. The full size is allocated at once only when a good
- * part of it has arrived: a peer must not reserve memory by announcing large sizes. */
-CRPCI_FN bool crpci_receive_begin(crpci_conn *c, const uint8_t *p, size_t have)
+/* Moves the first `have` bytes of a message into a new, larger c->rx. The full size is allocated at
+ * once only when a good part of it has arrived: a peer must not reserve memory by announcing large
+ * sizes. False: out of memory, and the connection was closed. */
+CRPCI_FN bool crpci_receive_reserve(crpci_conn *c, const uint8_t *p, size_t have)
 {
     size_t cap = c->rx_total;
+    crpci_chunk *chunk;
     if (cap > CRPCI_CONN_READ && have < CRPCI_CONN_READ / 2)
         cap = CRPCI_CONN_READ;
-    c->rx = crpci_heap_chunk(c->loop->heap, cap);
-    if (!c->rx) {
+    chunk = crpci_heap_chunk(c->loop->heap, cap);
+    if (!chunk) {
         crpci_conn_close(c, CRPC_ENOMEM, 0);
         return false;
     }
-    memcpy(crpci_heap_data(c->rx), p, have);
-    crpci_receive_begun(c);
+    memcpy(crpci_heap_data(chunk), p, have);
+    crpci_heap_chunk_unref(c->rx);
+    c->rx = chunk;
     c->rx_len = have;
     c->rx_need = cap;
     return true;
-}
-
-/* Enlarges c->rx towards the size that the protocol asked for, under the same rule. */
-CRPCI_FN void crpci_receive_grow(crpci_conn *c)
-{
-    crpci_chunk *bigger;
-    size_t cap = c->rx_total;
-    if (c->rx_total > c->rx->cap) {
-        if (cap > CRPCI_CONN_READ && c->rx_len < CRPCI_CONN_READ / 2)
-            cap = CRPCI_CONN_READ;
-        bigger = crpci_heap_chunk(c->loop->heap, cap);
-        if (!bigger) {
-            crpci_conn_close(c, CRPC_ENOMEM, 0);
-            return;
-        }
-        memcpy(crpci_heap_data(bigger), crpci_heap_data(c->rx), c->rx_len);
-        crpci_heap_chunk_unref(c->rx);
-        c->rx = bigger;
-    }
-    c->rx_need = crpci_base_min(c->rx_total, c->rx->cap);
 }
 
 /* c->rx holds the bytes that were asked for: parses them, and grows if the protocol needs more. */
@@ -9275,7 +8871,9 @@ CRPCI_FN void crpci_receive_full(crpci_conn *c)
         }
         c->rx = chunk;
     }
-    crpci_receive_grow(c);
+    c->rx_need = c->rx_total;
+    if (c->rx_total > chunk->cap)
+        crpci_receive_reserve(c, crpci_heap_data(chunk), c->rx_len);
 }
 
 /* Takes one piece of input: a whole message in place, or bytes that begin or continue c->rx.
@@ -9298,9 +8896,10 @@ CRPCI_FN size_t crpci_receive_feed_one(crpci_conn *c, crpci_chunk *chunk, const 
         return n;
     }
     used = crpci_receive_parse(c, chunk, p, n);
-    if (CRPCI_LIKELY(used) || c->closed)
+    if (CRPCI_LIKELY(used) || c->closed || !crpci_receive_reserve(c, p, n))
         return used;
-    return crpci_receive_begin(c, p, n) ? n : 0;
+    crpci_receive_begun(c);
+    return n;
 }
 
 /* Takes input until the step's budget is used up or the connection pauses; the rest waits in
@@ -9397,11 +8996,9 @@ CRPCI_FN void crpci_receive_read(crpci_conn *c)
     ssize_t n;
     if (!crpci_receive_catch_up(c) || c->closed || c->reading || c->paused || c->eof)
         return;
-    if (!crpci_conn_is_plain(c)) {
-        c->unread = crpci_conn_engaged(c);
-        if (c->unread) /* the thread that writes schedules the read when it is done */
-            return;
-    }
+    c->unread = crpci_conn_engaged(c);
+    if (c->unread) /* the thread that writes schedules the read when it is done */
+        return;
     if (!crpci_receive_spare(l)) {
         crpci_conn_close(c, CRPC_ENOMEM, 0);
         return;
@@ -9415,7 +9012,7 @@ CRPCI_FN void crpci_receive_read(crpci_conn *c)
     l->stats.receives++;
     c->reading = true;
     crpci_loop_unlock(l);
-    n = c->io->readv(c->fd, c->io_state, iov, count);
+    n = crpci_conn_transport(c)->readv(c->fd, c->io_state, iov, count);
     saved = errno;
     crpci_loop_lock(l);
     c->reading = false;
@@ -9697,7 +9294,6 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     return (size_t)CRPCI_FRAME_HEADER + body;
 }
 
-#if CRPC_ENABLE_CLIENT
 /* Writes the head of a request, see crpci_protocol.request. */
 CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
@@ -9715,9 +9311,6 @@ CRPCI_FN uint8_t *crpci_baidu_request(uint8_t *low, uint8_t *payload, const crpc
     return crpci_meta_put_request(low, payload, m->payload_size, &meta, m->fields);
 }
 
-#endif
-
-#if CRPC_ENABLE_SERVER
 /* Writes the head of a reply. */
 CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_message *m)
 {
@@ -9729,7 +9322,6 @@ CRPCI_FN uint8_t *crpci_baidu_reply(uint8_t *low, uint8_t *payload, const crpci_
     meta.compress_type = 0;
     return crpci_meta_put_reply(low, payload, m->payload_size, &meta, m->fields);
 }
-#endif
 
 static const crpci_protocol crpci_baidu = {"baidu_std",
                                            0,
@@ -9741,16 +9333,8 @@ static const crpci_protocol crpci_baidu = {"baidu_std",
                                            crpci_meta_put_names,
                                            crpci_meta_put_field,
                                            crpci_meta_field,
-#if CRPC_ENABLE_CLIENT
-                                           crpci_baidu_request,
-#else
-                                            NULL,
-#endif
-#if CRPC_ENABLE_SERVER
-                                           crpci_baidu_reply};
-#else
-                                            NULL};
-#endif
+                                           CRPC_ENABLE_CLIENT ? crpci_baidu_request : NULL,
+                                           CRPC_ENABLE_SERVER ? crpci_baidu_reply : NULL};
 
 /* ======================================================================== */
 /* >>impl-protocols   the table of wire protocols                          */
@@ -9806,6 +9390,17 @@ typedef struct crpci_names_service {
     int warmup_ms;    /* 0: none */
     bool allow_empty; /* of a consumer: an empty list, read completely, replaces a good one */
 } crpci_names_service;
+
+/* One instance that offers a service. */
+typedef struct crpci_provider {
+    char address[CRPC_ADDRESS_MAX]; /* canonical, with a numeric host: "[::1]:8000" */
+    int weight;                     /* its share of the calls; 0: it gets none */
+    int warmup_ms;                  /* after timestamp_ms, in which its share rises; 0: none */
+    int64_t timestamp_ms;           /* wall clock when it registered; 0: unknown */
+    uint64_t group, version, application; /* their hashes: all that overrides compare */
+    bool disabled; /* by its URL (disabled=true) or an override; lists leave it out */
+    bool kept;     /* protected: not listed again since the registry was away */
+} crpci_provider;
 
 /* Encoded provider names; the array and the texts are one block at `name`. */
 typedef struct crpci_names {
@@ -9867,37 +9462,29 @@ typedef struct crpci_names_text {
     size_t len;
 } crpci_names_text;
 
-CRPCI_FN void crpci_names_put(crpci_names_text *t, const char *text)
+CRPCI_FN CRPC_PRINTF(2, 3) void crpci_names_put(crpci_names_text *t, const char *format, ...)
 {
-    for (; *text; text++, t->len++) {
-        if (t->len + 1 < t->size)
-            t->out[t->len] = *text;
-    }
-    if (t->size)
-        t->out[t->len < t->size ? t->len : t->size - 1] = '\0';
+    size_t used = crpci_base_min(t->len, t->size);
+    va_list args;
+    int n;
+    va_start(args, format);
+    n = vsnprintf(t->size ? t->out + used : NULL, t->size - used, format, args);
+    va_end(args);
+    t->len += n > 0 ? (size_t)n : 0;
 }
 
 /* Appends `before` and the value, percent-encoding the characters that would end a value; appends
  * nothing if the value is empty. Dubbo writes values unencoded, but could not read back one that
  * has such a character. */
-CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before,
-                                       const char *value)
+CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before, const char *value)
 {
     if (!value || !*value)
         return;
-    crpci_names_put(t, before);
+    crpci_names_put(t, "%s", before);
     for (; *value; value++) {
-        static const char digits[] = "0123456789ABCDEF";
         unsigned char c = (unsigned char)*value;
-        char text[4];
-        text[0] = (char)c;
-        text[1] = text[2] = text[3] = '\0';
-        if (c <= ' ' || c == 0x7f || strchr("%&=#+?", c)) {
-            text[0] = '%';
-            text[1] = digits[c >> 4];
-            text[2] = digits[c & 15];
-        }
-        crpci_names_put(t, text);
+        bool odd = c <= ' ' || c == 0x7f || strchr("%&=#+?", c);
+        crpci_names_put(t, odd ? "%%%02X" : "%c", c);
     }
 }
 
@@ -9907,45 +9494,41 @@ CRPCI_FN void crpci_names_put_value(crpci_names_text *t, const char *before,
 CRPCI_FN size_t crpci_names_url(char *out, size_t size, const crpci_names_service *s, bool consumer,
                                 const char *address, int64_t timestamp_ms, long pid)
 {
+    const char *application = s->application && *s->application ? s->application : "crpc";
     crpci_names_text t;
-    char number[24];
     t.out = out;
     t.size = size;
     t.len = 0;
-    crpci_names_put(&t, consumer ? "consumer://" : "crpc://");
-    crpci_names_put(&t, address);
+    crpci_names_put(&t, "%s://%s", consumer ? "consumer" : "crpc", address);
     crpci_names_put_value(&t, "/", s->service);
-    crpci_names_put_value(
-        &t, "?application=", s->application && *s->application ? s->application : "crpc");
-    crpci_names_put(&t, consumer ? "&category=consumers&check=false"
-                                 : "&category=providers&dynamic=true&enabled=true");
+    crpci_names_put_value(&t, "?application=", application);
+    crpci_names_put(&t, "%s", consumer ? "&category=consumers&check=false"
+                                       : "&category=providers&dynamic=true&enabled=true");
     crpci_names_put_value(&t, "&group=", s->group);
     crpci_names_put_value(&t, "&interface=", s->service);
     crpci_names_put_value(&t, "&methods=", consumer ? NULL : s->methods);
-    snprintf(number, sizeof number, "%ld", pid);
-    crpci_names_put_value(&t, "&pid=", number);
-    snprintf(number, sizeof number, "%lld", (long long)timestamp_ms);
-    crpci_names_put(&t, consumer ? "&side=consumer" : "&side=provider");
-    crpci_names_put_value(&t, "&timestamp=", number);
+    crpci_names_put(&t, "&pid=%ld&side=%s&timestamp=%lld", pid, consumer ? "consumer" : "provider",
+                    (long long)timestamp_ms);
     crpci_names_put_value(&t, "&version=", s->version);
-    if (consumer)
-        return t.len;
-    snprintf(number, sizeof number, "%d", s->warmup_ms);
-    crpci_names_put_value(&t, "&warmup=", s->warmup_ms > 0 ? number : NULL);
-    snprintf(number, sizeof number, "%d", s->weight < 0 ? 0 : s->weight);
-    crpci_names_put_value(&t, "&weight=", number);
+    if (!consumer && s->warmup_ms > 0)
+        crpci_names_put(&t, "&warmup=%d", s->warmup_ms);
+    if (!consumer)
+        crpci_names_put(&t, "&weight=%d", s->weight < 0 ? 0 : s->weight);
     return t.len;
 }
 
 /* The contents of a provider's name. The texts point into the name, which is modified. */
 typedef struct crpci_names_node {
     const char *scheme;
-    char address[CRPC_ADDRESS_MAX]; /* canonical: equal addresses are equal texts */
+    crpci_provider provider;
     crpci_names_service of;
-    bool enabled;  /* false: enabled=false; the provider is ignored, overrides or not */
-    bool disabled; /* disabled=true, which an override can change */
-    int64_t timestamp_ms;
+    bool enabled; /* false: enabled=false; the provider is ignored, overrides or not */
 } crpci_names_node;
+
+CRPCI_FN uint64_t crpci_names_hash(const char *text)
+{
+    return crpci_base_hash(text, strlen(text));
+}
 
 /* Reads a number that is not negative; -1 counts as 0. False: it is malformed, and *out is
  * unchanged. */
@@ -9988,9 +9571,9 @@ CRPCI_FN void crpci_names_param(crpci_names_node *n, const char *key, const char
     if (strcmp(key, "enabled") == 0)
         n->enabled = n->enabled && strcmp(value, "false") != 0;
     else if (strcmp(key, "disabled") == 0)
-        n->disabled = n->disabled || strcmp(value, "true") == 0;
+        n->provider.disabled = n->provider.disabled || strcmp(value, "true") == 0;
     else if (strcmp(key, "timestamp") == 0 && crpci_url_number(value, INT64_MAX, &number))
-        n->timestamp_ms = number < 0 ? 0 : number;
+        n->provider.timestamp_ms = number < 0 ? 0 : number;
 }
 
 /* Splits a URL in place. Parts that are missing become "". False: the text is not a URL. */
@@ -10053,9 +9636,14 @@ CRPCI_FN bool crpci_names_read(crpci_names_node *n, char *url)
     n->of.service = service;
     if (!crpci_sock_parse(&a, address) || !crpci_sock_port(&a))
         return false;
-    crpci_sock_format(&a, n->address, sizeof n->address);
+    crpci_sock_format(&a, n->provider.address, sizeof n->provider.address);
     while ((more = crpci_names_next(&query, &key, &value)) > 0)
         crpci_names_param(n, key, value);
+    n->provider.weight = n->of.weight;
+    n->provider.warmup_ms = n->of.warmup_ms;
+    n->provider.group = crpci_names_hash(n->of.group);
+    n->provider.version = crpci_names_hash(n->of.version);
+    n->provider.application = crpci_names_hash(n->of.application);
     return more == 0;
 }
 
@@ -10247,34 +9835,34 @@ CRPCI_FN crpci_names_overrides *crpci_names_overrides_read(crpci_heap *h, char *
 /* Whether a rule's conditions hold for a provider. The application may be the provider's or the
  * consumer's, as in Dubbo. */
 CRPCI_FN bool crpci_names_override_fits(const crpci_names_override *r, const crpci_names_service *q,
-                                        const crpci_names_node *n)
+                                        const crpci_provider *p)
 {
     size_t len = strlen(r->host);
-    const char *colon = strrchr(n->address, ':');
+    const char *colon = strrchr(p->address, ':');
     if (len && !r->here &&
-        (len != (size_t)(colon - n->address) || memcmp(r->host, n->address, len) != 0))
+        (len != (size_t)(colon - p->address) || memcmp(r->host, p->address, len) != 0))
         return false;
     if (r->port && r->port != (unsigned)strtoul(colon + 1, NULL, 10))
         return false;
     return (!*r->of.service || strcmp(r->of.service, q->service) == 0) &&
-           (!*r->of.group || strcmp(r->of.group, n->of.group) == 0) &&
-           (!*r->of.version || strcmp(r->of.version, n->of.version) == 0) &&
-           (!*r->of.application || strcmp(r->of.application, n->of.application) == 0 ||
+           (!*r->of.group || crpci_names_hash(r->of.group) == p->group) &&
+           (!*r->of.version || crpci_names_hash(r->of.version) == p->version) &&
+           (!*r->of.application || crpci_names_hash(r->of.application) == p->application ||
             (q->application && strcmp(r->of.application, q->application) == 0));
 }
 
 /* Changes a provider by the rules, in their order. `rules` may be NULL. */
 CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
-                                          const crpci_names_service *q, crpci_names_node *n)
+                                          const crpci_names_service *q, crpci_provider *p)
 {
     size_t i;
     for (i = 0; rules && i < rules->count; i++) {
         const crpci_names_override *r = &rules->rules[i];
-        if (!crpci_names_override_fits(r, q, n))
+        if (!crpci_names_override_fits(r, q, p))
             continue;
-        n->of.weight = r->of.weight < 0 ? n->of.weight : r->of.weight;
-        n->of.warmup_ms = r->of.warmup_ms < 0 ? n->of.warmup_ms : r->of.warmup_ms;
-        n->disabled = r->disabled < 0 ? n->disabled : r->disabled != 0;
+        p->weight = r->of.weight < 0 ? p->weight : r->of.weight;
+        p->warmup_ms = r->of.warmup_ms < 0 ? p->warmup_ms : r->of.warmup_ms;
+        p->disabled = r->disabled < 0 ? p->disabled : r->disabled != 0;
     }
 }
 
@@ -10302,7 +9890,7 @@ CRPCI_FN void crpci_names_overrides_apply(const crpci_names_overrides *rules,
 typedef struct crpci_cache {
     crpci_heap *heap;
     char *path;  /* NULL: no cache */
-    char *found; /* the file's parts when it was loaded; NULL: none */
+    char *found; /* the file's parts at the start; NULL: none */
     char *own;   /* parts that this program has read since, empty ones too; NULL: none */
     int64_t interval_us;
     int64_t written_us; /* the last write; 0: none by this object */
@@ -10322,16 +9910,6 @@ CRPCI_FN uint32_t crpci_cache_crc(const char *data, size_t n)
             crc = crc >> 1 ^ (0xedb88320u & (0u - (crc & 1)));
     }
     return ~crc;
-}
-
-/* False: out of memory. crpci_cache_clear is due in either case. */
-CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path, int interval_ms)
-{
-    memset(c, 0, sizeof *c);
-    c->heap = h;
-    c->interval_us = crpci_base_option(interval_ms, CRPCI_CACHE_MS, 0) * 1000;
-    c->path = crpci_heap_strndup(h, path, strlen(path));
-    return c->path != NULL;
 }
 
 /* A cache that is all zero has nothing to free. */
@@ -10502,10 +10080,15 @@ CRPCI_COLD char *crpci_cache_read(crpci_heap *h, const char *path)
     return out;
 }
 
-CRPCI_COLD void crpci_cache_load(crpci_cache *c)
+/* Begins with what the file holds. False: out of memory. crpci_cache_clear is due in either case. */
+CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path, int interval_ms)
 {
-    crpci_heap_strfree(c->heap, c->found);
-    c->found = crpci_cache_read(c->heap, c->path);
+    memset(c, 0, sizeof *c);
+    c->heap = h;
+    c->interval_us = crpci_base_option(interval_ms, CRPCI_CACHE_MS, 0) * 1000;
+    c->path = crpci_heap_strndup(h, path, strlen(path));
+    c->found = crpci_cache_read(h, path);
+    return c->path != NULL;
 }
 
 /* Opens the temporary file and locks it, so that one program writes at a time. -1: another one is
@@ -10634,15 +10217,6 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
  * memory is short, or its callback or another pass is running: the backend must report the same
  * again about a second later. */
 
-/* One instance that offers a service, after overrides were applied. */
-typedef struct crpci_provider {
-    char address[CRPC_ADDRESS_MAX]; /* numeric: "10.0.0.1:8000", "[::1]:8000" */
-    int weight;                     /* its share of the calls; 0: it gets none */
-    int warmup_ms;                  /* after timestamp_ms, in which its share rises; 0: none */
-    int64_t timestamp_ms;           /* wall clock when it registered; 0: unknown */
-    bool kept;                      /* protected: not listed again since the registry was away */
-} crpci_provider;
-
 /* All providers of a service at one time, sorted by address, each address once. Immutable once it
  * has been handed out, so that readers need a reference but no lock. */
 typedef struct crpci_snapshot {
@@ -10708,11 +10282,13 @@ CRPCI_FN bool crpci_directory_snapshot_equal(const crpci_snapshot *a, const crpc
     return true;
 }
 
-/* Sorts by address; of one address the newest registration comes first. */
+/* Sorts by address; of one address a listed entry comes before a protected one, and the newest
+ * registration first. */
 CRPCI_FN int crpci_directory_order(const void *a, const void *b)
 {
     const crpci_provider *p = (const crpci_provider *)a, *q = (const crpci_provider *)b;
     int c = strcmp(p->address, q->address);
+    c = c ? c : p->kept - q->kept;
     if (c)
         return c;
     return p->timestamp_ms < q->timestamp_ms ? 1 : p->timestamp_ms > q->timestamp_ms ? -1 : 0;
@@ -10723,15 +10299,10 @@ CRPCI_FN int crpci_directory_order(const void *a, const void *b)
 CRPCI_FN void crpci_directory_sort(crpci_snapshot *s)
 {
     size_t i, n = 0;
-    if (s->count < 2)
-        return;
     qsort(s->providers, s->count, sizeof *s->providers, crpci_directory_order);
     for (i = 0; i < s->count; i++) {
-        if (n && strcmp(s->providers[n - 1].address, s->providers[i].address) == 0)
-            continue;
-        if (n != i)
-            s->providers[n] = s->providers[i];
-        n++;
+        if (!n || strcmp(s->providers[n - 1].address, s->providers[i].address) != 0)
+            s->providers[n++] = s->providers[i];
     }
     s->count = n;
 }
@@ -10761,7 +10332,6 @@ CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *nam
     s->count = 0;
     for (i = 0; i < count; i++) {
         crpci_names_node node;
-        crpci_provider *p = &s->providers[s->count];
         memcpy(text, names[i] ? names[i] : "", names[i] ? strlen(names[i]) + 1 : 1);
         if (!crpci_names_parse(&node, text)) {
             ++*bad;
@@ -10769,14 +10339,9 @@ CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *nam
         }
         if (!crpci_names_takes(want, &node))
             continue;
-        crpci_names_overrides_apply(overrides, want, &node);
-        if (node.disabled)
-            continue;
-        memcpy(p->address, node.address, sizeof p->address);
-        p->weight = node.of.weight;
-        p->warmup_ms = node.of.warmup_ms;
-        p->timestamp_ms = node.timestamp_ms;
-        s->count++;
+        crpci_names_overrides_apply(overrides, want, &node.provider);
+        s->providers[s->count] = node.provider;
+        s->count += !node.provider.disabled;
     }
     crpci_heap_free(h, text, longest + 1);
     crpci_directory_sort(s);
@@ -11010,18 +10575,19 @@ typedef struct crpci_directory_report {
 
 /* --- one subscriber's list -------------------------------------------------------------------- */
 
-/* Calls a subscriber with a list. False: it did not take it. Unlocks. */
+/* Calls a subscriber with a list, unless it would see no difference; takes over the caller's
+ * reference. False: it did not take the list. Unlocks. */
 CRPCI_FN bool crpci_directory_push(crpci_subscriber *s, crpci_snapshot *list)
 {
     crpci_directory *d = s->directory;
-    bool taken;
-    if (s->caller.running)
-        return false; /* on another thread, or further up this thread's stack */
-    crpci_directory_snapshot_ref(list);
-    crpci_directory_call_begin(d->loop, &s->caller);
-    taken = s->push(s->user, list) == CRPC_OK;
-    crpci_directory_call_end(d->loop, &d->cond, &s->caller);
-    if (taken) {
+    bool running = s->caller.running; /* on another thread, or further up this thread's stack */
+    bool taken = !running && s->last && crpci_directory_snapshot_equal(s->last, list);
+    if (!running && !taken) {
+        crpci_directory_call_begin(d->loop, &s->caller);
+        taken = s->push(s->user, list) == CRPC_OK;
+        crpci_directory_call_end(d->loop, &d->cond, &s->caller);
+    }
+    if (taken) { /* where the lists are equal, the `kept` marks may differ */
         crpci_snapshot *before = s->last;
         s->last = list;
         list = before;
@@ -11030,96 +10596,64 @@ CRPCI_FN bool crpci_directory_push(crpci_subscriber *s, crpci_snapshot *list)
     return taken;
 }
 
-/* A copy of a list with a given `stale`, with or without the protected providers. NULL: out of
+/* Protection. After an outage of the registry, providers register again one after another. If a
+ * subscriber followed the first list at once, the first provider to return would get the load of
+ * all. So providers that the list lacks are kept until hold_us has passed; one that a list has
+ * named again is no longer protected. With `list` NULL, where none can be believed, the whole last
+ * list is kept. Overrides still count: a provider that they disable is never kept. NULL: out of
  * memory. */
-CRPCI_FN crpci_snapshot *crpci_directory_copy(const crpci_snapshot *from, bool stale,
-                                              bool with_kept)
+CRPCI_FN crpci_snapshot *crpci_directory_protect(const crpci_subscriber *s,
+                                                 const crpci_snapshot *list)
 {
-    crpci_snapshot *s = crpci_directory_snapshot(from->heap, from->count);
-    size_t i;
-    if (!s)
+    const crpci_directory *d = s->directory;
+    bool hold = !list || (list->count && crpci_loop_now(d->loop) < s->hold_until_us);
+    size_t listed = list ? list->count : 0, kept = hold && s->last ? s->last->count : 0, i;
+    crpci_snapshot *out = crpci_directory_snapshot(d->loop->heap, listed + kept);
+    if (!out)
         return NULL;
-    s->count = 0;
-    s->stale = stale;
-    for (i = 0; i < from->count; i++) {
-        if (with_kept || !from->providers[i].kept)
-            s->providers[s->count++] = from->providers[i];
+    if (listed)
+        memcpy(out->providers, list->providers, listed * sizeof *list->providers);
+    out->count = listed;
+    for (i = 0; i < kept; i++) {
+        crpci_provider *p = &out->providers[out->count];
+        *p = s->last->providers[i];
+        if (list && !s->doubted && !p->kept)
+            continue;
+        p->kept = p->kept || list;
+        crpci_names_overrides_apply(d->overrides, &s->want, p);
+        out->count += !p->disabled;
     }
-    return s;
+    out->stale = !list && out->count;
+    crpci_directory_sort(out);
+    return out;
 }
 
-/* Marks a subscriber's list stale and tells it so, once. False: it did not take that. Unlocks. */
-CRPCI_FN bool crpci_directory_doubt(crpci_subscriber *s, const crpci_directory_report *r)
+/* Offers a list that was read, and the providers that protection keeps; with NULL, the last list,
+ * marked stale. False: the subscriber did not take it. Unlocks. */
+CRPCI_FN bool crpci_directory_propose(crpci_subscriber *s, const crpci_snapshot *list)
 {
-    crpci_snapshot *list;
-    bool taken;
-    (void)r;
-    if (s->ended || !s->last || !s->last->count)
-        return true;
-    s->doubted = true;
-    if (s->last->stale)
-        return true;
-    list = crpci_directory_copy(s->last, true, true);
-    taken = list && crpci_directory_push(s, list);
-    crpci_directory_snapshot_unref(list);
+    const crpci_directory *d = s->directory;
+    crpci_snapshot *out;
+    bool taken, doubted;
+    if (!list)
+        s->doubted = true;
+    else if (s->doubted)
+        s->hold_until_us = crpci_loop_now(d->loop) + d->hold_us;
+    out = crpci_directory_protect(s, list);
+    if (!out)
+        return false;
+    doubted = s->doubted;
+    s->doubted = !list; /* before the push, which unlocks: the registry may go away meanwhile */
+    taken = crpci_directory_push(s, out);
+    s->doubted = s->doubted || (doubted && !taken);
     return taken;
 }
 
-/* Whether an operator's override disables a provider that is no longer listed. Of its URL only the
- * address is known, so a rule for one group or version counts if the subscriber wants just that. */
-CRPCI_FN bool crpci_directory_disabled(const crpci_subscriber *s, const crpci_provider *p)
+/* The registry is away: marks a subscriber's list stale and tells it so, once. Unlocks. */
+CRPCI_FN bool crpci_directory_doubt(crpci_subscriber *s, const crpci_directory_report *r)
 {
-    crpci_names_node node;
-    memset(&node, 0, sizeof node);
-    memcpy(node.address, p->address, sizeof node.address);
-    node.of.group = s->want.group ? s->want.group : "";
-    node.of.version = s->want.version ? s->want.version : "";
-    node.of.application = "";
-    crpci_names_overrides_apply(s->directory->overrides, &s->want, &node);
-    return node.disabled;
-}
-
-/* Protection. After an outage of the registry, providers register again one after another. If a
- * subscriber followed the first list at once, the first provider to return would get the load of
- * all. So providers that the list lacks are kept until hold_us has passed, except those that an
- * override disables; one that a list has named again is no longer protected. Returns the list to
- * use, with a reference; NULL: out of memory. */
-CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snapshot *list)
-{
-    const crpci_directory *d = s->directory;
-    int64_t now = crpci_loop_now(d->loop);
-    const crpci_snapshot *last = s->last;
-    crpci_snapshot *out;
-    size_t i, k = 0;
-    if (s->doubted)
-        s->hold_until_us = now + d->hold_us;
-    if (!last || !list->count || now >= s->hold_until_us) {
-        crpci_directory_snapshot_ref(list);
-        return list;
-    }
-    out = crpci_directory_snapshot(d->loop->heap, list->count + last->count);
-    if (!out)
-        return NULL;
-    memcpy(out->providers, list->providers, list->count * sizeof *list->providers);
-    out->count = list->count;
-    for (i = 0; i < last->count; i++) {
-        const crpci_provider *p = &last->providers[i];
-        while (k < list->count && strcmp(list->providers[k].address, p->address) < 0)
-            k++;
-        if ((s->doubted || p->kept) &&
-            (k == list->count || strcmp(list->providers[k].address, p->address) != 0) &&
-            !crpci_directory_disabled(s, p)) {
-            out->providers[out->count] = *p;
-            out->providers[out->count++].kept = true;
-        }
-    }
-    if (out->count == list->count) {
-        crpci_directory_snapshot_unref(out);
-        crpci_directory_snapshot_ref(list);
-        return list;
-    }
-    crpci_directory_sort(out);
-    return out;
+    (void)r;
+    return s->ended || !s->last || !s->last->count || crpci_directory_propose(s, NULL);
 }
 
 /* Gives a subscriber a list that was read, if it differs. An empty list replaces a good one only if
@@ -11129,33 +10663,17 @@ CRPCI_FN crpci_snapshot *crpci_directory_protect(crpci_subscriber *s, crpci_snap
 CRPCI_FN bool crpci_directory_deliver(crpci_subscriber *s, crpci_snapshot *list, bool whole)
 {
     crpci_directory *d = s->directory;
-    bool taken = true, doubted;
+    bool refused = s->last && s->last->count && !list->count && !(s->want.allow_empty && whole);
+    bool taken;
     if (s->ended || (!s->last && !list->count && crpci_loop_now(d->loop) < s->first_us))
         return true;
-    if (s->last && s->last->count && !list->count && !(s->want.allow_empty && whole)) {
-        if (!s->warned)
-            crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
-                           "registry %s: no provider of %s is listed; "
-                           "the last %zu known stay in use",
-                           d->name, s->want.service, s->last->count);
-        s->warned = true;
-        return crpci_directory_doubt(s, NULL);
-    }
-    s->warned = false;
-    list = crpci_directory_protect(s, list);
-    if (!list)
-        return false;
-    doubted = s->doubted;
-    s->doubted = false; /* before the push, which unlocks: the registry may go away meanwhile */
-    if (!s->last || !crpci_directory_snapshot_equal(s->last, list)) {
-        taken = crpci_directory_push(s, list);
-    } else { /* the `kept` marks may differ */
-        crpci_directory_snapshot_ref(list);
-        crpci_directory_snapshot_unref(s->last);
-        s->last = list;
-    }
-    crpci_directory_snapshot_unref(list);
-    s->doubted = s->doubted || (doubted && !taken);
+    taken = crpci_directory_propose(s, refused ? NULL : list);
+    if (refused && !s->warned && s->last->count)
+        crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
+                       "registry %s: no provider of %s is listed; "
+                       "the last %zu known stay in use",
+                       d->name, s->want.service, s->last->count);
+    s->warned = refused;
     return taken;
 }
 
@@ -11189,15 +10707,20 @@ CRPCI_FN bool crpci_directory_release(crpci_subscriber *s, const crpci_directory
 {
     crpci_snapshot *list;
     bool taken;
+    size_t i;
     (void)r;
     if (!s->hold_until_us || s->hold_until_us > crpci_loop_now(s->directory->loop))
         return true;
-    if (s->doubted || !s->last) { /* the registry is away again: its next list begins a new hold */
-        s->hold_until_us = 0;
-        return true;
+    taken = s->doubted || !s->last; /* away again: the registry's next list begins a new hold */
+    list = taken ? NULL : crpci_directory_snapshot(s->last->heap, s->last->count);
+    if (list) {
+        list->count = 0;
+        for (i = 0; i < s->last->count; i++) {
+            list->providers[list->count] = s->last->providers[i];
+            list->count += !s->last->providers[i].kept;
+        }
+        taken = crpci_directory_deliver(s, list, false);
     }
-    list = crpci_directory_copy(s->last, s->last->stale, false);
-    taken = list && crpci_directory_deliver(s, list, false);
     crpci_directory_snapshot_unref(list);
     if (taken)
         s->hold_until_us = 0;
@@ -11206,19 +10729,19 @@ CRPCI_FN bool crpci_directory_release(crpci_subscriber *s, const crpci_directory
 
 /* --- passes over all subscribers -------------------------------------------------------------- */
 
-/* Sets the timer to the end of the first protection; with `retry`, to a second from now at the
- * latest. */
-CRPCI_FN void crpci_directory_arm(crpci_directory *d, bool retry)
+/* Sets the timer to the end of the first protection; to a second from now for one that has ended,
+ * but whose subscriber did not take the list without it. */
+CRPCI_FN void crpci_directory_arm(crpci_directory *d)
 {
-    int64_t now = crpci_loop_now(d->loop), next = retry ? now + 1000000 : INT64_MAX;
+    int64_t now = crpci_loop_now(d->loop), next = INT64_MAX;
     crpci_list *i;
     for (i = d->subscribers.next; i != &d->subscribers; i = i->next) {
         const crpci_subscriber *s = CRPCI_CONTAINER(i, crpci_subscriber, link);
-        if (s->hold_until_us > now)
-            next = crpci_base_min64(next, s->hold_until_us);
+        if (s->hold_until_us)
+            next = crpci_base_min64(next, s->hold_until_us > now ? s->hold_until_us - now : 1000000);
     }
     if (next != INT64_MAX && !d->ended)
-        crpci_loop_timer_set(d->loop, &d->timer, next - now);
+        crpci_loop_timer_set(d->loop, &d->timer, next);
 }
 
 /* Calls `each` once for every subscriber. The list may change while a callback runs unlocked, so
@@ -11248,18 +10771,16 @@ CRPCI_FN bool crpci_directory_run(crpci_directory *d,
         i = d->subscribers.next;
     }
     d->busy = false;
-    crpci_directory_arm(d, false);
+    crpci_directory_arm(d);
     crpci_directory_unref(d);
     return complete;
 }
 
 CRPCI_FN void crpci_directory_on_timer(crpc_loop *l, crpci_timer *timer)
 {
-    crpci_directory *d = CRPCI_CONTAINER(timer, crpci_directory, timer);
-    (void)l;
-    d->refs++;
-    crpci_directory_arm(d, !crpci_directory_run(d, crpci_directory_release, NULL));
-    crpci_directory_unref(d);
+    (void)l; /* a pass that is under way arms the timer anew */
+    (void)crpci_directory_run(CRPCI_CONTAINER(timer, crpci_directory, timer),
+                              crpci_directory_release, NULL);
 }
 
 /* Makes a directory with one reference in a block of zeros. It takes over `name`, a heap text, or
@@ -11337,9 +10858,9 @@ CRPCI_FN bool crpci_directory_update(crpci_directory *d, const crpci_directory_r
 CRPCI_FN int crpci_directory_override(crpci_directory *d, char *const *names, size_t count,
                                       const char *host)
 {
-    crpci_names_overrides *before, *now;
+    crpci_names_overrides *now;
     size_t bad = 0;
-    int changed;
+    int changed = -1;
     d->refs++;
     crpci_loop_unlock(d->loop);
     now = crpci_names_overrides_read(d->loop->heap, names, count, host, &bad);
@@ -11349,15 +10870,12 @@ CRPCI_FN int crpci_directory_override(crpci_directory *d, char *const *names, si
                        "registry %s: %zu overrides are malformed or unsupported; they are ignored",
                        d->name, bad);
     d->overrides_warned = d->overrides_warned || bad;
-    if (!now) {
-        crpci_directory_unref(d);
-        return -1;
+    if (now) {
+        crpci_directory_remember(d, d->override_name, names, count);
+        changed = now->count || (d->overrides && d->overrides->count);
+        crpci_names_overrides_unref(d->overrides);
+        d->overrides = now;
     }
-    crpci_directory_remember(d, d->override_name, names, count);
-    before = d->overrides;
-    changed = now->count || (before && before->count);
-    d->overrides = now;
-    crpci_names_overrides_unref(before);
     crpci_directory_unref(d);
     return changed;
 }
@@ -11388,8 +10906,9 @@ CRPCI_COLD void crpci_directory_recall(crpci_subscriber *s)
     if (list && list->count && !s->last && !s->ended) {
         list->stale = true;
         (void)crpci_directory_push(s, list);
+    } else {
+        crpci_directory_snapshot_unref(list);
     }
-    crpci_directory_snapshot_unref(list);
     crpci_directory_subscriber_unref(s);
 }
 
@@ -11536,9 +11055,7 @@ CRPCI_FN bool crpci_file_line(char *line, char *out, size_t size)
     t.out = out;
     t.size = size;
     t.len = 0;
-    crpci_names_put(&t, "crpc://");
-    crpci_names_put(&t, word);
-    crpci_names_put(&t, "/?side=provider");
+    crpci_names_put(&t, "crpc://%s/?side=provider", word);
     while ((word = strtok_r(NULL, blank, &save)) != NULL) {
         for (i = 0; i < sizeof known / sizeof *known; i++) {
             const char *value = word + strlen(known[i].word);
@@ -11908,7 +11425,7 @@ CRPCI_FN crpci_multicast_peer *crpci_multicast_find(const crpci_multicast *r,
     crpci_list *i;
     for (i = r->peers.next; i != &r->peers; i = i->next) {
         crpci_multicast_peer *p = CRPCI_CONTAINER(i, crpci_multicast_peer, link);
-        if (strcmp(p->is.address, n->address) == 0 &&
+        if (strcmp(p->is.provider.address, n->provider.address) == 0 &&
             strcmp(p->is.of.service, n->of.service) == 0 &&
             strcmp(p->is.of.group, n->of.group) == 0 &&
             strcmp(p->is.of.version, n->of.version) == 0)
@@ -11980,10 +11497,11 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
     crpci_names_node n;
     crpci_multicast_peer *old;
     memcpy(r->scratch, url, strlen(url) + 1);
-    if (!crpci_names_read(&n, r->scratch) || !*n.of.service || !crpci_multicast_is_host(n.address))
+    if (!crpci_names_read(&n, r->scratch) || !*n.of.service ||
+        !crpci_multicast_is_host(n.provider.address))
         return false;
     old = crpci_multicast_find(r, &n);
-    if (old && old->is.timestamp_ms > n.timestamp_ms)
+    if (old && old->is.provider.timestamp_ms > n.provider.timestamp_ms)
         return true; /* delayed in the network: the provider has been restarted since */
     if (going) {
         if (old) {
@@ -14113,8 +13631,6 @@ CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
         crpci_zk_session_free(s);
         return err;
     }
-    if (o->cache)
-        crpci_cache_load(&s->cache);
     *out = s;
     return CRPC_OK;
 }
@@ -17242,7 +16758,7 @@ CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 #define CRPCI_REQUEST_INLINE  4096 /* attachments up to this size are copied behind the message */
 
 /* The values of cluster=, in the order of crpc_cluster. */
-#define CRPCI_REQUEST_CLUSTERS "failover,failfast,failsafe,failback,forking,broadcast"
+#define CRPCI_REQUEST_CLUSTERS ",failover,failfast,failsafe,failback,forking,broadcast"
 
 /* A policy in which every member has its final value. */
 typedef struct crpci_policy {
@@ -17287,22 +16803,18 @@ typedef struct crpci_request_source {
     crpci_method *methods; /* atomic: read without the lock; entries are only ever added */
 } crpci_request_source;
 
-/* An encoded request. Its chunk holds, in this order: `front` bytes of the caller, usually the
- * pending call; the crpci_out; fields; credential; headroom for what the protocol writes first; the
- * message; a small attachment. */
+/* An encoded request. Its chunk holds, in this order: `front` bytes of the caller, which begin with
+ * this struct, as a pending call does; the crpci_out; fields; credential; headroom for what the
+ * protocol writes first; the message; a small attachment. */
 typedef struct crpci_request {
     crpci_chunk *chunk;
     size_t front;       /* offset of the crpci_out */
     size_t low;         /* offset of the headroom */
     size_t payload;     /* offset of the message */
-    size_t payload_size;
     size_t inline_size; /* attachment behind the message */
-    crpc_view fields;
     crpc_view attachment; /* outside the chunk, borrowed from the caller */
-    crpc_view names;      /* this and the rest as in crpci_message */
-    crpc_view credential;
-    int64_t log_id, trace_id, span_id, parent_span_id;
     bool identified; /* it has a request id: a server with replay_entries executes it once */
+    crpci_message message; /* only the members that a request has are set */
 } crpci_request;
 
 /* --- the caller's crpc_call ------------------------------------------------------------------- */
@@ -17561,7 +17073,7 @@ CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *ca
  * out fields that are zero; an absent field counts as one without bytes. */
 CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t field)
 {
-    const uint8_t *p = crpci_heap_data(r->chunk) + r->payload, *end = p + r->payload_size;
+    const uint8_t *p = crpci_heap_data(r->chunk) + r->payload, *end = p + r->message.payload_size;
     uint64_t key = crpci_base_hash(NULL, 0), tag = 0;
     while (p && p < end) {
         const uint8_t *value = crpci_message_varint(p, end, &tag);
@@ -17573,16 +17085,16 @@ CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t fiel
 }
 
 /* Log and trace ids: the call's own, else those of the server's request for which it is made. */
-CRPCI_FN void crpci_request_inherit(const crpc_call *call, crpci_request *r)
+CRPCI_FN void crpci_request_inherit(const crpc_call *call, crpci_message *m)
 {
-    r->log_id = call->log_id;
-    r->trace_id = r->span_id = r->parent_span_id = 0;
+    m->log_id = call->log_id;
+    m->trace_id = m->span_id = m->parent_span_id = 0;
     if (call->parent) {
         const crpci_origin *from = (const crpci_origin *)(const void *)call->parent;
-        r->log_id = r->log_id ? r->log_id : from->log_id;
-        r->trace_id = from->trace_id;
-        r->parent_span_id = from->span_id;
-        r->span_id = from->span_id + 1; /* all calls made for one request share it */
+        m->log_id = m->log_id ? m->log_id : from->log_id;
+        m->trace_id = from->trace_id;
+        m->parent_span_id = from->span_id;
+        m->span_id = from->span_id + 1; /* all calls made for one request share it */
     }
 }
 
@@ -17592,24 +17104,6 @@ CRPCI_FN crpci_out *crpci_request_frame(const crpci_request *r)
     return (crpci_out *)(void *)(crpci_heap_data(r->chunk) + r->front);
 }
 
-/* Copies the attachment behind the message, or borrows it. Fails only with CRPC_ENOMEM. */
-CRPCI_FN int crpci_request_attach(crpci_message_out *o, crpci_request *r, crpc_view attachment,
-                                  bool borrow)
-{
-    size_t n = crpc_view_size(attachment);
-    r->inline_size = 0;
-    r->attachment = crpc_view_of(NULL, 0);
-    if (n && borrow && n > CRPCI_REQUEST_INLINE) {
-        r->attachment = attachment;
-    } else if (n) {
-        if (!crpci_message_reserve(o, n))
-            return CRPC_ENOMEM;
-        memcpy(crpci_heap_data(o->chunk) + o->len, crpc_view_data(attachment), n);
-        r->inline_size = n;
-    }
-    return CRPC_OK;
-}
-
 /* Whether a call asks for what only CRPC_ENABLE_POLICY=1 has. Constant in a build that has it. */
 CRPCI_FN bool crpci_request_lacks_policy(const crpc_policy *p)
 {
@@ -17617,12 +17111,19 @@ CRPCI_FN bool crpci_request_lacks_policy(const crpc_policy *p)
                                    p->forks > 0 || p->fail_percent > 0);
 }
 
+/* Explains why a call is not made, or its result not given. Returns `err`. */
+CRPCI_COLD int crpci_request_refuse(crpc_error *error, const crpc_method *m, int err,
+                                    const char *what, const char *why)
+{
+    return crpci_status_set(error, err, "%s.%s: %s%s (local)", m->service, m->name, what, why);
+}
+
 /* Encodes a request behind `front` bytes, which are the caller's. With `borrow` a large attachment
  * is not copied, and must live until the call has ended. On failure nothing is held, and `error`
  * (may be NULL) says why. */
 CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k,
                                   const void *request, const crpc_call *call, bool borrow,
-                                  size_t front, crpci_request *r, crpc_error *error)
+                                  size_t front, crpci_request **out, crpc_error *error)
 {
     const crpci_protocol *p = s->protocol;
     const crpc_method *m = k->method;
@@ -17636,72 +17137,76 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     size_t secret = crpc_view_size(credential);
     size_t room = p->headroom + crpc_view_size(k->names) + fields + secret;
     size_t attached = crpc_view_size(call->attachment), base = front + sizeof(crpci_out);
+    size_t copied = borrow && attached > CRPCI_REQUEST_INLINE ? 0 : attached, payload;
     const char *why = "";
     crpci_message_out o;
+    crpci_request *r;
     int err;
     if (crpci_request_lacks_policy(&call->policy))
-        return crpci_status_set(error, CRPC_EUNSUPPORTED,
-                                "%s.%s: policy: not compiled in: CRPC_ENABLE_POLICY is 0 (local)",
-                                m->service, m->name);
-    crpci_request_inherit(call, r);
-    r->names = k->names;
-    r->identified = crpc_view_data(id) != NULL;
+        return crpci_request_refuse(error, m, CRPC_EUNSUPPORTED, "policy: not compiled in: ",
+                                    "CRPC_ENABLE_POLICY is 0");
     o.heap = s->loop->heap;
     o.len = base;
     o.lent = o.no_memory = false;
     o.chunk = crpci_heap_chunk(o.heap, base + fields + secret + room + m->request_size + 64);
     if (!o.chunk)
-        return crpci_status_set(error, CRPC_ENOMEM, "%s.%s: out of memory (local)", m->service,
-                                m->name);
+        return crpci_request_refuse(error, m, CRPC_ENOMEM, "", "out of memory");
     if (fields)
         crpci_request_put_fields(p, &o, call, added, id);
     fields = o.len - base;
     if (secret)
         memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(credential), secret);
-    r->front = front;
-    r->low = o.len += secret;
-    r->payload = o.len += room;
+    payload = o.len += secret + room;
     err = crpci_message_encode(&o, m->request, request, &why);
-    r->payload_size = o.len - r->payload;
-    if (!err && crpci_request_attach(&o, r, call->attachment, borrow)) {
+    if (!err && o.len - payload + room + attached > INT32_MAX) {
+        err = CRPC_EINVAL;
+        why = "message and attachment are over 2 GiB together";
+    } else if (!err && !crpci_message_reserve(&o, copied)) {
         err = CRPC_ENOMEM;
         why = "out of memory";
     }
-    r->chunk = o.chunk;
-    if (!err && r->payload_size + room + attached > INT32_MAX) {
-        err = CRPC_EINVAL;
-        why = "message and attachment are over 2 GiB together";
-    }
     if (CRPCI_UNLIKELY(err)) {
         crpci_heap_chunk_unref(o.chunk);
-        return crpci_status_set(error, err, "%s.%s: request not encoded: %s (local)", m->service,
-                                m->name, why);
+        return crpci_request_refuse(error, m, err, "request not encoded: ", why);
     }
+    r = (crpci_request *)(void *)crpci_heap_data(o.chunk);
+    if (copied)
+        memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(call->attachment), copied);
+    r->chunk = o.chunk;
+    r->front = front;
+    r->low = base + fields + secret;
+    r->payload = payload;
+    r->inline_size = copied;
+    r->attachment = attached > copied ? call->attachment : crpc_view_of(NULL, 0);
+    r->identified = crpc_view_data(id) != NULL;
+    r->message.kind = CRPCI_MESSAGE_REQUEST;
+    r->message.names = k->names;
+    r->message.fields = crpc_view_of(crpci_heap_data(o.chunk) + base, fields);
+    r->message.credential = crpc_view_of(secret ? crpci_heap_data(o.chunk) + base + fields : NULL,
+                                         secret);
+    r->message.payload_size = o.len - payload;
+    r->message.attachment_size = attached;
+    crpci_request_inherit(call, &r->message);
     crpci_request_frame(r)->queued = false; /* sending sets the other members */
-    r->fields = crpc_view_of(crpci_heap_data(o.chunk) + base, fields);
-    r->credential = crpc_view_of(secret ? crpci_heap_data(o.chunk) + base + fields : NULL, secret);
+    *out = r;
     return CRPC_OK;
 }
 
-/* Writes what precedes the encoded message, for one attempt. Returns where the frame begins. */
-CRPCI_FN uint8_t *crpci_request_head(const crpci_request *r, const crpci_protocol *p, int64_t id,
-                                     int32_t timeout_ms)
+/* Writes what precedes the encoded message, for one attempt. Returns the frame, to be queued. */
+CRPCI_FN crpci_out *crpci_request_prepare(crpci_request *r, const crpci_protocol *p, int64_t id,
+                                          int32_t timeout_ms)
 {
-    uint8_t *data = crpci_heap_data(r->chunk);
-    crpci_message m; /* only the members that a request has are set */
-    m.kind = CRPCI_MESSAGE_REQUEST;
-    m.id = id;
-    m.timeout_ms = timeout_ms;
-    m.fields = r->fields;
-    m.payload_size = r->payload_size;
-    m.attachment_size = r->inline_size + crpc_view_size(r->attachment);
-    m.names = r->names;
-    m.credential = r->credential;
-    m.log_id = r->log_id;
-    m.trace_id = r->trace_id;
-    m.span_id = r->span_id;
-    m.parent_span_id = r->parent_span_id;
-    return p->request(data + r->low, data + r->payload, &m);
+    uint8_t *data = crpci_heap_data(r->chunk), *payload = data + r->payload;
+    crpci_out *o = crpci_request_frame(r);
+    r->message.id = o->id = id;
+    r->message.timeout_ms = timeout_ms;
+    o->chunk = r->chunk;
+    o->head = p->request(data + r->low, payload, &r->message);
+    o->head_len = (size_t)(payload - o->head) + r->message.payload_size + r->inline_size;
+    o->tail = (const uint8_t *)crpc_view_data(r->attachment);
+    o->tail_len = crpc_view_size(r->attachment);
+    o->tail_chunk = NULL;
+    return o;
 }
 
 /* --- copies and the end ----------------------------------------------------------------------- */
@@ -17709,7 +17214,7 @@ CRPCI_FN uint8_t *crpci_request_head(const crpci_request *r, const crpci_protoco
 /* Bytes that a copy of the request takes. */
 CRPCI_FN size_t crpci_request_size(const crpci_request *r)
 {
-    return r->payload + r->payload_size + r->inline_size - r->front;
+    return r->payload + r->message.payload_size + r->inline_size - r->front;
 }
 
 /* Copies a request to offset `front` of a chunk that has room for it. A borrowed attachment stays
@@ -17726,10 +17231,10 @@ CRPCI_FN void crpci_request_copy(crpci_request *to, const crpci_request *from, c
     to->payload = from->payload - from->front + front;
     crpci_request_frame(to)->queued = false;
     at += sizeof(crpci_out);
-    to->fields = crpc_view_of(at, crpc_view_size(from->fields));
-    if (crpc_view_data(from->credential))
-        to->credential = crpc_view_of(at + crpc_view_size(from->fields),
-                                      crpc_view_size(from->credential));
+    to->message.fields = crpc_view_of(at, crpc_view_size(from->message.fields));
+    if (crpc_view_data(from->message.credential))
+        to->message.credential = crpc_view_of(at + crpc_view_size(from->message.fields),
+                                              crpc_view_size(from->message.credential));
 }
 
 /* Prepares the request for another attempt. The last attempt's frame may still be part of a send on
@@ -17945,16 +17450,6 @@ CRPCI_FN void crpci_reply_hand_over(crpci_reply *r, crpc_call *call)
     r->chunk = NULL;
 }
 
-/* Frees a reply that was decoded for a callback, and clears what `call` points to in it. */
-CRPCI_FN void crpci_reply_release(crpci_reply *r, crpc_call *call)
-{
-    if (r->chunk)
-        crpci_heap_chunk_unref(r->chunk);
-    r->chunk = NULL;
-    call->reserved[CRPCI_CALL_RAW] = call->reserved[CRPCI_CALL_RAW_END] = NULL;
-    call->reply_attachment = crpc_view_of(NULL, 0);
-}
-
 #endif /* CRPC_ENABLE_CLIENT */
 
 /* ======================================================================== */
@@ -17992,6 +17487,7 @@ typedef enum crpci_attempt_state {
 /* One try on one provider, as the endpoint sees it. First member of a pending call, which makes one
  * attempt after another with it. */
 typedef struct crpci_attempt {
+    crpci_request request; /* first: it stands at the beginning of its chunk */
     crpci_list link;
     crpci_attempt_state state;
     bool one_way; /* ends when its frame was sent, unless the endpoint limits requests in flight */
@@ -18000,7 +17496,6 @@ typedef struct crpci_attempt {
     crpci_out *out;           /* its frame, while queued on the connection; else NULL */
     crpci_endpoint *endpoint; /* of this attempt or the last one; a reference */
     int64_t deadline_us;
-    crpci_request request;
     crpci_reply reply;
 } crpci_attempt;
 
@@ -18121,22 +17616,15 @@ CRPCI_COLD void crpci_endpoint_overcrowded(crpci_attempt *a)
  * request's remaining time is written here, so that time spent waiting counts. */
 CRPCI_FN void crpci_endpoint_send(crpci_endpoint *e, crpci_attempt *a)
 {
-    crpci_request *r = &a->request;
-    uint8_t *data = crpci_heap_data(r->chunk);
-    crpci_out *o = crpci_request_frame(r);
+    int64_t id = crpci_endpoint_unanswered(a) ? 0 : (int64_t)a->id;
     int64_t left = (a->deadline_us - crpci_loop_rough_time(e->loop)) / 1000;
-    o->id = crpci_endpoint_unanswered(a) ? 0 : (int64_t)a->id;
-    o->head = crpci_request_head(r, e->options.protocol, o->id, (int32_t)(left > 1 ? left : 1));
-    o->head_len = (size_t)(data + r->payload - o->head) + r->payload_size + r->inline_size;
-    o->tail = (const uint8_t *)crpc_view_data(r->attachment);
-    o->tail_len = crpc_view_size(r->attachment);
+    crpci_out *o = crpci_request_prepare(&a->request, e->options.protocol, id,
+                                         (int32_t)(left > 1 ? left : 1));
     if (e->options.max_queued &&
         e->conn->tx_bytes + (int64_t)crpci_conn_out_len(o) > e->options.max_queued) {
         crpci_endpoint_overcrowded(a);
         return;
     }
-    o->chunk = r->chunk;
-    o->tail_chunk = NULL;
     o->owner = a;
     crpci_list_append(&e->active, &a->link);
     e->active_count++;
@@ -18571,9 +18059,6 @@ CRPCI_FN int crpci_providers_new_member(crpci_providers *p, const char *address,
     }
     m->refs = 1;
     m->balance.address = m->endpoint->address;
-#if CRPC_ENABLE_POLICY
-    crpci_breaker_init(&m->breaker);
-#endif
     *out = m;
     return CRPC_OK;
 }
@@ -18795,8 +18280,9 @@ CRPCI_FN void crpci_providers_clear(crpci_providers *p)
  * crpci_providers_end must follow exactly once. */
 CRPCI_FN void crpci_providers_begin(crpci_providers *p, crpci_member *m, int64_t now)
 {
+    (void)now;
     m->refs++;
-    crpci_balance_item_begin(&p->balance, &m->balance, now);
+    crpci_balance_item_begin(&p->balance, &m->balance);
 #if CRPC_ENABLE_POLICY
     if (p->breaker.error_percent)
         crpci_breaker_begin(&m->breaker, &p->breaker, now);
@@ -18978,7 +18464,7 @@ CRPCI_FN crpci_member *crpci_providers_pick(crpci_providers *p, const crpci_trie
 
 /* The forms of calls. Those from CRPCI_CALL_PART on are made by the cluster section. */
 typedef enum crpci_call_kind {
-    CRPCI_CALL_SYNC,    /* lives on the stack of its caller, which waits */
+    CRPCI_CALL_SYNC,    /* its caller waits for its end */
     CRPCI_CALL_DELIVER, /* ends with a callback */
     CRPCI_CALL_ID,      /* ends with a result to be fetched */
     CRPCI_CALL_NOTIFY,  /* one-way */
@@ -19004,8 +18490,7 @@ struct crpc_channel {
     bool private_loop; /* the channel opened the loop and closes it */
     bool closed;       /* no call may begin or go on */
     bool wait; /* calls wait for a provider */
-    uint32_t refs;  /* atomic: the program's, of synchronous calls, and one of all others */
-    size_t pending; /* asynchronous calls that are not freed */
+    uint32_t refs; /* atomic: the program's, and one of each pending call but parts */
     crpci_list calls;   /* all pending calls but parts */
     crpci_list waiting; /* attempts that wait for a list of providers */
     crpci_request_source requests;
@@ -19038,7 +18523,8 @@ struct crpc_channel {
 /* One pending call. The loop's lock protects it until it has ended; then it is the property of the
  * thread that delivers or fetches its result. */
 struct crpci_pending_call {
-    crpci_attempt attempt; /* first: the loop's table of calls points to it */
+    crpci_attempt attempt; /* first: the loop's table of calls points to it, and its request begins
+                            * the chunk */
     crpci_list of_channel; /* in channel->calls, or in the group of a part's parent */
     crpci_task task;
     crpci_timer timer; /* the next of backup request and deadline */
@@ -19062,12 +18548,11 @@ struct crpci_pending_call {
     crpc_done_fn deliver; /* calls fn(user, ...): generated stubs know its type */
     crpc_any_fn fn;
     void *user;
-    crpci_chunk *block; /* holds this struct and the response; mostly the request's chunk too. NULL:
-                         * this struct is on a caller's stack */
+    crpci_chunk *block; /* holds this struct; mostly the request's chunk too */
     crpci_tried tried;
 };
 
-/* Rounded up, because the response behind a pending call in its chunk may be of any type. */
+/* Rounded up, because the response that may stand behind a pending call can be of any type. */
 #define CRPCI_PENDING_SIZE ((sizeof(crpci_pending_call) + 15) & ~(size_t)15)
 
 CRPCI_FN crpci_pending_call *crpci_attempt_call(crpci_attempt *a)
@@ -19082,7 +18567,6 @@ CRPCI_FN void crpci_attempt_drop_channel(crpc_channel *ch)
     if (!crpci_thread_unref(&ch->refs))
         return;
     crpci_request_source_free(&ch->requests);
-    crpci_balance_close(&ch->providers.balance, l->heap);
     crpci_heap_strfree(l->heap, ch->directory.where);
     crpci_heap_retire(l->heap, ch, sizeof *ch);
     crpci_loop_release(l);
@@ -19148,24 +18632,34 @@ CRPCI_FN void crpci_attempt_end(crpci_pending_call *c, crpci_outcome outcome)
     crpci_providers_end(&ch->providers, m, outcome, now - c->attempt_us, now);
 }
 
-/* Frees an asynchronous call. */
+/* Takes a call out of what its loop knows: from here on it is the calling thread's alone. Locked. */
+CRPCI_FN void crpci_attempt_take(crpci_pending_call *c)
+{
+    crpc_loop *l = c->channel->loop;
+    crpci_list_remove(&c->of_channel);
+    crpci_timer_cancel(&c->timer);
+    crpci_id_remove(&l->calls, c->attempt.id);
+    if (c->kind == CRPCI_CALL_ID)
+        l->results--;
+    crpci_endpoint_drop(c->attempt.endpoint);
+}
+
+/* Frees a call that was taken. With or without the lock. */
 CRPCI_FN void crpci_attempt_free(crpci_pending_call *c)
 {
     crpc_channel *ch = c->channel;
-    crpc_loop *l = ch->loop;
-    crpci_list_remove(&c->of_channel);
-    crpci_timer_cancel(&c->timer);
-    if (c->attempt.id)
-        crpci_id_remove(&l->calls, c->attempt.id);
-    if (c->kind == CRPCI_CALL_ID)
-        l->results--;
-    crpci_reply_drop(&c->attempt.reply, l);
-    crpci_endpoint_drop(c->attempt.endpoint);
+    crpci_heap_chunk_unref(c->attempt.reply.chunk);
     crpci_request_drop(&c->attempt.request, c->block);
     crpci_heap_chunk_unref(c->error_chunk);
     crpci_heap_chunk_unref(c->block);
-    if (--ch->pending == 0)
-        crpci_attempt_drop_channel(ch);
+    crpci_attempt_drop_channel(ch);
+}
+
+/* Takes and frees a call whose result nobody wants. Locked. */
+CRPCI_FN void crpci_attempt_discard(crpci_pending_call *c)
+{
+    crpci_attempt_take(c);
+    crpci_attempt_free(c);
 }
 
 /* Gives up the present attempt before its reply came. */
@@ -19216,7 +18710,7 @@ CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
         crpci_request_drop(&c->attempt.request, c->block);
         break;
     case CRPCI_CALL_NOTIFY:
-        crpci_attempt_free(c);
+        crpci_attempt_discard(c);
         return;
     case CRPCI_CALL_PART:
     case CRPCI_CALL_FAILBACK:
@@ -19498,7 +18992,8 @@ CRPCI_FN void crpci_attempt_begin(crpci_pending_call *c)
     if (crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us) {
         crpci_attempt_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before the request was sent");
         crpci_attempt_finish(c, CRPC_ETIMEDOUT);
-    } else if (CRPCI_UNLIKELY(!c->key && crpci_balance_wants_key(&c->channel->providers.balance))) {
+    } else if (CRPCI_UNLIKELY(!c->key && crpci_balance_need(&c->channel->providers.balance,
+                                                            CRPCI_BALANCE_RING))) {
         crpci_attempt_explain(c, CRPC_EINVAL,
                               "lb=hash needs a key: set crpc_call.key or hash_field");
         crpci_attempt_finish(c, CRPC_EINVAL);
@@ -19583,7 +19078,11 @@ CRPCI_FN int crpci_attempt_result(const crpci_pending_call *c, void *response, c
     const crpci_reply *r = &c->attempt.reply;
     int status =
         r->chunk ? crpci_reply_decode(r, c->method, c->tried.attempts, response, call) : c->status;
-    return CRPCI_LIKELY(!status) ? status : crpci_attempt_degrade(c, response, call, status);
+    if (CRPCI_UNLIKELY(status))
+        status = crpci_attempt_degrade(c, response, call, status);
+    call->error.code = status;
+    call->latency_us = c->end_us - c->start_us;
+    return status;
 }
 
 #endif /* CRPC_ENABLE_CLIENT */
@@ -19737,7 +19236,7 @@ CRPCI_COLD void crpci_cluster_part_ended(crpci_pending_call *part, int status)
     crpci_pending_call *c = part->parent;
     if (part->kind == CRPCI_CALL_FAILBACK) { /* with success; failures go to retry_later */
         part->channel->failback.waiting--;
-        crpci_attempt_free(part);
+        crpci_attempt_discard(part);
         return;
     }
     c->group->open--;
@@ -19880,7 +19379,7 @@ CRPCI_COLD void crpci_cluster_failback_dropped(crpc_loop *l, crpci_task *task)
         crpci_heap_log(l->heap, CRPC_LOG_WARN, "failback: call given up: %s",
                        c->error ? c->error->text : "");
     crpci_loop_user_end(l);
-    crpci_attempt_free(c);
+    crpci_attempt_discard(c);
 }
 
 /* The pause before a background try is over: begins it, with the whole timeout of the call. Or the
@@ -19956,8 +19455,7 @@ CRPCI_COLD bool crpci_cluster_retry_later(crpci_pending_call *c, int status)
     crpci_loop_task_init(&back->task, crpci_cluster_failback_dropped);
     crpci_timer_init(&back->timer, crpci_cluster_failback_timer);
     ch->failback.waiting++;
-    if (ch->pending++ == 0)
-        crpci_thread_ref(&ch->refs);
+    crpci_thread_ref(&ch->refs);
     crpci_loop_timer_set(l, &back->timer, ch->failback.pause_us);
     crpci_drive_ensure_owner(l); /* where threads are forbidden it waits until somebody drives */
     return false;
@@ -19975,8 +19473,9 @@ static const crpci_cluster_ops crpci_cluster_all = {
 
 /* The calls that programs make: synchronous, with a callback, with an id, one-way. Each encodes its
  * request without a lock, then locks the loop, lists a pending call in the channel and hands it to
- * crpci_attempt_begin. The public functions are called without a lock, by any thread. A synchronous
- * call lives on its caller's stack; the others live in the chunk of their request. */
+ * crpci_attempt_begin. The public functions are called without a lock, by any thread. A call lives in
+ * the chunk of its request. A synchronous call differs from one with an id in that its caller waits
+ * at once. */
 
 #if CRPC_ENABLE_CLIENT
 
@@ -19999,8 +19498,8 @@ CRPCI_FN int crpci_channel_before(crpc_channel *ch, const crpc_method *m, crpc_c
     }
     call->reserved[CRPCI_CALL_HEAP] = NULL;
     if (err)
-        crpci_status_set(&call->error, err, "%s.%s: ended by an interceptor: %s (local)",
-                         m->service, m->name, crpc_status_text(err));
+        crpci_request_refuse(&call->error, m, err, "ended by an interceptor: ",
+                             crpc_status_text(err));
     return err;
 }
 
@@ -20046,7 +19545,6 @@ CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
     a->state = CRPCI_ATTEMPT_IDLE;
     a->one_way = kind == CRPCI_CALL_NOTIFY;
     a->sent = c->before = CRPC_SENT_NO;
-    a->id = 0;
     a->out = NULL;
     a->endpoint = NULL;
     a->reply.chunk = NULL;
@@ -20083,16 +19581,15 @@ CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
     ch->loop->stats.calls++;
 }
 
-/* Locks for a call that began at `start`, and lets the loop catch up, which unlocks meanwhile. The
- * start serves as the loop's time, unless interceptors or a large message may have taken long. */
-CRPCI_FN void crpci_channel_enter(const crpc_channel *ch, int64_t start, const crpci_request *r)
+/* Locks for a call that begins at `start`, and lets the loop catch up, which unlocks meanwhile. The
+ * start serves as the loop's time, unless encoding a large message may have taken long. */
+CRPCI_FN void crpci_channel_enter(crpc_loop *l, int64_t start, const crpci_request *r)
 {
-    crpc_loop *l = ch->loop;
     crpci_loop_lock(l);
     if (start > l->now)
         l->now = start;
     l->fresh = false;
-    if (ch->interceptor_count || r->payload_size > CRPCI_REQUEST_INLINE)
+    if (r->message.payload_size > CRPCI_REQUEST_INLINE)
         crpci_loop_rough_time(l);
     l->fresh = true;
     crpci_drive_catch_up(l);
@@ -20106,136 +19603,20 @@ CRPCI_FN void crpci_channel_flush(crpc_loop *l)
         crpci_loop_run_list(l, &l->dirty);
 }
 
-/* --- synchronous ------------------------------------------------------------------------------ */
+/* --- all forms -------------------------------------------------------------------------------- */
 
-/* Runs one call to its end: makes attempts and drives the loop, or follows its driver, until the
- * call has ended or its deadline has passed. Locked; unlocks while it waits. The wait ends at the
- * deadline by itself, so the timer only serves the backup request. */
-CRPCI_FN void crpci_channel_run(crpc_channel *ch, crpci_pending_call *c)
-{
-    crpc_loop *l = ch->loop;
-    crpci_attempt *a = &c->attempt;
-    crpci_waiter w;
-    crpci_loop_assert_locked(ch->loop);
-    memset(&w, 0, sizeof w);
-    c->waiter = &w;
-    if (crpci_id_add(&l->calls, l->heap, c, &a->id)) {
-        crpci_attempt_explain(c, CRPC_ENOMEM, "out of memory");
-        crpci_attempt_finish(c, CRPC_ENOMEM);
-    } else {
-        if (c->backup_us < a->deadline_us)
-            crpci_loop_timer_at(l, &c->timer, c->backup_us);
-        crpci_attempt_begin(c);
-    }
-    crpci_channel_flush(l);
-    crpci_drive_wait(l, &w, a->deadline_us, false);
-    c->waiter = NULL;
-    if (a->state != CRPCI_ATTEMPT_DONE) {
-        crpci_attempt_expire(c);
-        crpci_channel_flush(l); /* the next call for its slot */
-    }
-    if (a->endpoint) /* else no attempt of its own was made, and the parts have explained */
-        memcpy(c->error->endpoint, a->endpoint->address, a->endpoint->address_size);
-    crpci_endpoint_drop(a->endpoint);
-    crpci_id_remove(&l->calls, a->id);
-    crpci_list_remove(&c->of_channel);
-    l->fresh = false; /* the next caller may come much later */
-}
-
-/* Makes the call on the caller's stack. `hold`: the program passed a crpc_call, so the result may
- * point into the reply's bytes; else they are released before this returns. Before the pending call
- * goes out of scope crpci_request_settle waits until no thread sends from the attachment that was
- * borrowed. CRPC_EDEADLK: inside a callback of this loop, which only its return lets go on. */
-CRPCI_FN int crpci_channel_sync(crpc_channel *ch, const crpci_method *k, const void *request,
-                                void *response, crpc_call *call, bool hold)
-{
-    const crpc_method *m = k->method;
-    crpc_loop *l = ch->loop;
-    int64_t start = crpci_loop_now(l);
-    crpci_pending_call c;
-    crpci_attempt *a = &c.attempt;
-    /* Borrows the attachment, unless two frames may be queued at a time, which cannot share it. */
-    bool borrow = k->plain && !call->policy.cluster && !call->policy.backup_ms;
-    int err = crpci_request_encode(&ch->requests, k, request, call, borrow, 0, &a->request,
-                                   &call->error);
-    if (err)
-        return err;
-    crpci_channel_enter(ch, start, &a->request);
-    if (crpci_loop_in_callback(l) || ch->closed) {
-        err = ch->closed ? CRPC_ECANCELED : CRPC_EDEADLK;
-        l->fresh = false;
-        crpci_loop_unlock(l);
-        crpci_heap_chunk_unref(a->request.chunk);
-        return crpci_status_set(&call->error, err, "%s.%s: %s (local)", m->service, m->name,
-                                crpc_status_text(err));
-    }
-    c.block = NULL;
-    crpci_channel_init_call(&c, ch, k, CRPCI_CALL_SYNC, call, start);
-    crpci_loop_task_init(&c.task, NULL);
-    crpci_timer_init(&c.timer, crpci_attempt_on_timer);
-    c.error = &call->error;
-    crpci_channel_run(ch, &c);
-    crpci_request_settle(l, &a->request);
-    crpci_loop_unlock(l);
-    crpci_heap_chunk_unref(a->request.chunk);
-    err = crpci_attempt_result(&c, response, call);
-    call->error.code = err;
-    call->latency_us = c.end_us - start;
-    if (hold && a->reply.chunk)
-        crpci_reply_hand_over(&a->reply, call);
-    else
-        crpci_reply_release(&a->reply, call);
-    return err;
-}
-
-CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const void *request,
-                               void *response, crpc_call *call)
-{
-    const crpci_method *k;
-    bool hold = call != NULL;
-    crpc_call local;
-    size_t ran;
-    int err;
-    CRPCI_HANDLE_CHECK(ch);
-    crpci_thread_ref(&ch->refs); /* another thread may close the channel meanwhile */
-    k = crpci_request_find_method(&ch->requests, m);
-    if (hold)
-        crpc_call_reset(call);
-    else
-        crpci_request_clear_call(&local);
-    err = !k ? CRPC_ENOMEM : !hold && k->response.views ? CRPC_EINVAL : CRPC_OK;
-    if (CRPCI_UNLIKELY(err)) {
-        if (hold)
-            crpci_status_set(&call->error, err, "%s.%s: out of memory (local)", m->service,
-                             m->name);
-    } else {
-        call = hold ? call : &local;
-        err = crpci_channel_before(ch, m, call, &ran);
-        if (!err)
-            err = crpci_channel_sync(ch, k, request, response, call, hold);
-        crpci_channel_after(ch, m, call, err, ran);
-        if (!hold)
-            crpc_call_reset(call);
-    }
-    crpci_attempt_drop_channel(ch);
-    return err;
-}
-
-/* --- asynchronous ----------------------------------------------------------------------------- */
-
-/* Copies what is known of an ended asynchronous call's failure, and where it went. */
+/* Copies what is known of an ended call's failure, and where it went. */
 CRPCI_FN void crpci_channel_copy_error(const crpci_pending_call *c, crpc_error *to)
 {
     const crpci_endpoint *e = c->attempt.endpoint;
-    if (c->error)
+    if (c->error && c->error != to)
         *to = *c->error;
-    if (e)
+    if (e) /* else no attempt of its own was made, and the parts have explained */
         memcpy(to->endpoint, e->address, e->address_size);
 }
 
 /* Runs the callback of an ended call, as a task of the loop. The response is decoded without the
- * lock into the call's own chunk, and lasts until the callback returns. The id goes first: from
- * then on it means nothing to other threads. */
+ * lock into the call's own chunk, and lasts until the callback returns. */
 CRPCI_FN void crpci_channel_deliver(crpc_loop *l, crpci_task *task)
 {
     crpci_pending_call *c = CRPCI_CONTAINER(task, crpci_pending_call, task);
@@ -20244,42 +19625,35 @@ CRPCI_FN void crpci_channel_deliver(crpc_loop *l, crpci_task *task)
     void *response = (char *)c + CRPCI_PENDING_SIZE;
     crpc_call call;
     crpc_done done;
-    if (c->attempt.id)
-        crpci_id_remove(&l->calls, c->attempt.id);
-    c->attempt.id = 0;
-    crpci_loop_user_begin(l);
     crpci_request_clear_call(&call);
     crpci_channel_copy_error(c, &call.error);
+    crpci_attempt_take(c);
+    crpci_loop_user_begin(l);
     if (c->attempt.reply.chunk && !type->views && !type->clear)
         memset(response, 0, type->size);
     done.status = crpci_attempt_result(c, response, &call);
     done.response = done.status ? NULL : response;
-    call.error.code = done.status;
-    call.latency_us = c->end_us - c->start_us;
     crpci_channel_after(ch, c->method->method, &call, done.status, ch->interceptor_count);
     done.call = &call;
     done.user = c->user;
     done.fn = c->fn;
     c->deliver(&done);
     crpci_loop_user_end(l);
+    crpci_reply_drop(&c->attempt.reply, l);
     crpci_attempt_free(c);
 }
 
-/* How many bytes the pending call and its decoded response take in front of the request, in the
- * request's chunk: one allocation a call. */
-CRPCI_FN size_t crpci_channel_front(const crpci_message_type *response)
-{
-    return CRPCI_PENDING_SIZE + ((response->size + 15) & ~(size_t)15);
-}
-
-/* Whether one more asynchronous call may begin: CRPC_ECANCELED in a closed channel, CRPC_ELIMIT at
+/* Whether one more call may begin: CRPC_ECANCELED in a closed channel, CRPC_EDEADLK for a
+ * synchronous one inside a callback of this loop, which only its return lets go on, CRPC_ELIMIT at
  * max_results. Rule P8: starts the loop's thread if nobody drives. Locked. */
 CRPCI_FN int crpci_channel_admit(crpc_channel *ch, crpci_call_kind kind)
 {
     crpc_loop *l = ch->loop;
-    crpci_loop_assert_locked(ch->loop);
+    crpci_loop_assert_locked(l);
     if (ch->closed)
         return CRPC_ECANCELED;
+    if (kind == CRPCI_CALL_SYNC)
+        return crpci_loop_in_callback(l) ? CRPC_EDEADLK : CRPC_OK;
     if (kind == CRPCI_CALL_ID && l->max_results && (int64_t)l->results >= l->max_results)
         return CRPC_ELIMIT;
     if (kind == CRPCI_CALL_ID && l->forbid_threads)
@@ -20287,113 +19661,204 @@ CRPCI_FN int crpci_channel_admit(crpc_channel *ch, crpci_call_kind kind)
     return crpci_drive_ensure_owner(l);
 }
 
-/* Puts a call into its request's chunk. A result may stay unfetched for long, so if the request is
- * large the call gets a chunk of its own. NULL: out of memory. */
+/* The pending call of a request, which stands in the request's chunk. A result may stay unfetched
+ * for long, so if the request is large a call with an id gets a chunk of its own. NULL: out of
+ * memory. */
 CRPCI_FN crpci_pending_call *crpci_channel_place(crpc_loop *l, crpci_call_kind kind,
-                                                 const crpci_request *r, size_t response_size)
+                                                 crpci_request *r)
 {
-    crpci_chunk *block = r->chunk;
-    crpci_pending_call *c;
-    if (kind == CRPCI_CALL_ID && r->payload_size + r->inline_size > CRPCI_REQUEST_INLINE)
-        block = crpci_heap_chunk(l->heap, CRPCI_PENDING_SIZE + response_size);
-    if (!block)
-        return NULL;
-    c = (crpci_pending_call *)(void *)crpci_heap_data(block);
-    c->attempt.request = *r;
-    c->block = block;
-    return c;
+    crpci_pending_call *c = CRPCI_CONTAINER(r, crpci_pending_call, attempt.request);
+    c->block = r->chunk;
+    if (kind == CRPCI_CALL_ID && r->message.payload_size + r->inline_size > CRPCI_REQUEST_INLINE) {
+        crpci_chunk *block = crpci_heap_chunk(l->heap, CRPCI_PENDING_SIZE);
+        if (!block)
+            return NULL;
+        c = (crpci_pending_call *)(void *)crpci_heap_data(block);
+        c->attempt.request = *r;
+        c->block = block;
+    }
+    if (CRPCI_LIKELY(!crpci_id_add(&l->calls, l->heap, c, &c->attempt.id)))
+        return c;
+    if (c->block != r->chunk)
+        crpci_heap_chunk_unref(c->block);
+    return NULL;
 }
 
-/* Enters a call whose request is encoded. On success *out is to be completed and launched, and the
- * loop is locked. On failure the request is gone and nothing is locked. */
+/* Encodes and enters a call of any form. On success the loop is locked, and the call has taken over
+ * a reference of the channel from the caller, who sets what is special to its form in *out and
+ * launches it. On failure nothing is locked, and `error` (may be NULL) says why. */
 CRPCI_FN int crpci_channel_put(crpc_channel *ch, const crpci_method *k, crpci_call_kind kind,
-                               const crpc_call *in, const crpci_request *r, int64_t start,
+                               const void *request, const crpc_call *in, crpc_error *error,
                                crpci_pending_call **out)
 {
     crpc_loop *l = ch->loop;
+    int64_t start = crpci_loop_start_time(l);
+    /* In front of the request: the call, and the response that is decoded for a callback. */
+    size_t front = CRPCI_PENDING_SIZE +
+                   (kind == CRPCI_CALL_DELIVER ? (k->response.size + 15) & ~(size_t)15 : 0);
+    /* Borrows the attachment of a synchronous call, unless two frames may be queued at a time,
+     * which cannot share it. */
+    bool borrow = kind == CRPCI_CALL_SYNC && k->plain && !in->policy.cluster &&
+                  !in->policy.backup_ms;
+    crpci_request *r;
     crpci_pending_call *c;
-    int err;
-    crpci_channel_enter(ch, start, r);
+    int err = crpci_request_encode(&ch->requests, k, request, in, borrow, front, &r, error);
+    if (err)
+        return err;
+    crpci_channel_enter(l, start, r);
     err = crpci_channel_admit(ch, kind);
-    c = err ? NULL : crpci_channel_place(l, kind, r, k->response.size);
+    c = err ? NULL : crpci_channel_place(l, kind, r);
     if (CRPCI_UNLIKELY(!c)) {
+        err = err ? err : CRPC_ENOMEM;
+        l->fresh = false;
         crpci_loop_unlock(l);
         crpci_heap_chunk_unref(r->chunk);
-        return err ? err : CRPC_ENOMEM;
+        return crpci_request_refuse(error, k->method, err, "", crpc_status_text(err));
     }
     crpci_channel_init_call(c, ch, k, kind, in, start);
     crpci_loop_task_init(&c->task, crpci_channel_deliver);
     crpci_timer_init(&c->timer, crpci_attempt_on_timer);
-    l->results += kind == CRPCI_CALL_ID;
-    if (ch->pending++ == 0)
-        crpci_thread_ref(&ch->refs);
-    if (CRPCI_UNLIKELY(crpci_id_add(&l->calls, l->heap, c, &c->attempt.id))) {
-        crpci_attempt_free(c);
-        crpci_loop_unlock(l);
-        return CRPC_ENOMEM;
-    }
     *out = c;
     return CRPC_OK;
 }
 
+/* Makes the first attempt and sends it. Locked; unlocks meanwhile. An asynchronous call may end and
+ * be freed in here. A synchronous call's wait ends at the deadline by itself, so its timer only
+ * serves the backup request. */
+CRPCI_FN void crpci_channel_launch(crpc_loop *l, crpci_pending_call *c)
+{
+    int64_t at = c->backup_us;
+    if (c->kind != CRPCI_CALL_SYNC)
+        at = crpci_base_min64(at, c->attempt.deadline_us);
+    if (at < INT64_MAX)
+        crpci_loop_timer_at(l, &c->timer, at);
+    crpci_attempt_begin(c);
+    crpci_channel_flush(l);
+}
+
+/* Gives the result of a call that was taken, and frees the call. Views, attachment and fields are
+ * valid until crpc_call_reset. Without the lock. */
+CRPCI_FN int crpci_channel_result(crpci_pending_call *c, void *response, crpc_call *call)
+{
+    crpc_channel *ch = c->channel;
+    int err = crpci_attempt_result(c, response, call);
+    crpci_reply_hand_over(&c->attempt.reply, call);
+    crpci_channel_after(ch, c->method->method, call, err, ch->interceptor_count);
+    crpci_attempt_free(c);
+    return err;
+}
+
+/* --- synchronous ------------------------------------------------------------------------------ */
+
+/* Runs one call to its end: makes attempts and drives the loop, or follows its driver, until the
+ * call has ended or its deadline has passed. Unlocks. crpci_request_settle waits until no thread
+ * sends from the attachment that was borrowed. */
+CRPCI_FN void crpci_channel_run(crpc_loop *l, crpci_pending_call *c)
+{
+    crpci_waiter w;
+    memset(&w, 0, sizeof w);
+    c->waiter = &w;
+    crpci_channel_launch(l, c);
+    crpci_drive_wait(l, &w, c->attempt.deadline_us, false);
+    c->waiter = NULL;
+    if (c->attempt.state != CRPCI_ATTEMPT_DONE) {
+        crpci_attempt_expire(c);
+        crpci_channel_flush(l); /* the next call for its slot */
+    }
+    crpci_channel_copy_error(c, c->error);
+    crpci_attempt_take(c);
+    crpci_request_settle(l, &c->attempt.request);
+    l->fresh = false; /* the next caller may come much later */
+    crpci_loop_unlock(l);
+}
+
+CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const void *request,
+                               void *response, crpc_call *call)
+{
+    const crpci_method *k;
+    crpci_pending_call *c;
+    crpc_call local;
+    size_t ran = 0;
+    int err;
+    CRPCI_HANDLE_CHECK(ch);
+    crpci_thread_ref(&ch->refs); /* another thread may close the channel meanwhile */
+    k = crpci_request_find_method(&ch->requests, m);
+    if (call)
+        crpc_call_reset(call);
+    else
+        crpci_request_clear_call(&local);
+    if (CRPCI_UNLIKELY(!k || (!call && k->response.views))) {
+        crpci_attempt_drop_channel(ch);
+        return crpci_request_refuse(call ? &call->error : NULL, m, k ? CRPC_EINVAL : CRPC_ENOMEM,
+                                    "", "out of memory");
+    }
+    call = call ? call : &local;
+    err = ch->interceptor_count ? crpci_channel_before(ch, m, call, &ran) : CRPC_OK;
+    err = err ? err
+              : crpci_channel_put(ch, k, CRPCI_CALL_SYNC, request, call, &call->error, &c);
+    if (CRPCI_LIKELY(!err)) {
+        c->error = &call->error;
+        crpci_channel_run(ch->loop, c);
+        err = crpci_channel_result(c, response, call);
+    } else {
+        crpci_channel_after(ch, m, call, err, ran);
+        crpci_attempt_drop_channel(ch);
+    }
+    if (call == &local)
+        crpc_call_reset(call);
+    return err;
+}
+
+/* --- asynchronous ----------------------------------------------------------------------------- */
+
 /* crpci_channel_put for a channel with interceptors. They get a copy of the caller's inputs, which
  * they may change; the copy is not needed once the request is encoded. */
 CRPCI_FN int crpci_channel_put_intercepted(crpc_channel *ch, const crpci_method *k,
-                                           const void *request, crpci_call_kind kind,
-                                           const crpc_call *in, int64_t start,
-                                           crpci_pending_call **out)
+                                           crpci_call_kind kind, const void *request,
+                                           const crpc_call *in, crpci_pending_call **out)
 {
-    crpci_request r;
     crpc_call call;
     size_t ran;
     int err;
     crpci_request_clear_call(&call);
     memcpy(&call, in, offsetof(crpc_call, error));
-    crpci_thread_ref(&ch->refs); /* an interceptor may close the channel */
     err = crpci_channel_before(ch, k->method, &call, &ran);
-    err = err ? err
-              : crpci_request_encode(&ch->requests, k, request, &call, false,
-                                     crpci_channel_front(&k->response), &r, NULL);
-    err = err ? err : crpci_channel_put(ch, k, kind, &call, &r, start, out);
+    err = err ? err : crpci_channel_put(ch, k, kind, request, &call, NULL, out);
     if (err)
         crpci_channel_after(ch, k->method, &call, err, ran);
     crpc_call_reset(&call);
-    crpci_attempt_drop_channel(ch);
     return err;
 }
 
 /* Encodes and enters a call of any asynchronous form. On success the loop is locked: the caller
- * sets what is special to its form in *out, then calls crpci_channel_launch. */
+ * sets what is special to its form in *out, then calls crpci_channel_start. */
 CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const void *request,
                                  crpci_call_kind kind, const crpc_call *in,
                                  crpci_pending_call **out)
 {
-    int64_t start = crpci_loop_start_time(ch->loop);
     const crpci_method *k = crpci_request_find_method(&ch->requests, m);
     crpc_call defaults;
-    crpci_request r;
     int err;
     *out = NULL;
     crpci_request_clear_inputs(&defaults);
     in = in ? in : &defaults;
     if (CRPCI_UNLIKELY(!k))
         return CRPC_ENOMEM;
-    if (ch->interceptor_count)
-        return crpci_channel_put_intercepted(ch, k, request, kind, in, start, out);
-    err = crpci_request_encode(&ch->requests, k, request, in, false,
-                               crpci_channel_front(&k->response), &r, NULL);
-    return err ? err : crpci_channel_put(ch, k, kind, in, &r, start, out);
+    crpci_thread_ref(&ch->refs); /* the call's; an interceptor may close the channel */
+    err = ch->interceptor_count ? crpci_channel_put_intercepted(ch, k, kind, request, in, out)
+                                : crpci_channel_put(ch, k, kind, request, in, NULL, out);
+    if (err)
+        crpci_attempt_drop_channel(ch);
+    return err;
 }
 
-/* Makes the first attempt and unlocks. The call may end, and be freed, in here. */
-CRPCI_FN void crpci_channel_launch(crpc_loop *l, crpci_pending_call *c)
+/* Launches an asynchronous call, and unlocks. */
+CRPCI_FN void crpci_channel_start(crpc_loop *l, crpci_pending_call *c)
 {
     bool send = crpci_loop_may_send(l);
     if (send)
         crpci_loop_hold(l); /* sending unlocks: a callback may close the channel meanwhile */
-    crpci_loop_timer_at(l, &c->timer, crpci_base_min64(c->backup_us, c->attempt.deadline_us));
-    crpci_attempt_begin(c);
-    crpci_channel_flush(l);
+    crpci_channel_launch(l, c);
     l->fresh = false;
     crpci_loop_unlock(l);
     if (send)
@@ -20412,7 +19877,7 @@ CRPC_API int crpc_channel_call_async(crpc_channel *ch, const crpc_method *m, con
     c->deliver = deliver;
     c->fn = fn;
     c->user = user;
-    crpci_channel_launch(ch->loop, c);
+    crpci_channel_start(ch->loop, c);
     return CRPC_OK;
 }
 
@@ -20422,7 +19887,7 @@ CRPC_API int crpc_channel_notify(crpc_channel *ch, const crpc_method *m, const v
     crpci_pending_call *c;
     int err = crpci_channel_async(ch, m, request, CRPCI_CALL_NOTIFY, call, &c);
     if (!err)
-        crpci_channel_launch(ch->loop, c);
+        crpci_channel_start(ch->loop, c);
     return err;
 }
 
@@ -20434,8 +19899,10 @@ CRPC_API int crpc_channel_begin(crpc_channel *ch, const crpc_method *m, const vo
     crpci_pending_call *c;
     int err = crpci_channel_async(ch, m, request, CRPCI_CALL_ID, call, &c);
     id->value = err ? 0 : c->attempt.id; /* while locked: the call may end before this returns */
-    if (!err)
-        crpci_channel_launch(ch->loop, c);
+    if (!err) {
+        ch->loop->results++;
+        crpci_channel_start(ch->loop, c);
+    }
     return err;
 }
 
@@ -20472,8 +19939,7 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
     crpci_pending_call *c;
     int err;
     memset(&w, 0, sizeof w);
-    crpci_loop_hold(l); /* another thread may close the channel meanwhile */
-    crpci_thread_ref(&ch->refs);
+    crpci_thread_ref(&ch->refs); /* another thread may close the channel meanwhile */
     crpci_loop_lock(l);
     c = crpci_channel_find(ch, id);
     err = crpci_channel_status(c);
@@ -20493,7 +19959,6 @@ CRPC_API int crpc_channel_wait(crpc_channel *ch, crpc_id id, int timeout_ms)
     }
     crpci_drive_unlock(l);
     crpci_attempt_drop_channel(ch);
-    crpci_loop_release(l);
     return err;
 }
 
@@ -20503,7 +19968,6 @@ CRPC_API int crpc_channel_fetch(crpc_channel *ch, const crpc_method *m, crpc_id 
     crpc_loop *l = ch->loop;
     crpc_call local;
     crpci_pending_call *c;
-    bool hold = call != NULL;
     int err;
     crpci_loop_lock(l);
     c = crpci_channel_find(ch, id);
@@ -20512,35 +19976,22 @@ CRPC_API int crpc_channel_fetch(crpc_channel *ch, const crpc_method *m, crpc_id 
         err = CRPC_EINVAL;
     if (err) {
         crpci_loop_unlock(l);
-        return crpci_status_set(call ? &call->error : NULL, err,
-                                "%s.%s: crpc_channel_fetch: %s (local)", m->service, m->name,
-                                crpc_status_text(err));
+        return crpci_request_refuse(call ? &call->error : NULL, m, err, "crpc_channel_fetch: ",
+                                    crpc_status_text(err));
     }
-    crpci_id_remove(&l->calls, c->attempt.id); /* from here on the call is this thread's alone */
-    c->attempt.id = 0;
-    crpci_list_remove(&c->of_channel);
-    crpci_loop_hold(l); /* an interceptor may close the channel */
-    crpci_loop_unlock(l);
-    if (!call) {
+    if (call) {
+        crpc_call_reset(call);
+        memset(&call->error, 0, sizeof call->error);
+    } else {
         memset(&local, 0, sizeof local);
         call = &local;
-    } else {
-        crpc_call_reset(call);
     }
-    memset(&call->error, 0, sizeof call->error);
     crpci_channel_copy_error(c, &call->error);
-    err = crpci_attempt_result(c, response, call);
-    call->error.code = err;
-    call->latency_us = c->end_us - c->start_us;
-    if (hold)
-        crpci_reply_hand_over(&c->attempt.reply, call);
-    else
-        crpci_reply_release(&c->attempt.reply, call);
-    crpci_channel_after(ch, m, call, err, ch->interceptor_count);
-    crpci_loop_lock(l);
-    crpci_attempt_free(c);
+    crpci_attempt_take(c);
     crpci_loop_unlock(l);
-    crpci_loop_release(l);
+    err = crpci_channel_result(c, response, call);
+    if (call == &local)
+        crpc_call_reset(call);
     return err;
 }
 
@@ -20557,7 +20008,7 @@ CRPC_API int crpc_channel_cancel(crpc_channel *ch, crpc_id id)
         }
         if (c->waiter)
             crpci_drive_end_wait(l, c->waiter);
-        crpci_attempt_free(c);
+        crpci_attempt_discard(c);
         crpci_channel_flush(l); /* the next call for its slot */
     }
     crpci_loop_unlock(l);
@@ -20584,7 +20035,7 @@ CRPCI_FN void crpci_channel_cancel_all(crpc_channel *ch)
             crpci_attempt_finish(c, CRPC_ECANCELED);
         }
         if (by_id)
-            crpci_attempt_free(c);
+            crpci_attempt_discard(c);
     }
 }
 
@@ -20646,48 +20097,46 @@ CRPC_API size_t crpc_channel_providers(crpc_channel *ch)
 
 #if CRPC_ENABLE_CLIENT
 
-/* The options of a channel: what 0 and -1 stand for, the least and the largest value. The same rows
+/* The options of a channel: what 0 and -1 stand for, and the largest value. The same rows
  * serve URL options, defaults, checks and crpc_channel_options_parse. */
-#define CRPCI_OPENING_ROW(member, name, flags, zero, none, least, most)                            \
-    CRPCI_OPTION_ROW(crpc_channel_options, member, name, NULL, flags, zero, none, least, most)
+#define CRPCI_OPENING_ROW(member, name, flags, zero, none, most)                                   \
+    CRPCI_OPTION_ROW(crpc_channel_options, member, name, flags, zero, none, most)
 #define CRPCI_OPENING_MS(member, name, flags, zero, none)                                          \
-    CRPCI_OPENING_ROW(member, name, flags, zero, none, 1, CRPCI_REQUEST_LONGEST_MS)
+    CRPCI_OPENING_ROW(member, name, flags, zero, none, CRPCI_REQUEST_LONGEST_MS)
 #define CRPCI_OPENING_TEXT(member, name, flags)                                                    \
-    CRPCI_OPENING_ROW(member, name, CRPCI_OPTION_TEXT | (flags), 0, 0, 0, 0)
-#define CRPCI_OPENING_FLAG(member, name, flags) CRPCI_OPENING_ROW(member, name, flags, 0, 0, 1, 1)
+    CRPCI_OPENING_ROW(member, name, CRPCI_OPTION_TEXT | (flags), 0, 0, 0)
+#define CRPCI_OPENING_FLAG(member, name, flags) CRPCI_OPENING_ROW(member, name, flags, 0, 0, 1)
 
 static const crpci_option crpci_opening_rows[] = {
-    CRPCI_OPTION_ROW(crpc_channel_options, policy.cluster, "cluster", CRPCI_REQUEST_CLUSTERS, 0,
-                     CRPC_CLUSTER_FAILOVER, CRPC_CLUSTER_FAILOVER, 1, CRPC_CLUSTER_BROADCAST),
+    CRPCI_OPENING_ROW(policy.cluster, "cluster\0" CRPCI_REQUEST_CLUSTERS, CRPCI_OPTION_WORDS,
+                      CRPC_CLUSTER_FAILOVER, CRPC_CLUSTER_FAILOVER, CRPC_CLUSTER_BROADCAST),
     CRPCI_OPENING_MS(policy.timeout_ms, "timeout_ms", 0, 1000, CRPCI_REQUEST_LONGEST_MS),
-    CRPCI_OPENING_ROW(policy.retries, "retries", 0, 2, 0, 1, CRPCI_REQUEST_RETRIES),
+    CRPCI_OPENING_ROW(policy.retries, "retries", 0, 2, 0, CRPCI_REQUEST_RETRIES),
     CRPCI_OPENING_MS(policy.backup_ms, "backup_ms", CRPCI_OPTION_POLICY, 0, 0),
-    CRPCI_OPENING_ROW(policy.forks, "forks", CRPCI_OPTION_POLICY, 2, 0, 1, CRPCI_OPTION_ANY),
-    CRPCI_OPENING_ROW(policy.fail_percent, "fail_percent", CRPCI_OPTION_POLICY, 0, 0, 1, 100),
-    CRPCI_OPTION_ROW(crpc_channel_options, balancer, "lb", CRPCI_BALANCE_WORDS, 0,
-                     CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, 1,
-                     CRPCI_BALANCE_KINDS),
-    CRPCI_OPENING_ROW(hash_field, "hash_field", CRPCI_OPTION_POLICY, 0, 0, 1, 0x1fffffff),
-    CRPCI_OPENING_ROW(max_endpoints, "max_endpoints", CRPCI_OPTION_POLICY, 0, 0, 1,
-                      CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(policy.forks, "forks", CRPCI_OPTION_POLICY, 2, 0, CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(policy.fail_percent, "fail_percent", CRPCI_OPTION_POLICY, 0, 0, 100),
+    CRPCI_OPENING_ROW(balancer, "lb\0" CRPCI_BALANCE_WORDS, CRPCI_OPTION_WORDS,
+                      CRPC_BALANCER_WEIGHTED_ROUND_ROBIN, CRPC_BALANCER_WEIGHTED_ROUND_ROBIN,
+                      CRPCI_BALANCE_KINDS),
+    CRPCI_OPENING_ROW(hash_field, "hash_field", CRPCI_OPTION_POLICY, 0, 0, 0x1fffffff),
+    CRPCI_OPENING_ROW(max_endpoints, "max_endpoints", CRPCI_OPTION_POLICY, 0, 0, CRPCI_OPTION_ANY),
     CRPCI_OPENING_FLAG(wait, "wait", 0),
     CRPCI_OPENING_MS(connect_timeout_ms, "connect_timeout_ms", 0, 500, 0),
-    CRPCI_OPENING_ROW(retry_budget, "retry_budget", CRPCI_OPTION_POLICY, 10, -1, 1,
-                      CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(retry_budget, "retry_budget", CRPCI_OPTION_POLICY, 10, -1, CRPCI_OPTION_ANY),
     CRPCI_OPENING_FLAG(request_ids, "request_ids", 0),
     CRPCI_OPENING_FLAG(breaker.enabled, "breaker", CRPCI_OPTION_POLICY),
-    CRPCI_OPENING_ROW(breaker.percent, "breaker_percent", CRPCI_OPTION_POLICY, 50, 50, 1, 100),
-    CRPCI_OPENING_ROW(breaker.requests, "breaker_requests", CRPCI_OPTION_POLICY, 20, 1, 1,
+    CRPCI_OPENING_ROW(breaker.percent, "breaker_percent", CRPCI_OPTION_POLICY, 50, 50, 100),
+    CRPCI_OPENING_ROW(breaker.requests, "breaker_requests", CRPCI_OPTION_POLICY, 20, 1,
                       CRPCI_OPTION_ANY),
     CRPCI_OPENING_MS(breaker.window_ms, "breaker_window_ms", CRPCI_OPTION_POLICY, 10000, 10000),
     CRPCI_OPENING_MS(breaker.slow_ms, "breaker_slow_ms", CRPCI_OPTION_POLICY, 0, 0),
-    CRPCI_OPENING_ROW(breaker.slow_percent, "breaker_slow_percent", CRPCI_OPTION_POLICY, 50, 50, 1,
+    CRPCI_OPENING_ROW(breaker.slow_percent, "breaker_slow_percent", CRPCI_OPTION_POLICY, 50, 50,
                       100),
     CRPCI_OPENING_MS(breaker.open_ms, "breaker_open_ms", CRPCI_OPTION_POLICY, 1000, 1000),
     CRPCI_OPENING_MS(breaker.open_max_ms, "breaker_open_max_ms", CRPCI_OPTION_POLICY, 30000, 30000),
     CRPCI_OPENING_MS(breaker.ramp_ms, "breaker_ramp_ms", CRPCI_OPTION_POLICY, 5000, 0),
     CRPCI_OPENING_ROW(breaker.eject_percent, "breaker_eject_percent", CRPCI_OPTION_POLICY, 50, 100,
-                      1, 100),
+                      100),
     CRPCI_OPENING_TEXT(directory.group, "group", CRPCI_OPTION_BACKEND),
     CRPCI_OPENING_TEXT(directory.version, "version", CRPCI_OPTION_BACKEND),
     CRPCI_OPENING_TEXT(directory.application, "application", CRPCI_OPTION_DIRECTORY),
@@ -20698,14 +20147,13 @@ static const crpci_option crpci_opening_rows[] = {
     CRPCI_OPENING_FLAG(directory.allow_empty, "allow_empty", 0),
     CRPCI_OPENING_MS(directory.stale_ttl_ms, "stale_ttl_ms", 0, 600000, 0),
     CRPCI_OPENING_TEXT(directory.cache, "cache", CRPCI_OPTION_BACKEND),
-    CRPCI_OPENING_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, 1, INT32_MAX),
-    CRPCI_OPENING_ROW(limits.max_queued, "max_queued", 0, 16 << 20, 0, 1, CRPCI_OPTION_ANY),
-    CRPCI_OPENING_ROW(wire.inflight, "inflight", 0, 0, 0, 1, CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
+    CRPCI_OPENING_ROW(limits.max_queued, "max_queued", 0, 16 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(wire.inflight, "inflight", 0, 0, 0, CRPCI_OPTION_ANY),
     CRPCI_OPENING_FLAG(wire.short_names, "short_names", 0),
     CRPCI_OPENING_TEXT(security.credential, "credential", CRPCI_OPTION_SECRET),
     CRPCI_OPENING_MS(failback_ms, "failback_ms", CRPCI_OPTION_POLICY, 5000, 5000),
-    CRPCI_OPENING_ROW(failback_max, "failback_max", CRPCI_OPTION_POLICY, 100, 0, 1,
-                      CRPCI_OPTION_ANY),
+    CRPCI_OPENING_ROW(failback_max, "failback_max", CRPCI_OPTION_POLICY, 100, 0, CRPCI_OPTION_ANY),
 };
 
 static const crpci_options crpci_opening_options = {CRPCI_OPTIONS_OF(crpci_opening_rows)};
@@ -21185,7 +20633,7 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     crpci_list_init(&ch->waiting);
     crpci_loop_hold(l);
     crpci_opening_configure(ch, &o);
-    err = crpci_balance_open(&ch->providers.balance, o.balancer);
+    err = crpci_balance_open(&ch->providers.balance, o.balancer, (uint32_t)ch->requests.seed);
     if (err)
         crpci_status_set(error, err,
                          "lb: this balancer is not compiled in: CRPC_ENABLE_POLICY is 0");
@@ -21255,18 +20703,16 @@ CRPCI_FN bool crpci_service_named(const char *name, crpc_view v)
     return strlen(name) == n && memcmp(name, crpc_view_data(v), n) == 0;
 }
 
-/* Looks a service up by its full name, then by its short name, as brpc does. A server has few
+/* Looks a service up by its full or its short name, as brpc does. The name without a dot of one
+ * service is the short name of no other, so the first that fits is the right one. A server has few
  * services, and a connection remembers the method of its last request: a table would gain nothing.
  */
 CRPCI_FN const crpci_service *crpci_service_find(const crpci_service_map *map, crpc_view name)
 {
     size_t i;
     for (i = 0; i < map->count; i++) {
-        if (crpci_service_named(map->items[i].table->name, name))
-            return &map->items[i];
-    }
-    for (i = 0; i < map->count; i++) {
-        if (crpci_service_named(map->items[i].short_name, name))
+        if (crpci_service_named(map->items[i].table->name, name) ||
+            crpci_service_named(map->items[i].short_name, name))
             return &map->items[i];
     }
     return NULL;
@@ -21414,11 +20860,6 @@ CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_task *t, bool admitte
     return room;
 }
 
-CRPCI_FN bool crpci_worker_push(crpci_worker_pool *p, crpci_task *t)
-{
-    return crpci_worker_put(p, t, false);
-}
-
 #if CRPC_ENABLE_THREADS
 CRPCI_FN void *crpci_worker_thread(void *arg)
 {
@@ -21518,31 +20959,23 @@ typedef struct crpci_order_item {
 
 /* The caller locks. */
 typedef struct crpci_order {
-    crpci_list *buckets;
+    crpci_list buckets[CRPCI_ORDER_BUCKETS];
     int64_t waiting;
     int64_t max_waiting; /* 0: no limit */
 } crpci_order;
 
-CRPCI_FN crpci_list *crpci_order_bucket(const crpci_order *o, const crpci_order_item *i)
+CRPCI_FN crpci_list *crpci_order_bucket(crpci_order *o, const crpci_order_item *i)
 {
     return &o->buckets[i->key % CRPCI_ORDER_BUCKETS];
 }
 
-CRPCI_COLD int crpci_order_open(crpci_order *o, crpci_heap *h, int64_t max_waiting)
+CRPCI_COLD void crpci_order_init(crpci_order *o, int64_t max_waiting)
 {
     unsigned i;
     o->waiting = 0;
     o->max_waiting = max_waiting;
-    o->buckets = (crpci_list *)crpci_heap_alloc(h, CRPCI_ORDER_BUCKETS * sizeof *o->buckets);
-    for (i = 0; o->buckets && i < CRPCI_ORDER_BUCKETS; i++)
+    for (i = 0; i < CRPCI_ORDER_BUCKETS; i++)
         crpci_list_init(&o->buckets[i]);
-    return o->buckets ? CRPC_OK : CRPC_ENOMEM;
-}
-
-CRPCI_COLD void crpci_order_close(crpci_order *o, crpci_heap *h)
-{
-    crpci_heap_free(h, o->buckets, CRPCI_ORDER_BUCKETS * sizeof *o->buckets);
-    o->buckets = NULL;
 }
 
 /* CRPC_OK: the request is the first of its key and may run. CRPC_EPENDING: it waits for its turn.
@@ -21587,15 +21020,11 @@ CRPCI_FN crpci_order_item *crpci_order_leave(crpci_order *o, crpci_order_item *i
 #define CRPCI_REPLAY_ID_MAX 64 /* bytes of a request's id */
 #define CRPCI_REPLAY_BUCKETS_MAX 4096u
 
-/* A reply without its correlation id, in a chunk of its own: sizes of its parts; their bytes follow
- * in this order. */
+/* A reply, in a chunk of its own, with the bytes that it refers to. */
 typedef struct crpci_replay_reply {
     const void *protocol; /* that the fields are encoded for */
-    int code;
-    size_t text;
-    size_t fields;
-    size_t payload;
-    size_t attachment;
+    crpci_message m;      /* a repeated request puts in its own id; the attachment is behind the
+                           * payload */
 } crpci_replay_reply;
 
 /* A request that is executing, or has finished. */
@@ -21628,21 +21057,16 @@ typedef struct crpci_replay {
 CRPCI_COLD int crpci_replay_open(crpci_replay *r, crpci_heap *h, size_t entries, int64_t max_bytes,
                                  int64_t keep_us)
 {
-    size_t i;
     memset(r, 0, sizeof *r);
     r->heap = h;
     r->max = entries;
     r->max_bytes = max_bytes;
     r->keep_us = keep_us;
     crpci_list_init(&r->age);
-    for (r->bucket_count = 16; r->bucket_count < entries;) {
-        if (r->bucket_count == CRPCI_REPLAY_BUCKETS_MAX)
-            break;
+    r->bucket_count = 16;
+    while (r->bucket_count < entries && r->bucket_count < CRPCI_REPLAY_BUCKETS_MAX)
         r->bucket_count *= 2;
-    }
-    r->buckets = (crpci_list *)crpci_heap_alloc(h, r->bucket_count * sizeof *r->buckets);
-    for (i = 0; r->buckets && i < r->bucket_count; i++)
-        crpci_list_init(&r->buckets[i]);
+    r->buckets = crpci_list_table(h, r->bucket_count);
     return r->buckets ? CRPC_OK : CRPC_ENOMEM;
 }
 
@@ -21679,7 +21103,7 @@ CRPCI_FN void crpci_replay_expire(crpci_replay *r, int64_t now)
         crpci_replay_evict(r);
 }
 
-CRPCI_FN uint64_t crpci_replay_hash(const void *method, crpc_view id)
+CRPCI_COLD uint64_t crpci_replay_hash(const void *method, crpc_view id)
 {
     return crpci_base_mix(crpci_base_hash(crpc_view_data(id), crpc_view_size(id)) ^
                              (uint64_t)(uintptr_t)method);
@@ -21760,33 +21184,37 @@ CRPCI_COLD void crpci_replay_close(crpci_replay *r)
     r->buckets = NULL;
 }
 
-/* Makes a chunk that holds a crpci_replay_reply: code, text, user fields (encoded for `protocol`),
- * payload and attachment. NULL: out of memory. */
-CRPCI_FN crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol, int code,
-                                        const crpc_view part[4])
+/* Copies bytes to *at, which moves behind them. */
+CRPCI_COLD crpc_view crpci_replay_append(uint8_t **at, const void *bytes, size_t n)
 {
-    size_t size = sizeof(crpci_replay_reply), i;
+    uint8_t *to = *at;
+    if (n)
+        memcpy(to, bytes, n);
+    *at += n;
+    return crpc_view_of(n ? to : NULL, n);
+}
+
+/* Makes a chunk that holds a crpci_replay_reply: a copy of a reply, whose attachment may be
+ * elsewhere. NULL: out of memory. */
+CRPCI_COLD crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol,
+                                          const crpci_message *m, const void *attachment)
+{
+    size_t text = crpc_view_size(m->text), fields = crpc_view_size(m->fields);
+    crpci_chunk *c = crpci_heap_chunk(
+        h, sizeof(crpci_replay_reply) + text + fields + m->payload_size + m->attachment_size);
     crpci_replay_reply *r;
-    crpci_chunk *c;
-    uint8_t *to;
-    for (i = 0; i < 4; i++)
-        size += crpc_view_size(part[i]);
-    c = crpci_heap_chunk(h, size);
+    uint8_t *at;
     if (!c)
         return NULL;
     r = (crpci_replay_reply *)(void *)crpci_heap_data(c);
-    to = (uint8_t *)(r + 1);
+    at = (uint8_t *)(r + 1);
     r->protocol = protocol;
-    r->code = code;
-    r->text = crpc_view_size(part[0]);
-    r->fields = crpc_view_size(part[1]);
-    r->payload = crpc_view_size(part[2]);
-    r->attachment = crpc_view_size(part[3]);
-    for (i = 0; i < 4; i++) {
-        if (crpc_view_size(part[i]))
-            memcpy(to, crpc_view_data(part[i]), crpc_view_size(part[i]));
-        to += crpc_view_size(part[i]);
-    }
+    r->m = *m;
+    r->m.text = crpci_replay_append(&at, crpc_view_data(m->text), text);
+    r->m.fields = crpci_replay_append(&at, crpc_view_data(m->fields), fields);
+    r->m.payload = at;
+    crpci_replay_append(&at, m->payload, m->payload_size);
+    crpci_replay_append(&at, attachment, m->attachment_size);
     return c;
 }
 
@@ -22096,6 +21524,7 @@ CRPCI_COLD crpci_peer_account *crpci_peer_largest(const crpci_peer_table *t,
 
 /* The limits of one method. The caller locks. All zero, there are none. */
 typedef struct crpci_quota {
+    struct crpci_quota *next; /* of the server's quotas */
     uint32_t max; /* requests in service; 0: no limit */
     uint32_t active;
     bool adaptive;
@@ -22149,6 +21578,7 @@ CRPCI_FN void crpci_quota_leave(crpci_quota *q, bool ok, int64_t latency_us, int
  * stands here because every request reads it. */
 
 #define CRPCI_CONTEXT_CONN_MAX 4096 /* requests of one connection in service at a time */
+#define CRPCI_CONTEXT_CROWDED CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
 
 /* The life of a server, which only goes forward. */
 typedef enum crpci_server_state {
@@ -22197,10 +21627,9 @@ struct crpc_server {
         crpci_mutex lock;  /* of what follows; taken after a loop's lock, and before the workers' or
                             * the heap's */
         bool over;         /* the workers are stopping: nothing is handed to them any more */
-        crpci_order order; /* buckets NULL: no request had a key yet */
+        crpci_order order;
         crpci_replay replay;
-        crpci_quota *quotas; /* of the methods that have limits */
-        size_t quota_count;
+        crpci_quota *quotas; /* list: of the methods that have limits */
         crpci_peer_table peers;
         uint64_t replayed, unremembered; /* requests: repeated; run without a free entry */
     } guard;
@@ -22216,9 +21645,9 @@ struct crpc_server {
         crpci_backend *registry;
         struct crpci_enrolment *items; /* one a service */
         size_t count;
+        size_t missing; /* services that the registry has not confirmed yet */
         crpci_waiter *waiter; /* crpc_server_start waits for all of them */
         char text[CRPC_ERROR_TEXT_MAX]; /* why the last registration failed */
-        char *url, *credential, *advertise, *group, *version, *application; /* copies of options */
     } enrolment;
     struct {
         crpci_timer timer; /* ends LAME, then checks every 10 ms whether the server is drained */
@@ -22228,7 +21657,7 @@ struct crpc_server {
         bool close_later; /* closed in a callback: close_task does it when the server is drained */
         crpci_task close_task;
     } drain;
-    crpc_server_options options; /* its strings may be gone: `enrolment` and `io` have copies */
+    crpc_server_options options; /* with copies of the program's texts; loops.thread_name is in `io` */
 };
 
 /* One request in service. It lies at the start of `block`, and is gone with it. */
@@ -22239,20 +21668,10 @@ struct crpc_context {
     crpc_loop *loop;
     crpci_conn *conn;
     crpci_chunk *block; /* holds this, the request, the response, and the reply if that is short */
-    crpci_chunk *extra; /* list of chunks: what crpc_context_alloc gave out */
-    struct crpci_guard *guard; /* NULL: the request has no limit, order or id to heed */
     const crpci_service_method *method;
     void *request;
     void *response;
-    size_t reply_at;    /* offset in the block: from here the reply is encoded, if it fits */
-    size_t intercepted; /* interceptors whose `before` has passed, so that `after` is due */
-    int app_code;       /* set by crpc_context_fail; 0: none */
-    char *text; /* for the error reply; NULL: the text of the status. In `extra` */
-    char *peer; /* address, as crpc_context_peer formats it; NULL: not asked for. In `extra` */
-    crpci_message_out fields; /* of the reply */
-    crpc_view attachment; /* of the reply */
-    crpci_chunk *attachment_chunk;
-    crpc_view credential;
+    size_t reply_at; /* offset in the block: from here the reply is encoded, if it fits */
     /* the request, as in its crpci_message; `chunk` keeps its bytes */
     crpci_chunk *chunk;
     crpc_view received; /* fields */
@@ -22261,6 +21680,18 @@ struct crpc_context {
     const uint8_t *payload; /* the attachment stands behind it */
     size_t payload_size;
     size_t attachment_size;
+    /* from here on all is 0 at first */
+    crpci_chunk *extra; /* list of chunks: what crpc_context_alloc gave out */
+    struct crpci_guard *guard; /* NULL: the request has no limit, order or id to heed */
+    size_t intercepted; /* interceptors whose `before` has passed, so that `after` is due */
+    int app_code;       /* set by crpc_context_fail; 0: none */
+    char *text; /* for the error reply; NULL: the text of the status. In `extra` */
+    char *peer; /* address, as crpc_context_peer formats it; NULL: not asked for. In `extra` */
+    crpci_message_out fields; /* of the reply */
+    crpc_view attachment; /* of the reply */
+    crpci_chunk *attachment_chunk;
+    crpci_out *reply; /* when the request is concluded; NULL: no memory, or the server has stopped */
+    crpc_view credential;
 };
 
 /* Whether a request has a guard. Constant without CRPC_ENABLE_POLICY, so that the compiler drops
@@ -22270,17 +21701,14 @@ CRPCI_FN bool crpci_context_guarded(const crpc_context *x)
     return CRPC_ENABLE_POLICY && x->guard;
 }
 
-/* Makes a reply of the parts that `r` measures and `bytes` holds in that order. Text, fields and
- * payload are copied; the attachment is not, so the caller sees to it that `bytes` outlives the
- * frame (tail_chunk). NULL: out of memory. */
-CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, int64_t id, const crpci_replay_reply *r,
-                                          const void *bytes)
+/* Makes the frame of a reply. Text, fields and payload are copied; the attachment behind the
+ * payload is not, so the caller sees to it that its bytes outlive the frame (tail_chunk). NULL: out
+ * of memory. */
+CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, const crpci_message *m)
 {
-    const uint8_t *text = (const uint8_t *)bytes, *fields = text + r->text;
-    const uint8_t *payload = fields + r->fields;
-    size_t head = sizeof(crpci_out) + conn->protocol->headroom + r->text + r->fields;
-    crpci_chunk *chunk = crpci_heap_chunk(conn->loop->heap, head + r->payload);
-    crpci_message m;
+    size_t head = sizeof(crpci_out) + conn->protocol->headroom + crpc_view_size(m->text) +
+                  crpc_view_size(m->fields);
+    crpci_chunk *chunk = crpci_heap_chunk(conn->loop->heap, head + m->payload_size);
     uint8_t *data;
     crpci_out *o;
     if (!chunk)
@@ -22288,21 +21716,13 @@ CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, int64_t id, const cr
     data = crpci_heap_data(chunk);
     o = (crpci_out *)(void *)data;
     memset(o, 0, sizeof *o);
-    memset(&m, 0, sizeof m);
-    m.kind = CRPCI_MESSAGE_REPLY;
-    m.id = id;
-    m.status = r->code;
-    m.text = crpc_view_of(text, r->text);
-    m.fields = crpc_view_of(r->fields ? fields : NULL, r->fields);
-    m.payload_size = r->payload;
-    m.attachment_size = r->attachment;
-    if (r->payload)
-        memcpy(data + head, payload, r->payload);
-    o->head = conn->protocol->reply(data + sizeof *o, data + head, &m);
-    o->head_len = (size_t)(data + head + r->payload - o->head);
+    if (m->payload_size)
+        memcpy(data + head, m->payload, m->payload_size);
+    o->head = conn->protocol->reply(data + sizeof *o, data + head, m);
+    o->head_len = (size_t)(data + head + m->payload_size - o->head);
     o->chunk = chunk;
-    o->tail = payload + r->payload;
-    o->tail_len = r->attachment;
+    o->tail = m->attachment_size ? m->payload + m->payload_size : NULL;
+    o->tail_len = m->attachment_size;
     return o;
 }
 
@@ -22311,14 +21731,16 @@ CRPCI_COLD crpci_out *crpci_context_frame(crpci_conn *conn, int64_t id, const cr
 CRPCI_COLD void crpci_context_refuse(crpci_conn *conn, const crpci_message *m, int code,
                                      const char *text)
 {
-    crpci_replay_reply r;
+    crpci_message reply;
     crpci_out *o;
     if (!CRPC_ENABLE_TEXTS)
         text = crpc_status_name(code);
-    memset(&r, 0, sizeof r);
-    r.code = code;
-    r.text = crpci_base_min(strlen(text), CRPC_ERROR_TEXT_MAX);
-    o = crpci_context_frame(conn, m->id, &r, text);
+    memset(&reply, 0, sizeof reply);
+    reply.kind = CRPCI_MESSAGE_REPLY;
+    reply.id = m->id;
+    reply.status = code;
+    reply.text = crpc_view_of(text, crpci_base_min(strlen(text), CRPC_ERROR_TEXT_MAX));
+    o = crpci_context_frame(conn, &reply);
     conn->loop->stats.limited += code == CRPC_ELIMIT;
     if (o)
         crpci_conn_reply(conn, o, m->turn);
@@ -22350,28 +21772,18 @@ CRPCI_COLD CRPC_PRINTF(2, 0) void crpci_context_vexplain(crpc_context *x, const 
  * reply has the name of its status. The texts of handlers are always sent. */
 #if CRPC_ENABLE_TEXTS
 #define crpci_context_error crpc_context_error
-
-CRPCI_COLD CRPC_PRINTF(2, 3) void crpci_context_explain(crpc_context *x, const char *format, ...)
-{
-    va_list ap;
-    va_start(ap, format);
-    crpci_context_vexplain(x, format, ap);
-    va_end(ap);
-}
 #else
 #define crpci_context_error(x, status, ...)                                                        \
     (0 ? crpc_context_error(x, status, __VA_ARGS__) : (status))
-#define crpci_context_explain(x, ...) ((void)crpci_context_error(x, 0, __VA_ARGS__))
 #endif
 
 CRPC_API int crpc_context_fail(crpc_context *x, int app_code, const char *format, ...)
 {
     va_list ap;
-    if (crpci_status_reserved(app_code)) {
-        crpci_context_explain(x, "crpc_context_fail: code %d is reserved (0-199, 1000-3999)",
-                              app_code);
-        return CRPC_EINTERNAL;
-    }
+    if (crpci_status_reserved(app_code))
+        return crpci_context_error(x, CRPC_EINTERNAL,
+                                   "crpc_context_fail: code %d is reserved (0-199, 1000-3999)",
+                                   app_code);
     x->app_code = app_code;
     va_start(ap, format);
     crpci_context_vexplain(x, format, ap);
@@ -22416,9 +21828,9 @@ CRPCI_FN int crpci_context_encode_response(crpc_context *x, crpci_message_out *o
         err = CRPC_ECODEC;
         why = CRPCI_STATUS_TEXT("it is over 2 GiB with its attachment");
     }
-    if (err)
-        crpci_context_explain(x, "the response could not be encoded: %s", why);
-    return err ? CRPC_EINTERNAL : CRPC_OK;
+    return CRPCI_LIKELY(!err) ? CRPC_OK
+                              : crpci_context_error(x, CRPC_EINTERNAL,
+                                                    "the response could not be encoded: %s", why);
 }
 
 /* Builds the reply of a finished request, and says in *m what it consists of. Layout from `front`:
@@ -22530,8 +21942,7 @@ CRPCI_FN bool crpci_context_end(crpci_conn *conn)
     return true;
 }
 
-/* Gives up a reference; the last one frees the server. A caller that holds a lock must know that
- * this is not the last one. */
+/* Gives up a reference; the last one frees the server, which takes no lock but the heap's. */
 CRPCI_FN void crpci_context_drop_server(crpc_server *s)
 {
     if (crpci_thread_unref(&s->refs))
@@ -22599,50 +22010,26 @@ CRPCI_FN int crpci_context_code(crpc_context *x, int status)
         return x->app_code;
     if (status > 199 && crpci_status_reserved(status))
         return status;
-    crpci_context_explain(x,
-                          "the handler returned %d, which is no crpc_status; an application's "
-                          "code is set with crpc_context_fail",
-                          status);
-    return CRPC_EINTERNAL;
+    return crpci_context_error(x, CRPC_EINTERNAL,
+                               "the handler returned %d, which is no crpc_status; an "
+                               "application's code is set with crpc_context_fail",
+                               status);
 }
 
-/* Ends a request of a server that has stopped. crpc_server_close may have returned, so services and
- * interceptors of the program must not be touched; the reply is dropped. */
-CRPCI_COLD int crpci_context_too_late(crpc_context *x)
-{
-    crpc_server *s = x->server;
-    crpc_loop *l = x->loop;
-    crpci_conn *conn = x->conn;
-    bool last;
-    if (crpci_context_guarded(x))
-        s->guard.ops->end(x, NULL, -1);
-    crpci_context_free(x);
-    crpci_loop_lock(l);
-    last = crpci_context_end(conn);
-    crpci_loop_unlock(l);
-    if (last)
-        crpci_context_release(s, l);
-    return CRPC_EGONE;
-}
-
-/* The rest of a request's end, kept on the stack after its context is gone. */
-typedef struct crpci_context_outcome {
-    crpc_server *server;
-    crpc_loop *loop;
-    crpci_conn *conn;
-    uint32_t turn;
-    crpci_out *reply;   /* NULL: there was no memory for one */
-    crpci_chunk *bytes; /* of the request */
-} crpci_context_outcome;
-
-/* Ends a request up to the queueing of its reply: runs the interceptors' `after` in reverse order,
- * encodes the reply and frees the context. Without the lock, because encoding may take long. */
-CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int status)
+/* Ends a request up to the queueing of its reply: runs the interceptors' `after` in reverse order
+ * and encodes the reply. Without the lock, because encoding may take long. If the server has
+ * stopped there is no reply: crpc_server_close may have returned, so services and interceptors of
+ * the program must not be touched. */
+CRPCI_FN void crpci_context_conclude(crpc_context *x, int status)
 {
     const crpc_server *s = x->server;
-    crpci_context_outcome end;
     crpci_message m;
     int code;
+    if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) == CRPCI_SERVER_STOPPED)) {
+        if (crpci_context_guarded(x))
+            s->guard.ops->end(x, NULL, -1);
+        return;
+    }
     while (x->intercepted) {
         const crpc_server_interceptor *i = &s->options.interceptors[--x->intercepted];
         if (i->after)
@@ -22653,32 +22040,29 @@ CRPCI_FN crpci_context_outcome crpci_context_conclude(crpc_context *x, int statu
         crpc_context_add_field(x, CRPCI_MESSAGE_APP_FIELD, "1"))
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
                        "server: out of memory: a client takes the handler's error for crpc's own");
-    end.server = x->server;
-    end.loop = x->loop;
-    end.conn = x->conn;
-    end.turn = x->turn;
-    end.bytes = x->chunk;
-    end.reply = CRPCI_LIKELY(!crpci_context_guarded(x)) ? crpci_context_encode(x, code, &m)
-                                                        : s->guard.ops->encode(x, code);
-    x->chunk = NULL;
-    crpci_context_free(x);
-    return end;
+    x->reply = CRPCI_LIKELY(!crpci_context_guarded(x)) ? crpci_context_encode(x, code, &m)
+                                                       : s->guard.ops->encode(x, code);
 }
 
-/* Queues the reply; the caller or the driver sends it. Locked. The connection may have closed in
- * the meantime: then the reply is dropped. True: crpci_context_release is due. */
-CRPCI_FN bool crpci_context_reply(const crpci_context_outcome *end)
+/* Frees the context of a concluded request and queues its reply; the caller or the driver sends it.
+ * Locked. The connection may have closed in the meantime: then the reply is dropped. True:
+ * crpci_context_release is due. */
+CRPCI_FN bool crpci_context_reply(crpc_context *x)
 {
-    crpci_conn *conn = end->conn;
+    crpci_conn *conn = x->conn;
+    crpci_out *reply = x->reply;
+    uint32_t turn = x->turn;
     bool last;
-    crpci_loop_unshare(end->loop, end->bytes);
+    crpci_loop_unshare(x->loop, x->chunk);
+    x->chunk = NULL;
+    crpci_context_free(x);
     crpci_conn_hold(conn);
     last = crpci_context_end(conn);
     if (conn->closed) {
-        if (end->reply)
-            crpci_conn_out_free(end->reply);
-    } else if (end->reply) {
-        crpci_conn_reply(conn, end->reply, end->turn);
+        if (reply)
+            crpci_conn_out_free(reply);
+    } else if (reply) {
+        crpci_conn_reply(conn, reply, turn);
         crpci_context_throttle(conn);
         crpci_context_close_if_done(conn);
     } else {
@@ -22689,22 +22073,21 @@ CRPCI_FN bool crpci_context_reply(const crpci_context_outcome *end)
 }
 
 /* Ends a request on any thread, without the lock. CRPC_EGONE: nobody gets the reply, because the
- * connection is closed or the server has stopped. */
+ * connection is closed, the server has stopped, or there was no memory for it. */
 CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
 {
-    crpci_context_outcome end;
+    crpc_server *s = x->server;
+    crpc_loop *l = x->loop;
     bool gone, last;
-    if (CRPCI_UNLIKELY(crpci_thread_load(&x->server->state) == CRPCI_SERVER_STOPPED))
-        return crpci_context_too_late(x);
-    end = crpci_context_conclude(x, status);
-    crpci_loop_lock(end.loop);
-    gone = end.conn->closed;
-    last = crpci_context_reply(&end);
-    if (crpci_loop_may_send(end.loop))
-        crpci_loop_run_list(end.loop, &end.loop->dirty);
-    crpci_loop_unlock(end.loop);
+    crpci_context_conclude(x, status);
+    crpci_loop_lock(l);
+    gone = !x->reply || x->conn->closed;
+    last = crpci_context_reply(x);
+    if (crpci_loop_may_send(l))
+        crpci_loop_run_list(l, &l->dirty);
+    crpci_loop_unlock(l);
     if (last)
-        crpci_context_release(end.server, end.loop);
+        crpci_context_release(s, l);
     return gone ? CRPC_EGONE : CRPC_OK;
 }
 
@@ -22746,21 +22129,28 @@ CRPCI_FN int crpci_context_serve(crpc_context *x)
  * lock that follows user code anyway, and the driver sends it before it sleeps. */
 CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
 {
-    crpci_context_outcome end;
+    crpc_server *s = x->server;
     int status;
-    bool now = false;
     crpci_loop_user_begin(l);
     status = crpci_context_serve(x);
-    if (CRPCI_UNLIKELY(status != CRPC_EPENDING &&
-                       crpci_thread_load(&x->server->state) == CRPCI_SERVER_STOPPED)) {
-        crpci_context_too_late(x);
-    } else if (status != CRPC_EPENDING) {
-        end = crpci_context_conclude(x, status);
-        now = true;
-    }
+    if (status != CRPC_EPENDING)
+        crpci_context_conclude(x, status);
     crpci_loop_user_end(l);
-    if (now && crpci_context_reply(&end))
-        crpci_context_release(end.server, l); /* the loop works for it: not the last reference */
+    if (status != CRPC_EPENDING && crpci_context_reply(x))
+        crpci_context_release(s, l);
+}
+
+/* Hands a request to the workers, or makes it a task of its loop, which is locked then. Returns
+ * NULL, or the text with which to refuse it; one that was `admitted` before is not refused. From
+ * here on another thread may run the request and free its context. */
+CRPCI_FN const char *crpci_context_dispatch(crpc_context *x, bool admitted)
+{
+    crpc_server *s = x->server;
+    if (!s->worker_count)
+        crpci_loop_ready(x->loop, &x->task);
+    else if (!crpci_worker_put(&s->workers, &x->task, admitted))
+        return CRPCI_CONTEXT_CROWDED;
+    return NULL;
 }
 
 /* Runs a request. A worker passes NULL as the loop, and holds no lock. */
@@ -22783,7 +22173,7 @@ CRPCI_FN void crpci_context_task(crpc_loop *l, crpci_task *task)
 CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                          const crpci_service_method *method)
 {
-    const size_t align = 15;
+    const size_t align = 15, zero = offsetof(crpc_context, extra);
     size_t at = (sizeof(crpc_context) + align) & ~align;
     size_t response_at = (at + method->request.size + align) & ~align;
     size_t reply_at = (response_at + method->response.size + align) & ~align;
@@ -22794,14 +22184,7 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     if (!block)
         return NULL;
     x = (crpc_context *)(void *)crpci_heap_data(block);
-    memset((char *)x + at, 0, reply_at - at);
-    memset(&x->fields, 0, sizeof x->fields);
-    x->guard = NULL;
-    x->intercepted = 0;
-    x->app_code = 0;
-    x->extra = x->attachment_chunk = NULL;
-    x->text = x->peer = NULL;
-    x->attachment = x->credential = crpc_view_of(NULL, 0);
+    memset((char *)x + zero, 0, reply_at - zero);
     x->origin.log_id = x->origin.trace_id = x->origin.span_id = 0;
     x->block = block;
     x->request = (char *)x + at;
@@ -22927,8 +22310,6 @@ CRPC_API const char *crpc_context_peer(crpc_context *x)
  * the thread that uses the context. s->guard.lock protects quotas, clients, order and replay
  * entries. It is held for bookkeeping only, never while a handler runs. */
 
-#define CRPCI_GUARD_CROWDED CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
-
 /* The guard's part of one request. Intake fills one on its stack; a request that is let in has a
  * copy in its context's memory. */
 typedef struct crpci_guard {
@@ -22943,16 +22324,6 @@ typedef struct crpci_guard {
     int64_t since;      /* when the request arrived; set if it has a quota or a client */
 } crpci_guard;
 
-/* Hands a request to the workers, or makes it a task of its loop. False: worker_queue is full.
- * Locked. From here on another thread may run the request and free its context. */
-CRPCI_COLD bool crpci_guard_dispatch(crpc_server *s, crpc_context *x)
-{
-    if (s->worker_count)
-        return crpci_worker_push(&s->workers, &x->task);
-    crpci_loop_ready(x->loop, &x->task);
-    return true;
-}
-
 /* Lets a request in: it runs now, or when its turn comes. Returns NULL, or the text with which to
  * refuse it. `of` is copied. Locked. The turn is taken before the request is handed over: its
  * handler may end at once on another thread, and would pass on a turn that it does not have. */
@@ -22960,28 +22331,27 @@ CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
 {
     crpc_server *s = x->server;
     crpci_guard *g;
-    int err = CRPC_OK;
+    const char *why = NULL;
+    int err;
     if (!of->ordered && !of->quota && !crpc_view_size(of->id))
-        return crpci_guard_dispatch(s, x) ? NULL : CRPCI_GUARD_CROWDED;
+        return crpci_context_dispatch(x, false);
     x->guard = g = (crpci_guard *)crpc_context_alloc(x, sizeof *g);
     if (!g)
         return CRPCI_STATUS_TEXT("out of memory");
     *g = *of;
     g->context = x;
     if (!g->ordered)
-        return crpci_guard_dispatch(s, x) ? NULL : CRPCI_GUARD_CROWDED;
+        return crpci_context_dispatch(x, false);
     crpci_thread_lock(&s->guard.lock);
-    if (!s->guard.order.buckets)
-        err = crpci_order_open(&s->guard.order, s->heap, s->options.worker_queue);
-    err = err ? err : crpci_order_enter(&s->guard.order, &g->order);
-    if (!err && !crpci_guard_dispatch(s, x)) {
+    err = crpci_order_enter(&s->guard.order, &g->order);
+    if (err == CRPC_ELIMIT)
+        why = CRPCI_CONTEXT_CROWDED;
+    else if (!err)
+        why = crpci_context_dispatch(x, false);
+    if (!err && why)
         crpci_order_leave(&s->guard.order, &g->order); /* still locked: none waits behind it */
-        err = CRPC_ELIMIT;
-    }
     crpci_thread_unlock(&s->guard.lock);
-    return !err || err == CRPC_EPENDING ? NULL
-           : err == CRPC_ENOMEM         ? CRPCI_STATUS_TEXT("out of memory")
-                                        : CRPCI_GUARD_CROWDED;
+    return why;
 }
 
 /* Runs a request that was let in before and whose turn has come. False: the server has stopped. No
@@ -22992,14 +22362,14 @@ CRPCI_COLD bool crpci_guard_resume(crpc_context *x)
     bool ok;
     if (s->options.workers) {
         crpci_thread_lock(&s->guard.lock); /* else crpci_lifecycle_dismantle could free them now */
-        ok = !s->guard.over && crpci_worker_put(&s->workers, &x->task, true);
+        ok = !s->guard.over && !crpci_context_dispatch(x, true);
         crpci_thread_unlock(&s->guard.lock);
         return ok;
     }
     crpci_loop_lock(x->loop);
     ok = crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPED; /* else nobody may drive the loop */
     if (ok)
-        crpci_loop_ready(x->loop, &x->task);
+        crpci_context_dispatch(x, true);
     crpci_loop_unlock(x->loop);
     return ok;
 }
@@ -23037,9 +22407,9 @@ CRPCI_COLD int crpci_guard_status(crpc_context *x)
     g->repeats = true;
     r = g->reply ? (const crpci_replay_reply *)(const void *)crpci_heap_data(g->reply) : NULL;
     if (r && r->protocol == x->conn->protocol) {
-        if (crpci_status_reserved(r->code))
-            return r->code;
-        x->app_code = r->code;
+        if (crpci_status_reserved(r->m.status))
+            return r->m.status;
+        x->app_code = r->m.status;
         return CRPC_EAPP;
     }
     crpci_heap_chunk_unref(g->reply);
@@ -23081,24 +22451,14 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
     return x->method->method->serve(x, x->request, x->response, x->method->handlers);
 }
 
-/* Copies the parts of a reply, for requests with the same id. NULL: out of memory. */
-CRPCI_COLD crpci_chunk *crpci_guard_copy(crpc_context *x, const crpci_message *m)
-{
-    crpc_view part[4];
-    part[0] = m->text;
-    part[1] = m->fields;
-    part[2] = crpc_view_of(m->payload, m->payload_size);
-    part[3] = m->attachment_size ? x->attachment : crpc_view_of(NULL, 0);
-    return crpci_replay_copy(x->server->heap, x->conn->protocol, m->status, part);
-}
-
 /* Leaves the quota, if one was entered. `served`: 1: the handler gave an answer, an application's
  * error included; 0: it failed; -1: the latency is no measure of the handler. */
 CRPCI_COLD void crpci_guard_quit(crpc_server *s, crpci_guard *g, int served)
 {
-    int64_t now = g->quota ? crpci_heap_now(s->heap) : 0;
+    int64_t now;
     if (!g->quota)
         return;
+    now = crpci_heap_now(s->heap);
     crpci_thread_lock(&s->guard.lock);
     crpci_quota_leave(g->quota, served > 0, served < 0 ? -1 : now - g->since, now);
     crpci_thread_unlock(&s->guard.lock);
@@ -23112,11 +22472,13 @@ CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_message *m, int ser
 {
     crpc_server *s = x->server;
     crpci_guard *g = x->guard;
-    crpci_chunk *reply = g->entry && m ? crpci_guard_copy(x, m) : NULL;
+    crpci_chunk *reply = NULL;
     crpci_list waiting;
     crpci_list_init(&waiting);
     crpci_guard_quit(s, g, served);
     if (g->entry) {
+        if (m)
+            reply = crpci_replay_copy(s->heap, x->conn->protocol, m, crpc_view_data(x->attachment));
         crpci_thread_lock(&s->guard.lock);
         crpci_replay_finish(&s->guard.replay, g->entry, reply, crpci_heap_rough_now(s->heap),
                             &waiting);
@@ -23146,14 +22508,15 @@ CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
     crpci_message m;
     crpci_out *out;
     if (reply) {
-        const crpci_replay_reply *r =
-            (const crpci_replay_reply *)(const void *)crpci_heap_data(reply);
-        out = crpci_context_frame(x->conn, x->id, r, r + 1);
+        m = ((const crpci_replay_reply *)(const void *)crpci_heap_data(reply))->m;
+        m.id = x->id;
+        out = crpci_context_frame(x->conn, &m);
         if (out && out->tail_len) {
             out->tail_chunk = reply;
             crpci_heap_chunk_ref(reply);
         }
     } else {
+        memset(&m, 0, sizeof m);
         out = crpci_context_encode(x, code, &m);
     }
     crpci_guard_end(x, reply || !out ? NULL : &m, x->guard->repeats ? -1 : !code || x->app_code);
@@ -23254,51 +22617,45 @@ CRPCI_COLD bool crpci_guard_has_room(crpc_server *s, const crpci_peer_account *o
 
 /* --- opening ---------------------------------------------------------------------------------- */
 
-/* Whether a limit applies to a method. A limit without service and method applies to all. */
-CRPCI_COLD bool crpci_guard_limit_matches(const crpc_method_limit *l, const crpc_method *m,
-                                          const crpc_service *service)
+/* Gives a method a quota of its own. One that an earlier limit or an earlier start that failed gave
+ * it stays. */
+CRPCI_COLD int crpci_guard_add_quota(crpc_server *s, crpci_service_method *m,
+                                     const crpc_method_limit *l)
 {
-    return (!l->service || l->service == service) && (!l->method || l->method == m);
+    crpci_quota *q;
+    if (m->quota)
+        return CRPC_OK;
+    m->quota = q = (crpci_quota *)crpci_heap_alloc(s->heap, sizeof *q);
+    if (!q)
+        return CRPC_ENOMEM;
+    crpci_quota_init(q, l, (uint32_t)s->options.workers);
+    q->next = s->guard.quotas;
+    s->guard.quotas = q;
+    s->guard.all = true;
+    return CRPC_OK;
 }
 
-/* Gives each method the quota of the first limit that applies to it, and returns how many methods
- * have one. With `quotas` NULL only counts. */
-CRPCI_COLD size_t crpci_guard_share_quotas(crpc_server *s, crpci_quota *quotas)
-{
-    const crpc_server_options *o = &s->options;
-    size_t i, k, n = 0, of;
-    for (i = 0; i < s->services.count; i++) {
-        const crpci_service *v = &s->services.items[i];
-        for (k = 0; k < v->table->method_count; k++) {
-            for (of = 0; of < o->method_limit_count; of++) {
-                if (crpci_guard_limit_matches(&o->method_limits[of], &v->table->methods[k],
-                                              v->table))
-                    break;
-            }
-            if (of == o->method_limit_count)
-                continue;
-            if (quotas) {
-                crpci_quota_init(&quotas[n], &o->method_limits[of], (uint32_t)o->workers);
-                v->methods[k].quota = &quotas[n];
-            }
-            n++;
-        }
-    }
-    return n;
-}
-
-/* CRPC_EINVAL: a limit applies to no method of the server, so the program cannot mean it. */
-CRPCI_COLD int crpci_guard_check_limit(const crpc_server *s, size_t index, crpc_error *error)
+/* Applies a limit; one without service and method is for all methods. CRPC_EINVAL: it applies to no method of the server, so the program cannot mean
+ * it. */
+CRPCI_COLD int crpci_guard_apply_limit(crpc_server *s, size_t index, crpc_error *error)
 {
     const crpc_method_limit *l = &s->options.method_limits[index];
+    bool applies = false;
     size_t i, k;
     for (i = 0; i < s->services.count; i++) {
-        const crpc_service *table = s->services.items[i].table;
-        for (k = 0; k < table->method_count; k++) {
-            if (crpci_guard_limit_matches(l, &table->methods[k], table))
-                return CRPC_OK;
+        const crpci_service *v = &s->services.items[i];
+        if (l->service && l->service != v->table)
+            continue;
+        for (k = 0; k < v->table->method_count; k++) {
+            if (l->method && l->method != &v->table->methods[k])
+                continue;
+            if (crpci_guard_add_quota(s, &v->methods[k], l))
+                return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
+            applies = true;
         }
     }
+    if (applies)
+        return CRPC_OK;
     return crpci_status_set(error, CRPC_EINVAL,
                             "method_limits[%zu] names %.80s.%.80s, which this server does not have",
                             index,
@@ -23309,23 +22666,14 @@ CRPCI_COLD int crpci_guard_check_limit(const crpc_server *s, size_t index, crpc_
 }
 
 /* Sets up the quotas of methods when the server starts, because services can be added until then.
- * After a start that failed they are there already. */
+ * A method gets that of the first limit that applies to it. */
 CRPCI_COLD int crpci_guard_start_limits(crpc_server *s, crpc_error *error)
 {
     size_t i;
     int err = CRPC_OK;
     for (i = 0; i < s->options.method_limit_count && !err; i++)
-        err = crpci_guard_check_limit(s, i, error);
-    if (err || !s->options.method_limit_count || s->guard.quotas)
-        return err;
-    s->guard.quota_count = crpci_guard_share_quotas(s, NULL);
-    s->guard.quotas =
-        (crpci_quota *)crpci_heap_alloc(s->heap, s->guard.quota_count * sizeof *s->guard.quotas);
-    if (!s->guard.quotas)
-        return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
-    crpci_guard_share_quotas(s, s->guard.quotas);
-    s->guard.all = true;
-    return CRPC_OK;
+        err = crpci_guard_apply_limit(s, i, error);
+    return err;
 }
 
 /* Sets up the tables of request ids and of accounts. */
@@ -23334,6 +22682,7 @@ CRPCI_COLD int crpci_guard_open(crpc_server *s)
     const crpc_server_options *o = &s->options;
     uint64_t secret[2];
     int err = CRPC_OK;
+    crpci_order_init(&s->guard.order, o->worker_queue);
     if (o->replay_entries)
         err = crpci_replay_open(&s->guard.replay, s->heap, (size_t)o->replay_entries,
                                 o->replay_bytes, (int64_t)o->replay_ms * 1000);
@@ -23362,10 +22711,13 @@ CRPCI_COLD void crpci_guard_stats(crpc_server *s, crpc_loop_stats *stats)
 
 CRPCI_COLD void crpci_guard_close(crpc_server *s)
 {
+    crpci_quota *q;
+    while ((q = s->guard.quotas) != NULL) {
+        s->guard.quotas = q->next;
+        crpci_heap_free(s->heap, q, sizeof *q);
+    }
     crpci_replay_close(&s->guard.replay);
-    crpci_order_close(&s->guard.order, s->heap);
     crpci_peer_close(&s->guard.peers, s->heap);
-    crpci_heap_free(s->heap, s->guard.quotas, s->guard.quota_count * sizeof *s->guard.quotas);
     crpci_thread_mutex_free(&s->guard.lock);
 }
 
@@ -23428,10 +22780,8 @@ CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_m
     }
     if (x && CRPCI_UNLIKELY(guarded))
         why = crpci_guard_start(x, &g);
-    else if (x && !s->worker_count)
-        crpci_loop_ready(conn->loop, &x->task);
-    else if (x && !crpci_worker_push(&s->workers, &x->task))
-        why = CRPCI_GUARD_CROWDED;
+    else if (x)
+        why = crpci_context_dispatch(x, false);
     if (CRPCI_LIKELY(!why))
         return;
     if (guarded)
@@ -23506,12 +22856,6 @@ CRPCI_FN void crpci_intake_on_closed(crpci_conn *conn)
     __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
 }
 
-/* Only dialled connections open; a server's are accepted. */
-CRPCI_FN void crpci_intake_on_opened(crpci_conn *conn)
-{
-    (void)conn;
-}
-
 CRPCI_FN void crpci_intake_expire(crpci_conn *conn)
 {
     conn->loop->stats.timeouts++;
@@ -23519,8 +22863,9 @@ CRPCI_FN void crpci_intake_expire(crpci_conn *conn)
 }
 
 /* Closes a connection that was idle for idle_timeout_ms, that has asked for no method of the server
- * within first_request_ms, whose request has not arrived whole within frame_timeout_ms, or which ended its input and does not read its replies. A paused connection is
- * not read, so its peer is not to blame for a partial request. */
+ * within first_request_ms, whose request has not arrived whole within frame_timeout_ms, or which
+ * ended its input and does not read its replies. A paused connection is not read, so its peer is
+ * not to blame for a partial request. */
 CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
 {
     const crpc_server *s = (const crpc_server *)conn->owner;
@@ -23554,11 +22899,17 @@ CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
 }
 
 static const crpci_conn_events crpci_intake_events = {
-    crpci_intake_on_opened, crpci_intake_on_message, crpci_intake_on_oversize, crpci_intake_on_sent,
-    crpci_intake_on_eof,    crpci_intake_on_closed,  crpci_intake_on_timer};
+    NULL, /* only dialled connections open */
+    crpci_intake_on_message,
+    crpci_intake_on_oversize,
+    crpci_intake_on_sent,
+    crpci_intake_on_eof,
+    crpci_intake_on_closed,
+    crpci_intake_on_timer};
 
-/* Closes the server's connections on a loop, which other servers and channels may share. Locked. */
-CRPCI_FN void crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
+/* Closes the server's connections on a loop, which other servers and channels may share. Locked.
+ * Returns false, as crpci_lifecycle_any wants to hear. */
+CRPCI_FN bool crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
 {
     crpci_list *i, *next;
     for (i = l->conns.next; i != &l->conns; i = next) {
@@ -23567,6 +22918,7 @@ CRPCI_FN void crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
         if (c->up == &crpci_intake_events && c->owner == s)
             crpci_conn_close(c, CRPC_ECLOSE, 0);
     }
+    return false;
 }
 
 /* Closes one connection of an account on a loop: one that has not asked for a method of the server
@@ -23593,7 +22945,7 @@ CRPCI_COLD bool crpci_intake_evict(crpc_server *s, crpc_loop *l, const void *acc
 /* Whether any of the server's connections on a loop has output to send, or input that was not read:
  * TCP answers the closing of such a connection with a reset, which can destroy replies on their
  * way. Locked. */
-CRPCI_FN bool crpci_intake_has_output(const crpc_server *s, crpc_loop *l)
+CRPCI_FN bool crpci_intake_has_output(crpc_server *s, crpc_loop *l)
 {
     crpci_list *i;
     for (i = l->conns.next; i != &l->conns; i = i->next) {
@@ -23953,16 +23305,14 @@ CRPCI_FN void crpci_enrolment_on_status(void *user, int status, const char *text
 {
     crpci_enrolment *e = (crpci_enrolment *)user;
     crpc_server *s = e->server;
-    size_t i, through = 0;
     crpci_loop_lock(s->loop);
-    if (!status)
-        e->through = true;
-    else
+    if (status) {
         snprintf(s->enrolment.text, sizeof s->enrolment.text, "%s", text ? text : "");
-    for (i = 0; i < s->enrolment.count; i++)
-        through += s->enrolment.items[i].through;
-    if (through == s->enrolment.count && s->enrolment.waiter)
-        crpci_drive_end_wait(s->loop, s->enrolment.waiter);
+    } else if (!e->through) {
+        e->through = true;
+        if (--s->enrolment.missing == 0 && s->enrolment.waiter)
+            crpci_drive_end_wait(s->loop, s->enrolment.waiter);
+    }
     crpci_loop_unlock(s->loop);
 }
 
@@ -23989,17 +23339,17 @@ CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, c
                    ? n->addr.u.in4.sin_addr.s_addr == htonl(INADDR_ANY)
                    : memcmp(&n->addr.u.in6.sin6_addr, &any.u.in6.sin6_addr, 16) == 0;
     }
-    if (s->enrolment.advertise) {
-        const char *colon = strrchr(s->enrolment.advertise, ':'),
-                   *bracket = strrchr(s->enrolment.advertise, ']');
+    if (s->options.advertise) {
+        const char *colon = strrchr(s->options.advertise, ':'),
+                   *bracket = strrchr(s->options.advertise, ']');
         bool has_port = colon && (!bracket || colon > bracket);
         if (!has_port && !n)
             return crpci_status_set(error, CRPC_EINVAL,
                                     "advertise \"%.80s\": no port, and no "
                                     "tcp:// listener to take it from",
-                                    s->enrolment.advertise);
-        text = has_port ? crpci_heap_format(s->heap, "%s", s->enrolment.advertise)
-                        : crpci_heap_format(s->heap, "%s:%u", s->enrolment.advertise, port);
+                                    s->options.advertise);
+        text = has_port ? crpci_heap_format(s->heap, "%s", s->options.advertise)
+                        : crpci_heap_format(s->heap, "%s:%u", s->options.advertise, port);
         if (!text)
             return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
         err = crpci_resolver_address(s->heap, text, out, size, error);
@@ -24007,7 +23357,7 @@ CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, c
         return err ? crpci_status_set(error, err,
                                       "advertise \"%.80s\" is not host[:port], or "
                                       "cannot be resolved (IPv6 stands in brackets)",
-                                      s->enrolment.advertise)
+                                      s->options.advertise)
                    : CRPC_OK;
     }
     if (!n)
@@ -24044,24 +23394,24 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
     int err = crpci_enrolment_address(s, address, sizeof address, error);
     memset(&o, 0, sizeof o);
     o.session_timeout_ms = s->options.directory.session_timeout_ms;
-    o.credential = s->enrolment.credential;
+    o.credential = s->options.directory.credential;
     err = err ? err
-              : crpci_open_registry(s->loop, s->enrolment.url, &o, &s->enrolment.registry, error);
+              : crpci_open_registry(s->loop, s->options.registry, &o, &s->enrolment.registry, error);
     if (err)
         return err;
     s->enrolment.items = (crpci_enrolment *)crpci_heap_alloc(
         s->heap, s->services.count * sizeof *s->enrolment.items);
     if (!s->enrolment.items && s->services.count)
         return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
-    s->enrolment.count = s->services.count;
+    s->enrolment.count = s->enrolment.missing = s->services.count;
     methods = (char *)crpci_heap_alloc(s->heap, room);
     if (!methods)
         return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
     memset(&what, 0, sizeof what);
     what.address = address;
-    what.group = s->enrolment.group;
-    what.version = s->enrolment.version;
-    what.application = s->enrolment.application;
+    what.group = s->options.directory.group;
+    what.version = s->options.directory.version;
+    what.application = s->options.directory.application;
     what.methods = methods;
     what.weight = s->options.weight;
     what.warmup_ms = s->options.warmup_ms;
@@ -24074,7 +23424,7 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
     }
     crpci_heap_free(s->heap, methods, room);
     return err ? crpci_status_set(error, err, "%.100s: cannot register %.60s at %.60s: %s",
-                                  s->enrolment.url, what.service, address, crpc_status_text(err))
+                                  s->options.registry, what.service, address, crpc_status_text(err))
                : CRPC_OK;
 }
 
@@ -24086,23 +23436,18 @@ CRPCI_COLD int crpci_enrolment_await(crpc_server *s, crpc_error *error)
     crpc_loop *l = s->loop;
     int64_t ms = s->options.directory.timeout_ms;
     crpci_waiter w;
-    size_t i, through = 0;
     int err = CRPC_OK;
     memset(&w, 0, sizeof w);
     crpci_loop_lock(l);
-    for (i = 0; i < s->enrolment.count; i++)
-        through += s->enrolment.items[i].through;
-    if (through < s->enrolment.count && ms && !crpci_loop_in_callback(l)) {
+    if (s->enrolment.missing && ms && !crpci_loop_in_callback(l)) {
         s->enrolment.waiter = &w;
         crpci_drive_wait(l, &w, crpci_loop_now(l) + ms * 1000, false);
         s->enrolment.waiter = NULL;
-        for (i = 0, through = 0; i < s->enrolment.count; i++)
-            through += s->enrolment.items[i].through;
     }
-    if (through < s->enrolment.count && s->options.directory.must_connect)
+    if (s->enrolment.missing && s->options.directory.must_connect)
         err = crpci_status_set(error, CRPC_EREGISTRY,
                                "%.80s: not registered within %d ms (registry_timeout_ms)%s%.100s",
-                               s->enrolment.url, (int)ms, *s->enrolment.text ? ": " : "",
+                               s->options.registry, (int)ms, *s->enrolment.text ? ": " : "",
                                s->enrolment.text);
     crpci_loop_unlock(l);
     return err;
@@ -24131,9 +23476,24 @@ CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
  * server's loop takes the steps, so crpc_server_stop does not wait. crpc_server_close waits for the
  * last step and then takes the server apart. */
 
-#define CRPCI_LIFECYCLE_TICK        10000 /* microseconds between two checks of a drain */
+#define CRPCI_LIFECYCLE_TICK 10000 /* microseconds between two checks of a drain */
 
 /* --- stopping --------------------------------------------------------------------------------- */
+
+/* Asks `what` about each loop of the server until one answers true. No lock is held: two loops are
+ * never locked at a time. */
+CRPCI_FN bool crpci_lifecycle_any(crpc_server *s, bool (*what)(crpc_server *s, crpc_loop *l))
+{
+    bool yes = false;
+    size_t i;
+    for (i = 0; i <= s->io.count && !yes; i++) {
+        crpc_loop *l = i ? s->io.loops[i - 1] : s->loop;
+        crpci_loop_lock(l);
+        yes = what(s, l);
+        crpci_loop_unlock(l);
+    }
+    return yes;
+}
 
 /* Begins STOPPING: no connection is accepted and no new request is let in. Locked. */
 CRPCI_FN void crpci_lifecycle_drain(crpc_server *s)
@@ -24143,37 +23503,28 @@ CRPCI_FN void crpci_lifecycle_drain(crpc_server *s)
 }
 
 /* Ends LAME; then closes the connections when all is answered and sent, or when drain.until has
- * passed. Called with the server's loop locked, which it unlocks to lock the I/O threads' loops one
- * after another: two are never locked at a time. The reference keeps the server meanwhile. */
+ * passed. Called with the server's loop locked, which it unlocks to visit all loops. The reference
+ * keeps the server meanwhile. `active` is read first, so that no reply is queued unseen between the
+ * two, and again for a request that came meanwhile. */
 CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
 {
     crpc_server *s = CRPCI_CONTAINER(t, crpc_server, drain.timer);
     bool busy;
-    size_t i;
     if (crpci_thread_load(&s->state) == CRPCI_SERVER_LAME)
         crpci_lifecycle_drain(s);
     if (crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPING)
         return;
-    busy = crpci_thread_load(&s->active) > 0 || crpci_intake_has_output(s, l);
     crpci_thread_ref(&s->refs);
     crpci_loop_unlock(l);
-    for (i = 0; i < s->io.count && !busy; i++) {
-        crpci_loop_lock(s->io.loops[i]);
-        busy = crpci_intake_has_output(s, s->io.loops[i]);
-        crpci_loop_unlock(s->io.loops[i]);
-    }
-    busy = busy || crpci_thread_load(&s->active) > 0; /* a request that came meanwhile */
+    busy = crpci_thread_load(&s->active) || crpci_lifecycle_any(s, crpci_intake_has_output) ||
+           crpci_thread_load(&s->active);
     busy = busy && crpci_loop_now(l) < s->drain.until;
-    for (i = 0; i < s->io.count && !busy; i++) {
-        crpci_loop_lock(s->io.loops[i]);
-        crpci_intake_close_conns(s, s->io.loops[i]);
-        crpci_loop_unlock(s->io.loops[i]);
-    }
+    if (!busy)
+        crpci_lifecycle_any(s, crpci_intake_close_conns);
     crpci_loop_lock(l);
     if (busy) {
         crpci_loop_timer_set(l, t, CRPCI_LIFECYCLE_TICK);
     } else {
-        crpci_intake_close_conns(s, l);
         crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
         if (s->drain.waiter)
             crpci_drive_end_wait(l, s->drain.waiter);
@@ -24231,41 +23582,19 @@ CRPCI_FN void crpci_lifecycle_await_stop(crpc_server *s)
 
 /* --- closing ---------------------------------------------------------------------------------- */
 
-/* Frees the struct when the last reference has gone: that of the program, or of a request that
- * ended after the close. Any thread; no lock is held. */
-CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
+CRPCI_FN bool crpci_lifecycle_calls_back(crpc_server *s, crpc_loop *l)
 {
-    crpci_heap *h = s->heap;
-    crpci_service_free(&s->services, h);
-    if (CRPC_ENABLE_POLICY)
-        crpci_guard_close(s);
-    crpci_peer_free_networks(&s->listener.allow, h);
-    crpci_heap_free(h, s->enrolment.items, s->enrolment.count * sizeof *s->enrolment.items);
-    crpci_heap_strfree(h, s->enrolment.url);
-    crpci_heap_strfree(h, s->enrolment.advertise);
-    crpci_heap_strfree(h, s->enrolment.credential);
-    crpci_heap_strfree(h, s->enrolment.group);
-    crpci_heap_strfree(h, s->enrolment.version);
-    crpci_heap_strfree(h, s->enrolment.application);
-    crpci_heap_retire(h, s, sizeof *s);
-    crpci_heap_unref(h);
+    (void)s;
+    return crpci_loop_in_callback(l);
 }
 
 /* Whether the calling thread is inside a callback of one of the server's loops, or is one of its
  * workers: waiting for the server would then be waiting for itself. */
 CRPCI_FN bool crpci_lifecycle_in_callback(crpc_server *s)
 {
-    bool in;
-    size_t i;
-    crpci_loop_lock(s->loop);
-    in = crpci_loop_in_callback(s->loop);
-    crpci_loop_unlock(s->loop);
-    for (i = 0; i < s->io.count && !in; i++) {
-        crpci_loop_lock(s->io.loops[i]);
-        in = crpci_loop_in_callback(s->io.loops[i]);
-        crpci_loop_unlock(s->io.loops[i]);
-    }
+    bool in = crpci_lifecycle_any(s, crpci_lifecycle_calls_back);
 #if CRPC_ENABLE_THREADS
+    size_t i;
     for (i = 0; i < s->worker_count && !in; i++)
         in = crpci_thread_is_self(s->workers.threads[i]);
 #endif
@@ -24289,18 +23618,14 @@ CRPCI_COLD void crpci_lifecycle_dismantle(crpc_server *s)
     crpci_listener_close_all(s);
     crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
     crpci_timer_cancel(&s->drain.timer);
-    crpci_intake_close_conns(s, l);
     crpci_loop_unlock(l);
+    crpci_lifecycle_any(s, crpci_intake_close_conns);
     if (CRPC_ENABLE_POLICY)
         crpci_guard_stop(s);
     crpci_worker_stop(&s->workers, s->heap, s->worker_count);
     s->worker_count = 0;
-    for (i = 0; i < s->io.count; i++) {
-        crpci_loop_lock(s->io.loops[i]);
-        crpci_intake_close_conns(s, s->io.loops[i]);
-        crpci_loop_unlock(s->io.loops[i]);
+    for (i = 0; i < s->io.count; i++)
         crpc_loop_close(s->io.loops[i]);
-    }
     crpci_heap_free(s->heap, s->io.loops, (size_t)s->options.io_threads * sizeof *s->io.loops);
     s->io.loops = NULL;
     s->io.count = 0;
@@ -24347,18 +23672,10 @@ CRPC_API void crpc_server_close(crpc_server *s)
 
 /* --- opening and starting --------------------------------------------------------------------- */
 
-/* Copies a text option; NULL stays NULL. False: out of memory. */
-CRPCI_COLD bool crpci_lifecycle_copy(crpci_heap *h, char **to, const char *from)
-{
-    if (from)
-        *to = crpci_heap_strndup(h, from, strlen(from));
-    return !from || *to;
-}
-
-/* The options of a server: what 0 and -1 stand for, the largest value; the least is 1. The same
- * rows serve defaults, checks and crpc_server_options_parse. */
+/* The options of a server: what 0 and -1 stand for, and the largest value. The same rows serve
+ * defaults, checks and crpc_server_options_parse. */
 #define CRPCI_LIFECYCLE_ROW(member, name, flags, zero, none, most)                                 \
-    CRPCI_OPTION_ROW(crpc_server_options, member, name, NULL, flags, zero, none, 1, most)
+    CRPCI_OPTION_ROW(crpc_server_options, member, name, flags, zero, none, most)
 #define CRPCI_LIFECYCLE_NUMBER(member, zero, none, most)                                           \
     CRPCI_LIFECYCLE_ROW(member, #member, 0, zero, none, most)
 #define CRPCI_LIFECYCLE_POLICY(member, zero, none, most)                                           \
@@ -24383,8 +23700,8 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_NUMBER(io_threads, 0, 0, 1024),
     CRPCI_LIFECYCLE_NUMBER(workers, 0, 0, 1024),
     CRPCI_LIFECYCLE_NUMBER(worker_queue, 1024, 0, CRPCI_OPTION_ANY),
-    CRPCI_OPTION_ROW(crpc_server_options, worker_stack, "worker_stack", NULL, 0, 256 << 10, 0,
-                     16384, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_ROW(worker_stack, "worker_stack", CRPCI_OPTION_STACK, 256 << 10, 0,
+                        CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_POLICY(ordered, 0, -1, 1),
     CRPCI_LIFECYCLE_NUMBER(max_concurrency, 8192, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(max_connections, 1024, 0, CRPCI_OPTION_ANY),
@@ -24433,6 +23750,8 @@ CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_opti
     snprintf(s->io.thread_name, sizeof s->io.thread_name, "%s",
              in->loops.thread_name ? in->loops.thread_name : "crpc-io");
     crpci_options_fill(&crpci_lifecycle_options, o);
+    if (!o->directory.application)
+        o->directory.application = "crpc";
     s->max_serving = o->max_concurrency ? (uint32_t)o->max_concurrency : INT32_MAX;
     if (!in->max_concurrency && o->io_threads)
         s->max_serving *= (uint32_t)o->io_threads;
@@ -24441,6 +23760,52 @@ CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_opti
     if (!o->replay_bytes)
         o->replay_bytes = INT64_MAX;
     s->guard.all = o->ordered > 0 || o->rate_per_client > 0;
+}
+
+/* Replaces the texts of the options by copies, because the program may free its own. CRPC_ENOMEM:
+ * some are NULL now. */
+CRPCI_COLD int crpci_lifecycle_copy_texts(crpc_server *s)
+{
+    size_t i;
+    int err = CRPC_OK;
+    for (i = 0; i < crpci_lifecycle_options.count; i++) {
+        char *at = (char *)&s->options + crpci_lifecycle_rows[i].offset, *copy;
+        const char *text;
+        if (!(crpci_lifecycle_rows[i].flags & CRPCI_OPTION_TEXT))
+            continue;
+        memcpy(&text, at, sizeof text);
+        copy = text ? crpci_heap_strndup(s->heap, text, strlen(text)) : NULL;
+        memcpy(at, &copy, sizeof copy);
+        err = text && !copy ? CRPC_ENOMEM : err;
+    }
+    return err;
+}
+
+CRPCI_COLD void crpci_lifecycle_free_texts(crpc_server *s)
+{
+    size_t i;
+    for (i = 0; i < crpci_lifecycle_options.count; i++) {
+        char *text;
+        if (!(crpci_lifecycle_rows[i].flags & CRPCI_OPTION_TEXT))
+            continue;
+        memcpy(&text, (char *)&s->options + crpci_lifecycle_rows[i].offset, sizeof text);
+        crpci_heap_strfree(s->heap, text);
+    }
+}
+
+/* Frees the struct when the last reference has gone: that of the program, or of a request that
+ * ended after the close. Any thread; a loop may be locked. */
+CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
+{
+    crpci_heap *h = s->heap;
+    crpci_service_free(&s->services, h);
+    if (CRPC_ENABLE_POLICY)
+        crpci_guard_close(s);
+    crpci_heap_free(h, s->enrolment.items, s->enrolment.count * sizeof *s->enrolment.items);
+    crpci_peer_free_networks(&s->listener.allow, h);
+    crpci_lifecycle_free_texts(s);
+    crpci_heap_retire(h, s, sizeof *s);
+    crpci_heap_unref(h);
 }
 
 CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *options,
@@ -24485,14 +23850,7 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     crpci_loop_task_init(&s->drain.close_task, crpci_lifecycle_close_task);
     crpci_lifecycle_configure(s, &o);
     s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    if (!crpci_lifecycle_copy(s->heap, &s->enrolment.url, o.registry) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.advertise, o.advertise) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.credential, o.directory.credential) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.group, o.directory.group) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.version, o.directory.version) ||
-        !crpci_lifecycle_copy(s->heap, &s->enrolment.application,
-                              o.directory.application ? o.directory.application : "crpc") ||
-        (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
+    if (crpci_lifecycle_copy_texts(s) || (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
         err = crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
     if (!err)
         err = crpci_peer_read_networks(&s->listener.allow, s->heap, o.access.allow, "allow", false,
@@ -24588,7 +23946,7 @@ CRPC_API int crpc_server_start(crpc_server *s, crpc_error *error)
                                 "server: cannot wait for connections on its listeners: %s",
                                 crpc_status_text(err));
 #if CRPCI_DIRECTORY
-    if (s->enrolment.url) {
+    if (s->options.registry) {
         err = crpci_enrolment_start(s, error);
         err = err ? err : crpci_enrolment_await(s, error);
     }
@@ -24640,24 +23998,15 @@ CRPC_API crpc_loop *crpc_server_loop(crpc_server *s)
 
 CRPC_API void crpc_server_stats_get(crpc_server *s, crpc_loop_stats *stats)
 {
-    size_t i;
+    const size_t first = offsetof(crpc_loop_stats, waits);
+    const size_t last = offsetof(crpc_loop_stats, timeouts);
+    size_t i, at;
     crpc_loop_stats_get(s->loop, stats);
     for (i = 0; i < s->io.count; i++) {
         crpc_loop_stats one;
         crpc_loop_stats_get(s->io.loops[i], &one);
-        stats->waits += one.waits;
-        stats->sends += one.sends;
-        stats->receives += one.receives;
-        stats->wakeups += one.wakeups;
-        stats->promotions += one.promotions;
-        stats->late_replies += one.late_replies;
-        stats->bad_frames += one.bad_frames;
-        stats->calls += one.calls;
-        stats->requests += one.requests;
-        stats->limited += one.limited;
-        stats->refused += one.refused;
-        stats->evicted += one.evicted;
-        stats->timeouts += one.timeouts;
+        for (at = first; at <= last; at += sizeof(uint64_t)) /* all members between are counters */
+            *(uint64_t *)(void *)((char *)stats + at) += *(uint64_t *)(void *)((char *)&one + at);
         stats->connections += one.connections;
         stats->pending += one.pending;
         stats->watches += one.watches;

@@ -196,7 +196,7 @@ __attribute__((noinline)) void pick_turn(const crpci_pending_call *call)
     crpci_member *member = crpci_attempt_pick(call);
 
     must(member ? CRPC_OK : CRPC_ENOPROVIDER, "a choice");
-    crpci_balance_item_begin(balance, &member->balance, 1);
+    crpci_balance_item_begin(balance, &member->balance);
     crpci_balance_item_end(balance, &member->balance, true, 100, 101);
 }
 

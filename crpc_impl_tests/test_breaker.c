@@ -53,7 +53,7 @@ static void it_trips_at_the_documented_count(void **state)
         for (bits = 0; bits < 1024; bits++) {
             crpci_breaker b;
             int64_t now = starts_us[s];
-            crpci_breaker_init(&b);
+            memset(&b, 0, sizeof b);
             for (i = 0; i < 10; i++) {
                 bool error = (bits >> i & 1) != 0;
                 bool tripped = call(&b, &o, error ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_OK, &now);
@@ -76,7 +76,7 @@ static void a_share_of_many_calls(void **state)
     int64_t now = 5 * SECOND;
     int i;
     (void)state;
-    crpci_breaker_init(&b);
+    memset(&b, 0, sizeof b);
     for (i = 0; i < 100; i++)
         assert_false(call(&b, &o, CRPCI_OUTCOME_OK, &now));
     for (i = 0; i < 99; i++)
@@ -91,7 +91,7 @@ static void ignored_outcomes_do_not_count(void **state)
     int64_t now = 5 * SECOND;
     int i;
     (void)state;
-    crpci_breaker_init(&b);
+    memset(&b, 0, sizeof b);
     for (i = 0; i < 9; i++)
         assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
     for (i = 0; i < 1000; i++)
@@ -112,7 +112,7 @@ static void the_window_rolls(void **state)
             int64_t now = starts_us[s] / SECOND * SECOND; /* where a slice begins */
             int i;
             bool tripped;
-            crpci_breaker_init(&b);
+            memset(&b, 0, sizeof b);
             for (i = 0; i < 9; i++)
                 assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
             now += gap;
@@ -124,7 +124,7 @@ static void the_window_rolls(void **state)
         crpci_breaker b;
         int64_t now = 0;
         int i;
-        crpci_breaker_init(&b);
+        memset(&b, 0, sizeof b);
         for (i = 0; i < 1000; i++) {
             assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
             now += SECOND;
@@ -140,7 +140,7 @@ static void a_window_of_another_length(void **state)
     int64_t now = 1000 * SECOND;
     int i;
     (void)state;
-    crpci_breaker_init(&b);
+    memset(&b, 0, sizeof b);
     for (i = 0; i < 9; i++)
         assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
     o.window_us *= 10;
@@ -163,7 +163,7 @@ static void slow_calls_trip_too(void **state)
     (void)state;
     o.slow_us = 100 * MS;
     o.slow_percent = 80;
-    crpci_breaker_init(&b);
+    memset(&b, 0, sizeof b);
     for (i = 0; i < 10; i++) {
         bool slow = i >= 2, tripped;
         crpci_breaker_begin(&b, &o, now);
@@ -182,7 +182,7 @@ static void slow_calls_trip_too(void **state)
         int n;
         o.slow_us = i ? 100 * MS : 0;
         o.slow_percent = i ? 0 : 80;
-        crpci_breaker_init(&b);
+        memset(&b, 0, sizeof b);
         for (n = 0; n < 100; n++) {
             crpci_breaker_begin(&b, &o, now);
             now += SECOND;
@@ -209,7 +209,7 @@ static void switched_off_it_never_opens(void **state)
         assert_false(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
     o.error_percent = 50;
     o.min_requests = 0;
-    crpci_breaker_init(&b);
+    memset(&b, 0, sizeof b);
     assert_true(call(&b, &o, CRPCI_OUTCOME_ERROR, &now)); /* the first */
     assert_true(crpci_breaker_open(&b, &o, now));
     o.error_percent = 0; /* switched off while open */
@@ -227,7 +227,7 @@ static void closed_open_probe_closed(void **state)
     for (s = 0; s < STARTS; s++) {
         crpci_breaker b;
         int64_t now = starts_us[s];
-        crpci_breaker_init(&b);
+        memset(&b, 0, sizeof b);
         fail_until_open(&b, &o, &now);
         assert_true(crpci_breaker_open(&b, &o, now + SECOND - 1));
         assert_false(crpci_breaker_open(&b, &o, now + SECOND));
@@ -258,7 +258,7 @@ static void openings_double_and_start_over(void **state)
     int64_t now = 5 * SECOND;
     size_t i;
     (void)state;
-    crpci_breaker_init(&b);
+    memset(&b, 0, sizeof b);
     fail_until_open(&b, &o, &now);
     for (i = 0; i < sizeof expected / sizeof expected[0]; i++) { /* failing probes */
         assert_true(crpci_breaker_open(&b, &o, now + expected[i] * SECOND - 1));
@@ -267,7 +267,7 @@ static void openings_double_and_start_over(void **state)
         assert_true(call(&b, &o, CRPCI_OUTCOME_ERROR, &now));
     }
     /* a trip within 30 s of the last closing goes on with the doubling */
-    crpci_breaker_init(&b);
+    memset(&b, 0, sizeof b);
     fail_until_open(&b, &o, &now);
     now += SECOND;
     assert_false(call(&b, &o, CRPCI_OUTCOME_OK, &now));
@@ -301,7 +301,7 @@ static void openings_are_jittered(void **state)
     for (i = 0; i < 3; i++) {
         crpci_breaker b;
         int64_t now = 5 * SECOND;
-        crpci_breaker_init(&b);
+        memset(&b, 0, sizeof b);
         crpci_breaker_begin(&b, &o, now);
         assert_true(crpci_breaker_end(&b, &o, CRPCI_OUTCOME_ERROR, 0, now, draws[i]));
         assert_true(crpci_breaker_open(&b, &o, now + expected[i] - 10));
@@ -316,7 +316,7 @@ static void a_probe_without_an_answer(void **state)
     crpci_breaker b;
     int64_t now = 5 * SECOND;
     (void)state;
-    crpci_breaker_init(&b);
+    memset(&b, 0, sizeof b);
     fail_until_open(&b, &o, &now);
     now += SECOND;
     assert_false(call(&b, &o, CRPCI_OUTCOME_IGNORE, &now));
@@ -349,7 +349,7 @@ static void late_ends_do_not_count(void **state)
     for (i = 0; i < 2; i++) {
         crpci_outcome late = i ? CRPCI_OUTCOME_OK : CRPCI_OUTCOME_ERROR;
         int n;
-        crpci_breaker_init(&b);
+        memset(&b, 0, sizeof b);
         for (n = 0; n < 40; n++)
             crpci_breaker_begin(&b, &o, now);
         fail_until_open(&b, &o, &now);
@@ -388,7 +388,7 @@ static void forced_calls(void **state)
     crpci_breaker b;
     int64_t now = 100 * SECOND, until;
     (void)state;
-    crpci_breaker_init(&b);
+    memset(&b, 0, sizeof b);
     fail_until_open(&b, &o, &now);
     until = now + SECOND;
     while (now + MS < until) {
@@ -413,7 +413,7 @@ static void traffic_is_restored_gradually(void **state)
     crpci_breaker b;
     int64_t now = 100 * SECOND, passed;
     (void)state;
-    crpci_breaker_init(&b);
+    memset(&b, 0, sizeof b);
     fail_until_open(&b, &o, &now);
     /* open: crpci_breaker_open refuses it, not the ramp */
     assert_true(crpci_breaker_ramped(&b, &o, now, UINT32_MAX));
@@ -442,7 +442,7 @@ static void reset_closes_at_once(void **state)
     int64_t now = 100 * SECOND;
     int i;
     (void)state;
-    crpci_breaker_init(&b);
+    memset(&b, 0, sizeof b);
     fail_until_open(&b, &o, &now);
     crpci_breaker_reset(&b);
     assert_false(crpci_breaker_ejected(&b));
@@ -471,7 +471,7 @@ static void any_sequence(void **state)
         } calls[64];
         int under_way = 0, probes = 0, step, i;
         int64_t now = (int64_t)(ct_random_from(&seed) >> 20);
-        crpci_breaker_init(&b);
+        memset(&b, 0, sizeof b);
         for (step = 0; step < 2000; step++) {
             uint64_t draw = ct_random_from(&seed) >> 8;
             bool healthy = step >= 1500;

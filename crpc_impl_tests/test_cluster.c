@@ -489,7 +489,7 @@ static void forks_can_fail_while_they_are_cancelled(void **state)
         e[i] = crpci_providers_at(&f.channel->providers, (size_t)i)->endpoint;
     }
     crpci_loop_lock(l);
-    f.channel->providers.balance.started = true;                                      /* the first is next */
+    f.channel->providers.balance.next = 0;
     assert_true(crpci_sock_parse(&e[1]->addr, "unix:/nonexistent/socket")); /* fails at once */
     e[1]->usable_at = crpci_loop_now(l) + INT64_C(10000000);
     crpci_loop_unlock(l);

@@ -1,5 +1,6 @@
 /* Sending, ends, time limits, and transports that are more than a socket. */
 #define CRPC_IMPLEMENTATION
+#define CRPCI_CONN_TRANSPORTS 1
 #include "../crpc.h"
 #define CT_TEST_SECONDS 180
 #include "crpc_test.h"

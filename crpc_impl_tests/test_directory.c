@@ -161,6 +161,7 @@ typedef struct fixture {
     crpci_directory directory;
     crpci_cache cache;
     crpc_loop *loop;
+    const char *group; /* of the providers that are read */
     bool freed;
 } fixture;
 
@@ -184,6 +185,7 @@ static int begin(fixture *f, const crpc_hooks *hooks)
     crpc_loop_options o;
     int err;
     memset(f, 0, sizeof *f);
+    f->group = "";
     memset(&o, 0, sizeof o);
     lines[0] = '\0';
     o.hooks = *hooks;
@@ -248,6 +250,7 @@ static bool join(fixture *f, reader *r, const char *service, bool allow_empty)
     memset(r, 0, sizeof *r);
     memset(&want, 0, sizeof want);
     want.service = service;
+    want.group = "*";
     want.allow_empty = allow_empty;
     crpci_loop_lock(f->loop);
     r->sub = crpci_directory_add(&f->directory, sizeof *r->sub, &want, on_push, r);
@@ -259,12 +262,14 @@ static bool join(fixture *f, reader *r, const char *service, bool allow_empty)
 static bool read_names(fixture *f, const char *hosts, bool whole)
 {
     crpci_directory_report report;
-    char text[8][64], *names[8];
+    char text[8][96], *names[8];
     size_t i;
     bool complete;
     for (i = 0; hosts[i]; i++) {
         names[i] = text[i];
-        snprintf(text[i], sizeof text[i], "crpc%%3A%%2F%%2F10.0.0.%c%%3A1%%2FS", hosts[i]);
+        snprintf(text[i], sizeof text[i],
+                 "crpc%%3A%%2F%%2F10.0.0.%c%%3A1%%2FS%%3Fgroup%%3D%s%%26application%%3Dapp", hosts[i],
+                 f->group);
     }
     crpci_loop_lock(f->loop);
     report.names = names;
@@ -458,6 +463,67 @@ static void protection_does_not_keep_what_is_disabled(void **state)
     assert_int_equal(override(&f, "override://10.0.0.3:1/S?disabled=true"), 1); /* in the hold */
     assert_true(read_names(&f, "1", true));
     expect_pushed(&r, "1 4 ");
+    end(&f);
+}
+
+/* Conditions of a rule are those of the provider that is kept, also where the subscriber takes any
+ * group; and a rule changes the weight of one as well. */
+static void rules_reach_what_protection_keeps(void **state)
+{
+    static const struct {
+        const char *url, *outcome;
+    } rules[] = {
+        {"override://10.0.0.2:1/S?disabled=true&group=g", "1 3 "},
+        {"override://10.0.0.2:1/S?disabled=true&group=h", ""},
+        {"override://10.0.0.2:1/S?disabled=true&application=app", "1 3 "},
+        {"override://10.0.0.2:1/S?disabled=true&application=other", ""},
+        {"override://10.0.0.2:1/S?weight=5", "1 2* 3 "},
+    };
+    fixture f;
+    reader r;
+    size_t i;
+    (void)state;
+    for (i = 0; i < sizeof rules / sizeof *rules; i++) {
+        start(&f);
+        f.group = "g";
+        f.directory.hold_us = HOLD_US;
+        assert_true(join(&f, &r, "S", false));
+        assert_true(read_names(&f, "123", true));
+        assert_true(age(&f));
+        assert_true(read_names(&f, "1", true));
+        expect_pushed(&r, "1 2 3 1 2 3 (stale) 1 2 3 ");
+        assert_int_equal(override(&f, rules[i].url), 1);
+        assert_true(read_names(&f, "1", true));
+        expect_pushed(&r, rules[i].outcome);
+        end(&f);
+    }
+}
+
+/* An operator may disable the last provider, too: whether it is listed still, or has gone. */
+static void an_operator_can_disable_every_provider(void **state)
+{
+    fixture f;
+    reader r;
+    (void)state;
+    start(&f);
+    f.directory.hold_us = HOLD_US;
+    assert_true(join(&f, &r, "S", false));
+    assert_true(read_names(&f, "12", true));
+    expect_pushed(&r, "1 2 ");
+    assert_int_equal(override(&f, "override://0.0.0.0/S?disabled=true"), 1);
+    assert_true(read_names(&f, "12", true));
+    expect_pushed(&r, "none ");
+    assert_string_equal(lines, ""); /* nothing stays in use */
+    assert_int_equal(override(&f, NULL), 1);
+    assert_true(read_names(&f, "12", true));
+    expect_pushed(&r, "1 2 ");
+    assert_int_equal(override(&f, "override://10.0.0.1:1/S?disabled=true"), 1);
+    assert_true(read_names(&f, "", true)); /* 2 is protected, 1 is not */
+    expect_pushed(&r, "2 (stale) ");
+    assert_non_null(strstr(lines, "the last 1 known"));
+    assert_int_equal(override(&f, "override://0.0.0.0/S?disabled=true"), 1);
+    assert_true(read_names(&f, "", true));
+    expect_pushed(&r, "none ");
     end(&f);
 }
 
@@ -732,6 +798,8 @@ int main(void)
         CT_TEST(it_protects_providers_that_come_back),
         CT_TEST(it_protects_after_a_wipe),
         CT_TEST(protection_does_not_keep_what_is_disabled),
+        CT_TEST(rules_reach_what_protection_keeps),
+        CT_TEST(an_operator_can_disable_every_provider),
         CT_TEST(a_registry_lost_in_a_callback_is_doubted),
         CT_TEST(the_end_of_protection_never_empties_a_list),
         CT_TEST(it_gives_each_what_it_wants),

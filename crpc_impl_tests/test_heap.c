@@ -203,7 +203,7 @@ static void kept_chunks_are_bounded(void **state)
         assert_non_null(one);
         crpci_heap_chunk_unref(one);
     }
-    assert_true(h->kept_bytes <= (int64_t)CRPCI_HEAP_KEEP + FEW * 65536);
+    assert_true(h->kept_bytes <= CRPCI_HEAP_KEEP + FEW * 65536);
     assert_int_equal(h->bytes, h->kept_bytes + (int64_t)sizeof *h);
     crpci_thread_lock(&h->lock);
     crpci_heap_trim(h);

@@ -700,10 +700,17 @@ static void varints_and_skipping(void **state)
     assert_null(crpci_message_skip(ten, ten + 10, 7));
 }
 
+static void nanopb_is_the_one_of_the_header(void **state)
+{
+    (void)state;
+    assert_true(crpci_message_self_check());
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(views_of_memory),
+        CT_TEST(nanopb_is_the_one_of_the_header),
         CT_TEST(arrays_of_views),
         CT_TEST(fields_point_into_the_input),
         CT_TEST(absent_and_empty_differ),

@@ -127,13 +127,13 @@ static void it_reads_what_it_writes(void **state)
     (void)state;
     assert_true(parse(&n, GOLDEN, &g));
     assert_string_equal(n.scheme, "crpc");
-    assert_string_equal(n.address, "10.0.0.1:8000");
+    assert_string_equal(n.provider.address, "10.0.0.1:8000");
     assert_string_equal(n.of.service, "demo.Echo");
     assert_string_equal(n.of.group, "g1");
     assert_string_equal(n.of.version, "1.0.0");
     assert_true(n.enabled);
     assert_int_equal(n.of.weight, 100);
-    assert_true(n.timestamp_ms == 1700000000000);
+    assert_true(n.provider.timestamp_ms == 1700000000000);
     ct_guard_free(g);
 }
 
@@ -164,7 +164,7 @@ static void it_reads_dubbos_own(void **state)
     (void)state;
     assert_true(parse(&n, GOLDEN_DUBBO, &g));
     assert_string_equal(n.scheme, "dubbo");
-    assert_string_equal(n.address, "10.0.0.1:20880");
+    assert_string_equal(n.provider.address, "10.0.0.1:20880");
     assert_string_equal(n.of.service, "demo.Greeter");
     ct_guard_free(g);
     strcpy(url, GOLDEN_DUBBO);
@@ -180,25 +180,25 @@ static void it_has_defaults(void **state)
     (void)state;
     assert_true(parse(&n, "brpc%3A%2F%2Fuser%3Asecret%4010.0.0.1%3A08000", &g));
     assert_string_equal(n.scheme, "brpc");
-    assert_string_equal(n.address, "10.0.0.1:8000");
+    assert_string_equal(n.provider.address, "10.0.0.1:8000");
     assert_string_equal(n.of.service, "");
     assert_string_equal(n.of.group, "");
     assert_string_equal(n.of.version, "");
     assert_true(n.enabled);
     assert_int_equal(n.of.weight, 100);
-    assert_true(n.timestamp_ms == 0);
+    assert_true(n.provider.timestamp_ms == 0);
     ct_guard_free(g);
     assert_true(parse(&n, "crpc://[0:0::1]:1/S?weight=x&timestamp=-5&enabled=true&a&=&disabled=true", &g));
-    assert_string_equal(n.address, "[::1]:1");
+    assert_string_equal(n.provider.address, "[::1]:1");
     assert_int_equal(n.of.weight, 100);
-    assert_true(n.timestamp_ms == 0);
+    assert_true(n.provider.timestamp_ms == 0);
     assert_true(n.enabled);
-    assert_true(n.disabled);
+    assert_true(n.provider.disabled);
     assert_int_equal(n.of.warmup_ms, 0);
     ct_guard_free(g);
     assert_true(parse(&n, "crpc://10.0.0.1:1/S?enabled=false&enabled=true&warmup=600000&application=a", &g));
     assert_false(n.enabled);
-    assert_false(n.disabled);
+    assert_false(n.provider.disabled);
     assert_int_equal(n.of.warmup_ms, 600000);
     assert_string_equal(n.of.application, "a");
     ct_guard_free(g);
@@ -305,9 +305,9 @@ static const char *overridden(crpci_heap *h, const char *const *urls, size_t cou
     if (!rules)
         return NULL;
     assert_true(crpci_names_read(&n, provider));
-    crpci_names_overrides_apply(rules, &q, &n);
+    crpci_names_overrides_apply(rules, &q, &n.provider);
     crpci_names_overrides_unref(rules);
-    snprintf(out, sizeof out, n.disabled ? "off" : "%d %d", n.of.weight, n.of.warmup_ms);
+    snprintf(out, sizeof out, n.provider.disabled ? "off" : "%d %d", n.provider.weight, n.provider.warmup_ms);
     return out;
 }
 

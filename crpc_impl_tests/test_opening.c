@@ -380,7 +380,7 @@ static void wrong_policies_are_refused(void **state)
         {"cluster=fail",
          "cluster=fail: not one of failover,failfast,failsafe,failback,forking,broadcast"},
         {"breaker=2", "breaker=2: at most 1"},
-        {"forks=x", "forks=x: not a whole number"},
+        {"forks=x", "forks=x: not a whole number from -1 on"},
         {"fail_percent=101", "fail_percent=101: at most 100"},
         {"timeout_ms=99999999999", "timeout_ms=99999999999: at most 86400000"},
         {"credential=hush", "credential: a secret must not stand in a URL: set it in the options "

@@ -9,21 +9,22 @@ typedef struct sample {
     crpc_cluster kind;
     const char *name;
     const char *secret;
+    int stack;
 } sample;
 
 static const crpci_option sample_rows[] = {
-    CRPCI_OPTION_ROW(sample, count, "count", NULL, 0, 7, 3, 2, 20),
-    CRPCI_OPTION_ROW(sample, bytes, "bytes", NULL, 0, 64 << 20, 0, 1, CRPCI_OPTION_ANY),
-    CRPCI_OPTION_ROW(sample, kind, "kind", "one,two,three", 0, 2, 2, 1, 3),
-    CRPCI_OPTION_ROW(sample, name, "name", NULL, CRPCI_OPTION_TEXT, 0, 0, 0, 0),
-    CRPCI_OPTION_ROW(sample, secret, "secret", NULL, CRPCI_OPTION_TEXT | CRPCI_OPTION_SECRET, 0, 0,
-                     0, 0),
+    CRPCI_OPTION_ROW(sample, count, "count", 0, 7, 3, 20),
+    CRPCI_OPTION_ROW(sample, bytes, "bytes", 0, 64 << 20, 0, CRPCI_OPTION_ANY),
+    CRPCI_OPTION_ROW(sample, kind, "kind\0,one,two,three", CRPCI_OPTION_WORDS, 2, 2, 3),
+    CRPCI_OPTION_ROW(sample, name, "name", CRPCI_OPTION_TEXT, 0, 0, 0),
+    CRPCI_OPTION_ROW(sample, secret, "secret", CRPCI_OPTION_TEXT | CRPCI_OPTION_SECRET, 0, 0, 0),
+    CRPCI_OPTION_ROW(sample, stack, "stack", CRPCI_OPTION_STACK, 0, 0, CRPCI_OPTION_ANY),
 };
 static const crpci_options sample_options = {CRPCI_OPTIONS_OF(sample_rows)};
 
 static void zero_and_minus_one_get_their_values(void **state)
 {
-    sample s = {0, 0, CRPC_CLUSTER_DEFAULT, NULL, NULL};
+    sample s = {0, 0, CRPC_CLUSTER_DEFAULT, NULL, NULL, 0};
     (void)state;
     crpci_options_fill(&sample_options, &s);
     assert_int_equal(s.count, 7);
@@ -42,7 +43,7 @@ static void zero_and_minus_one_get_their_values(void **state)
 
 static void a_range_error_names_option_and_limit(void **state)
 {
-    sample s = {20, 1, CRPC_CLUSTER_DEFAULT, NULL, NULL};
+    sample s = {20, 1, CRPC_CLUSTER_DEFAULT, NULL, NULL, 0};
     crpc_error error;
     (void)state;
     assert_int_equal(crpci_options_check(&sample_options, &s, &error), CRPC_OK);
@@ -50,8 +51,12 @@ static void a_range_error_names_option_and_limit(void **state)
     assert_int_equal(crpci_options_check(&sample_options, &s, &error), CRPC_EINVAL);
     assert_string_equal(error.text, "count=21: at most 20");
     s.count = 1;
+    s.stack = 16383;
     assert_int_equal(crpci_options_check(&sample_options, &s, &error), CRPC_EINVAL);
-    assert_string_equal(error.text, "count=1: at least 2");
+    assert_string_equal(error.text, "stack=16383: at least 16384");
+    s.stack = -1;
+    assert_int_equal(crpci_options_check(&sample_options, &s, &error), CRPC_OK);
+    s.stack = 16384;
     s.count = -1;
     assert_int_equal(crpci_options_check(&sample_options, &s, &error), CRPC_OK);
     s.kind = (crpc_cluster)4;
@@ -64,18 +69,18 @@ static void text_is_read_or_explained(void **state)
         const char *key, *value, *says;
     } bad[] = {
         {"count", "21", "count=21: at most 20"},
-        {"count", "1", "count=1: at least 2"},
-        {"count", "-2", "count=-2: at least -1"},
+        {"stack", "1", "stack=1: at least 16384"},
+        {"count", "-2", "count=-2: not a whole number from -1 on"},
         {"count", "99999999999999999999", "count=9223372036854775807: at most 20"},
-        {"count", "4x", "count=4x: not a whole number"},
-        {"count", "", "count=: not a whole number"},
-        {"count", "-", "count=-: not a whole number"},
-        {"count", " 4", "count= 4: not a whole number"},
+        {"count", "4x", "count=4x: not a whole number from -1 on"},
+        {"count", "", "count=: not a whole number from -1 on"},
+        {"count", "-", "count=-: not a whole number from -1 on"},
+        {"count", " 4", "count= 4: not a whole number from -1 on"},
         {"kind", "2", "kind=2: not one of one,two,three"},
         {"kind", "tw", "kind=tw: not one of one,two,three"},
         {"kind", "", "kind=: not one of one,two,three"},
     };
-    sample s = {0, 0, CRPC_CLUSTER_DEFAULT, NULL, NULL};
+    sample s = {0, 0, CRPC_CLUSTER_DEFAULT, NULL, NULL, 0};
     crpc_error error;
     size_t i;
     (void)state;
@@ -106,7 +111,7 @@ static int lines(sample *s, const char *text, crpc_error *error)
 
 static void lines_are_read(void **state)
 {
-    sample s = {0, 5, CRPC_CLUSTER_DEFAULT, NULL, NULL};
+    sample s = {0, 5, CRPC_CLUSTER_DEFAULT, NULL, NULL, 0};
     crpc_error error;
     (void)state;
     assert_int_equal(lines(&s, "", &error), CRPC_OK);
@@ -139,7 +144,7 @@ static void a_bad_line_is_named(void **state)
         {"count=4\nname=x\ncount=5\n", "line 3: count: given twice"},
         {"secret=hush\nsecret=hush", "line 2: secret: given twice"},
     };
-    sample s = {0, 0, CRPC_CLUSTER_DEFAULT, NULL, NULL};
+    sample s = {0, 0, CRPC_CLUSTER_DEFAULT, NULL, NULL, 0};
     crpc_error error;
     size_t i;
     (void)state;
@@ -230,15 +235,15 @@ static void line_of(const crpci_option *o, char *out, size_t size)
                                                      : "");
         return;
     }
-    if (o->words) {
-        snprintf(out, size, "\n *     %-23s %s\n", o->name, o->words);
+    if (o->flags & CRPCI_OPTION_WORDS) {
+        snprintf(out, size, "\n *     %-23s %s\n", o->name, crpci_options_words(o) + 1);
         return;
     }
-    number(o->least, least, sizeof least);
+    number(o->flags & CRPCI_OPTION_STACK ? CRPCI_OPTION_STACK_MIN : 1, least, sizeof least);
     snprintf(range, sizeof range, "%s", least);
     if (o->most == CRPCI_OPTION_ANY)
         snprintf(range, sizeof range, "%s and more", least);
-    else if (o->most != o->least)
+    else if (o->most != 1)
         snprintf(range, sizeof range, "%s to %s", least, number(o->most, most, sizeof most));
     snprintf(out, size, "\n *     %-23s %-11s %-11s %s\n", o->name,
              number(o->zero, zero, sizeof zero), number(o->none, none, sizeof none), range);
@@ -317,7 +322,7 @@ static size_t expect_commented(const crpci_options *set, const char *from, const
         const char *name = o->name, *at = strstr(header, from), *end = strstr(header, to);
         char text[1000], value[24];
         bool told = false;
-        if (o->flags & CRPCI_OPTION_TEXT || o->words || !o->zero)
+        if (o->flags & (CRPCI_OPTION_TEXT | CRPCI_OPTION_WORDS) || !o->zero)
             continue;
         if (strncmp(name, "breaker_", 8) == 0) {
             at = strstr(header, "typedef struct crpc_breaker_options");

@@ -15,18 +15,21 @@ static crpci_heap *heap(void)
 
 static crpci_chunk *reply_of(crpci_heap *h, int code, size_t payload)
 {
-    crpc_view part[4] = {{{NULL}, NULL}, {{NULL}, NULL}, {{NULL}, NULL}, {{NULL}, NULL}};
-    char *bytes = (char *)calloc(1, payload + 1);
+    uint8_t *bytes = (uint8_t *)calloc(1, payload + 1);
+    crpci_message m;
     crpci_chunk *c;
-    part[2] = crpc_view_of(bytes, payload);
-    c = crpci_replay_copy(h, NULL, code, part);
+    memset(&m, 0, sizeof m);
+    m.status = code;
+    m.payload = bytes;
+    m.payload_size = payload;
+    c = crpci_replay_copy(h, NULL, &m, NULL);
     free(bytes);
     return c;
 }
 
 static int code_of(const crpci_replay_entry *e)
 {
-    return ((crpci_replay_reply *)(void *)crpci_heap_data(e->reply))->code;
+    return ((crpci_replay_reply *)(void *)crpci_heap_data(e->reply))->m.status;
 }
 
 /* Adds a new request and finishes it. */
@@ -74,26 +77,29 @@ static void the_parts_of_a_reply_are_copied(void **state)
 {
     crpci_heap *h = heap();
     char words[] = "words", fields[] = "fields", payload[] = "payload", attachment[] = "attached";
-    const char *bytes;
-    crpc_view part[4];
     crpci_replay_reply *r;
+    crpci_message m;
     crpci_chunk *c;
     (void)state;
-    part[0] = crpc_view_str(words);
-    part[1] = crpc_view_str(fields);
-    part[2] = crpc_view_str(payload);
-    part[3] = crpc_view_str(attachment);
-    c = crpci_replay_copy(h, &c, 5, part);
+    memset(&m, 0, sizeof m);
+    m.status = 5;
+    m.text = crpc_view_str(words);
+    m.fields = crpc_view_str(fields);
+    m.payload = (uint8_t *)payload;
+    m.payload_size = 7;
+    m.attachment_size = 8;
+    c = crpci_replay_copy(h, &c, &m, attachment);
     words[0] = fields[0] = payload[0] = attachment[0] = '?';
     r = (crpci_replay_reply *)(void *)crpci_heap_data(c);
-    bytes = (const char *)(r + 1);
     assert_ptr_equal(r->protocol, &c);
-    assert_int_equal(r->code, 5);
-    assert_int_equal(r->text, 5);
-    assert_int_equal(r->fields, 6);
-    assert_int_equal(r->payload, 7);
-    assert_int_equal(r->attachment, 8);
-    assert_memory_equal(bytes, "wordsfieldspayloadattached", 26);
+    assert_int_equal(r->m.status, 5);
+    assert_int_equal(crpc_view_size(r->m.text), 5);
+    assert_memory_equal(crpc_view_data(r->m.text), "words", 5);
+    assert_int_equal(crpc_view_size(r->m.fields), 6);
+    assert_memory_equal(crpc_view_data(r->m.fields), "fields", 6);
+    assert_int_equal(r->m.payload_size, 7);
+    assert_int_equal(r->m.attachment_size, 8);
+    assert_memory_equal(r->m.payload, "payloadattached", 15);
     crpci_heap_chunk_unref(c);
     crpci_heap_unref(h);
 }

@@ -33,20 +33,29 @@ static void fixture_close(fixture *f)
     crpc_loop_close(f->loop);
 }
 
-/* Encodes with `front` bytes left free for the caller. */
+/* Encodes with `front` bytes left free for the caller behind the request's struct, of which `r`
+ * receives a copy. */
 static int encode(fixture *f, const dyn_Num *n, crpc_call *call, bool borrow, size_t front,
                   crpci_request *r)
 {
-    return crpci_request_encode(&f->channel.requests, crpci_request_find_method(&f->channel.requests, &method), n, call,
-                                borrow, front, r, &call->error);
+    crpci_request *encoded;
+    int err = crpci_request_encode(&f->channel.requests,
+                                   crpci_request_find_method(&f->channel.requests, &method), n,
+                                   call, borrow, front + ((sizeof *r + 15) & ~(size_t)15),
+                                   &encoded, &call->error);
+    if (!err)
+        *r = *encoded;
+    return err;
 }
 
 static int frame(crpci_request *r, int64_t id, const uint8_t **at, size_t *size, crpci_meta *m)
 {
-    uint8_t *data = crpci_heap_data(r->chunk);
+    const crpci_out *o = crpci_request_prepare(r, &crpci_baidu, id, 0);
     uint32_t body, meta;
-    *at = crpci_request_head(r, &crpci_baidu, id, 0);
-    *size = (size_t)(data + r->payload - *at) + r->payload_size + r->inline_size;
+    *at = o->head;
+    *size = o->head_len;
+    assert_ptr_equal(*at + *size, crpci_heap_data(r->chunk) + r->payload +
+                                      r->message.payload_size + r->inline_size);
     assert_int_equal(crpci_frame_header(*at, *size, &body, &meta), CRPCI_FRAME_OK);
     assert_int_equal(body + CRPCI_FRAME_HEADER, *size + crpc_view_size(r->attachment));
     return crpci_meta_read(*at + CRPCI_FRAME_HEADER, meta, m);
@@ -232,7 +241,7 @@ static void it_keeps_the_earliest_deadline(void **state)
     crpc_call call = CRPC_INIT;
     crpc_method m = method;
     crpci_origin parent = {5000, 11, 12, 13};
-    crpci_request r;
+    crpci_message inherited;
     (void)state;
     fixture_open(&f);
     f.channel.requests.policy.timeout_ms = 1000;
@@ -249,10 +258,10 @@ static void it_keeps_the_earliest_deadline(void **state)
     assert_int_equal(deadline(&f.channel, &m, &call), INT64_C(86400000100));
     call.parent = (const crpc_context *)(const void *)&parent;
     assert_int_equal(deadline(&f.channel, &m, &call), 5000);
-    crpci_request_inherit(&call, &r);
-    assert_int_equal(r.log_id, 11);
-    assert_int_equal(r.trace_id, 12);
-    assert_int_equal(r.parent_span_id, 13);
+    crpci_request_inherit(&call, &inherited);
+    assert_int_equal(inherited.log_id, 11);
+    assert_int_equal(inherited.trace_id, 12);
+    assert_int_equal(inherited.parent_span_id, 13);
     fixture_close(&f);
 }
 

@@ -79,7 +79,7 @@ static void one_worker_keeps_the_order(void **state)
     reset(true);
     assert_int_equal(crpci_worker_start(&pool, h, 1, 0, 65536), CRPC_OK);
     for (i = 0; i < 1000; i++)
-        assert_true(crpci_worker_push(&pool, job_of(i)));
+        assert_true(crpci_worker_put(&pool, job_of(i), false));
     crpci_worker_stop(&pool, h, 1); /* queued tasks still run */
     assert_int_equal(ran, 1000);
     for (i = 0; i < 1000; i++)
@@ -96,7 +96,7 @@ static void all_workers_work(void **state)
     reset(false);
     assert_int_equal(crpci_worker_start(&pool, h, 4, 0, 65536), CRPC_OK);
     for (i = 0; i < 10; i++)
-        assert_true(crpci_worker_push(&pool, job_of(i)));
+        assert_true(crpci_worker_put(&pool, job_of(i), false));
     assert_true(CT_WAIT(get(&running) == 4, 20000));
     ct_sleep_ms(20);
     assert_int_equal(get(&running), 4);
@@ -115,15 +115,15 @@ static void the_queue_is_bounded(void **state)
     (void)state;
     reset(false);
     assert_int_equal(crpci_worker_start(&pool, h, 1, 5, 65536), CRPC_OK);
-    assert_true(crpci_worker_push(&pool, job_of(0)));
+    assert_true(crpci_worker_put(&pool, job_of(0), false));
     /* a task that runs is no longer in the queue */
     assert_true(CT_WAIT(get(&running) == 1, 20000));
     for (i = 1; i <= 10; i++)
-        pushed += crpci_worker_push(&pool, job_of(i));
+        pushed += crpci_worker_put(&pool, job_of(i), false);
     assert_int_equal(pushed, 5);
     open_gate();
     assert_true(CT_WAIT(get(&ran) == 6, 20000));
-    assert_true(crpci_worker_push(&pool, job_of(11)));
+    assert_true(crpci_worker_put(&pool, job_of(11), false));
     crpci_worker_stop(&pool, h, 1);
     assert_int_equal(ran, 7);
     assert_int_equal(order[6], 11);
@@ -138,7 +138,7 @@ static void no_task_is_taken_after_the_stop(void **state)
     reset(true);
     assert_int_equal(crpci_worker_start(&pool, h, 2, 0, 65536), CRPC_OK);
     pool.stopping = true;
-    assert_false(crpci_worker_push(&pool, job_of(1)));
+    assert_false(crpci_worker_put(&pool, job_of(1), false));
     crpci_worker_stop(&pool, h, 2);
     crpci_worker_stop(&pool, h, 0); /* a pool that was never started: no effect */
     assert_int_equal(ran, 0);
@@ -155,7 +155,7 @@ static void *push_many(void *arg)
     pusher *p = (pusher *)arg;
     int i;
     for (i = 0; i < 1000; i++)
-        crpci_worker_push(p->pool, job_of(p->from + i));
+        crpci_worker_put(p->pool, job_of(p->from + i), false);
     return NULL;
 }
 
