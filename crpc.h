@@ -19700,7 +19700,7 @@ CRPCI_FN int crpci_channel_put(crpc_channel *ch, const crpci_method *k, crpci_ca
      * which cannot share it. */
     bool borrow = kind == CRPCI_CALL_SYNC && k->plain && !in->policy.cluster &&
                   !in->policy.backup_ms;
-    crpci_request *r;
+    crpci_request *r = NULL; /* an optimizer does not see that it is set unless `err` is */
     crpci_pending_call *c;
     int err = crpci_request_encode(&ch->requests, k, request, in, borrow, front, &r, error);
     if (err)
