@@ -555,7 +555,8 @@
  *     worker_queue           1024        CRPC_ELIMIT
  *     max_concurrency        8192        CRPC_ELIMIT; for each I/O thread
  *     method_limits, rate_per_client  none CRPC_ELIMIT
- *     replay_bytes           4 MiB       the oldest replies are forgotten
+ *     replay_entries         none        CRPC_ELIMIT for requests with an id
+ *     replay_bytes           4 MiB       a repeated request gets CRPC_EINTERNAL
  *     max_results            1024        CRPC_ELIMIT
  *     max_bytes              256 MiB     CRPC_ENOMEM, or the connection is closed
  *     URL                    2047 bytes  CRPC_EINVAL
@@ -1052,7 +1053,6 @@ typedef struct crpc_loop_stats {
     uint64_t timeouts;     /* connections closed for idle_timeout_ms, frame_timeout_ms and
                               first_request_ms */
     uint64_t replayed;     /* by crpc_server_stats_get: requests answered with a kept reply */
-    uint64_t unremembered; /* likewise: requests with an id that found no free replay entry */
     uint32_t connections;  /* open now, those of clients and of servers */
     uint32_t pending;      /* calls that have not ended, or were not fetched yet */
     uint32_t watches;      /* descriptors watched now, crpc's own included */
@@ -1693,10 +1693,12 @@ typedef struct crpc_server_options {
                              rate_per_client */
     /* The server keeps its replies to requests that have an id: a user_fields entry "crpc-rid" of
      * at most 64 bytes, which no other call to the method has. A request that comes again gets the
-     * kept reply, after the interceptors have let it through, and is not executed. If all entries
-     * belong to requests in service, a new request is executed without an entry, and counted as
-     * unremembered. A reply larger than a quarter of replay_bytes is not kept: its request fails
-     * with CRPC_EINTERNAL when it comes again. */
+     * kept reply, after the interceptors have let it through, and is not executed. Another request
+     * with the same id gets CRPC_EREQUEST. Entries stay for replay_ms; a request that finds none
+     * free, or whose host has its share of them (as of max_connections), gets CRPC_ELIMIT and is
+     * not executed. A reply over a quarter of replay_bytes, or one for which replay_bytes leaves no
+     * room, is not kept: its request fails with CRPC_EINTERNAL when it comes again. A server that
+     * gets N such requests a second needs N * replay_ms / 1000 entries. */
     int replay_entries;   /* requests to remember. 0: none. -1: none */
     int replay_ms;        /* how long after its end a request is remembered. 0: 60000. -1: 0 */
     int64_t replay_bytes; /* memory for the entries and their replies. 0: 4 MiB. -1: no limit */
@@ -16795,8 +16797,8 @@ typedef struct crpci_request_source {
     bool ids;         /* every request gets an id */
     bool timeout_open; /* neither URL nor options set a timeout: the .proto's applies */
     int hash_field;   /* 0: none */
-    uint64_t seed;
-    uint32_t last_id; /* atomic; mixed with the seed into request ids */
+    uint64_t secret[2]; /* of the request ids: no two channels of a fleet have the same */
+    uint32_t last_id;   /* atomic */
     crpci_policy policy;
     const crpc_method_options *options;
     size_t option_count;
@@ -17057,16 +17059,20 @@ CRPCI_FN void crpci_request_put_fields(const crpci_protocol *p, crpci_message_ou
         crpci_request_put_field(p, o, CRPCI_MESSAGE_KEY_FIELD, call->order_key);
 }
 
-/* The request's id: the call's own; else, if the channel wants ids, a new one, written to `text`;
- * else none. */
-CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *call, char text[17])
+/* The request's id: the call's own; else, if the channel wants ids, a new one of 128 bits, written
+ * to `text`; else none. An id that was seen does not give away the next one. */
+CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *call, char text[33])
 {
+    uint32_t number[2]; /* of the call, and of the half of the id */
+    uint64_t half;
     if (CRPCI_LIKELY(!s->ids) || crpc_view_data(call->request_id))
         return call->request_id;
-    snprintf(text, 17, "%016llx",
-             (unsigned long long)crpci_base_mix(
-                 s->seed + __atomic_add_fetch(&s->last_id, 1, __ATOMIC_RELAXED)));
-    return crpc_view_of(text, 16);
+    number[0] = __atomic_add_fetch(&s->last_id, 1, __ATOMIC_RELAXED);
+    for (number[1] = 0; number[1] < 2; number[1]++) {
+        half = crpci_base_siphash(s->secret, number, sizeof number);
+        snprintf(text + 16 * number[1], 17, "%016llx", (unsigned long long)half);
+    }
+    return crpc_view_of(text, 32);
 }
 
 /* The key of lb=hash: a hash of the last field of that number in the encoded message. proto3 leaves
@@ -17131,7 +17137,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
                                                             : crpc_view_str(s->credential);
     /* Without interceptors the member may be a remnant of a call on another channel. */
     size_t added = s->intercepted ? (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN] : 0;
-    char id_text[17];
+    char id_text[33];
     crpc_view id = crpci_request_id(s, call, id_text);
     size_t fields = crpci_request_fields_size(call, p->field_cost, added, id);
     size_t secret = crpc_view_size(credential);
@@ -20300,21 +20306,9 @@ CRPCI_COLD void crpci_opening_breaker(crpci_providers *p, const crpc_breaker_opt
 
 #endif /* CRPC_ENABLE_POLICY */
 
-/* A random number of the channel: makes its request ids differ from those of other channels, and
- * its part of a long list (max_endpoints) too. */
-CRPCI_COLD uint64_t crpci_opening_seed(crpc_loop *l)
-{
-    uint64_t seed;
-    crpci_loop_lock(l);
-    seed = (uint64_t)crpci_loop_random(l) << 32 | crpci_loop_random(l);
-    crpci_loop_unlock(l);
-    return seed;
-}
-
 /* Sets up what the requests of the channel have in common. The program's array of method options
  * is not copied. */
-CRPCI_COLD void crpci_opening_requests(crpci_request_source *s, const crpc_channel_options *o,
-                                       uint64_t seed)
+CRPCI_COLD void crpci_opening_requests(crpci_request_source *s, const crpc_channel_options *o)
 {
     crpci_policy *p = &s->policy;
     p->cluster = (uint8_t)o->policy.cluster;
@@ -20326,7 +20320,8 @@ CRPCI_COLD void crpci_opening_requests(crpci_request_source *s, const crpc_chann
     s->short_names = o->wire.short_names != 0;
     s->intercepted = o->interceptor_count != 0;
     s->ids = o->request_ids != 0;
-    s->seed = seed;
+    if (s->ids)
+        crpci_loop_secret(s->loop, s->secret);
     s->hash_field = o->hash_field;
     s->options = o->methods;
     s->option_count = o->method_count;
@@ -20334,8 +20329,7 @@ CRPCI_COLD void crpci_opening_requests(crpci_request_source *s, const crpc_chann
 
 /* Sets up the still empty list of providers. A stale_ttl of INT64_MAX / 4 never passes, and can be
  * subtracted from a time without overflow. */
-CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_options *o,
-                                        uint64_t seed)
+CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_options *o)
 {
     p->events = &crpci_attempt_events;
     p->endpoint.connect_timeout_ms = o->connect_timeout_ms;
@@ -20347,11 +20341,11 @@ CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_o
         o->directory.stale_ttl_ms ? (int64_t)o->directory.stale_ttl_ms * 1000 : INT64_MAX / 4;
 #if CRPC_ENABLE_POLICY
     p->max = (size_t)o->max_endpoints;
-    p->seed = seed;
+    crpci_loop_lock(p->loop);
+    p->seed = (uint64_t)crpci_loop_random(p->loop) << 32 | crpci_loop_random(p->loop);
+    crpci_loop_unlock(p->loop);
     p->reweigh_at = INT64_MAX;
     crpci_opening_breaker(p, &o->breaker);
-#else
-    (void)seed;
 #endif
 }
 
@@ -20359,11 +20353,10 @@ CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_o
  * noted before, because a default counts less than the .proto's timeout. */
 CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, crpc_channel_options *o)
 {
-    uint64_t seed = crpci_opening_seed(ch->loop);
     ch->requests.timeout_open = !o->policy.timeout_ms;
     crpci_options_fill(&crpci_opening_options, o);
-    crpci_opening_requests(&ch->requests, o, seed);
-    crpci_opening_providers(&ch->providers, o, seed);
+    crpci_opening_requests(&ch->requests, o);
+    crpci_opening_providers(&ch->providers, o);
     ch->wait = o->wait > 0;
     ch->interceptors = o->interceptors;
     ch->interceptor_count = o->interceptor_count;
@@ -20633,7 +20626,7 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     crpci_list_init(&ch->waiting);
     crpci_loop_hold(l);
     crpci_opening_configure(ch, &o);
-    err = crpci_balance_open(&ch->providers.balance, o.balancer, (uint32_t)ch->requests.seed);
+    err = crpci_balance_open(&ch->providers.balance, o.balancer, crpci_loop_seed(l));
     if (err)
         crpci_status_set(error, err,
                          "lb: this balancer is not compiled in: CRPC_ENABLE_POLICY is 0");
@@ -21033,7 +21026,9 @@ typedef struct crpci_replay_entry {
     crpci_list age;     /* finished: in the order in which requests finished */
     crpci_list waiting; /* executing: links of the repeated requests that wait for its reply */
     const void *method;
-    uint64_t hash; /* of method and id */
+    void *owner;     /* the account that the entry is charged to */
+    uint64_t hash;   /* of method and id */
+    uint64_t digest; /* of the request's bytes: another request with the same id is refused */
     int64_t until; /* finished: when the entry expires */
     bool finished;
     crpci_chunk *reply; /* finished: a crpci_replay_reply; NULL: it was too large to keep */
@@ -21041,8 +21036,11 @@ typedef struct crpci_replay_entry {
     char id[CRPCI_REPLAY_ID_MAX];
 } crpci_replay_entry;
 
-/* The caller locks. */
-typedef struct crpci_replay {
+typedef struct crpci_replay crpci_replay;
+
+/* The caller locks. An entry stays for keep_us: if it went earlier, to make room for another, a
+ * repeated request would be executed twice. */
+struct crpci_replay {
     crpci_heap *heap;
     crpci_list *buckets;
     size_t bucket_count; /* a power of two */
@@ -21052,13 +21050,16 @@ typedef struct crpci_replay {
     int64_t bytes; /* of replies and entries */
     int64_t max_bytes;
     int64_t keep_us; /* from a request's end to its expiry */
-} crpci_replay;
+    uint64_t secret[2]; /* of hashes and digests */
+    void (*release)(crpci_replay *r, void *owner); /* an entry of the owner is gone */
+};
 
 CRPCI_COLD int crpci_replay_open(crpci_replay *r, crpci_heap *h, size_t entries, int64_t max_bytes,
-                                 int64_t keep_us)
+                                 int64_t keep_us, const uint64_t secret[2])
 {
     memset(r, 0, sizeof *r);
     r->heap = h;
+    memcpy(r->secret, secret, sizeof r->secret);
     r->max = entries;
     r->max_bytes = max_bytes;
     r->keep_us = keep_us;
@@ -21083,30 +21084,26 @@ CRPCI_FN void crpci_replay_remove(crpci_replay *r, crpci_replay_entry *e)
     crpci_list_remove(&e->link);
     crpci_list_remove(&e->age);
     crpci_heap_chunk_unref(e->reply);
+    if (r->release)
+        r->release(r, e->owner);
     crpci_heap_free(r->heap, e, sizeof *e);
 }
 
-/* Frees the entry that finished first. False: all requests that are left are executing. */
-CRPCI_FN bool crpci_replay_evict(crpci_replay *r)
-{
-    if (crpci_list_empty(&r->age))
-        return false;
-    crpci_replay_remove(r, CRPCI_CONTAINER(r->age.next, crpci_replay_entry, age));
-    return true;
-}
-
-/* Frees the entries that have been kept for keep_us. */
+/* Frees the entries that have been kept until `now`. */
 CRPCI_FN void crpci_replay_expire(crpci_replay *r, int64_t now)
 {
-    while (!crpci_list_empty(&r->age) &&
-           CRPCI_CONTAINER(r->age.next, crpci_replay_entry, age)->until <= now)
-        crpci_replay_evict(r);
+    while (!crpci_list_empty(&r->age)) {
+        crpci_replay_entry *e = CRPCI_CONTAINER(r->age.next, crpci_replay_entry, age);
+        if (e->until > now)
+            break;
+        crpci_replay_remove(r, e);
+    }
 }
 
-CRPCI_COLD uint64_t crpci_replay_hash(const void *method, crpc_view id)
+CRPCI_COLD uint64_t crpci_replay_hash(const crpci_replay *r, const void *method, crpc_view id)
 {
-    return crpci_base_mix(crpci_base_hash(crpc_view_data(id), crpc_view_size(id)) ^
-                             (uint64_t)(uintptr_t)method);
+    return crpci_base_siphash(r->secret, crpc_view_data(id), crpc_view_size(id)) ^
+           crpci_base_mix((uint64_t)(uintptr_t)method);
 }
 
 /* Finds the entry of a request by its method and its id, which has at most CRPCI_REPLAY_ID_MAX
@@ -21114,7 +21111,7 @@ CRPCI_COLD uint64_t crpci_replay_hash(const void *method, crpc_view id)
 CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *method, crpc_view id,
                                                int64_t now)
 {
-    uint64_t hash = crpci_replay_hash(method, id);
+    uint64_t hash = crpci_replay_hash(r, method, id);
     crpci_list *bucket = &r->buckets[hash & (r->bucket_count - 1)], *i;
     size_t n = crpc_view_size(id);
     crpci_replay_expire(r, now);
@@ -21127,22 +21124,21 @@ CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *meth
     return NULL;
 }
 
-/* Adds the entry of a new request that begins to execute, in place of the oldest finished one if
- * need be. NULL: out of memory, or all entries are of requests that are executing; the request then
- * runs without protection against a repetition. */
-CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *method, crpc_view id)
+/* Adds the entry of a new request that begins to execute. NULL: none is free, or out of memory; the
+ * request must be refused then. */
+CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *method, crpc_view id,
+                                              uint64_t digest, void *owner)
 {
-    uint64_t hash = crpci_replay_hash(method, id);
-    crpci_replay_entry *e;
-    while (r->count >= r->max || r->bytes + (int64_t)sizeof *e > r->max_bytes) {
-        if (!crpci_replay_evict(r))
-            return NULL;
-    }
-    e = (crpci_replay_entry *)crpci_heap_alloc(r->heap, sizeof *e);
+    uint64_t hash = crpci_replay_hash(r, method, id);
+    crpci_replay_entry *e = NULL;
+    if (r->count < r->max && r->bytes + (int64_t)sizeof *e <= r->max_bytes)
+        e = (crpci_replay_entry *)crpci_heap_alloc(r->heap, sizeof *e);
     if (!e)
         return NULL;
     e->method = method;
+    e->owner = owner;
     e->hash = hash;
+    e->digest = digest;
     e->id_size = crpc_view_size(id);
     memcpy(e->id, crpc_view_data(id), e->id_size);
     crpci_list_init(&e->age);
@@ -21153,33 +21149,30 @@ CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *metho
     return e;
 }
 
-/* A request has finished. Keeps its reply, with a reference of its own, if it takes no more than a
- * quarter of max_bytes; a larger one would push out too many others. The entry stays in any case: a
- * repetition is then refused, not executed. Moves the requests that waited to `waiting`. */
+/* A request has finished. Keeps its reply, with a reference of its own, if there is room for it and
+ * it takes no more than a quarter of max_bytes. The entry stays in any case: a repetition is then
+ * refused, not executed. Moves the requests that waited to `waiting`. */
 CRPCI_FN void crpci_replay_finish(crpci_replay *r, crpci_replay_entry *e, crpci_chunk *reply,
                                   int64_t now, crpci_list *waiting)
 {
+    int64_t size = crpci_replay_size(reply);
     crpci_list_move(waiting, &e->waiting);
     crpci_replay_expire(r, now);
-    if (crpci_replay_size(reply) > r->max_bytes / 4)
-        reply = NULL;
-    while (reply && r->bytes + crpci_replay_size(reply) > r->max_bytes) {
-        if (!crpci_replay_evict(r))
-            reply = NULL;
-    }
-    if (reply)
+    if (reply && size <= r->max_bytes / 4 && r->bytes + size <= r->max_bytes) {
         crpci_heap_chunk_ref(reply);
-    r->bytes += crpci_replay_size(reply);
-    e->reply = reply;
+        e->reply = reply;
+        r->bytes += size;
+    }
     e->finished = true;
     e->until = now + r->keep_us;
     crpci_list_append(&r->age, &e->age);
 }
 
+/* All requests have ended. */
 CRPCI_COLD void crpci_replay_close(crpci_replay *r)
 {
-    while (r->buckets && crpci_replay_evict(r)) {
-    }
+    if (r->buckets)
+        crpci_replay_expire(r, INT64_MAX);
     crpci_heap_free(r->heap, r->buckets, r->bucket_count * sizeof *r->buckets);
     r->buckets = NULL;
 }
@@ -21223,7 +21216,7 @@ CRPCI_COLD crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol,
 /* ======================================================================== */
 
 /* A server shares what it has among accounts: all connections of one host are one account. An
- * account exists while it has a connection. What has to outlive it, the debt of its token bucket,
+ * account exists while it holds something. What has to outlive it, the debt of its token bucket,
  * goes into a sketch of fixed size, so that no number of other hosts can push it out. The caller
  * locks a table; networks are pure. */
 
@@ -21363,11 +21356,18 @@ CRPCI_FN const crpci_peer_network *crpci_peer_find_network(const crpci_peer_netw
 
 /* --- accounts --------------------------------------------------------------------------------- */
 
+/* What a server has a limited number of, and shares among accounts. */
+typedef enum crpci_peer_resource {
+    CRPCI_PEER_CONNECTIONS,
+    CRPCI_PEER_REPLAYS, /* replay entries */
+    CRPCI_PEER_RESOURCES
+} crpci_peer_resource;
+
 typedef struct crpci_peer_account {
     crpci_list link; /* in its bucket */
     crpci_sock_name key;
     uint32_t weight;
-    uint32_t connections;
+    uint32_t held[CRPCI_PEER_RESOURCES];
     crpci_limiter_bucket bucket; /* of rate_per_client */
 } crpci_peer_account;
 
@@ -21465,7 +21465,7 @@ CRPCI_FN crpci_peer_account *crpci_peer_connect(crpci_peer_table *t, const crpci
         a = CRPCI_CONTAINER(i, crpci_peer_account, link);
         if (a->key.kind == key.kind && a->key.scope == key.scope &&
             memcmp(a->key.address, key.address, 16) == 0) {
-            a->connections++;
+            a->held[CRPCI_PEER_CONNECTIONS]++;
             return a;
         }
     }
@@ -21474,7 +21474,7 @@ CRPCI_FN crpci_peer_account *crpci_peer_connect(crpci_peer_table *t, const crpci
         return NULL;
     a->key = key;
     a->weight = network ? network->weight : 1;
-    a->connections = 1;
+    a->held[CRPCI_PEER_CONNECTIONS] = 1;
     crpci_limiter_bucket_init(&a->bucket, t->rate, t->burst);
     if (t->sketch)
         crpci_peer_restore_debt(t, &a->bucket, hash, now_us);
@@ -21482,26 +21482,33 @@ CRPCI_FN crpci_peer_account *crpci_peer_connect(crpci_peer_table *t, const crpci
     return a;
 }
 
-/* A connection has ended; the account goes with its last one. */
-CRPCI_FN void crpci_peer_disconnect(crpci_peer_table *t, crpci_peer_account *a, int64_t now_us)
+/* An account gives back what it held. It ends when it holds nothing. */
+CRPCI_FN void crpci_peer_release(crpci_peer_table *t, crpci_peer_account *a,
+                                 crpci_peer_resource what, int64_t now_us)
 {
-    if (--a->connections)
-        return;
+    size_t i;
+    a->held[what]--;
+    for (i = 0; i < CRPCI_PEER_RESOURCES; i++) {
+        if (a->held[i])
+            return;
+    }
     if (t->sketch)
         crpci_peer_keep_debt(t, &a->bucket, crpci_peer_hash(t, &a->key), now_us);
     crpci_list_remove(&a->link);
     crpci_heap_free(t->heap, a, sizeof *a);
 }
 
-/* Whether account `a` has more connections by its weight than `b`. */
-CRPCI_FN bool crpci_peer_is_larger(const crpci_peer_account *a, const crpci_peer_account *b)
+/* Whether account `a` holds more by its weight than `b`. */
+CRPCI_FN bool crpci_peer_is_larger(const crpci_peer_account *a, const crpci_peer_account *b,
+                                   crpci_peer_resource what)
 {
-    return (uint64_t)a->connections * b->weight > (uint64_t)b->connections * a->weight;
+    return (uint64_t)a->held[what] * b->weight > (uint64_t)b->held[what] * a->weight;
 }
 
-/* The account other than `but` with most connections by its weight. NULL: there is no other. */
+/* The account other than `but` that holds most by its weight. NULL: there is no other. */
 CRPCI_COLD crpci_peer_account *crpci_peer_largest(const crpci_peer_table *t,
-                                                  const crpci_peer_account *but)
+                                                  const crpci_peer_account *but,
+                                                  crpci_peer_resource what)
 {
     crpci_peer_account *best = NULL;
     size_t k;
@@ -21509,11 +21516,35 @@ CRPCI_COLD crpci_peer_account *crpci_peer_largest(const crpci_peer_table *t,
         const crpci_list *i;
         for (i = t->buckets[k].next; i != &t->buckets[k]; i = i->next) {
             crpci_peer_account *a = CRPCI_CONTAINER(i, crpci_peer_account, link);
-            if (a != but && (!best || crpci_peer_is_larger(a, best)))
+            if (a != but && (!best || crpci_peer_is_larger(a, best, what)))
                 best = a;
         }
     }
     return best;
+}
+
+/* Whether account `own` may keep what it has taken last and is counted in own->held, when `total`
+ * of `most` are held by all. Up to three quarters of them anybody may have all. Above them the
+ * largest account gets no more, so that the rest is there for others, but one each. With `victim`
+ * not NULL, `total` may be over `most` if a larger account can yield one: *victim. */
+CRPCI_FN bool crpci_peer_may_keep(const crpci_peer_table *t, const crpci_peer_account *own,
+                                  crpci_peer_resource what, uint64_t total, uint64_t most,
+                                  const crpci_peer_account **victim)
+{
+    const crpci_peer_account *other;
+    if (victim)
+        *victim = NULL;
+    if (total <= most - most / 4)
+        return true;
+    other = crpci_peer_largest(t, own, what);
+    if (own->held[what] > 1 && (!other || crpci_peer_is_larger(own, other, what)))
+        return false;
+    if (total <= most)
+        return true;
+    if (!victim || !other || !crpci_peer_is_larger(other, own, what))
+        return false;
+    *victim = other;
+    return true;
 }
 
 /* ======================================================================== */
@@ -21595,6 +21626,7 @@ typedef struct crpci_context_guard {
     int (*serve)(crpc_context *x); /* in place of the handler; CRPC_EPENDING: x may be gone */
     crpci_out *(*encode)(crpc_context *x, int code); /* as crpci_context_encode; then does `end` */
     void (*end)(crpc_context *x, const crpci_message *reply, int served); /* reply NULL: none */
+    void (*leave)(crpc_server *s, void *account); /* a connection is closed and has no request */
 } crpci_context_guard;
 
 /* A server. The program owns it, and connections with requests in service keep it. Each nested
@@ -21631,7 +21663,7 @@ struct crpc_server {
         crpci_replay replay;
         crpci_quota *quotas; /* list: of the methods that have limits */
         crpci_peer_table peers;
-        uint64_t replayed, unremembered; /* requests: repeated; run without a free entry */
+        uint64_t replayed; /* requests that had come before */
     } guard;
     struct {
         crpci_list list;
@@ -21935,9 +21967,12 @@ CRPCI_FN void crpci_context_begin(crpc_server *s, crpci_conn *conn)
  * crpci_context_release is due when the loop is unlocked. */
 CRPCI_FN bool crpci_context_end(crpci_conn *conn)
 {
-    crpci_context_count((crpc_server *)conn->owner, (uint32_t)-1);
+    crpc_server *s = (crpc_server *)conn->owner;
+    crpci_context_count(s, (uint32_t)-1);
     if (--conn->busy)
         return false;
+    if (CRPC_ENABLE_POLICY && conn->closed)
+        s->guard.ops->leave(s, conn->account);
     crpci_conn_drop(conn);
     return true;
 }
@@ -22318,6 +22353,7 @@ typedef struct crpci_guard {
     crpci_order_item order;
     crpc_view id;              /* request id, in the request's bytes; empty: none */
     crpci_replay_entry *entry; /* of the id, if this request is the one that executes; else NULL */
+    crpci_peer_account *account; /* of the peer; the connection holds it while it is open */
     bool repeats;              /* another request with the id has executed; its answer serves */
     crpci_chunk *reply;        /* that answer, a reference; NULL: it was not kept */
     crpci_quota *quota; /* entered and still to be left; NULL: none */
@@ -22418,34 +22454,62 @@ CRPCI_COLD int crpci_guard_status(crpc_context *x)
                                "the request was executed before, but its reply was not kept");
 }
 
+/* A digest of a request's message and attachment. */
+CRPCI_COLD uint64_t crpci_guard_digest(const crpc_context *x)
+{
+    return crpci_base_siphash(x->server->guard.replay.secret, x->payload,
+                              x->payload_size + x->attachment_size) ^ x->attachment_size;
+}
+
+/* Gives a new request an entry, charged to its peer's account. False: none is free, or the account
+ * has its share. The guard is locked. */
+CRPCI_COLD bool crpci_guard_remember(crpc_context *x, uint64_t digest)
+{
+    crpc_server *s = x->server;
+    crpci_replay *r = &s->guard.replay;
+    crpci_guard *g = x->guard;
+    g->account->held[CRPCI_PEER_REPLAYS]++;
+    if (crpci_peer_may_keep(&s->guard.peers, g->account, CRPCI_PEER_REPLAYS, r->count + 1, r->max,
+                            NULL))
+        g->entry = crpci_replay_add(r, x->method, g->id, digest, g->account);
+    if (!g->entry)
+        crpci_peer_release(&s->guard.peers, g->account, CRPCI_PEER_REPLAYS,
+                           crpci_heap_now(s->heap));
+    return g->entry != NULL;
+}
+
 /* Runs the handler of a request, unless its id has come before. Then either the first request is
  * still executing, and its crpci_guard_end will complete x (CRPC_EPENDING: x may be gone), or it
- * has ended, and x is answered with the kept reply. If no entry is free the handler runs and is not
- * remembered: a repetition would then execute again, which `unremembered` in the stats tells. */
+ * has ended, and x is answered with the kept reply. */
 CRPCI_COLD int crpci_guard_serve(crpc_context *x)
 {
     crpc_server *s = x->server;
     crpci_guard *g = x->guard;
     crpci_replay_entry *e = NULL;
-    bool waits = false;
+    bool waits = false, full = false, other = false;
     if (crpc_view_size(g->id)) {
+        uint64_t digest = crpci_guard_digest(x);
         crpci_thread_lock(&s->guard.lock);
         e = crpci_replay_find(&s->guard.replay, x->method, g->id, crpci_heap_rough_now(s->heap));
-        waits = e && !e->finished;
-        if (!e) {
-            g->entry = crpci_replay_add(&s->guard.replay, x->method, g->id);
-            s->guard.unremembered += !g->entry;
-        } else if (waits) {
+        other = e && e->digest != digest;
+        waits = e && !other && !e->finished;
+        if (!e)
+            full = !crpci_guard_remember(x, digest);
+        else if (waits)
             crpci_list_append(&e->waiting, &x->task.link);
-        } else if (e->reply) {
-            g->reply = e->reply;
-            crpci_heap_chunk_ref(g->reply);
-        }
-        s->guard.replayed += e != NULL;
+        else if (!other && e->reply)
+            crpci_heap_chunk_ref(g->reply = e->reply);
+        s->guard.replayed += e && !other;
         crpci_thread_unlock(&s->guard.lock);
     }
     if (waits)
         return CRPC_EPENDING;
+    if (other)
+        return crpci_context_error(x, CRPC_EREQUEST,
+                                   "another request had the same id (crpc-rid) before");
+    if (full)
+        return crpci_context_error(x, CRPC_ELIMIT,
+                                   "no entry is free to remember the request (replay_entries)");
     if (e)
         return crpci_guard_status(x);
     return x->method->method->serve(x, x->request, x->response, x->method->handlers);
@@ -22523,8 +22587,44 @@ CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
     return out;
 }
 
+/* --- connections ------------------------------------------------------------------------------ */
+
+/* Counts a new connection for its account. NULL: out of memory. */
+CRPCI_COLD crpci_peer_account *crpci_guard_connect(crpc_server *s, const crpci_sock_name *peer)
+{
+    crpci_peer_account *account;
+    crpci_thread_lock(&s->guard.lock);
+    account = crpci_peer_connect(&s->guard.peers, peer, crpci_heap_now(s->heap));
+    crpci_thread_unlock(&s->guard.lock);
+    return account;
+}
+
+/* Gives back what crpci_guard_connect took, when the connection is closed and its requests have
+ * ended. */
+CRPCI_COLD void crpci_guard_disconnect(crpc_server *s, void *account)
+{
+    crpci_thread_lock(&s->guard.lock);
+    crpci_peer_release(&s->guard.peers, (crpci_peer_account *)account, CRPCI_PEER_CONNECTIONS,
+                       crpci_heap_now(s->heap));
+    crpci_thread_unlock(&s->guard.lock);
+}
+
+/* Whether a connection of account `own`, counted already, may stay when `count` connections are
+ * open with it; if *victim is not NULL, only when one of that account's is closed. */
+CRPCI_COLD bool crpci_guard_has_room(crpc_server *s, const crpci_peer_account *own, uint32_t count,
+                                     const crpci_peer_account **victim)
+{
+    uint32_t most = (uint32_t)s->options.max_connections;
+    bool may;
+    crpci_thread_lock(&s->guard.lock);
+    may = crpci_peer_may_keep(&s->guard.peers, own, CRPCI_PEER_CONNECTIONS, count,
+                              most ? most : UINT32_MAX, victim);
+    crpci_thread_unlock(&s->guard.lock);
+    return may;
+}
+
 static const crpci_context_guard crpci_guard_ops = {crpci_guard_serve, crpci_guard_encode,
-                                                    crpci_guard_end};
+                                                    crpci_guard_end, crpci_guard_disconnect};
 
 /* --- admission -------------------------------------------------------------------------------- */
 
@@ -22536,10 +22636,12 @@ CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpc
     bool fields = !m->usual && m->has_fields;
     crpc_view key;
     memset(g, 0, sizeof *g);
+    g->account = (crpci_peer_account *)conn->account;
     if (fields && s->options.ordered >= 0 &&
         conn->protocol->field(m->fields, CRPCI_MESSAGE_KEY_FIELD, &key)) {
         g->ordered = true;
-        g->order.key = crpci_base_hash(crpc_view_data(key), crpc_view_size(key));
+        g->order.key = crpci_base_siphash(s->guard.peers.secret, crpc_view_data(key),
+                                          crpc_view_size(key));
     } else if (s->options.ordered > 0) {
         g->ordered = true;
         g->order.of = conn;
@@ -22569,50 +22671,6 @@ CRPCI_COLD const char *crpci_guard_limit(crpc_server *s, const crpci_conn *conn,
     crpci_thread_unlock(&s->guard.lock);
     g->quota = why ? NULL : q;
     return why;
-}
-
-/* --- connections ------------------------------------------------------------------------------ */
-
-/* Counts a new connection for its account. NULL: out of memory. */
-CRPCI_COLD crpci_peer_account *crpci_guard_connect(crpc_server *s, const crpci_sock_name *peer)
-{
-    crpci_peer_account *account;
-    crpci_thread_lock(&s->guard.lock);
-    account = crpci_peer_connect(&s->guard.peers, peer, crpci_heap_now(s->heap));
-    crpci_thread_unlock(&s->guard.lock);
-    return account;
-}
-
-/* Gives back what crpci_guard_connect took. */
-CRPCI_COLD void crpci_guard_disconnect(crpc_server *s, void *account)
-{
-    crpci_thread_lock(&s->guard.lock);
-    crpci_peer_disconnect(&s->guard.peers, (crpci_peer_account *)account,
-                          crpci_heap_now(s->heap));
-    crpci_thread_unlock(&s->guard.lock);
-}
-
-/* Whether a connection of account `own`, counted already, may stay when `count` connections are
- * open with it. Up to three quarters of max_connections anybody may have all. Above them the
- * largest account gets no more, so that the rest is there for others. If none is left, a connection
- * of *victim must be closed first; NULL: none need be. A host's first connection is never one too
- * many while there is room. */
-CRPCI_COLD bool crpci_guard_has_room(crpc_server *s, const crpci_peer_account *own, uint32_t count,
-                                     const crpci_peer_account **victim)
-{
-    uint32_t most = (uint32_t)s->options.max_connections;
-    const crpci_peer_account *other;
-    bool largest;
-    *victim = NULL;
-    if (!most || count <= most - most / 4)
-        return true;
-    crpci_thread_lock(&s->guard.lock);
-    other = crpci_peer_largest(&s->guard.peers, own);
-    largest = own->connections > 1 && (!other || crpci_peer_is_larger(own, other));
-    if (count > most && !largest && crpci_peer_is_larger(other, own))
-        *victim = other;
-    crpci_thread_unlock(&s->guard.lock);
-    return !largest && (count <= most || *victim);
 }
 
 /* --- opening ---------------------------------------------------------------------------------- */
@@ -22676,20 +22734,28 @@ CRPCI_COLD int crpci_guard_start_limits(crpc_server *s, crpc_error *error)
     return err;
 }
 
+/* A replay entry of an account is gone. */
+CRPCI_COLD void crpci_guard_forget(crpci_replay *r, void *account)
+{
+    crpc_server *s = CRPCI_CONTAINER(r, crpc_server, guard.replay);
+    crpci_peer_release(&s->guard.peers, (crpci_peer_account *)account, CRPCI_PEER_REPLAYS,
+                       crpci_heap_now(s->heap));
+}
+
 /* Sets up the tables of request ids and of accounts. */
 CRPCI_COLD int crpci_guard_open(crpc_server *s)
 {
     const crpc_server_options *o = &s->options;
     uint64_t secret[2];
-    int err = CRPC_OK;
+    int err;
     crpci_order_init(&s->guard.order, o->worker_queue);
-    if (o->replay_entries)
-        err = crpci_replay_open(&s->guard.replay, s->heap, (size_t)o->replay_entries,
-                                o->replay_bytes, (int64_t)o->replay_ms * 1000);
     crpci_loop_secret(s->loop, secret);
-    if (!err)
-        err = crpci_peer_open(&s->guard.peers, s->heap, secret, o->rate_per_client,
-                              o->burst_per_client);
+    err = crpci_peer_open(&s->guard.peers, s->heap, secret, o->rate_per_client,
+                          o->burst_per_client);
+    if (!err && o->replay_entries)
+        err = crpci_replay_open(&s->guard.replay, s->heap, (size_t)o->replay_entries,
+                                o->replay_bytes, (int64_t)o->replay_ms * 1000, secret);
+    s->guard.replay.release = crpci_guard_forget;
     return err;
 }
 
@@ -22705,7 +22771,6 @@ CRPCI_COLD void crpci_guard_stats(crpc_server *s, crpc_loop_stats *stats)
 {
     crpci_thread_lock(&s->guard.lock);
     stats->replayed = s->guard.replayed;
-    stats->unremembered = s->guard.unremembered;
     crpci_thread_unlock(&s->guard.lock);
 }
 
@@ -22849,7 +22914,7 @@ CRPCI_FN void crpci_intake_on_eof(crpci_conn *conn)
 CRPCI_FN void crpci_intake_on_closed(crpci_conn *conn)
 {
     crpc_server *s = (crpc_server *)conn->owner;
-    if (CRPC_ENABLE_POLICY && conn->account)
+    if (CRPC_ENABLE_POLICY && !conn->busy)
         crpci_guard_disconnect(s, conn->account);
     if (conn->refused)
         __atomic_fetch_sub(&s->listener.refusing, 1, __ATOMIC_ACQ_REL);

@@ -189,6 +189,16 @@ static crpci_peer_account *join(crpci_peer_table *t, const char *host, int64_t n
     return a;
 }
 
+static void leave(crpci_peer_table *t, crpci_peer_account *a, int64_t now)
+{
+    crpci_peer_release(t, a, CRPCI_PEER_CONNECTIONS, now);
+}
+
+static crpci_peer_account *largest(const crpci_peer_table *t, const crpci_peer_account *but)
+{
+    return crpci_peer_largest(t, but, CRPCI_PEER_CONNECTIONS);
+}
+
 static void an_account_lives_as_long_as_its_connections(void **state)
 {
     crpci_heap *h = heap();
@@ -197,12 +207,12 @@ static void an_account_lives_as_long_as_its_connections(void **state)
     (void)state;
     assert_ptr_equal(join(t, "10.0.0.7", 0), a);
     assert_ptr_not_equal(join(t, "10.0.0.8", 0), a);
-    assert_int_equal(a->connections, 2);
-    crpci_peer_disconnect(t, crpci_peer_largest(t, a), 0);
-    crpci_peer_disconnect(t, a, 0);
-    assert_ptr_equal(crpci_peer_largest(t, NULL), a);
-    crpci_peer_disconnect(t, a, 0);
-    assert_null(crpci_peer_largest(t, NULL));
+    assert_int_equal(a->held[CRPCI_PEER_CONNECTIONS], 2);
+    leave(t, largest(t, a), 0);
+    leave(t, a, 0);
+    assert_ptr_equal(largest(t, NULL), a);
+    leave(t, a, 0);
+    assert_null(largest(t, NULL));
     crpci_peer_close(t, h);
     crpci_heap_unref(h);
 }
@@ -219,13 +229,13 @@ static void the_largest_account_is_so_by_its_weight(void **state)
         gateway = join(t, "10.0.0.7", 0);
     host = join(t, "10.0.0.8", 0);
     join(t, "10.0.0.8", 0);
-    assert_ptr_equal(crpci_peer_largest(t, NULL), host); /* 2 against 20/16 */
-    assert_ptr_equal(crpci_peer_largest(t, host), gateway);
-    assert_true(crpci_peer_is_larger(host, gateway));
+    assert_ptr_equal(largest(t, NULL), host); /* 2 against 20/16 */
+    assert_ptr_equal(largest(t, host), gateway);
+    assert_true(crpci_peer_is_larger(host, gateway, CRPCI_PEER_CONNECTIONS));
     for (i = 0; i < 20; i++)
-        crpci_peer_disconnect(t, gateway, 0);
-    crpci_peer_disconnect(t, host, 0);
-    crpci_peer_disconnect(t, host, 0);
+        leave(t, gateway, 0);
+    leave(t, host, 0);
+    leave(t, host, 0);
     crpci_peer_close(t, h);
     crpci_heap_unref(h);
 }
@@ -237,7 +247,7 @@ static void spend(crpci_peer_table *t, const char *host, int tokens, int64_t now
     while (tokens--)
         assert_true(crpci_limiter_bucket_take(&a->bucket, now));
     assert_false(crpci_limiter_bucket_take(&a->bucket, now));
-    crpci_peer_disconnect(t, a, now);
+    leave(t, a, now);
 }
 
 static void reconnecting_does_not_fill_the_bucket(void **state)
@@ -264,7 +274,7 @@ static void other_hosts_do_not_reset_a_debt(void **state)
     spend(t, "192.0.2.1", 10, SECOND);
     for (i = 0; i < 50000; i++) {
         snprintf(host, sizeof host, "10.%d.%d.1", i / 250, i % 250);
-        crpci_peer_disconnect(t, join(t, host, SECOND), SECOND);
+        leave(t, join(t, host, SECOND), SECOND);
     }
     spend(t, "192.0.2.1", 0, SECOND);
     crpci_peer_close(t, h);
@@ -288,7 +298,7 @@ static void debts_of_others_seldom_hit_a_new_host(void **state)
         snprintf(host, sizeof host, "172.16.%d.%d", i / 250, i % 250);
         a = join(t, host, SECOND);
         hit += a->bucket.debt > 0;
-        crpci_peer_disconnect(t, a, SECOND);
+        leave(t, a, SECOND);
     }
     assert_in_range(hit, 0, 30); /* expected: (400/4096)^2 of 1,000, about 9 */
     crpci_peer_close(t, h);
@@ -324,7 +334,7 @@ static int scenario(const crpc_hooks *hooks, void *user)
     if (!err) {
         crpci_peer_account *a = crpci_peer_connect(&t, &p, 0);
         if (a)
-            crpci_peer_disconnect(&t, a, 0);
+            crpci_peer_release(&t, a, CRPCI_PEER_CONNECTIONS, 0);
         err = a ? CRPC_OK : CRPC_ENOMEM;
     }
     crpci_peer_close(&t, h);
