@@ -4253,9 +4253,9 @@ CRPCI_FN crpci_frame_result crpci_frame_header(const uint8_t *p, size_t n, uint3
 
 /* RpcMeta is the protobuf message that precedes every baidu_std payload; field numbers are those of
  * brpc's baidu_rpc_meta.proto. nanopb needs about 280 ns for each direction, so crpc writes a meta
- * backwards in front of its payload by hand, and reads it by hand: the two usual shapes by comparing
- * bytes, others field by field. A fuzzer compares both readers with nanopb. All of this is pure:
- * any thread, no lock. */
+ * backwards in front of its payload by hand, and reads by hand too: the two usual shapes by
+ * comparing bytes, others field by field. A fuzzer compares both readers with nanopb. All of this
+ * is pure: any thread, no lock. */
 
 /* An RpcMeta, flattened. Reading leaves views that point into the input. */
 typedef struct crpci_meta {
@@ -4271,8 +4271,8 @@ typedef struct crpci_meta {
     int32_t compress_type;
     int32_t content_type;
     int32_t checksum_type;
-    crpc_view names;   /* request to write: service and method, encoded; unset: the next two */
-    crpc_view service; /* request */
+    crpc_view names;   /* request to write: service and method, encoded */
+    crpc_view service; /* request read */
     crpc_view method;
     int64_t log_id;
     int64_t trace_id;
@@ -4393,10 +4393,7 @@ CRPCI_FN uint8_t *crpci_meta_put_request(uint8_t *low, uint8_t *payload, size_t 
     }
     if (m->log_id)
         p = crpci_meta_put_int(p, 3, m->log_id);
-    if (crpc_view_data(m->names))
-        p = crpci_meta_put_raw(p, m->names);
-    else
-        p = crpci_meta_put_bytes(crpci_meta_put_bytes(p, 2, m->method), 1, m->service);
+    p = crpci_meta_put_raw(p, m->names);
     p = crpci_meta_put_header(p, end, 1, payload, payload_size + (size_t)m->attachment_size);
     crpci_meta_check_room(low, p);
     return p;
@@ -4488,44 +4485,46 @@ typedef struct crpci_meta_row {
     uint8_t at; /* offset in crpci_meta; a part: which */
 } crpci_meta_row;
 
+#define CRPCI_META_ROW(kind, member) {CRPCI_META_##kind, offsetof(crpci_meta, member)}
+/* clang-format off */
+/* Of each message, by field number. */
+static const crpci_meta_row crpci_meta_rows[3][12] = {{
+    {CRPCI_META_UNKNOWN, 0},
+    {CRPCI_META_PART, CRPCI_META_REQUEST},
+    {CRPCI_META_PART, CRPCI_META_RESPONSE},
+    CRPCI_META_ROW(INT32, compress_type),
+    CRPCI_META_ROW(INT64, correlation_id),
+    CRPCI_META_ROW(INT32, attachment_size),
+    CRPCI_META_ROW(BYTES, chunk_info),
+    CRPCI_META_ROW(BYTES, credential),
+    CRPCI_META_ROW(BYTES, stream_settings),
+    {CRPCI_META_FIELDS, 0},
+    CRPCI_META_ROW(INT32, content_type),
+    CRPCI_META_ROW(INT32, checksum_type)
+}, {
+    {CRPCI_META_UNKNOWN, 0},
+    CRPCI_META_ROW(BYTES, service),
+    CRPCI_META_ROW(BYTES, method),
+    CRPCI_META_ROW(INT64, log_id),
+    CRPCI_META_ROW(INT64, trace_id),
+    CRPCI_META_ROW(INT64, span_id),
+    CRPCI_META_ROW(INT64, parent_span_id),
+    {CRPCI_META_UNKNOWN, 0},
+    CRPCI_META_ROW(INT32, timeout_ms)
+}, {
+    {CRPCI_META_UNKNOWN, 0},
+    CRPCI_META_ROW(INT32, error_code),
+    CRPCI_META_ROW(BYTES, error_text)
+}};
+/* clang-format on */
+#undef CRPCI_META_ROW
+
 /* Reads one part into `m`. A part that comes twice is merged, as protobuf asks: the last value of a
  * field counts. False: it is malformed, a known field has an unexpected wire type, or a request
  * does not name service and method. */
 CRPCI_FN bool crpci_meta_read_part(const uint8_t *p, const uint8_t *end, unsigned part,
                                    crpci_meta *m)
 {
-#define CRPCI_META_ROW(kind, member) {CRPCI_META_##kind, offsetof(crpci_meta, member)}
-    /* clang-format off */
-    static const crpci_meta_row rows[3][12] = {{ /* by field number */
-        {CRPCI_META_UNKNOWN, 0},
-        {CRPCI_META_PART, CRPCI_META_REQUEST},
-        {CRPCI_META_PART, CRPCI_META_RESPONSE},
-        CRPCI_META_ROW(INT32, compress_type),
-        CRPCI_META_ROW(INT64, correlation_id),
-        CRPCI_META_ROW(INT32, attachment_size),
-        CRPCI_META_ROW(BYTES, chunk_info),
-        CRPCI_META_ROW(BYTES, credential),
-        CRPCI_META_ROW(BYTES, stream_settings),
-        {CRPCI_META_FIELDS, 0},
-        CRPCI_META_ROW(INT32, content_type),
-        CRPCI_META_ROW(INT32, checksum_type)
-    }, {
-        {CRPCI_META_UNKNOWN, 0},
-        CRPCI_META_ROW(BYTES, service),
-        CRPCI_META_ROW(BYTES, method),
-        CRPCI_META_ROW(INT64, log_id),
-        CRPCI_META_ROW(INT64, trace_id),
-        CRPCI_META_ROW(INT64, span_id),
-        CRPCI_META_ROW(INT64, parent_span_id),
-        {CRPCI_META_UNKNOWN, 0},
-        CRPCI_META_ROW(INT32, timeout_ms)
-    }, {
-        {CRPCI_META_UNKNOWN, 0},
-        CRPCI_META_ROW(INT32, error_code),
-        CRPCI_META_ROW(BYTES, error_text)
-    }};
-    /* clang-format on */
-#undef CRPCI_META_ROW
     uint64_t key, n = 0;
     crpc_view v = {{NULL}, NULL};
     if (part == CRPCI_META_REQUEST)
@@ -4536,7 +4535,7 @@ CRPCI_FN bool crpci_meta_read_part(const uint8_t *p, const uint8_t *end, unsigne
         p = crpci_meta_next(p, end, &key, &n, &v);
         if (!p)
             return false;
-        row = &rows[part][key >> 3 < 12 ? key >> 3 : 0];
+        row = &crpci_meta_rows[part][key >> 3 < 12 ? key >> 3 : 0];
         at = (char *)m + row->at;
         if (row->kind >= CRPCI_META_INT32 && (key & 7) != (row->kind < CRPCI_META_BYTES ? 0 : 2))
             return false;
@@ -4602,16 +4601,10 @@ CRPCI_FN bool crpci_meta_read_usual(const uint8_t *p, size_t n, crpc_view names,
            crpci_meta_last_varint(sub_end + 3, end, &m->correlation_id);
 }
 
-CRPCI_FN bool crpci_meta_bytes_equal(crpc_view v, const char *text, size_t n)
-{
-    return crpc_view_size(v) == n && (n == 0 || memcmp(crpc_view_data(v), text, n) == 0);
-}
-
 /* Searches the value of a user_fields entry. The last entry of a key wins, as in a protobuf map. */
 CRPCI_FN bool crpci_meta_field(crpc_view raw, const char *key, crpc_view *value)
 {
     const uint8_t *p = (const uint8_t *)crpc_view_data(raw), *end = (const uint8_t *)raw.end;
-    size_t key_len = strlen(key);
     bool found = false;
     while (p && p < end) {
         uint64_t k = 0, n = 0;
@@ -4629,7 +4622,7 @@ CRPCI_FN bool crpci_meta_field(crpc_view raw, const char *key, crpc_view *value)
             else if (q && k == (2 << 3 | 2))
                 text = v;
         }
-        if (q && crpci_meta_bytes_equal(name, key, key_len)) {
+        if (q && crpc_view_equal(name, key)) {
             *value = text;
             found = true;
         }
@@ -5988,19 +5981,31 @@ CRPCI_FN void crpci_loop_user_end(crpc_loop *l)
     l->fresh = false;
 }
 
-/* Runs the tasks that are on the list now; one that queues itself again runs the next time. What
- * user tasks send goes out every 32 tasks, so that one send carries several replies. */
+/* Runs the tasks that are on the list now; one that queues itself again runs the next time. */
 CRPCI_FN void crpci_loop_run_list(crpc_loop *l, crpci_list *list)
 {
     crpci_list now;
-    unsigned n = 0;
     crpci_loop_assert_locked(l);
     crpci_list_move(&now, list);
     while (!crpci_list_empty(&now)) {
         crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
         crpci_list_remove(&t->link);
         t->run(l, t);
-        if (++n % 32 == 0 && list == &l->ready)
+    }
+}
+
+/* Runs the user tasks that are queued now. What they send goes out every 32 tasks, so that one
+ * send carries several replies. */
+CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
+{
+    crpci_list now;
+    unsigned n = 0;
+    crpci_list_move(&now, &l->ready);
+    while (!crpci_list_empty(&now)) {
+        crpci_task *t = CRPCI_CONTAINER(now.next, crpci_task, link);
+        crpci_list_remove(&t->link);
+        t->run(l, t);
+        if (++n % 32 == 0)
             crpci_loop_run_list(l, &l->dirty);
     }
 }
@@ -6101,23 +6106,16 @@ CRPCI_FN int crpci_watch_set(crpc_loop *l, crpci_watch *w, int fd, unsigned even
 /* ======================================================================== */
 
 /* Posts, timers and watches of the program are objects of one type: a task that runs a callback in
- * user code, with an id in l->users. A post, and a timer without a period, removes itself after its
- * callback; the others stay until the program ends them or closes the loop. */
-typedef enum crpci_user_kind {
-    CRPCI_USER_POST,
-    CRPCI_USER_TIMER,
-    CRPCI_USER_WATCH
-} crpci_user_kind;
-
+ * user code, with an id in l->users. A timer without a period, and a post, which is one that is due
+ * at once, removes itself after its callback; the others stay until the program ends them or closes
+ * the loop. */
 typedef struct crpci_user {
-    crpci_user_kind kind;
     crpci_task task;
     uint64_t id;
     void *user;
     bool running;
     bool ended; /* while its callback ran, which frees it */
-    void (*post)(void *user);
-    crpc_timer_fn on_timer;
+    crpc_timer_fn on_timer; /* NULL: a watch */
     crpci_timer timer;
     int64_t period_us;
     crpc_watch_fn on_event;
@@ -6157,9 +6155,7 @@ CRPCI_FN void crpci_user_run(crpc_loop *l, crpci_task *task)
     u->got = 0;
     u->running = true;
     crpci_loop_user_begin(l);
-    if (u->kind == CRPCI_USER_POST)
-        u->post(u->user);
-    else if (u->kind == CRPCI_USER_TIMER)
+    if (u->on_timer)
         u->on_timer(u->user);
     else if (got)
         u->on_event(u->user, u->fd, got);
@@ -6167,10 +6163,10 @@ CRPCI_FN void crpci_user_run(crpc_loop *l, crpci_task *task)
     u->running = false;
     if (u->ended)
         crpci_heap_free(l->heap, u, sizeof *u);
-    else if (u->kind == CRPCI_USER_POST || (u->kind == CRPCI_USER_TIMER && !u->period_us))
-        crpci_user_remove(l, u);
-    else if (u->kind == CRPCI_USER_WATCH)
+    else if (!u->on_timer)
         crpci_watch_set(l, &u->watch, u->fd, u->wanted);
+    else if (!u->period_us)
+        crpci_user_remove(l, u);
 }
 
 /* A periodic timer keeps its rhythm; periods that have passed entirely are left out. */
@@ -6195,14 +6191,14 @@ CRPCI_FN void crpci_user_on_event(crpc_loop *l, crpci_watch *watch, unsigned eve
         crpci_watch_set(l, watch, u->fd, 0);
 }
 
-/* A new object with an id, whose callback the caller sets. NULL: out of memory. */
-CRPCI_FN crpci_user *crpci_user_add(crpc_loop *l, crpci_user_kind kind, void *user)
+/* A new object with an id; of a watch the caller sets the rest. NULL: out of memory. */
+CRPCI_FN crpci_user *crpci_user_add(crpc_loop *l, crpc_timer_fn on_timer, void *user)
 {
     crpci_user *u = (crpci_user *)crpci_heap_alloc(l->heap, sizeof *u);
     crpci_loop_assert_locked(l);
     if (!u)
         return NULL;
-    u->kind = kind;
+    u->on_timer = on_timer;
     u->user = user;
     u->fd = -1;
     crpci_loop_task_init(&u->task, crpci_user_run);
@@ -6221,11 +6217,9 @@ CRPC_API int crpc_loop_post(crpc_loop *l, void (*fn)(void *user), void *user)
     if (!fn)
         return CRPC_EINVAL;
     crpci_loop_lock(l);
-    u = crpci_user_add(l, CRPCI_USER_POST, user);
-    if (u) {
-        u->post = fn;
+    u = crpci_user_add(l, fn, user);
+    if (u)
         crpci_loop_ready(l, &u->task);
-    }
     crpci_loop_unlock(l);
     return u ? CRPC_OK : CRPC_ENOMEM;
 }
@@ -6236,7 +6230,7 @@ CRPCI_FN bool crpci_user_watches(const crpc_loop *l, int fd)
     uint32_t i;
     for (i = 0; i < l->users.cap; i++) {
         const crpci_user *u = (const crpci_user *)l->users.slots[i].object;
-        if (u && u->kind == CRPCI_USER_WATCH && u->fd == fd)
+        if (u && !u->on_timer && u->fd == fd)
             return true;
     }
     return false;
@@ -6255,7 +6249,7 @@ CRPC_API int crpc_loop_watch(crpc_loop *l, int fd, unsigned events, crpc_watch_f
         crpci_loop_unlock(l);
         return CRPC_EBUSY;
     }
-    u = crpci_user_add(l, CRPCI_USER_WATCH, user);
+    u = crpci_user_add(l, NULL, user);
     if (u) {
         u->fd = fd;
         u->on_event = fn;
@@ -6278,7 +6272,7 @@ CRPC_API int crpc_loop_rewatch(crpc_loop *l, crpc_id id, unsigned events)
         return CRPC_EINVAL;
     crpci_loop_lock(l);
     u = (crpci_user *)crpci_id_get(&l->users, id.value);
-    if (u && u->kind == CRPCI_USER_WATCH) {
+    if (u && !u->on_timer) {
         u->wanted = events;
         err = crpci_watch_set(l, &u->watch, u->fd, events);
     }
@@ -6287,19 +6281,19 @@ CRPC_API int crpc_loop_rewatch(crpc_loop *l, crpc_id id, unsigned events)
 }
 
 /* Ends a timer or a watch; an id that is stale, or of the other kind, is ignored. */
-CRPCI_FN void crpci_user_stop(crpc_loop *l, crpc_id id, crpci_user_kind kind)
+CRPCI_FN void crpci_user_stop(crpc_loop *l, crpc_id id, bool timer)
 {
     crpci_user *u;
     crpci_loop_lock(l);
     u = (crpci_user *)crpci_id_get(&l->users, id.value);
-    if (u && u->kind == kind)
+    if (u && timer == (u->on_timer != NULL))
         crpci_user_remove(l, u);
     crpci_loop_unlock(l);
 }
 
 CRPC_API void crpc_loop_unwatch(crpc_loop *l, crpc_id id)
 {
-    crpci_user_stop(l, id, CRPCI_USER_WATCH);
+    crpci_user_stop(l, id, false);
 }
 
 CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms, crpc_timer_fn fn,
@@ -6313,9 +6307,8 @@ CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms,
     if (!fn || delay_ms < 0 || period_ms < 0 || delay_ms > longest || period_ms > longest)
         return CRPC_EINVAL;
     crpci_loop_lock(l);
-    u = crpci_user_add(l, CRPCI_USER_TIMER, user);
+    u = crpci_user_add(l, fn, user);
     if (u) {
-        u->on_timer = fn;
         u->period_us = period_ms * 1000;
         crpci_loop_timer_set(l, &u->timer, delay_ms * 1000);
         id->value = u->id;
@@ -6326,7 +6319,7 @@ CRPC_API int crpc_timer_start(crpc_loop *l, int64_t delay_ms, int64_t period_ms,
 
 CRPC_API void crpc_timer_stop(crpc_loop *l, crpc_id id)
 {
-    crpci_user_stop(l, id, CRPCI_USER_TIMER);
+    crpci_user_stop(l, id, true);
 }
 
 /* ======================================================================== */
@@ -6376,7 +6369,7 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
     crpci_loop_run_timers(l);
     crpci_loop_run_list(l, &l->resume);
     if (user)
-        crpci_loop_run_list(l, &l->ready);
+        crpci_loop_run_ready(l);
     crpci_loop_run_list(l, &l->dirty);
     patience = crpci_drive_patience(l, until, user);
     if (crpci_poller_prepare(&l->poller, l->heap)) /* out of memory: some are not waited for */
@@ -6397,7 +6390,7 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
             w->fn(l, w, e.events);
     }
     if (user)
-        crpci_loop_run_list(l, &l->ready);
+        crpci_loop_run_ready(l);
     crpci_loop_run_list(l, &l->dirty);
 }
 
@@ -6544,7 +6537,7 @@ CRPCI_COLD void crpci_drive_finish(crpc_loop *l)
 {
     int rounds = 1000;
     while (!crpci_list_empty(&l->ready) && rounds--)
-        crpci_loop_run_list(l, &l->ready);
+        crpci_loop_run_ready(l);
     crpci_user_remove_all(l);
 }
 
@@ -6771,7 +6764,7 @@ CRPC_API void crpc_loop_close(crpc_loop *l)
         l->mode = CRPCI_LOOP_PASSIVE;
         crpci_drive_leave(l);
     }
-    crpci_drive_join(l); /* now: an owner that leaves may still have sent, unlocked, until it left */
+    crpci_drive_join(l); /* not before: a thread that leaves may send, unlocked, until it left */
     crpci_loop_unlock(l);
     crpci_loop_release(l);
 }
@@ -6923,7 +6916,8 @@ typedef struct crpci_limiter_bucket {
 } crpci_limiter_bucket;
 
 /* per_second below 1: no limit. burst below 1: one second's worth. */
-CRPCI_COLD void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_second, int64_t burst)
+CRPCI_COLD void crpci_limiter_bucket_init(crpci_limiter_bucket *b, int64_t per_second,
+                                          int64_t burst)
 {
     memset(b, 0, sizeof *b);
     if (per_second < 1)
@@ -8197,8 +8191,8 @@ struct crpci_conn {
     crpci_chunk *left;  /* input over the step's budget */
     const uint8_t *left_at;
     size_t left_len;
-    crpci_out *tx_head;
-    crpci_out *tx_tail;
+    crpci_out *tx_head; /* the queue, and where to append the next frame */
+    crpci_out **tx_end;
     int64_t tx_bytes;
     int64_t tx_memory; /* bytes of memory in the queue: small frames take more than tx_bytes */
     /* In ordered protocols. Accepted: each request gets a turn, and `held` keeps the replies whose
@@ -8328,7 +8322,7 @@ CRPCI_FN void crpci_conn_cleanup(crpci_conn *c)
         return; /* rule P7: the thread that uses the descriptor calls this when it is done */
     crpci_conn_out_free_all(&c->tx_head);
     crpci_conn_out_free_all(&c->held);
-    c->tx_tail = NULL;
+    c->tx_end = &c->tx_head;
     crpci_heap_chunk_unref(c->rx);
     crpci_heap_chunk_unref(c->left);
     c->rx = c->left = NULL;
@@ -8449,24 +8443,22 @@ typedef struct crpci_conn_batch {
     crpci_chunk *copies; /* NULL: there is only one frame, or no memory; none is copied then */
 } crpci_conn_batch;
 
-/* Adds a piece that the send reads where it is. */
-CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n)
+/* Adds a piece: a copy of it, joined with the copy before where possible, or what the send reads
+ * where it is. */
+CRPCI_FN void crpci_conn_add(crpci_conn_batch *b, const uint8_t *p, size_t n, bool copy)
 {
-    b->iov[b->count].iov_base = (void *)(uintptr_t)p; /* iovec has no const */
-    b->iov[b->count++].iov_len = n;
-}
-
-/* Adds a copy of a short frame, joined with the copy before it where possible. */
-CRPCI_FN void crpci_conn_add_copy(crpci_conn_batch *b, const uint8_t *p, size_t n)
-{
-    uint8_t *to = crpci_heap_data(b->copies) + b->used;
-    struct iovec *last = b->count ? &b->iov[b->count - 1] : NULL;
-    memcpy(to, p, n);
-    b->used += n;
-    if (last && (uint8_t *)last->iov_base + last->iov_len == to)
-        last->iov_len += n;
-    else
-        crpci_conn_add(b, to, n);
+    struct iovec *next = &b->iov[b->count];
+    if (copy) {
+        p = (uint8_t *)memcpy(crpci_heap_data(b->copies) + b->used, p, n);
+        b->used += n;
+    }
+    if (copy && b->count && (uint8_t *)next[-1].iov_base + next[-1].iov_len == p) {
+        next[-1].iov_len += n;
+        return;
+    }
+    next->iov_base = (void *)(uintptr_t)p; /* iovec has no const */
+    next->iov_len = n;
+    b->count++;
 }
 
 /* Appends the id of a request that is about to be sent to the ring of awaited replies. This must
@@ -8517,13 +8509,13 @@ CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
         b->copies = crpci_heap_chunk(c->loop->heap, CRPCI_CONN_FLAT);
     for (o = c->tx_head; o && b->count + 2 <= CRPCI_CONN_IOV; o = o->next) {
         size_t skip = o->sent, head = skip < o->head_len ? o->head_len - skip : 0;
-        if (head && head <= CRPCI_CONN_SHORT && b->copies && head <= CRPCI_CONN_FLAT - b->used)
-            crpci_conn_add_copy(b, o->head + skip, head);
-        else if (head)
-            crpci_conn_add(b, o->head + skip, head);
+        if (head)
+            crpci_conn_add(b, o->head + skip, head,
+                           b->copies && head <= CRPCI_CONN_SHORT &&
+                               head <= CRPCI_CONN_FLAT - b->used);
         skip = head ? 0 : skip - o->head_len;
         if (o->tail_len)
-            crpci_conn_add(b, o->tail + skip, o->tail_len - skip);
+            crpci_conn_add(b, o->tail + skip, o->tail_len - skip, false);
         o->inflight = true;
         if (crpci_conn_awaits(c) && !o->awaited)
             crpci_conn_await(c, o);
@@ -8546,7 +8538,7 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
             break;
         c->tx_head = o->next;
         if (!c->tx_head)
-            c->tx_tail = NULL;
+            c->tx_end = &c->tx_head;
         o->queued = false;
         c->tx_memory -= crpci_conn_out_memory(o);
         chunk = o->owner ? NULL : o->chunk;
@@ -8667,11 +8659,8 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
     o->inflight = o->committed = o->awaited = false;
     o->queued = true;
     o->conn = c;
-    if (c->tx_tail)
-        c->tx_tail->next = o;
-    else
-        c->tx_head = o;
-    c->tx_tail = o;
+    *c->tx_end = o;
+    c->tx_end = &o->next;
     c->tx_bytes += (int64_t)crpci_conn_out_len(o);
     c->tx_memory += crpci_conn_out_memory(o);
     if (!c->blocked && !c->writing)
@@ -8704,18 +8693,14 @@ CRPCI_FN void crpci_conn_reply(crpci_conn *c, crpci_out *o, uint32_t turn)
 /* Removes a queued frame of which nothing was sent. False: part of it may have left already. */
 CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
 {
-    crpci_out **at = &c->tx_head, *before = NULL;
+    crpci_out **at = &c->tx_head;
     if (!o->queued || crpci_conn_out_begun(o))
         return false;
-    while (*at && *at != o) {
-        before = *at;
+    while (*at != o)
         at = &(*at)->next;
-    }
-    if (!*at)
-        return false;
     *at = o->next;
-    if (c->tx_tail == o)
-        c->tx_tail = before;
+    if (!o->next)
+        c->tx_end = at;
     c->tx_bytes -= (int64_t)crpci_conn_out_len(o);
     c->tx_memory -= crpci_conn_out_memory(o);
     o->queued = false;
@@ -9103,15 +9088,14 @@ CRPCI_FN void crpci_connect_on_timer(crpc_loop *l, crpci_timer *t)
 
 /* Takes over a socket, connecting or accepted; on failure the socket is closed. The loop has a
  * reference until the connection closes. The caller sets `protocols` of an accepted connection, and
- * calls crpci_receive_speak for a dialled one, before the loop runs again. */
-CRPCI_FN int crpci_connect_new(crpc_loop *l, int fd, bool connecting, const crpci_conn_events *up,
-                               void *owner, crpci_conn **out)
+ * calls crpci_receive_speak for a dialled one, before the loop runs again. NULL: out of memory. */
+CRPCI_FN crpci_conn *crpci_connect_new(crpc_loop *l, int fd, bool connecting,
+                                       const crpci_conn_events *up, void *owner)
 {
     crpci_conn *c = (crpci_conn *)crpci_heap_alloc(l->heap, sizeof *c);
-    *out = NULL;
     if (!c) {
         close(fd);
-        return CRPC_ENOMEM;
+        return NULL;
     }
     c->loop = l;
     c->fd = fd;
@@ -9121,7 +9105,7 @@ CRPCI_FN int crpci_connect_new(crpc_loop *l, int fd, bool connecting, const crpc
     c->owner = owner;
     c->connecting = connecting;
     c->max_body = INT32_MAX;
-    c->max_skip = 0;
+    c->tx_end = &c->tx_head;
     c->opened_us = c->active_us = crpci_loop_now(l);
     crpci_watch_init(&c->watch, crpci_connect_event);
     crpci_loop_task_init(&c->flush, crpci_conn_flush_task);
@@ -9132,18 +9116,17 @@ CRPCI_FN int crpci_connect_new(crpc_loop *l, int fd, bool connecting, const crpc
         crpci_list_remove(&c->link);
         close(fd);
         crpci_heap_free(l->heap, c, sizeof *c);
-        return CRPC_ENOMEM;
+        return NULL;
     }
     l->stats.connections++;
-    *out = c;
-    return CRPC_OK;
+    return c;
 }
 
 /* Begins to connect. Fails with CRPC_ECONN and the errno in *e if connect failed at once. */
 CRPCI_FN int crpci_connect_dial(crpc_loop *l, const crpci_addr *to, const crpci_conn_events *up,
                                 void *owner, crpci_conn **out, int *e)
 {
-    int fd = crpci_sock_open(to), err;
+    int fd = crpci_sock_open(to);
     *out = NULL;
     *e = 0;
     if (fd < 0) {
@@ -9156,10 +9139,10 @@ CRPCI_FN int crpci_connect_dial(crpc_loop *l, const crpci_addr *to, const crpci_
         return CRPC_ECONN;
     }
     /* Connected at once (a unix socket) or later: the poller reports it writable either way. */
-    err = crpci_connect_new(l, fd, true, up, owner, out);
-    if (!err)
+    *out = crpci_connect_new(l, fd, true, up, owner);
+    if (*out)
         crpci_sock_name_of(&(*out)->peer, to, fd);
-    return err;
+    return *out ? CRPC_OK : CRPC_ENOMEM;
 }
 
 /* ======================================================================== */
@@ -10082,7 +10065,7 @@ CRPCI_COLD char *crpci_cache_read(crpci_heap *h, const char *path)
     return out;
 }
 
-/* Begins with what the file holds. False: out of memory. crpci_cache_clear is due in either case. */
+/* Begins with what the file holds. False: out of memory; crpci_cache_clear is due all the same. */
 CRPCI_COLD bool crpci_cache_init(crpci_cache *c, crpci_heap *h, const char *path, int interval_ms)
 {
     memset(c, 0, sizeof *c);
@@ -10219,6 +10202,8 @@ CRPCI_COLD void crpci_cache_save(crpci_cache *c, crpc_loop *l, crpci_cond *cond)
  * memory is short, or its callback or another pass is running: the backend must report the same
  * again about a second later. */
 
+#define CRPCI_DIRECTORY_RETRY_US 1000000 /* before a list that was not taken is offered again */
+
 /* All providers of a service at one time, sorted by address, each address once. Immutable once it
  * has been handed out, so that readers need a reference but no lock. */
 typedef struct crpci_snapshot {
@@ -10316,37 +10301,32 @@ CRPCI_FN crpci_snapshot *crpci_directory_collect(crpci_heap *h, char *const *nam
                                                  const crpci_names_overrides *overrides,
                                                  size_t *bad)
 {
-    size_t i, longest = 0;
-    crpci_snapshot *s;
-    char *text;
+    crpci_snapshot *s = crpci_directory_snapshot(h, count);
+    crpci_names_node node;
+    size_t i;
     *bad = 0;
-    for (i = 0; i < count; i++) {
-        size_t n = names[i] ? strlen(names[i]) : 0;
-        longest = n > longest ? n : longest;
-    }
-    s = crpci_directory_snapshot(h, count);
-    text = (char *)crpci_heap_alloc(h, longest + 1);
-    if (!s || !text) {
-        crpci_directory_snapshot_unref(s);
-        crpci_heap_free(h, text, longest + 1);
-        return NULL;
-    }
-    s->count = 0;
-    for (i = 0; i < count; i++) {
-        crpci_names_node node;
-        memcpy(text, names[i] ? names[i] : "", names[i] ? strlen(names[i]) + 1 : 1);
+    if (s)
+        s->count = 0;
+    for (i = 0; s && i < count; i++) {
+        const char *name = names[i] ? names[i] : "";
+        size_t size = strlen(name) + 1;
+        char *text = (char *)crpci_heap_alloc(h, size);
+        if (!text) {
+            crpci_directory_snapshot_unref(s);
+            return NULL;
+        }
+        memcpy(text, name, size);
         if (!crpci_names_parse(&node, text)) {
             ++*bad;
-            continue;
+        } else if (crpci_names_takes(want, &node)) {
+            crpci_names_overrides_apply(overrides, want, &node.provider);
+            s->providers[s->count] = node.provider;
+            s->count += !node.provider.disabled;
         }
-        if (!crpci_names_takes(want, &node))
-            continue;
-        crpci_names_overrides_apply(overrides, want, &node.provider);
-        s->providers[s->count] = node.provider;
-        s->count += !node.provider.disabled;
+        crpci_heap_free(h, text, size);
     }
-    crpci_heap_free(h, text, longest + 1);
-    crpci_directory_sort(s);
+    if (s)
+        crpci_directory_sort(s);
     return s;
 }
 
@@ -10740,7 +10720,8 @@ CRPCI_FN void crpci_directory_arm(crpci_directory *d)
     for (i = d->subscribers.next; i != &d->subscribers; i = i->next) {
         const crpci_subscriber *s = CRPCI_CONTAINER(i, crpci_subscriber, link);
         if (s->hold_until_us)
-            next = crpci_base_min64(next, s->hold_until_us > now ? s->hold_until_us - now : 1000000);
+            next = crpci_base_min64(next, s->hold_until_us > now ? s->hold_until_us - now
+                                                                 : CRPCI_DIRECTORY_RETRY_US);
     }
     if (next != INT64_MAX && !d->ended)
         crpci_loop_timer_set(d->loop, &d->timer, next);
@@ -11030,8 +11011,7 @@ typedef struct crpci_file {
 /* The result of reading a file. */
 typedef struct crpci_file_text {
     crpci_names names;
-    crpci_directory_report report;
-    size_t bad;
+    size_t bad;      /* malformed lines */
     size_t bad_line; /* number of the first one */
 } crpci_file_text;
 
@@ -11104,9 +11084,6 @@ CRPCI_FN bool crpci_file_parse(crpci_heap *h, char *text, crpci_file_text *out)
         names->name[names->count++] = pool + used;
         used += crpci_url_encode(pool + used, lines * 256 + 9 * len - used, url) + 1;
     }
-    out->report.names = names->name;
-    out->report.count = names->count;
-    out->report.whole = out->bad == 0;
     return true;
 }
 
@@ -11121,24 +11098,11 @@ CRPCI_FN int crpci_file_read(const crpci_file *f, crpci_file_text *out)
     memset(out, 0, sizeof *out);
     errno = 0;
     text = crpci_cache_read_file(h, f->path, CRPCI_FILE_MAX, &size);
-    out->report.whole = errno == ENOENT;
     if (!text)
         return errno == ENOENT ? CRPC_OK : CRPC_ESYSTEM;
     ok = crpci_file_parse(h, text, out);
     crpci_heap_free(h, text, size);
     return ok ? CRPC_OK : CRPC_ENOMEM;
-}
-
-/* Logs malformed lines, once for each change of their number or place. Locked. */
-CRPCI_FN void crpci_file_complain(crpci_file *f, const crpci_file_text *text)
-{
-    if (text->bad && (text->bad != f->bad || text->bad_line != f->bad_line))
-        crpci_heap_log(f->base.loop->heap, CRPC_LOG_WARN,
-                       "registry %.200s: %zu lines are not \"host:port key=value ...\" with a "
-                       "numeric host and known keys, the first of them line %zu; they are ignored",
-                       f->directory.name, text->bad, text->bad_line);
-    f->bad = text->bad;
-    f->bad_line = text->bad_line;
 }
 
 /* Whether two stats are those of the same, unchanged file. Renaming a new file over the old one
@@ -11153,9 +11117,10 @@ CRPCI_FN bool crpci_file_same(const struct stat *a, const struct stat *b)
 CRPCI_FN void crpci_file_examine(crpci_file *f)
 {
     crpci_directory *d = &f->directory;
+    crpci_directory_report report;
     crpci_file_text text;
     struct stat st;
-    bool same, taken;
+    bool same;
     int err;
     crpci_loop_unlock(d->loop);
     if (stat(f->path, &st)) {
@@ -11171,15 +11136,19 @@ CRPCI_FN void crpci_file_examine(crpci_file *f)
     crpci_loop_unlock(d->loop);
     err = crpci_file_read(f, &text);
     crpci_loop_lock(d->loop);
-    if (err == CRPC_OK) {
-        crpci_file_complain(f, &text);
-        taken = crpci_directory_update(d, &text.report);
-    } else {
-        taken = false;
-        if (err == CRPC_ESYSTEM)
-            (void)crpci_directory_age(d);
-    }
-    if (!taken)
+    if (text.bad && (text.bad != f->bad || text.bad_line != f->bad_line))
+        crpci_heap_log(d->loop->heap, CRPC_LOG_WARN,
+                       "registry %.200s: %zu lines are not \"host:port key=value ...\" with a "
+                       "numeric host and known keys, the first of them line %zu; they are ignored",
+                       d->name, text.bad, text.bad_line);
+    f->bad = text.bad;
+    f->bad_line = text.bad_line;
+    if (err == CRPC_ESYSTEM)
+        (void)crpci_directory_age(d);
+    report.names = text.names.name;
+    report.count = text.names.count;
+    report.whole = !text.bad;
+    if (err || !crpci_directory_update(d, &report))
         memset(&f->seen, 0, sizeof f->seen);
     crpci_names_free(d->loop->heap, &text.names);
 }
@@ -11201,22 +11170,14 @@ CRPCI_FN int crpci_file_subscribe(crpci_backend *b, const crpci_names_service *w
 {
     crpci_file *f = (crpci_file *)(void *)b;
     crpci_subscriber *s;
-    crpci_file_text text;
-    if (crpci_file_read(f, &text) == CRPC_ENOMEM)
-        return CRPC_ENOMEM;
     crpci_loop_lock(b->loop);
-    crpci_file_complain(f, &text);
     s = crpci_directory_add(&f->directory, sizeof *s, want, push, user);
     if (s) {
         *out = s;
-        s->refs++;
-        memset(&f->seen, 0, sizeof f->seen); /* the file may have changed since the read */
-        crpci_loop_timer_set(b->loop, &f->timer, CRPCI_FILE_PERIOD_US);
-        (void)crpci_directory_serve(s, &text.report);
-        crpci_directory_subscriber_unref(s);
+        memset(&f->seen, 0, sizeof f->seen); /* read it, changed or not */
+        crpci_file_on_timer(b->loop, &f->timer);
     }
     crpci_loop_unlock(b->loop);
-    crpci_names_free(b->loop->heap, &text.names);
     return s ? CRPC_OK : CRPC_ENOMEM;
 }
 
@@ -11303,12 +11264,13 @@ CRPCI_COLD int crpci_file_open(crpc_loop *l, const crpci_url *url,
 #define CRPCI_MULTICAST_TICK_US     1000000
 #define CRPCI_MULTICAST_GRACE_US    2000000 /* time for answers after the loop did not run */
 
-/* A provider that was heard. One block, with two copies of the URL behind the struct. */
+/* A provider that was heard. One block, with the name behind the struct. */
 typedef struct crpci_multicast_peer {
     crpci_list link;
-    size_t size;         /* of the block */
-    char *url;           /* as received */
-    crpci_names_node is; /* the parsed URL; its texts point into the second copy */
+    size_t size; /* of the block */
+    char *name;  /* its URL, percent-encoded as the name of a znode is */
+    uint64_t url, service; /* hashes of the URL and of the service */
+    crpci_provider is;
     int64_t expires_us;
 } crpci_multicast_peer;
 
@@ -11424,13 +11386,12 @@ CRPCI_FN void crpci_multicast_forget(crpci_multicast *r, crpci_multicast_peer *p
 CRPCI_FN crpci_multicast_peer *crpci_multicast_find(const crpci_multicast *r,
                                                     const crpci_names_node *n)
 {
+    uint64_t service = crpci_names_hash(n->of.service);
     crpci_list *i;
     for (i = r->peers.next; i != &r->peers; i = i->next) {
         crpci_multicast_peer *p = CRPCI_CONTAINER(i, crpci_multicast_peer, link);
-        if (strcmp(p->is.provider.address, n->provider.address) == 0 &&
-            strcmp(p->is.of.service, n->of.service) == 0 &&
-            strcmp(p->is.of.group, n->of.group) == 0 &&
-            strcmp(p->is.of.version, n->of.version) == 0)
+        if (p->service == service && p->is.group == n->provider.group &&
+            p->is.version == n->provider.version && strcmp(p->is.address, n->provider.address) == 0)
             return p;
     }
     return NULL;
@@ -11473,17 +11434,19 @@ CRPCI_FN bool crpci_multicast_is_host(const char *address)
 }
 
 /* Stores a provider, and removes its earlier entry `old`, if there is one. */
-CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, crpci_multicast_peer *old)
+CRPCI_FN void crpci_multicast_keep(crpci_multicast *r, const char *url, const crpci_names_node *n,
+                                   crpci_multicast_peer *old)
 {
-    size_t n = strlen(url) + 1, size = sizeof(crpci_multicast_peer) + 2 * n;
+    size_t len = crpci_url_encode(NULL, 0, url) + 1, size = sizeof(crpci_multicast_peer) + len;
     crpci_multicast_peer *p = (crpci_multicast_peer *)crpci_heap_alloc(r->base.loop->heap, size);
     if (!p)
         return; /* the provider will announce itself again */
     p->size = size;
-    p->url = (char *)(p + 1);
-    memcpy(p->url, url, n);
-    memcpy(p->url + n, url, n);
-    (void)crpci_names_read(&p->is, p->url + n); /* cannot fail: the caller has parsed this URL */
+    p->name = (char *)(p + 1);
+    crpci_url_encode(p->name, len, url);
+    p->url = crpci_names_hash(url);
+    p->service = crpci_names_hash(n->of.service);
+    p->is = n->provider;
     p->expires_us = crpci_loop_now(r->base.loop) + crpci_multicast_ttl(url);
     if (old)
         crpci_multicast_forget(r, old);
@@ -11503,7 +11466,7 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
         !crpci_multicast_is_host(n.provider.address))
         return false;
     old = crpci_multicast_find(r, &n);
-    if (old && old->is.provider.timestamp_ms > n.provider.timestamp_ms)
+    if (old && old->is.timestamp_ms > n.provider.timestamp_ms)
         return true; /* delayed in the network: the provider has been restarted since */
     if (going) {
         if (old) {
@@ -11512,12 +11475,12 @@ CRPCI_FN bool crpci_multicast_heard(crpci_multicast *r, const char *url, bool go
         }
         return true;
     }
-    if (old && strcmp(old->url, url) == 0)
+    if (old && old->url == crpci_names_hash(url))
         old->expires_us = crpci_loop_now(r->base.loop) + crpci_multicast_ttl(url);
     else if (crpci_multicast_wanted(r, &n)) {
         if (!old && r->peer_count >= CRPCI_MULTICAST_MAX)
             return false;
-        crpci_multicast_keep(r, url, old);
+        crpci_multicast_keep(r, url, &n, old);
     }
     return true;
 }
@@ -11699,17 +11662,16 @@ CRPCI_FN void crpci_multicast_serve(crpci_multicast *r)
     memset(&names, 0, sizeof names);
     names.size = r->peer_count * sizeof *names.name + 1;
     for (i = r->peers.next; i != &r->peers; i = i->next)
-        names.size +=
-            crpci_url_encode(NULL, 0, CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) + 1;
+        names.size += strlen(CRPCI_CONTAINER(i, crpci_multicast_peer, link)->name) + 1;
     names.name = (char **)crpci_heap_alloc(h, names.size);
     if (!names.name)
         return; /* serve_us stays set: the next tick tries again */
     p = (char *)(names.name + r->peer_count);
     for (i = r->peers.next; i != &r->peers; i = i->next) {
-        names.name[names.count++] = p;
-        p += crpci_url_encode(p, names.size - (size_t)(p - (char *)names.name),
-                              CRPCI_CONTAINER(i, crpci_multicast_peer, link)->url) +
-             1;
+        const char *name = CRPCI_CONTAINER(i, crpci_multicast_peer, link)->name;
+        size_t n = strlen(name) + 1;
+        names.name[names.count++] = (char *)memcpy(p, name, n);
+        p += n;
     }
     r->serve_us = 0;
     report.names = names.name;
@@ -11871,7 +11833,8 @@ CRPCI_FN void crpci_multicast_free(crpci_directory *d)
     crpci_multicast *r = CRPCI_CONTAINER(d, crpci_multicast, directory);
     while (!crpci_list_empty(&r->peers))
         crpci_multicast_forget(r, CRPCI_CONTAINER(r->peers.next, crpci_multicast_peer, link));
-    close(r->fd);
+    if (r->fd >= 0)
+        close(r->fd);
     crpci_heap_free(d->loop->heap, r, sizeof *r);
 }
 
@@ -11894,37 +11857,16 @@ static const crpci_backend_ops crpci_multicast_ops = {
     crpci_multicast_enroll, crpci_multicast_withdraw, crpci_multicast_subscribe,
     crpci_directory_leave, crpci_multicast_close};
 
-/* Makes the object for a socket that has joined the group. NULL: out of memory. */
-CRPCI_COLD crpci_multicast *crpci_multicast_new(crpc_loop *l, const char *authority, int fd)
-{
-    crpci_multicast *r = (crpci_multicast *)crpci_heap_alloc(l->heap, sizeof *r);
-    if (!r || !crpci_directory_init(&r->directory, l,
-                                    crpci_heap_format(l->heap, "multicast://%s", authority),
-                                    crpci_multicast_free)) {
-        crpci_heap_free(l->heap, r, sizeof *r);
-        return NULL;
-    }
-    r->base.ops = &crpci_multicast_ops;
-    r->base.loop = l;
-    r->fd = fd;
-    crpci_list_init(&r->peers);
-    crpci_list_init(&r->regs);
-    crpci_timer_init(&r->timer, crpci_multicast_on_timer);
-    crpci_watch_init(&r->watch, crpci_multicast_on_event);
-    crpci_loop_hold(l);
-    return r;
-}
-
 /* Opens multicast://224.5.6.7:port. */
 CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
                                     const crpci_directory_options *o, crpci_backend **out,
                                     crpc_error *error)
 {
-    const char *call;
+    const char *call = NULL;
     struct ip_mreqn which;
     crpci_addr group;
     crpci_multicast *r;
-    int fd, err;
+    int err = CRPC_OK;
     if (!crpci_sock_parse(&group, url->authority) || group.u.any.sa_family != AF_INET ||
         ntohl(group.u.in4.sin_addr.s_addr) >> 28 != 14 || group.u.in4.sin_port == 0)
         return crpci_status_set(error, CRPC_EINVAL,
@@ -11936,31 +11878,42 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
                                 "multicast://%.60s: interface \"%.40s\" does not exist; see "
                                 "`ip address`",
                                 url->authority, o->interface);
-    fd = crpci_multicast_socket(&group, &which, &call);
-    if (fd < 0)
-        return crpci_status_set(error, CRPC_EADDRESS,
-                                "multicast://%.60s: %s: %s; interface= names "
-                                "the interface to use",
-                                url->authority, call, strerror(errno));
-    r = crpci_multicast_new(l, url->authority, fd);
-    if (!r) {
-        close(fd);
+    r = (crpci_multicast *)crpci_heap_alloc(l->heap, sizeof *r);
+    if (!r || !crpci_directory_init(&r->directory, l,
+                                    crpci_heap_format(l->heap, "multicast://%s", url->authority),
+                                    crpci_multicast_free)) {
+        crpci_heap_free(l->heap, r, sizeof *r);
         return crpci_status_set(error, CRPC_ENOMEM, "multicast://%.60s: out of memory",
                                 url->authority);
     }
+    r->base.ops = &crpci_multicast_ops;
+    r->base.loop = l;
     r->group = group;
     r->which = which;
-    crpci_loop_lock(l);
-    r->tick_us = crpci_loop_now(l);
-    err = crpci_watch_set(l, &r->watch, fd, CRPC_READABLE);
-    crpci_loop_unlock(l);
-    if (err) {
-        crpci_multicast_close(&r->base);
-        return crpci_status_set(error, err, "multicast://%.60s: %s", url->authority,
-                                crpc_status_text(err));
+    crpci_list_init(&r->peers);
+    crpci_list_init(&r->regs);
+    crpci_timer_init(&r->timer, crpci_multicast_on_timer);
+    crpci_watch_init(&r->watch, crpci_multicast_on_event);
+    crpci_loop_hold(l);
+    r->fd = crpci_multicast_socket(&group, &r->which, &call);
+    if (r->fd < 0) {
+        err = crpci_status_set(error, CRPC_EADDRESS,
+                               "multicast://%.60s: %s: %s; interface= names the interface to use",
+                               url->authority, call, strerror(errno));
+    } else {
+        crpci_loop_lock(l);
+        r->tick_us = crpci_loop_now(l);
+        err = crpci_watch_set(l, &r->watch, r->fd, CRPC_READABLE);
+        crpci_loop_unlock(l);
+        if (err)
+            crpci_status_set(error, err, "multicast://%.60s: %s", url->authority,
+                             crpc_status_text(err));
     }
-    *out = &r->base;
-    return CRPC_OK;
+    if (err)
+        crpci_multicast_close(&r->base);
+    else
+        *out = &r->base;
+    return err;
 }
 
 #endif /* CRPC_ENABLE_SERVERLESS */
@@ -11978,7 +11931,7 @@ CRPCI_COLD int crpci_multicast_open(crpc_loop *l, const crpci_url *url,
 /* Runs while a session is opened, mostly without the lock: resolving names blocks the caller. The
  * list is fixed afterwards; a changed DNS entry needs a new session. */
 
-#define CRPCI_ZK_SERVERS_PORT 2181 /* where the URL names no port */
+#define CRPCI_ZK_SERVERS_PORT ":2181" /* where the URL names no port */
 
 /* The servers that a URL's authority names. Filled once, then only read (a test changes an
  * address). */
@@ -11996,56 +11949,48 @@ CRPCI_COLD void crpci_zk_servers_free(crpci_zk_servers *z)
     crpci_heap_free(z->heap, z->addr, z->count * sizeof *z->addr);
 }
 
-/* Adds an address unless it is there already. CRPC_ERESOLVE: not numeric. */
-CRPCI_COLD int crpci_zk_servers_add(crpci_zk_servers *z, const char *host, unsigned port)
+/* Adds an address unless it is there already. */
+CRPCI_COLD int crpci_zk_servers_add(crpci_zk_servers *z, const crpci_addr *a)
 {
-    char text[CRPC_ADDRESS_MAX];
-    crpci_addr a, *more;
-    size_t i;
-    snprintf(text, sizeof text, strchr(host, ':') ? "[%s]:%u" : "%s:%u", host, port);
-    if (port == 0 || !crpci_sock_parse(&a, text))
-        return CRPC_ERESOLVE;
+    size_t i, size = z->count * sizeof *z->addr;
+    crpci_addr *more;
     for (i = 0; i < z->count; i++) {
-        if (a.len == z->addr[i].len && memcmp(&a.u, &z->addr[i].u, a.len) == 0)
+        if (a->len == z->addr[i].len && memcmp(&a->u, &z->addr[i].u, a->len) == 0)
             return CRPC_OK;
     }
-    more = (crpci_addr *)crpci_heap_resize(z->heap, z->addr, z->count * sizeof *more,
-                                           (z->count + 1) * sizeof *more);
+    more = (crpci_addr *)crpci_heap_resize(z->heap, z->addr, size, size + sizeof *more);
     if (!more)
         return CRPC_ENOMEM;
+    more[z->count++] = *a;
     z->addr = more;
-    z->addr[z->count++] = a;
     return CRPC_OK;
 }
 
 /* Resolves one part of the authority: "host", "host:port", "[v6]" or "[v6]:port". A name stands for
  * all of its addresses. */
-CRPCI_COLD int crpci_zk_servers_resolve_one(crpci_zk_servers *z, const char *item)
+CRPCI_COLD int crpci_zk_servers_resolve_one(crpci_zk_servers *z, const char *item, size_t size,
+                                            crpc_error *why)
 {
-    const char *colon = strrchr(item, ':'), *bracket = strrchr(item, ']');
-    char text[300], host[256], list[1024], *one, *next;
+    char text[300], list[1024], one[CRPC_ADDRESS_MAX], *rest = list;
+    const char *colon;
     unsigned port;
     crpci_addr a;
     int err, added = CRPC_ERESOLVE;
-    if (!colon || (bracket && colon < bracket))
-        snprintf(text, sizeof text, "%s:%d", item, CRPCI_ZK_SERVERS_PORT);
-    else
-        snprintf(text, sizeof text, "%s", item);
-    if (!crpci_sock_split(text, host, sizeof host, &port) || !*host)
-        return CRPC_EINVAL;
-    if (crpci_sock_parse(&a, text))
-        return crpci_zk_servers_add(z, host, port);
-    err = crpci_resolver_lookup(z->heap, host, list, sizeof list);
-    for (one = err ? NULL : list; one && *one; one = next) {
-        next = strchr(one, ',');
-        if (next)
-            *next++ = '\0';
-        err = crpci_zk_servers_add(z, one, port);
-        if (err == CRPC_ENOMEM)
-            return err;
-        added = err ? added : CRPC_OK;
+    snprintf(text, sizeof text - strlen(CRPCI_ZK_SERVERS_PORT), "%.*s", (int)size, item);
+    colon = strrchr(text, ':');
+    if (!colon || strchr(colon, ']'))
+        memcpy(text + strlen(text), CRPCI_ZK_SERVERS_PORT, sizeof CRPCI_ZK_SERVERS_PORT);
+    if (crpci_sock_parse(&a, text) && crpci_sock_port(&a))
+        return crpci_zk_servers_add(z, &a);
+    err = crpci_resolver_split(z->heap, text, list, sizeof list, &port, why);
+    if (err)
+        return err;
+    while (added != CRPC_ENOMEM && crpci_resolver_next(&rest, port, one, sizeof one)) {
+        if (crpci_sock_parse(&a, one) && crpci_sock_port(&a))
+            added = crpci_zk_servers_add(z, &a);
     }
-    return added;
+    return added ? crpci_status_set(why, added, "\"%.80s\": no numeric address, or port 0", text)
+                 : CRPC_OK;
 }
 
 /* Resolves every server, because the client must get numeric addresses only: it would resolve names
@@ -12053,39 +11998,23 @@ CRPCI_COLD int crpci_zk_servers_resolve_one(crpci_zk_servers *z, const char *ite
  * cannot be resolved is only logged if another server is left. */
 CRPCI_COLD int crpci_zk_servers_resolve(crpci_zk_servers *z, crpc_error *error)
 {
-    char item[256] = "";
     const char *p = z->authority;
-    int result = CRPC_EINVAL;
+    crpc_error why;
+    int err = crpci_status_set(&why, CRPC_EINVAL, "no server named; expected host:port,...");
     while (*p) {
         size_t n = strcspn(p, ",");
-        int err = CRPC_EINVAL;
-        if (n && n < sizeof item) {
-            memcpy(item, p, n);
-            item[n] = '\0';
-            err = crpci_zk_servers_resolve_one(z, item);
-        }
-        if (err == CRPC_ENOMEM)
-            return crpci_status_set(error, err, "zookeeper://%.150s: out of memory", z->authority);
-        if (err == CRPC_EINVAL)
-            return crpci_status_set(error, err, "zookeeper://%.150s: \"%.40s\" is not host:port",
-                                    z->authority, n && n < sizeof item ? item : "");
+        err = crpci_zk_servers_resolve_one(z, p, n, &why);
+        if (err && err != CRPC_ERESOLVE)
+            break;
         if (err)
-            crpci_heap_log(z->heap, CRPC_LOG_WARN,
-                           "registry zookeeper://%s: server \"%s\" cannot be resolved; left out",
-                           z->authority, item);
-        else
-            result = CRPC_OK;
+            crpci_heap_log(z->heap, CRPC_LOG_WARN, "registry zookeeper://%s: %s; left out",
+                           z->authority, why.text);
         p += n;
         p += *p == ',';
+        err = z->count ? CRPC_OK : err;
     }
-    if (!result)
-        return CRPC_OK;
-    if (!*z->authority)
-        return crpci_status_set(
-            error, result, "zookeeper://: no server named; expected zookeeper://host:port,...");
-    return crpci_status_set(error, CRPC_ERESOLVE,
-                            "zookeeper://%.150s: none of its host names can be resolved",
-                            z->authority);
+    return err ? crpci_status_set(error, err, "zookeeper://%.80s: %.160s", z->authority, why.text)
+               : CRPC_OK;
 }
 
 /* Whether IPv4 servers must be written as IPv4-mapped IPv6 addresses. The client passes its list to
@@ -12103,90 +12032,61 @@ CRPCI_FN bool crpci_zk_servers_maps_v4(void)
 #endif
 }
 
-/* Writes one server in the client's notation: IPv6 without brackets, then the port. Returns the
- * length. */
-CRPCI_FN int crpci_zk_servers_host(const crpci_addr *a, bool map, char *out, size_t size)
-{
-    char ip[INET6_ADDRSTRLEN] = "";
-    bool v6 = a->u.any.sa_family == AF_INET6;
-    if (v6)
-        inet_ntop(AF_INET6, &a->u.in6.sin6_addr, ip, sizeof ip);
-    else
-        inet_ntop(AF_INET, &a->u.in4.sin_addr, ip, sizeof ip);
-    return snprintf(out, size, "%s%s:%u", map && !v6 ? "::ffff:" : "", ip,
-                    ntohs(v6 ? a->u.in6.sin6_port : a->u.in4.sin_port));
-}
-
-/* Shuffles the servers, so that a fleet spreads over them, and writes the list for the client. */
+/* Shuffles the servers, so that a fleet spreads over them, and writes the list for the client,
+ * which wants IPv6 addresses without brackets. */
 CRPCI_COLD int crpci_zk_servers_list(crpci_zk_servers *z, crpc_loop *loop)
 {
-    const size_t each = INET6_ADDRSTRLEN + 8;
-    size_t size = z->count * each, i, n = 0;
-    char *text = (char *)crpci_heap_alloc(z->heap, size);
     bool map = crpci_zk_servers_maps_v4();
-    if (!text)
-        return CRPC_ENOMEM;
-    crpci_loop_lock(loop);
-    for (i = z->count; i > 1; i--) {
-        size_t j = crpci_loop_random(loop) % i;
-        crpci_addr swap = z->addr[i - 1];
-        z->addr[i - 1] = z->addr[j];
-        z->addr[j] = swap;
-    }
-    crpci_loop_unlock(loop);
+    char text[CRPC_ADDRESS_MAX], *bracket, *longer;
+    size_t i, j;
     for (i = 0; i < z->count; i++) {
-        if (i)
-            text[n++] = ',';
-        n += (size_t)crpci_zk_servers_host(&z->addr[i], map, text + n, size - n);
+        crpci_addr swap = z->addr[i];
+        crpci_loop_lock(loop);
+        j = i + crpci_loop_random(loop) % (z->count - i);
+        crpci_loop_unlock(loop);
+        z->addr[i] = z->addr[j];
+        z->addr[j] = swap;
+        crpci_sock_format(&z->addr[i], text, sizeof text);
+        bracket = strchr(text, ']');
+        if (bracket)
+            *bracket++ = '\0';
+        longer = crpci_heap_format(z->heap, "%s%s%s%s%s", z->hosts ? z->hosts : "", i ? "," : "",
+                                   map && !bracket ? "::ffff:" : "", text + (bracket != NULL),
+                                   bracket ? bracket : "");
+        crpci_heap_strfree(z->heap, z->hosts);
+        z->hosts = longer;
+        if (!longer)
+            return CRPC_ENOMEM;
     }
-    z->hosts = crpci_heap_strndup(z->heap, text, n);
-    crpci_heap_free(z->heap, text, size);
-    return z->hosts ? CRPC_OK : CRPC_ENOMEM;
+    return CRPC_OK;
 }
 
-/* Determines the local address (v4: an IPv4 one) on the route to the servers. Connecting a datagram
- * socket consults the routing table and sends nothing. False: there is no route to any server. */
+/* Determines the local address (v4: an IPv4 one) on the route to the servers. False: there is no
+ * route to any server. */
 CRPCI_FN bool crpci_zk_servers_local(const crpci_zk_servers *z, bool v4, char *out, size_t size)
 {
     size_t i;
     *out = '\0';
-    for (i = 0; i < z->count && !*out; i++) {
-        const crpci_addr *to = &z->addr[i];
-        int fd = v4 && to->u.any.sa_family != AF_INET
-                     ? -1
-                     : socket(to->u.any.sa_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-        crpci_addr a;
-        if (fd < 0)
-            continue;
-        if (connect(fd, &to->u.any, to->len) == 0) {
-            crpci_sock_local(fd, &a);
-            if (a.len && a.u.any.sa_family == AF_INET && a.u.in4.sin_addr.s_addr != INADDR_ANY)
-                inet_ntop(AF_INET, &a.u.in4.sin_addr, out, (socklen_t)size);
-            else if (a.len && a.u.any.sa_family == AF_INET6 &&
-                     !IN6_IS_ADDR_UNSPECIFIED(&a.u.in6.sin6_addr) &&
-                     !IN6_IS_ADDR_LINKLOCAL(&a.u.in6.sin6_addr))
-                inet_ntop(AF_INET6, &a.u.in6.sin6_addr, out, (socklen_t)size);
-        }
-        close(fd);
+    for (i = 0; i < z->count; i++) {
+        if ((!v4 || z->addr[i].u.any.sa_family == AF_INET) &&
+            crpci_sock_route(&z->addr[i], NULL, out, size))
+            return true;
     }
-    return *out != '\0';
+    return false;
 }
 
 /* Whether a server accepts connections. Blocks for up to 200 ms; call it without the lock. */
 CRPCI_FN bool crpci_zk_servers_reachable(const crpci_addr *to)
 {
-    int fd = socket(to->u.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    int failed = 1;
+    int fd = crpci_sock_open(to), failed = 0;
     socklen_t len = sizeof failed;
     struct pollfd p;
     if (fd < 0)
         return false;
     p.fd = fd;
     p.events = POLLOUT;
-    if (connect(fd, &to->u.any, to->len) == 0)
-        failed = 0;
-    else if (errno != EINPROGRESS || poll(&p, 1, 200) != 1 ||
-             getsockopt(fd, SOL_SOCKET, SO_ERROR, &failed, &len))
+    if (connect(fd, &to->u.any, to->len) && (errno != EINPROGRESS || poll(&p, 1, 200) != 1 ||
+                                             getsockopt(fd, SOL_SOCKET, SO_ERROR, &failed, &len)))
         failed = 1;
     close(fd);
     return failed == 0;
@@ -12226,23 +12126,21 @@ typedef struct crpci_zk_handle {
     crpci_zk_session *session;
     zhandle_t *zh;
     crpci_list requests; /* those whose completion may still come */
-    bool ready;          /* zookeeper_init2 has returned: zh may be used */
-    bool authed;         /* the client has accepted the credential for sending */
+    bool authed;         /* there is no credential, or the client has accepted it for sending */
     bool inside;         /* a callback of the client is running, on `thread` */
     crpci_thread thread;
-    int64_t born_us;
 #if !CRPC_ZOOKEEPER_ST
     pthread_key_t key; /* its destructor frees this struct, see crpci_zk_session_free_later */
 #endif
 } crpci_zk_handle;
 
-/* The states of a session:
+/* The states of a session, and what is done at due_us:
  *
- *     ABSENT     no handle; one is made at renew_us      handle made         -> STARTING
- *     STARTING   a handle that never had a session       connected           -> CONNECTED
- *     CONNECTED  requests may be sent                    connection lost     -> LOST
- *     LOST       since lost_us; the session may live     connected           -> CONNECTED
- *     OVER       the handle has to be replaced           handle closed       -> ABSENT
+ *     ABSENT     no handle                        make one         made       -> STARTING
+ *     STARTING   the handle never had a session   log the silence  connected  -> CONNECTED
+ *     CONNECTED  requests may be sent                              lost       -> LOST
+ *     LOST       the session may live             probe            connected  -> CONNECTED
+ *     OVER       the handle has to be replaced                     closed     -> ABSENT
  *
  * OVER can follow each of the three states before it: the session expired, the servers refused the
  * credential, the peer was not a ZooKeeper server, or the watchdog gave the session up. */
@@ -12285,21 +12183,20 @@ struct crpci_zk_session {
     bool closing;
     bool deferred; /* closed inside a callback: crpci_zk_session_run finishes the closing */
     bool aged;     /* the lists have been marked stale since the loss */
-    bool probing;  /* a probe is in flight */
     bool warned;   /* the current trouble has been logged */
     int64_t id;    /* the server's session id; 0: this handle has had none yet */
     int64_t lost_us;
-    int64_t probe_us; /* LOST: when to probe next */
-    int64_t renew_us; /* ABSENT: when to make the next handle */
-    unsigned refused;  /* connections accepted and closed without a session, since the loss */
+    int64_t due_us; /* see the states; INT64_MAX: nothing is due */
+    /* LOST: connections accepted and closed without a session, since the session's timeout */
+    unsigned refused;
     unsigned failures; /* handles made since the last good answer */
     unsigned turn;     /* index of the server that the next probe dials */
 #if CRPC_ZOOKEEPER_ST
     crpci_watch watch;
     unsigned events;
     int fd;
-    int64_t client_us;  /* when the client must be called again */
-    int64_t refused_us; /* refusals before this time are not counted */
+    int64_t client_us; /* when the client must be called again */
+    bool refusal;      /* one was counted since the last probe */
 #endif
 };
 
@@ -12315,34 +12212,31 @@ typedef enum crpci_zk_verb {
     CRPCI_ZK_MULTI
 } crpci_zk_verb;
 
-/* Operations and results of a transaction, in one block that must live until zoo_amulti's
- * completion. */
+/* Operations and results of a transaction. */
 typedef struct crpci_zk_multi {
-    size_t size; /* of the block */
     int count;
     zoo_op_t *ops;
     zoo_op_result_t *results;
 } crpci_zk_multi;
 
-/* What a job wants to send. The path is copied; the data must live as long as the job. */
+/* What a job wants to send. The path is copied; the data and `multi` must live as long as the
+ * job, which each request holds until its completion. */
 typedef struct crpci_zk_order {
     crpci_zk_verb verb;
     const char *path;
     const char *data; /* CREATE, SET */
     int size;
-    int version;           /* SET, DELETE; -1: any */
-    int flags;             /* CREATE: the client's */
-    bool creator;          /* CREATE: only the credential of this session may use the node */
-    bool parents;          /* CREATE: also make the znodes above it, if they are missing */
-    bool watch;            /* STAT, GET, LIST: also set a watch on the path */
-    crpci_zk_multi *multi; /* the request takes it over */
+    int version;    /* SET, DELETE; -1: any */
+    unsigned flags; /* CREATE: CRPC_NODE_* */
+    bool watch;     /* STAT, GET, LIST: also set a watch on the path */
+    const crpci_zk_multi *multi;
 } crpci_zk_order;
 
 /* One request in flight, from sending to its completion. */
 struct crpci_zk_request {
     crpci_list node; /* in handle->requests */
     crpci_zk_handle *handle;
-    crpci_zk_job *job; /* NULL: a probe */
+    crpci_zk_job *job;
     crpci_zk_order order;
     bool parent; /* it creates a znode above the one that the job wants */
     int64_t sent_us; /* 0: the client refused it */
@@ -12396,8 +12290,8 @@ struct crpci_zk_job {
     crpci_zk_request *sent; /* in flight; NULL: none, or its answer no longer matters */
     int64_t due_us;         /* when to call `order`; 0: now; INT64_MAX: not at all */
     const char *watched;    /* path whose watch events the job gets, or NULL; the job's memory */
-    char *parent;           /* a missing directory that must be created first, or NULL */
-    size_t made;            /* length of the part of `parent` that is being created now */
+    /* CREATE: length of the part of the path that is created next; 0: the node itself */
+    size_t made;
 };
 
 /* --- waits ------------------------------------------------------------------------------------ */
@@ -12426,12 +12320,6 @@ CRPCI_FN int64_t crpci_zk_job_scatter(crpci_zk_session *s)
 {
     int64_t most = crpci_base_min64((int64_t)s->timeout_ms * 500, s->spread_us);
     return (int64_t)(crpci_loop_random(s->loop) % 4096u) * most / 4096;
-}
-
-/* How long a connection may stay lost before the session is abandoned, in microseconds. */
-CRPCI_FN int64_t crpci_zk_job_patience(const crpci_zk_session *s)
-{
-    return (int64_t)s->negotiated_ms * 2000;
 }
 
 /* The time between two probes. Not shorter than a second, because a server that is starting closes
@@ -12489,7 +12377,6 @@ CRPCI_FN void crpci_zk_job_unref(crpci_zk_job *job)
 {
     if (--job->refs)
         return;
-    crpci_heap_strfree(job->session->heap, job->parent);
     if (job->work->clear)
         job->work->clear(job);
     job->release(job->holder);
@@ -12509,8 +12396,7 @@ CRPCI_FN void crpci_zk_job_drop(crpci_zk_job *job)
 CRPCI_FN void crpci_zk_job_forget(crpci_zk_job *job)
 {
     job->sent = NULL;
-    crpci_heap_strfree(job->session->heap, job->parent);
-    job->parent = NULL;
+    job->made = 0;
 }
 
 /* Whether a request of the job itself is in flight; creating parents does not count. */
@@ -12525,7 +12411,8 @@ CRPCI_FN bool crpci_zk_job_writing(const crpci_zk_job *job)
     return crpci_zk_job_pending(job) && job->sent->order.verb >= CRPCI_ZK_CREATE;
 }
 
-/* A request for s->handle; `job` is NULL for a probe. NULL: out of memory. */
+/* A request for s->handle: the order or, while job->made is set, the creation of a directory above
+ * the node. NULL: out of memory. */
 CRPCI_FN crpci_zk_request *crpci_zk_job_request(crpci_zk_session *s, crpci_zk_job *job,
                                                 const crpci_zk_order *order)
 {
@@ -12539,56 +12426,42 @@ CRPCI_FN crpci_zk_request *crpci_zk_job_request(crpci_zk_session *s, crpci_zk_jo
     q->order = *order;
     q->order.path = q->path;
     memcpy(q->path, order->path, n);
-    if (job)
-        job->refs++;
+    q->parent = job->made && order->verb == CRPCI_ZK_CREATE;
+    if (q->parent) {
+        q->path[job->made] = '\0';
+        q->order.data = "";
+        q->order.size = 0;
+        q->order.flags = CRPC_NODE_PARENTS;
+    }
+    job->refs++;
     crpci_list_append(&s->handle->requests, &q->node);
     return q;
-}
-
-CRPCI_FN void crpci_zk_job_multi_free(crpci_heap *h, crpci_zk_multi *m)
-{
-    if (m)
-        crpci_heap_free(h, m, m->size);
 }
 
 CRPCI_FN void crpci_zk_job_request_free(crpci_zk_request *q)
 {
     crpci_heap *h = q->handle->session->heap;
     crpci_list_remove(&q->node);
-    crpci_zk_job_multi_free(h, q->order.multi);
-    if (q->job)
-        crpci_zk_job_unref(q->job);
+    crpci_zk_job_unref(q->job);
     crpci_heap_free(h, q, q->size);
 }
 
 /* --- answers ---------------------------------------------------------------------------------- */
 
-/* Handles the answer to the creation of a parent: goes up while the one above is missing too, then
- * down again. 1: the whole directory exists. 0: go on. -1: it cannot be created. */
-CRPCI_FN int crpci_zk_job_made(crpci_zk_job *job, int rc)
+/* Handles the answer to a CREATE whose directory may be missing. job->made goes up the path while
+ * the directory above is missing too, then down again. False: the answer is meant for the job. */
+CRPCI_FN bool crpci_zk_job_climb(crpci_zk_job *job, const crpci_zk_request *q, int rc)
 {
-    if (rc == ZOK || rc == ZNODEEXISTS) {
-        if (!job->parent[job->made])
-            return 1;
-        job->made += 1 + strcspn(job->parent + job->made + 1, "/");
-        return 0;
+    const char *slash = NULL;
+    if (q->parent && (rc == ZOK || rc == ZNODEEXISTS)) { /* the rest of the path follows its \0 */
+        slash = strchr(q->path + strlen(q->path) + 1, '/');
+        job->made = slash ? (size_t)(slash - q->path) : 0;
+        return true;
     }
-    if (rc != ZNONODE)
-        return -1;
-    while (job->made > 0 && job->parent[--job->made] != '/') {
-    }
-    return job->made ? 0 : -1;
-}
-
-/* A CREATE failed because its directory is missing: schedules the creation of that. False: the path
- * has no directory, or out of memory; the job gets the original answer. */
-CRPCI_FN bool crpci_zk_job_make_parent(crpci_zk_job *job, const char *path)
-{
-    size_t n = (size_t)(strrchr(path, '/') - path);
-    if (n)
-        job->parent = crpci_heap_strndup(job->session->heap, path, n);
-    job->made = n;
-    return job->parent != NULL;
+    if (rc == ZNONODE && q->order.verb == CRPCI_ZK_CREATE && q->order.flags & CRPC_NODE_PARENTS)
+        slash = strrchr(q->path, '/');
+    job->made = slash ? (size_t)(slash - q->path) : 0;
+    return job->made != 0;
 }
 
 /* Decides what an answer means for its job. Locked; the job may unlock. */
@@ -12596,31 +12469,17 @@ CRPCI_FN void crpci_zk_job_take(crpci_zk_request *q, const crpci_zk_answer *a)
 {
     crpci_zk_job *job = q->job;
     const crpci_zk_order *o = &q->order;
-    int made = 1;
+    bool skipped = a->rc == CRPCI_ZK_JOB_THROTTLED || a->rc == ZINVALIDSTATE; /* not executed */
     job->sent = NULL;
-    if (a->rc == CRPCI_ZK_JOB_THROTTLED) { /* not executed: to be sent again */
+    if (skipped || crpci_zk_job_unanswered(a->rc)) { /* to be sent again, except a doubtful write */
         crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
-        return;
-    }
-    if (crpci_zk_job_unanswered(a->rc)) {
-        crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
-        if (o->verb >= CRPCI_ZK_CREATE && !q->parent)
+        if (!skipped && o->verb >= CRPCI_ZK_CREATE && !q->parent)
             job->work->event(job, CRPCI_ZK_DOUBTED, q, a);
-        return; /* a read is simply sent again */
+        return;
     }
     job->due_us = 0;
-    if (q->parent && job->parent) {
-        made = crpci_zk_job_made(job, a->rc);
-        if (made) {
-            crpci_heap_strfree(job->session->heap, job->parent);
-            job->parent = NULL;
-        }
-        if (made >= 0)
-            return;
-    } else if (o->verb == CRPCI_ZK_CREATE && o->parents && a->rc == ZNONODE &&
-               crpci_zk_job_make_parent(job, o->path)) {
+    if (crpci_zk_job_climb(job, q, a->rc))
         return;
-    }
     job->due_us = INT64_MAX;
     job->work->event(job, CRPCI_ZK_ANSWERED, q, a);
 }
@@ -12683,7 +12542,9 @@ CRPCI_FN void crpci_zk_job_over(crpci_zk_session *s)
 #define CRPCI_ZK_SESSION_TIMEOUT_MAX_MS 3600000 /* no ZooKeeper grants a longer one */
 #define CRPCI_ZK_SESSION_LINGER_US      200000  /* closing waits this long for answers */
 #define CRPCI_ZK_SESSION_SILENT_US      2000000 /* a start without an answer is logged after it */
+#define CRPCI_ZK_SESSION_FLAGS          3u /* CRPC_NODE_EPHEMERAL, _SEQUENTIAL: as the client's */
 #define CRPCI_ZK_SESSION_REFUSALS       3u /* connections accepted and closed: session unknown */
+#define CRPCI_ZK_SESSION_PATIENCE       2u /* session timeouts without a connection: given up */
 
 /* Every callback of the client ends with this function. It sends requests that are due, and these
  * refer to the callbacks: the one cycle of this section, hence the prototype. Unlocks. */
@@ -12735,14 +12596,6 @@ CRPCI_FN void crpci_zk_session_on_log(const char *line)
     (void)line;
 }
 
-/* Runs on the client's I/O thread, sometimes with the client's locks held, so it does nothing. A
- * credential that is refused is reported as a session event too. */
-CRPCI_FN void crpci_zk_session_on_auth(int rc, const void *data)
-{
-    (void)rc;
-    (void)data;
-}
-
 /* A callback of the client begins: locks, and notes which thread is inside. crpci_zk_session_leave
  * ends it. */
 CRPCI_FN void crpci_zk_session_enter(crpci_zk_handle *handle)
@@ -12752,48 +12605,40 @@ CRPCI_FN void crpci_zk_session_enter(crpci_zk_handle *handle)
     handle->thread = crpci_thread_self();
 }
 
-/* Whether the lists must be marked stale now: the connection has been lost for as long as a session
- * lives, so that anything may have changed at the registry. */
-CRPCI_FN bool crpci_zk_session_is_old(const crpci_zk_session *s)
+/* Enters a phase, in which something is due in `us` microseconds. INT64_MAX: nothing is. */
+CRPCI_FN void crpci_zk_session_to(crpci_zk_session *s, crpci_zk_phase phase, int64_t us)
 {
-    return !s->aged && s->phase == CRPCI_ZK_LOST &&
-           crpci_zk_job_now(s) - s->lost_us >= (int64_t)s->negotiated_ms * 1000;
+    s->phase = phase;
+    s->due_us = us == INT64_MAX ? us : crpci_zk_job_now(s) + us;
 }
 
-/* Marks the lists stale. On the thread that delivers lists, so that the two never overlap. Locked,
- * unlocks meanwhile. */
+/* For how many whole session timeouts the connection has been lost. From the first on the session
+ * may be gone and anything may have changed at the registry. */
+CRPCI_FN unsigned crpci_zk_session_absence(const crpci_zk_session *s)
+{
+    if (s->phase != CRPCI_ZK_LOST)
+        return 0;
+    return (unsigned)((crpci_zk_job_now(s) - s->lost_us) / ((int64_t)s->negotiated_ms * 1000));
+}
+
+/* Whether the session has been lost or refused for too long. A load balancer or a restart can
+ * refuse connections for almost a session timeout while the session lives on: only later refusals
+ * are counted. */
+CRPCI_FN bool crpci_zk_session_is_hopeless(const crpci_zk_session *s)
+{
+    return s->phase == CRPCI_ZK_LOST && (s->refused >= CRPCI_ZK_SESSION_REFUSALS ||
+                                         crpci_zk_session_absence(s) >= CRPCI_ZK_SESSION_PATIENCE);
+}
+
+/* Marks the lists stale, once for each loss. On the thread that delivers lists, so that the two
+ * never overlap. Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_age(crpci_zk_session *s)
 {
-    s->aged = !s->age || s->age(s);
+    if (!s->aged)
+        s->aged = !s->age || s->age(s);
 }
 
-/* Handles a failed probe: still no connection. Dials one server itself: a server that accepts
- * connections and never returns the session does not know the session. Only libzookeeper_mt needs
- * this. */
-CRPCI_FN void crpci_zk_session_probed(crpci_zk_session *s, crpci_zk_handle *handle, int rc)
-{
-    s->probing = false;
-    if (rc == ZOK || s->phase != CRPCI_ZK_LOST)
-        return;
-    if (crpci_zk_session_is_old(s))
-        crpci_zk_session_age(s);
-    if (s->servers.count && !s->closing) {
-        const crpci_addr *to = &s->servers.addr[s->turn++ % s->servers.count];
-        bool accepts;
-        crpci_loop_unlock(s->loop);
-        accepts = crpci_zk_servers_reachable(to);
-        crpci_loop_lock(s->loop);
-        s->refused += accepts;
-    }
-    if (s->closing || s->handle != handle || s->phase != CRPCI_ZK_LOST ||
-        zoo_state(handle->zh) == ZOO_CONNECTED_STATE)
-        return; /* connected this moment: that event is behind this one in the client's queue */
-    if (s->refused >= CRPCI_ZK_SESSION_REFUSALS ||
-        crpci_zk_job_now(s) - s->lost_us >= crpci_zk_job_patience(s))
-        s->phase = CRPCI_ZK_OVER;
-}
-
-/* Every completion of the client comes here. An answer counts only if it is that of the current
+/* Every completion of a request comes here. An answer counts only if it is that of the current
  * handle and of the job's request in flight. */
 CRPCI_FN void crpci_zk_session_on_answer(const void *data, const crpci_zk_answer *a)
 {
@@ -12803,13 +12648,10 @@ CRPCI_FN void crpci_zk_session_on_answer(const void *data, const crpci_zk_answer
     crpci_zk_session_enter(handle);
     if (!crpci_zk_job_unanswered(a->rc))
         s->failures = 0;
-    if (handle == s->handle && !s->closing) {
-        if (!q->job)
-            crpci_zk_session_probed(s, handle, a->rc);
-        else if (q->job->sent == q)
-            crpci_zk_job_take(q, a);
-    } else if (q->job && q->job->sent == q) {
+    if (q->job->sent == q) {
         q->job->sent = NULL;
+        if (handle == s->handle && !s->closing)
+            crpci_zk_job_take(q, a);
     }
     crpci_zk_job_request_free(q);
     if (s->closing)
@@ -12820,12 +12662,7 @@ CRPCI_FN void crpci_zk_session_on_answer(const void *data, const crpci_zk_answer
 CRPCI_FN void crpci_zk_session_on_data(int rc, const char *bytes, int size, const struct Stat *stat,
                                        const void *data)
 {
-    crpci_zk_answer a;
-    memset(&a, 0, sizeof a);
-    a.rc = rc;
-    a.stat = stat;
-    a.text = bytes;
-    a.size = size;
+    crpci_zk_answer a = {rc, stat, NULL, bytes, size};
     crpci_zk_session_on_answer(data, &a);
 }
 
@@ -12846,10 +12683,7 @@ CRPCI_FN void crpci_zk_session_on_void(int rc, const void *data)
 
 CRPCI_FN void crpci_zk_session_on_names(int rc, const struct String_vector *names, const void *data)
 {
-    crpci_zk_answer a;
-    memset(&a, 0, sizeof a);
-    a.rc = rc;
-    a.names = names;
+    crpci_zk_answer a = {rc, NULL, names, NULL, 0};
     crpci_zk_session_on_answer(data, &a);
 }
 
@@ -12889,13 +12723,13 @@ CRPCI_FN void crpci_zk_session_connected(crpci_zk_session *s, int64_t id, int ti
             "timeout of %d ms); trying again later",
             s->authority, timeout_ms);
         s->failures += s->failures == 0;
-        s->phase = CRPCI_ZK_OVER;
+        crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
         return;
     }
     crpci_heap_log(s->heap, s->warned ? CRPC_LOG_WARN : CRPC_LOG_INFO,
                    "registry zookeeper://%s: connected, %s session 0x%llx, timeout %d ms",
                    s->authority, fresh ? "new" : "same", (unsigned long long)id, timeout_ms);
-    s->phase = CRPCI_ZK_CONNECTED;
+    crpci_zk_session_to(s, CRPCI_ZK_CONNECTED, INT64_MAX);
     s->warned = s->aged = false;
     s->id = id;
     s->negotiated_ms = timeout_ms;
@@ -12905,37 +12739,28 @@ CRPCI_FN void crpci_zk_session_connected(crpci_zk_session *s, int64_t id, int ti
 
 CRPCI_FN void crpci_zk_session_disconnected(crpci_zk_session *s)
 {
-    int64_t now = crpci_zk_job_now(s);
     if (s->phase != CRPCI_ZK_CONNECTED)
         return;
     crpci_heap_log(s->heap, CRPC_LOG_WARN,
                    "registry zookeeper://%s: connection lost; data already read stays in use",
                    s->authority);
-    s->phase = CRPCI_ZK_LOST;
+    crpci_zk_session_to(s, CRPCI_ZK_LOST, (int64_t)s->negotiated_ms * 1000);
     s->warned = true;
-    s->lost_us = now;
-    /* With libzookeeper_mt, when to probe. With libzookeeper_st the loop sees each failed dial
-     * itself, and this is when to abandon the session. */
-    s->probe_us =
-        now + (CRPC_ZOOKEEPER_ST ? crpci_zk_job_patience(s) : crpci_zk_job_pace(s));
-#if CRPC_ZOOKEEPER_ST
-    s->refused_us = now + crpci_zk_job_pace(s);
-#endif
+    s->lost_us = crpci_zk_job_now(s);
     crpci_zk_job_tell(s, CRPCI_ZK_SUSPENDED);
 }
 
 /* The server ended the session, or refused the credential. */
 CRPCI_FN void crpci_zk_session_expired(crpci_zk_session *s, bool credential)
 {
-    crpci_heap_log(s->heap, credential ? CRPC_LOG_ERROR : CRPC_LOG_WARN,
-                   credential
-                       ? "registry zookeeper://%s: the servers refuse the credential; trying again "
-                         "later"
-                       : "registry zookeeper://%s: session expired; opening a new one",
-                   s->authority);
+    if (credential)
+        crpci_heap_log(s->heap, CRPC_LOG_ERROR,
+                       "registry zookeeper://%s: the servers refuse the credential; trying again "
+                       "later",
+                       s->authority);
     s->warned = true;
     s->failures += credential && s->failures == 0;
-    s->phase = CRPCI_ZK_OVER;
+    crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
     crpci_zk_job_over(s);
 }
 
@@ -12945,15 +12770,11 @@ CRPCI_FN void crpci_zk_session_on_session(zhandle_t *zh, int type, int state, co
 {
     crpci_zk_handle *handle = (crpci_zk_handle *)context;
     crpci_zk_session *s = handle->session;
-    int64_t id = 0;
-    int timeout_ms = 0;
+    int64_t id = zoo_client_id(zh)->client_id;
+    int timeout_ms = state == ZOO_CONNECTED_STATE ? zoo_recv_timeout(zh) : 0;
     (void)path;
     if (type != ZOO_SESSION_EVENT)
         return;
-    if (state == ZOO_CONNECTED_STATE) {
-        id = zoo_client_id(zh)->client_id;
-        timeout_ms = zoo_recv_timeout(zh);
-    }
     crpci_zk_session_enter(handle);
     if (handle == s->handle && !s->closing) {
         if (state == ZOO_CONNECTED_STATE || state == ZOO_READONLY_STATE)
@@ -12968,6 +12789,12 @@ CRPCI_FN void crpci_zk_session_on_session(zhandle_t *zh, int type, int state, co
 
 /* --- calls of the client ---------------------------------------------------------------------- */
 
+/* Who may use a node that is created. */
+CRPCI_FN const struct ACL_vector *crpci_zk_session_acl(unsigned flags)
+{
+    return flags & CRPC_NODE_PRIVATE ? &ZOO_CREATOR_ALL_ACL : &ZOO_OPEN_ACL_UNSAFE;
+}
+
 /* Passes a request to the client. Unlocked. Returns the client's code; crpci_zk_session_send
  * handles errors. */
 CRPCI_FN int crpci_zk_session_call(zhandle_t *zh, crpci_zk_request *q)
@@ -12980,9 +12807,8 @@ CRPCI_FN int crpci_zk_session_call(zhandle_t *zh, crpci_zk_request *q)
     case CRPCI_ZK_GET:
         return zoo_awget(zh, o->path, watch, q->handle, crpci_zk_session_on_data, q);
     case CRPCI_ZK_CREATE:
-        return zoo_acreate(zh, o->path, o->data, o->size,
-                           o->creator ? &ZOO_CREATOR_ALL_ACL : &ZOO_OPEN_ACL_UNSAFE, o->flags,
-                           crpci_zk_session_on_string, q);
+        return zoo_acreate(zh, o->path, o->data, o->size, crpci_zk_session_acl(o->flags),
+                           (int)(o->flags & CRPCI_ZK_SESSION_FLAGS), crpci_zk_session_on_string, q);
     case CRPCI_ZK_SET:
         return zoo_aset(zh, o->path, o->data, o->size, o->version, crpci_zk_session_on_stat, q);
     case CRPCI_ZK_DELETE:
@@ -12995,50 +12821,28 @@ CRPCI_FN int crpci_zk_session_call(zhandle_t *zh, crpci_zk_request *q)
     }
 }
 
-/* Sends a request. With libzookeeper_mt it may be answered and freed before this returns, so the
- * job is held meanwhile and `q` is compared, not read. Locked, unlocks meanwhile. */
+/* Sends a request, whose job the caller holds. With libzookeeper_mt it may be answered and freed
+ * before this returns: `q` is compared, not read. Locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_send(crpci_zk_session *s, crpci_zk_request *q)
 {
     crpci_zk_job *job = q->job;
     zhandle_t *zh = q->handle->zh;
     crpci_zk_answer a;
     memset(&a, 0, sizeof a);
-    if (job)
-        job->refs++;
     q->sent_us = crpci_zk_job_now(s);
     crpci_loop_unlock(s->loop);
     a.rc = crpci_zk_session_call(zh, q);
     crpci_loop_lock(s->loop);
     if (a.rc != ZOK) {
-        if (!job) {
-            s->probing = false;
-        } else if (job->sent == q && a.rc != ZINVALIDSTATE) {
+        if (job->sent == q) {
             q->sent_us = 0;
             crpci_zk_job_take(q, &a);
-        } else if (job->sent == q) {
-            job->sent = NULL;
-            crpci_zk_job_around(job, CRPCI_ZK_JOB_RETRY_US, 50);
         }
         /* When out of memory, the client may have queued the request all the same and may call
          * back: then it is left to the handle, which frees it at the end. */
         if (a.rc == ZINVALIDSTATE || a.rc == ZBADARGUMENTS)
             crpci_zk_job_request_free(q);
     }
-    if (job)
-        crpci_zk_job_unref(job);
-}
-
-/* Gets a job's next request: the creation of a missing parent, or what the job itself wants. */
-CRPCI_FN bool crpci_zk_session_ask(crpci_zk_job *job, crpci_zk_order *o)
-{
-    memset(o, 0, sizeof *o);
-    o->version = -1;
-    if (!job->parent)
-        return job->work->order(job, o);
-    o->verb = CRPCI_ZK_CREATE;
-    o->path = job->parent;
-    o->data = "";
-    return true;
 }
 
 /* Sends a job's next request. If it has none, or memory is short, it is asked again later. */
@@ -13047,34 +12851,18 @@ CRPCI_FN void crpci_zk_session_issue(crpci_zk_session *s, crpci_zk_job *job)
     crpci_zk_request *q = NULL;
     crpci_zk_order o;
     int64_t now = crpci_zk_job_now(s);
+    memset(&o, 0, sizeof o);
+    o.version = -1;
     job->refs++;
-    if (crpci_zk_session_ask(job, &o))
+    if (job->work->order(job, &o))
         q = crpci_zk_job_request(s, job, &o);
     if (q) {
-        q->parent = job->parent != NULL;
-        if (q->parent)
-            q->path[job->made] = '\0';
         job->sent = q;
         crpci_zk_session_send(s, q);
-    } else {
-        crpci_zk_job_multi_free(s->heap, o.multi);
-        if (job->due_us <= now)
-            crpci_zk_job_later(job, CRPCI_ZK_JOB_RETRY_US);
+    } else if (job->due_us <= now) {
+        crpci_zk_job_later(job, CRPCI_ZK_JOB_RETRY_US);
     }
     crpci_zk_job_unref(job);
-}
-
-/* A job whose next request is due; NULL: none. */
-CRPCI_FN crpci_zk_job *crpci_zk_session_next(crpci_zk_session *s)
-{
-    int64_t now = crpci_zk_job_now(s);
-    crpci_list *i;
-    for (i = s->jobs.next; i != &s->jobs; i = i->next) {
-        crpci_zk_job *job = CRPCI_CONTAINER(i, crpci_zk_job, node);
-        if (!job->sent && job->due_us <= now)
-            return job;
-    }
-    return NULL;
 }
 
 /* Gives the client the credential, which it then sends with each connection. The client refuses it
@@ -13083,24 +12871,28 @@ CRPCI_FN void crpci_zk_session_authenticate(crpci_zk_session *s)
 {
     crpci_zk_handle *handle = s->handle;
     int rc;
-    if (!s->credential || handle->authed)
+    if (handle->authed)
         return;
     crpci_loop_unlock(s->loop);
-    rc = zoo_add_auth(handle->zh, "digest", s->credential, (int)strlen(s->credential),
-                      crpci_zk_session_on_auth, NULL);
+    rc = zoo_add_auth(handle->zh, "digest", s->credential, (int)strlen(s->credential), NULL, NULL);
     crpci_loop_lock(s->loop);
     handle->authed = rc == ZOK;
 }
 
-CRPCI_FN bool crpci_zk_session_is_up(const crpci_zk_session *s)
+/* The job whose next request is due first. NULL: there is none, or requests may not be sent: with a
+ * credential they may only after the client has taken it. */
+CRPCI_FN crpci_zk_job *crpci_zk_session_next(crpci_zk_session *s)
 {
-    return s->phase == CRPCI_ZK_CONNECTED && s->handle->ready && !s->closing;
-}
-
-/* Whether requests may be sent. With a credential only after the client has taken it. */
-CRPCI_FN bool crpci_zk_session_may_issue(const crpci_zk_session *s)
-{
-    return crpci_zk_session_is_up(s) && (!s->credential || s->handle->authed);
+    crpci_zk_job *first = NULL;
+    crpci_list *i;
+    if (s->phase != CRPCI_ZK_CONNECTED || !s->handle->authed || s->closing)
+        return NULL;
+    for (i = s->jobs.next; i != &s->jobs; i = i->next) {
+        crpci_zk_job *job = CRPCI_CONTAINER(i, crpci_zk_job, node);
+        if (!job->sent && (!first || job->due_us < first->due_us))
+            first = job;
+    }
+    return first;
 }
 
 /* Calls zookeeper_init2 with all signals blocked: the client's threads inherit the mask, so that
@@ -13134,16 +12926,16 @@ CRPCI_FN void crpci_zk_session_connect(crpci_zk_session *s)
     crpci_zk_handle *handle = (crpci_zk_handle *)crpci_heap_alloc(s->heap, sizeof *handle);
     int64_t wait = crpci_zk_job_backoff(s, ++s->failures);
     int failure;
-    s->renew_us = crpci_zk_job_now(s) + wait;
+    crpci_zk_session_to(s, CRPCI_ZK_ABSENT, wait);
     if (!handle)
         return;
     crpci_list_init(&handle->requests);
     handle->session = s;
-    handle->born_us = crpci_zk_job_now(s);
+    handle->authed = !s->credential;
     s->refs++;
     s->handles++;
     s->handle = handle; /* events may come before zookeeper_init2 returns */
-    s->phase = CRPCI_ZK_STARTING;
+    crpci_zk_session_to(s, CRPCI_ZK_STARTING, CRPCI_ZK_SESSION_SILENT_US);
     s->id = 0;
     crpci_loop_unlock(s->loop);
     handle->zh = crpci_zk_session_init(s, handle);
@@ -13151,7 +12943,7 @@ CRPCI_FN void crpci_zk_session_connect(crpci_zk_session *s)
     crpci_loop_lock(s->loop);
     if (!handle->zh) {
         s->handle = NULL;
-        s->phase = CRPCI_ZK_ABSENT;
+        crpci_zk_session_to(s, CRPCI_ZK_ABSENT, wait);
         crpci_zk_session_handle_free(handle);
         if (!s->warned)
             crpci_heap_log(s->heap, CRPC_LOG_WARN,
@@ -13161,7 +12953,6 @@ CRPCI_FN void crpci_zk_session_connect(crpci_zk_session *s)
         return;
     }
     crpci_zk_session_authenticate(s);
-    handle->ready = true;
     s->again = true;
 }
 
@@ -13203,8 +12994,12 @@ CRPCI_FN void crpci_zk_session_disconnect(crpci_zk_session *s)
     crpci_zk_handle *handle = s->handle;
     bool later = false;
     s->handle = NULL;
-    s->phase = CRPCI_ZK_ABSENT;
-    s->probing = false;
+    crpci_zk_session_to(s, CRPCI_ZK_ABSENT, crpci_zk_job_delay(s));
+    if (!s->closing)
+        crpci_heap_log(s->heap, CRPC_LOG_WARN,
+                       "registry zookeeper://%s: session expired, refused or silent; opening "
+                       "another",
+                       s->authority);
     crpci_zk_job_over(s);
     if (!handle)
         return;
@@ -13219,13 +13014,6 @@ CRPCI_FN void crpci_zk_session_disconnect(crpci_zk_session *s)
     crpci_loop_lock(s->loop);
     if (!later)
         crpci_zk_session_handle_free(handle);
-}
-
-CRPCI_COLD void crpci_zk_session_log_renewal(crpci_zk_session *s)
-{
-    crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                   "registry zookeeper://%s: session expired, refused or silent; opening another",
-                   s->authority);
 }
 
 #if CRPC_ZOOKEEPER_ST
@@ -13248,9 +13036,9 @@ CRPCI_FN void crpci_zk_session_process(crpci_zk_session *s)
     /* Counted at most once per pace: the client redials within milliseconds, and a server that is
      * starting closes each connection. */
     if (before == ZOO_ASSOCIATING_STATE && after != before && after != ZOO_CONNECTED_STATE &&
-        s->phase == CRPCI_ZK_LOST && crpci_zk_job_now(s) >= s->refused_us) {
+        crpci_zk_session_absence(s) && !s->refusal) {
         s->refused++;
-        s->refused_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
+        s->refusal = true;
     }
 }
 
@@ -13271,7 +13059,7 @@ CRPCI_FN void crpci_zk_session_interest(crpci_zk_session *s)
     if (state != ZOO_CONNECTED_STATE && state != ZOO_READONLY_STATE)
         crpci_zk_session_disconnected(s); /* a loss noticed while sending raises no event */
     if (rc == ZINVALIDSTATE) {
-        s->phase = CRPCI_ZK_OVER;
+        crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
         s->again = true;
     }
     if (rc != ZOK) {
@@ -13293,87 +13081,110 @@ CRPCI_FN void crpci_zk_session_interest(crpci_zk_session *s)
     }
 }
 
-/* Replaces a session that is over or must be abandoned. Closing a handle may block this loop. The
- * caller is busy; locked, unlocks meanwhile. */
+/* Lets the client run, and replaces a session that is over or must be abandoned. Closing a handle
+ * may block this loop. The caller is busy; locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_renew(crpci_zk_session *s)
 {
-    if (s->phase == CRPCI_ZK_LOST &&
-        (s->refused >= CRPCI_ZK_SESSION_REFUSALS || crpci_zk_job_now(s) >= s->probe_us))
-        s->phase = CRPCI_ZK_OVER;
-    if (crpci_zk_session_is_old(s) || (s->phase == CRPCI_ZK_OVER && !s->aged))
+    if (s->handle)
+        crpci_zk_session_process(s);
+    if (crpci_zk_session_is_hopeless(s))
+        crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
+    if (crpci_zk_session_absence(s) || s->phase == CRPCI_ZK_OVER)
         crpci_zk_session_age(s);
-    if (s->phase == CRPCI_ZK_OVER && !s->closing) {
-        crpci_zk_session_log_renewal(s);
+    if (s->phase == CRPCI_ZK_OVER && !s->closing)
         crpci_zk_session_disconnect(s);
-        s->renew_us = crpci_zk_job_now(s) + crpci_zk_job_delay(s);
-    }
 }
-#else
-/* Sends a request whose completion, with or without an answer, calls crpci_zk_session_probed on the
- * completion thread. Locked, unlocks meanwhile. */
+
+/* The client dials by itself and crpci_zk_session_process sees how that ends: lets it count the
+ * next refusal. */
 CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
 {
-    crpci_zk_request *q;
-    crpci_zk_order o;
-    memset(&o, 0, sizeof o);
-    o.path = "/";
-    s->probe_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
-    q = crpci_zk_job_request(s, NULL, &o);
-    if (q) {
-        s->probing = true;
-        crpci_zk_session_send(s, q);
-    }
+    s->refusal = false;
+    s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
+}
+#else
+/* Handles a failed probe: still no connection. Dials one server itself: a server that accepts
+ * connections and never returns the session does not know the session. Unlocks meanwhile. */
+CRPCI_FN void crpci_zk_session_probed(crpci_zk_session *s, crpci_zk_handle *handle, int rc)
+{
+    const crpci_addr *to;
+    bool accepts;
+    s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
+    if (rc == ZOK || !crpci_zk_session_absence(s))
+        return;
+    crpci_zk_session_age(s);
+    to = &s->servers.addr[s->turn++ % s->servers.count];
+    crpci_loop_unlock(s->loop);
+    accepts = crpci_zk_servers_reachable(to);
+    crpci_loop_lock(s->loop);
+    if (s->closing || s->handle != handle || !crpci_zk_session_absence(s) ||
+        zoo_state(handle->zh) == ZOO_CONNECTED_STATE)
+        return; /* connected this moment: that event is behind this one in the client's queue */
+    s->refused += accepts;
+    if (crpci_zk_session_is_hopeless(s))
+        crpci_zk_session_to(s, CRPCI_ZK_OVER, INT64_MAX);
+}
+
+CRPCI_FN void crpci_zk_session_on_probe(int rc, const struct Stat *stat, const void *data)
+{
+    crpci_zk_handle *handle = (crpci_zk_handle *)(uintptr_t)data;
+    crpci_zk_session *s = handle->session;
+    (void)stat;
+    crpci_zk_session_enter(handle);
+    if (handle == s->handle && !s->closing)
+        crpci_zk_session_probed(s, handle, rc);
+    crpci_zk_session_leave(handle);
+}
+
+/* Sends a request whose completion, with or without an answer, comes on the completion thread.
+ * Locked, unlocks meanwhile. */
+CRPCI_FN void crpci_zk_session_probe(crpci_zk_session *s)
+{
+    crpci_zk_handle *handle = s->handle;
+    int rc;
+    crpci_loop_unlock(s->loop);
+    rc = zoo_aexists(handle->zh, "/", 0, crpci_zk_session_on_probe, handle);
+    crpci_loop_lock(s->loop);
+    if (rc != ZOK)
+        s->due_us = crpci_zk_job_now(s) + crpci_zk_job_pace(s);
 }
 #endif
 
-/* Handles the states without a connection: makes a handle, logs silence, probes. The caller is
- * busy; locked, unlocks meanwhile. */
+/* Does what the phase has due. The caller is busy; locked, unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_supervise(crpci_zk_session *s)
 {
-    int64_t now = crpci_zk_job_now(s);
 #if CRPC_ZOOKEEPER_ST
     crpci_zk_session_renew(s);
 #endif
-    if (s->closing)
+    if (s->closing || crpci_zk_job_now(s) < s->due_us)
         return;
-    if (s->phase == CRPCI_ZK_ABSENT && now >= s->renew_us)
+    s->due_us = INT64_MAX;
+    if (s->phase == CRPCI_ZK_ABSENT) {
         crpci_zk_session_connect(s);
-    else if (s->phase == CRPCI_ZK_STARTING && !s->warned &&
-             now - s->handle->born_us >= CRPCI_ZK_SESSION_SILENT_US) {
+    } else if (s->phase == CRPCI_ZK_LOST) {
+        crpci_zk_session_probe(s);
+    } else if (s->phase == CRPCI_ZK_STARTING && !s->warned) {
         s->warned = true;
         crpci_heap_log(s->heap, CRPC_LOG_WARN,
                        "registry zookeeper://%s: no server has answered yet; crpc keeps trying",
                        s->authority);
     }
-#if !CRPC_ZOOKEEPER_ST
-    else if (s->phase == CRPCI_ZK_LOST && s->handle->ready && !s->probing && now >= s->probe_us)
-        crpci_zk_session_probe(s);
-#endif
 }
 
 /* Sets the timer to the next thing that is due. Locked. */
 CRPCI_FN void crpci_zk_session_arm(crpci_zk_session *s)
 {
-    int64_t next = INT64_MAX, now = crpci_zk_job_now(s);
-    crpci_list *i;
-    for (i = s->jobs.next; crpci_zk_session_may_issue(s) && i != &s->jobs; i = i->next) {
-        crpci_zk_job *job = CRPCI_CONTAINER(i, crpci_zk_job, node);
-        if (!job->sent)
-            next = crpci_base_min64(next, job->due_us);
-    }
-    if (s->phase == CRPCI_ZK_CONNECTED && s->credential && !s->handle->authed)
-        next = now + CRPCI_ZK_JOB_RETRY_US / 10;
-    if (s->phase == CRPCI_ZK_ABSENT)
-        next = crpci_base_min64(next, s->renew_us);
-    else if (s->phase == CRPCI_ZK_LOST && !s->probing)
-        next = crpci_base_min64(next, s->probe_us);
-    else if (s->phase == CRPCI_ZK_STARTING && !s->warned)
-        next = crpci_base_min64(next, s->handle->born_us + CRPCI_ZK_SESSION_SILENT_US);
+    int64_t next = crpci_base_min64(s->due_us, crpci_cache_due(&s->cache));
+    int64_t now = crpci_zk_job_now(s);
+    const crpci_zk_job *job = crpci_zk_session_next(s);
+    if (job)
+        next = crpci_base_min64(next, job->due_us);
+    if (s->phase == CRPCI_ZK_CONNECTED && !s->handle->authed)
+        next = crpci_base_min64(next, now + CRPCI_ZK_JOB_RETRY_US / 10);
 #if CRPC_ZOOKEEPER_ST
     if (s->handle)
         next = crpci_base_min64(next, s->client_us);
 #endif
-    next = crpci_base_min64(next, crpci_cache_due(&s->cache));
     if (next != INT64_MAX)
         crpci_loop_timer_set(s->loop, &s->timer, next - now);
     else
@@ -13385,19 +13196,15 @@ CRPCI_FN void crpci_zk_session_arm(crpci_zk_session *s)
 CRPCI_COLD void crpci_zk_session_shut(crpci_zk_session *s)
 {
     bool inside = s->handle && s->handle->inside && crpci_thread_is_self(s->handle->thread);
-#if !CRPC_ZOOKEEPER_ST
-    int64_t until = crpci_zk_job_now(s) + CRPCI_ZK_SESSION_LINGER_US;
-#endif
+    int64_t until = crpci_zk_job_now(s) + (CRPC_ZOOKEEPER_ST ? 0 : CRPCI_ZK_SESSION_LINGER_US);
     s->busy = true;
     s->busy_thread = crpci_thread_self();
     s->deferred = false;
     crpci_loop_timer_cancel(s->loop, &s->timer);
-#if !CRPC_ZOOKEEPER_ST
-    /* The client leaks requests that are unfinished when it is closed. */
+    /* libzookeeper_mt leaks requests that are unfinished when it is closed. */
     while (s->phase == CRPCI_ZK_CONNECTED && !inside && !crpci_list_empty(&s->handle->requests) &&
            crpci_zk_job_now(s) < until)
         crpci_thread_wait(&s->cond, &s->loop->lock, until - crpci_zk_job_now(s));
-#endif
     crpci_zk_session_disconnect(s);
     while (!crpci_list_empty(&s->jobs))
         crpci_zk_job_drop(CRPCI_CONTAINER(s->jobs.next, crpci_zk_job, node));
@@ -13419,14 +13226,10 @@ CRPCI_FN void crpci_zk_session_run(crpci_zk_session *s)
     s->busy_thread = crpci_thread_self();
     while (s->again && !s->closing) {
         s->again = false;
-#if CRPC_ZOOKEEPER_ST
-        if (s->handle)
-            crpci_zk_session_process(s);
-#endif
         crpci_zk_session_supervise(s);
-        if (crpci_zk_session_is_up(s))
+        if (s->phase == CRPCI_ZK_CONNECTED && !s->closing)
             crpci_zk_session_authenticate(s);
-        while (crpci_zk_session_may_issue(s) && (job = crpci_zk_session_next(s)) != NULL)
+        while ((job = crpci_zk_session_next(s)) != NULL && job->due_us <= crpci_zk_job_now(s))
             crpci_zk_session_issue(s, job);
 #if CRPC_ZOOKEEPER_ST
         if (s->handle && !s->closing)
@@ -13446,26 +13249,20 @@ CRPCI_FN void crpci_zk_session_run(crpci_zk_session *s)
  * it can also wait for the delay. Locked, unlocks meanwhile. */
 CRPCI_COLD void crpci_zk_session_replace(crpci_zk_session *s, const crpci_zk_handle *handle)
 {
-    int64_t until;
-    if (!s->aged)
-        crpci_zk_session_age(s);
+    crpci_zk_session_age(s);
     while (s->busy && !s->closing)
         crpci_thread_wait(&s->cond, &s->loop->lock, -1);
     if (s->closing || s->handle != handle)
         return;
     s->busy = true;
     s->busy_thread = crpci_thread_self();
-    crpci_zk_session_log_renewal(s);
-    until = crpci_zk_job_now(s) + crpci_zk_job_delay(s);
     crpci_zk_session_disconnect(s);
     while (!s->closing && !s->handle) {
-        int64_t left = until - crpci_zk_job_now(s);
-        if (left > 0) {
+        int64_t left = s->due_us - crpci_zk_job_now(s);
+        if (left > 0)
             crpci_thread_wait(&s->cond, &s->loop->lock, left);
-        } else {
+        else
             crpci_zk_session_connect(s);
-            until = s->renew_us;
-        }
     }
     s->busy = false;
     crpci_thread_broadcast(&s->cond);
@@ -13511,10 +13308,7 @@ CRPCI_FN void crpci_zk_session_on_event(crpc_loop *l, crpci_watch *watch, unsign
 {
     crpci_zk_session *s = CRPCI_CONTAINER(watch, crpci_zk_session, watch);
     s->events |= events;
-    s->refs++;
-    crpci_zk_session_run(s);
-    crpci_zk_session_unlock(s);
-    crpci_loop_lock(l);
+    crpci_zk_session_on_timer(l, &s->timer);
 }
 #endif
 
@@ -13531,11 +13325,10 @@ CRPCI_FN void crpci_zk_session_soon(crpci_zk_session *s)
  * unlocks meanwhile. */
 CRPCI_FN void crpci_zk_session_kick(crpci_zk_session *s)
 {
-#if CRPC_ZOOKEEPER_ST
-    crpci_zk_session_soon(s);
-#else
-    crpci_zk_session_run(s);
-#endif
+    if (CRPC_ZOOKEEPER_ST)
+        crpci_zk_session_soon(s);
+    else
+        crpci_zk_session_run(s);
 }
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
@@ -13553,36 +13346,20 @@ CRPCI_FN void crpci_zk_session_kick(crpci_zk_session *s)
 #define CRPCI_ZK_POOL_TIMEOUT_MS     15000
 #define CRPCI_ZK_POOL_TIMEOUT_MIN_MS 200 /* the client redials every sixtieth of it */
 
-/* Options of a session; all 0: defaults. */
-typedef struct crpci_zk_pool_options {
-    int timeout_ms;
-    int spread_ms;          /* random delay of a reconnect, for fleets. 0: 2000. -1: none */
-    const char *credential; /* "user:password"; NULL: none */
-    const char *cache;      /* file; NULL: none */
-    int cache_interval_ms;  /* least time between two writes. 0: 60000. -1: none */
-} crpci_zk_pool_options;
-
 /* Whether two texts are equal; NULL equals "". */
 CRPCI_FN bool crpci_zk_pool_same(const char *a, const char *b)
 {
     return strcmp(a ? a : "", b ? b : "") == 0;
 }
 
-/* Copies a text that may be NULL. False: out of memory. */
-CRPCI_FN bool crpci_zk_pool_copy(crpci_heap *h, const char *from, char **to)
-{
-    *to = from ? crpci_heap_strndup(h, from, strlen(from)) : NULL;
-    return *to || !from;
-}
-
 /* The open session with the same servers and options, or NULL. Locked. */
 CRPCI_FN crpci_zk_session *crpci_zk_pool_find(crpc_loop *l, const char *authority,
-                                              const crpci_zk_pool_options *o)
+                                              const crpci_directory_options *o)
 {
     crpci_list *i;
     for (i = l->registries.next; i != &l->registries; i = i->next) {
         crpci_zk_session *s = CRPCI_CONTAINER(i, crpci_zk_session, node);
-        if (strcmp(s->authority, authority) == 0 && s->timeout_ms == o->timeout_ms &&
+        if (strcmp(s->authority, authority) == 0 && s->timeout_ms == o->session_timeout_ms &&
             crpci_zk_pool_same(s->credential, o->credential) &&
             crpci_zk_pool_same(s->cache.path, o->cache))
             return s;
@@ -13592,7 +13369,7 @@ CRPCI_FN crpci_zk_session *crpci_zk_pool_find(crpc_loop *l, const char *authorit
 
 /* Makes a session that is not in the loop's list yet. Resolves names, so it must run unlocked. */
 CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
-                                 const crpci_zk_pool_options *o, crpci_zk_session **out,
+                                 const crpci_directory_options *o, crpci_zk_session **out,
                                  crpc_error *error)
 {
     crpci_zk_session *s = (crpci_zk_session *)crpci_heap_alloc(l->heap, sizeof *s);
@@ -13609,7 +13386,7 @@ CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
     s->heap = l->heap;
     s->refs = 1;
     s->users = 1;
-    s->timeout_ms = o->timeout_ms;
+    s->timeout_ms = o->session_timeout_ms;
     s->spread_us = crpci_base_option(o->spread_ms, CRPCI_ZK_POOL_SPREAD_MS, 0) * 1000;
     crpci_timer_init(&s->timer, crpci_zk_session_on_timer);
 #if CRPC_ZOOKEEPER_ST
@@ -13618,15 +13395,15 @@ CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
 #endif
     crpci_list_init(&s->services);
     s->servers.heap = s->cache.heap = s->heap;
-    if (!crpci_zk_pool_copy(s->heap, authority, &s->authority) ||
-        !crpci_zk_pool_copy(s->heap, o->credential, &s->credential) ||
+    s->authority = crpci_heap_strndup(s->heap, authority, strlen(authority));
+    if (o->credential)
+        s->credential = crpci_heap_strndup(s->heap, o->credential, strlen(o->credential));
+    if (!s->authority || (o->credential && !s->credential) ||
         (o->cache && !crpci_cache_init(&s->cache, s->heap, o->cache, o->cache_interval_ms)))
         err = CRPC_ENOMEM;
     s->servers.authority = s->authority;
-    if (!err)
-        err = crpci_zk_servers_resolve(&s->servers, error);
-    if (!err && crpci_zk_servers_list(&s->servers, l))
-        err = CRPC_ENOMEM;
+    err = err ? err : crpci_zk_servers_resolve(&s->servers, error);
+    err = err ? err : crpci_zk_servers_list(&s->servers, l);
     if (err == CRPC_ENOMEM)
         crpci_status_set(error, err, "zookeeper://%.150s: out of memory", authority);
     if (err) {
@@ -13640,16 +13417,16 @@ CRPCI_COLD int crpci_zk_pool_new(crpc_loop *l, const char *authority,
 /* Joins the open session with the same options, or begins one. Resolves names; never waits for a
  * server. */
 CRPCI_COLD int crpci_zk_pool_open(crpc_loop *l, const char *authority,
-                                  const crpci_zk_pool_options *options,
-                                  crpci_zk_session **out, crpc_error *error)
+                                  const crpci_directory_options *options, crpci_zk_session **out,
+                                  crpc_error *error)
 {
-    crpci_zk_pool_options o = *options;
+    crpci_directory_options o = *options;
     crpci_zk_session *s, *made = NULL;
     int err = CRPC_OK;
-    o.timeout_ms = (int)crpci_base_option(o.timeout_ms, CRPCI_ZK_POOL_TIMEOUT_MS,
-                                          CRPCI_ZK_POOL_TIMEOUT_MS);
-    if (o.timeout_ms < CRPCI_ZK_POOL_TIMEOUT_MIN_MS)
-        o.timeout_ms = CRPCI_ZK_POOL_TIMEOUT_MIN_MS;
+    o.session_timeout_ms = (int)crpci_base_option(o.session_timeout_ms, CRPCI_ZK_POOL_TIMEOUT_MS,
+                                                  CRPCI_ZK_POOL_TIMEOUT_MS);
+    if (o.session_timeout_ms < CRPCI_ZK_POOL_TIMEOUT_MIN_MS)
+        o.session_timeout_ms = CRPCI_ZK_POOL_TIMEOUT_MIN_MS;
     crpci_loop_lock(l);
     s = crpci_zk_pool_find(l, authority, &o);
     if (!s) { /* without the lock, to resolve names: another thread may open the same meanwhile */
@@ -13667,13 +13444,7 @@ CRPCI_COLD int crpci_zk_pool_open(crpc_loop *l, const char *authority,
         s = made;
         made = NULL;
         crpci_list_append(&l->registries, &s->node);
-        s->busy = true;
-        s->busy_thread = crpci_thread_self();
-        crpci_zk_session_connect(s); /* after a failure the timer tries again */
-        s->failures = 0;
-        s->busy = false;
-        crpci_thread_broadcast(&s->cond);
-        crpci_zk_session_kick(s);
+        crpci_zk_session_kick(s); /* makes a handle; after a failure the timer tries again */
     }
     crpci_loop_unlock(l);
     if (made)
@@ -13750,24 +13521,31 @@ CRPCI_FN bool crpci_zk_node_is_part(const char *text, size_t n)
     return true;
 }
 
+/* Whether the first `n` bytes of a path are such parts with single slashes between them. */
+CRPCI_FN bool crpci_zk_node_is_path(const char *path, size_t n)
+{
+    size_t at, part;
+    for (at = 0; at < n; at += part + 1) {
+        part = crpci_base_min(strcspn(path + at, "/"), n - at);
+        if (!crpci_zk_node_is_part(path + at, part))
+            return false;
+    }
+    return n == 0 || path[n - 1] != '/';
+}
+
 /* Makes the root of a tree from a URL's path: "a/b" and "a/b/" give "/a/b", "" gives
  * `otherwise`. */
 CRPCI_COLD int crpci_zk_node_root(crpci_heap *h, const char *path, const char *otherwise,
                                   char **out, crpc_error *error)
 {
-    size_t n = strlen(path), at;
+    size_t n = strlen(path);
     while (n && path[n - 1] == '/')
         n--;
-    for (at = 0; at < n;) {
-        size_t part = strcspn(path + at, "/");
-        part = part < n - at ? part : n - at;
-        if (!crpci_zk_node_is_part(path + at, part))
-            return crpci_status_set(error, CRPC_EINVAL,
-                                    "zookeeper: root \"%.100s\" is not a valid path: it has an "
-                                    "empty part, \".\", \"..\" or a control character",
-                                    path);
-        at += part + 1;
-    }
+    if (!crpci_zk_node_is_path(path, n))
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "zookeeper: root \"%.100s\" is not a valid path: it has an empty "
+                                "part, \".\", \"..\" or a control character",
+                                path);
     *out = n ? crpci_heap_format(h, "/%.*s", (int)n, path)
              : crpci_heap_strndup(h, otherwise, strlen(otherwise));
     return *out ? CRPC_OK : crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
@@ -13826,16 +13604,11 @@ typedef struct crpci_zk_watch {
     bool refused; /* the server refuses to let it be read, which was logged */
 } crpci_zk_watch;
 
-CRPCI_FN crpci_zk_watch *crpci_zk_node_watch_of(crpci_zk_job *job)
-{
-    return CRPCI_CONTAINER(job, crpci_zk_watch, job);
-}
-
 /* Reads the node or, while it does not exist, asks whether it exists: either request sets a
  * watch. */
 CRPCI_FN bool crpci_zk_node_watch_order(crpci_zk_job *job, crpci_zk_order *o)
 {
-    crpci_zk_watch *w = crpci_zk_node_watch_of(job);
+    crpci_zk_watch *w = CRPCI_CONTAINER(job, crpci_zk_watch, job);
     bool children = w->kind == CRPCI_ZK_WATCH_CHILDREN || w->kind == CRPCI_ZK_WATCH_CHILDREN_ONCE;
     o->verb = w->missing ? CRPCI_ZK_STAT : children ? CRPCI_ZK_LIST : CRPCI_ZK_GET;
     o->watch = w->kind != CRPCI_ZK_WATCH_CHILDREN_ONCE;
@@ -13848,9 +13621,9 @@ CRPCI_FN void crpci_zk_node_watch_answered(crpci_zk_watch *w, const crpci_zk_req
                                            const crpci_zk_answer *a)
 {
     crpci_zk_job *job = &w->job;
-    bool once = w->kind == CRPCI_ZK_WATCH_CHILDREN_ONCE;
-    bool looked = q->order.verb == CRPCI_ZK_STAT, gone = a->rc == ZNONODE, taken;
-    w->missing = gone && !looked && !once && w->kind != CRPCI_ZK_WATCH_END;
+    bool follows = w->kind == CRPCI_ZK_WATCH_CHILDREN || w->kind == CRPCI_ZK_WATCH_DATA;
+    bool looked = q->order.verb == CRPCI_ZK_STAT, gone = a->rc == ZNONODE;
+    w->missing = gone && !looked && follows;
     if (w->missing || (looked && a->rc == ZOK)) { /* ask for its creation; or it exists: read it */
         job->due_us = 0;
         return;
@@ -13864,20 +13637,19 @@ CRPCI_FN void crpci_zk_node_watch_answered(crpci_zk_watch *w, const crpci_zk_req
         crpci_zk_job_around(job, CRPCI_ZK_NODE_REFUSED_US, 20);
     else if (w->kind == CRPCI_ZK_WATCH_END && !gone)
         crpci_zk_job_around(job, CRPCI_ZK_NODE_CHECK_US, 20);
-    else if (!once && w->kind != CRPCI_ZK_WATCH_END)
+    else if (follows)
         crpci_zk_job_around(job, CRPCI_ZK_NODE_REREAD_US, 20);
     if (w->kind == CRPCI_ZK_WATCH_END && !gone)
         return;
     w->told = true;
-    taken = w->value(w, a);
-    if (!taken)
+    if (!w->value(w, a))
         crpci_zk_job_later(job, CRPCI_ZK_JOB_RETRY_US);
 }
 
 CRPCI_FN void crpci_zk_node_watch_event(crpci_zk_job *job, crpci_zk_event event,
                                         const crpci_zk_request *q, const crpci_zk_answer *a)
 {
-    crpci_zk_watch *w = crpci_zk_node_watch_of(job);
+    crpci_zk_watch *w = CRPCI_CONTAINER(job, crpci_zk_watch, job);
     if (event == CRPCI_ZK_ANSWERED) {
         crpci_zk_node_watch_answered(w, q, a);
         return;
@@ -13885,9 +13657,7 @@ CRPCI_FN void crpci_zk_node_watch_event(crpci_zk_job *job, crpci_zk_event event,
     if (job->due_us == INT64_MAX && !job->sent) /* idle: it has reported once, or has not begun */
         return;
     if (event == CRPCI_ZK_REMOVED && w->kind == CRPCI_ZK_WATCH_END) {
-        crpci_zk_answer gone;
-        memset(&gone, 0, sizeof gone);
-        gone.rc = ZNONODE;
+        const crpci_zk_answer gone = {ZNONODE, NULL, NULL, NULL, 0};
         job->due_us = INT64_MAX;
         if (!w->value(w, &gone))
             crpci_zk_job_later(job, CRPCI_ZK_JOB_RETRY_US);
@@ -13907,20 +13677,11 @@ CRPCI_FN void crpci_zk_node_watch_event(crpci_zk_job *job, crpci_zk_event event,
 
 CRPCI_FN void crpci_zk_node_watch_clear(crpci_zk_job *job)
 {
-    crpci_heap_strfree(job->session->heap, crpci_zk_node_watch_of(job)->path);
+    crpci_heap_strfree(job->session->heap, CRPCI_CONTAINER(job, crpci_zk_watch, job)->path);
 }
 
 static const crpci_zk_work crpci_zk_node_watch_work = {
     crpci_zk_node_watch_order, crpci_zk_node_watch_event, crpci_zk_node_watch_clear};
-
-/* Puts an idle watch on the session; it takes over a reference to its holder. */
-CRPCI_FN void crpci_zk_node_watch_init(crpci_zk_watch *w, crpci_zk_session *s,
-                                       bool (*value)(crpci_zk_watch *, const crpci_zk_answer *),
-                                       void *holder, void (*release)(void *holder))
-{
-    crpci_zk_job_add(&w->job, &crpci_zk_node_watch_work, s, INT64_MAX, holder, release);
-    w->value = value;
-}
 
 /* Begins to follow `path`, in place of the path before; it takes over the text. False if `path` is
  * NULL, because memory is short or nothing is to be followed. The caller kicks the session. */
@@ -13948,6 +13709,19 @@ CRPCI_FN void crpci_zk_node_watch_again(crpci_zk_watch *w)
 {
     crpci_zk_job_forget(&w->job);
     w->job.due_us = 0;
+}
+
+/* Puts an idle watch on the session; crpci_zk_node_watch_again begins. It takes over `path`, which
+ * may be NULL, and a reference to its holder. */
+CRPCI_FN void crpci_zk_node_watch_init(crpci_zk_watch *w, crpci_zk_session *s,
+                                       crpci_zk_watch_kind kind, char *path,
+                                       bool (*value)(crpci_zk_watch *, const crpci_zk_answer *),
+                                       void *holder, void (*release)(void *holder))
+{
+    crpci_zk_job_add(&w->job, &crpci_zk_node_watch_work, s, INT64_MAX, holder, release);
+    w->value = value;
+    crpci_zk_node_watch_set(w, kind, path);
+    crpci_zk_node_watch_stop(w);
 }
 
 /* --- own -------------------------------------------------------------------------------------- */
@@ -14026,11 +13800,6 @@ struct crpci_zk_own {
     unsigned failures;
     unsigned fights; /* how often in a row the node was another session's */
 };
-
-CRPCI_FN crpci_zk_own *crpci_zk_node_own_of(crpci_zk_job *job)
-{
-    return CRPCI_CONTAINER(job, crpci_zk_own, job);
-}
 
 /* Replaces own->path or own->prefix. */
 CRPCI_FN void crpci_zk_node_own_set(crpci_zk_own *own, char **text, char *value)
@@ -14121,7 +13890,7 @@ CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
     static const uint8_t verbs[] = {CRPCI_ZK_STAT,   CRPCI_ZK_CREATE, CRPCI_ZK_LIST,
                                     CRPCI_ZK_CREATE, CRPCI_ZK_STAT,   CRPCI_ZK_STAT,
                                     CRPCI_ZK_DELETE, CRPCI_ZK_DELETE};
-    crpci_zk_own *own = crpci_zk_node_own_of(job);
+    crpci_zk_own *own = CRPCI_CONTAINER(job, crpci_zk_own, job);
     crpci_zk_node_own_next(own);
     if (own->state == CRPCI_ZK_OWN_CREATE && !crpci_zk_node_own_name(own))
         return false;
@@ -14130,8 +13899,8 @@ CRPCI_FN bool crpci_zk_node_own_order(crpci_zk_job *job, crpci_zk_order *o)
     o->watch = o->verb == CRPCI_ZK_STAT && !own->unwatched;
     o->data = own->data;
     o->size = own->size;
-    o->flags = own->sequential ? ZOO_EPHEMERAL | ZOO_SEQUENCE : ZOO_EPHEMERAL;
-    o->parents = true;
+    o->flags = CRPC_NODE_EPHEMERAL | CRPC_NODE_PARENTS;
+    o->flags |= own->sequential ? CRPC_NODE_SEQUENTIAL : 0;
     return o->path != NULL;
 }
 
@@ -14269,7 +14038,7 @@ CRPCI_FN void crpci_zk_node_own_over(crpci_zk_own *own)
 CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
                                       const crpci_zk_request *q, const crpci_zk_answer *a)
 {
-    crpci_zk_own *own = crpci_zk_node_own_of(job);
+    crpci_zk_own *own = CRPCI_CONTAINER(job, crpci_zk_own, job);
     crpci_zk_session *s = job->session;
     int64_t soon;
     switch (event) {
@@ -14304,7 +14073,7 @@ CRPCI_FN void crpci_zk_node_own_event(crpci_zk_job *job, crpci_zk_event event,
 
 CRPCI_FN void crpci_zk_node_own_clear(crpci_zk_job *job)
 {
-    crpci_zk_own *own = crpci_zk_node_own_of(job);
+    crpci_zk_own *own = CRPCI_CONTAINER(job, crpci_zk_own, job);
     crpci_zk_node_own_set(own, &own->path, NULL);
     crpci_zk_node_own_set(own, &own->prefix, NULL);
 }
@@ -14365,7 +14134,6 @@ CRPCI_FN void crpci_zk_node_own_check(crpci_zk_own *own, int64_t check_us)
 typedef struct crpci_zk_service {
     crpci_directory directory;
     crpci_list link; /* in session->services */
-    crpci_zk_session *session;
     crpci_zk_watch providers;
     crpci_zk_watch overrides;
     bool following; /* providers are read: only after the overrides, so that no subscriber sees a
@@ -14436,15 +14204,8 @@ CRPCI_FN bool crpci_zk_directory_age(crpci_zk_session *s)
 
 /* --- services --------------------------------------------------------------------------------- */
 
-/* The overrides are known, or cannot be read: begins to read the providers, or reads them again. */
-CRPCI_FN void crpci_zk_directory_follow(crpci_zk_service *v, bool anew)
-{
-    if (!v->following || anew)
-        crpci_zk_node_watch_again(&v->providers);
-    v->following = true;
-}
-
-/* New overrides were read, or none exist. Unlocks. */
+/* The overrides were read, do not exist, or cannot be read: begins to read the providers, or reads
+ * them again. Unlocks. */
 CRPCI_FN bool crpci_zk_directory_on_overrides(crpci_zk_watch *w, const crpci_zk_answer *a)
 {
     crpci_zk_service *v = CRPCI_CONTAINER(w, crpci_zk_service, overrides);
@@ -14453,13 +14214,16 @@ CRPCI_FN bool crpci_zk_directory_on_overrides(crpci_zk_watch *w, const crpci_zk_
     char *const *names = crpci_zk_node_names(a, &count);
     int changed = 0;
     if (a->rc == ZOK || a->rc == ZNONODE) {
-        crpci_zk_servers_local(&v->session->servers, false, ip, sizeof ip);
+        crpci_zk_servers_local(&w->job.session->servers, false, ip, sizeof ip);
         snprintf(host, sizeof host, strchr(ip, ':') ? "[%s]" : "%s", ip);
         changed = crpci_directory_override(&v->directory, names, count, host);
     }
-    if (changed >= 0)
-        crpci_zk_directory_follow(v, changed > 0);
-    return changed >= 0;
+    if (changed < 0)
+        return false;
+    if (changed || !v->following)
+        crpci_zk_node_watch_again(&v->providers);
+    v->following = true;
+    return true;
 }
 
 /* The providers were read. A directory that does not exist counts as empty, because the first
@@ -14496,13 +14260,13 @@ CRPCI_FN void crpci_zk_directory_service_end(crpci_zk_service *v)
     crpci_directory_end(&v->directory);
 }
 
-/* Watches a service. NULL: out of memory. Locked. */
+/* Watches a service, whose directory of providers is at `providers`; takes that text over. NULL:
+ * out of memory. Locked. */
 CRPCI_FN crpci_zk_service *crpci_zk_directory_service_new(const crpci_zk_directory *b,
-                                                          const char *service)
+                                                          const char *service, char *providers)
 {
     crpci_zk_session *s = b->session;
     crpci_zk_service *v = (crpci_zk_service *)crpci_heap_alloc(s->heap, sizeof *v);
-    char *providers = crpci_zk_directory_path(b, service, "providers");
     char *overrides = crpci_zk_directory_path(b, service, "configurators");
     bool ok = v && providers && overrides &&
               crpci_directory_init(
@@ -14515,19 +14279,16 @@ CRPCI_FN crpci_zk_service *crpci_zk_directory_service_new(const crpci_zk_directo
         crpci_heap_free(s->heap, v, sizeof *v);
         return NULL;
     }
-    v->session = s;
     v->directory.hold_us = s->spread_us + (int64_t)s->timeout_ms * 1000;
     v->directory.cache = s->cache.path ? &s->cache : NULL;
     v->directory.override_name =
         crpci_heap_format(s->heap, "zookeeper://%s%s", s->authority, overrides);
     v->directory.refs += 2;
-    crpci_zk_node_watch_init(&v->overrides, s, crpci_zk_directory_on_overrides, v,
-                             crpci_zk_directory_release);
-    crpci_zk_node_watch_init(&v->providers, s, crpci_zk_directory_on_providers, v,
-                             crpci_zk_directory_release);
-    crpci_zk_node_watch_set(&v->overrides, CRPCI_ZK_WATCH_CHILDREN, overrides);
-    crpci_zk_node_watch_set(&v->providers, CRPCI_ZK_WATCH_CHILDREN, providers);
-    crpci_zk_node_watch_stop(&v->providers);
+    crpci_zk_node_watch_init(&v->overrides, s, CRPCI_ZK_WATCH_CHILDREN, overrides,
+                             crpci_zk_directory_on_overrides, v, crpci_zk_directory_release);
+    crpci_zk_node_watch_init(&v->providers, s, CRPCI_ZK_WATCH_CHILDREN, providers,
+                             crpci_zk_directory_on_providers, v, crpci_zk_directory_release);
+    crpci_zk_node_watch_again(&v->overrides);
     crpci_list_append(&s->services, &v->link);
     return v;
 }
@@ -14538,21 +14299,17 @@ CRPCI_FN crpci_zk_service *crpci_zk_directory_service_get(const crpci_zk_directo
 {
     char *path = crpci_zk_directory_path(b, service, "providers");
     crpci_list *all = &b->session->services, *i;
-    crpci_zk_service *v = NULL;
-    for (i = all->next; path && i != all && !v; i = i->next) {
-        v = CRPCI_CONTAINER(i, crpci_zk_service, link);
-        v = strcmp(v->providers.path, path) == 0 ? v : NULL;
+    for (i = all->next; path && i != all; i = i->next) {
+        crpci_zk_service *v = CRPCI_CONTAINER(i, crpci_zk_service, link);
+        if (strcmp(v->providers.path, path) == 0) {
+            crpci_heap_strfree(b->session->heap, path);
+            return v;
+        }
     }
-    crpci_heap_strfree(b->session->heap, path);
-    return v ? v : path ? crpci_zk_directory_service_new(b, service) : NULL;
+    return crpci_zk_directory_service_new(b, service, path);
 }
 
 /* --- stale twins ------------------------------------------------------------------------------ */
-
-CRPCI_FN crpci_zk_registration *crpci_zk_directory_sweeper(crpci_zk_job *job)
-{
-    return CRPCI_CONTAINER(job, crpci_zk_registration, sweep);
-}
 
 /* Whether a name is that of another node with the same address: both names begin with the same
  * encoded "crpc://address/". Nodes of other software have other schemes and are left alone. */
@@ -14603,7 +14360,7 @@ CRPCI_FN void crpci_zk_directory_swept(crpci_zk_registration *reg)
 
 CRPCI_FN bool crpci_zk_directory_sweep_order(crpci_zk_job *job, crpci_zk_order *o)
 {
-    crpci_zk_registration *reg = crpci_zk_directory_sweeper(job);
+    crpci_zk_registration *reg = CRPCI_CONTAINER(job, crpci_zk_registration, sweep);
     if (reg->own.state != CRPCI_ZK_OWN_OWNED) { /* crpci_zk_directory_owned starts it again */
         job->due_us = INT64_MAX;
         return false;
@@ -14618,7 +14375,7 @@ CRPCI_FN bool crpci_zk_directory_sweep_order(crpci_zk_job *job, crpci_zk_order *
 CRPCI_FN void crpci_zk_directory_sweep_event(crpci_zk_job *job, crpci_zk_event event,
                                              const crpci_zk_request *q, const crpci_zk_answer *a)
 {
-    crpci_zk_registration *reg = crpci_zk_directory_sweeper(job);
+    crpci_zk_registration *reg = CRPCI_CONTAINER(job, crpci_zk_registration, sweep);
     crpci_zk_session *s = job->session;
     if (event != CRPCI_ZK_ANSWERED && event != CRPCI_ZK_DOUBTED)
         return;
@@ -14668,11 +14425,6 @@ CRPCI_FN void crpci_zk_directory_unref(void *registration)
 static const crpci_zk_work crpci_zk_directory_sweep = {crpci_zk_directory_sweep_order,
                                                        crpci_zk_directory_sweep_event, NULL};
 
-CRPCI_FN crpci_zk_registration *crpci_zk_directory_reg_of(crpci_zk_own *own)
-{
-    return CRPCI_CONTAINER(own, crpci_zk_registration, own);
-}
-
 /* Determines the local address, unless the program gave one. False: no route to the servers.
  * *moved: it has changed. */
 CRPCI_FN bool crpci_zk_directory_locate(crpci_zk_registration *reg, char *host, size_t size,
@@ -14690,11 +14442,11 @@ CRPCI_FN bool crpci_zk_directory_locate(crpci_zk_registration *reg, char *host, 
 /* The node's path, with the present address. */
 CRPCI_FN char *crpci_zk_directory_name(crpci_zk_own *own)
 {
-    crpci_zk_registration *reg = crpci_zk_directory_reg_of(own);
+    crpci_zk_registration *reg = CRPCI_CONTAINER(own, crpci_zk_registration, own);
     crpci_directory_offer *o = &reg->offer;
     crpci_heap *h = own->job.session->heap;
-    char host[INET6_ADDRSTRLEN], *url, *name = NULL, *path = NULL;
-    size_t url_size, name_size = 0;
+    char host[INET6_ADDRSTRLEN], *url, *path;
+    size_t url_size, size, at = strlen(reg->dir) + 1;
     long pid = (long)getpid();
     bool moved;
     if (!crpci_zk_directory_locate(reg, host, sizeof host, &moved))
@@ -14705,16 +14457,15 @@ CRPCI_FN char *crpci_zk_directory_name(crpci_zk_own *own)
     own->size = (int)strlen(o->host);
     url_size = crpci_names_url(NULL, 0, &o->what, !o->port, o->address, o->timestamp_ms, pid) + 1;
     url = (char *)crpci_heap_alloc(h, url_size);
-    if (url) {
-        crpci_names_url(url, url_size, &o->what, !o->port, o->address, o->timestamp_ms, pid);
-        name_size = crpci_url_encode(NULL, 0, url) + 1;
-        name = (char *)crpci_heap_alloc(h, name_size);
+    if (!url)
+        return NULL;
+    crpci_names_url(url, url_size, &o->what, !o->port, o->address, o->timestamp_ms, pid);
+    size = at + crpci_url_encode(NULL, 0, url) + 1;
+    path = (char *)crpci_heap_alloc(h, size);
+    if (path) {
+        snprintf(path, size, "%s/", reg->dir);
+        crpci_url_encode(path + at, size - at, url);
     }
-    if (name) {
-        crpci_url_encode(name, name_size, url);
-        path = crpci_zk_node_join(h, reg->dir, name);
-    }
-    crpci_heap_free(h, name, name_size);
     crpci_heap_free(h, url, url_size);
     return path;
 }
@@ -14724,7 +14475,7 @@ CRPCI_FN char *crpci_zk_directory_name(crpci_zk_own *own)
 CRPCI_FN void crpci_zk_directory_owned(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat,
                                        bool news)
 {
-    crpci_zk_registration *reg = crpci_zk_directory_reg_of(own);
+    crpci_zk_registration *reg = CRPCI_CONTAINER(own, crpci_zk_registration, own);
     crpci_zk_session *s = own->job.session;
     bool provider = reg->offer.port != 0, moved;
     char host[INET6_ADDRSTRLEN];
@@ -14749,7 +14500,7 @@ CRPCI_FN void crpci_zk_directory_owned(crpci_zk_own *own, int64_t sent_us, const
 /* Reports a failed registration to the program; removal and expiry are repaired silently. */
 CRPCI_FN void crpci_zk_directory_lost(crpci_zk_own *own, int rc)
 {
-    crpci_zk_registration *reg = crpci_zk_directory_reg_of(own);
+    crpci_zk_registration *reg = CRPCI_CONTAINER(own, crpci_zk_registration, own);
     crpci_zk_session *s = own->job.session;
     char text[CRPC_ERROR_TEXT_MAX];
     if (rc == ZNONODE || rc == ZSESSIONEXPIRED)
@@ -14911,6 +14662,13 @@ CRPCI_FN void crpci_zk_directory_unsubscribe(crpci_backend *base, crpci_subscrib
     crpci_loop_unlock(base->loop);
 }
 
+CRPCI_FN void crpci_zk_directory_free(crpci_heap *h, crpci_zk_directory *b)
+{
+    crpci_heap_strfree(h, b->application);
+    crpci_heap_strfree(h, b->root);
+    crpci_heap_free(h, b, sizeof *b);
+}
+
 /* Withdraws everything that was registered and subscribed through this URL. */
 CRPCI_FN void crpci_zk_directory_close(crpci_backend *base)
 {
@@ -14927,9 +14685,7 @@ CRPCI_FN void crpci_zk_directory_close(crpci_backend *base)
         crpci_zk_directory_registration_end(
             CRPCI_CONTAINER(b->registrations.next, crpci_zk_registration, link));
     crpci_zk_pool_close(s, last);
-    crpci_heap_strfree(h, b->application);
-    crpci_heap_strfree(h, b->root);
-    crpci_heap_free(h, b, sizeof *b);
+    crpci_zk_directory_free(h, b);
     crpci_heap_unref(h);
 }
 
@@ -14945,14 +14701,7 @@ CRPCI_COLD int crpci_zk_directory_open(crpc_loop *l, const crpci_url *url,
     crpci_heap *h = l->heap;
     crpci_zk_directory *b = (crpci_zk_directory *)crpci_heap_alloc(h, sizeof *b);
     const char *application = o->application ? o->application : "";
-    crpci_zk_pool_options so;
     int err;
-    memset(&so, 0, sizeof so);
-    so.timeout_ms = o->session_timeout_ms;
-    so.spread_ms = o->spread_ms;
-    so.credential = o->credential;
-    so.cache = o->cache;
-    so.cache_interval_ms = o->cache_interval_ms;
     if (!b)
         return crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
     b->base.ops = &crpci_zk_directory_ops;
@@ -14960,23 +14709,20 @@ CRPCI_COLD int crpci_zk_directory_open(crpc_loop *l, const crpci_url *url,
     b->register_consumer = o->register_consumer;
     crpci_list_init(&b->registrations);
     crpci_list_init(&b->subscribers);
-    err = crpci_zk_node_root(h, url->path, CRPCI_ZK_DIRECTORY_ROOT, &b->root, error);
-    if (!err) {
-        b->application = crpci_heap_strndup(h, application, strlen(application));
-        err = b->application ? crpci_zk_pool_open(l, url->authority, &so, &b->session, error)
-                             : crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
+    b->application = crpci_heap_strndup(h, application, strlen(application));
+    err = b->application
+              ? crpci_zk_node_root(h, url->path, CRPCI_ZK_DIRECTORY_ROOT, &b->root, error)
+              : crpci_status_set(error, CRPC_ENOMEM, "zookeeper: out of memory");
+    err = err ? err : crpci_zk_pool_open(l, url->authority, o, &b->session, error);
+    if (err) {
+        crpci_zk_directory_free(h, b);
+        return err;
     }
-    if (!err) {
-        crpci_loop_lock(l);
-        b->session->age = crpci_zk_directory_age;
-        crpci_loop_unlock(l);
-        *out = &b->base;
-        return CRPC_OK;
-    }
-    crpci_heap_strfree(h, b->application);
-    crpci_heap_strfree(h, b->root);
-    crpci_heap_free(h, b, sizeof *b);
-    return err;
+    crpci_loop_lock(l);
+    b->session->age = crpci_zk_directory_age;
+    crpci_loop_unlock(l);
+    *out = &b->base;
+    return CRPC_OK;
 }
 #endif /* CRPC_ENABLE_ZOOKEEPER */
 
@@ -15199,13 +14945,8 @@ CRPCI_FN void crpci_agreement_ready(crpci_item *item)
     crpci_loop_ready(item->session->loop, &item->ready);
 }
 
-CRPCI_FN void crpci_agreement_no_timer(crpc_loop *l, crpci_timer *timer)
-{
-    (void)l;
-    (void)timer;
-}
-
-/* A new item with one reference, the caller's. `timer` may be NULL. NULL: out of memory. */
+/* A new item with one reference, the caller's. `timer` is NULL where the kind sets none. NULL: out
+ * of memory. */
 CRPCI_FN void *crpci_agreement_new(crpc_registry *r, const crpci_item_kind *kind,
                                    void (*timer)(crpc_loop *l, crpci_timer *timer), void *user)
 {
@@ -15219,7 +14960,7 @@ CRPCI_FN void *crpci_agreement_new(crpc_registry *r, const crpci_item_kind *kind
     item->refs = 1;
     item->user = user;
     crpci_loop_task_init(&item->ready, crpci_agreement_run);
-    crpci_timer_init(&item->timer, timer ? timer : crpci_agreement_no_timer);
+    crpci_timer_init(&item->timer, timer);
     crpci_list_append(&r->items, &item->node);
     return item;
 }
@@ -15251,47 +14992,28 @@ CRPCI_FN int crpci_agreement_need_owner(const crpc_registry *r)
  * number alone. */
 CRPCI_FN bool crpci_agreement_path_ok(const char *path, bool sequential)
 {
-    size_t n;
-    if (!path || strlen(path) > CRPCI_AGREEMENT_PATH)
+    size_t n = path ? strlen(path) : 0;
+    if (!path || n > CRPCI_AGREEMENT_PATH)
         return false;
-    path += *path == '/';
-    while (*path) {
-        n = strcspn(path, "/");
-        if (!crpci_zk_node_is_part(path, n))
-            return false;
-        path += n;
-        if (*path == '/' && !*++path)
-            return sequential;
-    }
-    return true;
+    if (sequential && n > 1 && path[n - 1] == '/')
+        n--;
+    return *path == '/' ? crpci_zk_node_is_path(path + 1, n - 1) : crpci_zk_node_is_path(path, n);
 }
 
-/* Writes the full path of a path below the root into `out`, which has room for both, and returns
- * its length; with `out` NULL it only computes the length. */
-CRPCI_FN size_t crpci_agreement_full(char *out, const char *root, const char *path)
+/* Writes the full path of a path below the root, and returns its length, as snprintf does. */
+CRPCI_FN size_t crpci_agreement_full(char *out, size_t size, const char *root, const char *path)
 {
-    size_t n = strlen(root), m;
     path += *path == '/';
-    m = strlen(path);
-    if (!n && !m) {
-        if (out)
-            memcpy(out, "/", 2);
-        return 1;
-    }
-    if (out) {
-        memcpy(out, root, n);
-        out[n] = '/';
-        memcpy(out + n + (m != 0), path, m + 1);
-    }
-    return n + (m != 0) + m;
+    return (size_t)snprintf(out, size, "%s%s%s", root, *path || !*root ? "/" : "", path);
 }
 
 /* The full path, on the heap. */
 CRPCI_FN char *crpci_agreement_path(crpci_heap *h, const char *root, const char *path)
 {
-    char *out = (char *)crpci_heap_alloc(h, crpci_agreement_full(NULL, root, path) + 1);
+    size_t size = crpci_agreement_full(NULL, 0, root, path) + 1;
+    char *out = (char *)crpci_heap_alloc(h, size);
     if (out)
-        crpci_agreement_full(out, root, path);
+        crpci_agreement_full(out, size, root, path);
     return out;
 }
 
@@ -15370,6 +15092,7 @@ CRPCI_FN int crpci_agreement_status(int rc)
 
 #define CRPCI_OPERATIONS_TIMEOUT_MS 5000  /* where the program gives 0 */
 #define CRPCI_OPERATIONS_PENDING    1000u /* unfinished asynchronous operations of a registry */
+#define CRPCI_OPERATIONS_NUMBER     16    /* room for what ZooKeeper appends to a sequential name */
 
 /* One operation, or several as one transaction. The item's references are the job, the queued
  * callback, and a synchronous caller. The loop's lock guards it. */
@@ -15378,8 +15101,10 @@ typedef struct crpci_operations_call {
     crpci_zk_job job;
     crpc_node_fn fn;
     crpci_waiter *waiter; /* of a synchronous one */
-    crpc_node_op *ops;    /* copies, in one block with their data and full paths */
+    crpc_node_op *ops;    /* copies with full paths, in the block */
+    crpci_zk_multi multi; /* the same for a transaction, in the block */
     size_t count;
+    void *block; /* see crpci_operations_copy */
     size_t block_size;
     size_t root; /* length of the root in front of the paths */
     char *first; /* CRPC_NODE_FIRST: the node that was found */
@@ -15387,11 +15112,6 @@ typedef struct crpci_operations_call {
     int64_t deadline_us;
     crpc_node result;
 } crpci_operations_call;
-
-CRPCI_FN crpci_operations_call *crpci_operations_of(crpci_zk_job *job)
-{
-    return CRPCI_CONTAINER(job, crpci_operations_call, job);
-}
 
 /* An operation's name, for error texts. */
 CRPCI_FN const char *crpci_operations_name(crpc_node_verb verb)
@@ -15431,14 +15151,13 @@ CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op
         const char *verb = crpci_operations_name(o->verb);
         size_t n = crpc_view_size(o->data);
         if (!crpci_operations_allowed(o, count))
-            return crpci_status_set(
-                error, CRPC_EINVAL, "operation %zu (%s): %s", i, verb,
-                count == 1 && o->verb == CRPC_NODE_CHECK
-                    ? "check cannot be the only operation of a call"
-                : count > 1
-                    ? "only create without PARENTS, set, delete and check go together; else check "
-                      "its flags and version"
-                    : "unknown verb, or flags or a version that it does not take");
+            return crpci_status_set(error, CRPC_EINVAL,
+                                    "operation %zu (%s): unknown verb, flags or version that it "
+                                    "does not take, or %s",
+                                    i, verb,
+                                    count == 1 ? "check cannot be the only operation of a call"
+                                               : "not one of create without PARENTS, set, delete "
+                                                 "and check, which go together");
         if (!crpci_agreement_path_ok(o->path, (o->flags & CRPC_NODE_SEQUENTIAL) != 0))
             return crpci_status_set(error, CRPC_EINVAL,
                                     "%s \"%.100s\": not a valid path: it has an empty part, "
@@ -15448,101 +15167,76 @@ CRPCI_COLD int crpci_operations_check(const crpc_registry *r, const crpc_node_op
             return crpci_status_set(error, CRPC_EINVAL, "%s \"%.100s\": over %d bytes of data",
                                     verb, o->path, CRPC_NODE_BYTES_MAX);
         bytes += n;
-        *size += sizeof *o + crpci_agreement_full(NULL, r->root, o->path) + 1 + n;
+        *size += sizeof *o + sizeof(zoo_op_t) + sizeof(zoo_op_result_t) + sizeof(struct Stat) + n +
+                 2 * (crpci_agreement_full(NULL, 0, r->root, o->path) + 1) +
+                 CRPCI_OPERATIONS_NUMBER;
     }
     return CRPC_OK;
 }
 
-/* Copies operations into the block at c->ops, with full paths. */
+/* Copies operations with full paths, and prepares the arrays that zoo_amulti needs until its
+ * completion: all of them in the block, the most aligned first. */
 CRPCI_FN void crpci_operations_copy(crpci_operations_call *c, const char *root,
                                     const crpc_node_op *ops)
 {
-    char *at = (char *)(c->ops + c->count);
+    struct Stat *stats = (struct Stat *)c->block;
+    char *at, *end = (char *)c->block + c->block_size;
     size_t i;
+    c->ops = (crpc_node_op *)(void *)(stats + c->count);
+    c->multi.count = (int)c->count;
+    c->multi.ops = (zoo_op_t *)(void *)(c->ops + c->count);
+    c->multi.results = (zoo_op_result_t *)(void *)(c->multi.ops + c->count);
+    at = (char *)(c->multi.results + c->count);
     for (i = 0; i < c->count; i++) {
-        size_t n = crpc_view_size(ops[i].data);
-        c->ops[i] = ops[i];
-        c->ops[i].path = at;
-        at += crpci_agreement_full(at, root, ops[i].path) + 1;
+        zoo_op_t *to = &c->multi.ops[i];
+        crpc_node_op *o = &c->ops[i];
+        size_t n = crpc_view_size(ops[i].data), room;
+        char *path = at, *data;
+        room = crpci_agreement_full(at, (size_t)(end - at), root, ops[i].path) + 1;
+        data = at += room;
         if (n)
-            memcpy(at, crpc_view_data(ops[i].data), n);
-        c->ops[i].data = crpc_view_of(at, n);
+            memcpy(data, crpc_view_data(ops[i].data), n);
         at += n;
-    }
-}
-
-/* The arrays that zoo_amulti needs until its completion. NULL: out of memory. */
-CRPCI_FN crpci_zk_multi *crpci_operations_multi(const crpci_operations_call *c)
-{
-    const size_t each = sizeof(zoo_op_t) + sizeof(zoo_op_result_t) + sizeof(struct Stat);
-    const size_t head = (sizeof(crpci_zk_multi) + 15) & ~(size_t)15;
-    size_t size = head + c->count * each, i;
-    crpci_zk_multi *m;
-    struct Stat *stats;
-    char *names;
-    for (i = 0; i < c->count; i++)
-        size += strlen(c->ops[i].path) + 16; /* a sequential node's name gets a number */
-    m = (crpci_zk_multi *)crpci_heap_alloc(c->item.session->heap, size);
-    if (!m)
-        return NULL;
-    m->size = size;
-    m->count = (int)c->count;
-    stats = (struct Stat *)(void *)((char *)m + head); /* the most aligned come first */
-    m->ops = (zoo_op_t *)(void *)(stats + c->count);
-    m->results = (zoo_op_result_t *)(void *)(m->ops + c->count);
-    names = (char *)(m->results + c->count);
-    for (i = 0; i < c->count; i++) {
-        const crpc_node_op *o = &c->ops[i];
-        const char *data = crpc_view_data(o->data);
-        int n = (int)crpc_view_size(o->data), room = (int)strlen(o->path) + 16;
+        *o = ops[i];
+        o->path = path;
+        o->data = crpc_view_of(data, n);
+        room += CRPCI_OPERATIONS_NUMBER;
         if (o->verb == CRPC_NODE_CREATE)
-            zoo_create_op_init(&m->ops[i], o->path, data, n,
-                               o->flags & CRPC_NODE_PRIVATE ? &ZOO_CREATOR_ALL_ACL
-                                                            : &ZOO_OPEN_ACL_UNSAFE,
-                               (int)(o->flags & 3u), names, room);
+            zoo_create_op_init(to, path, data, (int)n, crpci_zk_session_acl(o->flags),
+                               (int)(o->flags & CRPCI_ZK_SESSION_FLAGS), at, (int)room);
         else if (o->verb == CRPC_NODE_SET)
-            zoo_set_op_init(&m->ops[i], o->path, data, n, o->version, &stats[i]);
+            zoo_set_op_init(to, path, data, (int)n, o->version, &stats[i]);
         else if (o->verb == CRPC_NODE_DELETE)
-            zoo_delete_op_init(&m->ops[i], o->path, o->version);
+            zoo_delete_op_init(to, path, o->version);
         else
-            zoo_check_op_init(&m->ops[i], o->path, o->version);
-        names += room;
+            zoo_check_op_init(to, path, o->version);
+        at += room;
     }
-    return m;
 }
 
 CRPCI_FN bool crpci_operations_order(crpci_zk_job *job, crpci_zk_order *order)
 {
-    static const uint8_t verbs[] = {0,
-                                    CRPCI_ZK_CREATE,
-                                    CRPCI_ZK_GET,
-                                    CRPCI_ZK_SET,
-                                    CRPCI_ZK_DELETE,
-                                    CRPCI_ZK_STAT,
-                                    CRPCI_ZK_LIST,
-                                    0,
-                                    CRPCI_ZK_LIST};
-    crpci_operations_call *c = crpci_operations_of(job);
+    static const uint8_t verbs[] = {CRPCI_ZK_CREATE, CRPCI_ZK_GET,  CRPCI_ZK_SET,   CRPCI_ZK_DELETE,
+                                    CRPCI_ZK_STAT,   CRPCI_ZK_LIST, CRPCI_ZK_MULTI, CRPCI_ZK_LIST};
+    crpci_operations_call *c = CRPCI_CONTAINER(job, crpci_operations_call, job);
     const crpc_node_op *o = &c->ops[0];
     order->verb = c->count > 1 ? CRPCI_ZK_MULTI
                   : c->first   ? CRPCI_ZK_GET
-                               : (crpci_zk_verb)verbs[o->verb];
+                               : (crpci_zk_verb)verbs[o->verb - CRPC_NODE_CREATE];
     order->path = c->first ? c->first : o->path;
     order->data = crpc_view_data(o->data);
     order->size = (int)crpc_view_size(o->data);
     order->version = o->version;
-    order->flags = (int)(o->flags & 3u); /* EPHEMERAL and SEQUENTIAL equal the client's flags */
-    order->creator = (o->flags & CRPC_NODE_PRIVATE) != 0;
-    order->parents = (o->flags & CRPC_NODE_PARENTS) != 0;
-    order->multi = c->count > 1 ? crpci_operations_multi(c) : NULL;
-    return c->count == 1 || order->multi;
+    order->flags = o->flags;
+    order->multi = c->count > 1 ? &c->multi : NULL;
+    return true;
 }
 
 /* --- results ---------------------------------------------------------------------------------- */
 
 /* Translates ZooKeeper's Stat. `mine` compares with the present session. */
-CRPCI_FN void crpci_operations_stat(const crpci_zk_session *s, crpc_node_stat *out,
-                                    const struct Stat *stat)
+CRPCI_COLD void crpci_operations_stat(const crpci_zk_session *s, crpc_node_stat *out,
+                                      const struct Stat *stat)
 {
     out->created = stat->czxid;
     out->modified = stat->mzxid;
@@ -15612,7 +15306,7 @@ CRPCI_FN bool crpci_operations_keep(crpci_operations_call *c, const crpci_zk_req
     for (i = 0; i < count; i++)
         size += (names[i] ? strlen(names[i]) : 0) + 1;
     for (i = 0; m && i < c->count; i++)
-        size += sizeof(crpc_node_part) + strlen(c->ops[i].path) + 16;
+        size += sizeof(crpc_node_part) + strlen(c->ops[i].path) + CRPCI_OPERATIONS_NUMBER;
     chunk = crpci_heap_chunk(c->item.session->heap, size);
     if (!chunk)
         return false;
@@ -15727,7 +15421,7 @@ CRPCI_FN void crpci_operations_first(crpci_operations_call *c, const crpci_zk_re
 CRPCI_FN void crpci_operations_event(crpci_zk_job *job, crpci_zk_event event,
                                      const crpci_zk_request *q, const crpci_zk_answer *a)
 {
-    crpci_operations_call *c = crpci_operations_of(job);
+    crpci_operations_call *c = CRPCI_CONTAINER(job, crpci_operations_call, job);
     if (event == CRPCI_ZK_RESUMED || event == CRPCI_ZK_RENEWED)
         job->due_us = 0;
     else if (event == CRPCI_ZK_DOUBTED)
@@ -15757,7 +15451,7 @@ CRPCI_FN void crpci_operations_free(crpci_item *item)
 {
     crpci_operations_call *c = CRPCI_CONTAINER(item, crpci_operations_call, item);
     crpci_heap_chunk_unref((crpci_chunk *)c->result.reserved[0]);
-    crpci_heap_free(item->session->heap, c->ops, c->block_size);
+    crpci_heap_free(item->session->heap, c->block, c->block_size);
     crpci_heap_strfree(item->session->heap, c->first);
 }
 
@@ -15765,28 +15459,34 @@ static const crpci_item_kind crpci_operations_kind = {sizeof(crpci_operations_ca
                                                       crpci_operations_tell, crpci_operations_end,
                                                       crpci_operations_free};
 
-/* Begins an operation. The caller gets a reference to the one in *out. Locked, unlocks
+/* Checks and begins an operation. The caller gets a reference to the one in *out. Locked, unlocks
  * meanwhile. */
 CRPCI_FN int crpci_operations_begin(crpc_registry *r, const crpc_node_op *ops, size_t count,
-                                    size_t size, int timeout_ms, crpc_node_fn fn, void *user,
-                                    crpci_waiter *waiter, crpci_operations_call **out)
+                                    int timeout_ms, crpc_node_fn fn, void *user,
+                                    crpci_waiter *waiter, crpci_operations_call **out,
+                                    crpc_error *error)
 {
     int64_t ms =
         crpci_base_option(timeout_ms, CRPCI_OPERATIONS_TIMEOUT_MS, CRPCI_AGREEMENT_LONGEST_MS);
-    crpci_operations_call *c = (crpci_operations_call *)crpci_agreement_new(
-        r, &crpci_operations_kind, crpci_operations_timer, user);
-    if (!c)
-        return CRPC_ENOMEM;
+    size_t size;
+    crpci_operations_call *c;
+    int err = crpci_operations_check(r, ops, count, &size, error);
+    if (err)
+        return err;
+    c = (crpci_operations_call *)crpci_agreement_new(r, &crpci_operations_kind,
+                                                     crpci_operations_timer, user);
+    if (c)
+        c->block = crpci_heap_alloc(r->session->heap, size);
+    if (!c || !c->block) {
+        if (c)
+            crpci_agreement_discard(&c->item);
+        return crpci_status_set(error, CRPC_ENOMEM, "crpc_registry_call: out of memory");
+    }
     c->fn = fn;
     c->waiter = waiter;
     c->root = strlen(r->root);
     c->count = count;
     c->block_size = size;
-    c->ops = (crpc_node_op *)crpci_heap_alloc(r->session->heap, size);
-    if (!c->ops) {
-        crpci_agreement_discard(&c->item);
-        return CRPC_ENOMEM;
-    }
     crpci_operations_copy(c, r->root, ops);
     r->pending++;
     c->deadline_us = crpci_loop_now(r->loop) + ms * 1000;
@@ -15817,25 +15517,21 @@ CRPC_API int crpc_registry_call(crpc_registry *r, const crpc_node_op *ops, size_
     crpc_loop *l = r->loop;
     crpci_operations_call *c;
     crpci_waiter w;
-    size_t size;
     int err;
     if (node)
         crpc_node_reset(node);
     memset(&w, 0, sizeof w);
-    err = crpci_operations_check(r, ops, count, &size, error);
-    if (err)
-        return err;
     crpci_loop_lock(l);
     s->refs++; /* another thread may close the registry meanwhile */
-    err = crpci_loop_in_callback(l)
-              ? CRPC_EDEADLK
-              : crpci_operations_begin(r, ops, count, size, timeout_ms, NULL, NULL, &w, &c);
+    if (crpci_loop_in_callback(l))
+        err = crpci_status_set(error, CRPC_EDEADLK,
+                               "crpc_registry_call: it waits, so it must not be called inside a "
+                               "callback of its loop");
+    else
+        err = crpci_operations_begin(r, ops, count, timeout_ms, NULL, NULL, &w, &c, error);
     if (err) {
         crpci_zk_session_unlock(s);
-        return crpci_status_set(error, err, "crpc_registry_call: %s",
-                                err == CRPC_EDEADLK ? "it waits, so it must not be called inside a "
-                                                      "callback of its loop"
-                                                    : "out of memory");
+        return err;
     }
     crpci_drive_wait(l, &w, c->deadline_us, false);
     if (!c->finished) /* the wait has timed out before the loop's driver ran the timer */
@@ -15856,15 +15552,13 @@ CRPC_API int crpc_registry_call_async(crpc_registry *r, const crpc_node_op *ops,
 {
     crpci_zk_session *s = r->session;
     crpci_operations_call *c;
-    size_t size;
-    int err = fn ? crpci_operations_check(r, ops, count, &size, NULL) : CRPC_EINVAL;
-    if (err)
-        return err;
+    int err;
+    if (!fn)
+        return CRPC_EINVAL;
     crpci_loop_lock(r->loop);
     s->refs++;
     err = r->pending >= CRPCI_OPERATIONS_PENDING ? CRPC_ELIMIT : crpci_agreement_need_owner(r);
-    if (!err)
-        err = crpci_operations_begin(r, ops, count, size, timeout_ms, fn, user, NULL, &c);
+    err = err ? err : crpci_operations_begin(r, ops, count, timeout_ms, fn, user, NULL, &c, NULL);
     if (!err)
         crpci_agreement_unref(&c->item);
     crpci_zk_session_unlock(s);
@@ -15979,9 +15673,9 @@ CRPC_API int crpc_config_watch(crpc_registry *r, const char *path, crpc_config_f
     }
     if (!err) { /* the job takes over the item's only reference */
         c->fn = fn;
-        crpci_zk_node_watch_init(&c->watch, s, crpci_config_on_value, &c->item,
-                                 crpci_agreement_unref);
-        crpci_zk_node_watch_set(&c->watch, CRPCI_ZK_WATCH_DATA, full);
+        crpci_zk_node_watch_init(&c->watch, s, CRPCI_ZK_WATCH_DATA, full, crpci_config_on_value,
+                                 &c->item, crpci_agreement_unref);
+        crpci_zk_node_watch_again(&c->watch);
         crpci_zk_session_kick(s);
     } else {
         crpci_heap_strfree(s->heap, full);
@@ -16137,11 +15831,6 @@ CRPCI_FN void crpci_queue_timer(crpc_loop *l, crpci_timer *timer)
 
 /* --- the own node ----------------------------------------------------------------------------- */
 
-CRPCI_FN crpci_queue_place *crpci_queue_of(crpci_zk_own *own)
-{
-    return CRPCI_CONTAINER(own, crpci_queue_place, own);
-}
-
 /* A new id in the shape of a UUID, because other implementations parse it as one. */
 CRPCI_FN char *crpci_queue_name(crpci_zk_own *own)
 {
@@ -16175,7 +15864,7 @@ CRPCI_FN void crpci_queue_grant(crpci_queue_place *q, int64_t sent_us, const str
 CRPCI_FN void crpci_queue_owned(crpci_zk_own *own, int64_t sent_us, const struct Stat *stat,
                                 bool news)
 {
-    crpci_queue_place *q = crpci_queue_of(own);
+    crpci_queue_place *q = CRPCI_CONTAINER(own, crpci_queue_place, own);
     (void)news;
     if (q->state == CRPCI_QUEUE_ENTER)
         crpci_queue_look(q);
@@ -16185,7 +15874,7 @@ CRPCI_FN void crpci_queue_owned(crpci_zk_own *own, int64_t sent_us, const struct
 
 CRPCI_FN void crpci_queue_lost(crpci_zk_own *own, int rc)
 {
-    crpci_queue_place *q = crpci_queue_of(own);
+    crpci_queue_place *q = CRPCI_CONTAINER(own, crpci_queue_place, own);
     bool gone = rc == ZNONODE || rc == ZSESSIONEXPIRED;
     if (rc == ZNONODE)
         crpci_heap_log(q->item.session->heap, CRPC_LOG_WARN,
@@ -16317,7 +16006,6 @@ CRPCI_FN int crpci_queue_new(crpc_registry *r, const char *path, crpc_view who, 
     crpci_queue_place *q;
     char *list;
     int err = crpci_agreement_need_owner(r);
-    *out = NULL;
     if (err)
         return err;
     q = (crpci_queue_place *)crpci_agreement_new(r, &crpci_queue_kind, crpci_queue_timer, user);
@@ -16339,18 +16027,31 @@ CRPCI_FN int crpci_queue_new(crpc_registry *r, const char *path, crpc_view who, 
     q->own.sequential = q->own.unwatched = true;
     q->own.data = q->who;
     q->own.size = (int)q->who_size - 1;
-    crpci_zk_node_watch_init(&q->list, s, crpci_queue_on_list, &q->item, crpci_agreement_unref);
-    crpci_zk_node_watch_init(&q->before, s, crpci_queue_on_before, &q->item, crpci_agreement_unref);
-    crpci_zk_node_watch_set(&q->list, CRPCI_ZK_WATCH_CHILDREN_ONCE, list);
-    crpci_zk_node_watch_stop(&q->list);
+    crpci_zk_node_watch_init(&q->list, s, CRPCI_ZK_WATCH_CHILDREN_ONCE, list, crpci_queue_on_list,
+                             &q->item, crpci_agreement_unref);
+    crpci_zk_node_watch_init(&q->before, s, CRPCI_ZK_WATCH_END, NULL, crpci_queue_on_before,
+                             &q->item, crpci_agreement_unref);
     *out = q;
     return CRPC_OK;
 }
 
-CRPCI_FN bool crpci_queue_args_ok(const char *path, crpc_view who)
+/* Opens a place for a lock or, with `on_election`, for an election. */
+CRPCI_FN int crpci_queue_open(crpc_registry *r, const char *path, crpc_view who,
+                              crpc_lock_fn on_lock, crpc_election_fn on_election, void *user,
+                              crpci_queue_place **out)
 {
-    return crpci_agreement_path_ok(path, false) && path[*path == '/'] &&
-           crpc_view_size(who) <= CRPC_NODE_BYTES_MAX;
+    int err;
+    if ((!on_lock && !on_election) || !crpci_agreement_path_ok(path, false) ||
+        !path[*path == '/'] || crpc_view_size(who) > CRPC_NODE_BYTES_MAX)
+        return CRPC_EINVAL;
+    crpci_loop_lock(r->loop);
+    err = crpci_queue_new(r, path, who, user, out);
+    if (!err) {
+        (*out)->on_lock = on_lock;
+        (*out)->on_election = on_election;
+    }
+    crpci_loop_unlock(r->loop);
+    return err;
 }
 
 CRPCI_FN void crpci_queue_close(crpci_queue_place *q)
@@ -16379,19 +16080,9 @@ CRPCI_FN int64_t crpci_queue_lease(crpci_queue_place *q)
 CRPC_API int crpc_lock_open(crpc_lock **lock, crpc_registry *r, const char *path, const char *who,
                             crpc_lock_fn fn, void *user)
 {
-    crpc_view text = crpc_view_str(who);
     crpci_queue_place *q;
-    int err;
-    *lock = NULL;
-    if (!fn || !crpci_queue_args_ok(path, text))
-        return CRPC_EINVAL;
-    crpci_loop_lock(r->loop);
-    err = crpci_queue_new(r, path, text, user, &q);
-    if (!err) {
-        q->on_lock = fn;
-        *lock = CRPCI_CONTAINER(q, crpc_lock, place);
-    }
-    crpci_loop_unlock(r->loop);
+    int err = crpci_queue_open(r, path, crpc_view_str(who), fn, NULL, user, &q);
+    *lock = err ? NULL : CRPCI_CONTAINER(q, crpc_lock, place);
     return err;
 }
 
@@ -16448,20 +16139,15 @@ CRPC_API int crpc_election_open(crpc_election **election, crpc_registry *r, cons
                                 crpc_view who, crpc_election_fn fn, void *user)
 {
     crpci_queue_place *q;
-    int err;
-    *election = NULL;
-    if (!fn || !crpci_queue_args_ok(path, who))
-        return CRPC_EINVAL;
-    crpci_loop_lock(r->loop);
-    err = crpci_queue_new(r, path, who, user, &q);
-    if (!err) {
-        q->on_election = fn;
-        *election = CRPCI_CONTAINER(q, crpc_election, place);
-        crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_WANTED);
-        crpci_zk_session_kick(r->session);
-    }
+    int err = crpci_queue_open(r, path, who, NULL, fn, user, &q);
+    *election = err ? NULL : CRPCI_CONTAINER(q, crpc_election, place);
+    if (err)
+        return err;
+    crpci_loop_lock(r->loop); /* the callback can run from here on, and finds *election set */
+    crpci_queue_to(q, CRPCI_QUEUE_ENTER, CRPCI_ZK_WISH_WANTED);
+    crpci_zk_session_kick(r->session);
     crpci_loop_unlock(r->loop);
-    return err;
+    return CRPC_OK;
 }
 
 CRPC_API int64_t crpc_election_lease_us(crpc_election *election)
@@ -16571,27 +16257,32 @@ CRPCI_FN void crpci_registry_end(crpci_item *item)
 static const crpci_item_kind crpci_registry_kind = {sizeof(crpci_registry_gate),
                                                     crpci_registry_tell, crpci_registry_end, NULL};
 
+/* The options that a URL may name. */
+static const crpci_option crpci_registry_rows[] = {
+    CRPCI_OPTION_ROW(crpc_registry_options, session_timeout_ms, "session_timeout_ms", 0, 0, -1,
+                     CRPCI_AGREEMENT_LONGEST_MS),
+    CRPCI_OPTION_ROW(crpc_registry_options, registry_timeout_ms, "registry_timeout_ms", 0, 0, -1,
+                     CRPCI_AGREEMENT_LONGEST_MS),
+    CRPCI_OPTION_ROW(crpc_registry_options, must_connect, "must_connect", 0, 0, -1,
+                     CRPCI_AGREEMENT_LONGEST_MS)};
+
+static const crpci_options crpci_registry_table = {CRPCI_OPTIONS_OF(crpci_registry_rows)};
+
 /* Takes over the options that the URL names; they win over the program's. */
 CRPCI_COLD int crpci_registry_options(crpci_url *u, crpc_registry_options *o, crpc_error *error)
 {
     char *key, *value;
-    int64_t n;
     int err;
     while ((err = crpci_url_next(u, &key, &value, error)) == CRPC_OK) {
-        int *to = strcmp(key, "session_timeout_ms") == 0    ? &o->session_timeout_ms
-                  : strcmp(key, "registry_timeout_ms") == 0 ? &o->registry_timeout_ms
-                  : strcmp(key, "must_connect") == 0        ? &o->must_connect
-                                                            : NULL;
-        if (!to)
+        const crpci_option *row = crpci_options_find(&crpci_registry_table, key);
+        if (!row)
             return crpci_status_set(error, CRPC_EINVAL,
                                     "URL option %.60s: unknown; a registry has session_timeout_ms, "
                                     "registry_timeout_ms and must_connect",
                                     key);
-        if (!crpci_url_number(value, CRPCI_AGREEMENT_LONGEST_MS, &n))
-            return crpci_status_set(error, CRPC_EINVAL,
-                                    "URL option %.60s=%.60s: not a number from -1 to %d", key,
-                                    value, CRPCI_AGREEMENT_LONGEST_MS);
-        *to = (int)n;
+        err = crpci_options_read(row, o, value, error);
+        if (err)
+            return err;
     }
     return err == CRPC_EPENDING ? CRPC_OK : err;
 }
@@ -16643,30 +16334,19 @@ CRPCI_COLD int crpci_registry_await(crpc_registry *r, const crpc_registry_option
                             r->session->authority, (int)ms);
 }
 
-/* Opens or joins the session, then waits for it. On failure crpc_registry_close cleans up. */
-CRPCI_COLD int crpci_registry_join(crpc_registry *r, crpci_url *u, const crpc_registry_options *o,
-                                   crpc_error *error)
-{
-    crpci_zk_pool_options so;
-    int err = crpci_zk_node_root(r->loop->heap, u->path, "", &r->root, error);
-    memset(&so, 0, sizeof so);
-    so.timeout_ms = o->session_timeout_ms;
-    so.credential = o->credential;
-    err = err ? err : crpci_zk_pool_open(r->loop, u->authority, &so, &r->session, error);
-    return err ? err : crpci_registry_await(r, o, error);
-}
-
 /* With loop NULL the registry has a private loop, which it closes at the end. */
 CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const char *url,
                                 const crpc_registry_options *options, crpc_error *error)
 {
     crpc_registry_options o;
+    crpci_directory_options so;
     bool private_loop = !loop;
     crpc_registry *r;
     crpci_url u;
     int err;
     *registry = NULL;
     memset(&o, 0, sizeof o);
+    memset(&so, 0, sizeof so);
     if (options)
         o = *options;
     if (private_loop) {
@@ -16675,23 +16355,26 @@ CRPC_API int crpc_registry_open(crpc_registry **registry, crpc_loop *loop, const
             return crpci_status_set(error, err, "registry: cannot open its private loop: %s",
                                     crpc_status_text(err));
     }
-    err = crpci_url_parse(&u, loop->heap, url, error);
-    if (!err && strcmp(u.scheme, "zookeeper") != 0)
-        err = crpci_status_set(error, CRPC_EUNSUPPORTED,
-                               "registry: %.40s:// is not supported; use zookeeper://", u.scheme);
-    err = err ? err : crpci_registry_options(&u, &o, error);
-    r = err ? NULL : (crpc_registry *)crpci_heap_alloc(loop->heap, sizeof *r);
+    r = (crpc_registry *)crpci_heap_alloc(loop->heap, sizeof *r);
     if (!r) {
-        crpci_url_free(&u);
         if (private_loop)
             crpc_loop_close(loop);
-        return err ? err : crpci_status_set(error, CRPC_ENOMEM, "registry: out of memory");
+        return crpci_status_set(error, CRPC_ENOMEM, "registry: out of memory");
     }
     r->loop = loop;
     r->private_loop = private_loop;
     crpci_list_init(&r->items);
     crpci_loop_hold(loop);
-    err = crpci_registry_join(r, &u, &o, error);
+    err = crpci_url_parse(&u, loop->heap, url, error);
+    if (!err && strcmp(u.scheme, "zookeeper") != 0)
+        err = crpci_status_set(error, CRPC_EUNSUPPORTED,
+                               "registry: %.40s:// is not supported; use zookeeper://", u.scheme);
+    err = err ? err : crpci_registry_options(&u, &o, error);
+    err = err ? err : crpci_zk_node_root(loop->heap, u.path, "", &r->root, error);
+    so.session_timeout_ms = o.session_timeout_ms;
+    so.credential = o.credential;
+    err = err ? err : crpci_zk_pool_open(loop, u.authority, &so, &r->session, error);
+    err = err ? err : crpci_registry_await(r, &o, error);
     crpci_url_free(&u);
     if (err) {
         crpc_registry_close(r);
@@ -16762,16 +16445,6 @@ CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 /* The values of cluster=, in the order of crpc_cluster. */
 #define CRPCI_REQUEST_CLUSTERS ",failover,failfast,failsafe,failback,forking,broadcast"
 
-/* A policy in which every member has its final value. */
-typedef struct crpci_policy {
-    uint8_t cluster;
-    uint8_t retries;
-    uint8_t fail_percent;
-    int timeout_ms; /* 0: none of its own; the method's or the channel's applies */
-    int backup_ms;  /* 0: none */
-    int forks;      /* 0: all providers */
-} crpci_policy;
-
 /* What a channel keeps about a method from its first call on. Immutable. */
 typedef struct crpci_method {
     struct crpci_method *next;
@@ -16779,7 +16452,8 @@ typedef struct crpci_method {
     size_t size;      /* of this struct with the encoded names behind it */
     crpc_view names;  /* service and method, encoded */
     crpci_message_type response;
-    crpci_policy policy;
+    crpc_policy policy; /* in which every member has its final value: 0 in timeout_ms and backup_ms
+                         * means none, in forks all providers */
     /* at most one attempt at a time, never degraded: fast path */
     bool plain;
     uint32_t hash_field;                /* 0: none */
@@ -16799,7 +16473,7 @@ typedef struct crpci_request_source {
     int hash_field;   /* 0: none */
     uint64_t secret[2]; /* of the request ids: no two channels of a fleet have the same */
     uint32_t last_id;   /* atomic */
-    crpci_policy policy;
+    crpc_policy policy;
     const crpc_method_options *options;
     size_t option_count;
     crpci_method *methods; /* atomic: read without the lock; entries are only ever added */
@@ -16810,13 +16484,16 @@ typedef struct crpci_request_source {
  * protocol writes first; the message; a small attachment. */
 typedef struct crpci_request {
     crpci_chunk *chunk;
-    size_t front;       /* offset of the crpci_out */
-    size_t low;         /* offset of the headroom */
-    size_t payload;     /* offset of the message */
-    size_t inline_size; /* attachment behind the message */
+    size_t front;           /* offset of the crpci_out */
+    size_t fields_size;     /* these stand right behind it */
+    size_t credential_size; /* and this behind the fields */
+    size_t payload;         /* offset of the message behind the crpci_out */
+    size_t payload_size;
+    size_t inline_size;   /* attachment behind the message */
     crpc_view attachment; /* outside the chunk, borrowed from the caller */
+    crpc_view names;      /* this and the rest as in crpci_message */
+    int64_t log_id, trace_id, span_id, parent_span_id;
     bool identified; /* it has a request id: a server with replay_entries executes it once */
-    crpci_message message; /* only the members that a request has are set */
 } crpci_request;
 
 /* --- the caller's crpc_call ------------------------------------------------------------------- */
@@ -16868,11 +16545,22 @@ CRPC_API bool crpc_call_field(const crpc_call *call, const char *key, crpc_view 
     return fields.end && p->field(fields, key, value);
 }
 
+/* Appends a field to what is encoded. False: out of memory, as o->no_memory says then. */
+CRPCI_FN bool crpci_request_put_field(const crpci_protocol *p, crpci_message_out *o,
+                                      const char *key, crpc_view value)
+{
+    if (!crpci_message_reserve(o, strlen(key) + crpc_view_size(value) + p->field_cost))
+        return false;
+    o->len += p->put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
+    return true;
+}
+
 CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *value)
 {
     crpci_heap *h = (crpci_heap *)call->reserved[CRPCI_CALL_HEAP];
     const crpci_protocol *p = (const crpci_protocol *)call->reserved[CRPCI_CALL_PROTOCOL];
     crpci_message_out o;
+    bool added;
     if (!h || !key || !value)
         return CRPC_EINVAL;
     o.heap = h;
@@ -16883,20 +16571,19 @@ CRPC_API int crpc_call_add_field(crpc_call *call, const char *key, const char *v
         o.chunk = crpci_heap_chunk(h, 64);
     if (!o.chunk)
         return CRPC_ENOMEM;
-    call->reserved[CRPCI_CALL_ADDED] = o.chunk;
-    if (!crpci_message_reserve(&o, strlen(key) + strlen(value) + p->field_cost))
-        return CRPC_ENOMEM;
-    o.len += p->put_field(crpci_heap_data(o.chunk) + o.len, crpc_view_str(key),
-                          crpc_view_str(value));
+    added = crpci_request_put_field(p, &o, key, crpc_view_str(value));
     call->reserved[CRPCI_CALL_ADDED] = o.chunk;
     call->reserved[CRPCI_CALL_ADDED_LEN] = (void *)(uintptr_t)o.len;
-    return CRPC_OK;
+    return added ? CRPC_OK : CRPC_ENOMEM;
 }
 
-/* Does for the inputs what CRPC_INIT does. With single stores, because for so few bytes a call of
- * memset, or the string instructions that compilers put in its place, takes longer. */
-CRPCI_FN void crpci_request_clear_inputs(crpc_call *call)
+/* Does for the whole call what CRPC_INIT does, but clears only the first byte of each text. With
+ * single stores, because for so few bytes a call of memset, or the string instructions that
+ * compilers put in its place, takes longer. */
+CRPCI_FN void crpci_request_clear_call(crpc_call *call)
 {
+    crpc_error *e = &call->error;
+    size_t i;
     call->policy.cluster = CRPC_CLUSTER_DEFAULT;
     call->policy.timeout_ms = call->policy.retries = call->policy.backup_ms = 0;
     call->policy.forks = call->policy.fail_percent = 0;
@@ -16906,14 +16593,6 @@ CRPCI_FN void crpci_request_clear_inputs(crpc_call *call)
     call->credential = call->attachment = call->key = crpc_view_of(NULL, 0);
     call->request_id = call->order_key = crpc_view_of(NULL, 0);
     call->parent = NULL;
-}
-
-/* Does for the whole call what CRPC_INIT does, but clears only the first byte of each text. */
-CRPCI_FN void crpci_request_clear_call(crpc_call *call)
-{
-    crpc_error *e = &call->error;
-    size_t i;
-    crpci_request_clear_inputs(call);
     e->code = e->app_code = e->attempts = 0;
     e->sent = CRPC_SENT_NO;
     e->remote = false;
@@ -16926,31 +16605,27 @@ CRPCI_FN void crpci_request_clear_call(crpc_call *call)
 
 /* --- methods ---------------------------------------------------------------------------------- */
 
+/* A setting of a call, which nobody has checked: 0 to `most`. */
+CRPCI_FN int crpci_request_within(int value, int most)
+{
+    return value < 0 ? 0 : value > most ? most : value;
+}
+
 /* Overwrites members of `to` with those that are set in `p`. */
-CRPCI_FN void crpci_request_apply_policy(crpci_policy *to, const crpc_policy *p)
+CRPCI_FN void crpci_request_apply_policy(crpc_policy *to, const crpc_policy *p)
 {
     if (p->cluster && (unsigned)p->cluster <= CRPC_CLUSTER_BROADCAST)
-        to->cluster = (uint8_t)p->cluster;
+        to->cluster = p->cluster;
     if (p->timeout_ms > 0)
         to->timeout_ms = p->timeout_ms;
     if (p->retries)
-        to->retries = (uint8_t)crpci_base_min64(p->retries < 0 ? 0 : p->retries,
-                                                CRPCI_REQUEST_RETRIES);
+        to->retries = crpci_request_within(p->retries, CRPCI_REQUEST_RETRIES);
     if (p->backup_ms)
-        to->backup_ms = p->backup_ms < 0 ? 0 : p->backup_ms;
+        to->backup_ms = crpci_request_within(p->backup_ms, INT32_MAX);
     if (p->forks)
-        to->forks = p->forks < 0 ? 0 : p->forks;
+        to->forks = crpci_request_within(p->forks, INT32_MAX);
     if (p->fail_percent)
-        to->fail_percent = (uint8_t)(p->fail_percent < 0     ? 0
-                                     : p->fail_percent > 100 ? 100
-                                                             : p->fail_percent);
-}
-
-/* Whether any member is set. */
-CRPCI_FN bool crpci_request_has_policy(const crpc_policy *p)
-{
-    return ((int)p->cluster | p->timeout_ms | p->retries | p->backup_ms | p->forks |
-            p->fail_percent) != 0;
+        to->fail_percent = crpci_request_within(p->fail_percent, 100);
 }
 
 /* Determines the settings of a method: its own options win over the channel's, the .proto's timeout
@@ -17020,39 +16695,19 @@ CRPCI_COLD void crpci_request_source_free(crpci_request_source *s)
 
 /* --- encoding --------------------------------------------------------------------------------- */
 
-/* Most bytes that a call's fields can take: its own, `added` bytes of interceptors, its id and its
- * order key. */
-CRPCI_FN size_t crpci_request_fields_size(const crpc_call *call, size_t cost, size_t added,
-                                          crpc_view id)
-{
-    size_t n = added, i;
-    for (i = 0; i < call->field_count; i++)
-        n += strlen(call->fields[i].key) + strlen(call->fields[i].value) + cost;
-    if (crpc_view_data(id))
-        n += sizeof CRPCI_MESSAGE_ID_FIELD + crpc_view_size(id) + cost;
-    if (crpc_view_data(call->order_key))
-        n += sizeof CRPCI_MESSAGE_KEY_FIELD + crpc_view_size(call->order_key) + cost;
-    return n;
-}
-
-/* Appends a field, for which there must be room. */
-CRPCI_FN void crpci_request_put_field(const crpci_protocol *p, crpci_message_out *o,
-                                      const char *key, crpc_view value)
-{
-    o->len += p->put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key), value);
-}
-
-/* Writes the fields that crpci_request_fields_size counted. */
+/* Appends a call's fields: its own, `added` bytes of interceptors, its id and its order key. On
+ * failure o->no_memory is set. */
 CRPCI_FN void crpci_request_put_fields(const crpci_protocol *p, crpci_message_out *o,
                                        const crpc_call *call, size_t added, crpc_view id)
 {
     size_t i;
     for (i = 0; i < call->field_count; i++)
         crpci_request_put_field(p, o, call->fields[i].key, crpc_view_str(call->fields[i].value));
-    if (added)
+    if (CRPCI_UNLIKELY(added) && crpci_message_reserve(o, added)) {
         memcpy(crpci_heap_data(o->chunk) + o->len,
                crpci_heap_data((crpci_chunk *)call->reserved[CRPCI_CALL_ADDED]), added);
-    o->len += added;
+        o->len += added;
+    }
     if (crpc_view_data(id))
         crpci_request_put_field(p, o, CRPCI_MESSAGE_ID_FIELD, id);
     if (crpc_view_data(call->order_key))
@@ -17075,11 +16730,18 @@ CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *ca
     return crpc_view_of(text, 32);
 }
 
+/* The frame inside the request's chunk. */
+CRPCI_FN crpci_out *crpci_request_frame(const crpci_request *r)
+{
+    return (crpci_out *)(void *)(crpci_heap_data(r->chunk) + r->front);
+}
+
 /* The key of lb=hash: a hash of the last field of that number in the encoded message. proto3 leaves
  * out fields that are zero; an absent field counts as one without bytes. */
 CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t field)
 {
-    const uint8_t *p = crpci_heap_data(r->chunk) + r->payload, *end = p + r->message.payload_size;
+    const uint8_t *p = (const uint8_t *)(crpci_request_frame(r) + 1) + r->payload;
+    const uint8_t *end = p + r->payload_size;
     uint64_t key = crpci_base_hash(NULL, 0), tag = 0;
     while (p && p < end) {
         const uint8_t *value = crpci_message_varint(p, end, &tag);
@@ -17091,23 +16753,17 @@ CRPCI_COLD uint64_t crpci_request_hash_key(const crpci_request *r, uint32_t fiel
 }
 
 /* Log and trace ids: the call's own, else those of the server's request for which it is made. */
-CRPCI_FN void crpci_request_inherit(const crpc_call *call, crpci_message *m)
+CRPCI_FN void crpci_request_inherit(const crpc_call *call, crpci_request *r)
 {
-    m->log_id = call->log_id;
-    m->trace_id = m->span_id = m->parent_span_id = 0;
+    r->log_id = call->log_id;
+    r->trace_id = r->span_id = r->parent_span_id = 0;
     if (call->parent) {
         const crpci_origin *from = (const crpci_origin *)(const void *)call->parent;
-        m->log_id = m->log_id ? m->log_id : from->log_id;
-        m->trace_id = from->trace_id;
-        m->parent_span_id = from->span_id;
-        m->span_id = from->span_id + 1; /* all calls made for one request share it */
+        r->log_id = r->log_id ? r->log_id : from->log_id;
+        r->trace_id = from->trace_id;
+        r->parent_span_id = from->span_id;
+        r->span_id = from->span_id + 1; /* all calls made for one request share it */
     }
-}
-
-/* The frame inside the request's chunk. */
-CRPCI_FN crpci_out *crpci_request_frame(const crpci_request *r)
-{
-    return (crpci_out *)(void *)(crpci_heap_data(r->chunk) + r->front);
 }
 
 /* Whether a call asks for what only CRPC_ENABLE_POLICY=1 has. Constant in a build that has it. */
@@ -17139,37 +16795,38 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     size_t added = s->intercepted ? (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN] : 0;
     char id_text[33];
     crpc_view id = crpci_request_id(s, call, id_text);
-    size_t fields = crpci_request_fields_size(call, p->field_cost, added, id);
     size_t secret = crpc_view_size(credential);
-    size_t room = p->headroom + crpc_view_size(k->names) + fields + secret;
+    size_t room = p->headroom + crpc_view_size(k->names);
     size_t attached = crpc_view_size(call->attachment), base = front + sizeof(crpci_out);
-    size_t copied = borrow && attached > CRPCI_REQUEST_INLINE ? 0 : attached, payload;
-    const char *why = "";
+    size_t copied = borrow && attached > CRPCI_REQUEST_INLINE ? 0 : attached, fields, payload;
+    const char *why = "out of memory";
     crpci_message_out o;
     crpci_request *r;
-    int err;
+    int err = CRPC_ENOMEM;
     if (crpci_request_lacks_policy(&call->policy))
         return crpci_request_refuse(error, m, CRPC_EUNSUPPORTED, "policy: not compiled in: ",
                                     "CRPC_ENABLE_POLICY is 0");
     o.heap = s->loop->heap;
     o.len = base;
     o.lent = o.no_memory = false;
-    o.chunk = crpci_heap_chunk(o.heap, base + fields + secret + room + m->request_size + 64);
+    o.chunk = crpci_heap_chunk(o.heap, base + room + m->request_size + 64);
     if (!o.chunk)
-        return crpci_request_refuse(error, m, CRPC_ENOMEM, "", "out of memory");
-    if (fields)
-        crpci_request_put_fields(p, &o, call, added, id);
+        return crpci_request_refuse(error, m, err, "request not encoded: ", why);
+    crpci_request_put_fields(p, &o, call, added, id);
     fields = o.len - base;
-    if (secret)
-        memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(credential), secret);
-    payload = o.len += secret + room;
-    err = crpci_message_encode(&o, m->request, request, &why);
+    room += fields + secret;
+    payload = o.len + secret + room;
+    if (crpci_message_reserve(&o, secret + room) && !o.no_memory) {
+        if (secret)
+            memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(credential), secret);
+        o.len = payload;
+        err = crpci_message_encode(&o, m->request, request, &why);
+    }
     if (!err && o.len - payload + room + attached > INT32_MAX) {
         err = CRPC_EINVAL;
         why = "message and attachment are over 2 GiB together";
     } else if (!err && !crpci_message_reserve(&o, copied)) {
         err = CRPC_ENOMEM;
-        why = "out of memory";
     }
     if (CRPCI_UNLIKELY(err)) {
         crpci_heap_chunk_unref(o.chunk);
@@ -17180,38 +16837,46 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
         memcpy(crpci_heap_data(o.chunk) + o.len, crpc_view_data(call->attachment), copied);
     r->chunk = o.chunk;
     r->front = front;
-    r->low = base + fields + secret;
-    r->payload = payload;
+    r->fields_size = fields;
+    r->credential_size = secret;
+    r->payload = payload - base;
+    r->payload_size = o.len - payload;
     r->inline_size = copied;
     r->attachment = attached > copied ? call->attachment : crpc_view_of(NULL, 0);
+    r->names = k->names;
     r->identified = crpc_view_data(id) != NULL;
-    r->message.kind = CRPCI_MESSAGE_REQUEST;
-    r->message.names = k->names;
-    r->message.fields = crpc_view_of(crpci_heap_data(o.chunk) + base, fields);
-    r->message.credential = crpc_view_of(secret ? crpci_heap_data(o.chunk) + base + fields : NULL,
-                                         secret);
-    r->message.payload_size = o.len - payload;
-    r->message.attachment_size = attached;
-    crpci_request_inherit(call, &r->message);
+    crpci_request_inherit(call, r);
     crpci_request_frame(r)->queued = false; /* sending sets the other members */
     *out = r;
     return CRPC_OK;
 }
 
 /* Writes what precedes the encoded message, for one attempt. Returns the frame, to be queued. */
-CRPCI_FN crpci_out *crpci_request_prepare(crpci_request *r, const crpci_protocol *p, int64_t id,
-                                          int32_t timeout_ms)
+CRPCI_FN crpci_out *crpci_request_prepare(const crpci_request *r, const crpci_protocol *p,
+                                          int64_t id, int32_t timeout_ms)
 {
-    uint8_t *data = crpci_heap_data(r->chunk), *payload = data + r->payload;
     crpci_out *o = crpci_request_frame(r);
-    r->message.id = o->id = id;
-    r->message.timeout_ms = timeout_ms;
-    o->chunk = r->chunk;
-    o->head = p->request(data + r->low, payload, &r->message);
-    o->head_len = (size_t)(payload - o->head) + r->message.payload_size + r->inline_size;
+    uint8_t *fields = (uint8_t *)(o + 1), *payload = fields + r->payload;
+    uint8_t *credential = fields + r->fields_size;
+    crpci_message m; /* only the members that a request has are set */
+    m.kind = CRPCI_MESSAGE_REQUEST;
+    m.id = o->id = id;
+    m.timeout_ms = timeout_ms;
+    m.fields = crpc_view_of(fields, r->fields_size);
+    m.credential = crpc_view_of(r->credential_size ? credential : NULL, r->credential_size);
+    m.names = r->names;
+    m.log_id = r->log_id;
+    m.trace_id = r->trace_id;
+    m.span_id = r->span_id;
+    m.parent_span_id = r->parent_span_id;
     o->tail = (const uint8_t *)crpc_view_data(r->attachment);
     o->tail_len = crpc_view_size(r->attachment);
+    m.payload_size = r->payload_size;
+    m.attachment_size = r->inline_size + o->tail_len;
+    o->chunk = r->chunk;
     o->tail_chunk = NULL;
+    o->head = p->request(credential + r->credential_size, payload, &m);
+    o->head_len = (size_t)(payload - o->head) + r->payload_size + r->inline_size;
     return o;
 }
 
@@ -17220,7 +16885,7 @@ CRPCI_FN crpci_out *crpci_request_prepare(crpci_request *r, const crpci_protocol
 /* Bytes that a copy of the request takes. */
 CRPCI_FN size_t crpci_request_size(const crpci_request *r)
 {
-    return r->payload + r->message.payload_size + r->inline_size - r->front;
+    return sizeof(crpci_out) + r->payload + r->payload_size + r->inline_size;
 }
 
 /* Copies a request to offset `front` of a chunk that has room for it. A borrowed attachment stays
@@ -17228,19 +16893,11 @@ CRPCI_FN size_t crpci_request_size(const crpci_request *r)
 CRPCI_FN void crpci_request_copy(crpci_request *to, const crpci_request *from, crpci_chunk *chunk,
                                  size_t front)
 {
-    uint8_t *at = crpci_heap_data(chunk) + front;
+    memcpy(crpci_heap_data(chunk) + front, crpci_request_frame(from), crpci_request_size(from));
     *to = *from;
-    memcpy(at, crpci_request_frame(from), crpci_request_size(from));
     to->chunk = chunk;
     to->front = front;
-    to->low = from->low - from->front + front;
-    to->payload = from->payload - from->front + front;
     crpci_request_frame(to)->queued = false;
-    at += sizeof(crpci_out);
-    to->message.fields = crpc_view_of(at, crpc_view_size(from->message.fields));
-    if (crpc_view_data(from->message.credential))
-        to->message.credential = crpc_view_of(at + crpc_view_size(from->message.fields),
-                                              crpc_view_size(from->message.credential));
 }
 
 /* Prepares the request for another attempt. The last attempt's frame may still be part of a send on
@@ -17383,11 +17040,10 @@ CRPCI_FN void crpci_reply_unshare(crpci_reply *r, crpci_heap *h)
 
 /* --- on the caller's thread, without the lock ------------------------------------------------- */
 
-/* Explains a reply that carries an error, and returns the status of the call. e->endpoint is set
- * already. A code is the application's if a crpc peer marks it so, or if neither brpc nor crpc
- * defines it. */
-CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method *m,
-                                        int attempts, crpc_error *e)
+/* Explains a reply that carries an error, and returns the status of the call. e->endpoint and
+ * e->attempts are set already. A code is the application's if a crpc peer marks it so, or if
+ * neither brpc nor crpc defines it. */
+CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method *m, crpc_error *e)
 {
     int code = r->status, length;
     crpc_view mark = {{NULL}, NULL}, text = r->text;
@@ -17402,20 +17058,20 @@ CRPCI_COLD int crpci_reply_remote_error(const crpci_reply *r, const crpc_method 
     length = (int)crpci_base_min(crpc_view_size(text), CRPC_ERROR_TEXT_MAX);
     if (CRPC_ENABLE_TEXTS)
         snprintf(e->text, sizeof e->text, "%s.%s attempt %d %s: %s %d: %.*s (remote)", m->service,
-                 m->name, attempts, e->endpoint, app ? "application error" : crpc_status_name(code),
-                 code, length, crpc_view_data(text));
+                 m->name, e->attempts, e->endpoint,
+                 app ? "application error" : crpc_status_name(code), code, length,
+                 crpc_view_data(text));
     else
         snprintf(e->text, sizeof e->text, "%.*s", length, crpc_view_data(text));
     return e->code;
 }
 
 /* Explains a reply that cannot be used. */
-CRPCI_COLD int crpci_reply_malformed(const crpc_method *m, int attempts, crpc_error *e,
-                                     const char *what)
+CRPCI_COLD int crpci_reply_malformed(const crpc_method *m, crpc_error *e, const char *what)
 {
     e->code = CRPC_ERESPONSE;
-    crpci_status_explain(e, "%s.%s attempt %d %s: reply: %s (local)", m->service, m->name, attempts,
-                         e->endpoint, what);
+    crpci_status_explain(e, "%s.%s attempt %d %s: reply: %s (local)", m->service, m->name,
+                         e->attempts, e->endpoint, what);
     return CRPC_ERESPONSE;
 }
 
@@ -17435,25 +17091,16 @@ CRPCI_FN int crpci_reply_decode(const crpci_reply *r, const crpci_method *k, int
     call->reserved[CRPCI_CALL_RAW_END] = (void *)(uintptr_t)r->fields.end;
     call->reserved[CRPCI_CALL_PROTOCOL] = (void *)(uintptr_t)r->protocol;
     if (CRPCI_UNLIKELY(r->status != 0))
-        return crpci_reply_remote_error(r, k->method, attempts, e);
+        return crpci_reply_remote_error(r, k->method, e);
     if (type->views || type->clear)
         memset(response, 0, type->size);
     if (!crpci_message_decode(r->payload, r->payload_size, type, response, &why))
-        return crpci_reply_malformed(k->method, attempts, e, why);
+        return crpci_reply_malformed(k->method, e, why);
     e->code = CRPC_OK;
     e->text[0] = '\0';
     if (r->attachment_size)
         call->reply_attachment = crpc_view_of(r->payload + r->payload_size, r->attachment_size);
     return CRPC_OK;
-}
-
-/* Gives the reply's chunk to the caller: views, attachment and fields are valid until
- * crpc_call_reset. */
-CRPCI_FN void crpci_reply_hand_over(crpci_reply *r, crpc_call *call)
-{
-    if (r->chunk)
-        call->reserved[CRPCI_CALL_HELD] = r->chunk;
-    r->chunk = NULL;
 }
 
 #endif /* CRPC_ENABLE_CLIENT */
@@ -17510,8 +17157,9 @@ typedef struct crpci_endpoint_events {
     /* The attempt could not be sent, or its connection was lost. `cause` explains. */
     void (*failed)(crpci_attempt *a, int code, const char *cause);
     void (*replied)(crpci_attempt *a, const crpci_message *m);
-    void (*sent)(crpci_attempt *a); /* a frame that gets no reply was sent completely */
-    void (*useless)(crpci_attempt *a, const char *cause); /* the reply cannot be used */
+    /* CRPC_OK: a frame that gets no reply was sent completely. Else the reply cannot be used, and
+     * `cause` explains. */
+    void (*ended)(crpci_attempt *a, int code, const char *cause);
 } crpci_endpoint_events;
 
 struct crpci_endpoint {
@@ -17521,7 +17169,6 @@ struct crpci_endpoint {
     uint32_t refs;
     uint32_t users; /* channels; while there is one, the endpoint keeps its connection */
     char address[CRPC_ADDRESS_MAX];
-    size_t address_size; /* the terminating zero included */
     crpci_addr addr;
     crpci_endpoint_options options;
     crpci_conn *conn;
@@ -17717,7 +17364,7 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m
     if (!m->usual && m->unsupported && !m->status) {
         char cause[CRPC_ERROR_TEXT_MAX];
         crpci_status_format(cause, sizeof cause, "reply: %s", m->unsupported);
-        e->events->useless(a, cause);
+        e->events->ended(a, CRPC_ERESPONSE, cause);
         return;
     }
     e->events->replied(a, m);
@@ -17733,7 +17380,7 @@ CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_message *
     crpci_status_format(cause, sizeof cause, "reply of %llu bytes is over max_body, %u",
                         (unsigned long long)body, conn->max_body);
     a->sent = CRPC_SENT_YES;
-    a->endpoint->events->useless(a, cause);
+    a->endpoint->events->ended(a, CRPC_ERESPONSE, cause);
 }
 
 /* A whole frame was sent; o->owner is NULL if its call has ended before. */
@@ -17746,7 +17393,7 @@ CRPCI_FN void crpci_endpoint_on_sent(crpci_conn *conn, crpci_out *o)
     a->out = NULL;
     a->sent = CRPC_SENT_YES;
     if (crpci_endpoint_unanswered(a))
-        a->endpoint->events->sent(a);
+        a->endpoint->events->ended(a, CRPC_OK, NULL);
 }
 
 CRPCI_FN void crpci_endpoint_on_eof(crpci_conn *conn)
@@ -17760,43 +17407,22 @@ CRPCI_FN void crpci_endpoint_on_conn_timer(crpci_conn *conn)
         crpci_conn_close(conn, CRPC_ETIMEDOUT, ETIMEDOUT);
 }
 
-/* A connection is closing: records how far each frame got, before its queue is freed. */
-CRPCI_FN void crpci_endpoint_disown_frames(crpci_conn *conn)
-{
-    crpci_out *o, *after;
-    for (o = conn->tx_head; o; o = after) {
-        crpci_attempt *a = (crpci_attempt *)o->owner;
-        after = o->next;
-        if (!a)
-            continue;
-        if (crpci_conn_out_begun(o))
-            a->sent = CRPC_SENT_MAYBE;
-        a->out = NULL;
-        if (!crpci_conn_withdraw(conn, o))
-            crpci_conn_out_orphan(o);
-    }
-}
-
 /* Connects now, or when the backoff is over. Attempts that fail may dial again, and the
  * connection's events lead back here: a cycle, hence this prototype. */
 CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e);
 
-CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
+/* A dial or a connection has failed, and no more comes of it: fails its attempts. */
+CRPCI_FN void crpci_endpoint_fail(crpci_endpoint *e, bool connecting, int why, int system_error)
 {
-    crpci_endpoint *e = (crpci_endpoint *)conn->owner;
-    bool connecting = conn->connecting;
     char cause[96];
-    if (!e)
-        return;
-    e->refs++;
     crpci_status_format(cause, sizeof cause, "%s%s%s",
                         connecting ? "connecting: " : "connection lost: ",
-                        conn->why == CRPC_ECONN    ? crpci_conn_errno_text(conn->why_errno)
-                        : conn->why == CRPC_ENOMEM ? "out of memory"
-                                                   : crpc_status_text(conn->why),
-                        connecting && conn->why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
-    crpci_endpoint_disown_frames(conn);
-    e->last_errno = conn->why_errno;
+                        why == CRPC_ECONN    ? crpci_conn_errno_text(system_error)
+                        : why == CRPC_ENOMEM ? "out of memory"
+                                             : crpc_status_text(why),
+                        connecting && why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
+    e->refs++; /* a failing attempt drops its reference to the endpoint */
+    e->last_errno = system_error;
     e->refused = connecting;
     if (connecting || e->failures)
         crpci_endpoint_back_off(e);
@@ -17806,8 +17432,16 @@ CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
     crpci_endpoint_fail_all(e, &e->active, cause);
     if (!e->conn && !crpci_list_empty(&e->waiting)) /* these waited for a slot: dial for them */
         crpci_endpoint_dial(e);
-    crpci_conn_drop(conn);
     crpci_endpoint_drop(e);
+}
+
+CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
+{
+    crpci_endpoint *e = (crpci_endpoint *)conn->owner;
+    if (!e)
+        return;
+    crpci_endpoint_fail(e, conn->connecting, conn->why, conn->why_errno);
+    crpci_conn_drop(conn);
 }
 
 static const crpci_conn_events crpci_endpoint_conn_events = {
@@ -17829,16 +17463,7 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
     e->dialled_at = crpci_loop_now(l);
     err = crpci_connect_dial(l, &e->addr, &crpci_endpoint_conn_events, e, &e->conn, &system_error);
     if (err) {
-        char cause[96];
-        e->last_errno = system_error;
-        e->refused = true;
-        crpci_status_format(cause, sizeof cause, "connecting: %s",
-                            err == CRPC_ENOMEM ? "out of memory"
-                                               : crpci_conn_errno_text(system_error));
-        crpci_endpoint_back_off(e);
-        e->refs++;
-        crpci_endpoint_fail_all(e, &e->waiting, cause);
-        crpci_endpoint_drop(e);
+        crpci_endpoint_fail(e, true, err, system_error);
         return;
     }
     crpci_conn_hold(e->conn);
@@ -17875,16 +17500,6 @@ CRPCI_FN void crpci_endpoint_submit(crpci_endpoint *e, crpci_attempt *a)
         crpci_endpoint_dial(e);
 }
 
-/* A sent attempt was detached before its reply, so the peer still works on it. With a limit of
- * requests in flight the slot is still occupied, and the late reply could be taken for that of the
- * next request: closes the connection. */
-CRPCI_FN void crpci_endpoint_give_up_slot(crpci_attempt *a, int why)
-{
-    crpci_endpoint *e = a->endpoint;
-    if (e->options.inflight && a->sent != CRPC_SENT_NO && e->conn)
-        crpci_conn_close(e->conn, why, 0);
-}
-
 CRPCI_FN bool crpci_endpoint_same_options(const crpci_endpoint_options *a,
                                           const crpci_endpoint_options *b)
 {
@@ -17900,6 +17515,7 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
 {
     crpci_list *i;
     crpci_endpoint *e;
+    crpci_addr addr;
     for (i = l->endpoints.next; i != &l->endpoints; i = i->next) {
         e = CRPCI_CONTAINER(i, crpci_endpoint, link);
         if (strcmp(e->address, address) == 0 && crpci_endpoint_same_options(&e->options, options)) {
@@ -17909,18 +17525,16 @@ CRPCI_FN int crpci_endpoint_get(crpc_loop *l, const char *address,
             return CRPC_OK;
         }
     }
+    if (strlen(address) >= sizeof e->address || !crpci_sock_parse(&addr, address))
+        return CRPC_EINVAL;
     e = (crpci_endpoint *)crpci_heap_alloc(l->heap, sizeof *e);
     if (!e)
         return CRPC_ENOMEM;
-    if (strlen(address) >= sizeof e->address || !crpci_sock_parse(&e->addr, address)) {
-        crpci_heap_free(l->heap, e, sizeof *e);
-        return CRPC_EINVAL;
-    }
+    e->addr = addr;
     e->loop = l;
     e->events = events;
     e->refs = e->users = 1;
-    e->address_size = strlen(address) + 1;
-    memcpy(e->address, address, e->address_size);
+    memcpy(e->address, address, strlen(address)); /* the rest is zero */
     e->options = *options;
     crpci_list_init(&e->waiting);
     crpci_list_init(&e->active);
@@ -17973,10 +17587,10 @@ typedef struct crpci_providers {
     bool (*in_group)(const crpci_group *g, const crpci_endpoint *e);
     crpci_endpoint_options endpoint;
     crpci_balance balance;
-    crpci_balance_item **members; /* each in a crpci_member; the balancer knows them by index */
+    crpci_balance_item **members; /* each in a crpci_member, sorted by address; the balancer knows
+                                   * them by index */
     size_t count;
     size_t room;        /* of the array */
-    bool sorted;        /* by address, as registries give it; a URL's list may not be */
     int64_t stale_at;   /* since when nobody has confirmed the list; INT64_MAX: it is confirmed */
     int64_t stale_ttl_us;
 #if CRPC_ENABLE_POLICY
@@ -18032,22 +17646,16 @@ CRPCI_FN void crpci_providers_unlist(crpci_balance_item **members, size_t count)
     }
 }
 
-/* The present member with an address. Lists of a registry are sorted: `hint` is the place behind
- * the last one that was found, where the next mostly stands. */
+/* The present member with an address. Lists are sorted: `from` is where the search goes on behind
+ * the address before. NULL: there is none. */
 CRPCI_FN crpci_member *crpci_providers_find(const crpci_providers *p, const char *address,
-                                            size_t *hint)
+                                            size_t *from)
 {
-    size_t i;
-    for (i = 0; i < p->count; i++) {
-        size_t k = *hint + i < p->count ? *hint + i : *hint + i - p->count;
-        crpci_member *m = crpci_providers_at(p, k);
+    for (; *from < p->count; ++*from) {
+        crpci_member *m = crpci_providers_at(p, *from);
         int order = strcmp(m->endpoint->address, address);
-        if (order == 0) {
-            *hint = k + 1;
-            return m;
-        }
-        if (order > 0 && p->sorted && k >= *hint)
-            break; /* it would have stood before this one */
+        if (order >= 0)
+            return order == 0 ? m : NULL;
     }
     return NULL;
 }
@@ -18069,126 +17677,87 @@ CRPCI_FN int crpci_providers_new_member(crpci_providers *p, const char *address,
     return CRPC_OK;
 }
 
-#if CRPC_ENABLE_POLICY
-
-/* Milliseconds since 1970, in which registries give the start of a provider. */
-CRPCI_FN int64_t crpci_providers_wall_ms(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_REALTIME, &ts);
-    return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
-
 /* Takes over what the registry says about a provider. Its start time is wall clock, which both
  * hosts are expected to keep. */
-CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p, int64_t now,
-                                       int64_t wall_ms)
+CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p, int64_t now)
 {
+#if CRPC_ENABLE_POLICY
+    struct timespec wall;
+    int64_t age_ms;
+    clock_gettime(CLOCK_REALTIME, &wall);
+    age_ms = (int64_t)wall.tv_sec * 1000 + wall.tv_nsec / 1000000 - p->timestamp_ms;
     m->weight = (uint32_t)p->weight;
     m->warmup_us = (int64_t)p->warmup_ms * 1000;
     if (!m->kept)
         m->since_us = now;
-    if (p->timestamp_ms && p->timestamp_ms < wall_ms)
-        m->since_us = now - crpci_base_min64(wall_ms - p->timestamp_ms, INT64_C(1) << 40) * 1000;
+    if (p->timestamp_ms && age_ms > 0)
+        m->since_us = now - crpci_base_min64(age_ms, INT64_C(1) << 40) * 1000;
     m->balance.weight =
         crpci_balance_warm_weight(m->weight, (now - m->since_us) / 1000, p->warmup_ms);
+#else
+    (void)now;
+    m->balance.weight = (uint32_t)p->weight;
+#endif
 }
 
-/* Marks which entries of a list this channel uses: all, or the `max` that a hash of address and
- * channel puts first, with those that cannot be reached last. Without memory it uses all: more
+#if CRPC_ENABLE_POLICY
+
+/* Marks which entries of a list this channel uses: the `max` that a hash of address and channel
+ * puts first, with those that cannot be reached last. NULL: all of them; without memory too: more
  * connections, but nothing is lost. */
-CRPCI_FN void crpci_providers_choose_members(const crpci_providers *p, const crpci_snapshot *list,
-                                             bool *chosen)
+CRPCI_FN bool *crpci_providers_choose(const crpci_providers *p, const crpci_snapshot *list)
 {
     crpci_heap *h = p->loop->heap;
-    crpci_balance_choice *choices = NULL;
-    size_t i, n, hint = 0;
-    if (p->max && list->count > p->max)
-        choices = (crpci_balance_choice *)crpci_heap_alloc(h, list->count * sizeof *choices);
-    for (i = 0; i < list->count; i++) {
-        chosen[i] = !choices;
-        if (choices)
-            crpci_balance_choice_init(&choices[i], i, list->providers[i].address, p->seed);
-    }
-    if (!choices)
-        return;
-    for (i = 0; i < list->count; i++) {
-        crpci_member *m = crpci_providers_find(p, list->providers[i].address, &hint);
+    size_t size = list->count * sizeof(crpci_balance_choice), i, n, from = 0;
+    crpci_balance_choice *choices;
+    bool *chosen = NULL;
+    if (!p->max || list->count <= p->max)
+        return NULL;
+    choices = (crpci_balance_choice *)crpci_heap_alloc(h, size);
+    if (choices)
+        chosen = (bool *)crpci_heap_alloc(h, list->count);
+    for (i = 0; i < list->count && chosen; i++) {
+        const char *address = list->providers[i].address;
+        crpci_member *m = crpci_providers_find(p, address, &from);
+        crpci_balance_choice_init(&choices[i], i, address, p->seed);
         if (m && crpci_endpoint_is_dead(m->endpoint))
             choices[i].rank = 0;
     }
-    n = crpci_balance_subset(choices, list->count, p->max);
+    n = chosen ? crpci_balance_subset(choices, list->count, p->max) : 0;
     for (i = 0; i < n; i++)
         chosen[choices[i].index] = true;
-    crpci_heap_free(h, choices, list->count * sizeof *choices);
-}
-
-#else
-
-CRPCI_FN int64_t crpci_providers_wall_ms(void)
-{
-    return 0;
-}
-
-CRPCI_FN void crpci_providers_describe(crpci_member *m, const crpci_provider *p, int64_t now,
-                                       int64_t wall_ms)
-{
-    (void)now, (void)wall_ms;
-    m->balance.weight = (uint32_t)p->weight;
-}
-
-CRPCI_FN void crpci_providers_choose_members(const crpci_providers *p, const crpci_snapshot *list,
-                                             bool *chosen)
-{
-    (void)p;
-    memset(chosen, true, list->count);
+    crpci_heap_free(h, choices, size);
+    return chosen;
 }
 
 #endif /* CRPC_ENABLE_POLICY */
 
-/* Whether an address is among the new members already: in a sorted list it would be the last. */
-CRPCI_FN bool crpci_providers_is_double(crpci_balance_item *const *members, size_t n,
-                                        const char *address, bool sorted)
-{
-    size_t i;
-    for (i = n; i; i--) {
-        int order = strcmp(members[i - 1]->address, address);
-        if (order == 0)
-            return true;
-        if (order < 0 && sorted)
-            return false;
-    }
-    return false;
-}
-
 /* Fills `fresh` with the members of a list, of which `chosen` are wanted; members that exist are
  * kept. On failure *count says how many there are already. */
 CRPCI_FN int crpci_providers_make(crpci_providers *p, const crpci_snapshot *list,
-                                  const bool *chosen, crpci_balance_item **fresh, size_t *count,
-                                  bool *sorted)
+                                  const bool *chosen, crpci_balance_item **fresh, size_t *count)
 {
-    int64_t now = crpci_loop_now(p->loop), wall = crpci_providers_wall_ms();
-    size_t i, n = 0, hint = 0;
-    int err = CRPC_OK;
-    *sorted = true;
-    for (i = 0; i < list->count && !err; i++) {
+    int64_t now = crpci_loop_now(p->loop);
+    size_t i, from = 0;
+    *count = 0;
+    for (i = 0; i < list->count; i++) {
         const crpci_provider *provider = &list->providers[i];
         crpci_member *m;
-        if (!chosen[i] || crpci_providers_is_double(fresh, n, provider->address, *sorted))
+        int err;
+        if (chosen && !chosen[i])
             continue;
-        m = crpci_providers_find(p, provider->address, &hint);
-        if (m)
+        m = crpci_providers_find(p, provider->address, &from);
+        if (m) {
             m->kept = true;
-        else
+        } else {
             err = crpci_providers_new_member(p, provider->address, &m);
-        if (err)
-            break;
-        *sorted = *sorted && (!n || strcmp(fresh[n - 1]->address, provider->address) < 0);
-        crpci_providers_describe(m, provider, now, wall);
-        fresh[n++] = &m->balance;
+            if (err)
+                return err;
+        }
+        crpci_providers_describe(m, provider, now);
+        fresh[(*count)++] = &m->balance;
     }
-    *count = n;
-    return err;
+    return CRPC_OK;
 }
 
 /* Replaces the list. Providers that stay keep what is known about them; calls under way keep their
@@ -18196,16 +17765,18 @@ CRPCI_FN int crpci_providers_make(crpci_providers *p, const crpci_snapshot *list
 CRPCI_FN int crpci_providers_set(crpci_providers *p, const crpci_snapshot *list)
 {
     crpci_heap *h = p->loop->heap;
-    size_t room = list->count + 1, old_room = p->room, old_count = p->count, n = 0;
-    bool *chosen = (bool *)crpci_heap_alloc(h, room), sorted = true;
+    size_t room = list->count + 1, old_room = p->room, old_count = p->count, n;
     crpci_balance_item **old = p->members;
     crpci_balance_item **fresh = (crpci_balance_item **)crpci_heap_alloc(h, room * sizeof *fresh);
-    int err = chosen && fresh ? CRPC_OK : CRPC_ENOMEM;
-    if (!err) {
-        crpci_providers_choose_members(p, list, chosen);
-        err = crpci_providers_make(p, list, chosen, fresh, &n, &sorted);
-    }
-    crpci_heap_free(h, chosen, room);
+    bool *chosen = NULL;
+    int err;
+    if (!fresh)
+        return CRPC_ENOMEM;
+#if CRPC_ENABLE_POLICY
+    chosen = crpci_providers_choose(p, list);
+#endif
+    err = crpci_providers_make(p, list, chosen, fresh, &n);
+    crpci_heap_free(h, chosen, list->count);
     if (err) {
         crpci_providers_unlist(fresh, n);
         crpci_heap_free(h, fresh, room * sizeof *fresh);
@@ -18214,7 +17785,6 @@ CRPCI_FN int crpci_providers_set(crpci_providers *p, const crpci_snapshot *list)
     p->members = fresh;
     p->count = n;
     p->room = room;
-    p->sorted = sorted;
     err = crpci_balance_reset(&p->balance, h, fresh, n);
 #if CRPC_ENABLE_POLICY
     p->reweigh_at = crpci_loop_now(p->loop);
@@ -18496,7 +18066,7 @@ struct crpc_channel {
     bool private_loop; /* the channel opened the loop and closes it */
     bool closed;       /* no call may begin or go on */
     bool wait; /* calls wait for a provider */
-    uint32_t refs; /* atomic: the program's, and one of each pending call but parts */
+    uint32_t refs; /* atomic: the program's, and one of each pending call */
     crpci_list calls;   /* all pending calls but parts */
     crpci_list waiting; /* attempts that wait for a list of providers */
     crpci_request_source requests;
@@ -18537,7 +18107,7 @@ struct crpci_pending_call {
     crpc_channel *channel;
     const crpci_method *method;
     crpci_call_kind kind;
-    crpci_policy policy;  /* the method's, with what the call overrides */
+    crpc_policy policy;   /* the method's, with what the call overrides */
     crpci_member *member; /* of the present attempt; NULL: it has ended */
     int64_t start_us;   /* when the program made the call; times are the loop's */
     int64_t attempt_us; /* when the present attempt began */
@@ -18564,6 +18134,39 @@ struct crpci_pending_call {
 CRPCI_FN crpci_pending_call *crpci_attempt_call(crpci_attempt *a)
 {
     return CRPCI_CONTAINER(a, crpci_pending_call, attempt);
+}
+
+/* Fills a pending call that has its request, id and block. Its policy is the method's, and it may
+ * make one attempt. Single stores, because clearing the whole struct takes longer. */
+CRPCI_FN void crpci_attempt_init(crpci_pending_call *c, crpc_channel *ch, const crpci_method *k,
+                                 crpci_call_kind kind, int64_t start)
+{
+    crpci_attempt *a = &c->attempt;
+    crpci_loop_assert_locked(ch->loop);
+    crpci_list_init(&a->link);
+    a->state = CRPCI_ATTEMPT_IDLE;
+    a->one_way = kind == CRPCI_CALL_NOTIFY;
+    a->sent = c->before = CRPC_SENT_NO;
+    a->out = NULL;
+    a->endpoint = NULL;
+    a->reply.chunk = NULL;
+    c->timer.prev = NULL;
+    c->channel = ch;
+    c->method = k;
+    c->kind = kind;
+    c->policy = k->policy;
+    c->member = NULL;
+    c->start_us = start;
+    c->backup_us = INT64_MAX;
+    c->key = 0;
+    c->parent = NULL;
+    c->group = NULL;
+    c->waiter = NULL;
+    c->error = NULL;
+    c->error_chunk = NULL;
+    c->status = CRPC_OK;
+    c->tried.attempts = 0;
+    c->tried.max_attempts = 1;
 }
 
 /* Gives up a reference of a channel; the last one frees it. */
@@ -18601,7 +18204,8 @@ CRPCI_FN crpc_sent crpci_attempt_sent(const crpci_pending_call *c)
 }
 
 /* Writes why the present attempt failed. A part whose parent has ended explains nothing. */
-CRPCI_COLD void crpci_attempt_explain(crpci_pending_call *c, int code, const char *cause)
+CRPCI_COLD void crpci_attempt_explain(crpci_pending_call *c, int code, const char *cause,
+                                      const char *more)
 {
     const crpci_endpoint *at = c->attempt.endpoint;
     const crpc_method *m = c->method->method;
@@ -18615,8 +18219,9 @@ CRPCI_COLD void crpci_attempt_explain(crpci_pending_call *c, int code, const cha
     e->sent = crpci_attempt_sent(c);
     e->attempts = c->tried.attempts;
     snprintf(e->endpoint, sizeof e->endpoint, "%s", at ? at->address : "");
-    crpci_status_explain(e, "%s.%s attempt %d%s%s: %s (%s)", m->service, m->name, c->tried.attempts,
-                         at ? " " : "", e->endpoint, cause, e->remote ? "remote" : "local");
+    crpci_status_explain(e, "%s.%s attempt %d%s%s: %s%s (%s)", m->service, m->name,
+                         c->tried.attempts, at ? " " : "", e->endpoint, cause, more,
+                         e->remote ? "remote" : "local");
 }
 
 /* --- ends ------------------------------------------------------------------------------------- */
@@ -18638,7 +18243,8 @@ CRPCI_FN void crpci_attempt_end(crpci_pending_call *c, crpci_outcome outcome)
     crpci_providers_end(&ch->providers, m, outcome, now - c->attempt_us, now);
 }
 
-/* Takes a call out of what its loop knows: from here on it is the calling thread's alone. Locked. */
+/* Takes a call out of what its loop knows: from here on it is the calling thread's alone.
+ * Locked. */
 CRPCI_FN void crpci_attempt_take(crpci_pending_call *c)
 {
     crpc_loop *l = c->channel->loop;
@@ -18668,14 +18274,17 @@ CRPCI_FN void crpci_attempt_discard(crpci_pending_call *c)
     crpci_attempt_free(c);
 }
 
-/* Gives up the present attempt before its reply came. */
+/* Gives up the present attempt before its reply came. A peer that was sent the request still works
+ * on it. With a limit of requests in flight the slot is still occupied then, and the late reply
+ * could be taken for that of the next request: closes the connection. */
 CRPCI_FN void crpci_attempt_abandon(crpci_pending_call *c, int why)
 {
+    crpci_endpoint *e = c->attempt.endpoint;
     bool active = c->attempt.state == CRPCI_ATTEMPT_ACTIVE;
     crpci_endpoint_detach(&c->attempt);
     crpci_attempt_end(c, why == CRPC_ETIMEDOUT ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_IGNORE);
-    if (active)
-        crpci_endpoint_give_up_slot(&c->attempt, why);
+    if (active && e->options.inflight && c->attempt.sent != CRPC_SENT_NO && e->conn)
+        crpci_conn_close(e->conn, why, 0);
 }
 
 /* Ends the call, once, with a reply or a status: queues its callback, ends its caller's wait, or
@@ -18727,37 +18336,35 @@ CRPCI_FN void crpci_attempt_finish(crpci_pending_call *c, int status)
         crpci_drive_end_wait(l, c->waiter);
 }
 
+/* Ends a call that has failed on this side; `more` completes the cause, or is "". */
+CRPCI_COLD void crpci_attempt_give_up(crpci_pending_call *c, int code, const char *cause,
+                                      const char *more)
+{
+    crpci_attempt_explain(c, code, cause, more);
+    crpci_attempt_finish(c, code);
+}
+
 /* Ends a call whose deadline has passed; the text says how far it had come. */
 CRPCI_FN void crpci_attempt_expire(crpci_pending_call *c)
 {
     bool waits = c->attempt.state == CRPCI_ATTEMPT_WAITING;
     crpci_attempt_abandon(c, CRPC_ETIMEDOUT);
-    crpci_attempt_explain(c, CRPC_ETIMEDOUT,
-                          !waits                ? "deadline exceeded"
-                          : c->attempt.endpoint ? "deadline exceeded while waiting for a connection"
-                                                : "deadline exceeded while waiting for a provider");
-    crpci_attempt_finish(c, CRPC_ETIMEDOUT);
+    crpci_attempt_give_up(c, CRPC_ETIMEDOUT, "deadline exceeded",
+                          !waits                ? ""
+                          : c->attempt.endpoint ? " while waiting for a connection"
+                                                : " while waiting for a provider");
 }
 
-/* Explains that there is no provider for a call; tells an empty list from a registry that has not
- * answered. A function of its own, so that its text is off the stack when the call is ended. */
-CRPCI_COLD void crpci_attempt_explain_no_provider(crpci_pending_call *c)
-{
-    const crpc_channel *ch = c->channel;
-    char cause[CRPC_ERROR_TEXT_MAX];
-    crpci_status_format(cause, sizeof cause, "%s%.180s",
-                        ch->directory.registry && !ch->directory.listed
-                            ? "the registry has not answered yet about "
-                            : "no provider is known at ",
-                        ch->directory.where ? ch->directory.where : "the channel's URL");
-    crpci_attempt_explain(c, CRPC_ENOPROVIDER, cause);
-}
-
-/* Ends a call that has nobody to be sent to. */
+/* Ends a call that has nobody to be sent to; tells an empty list from a registry that has not
+ * answered. */
 CRPCI_COLD void crpci_attempt_no_provider(crpci_pending_call *c)
 {
-    crpci_attempt_explain_no_provider(c);
-    crpci_attempt_finish(c, CRPC_ENOPROVIDER);
+    const crpc_channel *ch = c->channel;
+    crpci_attempt_give_up(c, CRPC_ENOPROVIDER,
+                          ch->directory.registry && !ch->directory.listed
+                              ? "the registry has not answered yet about "
+                              : "no provider is known at ",
+                          ch->directory.where ? ch->directory.where : "the channel's URL");
 }
 
 /* --- attempts --------------------------------------------------------------------------------- */
@@ -18851,23 +18458,6 @@ CRPCI_COLD bool crpci_attempt_wait(crpci_pending_call *c, int code)
     return true;
 }
 
-/* Explains a failure: apart, for its text need not be on the stack of what follows the end. */
-CRPCI_COLD void crpci_attempt_explain_more(crpci_pending_call *c, int code, const char *cause,
-                                           const char *more)
-{
-    char text[CRPC_ERROR_TEXT_MAX];
-    crpci_status_format(text, sizeof text, "%s%s", cause, more);
-    crpci_attempt_explain(c, code, text);
-}
-
-/* Ends a call whose last attempt has failed; `more` says why it is not retried, or is "". */
-CRPCI_COLD void crpci_attempt_give_up(crpci_pending_call *c, int code, const char *cause,
-                                      const char *more)
-{
-    crpci_attempt_explain_more(c, code, cause, more);
-    crpci_attempt_finish(c, code);
-}
-
 /* Chooses where a failed attempt is made again. NULL: nowhere. `stale`: perhaps only the connection
  * was dead, not the provider. */
 CRPCI_FN crpci_member *crpci_attempt_next(crpci_pending_call *c, int code, bool stale)
@@ -18918,7 +18508,7 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     again = crpci_attempt_may_retry(c, code);
     if (code != CRPC_ELOGOFF && a->sent > c->before)
         c->before = a->sent;
-    crpci_attempt_explain(c, code, cause);
+    crpci_attempt_explain(c, code, cause, "");
     crpci_attempt_mark_tried(c);
 #if CRPC_ENABLE_POLICY
     ch->providers.choose_again =
@@ -18972,22 +18562,19 @@ CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
     crpci_attempt_finish(c, CRPC_OK);
 }
 
-/* A one-way call's frame has left: that is its success. */
-CRPCI_FN void crpci_attempt_on_sent(crpci_attempt *a)
-{
-    crpci_attempt_finish(crpci_attempt_call(a), CRPC_OK);
-}
-
-/* A reply has come that cannot be used. The provider has answered, so the call ends here. */
-CRPCI_COLD void crpci_attempt_on_useless(crpci_attempt *a, const char *cause)
+/* A one-way call's frame has left, which is its success; or a reply has come that cannot be used:
+ * the provider has answered, so the call ends here. */
+CRPCI_FN void crpci_attempt_ended(crpci_attempt *a, int code, const char *cause)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
-    crpci_attempt_explain(c, CRPC_ERESPONSE, cause);
-    crpci_attempt_finish(c, CRPC_ERESPONSE);
+    if (code)
+        crpci_attempt_give_up(c, code, cause, "");
+    else
+        crpci_attempt_finish(c, CRPC_OK);
 }
 
 static const crpci_endpoint_events crpci_attempt_events = {
-    crpci_attempt_failed, crpci_attempt_replied, crpci_attempt_on_sent, crpci_attempt_on_useless};
+    crpci_attempt_failed, crpci_attempt_replied, crpci_attempt_ended};
 
 /* Makes the first attempt, or has the cluster section make several. Ends a call at once that is too
  * late, lacks the key that lb=hash needs, or whose method is degraded. */
@@ -18996,16 +18583,14 @@ CRPCI_FN void crpci_attempt_begin(crpci_pending_call *c)
     const crpc_method_options *o = c->method->options;
     crpci_providers_refresh(&c->channel->providers);
     if (crpci_loop_rough_time(c->channel->loop) >= c->attempt.deadline_us) {
-        crpci_attempt_explain(c, CRPC_ETIMEDOUT, "deadline exceeded before the request was sent");
-        crpci_attempt_finish(c, CRPC_ETIMEDOUT);
+        crpci_attempt_give_up(c, CRPC_ETIMEDOUT, "deadline exceeded",
+                              " before the request was sent");
     } else if (CRPCI_UNLIKELY(!c->key && crpci_balance_need(&c->channel->providers.balance,
                                                             CRPCI_BALANCE_RING))) {
-        crpci_attempt_explain(c, CRPC_EINVAL,
-                              "lb=hash needs a key: set crpc_call.key or hash_field");
-        crpci_attempt_finish(c, CRPC_EINVAL);
+        crpci_attempt_give_up(c, CRPC_EINVAL, "lb=hash needs a key:",
+                              " set crpc_call.key or hash_field");
     } else if (CRPCI_UNLIKELY(o && o->degraded > 0)) {
-        crpci_attempt_explain(c, CRPC_EREJECT, "not sent: the method's options set degraded");
-        crpci_attempt_finish(c, CRPC_EREJECT);
+        crpci_attempt_give_up(c, CRPC_EREJECT, "not sent:", " the method's options set degraded");
     } else if (CRPCI_UNLIKELY(c->policy.cluster >= CRPC_CLUSTER_FORKING) && c->channel->cluster) {
         c->channel->cluster->begin(c);
     } else {
@@ -19063,7 +18648,7 @@ CRPCI_COLD int crpci_attempt_degrade(const crpci_pending_call *c, void *response
         if (crpci_message_decode(crpc_view_data(o->canned), crpc_view_size(o->canned), type,
                                  response, &why))
             return CRPC_OK;
-        return crpci_reply_malformed(c->method->method, c->tried.attempts, &call->error, why);
+        return crpci_reply_malformed(c->method->method, &call->error, why);
     }
     if (c->policy.cluster != CRPC_CLUSTER_FAILSAFE && c->policy.cluster != CRPC_CLUSTER_FAILBACK)
         return status;
@@ -19157,10 +18742,7 @@ CRPCI_COLD void crpci_cluster_drop_parts(crpci_pending_call *c)
         crpci_reply_drop(&a->reply, l);
         if (a->endpoint)
             crpci_endpoint_serve_waiting(a->endpoint);
-        crpci_id_remove(&l->calls, a->id);
-        crpci_endpoint_drop(a->endpoint);
-        crpci_request_drop(&a->request, part->block);
-        crpci_heap_chunk_unref(part->block);
+        crpci_attempt_discard(part);
     }
     c->group = NULL;
     if (c->error) {
@@ -19186,22 +18768,14 @@ CRPCI_COLD void crpci_cluster_succeed(crpci_pending_call *c)
     crpci_endpoint_drop(own);
 }
 
-/* Ends a call none of whose parts is under way or has succeeded. With wait=1, if none could
- * connect, the call goes on with attempts of its own. A BROADCAST ends: one attempt would not reach
- * everyone. */
-CRPCI_COLD void crpci_cluster_fail(crpci_pending_call *c)
-{
-    int status = c->group->status;
-    if (c->group->all || !crpci_attempt_wait(c, status))
-        crpci_attempt_finish(c, status);
-}
-
 /* Ends the call if its parts have decided it: BROADCAST when all have ended, with success if no
  * more than fail_percent of them failed; the others with the first success, or when the last part
- * and the call's own attempt have failed. */
+ * and the call's own attempt have failed. With wait=1, if none could connect, the call then goes on
+ * with attempts of its own; a BROADCAST ends, because one attempt would not reach everyone. */
 CRPCI_COLD void crpci_cluster_settle(crpci_pending_call *c)
 {
     crpci_group *g = c->group;
+    int status = g->status;
     size_t all = g->lost;
     const crpci_list *i;
     if (g->starting || (g->all && g->open))
@@ -19212,27 +18786,23 @@ CRPCI_COLD void crpci_cluster_settle(crpci_pending_call *c)
         crpci_reply_drop(&c->attempt.reply, c->channel->loop); /* too many failed */
     if (c->attempt.reply.chunk)
         crpci_cluster_succeed(c);
-    else if (!g->open && c->attempt.state == CRPCI_ATTEMPT_IDLE)
-        crpci_cluster_fail(c);
+    else if (!g->open && c->attempt.state == CRPCI_ATTEMPT_IDLE &&
+             (g->all || !crpci_attempt_wait(c, status)))
+        crpci_attempt_finish(c, status);
 }
 
-/* A part has failed. Its status and text become those of the call if that fails too; a later
- * failure replaces them. */
-CRPCI_COLD void crpci_cluster_part_failed(crpci_pending_call *part, int status)
+/* The status of an attempt that has failed. A reply explains the call: a part's status and text
+ * become those of the call if that fails too, and a later failure replaces them. */
+CRPCI_COLD int crpci_cluster_explain(crpci_pending_call *c, int status)
 {
-    const crpci_attempt *a = &part->attempt;
-    crpci_pending_call *c = part->parent;
+    const crpci_attempt *a = &c->attempt;
     crpc_error *e = a->reply.chunk ? crpci_attempt_error(c) : NULL;
-    c->group->failed++;
-    if (e) {
-        e->sent = CRPC_SENT_YES;
-        e->attempts = part->tried.attempts;
-        memcpy(e->endpoint, a->endpoint->address, a->endpoint->address_size);
-    }
-    c->group->status =
-        e ? crpci_reply_remote_error(&a->reply, part->method->method, part->tried.attempts, e)
-          : a->reply.chunk ? CRPC_ERESPONSE
-                           : status;
+    if (!e)
+        return a->reply.chunk ? CRPC_ERESPONSE : status;
+    e->sent = CRPC_SENT_YES;
+    e->attempts = c->tried.attempts;
+    memcpy(e->endpoint, a->endpoint->address, sizeof e->endpoint);
+    return crpci_reply_remote_error(&a->reply, c->method->method, e);
 }
 
 /* A part, or a background try, has ended. The first success gives its reply to the call; later ones
@@ -19247,7 +18817,8 @@ CRPCI_COLD void crpci_cluster_part_ended(crpci_pending_call *part, int status)
     }
     c->group->open--;
     if (!crpci_reply_succeeded(&part->attempt.reply)) {
-        crpci_cluster_part_failed(part, status);
+        c->group->failed++;
+        c->group->status = crpci_cluster_explain(part, status);
     } else if (!c->attempt.reply.chunk) {
         c->group->from = part->attempt.endpoint;
         c->group->from->refs++;
@@ -19265,64 +18836,49 @@ CRPCI_COLD crpci_pending_call *crpci_cluster_part(crpci_pending_call *c)
     crpci_chunk *chunk = crpci_heap_chunk(
         l->heap, CRPCI_PENDING_SIZE + crpci_request_size(&c->attempt.request));
     crpci_pending_call *part;
-    crpci_attempt *a;
     if (!chunk)
         return NULL;
     part = (crpci_pending_call *)(void *)crpci_heap_data(chunk);
-    memset(part, 0, sizeof *part);
-    a = &part->attempt;
-    crpci_list_init(&a->link);
-    a->sent = CRPC_SENT_NO;
-    a->deadline_us = c->attempt.deadline_us;
-    crpci_request_copy(&a->request, &c->attempt.request, chunk, CRPCI_PENDING_SIZE);
-    crpci_list_init(&part->of_channel);
-    crpci_loop_task_init(&part->task, NULL);
-    part->channel = c->channel;
-    part->method = c->method;
-    part->kind = CRPCI_CALL_PART;
-    part->policy = c->policy;
-    part->policy.cluster = CRPC_CLUSTER_FAILFAST;
-    part->start_us = crpci_loop_time(l); /* the provider is not charged for the call's wait */
-    part->backup_us = INT64_MAX;
-    part->key = c->key;
-    part->parent = c;
-    part->tried.max_attempts = 1;
-    part->before = CRPC_SENT_NO;
-    part->block = chunk;
-    if (crpci_id_add(&l->calls, l->heap, part, &a->id)) {
+    if (crpci_id_add(&l->calls, l->heap, part, &part->attempt.id)) {
         crpci_heap_chunk_unref(chunk);
         return NULL;
     }
+    /* The provider is not charged for the call's wait. */
+    crpci_attempt_init(part, c->channel, c->method, CRPCI_CALL_PART, crpci_loop_time(l));
+    crpci_request_copy(&part->attempt.request, &c->attempt.request, chunk, CRPCI_PENDING_SIZE);
+    part->attempt.deadline_us = c->attempt.deadline_us;
+    part->policy = c->policy;
+    part->policy.cluster = CRPC_CLUSTER_FAILFAST;
+    part->key = c->key;
+    part->parent = c;
+    part->block = chunk;
+    crpci_thread_ref(&c->channel->refs);
     return part;
 }
 
-/* Gives a call a group, if it has none. False: out of memory. */
-CRPCI_COLD bool crpci_cluster_need_group(crpci_pending_call *c, bool all)
-{
-    if (c->group)
-        return true;
-    c->group = (crpci_group *)crpci_heap_alloc(c->channel->loop->heap, sizeof *c->group);
-    if (!c->group)
-        return false;
-    crpci_list_init(&c->group->parts);
-    c->group->all = all;
-    c->group->status = CRPC_ENOMEM;
-    return true;
-}
-
-/* Sends the call to up to `n` more providers that it has not tried. A BROADCAST counts those for
- * which there is no memory as failed; other calls do without. False: no part was begun. */
-CRPCI_COLD bool crpci_cluster_branch(crpci_pending_call *c, size_t n)
+/* Sends the call to up to `n` more providers that it has not tried; `all`: to all, as a BROADCAST,
+ * which counts those for which there is no memory as failed. Other calls do without. False: no part
+ * was begun. */
+CRPCI_COLD bool crpci_cluster_branch(crpci_pending_call *c, size_t n, bool all)
 {
     crpci_group *g = c->group;
     bool any = false;
+    if (!g) {
+        g = (crpci_group *)crpci_heap_alloc(c->channel->loop->heap, sizeof *g);
+        if (!g)
+            return false;
+        crpci_list_init(&g->parts);
+        g->all = all;
+        g->status = CRPC_ENOMEM;
+        c->group = g;
+    }
     g->starting = true;
     for (; n; n--) {
         crpci_member *m = crpci_attempt_pick(c);
         crpci_pending_call *part = m ? crpci_cluster_part(c) : NULL;
         if (!part && m && g->all) {
             g->lost = n;
-            crpci_attempt_explain(c, CRPC_ENOMEM, "out of memory");
+            crpci_attempt_explain(c, CRPC_ENOMEM, "out of memory", "");
         }
         if (!part)
             break;
@@ -19346,11 +18902,10 @@ CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
         ; /* waits for a list */
     } else if (!count) {
         crpci_attempt_no_provider(c);
-    } else if (crpci_cluster_need_group(c, all) && crpci_cluster_branch(c, n)) {
+    } else if (crpci_cluster_branch(c, n, all)) {
         crpci_cluster_settle(c);
     } else {
-        crpci_attempt_explain(c, CRPC_ENOMEM, "out of memory");
-        crpci_attempt_finish(c, CRPC_ENOMEM);
+        crpci_attempt_give_up(c, CRPC_ENOMEM, "out of memory", "");
     }
 }
 
@@ -19359,11 +18914,10 @@ CRPCI_COLD void crpci_cluster_begin(crpci_pending_call *c)
 CRPCI_COLD void crpci_cluster_backup(crpci_pending_call *c)
 {
     c->backup_us = INT64_MAX;
-    if (c->attempt.state == CRPCI_ATTEMPT_DONE || !c->attempt.endpoint ||
-        !crpci_cluster_need_group(c, false))
+    if (c->attempt.state == CRPCI_ATTEMPT_DONE || !c->attempt.endpoint)
         return;
     crpci_attempt_mark_tried(c);
-    if (crpci_cluster_branch(c, 1))
+    if (crpci_cluster_branch(c, 1, false))
         crpci_cluster_settle(c);
 }
 
@@ -19410,11 +18964,8 @@ CRPCI_COLD void crpci_cluster_failback_failed(crpci_pending_call *c, int status)
 {
     crpc_channel *ch = c->channel;
     crpci_reply *r = &c->attempt.reply;
-    crpc_error *e = r->chunk ? crpci_attempt_error(c) : NULL;
     bool answered = r->chunk && !crpci_status_reserved(r->status);
-    if (r->chunk)
-        status = e ? crpci_reply_remote_error(r, c->method->method, c->tried.attempts, e)
-                   : CRPC_ERESPONSE;
+    status = crpci_cluster_explain(c, status);
     crpci_reply_drop(r, ch->loop);
     if (c->policy.retries > 1 && !answered && !ch->closed &&
         crpci_request_renew(&c->attempt.request, c->block)) {
@@ -19461,7 +19012,6 @@ CRPCI_COLD bool crpci_cluster_retry_later(crpci_pending_call *c, int status)
     crpci_loop_task_init(&back->task, crpci_cluster_failback_dropped);
     crpci_timer_init(&back->timer, crpci_cluster_failback_timer);
     ch->failback.waiting++;
-    crpci_thread_ref(&ch->refs);
     crpci_loop_timer_set(l, &back->timer, ch->failback.pause_us);
     crpci_drive_ensure_owner(l); /* where threads are forbidden it waits until somebody drives */
     return false;
@@ -19479,9 +19029,9 @@ static const crpci_cluster_ops crpci_cluster_all = {
 
 /* The calls that programs make: synchronous, with a callback, with an id, one-way. Each encodes its
  * request without a lock, then locks the loop, lists a pending call in the channel and hands it to
- * crpci_attempt_begin. The public functions are called without a lock, by any thread. A call lives in
- * the chunk of its request. A synchronous call differs from one with an id in that its caller waits
- * at once. */
+ * crpci_attempt_begin. The public functions are called without a lock, by any thread. A call lives
+ * in the chunk of its request. A synchronous call differs from one with an id in that its caller
+ * waits at once. */
 
 #if CRPC_ENABLE_CLIENT
 
@@ -19525,7 +19075,7 @@ CRPCI_FN void crpci_channel_after(crpc_channel *ch, const crpc_method *m, crpc_c
 
 /* The deadline of a call, in the loop's time: the call's own if it has one, else the policy's
  * timeout; never later than a day, nor than the deadline of the request that it is made for. */
-CRPCI_FN int64_t crpci_channel_deadline(const crpci_policy *policy, const crpc_call *call,
+CRPCI_FN int64_t crpci_channel_deadline(const crpc_policy *policy, const crpc_call *call,
                                         int64_t now)
 {
     int64_t ms = policy->timeout_ms;
@@ -19539,48 +19089,21 @@ CRPCI_FN int64_t crpci_channel_deadline(const crpci_policy *policy, const crpc_c
     return at;
 }
 
-/* Fills a pending call whose request is encoded, and lists it in the channel. Single stores,
- * because clearing the whole struct takes longer. */
+/* Fills a pending call whose request is encoded, and lists it in the channel. */
 CRPCI_FN void crpci_channel_init_call(crpci_pending_call *c, crpc_channel *ch,
                                       const crpci_method *k, crpci_call_kind kind,
                                       const crpc_call *in, int64_t start)
 {
-    crpci_attempt *a = &c->attempt;
-    crpci_loop_assert_locked(ch->loop);
-    crpci_list_init(&a->link);
-    a->state = CRPCI_ATTEMPT_IDLE;
-    a->one_way = kind == CRPCI_CALL_NOTIFY;
-    a->sent = c->before = CRPC_SENT_NO;
-    a->out = NULL;
-    a->endpoint = NULL;
-    a->reply.chunk = NULL;
-    c->timer.prev = NULL;
-    c->channel = ch;
-    c->method = k;
-    c->kind = kind;
-    c->member = NULL;
-    c->parent = NULL;
-    c->group = NULL;
-    c->waiter = NULL;
-    c->error = NULL;
-    c->error_chunk = NULL;
-    c->status = CRPC_OK;
-    c->policy = k->policy;
-    if (CRPCI_UNLIKELY(crpci_request_has_policy(&in->policy)))
-        crpci_request_apply_policy(&c->policy, &in->policy);
-    c->start_us = start;
-    a->deadline_us = crpci_channel_deadline(&c->policy, in, start);
-    c->backup_us = INT64_MAX;
+    crpci_attempt_init(c, ch, k, kind, start);
+    crpci_request_apply_policy(&c->policy, &in->policy);
+    c->attempt.deadline_us = crpci_channel_deadline(&c->policy, in, start);
     if (CRPCI_UNLIKELY(c->policy.backup_ms && kind != CRPCI_CALL_NOTIFY &&
                        (k->method->flags & CRPC_METHOD_IDEMPOTENT)))
         c->backup_us = start + (int64_t)c->policy.backup_ms * 1000;
-    c->key = crpc_view_data(in->key)
-                 ? crpci_base_hash(crpc_view_data(in->key), crpc_view_size(in->key))
-                 : 0;
+    if (crpc_view_data(in->key))
+        c->key = crpci_base_hash(crpc_view_data(in->key), crpc_view_size(in->key));
     if (CRPCI_UNLIKELY(k->hash_field && !c->key))
-        c->key = crpci_request_hash_key(&a->request, k->hash_field);
-    c->tried.attempts = 0;
-    c->tried.max_attempts = 1;
+        c->key = crpci_request_hash_key(&c->attempt.request, k->hash_field);
     if (c->policy.cluster == CRPC_CLUSTER_FAILOVER)
         c->tried.max_attempts += c->policy.retries;
     crpci_list_append(&ch->calls, &c->of_channel);
@@ -19595,7 +19118,7 @@ CRPCI_FN void crpci_channel_enter(crpc_loop *l, int64_t start, const crpci_reque
     if (start > l->now)
         l->now = start;
     l->fresh = false;
-    if (r->message.payload_size > CRPCI_REQUEST_INLINE)
+    if (r->payload_size > CRPCI_REQUEST_INLINE)
         crpci_loop_rough_time(l);
     l->fresh = true;
     crpci_drive_catch_up(l);
@@ -19618,7 +19141,7 @@ CRPCI_FN void crpci_channel_copy_error(const crpci_pending_call *c, crpc_error *
     if (c->error && c->error != to)
         *to = *c->error;
     if (e) /* else no attempt of its own was made, and the parts have explained */
-        memcpy(to->endpoint, e->address, e->address_size);
+        memcpy(to->endpoint, e->address, sizeof to->endpoint);
 }
 
 /* Runs the callback of an ended call, as a task of the loop. The response is decoded without the
@@ -19675,7 +19198,7 @@ CRPCI_FN crpci_pending_call *crpci_channel_place(crpc_loop *l, crpci_call_kind k
 {
     crpci_pending_call *c = CRPCI_CONTAINER(r, crpci_pending_call, attempt.request);
     c->block = r->chunk;
-    if (kind == CRPCI_CALL_ID && r->message.payload_size + r->inline_size > CRPCI_REQUEST_INLINE) {
+    if (kind == CRPCI_CALL_ID && r->payload_size + r->inline_size > CRPCI_REQUEST_INLINE) {
         crpci_chunk *block = crpci_heap_chunk(l->heap, CRPCI_PENDING_SIZE);
         if (!block)
             return NULL;
@@ -19748,7 +19271,8 @@ CRPCI_FN int crpci_channel_result(crpci_pending_call *c, void *response, crpc_ca
 {
     crpc_channel *ch = c->channel;
     int err = crpci_attempt_result(c, response, call);
-    crpci_reply_hand_over(&c->attempt.reply, call);
+    call->reserved[CRPCI_CALL_HELD] = c->attempt.reply.chunk;
+    c->attempt.reply.chunk = NULL;
     crpci_channel_after(ch, c->method->method, call, err, ch->interceptor_count);
     crpci_attempt_free(c);
     return err;
@@ -19817,44 +19341,38 @@ CRPC_API int crpc_channel_call(crpc_channel *ch, const crpc_method *m, const voi
 
 /* --- asynchronous ----------------------------------------------------------------------------- */
 
-/* crpci_channel_put for a channel with interceptors. They get a copy of the caller's inputs, which
- * they may change; the copy is not needed once the request is encoded. */
-CRPCI_FN int crpci_channel_put_intercepted(crpc_channel *ch, const crpci_method *k,
-                                           crpci_call_kind kind, const void *request,
-                                           const crpc_call *in, crpci_pending_call **out)
-{
-    crpc_call call;
-    size_t ran;
-    int err;
-    crpci_request_clear_call(&call);
-    memcpy(&call, in, offsetof(crpc_call, error));
-    err = crpci_channel_before(ch, k->method, &call, &ran);
-    err = err ? err : crpci_channel_put(ch, k, kind, request, &call, NULL, out);
-    if (err)
-        crpci_channel_after(ch, k->method, &call, err, ran);
-    crpc_call_reset(&call);
-    return err;
-}
-
-/* Encodes and enters a call of any asynchronous form. On success the loop is locked: the caller
- * sets what is special to its form in *out, then calls crpci_channel_start. */
+/* Encodes and enters a call of any asynchronous form. Interceptors get a copy of the caller's
+ * inputs, which they may change; it is not needed once the request is encoded. On success the loop
+ * is locked: the caller sets what is special to its form in *out, then calls
+ * crpci_channel_start. */
 CRPCI_FN int crpci_channel_async(crpc_channel *ch, const crpc_method *m, const void *request,
                                  crpci_call_kind kind, const crpc_call *in,
                                  crpci_pending_call **out)
 {
     const crpci_method *k = crpci_request_find_method(&ch->requests, m);
-    crpc_call defaults;
-    int err;
+    bool intercepted = ch->interceptor_count != 0;
+    crpc_call copy;
+    size_t ran = 0;
+    int err = CRPC_OK;
     *out = NULL;
-    crpci_request_clear_inputs(&defaults);
-    in = in ? in : &defaults;
     if (CRPCI_UNLIKELY(!k))
         return CRPC_ENOMEM;
+    if (!in || intercepted) {
+        crpci_request_clear_call(&copy);
+        if (in)
+            memcpy(&copy, in, offsetof(crpc_call, error));
+        in = &copy;
+    }
     crpci_thread_ref(&ch->refs); /* the call's; an interceptor may close the channel */
-    err = ch->interceptor_count ? crpci_channel_put_intercepted(ch, k, kind, request, in, out)
-                                : crpci_channel_put(ch, k, kind, request, in, NULL, out);
-    if (err)
+    if (intercepted)
+        err = crpci_channel_before(ch, m, &copy, &ran);
+    err = err ? err : crpci_channel_put(ch, k, kind, request, in, NULL, out);
+    if (err) {
+        crpci_channel_after(ch, m, &copy, err, ran);
         crpci_attempt_drop_channel(ch);
+    }
+    if (intercepted)
+        crpc_call_reset(&copy);
     return err;
 }
 
@@ -20037,8 +19555,7 @@ CRPCI_FN void crpci_channel_cancel_all(crpc_channel *ch)
         crpci_list_remove(&c->of_channel);
         if (c->attempt.state != CRPCI_ATTEMPT_DONE) {
             crpci_attempt_abandon(c, CRPC_ECANCELED);
-            crpci_attempt_explain(c, CRPC_ECANCELED, "the channel was closed");
-            crpci_attempt_finish(c, CRPC_ECANCELED);
+            crpci_attempt_give_up(c, CRPC_ECANCELED, "the channel was closed", "");
         }
         if (by_id)
             crpci_attempt_discard(c);
@@ -20258,12 +19775,14 @@ CRPCI_COLD int crpci_opening_check_policy(const crpc_policy *p, const crpc_metho
                             m ? m->method->name : "", m ? ": " : "", what);
 }
 
-/* Checks the options of each method by the rows of the channel's own. */
-CRPCI_COLD int crpci_opening_check_methods(const crpc_channel_options *o, crpc_error *error)
+/* Checks all options, into which the URL has been read before; those of each method by the rows of
+ * the channel's own. */
+CRPCI_COLD int crpci_opening_check(const crpc_channel_options *o, crpc_error *error)
 {
+    int err = crpci_options_check(&crpci_opening_options, o, error);
     crpc_channel_options own;
     size_t i;
-    int err = CRPC_OK;
+    err = err ? err : crpci_opening_check_policy(&o->policy, NULL, error);
     memset(&own, 0, sizeof own);
     for (i = 0; i < o->method_count && !err; i++) {
         const crpc_method_options *m = &o->methods[i];
@@ -20275,14 +19794,6 @@ CRPCI_COLD int crpci_opening_check_methods(const crpc_channel_options *o, crpc_e
         err = err ? err : crpci_opening_check_policy(&m->policy, m, error);
     }
     return err;
-}
-
-/* Checks all options. The URL has been read into them before. */
-CRPCI_COLD int crpci_opening_check(const crpc_channel_options *o, crpc_error *error)
-{
-    int err = crpci_options_check(&crpci_opening_options, o, error);
-    err = err ? err : crpci_opening_check_policy(&o->policy, NULL, error);
-    return err ? err : crpci_opening_check_methods(o, error);
 }
 
 #if CRPC_ENABLE_POLICY
@@ -20305,27 +19816,6 @@ CRPCI_COLD void crpci_opening_breaker(crpci_providers *p, const crpc_breaker_opt
 }
 
 #endif /* CRPC_ENABLE_POLICY */
-
-/* Sets up what the requests of the channel have in common. The program's array of method options
- * is not copied. */
-CRPCI_COLD void crpci_opening_requests(crpci_request_source *s, const crpc_channel_options *o)
-{
-    crpci_policy *p = &s->policy;
-    p->cluster = (uint8_t)o->policy.cluster;
-    p->retries = (uint8_t)o->policy.retries;
-    p->fail_percent = (uint8_t)o->policy.fail_percent;
-    p->timeout_ms = o->policy.timeout_ms;
-    p->backup_ms = o->policy.backup_ms;
-    p->forks = o->policy.forks;
-    s->short_names = o->wire.short_names != 0;
-    s->intercepted = o->interceptor_count != 0;
-    s->ids = o->request_ids != 0;
-    if (s->ids)
-        crpci_loop_secret(s->loop, s->secret);
-    s->hash_field = o->hash_field;
-    s->options = o->methods;
-    s->option_count = o->method_count;
-}
 
 /* Sets up the still empty list of providers. A stale_ttl of INT64_MAX / 4 never passes, and can be
  * subtracted from a time without overflow. */
@@ -20350,12 +19840,23 @@ CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_o
 }
 
 /* Takes over checked options; those of `o` get their final values. Whether a timeout was given is
- * noted before, because a default counts less than the .proto's timeout. */
+ * noted before, because a default counts less than the .proto's timeout. The seed makes the
+ * channel's request ids, and its part of a long list (max_endpoints), differ from those of
+ * others. */
 CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, crpc_channel_options *o)
 {
-    ch->requests.timeout_open = !o->policy.timeout_ms;
+    crpci_request_source *s = &ch->requests;
+    s->timeout_open = !o->policy.timeout_ms;
     crpci_options_fill(&crpci_opening_options, o);
-    crpci_opening_requests(&ch->requests, o);
+    s->policy = o->policy;
+    s->short_names = o->wire.short_names != 0;
+    s->intercepted = o->interceptor_count != 0;
+    s->ids = o->request_ids != 0;
+    if (s->ids)
+        crpci_loop_secret(ch->loop, s->secret);
+    s->hash_field = o->hash_field;
+    s->options = o->methods; /* the program's array, not a copy */
+    s->option_count = o->method_count;
     crpci_opening_providers(&ch->providers, o);
     ch->wait = o->wait > 0;
     ch->interceptors = o->interceptors;
@@ -20428,6 +19929,7 @@ CRPCI_COLD int crpci_opening_items(crpci_snapshot *list, crpci_url *u, crpc_erro
     }
     for (i = 0; i < list->count; i++)
         list->providers[i].weight = CRPCI_NAMES_WEIGHT;
+    crpci_directory_sort(list);
     return err;
 }
 
@@ -20473,23 +19975,20 @@ CRPCI_FN int crpci_opening_on_list(void *user, crpci_snapshot *list)
 {
     crpc_channel *ch = (crpc_channel *)user;
     crpc_loop *l = ch->loop;
-    bool served = false;
     int err = CRPC_OK;
     crpci_loop_lock(l);
     crpci_loop_hold(l); /* sending unlocks: a callback may close the channel meanwhile */
     if (!ch->closed)
         err = crpci_providers_update(&ch->providers, list);
-    if (!ch->closed && !err && ch->providers.count && !crpci_list_empty(&ch->waiting)) {
-        crpci_attempt_serve_waiting(ch);
-        served = true;
-    }
     if (!ch->closed && !err && !list->stale) { /* stale: from a cache, not the registry's answer */
         ch->directory.listed = true;
         if (ch->directory.waiter)
             crpci_drive_end_wait(l, ch->directory.waiter);
     }
-    if (served)
+    if (!ch->closed && !err && ch->providers.count && !crpci_list_empty(&ch->waiting)) {
+        crpci_attempt_serve_waiting(ch);
         crpci_channel_flush(l);
+    }
     crpci_loop_unlock(l);
     crpci_loop_release(l);
     if (err)
@@ -20881,11 +20380,10 @@ CRPCI_FN void *crpci_worker_thread(void *arg)
 }
 #endif
 
-/* Runs what is queued, ends the threads and frees the pool. allocated: length of p->threads. */
+/* Runs what is queued and ends the threads. From here on crpci_worker_put refuses everything.
+ * allocated: length of p->threads. */
 CRPCI_COLD void crpci_worker_stop(crpci_worker_pool *p, crpci_heap *h, size_t allocated)
 {
-    if (!allocated)
-        return;
     crpci_thread_lock(&p->lock);
     p->stopping = true;
     crpci_thread_broadcast(&p->work);
@@ -20895,15 +20393,21 @@ CRPCI_COLD void crpci_worker_stop(crpci_worker_pool *p, crpci_heap *h, size_t al
         crpci_thread_join(p->threads[--p->count]);
 #endif
     crpci_heap_free(h, p->threads, allocated * sizeof *p->threads);
+    p->threads = NULL;
+}
+
+/* Frees a pool that was stopped. */
+CRPCI_COLD void crpci_worker_free(crpci_worker_pool *p)
+{
     crpci_thread_cond_free(&p->work);
     crpci_thread_mutex_free(&p->lock);
-    p->threads = NULL;
 }
 
 /* Starts `count` threads. stack: bytes of each one's stack, 0: the system's default. */
 CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t count,
                                   int64_t max_queued, size_t stack)
 {
+    int err = CRPC_EUNSUPPORTED;
     memset(p, 0, sizeof *p);
     crpci_list_init(&p->queue);
     p->max_queued = max_queued;
@@ -20915,24 +20419,22 @@ CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t co
         return CRPC_ENOMEM;
     }
     p->threads = (crpci_thread *)crpci_heap_alloc(h, count * sizeof *p->threads);
-    if (!p->threads) {
-        crpci_thread_cond_free(&p->work);
-        crpci_thread_mutex_free(&p->lock);
-        return CRPC_ENOMEM;
+    while (p->threads && p->count < count) {
+        if (crpci_thread_start(&p->threads[p->count], stack, crpci_worker_thread, p))
+            break;
+        p->count++;
     }
-    for (; p->count < count; p->count++) {
-        if (crpci_thread_start(&p->threads[p->count], stack, crpci_worker_thread, p)) {
-            crpci_worker_stop(p, h, count);
-            return CRPC_ESYSTEM;
-        }
-    }
-    return CRPC_OK;
+    if (p->count == count)
+        return CRPC_OK;
+    err = p->threads ? CRPC_ESYSTEM : CRPC_ENOMEM;
+    crpci_worker_stop(p, h, count);
+    crpci_worker_free(p);
 #else
     (void)h;
     (void)count;
     (void)stack;
-    return CRPC_EUNSUPPORTED;
 #endif
+    return err;
 }
 
 /* ======================================================================== */
@@ -21609,7 +21111,8 @@ CRPCI_FN void crpci_quota_leave(crpci_quota *q, bool ok, int64_t latency_us, int
  * stands here because every request reads it. */
 
 #define CRPCI_CONTEXT_CONN_MAX 4096 /* requests of one connection in service at a time */
-#define CRPCI_CONTEXT_CROWDED CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
+#define CRPCI_CONTEXT_CROWDED                                                                      \
+    CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
 
 /* The life of a server, which only goes forward. */
 typedef enum crpci_server_state {
@@ -21646,7 +21149,7 @@ struct crpc_server {
     void (*destroy)(crpc_server *s); /* the lifecycle section's: frees it with the last reference */
     crpci_service_map services;
     crpci_worker_pool workers;
-    size_t worker_count; /* 0: handlers run on the I/O threads */
+    size_t worker_count; /* also when they have stopped; 0: handlers run on the I/O threads */
     struct {
         crpc_loop **loops; /* one for each I/O thread */
         size_t count;
@@ -21658,7 +21161,6 @@ struct crpc_server {
         bool all;          /* all requests, not only those with user_fields, go through the guard */
         crpci_mutex lock;  /* of what follows; taken after a loop's lock, and before the workers' or
                             * the heap's */
-        bool over;         /* the workers are stopping: nothing is handed to them any more */
         crpci_order order;
         crpci_replay replay;
         crpci_quota *quotas; /* list: of the methods that have limits */
@@ -21689,7 +21191,7 @@ struct crpc_server {
         bool close_later; /* closed in a callback: close_task does it when the server is drained */
         crpci_task close_task;
     } drain;
-    crpc_server_options options; /* with copies of the program's texts; loops.thread_name is in `io` */
+    crpc_server_options options; /* its texts are copies; loops.thread_name may be gone, see `io` */
 };
 
 /* One request in service. It lies at the start of `block`, and is gone with it. */
@@ -21722,7 +21224,7 @@ struct crpc_context {
     crpci_message_out fields; /* of the reply */
     crpc_view attachment; /* of the reply */
     crpci_chunk *attachment_chunk;
-    crpci_out *reply; /* when the request is concluded; NULL: no memory, or the server has stopped */
+    crpci_out *reply; /* of a concluded request; NULL: no memory, or the server has stopped */
     crpc_view credential;
 };
 
@@ -22396,12 +21898,8 @@ CRPCI_COLD bool crpci_guard_resume(crpc_context *x)
 {
     crpc_server *s = x->server;
     bool ok;
-    if (s->options.workers) {
-        crpci_thread_lock(&s->guard.lock); /* else crpci_lifecycle_dismantle could free them now */
-        ok = !s->guard.over && !crpci_context_dispatch(x, true);
-        crpci_thread_unlock(&s->guard.lock);
-        return ok;
-    }
+    if (s->worker_count)
+        return !crpci_context_dispatch(x, true);
     crpci_loop_lock(x->loop);
     ok = crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPED; /* else nobody may drive the loop */
     if (ok)
@@ -22432,6 +21930,14 @@ CRPCI_COLD void crpci_guard_pass(crpc_server *s, crpci_guard *g)
         crpci_context_complete(x, CRPC_ELOGOFF);
         x = next;
     }
+}
+
+/* One more reference of a kept reply; NULL stays NULL. */
+CRPCI_COLD crpci_chunk *crpci_guard_ref(crpci_chunk *reply)
+{
+    if (reply)
+        crpci_heap_chunk_ref(reply);
+    return reply;
 }
 
 /* Returns the status of a repeated request: that of the kept reply. A reply is kept in the encoding
@@ -22497,8 +22003,8 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
             full = !crpci_guard_remember(x, digest);
         else if (waits)
             crpci_list_append(&e->waiting, &x->task.link);
-        else if (!other && e->reply)
-            crpci_heap_chunk_ref(g->reply = e->reply);
+        else if (!other)
+            g->reply = crpci_guard_ref(e->reply);
         s->guard.replayed += e && !other;
         crpci_thread_unlock(&s->guard.lock);
     }
@@ -22552,9 +22058,7 @@ CRPCI_COLD void crpci_guard_end(crpc_context *x, const crpci_message *m, int ser
         crpci_task *t = CRPCI_CONTAINER(waiting.next, crpci_task, link);
         crpc_context *w = CRPCI_CONTAINER(t, crpc_context, task);
         crpci_list_remove(&t->link);
-        w->guard->reply = reply;
-        if (reply)
-            crpci_heap_chunk_ref(reply);
+        w->guard->reply = crpci_guard_ref(reply);
         crpci_context_complete(w, crpci_guard_status(w));
     }
     crpci_heap_chunk_unref(reply);
@@ -22575,10 +22079,8 @@ CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
         m = ((const crpci_replay_reply *)(const void *)crpci_heap_data(reply))->m;
         m.id = x->id;
         out = crpci_context_frame(x->conn, &m);
-        if (out && out->tail_len) {
-            out->tail_chunk = reply;
-            crpci_heap_chunk_ref(reply);
-        }
+        if (out && out->tail_len)
+            out->tail_chunk = crpci_guard_ref(reply);
     } else {
         memset(&m, 0, sizeof m);
         out = crpci_context_encode(x, code, &m);
@@ -22693,8 +22195,8 @@ CRPCI_COLD int crpci_guard_add_quota(crpc_server *s, crpci_service_method *m,
     return CRPC_OK;
 }
 
-/* Applies a limit; one without service and method is for all methods. CRPC_EINVAL: it applies to no method of the server, so the program cannot mean
- * it. */
+/* Applies a limit; one without service and method is for all methods. CRPC_EINVAL: it applies to no
+ * method of the server, so the program cannot mean it. */
 CRPCI_COLD int crpci_guard_apply_limit(crpc_server *s, size_t index, crpc_error *error)
 {
     const crpc_method_limit *l = &s->options.method_limits[index];
@@ -22757,14 +22259,6 @@ CRPCI_COLD int crpci_guard_open(crpc_server *s)
                                 o->replay_bytes, (int64_t)o->replay_ms * 1000, secret);
     s->guard.replay.release = crpci_guard_forget;
     return err;
-}
-
-/* Called before the workers stop: from here on crpci_guard_resume hands nothing to them. */
-CRPCI_COLD void crpci_guard_stop(crpc_server *s)
-{
-    crpci_thread_lock(&s->guard.lock);
-    s->guard.over = true;
-    crpci_thread_unlock(&s->guard.lock);
 }
 
 CRPCI_COLD void crpci_guard_stats(crpc_server *s, crpc_loop_stats *stats)
@@ -22973,7 +22467,7 @@ static const crpci_conn_events crpci_intake_events = {
     crpci_intake_on_timer};
 
 /* Closes the server's connections on a loop, which other servers and channels may share. Locked.
- * Returns false, as crpci_lifecycle_any wants to hear. */
+ * Returns false: crpci_lifecycle_any shall go on. */
 CRPCI_FN bool crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
 {
     crpci_list *i, *next;
@@ -23095,7 +22589,7 @@ CRPCI_FN bool crpci_listener_adopt(crpc_server *s, crpc_loop *l, int fd,
     crpci_loop_lock(l);
     if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
         close(fd);
-    } else if (!crpci_connect_new(l, fd, false, &crpci_intake_events, s, &conn)) {
+    } else if ((conn = crpci_connect_new(l, fd, false, &crpci_intake_events, s)) != NULL) {
         crpci_thread_ref(&s->connections);
         conn->peer = *peer;
         conn->account = account;
@@ -23386,11 +22880,9 @@ CRPCI_FN void crpci_enrolment_on_status(void *user, int status, const char *text
  * an empty host or 0.0.0.0: the backend puts in the local address that reaches the registry. */
 CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, crpc_error *error)
 {
-    crpci_addr any = CRPC_INIT;
+    const char *advertise = s->options.advertise, *colon, *bracket;
     const crpci_listener *n = NULL;
     crpci_list *i;
-    bool wild = false;
-    unsigned port = 0;
     char *text;
     int err;
     for (i = s->listener.list.next; i != &s->listener.list && !n; i = i->next) {
@@ -23398,42 +22890,36 @@ CRPCI_COLD int crpci_enrolment_address(crpc_server *s, char *out, size_t size, c
         if (n->addr.u.any.sa_family == AF_UNIX)
             n = NULL;
     }
-    if (n) {
-        port = crpci_sock_port(&n->addr);
-        wild = n->addr.u.any.sa_family == AF_INET
-                   ? n->addr.u.in4.sin_addr.s_addr == htonl(INADDR_ANY)
-                   : memcmp(&n->addr.u.in6.sin6_addr, &any.u.in6.sin6_addr, 16) == 0;
-    }
-    if (s->options.advertise) {
-        const char *colon = strrchr(s->options.advertise, ':'),
-                   *bracket = strrchr(s->options.advertise, ']');
-        bool has_port = colon && (!bracket || colon > bracket);
-        if (!has_port && !n)
-            return crpci_status_set(error, CRPC_EINVAL,
-                                    "advertise \"%.80s\": no port, and no "
-                                    "tcp:// listener to take it from",
-                                    s->options.advertise);
-        text = has_port ? crpci_heap_format(s->heap, "%s", s->options.advertise)
-                        : crpci_heap_format(s->heap, "%s:%u", s->options.advertise, port);
-        if (!text)
-            return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
-        err = crpci_resolver_address(s->heap, text, out, size, error);
-        crpci_heap_strfree(s->heap, text);
-        return err ? crpci_status_set(error, err,
-                                      "advertise \"%.80s\" is not host[:port], or "
-                                      "cannot be resolved (IPv6 stands in brackets)",
-                                      s->options.advertise)
-                   : CRPC_OK;
-    }
-    if (!n)
+    if (!n && !advertise)
         return crpci_status_set(error, CRPC_EINVAL,
                                 "registry: there is no tcp:// listener to register; set listen or "
                                 "advertise");
-    if (wild)
-        snprintf(out, size, "%s:%u", n->addr.u.any.sa_family == AF_INET ? "0.0.0.0" : "", port);
-    else
+    if (!advertise) {
         crpci_sock_format(&n->addr, out, size);
-    return CRPC_OK;
+        if (strncmp(out, "[::]", 4) == 0)
+            memmove(out, out + 4, strlen(out + 4) + 1);
+        return CRPC_OK;
+    }
+    colon = strrchr(advertise, ':');
+    bracket = strrchr(advertise, ']');
+    if (colon && (!bracket || colon > bracket))
+        text = crpci_heap_format(s->heap, "%s", advertise);
+    else if (n)
+        text = crpci_heap_format(s->heap, "%s:%u", advertise, crpci_sock_port(&n->addr));
+    else
+        return crpci_status_set(error, CRPC_EINVAL,
+                                "advertise \"%.80s\": no port, and no "
+                                "tcp:// listener to take it from",
+                                advertise);
+    if (!text)
+        return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
+    err = crpci_resolver_address(s->heap, text, out, size, error);
+    crpci_heap_strfree(s->heap, text);
+    return err ? crpci_status_set(error, err,
+                                  "advertise \"%.80s\" is not host[:port], or "
+                                  "cannot be resolved (IPv6 stands in brackets)",
+                                  advertise)
+               : CRPC_OK;
 }
 
 /* Joins the names of a service's methods with commas, for people who inspect the registry. What
@@ -23460,8 +22946,8 @@ CRPCI_COLD int crpci_enrolment_start(crpc_server *s, crpc_error *error)
     memset(&o, 0, sizeof o);
     o.session_timeout_ms = s->options.directory.session_timeout_ms;
     o.credential = s->options.directory.credential;
-    err = err ? err
-              : crpci_open_registry(s->loop, s->options.registry, &o, &s->enrolment.registry, error);
+    if (!err)
+        err = crpci_open_registry(s->loop, s->options.registry, &o, &s->enrolment.registry, error);
     if (err)
         return err;
     s->enrolment.items = (crpci_enrolment *)crpci_heap_alloc(
@@ -23685,10 +23171,8 @@ CRPCI_COLD void crpci_lifecycle_dismantle(crpc_server *s)
     crpci_timer_cancel(&s->drain.timer);
     crpci_loop_unlock(l);
     crpci_lifecycle_any(s, crpci_intake_close_conns);
-    if (CRPC_ENABLE_POLICY)
-        crpci_guard_stop(s);
-    crpci_worker_stop(&s->workers, s->heap, s->worker_count);
-    s->worker_count = 0;
+    if (s->worker_count)
+        crpci_worker_stop(&s->workers, s->heap, s->worker_count);
     for (i = 0; i < s->io.count; i++)
         crpc_loop_close(s->io.loops[i]);
     crpci_heap_free(s->heap, s->io.loops, (size_t)s->options.io_threads * sizeof *s->io.loops);
@@ -23827,35 +23311,24 @@ CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_opti
     s->guard.all = o->ordered > 0 || o->rate_per_client > 0;
 }
 
-/* Replaces the texts of the options by copies, because the program may free its own. CRPC_ENOMEM:
- * some are NULL now. */
-CRPCI_COLD int crpci_lifecycle_copy_texts(crpc_server *s)
+/* With `keep` replaces the texts of the options by copies, because the program may free its own;
+ * without it frees the copies. CRPC_ENOMEM: some are NULL now. */
+CRPCI_COLD int crpci_lifecycle_keep_texts(crpc_server *s, bool keep)
 {
     size_t i;
     int err = CRPC_OK;
     for (i = 0; i < crpci_lifecycle_options.count; i++) {
-        char *at = (char *)&s->options + crpci_lifecycle_rows[i].offset, *copy;
-        const char *text;
+        char *at = (char *)&s->options + crpci_lifecycle_rows[i].offset, *text, *copy = NULL;
         if (!(crpci_lifecycle_rows[i].flags & CRPCI_OPTION_TEXT))
             continue;
         memcpy(&text, at, sizeof text);
-        copy = text ? crpci_heap_strndup(s->heap, text, strlen(text)) : NULL;
+        if (!keep)
+            crpci_heap_strfree(s->heap, text);
+        else if (text && (copy = crpci_heap_strndup(s->heap, text, strlen(text))) == NULL)
+            err = CRPC_ENOMEM;
         memcpy(at, &copy, sizeof copy);
-        err = text && !copy ? CRPC_ENOMEM : err;
     }
     return err;
-}
-
-CRPCI_COLD void crpci_lifecycle_free_texts(crpc_server *s)
-{
-    size_t i;
-    for (i = 0; i < crpci_lifecycle_options.count; i++) {
-        char *text;
-        if (!(crpci_lifecycle_rows[i].flags & CRPCI_OPTION_TEXT))
-            continue;
-        memcpy(&text, (char *)&s->options + crpci_lifecycle_rows[i].offset, sizeof text);
-        crpci_heap_strfree(s->heap, text);
-    }
 }
 
 /* Frees the struct when the last reference has gone: that of the program, or of a request that
@@ -23864,11 +23337,13 @@ CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
 {
     crpci_heap *h = s->heap;
     crpci_service_free(&s->services, h);
+    if (s->worker_count)
+        crpci_worker_free(&s->workers);
     if (CRPC_ENABLE_POLICY)
         crpci_guard_close(s);
     crpci_heap_free(h, s->enrolment.items, s->enrolment.count * sizeof *s->enrolment.items);
     crpci_peer_free_networks(&s->listener.allow, h);
-    crpci_lifecycle_free_texts(s);
+    crpci_lifecycle_keep_texts(s, false);
     crpci_heap_retire(h, s, sizeof *s);
     crpci_heap_unref(h);
 }
@@ -23915,7 +23390,7 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     crpci_loop_task_init(&s->drain.close_task, crpci_lifecycle_close_task);
     crpci_lifecycle_configure(s, &o);
     s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    if (crpci_lifecycle_copy_texts(s) || (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
+    if (crpci_lifecycle_keep_texts(s, true) || (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
         err = crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
     if (!err)
         err = crpci_peer_read_networks(&s->listener.allow, s->heap, o.access.allow, "allow", false,

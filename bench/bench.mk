@@ -111,6 +111,8 @@ $(BENCH)/footprint: bench/footprint.c $(BENCH_DEPS)
 	$(call bench_echo)
 $(BENCH)/allocs: bench/allocs.c $(BENCH_DEPS)
 	$(call bench_echo,,-Wl$(comma)--wrap=malloc$(comma)--wrap=calloc$(comma)--wrap=realloc)
+$(BENCH)/attack_server: bench/attack/attack_server.c $(BENCH_DEPS)
+	$(call bench_echo)
 $(BENCH)/crpc_press: bench/press/crpc_press.c bench/press/hist.h crpc.h bench/bench.mk
 	@mkdir -p $(@D)
 	@rm -f $@
@@ -125,6 +127,12 @@ build-test: $(if $(filter %/press_test.py,$(SCRIPTS)),$(BENCH)/crpc_press $(BENC
 
 .PHONY: press
 press: $(BENCH)/crpc_press ## build build/bench/crpc_press, a load generator for any baidu_std server
+
+.PHONY: attack
+attack: ## beset a server and measure honest calls meanwhile (40 minutes); QUICK=1 takes one, and judges less
+	@$(T_DIR)/setup.sh build
+	+@$(call SUB,$(BENCH)/attack_server $(BENCH)/crpc_press)
+	@bench/attack/attack.py --build $(BENCH) $(if $(QUICK),--quick)
 
 .PHONY: instructions
 instructions: ## compare instructions of a call with bench/baseline; 3 % more fail; UPDATE=1 replaces the baseline

@@ -22,7 +22,7 @@ OTHER = {
     "run": ["task"],
     "fn": ["timer", "watch"],
     "usable": ["crpci_providers_usable"],
-    "in_group": ["crpci_cluster_in_group"],
+    "in_group": ["crpci_cluster_tried"],
     "want": [],         # no transport has one yet
     "destroy": ["crpci_lifecycle_free"],
     "measure": ["crpci_balance_measure"],

@@ -1190,6 +1190,16 @@ CT_FN void fleet_open(fleet *f, int count, const char *query, const crpc_channel
     f->channel = net_channel(url, query, CRPC_POLLER_DEFAULT, NULL, options);
 }
 
+/* What the channel knows of a peer: its list is sorted by address. */
+CT_FN crpci_member *fleet_member(fleet *f, int which)
+{
+    size_t i = 0;
+    while (strcmp(crpci_providers_at(&f->channel->providers, i)->endpoint->address,
+                  f->peers[which].address) != 0)
+        i++;
+    return crpci_providers_at(&f->channel->providers, i);
+}
+
 /* Whether everything that was sent has been read, served and, where it was kept, let go. */
 CT_FN bool fleet_is_quiet(fleet *f)
 {

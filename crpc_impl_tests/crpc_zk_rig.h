@@ -41,9 +41,9 @@ CT_FN crpc_loop *loop_with(const crpc_hooks *hooks)
 /* A session without a handle. */
 CT_FN int session(crpc_loop *loop, const char *authority, crpci_zk_session **s)
 {
-    crpci_zk_pool_options o;
+    crpci_directory_options o;
     memset(&o, 0, sizeof o);
-    o.timeout_ms = 4000;
+    o.session_timeout_ms = 4000;
     return crpci_zk_pool_new(loop, authority, &o, s, NULL);
 }
 

@@ -21,7 +21,7 @@ static void it_puts_paths_below_the_root(void **state)
     for (i = 0; i < sizeof paths / sizeof *paths; i++) {
         char *full = crpci_agreement_path(h, paths[i].root, paths[i].path);
         if (strcmp(full, paths[i].full) != 0 ||
-            crpci_agreement_full(NULL, paths[i].root, paths[i].path) != strlen(full) ||
+            crpci_agreement_full(NULL, 0, paths[i].root, paths[i].path) != strlen(full) ||
             strcmp(crpci_agreement_relative(full, strlen(paths[i].root)), paths[i].back) != 0)
             fail_msg("\"%s\" \"%s\" gives \"%s\"", paths[i].root, paths[i].path, full);
         crpci_heap_strfree(h, full);

@@ -486,10 +486,10 @@ static void forks_can_fail_while_they_are_cancelled(void **state)
     l = crpc_channel_loop(f.channel);
     for (i = 0; i < 3; i++) {
         fleet_mood_set(&f.peers[i], FLEET_SILENT);
-        e[i] = crpci_providers_at(&f.channel->providers, (size_t)i)->endpoint;
+        e[i] = fleet_member(&f, i)->endpoint;
     }
     crpci_loop_lock(l);
-    f.channel->providers.balance.next = 0;
+    f.channel->providers.balance.next = fleet_member(&f, 0)->balance.index;
     assert_true(crpci_sock_parse(&e[1]->addr, "unix:/nonexistent/socket")); /* fails at once */
     e[1]->usable_at = crpci_loop_now(l) + INT64_C(10000000);
     crpci_loop_unlock(l);
@@ -498,7 +498,7 @@ static void forks_can_fail_while_they_are_cancelled(void **state)
     in.policy.cluster = CRPC_CLUSTER_FORKING;
     in.policy.forks = -1;
     crpci_loop_lock(l);
-    f.channel->providers.balance.next = 0;
+    f.channel->providers.balance.next = fleet_member(&f, 0)->balance.index;
     crpci_loop_unlock(l);
     assert_int_equal(dyn_Echo_Add_async(f.channel, &request, fleet_done, &mine, &in), CRPC_OK);
     assert_true(CT_WAIT(net_held(&f.peers[0].service) == 2 && net_held(&f.peers[2].service) == 1,

@@ -20,6 +20,16 @@ static const uint8_t golden_error[] = "PRPC\0\0\0\x14\0\0\0\x14\x12\x0e\x08\xea\
 
 typedef uint8_t *(*put_fn)(uint8_t *, uint8_t *, size_t, const crpci_meta *, crpc_view);
 
+/* A request's names, encoded unless the caller has done so. */
+static crpci_meta named(const crpci_meta *m)
+{
+    static uint8_t room[20000];
+    crpci_meta copy = *m;
+    if (!crpc_view_data(m->names))
+        copy.names = crpci_meta_put_names(room, sizeof room, m->service, m->method);
+    return copy;
+}
+
 /* Writes a frame before a payload in a block of exactly the room that CRPCI_META_BOUND asks for.
  * The result lies at the block's end. */
 static uint8_t block[4096];
@@ -28,10 +38,11 @@ static size_t put(put_fn fn, const crpci_meta *m, crpc_view fields, const char *
 {
     size_t room = CRPCI_META_BOUND + variable, n = strlen(payload);
     uint8_t *low = (uint8_t *)malloc(room + n + 1), *begin;
+    crpci_meta request = named(m);
     size_t size;
     assert_non_null(low);
     memcpy(low + room, payload, n);
-    begin = fn(low, low + room, n, m, fields);
+    begin = fn(low, low + room, n, &request, fields);
     size = (size_t)(low + room + n - begin);
     assert_true(begin >= low && size <= sizeof block);
     memcpy(block, begin, size);
@@ -323,6 +334,7 @@ static void the_bound_is_enough(void **state)
         m.credential = m.error_text = crpc_view_of(secret, len);
         assert_non_null(low);
         memset(fields, 0x4a, sizeof fields);
+        m = named(&m);
         begin = crpci_meta_put_request(low, low + room, 0, &m, crpc_view_of(fields, sizeof fields));
         assert_true(begin >= low);
         assert_memory_equal(begin, "PRPC", 4);

@@ -54,8 +54,8 @@ static int frame(crpci_request *r, int64_t id, const uint8_t **at, size_t *size,
     uint32_t body, meta;
     *at = o->head;
     *size = o->head_len;
-    assert_ptr_equal(*at + *size, crpci_heap_data(r->chunk) + r->payload +
-                                      r->message.payload_size + r->inline_size);
+    assert_ptr_equal(*at + *size, (const uint8_t *)(o + 1) + r->payload + r->payload_size +
+                                      r->inline_size);
     assert_int_equal(crpci_frame_header(*at, *size, &body, &meta), CRPCI_FRAME_OK);
     assert_int_equal(body + CRPCI_FRAME_HEADER, *size + crpc_view_size(r->attachment));
     return crpci_meta_read(*at + CRPCI_FRAME_HEADER, meta, m);
@@ -241,7 +241,7 @@ static void it_keeps_the_earliest_deadline(void **state)
     crpc_call call = CRPC_INIT;
     crpc_method m = method;
     crpci_origin parent = {5000, 11, 12, 13};
-    crpci_message inherited;
+    crpci_request inherited;
     (void)state;
     fixture_open(&f);
     f.channel.requests.policy.timeout_ms = 1000;

@@ -81,6 +81,8 @@ static void one_worker_keeps_the_order(void **state)
     for (i = 0; i < 1000; i++)
         assert_true(crpci_worker_put(&pool, job_of(i), false));
     crpci_worker_stop(&pool, h, 1); /* queued tasks still run */
+    assert_false(crpci_worker_put(&pool, job_of(0), true));
+    crpci_worker_free(&pool);
     assert_int_equal(ran, 1000);
     for (i = 0; i < 1000; i++)
         assert_int_equal(order[i], i);
@@ -104,6 +106,7 @@ static void all_workers_work(void **state)
     assert_true(CT_WAIT(get(&ran) == 10, 20000));
     assert_int_equal(most, 4);
     crpci_worker_stop(&pool, h, 4);
+    crpci_worker_free(&pool);
     crpci_heap_unref(h);
 }
 
@@ -125,6 +128,7 @@ static void the_queue_is_bounded(void **state)
     assert_true(CT_WAIT(get(&ran) == 6, 20000));
     assert_true(crpci_worker_put(&pool, job_of(11), false));
     crpci_worker_stop(&pool, h, 1);
+    crpci_worker_free(&pool);
     assert_int_equal(ran, 7);
     assert_int_equal(order[6], 11);
     crpci_heap_unref(h);
@@ -140,7 +144,7 @@ static void no_task_is_taken_after_the_stop(void **state)
     pool.stopping = true;
     assert_false(crpci_worker_put(&pool, job_of(1), false));
     crpci_worker_stop(&pool, h, 2);
-    crpci_worker_stop(&pool, h, 0); /* a pool that was never started: no effect */
+    crpci_worker_free(&pool);
     assert_int_equal(ran, 0);
     crpci_heap_unref(h);
 }
@@ -179,6 +183,7 @@ static void many_threads_may_push(void **state)
     for (i = 0; i < 4; i++)
         pthread_join(threads[i], NULL);
     crpci_worker_stop(&pool, h, 1);
+    crpci_worker_free(&pool);
     assert_int_equal(ran, 4000);
     for (i = 0; i < 4000; i++) {
         assert_int_equal(seen[order[i]]++, 0);
@@ -197,8 +202,10 @@ static int start_scenario(const crpc_hooks *hooks, void *user)
     if (err)
         return err;
     err = crpci_worker_start(&pool, h, 2, 0, 65536);
-    if (!err)
+    if (!err) {
         crpci_worker_stop(&pool, h, 2);
+        crpci_worker_free(&pool);
+    }
     crpci_heap_unref(h);
     return err;
 }

@@ -55,7 +55,7 @@ static void end(fixture *f)
     crpc_loop_close(f->loop);
 }
 
-/* Sends a request and answers it. */
+/* Sends a request and answers it. While a directory is missing the job still wants "/a/b". */
 static void answer(fixture *f, crpci_zk_verb verb, const char *path, int rc)
 {
     crpci_zk_request *q;
@@ -64,13 +64,13 @@ static void answer(fixture *f, crpci_zk_verb verb, const char *path, int rc)
     memset(&o, 0, sizeof o);
     memset(&a, 0, sizeof a);
     o.verb = verb;
-    o.path = path;
-    o.parents = true;
+    o.path = f->job.made ? "/a/b" : path;
+    o.flags = CRPC_NODE_PARENTS;
     a.rc = rc;
     f->told[0] = f->told[1] = '\0';
     q = crpci_zk_job_request(&f->s, &f->job, &o);
     assert_non_null(q);
-    q->parent = f->job.parent != NULL;
+    assert_string_equal(q->path, path);
     f->job.sent = q;
     assert_int_equal(crpci_zk_job_writing(&f->job), verb >= CRPCI_ZK_CREATE && !q->parent);
     crpci_zk_job_take(q, &a);
@@ -112,7 +112,7 @@ static void throttled_requests_are_repeated(void **state)
     answer(&f, CRPCI_ZK_CREATE, "/a/b", ZNONODE);
     answer(&f, CRPCI_ZK_CREATE, "/a", -127);
     assert_string_equal(f.told, "");
-    assert_string_equal(f.job.parent, "/a");
+    assert_int_equal(f.job.made, 2);
     answer(&f, CRPCI_ZK_CREATE, "/a", ZOK);
     end(&f);
 }
@@ -125,18 +125,18 @@ static void missing_parents_are_created(void **state)
     begin(&f);
     answer(&f, CRPCI_ZK_CREATE, "/a/b", ZNONODE);
     assert_string_equal(f.told, "");
-    assert_string_equal(f.job.parent, "/a");
+    assert_int_equal(f.job.made, 2);
     assert_true(f.job.due_us == 0);
     answer(&f, CRPCI_ZK_CREATE, "/a", ZCONNECTIONLOSS); /* done twice it is the same */
     assert_string_equal(f.told, "");
     answer(&f, CRPCI_ZK_CREATE, "/a", ZOK);
-    assert_null(f.job.parent);
+    assert_int_equal(f.job.made, 0);
     assert_true(f.job.due_us == 0);
     answer(&f, CRPCI_ZK_CREATE, "/a/b", ZNONODE);
     answer(&f, CRPCI_ZK_CREATE, "/a", ZNOAUTH); /* the end of it */
     assert_string_equal(f.told, "A");
     assert_int_equal(f.rc, ZNOAUTH);
-    assert_null(f.job.parent);
+    assert_int_equal(f.job.made, 0);
     answer(&f, CRPCI_ZK_CREATE, "/a", ZNONODE); /* above it is the root */
     assert_string_equal(f.told, "A");
     end(&f);
@@ -187,31 +187,45 @@ static void waits_are_random_and_bounded(void **state)
     end(&f);
 }
 
-/* Plays the server to a MKDIR: the first `there` parts exist. Returns the requests made. */
-static int make(const char *path, size_t there, bool allowed)
+/* Plays the server to a job whose directory is missing: the first `there` parts of it exist.
+ * Returns the number of directories that the job asks for. */
+static int make(const char *directory, size_t there, bool allowed)
 {
-    crpci_zk_job t;
-    char dir[64];
-    int requests = 0, made = 0;
-    memset(&t, 0, sizeof t);
-    strcpy(dir, path);
-    t.parent = dir;
-    t.made = strlen(dir);
-    while (made == 0) {
+    crpci_zk_request *q;
+    crpci_zk_answer a;
+    crpci_zk_order o;
+    char path[64];
+    fixture f;
+    int requests = 0;
+    begin(&f);
+    memset(&o, 0, sizeof o);
+    memset(&a, 0, sizeof a);
+    snprintf(path, sizeof path, "%s/node", directory);
+    o.verb = CRPCI_ZK_CREATE;
+    o.path = path;
+    o.flags = CRPC_NODE_PARENTS;
+    f.job.made = strlen(directory);
+    while (f.job.made) {
         size_t depth = 0, i;
-        for (i = 0; i < t.made; i++)
-            depth += dir[i] == '/';
-        assert_true(dir[t.made] == '/' || dir[t.made] == '\0');
+        q = crpci_zk_job_request(&f.s, &f.job, &o);
+        assert_true(q && q->parent);
+        f.job.sent = q;
+        for (i = 0; q->path[i]; i++)
+            depth += q->path[i] == '/';
+        assert_true(strncmp(q->path, path, i) == 0 && path[i] == '/');
         if (++requests > 20)
             fail_msg("no end");
-        made = crpci_zk_job_made(&t, depth <= there      ? ZNODEEXISTS
-                                        : depth > there + 1 ? ZNONODE
-                                        : allowed           ? ZOK
-                                                            : ZNOAUTH);
+        a.rc = depth <= there       ? ZNODEEXISTS
+               : depth > there + 1 ? ZNONODE
+               : allowed           ? ZOK
+                                   : ZNOAUTH;
         if (depth == there + 1 && allowed)
             there++;
+        crpci_zk_job_take(q, &a);
+        crpci_zk_job_request_free(q);
     }
-    assert_int_equal(made, allowed || there == 3 ? 1 : -1);
+    assert_string_equal(f.told, allowed || there == 3 ? "" : "A");
+    end(&f);
     return requests;
 }
 

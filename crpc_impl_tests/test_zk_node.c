@@ -118,7 +118,8 @@ static void begin(fixture *f, bool sequential)
     f->handle.session = &f->s;
     crpci_zk_node_own_init(&f->own, &f->s, &owner, "/d", f, on_release);
     f->own.sequential = sequential;
-    crpci_zk_node_watch_init(&f->watch, &f->s, on_value, f, on_release);
+    crpci_zk_node_watch_init(&f->watch, &f->s, CRPCI_ZK_WATCH_CHILDREN, NULL, on_value, f,
+                             on_release);
     f->name = sequential ? "id-lock-" : "one";
 }
 
@@ -294,17 +295,14 @@ static void an_unwanted_node_of_a_lost_create_is_removed(void **state)
 static void an_unwanted_node_is_not_made_after_its_parent(void **state)
 {
     crpci_zk_request *q;
-    crpci_zk_order o;
     fixture f;
     (void)state;
     begin(&f, false);
     want(&f, CRPCI_ZK_WISH_WANTED);
     own(&f, CRPCI_ZK_CREATE, "/d/one", ZNONODE, 0);
-    assert_true(crpci_zk_session_ask(&f.own.job, &o));
-    assert_string_equal(o.path, "/d");
-    q = crpci_zk_job_request(&f.s, &f.own.job, &o);
-    q->parent = true;
-    f.own.job.sent = q;
+    q = sent(&f, &f.own.job, CRPCI_ZK_CREATE, "/d/one");
+    assert_true(q->parent);
+    assert_string_equal(q->path, "/d");
     want(&f, CRPCI_ZK_WISH_ENDED);
     answer(q, ZOK, "/d", NULL, NULL);
     own(&f, CRPCI_ZK_DELETE, "/d/one", ZNONODE, 0);

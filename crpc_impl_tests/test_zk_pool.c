@@ -27,7 +27,6 @@ static void the_wait_before_a_new_handle_is_random(void **state)
     assert_true(crpci_zk_job_pace(s) == 1000000);
     s->negotiated_ms = 15000;
     assert_true(crpci_zk_job_pace(s) == 3750000);
-    assert_true(crpci_zk_job_patience(s) == 30000000);
     crpci_zk_session_free(s);
     crpc_loop_close(loop);
 }
@@ -50,7 +49,7 @@ static void a_fleet_spreads_its_reconnects(void **state)
     memset(bucket, 0, sizeof bucket);
     hooks.clock_us = client_clock;
     for (i = 0; i < 500; i++) {
-        crpci_zk_pool_options o;
+        crpci_directory_options o;
         crpci_zk_session *s;
         crpc_loop *loop;
         int at;
@@ -58,7 +57,7 @@ static void a_fleet_spreads_its_reconnects(void **state)
         loop = loop_with(&hooks);
         assert_non_null(loop);
         memset(&o, 0, sizeof o);
-        o.timeout_ms = CRPCI_ZK_POOL_TIMEOUT_MS;
+        o.session_timeout_ms = CRPCI_ZK_POOL_TIMEOUT_MS;
         assert_int_equal(crpci_zk_pool_new(loop, "10.0.0.1", &o, &s, NULL), CRPC_OK);
         at = (int)(crpci_zk_job_delay(s) / 100000);
         assert_in_range(at, 0, 19);

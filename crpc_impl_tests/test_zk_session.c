@@ -12,7 +12,17 @@ static int64_t client_clock(void *user)
     return clock_of_client;
 }
 
-/* Lists become stale when the loss has lasted as long as a session; that is reported once. */
+static int ages;
+
+static bool count_age(crpci_zk_session *s)
+{
+    (void)s;
+    ages++;
+    return true;
+}
+
+/* Lists become stale when the loss has lasted as long as a session, once; after twice that the session is
+ * given up. */
 static void lists_become_stale_after_a_session_timeout(void **state)
 {
     crpc_hooks hooks = ct_hooks();
@@ -24,15 +34,26 @@ static void lists_become_stale_after_a_session_timeout(void **state)
     loop = loop_with(&hooks);
     assert_int_equal(session(loop, "10.0.0.1", &s), CRPC_OK);
     s->negotiated_ms = 4000;
-    assert_false(crpci_zk_session_is_old(s));
+    assert_int_equal(crpci_zk_session_absence(s), 0);
     s->phase = CRPCI_ZK_LOST;
     s->lost_us = clock_of_client;
     clock_of_client += 3999999;
-    assert_false(crpci_zk_session_is_old(s));
+    assert_int_equal(crpci_zk_session_absence(s), 0);
     clock_of_client++;
-    assert_true(crpci_zk_session_is_old(s));
+    assert_int_equal(crpci_zk_session_absence(s), 1);
+    s->age = count_age;
+    ages = 0;
+    crpci_zk_session_age(s);
+    crpci_zk_session_age(s);
+    assert_int_equal(ages, 1);
+    s->age = NULL;
+    s->aged = false;
     crpci_zk_session_age(s); /* without a directory there is nothing to be done */
-    assert_false(crpci_zk_session_is_old(s));
+    assert_true(s->aged);
+    clock_of_client += 3999999;
+    assert_false(crpci_zk_session_is_hopeless(s));
+    clock_of_client++;
+    assert_true(crpci_zk_session_is_hopeless(s));
     crpci_zk_session_free(s);
     crpc_loop_close(loop);
 }
@@ -58,9 +79,58 @@ static void a_peer_that_is_not_zookeeper_is_recognised(void **state)
     crpc_loop_close(loop);
 }
 
+#if !CRPC_ZOOKEEPER_ST
+/* One server accepts each connection and closes it, as a load balancer does for a while. Before the
+ * session's timeout has passed, that says nothing about the session; then three refusals end it. */
+static void refusals_count_only_after_the_session_timeout(void **state)
+{
+    crpc_hooks hooks = ct_hooks();
+    char authority[CRPC_ADDRESS_MAX];
+    crpci_zk_handle handle;
+    crpci_zk_session *s;
+    crpc_loop *loop;
+    crpci_addr a;
+    int fd, i;
+    (void)state;
+    assert_true(crpci_sock_parse(&a, "127.0.0.1:0"));
+    fd = crpci_sock_listen(&a);
+    assert_true(fd >= 0);
+    crpci_sock_local(fd, &a);
+    crpci_sock_format(&a, authority, sizeof authority);
+    hooks.clock_us = client_clock;
+    clock_of_client = 1000000;
+    loop = loop_with(&hooks);
+    assert_int_equal(session(loop, authority, &s), CRPC_OK);
+    memset(&handle, 0, sizeof handle);
+    s->handle = &handle;
+    crpci_loop_lock(loop);
+    crpci_zk_session_connected(s, 7, 15000);
+    crpci_zk_session_disconnected(s);
+    for (i = 0; i < 14; i++) {
+        clock_of_client += 1000000;
+        crpci_zk_session_probed(s, &handle, ZCONNECTIONLOSS);
+        assert_int_equal(s->phase, CRPCI_ZK_LOST);
+    }
+    clock_of_client += 1000000;
+    for (i = 0; i < 3; i++) {
+        assert_int_equal(s->phase, CRPCI_ZK_LOST);
+        crpci_zk_session_probed(s, &handle, ZCONNECTIONLOSS);
+    }
+    assert_int_equal(s->phase, CRPCI_ZK_OVER);
+    crpci_loop_unlock(loop);
+    s->handle = NULL;
+    close(fd);
+    crpci_zk_session_free(s);
+    crpc_loop_close(loop);
+}
+#endif
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
+#if !CRPC_ZOOKEEPER_ST
+        CT_TEST(refusals_count_only_after_the_session_timeout),
+#endif
         CT_TEST(lists_become_stale_after_a_session_timeout),
         CT_TEST(a_peer_that_is_not_zookeeper_is_recognised),
     };

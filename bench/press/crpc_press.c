@@ -53,6 +53,7 @@ static const char usage_text[] =
     "  --text-field N=STR   protobuf field N, a string or bytes\n"
     "  --int-field N=NUM    protobuf field N, a varint\n"
     "  --attachment X       attachment: the bytes of file X, or X bytes (1000, 64k, 1m)\n"
+    "  --user-field K=STR   a user_fields entry, such as crpc-key=a\n"
     "The load:\n"
     "  --rate N             calls a second, however slow the replies are (open loop). Default 0:\n"
     "                       each call that ends begins the next (closed loop)\n"
@@ -164,6 +165,7 @@ typedef struct plan {
     const char *method; /* behind the dot in service, which is cut there */
     bytes payload;
     bytes attachment;
+    crpc_field field; /* key NULL: none */
     double rate;
     double duration;
     double warmup;
@@ -269,6 +271,21 @@ static bool append_field(bytes *to, const char *text, bool number)
            append_varint(to, (uint64_t)n);
 }
 
+/* KEY=STR: a user_fields entry. */
+static bool set_user_field(plan *p, const char *text)
+{
+    bytes key = CRPC_INIT;
+    const char *equals = strchr(text, '=');
+
+    if (p->field.key || !equals || !append(&key, text, (size_t)(equals - text) + 1)) {
+        return false;
+    }
+    key.data[equals - text] = '\0';
+    p->field.key = key.data;
+    p->field.value = equals + 1;
+    return true;
+}
+
 /* A size such as 512, 64k or 2m, else a file. */
 static bool append_attachment(bytes *to, const char *text)
 {
@@ -312,6 +329,7 @@ static bool parse_value(plan *p, const char *key, const char *value)
            : !strcmp(key, "--text-field")  ? append_field(&p->payload, value, false)
            : !strcmp(key, "--int-field")   ? append_field(&p->payload, value, true)
            : !strcmp(key, "--attachment")  ? append_attachment(&p->attachment, value)
+           : !strcmp(key, "--user-field")  ? set_user_field(p, value)
            : !strcmp(key, "--rate")        ? parse_real(value, 0, 1e8, &p->rate)
            : !strcmp(key, "--duration")    ? parse_real(value, 0.01, 1e6, &p->duration)
            : !strcmp(key, "--warmup")      ? parse_real(value, 0, 1e6, &p->warmup)
@@ -844,6 +862,8 @@ static bool prepare(press *r)
     r->method.response_size = sizeof(raw_reply);
     r->request.bytes = crpc_view_of(p->payload.data, p->payload.size);
     r->call.policy.timeout_ms = p->timeout_ms;
+    r->call.fields = &p->field;
+    r->call.field_count = p->field.key != NULL;
     r->call.attachment = crpc_view_of(p->attachment.data, p->attachment.size);
     return true;
 }
@@ -905,5 +925,6 @@ int main(int argc, char **argv)
     free(r.slots);
     free(p.payload.data);
     free(p.attachment.data);
+    free((void *)(uintptr_t)p.field.key);
     return status;
 }

@@ -6,6 +6,7 @@ import concurrent.futures
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -89,6 +90,24 @@ def payload():
         check("bytes both ways", abs(ratio - (3072 + 14) / (3072 + 3)) < 0.01, got)
 
 
+def user_field():
+    """What the first request holds: a field of the meta, and the message behind."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        press = subprocess.Popen([PRESS, "tcp://127.0.0.1:%d" % listener.getsockname()[1], ECHO,
+                                  "--user-field", "crpc-key=a=b", "--text-field", "1=abc"],
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with listener.accept()[0] as peer:
+            got = b""
+            while b"\n\x03abc" not in got:
+                piece = peer.recv(4096)
+                if not piece:
+                    break
+                got += piece
+        press.kill()
+        press.wait()
+    check("user field", b"\x4a\x0f\x0a\x08crpc-key\x12\x03a=b" in got and got.endswith(b"abc"), got)
+
+
 def refusals():
     with Server() as server:
         got = server.press("--duration", "0.1", "--warmup", "0", method="example.EchoService.Nope")
@@ -99,7 +118,7 @@ def refusals():
         url = server.url
     for line, status in [([url, ECHO], 1), ([url], 2), ([url, ECHO, "--rate", "x"], 2),
                          ([url, ECHO, "--hex", "abc"], 2), ([url, "Echo"], 2),
-                         ([url, ECHO, "--text-field", "x=1"], 2), ([url, ECHO, "--cake", "1"], 2)]:
+                         ([url, ECHO, "--text-field", "x=1"], 2), ([url, ECHO, "--user-field", "x"], 2), ([url, ECHO, "--cake", "1"], 2)]:
         done = subprocess.run([PRESS, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         check("exit status of %s" % line[1:], done.returncode == status, done)
 
@@ -167,7 +186,7 @@ def stopped_for_good():
 
 def main():
     parts = [stopped_open, stopped_one_at_a_time, stopped_closed, stopped_for_good, loops, payload,
-             refusals, histogram]
+             user_field, refusals, histogram]
     with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
         for part, done in [(p, pool.submit(p)) for p in parts]:
             try:
