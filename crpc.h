@@ -1663,17 +1663,20 @@ typedef struct crpc_server_options {
                          has all connections. -1: as 0 */
     int workers;      /* threads that run handlers. 0: handlers run on the thread of their
                          connection. -1: as 0 */
-    int worker_queue; /* requests that may wait for a worker; beyond it CRPC_ELIMIT. 0: 1024. -1: no
-                         limit */
+    int worker_queue; /* requests that may wait for a worker; beyond it CRPC_ELIMIT. Workers take one
+                         of each host in turn; the last quarter is not for the host with most. 0:
+                         1024. -1: no limit */
     int worker_stack; /* bytes. 0: 256 KiB. -1: the system's default */
     /* Requests with the same key run one after another in the order in which they came: the next
      * begins when the reply to the one before is ready, whichever thread made it. The key is the
-     * request's user_fields entry "crpc-key". At most worker_queue requests wait for their turn.
+     * request's user_fields entry "crpc-key". At most worker_queue requests wait for their turn,
+     * half of them with one key.
      * 0: requests without a key run as they come. 1: requests without a key run in the order of
      * their connection. -1: keys are ignored */
     int ordered;
     int max_concurrency; /* requests in service at a time, deferred and waiting ones included;
-                            beyond it CRPC_ELIMIT. 0: 8192 for each I/O thread. -1: no limit */
+                            beyond it, and beyond three quarters of it for the host with most by its
+                            weight, CRPC_ELIMIT. 0: 8192 for each I/O thread. -1: no limit */
     int max_connections; /* open at a time. Above three quarters of it the host with the most
                             connections, by its weight, gets no more, and yields one to a newcomer
                             when none is left. What is refused gets CRPC_ELIMIT. 0: 1024. -1: no
@@ -20321,12 +20324,20 @@ CRPCI_COLD int crpci_service_add(crpci_service_map *map, crpci_heap *h, const cr
 /* >>impl-worker   a pool of threads for handlers, with a bounded queue      */
 /* ======================================================================== */
 
+/* Tasks of one host, under the lock of the pool. Workers take one task of each host in turn, so that
+ * a host with a thousand of them delays another's only by one. */
+typedef struct crpci_worker_flow {
+    crpci_list link;  /* in the pool's flows, while there are tasks */
+    crpci_list tasks; /* crpci_task; `run` is called without a lock, its loop is NULL */
+    int64_t queued;
+} crpci_worker_flow;
+
 /* Started by the server, one pool for all its listeners and I/O threads. */
 typedef struct crpci_worker_pool {
     crpci_mutex lock;
     crpci_cond work;  /* a task was queued, or the pool is stopping */
-    crpci_list queue; /* crpci_task; `run` is called without a lock, its loop is NULL */
-    int64_t queued;
+    crpci_list flows; /* that have tasks; the first one is next */
+    int64_t queued;   /* of all flows */
     int64_t max_queued; /* tasks that wait for a busy worker; 0: no limit */
     int64_t idle;       /* workers that wait for a task */
     bool stopping;
@@ -20334,22 +20345,60 @@ typedef struct crpci_worker_pool {
     crpci_thread *threads;
 } crpci_worker_pool;
 
-/* Queues a task. False: the queue is full, or the pool is stopping. An idle worker takes a task at
- * once, so each adds one place to the queue. `admitted`: the request was let in before and waited
- * for its turn; the limit does not apply again. */
-CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_task *t, bool admitted)
+CRPCI_FN void crpci_worker_flow_init(crpci_worker_flow *f)
+{
+    crpci_list_init(&f->link);
+    crpci_list_init(&f->tasks);
+    f->queued = 0;
+}
+
+/* Whether one more task of a flow may wait. An idle worker takes a task at once, so each adds one
+ * place. The last quarter of the places is not for the flow that has most. Locked. */
+CRPCI_FN bool crpci_worker_has_room(const crpci_worker_pool *p, const crpci_worker_flow *f)
+{
+    int64_t most = p->max_queued + p->idle;
+    const crpci_list *i;
+    if (!p->max_queued || p->queued < most - p->max_queued / 4)
+        return true;
+    if (p->queued >= most || !f->queued)
+        return p->queued < most;
+    for (i = p->flows.next; i != &p->flows; i = i->next) {
+        if (CRPCI_CONTAINER(i, crpci_worker_flow, link)->queued > f->queued)
+            return true;
+    }
+    return false;
+}
+
+/* Queues a task of a flow. False: there is no room, or the pool is stopping. `admitted`: the request
+ * was let in before and waited for its turn; the limit does not apply again. */
+CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_worker_flow *f, crpci_task *t,
+                               bool admitted)
 {
     bool room;
     crpci_thread_lock(&p->lock);
-    room = admitted || !p->max_queued || p->queued < p->max_queued + p->idle;
-    room = room && !p->stopping;
+    room = !p->stopping && (admitted || crpci_worker_has_room(p, f));
     if (room) {
-        crpci_list_append(&p->queue, &t->link);
+        if (!f->queued++)
+            crpci_list_append(&p->flows, &f->link);
+        crpci_list_append(&f->tasks, &t->link);
         p->queued++;
         crpci_thread_signal(&p->work);
     }
     crpci_thread_unlock(&p->lock);
     return room;
+}
+
+/* Takes the first task of the first flow, which goes to the end. Locked. */
+CRPCI_FN crpci_task *crpci_worker_take(crpci_worker_pool *p)
+{
+    crpci_worker_flow *f = CRPCI_CONTAINER(p->flows.next, crpci_worker_flow, link);
+    crpci_task *t = CRPCI_CONTAINER(f->tasks.next, crpci_task, link);
+    crpci_list_remove(&t->link);
+    crpci_list_remove(&f->link);
+    p->queued--;
+    if (--f->queued)
+        crpci_list_append(&p->flows, &f->link);
+    return t;
 }
 
 #if CRPC_ENABLE_THREADS
@@ -20360,7 +20409,7 @@ CRPCI_FN void *crpci_worker_thread(void *arg)
     crpci_thread_lock(&p->lock);
     for (;;) {
         crpci_task *t;
-        if (crpci_list_empty(&p->queue)) {
+        if (crpci_list_empty(&p->flows)) {
             if (p->stopping)
                 break;
             p->idle++;
@@ -20368,9 +20417,7 @@ CRPCI_FN void *crpci_worker_thread(void *arg)
             p->idle--;
             continue;
         }
-        t = CRPCI_CONTAINER(p->queue.next, crpci_task, link);
-        crpci_list_remove(&t->link);
-        p->queued--;
+        t = crpci_worker_take(p);
         crpci_thread_unlock(&p->lock);
         t->run(NULL, t);
         crpci_thread_lock(&p->lock);
@@ -20409,7 +20456,7 @@ CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t co
 {
     int err = CRPC_EUNSUPPORTED;
     memset(p, 0, sizeof *p);
-    crpci_list_init(&p->queue);
+    crpci_list_init(&p->flows);
     p->max_queued = max_queued;
 #if CRPC_ENABLE_THREADS
     if (crpci_thread_mutex_init(&p->lock))
@@ -20448,6 +20495,7 @@ CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t co
 typedef struct crpci_order_item {
     crpci_list link;  /* the first: in its bucket; the others: in the first's queue */
     crpci_list queue; /* the first: requests that wait, in the order in which they came */
+    int64_t waiting;  /* the first: how many wait */
     const void *of;   /* the connection within which the key orders; NULL: the whole server */
     uint64_t key;     /* hash of the key; two keys with one hash would only run one after another */
 } crpci_order_item;
@@ -20474,18 +20522,22 @@ CRPCI_COLD void crpci_order_init(crpci_order *o, int64_t max_waiting)
 }
 
 /* CRPC_OK: the request is the first of its key and may run. CRPC_EPENDING: it waits for its turn.
- * CRPC_ELIMIT: too many requests wait; this one was not taken in. */
+ * CRPC_ELIMIT: too many requests wait, or half of those that may wait have this key; this one was
+ * not taken in. */
 CRPCI_FN int crpci_order_enter(crpci_order *o, crpci_order_item *item)
 {
     crpci_list *bucket = crpci_order_bucket(o, item), *i;
     crpci_list_init(&item->queue);
+    item->waiting = 0;
     for (i = bucket->next; i != bucket; i = i->next) {
         crpci_order_item *first = CRPCI_CONTAINER(i, crpci_order_item, link);
         if (first->key != item->key || first->of != item->of)
             continue;
-        if (o->max_waiting && o->waiting >= o->max_waiting)
+        if (o->max_waiting && (o->waiting >= o->max_waiting ||
+                               first->waiting >= (o->max_waiting + 1) / 2))
             return CRPC_ELIMIT;
         crpci_list_append(&first->queue, &item->link);
+        first->waiting++;
         o->waiting++;
         return CRPC_EPENDING;
     }
@@ -20503,6 +20555,7 @@ CRPCI_FN crpci_order_item *crpci_order_leave(crpci_order *o, crpci_order_item *i
     next = CRPCI_CONTAINER(item->queue.next, crpci_order_item, link);
     crpci_list_remove(&next->link);
     crpci_list_move(&next->queue, &item->queue);
+    next->waiting = item->waiting - 1;
     crpci_list_append(crpci_order_bucket(o, next), &next->link);
     o->waiting--;
     return next;
@@ -20862,6 +20915,7 @@ CRPCI_FN const crpci_peer_network *crpci_peer_find_network(const crpci_peer_netw
 typedef enum crpci_peer_resource {
     CRPCI_PEER_CONNECTIONS,
     CRPCI_PEER_REPLAYS, /* replay entries */
+    CRPCI_PEER_SERVING, /* requests in service, counted as the server counts them */
     CRPCI_PEER_RESOURCES
 } crpci_peer_resource;
 
@@ -20871,6 +20925,7 @@ typedef struct crpci_peer_account {
     uint32_t weight;
     uint32_t held[CRPCI_PEER_RESOURCES];
     crpci_limiter_bucket bucket; /* of rate_per_client */
+    crpci_worker_flow flow;      /* under the lock of the worker pool */
 } crpci_peer_account;
 
 typedef struct crpci_peer_table {
@@ -20978,6 +21033,7 @@ CRPCI_FN crpci_peer_account *crpci_peer_connect(crpci_peer_table *t, const crpci
     a->weight = network ? network->weight : 1;
     a->held[CRPCI_PEER_CONNECTIONS] = 1;
     crpci_limiter_bucket_init(&a->bucket, t->rate, t->burst);
+    crpci_worker_flow_init(&a->flow);
     if (t->sketch)
         crpci_peer_restore_debt(t, &a->bucket, hash, now_us);
     crpci_list_append(bucket, &a->link);
@@ -21004,7 +21060,8 @@ CRPCI_FN void crpci_peer_release(crpci_peer_table *t, crpci_peer_account *a,
 CRPCI_FN bool crpci_peer_is_larger(const crpci_peer_account *a, const crpci_peer_account *b,
                                    crpci_peer_resource what)
 {
-    return (uint64_t)a->held[what] * b->weight > (uint64_t)b->held[what] * a->weight;
+    return (uint64_t)crpci_thread_load(&a->held[what]) * b->weight >
+           (uint64_t)crpci_thread_load(&b->held[what]) * a->weight;
 }
 
 /* The account other than `but` that holds most by its weight. NULL: there is no other. */
@@ -21039,7 +21096,7 @@ CRPCI_FN bool crpci_peer_may_keep(const crpci_peer_table *t, const crpci_peer_ac
     if (total <= most - most / 4)
         return true;
     other = crpci_peer_largest(t, own, what);
-    if (own->held[what] > 1 && (!other || crpci_peer_is_larger(own, other, what)))
+    if (crpci_thread_load(&own->held[what]) > 1 && (!other || crpci_peer_is_larger(own, other, what)))
         return false;
     if (total <= most)
         return true;
@@ -21144,11 +21201,13 @@ struct crpc_server {
     uint32_t active;  /* atomic: connections with requests in service */
     uint32_t serving; /* requests in service; atomic with I/O threads, else under the lock */
     uint32_t max_serving; /* at which further requests get CRPC_ELIMIT */
+    uint32_t fair_serving; /* from which on an account gets no more than its share */
     uint32_t connections; /* atomic: open ones, of all loops */
     bool private_loop;    /* the server opened `loop` and closes it */
     void (*destroy)(crpc_server *s); /* the lifecycle section's: frees it with the last reference */
     crpci_service_map services;
     crpci_worker_pool workers;
+    crpci_worker_flow flow; /* of all requests without CRPC_ENABLE_POLICY */
     size_t worker_count; /* also when they have stopped; 0: handlers run on the I/O threads */
     struct {
         crpc_loop **loops; /* one for each I/O thread */
@@ -21444,19 +21503,28 @@ CRPCI_FN void crpci_context_free(crpc_context *x)
 
 /* --- requests in service ---------------------------------------------------------------------- */
 
-/* Counts requests in service. One thread alone counts if there are no I/O threads: no atomics. */
-CRPCI_FN void crpci_context_count(crpc_server *s, uint32_t by)
+/* Counts a connection's requests in service, for the server and for the peer's account. One thread
+ * alone counts if there are no I/O threads: no atomics. */
+CRPCI_FN void crpci_context_count(crpc_server *s, crpci_conn *conn, uint32_t by)
 {
-    if (s->options.io_threads)
+    uint32_t *held = CRPC_ENABLE_POLICY
+                         ? &((crpci_peer_account *)conn->account)->held[CRPCI_PEER_SERVING]
+                         : NULL;
+    if (s->options.io_threads) {
         crpci_thread_add(&s->serving, by);
-    else
+        if (held)
+            crpci_thread_add(held, by);
+    } else {
         s->serving += by;
+        if (held)
+            *held += by;
+    }
 }
 
 /* A connection with requests in service keeps itself, its loop and the server. Locked. */
 CRPCI_FN void crpci_context_begin(crpc_server *s, crpci_conn *conn)
 {
-    crpci_context_count(s, 1);
+    crpci_context_count(s, conn, 1);
     if (conn->busy++)
         return;
     crpci_conn_hold(conn);
@@ -21470,7 +21538,7 @@ CRPCI_FN void crpci_context_begin(crpc_server *s, crpci_conn *conn)
 CRPCI_FN bool crpci_context_end(crpci_conn *conn)
 {
     crpc_server *s = (crpc_server *)conn->owner;
-    crpci_context_count(s, (uint32_t)-1);
+    crpci_context_count(s, conn, (uint32_t)-1);
     if (--conn->busy)
         return false;
     if (CRPC_ENABLE_POLICY && conn->closed)
@@ -21677,6 +21745,12 @@ CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
         crpci_context_release(s, l);
 }
 
+/* The queue of a request for a worker: that of its peer's account. */
+CRPCI_FN crpci_worker_flow *crpci_context_flow(crpc_context *x)
+{
+    return CRPC_ENABLE_POLICY ? &((crpci_peer_account *)x->conn->account)->flow : &x->server->flow;
+}
+
 /* Hands a request to the workers, or makes it a task of its loop, which is locked then. Returns
  * NULL, or the text with which to refuse it; one that was `admitted` before is not refused. From
  * here on another thread may run the request and free its context. */
@@ -21685,7 +21759,7 @@ CRPCI_FN const char *crpci_context_dispatch(crpc_context *x, bool admitted)
     crpc_server *s = x->server;
     if (!s->worker_count)
         crpci_loop_ready(x->loop, &x->task);
-    else if (!crpci_worker_put(&s->workers, &x->task, admitted))
+    else if (!crpci_worker_put(&s->workers, crpci_context_flow(x), &x->task, admitted))
         return CRPCI_CONTEXT_CROWDED;
     return NULL;
 }
@@ -22125,6 +22199,19 @@ CRPCI_COLD bool crpci_guard_has_room(crpc_server *s, const crpci_peer_account *o
     return may;
 }
 
+/* Whether one more request of a connection may be in service beside `serving` others. Locked. */
+CRPCI_COLD bool crpci_guard_may_serve(crpc_server *s, crpci_conn *conn, uint32_t serving)
+{
+    bool may;
+    crpci_context_count(s, conn, 1);
+    crpci_thread_lock(&s->guard.lock);
+    may = crpci_peer_may_keep(&s->guard.peers, (crpci_peer_account *)conn->account,
+                              CRPCI_PEER_SERVING, (uint64_t)serving + 1, s->max_serving, NULL);
+    crpci_thread_unlock(&s->guard.lock);
+    crpci_context_count(s, conn, (uint32_t)-1);
+    return may;
+}
+
 static const crpci_context_guard crpci_guard_ops = {crpci_guard_serve, crpci_guard_encode,
                                                     crpci_guard_end, crpci_guard_disconnect};
 
@@ -22350,6 +22437,15 @@ CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_m
         crpci_context_reject(x);
 }
 
+/* Whether one more request of a connection may be in service, when most of max_concurrency are
+ * already. Locked. */
+CRPCI_COLD bool crpci_intake_may_serve(crpc_server *s, crpci_conn *conn)
+{
+    uint32_t serving = crpci_thread_load(&s->serving);
+    return CRPC_ENABLE_POLICY ? crpci_guard_may_serve(s, conn, serving)
+                              : serving < s->max_serving;
+}
+
 /* A request is complete. */
 CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
 {
@@ -22367,7 +22463,8 @@ CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
         return;
     }
     method = crpci_intake_method(s, conn, m);
-    if (method && CRPCI_UNLIKELY(crpci_thread_load(&s->serving) >= s->max_serving)) {
+    if (method && CRPCI_UNLIKELY(crpci_thread_load(&s->serving) >= s->fair_serving) &&
+        !crpci_intake_may_serve(s, conn)) {
         crpci_context_refuse(conn, m, CRPC_ELIMIT,
                              "too many requests are being served (max_concurrency)");
     } else if (method) {
@@ -23304,6 +23401,8 @@ CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_opti
     s->max_serving = o->max_concurrency ? (uint32_t)o->max_concurrency : INT32_MAX;
     if (!in->max_concurrency && o->io_threads)
         s->max_serving *= (uint32_t)o->io_threads;
+    s->fair_serving = CRPC_ENABLE_POLICY ? s->max_serving - s->max_serving / 4 : s->max_serving;
+    crpci_worker_flow_init(&s->flow);
     if (!in->lame_ms && !in->registry)
         o->lame_ms = 0;
     if (!o->replay_bytes)
