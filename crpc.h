@@ -248,11 +248,12 @@
  * Delivery. A call is executed at most once, unless its method is idempotent (in the .proto:
  * `option idempotency_level = IDEMPOTENT;`) or its cluster policy sends it to several providers or
  * again (failback, forking, broadcast). crpc retries by itself in three cases: not a byte of the
- * request was sent; the server refused it because it is stopping (CRPC_ELOGOFF); the connection was
- * lost and the method is idempotent. Each retry goes to a provider other than the last four that
- * were tried. A request with an id (request_ids) is repeated at its own provider instead, and a
- * server with replay_entries executes it once, however often it comes. CRPC_OK means that the
- * handler has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES means that nobody knows.
+ * request was sent; the server refused to execute it, because it is stopping (CRPC_ELOGOFF) or at a
+ * limit (CRPC_ELIMIT); the connection was lost and the method is idempotent. Each retry goes to a
+ * provider other than the last four that were tried. A request with an id (request_ids) is repeated
+ * at its own provider instead, and a server with replay_entries executes it once, however often it
+ * comes. CRPC_OK means that the handler has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES
+ * means that nobody knows.
  *
  * OPTIONS
  *
@@ -18119,7 +18120,7 @@ struct crpci_pending_call {
     uint64_t key;       /* for lb=hash; 0: none */
     crpci_pending_call *parent; /* of a part */
     crpci_group *group;         /* its parts; NULL: none */
-    crpc_sent before; /* the most that failed attempts sent, but for those refused by ELOGOFF */
+    crpc_sent before; /* the most that failed attempts sent, but for those refused unexecuted */
     crpci_waiter *waiter; /* on the stack of the thread that waits for the end; NULL: none does */
     crpc_error *error; /* the caller's, or in error_chunk; NULL: not wanted, or no memory */
     crpci_chunk *error_chunk;
@@ -18206,6 +18207,12 @@ CRPCI_FN crpc_sent crpci_attempt_sent(const crpci_pending_call *c)
     return c->attempt.sent > c->before ? c->attempt.sent : c->before;
 }
 
+/* Whether a code says that the server did not execute the request, so that another one may. */
+CRPCI_FN bool crpci_attempt_refused(int code)
+{
+    return code == CRPC_ELOGOFF || code == CRPC_ELIMIT;
+}
+
 /* Writes why the present attempt failed. A part whose parent has ended explains nothing. */
 CRPCI_COLD void crpci_attempt_explain(crpci_pending_call *c, int code, const char *cause,
                                       const char *more)
@@ -18218,7 +18225,7 @@ CRPCI_COLD void crpci_attempt_explain(crpci_pending_call *c, int code, const cha
         return;
     e->code = code;
     e->app_code = 0;
-    e->remote = code == CRPC_ELOGOFF; /* only a peer says that */
+    e->remote = crpci_attempt_refused(code); /* only a peer says that */
     e->sent = crpci_attempt_sent(c);
     e->attempts = c->tried.attempts;
     snprintf(e->endpoint, sizeof e->endpoint, "%s", at ? at->address : "");
@@ -18428,7 +18435,7 @@ CRPCI_FN bool crpci_attempt_may_retry(crpci_pending_call *c, int code)
 {
     bool twice = (c->method->method->flags & CRPC_METHOD_IDEMPOTENT) ||
                  c->attempt.request.identified;
-    bool harmless = c->attempt.sent == CRPC_SENT_NO || code == CRPC_ELOGOFF ||
+    bool harmless = c->attempt.sent == CRPC_SENT_NO || crpci_attempt_refused(code) ||
                     (twice && code == CRPC_ECONN);
     return harmless && c->tried.attempts < c->tried.max_attempts && !c->channel->closed &&
            crpci_loop_rough_time(c->channel->loop) < c->attempt.deadline_us &&
@@ -18468,10 +18475,11 @@ CRPCI_FN crpci_member *crpci_attempt_next(crpci_pending_call *c, int code, bool 
     crpc_channel *ch = c->channel;
     crpci_member *m;
     /* The request may have been executed, and has an id: only the provider that it was sent to can
-     * have kept the reply, so it goes there again; nowhere, if that provider is stopping. */
+     * have kept the reply, so it goes there again; nowhere, if that provider refuses it. */
     if (c->before != CRPC_SENT_NO && !(c->method->method->flags & CRPC_METHOD_IDEMPOTENT))
-        return code == CRPC_ELOGOFF ? NULL
-                                    : crpci_providers_of(&ch->providers, c->attempt.endpoint);
+        return crpci_attempt_refused(code)
+                   ? NULL
+                   : crpci_providers_of(&ch->providers, c->attempt.endpoint);
     m = crpci_attempt_pick(c);
     if (!m && stale) {
         memset(c->tried.last, 0, sizeof c->tried.last);
@@ -18480,14 +18488,14 @@ CRPCI_FN crpci_member *crpci_attempt_next(crpci_pending_call *c, int code, bool 
     return m;
 }
 
-/* Whether the retry budget lets an attempt on a member through. Free of charge are: what a stopping
- * server refused, a provider that has proven itself, a connection that had gone stale. */
+/* Whether the retry budget lets an attempt on a member through. Free of charge are: what a server
+ * refused unexecuted, a provider that has proven itself, a connection that had gone stale. */
 CRPCI_FN bool crpci_attempt_affordable(crpci_pending_call *c, const crpci_member *m, int code,
                                        bool stale)
 {
 #if CRPC_ENABLE_POLICY
     crpc_channel *ch = c->channel;
-    return code == CRPC_ELOGOFF || crpci_endpoint_is_proven(m->endpoint) || !ch->budget.limited ||
+    return crpci_attempt_refused(code) || crpci_endpoint_is_proven(m->endpoint) || !ch->budget.limited ||
            (stale && c->attempt.sent == CRPC_SENT_NO) ||
            crpci_limiter_budget_spend(&ch->budget.tokens);
 #else
@@ -18509,7 +18517,7 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     crpci_endpoint_detach(a);
     crpci_attempt_end(c, code == CRPC_ECONN ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_IGNORE);
     again = crpci_attempt_may_retry(c, code);
-    if (code != CRPC_ELOGOFF && a->sent > c->before)
+    if (!crpci_attempt_refused(code) && a->sent > c->before)
         c->before = a->sent;
     crpci_attempt_explain(c, code, cause, "");
     crpci_attempt_mark_tried(c);
@@ -18550,14 +18558,17 @@ CRPCI_FN crpci_outcome crpci_attempt_outcome(int code)
     }
 }
 
-/* A reply has come. One that refuses because its server is stopping counts as a failed attempt, if
+/* A reply has come. One of a server that is stopping or at a limit counts as a failed attempt, if
  * there is another provider to try; any other one ends the call. */
 CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
-    if (!m->usual && m->status == CRPC_ELOGOFF &&
+    if (!m->usual && crpci_attempt_refused(m->status) &&
         c->tried.attempts < c->tried.max_attempts && c->channel->providers.count > 1) {
-        crpci_attempt_failed(a, CRPC_ELOGOFF, CRPCI_STATUS_TEXT("the server is stopping"));
+        crpci_attempt_failed(a, m->status,
+                             m->status == CRPC_ELIMIT
+                                 ? CRPCI_STATUS_TEXT("the server is at a limit")
+                                 : CRPCI_STATUS_TEXT("the server is stopping"));
         return;
     }
     crpci_reply_take(&a->reply, c->channel->loop, a->endpoint->options.protocol, m);

@@ -983,18 +983,29 @@ CT_FN bool peer_hangs_up(peer *p, int fd, int number)
 }
 
 /* A script: answers that the server is going away. */
-CT_FN bool peer_says_logoff(peer *p, int fd, int number)
+CT_FN bool peer_refuses(peer *p, int fd, int code)
 {
     wire_message m;
-    (void)number;
     while (peer_receive(p, fd, &m) == 1) {
         wire w = {NULL, 0, 0};
-        wire_error(&w, m.id, CRPC_ELOGOFF, "bye", 0);
+        wire_error(&w, m.id, code, "bye", 0);
         wire_done(&m);
         if (!wire_flush(fd, &w))
             break;
     }
     return true;
+}
+
+CT_FN bool peer_says_logoff(peer *p, int fd, int number)
+{
+    (void)number;
+    return peer_refuses(p, fd, CRPC_ELOGOFF);
+}
+
+CT_FN bool peer_says_limit(peer *p, int fd, int number)
+{
+    (void)number;
+    return peer_refuses(p, fd, CRPC_ELIMIT);
 }
 
 /* --- what a callback was told ----------------------------------------------------------------- */
