@@ -167,7 +167,8 @@
  *     >>impl-worker        a pool of threads for handlers, with a bounded queue
  *     >>impl-order         requests with the same ordering key run one after another
  *     >>impl-replay        replies kept for requests that arrive again with the same id
- *     >>impl-quota         limits of a method and of a client: concurrency and rates
+ *     >>impl-peer          the peers of a server: networks, and the accounts of hosts
+ *     >>impl-quota         limits of a method: concurrency and rates
  *     >>impl-context       one request in service: its handler, its reply, its end
  *     >>impl-guard         requests that are limited, keep an order, or come again
  *     >>impl-intake        what a server's connections bring: taken in, or refused
@@ -247,11 +248,12 @@
  * Delivery. A call is executed at most once, unless its method is idempotent (in the .proto:
  * `option idempotency_level = IDEMPOTENT;`) or its cluster policy sends it to several providers or
  * again (failback, forking, broadcast). crpc retries by itself in three cases: not a byte of the
- * request was sent; the server refused it because it is stopping (CRPC_ELOGOFF); the connection was
- * lost and the method is idempotent. Each retry goes to a provider other than the last four that
- * were tried. A request with an id (request_ids) is repeated at its own provider instead, and a
- * server with replay_entries executes it once, however often it comes. CRPC_OK means that the
- * handler has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES means that nobody knows.
+ * request was sent; the server refused to execute it, because it is stopping (CRPC_ELOGOFF) or at a
+ * limit (CRPC_ELIMIT); the connection was lost and the method is idempotent. Each retry goes to a
+ * provider other than the last four that were tried. A request with an id (request_ids) is repeated
+ * at its own provider instead, and a server with replay_entries executes it once, however often it
+ * comes. CRPC_OK means that the handler has finished. CRPC_ETIMEDOUT with sent == CRPC_SENT_YES
+ * means that nobody knows.
  *
  * OPTIONS
  *
@@ -346,6 +348,9 @@
  *     ordered                 0           -1          1
  *     max_concurrency         8192        0           1 and more
  *     max_connections         1024        0           1 and more
+ *     first_request_ms        60000       0           1 to 86400000
+ *     allow                   text
+ *     peers                   text
  *     max_body                64 MiB      2 GiB - 1   1 to 2 GiB - 1
  *     max_queued              4 MiB       0           1 and more
  *     max_skip                256 MiB     0           1 and more
@@ -547,14 +552,24 @@
  *     max_body               64 MiB      request: CRPC_EREQUEST; reply: CRPC_ERESPONSE; skipped
  *     channel max_queued     16 MiB      CRPC_EOVERCROWDED, also for one request that is larger
  *     server max_queued      4 MiB       the connection is not read until half is sent
- *     max_connections        1024        new ones are closed
+ *     max_connections        1024        CRPC_ELIMIT, 32 at a time, else closed; see below
  *     worker_queue           1024        CRPC_ELIMIT
  *     max_concurrency        8192        CRPC_ELIMIT; for each I/O thread
  *     method_limits, rate_per_client  none CRPC_ELIMIT
- *     replay_bytes           4 MiB       the oldest replies are forgotten
+ *     replay_entries         none        CRPC_ELIMIT for requests with an id
+ *     replay_bytes           4 MiB       a repeated request gets CRPC_EINTERNAL
  *     max_results            1024        CRPC_ELIMIT
  *     max_bytes              256 MiB     CRPC_ENOMEM, or the connection is closed
  *     URL                    2047 bytes  CRPC_EINVAL
+ *
+ * All connections of one host are an account: an IPv4 address, the /64 of a global IPv6 address, a
+ * whole link-local or unique-local one, the user of a unix socket. Below three quarters of
+ * max_connections any account may have all of them. Above that, the account with the most, divided
+ * by its weight (access.peers), gets no more, and when none is left a newcomer of a smaller account
+ * takes one of its connections: one that has asked for nothing yet, else the one that has been idle
+ * for longest, never one with a request in service. A gateway that stands for a hundred boards needs
+ * a weight. Attackers with as many addresses as max_connections can still shut others out: admit
+ * only known networks (access.allow).
  *
  * PORTING
  *
@@ -1034,8 +1049,11 @@ typedef struct crpc_loop_stats {
     uint64_t calls;        /* calls begun */
     uint64_t requests;     /* requests received */
     uint64_t limited;      /* requests refused with CRPC_ELIMIT before they were served */
+    uint64_t refused;      /* connections that a server refused: access.allow, max_connections */
+    uint64_t evicted;      /* connections of a server closed in favour of other hosts */
+    uint64_t timeouts;     /* connections closed for idle_timeout_ms, frame_timeout_ms and
+                              first_request_ms */
     uint64_t replayed;     /* by crpc_server_stats_get: requests answered with a kept reply */
-    uint64_t unremembered; /* likewise: requests with an id that found no free replay entry */
     uint32_t connections;  /* open now, those of clients and of servers */
     uint32_t pending;      /* calls that have not ended, or were not fetched yet */
     uint32_t watches;      /* descriptors watched now, crpc's own included */
@@ -1228,6 +1246,15 @@ typedef struct crpc_wire_options {
 typedef struct crpc_security_options {
     const char *credential; /* sent with every request. NULL: none */
 } crpc_security_options;
+
+/* Who may connect to a server, and how much each may take. */
+typedef struct crpc_access_options {
+    const char *allow; /* networks whose connections are accepted, as "10.0.0.0/8,fd00::/8,unix";
+                          others are closed at once. NULL: all */
+    const char *peers; /* weights of hosts and networks that stand for many clients, such as
+                          gateways: "10.0.0.7:16,10.1.0.0/16:4". The most specific entry counts.
+                          NULL: each host has weight 1 */
+} crpc_access_options;
 
 /* ======================================================================== */
 /* >>api-channel   the client: calls                                        */
@@ -1637,18 +1664,27 @@ typedef struct crpc_server_options {
                          has all connections. -1: as 0 */
     int workers;      /* threads that run handlers. 0: handlers run on the thread of their
                          connection. -1: as 0 */
-    int worker_queue; /* requests that may wait for a worker; beyond it CRPC_ELIMIT. 0: 1024. -1: no
-                         limit */
+    int worker_queue; /* requests that may wait for a worker; beyond it CRPC_ELIMIT. Workers take one
+                         of each host in turn; the last quarter is not for the host with most. 0:
+                         1024. -1: no limit */
     int worker_stack; /* bytes. 0: 256 KiB. -1: the system's default */
     /* Requests with the same key run one after another in the order in which they came: the next
      * begins when the reply to the one before is ready, whichever thread made it. The key is the
-     * request's user_fields entry "crpc-key". At most worker_queue requests wait for their turn.
+     * request's user_fields entry "crpc-key". At most worker_queue requests wait for their turn,
+     * half of them with one key.
      * 0: requests without a key run as they come. 1: requests without a key run in the order of
      * their connection. -1: keys are ignored */
     int ordered;
     int max_concurrency; /* requests in service at a time, deferred and waiting ones included;
-                            beyond it CRPC_ELIMIT. 0: 8192 for each I/O thread. -1: no limit */
-    int max_connections; /* further ones are closed at once. 0: 1024. -1: no limit */
+                            beyond it, and beyond three quarters of it for the host with most by its
+                            weight, CRPC_ELIMIT. 0: 8192 for each I/O thread. -1: no limit */
+    int max_connections; /* open at a time. Above three quarters of it the host with the most
+                            connections, by its weight, gets no more, and yields one to a newcomer
+                            when none is left. What is refused gets CRPC_ELIMIT. 0: 1024. -1: no
+                            limit */
+    int first_request_ms; /* a new connection must send a request in this time. 0: 60000. -1: no
+                             limit */
+    crpc_access_options access;
     crpc_limits limits;  /* max_body: of a request; max_queued: of unsent replies */
     int64_t max_skip;    /* a request over max_body, but not over this, is skipped and answered with
                             CRPC_EREQUEST; beyond it the connection is closed. 0: 256 MiB. -1: every
@@ -1661,10 +1697,12 @@ typedef struct crpc_server_options {
                              rate_per_client */
     /* The server keeps its replies to requests that have an id: a user_fields entry "crpc-rid" of
      * at most 64 bytes, which no other call to the method has. A request that comes again gets the
-     * kept reply, after the interceptors have let it through, and is not executed. If all entries
-     * belong to requests in service, a new request is executed without an entry, and counted as
-     * unremembered. A reply larger than a quarter of replay_bytes is not kept: its request fails
-     * with CRPC_EINTERNAL when it comes again. */
+     * kept reply, after the interceptors have let it through, and is not executed. Another request
+     * with the same id gets CRPC_EREQUEST. Entries stay for replay_ms; a request that finds none
+     * free, or whose host has its share of them (as of max_connections), gets CRPC_ELIMIT and is
+     * not executed. A reply over a quarter of replay_bytes, or one for which replay_bytes leaves no
+     * room, is not kept: its request fails with CRPC_EINTERNAL when it comes again. A server that
+     * gets N such requests a second needs N * replay_ms / 1000 entries. */
     int replay_entries;   /* requests to remember. 0: none. -1: none */
     int replay_ms;        /* how long after its end a request is remembered. 0: 60000. -1: 0 */
     int64_t replay_bytes; /* memory for the entries and their replies. 0: 4 MiB. -1: no limit */
@@ -1833,8 +1871,8 @@ CRPC_API int64_t crpc_context_log_id(const crpc_context *context);
  * none. */
 CRPC_API int64_t crpc_context_remaining_us(const crpc_context *context);
 
-/* The peer's address as text, valid until the reply is finished; "" if the connection is closed or
- * out of memory. */
+/* The peer as text, valid until the reply is finished: "10.0.0.7:1234", "[fe80::1%2]:1234", or for a
+ * unix socket "unix:uid=1000". "": out of memory. */
 CRPC_API const char *crpc_context_peer(crpc_context *context);
 
 #endif /* CRPC_ENABLE_SERVER */
@@ -2324,6 +2362,50 @@ CRPCI_FN uint64_t crpci_base_hash(const void *bytes, size_t n)
     for (i = 0; i < n; i++)
         h = (h ^ p[i]) * UINT64_C(0x100000001b3);
     return crpci_base_mix(h);
+}
+
+/* SipHash-2-4 (Aumasson and Bernstein), for keys that a peer chooses: without the secret key it
+ * cannot find two of one hash. */
+CRPCI_FN void crpci_base_siprounds(uint64_t v[4], int rounds)
+{
+    while (rounds--) {
+        v[0] += v[1];
+        v[2] += v[3];
+        v[1] = (v[1] << 13 | v[1] >> 51) ^ v[0];
+        v[3] = (v[3] << 16 | v[3] >> 48) ^ v[2];
+        v[0] = v[0] << 32 | v[0] >> 32;
+        v[2] += v[1];
+        v[0] += v[3];
+        v[1] = (v[1] << 17 | v[1] >> 47) ^ v[2];
+        v[3] = (v[3] << 21 | v[3] >> 43) ^ v[0];
+        v[2] = v[2] << 32 | v[2] >> 32;
+    }
+}
+
+CRPCI_FN uint64_t crpci_base_siphash(const uint64_t key[2], const void *bytes, size_t n)
+{
+    const uint8_t *p = (const uint8_t *)bytes;
+    uint64_t v[4], word;
+    size_t left = n, i;
+    v[0] = key[0] ^ UINT64_C(0x736f6d6570736575);
+    v[1] = key[1] ^ UINT64_C(0x646f72616e646f6d);
+    v[2] = key[0] ^ UINT64_C(0x6c7967656e657261);
+    v[3] = key[1] ^ UINT64_C(0x7465646279746573);
+    for (;;) { /* words of eight bytes, little-endian; the last one ends with the length */
+        word = left < 8 ? (uint64_t)n << 56 : 0;
+        for (i = 0; i < 8 && i < left; i++)
+            word |= (uint64_t)p[i] << 8 * i;
+        v[3] ^= word;
+        crpci_base_siprounds(v, 2);
+        v[0] ^= word;
+        if (left < 8)
+            break;
+        p += 8;
+        left -= 8;
+    }
+    v[2] ^= 0xff;
+    crpci_base_siprounds(v, 4);
+    return v[0] ^ v[1] ^ v[2] ^ v[3];
 }
 
 /* ======================================================================== */
@@ -4670,6 +4752,67 @@ CRPCI_FN void crpci_sock_peer(int fd, crpci_addr *a)
         a->len = 0;
 }
 
+#define CRPCI_SOCK_NAME_MAX 64 /* bytes of a crpci_sock_name as text */
+
+typedef enum crpci_sock_kind {
+    CRPCI_SOCK_IP, /* IPv4 addresses are mapped: ::ffff:a.b.c.d */
+    CRPCI_SOCK_UNIX
+} crpci_sock_kind;
+
+/* The other end of a connection, kept as long as the connection is, since the kernel forgets it when
+ * the peer resets. */
+typedef struct crpci_sock_name {
+    uint8_t address[16]; /* of a unix socket all zeros */
+    uint32_t scope;      /* interface of a link-local address; of a unix socket the peer's uid */
+    uint16_t port;
+    uint8_t kind; /* crpci_sock_kind */
+} crpci_sock_name;
+
+static const uint8_t crpci_sock_mapped[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff};
+
+CRPCI_FN bool crpci_sock_is_ipv4(const crpci_sock_name *p)
+{
+    return p->kind == CRPCI_SOCK_IP && memcmp(p->address, crpci_sock_mapped, 12) == 0;
+}
+
+/* Names the peer with the address `a` of a connected socket. A unix peer whose user the kernel does
+ * not tell gets the uid 65534, nobody. */
+CRPCI_FN void crpci_sock_name_of(crpci_sock_name *p, const crpci_addr *a, int fd)
+{
+    memset(p, 0, sizeof *p);
+    if (a->u.any.sa_family == AF_INET6) {
+        memcpy(p->address, &a->u.in6.sin6_addr, 16);
+        p->port = ntohs(a->u.in6.sin6_port);
+        p->scope = a->u.in6.sin6_scope_id;
+    } else if (a->u.any.sa_family == AF_INET) {
+        memcpy(p->address, crpci_sock_mapped, 12);
+        memcpy(p->address + 12, &a->u.in4.sin_addr, 4);
+        p->port = ntohs(a->u.in4.sin_port);
+    } else {
+        struct ucred who;
+        socklen_t len = sizeof who;
+        p->kind = CRPCI_SOCK_UNIX;
+        p->scope = getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &who, &len) ? 65534 : who.uid;
+    }
+}
+
+/* Writes "10.0.0.7:1234", "[fe80::1%2]:1234" or "unix:uid=1000". */
+CRPCI_COLD void crpci_sock_name_format(const crpci_sock_name *p, char *out, size_t size)
+{
+    char host[INET6_ADDRSTRLEN] = "?", scope[16] = "";
+    if (p->kind == CRPCI_SOCK_UNIX) {
+        snprintf(out, size, "unix:uid=%u", (unsigned)p->scope);
+    } else if (crpci_sock_is_ipv4(p)) {
+        snprintf(out, size, "%s:%u", inet_ntop(AF_INET, p->address + 12, host, sizeof host),
+                 p->port);
+    } else {
+        if (p->scope)
+            snprintf(scope, sizeof scope, "%%%u", (unsigned)p->scope);
+        snprintf(out, size, "[%s%s]:%u", inet_ntop(AF_INET6, p->address, host, sizeof host), scope,
+                 p->port);
+    }
+}
+
 CRPCI_FN void crpci_sock_set(int fd, int level, int option, int value)
 {
     setsockopt(fd, level, option, &value, sizeof value);
@@ -4777,12 +4920,16 @@ CRPCI_COLD void crpci_sock_unlink_stale(const crpci_addr *a)
 /* Accepts a connection; its descriptor does not block and is closed on exec. ARM kernels before
  * 2.6.36, and some sandboxes, refuse accept4: then a child that another thread forks and executes
  * between the calls inherits the descriptor. -1 and errno on failure. */
-CRPCI_FN int crpci_sock_accept(int listener)
+CRPCI_FN int crpci_sock_accept(int listener, crpci_addr *peer)
 {
-    int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    int fd;
+    memset(peer, 0, sizeof *peer);
+    peer->len = sizeof peer->u;
+    fd = accept4(listener, &peer->u.any, &peer->len, SOCK_NONBLOCK | SOCK_CLOEXEC);
     if (fd >= 0 || (errno != ENOSYS && errno != EPERM))
         return fd;
-    fd = accept(listener, NULL, NULL);
+    peer->len = sizeof peer->u;
+    fd = accept(listener, &peer->u.any, &peer->len);
     if (fd >= 0) {
         fcntl(fd, F_SETFL, O_NONBLOCK);
         fcntl(fd, F_SETFD, FD_CLOEXEC);
@@ -5685,24 +5832,32 @@ CRPCI_FN uint32_t crpci_loop_random(crpc_loop *l)
     return l->random;
 }
 
-/* Bytes of the kernel's random generator. Kernels before 3.17, and some sandboxes, have no
- * getrandom; then the clock, the process id, an address and the random bytes that the kernel gave
- * the process at its start must do, since boards with one image may boot in the same
- * microsecond. */
-CRPCI_COLD uint32_t crpci_loop_seed(const crpc_loop *l)
+/* 128 bits that no peer can guess, from the kernel's random generator. Kernels before 3.17, and some
+ * sandboxes, have no getrandom; then the random bytes that the kernel gave the process at its start
+ * must do, mixed with the clock, the process id and an address, since boards with one image may
+ * boot in the same microsecond. */
+CRPCI_COLD void crpci_loop_secret(const crpc_loop *l, uint64_t out[2])
 {
-    uint64_t seed = (uint64_t)crpci_heap_now(l->heap) ^ (uint64_t)(uintptr_t)l << 20 ^
+    uint64_t here = (uint64_t)crpci_heap_now(l->heap) ^ (uint64_t)(uintptr_t)out << 20 ^
                     (uint64_t)getpid() << 44;
     const void *start = (const void *)(uintptr_t)getauxval(AT_RANDOM);
-    uint64_t bytes = 0;
     long n = -1;
+    out[0] = out[1] = 0;
 #ifdef SYS_getrandom
-    n = syscall(SYS_getrandom, &bytes, sizeof bytes, 1 /* GRND_NONBLOCK */);
+    n = syscall(SYS_getrandom, out, 16, 1 /* GRND_NONBLOCK */);
 #endif
-    if (n != (long)sizeof bytes && start)
-        memcpy(&bytes, start, sizeof bytes);
-    seed = crpci_base_mix(seed ^ crpci_base_mix(bytes));
-    return (uint32_t)seed ? (uint32_t)seed : 1; /* xorshift never leaves 0 */
+    if (n != 16 && start)
+        memcpy(out, start, 16);
+    out[0] = crpci_base_mix(out[0] ^ crpci_base_mix(here));
+    out[1] = crpci_base_mix(out[1] ^ crpci_base_mix(here + 1));
+}
+
+/* Seed of crpci_loop_random. xorshift never leaves 0. */
+CRPCI_COLD uint32_t crpci_loop_seed(const crpc_loop *l)
+{
+    uint64_t bytes[2];
+    crpci_loop_secret(l, bytes);
+    return (uint32_t)bytes[0] ? (uint32_t)bytes[0] : 1;
 }
 
 CRPCI_FN int64_t crpci_loop_now(const crpc_loop *l)
@@ -8016,7 +8171,8 @@ struct crpci_conn {
     void *protocol_state;
     const crpci_conn_events *up;
     void *owner;
-    void *client; /* a server's record of the client host, for its limits; NULL: none */
+    crpci_sock_name peer;
+    void *account; /* a server's account of the peer's host; NULL: none */
     uint32_t refs;
     uint32_t busy; /* requests being served */
     int fd;
@@ -8024,6 +8180,7 @@ struct crpci_conn {
     int why_errno; /* 0: none */
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
+    bool refused; /* accepted over max_connections, only to say so */
     bool unread; /* input is waiting: it could not be read while another thread wrote */
     uint32_t max_body;
     int64_t max_skip;
@@ -8050,6 +8207,7 @@ struct crpci_conn {
     crpci_out *held;
     int64_t *awaited;
     size_t awaited_size, awaited_first, awaited_count;
+    int64_t opened_us;
     int64_t active_us; /* when the last message arrived */
     /* Encoded names that the next request is likely to have, so that crpci_meta_read_usual can
      * compare them, and the server's method for them; "" when replies are expected. */
@@ -8567,8 +8725,10 @@ CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
 /* Closes a connection whose peer broke its protocol, with a warning that says how. */
 CRPCI_FN void crpci_receive_bad(crpci_conn *c, const char *what)
 {
+    char peer[CRPCI_SOCK_NAME_MAX];
     c->loop->stats.bad_frames++;
-    crpci_heap_log(c->loop->heap, CRPC_LOG_WARN, "connection closed: %s", what);
+    crpci_sock_name_format(&c->peer, peer, sizeof peer);
+    crpci_heap_log(c->loop->heap, CRPC_LOG_WARN, "connection with %s closed: %s", peer, what);
     crpci_conn_close(c, CRPC_ERESPONSE, 0);
 }
 
@@ -8950,7 +9110,7 @@ CRPCI_FN crpci_conn *crpci_connect_new(crpc_loop *l, int fd, bool connecting,
     c->connecting = connecting;
     c->max_body = INT32_MAX;
     c->tx_end = &c->tx_head;
-    c->active_us = crpci_loop_now(l);
+    c->opened_us = c->active_us = crpci_loop_now(l);
     crpci_watch_init(&c->watch, crpci_connect_event);
     crpci_loop_task_init(&c->flush, crpci_conn_flush_task);
     crpci_loop_task_init(&c->resume, crpci_connect_resume_task);
@@ -8984,6 +9144,8 @@ CRPCI_FN int crpci_connect_dial(crpc_loop *l, const crpci_addr *to, const crpci_
     }
     /* Connected at once (a unix socket) or later: the poller reports it writable either way. */
     *out = crpci_connect_new(l, fd, true, up, owner);
+    if (*out)
+        crpci_sock_name_of(&(*out)->peer, to, fd);
     return *out ? CRPC_OK : CRPC_ENOMEM;
 }
 
@@ -16313,8 +16475,8 @@ typedef struct crpci_request_source {
     bool ids;         /* every request gets an id */
     bool timeout_open; /* neither URL nor options set a timeout: the .proto's applies */
     int hash_field;   /* 0: none */
-    uint64_t seed;
-    uint32_t last_id; /* atomic; mixed with the seed into request ids */
+    uint64_t secret[2]; /* of the request ids: no two channels of a fleet have the same */
+    uint32_t last_id;   /* atomic */
     crpc_policy policy;
     const crpc_method_options *options;
     size_t option_count;
@@ -16556,16 +16718,20 @@ CRPCI_FN void crpci_request_put_fields(const crpci_protocol *p, crpci_message_ou
         crpci_request_put_field(p, o, CRPCI_MESSAGE_KEY_FIELD, call->order_key);
 }
 
-/* The request's id: the call's own; else, if the channel wants ids, a new one, written to `text`;
- * else none. */
-CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *call, char text[17])
+/* The request's id: the call's own; else, if the channel wants ids, a new one of 128 bits, written
+ * to `text`; else none. An id that was seen does not give away the next one. */
+CRPCI_FN crpc_view crpci_request_id(crpci_request_source *s, const crpc_call *call, char text[33])
 {
+    uint32_t number[2]; /* of the call, and of the half of the id */
+    uint64_t half;
     if (CRPCI_LIKELY(!s->ids) || crpc_view_data(call->request_id))
         return call->request_id;
-    snprintf(text, 17, "%016llx",
-             (unsigned long long)crpci_base_mix(
-                 s->seed + __atomic_add_fetch(&s->last_id, 1, __ATOMIC_RELAXED)));
-    return crpc_view_of(text, 16);
+    number[0] = __atomic_add_fetch(&s->last_id, 1, __ATOMIC_RELAXED);
+    for (number[1] = 0; number[1] < 2; number[1]++) {
+        half = crpci_base_siphash(s->secret, number, sizeof number);
+        snprintf(text + 16 * number[1], 17, "%016llx", (unsigned long long)half);
+    }
+    return crpc_view_of(text, 32);
 }
 
 /* The frame inside the request's chunk. */
@@ -16631,7 +16797,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
                                                             : crpc_view_str(s->credential);
     /* Without interceptors the member may be a remnant of a call on another channel. */
     size_t added = s->intercepted ? (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN] : 0;
-    char id_text[17];
+    char id_text[33];
     crpc_view id = crpci_request_id(s, call, id_text);
     size_t secret = crpc_view_size(credential);
     size_t room = p->headroom + crpc_view_size(k->names);
@@ -17954,7 +18120,7 @@ struct crpci_pending_call {
     uint64_t key;       /* for lb=hash; 0: none */
     crpci_pending_call *parent; /* of a part */
     crpci_group *group;         /* its parts; NULL: none */
-    crpc_sent before; /* the most that failed attempts sent, but for those refused by ELOGOFF */
+    crpc_sent before; /* the most that failed attempts sent, but for those refused unexecuted */
     crpci_waiter *waiter; /* on the stack of the thread that waits for the end; NULL: none does */
     crpc_error *error; /* the caller's, or in error_chunk; NULL: not wanted, or no memory */
     crpci_chunk *error_chunk;
@@ -18041,6 +18207,12 @@ CRPCI_FN crpc_sent crpci_attempt_sent(const crpci_pending_call *c)
     return c->attempt.sent > c->before ? c->attempt.sent : c->before;
 }
 
+/* Whether a code says that the server did not execute the request, so that another one may. */
+CRPCI_FN bool crpci_attempt_refused(int code)
+{
+    return code == CRPC_ELOGOFF || code == CRPC_ELIMIT;
+}
+
 /* Writes why the present attempt failed. A part whose parent has ended explains nothing. */
 CRPCI_COLD void crpci_attempt_explain(crpci_pending_call *c, int code, const char *cause,
                                       const char *more)
@@ -18053,7 +18225,7 @@ CRPCI_COLD void crpci_attempt_explain(crpci_pending_call *c, int code, const cha
         return;
     e->code = code;
     e->app_code = 0;
-    e->remote = code == CRPC_ELOGOFF; /* only a peer says that */
+    e->remote = crpci_attempt_refused(code); /* only a peer says that */
     e->sent = crpci_attempt_sent(c);
     e->attempts = c->tried.attempts;
     snprintf(e->endpoint, sizeof e->endpoint, "%s", at ? at->address : "");
@@ -18263,7 +18435,7 @@ CRPCI_FN bool crpci_attempt_may_retry(crpci_pending_call *c, int code)
 {
     bool twice = (c->method->method->flags & CRPC_METHOD_IDEMPOTENT) ||
                  c->attempt.request.identified;
-    bool harmless = c->attempt.sent == CRPC_SENT_NO || code == CRPC_ELOGOFF ||
+    bool harmless = c->attempt.sent == CRPC_SENT_NO || crpci_attempt_refused(code) ||
                     (twice && code == CRPC_ECONN);
     return harmless && c->tried.attempts < c->tried.max_attempts && !c->channel->closed &&
            crpci_loop_rough_time(c->channel->loop) < c->attempt.deadline_us &&
@@ -18303,10 +18475,11 @@ CRPCI_FN crpci_member *crpci_attempt_next(crpci_pending_call *c, int code, bool 
     crpc_channel *ch = c->channel;
     crpci_member *m;
     /* The request may have been executed, and has an id: only the provider that it was sent to can
-     * have kept the reply, so it goes there again; nowhere, if that provider is stopping. */
+     * have kept the reply, so it goes there again; nowhere, if that provider refuses it. */
     if (c->before != CRPC_SENT_NO && !(c->method->method->flags & CRPC_METHOD_IDEMPOTENT))
-        return code == CRPC_ELOGOFF ? NULL
-                                    : crpci_providers_of(&ch->providers, c->attempt.endpoint);
+        return crpci_attempt_refused(code)
+                   ? NULL
+                   : crpci_providers_of(&ch->providers, c->attempt.endpoint);
     m = crpci_attempt_pick(c);
     if (!m && stale) {
         memset(c->tried.last, 0, sizeof c->tried.last);
@@ -18315,14 +18488,14 @@ CRPCI_FN crpci_member *crpci_attempt_next(crpci_pending_call *c, int code, bool 
     return m;
 }
 
-/* Whether the retry budget lets an attempt on a member through. Free of charge are: what a stopping
- * server refused, a provider that has proven itself, a connection that had gone stale. */
+/* Whether the retry budget lets an attempt on a member through. Free of charge are: what a server
+ * refused unexecuted, a provider that has proven itself, a connection that had gone stale. */
 CRPCI_FN bool crpci_attempt_affordable(crpci_pending_call *c, const crpci_member *m, int code,
                                        bool stale)
 {
 #if CRPC_ENABLE_POLICY
     crpc_channel *ch = c->channel;
-    return code == CRPC_ELOGOFF || crpci_endpoint_is_proven(m->endpoint) || !ch->budget.limited ||
+    return crpci_attempt_refused(code) || crpci_endpoint_is_proven(m->endpoint) || !ch->budget.limited ||
            (stale && c->attempt.sent == CRPC_SENT_NO) ||
            crpci_limiter_budget_spend(&ch->budget.tokens);
 #else
@@ -18344,7 +18517,7 @@ CRPCI_FN void crpci_attempt_failed(crpci_attempt *a, int code, const char *cause
     crpci_endpoint_detach(a);
     crpci_attempt_end(c, code == CRPC_ECONN ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_IGNORE);
     again = crpci_attempt_may_retry(c, code);
-    if (code != CRPC_ELOGOFF && a->sent > c->before)
+    if (!crpci_attempt_refused(code) && a->sent > c->before)
         c->before = a->sent;
     crpci_attempt_explain(c, code, cause, "");
     crpci_attempt_mark_tried(c);
@@ -18385,14 +18558,17 @@ CRPCI_FN crpci_outcome crpci_attempt_outcome(int code)
     }
 }
 
-/* A reply has come. One that refuses because its server is stopping counts as a failed attempt, if
+/* A reply has come. One of a server that is stopping or at a limit counts as a failed attempt, if
  * there is another provider to try; any other one ends the call. */
 CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
-    if (!m->usual && m->status == CRPC_ELOGOFF &&
+    if (!m->usual && crpci_attempt_refused(m->status) &&
         c->tried.attempts < c->tried.max_attempts && c->channel->providers.count > 1) {
-        crpci_attempt_failed(a, CRPC_ELOGOFF, CRPCI_STATUS_TEXT("the server is stopping"));
+        crpci_attempt_failed(a, m->status,
+                             m->status == CRPC_ELIMIT
+                                 ? CRPCI_STATUS_TEXT("the server is at a limit")
+                                 : CRPCI_STATUS_TEXT("the server is stopping"));
         return;
     }
     crpci_reply_take(&a->reply, c->channel->loop, a->endpoint->options.protocol, m);
@@ -19657,8 +19833,7 @@ CRPCI_COLD void crpci_opening_breaker(crpci_providers *p, const crpc_breaker_opt
 
 /* Sets up the still empty list of providers. A stale_ttl of INT64_MAX / 4 never passes, and can be
  * subtracted from a time without overflow. */
-CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_options *o,
-                                        uint64_t seed)
+CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_options *o)
 {
     p->events = &crpci_attempt_events;
     p->endpoint.connect_timeout_ms = o->connect_timeout_ms;
@@ -19670,11 +19845,11 @@ CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_o
         o->directory.stale_ttl_ms ? (int64_t)o->directory.stale_ttl_ms * 1000 : INT64_MAX / 4;
 #if CRPC_ENABLE_POLICY
     p->max = (size_t)o->max_endpoints;
-    p->seed = seed;
+    crpci_loop_lock(p->loop);
+    p->seed = (uint64_t)crpci_loop_random(p->loop) << 32 | crpci_loop_random(p->loop);
+    crpci_loop_unlock(p->loop);
     p->reweigh_at = INT64_MAX;
     crpci_opening_breaker(p, &o->breaker);
-#else
-    (void)seed;
 #endif
 }
 
@@ -19685,21 +19860,18 @@ CRPCI_COLD void crpci_opening_providers(crpci_providers *p, const crpc_channel_o
 CRPCI_COLD void crpci_opening_configure(crpc_channel *ch, crpc_channel_options *o)
 {
     crpci_request_source *s = &ch->requests;
-    uint64_t seed;
-    crpci_loop_lock(ch->loop);
-    seed = (uint64_t)crpci_loop_random(ch->loop) << 32 | crpci_loop_random(ch->loop);
-    crpci_loop_unlock(ch->loop);
     s->timeout_open = !o->policy.timeout_ms;
     crpci_options_fill(&crpci_opening_options, o);
     s->policy = o->policy;
     s->short_names = o->wire.short_names != 0;
     s->intercepted = o->interceptor_count != 0;
     s->ids = o->request_ids != 0;
-    s->seed = seed;
+    if (s->ids)
+        crpci_loop_secret(ch->loop, s->secret);
     s->hash_field = o->hash_field;
     s->options = o->methods; /* the program's array, not a copy */
     s->option_count = o->method_count;
-    crpci_opening_providers(&ch->providers, o, seed);
+    crpci_opening_providers(&ch->providers, o);
     ch->wait = o->wait > 0;
     ch->interceptors = o->interceptors;
     ch->interceptor_count = o->interceptor_count;
@@ -19967,7 +20139,7 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     crpci_list_init(&ch->waiting);
     crpci_loop_hold(l);
     crpci_opening_configure(ch, &o);
-    err = crpci_balance_open(&ch->providers.balance, o.balancer, (uint32_t)ch->requests.seed);
+    err = crpci_balance_open(&ch->providers.balance, o.balancer, crpci_loop_seed(l));
     if (err)
         crpci_status_set(error, err,
                          "lb: this balancer is not compiled in: CRPC_ENABLE_POLICY is 0");
@@ -20163,12 +20335,20 @@ CRPCI_COLD int crpci_service_add(crpci_service_map *map, crpci_heap *h, const cr
 /* >>impl-worker   a pool of threads for handlers, with a bounded queue      */
 /* ======================================================================== */
 
+/* Tasks of one host, under the lock of the pool. Workers take one task of each host in turn, so that
+ * a host with a thousand of them delays another's only by one. */
+typedef struct crpci_worker_flow {
+    crpci_list link;  /* in the pool's flows, while there are tasks */
+    crpci_list tasks; /* crpci_task; `run` is called without a lock, its loop is NULL */
+    int64_t queued;
+} crpci_worker_flow;
+
 /* Started by the server, one pool for all its listeners and I/O threads. */
 typedef struct crpci_worker_pool {
     crpci_mutex lock;
     crpci_cond work;  /* a task was queued, or the pool is stopping */
-    crpci_list queue; /* crpci_task; `run` is called without a lock, its loop is NULL */
-    int64_t queued;
+    crpci_list flows; /* that have tasks; the first one is next */
+    int64_t queued;   /* of all flows */
     int64_t max_queued; /* tasks that wait for a busy worker; 0: no limit */
     int64_t idle;       /* workers that wait for a task */
     bool stopping;
@@ -20176,22 +20356,60 @@ typedef struct crpci_worker_pool {
     crpci_thread *threads;
 } crpci_worker_pool;
 
-/* Queues a task. False: the queue is full, or the pool is stopping. An idle worker takes a task at
- * once, so each adds one place to the queue. `admitted`: the request was let in before and waited
- * for its turn; the limit does not apply again. */
-CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_task *t, bool admitted)
+CRPCI_FN void crpci_worker_flow_init(crpci_worker_flow *f)
+{
+    crpci_list_init(&f->link);
+    crpci_list_init(&f->tasks);
+    f->queued = 0;
+}
+
+/* Whether one more task of a flow may wait. An idle worker takes a task at once, so each adds one
+ * place. The last quarter of the places is not for the flow that has most. Locked. */
+CRPCI_FN bool crpci_worker_has_room(const crpci_worker_pool *p, const crpci_worker_flow *f)
+{
+    int64_t most = p->max_queued + p->idle;
+    const crpci_list *i;
+    if (!p->max_queued || p->queued < most - p->max_queued / 4)
+        return true;
+    if (p->queued >= most || !f->queued)
+        return p->queued < most;
+    for (i = p->flows.next; i != &p->flows; i = i->next) {
+        if (CRPCI_CONTAINER(i, crpci_worker_flow, link)->queued > f->queued)
+            return true;
+    }
+    return false;
+}
+
+/* Queues a task of a flow. False: there is no room, or the pool is stopping. `admitted`: the request
+ * was let in before and waited for its turn; the limit does not apply again. */
+CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_worker_flow *f, crpci_task *t,
+                               bool admitted)
 {
     bool room;
     crpci_thread_lock(&p->lock);
-    room = admitted || !p->max_queued || p->queued < p->max_queued + p->idle;
-    room = room && !p->stopping;
+    room = !p->stopping && (admitted || crpci_worker_has_room(p, f));
     if (room) {
-        crpci_list_append(&p->queue, &t->link);
+        if (!f->queued++)
+            crpci_list_append(&p->flows, &f->link);
+        crpci_list_append(&f->tasks, &t->link);
         p->queued++;
         crpci_thread_signal(&p->work);
     }
     crpci_thread_unlock(&p->lock);
     return room;
+}
+
+/* Takes the first task of the first flow, which goes to the end. Locked. */
+CRPCI_FN crpci_task *crpci_worker_take(crpci_worker_pool *p)
+{
+    crpci_worker_flow *f = CRPCI_CONTAINER(p->flows.next, crpci_worker_flow, link);
+    crpci_task *t = CRPCI_CONTAINER(f->tasks.next, crpci_task, link);
+    crpci_list_remove(&t->link);
+    crpci_list_remove(&f->link);
+    p->queued--;
+    if (--f->queued)
+        crpci_list_append(&p->flows, &f->link);
+    return t;
 }
 
 #if CRPC_ENABLE_THREADS
@@ -20202,7 +20420,7 @@ CRPCI_FN void *crpci_worker_thread(void *arg)
     crpci_thread_lock(&p->lock);
     for (;;) {
         crpci_task *t;
-        if (crpci_list_empty(&p->queue)) {
+        if (crpci_list_empty(&p->flows)) {
             if (p->stopping)
                 break;
             p->idle++;
@@ -20210,9 +20428,7 @@ CRPCI_FN void *crpci_worker_thread(void *arg)
             p->idle--;
             continue;
         }
-        t = CRPCI_CONTAINER(p->queue.next, crpci_task, link);
-        crpci_list_remove(&t->link);
-        p->queued--;
+        t = crpci_worker_take(p);
         crpci_thread_unlock(&p->lock);
         t->run(NULL, t);
         crpci_thread_lock(&p->lock);
@@ -20251,7 +20467,7 @@ CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t co
 {
     int err = CRPC_EUNSUPPORTED;
     memset(p, 0, sizeof *p);
-    crpci_list_init(&p->queue);
+    crpci_list_init(&p->flows);
     p->max_queued = max_queued;
 #if CRPC_ENABLE_THREADS
     if (crpci_thread_mutex_init(&p->lock))
@@ -20290,6 +20506,7 @@ CRPCI_COLD int crpci_worker_start(crpci_worker_pool *p, crpci_heap *h, size_t co
 typedef struct crpci_order_item {
     crpci_list link;  /* the first: in its bucket; the others: in the first's queue */
     crpci_list queue; /* the first: requests that wait, in the order in which they came */
+    int64_t waiting;  /* the first: how many wait */
     const void *of;   /* the connection within which the key orders; NULL: the whole server */
     uint64_t key;     /* hash of the key; two keys with one hash would only run one after another */
 } crpci_order_item;
@@ -20316,18 +20533,22 @@ CRPCI_COLD void crpci_order_init(crpci_order *o, int64_t max_waiting)
 }
 
 /* CRPC_OK: the request is the first of its key and may run. CRPC_EPENDING: it waits for its turn.
- * CRPC_ELIMIT: too many requests wait; this one was not taken in. */
+ * CRPC_ELIMIT: too many requests wait, or half of those that may wait have this key; this one was
+ * not taken in. */
 CRPCI_FN int crpci_order_enter(crpci_order *o, crpci_order_item *item)
 {
     crpci_list *bucket = crpci_order_bucket(o, item), *i;
     crpci_list_init(&item->queue);
+    item->waiting = 0;
     for (i = bucket->next; i != bucket; i = i->next) {
         crpci_order_item *first = CRPCI_CONTAINER(i, crpci_order_item, link);
         if (first->key != item->key || first->of != item->of)
             continue;
-        if (o->max_waiting && o->waiting >= o->max_waiting)
+        if (o->max_waiting && (o->waiting >= o->max_waiting ||
+                               first->waiting >= (o->max_waiting + 1) / 2))
             return CRPC_ELIMIT;
         crpci_list_append(&first->queue, &item->link);
+        first->waiting++;
         o->waiting++;
         return CRPC_EPENDING;
     }
@@ -20345,6 +20566,7 @@ CRPCI_FN crpci_order_item *crpci_order_leave(crpci_order *o, crpci_order_item *i
     next = CRPCI_CONTAINER(item->queue.next, crpci_order_item, link);
     crpci_list_remove(&next->link);
     crpci_list_move(&next->queue, &item->queue);
+    next->waiting = item->waiting - 1;
     crpci_list_append(crpci_order_bucket(o, next), &next->link);
     o->waiting--;
     return next;
@@ -20370,7 +20592,9 @@ typedef struct crpci_replay_entry {
     crpci_list age;     /* finished: in the order in which requests finished */
     crpci_list waiting; /* executing: links of the repeated requests that wait for its reply */
     const void *method;
-    uint64_t hash; /* of method and id */
+    void *owner;     /* the account that the entry is charged to */
+    uint64_t hash;   /* of method and id */
+    uint64_t digest; /* of the request's bytes: another request with the same id is refused */
     int64_t until; /* finished: when the entry expires */
     bool finished;
     crpci_chunk *reply; /* finished: a crpci_replay_reply; NULL: it was too large to keep */
@@ -20378,8 +20602,11 @@ typedef struct crpci_replay_entry {
     char id[CRPCI_REPLAY_ID_MAX];
 } crpci_replay_entry;
 
-/* The caller locks. */
-typedef struct crpci_replay {
+typedef struct crpci_replay crpci_replay;
+
+/* The caller locks. An entry stays for keep_us: if it went earlier, to make room for another, a
+ * repeated request would be executed twice. */
+struct crpci_replay {
     crpci_heap *heap;
     crpci_list *buckets;
     size_t bucket_count; /* a power of two */
@@ -20389,13 +20616,16 @@ typedef struct crpci_replay {
     int64_t bytes; /* of replies and entries */
     int64_t max_bytes;
     int64_t keep_us; /* from a request's end to its expiry */
-} crpci_replay;
+    uint64_t secret[2]; /* of hashes and digests */
+    void (*release)(crpci_replay *r, void *owner); /* an entry of the owner is gone */
+};
 
 CRPCI_COLD int crpci_replay_open(crpci_replay *r, crpci_heap *h, size_t entries, int64_t max_bytes,
-                                 int64_t keep_us)
+                                 int64_t keep_us, const uint64_t secret[2])
 {
     memset(r, 0, sizeof *r);
     r->heap = h;
+    memcpy(r->secret, secret, sizeof r->secret);
     r->max = entries;
     r->max_bytes = max_bytes;
     r->keep_us = keep_us;
@@ -20420,30 +20650,26 @@ CRPCI_FN void crpci_replay_remove(crpci_replay *r, crpci_replay_entry *e)
     crpci_list_remove(&e->link);
     crpci_list_remove(&e->age);
     crpci_heap_chunk_unref(e->reply);
+    if (r->release)
+        r->release(r, e->owner);
     crpci_heap_free(r->heap, e, sizeof *e);
 }
 
-/* Frees the entry that finished first. False: all requests that are left are executing. */
-CRPCI_FN bool crpci_replay_evict(crpci_replay *r)
-{
-    if (crpci_list_empty(&r->age))
-        return false;
-    crpci_replay_remove(r, CRPCI_CONTAINER(r->age.next, crpci_replay_entry, age));
-    return true;
-}
-
-/* Frees the entries that have been kept for keep_us. */
+/* Frees the entries that have been kept until `now`. */
 CRPCI_FN void crpci_replay_expire(crpci_replay *r, int64_t now)
 {
-    while (!crpci_list_empty(&r->age) &&
-           CRPCI_CONTAINER(r->age.next, crpci_replay_entry, age)->until <= now)
-        crpci_replay_evict(r);
+    while (!crpci_list_empty(&r->age)) {
+        crpci_replay_entry *e = CRPCI_CONTAINER(r->age.next, crpci_replay_entry, age);
+        if (e->until > now)
+            break;
+        crpci_replay_remove(r, e);
+    }
 }
 
-CRPCI_COLD uint64_t crpci_replay_hash(const void *method, crpc_view id)
+CRPCI_COLD uint64_t crpci_replay_hash(const crpci_replay *r, const void *method, crpc_view id)
 {
-    return crpci_base_mix(crpci_base_hash(crpc_view_data(id), crpc_view_size(id)) ^
-                             (uint64_t)(uintptr_t)method);
+    return crpci_base_siphash(r->secret, crpc_view_data(id), crpc_view_size(id)) ^
+           crpci_base_mix((uint64_t)(uintptr_t)method);
 }
 
 /* Finds the entry of a request by its method and its id, which has at most CRPCI_REPLAY_ID_MAX
@@ -20451,7 +20677,7 @@ CRPCI_COLD uint64_t crpci_replay_hash(const void *method, crpc_view id)
 CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *method, crpc_view id,
                                                int64_t now)
 {
-    uint64_t hash = crpci_replay_hash(method, id);
+    uint64_t hash = crpci_replay_hash(r, method, id);
     crpci_list *bucket = &r->buckets[hash & (r->bucket_count - 1)], *i;
     size_t n = crpc_view_size(id);
     crpci_replay_expire(r, now);
@@ -20464,22 +20690,21 @@ CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *meth
     return NULL;
 }
 
-/* Adds the entry of a new request that begins to execute, in place of the oldest finished one if
- * need be. NULL: out of memory, or all entries are of requests that are executing; the request then
- * runs without protection against a repetition. */
-CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *method, crpc_view id)
+/* Adds the entry of a new request that begins to execute. NULL: none is free, or out of memory; the
+ * request must be refused then. */
+CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *method, crpc_view id,
+                                              uint64_t digest, void *owner)
 {
-    uint64_t hash = crpci_replay_hash(method, id);
-    crpci_replay_entry *e;
-    while (r->count >= r->max || r->bytes + (int64_t)sizeof *e > r->max_bytes) {
-        if (!crpci_replay_evict(r))
-            return NULL;
-    }
-    e = (crpci_replay_entry *)crpci_heap_alloc(r->heap, sizeof *e);
+    uint64_t hash = crpci_replay_hash(r, method, id);
+    crpci_replay_entry *e = NULL;
+    if (r->count < r->max && r->bytes + (int64_t)sizeof *e <= r->max_bytes)
+        e = (crpci_replay_entry *)crpci_heap_alloc(r->heap, sizeof *e);
     if (!e)
         return NULL;
     e->method = method;
+    e->owner = owner;
     e->hash = hash;
+    e->digest = digest;
     e->id_size = crpc_view_size(id);
     memcpy(e->id, crpc_view_data(id), e->id_size);
     crpci_list_init(&e->age);
@@ -20490,33 +20715,30 @@ CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *metho
     return e;
 }
 
-/* A request has finished. Keeps its reply, with a reference of its own, if it takes no more than a
- * quarter of max_bytes; a larger one would push out too many others. The entry stays in any case: a
- * repetition is then refused, not executed. Moves the requests that waited to `waiting`. */
+/* A request has finished. Keeps its reply, with a reference of its own, if there is room for it and
+ * it takes no more than a quarter of max_bytes. The entry stays in any case: a repetition is then
+ * refused, not executed. Moves the requests that waited to `waiting`. */
 CRPCI_FN void crpci_replay_finish(crpci_replay *r, crpci_replay_entry *e, crpci_chunk *reply,
                                   int64_t now, crpci_list *waiting)
 {
+    int64_t size = crpci_replay_size(reply);
     crpci_list_move(waiting, &e->waiting);
     crpci_replay_expire(r, now);
-    if (crpci_replay_size(reply) > r->max_bytes / 4)
-        reply = NULL;
-    while (reply && r->bytes + crpci_replay_size(reply) > r->max_bytes) {
-        if (!crpci_replay_evict(r))
-            reply = NULL;
-    }
-    if (reply)
+    if (reply && size <= r->max_bytes / 4 && r->bytes + size <= r->max_bytes) {
         crpci_heap_chunk_ref(reply);
-    r->bytes += crpci_replay_size(reply);
-    e->reply = reply;
+        e->reply = reply;
+        r->bytes += size;
+    }
     e->finished = true;
     e->until = now + r->keep_us;
     crpci_list_append(&r->age, &e->age);
 }
 
+/* All requests have ended. */
 CRPCI_COLD void crpci_replay_close(crpci_replay *r)
 {
-    while (r->buckets && crpci_replay_evict(r)) {
-    }
+    if (r->buckets)
+        crpci_replay_expire(r, INT64_MAX);
     crpci_heap_free(r->heap, r->buckets, r->bucket_count * sizeof *r->buckets);
     r->buckets = NULL;
 }
@@ -20556,12 +20778,350 @@ CRPCI_COLD crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol,
 }
 
 /* ======================================================================== */
-/* >>impl-quota   limits of a method and of a client: concurrency and rates */
+/* >>impl-peer   the peers of a server: networks, and the accounts of hosts  */
 /* ======================================================================== */
 
-#define CRPCI_QUOTA_START 40u       /* requests in service at which an adaptive limit begins */
-#define CRPCI_QUOTA_BUCKETS 256u
-#define CRPCI_QUOTA_IDLE_MAX 1024u  /* clients without a connection that are kept */
+/* A server shares what it has among accounts: all connections of one host are one account. An
+ * account exists while it holds something. What has to outlive it, the debt of its token bucket,
+ * goes into a sketch of fixed size, so that no number of other hosts can push it out. The caller
+ * locks a table; networks are pure. */
+
+#define CRPCI_PEER_BUCKETS   64u
+#define CRPCI_PEER_SKETCH    4096u /* cells in each of the sketch's two rows */
+#define CRPCI_PEER_UNIT_US   15625 /* of the sketch's times: 1/64 s, which wraps after two years */
+
+/* Makes the key of a peer's account: the address without what one host can choose. A host with global IPv6 has at least a /64 to choose addresses
+ * from, so those 64 bits are dropped; link-local and unique-local addresses (RFC 4193) are kept
+ * whole, because all hosts of a site share their /64. */
+CRPCI_FN crpci_sock_name crpci_peer_key(const crpci_sock_name *p)
+{
+    crpci_sock_name key = *p;
+    bool local = (p->address[0] == 0xfe && (p->address[1] & 0xc0) == 0x80) ||
+                 (p->address[0] & 0xfe) == 0xfc;
+    key.port = 0;
+    if (p->kind == CRPCI_SOCK_IP && !local) {
+        key.scope = 0;
+        if (!crpci_sock_is_ipv4(p) && memcmp(p->address, &in6addr_loopback, 16) != 0)
+            memset(key.address + 8, 0, 8);
+    }
+    return key;
+}
+
+/* --- networks --------------------------------------------------------------------------------- */
+
+typedef struct crpci_peer_network {
+    crpci_sock_name base; /* of a unix network only the kind counts */
+    unsigned bits;        /* leading bits of `base` that an address must share */
+    uint32_t weight;
+} crpci_peer_network;
+
+typedef struct crpci_peer_networks {
+    crpci_peer_network *items;
+    size_t count;
+} crpci_peer_networks;
+
+/* Reads one network: "unix", "10.0.0.0/8" or "fd00::/8", with ":WEIGHT" behind it if `weighted`.
+ * Changes the text. False: it is none of these. */
+CRPCI_COLD bool crpci_peer_read_network(crpci_peer_network *n, char *text, bool weighted)
+{
+    char *slash, *colon = weighted ? strrchr(text, ':') : NULL;
+    int64_t weight = 1, bits = 128;
+    size_t i;
+    memset(n, 0, sizeof *n);
+    if (weighted && (!colon || !crpci_url_number(colon + 1, 1000000, &weight) || weight < 1))
+        return false;
+    if (colon)
+        *colon = '\0';
+    n->weight = (uint32_t)weight;
+    n->base.kind = strcmp(text, "unix") == 0 ? CRPCI_SOCK_UNIX : CRPCI_SOCK_IP;
+    if (n->base.kind == CRPCI_SOCK_UNIX)
+        return true;
+    slash = strchr(text, '/');
+    if (slash) {
+        *slash = '\0';
+        if (!crpci_url_number(slash + 1, 128, &bits) || bits < 0)
+            return false;
+    }
+    if (inet_pton(AF_INET, text, n->base.address + 12) == 1) {
+        memcpy(n->base.address, crpci_sock_mapped, 12);
+        if (slash && bits > 32)
+            return false;
+        n->bits = slash ? (unsigned)bits + 96 : 128;
+    } else if (inet_pton(AF_INET6, text, n->base.address) == 1) {
+        n->bits = (unsigned)bits;
+    } else {
+        return false;
+    }
+    for (i = n->bits; i < 128; i++) { /* 10.0.0.7/8 is a slip for 10.0.0.0/8 or for 10.0.0.7 */
+        if (n->base.address[i / 8] & 0x80 >> i % 8)
+            return false;
+    }
+    return true;
+}
+
+/* Reads a list such as "10.0.0.0/8,fd00::/8,unix", or with weights "10.0.0.7:16,10.1.0.0/16:4".
+ * NULL and "" are an empty list. `option` names the list in the error. */
+CRPCI_COLD int crpci_peer_read_networks(crpci_peer_networks *list, crpci_heap *h, const char *text,
+                                        const char *option, bool weighted, crpc_error *error)
+{
+    const char *from = text ? text : "", *end;
+    char item[INET6_ADDRSTRLEN + 16];
+    memset(list, 0, sizeof *list);
+    for (; *from; from = *end ? end + 1 : end) {
+        crpci_peer_network *grown;
+        size_t n;
+        end = strchr(from, ',');
+        end = end ? end : from + strlen(from);
+        n = crpci_base_min((size_t)(end - from), sizeof item - 1);
+        memcpy(item, from, n);
+        item[n] = '\0';
+        grown = (crpci_peer_network *)crpci_heap_resize(h, list->items,
+                                                        list->count * sizeof *list->items,
+                                                        (list->count + 1) * sizeof *list->items);
+        if (!grown)
+            return crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
+        list->items = grown;
+        if (!crpci_peer_read_network(&grown[list->count++], item, weighted))
+            return crpci_status_set(error, CRPC_EINVAL,
+                                    "%s: \"%.*s\" is not a network: expected ADDRESS, ADDRESS/BITS "
+                                    "with zeros behind the bits, or unix%s",
+                                    option, (int)crpci_base_min((size_t)(end - from), 60), from,
+                                    weighted ? ", each with :WEIGHT from 1 to 1000000" : "");
+    }
+    return CRPC_OK;
+}
+
+CRPCI_COLD void crpci_peer_free_networks(crpci_peer_networks *list, crpci_heap *h)
+{
+    crpci_heap_free(h, list->items, list->count * sizeof *list->items);
+    memset(list, 0, sizeof *list);
+}
+
+CRPCI_FN bool crpci_peer_in_network(const crpci_peer_network *n, const crpci_sock_name *p)
+{
+    unsigned whole = n->bits / 8, rest = n->bits % 8;
+    if (n->base.kind != p->kind)
+        return false;
+    return p->kind == CRPCI_SOCK_UNIX ||
+           (memcmp(n->base.address, p->address, whole) == 0 &&
+            (!rest || (n->base.address[whole] ^ p->address[whole]) >> (8 - rest) == 0));
+}
+
+/* The smallest network of a list that holds a peer. NULL: none does. */
+CRPCI_FN const crpci_peer_network *crpci_peer_find_network(const crpci_peer_networks *list,
+                                                           const crpci_sock_name *p)
+{
+    const crpci_peer_network *best = NULL;
+    size_t i;
+    for (i = 0; i < list->count; i++) {
+        if (crpci_peer_in_network(&list->items[i], p) && (!best || list->items[i].bits > best->bits))
+            best = &list->items[i];
+    }
+    return best;
+}
+
+/* --- accounts --------------------------------------------------------------------------------- */
+
+/* What a server has a limited number of, and shares among accounts. */
+typedef enum crpci_peer_resource {
+    CRPCI_PEER_CONNECTIONS,
+    CRPCI_PEER_REPLAYS, /* replay entries */
+    CRPCI_PEER_SERVING, /* requests in service, counted as the server counts them */
+    CRPCI_PEER_RESOURCES
+} crpci_peer_resource;
+
+typedef struct crpci_peer_account {
+    crpci_list link; /* in its bucket */
+    crpci_sock_name key;
+    uint32_t weight;
+    uint32_t held[CRPCI_PEER_RESOURCES];
+    crpci_limiter_bucket bucket; /* of rate_per_client */
+    crpci_worker_flow flow;      /* under the lock of the worker pool */
+} crpci_peer_account;
+
+typedef struct crpci_peer_table {
+    crpci_heap *heap;
+    crpci_list buckets[CRPCI_PEER_BUCKETS];
+    uint64_t secret[2]; /* a peer cannot choose addresses that fall into one bucket or cell */
+    crpci_peer_networks weights;
+    int64_t rate, burst; /* of each account's token bucket; rate 0: none */
+    /* With a rate: when the debts of departed accounts are paid, in CRPCI_PEER_UNIT_US. An account
+     * has a cell in each row, and the lower one counts: both are wrong only if others share both. */
+    uint32_t *sketch;
+} crpci_peer_table;
+
+/* `t` is all zero, but for its weights. */
+CRPCI_COLD int crpci_peer_open(crpci_peer_table *t, crpci_heap *h, const uint64_t secret[2],
+                               int64_t rate, int64_t burst)
+{
+    size_t i;
+    t->heap = h;
+    t->secret[0] = secret[0];
+    t->secret[1] = secret[1];
+    t->rate = rate;
+    t->burst = burst;
+    for (i = 0; i < CRPCI_PEER_BUCKETS; i++)
+        crpci_list_init(&t->buckets[i]);
+    if (rate > 0)
+        t->sketch = (uint32_t *)crpci_heap_alloc(h, 2 * CRPCI_PEER_SKETCH * sizeof *t->sketch);
+    return rate > 0 && !t->sketch ? CRPC_ENOMEM : CRPC_OK;
+}
+
+/* All connections have ended, and all accounts with them. */
+CRPCI_COLD void crpci_peer_close(crpci_peer_table *t, crpci_heap *h)
+{
+    crpci_heap_free(h, t->sketch, 2 * CRPCI_PEER_SKETCH * sizeof *t->sketch);
+    t->sketch = NULL;
+    crpci_peer_free_networks(&t->weights, h);
+}
+
+CRPCI_FN uint64_t crpci_peer_hash(const crpci_peer_table *t, const crpci_sock_name *key)
+{
+    uint8_t bytes[21];
+    memcpy(bytes, key->address, 16);
+    crpci_base_put32(bytes + 16, key->scope);
+    bytes[20] = key->kind;
+    return crpci_base_siphash(t->secret, bytes, sizeof bytes);
+}
+
+CRPCI_FN uint32_t *crpci_peer_cell(const crpci_peer_table *t, uint64_t hash, unsigned row)
+{
+    return &t->sketch[row * CRPCI_PEER_SKETCH + (hash >> row * 32) % CRPCI_PEER_SKETCH];
+}
+
+/* Gives a new account the debt with which its host left. A time in a cell that is further away than
+ * any debt lasts is an old one, from before the counter wrapped. */
+CRPCI_FN void crpci_peer_restore_debt(const crpci_peer_table *t, crpci_limiter_bucket *b,
+                                      uint64_t hash, int64_t now_us)
+{
+    uint32_t now = (uint32_t)(now_us / CRPCI_PEER_UNIT_US);
+    uint32_t first = *crpci_peer_cell(t, hash, 0) - now, second = *crpci_peer_cell(t, hash, 1) - now;
+    int64_t left = (int64_t)(first < second ? first : second) * CRPCI_PEER_UNIT_US;
+    if (first > INT32_MAX || second > INT32_MAX || left > b->clear_us + 2 * CRPCI_PEER_UNIT_US)
+        return;
+    b->debt = crpci_base_min64(left * b->per_second, b->most);
+    b->at_us = now_us;
+}
+
+/* Keeps the debt of an account that ends, rounded up, unless a cell holds a longer one. */
+CRPCI_FN void crpci_peer_keep_debt(crpci_peer_table *t, const crpci_limiter_bucket *b,
+                                   uint64_t hash, int64_t now_us)
+{
+    int64_t left = b->debt / b->per_second - (now_us - b->at_us);
+    uint32_t now = (uint32_t)(now_us / CRPCI_PEER_UNIT_US), until;
+    unsigned row;
+    if (left <= 0)
+        return;
+    until = now + (uint32_t)crpci_base_min64(left / CRPCI_PEER_UNIT_US + 1, INT32_MAX);
+    for (row = 0; row < 2; row++) {
+        uint32_t *cell = crpci_peer_cell(t, hash, row);
+        if (*cell - now > INT32_MAX || *cell - now < until - now)
+            *cell = until;
+    }
+}
+
+/* Counts a new connection for its account. NULL: out of memory. */
+CRPCI_FN crpci_peer_account *crpci_peer_connect(crpci_peer_table *t, const crpci_sock_name *name,
+                                                int64_t now_us)
+{
+    crpci_sock_name key = crpci_peer_key(name);
+    uint64_t hash = crpci_peer_hash(t, &key);
+    crpci_list *bucket = &t->buckets[hash % CRPCI_PEER_BUCKETS], *i;
+    const crpci_peer_network *network = crpci_peer_find_network(&t->weights, name);
+    crpci_peer_account *a;
+    for (i = bucket->next; i != bucket; i = i->next) {
+        a = CRPCI_CONTAINER(i, crpci_peer_account, link);
+        if (a->key.kind == key.kind && a->key.scope == key.scope &&
+            memcmp(a->key.address, key.address, 16) == 0) {
+            a->held[CRPCI_PEER_CONNECTIONS]++;
+            return a;
+        }
+    }
+    a = (crpci_peer_account *)crpci_heap_alloc(t->heap, sizeof *a);
+    if (!a)
+        return NULL;
+    a->key = key;
+    a->weight = network ? network->weight : 1;
+    a->held[CRPCI_PEER_CONNECTIONS] = 1;
+    crpci_limiter_bucket_init(&a->bucket, t->rate, t->burst);
+    crpci_worker_flow_init(&a->flow);
+    if (t->sketch)
+        crpci_peer_restore_debt(t, &a->bucket, hash, now_us);
+    crpci_list_append(bucket, &a->link);
+    return a;
+}
+
+/* An account gives back what it held. It ends when it holds nothing. */
+CRPCI_FN void crpci_peer_release(crpci_peer_table *t, crpci_peer_account *a,
+                                 crpci_peer_resource what, int64_t now_us)
+{
+    size_t i;
+    a->held[what]--;
+    for (i = 0; i < CRPCI_PEER_RESOURCES; i++) {
+        if (a->held[i])
+            return;
+    }
+    if (t->sketch)
+        crpci_peer_keep_debt(t, &a->bucket, crpci_peer_hash(t, &a->key), now_us);
+    crpci_list_remove(&a->link);
+    crpci_heap_free(t->heap, a, sizeof *a);
+}
+
+/* Whether account `a` holds more by its weight than `b`. */
+CRPCI_FN bool crpci_peer_is_larger(const crpci_peer_account *a, const crpci_peer_account *b,
+                                   crpci_peer_resource what)
+{
+    return (uint64_t)crpci_thread_load(&a->held[what]) * b->weight >
+           (uint64_t)crpci_thread_load(&b->held[what]) * a->weight;
+}
+
+/* The account other than `but` that holds most by its weight. NULL: there is no other. */
+CRPCI_COLD crpci_peer_account *crpci_peer_largest(const crpci_peer_table *t,
+                                                  const crpci_peer_account *but,
+                                                  crpci_peer_resource what)
+{
+    crpci_peer_account *best = NULL;
+    size_t k;
+    for (k = 0; k < CRPCI_PEER_BUCKETS; k++) {
+        const crpci_list *i;
+        for (i = t->buckets[k].next; i != &t->buckets[k]; i = i->next) {
+            crpci_peer_account *a = CRPCI_CONTAINER(i, crpci_peer_account, link);
+            if (a != but && (!best || crpci_peer_is_larger(a, best, what)))
+                best = a;
+        }
+    }
+    return best;
+}
+
+/* Whether account `own` may keep what it has taken last and is counted in own->held, when `total`
+ * of `most` are held by all. Up to three quarters of them anybody may have all. Above them the
+ * largest account gets no more, so that the rest is there for others, but one each. With `victim`
+ * not NULL, `total` may be over `most` if a larger account can yield one: *victim. */
+CRPCI_FN bool crpci_peer_may_keep(const crpci_peer_table *t, const crpci_peer_account *own,
+                                  crpci_peer_resource what, uint64_t total, uint64_t most,
+                                  const crpci_peer_account **victim)
+{
+    const crpci_peer_account *other;
+    if (victim)
+        *victim = NULL;
+    if (total <= most - most / 4)
+        return true;
+    other = crpci_peer_largest(t, own, what);
+    if (crpci_thread_load(&own->held[what]) > 1 && (!other || crpci_peer_is_larger(own, other, what)))
+        return false;
+    if (total <= most)
+        return true;
+    if (!victim || !other || !crpci_peer_is_larger(other, own, what))
+        return false;
+    *victim = other;
+    return true;
+}
+
+/* ======================================================================== */
+/* >>impl-quota   limits of a method: concurrency and rates                  */
+/* ======================================================================== */
+
+#define CRPCI_QUOTA_START 40u /* requests in service at which an adaptive limit begins */
 
 /* The limits of one method. The caller locks. All zero, there are none. */
 typedef struct crpci_quota {
@@ -20608,106 +21168,6 @@ CRPCI_FN void crpci_quota_leave(crpci_quota *q, bool ok, int64_t latency_us, int
         crpci_limiter_auto_leave(&q->limiter, ok, latency_us, now_us);
 }
 
-/* A client: all connections from one host. */
-typedef struct crpci_quota_client {
-    crpci_list link; /* in its bucket */
-    crpci_list idle; /* without connections: in the order in which clients left */
-    uint32_t connections;
-    uint8_t host[16];
-    crpci_limiter_bucket bucket;
-} crpci_quota_client;
-
-/* The clients of a server. The caller locks. A client that has closed its connections is kept until
- * CRPCI_QUOTA_IDLE_MAX others have left after it: reconnecting does not fill its token bucket. */
-typedef struct crpci_quota_clients {
-    crpci_heap *heap;
-    crpci_list *buckets; /* NULL: clients are not limited */
-    crpci_list idle;
-    size_t idle_count;
-    int64_t rate;
-    int64_t burst;
-} crpci_quota_clients;
-
-CRPCI_COLD int crpci_quota_open(crpci_quota_clients *c, crpci_heap *h, int64_t rate, int64_t burst)
-{
-    memset(c, 0, sizeof *c);
-    c->heap = h;
-    c->rate = rate;
-    c->burst = burst;
-    crpci_list_init(&c->idle);
-    c->buckets = crpci_list_table(h, CRPCI_QUOTA_BUCKETS);
-    return c->buckets ? CRPC_OK : CRPC_ENOMEM;
-}
-
-/* Frees the client that has been without connections for longest. */
-CRPCI_FN void crpci_quota_evict(crpci_quota_clients *c)
-{
-    crpci_quota_client *k = CRPCI_CONTAINER(c->idle.next, crpci_quota_client, idle);
-    crpci_list_remove(&k->idle);
-    crpci_list_remove(&k->link);
-    crpci_heap_free(c->heap, k, sizeof *k);
-    c->idle_count--;
-}
-
-CRPCI_COLD void crpci_quota_close(crpci_quota_clients *c)
-{
-    while (c->buckets && !crpci_list_empty(&c->idle))
-        crpci_quota_evict(c);
-    crpci_heap_free(c->heap, c->buckets, CRPCI_QUOTA_BUCKETS * sizeof *c->buckets);
-    c->buckets = NULL;
-}
-
-/* The host of an address: an IPv6 address, to which an IPv4 one is mapped. All unix sockets are one
- * client, of the address 0. */
-CRPCI_FN void crpci_quota_host(uint8_t host[16], const crpci_addr *a)
-{
-    memset(host, 0, 16);
-    if (a->u.any.sa_family == AF_INET6) {
-        memcpy(host, &a->u.in6.sin6_addr, 16);
-    } else if (a->u.any.sa_family == AF_INET) {
-        host[10] = host[11] = 0xff;
-        memcpy(host + 12, &a->u.in4.sin_addr, 4);
-    }
-}
-
-/* The client of a new connection; crpci_quota_disconnect ends it. NULL: out of memory. */
-CRPCI_FN crpci_quota_client *crpci_quota_connect(crpci_quota_clients *c, const crpci_addr *a)
-{
-    crpci_quota_client *k;
-    crpci_list *bucket, *i;
-    uint8_t host[16];
-    crpci_quota_host(host, a);
-    bucket = &c->buckets[crpci_base_hash(host, 16) % CRPCI_QUOTA_BUCKETS];
-    for (i = bucket->next; i != bucket; i = i->next) {
-        k = CRPCI_CONTAINER(i, crpci_quota_client, link);
-        if (memcmp(k->host, host, 16) != 0)
-            continue;
-        if (!k->connections++) {
-            crpci_list_remove(&k->idle);
-            c->idle_count--;
-        }
-        return k;
-    }
-    k = (crpci_quota_client *)crpci_heap_alloc(c->heap, sizeof *k);
-    if (!k)
-        return NULL;
-    memcpy(k->host, host, 16);
-    k->connections = 1;
-    crpci_limiter_bucket_init(&k->bucket, c->rate, c->burst);
-    crpci_list_init(&k->idle);
-    crpci_list_append(bucket, &k->link);
-    return k;
-}
-
-CRPCI_FN void crpci_quota_disconnect(crpci_quota_clients *c, crpci_quota_client *k)
-{
-    if (--k->connections)
-        return;
-    crpci_list_append(&c->idle, &k->idle);
-    if (++c->idle_count > CRPCI_QUOTA_IDLE_MAX)
-        crpci_quota_evict(c);
-}
-
 /* ======================================================================== */
 /* >>impl-context   one request in service: its handler, its reply, its end */
 /* ======================================================================== */
@@ -20737,6 +21197,7 @@ typedef struct crpci_context_guard {
     int (*serve)(crpc_context *x); /* in place of the handler; CRPC_EPENDING: x may be gone */
     crpci_out *(*encode)(crpc_context *x, int code); /* as crpci_context_encode; then does `end` */
     void (*end)(crpc_context *x, const crpci_message *reply, int served); /* reply NULL: none */
+    void (*leave)(crpc_server *s, void *account); /* a connection is closed and has no request */
 } crpci_context_guard;
 
 /* A server. The program owns it, and connections with requests in service keep it. Each nested
@@ -20751,11 +21212,13 @@ struct crpc_server {
     uint32_t active;  /* atomic: connections with requests in service */
     uint32_t serving; /* requests in service; atomic with I/O threads, else under the lock */
     uint32_t max_serving; /* at which further requests get CRPC_ELIMIT */
+    uint32_t fair_serving; /* from which on an account gets no more than its share */
     uint32_t connections; /* atomic: open ones, of all loops */
     bool private_loop;    /* the server opened `loop` and closes it */
     void (*destroy)(crpc_server *s); /* the lifecycle section's: frees it with the last reference */
     crpci_service_map services;
     crpci_worker_pool workers;
+    crpci_worker_flow flow; /* of all requests without CRPC_ENABLE_POLICY */
     size_t worker_count; /* also when they have stopped; 0: handlers run on the I/O threads */
     struct {
         crpc_loop **loops; /* one for each I/O thread */
@@ -20771,11 +21234,13 @@ struct crpc_server {
         crpci_order order;
         crpci_replay replay;
         crpci_quota *quotas; /* list: of the methods that have limits */
-        crpci_quota_clients clients;
-        uint64_t replayed, unremembered; /* requests: repeated; run without a free entry */
+        crpci_peer_table peers;
+        uint64_t replayed; /* requests that had come before */
     } guard;
     struct {
         crpci_list list;
+        crpci_peer_networks allow; /* empty: all */
+        uint32_t refusing;         /* atomic: connections that are open only to be refused */
         int reserve_fd; /* closed for a moment when no descriptors are left, to accept and close a
                          * connection in its place; -1: not to be had */
         int64_t emfile_logged; /* when a lack of descriptors was logged last */
@@ -21049,19 +21514,28 @@ CRPCI_FN void crpci_context_free(crpc_context *x)
 
 /* --- requests in service ---------------------------------------------------------------------- */
 
-/* Counts requests in service. One thread alone counts if there are no I/O threads: no atomics. */
-CRPCI_FN void crpci_context_count(crpc_server *s, uint32_t by)
+/* Counts a connection's requests in service, for the server and for the peer's account. One thread
+ * alone counts if there are no I/O threads: no atomics. */
+CRPCI_FN void crpci_context_count(crpc_server *s, crpci_conn *conn, uint32_t by)
 {
-    if (s->options.io_threads)
+    uint32_t *held = CRPC_ENABLE_POLICY
+                         ? &((crpci_peer_account *)conn->account)->held[CRPCI_PEER_SERVING]
+                         : NULL;
+    if (s->options.io_threads) {
         crpci_thread_add(&s->serving, by);
-    else
+        if (held)
+            crpci_thread_add(held, by);
+    } else {
         s->serving += by;
+        if (held)
+            *held += by;
+    }
 }
 
 /* A connection with requests in service keeps itself, its loop and the server. Locked. */
 CRPCI_FN void crpci_context_begin(crpc_server *s, crpci_conn *conn)
 {
-    crpci_context_count(s, 1);
+    crpci_context_count(s, conn, 1);
     if (conn->busy++)
         return;
     crpci_conn_hold(conn);
@@ -21074,9 +21548,12 @@ CRPCI_FN void crpci_context_begin(crpc_server *s, crpci_conn *conn)
  * crpci_context_release is due when the loop is unlocked. */
 CRPCI_FN bool crpci_context_end(crpci_conn *conn)
 {
-    crpci_context_count((crpc_server *)conn->owner, (uint32_t)-1);
+    crpc_server *s = (crpc_server *)conn->owner;
+    crpci_context_count(s, conn, (uint32_t)-1);
     if (--conn->busy)
         return false;
+    if (CRPC_ENABLE_POLICY && conn->closed)
+        s->guard.ops->leave(s, conn->account);
     crpci_conn_drop(conn);
     return true;
 }
@@ -21279,6 +21756,12 @@ CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
         crpci_context_release(s, l);
 }
 
+/* The queue of a request for a worker: that of its peer's account. */
+CRPCI_FN crpci_worker_flow *crpci_context_flow(crpc_context *x)
+{
+    return CRPC_ENABLE_POLICY ? &((crpci_peer_account *)x->conn->account)->flow : &x->server->flow;
+}
+
 /* Hands a request to the workers, or makes it a task of its loop, which is locked then. Returns
  * NULL, or the text with which to refuse it; one that was `admitted` before is not refused. From
  * here on another thread may run the request and free its context. */
@@ -21287,7 +21770,7 @@ CRPCI_FN const char *crpci_context_dispatch(crpc_context *x, bool admitted)
     crpc_server *s = x->server;
     if (!s->worker_count)
         crpci_loop_ready(x->loop, &x->task);
-    else if (!crpci_worker_put(&s->workers, &x->task, admitted))
+    else if (!crpci_worker_put(&s->workers, crpci_context_flow(x), &x->task, admitted))
         return CRPCI_CONTEXT_CROWDED;
     return NULL;
 }
@@ -21429,22 +21912,13 @@ CRPC_API int64_t crpc_context_remaining_us(const crpc_context *x)
                : x->origin.deadline_us - crpci_heap_now(x->server->heap);
 }
 
-/* Locks, because the connection may be closing. An address that was not to be had is asked for
- * again; of a closed connection it stays empty. */
 CRPC_API const char *crpc_context_peer(crpc_context *x)
 {
-    crpci_addr a;
     if (!x->peer)
-        x->peer = (char *)crpc_context_alloc(x, CRPC_ADDRESS_MAX);
-    if (!x->peer || x->peer[0])
-        return x->peer ? x->peer : "";
-    crpci_loop_lock(x->loop);
-    if (x->conn->fd >= 0) {
-        crpci_sock_peer(x->conn->fd, &a);
-        if (a.len)
-            crpci_sock_format(&a, x->peer, CRPC_ADDRESS_MAX);
-    }
-    crpci_loop_unlock(x->loop);
+        x->peer = (char *)crpc_context_alloc(x, CRPCI_SOCK_NAME_MAX);
+    if (!x->peer)
+        return "";
+    crpci_sock_name_format(&x->conn->peer, x->peer, CRPCI_SOCK_NAME_MAX);
     return x->peer;
 }
 
@@ -21466,6 +21940,7 @@ typedef struct crpci_guard {
     crpci_order_item order;
     crpc_view id;              /* request id, in the request's bytes; empty: none */
     crpci_replay_entry *entry; /* of the id, if this request is the one that executes; else NULL */
+    crpci_peer_account *account; /* of the peer; the connection holds it while it is open */
     bool repeats;              /* another request with the id has executed; its answer serves */
     crpci_chunk *reply;        /* that answer, a reference; NULL: it was not kept */
     crpci_quota *quota; /* entered and still to be left; NULL: none */
@@ -21570,32 +22045,64 @@ CRPCI_COLD int crpci_guard_status(crpc_context *x)
                                "the request was executed before, but its reply was not kept");
 }
 
+/* A digest of a request's message and attachment. */
+CRPCI_COLD uint64_t crpci_guard_digest(const crpc_context *x)
+{
+    return crpci_base_siphash(x->server->guard.replay.secret, x->payload,
+                              x->payload_size + x->attachment_size) ^ x->attachment_size;
+}
+
+/* Gives a new request an entry, charged to its peer's account. False: none is free, or the account
+ * has its share. The guard is locked. */
+CRPCI_COLD bool crpci_guard_remember(crpc_context *x, uint64_t digest)
+{
+    crpc_server *s = x->server;
+    crpci_replay *r = &s->guard.replay;
+    crpci_guard *g = x->guard;
+    g->account->held[CRPCI_PEER_REPLAYS]++;
+    if (crpci_peer_may_keep(&s->guard.peers, g->account, CRPCI_PEER_REPLAYS, r->count + 1, r->max,
+                            NULL))
+        g->entry = crpci_replay_add(r, x->method, g->id, digest, g->account);
+    if (!g->entry)
+        crpci_peer_release(&s->guard.peers, g->account, CRPCI_PEER_REPLAYS,
+                           crpci_heap_now(s->heap));
+    return g->entry != NULL;
+}
+
 /* Runs the handler of a request, unless its id has come before. Then either the first request is
  * still executing, and its crpci_guard_end will complete x (CRPC_EPENDING: x may be gone), or it
- * has ended, and x is answered with the kept reply. If no entry is free the handler runs and is not
- * remembered: a repetition would then execute again, which `unremembered` in the stats tells. */
+ * has ended, and x is answered with the kept reply. */
 CRPCI_COLD int crpci_guard_serve(crpc_context *x)
 {
     crpc_server *s = x->server;
     crpci_guard *g = x->guard;
     crpci_replay_entry *e = NULL;
-    bool waits = false;
+    bool waits = false, full = false, other = false;
     if (crpc_view_size(g->id)) {
+        uint64_t digest = crpci_guard_digest(x);
         crpci_thread_lock(&s->guard.lock);
         e = crpci_replay_find(&s->guard.replay, x->method, g->id, crpci_heap_rough_now(s->heap));
-        waits = e && !e->finished;
-        if (waits)
+        other = e && e->digest != digest;
+        waits = e && !other && !e->finished;
+        if (!e)
+            full = !crpci_guard_remember(x, digest);
+        else if (waits)
             crpci_list_append(&e->waiting, &x->task.link);
-        else if (e)
+        else if (!other)
             g->reply = crpci_guard_ref(e->reply);
-        else
-            g->entry = crpci_replay_add(&s->guard.replay, x->method, g->id);
-        s->guard.replayed += e != NULL;
-        s->guard.unremembered += !e && !g->entry;
+        s->guard.replayed += e && !other;
         crpci_thread_unlock(&s->guard.lock);
     }
+    if (waits)
+        return CRPC_EPENDING;
+    if (other)
+        return crpci_context_error(x, CRPC_EREQUEST,
+                                   "another request had the same id (crpc-rid) before");
+    if (full)
+        return crpci_context_error(x, CRPC_ELIMIT,
+                                   "no entry is free to remember the request (replay_entries)");
     if (e)
-        return waits ? CRPC_EPENDING : crpci_guard_status(x);
+        return crpci_guard_status(x);
     return x->method->method->serve(x, x->request, x->response, x->method->handlers);
 }
 
@@ -21667,8 +22174,57 @@ CRPCI_COLD crpci_out *crpci_guard_encode(crpc_context *x, int code)
     return out;
 }
 
+/* --- connections ------------------------------------------------------------------------------ */
+
+/* Counts a new connection for its account. NULL: out of memory. */
+CRPCI_COLD crpci_peer_account *crpci_guard_connect(crpc_server *s, const crpci_sock_name *peer)
+{
+    crpci_peer_account *account;
+    crpci_thread_lock(&s->guard.lock);
+    account = crpci_peer_connect(&s->guard.peers, peer, crpci_heap_now(s->heap));
+    crpci_thread_unlock(&s->guard.lock);
+    return account;
+}
+
+/* Gives back what crpci_guard_connect took, when the connection is closed and its requests have
+ * ended. */
+CRPCI_COLD void crpci_guard_disconnect(crpc_server *s, void *account)
+{
+    crpci_thread_lock(&s->guard.lock);
+    crpci_peer_release(&s->guard.peers, (crpci_peer_account *)account, CRPCI_PEER_CONNECTIONS,
+                       crpci_heap_now(s->heap));
+    crpci_thread_unlock(&s->guard.lock);
+}
+
+/* Whether a connection of account `own`, counted already, may stay when `count` connections are
+ * open with it; if *victim is not NULL, only when one of that account's is closed. */
+CRPCI_COLD bool crpci_guard_has_room(crpc_server *s, const crpci_peer_account *own, uint32_t count,
+                                     const crpci_peer_account **victim)
+{
+    uint32_t most = (uint32_t)s->options.max_connections;
+    bool may;
+    crpci_thread_lock(&s->guard.lock);
+    may = crpci_peer_may_keep(&s->guard.peers, own, CRPCI_PEER_CONNECTIONS, count,
+                              most ? most : UINT32_MAX, victim);
+    crpci_thread_unlock(&s->guard.lock);
+    return may;
+}
+
+/* Whether one more request of a connection may be in service beside `serving` others. Locked. */
+CRPCI_COLD bool crpci_guard_may_serve(crpc_server *s, crpci_conn *conn, uint32_t serving)
+{
+    bool may;
+    crpci_context_count(s, conn, 1);
+    crpci_thread_lock(&s->guard.lock);
+    may = crpci_peer_may_keep(&s->guard.peers, (crpci_peer_account *)conn->account,
+                              CRPCI_PEER_SERVING, (uint64_t)serving + 1, s->max_serving, NULL);
+    crpci_thread_unlock(&s->guard.lock);
+    crpci_context_count(s, conn, (uint32_t)-1);
+    return may;
+}
+
 static const crpci_context_guard crpci_guard_ops = {crpci_guard_serve, crpci_guard_encode,
-                                                    crpci_guard_end};
+                                                    crpci_guard_end, crpci_guard_disconnect};
 
 /* --- admission -------------------------------------------------------------------------------- */
 
@@ -21680,10 +22236,12 @@ CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpc
     bool fields = !m->usual && m->has_fields;
     crpc_view key;
     memset(g, 0, sizeof *g);
+    g->account = (crpci_peer_account *)conn->account;
     if (fields && s->options.ordered >= 0 &&
         conn->protocol->field(m->fields, CRPCI_MESSAGE_KEY_FIELD, &key)) {
         g->ordered = true;
-        g->order.key = crpci_base_hash(crpc_view_data(key), crpc_view_size(key));
+        g->order.key = crpci_base_siphash(s->guard.peers.secret, crpc_view_data(key),
+                                          crpc_view_size(key));
     } else if (s->options.ordered > 0) {
         g->ordered = true;
         g->order.of = conn;
@@ -21702,40 +22260,17 @@ CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpc
 CRPCI_COLD const char *crpci_guard_limit(crpc_server *s, const crpci_conn *conn, crpci_quota *q,
                                          crpci_guard *g)
 {
-    crpci_quota_client *client = (crpci_quota_client *)conn->client;
+    crpci_peer_account *account = (crpci_peer_account *)conn->account;
     const char *why = NULL;
-    if (!client && !q)
-        return NULL;
     g->since = conn->active_us;
     crpci_thread_lock(&s->guard.lock);
-    if (client && !crpci_limiter_bucket_take(&client->bucket, g->since))
+    if (account && !crpci_limiter_bucket_take(&account->bucket, g->since))
         why = CRPCI_STATUS_TEXT("too many requests of this client in a second (rate_per_client)");
     else if (q)
         why = crpci_quota_enter(q, g->since);
     crpci_thread_unlock(&s->guard.lock);
     g->quota = why ? NULL : q;
     return why;
-}
-
-/* Counts a new connection for its client, which all connections from one host share. Locked. False:
- * out of memory. */
-CRPCI_COLD bool crpci_guard_connect(crpc_server *s, crpci_conn *conn)
-{
-    crpci_addr a;
-    crpci_sock_peer(conn->fd, &a);
-    crpci_thread_lock(&s->guard.lock);
-    conn->client = crpci_quota_connect(&s->guard.clients, &a);
-    crpci_thread_unlock(&s->guard.lock);
-    return conn->client != NULL;
-}
-
-/* Gives back what crpci_guard_connect took. Locked. */
-CRPCI_COLD void crpci_guard_disconnect(crpc_server *s, crpci_conn *conn)
-{
-    crpci_thread_lock(&s->guard.lock);
-    crpci_quota_disconnect(&s->guard.clients, (crpci_quota_client *)conn->client);
-    crpci_thread_unlock(&s->guard.lock);
-    conn->client = NULL;
 }
 
 /* --- opening ---------------------------------------------------------------------------------- */
@@ -21799,17 +22334,28 @@ CRPCI_COLD int crpci_guard_start_limits(crpc_server *s, crpc_error *error)
     return err;
 }
 
-/* Allocates the tables of request ids and of clients, if the options ask for them. */
+/* A replay entry of an account is gone. */
+CRPCI_COLD void crpci_guard_forget(crpci_replay *r, void *account)
+{
+    crpc_server *s = CRPCI_CONTAINER(r, crpc_server, guard.replay);
+    crpci_peer_release(&s->guard.peers, (crpci_peer_account *)account, CRPCI_PEER_REPLAYS,
+                       crpci_heap_now(s->heap));
+}
+
+/* Sets up the tables of request ids and of accounts. */
 CRPCI_COLD int crpci_guard_open(crpc_server *s)
 {
     const crpc_server_options *o = &s->options;
-    int err = CRPC_OK;
+    uint64_t secret[2];
+    int err;
     crpci_order_init(&s->guard.order, o->worker_queue);
-    if (o->replay_entries)
+    crpci_loop_secret(s->loop, secret);
+    err = crpci_peer_open(&s->guard.peers, s->heap, secret, o->rate_per_client,
+                          o->burst_per_client);
+    if (!err && o->replay_entries)
         err = crpci_replay_open(&s->guard.replay, s->heap, (size_t)o->replay_entries,
-                                o->replay_bytes, (int64_t)o->replay_ms * 1000);
-    if (!err && o->rate_per_client > 0)
-        err = crpci_quota_open(&s->guard.clients, s->heap, o->rate_per_client, o->burst_per_client);
+                                o->replay_bytes, (int64_t)o->replay_ms * 1000, secret);
+    s->guard.replay.release = crpci_guard_forget;
     return err;
 }
 
@@ -21817,7 +22363,6 @@ CRPCI_COLD void crpci_guard_stats(crpc_server *s, crpc_loop_stats *stats)
 {
     crpci_thread_lock(&s->guard.lock);
     stats->replayed = s->guard.replayed;
-    stats->unremembered = s->guard.unremembered;
     crpci_thread_unlock(&s->guard.lock);
 }
 
@@ -21829,7 +22374,7 @@ CRPCI_COLD void crpci_guard_close(crpc_server *s)
         crpci_heap_free(s->heap, q, sizeof *q);
     }
     crpci_replay_close(&s->guard.replay);
-    crpci_quota_close(&s->guard.clients);
+    crpci_peer_close(&s->guard.peers, s->heap);
     crpci_thread_mutex_free(&s->guard.lock);
 }
 
@@ -21903,19 +22448,34 @@ CRPCI_FN void crpci_intake_admit(crpc_server *s, crpci_conn *conn, const crpci_m
         crpci_context_reject(x);
 }
 
+/* Whether one more request of a connection may be in service, when most of max_concurrency are
+ * already. Locked. */
+CRPCI_COLD bool crpci_intake_may_serve(crpc_server *s, crpci_conn *conn)
+{
+    uint32_t serving = crpci_thread_load(&s->serving);
+    return CRPC_ENABLE_POLICY ? crpci_guard_may_serve(s, conn, serving)
+                              : serving < s->max_serving;
+}
+
 /* A request is complete. */
 CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
 {
     crpc_server *s = (crpc_server *)conn->owner;
     const crpci_service_method *method;
     conn->loop->stats.requests++;
+    if (CRPCI_UNLIKELY(conn->refused)) {
+        crpci_context_refuse(conn, m, CRPC_ELIMIT,
+                             "the server has too many connections (max_connections)");
+        return;
+    }
     if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING)) {
         crpci_context_refuse(conn, m, CRPC_ELOGOFF, "the server is stopping");
         crpci_context_throttle(conn);
         return;
     }
     method = crpci_intake_method(s, conn, m);
-    if (method && CRPCI_UNLIKELY(crpci_thread_load(&s->serving) >= s->max_serving)) {
+    if (method && CRPCI_UNLIKELY(crpci_thread_load(&s->serving) >= s->fair_serving) &&
+        !crpci_intake_may_serve(s, conn)) {
         crpci_context_refuse(conn, m, CRPC_ELIMIT,
                              "too many requests are being served (max_concurrency)");
     } else if (method) {
@@ -21956,22 +22516,36 @@ CRPCI_FN void crpci_intake_on_eof(crpci_conn *conn)
 CRPCI_FN void crpci_intake_on_closed(crpci_conn *conn)
 {
     crpc_server *s = (crpc_server *)conn->owner;
-    if (CRPC_ENABLE_POLICY && conn->client)
-        crpci_guard_disconnect(s, conn);
+    if (CRPC_ENABLE_POLICY && !conn->busy)
+        crpci_guard_disconnect(s, conn->account);
+    if (conn->refused)
+        __atomic_fetch_sub(&s->listener.refusing, 1, __ATOMIC_ACQ_REL);
     __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
 }
 
-/* Closes a connection that was idle for idle_timeout_ms, whose request has not arrived whole within
- * frame_timeout_ms, or which ended its input and does not read its replies. A paused connection is
- * not read, so its peer is not to blame for a partial request. */
+CRPCI_FN void crpci_intake_expire(crpci_conn *conn)
+{
+    conn->loop->stats.timeouts++;
+    crpci_conn_close(conn, CRPC_ECLOSE, 0);
+}
+
+/* Closes a connection that was idle for idle_timeout_ms, that has asked for no method of the server
+ * within first_request_ms, whose request has not arrived whole within frame_timeout_ms, or which
+ * ended its input and does not read its replies. A paused connection is not read, so its peer is
+ * not to blame for a partial request. */
 CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
 {
     const crpc_server *s = (const crpc_server *)conn->owner;
     int64_t now = crpci_loop_now(conn->loop), next = INT64_MAX;
     int64_t idle = (int64_t)s->options.idle_timeout_ms * 1000;
+    int64_t first = (int64_t)s->options.first_request_ms * 1000;
+    if (conn->refused) {
+        crpci_conn_close(conn, CRPC_ECLOSE, 0);
+        return;
+    }
     if (conn->close_when_sent && conn->frame_timeout_us) {
         if (conn->tx_bytes == conn->linger_bytes)
-            crpci_conn_close(conn, CRPC_ECLOSE, 0);
+            crpci_intake_expire(conn);
         else
             crpci_loop_timer_set(conn->loop, &conn->timer, conn->frame_timeout_us);
         conn->linger_bytes = conn->tx_bytes;
@@ -21983,8 +22557,10 @@ CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
         next = crpci_base_min64(next, conn->active_us + idle);
     else if (idle)
         next = crpci_base_min64(next, now + idle);
+    if (first && !conn->expected)
+        next = crpci_base_min64(next, conn->opened_us + first);
     if (next <= now)
-        crpci_conn_close(conn, CRPC_ECLOSE, 0);
+        crpci_intake_expire(conn);
     else if (next != INT64_MAX)
         crpci_loop_timer_set(conn->loop, &conn->timer, next - now);
 }
@@ -22010,6 +22586,27 @@ CRPCI_FN bool crpci_intake_close_conns(crpc_server *s, crpc_loop *l)
             crpci_conn_close(c, CRPC_ECLOSE, 0);
     }
     return false;
+}
+
+/* Closes one connection of an account on a loop: one that has not asked for a method of the server
+ * yet or, if `idle`, the one that has been without a request for longest. Locked. False: there is
+ * none. */
+CRPCI_COLD bool crpci_intake_evict(crpc_server *s, crpc_loop *l, const void *account, bool idle)
+{
+    crpci_conn *victim = NULL;
+    crpci_list *i;
+    for (i = l->conns.next; i != &l->conns; i = i->next) {
+        crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
+        if (c->up == &crpci_intake_events && c->owner == s && c->account == account &&
+            !c->refused && (!c->expected || (idle && !c->busy && crpci_conn_idle(c))) &&
+            (!victim || c->active_us < victim->active_us))
+            victim = c;
+    }
+    if (!victim)
+        return false;
+    l->stats.evicted++;
+    crpci_conn_close(victim, CRPC_ECLOSE, 0);
+    return true;
 }
 
 /* Whether any of the server's connections on a loop has output to send, or input that was not read:
@@ -22045,37 +22642,100 @@ typedef struct crpci_listener {
     crpci_addr addr;
 } crpci_listener;
 
-/* Hands a new connection to its loop. Closes it if the server has max_connections or is stopping.
- * Called without a lock by the thread that accepts. */
-CRPCI_FN void crpci_listener_adopt(crpc_server *s, int fd)
+#define CRPCI_LISTENER_REFUSING  32      /* connections at a time that are told they are refused */
+#define CRPCI_LISTENER_REFUSE_US 1000000 /* how long each of them stays */
+
+/* Takes a connection from an account that has more than its share. Locks one loop after another.
+ * False: all of the account's connections are at work. */
+CRPCI_COLD bool crpci_listener_evict(crpc_server *s, const void *account)
 {
-    crpc_loop *l = s->loop;
-    crpci_conn *conn;
-    if (s->io.count) {
-        l = s->io.loops[s->io.next % s->io.count];
-        s->io.next++;
+    bool done = false;
+    size_t i, n = s->io.count ? s->io.count : 1;
+    for (i = 0; i < 2 * n && !done; i++) {
+        crpc_loop *l = s->io.count ? s->io.loops[i % n] : s->loop;
+        crpci_loop_lock(l);
+        done = crpci_intake_evict(s, l, account, i >= n);
+        crpci_loop_unlock(l);
     }
-    if (s->options.max_connections &&
-        crpci_thread_load(&s->connections) >= (uint32_t)s->options.max_connections) {
+    return done;
+}
+
+/* Opens a connection only to refuse its requests: its peer learns that they were not executed, and
+ * may try another server. False: enough connections are being refused already. Locked. */
+CRPCI_COLD bool crpci_listener_refuse(crpc_server *s, crpci_conn *conn)
+{
+    conn->loop->stats.refused++;
+    if (__atomic_add_fetch(&s->listener.refusing, 1, __ATOMIC_ACQ_REL) > CRPCI_LISTENER_REFUSING) {
+        __atomic_fetch_sub(&s->listener.refusing, 1, __ATOMIC_ACQ_REL);
+        return false;
+    }
+    conn->refused = true;
+    crpci_loop_timer_set(conn->loop, &conn->timer, CRPCI_LISTENER_REFUSE_US);
+    return true;
+}
+
+/* Sets up an accepted connection. Locked. */
+CRPCI_FN void crpci_listener_configure(const crpc_server *s, crpci_conn *conn)
+{
+    int64_t first = s->options.first_request_ms, idle = s->options.idle_timeout_ms;
+    conn->protocols = crpci_protocols;
+    conn->max_body = (uint32_t)s->options.limits.max_body;
+    conn->max_skip = s->options.max_skip;
+    conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
+    first = first && (!idle || first < idle) ? first : idle;
+    if (first)
+        crpci_loop_timer_set(conn->loop, &conn->timer, first * 1000);
+}
+
+/* Makes a connection of a socket that was counted for `account`. False: it could not, and the
+ * socket is closed. Called without a lock. The server's state was set before this loop was locked
+ * to close its connections, so a connection is either refused here or closed there. */
+CRPCI_FN bool crpci_listener_adopt(crpc_server *s, crpc_loop *l, int fd,
+                                   const crpci_sock_name *peer, void *account, bool room)
+{
+    crpci_conn *conn = NULL;
+    crpci_loop_lock(l);
+    if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
+        close(fd);
+    } else if ((conn = crpci_connect_new(l, fd, false, &crpci_intake_events, s)) != NULL) {
+        crpci_thread_ref(&s->connections);
+        conn->peer = *peer;
+        conn->account = account;
+        crpci_listener_configure(s, conn);
+        if (!room && !crpci_listener_refuse(s, conn))
+            crpci_conn_close(conn, CRPC_ECLOSE, 0);
+    }
+    crpci_loop_unlock(l);
+    return conn != NULL;
+}
+
+/* Gives an accepted socket to one of the server's loops, in turn, if the peer may connect. Called
+ * without a lock by the thread that accepts, so s->connections only becomes less meanwhile. */
+CRPCI_FN void crpci_listener_share(crpc_server *s, int fd, const crpci_sock_name *peer)
+{
+    crpc_loop *l = s->io.count ? s->io.loops[s->io.next++ % s->io.count] : s->loop;
+    uint32_t count = crpci_thread_load(&s->connections) + 1;
+    const crpci_peer_account *victim = NULL;
+    crpci_peer_account *account = NULL;
+    bool room = !s->options.max_connections || count <= (uint32_t)s->options.max_connections;
+    if (s->listener.allow.count && !crpci_peer_find_network(&s->listener.allow, peer)) {
+        crpci_loop_lock(l);
+        l->stats.refused++;
+        crpci_loop_unlock(l);
         close(fd);
         return;
     }
-    crpci_loop_lock(l);
-    if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
-        close(fd); /* the state was set before this loop was locked to close its connections, so a
-                    * connection is either refused here or closed there */
-    } else if ((conn = crpci_connect_new(l, fd, false, &crpci_intake_events, s)) != NULL) {
-        crpci_thread_ref(&s->connections);
-        conn->protocols = crpci_protocols;
-        conn->max_body = (uint32_t)s->options.limits.max_body;
-        conn->max_skip = s->options.max_skip;
-        conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
-        if (s->options.idle_timeout_ms)
-            crpci_loop_timer_set(l, &conn->timer, (int64_t)s->options.idle_timeout_ms * 1000);
-        if (CRPC_ENABLE_POLICY && s->guard.clients.buckets && !crpci_guard_connect(s, conn))
-            crpci_conn_close(conn, CRPC_ENOMEM, 0);
+    if (CRPC_ENABLE_POLICY) {
+        account = crpci_guard_connect(s, peer);
+        if (!account) {
+            close(fd);
+            return;
+        }
+        room = crpci_guard_has_room(s, account, count, &victim) &&
+               (!victim || crpci_listener_evict(s, victim));
     }
-    crpci_loop_unlock(l);
+    if (!crpci_listener_adopt(s, l, fd, peer, account, room) && account)
+        crpci_guard_disconnect(s, account);
 }
 
 /* No descriptors or memory are left. The reserve descriptor is freed to accept one connection and
@@ -22086,10 +22746,11 @@ CRPCI_COLD void crpci_listener_no_descriptors(crpci_listener *n)
 {
     crpc_server *s = n->server;
     int64_t now = crpci_loop_now(s->loop);
+    crpci_addr peer;
     int fd;
     if (s->listener.reserve_fd >= 0) {
         close(s->listener.reserve_fd);
-        fd = crpci_sock_accept(n->fd);
+        fd = crpci_sock_accept(n->fd, &peer);
         if (fd >= 0)
             close(fd);
         s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
@@ -22118,10 +22779,12 @@ CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned ev
 {
     crpci_listener *n = CRPCI_CONTAINER(w, crpci_listener, watch);
     crpc_server *s = n->server;
+    crpci_sock_name peers[16];
     int fds[16], count = 0, i;
     (void)events;
     while (count < 16) {
-        int fd = crpci_sock_accept(n->fd);
+        crpci_addr peer;
+        int fd = crpci_sock_accept(n->fd, &peer);
         if (fd < 0) {
             if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
                 crpci_listener_no_descriptors(n);
@@ -22129,6 +22792,7 @@ CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned ev
         }
         if (n->addr.u.any.sa_family != AF_UNIX)
             crpci_sock_tune(fd);
+        crpci_sock_name_of(&peers[count], &peer, fd);
         fds[count++] = fd;
     }
     if (!count)
@@ -22136,7 +22800,7 @@ CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned ev
     crpci_thread_ref(&s->refs);
     crpci_loop_unlock(l);
     for (i = 0; i < count; i++)
-        crpci_listener_adopt(s, fds[i]);
+        crpci_listener_share(s, fds[i], &peers[i]);
     crpci_loop_lock(l);
     crpci_context_drop_server(s);
 }
@@ -22698,6 +23362,9 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_POLICY(ordered, 0, -1, 1),
     CRPCI_LIFECYCLE_NUMBER(max_concurrency, 8192, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(max_connections, 1024, 0, CRPCI_OPTION_ANY),
+    CRPCI_LIFECYCLE_NUMBER(first_request_ms, 60000, 0, 86400000),
+    CRPCI_LIFECYCLE_TEXT(access.allow, "allow", 0),
+    CRPCI_LIFECYCLE_TEXT(access.peers, "peers", 0),
     CRPCI_LIFECYCLE_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
     CRPCI_LIFECYCLE_ROW(limits.max_queued, "max_queued", 0, 4 << 20, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(max_skip, 256 << 20, 0, CRPCI_OPTION_ANY),
@@ -22745,6 +23412,8 @@ CRPCI_COLD void crpci_lifecycle_configure(crpc_server *s, const crpc_server_opti
     s->max_serving = o->max_concurrency ? (uint32_t)o->max_concurrency : INT32_MAX;
     if (!in->max_concurrency && o->io_threads)
         s->max_serving *= (uint32_t)o->io_threads;
+    s->fair_serving = CRPC_ENABLE_POLICY ? s->max_serving - s->max_serving / 4 : s->max_serving;
+    crpci_worker_flow_init(&s->flow);
     if (!in->lame_ms && !in->registry)
         o->lame_ms = 0;
     if (!o->replay_bytes)
@@ -22783,6 +23452,7 @@ CRPCI_FN void crpci_lifecycle_free(crpc_server *s)
     if (CRPC_ENABLE_POLICY)
         crpci_guard_close(s);
     crpci_heap_free(h, s->enrolment.items, s->enrolment.count * sizeof *s->enrolment.items);
+    crpci_peer_free_networks(&s->listener.allow, h);
     crpci_lifecycle_keep_texts(s, false);
     crpci_heap_retire(h, s, sizeof *s);
     crpci_heap_unref(h);
@@ -22832,6 +23502,12 @@ CRPC_API int crpc_server_open(crpc_server **server, const crpc_server_options *o
     s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     if (crpci_lifecycle_keep_texts(s, true) || (CRPC_ENABLE_POLICY && crpci_guard_open(s)))
         err = crpci_status_set(error, CRPC_ENOMEM, "server: out of memory");
+    if (!err)
+        err = crpci_peer_read_networks(&s->listener.allow, s->heap, o.access.allow, "allow", false,
+                                       error);
+    if (!err && CRPC_ENABLE_POLICY)
+        err = crpci_peer_read_networks(&s->guard.peers.weights, s->heap, o.access.peers, "peers",
+                                       true, error);
     if (!err && o.registry)
 #if CRPCI_DIRECTORY
         err = crpci_open_registry(l, o.registry, NULL, NULL, error);
@@ -22973,7 +23649,7 @@ CRPC_API crpc_loop *crpc_server_loop(crpc_server *s)
 CRPC_API void crpc_server_stats_get(crpc_server *s, crpc_loop_stats *stats)
 {
     const size_t first = offsetof(crpc_loop_stats, waits);
-    const size_t last = offsetof(crpc_loop_stats, limited);
+    const size_t last = offsetof(crpc_loop_stats, timeouts);
     size_t i, at;
     crpc_loop_stats_get(s->loop, stats);
     for (i = 0; i < s->io.count; i++) {

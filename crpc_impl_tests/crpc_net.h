@@ -687,8 +687,9 @@ CT_FN int64_t net_ask(int fd, const char *service, const char *method, int64_t i
     return code;
 }
 
-/* A blocking socket, connected to tcp://127.0.0.1:port or unix:///path; gives up after a while. */
-CT_FN int wire_connect(const char *url)
+/* A blocking socket, connected to tcp://127.0.0.1:port or unix:///path; gives up after a while.
+ * `from`: the host's own address, such as 127.0.0.2; NULL: the kernel's choice. */
+CT_FN int wire_connect_from(const char *url, const char *from)
 {
     struct timeval patience = {NET_PATIENCE / 1000, 0};
     int fd, one = 1;
@@ -707,6 +708,12 @@ CT_FN int wire_connect(const char *url)
         a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
         a.sin_port = htons((uint16_t)atoi(strrchr(url, ':') + 1));
         fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        if (from) {
+            struct sockaddr_in own = a;
+            own.sin_port = 0;
+            assert_int_equal(inet_pton(AF_INET, from, &own.sin_addr), 1);
+            assert_int_equal(bind(fd, (struct sockaddr *)&own, sizeof own), 0);
+        }
         if (connect(fd, (struct sockaddr *)&a, sizeof a))
             fail_msg("%s: %s", url, strerror(errno));
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
@@ -714,6 +721,11 @@ CT_FN int wire_connect(const char *url)
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
     return fd;
+}
+
+CT_FN int wire_connect(const char *url)
+{
+    return wire_connect_from(url, NULL);
 }
 
 /* Closes with a reset instead of an orderly end. */
@@ -971,18 +983,29 @@ CT_FN bool peer_hangs_up(peer *p, int fd, int number)
 }
 
 /* A script: answers that the server is going away. */
-CT_FN bool peer_says_logoff(peer *p, int fd, int number)
+CT_FN bool peer_refuses(peer *p, int fd, int code)
 {
     wire_message m;
-    (void)number;
     while (peer_receive(p, fd, &m) == 1) {
         wire w = {NULL, 0, 0};
-        wire_error(&w, m.id, CRPC_ELOGOFF, "bye", 0);
+        wire_error(&w, m.id, code, "bye", 0);
         wire_done(&m);
         if (!wire_flush(fd, &w))
             break;
     }
     return true;
+}
+
+CT_FN bool peer_says_logoff(peer *p, int fd, int number)
+{
+    (void)number;
+    return peer_refuses(p, fd, CRPC_ELOGOFF);
+}
+
+CT_FN bool peer_says_limit(peer *p, int fd, int number)
+{
+    (void)number;
+    return peer_refuses(p, fd, CRPC_ELIMIT);
 }
 
 /* --- what a callback was told ----------------------------------------------------------------- */

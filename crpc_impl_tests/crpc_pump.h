@@ -76,10 +76,13 @@ static CT_UNUSED int pump_connect(pump *u, way w)
     int fds[2], fd;
     uint32_t before = pump_stats(u).connections;
     struct timeval patience = {NET_PATIENCE / 1000, 0};
+    crpci_sock_name name;
     if (w == WAY_PAIR) {
         assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
         fcntl(fds[1], F_SETFL, O_NONBLOCK);
-        crpci_listener_adopt(u->server, fds[1]);
+        memset(&name, 0, sizeof name);
+        name.kind = CRPCI_SOCK_UNIX;
+        crpci_listener_share(u->server, fds[1], &name);
         setsockopt(fds[0], SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
         fd = fds[0];
     } else {

@@ -376,25 +376,27 @@ static void an_unsent_request_is_tried_elsewhere(void **state)
     }
 }
 
-/* A server that answers ELOGOFF has not executed the request. */
+/* A server that answers ELOGOFF or ELIMIT has not executed the request. */
 static void a_refused_request_is_tried_elsewhere(void **state)
 {
+    static const peer_fn how[] = {peer_says_logoff, peer_says_limit};
     crpc_poller p;
+    size_t i;
     (void)state;
-    NET_EACH_POLLER(p)
+    NET_EACH_POLLER(p) for (i = 0; i < 2; i++)
     {
-        peer good, logoff;
+        peer good, refuses;
         char list[128];
         int code;
         crpc_error error = CRPC_INIT;
         peer_open(&good, peer_adds, NULL);
-        peer_open(&logoff, peer_says_logoff, NULL);
-        snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", logoff.port, good.port);
+        peer_open(&refuses, how[i], NULL);
+        snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", refuses.port, good.port);
         assert_int_equal(succeed(list, p, false, 4, &code, &error), 4);
         assert_int_equal(error.attempts, 2);
-        assert_true(peer_requests(&logoff) >= 1);
+        assert_true(peer_requests(&refuses) >= 1);
         peer_close(&good);
-        peer_close(&logoff);
+        peer_close(&refuses);
     }
 }
 
@@ -960,7 +962,7 @@ static void a_request_with_an_id_is_sent_again_to_its_provider(void **state)
         assert_int_equal(r.status, CRPC_OK);
         assert_int_equal(r.out.n, 5);
         assert_int_equal(names.count, 2);
-        assert_int_equal(strlen(names.id[0]), 16);
+        assert_int_equal(strlen(names.id[0]), 32);
         assert_string_equal(names.id[0], names.id[1]);
         named_close(&f, &p);
     }

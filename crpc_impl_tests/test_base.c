@@ -99,6 +99,23 @@ static void hash_avalanche(void **state)
     }
 }
 
+/* The vectors that the authors of SipHash published. */
+static void siphash_golden_vectors(void **state)
+{
+    const uint64_t key[2] = {UINT64_C(0x0706050403020100), UINT64_C(0x0f0e0d0c0b0a0908)};
+    unsigned char bytes[64];
+    unsigned i;
+    (void)state;
+    for (i = 0; i < sizeof bytes; i++)
+        bytes[i] = (unsigned char)i;
+    assert_true(crpci_base_siphash(key, bytes, 0) == UINT64_C(0x726fdb47dd0e0e31));
+    assert_true(crpci_base_siphash(key, bytes, 1) == UINT64_C(0x74f839c593dc67fd));
+    assert_true(crpci_base_siphash(key, bytes, 7) == UINT64_C(0xab0200f58b01d137));
+    assert_true(crpci_base_siphash(key, bytes, 8) == UINT64_C(0x93f5f5799a932462));
+    assert_true(crpci_base_siphash(key, bytes, 15) == UINT64_C(0xa129ca6149be45e5));
+    assert_true(crpci_base_siphash(key, bytes, 63) == UINT64_C(0x958a324ceb064572));
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
@@ -108,6 +125,7 @@ int main(void)
         CT_TEST(container_of_a_member),
         CT_TEST(hash_golden_vectors),
         CT_TEST(hash_avalanche),
+        CT_TEST(siphash_golden_vectors),
     };
     return CT_RUN(tests);
 }

@@ -306,7 +306,6 @@ static void a_repeated_request_is_executed_once(void **state)
         assert_int_equal(net_calls(&n.service), 1);
         crpc_server_stats_get(n.server, &stats);
         assert_int_equal(stats.replayed, 2);
-        assert_int_equal(stats.unremembered, 0);
         for (i = 0; i < 3; i++)
             close(fd[i]);
         net_close(&n);
@@ -575,19 +574,19 @@ static int forgetful_open(net *n)
     return wire_connect(n->url);
 }
 
-static void the_oldest_reply_is_forgotten_first(void **state)
+static void a_full_table_refuses_until_entries_expire(void **state)
 {
     net n;
     int fd = forgetful_open(&n);
     (void)state;
     assert_int_equal(ask_again(fd, "Add", "1", NULL), CRPC_OK);
     assert_int_equal(ask_again(fd, "Add", "2", NULL), CRPC_OK);
-    assert_int_equal(ask_again(fd, "Add", "3", NULL), CRPC_OK); /* the oldest entry is evicted */
+    assert_int_equal(ask_again(fd, "Add", "3", NULL), CRPC_ELIMIT);
+    assert_int_equal(ask_again(fd, "Add", "1", NULL), CRPC_OK); /* the kept reply */
+    assert_int_equal(net_calls(&n.service), 2);
+    net_time_add(1000);
     assert_int_equal(ask_again(fd, "Add", "3", NULL), CRPC_OK);
-    assert_int_equal(ask_again(fd, "Add", "2", NULL), CRPC_OK);
     assert_int_equal(net_calls(&n.service), 3);
-    assert_int_equal(ask_again(fd, "Add", "1", NULL), CRPC_OK);
-    assert_int_equal(net_calls(&n.service), 4);
     close(fd);
     net_close(&n);
 }
@@ -608,24 +607,82 @@ static void a_reply_is_forgotten_after_replay_ms(void **state)
     net_close(&n);
 }
 
-/* While requests run their entries cannot be evicted. */
-static void a_request_without_a_free_entry_is_run_unremembered(void **state)
+/* A request that could not be remembered could be executed twice. */
+static void a_request_without_a_free_entry_is_not_executed(void **state)
 {
-    crpc_loop_stats stats;
+    char text[CRPC_ERROR_TEXT_MAX];
     net n;
     int fd = forgetful_open(&n);
     (void)state;
     send_again(fd, "Defer", 1, "4");
     send_again(fd, "Defer", 1, "5");
     assert_true(CT_WAIT(net_held(&n.service) == 2, NET_PATIENCE));
-    assert_int_equal(ask_again(fd, "Add", "6", NULL), CRPC_OK);
-    assert_int_equal(ask_again(fd, "Add", "6", NULL), CRPC_OK);
-    assert_int_equal(net_calls(&n.service), 4);
-    crpc_server_stats_get(n.server, &stats);
-    assert_int_equal(stats.unremembered, 2);
+    send_again(fd, "Add", 7, "6");
+    assert_int_equal(reply_code(fd, 7, text), CRPC_ELIMIT);
+    assert_non_null(strstr(text, "replay_entries"));
+    assert_int_equal(net_calls(&n.service), 2);
     let_go_of(&n);
     let_go_of(&n);
     close(fd);
+    net_close(&n);
+}
+
+/* Two clients with one id: neither gets the other's reply, and no request is swallowed. */
+static void another_request_with_the_same_id_is_refused(void **state)
+{
+    static const char *const fields[] = {"crpc-rid", "one", NULL};
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        char text[CRPC_ERROR_TEXT_MAX];
+        net n;
+        int fd, other;
+        memset(&n, 0, sizeof n);
+        n.server_options.replay_entries = 8;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        other = wire_connect(n.url);
+        send_request(fd, "Defer", 1, "\x08\x01", 2, fields);
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        send_request(other, "Defer", 2, "\x08\x02", 2, fields); /* while the first executes */
+        assert_int_equal(reply_code(other, 2, text), CRPC_EREQUEST);
+        assert_non_null(strstr(text, "crpc-rid"));
+        let_go(&n, fd, 1, CRPC_OK);
+        send_request(other, "Defer", 3, "\x08\x02", 2, fields); /* and when it has ended */
+        assert_int_equal(reply_code(other, 3, NULL), CRPC_EREQUEST);
+        send_request(other, "Defer", 4, "\x08\x01", 2, fields); /* the request itself */
+        assert_int_equal(reply_code(other, 4, NULL), CRPC_OK);
+        assert_int_equal(net_calls(&n.service), 1);
+        close(fd);
+        close(other);
+        net_close(&n);
+    }
+}
+
+/* A host that fills three quarters of the entries leaves the rest to others. */
+static void a_host_cannot_take_all_replay_entries(void **state)
+{
+    net n;
+    int greedy, honest, i, taken = 0;
+    (void)state;
+    memset(&n, 0, sizeof n);
+    n.server_options.replay_entries = 8;
+    net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
+    greedy = wire_connect_from(n.url, "127.0.0.2");
+    honest = wire_connect(n.url);
+    for (i = 0; i < 20; i++) {
+        char id[16];
+        snprintf(id, sizeof id, "%d", i);
+        send_again(greedy, "Add", i, id);
+        taken += reply_code(greedy, i, NULL) == CRPC_OK;
+    }
+    assert_int_equal(taken, 6);
+    assert_int_equal(ask_again(honest, "Add", "h1", NULL), CRPC_OK);
+    assert_int_equal(ask_again(honest, "Add", "h2", NULL), CRPC_OK);
+    close(greedy);
+    close(honest);
     net_close(&n);
 }
 
@@ -923,9 +980,11 @@ int main(void)
         CT_TEST(an_undecodable_request_is_not_remembered),
         CT_TEST(an_id_has_64_bytes_at_most),
         CT_TEST(an_empty_id_counts_as_no_id),
-        CT_TEST(the_oldest_reply_is_forgotten_first),
+        CT_TEST(a_full_table_refuses_until_entries_expire),
         CT_TEST(a_reply_is_forgotten_after_replay_ms),
-        CT_TEST(a_request_without_a_free_entry_is_run_unremembered),
+        CT_TEST(a_request_without_a_free_entry_is_not_executed),
+        CT_TEST(another_request_with_the_same_id_is_refused),
+        CT_TEST(a_host_cannot_take_all_replay_entries),
         CT_TEST(a_reply_too_large_to_keep),
         CT_TEST(requests_of_a_key_wait_for_each_other),
         CT_TEST(requests_of_a_connection_may_wait_too),

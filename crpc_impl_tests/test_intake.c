@@ -325,6 +325,43 @@ static void a_full_worker_queue_refuses_requests(void **state)
     }
 }
 
+/* A host whose deferred requests stay for ever leaves a quarter of max_concurrency to others. */
+static void a_host_cannot_take_all_of_max_concurrency(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message reply;
+        int greedy, honest, i, refused = 0;
+        memset(&n, 0, sizeof n);
+        n.server_options.max_concurrency = 8;
+        net_open(&n, p, m);
+        greedy = wire_connect_from(n.url, "127.0.0.2");
+        honest = wire_connect(n.url);
+        for (i = 0; i < 20; i++)
+            wire_request(&w, "Defer", i, i, 0);
+        assert_true(wire_flush(greedy, &w));
+        for (i = 0; i < 14; i++) {
+            assert_int_equal(wire_receive(greedy, &reply), 1);
+            refused += reply.code == CRPC_ELIMIT;
+            wire_done(&reply);
+        }
+        assert_int_equal(refused, 14);
+        assert_true(CT_WAIT(net_held(&n.service) == 6, NET_PATIENCE));
+        for (i = 0; i < 5; i++)
+            assert_int_equal(net_ask(honest, "Echo", "Add", i, NULL, NULL), 0);
+        for (i = 0; i < 6; i++)
+            assert_int_equal(crpc_context_finish(net_take(&n.service), CRPC_OK), CRPC_OK);
+        close(greedy);
+        close(honest);
+        net_close(&n);
+    }
+}
+
 static void late_requests_are_answered_but_not_run(void **state)
 {
     crpc_poller p;
@@ -544,6 +581,7 @@ int main(void)
         CT_TEST(server_interceptors_run_in_order),
         CT_TEST(workers_run_handlers_beside_each_other),
         CT_TEST(a_full_worker_queue_refuses_requests),
+        CT_TEST(a_host_cannot_take_all_of_max_concurrency),
         CT_TEST(late_requests_are_answered_but_not_run),
         CT_TEST(a_request_received_in_part_gets_elogoff),
         CT_TEST(idle_workers_do_not_fill_the_queue),

@@ -189,7 +189,16 @@ static void a_stale_socket_file_is_replaced(void **state)
     ct_dir_remove(dir);
 }
 
-static void connections_over_the_limit_are_closed(void **state)
+/* --- who may connect, and who yields ---------------------------------------------------------- */
+
+static crpc_loop_stats stats(const net *n)
+{
+    crpc_loop_stats out;
+    crpc_server_stats_get(n->server, &out);
+    return out;
+}
+
+static void requests_over_the_limit_of_connections_are_refused(void **state)
 {
     crpc_poller p;
     net_mode m;
@@ -197,8 +206,8 @@ static void connections_over_the_limit_are_closed(void **state)
     NET_EACH_POLLER(p) NET_EACH_MODE(m)
     {
         net n;
-        int fds[5], i;
-        char c;
+        int fds[4], i;
+        char c, text[CRPC_ERROR_TEXT_MAX];
         memset(&n, 0, sizeof n);
         n.server_options.max_connections = 3;
         net_open(&n, p, m);
@@ -206,12 +215,14 @@ static void connections_over_the_limit_are_closed(void **state)
             fds[i] = wire_connect(n.url);
             assert_int_equal(net_ask(fds[i], "Echo", "Add", 1, NULL, NULL), 0);
         }
-        for (i = 3; i < 5; i++) {
-            fds[i] = wire_connect(n.url);
-            assert_true(recv(fds[i], &c, 1, 0) <= 0);
-            close(fds[i]);
-        }
-        assert_int_equal(net_connections(n.server), 3);
+        fds[3] = wire_connect(n.url);
+        assert_int_equal(net_ask(fds[3], "Echo", "Add", 1, NULL, text), CRPC_ELIMIT);
+        assert_non_null(strstr(text, "max_connections"));
+        assert_true(recv(fds[3], &c, 1, 0) <= 0); /* after a second */
+        close(fds[3]);
+        assert_int_equal(net_calls(&n.service), 3);
+        assert_true(CT_WAIT(net_connections(n.server) == 3, NET_PATIENCE));
+        assert_int_equal(stats(&n).refused, 1);
         close(fds[0]);
         assert_true(CT_WAIT(net_connections(n.server) == 2, NET_PATIENCE));
         fds[0] = wire_connect(n.url);
@@ -219,6 +230,196 @@ static void connections_over_the_limit_are_closed(void **state)
         for (i = 0; i < 3; i++)
             close(fds[i]);
         assert_true(CT_WAIT(net_connections(n.server) == 0, NET_PATIENCE));
+        net_close(&n);
+    }
+}
+
+/* Connections of a host that asks for nothing, as many as max_connections has. */
+static void a_silent_host_does_not_shut_others_out(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        int silent[16], honest[6], i;
+        memset(&n, 0, sizeof n);
+        n.server_options.max_connections = 8;
+        net_open(&n, p, m);
+        for (i = 0; i < 16; i++)
+            silent[i] = wire_connect_from(n.url, "127.0.0.2");
+        assert_true(CT_WAIT(stats(&n).refused == 10, NET_PATIENCE)); /* a quarter stays free */
+        for (i = 0; i < 4; i++) {
+            honest[i] = wire_connect(n.url);
+            assert_int_equal(net_ask(honest[i], "Echo", "Add", 1, NULL, NULL), 0);
+        }
+        assert_int_equal(net_calls(&n.service), 4);
+        assert_true(stats(&n).evicted > 0);
+        for (i = 0; i < 4; i++)
+            close(honest[i]);
+        for (i = 0; i < 16; i++)
+            close(silent[i]);
+        net_close(&n);
+    }
+}
+
+/* A connection at work is not taken from anybody. */
+static void a_connection_with_a_request_is_not_evicted(void **state)
+{
+    net n;
+    int busy[4], other;
+    char text[CRPC_ERROR_TEXT_MAX];
+    int i;
+    (void)state;
+    memset(&n, 0, sizeof n);
+    n.server_options.max_connections = 3; /* a quarter of it is nothing */
+    net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
+    for (i = 0; i < 3; i++) {
+        wire w = {NULL, 0, 0};
+        busy[i] = wire_connect_from(n.url, "127.0.0.2");
+        wire_request(&w, "Defer", 1, 1, 0);
+        assert_true(wire_flush(busy[i], &w));
+    }
+    assert_true(CT_WAIT(net_held(&n.service) == 3, NET_PATIENCE));
+    other = wire_connect(n.url);
+    assert_int_equal(net_ask(other, "Echo", "Add", 1, NULL, text), CRPC_ELIMIT);
+    assert_int_equal(stats(&n).evicted, 0);
+    for (i = 0; i < 3; i++) {
+        wire_message reply;
+        assert_int_equal(crpc_context_finish(net_take(&n.service), CRPC_OK), CRPC_OK);
+        assert_int_equal(wire_receive(busy[i], &reply), 1);
+        wire_done(&reply);
+        close(busy[i]);
+    }
+    close(other);
+    net_close(&n);
+}
+
+/* A weight lets a gateway have more connections than a host. */
+static void a_gateway_keeps_connections_by_its_weight(void **state)
+{
+    net n;
+    int gateway[6], host[2], i;
+    (void)state;
+    memset(&n, 0, sizeof n);
+    n.server_options.max_connections = 8;
+    n.server_options.access.peers = "127.0.0.2:16";
+    net_open(&n, CRPC_POLLER_DEFAULT, NET_THREAD);
+    for (i = 0; i < 6; i++) {
+        gateway[i] = wire_connect_from(n.url, "127.0.0.2");
+        assert_int_equal(net_ask(gateway[i], "Echo", "Add", 1, NULL, NULL), 0);
+    }
+    host[0] = wire_connect(n.url);
+    assert_int_equal(net_ask(host[0], "Echo", "Add", 1, NULL, NULL), 0);
+    host[1] = wire_connect(n.url); /* over three quarters, and 2/1 is more than 6/16 */
+    assert_int_equal(net_ask(host[1], "Echo", "Add", 1, NULL, NULL), CRPC_ELIMIT);
+    for (i = 0; i < 6; i++) {
+        assert_int_equal(net_ask(gateway[i], "Echo", "Add", 1, NULL, NULL), 0);
+        close(gateway[i]);
+    }
+    close(host[0]);
+    close(host[1]);
+    net_close(&n);
+}
+
+static void only_allowed_networks_are_accepted(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        int fd;
+        char c;
+        memset(&n, 0, sizeof n);
+        n.server_options.access.allow = "127.0.0.2/31,unix";
+        net_open(&n, p, m);
+        fd = wire_connect_from(n.url, "127.0.0.1");
+        assert_true(recv(fd, &c, 1, 0) <= 0);
+        close(fd);
+        assert_int_equal(stats(&n).refused, 1);
+        fd = wire_connect_from(n.url, "127.0.0.3");
+        assert_int_equal(net_ask(fd, "Echo", "Add", 1, NULL, NULL), 0);
+        close(fd);
+        net_close(&n);
+    }
+}
+
+static void networks_that_are_none_are_refused(void **state)
+{
+    crpc_server_options o;
+    crpc_server *s;
+    crpc_error error;
+    (void)state;
+    memset(&o, 0, sizeof o);
+    o.access.allow = "10.0.0.0/8,example.com";
+    assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_EINVAL);
+    assert_non_null(strstr(error.text, "allow: \"example.com\""));
+    o.access.allow = "10.0.0.0/8";
+    o.access.peers = "10.0.0.7:1,10.0.0.8";
+    assert_int_equal(crpc_server_open(&s, &o, &error), CRPC_EINVAL);
+    assert_non_null(strstr(error.text, "peers: \"10.0.0.8\""));
+}
+
+/* Peers send a request and reset the connection before the server accepts it. The handler still
+ * sees where the request came from. */
+static void a_reset_connection_keeps_its_address(void **state)
+{
+    crpc_server_options o = CRPC_INIT;
+    crpc_server *s;
+    net_service service;
+    char url[160];
+    int i, ran = 0;
+    (void)state;
+    net_service_init(&service);
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    o.listen = "tcp://127.0.0.1:0";
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, &service), CRPC_OK);
+    assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+    for (i = 0; i < 20; i++) {
+        wire w = {NULL, 0, 0};
+        int fd = wire_connect_from(url, "127.0.0.9");
+        wire_request(&w, "Defer", 1, 1, 0);
+        assert_true(wire_flush(fd, &w));
+        wire_reset(fd);
+    }
+    for (i = 0; i < 200; i++)
+        assert_int_equal(crpc_loop_step(crpc_server_loop(s), 0), CRPC_OK);
+    for (; net_held(&service); ran++) {
+        crpc_context *x = net_take(&service);
+        assert_memory_equal(crpc_context_peer(x), "127.0.0.9:", 10);
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
+    }
+    (void)ran; /* the kernel may drop what a reset connection had received */
+    crpc_server_close(s);
+    pthread_mutex_destroy(&service.lock);
+}
+
+static void a_connection_without_a_request_is_closed(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        int silent, talker;
+        char c;
+        memset(&n, 0, sizeof n);
+        n.server_options.first_request_ms = 100;
+        net_open(&n, p, m);
+        talker = wire_connect(n.url);
+        assert_int_equal(net_ask(talker, "Echo", "Add", 1, NULL, NULL), 0);
+        silent = wire_connect(n.url);
+        assert_true(recv(silent, &c, 1, 0) <= 0);
+        assert_int_equal(stats(&n).timeouts, 1);
+        assert_int_equal(net_ask(talker, "Echo", "Add", 1, NULL, NULL), 0);
+        close(silent);
+        close(talker);
         net_close(&n);
     }
 }
@@ -364,7 +565,14 @@ int main(void)
         CT_TEST(a_url_that_no_listener_can_have_is_explained),
         CT_TEST(a_socket_file_in_use_is_left_alone),
         CT_TEST(a_stale_socket_file_is_replaced),
-        CT_TEST(connections_over_the_limit_are_closed),
+        CT_TEST(requests_over_the_limit_of_connections_are_refused),
+        CT_TEST(a_silent_host_does_not_shut_others_out),
+        CT_TEST(a_connection_with_a_request_is_not_evicted),
+        CT_TEST(a_gateway_keeps_connections_by_its_weight),
+        CT_TEST(only_allowed_networks_are_accepted),
+        CT_TEST(networks_that_are_none_are_refused),
+        CT_TEST(a_reset_connection_keeps_its_address),
+        CT_TEST(a_connection_without_a_request_is_closed),
         CT_TEST(running_out_of_descriptors_does_not_spin),
     };
     return CT_RUN(tests);

@@ -257,7 +257,7 @@ static bool a_call_gets_through(void)
 static bool an_accepted_socket_is_right(void)
 {
     struct pollfd p;
-    crpci_addr a;
+    crpci_addr a, from;
     int listener, client, fd;
     bool right;
     if (!crpci_sock_parse(&a, "127.0.0.1:0"))
@@ -270,9 +270,10 @@ static bool an_accepted_socket_is_right(void)
     p.fd = listener;
     p.events = POLLIN;
     poll(&p, 1, NET_PATIENCE);
-    fd = crpci_sock_accept(listener);
+    fd = crpci_sock_accept(listener, &from);
     right = fd >= 0 && fcntl(fd, F_GETFL) & O_NONBLOCK && fcntl(fd, F_GETFD) & FD_CLOEXEC;
-    right = right && crpci_sock_accept(listener) == -1 && (errno == EAGAIN || errno == EWOULDBLOCK);
+    right = right && crpci_sock_accept(listener, &from) == -1 &&
+            (errno == EAGAIN || errno == EWOULDBLOCK);
     close(fd);
     close(client);
     close(listener);

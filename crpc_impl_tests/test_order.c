@@ -40,26 +40,36 @@ static void one_request_of_a_key_runs_at_a_time(void **state)
     assert_ptr_equal(crpci_order_leave(&o, &a[1]), NULL);
 }
 
+/* Half of the places is the most that one key gets. */
 static void waiting_requests_are_bounded(void **state)
 {
     crpci_order o;
-    crpci_order_item a[4], b;
+    crpci_order_item a[4], b, c[3];
     int i;
     (void)state;
     for (i = 0; i < 4; i++)
         a[i] = item(1, NULL);
     b = item(2, NULL);
-    crpci_order_init(&o, 2);
+    for (i = 0; i < 3; i++)
+        c[i] = item(2, NULL);
+    crpci_order_init(&o, 4);
     assert_int_equal(crpci_order_enter(&o, &a[0]), CRPC_OK);
     assert_int_equal(crpci_order_enter(&o, &a[1]), CRPC_EPENDING);
     assert_int_equal(crpci_order_enter(&o, &a[2]), CRPC_EPENDING);
     assert_int_equal(crpci_order_enter(&o, &a[3]), CRPC_ELIMIT);
     assert_int_equal(crpci_order_enter(&o, &b), CRPC_OK); /* another key: it need not wait */
+    assert_int_equal(crpci_order_enter(&o, &c[0]), CRPC_EPENDING);
+    assert_int_equal(crpci_order_enter(&o, &c[1]), CRPC_EPENDING);
+    assert_int_equal(crpci_order_enter(&o, &c[2]), CRPC_ELIMIT);
     assert_ptr_equal(crpci_order_leave(&o, &a[0]), &a[1]);
     assert_int_equal(crpci_order_enter(&o, &a[3]), CRPC_EPENDING);
     assert_ptr_equal(crpci_order_leave(&o, &a[1]), &a[2]);
     assert_ptr_equal(crpci_order_leave(&o, &a[2]), &a[3]);
     assert_ptr_equal(crpci_order_leave(&o, &a[3]), NULL);
+    assert_ptr_equal(crpci_order_leave(&o, &b), &c[0]);
+    assert_ptr_equal(crpci_order_leave(&o, &c[0]), &c[1]);
+    assert_ptr_equal(crpci_order_leave(&o, &c[1]), NULL);
+    assert_int_equal(o.waiting, 0);
 }
 
 /* Against a model that keeps for each key the requests in the order in which they came. */

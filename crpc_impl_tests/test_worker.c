@@ -11,12 +11,14 @@ typedef struct job {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static crpci_worker_flow flow; /* of one host */
 static int order[4096], ran, running, most, gate_open;
 
 static void reset(bool open)
 {
     ran = running = most = 0;
     gate_open = open;
+    crpci_worker_flow_init(&flow);
 }
 
 /* A task that waits until the gate is open. */
@@ -79,9 +81,9 @@ static void one_worker_keeps_the_order(void **state)
     reset(true);
     assert_int_equal(crpci_worker_start(&pool, h, 1, 0, 65536), CRPC_OK);
     for (i = 0; i < 1000; i++)
-        assert_true(crpci_worker_put(&pool, job_of(i), false));
+        assert_true(crpci_worker_put(&pool, &flow, job_of(i), false));
     crpci_worker_stop(&pool, h, 1); /* queued tasks still run */
-    assert_false(crpci_worker_put(&pool, job_of(0), true));
+    assert_false(crpci_worker_put(&pool, &flow, job_of(0), true));
     crpci_worker_free(&pool);
     assert_int_equal(ran, 1000);
     for (i = 0; i < 1000; i++)
@@ -98,7 +100,7 @@ static void all_workers_work(void **state)
     reset(false);
     assert_int_equal(crpci_worker_start(&pool, h, 4, 0, 65536), CRPC_OK);
     for (i = 0; i < 10; i++)
-        assert_true(crpci_worker_put(&pool, job_of(i), false));
+        assert_true(crpci_worker_put(&pool, &flow, job_of(i), false));
     assert_true(CT_WAIT(get(&running) == 4, 20000));
     ct_sleep_ms(20);
     assert_int_equal(get(&running), 4);
@@ -110,23 +112,51 @@ static void all_workers_work(void **state)
     crpci_heap_unref(h);
 }
 
+static void hosts_take_turns(void **state)
+{
+    static const int expected[] = {0, 1, 101, 2, 102, 3, 4, 5};
+    crpci_heap *h = heap();
+    crpci_worker_pool pool;
+    crpci_worker_flow other;
+    int i;
+    (void)state;
+    reset(false);
+    crpci_worker_flow_init(&other);
+    assert_int_equal(crpci_worker_start(&pool, h, 1, 0, 65536), CRPC_OK);
+    assert_true(crpci_worker_put(&pool, &flow, job_of(0), false));
+    assert_true(CT_WAIT(get(&running) == 1, 20000));
+    for (i = 1; i <= 5; i++)
+        assert_true(crpci_worker_put(&pool, &flow, job_of(i), false));
+    assert_true(crpci_worker_put(&pool, &other, job_of(101), false));
+    assert_true(crpci_worker_put(&pool, &other, job_of(102), false));
+    open_gate();
+    crpci_worker_stop(&pool, h, 1);
+    crpci_worker_free(&pool);
+    assert_memory_equal(order, expected, sizeof expected);
+    crpci_heap_unref(h);
+}
+
 static void the_queue_is_bounded(void **state)
 {
     crpci_heap *h = heap();
     crpci_worker_pool pool;
+    crpci_worker_flow other;
     int i, pushed = 0;
     (void)state;
     reset(false);
     assert_int_equal(crpci_worker_start(&pool, h, 1, 5, 65536), CRPC_OK);
-    assert_true(crpci_worker_put(&pool, job_of(0), false));
+    assert_true(crpci_worker_put(&pool, &flow, job_of(0), false));
     /* a task that runs is no longer in the queue */
     assert_true(CT_WAIT(get(&running) == 1, 20000));
     for (i = 1; i <= 10; i++)
-        pushed += crpci_worker_put(&pool, job_of(i), false);
-    assert_int_equal(pushed, 5);
+        pushed += crpci_worker_put(&pool, &flow, job_of(i), false);
+    assert_int_equal(pushed, 4); /* the last place is not for the flow that has most */
+    crpci_worker_flow_init(&other);
+    assert_true(crpci_worker_put(&pool, &other, job_of(11), false));
+    assert_false(crpci_worker_put(&pool, &other, job_of(12), false));
     open_gate();
     assert_true(CT_WAIT(get(&ran) == 6, 20000));
-    assert_true(crpci_worker_put(&pool, job_of(11), false));
+    assert_true(crpci_worker_put(&pool, &flow, job_of(11), false));
     crpci_worker_stop(&pool, h, 1);
     crpci_worker_free(&pool);
     assert_int_equal(ran, 7);
@@ -142,7 +172,7 @@ static void no_task_is_taken_after_the_stop(void **state)
     reset(true);
     assert_int_equal(crpci_worker_start(&pool, h, 2, 0, 65536), CRPC_OK);
     pool.stopping = true;
-    assert_false(crpci_worker_put(&pool, job_of(1), false));
+    assert_false(crpci_worker_put(&pool, &flow, job_of(1), false));
     crpci_worker_stop(&pool, h, 2);
     crpci_worker_free(&pool);
     assert_int_equal(ran, 0);
@@ -159,7 +189,7 @@ static void *push_many(void *arg)
     pusher *p = (pusher *)arg;
     int i;
     for (i = 0; i < 1000; i++)
-        crpci_worker_put(p->pool, job_of(p->from + i), false);
+        crpci_worker_put(p->pool, &flow, job_of(p->from + i), false);
     return NULL;
 }
 
@@ -220,7 +250,7 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(one_worker_keeps_the_order), CT_TEST(all_workers_work),
-        CT_TEST(the_queue_is_bounded),       CT_TEST(no_task_is_taken_after_the_stop),
+        CT_TEST(hosts_take_turns), CT_TEST(the_queue_is_bounded),       CT_TEST(no_task_is_taken_after_the_stop),
         CT_TEST(many_threads_may_push),      CT_TEST(starting_survives_being_out_of_memory),
     };
     return CT_RUN(tests);
