@@ -567,8 +567,8 @@
  * max_connections any account may have all of them. Above that, the account with the most, divided
  * by its weight (access.peers), gets no more, and when none is left a newcomer of a smaller account
  * takes one of its connections: one that has asked for nothing yet, else the one that has been idle
- * for longest, never one with a request in service. A gateway that stands for a hundred boards needs
- * a weight. Attackers with as many addresses as max_connections can still shut others out: admit
+ * for longest, never one with a request in service. A gateway that stands for a hundred boards
+ * needs a weight. Attackers with as many addresses as max_connections can still shut others out: admit
  * only known networks (access.allow).
  *
  * PORTING
@@ -613,10 +613,15 @@
  * What behaves otherwise: a timeout in a channel's URL or options goes before the one in the
  * .proto. A host name gives all its addresses as providers, sixteen at most. A hash_field that the
  * message leaves at zero is a key like any other. The text of an error names the attempt, and no
- * longer how many there could have been.
+ * longer how many there could have been. A call that a server refuses with CRPC_ELIMIT is tried at
+ * another provider. An override that disables the last provider counts. A request with an id that
+ * finds no free replay entry gets CRPC_ELIMIT in place of being executed unremembered, so that
+ * crpc_loop_stats.unremembered is gone. crpc_context_peer names the user of a unix socket.
  *
  * What is new: wait=1, unix://@name, CRPC_ENABLE_POLICY, CRPC_ENABLE_TEXTS, CRPC_DEBUG,
- * crpc_channel_options_parse and crpc_server_options_parse.
+ * crpc_channel_options_parse and crpc_server_options_parse. For servers that meet strangers:
+ * access.allow, access.peers, first_request_ms, shares of max_connections, max_concurrency,
+ * worker_queue and replay_entries (LIMITS AND TRUST).
  *
  * HACKING
  *
@@ -1664,9 +1669,9 @@ typedef struct crpc_server_options {
                          has all connections. -1: as 0 */
     int workers;      /* threads that run handlers. 0: handlers run on the thread of their
                          connection. -1: as 0 */
-    int worker_queue; /* requests that may wait for a worker; beyond it CRPC_ELIMIT. Workers take one
-                         of each host in turn; the last quarter is not for the host with most. 0:
-                         1024. -1: no limit */
+    int worker_queue; /* requests that may wait for a worker; beyond it CRPC_ELIMIT. Workers take
+                         one of each host in turn; the last quarter is not for the host with most.
+                         0: 1024. -1: no limit */
     int worker_stack; /* bytes. 0: 256 KiB. -1: the system's default */
     /* Requests with the same key run one after another in the order in which they came: the next
      * begins when the reply to the one before is ready, whichever thread made it. The key is the
@@ -1871,8 +1876,8 @@ CRPC_API int64_t crpc_context_log_id(const crpc_context *context);
  * none. */
 CRPC_API int64_t crpc_context_remaining_us(const crpc_context *context);
 
-/* The peer as text, valid until the reply is finished: "10.0.0.7:1234", "[fe80::1%2]:1234", or for a
- * unix socket "unix:uid=1000". "": out of memory. */
+/* The peer as text, valid until the reply is finished: "10.0.0.7:1234", "[fe80::1%2]:1234", or for
+ * a unix socket "unix:uid=1000". "": out of memory. */
 CRPC_API const char *crpc_context_peer(crpc_context *context);
 
 #endif /* CRPC_ENABLE_SERVER */
@@ -4759,8 +4764,8 @@ typedef enum crpci_sock_kind {
     CRPCI_SOCK_UNIX
 } crpci_sock_kind;
 
-/* The other end of a connection, kept as long as the connection is, since the kernel forgets it when
- * the peer resets. */
+/* The other end of a connection, kept as long as the connection is, since the kernel forgets it
+ * when the peer resets. */
 typedef struct crpci_sock_name {
     uint8_t address[16]; /* of a unix socket all zeros */
     uint32_t scope;      /* interface of a link-local address; of a unix socket the peer's uid */
@@ -5832,10 +5837,10 @@ CRPCI_FN uint32_t crpci_loop_random(crpc_loop *l)
     return l->random;
 }
 
-/* 128 bits that no peer can guess, from the kernel's random generator. Kernels before 3.17, and some
- * sandboxes, have no getrandom; then the random bytes that the kernel gave the process at its start
- * must do, mixed with the clock, the process id and an address, since boards with one image may
- * boot in the same microsecond. */
+/* 128 bits that no peer can guess, from the kernel's random generator. Kernels before 3.17, and
+ * some sandboxes, have no getrandom; then the random bytes that the kernel gave the process at its
+ * start must do, mixed with the clock, the process id and an address, since boards with one image
+ * may boot in the same microsecond. */
 CRPCI_COLD void crpci_loop_secret(const crpc_loop *l, uint64_t out[2])
 {
     uint64_t here = (uint64_t)crpci_heap_now(l->heap) ^ (uint64_t)(uintptr_t)out << 20 ^
@@ -18495,8 +18500,8 @@ CRPCI_FN bool crpci_attempt_affordable(crpci_pending_call *c, const crpci_member
 {
 #if CRPC_ENABLE_POLICY
     crpc_channel *ch = c->channel;
-    return crpci_attempt_refused(code) || crpci_endpoint_is_proven(m->endpoint) || !ch->budget.limited ||
-           (stale && c->attempt.sent == CRPC_SENT_NO) ||
+    return crpci_attempt_refused(code) || crpci_endpoint_is_proven(m->endpoint) ||
+           !ch->budget.limited || (stale && c->attempt.sent == CRPC_SENT_NO) ||
            crpci_limiter_budget_spend(&ch->budget.tokens);
 #else
     (void)c, (void)m, (void)code, (void)stale;
@@ -20335,8 +20340,8 @@ CRPCI_COLD int crpci_service_add(crpci_service_map *map, crpci_heap *h, const cr
 /* >>impl-worker   a pool of threads for handlers, with a bounded queue      */
 /* ======================================================================== */
 
-/* Tasks of one host, under the lock of the pool. Workers take one task of each host in turn, so that
- * a host with a thousand of them delays another's only by one. */
+/* Tasks of one host, under the lock of the pool. Workers take one task of each host in turn, so
+ * that a host with a thousand of them delays another's only by one. */
 typedef struct crpci_worker_flow {
     crpci_list link;  /* in the pool's flows, while there are tasks */
     crpci_list tasks; /* crpci_task; `run` is called without a lock, its loop is NULL */
@@ -20380,8 +20385,8 @@ CRPCI_FN bool crpci_worker_has_room(const crpci_worker_pool *p, const crpci_work
     return false;
 }
 
-/* Queues a task of a flow. False: there is no room, or the pool is stopping. `admitted`: the request
- * was let in before and waited for its turn; the limit does not apply again. */
+/* Queues a task of a flow. False: there is no room, or the pool is stopping. `admitted`: the
+ * request was let in before and waited for its turn; the limit does not apply again. */
 CRPCI_FN bool crpci_worker_put(crpci_worker_pool *p, crpci_worker_flow *f, crpci_task *t,
                                bool admitted)
 {
@@ -20790,9 +20795,10 @@ CRPCI_COLD crpci_chunk *crpci_replay_copy(crpci_heap *h, const void *protocol,
 #define CRPCI_PEER_SKETCH    4096u /* cells in each of the sketch's two rows */
 #define CRPCI_PEER_UNIT_US   15625 /* of the sketch's times: 1/64 s, which wraps after two years */
 
-/* Makes the key of a peer's account: the address without what one host can choose. A host with global IPv6 has at least a /64 to choose addresses
- * from, so those 64 bits are dropped; link-local and unique-local addresses (RFC 4193) are kept
- * whole, because all hosts of a site share their /64. */
+/* Makes the key of a peer's account: the address without what one host can choose. A host with
+ * global IPv6 has at least a /64 to choose addresses from, so those 64 bits are dropped; link-local
+ * and unique-local addresses (RFC 4193) are kept whole, because all hosts of a site share their
+ * /64. */
 CRPCI_FN crpci_sock_name crpci_peer_key(const crpci_sock_name *p)
 {
     crpci_sock_name key = *p;
@@ -20914,8 +20920,9 @@ CRPCI_FN const crpci_peer_network *crpci_peer_find_network(const crpci_peer_netw
     const crpci_peer_network *best = NULL;
     size_t i;
     for (i = 0; i < list->count; i++) {
-        if (crpci_peer_in_network(&list->items[i], p) && (!best || list->items[i].bits > best->bits))
-            best = &list->items[i];
+        const crpci_peer_network *n = &list->items[i];
+        if (crpci_peer_in_network(n, p) && (!best || n->bits > best->bits))
+            best = n;
     }
     return best;
 }
@@ -20946,7 +20953,8 @@ typedef struct crpci_peer_table {
     crpci_peer_networks weights;
     int64_t rate, burst; /* of each account's token bucket; rate 0: none */
     /* With a rate: when the debts of departed accounts are paid, in CRPCI_PEER_UNIT_US. An account
-     * has a cell in each row, and the lower one counts: both are wrong only if others share both. */
+     * has a cell in each row, and the lower one counts: both are wrong only if others share both.
+     * */
     uint32_t *sketch;
 } crpci_peer_table;
 
@@ -20995,7 +21003,8 @@ CRPCI_FN void crpci_peer_restore_debt(const crpci_peer_table *t, crpci_limiter_b
                                       uint64_t hash, int64_t now_us)
 {
     uint32_t now = (uint32_t)(now_us / CRPCI_PEER_UNIT_US);
-    uint32_t first = *crpci_peer_cell(t, hash, 0) - now, second = *crpci_peer_cell(t, hash, 1) - now;
+    uint32_t first = *crpci_peer_cell(t, hash, 0) - now;
+    uint32_t second = *crpci_peer_cell(t, hash, 1) - now;
     int64_t left = (int64_t)(first < second ? first : second) * CRPCI_PEER_UNIT_US;
     if (first > INT32_MAX || second > INT32_MAX || left > b->clear_us + 2 * CRPCI_PEER_UNIT_US)
         return;
@@ -21107,7 +21116,8 @@ CRPCI_FN bool crpci_peer_may_keep(const crpci_peer_table *t, const crpci_peer_ac
     if (total <= most - most / 4)
         return true;
     other = crpci_peer_largest(t, own, what);
-    if (crpci_thread_load(&own->held[what]) > 1 && (!other || crpci_peer_is_larger(own, other, what)))
+    if (crpci_thread_load(&own->held[what]) > 1 &&
+        (!other || crpci_peer_is_larger(own, other, what)))
         return false;
     if (total <= most)
         return true;
