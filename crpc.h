@@ -568,8 +568,8 @@
  * by its weight (access.peers), gets no more, and when none is left a newcomer of a smaller account
  * takes one of its connections: one that has asked for nothing yet, else the one that has been idle
  * for longest, never one with a request in service. A gateway that stands for a hundred boards
- * needs a weight. Attackers with as many addresses as max_connections can still shut others out: admit
- * only known networks (access.allow).
+ * needs a weight. Attackers with as many addresses as max_connections can still shut others out:
+ * admit only known networks (access.allow).
  *
  * PORTING
  *
