@@ -987,7 +987,8 @@ typedef struct crpc_hooks {
     /* Allocates (old_size 0), resizes as realloc does, or frees (new_size 0, returns NULL). Memory
      * must be aligned for any type. NULL: out of memory. Default: CRPC_REALLOC and CRPC_FREE. */
     void *(*resize)(void *user, void *ptr, size_t old_size, size_t new_size);
-    /* Takes one log line of a crpc_log_level, without a newline. Default: writes it to stderr. */
+    /* Takes one log line of a crpc_log_level, without a newline. Default: writes it to stderr, or
+     * drops it if stderr cannot take it at once. */
     void (*log)(void *user, int level, const char *line);
     /* Returns a time in microseconds that never goes back. Default: CLOCK_MONOTONIC. */
     int64_t (*clock_us)(void *user);
@@ -1050,6 +1051,7 @@ typedef struct crpc_loop_stats {
     uint64_t limited;      /* requests refused with CRPC_ELIMIT before they were served */
     uint64_t refused;      /* connections that a server refused: access.allow, max_connections */
     uint64_t evicted;      /* connections of a server closed in favour of other hosts */
+    uint64_t lost_lines;   /* log lines dropped because stderr was full */
     uint64_t timeouts;     /* connections closed for idle_timeout_ms, frame_timeout_ms and
                               first_request_ms */
     uint64_t replayed;     /* by crpc_server_stats_get: requests answered with a kept reply */
@@ -2751,6 +2753,8 @@ typedef struct crpci_heap {
     size_t kept_bytes;  /* in chunks that wait for reuse */
     size_t bytes;       /* everything */
     size_t peak;        /* the most that `bytes` ever was */
+    uint32_t lost_lines; /* atomic: lines that stderr could not take */
+    uint32_t told_lines; /* atomic: as many of them were told in a later line */
     crpci_heap_class classes[CRPCI_CHUNK_CLASSES];
 #if CRPC_DEBUG
     void *closed; /* handles of objects that are gone, see crpci_heap_retire */
@@ -2783,12 +2787,38 @@ CRPCI_FN void *crpci_heap_default_resize(void *user, void *ptr, size_t old_size,
     return NULL;
 }
 
-/* The default log hook: a line on stderr that begins with the level's letter. */
-CRPCI_COLD void crpci_heap_default_log(void *user, int level, const char *line)
+/* The default log: a line on stderr that begins with the level's letter. A pipe that nobody reads
+ * must not stop the program, so a line that stderr cannot take at once is dropped. When poll says
+ * that a pipe is writable, a write of up to PIPE_BUF bytes does not wait. */
+CRPCI_COLD void crpci_heap_log_to_stderr(crpci_heap *h, int level, const char *line)
 {
     static const char letters[] = "?EWID";
-    (void)user;
-    fprintf(stderr, "crpc %c %s\n", letters[level >= 1 && level <= 4 ? level : 0], line);
+    struct pollfd to;
+    char text[640];
+    uint32_t lost = crpci_thread_load(&h->lost_lines);
+    uint32_t more = lost - crpci_thread_load(&h->told_lines);
+    int n = snprintf(text, sizeof text - 1, "crpc %c %.511s",
+                     letters[level >= 1 && level <= 4 ? level : 0], line);
+    if (more)
+        n += snprintf(text + n, sizeof text - 1 - (size_t)n,
+                      "; %u lines before it were lost, because stderr was full", more);
+    text[n++] = '\n';
+    to.fd = STDERR_FILENO;
+    to.events = POLLOUT;
+    to.revents = 0;
+    if (poll(&to, 1, 0) == 1 && to.revents == POLLOUT && write(to.fd, text, (size_t)n) > 0)
+        crpci_thread_store(&h->told_lines, lost);
+    else
+        crpci_thread_add(&h->lost_lines, 1);
+}
+
+/* Passes a line to the log, whatever its level. */
+CRPCI_COLD void crpci_heap_write_line(crpci_heap *h, int level, const char *line)
+{
+    if (h->hooks.log)
+        h->hooks.log(h->hooks.user, level, line);
+    else
+        crpci_heap_log_to_stderr(h, level, line);
 }
 
 CRPCI_FN int64_t crpci_heap_micros(const struct timespec *ts)
@@ -2831,7 +2861,7 @@ CRPCI_COLD CRPC_PRINTF(3, 4) void crpci_heap_log(crpci_heap *h, int level, const
     va_start(ap, format);
     vsnprintf(line, sizeof line, format, ap);
     va_end(ap);
-    h->hooks.log(h->hooks.user, level, line);
+    crpci_heap_write_line(h, level, line);
 }
 #else
 /* Where the text would be there is the number of the line that logs, in this file. */
@@ -2844,7 +2874,7 @@ CRPCI_COLD void crpci_heap_log_line(crpci_heap *h, int level, int number)
     if (level > h->hooks.log_level)
         return;
     snprintf(line, sizeof line, "crpc.h:%d", number);
-    h->hooks.log(h->hooks.user, level, line);
+    crpci_heap_write_line(h, level, line);
 }
 #endif
 
@@ -2983,8 +3013,6 @@ CRPCI_FN int crpci_heap_open(crpci_heap **out, const crpc_hooks *hooks, int64_t 
         k = *hooks;
     if (!k.resize)
         k.resize = crpci_heap_default_resize;
-    if (!k.log)
-        k.log = crpci_heap_default_log;
     if (!k.clock_us)
         k.clock_us = crpci_heap_default_clock;
     k.log_level = (int)crpci_base_option(k.log_level, CRPC_LOG_WARN, 0);
@@ -5654,6 +5682,19 @@ typedef enum crpci_loop_mode {
     CRPCI_LOOP_OWNED    /* crpc_loop_run, _step or the own thread; callers only wait */
 } crpci_loop_mode;
 
+/* Lines that peers can cause at any rate: of each kind at most one a second is logged. */
+typedef enum crpci_loop_line_kind {
+    CRPCI_LOOP_LINE_BAD,    /* a peer broke its protocol */
+    CRPCI_LOOP_LINE_ACCEPT, /* accept failed */
+    CRPCI_LOOP_LINE_KINDS
+} crpci_loop_line_kind;
+
+typedef struct crpci_loop_line {
+    char *text; /* to be written; NULL: none */
+    int64_t next; /* not before is another one logged */
+    uint32_t left_out;
+} crpci_loop_line;
+
 typedef enum crpci_loop_thread_state {
     CRPCI_LOOP_NO_THREAD,
     CRPCI_LOOP_THREAD_RUNS,
@@ -5691,6 +5732,8 @@ struct crpc_loop {
     crpci_list ready;     /* tasks that run user code: run by an owner or a wait by id (P8) */
     crpci_list resume;    /* internal tasks: input already read */
     crpci_list dirty;     /* internal tasks: output to be sent */
+    crpci_loop_line lines[CRPCI_LOOP_LINE_KINDS];
+    crpci_task write_lines; /* in `dirty` while one of them is to be written */
     /* who drives */
     crpci_loop_driver driver;
     crpci_loop_mode mode;
@@ -5794,9 +5837,20 @@ CRPCI_FN void crpci_loop_drop_spare(crpc_loop *l)
     l->spare_refs = 0;
 }
 
+/* Writes a line taken out of a loop, without the lock. NULL is ignored. */
+CRPCI_COLD void crpci_loop_write_line(crpc_loop *l, char *text)
+{
+    if (text)
+        crpci_heap_write_line(l->heap, CRPC_LOG_WARN, text);
+    crpci_heap_strfree(l->heap, text);
+}
+
 CRPCI_COLD void crpci_loop_free(crpc_loop *l)
 {
     crpci_heap *h = l->heap;
+    size_t i;
+    for (i = 0; i < CRPCI_LOOP_LINE_KINDS; i++)
+        crpci_loop_write_line(l, l->lines[i].text);
     crpci_loop_drop_spare(l);
     crpci_poller_close(&l->poller, h);
     crpci_wake_close(&l->wake);
@@ -6009,6 +6063,58 @@ CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
             crpci_loop_run_list(l, &l->dirty);
     }
 }
+
+/* The task `write_lines`: unlocks, because the log hook may take long. */
+CRPCI_COLD void crpci_loop_write_lines(crpc_loop *l, crpci_task *task)
+{
+    char *text[CRPCI_LOOP_LINE_KINDS];
+    size_t i;
+    (void)task;
+    for (i = 0; i < CRPCI_LOOP_LINE_KINDS; i++) {
+        text[i] = l->lines[i].text;
+        l->lines[i].text = NULL;
+    }
+    crpci_loop_unlock(l);
+    for (i = 0; i < CRPCI_LOOP_LINE_KINDS; i++)
+        crpci_loop_write_line(l, text[i]);
+    crpci_loop_lock(l);
+    l->fresh = false;
+}
+
+/* Logs a warning that a peer can cause: keeps it for the driver to write, or only counts it. */
+CRPCI_COLD CRPC_PRINTF(3, 4) void crpci_loop_put_line(crpc_loop *l, crpci_loop_line_kind kind,
+                                                      const char *format, ...)
+{
+    crpci_loop_line *line = &l->lines[kind];
+    int64_t now = crpci_loop_time(l);
+    char text[512];
+    va_list ap;
+    int n;
+    if (l->heap->hooks.log_level < CRPC_LOG_WARN)
+        return;
+    if (line->text || now < line->next) {
+        line->left_out++;
+        return;
+    }
+    va_start(ap, format);
+    n = vsnprintf(text, sizeof text, format, ap);
+    va_end(ap);
+    if (line->left_out && n < (int)sizeof text)
+        snprintf(text + n, sizeof text - (size_t)n,
+                 CRPC_ENABLE_TEXTS ? "; %u lines like it were left out before" : " +%u",
+                 line->left_out);
+    line->text = crpci_heap_strndup(l->heap, text, strlen(text));
+    line->left_out = 0;
+    line->next = now + 1000000;
+    crpci_loop_queue(&l->dirty, &l->write_lines);
+}
+
+#if CRPC_ENABLE_TEXTS
+#define crpci_loop_log crpci_loop_put_line
+#else
+#define crpci_loop_log(l, kind, ...)                                                               \
+    (0 ? (void)printf(__VA_ARGS__) : crpci_loop_put_line(l, kind, "crpc.h:%d", __LINE__))
+#endif
 
 /* P6: a timer that is due before the driver, or the foreign loop, will wake by itself wakes it. */
 CRPCI_FN void crpci_loop_timer_at(crpc_loop *l, crpci_timer *t, int64_t due)
@@ -6682,6 +6788,7 @@ CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_opti
     crpci_list_init(&l->ready);
     crpci_list_init(&l->resume);
     crpci_list_init(&l->dirty);
+    crpci_loop_task_init(&l->write_lines, crpci_loop_write_lines);
     crpci_list_init(&l->followers);
     crpci_list_init(&l->conns);
     crpci_list_init(&l->endpoints);
@@ -6881,6 +6988,7 @@ CRPC_API void crpc_loop_stats_get(crpc_loop *l, crpc_loop_stats *stats)
 {
     crpci_loop_lock(l);
     *stats = l->stats;
+    stats->lost_lines = crpci_thread_load(&l->heap->lost_lines);
     stats->poller = crpci_poller_name(&l->poller);
     stats->pending = l->calls.used;
     crpci_loop_unlock(l);
@@ -8721,10 +8829,18 @@ CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
 /* Closes a connection whose peer broke its protocol, with a warning that says how. */
 CRPCI_FN void crpci_receive_bad(crpci_conn *c, const char *what)
 {
-    char peer[CRPCI_SOCK_NAME_MAX];
+    char peer[CRPCI_SOCK_NAME_MAX], own[CRPC_ADDRESS_MAX];
+    crpci_addr local;
     c->loop->stats.bad_frames++;
     crpci_sock_name_format(&c->peer, peer, sizeof peer);
-    crpci_heap_log(c->loop->heap, CRPC_LOG_WARN, "connection with %s closed: %s", peer, what);
+    crpci_sock_local(c->fd, &local);
+    crpci_sock_format(&local, own, sizeof own);
+    if (c->protocols)
+        crpci_loop_log(c->loop, CRPCI_LOOP_LINE_BAD, "server %s: connection from %s closed: %s",
+                       own, peer, what);
+    else
+        crpci_loop_log(c->loop, CRPCI_LOOP_LINE_BAD, "provider %s: connection closed: %s", peer,
+                       what);
     crpci_conn_close(c, CRPC_ERESPONSE, 0);
 }
 
