@@ -21289,7 +21289,6 @@ struct crpc_server {
         uint32_t refusing;         /* atomic: connections that are open only to be refused */
         int reserve_fd; /* closed for a moment when no descriptors are left, to accept and close a
                          * connection in its place; -1: not to be had */
-        int64_t emfile_logged; /* when a lack of descriptors was logged last */
     } listener;
     struct {
         crpci_backend *registry;
@@ -22643,7 +22642,8 @@ typedef struct crpci_listener {
     crpci_list link; /* in server->listener.list, under the lock of the server's loop */
     crpc_server *server;
     crpci_watch watch;
-    crpci_timer masked; /* armed while accepting pauses, for want of descriptors or memory */
+    crpci_timer masked; /* armed while accepting pauses, because accept failed */
+    int64_t pause_us;   /* the length of that pause; 0: accept worked last */
     int fd;
     bool given; /* opened by the program, which also removes the file of a unix socket */
     char url[CRPC_ADDRESS_MAX + 8]; /* with the port that the kernel chose for port 0 */
@@ -22746,30 +22746,36 @@ CRPCI_FN void crpci_listener_share(crpc_server *s, int fd, const crpci_sock_name
         crpci_guard_disconnect(s, account);
 }
 
-/* No descriptors or memory are left. The reserve descriptor is freed to accept one connection and
- * close it, so that its peer learns of it at once. Then accepting pauses for 100 ms, because the
- * level-triggered listener would otherwise wake the loop without end. Logs once a second.
- * Locked. */
-CRPCI_COLD void crpci_listener_no_descriptors(crpci_listener *n)
+/* Frees the reserve descriptor to accept one connection and close it, so that its peer learns of the
+ * lack of descriptors at once. Locked. */
+CRPCI_COLD void crpci_listener_turn_away(crpci_listener *n)
 {
     crpc_server *s = n->server;
-    int64_t now = crpci_loop_now(s->loop);
     crpci_addr peer;
     int fd;
-    if (s->listener.reserve_fd >= 0) {
-        close(s->listener.reserve_fd);
-        fd = crpci_sock_accept(n->fd, &peer);
-        if (fd >= 0)
-            close(fd);
-        s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    }
-    crpci_watch_set(s->loop, &n->watch, n->fd, 0);
-    crpci_loop_timer_set(s->loop, &n->masked, 100000);
-    if (now - s->listener.emfile_logged > 1000000) {
-        s->listener.emfile_logged = now;
-        crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                       "listener %s: no file descriptors left; it accepts again in 100 ms", n->url);
-    }
+    if (s->listener.reserve_fd < 0)
+        return;
+    close(s->listener.reserve_fd);
+    fd = crpci_sock_accept(n->fd, &peer);
+    if (fd >= 0)
+        close(fd);
+    s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+}
+
+/* accept has failed with the errno `e`. Accepting pauses, because the level-triggered listener would
+ * otherwise wake the loop without end: for 100 ms when descriptors or memory are lacking, since any
+ * close may mend that, and otherwise for longer each time, up to 5 s. Locked. */
+CRPCI_COLD void crpci_listener_pause(crpci_listener *n, int e)
+{
+    bool lack = e == EMFILE || e == ENFILE || e == ENOMEM || e == ENOBUFS;
+    if (lack)
+        crpci_listener_turn_away(n);
+    n->pause_us = lack || !n->pause_us ? 100000 : crpci_base_min64(2 * n->pause_us, 5000000);
+    crpci_watch_set(n->server->loop, &n->watch, n->fd, 0);
+    crpci_loop_timer_set(n->server->loop, &n->masked, n->pause_us);
+    crpci_loop_log(n->server->loop, CRPCI_LOOP_LINE_ACCEPT,
+                   "server %s: accept: %s (errno %d); it accepts again in %d ms", n->url,
+                   crpci_conn_errno_text(e), e, (int)(n->pause_us / 1000));
 }
 
 /* Accepts again; if the poller refuses, tries again in another 100 ms. */
@@ -22794,10 +22800,11 @@ CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned ev
         crpci_addr peer;
         int fd = crpci_sock_accept(n->fd, &peer);
         if (fd < 0) {
-            if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
-                crpci_listener_no_descriptors(n);
+            if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR && errno != ECONNABORTED)
+                crpci_listener_pause(n, errno);
             break;
         }
+        n->pause_us = 0;
         if (n->addr.u.any.sa_family != AF_UNIX)
             crpci_sock_tune(fd);
         crpci_sock_name_of(&peers[count], &peer, fd);
