@@ -360,6 +360,7 @@
  *     replay_bytes            4 MiB       0           1 and more
  *     idle_timeout_ms         0           0           1 to 86400000
  *     frame_timeout_ms        30000       0           1 to 86400000
+ *     write_timeout_ms        30000       0           1 to 86400000
  *     lame_ms                 1000        0           1 to 86400000
  *     drain_ms                5000        0           1 to 86400000
  *
@@ -551,6 +552,7 @@
  *     max_body               64 MiB      request: CRPC_EREQUEST; reply: CRPC_ERESPONSE; skipped
  *     channel max_queued     16 MiB      CRPC_EOVERCROWDED, also for one request that is larger
  *     server max_queued      4 MiB       the connection is not read until half is sent
+ *     write_timeout_ms       30 s        a connection that takes no byte so long is closed
  *     max_connections        1024        CRPC_ELIMIT, 32 at a time, else closed; see below
  *     worker_queue           1024        CRPC_ELIMIT
  *     max_concurrency        8192        CRPC_ELIMIT; for each I/O thread
@@ -1052,8 +1054,8 @@ typedef struct crpc_loop_stats {
     uint64_t refused;      /* connections that a server refused: access.allow, max_connections */
     uint64_t evicted;      /* connections of a server closed in favour of other hosts */
     uint64_t lost_lines;   /* log lines dropped because stderr was full */
-    uint64_t timeouts;     /* connections closed for idle_timeout_ms, frame_timeout_ms and
-                              first_request_ms */
+    uint64_t timeouts;     /* connections closed for idle_timeout_ms, frame_timeout_ms,
+                              write_timeout_ms and first_request_ms */
     uint64_t replayed;     /* by crpc_server_stats_get: requests answered with a kept reply */
     uint32_t connections;  /* open now, those of clients and of servers */
     uint32_t pending;      /* calls that have not ended, or were not fetched yet */
@@ -1708,6 +1710,8 @@ typedef struct crpc_server_options {
                              never */
     int frame_timeout_ms; /* a request that has begun to arrive must be complete in this time. 0:
                              30000. -1: no limit */
+    int write_timeout_ms; /* a connection whose peer takes no byte of waiting output for so long is
+                             closed. 0: 30000. -1: never */
     int lame_ms;  /* how long a stopping server goes on serving after it has unregistered, because
                      consumers learn of it a little later. 0: 1000 with a registry, else none. -1:
                      not at all */
@@ -2229,6 +2233,7 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/auxv.h>
 #include <sys/eventfd.h>
 #include <sys/file.h>
@@ -4925,6 +4930,23 @@ CRPCI_FN bool crpci_sock_is_self(int fd)
            memcmp(&a.u, &b.u, a.len) == 0;
 }
 
+/* Whether the peer of a connected socket has closed it, or its sending side; what it sent before may
+ * still be unread. */
+CRPCI_COLD bool crpci_sock_has_ended(int fd)
+{
+    struct pollfd p;
+    p.fd = fd;
+    p.events = POLLRDHUP;
+    return poll(&p, 1, 0) > 0;
+}
+
+/* Bytes that the kernel holds for a peer which has not taken them. */
+CRPCI_COLD int crpci_sock_unsent(int fd)
+{
+    int n = 0;
+    return ioctl(fd, TIOCOUTQ, &n) ? 0 : n; /* Linux also calls it SIOCOUTQ */
+}
+
 /* Removes the file of a unix socket on which nobody listens any more, as a server that crashed
  * leaves it behind. One in use stays, and bind fails with EADDRINUSE. */
 CRPCI_COLD void crpci_sock_unlink_stale(const crpci_addr *a)
@@ -5177,8 +5199,10 @@ static const crpci_transport crpci_transport_plain = {
 /* ======================================================================== */
 
 #define CRPCI_POLLER_BATCH 64 /* events that one wait reports at most */
+#define CRPCI_POLLER_ENDED 4u /* to be told that the peer sends no more: reported as readable */
 
-/* A descriptor, as its owner registers it. Events are CRPC_READABLE and CRPC_WRITABLE. */
+/* A descriptor, as its owner registers it. Events are CRPC_READABLE, CRPC_WRITABLE and
+ * CRPCI_POLLER_ENDED. */
 typedef struct crpci_poller_item {
     int fd;
     unsigned events; /* registered for; 0: not registered */
@@ -5216,7 +5240,8 @@ typedef struct crpci_poller {
 /* What poll calls events; epoll has the same numbers for these. */
 CRPCI_FN short crpci_poller_mask(unsigned events)
 {
-    return (short)((events & CRPC_READABLE ? POLLIN : 0) | (events & CRPC_WRITABLE ? POLLOUT : 0));
+    return (short)((events & CRPC_READABLE ? POLLIN : 0) | (events & CRPC_WRITABLE ? POLLOUT : 0) |
+                   (events & CRPCI_POLLER_ENDED ? POLLRDHUP : 0));
 }
 
 /* An error or a hang-up is reported as readable and writable: the owner's read or write then finds
@@ -5224,7 +5249,7 @@ CRPCI_FN short crpci_poller_mask(unsigned events)
 CRPCI_FN unsigned crpci_poller_events(unsigned mask)
 {
     const unsigned both = POLLHUP | POLLERR | POLLNVAL;
-    return (mask & (POLLIN | both) ? CRPC_READABLE : 0) |
+    return (mask & (POLLIN | POLLRDHUP | both) ? CRPC_READABLE : 0) |
            (mask & (POLLOUT | both) ? CRPC_WRITABLE : 0);
 }
 
@@ -5267,7 +5292,8 @@ CRPCI_FN void crpci_poller_close(crpci_poller *p, crpci_heap *h)
 
 #if CRPC_ENABLE_EPOLL
 typedef char crpci_poller_same_numbers[EPOLLIN == POLLIN && EPOLLOUT == POLLOUT &&
-                                               EPOLLERR == POLLERR && EPOLLHUP == POLLHUP
+                                               EPOLLERR == POLLERR && EPOLLHUP == POLLHUP &&
+                                               EPOLLRDHUP == POLLRDHUP
                                            ? 1
                                            : -1];
 
@@ -8279,6 +8305,7 @@ struct crpci_conn {
     void *account; /* a server's account of the peer's host; NULL: none */
     uint32_t refs;
     uint32_t busy; /* requests being served */
+    uint32_t gone; /* atomic: the peer sends no more, or the connection is closed */
     int fd;
     int why;       /* crpc_status of the close */
     int why_errno; /* 0: none */
@@ -8295,7 +8322,9 @@ struct crpci_conn {
     size_t rx_total;    /* bytes that the protocol asked for */
     int64_t rx_since;   /* when the partial message began, for frame_timeout_us */
     int64_t frame_timeout_us; /* 0: none */
-    int64_t linger_bytes;     /* tx_bytes when the timer of close_when_sent was set */
+    int64_t write_timeout_us; /* 0: none */
+    int64_t stalled_us;       /* since when the peer has taken no byte. 0: the transport takes them */
+    int stalled_bytes;        /* that the kernel held for the peer then */
     crpci_chunk *left;  /* input over the step's budget */
     const uint8_t *left_at;
     size_t left_len;
@@ -8439,6 +8468,12 @@ CRPCI_FN void crpci_conn_cleanup(crpci_conn *c)
     c->fd = -1;
 }
 
+/* Nobody is likely to wait for replies any more. */
+CRPCI_FN void crpci_conn_gone(crpci_conn *c)
+{
+    crpci_thread_store(&c->gone, 1);
+}
+
 /* Closes at once and drops queued output. Calling it again does nothing. A descriptor in use by
  * another thread is shut down, which ends that thread's system call, and closed by that thread: the
  * kernel could otherwise give its number to another file meanwhile. */
@@ -8448,6 +8483,7 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     if (c->closed)
         return;
     c->closed = true;
+    crpci_conn_gone(c);
     c->why = why;
     c->why_errno = why_errno;
     l->stats.connections--;
@@ -8494,12 +8530,21 @@ CRPCI_FN void crpci_conn_interest(crpci_conn *c)
         return;
     if (!c->connecting && !c->paused && !c->eof)
         events |= CRPC_READABLE;
+    if (c->paused && !c->gone)
+        events |= CRPCI_POLLER_ENDED;
     if (c->connecting || c->blocked)
         events |= CRPC_WRITABLE;
     if (!crpci_conn_is_plain(c) && c->io->want && !c->connecting)
         events = c->io->want(c->io_state, events);
     if (crpci_watch_set(c->loop, &c->watch, c->fd, events))
         crpci_conn_close(c, CRPC_ENOMEM, 0);
+}
+
+/* Has the owner's timer function called at `at`, or before. */
+CRPCI_FN void crpci_conn_timer_by(crpci_conn *c, int64_t at)
+{
+    if (!c->timer.prev || c->timer.due_us > at)
+        crpci_loop_timer_at(c->loop, &c->timer, at);
 }
 
 /* Schedules a read for the next step, for input that the poller cannot see. */
@@ -8673,13 +8718,18 @@ CRPCI_COLD int crpci_conn_may_offer(crpci_conn *c, const crpci_conn_batch *b)
     return c->io->flags & CRPCI_TRANSPORT_GATHER ? b->count : 1;
 }
 
-/* Sending has to wait until the transport takes more. What it was offered it may have to be offered
- * again. */
+/* Sending has to wait until the transport takes more, at most for write_timeout_us. What it was
+ * offered it may have to be offered again. */
 CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int count)
 {
     crpci_out *o = c->tx_head;
     size_t offered = 0;
     c->blocked = true;
+    if (c->write_timeout_us && !c->stalled_us) {
+        c->stalled_us = crpci_loop_now(c->loop);
+        c->stalled_bytes = crpci_sock_unsent(c->fd);
+        crpci_conn_timer_by(c, c->stalled_us + c->write_timeout_us);
+    }
     if (!crpci_conn_is_plain(c) && c->io->flags & CRPCI_TRANSPORT_REPEAT) {
         while (count)
             offered += iov[--count].iov_len;
@@ -8689,6 +8739,20 @@ CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int cou
         }
     }
     crpci_conn_interest(c);
+}
+
+/* When a connection that is blocked is to be closed. INT64_MAX: never. The kernel may report a socket
+ * as writable only when a third of a large buffer is free, so a slow peer is known by the buffer. */
+CRPCI_COLD int64_t crpci_conn_stall_end(crpci_conn *c, int64_t now)
+{
+    int unsent = crpci_sock_unsent(c->fd);
+    if (!c->stalled_us)
+        return INT64_MAX;
+    if (unsent < c->stalled_bytes) {
+        c->stalled_bytes = unsent;
+        c->stalled_us = now;
+    }
+    return c->stalled_us + c->write_timeout_us;
 }
 
 /* Sends the queue until it is empty or the transport takes no more. Unlocks the loop while sending;
@@ -8729,6 +8793,8 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
         saved = errno;
         crpci_loop_lock(l);
         crpci_conn_advance(c, n > 0 ? (size_t)n : 0);
+        if (n > 0)
+            c->stalled_us = 0;
         if (n >= 0 || saved == EINTR)
             continue;
         if (saved == EAGAIN || saved == EWOULDBLOCK) {
@@ -8849,9 +8915,8 @@ CRPCI_FN void crpci_receive_bad(crpci_conn *c, const char *what)
 CRPCI_FN void crpci_receive_begun(crpci_conn *c)
 {
     c->rx_since = crpci_loop_now(c->loop);
-    if (c->frame_timeout_us &&
-        (!c->timer.prev || c->timer.due_us > c->rx_since + c->frame_timeout_us))
-        crpci_loop_timer_set(c->loop, &c->timer, c->frame_timeout_us);
+    if (c->frame_timeout_us)
+        crpci_conn_timer_by(c, c->rx_since + c->frame_timeout_us);
 }
 
 /* Orders a message of an ordered protocol: a request gets the next turn, a reply the id of the
@@ -9160,6 +9225,16 @@ CRPCI_FN void crpci_connect_finish(crpci_conn *c)
         c->up->opened(c);
 }
 
+/* A paused connection became readable: its peer has gone, unless the event is from before the pause.
+ * What the peer has sent before is read when the pause ends. */
+CRPCI_COLD void crpci_connect_check_end(crpci_conn *c)
+{
+    if (!crpci_sock_has_ended(c->fd))
+        return;
+    crpci_conn_gone(c);
+    crpci_conn_interest(c);
+}
+
 /* The poller's callback. */
 CRPCI_FN void crpci_connect_event(crpc_loop *l, crpci_watch *w, unsigned events)
 {
@@ -9176,7 +9251,9 @@ CRPCI_FN void crpci_connect_event(crpc_loop *l, crpci_watch *w, unsigned events)
             crpci_conn_interest(c);
             crpci_loop_queue(&l->dirty, &c->flush);
         }
-        if (events & CRPC_READABLE && !c->closed)
+        if (events & CRPC_READABLE && CRPCI_UNLIKELY(c->paused) && !c->closed)
+            crpci_connect_check_end(c);
+        else if (events & CRPC_READABLE && !c->closed)
             crpci_receive_read(c);
     }
     crpci_conn_drop(c);
@@ -21634,19 +21711,15 @@ CRPCI_FN void crpci_context_throttle(crpci_conn *conn)
 }
 
 /* After the end of input: closes the connection when every request is answered and every reply
- * sent. A peer that takes no byte of them for frame_timeout_ms is closed before. Locked. */
+ * sent. Locked. */
 CRPCI_FN void crpci_context_close_if_done(crpci_conn *conn)
 {
     if (!conn->eof || conn->busy || conn->left || conn->closed)
         return;
-    if (!conn->tx_head) {
+    if (!conn->tx_head)
         crpci_conn_close(conn, CRPC_ECLOSE, 0);
-    } else if (!conn->close_when_sent) {
+    else
         conn->close_when_sent = true;
-        conn->linger_bytes = conn->tx_bytes; /* the timer compares: has the peer taken any? */
-        if (conn->frame_timeout_us)
-            crpci_loop_timer_set(conn->loop, &conn->timer, conn->frame_timeout_us);
-    }
 }
 
 /* --- the end of a request --------------------------------------------------------------------- */
@@ -22515,6 +22588,7 @@ CRPCI_FN void crpci_intake_on_sent(crpci_conn *conn, crpci_out *o)
 CRPCI_FN void crpci_intake_on_eof(crpci_conn *conn)
 {
     conn->eof = true;
+    crpci_conn_gone(conn);
     crpci_conn_interest(conn);
     crpci_context_close_if_done(conn);
 }
@@ -22537,9 +22611,9 @@ CRPCI_FN void crpci_intake_expire(crpci_conn *conn)
 }
 
 /* Closes a connection that was idle for idle_timeout_ms, that has asked for no method of the server
- * within first_request_ms, whose request has not arrived whole within frame_timeout_ms, or which
- * ended its input and does not read its replies. A paused connection is not read, so its peer is
- * not to blame for a partial request. */
+ * within first_request_ms, whose request has not arrived whole within frame_timeout_ms, or whose
+ * peer has taken nothing of its replies for write_timeout_ms. A paused connection is not read, so
+ * its peer is not to blame for a partial request. */
 CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
 {
     const crpc_server *s = (const crpc_server *)conn->owner;
@@ -22550,16 +22624,9 @@ CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
         crpci_conn_close(conn, CRPC_ECLOSE, 0);
         return;
     }
-    if (conn->close_when_sent && conn->frame_timeout_us) {
-        if (conn->tx_bytes == conn->linger_bytes)
-            crpci_intake_expire(conn);
-        else
-            crpci_loop_timer_set(conn->loop, &conn->timer, conn->frame_timeout_us);
-        conn->linger_bytes = conn->tx_bytes;
-        return;
-    }
     if ((conn->rx || conn->skip) && conn->frame_timeout_us)
         next = (conn->paused ? now : conn->rx_since) + conn->frame_timeout_us;
+    next = crpci_base_min64(next, crpci_conn_stall_end(conn, now));
     if (idle && !conn->busy && !conn->tx_head && !conn->rx && !conn->skip)
         next = crpci_base_min64(next, conn->active_us + idle);
     else if (idle)
@@ -22690,6 +22757,7 @@ CRPCI_FN void crpci_listener_configure(const crpc_server *s, crpci_conn *conn)
     conn->max_body = (uint32_t)s->options.limits.max_body;
     conn->max_skip = s->options.max_skip;
     conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
+    conn->write_timeout_us = (int64_t)s->options.write_timeout_ms * 1000;
     first = first && (!idle || first < idle) ? first : idle;
     if (first)
         crpci_loop_timer_set(conn->loop, &conn->timer, first * 1000);
@@ -23390,6 +23458,7 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_NUMBER(replay_bytes, 4 << 20, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(idle_timeout_ms, 0, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(frame_timeout_ms, 30000, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(write_timeout_ms, 30000, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(lame_ms, 1000, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(drain_ms, 5000, 0, 86400000),
 };
