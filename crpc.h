@@ -8341,7 +8341,8 @@ struct crpci_conn {
     int64_t *awaited;
     size_t awaited_size, awaited_first, awaited_count;
     int64_t opened_us;
-    int64_t active_us; /* when the last message arrived */
+    int64_t arrived_us; /* when input was read last, also that in `left` */
+    int64_t active_us;  /* when the last message arrived */
     /* Encoded names that the next request is likely to have, so that crpci_meta_read_usual can
      * compare them, and the server's method for them; "" when replies are expected. */
     crpc_view expect;
@@ -8945,7 +8946,7 @@ CRPCI_FN crpci_message_kind crpci_receive_kind(const crpci_conn *c)
 /* For protocols: passes a complete message to the connection's owner. May close the connection. */
 CRPCI_FN void crpci_receive_deliver(crpci_conn *c, crpci_message *m)
 {
-    c->active_us = crpci_loop_time(c->loop);
+    c->active_us = c->arrived_us;
     if (!crpci_conn_ordered(c) || crpci_receive_place(c, m))
         c->up->message(c, m);
 }
@@ -8956,7 +8957,7 @@ CRPCI_FN void crpci_receive_deliver(crpci_conn *c, crpci_message *m)
 CRPCI_COLD void crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t size,
                                        uint64_t skip)
 {
-    c->active_us = crpci_loop_time(c->loop);
+    c->active_us = c->arrived_us;
     c->skip = skip;
     if (skip)
         crpci_receive_begun(c);
@@ -9186,6 +9187,7 @@ CRPCI_FN void crpci_receive_read(crpci_conn *c)
     c->reading = false;
     if (!crpci_conn_is_plain(c))
         crpci_receive_after_read(c);
+    c->arrived_us = crpci_loop_time(l);
     if (c->closed)
         crpci_conn_cleanup(c);
     else if (n > 0)
@@ -9299,7 +9301,7 @@ CRPCI_FN crpci_conn *crpci_connect_new(crpc_loop *l, int fd, bool connecting,
     c->connecting = connecting;
     c->max_body = INT32_MAX;
     c->tx_end = &c->tx_head;
-    c->opened_us = c->active_us = crpci_loop_now(l);
+    c->opened_us = c->active_us = c->arrived_us = crpci_loop_now(l);
     crpci_watch_init(&c->watch, crpci_connect_event);
     crpci_loop_task_init(&c->flush, crpci_conn_flush_task);
     crpci_loop_task_init(&c->resume, crpci_connect_resume_task);

@@ -465,6 +465,59 @@ static void the_end_of_a_paused_peer_is_noticed_once(void **state)
     }
 }
 
+/* A request waits in the buffer of a connection that is not read, until its deadline has passed. */
+static void time_in_a_paused_connection_counts(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        crpc_server_options o;
+        wire_request_options ro;
+        crpci_conn *c;
+        crpc_context *x;
+        wire w = {NULL, 0, 0};
+        wire_message m;
+        pump u;
+        int fd, k, n;
+        memset(&o, 0, sizeof o);
+        memset(&ro, 0, sizeof ro);
+        ro.timeout_ms = 100;
+        o.loops.hooks.clock_us = net_clock_us;
+        net_time_begin(NET_TIME_STANDS);
+        pump_open(&u, p, WAY_TCP, &o);
+        fd = pump_connect(&u, WAY_PAIR);
+        c = CRPCI_CONTAINER(u.loop->conns.next, crpci_conn, link);
+        for (k = 1; k <= CRPCI_CONTEXT_CONN_MAX; k++) {
+            wire_request(&w, "Defer", k, k, 0);
+            if (k == CRPCI_CONTEXT_CONN_MAX)
+                wire_request_body(&w, "dyn.Echo", "Add", 0, "\x08\x05", 2, &ro);
+            if (k % 64 == 0) {
+                pump_send(&u, fd, w.p, w.n);
+                wire_free(&w);
+            }
+        }
+        PUMP_UNTIL(&u, net_held(&u.service) == CRPCI_CONTEXT_CONN_MAX);
+        assert_non_null(c->left);
+        net_time_add(101);
+        for (k = 0; k < CRPCI_CONTEXT_CONN_MAX; k++) {
+            x = net_take(&u.service);
+            assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_OK);
+        }
+        for (n = 0, m.id = 1; m.id; n++) {
+            PUMP_UNTIL(&u, recv(fd, &k, 1, MSG_PEEK | MSG_DONTWAIT) == 1);
+            assert_int_equal(wire_receive(fd, &m), 1);
+            if (!m.id)
+                assert_int_equal(m.code, CRPC_ETIMEDOUT);
+            wire_done(&m);
+        }
+        assert_int_equal(u.service.calls, CRPCI_CONTEXT_CONN_MAX);
+        net_time_run();
+        close(fd);
+        pump_close(&u);
+    }
+}
+
 /* Neither limit closes a connection that is in use; nor one whose request takes long. */
 static void connections_in_use_are_not_idle(void **state)
 {
@@ -880,6 +933,7 @@ int main(void)
         CT_TEST(resets_in_the_middle_of_replies),
         CT_TEST(a_peer_that_takes_no_byte_is_closed),
         CT_TEST(the_end_of_a_paused_peer_is_noticed_once),
+        CT_TEST(time_in_a_paused_connection_counts),
         CT_TEST(slow_frames_and_idle_connections_are_closed),
         CT_TEST(connections_in_use_are_not_idle),
         CT_TEST(short_frames_need_no_memory_to_be_sent),
