@@ -361,6 +361,7 @@
  *     replay_bytes            4 MiB       0           1 and more
  *     idle_timeout_ms         0           0           1 to 86400000
  *     frame_timeout_ms        30000       0           1 to 86400000
+ *     write_timeout_ms        30000       0           1 to 86400000
  *     lame_ms                 1000        0           1 to 86400000
  *     drain_ms                5000        0           1 to 86400000
  *
@@ -552,6 +553,7 @@
  *     max_body               64 MiB      request: CRPC_EREQUEST; reply: CRPC_ERESPONSE; skipped
  *     channel max_queued     16 MiB      CRPC_EOVERCROWDED, also for one request that is larger
  *     server max_queued      4 MiB       the connection is not read until half is sent
+ *     write_timeout_ms       30 s        a connection that takes no byte so long is closed
  *     max_connections        1024        CRPC_ELIMIT, 32 at a time, else closed; see below
  *     worker_queue           1024        CRPC_ELIMIT
  *     max_concurrency        8192        CRPC_ELIMIT; for each I/O thread
@@ -993,7 +995,8 @@ typedef struct crpc_hooks {
     /* Allocates (old_size 0), resizes as realloc does, or frees (new_size 0, returns NULL). Memory
      * must be aligned for any type. NULL: out of memory. Default: CRPC_REALLOC and CRPC_FREE. */
     void *(*resize)(void *user, void *ptr, size_t old_size, size_t new_size);
-    /* Takes one log line of a crpc_log_level, without a newline. Default: writes it to stderr. */
+    /* Takes one log line of a crpc_log_level, without a newline. Default: writes it to stderr, or
+     * drops it if stderr cannot take it at once. */
     void (*log)(void *user, int level, const char *line);
     /* Returns a time in microseconds that never goes back. Default: CLOCK_MONOTONIC. */
     int64_t (*clock_us)(void *user);
@@ -1056,8 +1059,9 @@ typedef struct crpc_loop_stats {
     uint64_t limited;      /* requests refused with CRPC_ELIMIT before they were served */
     uint64_t refused;      /* connections that a server refused: access.allow, max_connections */
     uint64_t evicted;      /* connections of a server closed in favour of other hosts */
-    uint64_t timeouts;     /* connections closed for idle_timeout_ms, frame_timeout_ms and
-                              first_request_ms */
+    uint64_t lost_lines;   /* log lines dropped because stderr was full */
+    uint64_t timeouts;     /* connections closed for idle_timeout_ms, frame_timeout_ms,
+                              write_timeout_ms and first_request_ms */
     uint64_t replayed;     /* by crpc_server_stats_get: requests answered with a kept reply */
     uint32_t connections;  /* open now, those of clients and of servers */
     uint32_t pending;      /* calls that have not ended, or were not fetched yet */
@@ -1715,6 +1719,8 @@ typedef struct crpc_server_options {
                              never */
     int frame_timeout_ms; /* a request that has begun to arrive must be complete in this time. 0:
                              30000. -1: no limit */
+    int write_timeout_ms; /* a connection whose peer takes no byte of waiting output for so long is
+                             closed. 0: 30000. -1: never */
     int lame_ms;  /* how long a stopping server goes on serving after it has unregistered, because
                      consumers learn of it a little later. 0: 1000 with a registry, else none. -1:
                      not at all */
@@ -2236,6 +2242,7 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/auxv.h>
 #include <sys/eventfd.h>
 #include <sys/file.h>
@@ -2760,6 +2767,8 @@ typedef struct crpci_heap {
     size_t kept_bytes;  /* in chunks that wait for reuse */
     size_t bytes;       /* everything */
     size_t peak;        /* the most that `bytes` ever was */
+    uint32_t lost_lines; /* atomic: lines that stderr could not take */
+    uint32_t told_lines; /* atomic: as many of them were told in a later line */
     crpci_heap_class classes[CRPCI_CHUNK_CLASSES];
 #if CRPC_DEBUG
     void *closed; /* handles of objects that are gone, see crpci_heap_retire */
@@ -2792,12 +2801,38 @@ CRPCI_FN void *crpci_heap_default_resize(void *user, void *ptr, size_t old_size,
     return NULL;
 }
 
-/* The default log hook: a line on stderr that begins with the level's letter. */
-CRPCI_COLD void crpci_heap_default_log(void *user, int level, const char *line)
+/* The default log: a line on stderr that begins with the level's letter. A pipe that nobody reads
+ * must not stop the program, so a line that stderr cannot take at once is dropped. When poll says
+ * that a pipe is writable, a write of up to PIPE_BUF bytes does not wait. */
+CRPCI_COLD void crpci_heap_log_to_stderr(crpci_heap *h, int level, const char *line)
 {
     static const char letters[] = "?EWID";
-    (void)user;
-    fprintf(stderr, "crpc %c %s\n", letters[level >= 1 && level <= 4 ? level : 0], line);
+    struct pollfd to;
+    char text[640];
+    uint32_t lost = crpci_thread_load(&h->lost_lines);
+    uint32_t more = lost - crpci_thread_load(&h->told_lines);
+    int n = snprintf(text, sizeof text - 1, "crpc %c %.511s",
+                     letters[level >= 1 && level <= 4 ? level : 0], line);
+    if (more)
+        n += snprintf(text + n, sizeof text - 1 - (size_t)n,
+                      "; %u lines before it were lost, because stderr was full", more);
+    text[n++] = '\n';
+    to.fd = STDERR_FILENO;
+    to.events = POLLOUT;
+    to.revents = 0;
+    if (poll(&to, 1, 0) == 1 && to.revents == POLLOUT && write(to.fd, text, (size_t)n) > 0)
+        crpci_thread_store(&h->told_lines, lost);
+    else
+        crpci_thread_add(&h->lost_lines, 1);
+}
+
+/* Passes a line to the log, whatever its level. */
+CRPCI_COLD void crpci_heap_write_line(crpci_heap *h, int level, const char *line)
+{
+    if (h->hooks.log)
+        h->hooks.log(h->hooks.user, level, line);
+    else
+        crpci_heap_log_to_stderr(h, level, line);
 }
 
 CRPCI_FN int64_t crpci_heap_micros(const struct timespec *ts)
@@ -2840,7 +2875,7 @@ CRPCI_COLD CRPC_PRINTF(3, 4) void crpci_heap_log(crpci_heap *h, int level, const
     va_start(ap, format);
     vsnprintf(line, sizeof line, format, ap);
     va_end(ap);
-    h->hooks.log(h->hooks.user, level, line);
+    crpci_heap_write_line(h, level, line);
 }
 #else
 /* Where the text would be there is the number of the line that logs, in this file. */
@@ -2853,7 +2888,7 @@ CRPCI_COLD void crpci_heap_log_line(crpci_heap *h, int level, int number)
     if (level > h->hooks.log_level)
         return;
     snprintf(line, sizeof line, "crpc.h:%d", number);
-    h->hooks.log(h->hooks.user, level, line);
+    crpci_heap_write_line(h, level, line);
 }
 #endif
 
@@ -2992,8 +3027,6 @@ CRPCI_FN int crpci_heap_open(crpci_heap **out, const crpc_hooks *hooks, int64_t 
         k = *hooks;
     if (!k.resize)
         k.resize = crpci_heap_default_resize;
-    if (!k.log)
-        k.log = crpci_heap_default_log;
     if (!k.clock_us)
         k.clock_us = crpci_heap_default_clock;
     k.log_level = (int)crpci_base_option(k.log_level, CRPC_LOG_WARN, 0);
@@ -4906,6 +4939,23 @@ CRPCI_FN bool crpci_sock_is_self(int fd)
            memcmp(&a.u, &b.u, a.len) == 0;
 }
 
+/* Whether the peer of a connected socket has closed it, or its sending side; what it sent before may
+ * still be unread. */
+CRPCI_COLD bool crpci_sock_has_ended(int fd)
+{
+    struct pollfd p;
+    p.fd = fd;
+    p.events = POLLRDHUP;
+    return poll(&p, 1, 0) > 0;
+}
+
+/* Bytes that the kernel holds for a peer which has not taken them. */
+CRPCI_COLD int crpci_sock_unsent(int fd)
+{
+    int n = 0;
+    return ioctl(fd, TIOCOUTQ, &n) ? 0 : n; /* Linux also calls it SIOCOUTQ */
+}
+
 /* Removes the file of a unix socket on which nobody listens any more, as a server that crashed
  * leaves it behind. One in use stays, and bind fails with EADDRINUSE. */
 CRPCI_COLD void crpci_sock_unlink_stale(const crpci_addr *a)
@@ -5158,8 +5208,10 @@ static const crpci_transport crpci_transport_plain = {
 /* ======================================================================== */
 
 #define CRPCI_POLLER_BATCH 64 /* events that one wait reports at most */
+#define CRPCI_POLLER_ENDED 4u /* to be told that the peer sends no more: reported as readable */
 
-/* A descriptor, as its owner registers it. Events are CRPC_READABLE and CRPC_WRITABLE. */
+/* A descriptor, as its owner registers it. Events are CRPC_READABLE, CRPC_WRITABLE and
+ * CRPCI_POLLER_ENDED. */
 typedef struct crpci_poller_item {
     int fd;
     unsigned events; /* registered for; 0: not registered */
@@ -5197,7 +5249,8 @@ typedef struct crpci_poller {
 /* What poll calls events; epoll has the same numbers for these. */
 CRPCI_FN short crpci_poller_mask(unsigned events)
 {
-    return (short)((events & CRPC_READABLE ? POLLIN : 0) | (events & CRPC_WRITABLE ? POLLOUT : 0));
+    return (short)((events & CRPC_READABLE ? POLLIN : 0) | (events & CRPC_WRITABLE ? POLLOUT : 0) |
+                   (events & CRPCI_POLLER_ENDED ? POLLRDHUP : 0));
 }
 
 /* An error or a hang-up is reported as readable and writable: the owner's read or write then finds
@@ -5205,7 +5258,7 @@ CRPCI_FN short crpci_poller_mask(unsigned events)
 CRPCI_FN unsigned crpci_poller_events(unsigned mask)
 {
     const unsigned both = POLLHUP | POLLERR | POLLNVAL;
-    return (mask & (POLLIN | both) ? CRPC_READABLE : 0) |
+    return (mask & (POLLIN | POLLRDHUP | both) ? CRPC_READABLE : 0) |
            (mask & (POLLOUT | both) ? CRPC_WRITABLE : 0);
 }
 
@@ -5248,7 +5301,8 @@ CRPCI_FN void crpci_poller_close(crpci_poller *p, crpci_heap *h)
 
 #if CRPC_ENABLE_EPOLL
 typedef char crpci_poller_same_numbers[EPOLLIN == POLLIN && EPOLLOUT == POLLOUT &&
-                                               EPOLLERR == POLLERR && EPOLLHUP == POLLHUP
+                                               EPOLLERR == POLLERR && EPOLLHUP == POLLHUP &&
+                                               EPOLLRDHUP == POLLRDHUP
                                            ? 1
                                            : -1];
 
@@ -5663,6 +5717,19 @@ typedef enum crpci_loop_mode {
     CRPCI_LOOP_OWNED    /* crpc_loop_run, _step or the own thread; callers only wait */
 } crpci_loop_mode;
 
+/* Lines that peers can cause at any rate: of each kind at most one a second is logged. */
+typedef enum crpci_loop_line_kind {
+    CRPCI_LOOP_LINE_BAD,    /* a peer broke its protocol */
+    CRPCI_LOOP_LINE_ACCEPT, /* accept failed */
+    CRPCI_LOOP_LINE_KINDS
+} crpci_loop_line_kind;
+
+typedef struct crpci_loop_line {
+    char *text; /* to be written; NULL: none */
+    int64_t next; /* not before is another one logged */
+    uint32_t left_out;
+} crpci_loop_line;
+
 typedef enum crpci_loop_thread_state {
     CRPCI_LOOP_NO_THREAD,
     CRPCI_LOOP_THREAD_RUNS,
@@ -5700,6 +5767,8 @@ struct crpc_loop {
     crpci_list ready;     /* tasks that run user code: run by an owner or a wait by id (P8) */
     crpci_list resume;    /* internal tasks: input already read */
     crpci_list dirty;     /* internal tasks: output to be sent */
+    crpci_loop_line lines[CRPCI_LOOP_LINE_KINDS];
+    crpci_task write_lines; /* in `dirty` while one of them is to be written */
     /* who drives */
     crpci_loop_driver driver;
     crpci_loop_mode mode;
@@ -5803,9 +5872,20 @@ CRPCI_FN void crpci_loop_drop_spare(crpc_loop *l)
     l->spare_refs = 0;
 }
 
+/* Writes a line taken out of a loop, without the lock. NULL is ignored. */
+CRPCI_COLD void crpci_loop_write_line(crpc_loop *l, char *text)
+{
+    if (text)
+        crpci_heap_write_line(l->heap, CRPC_LOG_WARN, text);
+    crpci_heap_strfree(l->heap, text);
+}
+
 CRPCI_COLD void crpci_loop_free(crpc_loop *l)
 {
     crpci_heap *h = l->heap;
+    size_t i;
+    for (i = 0; i < CRPCI_LOOP_LINE_KINDS; i++)
+        crpci_loop_write_line(l, l->lines[i].text);
     crpci_loop_drop_spare(l);
     crpci_poller_close(&l->poller, h);
     crpci_wake_close(&l->wake);
@@ -6018,6 +6098,58 @@ CRPCI_FN void crpci_loop_run_ready(crpc_loop *l)
             crpci_loop_run_list(l, &l->dirty);
     }
 }
+
+/* The task `write_lines`: unlocks, because the log hook may take long. */
+CRPCI_COLD void crpci_loop_write_lines(crpc_loop *l, crpci_task *task)
+{
+    char *text[CRPCI_LOOP_LINE_KINDS];
+    size_t i;
+    (void)task;
+    for (i = 0; i < CRPCI_LOOP_LINE_KINDS; i++) {
+        text[i] = l->lines[i].text;
+        l->lines[i].text = NULL;
+    }
+    crpci_loop_unlock(l);
+    for (i = 0; i < CRPCI_LOOP_LINE_KINDS; i++)
+        crpci_loop_write_line(l, text[i]);
+    crpci_loop_lock(l);
+    l->fresh = false;
+}
+
+/* Logs a warning that a peer can cause: keeps it for the driver to write, or only counts it. */
+CRPCI_COLD CRPC_PRINTF(3, 4) void crpci_loop_put_line(crpc_loop *l, crpci_loop_line_kind kind,
+                                                      const char *format, ...)
+{
+    crpci_loop_line *line = &l->lines[kind];
+    int64_t now = crpci_loop_time(l);
+    char text[512];
+    va_list ap;
+    int n;
+    if (l->heap->hooks.log_level < CRPC_LOG_WARN)
+        return;
+    if (line->text || now < line->next) {
+        line->left_out++;
+        return;
+    }
+    va_start(ap, format);
+    n = vsnprintf(text, sizeof text, format, ap);
+    va_end(ap);
+    if (line->left_out && n < (int)sizeof text)
+        snprintf(text + n, sizeof text - (size_t)n,
+                 CRPC_ENABLE_TEXTS ? "; %u lines like it were left out before" : " +%u",
+                 line->left_out);
+    line->text = crpci_heap_strndup(l->heap, text, strlen(text));
+    line->left_out = 0;
+    line->next = now + 1000000;
+    crpci_loop_queue(&l->dirty, &l->write_lines);
+}
+
+#if CRPC_ENABLE_TEXTS
+#define crpci_loop_log crpci_loop_put_line
+#else
+#define crpci_loop_log(l, kind, ...)                                                               \
+    (0 ? (void)printf(__VA_ARGS__) : crpci_loop_put_line(l, kind, "crpc.h:%d", __LINE__))
+#endif
 
 /* P6: a timer that is due before the driver, or the foreign loop, will wake by itself wakes it. */
 CRPCI_FN void crpci_loop_timer_at(crpc_loop *l, crpci_timer *t, int64_t due)
@@ -6691,6 +6823,7 @@ CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_opti
     crpci_list_init(&l->ready);
     crpci_list_init(&l->resume);
     crpci_list_init(&l->dirty);
+    crpci_loop_task_init(&l->write_lines, crpci_loop_write_lines);
     crpci_list_init(&l->followers);
     crpci_list_init(&l->conns);
     crpci_list_init(&l->endpoints);
@@ -6890,6 +7023,7 @@ CRPC_API void crpc_loop_stats_get(crpc_loop *l, crpc_loop_stats *stats)
 {
     crpci_loop_lock(l);
     *stats = l->stats;
+    stats->lost_lines = crpci_thread_load(&l->heap->lost_lines);
     stats->poller = crpci_poller_name(&l->poller);
     stats->pending = l->calls.used;
     crpci_loop_unlock(l);
@@ -8180,6 +8314,7 @@ struct crpci_conn {
     void *account; /* a server's account of the peer's host; NULL: none */
     uint32_t refs;
     uint32_t busy; /* requests being served */
+    uint32_t gone; /* atomic: the peer sends no more, or the connection is closed */
     int fd;
     int why;       /* crpc_status of the close */
     int why_errno; /* 0: none */
@@ -8196,7 +8331,9 @@ struct crpci_conn {
     size_t rx_total;    /* bytes that the protocol asked for */
     int64_t rx_since;   /* when the partial message began, for frame_timeout_us */
     int64_t frame_timeout_us; /* 0: none */
-    int64_t linger_bytes;     /* tx_bytes when the timer of close_when_sent was set */
+    int64_t write_timeout_us; /* 0: none */
+    int64_t stalled_us;       /* since when the peer has taken no byte. 0: the transport takes them */
+    int stalled_bytes;        /* that the kernel held for the peer then */
     crpci_chunk *left;  /* input over the step's budget */
     const uint8_t *left_at;
     size_t left_len;
@@ -8213,7 +8350,8 @@ struct crpci_conn {
     int64_t *awaited;
     size_t awaited_size, awaited_first, awaited_count;
     int64_t opened_us;
-    int64_t active_us; /* when the last message arrived */
+    int64_t arrived_us; /* when input was read last, also that in `left` */
+    int64_t active_us;  /* when the last message arrived */
     /* Encoded names that the next request is likely to have, so that crpci_meta_read_usual can
      * compare them, and the server's method for them; "" when replies are expected. */
     crpc_view expect;
@@ -8340,6 +8478,12 @@ CRPCI_FN void crpci_conn_cleanup(crpci_conn *c)
     c->fd = -1;
 }
 
+/* Nobody is likely to wait for replies any more. */
+CRPCI_FN void crpci_conn_gone(crpci_conn *c)
+{
+    crpci_thread_store(&c->gone, 1);
+}
+
 /* Closes at once and drops queued output. Calling it again does nothing. A descriptor in use by
  * another thread is shut down, which ends that thread's system call, and closed by that thread: the
  * kernel could otherwise give its number to another file meanwhile. */
@@ -8349,6 +8493,7 @@ CRPCI_FN void crpci_conn_close(crpci_conn *c, int why, int why_errno)
     if (c->closed)
         return;
     c->closed = true;
+    crpci_conn_gone(c);
     c->why = why;
     c->why_errno = why_errno;
     l->stats.connections--;
@@ -8395,12 +8540,21 @@ CRPCI_FN void crpci_conn_interest(crpci_conn *c)
         return;
     if (!c->connecting && !c->paused && !c->eof)
         events |= CRPC_READABLE;
+    if (c->paused && !c->gone)
+        events |= CRPCI_POLLER_ENDED;
     if (c->connecting || c->blocked)
         events |= CRPC_WRITABLE;
     if (!crpci_conn_is_plain(c) && c->io->want && !c->connecting)
         events = c->io->want(c->io_state, events);
     if (crpci_watch_set(c->loop, &c->watch, c->fd, events))
         crpci_conn_close(c, CRPC_ENOMEM, 0);
+}
+
+/* Has the owner's timer function called at `at`, or before. */
+CRPCI_FN void crpci_conn_timer_by(crpci_conn *c, int64_t at)
+{
+    if (!c->timer.prev || c->timer.due_us > at)
+        crpci_loop_timer_at(c->loop, &c->timer, at);
 }
 
 /* Schedules a read for the next step, for input that the poller cannot see. */
@@ -8574,13 +8728,18 @@ CRPCI_COLD int crpci_conn_may_offer(crpci_conn *c, const crpci_conn_batch *b)
     return c->io->flags & CRPCI_TRANSPORT_GATHER ? b->count : 1;
 }
 
-/* Sending has to wait until the transport takes more. What it was offered it may have to be offered
- * again. */
+/* Sending has to wait until the transport takes more, at most for write_timeout_us. What it was
+ * offered it may have to be offered again. */
 CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int count)
 {
     crpci_out *o = c->tx_head;
     size_t offered = 0;
     c->blocked = true;
+    if (c->write_timeout_us && !c->stalled_us) {
+        c->stalled_us = crpci_loop_now(c->loop);
+        c->stalled_bytes = crpci_sock_unsent(c->fd);
+        crpci_conn_timer_by(c, c->stalled_us + c->write_timeout_us);
+    }
     if (!crpci_conn_is_plain(c) && c->io->flags & CRPCI_TRANSPORT_REPEAT) {
         while (count)
             offered += iov[--count].iov_len;
@@ -8590,6 +8749,20 @@ CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int cou
         }
     }
     crpci_conn_interest(c);
+}
+
+/* When a connection that is blocked is to be closed. INT64_MAX: never. The kernel may report a socket
+ * as writable only when a third of a large buffer is free, so a slow peer is known by the buffer. */
+CRPCI_COLD int64_t crpci_conn_stall_end(crpci_conn *c, int64_t now)
+{
+    int unsent = crpci_sock_unsent(c->fd);
+    if (!c->stalled_us)
+        return INT64_MAX;
+    if (unsent < c->stalled_bytes) {
+        c->stalled_bytes = unsent;
+        c->stalled_us = now;
+    }
+    return c->stalled_us + c->write_timeout_us;
 }
 
 /* Sends the queue until it is empty or the transport takes no more. Unlocks the loop while sending;
@@ -8630,6 +8803,8 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
         saved = errno;
         crpci_loop_lock(l);
         crpci_conn_advance(c, n > 0 ? (size_t)n : 0);
+        if (n > 0)
+            c->stalled_us = 0;
         if (n >= 0 || saved == EINTR)
             continue;
         if (saved == EAGAIN || saved == EWOULDBLOCK) {
@@ -8730,10 +8905,18 @@ CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
 /* Closes a connection whose peer broke its protocol, with a warning that says how. */
 CRPCI_FN void crpci_receive_bad(crpci_conn *c, const char *what)
 {
-    char peer[CRPCI_SOCK_NAME_MAX];
+    char peer[CRPCI_SOCK_NAME_MAX], own[CRPC_ADDRESS_MAX];
+    crpci_addr local;
     c->loop->stats.bad_frames++;
     crpci_sock_name_format(&c->peer, peer, sizeof peer);
-    crpci_heap_log(c->loop->heap, CRPC_LOG_WARN, "connection with %s closed: %s", peer, what);
+    crpci_sock_local(c->fd, &local);
+    crpci_sock_format(&local, own, sizeof own);
+    if (c->protocols)
+        crpci_loop_log(c->loop, CRPCI_LOOP_LINE_BAD, "server %s: connection from %s closed: %s",
+                       own, peer, what);
+    else
+        crpci_loop_log(c->loop, CRPCI_LOOP_LINE_BAD, "provider %s: connection closed: %s", peer,
+                       what);
     crpci_conn_close(c, CRPC_ERESPONSE, 0);
 }
 
@@ -8742,9 +8925,8 @@ CRPCI_FN void crpci_receive_bad(crpci_conn *c, const char *what)
 CRPCI_FN void crpci_receive_begun(crpci_conn *c)
 {
     c->rx_since = crpci_loop_now(c->loop);
-    if (c->frame_timeout_us &&
-        (!c->timer.prev || c->timer.due_us > c->rx_since + c->frame_timeout_us))
-        crpci_loop_timer_set(c->loop, &c->timer, c->frame_timeout_us);
+    if (c->frame_timeout_us)
+        crpci_conn_timer_by(c, c->rx_since + c->frame_timeout_us);
 }
 
 /* Orders a message of an ordered protocol: a request gets the next turn, a reply the id of the
@@ -8773,7 +8955,7 @@ CRPCI_FN crpci_message_kind crpci_receive_kind(const crpci_conn *c)
 /* For protocols: passes a complete message to the connection's owner. May close the connection. */
 CRPCI_FN void crpci_receive_deliver(crpci_conn *c, crpci_message *m)
 {
-    c->active_us = crpci_loop_time(c->loop);
+    c->active_us = c->arrived_us;
     if (!crpci_conn_ordered(c) || crpci_receive_place(c, m))
         c->up->message(c, m);
 }
@@ -8784,7 +8966,7 @@ CRPCI_FN void crpci_receive_deliver(crpci_conn *c, crpci_message *m)
 CRPCI_COLD void crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t size,
                                        uint64_t skip)
 {
-    c->active_us = crpci_loop_time(c->loop);
+    c->active_us = c->arrived_us;
     c->skip = skip;
     if (skip)
         crpci_receive_begun(c);
@@ -9014,6 +9196,7 @@ CRPCI_FN void crpci_receive_read(crpci_conn *c)
     c->reading = false;
     if (!crpci_conn_is_plain(c))
         crpci_receive_after_read(c);
+    c->arrived_us = crpci_loop_time(l);
     if (c->closed)
         crpci_conn_cleanup(c);
     else if (n > 0)
@@ -9053,6 +9236,16 @@ CRPCI_FN void crpci_connect_finish(crpci_conn *c)
         c->up->opened(c);
 }
 
+/* A paused connection became readable: its peer has gone, unless the event is from before the pause.
+ * What the peer has sent before is read when the pause ends. */
+CRPCI_COLD void crpci_connect_check_end(crpci_conn *c)
+{
+    if (!crpci_sock_has_ended(c->fd))
+        return;
+    crpci_conn_gone(c);
+    crpci_conn_interest(c);
+}
+
 /* The poller's callback. */
 CRPCI_FN void crpci_connect_event(crpc_loop *l, crpci_watch *w, unsigned events)
 {
@@ -9069,7 +9262,9 @@ CRPCI_FN void crpci_connect_event(crpc_loop *l, crpci_watch *w, unsigned events)
             crpci_conn_interest(c);
             crpci_loop_queue(&l->dirty, &c->flush);
         }
-        if (events & CRPC_READABLE && !c->closed)
+        if (events & CRPC_READABLE && CRPCI_UNLIKELY(c->paused) && !c->closed)
+            crpci_connect_check_end(c);
+        else if (events & CRPC_READABLE && !c->closed)
             crpci_receive_read(c);
     }
     crpci_conn_drop(c);
@@ -9115,7 +9310,7 @@ CRPCI_FN crpci_conn *crpci_connect_new(crpc_loop *l, int fd, bool connecting,
     c->connecting = connecting;
     c->max_body = INT32_MAX;
     c->tx_end = &c->tx_head;
-    c->opened_us = c->active_us = crpci_loop_now(l);
+    c->opened_us = c->active_us = c->arrived_us = crpci_loop_now(l);
     crpci_watch_init(&c->watch, crpci_connect_event);
     crpci_loop_task_init(&c->flush, crpci_conn_flush_task);
     crpci_loop_task_init(&c->resume, crpci_connect_resume_task);
@@ -21253,7 +21448,6 @@ struct crpc_server {
         uint32_t refusing;         /* atomic: connections that are open only to be refused */
         int reserve_fd; /* closed for a moment when no descriptors are left, to accept and close a
                          * connection in its place; -1: not to be had */
-        int64_t emfile_logged; /* when a lack of descriptors was logged last */
     } listener;
     struct {
         crpci_backend *registry;
@@ -21608,19 +21802,15 @@ CRPCI_FN void crpci_context_throttle(crpci_conn *conn)
 }
 
 /* After the end of input: closes the connection when every request is answered and every reply
- * sent. A peer that takes no byte of them for frame_timeout_ms is closed before. Locked. */
+ * sent. Locked. */
 CRPCI_FN void crpci_context_close_if_done(crpci_conn *conn)
 {
     if (!conn->eof || conn->busy || conn->left || conn->closed)
         return;
-    if (!conn->tx_head) {
+    if (!conn->tx_head)
         crpci_conn_close(conn, CRPC_ECLOSE, 0);
-    } else if (!conn->close_when_sent) {
+    else
         conn->close_when_sent = true;
-        conn->linger_bytes = conn->tx_bytes; /* the timer compares: has the peer taken any? */
-        if (conn->frame_timeout_us)
-            crpci_loop_timer_set(conn->loop, &conn->timer, conn->frame_timeout_us);
-    }
 }
 
 /* --- the end of a request --------------------------------------------------------------------- */
@@ -22518,6 +22708,7 @@ CRPCI_FN void crpci_intake_on_sent(crpci_conn *conn, crpci_out *o)
 CRPCI_FN void crpci_intake_on_eof(crpci_conn *conn)
 {
     conn->eof = true;
+    crpci_conn_gone(conn);
     crpci_conn_interest(conn);
     crpci_context_close_if_done(conn);
 }
@@ -22540,9 +22731,9 @@ CRPCI_FN void crpci_intake_expire(crpci_conn *conn)
 }
 
 /* Closes a connection that was idle for idle_timeout_ms, that has asked for no method of the server
- * within first_request_ms, whose request has not arrived whole within frame_timeout_ms, or which
- * ended its input and does not read its replies. A paused connection is not read, so its peer is
- * not to blame for a partial request. */
+ * within first_request_ms, whose request has not arrived whole within frame_timeout_ms, or whose
+ * peer has taken nothing of its replies for write_timeout_ms. A paused connection is not read, so
+ * its peer is not to blame for a partial request. */
 CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
 {
     const crpc_server *s = (const crpc_server *)conn->owner;
@@ -22553,16 +22744,9 @@ CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
         crpci_conn_close(conn, CRPC_ECLOSE, 0);
         return;
     }
-    if (conn->close_when_sent && conn->frame_timeout_us) {
-        if (conn->tx_bytes == conn->linger_bytes)
-            crpci_intake_expire(conn);
-        else
-            crpci_loop_timer_set(conn->loop, &conn->timer, conn->frame_timeout_us);
-        conn->linger_bytes = conn->tx_bytes;
-        return;
-    }
     if ((conn->rx || conn->skip) && conn->frame_timeout_us)
         next = (conn->paused ? now : conn->rx_since) + conn->frame_timeout_us;
+    next = crpci_base_min64(next, crpci_conn_stall_end(conn, now));
     if (idle && !conn->busy && !conn->tx_head && !conn->rx && !conn->skip)
         next = crpci_base_min64(next, conn->active_us + idle);
     else if (idle)
@@ -22645,7 +22829,8 @@ typedef struct crpci_listener {
     crpci_list link; /* in server->listener.list, under the lock of the server's loop */
     crpc_server *server;
     crpci_watch watch;
-    crpci_timer masked; /* armed while accepting pauses, for want of descriptors or memory */
+    crpci_timer masked; /* armed while accepting pauses, because accept failed */
+    int64_t pause_us;   /* the length of that pause; 0: accept worked last */
     int fd;
     bool given; /* opened by the program, which also removes the file of a unix socket */
     char url[CRPC_ADDRESS_MAX + 8]; /* with the port that the kernel chose for port 0 */
@@ -22692,6 +22877,7 @@ CRPCI_FN void crpci_listener_configure(const crpc_server *s, crpci_conn *conn)
     conn->max_body = (uint32_t)s->options.limits.max_body;
     conn->max_skip = s->options.max_skip;
     conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
+    conn->write_timeout_us = (int64_t)s->options.write_timeout_ms * 1000;
     first = first && (!idle || first < idle) ? first : idle;
     if (first)
         crpci_loop_timer_set(conn->loop, &conn->timer, first * 1000);
@@ -22748,30 +22934,36 @@ CRPCI_FN void crpci_listener_share(crpc_server *s, int fd, const crpci_sock_name
         crpci_guard_disconnect(s, account);
 }
 
-/* No descriptors or memory are left. The reserve descriptor is freed to accept one connection and
- * close it, so that its peer learns of it at once. Then accepting pauses for 100 ms, because the
- * level-triggered listener would otherwise wake the loop without end. Logs once a second.
- * Locked. */
-CRPCI_COLD void crpci_listener_no_descriptors(crpci_listener *n)
+/* Frees the reserve descriptor to accept one connection and close it, so that its peer learns of the
+ * lack of descriptors at once. Locked. */
+CRPCI_COLD void crpci_listener_turn_away(crpci_listener *n)
 {
     crpc_server *s = n->server;
-    int64_t now = crpci_loop_now(s->loop);
     crpci_addr peer;
     int fd;
-    if (s->listener.reserve_fd >= 0) {
-        close(s->listener.reserve_fd);
-        fd = crpci_sock_accept(n->fd, &peer);
-        if (fd >= 0)
-            close(fd);
-        s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    }
-    crpci_watch_set(s->loop, &n->watch, n->fd, 0);
-    crpci_loop_timer_set(s->loop, &n->masked, 100000);
-    if (now - s->listener.emfile_logged > 1000000) {
-        s->listener.emfile_logged = now;
-        crpci_heap_log(s->heap, CRPC_LOG_WARN,
-                       "listener %s: no file descriptors left; it accepts again in 100 ms", n->url);
-    }
+    if (s->listener.reserve_fd < 0)
+        return;
+    close(s->listener.reserve_fd);
+    fd = crpci_sock_accept(n->fd, &peer);
+    if (fd >= 0)
+        close(fd);
+    s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+}
+
+/* accept has failed with the errno `e`. Accepting pauses, because the level-triggered listener would
+ * otherwise wake the loop without end: for 100 ms when descriptors or memory are lacking, since any
+ * close may mend that, and otherwise for longer each time, up to 5 s. Locked. */
+CRPCI_COLD void crpci_listener_pause(crpci_listener *n, int e)
+{
+    bool lack = e == EMFILE || e == ENFILE || e == ENOMEM || e == ENOBUFS;
+    if (lack)
+        crpci_listener_turn_away(n);
+    n->pause_us = lack || !n->pause_us ? 100000 : crpci_base_min64(2 * n->pause_us, 5000000);
+    crpci_watch_set(n->server->loop, &n->watch, n->fd, 0);
+    crpci_loop_timer_set(n->server->loop, &n->masked, n->pause_us);
+    crpci_loop_log(n->server->loop, CRPCI_LOOP_LINE_ACCEPT,
+                   "server %s: accept: %s (errno %d); it accepts again in %d ms", n->url,
+                   crpci_conn_errno_text(e), e, (int)(n->pause_us / 1000));
 }
 
 /* Accepts again; if the poller refuses, tries again in another 100 ms. */
@@ -22796,10 +22988,11 @@ CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned ev
         crpci_addr peer;
         int fd = crpci_sock_accept(n->fd, &peer);
         if (fd < 0) {
-            if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
-                crpci_listener_no_descriptors(n);
+            if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR && errno != ECONNABORTED)
+                crpci_listener_pause(n, errno);
             break;
         }
+        n->pause_us = 0;
         if (n->addr.u.any.sa_family != AF_UNIX)
             crpci_sock_tune(fd);
         crpci_sock_name_of(&peers[count], &peer, fd);
@@ -23385,6 +23578,7 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_NUMBER(replay_bytes, 4 << 20, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(idle_timeout_ms, 0, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(frame_timeout_ms, 30000, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(write_timeout_ms, 30000, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(lame_ms, 1000, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(drain_ms, 5000, 0, 86400000),
 };

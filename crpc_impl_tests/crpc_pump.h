@@ -18,6 +18,7 @@ typedef enum way { WAY_TCP, WAY_UNIX, WAY_PAIR, WAYS } way;
 static CT_UNUSED void pump_open(pump *u, crpc_poller p, way w, const crpc_server_options *options)
 {
     crpc_server_options o;
+    crpc_loop_options lo = net_loop_options(p);
     crpc_error error;
     char listen_url[128] = "tcp://127.0.0.1:0";
     memset(&o, 0, sizeof o);
@@ -30,7 +31,10 @@ static CT_UNUSED void pump_open(pump *u, crpc_poller p, way w, const crpc_server
         u->dir = ct_dir_make();
         snprintf(listen_url, sizeof listen_url, "unix://%s/socket", u->dir.path);
     }
-    o.loop = u->loop = net_loop(p);
+    if (o.loops.hooks.clock_us)
+        lo.hooks.clock_us = o.loops.hooks.clock_us;
+    assert_int_equal(crpc_loop_open(&u->loop, &lo), CRPC_OK);
+    o.loop = u->loop;
     o.listen = listen_url;
     if (crpc_server_open(&u->server, &o, &error))
         fail_msg("%s", error.text);

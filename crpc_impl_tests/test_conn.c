@@ -354,6 +354,170 @@ static void slow_frames_and_idle_connections_are_closed(void **state)
     }
 }
 
+/* Asks for more than the peer reads, until the server neither reads nor can write. *sent: bytes of a
+ * request that is sent in part. */
+static crpci_conn *stall(pump *u, int fd, size_t *sent)
+{
+    enum { SIZE = 100000 };
+    crpci_conn *c = CRPCI_CONTAINER(u->loop->conns.next, crpci_conn, link);
+    char *bytes = net_bytes(SIZE);
+    wire_request_options ro;
+    wire w = {NULL, 0, 0};
+    int idle = 0;
+    memset(&ro, 0, sizeof ro);
+    ro.attachment = SIZE;
+    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+    wire_request_body(&w, "dyn.Echo", "Pass", 1, bytes, SIZE, &ro);
+    while (idle < 100 || !c->paused || !c->blocked) {
+        ssize_t n = send(fd, w.p + *sent, w.n - *sent, MSG_NOSIGNAL);
+        idle = n > 0 ? 0 : idle + 1;
+        *sent = n > 0 ? (*sent + (size_t)n) % w.n : *sent;
+        assert_int_equal(crpc_loop_step(u->loop, 0), CRPC_OK);
+    }
+    wire_free(&w);
+    free(bytes);
+    return c;
+}
+
+static void a_peer_that_takes_no_byte_is_closed(void **state)
+{
+    static const way ways[] = {WAY_TCP, WAY_PAIR};
+    crpc_poller p;
+    size_t i;
+    (void)state;
+    NET_EACH_POLLER(p) for (i = 0; i < 4; i++)
+    {
+        crpc_server_options o;
+        static char chunk[1 << 20];
+        size_t sent = 0;
+        crpci_conn *c;
+        pump u;
+        int fd, k;
+        memset(&o, 0, sizeof o);
+        o.limits.max_queued = 1 << 20;
+        o.frame_timeout_ms = -1;
+        o.write_timeout_ms = i < 2 ? 0 : -1;
+        o.loops.hooks.clock_us = net_clock_us;
+        net_time_begin(NET_TIME_STANDS);
+        pump_open(&u, p, WAY_TCP, &o);
+        fd = pump_connect(&u, ways[i % 2]);
+        c = stall(&u, fd, &sent);
+        for (k = 0; k < 4; k++) { /* it reads something now and then */
+            int unsent = crpci_sock_unsent(c->fd);
+            net_time_add(29000);
+            while (crpci_sock_unsent(c->fd) >= unsent)
+                (void)!recv(fd, chunk, sizeof chunk, 0);
+            assert_int_equal(crpc_loop_step(u.loop, 0), CRPC_OK);
+            assert_int_equal(pump_stats(&u).connections, 1);
+        }
+        stall(&u, fd, &sent);
+        for (k = 0; k < 4; k++) { /* and then nothing, but the kernel may still take some */
+            net_time_add(30000);
+            assert_int_equal(crpc_loop_step(u.loop, 0), CRPC_OK);
+        }
+        assert_int_equal(pump_stats(&u).connections, i < 2 ? 0 : 1);
+        assert_int_equal(pump_stats(&u).timeouts, i < 2 ? 1 : 0);
+        net_time_run();
+        close(fd);
+        pump_close(&u);
+    }
+}
+
+/* A connection that is not read because of what it has in service. */
+static void the_end_of_a_paused_peer_is_noticed_once(void **state)
+{
+    static const way ways[] = {WAY_TCP, WAY_PAIR};
+    crpc_poller p;
+    size_t i;
+    (void)state;
+    NET_EACH_POLLER(p) for (i = 0; i < 2; i++)
+    {
+        crpci_conn *c;
+        crpc_context *x;
+        wire w = {NULL, 0, 0};
+        uint64_t waits;
+        pump u;
+        int fd, k;
+        pump_open(&u, p, WAY_TCP, NULL);
+        fd = pump_connect(&u, ways[i]);
+        c = CRPCI_CONTAINER(u.loop->conns.next, crpci_conn, link);
+        for (k = 0; k < CRPCI_CONTEXT_CONN_MAX; k++) {
+            wire_request(&w, "Defer", k, k, 0);
+            if (k % 64 == 63) {
+                pump_send(&u, fd, w.p, w.n);
+                wire_free(&w);
+            }
+        }
+        PUMP_UNTIL(&u, net_held(&u.service) == CRPCI_CONTEXT_CONN_MAX);
+        assert_true(c->paused);
+        for (k = 0; k < 3; k++)
+            assert_int_equal(crpc_loop_step(u.loop, 0), CRPC_OK);
+        assert_int_not_equal(c->watch.item.events, 0);
+        close(fd);
+        PUMP_UNTIL(&u, c->watch.item.events == 0);
+        waits = pump_stats(&u).waits; /* it wakes the loop no more */
+        assert_int_equal(crpc_loop_step(u.loop, 20), CRPC_OK);
+        assert_int_equal(pump_stats(&u).waits, waits + 1);
+        while ((x = net_take(&u.service)) != NULL)
+            (void)crpc_context_finish(x, CRPC_OK);
+        PUMP_UNTIL(&u, pump_stats(&u).connections == 0);
+        pump_close(&u);
+    }
+}
+
+/* A request waits in the buffer of a connection that is not read, until its deadline has passed. */
+static void time_in_a_paused_connection_counts(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        crpc_server_options o;
+        wire_request_options ro;
+        crpci_conn *c;
+        crpc_context *x;
+        wire w = {NULL, 0, 0};
+        wire_message m;
+        pump u;
+        int fd, k, n;
+        memset(&o, 0, sizeof o);
+        memset(&ro, 0, sizeof ro);
+        ro.timeout_ms = 100;
+        o.loops.hooks.clock_us = net_clock_us;
+        net_time_begin(NET_TIME_STANDS);
+        pump_open(&u, p, WAY_TCP, &o);
+        fd = pump_connect(&u, WAY_PAIR);
+        c = CRPCI_CONTAINER(u.loop->conns.next, crpci_conn, link);
+        for (k = 1; k <= CRPCI_CONTEXT_CONN_MAX; k++) {
+            wire_request(&w, "Defer", k, k, 0);
+            if (k == CRPCI_CONTEXT_CONN_MAX)
+                wire_request_body(&w, "dyn.Echo", "Add", 0, "\x08\x05", 2, &ro);
+            if (k % 64 == 0) {
+                pump_send(&u, fd, w.p, w.n);
+                wire_free(&w);
+            }
+        }
+        PUMP_UNTIL(&u, net_held(&u.service) == CRPCI_CONTEXT_CONN_MAX);
+        assert_non_null(c->left);
+        net_time_add(101);
+        for (k = 0; k < CRPCI_CONTEXT_CONN_MAX; k++) {
+            x = net_take(&u.service);
+            assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_OK);
+        }
+        for (n = 0, m.id = 1; m.id; n++) {
+            PUMP_UNTIL(&u, recv(fd, &k, 1, MSG_PEEK | MSG_DONTWAIT) == 1);
+            assert_int_equal(wire_receive(fd, &m), 1);
+            if (!m.id)
+                assert_int_equal(m.code, CRPC_ETIMEDOUT);
+            wire_done(&m);
+        }
+        assert_int_equal(u.service.calls, CRPCI_CONTEXT_CONN_MAX);
+        net_time_run();
+        close(fd);
+        pump_close(&u);
+    }
+}
+
 /* Neither limit closes a connection that is in use; nor one whose request takes long. */
 static void connections_in_use_are_not_idle(void **state)
 {
@@ -767,6 +931,9 @@ int main(void)
         CT_TEST(half_closed_connections_get_their_replies),
         CT_TEST(half_closed_with_replies_that_come_late),
         CT_TEST(resets_in_the_middle_of_replies),
+        CT_TEST(a_peer_that_takes_no_byte_is_closed),
+        CT_TEST(the_end_of_a_paused_peer_is_noticed_once),
+        CT_TEST(time_in_a_paused_connection_counts),
         CT_TEST(slow_frames_and_idle_connections_are_closed),
         CT_TEST(connections_in_use_are_not_idle),
         CT_TEST(short_frames_need_no_memory_to_be_sent),

@@ -355,6 +355,41 @@ static void log_levels(void **state)
     assert_int_equal(lines_at(CRPC_LOG_DEBUG), 4);
 }
 
+/* Nobody reads the pipe that is stderr here. The default log must drop lines rather than wait. */
+static void a_full_stderr_does_not_stop_the_program(void **state)
+{
+    crpci_heap *h;
+    char text[1 << 16];
+    int ends[2], own = dup(2);
+    ssize_t n;
+    (void)state;
+    assert_int_equal(crpci_heap_open(&h, NULL, 0), CRPC_OK);
+    assert_int_equal(pipe(ends), 0);
+    fcntl(ends[0], F_SETFL, O_NONBLOCK);
+    fcntl(ends[1], F_SETFL, O_NONBLOCK);
+    memset(text, 'x', sizeof text);
+    while (write(ends[1], text, sizeof text) > 0)
+        ;
+    fcntl(ends[1], F_SETFL, 0);
+    dup2(ends[1], 2);
+    crpci_heap_log(h, CRPC_LOG_ERROR, "lost");
+    crpci_heap_log(h, CRPC_LOG_ERROR, "lost too");
+    while (read(ends[0], text, sizeof text) > 0)
+        ;
+    crpci_heap_log(h, CRPC_LOG_WARN, "here");
+    crpci_heap_log(h, CRPC_LOG_WARN, "again");
+    n = read(ends[0], text, sizeof text - 1);
+    dup2(own, 2);
+    close(own);
+    close(ends[0]);
+    close(ends[1]);
+    assert_true(n > 0);
+    text[n] = '\0';
+    assert_string_equal(text, "crpc W here; 2 lines before it were lost, because stderr was full\n"
+                              "crpc W again\n");
+    crpci_heap_unref(h);
+}
+
 static void long_lines_are_cut(void **state)
 {
     crpc_hooks hooks = ct_hooks();
@@ -457,6 +492,7 @@ int main(void)
         CT_TEST(chunks_outlive_the_heaps_owner),
         CT_TEST(out_of_memory_is_an_error),
         CT_TEST(log_levels),
+        CT_TEST(a_full_stderr_does_not_stop_the_program),
         CT_TEST(long_lines_are_cut),
         CT_TEST(default_hooks),
         CT_TEST(the_clock_hook_is_used),

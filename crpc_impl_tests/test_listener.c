@@ -424,12 +424,58 @@ static void a_connection_without_a_request_is_closed(void **state)
     }
 }
 
+static char accept_line[300];
+
+static void keep_accept_line(void *user, int level, const char *line)
+{
+    (void)user, (void)level;
+    snprintf(accept_line, sizeof accept_line, "%s", line);
+}
+
+/* A listener on which accept fails for good, as under a sandbox, stays readable for poll. */
+static void a_lasting_error_of_accept_does_not_wake_the_loop(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        crpc_loop_options lo = net_loop_options(p);
+        crpc_server_options o = CRPC_INIT;
+        crpc_server *s;
+        crpci_listener *n;
+        int fd = bound_socket(5), i;
+        net_time_begin(NET_TIME_STANDS);
+        lo.hooks.clock_us = net_clock_us;
+        lo.hooks.log = keep_accept_line;
+        lo.hooks.log_level = CRPC_LOG_WARN;
+        assert_int_equal(crpc_loop_open(&o.loop, &lo), CRPC_OK);
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_listen_fd(s, fd), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+        n = CRPCI_CONTAINER(s->listener.list.next, crpci_listener, link);
+        assert_int_equal(shutdown(fd, SHUT_RDWR), 0);
+        for (i = 0; i < 8; i++) { /* after pauses of 100, 200, ..., 3200, 5000 ms */
+            assert_int_equal(crpc_loop_step(o.loop, 0), CRPC_OK);
+            assert_int_equal(n->watch.item.events, 0);
+            net_time_add(i < 6 ? (100u << i) - 10 : 4990);
+            assert_int_equal(crpc_loop_step(o.loop, 0), CRPC_OK);
+            assert_int_equal(n->watch.item.events, 0);
+            net_time_add(11);
+        }
+        assert_non_null(strstr(accept_line, "server tcp://127.0.0.1:"));
+        assert_non_null(strstr(accept_line, ": accept: system error (errno 22); it accepts again"));
+        net_time_run();
+        crpc_server_close(s);
+        crpc_loop_close(o.loop);
+    }
+}
+
 static int log_lines;
 
 static void count_lines(void *user, int level, const char *line)
 {
     (void)user, (void)level;
-    if (strstr(line, "no file descriptors left"))
+    if (strstr(line, "too many open files"))
         log_lines++;
 }
 
@@ -573,6 +619,7 @@ int main(void)
         CT_TEST(networks_that_are_none_are_refused),
         CT_TEST(a_reset_connection_keeps_its_address),
         CT_TEST(a_connection_without_a_request_is_closed),
+        CT_TEST(a_lasting_error_of_accept_does_not_wake_the_loop),
         CT_TEST(running_out_of_descriptors_does_not_spin),
     };
     return CT_RUN(tests);

@@ -430,9 +430,77 @@ static void replies_split_anywhere(void **state)
     }
 }
 
+typedef struct lines {
+    crpc_loop *loop;
+    int count, locked;
+    char last[600];
+} lines;
+
+static void keep_line(void *user, int level, const char *line)
+{
+    lines *k = (lines *)user;
+    (void)level;
+    k->count++;
+    k->locked += crpci_thread_holds(&k->loop->lock);
+    snprintf(k->last, sizeof k->last, "%s", line);
+}
+
+/* Anybody can send rubbish at any rate. */
+static void lines_that_a_peer_causes_are_few_and_written_without_the_lock(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        crpc_loop_options o = net_loop_options(p);
+        crpc_server_options so;
+        crpc_server *s;
+        lines k;
+        char url[160], expected[600], client[CRPC_ADDRESS_MAX];
+        crpci_addr own;
+        int fd = -1, i;
+        memset(&so, 0, sizeof so);
+        memset(&k, 0, sizeof k);
+        net_time_begin(NET_TIME_STANDS);
+        o.hooks.clock_us = net_clock_us;
+        o.hooks.resize = NULL;
+        o.hooks.user = &k;
+        o.hooks.log = keep_line;
+        o.hooks.log_level = CRPC_LOG_WARN;
+        assert_int_equal(crpc_loop_open(&k.loop, &o), CRPC_OK);
+        so.loop = k.loop;
+        so.listen = "tcp://127.0.0.1:0";
+        assert_int_equal(crpc_server_open(&s, &so, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+        for (i = 1; i <= 22; i++) {
+            if (i == 22)
+                net_time_add(1000);
+            fd = wire_connect(url);
+            crpci_sock_local(fd, &own);
+            assert_true(wire_send(fd, "rubbish", 7));
+            while (k.loop->stats.bad_frames < (uint64_t)i)
+                assert_int_equal(crpc_loop_step(k.loop, 10), CRPC_OK);
+            assert_int_equal(k.count, i < 22 ? 1 : 2);
+            close(fd);
+        }
+        crpci_sock_format(&own, client, sizeof client);
+        snprintf(expected, sizeof expected,
+                 "server %s: connection from %s closed: the peer speaks none of the protocols of "
+                 "this server; 20 lines like it were left out before",
+                 url + 6, client);
+        assert_string_equal(k.last, expected);
+        assert_int_equal(k.locked, 0);
+        net_time_run();
+        crpc_server_close(s);
+        crpc_loop_close(k.loop);
+    }
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
+        CT_TEST(lines_that_a_peer_causes_are_few_and_written_without_the_lock),
         CT_TEST(three_requests_split_anywhere),
         CT_TEST(byte_after_byte),
         CT_TEST(large_frames_in_pieces),
