@@ -549,6 +549,7 @@
  *     limit                  default     when it is reached
  *     timeout_ms             1000 ms     CRPC_ETIMEDOUT
  *     max_body               64 MiB      request: CRPC_EREQUEST; reply: CRPC_ERESPONSE; skipped
+ *     RpcMeta                64 KiB      CRPC_EINVAL; received: the connection is closed
  *     channel max_queued     16 MiB      CRPC_EOVERCROWDED, also for one request that is larger
  *     server max_queued      4 MiB       the connection is not read until half is sent
  *     max_connections        1024        CRPC_ELIMIT, 32 at a time, else closed; see below
@@ -1852,8 +1853,8 @@ CRPC_API CRPC_MUST_CHECK int crpc_context_set_attachment(crpc_context *context, 
  * finished. False: there is no such entry. */
 CRPC_API bool crpc_context_field(const crpc_context *context, const char *key, crpc_view *value);
 
-/* Adds a user_fields entry to the reply; copies both texts. CRPC_EINVAL: one is NULL.
- * CRPC_ENOMEM. */
+/* Adds a user_fields entry to the reply; copies both texts. CRPC_EINVAL: one is NULL, or the meta
+ * could be over 64 KiB with it. CRPC_ENOMEM. */
 CRPC_API CRPC_MUST_CHECK int crpc_context_add_field(crpc_context *context, const char *key,
                                                     const char *value);
 
@@ -8123,6 +8124,8 @@ typedef enum crpci_detected {
 
 #define CRPCI_PROTOCOL_ORDERED 1u /* no ids: replies come in the order of the requests */
 #define CRPCI_PROTOCOL_NAMES 16u  /* bytes that encoding may add to service and method */
+/* Bytes before a payload: what is larger no peer has to read, so it is not sent either. */
+#define CRPCI_PROTOCOL_HEAD_MAX (64u << 10)
 
 /* A protocol turns bytes into messages and messages into bytes. A server recognises it by the first
  * bytes of a connection; a channel's URL names it, because a request's bytes are laid out before a
@@ -9152,7 +9155,8 @@ CRPCI_FN int crpci_connect_dial(crpc_loop *l, const crpci_addr *to, const crpci_
 /* Cuts baidu_std's frames (see impl-frame, impl-meta) into messages, and lays out requests and
  * replies. The peer is not trusted: each size is checked before memory is reserved for it. */
 
-#define CRPCI_BAIDU_META_MAX (64u << 10) /* largest meta read of a frame over the size limit */
+/* Reading a meta takes about a second for each 60 MiB, with the loop locked. */
+#define CRPCI_BAIDU_META_MAX CRPCI_PROTOCOL_HEAD_MAX
 
 /* The first four bytes are "PRPC"; fewer that match leave it open. */
 CRPCI_FN crpci_detected crpci_baidu_detect(const uint8_t *p, size_t n)
@@ -9215,9 +9219,8 @@ CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n
 {
     crpci_meta meta;
     crpci_message m;
-    if ((int64_t)body > c->max_skip || size > CRPCI_BAIDU_META_MAX) {
-        crpci_receive_bad(c,
-                          "the peer announced a body over max_skip, or its RpcMeta is over 64 KiB");
+    if ((int64_t)body > c->max_skip) {
+        crpci_receive_bad(c, "the peer announced a body over max_skip");
         return 0;
     }
     c->rx_total = (size_t)CRPCI_FRAME_HEADER + size;
@@ -9251,6 +9254,10 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
         return 0;
     default:
         break;
+    }
+    if (CRPCI_UNLIKELY(size > CRPCI_BAIDU_META_MAX)) {
+        crpci_receive_bad(c, "the peer announced an RpcMeta over 64 KiB");
+        return 0;
     }
     if (CRPCI_UNLIKELY(body > c->max_body))
         return crpci_baidu_oversize(c, p, n, body, size);
@@ -16822,7 +16829,10 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
         o.len = payload;
         err = crpci_message_encode(&o, m->request, request, &why);
     }
-    if (!err && o.len - payload + room + attached > INT32_MAX) {
+    if (!err && room > CRPCI_PROTOCOL_HEAD_MAX) {
+        err = CRPC_EINVAL;
+        why = "fields and credential are over 64 KiB together";
+    } else if (!err && o.len - payload + room + attached > INT32_MAX) {
         err = CRPC_EINVAL;
         why = "message and attachment are over 2 GiB together";
     } else if (!err && !crpci_message_reserve(&o, copied)) {
@@ -21338,13 +21348,16 @@ CRPC_API int crpc_context_add_field(crpc_context *x, const char *key, const char
 {
     const crpci_protocol *p = x->conn->protocol;
     crpci_message_out *o = &x->fields;
+    size_t more;
     if (!key || !value)
+        return CRPC_EINVAL;
+    more = strlen(key) + strlen(value) + p->field_cost;
+    if (o->len + more + p->headroom + CRPC_ERROR_TEXT_MAX > CRPCI_PROTOCOL_HEAD_MAX)
         return CRPC_EINVAL;
     o->heap = x->loop->heap;
     if (!o->chunk)
         o->chunk = crpci_heap_chunk(o->heap, 64);
-    if (!o->chunk ||
-        !crpci_message_reserve(o, strlen(key) + strlen(value) + p->field_cost))
+    if (!o->chunk || !crpci_message_reserve(o, more))
         return CRPC_ENOMEM;
     o->len += p->put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key),
                            crpc_view_str(value));

@@ -317,6 +317,49 @@ static void the_context_tells_about_the_request(void **state)
     crpc_server_close(s);
 }
 
+/* Adds fields until one is refused, and says how many there are. */
+static int add_fields(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    static char value[1001];
+    (void)in;
+    memset(value, 'v', sizeof value - 1);
+    while (crpc_context_add_field(x, "k", value) == CRPC_OK && out->n < 100)
+        out->n++;
+    assert_int_equal(crpc_context_add_field(x, "k", NULL), CRPC_EINVAL);
+    assert_int_equal(crpc_context_add_field(x, NULL, value), CRPC_EINVAL);
+    return crpc_context_add_field(x, "k", value) == CRPC_EINVAL ? CRPC_OK : CRPC_EINTERNAL;
+}
+
+static void a_reply_never_has_more_fields_than_a_peer_reads(void **state)
+{
+    static dyn_Echo_handlers handlers;
+    crpc_server_options o;
+    crpc_server *s;
+    crpc_channel *ch;
+    char url[160];
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    crpc_call call = CRPC_INIT;
+    crpc_view value;
+    (void)state;
+    handlers.Add = add_fields;
+    memset(&o, 0, sizeof o);
+    o.listen = "tcp://127.0.0.1:0";
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &dyn_Echo, &handlers, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+    assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
+    assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+    ch = net_channel(url, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_OK);
+    assert_in_range(out.n, 60, 64);
+    assert_true(crpc_call_field(&call, "k", &value));
+    assert_int_equal(crpc_view_size(value), 1000);
+    crpc_call_reset(&call);
+    crpc_channel_close(ch);
+    crpc_server_close(s);
+}
+
 static crpc_channel *nested_channel;
 
 static void on_inner(void *user, int status, const dyn_Num *response, crpc_call *call)
@@ -460,6 +503,7 @@ int main(void)
         CT_TEST(a_context_outlives_its_server),
         CT_TEST(context_memory_lives_until_the_reply),
         CT_TEST(the_context_tells_about_the_request),
+        CT_TEST(a_reply_never_has_more_fields_than_a_peer_reads),
         CT_TEST(a_nested_call_inherits_deadline_and_log_id),
         CT_TEST(a_nested_call_may_finish_the_request_later),
         CT_TEST(a_nested_call_may_wait_on_a_worker_only),
