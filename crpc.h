@@ -4177,8 +4177,9 @@ CRPCI_COLD bool crpci_message_self_check(void)
 typedef enum crpci_message_kind { CRPCI_MESSAGE_REQUEST, CRPCI_MESSAGE_REPLY } crpci_message_kind;
 
 /* A request or a reply, in whatever protocol its bytes are. When it was received, all its pointers
- * point into `chunk`; code that keeps any of them takes a reference of the chunk. In a received
- * reply the fields stand before the payload and the attachment behind it. */
+ * point into `chunk`; code that keeps any of them takes a reference of the chunk, or copies the
+ * bytes: the fields stand before the payload, and hold the credential; the attachment stands behind
+ * it. */
 typedef struct crpci_message {
     crpci_message_kind kind;
     /* Received: a request for the method that the connection expects, or a reply of success. The
@@ -21121,6 +21122,9 @@ CRPCI_FN void crpci_quota_leave(crpci_quota *q, bool ok, int64_t latency_us, int
  * stands here because every request reads it. */
 
 #define CRPCI_CONTEXT_CONN_MAX 4096 /* requests of one connection in service at a time */
+/* Received bytes up to this number are copied: a request that waits for long must not keep the
+ * receive buffer of 64 KiB that it came in. */
+#define CRPCI_CONTEXT_COPY 1024u
 #define CRPCI_CONTEXT_CROWDED                                                                      \
     CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
 
@@ -21211,13 +21215,13 @@ struct crpc_context {
     crpc_server *server;
     crpc_loop *loop;
     crpci_conn *conn;
-    crpci_chunk *block; /* holds this, the request, the response, and the reply if that is short */
+    crpci_chunk *block; /* holds this, the request, the response, the received bytes if they are
+                         * few, and the reply if that is short */
     const crpci_service_method *method;
     void *request;
     void *response;
     size_t reply_at; /* offset in the block: from here the reply is encoded, if it fits */
-    /* the request, as in its crpci_message; `chunk` keeps its bytes */
-    crpci_chunk *chunk;
+    /* the request, as in its crpci_message */
     crpc_view received; /* fields */
     int64_t id;
     uint32_t turn;
@@ -21225,6 +21229,7 @@ struct crpc_context {
     size_t payload_size;
     size_t attachment_size;
     /* from here on all is 0 at first */
+    crpci_chunk *chunk; /* holds the received bytes; NULL: `block` has a copy of them */
     crpci_chunk *extra; /* list of chunks: what crpc_context_alloc gave out */
     struct crpci_guard *guard; /* NULL: the request has no limit, order or id to heed */
     size_t intercepted; /* interceptors whose `before` has passed, so that `after` is due */
@@ -21603,7 +21608,8 @@ CRPCI_FN bool crpci_context_reply(crpc_context *x)
     crpci_out *reply = x->reply;
     uint32_t turn = x->turn;
     bool last;
-    crpci_loop_unshare(x->loop, x->chunk);
+    if (x->chunk)
+        crpci_loop_unshare(x->loop, x->chunk);
     x->chunk = NULL;
     crpci_context_free(x);
     crpci_conn_hold(conn);
@@ -21718,15 +21724,18 @@ CRPCI_FN void crpci_context_task(crpc_loop *l, crpci_task *task)
 }
 
 /* Makes the context of a request. One chunk holds the context, request, response and, in most
- * cases, the reply: one allocation a request. The deadline counts from the request's arrival. NULL:
+ * cases, received bytes and reply: one allocation a request. The deadline counts from the request's arrival. NULL:
  * out of memory. Locked. */
 CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                          const crpci_service_method *method)
 {
-    const size_t align = 15, zero = offsetof(crpc_context, extra);
+    const size_t align = 15, zero = offsetof(crpc_context, chunk);
     size_t at = (sizeof(crpc_context) + align) & ~align;
     size_t response_at = (at + method->request.size + align) & ~align;
-    size_t reply_at = (response_at + method->response.size + align) & ~align;
+    size_t copy_at = (response_at + method->response.size + align) & ~align;
+    const uint8_t *from = (const uint8_t *)crpc_view_data(m->fields), *to = from;
+    size_t size = (size_t)(m->payload + m->payload_size + m->attachment_size - from);
+    size_t reply_at = copy_at + (size <= CRPCI_CONTEXT_COPY ? (size + align) & ~align : 0);
     crpci_chunk *block =
         crpci_heap_chunk(conn->loop->heap, reply_at + sizeof(crpci_out) + conn->protocol->headroom +
                                                64 + method->response.size);
@@ -21734,7 +21743,7 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     if (!block)
         return NULL;
     x = (crpc_context *)(void *)crpci_heap_data(block);
-    memset((char *)x + zero, 0, reply_at - zero);
+    memset((char *)x + zero, 0, copy_at - zero);
     x->origin.log_id = x->origin.trace_id = x->origin.span_id = 0;
     x->block = block;
     x->request = (char *)x + at;
@@ -21743,16 +21752,25 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     x->server = s;
     x->loop = conn->loop;
     x->conn = conn;
-    x->chunk = m->chunk;
-    x->received = m->fields;
+    if (CRPCI_LIKELY(reply_at > copy_at)) {
+        to = (const uint8_t *)memcpy((char *)x + copy_at, from, size);
+    } else {
+        x->chunk = m->chunk;
+        crpci_loop_share(conn->loop, m->chunk);
+    }
+    x->received.at[0] = to;
+    x->received.end = to + ((const uint8_t *)m->fields.end - from);
     x->id = m->id;
     x->turn = m->turn;
-    x->payload = m->payload;
+    x->payload = to + (m->payload - from);
     x->payload_size = m->payload_size;
     x->attachment_size = m->attachment_size;
     x->method = method;
     if (!m->usual) {
-        x->credential = m->credential;
+        if (crpc_view_data(m->credential))
+            x->credential = crpc_view_of(
+                to + ((const uint8_t *)crpc_view_data(m->credential) - from),
+                crpc_view_size(m->credential));
         x->origin.log_id = m->log_id;
         x->origin.trace_id = m->trace_id;
         x->origin.span_id = m->span_id;
@@ -21760,7 +21778,6 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     x->origin.deadline_us =
         m->timeout_ms > 0 ? conn->active_us + (int64_t)m->timeout_ms * 1000 : INT64_MAX;
     crpci_loop_task_init(&x->task, crpci_context_task);
-    crpci_loop_share(conn->loop, m->chunk);
     crpci_context_begin(s, conn);
     return x;
 }
@@ -21798,7 +21815,7 @@ CRPC_API int crpc_context_set_attachment(crpc_context *x, crpc_view bytes)
     const uint8_t *p = (const uint8_t *)crpc_view_data(bytes);
     const uint8_t *in = x->payload + x->payload_size;
     size_t n = crpc_view_size(bytes);
-    crpci_chunk *chunk = x->chunk;
+    crpci_chunk *chunk = x->chunk ? x->chunk : x->block;
     if (n > INT32_MAX)
         return CRPC_EINVAL;
     if (n && p >= in && p + n <= in + x->attachment_size) { /* the request's own: not copied */
@@ -21891,6 +21908,8 @@ CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
         return CRPCI_STATUS_TEXT("out of memory");
     *g = *of;
     g->context = x;
+    if (crpc_view_size(g->id)) /* in the bytes that the context keeps */
+        x->conn->protocol->field(x->received, CRPCI_MESSAGE_ID_FIELD, &g->id);
     if (!g->ordered)
         return crpci_context_dispatch(x, false);
     crpci_thread_lock(&s->guard.lock);
