@@ -551,6 +551,7 @@
  *     limit                  default     when it is reached
  *     timeout_ms             1000 ms     CRPC_ETIMEDOUT
  *     max_body               64 MiB      request: CRPC_EREQUEST; reply: CRPC_ERESPONSE; skipped
+ *     RpcMeta                64 KiB      CRPC_EINVAL; received: the connection is closed
  *     channel max_queued     16 MiB      CRPC_EOVERCROWDED, also for one request that is larger
  *     server max_queued      4 MiB       the connection is not read until half is sent
  *     write_timeout_ms       30 s        a connection that takes no byte so long is closed
@@ -1867,8 +1868,8 @@ CRPC_API CRPC_MUST_CHECK int crpc_context_set_attachment(crpc_context *context, 
  * finished. False: there is no such entry. */
 CRPC_API bool crpc_context_field(const crpc_context *context, const char *key, crpc_view *value);
 
-/* Adds a user_fields entry to the reply; copies both texts. CRPC_EINVAL: one is NULL.
- * CRPC_ENOMEM. */
+/* Adds a user_fields entry to the reply; copies both texts. CRPC_EINVAL: one is NULL, or the meta
+ * could be over 64 KiB with it. CRPC_ENOMEM. */
 CRPC_API CRPC_MUST_CHECK int crpc_context_add_field(crpc_context *context, const char *key,
                                                     const char *value);
 
@@ -4218,8 +4219,9 @@ CRPCI_COLD bool crpci_message_self_check(void)
 typedef enum crpci_message_kind { CRPCI_MESSAGE_REQUEST, CRPCI_MESSAGE_REPLY } crpci_message_kind;
 
 /* A request or a reply, in whatever protocol its bytes are. When it was received, all its pointers
- * point into `chunk`; code that keeps any of them takes a reference of the chunk. In a received
- * reply the fields stand before the payload and the attachment behind it. */
+ * point into `chunk`; code that keeps any of them takes a reference of the chunk, or copies the
+ * bytes: the fields stand before the payload, and hold the credential; the attachment stands behind
+ * it. */
 typedef struct crpci_message {
     crpci_message_kind kind;
     /* Received: a request for the method that the connection expects, or a reply of success. The
@@ -8266,6 +8268,8 @@ typedef enum crpci_detected {
 
 #define CRPCI_PROTOCOL_ORDERED 1u /* no ids: replies come in the order of the requests */
 #define CRPCI_PROTOCOL_NAMES 16u  /* bytes that encoding may add to service and method */
+/* Bytes before a payload: what is larger no peer has to read, so it is not sent either. */
+#define CRPCI_PROTOCOL_HEAD_MAX (64u << 10)
 
 /* A protocol turns bytes into messages and messages into bytes. A server recognises it by the first
  * bytes of a connection; a channel's URL names it, because a request's bytes are laid out before a
@@ -9356,7 +9360,8 @@ CRPCI_FN int crpci_connect_dial(crpc_loop *l, const crpci_addr *to, const crpci_
 /* Cuts baidu_std's frames (see impl-frame, impl-meta) into messages, and lays out requests and
  * replies. The peer is not trusted: each size is checked before memory is reserved for it. */
 
-#define CRPCI_BAIDU_META_MAX (64u << 10) /* largest meta read of a frame over the size limit */
+/* Reading a meta takes about a second for each 60 MiB, with the loop locked. */
+#define CRPCI_BAIDU_META_MAX CRPCI_PROTOCOL_HEAD_MAX
 
 /* The first four bytes are "PRPC"; fewer that match leave it open. */
 CRPCI_FN crpci_detected crpci_baidu_detect(const uint8_t *p, size_t n)
@@ -9419,9 +9424,8 @@ CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n
 {
     crpci_meta meta;
     crpci_message m;
-    if ((int64_t)body > c->max_skip || size > CRPCI_BAIDU_META_MAX) {
-        crpci_receive_bad(c,
-                          "the peer announced a body over max_skip, or its RpcMeta is over 64 KiB");
+    if ((int64_t)body > c->max_skip) {
+        crpci_receive_bad(c, "the peer announced a body over max_skip");
         return 0;
     }
     c->rx_total = (size_t)CRPCI_FRAME_HEADER + size;
@@ -9455,6 +9459,10 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
         return 0;
     default:
         break;
+    }
+    if (CRPCI_UNLIKELY(size > CRPCI_BAIDU_META_MAX)) {
+        crpci_receive_bad(c, "the peer announced an RpcMeta over 64 KiB");
+        return 0;
     }
     if (CRPCI_UNLIKELY(body > c->max_body))
         return crpci_baidu_oversize(c, p, n, body, size);
@@ -17026,7 +17034,10 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
         o.len = payload;
         err = crpci_message_encode(&o, m->request, request, &why);
     }
-    if (!err && o.len - payload + room + attached > INT32_MAX) {
+    if (!err && room > CRPCI_PROTOCOL_HEAD_MAX) {
+        err = CRPC_EINVAL;
+        why = "fields and credential are over 64 KiB together";
+    } else if (!err && o.len - payload + room + attached > INT32_MAX) {
         err = CRPC_EINVAL;
         why = "message and attachment are over 2 GiB together";
     } else if (!err && !crpci_message_reserve(&o, copied)) {
@@ -21384,6 +21395,9 @@ CRPCI_FN void crpci_quota_leave(crpci_quota *q, bool ok, int64_t latency_us, int
  * stands here because every request reads it. */
 
 #define CRPCI_CONTEXT_CONN_MAX 4096 /* requests of one connection in service at a time */
+/* Received bytes up to this number are copied: a request that waits for long must not keep the
+ * receive buffer of 64 KiB that it came in. */
+#define CRPCI_CONTEXT_COPY 1024u
 #define CRPCI_CONTEXT_CROWDED                                                                      \
     CRPCI_STATUS_TEXT("too many requests wait for a worker (worker_queue)")
 
@@ -21475,13 +21489,13 @@ struct crpc_context {
     crpc_server *server;
     crpc_loop *loop;
     crpci_conn *conn;
-    crpci_chunk *block; /* holds this, the request, the response, and the reply if that is short */
+    crpci_chunk *block; /* holds this, the request, the response, the received bytes if they are
+                         * few, and the reply if that is short */
     const crpci_service_method *method;
     void *request;
     void *response;
     size_t reply_at; /* offset in the block: from here the reply is encoded, if it fits */
-    /* the request, as in its crpci_message; `chunk` keeps its bytes */
-    crpci_chunk *chunk;
+    /* the request, as in its crpci_message */
     crpc_view received; /* fields */
     int64_t id;
     uint32_t turn;
@@ -21489,6 +21503,7 @@ struct crpc_context {
     size_t payload_size;
     size_t attachment_size;
     /* from here on all is 0 at first */
+    crpci_chunk *chunk; /* holds the received bytes; NULL: `block` has a copy of them */
     crpci_chunk *extra; /* list of chunks: what crpc_context_alloc gave out */
     struct crpci_guard *guard; /* NULL: the request has no limit, order or id to heed */
     size_t intercepted; /* interceptors whose `before` has passed, so that `after` is due */
@@ -21612,13 +21627,16 @@ CRPC_API int crpc_context_add_field(crpc_context *x, const char *key, const char
 {
     const crpci_protocol *p = x->conn->protocol;
     crpci_message_out *o = &x->fields;
+    size_t more;
     if (!key || !value)
+        return CRPC_EINVAL;
+    more = strlen(key) + strlen(value) + p->field_cost;
+    if (o->len + more + p->headroom + CRPC_ERROR_TEXT_MAX > CRPCI_PROTOCOL_HEAD_MAX)
         return CRPC_EINVAL;
     o->heap = x->loop->heap;
     if (!o->chunk)
         o->chunk = crpci_heap_chunk(o->heap, 64);
-    if (!o->chunk ||
-        !crpci_message_reserve(o, strlen(key) + strlen(value) + p->field_cost))
+    if (!o->chunk || !crpci_message_reserve(o, more))
         return CRPC_ENOMEM;
     o->len += p->put_field(crpci_heap_data(o->chunk) + o->len, crpc_view_str(key),
                            crpc_view_str(value));
@@ -21869,7 +21887,8 @@ CRPCI_FN bool crpci_context_reply(crpc_context *x)
     crpci_out *reply = x->reply;
     uint32_t turn = x->turn;
     bool last;
-    crpci_loop_unshare(x->loop, x->chunk);
+    if (x->chunk)
+        crpci_loop_unshare(x->loop, x->chunk);
     x->chunk = NULL;
     crpci_context_free(x);
     crpci_conn_hold(conn);
@@ -21990,15 +22009,18 @@ CRPCI_FN void crpci_context_task(crpc_loop *l, crpci_task *task)
 }
 
 /* Makes the context of a request. One chunk holds the context, request, response and, in most
- * cases, the reply: one allocation a request. The deadline counts from the request's arrival. NULL:
+ * cases, received bytes and reply: one allocation a request. The deadline counts from the request's arrival. NULL:
  * out of memory. Locked. */
 CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                          const crpci_service_method *method)
 {
-    const size_t align = 15, zero = offsetof(crpc_context, extra);
+    const size_t align = 15, zero = offsetof(crpc_context, chunk);
     size_t at = (sizeof(crpc_context) + align) & ~align;
     size_t response_at = (at + method->request.size + align) & ~align;
-    size_t reply_at = (response_at + method->response.size + align) & ~align;
+    size_t copy_at = (response_at + method->response.size + align) & ~align;
+    const uint8_t *from = (const uint8_t *)crpc_view_data(m->fields), *to = from;
+    size_t size = (size_t)(m->payload + m->payload_size + m->attachment_size - from);
+    size_t reply_at = copy_at + (size <= CRPCI_CONTEXT_COPY ? (size + align) & ~align : 0);
     crpci_chunk *block =
         crpci_heap_chunk(conn->loop->heap, reply_at + sizeof(crpci_out) + conn->protocol->headroom +
                                                64 + method->response.size);
@@ -22006,7 +22028,7 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     if (!block)
         return NULL;
     x = (crpc_context *)(void *)crpci_heap_data(block);
-    memset((char *)x + zero, 0, reply_at - zero);
+    memset((char *)x + zero, 0, copy_at - zero);
     x->origin.log_id = x->origin.trace_id = x->origin.span_id = 0;
     x->block = block;
     x->request = (char *)x + at;
@@ -22015,16 +22037,25 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     x->server = s;
     x->loop = conn->loop;
     x->conn = conn;
-    x->chunk = m->chunk;
-    x->received = m->fields;
+    if (CRPCI_LIKELY(reply_at > copy_at)) {
+        to = (const uint8_t *)memcpy((char *)x + copy_at, from, size);
+    } else {
+        x->chunk = m->chunk;
+        crpci_loop_share(conn->loop, m->chunk);
+    }
+    x->received.at[0] = to;
+    x->received.end = to + ((const uint8_t *)m->fields.end - from);
     x->id = m->id;
     x->turn = m->turn;
-    x->payload = m->payload;
+    x->payload = to + (m->payload - from);
     x->payload_size = m->payload_size;
     x->attachment_size = m->attachment_size;
     x->method = method;
     if (!m->usual) {
-        x->credential = m->credential;
+        if (crpc_view_data(m->credential))
+            x->credential = crpc_view_of(
+                to + ((const uint8_t *)crpc_view_data(m->credential) - from),
+                crpc_view_size(m->credential));
         x->origin.log_id = m->log_id;
         x->origin.trace_id = m->trace_id;
         x->origin.span_id = m->span_id;
@@ -22032,7 +22063,6 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
     x->origin.deadline_us =
         m->timeout_ms > 0 ? conn->active_us + (int64_t)m->timeout_ms * 1000 : INT64_MAX;
     crpci_loop_task_init(&x->task, crpci_context_task);
-    crpci_loop_share(conn->loop, m->chunk);
     crpci_context_begin(s, conn);
     return x;
 }
@@ -22070,7 +22100,7 @@ CRPC_API int crpc_context_set_attachment(crpc_context *x, crpc_view bytes)
     const uint8_t *p = (const uint8_t *)crpc_view_data(bytes);
     const uint8_t *in = x->payload + x->payload_size;
     size_t n = crpc_view_size(bytes);
-    crpci_chunk *chunk = x->chunk;
+    crpci_chunk *chunk = x->chunk ? x->chunk : x->block;
     if (n > INT32_MAX)
         return CRPC_EINVAL;
     if (n && p >= in && p + n <= in + x->attachment_size) { /* the request's own: not copied */
@@ -22163,6 +22193,8 @@ CRPCI_COLD const char *crpci_guard_start(crpc_context *x, const crpci_guard *of)
         return CRPCI_STATUS_TEXT("out of memory");
     *g = *of;
     g->context = x;
+    if (crpc_view_size(g->id)) /* in the bytes that the context keeps */
+        x->conn->protocol->field(x->received, CRPCI_MESSAGE_ID_FIELD, &g->id);
     if (!g->ordered)
         return crpci_context_dispatch(x, false);
     crpci_thread_lock(&s->guard.lock);

@@ -178,6 +178,56 @@ static void a_body_over_the_limit_is_reported_and_skipped(void **state)
     fixture_close(&f);
 }
 
+static char logged[200];
+
+static void on_log(void *user, int level, const char *line)
+{
+    (void)user;
+    assert_int_equal(level, CRPC_LOG_WARN);
+    snprintf(logged, sizeof logged, "%s", line);
+}
+
+/* Feeds the header of a frame, and as much of the frame as is there already. */
+static void feed_header(fixture *f, uint32_t body, uint32_t meta, size_t there)
+{
+    wire w = {NULL, 0, 0};
+    char nothing[100] = {0};
+    wire_put(&w, "PRPC", 4);
+    wire_be32(&w, body);
+    wire_be32(&w, meta);
+    wire_put(&w, nothing, there);
+    feed(f, &w);
+    wire_free(&w);
+}
+
+/* Whether the body is within max_body, or to be skipped, and before anything of it is kept. */
+static void a_meta_over_64_kib_closes_at_its_header(void **state)
+{
+    static const uint32_t bodies[] = {65537, 100000, 60 << 20, UINT32_MAX};
+    size_t i;
+    (void)state;
+    for (i = 0; i < 2 * sizeof bodies / sizeof *bodies; i++) {
+        fixture f;
+        fixture_open(&f, i % 2);
+        f.loop->heap->hooks.log = on_log;
+        f.loop->heap->hooks.log_level = CRPC_LOG_WARN;
+        f.c->max_body = 64 << 20;
+        f.c->max_skip = UINT32_MAX;
+        logged[0] = '\0';
+        feed_header(&f, bodies[i / 2], 65536, 100); /* this one waits for more */
+        assert_int_equal(f.closes, 0);
+        assert_string_equal(logged, "");
+        crpci_heap_chunk_unref(f.c->rx);
+        f.c->rx = NULL;
+        feed_header(&f, bodies[i / 2], 65537, i & 4 ? 100 : 0);
+        assert_int_equal(f.closes, 1);
+        assert_null(f.c->rx);
+        assert_non_null(strstr(logged, "RpcMeta over 64 KiB"));
+        assert_int_equal(f.messages + f.oversizes, 0);
+        fixture_close(&f);
+    }
+}
+
 static void the_side_decides_what_is_a_reply(void **state)
 {
     wire w = {NULL, 0, 0};
@@ -290,6 +340,7 @@ int main(void)
         CT_TEST(a_partial_frame_asks_for_the_missing_bytes),
         CT_TEST(unsupported_metas_are_explained),
         CT_TEST(a_body_over_the_limit_is_reported_and_skipped),
+        CT_TEST(a_meta_over_64_kib_closes_at_its_header),
         CT_TEST(the_side_decides_what_is_a_reply),
         CT_TEST(messages_come_back_as_written),
         CT_TEST(rubbish_closes),

@@ -116,6 +116,153 @@ static void replies_may_come_later_from_any_thread(void **state)
     }
 }
 
+static size_t chunk_bytes(crpci_heap *h)
+{
+    size_t n;
+    crpci_thread_lock(&h->lock);
+    n = h->chunk_bytes;
+    crpci_thread_unlock(&h->lock);
+    return n;
+}
+
+/* Sends a request for a method that is not there, and receives the refusal. */
+static void send_filler(int fd, size_t size)
+{
+    char *body = (char *)calloc(1, size);
+    wire w = {NULL, 0, 0};
+    wire_message m;
+    wire_request_body(&w, "dyn.Echo", "None", 9, body, size, NULL);
+    assert_true(wire_flush(fd, &w));
+    assert_int_equal(wire_receive(fd, &m), 1);
+    assert_int_equal(m.code, CRPC_ENOMETHOD);
+    wire_done(&m);
+    free(body);
+}
+
+/* Between two of the requests come 60 KiB of others: each stands in a receive buffer of its own. */
+static void a_request_that_waits_keeps_only_its_own_bytes(void **state)
+{
+    enum { COUNT = 30 };
+    net_mode m;
+    (void)state;
+    NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message reply;
+        crpci_heap *h;
+        int fd, i;
+        memset(&n, 0, sizeof n);
+        net_open(&n, CRPC_POLLER_DEFAULT, m);
+        fd = wire_connect(n.url);
+        for (i = 1; i <= COUNT; i++) {
+            wire_request(&w, "Defer", i, i, 0);
+            assert_true(wire_flush(fd, &w));
+            assert_true(CT_WAIT(net_held(&n.service) == i, NET_PATIENCE));
+            send_filler(fd, 60 << 10);
+        }
+        h = n.service.held[0]->loop->heap;
+        assert_true(chunk_bytes(h) < COUNT * 4096 + (256 << 10));
+        for (i = 1; i <= COUNT; i++) {
+            assert_int_equal(crpc_context_finish(net_take(&n.service), CRPC_OK), CRPC_OK);
+            assert_int_equal(wire_receive(fd, &reply), 1);
+            assert_int_equal(reply.id, i);
+            assert_int_equal(reply.n, i + 1);
+            wire_done(&reply);
+        }
+        close(fd);
+        net_close(&n);
+    }
+}
+
+static const dyn_Blob *held_blob;
+static crpc_context *held_context;
+
+static int defer_blob(crpc_context *x, const dyn_Blob *in, dyn_Blob *out)
+{
+    *out = *in;
+    held_blob = in;
+    __atomic_store_n(&held_context, x, __ATOMIC_RELEASE);
+    return CRPC_EPENDING;
+}
+
+/* A request of Pass with all that a request can hold. */
+static void send_blob(int fd, int64_t id, const char *data, size_t size)
+{
+    wire w = {NULL, 0, 0}, meta = {NULL, 0, 0}, request = {NULL, 0, 0}, entry = {NULL, 0, 0},
+         body = {NULL, 0, 0};
+    wire_str(&request, 1, "dyn.Echo");
+    wire_str(&request, 2, "Pass");
+    wire_bytes(&meta, 1, request.p, request.n);
+    wire_int(&meta, 4, id);
+    wire_int(&meta, 5, 10);
+    wire_str(&meta, 7, "secret");
+    wire_str(&entry, 1, "key");
+    wire_str(&entry, 2, "value");
+    wire_bytes(&meta, 9, entry.p, entry.n);
+    wire_bytes(&body, 2, data, size);
+    wire_put(&body, "attachment", 10);
+    wire_frame(&w, &meta, body.p, body.n);
+    assert_true(wire_flush(fd, &w));
+    wire_free(&meta);
+    wire_free(&request);
+    wire_free(&entry);
+    wire_free(&body);
+}
+
+/* Also when the bytes that it came in have been overwritten: copied with it, or kept. */
+static void a_request_stays_valid_until_its_reply(void **state)
+{
+    static const size_t sizes[] = {0, 5, 900, 1000, 1024, 5000, 100000};
+    static char data[100000];
+    static dyn_Echo_handlers handlers;
+    crpc_server_options o;
+    crpc_server *s;
+    char url[160];
+    size_t i;
+    int fd, other;
+    (void)state;
+    memset(data, 'd', sizeof data);
+    handlers.Pass = defer_blob;
+    memset(&o, 0, sizeof o);
+    o.listen = "tcp://127.0.0.1:0";
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &dyn_Echo, &handlers, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+    assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
+    assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+    fd = wire_connect(url);
+    other = wire_connect(url);
+    for (i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        crpc_context *x;
+        crpc_view value;
+        wire_message m;
+        send_blob(fd, (int64_t)i, data, sizes[i]);
+        assert_true(CT_WAIT(__atomic_load_n(&held_context, __ATOMIC_ACQUIRE) != NULL, NET_PATIENCE));
+        x = held_context;
+        held_context = NULL;
+        send_filler(other, 50000);
+        assert_int_equal(crpc_view_size(held_blob->data), sizes[i]);
+        assert_memory_equal(crpc_view_data(held_blob->data), data, sizes[i]);
+        assert_true(crpc_view_equal(crpc_context_credential(x), "secret"));
+        assert_true(crpc_context_field(x, "key", &value) && crpc_view_equal(value, "value"));
+        assert_true(crpc_view_equal(crpc_context_attachment(x), "attachment"));
+        assert_int_equal(crpc_context_set_attachment(x, crpc_context_attachment(x)), CRPC_OK);
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_OK);
+        assert_int_equal(wire_receive(fd, &m), 1);
+        assert_int_equal(m.id, i);
+        assert_int_equal(m.attachment_size, 10);
+        assert_true(m.body_size >= sizes[i] + 10);
+        assert_memory_equal(m.body + m.body_size - 10, "attachment", 10);
+        assert_memory_equal(m.body + m.body_size - 10 - sizes[i], data, sizes[i]);
+        wire_done(&m);
+    }
+    close(fd);
+    close(other);
+    crpc_server_close(s);
+}
+
 static int finish_at_once(crpc_context *x, const dyn_Num *in, dyn_Num *out)
 {
     out->n = in->n * 2;
@@ -317,6 +464,49 @@ static void the_context_tells_about_the_request(void **state)
     crpc_server_close(s);
 }
 
+/* Adds fields until one is refused, and says how many there are. */
+static int add_fields(crpc_context *x, const dyn_Num *in, dyn_Num *out)
+{
+    static char value[1001];
+    (void)in;
+    memset(value, 'v', sizeof value - 1);
+    while (crpc_context_add_field(x, "k", value) == CRPC_OK && out->n < 100)
+        out->n++;
+    assert_int_equal(crpc_context_add_field(x, "k", NULL), CRPC_EINVAL);
+    assert_int_equal(crpc_context_add_field(x, NULL, value), CRPC_EINVAL);
+    return crpc_context_add_field(x, "k", value) == CRPC_EINVAL ? CRPC_OK : CRPC_EINTERNAL;
+}
+
+static void a_reply_never_has_more_fields_than_a_peer_reads(void **state)
+{
+    static dyn_Echo_handlers handlers;
+    crpc_server_options o;
+    crpc_server *s;
+    crpc_channel *ch;
+    char url[160];
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    crpc_call call = CRPC_INIT;
+    crpc_view value;
+    (void)state;
+    handlers.Add = add_fields;
+    memset(&o, 0, sizeof o);
+    o.listen = "tcp://127.0.0.1:0";
+    o.loops = net_loop_options(CRPC_POLLER_DEFAULT);
+    assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_add(s, &dyn_Echo, &handlers, NULL), CRPC_OK);
+    assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+    assert_int_equal(crpc_loop_start(crpc_server_loop(s)), CRPC_OK);
+    assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+    ch = net_channel(url, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, NULL, NULL);
+    assert_int_equal(dyn_Echo_Add(ch, &in, &out, &call), CRPC_OK);
+    assert_in_range(out.n, 60, 64);
+    assert_true(crpc_call_field(&call, "k", &value));
+    assert_int_equal(crpc_view_size(value), 1000);
+    crpc_call_reset(&call);
+    crpc_channel_close(ch);
+    crpc_server_close(s);
+}
+
 static crpc_channel *nested_channel;
 
 static void on_inner(void *user, int status, const dyn_Num *response, crpc_call *call)
@@ -455,11 +645,14 @@ int main(void)
         CT_TEST(statuses_reach_the_caller),
         CT_TEST(applications_may_not_use_reserved_codes),
         CT_TEST(replies_may_come_later_from_any_thread),
+        CT_TEST(a_request_that_waits_keeps_only_its_own_bytes),
+        CT_TEST(a_request_stays_valid_until_its_reply),
         CT_TEST(a_reply_may_be_finished_before_the_handler_returns),
         CT_TEST(a_context_outlives_its_connection),
         CT_TEST(a_context_outlives_its_server),
         CT_TEST(context_memory_lives_until_the_reply),
         CT_TEST(the_context_tells_about_the_request),
+        CT_TEST(a_reply_never_has_more_fields_than_a_peer_reads),
         CT_TEST(a_nested_call_inherits_deadline_and_log_id),
         CT_TEST(a_nested_call_may_finish_the_request_later),
         CT_TEST(a_nested_call_may_wait_on_a_worker_only),

@@ -661,6 +661,41 @@ static void another_request_with_the_same_id_is_refused(void **state)
     }
 }
 
+/* The id is known again although the receive buffer, in which it came, has been overwritten while
+ * the request waited for its turn. */
+static void a_request_that_waits_keeps_its_id(void **state)
+{
+    static const char *const first[] = {"crpc-key", "k", NULL};
+    static const char *const second[] = {"crpc-key", "k", "crpc-rid", "one", NULL};
+    static char other[400];
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        net n;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.replay_entries = 8;
+        net_open(&n, p, NET_THREAD);
+        fd = wire_connect(n.url);
+        send_request(fd, "Defer", 1, "\x08\x01", 2, first);
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        send_request(fd, "Add", 2, "\x08\x05", 2, second);
+        send_request(fd, "None", 3, other, sizeof other, NULL);
+        assert_int_equal(reply_code(fd, 3, NULL), CRPC_ENOMETHOD);
+        send_request(fd, "None", 4, other, sizeof other, NULL);
+        assert_int_equal(reply_code(fd, 4, NULL), CRPC_ENOMETHOD);
+        assert_int_equal(net_calls(&n.service), 1);
+        let_go(&n, fd, 1, CRPC_OK);
+        assert_int_equal(reply_code(fd, 2, NULL), CRPC_OK);
+        send_request(fd, "Add", 5, "\x08\x05", 2, second);
+        assert_int_equal(reply_code(fd, 5, NULL), CRPC_OK);
+        assert_int_equal(net_calls(&n.service), 2);
+        close(fd);
+        net_close(&n);
+    }
+}
+
 /* A host that fills three quarters of the entries leaves the rest to others. */
 static void a_host_cannot_take_all_replay_entries(void **state)
 {
@@ -984,6 +1019,7 @@ int main(void)
         CT_TEST(a_reply_is_forgotten_after_replay_ms),
         CT_TEST(a_request_without_a_free_entry_is_not_executed),
         CT_TEST(another_request_with_the_same_id_is_refused),
+        CT_TEST(a_request_that_waits_keeps_its_id),
         CT_TEST(a_host_cannot_take_all_replay_entries),
         CT_TEST(a_reply_too_large_to_keep),
         CT_TEST(requests_of_a_key_wait_for_each_other),

@@ -169,6 +169,35 @@ static void it_copies_a_request_whose_frame_is_still_being_sent(void **state)
     copy_while_sent(208, true);
 }
 
+static void more_than_64_kib_before_the_message_are_refused(void **state)
+{
+    static char secret[64 << 10];
+    const crpc_field field = {"k", secret};
+    fixture f;
+    dyn_Num n = dyn_Num_init_zero;
+    crpc_call call = CRPC_INIT;
+    crpci_request r;
+    crpci_meta m;
+    const uint8_t *at;
+    size_t size;
+    (void)state;
+    memset(secret, 's', sizeof secret - 1);
+    fixture_open(&f);
+    call.credential = crpc_view_of(secret, sizeof secret - 300);
+    assert_int_equal(encode(&f, &n, &call, false, 0, &r), CRPC_OK);
+    assert_true(frame(&r, 1, &at, &size, &m));
+    crpci_heap_chunk_unref(r.chunk);
+    call.credential = crpc_view_of(secret, sizeof secret);
+    assert_int_equal(encode(&f, &n, &call, false, 0, &r), CRPC_EINVAL);
+    assert_non_null(strstr(call.error.text, "over 64 KiB"));
+    call.credential = crpc_view_of(NULL, 0);
+    call.fields = &field;
+    call.field_count = 1;
+    assert_int_equal(encode(&f, &n, &call, false, 0, &r), CRPC_EINVAL);
+    crpc_call_reset(&call);
+    fixture_close(&f);
+}
+
 static void it_takes_fields_only_from_interceptors(void **state)
 {
     crpc_call call = CRPC_INIT;
@@ -541,6 +570,7 @@ int main(void)
         CT_TEST(it_frames_a_request_again_and_again),
         CT_TEST(it_copies_small_attachments_and_borrows_large_ones),
         CT_TEST(it_copies_a_request_whose_frame_is_still_being_sent),
+        CT_TEST(more_than_64_kib_before_the_message_are_refused),
         CT_TEST(it_takes_fields_only_from_interceptors),
         CT_TEST(it_takes_the_nearest_policy),
         CT_TEST(it_keeps_the_earliest_deadline),
