@@ -170,6 +170,7 @@
  *     >>impl-peer          the peers of a server: networks, and the accounts of hosts
  *     >>impl-quota         limits of a method: concurrency and rates
  *     >>impl-context       one request in service: its handler, its reply, its end
+ *     >>impl-auth          who sent a request: a connection's credential and identity
  *     >>impl-guard         requests that are limited, keep an order, or come again
  *     >>impl-intake        what a server's connections bring: taken in, or refused
  *     >>impl-listener      sockets that accept, and who gets the new connections
@@ -350,6 +351,7 @@
  *     first_request_ms        60000       0           1 to 86400000
  *     allow                   text
  *     peers                   text
+ *     every_message           0           0           1
  *     max_body                64 MiB      2 GiB - 1   1 to 2 GiB - 1
  *     max_queued              4 MiB       0           1 and more
  *     max_skip                256 MiB     0           1 and more
@@ -542,9 +544,9 @@
  * is read can reach an assertion, and nanopb runs without allocation of its own. A peer can make a
  * process hold: max_body for each connection, max_queued bytes of replies, 4096 requests in service
  * on a connection (max_concurrency on all together), and max_bytes of buffers on a loop. A request
- * over a limit of the server is answered before it is decoded. This version has neither encryption
- * nor authentication: keep to trusted networks, or to tunnels. The ZooKeeper server is trusted,
- * because its C client aborts on some malformed answers.
+ * over a limit of the server is answered before it is decoded. This version has no encryption: keep
+ * to trusted networks, or to tunnels. The ZooKeeper server is trusted, because its C client aborts
+ * on some malformed answers.
  *
  *     limit                  default     when it is reached
  *     timeout_ms             1000 ms     CRPC_ETIMEDOUT
@@ -569,6 +571,15 @@
  * for longest, never one with a request in service. A gateway that stands for a hundred boards needs
  * a weight. Attackers with as many addresses as max_connections can still shut others out: admit
  * only known networks (access.allow).
+ *
+ * A server with access.authenticate serves only peers that it has accepted. The credential belongs
+ * to the connection, as in brpc: whoever can write to the connection acts under its identity, so a
+ * proxy must not mix clients on one, unless every_message is set and each request has its own. The
+ * meta of a message, at most 64 KiB then, is read before the verdict; the body is not. What was sent
+ * behind a refused message is lost: its sender sees the connection end. A connection that has not
+ * sent an accepted request within first_request_ms is closed. Request ids and ordering keys of one
+ * identity never meet those of another; all peers without an identity share theirs. On a plain TCP
+ * connection a credential can be read on its way.
  *
  * PORTING
  *
@@ -936,6 +947,9 @@ CRPC_API bool crpc_view_equal(crpc_view v, const char *text);
  * less than out_size. */
 CRPC_API size_t crpc_view_copy(crpc_view v, char *out, size_t out_size);
 
+/* Whether two secrets are equal, in a time that tells nothing but whether their sizes are. */
+CRPC_API bool crpc_secret_equal(crpc_view a, crpc_view b);
+
 /* `count` views, to be sent as a repeated field. The array is not copied: it must stay until the
  * call function returns or, in a response, until the reply is finished. */
 CRPC_API crpc_views crpc_views_of(const crpc_view *items, size_t count);
@@ -1246,6 +1260,22 @@ typedef struct crpc_security_options {
     const char *credential; /* sent with every request. NULL: none */
 } crpc_security_options;
 
+#define CRPC_IDENTITY_MAX 64 /* bytes of an identity's name with its terminating zero */
+
+/* Who a peer is, as a server's crpc_authenticate_fn has found. All zero at first. */
+typedef struct crpc_identity {
+    char name[CRPC_IDENTITY_MAX];
+    int valid_ms; /* after that the function is asked again. 0: not on this connection */
+} crpc_identity;
+
+/* Judges a peer by its credential, which is unset if the message has none; `peer` is as
+ * crpc_context_peer gives it. CRPC_OK: the peer is `identity`. Any other result refuses it. Runs on
+ * the I/O thread of the connection with its loop locked: it must not block, and the only functions
+ * of crpc that it may call are those for views and crpc_secret_equal. The threads of several
+ * connections may run it at once. */
+typedef int (*crpc_authenticate_fn)(void *user, const char *peer, crpc_view credential,
+                                    crpc_identity *identity);
+
 /* Who may connect to a server, and how much each may take. */
 typedef struct crpc_access_options {
     const char *allow; /* networks whose connections are accepted, as "10.0.0.0/8,fd00::/8,unix";
@@ -1253,6 +1283,15 @@ typedef struct crpc_access_options {
     const char *peers; /* weights of hosts and networks that stand for many clients, such as
                           gateways: "10.0.0.7:16,10.1.0.0/16:4". The most specific entry counts.
                           NULL: each host has weight 1 */
+    /* Asked about the first message of a connection, about each whose credential has other bytes
+     * than the one before, and when an identity's valid_ms have passed, before the body is read. A
+     * message that is refused gets CRPC_EAUTH, no further one is read, and the connection closes.
+     * NULL: any peer may call */
+    crpc_authenticate_fn authenticate;
+    void *authenticate_user; /* its first argument */
+    int every_message; /* 1: a message without credential is judged as such. 0: it counts as sent by
+                          the connection's identity, as brpc's clients expect, which send their
+                          credential only once. -1: as 0 */
 } crpc_access_options;
 
 /* ======================================================================== */
@@ -1857,8 +1896,12 @@ CRPC_API bool crpc_context_field(const crpc_context *context, const char *key, c
 CRPC_API CRPC_MUST_CHECK int crpc_context_add_field(crpc_context *context, const char *key,
                                                     const char *value);
 
-/* The request's authentication_data, which crpc does not check; unset if there is none. */
+/* The request's authentication_data; unset if there is none. */
 CRPC_API crpc_view crpc_context_credential(const crpc_context *context);
+
+/* The name that access.authenticate gave to the request's sender, valid until the reply is
+ * finished. "": it gave none. */
+CRPC_API const char *crpc_context_identity(const crpc_context *context);
 
 /* The log_id that the caller sent; 0 if it sent none. */
 CRPC_API int64_t crpc_context_log_id(const crpc_context *context);
@@ -3756,6 +3799,19 @@ CRPC_API size_t crpc_view_copy(crpc_view v, char *out, size_t out_size)
         out[fit] = '\0';
     }
     return n;
+}
+
+CRPC_API bool crpc_secret_equal(crpc_view a, crpc_view b)
+{
+    const volatile uint8_t *p = (const volatile uint8_t *)a.at[0];
+    const volatile uint8_t *q = (const volatile uint8_t *)b.at[0];
+    size_t n = crpc_view_size(a), i;
+    uint8_t differ = 0;
+    if (n != crpc_view_size(b))
+        return false;
+    for (i = 0; i < n; i++)
+        differ = (uint8_t)(differ | (p[i] ^ q[i]));
+    return !differ;
 }
 
 /* A program's own array: at[1], which holds the tag of a received field, is NULL. */
@@ -8169,6 +8225,10 @@ struct crpci_conn {
     void *owner;
     crpci_sock_name peer;
     void *account; /* a server's account of the peer's host; NULL: none */
+    crpci_chunk *identity; /* a server's: who the peer is; NULL: not authenticated */
+    /* Asked about each message when its head has come, perhaps again with its body. False: the
+     * owner has refused it. NULL: all pass. */
+    bool (*screen)(struct crpci_conn *c, const crpci_message *m);
     uint32_t refs;
     uint32_t busy; /* requests being served */
     int fd;
@@ -8177,6 +8237,7 @@ struct crpci_conn {
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
     bool refused; /* accepted over max_connections, only to say so */
+    bool shut;    /* further input is dropped */
     bool unread; /* input is waiting: it could not be read while another thread wrote */
     uint32_t max_body;
     int64_t max_skip;
@@ -8761,11 +8822,18 @@ CRPCI_FN crpci_message_kind crpci_receive_kind(const crpci_conn *c)
     return c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
 }
 
+/* For protocols: whether a message of which perhaps only the head has come may go on. False: it was
+ * refused, and further input is dropped. */
+CRPCI_FN bool crpci_receive_passes(crpci_conn *c, const crpci_message *m)
+{
+    return CRPCI_LIKELY(!c->screen) || c->screen(c, m);
+}
+
 /* For protocols: passes a complete message to the connection's owner. May close the connection. */
 CRPCI_FN void crpci_receive_deliver(crpci_conn *c, crpci_message *m)
 {
     c->active_us = crpci_loop_time(c->loop);
-    if (!crpci_conn_ordered(c) || crpci_receive_place(c, m))
+    if ((!crpci_conn_ordered(c) || crpci_receive_place(c, m)) && crpci_receive_passes(c, m))
         c->up->message(c, m);
 }
 
@@ -8776,11 +8844,12 @@ CRPCI_COLD void crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t
                                        uint64_t skip)
 {
     c->active_us = crpci_loop_time(c->loop);
+    if ((crpci_conn_ordered(c) && !crpci_receive_place(c, m)) || !crpci_receive_passes(c, m))
+        return;
     c->skip = skip;
     if (skip)
         crpci_receive_begun(c);
-    if (!crpci_conn_ordered(c) || crpci_receive_place(c, m))
-        c->up->oversize(c, m, size);
+    c->up->oversize(c, m, size);
 }
 
 /* Fixes the connection's protocol. False: out of memory, and the connection was closed. */
@@ -8894,7 +8963,7 @@ CRPCI_FN size_t crpci_receive_feed_one(crpci_conn *c, crpci_chunk *chunk, const 
 CRPCI_FN void crpci_receive_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
     int frames = 0;
-    while (n && !c->closed) {
+    while (n && !c->closed && !c->shut) {
         size_t used;
         if (frames++ == CRPCI_CONN_FRAMES || c->paused) {
             crpci_heap_chunk_ref(chunk);
@@ -9208,30 +9277,60 @@ CRPCI_FN void crpci_baidu_full(const crpci_meta *meta, crpci_message *m, size_t 
     m->credential = meta->credential;
 }
 
+/* Fills a message with what the meta of a frame says about its sender and its reply, before or
+ * without its body. False: more bytes are needed, or the connection was closed. */
+CRPCI_COLD bool crpci_baidu_head(crpci_conn *c, const uint8_t *p, size_t n, uint32_t size,
+                                 crpci_message *m)
+{
+    crpci_meta meta;
+    if (size > CRPCI_BAIDU_META_MAX) {
+        crpci_receive_bad(c, "the peer's RpcMeta is over 64 KiB");
+        return false;
+    }
+    c->rx_total = (size_t)CRPCI_FRAME_HEADER + size;
+    if (n < c->rx_total)
+        return false;
+    if (!crpci_meta_read(p + CRPCI_FRAME_HEADER, size, &meta)) {
+        crpci_receive_bad(c, "the peer's RpcMeta does not decode");
+        return false;
+    }
+    memset(m, 0, sizeof *m);
+    m->kind = crpci_receive_kind(c);
+    m->id = meta.correlation_id;
+    m->credential = meta.credential;
+    return true;
+}
+
 /* A body over the limit: reads the meta, which names the call to answer with an error, and skips
  * the rest. Closes the connection instead if even skipping would exceed max_skip. */
 CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n, uint32_t body,
                                        uint32_t size)
 {
-    crpci_meta meta;
     crpci_message m;
-    if ((int64_t)body > c->max_skip || size > CRPCI_BAIDU_META_MAX) {
-        crpci_receive_bad(c,
-                          "the peer announced a body over max_skip, or its RpcMeta is over 64 KiB");
+    if ((int64_t)body > c->max_skip) {
+        crpci_receive_bad(c, "the peer announced a body over max_skip");
         return 0;
     }
-    c->rx_total = (size_t)CRPCI_FRAME_HEADER + size;
-    if (n < c->rx_total)
+    if (!crpci_baidu_head(c, p, n, size, &m))
         return 0;
-    if (!crpci_meta_read(p + CRPCI_FRAME_HEADER, size, &meta)) {
-        crpci_receive_bad(c, "the peer's RpcMeta does not decode");
-        return 0;
-    }
-    memset(&m, 0, sizeof m);
-    m.kind = crpci_receive_kind(c);
-    m.id = meta.correlation_id;
     crpci_receive_oversize(c, &m, body, (uint64_t)body - size);
     return (size_t)CRPCI_FRAME_HEADER + size;
+}
+
+/* A part of a frame: asks for the rest. Where messages are screened, it first asks for the meta
+ * alone, so that the body of one that is refused is not read. */
+CRPCI_FN size_t crpci_baidu_part(crpci_conn *c, const uint8_t *p, size_t n, uint32_t body,
+                                 uint32_t size)
+{
+    crpci_message m;
+    if (CRPCI_UNLIKELY(c->screen != NULL)) {
+        if (!crpci_baidu_head(c, p, n, size, &m))
+            return 0;
+        if (!crpci_receive_passes(c, &m))
+            return n;
+    }
+    c->rx_total = (size_t)CRPCI_FRAME_HEADER + body;
+    return 0;
 }
 
 /* The hot path of every request and reply. The message is filled member by member, not cleared: see
@@ -9254,10 +9353,8 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     }
     if (CRPCI_UNLIKELY(body > c->max_body))
         return crpci_baidu_oversize(c, p, n, body, size);
-    if (n < (size_t)CRPCI_FRAME_HEADER + body) {
-        c->rx_total = (size_t)CRPCI_FRAME_HEADER + body;
-        return 0;
-    }
+    if (n < (size_t)CRPCI_FRAME_HEADER + body)
+        return crpci_baidu_part(c, p, n, body, size);
     p += CRPCI_FRAME_HEADER;
     m.usual = crpci_meta_read_usual(p, size, c->expect, &meta);
     if (CRPCI_UNLIKELY(!m.usual) && !crpci_meta_read(p, size, &meta)) {
@@ -20528,6 +20625,7 @@ typedef struct crpci_replay_entry {
     crpci_list age;     /* finished: in the order in which requests finished */
     crpci_list waiting; /* executing: links of the repeated requests that wait for its reply */
     const void *method;
+    uint64_t principal; /* hash of the identity that sent the request */
     void *owner;     /* the account that the entry is charged to */
     uint64_t hash;   /* of method and id */
     uint64_t digest; /* of the request's bytes: another request with the same id is refused */
@@ -20608,10 +20706,10 @@ CRPCI_COLD uint64_t crpci_replay_hash(const crpci_replay *r, const void *method,
            crpci_base_mix((uint64_t)(uintptr_t)method);
 }
 
-/* Finds the entry of a request by its method and its id, which has at most CRPCI_REPLAY_ID_MAX
- * bytes. NULL: the request is new, or its entry has expired. */
-CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *method, crpc_view id,
-                                               int64_t now)
+/* Finds the entry of a request by its method, its sender and its id, which has at most
+ * CRPCI_REPLAY_ID_MAX bytes. NULL: the request is new, or its entry has expired. */
+CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *method,
+                                               uint64_t principal, crpc_view id, int64_t now)
 {
     uint64_t hash = crpci_replay_hash(r, method, id);
     crpci_list *bucket = &r->buckets[hash & (r->bucket_count - 1)], *i;
@@ -20619,7 +20717,8 @@ CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *meth
     crpci_replay_expire(r, now);
     for (i = bucket->next; i != bucket; i = i->next) {
         crpci_replay_entry *e = CRPCI_CONTAINER(i, crpci_replay_entry, link);
-        if (e->hash == hash && e->method == method && e->id_size == n &&
+        if (e->hash == hash && e->method == method && e->principal == principal &&
+            e->id_size == n &&
             memcmp(e->id, crpc_view_data(id), n) == 0)
             return e;
     }
@@ -20628,8 +20727,9 @@ CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *meth
 
 /* Adds the entry of a new request that begins to execute. NULL: none is free, or out of memory; the
  * request must be refused then. */
-CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *method, crpc_view id,
-                                              uint64_t digest, void *owner)
+CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *method,
+                                              uint64_t principal, crpc_view id, uint64_t digest,
+                                              void *owner)
 {
     uint64_t hash = crpci_replay_hash(r, method, id);
     crpci_replay_entry *e = NULL;
@@ -20638,6 +20738,7 @@ CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *metho
     if (!e)
         return NULL;
     e->method = method;
+    e->principal = principal;
     e->owner = owner;
     e->hash = hash;
     e->digest = digest;
@@ -21226,6 +21327,7 @@ struct crpc_context {
     crpci_chunk *attachment_chunk;
     crpci_out *reply; /* of a concluded request; NULL: no memory, or the server has stopped */
     crpc_view credential;
+    crpci_chunk *identity; /* the connection's when the request came, a reference; NULL: none */
 };
 
 /* Whether a request has a guard. Constant without CRPC_ENABLE_POLICY, so that the compiler drops
@@ -21438,6 +21540,7 @@ CRPCI_FN void crpci_context_free(crpc_context *x)
     }
     crpci_heap_chunk_unref(x->fields.chunk);
     crpci_heap_chunk_unref(x->attachment_chunk);
+    crpci_heap_chunk_unref(x->identity);
     crpci_heap_chunk_unref(x->chunk);
     crpci_heap_chunk_unref(x->block);
 }
@@ -21744,6 +21847,10 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
         x->origin.trace_id = m->trace_id;
         x->origin.span_id = m->span_id;
     }
+    if (CRPCI_UNLIKELY(conn->identity != NULL)) {
+        x->identity = conn->identity;
+        crpci_heap_chunk_ref(x->identity);
+    }
     x->origin.deadline_us =
         m->timeout_ms > 0 ? conn->active_us + (int64_t)m->timeout_ms * 1000 : INT64_MAX;
     crpci_loop_task_init(&x->task, crpci_context_task);
@@ -21838,6 +21945,111 @@ CRPC_API const char *crpc_context_peer(crpc_context *x)
 }
 
 /* ======================================================================== */
+/* >>impl-auth   who sent a request: a connection's credential and identity */
+/* ======================================================================== */
+
+/* The one place where a server decides whether it serves a peer: the screen of its connections. It
+ * sees each message before its body is buffered, and before its names are looked up. Only a success
+ * marks a connection; each request keeps the identity that its connection had when it came. All
+ * functions need the loop's lock, but for crpc_context_identity. */
+
+/* A success, in a chunk of its own. The credential stands behind it. */
+typedef struct crpci_auth_grant {
+    crpc_identity identity;
+    int64_t until_us; /* INT64_MAX: as long as the connection lasts */
+    size_t size;      /* of the credential */
+} crpci_auth_grant;
+
+CRPCI_FN const crpci_auth_grant *crpci_auth_read(const crpci_chunk *c)
+{
+    return (const crpci_auth_grant *)(const void *)((const uint8_t *)c + CRPCI_CHUNK_HEADER);
+}
+
+CRPC_API const char *crpc_context_identity(const crpc_context *x)
+{
+    return x->identity ? crpci_auth_read(x->identity)->identity.name : "";
+}
+
+/* Ends a connection's identity; requests that came under it keep it. */
+CRPCI_FN void crpci_auth_forget(crpci_conn *conn)
+{
+    crpci_heap_chunk_unref(conn->identity);
+    conn->identity = NULL;
+}
+
+/* Whether the identity of a connection is also that of a message with this credential. */
+CRPCI_FN bool crpci_auth_holds(const crpc_server *s, const crpci_conn *conn, crpc_view credential)
+{
+    const crpci_auth_grant *g;
+    if (!conn->identity)
+        return false;
+    g = crpci_auth_read(conn->identity);
+    if (g->until_us != INT64_MAX && crpci_loop_now(conn->loop) >= g->until_us)
+        return false;
+    return (!crpc_view_size(credential) && !s->options.access.every_message) ||
+           crpc_secret_equal(credential, crpc_view_of(g + 1, g->size));
+}
+
+/* Asks the program who a connection's peer is. Returns NULL, or why the peer is refused. */
+CRPCI_COLD const char *crpci_auth_judge(const crpc_server *s, crpci_conn *conn,
+                                        crpc_view credential)
+{
+    const crpc_access_options *o = &s->options.access;
+    size_t n = crpc_view_size(credential);
+    crpci_chunk *chunk = crpci_heap_chunk(conn->loop->heap, sizeof(crpci_auth_grant) + n);
+    crpci_auth_grant *g;
+    char peer[CRPCI_SOCK_NAME_MAX];
+    crpci_auth_forget(conn);
+    if (!chunk)
+        return CRPCI_STATUS_TEXT("out of memory");
+    g = (crpci_auth_grant *)(void *)crpci_heap_data(chunk);
+    memset(g, 0, sizeof *g);
+    crpci_sock_name_format(&conn->peer, peer, sizeof peer);
+    if (o->authenticate(o->authenticate_user, peer, n ? credential : crpc_view_of(NULL, 0),
+                        &g->identity)) {
+        crpci_heap_chunk_unref(chunk);
+        return n ? CRPCI_STATUS_TEXT("the server does not accept the request's credential")
+                 : CRPCI_STATUS_TEXT("the server asks for a credential; the request has none");
+    }
+    g->identity.name[CRPC_IDENTITY_MAX - 1] = '\0';
+    g->until_us = g->identity.valid_ms > 0
+                      ? crpci_loop_now(conn->loop) + (int64_t)g->identity.valid_ms * 1000
+                      : INT64_MAX;
+    g->size = n;
+    if (n)
+        memcpy(g + 1, crpc_view_data(credential), n);
+    conn->identity = chunk;
+    return NULL;
+}
+
+/* The screen of a server's connections. After a refusal nothing more is read: the connection closes
+ * when the requests that came before are answered. */
+CRPCI_FN bool crpci_auth_screen(crpci_conn *conn, const crpci_message *m)
+{
+    const crpc_server *s = (const crpc_server *)conn->owner;
+    crpc_view credential = m->usual ? crpc_view_of(NULL, 0) : m->credential;
+    const char *why;
+    if (CRPCI_LIKELY(crpci_auth_holds(s, conn, credential)))
+        return true;
+    why = crpci_auth_judge(s, conn, credential);
+    if (!why)
+        return true;
+    crpci_context_refuse(conn, m, CRPC_EAUTH, why);
+    conn->shut = conn->eof = true;
+    crpci_conn_interest(conn);
+    crpci_context_close_if_done(conn);
+    return false;
+}
+
+/* A hash of the identity of a connection, for what no two identities may share; 0: it has none.
+ * `secret` keeps peers from choosing names with equal hashes. */
+CRPCI_COLD uint64_t crpci_auth_principal(const crpci_conn *conn, const uint64_t secret[2])
+{
+    const char *name = conn->identity ? crpci_auth_read(conn->identity)->identity.name : "";
+    return name[0] ? crpci_base_siphash(secret, name, strlen(name)) : 0;
+}
+
+/* ======================================================================== */
 /* >>impl-guard   requests that are limited, keep an order, or come again   */
 /* ======================================================================== */
 
@@ -21853,6 +22065,7 @@ typedef struct crpci_guard {
     crpc_context *context;
     bool ordered; /* `order` is in s->guard.order, or about to be */
     crpci_order_item order;
+    uint64_t principal;        /* hash of the sender's identity; 0: it has none */
     crpc_view id;              /* request id, in the request's bytes; empty: none */
     crpci_replay_entry *entry; /* of the id, if this request is the one that executes; else NULL */
     crpci_peer_account *account; /* of the peer; the connection holds it while it is open */
@@ -21977,7 +22190,7 @@ CRPCI_COLD bool crpci_guard_remember(crpc_context *x, uint64_t digest)
     g->account->held[CRPCI_PEER_REPLAYS]++;
     if (crpci_peer_may_keep(&s->guard.peers, g->account, CRPCI_PEER_REPLAYS, r->count + 1, r->max,
                             NULL))
-        g->entry = crpci_replay_add(r, x->method, g->id, digest, g->account);
+        g->entry = crpci_replay_add(r, x->method, g->principal, g->id, digest, g->account);
     if (!g->entry)
         crpci_peer_release(&s->guard.peers, g->account, CRPCI_PEER_REPLAYS,
                            crpci_heap_now(s->heap));
@@ -21996,7 +22209,8 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
     if (crpc_view_size(g->id)) {
         uint64_t digest = crpci_guard_digest(x);
         crpci_thread_lock(&s->guard.lock);
-        e = crpci_replay_find(&s->guard.replay, x->method, g->id, crpci_heap_rough_now(s->heap));
+        e = crpci_replay_find(&s->guard.replay, x->method, g->principal, g->id,
+                              crpci_heap_rough_now(s->heap));
         other = e && e->digest != digest;
         waits = e && !other && !e->finished;
         if (!e)
@@ -22139,11 +22353,12 @@ CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpc
     crpc_view key;
     memset(g, 0, sizeof *g);
     g->account = (crpci_peer_account *)conn->account;
+    g->principal = crpci_auth_principal(conn, s->guard.peers.secret);
     if (fields && s->options.ordered >= 0 &&
         conn->protocol->field(m->fields, CRPCI_MESSAGE_KEY_FIELD, &key)) {
         g->ordered = true;
-        g->order.key = crpci_base_siphash(s->guard.peers.secret, crpc_view_data(key),
-                                          crpc_view_size(key));
+        g->order.key = g->principal ^ crpci_base_siphash(s->guard.peers.secret,
+                                                         crpc_view_data(key), crpc_view_size(key));
     } else if (s->options.ordered > 0) {
         g->ordered = true;
         g->order.of = conn;
@@ -22410,6 +22625,7 @@ CRPCI_FN void crpci_intake_on_closed(crpci_conn *conn)
     crpc_server *s = (crpc_server *)conn->owner;
     if (CRPC_ENABLE_POLICY && !conn->busy)
         crpci_guard_disconnect(s, conn->account);
+    crpci_auth_forget(conn);
     if (conn->refused)
         __atomic_fetch_sub(&s->listener.refusing, 1, __ATOMIC_ACQ_REL);
     __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
@@ -22571,6 +22787,7 @@ CRPCI_FN void crpci_listener_configure(const crpc_server *s, crpci_conn *conn)
 {
     int64_t first = s->options.first_request_ms, idle = s->options.idle_timeout_ms;
     conn->protocols = crpci_protocols;
+    conn->screen = s->options.access.authenticate ? crpci_auth_screen : NULL;
     conn->max_body = (uint32_t)s->options.limits.max_body;
     conn->max_skip = s->options.max_skip;
     conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
@@ -23257,6 +23474,7 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_NUMBER(first_request_ms, 60000, 0, 86400000),
     CRPCI_LIFECYCLE_TEXT(access.allow, "allow", 0),
     CRPCI_LIFECYCLE_TEXT(access.peers, "peers", 0),
+    CRPCI_LIFECYCLE_ROW(access.every_message, "every_message", 0, 0, 0, 1),
     CRPCI_LIFECYCLE_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
     CRPCI_LIFECYCLE_ROW(limits.max_queued, "max_queued", 0, 4 << 20, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(max_skip, 256 << 20, 0, CRPCI_OPTION_ANY),

@@ -1,0 +1,506 @@
+/* Who a server serves: credentials, identities, and what a refused peer can still do. */
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#include "crpc_test.h"
+#include "crpc_net.h"
+
+/* --- an authenticator that accepts "secret-NAME" as NAME ---------------------------------------- */
+
+#define DOOR_SEEN 64
+
+typedef struct door {
+    pthread_mutex_t lock;
+    int asked, served;
+    int valid_ms; /* of each success */
+    char peer[64];
+    char seen[DOOR_SEEN][CRPC_IDENTITY_MAX]; /* identities of the requests, in order */
+    crpc_server_interceptor interceptor;
+} door;
+
+static int door_judge(void *user, const char *from, crpc_view credential, crpc_identity *identity)
+{
+    door *d = (door *)user;
+    char text[CRPC_IDENTITY_MAX];
+    pthread_mutex_lock(&d->lock);
+    d->asked++;
+    snprintf(d->peer, sizeof d->peer, "%s", from);
+    identity->valid_ms = d->valid_ms;
+    pthread_mutex_unlock(&d->lock);
+    crpc_view_copy(credential, text, sizeof text);
+    if (strncmp(text, "secret-", 7) != 0)
+        return CRPC_EAUTH;
+    strcpy(identity->name, text + 7);
+    return CRPC_OK;
+}
+
+static int door_before(void *user, crpc_context *x)
+{
+    door *d = (door *)user;
+    pthread_mutex_lock(&d->lock);
+    assert_true(d->served < DOOR_SEEN);
+    strcpy(d->seen[d->served++], crpc_context_identity(x));
+    pthread_mutex_unlock(&d->lock);
+    return CRPC_OK;
+}
+
+static int door_asked(door *d)
+{
+    int n;
+    pthread_mutex_lock(&d->lock);
+    n = d->asked;
+    pthread_mutex_unlock(&d->lock);
+    return n;
+}
+
+static void guarded_open(net *n, door *d, crpc_poller p, net_mode m)
+{
+    memset(d, 0, sizeof *d);
+    pthread_mutex_init(&d->lock, NULL);
+    d->interceptor.before = door_before;
+    d->interceptor.user = d;
+    n->server_options.access.authenticate = door_judge;
+    n->server_options.access.authenticate_user = d;
+    n->server_options.interceptors = &d->interceptor;
+    n->server_options.interceptor_count = 1;
+    net_open(n, p, m);
+}
+
+static void guarded_close(net *n, door *d)
+{
+    net_close(n);
+    pthread_mutex_destroy(&d->lock);
+}
+
+/* --- requests with credentials, by hand --------------------------------------------------------- */
+
+/* The head of a request whose frame has a body of `body` bytes. `credential` NULL: none. */
+static void put_head(wire *w, const char *method, int64_t id, const void *credential, size_t size,
+                     const char *rid, size_t body)
+{
+    wire meta = {NULL, 0, 0}, request = {NULL, 0, 0}, entry = {NULL, 0, 0};
+    wire_str(&request, 1, "dyn.Echo");
+    wire_str(&request, 2, method);
+    wire_bytes(&meta, 1, request.p, request.n);
+    wire_int(&meta, 4, id);
+    if (credential)
+        wire_bytes(&meta, 7, credential, size);
+    if (rid) {
+        wire_str(&entry, 1, rid[0] == '=' ? "crpc-key" : "crpc-rid");
+        wire_str(&entry, 2, rid);
+        wire_bytes(&meta, 9, entry.p, entry.n);
+    }
+    wire_put(w, "PRPC", 4);
+    wire_be32(w, (uint32_t)(meta.n + body));
+    wire_be32(w, (uint32_t)meta.n);
+    wire_put(w, meta.p, meta.n);
+    wire_free(&meta);
+    wire_free(&request);
+    wire_free(&entry);
+}
+
+static void put_request(wire *w, const char *method, int64_t id, const char *credential,
+                        const char *rid)
+{
+    put_head(w, method, id, credential, credential ? strlen(credential) : 0, rid, 2);
+    wire_put(w, "\x08\x05", 2);
+}
+
+static void send_request(int fd, const char *method, int64_t id, const char *credential,
+                         const char *rid)
+{
+    wire w = {NULL, 0, 0};
+    put_request(&w, method, id, credential, rid);
+    assert_true(wire_flush(fd, &w));
+}
+
+static int64_t reply_code(int fd, int64_t id, char *text)
+{
+    wire_message m;
+    int64_t code;
+    assert_int_equal(wire_receive(fd, &m), 1);
+    assert_int_equal(m.id, id);
+    code = m.code;
+    if (text)
+        strcpy(text, m.text);
+    wire_done(&m);
+    return code;
+}
+
+static int64_t ask(int fd, int64_t id, const char *credential)
+{
+    send_request(fd, "Add", id, credential, NULL);
+    return reply_code(fd, id, NULL);
+}
+
+/* The server has closed the connection, in order or, with input unread, by a reset. */
+static void is_closed(int fd)
+{
+    wire_message m;
+    assert_true(wire_receive(fd, &m) <= 0);
+    close(fd);
+}
+
+/* --- tests -------------------------------------------------------------------------------------- */
+
+static void a_credential_in_the_first_frame_serves_for_the_connection(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        door d;
+        net n;
+        int fd, i;
+        memset(&n, 0, sizeof n);
+        n.channel_options.security.credential = "secret-channel";
+        guarded_open(&n, &d, p, m);
+        fd = wire_connect(n.url);
+        for (i = 0; i < 5; i++)
+            assert_int_equal(ask(fd, i, i ? NULL : "secret-board"), CRPC_OK);
+        assert_int_equal(door_asked(&d), 1);
+        assert_int_equal(strncmp(d.peer, "127.0.0.1:", 10), 0);
+        for (i = 0; i < 5; i++)
+            assert_string_equal(d.seen[i], "board");
+        for (i = 0; i < 3; i++) /* crpc's own channels send it always, as jprotobuf does */
+            net_check_add(n.channel, i);
+        assert_int_equal(door_asked(&d), 2);
+        assert_string_equal(d.seen[7], "channel");
+        close(fd);
+        guarded_close(&n, &d);
+    }
+}
+
+static void a_peer_without_a_credential_is_not_served(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        door d;
+        net n;
+        char text[512];
+        int fd;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, m);
+        fd = wire_connect(n.url);
+        send_request(fd, "Nothing", 3, NULL, NULL); /* it does not learn which methods there are */
+        assert_int_equal(reply_code(fd, 3, text), CRPC_EAUTH);
+        assert_string_equal(text, "the server asks for a credential; the request has none");
+        is_closed(fd);
+        fd = wire_connect(n.url);
+        send_request(fd, "Add", 4, "guess", NULL);
+        assert_int_equal(reply_code(fd, 4, text), CRPC_EAUTH);
+        assert_string_equal(text, "the server does not accept the request's credential");
+        is_closed(fd);
+        assert_int_equal(net_calls(&n.service), 0);
+        guarded_close(&n, &d);
+    }
+}
+
+static void frames_behind_a_refused_one_are_not_served(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        door d;
+        net n;
+        wire w = {NULL, 0, 0};
+        int fd, i;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, NET_THREAD);
+        fd = wire_connect(n.url);
+        put_request(&w, "Add", 1, "guess", NULL);
+        for (i = 2; i < 300; i++)
+            put_request(&w, "Add", i, i % 2 ? NULL : "secret-late", NULL);
+        assert_true(wire_flush(fd, &w));
+        assert_int_equal(reply_code(fd, 1, NULL), CRPC_EAUTH);
+        is_closed(fd);
+        assert_int_equal(door_asked(&d), 1);
+        assert_int_equal(net_calls(&n.service), 0);
+        guarded_close(&n, &d);
+    }
+}
+
+/* The requests in service keep the identity with which they came, and are answered before the
+ * connection closes. */
+static void each_request_keeps_the_identity_with_which_it_came(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        static const char *const credentials[] = {"secret-A", "secret-B", NULL, "secret-A", "no"};
+        static const char *const names[] = {"A", "B", "B", "A"};
+        crpc_context *held;
+        door d;
+        net n;
+        int fd, i;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, m);
+        fd = wire_connect(n.url);
+        for (i = 0; i < 5; i++)
+            send_request(fd, "Defer", i, credentials[i], NULL);
+        assert_int_equal(reply_code(fd, 4, NULL), CRPC_EAUTH);
+        assert_true(CT_WAIT(net_held(&n.service) == 4, NET_PATIENCE));
+        while ((held = net_take(&n.service)) != NULL) {
+            const char *name = crpc_context_identity(held);
+            int64_t id;
+            wire_message r;
+            if (m != NET_WORKERS)
+                assert_string_equal(name, names[4 - net_held(&n.service) - 1]);
+            assert_true(strcmp(name, "A") == 0 || strcmp(name, "B") == 0);
+            assert_int_equal(crpc_context_finish(held, CRPC_OK), CRPC_OK);
+            assert_int_equal(wire_receive(fd, &r), 1);
+            id = r.id;
+            wire_done(&r);
+            assert_in_range(id, 0, 3);
+        }
+        is_closed(fd);
+        assert_int_equal(door_asked(&d), 4);
+        guarded_close(&n, &d);
+    }
+}
+
+static void a_body_is_not_read_before_the_verdict(void **state)
+{
+    static const size_t sizes[] = {1 << 20, 60 << 20, 100 << 20}; /* the last: over max_body */
+    size_t i;
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p) for (i = 0; i < sizeof sizes / sizeof *sizes; i++)
+    {
+        crpc_loop_stats before, after;
+        door d;
+        net n;
+        wire w = {NULL, 0, 0};
+        char *body = net_bytes(1 << 20);
+        int fd;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, NET_THREAD);
+        crpc_server_stats_get(n.server, &before);
+        fd = wire_connect(n.url);
+        put_head(&w, "Pass", 1, "guess", 5, NULL, sizes[i]);
+        assert_true(wire_flush(fd, &w)); /* the verdict comes without a byte of the body */
+        assert_int_equal(reply_code(fd, 1, NULL), CRPC_EAUTH);
+        is_closed(fd);
+        fd = wire_connect(n.url);
+        put_head(&w, "Pass", 2, NULL, 0, NULL, sizes[i]);
+        assert_true(wire_flush(fd, &w));
+        wire_send(fd, body, 1 << 20); /* or with part of it */
+        assert_int_equal(reply_code(fd, 2, NULL), CRPC_EAUTH);
+        is_closed(fd);
+        crpc_server_stats_get(n.server, &after);
+        assert_true(after.memory_peak - before.memory_peak < 400 << 10);
+        fd = wire_connect(n.url);
+        put_head(&w, "Add", 3, "secret-x", 8, NULL, 5 + (64 << 10)); /* and from a friend it is */
+        wire_put(&w, "\x08\x05\x9a\x06", 4); /* an unknown field */
+        wire_varint(&w, (64 << 10) - 2);
+        wire_put(&w, body, (64 << 10) - 2);
+        assert_true(wire_flush(fd, &w));
+        assert_int_equal(reply_code(fd, 3, NULL), CRPC_OK);
+        close(fd);
+        free(body);
+        guarded_close(&n, &d);
+    }
+}
+
+static void a_credential_of_a_megabyte_is_not_read(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        crpc_loop_stats before, after;
+        door d;
+        net n;
+        wire w = {NULL, 0, 0};
+        char *credential = net_bytes(1 << 20);
+        int fd;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, NET_THREAD);
+        crpc_server_stats_get(n.server, &before);
+        fd = wire_connect(n.url);
+        put_head(&w, "Add", 1, credential, 1 << 20, NULL, 2);
+        wire_flush(fd, &w);
+        is_closed(fd);
+        crpc_server_stats_get(n.server, &after);
+        assert_true(after.memory_peak - before.memory_peak < 400 << 10);
+        assert_int_equal(after.bad_frames, 1);
+        fd = wire_connect(n.url);
+        put_head(&w, "Add", 1, credential, 60 << 10, NULL, 2);
+        wire_put(&w, "\x08\x05", 2);
+        assert_true(wire_flush(fd, &w));
+        assert_int_equal(reply_code(fd, 1, NULL), CRPC_EAUTH);
+        is_closed(fd);
+        assert_int_equal(door_asked(&d), 1);
+        free(credential);
+        guarded_close(&n, &d);
+    }
+}
+
+static void an_identity_expires(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        door d;
+        net n;
+        int fd;
+        if (m == NET_SHARED) /* the channel would stand still with the server's clock */
+            continue;
+        memset(&n, 0, sizeof n);
+        n.time = NET_TIME_STANDS;
+        guarded_open(&n, &d, p, m);
+        d.valid_ms = 1000;
+        fd = wire_connect(n.url);
+        assert_int_equal(ask(fd, 1, "secret-A"), CRPC_OK);
+        net_time_add(999);
+        assert_int_equal(ask(fd, 2, NULL), CRPC_OK);
+        assert_int_equal(ask(fd, 3, "secret-A"), CRPC_OK);
+        assert_int_equal(door_asked(&d), 1);
+        net_time_add(1);
+        assert_int_equal(ask(fd, 4, "secret-A"), CRPC_OK); /* asked again */
+        assert_int_equal(door_asked(&d), 2);
+        net_time_add(1000);
+        assert_int_equal(ask(fd, 5, "secret-B"), CRPC_OK);
+        net_time_add(1000);
+        assert_int_equal(ask(fd, 6, NULL), CRPC_EAUTH);
+        is_closed(fd);
+        assert_int_equal(net_calls(&n.service), 5);
+        guarded_close(&n, &d);
+    }
+}
+
+static void each_message_may_have_to_bring_its_credential(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        door d;
+        net n;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.access.every_message = 1;
+        n.channel_options.security.credential = "secret-channel";
+        guarded_open(&n, &d, p, NET_THREAD);
+        net_check_add(n.channel, 1);
+        net_check_add(n.channel, 2);
+        fd = wire_connect(n.url);
+        assert_int_equal(ask(fd, 1, "secret-A"), CRPC_OK);
+        assert_int_equal(ask(fd, 2, "secret-A"), CRPC_OK);
+        assert_int_equal(door_asked(&d), 2);
+        assert_int_equal(ask(fd, 3, NULL), CRPC_EAUTH);
+        is_closed(fd);
+        guarded_close(&n, &d);
+    }
+}
+
+/* A request that could not authenticate does not keep a connection open: nor does one that never
+ * ends. */
+static void a_peer_must_authenticate_in_time(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        door d;
+        net n;
+        wire w = {NULL, 0, 0};
+        int fd, silent;
+        memset(&n, 0, sizeof n);
+        n.time = NET_TIME_STANDS;
+        n.server_options.first_request_ms = 1000;
+        guarded_open(&n, &d, p, NET_THREAD);
+        silent = wire_connect(n.url);
+        put_head(&w, "Add", 1, "secret-A", 8, NULL, 2);
+        assert_true(wire_send(silent, w.p, w.n - 1));
+        wire_free(&w);
+        fd = wire_connect(n.url);
+        assert_int_equal(ask(fd, 1, "secret-A"), CRPC_OK);
+        net_time_add(2000);
+        is_closed(silent);
+        assert_int_equal(ask(fd, 2, NULL), CRPC_OK);
+        close(fd);
+        guarded_close(&n, &d);
+    }
+}
+
+static void identities_do_not_share_request_ids(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        static const char *const credentials[] = {"secret-A", "secret-B", "secret-"};
+        door d;
+        net n;
+        int fds[3], i;
+        memset(&n, 0, sizeof n);
+        n.server_options.replay_entries = 16;
+        guarded_open(&n, &d, p, NET_THREAD);
+        for (i = 0; i < 6; i++) {
+            if (i < 3)
+                fds[i] = wire_connect(n.url);
+            send_request(fds[i % 3], "Add", i, credentials[i % 3], "one id");
+            assert_int_equal(reply_code(fds[i % 3], i, NULL), CRPC_OK);
+            assert_int_equal(net_calls(&n.service), i < 3 ? i + 1 : 3);
+        }
+        for (i = 0; i < 3; i++)
+            close(fds[i]);
+        guarded_close(&n, &d);
+    }
+}
+
+static void identities_do_not_wait_for_each_others_keys(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        door d;
+        net n;
+        crpc_context *x;
+        int fd;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, NET_THREAD);
+        fd = wire_connect(n.url);
+        send_request(fd, "Defer", 1, "secret-A", "=key");
+        send_request(fd, "Defer", 2, "secret-B", "=key");
+        assert_true(CT_WAIT(net_held(&n.service) == 2, NET_PATIENCE));
+        send_request(fd, "Defer", 3, "secret-A", "=key");
+        assert_int_equal(ask(fd, 4, NULL), CRPC_OK);
+        assert_int_equal(net_held(&n.service), 2);
+        while ((x = net_take(&n.service)) != NULL) {
+            assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_OK);
+            if (!net_held(&n.service))
+                CT_WAIT(net_calls(&n.service) == 4, NET_PATIENCE);
+        }
+        close(fd);
+        guarded_close(&n, &d);
+    }
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(a_credential_in_the_first_frame_serves_for_the_connection),
+        CT_TEST(a_peer_without_a_credential_is_not_served),
+        CT_TEST(frames_behind_a_refused_one_are_not_served),
+        CT_TEST(each_request_keeps_the_identity_with_which_it_came),
+        CT_TEST(a_body_is_not_read_before_the_verdict),
+        CT_TEST(a_credential_of_a_megabyte_is_not_read),
+        CT_TEST(an_identity_expires),
+        CT_TEST(each_message_may_have_to_bring_its_credential),
+        CT_TEST(a_peer_must_authenticate_in_time),
+        CT_TEST(identities_do_not_share_request_ids),
+        CT_TEST(identities_do_not_wait_for_each_others_keys),
+    };
+    return CT_RUN(tests);
+}
