@@ -1254,10 +1254,24 @@ typedef struct crpc_wire_options {
     int short_names; /* 1: send "Service" instead of "package.Service". 0: full names. -1: as 0 */
 } crpc_wire_options;
 
+#define CRPC_CREDENTIAL_MAX 4000 /* bytes of a credential that a function gives */
+
+/* Writes the present credential into `out`, which has room for `size` bytes, and returns how many
+ * it wrote. Negative: there is none now; the former one stays in use. Runs on a thread that makes a
+ * call or runs the loop, without a lock: it may block, which delays that call, and on the loop's
+ * thread the loop. It must make no call on its own channel. */
+typedef int (*crpc_credential_fn)(void *user, char *out, size_t size);
+
 /* How this process authenticates itself. Secrets belong in options and configuration lines. crpc
  * refuses a URL with a secret, because it logs URLs. */
 typedef struct crpc_security_options {
     const char *credential; /* sent with every request. NULL: none */
+    /* Gives the credential in its place, for one that changes. Asked when the channel opens, before
+     * the first request after a connection was lost, and when a server answers CRPC_EAUTH, at most
+     * once a second. A call that got CRPC_EAUTH is then made once more, with the new credential:
+     * such an answer must mean that the request was not executed. NULL: none */
+    crpc_credential_fn credential_fn;
+    void *credential_user; /* its first argument. Must outlive the channel and its loop */
 } crpc_security_options;
 
 #define CRPC_IDENTITY_MAX 64 /* bytes of an identity's name with its terminating zero */
@@ -5784,6 +5798,7 @@ struct crpc_loop {
     int64_t stack_size;
     int64_t max_results;
     crpc_loop_stats stats;
+    uint32_t lost; /* connections of channels that have ended, and dials that have failed */
 };
 
 CRPCI_FN void crpci_loop_lock(crpc_loop *l)
@@ -16537,6 +16552,7 @@ CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 
 #define CRPCI_REQUEST_LONGEST_MS 86400000 /* no call waits longer than a day */
 #define CRPCI_REQUEST_RETRIES 16   /* attempts that fail immediately recurse: bounds the stack */
+#define CRPCI_REQUEST_ASK_US 1000000 /* between two askings for a credential */
 #define CRPCI_REQUEST_INLINE  4096 /* attachments up to this size are copied behind the message */
 
 /* The values of cluster=, in the order of crpc_cluster. */
@@ -16563,6 +16579,17 @@ typedef struct crpci_request_source {
     crpc_loop *loop;
     const crpci_protocol *protocol;
     char *credential; /* NULL: none */
+    struct {
+        crpc_credential_fn fn; /* NULL: none, or the channel is closed */
+        void *user;
+        crpci_chunk *chunk; /* what it gave last; NULL: nothing yet */
+        size_t size;
+        int64_t asked_us;
+        uint32_t lost; /* loop->lost when it was asked */
+        bool asking;   /* it is running */
+        crpci_task answered; /* the channel's: queued when it has returned */
+    } ask; /* of security.credential_fn, under the loop's lock */
+    bool asks; /* its credential comes from a function */
     bool short_names;
     bool intercepted; /* interceptors may have added fields */
     bool ids;         /* every request gets an id */
@@ -16591,6 +16618,7 @@ typedef struct crpci_request {
     crpc_view names;      /* this and the rest as in crpci_message */
     int64_t log_id, trace_id, span_id, parent_span_id;
     bool identified; /* it has a request id: a server with replay_entries executes it once */
+    bool asked;      /* its credential came from the channel's function */
 } crpci_request;
 
 /* --- the caller's crpc_call ------------------------------------------------------------------- */
@@ -16788,6 +16816,78 @@ CRPCI_COLD void crpci_request_source_free(crpci_request_source *s)
         crpci_heap_free(h, m, m->size);
     }
     crpci_heap_strfree(h, s->credential);
+    crpci_heap_chunk_unref(s->ask.chunk);
+}
+
+/* --- the credential of a function -------------------------------------------------------------- */
+
+/* Whether the program may be asked for its credential now. Locked. */
+CRPCI_COLD bool crpci_request_may_ask(const crpci_request_source *s)
+{
+    return s->ask.fn && !s->ask.asking &&
+           crpci_loop_now(s->loop) - s->ask.asked_us >= CRPCI_REQUEST_ASK_US;
+}
+
+/* Asks the program for its credential, if it may be asked now. Without the lock. */
+CRPCI_COLD void crpci_request_ask(crpci_request_source *s)
+{
+    crpc_loop *l = s->loop;
+    crpc_credential_fn fn = NULL;
+    crpci_chunk *chunk;
+    int n = -1;
+    crpci_loop_lock(l);
+    if (crpci_request_may_ask(s)) {
+        fn = s->ask.fn;
+        s->ask.asking = true;
+        s->ask.asked_us = crpci_loop_now(l);
+        s->ask.lost = l->lost;
+    }
+    crpci_loop_unlock(l);
+    if (!fn)
+        return;
+    chunk = crpci_heap_chunk(l->heap, CRPC_CREDENTIAL_MAX);
+    if (chunk)
+        n = fn(s->ask.user, (char *)crpci_heap_data(chunk), CRPC_CREDENTIAL_MAX);
+    crpci_loop_lock(l);
+    s->ask.asking = false;
+    if (n >= 0 && n <= CRPC_CREDENTIAL_MAX) {
+        crpci_chunk *former = s->ask.chunk;
+        s->ask.chunk = chunk;
+        s->ask.size = (size_t)n;
+        chunk = former;
+    }
+    if (s->ask.fn) {
+        crpci_loop_queue(&l->resume, &s->ask.answered);
+        crpci_loop_kick(l);
+    }
+    crpci_loop_unlock(l);
+    crpci_heap_chunk_unref(chunk);
+}
+
+/* The credential that a function gave last. Locked. */
+CRPCI_COLD crpc_view crpci_request_latest(const crpci_request_source *s)
+{
+    return crpc_view_of(s->ask.chunk ? crpci_heap_data(s->ask.chunk) : NULL, s->ask.size);
+}
+
+/* The credential for a new request; asks for it anew if a connection was lost. *held keeps its
+ * bytes. Without the lock. */
+CRPCI_COLD crpc_view crpci_request_present(crpci_request_source *s, crpci_chunk **held)
+{
+    crpc_view v;
+    bool lost;
+    crpci_loop_lock(s->loop);
+    lost = s->ask.lost != s->loop->lost;
+    crpci_loop_unlock(s->loop);
+    if (lost)
+        crpci_request_ask(s);
+    crpci_loop_lock(s->loop);
+    v = crpci_request_latest(s);
+    *held = s->ask.chunk;
+    if (*held)
+        crpci_heap_chunk_ref(*held);
+    crpci_loop_unlock(s->loop);
+    return v;
 }
 
 /* --- encoding --------------------------------------------------------------------------------- */
@@ -16886,8 +16986,11 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
 {
     const crpci_protocol *p = s->protocol;
     const crpc_method *m = k->method;
-    crpc_view credential = crpc_view_data(call->credential) ? call->credential
-                                                            : crpc_view_str(s->credential);
+    bool own = crpc_view_data(call->credential) != NULL, asked = s->asks && !own;
+    crpci_chunk *held = NULL;
+    crpc_view credential = asked ? crpci_request_present(s, &held)
+                           : own ? call->credential
+                                 : crpc_view_str(s->credential);
     /* Without interceptors the member may be a remnant of a call on another channel. */
     size_t added = s->intercepted ? (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN] : 0;
     char id_text[33];
@@ -16900,15 +17003,19 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     crpci_message_out o;
     crpci_request *r;
     int err = CRPC_ENOMEM;
-    if (crpci_request_lacks_policy(&call->policy))
+    if (crpci_request_lacks_policy(&call->policy)) {
+        crpci_heap_chunk_unref(held);
         return crpci_request_refuse(error, m, CRPC_EUNSUPPORTED, "policy: not compiled in: ",
                                     "CRPC_ENABLE_POLICY is 0");
+    }
     o.heap = s->loop->heap;
     o.len = base;
     o.lent = o.no_memory = false;
     o.chunk = crpci_heap_chunk(o.heap, base + room + m->request_size + 64);
-    if (!o.chunk)
+    if (!o.chunk) {
+        crpci_heap_chunk_unref(held);
         return crpci_request_refuse(error, m, err, "request not encoded: ", why);
+    }
     crpci_request_put_fields(p, &o, call, added, id);
     fields = o.len - base;
     room += fields + secret;
@@ -16919,6 +17026,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
         o.len = payload;
         err = crpci_message_encode(&o, m->request, request, &why);
     }
+    crpci_heap_chunk_unref(held);
     if (!err && o.len - payload + room + attached > INT32_MAX) {
         err = CRPC_EINVAL;
         why = "message and attachment are over 2 GiB together";
@@ -16942,6 +17050,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     r->attachment = attached > copied ? call->attachment : crpc_view_of(NULL, 0);
     r->names = k->names;
     r->identified = crpc_view_data(id) != NULL;
+    r->asked = asked;
     crpci_request_inherit(call, r);
     crpci_request_frame(r)->queued = false; /* sending sets the other members */
     *out = r;
@@ -17013,6 +17122,36 @@ CRPCI_FN bool crpci_request_renew(crpci_request *r, const crpci_chunk *block)
     if (!chunk)
         return false;
     crpci_request_copy(r, &old, chunk, 0);
+    if (old.chunk != block)
+        crpci_heap_chunk_unref(old.chunk);
+    return true;
+}
+
+/* Puts another credential into a request, which moves to a chunk of its own. False: as
+ * crpci_request_renew. */
+CRPCI_COLD bool crpci_request_replace(crpci_request *r, const crpci_chunk *block,
+                                      crpc_view credential)
+{
+    crpci_request old = *r;
+    const uint8_t *from = (const uint8_t *)(crpci_request_frame(r) + 1);
+    size_t n = crpc_view_size(credential), more = 2 * n; /* as bytes, and in the head */
+    crpci_chunk *chunk;
+    uint8_t *to;
+    if (crpci_request_frame(r)->queued && crpc_view_data(r->attachment))
+        return false;
+    chunk = crpci_heap_chunk(old.chunk->heap, crpci_request_size(r) + more);
+    if (!chunk)
+        return false;
+    r->chunk = chunk;
+    r->front = 0;
+    r->credential_size = n;
+    r->payload = old.payload - 2 * old.credential_size + more;
+    to = (uint8_t *)(crpci_request_frame(r) + 1);
+    memcpy(to, from, r->fields_size);
+    if (n)
+        memcpy(to + r->fields_size, crpc_view_data(credential), n);
+    memcpy(to + r->payload, from + old.payload, r->payload_size + r->inline_size);
+    crpci_request_frame(r)->queued = false;
     if (old.chunk != block)
         crpci_heap_chunk_unref(old.chunk);
     return true;
@@ -17223,6 +17362,7 @@ typedef struct crpci_endpoint_options {
     uint32_t inflight;      /* requests in flight on the connection; 0: no limit */
     uint32_t max_body;
     int64_t max_queued; /* 0: no limit */
+    uint64_t credential; /* a hash of its source; a server knows a connection by its credential */
 } crpci_endpoint_options;
 
 typedef struct crpci_endpoint crpci_endpoint;
@@ -17446,7 +17586,8 @@ CRPCI_FN void crpci_endpoint_on_opened(crpci_conn *conn)
 }
 
 /* A reply. CRPC_ELOGOFF means that the server is stopping: the endpoint is not chosen for a
- * second. */
+ * second. After CRPC_EAUTH brpc's servers, and crpc's, close the connection: the next request must
+ * not be written into it. */
 CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m)
 {
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
@@ -17458,6 +17599,8 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m
         e->usable_at = crpci_loop_now(e->loop) + CRPCI_ENDPOINT_BACKOFF_MAX;
     crpci_endpoint_detach(a);
     a->sent = CRPC_SENT_YES;
+    if (!m->usual && m->status == CRPC_EAUTH && !e->active_count)
+        crpci_conn_close(conn, CRPC_ECLOSE, 0);
     if (!m->usual && m->unsupported && !m->status) {
         char cause[CRPC_ERROR_TEXT_MAX];
         crpci_status_format(cause, sizeof cause, "reply: %s", m->unsupported);
@@ -17519,6 +17662,7 @@ CRPCI_FN void crpci_endpoint_fail(crpci_endpoint *e, bool connecting, int why, i
                                              : crpc_status_text(why),
                         connecting && why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
     e->refs++; /* a failing attempt drops its reference to the endpoint */
+    e->loop->lost++;
     e->last_errno = system_error;
     e->refused = connecting;
     if (connecting || e->failures)
@@ -17601,7 +17745,8 @@ CRPCI_FN bool crpci_endpoint_same_options(const crpci_endpoint_options *a,
                                           const crpci_endpoint_options *b)
 {
     return a->protocol == b->protocol && a->inflight == b->inflight && a->max_body == b->max_body &&
-           a->max_queued == b->max_queued && a->connect_timeout_ms == b->connect_timeout_ms;
+           a->max_queued == b->max_queued && a->connect_timeout_ms == b->connect_timeout_ms &&
+           a->credential == b->credential;
 }
 
 /* Finds or makes the loop's endpoint for an address, for a channel that wants its connection.
@@ -18166,6 +18311,8 @@ struct crpc_channel {
     uint32_t refs; /* atomic: the program's, and one of each pending call */
     crpci_list calls;   /* all pending calls but parts */
     crpci_list waiting; /* attempts that wait for a list of providers */
+    crpci_list refused; /* attempts that wait for another credential */
+    crpci_task ask;     /* asks for it, where no synchronous caller does */
     crpci_request_source requests;
     crpci_providers providers;
     const crpci_cluster_ops *cluster;
@@ -18213,6 +18360,8 @@ struct crpci_pending_call {
     uint64_t key;       /* for lb=hash; 0: none */
     crpci_pending_call *parent; /* of a part */
     crpci_group *group;         /* its parts; NULL: none */
+    bool refused; /* a server has refused its credential once */
+    bool asks;    /* its caller, which waits, is to ask for another */
     crpc_sent before; /* the most that failed attempts sent, but for those refused by ELOGOFF */
     crpci_waiter *waiter; /* on the stack of the thread that waits for the end; NULL: none does */
     crpc_error *error; /* the caller's, or in error_chunk; NULL: not wanted, or no memory */
@@ -18258,6 +18407,7 @@ CRPCI_FN void crpci_attempt_init(crpci_pending_call *c, crpc_channel *ch, const 
     c->key = 0;
     c->parent = NULL;
     c->group = NULL;
+    c->refused = c->asks = false;
     c->waiter = NULL;
     c->error = NULL;
     c->error_chunk = NULL;
@@ -18644,8 +18794,72 @@ CRPCI_FN crpci_outcome crpci_attempt_outcome(int code)
     }
 }
 
+/* The server has refused the credential of a call, and not executed its request. If another one is
+ * to be had, the call waits until the program has been asked for it, by the caller if that waits.
+ * False: the call ends. */
+CRPCI_COLD bool crpci_attempt_reauthenticate(crpci_pending_call *c)
+{
+    crpc_channel *ch = c->channel;
+    crpci_request_source *s = &ch->requests;
+    const crpci_request *r = &c->attempt.request;
+    crpc_view sent = crpc_view_of((const uint8_t *)(crpci_request_frame(r) + 1) + r->fields_size,
+                                  r->credential_size);
+    bool may = crpci_request_may_ask(s);
+    if (!r->asked || c->refused || c->kind >= CRPCI_CALL_PART || c->group || ch->closed ||
+        (!may && !s->ask.asking && crpc_secret_equal(sent, crpci_request_latest(s))))
+        return false;
+    c->refused = true;
+    crpci_attempt_end(c, CRPCI_OUTCOME_IGNORE);
+    c->attempt.state = CRPCI_ATTEMPT_WAITING;
+    crpci_list_append(&ch->refused, &c->attempt.link);
+    c->asks = may && c->kind == CRPCI_CALL_SYNC;
+    if (c->asks) {
+        crpci_drive_end_wait(ch->loop, c->waiter);
+    } else if (may) {
+        crpci_loop_ready(ch->loop, &ch->ask);
+    } else if (!s->ask.asking) { /* another thread has asked meanwhile */
+        crpci_loop_queue(&ch->loop->resume, &s->ask.answered);
+        crpci_loop_kick(ch->loop);
+    }
+    return true;
+}
+
+/* Asks for a credential, for calls that nobody waits for. */
+CRPCI_COLD void crpci_attempt_on_ask(crpc_loop *l, crpci_task *task)
+{
+    crpc_channel *ch = CRPCI_CONTAINER(task, crpc_channel, ask);
+    crpci_thread_ref(&ch->refs);
+    crpci_loop_user_begin(l);
+    crpci_request_ask(&ch->requests);
+    crpci_loop_user_end(l);
+    crpci_attempt_drop_channel(ch);
+}
+
+/* The program was asked for a credential: the calls that wait for one are made once more. */
+CRPCI_COLD void crpci_attempt_on_answered(crpc_loop *l, crpci_task *task)
+{
+    crpc_channel *ch = CRPCI_CONTAINER(task, crpc_channel, requests.ask.answered);
+    crpci_list now;
+    (void)l;
+    crpci_list_move(&now, &ch->refused);
+    while (!crpci_list_empty(&now)) {
+        crpci_attempt *a = CRPCI_CONTAINER(now.next, crpci_attempt, link);
+        crpci_pending_call *c = crpci_attempt_call(a);
+        crpci_member *m = NULL;
+        crpci_list_remove(&a->link);
+        a->state = CRPCI_ATTEMPT_IDLE;
+        if (crpci_request_replace(&a->request, c->block, crpci_request_latest(&ch->requests)))
+            m = crpci_attempt_next(c, CRPC_EAUTH, false);
+        if (m)
+            crpci_attempt_start(c, m);
+        else
+            crpci_attempt_give_up(c, CRPC_EAUTH, "the server refuses the credential", "");
+    }
+}
+
 /* A reply has come. One that refuses because its server is stopping counts as a failed attempt, if
- * there is another provider to try; any other one ends the call. */
+ * there is another provider to try, and one that refuses the credential may be worth another one;
+ * any other one ends the call. */
 CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
@@ -18654,6 +18868,9 @@ CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
         crpci_attempt_failed(a, CRPC_ELOGOFF, CRPCI_STATUS_TEXT("the server is stopping"));
         return;
     }
+    if (CRPCI_UNLIKELY(a->request.asked) && !m->usual && m->status == CRPC_EAUTH &&
+        crpci_attempt_reauthenticate(c))
+        return;
     crpci_reply_take(&a->reply, c->channel->loop, a->endpoint->options.protocol, m);
     crpci_attempt_end(c, crpci_attempt_outcome(a->reply.status));
     crpci_attempt_finish(c, CRPC_OK);
@@ -19377,6 +19594,17 @@ CRPCI_FN int crpci_channel_result(crpci_pending_call *c, void *response, crpc_ca
 
 /* --- synchronous ------------------------------------------------------------------------------ */
 
+/* A synchronous caller asks for another credential, and waits on. Locked; unlocks meanwhile. */
+CRPCI_COLD void crpci_channel_ask(crpc_loop *l, crpci_pending_call *c, crpci_waiter *w)
+{
+    c->asks = false;
+    w->done = c->attempt.state == CRPCI_ATTEMPT_DONE;
+    crpci_loop_unlock(l);
+    crpci_request_ask(&c->channel->requests);
+    crpci_loop_lock(l);
+    crpci_drive_wait(l, w, c->attempt.deadline_us, false);
+}
+
 /* Runs one call to its end: makes attempts and drives the loop, or follows its driver, until the
  * call has ended or its deadline has passed. Unlocks. crpci_request_settle waits until no thread
  * sends from the attachment that was borrowed. */
@@ -19387,6 +19615,8 @@ CRPCI_FN void crpci_channel_run(crpc_loop *l, crpci_pending_call *c)
     c->waiter = &w;
     crpci_channel_launch(l, c);
     crpci_drive_wait(l, &w, c->attempt.deadline_us, false);
+    if (CRPCI_UNLIKELY(c->asks))
+        crpci_channel_ask(l, c, &w);
     c->waiter = NULL;
     if (c->attempt.state != CRPCI_ATTEMPT_DONE) {
         crpci_attempt_expire(c);
@@ -19682,6 +19912,9 @@ CRPC_API void crpc_channel_close(crpc_channel *ch)
 #endif
     crpci_loop_lock(l);
     crpci_channel_cancel_all(ch);
+    ch->requests.ask.fn = NULL;
+    crpci_list_remove(&ch->ask.link);
+    crpci_list_remove(&ch->requests.ask.answered.link);
     crpci_providers_clear(&ch->providers);
     crpci_attempt_drop_channel(ch);
     crpci_channel_flush(l); /* calls of other channels for the slots */
@@ -20178,6 +20411,33 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
 
 #endif /* CRPCI_DIRECTORY */
 
+/* Sets up the channel's credential, and asks for it if a function gives it. Channels share a
+ * connection only if they have the same source of their credential. */
+CRPCI_COLD int crpci_opening_security(crpc_channel *ch, const crpc_security_options *o,
+                                      crpc_error *error)
+{
+    static const uint64_t secret[2] = {0, 0};
+    crpci_request_source *s = &ch->requests;
+    const void *source[2];
+    if (o->credential_fn) {
+        memcpy(&source[0], &o->credential_fn, sizeof source[0]);
+        source[1] = o->credential_user;
+        ch->providers.endpoint.credential = crpci_base_siphash(secret, source, sizeof source);
+        s->ask.fn = o->credential_fn;
+        s->ask.user = o->credential_user;
+        s->ask.asked_us = -CRPCI_REQUEST_ASK_US;
+        s->asks = true;
+        crpci_request_ask(s);
+    } else if (o->credential) {
+        size_t n = strlen(o->credential);
+        ch->providers.endpoint.credential = crpci_base_siphash(secret, o->credential, n);
+        s->credential = crpci_heap_strndup(ch->loop->heap, o->credential, n);
+        if (!s->credential)
+            return crpci_status_set(error, CRPC_ENOMEM, "channel: out of memory");
+    }
+    return CRPC_OK;
+}
+
 /* Steps that can fail without a channel come first, then the channel is made; from there on
  * crpc_channel_close undoes the rest. */
 CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
@@ -20220,18 +20480,16 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     ch->refs = 1;
     crpci_list_init(&ch->calls);
     crpci_list_init(&ch->waiting);
+    crpci_list_init(&ch->refused);
+    crpci_loop_task_init(&ch->ask, crpci_attempt_on_ask);
+    crpci_loop_task_init(&ch->requests.ask.answered, crpci_attempt_on_answered);
     crpci_loop_hold(l);
     crpci_opening_configure(ch, &o);
     err = crpci_balance_open(&ch->providers.balance, o.balancer, crpci_loop_seed(l));
     if (err)
         crpci_status_set(error, err,
                          "lb: this balancer is not compiled in: CRPC_ENABLE_POLICY is 0");
-    if (!err && o.security.credential) {
-        ch->requests.credential =
-            crpci_heap_strndup(l->heap, o.security.credential, strlen(o.security.credential));
-        if (!ch->requests.credential)
-            err = crpci_status_set(error, CRPC_ENOMEM, "channel: out of memory");
-    }
+    err = err ? err : crpci_opening_security(ch, &o.security, error);
     if (err)
         ;
     else if (!crpci_opening_has_registry(u.scheme))

@@ -12,6 +12,7 @@ typedef struct door {
     pthread_mutex_t lock;
     int asked, served;
     int valid_ms; /* of each success */
+    const char *revoked; /* a credential that is no longer accepted */
     char peer[64];
     char seen[DOOR_SEEN][CRPC_IDENTITY_MAX]; /* identities of the requests, in order */
     crpc_server_interceptor interceptor;
@@ -21,13 +22,15 @@ static int door_judge(void *user, const char *from, crpc_view credential, crpc_i
 {
     door *d = (door *)user;
     char text[CRPC_IDENTITY_MAX];
+    bool revoked;
     pthread_mutex_lock(&d->lock);
     d->asked++;
+    revoked = d->revoked && crpc_view_equal(credential, d->revoked);
     snprintf(d->peer, sizeof d->peer, "%s", from);
     identity->valid_ms = d->valid_ms;
     pthread_mutex_unlock(&d->lock);
     crpc_view_copy(credential, text, sizeof text);
-    if (strncmp(text, "secret-", 7) != 0)
+    if (revoked || strncmp(text, "secret-", 7) != 0)
         return CRPC_EAUTH;
     strcpy(identity->name, text + 7);
     return CRPC_OK;
@@ -487,6 +490,252 @@ static void identities_do_not_wait_for_each_others_keys(void **state)
     }
 }
 
+/* --- channels ----------------------------------------------------------------------------------- */
+
+static int add(crpc_channel *ch, crpc_error *error)
+{
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    crpc_call call = CRPC_INIT;
+    int err = dyn_Echo_Add(ch, &in, &out, &call);
+    if (error)
+        *error = call.error;
+    crpc_call_reset(&call);
+    return err;
+}
+
+/* As brpc: the first frame of a connection decides, and a refusal closes it. */
+static bool refusing_peer(peer *p, int fd, int number)
+{
+    wire_message m;
+    wire w = {NULL, 0, 0};
+    (void)p, (void)number;
+    if (wire_receive(fd, &m) == 1) {
+        wire_error(&w, m.id, CRPC_EAUTH, "Fail to authenticate", 0);
+        wire_flush(fd, &w);
+    }
+    wire_done(&m);
+    return true;
+}
+
+static void a_wrong_credential_says_so_each_time(void **state)
+{
+    crpc_poller p;
+    int how;
+    (void)state;
+    NET_EACH_POLLER(p) for (how = 0; how < 2; how++)
+    {
+        crpc_loop *loop = how ? net_loop(p) : NULL; /* a loop of its own, or one with a thread */
+        crpc_channel_options o;
+        crpc_channel *ch;
+        peer brpc;
+        int i;
+        memset(&o, 0, sizeof o);
+        o.security.credential = "wrong";
+        o.policy.timeout_ms = NET_PATIENCE;
+        peer_open(&brpc, refusing_peer, NULL);
+        if (loop)
+            assert_int_equal(crpc_loop_start(loop), CRPC_OK);
+        ch = net_channel(brpc.url, NULL, p, loop, &o);
+        for (i = 0; i < 20; i++) {
+            crpc_error error;
+            assert_int_equal(add(ch, &error), CRPC_EAUTH);
+            assert_true(error.remote);
+        }
+        crpc_channel_close(ch);
+        crpc_loop_close(loop);
+        peer_close(&brpc);
+    }
+}
+
+static void channels_with_different_credentials_share_no_connection(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        static const char *const credentials[] = {"secret-A", "secret-B", "secret-A", "wrong"};
+        crpc_channel *ch[4];
+        crpc_channel_options o;
+        door d;
+        net n;
+        int i;
+        memset(&n, 0, sizeof n);
+        memset(&o, 0, sizeof o);
+        o.policy.timeout_ms = NET_PATIENCE;
+        guarded_open(&n, &d, p, NET_SHARED);
+        for (i = 0; i < 4; i++) {
+            o.security.credential = credentials[i];
+            ch[i] = net_channel(n.url, NULL, p, n.loop, &o);
+        }
+        for (i = 0; i < 12; i++) {
+            assert_int_equal(add(ch[i % 4], NULL), i % 4 == 3 ? CRPC_EAUTH : CRPC_OK);
+            assert_int_equal(add(n.channel, NULL), CRPC_EAUTH);
+        }
+        for (i = 0; i < 9; i++)
+            assert_string_equal(d.seen[i], credentials[i % 3] + 7);
+        assert_int_equal(d.asked, 2 + 3 + 12); /* A's connection serves two channels */
+        for (i = 0; i < 4; i++)
+            crpc_channel_close(ch[i]);
+        guarded_close(&n, &d);
+    }
+}
+
+typedef struct purse {
+    pthread_mutex_t lock;
+    const char *credential;
+    int asked;
+} purse;
+
+static int purse_give(void *user, char *out, size_t size)
+{
+    purse *u = (purse *)user;
+    int n = -1;
+    pthread_mutex_lock(&u->lock);
+    u->asked++;
+    if (u->credential) {
+        n = (int)strlen(u->credential);
+        assert_true((size_t)n <= size);
+        memcpy(out, u->credential, (size_t)n);
+    }
+    pthread_mutex_unlock(&u->lock);
+    return n;
+}
+
+static void purse_open(purse *u, crpc_channel_options *o, const char *credential)
+{
+    memset(u, 0, sizeof *u);
+    pthread_mutex_init(&u->lock, NULL);
+    u->credential = credential;
+    o->security.credential_fn = purse_give;
+    o->security.credential_user = u;
+    o->policy.timeout_ms = NET_PATIENCE;
+}
+
+static int purse_asked(purse *u, const char *credential)
+{
+    int n;
+    pthread_mutex_lock(&u->lock);
+    n = u->asked;
+    u->credential = credential ? credential : u->credential;
+    pthread_mutex_unlock(&u->lock);
+    return n;
+}
+
+static void settled(void *user, int status, const dyn_Num *out, crpc_call *call)
+{
+    (void)out, (void)call;
+    __atomic_store_n((int *)user, status ? status : -1, __ATOMIC_RELEASE);
+}
+
+/* One call, in each of the forms that bring a result. */
+static int add_by(crpc_channel *ch, int form)
+{
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    int result = 0;
+    crpc_id id;
+    if (form == 0)
+        return add(ch, NULL);
+    if (form == 1) {
+        assert_int_equal(dyn_Echo_Add_begin(ch, &in, &id, NULL), CRPC_OK);
+        assert_int_equal(crpc_channel_wait(ch, id, NET_PATIENCE), CRPC_OK);
+        return dyn_Echo_Add_fetch(ch, id, &out, NULL);
+    }
+    assert_int_equal(dyn_Echo_Add_async(ch, &in, settled, &result, NULL), CRPC_OK);
+    assert_true(CT_WAIT(__atomic_load_n(&result, __ATOMIC_ACQUIRE), NET_PATIENCE));
+    return result < 0 ? CRPC_OK : result;
+}
+
+/* A channel whose clock only net_time_add moves. */
+static crpc_channel *purse_channel(purse *u, net *n, crpc_poller p, const char *credential,
+                                   crpc_loop **loop)
+{
+    crpc_loop_options lo = net_loop_options(p);
+    crpc_channel_options o;
+    net_time_begin(NET_TIME_STANDS);
+    lo.hooks.clock_us = net_clock_us;
+    assert_int_equal(crpc_loop_open(loop, &lo), CRPC_OK);
+    memset(&o, 0, sizeof o);
+    purse_open(u, &o, credential);
+    return net_channel(n->url, NULL, p, *loop, &o);
+}
+
+static void a_refused_credential_is_asked_for_anew(void **state)
+{
+    static const char longer[] = "secret-a name of more bytes than the one before";
+    crpc_poller p;
+    int form;
+    (void)state;
+    NET_EACH_POLLER(p) for (form = 0; form < 3; form++)
+    {
+        crpc_channel *ch;
+        crpc_loop *loop;
+        door d;
+        purse u;
+        net n;
+        int i;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, NET_THREAD);
+        d.revoked = "secret-old";
+        ch = purse_channel(&u, &n, p, "secret-old", &loop);
+        assert_int_equal(purse_asked(&u, longer), 1); /* at the opening */
+        for (i = 0; i < 3; i++)
+            assert_int_equal(add_by(ch, form), CRPC_EAUTH); /* not again within a second */
+        assert_int_equal(purse_asked(&u, NULL), 1);
+        net_time_add(1000);
+        crpc_channel_close(ch); /* the next connection would ask, without a refusal */
+        crpc_loop_close(loop);
+        ch = purse_channel(&u, &n, p, "secret-old", &loop);
+        net_time_add(1000);
+        purse_asked(&u, longer);
+        assert_int_equal(add_by(ch, form), CRPC_OK);
+        assert_int_equal(purse_asked(&u, "secret-other"), 2);
+        assert_int_equal(add_by(ch, form), CRPC_OK);
+        assert_string_equal(d.seen[0], longer + 7);
+        assert_string_equal(d.seen[1], longer + 7);
+        assert_int_equal(purse_asked(&u, NULL), 2);
+        crpc_channel_close(ch);
+        crpc_loop_close(loop);
+        guarded_close(&n, &d);
+        pthread_mutex_destroy(&u.lock);
+    }
+}
+
+/* A call is made once more, not for ever; a function that has nothing new changes nothing. */
+static void a_credential_that_stays_wrong_ends_in_eauth(void **state)
+{
+    crpc_poller p;
+    int form;
+    (void)state;
+    NET_EACH_POLLER(p) for (form = 0; form < 3; form++)
+    {
+        crpc_channel *ch;
+        crpc_loop *loop;
+        door d;
+        purse u;
+        net n;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, NET_THREAD);
+        ch = purse_channel(&u, &n, p, "wrong", &loop);
+        net_time_add(1000);
+        assert_int_equal(add_by(ch, form), CRPC_EAUTH);
+        assert_int_equal(door_asked(&d), 2);
+        assert_int_equal(purse_asked(&u, NULL), 2);
+        pthread_mutex_lock(&u.lock);
+        u.credential = NULL;
+        pthread_mutex_unlock(&u.lock);
+        net_time_add(1000);
+        assert_int_equal(add_by(ch, form), CRPC_EAUTH);
+        assert_int_equal(purse_asked(&u, "secret-now"), 3); /* before its first attempt */
+        net_time_add(1000);
+        assert_int_equal(add_by(ch, form), CRPC_OK);
+        assert_int_equal(net_calls(&n.service), 1);
+        crpc_channel_close(ch);
+        crpc_loop_close(loop);
+        guarded_close(&n, &d);
+        pthread_mutex_destroy(&u.lock);
+    }
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
@@ -501,6 +750,10 @@ int main(void)
         CT_TEST(a_peer_must_authenticate_in_time),
         CT_TEST(identities_do_not_share_request_ids),
         CT_TEST(identities_do_not_wait_for_each_others_keys),
+        CT_TEST(a_wrong_credential_says_so_each_time),
+        CT_TEST(channels_with_different_credentials_share_no_connection),
+        CT_TEST(a_refused_credential_is_asked_for_anew),
+        CT_TEST(a_credential_that_stays_wrong_ends_in_eauth),
     };
     return CT_RUN(tests);
 }
