@@ -573,13 +573,13 @@
  * only known networks (access.allow).
  *
  * A server with access.authenticate serves only peers that it has accepted. The credential belongs
- * to the connection, as in brpc: whoever can write to the connection acts under its identity, so a
- * proxy must not mix clients on one, unless every_message is set and each request has its own. The
- * meta of a message, at most 64 KiB then, is read before the verdict; the body is not. What was sent
- * behind a refused message is lost: its sender sees the connection end. A connection that has not
- * sent an accepted request within first_request_ms is closed. Request ids and ordering keys of one
+ * to the connection, as in brpc: whoever can write to the connection acts under its identity. A
+ * proxy must therefore not mix clients on one, unless every_message is set and each request brings
+ * its own. The meta of a message, then at most 64 KiB, is read before the verdict; the body is not.
+ * What a peer has sent behind a refused message is lost: it sees the connection end. A connection
+ * without an accepted request is closed after first_request_ms. Request ids and ordering keys of an
  * identity never meet those of another; all peers without an identity share theirs. On a plain TCP
- * connection a credential can be read on its way.
+ * connection others can read a credential on its way.
  *
  * PORTING
  *
@@ -16819,7 +16819,7 @@ CRPCI_COLD void crpci_request_source_free(crpci_request_source *s)
     crpci_heap_chunk_unref(s->ask.chunk);
 }
 
-/* --- the credential of a function -------------------------------------------------------------- */
+/* --- the credential of a function ------------------------------------------------------------- */
 
 /* Whether the program may be asked for its credential now. Locked. */
 CRPCI_COLD bool crpci_request_may_ask(const crpci_request_source *s)

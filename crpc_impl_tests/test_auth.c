@@ -4,19 +4,22 @@
 #include "crpc_test.h"
 #include "crpc_net.h"
 
-/* --- an authenticator that accepts "secret-NAME" as NAME ---------------------------------------- */
+/* --- an authenticator that accepts "secret-NAME" as NAME -------------------------------------- */
 
 #define DOOR_SEEN 64
 
 typedef struct door {
     pthread_mutex_t lock;
-    int asked, served;
+    int asked, served, refused;
+    bool by_request; /* "secret-old" is refused by the interceptor */
     int valid_ms; /* of each success */
     const char *revoked; /* a credential that is no longer accepted */
     char peer[64];
     char seen[DOOR_SEEN][CRPC_IDENTITY_MAX]; /* identities of the requests, in order */
     crpc_server_interceptor interceptor;
 } door;
+
+#define DOOR_INIT {.asked = 0}
 
 static int door_judge(void *user, const char *from, crpc_view credential, crpc_identity *identity)
 {
@@ -36,10 +39,16 @@ static int door_judge(void *user, const char *from, crpc_view credential, crpc_i
     return CRPC_OK;
 }
 
+/* Without the authenticator it judges each request, and the connection stays. */
 static int door_before(void *user, crpc_context *x)
 {
     door *d = (door *)user;
     pthread_mutex_lock(&d->lock);
+    if (d->by_request && crpc_view_equal(crpc_context_credential(x), "secret-old")) {
+        d->refused++;
+        pthread_mutex_unlock(&d->lock);
+        return CRPC_EAUTH;
+    }
     assert_true(d->served < DOOR_SEEN);
     strcpy(d->seen[d->served++], crpc_context_identity(x));
     pthread_mutex_unlock(&d->lock);
@@ -57,11 +66,13 @@ static int door_asked(door *d)
 
 static void guarded_open(net *n, door *d, crpc_poller p, net_mode m)
 {
+    bool by_request = d->by_request;
     memset(d, 0, sizeof *d);
     pthread_mutex_init(&d->lock, NULL);
+    d->by_request = by_request;
     d->interceptor.before = door_before;
     d->interceptor.user = d;
-    n->server_options.access.authenticate = door_judge;
+    n->server_options.access.authenticate = by_request ? NULL : door_judge;
     n->server_options.access.authenticate_user = d;
     n->server_options.interceptors = &d->interceptor;
     n->server_options.interceptor_count = 1;
@@ -74,7 +85,7 @@ static void guarded_close(net *n, door *d)
     pthread_mutex_destroy(&d->lock);
 }
 
-/* --- requests with credentials, by hand --------------------------------------------------------- */
+/* --- requests with credentials, by hand ------------------------------------------------------- */
 
 /* The head of a request whose frame has a body of `body` bytes. `credential` NULL: none. */
 static void put_head(wire *w, const char *method, int64_t id, const void *credential, size_t size,
@@ -143,7 +154,7 @@ static void is_closed(int fd)
     close(fd);
 }
 
-/* --- tests -------------------------------------------------------------------------------------- */
+/* --- tests ------------------------------------------------------------------------------------ */
 
 static void a_credential_in_the_first_frame_serves_for_the_connection(void **state)
 {
@@ -152,7 +163,7 @@ static void a_credential_in_the_first_frame_serves_for_the_connection(void **sta
     (void)state;
     NET_EACH_POLLER(p) NET_EACH_MODE(m)
     {
-        door d;
+        door d = DOOR_INIT;
         net n;
         int fd, i;
         memset(&n, 0, sizeof n);
@@ -181,7 +192,7 @@ static void a_peer_without_a_credential_is_not_served(void **state)
     (void)state;
     NET_EACH_POLLER(p) NET_EACH_MODE(m)
     {
-        door d;
+        door d = DOOR_INIT;
         net n;
         char text[512];
         int fd;
@@ -208,7 +219,7 @@ static void frames_behind_a_refused_one_are_not_served(void **state)
     (void)state;
     NET_EACH_POLLER(p)
     {
-        door d;
+        door d = DOOR_INIT;
         net n;
         wire w = {NULL, 0, 0};
         int fd, i;
@@ -239,7 +250,7 @@ static void each_request_keeps_the_identity_with_which_it_came(void **state)
         static const char *const credentials[] = {"secret-A", "secret-B", NULL, "secret-A", "no"};
         static const char *const names[] = {"A", "B", "B", "A"};
         crpc_context *held;
-        door d;
+        door d = DOOR_INIT;
         net n;
         int fd, i;
         memset(&n, 0, sizeof n);
@@ -277,7 +288,7 @@ static void a_body_is_not_read_before_the_verdict(void **state)
     NET_EACH_POLLER(p) for (i = 0; i < sizeof sizes / sizeof *sizes; i++)
     {
         crpc_loop_stats before, after;
-        door d;
+        door d = DOOR_INIT;
         net n;
         wire w = {NULL, 0, 0};
         char *body = net_bytes(1 << 20);
@@ -318,7 +329,7 @@ static void a_credential_of_a_megabyte_is_not_read(void **state)
     NET_EACH_POLLER(p)
     {
         crpc_loop_stats before, after;
-        door d;
+        door d = DOOR_INIT;
         net n;
         wire w = {NULL, 0, 0};
         char *credential = net_bytes(1 << 20);
@@ -352,7 +363,7 @@ static void an_identity_expires(void **state)
     (void)state;
     NET_EACH_POLLER(p) NET_EACH_MODE(m)
     {
-        door d;
+        door d = DOOR_INIT;
         net n;
         int fd;
         if (m == NET_SHARED) /* the channel would stand still with the server's clock */
@@ -386,7 +397,7 @@ static void each_message_may_have_to_bring_its_credential(void **state)
     (void)state;
     NET_EACH_POLLER(p)
     {
-        door d;
+        door d = DOOR_INIT;
         net n;
         int fd;
         memset(&n, 0, sizeof n);
@@ -413,7 +424,7 @@ static void a_peer_must_authenticate_in_time(void **state)
     (void)state;
     NET_EACH_POLLER(p)
     {
-        door d;
+        door d = DOOR_INIT;
         net n;
         wire w = {NULL, 0, 0};
         int fd, silent;
@@ -442,7 +453,7 @@ static void identities_do_not_share_request_ids(void **state)
     NET_EACH_POLLER(p)
     {
         static const char *const credentials[] = {"secret-A", "secret-B", "secret-"};
-        door d;
+        door d = DOOR_INIT;
         net n;
         int fds[3], i;
         memset(&n, 0, sizeof n);
@@ -467,7 +478,7 @@ static void identities_do_not_wait_for_each_others_keys(void **state)
     (void)state;
     NET_EACH_POLLER(p)
     {
-        door d;
+        door d = DOOR_INIT;
         net n;
         crpc_context *x;
         int fd;
@@ -490,7 +501,7 @@ static void identities_do_not_wait_for_each_others_keys(void **state)
     }
 }
 
-/* --- channels ----------------------------------------------------------------------------------- */
+/* --- channels --------------------------------------------------------------------------------- */
 
 static int add(crpc_channel *ch, crpc_error *error)
 {
@@ -556,7 +567,7 @@ static void channels_with_different_credentials_share_no_connection(void **state
         static const char *const credentials[] = {"secret-A", "secret-B", "secret-A", "wrong"};
         crpc_channel *ch[4];
         crpc_channel_options o;
-        door d;
+        door d = DOOR_INIT;
         net n;
         int i;
         memset(&n, 0, sizeof n);
@@ -582,6 +593,8 @@ static void channels_with_different_credentials_share_no_connection(void **state
 
 typedef struct purse {
     pthread_mutex_t lock;
+    door *door; /* the second asking lasts until it has refused `refusals` requests */
+    int refusals;
     const char *credential;
     int asked;
 } purse;
@@ -589,7 +602,13 @@ typedef struct purse {
 static int purse_give(void *user, char *out, size_t size)
 {
     purse *u = (purse *)user;
-    int n = -1;
+    int n = -1, refused = 0;
+    while (u->door && refused < u->refusals) {
+        pthread_mutex_lock(&u->door->lock);
+        refused = u->door->refused;
+        pthread_mutex_unlock(&u->door->lock);
+        ct_sleep_ms(1);
+    }
     pthread_mutex_lock(&u->lock);
     u->asked++;
     if (u->credential) {
@@ -669,7 +688,7 @@ static void a_refused_credential_is_asked_for_anew(void **state)
     {
         crpc_channel *ch;
         crpc_loop *loop;
-        door d;
+        door d = DOOR_INIT;
         purse u;
         net n;
         int i;
@@ -710,7 +729,7 @@ static void a_credential_that_stays_wrong_ends_in_eauth(void **state)
     {
         crpc_channel *ch;
         crpc_loop *loop;
-        door d;
+        door d = DOOR_INIT;
         purse u;
         net n;
         memset(&n, 0, sizeof n);
@@ -736,6 +755,57 @@ static void a_credential_that_stays_wrong_ends_in_eauth(void **state)
     }
 }
 
+static void *add_thread(void *channel)
+{
+    assert_int_equal(add((crpc_channel *)channel, NULL), CRPC_OK);
+    return NULL;
+}
+
+/* One asking serves all calls that were refused meanwhile, whoever waits for them. */
+static void calls_refused_together_ask_once(void **state)
+{
+    enum { CALLS = 4 };
+    crpc_poller p;
+    int async;
+    (void)state;
+    NET_EACH_POLLER(p) for (async = 0; async < 2; async++)
+    {
+        pthread_t threads[CALLS];
+        int results[CALLS], i;
+        dyn_Num in = net_num(1);
+        crpc_channel *ch;
+        crpc_loop *loop;
+        door d = DOOR_INIT;
+        purse u;
+        net n;
+        memset(&n, 0, sizeof n);
+        d.by_request = true;
+        guarded_open(&n, &d, p, NET_WORKERS);
+        ch = purse_channel(&u, &n, p, "secret-old", &loop);
+        u.door = &d;
+        u.refusals = async ? 2 * CALLS : CALLS;
+        purse_asked(&u, "secret-new");
+        net_time_add(1000);
+        memset(results, 0, sizeof results);
+        for (i = 0; i < CALLS && async; i++)
+            assert_int_equal(dyn_Echo_Add_async(ch, &in, settled, &results[i], NULL), CRPC_OK);
+        for (i = 0; i < CALLS; i++)
+            assert_int_equal(pthread_create(&threads[i], NULL, add_thread, ch), 0);
+        for (i = 0; i < CALLS; i++)
+            pthread_join(threads[i], NULL);
+        for (i = 0; i < CALLS && async; i++) {
+            assert_true(CT_WAIT(__atomic_load_n(&results[i], __ATOMIC_ACQUIRE), NET_PATIENCE));
+            assert_int_equal(results[i], -1);
+        }
+        assert_int_equal(purse_asked(&u, NULL), 2);
+        assert_int_equal(net_calls(&n.service), u.refusals);
+        crpc_channel_close(ch);
+        crpc_loop_close(loop);
+        guarded_close(&n, &d);
+        pthread_mutex_destroy(&u.lock);
+    }
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
@@ -754,6 +824,7 @@ int main(void)
         CT_TEST(channels_with_different_credentials_share_no_connection),
         CT_TEST(a_refused_credential_is_asked_for_anew),
         CT_TEST(a_credential_that_stays_wrong_ends_in_eauth),
+        CT_TEST(calls_refused_together_ask_once),
     };
     return CT_RUN(tests);
 }
