@@ -170,6 +170,7 @@
  *     >>impl-peer          the peers of a server: networks, and the accounts of hosts
  *     >>impl-quota         limits of a method: concurrency and rates
  *     >>impl-context       one request in service: its handler, its reply, its end
+ *     >>impl-auth          who sent a request: a connection's credential and identity
  *     >>impl-guard         requests that are limited, keep an order, or come again
  *     >>impl-intake        what a server's connections bring: taken in, or refused
  *     >>impl-listener      sockets that accept, and who gets the new connections
@@ -351,6 +352,7 @@
  *     first_request_ms        60000       0           1 to 86400000
  *     allow                   text
  *     peers                   text
+ *     every_message           0           0           1
  *     max_body                64 MiB      2 GiB - 1   1 to 2 GiB - 1
  *     max_queued              4 MiB       0           1 and more
  *     max_skip                256 MiB     0           1 and more
@@ -544,9 +546,9 @@
  * is read can reach an assertion, and nanopb runs without allocation of its own. A peer can make a
  * process hold: max_body for each connection, max_queued bytes of replies, 4096 requests in service
  * on a connection (max_concurrency on all together), and max_bytes of buffers on a loop. A request
- * over a limit of the server is answered before it is decoded. This version has neither encryption
- * nor authentication: keep to trusted networks, or to tunnels. The ZooKeeper server is trusted,
- * because its C client aborts on some malformed answers.
+ * over a limit of the server is answered before it is decoded. This version has no encryption: keep
+ * to trusted networks, or to tunnels. The ZooKeeper server is trusted, because its C client aborts
+ * on some malformed answers.
  *
  *     limit                  default     when it is reached
  *     timeout_ms             1000 ms     CRPC_ETIMEDOUT
@@ -573,6 +575,15 @@
  * for longest, never one with a request in service. A gateway that stands for a hundred boards
  * needs a weight. Attackers with as many addresses as max_connections can still shut others out:
  * admit only known networks (access.allow).
+ *
+ * A server with access.authenticate serves only peers that it has accepted. The credential belongs
+ * to the connection, as in brpc: whoever can write to the connection acts under its identity. A
+ * proxy must therefore not mix clients on one, unless every_message is set and each request brings
+ * its own. The meta of a message, then at most 64 KiB, is read before the verdict; the body is not.
+ * What a peer has sent behind a refused message is lost: it sees the connection end. A connection
+ * without an accepted request is closed after first_request_ms. Request ids and ordering keys of an
+ * identity never meet those of another; all peers without an identity share theirs. On a plain TCP
+ * connection others can read a credential on its way.
  *
  * PORTING
  *
@@ -945,6 +956,9 @@ CRPC_API bool crpc_view_equal(crpc_view v, const char *text);
  * less than out_size. */
 CRPC_API size_t crpc_view_copy(crpc_view v, char *out, size_t out_size);
 
+/* Whether two secrets are equal, in a time that tells nothing but whether their sizes are. */
+CRPC_API bool crpc_secret_equal(crpc_view a, crpc_view b);
+
 /* `count` views, to be sent as a repeated field. The array is not copied: it must stay until the
  * call function returns or, in a response, until the reply is finished. */
 CRPC_API crpc_views crpc_views_of(const crpc_view *items, size_t count);
@@ -1251,11 +1265,41 @@ typedef struct crpc_wire_options {
     int short_names; /* 1: send "Service" instead of "package.Service". 0: full names. -1: as 0 */
 } crpc_wire_options;
 
+#define CRPC_CREDENTIAL_MAX 4000 /* bytes of a credential that a function gives */
+
+/* Writes the present credential into `out`, which has room for `size` bytes, and returns how many
+ * it wrote. Negative: there is none now; the former one stays in use. Runs on a thread that makes a
+ * call or runs the loop, without a lock: it may block, which delays that call, and on the loop's
+ * thread the loop. It must make no call on its own channel. */
+typedef int (*crpc_credential_fn)(void *user, char *out, size_t size);
+
 /* How this process authenticates itself. Secrets belong in options and configuration lines. crpc
  * refuses a URL with a secret, because it logs URLs. */
 typedef struct crpc_security_options {
     const char *credential; /* sent with every request. NULL: none */
+    /* Gives the credential in its place, for one that changes. Asked when the channel opens, before
+     * the first request after a connection was lost, and when a server answers CRPC_EAUTH, at most
+     * once a second. A call that got CRPC_EAUTH is then made once more, with the new credential:
+     * such an answer must mean that the request was not executed. NULL: none */
+    crpc_credential_fn credential_fn;
+    void *credential_user; /* its first argument. Must outlive the channel and its loop */
 } crpc_security_options;
+
+#define CRPC_IDENTITY_MAX 64 /* bytes of an identity's name with its terminating zero */
+
+/* Who a peer is, as a server's crpc_authenticate_fn has found. All zero at first. */
+typedef struct crpc_identity {
+    char name[CRPC_IDENTITY_MAX];
+    int valid_ms; /* after that the function is asked again. 0: not on this connection */
+} crpc_identity;
+
+/* Judges a peer by its credential, which is unset if the message has none; `peer` is as
+ * crpc_context_peer gives it. CRPC_OK: the peer is `identity`. Any other result refuses it. Runs on
+ * the I/O thread of the connection with its loop locked: it must not block, and the only functions
+ * of crpc that it may call are those for views and crpc_secret_equal. The threads of several
+ * connections may run it at once. */
+typedef int (*crpc_authenticate_fn)(void *user, const char *peer, crpc_view credential,
+                                    crpc_identity *identity);
 
 /* Who may connect to a server, and how much each may take. */
 typedef struct crpc_access_options {
@@ -1264,6 +1308,15 @@ typedef struct crpc_access_options {
     const char *peers; /* weights of hosts and networks that stand for many clients, such as
                           gateways: "10.0.0.7:16,10.1.0.0/16:4". The most specific entry counts.
                           NULL: each host has weight 1 */
+    /* Asked about the first message of a connection, about each whose credential has other bytes
+     * than the one before, and when an identity's valid_ms have passed, before the body is read. A
+     * message that is refused gets CRPC_EAUTH, no further one is read, and the connection closes.
+     * NULL: any peer may call */
+    crpc_authenticate_fn authenticate;
+    void *authenticate_user; /* its first argument */
+    int every_message; /* 1: a message without credential is judged as such. 0: it counts as sent by
+                          the connection's identity, as brpc's clients expect, which send their
+                          credential only once. -1: as 0 */
 } crpc_access_options;
 
 /* ======================================================================== */
@@ -1873,8 +1926,12 @@ CRPC_API bool crpc_context_field(const crpc_context *context, const char *key, c
 CRPC_API CRPC_MUST_CHECK int crpc_context_add_field(crpc_context *context, const char *key,
                                                     const char *value);
 
-/* The request's authentication_data, which crpc does not check; unset if there is none. */
+/* The request's authentication_data; unset if there is none. */
 CRPC_API crpc_view crpc_context_credential(const crpc_context *context);
+
+/* The name that access.authenticate gave to the request's sender, valid until the reply is
+ * finished. "": it gave none. */
+CRPC_API const char *crpc_context_identity(const crpc_context *context);
 
 /* The log_id that the caller sent; 0 if it sent none. */
 CRPC_API int64_t crpc_context_log_id(const crpc_context *context);
@@ -3799,6 +3856,19 @@ CRPC_API size_t crpc_view_copy(crpc_view v, char *out, size_t out_size)
         out[fit] = '\0';
     }
     return n;
+}
+
+CRPC_API bool crpc_secret_equal(crpc_view a, crpc_view b)
+{
+    const volatile uint8_t *p = (const volatile uint8_t *)a.at[0];
+    const volatile uint8_t *q = (const volatile uint8_t *)b.at[0];
+    size_t n = crpc_view_size(a), i;
+    uint8_t differ = 0;
+    if (n != crpc_view_size(b))
+        return false;
+    for (i = 0; i < n; i++)
+        differ = (uint8_t)(differ | (p[i] ^ q[i]));
+    return !differ;
 }
 
 /* A program's own array: at[1], which holds the tag of a received field, is NULL. */
@@ -5808,6 +5878,7 @@ struct crpc_loop {
     int64_t stack_size;
     int64_t max_results;
     crpc_loop_stats stats;
+    uint32_t lost; /* connections of channels that have ended, and dials that have failed */
 };
 
 CRPCI_FN void crpci_loop_lock(crpc_loop *l)
@@ -8316,6 +8387,10 @@ struct crpci_conn {
     void *owner;
     crpci_sock_name peer;
     void *account; /* a server's account of the peer's host; NULL: none */
+    crpci_chunk *identity; /* a server's: who the peer is; NULL: not authenticated */
+    /* Asked about each message when its head has come, perhaps again with its body. False: the
+     * owner has refused it. NULL: all pass. */
+    bool (*screen)(struct crpci_conn *c, const crpci_message *m);
     uint32_t refs;
     uint32_t busy; /* requests being served */
     uint32_t gone; /* atomic: the peer sends no more, or the connection is closed */
@@ -8325,6 +8400,7 @@ struct crpci_conn {
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
     bool refused; /* accepted over max_connections, only to say so */
+    bool shut;    /* further input is dropped */
     bool unread; /* input is waiting: it could not be read while another thread wrote */
     uint32_t max_body;
     int64_t max_skip;
@@ -8956,11 +9032,18 @@ CRPCI_FN crpci_message_kind crpci_receive_kind(const crpci_conn *c)
     return c->protocols ? CRPCI_MESSAGE_REQUEST : CRPCI_MESSAGE_REPLY;
 }
 
+/* For protocols: whether a message of which perhaps only the head has come may go on. False: it was
+ * refused, and further input is dropped. */
+CRPCI_FN bool crpci_receive_passes(crpci_conn *c, const crpci_message *m)
+{
+    return CRPCI_LIKELY(!c->screen) || c->screen(c, m);
+}
+
 /* For protocols: passes a complete message to the connection's owner. May close the connection. */
 CRPCI_FN void crpci_receive_deliver(crpci_conn *c, crpci_message *m)
 {
     c->active_us = c->arrived_us;
-    if (!crpci_conn_ordered(c) || crpci_receive_place(c, m))
+    if ((!crpci_conn_ordered(c) || crpci_receive_place(c, m)) && crpci_receive_passes(c, m))
         c->up->message(c, m);
 }
 
@@ -8971,11 +9054,12 @@ CRPCI_COLD void crpci_receive_oversize(crpci_conn *c, crpci_message *m, uint64_t
                                        uint64_t skip)
 {
     c->active_us = c->arrived_us;
+    if ((crpci_conn_ordered(c) && !crpci_receive_place(c, m)) || !crpci_receive_passes(c, m))
+        return;
     c->skip = skip;
     if (skip)
         crpci_receive_begun(c);
-    if (!crpci_conn_ordered(c) || crpci_receive_place(c, m))
-        c->up->oversize(c, m, size);
+    c->up->oversize(c, m, size);
 }
 
 /* Fixes the connection's protocol. False: out of memory, and the connection was closed. */
@@ -9089,7 +9173,7 @@ CRPCI_FN size_t crpci_receive_feed_one(crpci_conn *c, crpci_chunk *chunk, const 
 CRPCI_FN void crpci_receive_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_t *p, size_t n)
 {
     int frames = 0;
-    while (n && !c->closed) {
+    while (n && !c->closed && !c->shut) {
         size_t used;
         if (frames++ == CRPCI_CONN_FRAMES || c->paused) {
             crpci_heap_chunk_ref(chunk);
@@ -9417,29 +9501,60 @@ CRPCI_FN void crpci_baidu_full(const crpci_meta *meta, crpci_message *m, size_t 
     m->credential = meta->credential;
 }
 
+/* Fills a message with what the meta of a frame says about its sender and its reply, before or
+ * without its body. False: more bytes are needed, or the connection was closed. */
+CRPCI_COLD bool crpci_baidu_head(crpci_conn *c, const uint8_t *p, size_t n, uint32_t size,
+                                 crpci_message *m)
+{
+    crpci_meta meta;
+    if (size > CRPCI_BAIDU_META_MAX) {
+        crpci_receive_bad(c, "the peer's RpcMeta is over 64 KiB");
+        return false;
+    }
+    c->rx_total = (size_t)CRPCI_FRAME_HEADER + size;
+    if (n < c->rx_total)
+        return false;
+    if (!crpci_meta_read(p + CRPCI_FRAME_HEADER, size, &meta)) {
+        crpci_receive_bad(c, "the peer's RpcMeta does not decode");
+        return false;
+    }
+    memset(m, 0, sizeof *m);
+    m->kind = crpci_receive_kind(c);
+    m->id = meta.correlation_id;
+    m->credential = meta.credential;
+    return true;
+}
+
 /* A body over the limit: reads the meta, which names the call to answer with an error, and skips
  * the rest. Closes the connection instead if even skipping would exceed max_skip. */
 CRPCI_COLD size_t crpci_baidu_oversize(crpci_conn *c, const uint8_t *p, size_t n, uint32_t body,
                                        uint32_t size)
 {
-    crpci_meta meta;
     crpci_message m;
     if ((int64_t)body > c->max_skip) {
         crpci_receive_bad(c, "the peer announced a body over max_skip");
         return 0;
     }
-    c->rx_total = (size_t)CRPCI_FRAME_HEADER + size;
-    if (n < c->rx_total)
+    if (!crpci_baidu_head(c, p, n, size, &m))
         return 0;
-    if (!crpci_meta_read(p + CRPCI_FRAME_HEADER, size, &meta)) {
-        crpci_receive_bad(c, "the peer's RpcMeta does not decode");
-        return 0;
-    }
-    memset(&m, 0, sizeof m);
-    m.kind = crpci_receive_kind(c);
-    m.id = meta.correlation_id;
     crpci_receive_oversize(c, &m, body, (uint64_t)body - size);
     return (size_t)CRPCI_FRAME_HEADER + size;
+}
+
+/* A part of a frame: asks for the rest. Where messages are screened, it first asks for the meta
+ * alone, so that the body of one that is refused is not read. */
+CRPCI_FN size_t crpci_baidu_part(crpci_conn *c, const uint8_t *p, size_t n, uint32_t body,
+                                 uint32_t size)
+{
+    crpci_message m;
+    if (CRPCI_UNLIKELY(c->screen != NULL)) {
+        if (!crpci_baidu_head(c, p, n, size, &m))
+            return 0;
+        if (!crpci_receive_passes(c, &m))
+            return n;
+    }
+    c->rx_total = (size_t)CRPCI_FRAME_HEADER + body;
+    return 0;
 }
 
 /* The hot path of every request and reply. The message is filled member by member, not cleared: see
@@ -9466,10 +9581,8 @@ CRPCI_FN size_t crpci_baidu_feed(crpci_conn *c, crpci_chunk *chunk, const uint8_
     }
     if (CRPCI_UNLIKELY(body > c->max_body))
         return crpci_baidu_oversize(c, p, n, body, size);
-    if (n < (size_t)CRPCI_FRAME_HEADER + body) {
-        c->rx_total = (size_t)CRPCI_FRAME_HEADER + body;
-        return 0;
-    }
+    if (n < (size_t)CRPCI_FRAME_HEADER + body)
+        return crpci_baidu_part(c, p, n, body, size);
     p += CRPCI_FRAME_HEADER;
     m.usual = crpci_meta_read_usual(p, size, c->expect, &meta);
     if (CRPCI_UNLIKELY(!m.usual) && !crpci_meta_read(p, size, &meta)) {
@@ -16652,6 +16765,7 @@ CRPC_API int64_t crpc_registry_session(crpc_registry *r)
 
 #define CRPCI_REQUEST_LONGEST_MS 86400000 /* no call waits longer than a day */
 #define CRPCI_REQUEST_RETRIES 16   /* attempts that fail immediately recurse: bounds the stack */
+#define CRPCI_REQUEST_ASK_US 1000000 /* between two askings for a credential */
 #define CRPCI_REQUEST_INLINE  4096 /* attachments up to this size are copied behind the message */
 
 /* The values of cluster=, in the order of crpc_cluster. */
@@ -16678,6 +16792,17 @@ typedef struct crpci_request_source {
     crpc_loop *loop;
     const crpci_protocol *protocol;
     char *credential; /* NULL: none */
+    struct {
+        crpc_credential_fn fn; /* NULL: none, or the channel is closed */
+        void *user;
+        crpci_chunk *chunk; /* what it gave last; NULL: nothing yet */
+        size_t size;
+        int64_t asked_us;
+        uint32_t lost; /* loop->lost when it was asked */
+        bool asking;   /* it is running */
+        crpci_task answered; /* the channel's: queued when it has returned */
+    } ask; /* of security.credential_fn, under the loop's lock */
+    bool asks; /* its credential comes from a function */
     bool short_names;
     bool intercepted; /* interceptors may have added fields */
     bool ids;         /* every request gets an id */
@@ -16706,6 +16831,7 @@ typedef struct crpci_request {
     crpc_view names;      /* this and the rest as in crpci_message */
     int64_t log_id, trace_id, span_id, parent_span_id;
     bool identified; /* it has a request id: a server with replay_entries executes it once */
+    bool asked;      /* its credential came from the channel's function */
 } crpci_request;
 
 /* --- the caller's crpc_call ------------------------------------------------------------------- */
@@ -16903,6 +17029,78 @@ CRPCI_COLD void crpci_request_source_free(crpci_request_source *s)
         crpci_heap_free(h, m, m->size);
     }
     crpci_heap_strfree(h, s->credential);
+    crpci_heap_chunk_unref(s->ask.chunk);
+}
+
+/* --- the credential of a function ------------------------------------------------------------- */
+
+/* Whether the program may be asked for its credential now. Locked. */
+CRPCI_COLD bool crpci_request_may_ask(const crpci_request_source *s)
+{
+    return s->ask.fn && !s->ask.asking &&
+           crpci_loop_now(s->loop) - s->ask.asked_us >= CRPCI_REQUEST_ASK_US;
+}
+
+/* Asks the program for its credential, if it may be asked now. Without the lock. */
+CRPCI_COLD void crpci_request_ask(crpci_request_source *s)
+{
+    crpc_loop *l = s->loop;
+    crpc_credential_fn fn = NULL;
+    crpci_chunk *chunk;
+    int n = -1;
+    crpci_loop_lock(l);
+    if (crpci_request_may_ask(s)) {
+        fn = s->ask.fn;
+        s->ask.asking = true;
+        s->ask.asked_us = crpci_loop_now(l);
+        s->ask.lost = l->lost;
+    }
+    crpci_loop_unlock(l);
+    if (!fn)
+        return;
+    chunk = crpci_heap_chunk(l->heap, CRPC_CREDENTIAL_MAX);
+    if (chunk)
+        n = fn(s->ask.user, (char *)crpci_heap_data(chunk), CRPC_CREDENTIAL_MAX);
+    crpci_loop_lock(l);
+    s->ask.asking = false;
+    if (n >= 0 && n <= CRPC_CREDENTIAL_MAX) {
+        crpci_chunk *former = s->ask.chunk;
+        s->ask.chunk = chunk;
+        s->ask.size = (size_t)n;
+        chunk = former;
+    }
+    if (s->ask.fn) {
+        crpci_loop_queue(&l->resume, &s->ask.answered);
+        crpci_loop_kick(l);
+    }
+    crpci_loop_unlock(l);
+    crpci_heap_chunk_unref(chunk);
+}
+
+/* The credential that a function gave last. Locked. */
+CRPCI_COLD crpc_view crpci_request_latest(const crpci_request_source *s)
+{
+    return crpc_view_of(s->ask.chunk ? crpci_heap_data(s->ask.chunk) : NULL, s->ask.size);
+}
+
+/* The credential for a new request; asks for it anew if a connection was lost. *held keeps its
+ * bytes. Without the lock. */
+CRPCI_COLD crpc_view crpci_request_present(crpci_request_source *s, crpci_chunk **held)
+{
+    crpc_view v;
+    bool lost;
+    crpci_loop_lock(s->loop);
+    lost = s->ask.lost != s->loop->lost;
+    crpci_loop_unlock(s->loop);
+    if (lost)
+        crpci_request_ask(s);
+    crpci_loop_lock(s->loop);
+    v = crpci_request_latest(s);
+    *held = s->ask.chunk;
+    if (*held)
+        crpci_heap_chunk_ref(*held);
+    crpci_loop_unlock(s->loop);
+    return v;
 }
 
 /* --- encoding --------------------------------------------------------------------------------- */
@@ -17001,8 +17199,11 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
 {
     const crpci_protocol *p = s->protocol;
     const crpc_method *m = k->method;
-    crpc_view credential = crpc_view_data(call->credential) ? call->credential
-                                                            : crpc_view_str(s->credential);
+    bool own = crpc_view_data(call->credential) != NULL, asked = s->asks && !own;
+    crpci_chunk *held = NULL;
+    crpc_view credential = asked ? crpci_request_present(s, &held)
+                           : own ? call->credential
+                                 : crpc_view_str(s->credential);
     /* Without interceptors the member may be a remnant of a call on another channel. */
     size_t added = s->intercepted ? (size_t)(uintptr_t)call->reserved[CRPCI_CALL_ADDED_LEN] : 0;
     char id_text[33];
@@ -17015,15 +17216,19 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     crpci_message_out o;
     crpci_request *r;
     int err = CRPC_ENOMEM;
-    if (crpci_request_lacks_policy(&call->policy))
+    if (crpci_request_lacks_policy(&call->policy)) {
+        crpci_heap_chunk_unref(held);
         return crpci_request_refuse(error, m, CRPC_EUNSUPPORTED, "policy: not compiled in: ",
                                     "CRPC_ENABLE_POLICY is 0");
+    }
     o.heap = s->loop->heap;
     o.len = base;
     o.lent = o.no_memory = false;
     o.chunk = crpci_heap_chunk(o.heap, base + room + m->request_size + 64);
-    if (!o.chunk)
+    if (!o.chunk) {
+        crpci_heap_chunk_unref(held);
         return crpci_request_refuse(error, m, err, "request not encoded: ", why);
+    }
     crpci_request_put_fields(p, &o, call, added, id);
     fields = o.len - base;
     room += fields + secret;
@@ -17034,6 +17239,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
         o.len = payload;
         err = crpci_message_encode(&o, m->request, request, &why);
     }
+    crpci_heap_chunk_unref(held);
     if (!err && room > CRPCI_PROTOCOL_HEAD_MAX) {
         err = CRPC_EINVAL;
         why = "fields and credential are over 64 KiB together";
@@ -17060,6 +17266,7 @@ CRPCI_FN int crpci_request_encode(crpci_request_source *s, const crpci_method *k
     r->attachment = attached > copied ? call->attachment : crpc_view_of(NULL, 0);
     r->names = k->names;
     r->identified = crpc_view_data(id) != NULL;
+    r->asked = asked;
     crpci_request_inherit(call, r);
     crpci_request_frame(r)->queued = false; /* sending sets the other members */
     *out = r;
@@ -17131,6 +17338,36 @@ CRPCI_FN bool crpci_request_renew(crpci_request *r, const crpci_chunk *block)
     if (!chunk)
         return false;
     crpci_request_copy(r, &old, chunk, 0);
+    if (old.chunk != block)
+        crpci_heap_chunk_unref(old.chunk);
+    return true;
+}
+
+/* Puts another credential into a request, which moves to a chunk of its own. False: as
+ * crpci_request_renew. */
+CRPCI_COLD bool crpci_request_replace(crpci_request *r, const crpci_chunk *block,
+                                      crpc_view credential)
+{
+    crpci_request old = *r;
+    const uint8_t *from = (const uint8_t *)(crpci_request_frame(r) + 1);
+    size_t n = crpc_view_size(credential), more = 2 * n; /* as bytes, and in the head */
+    crpci_chunk *chunk;
+    uint8_t *to;
+    if (crpci_request_frame(r)->queued && crpc_view_data(r->attachment))
+        return false;
+    chunk = crpci_heap_chunk(old.chunk->heap, crpci_request_size(r) + more);
+    if (!chunk)
+        return false;
+    r->chunk = chunk;
+    r->front = 0;
+    r->credential_size = n;
+    r->payload = old.payload - 2 * old.credential_size + more;
+    to = (uint8_t *)(crpci_request_frame(r) + 1);
+    memcpy(to, from, r->fields_size);
+    if (n)
+        memcpy(to + r->fields_size, crpc_view_data(credential), n);
+    memcpy(to + r->payload, from + old.payload, r->payload_size + r->inline_size);
+    crpci_request_frame(r)->queued = false;
     if (old.chunk != block)
         crpci_heap_chunk_unref(old.chunk);
     return true;
@@ -17341,6 +17578,7 @@ typedef struct crpci_endpoint_options {
     uint32_t inflight;      /* requests in flight on the connection; 0: no limit */
     uint32_t max_body;
     int64_t max_queued; /* 0: no limit */
+    uint64_t credential; /* a hash of its source; a server knows a connection by its credential */
 } crpci_endpoint_options;
 
 typedef struct crpci_endpoint crpci_endpoint;
@@ -17564,7 +17802,8 @@ CRPCI_FN void crpci_endpoint_on_opened(crpci_conn *conn)
 }
 
 /* A reply. CRPC_ELOGOFF means that the server is stopping: the endpoint is not chosen for a
- * second. */
+ * second. After CRPC_EAUTH brpc's servers, and crpc's, close the connection: the next request must
+ * not be written into it. */
 CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m)
 {
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
@@ -17576,6 +17815,8 @@ CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m
         e->usable_at = crpci_loop_now(e->loop) + CRPCI_ENDPOINT_BACKOFF_MAX;
     crpci_endpoint_detach(a);
     a->sent = CRPC_SENT_YES;
+    if (!m->usual && m->status == CRPC_EAUTH && !e->active_count)
+        crpci_conn_close(conn, CRPC_ECLOSE, 0);
     if (!m->usual && m->unsupported && !m->status) {
         char cause[CRPC_ERROR_TEXT_MAX];
         crpci_status_format(cause, sizeof cause, "reply: %s", m->unsupported);
@@ -17637,6 +17878,7 @@ CRPCI_FN void crpci_endpoint_fail(crpci_endpoint *e, bool connecting, int why, i
                                              : crpc_status_text(why),
                         connecting && why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
     e->refs++; /* a failing attempt drops its reference to the endpoint */
+    e->loop->lost++;
     e->last_errno = system_error;
     e->refused = connecting;
     if (connecting || e->failures)
@@ -17719,7 +17961,8 @@ CRPCI_FN bool crpci_endpoint_same_options(const crpci_endpoint_options *a,
                                           const crpci_endpoint_options *b)
 {
     return a->protocol == b->protocol && a->inflight == b->inflight && a->max_body == b->max_body &&
-           a->max_queued == b->max_queued && a->connect_timeout_ms == b->connect_timeout_ms;
+           a->max_queued == b->max_queued && a->connect_timeout_ms == b->connect_timeout_ms &&
+           a->credential == b->credential;
 }
 
 /* Finds or makes the loop's endpoint for an address, for a channel that wants its connection.
@@ -18284,6 +18527,8 @@ struct crpc_channel {
     uint32_t refs; /* atomic: the program's, and one of each pending call */
     crpci_list calls;   /* all pending calls but parts */
     crpci_list waiting; /* attempts that wait for a list of providers */
+    crpci_list refused; /* attempts that wait for another credential */
+    crpci_task ask;     /* asks for it, where no synchronous caller does */
     crpci_request_source requests;
     crpci_providers providers;
     const crpci_cluster_ops *cluster;
@@ -18331,6 +18576,8 @@ struct crpci_pending_call {
     uint64_t key;       /* for lb=hash; 0: none */
     crpci_pending_call *parent; /* of a part */
     crpci_group *group;         /* its parts; NULL: none */
+    bool refused; /* a server has refused its credential once */
+    bool asks;    /* its caller, which waits, is to ask for another */
     crpc_sent before; /* the most that failed attempts sent, but for those refused unexecuted */
     crpci_waiter *waiter; /* on the stack of the thread that waits for the end; NULL: none does */
     crpc_error *error; /* the caller's, or in error_chunk; NULL: not wanted, or no memory */
@@ -18376,6 +18623,7 @@ CRPCI_FN void crpci_attempt_init(crpci_pending_call *c, crpc_channel *ch, const 
     c->key = 0;
     c->parent = NULL;
     c->group = NULL;
+    c->refused = c->asks = false;
     c->waiter = NULL;
     c->error = NULL;
     c->error_chunk = NULL;
@@ -18769,8 +19017,72 @@ CRPCI_FN crpci_outcome crpci_attempt_outcome(int code)
     }
 }
 
+/* The server has refused the credential of a call, and not executed its request. If another one is
+ * to be had, the call waits until the program has been asked for it, by the caller if that waits.
+ * False: the call ends. */
+CRPCI_COLD bool crpci_attempt_reauthenticate(crpci_pending_call *c)
+{
+    crpc_channel *ch = c->channel;
+    crpci_request_source *s = &ch->requests;
+    const crpci_request *r = &c->attempt.request;
+    crpc_view sent = crpc_view_of((const uint8_t *)(crpci_request_frame(r) + 1) + r->fields_size,
+                                  r->credential_size);
+    bool may = crpci_request_may_ask(s);
+    if (!r->asked || c->refused || c->kind >= CRPCI_CALL_PART || c->group || ch->closed ||
+        (!may && !s->ask.asking && crpc_secret_equal(sent, crpci_request_latest(s))))
+        return false;
+    c->refused = true;
+    crpci_attempt_end(c, CRPCI_OUTCOME_IGNORE);
+    c->attempt.state = CRPCI_ATTEMPT_WAITING;
+    crpci_list_append(&ch->refused, &c->attempt.link);
+    c->asks = may && c->kind == CRPCI_CALL_SYNC;
+    if (c->asks) {
+        crpci_drive_end_wait(ch->loop, c->waiter);
+    } else if (may) {
+        crpci_loop_ready(ch->loop, &ch->ask);
+    } else if (!s->ask.asking) { /* another thread has asked meanwhile */
+        crpci_loop_queue(&ch->loop->resume, &s->ask.answered);
+        crpci_loop_kick(ch->loop);
+    }
+    return true;
+}
+
+/* Asks for a credential, for calls that nobody waits for. */
+CRPCI_COLD void crpci_attempt_on_ask(crpc_loop *l, crpci_task *task)
+{
+    crpc_channel *ch = CRPCI_CONTAINER(task, crpc_channel, ask);
+    crpci_thread_ref(&ch->refs);
+    crpci_loop_user_begin(l);
+    crpci_request_ask(&ch->requests);
+    crpci_loop_user_end(l);
+    crpci_attempt_drop_channel(ch);
+}
+
+/* The program was asked for a credential: the calls that wait for one are made once more. */
+CRPCI_COLD void crpci_attempt_on_answered(crpc_loop *l, crpci_task *task)
+{
+    crpc_channel *ch = CRPCI_CONTAINER(task, crpc_channel, requests.ask.answered);
+    crpci_list now;
+    (void)l;
+    crpci_list_move(&now, &ch->refused);
+    while (!crpci_list_empty(&now)) {
+        crpci_attempt *a = CRPCI_CONTAINER(now.next, crpci_attempt, link);
+        crpci_pending_call *c = crpci_attempt_call(a);
+        crpci_member *m = NULL;
+        crpci_list_remove(&a->link);
+        a->state = CRPCI_ATTEMPT_IDLE;
+        if (crpci_request_replace(&a->request, c->block, crpci_request_latest(&ch->requests)))
+            m = crpci_attempt_next(c, CRPC_EAUTH, false);
+        if (m)
+            crpci_attempt_start(c, m);
+        else
+            crpci_attempt_give_up(c, CRPC_EAUTH, "the server refuses the credential", "");
+    }
+}
+
 /* A reply has come. One of a server that is stopping or at a limit counts as a failed attempt, if
- * there is another provider to try; any other one ends the call. */
+ * there is another provider to try, and one that refuses the credential may be worth another one;
+ * any other one ends the call. */
 CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
 {
     crpci_pending_call *c = crpci_attempt_call(a);
@@ -18782,6 +19094,9 @@ CRPCI_FN void crpci_attempt_replied(crpci_attempt *a, const crpci_message *m)
                                  : CRPCI_STATUS_TEXT("the server is stopping"));
         return;
     }
+    if (CRPCI_UNLIKELY(a->request.asked) && !m->usual && m->status == CRPC_EAUTH &&
+        crpci_attempt_reauthenticate(c))
+        return;
     crpci_reply_take(&a->reply, c->channel->loop, a->endpoint->options.protocol, m);
     crpci_attempt_end(c, crpci_attempt_outcome(a->reply.status));
     crpci_attempt_finish(c, CRPC_OK);
@@ -19505,6 +19820,17 @@ CRPCI_FN int crpci_channel_result(crpci_pending_call *c, void *response, crpc_ca
 
 /* --- synchronous ------------------------------------------------------------------------------ */
 
+/* A synchronous caller asks for another credential, and waits on. Locked; unlocks meanwhile. */
+CRPCI_COLD void crpci_channel_ask(crpc_loop *l, crpci_pending_call *c, crpci_waiter *w)
+{
+    c->asks = false;
+    w->done = c->attempt.state == CRPCI_ATTEMPT_DONE;
+    crpci_loop_unlock(l);
+    crpci_request_ask(&c->channel->requests);
+    crpci_loop_lock(l);
+    crpci_drive_wait(l, w, c->attempt.deadline_us, false);
+}
+
 /* Runs one call to its end: makes attempts and drives the loop, or follows its driver, until the
  * call has ended or its deadline has passed. Unlocks. crpci_request_settle waits until no thread
  * sends from the attachment that was borrowed. */
@@ -19515,6 +19841,8 @@ CRPCI_FN void crpci_channel_run(crpc_loop *l, crpci_pending_call *c)
     c->waiter = &w;
     crpci_channel_launch(l, c);
     crpci_drive_wait(l, &w, c->attempt.deadline_us, false);
+    if (CRPCI_UNLIKELY(c->asks))
+        crpci_channel_ask(l, c, &w);
     c->waiter = NULL;
     if (c->attempt.state != CRPCI_ATTEMPT_DONE) {
         crpci_attempt_expire(c);
@@ -19810,6 +20138,9 @@ CRPC_API void crpc_channel_close(crpc_channel *ch)
 #endif
     crpci_loop_lock(l);
     crpci_channel_cancel_all(ch);
+    ch->requests.ask.fn = NULL;
+    crpci_list_remove(&ch->ask.link);
+    crpci_list_remove(&ch->requests.ask.answered.link);
     crpci_providers_clear(&ch->providers);
     crpci_attempt_drop_channel(ch);
     crpci_channel_flush(l); /* calls of other channels for the slots */
@@ -20306,6 +20637,33 @@ CRPCI_COLD int crpci_opening_directory(crpc_channel *ch, crpci_url *u,
 
 #endif /* CRPCI_DIRECTORY */
 
+/* Sets up the channel's credential, and asks for it if a function gives it. Channels share a
+ * connection only if they have the same source of their credential. */
+CRPCI_COLD int crpci_opening_security(crpc_channel *ch, const crpc_security_options *o,
+                                      crpc_error *error)
+{
+    static const uint64_t secret[2] = {0, 0};
+    crpci_request_source *s = &ch->requests;
+    const void *source[2];
+    if (o->credential_fn) {
+        memcpy(&source[0], &o->credential_fn, sizeof source[0]);
+        source[1] = o->credential_user;
+        ch->providers.endpoint.credential = crpci_base_siphash(secret, source, sizeof source);
+        s->ask.fn = o->credential_fn;
+        s->ask.user = o->credential_user;
+        s->ask.asked_us = -CRPCI_REQUEST_ASK_US;
+        s->asks = true;
+        crpci_request_ask(s);
+    } else if (o->credential) {
+        size_t n = strlen(o->credential);
+        ch->providers.endpoint.credential = crpci_base_siphash(secret, o->credential, n);
+        s->credential = crpci_heap_strndup(ch->loop->heap, o->credential, n);
+        if (!s->credential)
+            return crpci_status_set(error, CRPC_ENOMEM, "channel: out of memory");
+    }
+    return CRPC_OK;
+}
+
 /* Steps that can fail without a channel come first, then the channel is made; from there on
  * crpc_channel_close undoes the rest. */
 CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
@@ -20348,18 +20706,16 @@ CRPC_API int crpc_channel_open(crpc_channel **channel, const char *url,
     ch->refs = 1;
     crpci_list_init(&ch->calls);
     crpci_list_init(&ch->waiting);
+    crpci_list_init(&ch->refused);
+    crpci_loop_task_init(&ch->ask, crpci_attempt_on_ask);
+    crpci_loop_task_init(&ch->requests.ask.answered, crpci_attempt_on_answered);
     crpci_loop_hold(l);
     crpci_opening_configure(ch, &o);
     err = crpci_balance_open(&ch->providers.balance, o.balancer, crpci_loop_seed(l));
     if (err)
         crpci_status_set(error, err,
                          "lb: this balancer is not compiled in: CRPC_ENABLE_POLICY is 0");
-    if (!err && o.security.credential) {
-        ch->requests.credential =
-            crpci_heap_strndup(l->heap, o.security.credential, strlen(o.security.credential));
-        if (!ch->requests.credential)
-            err = crpci_status_set(error, CRPC_ENOMEM, "channel: out of memory");
-    }
+    err = err ? err : crpci_opening_security(ch, &o.security, error);
     if (err)
         ;
     else if (!crpci_opening_has_registry(u.scheme))
@@ -20803,6 +21159,7 @@ typedef struct crpci_replay_entry {
     crpci_list age;     /* finished: in the order in which requests finished */
     crpci_list waiting; /* executing: links of the repeated requests that wait for its reply */
     const void *method;
+    uint64_t principal; /* hash of the identity that sent the request */
     void *owner;     /* the account that the entry is charged to */
     uint64_t hash;   /* of method and id */
     uint64_t digest; /* of the request's bytes: another request with the same id is refused */
@@ -20883,10 +21240,10 @@ CRPCI_COLD uint64_t crpci_replay_hash(const crpci_replay *r, const void *method,
            crpci_base_mix((uint64_t)(uintptr_t)method);
 }
 
-/* Finds the entry of a request by its method and its id, which has at most CRPCI_REPLAY_ID_MAX
- * bytes. NULL: the request is new, or its entry has expired. */
-CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *method, crpc_view id,
-                                               int64_t now)
+/* Finds the entry of a request by its method, its sender and its id, which has at most
+ * CRPCI_REPLAY_ID_MAX bytes. NULL: the request is new, or its entry has expired. */
+CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *method,
+                                               uint64_t principal, crpc_view id, int64_t now)
 {
     uint64_t hash = crpci_replay_hash(r, method, id);
     crpci_list *bucket = &r->buckets[hash & (r->bucket_count - 1)], *i;
@@ -20894,7 +21251,8 @@ CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *meth
     crpci_replay_expire(r, now);
     for (i = bucket->next; i != bucket; i = i->next) {
         crpci_replay_entry *e = CRPCI_CONTAINER(i, crpci_replay_entry, link);
-        if (e->hash == hash && e->method == method && e->id_size == n &&
+        if (e->hash == hash && e->method == method && e->principal == principal &&
+            e->id_size == n &&
             memcmp(e->id, crpc_view_data(id), n) == 0)
             return e;
     }
@@ -20903,8 +21261,9 @@ CRPCI_FN crpci_replay_entry *crpci_replay_find(crpci_replay *r, const void *meth
 
 /* Adds the entry of a new request that begins to execute. NULL: none is free, or out of memory; the
  * request must be refused then. */
-CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *method, crpc_view id,
-                                              uint64_t digest, void *owner)
+CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *method,
+                                              uint64_t principal, crpc_view id, uint64_t digest,
+                                              void *owner)
 {
     uint64_t hash = crpci_replay_hash(r, method, id);
     crpci_replay_entry *e = NULL;
@@ -20913,6 +21272,7 @@ CRPCI_FN crpci_replay_entry *crpci_replay_add(crpci_replay *r, const void *metho
     if (!e)
         return NULL;
     e->method = method;
+    e->principal = principal;
     e->owner = owner;
     e->hash = hash;
     e->digest = digest;
@@ -21515,6 +21875,7 @@ struct crpc_context {
     crpci_chunk *attachment_chunk;
     crpci_out *reply; /* of a concluded request; NULL: no memory, or the server has stopped */
     crpc_view credential;
+    crpci_chunk *identity; /* the connection's when the request came, a reference; NULL: none */
 };
 
 /* Whether a request has a guard. Constant without CRPC_ENABLE_POLICY, so that the compiler drops
@@ -21730,6 +22091,7 @@ CRPCI_FN void crpci_context_free(crpc_context *x)
     }
     crpci_heap_chunk_unref(x->fields.chunk);
     crpci_heap_chunk_unref(x->attachment_chunk);
+    crpci_heap_chunk_unref(x->identity);
     crpci_heap_chunk_unref(x->chunk);
     crpci_heap_chunk_unref(x->block);
 }
@@ -22060,6 +22422,10 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
         x->origin.trace_id = m->trace_id;
         x->origin.span_id = m->span_id;
     }
+    if (CRPCI_UNLIKELY(conn->identity != NULL)) {
+        x->identity = conn->identity;
+        crpci_heap_chunk_ref(x->identity);
+    }
     x->origin.deadline_us =
         m->timeout_ms > 0 ? conn->active_us + (int64_t)m->timeout_ms * 1000 : INT64_MAX;
     crpci_loop_task_init(&x->task, crpci_context_task);
@@ -22153,6 +22519,111 @@ CRPC_API const char *crpc_context_peer(crpc_context *x)
 }
 
 /* ======================================================================== */
+/* >>impl-auth   who sent a request: a connection's credential and identity */
+/* ======================================================================== */
+
+/* The one place where a server decides whether it serves a peer: the screen of its connections. It
+ * sees each message before its body is buffered, and before its names are looked up. Only a success
+ * marks a connection; each request keeps the identity that its connection had when it came. All
+ * functions need the loop's lock, but for crpc_context_identity. */
+
+/* A success, in a chunk of its own. The credential stands behind it. */
+typedef struct crpci_auth_grant {
+    crpc_identity identity;
+    int64_t until_us; /* INT64_MAX: as long as the connection lasts */
+    size_t size;      /* of the credential */
+} crpci_auth_grant;
+
+CRPCI_FN const crpci_auth_grant *crpci_auth_read(const crpci_chunk *c)
+{
+    return (const crpci_auth_grant *)(const void *)((const uint8_t *)c + CRPCI_CHUNK_HEADER);
+}
+
+CRPC_API const char *crpc_context_identity(const crpc_context *x)
+{
+    return x->identity ? crpci_auth_read(x->identity)->identity.name : "";
+}
+
+/* Ends a connection's identity; requests that came under it keep it. */
+CRPCI_FN void crpci_auth_forget(crpci_conn *conn)
+{
+    crpci_heap_chunk_unref(conn->identity);
+    conn->identity = NULL;
+}
+
+/* Whether the identity of a connection is also that of a message with this credential. */
+CRPCI_FN bool crpci_auth_holds(const crpc_server *s, const crpci_conn *conn, crpc_view credential)
+{
+    const crpci_auth_grant *g;
+    if (!conn->identity)
+        return false;
+    g = crpci_auth_read(conn->identity);
+    if (g->until_us != INT64_MAX && crpci_loop_now(conn->loop) >= g->until_us)
+        return false;
+    return (!crpc_view_size(credential) && !s->options.access.every_message) ||
+           crpc_secret_equal(credential, crpc_view_of(g + 1, g->size));
+}
+
+/* Asks the program who a connection's peer is. Returns NULL, or why the peer is refused. */
+CRPCI_COLD const char *crpci_auth_judge(const crpc_server *s, crpci_conn *conn,
+                                        crpc_view credential)
+{
+    const crpc_access_options *o = &s->options.access;
+    size_t n = crpc_view_size(credential);
+    crpci_chunk *chunk = crpci_heap_chunk(conn->loop->heap, sizeof(crpci_auth_grant) + n);
+    crpci_auth_grant *g;
+    char peer[CRPCI_SOCK_NAME_MAX];
+    crpci_auth_forget(conn);
+    if (!chunk)
+        return CRPCI_STATUS_TEXT("out of memory");
+    g = (crpci_auth_grant *)(void *)crpci_heap_data(chunk);
+    memset(g, 0, sizeof *g);
+    crpci_sock_name_format(&conn->peer, peer, sizeof peer);
+    if (o->authenticate(o->authenticate_user, peer, n ? credential : crpc_view_of(NULL, 0),
+                        &g->identity)) {
+        crpci_heap_chunk_unref(chunk);
+        return n ? CRPCI_STATUS_TEXT("the server does not accept the request's credential")
+                 : CRPCI_STATUS_TEXT("the server asks for a credential; the request has none");
+    }
+    g->identity.name[CRPC_IDENTITY_MAX - 1] = '\0';
+    g->until_us = g->identity.valid_ms > 0
+                      ? crpci_loop_now(conn->loop) + (int64_t)g->identity.valid_ms * 1000
+                      : INT64_MAX;
+    g->size = n;
+    if (n)
+        memcpy(g + 1, crpc_view_data(credential), n);
+    conn->identity = chunk;
+    return NULL;
+}
+
+/* The screen of a server's connections. After a refusal nothing more is read: the connection closes
+ * when the requests that came before are answered. */
+CRPCI_FN bool crpci_auth_screen(crpci_conn *conn, const crpci_message *m)
+{
+    const crpc_server *s = (const crpc_server *)conn->owner;
+    crpc_view credential = m->usual ? crpc_view_of(NULL, 0) : m->credential;
+    const char *why;
+    if (CRPCI_LIKELY(crpci_auth_holds(s, conn, credential)))
+        return true;
+    why = crpci_auth_judge(s, conn, credential);
+    if (!why)
+        return true;
+    crpci_context_refuse(conn, m, CRPC_EAUTH, why);
+    conn->shut = conn->eof = true;
+    crpci_conn_interest(conn);
+    crpci_context_close_if_done(conn);
+    return false;
+}
+
+/* A hash of the identity of a connection, for what no two identities may share; 0: it has none.
+ * `secret` keeps peers from choosing names with equal hashes. */
+CRPCI_COLD uint64_t crpci_auth_principal(const crpci_conn *conn, const uint64_t secret[2])
+{
+    const char *name = conn->identity ? crpci_auth_read(conn->identity)->identity.name : "";
+    return name[0] ? crpci_base_siphash(secret, name, strlen(name)) : 0;
+}
+
+/* ======================================================================== */
 /* >>impl-guard   requests that are limited, keep an order, or come again   */
 /* ======================================================================== */
 
@@ -22168,6 +22639,7 @@ typedef struct crpci_guard {
     crpc_context *context;
     bool ordered; /* `order` is in s->guard.order, or about to be */
     crpci_order_item order;
+    uint64_t principal;        /* hash of the sender's identity; 0: it has none */
     crpc_view id;              /* request id, in the request's bytes; empty: none */
     crpci_replay_entry *entry; /* of the id, if this request is the one that executes; else NULL */
     crpci_peer_account *account; /* of the peer; the connection holds it while it is open */
@@ -22294,7 +22766,7 @@ CRPCI_COLD bool crpci_guard_remember(crpc_context *x, uint64_t digest)
     g->account->held[CRPCI_PEER_REPLAYS]++;
     if (crpci_peer_may_keep(&s->guard.peers, g->account, CRPCI_PEER_REPLAYS, r->count + 1, r->max,
                             NULL))
-        g->entry = crpci_replay_add(r, x->method, g->id, digest, g->account);
+        g->entry = crpci_replay_add(r, x->method, g->principal, g->id, digest, g->account);
     if (!g->entry)
         crpci_peer_release(&s->guard.peers, g->account, CRPCI_PEER_REPLAYS,
                            crpci_heap_now(s->heap));
@@ -22313,7 +22785,8 @@ CRPCI_COLD int crpci_guard_serve(crpc_context *x)
     if (crpc_view_size(g->id)) {
         uint64_t digest = crpci_guard_digest(x);
         crpci_thread_lock(&s->guard.lock);
-        e = crpci_replay_find(&s->guard.replay, x->method, g->id, crpci_heap_rough_now(s->heap));
+        e = crpci_replay_find(&s->guard.replay, x->method, g->principal, g->id,
+                              crpci_heap_rough_now(s->heap));
         other = e && e->digest != digest;
         waits = e && !other && !e->finished;
         if (!e)
@@ -22469,11 +22942,12 @@ CRPCI_COLD bool crpci_guard_inspect(crpc_server *s, crpci_conn *conn, const crpc
     crpc_view key;
     memset(g, 0, sizeof *g);
     g->account = (crpci_peer_account *)conn->account;
+    g->principal = crpci_auth_principal(conn, s->guard.peers.secret);
     if (fields && s->options.ordered >= 0 &&
         conn->protocol->field(m->fields, CRPCI_MESSAGE_KEY_FIELD, &key)) {
         g->ordered = true;
-        g->order.key = crpci_base_siphash(s->guard.peers.secret, crpc_view_data(key),
-                                          crpc_view_size(key));
+        g->order.key = g->principal ^ crpci_base_siphash(s->guard.peers.secret,
+                                                         crpc_view_data(key), crpc_view_size(key));
     } else if (s->options.ordered > 0) {
         g->ordered = true;
         g->order.of = conn;
@@ -22751,6 +23225,7 @@ CRPCI_FN void crpci_intake_on_closed(crpci_conn *conn)
     crpc_server *s = (crpc_server *)conn->owner;
     if (CRPC_ENABLE_POLICY && !conn->busy)
         crpci_guard_disconnect(s, conn->account);
+    crpci_auth_forget(conn);
     if (conn->refused)
         __atomic_fetch_sub(&s->listener.refusing, 1, __ATOMIC_ACQ_REL);
     __atomic_fetch_sub(&s->connections, 1, __ATOMIC_ACQ_REL);
@@ -22906,6 +23381,7 @@ CRPCI_FN void crpci_listener_configure(const crpc_server *s, crpci_conn *conn)
 {
     int64_t first = s->options.first_request_ms, idle = s->options.idle_timeout_ms;
     conn->protocols = crpci_protocols;
+    conn->screen = s->options.access.authenticate ? crpci_auth_screen : NULL;
     conn->max_body = (uint32_t)s->options.limits.max_body;
     conn->max_skip = s->options.max_skip;
     conn->frame_timeout_us = (int64_t)s->options.frame_timeout_ms * 1000;
@@ -23600,6 +24076,7 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_NUMBER(first_request_ms, 60000, 0, 86400000),
     CRPCI_LIFECYCLE_TEXT(access.allow, "allow", 0),
     CRPCI_LIFECYCLE_TEXT(access.peers, "peers", 0),
+    CRPCI_LIFECYCLE_ROW(access.every_message, "every_message", 0, 0, 0, 1),
     CRPCI_LIFECYCLE_ROW(limits.max_body, "max_body", 0, 64 << 20, INT32_MAX, INT32_MAX),
     CRPCI_LIFECYCLE_ROW(limits.max_queued, "max_queued", 0, 4 << 20, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(max_skip, 256 << 20, 0, CRPCI_OPTION_ANY),

@@ -706,9 +706,24 @@ static void nanopb_is_the_one_of_the_header(void **state)
     assert_true(crpci_message_self_check());
 }
 
+static void secrets_are_equal_if_all_their_bytes_are(void **state)
+{
+    static const char *const texts[] = {"", "a", "b", "ab", "bb", "ba", "abc"};
+    size_t i, k;
+    (void)state;
+    for (i = 0; i < sizeof texts / sizeof *texts; i++) {
+        for (k = 0; k < sizeof texts / sizeof *texts; k++)
+            assert_int_equal(crpc_secret_equal(crpc_view_str(texts[i]), crpc_view_str(texts[k])),
+                             i == k);
+    }
+    assert_true(crpc_secret_equal(crpc_view_of(NULL, 0), crpc_view_str("")));
+    assert_false(crpc_secret_equal(crpc_view_of("a\0b", 3), crpc_view_of("a\0c", 3)));
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
+        CT_TEST(secrets_are_equal_if_all_their_bytes_are),
         CT_TEST(views_of_memory),
         CT_TEST(nanopb_is_the_one_of_the_header),
         CT_TEST(arrays_of_views),

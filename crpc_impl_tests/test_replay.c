@@ -40,8 +40,8 @@ static void execute(crpci_replay *r, const void *method, const char *id, int cod
     crpci_replay_entry *e;
     crpci_chunk *c = reply_of(r->heap, code, payload);
     crpci_list waiting;
-    assert_null(crpci_replay_find(r, method, crpc_view_str(id), now));
-    e = crpci_replay_add(r, method, crpc_view_str(id), 0, NULL);
+    assert_null(crpci_replay_find(r, method, 0, crpc_view_str(id), now));
+    e = crpci_replay_add(r, method, 0, crpc_view_str(id), 0, NULL);
     assert_non_null(e);
     assert_non_null(c);
     crpci_replay_finish(r, e, c, now, &waiting);
@@ -51,7 +51,7 @@ static void execute(crpci_replay *r, const void *method, const char *id, int cod
 
 static crpci_replay_entry *find(crpci_replay *r, const void *method, const char *id, int64_t now)
 {
-    return crpci_replay_find(r, method, crpc_view_str(id), now);
+    return crpci_replay_find(r, method, 0, crpc_view_str(id), now);
 }
 
 static void a_repeated_request_is_found(void **state)
@@ -114,7 +114,7 @@ static void waiting_requests_are_given_back_in_order(void **state)
     int i;
     (void)state;
     assert_int_equal(crpci_replay_open(&r, h, 10, 1 << 20, SECOND, secret), CRPC_OK);
-    e = crpci_replay_add(&r, &method_a, crpc_view_str("id"), 0, NULL);
+    e = crpci_replay_add(&r, &method_a, 0, crpc_view_str("id"), 0, NULL);
     for (i = 0; i < 3; i++) {
         /* an executing request does not expire */
         assert_ptr_equal(find(&r, &method_a, "id", INT64_C(1) << 50), e);
@@ -143,17 +143,17 @@ static void entries_make_no_room_for_others(void **state)
     int i;
     (void)state;
     assert_int_equal(crpci_replay_open(&r, h, 4, 1 << 20, SECOND, secret), CRPC_OK);
-    running = crpci_replay_add(&r, &method_a, crpc_view_str("first"), 0, NULL);
+    running = crpci_replay_add(&r, &method_a, 0, crpc_view_str("first"), 0, NULL);
     for (i = 0; i < 3; i++) {
         snprintf(id, sizeof id, "%d", i);
         execute(&r, &method_a, id, i + 1, 10, i);
     }
-    assert_null(crpci_replay_add(&r, &method_a, crpc_view_str("new"), 0, NULL));
+    assert_null(crpci_replay_add(&r, &method_a, 0, crpc_view_str("new"), 0, NULL));
     assert_int_equal(r.count, 4);
     assert_ptr_equal(find(&r, &method_a, "first", SECOND - 1), running);
     assert_int_equal(code_of(find(&r, &method_a, "0", SECOND - 1)), 1);
     assert_null(find(&r, &method_a, "0", SECOND)); /* it expires, and makes room then */
-    assert_non_null(crpci_replay_add(&r, &method_a, crpc_view_str("new"), 0, NULL));
+    assert_non_null(crpci_replay_add(&r, &method_a, 0, crpc_view_str("new"), 0, NULL));
     crpci_replay_finish(&r, running, NULL, SECOND, &waiting);
     crpci_replay_finish(&r, find(&r, &method_a, "new", SECOND), NULL, SECOND, &waiting);
     crpci_replay_close(&r);
@@ -178,9 +178,9 @@ static void the_owner_learns_of_each_entry_that_is_gone(void **state)
     released = 0;
     assert_int_equal(crpci_replay_open(&r, h, 4, 1 << 20, SECOND, secret), CRPC_OK);
     r.release = count_release;
-    crpci_replay_finish(&r, crpci_replay_add(&r, &method_a, crpc_view_str("a"), 7, &released), NULL,
+    crpci_replay_finish(&r, crpci_replay_add(&r, &method_a, 0, crpc_view_str("a"), 7, &released), NULL,
                         0, &waiting);
-    crpci_replay_finish(&r, crpci_replay_add(&r, &method_a, crpc_view_str("b"), 8, &released), NULL,
+    crpci_replay_finish(&r, crpci_replay_add(&r, &method_a, 0, crpc_view_str("b"), 8, &released), NULL,
                         5, &waiting);
     assert_true(find(&r, &method_a, "b", 10)->digest == 8);
     assert_int_equal(released, 0);
@@ -229,7 +229,7 @@ static void memory_is_bounded(void **state)
     execute(&r, &method_a, "large", 1, 20000, 0);
     assert_true(find(&r, &method_a, "large", 0)->finished);
     assert_null(find(&r, &method_a, "large", 0)->reply);
-    for (i = 0; crpci_replay_add(&r, &method_b, crpc_view_str(id), 0, NULL); i++)
+    for (i = 0; crpci_replay_add(&r, &method_b, 0, crpc_view_str(id), 0, NULL); i++)
         snprintf(id, sizeof id, "x%d", i);
     assert_in_range(i, 5, 999); /* entries count too */
     assert_true(r.bytes <= 64 << 10);
@@ -256,7 +256,7 @@ static int scenario(const crpc_hooks *hooks, void *user)
         return err;
     err = crpci_replay_open(&r, h, 10, 1 << 20, SECOND, secret);
     if (!err) {
-        e = crpci_replay_add(&r, &method_a, crpc_view_str("id"), 0, NULL);
+        e = crpci_replay_add(&r, &method_a, 0, crpc_view_str("id"), 0, NULL);
         c = reply_of(h, 1, 10);
         err = e && c ? CRPC_OK : CRPC_ENOMEM;
         if (e)

@@ -1,0 +1,830 @@
+/* Who a server serves: credentials, identities, and what a refused peer can still do. */
+#define CRPC_IMPLEMENTATION
+#include "../crpc.h"
+#include "crpc_test.h"
+#include "crpc_net.h"
+
+/* --- an authenticator that accepts "secret-NAME" as NAME -------------------------------------- */
+
+#define DOOR_SEEN 64
+
+typedef struct door {
+    pthread_mutex_t lock;
+    int asked, served, refused;
+    bool by_request; /* "secret-old" is refused by the interceptor */
+    int valid_ms; /* of each success */
+    const char *revoked; /* a credential that is no longer accepted */
+    char peer[64];
+    char seen[DOOR_SEEN][CRPC_IDENTITY_MAX]; /* identities of the requests, in order */
+    crpc_server_interceptor interceptor;
+} door;
+
+#define DOOR_INIT {.asked = 0}
+
+static int door_judge(void *user, const char *from, crpc_view credential, crpc_identity *identity)
+{
+    door *d = (door *)user;
+    char text[CRPC_IDENTITY_MAX];
+    bool revoked;
+    pthread_mutex_lock(&d->lock);
+    d->asked++;
+    revoked = d->revoked && crpc_view_equal(credential, d->revoked);
+    snprintf(d->peer, sizeof d->peer, "%s", from);
+    identity->valid_ms = d->valid_ms;
+    pthread_mutex_unlock(&d->lock);
+    crpc_view_copy(credential, text, sizeof text);
+    if (revoked || strncmp(text, "secret-", 7) != 0)
+        return CRPC_EAUTH;
+    strcpy(identity->name, text + 7);
+    return CRPC_OK;
+}
+
+/* Without the authenticator it judges each request, and the connection stays. */
+static int door_before(void *user, crpc_context *x)
+{
+    door *d = (door *)user;
+    pthread_mutex_lock(&d->lock);
+    if (d->by_request && crpc_view_equal(crpc_context_credential(x), "secret-old")) {
+        d->refused++;
+        pthread_mutex_unlock(&d->lock);
+        return CRPC_EAUTH;
+    }
+    assert_true(d->served < DOOR_SEEN);
+    strcpy(d->seen[d->served++], crpc_context_identity(x));
+    pthread_mutex_unlock(&d->lock);
+    return CRPC_OK;
+}
+
+static int door_asked(door *d)
+{
+    int n;
+    pthread_mutex_lock(&d->lock);
+    n = d->asked;
+    pthread_mutex_unlock(&d->lock);
+    return n;
+}
+
+static void guarded_open(net *n, door *d, crpc_poller p, net_mode m)
+{
+    bool by_request = d->by_request;
+    memset(d, 0, sizeof *d);
+    pthread_mutex_init(&d->lock, NULL);
+    d->by_request = by_request;
+    d->interceptor.before = door_before;
+    d->interceptor.user = d;
+    n->server_options.access.authenticate = by_request ? NULL : door_judge;
+    n->server_options.access.authenticate_user = d;
+    n->server_options.interceptors = &d->interceptor;
+    n->server_options.interceptor_count = 1;
+    net_open(n, p, m);
+}
+
+static void guarded_close(net *n, door *d)
+{
+    net_close(n);
+    pthread_mutex_destroy(&d->lock);
+}
+
+/* --- requests with credentials, by hand ------------------------------------------------------- */
+
+/* The head of a request whose frame has a body of `body` bytes. `credential` NULL: none. */
+static void put_head(wire *w, const char *method, int64_t id, const void *credential, size_t size,
+                     const char *rid, size_t body)
+{
+    wire meta = {NULL, 0, 0}, request = {NULL, 0, 0}, entry = {NULL, 0, 0};
+    wire_str(&request, 1, "dyn.Echo");
+    wire_str(&request, 2, method);
+    wire_bytes(&meta, 1, request.p, request.n);
+    wire_int(&meta, 4, id);
+    if (credential)
+        wire_bytes(&meta, 7, credential, size);
+    if (rid) {
+        wire_str(&entry, 1, rid[0] == '=' ? "crpc-key" : "crpc-rid");
+        wire_str(&entry, 2, rid);
+        wire_bytes(&meta, 9, entry.p, entry.n);
+    }
+    wire_put(w, "PRPC", 4);
+    wire_be32(w, (uint32_t)(meta.n + body));
+    wire_be32(w, (uint32_t)meta.n);
+    wire_put(w, meta.p, meta.n);
+    wire_free(&meta);
+    wire_free(&request);
+    wire_free(&entry);
+}
+
+static void put_request(wire *w, const char *method, int64_t id, const char *credential,
+                        const char *rid)
+{
+    put_head(w, method, id, credential, credential ? strlen(credential) : 0, rid, 2);
+    wire_put(w, "\x08\x05", 2);
+}
+
+static void send_request(int fd, const char *method, int64_t id, const char *credential,
+                         const char *rid)
+{
+    wire w = {NULL, 0, 0};
+    put_request(&w, method, id, credential, rid);
+    assert_true(wire_flush(fd, &w));
+}
+
+static int64_t reply_code(int fd, int64_t id, char *text)
+{
+    wire_message m;
+    int64_t code;
+    assert_int_equal(wire_receive(fd, &m), 1);
+    assert_int_equal(m.id, id);
+    code = m.code;
+    if (text)
+        strcpy(text, m.text);
+    wire_done(&m);
+    return code;
+}
+
+static int64_t ask(int fd, int64_t id, const char *credential)
+{
+    send_request(fd, "Add", id, credential, NULL);
+    return reply_code(fd, id, NULL);
+}
+
+/* The server has closed the connection, in order or, with input unread, by a reset. */
+static void is_closed(int fd)
+{
+    wire_message m;
+    assert_true(wire_receive(fd, &m) <= 0);
+    close(fd);
+}
+
+/* --- tests ------------------------------------------------------------------------------------ */
+
+static void a_credential_in_the_first_frame_serves_for_the_connection(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        door d = DOOR_INIT;
+        net n;
+        int fd, i;
+        memset(&n, 0, sizeof n);
+        n.channel_options.security.credential = "secret-channel";
+        guarded_open(&n, &d, p, m);
+        fd = wire_connect(n.url);
+        for (i = 0; i < 5; i++)
+            assert_int_equal(ask(fd, i, i ? NULL : "secret-board"), CRPC_OK);
+        assert_int_equal(door_asked(&d), 1);
+        assert_int_equal(strncmp(d.peer, "127.0.0.1:", 10), 0);
+        for (i = 0; i < 5; i++)
+            assert_string_equal(d.seen[i], "board");
+        for (i = 0; i < 3; i++) /* crpc's own channels send it always, as jprotobuf does */
+            net_check_add(n.channel, i);
+        assert_int_equal(door_asked(&d), 2);
+        assert_string_equal(d.seen[7], "channel");
+        close(fd);
+        guarded_close(&n, &d);
+    }
+}
+
+static void a_peer_without_a_credential_is_not_served(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        door d = DOOR_INIT;
+        net n;
+        char text[512];
+        int fd;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, m);
+        fd = wire_connect(n.url);
+        send_request(fd, "Nothing", 3, NULL, NULL); /* it does not learn which methods there are */
+        assert_int_equal(reply_code(fd, 3, text), CRPC_EAUTH);
+        assert_string_equal(text, "the server asks for a credential; the request has none");
+        is_closed(fd);
+        fd = wire_connect(n.url);
+        send_request(fd, "Add", 4, "guess", NULL);
+        assert_int_equal(reply_code(fd, 4, text), CRPC_EAUTH);
+        assert_string_equal(text, "the server does not accept the request's credential");
+        is_closed(fd);
+        assert_int_equal(net_calls(&n.service), 0);
+        guarded_close(&n, &d);
+    }
+}
+
+static void frames_behind_a_refused_one_are_not_served(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        door d = DOOR_INIT;
+        net n;
+        wire w = {NULL, 0, 0};
+        int fd, i;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, NET_THREAD);
+        fd = wire_connect(n.url);
+        put_request(&w, "Add", 1, "guess", NULL);
+        for (i = 2; i < 300; i++)
+            put_request(&w, "Add", i, i % 2 ? NULL : "secret-late", NULL);
+        assert_true(wire_flush(fd, &w));
+        assert_int_equal(reply_code(fd, 1, NULL), CRPC_EAUTH);
+        is_closed(fd);
+        assert_int_equal(door_asked(&d), 1);
+        assert_int_equal(net_calls(&n.service), 0);
+        guarded_close(&n, &d);
+    }
+}
+
+/* The requests in service keep the identity with which they came, and are answered before the
+ * connection closes. */
+static void each_request_keeps_the_identity_with_which_it_came(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        static const char *const credentials[] = {"secret-A", "secret-B", NULL, "secret-A", "no"};
+        static const char *const names[] = {"A", "B", "B", "A"};
+        crpc_context *held;
+        door d = DOOR_INIT;
+        net n;
+        int fd, i;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, m);
+        fd = wire_connect(n.url);
+        for (i = 0; i < 5; i++)
+            send_request(fd, "Defer", i, credentials[i], NULL);
+        assert_int_equal(reply_code(fd, 4, NULL), CRPC_EAUTH);
+        assert_true(CT_WAIT(net_held(&n.service) == 4, NET_PATIENCE));
+        while ((held = net_take(&n.service)) != NULL) {
+            const char *name = crpc_context_identity(held);
+            int64_t id;
+            wire_message r;
+            if (m != NET_WORKERS)
+                assert_string_equal(name, names[4 - net_held(&n.service) - 1]);
+            assert_true(strcmp(name, "A") == 0 || strcmp(name, "B") == 0);
+            assert_int_equal(crpc_context_finish(held, CRPC_OK), CRPC_OK);
+            assert_int_equal(wire_receive(fd, &r), 1);
+            id = r.id;
+            wire_done(&r);
+            assert_in_range(id, 0, 3);
+        }
+        is_closed(fd);
+        assert_int_equal(door_asked(&d), 4);
+        guarded_close(&n, &d);
+    }
+}
+
+static void a_body_is_not_read_before_the_verdict(void **state)
+{
+    static const size_t sizes[] = {1 << 20, 60 << 20, 100 << 20}; /* the last: over max_body */
+    size_t i;
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p) for (i = 0; i < sizeof sizes / sizeof *sizes; i++)
+    {
+        crpc_loop_stats before, after;
+        door d = DOOR_INIT;
+        net n;
+        wire w = {NULL, 0, 0};
+        char *body = net_bytes(1 << 20);
+        int fd;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, NET_THREAD);
+        crpc_server_stats_get(n.server, &before);
+        fd = wire_connect(n.url);
+        put_head(&w, "Pass", 1, "guess", 5, NULL, sizes[i]);
+        assert_true(wire_flush(fd, &w)); /* the verdict comes without a byte of the body */
+        assert_int_equal(reply_code(fd, 1, NULL), CRPC_EAUTH);
+        is_closed(fd);
+        fd = wire_connect(n.url);
+        put_head(&w, "Pass", 2, NULL, 0, NULL, sizes[i]);
+        assert_true(wire_flush(fd, &w));
+        wire_send(fd, body, 1 << 20); /* or with part of it */
+        assert_int_equal(reply_code(fd, 2, NULL), CRPC_EAUTH);
+        is_closed(fd);
+        crpc_server_stats_get(n.server, &after);
+        assert_true(after.memory_peak - before.memory_peak < 400 << 10);
+        fd = wire_connect(n.url);
+        put_head(&w, "Add", 3, "secret-x", 8, NULL, 5 + (64 << 10)); /* and from a friend it is */
+        wire_put(&w, "\x08\x05\x9a\x06", 4); /* an unknown field */
+        wire_varint(&w, (64 << 10) - 2);
+        wire_put(&w, body, (64 << 10) - 2);
+        assert_true(wire_flush(fd, &w));
+        assert_int_equal(reply_code(fd, 3, NULL), CRPC_OK);
+        close(fd);
+        free(body);
+        guarded_close(&n, &d);
+    }
+}
+
+static void a_credential_of_a_megabyte_is_not_read(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        crpc_loop_stats before, after;
+        door d = DOOR_INIT;
+        net n;
+        wire w = {NULL, 0, 0};
+        char *credential = net_bytes(1 << 20);
+        int fd;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, NET_THREAD);
+        crpc_server_stats_get(n.server, &before);
+        fd = wire_connect(n.url);
+        put_head(&w, "Add", 1, credential, 1 << 20, NULL, 2);
+        wire_flush(fd, &w);
+        is_closed(fd);
+        crpc_server_stats_get(n.server, &after);
+        assert_true(after.memory_peak - before.memory_peak < 400 << 10);
+        assert_int_equal(after.bad_frames, 1);
+        fd = wire_connect(n.url);
+        put_head(&w, "Add", 1, credential, 60 << 10, NULL, 2);
+        wire_put(&w, "\x08\x05", 2);
+        assert_true(wire_flush(fd, &w));
+        assert_int_equal(reply_code(fd, 1, NULL), CRPC_EAUTH);
+        is_closed(fd);
+        assert_int_equal(door_asked(&d), 1);
+        free(credential);
+        guarded_close(&n, &d);
+    }
+}
+
+static void an_identity_expires(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        door d = DOOR_INIT;
+        net n;
+        int fd;
+        if (m == NET_SHARED) /* the channel would stand still with the server's clock */
+            continue;
+        memset(&n, 0, sizeof n);
+        n.time = NET_TIME_STANDS;
+        guarded_open(&n, &d, p, m);
+        d.valid_ms = 1000;
+        fd = wire_connect(n.url);
+        assert_int_equal(ask(fd, 1, "secret-A"), CRPC_OK);
+        net_time_add(999);
+        assert_int_equal(ask(fd, 2, NULL), CRPC_OK);
+        assert_int_equal(ask(fd, 3, "secret-A"), CRPC_OK);
+        assert_int_equal(door_asked(&d), 1);
+        net_time_add(1);
+        assert_int_equal(ask(fd, 4, "secret-A"), CRPC_OK); /* asked again */
+        assert_int_equal(door_asked(&d), 2);
+        net_time_add(1000);
+        assert_int_equal(ask(fd, 5, "secret-B"), CRPC_OK);
+        net_time_add(1000);
+        assert_int_equal(ask(fd, 6, NULL), CRPC_EAUTH);
+        is_closed(fd);
+        assert_int_equal(net_calls(&n.service), 5);
+        guarded_close(&n, &d);
+    }
+}
+
+static void each_message_may_have_to_bring_its_credential(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        door d = DOOR_INIT;
+        net n;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.access.every_message = 1;
+        n.channel_options.security.credential = "secret-channel";
+        guarded_open(&n, &d, p, NET_THREAD);
+        net_check_add(n.channel, 1);
+        net_check_add(n.channel, 2);
+        fd = wire_connect(n.url);
+        assert_int_equal(ask(fd, 1, "secret-A"), CRPC_OK);
+        assert_int_equal(ask(fd, 2, "secret-A"), CRPC_OK);
+        assert_int_equal(door_asked(&d), 2);
+        assert_int_equal(ask(fd, 3, NULL), CRPC_EAUTH);
+        is_closed(fd);
+        guarded_close(&n, &d);
+    }
+}
+
+/* A request that could not authenticate does not keep a connection open: nor does one that never
+ * ends. */
+static void a_peer_must_authenticate_in_time(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        door d = DOOR_INIT;
+        net n;
+        wire w = {NULL, 0, 0};
+        int fd, silent;
+        memset(&n, 0, sizeof n);
+        n.time = NET_TIME_STANDS;
+        n.server_options.first_request_ms = 1000;
+        guarded_open(&n, &d, p, NET_THREAD);
+        silent = wire_connect(n.url);
+        put_head(&w, "Add", 1, "secret-A", 8, NULL, 2);
+        assert_true(wire_send(silent, w.p, w.n - 1));
+        wire_free(&w);
+        fd = wire_connect(n.url);
+        assert_int_equal(ask(fd, 1, "secret-A"), CRPC_OK);
+        net_time_add(2000);
+        is_closed(silent);
+        assert_int_equal(ask(fd, 2, NULL), CRPC_OK);
+        close(fd);
+        guarded_close(&n, &d);
+    }
+}
+
+static void identities_do_not_share_request_ids(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        static const char *const credentials[] = {"secret-A", "secret-B", "secret-"};
+        door d = DOOR_INIT;
+        net n;
+        int fds[3], i;
+        memset(&n, 0, sizeof n);
+        n.server_options.replay_entries = 16;
+        guarded_open(&n, &d, p, NET_THREAD);
+        for (i = 0; i < 6; i++) {
+            if (i < 3)
+                fds[i] = wire_connect(n.url);
+            send_request(fds[i % 3], "Add", i, credentials[i % 3], "one id");
+            assert_int_equal(reply_code(fds[i % 3], i, NULL), CRPC_OK);
+            assert_int_equal(net_calls(&n.service), i < 3 ? i + 1 : 3);
+        }
+        for (i = 0; i < 3; i++)
+            close(fds[i]);
+        guarded_close(&n, &d);
+    }
+}
+
+static void identities_do_not_wait_for_each_others_keys(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        door d = DOOR_INIT;
+        net n;
+        crpc_context *x;
+        int fd;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, NET_THREAD);
+        fd = wire_connect(n.url);
+        send_request(fd, "Defer", 1, "secret-A", "=key");
+        send_request(fd, "Defer", 2, "secret-B", "=key");
+        assert_true(CT_WAIT(net_held(&n.service) == 2, NET_PATIENCE));
+        send_request(fd, "Defer", 3, "secret-A", "=key");
+        assert_int_equal(ask(fd, 4, NULL), CRPC_OK);
+        assert_int_equal(net_held(&n.service), 2);
+        while ((x = net_take(&n.service)) != NULL) {
+            assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_OK);
+            if (!net_held(&n.service))
+                CT_WAIT(net_calls(&n.service) == 4, NET_PATIENCE);
+        }
+        close(fd);
+        guarded_close(&n, &d);
+    }
+}
+
+/* --- channels --------------------------------------------------------------------------------- */
+
+static int add(crpc_channel *ch, crpc_error *error)
+{
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    crpc_call call = CRPC_INIT;
+    int err = dyn_Echo_Add(ch, &in, &out, &call);
+    if (error)
+        *error = call.error;
+    crpc_call_reset(&call);
+    return err;
+}
+
+/* As brpc: the first frame of a connection decides, and a refusal closes it. */
+static bool refusing_peer(peer *p, int fd, int number)
+{
+    wire_message m;
+    wire w = {NULL, 0, 0};
+    (void)p, (void)number;
+    if (wire_receive(fd, &m) == 1) {
+        wire_error(&w, m.id, CRPC_EAUTH, "Fail to authenticate", 0);
+        wire_flush(fd, &w);
+    }
+    wire_done(&m);
+    return true;
+}
+
+static void a_wrong_credential_says_so_each_time(void **state)
+{
+    crpc_poller p;
+    int how;
+    (void)state;
+    NET_EACH_POLLER(p) for (how = 0; how < 2; how++)
+    {
+        crpc_loop *loop = how ? net_loop(p) : NULL; /* a loop of its own, or one with a thread */
+        crpc_channel_options o;
+        crpc_channel *ch;
+        peer brpc;
+        int i;
+        memset(&o, 0, sizeof o);
+        o.security.credential = "wrong";
+        o.policy.timeout_ms = NET_PATIENCE;
+        peer_open(&brpc, refusing_peer, NULL);
+        if (loop)
+            assert_int_equal(crpc_loop_start(loop), CRPC_OK);
+        ch = net_channel(brpc.url, NULL, p, loop, &o);
+        for (i = 0; i < 20; i++) {
+            crpc_error error;
+            assert_int_equal(add(ch, &error), CRPC_EAUTH);
+            assert_true(error.remote);
+        }
+        crpc_channel_close(ch);
+        crpc_loop_close(loop);
+        peer_close(&brpc);
+    }
+}
+
+static void channels_with_different_credentials_share_no_connection(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        static const char *const credentials[] = {"secret-A", "secret-B", "secret-A", "wrong"};
+        crpc_channel *ch[4];
+        crpc_channel_options o;
+        door d = DOOR_INIT;
+        net n;
+        int i;
+        memset(&n, 0, sizeof n);
+        memset(&o, 0, sizeof o);
+        o.policy.timeout_ms = NET_PATIENCE;
+        guarded_open(&n, &d, p, NET_SHARED);
+        for (i = 0; i < 4; i++) {
+            o.security.credential = credentials[i];
+            ch[i] = net_channel(n.url, NULL, p, n.loop, &o);
+        }
+        for (i = 0; i < 12; i++) {
+            assert_int_equal(add(ch[i % 4], NULL), i % 4 == 3 ? CRPC_EAUTH : CRPC_OK);
+            assert_int_equal(add(n.channel, NULL), CRPC_EAUTH);
+        }
+        for (i = 0; i < 9; i++)
+            assert_string_equal(d.seen[i], credentials[i % 3] + 7);
+        assert_int_equal(d.asked, 2 + 3 + 12); /* A's connection serves two channels */
+        for (i = 0; i < 4; i++)
+            crpc_channel_close(ch[i]);
+        guarded_close(&n, &d);
+    }
+}
+
+typedef struct purse {
+    pthread_mutex_t lock;
+    door *door; /* the second asking lasts until it has refused `refusals` requests */
+    int refusals;
+    const char *credential;
+    int asked;
+} purse;
+
+static int purse_give(void *user, char *out, size_t size)
+{
+    purse *u = (purse *)user;
+    int n = -1, refused = 0;
+    while (u->door && refused < u->refusals) {
+        pthread_mutex_lock(&u->door->lock);
+        refused = u->door->refused;
+        pthread_mutex_unlock(&u->door->lock);
+        ct_sleep_ms(1);
+    }
+    pthread_mutex_lock(&u->lock);
+    u->asked++;
+    if (u->credential) {
+        n = (int)strlen(u->credential);
+        assert_true((size_t)n <= size);
+        memcpy(out, u->credential, (size_t)n);
+    }
+    pthread_mutex_unlock(&u->lock);
+    return n;
+}
+
+static void purse_open(purse *u, crpc_channel_options *o, const char *credential)
+{
+    memset(u, 0, sizeof *u);
+    pthread_mutex_init(&u->lock, NULL);
+    u->credential = credential;
+    o->security.credential_fn = purse_give;
+    o->security.credential_user = u;
+    o->policy.timeout_ms = NET_PATIENCE;
+}
+
+static int purse_asked(purse *u, const char *credential)
+{
+    int n;
+    pthread_mutex_lock(&u->lock);
+    n = u->asked;
+    u->credential = credential ? credential : u->credential;
+    pthread_mutex_unlock(&u->lock);
+    return n;
+}
+
+static void settled(void *user, int status, const dyn_Num *out, crpc_call *call)
+{
+    (void)out, (void)call;
+    __atomic_store_n((int *)user, status ? status : -1, __ATOMIC_RELEASE);
+}
+
+/* One call, in each of the forms that bring a result. */
+static int add_by(crpc_channel *ch, int form)
+{
+    dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+    int result = 0;
+    crpc_id id;
+    if (form == 0)
+        return add(ch, NULL);
+    if (form == 1) {
+        assert_int_equal(dyn_Echo_Add_begin(ch, &in, &id, NULL), CRPC_OK);
+        assert_int_equal(crpc_channel_wait(ch, id, NET_PATIENCE), CRPC_OK);
+        return dyn_Echo_Add_fetch(ch, id, &out, NULL);
+    }
+    assert_int_equal(dyn_Echo_Add_async(ch, &in, settled, &result, NULL), CRPC_OK);
+    assert_true(CT_WAIT(__atomic_load_n(&result, __ATOMIC_ACQUIRE), NET_PATIENCE));
+    return result < 0 ? CRPC_OK : result;
+}
+
+/* A channel whose clock only net_time_add moves. */
+static crpc_channel *purse_channel(purse *u, net *n, crpc_poller p, const char *credential,
+                                   crpc_loop **loop)
+{
+    crpc_loop_options lo = net_loop_options(p);
+    crpc_channel_options o;
+    net_time_begin(NET_TIME_STANDS);
+    lo.hooks.clock_us = net_clock_us;
+    assert_int_equal(crpc_loop_open(loop, &lo), CRPC_OK);
+    memset(&o, 0, sizeof o);
+    purse_open(u, &o, credential);
+    return net_channel(n->url, NULL, p, *loop, &o);
+}
+
+static void a_refused_credential_is_asked_for_anew(void **state)
+{
+    static const char longer[] = "secret-a name of more bytes than the one before";
+    crpc_poller p;
+    int form;
+    (void)state;
+    NET_EACH_POLLER(p) for (form = 0; form < 3; form++)
+    {
+        crpc_channel *ch;
+        crpc_loop *loop;
+        door d = DOOR_INIT;
+        purse u;
+        net n;
+        int i;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, NET_THREAD);
+        d.revoked = "secret-old";
+        ch = purse_channel(&u, &n, p, "secret-old", &loop);
+        assert_int_equal(purse_asked(&u, longer), 1); /* at the opening */
+        for (i = 0; i < 3; i++)
+            assert_int_equal(add_by(ch, form), CRPC_EAUTH); /* not again within a second */
+        assert_int_equal(purse_asked(&u, NULL), 1);
+        net_time_add(1000);
+        crpc_channel_close(ch); /* the next connection would ask, without a refusal */
+        crpc_loop_close(loop);
+        ch = purse_channel(&u, &n, p, "secret-old", &loop);
+        net_time_add(1000);
+        purse_asked(&u, longer);
+        assert_int_equal(add_by(ch, form), CRPC_OK);
+        assert_int_equal(purse_asked(&u, "secret-other"), 2);
+        assert_int_equal(add_by(ch, form), CRPC_OK);
+        assert_string_equal(d.seen[0], longer + 7);
+        assert_string_equal(d.seen[1], longer + 7);
+        assert_int_equal(purse_asked(&u, NULL), 2);
+        crpc_channel_close(ch);
+        crpc_loop_close(loop);
+        guarded_close(&n, &d);
+        pthread_mutex_destroy(&u.lock);
+    }
+}
+
+/* A call is made once more, not for ever; a function that has nothing new changes nothing. */
+static void a_credential_that_stays_wrong_ends_in_eauth(void **state)
+{
+    crpc_poller p;
+    int form;
+    (void)state;
+    NET_EACH_POLLER(p) for (form = 0; form < 3; form++)
+    {
+        crpc_channel *ch;
+        crpc_loop *loop;
+        door d = DOOR_INIT;
+        purse u;
+        net n;
+        memset(&n, 0, sizeof n);
+        guarded_open(&n, &d, p, NET_THREAD);
+        ch = purse_channel(&u, &n, p, "wrong", &loop);
+        net_time_add(1000);
+        assert_int_equal(add_by(ch, form), CRPC_EAUTH);
+        assert_int_equal(door_asked(&d), 2);
+        assert_int_equal(purse_asked(&u, NULL), 2);
+        pthread_mutex_lock(&u.lock);
+        u.credential = NULL;
+        pthread_mutex_unlock(&u.lock);
+        net_time_add(1000);
+        assert_int_equal(add_by(ch, form), CRPC_EAUTH);
+        assert_int_equal(purse_asked(&u, "secret-now"), 3); /* before its first attempt */
+        net_time_add(1000);
+        assert_int_equal(add_by(ch, form), CRPC_OK);
+        assert_int_equal(net_calls(&n.service), 1);
+        crpc_channel_close(ch);
+        crpc_loop_close(loop);
+        guarded_close(&n, &d);
+        pthread_mutex_destroy(&u.lock);
+    }
+}
+
+static void *add_thread(void *channel)
+{
+    assert_int_equal(add((crpc_channel *)channel, NULL), CRPC_OK);
+    return NULL;
+}
+
+/* One asking serves all calls that were refused meanwhile, whoever waits for them. */
+static void calls_refused_together_ask_once(void **state)
+{
+    enum { CALLS = 4 };
+    crpc_poller p;
+    int async;
+    (void)state;
+    NET_EACH_POLLER(p) for (async = 0; async < 2; async++)
+    {
+        pthread_t threads[CALLS];
+        int results[CALLS], i;
+        dyn_Num in = net_num(1);
+        crpc_channel *ch;
+        crpc_loop *loop;
+        door d = DOOR_INIT;
+        purse u;
+        net n;
+        memset(&n, 0, sizeof n);
+        d.by_request = true;
+        guarded_open(&n, &d, p, NET_WORKERS);
+        ch = purse_channel(&u, &n, p, "secret-old", &loop);
+        u.door = &d;
+        u.refusals = async ? 2 * CALLS : CALLS;
+        purse_asked(&u, "secret-new");
+        net_time_add(1000);
+        memset(results, 0, sizeof results);
+        for (i = 0; i < CALLS && async; i++)
+            assert_int_equal(dyn_Echo_Add_async(ch, &in, settled, &results[i], NULL), CRPC_OK);
+        for (i = 0; i < CALLS; i++)
+            assert_int_equal(pthread_create(&threads[i], NULL, add_thread, ch), 0);
+        for (i = 0; i < CALLS; i++)
+            pthread_join(threads[i], NULL);
+        for (i = 0; i < CALLS && async; i++) {
+            assert_true(CT_WAIT(__atomic_load_n(&results[i], __ATOMIC_ACQUIRE), NET_PATIENCE));
+            assert_int_equal(results[i], -1);
+        }
+        assert_int_equal(purse_asked(&u, NULL), 2);
+        assert_int_equal(net_calls(&n.service), u.refusals);
+        crpc_channel_close(ch);
+        crpc_loop_close(loop);
+        guarded_close(&n, &d);
+        pthread_mutex_destroy(&u.lock);
+    }
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        CT_TEST(a_credential_in_the_first_frame_serves_for_the_connection),
+        CT_TEST(a_peer_without_a_credential_is_not_served),
+        CT_TEST(frames_behind_a_refused_one_are_not_served),
+        CT_TEST(each_request_keeps_the_identity_with_which_it_came),
+        CT_TEST(a_body_is_not_read_before_the_verdict),
+        CT_TEST(a_credential_of_a_megabyte_is_not_read),
+        CT_TEST(an_identity_expires),
+        CT_TEST(each_message_may_have_to_bring_its_credential),
+        CT_TEST(a_peer_must_authenticate_in_time),
+        CT_TEST(identities_do_not_share_request_ids),
+        CT_TEST(identities_do_not_wait_for_each_others_keys),
+        CT_TEST(a_wrong_credential_says_so_each_time),
+        CT_TEST(channels_with_different_credentials_share_no_connection),
+        CT_TEST(a_refused_credential_is_asked_for_anew),
+        CT_TEST(a_credential_that_stays_wrong_ends_in_eauth),
+        CT_TEST(calls_refused_together_ask_once),
+    };
+    return CT_RUN(tests);
+}
