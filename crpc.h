@@ -366,6 +366,7 @@
  *     write_timeout_ms        30000       0           1 to 86400000
  *     lame_ms                 1000        0           1 to 86400000
  *     drain_ms                5000        0           1 to 86400000
+ *     quiet_ms                100         0           1 to 86400000
  *
  * Loops: a channel's private_loop, a server's loops. Not in URLs.
  *
@@ -509,8 +510,9 @@
  * The breaker ejects at most half of the providers, and never the last one that could be asked.
  *
  *     graceful stop   The server unregisters, serves on for lame_ms, then refuses requests with
- *                     CRPC_ELOGOFF, finishes those it has, and closes at drain_ms. Channels leave
- *                     it meanwhile and keep their connection until their last call has ended.
+ *                     CRPC_ELOGOFF, finishes those it has, and closes each connection when it has
+ *                     been quiet for quiet_ms, all of them at drain_ms. Channels leave it meanwhile
+ *                     and keep their connection until their last call has ended.
  *     registry away   Calls go on with the last list: see stale_ttl_ms, allow_empty.
  *     long lists      max_endpoints uses a part of them, a different one for each channel.
  *
@@ -1780,6 +1782,9 @@ typedef struct crpc_server_options {
                      not at all */
     int drain_ms; /* how long a stopping server then waits for requests in service. 0: 5000. -1: not
                      at all */
+    int quiet_ms; /* a stopping server closes a connection on which nothing has happened for so long,
+                     or for three round trips if that is longer: by then a request that was under way
+                     has arrived and was answered. 0: 100. -1: 0 */
     const crpc_server_interceptor *interceptors; /* borrowed until the server is closed and its last
                                                     deferred request is finished */
     size_t interceptor_count;
@@ -1846,9 +1851,10 @@ CRPC_API CRPC_MUST_CHECK int crpc_server_start(crpc_server *server, crpc_error *
 CRPC_API CRPC_MUST_CHECK int crpc_server_run(crpc_server *server);
 
 /* Begins to stop, and returns at once. The server unregisters and serves on for lame_ms; then it
- * closes its listeners, answers new requests with CRPC_ELOGOFF, and waits up to drain_ms for
- * requests in service; then it closes its connections. A second call does nothing. Any thread, any
- * callback; a signal handler calls crpc_loop_stop instead. */
+ * takes in who has connected, closes its listeners, and answers new requests with CRPC_ELOGOFF. It
+ * closes each connection when that has been quiet for quiet_ms, and all that are left after
+ * drain_ms. A second call does nothing. Any thread, any callback; a signal handler calls
+ * crpc_loop_stop instead. */
 CRPC_API void crpc_server_stop(crpc_server *server);
 
 /* Stops the server as crpc_server_stop does, waits for that and for handlers on workers and I/O
@@ -2304,6 +2310,7 @@ CRPC_API void crpc_election_close(crpc_election *election);
 #include <sys/auxv.h>
 #include <sys/eventfd.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -5064,6 +5071,44 @@ CRPCI_FN int crpci_sock_accept(int listener, crpci_addr *peer)
     return fd;
 }
 
+/* A TCP connection's round trip time and retransmission timeout in microseconds, as the kernel
+ * estimates them. Both are 0 for other sockets. */
+CRPCI_COLD void crpci_sock_times(int fd, int64_t *rtt, int64_t *rto)
+{
+    struct tcp_info info;
+    socklen_t len = sizeof info;
+    memset(&info, 0, sizeof info);
+    getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len);
+    *rtt = info.tcpi_rtt;
+    *rto = info.tcpi_rto;
+}
+
+/* Makes a TCP listener ignore peers that begin to connect, by a filter that drops segments with SYN
+ * and without ACK. Closing the listener would reset handshakes that are under way; these go on. The
+ * structs are those of linux/filter.h, which not every C library brings along. Accepted sockets
+ * inherit the filter, which never matches there. Where the kernel refuses it, nothing changes. */
+CRPCI_COLD void crpci_sock_bar(int fd)
+{
+    struct {
+        uint16_t code;
+        uint8_t yes, no; /* instructions to skip */
+        uint32_t value;
+    } filter[] = {{0x30, 0, 0, 13},          /* load the byte of the flags */
+                  {0x54, 0, 0, 0x12},        /* keep SYN and ACK */
+                  {0x15, 0, 1, 0x02},        /* is it SYN alone? */
+                  {0x06, 0, 0, 0},           /* yes: drop */
+                  {0x06, 0, 0, UINT32_MAX}}; /* no: keep all */
+    struct {
+        unsigned short count;
+        void *filter;
+    } program;
+    program.count = sizeof filter / sizeof *filter;
+    program.filter = filter;
+    setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &program, sizeof program);
+}
+
+#define CRPCI_SOCK_BACKLOG 1024 /* connections that the kernel queues on a listener */
+
 /* Binds and listens. -1 and errno on failure. */
 CRPCI_COLD int crpci_sock_listen(const crpci_addr *a)
 {
@@ -5072,7 +5117,7 @@ CRPCI_COLD int crpci_sock_listen(const crpci_addr *a)
         return -1;
     crpci_sock_set(fd, SOL_SOCKET, SO_REUSEADDR, 1);
     crpci_sock_unlink_stale(a);
-    if (bind(fd, &a->u.any, a->len) == 0 && listen(fd, 1024) == 0)
+    if (bind(fd, &a->u.any, a->len) == 0 && listen(fd, CRPCI_SOCK_BACKLOG) == 0)
         return fd;
     saved = errno;
     close(fd);
@@ -5231,7 +5276,7 @@ typedef struct crpci_transport {
      * write first). Asked again after each read and write; the connection then tries both
      * directions. NULL: poll for the same events. */
     unsigned (*want)(void *state, unsigned events);
-    /* Whether no unread input from the peer is waiting. */
+    /* Whether no input waits to be read, and the peer's host has all output. */
     bool (*idle)(int fd, void *state);
 } crpci_transport;
 
@@ -5262,8 +5307,11 @@ CRPCI_FN ssize_t crpci_transport_plain_writev(int fd, void *state, struct iovec 
 CRPCI_FN bool crpci_transport_plain_idle(int fd, void *state)
 {
     char byte;
+    int unsent = 0;
     (void)state;
-    return recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) <= 0;
+    if (recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0)
+        return false;
+    return ioctl(fd, TIOCOUTQ, &unsent) || !unsent;
 }
 
 static const crpci_transport crpci_transport_plain = {
@@ -8370,6 +8418,15 @@ typedef struct crpci_protocol {
     uint8_t *(*reply)(uint8_t *low, uint8_t *payload, const crpci_message *m);
 } crpci_protocol;
 
+/* How far the end of a connection has come, once a server stops. */
+typedef enum crpci_conn_parting {
+    CRPCI_CONN_STAYS,
+    CRPCI_CONN_LEAVES, /* no new requests; those that were sent are answered */
+    CRPCI_CONN_SHUT    /* output has ended; input is dropped until its end, for at most a second */
+} crpci_conn_parting;
+
+#define CRPCI_CONN_LINGER 1000000 /* microseconds that a connection stays SHUT */
+
 struct crpci_conn {
     crpci_list link; /* in loop->conns */
     crpc_loop *loop;
@@ -8399,6 +8456,9 @@ struct crpci_conn {
     int why_errno; /* 0: none */
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
+    crpci_conn_parting parting;
+    int64_t quiet_us; /* while it LEAVES: when it was last seen at work. SHUT: since then */
+    uint64_t quiet_rx; /* bytes of a partial message at that time */
     bool refused; /* accepted over max_connections, only to say so */
     bool shut;    /* further input is dropped */
     bool unread; /* input is waiting: it could not be read while another thread wrote */
@@ -8666,12 +8726,25 @@ CRPCI_FN void crpci_conn_pause(crpci_conn *c, bool paused)
     crpci_conn_interest(c);
 }
 
-/* Whether a connection is at rest: nothing to send, nothing partly received, nothing unread. A
- * draining server can close such a connection without losing a request. */
+/* Whether nothing is to be sent, and nothing unread, besides a message that has come in part. */
+CRPCI_FN bool crpci_conn_settled(const crpci_conn *c)
+{
+    return !c->tx_head && !c->held && !c->left && !crpci_conn_engaged(c) &&
+           crpci_conn_transport(c)->idle(c->fd, c->io_state);
+}
+
+/* Whether a connection is at rest: nothing to send, nothing partly received, nothing unread. */
 CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
 {
-    return !c->tx_head && !c->held && !c->left && !c->rx && !c->skip && !crpci_conn_engaged(c) &&
-           crpci_conn_transport(c)->idle(c->fd, c->io_state);
+    return !c->rx && !c->skip && crpci_conn_settled(c);
+}
+
+/* Ends the output. The peer reads all of it and then the end, where closing with unread input would
+ * reset the connection and destroy what is under way. */
+CRPCI_COLD void crpci_conn_shut(crpci_conn *c)
+{
+    c->parting = CRPCI_CONN_SHUT;
+    shutdown(c->fd, SHUT_WR);
 }
 
 /* --- sending ---------------------------------------------------------------------------------- */
@@ -21766,7 +21839,7 @@ typedef enum crpci_server_state {
     CRPCI_SERVER_NEW,      /* takes services and listeners; accepts no connection yet */
     CRPCI_SERVER_RUNNING,
     CRPCI_SERVER_LAME,     /* has left the registry, and serves on while clients learn of it */
-    CRPCI_SERVER_STOPPING, /* listeners are closed; new requests get ELOGOFF, begun ones go on */
+    CRPCI_SERVER_STOPPING, /* listeners close; new requests get ELOGOFF, begun ones go on */
     CRPCI_SERVER_STOPPED   /* connections are closed; replies that are finished now are dropped */
 } crpci_server_state;
 
@@ -21822,6 +21895,7 @@ struct crpc_server {
         uint32_t refusing;         /* atomic: connections that are open only to be refused */
         int reserve_fd; /* closed for a moment when no descriptors are left, to accept and close a
                          * connection in its place; -1: not to be had */
+        bool barred; /* new peers are kept out; the listeners are about to be closed */
     } listener;
     struct {
         crpci_backend *registry;
@@ -23088,6 +23162,9 @@ CRPCI_COLD void crpci_guard_close(crpc_server *s)
 /* >>impl-intake   what a server's connections bring: taken in, or refused  */
 /* ======================================================================== */
 
+#define CRPCI_INTAKE_STALLED 1000000 /* a partial message that has not grown for so many microseconds
+                                      * does not hold up a stop */
+
 /* The events of a server's connections. The connection section calls them with the loop locked and
  * without unlocking; no handler runs in here. Every request is either handed on with a context or
  * answered with an error: a request without an answer would occupy its peer's slot for good. */
@@ -23168,6 +23245,8 @@ CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
 {
     crpc_server *s = (crpc_server *)conn->owner;
     const crpci_service_method *method;
+    if (CRPCI_UNLIKELY(conn->parting == CRPCI_CONN_SHUT))
+        return;
     conn->loop->stats.requests++;
     if (CRPCI_UNLIKELY(conn->refused)) {
         crpci_context_refuse(conn, m, CRPC_ELIMIT,
@@ -23195,6 +23274,8 @@ CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
 CRPCI_COLD void crpci_intake_on_oversize(crpci_conn *conn, const crpci_message *m, uint64_t body)
 {
     char text[128];
+    if (conn->parting == CRPCI_CONN_SHUT)
+        return;
     crpci_status_format(text, sizeof text, "request of %llu bytes is over max_body, %u",
                         (unsigned long long)body, conn->max_body);
     conn->loop->stats.requests++;
@@ -23310,16 +23391,47 @@ CRPCI_COLD bool crpci_intake_evict(crpc_server *s, crpc_loop *l, const void *acc
     return true;
 }
 
-/* Whether any of the server's connections on a loop has output to send, or input that was not read:
- * TCP answers the closing of such a connection with a reset, which can destroy replies on their
- * way. Locked. */
-CRPCI_FN bool crpci_intake_has_output(crpc_server *s, crpc_loop *l)
+/* Brings a connection of a stopping server nearer to its end. It is shut when it has been quiet for
+ * so long that a request under way would have come. A partial message is waited for while it
+ * grows. */
+CRPCI_COLD void crpci_intake_part(const crpc_server *s, crpci_conn *c, int64_t now)
 {
-    crpci_list *i;
-    for (i = l->conns.next; i != &l->conns; i = i->next) {
-        const crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
-        if (c->up == &crpci_intake_events && c->owner == s && !crpci_conn_idle(c))
-            return true;
+    uint64_t partial = (c->rx ? c->rx_len : 0) + c->skip;
+    int64_t rtt, rto, wait = (int64_t)s->options.quiet_ms * 1000, since;
+    if (c->parting == CRPCI_CONN_SHUT) {
+        if (now - c->quiet_us >= CRPCI_CONN_LINGER)
+            crpci_conn_close(c, CRPC_ECLOSE, 0);
+        return;
+    }
+    if (c->parting == CRPCI_CONN_STAYS || c->busy || partial != c->quiet_rx ||
+        !crpci_conn_settled(c)) {
+        c->parting = CRPCI_CONN_LEAVES;
+        c->quiet_us = now;
+        c->quiet_rx = partial;
+        return;
+    }
+    crpci_sock_times(c->fd, &rtt, &rto);
+    wait = wait < 3 * rtt ? 3 * rtt : wait;
+    if (partial && wait < CRPCI_INTAKE_STALLED)
+        wait = CRPCI_INTAKE_STALLED;
+    since = c->quiet_us < c->active_us ? c->active_us : c->quiet_us;
+    if (now - since < wait)
+        return;
+    c->quiet_us = now;
+    crpci_conn_shut(c);
+}
+
+/* Does so for the server's connections on a loop. Locked. Returns false: crpci_lifecycle_any shall
+ * go on. */
+CRPCI_COLD bool crpci_intake_part_all(crpc_server *s, crpc_loop *l)
+{
+    int64_t now = crpci_loop_now(l);
+    crpci_list *i, *next;
+    for (i = l->conns.next; i != &l->conns; i = next) {
+        crpci_conn *c = CRPCI_CONTAINER(i, crpci_conn, link);
+        next = i->next;
+        if (c->up == &crpci_intake_events && c->owner == s)
+            crpci_intake_part(s, c, now);
     }
     return false;
 }
@@ -23399,7 +23511,7 @@ CRPCI_FN bool crpci_listener_adopt(crpc_server *s, crpc_loop *l, int fd,
 {
     crpci_conn *conn = NULL;
     crpci_loop_lock(l);
-    if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) {
+    if (crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPED) {
         close(fd);
     } else if ((conn = crpci_connect_new(l, fd, false, &crpci_intake_events, s)) != NULL) {
         crpci_thread_ref(&s->connections);
@@ -23482,16 +23594,14 @@ CRPCI_FN void crpci_listener_unmask(crpc_loop *l, crpci_timer *t)
         crpci_loop_timer_set(l, t, 100000);
 }
 
-/* Accepts up to 16 connections; the level-triggered poller reports the rest in the next step, so a
- * storm of connections cannot hold up those that exist. The loop is unlocked to hand them out; a
- * reference keeps the server meanwhile. */
-CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned events)
+/* Accepts up to 16 connections. The loop is unlocked to hand them out; a reference keeps the server
+ * meanwhile, but the listener may go. False: there was none. Locked. */
+CRPCI_FN bool crpci_listener_accept(crpci_listener *n)
 {
-    crpci_listener *n = CRPCI_CONTAINER(w, crpci_listener, watch);
     crpc_server *s = n->server;
+    crpc_loop *l = s->loop;
     crpci_sock_name peers[16];
     int fds[16], count = 0, i;
-    (void)events;
     while (count < 16) {
         crpci_addr peer;
         int fd = crpci_sock_accept(n->fd, &peer);
@@ -23507,13 +23617,22 @@ CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned ev
         fds[count++] = fd;
     }
     if (!count)
-        return;
+        return false;
     crpci_thread_ref(&s->refs);
     crpci_loop_unlock(l);
     for (i = 0; i < count; i++)
         crpci_listener_share(s, fds[i], &peers[i]);
     crpci_loop_lock(l);
     crpci_context_drop_server(s);
+    return true;
+}
+
+/* The level-triggered poller reports in the next step what is left, so a storm of connections
+ * cannot hold up those that exist. */
+CRPCI_FN void crpci_listener_on_accept(crpc_loop *l, crpci_watch *w, unsigned events)
+{
+    (void)l, (void)events;
+    crpci_listener_accept(CRPCI_CONTAINER(w, crpci_listener, watch));
 }
 
 /* Adds a socket that listens. On failure the caller still owns the descriptor. */
@@ -23643,6 +23762,18 @@ CRPCI_COLD int crpci_listener_start(crpc_server *s)
     return err;
 }
 
+/* Keeps new peers from connecting: TCP by a filter, unix sockets by removing their name. Sockets
+ * that the program opened are left alone, because other processes may use them too. Locked. */
+CRPCI_COLD void crpci_listener_bar(crpci_listener *n)
+{
+    if (n->given)
+        return;
+    if (n->addr.u.any.sa_family == AF_UNIX)
+        unlink(n->addr.u.un.sun_path);
+    else
+        crpci_sock_bar(n->fd);
+}
+
 /* Stops accepting and frees the listeners. Connections that the kernel has queued but nobody has
  * accepted are reset. Locked. */
 CRPCI_COLD void crpci_listener_close_all(crpc_server *s)
@@ -23652,11 +23783,33 @@ CRPCI_COLD void crpci_listener_close_all(crpc_server *s)
         crpci_watch_set(s->loop, &n->watch, n->fd, 0);
         crpci_timer_cancel(&n->masked);
         crpci_list_remove(&n->link);
+        if (!s->listener.barred)
+            crpci_listener_bar(n);
         close(n->fd);
-        if (n->addr.u.any.sa_family == AF_UNIX && !n->given)
-            unlink(n->addr.u.un.sun_path);
         crpci_heap_free(s->heap, n, sizeof *n);
     }
+}
+
+/* Closes the listeners without resetting who has connected: first it keeps new peers out, and on
+ * its second call, when handshakes had time to end, it takes over what the kernel has queued. That
+ * is bounded, because where new peers cannot be kept out they may come faster than they are
+ * accepted. Locked; unlocks to hand out connections. */
+CRPCI_COLD void crpci_listener_finish(crpc_server *s)
+{
+    int rounds = CRPCI_SOCK_BACKLOG / 16;
+    crpci_list *i;
+    if (!s->listener.barred) {
+        for (i = s->listener.list.next; i != &s->listener.list; i = i->next)
+            crpci_listener_bar(CRPCI_CONTAINER(i, crpci_listener, link));
+        s->listener.barred = true;
+        return;
+    }
+    i = s->listener.list.next;
+    while (i != &s->listener.list && rounds--) /* after each success the list may be another one */
+        i = crpci_listener_accept(CRPCI_CONTAINER(i, crpci_listener, link))
+                ? s->listener.list.next
+                : i->next;
+    crpci_listener_close_all(s);
 }
 
 /* ======================================================================== */
@@ -23841,9 +23994,10 @@ CRPCI_COLD void crpci_enrolment_withdraw(crpc_server *s)
 /* >>impl-lifecycle   a server's options; opening a server, starting, draining, closing */
 /* ======================================================================== */
 
-/* Stopping goes in steps: the services leave the registry (LAME, lame_ms); listeners close and new
- * requests are refused (STOPPING, at most drain_ms); connections close (STOPPED). A timer of the
- * server's loop takes the steps, so crpc_server_stop does not wait. crpc_server_close waits for the
+/* Stopping goes in steps: the services leave the registry (LAME, lame_ms); listeners close, new
+ * requests are refused, and each connection closes when it has been quiet for a while (STOPPING, at
+ * most drain_ms); all connections are closed (STOPPED). A timer of the server's loop takes the
+ * steps, so crpc_server_stop does not wait. crpc_server_close waits for the
  * last step and then takes the server apart. */
 
 #define CRPCI_LIFECYCLE_TICK 10000 /* microseconds between two checks of a drain */
@@ -23865,34 +24019,27 @@ CRPCI_FN bool crpci_lifecycle_any(crpc_server *s, bool (*what)(crpc_server *s, c
     return yes;
 }
 
-/* Begins STOPPING: no connection is accepted and no new request is let in. Locked. */
-CRPCI_FN void crpci_lifecycle_drain(crpc_server *s)
-{
-    crpci_thread_store(&s->state, CRPCI_SERVER_STOPPING);
-    crpci_listener_close_all(s);
-}
-
-/* Ends LAME; then closes the connections when all is answered and sent, or when drain.until has
- * passed. Called with the server's loop locked, which it unlocks to visit all loops. The reference
- * keeps the server meanwhile. `active` is read first, so that no reply is queued unseen between the
- * two, and again for a request that came meanwhile. */
+/* Ends LAME; then closes the listeners, and each connection when it is done, or all of them when
+ * drain.until has passed. Called with the server's loop locked, which it unlocks to visit all loops.
+ * The reference keeps the server meanwhile. */
 CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
 {
     crpc_server *s = CRPCI_CONTAINER(t, crpc_server, drain.timer);
-    bool busy;
+    bool late = crpci_loop_now(l) >= s->drain.until;
     if (crpci_thread_load(&s->state) == CRPCI_SERVER_LAME)
-        crpci_lifecycle_drain(s);
+        crpci_thread_store(&s->state, CRPCI_SERVER_STOPPING);
     if (crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPING)
         return;
     crpci_thread_ref(&s->refs);
+    if (late)
+        crpci_listener_close_all(s);
+    else
+        crpci_listener_finish(s);
     crpci_loop_unlock(l);
-    busy = crpci_thread_load(&s->active) || crpci_lifecycle_any(s, crpci_intake_has_output) ||
-           crpci_thread_load(&s->active);
-    busy = busy && crpci_loop_now(l) < s->drain.until;
-    if (!busy)
-        crpci_lifecycle_any(s, crpci_intake_close_conns);
+    crpci_lifecycle_any(s, late ? crpci_intake_close_conns : crpci_intake_part_all);
     crpci_loop_lock(l);
-    if (busy) {
+    if (!late && (!crpci_list_empty(&s->listener.list) || crpci_thread_load(&s->connections) ||
+                  crpci_thread_load(&s->active))) {
         crpci_loop_timer_set(l, t, CRPCI_LIFECYCLE_TICK);
     } else {
         crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);
@@ -23921,7 +24068,7 @@ CRPC_API void crpc_server_stop(crpc_server *s)
     if (state == CRPCI_SERVER_RUNNING && s->options.lame_ms)
         crpci_thread_store(&s->state, CRPCI_SERVER_LAME);
     else if (state <= CRPCI_SERVER_RUNNING)
-        crpci_lifecycle_drain(s);
+        crpci_thread_store(&s->state, CRPCI_SERVER_STOPPING);
     crpci_loop_unlock(l);
     if (state > CRPCI_SERVER_RUNNING)
         return;
@@ -24090,6 +24237,7 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_NUMBER(write_timeout_ms, 30000, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(lame_ms, 1000, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(drain_ms, 5000, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(quiet_ms, 100, 0, 86400000),
 };
 
 static const crpci_options crpci_lifecycle_options = {CRPCI_OPTIONS_OF(crpci_lifecycle_rows)};

@@ -156,8 +156,8 @@ static void *close_net(void *arg)
     return NULL;
 }
 
-/* The server serves for lame_ms, then refuses new requests for drain_ms although a peer goes on
- * sending them, then closes although one request is not finished. */
+/* The server serves for lame_ms, then refuses new requests. It closes a connection that is quiet,
+ * but for drain_ms not one with a request in service, where a peer goes on sending others. */
 static void stopping_serves_then_refuses_then_closes(void **state)
 {
     crpc_poller p;
@@ -174,6 +174,7 @@ static void stopping_serves_then_refuses_then_closes(void **state)
         memset(&n, 0, sizeof n);
         n.time = NET_TIME_RUNS;
         n.server_options.lame_ms = n.server_options.drain_ms = 1000000;
+        n.server_options.quiet_ms = 500000;
         net_open(&n, p, m);
         fd = wire_connect(n.url);
         wire_request(&w, "Defer", 1, 1, 0);
@@ -190,17 +191,192 @@ static void stopping_serves_then_refuses_then_closes(void **state)
         assert_true(CT_WAIT(!can_connect(n.url), NET_PATIENCE));
         assert_int_equal(net_ask(fresh, "Echo", "Add", 4, NULL, NULL), CRPC_ELOGOFF);
         time_passes(n.loop, 900);
-        assert_int_equal(net_ask(fresh, "Echo", "Add", 5, NULL, NULL), CRPC_ELOGOFF);
+        assert_int_equal(wire_receive(fresh, &got), 0);
+        assert_int_equal(net_ask(fd, "Echo", "Add", 5, NULL, NULL), CRPC_ELOGOFF);
         assert_int_equal(pthread_create(&closer, NULL, close_net, &n), 0);
-        assert_int_equal(net_ask(fresh, "Echo", "Add", 6, NULL, NULL), CRPC_ELOGOFF); /* it waits */
+        assert_int_equal(net_ask(fd, "Echo", "Add", 6, NULL, NULL), CRPC_ELOGOFF); /* it waits */
         net_time_add(100000);
         assert_int_equal(wire_receive(fd, &got), 0);
-        assert_int_equal(wire_receive(fresh, &got), 0);
         pthread_join(closer, NULL);
         assert_int_equal(n.service.calls, 3);
         assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
         close(fd);
         close(fresh);
+    }
+}
+
+static void *close_server(void *arg)
+{
+    crpc_server_close((crpc_server *)arg);
+    return NULL;
+}
+
+/* The kernel has queued connections, with requests in them, when the server stops: each request is
+ * answered, and each connection ends without a reset. */
+static void who_has_connected_before_a_stop_is_answered(void **state)
+{
+    crpc_poller p;
+    int io_threads;
+    (void)state;
+    NET_EACH_POLLER(p) for (io_threads = 0; io_threads < 3; io_threads += 2)
+    {
+        crpc_server_options o;
+        crpc_server *s;
+        crpc_loop *l = net_loop(p);
+        net_service service;
+        pthread_t closer;
+        char url[160];
+        int fds[40];
+        size_t i;
+        memset(&o, 0, sizeof o);
+        o.loop = l;
+        o.loops = net_loop_options(p);
+        o.listen = "tcp://127.0.0.1:0";
+        o.io_threads = io_threads;
+        o.drain_ms = NET_PATIENCE;
+        net_service_init(&service);
+        assert_int_equal(crpc_server_open(&s, &o, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_add(s, &dyn_Echo, &net_handlers, &service), CRPC_OK);
+        assert_int_equal(crpc_server_start(s, NULL), CRPC_OK);
+        assert_int_equal(crpc_server_address(s, 0, url, sizeof url), CRPC_OK);
+        for (i = 0; i < sizeof fds / sizeof *fds; i++) {
+            wire w = {NULL, 0, 0};
+            fds[i] = wire_connect(url);
+            wire_request(&w, "Add", 1, 1, 0);
+            assert_true(wire_flush(fds[i], &w));
+        }
+        crpc_server_stop(s); /* nobody has driven the loop yet */
+        assert_int_equal(pthread_create(&closer, NULL, close_server, s), 0);
+        for (i = 0; i < sizeof fds / sizeof *fds; i++) {
+            wire_message got;
+            assert_int_equal(wire_receive(fds[i], &got), 1);
+            assert_true(got.code == CRPC_OK || got.code == CRPC_ELOGOFF);
+            wire_done(&got);
+        }
+        for (i = 0; i < sizeof fds / sizeof *fds; i++) {
+            wire_message got;
+            assert_int_equal(wire_receive(fds[i], &got), 0);
+            close(fds[i]);
+        }
+        pthread_join(closer, NULL);
+        crpc_loop_close(l);
+    }
+}
+
+/* A peer has sent 5 bytes of a request and sends no more, another one half of one whose body the
+ * server skips. */
+static void partial_requests_do_not_hold_up_a_stop(void **state)
+{
+    static const char body[100000];
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message got;
+        crpc_loop_stats stats;
+        int fd, large;
+        memset(&n, 0, sizeof n);
+        n.time = NET_TIME_RUNS;
+        n.server_options.drain_ms = 10000000;
+        n.server_options.limits.max_body = 1024;
+        net_open(&n, p, NET_THREAD);
+        fd = wire_connect(n.url);
+        large = wire_connect(n.url);
+        assert_true(wire_send(fd, "PRPC", 4) && wire_send(fd, "", 1));
+        wire_request_body(&w, "dyn.Echo", "Add", 7, body, sizeof body, NULL);
+        assert_true(wire_send(large, w.p, w.n / 2));
+        wire_free(&w);
+        assert_int_equal(wire_receive(large, &got), 1);
+        assert_int_equal(got.code, CRPC_EREQUEST);
+        wire_done(&got);
+        assert_true(CT_WAIT((crpc_server_stats_get(n.server, &stats), stats.receives > 1),
+                            NET_PATIENCE));
+        crpc_server_stop(n.server);
+        assert_int_equal(wire_receive(fd, &got), 0);
+        assert_int_equal(wire_receive(large, &got), 0);
+        close(fd);
+        close(large);
+        net_close(&n);
+    }
+}
+
+#define STOPS 8
+
+typedef struct callers {
+    crpc_channel *channel;
+    uint32_t ended; /* atomic: stop calling */
+    uint32_t answered; /* atomic */
+    uint32_t lost;     /* atomic: calls that were sent and have no reply */
+} callers;
+
+static void *call_on(void *arg)
+{
+    callers *c = (callers *)arg;
+    while (!crpci_thread_load(&c->ended)) {
+        dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        int err = dyn_Echo_Add(c->channel, &in, &out, &call);
+        if (!err)
+            __atomic_fetch_add(&c->answered, 1, __ATOMIC_RELAXED);
+        else if (call.error.sent != CRPC_SENT_NO && !call.error.remote)
+            __atomic_fetch_add(&c->lost, 1, __ATOMIC_RELAXED);
+        if (err && !call.error.remote && call.error.sent != CRPC_SENT_NO)
+            print_message("%s\n", call.error.text);
+        crpc_call_reset(&call);
+    }
+    return NULL;
+}
+
+/* Two providers stop in turn and come back, without a registry, while several threads call. The
+ * methods are not idempotent, so a request that was sent must have its reply. */
+static void graceful_stops_lose_no_call(void **state)
+{
+    crpc_poller p;
+    int each;
+    (void)state;
+    NET_EACH_POLLER(p) for (each = 0; each < 2; each++)
+    {
+        int ports[2];
+        char listen[2][64], list[128];
+        net n[2];
+        callers c;
+        pthread_t threads[4];
+        crpc_channel_options o;
+        size_t i, k;
+        memset(n, 0, sizeof n);
+        memset(&c, 0, sizeof c);
+        memset(&o, 0, sizeof o);
+        for (i = 0; i < 2; i++) {
+            ports[i] = ct_free_port();
+            snprintf(listen[i], sizeof listen[i], "tcp://127.0.0.1:%d", ports[i]);
+            n[i].listen = listen[i];
+            net_open_server(&n[i], p, each ? NET_IO : NET_WORKERS);
+        }
+        snprintf(list, sizeof list, "list://127.0.0.1:%d,127.0.0.1:%d", ports[0], ports[1]);
+        o.policy.timeout_ms = NET_PATIENCE;
+        c.channel = net_channel(list, "", p, NULL, &o);
+        for (i = 0; i < 4; i++)
+            assert_int_equal(pthread_create(&threads[i], NULL, call_on, &c), 0);
+        for (k = 0; k < STOPS; k++) {
+            assert_true(CT_WAIT(net_calls(&n[k % 2].service) > 100, NET_PATIENCE));
+            crpc_server_close(n[k % 2].server);
+            crpc_loop_close(n[k % 2].loop);
+            pthread_mutex_destroy(&n[k % 2].service.lock);
+            net_open_server(&n[k % 2], p, each ? NET_IO : NET_WORKERS);
+        }
+        __atomic_store_n(&c.ended, 1, __ATOMIC_RELEASE);
+        for (i = 0; i < 4; i++)
+            pthread_join(threads[i], NULL);
+        crpc_channel_close(c.channel);
+        for (i = 0; i < 2; i++) {
+            crpc_server_close(n[i].server);
+            crpc_loop_close(n[i].loop);
+            pthread_mutex_destroy(&n[i].service.lock);
+        }
+        assert_true(c.answered > STOPS * 100);
+        assert_int_equal(c.lost, 0);
     }
 }
 
@@ -721,6 +897,9 @@ int main(void)
         CT_TEST(nothing_is_added_after_the_start),
         CT_TEST(stopping_finishes_what_runs_and_refuses_the_rest),
         CT_TEST(stopping_serves_then_refuses_then_closes),
+        CT_TEST(who_has_connected_before_a_stop_is_answered),
+        CT_TEST(partial_requests_do_not_hold_up_a_stop),
+        CT_TEST(graceful_stops_lose_no_call),
         CT_TEST(run_serves_on_when_its_loop_was_stopped),
         CT_TEST(closing_waits_for_the_end_of_serving),
         CT_TEST(draining_is_bounded),
