@@ -1872,6 +1872,22 @@ CRPC_API crpc_loop *crpc_server_loop(crpc_server *server);
  * thread. */
 CRPC_API void crpc_server_stats_get(crpc_server *server, crpc_loop_stats *stats);
 
+/* What one account of a server holds (manual, LIMITS AND TRUST). */
+typedef struct crpc_peer {
+    const char *name;     /* "10.0.0.7", "[2001:db8:0:1::]" for a /64, "unix:uid=1000" */
+    uint32_t weight;      /* from access.peers; 1 unless it names the host */
+    uint32_t connections; /* open ones */
+    uint32_t serving;     /* requests in service */
+    uint32_t replays;     /* replay entries */
+} crpc_peer;
+
+/* Tells `fn` about each account of the server, on this thread and without a lock: what changes
+ * meanwhile is not seen. The name is valid until `fn` returns. CRPC_ENOMEM: nothing was told.
+ * CRPC_EUNSUPPORTED: CRPC_ENABLE_POLICY is 0. Any thread. */
+CRPC_API CRPC_MUST_CHECK int crpc_server_peers_walk(crpc_server *server,
+                                                    void (*fn)(void *user, const crpc_peer *peer),
+                                                    void *user);
+
 /* --- inside a handler -------------------------------------------------------------------------
  * A handler gets its context, the decoded request and a zeroed response. It returns one of
  *   CRPC_OK                 the response is sent
@@ -4916,18 +4932,18 @@ CRPCI_FN void crpci_sock_name_of(crpci_sock_name *p, const crpci_addr *a, int fd
 /* Writes "10.0.0.7:1234", "[fe80::1%2]:1234" or "unix:uid=1000". */
 CRPCI_COLD void crpci_sock_name_format(const crpci_sock_name *p, char *out, size_t size)
 {
-    char host[INET6_ADDRSTRLEN] = "?", scope[16] = "";
-    if (p->kind == CRPCI_SOCK_UNIX) {
+    char host[INET6_ADDRSTRLEN] = "?", scope[16] = "", port[8] = "";
+    if (p->scope)
+        snprintf(scope, sizeof scope, "%%%u", (unsigned)p->scope);
+    if (p->port)
+        snprintf(port, sizeof port, ":%u", p->port);
+    if (p->kind == CRPCI_SOCK_UNIX)
         snprintf(out, size, "unix:uid=%u", (unsigned)p->scope);
-    } else if (crpci_sock_is_ipv4(p)) {
-        snprintf(out, size, "%s:%u", inet_ntop(AF_INET, p->address + 12, host, sizeof host),
-                 p->port);
-    } else {
-        if (p->scope)
-            snprintf(scope, sizeof scope, "%%%u", (unsigned)p->scope);
-        snprintf(out, size, "[%s%s]:%u", inet_ntop(AF_INET6, p->address, host, sizeof host), scope,
-                 p->port);
-    }
+    else if (crpci_sock_is_ipv4(p))
+        snprintf(out, size, "%s%s", inet_ntop(AF_INET, p->address + 12, host, sizeof host), port);
+    else
+        snprintf(out, size, "[%s%s]%s", inet_ntop(AF_INET6, p->address, host, sizeof host), scope,
+                 port);
 }
 
 CRPCI_FN void crpci_sock_set(int fd, int level, int option, int value)
@@ -21587,6 +21603,7 @@ typedef struct crpci_peer_account {
 
 typedef struct crpci_peer_table {
     crpci_heap *heap;
+    size_t count; /* accounts */
     crpci_list buckets[CRPCI_PEER_BUCKETS];
     uint64_t secret[2]; /* a peer cannot choose addresses that fall into one bucket or cell */
     crpci_peer_networks weights;
@@ -21696,6 +21713,7 @@ CRPCI_FN crpci_peer_account *crpci_peer_connect(crpci_peer_table *t, const crpci
     if (t->sketch)
         crpci_peer_restore_debt(t, &a->bucket, hash, now_us);
     crpci_list_append(bucket, &a->link);
+    t->count++;
     return a;
 }
 
@@ -21712,6 +21730,7 @@ CRPCI_FN void crpci_peer_release(crpci_peer_table *t, crpci_peer_account *a,
     if (t->sketch)
         crpci_peer_keep_debt(t, &a->bucket, crpci_peer_hash(t, &a->key), now_us);
     crpci_list_remove(&a->link);
+    t->count--;
     crpci_heap_free(t->heap, a, sizeof *a);
 }
 
@@ -21739,6 +21758,21 @@ CRPCI_COLD crpci_peer_account *crpci_peer_largest(const crpci_peer_table *t,
         }
     }
     return best;
+}
+
+/* Copies the accounts to a new array of *count; NULL: there are none, or out of memory. */
+CRPCI_COLD crpci_peer_account *crpci_peer_copy(const crpci_peer_table *t, size_t *count)
+{
+    crpci_peer_account *out =
+        (crpci_peer_account *)crpci_heap_alloc(t->heap, t->count * sizeof *out);
+    size_t k;
+    *count = 0;
+    for (k = 0; k < CRPCI_PEER_BUCKETS && out; k++) {
+        const crpci_list *i;
+        for (i = t->buckets[k].next; i != &t->buckets[k]; i = i->next)
+            out[(*count)++] = *CRPCI_CONTAINER(i, crpci_peer_account, link);
+    }
+    return out;
 }
 
 /* Whether account `own` may keep what it has taken last and is counted in own->held, when `total`
@@ -24526,6 +24560,35 @@ CRPC_API void crpc_server_stats_get(crpc_server *s, crpc_loop_stats *stats)
     }
     if (CRPC_ENABLE_POLICY)
         crpci_guard_stats(s, stats);
+}
+
+CRPC_API int crpc_server_peers_walk(crpc_server *s, void (*fn)(void *user, const crpc_peer *peer),
+                                    void *user)
+{
+    crpci_peer_account *all;
+    size_t count, i;
+    bool none;
+    if (!CRPC_ENABLE_POLICY)
+        return CRPC_EUNSUPPORTED;
+    crpci_thread_lock(&s->guard.lock);
+    none = !s->guard.peers.count;
+    all = none ? NULL : crpci_peer_copy(&s->guard.peers, &count);
+    crpci_thread_unlock(&s->guard.lock);
+    if (!all)
+        return none ? CRPC_OK : CRPC_ENOMEM;
+    for (i = 0; i < count; i++) {
+        char name[CRPCI_SOCK_NAME_MAX];
+        crpc_peer peer;
+        crpci_sock_name_format(&all[i].key, name, sizeof name);
+        peer.name = name;
+        peer.weight = all[i].weight;
+        peer.connections = all[i].held[CRPCI_PEER_CONNECTIONS];
+        peer.serving = all[i].held[CRPCI_PEER_SERVING];
+        peer.replays = all[i].held[CRPCI_PEER_REPLAYS];
+        fn(user, &peer);
+    }
+    crpci_heap_free(s->heap, all, count * sizeof *all);
+    return CRPC_OK;
 }
 
 #endif /* CRPC_ENABLE_SERVER */

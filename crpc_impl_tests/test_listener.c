@@ -323,6 +323,45 @@ static void a_gateway_keeps_connections_by_its_weight(void **state)
     net_close(&n);
 }
 
+static void collect_peer(void *user, const crpc_peer *who)
+{
+    char *text = (char *)user;
+    snprintf(text + strlen(text), 100, "%s w%u c%u s%u r%u; ", who->name, who->weight,
+             who->connections, who->serving, who->replays);
+}
+
+static void a_program_can_see_what_each_host_holds(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        char text[400] = "";
+        wire w = {NULL, 0, 0};
+        net n;
+        int one, two;
+        memset(&n, 0, sizeof n);
+        n.server_options.access.peers = "127.0.0.3:16";
+        net_open(&n, p, m);
+        assert_int_equal(crpc_server_peers_walk(n.server, collect_peer, text), CRPC_OK);
+        assert_string_equal(text, "");
+        one = wire_connect_from(n.url, "127.0.0.2");
+        wire_request(&w, "Defer", 1, 1, 0);
+        assert_true(wire_flush(one, &w));
+        assert_true(CT_WAIT(net_held(&n.service) == 1, NET_PATIENCE));
+        two = wire_connect_from(n.url, "127.0.0.3");
+        assert_int_equal(net_ask(two, "Echo", "Add", 1, NULL, NULL), 0);
+        assert_int_equal(crpc_server_peers_walk(n.server, collect_peer, text), CRPC_OK);
+        assert_non_null(strstr(text, "127.0.0.2 w1 c1 s1 r0; "));
+        assert_non_null(strstr(text, "127.0.0.3 w16 c1 s"));
+        assert_int_equal(crpc_context_finish(net_take(&n.service), CRPC_OK), CRPC_OK);
+        close(one);
+        close(two);
+        net_close(&n);
+    }
+}
+
 static void only_allowed_networks_are_accepted(void **state)
 {
     crpc_poller p;
@@ -615,6 +654,7 @@ int main(void)
         CT_TEST(a_silent_host_does_not_shut_others_out),
         CT_TEST(a_connection_with_a_request_is_not_evicted),
         CT_TEST(a_gateway_keeps_connections_by_its_weight),
+        CT_TEST(a_program_can_see_what_each_host_holds),
         CT_TEST(only_allowed_networks_are_accepted),
         CT_TEST(networks_that_are_none_are_refused),
         CT_TEST(a_reset_connection_keeps_its_address),
