@@ -9071,6 +9071,8 @@ CRPCI_FN bool crpci_conn_withdraw(crpci_conn *c, crpci_out *o)
  * have come. All functions need the loop's lock; crpci_receive_read releases it around the system
  * call. */
 
+#define CRPCI_RECEIVE_LEAST (2048 - CRPCI_CHUNK_HEADER) /* bytes for a partial message */
+
 /* Closes a connection whose peer broke its protocol, with a warning that says how. */
 CRPCI_FN void crpci_receive_bad(crpci_conn *c, const char *what)
 {
@@ -9192,16 +9194,17 @@ CRPCI_FN size_t crpci_receive_parse(crpci_conn *c, crpci_chunk *chunk, const uin
     return c->protocol->feed(c, chunk, p, n);
 }
 
-/* Moves the first `have` bytes of a message into a new, larger c->rx. The full size is allocated at
- * once only when a good part of it has arrived: a peer must not reserve memory by announcing large
- * sizes. False: out of memory, and the connection was closed. */
+/* Moves the first `have` bytes of a message into a new, larger c->rx. It has room for twice as many,
+ * because a peer must not reserve memory by announcing large sizes; for the whole message when a
+ * fifth of it is there. Doubling to the end would copy an attachment of 1 MiB twice. False: out of
+ * memory, and the connection was closed. */
 CRPCI_FN bool crpci_receive_reserve(crpci_conn *c, const uint8_t *p, size_t have)
 {
-    size_t cap = c->rx_total;
+    size_t room = have > CRPCI_RECEIVE_LEAST / 2 ? 2 * have : CRPCI_RECEIVE_LEAST;
     crpci_chunk *chunk;
-    if (cap > CRPCI_CONN_READ && have < CRPCI_CONN_READ / 2)
-        cap = CRPCI_CONN_READ;
-    chunk = crpci_heap_chunk(c->loop->heap, cap);
+    if (room > c->rx_total || have >= c->rx_total / 5)
+        room = c->rx_total;
+    chunk = crpci_heap_chunk(c->loop->heap, room);
     if (!chunk) {
         crpci_conn_close(c, CRPC_ENOMEM, 0);
         return false;
@@ -9210,7 +9213,7 @@ CRPCI_FN bool crpci_receive_reserve(crpci_conn *c, const uint8_t *p, size_t have
     crpci_heap_chunk_unref(c->rx);
     c->rx = chunk;
     c->rx_len = have;
-    c->rx_need = cap;
+    c->rx_need = crpci_base_min(chunk->cap, c->rx_total);
     return true;
 }
 
