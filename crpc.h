@@ -1691,8 +1691,8 @@ typedef struct crpc_server_options {
                             oversize request closes its connection */
     const crpc_method_limit *method_limits; /* borrowed until crpc_server_start has returned */
     size_t method_limit_count;
-    int rate_per_client;  /* requests a second from one IP address, all its connections together;
-                             all unix sockets count as one address. 0: no limit. -1: no limit */
+    int rate_per_client;  /* requests a second of one account (manual, LIMITS AND TRUST), also those
+                             for unknown methods. 0: no limit. -1: no limit */
     int burst_per_client; /* requests at once after a pause. 0: as rate_per_client. -1: as
                              rate_per_client */
     /* The server keeps its replies to requests that have an id: a user_fields entry "crpc-rid" of
@@ -22478,6 +22478,18 @@ CRPCI_COLD void crpci_guard_close(crpc_server *s)
  * without unlocking; no handler runs in here. Every request is either handed on with a context or
  * answered with an error: a request without an answer would occupy its peer's slot for good. */
 
+/* Refuses a request that reaches no method. It counts for its client's rate like any other. */
+CRPCI_COLD void crpci_intake_refuse(crpci_conn *conn, const crpci_message *m, int code,
+                                    const char *text)
+{
+    crpc_server *s = (crpc_server *)conn->owner;
+    const char *why = NULL;
+    crpci_guard g;
+    if (CRPC_ENABLE_POLICY)
+        why = crpci_guard_limit(s, conn, NULL, &g);
+    crpci_context_refuse(conn, m, why ? CRPC_ELIMIT : code, why ? why : text);
+}
+
 /* Finds the method of a request. NULL: there is none, and the request has been refused. The names
  * are remembered as those that the connection's next request is likely to have: the protocol then
  * marks it `usual`, and no name is looked up. */
@@ -22490,7 +22502,7 @@ CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_c
     if (CRPCI_LIKELY(m->usual))
         return method; /* a usual request has only what crpc supports */
     if (m->unsupported) { /* compression and the like: a wrong answer would be worse than none */
-        crpci_context_refuse(conn, m, CRPC_EREQUEST, m->unsupported);
+        crpci_intake_refuse(conn, m, CRPC_EREQUEST, m->unsupported);
         return NULL;
     }
     err = crpci_service_lookup(&s->services, m, &method);
@@ -22501,7 +22513,7 @@ CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_c
                  crpc_view_size(m->service) ? crpc_view_data(m->service) : "",
                  (int)crpci_base_min(crpc_view_size(m->method), 100),
                  crpc_view_size(m->method) ? crpc_view_data(m->method) : "");
-        crpci_context_refuse(conn, m, err, text);
+        crpci_intake_refuse(conn, m, err, text);
         return NULL;
     }
     conn->expect = method->names[conn->protocol_index];
@@ -22574,7 +22586,7 @@ CRPCI_COLD void crpci_intake_on_oversize(crpci_conn *conn, const crpci_message *
     crpci_status_format(text, sizeof text, "request of %llu bytes is over max_body, %u",
                         (unsigned long long)body, conn->max_body);
     conn->loop->stats.requests++;
-    crpci_context_refuse(conn, m, CRPC_EREQUEST, text);
+    crpci_intake_refuse(conn, m, CRPC_EREQUEST, text);
     crpci_context_throttle(conn);
 }
 
