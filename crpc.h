@@ -1873,6 +1873,22 @@ CRPC_API int64_t crpc_context_log_id(const crpc_context *context);
  * none. */
 CRPC_API int64_t crpc_context_remaining_us(const crpc_context *context);
 
+/* Whether nobody is likely to wait for the reply any more: the peer has closed its connection, or its
+ * sending side, the caller's deadline has passed, or the server has stopped and does not drain any
+ * longer. The request must still be finished, and the reply is sent if that can be done. While a
+ * handler runs on the thread of its connection that thread cannot notice the peer's end. Cheap; any
+ * thread. */
+CRPC_API bool crpc_context_cancelled(const crpc_context *context);
+
+/* Has `fn` called once when crpc_context_cancelled becomes true, on the thread that drives the
+ * connection's loop; never once the reply is finished. `fn` may finish the request. If another
+ * thread does so meanwhile, crpc_context_finish waits until `fn` has returned; else `fn` must not
+ * use the context while another thread does. CRPC_EBUSY: the request has such a function already.
+ * CRPC_ENOMEM. */
+CRPC_API CRPC_MUST_CHECK int crpc_context_on_cancel(crpc_context *context,
+                                                    void (*fn)(crpc_context *context, void *user),
+                                                    void *user);
+
 /* The peer as text, valid until the reply is finished: "10.0.0.7:1234", "[fe80::1%2]:1234", or for a
  * unix socket "unix:uid=1000". "": out of memory. */
 CRPC_API const char *crpc_context_peer(crpc_context *context);
@@ -5778,8 +5794,9 @@ struct crpc_loop {
     int64_t user_now;      /* that thread's alone: the clock when it last read it */
     crpci_thread thread;
     crpci_cond owner_cond; /* the driver has left: for owners, and for crpc_loop_close */
-    crpci_cond io_cond;    /* a send has ended */
+    crpci_cond io_cond;    /* a send or a cancel function has ended */
     unsigned io_waiters;   /* threads that wait for io_cond */
+    const void *cancelling; /* the crpc_context whose cancel function runs; NULL: none */
     crpci_list followers;  /* callers that wait, first come first: crpci_waiter */
     /* the sections' below */
     crpci_list conns;
@@ -8306,6 +8323,7 @@ struct crpci_conn {
     uint32_t refs;
     uint32_t busy; /* requests being served */
     uint32_t gone; /* atomic: the peer sends no more, or the connection is closed */
+    crpci_list cancels; /* crpci_task: what is to run then */
     int fd;
     int why;       /* crpc_status of the close */
     int why_errno; /* 0: none */
@@ -8469,10 +8487,15 @@ CRPCI_FN void crpci_conn_cleanup(crpci_conn *c)
     c->fd = -1;
 }
 
-/* Nobody is likely to wait for replies any more. */
+/* Nobody is likely to wait for replies any more: tells those who asked for it. */
 CRPCI_FN void crpci_conn_gone(crpci_conn *c)
 {
     crpci_thread_store(&c->gone, 1);
+    while (!crpci_list_empty(&c->cancels)) {
+        crpci_task *t = CRPCI_CONTAINER(c->cancels.next, crpci_task, link);
+        crpci_list_remove(&t->link);
+        crpci_loop_ready(c->loop, t);
+    }
 }
 
 /* Closes at once and drops queued output. Calling it again does nothing. A descriptor in use by
@@ -9301,6 +9324,7 @@ CRPCI_FN crpci_conn *crpci_connect_new(crpc_loop *l, int fd, bool connecting,
     c->connecting = connecting;
     c->max_body = INT32_MAX;
     c->tx_end = &c->tx_head;
+    crpci_list_init(&c->cancels);
     c->opened_us = c->active_us = c->arrived_us = crpci_loop_now(l);
     crpci_watch_init(&c->watch, crpci_connect_event);
     crpci_loop_task_init(&c->flush, crpci_conn_flush_task);
@@ -21388,6 +21412,15 @@ struct crpc_server {
     crpc_server_options options; /* its texts are copies; loops.thread_name may be gone, see `io` */
 };
 
+/* What crpc_context_on_cancel asked for; in the context's `extra`. */
+typedef struct crpci_cancel {
+    crpci_task task; /* in the connection's `cancels`, then in the loop's `ready` */
+    crpci_timer timer; /* for the deadline */
+    crpc_context *context;
+    void (*fn)(crpc_context *x, void *user);
+    void *user;
+} crpci_cancel;
+
 /* One request in service. It lies at the start of `block`, and is gone with it. */
 struct crpc_context {
     crpci_origin origin; /* first: a call with this context as its parent reads it */
@@ -21411,6 +21444,7 @@ struct crpc_context {
     /* from here on all is 0 at first */
     crpci_chunk *extra; /* list of chunks: what crpc_context_alloc gave out */
     struct crpci_guard *guard; /* NULL: the request has no limit, order or id to heed */
+    crpci_cancel *cancel; /* NULL: none */
     size_t intercepted; /* interceptors whose `before` has passed, so that `after` is due */
     int app_code;       /* set by crpc_context_fail; 0: none */
     char *text; /* for the error reply; NULL: the text of the status. In `extra` */
@@ -21799,6 +21833,25 @@ CRPCI_FN bool crpci_context_reply(crpc_context *x)
     return last;
 }
 
+/* Makes sure that the cancel function does not run any more, because the request is finished; waits
+ * for it if it runs on another thread. Without the lock. */
+CRPCI_COLD void crpci_context_disarm(crpc_context *x)
+{
+    crpc_loop *l = x->loop;
+    crpci_loop_lock(l);
+    crpci_list_remove(&x->cancel->task.link);
+    crpci_timer_cancel(&x->cancel->timer);
+    if (crpci_loop_in_callback(l) && l->cancelling == x)
+        l->cancelling = NULL; /* the function itself finishes the request */
+    while (l->cancelling == x) {
+        l->io_waiters++;
+        crpci_thread_wait(&l->io_cond, &l->lock, -1);
+        l->io_waiters--;
+    }
+    crpci_loop_unlock(l);
+    x->cancel = NULL;
+}
+
 /* Ends a request on any thread, without the lock. CRPC_EGONE: nobody gets the reply, because the
  * connection is closed, the server has stopped, or there was no memory for it. */
 CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
@@ -21806,6 +21859,8 @@ CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
     crpc_server *s = x->server;
     crpc_loop *l = x->loop;
     bool gone, last;
+    if (CRPCI_UNLIKELY(x->cancel != NULL))
+        crpci_context_disarm(x);
     crpci_context_conclude(x, status);
     crpci_loop_lock(l);
     gone = !x->reply || x->conn->closed;
@@ -21860,6 +21915,8 @@ CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
     int status;
     crpci_loop_user_begin(l);
     status = crpci_context_serve(x);
+    if (status != CRPC_EPENDING && CRPCI_UNLIKELY(x->cancel != NULL))
+        crpci_context_disarm(x);
     if (status != CRPC_EPENDING)
         crpci_context_conclude(x, status);
     crpci_loop_user_end(l);
@@ -21947,6 +22004,63 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
 CRPC_API int crpc_context_finish(crpc_context *x, int status)
 {
     return crpci_context_complete(x, status == CRPC_EPENDING ? CRPC_EINTERNAL : status);
+}
+
+/* Runs the cancel function, which may finish the request: x may be gone then. */
+CRPCI_COLD void crpci_context_run_cancel(crpc_loop *l, crpci_task *task)
+{
+    crpci_cancel *k = CRPCI_CONTAINER(task, crpci_cancel, task);
+    crpci_timer_cancel(&k->timer);
+    l->cancelling = k->context;
+    crpci_loop_user_begin(l);
+    k->fn(k->context, k->user);
+    crpci_loop_user_end(l);
+    l->cancelling = NULL;
+    if (l->io_waiters)
+        crpci_thread_broadcast(&l->io_cond);
+}
+
+/* The deadline has passed. */
+CRPCI_COLD void crpci_context_on_deadline(crpc_loop *l, crpci_timer *t)
+{
+    crpci_cancel *k = CRPCI_CONTAINER(t, crpci_cancel, timer);
+    crpci_list_remove(&k->task.link);
+    crpci_loop_ready(l, &k->task);
+}
+
+CRPC_API bool crpc_context_cancelled(const crpc_context *x)
+{
+    return crpci_thread_load(&x->conn->gone) ||
+           crpci_thread_load(&x->server->state) == CRPCI_SERVER_STOPPED ||
+           (x->origin.deadline_us != INT64_MAX &&
+            crpci_heap_now(x->server->heap) >= x->origin.deadline_us);
+}
+
+CRPC_API int crpc_context_on_cancel(crpc_context *x, void (*fn)(crpc_context *x, void *user),
+                                    void *user)
+{
+    crpc_loop *l = x->loop;
+    crpci_cancel *k;
+    if (x->cancel)
+        return CRPC_EBUSY;
+    k = (crpci_cancel *)crpc_context_alloc(x, sizeof *k);
+    if (!k)
+        return CRPC_ENOMEM;
+    x->cancel = k;
+    k->context = x;
+    k->fn = fn;
+    k->user = user;
+    crpci_loop_task_init(&k->task, crpci_context_run_cancel);
+    crpci_timer_init(&k->timer, crpci_context_on_deadline);
+    crpci_loop_lock(l);
+    if (x->conn->gone)
+        crpci_loop_ready(l, &k->task);
+    else
+        crpci_list_append(&x->conn->cancels, &k->task.link);
+    if (!x->conn->gone && x->origin.deadline_us != INT64_MAX)
+        crpci_loop_timer_at(l, &k->timer, x->origin.deadline_us);
+    crpci_loop_unlock(l);
+    return CRPC_OK;
 }
 
 CRPC_API void *crpc_context_response(crpc_context *x)
