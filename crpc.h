@@ -359,6 +359,7 @@
  *     replay_ms               60000       0           1 to 86400000
  *     replay_bytes            4 MiB       0           1 and more
  *     idle_timeout_ms         0           0           1 to 86400000
+ *     max_connection_age_ms   0           0           1 to 86400000
  *     frame_timeout_ms        30000       0           1 to 86400000
  *     write_timeout_ms        30000       0           1 to 86400000
  *     lame_ms                 1000        0           1 to 86400000
@@ -1055,7 +1056,7 @@ typedef struct crpc_loop_stats {
     uint64_t evicted;      /* connections of a server closed in favour of other hosts */
     uint64_t lost_lines;   /* log lines dropped because stderr was full */
     uint64_t timeouts;     /* connections closed for idle_timeout_ms, frame_timeout_ms,
-                              write_timeout_ms and first_request_ms */
+                              write_timeout_ms, first_request_ms and max_connection_age_ms */
     uint64_t replayed;     /* by crpc_server_stats_get: requests answered with a kept reply */
     uint32_t connections;  /* open now, those of clients and of servers */
     uint32_t pending;      /* calls that have not ended, or were not fetched yet */
@@ -1708,6 +1709,11 @@ typedef struct crpc_server_options {
     int64_t replay_bytes; /* memory for the entries and their replies. 0: 4 MiB. -1: no limit */
     int idle_timeout_ms;  /* a connection without a request for so long is closed. 0: never. -1:
                              never */
+    int max_connection_age_ms; /* a connection that is older, by 10 % more or less at random, is
+                                  closed as soon as it is idle, never with a request in service:
+                                  clients then connect anew, and a balancer in front of the servers
+                                  can choose again. A request that is on its way at that moment is
+                                  lost, and its caller told so. 0: never. -1: never */
     int frame_timeout_ms; /* a request that has begun to arrive must be complete in this time. 0:
                              30000. -1: no limit */
     int write_timeout_ms; /* a connection whose peer takes no byte of waiting output for so long is
@@ -8359,6 +8365,7 @@ struct crpci_conn {
     int64_t *awaited;
     size_t awaited_size, awaited_first, awaited_count;
     int64_t opened_us;
+    int64_t old_us;     /* from then on it is closed when it is idle. 0: never */
     int64_t arrived_us; /* when input was read last, also that in `left` */
     int64_t active_us;  /* when the last message arrived */
     /* Encoded names that the next request is likely to have, so that crpci_meta_read_usual can
@@ -22604,6 +22611,8 @@ CRPCI_COLD void crpci_intake_refuse(crpci_conn *conn, const crpci_message *m, in
     crpci_context_refuse(conn, m, why ? CRPC_ELIMIT : code, why ? why : text);
 }
 
+#define CRPCI_INTAKE_OLD_US 100000 /* between two looks at an old connection */
+
 /* Finds the method of a request. NULL: there is none, and the request has been refused. The names
  * are remembered as those that the connection's next request is likely to have: the protocol then
  * marks it `usual`, and no name is looked up. */
@@ -22738,9 +22747,17 @@ CRPCI_FN void crpci_intake_expire(crpci_conn *conn)
     crpci_conn_close(conn, CRPC_ECLOSE, 0);
 }
 
+/* When an old connection is to be closed, or looked at again because it is at work. */
+CRPCI_COLD int64_t crpci_intake_old_end(const crpci_conn *conn, int64_t now)
+{
+    if (now < conn->old_us)
+        return conn->old_us;
+    return conn->busy || !crpci_conn_idle(conn) ? now + CRPCI_INTAKE_OLD_US : now;
+}
+
 /* Closes a connection that was idle for idle_timeout_ms, that has asked for no method of the server
- * within first_request_ms, whose request has not arrived whole within frame_timeout_ms, or whose
- * peer has taken nothing of its replies for write_timeout_ms. A paused connection is not read, so
+ * within first_request_ms, whose request has not arrived whole within frame_timeout_ms, whose
+ * peer has taken nothing of its replies for write_timeout_ms, or that is old and idle. A paused connection is not read, so
  * its peer is not to blame for a partial request. */
 CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
 {
@@ -22755,6 +22772,8 @@ CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
     if ((conn->rx || conn->skip) && conn->frame_timeout_us)
         next = (conn->paused ? now : conn->rx_since) + conn->frame_timeout_us;
     next = crpci_base_min64(next, crpci_conn_stall_end(conn, now));
+    if (conn->old_us)
+        next = crpci_base_min64(next, crpci_intake_old_end(conn, now));
     if (idle && !conn->busy && !conn->tx_head && !conn->rx && !conn->skip)
         next = crpci_base_min64(next, conn->active_us + idle);
     else if (idle)
@@ -22889,6 +22908,12 @@ CRPCI_FN void crpci_listener_configure(const crpc_server *s, crpci_conn *conn)
     first = first && (!idle || first < idle) ? first : idle;
     if (first)
         crpci_loop_timer_set(conn->loop, &conn->timer, first * 1000);
+    if (s->options.max_connection_age_ms) {
+        /* The jitter keeps those that came together from going so. */
+        conn->old_us = conn->opened_us + s->options.max_connection_age_ms *
+                                             (int64_t)(900 + crpci_loop_random(conn->loop) % 201);
+        crpci_conn_timer_by(conn, conn->old_us);
+    }
 }
 
 /* Makes a connection of a socket that was counted for `account`. False: it could not, and the
@@ -23585,6 +23610,7 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_NUMBER(replay_ms, 60000, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(replay_bytes, 4 << 20, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(idle_timeout_ms, 0, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(max_connection_age_ms, 0, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(frame_timeout_ms, 30000, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(write_timeout_ms, 30000, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(lame_ms, 1000, 0, 86400000),
