@@ -362,6 +362,7 @@
  *     replay_ms               60000       0           1 to 86400000
  *     replay_bytes            4 MiB       0           1 and more
  *     idle_timeout_ms         0           0           1 to 86400000
+ *     max_connection_age_ms   0           0           1 to 86400000
  *     frame_timeout_ms        30000       0           1 to 86400000
  *     write_timeout_ms        30000       0           1 to 86400000
  *     lame_ms                 1000        0           1 to 86400000
@@ -1078,7 +1079,7 @@ typedef struct crpc_loop_stats {
     uint64_t evicted;      /* connections of a server closed in favour of other hosts */
     uint64_t lost_lines;   /* log lines dropped because stderr was full */
     uint64_t timeouts;     /* connections closed for idle_timeout_ms, frame_timeout_ms,
-                              write_timeout_ms and first_request_ms */
+                              write_timeout_ms, first_request_ms and max_connection_age_ms */
     uint64_t replayed;     /* by crpc_server_stats_get: requests answered with a kept reply */
     uint32_t connections;  /* open now, those of clients and of servers */
     uint32_t pending;      /* calls that have not ended, or were not fetched yet */
@@ -1756,8 +1757,8 @@ typedef struct crpc_server_options {
                             oversize request closes its connection */
     const crpc_method_limit *method_limits; /* borrowed until crpc_server_start has returned */
     size_t method_limit_count;
-    int rate_per_client;  /* requests a second from one IP address, all its connections together;
-                             all unix sockets count as one address. 0: no limit. -1: no limit */
+    int rate_per_client;  /* requests a second of one account (manual, LIMITS AND TRUST), also those
+                             for unknown methods. 0: no limit. -1: no limit */
     int burst_per_client; /* requests at once after a pause. 0: as rate_per_client. -1: as
                              rate_per_client */
     /* The server keeps its replies to requests that have an id: a user_fields entry "crpc-rid" of
@@ -1773,6 +1774,11 @@ typedef struct crpc_server_options {
     int64_t replay_bytes; /* memory for the entries and their replies. 0: 4 MiB. -1: no limit */
     int idle_timeout_ms;  /* a connection without a request for so long is closed. 0: never. -1:
                              never */
+    int max_connection_age_ms; /* a connection that is older, by 10 % more or less at random, is
+                                  closed as soon as it is idle, never with a request in service:
+                                  clients then connect anew, and a balancer in front of the servers
+                                  can choose again. A request that is on its way at that moment is
+                                  lost, and its caller told so. 0: never. -1: never */
     int frame_timeout_ms; /* a request that has begun to arrive must be complete in this time. 0:
                              30000. -1: no limit */
     int write_timeout_ms; /* a connection whose peer takes no byte of waiting output for so long is
@@ -1961,6 +1967,22 @@ CRPC_API int64_t crpc_context_log_id(const crpc_context *context);
 /* Microseconds until the caller's deadline, negative after it; INT64_MAX if the caller sent
  * none. */
 CRPC_API int64_t crpc_context_remaining_us(const crpc_context *context);
+
+/* Whether nobody is likely to wait for the reply any more: the peer has closed its connection, or its
+ * sending side, the caller's deadline has passed, or the server has stopped and does not drain any
+ * longer. The request must still be finished, and the reply is sent if that can be done. While a
+ * handler runs on the thread of its connection that thread cannot notice the peer's end. Cheap; any
+ * thread. */
+CRPC_API bool crpc_context_cancelled(const crpc_context *context);
+
+/* Has `fn` called once when crpc_context_cancelled becomes true, on the thread that drives the
+ * connection's loop; never once the reply is finished. `fn` may finish the request. If another
+ * thread does so meanwhile, crpc_context_finish waits until `fn` has returned; else `fn` must not
+ * use the context while another thread does. CRPC_EBUSY: the request has such a function already.
+ * CRPC_ENOMEM. */
+CRPC_API CRPC_MUST_CHECK int crpc_context_on_cancel(crpc_context *context,
+                                                    void (*fn)(crpc_context *context, void *user),
+                                                    void *user);
 
 /* The peer as text, valid until the reply is finished: "10.0.0.7:1234", "[fe80::1%2]:1234", or for
  * a unix socket "unix:uid=1000". "": out of memory. */
@@ -5923,8 +5945,9 @@ struct crpc_loop {
     int64_t user_now;      /* that thread's alone: the clock when it last read it */
     crpci_thread thread;
     crpci_cond owner_cond; /* the driver has left: for owners, and for crpc_loop_close */
-    crpci_cond io_cond;    /* a send has ended */
+    crpci_cond io_cond;    /* a send or a cancel function has ended */
     unsigned io_waiters;   /* threads that wait for io_cond */
+    const void *cancelling; /* the crpc_context whose cancel function runs; NULL: none */
     crpci_list followers;  /* callers that wait, first come first: crpci_waiter */
     /* the sections' below */
     crpci_list conns;
@@ -8467,6 +8490,7 @@ struct crpci_conn {
     uint32_t refs;
     uint32_t busy; /* requests being served */
     uint32_t gone; /* atomic: the peer sends no more, or the connection is closed */
+    crpci_list cancels; /* crpci_task: what is to run then */
     int fd;
     int why;       /* crpc_status of the close */
     int why_errno; /* 0: none */
@@ -8506,6 +8530,7 @@ struct crpci_conn {
     int64_t *awaited;
     size_t awaited_size, awaited_first, awaited_count;
     int64_t opened_us;
+    int64_t old_us;     /* from then on it is closed when it is idle. 0: never */
     int64_t arrived_us; /* when input was read last, also that in `left` */
     int64_t active_us;  /* when the last message arrived */
     /* Encoded names that the next request is likely to have, so that crpci_meta_read_usual can
@@ -8634,10 +8659,15 @@ CRPCI_FN void crpci_conn_cleanup(crpci_conn *c)
     c->fd = -1;
 }
 
-/* Nobody is likely to wait for replies any more. */
+/* Nobody is likely to wait for replies any more: tells those who asked for it. */
 CRPCI_FN void crpci_conn_gone(crpci_conn *c)
 {
     crpci_thread_store(&c->gone, 1);
+    while (!crpci_list_empty(&c->cancels)) {
+        crpci_task *t = CRPCI_CONTAINER(c->cancels.next, crpci_task, link);
+        crpci_list_remove(&t->link);
+        crpci_loop_ready(c->loop, t);
+    }
 }
 
 /* Closes at once and drops queued output. Calling it again does nothing. A descriptor in use by
@@ -9490,6 +9520,7 @@ CRPCI_FN crpci_conn *crpci_connect_new(crpc_loop *l, int fd, bool connecting,
     c->connecting = connecting;
     c->max_body = INT32_MAX;
     c->tx_end = &c->tx_head;
+    crpci_list_init(&c->cancels);
     c->opened_us = c->active_us = c->arrived_us = crpci_loop_now(l);
     crpci_watch_init(&c->watch, crpci_connect_event);
     crpci_loop_task_init(&c->flush, crpci_conn_flush_task);
@@ -21953,6 +21984,15 @@ struct crpc_server {
     crpc_server_options options; /* its texts are copies; loops.thread_name may be gone, see `io` */
 };
 
+/* What crpc_context_on_cancel asked for; in the context's `extra`. */
+typedef struct crpci_cancel {
+    crpci_task task; /* in the connection's `cancels`, then in the loop's `ready` */
+    crpci_timer timer; /* for the deadline */
+    crpc_context *context;
+    void (*fn)(crpc_context *x, void *user);
+    void *user;
+} crpci_cancel;
+
 /* One request in service. It lies at the start of `block`, and is gone with it. */
 struct crpc_context {
     crpci_origin origin; /* first: a call with this context as its parent reads it */
@@ -21977,6 +22017,7 @@ struct crpc_context {
     crpci_chunk *chunk; /* holds the received bytes; NULL: `block` has a copy of them */
     crpci_chunk *extra; /* list of chunks: what crpc_context_alloc gave out */
     struct crpci_guard *guard; /* NULL: the request has no limit, order or id to heed */
+    crpci_cancel *cancel; /* NULL: none */
     size_t intercepted; /* interceptors whose `before` has passed, so that `after` is due */
     int app_code;       /* set by crpc_context_fail; 0: none */
     char *text; /* for the error reply; NULL: the text of the status. In `extra` */
@@ -22380,6 +22421,25 @@ CRPCI_FN bool crpci_context_reply(crpc_context *x)
     return last;
 }
 
+/* Makes sure that the cancel function does not run any more, because the request is finished; waits
+ * for it if it runs on another thread. Without the lock. */
+CRPCI_COLD void crpci_context_disarm(crpc_context *x)
+{
+    crpc_loop *l = x->loop;
+    crpci_loop_lock(l);
+    crpci_list_remove(&x->cancel->task.link);
+    crpci_timer_cancel(&x->cancel->timer);
+    if (crpci_loop_in_callback(l) && l->cancelling == x)
+        l->cancelling = NULL; /* the function itself finishes the request */
+    while (l->cancelling == x) {
+        l->io_waiters++;
+        crpci_thread_wait(&l->io_cond, &l->lock, -1);
+        l->io_waiters--;
+    }
+    crpci_loop_unlock(l);
+    x->cancel = NULL;
+}
+
 /* Ends a request on any thread, without the lock. CRPC_EGONE: nobody gets the reply, because the
  * connection is closed, the server has stopped, or there was no memory for it. */
 CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
@@ -22387,6 +22447,8 @@ CRPCI_FN int crpci_context_complete(crpc_context *x, int status)
     crpc_server *s = x->server;
     crpc_loop *l = x->loop;
     bool gone, last;
+    if (CRPCI_UNLIKELY(x->cancel != NULL))
+        crpci_context_disarm(x);
     crpci_context_conclude(x, status);
     crpci_loop_lock(l);
     gone = !x->reply || x->conn->closed;
@@ -22441,6 +22503,8 @@ CRPCI_FN void crpci_context_run(crpc_loop *l, crpc_context *x)
     int status;
     crpci_loop_user_begin(l);
     status = crpci_context_serve(x);
+    if (status != CRPC_EPENDING && CRPCI_UNLIKELY(x->cancel != NULL))
+        crpci_context_disarm(x);
     if (status != CRPC_EPENDING)
         crpci_context_conclude(x, status);
     crpci_loop_user_end(l);
@@ -22549,6 +22613,63 @@ CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const
 CRPC_API int crpc_context_finish(crpc_context *x, int status)
 {
     return crpci_context_complete(x, status == CRPC_EPENDING ? CRPC_EINTERNAL : status);
+}
+
+/* Runs the cancel function, which may finish the request: x may be gone then. */
+CRPCI_COLD void crpci_context_run_cancel(crpc_loop *l, crpci_task *task)
+{
+    crpci_cancel *k = CRPCI_CONTAINER(task, crpci_cancel, task);
+    crpci_timer_cancel(&k->timer);
+    l->cancelling = k->context;
+    crpci_loop_user_begin(l);
+    k->fn(k->context, k->user);
+    crpci_loop_user_end(l);
+    l->cancelling = NULL;
+    if (l->io_waiters)
+        crpci_thread_broadcast(&l->io_cond);
+}
+
+/* The deadline has passed. */
+CRPCI_COLD void crpci_context_on_deadline(crpc_loop *l, crpci_timer *t)
+{
+    crpci_cancel *k = CRPCI_CONTAINER(t, crpci_cancel, timer);
+    crpci_list_remove(&k->task.link);
+    crpci_loop_ready(l, &k->task);
+}
+
+CRPC_API bool crpc_context_cancelled(const crpc_context *x)
+{
+    return crpci_thread_load(&x->conn->gone) ||
+           crpci_thread_load(&x->server->state) == CRPCI_SERVER_STOPPED ||
+           (x->origin.deadline_us != INT64_MAX &&
+            crpci_heap_now(x->server->heap) >= x->origin.deadline_us);
+}
+
+CRPC_API int crpc_context_on_cancel(crpc_context *x, void (*fn)(crpc_context *x, void *user),
+                                    void *user)
+{
+    crpc_loop *l = x->loop;
+    crpci_cancel *k;
+    if (x->cancel)
+        return CRPC_EBUSY;
+    k = (crpci_cancel *)crpc_context_alloc(x, sizeof *k);
+    if (!k)
+        return CRPC_ENOMEM;
+    x->cancel = k;
+    k->context = x;
+    k->fn = fn;
+    k->user = user;
+    crpci_loop_task_init(&k->task, crpci_context_run_cancel);
+    crpci_timer_init(&k->timer, crpci_context_on_deadline);
+    crpci_loop_lock(l);
+    if (x->conn->gone)
+        crpci_loop_ready(l, &k->task);
+    else
+        crpci_list_append(&x->conn->cancels, &k->task.link);
+    if (!x->conn->gone && x->origin.deadline_us != INT64_MAX)
+        crpci_loop_timer_at(l, &k->timer, x->origin.deadline_us);
+    crpci_loop_unlock(l);
+    return CRPC_OK;
 }
 
 CRPC_API void *crpc_context_response(crpc_context *x)
@@ -23206,6 +23327,20 @@ CRPCI_COLD void crpci_guard_close(crpc_server *s)
  * without unlocking; no handler runs in here. Every request is either handed on with a context or
  * answered with an error: a request without an answer would occupy its peer's slot for good. */
 
+/* Refuses a request that reaches no method. It counts for its client's rate like any other. */
+CRPCI_COLD void crpci_intake_refuse(crpci_conn *conn, const crpci_message *m, int code,
+                                    const char *text)
+{
+    crpc_server *s = (crpc_server *)conn->owner;
+    const char *why = NULL;
+    crpci_guard g;
+    if (CRPC_ENABLE_POLICY)
+        why = crpci_guard_limit(s, conn, NULL, &g);
+    crpci_context_refuse(conn, m, why ? CRPC_ELIMIT : code, why ? why : text);
+}
+
+#define CRPCI_INTAKE_OLD_US 100000 /* between two looks at an old connection */
+
 /* Finds the method of a request. NULL: there is none, and the request has been refused. The names
  * are remembered as those that the connection's next request is likely to have: the protocol then
  * marks it `usual`, and no name is looked up. */
@@ -23218,7 +23353,7 @@ CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_c
     if (CRPCI_LIKELY(m->usual))
         return method; /* a usual request has only what crpc supports */
     if (m->unsupported) { /* compression and the like: a wrong answer would be worse than none */
-        crpci_context_refuse(conn, m, CRPC_EREQUEST, m->unsupported);
+        crpci_intake_refuse(conn, m, CRPC_EREQUEST, m->unsupported);
         return NULL;
     }
     err = crpci_service_lookup(&s->services, m, &method);
@@ -23229,7 +23364,7 @@ CRPCI_FN const crpci_service_method *crpci_intake_method(crpc_server *s, crpci_c
                  crpc_view_size(m->service) ? crpc_view_data(m->service) : "",
                  (int)crpci_base_min(crpc_view_size(m->method), 100),
                  crpc_view_size(m->method) ? crpc_view_data(m->method) : "");
-        crpci_context_refuse(conn, m, err, text);
+        crpci_intake_refuse(conn, m, err, text);
         return NULL;
     }
     conn->expect = method->names[conn->protocol_index];
@@ -23316,7 +23451,7 @@ CRPCI_COLD void crpci_intake_on_oversize(crpci_conn *conn, const crpci_message *
     crpci_status_format(text, sizeof text, "request of %llu bytes is over max_body, %u",
                         (unsigned long long)body, conn->max_body);
     conn->loop->stats.requests++;
-    crpci_context_refuse(conn, m, CRPC_EREQUEST, text);
+    crpci_intake_refuse(conn, m, CRPC_EREQUEST, text);
     crpci_context_throttle(conn);
 }
 
@@ -23355,9 +23490,17 @@ CRPCI_FN void crpci_intake_expire(crpci_conn *conn)
     crpci_conn_close(conn, CRPC_ECLOSE, 0);
 }
 
+/* When an old connection is to be closed, or looked at again because it is at work. */
+CRPCI_COLD int64_t crpci_intake_old_end(const crpci_conn *conn, int64_t now)
+{
+    if (now < conn->old_us)
+        return conn->old_us;
+    return conn->busy || !crpci_conn_idle(conn) ? now + CRPCI_INTAKE_OLD_US : now;
+}
+
 /* Closes a connection that was idle for idle_timeout_ms, that has asked for no method of the server
- * within first_request_ms, whose request has not arrived whole within frame_timeout_ms, or whose
- * peer has taken nothing of its replies for write_timeout_ms. A paused connection is not read, so
+ * within first_request_ms, whose request has not arrived whole within frame_timeout_ms, whose
+ * peer has taken nothing of its replies for write_timeout_ms, or that is old and idle. A paused connection is not read, so
  * its peer is not to blame for a partial request. */
 CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
 {
@@ -23372,6 +23515,8 @@ CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
     if ((conn->rx || conn->skip) && conn->frame_timeout_us)
         next = (conn->paused ? now : conn->rx_since) + conn->frame_timeout_us;
     next = crpci_base_min64(next, crpci_conn_stall_end(conn, now));
+    if (conn->old_us)
+        next = crpci_base_min64(next, crpci_intake_old_end(conn, now));
     if (idle && !conn->busy && !conn->tx_head && !conn->rx && !conn->skip)
         next = crpci_base_min64(next, conn->active_us + idle);
     else if (idle)
@@ -23538,6 +23683,12 @@ CRPCI_FN void crpci_listener_configure(const crpc_server *s, crpci_conn *conn)
     first = first && (!idle || first < idle) ? first : idle;
     if (first)
         crpci_loop_timer_set(conn->loop, &conn->timer, first * 1000);
+    if (s->options.max_connection_age_ms) {
+        /* The jitter keeps those that came together from going so. */
+        conn->old_us = conn->opened_us + s->options.max_connection_age_ms *
+                                             (int64_t)(900 + crpci_loop_random(conn->loop) % 201);
+        crpci_conn_timer_by(conn, conn->old_us);
+    }
 }
 
 /* Makes a connection of a socket that was counted for `account`. False: it could not, and the
@@ -24270,6 +24421,7 @@ static const crpci_option crpci_lifecycle_rows[] = {
     CRPCI_LIFECYCLE_NUMBER(replay_ms, 60000, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(replay_bytes, 4 << 20, 0, CRPCI_OPTION_ANY),
     CRPCI_LIFECYCLE_NUMBER(idle_timeout_ms, 0, 0, 86400000),
+    CRPCI_LIFECYCLE_NUMBER(max_connection_age_ms, 0, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(frame_timeout_ms, 30000, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(write_timeout_ms, 30000, 0, 86400000),
     CRPCI_LIFECYCLE_NUMBER(lame_ms, 1000, 0, 86400000),

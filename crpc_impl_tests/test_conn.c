@@ -455,6 +455,7 @@ static void the_end_of_a_paused_peer_is_noticed_once(void **state)
         assert_int_not_equal(c->watch.item.events, 0);
         close(fd);
         PUMP_UNTIL(&u, c->watch.item.events == 0);
+        assert_true(crpc_context_cancelled(u.service.held[0]));
         waits = pump_stats(&u).waits; /* it wakes the loop no more */
         assert_int_equal(crpc_loop_step(u.loop, 20), CRPC_OK);
         assert_int_equal(pump_stats(&u).waits, waits + 1);

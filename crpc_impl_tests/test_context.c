@@ -639,9 +639,169 @@ static void a_nested_call_may_wait_on_a_worker_only(void **state)
     }
 }
 
+typedef struct cancel {
+    net_service *service;
+    crpc_loop *loop;
+    bool finishes;
+    uint32_t begun, ended, on_loop; /* atomic */
+} cancel;
+
+static void on_cancel(crpc_context *x, void *user)
+{
+    cancel *k = (cancel *)user;
+    crpci_thread_store(&k->on_loop, crpci_loop_in_callback(x->loop));
+    crpci_thread_store(&k->begun, 1);
+    if (k->finishes) {
+        assert_ptr_equal(x, net_take(k->service));
+        (void)crpc_context_finish(x, CRPC_ECANCELED);
+    } else {
+        ct_sleep_ms(30); /* time for another thread to finish the request, if it could */
+    }
+    crpci_thread_add(&k->ended, 1);
+}
+
+/* Has a connection of its own ask for a deferred request, and returns the connection. */
+static int defer(net *n, int64_t timeout_ms)
+{
+    wire_request_options o;
+    wire w = {NULL, 0, 0};
+    int fd = wire_connect(n->url);
+    memset(&o, 0, sizeof o);
+    o.timeout_ms = timeout_ms;
+    wire_request_body(&w, "Echo", "Defer", 1, "\x08\x05", 2, &o);
+    assert_true(wire_flush(fd, &w));
+    assert_true(CT_WAIT(net_held(&n->service) == 1, NET_PATIENCE));
+    return fd;
+}
+
+static crpc_context *held(net *n)
+{
+    crpc_context *x;
+    pthread_mutex_lock(&n->service.lock);
+    x = n->service.held[0];
+    pthread_mutex_unlock(&n->service.lock);
+    return x;
+}
+
+static void a_handler_learns_that_its_peer_has_gone(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        cancel k;
+        crpc_context *x;
+        int fd, finishes;
+        net n;
+        memset(&n, 0, sizeof n);
+        net_open(&n, p, m);
+        for (finishes = 0; finishes < 2; finishes++) {
+            memset(&k, 0, sizeof k);
+            k.service = &n.service;
+            k.finishes = finishes;
+            fd = defer(&n, 0);
+            x = held(&n);
+            assert_int_equal(crpc_context_on_cancel(x, on_cancel, &k), CRPC_OK);
+            assert_int_equal(crpc_context_on_cancel(x, on_cancel, &k), CRPC_EBUSY);
+            assert_false(crpc_context_cancelled(x));
+            close(fd);
+            assert_true(CT_WAIT(crpci_thread_load(&k.begun), NET_PATIENCE));
+            if (!finishes) {
+                assert_true(crpc_context_cancelled(x));
+                assert_ptr_equal(net_take(&n.service), x);
+                (void)crpc_context_finish(x, CRPC_OK);
+                assert_int_equal(crpci_thread_load(&k.ended), 1); /* it has waited */
+            }
+            assert_true(CT_WAIT(crpci_thread_load(&k.ended) == 1, NET_PATIENCE));
+            assert_true(crpci_thread_load(&k.on_loop));
+            assert_true(CT_WAIT(net_connections(n.server) == 0, NET_PATIENCE));
+        }
+        net_close(&n);
+        assert_int_equal(k.ended, 1);
+    }
+}
+
+static void a_handler_learns_that_the_deadline_has_passed(void **state)
+{
+    net_mode m;
+    (void)state;
+    NET_EACH_MODE(m)
+    {
+        cancel k;
+        int fd;
+        net n;
+        memset(&n, 0, sizeof n);
+        memset(&k, 0, sizeof k);
+        net_open(&n, CRPC_POLLER_DEFAULT, m);
+        fd = defer(&n, 300);
+        k.service = &n.service;
+        k.finishes = true;
+        assert_int_equal(crpc_context_on_cancel(held(&n), on_cancel, &k), CRPC_OK);
+        assert_true(CT_WAIT(crpci_thread_load(&k.ended) == 1, NET_PATIENCE));
+        assert_true(crpci_thread_load(&k.on_loop));
+        close(fd);
+        net_close(&n);
+    }
+}
+
+static void a_finished_request_is_not_cancelled(void **state)
+{
+    net_mode m;
+    (void)state;
+    NET_EACH_MODE(m)
+    {
+        cancel k;
+        wire_message reply;
+        crpc_context *x;
+        int fd;
+        net n;
+        memset(&n, 0, sizeof n);
+        memset(&k, 0, sizeof k);
+        net_open(&n, CRPC_POLLER_DEFAULT, m);
+        fd = defer(&n, 0);
+        x = net_take(&n.service);
+        assert_int_equal(crpc_context_on_cancel(x, on_cancel, &k), CRPC_OK);
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_OK);
+        assert_int_equal(wire_receive(fd, &reply), 1);
+        assert_int_equal(reply.n, 6);
+        wire_done(&reply);
+        close(fd);
+        net_close(&n);
+        assert_int_equal(k.begun, 0);
+    }
+}
+
+/* The server stops with a request that nobody finishes in time. */
+static void a_handler_learns_that_the_server_has_stopped(void **state)
+{
+    net_mode m;
+    (void)state;
+    for (m = NET_THREAD; m < NET_MODES; m = (net_mode)(m + 1)) {
+        crpc_context *x;
+        net n;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.drain_ms = 1;
+        net_open(&n, CRPC_POLLER_DEFAULT, m);
+        fd = defer(&n, 0);
+        x = net_take(&n.service);
+        assert_false(crpc_context_cancelled(x));
+        crpc_server_stop(n.server);
+        assert_true(CT_WAIT(crpc_context_cancelled(x), NET_PATIENCE));
+        assert_int_equal(crpc_context_finish(x, CRPC_OK), CRPC_EGONE);
+        close(fd);
+        net_close(&n);
+    }
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
+        CT_TEST(a_handler_learns_that_its_peer_has_gone),
+        CT_TEST(a_handler_learns_that_the_deadline_has_passed),
+        CT_TEST(a_finished_request_is_not_cancelled),
+        CT_TEST(a_handler_learns_that_the_server_has_stopped),
         CT_TEST(statuses_reach_the_caller),
         CT_TEST(applications_may_not_use_reserved_codes),
         CT_TEST(replies_may_come_later_from_any_thread),

@@ -216,6 +216,40 @@ static void clients_have_rates(void **state)
     }
 }
 
+static void requests_that_reach_no_method_count_for_the_rate(void **state)
+{
+    const char *says = "too many requests of this client in a second (rate_per_client)";
+    net_mode mode;
+    (void)state;
+    NET_EACH_MODE(mode)
+    {
+        wire_request_options compressed;
+        char text[512];
+        net n;
+        int fd;
+        memset(&n, 0, sizeof n);
+        memset(&compressed, 0, sizeof compressed);
+        compressed.compress = 2;
+        n.time = NET_TIME_STANDS;
+        n.server_options.rate_per_client = 1;
+        n.server_options.burst_per_client = 4;
+        n.server_options.limits.max_body = 60;
+        net_open(&n, CRPC_POLLER_DEFAULT, mode);
+        fd = wire_connect(n.url);
+        assert_int_equal(net_ask(fd, "Nobody", "Add", 1, NULL, NULL), CRPC_ENOSERVICE);
+        assert_int_equal(net_ask(fd, "Echo", "Nothing", 2, NULL, NULL), CRPC_ENOMETHOD);
+        assert_int_equal(net_ask(fd, "Echo", "Add", 3, &compressed, NULL), CRPC_EREQUEST);
+        assert_int_equal(net_ask(fd, "Service.with.a.name.over.max.body.of.this.test.and.more",
+                                 "Add", 4, NULL, NULL),
+                         CRPC_EREQUEST);
+        assert_int_equal(net_ask(fd, "Nobody", "Add", 5, NULL, text), CRPC_ELIMIT);
+        assert_string_equal(text, says);
+        assert_int_equal(let_in(fd, "Add", 1, says), 0);
+        close(fd);
+        net_close(&n);
+    }
+}
+
 /* The adaptive limit begins at 40, and halves after 200 failed samples. */
 static void adaptive_limits_adapt(void **state)
 {
@@ -1004,6 +1038,7 @@ int main(void)
         CT_TEST(requests_in_service_are_limited),
         CT_TEST(a_limit_that_applies_to_no_method_is_refused),
         CT_TEST(methods_have_rates),
+        CT_TEST(requests_that_reach_no_method_count_for_the_rate),
         CT_TEST(clients_have_rates),
         CT_TEST(adaptive_limits_adapt),
         CT_TEST(a_repeated_request_is_executed_once),

@@ -3,7 +3,7 @@
 #include "../crpc.h"
 #define CT_TEST_SECONDS 120
 #include "crpc_test.h"
-#include "crpc_net.h"
+#include "crpc_pump.h"
 
 static void names_and_codes_are_brpcs(void **state)
 {
@@ -571,9 +571,67 @@ static void servers_survive_being_out_of_memory(void **state)
     }
 }
 
+/* Steps until nothing happens at the present time. */
+static void settle(pump *u)
+{
+    int i;
+    for (i = 0; i < 10; i++)
+        assert_int_equal(crpc_loop_step(u->loop, 0), CRPC_OK);
+}
+
+static void an_old_connection_is_closed_when_it_is_idle(void **state)
+{
+    enum { IDLE = 20 };
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        crpc_server_options o;
+        wire w = {NULL, 0, 0};
+        pump u;
+        int busy, idle[IDLE], i;
+        memset(&o, 0, sizeof o);
+        o.max_connection_age_ms = 10000;
+        o.loops.hooks.clock_us = net_clock_us;
+        net_time_begin(NET_TIME_STANDS);
+        pump_open(&u, p, WAY_TCP, &o);
+        busy = pump_connect(&u, WAY_TCP);
+        wire_request(&w, "Defer", 1, 1, 0);
+        pump_send(&u, busy, w.p, w.n);
+        wire_free(&w);
+        PUMP_UNTIL(&u, net_held(&u.service) == 1);
+        for (i = 0; i < IDLE; i++)
+            idle[i] = pump_connect(&u, WAY_TCP);
+        net_time_add(8990);
+        settle(&u);
+        assert_int_equal(pump_stats(&u).connections, IDLE + 1);
+        net_time_add(1010); /* half of them are older than their age, some more or less */
+        settle(&u);
+        assert_in_range(pump_stats(&u).connections, 2, IDLE);
+        net_time_add(1010);
+        settle(&u);
+        assert_int_equal(pump_stats(&u).connections, 1);
+        net_time_add(60000);
+        settle(&u);
+        assert_int_equal(pump_stats(&u).connections, 1);
+        assert_int_equal(crpc_context_finish(net_take(&u.service), CRPC_OK), CRPC_OK);
+        settle(&u);
+        expect_reply(busy, 1, 2);
+        net_time_add(200);
+        settle(&u);
+        expect_end(&u, busy);
+        net_time_run();
+        close(busy);
+        for (i = 0; i < IDLE; i++)
+            close(idle[i]);
+        pump_close(&u);
+    }
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
+        CT_TEST(an_old_connection_is_closed_when_it_is_idle),
         CT_TEST(names_and_codes_are_brpcs),
         CT_TEST(missing_handlers_are_missing_methods),
         CT_TEST(unsupported_requests_are_refused_with_the_reason),
