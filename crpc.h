@@ -8494,6 +8494,7 @@ struct crpci_conn {
     int fd;
     int why;       /* crpc_status of the close */
     int why_errno; /* 0: none */
+    int broken;    /* errno of a send that failed; the connection closes when its input is read */
     bool connecting, closed, reading, writing, eof, paused, blocked;
     bool close_when_sent;
     crpci_conn_parting parting;
@@ -8964,6 +8965,19 @@ CRPCI_COLD int64_t crpci_conn_stall_end(crpci_conn *c, int64_t now)
     return c->stalled_us + c->write_timeout_us;
 }
 
+/* A send has failed. A dialled connection is read once more before it closes: a server that refuses
+ * a request answers, and closes with the rest of it unread, which resets the connection. */
+CRPCI_COLD void crpci_conn_break(crpci_conn *c, int system_error)
+{
+    if (c->protocols) {
+        crpci_conn_close(c, CRPC_ECONN, system_error);
+        return;
+    }
+    c->broken = system_error;
+    c->blocked = c->unread = true;
+    crpci_conn_read_on(c);
+}
+
 /* Sends the queue until it is empty or the transport takes no more. Unlocks the loop while sending;
  * meanwhile other threads may append frames, withdraw frames that are not in flight, or close the
  * connection. */
@@ -9011,7 +9025,8 @@ CRPCI_FN void crpci_conn_flush(crpci_conn *c)
             break;
         }
         c->writing = false;
-        crpci_conn_close(c, CRPC_ECONN, saved);
+        crpci_conn_break(c, saved);
+        break;
     }
     crpci_heap_chunk_unref(batch.copies);
     c->writing = false;
@@ -9481,13 +9496,15 @@ CRPCI_FN void crpci_connect_event(crpc_loop *l, crpci_watch *w, unsigned events)
 }
 
 /* Runs in the next step: continues with input over the budget, then with input that the poller
- * cannot see. */
+ * cannot see, also when a send has failed. */
 CRPCI_FN void crpci_connect_resume_task(crpc_loop *l, crpci_task *task)
 {
     crpci_conn *c = CRPCI_CONTAINER(task, crpci_conn, resume);
     crpci_conn_hold(c);
     if (!c->closed && crpci_receive_catch_up(c) && !c->closed && crpci_conn_has_unseen(c))
         crpci_connect_event(l, &c->watch, CRPC_READABLE);
+    if (c->broken && !c->left)
+        crpci_conn_close(c, CRPC_ECONN, c->broken);
     crpci_conn_drop(c);
 }
 
@@ -17977,7 +17994,7 @@ CRPCI_FN void crpci_endpoint_on_sent(crpci_conn *conn, crpci_out *o)
 
 CRPCI_FN void crpci_endpoint_on_eof(crpci_conn *conn)
 {
-    crpci_conn_close(conn, CRPC_ECONN, 0);
+    crpci_conn_close(conn, CRPC_ECONN, conn->broken);
 }
 
 CRPCI_FN void crpci_endpoint_on_conn_timer(crpci_conn *conn)

@@ -558,6 +558,36 @@ static void a_wrong_credential_says_so_each_time(void **state)
     }
 }
 
+/* The server closes with most of the body unread, which resets the connection while the channel is
+ * still writing: the verdict is there to be read nevertheless. */
+static void a_verdict_is_heard_while_the_body_is_being_sent(void **state)
+{
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        char *body = net_bytes(8 << 20);
+        door d = DOOR_INIT;
+        net n;
+        int i;
+        memset(&n, 0, sizeof n);
+        n.channel_options.security.credential = "wrong";
+        guarded_open(&n, &d, p, m);
+        for (i = 0; i < 10; i++) {
+            dyn_Blob in = dyn_Blob_init_zero, out = dyn_Blob_init_zero;
+            crpc_call call = CRPC_INIT;
+            call.attachment = crpc_view_of(body, 8 << 20);
+            assert_int_equal(dyn_Echo_Pass(n.channel, &in, &out, &call), CRPC_EAUTH);
+            assert_true(call.error.remote);
+            crpc_call_reset(&call);
+        }
+        assert_int_equal(net_calls(&n.service), 0);
+        guarded_close(&n, &d);
+        free(body);
+    }
+}
+
 static void channels_with_different_credentials_share_no_connection(void **state)
 {
     crpc_poller p;
@@ -595,6 +625,7 @@ typedef struct purse {
     pthread_mutex_t lock;
     door *door; /* the second asking lasts until it has refused `refusals` requests */
     int refusals;
+    bool slow; /* each asking takes a second of the channel's clock */
     const char *credential;
     int asked;
 } purse;
@@ -611,6 +642,7 @@ static int purse_give(void *user, char *out, size_t size)
     }
     pthread_mutex_lock(&u->lock);
     u->asked++;
+    net_time_add(u->slow ? 1000 : 0);
     if (u->credential) {
         n = (int)strlen(u->credential);
         assert_true((size_t)n <= size);
@@ -736,13 +768,14 @@ static void a_credential_that_stays_wrong_ends_in_eauth(void **state)
         guarded_open(&n, &d, p, NET_THREAD);
         ch = purse_channel(&u, &n, p, "wrong", &loop);
         net_time_add(1000);
+        u.slow = true;
         assert_int_equal(add_by(ch, form), CRPC_EAUTH);
+        u.slow = false;
         assert_int_equal(door_asked(&d), 2);
         assert_int_equal(purse_asked(&u, NULL), 2);
         pthread_mutex_lock(&u.lock);
         u.credential = NULL;
         pthread_mutex_unlock(&u.lock);
-        net_time_add(1000);
         assert_int_equal(add_by(ch, form), CRPC_EAUTH);
         assert_int_equal(purse_asked(&u, "secret-now"), 3); /* before its first attempt */
         net_time_add(1000);
@@ -821,6 +854,7 @@ int main(void)
         CT_TEST(identities_do_not_share_request_ids),
         CT_TEST(identities_do_not_wait_for_each_others_keys),
         CT_TEST(a_wrong_credential_says_so_each_time),
+        CT_TEST(a_verdict_is_heard_while_the_body_is_being_sent),
         CT_TEST(channels_with_different_credentials_share_no_connection),
         CT_TEST(a_refused_credential_is_asked_for_anew),
         CT_TEST(a_credential_that_stays_wrong_ends_in_eauth),
