@@ -438,7 +438,7 @@
  *     chunk_info             no                                CRPC_EREQUEST
  *     authentication_data    if a credential is set, always    crpc_context_credential
  *     stream_settings        no                                CRPC_EREQUEST
- *     user_fields            as asked                          yes
+ *     user_fields            as asked, and crpc's own          yes
  *     content_type           no                                other than 0: CRPC_EREQUEST
  *     checksum_type          no                                other than 0: CRPC_EREQUEST
  *     request: log_id, trace_id, span_id, parent_span_id, timeout_ms (always); no request_id
@@ -452,6 +452,11 @@
  * for peers that do not set the mark, the number decides. In a request, "crpc-key" is the key by
  * which an ordered server queues it (crpc_server_options.ordered), and "crpc-rid" is the id by
  * which a server with replay_entries knows it again. Any peer may send both.
+ *
+ * A channel's first request on a connection has the entry "crpc-peer", and a crpc server's first
+ * reply to such a peer "crpc-server". To such peers alone a stopping server sends a farewell: a
+ * reply with correlation_id -1, error_code 2003 and the entry "crpc-farewell". It serves what they
+ * have sent, and expects them to end their output.
  *
  * REGISTRY
  *
@@ -510,10 +515,11 @@
  *
  * The breaker ejects at most half of the providers, and never the last one that could be asked.
  *
- *     graceful stop   The server unregisters, serves on for lame_ms, then refuses requests with
- *                     CRPC_ELOGOFF, finishes those it has, and closes each connection when it has
- *                     been quiet for quiet_ms, all of them at drain_ms. Channels leave it meanwhile
- *                     and keep their connection until their last call has ended.
+ *     graceful stop   The server unregisters, serves on for lame_ms, and takes in who has
+ *                     connected. Then it tells crpc's channels that it is stopping: they send their
+ *                     calls elsewhere, and end their connection when the last reply has come. Other
+ *                     peers get CRPC_ELOGOFF for new requests, and their connections close when
+ *                     they have been quiet for quiet_ms. What is left is closed at drain_ms.
  *     registry away   Calls go on with the last list: see stale_ttl_ms, allow_empty.
  *     long lists      max_endpoints uses a part of them, a different one for each channel.
  *
@@ -1788,9 +1794,9 @@ typedef struct crpc_server_options {
                      not at all */
     int drain_ms; /* how long a stopping server then waits for requests in service. 0: 5000. -1: not
                      at all */
-    int quiet_ms; /* a stopping server closes a connection on which nothing has happened for so long,
-                     or for three round trips if that is longer: by then a request that was under way
-                     has arrived and was answered. 0: 100. -1: 0 */
+    int quiet_ms; /* a stopping server closes a connection when nothing has happened on it for so
+                     long, or for three round trips if that is longer: by then a request that was
+                     under way has arrived. 0: 100. -1: 0 */
     const crpc_server_interceptor *interceptors; /* borrowed until the server is closed and its last
                                                     deferred request is finished */
     size_t interceptor_count;
@@ -1857,10 +1863,11 @@ CRPC_API CRPC_MUST_CHECK int crpc_server_start(crpc_server *server, crpc_error *
 CRPC_API CRPC_MUST_CHECK int crpc_server_run(crpc_server *server);
 
 /* Begins to stop, and returns at once. The server unregisters and serves on for lame_ms; then it
- * takes in who has connected, closes its listeners, and answers new requests with CRPC_ELOGOFF. It
- * closes each connection when that has been quiet for quiet_ms, and all that are left after
- * drain_ms. A second call does nothing. Any thread, any callback; a signal handler calls
- * crpc_loop_stop instead. */
+ * takes in who has connected and closes its listeners. It tells crpc peers that it is stopping, and
+ * serves them until they end their connections, which they do at once when they have all replies.
+ * It answers new requests of other peers with CRPC_ELOGOFF. It closes each connection when that has
+ * been quiet for quiet_ms, and all that are left after drain_ms. A second call does nothing. Any
+ * thread, any callback; a signal handler calls crpc_loop_stop instead. */
 CRPC_API void crpc_server_stop(crpc_server *server);
 
 /* Stops the server as crpc_server_stop does, waits for that and for handlers on workers and I/O
@@ -4331,6 +4338,14 @@ CRPCI_COLD bool crpci_message_self_check(void)
 #define CRPCI_MESSAGE_ID_FIELD  "crpc-rid"
 #define CRPCI_MESSAGE_KEY_FIELD "crpc-key"
 
+/* These have the value 1. By the first two, crpc peers know each other: they are in the first frame
+ * of a connection in each direction. The third is in a stopping server's farewell, a reply of
+ * CRPC_ELOGOFF with an id that no call has. */
+#define CRPCI_MESSAGE_PEER_FIELD     "crpc-peer"
+#define CRPCI_MESSAGE_SERVER_FIELD   "crpc-server"
+#define CRPCI_MESSAGE_FAREWELL_FIELD "crpc-farewell"
+#define CRPCI_MESSAGE_FAREWELL_ID    (-1)
+
 typedef enum crpci_message_kind { CRPCI_MESSAGE_REQUEST, CRPCI_MESSAGE_REPLY } crpci_message_kind;
 
 /* A request or a reply, in whatever protocol its bytes are. When it was received, all its pointers
@@ -4572,9 +4587,11 @@ CRPCI_FN uint8_t *crpci_meta_put_reply(uint8_t *low, uint8_t *payload, size_t pa
     return p;
 }
 
+#define CRPCI_META_MARK 20u /* most bytes that crpci_meta_mark adds: a key of 13 and 7 more */
+
 /* Room that header and meta need at most, besides names, texts, credential and fields: the header,
- * nine varint fields of 11 bytes, and keys and lengths. */
-#define CRPCI_META_BOUND (CRPCI_FRAME_HEADER + 9 * 11 + 6 * 6)
+ * nine varint fields of 11 bytes, keys and lengths, and a mark. */
+#define CRPCI_META_BOUND (CRPCI_FRAME_HEADER + 9 * 11 + 6 * 6 + CRPCI_META_MARK)
 
 /* A user_fields entry takes at most this besides key and value: three keys, three lengths. */
 #define CRPCI_META_FIELD_COST (3u + 3 * 5)
@@ -4591,6 +4608,25 @@ CRPCI_FN size_t crpci_meta_put_field(uint8_t *out, crpc_view key, crpc_view valu
     n = (size_t)(end - p);
     memmove(out, p, n);
     return n;
+}
+
+/* Adds a user_fields entry with the value 1 to a finished frame, as the first field of its meta:
+ * the header moves down by as many bytes. Returns where the frame begins now. */
+CRPCI_FN uint8_t *crpci_meta_mark(uint8_t *frame, const char *key)
+{
+    uint32_t body = crpci_base_get32(frame + 4), meta = crpci_base_get32(frame + 8), n;
+    uint8_t *end = frame + CRPCI_FRAME_HEADER, *p;
+    p = crpci_meta_put_bytes(end, 2, crpc_view_of("1", 1));
+    p = crpci_meta_put_bytes(p, 1, crpc_view_str(key));
+    p = crpci_meta_put_varint(p, (uint64_t)(end - p));
+    *--p = 9 << 3 | 2;
+    n = (uint32_t)(end - p);
+    p -= CRPCI_FRAME_HEADER;
+    memcpy(p, "PRPC", 4);
+    crpci_base_put32(p + 4, body + n);
+    crpci_base_put32(p + 8, meta + n);
+    crpci_meta_check_room(frame - CRPCI_META_MARK, p);
+    return p;
 }
 
 /* --- reading ---------------------------------------------------------------------------------- */
@@ -5316,6 +5352,8 @@ typedef struct crpci_transport {
     unsigned (*want)(void *state, unsigned events);
     /* Whether no input waits to be read, and the peer's host has all output. */
     bool (*idle)(int fd, void *state);
+    /* Whether input, its end or an error waits to be read. NULL: nobody knows. */
+    bool (*unread)(int fd, void *state);
 } crpci_transport;
 
 CRPCI_FN ssize_t crpci_transport_plain_readv(int fd, void *state, struct iovec *iov, int count)
@@ -5352,6 +5390,14 @@ CRPCI_FN bool crpci_transport_plain_idle(int fd, void *state)
     return ioctl(fd, TIOCOUTQ, &unsent) || !unsent;
 }
 
+CRPCI_FN bool crpci_transport_plain_unread(int fd, void *state)
+{
+    char byte;
+    (void)state;
+    return recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0 ||
+           (errno != EAGAIN && errno != EWOULDBLOCK);
+}
+
 static const crpci_transport crpci_transport_plain = {
     "tcp",
     CRPCI_TRANSPORT_GATHER | CRPCI_TRANSPORT_DUPLEX,
@@ -5359,7 +5405,8 @@ static const crpci_transport crpci_transport_plain = {
     crpci_transport_plain_writev,
     NULL,
     NULL,
-    crpci_transport_plain_idle};
+    crpci_transport_plain_idle,
+    crpci_transport_plain_unread};
 
 /* ======================================================================== */
 /* >>impl-poller   waiting for many descriptors: epoll and poll behind one face */
@@ -8401,6 +8448,7 @@ struct crpci_out {
     bool inflight;  /* a send that runs without the lock uses it */
     bool committed; /* must be offered to the transport again: CRPCI_TRANSPORT_REPEAT */
     bool awaited;   /* its id is in the connection's ring of awaited replies */
+    bool marked;    /* has the connection's mark */
     bool queued;
 };
 
@@ -8455,6 +8503,9 @@ typedef struct crpci_protocol {
      * it begins. The attachment is sent behind the payload. */
     uint8_t *(*request)(uint8_t *low, uint8_t *payload, const crpci_message *m);
     uint8_t *(*reply)(uint8_t *low, uint8_t *payload, const crpci_message *m);
+    /* Adds a field with the value 1 to a frame that request or reply has made, in the headroom in
+     * front of it, and returns where the frame begins now. NULL: the protocol has no farewell. */
+    uint8_t *(*mark)(uint8_t *frame, const char *key);
 } crpci_protocol;
 
 /* How far the end of a connection has come, once a server stops. */
@@ -8488,9 +8539,11 @@ struct crpci_conn {
      * owner has refused it. NULL: all pass. */
     bool (*screen)(struct crpci_conn *c, const crpci_message *m);
     uint32_t refs;
-    uint32_t busy; /* requests being served */
+    uint32_t busy; /* accepted: requests being served. Dialled: requests that await a reply */
     uint32_t gone; /* atomic: the peer sends no more, or the connection is closed */
     crpci_list cancels; /* crpci_task: what is to run then */
+    const char *mark; /* field that the first frame to leave will bring; NULL: none, or sent */
+    bool is_crpc;     /* accepted: the peer has said so, and understands a farewell */
     int fd;
     int why;       /* crpc_status of the close */
     int why_errno; /* 0: none */
@@ -8786,6 +8839,13 @@ CRPCI_FN bool crpci_conn_idle(const crpci_conn *c)
     return !c->rx && !c->skip && crpci_conn_settled(c);
 }
 
+/* Whether there is input that nobody has read yet, or its end. */
+CRPCI_FN bool crpci_conn_unread(const crpci_conn *c)
+{
+    const crpci_transport *io = crpci_conn_transport(c);
+    return io->unread && !crpci_conn_engaged(c) && io->unread(c->fd, c->io_state);
+}
+
 /* Ends the output. The peer reads all of it and then the end, where closing with unread input would
  * reset the connection and destroy what is under way. */
 CRPCI_COLD void crpci_conn_shut(crpci_conn *c)
@@ -8861,6 +8921,20 @@ CRPCI_COLD void crpci_conn_await_not(crpci_conn *c)
     }
 }
 
+/* Puts the connection's mark on the frame that leaves first. Only now it is certain which one that
+ * is: frames before it may have been withdrawn. */
+CRPCI_COLD void crpci_conn_put_mark(crpci_conn *c)
+{
+    crpci_out *o = c->tx_head;
+    const uint8_t *head = o->head;
+    if (o->sent || o->marked)
+        return;
+    o->head = c->protocol->mark((uint8_t *)(uintptr_t)head, c->mark); /* in the frame's chunk */
+    o->head_len += (size_t)(head - o->head);
+    c->tx_bytes += head - o->head;
+    o->marked = true;
+}
+
 /* Collects queued frames for one send and marks them as in flight. The first frame may be sent in
  * part already; its `sent` bytes are skipped. */
 CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
@@ -8868,6 +8942,8 @@ CRPCI_FN void crpci_conn_gather(crpci_conn *c, crpci_conn_batch *b)
     crpci_out *o;
     b->count = 0;
     b->used = 0;
+    if (CRPCI_UNLIKELY(c->mark != NULL))
+        crpci_conn_put_mark(c);
     if (c->tx_head->next && !b->copies)
         b->copies = crpci_heap_chunk(c->loop->heap, CRPCI_CONN_FLAT);
     for (o = c->tx_head; o && b->count + 2 <= CRPCI_CONN_IOV; o = o->next) {
@@ -8892,6 +8968,8 @@ CRPCI_FN void crpci_conn_advance(crpci_conn *c, size_t n)
     crpci_out *o;
     for (o = c->tx_head; o && o->inflight; o = o->next)
         o->inflight = false;
+    if (CRPCI_UNLIKELY(c->mark != NULL) && n && c->tx_head->marked)
+        c->mark = NULL;
     c->tx_bytes -= (int64_t)n;
     while ((o = c->tx_head) != NULL && (n || crpci_conn_out_len(o) == o->sent)) {
         size_t step = crpci_base_min(n, crpci_conn_out_len(o) - o->sent);
@@ -9054,7 +9132,7 @@ CRPCI_FN void crpci_conn_queue(crpci_conn *c, crpci_out *o)
 {
     o->next = NULL;
     o->sent = 0;
-    o->inflight = o->committed = o->awaited = false;
+    o->inflight = o->committed = o->awaited = o->marked = false;
     o->queued = true;
     o->conn = c;
     *c->tx_end = o;
@@ -9784,7 +9862,8 @@ static const crpci_protocol crpci_baidu = {"baidu_std",
                                            crpci_meta_put_field,
                                            crpci_meta_field,
                                            CRPC_ENABLE_CLIENT ? crpci_baidu_request : NULL,
-                                           CRPC_ENABLE_SERVER ? crpci_baidu_reply : NULL};
+                                           CRPC_ENABLE_SERVER ? crpci_baidu_reply : NULL,
+                                           crpci_meta_mark};
 
 /* ======================================================================== */
 /* >>impl-protocols   the table of wire protocols                          */
@@ -17710,6 +17789,7 @@ CRPCI_FN int crpci_reply_decode(const crpci_reply *r, const crpci_method *k, int
 #define CRPCI_ENDPOINT_DEAD        3       /* failed dials in a row that make it count as dead */
 #define CRPCI_ENDPOINT_BACKOFF_MIN 50000   /* microseconds */
 #define CRPCI_ENDPOINT_BACKOFF_MAX 1000000 /* not longer than an ordinary call's deadline */
+#define CRPCI_ENDPOINT_IDLE        10000   /* microseconds; servers close only after more quiet */
 
 /* Channels share an endpoint only if these are equal. */
 typedef struct crpci_endpoint_options {
@@ -17726,7 +17806,7 @@ typedef struct crpci_endpoint crpci_endpoint;
 typedef enum crpci_attempt_state {
     CRPCI_ATTEMPT_IDLE,    /* on no endpoint's list */
     CRPCI_ATTEMPT_WAITING, /* in endpoint->waiting */
-    CRPCI_ATTEMPT_ACTIVE,  /* in endpoint->active */
+    CRPCI_ATTEMPT_ACTIVE,  /* in endpoint->active: queued on or sent over a connection */
     CRPCI_ATTEMPT_DONE     /* its call has ended */
 } crpci_attempt_state;
 
@@ -17741,6 +17821,7 @@ typedef struct crpci_attempt {
     uint64_t id;              /* in loop->calls; also the id in the message */
     crpci_out *out;           /* its frame, while queued on the connection; else NULL */
     crpci_endpoint *endpoint; /* of this attempt or the last one; a reference */
+    crpci_conn *conn;         /* while ACTIVE */
     int64_t deadline_us;
     crpci_reply reply;
 } crpci_attempt;
@@ -17764,10 +17845,10 @@ struct crpci_endpoint {
     char address[CRPC_ADDRESS_MAX];
     crpci_addr addr;
     crpci_endpoint_options options;
-    crpci_conn *conn;
+    crpci_conn *conn;   /* the present one */
+    uint32_t leaving;   /* others, whose server has said farewell: they bring their last replies */
     crpci_list waiting; /* attempts that wait for a connection or a slot */
-    crpci_list active;  /* attempts queued on or sent over conn */
-    uint32_t active_count;
+    crpci_list active;  /* attempts on any of the connections */
     bool serving;      /* crpci_endpoint_serve_waiting is on the stack */
     bool refused;      /* the last dial failed */
     crpci_timer timer; /* end of the backoff */
@@ -17784,18 +17865,32 @@ CRPCI_FN void crpci_endpoint_drop(crpci_endpoint *e)
         crpci_heap_free(e->loop->heap, e, sizeof *e);
 }
 
-/* A channel leaves the endpoint; the last one closes the connection. */
+/* Closes a connection whose endpoint has no use for it. */
+CRPCI_FN void crpci_endpoint_close_conn(crpci_conn *c)
+{
+    c->owner = NULL;
+    crpci_conn_close(c, CRPC_ECLOSE, 0);
+    crpci_conn_drop(c);
+}
+
+/* A channel leaves the endpoint; the last one closes the connections. */
 CRPCI_FN void crpci_endpoint_leave(crpci_endpoint *e)
 {
+    crpci_list *i, *next;
     crpci_conn *c = e->conn;
     if (--e->users == 0) {
         crpci_list_remove(&e->link);
         crpci_timer_cancel(&e->timer);
         e->conn = NULL;
-        if (c) {
-            c->owner = NULL;
-            crpci_conn_close(c, CRPC_ECLOSE, 0);
-            crpci_conn_drop(c);
+        if (c)
+            crpci_endpoint_close_conn(c);
+        for (i = e->loop->conns.next; e->leaving && i != &e->loop->conns; i = next) {
+            c = CRPCI_CONTAINER(i, crpci_conn, link);
+            next = i->next;
+            if (c->owner == e) {
+                e->leaving--;
+                crpci_endpoint_close_conn(c);
+            }
         }
     }
     crpci_endpoint_drop(e);
@@ -17814,11 +17909,15 @@ CRPCI_FN bool crpci_endpoint_is_proven(const crpci_endpoint *e)
     return e->conn && !e->conn->connecting && !e->failures;
 }
 
-/* Whether an attempt can be sent now. */
+/* Whether an attempt can be sent now. A connection that was idle may hold the server's farewell or
+ * its end, which nobody has read if nobody drove the loop: this comes first. */
 CRPCI_FN bool crpci_endpoint_has_slot(const crpci_endpoint *e)
 {
-    return e->conn && !e->conn->connecting && !e->conn->closed &&
-           (!e->options.inflight || e->active_count < e->options.inflight);
+    crpci_conn *c = e->conn;
+    return c && !c->connecting && !c->closed &&
+           (!e->options.inflight || c->busy < e->options.inflight) &&
+           (c->busy || crpci_loop_rough_time(e->loop) - c->active_us < CRPCI_ENDPOINT_IDLE ||
+            !crpci_conn_unread(c));
 }
 
 /* --- attempts --------------------------------------------------------------------------------- */
@@ -17828,6 +17927,16 @@ CRPCI_FN bool crpci_endpoint_has_slot(const crpci_endpoint *e)
 CRPCI_FN bool crpci_endpoint_unanswered(const crpci_attempt *a)
 {
     return a->one_way && !a->endpoint->options.inflight;
+}
+
+/* Ends the output of a connection whose server has said farewell, when the last reply has come and
+ * nothing is unsent. It is closed at the end of its input. */
+CRPCI_COLD void crpci_endpoint_finish_conn(crpci_conn *c)
+{
+    if (c->parting != CRPCI_CONN_LEAVES || c->busy || c->tx_head || c->closed)
+        return;
+    crpci_conn_shut(c);
+    crpci_loop_timer_set(c->loop, &c->timer, CRPCI_CONN_LINGER);
 }
 
 /* Takes an attempt off its endpoint. A frame of which nothing was sent is withdrawn; any other
@@ -17841,8 +17950,11 @@ CRPCI_FN void crpci_endpoint_detach(crpci_attempt *a)
     if (o && !crpci_conn_withdraw(o->conn, o))
         crpci_conn_out_orphan(o);
     crpci_list_remove(&a->link);
-    if (a->state == CRPCI_ATTEMPT_ACTIVE)
-        a->endpoint->active_count--;
+    if (a->state == CRPCI_ATTEMPT_ACTIVE) {
+        a->conn->busy--;
+        if (CRPCI_UNLIKELY(a->conn->parting))
+            crpci_endpoint_finish_conn(a->conn);
+    }
     a->state = CRPCI_ATTEMPT_IDLE;
 }
 
@@ -17873,7 +17985,8 @@ CRPCI_FN void crpci_endpoint_send(crpci_endpoint *e, crpci_attempt *a)
     }
     o->owner = a;
     crpci_list_append(&e->active, &a->link);
-    e->active_count++;
+    a->conn = e->conn;
+    a->conn->busy++;
     a->state = CRPCI_ATTEMPT_ACTIVE;
     a->out = o;
     crpci_conn_queue(e->conn, o);
@@ -17897,7 +18010,7 @@ CRPCI_FN void crpci_endpoint_serve_waiting(crpci_endpoint *e)
     crpci_endpoint_drop(e);
 }
 
-/* Fails all attempts of a list, except those that callbacks add meanwhile. */
+/* Fails all attempts of a list, except those that callbacks add to it meanwhile. */
 CRPCI_FN void crpci_endpoint_fail_all(crpci_endpoint *e, crpci_list *which, const char *cause)
 {
     crpci_list now;
@@ -17906,12 +18019,28 @@ CRPCI_FN void crpci_endpoint_fail_all(crpci_endpoint *e, crpci_list *which, cons
         e->events->failed(CRPCI_CONTAINER(now.next, crpci_attempt, link), CRPC_ECONN, cause);
 }
 
+/* Moves the attempts on a connection, or those of which nothing was sent, to `out`. */
+CRPCI_FN void crpci_endpoint_select(crpci_endpoint *e, const crpci_conn *conn, bool unsent,
+                                    crpci_list *out)
+{
+    crpci_list *i, *next;
+    crpci_list_init(out);
+    for (i = e->active.next; i != &e->active; i = next) {
+        crpci_attempt *a = CRPCI_CONTAINER(i, crpci_attempt, link);
+        next = i->next;
+        if (a->conn != conn || (unsent && (!a->out || crpci_conn_out_begun(a->out))))
+            continue;
+        crpci_list_remove(i);
+        crpci_list_append(out, i);
+    }
+}
+
 /* The attempt that a reply belongs to: pending on this very connection, and sent at least in part.
  * NULL: the reply is late, a duplicate, or forged. */
 CRPCI_FN crpci_attempt *crpci_endpoint_match(crpci_conn *conn, const crpci_message *m)
 {
     crpci_attempt *a = (crpci_attempt *)crpci_id_get(&conn->loop->calls, (uint64_t)m->id);
-    if (a && a->state == CRPCI_ATTEMPT_ACTIVE && a->endpoint->conn == conn &&
+    if (a && a->state == CRPCI_ATTEMPT_ACTIVE && a->conn == conn &&
         (!a->out || crpci_conn_out_begun(a->out)))
         return a;
     if (m->id) /* replies to one-way calls carry 0 */
@@ -17941,21 +18070,68 @@ CRPCI_FN void crpci_endpoint_on_opened(crpci_conn *conn)
     crpci_endpoint_serve_waiting(e);
 }
 
+/* Connects now, or when the backoff is over. Attempts that fail may dial again, and the
+ * connection's events lead back here: a cycle, hence this prototype. */
+CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e);
+
+/* Whether a message is a stopping server's farewell. */
+CRPCI_COLD bool crpci_endpoint_is_farewell(const crpci_conn *c, const crpci_message *m)
+{
+    crpc_view value;
+    return m->id == CRPCI_MESSAGE_FAREWELL_ID && m->status == CRPC_ELOGOFF &&
+           c->protocol->field(m->fields, CRPCI_MESSAGE_FAREWELL_FIELD, &value);
+}
+
+/* The server of a connection is stopping. It answers what was sent, and waits for the end of this
+ * side's output. What is unsent waits for another connection: perhaps another server listens there
+ * already; if none does, dialling fails at once and the attempts go elsewhere. The endpoint is not
+ * chosen for a second. */
+CRPCI_COLD void crpci_endpoint_farewell(crpci_endpoint *e, crpci_conn *conn)
+{
+    crpci_list unsent;
+    if (conn->parting)
+        return;
+    conn->parting = CRPCI_CONN_LEAVES;
+    e->conn = NULL;
+    e->leaving++;
+    crpci_endpoint_select(e, conn, true, &unsent);
+    while (!crpci_list_empty(&unsent)) {
+        crpci_attempt *a = CRPCI_CONTAINER(unsent.next, crpci_attempt, link);
+        crpci_endpoint_detach(a);
+        a->state = CRPCI_ATTEMPT_WAITING;
+        crpci_list_append(&e->waiting, &a->link);
+    }
+    crpci_endpoint_finish_conn(conn);
+    e->refs++; /* a failing attempt drops its reference to the endpoint */
+    if (!crpci_list_empty(&e->waiting))
+        crpci_endpoint_dial(e);
+    if (!e->conn || e->conn->connecting)
+        e->usable_at = crpci_loop_now(e->loop) + CRPCI_ENDPOINT_BACKOFF_MAX;
+    crpci_endpoint_drop(e);
+}
+
 /* A reply. CRPC_ELOGOFF means that the server is stopping: the endpoint is not chosen for a
  * second. After CRPC_EAUTH brpc's servers, and crpc's, close the connection: the next request must
  * not be written into it. */
 CRPCI_FN void crpci_endpoint_on_message(crpci_conn *conn, const crpci_message *m)
 {
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
-    crpci_attempt *a = crpci_endpoint_match(conn, m);
-    if (!a)
+    crpci_attempt *a;
+    if (!m->usual && crpci_endpoint_is_farewell(conn, m)) {
+        crpci_endpoint_farewell(e, conn);
         return;
+    }
+    a = crpci_endpoint_match(conn, m);
+    if (!a) {
+        crpci_endpoint_serve_waiting(e); /* perhaps they waited for this to be read */
+        return;
+    }
     e->failures = 0;
     if (!m->usual && m->status == CRPC_ELOGOFF)
         e->usable_at = crpci_loop_now(e->loop) + CRPCI_ENDPOINT_BACKOFF_MAX;
     crpci_endpoint_detach(a);
     a->sent = CRPC_SENT_YES;
-    if (!m->usual && m->status == CRPC_EAUTH && !e->active_count)
+    if (!m->usual && m->status == CRPC_EAUTH && !conn->busy)
         crpci_conn_close(conn, CRPC_ECLOSE, 0);
     if (!m->usual && m->unsupported && !m->status) {
         char cause[CRPC_ERROR_TEXT_MAX];
@@ -17983,7 +18159,8 @@ CRPCI_FN void crpci_endpoint_on_oversize(crpci_conn *conn, const crpci_message *
 CRPCI_FN void crpci_endpoint_on_sent(crpci_conn *conn, crpci_out *o)
 {
     crpci_attempt *a = (crpci_attempt *)o->owner;
-    (void)conn;
+    if (CRPCI_UNLIKELY(conn->parting))
+        crpci_endpoint_finish_conn(conn);
     if (!a)
         return;
     a->out = NULL;
@@ -18001,15 +18178,16 @@ CRPCI_FN void crpci_endpoint_on_conn_timer(crpci_conn *conn)
 {
     if (conn->connecting)
         crpci_conn_close(conn, CRPC_ETIMEDOUT, ETIMEDOUT);
+    else if (conn->parting == CRPCI_CONN_SHUT)
+        crpci_conn_close(conn, CRPC_ECLOSE, 0);
 }
 
-/* Connects now, or when the backoff is over. Attempts that fail may dial again, and the
- * connection's events lead back here: a cycle, hence this prototype. */
-CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e);
-
-/* A dial or a connection has failed, and no more comes of it: fails its attempts. */
-CRPCI_FN void crpci_endpoint_fail(crpci_endpoint *e, bool connecting, int why, int system_error)
+/* A dial (`conn` is NULL if it failed at once) or a connection has failed, and no more comes of it:
+ * fails its attempts. */
+CRPCI_FN void crpci_endpoint_fail(crpci_endpoint *e, const crpci_conn *conn, bool connecting,
+                                  int why, int system_error)
 {
+    crpci_list own;
     char cause[96];
     crpci_status_format(cause, sizeof cause, "%s%s%s",
                         connecting ? "connecting: " : "connection lost: ",
@@ -18019,14 +18197,19 @@ CRPCI_FN void crpci_endpoint_fail(crpci_endpoint *e, bool connecting, int why, i
                         connecting && why == CRPC_ETIMEDOUT ? " (connect_timeout_ms)" : "");
     e->refs++; /* a failing attempt drops its reference to the endpoint */
     e->loop->lost++;
-    e->last_errno = system_error;
-    e->refused = connecting;
-    if (connecting || e->failures)
-        crpci_endpoint_back_off(e);
-    e->conn = NULL;
+    if (conn == e->conn) {
+        e->last_errno = system_error;
+        e->refused = connecting;
+        if (connecting || e->failures)
+            crpci_endpoint_back_off(e);
+        e->conn = NULL;
+    } else {
+        e->leaving--;
+    }
+    crpci_endpoint_select(e, conn, false, &own);
     if (connecting) /* first the waiting ones: active ones that fail may join this list and stay */
         crpci_endpoint_fail_all(e, &e->waiting, cause);
-    crpci_endpoint_fail_all(e, &e->active, cause);
+    crpci_endpoint_fail_all(e, &own, cause);
     if (!e->conn && !crpci_list_empty(&e->waiting)) /* these waited for a slot: dial for them */
         crpci_endpoint_dial(e);
     crpci_endpoint_drop(e);
@@ -18037,7 +18220,7 @@ CRPCI_FN void crpci_endpoint_on_closed(crpci_conn *conn)
     crpci_endpoint *e = (crpci_endpoint *)conn->owner;
     if (!e)
         return;
-    crpci_endpoint_fail(e, conn->connecting, conn->why, conn->why_errno);
+    crpci_endpoint_fail(e, conn, conn->connecting, conn->why, conn->why_errno);
     crpci_conn_drop(conn);
 }
 
@@ -18060,12 +18243,13 @@ CRPCI_FN void crpci_endpoint_dial(crpci_endpoint *e)
     e->dialled_at = crpci_loop_now(l);
     err = crpci_connect_dial(l, &e->addr, &crpci_endpoint_conn_events, e, &e->conn, &system_error);
     if (err) {
-        crpci_endpoint_fail(e, true, err, system_error);
+        crpci_endpoint_fail(e, NULL, true, err, system_error);
         return;
     }
     crpci_conn_hold(e->conn);
     e->conn->max_body = e->options.max_body;
     e->conn->expect = crpc_view_of("", 0);
+    e->conn->mark = e->options.protocol->mark ? CRPCI_MESSAGE_PEER_FIELD : NULL;
     e->conn->max_skip = (int64_t)UINT32_MAX; /* a provider is trusted: skip replies of any size */
     if (e->options.connect_timeout_ms > 0)
         crpci_loop_timer_set(l, &e->conn->timer, (int64_t)e->options.connect_timeout_ms * 1000);
@@ -18888,12 +19072,12 @@ CRPCI_FN void crpci_attempt_discard(crpci_pending_call *c)
  * could be taken for that of the next request: closes the connection. */
 CRPCI_FN void crpci_attempt_abandon(crpci_pending_call *c, int why)
 {
-    crpci_endpoint *e = c->attempt.endpoint;
-    bool active = c->attempt.state == CRPCI_ATTEMPT_ACTIVE;
+    const crpci_endpoint *e = c->attempt.endpoint;
+    crpci_conn *conn = c->attempt.state == CRPCI_ATTEMPT_ACTIVE ? c->attempt.conn : NULL;
     crpci_endpoint_detach(&c->attempt);
     crpci_attempt_end(c, why == CRPC_ETIMEDOUT ? CRPCI_OUTCOME_ERROR : CRPCI_OUTCOME_IGNORE);
-    if (active && e->options.inflight && c->attempt.sent != CRPC_SENT_NO && e->conn)
-        crpci_conn_close(e->conn, why, 0);
+    if (conn && e->options.inflight && c->attempt.sent != CRPC_SENT_NO)
+        crpci_conn_close(conn, why, 0);
 }
 
 /* Ends the call, once, with a reply or a status: queues its callback, ends its caller's wait, or
@@ -21924,7 +22108,7 @@ typedef enum crpci_server_state {
     CRPCI_SERVER_NEW,      /* takes services and listeners; accepts no connection yet */
     CRPCI_SERVER_RUNNING,
     CRPCI_SERVER_LAME,     /* has left the registry, and serves on while clients learn of it */
-    CRPCI_SERVER_STOPPING, /* listeners close; new requests get ELOGOFF, begun ones go on */
+    CRPCI_SERVER_STOPPING, /* listeners close; crpc peers leave, others get ELOGOFF */
     CRPCI_SERVER_STOPPED   /* connections are closed; replies that are finished now are dropped */
 } crpci_server_state;
 
@@ -23337,9 +23521,6 @@ CRPCI_COLD void crpci_guard_close(crpc_server *s)
 /* >>impl-intake   what a server's connections bring: taken in, or refused  */
 /* ======================================================================== */
 
-#define CRPCI_INTAKE_STALLED 1000000 /* a partial message that has not grown for so many microseconds
-                                      * does not hold up a stop */
-
 /* The events of a server's connections. The connection section calls them with the loop locked and
  * without unlocking; no handler runs in here. Every request is either handed on with a context or
  * answered with an error: a request without an answer would occupy its peer's slot for good. */
@@ -23429,6 +23610,38 @@ CRPCI_COLD bool crpci_intake_may_serve(crpc_server *s, crpci_conn *conn)
                               : serving < s->max_serving;
 }
 
+/* Tells a crpc peer that the server is stopping. Its requests are served until it ends its output,
+ * which it does when it has the replies to all that it had sent. */
+CRPCI_COLD void crpci_intake_say_farewell(crpci_conn *conn)
+{
+    uint8_t field[64]; /* enough for the key, the value and field_cost */
+    crpci_message m;
+    crpci_out *o;
+    memset(&m, 0, sizeof m);
+    m.kind = CRPCI_MESSAGE_REPLY;
+    m.id = CRPCI_MESSAGE_FAREWELL_ID;
+    m.status = CRPC_ELOGOFF;
+    m.fields = crpc_view_of(field, conn->protocol->put_field(
+                                       field, crpc_view_str(CRPCI_MESSAGE_FAREWELL_FIELD),
+                                       crpc_view_of("1", 1)));
+    o = crpci_context_frame(conn, &m);
+    if (o) /* else the peer learns of it by the end of the connection */
+        crpci_conn_queue(conn, o);
+}
+
+/* Whether this request says that its peer is crpc. */
+CRPCI_COLD void crpci_intake_greet(crpci_conn *conn, const crpci_message *m)
+{
+    crpc_view value;
+    if (!conn->protocol->mark ||
+        !conn->protocol->field(m->fields, CRPCI_MESSAGE_PEER_FIELD, &value))
+        return;
+    conn->is_crpc = true;
+    conn->mark = CRPCI_MESSAGE_SERVER_FIELD;
+    if (conn->parting == CRPCI_CONN_LEAVES)
+        crpci_intake_say_farewell(conn);
+}
+
 /* A request is complete. */
 CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
 {
@@ -23437,12 +23650,14 @@ CRPCI_FN void crpci_intake_on_message(crpci_conn *conn, const crpci_message *m)
     if (CRPCI_UNLIKELY(conn->parting == CRPCI_CONN_SHUT))
         return;
     conn->loop->stats.requests++;
+    if (CRPCI_UNLIKELY(!m->usual && m->has_fields && !conn->is_crpc))
+        crpci_intake_greet(conn, m);
     if (CRPCI_UNLIKELY(conn->refused)) {
         crpci_context_refuse(conn, m, CRPC_ELIMIT,
                              "the server has too many connections (max_connections)");
         return;
     }
-    if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING)) {
+    if (CRPCI_UNLIKELY(crpci_thread_load(&s->state) >= CRPCI_SERVER_STOPPING) && !conn->is_crpc) {
         crpci_context_refuse(conn, m, CRPC_ELOGOFF, "the server is stopping");
         crpci_context_throttle(conn);
         return;
@@ -23590,6 +23805,9 @@ CRPCI_COLD bool crpci_intake_evict(crpc_server *s, crpc_loop *l, const void *acc
     return true;
 }
 
+/* A partial message that has not grown for so many microseconds does not hold up a stop. */
+#define CRPCI_INTAKE_STALLED 1000000
+
 /* Brings a connection of a stopping server nearer to its end. It is shut when it has been quiet for
  * so long that a request under way would have come. A partial message is waited for while it
  * grows. */
@@ -23602,6 +23820,8 @@ CRPCI_COLD void crpci_intake_part(const crpc_server *s, crpci_conn *c, int64_t n
             crpci_conn_close(c, CRPC_ECLOSE, 0);
         return;
     }
+    if (c->parting == CRPCI_CONN_STAYS && c->is_crpc)
+        crpci_intake_say_farewell(c);
     if (c->parting == CRPCI_CONN_STAYS || c->busy || partial != c->quiet_rx ||
         !crpci_conn_settled(c)) {
         c->parting = CRPCI_CONN_LEAVES;
@@ -23610,7 +23830,8 @@ CRPCI_COLD void crpci_intake_part(const crpc_server *s, crpci_conn *c, int64_t n
         return;
     }
     crpci_sock_times(c->fd, &rtt, &rto);
-    wait = wait < 3 * rtt ? 3 * rtt : wait;
+    rtt = c->is_crpc ? 2 * rto : 3 * rtt; /* crpc peers end it themselves */
+    wait = wait < rtt ? rtt : wait;
     if (partial && wait < CRPCI_INTAKE_STALLED)
         wait = CRPCI_INTAKE_STALLED;
     since = c->quiet_us < c->active_us ? c->active_us : c->quiet_us;
@@ -23632,6 +23853,8 @@ CRPCI_COLD bool crpci_intake_part_all(crpc_server *s, crpc_loop *l)
         if (c->up == &crpci_intake_events && c->owner == s)
             crpci_intake_part(s, c, now);
     }
+    if (crpci_loop_may_send(l))
+        crpci_loop_run_list(l, &l->dirty);
     return false;
 }
 
@@ -24225,12 +24448,12 @@ CRPCI_FN bool crpci_lifecycle_any(crpc_server *s, bool (*what)(crpc_server *s, c
 }
 
 /* Ends LAME; then closes the listeners, and each connection when it is done, or all of them when
- * drain.until has passed. Called with the server's loop locked, which it unlocks to visit all loops.
- * The reference keeps the server meanwhile. */
+ * drain.until has passed. Called with the server's loop locked, which it unlocks to visit all
+ * loops. The reference keeps the server meanwhile. */
 CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
 {
     crpc_server *s = CRPCI_CONTAINER(t, crpc_server, drain.timer);
-    bool late = crpci_loop_now(l) >= s->drain.until;
+    bool late = crpci_loop_now(l) >= s->drain.until, closed;
     if (crpci_thread_load(&s->state) == CRPCI_SERVER_LAME)
         crpci_thread_store(&s->state, CRPCI_SERVER_STOPPING);
     if (crpci_thread_load(&s->state) != CRPCI_SERVER_STOPPING)
@@ -24240,11 +24463,12 @@ CRPCI_FN void crpci_lifecycle_drain_tick(crpc_loop *l, crpci_timer *t)
         crpci_listener_close_all(s);
     else
         crpci_listener_finish(s);
+    closed = crpci_list_empty(&s->listener.list);
     crpci_loop_unlock(l);
-    crpci_lifecycle_any(s, late ? crpci_intake_close_conns : crpci_intake_part_all);
+    if (closed) /* peers that are told before that would dial in vain */
+        crpci_lifecycle_any(s, late ? crpci_intake_close_conns : crpci_intake_part_all);
     crpci_loop_lock(l);
-    if (!late && (!crpci_list_empty(&s->listener.list) || crpci_thread_load(&s->connections) ||
-                  crpci_thread_load(&s->active))) {
+    if (!late && (!closed || crpci_thread_load(&s->connections) || crpci_thread_load(&s->active))) {
         crpci_loop_timer_set(l, t, CRPCI_LIFECYCLE_TICK);
     } else {
         crpci_thread_store(&s->state, CRPCI_SERVER_STOPPED);

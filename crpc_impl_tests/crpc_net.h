@@ -533,6 +533,23 @@ CT_FN void wire_error(wire *w, int64_t id, int64_t code, const char *text, int m
     wire_free(&entry);
 }
 
+/* The farewell of a stopping server. */
+CT_FN void wire_farewell(wire *w)
+{
+    wire meta = {NULL, 0, 0}, response = {NULL, 0, 0}, entry = {NULL, 0, 0};
+    wire_int(&response, 1, CRPC_ELOGOFF);
+    wire_bytes(&meta, 2, response.p, response.n);
+    wire_int(&meta, 3, 0);
+    wire_int(&meta, 4, -1);
+    wire_str(&entry, 1, "crpc-farewell");
+    wire_str(&entry, 2, "1");
+    wire_bytes(&meta, 9, entry.p, entry.n);
+    wire_frame(w, &meta, NULL, 0);
+    wire_free(&meta);
+    wire_free(&response);
+    wire_free(&entry);
+}
+
 /* A frame as it was read. */
 typedef struct wire_message {
     int64_t id, code, compress, attachment_size, timeout_ms, log_id, n;
@@ -638,6 +655,15 @@ CT_FN int wire_receive(int fd, wire_message *m)
         m->n = (int64_t)v;
     }
     return 1;
+}
+
+/* Whether a frame's meta has a user field of that name, with the value 1. */
+CT_FN bool wire_has_mark(const wire_message *m, const char *key)
+{
+    char entry[64];
+    int n = snprintf(entry, sizeof entry, "\x4a%c\n%c%s\x12\x01" "1", (int)strlen(key) + 5,
+                     (int)strlen(key), key);
+    return memmem(m->all, (size_t)(m->body - m->all), entry, (size_t)n) != NULL;
 }
 
 CT_FN void wire_done(wire_message *m)

@@ -737,7 +737,7 @@ static bool veil_idle(int fd, void *state)
 }
 
 static const crpci_transport veil_transport = {
-    "veil", CRPCI_TRANSPORT_REPEAT, veil_readv, veil_writev, veil_pending, veil_want, veil_idle};
+    "veil", CRPCI_TRANSPORT_REPEAT, veil_readv, veil_writev, veil_pending, veil_want, veil_idle, NULL};
 
 /* Gives the transport to the newest connection of a loop. */
 static crpci_conn *veil_on(crpc_loop *l, veil *v)
@@ -784,6 +784,55 @@ static void input_buffered_in_the_transport_is_read(void **state)
         PUMP_UNTIL(&u, pump_stats(&u).connections == 0);
         pump_close(&u);
     }
+}
+
+/* The frame that leaves first has the mark: not the one that was queued first and withdrawn. */
+static void the_first_frame_that_leaves_has_the_mark(void **state)
+{
+    crpc_loop *l = net_loop(CRPC_POLLER_DEFAULT);
+    crpci_conn_events up;
+    crpci_conn *c;
+    wire_message m;
+    int fds[2], i;
+    (void)state;
+    memset(&up, 0, sizeof up);
+    up.sent = ignore_sent;
+    up.closed = ignore_closed;
+    assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
+    crpci_loop_lock(l);
+    c = crpci_connect_new(l, fds[1], false, &up, NULL);
+    assert_non_null(c);
+    c->protocol = &crpci_baidu;
+    c->mark = "crpc-peer";
+    for (i = 0; i < 3; i++) {
+        crpci_chunk *chunk = crpci_heap_chunk(l->heap, 512);
+        crpci_out *o = (crpci_out *)(void *)crpci_heap_data(chunk);
+        uint8_t *payload = crpci_heap_data(chunk) + 500;
+        crpci_message out;
+        memset(o, 0, sizeof *o);
+        memset(&out, 0, sizeof out);
+        out.id = i;
+        o->chunk = chunk;
+        o->head = crpci_baidu.reply(payload - crpci_baidu.headroom, payload, &out);
+        o->head_len = (size_t)(payload - o->head);
+        crpci_conn_queue(c, o);
+    }
+    crpci_conn_put_mark(c); /* a send that took nothing */
+    assert_true(c->tx_head->marked);
+    assert_true(crpci_conn_withdraw(c, c->tx_head));
+    crpci_conn_flush(c);
+    assert_int_equal(c->tx_bytes, 0);
+    assert_null(c->mark);
+    for (i = 1; i < 3; i++) {
+        assert_int_equal(wire_receive(fds[0], &m), 1);
+        assert_int_equal(m.id, i);
+        assert_int_equal(wire_has_mark(&m, "crpc-peer"), i == 1);
+        wire_done(&m);
+    }
+    crpci_conn_close(c, CRPC_ECLOSE, 0);
+    crpci_loop_unlock(l);
+    close(fds[0]);
+    crpc_loop_close(l);
 }
 
 /* What the transport has of a frame it sends: taking the frame back would cut the stream. */
@@ -939,6 +988,7 @@ int main(void)
         CT_TEST(connections_in_use_are_not_idle),
         CT_TEST(short_frames_need_no_memory_to_be_sent),
         CT_TEST(input_buffered_in_the_transport_is_read),
+        CT_TEST(the_first_frame_that_leaves_has_the_mark),
         CT_TEST(frames_offered_to_the_transport_cannot_be_withdrawn),
         CT_TEST(a_half_duplex_transport_has_one_thread_at_a_time),
         CT_TEST(nobody_reads_while_another_thread_writes),

@@ -243,6 +243,154 @@ static void logoff_frees_the_slot(void **state)
     peer_close(&good);
 }
 
+/* A script: counts in *user the requests that say that their peer is crpc. Hangs up after three. */
+static bool peer_counts_marks(peer *p, int fd, int number)
+{
+    wire_message m;
+    int i;
+    (void)number;
+    for (i = 0; i < 3 && peer_receive(p, fd, &m) == 1; i++) {
+        wire w = {NULL, 0, 0};
+        if (wire_has_mark(&m, "crpc-peer"))
+            __atomic_fetch_add((int *)p->user, i ? 100 : 1, __ATOMIC_SEQ_CST);
+        wire_reply(&w, m.id, m.n + 1);
+        wire_done(&m);
+        if (!wire_flush(fd, &w))
+            break;
+    }
+    return true;
+}
+
+static int peer_open_conns(peer *p)
+{
+    int i, count = 0;
+    pthread_mutex_lock(&p->lock);
+    for (i = 0; i < PEER_CONNS; i++)
+        count += p->fds[i] >= 0;
+    pthread_mutex_unlock(&p->lock);
+    return count;
+}
+
+/* The first request of each connection says that it comes from crpc, and no other one. The peer
+ * closes the idle connection, while nobody drives the loop: the next call, whose method is not
+ * idempotent, does not get lost there. */
+static void an_idle_connection_is_read_before_it_is_used(void **state)
+{
+    peer counts;
+    crpc_channel *ch;
+    int marks = 0, i;
+    (void)state;
+    peer_open(&counts, peer_counts_marks, &marks);
+    ch = net_channel(counts.url, "?timeout_ms=20000&retries=0", CRPC_POLLER_DEFAULT, NULL, NULL);
+    for (i = 0; i < 12; i++) {
+        net_check_add(ch, i);
+        if (i % 3 == 2) {
+            assert_true(CT_WAIT(peer_open_conns(&counts) == 0, NET_PATIENCE));
+            ct_sleep_ms(30); /* more than CRPCI_ENDPOINT_IDLE, by any clock */
+        }
+    }
+    assert_int_equal(peer_accepted(&counts), 4);
+    assert_int_equal(marks, 4);
+    crpc_channel_close(ch);
+    peer_close(&counts);
+}
+
+static int peer_stops(peer *p)
+{
+    int stops;
+    pthread_mutex_lock(&p->lock);
+    stops = p->stopping;
+    pthread_mutex_unlock(&p->lock);
+    return stops;
+}
+
+/* A script: its first connection says farewell on the first request, answers it when another
+ * connection has answered one, and expects the end of the client's output. */
+static bool peer_says_farewell(peer *p, int fd, int number)
+{
+    wire w = {NULL, 0, 0};
+    wire_message m;
+    int *orderly = (int *)p->user;
+    if (number)
+        return peer_adds(p, fd, number);
+    if (peer_receive(p, fd, &m) != 1)
+        return true;
+    wire_farewell(&w);
+    wire_flush(fd, &w);
+    if (CT_WAIT(peer_requests(p) == 2 || peer_stops(p), NET_PATIENCE)) {
+        wire_reply(&w, m.id, m.n + 1);
+        wire_flush(fd, &w);
+    }
+    wire_done(&m);
+    __atomic_store_n(orderly, wire_receive(fd, &m) == 0, __ATOMIC_SEQ_CST);
+    return true;
+}
+
+static uint32_t leaving(crpc_channel *ch)
+{
+    crpc_loop *l = crpc_channel_loop(ch);
+    uint32_t count;
+    crpci_loop_lock(l);
+    count = CRPCI_CONTAINER(l->endpoints.next, crpci_endpoint, link)->leaving;
+    crpci_loop_unlock(l);
+    return count;
+}
+
+/* A server says farewell while a request is in service: the next call goes over a connection of its
+ * own, the first one gets its reply, and then the old connection ends in order. */
+static void a_farewell_loses_no_call(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        peer leaves;
+        crpc_channel *ch;
+        crpc_loop *l = net_loop(p);
+        int orderly = 0;
+        crpc_id id;
+        dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+        peer_open(&leaves, peer_says_farewell, &orderly);
+        assert_int_equal(crpc_loop_start(l), CRPC_OK);
+        ch = net_channel(leaves.url, "?timeout_ms=20000&retries=0", p, l, NULL);
+        assert_int_equal(dyn_Echo_Add_begin(ch, &in, &id, NULL), CRPC_OK);
+        assert_true(CT_WAIT(leaving(ch) == 1, NET_PATIENCE));
+        net_check_add(ch, 5);
+        assert_int_equal(crpc_channel_wait(ch, id, NET_PATIENCE), CRPC_OK);
+        assert_int_equal(dyn_Echo_Add_fetch(ch, id, &out, NULL), CRPC_OK);
+        assert_int_equal(out.n, 2);
+        assert_true(CT_WAIT(__atomic_load_n(&orderly, __ATOMIC_SEQ_CST), NET_PATIENCE));
+        assert_true(CT_WAIT(leaving(ch) == 0, NET_PATIENCE));
+        assert_int_equal(peer_accepted(&leaves), 2);
+        crpc_channel_close(ch);
+        crpc_loop_close(l);
+        peer_close(&leaves);
+    }
+}
+
+/* The channel is closed while a connection whose server said farewell awaits its last reply. */
+static void closing_a_channel_closes_connections_that_leave(void **state)
+{
+    peer leaves;
+    crpc_channel *ch;
+    crpc_loop *l = net_loop(CRPC_POLLER_DEFAULT);
+    int orderly = 0;
+    crpc_id id;
+    dyn_Num in = net_num(1);
+    crpc_loop_stats stats;
+    (void)state;
+    peer_open(&leaves, peer_says_farewell, &orderly);
+    assert_int_equal(crpc_loop_start(l), CRPC_OK);
+    ch = net_channel(leaves.url, "?timeout_ms=20000", CRPC_POLLER_DEFAULT, l, NULL);
+    assert_int_equal(dyn_Echo_Add_begin(ch, &in, &id, NULL), CRPC_OK);
+    assert_true(CT_WAIT(leaving(ch) == 1, NET_PATIENCE));
+    crpc_channel_close(ch);
+    crpc_loop_stats_get(l, &stats);
+    assert_int_equal(stats.connections, 0);
+    crpc_loop_close(l);
+    peer_close(&leaves);
+}
+
 /* The peer still works on a cancelled call: with inflight=1 its slot stays taken. */
 static void cancelling_does_not_free_the_peer(void **state)
 {
@@ -811,6 +959,9 @@ int main(void)
         CT_TEST(a_server_that_comes_back_is_found_again),
         CT_TEST(channels_of_a_loop_share_connections),
         CT_TEST(it_is_shared_by_channels_that_ask_for_the_same),
+        CT_TEST(an_idle_connection_is_read_before_it_is_used),
+        CT_TEST(a_farewell_loses_no_call),
+        CT_TEST(closing_a_channel_closes_connections_that_leave),
         CT_TEST(it_backs_off_with_full_jitter),
         CT_TEST(a_removed_provider_answers_early),
         CT_TEST(an_aged_provider_is_dialled_rarely),

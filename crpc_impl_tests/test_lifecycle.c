@@ -170,10 +170,11 @@ static void stopping_serves_then_refuses_then_closes(void **state)
         wire_message got;
         pthread_t closer;
         crpc_context *x;
-        int fd, fresh;
+        int fd, fresh, tries;
         memset(&n, 0, sizeof n);
         n.time = NET_TIME_RUNS;
-        n.server_options.lame_ms = n.server_options.drain_ms = 1000000;
+        n.server_options.lame_ms = 1000000;
+        n.server_options.drain_ms = 86400000;
         n.server_options.quiet_ms = 500000;
         net_open(&n, p, m);
         fd = wire_connect(n.url);
@@ -190,12 +191,15 @@ static void stopping_serves_then_refuses_then_closes(void **state)
         time_passes(n.loop, 100);
         assert_true(CT_WAIT(!can_connect(n.url), NET_PATIENCE));
         assert_int_equal(net_ask(fresh, "Echo", "Add", 4, NULL, NULL), CRPC_ELOGOFF);
-        time_passes(n.loop, 900);
+        for (tries = 0; tries < 100 && recv(fresh, &got, 1, MSG_DONTWAIT) < 0; tries++) {
+            time_passes(n.loop, 600); /* it counts from when the reply was acknowledged */
+            ct_sleep_ms(20);
+        }
         assert_int_equal(wire_receive(fresh, &got), 0);
         assert_int_equal(net_ask(fd, "Echo", "Add", 5, NULL, NULL), CRPC_ELOGOFF);
         assert_int_equal(pthread_create(&closer, NULL, close_net, &n), 0);
         assert_int_equal(net_ask(fd, "Echo", "Add", 6, NULL, NULL), CRPC_ELOGOFF); /* it waits */
-        net_time_add(100000);
+        net_time_add(86400000);
         assert_int_equal(wire_receive(fd, &got), 0);
         pthread_join(closer, NULL);
         assert_int_equal(n.service.calls, 3);
@@ -298,6 +302,53 @@ static void partial_requests_do_not_hold_up_a_stop(void **state)
         assert_int_equal(wire_receive(large, &got), 0);
         close(fd);
         close(large);
+        net_close(&n);
+    }
+}
+
+/* A peer that says in its first request that it is crpc gets the farewell when the server stops,
+ * and is served until it ends its output, also what it sends after that. */
+static void crpc_peers_are_served_to_the_end_of_their_output(void **state)
+{
+    static const char *const fields[] = {"crpc-peer", "1", NULL};
+    crpc_poller p;
+    net_mode m;
+    (void)state;
+    NET_EACH_POLLER(p) NET_EACH_MODE(m)
+    {
+        net n;
+        wire w = {NULL, 0, 0};
+        wire_message got;
+        int fd;
+        memset(&n, 0, sizeof n);
+        n.server_options.quiet_ms = NET_PATIENCE;
+        n.server_options.drain_ms = NET_PATIENCE;
+        net_open(&n, p, m);
+        fd = wire_connect(n.url);
+        wire_request_fields(&w, "Add", 1, "\x08\x01", 2, 0, fields);
+        wire_request(&w, "Add", 2, 1, 0);
+        assert_true(wire_flush(fd, &w));
+        assert_int_equal(wire_receive(fd, &got), 1);
+        assert_true(wire_has_mark(&got, "crpc-server"));
+        wire_done(&got);
+        assert_int_equal(wire_receive(fd, &got), 1);
+        assert_false(wire_has_mark(&got, "crpc-server"));
+        wire_done(&got);
+        crpc_server_stop(n.server);
+        assert_int_equal(wire_receive(fd, &got), 1);
+        assert_int_equal(got.id, -1);
+        assert_int_equal(got.code, CRPC_ELOGOFF);
+        assert_true(wire_has_mark(&got, "crpc-farewell"));
+        wire_done(&got);
+        assert_int_equal(net_ask(fd, "Echo", "Add", 3, NULL, NULL), CRPC_OK);
+        wire_request(&w, "Add", 4, 1, 0);
+        assert_true(wire_flush(fd, &w));
+        shutdown(fd, SHUT_WR);
+        assert_int_equal(wire_receive(fd, &got), 1);
+        assert_int_equal(got.code, CRPC_OK);
+        wire_done(&got);
+        assert_int_equal(wire_receive(fd, &got), 0);
+        close(fd);
         net_close(&n);
     }
 }
@@ -899,6 +950,7 @@ int main(void)
         CT_TEST(stopping_serves_then_refuses_then_closes),
         CT_TEST(who_has_connected_before_a_stop_is_answered),
         CT_TEST(partial_requests_do_not_hold_up_a_stop),
+        CT_TEST(crpc_peers_are_served_to_the_end_of_their_output),
         CT_TEST(graceful_stops_lose_no_call),
         CT_TEST(run_serves_on_when_its_loop_was_stopped),
         CT_TEST(closing_waits_for_the_end_of_serving),

@@ -244,7 +244,7 @@ static uint8_t *line_reply(uint8_t *low, uint8_t *payload, const crpci_message *
 const crpci_protocol line_protocol = {"line",     CRPCI_PROTOCOL_ORDERED,
                                       sizeof(line_state), 160, 4, line_detect, line_feed,
                                       line_names, line_put_field, line_field, line_request,
-                                      line_reply};
+                                      line_reply, NULL};
 
 /* --- by hand ---------------------------------------------------------------------------------- */
 
