@@ -11,6 +11,7 @@
 typedef struct door {
     pthread_mutex_t lock;
     int asked, served, refused;
+    int refusals;
     bool by_request; /* "secret-old" is refused by the interceptor */
     int valid_ms; /* of each success */
     const char *revoked; /* a credential that is no longer accepted */
@@ -46,6 +47,11 @@ static int door_before(void *user, crpc_context *x)
     pthread_mutex_lock(&d->lock);
     if (d->by_request && crpc_view_equal(crpc_context_credential(x), "secret-old")) {
         d->refused++;
+        while (d->refused < d->refusals) { /* all are on their way before the first is refused */
+            pthread_mutex_unlock(&d->lock);
+            ct_sleep_ms(1);
+            pthread_mutex_lock(&d->lock);
+        }
         pthread_mutex_unlock(&d->lock);
         return CRPC_EAUTH;
     }
@@ -623,8 +629,6 @@ static void channels_with_different_credentials_share_no_connection(void **state
 
 typedef struct purse {
     pthread_mutex_t lock;
-    door *door; /* the second asking lasts until it has refused `refusals` requests */
-    int refusals;
     bool slow; /* each asking takes a second of the channel's clock */
     const char *credential;
     int asked;
@@ -633,13 +637,7 @@ typedef struct purse {
 static int purse_give(void *user, char *out, size_t size)
 {
     purse *u = (purse *)user;
-    int n = -1, refused = 0;
-    while (u->door && refused < u->refusals) {
-        pthread_mutex_lock(&u->door->lock);
-        refused = u->door->refused;
-        pthread_mutex_unlock(&u->door->lock);
-        ct_sleep_ms(1);
-    }
+    int n = -1;
     pthread_mutex_lock(&u->lock);
     u->asked++;
     net_time_add(u->slow ? 1000 : 0);
@@ -813,10 +811,10 @@ static void calls_refused_together_ask_once(void **state)
         net n;
         memset(&n, 0, sizeof n);
         d.by_request = true;
+        n.server_options.workers = 2 * CALLS;
         guarded_open(&n, &d, p, NET_WORKERS);
         ch = purse_channel(&u, &n, p, "secret-old", &loop);
-        u.door = &d;
-        u.refusals = async ? 2 * CALLS : CALLS;
+        d.refusals = async ? 2 * CALLS : CALLS;
         purse_asked(&u, "secret-new");
         net_time_add(1000);
         memset(results, 0, sizeof results);
@@ -831,7 +829,7 @@ static void calls_refused_together_ask_once(void **state)
             assert_int_equal(results[i], -1);
         }
         assert_int_equal(purse_asked(&u, NULL), 2);
-        assert_int_equal(net_calls(&n.service), u.refusals);
+        assert_int_equal(net_calls(&n.service), d.refusals);
         crpc_channel_close(ch);
         crpc_loop_close(loop);
         guarded_close(&n, &d);
