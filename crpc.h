@@ -554,10 +554,11 @@
  * Bytes from a connection are not trusted. Sizes are checked before memory is taken, nothing that
  * is read can reach an assertion, and nanopb runs without allocation of its own. A peer can make a
  * process hold: max_body for each connection, max_queued bytes of replies, 4096 requests in service
- * on a connection (max_concurrency on all together), and max_bytes of buffers on a loop. A request
- * over a limit of the server is answered before it is decoded. This version has no encryption: keep
- * to trusted networks, or to tunnels. The ZooKeeper server is trusted, because its C client aborts
- * on some malformed answers.
+ * on a connection (max_concurrency on all together), and max_bytes of buffers on a loop, those that
+ * are kept for reuse included. Of these a loop that somebody drives gives back, within a second,
+ * what its work did not need, but for 256 KiB. A request over a limit of the server is answered
+ * before it is decoded. This version has no encryption: keep to trusted networks, or to tunnels. The
+ * ZooKeeper server is trusted, because its C client aborts on some malformed answers.
  *
  *     limit                  default     when it is reached
  *     timeout_ms             1000 ms     CRPC_ETIMEDOUT
@@ -1063,8 +1064,9 @@ typedef struct crpc_loop_options {
     const char *thread_name; /* of the loop's own thread, cut to 15 characters. NULL: "crpc" */
     int stack_size;  /* bytes, of the loop's own thread. 0: 256 KiB. -1: the system's default */
     int max_results; /* calls that were begun by id and not fetched yet. 0: 1024. -1: no limit */
-    /* Bytes of buffers in use, of all connections of the loop together; each I/O thread of a server
-     * has its own. Free buffers that are kept for reuse come on top. 0: 256 MiB. -1: no limit */
+    /* Bytes of buffers, in use or kept for reuse, of all connections of the loop together; each I/O
+     * thread of a server has its own. What a second's work did not need is given back, by a loop
+     * that somebody drives. 0: 256 MiB. -1: no limit */
     int64_t max_bytes;
 } crpc_loop_options;
 
@@ -2854,27 +2856,25 @@ CRPCI_COLD int crpci_status_set_name(crpc_error *error, int code)
 #define CRPCI_CHUNK_MIN 256u
 #define CRPCI_CHUNK_CLASSES 14u /* 256 bytes to 2 MiB; larger ones are never kept */
 #define CRPCI_CHUNK_BIG (CRPCI_CHUNK_MIN << (CRPCI_CHUNK_CLASSES - 1))
-#define CRPCI_HEAP_KEEP (256u << 10) /* bytes of each size that are kept whatever the load was */
+#define CRPCI_HEAP_KEEP (256u << 10) /* bytes that are kept whatever the load was */
 
 typedef struct crpci_chunk crpci_chunk;
-/* Chunks of one size. Those in use and those kept together shall be half as many again as were in
- * use at one time in the recent past. A steady load then finds every chunk kept, and the chunks
- * that a burst took are freed when lighter work follows. */
+/* The kept chunks of one size. `unneeded` is the fewest that there were at any time since the last
+ * crpci_heap_age, which frees so many. A steady load then finds every chunk kept, and the chunks
+ * that a burst took are freed when lighter work follows, or none. */
 typedef struct crpci_heap_class {
     crpci_chunk *kept;
     uint32_t kept_count;
-    uint32_t used;
-    uint64_t recent; /* the most that were in use at a time, fading with each chunk given back; in
-                      * 1/65536 of a chunk */
+    uint32_t unneeded;
 } crpci_heap_class;
 
 typedef struct crpci_heap {
     crpc_hooks hooks;
     crpci_mutex lock;
     uint32_t refs; /* under the lock, which taking or giving a chunk needs anyway */
-    size_t limit; /* of chunk_bytes; 0: no limit */
+    size_t limit; /* of chunk_bytes and kept_bytes together; 0: no limit */
     size_t chunk_bytes; /* in chunks that are in use */
-    size_t kept_bytes;  /* in chunks that wait for reuse */
+    size_t kept_bytes;  /* in chunks that wait for reuse; read without the lock, too */
     size_t bytes;       /* everything */
     size_t peak;        /* the most that `bytes` ever was */
     uint32_t lost_lines; /* atomic: lines that stderr could not take */
@@ -3157,18 +3157,67 @@ CRPCI_FN int crpci_heap_open(crpci_heap **out, const crpc_hooks *hooks, int64_t 
     return CRPC_OK;
 }
 
-/* Frees all chunks that are kept for reuse. The heap is locked. */
-CRPCI_FN void crpci_heap_trim(crpci_heap *h)
+/* From here to crpci_heap_make_room the heap is locked. */
+CRPCI_FN void crpci_heap_count_kept(crpci_heap *h, size_t more)
 {
-    crpci_chunk *c;
-    unsigned i;
-    for (i = 0; i < CRPCI_CHUNK_CLASSES; i++) {
-        while ((c = h->classes[i].kept) != NULL) {
-            h->classes[i].kept = c->next;
-            crpci_heap_resize_locked(h, c, c->cap + CRPCI_CHUNK_HEADER, 0);
-        }
+    __atomic_store_n(&h->kept_bytes, h->kept_bytes + more, __ATOMIC_RELAXED);
+}
+
+/* A kept chunk of a class, whose chunks have `total` bytes. NULL: none is kept. */
+CRPCI_FN crpci_chunk *crpci_heap_take(crpci_heap *h, crpci_heap_class *k, size_t total)
+{
+    crpci_chunk *c = k->kept;
+    if (CRPCI_UNLIKELY(!c))
+        return NULL;
+    k->kept = c->next;
+    if (--k->kept_count < k->unneeded)
+        k->unneeded = k->kept_count;
+    crpci_heap_count_kept(h, 0 - total);
+    return c;
+}
+
+/* Frees kept chunks, the largest first, until `most` bytes are kept; only unneeded ones, or any. */
+CRPCI_COLD void crpci_heap_trim(crpci_heap *h, size_t most, bool unneeded)
+{
+    unsigned i = CRPCI_CHUNK_CLASSES;
+    while (i--) {
+        crpci_heap_class *k = &h->classes[i];
+        size_t total = (size_t)CRPCI_CHUNK_MIN << i;
+        uint32_t n = unneeded ? k->unneeded : k->kept_count;
+        for (; n && h->kept_bytes > most; n--)
+            crpci_heap_resize_locked(h, crpci_heap_take(h, k, total), total, 0);
     }
-    h->kept_bytes = 0;
+}
+
+/* Whether `total` bytes more may be in use. If so, frees kept chunks that are in their way. */
+CRPCI_FN bool crpci_heap_make_room(crpci_heap *h, size_t total)
+{
+    size_t left = h->limit - h->chunk_bytes;
+    if (!h->limit)
+        return true;
+    if (h->chunk_bytes > h->limit || total > left)
+        return false;
+    if (CRPCI_UNLIKELY(h->kept_bytes > left - total))
+        crpci_heap_trim(h, left - total, false);
+    return true;
+}
+
+/* Whether so much is kept that crpci_heap_age should be called. No lock is needed. */
+CRPCI_FN bool crpci_heap_is_old(const crpci_heap *h)
+{
+    return __atomic_load_n(&h->kept_bytes, __ATOMIC_RELAXED) > CRPCI_HEAP_KEEP;
+}
+
+/* To be called once a second: frees the chunks that nobody has needed since the last call, but for
+ * the CRPCI_HEAP_KEEP bytes. */
+CRPCI_COLD void crpci_heap_age(crpci_heap *h)
+{
+    unsigned i;
+    crpci_thread_lock(&h->lock);
+    crpci_heap_trim(h, CRPCI_HEAP_KEEP, true);
+    for (i = 0; i < CRPCI_CHUNK_CLASSES; i++)
+        h->classes[i].unneeded = h->classes[i].kept_count;
+    crpci_thread_unlock(&h->lock);
 }
 
 CRPCI_FN void crpci_heap_ref(crpci_heap *h)
@@ -3187,7 +3236,7 @@ CRPCI_FN void crpci_heap_unlock_unref(crpci_heap *h)
         return;
     }
     k = h->hooks;
-    crpci_heap_trim(h);
+    crpci_heap_trim(h, 0, false);
 #if CRPC_DEBUG
     while (h->closed) {
         crpci_handle *handle = (crpci_handle *)h->closed;
@@ -3217,44 +3266,6 @@ CRPCI_FN unsigned crpci_heap_class_of(size_t total)
     return 32u - (unsigned)__builtin_clz((unsigned)(total - 1) / CRPCI_CHUNK_MIN);
 }
 
-/* A chunk of a class: one that was kept, else a new one. The heap is locked. */
-CRPCI_FN crpci_chunk *crpci_heap_take(crpci_heap *h, crpci_heap_class *k, size_t total)
-{
-    crpci_chunk *c = k->kept;
-    if (CRPCI_LIKELY(c != NULL)) {
-        k->kept = c->next;
-        k->kept_count--;
-        h->kept_bytes -= total;
-    } else {
-        c = (crpci_chunk *)crpci_heap_resize_locked(h, NULL, 0, total);
-    }
-    if (c && (uint64_t)++k->used << 16 > k->recent)
-        k->recent = (uint64_t)k->used << 16;
-    return c;
-}
-
-/* Keeps a chunk for reuse, and frees those of its class that the recent load did not need. Called
- * with the heap locked. */
-CRPCI_FN void crpci_heap_give(crpci_heap *h, crpci_heap_class *k, crpci_chunk *c, size_t total)
-{
-    uint64_t enough;
-    k->recent -= k->recent >> 16; /* fades to 1/e in 65536 chunks given back */
-    enough = (k->recent + k->recent / 2) >> 16;
-    k->used--;
-    c->next = k->kept;
-    k->kept = c;
-    k->kept_count++;
-    h->kept_bytes += total;
-    while (CRPCI_UNLIKELY(k->used + k->kept_count > enough) &&
-           k->kept_count * total > CRPCI_HEAP_KEEP) {
-        c = k->kept;
-        k->kept = c->next;
-        k->kept_count--;
-        h->kept_bytes -= total;
-        crpci_heap_resize_locked(h, c, total, 0);
-    }
-}
-
 /* A chunk with one reference and room for at least `size` bytes, not cleared. NULL: out of memory,
  * or over the heap's limit. */
 CRPCI_FN crpci_chunk *crpci_heap_chunk(crpci_heap *h, size_t size)
@@ -3266,10 +3277,10 @@ CRPCI_FN crpci_chunk *crpci_heap_chunk(crpci_heap *h, size_t size)
     if (total < size)
         return NULL;
     crpci_thread_lock(&h->lock);
-    if (!h->limit || (h->chunk_bytes <= h->limit && total <= h->limit - h->chunk_bytes))
-        c = k < CRPCI_CHUNK_CLASSES
-                ? crpci_heap_take(h, &h->classes[k], total)
-                : (crpci_chunk *)crpci_heap_resize_locked(h, NULL, 0, total);
+    if (CRPCI_LIKELY(k < CRPCI_CHUNK_CLASSES))
+        c = crpci_heap_take(h, &h->classes[k], total);
+    if (CRPCI_UNLIKELY(!c) && crpci_heap_make_room(h, total))
+        c = (crpci_chunk *)crpci_heap_resize_locked(h, NULL, 0, total);
     if (c) {
         h->chunk_bytes += total;
         h->refs++;
@@ -3302,10 +3313,15 @@ CRPCI_FN void crpci_heap_chunk_unref(crpci_chunk *c)
     total = c->cap + CRPCI_CHUNK_HEADER;
     crpci_thread_lock(&h->lock);
     h->chunk_bytes -= total;
-    if (c->size_class < CRPCI_CHUNK_CLASSES)
-        crpci_heap_give(h, &h->classes[c->size_class], c, total);
-    else
+    if (CRPCI_LIKELY(c->size_class < CRPCI_CHUNK_CLASSES)) {
+        crpci_heap_class *k = &h->classes[c->size_class];
+        c->next = k->kept;
+        k->kept = c;
+        k->kept_count++;
+        crpci_heap_count_kept(h, total);
+    } else {
         crpci_heap_resize_locked(h, c, total, 0);
+    }
     crpci_heap_unlock_unref(h);
 }
 
@@ -6006,6 +6022,7 @@ struct crpc_loop {
     size_t spare_pos;
     uint32_t spare_refs; /* references of it that are counted already, to be given away */
     uint32_t random;
+    crpci_timer age; /* frees what the heap keeps and nobody needs */
     /* options */
     bool forbid_threads;
     char thread_name[16];
@@ -6689,6 +6706,16 @@ typedef struct crpci_waiter {
     bool done;
 } crpci_waiter;
 
+#define CRPCI_DRIVE_AGE 500000 /* microseconds, twice which unneeded memory may be kept for reuse */
+
+/* An idle loop is woken twice, no more: by then it keeps little, and the step does not set the
+ * timer again. */
+CRPCI_COLD void crpci_drive_on_age(crpc_loop *l, crpci_timer *t)
+{
+    (void)t;
+    crpci_heap_age(l->heap);
+}
+
 /* How long the poller may wait, in microseconds; negative: no limit. */
 CRPCI_FN int64_t crpci_drive_patience(crpc_loop *l, int64_t until, bool user)
 {
@@ -6719,6 +6746,8 @@ CRPCI_FN void crpci_drive_step(crpc_loop *l, int64_t until, bool user)
     if (user)
         crpci_loop_run_ready(l);
     crpci_loop_run_list(l, &l->dirty);
+    if (CRPCI_UNLIKELY(crpci_heap_is_old(l->heap)) && !l->age.prev)
+        crpci_loop_timer_set(l, &l->age, CRPCI_DRIVE_AGE);
     patience = crpci_drive_patience(l, until, user);
     if (crpci_poller_prepare(&l->poller, l->heap)) /* out of memory: some are not waited for */
         patience = crpci_base_min64(patience < 0 ? 1000 : patience, 1000);
@@ -7041,6 +7070,7 @@ CRPCI_FN void crpci_drive_init(crpc_loop *l, crpci_heap *h, const crpc_loop_opti
     l->max_results = o->max_results;
     l->last_step = crpci_loop_now(l);
     l->timers.tick = l->last_step / 1000;
+    crpci_timer_init(&l->age, crpci_drive_on_age);
     l->random = crpci_loop_seed(l);
     l->users.salt = crpci_loop_random(l);
     l->calls.salt = crpci_loop_random(l);

@@ -37,6 +37,53 @@ static void steps_wait_as_long_as_they_are_told(void **state)
     }
 }
 
+static void use_chunks(crpc_loop *l, int count)
+{
+    crpci_chunk *c[40];
+    int i;
+    for (i = 0; i < count; i++) {
+        c[i] = crpci_heap_chunk(l->heap, 60000);
+        assert_non_null(c[i]);
+    }
+    while (i--)
+        crpci_heap_chunk_unref(c[i]);
+}
+
+static void an_idle_loop_gives_memory_back_and_sleeps(void **state)
+{
+    crpc_poller p;
+    (void)state;
+    NET_EACH_POLLER(p)
+    {
+        crpc_loop_options o = net_loop_options(p);
+        crpc_loop *l;
+        int i;
+        net_time_begin(NET_TIME_STANDS);
+        o.hooks.clock_us = net_clock_us;
+        assert_int_equal(crpc_loop_open(&l, &o), CRPC_OK);
+        use_chunks(l, 2);
+        assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
+        assert_int_equal(crpc_loop_timeout(l), -1); /* what little is kept does not wake it */
+        use_chunks(l, 40);
+        for (i = 0; i < 5; i++) { /* while it works the memory stays */
+            assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
+            net_time_add(CRPCI_DRIVE_AGE / 1000 + 1);
+            assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
+            use_chunks(l, 40);
+            assert_int_equal(l->heap->kept_bytes, 40 * 65536);
+        }
+        for (i = 0; i < 2; i++) {
+            assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
+            assert_in_range(crpc_loop_timeout(l), 0, CRPCI_DRIVE_AGE / 1000 + 1);
+            net_time_add(CRPCI_DRIVE_AGE / 1000 + 1);
+            assert_int_equal(crpc_loop_step(l, 0), CRPC_OK);
+        }
+        assert_int_equal(l->heap->kept_bytes, CRPCI_HEAP_KEEP);
+        assert_int_equal(crpc_loop_timeout(l), -1);
+        crpc_loop_close(l);
+    }
+}
+
 static int nested[6];
 
 static void use_from_inside(void *user)
@@ -478,6 +525,7 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         CT_TEST(steps_wait_as_long_as_they_are_told),
+        CT_TEST(an_idle_loop_gives_memory_back_and_sleeps),
         CT_TEST(one_thread_drives_at_a_time),
         CT_TEST(stopping_is_remembered_once),
         CT_TEST(a_loop_can_be_started_again),

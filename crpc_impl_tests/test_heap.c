@@ -172,48 +172,110 @@ static void warm_chunks_come_without_the_allocator(void **state)
     crpci_heap_unref(h);
 }
 
+/* Takes `count` chunks of 64 KiB, and gives them back. */
+static void use_at_a_time(crpci_heap *h, int count)
+{
+    crpci_chunk *c[100];
+    int i;
+    for (i = 0; i < count; i++) {
+        c[i] = crpci_heap_chunk(h, 60000);
+        assert_non_null(c[i]);
+    }
+    assert_int_equal(h->chunk_bytes, count * 65536);
+    while (i--)
+        crpci_heap_chunk_unref(c[i]);
+}
+
 static void kept_chunks_are_bounded(void **state)
 {
     enum { MANY = 100, FEW = 10 };
     crpci_heap *h = heap_open(0);
-    crpci_chunk *c[MANY];
-    int64_t burst;
     int i;
     (void)state;
-    for (i = 0; i < MANY; i++) {
-        c[i] = crpci_heap_chunk(h, 60000);
-        assert_non_null(c[i]);
-    }
-    assert_int_equal(h->chunk_bytes, MANY * 65536);
-    for (i = 0; i < MANY; i++)
-        crpci_heap_chunk_unref(c[i]);
+    use_at_a_time(h, MANY);
     /* as many as were in use at one time are kept */
-    burst = h->kept_bytes;
-    assert_int_equal(burst, MANY * 65536);
-    assert_int_equal(h->bytes, burst + (int64_t)sizeof *h);
-    for (i = 0; i < MANY; i++)
-        c[i] = crpci_heap_chunk(h, 60000);
-    assert_int_equal(h->kept_bytes, 0);
-    assert_int_equal(h->bytes, burst + (int64_t)sizeof *h);
-    for (i = 0; i < MANY; i++)
-        crpci_heap_chunk_unref(c[i]);
-    /* and freed when fewer are needed for long */
-    for (i = 0; i < 400000; i++) {
-        crpci_chunk *one = crpci_heap_chunk(h, 60000);
-        assert_non_null(one);
-        crpci_heap_chunk_unref(one);
+    assert_int_equal(h->kept_bytes, MANY * 65536);
+    assert_true(crpci_heap_is_old(h));
+    crpci_heap_age(h); /* all of them were needed since the heap began */
+    for (i = 0; i < 3; i++) {
+        assert_int_equal(h->bytes, MANY * 65536 + (int64_t)sizeof *h);
+        use_at_a_time(h, MANY);
+        assert_int_equal(h->kept_bytes, MANY * 65536);
+        crpci_heap_age(h);
     }
-    assert_true(h->kept_bytes <= CRPCI_HEAP_KEEP + FEW * 65536);
-    assert_int_equal(h->bytes, h->kept_bytes + (int64_t)sizeof *h);
+    /* and freed when fewer are needed */
+    for (i = 0; i < 3; i++) {
+        use_at_a_time(h, FEW);
+        crpci_heap_age(h);
+        assert_int_equal(h->kept_bytes, FEW * 65536);
+        assert_int_equal(h->bytes, h->kept_bytes + (int64_t)sizeof *h);
+    }
+    assert_true(crpci_heap_is_old(h));
+    crpci_heap_age(h); /* or none */
+    assert_int_equal(h->kept_bytes, CRPCI_HEAP_KEEP);
+    assert_false(crpci_heap_is_old(h));
     crpci_thread_lock(&h->lock);
-    crpci_heap_trim(h);
+    crpci_heap_trim(h, 0, false);
     crpci_thread_unlock(&h->lock);
     assert_int_equal(h->kept_bytes, 0);
     assert_int_equal(h->bytes, sizeof *h);
     assert_int_equal(ct_alloc_of_test()->live_blocks, 1);
-    c[0] = crpci_heap_chunk(h, 60000); /* a trimmed heap still works */
-    assert_non_null(c[0]);
-    crpci_heap_chunk_unref(c[0]);
+    use_at_a_time(h, 1); /* a trimmed heap still works */
+    crpci_heap_unref(h);
+}
+
+static void the_limit_counts_kept_chunks_too(void **state)
+{
+    enum { LIMIT = 1 << 20, ROUNDS = 2000 };
+    crpci_heap *h = heap_open(LIMIT);
+    crpci_chunk *held[8] = {NULL}, *small;
+    size_t size;
+    int i;
+    (void)state;
+    for (size = 200; size < LIMIT; size *= 2) { /* each size in its turn all that there is */
+        crpci_chunk *list = NULL, *c;
+        while ((c = crpci_heap_chunk(h, size)) != NULL) {
+            assert_true(h->chunk_bytes + h->kept_bytes <= LIMIT);
+            c->next = list;
+            list = c;
+        }
+        assert_true(h->chunk_bytes + size + CRPCI_CHUNK_HEADER > LIMIT);
+        while ((c = list) != NULL) {
+            list = c->next;
+            crpci_heap_chunk_unref(c);
+        }
+        assert_true(h->bytes <= LIMIT + sizeof *h);
+    }
+    for (i = 0; i < ROUNDS; i++) {
+        crpci_chunk **at = &held[ct_random() % 8];
+        crpci_heap_chunk_unref(*at);
+        *at = crpci_heap_chunk(h, (size_t)ct_random() % 400000); /* NULL now and then */
+        assert_true(h->chunk_bytes + h->kept_bytes <= LIMIT);
+        assert_int_equal(h->bytes, h->chunk_bytes + h->kept_bytes + sizeof *h);
+    }
+    for (i = 0; i < 8; i++)
+        crpci_heap_chunk_unref(held[i]);
+    /* the largest kept chunks make room first, and none when it would be in vain */
+    crpci_thread_lock(&h->lock);
+    crpci_heap_trim(h, 0, false);
+    crpci_thread_unlock(&h->lock);
+    small = crpci_heap_chunk(h, 200);
+    held[0] = crpci_heap_chunk(h, 500000);
+    held[1] = crpci_heap_chunk(h, 200000);
+    crpci_heap_chunk_unref(small);
+    crpci_heap_chunk_unref(held[0]);
+    crpci_heap_chunk_unref(held[1]);
+    assert_int_equal(h->kept_bytes, 256 + (512 << 10) + (256 << 10));
+    assert_null(crpci_heap_chunk(h, LIMIT));
+    assert_int_equal(h->kept_bytes, 256 + (512 << 10) + (256 << 10));
+    held[0] = crpci_heap_chunk(h, 3 * (LIMIT / 8) - CRPCI_CHUNK_HEADER); /* 512 KiB, kept */
+    assert_int_equal(h->kept_bytes, 256 + (256 << 10));
+    held[1] = crpci_heap_chunk(h, 100000);
+    assert_int_equal(h->kept_bytes, 256 + (256 << 10));
+    held[2] = crpci_heap_chunk(h, 100000);
+    assert_int_equal(h->kept_bytes, 256);
+    for (i = 0; i < 3; i++)
+        crpci_heap_chunk_unref(held[i]);
     crpci_heap_unref(h);
 }
 
@@ -235,7 +297,7 @@ static void limit_holds_and_is_given_back(void **state)
     assert_null(crpci_heap_chunk(h, 100));
     for (i = 0; i < 4; i++)
         crpci_heap_chunk_unref(c[i]);
-    /* A kept chunk counts against the limit when it is taken again. */
+    /* Kept chunks make room for one of another size. */
     c[0] = crpci_heap_chunk(h, 900);
     assert_non_null(c[0]);
     assert_int_equal(h->chunk_bytes, 1024);
@@ -487,6 +549,7 @@ int main(void)
         CT_TEST(the_last_reference_frees),
         CT_TEST(warm_chunks_come_without_the_allocator),
         CT_TEST(kept_chunks_are_bounded),
+        CT_TEST(the_limit_counts_kept_chunks_too),
         CT_TEST(limit_holds_and_is_given_back),
         CT_TEST(absurd_sizes_are_refused_before_the_allocator),
         CT_TEST(chunks_outlive_the_heaps_owner),
