@@ -595,6 +595,10 @@
  * identity never meet those of another; all peers without an identity share theirs. On a plain TCP
  * connection others can read a credential on its way.
  *
+ * Of the log lines that peers can cause, each loop logs one a second of each kind, which says how
+ * many were left out before it. The default log never waits for stderr: lines that it cannot take
+ * are dropped and counted (lost_lines).
+ *
  * PORTING
  *
  * Linux 2.6.27 and later. Where the kernel is too old for accept4 (2.6.28, on ARM 2.6.36), for the
@@ -1977,11 +1981,11 @@ CRPC_API int64_t crpc_context_log_id(const crpc_context *context);
  * none. */
 CRPC_API int64_t crpc_context_remaining_us(const crpc_context *context);
 
-/* Whether nobody is likely to wait for the reply any more: the peer has closed its connection, or its
- * sending side, the caller's deadline has passed, or the server has stopped and does not drain any
- * longer. The request must still be finished, and the reply is sent if that can be done. While a
- * handler runs on the thread of its connection that thread cannot notice the peer's end. Cheap; any
- * thread. */
+/* Whether nobody is likely to wait for the reply any more: the peer has closed its connection, or
+ * its sending side, the caller's deadline has passed, or the server has stopped and does not drain
+ * any longer. The request must still be finished, and the reply is sent if that can be done. While
+ * a handler runs on the thread of its connection that thread cannot notice the peer's end. Cheap;
+ * any thread. */
 CRPC_API bool crpc_context_cancelled(const crpc_context *context);
 
 /* Has `fn` called once when crpc_context_cancelled becomes true, on the thread that drives the
@@ -5108,8 +5112,8 @@ CRPCI_FN bool crpci_sock_is_self(int fd)
            memcmp(&a.u, &b.u, a.len) == 0;
 }
 
-/* Whether the peer of a connected socket has closed it, or its sending side; what it sent before may
- * still be unread. */
+/* Whether the peer of a connected socket has closed it, or its sending side; what it sent before
+ * may still be unread. */
 CRPCI_COLD bool crpci_sock_has_ended(int fd)
 {
     struct pollfd p;
@@ -8596,7 +8600,7 @@ struct crpci_conn {
     int64_t rx_since;   /* when the partial message began, for frame_timeout_us */
     int64_t frame_timeout_us; /* 0: none */
     int64_t write_timeout_us; /* 0: none */
-    int64_t stalled_us;       /* since when the peer has taken no byte. 0: the transport takes them */
+    int64_t stalled_us;       /* since when the peer has taken no byte. 0: it takes them */
     int stalled_bytes;        /* that the kernel held for the peer then */
     crpci_chunk *left;  /* input over the step's budget */
     const uint8_t *left_at;
@@ -9059,8 +9063,9 @@ CRPCI_COLD void crpci_conn_block(crpci_conn *c, const struct iovec *iov, int cou
     crpci_conn_interest(c);
 }
 
-/* When a connection that is blocked is to be closed. INT64_MAX: never. The kernel may report a socket
- * as writable only when a third of a large buffer is free, so a slow peer is known by the buffer. */
+/* When a connection that is blocked is to be closed. INT64_MAX: never. The kernel may report a
+ * socket as writable only when a third of a large buffer is free, so a slow peer is known by the
+ * buffer. */
 CRPCI_COLD int64_t crpci_conn_stall_end(crpci_conn *c, int64_t now)
 {
     int unsent = crpci_sock_unsent(c->fd);
@@ -9569,8 +9574,8 @@ CRPCI_FN void crpci_connect_finish(crpci_conn *c)
         c->up->opened(c);
 }
 
-/* A paused connection became readable: its peer has gone, unless the event is from before the pause.
- * What the peer has sent before is read when the pause ends. */
+/* A paused connection became readable: its peer has gone, unless the event is from before the
+ * pause. What the peer has sent before is read when the pause ends. */
 CRPCI_COLD void crpci_connect_check_end(crpci_conn *c)
 {
     if (!crpci_sock_has_ended(c->fd))
@@ -23761,9 +23766,9 @@ CRPCI_COLD int64_t crpci_intake_old_end(const crpci_conn *conn, int64_t now)
 }
 
 /* Closes a connection that was idle for idle_timeout_ms, that has asked for no method of the server
- * within first_request_ms, whose request has not arrived whole within frame_timeout_ms, whose
- * peer has taken nothing of its replies for write_timeout_ms, or that is old and idle. A paused connection is not read, so
- * its peer is not to blame for a partial request. */
+ * within first_request_ms, whose request has not arrived whole within frame_timeout_ms, whose peer
+ * has taken nothing of its replies for write_timeout_ms, or that is old and idle. A paused
+ * connection is not read, so its peer is not to blame for a partial request. */
 CRPCI_FN void crpci_intake_on_timer(crpci_conn *conn)
 {
     const crpc_server *s = (const crpc_server *)conn->owner;
@@ -24012,8 +24017,8 @@ CRPCI_FN void crpci_listener_share(crpc_server *s, int fd, const crpci_sock_name
         crpci_guard_disconnect(s, account);
 }
 
-/* Frees the reserve descriptor to accept one connection and close it, so that its peer learns of the
- * lack of descriptors at once. Locked. */
+/* Frees the reserve descriptor to accept one connection and close it, so that its peer learns of
+ * the lack of descriptors at once. Locked. */
 CRPCI_COLD void crpci_listener_turn_away(crpci_listener *n)
 {
     crpc_server *s = n->server;
@@ -24028,9 +24033,9 @@ CRPCI_COLD void crpci_listener_turn_away(crpci_listener *n)
     s->listener.reserve_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
 }
 
-/* accept has failed with the errno `e`. Accepting pauses, because the level-triggered listener would
- * otherwise wake the loop without end: for 100 ms when descriptors or memory are lacking, since any
- * close may mend that, and otherwise for longer each time, up to 5 s. Locked. */
+/* accept has failed with the errno `e`. Accepting pauses, because the level-triggered listener
+ * would otherwise wake the loop without end: for 100 ms when descriptors or memory are lacking,
+ * since any close may mend that, and otherwise for longer each time, up to 5 s. Locked. */
 CRPCI_COLD void crpci_listener_pause(crpci_listener *n, int e)
 {
     bool lack = e == EMFILE || e == ENFILE || e == ENOMEM || e == ENOBUFS;
