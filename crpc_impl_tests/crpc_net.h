@@ -322,6 +322,32 @@ CT_FN void net_check_add(crpc_channel *ch, int64_t n)
     crpc_call_reset(&call);
 }
 
+/* Threads that call on a channel until they are told to end. */
+typedef struct net_callers {
+    crpc_channel *channel;
+    uint32_t ended;    /* atomic: no more calls */
+    uint32_t answered; /* atomic */
+    uint32_t lost;     /* atomic: calls whose request was sent, or perhaps, and that have no reply */
+} net_callers;
+
+CT_FN void *net_call_on(void *arg)
+{
+    net_callers *c = (net_callers *)arg;
+    while (!__atomic_load_n(&c->ended, __ATOMIC_ACQUIRE)) {
+        dyn_Num in = net_num(1), out = dyn_Num_init_zero;
+        crpc_call call = CRPC_INIT;
+        int err = dyn_Echo_Add(c->channel, &in, &out, &call);
+        if (!err) {
+            __atomic_fetch_add(&c->answered, 1, __ATOMIC_RELAXED);
+        } else if (call.error.sent != CRPC_SENT_NO && !call.error.remote) {
+            __atomic_fetch_add(&c->lost, 1, __ATOMIC_RELAXED);
+            print_message("%s\n", call.error.text);
+        }
+        crpc_call_reset(&call);
+    }
+    return NULL;
+}
+
 CT_FN uint64_t net_late_replies(crpc_channel *ch)
 {
     crpc_loop_stats stats;

@@ -355,31 +355,6 @@ static void crpc_peers_are_served_to_the_end_of_their_output(void **state)
 
 #define STOPS 8
 
-typedef struct callers {
-    crpc_channel *channel;
-    uint32_t ended; /* atomic: stop calling */
-    uint32_t answered; /* atomic */
-    uint32_t lost;     /* atomic: calls that were sent and have no reply */
-} callers;
-
-static void *call_on(void *arg)
-{
-    callers *c = (callers *)arg;
-    while (!crpci_thread_load(&c->ended)) {
-        dyn_Num in = net_num(1), out = dyn_Num_init_zero;
-        crpc_call call = CRPC_INIT;
-        int err = dyn_Echo_Add(c->channel, &in, &out, &call);
-        if (!err)
-            __atomic_fetch_add(&c->answered, 1, __ATOMIC_RELAXED);
-        else if (call.error.sent != CRPC_SENT_NO && !call.error.remote)
-            __atomic_fetch_add(&c->lost, 1, __ATOMIC_RELAXED);
-        if (err && !call.error.remote && call.error.sent != CRPC_SENT_NO)
-            print_message("%s\n", call.error.text);
-        crpc_call_reset(&call);
-    }
-    return NULL;
-}
-
 /* Two providers stop in turn and come back, without a registry, while several threads call. The
  * methods are not idempotent, so a request that was sent must have its reply. */
 static void graceful_stops_lose_no_call(void **state)
@@ -392,7 +367,7 @@ static void graceful_stops_lose_no_call(void **state)
         int ports[2];
         char listen[2][64], list[128];
         net n[2];
-        callers c;
+        net_callers c;
         pthread_t threads[4];
         crpc_channel_options o;
         size_t i, k;
@@ -409,7 +384,7 @@ static void graceful_stops_lose_no_call(void **state)
         o.policy.timeout_ms = NET_PATIENCE;
         c.channel = net_channel(list, "", p, NULL, &o);
         for (i = 0; i < 4; i++)
-            assert_int_equal(pthread_create(&threads[i], NULL, call_on, &c), 0);
+            assert_int_equal(pthread_create(&threads[i], NULL, net_call_on, &c), 0);
         for (k = 0; k < STOPS; k++) {
             assert_true(CT_WAIT(net_calls(&n[k % 2].service) > 100, NET_PATIENCE));
             crpc_server_close(n[k % 2].server);
