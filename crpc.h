@@ -554,11 +554,11 @@
  * Bytes from a connection are not trusted. Sizes are checked before memory is taken, nothing that
  * is read can reach an assertion, and nanopb runs without allocation of its own. A peer can make a
  * process hold: max_body for each connection, max_queued bytes of replies, 4096 requests in service
- * on a connection (max_concurrency on all together), and max_bytes of buffers on a loop, those that
- * are kept for reuse included. Of these a loop that somebody drives gives back, within a second,
- * what its work did not need, but for 256 KiB. A request over a limit of the server is answered
- * before it is decoded. This version has no encryption: keep to trusted networks, or to tunnels. The
- * ZooKeeper server is trusted, because its C client aborts on some malformed answers.
+ * on a connection (max_concurrency on all together), and max_bytes of buffers on a loop, those
+ * that are kept for reuse included. Of these a loop that somebody drives gives back, within a
+ * second, what its work did not need, but for 256 KiB. A request over a limit of the server is
+ * answered before it is decoded. This version has no encryption: keep to trusted networks, or to
+ * tunnels. The ZooKeeper server is trusted, because its C client aborts on some malformed answers.
  *
  *     limit                  default     when it is reached
  *     timeout_ms             1000 ms     CRPC_ETIMEDOUT
@@ -9352,10 +9352,10 @@ CRPCI_FN size_t crpci_receive_parse(crpci_conn *c, crpci_chunk *chunk, const uin
     return c->protocol->feed(c, chunk, p, n);
 }
 
-/* Moves the first `have` bytes of a message into a new, larger c->rx. It has room for twice as many,
- * because a peer must not reserve memory by announcing large sizes; for the whole message when a
- * fifth of it is there. Doubling to the end would copy an attachment of 1 MiB twice. False: out of
- * memory, and the connection was closed. */
+/* Moves the first `have` bytes of a message into a new, larger c->rx. It has room for twice as
+ * many, because a peer must not reserve memory by announcing large sizes; for the whole message
+ * when a fifth of it is there. Doubling to the end would copy an attachment of 1 MiB twice. False:
+ * out of memory, and the connection was closed. */
 CRPCI_FN bool crpci_receive_reserve(crpci_conn *c, const uint8_t *p, size_t have)
 {
     size_t room = have > CRPCI_RECEIVE_LEAST / 2 ? 2 * have : CRPCI_RECEIVE_LEAST;
@@ -22782,8 +22782,8 @@ CRPCI_FN void crpci_context_task(crpc_loop *l, crpci_task *task)
 }
 
 /* Makes the context of a request. One chunk holds the context, request, response and, in most
- * cases, received bytes and reply: one allocation a request. The deadline counts from the request's arrival. NULL:
- * out of memory. Locked. */
+ * cases, received bytes and reply: one allocation a request. The deadline counts from the request's
+ * arrival. NULL: out of memory. Locked. */
 CRPCI_FN crpc_context *crpci_context_new(crpc_server *s, crpci_conn *conn, const crpci_message *m,
                                          const crpci_service_method *method)
 {
